@@ -1,0 +1,7 @@
+//! The pure half of gpu-sampler: no IO, no clock, no threads, no unsafe. Time arrives inside observations.
+#![forbid(unsafe_code)]
+
+pub mod identity;
+pub mod labels;
+pub mod snapshot;
+pub mod units;

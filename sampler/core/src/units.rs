@@ -1,0 +1,68 @@
+//! Newtypes for what must not be mixed up: three clocks, a process id, a GPU.
+//!
+//! `BootNs` is CLOCK_BOOTTIME, the kernel events' clock. `GpuNs` is a GPU's own timestamp, which nothing ties to any other
+//! clock but a measured offset. `WallTime` is only ever shown to people and to Prometheus.
+
+use std::fmt;
+use std::sync::Arc;
+
+/// Nanoseconds of CLOCK_BOOTTIME.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct BootNs(pub u64);
+
+/// Nanoseconds of one GPU's own clock (NVML gives microseconds).
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuNs(pub u64);
+
+/// Nanoseconds since the Unix epoch.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct WallTime(pub u64);
+
+impl BootNs {
+    pub fn saturating_since(self, earlier: BootNs) -> u64 {
+        self.0.saturating_sub(earlier.0)
+    }
+    pub fn plus(self, ns: u64) -> BootNs {
+        BootNs(self.0.saturating_add(ns))
+    }
+    pub fn minus(self, ns: u64) -> BootNs {
+        BootNs(self.0.saturating_sub(ns))
+    }
+}
+
+impl WallTime {
+    pub fn seconds(self) -> f64 {
+        self.0 as f64 / 1e9
+    }
+}
+
+/// A process id in the initial pid namespace (the kernel's tgid).
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Tgid(pub u32);
+
+impl fmt::Display for Tgid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        self.0.fmt(f)
+    }
+}
+
+/// NVML's `GPU-...` or `MIG-...` string.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct GpuUuid(pub Arc<str>);
+
+impl fmt::Display for GpuUuid {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+/// A cgroup. Ids are per hierarchy (every root has the same inode number), so both halves are needed. Hierarchy 0 is cgroup v2.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct CgroupKey {
+    pub hierarchy: u32,
+    pub id: u64,
+}
+
+/// One container as this agent knows it. Never reused, so a late answer about a dead one cannot reach its successor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ContainerKey(pub u64);
