@@ -1,1 +1,23 @@
+//! The kernel side: who is born where, who moves, who ends. One file per hook; maps in one file.
+#![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "on the host it is only type-checked"))]
+
+mod cgroup;
+mod maps;
+mod process;
+mod read;
+mod self_check;
+
+#[cfg(target_arch = "bpf")]
+#[panic_handler]
+fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
+
+/// `bpf_probe_read_kernel` is for GPL-compatible programs only.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+#[cfg(not(target_arch = "bpf"))]
 fn main() {}

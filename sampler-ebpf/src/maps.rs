@@ -1,0 +1,50 @@
+//! Every map of the program, and the two counters' arithmetic.
+
+use aya_ebpf::{
+    Global,
+    macros::map,
+    maps::{Array, PerCpuArray, RingBuf},
+};
+use sampler_common::{Offsets, kind};
+
+/// Sizes here are floors; user space sets them before loading. Two rings, so a fork storm cannot evict container events.
+#[map]
+pub static CGROUP_EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+#[map]
+pub static PROCESS_EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
+
+/// Per kind: events that found their ring full or whose fields could not be read.
+#[map]
+pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT, 0);
+
+#[map]
+pub static SELF_CHECK: Array<u32> = Array::with_max_entries(1, 0);
+
+#[unsafe(no_mangle)]
+pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
+    task_pid: 0,
+    task_tgid: 0,
+    task_group_leader: 0,
+    task_start_boottime: 0,
+    task_cgroups: 0,
+    task_signal: 0,
+    signal_live: 0,
+    css_set_subsys: 0,
+    css_set_dfl_cgrp: 0,
+    css_cgroup: 0,
+    css_parent: 0,
+    cgroup_kn: 0,
+    cgroup_root: 0,
+    kn_id: 0,
+    kn_name: 0,
+    root_hierarchy_id: 0,
+    v1_subsys_index: u32::MAX,
+});
+
+#[inline(always)]
+pub fn lost(kind: u32) {
+    if let Some(count) = LOST.get_ptr_mut(kind) {
+        // SAFETY: a per-CPU slot, and raw tracepoint programs do not preempt each other on one CPU.
+        unsafe { *count += 1 }
+    }
+}

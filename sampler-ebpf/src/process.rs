@@ -1,0 +1,105 @@
+//! fork, exec, exit and attach. Threads are dropped here: user space hears of thread groups only.
+
+use aya_ebpf::{
+    helpers::{bpf_get_current_task, bpf_ktime_get_boot_ns},
+    macros::raw_tracepoint,
+    programs::RawTracePointContext,
+};
+use sampler_common::{ProcessEvent, kind};
+
+use crate::{
+    maps::{OFFSETS, PROCESS_EVENTS, lost},
+    read::{Kernel, field, task_cgroups},
+};
+
+#[inline(always)]
+fn report(kind: u32, task: Kernel, parent_tgid: u32) -> Result<(), i32> {
+    let o = OFFSETS.load();
+    let tgid: u32 = field(task, o.task_tgid)?;
+    let leader: Kernel = field(task, o.task_group_leader)?;
+    let start_ns: u64 = field(leader, o.task_start_boottime)?;
+    let (v2_id, v1_id) = task_cgroups(task, &o)?;
+    let Some(mut entry) = PROCESS_EVENTS.reserve::<ProcessEvent>(0) else {
+        return Err(-1);
+    };
+    // SAFETY: the helper takes no arguments.
+    let at_ns = unsafe { bpf_ktime_get_boot_ns() };
+    entry.write(ProcessEvent { kind, tgid, start_ns, at_ns, v2_id, v1_id, parent_tgid, pad: 0 });
+    entry.submit(0);
+    Ok(())
+}
+
+#[inline(always)]
+fn counted(kind: u32, result: Result<(), i32>) -> i32 {
+    if result.is_err() {
+        lost(kind);
+    }
+    0
+}
+
+/// The child's own css_set, not the parent's: CLONE_INTO_CGROUP starts it elsewhere without an attach event.
+#[raw_tracepoint(tracepoint = "sched_process_fork")]
+pub fn sched_process_fork(ctx: RawTracePointContext) -> i32 {
+    counted(kind::FORK, try_fork(&ctx))
+}
+
+#[inline(always)]
+fn try_fork(ctx: &RawTracePointContext) -> Result<(), i32> {
+    let o = OFFSETS.load();
+    let parent: Kernel = ctx.arg(0);
+    let child: Kernel = ctx.arg(1);
+    let pid: u32 = field(child, o.task_pid)?;
+    let tgid: u32 = field(child, o.task_tgid)?;
+    if pid != tgid {
+        return Ok(());
+    }
+    let parent_tgid: u32 = field(parent, o.task_tgid)?;
+    report(kind::FORK, child, parent_tgid)
+}
+
+#[raw_tracepoint(tracepoint = "sched_process_exec")]
+pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {
+    counted(kind::EXEC, report(kind::EXEC, ctx.arg(0), 0))
+}
+
+/// The group has ended when no thread of it lives: true on kernels before and after 6.16, doubles are harmless.
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn sched_process_exit(ctx: RawTracePointContext) -> i32 {
+    counted(kind::EXIT, try_exit(&ctx))
+}
+
+#[inline(always)]
+fn try_exit(ctx: &RawTracePointContext) -> Result<(), i32> {
+    let o = OFFSETS.load();
+    let task: Kernel = ctx.arg(0);
+    let signal: Kernel = field(task, o.task_signal)?;
+    let live: i32 = field(signal, o.signal_live)?;
+    if live != 0 {
+        return Ok(());
+    }
+    report(kind::EXIT, task, 0)
+}
+
+/// `(dst_cgroup, path, task, threadgroup)`: the task's css_set already is the new one.
+#[raw_tracepoint(tracepoint = "cgroup_attach_task")]
+pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
+    counted(kind::ATTACH, try_attach(&ctx))
+}
+
+#[inline(always)]
+fn try_attach(ctx: &RawTracePointContext) -> Result<(), i32> {
+    let o = OFFSETS.load();
+    let task: Kernel = ctx.arg(2);
+    let pid: u32 = field(task, o.task_pid)?;
+    let tgid: u32 = field(task, o.task_tgid)?;
+    if pid != tgid {
+        return Ok(());
+    }
+    report(kind::ATTACH, task, 0)
+}
+
+#[inline(always)]
+pub fn current() -> Kernel {
+    // SAFETY: the helper takes no arguments.
+    unsafe { bpf_get_current_task() as Kernel }
+}
