@@ -2,6 +2,8 @@
 #![forbid(unsafe_code)]
 
 pub mod identity;
+pub mod aggregate;
 pub mod labels;
+pub mod observation;
 pub mod snapshot;
 pub mod units;

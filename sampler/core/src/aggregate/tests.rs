@@ -1,0 +1,97 @@
+use std::sync::Arc;
+
+use super::*;
+use crate::observation::{CgroupChange, CgroupFact, DeviceTick, GpuBatch, ProcessChange, ProcessFact, ProcessRow};
+use crate::snapshot::{GpuInfo, Reason};
+use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
+
+const PERIOD: u64 = 167_000_000;
+/// The GPU's clock is 12 s and a bit ahead of boot time.
+const SKEW: u64 = 12_345_678_901;
+
+fn v2(id: u64) -> CgroupKey {
+    CgroupKey { hierarchy: 0, id }
+}
+
+fn core() -> Core {
+    let mut core = Core::default();
+    let mut cgroup = |id, parent: Option<u64>, name: &str| {
+        core.observe(Observation::Cgroup(CgroupFact { change: CgroupChange::Seen, key: v2(id), parent: parent.map(v2), name: name.into(), at: BootNs(1) }));
+    };
+    cgroup(1, None, "");
+    cgroup(2, Some(1), "docker");
+    cgroup(10, Some(2), &"a".repeat(64));
+    cgroup(11, Some(2), &"b".repeat(64));
+    for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
+        let change = ProcessChange::Seen;
+        core.observe(Observation::Process(ProcessFact { change, tgid: Tgid(tgid), start: BootNs(5), coarse_start: false, at: BootNs(6), v2: v2(id), v1: None }));
+    }
+    let info = GpuInfo { uuid: GpuUuid("GPU-0".into()), index: 0, model: "m".into(), pci_bus_id: "0".into(), driver_version: "1".into(), mig_mode: "unsupported" };
+    core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(info), at: BootNs(0) });
+    core
+}
+
+/// Polls once per tick, `busy` percent and the pid on the engine.
+fn feed(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>) {
+    for (k, (busy, pid)) in ticks.enumerate() {
+        let at = GpuNs(SKEW + 1_000_000_000 + PERIOD * k as u64);
+        let ended = BootNs(at.0 - SKEW + 20_000_000);
+        core.observe(Observation::Gpu(GpuBatch {
+            gpu: 0,
+            began: ended,
+            ended,
+            wall: WallTime(1),
+            ticks: vec![DeviceTick { at, busy_percent: busy }],
+            rows: pid.map(|pid| ProcessRow { at, pid, sm_percent: busy }).into_iter().collect(),
+            processes: None,
+            readings: None,
+            supported: true,
+            answered: true,
+        }));
+    }
+}
+
+fn seconds(snapshot: &Snapshot) -> Vec<f64> {
+    snapshot.containers.iter().map(|c| c.gpus.iter().map(|g| g.seconds).sum()).collect()
+}
+
+#[test]
+fn pidless_busy_time_is_divided_by_the_windows_pid_ticks() {
+    let mut core = core();
+    // 40 % busy; of each 10 ticks three name the first container, one the second, six nobody.
+    let pid = |k: u32| match k % 10 {
+        0 | 3 | 6 => Some(100),
+        5 => Some(101),
+        _ => None,
+    };
+    feed(&mut core, (0..600).map(|k| (40, pid(k))));
+    let snapshot = core.snapshot();
+    let gpu = &snapshot.gpus[0];
+    let credited: f64 = seconds(&snapshot).iter().sum();
+    assert!((gpu.time.busy - credited - gpu.unattributed.iter().sum::<f64>()).abs() < 1e-6);
+    let [a, b] = seconds(&snapshot)[..] else { panic!("two containers") };
+    assert!((a / b - 3.0).abs() < 0.2, "{a} {b}");
+    assert!(gpu.time.busy > 0.4 * 0.167 * 535.0, "{}", gpu.time.busy);
+    let duty: f64 = snapshot.containers.iter().flat_map(|c| &c.gpus).filter_map(|g| g.duty_cycle_percent).sum();
+    assert!((duty - 40.0).abs() < 1e-6, "{duty}");
+}
+
+#[test]
+fn what_is_on_no_container_has_a_reason() {
+    for (pid, reason) in [(Some(102), Reason::Host), (Some(999), Reason::PidUnknown), (Some(0), Reason::InvalidPid), (None, Reason::NoPid)] {
+        let mut core = core();
+        feed(&mut core, (0..200).map(|_| (50, pid)));
+        let snapshot = core.snapshot();
+        let gpu = &snapshot.gpus[0];
+        assert!(gpu.unattributed[reason as usize] > 4.0, "{reason:?} {:?}", gpu.unattributed);
+        assert!((gpu.unattributed[reason as usize] - gpu.time.busy).abs() < 1e-6);
+        assert_eq!(seconds(&snapshot).iter().sum::<f64>(), 0.0);
+    }
+}
+
+#[test]
+fn the_first_read_credits_nothing() {
+    let mut core = core();
+    feed(&mut core, std::iter::once((100, Some(100))));
+    assert_eq!(core.snapshot().gpus[0].time.busy, 0.0);
+}
