@@ -1,8 +1,8 @@
 //! The pure half of gpu-sampler: no IO, no clock, no threads, no unsafe. Time arrives inside observations.
 #![forbid(unsafe_code)]
 
-pub mod identity;
 pub mod aggregate;
+pub mod identity;
 pub mod labels;
 pub mod observation;
 pub mod snapshot;

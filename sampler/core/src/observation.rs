@@ -7,7 +7,9 @@ use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessChange {
-    Fork { parent: Tgid },
+    Fork {
+        parent: Tgid,
+    },
     Exec,
     Exit,
     Attach,

@@ -44,7 +44,8 @@ impl Core {
                 self.now = self.now.max(at);
                 self.wall = wall;
                 self.identity.expire(self.now);
-                let living: std::collections::HashSet<ContainerKey> = self.identity.cgroups.containers().map(|c| c.record.key).collect();
+                let living: std::collections::HashSet<ContainerKey> =
+                    self.identity.cgroups.containers().map(|c| c.record.key).collect();
                 for gpu in self.gpus.iter_mut().flatten() {
                     gpu.forget(|key| !living.contains(key));
                 }

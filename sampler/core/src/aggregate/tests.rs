@@ -16,7 +16,13 @@ fn v2(id: u64) -> CgroupKey {
 fn core() -> Core {
     let mut core = Core::default();
     let mut cgroup = |id, parent: Option<u64>, name: &str| {
-        core.observe(Observation::Cgroup(CgroupFact { change: CgroupChange::Seen, key: v2(id), parent: parent.map(v2), name: name.into(), at: BootNs(1) }));
+        core.observe(Observation::Cgroup(CgroupFact {
+            change: CgroupChange::Seen,
+            key: v2(id),
+            parent: parent.map(v2),
+            name: name.into(),
+            at: BootNs(1),
+        }));
     };
     cgroup(1, None, "");
     cgroup(2, Some(1), "docker");
@@ -24,9 +30,24 @@ fn core() -> Core {
     cgroup(11, Some(2), &"b".repeat(64));
     for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
         let change = ProcessChange::Seen;
-        core.observe(Observation::Process(ProcessFact { change, tgid: Tgid(tgid), start: BootNs(5), coarse_start: false, at: BootNs(6), v2: v2(id), v1: None }));
+        core.observe(Observation::Process(ProcessFact {
+            change,
+            tgid: Tgid(tgid),
+            start: BootNs(5),
+            coarse_start: false,
+            at: BootNs(6),
+            v2: v2(id),
+            v1: None,
+        }));
     }
-    let info = GpuInfo { uuid: GpuUuid("GPU-0".into()), index: 0, model: "m".into(), pci_bus_id: "0".into(), driver_version: "1".into(), mig_mode: "unsupported" };
+    let info = GpuInfo {
+        uuid: GpuUuid("GPU-0".into()),
+        index: 0,
+        model: "m".into(),
+        pci_bus_id: "0".into(),
+        driver_version: "1".into(),
+        mig_mode: "unsupported",
+    };
     core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(info), at: BootNs(0) });
     core
 }
@@ -78,7 +99,9 @@ fn pidless_busy_time_is_divided_by_the_windows_pid_ticks() {
 
 #[test]
 fn what_is_on_no_container_has_a_reason() {
-    for (pid, reason) in [(Some(102), Reason::Host), (Some(999), Reason::PidUnknown), (Some(0), Reason::InvalidPid), (None, Reason::NoPid)] {
+    for (pid, reason) in
+        [(Some(102), Reason::Host), (Some(999), Reason::PidUnknown), (Some(0), Reason::InvalidPid), (None, Reason::NoPid)]
+    {
         let mut core = core();
         feed(&mut core, (0..200).map(|_| (50, pid)));
         let snapshot = core.snapshot();

@@ -102,7 +102,14 @@ impl Cgroups {
         }
     }
 
-    fn add_container(&mut self, name: String, root: String, identity: crate::labels::CgroupIdentity, at: BootNs, creation_seen: bool) -> ContainerKey {
+    fn add_container(
+        &mut self,
+        name: String,
+        root: String,
+        identity: crate::labels::CgroupIdentity,
+        at: BootNs,
+        creation_seen: bool,
+    ) -> ContainerKey {
         self.next_key += 1;
         let key = ContainerKey(self.next_key);
         let record = Arc::new(ContainerRecord { key, cgroup_path: root, identity, created: at, creation_seen });

@@ -33,11 +33,7 @@ struct Life {
 
 impl Life {
     fn is(&self, start: BootNs, coarse: bool) -> bool {
-        if self.coarse || coarse {
-            self.start.0 / PROC_TICK_NS == start.0 / PROC_TICK_NS
-        } else {
-            self.start == start
-        }
+        if self.coarse || coarse { self.start.0 / PROC_TICK_NS == start.0 / PROC_TICK_NS } else { self.start == start }
     }
 
     fn overlaps(&self, from: BootNs, to: BootNs) -> bool {
@@ -162,7 +158,15 @@ mod tests {
     }
 
     fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, place: Place) -> ProcessFact {
-        ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), coarse_start: false, at: BootNs(at), v2: place.v2, v1: place.v1 }
+        ProcessFact {
+            change,
+            tgid: Tgid(tgid),
+            start: BootNs(start),
+            coarse_start: false,
+            at: BootNs(at),
+            v2: place.v2,
+            v1: place.v1,
+        }
     }
 
     fn check(facts: &[ProcessFact], pid: u32, from: u64, to: u64, expect: &[Place]) {
