@@ -1,1 +1,65 @@
-fn main() {}
+//! The developer's one tool: `cargo xtask VERB`. This file only chooses the verb.
+//!
+//! Few dependencies, because on a bare machine this is compiled before anything else.
+#![deny(unsafe_code)]
+
+mod build;
+mod demo;
+mod dist;
+mod dockerd;
+mod ebpf;
+mod http;
+mod janitor;
+mod lint;
+mod setup;
+#[expect(unsafe_code, reason = "the few calls that std does not offer: signals, prctl")]
+mod sys;
+mod test;
+mod tools;
+
+use std::process::ExitCode;
+
+const HELP: &str = "\
+cargo xtask VERB
+
+  setup [--check] [--yes]          what is missing to build the kernel program and to run the tests
+  demo [--for 30s] [--sim|--real]  containers on a GPU, the agent, and a live table of who uses how much
+  test [FILTER..]                  everything, on real engines and the real kernel (root)
+  lint                             format, clippy, licences
+  build [--debug]                  the kernel program, the agent, the simulator
+  dist                             a release tarball in target/dist
+";
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let (verb, rest) = match args.split_first() {
+        Some((verb, rest)) => (verb.as_str(), rest),
+        None => ("help", &[][..]),
+    };
+    let done = match verb {
+        "setup" => setup::verb(rest),
+        "demo" => demo::verb(rest),
+        "test" => test::verb(rest),
+        "lint" => lint::verb(rest),
+        "build" => build::verb(rest),
+        "build-ebpf" => ebpf::verb(rest),
+        "dist" => dist::verb(rest),
+        janitor::VERB => janitor::verb(),
+        "help" | "--help" | "-h" => {
+            print!("{HELP}");
+            Ok(())
+        }
+        other => Err(tools::Usage(format!("there is no verb '{other}'\n\n{HELP}")).into()),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(problem) => {
+            eprintln!("xtask {verb}: {problem:#}");
+            let usage = problem.downcast_ref::<tools::Usage>().is_some();
+            match sys::interrupted() {
+                Some(signal) => ExitCode::from(128 + signal),
+                None => ExitCode::from(if usage { 2 } else { 1 }),
+            }
+        }
+    }
+}

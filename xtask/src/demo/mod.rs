@@ -1,0 +1,287 @@
+//! `demo`: a few containers on a GPU, the agent, and a table of who uses how much.
+//!
+//! Everything in it is real but the GPU, and that too where the machine has one. Nothing is left behind: processes die
+//! with this one, and the janitor removes the rest.
+
+mod exposition;
+mod table;
+mod workloads;
+
+use crate::{
+    build::{self, Built, Profile},
+    dockerd::tail,
+    http,
+    janitor::Cleanup,
+    setup, sys,
+    tools::{self, Running, Usage, run, say},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs,
+    io::{self, IsTerminal as _},
+    net::{SocketAddr, TcpListener},
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+use table::{Screen, View};
+use workloads::{Place, SPECS, Spec, Workload};
+
+const DRIVER: &str = "/dev/nvidiactl";
+/// From its start to the first merged scan; usually under a second.
+const READY_PATIENCE: Duration = Duration::from_secs(30);
+const SCRAPE_PERIOD: Duration = Duration::from_secs(1);
+
+struct Options {
+    lasts: Option<Duration>,
+    /// None: what the machine has.
+    real: Option<bool>,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self { lasts: None, real: None };
+        let mut words = args.iter();
+        while let Some(word) = words.next() {
+            match word.split_once('=').unwrap_or((word, "")) {
+                ("--for", "") => options.lasts = Some(duration(words.next().map_or("", String::as_str))?),
+                ("--for", value) => options.lasts = Some(duration(value)?),
+                ("--sim", "") if options.real.is_none() => options.real = Some(false),
+                ("--real", "") if options.real.is_none() => options.real = Some(true),
+                _ => return Err(tools::unknown(word)),
+            }
+        }
+        Ok(options)
+    }
+}
+
+fn duration(text: &str) -> Result<Duration> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit {
+        "ms" => 0.001,
+        "s" | "" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => f64::NAN,
+    };
+    let seconds = number.parse::<f64>().map_or(f64::NAN, |number| number * factor);
+    let parsed = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
+    parsed.ok_or_else(|| Usage(format!("'{text}' is no duration; 30s, 5m or 1500ms are")).into())
+}
+
+pub fn verb(args: &[String]) -> Result<()> {
+    let options = Options::parse(args)?;
+    let driver = Path::new(DRIVER).exists();
+    let real = options.real.unwrap_or(driver);
+    if real && !driver {
+        bail!("--real needs NVIDIA's driver, and {DRIVER} does not exist; --sim shows the same on a simulated GPU");
+    }
+    if !sys::is_root() {
+        bail!("the demo loads programs into the kernel and makes containers: run as root");
+    }
+    setup::ensure(setup::Scope::Ebpf, false)?;
+    let built = build::everything(if real { Profile::Release } else { Profile::Debug })?;
+
+    sys::catch_signals();
+    // Declared first, so dropped last: the processes end before their cgroups are removed.
+    let mut cleanup = Cleanup::start()?;
+    let tmp = cleanup.temporary("gpu-sampler-demo")?;
+    let mut stage = if real { Stage::real(&built, &tmp)? } else { Stage::simulated(&built, &tmp, &mut cleanup)? };
+    let from = Instant::now();
+    stage.watch(options.lasts, from)?;
+    let view = stage.scrape()?;
+    if !io::stdout().is_terminal() {
+        for line in view.lines(&stage.page()) {
+            println!("{line}");
+        }
+    }
+    if options.lasts.is_some()
+        && let Some(signal) = sys::interrupted()
+    {
+        bail!("interrupted by signal {signal} before its time was over");
+    }
+    stage.verdict(&view)
+}
+
+/// All that runs.
+struct Stage {
+    workloads: Vec<Workload>,
+    loads: Vec<Running>,
+    agent: Running,
+    log: PathBuf,
+    server: SocketAddr,
+    expected: &'static [Spec],
+}
+
+impl Stage {
+    fn simulated(built: &Built, tmp: &Path, cleanup: &mut Cleanup) -> Result<Self> {
+        let dir = tmp.join("nvml");
+        run(Command::new(&built.sim)
+            .args(["init", "--gpus", "1", "--dir"])
+            .arg(&dir)
+            .env("NVML_SIM_LIBRARY", &built.sim_library))?;
+        let place = Place::choose(cleanup, tmp)?;
+        let (mut workloads, mut loads) = (Vec::new(), Vec::new());
+        let mut begin = |spec: &Spec| -> Result<()> {
+            let workload = place.start(spec, cleanup)?;
+            loads.push(workloads::load(&workload, spec, &built.sim, &dir)?);
+            say(format_args!("demo: {} as pid {}, {} of GPU 0", workload.name, workload.pid, spec.demand));
+            workloads.push(workload);
+            Ok(())
+        };
+        // Some are there before the agent, one comes while it runs: it has to know both kinds.
+        let (last, before) = SPECS.split_last().context("there are workloads")?;
+        for spec in before {
+            begin(spec)?;
+        }
+        let mut agent = Command::new(&built.sampler);
+        agent.env("NVML_SIM_DIR", &dir).arg("run").arg("--nvml-lib").arg(dir.join("lib/libnvidia-ml.so.1"));
+        let (agent, server, log) = start_agent(agent, tmp)?;
+        begin(last)?;
+        Ok(Self { workloads, loads, agent, log, server, expected: &SPECS })
+    }
+
+    fn real(built: &Built, tmp: &Path) -> Result<Self> {
+        say("demo: on the machine's NVIDIA driver; it starts no CUDA work, so the table has what others run, and the devices");
+        let mut agent = Command::new(&built.sampler);
+        agent.arg("run");
+        let (agent, server, log) = start_agent(agent, tmp)?;
+        Ok(Self { workloads: Vec::new(), loads: Vec::new(), agent, log, server, expected: &[] })
+    }
+
+    /// Until its time is over or a signal comes; an error when something that has to run has ended.
+    fn watch(&mut self, lasts: Option<Duration>, from: Instant) -> Result<()> {
+        let live = io::stdout().is_terminal();
+        let mut screen = Screen::default();
+        say(match lasts {
+            Some(lasts) => format!("demo: runs for {lasts:?}; {}", self.page()),
+            None => format!("demo: runs until Ctrl-C; {}", self.page()),
+        });
+        let mut drawn: Option<Instant> = None;
+        while sys::interrupted().is_none() && lasts.is_none_or(|lasts| from.elapsed() < lasts) {
+            self.all_live()?;
+            if drawn.is_none_or(|drawn| drawn.elapsed() >= SCRAPE_PERIOD) {
+                drawn = Some(Instant::now());
+                let view = self.scrape()?;
+                if live {
+                    screen.draw(&view.lines(&self.page()))?;
+                }
+            }
+            thread::sleep(Duration::from_millis(50));
+        }
+        Ok(())
+    }
+
+    fn all_live(&mut self) -> Result<()> {
+        if let Some(status) = self.agent.ended()? {
+            bail!("the agent ended ({status}):\n{}", tail(&self.log));
+        }
+        for workload in &mut self.workloads {
+            if !workload.lives()? {
+                bail!("the workload {} (pid {}) ended", workload.name, workload.pid);
+            }
+        }
+        for load in &mut self.loads {
+            if let Some(status) = load.ended()? {
+                bail!("{} ended ({status})", load.name);
+            }
+        }
+        Ok(())
+    }
+
+    fn scrape(&mut self) -> Result<View> {
+        let page = http::get(self.server, "/metrics").and_then(http::Answer::ok);
+        let page = match page {
+            Ok(page) => page,
+            Err(problem) => {
+                // The reason is more telling than "connection refused".
+                self.all_live()?;
+                return Err(problem.context("reading /metrics"));
+            }
+        };
+        Ok(View::new(&exposition::parse(&String::from_utf8_lossy(&page))))
+    }
+
+    fn page(&self) -> String {
+        format!("metrics: http://{}/metrics", self.server)
+    }
+
+    fn verdict(&self, view: &View) -> Result<()> {
+        if !view.has_devices() {
+            bail!("the agent shows no GPU time:\n{}", tail(&self.log));
+        }
+        let missing = view.missing(self.expected);
+        if missing.is_empty() {
+            say(format_args!("demo: {} workloads, all attributed with namespace, pod and container", self.expected.len()));
+            return Ok(());
+        }
+        bail!("not every workload was attributed:\n  {}", missing.join("\n  "));
+    }
+}
+
+/// Waits for the first merged scan.
+fn start_agent(mut command: Command, tmp: &Path) -> Result<(Running, SocketAddr, PathBuf)> {
+    // Free a moment ago; should another take it in between, the agent says so and the demo fails.
+    let server = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let log = tmp.join("agent.log");
+    command
+        .args(["--listen", &server.to_string()])
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&log)?)
+        .stderr(fs::OpenOptions::new().append(true).open(&log)?);
+    // Out of the terminal's group: on Ctrl-C it has to answer once more.
+    sys::own_session(&mut command);
+    let mut agent = Running::start("the agent", tools::forget_cargo(&mut command))?;
+    let from = Instant::now();
+    loop {
+        if let Some(status) = agent.ended()? {
+            bail!("the agent ended ({status}):\n{}", tail(&log));
+        }
+        if http::get(server, "/readyz").is_ok_and(|answer| answer.status == 200) {
+            break;
+        }
+        if let Some(signal) = sys::interrupted() {
+            bail!("interrupted by signal {signal}");
+        }
+        if from.elapsed() > READY_PATIENCE {
+            bail!("the agent is not ready after {READY_PATIENCE:?}:\n{}", tail(&log));
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+    say(format_args!("demo: the agent is ready after {} ms", from.elapsed().as_millis()));
+    Ok((agent, server, log))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, expect) in [
+            ("30s", Some(30_000)),
+            ("1.5m", Some(90_000)),
+            ("1500ms", Some(1_500)),
+            ("7", Some(7_000)),
+            ("", None),
+            ("0s", None),
+            ("s", None),
+            ("3d", None),
+            ("-1s", None),
+        ] {
+            assert_eq!(duration(text).ok(), expect.map(Duration::from_millis), "{text}");
+        }
+    }
+
+    #[test]
+    fn options() {
+        let parse = |words: &[&str]| Options::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
+        assert_eq!(parse(&["--for", "5s", "--sim"]).unwrap().real, Some(false));
+        assert_eq!(parse(&["--for=5s"]).unwrap().lasts, Some(Duration::from_secs(5)));
+        assert!(parse(&["--sim", "--real"]).is_err());
+        assert!(parse(&["--for"]).is_err());
+        assert!(parse(&["x"]).is_err());
+    }
+}

@@ -1,0 +1,104 @@
+//! A Docker Engine to test against: the machine's, or one of our own with everything in one temporary folder.
+
+use crate::{
+    http,
+    janitor::{self, Cleanup, Leftover, mounts, start_time},
+    sys,
+    tools::{on_path, say},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    env,
+    ffi::OsString,
+    fs,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+pub const SYSTEM_SOCKET: &str = "/var/run/docker.sock";
+
+/// dockerd and its containerd start in 1-3 s; a loaded machine gets more.
+const START_PATIENCE: Duration = Duration::from_secs(60);
+
+pub fn answers(socket: &Path) -> bool {
+    http::unix(socket, "GET", "/_ping", "", &[]).is_ok_and(|answer| answer.status == 200)
+}
+
+/// `unix://..` of an engine that answers; the child is the one that was started for it.
+pub fn ensure(cleanup: &mut Cleanup) -> Result<(String, Option<Child>)> {
+    if answers(Path::new(SYSTEM_SOCKET)) {
+        say(format_args!("Docker: the engine behind {SYSTEM_SOCKET}"));
+        return Ok((format!("unix://{SYSTEM_SOCKET}"), None));
+    }
+    let (socket, child) = start(cleanup)?;
+    Ok((format!("unix://{}", socket.display()), Some(child)))
+}
+
+fn start(cleanup: &mut Cleanup) -> Result<(PathBuf, Child)> {
+    let program = on_path("dockerd").context("dockerd is not installed: run `cargo xtask setup`")?;
+    let dir = cleanup.temporary("gpu-sampler-engine")?;
+    // The engine leaves its cgroup of all containers behind.
+    for root in mounts().into_iter().filter(janitor::Mount::is_cgroup) {
+        let common = root.point.join("docker");
+        if !common.exists() {
+            cleanup.will_remove(&Leftover::Folder(common))?;
+        }
+    }
+    let (socket, log) = (dir.join("docker.sock"), dir.join("dockerd.log"));
+    say(format_args!("Docker: no engine answers, so one is started in {}", dir.display()));
+    let mut command = Command::new(program);
+    command
+        .args(["--iptables=false", "--ip6tables=false", "--bridge=none"])
+        .arg(option("--host=unix://", &socket))
+        .arg(option("--data-root=", &dir.join("data")))
+        .arg(option("--exec-root=", &dir.join("exec")))
+        .arg(option("--pidfile=", &dir.join("dockerd.pid")))
+        .env("PATH", path_with_daemons())
+        .stdin(Stdio::null())
+        .stdout(fs::File::create(&log)?)
+        .stderr(fs::OpenOptions::new().append(true).open(&log)?);
+    // In its own session: the terminal's Ctrl-C is for us, and we end it in our order. SIGTERM, because only dockerd
+    // itself stops its containers.
+    sys::own_session(sys::dies_with_us(&mut command, libc::SIGTERM));
+    let mut child = command.spawn().context("starting dockerd")?;
+    let start = start_time(child.id()).context("dockerd ended at once")?;
+    cleanup.will_remove(&Leftover::Engine { pid: child.id(), start, dir: dir.clone() })?;
+    let from = Instant::now();
+    while !answers(&socket) {
+        if let Some(status) = child.try_wait()? {
+            bail!("dockerd ended ({status}):\n{}", tail(&log));
+        }
+        if let Some(signal) = sys::interrupted() {
+            bail!("interrupted by signal {signal}");
+        }
+        if from.elapsed() > START_PATIENCE {
+            bail!("dockerd does not answer after {START_PATIENCE:?}:\n{}", tail(&log));
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+    say(format_args!("Docker: answers after {:.1} s", from.elapsed().as_secs_f64()));
+    Ok((socket, child))
+}
+
+fn option(name: &str, path: &Path) -> OsString {
+    let mut option = OsString::from(name);
+    option.push(path);
+    option
+}
+
+/// dockerd looks for containerd, runc and iptables on PATH, which may lack the folders of daemons.
+fn path_with_daemons() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
+    path
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
+}

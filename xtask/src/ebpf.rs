@@ -1,0 +1,151 @@
+//! Builds the kernel program into `target/ebpf-object/sampler-ebpf.o`.
+//!
+//! It needs core's sources, because no compiled core exists for BPF, and a linker whose LLVM is at least as new as the
+//! compiler's. Any toolchain that has the sources serves: rustup's with rust-src, or a distribution's.
+
+use crate::tools::{self, forget_cargo, output, say};
+use anyhow::{Context, Result, bail};
+use std::{
+    env, fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+pub struct Toolchain {
+    pub prefix: PathBuf,
+    /// Major version of the LLVM inside.
+    pub llvm: u32,
+}
+
+pub fn verb(args: &[String]) -> Result<()> {
+    tools::no_arguments(args)?;
+    build()
+}
+
+pub fn linker() -> PathBuf {
+    tools::root().join("target/tools/bin/bpf-linker")
+}
+
+/// Major version of the LLVM that the installed linker was linked with; none when it is absent or cannot start.
+pub fn linker_llvm() -> Option<u32> {
+    let linker = linker();
+    output(&linker, &["--version"])?;
+    let libraries = output("ldd", &[linker.to_str()?])?;
+    let (_, after) = libraries.split_once("libLLVM")?;
+    let digits = after.trim_start_matches(['.', '-']).trim_start_matches("so.");
+    leading_number(digits)
+}
+
+fn leading_number(text: &str) -> Option<u32> {
+    let end = text.find(|c: char| !c.is_ascii_digit()).unwrap_or(text.len());
+    text[..end].parse().ok()
+}
+
+fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
+    text.lines().find_map(|line| line.strip_prefix(key)).map(str::trim)
+}
+
+/// (major, minor) of "1.95.0-nightly".
+fn release(text: &str) -> Option<(u32, u32)> {
+    let mut parts = text.split('.').map(leading_number);
+    Some((parts.next()??, parts.next()??))
+}
+
+fn probe(prefix: &Path) -> Option<Toolchain> {
+    let rustc = prefix.join("bin/rustc");
+    let sysroot = PathBuf::from(output(&rustc, &["--print", "sysroot"])?.trim());
+    if !sysroot.join("lib/rustlib/src/rust/library/core/src/lib.rs").exists() {
+        return None;
+    }
+    let version = output(&rustc, &["-vV"])?;
+    if release(field(&version, "release:")?) < release(env!("CARGO_PKG_RUST_VERSION")) {
+        return None;
+    }
+    let llvm = leading_number(field(&version, "LLVM version:")?)?;
+    prefix.join("bin/cargo").exists().then(|| Toolchain { prefix: prefix.to_path_buf(), llvm })
+}
+
+/// Every toolchain here that can compile for BPF, the preferred first.
+pub fn toolchains() -> Vec<Toolchain> {
+    let rustup = env::var_os("RUSTUP_HOME").map(PathBuf::from);
+    let rustup = rustup.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".rustup")));
+    let folder = rustup.and_then(|home| fs::read_dir(home.join("toolchains")).ok());
+    let mut prefixes: Vec<PathBuf> = folder.into_iter().flatten().flatten().map(|entry| entry.path()).collect();
+    prefixes.sort();
+    prefixes.push("/usr".into());
+    prefixes.iter().filter_map(|prefix| probe(prefix)).collect()
+}
+
+/// The toolchain that goes with the installed linker.
+pub fn usable() -> Option<Toolchain> {
+    let newest = linker_llvm()?;
+    toolchains().into_iter().find(|toolchain| toolchain.llvm <= newest)
+}
+
+pub fn build() -> Result<()> {
+    let toolchain = usable().context("the kernel program cannot be built yet: run `cargo xtask setup`")?;
+    let prefix = &toolchain.prefix;
+    say(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
+    let target_dir = tools::root().join("target/bpf");
+    let mut cargo = Command::new(prefix.join("bin/cargo"));
+    forget_cargo(&mut cargo);
+    for name in [
+        "RUSTUP_TOOLCHAIN",
+        "RUSTFLAGS",
+        "CARGO_BUILD_TARGET",
+        "CARGO_BUILD_RUSTFLAGS",
+        "CARGO_TARGET_DIR",
+        "RUSTC_WRAPPER",
+        "RUSTC_WORKSPACE_WRAPPER",
+        "RUSTC_LINKER",
+    ] {
+        cargo.env_remove(name);
+    }
+    // The flags replace those of any configuration; \x1f is cargo's separator.
+    let arch = env::consts::ARCH;
+    let flags = format!("--cfg=bpf_target_arch=\"{arch}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf");
+    cargo
+        .current_dir(tools::root())
+        .env("RUSTC", prefix.join("bin/rustc"))
+        .env("RUSTC_BOOTSTRAP", "1")
+        .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker())
+        .env("CARGO_ENCODED_RUSTFLAGS", flags)
+        .args(["build", "--locked", "--profile", "ebpf", "--package", "sampler-ebpf"])
+        .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"])
+        .arg(&target_dir);
+    if !cargo.status().with_context(|| prefix.display().to_string())?.success() {
+        bail!("the kernel program did not build");
+    }
+    publish(&target_dir.join("bpfel-unknown-none/ebpf/sampler-ebpf"), &tools::ebpf_object())
+}
+
+/// Copies only what changed, whole or not at all, so that nothing behind it is built again for nothing.
+fn publish(from: &Path, to: &Path) -> Result<()> {
+    let new = fs::read(from).with_context(|| from.display().to_string())?;
+    if fs::read(to).ok().as_ref() == Some(&new) {
+        return Ok(());
+    }
+    let folder = to.parent().context("an object lies in a folder")?;
+    fs::create_dir_all(folder)?;
+    // Beside the folder, not in it: the agent's build script watches the folder.
+    let unfinished = folder.with_extension(format!("tmp{}", std::process::id()));
+    fs::write(&unfinished, &new)?;
+    fs::rename(&unfinished, to).with_context(|| to.display().to_string())?;
+    say(format_args!("kernel program: {} bytes in {}", new.len(), to.display()));
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions() {
+        assert_eq!(release("1.97.0-nightly"), Some((1, 97)));
+        assert_eq!(release("1.95"), Some((1, 95)));
+        assert!(release("1.100.0") > release("1.95.0"));
+        assert_eq!(release("x"), None);
+        assert_eq!(leading_number("22.1.8"), Some(22));
+        assert_eq!(leading_number(""), None);
+    }
+}

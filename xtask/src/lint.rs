@@ -1,0 +1,97 @@
+//! `lint`: what a change must pass before it is tested. Runs every check, then fails if one did.
+
+use crate::tools::{self, on_path, output, run, say};
+use anyhow::{Context, Result, bail};
+use std::fs;
+
+pub fn verb(args: &[String]) -> Result<()> {
+    tools::no_arguments(args)?;
+    let mut failed = Vec::new();
+    for (name, result) in [("format", format()), ("clippy", clippy()), ("licences", licences()), ("home paths", home_paths())] {
+        if let Err(problem) = result {
+            eprintln!("xtask lint: {problem:#}");
+            failed.push(name);
+        }
+    }
+    if !failed.is_empty() {
+        bail!("failed: {}", failed.join(", "));
+    }
+    say("lint: passed");
+    Ok(())
+}
+
+fn format() -> Result<()> {
+    run(&mut tools::cargo(&["fmt", "--all", "--check"])?)
+}
+
+fn clippy() -> Result<()> {
+    run(&mut tools::cargo(&["clippy", "--workspace", "--all-targets", "--locked", "--", "-D", "warnings"])?)
+}
+
+fn licences() -> Result<()> {
+    if on_path("cargo-deny").is_none() {
+        say("lint: cargo-deny is not installed, so licences and sources are not checked (`cargo install cargo-deny`)");
+        return Ok(());
+    }
+    // Without `advisories`: their database is not within reach everywhere.
+    run(&mut tools::cargo(&["deny", "--locked", "check", "licenses", "bans", "sources"])?)
+}
+
+/// Somebody's home directory in a tracked file is a path that works on one machine.
+fn home_paths() -> Result<()> {
+    say("no tracked file names a home directory");
+    let root = tools::root();
+    let root = root.to_str().context("the path of this checkout is UTF-8")?;
+    let Some(list) = output("git", &["-C", root, "ls-files", "-z"]) else {
+        say("lint: not a git checkout, so there are no tracked files to look through");
+        return Ok(());
+    };
+    let mut found = 0;
+    for name in list.split_terminator('\0') {
+        // A deleted file is still tracked; a binary one has no path to read.
+        let Ok(text) = fs::read_to_string(tools::root().join(name)) else { continue };
+        for (number, line) in text.lines().enumerate().filter(|(_, line)| names_a_home(line)) {
+            eprintln!("{name}:{}: {}", number + 1, line.trim());
+            found += 1;
+        }
+    }
+    match found {
+        0 => Ok(()),
+        _ => bail!("{found} lines name a home directory"),
+    }
+}
+
+fn names_a_home(line: &str) -> bool {
+    // In parts, so that this file passes its own check.
+    let starts = [concat!("/ho", "me/"), concat!("/Use", "rs/"), concat!("/ro", "ot/.")];
+    starts.iter().any(|start| {
+        line.match_indices(start).any(|(at, _)| {
+            let before = line[..at].chars().next_back();
+            let after = line[at + start.len()..].chars().next();
+            // `/proc/1/root/.x` and `{dir}/home/` go on from something else.
+            let begins = before.is_none_or(|c| !c.is_alphanumeric() && !"}/.-_*>".contains(c));
+            begins && after.is_some_and(char::is_alphanumeric)
+        })
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::names_a_home;
+
+    #[test]
+    fn homes() {
+        let home = concat!("/ho", "me");
+        for (line, expect) in [
+            (format!("let x = \"{home}/kim/x\""), true),
+            (format!("{home}/kim/x"), true),
+            (format!("{home}/"), false),
+            (format!("{home}/$USER"), false),
+            (format!("/proc/1/root{home}/kim"), false),
+            (concat!("/ro", "ot/.cargo").to_owned(), true),
+            (concat!("/proc/1/ro", "ot/.dockerenv").to_owned(), false),
+        ] {
+            assert_eq!(names_a_home(&line), expect, "{line}");
+        }
+    }
+}

@@ -1,0 +1,267 @@
+//! `setup`: what is missing to build the kernel program and to run the tests, and its installation.
+//!
+//! On Debian and its kin, as root, it installs; elsewhere it names exactly what to install. Nothing outside the
+//! package manager and `target/tools` is touched.
+
+use crate::{
+    ebpf, sys,
+    tools::{self, on_path, output, run, say},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    collections::BTreeSet,
+    fmt,
+    io::{self, IsTerminal as _, Write as _},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+const LINKER_VERSION: &str = "0.13.0";
+/// The LLVM versions that bpf-linker 0.13.0 can be built with.
+const LINKER_LLVMS: std::ops::RangeInclusive<u32> = 21..=23;
+/// The LLVM of Debian's own rustc-web.
+const DEBIAN_LLVM: u32 = 22;
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub enum Scope {
+    /// To build the kernel program.
+    Ebpf,
+    /// That, and the engines that the tests talk to.
+    Tests,
+}
+
+enum Missing {
+    /// Debian packages, and what to look for elsewhere.
+    Packages {
+        what: String,
+        packages: Vec<String>,
+    },
+    Linker {
+        llvm: u32,
+    },
+}
+
+impl fmt::Display for Missing {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Packages { what, packages } => write!(f, "{what}: {}", packages.join(" ")),
+            Self::Linker { llvm } => {
+                write!(f, "bpf-linker {LINKER_VERSION} into target/tools: ")?;
+                let prefix = llvm_prefix(*llvm).unwrap_or_else(|| debian_llvm(*llvm));
+                write!(f, "LLVM_PREFIX={} cargo {}", prefix.display(), linker_args(*llvm).join(" "))
+            }
+        }
+    }
+}
+
+pub fn verb(args: &[String]) -> Result<()> {
+    let (mut check, mut yes) = (false, false);
+    for word in args {
+        match word.as_str() {
+            "--check" => check = true,
+            "--yes" | "-y" => yes = true,
+            _ => return Err(tools::unknown(word)),
+        }
+    }
+    if !check {
+        return ensure(Scope::Tests, yes);
+    }
+    let missing = missing(Scope::Tests);
+    if missing.is_empty() {
+        say("setup: nothing is missing");
+        return Ok(());
+    }
+    for one in &missing {
+        println!("{one}");
+    }
+    bail!("{} missing; `cargo xtask setup` installs them", missing.len());
+}
+
+/// Installs what is missing for `scope`; nothing to do is the usual case and silent enough.
+pub fn ensure(scope: Scope, yes: bool) -> Result<()> {
+    let lacking = missing(scope);
+    if lacking.is_empty() {
+        say("setup: nothing is missing");
+        return Ok(());
+    }
+    say("setup: to be installed:");
+    for one in &lacking {
+        eprintln!("  {one}");
+    }
+    let packages = packages_of(&lacking);
+    if !packages.is_empty() {
+        if on_path("apt-get").is_none() || !Path::new("/etc/debian_version").exists() {
+            bail!("this system's packages are not known here: install the above (Debian's names) by hand, then repeat");
+        }
+        if !sys::is_root() {
+            bail!("only root can install packages: run `apt-get install {}`, then repeat", packages.join(" "));
+        }
+    }
+    if !yes && io::stdin().is_terminal() && !agreed()? {
+        bail!("nothing was installed");
+    }
+    if !packages.is_empty() {
+        install_packages(&packages)?;
+    }
+    // What a package brought decides which linker is wanted.
+    for one in missing(scope) {
+        match one {
+            Missing::Linker { llvm } => install_linker(llvm)?,
+            Missing::Packages { .. } => bail!("still missing after the installation: {one}"),
+        }
+    }
+    let still = missing(scope);
+    if let Some(one) = still.first() {
+        bail!("still missing after the installation: {one}");
+    }
+    say("setup: complete");
+    Ok(())
+}
+
+fn agreed() -> Result<bool> {
+    eprint!("Install these now? [Y/n] ");
+    io::stderr().flush()?;
+    let mut answer = String::new();
+    io::stdin().read_line(&mut answer)?;
+    Ok(matches!(answer.trim().to_lowercase().as_str(), "" | "y" | "yes"))
+}
+
+fn packages_of(missing: &[Missing]) -> Vec<String> {
+    let mut names = BTreeSet::new();
+    for one in missing {
+        if let Missing::Packages { packages, .. } = one {
+            names.extend(packages.iter().cloned());
+        }
+    }
+    names.into_iter().collect()
+}
+
+fn missing(scope: Scope) -> Vec<Missing> {
+    let mut missing = missing_for_ebpf();
+    if scope == Scope::Tests {
+        missing.extend(missing_for_tests());
+    }
+    missing
+}
+
+fn packages(what: impl Into<String>, names: &[&str]) -> Missing {
+    let packages = names.iter().map(|name| name.to_string()).collect();
+    Missing::Packages { what: what.into(), packages }
+}
+
+fn llvm_packages(llvm: u32) -> Missing {
+    let names = [format!("llvm-{llvm}-dev"), format!("libpolly-{llvm}-dev")];
+    Missing::Packages { what: format!("LLVM {llvm} to build bpf-linker with"), packages: names.into() }
+}
+
+fn missing_for_ebpf() -> Vec<Missing> {
+    if ebpf::usable().is_some() {
+        return Vec::new();
+    }
+    let mut missing = Vec::new();
+    // The C++ standard library, which LLVM's C interface needs.
+    if on_path("c++").or_else(|| on_path("g++")).is_none() {
+        missing.push(packages("a C++ compiler to build bpf-linker with", &["g++"]));
+    }
+    let toolchains = ebpf::toolchains();
+    let wanted: Vec<u32> = toolchains.iter().map(|t| t.llvm.max(*LINKER_LLVMS.start())).collect();
+    let here = wanted.iter().find_map(|llvm| (*llvm..=*LINKER_LLVMS.end()).find(|n| llvm_prefix(*n).is_some()));
+    if let Some(llvm) = here {
+        missing.push(Missing::Linker { llvm });
+        return missing;
+    }
+    // Outside Debian nothing can be asked: name what goes with the toolchain that is there.
+    let can_get = |llvm: &u32| on_path("apt-cache").is_none() || offered(&format!("llvm-{llvm}-dev"));
+    let known = wanted.into_iter().filter(|llvm| LINKER_LLVMS.contains(llvm)).find(can_get);
+    if known.is_none() {
+        let version = env!("CARGO_PKG_RUST_VERSION");
+        let what = format!("a Rust toolchain, {version} or newer, with the library sources (or `rustup component add rust-src`)");
+        missing.push(packages(what, &["rustc-web", "cargo-web", "rust-web-src"]));
+    }
+    let llvm = known.unwrap_or(DEBIAN_LLVM);
+    if llvm_prefix(llvm).is_none() {
+        missing.push(llvm_packages(llvm));
+    }
+    missing.push(Missing::Linker { llvm });
+    missing
+}
+
+fn missing_for_tests() -> Vec<Missing> {
+    let commands = [
+        ("Docker Engine", "dockerd", "docker.io"),
+        ("containerd", "containerd", "containerd"),
+        ("runc", "runc", "runc"),
+        ("iptables, which dockerd asks for", "iptables", "iptables"),
+        ("Prometheus", "prometheus", "prometheus"),
+        ("promtool", "promtool", "prometheus"),
+    ];
+    let mut missing: Vec<Missing> = commands
+        .iter()
+        .filter(|(_, command, _)| on_path(command).is_none())
+        .map(|(what, _, package)| packages(*what, &[package]))
+        .collect();
+    // A venv takes its pip from ensurepip, which Debian ships apart.
+    if output("python3", &["-c", "import ensurepip, venv"]).is_none() {
+        missing.push(packages("Python with venv", &["python3", "python3-venv"]));
+    }
+    missing
+}
+
+fn debian_llvm(llvm: u32) -> PathBuf {
+    PathBuf::from(format!("/usr/lib/llvm-{llvm}"))
+}
+
+/// Where LLVM of that major lies with all that building a linker wants.
+fn llvm_prefix(llvm: u32) -> Option<PathBuf> {
+    let debian = debian_llvm(llvm);
+    if debian.join("bin/llvm-config").exists() {
+        let complete = debian.join("include/llvm-c/Core.h").exists() && debian.join("lib/libPolly.a").exists();
+        return complete.then_some(debian);
+    }
+    let config = [format!("llvm-config-{llvm}"), "llvm-config".into()];
+    let config = config
+        .iter()
+        .filter_map(|name| on_path(name))
+        .find(|config| output(config, &["--version"]).is_some_and(|version| version.starts_with(&format!("{llvm}."))))?;
+    let prefix = PathBuf::from(output(config, &["--prefix"])?.trim());
+    prefix.join("include/llvm-c/Core.h").exists().then_some(prefix)
+}
+
+/// Whether the package manager has a version of it to install.
+fn offered(package: &str) -> bool {
+    output("apt-cache", &["policy", package])
+        .is_some_and(|text| text.lines().any(|line| line.contains("Candidate:") && !line.contains("(none)")))
+}
+
+fn apt_get(args: &[&str]) -> Command {
+    let mut command = Command::new("apt-get");
+    command.env("DEBIAN_FRONTEND", "noninteractive").args(args);
+    command
+}
+
+fn install_packages(packages: &[String]) -> Result<()> {
+    run(&mut apt_get(&["update"]))?;
+    run(apt_get(&["install", "-y", "--no-install-recommends"]).args(packages))
+}
+
+fn linker_args(llvm: u32) -> Vec<String> {
+    let feature = format!("llvm-{llvm}");
+    let words = ["install", "bpf-linker", "--version", LINKER_VERSION, "--locked", "--no-default-features"];
+    let more = ["--features", &feature, "--root", "target/tools"];
+    words.iter().chain(&more).map(|word| word.to_string()).collect()
+}
+
+fn install_linker(llvm: u32) -> Result<()> {
+    let prefix = llvm_prefix(llvm).with_context(|| format!("LLVM {llvm} is not there"))?;
+    say("setup: bpf-linker is built from its sources; that takes a minute or two");
+    let mut cargo = tools::cargo(&[])?;
+    for name in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
+        cargo.env_remove(name);
+    }
+    cargo.env("LLVM_PREFIX", prefix).args(linker_args(llvm));
+    // One that is there but cannot start, or is too old, has to be replaced.
+    if ebpf::linker().exists() {
+        cargo.arg("--force");
+    }
+    run(&mut cargo)
+}

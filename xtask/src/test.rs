@@ -1,0 +1,94 @@
+//! `test`: everything, in one go: unit tests, then the privileged tests on the real kernel and real engines.
+
+use crate::{
+    build::{self, Profile},
+    dockerd,
+    janitor::{Cleanup, Leftover, start_time},
+    setup, sys,
+    tools::{self, say, shown},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    env,
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// The package whose tests need root, a kernel and engines.
+const PRIVILEGED: &str = "gpu-sampler-tests";
+/// Between asking the test runner to end and insisting.
+const GRACE: Duration = Duration::from_secs(10);
+
+pub fn verb(filters: &[String]) -> Result<()> {
+    if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
+        return Err(tools::unknown(option));
+    }
+    if !sys::is_root() {
+        bail!("the tests load programs into the kernel and start containers: run as root");
+    }
+    setup::ensure(setup::Scope::Tests, true)?;
+    let built = build::everything(Profile::Debug)?;
+
+    sys::catch_signals();
+    let mut cleanup = Cleanup::start()?;
+    let mut unit = tools::cargo(&["test", "--workspace", "--exclude", PRIVILEGED, "--locked", "--no-fail-fast", "--"])?;
+    unit.args(filters).env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
+    let unit = run(unit, &mut cleanup);
+    if let Err(problem) = &unit {
+        say(format_args!("{problem:#}; the other tests follow"));
+    }
+    if let Some(signal) = sys::interrupted() {
+        bail!("interrupted by signal {signal}");
+    }
+
+    let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
+    let mut privileged = tools::cargo(&["test", "--package", PRIVILEGED, "--locked", "--", "--test-threads=1"])?;
+    privileged
+        .args(filters)
+        .env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object())
+        .env("GPU_SAMPLER_BIN", built.sampler)
+        .env("NVML_SIM_BIN", built.sim)
+        .env("NVML_SIM_LIBRARY", built.sim_library)
+        .env("XTASK_BIN", env::current_exe()?)
+        .env("DOCKER_HOST", docker);
+    let privileged = run(privileged, &mut cleanup);
+    drop(cleanup);
+    if let Some(engine) = &mut engine {
+        let _reaped = engine.wait();
+    }
+    privileged.and(unit)
+}
+
+/// The runner in a process group of its own, so that it can be ended whole.
+fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
+    say(shown(&command));
+    command.stdin(Stdio::null());
+    sys::own_session(sys::dies_with_us(&mut command, libc::SIGKILL));
+    let mut child = command.spawn().with_context(|| shown(&command))?;
+    let pid = child.id();
+    cleanup.will_remove(&Leftover::Group { pid, start: start_time(pid).unwrap_or_default() })?;
+    let mut asked: Option<Instant> = None;
+    loop {
+        if let Some(status) = child.try_wait()? {
+            if let Some(signal) = sys::interrupted() {
+                bail!("interrupted by signal {signal}");
+            }
+            if !status.success() {
+                bail!("`{}` failed ({status})", shown(&command));
+            }
+            return Ok(());
+        }
+        match asked {
+            None if sys::interrupted().is_some() => {
+                sys::kill(-(pid as i32), libc::SIGTERM);
+                asked = Some(Instant::now());
+            }
+            Some(when) if when.elapsed() > GRACE => {
+                sys::kill(-(pid as i32), libc::SIGKILL);
+            }
+            _ => {}
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}

@@ -1,0 +1,166 @@
+//! What several verbs need: where things lie, running a command, saying what is done.
+
+use crate::sys;
+use anyhow::{Context, Result, bail};
+use std::{
+    env, fs,
+    os::unix::fs::PermissionsExt as _,
+    path::{Path, PathBuf},
+    process::{Child, Command},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// Wrong words on the command line: exit code 2.
+#[derive(Debug)]
+pub struct Usage(pub String);
+
+impl std::fmt::Display for Usage {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl std::error::Error for Usage {}
+
+pub fn unknown(word: &str) -> anyhow::Error {
+    Usage(format!("'{word}' is not understood here; `cargo xtask help` lists what is")).into()
+}
+
+pub fn no_arguments(args: &[String]) -> Result<()> {
+    match args.first() {
+        Some(word) => Err(unknown(word)),
+        None => Ok(()),
+    }
+}
+
+pub fn say(what: impl std::fmt::Display) {
+    eprintln!("xtask: {what}");
+}
+
+pub fn root() -> PathBuf {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    here.parent().unwrap_or(here).to_path_buf()
+}
+
+/// Where cargo puts what it builds for this workspace.
+pub fn target_dir() -> Result<PathBuf> {
+    Ok(match env::var_os("CARGO_TARGET_DIR") {
+        Some(dir) => env::current_dir()?.join(dir),
+        None => root().join("target"),
+    })
+}
+
+/// The folder is fixed, whatever CARGO_TARGET_DIR says: the agent's build script looks here too.
+pub fn ebpf_object() -> PathBuf {
+    root().join("target/ebpf-object/sampler-ebpf.o")
+}
+
+/// Variables by which one cargo speaks to what it starts; a second cargo must not hear them.
+pub fn forget_cargo(command: &mut Command) -> &mut Command {
+    const NAMES: [&str; 4] = ["CARGO", "LD_LIBRARY_PATH", "RUST_RECURSION_COUNT", "OUT_DIR"];
+    for (name, _) in env::vars_os() {
+        let text = name.to_string_lossy();
+        let of_package = ["CARGO_PKG_", "CARGO_MANIFEST_", "CARGO_BIN_", "CARGO_CRATE_"];
+        if of_package.iter().any(|start| text.starts_with(start)) || NAMES.contains(&&*text) {
+            command.env_remove(&name);
+        }
+    }
+    command
+}
+
+/// This workspace's cargo, at its root, with the kernel program's object declared.
+pub fn cargo(args: &[&str]) -> Result<Command> {
+    let mut command = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    forget_cargo(&mut command).current_dir(root()).env("CARGO_TARGET_DIR", target_dir()?).args(args);
+    Ok(command)
+}
+
+/// As typed, for the eye.
+pub fn shown(command: &Command) -> String {
+    let name = Path::new(command.get_program()).file_name().unwrap_or_default();
+    let words = std::iter::once(name).chain(command.get_args());
+    words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
+}
+
+/// Runs to the end, says what it runs, fails when it fails.
+pub fn run(command: &mut Command) -> Result<()> {
+    say(shown(command));
+    let status = command.status().with_context(|| shown(command))?;
+    if !status.success() {
+        bail!("`{}` failed ({status})", shown(command));
+    }
+    Ok(())
+}
+
+/// What the command prints, if it can be run and ends well.
+pub fn output(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Option<String> {
+    let output = Command::new(program).args(args).env("LC_ALL", "C").output().ok()?;
+    if !output.status.success() {
+        return None;
+    }
+    String::from_utf8(output.stdout).ok()
+}
+
+/// The first executable of that name on PATH or where daemons are kept.
+pub fn on_path(name: &str) -> Option<PathBuf> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let daemons = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
+    env::split_paths(&path)
+        .chain(daemons)
+        .map(|dir| dir.join(name))
+        .find(|file| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
+}
+
+/// A child that is ended, and reaped, when this goes out of scope.
+pub struct Running {
+    pub name: String,
+    child: Child,
+}
+
+impl Running {
+    /// Starts it so that it dies with this process in any case.
+    pub fn start(name: impl Into<String>, command: &mut Command) -> Result<Self> {
+        let child = sys::dies_with_us(command, libc::SIGKILL).spawn();
+        let child = child.with_context(|| format!("starting `{}`", shown(command)))?;
+        Ok(Self { name: name.into(), child })
+    }
+
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// How it ended, if it did.
+    pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
+        self.child.try_wait().with_context(|| self.name.clone())
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // An id that has not been waited for cannot be anyone else's.
+        if let Ok(None) = self.child.try_wait() {
+            sys::kill(self.child.id() as i32, libc::SIGTERM);
+            let patience = Duration::from_secs(3);
+            let child = &mut self.child;
+            if !wait_until(patience, || !matches!(child.try_wait(), Ok(None))) {
+                let _gone_already = child.kill();
+            }
+            let _reaped = child.wait();
+        }
+    }
+}
+
+/// Polls until `done` or the time is over; the last answer.
+pub fn wait_until(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
+    let from = Instant::now();
+    loop {
+        if done() {
+            return true;
+        }
+        if from.elapsed() >= patience {
+            return false;
+        }
+        thread::sleep(Duration::from_millis(20));
+    }
+}
