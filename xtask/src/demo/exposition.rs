@@ -68,7 +68,9 @@ fn quoted(text: &str) -> Option<(String, &str)> {
 mod tests {
     use super::*;
 
-    fn check(line: &str, expect: Option<(&str, &[(&str, &str)], f64)>) {
+    type Expect<'a> = Option<(&'a str, &'a [(&'a str, &'a str)], f64)>;
+
+    fn check(line: &str, expect: Expect<'_>) {
         let expect = expect.map(|(name, labels, value)| Sample {
             name: name.into(),
             labels: labels.iter().map(|(k, v)| (k.to_string(), v.to_string())).collect(),
