@@ -1,0 +1,254 @@
+//! Flags, environment and file -> one validated [`Config`]. A flag beats its variable, which beats the file, which beats the
+//! default. Every error names the key and the remedy.
+
+use std::net::SocketAddr;
+use std::path::{Path, PathBuf};
+
+use clap::{Args, ValueEnum};
+use serde::Deserialize;
+use thiserror::Error;
+
+pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
+pub const DEFAULT_DOCKER: &str = "unix:///var/run/docker.sock";
+
+/// How processes and cgroups are followed.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum KernelMode {
+    /// The kernel program where it loads, else /proc.
+    #[default]
+    Auto,
+    /// The kernel program, or do not start.
+    RawTracepoint,
+    /// /proc and cgroupfs once a second; short processes are missed.
+    Procfs,
+}
+
+/// What can be set, as flags; every field also as `GPU_SAMPLER_<NAME>` and in the file.
+#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct Settings {
+    /// Address to serve on; beyond loopback a token file is needed [default: 127.0.0.1:9836]
+    #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
+    pub listen: Option<String>,
+    /// NVIDIA's driver library [default: libnvidia-ml.so.1 from the system]
+    #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_NVML_LIB")]
+    pub nvml_lib: Option<PathBuf>,
+    /// Where the host's /proc is [default: /proc]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_PROCFS")]
+    pub path_procfs: Option<PathBuf>,
+    /// Where the host's /sys is [default: /sys]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_SYSFS")]
+    pub path_sysfs: Option<PathBuf>,
+    /// Where the host's file system is: OCI bundles and Docker's files are looked up below it [default: /]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_ROOTFS")]
+    pub path_rootfs: Option<PathBuf>,
+    /// Docker Engine's socket [default: unix:///var/run/docker.sock]
+    #[arg(long, value_name = "URL", env = "GPU_SAMPLER_DOCKER_ENDPOINT")]
+    pub docker_endpoint: Option<String>,
+    /// Label sources to use: bundle, docker-file, docker [default: all]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', env = "GPU_SAMPLER_LABEL_SOURCES")]
+    pub label_sources: Option<Vec<String>>,
+    /// How processes and cgroups are followed [default: auto]
+    #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
+    pub kernel_mode: Option<KernelMode>,
+    /// File with the bearer token that clients beyond loopback must send
+    #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
+    pub token_file: Option<PathBuf>,
+    /// Serve /metrics beyond loopback without a token
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_OPEN_METRICS")]
+    pub open_metrics: Option<bool>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct LabelSources {
+    pub bundle: bool,
+    pub docker_file: bool,
+    pub docker: bool,
+}
+
+#[derive(Clone, Debug)]
+pub struct Config {
+    pub listen: SocketAddr,
+    pub nvml_lib: Option<PathBuf>,
+    pub path_procfs: PathBuf,
+    pub path_sysfs: PathBuf,
+    pub path_rootfs: PathBuf,
+    pub docker_socket: PathBuf,
+    pub label_sources: LabelSources,
+    pub kernel_mode: KernelMode,
+    pub token: Option<String>,
+    pub open_metrics: bool,
+}
+
+#[derive(Debug, Error)]
+pub enum ConfigError {
+    #[error("cannot read {what} {path}; give a file that exists and may be read", path = path.display())]
+    Read { what: &'static str, path: PathBuf, source: std::io::Error },
+    #[error("the configuration file {path} is wrong; `gpu-sampler config --default` prints every key", path = path.display())]
+    File { path: PathBuf, source: Box<toml::de::Error> },
+    #[error("{key} = {value:?} is wrong: {remedy}")]
+    Value { key: &'static str, value: String, remedy: String },
+    #[error("{key} = {path} does not exist; give the path of {what}", path = path.display())]
+    NoSuchPath { key: &'static str, path: PathBuf, what: &'static str },
+    #[error(
+        "listen = {0} is reachable from other machines and nobody could be let in: give --token-file, or --open-metrics to serve \
+         /metrics to everyone"
+    )]
+    Unreadable(SocketAddr),
+}
+
+impl Settings {
+    /// `self` wins, field by field.
+    fn over(self, under: Settings) -> Settings {
+        Settings {
+            listen: self.listen.or(under.listen),
+            nvml_lib: self.nvml_lib.or(under.nvml_lib),
+            path_procfs: self.path_procfs.or(under.path_procfs),
+            path_sysfs: self.path_sysfs.or(under.path_sysfs),
+            path_rootfs: self.path_rootfs.or(under.path_rootfs),
+            docker_endpoint: self.docker_endpoint.or(under.docker_endpoint),
+            label_sources: self.label_sources.or(under.label_sources),
+            kernel_mode: self.kernel_mode.or(under.kernel_mode),
+            token_file: self.token_file.or(under.token_file),
+            open_metrics: self.open_metrics.or(under.open_metrics),
+        }
+    }
+
+    pub fn from_file(path: &Path) -> Result<Settings, ConfigError> {
+        let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+            what: "the configuration file",
+            path: path.to_owned(),
+            source,
+        })?;
+        toml::from_str(&text).map_err(|source| ConfigError::File { path: path.to_owned(), source: Box::new(source) })
+    }
+
+    pub fn validate(self, file: Option<&Path>) -> Result<Config, ConfigError> {
+        let s = match file {
+            Some(path) => self.over(Self::from_file(path)?),
+            None => self,
+        };
+        let listen = s.listen.unwrap_or_else(|| DEFAULT_LISTEN.to_owned());
+        let listen: SocketAddr = listen.parse().map_err(|_| ConfigError::Value {
+            key: "listen",
+            value: listen,
+            remedy: "give ADDRESS:PORT, such as 127.0.0.1:9836 or [::]:9836".into(),
+        })?;
+        let token = s.token_file.map(|path| token(&path)).transpose()?;
+        let open_metrics = s.open_metrics.unwrap_or(false);
+        if !listen.ip().is_loopback() && token.is_none() && !open_metrics {
+            return Err(ConfigError::Unreadable(listen));
+        }
+        Ok(Config {
+            listen,
+            nvml_lib: s.nvml_lib.map(|path| existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
+            path_procfs: folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?,
+            path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
+            path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
+            docker_socket: socket(s.docker_endpoint.as_deref().unwrap_or(DEFAULT_DOCKER))?,
+            label_sources: sources(s.label_sources)?,
+            kernel_mode: s.kernel_mode.unwrap_or_default(),
+            token,
+            open_metrics,
+        })
+    }
+}
+
+fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<PathBuf, ConfigError> {
+    if path.exists() { Ok(path) } else { Err(ConfigError::NoSuchPath { key, path, what }) }
+}
+
+fn folder(key: &'static str, path: Option<PathBuf>, default: &str, what: &'static str) -> Result<PathBuf, ConfigError> {
+    path.map_or_else(|| Ok(PathBuf::from(default)), |path| existing(key, path, what))
+}
+
+fn socket(endpoint: &str) -> Result<PathBuf, ConfigError> {
+    match endpoint.strip_prefix("unix://") {
+        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
+        _ => Err(ConfigError::Value {
+            key: "docker_endpoint",
+            value: endpoint.to_owned(),
+            remedy: format!("give a Unix socket, such as {DEFAULT_DOCKER}"),
+        }),
+    }
+}
+
+fn token(path: &Path) -> Result<String, ConfigError> {
+    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
+        what: "the token file",
+        path: path.to_owned(),
+        source,
+    })?;
+    match text.trim() {
+        "" => Err(ConfigError::Value {
+            key: "token_file",
+            value: path.display().to_string(),
+            remedy: "the file is empty; put one token in it".into(),
+        }),
+        token => Ok(token.to_owned()),
+    }
+}
+
+fn sources(list: Option<Vec<String>>) -> Result<LabelSources, ConfigError> {
+    let all = LabelSources { bundle: true, docker_file: true, docker: true };
+    let Some(list) = list else { return Ok(all) };
+    let mut chosen = LabelSources::default();
+    for name in list {
+        match name.trim() {
+            "all" => chosen = all,
+            "bundle" => chosen.bundle = true,
+            "docker-file" => chosen.docker_file = true,
+            "docker" => chosen.docker = true,
+            other => {
+                return Err(ConfigError::Value {
+                    key: "label_sources",
+                    value: other.to_owned(),
+                    remedy: "choose from all, bundle, docker-file, docker".into(),
+                });
+            }
+        }
+    }
+    Ok(chosen)
+}
+
+/// What `config --default` prints; a test reads it back.
+pub const REFERENCE: &str = include_str!("../config.toml");
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn check(toml: &str, expect: &str) {
+        let told = match toml::from_str::<Settings>(toml) {
+            Err(error) => error.to_string(),
+            Ok(settings) => settings.validate(None).map_or_else(|e| e.to_string(), |_| "ok".into()),
+        };
+        assert!(told.contains(expect), "{toml}: {told}");
+    }
+
+    #[test]
+    fn rows() {
+        check("", "ok");
+        check("listen = '127.0.0.1:1'", "ok");
+        check("listen = 'here'", "listen = \"here\" is wrong: give ADDRESS:PORT");
+        check("lisen = 'x'", "unknown field `lisen`");
+        check("listen = '0.0.0.0:1'", "give --token-file");
+        check("listen = '0.0.0.0:1'\nopen_metrics = true", "ok");
+        check("docker_endpoint = 'tcp://x'", "give a Unix socket");
+        check("label_sources = ['bundel']", "label_sources = \"bundel\" is wrong: choose from");
+        check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
+        check("kernel_mode = 'fast'", "unknown variant `fast`");
+    }
+
+    #[test]
+    fn the_reference_is_accepted_and_names_every_key() {
+        check(REFERENCE, "ok");
+        let uncommented: String = REFERENCE.lines().filter_map(|l| l.strip_prefix("#: ")).map(|l| format!("{l}\n")).collect();
+        let read: Settings = toml::from_str(&uncommented).unwrap();
+        assert!(read.listen.is_some() && read.nvml_lib.is_some() && read.path_procfs.is_some() && read.path_sysfs.is_some());
+        assert!(read.path_rootfs.is_some() && read.docker_endpoint.is_some() && read.label_sources.is_some());
+        assert!(read.kernel_mode.is_some() && read.token_file.is_some() && read.open_metrics.is_some());
+    }
+}

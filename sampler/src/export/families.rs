@@ -1,0 +1,200 @@
+//! Every metric family: names, help, labels. The agent never emits instance, job, node, endpoint or service.
+
+use sampler_common::kind;
+use sampler_core::labels::{ContainerLabels, Label};
+use sampler_core::snapshot::Reason;
+
+use super::encode::{Families, Family};
+use super::ledger::{Exposition, GpuRow, Row};
+use crate::health::{CALL_BOUNDS, HealthView};
+use crate::labels::{LabelStats, RESOLVE_BOUNDS};
+
+/// cAdvisor's own constant for this label.
+const MAKE: &str = "nvidia";
+
+/// The three families that replace cAdvisor's, with both generations of its pod labels.
+pub fn cadvisor(page: &Exposition, to: &mut Families) {
+    accelerator(
+        to.gauge(
+            "container_accelerator_duty_cycle",
+            "Percent of time over the past 10 seconds in which this container kept the accelerator busy.",
+        ),
+        page,
+        |row| row.duty_cycle_percent,
+    );
+    accelerator(to.gauge("container_accelerator_memory_total_bytes", "Total accelerator memory."), page, |row| {
+        row.memory_total_bytes.map(|b| b as f64)
+    });
+    accelerator(
+        to.gauge("container_accelerator_memory_used_bytes", "Accelerator memory held by this container's processes."),
+        page,
+        |row| row.memory_used_bytes.map(|b| b as f64),
+    );
+}
+
+fn accelerator(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option<f64>) {
+    for row in &page.rows {
+        let l = &row.labels;
+        let labels = [
+            ("acc_id", &*row.gpu.0),
+            ("make", MAKE),
+            ("model", &row.model),
+            ("id", &l.id),
+            ("name", l.text(Label::Name)),
+            ("image", l.text(Label::Image)),
+            ("namespace", l.text(Label::Namespace)),
+            ("pod", l.text(Label::Pod)),
+            ("pod_name", l.text(Label::Pod)),
+            ("container", l.text(Label::Container)),
+            ("container_name", l.text(Label::Container)),
+        ];
+        family.add_known(&labels, value(row));
+    }
+}
+
+pub fn containers(page: &Exposition, to: &mut Families) {
+    own(to.counter("container_gpu_seconds_total", "GPU-seconds credited to this container."), page, |r| Some(r.seconds));
+    own(to.counter("container_gpu_samples_total", "Driver samples behind container_gpu_seconds_total."), page, |r| {
+        Some(r.samples as f64)
+    });
+    own(to.gauge("container_gpu_memory_used_bytes", "GPU memory held by this container's processes."), page, |r| {
+        r.memory_used_bytes.map(|b| b as f64)
+    });
+    let mut info = to.gauge("container_gpu_info", "What a container_id stands for.");
+    let mut told = std::collections::HashSet::new();
+    for l in page.rows.iter().map(|row| &row.labels).filter(|l| told.insert(&l.container_id)) {
+        let labels = [
+            ("container_id", &*l.container_id),
+            ("image", l.text(Label::Image)),
+            ("name", l.text(Label::Name)),
+            ("runtime", l.runtime.map_or("", |r| r.name())),
+            ("pod_uid", l.pod_uid.as_deref().unwrap_or_default()),
+            ("id", &l.id),
+        ];
+        info.add(&labels, 1.0);
+    }
+}
+
+fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option<f64>) {
+    for row in &page.rows {
+        let l: &ContainerLabels = &row.labels;
+        let labels = [
+            ("uuid", &*row.gpu.0),
+            ("namespace", l.text(Label::Namespace)),
+            ("pod", l.text(Label::Pod)),
+            ("container", l.text(Label::Container)),
+            ("container_id", &l.container_id),
+        ];
+        family.add_known(&labels, value(row));
+    }
+}
+
+pub fn gpus(page: &Exposition, to: &mut Families) {
+    let mut info = to.gauge("gpu_info", "What a GPU is.");
+    for GpuRow { view, .. } in &page.gpus {
+        let i = &view.info;
+        let labels = [
+            ("uuid", &*i.uuid.0),
+            ("index", &i.index.to_string()),
+            ("model", &i.model),
+            ("pci_bus_id", &i.pci_bus_id),
+            ("driver_version", &i.driver_version),
+            ("mig_mode", i.mig_mode),
+        ];
+        info.add(&labels, 1.0);
+    }
+    let mut time = to.counter("gpu_time_seconds_total", "Time of this GPU by state; the states sum to wall time.");
+    for gpu in &page.gpus {
+        let t = gpu.view.time;
+        for (state, seconds) in
+            [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)]
+        {
+            time.add(&[("uuid", &gpu.view.info.uuid.0), ("state", state)], seconds);
+        }
+    }
+    let mut credited = to.counter("gpu_credited_seconds_total", "GPU-seconds credited to containers; outlives them.");
+    for gpu in &page.gpus {
+        for (namespace, seconds) in &gpu.credited {
+            credited.add(&[("uuid", &gpu.view.info.uuid.0), ("namespace", namespace)], *seconds);
+        }
+    }
+    let mut unattributed = to.counter("gpu_unattributed_seconds_total", "Busy seconds that are on no container, and why.");
+    for gpu in &page.gpus {
+        for (reason, seconds) in Reason::ALL.iter().zip(gpu.view.unattributed) {
+            unattributed.add(&[("uuid", &gpu.view.info.uuid.0), ("reason", reason.name())], seconds);
+        }
+    }
+    device(to.gauge("gpu_utilization_ratio", "Busy share of the past 10 seconds."), page, |g| g.view.utilization_ratio);
+    let bytes = |b: Option<u64>| b.map(|b| b as f64);
+    device(to.gauge("gpu_memory_used_bytes", "Device memory in use."), page, |g| bytes(g.view.readings.memory_used_bytes));
+    device(to.gauge("gpu_memory_total_bytes", "Device memory."), page, |g| bytes(g.view.readings.memory_total_bytes));
+    device(to.gauge("gpu_power_watts", "Power drawn."), page, |g| g.view.readings.power_watts);
+    device(to.counter("gpu_energy_joules_total", "Energy drawn since the driver was loaded."), page, |g| {
+        g.view.readings.energy_joules
+    });
+    device(to.gauge("gpu_temperature_celsius", "Core temperature."), page, |g| g.view.readings.temperature_celsius);
+    device(to.gauge("gpu_sm_clock_hertz", "SM clock."), page, |g| g.view.readings.sm_clock_hertz);
+    device(to.gauge("gpu_sampler_last_sample_timestamp_seconds", "When the last driver sample was read."), page, |g| {
+        g.view.last_sample.map(|t| t.seconds())
+    });
+    device(to.gauge("gpu_sampler_sample_period_seconds", "The driver's sampling grid, as learned."), page, |g| {
+        g.view.sample_period_seconds
+    });
+    device(to.counter("gpu_sampler_sample_gaps_total", "Times that samples were lost between two polls."), page, |g| {
+        Some(g.view.sample_gaps as f64)
+    });
+}
+
+fn device(mut family: Family<'_>, page: &Exposition, value: impl Fn(&GpuRow) -> Option<f64>) {
+    for gpu in &page.gpus {
+        family.add_known(&[("uuid", &gpu.view.info.uuid.0)], value(gpu));
+    }
+}
+
+pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: &str, to: &mut Families) {
+    let mut containers = to.gauge("gpu_sampler_containers", "Live containers, with a GPU or without.");
+    for ((state, runtime), n) in &page.containers {
+        containers.add(&[("state", state), ("runtime", runtime)], *n as f64);
+    }
+    let mut missing = to.gauge("gpu_sampler_label_missing", "Live containers that lack a label their kind should have.");
+    for label in Label::ALL {
+        missing.add(&[("label", label.name())], page.missing.get(label.name()).copied().unwrap_or_default() as f64);
+    }
+    to.histogram("gpu_sampler_resolve_seconds", "From a cgroup's creation to complete labels.").add_histogram(
+        &[],
+        &RESOLVE_BOUNDS,
+        &labels.resolve_buckets,
+        labels.resolve_sum,
+        labels.resolve_count,
+    );
+    let mut up = to.gauge("gpu_sampler_source_up", "1 while a source answers, 0 while it is there and fails.");
+    for ((source, endpoint), is_up) in &labels.up {
+        up.add(&[("source", source), ("endpoint", endpoint)], f64::from(u8::from(*is_up)));
+    }
+    up.add_known(&[("source", "nvml"), ("endpoint", nvml)], health.nvml_up.map(|is_up| f64::from(u8::from(is_up))));
+    let mut calls = to.counter("gpu_sampler_runtime_calls_total", "Questions put to label sources.");
+    for ((source, outcome), n) in &labels.calls {
+        calls.add(&[("source", source), ("outcome", outcome)], *n as f64);
+    }
+    for (name, help, counts) in [
+        ("gpu_sampler_kernel_events_total", "Kernel events read.", &health.events_seen),
+        ("gpu_sampler_kernel_events_lost_total", "Kernel events that found their ring full.", &health.events_lost),
+    ] {
+        let mut family = to.counter(name, help);
+        for (kind, n) in kind::NAMES.iter().zip(counts) {
+            family.add(&[("kind", kind)], *n as f64);
+        }
+    }
+    to.counter("gpu_sampler_resyncs_total", "Scans after lost kernel events.").add(&[], health.resyncs as f64);
+    to.gauge("gpu_sampler_kernel_mode", "How processes and cgroups are followed.").add(&[("mode", health.kernel_mode)], 1.0);
+    let mut times = to.histogram("gpu_sampler_nvml_call_seconds", "Duration of driver calls.");
+    for c in &health.calls {
+        times.add_histogram(&[("uuid", &c.uuid), ("call", c.call)], &CALL_BOUNDS, &c.buckets, c.sum_seconds, c.count);
+    }
+    let mut errors = to.counter("gpu_sampler_nvml_errors_total", "Driver calls that failed.");
+    for ((uuid, call, error), n) in &health.nvml_errors {
+        errors.add(&[("uuid", uuid), ("call", call), ("error", error)], *n as f64);
+    }
+    let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
+    to.gauge("gpu_sampler_build_info", "What runs.").add(&[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
+}

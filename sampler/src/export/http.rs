@@ -1,0 +1,232 @@
+//! HTTP: who may ask, and what is answered.
+//!
+//! On loopback a foreign Host or Origin is refused, so that a web page cannot read the metrics through the browser. Beyond it,
+//! everything but health (and, if so configured, /metrics) needs a bearer token.
+
+use std::net::{IpAddr, SocketAddr};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use arc_swap::ArcSwap;
+use axum::Router;
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, StatusCode, header};
+use axum::middleware::{Next, from_fn_with_state};
+use axum::response::{Html, IntoResponse as _, Json, Response};
+use axum::routing::get;
+use sampler_core::snapshot::Snapshot;
+use thiserror::Error;
+use tokio::net::TcpListener;
+
+use super::encode::Families;
+use super::ledger::{Exposition, Ledger};
+use super::{families, page};
+use crate::config::Config;
+use crate::health::Health;
+use crate::labels::LabelService;
+
+/// The version of the text format that `prometheus` writes.
+const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// The ledger takes credits in this often, scraped or not.
+const LEDGER_EVERY: Duration = Duration::from_secs(1);
+/// Answers in flight get this long when the agent ends.
+const GRACE: Duration = Duration::from_secs(2);
+
+#[derive(Debug, Error)]
+pub enum HttpError {
+    #[error("cannot listen on {listen}; choose a free address of this machine with --listen")]
+    Bind { listen: SocketAddr, source: std::io::Error },
+    #[error("serving HTTP failed")]
+    Serve(#[source] std::io::Error),
+}
+
+pub struct AppState {
+    config: Arc<Config>,
+    snapshot: Arc<ArcSwap<Snapshot>>,
+    labels: LabelService,
+    health: Arc<Health>,
+    ledger: Mutex<Ledger>,
+}
+
+impl AppState {
+    pub fn new(config: Arc<Config>, snapshot: Arc<ArcSwap<Snapshot>>, labels: LabelService, health: Arc<Health>) -> Self {
+        Self { config, snapshot, labels, health, ledger: Mutex::default() }
+    }
+
+    fn ledger(&self) -> MutexGuard<'_, Ledger> {
+        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn view(&self) -> Exposition {
+        let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
+        let mut ledger = self.ledger();
+        ledger.update(&snapshot, &labels);
+        ledger.view(&snapshot, &labels)
+    }
+
+    fn scrape(&self) -> Exposition {
+        let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
+        self.ledger().scrape(&snapshot, &labels)
+    }
+}
+
+pub async fn bind(listen: SocketAddr) -> Result<TcpListener, HttpError> {
+    TcpListener::bind(listen).await.map_err(|source| HttpError::Bind { listen, source })
+}
+
+pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
+    let router = Router::new()
+        .route("/metrics", get(metrics))
+        .route("/metrics/cadvisor", get(cadvisor))
+        .route("/healthz", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/", get(index))
+        .route("/api/v1/containers", get(containers))
+        .layer(from_fn_with_state(Arc::clone(&state), guard))
+        .with_state(Arc::clone(&state));
+    let (end, ended) = tokio::sync::oneshot::channel::<()>();
+    let graceful = async {
+        // Dropped or sent: both mean the end.
+        let _either = ended.await;
+    };
+    let served = tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(graceful).await });
+    let keeping = tokio::spawn(async move {
+        let mut every = tokio::time::interval(LEDGER_EVERY);
+        loop {
+            every.tick().await;
+            let (snapshot, labels) = (state.snapshot.load_full(), state.labels.view());
+            state.ledger().update(&snapshot, &labels);
+        }
+    });
+    stop.await;
+    drop(end);
+    keeping.abort();
+    // A client that keeps its connection open must not keep the agent.
+    match tokio::time::timeout(GRACE, served).await {
+        Ok(Ok(result)) => result.map_err(HttpError::Serve),
+        Ok(Err(join)) => Err(HttpError::Serve(std::io::Error::other(join))),
+        Err(_) => Ok(()),
+    }
+}
+
+async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
+    let path = request.uri().path();
+    let refusal = if state.config.listen.ip().is_loopback() {
+        foreign(request.headers(), state.config.listen.ip())
+    } else {
+        let open = path == "/healthz" || path == "/readyz" || (state.config.open_metrics && path.starts_with("/metrics"));
+        (!open && !authorized(request.headers(), state.config.token.as_deref()))
+            .then(|| (StatusCode::UNAUTHORIZED, "send `Authorization: Bearer TOKEN` with the token of --token-file\n".to_owned()))
+    };
+    match refusal {
+        Some(refusal) => refusal.into_response(),
+        None => next.run(request).await,
+    }
+}
+
+/// Compared without stopping at the first difference, so time tells nothing.
+fn authorized(headers: &HeaderMap, token: Option<&str>) -> bool {
+    let sent = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
+    match (sent, token) {
+        (Some(sent), Some(token)) => {
+            sent.len() == token.len() && sent.bytes().zip(token.bytes()).fold(0, |bits, (a, b)| bits | (a ^ b)) == 0
+        }
+        _ => false,
+    }
+}
+
+fn foreign(headers: &HeaderMap, listen: IpAddr) -> Option<(StatusCode, String)> {
+    for (name, what) in [(header::HOST, "Host"), (header::ORIGIN, "Origin")] {
+        let Some(value) = headers.get(&name) else { continue };
+        let text = value.to_str().unwrap_or("(not text)");
+        let authority = text.split_once("://").map_or(text, |(_, rest)| rest);
+        let ours = host(authority).is_some_and(|h| h == "localhost" || h.parse() == Ok(listen) || is_loopback(h));
+        if !ours {
+            let said = format!("{what} {text:?} is not this machine's loopback; ask for http://localhost, or listen elsewhere\n");
+            return Some((StatusCode::FORBIDDEN, said));
+        }
+    }
+    None
+}
+
+fn is_loopback(host: &str) -> bool {
+    host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
+}
+
+/// `host[:port]` without the port and without an IPv6 address's brackets.
+fn host(authority: &str) -> Option<&str> {
+    match authority.strip_prefix('[') {
+        Some(rest) => rest.split_once(']').map(|(host, _)| host),
+        None => authority.split(':').next(),
+    }
+}
+
+fn text(families: Families) -> Response {
+    match families.text() {
+        Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be encoded: {error}\n")).into_response(),
+    }
+}
+
+async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+    let page = state.scrape();
+    let mut all = Families::default();
+    families::cadvisor(&page, &mut all);
+    families::containers(&page, &mut all);
+    families::gpus(&page, &mut all);
+    let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
+    families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
+    text(all)
+}
+
+async fn cadvisor(State(state): State<Arc<AppState>>) -> Response {
+    let mut all = Families::default();
+    families::cadvisor(&state.scrape(), &mut all);
+    text(all)
+}
+
+async fn ready(State(state): State<Arc<AppState>>) -> Response {
+    if state.health.ready() {
+        return "ready\n".into_response();
+    }
+    (StatusCode::SERVICE_UNAVAILABLE, "the first scan is not merged yet\n").into_response()
+}
+
+async fn index(State(state): State<Arc<AppState>>) -> Html<String> {
+    Html(page::html(&state.view(), &state.health.view()))
+}
+
+async fn containers(State(state): State<Arc<AppState>>) -> Response {
+    let view = state.view();
+    Json(view.rows.iter().map(page::json).collect::<Vec<_>>()).into_response()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn hosts() {
+        let refused = |name: header::HeaderName, value: &str| {
+            let headers = HeaderMap::from_iter([(name, value.parse().unwrap())]);
+            foreign(&headers, "127.0.0.1".parse().unwrap()).is_some()
+        };
+        for (value, expect) in
+            [("localhost:9836", false), ("127.0.0.1", false), ("[::1]:9836", false), ("evil.example:9836", true)]
+        {
+            assert_eq!(refused(header::HOST, value), expect, "{value}");
+        }
+        for (value, expect) in [("http://localhost:9836", false), ("https://evil.example", true), ("null", true)] {
+            assert_eq!(refused(header::ORIGIN, value), expect, "{value}");
+        }
+    }
+
+    #[test]
+    fn tokens() {
+        let ok = |sent: &str, token| authorized(&HeaderMap::from_iter([(header::AUTHORIZATION, sent.parse().unwrap())]), token);
+        assert!(ok("Bearer abc", Some("abc")));
+        assert!(
+            !ok("Bearer abd", Some("abc")) && !ok("Bearer ab", Some("abc")) && !ok("abc", Some("abc")) && !ok("Bearer ", None)
+        );
+    }
+}

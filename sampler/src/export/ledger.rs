@@ -1,0 +1,293 @@
+//! Joins the snapshot with labels and decides what is shown: the only stateful part of the export.
+//!
+//! Promises:
+//! - A container's series wait until its labels are settled; its seconds wait with them, so at every instant what is credited
+//!   plus what is unattributed equals the busy time shown.
+//! - What was credited to a namespace stays credited to it, whatever happens to the container or its labels.
+//! - A counter that appears after the first scrape begins at 0, so `increase()` sees all of it. At the first scrape of all,
+//!   counters show what they hold: the time before it belongs to no interval of that Prometheus.
+//! - Series of a container that is gone stay for [`STAY_NS`] and until its final value was scraped twice, [`STAY_AT_MOST_NS`]
+//!   at most.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use sampler_core::identity::ContainerRecord;
+use sampler_core::labels::{ContainerLabels, Label};
+use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
+use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+
+use crate::labels::LabelView;
+
+const STAY_NS: u64 = 60_000_000_000;
+const STAY_AT_MOST_NS: u64 = 300_000_000_000;
+const FINAL_SCRAPES: u32 = 2;
+/// A container that the label service has never heard of is shown by its path after this long.
+const UNLABELLED_NS: u64 = 5_000_000_000;
+
+/// One (container, GPU) pair as shown.
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub key: ContainerKey,
+    pub labels: Arc<ContainerLabels>,
+    pub gpu: GpuUuid,
+    pub model: String,
+    pub memory_total_bytes: Option<u64>,
+    pub seconds: f64,
+    pub samples: u64,
+    pub duty_cycle_percent: Option<f64>,
+    pub duty_cycle_stderr: Option<f64>,
+    pub memory_used_bytes: Option<u64>,
+}
+
+#[derive(Clone, Debug)]
+pub struct GpuRow {
+    pub view: GpuView,
+    /// Busy seconds less those that wait for labels.
+    pub busy_seconds: f64,
+    /// Namespace -> seconds; blank for containers without one.
+    pub credited: BTreeMap<String, f64>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Exposition {
+    pub gpus: Vec<GpuRow>,
+    pub rows: Vec<Row>,
+    /// (state, runtime) -> containers.
+    pub containers: BTreeMap<(&'static str, &'static str), u64>,
+    /// Label -> live containers that lack it.
+    pub missing: BTreeMap<&'static str, u64>,
+}
+
+type Pair = (ContainerKey, GpuUuid);
+
+#[derive(Debug, Default)]
+struct Shown {
+    seconds: f64,
+    scrapes: u32,
+}
+
+#[derive(Debug, Default)]
+pub struct Ledger {
+    counted: HashMap<Pair, f64>,
+    credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
+    shown: HashMap<Pair, Shown>,
+    namespaces: HashSet<(GpuUuid, String)>,
+    scraped: bool,
+}
+
+impl Ledger {
+    /// Takes in what was credited since the last call. Call it at least once within the time that gone containers are kept.
+    pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
+        let mut living = HashSet::new();
+        for container in &snapshot.containers {
+            let settled = labels_of(&container.record, labels, snapshot.at);
+            for pair in &container.gpus {
+                let Some(gpu) = snapshot.gpus.get(pair.gpu) else { continue };
+                let key = (container.record.key, gpu.info.uuid.clone());
+                living.insert(key.clone());
+                if let Some(labels) = &settled {
+                    let namespace = labels.text(Label::Namespace).to_owned();
+                    let counted = self.counted.entry(key).or_default();
+                    let credited = self.credited.entry(gpu.info.uuid.clone()).or_default().entry(namespace).or_default();
+                    *credited += pair.seconds - *counted;
+                    *counted = pair.seconds;
+                }
+            }
+        }
+        self.counted.retain(|key, _| living.contains(key));
+        self.shown.retain(|key, _| living.contains(key));
+    }
+
+    fn stays(&self, key: &Pair, pair: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
+        let Some(gone) = gone.map(|at| now.saturating_since(at)) else { return true };
+        let scraped = self.shown.get(key).map_or(0, |s| if s.seconds == pair.seconds { s.scrapes } else { 0 });
+        gone < STAY_NS || (scraped < FINAL_SCRAPES && gone < STAY_AT_MOST_NS)
+    }
+
+    /// What there is to show now, counters at their true values.
+    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView) -> Exposition {
+        let mut page = Exposition::default();
+        let mut waiting = vec![0.0; snapshot.gpus.len()];
+        for container in &snapshot.containers {
+            let record = &container.record;
+            let known = labels.get(&record.key);
+            if container.gone.is_none() {
+                let state = match known {
+                    Some(labels) if labels.complete() => "complete",
+                    Some(labels) if labels.settled => "partial",
+                    _ => "resolving",
+                };
+                let runtime = known.and_then(|l| l.runtime).or(record.identity.runtime).map_or("unknown", |r| r.name());
+                *page.containers.entry((state, runtime)).or_default() += 1;
+                for label in known.filter(|l| l.settled).into_iter().flat_map(|l| l.missing()) {
+                    *page.missing.entry(label.name()).or_default() += 1;
+                }
+            }
+            let settled = labels_of(record, labels, snapshot.at);
+            for pair in &container.gpus {
+                let Some(gpu) = snapshot.gpus.get(pair.gpu) else { continue };
+                let key = (record.key, gpu.info.uuid.clone());
+                waiting[pair.gpu] += pair.seconds - self.counted.get(&key).copied().unwrap_or_default();
+                if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, pair, container.gone, snapshot.at)) {
+                    page.rows.push(row(record.key, labels, gpu, pair));
+                }
+            }
+        }
+        // A restarted container keeps its id: its series are those of its present life, and their reset is a counter's reset.
+        let mut newest: HashMap<(Arc<str>, GpuUuid), ContainerKey> = HashMap::new();
+        for row in &page.rows {
+            let key = newest.entry((Arc::clone(&row.labels.container_id), row.gpu.clone())).or_insert(row.key);
+            *key = row.key.max(*key);
+        }
+        page.rows.retain(|row| newest.get(&(Arc::clone(&row.labels.container_id), row.gpu.clone())) == Some(&row.key));
+        page.gpus = snapshot
+            .gpus
+            .iter()
+            .zip(waiting)
+            .map(|(view, waiting)| GpuRow {
+                view: view.clone(),
+                busy_seconds: (view.time.busy - waiting).max(0.0),
+                credited: self.credited.get(&view.info.uuid).cloned().unwrap_or_default(),
+            })
+            .collect();
+        page
+    }
+
+    /// What a scraper gets: as [`Ledger::view`], with new counters at 0, and remembered.
+    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView) -> Exposition {
+        self.update(snapshot, labels);
+        let mut page = self.view(snapshot, labels);
+        let first = !std::mem::replace(&mut self.scraped, true);
+        for row in &mut page.rows {
+            let shown = self.shown.entry((row.key, row.gpu.clone()));
+            if matches!(shown, std::collections::hash_map::Entry::Vacant(_)) && !first {
+                shown.or_default();
+                (row.seconds, row.samples) = (0.0, 0);
+                continue;
+            }
+            let shown = shown.or_default();
+            if shown.seconds == row.seconds {
+                shown.scrapes += 1;
+            } else {
+                *shown = Shown { seconds: row.seconds, scrapes: 1 };
+            }
+        }
+        for gpu in &mut page.gpus {
+            for (namespace, seconds) in &mut gpu.credited {
+                if self.namespaces.insert((gpu.view.info.uuid.clone(), namespace.clone())) && !first {
+                    *seconds = 0.0;
+                }
+            }
+        }
+        page
+    }
+}
+
+fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &ContainerGpu) -> Row {
+    Row {
+        key,
+        labels: Arc::clone(labels),
+        gpu: gpu.info.uuid.clone(),
+        model: gpu.info.model.clone(),
+        memory_total_bytes: gpu.readings.memory_total_bytes,
+        seconds: pair.seconds,
+        samples: pair.samples,
+        duty_cycle_percent: pair.duty_cycle_percent,
+        duty_cycle_stderr: pair.duty_cycle_stderr,
+        memory_used_bytes: pair.memory_used_bytes,
+    }
+}
+
+/// The labels to show, once they may be shown.
+fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
+    match labels.get(&record.key) {
+        Some(labels) => labels.settled.then(|| Arc::clone(labels)),
+        None => (now.saturating_since(record.created) > UNLABELLED_NS).then(|| Arc::new(ContainerLabels::from_path(record))),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sampler_core::labels::{Facts, Source, parse};
+    use sampler_core::snapshot::{ContainerView, DeviceReadings, GpuInfo, GpuTime};
+    use sampler_core::units::WallTime;
+
+    const SECOND: u64 = 1_000_000_000;
+
+    fn labels(record: &ContainerRecord, settled: bool) -> LabelView {
+        let mut facts = Facts { knows_pods: true, ..Facts::default() };
+        facts.set(Label::Namespace, Some("prod"));
+        let mut labels = ContainerLabels::from_path(record);
+        labels.merge(Source::Docker, &facts);
+        labels.settled = settled;
+        HashMap::from([(record.key, Arc::new(labels))])
+    }
+
+    fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
+        let path = format!("/docker/{:064x}", 1);
+        let identity = parse(&path);
+        let (key, created) = (ContainerKey(1), BootNs(0));
+        let record = Arc::new(ContainerRecord { key, cgroup_path: path, identity, created, creation_seen: true });
+        let info = GpuInfo {
+            uuid: GpuUuid("GPU-1".into()),
+            index: 0,
+            model: "m".into(),
+            pci_bus_id: "b".into(),
+            driver_version: "1".into(),
+            mig_mode: "unsupported",
+        };
+        let gpu = GpuView {
+            info: Arc::new(info),
+            readings: DeviceReadings::default(),
+            time: GpuTime { busy: seconds + 1.0, ..GpuTime::default() },
+            unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            utilization_ratio: None,
+            last_sample: None,
+            sample_period_seconds: None,
+            sample_gaps: 0,
+        };
+        let pair = ContainerGpu {
+            gpu: 0,
+            seconds,
+            samples: 1,
+            duty_cycle_percent: None,
+            duty_cycle_stderr: None,
+            memory_used_bytes: None,
+        };
+        let container = ContainerView { record, gone: gone_s.map(|s| BootNs(s * SECOND)), gpus: vec![pair] };
+        Snapshot { at: BootNs(at_s * SECOND), wall: WallTime(0), gpus: vec![gpu], containers: vec![container] }
+    }
+
+    /// Scrapes; (seconds shown, credited, busy). The balance is checked wherever credited is not in its first scrape.
+    fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
+        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled));
+        let gpu = &page.gpus[0];
+        (page.rows.first().map(|r| r.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
+    }
+
+    #[test]
+    fn seconds_wait_for_labels_and_counters_begin_at_zero() {
+        let mut ledger = Ledger::default();
+        assert_eq!(scrape(&mut ledger, &snapshot(1, 2.0, None), false), (None, None, 1.0));
+        assert_eq!(scrape(&mut ledger, &snapshot(2, 3.0, None), true), (Some(0.0), Some(0.0), 4.0));
+        assert_eq!(scrape(&mut ledger, &snapshot(3, 5.0, None), true), (Some(5.0), Some(5.0), 6.0));
+    }
+
+    #[test]
+    fn the_first_scrape_of_all_shows_what_there_is() {
+        assert_eq!(scrape(&mut Ledger::default(), &snapshot(9, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
+    }
+
+    #[test]
+    fn a_gone_container_stays_a_minute_and_two_final_scrapes() {
+        let mut ledger = Ledger::default();
+        let shown = |l: &mut Ledger, at, seconds| scrape(l, &snapshot(at, seconds, Some(10)), true).0.is_some();
+        assert!(shown(&mut ledger, 11, 1.0) && shown(&mut ledger, 69, 1.0));
+        assert!(!shown(&mut ledger, 71, 1.0));
+        let mut ledger = Ledger::default();
+        assert!(shown(&mut ledger, 100, 1.0) && shown(&mut ledger, 101, 1.0) && !shown(&mut ledger, 102, 1.0));
+        assert!(!shown(&mut Ledger::default(), 311, 1.0));
+    }
+}

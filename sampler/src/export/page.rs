@@ -1,0 +1,98 @@
+//! The page for people, and the same rows as JSON.
+
+use sampler_core::labels::Label;
+use serde::Serialize;
+
+use super::ledger::{Exposition, Row};
+use crate::health::HealthView;
+
+#[derive(Serialize)]
+pub struct ContainerJson<'a> {
+    namespace: &'a str,
+    pod: &'a str,
+    container: &'a str,
+    name: &'a str,
+    image: &'a str,
+    container_id: &'a str,
+    id: &'a str,
+    runtime: Option<&'static str>,
+    pod_uid: Option<&'a str>,
+    uuid: &'a str,
+    gpu_seconds: f64,
+    samples: u64,
+    duty_cycle_percent: Option<f64>,
+    duty_cycle_stderr: Option<f64>,
+    memory_used_bytes: Option<u64>,
+}
+
+pub fn json(row: &Row) -> ContainerJson<'_> {
+    let l = &row.labels;
+    ContainerJson {
+        namespace: l.text(Label::Namespace),
+        pod: l.text(Label::Pod),
+        container: l.text(Label::Container),
+        name: l.text(Label::Name),
+        image: l.text(Label::Image),
+        container_id: &l.container_id,
+        id: &l.id,
+        runtime: l.runtime.map(|r| r.name()),
+        pod_uid: l.pod_uid.as_deref(),
+        uuid: &row.gpu.0,
+        gpu_seconds: row.seconds,
+        samples: row.samples,
+        duty_cycle_percent: row.duty_cycle_percent,
+        duty_cycle_stderr: row.duty_cycle_stderr,
+        memory_used_bytes: row.memory_used_bytes,
+    }
+}
+
+fn escape(text: &str) -> String {
+    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
+}
+
+fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
+    let inner: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
+    format!("<tr>{inner}</tr>\n")
+}
+
+pub fn html(page: &Exposition, health: &HealthView) -> String {
+    let mut body = String::new();
+    for (key, message) in &health.degraded {
+        body += &format!("<p class=bad><b>{}</b>: {}</p>\n", escape(key), escape(message));
+    }
+    body += "<h2>Containers</h2>\n<table>\n";
+    body +=
+        &cells("th", ["Namespace", "Pod", "Container", "Name", "GPU", "Busy %", "GPU-seconds", "Memory MiB"].map(String::from));
+    for row in &page.rows {
+        let l = &row.labels;
+        let [namespace, pod, container, name] =
+            [Label::Namespace, Label::Pod, Label::Container, Label::Name].map(|x| l.text(x).to_owned());
+        let duty = match (row.duty_cycle_percent, row.duty_cycle_stderr) {
+            (Some(percent), Some(error)) => format!("{percent:.1} ± {error:.1}"),
+            (Some(percent), None) => format!("{percent:.1}"),
+            _ => "–".into(),
+        };
+        let memory = row.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
+        body += &cells("td", [namespace, pod, container, name, row.gpu.to_string(), duty, format!("{:.2}", row.seconds), memory]);
+    }
+    if page.rows.is_empty() {
+        body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";
+    }
+    body += "</table>\n<h2>GPUs</h2>\n<table>\n";
+    body += &cells("th", ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unattributed s"].map(String::from));
+    for gpu in &page.gpus {
+        let i = &gpu.view.info;
+        let unattributed: f64 = gpu.view.unattributed.iter().sum();
+        let seconds = [gpu.busy_seconds, gpu.view.time.idle, unattributed].map(|s| format!("{s:.2}"));
+        let [busy, idle, unattributed] = seconds;
+        body += &cells("td", [i.index.to_string(), i.uuid.to_string(), i.model.clone(), busy, idle, unattributed]);
+    }
+    format!(
+        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
+         <meta http-equiv=refresh content=5><title>gpu-sampler</title><style>body{{font:15px/1.5 system-ui,sans-serif;\
+         margin:2rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;text-align:left;\
+         border-bottom:1px solid #ddd}}.bad{{background:#fff0e8;padding:.5rem 1rem;border-left:4px solid #d60}}\
+         h1{{margin-bottom:0}}</style><h1>gpu-sampler</h1><p>Who uses which GPU. \
+         <a href=/metrics>/metrics</a> · <a href=/api/v1/containers>/api/v1/containers</a></p>\n{body}</table></html>\n"
+    )
+}

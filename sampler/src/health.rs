@@ -1,0 +1,164 @@
+//! What the agent knows about itself: readiness, degraded modes, counts of events, calls and errors.
+//!
+//! A degraded state is logged once per key and message, and is a metric for as long as it lasts.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use hdrhistogram::Histogram;
+use sampler_common::kind;
+
+/// Upper bounds of `gpu_sampler_nvml_call_seconds`.
+pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
+/// Longest driver call told apart; a longer one counts as this.
+const LONGEST_CALL_NS: u64 = 60_000_000_000;
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct CallTimes {
+    pub uuid: String,
+    pub call: &'static str,
+    pub count: u64,
+    pub sum_seconds: f64,
+    /// Cumulative, one per [`CALL_BOUNDS`].
+    pub buckets: Vec<u64>,
+}
+
+struct Calls {
+    times: Histogram<u64>,
+    sum: Duration,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct HealthView {
+    pub kernel_mode: &'static str,
+    pub events_seen: [u64; kind::COUNT as usize],
+    pub events_lost: [u64; kind::COUNT as usize],
+    pub resyncs: u64,
+    /// `None` before the driver was tried.
+    pub nvml_up: Option<bool>,
+    pub calls: Vec<CallTimes>,
+    /// (uuid, call, error) -> count.
+    pub nvml_errors: BTreeMap<(String, &'static str, String), u64>,
+    pub degraded: Vec<(String, String)>,
+}
+
+#[derive(Default)]
+struct Inner {
+    view: HealthView,
+    calls: BTreeMap<(String, &'static str), Calls>,
+    told: HashMap<String, String>,
+}
+
+#[derive(Default)]
+pub struct Health {
+    inner: Mutex<Inner>,
+    ready: AtomicBool,
+}
+
+impl Health {
+    /// Counters stay usable after a panic elsewhere: each change is one assignment.
+    fn inner(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn set_ready(&self) {
+        self.ready.store(true, Ordering::Relaxed);
+    }
+
+    pub fn ready(&self) -> bool {
+        self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Logged when it is new or has changed.
+    pub fn degraded(&self, key: &str, message: &str) {
+        let before = self.inner().told.insert(key.to_owned(), message.to_owned());
+        if before.as_deref() != Some(message) {
+            tracing::warn!(what = key, "{message}");
+        }
+    }
+
+    pub fn recovered(&self, key: &str, message: &str) {
+        if self.inner().told.remove(key).is_some() {
+            tracing::info!(what = key, "{message}");
+        }
+    }
+
+    pub fn set_kernel_mode(&self, mode: &'static str) {
+        self.inner().view.kernel_mode = mode;
+    }
+
+    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &[u64; kind::COUNT as usize]) {
+        let mut inner = self.inner();
+        inner.view.events_seen = *seen;
+        inner.view.events_lost = *lost;
+    }
+
+    pub fn resynced(&self) {
+        self.inner().view.resyncs += 1;
+    }
+
+    pub fn set_nvml(&self, up: bool) {
+        self.inner().view.nvml_up = Some(up);
+    }
+
+    pub fn record_call(&self, uuid: &str, call: &'static str, took: Duration) {
+        let mut inner = self.inner();
+        let calls = inner.calls.entry((uuid.to_owned(), call)).or_insert_with(|| Calls {
+            times: Histogram::new_with_bounds(1, LONGEST_CALL_NS, 2).expect("1 ns to 60 s at two digits are valid bounds"),
+            sum: Duration::ZERO,
+        });
+        calls.times.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1));
+        calls.sum += took;
+    }
+
+    pub fn nvml_error(&self, uuid: &str, call: &'static str, error: String) {
+        *self.inner().view.nvml_errors.entry((uuid.to_owned(), call, error)).or_default() += 1;
+    }
+
+    pub fn view(&self) -> HealthView {
+        let inner = self.inner();
+        let mut view = inner.view.clone();
+        view.calls = inner
+            .calls
+            .iter()
+            .map(|((uuid, call), calls)| CallTimes {
+                uuid: uuid.clone(),
+                call,
+                count: calls.times.len(),
+                sum_seconds: calls.sum.as_secs_f64(),
+                buckets: CALL_BOUNDS.map(|bound| calls.times.count_between(0, (bound * 1e9) as u64)).to_vec(),
+            })
+            .collect();
+        view.degraded = inner.told.iter().map(|(key, message)| (key.clone(), message.clone())).collect();
+        view.degraded.sort();
+        view
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_in_their_buckets() {
+        let health = Health::default();
+        for us in [30, 700, 700, 50_000] {
+            health.record_call("GPU-1", "GetSamples", Duration::from_micros(us));
+        }
+        let view = health.view();
+        assert_eq!(view.calls[0].count, 4);
+        assert_eq!(view.calls[0].buckets, [1, 1, 1, 1, 3, 3, 3, 3, 4, 4]);
+        assert!((view.calls[0].sum_seconds - 0.05143).abs() < 1e-9);
+    }
+
+    #[test]
+    fn a_degraded_state_ends() {
+        let health = Health::default();
+        health.degraded("nvml", "no driver");
+        assert_eq!(health.view().degraded, [("nvml".to_owned(), "no driver".to_owned())]);
+        health.recovered("nvml", "driver found");
+        assert!(health.view().degraded.is_empty());
+    }
+}

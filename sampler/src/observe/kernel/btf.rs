@@ -1,0 +1,150 @@
+//! Field offsets and enum values from the kernel's own BTF: std only, no unsafe, every read bounds-checked.
+//!
+//! Rust has no CO-RE relocations, so user space resolves the offsets and passes them to the program. Format: the kernel's
+//! Documentation/bpf/btf.rst.
+
+use thiserror::Error;
+
+#[derive(Debug, Error)]
+pub enum BtfError {
+    #[error("{}: this kernel has no readable BTF (CONFIG_DEBUG_INFO_BTF)", path.display())]
+    Read { path: std::path::PathBuf, source: std::io::Error },
+    #[error("the kernel's BTF is malformed: {0}")]
+    Malformed(&'static str),
+    #[error("the kernel's BTF has no `{0}`")]
+    Missing(String),
+}
+
+const STRUCT: u32 = 4;
+const UNION: u32 = 5;
+const ENUM: u32 = 6;
+/// Anonymous structs within structs nest this deep at most.
+const MAX_NESTING: u32 = 8;
+
+pub struct Btf<'a> {
+    types: &'a [u8],
+    strings: &'a [u8],
+    /// Byte position of each type id; id 0 is void.
+    positions: Vec<u32>,
+}
+
+struct Head {
+    at: usize,
+    name: u32,
+    kind: u32,
+    vlen: usize,
+    bitfields: bool,
+}
+
+fn word(bytes: &[u8], at: usize) -> Option<u32> {
+    let four = bytes.get(at..at.checked_add(4)?)?;
+    four.try_into().ok().map(u32::from_ne_bytes)
+}
+
+impl<'a> Btf<'a> {
+    pub fn parse(bytes: &'a [u8]) -> Result<Self, BtfError> {
+        let header = |at| word(bytes, at).ok_or(BtfError::Malformed("header"));
+        if header(0)? & 0xffff != 0xeb9f {
+            return Err(BtfError::Malformed("magic or byte order"));
+        }
+        let start = header(4)? as usize;
+        let section = |offset: u32, len: u32| {
+            let from = start.checked_add(offset as usize)?;
+            bytes.get(from..from.checked_add(len as usize)?)
+        };
+        let types = section(header(8)?, header(12)?).ok_or(BtfError::Malformed("type section"))?;
+        let strings = section(header(16)?, header(20)?).ok_or(BtfError::Malformed("string section"))?;
+        let mut positions = vec![u32::MAX];
+        let mut at = 0;
+        while at < types.len() {
+            let info = word(types, at + 4).ok_or(BtfError::Malformed("type"))?;
+            let (kind, vlen) = ((info >> 24) & 0x1f, (info & 0xffff) as usize);
+            positions.push(at as u32);
+            at += 12
+                + match kind {
+                    1 | 14 | 17 => 4,
+                    3 => 12,
+                    4 | 5 | 15 | 19 => 12 * vlen,
+                    6 | 13 => 8 * vlen,
+                    2 | 7..=12 | 16 | 18 => 0,
+                    _ => return Err(BtfError::Malformed("unknown kind of type")),
+                };
+        }
+        Ok(Self { types, strings, positions })
+    }
+
+    fn name(&self, at: u32) -> &[u8] {
+        self.strings.get(at as usize..).and_then(|s| s.split(|b| *b == 0).next()).unwrap_or_default()
+    }
+
+    fn head(&self, id: u32) -> Option<Head> {
+        let at = *self.positions.get(id as usize)? as usize;
+        let info = word(self.types, at.checked_add(4)?)?;
+        Some(Head {
+            at,
+            name: word(self.types, at)?,
+            kind: (info >> 24) & 0x1f,
+            vlen: (info & 0xffff) as usize,
+            bitfields: info >> 31 == 1,
+        })
+    }
+
+    fn find(&self, kind: u32, name: &str) -> Result<u32, BtfError> {
+        (1..self.positions.len() as u32)
+            .find(|id| self.head(*id).is_some_and(|h| h.kind == kind && self.name(h.name) == name.as_bytes()))
+            .ok_or_else(|| BtfError::Missing(name.to_owned()))
+    }
+
+    fn member(&self, id: u32, name: &[u8], depth: u32) -> Option<u32> {
+        let head = self.head(id)?;
+        if !(head.kind == STRUCT || head.kind == UNION) || depth > MAX_NESTING {
+            return None;
+        }
+        (0..head.vlen).find_map(|i| {
+            let at = head.at + 12 + 12 * i;
+            let (label, of_type, offset) =
+                (self.name(word(self.types, at)?), word(self.types, at + 4)?, word(self.types, at + 8)?);
+            let bits = if head.bitfields { offset & 0xff_ffff } else { offset };
+            if label == name {
+                Some(bits / 8)
+            } else if label.is_empty() {
+                Some(bits / 8 + self.member(of_type, name, depth + 1)?)
+            } else {
+                None
+            }
+        })
+    }
+
+    /// Byte offset of a member, looking through anonymous structs and unions.
+    pub fn offset(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
+        let id = self.find(STRUCT, structure)?;
+        self.member(id, member.as_bytes(), 0).ok_or_else(|| BtfError::Missing(format!("{structure}.{member}")))
+    }
+
+    pub fn enum_value(&self, name: &str, variant: &str) -> Result<u32, BtfError> {
+        let missing = || BtfError::Missing(format!("{name}.{variant}"));
+        let head = self.head(self.find(ENUM, name)?).ok_or_else(missing)?;
+        (0..head.vlen)
+            .map(|i| head.at + 12 + 8 * i)
+            .find(|at| word(self.types, *at).is_some_and(|n| self.name(n) == variant.as_bytes()))
+            .and_then(|at| word(self.types, at + 4))
+            .ok_or_else(missing)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn garbage_is_an_error_not_a_panic() {
+        for bytes in [
+            &[][..],
+            &[0x9f, 0xeb],
+            &[0xff; 64],
+            &[0x9f, 0xeb, 1, 0, 255, 255, 255, 255, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0],
+        ] {
+            assert!(Btf::parse(bytes).is_err());
+        }
+    }
+}

@@ -1,0 +1,122 @@
+//! Loads the program, proves its offsets, attaches. Nothing is pinned: when the agent ends, however it ends, the kernel
+//! drops programs and maps with its file descriptors.
+
+use std::path::Path;
+
+use aya::maps::{Array, PerCpuArray, RingBuf};
+use aya::programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _};
+use aya::{Ebpf, EbpfLoader};
+use sampler_common::{Offsets, kind, self_check};
+
+use super::btf::{Btf, BtfError};
+use super::rings::Rings;
+use super::{KernelError, OBJECT};
+
+/// Bytes per ring. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
+const RING_BYTES: u32 = 4 << 20;
+
+const PROGRAMS: [&str; 7] = [
+    "cgroup_mkdir",
+    "cgroup_rmdir",
+    "cgroup_rename",
+    "cgroup_attach_task",
+    "sched_process_fork",
+    "sched_process_exec",
+    "sched_process_exit",
+];
+
+/// The attached program; dropping it detaches.
+pub struct Program {
+    _ebpf: Ebpf,
+    pub rings: Rings,
+    lost: PerCpuArray<aya::maps::MapData, u64>,
+}
+
+impl Program {
+    /// Events the kernel could not deliver so far, per kind.
+    pub fn lost(&self) -> [u64; kind::COUNT as usize] {
+        std::array::from_fn(|k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum()))
+    }
+}
+
+fn offsets(v1_controller: Option<&str>, path: &Path) -> Result<Offsets, BtfError> {
+    let bytes = std::fs::read(path).map_err(|source| BtfError::Read { path: path.to_owned(), source })?;
+    let btf = Btf::parse(&bytes)?;
+    let v1_subsys_index = match v1_controller {
+        Some(name) => btf.enum_value("cgroup_subsys_id", &format!("{name}_cgrp_id"))?,
+        None => u32::MAX,
+    };
+    Ok(Offsets {
+        task_pid: btf.offset("task_struct", "pid")?,
+        task_tgid: btf.offset("task_struct", "tgid")?,
+        task_group_leader: btf.offset("task_struct", "group_leader")?,
+        task_start_boottime: btf.offset("task_struct", "start_boottime")?,
+        task_cgroups: btf.offset("task_struct", "cgroups")?,
+        task_signal: btf.offset("task_struct", "signal")?,
+        signal_live: btf.offset("signal_struct", "live")?,
+        css_set_subsys: btf.offset("css_set", "subsys")?,
+        css_set_dfl_cgrp: btf.offset("css_set", "dfl_cgrp")?,
+        css_cgroup: btf.offset("cgroup_subsys_state", "cgroup")?,
+        css_parent: btf.offset("cgroup_subsys_state", "parent")?,
+        cgroup_kn: btf.offset("cgroup", "kn")?,
+        cgroup_root: btf.offset("cgroup", "root")?,
+        kn_id: btf.offset("kernfs_node", "id")?,
+        kn_name: btf.offset("kernfs_node", "name")?,
+        root_hierarchy_id: btf.offset("cgroup_root", "hierarchy_id")?,
+        v1_subsys_index,
+    })
+}
+
+fn refused<E: std::error::Error + Send + Sync + 'static>(what: impl Into<String>) -> impl FnOnce(E) -> KernelError {
+    let what = what.into();
+    move |source| KernelError::Refused { what, source: Box::new(source) }
+}
+
+fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, KernelError> {
+    let program = ebpf.program_mut(name).ok_or(KernelError::Inconsistent(name))?;
+    let program: &mut RawTracePoint = program.try_into().map_err(|_| KernelError::Inconsistent(name))?;
+    program.load().map_err(refused(format!("load the eBPF program `{name}`")))?;
+    Ok(program)
+}
+
+/// `v1`: the v1 hierarchy to follow beside v2, by controller name, and its hierarchy id.
+pub fn load(v1: Option<(&str, u32)>, btf: &Path) -> Result<Program, KernelError> {
+    let object = OBJECT.ok_or(KernelError::NoObject)?;
+    let offsets = offsets(v1.map(|(name, _)| name), btf)?;
+    let level = aya_log::Level::Info as u8;
+    let mut ebpf = EbpfLoader::new()
+        .override_global("OFFSETS", &offsets, true)
+        .override_global(aya_log::LEVEL, &level, false)
+        .map_max_entries("CGROUP_EVENTS", RING_BYTES)
+        .map_max_entries("PROCESS_EVENTS", RING_BYTES)
+        .load(object)
+        .map_err(refused("load the eBPF object"))?;
+    check(&mut ebpf)?;
+    for name in PROGRAMS {
+        tracepoint(&mut ebpf, name)?.attach(name).map_err(refused(format!("attach to the tracepoint {name}")))?;
+    }
+    let mut ring = |name| {
+        let map = ebpf.take_map(name).ok_or(KernelError::Inconsistent(name))?;
+        RingBuf::try_from(map).map_err(refused(format!("open the ring {name}")))
+    };
+    let rings = Rings::new(ring("CGROUP_EVENTS")?, ring("PROCESS_EVENTS")?, v1.map(|(_, id)| id));
+    let lost = ebpf.take_map("LOST").ok_or(KernelError::Inconsistent("LOST"))?;
+    let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
+    // The loader's copy of the kernel's BTF is freed memory by now; give it back.
+    // SAFETY: malloc_trim takes no pointers.
+    unsafe { libc::malloc_trim(0) };
+    Ok(Program { _ebpf: ebpf, rings, lost })
+}
+
+/// Runs the self-check program once in this process; aya-log says the outcome in words, a map says it in bits.
+fn check(ebpf: &mut Ebpf) -> Result<(), KernelError> {
+    let mut logger = aya_log::EbpfLogger::init(ebpf).map_err(refused("open the log ring"))?;
+    tracepoint(ebpf, "self_check")?.test_run(RawTracePointRunOptions::new()).map_err(refused("run the self-check"))?;
+    logger.flush();
+    let map = ebpf.map("SELF_CHECK").ok_or(KernelError::Inconsistent("SELF_CHECK"))?;
+    let map: Array<_, u32> = Array::try_from(map).map_err(refused("open the map SELF_CHECK"))?;
+    match map.get(&0, 0).map_err(refused("read the map SELF_CHECK"))? {
+        self_check::RAN => Ok(()),
+        other => Err(KernelError::SelfCheck(other)),
+    }
+}

@@ -1,0 +1,95 @@
+//! Drains the two rings into observations. Records are decoded field by field from their bytes, so no unsafe is needed here.
+
+use aya::maps::{MapData, RingBuf};
+use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
+use sampler_core::observation::{CgroupChange, CgroupFact, Observation, ProcessChange, ProcessFact};
+use sampler_core::units::{BootNs, CgroupKey, Tgid};
+use std::mem::offset_of;
+
+pub struct Rings {
+    cgroups: RingBuf<MapData>,
+    processes: RingBuf<MapData>,
+    v1_hierarchy: Option<u32>,
+    /// Events read so far, per kind.
+    pub seen: [u64; kind::COUNT as usize],
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    bytes.get(at..at + 4)?.try_into().ok().map(u32::from_ne_bytes)
+}
+
+fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
+    bytes.get(at..at + 8)?.try_into().ok().map(u64::from_ne_bytes)
+}
+
+impl Rings {
+    pub fn new(cgroups: RingBuf<MapData>, processes: RingBuf<MapData>, v1_hierarchy: Option<u32>) -> Self {
+        Self { cgroups, processes, v1_hierarchy, seen: [0; kind::COUNT as usize] }
+    }
+
+    /// Cgroups first: a process may name one whose mkdir waits in the other ring.
+    pub fn drain(&mut self, mut give: impl FnMut(Observation)) {
+        while let Some(item) = self.cgroups.next() {
+            if let Some((kind, fact)) = cgroup(&item) {
+                count(&mut self.seen, kind);
+                give(Observation::Cgroup(fact));
+            }
+        }
+        while let Some(item) = self.processes.next() {
+            if let Some((kind, fact)) = process(&item, self.v1_hierarchy) {
+                count(&mut self.seen, kind);
+                give(Observation::Process(fact));
+            }
+        }
+    }
+}
+
+fn count(seen: &mut [u64], kind: u32) {
+    if let Some(n) = seen.get_mut(kind as usize) {
+        *n += 1;
+    }
+}
+
+fn cgroup(bytes: &[u8]) -> Option<(u32, CgroupFact)> {
+    let kind = u32_at(bytes, offset_of!(CgroupEvent, kind))?;
+    let hierarchy = u32_at(bytes, offset_of!(CgroupEvent, hierarchy))?;
+    let parent_id = u64_at(bytes, offset_of!(CgroupEvent, parent_id))?;
+    let len = (u32_at(bytes, offset_of!(CgroupEvent, name_len))? as usize).min(NAME_BYTES);
+    let start = offset_of!(CgroupEvent, name);
+    let change = match kind {
+        kind::MKDIR => CgroupChange::Created,
+        kind::RMDIR => CgroupChange::Removed,
+        kind::RENAME => CgroupChange::Renamed,
+        _ => return None,
+    };
+    let fact = CgroupFact {
+        change,
+        key: CgroupKey { hierarchy, id: u64_at(bytes, offset_of!(CgroupEvent, id))? },
+        parent: (parent_id != 0).then_some(CgroupKey { hierarchy, id: parent_id }),
+        name: String::from_utf8_lossy(bytes.get(start..start + len)?).into_owned(),
+        at: BootNs(u64_at(bytes, offset_of!(CgroupEvent, at_ns))?),
+    };
+    Some((kind, fact))
+}
+
+fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)> {
+    let kind = u32_at(bytes, offset_of!(ProcessEvent, kind))?;
+    let change = match kind {
+        kind::FORK => ProcessChange::Fork { parent: Tgid(u32_at(bytes, offset_of!(ProcessEvent, parent_tgid))?) },
+        kind::EXEC => ProcessChange::Exec,
+        kind::EXIT => ProcessChange::Exit,
+        kind::ATTACH => ProcessChange::Attach,
+        _ => return None,
+    };
+    let v1_id = u64_at(bytes, offset_of!(ProcessEvent, v1_id))?;
+    let fact = ProcessFact {
+        change,
+        tgid: Tgid(u32_at(bytes, offset_of!(ProcessEvent, tgid))?),
+        start: BootNs(u64_at(bytes, offset_of!(ProcessEvent, start_ns))?),
+        coarse_start: false,
+        at: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
+        v2: CgroupKey { hierarchy: 0, id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))? },
+        v1: v1_hierarchy.filter(|_| v1_id != 0).map(|hierarchy| CgroupKey { hierarchy, id: v1_id }),
+    };
+    Some((kind, fact))
+}
