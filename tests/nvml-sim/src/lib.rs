@@ -1,1 +1,9 @@
-//! Skeleton.
+//! A simulated NVIDIA driver library with ground truth. See README.md in this folder.
+
+#[expect(non_snake_case, reason = "the names are NVML's")]
+pub mod abi;
+pub mod driver;
+pub mod loads;
+pub mod model;
+pub mod time;
+pub mod world;

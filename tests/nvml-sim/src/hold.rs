@@ -1,0 +1,129 @@
+//! Loads held in the foreground: the process is watched through a pidfd, so its end is recorded when it happens.
+
+use std::io;
+use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
+use std::os::unix::process::{CommandExt as _, ExitStatusExt as _};
+use std::path::Path;
+use std::process::Command;
+use std::sync::atomic::{AtomicI32, Ordering};
+use std::time::{Duration, Instant};
+
+use anyhow::Context as _;
+use nvidia_ml_sim::loads::{self, Load};
+
+/// A signal that comes just before the wait is noticed this late at most.
+const LOOK_EVERY: Duration = Duration::from_millis(100);
+
+static SIGNAL: AtomicI32 = AtomicI32::new(0);
+
+extern "C" fn note(signal: libc::c_int) {
+    SIGNAL.store(signal, Ordering::Relaxed);
+}
+
+fn catch_signals() {
+    for signal in [libc::SIGINT, libc::SIGTERM] {
+        // SAFETY: the handler only stores to an atomic.
+        unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) };
+    }
+}
+
+fn pidfd(pid: u32) -> io::Result<OwnedFd> {
+    // SAFETY: the call takes a pid and flags only.
+    let fd = unsafe { libc::syscall(libc::SYS_pidfd_open, pid as libc::pid_t, 0) };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: a new descriptor that nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
+}
+
+/// Until the process has ended; false when `wait` passed or a signal came first.
+fn ended_within(process: &OwnedFd, wait: Duration) -> bool {
+    let mut poll = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+    let ms = wait.as_millis().try_into().unwrap_or(i32::MAX);
+    // SAFETY: one valid pollfd.
+    unsafe { libc::poll(&raw mut poll, 1, ms) > 0 }
+}
+
+/// Records the load until the process ends, `lasts` passes or a signal asks to stop.
+pub fn load(dir: &Path, load: Load, lasts: Option<Duration>) -> anyhow::Result<()> {
+    catch_signals();
+    let pid = load.pid;
+    let process = pidfd(pid).with_context(|| format!("--pid {pid}: the process cannot be watched"))?;
+    let id = loads::begin(dir, load)?;
+    let from = Instant::now();
+    while SIGNAL.load(Ordering::Relaxed) == 0 {
+        let left = lasts.map_or(LOOK_EVERY, |lasts| lasts.saturating_sub(from.elapsed()).min(LOOK_EVERY));
+        if left.is_zero() || ended_within(&process, left) {
+            break;
+        }
+    }
+    loads::end(dir, id)
+}
+
+/// Starts the command stopped at its exec, records its load, lets it go; its exit code, or 128 and the signal.
+pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
+    catch_signals();
+    let [program, arguments @ ..] = command else { anyhow::bail!("a command is missing after --") };
+    let (gate, release) = io::pipe()?;
+    let closed_in_child = release.as_raw_fd();
+    let mut child = Command::new(program);
+    child.args(arguments);
+    let gate_fd = gate.as_raw_fd();
+    // SAFETY: only close and read, both async-signal-safe, on descriptors that the child inherited.
+    unsafe {
+        child.pre_exec(move || {
+            libc::close(closed_in_child);
+            let mut byte = 0u8;
+            libc::read(gate_fd, (&raw mut byte).cast(), 1);
+            Ok(())
+        });
+    }
+    // spawn returns only after the exec, so it waits in a thread while this one records the load of the child.
+    let (told, tell) = std::sync::mpsc::channel();
+    let spawning = std::thread::spawn(move || told.send(child.spawn()));
+    let recorded = (|| {
+        let pid = first_child()?;
+        let process = pidfd(pid)?;
+        Ok::<_, anyhow::Error>((loads::begin(&load.dir, super::declared(load, pid)?)?, process))
+    })();
+    drop(release);
+    let spawned = tell.recv().context("the spawning thread ended")?;
+    drop(spawning);
+    drop(gate);
+    let mut child = match spawned {
+        Ok(child) => child,
+        Err(error) => {
+            if let Ok((id, _)) = recorded {
+                loads::end(&load.dir, id)?;
+            }
+            return Err(error).with_context(|| format!("cannot start {program}"));
+        }
+    };
+    let (id, process) = recorded?;
+    while !ended_within(&process, LOOK_EVERY) {
+        let signal = SIGNAL.swap(0, Ordering::Relaxed);
+        if signal != 0 {
+            // SAFETY: the child has not been waited for, so its pid is still its own.
+            unsafe { libc::kill(child.id() as libc::pid_t, signal) };
+        }
+    }
+    loads::end(&load.dir, id)?;
+    let status = child.wait()?;
+    Ok(status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1) as u8)
+}
+
+/// The child that is held before its exec.
+fn first_child() -> anyhow::Result<u32> {
+    let from = Instant::now();
+    while from.elapsed() < Duration::from_secs(5) {
+        for task in std::fs::read_dir("/proc/self/task")?.flatten() {
+            let children = std::fs::read_to_string(task.path().join("children")).unwrap_or_default();
+            if let Some(pid) = children.split_whitespace().next().and_then(|pid| pid.parse().ok()) {
+                return Ok(pid);
+            }
+        }
+        std::thread::sleep(Duration::from_millis(1));
+    }
+    anyhow::bail!("the command did not start within 5 s")
+}
