@@ -1,1 +1,238 @@
-//! Skeleton.
+//! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
+//! are; a test that cannot have them fails.
+
+use std::collections::BTreeMap;
+use std::io::Write;
+use std::net::{TcpListener, TcpStream};
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::{Child, Command, Stdio};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use serde_json::{Value, json};
+
+pub fn var(name: &str) -> Result<String> {
+    std::env::var(name).with_context(|| format!("{name} is not set; run the tests with `cargo xtask test`"))
+}
+
+pub fn wait_for<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+    let from = Instant::now();
+    loop {
+        if let Some(found) = look()? {
+            return Ok(found);
+        }
+        ensure!(from.elapsed() < patience, "{what}: not within {patience:?}");
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}
+
+/// A child that ends with its owner.
+pub struct Running(pub Child);
+
+impl Running {
+    pub fn ends_with(&mut self, signal: i32) -> Result<std::process::ExitStatus> {
+        // SAFETY: the child has not been waited for, so its pid is its own.
+        unsafe { libc::kill(self.0.id() as i32, signal) };
+        Ok(self.0.wait()?)
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if let Ok(None) = self.0.try_wait() {
+            let _ended = self.ends_with(libc::SIGTERM);
+        }
+    }
+}
+
+fn exchange(mut stream: impl std::io::Read + Write, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
+    write!(
+        stream,
+        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
+        body.len()
+    )?;
+    stream.write_all(body)?;
+    let mut answer = Vec::new();
+    stream.read_to_end(&mut answer)?;
+    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").context("no HTTP answer")?;
+    let head = String::from_utf8_lossy(&answer[..end]).into_owned();
+    let body = answer[end + 4..].to_vec();
+    let status = head.split(' ').nth(1).unwrap_or_default();
+    ensure!(status.starts_with('2'), "{method} {path}: {status} {}", String::from_utf8_lossy(&body).trim());
+    Ok(body)
+}
+
+pub fn get(port: u16, path: &str) -> Result<String> {
+    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
+    Ok(String::from_utf8(exchange(stream, "GET", path, "text/plain", &[])?)?)
+}
+
+/// One line of an exposition.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sample {
+    pub name: String,
+    pub labels: BTreeMap<String, String>,
+    pub value: f64,
+}
+
+/// Names and values without escapes, which is all the tests use.
+pub fn parse(page: &str) -> Vec<Sample> {
+    let line = |line: &str| {
+        let (series, value) = line.rsplit_once(' ')?;
+        let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
+        let labels = labels.strip_suffix('}')?.split("\",").filter(|l| !l.is_empty());
+        let pair = |l: &str| l.split_once("=\"").map(|(k, v)| (k.to_owned(), v.trim_end_matches('"').to_owned()));
+        Some(Sample { name: name.into(), labels: labels.filter_map(pair).collect(), value: value.parse().ok()? })
+    };
+    page.lines().filter(|l| !l.starts_with('#')).filter_map(line).collect()
+}
+
+/// The sum of a family's series with these labels; `None` when there is none.
+pub fn sum(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+    let wanted = |s: &&Sample| s.name == name && labels.iter().all(|(k, v)| s.labels.get(*k).map(String::as_str) == Some(*v));
+    samples.iter().filter(wanted).map(|s| s.value).reduce(|a, b| a + b)
+}
+
+/// The simulated GPUs of one test.
+pub struct Sim {
+    pub dir: tempfile::TempDir,
+}
+
+impl Sim {
+    pub fn new(world: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
+        let file = dir.path().join("wanted.toml");
+        std::fs::write(&file, world)?;
+        let status =
+            Command::new(var("NVML_SIM_BIN")?).args(["init", "--dir"]).arg(dir.path()).arg("--world").arg(&file).status()?;
+        ensure!(status.success(), "nvml-sim init failed");
+        Ok(Self { dir })
+    }
+
+    pub fn library(&self) -> PathBuf {
+        self.dir.path().join("lib/libnvidia-ml.so.1")
+    }
+
+    pub fn load(&self, pid: u32, gpu: usize, demand: f64, more: &[&str]) -> Result<Running> {
+        let mut command = Command::new(var("NVML_SIM_BIN")?);
+        command.args(["load", "--pid", &pid.to_string(), "--gpu", &gpu.to_string(), "--demand", &demand.to_string()]);
+        command.args(["--mem", "1GiB", "--dir"]).arg(self.dir.path()).args(more);
+        Ok(Running(command.spawn()?))
+    }
+
+    pub fn truth(&self, more: &[&str]) -> Result<Value> {
+        let output = Command::new(var("NVML_SIM_BIN")?).args(["truth", "--dir"]).arg(self.dir.path()).args(more).output()?;
+        ensure!(output.status.success(), "nvml-sim truth: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(serde_json::from_slice(&output.stdout)?)
+    }
+}
+
+/// The agent, ready.
+pub struct Agent {
+    pub port: u16,
+    pub process: Running,
+}
+
+impl Agent {
+    pub fn command(sim: Option<&Sim>) -> Result<Command> {
+        let mut command = Command::new(var("GPU_SAMPLER_BIN")?);
+        command.arg("run").stdin(Stdio::null());
+        if let Some(sim) = sim {
+            command.arg("--nvml-lib").arg(sim.library()).env("NVML_SIM_DIR", sim.dir.path());
+        }
+        Ok(command)
+    }
+
+    pub fn start(sim: Option<&Sim>, args: &[&str]) -> Result<Self> {
+        let port = free_port()?;
+        let mut command = Self::command(sim)?;
+        command.args(["--listen", &format!("127.0.0.1:{port}"), "--docker-endpoint", &var("DOCKER_HOST")?]).args(args);
+        let mut process = Running(command.spawn()?);
+        wait_for("the agent is ready", Duration::from_secs(30), || {
+            if let Some(status) = process.0.try_wait()? {
+                bail!("the agent ended: {status}");
+            }
+            Ok(get(port, "/readyz").ok())
+        })?;
+        Ok(Self { port, process })
+    }
+
+    pub fn page(&self) -> Result<String> {
+        get(self.port, "/metrics")
+    }
+
+    pub fn scrape(&self) -> Result<Vec<Sample>> {
+        Ok(parse(&self.page()?))
+    }
+}
+
+/// The engine behind DOCKER_HOST, and the containers a test made in it.
+pub struct Docker {
+    socket: PathBuf,
+    image: String,
+    made: std::cell::RefCell<Vec<String>>,
+}
+
+impl Docker {
+    /// Imports an image with nothing but `sleep`: there may be no registry to take one from.
+    pub fn new() -> Result<Self> {
+        let host = var("DOCKER_HOST")?;
+        let socket = PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST is a Unix socket")?);
+        let root = tempfile::tempdir()?;
+        let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
+        let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
+        for file in ldd.split_whitespace().filter(|w| w.starts_with('/')).chain(["/bin/sleep"]) {
+            let to = root.path().join(file.trim_start_matches('/'));
+            std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
+            std::fs::copy(file, to)?;
+        }
+        let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;
+        let image = "gpu-sampler-test:1".to_owned();
+        let docker = Self { socket, image, made: Vec::new().into() };
+        docker.ask("POST", "/images/create?fromSrc=-&repo=gpu-sampler-test&tag=1", "application/x-tar", &tar.stdout)?;
+        Ok(docker)
+    }
+
+    fn ask(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
+        let stream = UnixStream::connect(&self.socket).with_context(|| self.socket.display().to_string())?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        exchange(stream, method, path, kind, body)
+    }
+
+    /// Starts `sleep seconds` as a pod's container; its id and the pid of its process.
+    pub fn pod(&self, namespace: &str, pod: &str, seconds: u32) -> Result<(String, u32)> {
+        let labels = json!({
+            "io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": "main",
+            "io.kubernetes.pod.uid": "8bb25662-de9a-11e9-84e7-f8f21e04010c", "io.kubernetes.docker.type": "container",
+        });
+        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", seconds.to_string()], "Labels": labels,
+            "HostConfig": {"NetworkMode": "none"}});
+        let name = format!("gpu-sampler-test-{}-{pod}", std::process::id());
+        self.made.borrow_mut().push(name.clone());
+        let json = "application/json";
+        self.ask("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
+        self.ask("POST", &format!("/containers/{name}/start"), json, &[])?;
+        let inspected: Value = serde_json::from_slice(&self.ask("GET", &format!("/containers/{name}/json"), json, &[])?)?;
+        let pid = inspected["State"]["Pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")?;
+        Ok((inspected["Id"].as_str().unwrap_or_default().to_owned(), pid as u32))
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        for name in self.made.take() {
+            if let Err(error) = self.ask("DELETE", &format!("/containers/{name}?force=1"), "text/plain", &[]) {
+                eprintln!("{error:#}");
+            }
+        }
+        if let Err(error) = self.ask("DELETE", &format!("/images/{}?force=1", self.image), "text/plain", &[]) {
+            eprintln!("{error:#}");
+        }
+    }
+}

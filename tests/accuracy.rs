@@ -1,0 +1,75 @@
+//! The estimator against the simulator's own record: exact timeline and recorded ticks, both pid rules, fixed seed.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_tests::{Agent, Docker, Sim, sum};
+
+const DEMANDS: [f64; 3] = [0.6, 0.3, 0.1];
+/// Per GPU: the pid rule, and from which container on they use it.
+const GPUS: [(&str, usize); 6] = [("instant", 0), ("last", 0), ("instant", 1), ("last", 1), ("instant", 2), ("last", 2)];
+/// Integer percentages of ticks and the slices at both ends of a load, seconds.
+const ROUNDING: f64 = 0.1;
+
+#[test]
+fn credited_seconds_are_within_four_standard_errors_of_the_truth() -> Result<()> {
+    let gpus: String = GPUS.iter().map(|(rule, _)| format!("[[gpus]]\npid_rule = '{rule}'\n")).collect();
+    let sim = Sim::new(&format!("seed = 42\n{gpus}"))?;
+    let docker = Docker::new()?;
+    let agent = Agent::start(Some(&sim), &[])?;
+    let pods = (0..DEMANDS.len()).map(|i| docker.pod("accuracy", &format!("pod-{i}"), 300)).collect::<Result<Vec<_>>>()?;
+    let mut loads = Vec::new();
+    for (gpu, (_, first)) in GPUS.iter().enumerate() {
+        for i in *first..DEMANDS.len() {
+            loads.push(sim.load(pods[i].1, gpu, DEMANDS[i], &["--for", "60s"])?);
+        }
+    }
+    for load in &mut loads {
+        assert!(load.0.wait()?.success());
+    }
+    // The last window closes 10 s after it began at most, and samples settle within half a second.
+    std::thread::sleep(Duration::from_secs(12));
+    agent.scrape()?;
+    let page = agent.scrape()?;
+    let truth = sim.truth(&[])?;
+    let ticks = sim.truth(&["--samples"])?;
+    for (gpu, (rule, first)) in GPUS.iter().enumerate() {
+        let true_gpu = &truth["gpus"][gpu];
+        let uuid = true_gpu["uuid"].as_str().context("uuid")?;
+        let of =
+            |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", uuid)], labels].concat()).unwrap_or_default();
+        let busy = of("gpu_time_seconds_total", &[("state", "busy")]);
+        let recorded: f64 = ticks
+            .as_array()
+            .context("ticks")?
+            .iter()
+            .filter(|t| t["gpu"] == gpu)
+            .map(|t| t["util"]["sm"].as_f64().unwrap_or_default())
+            .sum();
+        let recorded = recorded / 100.0 * 0.167139;
+        let credited = of("container_gpu_seconds_total", &[]);
+        let unattributed = of("gpu_unattributed_seconds_total", &[]);
+        assert!((busy - recorded).abs() < 1e-3, "GPU {gpu} {rule}: busy {busy}, recorded {recorded}");
+        assert!((credited + unattributed - busy).abs() < 1e-6, "GPU {gpu} {rule}: {credited} + {unattributed} is not {busy}");
+        let n = of("container_gpu_samples_total", &[]);
+        for (i, (id, pid)) in pods.iter().enumerate().skip(*first) {
+            let processes = true_gpu["processes"].as_array().context("processes")?;
+            let real =
+                processes.iter().find(|p| p["pid"] == *pid).and_then(|p| p["gpu_seconds"].as_f64()).context("a true process")?;
+            let got = of("container_gpu_seconds_total", &[("container_id", id)]);
+            let total = true_gpu["busy_seconds"].as_f64().context("busy")?;
+            let share = real / total;
+            let stderr = total * (share * (1.0 - share) / n).sqrt();
+            println!(
+                "GPU {gpu} {rule} demand {}: {got:.3} s for {real:.3} s, standard error {stderr:.3} s, {n} samples",
+                DEMANDS[i]
+            );
+            assert!(
+                (got - real).abs() <= 4.0 * stderr + ROUNDING,
+                "GPU {gpu} {rule}, demand {}: {got} for {real}, {stderr}",
+                DEMANDS[i]
+            );
+        }
+    }
+    Ok(())
+}

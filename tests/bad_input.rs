@@ -1,0 +1,70 @@
+//! Bad input: one clear error that names the thing and the remedy, or a degraded start that says so.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+use gpu_sampler_tests::{Agent, Sim, sum, var, wait_for};
+
+fn refused(args: &[&str], code: i32, says: &[&str]) -> Result<()> {
+    let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
+    let told = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {told}");
+    for word in says {
+        assert!(told.contains(word), "{args:?} does not say {word:?}: {told}");
+    }
+    Ok(())
+}
+
+#[test]
+fn mistakes_are_named() -> Result<()> {
+    let dir = tempfile::tempdir()?;
+    let config = dir.path().join("c.toml");
+    std::fs::write(&config, "lisen = '127.0.0.1:1'\n")?;
+    let config = config.to_string_lossy().into_owned();
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
+    let address = taken.local_addr()?.to_string();
+    refused(&["run", "--config", &config], 1, &["lisen", &config, "gpu-sampler config --default"])?;
+    refused(&["config", "--check", &config], 1, &["lisen", "expected one of"])?;
+    refused(&["run", "--config", "/no/such.toml"], 1, &["/no/such.toml", "No such file"])?;
+    refused(&["run", "--nvml-lib", "/no/such.so"], 1, &["/no/such.so", "does not exist"])?;
+    refused(&["run", "--nvml-lib", "/bin/true", "--listen", "127.0.0.1:0"], 1, &["/bin/true", "--nvml-lib"])?;
+    refused(&["run", "--listen", &address], 1, &[&address, "--listen", "in use"])?;
+    refused(&["run", "--listen", "0.0.0.0:0"], 1, &["--token-file", "--open-metrics"])?;
+    refused(&["run", "--label-sources", "dokcer"], 1, &["dokcer", "docker-file"])?;
+    refused(&["run", "--lisen", "x"], 2, &["--lisen", "--listen"])?;
+    let sysfs = dir.path().to_string_lossy().into_owned();
+    let strict = ["run", "--listen", "127.0.0.1:0", "--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"];
+    refused(&strict, 1, &["BTF", "CONFIG_DEBUG_INFO_BTF", &sysfs])
+}
+
+#[test]
+fn without_btf_it_runs_degraded_and_says_so() -> Result<()> {
+    let sim = Sim::new("[[gpus]]")?;
+    let empty = tempfile::tempdir()?;
+    let agent = Agent::start(Some(&sim), &["--path-sysfs", &empty.path().to_string_lossy()])?;
+    let page = agent.scrape()?;
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "procfs")]), Some(1.0));
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "raw_tracepoint")]), None);
+    Ok(())
+}
+
+#[test]
+fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
+    use std::os::unix::process::CommandExt as _;
+    let sim = Sim::new("[[gpus]]")?;
+    // The unprivileged user has to reach library and binary.
+    let shared = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir()?;
+    let binary = shared.path().join("gpu-sampler");
+    std::fs::copy(var("GPU_SAMPLER_BIN")?, &binary)?;
+    let port = gpu_sampler_tests::free_port()?;
+    let mut command = Command::new(&binary);
+    command.args(["run", "--listen", &format!("127.0.0.1:{port}")]).uid(65_534).gid(65_534).env_remove("NVML_SIM_DIR");
+    let _agent = gpu_sampler_tests::Running(command.spawn()?);
+    let page = wait_for("the agent answers", Duration::from_secs(20), || Ok(gpu_sampler_tests::get(port, "/metrics").ok()))?;
+    let page = gpu_sampler_tests::parse(&page);
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "procfs")]), Some(1.0));
+    assert_eq!(sum(&page, "gpu_sampler_source_up", &[("source", "nvml")]), Some(0.0));
+    drop(sim);
+    Ok(())
+}
