@@ -2,6 +2,7 @@
 
 mod accuracy;
 mod bad_input;
+mod demo;
 mod docker;
 mod prometheus;
 mod simulator;

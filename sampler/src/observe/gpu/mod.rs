@@ -22,7 +22,8 @@ pub enum GpuError {
     #[error(
         "cannot use the NVIDIA driver library {path}; install the NVIDIA driver, or name its libnvidia-ml.so.1 with --nvml-lib"
     )]
-    Init { path: String, source: NvmlError },
+    // Not a `source`: nvml-wrapper's message already repeats its own.
+    Init { path: String, error: NvmlError },
     #[error("the NVIDIA driver does not list its GPUs")]
     List(#[source] NvmlError),
     #[error("cannot start the thread that polls GPU {index}")]
@@ -33,7 +34,7 @@ pub enum GpuError {
 pub fn open(lib: Option<&Path>) -> Result<Nvml, GpuError> {
     // The file name that the driver installs; `libnvidia-ml.so` alone exists only with the development files.
     let path = lib.map_or_else(|| std::ffi::OsStr::new("libnvidia-ml.so.1"), Path::as_os_str);
-    Nvml::builder().lib_path(path).init().map_err(|source| GpuError::Init { path: path.to_string_lossy().into_owned(), source })
+    Nvml::builder().lib_path(path).init().map_err(|error| GpuError::Init { path: path.to_string_lossy().into_owned(), error })
 }
 
 /// Starts one poller per GPU.
