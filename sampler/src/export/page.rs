@@ -50,9 +50,23 @@ fn escape(text: &str) -> String {
     text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
 }
 
+/// Longer cells are cut for the eye; the whole is their tooltip.
+const CELL_CHARS: usize = 40;
+
 fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
-    let inner: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
-    format!("<tr>{inner}</tr>\n")
+    let cell = |text: &String| {
+        let whole = escape(text);
+        match text.char_indices().nth(CELL_CHARS) {
+            Some((end, _)) => format!("<{tag} title=\"{whole}\">{}…</{tag}>", escape(&text[..end])),
+            None => format!("<{tag}>{whole}</{tag}>"),
+        }
+    };
+    format!("<tr>{}</tr>\n", cells.iter().map(cell).collect::<String>())
+}
+
+fn index_of(page: &Exposition, row: &Row) -> String {
+    let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == row.gpu);
+    gpu.map_or_else(|| row.gpu.to_string(), |gpu| gpu.view.info.index.to_string())
 }
 
 pub fn html(page: &Exposition, health: &HealthView) -> String {
@@ -73,7 +87,7 @@ pub fn html(page: &Exposition, health: &HealthView) -> String {
             _ => "–".into(),
         };
         let memory = row.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
-        body += &cells("td", [namespace, pod, container, name, row.gpu.to_string(), duty, format!("{:.2}", row.seconds), memory]);
+        body += &cells("td", [namespace, pod, container, name, index_of(page, row), duty, format!("{:.2}", row.seconds), memory]);
     }
     if page.rows.is_empty() {
         body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";
@@ -90,7 +104,7 @@ pub fn html(page: &Exposition, health: &HealthView) -> String {
     format!(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
          <meta http-equiv=refresh content=5><title>gpu-sampler</title><style>body{{font:15px/1.5 system-ui,sans-serif;\
-         margin:2rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;text-align:left;\
+         margin:2rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;text-align:left;white-space:nowrap;\
          border-bottom:1px solid #ddd}}.bad{{background:#fff0e8;padding:.5rem 1rem;border-left:4px solid #d60}}\
          h1{{margin-bottom:0}}</style><h1>gpu-sampler</h1><p>Who uses which GPU. \
          <a href=/metrics>/metrics</a> · <a href=/api/v1/containers>/api/v1/containers</a></p>\n{body}</table></html>\n"
