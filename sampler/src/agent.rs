@@ -32,6 +32,8 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 const RESCAN_EVERY: Duration = Duration::from_secs(1);
 /// How often to look again for a driver library that was missing.
 const NVML_RETRY: Duration = Duration::from_secs(10);
+/// What IO tasks get to end in.
+const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
 struct CoreThread {
     core: Core,
@@ -206,7 +208,10 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the IO runtime")?;
-    runtime.block_on(serve(Arc::new(config)))
+    let result = runtime.block_on(serve(Arc::new(config)));
+    // A file read may hang in the kernel; it must not keep the agent.
+    runtime.shutdown_timeout(SHUTDOWN_GRACE);
+    result
 }
 
 async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
@@ -242,12 +247,19 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         containers: to_labels,
         stop: Arc::clone(&stop),
     };
-    let core =
-        std::thread::Builder::new().name("core".into()).spawn(move || core.run()).context("cannot start the core thread")?;
+    // Dropped when the core thread ends, also by a panic: an agent without it must not go on serving what was once true.
+    let (core_lives, core_ended) = tokio::sync::oneshot::channel::<()>();
+    let core = std::thread::Builder::new()
+        .name("core".into())
+        .spawn(move || {
+            let _lives = core_lives;
+            core.run();
+        })
+        .context("cannot start the core thread")?;
 
     let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health)));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
-    let served = http::serve(listener, state, shutdown()).await;
+    let served = http::serve(listener, state, shutdown(core_ended)).await;
     stop.store(true, Ordering::Relaxed);
     // A poller may hang in a driver call: only the core thread is waited for.
     if core.join().is_err() {
@@ -256,7 +268,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     served.map_err(Into::into)
 }
 
-async fn shutdown() {
+async fn shutdown(core_ended: tokio::sync::oneshot::Receiver<()>) {
     use tokio::signal::unix::{SignalKind, signal};
     let terminate = async {
         match signal(SignalKind::terminate()) {
@@ -271,6 +283,7 @@ async fn shutdown() {
     };
     tokio::select! {
         () = terminate => {}
+        _ = core_ended => tracing::error!("the core thread ended"),
         result = tokio::signal::ctrl_c() => {
             if let Err(error) = result {
                 tracing::warn!(%error, "SIGINT cannot be listened to");

@@ -32,7 +32,10 @@ impl Rings {
         while let Some(item) = self.cgroups.next() {
             if let Some((kind, fact)) = cgroup(&item) {
                 count(&mut self.seen, kind);
-                give(Observation::Cgroup(fact));
+                // A container has a cgroup in every v1 hierarchy; only the scanned ones lead up to a known root.
+                if fact.key.hierarchy == 0 || Some(fact.key.hierarchy) == self.v1_hierarchy {
+                    give(Observation::Cgroup(fact));
+                }
             }
         }
         while let Some(item) = self.processes.next() {
