@@ -5,30 +5,51 @@ use std::sync::Arc;
 use crate::snapshot::{DeviceReadings, GpuInfo};
 use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
 
+/// The cgroups a process is in: on v2, and on the one v1 hierarchy that is followed. Ids are inode numbers; 0 is none.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
+pub struct Place {
+    pub v2_id: u64,
+    pub v1_id: u64,
+    pub v1_hierarchy: u32,
+}
+
+impl Place {
+    /// v2 first.
+    pub fn keys(&self) -> impl Iterator<Item = CgroupKey> {
+        let v2 = CgroupKey { hierarchy: 0, id: self.v2_id };
+        let v1 = CgroupKey { hierarchy: self.v1_hierarchy, id: self.v1_id };
+        [v2, v1].into_iter().filter(|key| key.id != 0)
+    }
+}
+
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum ProcessChange {
-    Fork {
-        parent: Tgid,
-    },
+    Fork { parent: Tgid },
     Exec,
     Exit,
     Attach,
-    /// Found by a scan of /proc: true at `at`, whatever was before.
-    Seen,
 }
 
-/// The kernel's word about one process.
+/// The kernel's word about one process, in the order it happened.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessFact {
     pub change: ProcessChange,
     pub tgid: Tgid,
-    /// Start of the thread group, ns. From /proc it is a multiple of 10 ms; see [`ProcessFact::coarse_start`].
+    /// Start of the thread group, ns.
     pub start: BootNs,
-    /// `start` came from /proc and is floored to 10 ms.
-    pub coarse_start: bool,
     pub at: BootNs,
-    pub v2: CgroupKey,
-    pub v1: Option<CgroupKey>,
+    pub place: Place,
+}
+
+/// A living process as /proc showed it at some moment between `began` and `ended`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ProcessSeen {
+    pub tgid: Tgid,
+    /// Rounded down to 10 ms, as /proc gives it.
+    pub start: BootNs,
+    pub began: BootNs,
+    pub ended: BootNs,
+    pub place: Place,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -89,10 +110,26 @@ pub struct GpuBatch {
     pub answered: bool,
 }
 
+/// A scan of cgroupfs and /proc is over. What it could not have missed and did not find is gone.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ScanEnd {
+    pub began: BootNs,
+    pub ended: BootNs,
+    /// Every cgroup was looked at.
+    pub all_cgroups: bool,
+    /// Every process was looked at.
+    pub all_processes: bool,
+    /// Set when it followed lost kernel events: what it changes is a repair.
+    pub repairs_since: Option<BootNs>,
+}
+
 #[derive(Clone, Debug)]
 pub enum Observation {
     Process(ProcessFact),
+    ProcessSeen(ProcessSeen),
     Cgroup(CgroupFact),
+    ScanBegan,
+    ScanEnded(ScanEnd),
     GpuFound { gpu: usize, info: Arc<GpuInfo>, at: BootNs },
     Gpu(GpuBatch),
     Tick { at: BootNs, wall: WallTime },

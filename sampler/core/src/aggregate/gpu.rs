@@ -211,6 +211,7 @@ impl Gpu {
             Verdict::Container(key) => User::Container(key),
             Verdict::Host => User::Nobody(Reason::Host),
             Verdict::Unknown => User::Nobody(Reason::PidUnknown),
+            Verdict::Lost => User::Nobody(Reason::Lost),
             Verdict::Ambiguous => User::Nobody(Reason::Ambiguous),
         }
     }

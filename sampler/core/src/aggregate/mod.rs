@@ -24,8 +24,6 @@ pub struct Core {
 impl Core {
     pub fn observe(&mut self, observation: Observation) {
         match observation {
-            Observation::Process(fact) => self.identity.process(&fact),
-            Observation::Cgroup(fact) => self.identity.cgroup(&fact),
             Observation::GpuFound { gpu, info, .. } => {
                 if self.gpus.len() <= gpu {
                     self.gpus.resize_with(gpu + 1, || None);
@@ -50,6 +48,7 @@ impl Core {
                     gpu.forget(|key| !living.contains(key));
                 }
             }
+            identity => self.identity.observe(identity),
         }
     }
 

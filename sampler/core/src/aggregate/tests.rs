@@ -1,7 +1,7 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::observation::{CgroupChange, CgroupFact, DeviceTick, GpuBatch, ProcessChange, ProcessFact, ProcessRow};
+use crate::observation::{CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessRow, ProcessSeen};
 use crate::snapshot::{GpuInfo, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
 
@@ -29,16 +29,9 @@ fn core() -> Core {
     cgroup(10, Some(2), &"a".repeat(64));
     cgroup(11, Some(2), &"b".repeat(64));
     for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
-        let change = ProcessChange::Seen;
-        core.observe(Observation::Process(ProcessFact {
-            change,
-            tgid: Tgid(tgid),
-            start: BootNs(5),
-            coarse_start: false,
-            at: BootNs(6),
-            v2: v2(id),
-            v1: None,
-        }));
+        let place = Place { v2_id: id, ..Place::default() };
+        let (tgid, start) = (Tgid(tgid), BootNs(5));
+        core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, began: BootNs(6), ended: BootNs(7), place }));
     }
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),

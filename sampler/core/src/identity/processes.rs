@@ -1,53 +1,132 @@
 //! Processes as intervals: where each (tgid, start time) was, and when.
 //!
-//! Promise: a lookup is answered as of the time asked about, also for a process that has exited, moved, or whose pid was
-//! reused, for at least [`KEEP_EXITED_NS`] after its end. Not here: what a cgroup means.
+//! ```text
+//!            fork, exec, attach, seen            exit, swept, pid taken by another
+//!  unknown ---------------------------> living ------------------------------------> exited --40 s, or the byte bound--> unknown
+//! ```
+//! Promises:
+//! - A lookup is answered as of the time asked about, also for a process that has exited, moved, or whose pid was reused.
+//! - Events come in the kernel's order. What a scan saw is given after the events up to then were, and an event beats it.
+//! - Where a place was only found out later (its attach was lost), the time between is answered with both places.
+//! - Living processes are bounded by the kernel's own pid limit, exited ones by [`EXITED_BYTES`].
+//!
+//! Not here: what a cgroup means.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 
-use crate::observation::{ProcessChange, ProcessFact};
-use crate::units::{BootNs, CgroupKey, Tgid};
+use super::exited::Exited;
+use crate::observation::{Place, ProcessChange, ProcessFact, ProcessSeen};
+use crate::units::{BootNs, Tgid};
 
-/// Three times NVML's ring of ~10 s, and a little.
-pub const KEEP_EXITED_NS: u64 = 40_000_000_000;
-/// More exited processes than this are dropped, oldest first, and counted.
-pub const MAX_EXITED: usize = 200_000;
-/// /proc start times are ticks of 10 ms.
+/// /proc start times are ticks of 10 ms (USER_HZ is 100 on every architecture that has NVIDIA drivers), rounded down.
 const PROC_TICK_NS: u64 = 10_000_000;
+/// A process that is moved about remembers this many places.
+const MAX_RUNS: usize = 64;
 
+/// A stretch of time in which every look at a process found it in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub v2: CgroupKey,
-    pub v1: Option<CgroupKey>,
+pub struct Run {
+    pub place: Place,
+    pub first: BootNs,
+    pub last: BootNs,
+    /// It began at `first`, not at some time before.
+    pub exact: bool,
+}
+
+/// `[from, to)` in one place; `certain_from` is later than `from` where the move itself was not seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stay {
+    pub place: Place,
+    pub from: BootNs,
+    pub certain_from: BootNs,
+    /// `None` while it lasts.
+    pub to: Option<BootNs>,
+}
+
+/// One process and where it was, oldest first.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LifeView {
+    pub start: BootNs,
+    pub coarse_start: bool,
+    pub end: Option<BootNs>,
+    pub stays: Vec<Stay>,
+}
+
+/// The stays that runs stand for. The first reaches back to the start, unless it is a move out of a place nobody knows.
+pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[Run]) -> Vec<Stay> {
+    let from = |i: usize, run: &Run| match i.checked_sub(1).and_then(|before| runs.get(before)) {
+        _ if run.exact => run.first,
+        Some(before) => before.last,
+        None => start,
+    };
+    let stay = |(i, run): (usize, &Run)| Stay {
+        place: run.place,
+        from: from(i, run),
+        certain_from: if run.exact { from(i, run) } else { run.first },
+        to: runs.get(i + 1).map(|next| next.first).or(end),
+    };
+    runs.iter().enumerate().map(stay).collect()
 }
 
 #[derive(Clone, Debug)]
 struct Life {
     start: BootNs,
-    end: Option<BootNs>,
-    /// `(since, place)`, oldest first; a place holds until the next one begins.
-    places: Vec<(BootNs, Place)>,
-    /// `start` is known only to 10 ms.
+    now: Run,
+    #[expect(clippy::box_collection, reason = "a move is rare, and every process pays for this field")]
+    before: Option<Box<Vec<Run>>>,
+    generation: u32,
     coarse: bool,
 }
 
 impl Life {
     fn is(&self, start: BootNs, coarse: bool) -> bool {
-        if self.coarse || coarse { self.start.0 / PROC_TICK_NS == start.0 / PROC_TICK_NS } else { self.start == start }
+        same(self.start, self.coarse, start, coarse)
     }
 
-    fn overlaps(&self, from: BootNs, to: BootNs) -> bool {
-        self.start <= to && self.end.is_none_or(|end| end >= from)
-    }
-
-    /// A place recorded out of order must not hide a newer one.
-    fn add_place(&mut self, since: BootNs, place: Place) {
-        let at = self.places.partition_point(|(t, _)| *t <= since);
-        if at > 0 && self.places[at - 1].1 == place {
+    fn add(&mut self, run: Run) {
+        let now = &mut self.now;
+        if now.place == run.place {
+            now.last = now.last.max(run.last);
             return;
         }
-        self.places.insert(at, (since, place));
+        let before = self.before.get_or_insert_default();
+        if run.first >= now.last {
+            before.push(*now);
+            *now = run;
+        } else if now.first < run.first {
+            // Out of order by the time between two processors' clocks.
+            before.extend([Run { last: now.first, ..*now }, run]);
+            (now.first, now.exact) = (now.last, false);
+        } else {
+            let at = before.partition_point(|b| b.first <= run.first);
+            before.insert(at, run);
+        }
+        if before.len() >= MAX_RUNS {
+            before.remove(0);
+        }
     }
+
+    /// True when it contradicts what was known: an event must have been lost.
+    fn look(&mut self, seen: &ProcessSeen) -> bool {
+        let news = self.now.last < seen.began && self.now.place != seen.place;
+        if self.now.last < seen.began {
+            self.add(looked(seen));
+        }
+        news
+    }
+
+    fn runs(&self) -> Vec<Run> {
+        let before = self.before.iter().flat_map(|before| before.iter());
+        before.chain([&self.now]).copied().collect()
+    }
+}
+
+fn looked(seen: &ProcessSeen) -> Run {
+    Run { place: seen.place, first: seen.began, last: seen.began, exact: false }
+}
+
+fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
+    if a_coarse || b_coarse { a.0 / PROC_TICK_NS == b.0 / PROC_TICK_NS } else { a == b }
 }
 
 /// Who had a pid in a span of time.
@@ -61,154 +140,160 @@ pub enum Owner {
 
 #[derive(Debug, Default)]
 pub struct Processes {
-    lives: HashMap<Tgid, Vec<Life>>,
-    exited: VecDeque<(BootNs, Tgid, BootNs)>,
-    pub dropped_exited: u64,
+    living: HashMap<Tgid, Life>,
+    exited: Exited,
+    generation: u32,
 }
 
 impl Processes {
-    pub fn apply(&mut self, fact: &ProcessFact) {
-        let place = Place { v2: fact.v2, v1: fact.v1 };
-        let lives = self.lives.entry(fact.tgid).or_default();
-        let found = lives.iter().rposition(|l| l.is(fact.start, fact.coarse_start));
-        let index = match found {
-            Some(index) => index,
-            None => {
-                // The kernel gives a pid to one process at a time: an older life without an end has ended unseen.
-                for life in lives.iter_mut().filter(|l| l.end.is_none() && l.start < fact.start) {
-                    life.end = Some(fact.start);
-                    self.exited.push_back((fact.start, fact.tgid, life.start));
-                }
-                let since = match fact.change {
-                    ProcessChange::Fork { .. } => fact.start,
-                    // Where it was before is not known; the first place seen is the best answer since its start.
-                    _ => fact.start,
-                };
-                lives.push(Life { start: fact.start, end: None, places: vec![(since, place)], coarse: fact.coarse_start });
-                lives.sort_by_key(|l| l.start);
-                lives.iter().rposition(|l| l.is(fact.start, fact.coarse_start)).unwrap_or(0)
+    /// `keep` is asked about the places of a process that ends: true for one worth keeping when memory is short.
+    pub fn apply(&mut self, fact: &ProcessFact, keep: impl Fn(&[Run]) -> bool) {
+        let forked = matches!(fact.change, ProcessChange::Fork { .. });
+        let at = if forked { fact.start } else { fact.at };
+        let run = Run { place: fact.place, first: at, last: at, exact: forked || fact.change == ProcessChange::Attach };
+        let life = Life { start: fact.start, now: run, before: None, generation: self.generation, coarse: false };
+        match self.living.get_mut(&fact.tgid) {
+            Some(known) if known.is(fact.start, false) => {
+                (known.start, known.coarse) = (fact.start, false);
+                known.add(run);
             }
-        };
-        let Some(life) = lives.get_mut(index) else { return };
-        if life.coarse && !fact.coarse_start {
-            life.start = fact.start;
-            life.coarse = false;
-        }
-        match fact.change {
-            ProcessChange::Exit => {
-                if life.end.is_none() {
-                    life.end = Some(fact.at);
-                    self.exited.push_back((fact.at, fact.tgid, life.start));
+            known => {
+                if self.exited.has(fact.tgid, |start, _| start == fact.start) {
+                    return;
                 }
+                let successor = known.map(|known| known.start).filter(|start| *start > fact.start);
+                if let Some(successor) = successor {
+                    // Its end is all that can still be told.
+                    if fact.change == ProcessChange::Exit {
+                        self.bury(fact.tgid, &life, fact.at.min(successor), &keep);
+                    }
+                    return;
+                }
+                // The kernel gives a pid to one process at a time: who had it has ended unseen.
+                self.end(fact.tgid, fact.start, &keep);
+                self.living.insert(fact.tgid, life);
             }
-            ProcessChange::Seen if life.end.is_some() => {}
-            ProcessChange::Fork { .. } => life.add_place(life.start, place),
-            ProcessChange::Seen if life.places.len() > 1 => {}
-            _ => life.add_place(fact.at, place),
         }
+        if fact.change == ProcessChange::Exit {
+            self.end(fact.tgid, fact.at, &keep);
+        }
+    }
+
+    /// What a look into /proc showed. True when it contradicts the table, so an event must have been lost.
+    pub fn seen(&mut self, seen: &ProcessSeen, keep: impl Fn(&[Run]) -> bool) -> bool {
+        let generation = self.generation;
+        if let Some(life) = self.living.get_mut(&seen.tgid) {
+            if life.is(seen.start, true) {
+                life.generation = generation;
+                return life.look(seen);
+            }
+            // It has been followed by another since it was looked at.
+            if life.start > seen.start {
+                return false;
+            }
+            self.end(seen.tgid, seen.start, &keep);
+        }
+        // It has ended since it was looked at.
+        if self.exited.has(seen.tgid, |start, end| same(start, false, seen.start, true) && end >= seen.began) {
+            return false;
+        }
+        self.living.insert(seen.tgid, Life { start: seen.start, now: looked(seen), before: None, generation, coarse: true });
+        true
+    }
+
+    /// From here on [`Processes::seen`] marks; [`Processes::sweep`] ends what stays unmarked.
+    pub fn begin_scan(&mut self) {
+        self.generation = self.generation.wrapping_add(1);
+    }
+
+    /// Ends what the scan that began at `began` did not find and no event has spoken of since. Returns how many.
+    pub fn sweep(&mut self, began: BootNs, keep: impl Fn(&[Run]) -> bool) -> u64 {
+        let stale = |life: &Life| life.generation != self.generation && life.now.last < began;
+        let gone: Vec<Tgid> = self.living.iter().filter(|(_, life)| stale(life)).map(|(tgid, _)| *tgid).collect();
+        for tgid in &gone {
+            self.end(*tgid, began, &keep);
+        }
+        gone.len() as u64
+    }
+
+    fn end(&mut self, tgid: Tgid, at: BootNs, keep: impl Fn(&[Run]) -> bool) {
+        if let Some(life) = self.living.remove(&tgid) {
+            self.bury(tgid, &life, at, keep);
+        }
+    }
+
+    fn bury(&mut self, tgid: Tgid, life: &Life, at: BootNs, keep: impl Fn(&[Run]) -> bool) {
+        let runs = life.runs();
+        let keep = keep(&runs);
+        self.exited.push(tgid, life.start, at, &runs, keep);
     }
 
     pub fn owner(&self, pid: u32, from: BootNs, to: BootNs) -> Owner {
-        let Some(lives) = self.lives.get(&Tgid(pid)) else { return Owner::Unknown };
         let mut places: Vec<Place> = Vec::new();
-        for life in lives.iter().filter(|l| l.overlaps(from, to)) {
-            for (i, (since, place)) in life.places.iter().enumerate() {
-                let until = life.places.get(i + 1).map(|next| next.0);
-                let begun = *since <= to || i == 0;
-                if begun && until.is_none_or(|u| u > from) && !places.contains(place) {
-                    places.push(*place);
+        let mut take = |start: BootNs, end: Option<BootNs>, runs: &[Run]| {
+            if start > to || end.is_some_and(|end| end < from) {
+                return;
+            }
+            for stay in stays(start, end, runs) {
+                // The last stay includes the instant of the end.
+                let over = stay.to.is_some_and(|until| until <= from && Some(until) != end);
+                if stay.from <= to && !over && !places.contains(&stay.place) {
+                    places.push(stay.place);
                 }
             }
+        };
+        if let Some(life) = self.living.get(&Tgid(pid)) {
+            take(life.start, None, &life.runs());
         }
+        self.exited.each(Tgid(pid), |start, end, runs| take(start, Some(end), runs));
         if places.is_empty() { Owner::Unknown } else { Owner::Places(places) }
     }
 
-    pub fn expire(&mut self, now: BootNs) {
-        while let Some(&(ended, tgid, start)) = self.exited.front() {
-            let over = self.exited.len() > MAX_EXITED;
-            if !over && now.saturating_since(ended) < KEEP_EXITED_NS {
-                break;
-            }
-            self.exited.pop_front();
-            self.dropped_exited += u64::from(over);
-            if let Some(lives) = self.lives.get_mut(&tgid) {
-                lives.retain(|l| l.start != start || l.end.is_none());
-                if lives.is_empty() {
-                    self.lives.remove(&tgid);
-                }
-            }
+    /// Every known life of a pid, newest first.
+    pub fn lives(&self, tgid: Tgid) -> Vec<LifeView> {
+        let mut found = Vec::new();
+        if let Some(life) = self.living.get(&tgid) {
+            let stays = stays(life.start, None, &life.runs());
+            found.push(LifeView { start: life.start, coarse_start: life.coarse, end: None, stays });
         }
+        self.exited.each(tgid, |start, end, runs| {
+            let stays = stays(start, Some(end), runs);
+            found.push(LifeView { start, coarse_start: false, end: Some(end), stays });
+        });
+        found.sort_by_key(|life| std::cmp::Reverse(life.start));
+        found
     }
 
-    pub fn len(&self) -> usize {
-        self.lives.values().map(Vec::len).sum()
+    /// Living processes: pid, start, whether that is to 10 ms only, and where they are now.
+    pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, bool, Place)> {
+        self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.coarse, life.now.place))
     }
 
-    pub fn is_empty(&self) -> bool {
-        self.lives.is_empty()
+    pub fn expire(&mut self, now: BootNs) {
+        self.exited.expire(now);
+    }
+
+    pub fn size(&self) -> Size {
+        let life = size_of::<(Tgid, Life)>() + 1;
+        let moves: usize =
+            self.living.values().map(|l| l.before.as_ref().map_or(0, |b| b.capacity() * size_of::<Run>() + 24)).sum();
+        Size {
+            living: self.living.len(),
+            exited: self.exited.len(),
+            evicted: self.exited.evicted,
+            living_bytes: super::exited::buckets(self.living.capacity()) * life + moves,
+            exited_bytes: self.exited.bytes(),
+        }
     }
 }
 
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    const fn v2(id: u64) -> Place {
-        Place { v2: CgroupKey { hierarchy: 0, id }, v1: None }
-    }
-
-    fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, place: Place) -> ProcessFact {
-        ProcessFact {
-            change,
-            tgid: Tgid(tgid),
-            start: BootNs(start),
-            coarse_start: false,
-            at: BootNs(at),
-            v2: place.v2,
-            v1: place.v1,
-        }
-    }
-
-    fn check(facts: &[ProcessFact], pid: u32, from: u64, to: u64, expect: &[Place]) {
-        let mut table = Processes::default();
-        for f in facts {
-            table.apply(f);
-        }
-        let want = if expect.is_empty() { Owner::Unknown } else { Owner::Places(expect.to_vec()) };
-        assert_eq!(table.owner(pid, BootNs(from), BootNs(to)), want);
-    }
-
-    #[test]
-    fn as_of_lookups() {
-        let parent = Tgid(1);
-        let fork = |tgid, start, place| fact(ProcessChange::Fork { parent }, tgid, start, start, place);
-        let exit = |tgid, start, at, place| fact(ProcessChange::Exit, tgid, start, at, place);
-        let reuse = [fork(7, 100, v2(1)), exit(7, 100, 200, v2(1)), fork(7, 300, v2(2))];
-        check(&reuse, 7, 150, 160, &[v2(1)]);
-        check(&reuse, 7, 310, 320, &[v2(2)]);
-        check(&reuse, 7, 210, 290, &[]);
-        check(&reuse, 7, 190, 310, &[v2(1), v2(2)]);
-        check(&reuse, 8, 150, 160, &[]);
-        let moved = [fork(9, 100, v2(1)), fact(ProcessChange::Attach, 9, 100, 500, v2(3))];
-        check(&moved, 9, 200, 300, &[v2(1)]);
-        check(&moved, 9, 600, 700, &[v2(3)]);
-        check(&moved, 9, 400, 600, &[v2(1), v2(3)]);
-        // An exit seen without its fork still says where it was.
-        check(&[exit(5, 100, 200, v2(4))], 5, 120, 130, &[v2(4)]);
-        // A fork whose predecessor's exit was lost ends it.
-        check(&[fork(6, 100, v2(1)), fork(6, 400, v2(2))], 6, 450, 460, &[v2(2)]);
-    }
-
-    #[test]
-    fn coarse_and_exact_starts_are_one_process() {
-        let mut table = Processes::default();
-        let mut seen = fact(ProcessChange::Seen, 3, 1_230_000_000, 2_000_000_000, v2(1));
-        seen.coarse_start = true;
-        table.apply(&seen);
-        table.apply(&fact(ProcessChange::Exit, 3, 1_234_567_890, 3_000_000_000, v2(1)));
-        assert_eq!(table.len(), 1);
-        assert_eq!(table.owner(3, BootNs(3_500_000_000), BootNs(3_600_000_000)), Owner::Unknown);
-        table.expire(BootNs(3_000_000_000 + KEEP_EXITED_NS));
-        assert!(table.is_empty());
-    }
+/// What the table holds.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Size {
+    pub living: usize,
+    pub exited: usize,
+    /// Exited processes given up before their time, since the start.
+    pub evicted: u64,
+    pub living_bytes: usize,
+    pub exited_bytes: usize,
 }

@@ -13,7 +13,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use super::values::{ContainerLabels, Facts, Source};
-use crate::identity::{ContainerRecord, KEEP_REMOVED_NS};
+use crate::identity::{ContainerRecord, KEEP_GONE_NS};
 use crate::units::{BootNs, ContainerKey};
 
 const MS: u64 = 1_000_000;
@@ -120,7 +120,7 @@ impl Ladder {
 
     /// What to ask now; each is marked as being asked until [`Ladder::answered`].
     pub fn due(&mut self, now: BootNs) -> Vec<Ask> {
-        self.entries.retain(|_, e| e.gone.is_none_or(|at| now.saturating_since(at) < KEEP_REMOVED_NS));
+        self.entries.retain(|_, e| e.gone.is_none_or(|at| now.saturating_since(at) < KEEP_GONE_NS));
         let mut asks = Vec::new();
         for entry in self.entries.values_mut() {
             let complete = entry.labels.complete();

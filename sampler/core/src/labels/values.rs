@@ -183,6 +183,11 @@ impl ContainerLabels {
         Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(true))
     }
 
+    /// Labels that a container of this kind cannot have.
+    pub fn not_applicable(&self) -> impl Iterator<Item = Label> + '_ {
+        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(false))
+    }
+
     pub fn complete(&self) -> bool {
         Label::ALL.iter().all(|l| self.get(*l).is_some() || self.applies(*l) == Some(false))
     }

@@ -1,0 +1,154 @@
+//! Processes that have ended, for as long as samples may still name them.
+//!
+//! Two queues in the order of ending, one for processes of containers, one for all others: when [`EXITED_BYTES`] are reached the
+//! others go first. Per queue an index to the newest life of a pid; each entry knows how far back the one before it stands.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::processes::Run;
+use crate::observation::Place;
+use crate::units::{BootNs, Tgid};
+
+/// Three times NVML's ring of ~10 s, and a little.
+pub const KEEP_EXITED_NS: u64 = 40_000_000_000;
+/// All that exited processes may take, spare capacity included: 30 s of 10,000 exits a second.
+pub const EXITED_BYTES: usize = 32 << 20;
+/// A queue grows by an eighth, so at most that much of it is spare.
+const GROWTH: usize = 8;
+const SMALLEST: usize = 256;
+/// What one entry takes: itself, the spare room of its queue, and two slots of an index that has just doubled.
+const ENTRY_BYTES: usize = size_of::<Entry>() + size_of::<Entry>() / GROWTH + 3 * (size_of::<(Tgid, u64)>() + 1);
+
+#[derive(Clone, Debug)]
+struct Entry {
+    start: BootNs,
+    end: BootNs,
+    tgid: Tgid,
+    /// How many entries back in the queue the same pid's previous life is; 0 for none.
+    back: u32,
+    /// The only place it ever had, unless there are more.
+    place: Place,
+    moves: Option<Box<[Run]>>,
+}
+
+impl Entry {
+    fn extra(&self) -> usize {
+        self.moves.as_ref().map_or(0, |moves| size_of_val::<[Run]>(moves) + 16)
+    }
+}
+
+#[derive(Debug, Default)]
+struct Queue {
+    entries: VecDeque<Entry>,
+    /// Sequence number of the front.
+    first: u64,
+    newest: HashMap<Tgid, u64>,
+}
+
+impl Queue {
+    fn push(&mut self, mut entry: Entry) {
+        if self.entries.len() == self.entries.capacity() {
+            self.entries.reserve_exact((self.entries.len() / GROWTH).max(SMALLEST));
+        }
+        let seq = self.first + self.entries.len() as u64;
+        if let Some(before) = self.newest.insert(entry.tgid, seq) {
+            entry.back = u32::try_from(seq - before).unwrap_or(0);
+        }
+        self.entries.push_back(entry);
+    }
+
+    fn pop(&mut self) -> Option<Entry> {
+        let entry = self.entries.pop_front()?;
+        if self.newest.get(&entry.tgid) == Some(&self.first) {
+            self.newest.remove(&entry.tgid);
+        }
+        self.first += 1;
+        if self.entries.len() < self.entries.capacity() / 4 && self.entries.capacity() > 4 * SMALLEST {
+            self.entries.shrink_to(self.entries.len() * 2);
+            self.newest.shrink_to(self.newest.len() * 2);
+        }
+        Some(entry)
+    }
+
+    /// The lives of a pid, newest first.
+    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &Entry> {
+        let entry = |seq: u64| Some((seq, self.entries.get(usize::try_from(seq.checked_sub(self.first)?).ok()?)?));
+        let newest = self.newest.get(&tgid).and_then(|seq| entry(*seq));
+        let before = move |(seq, found): &(u64, &Entry)| match found.back {
+            0 => None,
+            back => entry(seq.checked_sub(u64::from(back))?),
+        };
+        std::iter::successors(newest, before).map(|(_, found)| found)
+    }
+
+    fn bytes(&self) -> usize {
+        self.entries.capacity() * size_of::<Entry>() + buckets(self.newest.capacity()) * (size_of::<(Tgid, u64)>() + 1)
+    }
+}
+
+/// Slots of a hash table that offers this capacity: it fills seven eighths.
+pub(super) fn buckets(capacity: usize) -> usize {
+    if capacity == 0 { 0 } else { (capacity * 8 / 7).next_power_of_two() }
+}
+
+#[derive(Debug, Default)]
+pub(super) struct Exited {
+    kept: Queue,
+    others: Queue,
+    extra_bytes: usize,
+    pub evicted: u64,
+}
+
+impl Exited {
+    pub fn push(&mut self, tgid: Tgid, start: BootNs, end: BootNs, runs: &[Run], keep: bool) {
+        let Some(first) = runs.first() else { return };
+        // A first place that begins with a move is not known before it.
+        let simple = runs.len() == 1 && (!first.exact || first.first <= start);
+        let moves = (!simple).then(|| runs.into());
+        let entry = Entry { start, end: end.max(start), tgid, back: 0, place: first.place, moves };
+        self.extra_bytes += entry.extra();
+        if keep {
+            self.kept.push(entry)
+        } else {
+            self.others.push(entry)
+        }
+        while self.len() * ENTRY_BYTES + self.extra_bytes > EXITED_BYTES {
+            let Some(entry) = self.others.pop().or_else(|| self.kept.pop()) else { break };
+            self.extra_bytes -= entry.extra();
+            self.evicted += 1;
+        }
+    }
+
+    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &Entry> {
+        self.kept.of(tgid).chain(self.others.of(tgid))
+    }
+
+    /// Whether a life of that pid has this start and end.
+    pub fn has(&self, tgid: Tgid, wanted: impl Fn(BootNs, BootNs) -> bool) -> bool {
+        self.of(tgid).any(|entry| wanted(entry.start, entry.end))
+    }
+
+    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[Run])) {
+        for entry in self.of(tgid) {
+            let only = [Run { place: entry.place, first: entry.start, last: entry.end, exact: false }];
+            give(entry.start, entry.end, entry.moves.as_deref().unwrap_or(&only));
+        }
+    }
+
+    pub fn expire(&mut self, now: BootNs) {
+        for queue in [&mut self.kept, &mut self.others] {
+            while queue.entries.front().is_some_and(|e| now.saturating_since(e.end) >= KEEP_EXITED_NS) {
+                let Some(entry) = queue.pop() else { break };
+                self.extra_bytes -= entry.extra();
+            }
+        }
+    }
+
+    pub fn len(&self) -> usize {
+        self.kept.entries.len() + self.others.entries.len()
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.kept.bytes() + self.others.bytes() + self.extra_bytes
+    }
+}
