@@ -1,6 +1,7 @@
 //! fork, exec, exit and attach. Threads are dropped here: user space hears of thread groups only.
 
 use aya_ebpf::{
+    bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE},
     helpers::{bpf_get_current_task, bpf_ktime_get_boot_ns},
     macros::raw_tracepoint,
     programs::RawTracePointContext,
@@ -25,8 +26,17 @@ fn report(kind: u32, task: Kernel, parent_tgid: u32) -> Result<(), i32> {
     // SAFETY: the helper takes no arguments.
     let at_ns = unsafe { bpf_ktime_get_boot_ns() };
     entry.write(ProcessEvent { kind, tgid, start_ns, at_ns, v2_id, v1_id, parent_tgid, pad: 0 });
-    entry.submit(0);
+    entry.submit(wakeup());
     Ok(())
+}
+
+/// Process events can wait, so user space is not woken for each: only when a quarter of the ring is full. It looks by itself every
+/// quarter of a second, and before it attributes anything.
+#[inline(always)]
+fn wakeup() -> u64 {
+    let full = PROCESS_EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
+    let size = PROCESS_EVENTS.query(u64::from(BPF_RB_RING_SIZE));
+    if full > size / 4 { u64::from(BPF_RB_FORCE_WAKEUP) } else { u64::from(BPF_RB_NO_WAKEUP) }
 }
 
 #[inline(always)]

@@ -16,11 +16,13 @@ pub const DEFAULT_DOCKER: &str = "unix:///var/run/docker.sock";
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum KernelMode {
-    /// The kernel program where it loads, else /proc.
+    /// The kernel program where it loads, else inotify, else /proc.
     #[default]
     Auto,
     /// The kernel program, or do not start.
     RawTracepoint,
+    /// inotify on cgroup directories, /proc when the driver names a process.
+    Inotify,
     /// /proc and cgroupfs once a second; short processes are missed.
     Procfs,
 }
@@ -53,6 +55,9 @@ pub struct Settings {
     /// How processes and cgroups are followed [default: auto]
     #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
     pub kernel_mode: Option<KernelMode>,
+    /// Size of each of the two kernel event rings, a power of two from 4096 [default: 4194304]
+    #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_KERNEL_RING_BYTES")]
+    pub kernel_ring_bytes: Option<u32>,
     /// File with the bearer token that clients beyond loopback must send
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
@@ -78,6 +83,7 @@ pub struct Config {
     pub docker_socket: PathBuf,
     pub label_sources: LabelSources,
     pub kernel_mode: KernelMode,
+    pub kernel_ring_bytes: u32,
     pub token: Option<String>,
     pub open_metrics: bool,
 }
@@ -99,6 +105,13 @@ pub enum ConfigError {
     Unreadable(SocketAddr),
 }
 
+impl Config {
+    /// The running kernel's type information.
+    pub fn btf(&self) -> PathBuf {
+        self.path_sysfs.join("kernel/btf/vmlinux")
+    }
+}
+
 impl Settings {
     /// `self` wins, field by field.
     fn over(self, under: Settings) -> Settings {
@@ -111,6 +124,7 @@ impl Settings {
             docker_endpoint: self.docker_endpoint.or(under.docker_endpoint),
             label_sources: self.label_sources.or(under.label_sources),
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
+            kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             token_file: self.token_file.or(under.token_file),
             open_metrics: self.open_metrics.or(under.open_metrics),
         }
@@ -150,6 +164,7 @@ impl Settings {
             docker_socket: socket(s.docker_endpoint.as_deref().unwrap_or(DEFAULT_DOCKER))?,
             label_sources: sources(s.label_sources)?,
             kernel_mode: s.kernel_mode.unwrap_or_default(),
+            kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             token,
             open_metrics,
         })
@@ -173,6 +188,15 @@ fn socket(endpoint: &str) -> Result<PathBuf, ConfigError> {
             remedy: format!("give a Unix socket, such as {DEFAULT_DOCKER}"),
         }),
     }
+}
+
+fn ring_bytes(given: Option<u32>) -> Result<u32, ConfigError> {
+    let bytes = given.unwrap_or(crate::observe::kernel::RING_BYTES);
+    if bytes.is_power_of_two() && (4096..=1 << 30).contains(&bytes) {
+        return Ok(bytes);
+    }
+    let remedy = "give a power of two from 4096 to 1073741824".into();
+    Err(ConfigError::Value { key: "kernel_ring_bytes", value: bytes.to_string(), remedy })
 }
 
 fn token(path: &Path) -> Result<String, ConfigError> {
@@ -240,6 +264,7 @@ mod tests {
         check("label_sources = ['bundel']", "label_sources = \"bundel\" is wrong: choose from");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
+        check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is wrong: give a power of two");
     }
 
     #[test]
@@ -249,6 +274,11 @@ mod tests {
         let read: Settings = toml::from_str(&uncommented).unwrap();
         assert!(read.listen.is_some() && read.nvml_lib.is_some() && read.path_procfs.is_some() && read.path_sysfs.is_some());
         assert!(read.path_rootfs.is_some() && read.docker_endpoint.is_some() && read.label_sources.is_some());
-        assert!(read.kernel_mode.is_some() && read.token_file.is_some() && read.open_metrics.is_some());
+        assert!(
+            read.kernel_ring_bytes.is_some()
+                && read.kernel_mode.is_some()
+                && read.token_file.is_some()
+                && read.open_metrics.is_some()
+        );
     }
 }

@@ -9,19 +9,28 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use sampler_common::kind;
+use sampler_core::identity::{Identity, Size};
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
+/// Upper bounds of `gpu_sampler_identify_seconds`.
+pub const IDENTIFY_BOUNDS: [f64; 11] = [0.00002, 0.00003, 0.00005, 0.000075, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.01, 0.1];
 /// Longest driver call told apart; a longer one counts as this.
 const LONGEST_CALL_NS: u64 = 60_000_000_000;
 
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug)]
 pub struct CallTimes {
     pub uuid: String,
     pub call: &'static str,
+    pub times: Times,
+}
+
+/// A histogram ready to be exported.
+#[derive(Clone, Debug, Default)]
+pub struct Times {
     pub count: u64,
     pub sum_seconds: f64,
-    /// Cumulative, one per [`CALL_BOUNDS`].
+    /// Cumulative, one per bound.
     pub buckets: Vec<u64>,
 }
 
@@ -30,12 +39,37 @@ struct Calls {
     sum: Duration,
 }
 
+impl Calls {
+    fn new() -> Self {
+        let times = Histogram::new_with_bounds(1, LONGEST_CALL_NS, 2).expect("1 ns to 60 s at two digits are valid bounds");
+        Self { times, sum: Duration::ZERO }
+    }
+
+    fn record(&mut self, took: Duration) {
+        self.times.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1));
+        self.sum += took;
+    }
+
+    fn up_to(&self, bounds: &[f64]) -> Times {
+        let buckets = bounds.iter().map(|bound| self.times.count_between(0, (bound * 1e9) as u64)).collect();
+        Times { count: self.times.len(), sum_seconds: self.sum.as_secs_f64(), buckets }
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
     pub events_seen: [u64; kind::COUNT as usize],
     pub events_lost: [u64; kind::COUNT as usize],
+    /// Time the core thread spent on draining the kernel's rings.
+    pub drained: Duration,
     pub resyncs: u64,
+    pub repairs: u64,
+    pub processes: Size,
+    /// (cgroups, bytes held by them, given up before their time).
+    pub cgroups: (usize, usize, u64),
+    /// From a cgroup's creation in the kernel to its place in the tables.
+    pub identified: Times,
     /// `None` before the driver was tried.
     pub nvml_up: Option<bool>,
     pub calls: Vec<CallTimes>,
@@ -49,6 +83,7 @@ struct Inner {
     view: HealthView,
     calls: BTreeMap<(String, &'static str), Calls>,
     told: HashMap<String, String>,
+    identified: Option<Calls>,
 }
 
 #[derive(Default)]
@@ -89,8 +124,9 @@ impl Health {
         self.inner().view.kernel_mode = mode;
     }
 
-    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &[u64; kind::COUNT as usize]) {
+    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &[u64; kind::COUNT as usize], drained: Duration) {
         let mut inner = self.inner();
+        inner.view.drained = drained;
         inner.view.events_seen = *seen;
         inner.view.events_lost = *lost;
     }
@@ -99,18 +135,26 @@ impl Health {
         self.inner().view.resyncs += 1;
     }
 
+    pub fn tables(&self, identity: &Identity) {
+        let (nodes, bytes) = identity.cgroups.size();
+        let mut inner = self.inner();
+        inner.view.repairs = identity.repairs;
+        inner.view.processes = identity.processes.size();
+        inner.view.cgroups = (nodes, bytes, identity.cgroups.evicted);
+    }
+
+    pub fn identified(&self, after_ns: u64) {
+        let mut inner = self.inner();
+        inner.identified.get_or_insert_with(Calls::new).record(Duration::from_nanos(after_ns));
+    }
+
     pub fn set_nvml(&self, up: bool) {
         self.inner().view.nvml_up = Some(up);
     }
 
     pub fn record_call(&self, uuid: &str, call: &'static str, took: Duration) {
         let mut inner = self.inner();
-        let calls = inner.calls.entry((uuid.to_owned(), call)).or_insert_with(|| Calls {
-            times: Histogram::new_with_bounds(1, LONGEST_CALL_NS, 2).expect("1 ns to 60 s at two digits are valid bounds"),
-            sum: Duration::ZERO,
-        });
-        calls.times.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1));
-        calls.sum += took;
+        inner.calls.entry((uuid.to_owned(), call)).or_insert_with(Calls::new).record(took);
     }
 
     pub fn nvml_error(&self, uuid: &str, call: &'static str, error: String) {
@@ -123,14 +167,9 @@ impl Health {
         view.calls = inner
             .calls
             .iter()
-            .map(|((uuid, call), calls)| CallTimes {
-                uuid: uuid.clone(),
-                call,
-                count: calls.times.len(),
-                sum_seconds: calls.sum.as_secs_f64(),
-                buckets: CALL_BOUNDS.map(|bound| calls.times.count_between(0, (bound * 1e9) as u64)).to_vec(),
-            })
+            .map(|((uuid, call), calls)| CallTimes { uuid: uuid.clone(), call, times: calls.up_to(&CALL_BOUNDS) })
             .collect();
+        view.identified = inner.identified.as_ref().map(|t| t.up_to(&IDENTIFY_BOUNDS)).unwrap_or_default();
         view.degraded = inner.told.iter().map(|(key, message)| (key.clone(), message.clone())).collect();
         view.degraded.sort();
         view
@@ -148,9 +187,9 @@ mod tests {
             health.record_call("GPU-1", "GetSamples", Duration::from_micros(us));
         }
         let view = health.view();
-        assert_eq!(view.calls[0].count, 4);
-        assert_eq!(view.calls[0].buckets, [1, 1, 1, 1, 3, 3, 3, 3, 4, 4]);
-        assert!((view.calls[0].sum_seconds - 0.05143).abs() < 1e-9);
+        assert_eq!(view.calls[0].times.count, 4);
+        assert_eq!(view.calls[0].times.buckets, [1, 1, 1, 1, 3, 3, 3, 3, 4, 4]);
+        assert!((view.calls[0].times.sum_seconds - 0.05143).abs() < 1e-9);
     }
 
     #[test]

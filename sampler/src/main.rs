@@ -3,8 +3,11 @@
 mod agent;
 mod cli;
 mod config;
+mod core_thread;
+mod explain;
 mod export;
 mod health;
+mod inbox;
 mod labels;
 mod observe;
 
@@ -14,7 +17,7 @@ use clap::Parser as _;
 
 fn main() -> ExitCode {
     match cli::Cli::parse().run() {
-        Ok(()) => ExitCode::SUCCESS,
+        Ok(code) => code,
         Err(error) => {
             eprintln!("gpu-sampler: {error:#}");
             ExitCode::FAILURE

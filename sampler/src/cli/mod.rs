@@ -1,7 +1,12 @@
 //! The verbs. Exit codes: 0 done, 1 failed, 2 usage (clap's own).
 
+mod ask;
+mod doctor;
+mod explain;
+
 use std::io::IsTerminal as _;
 use std::path::PathBuf;
+use std::process::ExitCode;
 
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
@@ -21,6 +26,10 @@ pub struct Cli {
 enum Verb {
     /// The node agent: follows containers, samples the GPUs, serves /metrics
     Run(Run),
+    /// Which container a process or a cgroup belongs to, and how that is known
+    Explain(explain::Explain),
+    /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot run
+    Doctor(doctor::Doctor),
     /// Prints the commented reference of the configuration, or checks a file
     Config(Config),
 }
@@ -46,28 +55,31 @@ struct Config {
 }
 
 impl Cli {
-    pub fn run(self) -> anyhow::Result<()> {
+    /// The exit code, where it is not an error's.
+    pub fn run(self) -> anyhow::Result<ExitCode> {
         match self.verb {
             Verb::Run(run) => {
-                log();
-                agent::run(run.settings.validate(run.config.as_deref())?)
+                log("info");
+                agent::run(run.settings.validate(run.config.as_deref())?)?;
+            }
+            Verb::Explain(explain) => explain.run()?,
+            Verb::Doctor(doctor) => {
+                log("error");
+                return doctor.run();
             }
             Verb::Config(Config { check: Some(file), .. }) => {
                 Settings::default().validate(Some(&file))?;
                 println!("{}: valid", file.display());
-                Ok(())
             }
-            Verb::Config(_) => {
-                print!("{REFERENCE}");
-                Ok(())
-            }
+            Verb::Config(_) => print!("{REFERENCE}"),
         }
+        Ok(ExitCode::SUCCESS)
     }
 }
 
 /// To stderr; RUST_LOG chooses, colours only on a terminal and without NO_COLOR.
-fn log() {
+fn log(default: &str) {
     let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new("info"));
+    let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }

@@ -6,7 +6,7 @@ use sampler_core::snapshot::Reason;
 
 use super::encode::{Families, Family};
 use super::ledger::{Exposition, GpuRow, Row};
-use crate::health::{CALL_BOUNDS, HealthView};
+use crate::health::{CALL_BOUNDS, HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
 
 /// cAdvisor's own constant for this label.
@@ -185,11 +185,36 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
             family.add(&[("kind", kind)], *n as f64);
         }
     }
+    to.counter("gpu_sampler_kernel_drain_seconds_total", "Time spent on reading kernel events into the tables.")
+        .add(&[], health.drained.as_secs_f64());
     to.counter("gpu_sampler_resyncs_total", "Scans after lost kernel events.").add(&[], health.resyncs as f64);
+    to.counter("gpu_sampler_resync_repairs_total", "Entries that such scans put right.").add(&[], health.repairs as f64);
+    let (p, (cgroups, cgroup_bytes, cgroups_evicted)) = (health.processes, health.cgroups);
+    let mut entries = to.gauge("gpu_sampler_identity_entries", "Entries of the identity tables.");
+    for (table, n) in [("living", p.living), ("exited", p.exited), ("cgroups", cgroups)] {
+        entries.add(&[("table", table)], n as f64);
+    }
+    let mut bytes = to.gauge("gpu_sampler_identity_bytes", "Memory of the identity tables, spare capacity included.");
+    for (table, n) in [("living", p.living_bytes), ("exited", p.exited_bytes), ("cgroups", cgroup_bytes)] {
+        bytes.add(&[("table", table)], n as f64);
+    }
+    let mut evicted = to.counter("gpu_sampler_identity_evictions_total", "Entries given up before their time for want of room.");
+    for (table, n) in [("exited", p.evicted), ("cgroups", cgroups_evicted)] {
+        evicted.add(&[("table", table)], n as f64);
+    }
+    let t = &health.identified;
+    to.histogram("gpu_sampler_identify_seconds", "From a cgroup's creation in the kernel to its place in the tables.")
+        .add_histogram(&[], &IDENTIFY_BOUNDS, &t.buckets, t.sum_seconds, t.count);
     to.gauge("gpu_sampler_kernel_mode", "How processes and cgroups are followed.").add(&[("mode", health.kernel_mode)], 1.0);
     let mut times = to.histogram("gpu_sampler_nvml_call_seconds", "Duration of driver calls.");
     for c in &health.calls {
-        times.add_histogram(&[("uuid", &c.uuid), ("call", c.call)], &CALL_BOUNDS, &c.buckets, c.sum_seconds, c.count);
+        times.add_histogram(
+            &[("uuid", &c.uuid), ("call", c.call)],
+            &CALL_BOUNDS,
+            &c.times.buckets,
+            c.times.sum_seconds,
+            c.times.count,
+        );
     }
     let mut errors = to.counter("gpu_sampler_nvml_errors_total", "Driver calls that failed.");
     for ((uuid, call, error), n) in &health.nvml_errors {

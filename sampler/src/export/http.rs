@@ -9,12 +9,15 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use axum::Router;
-use axum::extract::{Request, State};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Query, Request, State};
 use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse as _, Json, Response};
 use axum::routing::get;
+use sampler_core::identity::KEEP_EXITED_NS;
 use sampler_core::snapshot::Snapshot;
+use serde::Deserialize;
 use thiserror::Error;
 use tokio::net::TcpListener;
 
@@ -22,13 +25,16 @@ use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
 use super::{families, page};
 use crate::config::Config;
+use crate::explain::{Explanation, Subject};
 use crate::health::Health;
+use crate::inbox::Outbox;
 use crate::labels::LabelService;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The ledger takes credits in this often, scraped or not.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
+const KEEP_EXITED_S: u64 = KEEP_EXITED_NS / 1_000_000_000;
 /// Answers in flight get this long when the agent ends.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -46,11 +52,18 @@ pub struct AppState {
     labels: LabelService,
     health: Arc<Health>,
     ledger: Mutex<Ledger>,
+    core: Outbox,
 }
 
 impl AppState {
-    pub fn new(config: Arc<Config>, snapshot: Arc<ArcSwap<Snapshot>>, labels: LabelService, health: Arc<Health>) -> Self {
-        Self { config, snapshot, labels, health, ledger: Mutex::default() }
+    pub fn new(
+        config: Arc<Config>,
+        snapshot: Arc<ArcSwap<Snapshot>>,
+        labels: LabelService,
+        health: Arc<Health>,
+        core: Outbox,
+    ) -> Self {
+        Self { config, snapshot, labels, health, ledger: Mutex::default(), core }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -82,6 +95,8 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         .route("/readyz", get(ready))
         .route("/", get(index))
         .route("/api/v1/containers", get(containers))
+        .route("/api/v1/explain", get(explain))
+        .route("/api/v1/processes", get(processes))
         .layer(from_fn_with_state(Arc::clone(&state), guard))
         .with_state(Arc::clone(&state));
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
@@ -199,6 +214,38 @@ async fn index(State(state): State<Arc<AppState>>) -> Html<String> {
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
     let view = state.view();
     Json(view.rows.iter().map(page::json).collect::<Vec<_>>()).into_response()
+}
+
+#[derive(Deserialize)]
+struct ExplainQuery {
+    pid: Option<u32>,
+    cgroup: Option<String>,
+}
+
+async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
+    let subject = match query {
+        Ok(Query(ExplainQuery { pid: Some(pid), cgroup: None })) => Subject::Pid(pid),
+        Ok(Query(ExplainQuery { pid: None, cgroup: Some(path) })) => Subject::Cgroup(path),
+        Ok(_) => return (StatusCode::BAD_REQUEST, "ask with one of ?pid=NUMBER and ?cgroup=/PATH\n").into_response(),
+        Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),
+    };
+    match state.core.explain(subject.clone()).await {
+        Some(known) => Json(Explanation::new(&subject, &known, &state.labels.view())).into_response(),
+        None => {
+            let told = match subject {
+                Subject::Pid(pid) => format!("no process with pid {pid} lives or has ended within {KEEP_EXITED_S} s\n"),
+                Subject::Cgroup(path) => format!("there is no cgroup {path:?} in the hierarchies that are followed\n"),
+            };
+            (StatusCode::NOT_FOUND, told).into_response()
+        }
+    }
+}
+
+async fn processes(State(state): State<Arc<AppState>>) -> Response {
+    match state.core.processes().await {
+        Some(list) => Json(list).into_response(),
+        None => (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response(),
+    }
 }
 
 #[cfg(test)]

@@ -5,7 +5,6 @@ mod poller;
 use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
-use std::sync::mpsc::Sender;
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
@@ -15,6 +14,7 @@ use sampler_core::units::GpuUuid;
 use thiserror::Error;
 
 use crate::health::Health;
+use crate::inbox::Outbox;
 use crate::observe::clock::boot_now;
 
 #[derive(Debug, Error)]
@@ -38,12 +38,7 @@ pub fn open(lib: Option<&Path>) -> Result<Nvml, GpuError> {
 }
 
 /// Starts one poller per GPU.
-pub fn start(
-    nvml: &'static Nvml,
-    to: &Sender<Observation>,
-    health: &Arc<Health>,
-    stop: &Arc<AtomicBool>,
-) -> Result<usize, GpuError> {
+pub fn start(nvml: &'static Nvml, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<usize, GpuError> {
     let count = nvml.device_count().map_err(GpuError::List)?;
     let driver_version = nvml.sys_driver_version().unwrap_or_default();
     for index in 0..count {
@@ -68,7 +63,7 @@ pub fn start(
             },
         });
         let found = Observation::GpuFound { gpu: index as usize, info: Arc::clone(&info), at: boot_now() };
-        if to.send(found).is_err() {
+        if to.observe(found).is_err() {
             break;
         }
         let poller = poller::Poller::new(nvml, device, info, to.clone(), Arc::clone(health), Arc::clone(stop));

@@ -3,7 +3,6 @@
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
-use std::sync::mpsc::Sender;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::enum_wrappers::device::{Clock, Sampling, TemperatureSensor};
@@ -17,6 +16,7 @@ use sampler_core::snapshot::{DeviceReadings, GpuInfo};
 use sampler_core::units::GpuNs;
 
 use crate::health::Health;
+use crate::inbox::Outbox;
 use crate::observe::clock::{boot_now, wall_now};
 
 /// Below half of the finest grid seen on real drivers (~167 ms) and of a 100 ms one.
@@ -30,7 +30,7 @@ pub struct Poller {
     nvml: &'static Nvml,
     device: Device<'static>,
     info: Arc<GpuInfo>,
-    to: Sender<Observation>,
+    to: Outbox,
     health: Arc<Health>,
     stop: Arc<AtomicBool>,
     rows: Vec<nvmlProcessUtilizationSample_t>,
@@ -46,7 +46,7 @@ impl Poller {
         nvml: &'static Nvml,
         device: Device<'static>,
         info: Arc<GpuInfo>,
-        to: Sender<Observation>,
+        to: Outbox,
         health: Arc<Health>,
         stop: Arc<AtomicBool>,
     ) -> Self {
@@ -70,7 +70,7 @@ impl Poller {
         while !self.stop.load(Ordering::Relaxed) {
             let begun = Instant::now();
             let batch = self.poll();
-            if self.to.send(Observation::Gpu(batch)).is_err() {
+            if self.to.observe(Observation::Gpu(batch)).is_err() {
                 return;
             }
             std::thread::sleep(POLL_EVERY.saturating_sub(begun.elapsed()));

@@ -13,7 +13,7 @@ use super::rings::Rings;
 use super::{KernelError, OBJECT};
 
 /// Bytes per ring. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
-const RING_BYTES: u32 = 4 << 20;
+pub const RING_BYTES: u32 = 4 << 20;
 
 const PROGRAMS: [&str; 7] = [
     "cgroup_mkdir",
@@ -79,16 +79,16 @@ fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawT
     Ok(program)
 }
 
-/// `v1`: the v1 hierarchy to follow beside v2, by controller name, and its hierarchy id.
-pub fn load(v1: Option<(&str, u32)>, btf: &Path) -> Result<Program, KernelError> {
+/// `v1`: the v1 hierarchy to follow beside v2, by controller name, and its hierarchy id. Each ring gets `ring_bytes`.
+pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Program, KernelError> {
     let object = OBJECT.ok_or(KernelError::NoObject)?;
     let offsets = offsets(v1.map(|(name, _)| name), btf)?;
     let level = aya_log::Level::Info as u8;
     let mut ebpf = EbpfLoader::new()
         .override_global("OFFSETS", &offsets, true)
         .override_global(aya_log::LEVEL, &level, false)
-        .map_max_entries("CGROUP_EVENTS", RING_BYTES)
-        .map_max_entries("PROCESS_EVENTS", RING_BYTES)
+        .map_max_entries("CGROUP_EVENTS", ring_bytes)
+        .map_max_entries("PROCESS_EVENTS", ring_bytes)
         .load(object)
         .map_err(refused("load the eBPF object"))?;
     check(&mut ebpf)?;

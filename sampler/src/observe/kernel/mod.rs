@@ -1,16 +1,20 @@
-//! The kernel's side: offsets, load and attach, ring readers, the scan of what was there before.
+//! The kernel's side: offsets, load and attach, ring readers, scans, and what to do where kernel programs cannot run.
 
 mod btf;
 mod load;
+pub mod probe;
 pub mod rings;
 pub mod scan;
+pub mod watch;
 
-pub use load::{Program, load};
+pub use load::{Program, RING_BYTES, load};
 
 #[cfg(ebpf_object)]
 pub(crate) static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sampler-ebpf.o")));
 #[cfg(not(ebpf_object))]
 pub(crate) static OBJECT: Option<&[u8]> = None;
+
+use std::os::fd::{AsFd as _, BorrowedFd};
 
 use thiserror::Error;
 
@@ -29,4 +33,67 @@ pub enum KernelError {
     SelfCheck(u32),
     #[error("the kernel program lacks `{0}`: the build is inconsistent, run `cargo xtask build`")]
     Inconsistent(&'static str),
+    #[error(transparent)]
+    Watch(watch::WatchError),
+}
+
+/// How processes and cgroups are followed; names as in `gpu_sampler_kernel_mode`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mode {
+    RawTracepoint,
+    Inotify,
+    Procfs,
+}
+
+impl Mode {
+    pub fn name(self) -> &'static str {
+        match self {
+            Mode::RawTracepoint => "raw_tracepoint",
+            Mode::Inotify => "inotify",
+            Mode::Procfs => "procfs",
+        }
+    }
+
+    /// What this mode cannot know; blank for the one that knows everything.
+    pub fn gives_up(self) -> &'static str {
+        match self {
+            Mode::RawTracepoint => "",
+            Mode::Inotify => {
+                "processes are looked up in /proc when the driver names them: one that has ended by then is unattributed \
+                 (pid_unknown), and a move to another cgroup before that is not seen"
+            }
+            Mode::Procfs => {
+                "cgroups and processes are looked at once a second and when the driver names them: a container that lives shorter \
+                 may never be seen, a process that has ended by then is unattributed (pid_unknown), and a move to another cgroup \
+                 before that is not seen"
+            }
+        }
+    }
+}
+
+/// The mode that runs, with what it runs on.
+pub enum Tracker {
+    RawTracepoint(Box<Program>),
+    Inotify(watch::CgroupWatch),
+    Procfs,
+}
+
+impl Tracker {
+    pub fn mode(&self) -> Mode {
+        match self {
+            Tracker::RawTracepoint(_) => Mode::RawTracepoint,
+            Tracker::Inotify(_) => Mode::Inotify,
+            Tracker::Procfs => Mode::Procfs,
+        }
+    }
+
+    /// What to wait for.
+    pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
+        let fds = match self {
+            Tracker::RawTracepoint(program) => [Some(program.rings.cgroups.as_fd()), Some(program.rings.processes.as_fd())],
+            Tracker::Inotify(watch) => [Some(watch.fd()), None],
+            Tracker::Procfs => [None, None],
+        };
+        fds.into_iter().flatten()
+    }
 }

@@ -2,16 +2,19 @@
 
 use aya::maps::{MapData, RingBuf};
 use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
-use sampler_core::observation::{CgroupChange, CgroupFact, Observation, ProcessChange, ProcessFact};
+use sampler_core::observation::{CgroupChange, CgroupFact, Observation, Place, ProcessChange, ProcessFact};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use std::mem::offset_of;
+use std::time::{Duration, Instant};
 
 pub struct Rings {
-    cgroups: RingBuf<MapData>,
-    processes: RingBuf<MapData>,
+    pub(super) cgroups: RingBuf<MapData>,
+    pub(super) processes: RingBuf<MapData>,
     v1_hierarchy: Option<u32>,
     /// Events read so far, per kind.
     pub seen: [u64; kind::COUNT as usize],
+    /// Time spent on draining, the tables' work included.
+    pub drained: Duration,
 }
 
 fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
@@ -24,11 +27,12 @@ fn u64_at(bytes: &[u8], at: usize) -> Option<u64> {
 
 impl Rings {
     pub fn new(cgroups: RingBuf<MapData>, processes: RingBuf<MapData>, v1_hierarchy: Option<u32>) -> Self {
-        Self { cgroups, processes, v1_hierarchy, seen: [0; kind::COUNT as usize] }
+        Self { cgroups, processes, v1_hierarchy, seen: [0; kind::COUNT as usize], drained: Duration::ZERO }
     }
 
     /// Cgroups first: a process may name one whose mkdir waits in the other ring.
     pub fn drain(&mut self, mut give: impl FnMut(Observation)) {
+        let begun = Instant::now();
         while let Some(item) = self.cgroups.next() {
             if let Some((kind, fact)) = cgroup(&item) {
                 count(&mut self.seen, kind);
@@ -44,6 +48,7 @@ impl Rings {
                 give(Observation::Process(fact));
             }
         }
+        self.drained += begun.elapsed();
     }
 }
 
@@ -84,15 +89,17 @@ fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)
         kind::ATTACH => ProcessChange::Attach,
         _ => return None,
     };
-    let v1_id = u64_at(bytes, offset_of!(ProcessEvent, v1_id))?;
+    let place = Place {
+        v2_id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))?,
+        v1_id: u64_at(bytes, offset_of!(ProcessEvent, v1_id))?,
+        v1_hierarchy: v1_hierarchy.unwrap_or(0),
+    };
     let fact = ProcessFact {
         change,
         tgid: Tgid(u32_at(bytes, offset_of!(ProcessEvent, tgid))?),
         start: BootNs(u64_at(bytes, offset_of!(ProcessEvent, start_ns))?),
-        coarse_start: false,
         at: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
-        v2: CgroupKey { hierarchy: 0, id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))? },
-        v1: v1_hierarchy.filter(|_| v1_id != 0).map(|hierarchy| CgroupKey { hierarchy, id: v1_id }),
+        place,
     };
     Some((kind, fact))
 }

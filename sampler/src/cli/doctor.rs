@@ -1,0 +1,219 @@
+//! `doctor`: tries what the agent would try, and says what came of it. It leaves nothing behind: programs are loaded, attached
+//! and dropped again.
+
+use std::io::IsTerminal as _;
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use clap::Args;
+use serde::Serialize;
+
+use crate::agent::pid_namespace_problem;
+use crate::config::{Config, Settings};
+use crate::observe::gpu;
+use crate::observe::kernel::probe::{self, Chosen};
+use crate::observe::kernel::{KernelError, Mode, Tracker, scan};
+
+#[derive(Args)]
+pub struct Doctor {
+    /// Configuration file (TOML) that the agent would be started with
+    #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+    /// Print JSON
+    #[arg(long)]
+    json: bool,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+enum Status {
+    Ok,
+    /// The agent runs, and knows less.
+    Degraded,
+    /// The agent does not start, or has nothing to do.
+    Failed,
+}
+
+#[derive(Debug, Serialize)]
+struct Check {
+    name: &'static str,
+    status: Status,
+    detail: String,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    remedy: Option<String>,
+}
+
+impl Check {
+    fn ok(name: &'static str, detail: impl Into<String>) -> Self {
+        Self { name, status: Status::Ok, detail: detail.into(), remedy: None }
+    }
+
+    fn bad(name: &'static str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+        Self { name, status, detail: detail.into(), remedy: Some(remedy.into()) }
+    }
+}
+
+#[derive(Serialize)]
+struct Report {
+    can_run: bool,
+    /// As in `gpu_sampler_kernel_mode`; null when the agent does not start.
+    kernel_mode: Option<&'static str>,
+    checks: Vec<Check>,
+}
+
+impl Doctor {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let config = self.settings.validate(self.config.as_deref())?;
+        let report = examine(&config);
+        if self.json {
+            println!("{}", serde_json::to_string_pretty(&report)?);
+        } else {
+            print!("{}", text(&report));
+        }
+        Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+}
+
+fn examine(config: &Config) -> Report {
+    let layout = scan::layout(&config.path_procfs);
+    let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout), processes(config, &layout)];
+    let chosen = probe::choose(config.kernel_mode, &layout, &config.btf(), config.kernel_ring_bytes);
+    let kernel_mode = chosen.as_ref().ok().map(|c| c.tracker.mode().name());
+    checks.extend(kernel(chosen));
+    checks.push(driver(config));
+    let can_run = checks.iter().all(|c| c.status != Status::Failed);
+    Report { can_run, kernel_mode, checks }
+}
+
+fn kernel_version(config: &Config) -> Check {
+    let read = |name: &str| std::fs::read_to_string(config.path_procfs.join("sys/kernel").join(name));
+    match (read("osrelease"), read("pid_max")) {
+        (Ok(release), Ok(pid_max)) => Check::ok("kernel", format!("Linux {}, pids up to {}", release.trim(), pid_max.trim())),
+        (Err(error), _) | (_, Err(error)) => {
+            let path = config.path_procfs.display();
+            Check::bad("kernel", Status::Failed, format!("{path}: {error}"), "give the host's /proc with --path-procfs")
+        }
+    }
+}
+
+fn pid_namespace() -> Check {
+    match pid_namespace_problem() {
+        None => Check::ok("pid namespace", "the host's"),
+        Some(problem) => {
+            Check::bad("pid namespace", Status::Degraded, problem, "run in the host's pid namespace: hostPID: true or --pid=host")
+        }
+    }
+}
+
+fn cgroups(layout: &scan::Layout) -> Check {
+    let mounts: Vec<String> = layout
+        .mounts()
+        .map(|(hierarchy, mount)| match &layout.v1 {
+            Some((controller, id, _)) if *id == hierarchy => format!("v1 {controller} on {}", mount.display()),
+            _ => format!("v2 on {}", mount.display()),
+        })
+        .collect();
+    if mounts.is_empty() {
+        let remedy = "mount cgroup2 on /sys/fs/cgroup; in a container, mount the host's /sys/fs/cgroup";
+        return Check::bad("cgroups", Status::Failed, "no hierarchy that containers are in is mounted", remedy);
+    }
+    Check::ok("cgroups", format!("{}: {}", layout.name(), mounts.join(", ")))
+}
+
+fn processes(config: &Config, layout: &scan::Layout) -> Check {
+    let found = scan::scan(&config.path_procfs, layout);
+    let count = |wanted: fn(&sampler_core::observation::Observation) -> bool| found.facts.iter().filter(|f| wanted(f)).count();
+    let processes = count(|f| matches!(f, sampler_core::observation::Observation::ProcessSeen(_)));
+    let cgroups = count(|f| matches!(f, sampler_core::observation::Observation::Cgroup(_)));
+    let ms = found.end.ended.saturating_since(found.end.began) / 1_000_000;
+    let summary = format!("{processes} processes and {cgroups} cgroups scanned in {ms} ms");
+    match found.problems.as_slice() {
+        [] => Check::ok("processes", summary),
+        [first, ..] => {
+            let detail = format!("{summary}; {} could not be read, such as {first}", found.problems.len());
+            Check::bad("processes", Status::Degraded, detail, "run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+        }
+    }
+}
+
+fn kernel(chosen: Result<Chosen, KernelError>) -> Vec<Check> {
+    const NAME: &str = "kernel events";
+    let told = |error: KernelError| format!("{:#}", anyhow::Error::from(error));
+    let Chosen { tracker, refused } = match chosen {
+        Ok(chosen) => chosen,
+        Err(error) => {
+            let remedy = "mend that, or set kernel_mode to auto";
+            return vec![Check::bad(NAME, Status::Failed, told(error), remedy)];
+        }
+    };
+    let mode = tracker.mode();
+    let mut checks: Vec<Check> = refused
+        .into_iter()
+        .map(|(mode, error)| {
+            let name = if mode == Mode::RawTracepoint { "eBPF" } else { "inotify" };
+            Check::bad(name, Status::Degraded, told(error), "the message names it; the next best mode is used meanwhile")
+        })
+        .collect();
+    checks.push(match tracker {
+        Tracker::RawTracepoint(_) => {
+            let detail = "mode raw_tracepoint: the eBPF programs load, their self-check agrees, they attach";
+            Check::ok(NAME, detail)
+        }
+        _ => {
+            let detail = format!("mode {}: {}", mode.name(), mode.gives_up());
+            Check::bad(
+                NAME,
+                Status::Degraded,
+                detail,
+                "make eBPF work for mode raw_tracepoint (kernel_mode auto), which knows all of it",
+            )
+        }
+    });
+    checks
+}
+
+fn driver(config: &Config) -> Check {
+    const NAME: &str = "NVIDIA driver";
+    let counted = gpu::open(config.nvml_lib.as_deref()).map_err(|e| format!("{:#}", anyhow::Error::from(e))).and_then(|nvml| {
+        let version = nvml.sys_driver_version().unwrap_or_else(|_| "unknown".into());
+        nvml.device_count().map(|n| (n, version)).map_err(|error| format!("the driver does not list its GPUs: {error}"))
+    });
+    match counted {
+        Ok((n, version)) => Check::ok(NAME, format!("version {version}, {n} GPUs")),
+        // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
+        Err(detail) => {
+            let status = if config.nvml_lib.is_some() { Status::Failed } else { Status::Degraded };
+            let remedy =
+                if status == Status::Failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
+            Check::bad(NAME, status, detail, remedy)
+        }
+    }
+}
+
+fn text(report: &Report) -> String {
+    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let paint = |status: Status| {
+        let (word, colour) = match status {
+            Status::Ok => ("ok      ", 32),
+            Status::Degraded => ("degraded", 33),
+            Status::Failed => ("failed  ", 31),
+        };
+        if colours { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() }
+    };
+    let mut out = String::new();
+    for check in &report.checks {
+        out += &format!("{}  {:<14} {}\n", paint(check.status), check.name, check.detail);
+        if let Some(remedy) = &check.remedy {
+            out += &format!("          {:<14} -> {remedy}\n", "");
+        }
+    }
+    let degraded = report.checks.iter().any(|c| c.status == Status::Degraded);
+    out += match (report.can_run, degraded) {
+        (true, false) => "\nThe agent can run here.\n",
+        (true, true) => "\nThe agent can run here, with less than it could know.\n",
+        (false, _) => "\nThe agent cannot run here.\n",
+    };
+    out
+}

@@ -1,0 +1,50 @@
+//! Which mode runs here: the best that works, found by trying it, not by asking versions.
+//!
+//! ```text
+//!  raw_tracepoint  --refused-->  inotify  --refused-->  procfs
+//! ```
+//! A mode that was asked for by name is the only one tried: when it does not work the agent does not start.
+
+use std::path::Path;
+
+use super::scan::Layout;
+use super::{KernelError, Mode, Tracker, load, watch};
+use crate::config::KernelMode;
+
+/// The mode that runs, and why those above it do not.
+pub struct Chosen {
+    pub tracker: Tracker,
+    pub refused: Vec<(Mode, KernelError)>,
+}
+
+fn try_mode(mode: Mode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<Tracker, KernelError> {
+    match mode {
+        Mode::RawTracepoint => {
+            let v1 = layout.v1.as_ref().map(|(name, id, _)| (*name, *id));
+            load(v1, btf, ring_bytes).map(|program| Tracker::RawTracepoint(Box::new(program)))
+        }
+        Mode::Inotify => watch::CgroupWatch::new(layout).map(Tracker::Inotify).map_err(KernelError::Watch),
+        Mode::Procfs => Ok(Tracker::Procfs),
+    }
+}
+
+pub fn choose(wanted: KernelMode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<Chosen, KernelError> {
+    let modes = match wanted {
+        KernelMode::Auto => &[Mode::RawTracepoint, Mode::Inotify][..],
+        KernelMode::RawTracepoint => return only(try_mode(Mode::RawTracepoint, layout, btf, ring_bytes)),
+        KernelMode::Inotify => return only(try_mode(Mode::Inotify, layout, btf, ring_bytes)),
+        KernelMode::Procfs => &[],
+    };
+    let mut refused = Vec::new();
+    for mode in modes {
+        match try_mode(*mode, layout, btf, ring_bytes) {
+            Ok(tracker) => return Ok(Chosen { tracker, refused }),
+            Err(error) => refused.push((*mode, error)),
+        }
+    }
+    Ok(Chosen { tracker: Tracker::Procfs, refused })
+}
+
+fn only(tracker: Result<Tracker, KernelError>) -> Result<Chosen, KernelError> {
+    Ok(Chosen { tracker: tracker?, refused: Vec::new() })
+}
