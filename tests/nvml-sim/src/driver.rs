@@ -3,8 +3,9 @@
 use std::collections::VecDeque;
 use std::path::{Path, PathBuf};
 
-use crate::loads::{self, Load};
-use crate::model::{Model, SERVED_AFTER_US, Tick};
+use crate::follow::Follower;
+use crate::loads;
+use crate::model::{Model, Tick};
 use crate::world::World;
 
 /// What the driver itself holds of every GPU's memory.
@@ -13,8 +14,7 @@ pub const RESERVED_BYTES: u64 = 300 << 20;
 pub struct Driver {
     pub world: World,
     dir: PathBuf,
-    loads: Vec<Load>,
-    log_bytes: u64,
+    log: Follower,
     rings: Vec<VecDeque<Tick>>,
     looked_us: u64,
 }
@@ -31,28 +31,26 @@ impl Driver {
     pub fn open(dir: &Path) -> anyhow::Result<Self> {
         let world = World::read(dir)?;
         let rings = vec![VecDeque::new(); world.gpus.len()];
-        Ok(Self { world, dir: dir.to_owned(), loads: Vec::new(), log_bytes: u64::MAX, rings, looked_us: 0 })
+        Ok(Self { world, dir: dir.to_owned(), log: Follower::new(dir), rings, looked_us: 0 })
     }
 
     /// Takes in the log and the time.
     fn sync(&mut self, gpu: usize) -> anyhow::Result<()> {
+        // The time is taken before the log is read: what is served is older than both.
         let now = loads::now_us();
+        self.log.read()?;
+        let served = now.saturating_sub(self.world.delay_us);
         if now.saturating_sub(self.looked_us) > 1_000_000 {
             self.looked_us = now;
-            loads::close_dead(&self.dir, &self.loads)?;
+            if loads::close_dead(&self.dir, self.log.loads.iter())? > 0 {
+                self.log.read()?;
+            }
+            self.forget(served);
         }
-        // The time is taken before the log is read: what is served is older than both.
-        let bytes = std::fs::metadata(self.dir.join(loads::FILE))?.len();
-        if bytes != self.log_bytes {
-            self.loads = loads::read(&self.dir)?;
-            self.log_bytes = bytes;
-        }
-        let served = now - SERVED_AFTER_US;
-        let depth = self.world.ring;
-        let model = Model { world: &self.world, gpu, loads: &self.loads };
+        let from = self.recorded_us(gpu, served);
+        let (depth, oldest) = (self.world.ring, self.oldest_us(gpu, served));
+        let model = Model { world: &self.world, gpu, loads: self.log.loads.of(gpu) };
         let Some(ring) = self.rings.get_mut(gpu) else { return Ok(()) };
-        let oldest = served.saturating_sub(self.world.period_us(gpu) * depth as u64).max(self.world.begun_us);
-        let from = ring.back().map_or(oldest, |t| t.at_us.max(oldest));
         for at in model.grid(from, served) {
             ring.push_back(model.tick(at));
             if ring.len() > depth {
@@ -63,6 +61,27 @@ impl Driver {
             ring.pop_front();
         }
         Ok(())
+    }
+
+    /// The ring holds what is newer.
+    fn oldest_us(&self, gpu: usize, served_us: u64) -> u64 {
+        let ring_us = self.world.period_us(gpu) * self.world.ring as u64;
+        served_us.saturating_sub(ring_us).max(self.world.begun_us)
+    }
+
+    /// Up to here every tick is in the ring or too old for it.
+    fn recorded_us(&self, gpu: usize, served_us: u64) -> u64 {
+        let oldest = self.oldest_us(gpu, served_us);
+        self.rings.get(gpu).and_then(|ring| ring.back()).map_or(oldest, |tick| tick.at_us.max(oldest))
+    }
+
+    /// Drops the loads that can be in no tick that is still to be recorded.
+    fn forget(&mut self, served_us: u64) {
+        for gpu in 0..self.rings.len() {
+            let model = Model { world: &self.world, gpu, loads: &[] };
+            let until = model.needless_until(self.recorded_us(gpu, served_us));
+            self.log.loads.forget(gpu, until);
+        }
     }
 
     /// The device's own ring: every sample newer than `after_us`, idle ones included.
@@ -85,7 +104,7 @@ impl Driver {
     pub fn processes(&mut self, gpu: usize) -> anyhow::Result<Vec<(u32, u64)>> {
         self.sync(gpu)?;
         let mut list: Vec<(u32, u64)> = Vec::new();
-        for load in self.loads.iter().filter(|l| l.gpu == gpu && l.end_us.is_none()) {
+        for load in self.log.loads.of(gpu).iter().filter(|l| l.end_us.is_none()) {
             match list.iter_mut().find(|(pid, _)| *pid == load.pid) {
                 Some((_, bytes)) => *bytes += load.memory_bytes,
                 None => list.push((load.pid, load.memory_bytes)),
@@ -122,5 +141,64 @@ mod tests {
         let row = |pid, at_us, util| Row { pid, at_us, util };
         assert_eq!(fold(&ticks), [row(7, 4, 60), row(8, 3, 100)]);
         assert!(fold(&ticks[1..2]).is_empty());
+    }
+
+    /// A world that began long ago and its log; the times are before now.
+    fn driver(toml: &str, loads: &[(u64, Option<u64>)]) -> (tempfile::TempDir, Driver) {
+        let dir = tempfile::tempdir().unwrap();
+        let own = loads::start_time(std::process::id()).unwrap();
+        let mut text = String::new();
+        for (n, (begin_us, end_us)) in loads.iter().enumerate() {
+            let (pid, id) = (std::process::id(), n as u64);
+            text += &format!(
+                "{{\"begin\":{{\"id\":{id},\"pid\":{pid},\"start_time\":{own},\"gpu\":{},\"demand\":0.4,\"memory_bytes\":5,\
+                 \"begin_us\":{begin_us}}}}}\n",
+                n % 2
+            );
+            text += &end_us.map_or_else(String::new, |end_us| format!("{{\"end\":{id},\"end_us\":{end_us}}}\n"));
+        }
+        std::fs::write(dir.path().join(loads::FILE), text).unwrap();
+        std::fs::write(dir.path().join(crate::world::FILE), format!("begun_us = 1\n{toml}[[gpus]]\n[[gpus]]\n")).unwrap();
+        let driver = Driver::open(dir.path()).unwrap();
+        (dir, driver)
+    }
+
+    #[test]
+    fn samples_are_served_when_they_are_as_old_as_the_delay() {
+        for delay_us in [20_000, 3_000_000] {
+            let (_dir, mut driver) = driver(&format!("delay_us = {delay_us}\nring = 9\n"), &[]);
+            let before = loads::now_us();
+            let newest = driver.latest(0).unwrap().unwrap().at_us;
+            let age = (before.saturating_sub(newest), loads::now_us() - newest);
+            let period = driver.world.period_us;
+            assert!(age.1 >= delay_us && age.0 <= delay_us + period, "{age:?} for {delay_us}");
+            assert_eq!(driver.samples(0, 0).unwrap().len(), 9);
+        }
+    }
+
+    #[test]
+    fn what_is_forgotten_is_in_no_tick_nor_listed() {
+        let now = loads::now_us();
+        // One every 10 ms of the last minute, 30 to 330 ms long; two of them do not end.
+        let ends = |n: u64, begin: u64| (n < 5_998).then_some(begin + 30_000 + n % 11 * 30_000);
+        let loads: Vec<_> =
+            (0..6_000).map(|n| (now - 61_000_000 + n * 10_000, n)).map(|(begin, n)| (begin, ends(n, begin))).collect();
+        let (dir, mut driver) = driver("", &loads);
+        let mut all = Follower::new(dir.path());
+        all.read().unwrap();
+        for _ in 0..2 {
+            for gpu in 0..2 {
+                let ticks = driver.samples(gpu, 0).unwrap();
+                let model = Model { world: &driver.world, gpu, loads: all.loads.of(gpu) };
+                assert_eq!(ticks.len(), 72);
+                assert!(ticks.iter().all(|tick| *tick == model.tick(tick.at_us)));
+                assert_eq!(driver.processes(gpu).unwrap(), [(std::process::id(), 5)]);
+            }
+            // Of the first GPU the ring is full by the second time, of the other what a ring can need stayed too.
+            let kept = driver.log.loads.iter().count();
+            assert!((2..3_000).contains(&kept), "{kept}");
+            driver.looked_us = 0;
+        }
+        assert_eq!(driver.log.loads.iter().count(), 2);
     }
 }

@@ -12,7 +12,7 @@ use anyhow::Context as _;
 use nvidia_ml_sim::loads::{self, Load};
 
 /// A signal that comes just before the wait is noticed this late at most.
-const LOOK_EVERY: Duration = Duration::from_millis(100);
+pub const LOOK_EVERY: Duration = Duration::from_millis(100);
 
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
@@ -20,11 +20,16 @@ extern "C" fn note(signal: libc::c_int) {
     SIGNAL.store(signal, Ordering::Relaxed);
 }
 
-fn catch_signals() {
+/// From here on SIGINT and SIGTERM are noted instead of ending this process.
+pub fn catch_signals() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         // SAFETY: the handler only stores to an atomic.
         unsafe { libc::signal(signal, note as *const () as libc::sighandler_t) };
     }
+}
+
+pub fn signalled() -> bool {
+    SIGNAL.load(Ordering::Relaxed) != 0
 }
 
 fn pidfd(pid: u32) -> io::Result<OwnedFd> {
@@ -50,15 +55,15 @@ pub fn load(dir: &Path, load: Load, lasts: Option<Duration>) -> anyhow::Result<(
     catch_signals();
     let pid = load.pid;
     let process = pidfd(pid).with_context(|| format!("--pid {pid}: the process cannot be watched"))?;
-    let id = loads::begin(dir, load)?;
+    let (id, _) = loads::begin(dir, load)?;
     let from = Instant::now();
-    while SIGNAL.load(Ordering::Relaxed) == 0 {
+    while !signalled() {
         let left = lasts.map_or(LOOK_EVERY, |lasts| lasts.saturating_sub(from.elapsed()).min(LOOK_EVERY));
         if left.is_zero() || ended_within(&process, left) {
             break;
         }
     }
-    loads::end(dir, id)
+    loads::end(dir, id).map(|_| ())
 }
 
 /// Starts the command stopped at its exec, records its load, lets it go; its exit code, or 128 and the signal.
@@ -85,7 +90,7 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
     let recorded = (|| {
         let pid = first_child()?;
         let process = pidfd(pid)?;
-        Ok::<_, anyhow::Error>((loads::begin(&load.dir, super::declared(load, pid)?)?, process))
+        Ok::<_, anyhow::Error>((loads::begin(&load.dir, super::declared(load, pid)?)?.0, process))
     })();
     drop(release);
     let spawned = tell.recv().context("the spawning thread ended")?;

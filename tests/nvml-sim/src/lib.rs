@@ -3,6 +3,7 @@
 #[expect(non_snake_case, reason = "the names are NVML's")]
 pub mod abi;
 pub mod driver;
+pub mod follow;
 pub mod loads;
 pub mod model;
 pub mod time;

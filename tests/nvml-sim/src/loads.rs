@@ -4,11 +4,13 @@
 //! under a lock on the file, and readers serve nothing younger than [`crate::model::SERVED_AFTER_US`]: what was served stays true
 //! as long as taking the time and appending take less than that. A load without an end line whose process is gone counts as
 //! ended when a reader first notices, who then writes the line; `load` itself must have been killed for that to happen.
+//! [`crate::follow`] reads it.
 
+use std::collections::HashMap;
 use std::fs;
 use std::io::Write as _;
 use std::os::fd::AsRawFd as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
@@ -32,7 +34,7 @@ pub struct Load {
 
 #[derive(Serialize, Deserialize)]
 #[serde(untagged)]
-enum Line {
+pub(crate) enum Line {
     Begin { begin: Load },
     End { end: u64, end_us: u64 },
 }
@@ -41,67 +43,87 @@ pub fn now_us() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_micros() as u64)
 }
 
-/// Appends the line that `line` makes of the present time.
-fn append(dir: &Path, line: impl FnOnce(u64) -> Line) -> anyhow::Result<u64> {
-    let path = dir.join(FILE);
-    let mut file = fs::OpenOptions::new().append(true).open(&path).with_context(|| path.display().to_string())?;
-    // SAFETY: a plain call on a descriptor that is open for the whole call; closing the file unlocks it.
-    if unsafe { libc::flock(file.as_raw_fd(), libc::LOCK_EX) } != 0 {
-        return Err(std::io::Error::last_os_error()).with_context(|| path.display().to_string());
+/// The log, open for appending.
+pub struct Log {
+    path: PathBuf,
+    file: fs::File,
+}
+
+impl Log {
+    pub fn open(dir: &Path) -> anyhow::Result<Self> {
+        let path = dir.join(FILE);
+        let file = fs::OpenOptions::new().append(true).open(&path).with_context(|| path.display().to_string())?;
+        Ok(Self { path, file })
     }
-    let now = now_us();
-    let mut text = serde_json::to_string(&line(now))?;
-    text.push('\n');
-    file.write_all(text.as_bytes()).with_context(|| path.display().to_string())?;
-    Ok(now)
-}
 
-pub fn begin(dir: &Path, mut load: Load) -> anyhow::Result<u64> {
-    let mut id = 0;
-    append(dir, |now| {
-        load.begin_us = now;
-        load.id = now << 16 | u64::from(load.pid) & 0xffff;
-        id = load.id;
-        Line::Begin { begin: load }
-    })?;
-    Ok(id)
-}
+    /// The id and the begin that the line has.
+    pub fn begin(&mut self, mut load: Load) -> anyhow::Result<(u64, u64)> {
+        let mut id = 0;
+        let now = self.append(|now| {
+            load.begin_us = now;
+            load.id = now << 16 | u64::from(load.pid) & 0xffff;
+            id = load.id;
+            Line::Begin { begin: load }
+        })?;
+        Ok((id, now))
+    }
 
-pub fn end(dir: &Path, id: u64) -> anyhow::Result<()> {
-    append(dir, |now| Line::End { end: id, end_us: now }).map(|_| ())
-}
+    /// The end that the line has.
+    pub fn end(&mut self, id: u64) -> anyhow::Result<u64> {
+        self.append(|now| Line::End { end: id, end_us: now })
+    }
 
-/// Every load so far, in the order of their begin. A torn last line is not yet written.
-pub fn read(dir: &Path) -> anyhow::Result<Vec<Load>> {
-    let path = dir.join(FILE);
-    Ok(parse(&fs::read_to_string(&path).with_context(|| path.display().to_string())?))
-}
+    /// Appends the line that `line` makes of the present time.
+    fn append(&mut self, line: impl FnOnce(u64) -> Line) -> anyhow::Result<u64> {
+        self.lock(libc::LOCK_EX)?;
+        let written = self.write(line);
+        // Not left to the close: the file may stay open, and children may share it.
+        self.lock(libc::LOCK_UN)?;
+        written
+    }
 
-pub fn parse(text: &str) -> Vec<Load> {
-    let mut loads: Vec<Load> = Vec::new();
-    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
-    for line in whole.lines() {
-        match serde_json::from_str(line) {
-            Ok(Line::Begin { begin }) => loads.push(begin),
-            Ok(Line::End { end, end_us }) => {
-                // The first end counts: later ones are of readers that noticed the same death.
-                if let Some(load) = loads.iter_mut().find(|l| l.id == end) {
-                    load.end_us.get_or_insert(end_us);
-                }
+    fn write(&mut self, line: impl FnOnce(u64) -> Line) -> anyhow::Result<u64> {
+        let now = now_us();
+        let mut text = serde_json::to_string(&line(now))?;
+        text.push('\n');
+        self.file.write_all(text.as_bytes()).with_context(|| self.path.display().to_string())?;
+        Ok(now)
+    }
+
+    fn lock(&self, how: libc::c_int) -> anyhow::Result<()> {
+        // SAFETY: a plain call on a descriptor that is open for the whole call.
+        while unsafe { libc::flock(self.file.as_raw_fd(), how) } != 0 {
+            let error = std::io::Error::last_os_error();
+            if error.kind() != std::io::ErrorKind::Interrupted {
+                return Err(error).with_context(|| self.path.display().to_string());
             }
-            // Only this program writes here; a foreign line is nobody's load.
-            Err(_) => {}
         }
+        Ok(())
     }
-    loads
 }
 
-/// Ends the loads whose process is gone and whose `load` command, having been killed, did not say so.
-pub fn close_dead(dir: &Path, loads: &[Load]) -> anyhow::Result<()> {
-    for load in loads.iter().filter(|l| l.end_us.is_none() && start_time(l.pid) != Some(l.start_time)) {
-        end(dir, load.id)?;
+pub fn begin(dir: &Path, load: Load) -> anyhow::Result<(u64, u64)> {
+    Log::open(dir)?.begin(load)
+}
+
+pub fn end(dir: &Path, id: u64) -> anyhow::Result<u64> {
+    Log::open(dir)?.end(id)
+}
+
+/// Ends the loads whose process is gone and whose `load` command, having been killed, did not say so; how many.
+pub fn close_dead<'a>(dir: &Path, loads: impl Iterator<Item = &'a Load>) -> anyhow::Result<usize> {
+    // By pid, what has it now; a reused pid has another start time than the load.
+    let mut now: HashMap<u32, Option<u64>> = HashMap::new();
+    let dead = |l: &&Load| *now.entry(l.pid).or_insert_with(|| start_time(l.pid)) != Some(l.start_time);
+    let dead: Vec<u64> = loads.filter(|l| l.end_us.is_none()).filter(dead).map(|l| l.id).collect();
+    if dead.is_empty() {
+        return Ok(0);
     }
-    Ok(())
+    let mut log = Log::open(dir)?;
+    for id in &dead {
+        log.end(*id)?;
+    }
+    Ok(dead.len())
 }
 
 /// Start time of a process, clock ticks; `None` when it does not exist or is a zombie.
@@ -118,19 +140,37 @@ pub fn start_time(pid: u32) -> Option<u64> {
 mod tests {
     use super::*;
 
+    fn load(pid: u32, start_time: u64) -> Load {
+        Load { id: 0, pid, start_time, gpu: 0, demand: 0.5, memory_bytes: 1, begin_us: 0, end_us: None }
+    }
+
     #[test]
-    fn lines_come_back_and_a_torn_one_waits() {
+    fn what_is_handed_back_is_what_the_log_says() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "").unwrap();
-        let load = Load { id: 0, pid: 7, start_time: 9, gpu: 0, demand: 0.5, memory_bytes: 1, begin_us: 0, end_us: None };
-        let first = begin(dir.path(), load.clone()).unwrap();
-        begin(dir.path(), Load { pid: 8, ..load }).unwrap();
-        end(dir.path(), first).unwrap();
-        let loads = read(dir.path()).unwrap();
-        assert_eq!(loads.len(), 2);
-        assert!(loads[0].end_us >= Some(loads[0].begin_us) && loads[1].end_us.is_none());
+        let (id, begin_us) = begin(dir.path(), load(7, 9)).unwrap();
+        let end_us = end(dir.path(), id).unwrap();
         let text = fs::read_to_string(dir.path().join(FILE)).unwrap();
-        assert!(parse(&text[..text.len() - 1])[0].end_us.is_none());
+        let expect = format!(
+            "{{\"begin\":{{\"id\":{id},\"pid\":7,\"start_time\":9,\"gpu\":0,\"demand\":0.5,\"memory_bytes\":1,\
+             \"begin_us\":{begin_us},\"end_us\":null}}}}\n{{\"end\":{id},\"end_us\":{end_us}}}\n"
+        );
+        assert_eq!(text, expect);
+        assert!(begin_us <= end_us);
+    }
+
+    #[test]
+    fn the_dead_are_closed_and_who_reused_their_pid_is_not() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(FILE), "").unwrap();
+        let (pid, born) = (std::process::id(), start_time(std::process::id()).unwrap());
+        let loads = [(pid, born - 1, None), (pid, born, None), (u32::MAX, 1, None), (u32::MAX, 1, Some(5))];
+        let loads: Vec<Load> = (1..).zip(loads).map(|(id, (p, t, end_us))| Load { id, end_us, ..load(p, t) }).collect();
+        assert_eq!(close_dead(dir.path(), loads.iter()).unwrap(), 2);
+        let text = fs::read_to_string(dir.path().join(FILE)).unwrap();
+        let ends: Vec<&str> = text.lines().map(|l| l.split_once(',').unwrap().0).collect();
+        assert_eq!(ends, ["{\"end\":1", "{\"end\":3"]);
+        assert_eq!(close_dead(dir.path(), loads[1..2].iter()).unwrap(), 0);
     }
 
     #[test]

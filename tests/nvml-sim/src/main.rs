@@ -1,6 +1,8 @@
-//! The simulator's command: makes worlds, declares loads, tells the truth.
+//! The simulator's command: makes worlds, declares loads, lets short processes live, tells the truth.
 
+mod child;
 mod hold;
+mod lives;
 mod truth;
 
 use std::fs;
@@ -49,6 +51,8 @@ enum Verb {
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
+    /// Let many short processes live in cgroups, each loading a GPU from its first instant; prints them as JSON lines
+    Lives(lives::Lives),
     /// Print what really happened, as JSON
     Truth {
         #[arg(long)]
@@ -100,6 +104,7 @@ fn run(verb: Verb) -> anyhow::Result<u8> {
             check(&load)?;
             hold::run(&load, &command)
         }
+        Verb::Lives(asked) => lives::run(&asked).map(|()| 0),
         Verb::Truth { dir, from, to, samples } => truth::print(&dir, from, to, samples).map(|()| 0),
     }
 }
@@ -183,6 +188,12 @@ fn duration(text: &str) -> Result<Duration, String> {
     seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "give a duration such as 5s, 500ms or 1m".into())
 }
 
+fn durations(text: &str) -> Result<(Duration, Duration), String> {
+    let (from, to) = text.split_once("..").ok_or("give two durations such as 5ms..50ms")?;
+    let (from, to) = (duration(from)?, duration(to)?);
+    if from > to { Err("give it from the shorter to the longer, such as 5ms..50ms".into()) } else { Ok((from, to)) }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -195,6 +206,13 @@ mod tests {
         assert!(bytes("2GB").is_err() && bytes("").is_err());
         assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
         assert!(duration("5").is_err());
+        let ms = Duration::from_millis;
+        assert_eq!(durations("5ms..50ms"), Ok((ms(5), ms(50))));
+        assert_eq!(durations("0.5s..0.5s"), Ok((ms(500), ms(500))));
+        for wrong in ["", "5ms", "..", "5ms..", "..5ms", "5..50ms", "5ms...50ms", "5ms..50ms..60ms"] {
+            assert!(durations(wrong).is_err(), "{wrong}");
+        }
+        assert!(durations("50ms..5ms").is_err_and(|e| e.contains("from the shorter to the longer")));
         assert!(demand("0").is_err() && demand("1.1").is_err() && demand("x").is_err());
         assert_eq!(demand("0.6"), Ok(0.6));
     }

@@ -1,8 +1,10 @@
 //! What really happened, for scoring estimators.
 
+use std::collections::HashMap;
 use std::io::Write as _;
 use std::path::Path;
 
+use nvidia_ml_sim::follow::Follower;
 use nvidia_ml_sim::model::{Model, SERVED_AFTER_US};
 use nvidia_ml_sim::world::World;
 use nvidia_ml_sim::{loads, time};
@@ -10,14 +12,16 @@ use serde_json::json;
 
 pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> anyhow::Result<()> {
     let world = World::read(dir)?;
-    loads::close_dead(dir, &loads::read(dir)?)?;
+    let mut log = Follower::new(dir);
+    log.read()?;
+    loads::close_dead(dir, log.loads.iter())?;
     // What is younger can still change.
     let settled = loads::now_us() - SERVED_AFTER_US;
-    let loads = loads::read(dir)?;
+    log.read()?;
     let from = from.unwrap_or(world.begun_us).max(world.begun_us);
     let to = to.unwrap_or(settled).min(settled).max(from);
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    let model = |gpu| Model { world: &world, gpu, loads: &loads };
+    let model = |gpu| Model { world: &world, gpu, loads: log.loads.of(gpu) };
     if samples {
         let mut comma = "";
         write!(out, "[")?;
@@ -38,8 +42,10 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> a
     } else {
         let gpu = |(gpu, named): (usize, &nvidia_ml_sim::world::Gpu)| {
             let mut processes: Vec<(u32, u64, f64)> = Vec::new();
+            let mut places = HashMap::new();
             for (load, seconds) in model(gpu).truth(from, to) {
-                match processes.iter_mut().find(|p| (p.0, p.1) == (load.pid, load.start_time)) {
+                let place = *places.entry((load.pid, load.start_time)).or_insert(processes.len());
+                match processes.get_mut(place) {
                     Some(process) => process.2 += seconds,
                     None => processes.push((load.pid, load.start_time, seconds)),
                 }

@@ -6,6 +6,8 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::model::SERVED_AFTER_US;
+
 pub const FILE: &str = "world.toml";
 
 /// Whom the driver names in a sample.
@@ -27,6 +29,8 @@ pub struct World {
     pub pid_rule: PidRule,
     /// The sampling grid, microseconds.
     pub period_us: u64,
+    /// How old a sample is when the driver first serves it, microseconds.
+    pub delay_us: u64,
     /// Samples the driver keeps.
     pub ring: usize,
     /// When this world began, microseconds since the epoch; `init` fills it in.
@@ -54,6 +58,7 @@ impl Default for World {
             pid_rule: PidRule::Instant,
             // As measured on real boards: 167.1-169.8 ms.
             period_us: 167_139,
+            delay_us: SERVED_AFTER_US,
             ring: 72,
             begun_us: 0,
             gpus: Vec::new(),
@@ -112,6 +117,9 @@ impl World {
         if !(1..=4096).contains(&world.ring) {
             bail!("ring = {} is outside 1..4096", world.ring);
         }
+        if !(SERVED_AFTER_US..=10_000_000).contains(&world.delay_us) {
+            bail!("delay_us = {} is outside {SERVED_AFTER_US}..10000000", world.delay_us);
+        }
         Ok(world)
     }
 
@@ -129,6 +137,11 @@ mod tests {
     use super::*;
 
     #[test]
+    fn the_delay_is_the_floor_when_left_out() {
+        assert_eq!(World::parse("").unwrap().delay_us, 20_000);
+    }
+
+    #[test]
     fn rows() {
         let check = |toml: &str, expect: &str| {
             let told = World::parse(toml).map_or_else(|e| format!("{e:#}"), |w| format!("ok {}", w.gpus.len()));
@@ -139,6 +152,9 @@ mod tests {
         check("sede = 1", "unknown field `sede`");
         check("pid_rule = 'first'", "unknown variant `first`");
         check("period_us = 1\n[[gpus]]", "period_us = 1 is outside");
+        check("delay_us = 10000000\n[[gpus]]", "ok 1");
+        check("delay_us = 19999", "delay_us = 19999 is outside 20000..10000000");
+        check("delay_us = 10000001", "delay_us = 10000001 is outside 20000..10000000");
         check("[[gpus]]\nuuid = 'x'", "gpus[0]: uuid must begin with GPU-");
     }
 }

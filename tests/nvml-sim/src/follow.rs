@@ -1,0 +1,194 @@
+//! Follows the log of loads: parses only what is new; a torn last line waits for its rest.
+
+use std::collections::{BTreeMap, HashMap};
+use std::fs;
+use std::io::{Read as _, Seek as _, SeekFrom};
+use std::path::{Path, PathBuf};
+
+use anyhow::Context as _;
+
+use crate::loads::{FILE, Line, Load};
+
+/// The loads as far as the log was read: of each GPU in the order of their begin lines.
+#[derive(Default)]
+pub struct Loads {
+    gpus: BTreeMap<usize, Vec<Load>>,
+    /// Where the load with this id lies.
+    places: HashMap<u64, (usize, usize)>,
+}
+
+impl Loads {
+    pub fn of(&self, gpu: usize) -> &[Load] {
+        self.gpus.get(&gpu).map_or(&[], Vec::as_slice)
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = &Load> {
+        self.gpus.values().flatten()
+    }
+
+    fn take(&mut self, line: &[u8]) {
+        match serde_json::from_slice(line) {
+            Ok(Line::Begin { begin }) => {
+                let loads = self.gpus.entry(begin.gpu).or_default();
+                self.places.entry(begin.id).or_insert((begin.gpu, loads.len()));
+                loads.push(begin);
+            }
+            Ok(Line::End { end, end_us }) => {
+                // The first end counts: later ones are of readers that noticed the same death.
+                let place = self.places.get(&end);
+                if let Some(load) = place.and_then(|(gpu, at)| self.gpus.get_mut(gpu)?.get_mut(*at)) {
+                    load.end_us.get_or_insert(end_us);
+                }
+            }
+            // Only this program writes here; a foreign line is nobody's load.
+            Err(_) => {}
+        }
+    }
+
+    /// Drops the GPU's loads that ended at `until_us` or before.
+    pub fn forget(&mut self, gpu: usize, until_us: u64) {
+        let Some(loads) = self.gpus.get_mut(&gpu) else { return };
+        let places = &mut self.places;
+        loads.retain(|load| {
+            let stays = load.end_us.is_none_or(|end| end > until_us);
+            if !stays {
+                places.remove(&load.id);
+            }
+            stays
+        });
+        for (at, load) in loads.iter().enumerate() {
+            places.insert(load.id, (gpu, at));
+        }
+    }
+}
+
+pub struct Follower {
+    path: PathBuf,
+    /// Where the first line begins that was not whole.
+    offset: u64,
+    pub loads: Loads,
+}
+
+impl Follower {
+    pub fn new(dir: &Path) -> Self {
+        Self { path: dir.join(FILE), offset: 0, loads: Loads::default() }
+    }
+
+    /// Takes in the whole lines that were added.
+    pub fn read(&mut self) -> anyhow::Result<()> {
+        self.read_new().with_context(|| self.path.display().to_string())
+    }
+
+    fn read_new(&mut self) -> std::io::Result<()> {
+        let bytes = fs::metadata(&self.path)?.len();
+        if bytes < self.offset {
+            // It only grows, so this is another log.
+            (self.offset, self.loads) = (0, Loads::default());
+        }
+        if bytes == self.offset {
+            return Ok(());
+        }
+        let mut file = fs::File::open(&self.path)?;
+        file.seek(SeekFrom::Start(self.offset))?;
+        let mut new = Vec::new();
+        file.read_to_end(&mut new)?;
+        let whole = new.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
+        for line in new[..whole].split(|b| *b == b'\n') {
+            self.loads.take(line);
+        }
+        self.offset += whole as u64;
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write as _;
+
+    use super::*;
+
+    fn begin(id: u64, gpu: usize) -> String {
+        let load = Load { id, pid: id as u32, start_time: 9, gpu, demand: 0.5, memory_bytes: 1, begin_us: id, end_us: None };
+        serde_json::to_string(&Line::Begin { begin: load }).unwrap() + "\n"
+    }
+
+    fn end(id: u64, end_us: u64) -> String {
+        serde_json::to_string(&Line::End { end: id, end_us }).unwrap() + "\n"
+    }
+
+    fn seen(loads: &Loads, gpu: usize) -> Vec<(u64, Option<u64>)> {
+        loads.of(gpu).iter().map(|l| (l.id, l.end_us)).collect()
+    }
+
+    #[test]
+    fn however_the_log_is_cut_the_loads_are_the_same() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        // An end before its begin, a second end, ends of nobody, foreign lines, begins that are not in the order of their times.
+        let text = [
+            &end(5, 50)[..],
+            &begin(5, 0),
+            &begin(3, 1),
+            "\n",
+            &begin(4, 0),
+            &end(4, 60),
+            "{\"end\":\"4\"}\n\u{e9}\n",
+            &end(4, 61),
+            &begin(2, 0),
+            &end(77, 70),
+            &end(3, 80),
+            &begin(9, 7),
+        ]
+        .concat();
+        let expect = [vec![(5, None), (4, Some(60)), (2, None)], vec![(3, Some(80))], vec![], vec![(9, None)]];
+        for step in 1..=text.len() {
+            fs::write(&path, "").unwrap();
+            let mut follower = Follower::new(dir.path());
+            let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
+            for part in text.as_bytes().chunks(step) {
+                file.write_all(part).unwrap();
+                follower.read().unwrap();
+            }
+            for (gpu, expect) in [0, 1, 2, 7].into_iter().zip(&expect) {
+                assert_eq!(&seen(&follower.loads, gpu), expect, "GPU {gpu} in steps of {step}");
+            }
+            assert_eq!(follower.offset, text.len() as u64);
+        }
+    }
+
+    #[test]
+    fn a_torn_line_waits_and_only_it_is_read_again() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join(FILE);
+        let (first, last) = (begin(1, 0), end(1, 5));
+        let mut follower = Follower::new(dir.path());
+        fs::write(&path, format!("{first}{}", last.trim_end())).unwrap();
+        for _ in 0..2 {
+            follower.read().unwrap();
+            assert_eq!((seen(&follower.loads, 0), follower.offset), (vec![(1, None)], first.len() as u64));
+        }
+        fs::write(&path, format!("{first}{last}")).unwrap();
+        follower.read().unwrap();
+        assert_eq!(seen(&follower.loads, 0), [(1, Some(5))]);
+        // Another log in its place.
+        fs::write(&path, begin(2, 0)).unwrap();
+        follower.read().unwrap();
+        assert_eq!(seen(&follower.loads, 0), [(2, None)]);
+        fs::remove_file(&path).unwrap();
+        assert!(format!("{:#}", follower.read().unwrap_err()).contains("loads: No such file"));
+    }
+
+    #[test]
+    fn what_is_forgotten_leaves_the_rest_in_place() {
+        let mut loads = Loads::default();
+        let lines = [begin(1, 0), begin(2, 0), begin(3, 1), begin(4, 0), begin(5, 0), end(1, 10), end(3, 10), end(4, 11)];
+        lines.iter().for_each(|line| loads.take(line.trim_end().as_bytes()));
+        loads.forget(0, 10);
+        loads.forget(7, 10);
+        for line in [end(1, 20), end(5, 20), begin(6, 0), end(6, 21)] {
+            loads.take(line.trim_end().as_bytes());
+        }
+        assert_eq!(seen(&loads, 0), [(2, None), (4, Some(11)), (5, Some(20)), (6, Some(21))]);
+        assert_eq!(seen(&loads, 1), [(3, Some(10))]);
+    }
+}
