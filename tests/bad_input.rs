@@ -44,7 +44,7 @@ fn without_btf_it_runs_degraded_and_says_so() -> Result<()> {
     let empty = tempfile::tempdir()?;
     let agent = Agent::start(Some(&sim), &["--path-sysfs", &empty.path().to_string_lossy()])?;
     let page = agent.scrape()?;
-    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "procfs")]), Some(1.0));
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "inotify")]), Some(1.0));
     assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "raw_tracepoint")]), None);
     Ok(())
 }
@@ -63,7 +63,7 @@ fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
     let _agent = gpu_sampler_tests::Running(command.spawn()?);
     let page = wait_for("the agent answers", Duration::from_secs(20), || Ok(gpu_sampler_tests::get(port, "/metrics").ok()))?;
     let page = gpu_sampler_tests::parse(&page);
-    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "procfs")]), Some(1.0));
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "inotify")]), Some(1.0));
     assert_eq!(sum(&page, "gpu_sampler_source_up", &[("source", "nvml")]), Some(0.0));
     drop(sim);
     Ok(())

@@ -1,16 +1,21 @@
 //! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
 //! are; a test that cannot have them fails.
 
+mod docker;
+pub mod kernel;
+pub mod record;
+
+pub use docker::{Docker, Engine};
+
 use std::collections::BTreeMap;
 use std::io::Write;
 use std::net::{TcpListener, TcpStream};
-use std::os::unix::net::UnixStream;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use serde_json::{Value, json};
+use serde_json::Value;
 
 pub fn var(name: &str) -> Result<String> {
     std::env::var(name).with_context(|| format!("{name} is not set; run the tests with `cargo xtask test`"))
@@ -50,7 +55,13 @@ impl Drop for Running {
     }
 }
 
-fn exchange(mut stream: impl std::io::Read + Write, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
+pub(crate) fn exchange(
+    mut stream: impl std::io::Read + Write,
+    method: &str,
+    path: &str,
+    kind: &str,
+    body: &[u8],
+) -> Result<Vec<u8>> {
     write!(
         stream,
         "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
@@ -137,6 +148,7 @@ impl Sim {
 pub struct Agent {
     pub port: u16,
     pub process: Running,
+    log: tempfile::NamedTempFile,
 }
 
 impl Agent {
@@ -150,17 +162,28 @@ impl Agent {
     }
 
     pub fn start(sim: Option<&Sim>, args: &[&str]) -> Result<Self> {
+        Self::start_in(kernel::Layout::Machine, sim, args)
+    }
+
+    pub fn start_in(layout: kernel::Layout, sim: Option<&Sim>, args: &[&str]) -> Result<Self> {
         let port = free_port()?;
         let mut command = Self::command(sim)?;
         command.args(["--listen", &format!("127.0.0.1:{port}"), "--docker-endpoint", &var("DOCKER_HOST")?]).args(args);
-        let mut process = Running(command.spawn()?);
+        layout.enter(&mut command);
+        let log = tempfile::NamedTempFile::new()?;
+        let mut agent = Self { port, process: Running(command.stderr(log.reopen()?).spawn()?), log };
         wait_for("the agent is ready", Duration::from_secs(30), || {
-            if let Some(status) = process.0.try_wait()? {
-                bail!("the agent ended: {status}");
+            if let Some(status) = agent.process.0.try_wait()? {
+                bail!("the agent ended: {status}: {}", agent.log()?);
             }
             Ok(get(port, "/readyz").ok())
         })?;
-        Ok(Self { port, process })
+        Ok(agent)
+    }
+
+    /// What it has logged so far.
+    pub fn log(&self) -> Result<String> {
+        Ok(std::fs::read_to_string(self.log.path())?)
     }
 
     pub fn page(&self) -> Result<String> {
@@ -172,67 +195,13 @@ impl Agent {
     }
 }
 
-/// The engine behind DOCKER_HOST, and the containers a test made in it.
-pub struct Docker {
-    socket: PathBuf,
-    image: String,
-    made: std::cell::RefCell<Vec<String>>,
-}
-
-impl Docker {
-    /// Imports an image with nothing but `sleep`: there may be no registry to take one from.
-    pub fn new() -> Result<Self> {
-        let host = var("DOCKER_HOST")?;
-        let socket = PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST is a Unix socket")?);
-        let root = tempfile::tempdir()?;
-        let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
-        let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
-        for file in ldd.split_whitespace().filter(|w| w.starts_with('/')).chain(["/bin/sleep"]) {
-            let to = root.path().join(file.trim_start_matches('/'));
-            std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
-            std::fs::copy(file, to)?;
-        }
-        let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;
-        let image = "gpu-sampler-test:1".to_owned();
-        let docker = Self { socket, image, made: Vec::new().into() };
-        docker.ask("POST", "/images/create?fromSrc=-&repo=gpu-sampler-test&tag=1", "application/x-tar", &tar.stdout)?;
-        Ok(docker)
-    }
-
-    fn ask(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
-        let stream = UnixStream::connect(&self.socket).with_context(|| self.socket.display().to_string())?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        exchange(stream, method, path, kind, body)
-    }
-
-    /// Starts `sleep seconds` as a pod's container; its id and the pid of its process.
-    pub fn pod(&self, namespace: &str, pod: &str, seconds: u32) -> Result<(String, u32)> {
-        let labels = json!({
-            "io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": "main",
-            "io.kubernetes.pod.uid": "8bb25662-de9a-11e9-84e7-f8f21e04010c", "io.kubernetes.docker.type": "container",
-        });
-        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", seconds.to_string()], "Labels": labels,
-            "HostConfig": {"NetworkMode": "none"}});
-        let name = format!("gpu-sampler-test-{}-{pod}", std::process::id());
-        self.made.borrow_mut().push(name.clone());
-        let json = "application/json";
-        self.ask("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
-        self.ask("POST", &format!("/containers/{name}/start"), json, &[])?;
-        let inspected: Value = serde_json::from_slice(&self.ask("GET", &format!("/containers/{name}/json"), json, &[])?)?;
-        let pid = inspected["State"]["Pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")?;
-        Ok((inspected["Id"].as_str().unwrap_or_default().to_owned(), pid as u32))
-    }
-}
-
-impl Drop for Docker {
+impl Drop for Agent {
     fn drop(&mut self) {
-        for name in self.made.take() {
-            if let Err(error) = self.ask("DELETE", &format!("/containers/{name}?force=1"), "text/plain", &[]) {
-                eprintln!("{error:#}");
-            }
-        }
-        if let Err(error) = self.ask("DELETE", &format!("/images/{}?force=1", self.image), "text/plain", &[]) {
-            eprintln!("{error:#}");
+        // Beside the failure, the tester wants to know what the agent said.
+        if std::thread::panicking()
+            && let Ok(log) = self.log()
+        {
+            eprintln!("the agent's log:\n{log}");
         }
     }
 }

@@ -9,8 +9,14 @@ const REMEMBERED_POLLS: usize = 256;
 /// Gaps remembered to learn the grid.
 const REMEMBERED_GAPS: usize = 64;
 
+/// The grid while it is not learned: longer than any that was seen (167 to 170 ms).
+const PERIOD_AT_MOST_NS: u64 = 200_000_000;
+/// What the offset may have drifted since the poll that bounds it: 13 s at a few hundred ppm.
+const DRIFT_NS: u64 = 5_000_000;
+
 /// A sample cannot be read before it was taken, so every poll bounds the offset from above: `boot - gpu <= ended - newest`.
-/// The smallest bound is the closest one; its error is at most the shortest delay between sample and read.
+/// The smallest bound is the closest one. It is late by what the driver takes to serve a sample; nothing in the driver's answers
+/// tells how long that is. Taken here: one period at most.
 #[derive(Debug, Default)]
 pub struct GpuClock {
     bounds: VecDeque<i128>,
@@ -30,9 +36,11 @@ impl GpuClock {
         u64::try_from(i128::from(at.0) + offset).ok().map(BootNs)
     }
 
-    /// How far `boot` may be late: a period's half, the poll's own cadence, until the grid is learned 100 ms.
-    pub fn uncertainty_ns(&self) -> u64 {
-        self.period_ns().map_or(100_000_000, |p| p / 2)
+    /// When the process that a sample names was on the engine: at the sample's instant or within the period that ends there,
+    /// the sample being as old as it can be or as young.
+    pub fn named_within(&self, boot: BootNs, span_ns: u64) -> (BootNs, BootNs) {
+        let late = self.period_ns().unwrap_or(PERIOD_AT_MOST_NS);
+        (boot.minus(late).minus(span_ns), boot.plus(DRIFT_NS))
     }
 
     pub fn gap(&mut self, gap_ns: u64) {

@@ -14,7 +14,7 @@ use std::collections::{HashMap, VecDeque};
 use std::sync::Arc;
 
 use super::clock::GpuClock;
-use crate::identity::{Identity, Verdict};
+use crate::identity::{Identity, KEEP_EXITED_NS, Verdict};
 use crate::observation::{DeviceTick, GpuBatch, ProcessRow, RunningProcess};
 use crate::snapshot::{DeviceReadings, GpuInfo, GpuTime, GpuView, Reason};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
@@ -109,7 +109,7 @@ impl Gpu {
             self.readings = readings;
         }
         if let Some(processes) = &batch.processes {
-            self.memory(processes, batch.ended, identity);
+            self.memory(processes, batch, identity);
         }
         if !batch.supported {
             if let Some(last) = self.last_answer {
@@ -207,7 +207,8 @@ impl Gpu {
         if pid == 0 || pid == u32::MAX {
             return User::Nobody(Reason::InvalidPid);
         }
-        match identity.resolve(pid, at, self.clock.uncertainty_ns(), at.minus(span_ns)) {
+        let (from, to) = self.clock.named_within(at, span_ns);
+        match identity.resolve(pid, from, to) {
             Verdict::Container(key) => User::Container(key),
             Verdict::Host => User::Nobody(Reason::Host),
             Verdict::Unknown => User::Nobody(Reason::PidUnknown),
@@ -241,10 +242,11 @@ impl Gpu {
         self.window_end = Some(GpuNs(now.0 + WINDOW_NS));
     }
 
-    fn memory(&mut self, processes: &[RunningProcess], at: BootNs, identity: &Identity) {
+    fn memory(&mut self, processes: &[RunningProcess], batch: &GpuBatch, identity: &Identity) {
         self.memory.clear();
         for process in processes {
-            if let (Verdict::Container(key), Some(bytes)) = (identity.resolve(process.pid, at, 0, at), process.memory_bytes) {
+            let user = identity.resolve(process.pid, batch.began, batch.ended);
+            if let (Verdict::Container(key), Some(bytes)) = (user, process.memory_bytes) {
                 *self.memory.entry(key).or_default() += bytes;
             }
         }
@@ -295,6 +297,9 @@ impl Gpu {
     pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
         self.credits.retain(|key, _| !gone(key));
         self.memory.retain(|key, _| !gone(key));
+        // A row that old is not in the driver's ring any more, so it cannot come again.
+        let newest = self.watermark.map_or(0, |at| at.0);
+        self.row_watermark.retain(|_, at| newest.saturating_sub(at.0) < KEEP_EXITED_NS);
     }
 
     pub fn period_ns(&self) -> Option<u64> {

@@ -1,7 +1,9 @@
 use std::sync::Arc;
 
 use super::*;
-use crate::observation::{CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessRow, ProcessSeen};
+use crate::observation::{
+    CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
+};
 use crate::snapshot::{GpuInfo, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
 
@@ -47,9 +49,18 @@ fn core() -> Core {
 
 /// Polls once per tick, `busy` percent and the pid on the engine.
 fn feed(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>) {
+    feed_late(core, ticks, 20_000_000);
+}
+
+/// Tick `k` is taken at this boot time.
+fn taken(k: usize) -> u64 {
+    1_000_000_000 + PERIOD * k as u64
+}
+
+fn feed_late(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>, late_ns: u64) {
     for (k, (busy, pid)) in ticks.enumerate() {
-        let at = GpuNs(SKEW + 1_000_000_000 + PERIOD * k as u64);
-        let ended = BootNs(at.0 - SKEW + 20_000_000);
+        let at = GpuNs(SKEW + taken(k));
+        let ended = BootNs(at.0 - SKEW + late_ns);
         core.observe(Observation::Gpu(GpuBatch {
             gpu: 0,
             began: ended,
@@ -110,4 +121,30 @@ fn the_first_read_credits_nothing() {
     let mut core = core();
     feed(&mut core, std::iter::once((100, Some(100))));
     assert_eq!(core.snapshot().gpus[0].time.busy, 0.0);
+}
+
+#[test]
+fn a_pid_that_changes_hands_is_ambiguous_there_and_nowhere_wrong() {
+    const HANDED_ON: usize = 40;
+    for late_ns in [0, 20_000_000, 90_000_000, 160_000_000] {
+        for since_tick in [1_000_000, 80_000_000, 160_000_000] {
+            let mut core = core();
+            let at = BootNs(taken(HANDED_ON) + since_tick);
+            let place = |id| Place { v2_id: id, ..Place::default() };
+            let (tgid, first) = (Tgid(100), BootNs(5));
+            let mut tell = |change, start, at, place| {
+                core.observe(Observation::Process(ProcessFact { change, tgid, start, at, place }));
+            };
+            tell(ProcessChange::Exit, first, at, place(10));
+            tell(ProcessChange::Fork { parent: Tgid(1) }, at, at, place(11));
+            feed_late(&mut core, (0..100).map(|_| (100, Some(100))), late_ns);
+            let samples: Vec<u64> = core.snapshot().containers.iter().map(|c| c.gpus.iter().map(|g| g.samples).sum()).collect();
+            // The first tick sets the watermark, the last two are not settled yet. Up to and including tick 40 it was the first's.
+            let [a, b] = samples[..] else { panic!("two containers") };
+            let (of_a, of_b) = (HANDED_ON as u64, 100 - HANDED_ON as u64 - 1);
+            assert!(a <= of_a && a + 2 >= of_a, "{late_ns} {since_tick}: {a} of {of_a}");
+            assert!(b <= of_b && b + 7 >= of_b, "{late_ns} {since_tick}: {b} of {of_b}");
+            assert!(core.snapshot().gpus[0].unattributed[Reason::Ambiguous as usize] > 0.1);
+        }
+    }
 }

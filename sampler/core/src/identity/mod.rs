@@ -16,7 +16,7 @@ pub use processes::{LifeView, Owner, Processes, Run, Size, Stay};
 use std::collections::VecDeque;
 
 use crate::labels::CgroupIdentity;
-use crate::observation::{CgroupFact, Observation, Place, ProcessFact, ProcessSeen, ScanEnd};
+use crate::observation::{CgroupFact, Observation, ProcessFact, ProcessSeen, ScanEnd};
 use crate::units::{BootNs, ContainerKey};
 
 /// Whom a pid's GPU time belongs to.
@@ -99,27 +99,12 @@ impl Identity {
         }
     }
 
-    /// Who had `pid` at `at`, give or take `uncertainty_ns`; `earliest` widens the question for processes that ended within
-    /// the sample's own period.
-    pub fn resolve(&self, pid: u32, at: BootNs, uncertainty_ns: u64, earliest: BootNs) -> Verdict {
-        let to = at.plus(uncertainty_ns);
-        for from in [at, earliest] {
-            let from = from.minus(uncertainty_ns);
-            if let Owner::Places(places) = self.processes.owner(pid, from, to) {
-                return self.verdict(&places, at, from, to);
-            }
-        }
-        self.unknown(earliest.minus(uncertainty_ns), to)
-    }
-
-    fn unknown(&self, from: BootNs, to: BootNs) -> Verdict {
-        let lost = self.losses.iter().any(|(lost_from, lost_to)| *lost_from <= to && *lost_to >= from);
-        if lost { Verdict::Lost } else { Verdict::Unknown }
-    }
-
-    fn verdict(&self, places: &[Place], at: BootNs, from: BootNs, to: BootNs) -> Verdict {
+    /// Who had `pid` at some instant of a span. More than one user of it is ambiguous: which of them was meant cannot be known.
+    pub fn resolve(&self, pid: u32, from: BootNs, to: BootNs) -> Verdict {
+        let Owner::Places(places) = self.processes.owner(pid, from, to) else { return self.unknown(from, to) };
         let mut found: Option<Verdict> = None;
-        for place in places {
+        // A rename within the span can make one place two users.
+        for (place, at) in places.iter().flat_map(|place| [(place, from), (place, to)]) {
             let verdict = match self.cgroups.container_of(place, at) {
                 Ok(Some(key)) => Verdict::Container(key),
                 Ok(None) => Verdict::Host,
@@ -131,6 +116,11 @@ impl Identity {
             found = Some(verdict);
         }
         found.unwrap_or(Verdict::Unknown)
+    }
+
+    fn unknown(&self, from: BootNs, to: BootNs) -> Verdict {
+        let lost = self.losses.iter().any(|(lost_from, lost_to)| *lost_from <= to && *lost_to >= from);
+        if lost { Verdict::Lost } else { Verdict::Unknown }
     }
 
     pub fn expire(&mut self, now: BootNs) {

@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use proptest::prelude::*;
 
 use super::*;
-use crate::observation::{CgroupChange, ProcessChange};
+use crate::observation::{CgroupChange, Place, ProcessChange};
 use crate::units::{CgroupKey, Tgid};
 
 const fn v2(id: u64) -> Place {

@@ -1,0 +1,225 @@
+//! Every way in which a process can come to be where it is: each is known to the agent that watched it, to one that was started
+//! later and only scanned, and its samples are on its container; on the machine's layout and on cgroup v2 alone.
+
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout, attach};
+use gpu_sampler_tests::record::credited;
+use gpu_sampler_tests::{Agent, Engine, Running, Sim, wait_for};
+
+const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
+const GPUS: usize = 8;
+
+const DOCKER_EXEC: &str = "docker exec";
+
+/// A process, and the containers that it was in, in order.
+struct Case {
+    name: &'static str,
+    pid: u32,
+    containers: Vec<String>,
+}
+
+fn check(agent: &Agent, case: &Case, scanned: bool) -> Result<()> {
+    // A scan sees where it is, not where it was.
+    let want = if scanned { &case.containers[case.containers.len() - 1..] } else { &case.containers[..] };
+    let mut got = agent.stays(case.pid).with_context(|| case.name)?;
+    if case.name == DOCKER_EXEC && got.len() > 1 {
+        // Some runc start it outside and move it in, some straight inside.
+        got.retain(|id| !id.is_empty());
+    }
+    assert_eq!(got, want, "{}, pid {}, scanned: {scanned}: {:?}", case.name, case.pid, agent.explain(case.pid)?);
+    Ok(())
+}
+
+fn behaviours(layout: Layout) -> Result<()> {
+    let gpus = "[[gpus]]\n".repeat(GPUS);
+    let sim = Sim::new(&format!("seed = 3\nperiod_us = 100000\npid_rule = 'last'\n{gpus}"))?;
+    let tree = CgroupTree::new("behaviours")?;
+    let engine = Engine::start(layout)?;
+    let (docker_id, _) = engine.docker.pod("prod", "exec-0", 300)?;
+    let agent = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
+    let mut cases = Vec::new();
+    let mut actors = Vec::new();
+
+    let (id, dir) = tree.container(1)?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", "sleep", "300"])?;
+    cases.push(Case { name: "CLONE_INTO_CGROUP", pid: actor.pid()?, containers: vec![id] });
+    actors.push(actor);
+
+    cases.push(Case { name: DOCKER_EXEC, pid: engine.docker.exec(&docker_id, 300)?, containers: vec![docker_id] });
+
+    let (from, from_dir) = tree.container(2)?;
+    let (to, to_dir) = tree.container(3)?;
+    let mut actor = Actor::start(ACTOR, &["in", &from_dir.to_string_lossy(), "--", "sleep", "300"])?;
+    let pid = actor.pid()?;
+    actors.push(actor);
+    // It has been there for a while before it is moved, twice.
+    std::thread::sleep(Duration::from_millis(300));
+    attach(pid, &to_dir)?;
+    cases.push(Case { name: "moved", pid, containers: vec![from, to] });
+
+    let (id, dir) = tree.container(4)?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "thread-exec", "300"])?;
+    let pid = actor.pid()?;
+    actors.push(actor);
+    let comm = || Ok(std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("sleep").then_some(()));
+    wait_for("the thread has called exec", Duration::from_secs(10), comm)?;
+    cases.push(Case { name: "exec by a thread that is not the leader", pid, containers: vec![id] });
+
+    let (id, dir) = tree.container(5)?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "vfork", "300"])?;
+    actor.pid()?;
+    cases.push(Case { name: "vfork and exec", pid: actor.pid()?, containers: vec![id] });
+    actors.push(actor);
+
+    let (id, dir) = tree.container(6)?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "zombie", "4"])?;
+    actor.pid()?;
+    let zombie = Case { name: "zombie", pid: actor.pid()?, containers: vec![id] };
+    actors.push(actor);
+
+    let (id, dir) = tree.container(7)?;
+    let nested = tree.make(&format!("{id}/{}", vec!["n"; 1000].join("/")))?;
+    let mut actor = Actor::start(ACTOR, &["in", &nested.to_string_lossy(), "--", "sleep", "300"])?;
+    cases.push(Case { name: "1,000 nested cgroups", pid: actor.pid()?, containers: vec![id] });
+    actors.push(actor);
+    drop(dir);
+
+    let (id, _) = tree.container(8)?;
+    // As long as a path may be that is named below the mount point.
+    let room = 4090 - tree.make(&id)?.to_string_lossy().len();
+    let long: Vec<String> = (0..room / 200).map(|n| format!("{n:0>199}")).collect();
+    let long = tree.make(&format!("{id}/{}", long.join("/")))?;
+    let mut actor = Actor::start(ACTOR, &["in", &long.to_string_lossy(), "--", "sleep", "300"])?;
+    let pid = actor.pid()?;
+    actors.push(actor);
+    let told = agent.explain(pid)?.context("known")?;
+    assert_eq!(told["cgroup"], tree.path_of(&long), "the path is whole");
+    assert!(tree.path_of(&long).len() > 3800, "{}", tree.path_of(&long).len());
+    cases.push(Case { name: "a path of 4,000 characters", pid, containers: vec![id] });
+
+    cases.push(zombie);
+    let mut loads = Vec::new();
+    for (gpu, case) in cases.iter().enumerate() {
+        check(&agent, case, false)?;
+        loads.push(sim.load(case.pid, gpu, 1.0, &["--for", "3s"])?);
+    }
+    for load in &mut loads {
+        assert!(load.0.wait()?.success());
+    }
+    zombie_has_ended(&agent, &cases[cases.len() - 1])?;
+    every_sample_is_on_its_container(&agent, &sim, &cases)?;
+
+    let later = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
+    let (zombie, living) = cases.split_last().context("cases")?;
+    for case in living {
+        check(&later, case, true)?;
+    }
+    assert!(later.explain(zombie.pid)?.is_none(), "a zombie is no living process to one who comes later");
+    Ok(())
+}
+
+fn zombie_has_ended(agent: &Agent, zombie: &Case) -> Result<()> {
+    let is_zombie = || {
+        let stat = std::fs::read_to_string(format!("/proc/{}/stat", zombie.pid))?;
+        Ok(stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')).then_some(()))
+    };
+    wait_for("it is a zombie", Duration::from_secs(15), is_zombie)?;
+    let told = agent.explain(zombie.pid)?.context("known although it has ended")?;
+    assert!(told["process"]["lives"][0]["end"].is_string(), "{told}");
+    check(agent, zombie, false)
+}
+
+fn every_sample_is_on_its_container(agent: &Agent, sim: &Sim, cases: &[Case]) -> Result<()> {
+    std::thread::sleep(Duration::from_secs(3));
+    agent.scrape()?;
+    let got = credited(&agent.scrape()?);
+    let ticks = sim.ticks()?;
+    for (gpu, case) in cases.iter().enumerate() {
+        let recorded = ticks.iter().filter(|t| t.gpu == gpu).count() as u64;
+        let uuid = &ticks.iter().find(|t| t.gpu == gpu).context("recorded")?.uuid;
+        let on_gpu: Vec<_> = got.iter().filter(|((_, on), _)| on == uuid).map(|((id, _), n)| (id.clone(), *n)).collect();
+        let want = vec![(case.containers[case.containers.len() - 1].clone(), recorded)];
+        assert_eq!(on_gpu, want, "{}", case.name);
+    }
+    Ok(())
+}
+
+#[test]
+fn all_are_right_on_the_machines_layout() -> Result<()> {
+    behaviours(Layout::Machine)
+}
+
+#[test]
+fn all_are_right_on_cgroup_v2_alone() -> Result<()> {
+    behaviours(Layout::PureV2)
+}
+
+#[test]
+fn samples_before_and_after_a_move_are_told_apart() -> Result<()> {
+    let sim = Sim::new("seed = 5\nperiod_us = 100000\npid_rule = 'last'\n[[gpus]]")?;
+    let tree = CgroupTree::new("move")?;
+    let agent = Agent::start(Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
+    let (from, from_dir) = tree.container(1)?;
+    let (to, to_dir) = tree.container(2)?;
+    let mut actor = Actor::start(ACTOR, &["in", &from_dir.to_string_lossy(), "--", "sleep", "300"])?;
+    let pid = actor.pid()?;
+    std::thread::sleep(Duration::from_secs(1));
+    let mut load = sim.load(pid, 0, 1.0, &["--for", "6s"])?;
+    std::thread::sleep(Duration::from_secs(3));
+    let moved_us = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH)?.as_micros() as u64;
+    attach(pid, &to_dir)?;
+    load.0.wait()?;
+    std::thread::sleep(Duration::from_secs(3));
+    agent.scrape()?;
+    let got = credited(&agent.scrape()?);
+    let ticks = sim.ticks()?;
+    let (before, after): (Vec<_>, Vec<_>) = ticks.iter().partition(|t| t.at_us < moved_us);
+    let of = |id: &str| got.iter().filter(|((c, _), _)| c == id).map(|(_, n)| *n as usize).sum::<usize>();
+    // Within what the clocks leave open around the move, a sample is ambiguous.
+    for (id, recorded) in [(&from, before.len()), (&to, after.len())] {
+        assert!(of(id) <= recorded && of(id) + 3 >= recorded, "{id}: {} credited, {recorded} recorded", of(id));
+    }
+    drop(actor);
+    Ok(())
+}
+
+/// v1 has no CLONE_INTO_CGROUP, and is where a cgroup can be renamed.
+fn on_v1(layout: Layout) -> Result<()> {
+    let sim = Sim::new("[[gpus]]")?;
+    let tree = CgroupTree::v1("v1")?;
+    let (scanned, scanned_dir) = tree.container(1)?;
+    let mut processes = Vec::new();
+    let mut start = |dir: &std::path::Path| -> Result<u32> {
+        let process = Running(Command::new("sleep").arg("300").stdin(Stdio::null()).spawn()?);
+        let pid = process.0.id();
+        attach(pid, dir)?;
+        processes.push(process);
+        Ok(pid)
+    };
+    let before = start(&scanned_dir)?;
+    let agent = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
+    let (watched, watched_dir) = tree.container(2)?;
+    let below = start(&tree.make(&format!("{watched}/init.scope"))?)?;
+    assert_eq!(agent.stays(before)?, [scanned]);
+    assert_eq!(agent.stays(below)?, ["".to_owned(), watched]);
+    let renamed = format!("{:064x}", 0xabc);
+    std::fs::rename(&watched_dir, watched_dir.with_file_name(&renamed))?;
+    wait_for("the rename is known, below it too", Duration::from_secs(5), || {
+        Ok((agent.explain(below)?.context("known")?["container_id"] == renamed.as_str()).then_some(()))
+    })?;
+    drop(processes);
+    Ok(())
+}
+
+#[test]
+fn v1_beside_v2_is_followed_renames_too() -> Result<()> {
+    on_v1(Layout::Machine)
+}
+
+#[test]
+fn v1_alone_is_followed_renames_too() -> Result<()> {
+    on_v1(Layout::PureV1)
+}

@@ -1,0 +1,89 @@
+//! A storm over rings made tiny: losses are counted, a resync repairs, the tables end up as a fresh scan would have them.
+
+use std::collections::BTreeSet;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_tests::kernel::{Actor, CgroupTree};
+use gpu_sampler_tests::{Agent, Sim, get, sum, wait_for};
+use serde_json::Value;
+
+const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
+/// pid, start time in clock ticks, inode of its v2 cgroup.
+type Table = BTreeSet<(u64, u64, u64)>;
+
+fn of_agent(agent: &Agent) -> Result<Table> {
+    let list: Value = serde_json::from_str(&get(agent.port, "/api/v1/processes")?)?;
+    let one = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
+    list.as_array().context("a list")?.iter().map(|p| one(p).context("a process")).collect()
+}
+
+fn of_proc(mount: &Path) -> Result<Table> {
+    let mut table = Table::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u64>().ok()) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        if fields.next().is_none_or(|state| "ZX".contains(state)) {
+            continue;
+        }
+        let start = fields.nth(18).and_then(|f| f.parse().ok()).context("start time")?;
+        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        let Some(path) = cgroup.lines().find_map(|l| l.strip_prefix("0::/")) else { continue };
+        let Ok(meta) = std::fs::metadata(mount.join(path)) else { continue };
+        table.insert((pid, start, meta.ino()));
+    }
+    Ok(table)
+}
+
+#[test]
+fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -> Result<()> {
+    let sim = Sim::new("[[gpus]]")?;
+    let tree = CgroupTree::new("losses")?;
+    let before: Vec<_> = (0..10).map(|n| tree.container(n)).collect::<Result<_>>()?;
+    let agent = Agent::start(Some(&sim), &["--kernel-mode", "raw_tracepoint", "--kernel-ring-bytes", "4096"])?;
+    let dirs: Vec<String> = before.iter().map(|(_, dir)| dir.to_string_lossy().into_owned()).collect();
+    let mut args = vec!["storm", "20000", "100"];
+    args.extend(dirs.iter().map(String::as_str));
+    let mut storm = Actor::start(ACTOR, &args)?;
+    // Containers come and go meanwhile.
+    let made: Vec<_> = (10..310).map(|n| tree.container(n)).collect::<Result<_>>()?;
+    for (_, dir) in &made[..150] {
+        std::fs::remove_dir(dir)?;
+    }
+    let stayed: Vec<u32> = storm.line()?.split(' ').map(str::parse).collect::<Result<_, _>>()?;
+    assert!(stayed.len() > 150, "{} survivors", stayed.len());
+
+    let from = Instant::now();
+    let mount = gpu_sampler_tests::kernel::cgroup2()?;
+    let same = wait_for("the tables equal a fresh scan", Duration::from_secs(10), || {
+        let (ours, proc) = (of_agent(&agent)?, of_proc(&mount)?);
+        Ok((ours == proc).then_some(ours))
+    })?;
+    println!("repaired {:?} after the storm's end", from.elapsed());
+    assert!(stayed.iter().all(|pid| same.iter().any(|(p, ..)| *p == u64::from(*pid))));
+    let page = agent.scrape()?;
+    let lost = |kind| sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]).unwrap_or_default();
+    let all = |name| sum(&page, name, &[]).unwrap_or_default();
+    println!(
+        "lost: {} forks, {} exits, {} mkdirs; {} resyncs, {} repairs",
+        lost("fork"),
+        lost("exit"),
+        lost("mkdir"),
+        all("gpu_sampler_resyncs_total"),
+        all("gpu_sampler_resync_repairs_total")
+    );
+    assert!(lost("fork") > 0.0 && lost("exit") > 0.0, "nothing was lost, so nothing is shown");
+    assert!(all("gpu_sampler_resyncs_total") > 0.0 && all("gpu_sampler_resync_repairs_total") > 0.0);
+    // Containers too: those that are there, and none that is gone.
+    for (n, (id, dir)) in made.iter().enumerate() {
+        let told = get(agent.port, &format!("/api/v1/explain?cgroup={}", tree.path_of(dir)));
+        match told {
+            Ok(told) => assert!(n >= 150 && told.contains(id), "{n}: {told}"),
+            Err(error) => assert!(n < 150 && error.to_string().contains(" 404 "), "{n}: {error:#}"),
+        }
+    }
+    Ok(())
+}

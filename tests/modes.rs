@@ -1,0 +1,176 @@
+//! Without kernel events: what each mode can know is right, what it cannot is unattributed by name, and it says what it gives up.
+
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout};
+use gpu_sampler_tests::record::credited;
+use gpu_sampler_tests::{Agent, Sim, sum, var, wait_for};
+use serde_json::Value;
+
+const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
+
+fn degraded(mode: &str, layout: Layout) -> Result<()> {
+    let sim = Sim::new("seed = 9\nperiod_us = 100000\ndelay_us = 60000\npid_rule = 'last'\n[[gpus]]\n[[gpus]]\n[[gpus]]")?;
+    let tree = CgroupTree::new(&format!("modes-{mode}"))?;
+    let (old, old_dir) = tree.container(1)?;
+    let mut before = Actor::start(ACTOR, &["in", &old_dir.to_string_lossy(), "--", "sleep", "300"])?;
+    let before_pid = before.pid()?;
+    let agent = Agent::start_in(layout, Some(&sim), &["--kernel-mode", mode])?;
+    let page = agent.scrape()?;
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", mode)]), Some(1.0));
+    assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[]), Some(1.0), "one mode");
+    let log = agent.log()?;
+    assert_eq!(log.matches("a move to another cgroup before that is not seen").count(), 1, "once in the log: {log}");
+
+    let (new, new_dir) = tree.container(2)?;
+    let mut after = Actor::start(ACTOR, &["in", &new_dir.to_string_lossy(), "--", "sleep", "300"])?;
+    let after_pid = after.pid()?;
+    std::thread::sleep(Duration::from_secs(1));
+    let mut loads = [sim.load(before_pid, 0, 1.0, &["--for", "4s"])?, sim.load(after_pid, 1, 1.0, &["--for", "4s"])?];
+    // These are gone when the driver names them, and have never been seen.
+    let (short_id, short) = tree.container(3)?;
+    let lives = sim.lives(&[&short], &["--count", "100", "--at-once", "2", "--lasting", "5ms..40ms", "--gpus", "2"])?.all()?;
+    for load in &mut loads {
+        assert!(load.0.wait()?.success());
+    }
+    std::thread::sleep(Duration::from_secs(12));
+    agent.scrape()?;
+    let page = agent.scrape()?;
+    let got = credited(&page);
+    let ticks = sim.ticks()?;
+    for (gpu, id) in [(0, &old), (1, &new)] {
+        let recorded = ticks.iter().filter(|t| t.gpu == gpu).count() as u64;
+        let uuid = ticks.iter().find(|t| t.gpu == gpu).context("recorded")?.uuid.clone();
+        assert_eq!(got.get(&(id.clone(), uuid)), Some(&recorded), "{mode} {layout:?}: GPU {gpu}");
+    }
+    let unseen = &ticks.iter().find(|t| t.gpu == 2).context("recorded")?.uuid;
+    // A look into /proc may meet one by chance; nothing is guessed for the others.
+    let of =
+        |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &**unseen)], labels].concat()).unwrap_or_default();
+    let met = of("container_gpu_seconds_total", &[("container_id", &short_id)]);
+    let unknown = of("gpu_unattributed_seconds_total", &[("reason", "pid_unknown")]);
+    let busy = of("gpu_time_seconds_total", &[("state", "busy")]);
+    assert!(!lives.is_empty() && unknown > 0.8 * busy, "{unknown} of {busy} s are pid_unknown");
+    assert!((met + unknown - busy).abs() < 1e-6, "{met} met and {unknown} unknown of {busy} s busy");
+    assert!(got.keys().all(|(id, uuid)| uuid != unseen || *id == short_id), "it guessed: {got:?}");
+    // Moves are found out sooner or later, and containers' ends.
+    gpu_sampler_tests::kernel::attach(after_pid, &old_dir)?;
+    wait_for("the move is found out", Duration::from_secs(10), || {
+        Ok(agent.stays(after_pid)?.last().is_some_and(|id| *id == old).then_some(()))
+    })?;
+    std::fs::remove_dir(&new_dir)?;
+    wait_for("the removal is found out", Duration::from_secs(10), || {
+        Ok(gpu_sampler_tests::get(agent.port, &format!("/api/v1/explain?cgroup={}", tree.path_of(&new_dir))).err().map(|_| ()))
+    })
+}
+
+#[test]
+fn inotify_knows_containers_and_whoever_lives_when_named() -> Result<()> {
+    degraded("inotify", Layout::Machine)
+}
+
+#[test]
+fn inotify_on_cgroup_v2_alone() -> Result<()> {
+    degraded("inotify", Layout::PureV2)
+}
+
+#[test]
+fn procfs_knows_whoever_lives_when_looked_at() -> Result<()> {
+    degraded("procfs", Layout::Machine)
+}
+
+#[test]
+fn procfs_on_cgroup_v2_alone() -> Result<()> {
+    degraded("procfs", Layout::PureV2)
+}
+
+/// Exit code, standard output, standard error.
+fn told(args: &[&str]) -> Result<(Option<i32>, String, String)> {
+    let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok((output.status.code(), text(output.stdout), text(output.stderr)))
+}
+
+#[test]
+fn doctor_says_what_works_and_what_each_mode_gives_up() -> Result<()> {
+    let sim = Sim::new("[[gpus]]\n[[gpus]]")?;
+    // The library looks for its world beside itself.
+    let lib = sim.library().to_string_lossy().into_owned();
+    let (code, out, err) = told(&["doctor", "--nvml-lib", &lib])?;
+    assert_eq!(code, Some(0), "{out}{err}");
+    for part in ["raw_tracepoint", "self-check agrees", "2 GPUs", "the host's", "The agent can run here.\n"] {
+        assert!(out.contains(part), "{part:?} in {out}");
+    }
+    assert!(!out.contains('\x1b'), "colours in a pipe: {out:?}");
+    for (mode, gives_up) in [("inotify", "a move to another cgroup before that is not seen"), ("procfs", "once a second")] {
+        let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--kernel-mode", mode, "--json"])?;
+        let report: Value = serde_json::from_str(&out)?;
+        assert_eq!((code, &report["can_run"], &report["kernel_mode"]), (Some(0), &true.into(), &mode.into()), "{out}");
+        let checks = report["checks"].as_array().context("checks")?;
+        let events = checks.iter().find(|c| c["name"] == "kernel events").context("kernel events")?;
+        assert_eq!(events["status"], "degraded");
+        assert!(events["detail"].as_str().is_some_and(|d| d.contains(gives_up)) && events["remedy"].is_string(), "{events}");
+    }
+    let empty = tempfile::tempdir()?;
+    let sysfs = empty.path().to_string_lossy().into_owned();
+    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"])?;
+    assert_eq!(code, Some(1), "{out}");
+    assert!(out.contains("CONFIG_DEBUG_INFO_BTF") && out.contains("cannot run here"), "{out}");
+    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--path-sysfs", &sysfs])?;
+    assert_eq!(code, Some(0), "{out}");
+    assert!(out.contains("mode inotify") && out.contains("CONFIG_DEBUG_INFO_BTF"), "{out}");
+    Ok(())
+}
+
+#[test]
+fn explain_tells_the_living_and_the_dead_and_refuses_nonsense() -> Result<()> {
+    let tree = CgroupTree::new("explain")?;
+    let (id, dir) = tree.container(1)?;
+    let agent = Agent::start(None, &["--nvml-lib", &Sim::new("[[gpus]]")?.library().to_string_lossy()])?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", "sleep", "300"])?;
+    let pid = actor.pid()?.to_string();
+    let url = format!("http://127.0.0.1:{}", agent.port);
+    let asked = ["explain", "--pid", &pid, "--agent", &url, "--json"];
+    let (code, out, err) = told(&asked)?;
+    assert_eq!(code, Some(0), "{err}");
+    let living: Value = serde_json::from_str(&out)?;
+    for (key, value) in [("kind", "container"), ("container_id", &id), ("answered_by", "agent"), ("cgroup", &tree.path_of(&dir))]
+    {
+        assert_eq!(living[key], value, "{out}");
+    }
+    assert_eq!(living["labels"]["id"]["source"], "cgroup");
+    assert!(living["process"]["lives"][0]["end"].is_null());
+    drop(actor);
+    let ended = wait_for("its end is known", Duration::from_secs(5), || {
+        let (code, out, err) = told(&asked)?;
+        assert_eq!(code, Some(0), "{err}");
+        let told: Value = serde_json::from_str(&out)?;
+        Ok(told["process"]["lives"][0]["end"].is_string().then_some(told))
+    })?;
+    assert_eq!(ended["container_id"], id.as_str());
+    let (code, _, err) = told(&["explain", "--pid", "4194304", "--agent", &url])?;
+    assert_eq!(code, Some(1));
+    assert!(err.contains("4194304") && err.contains("40 s"), "{err}");
+
+    let kube = format!("/kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c/{id}");
+    let (code, out, _) = told(&["explain", "--cgroup", &kube, "--offline", "--json"])?;
+    let path: Value = serde_json::from_str(&out)?;
+    assert_eq!((code, &path["pod_uid"]), (Some(0), &"8bb25662-de9a-11e9-84e7-f8f21e04010c".into()), "{out}");
+    let (code, out, _) = told(&["explain", "--cgroup", "/system.slice/ssh.service", "--offline"])?;
+    assert_eq!(code, Some(0));
+    assert!(out.contains("not-container"), "{out}");
+    for (args, code, says) in [
+        (&["explain"][..], 2, "--pid"),
+        (&["explain", "--pid", "x"], 2, "invalid value 'x'"),
+        (&["explain", "--pid", "1", "--offline"], 2, "cannot be used with"),
+        (&["explain", "--cgroup", "kubepods", "--offline"], 1, "begins with /"),
+        (&["explain", "--pid", "1", "--agent", "http://127.0.0.1:1"], 1, "no agent answers at http://127.0.0.1:1"),
+        (&["explain", "--pid", "1", "--agent", "here"], 1, "give http://HOST:PORT"),
+    ] {
+        let (got, out, err) = told(args)?;
+        assert!(got == Some(code) && err.contains(says), "{args:?}: {got:?} {out}{err}");
+    }
+    Ok(())
+}

@@ -1,0 +1,144 @@
+//! Processes that behave in every way that identity has to survive. Each verb is one behaviour; what it starts dies with it.
+//!
+//! ```text
+//! actor in CGROUP -- CMD ..          CMD straight inside the cgroup (CLONE_INTO_CGROUP); prints its pid
+//! actor thread-exec SECONDS          a thread that is not the leader execs `sleep SECONDS`; same pid
+//! actor vfork SECONDS                vfork and exec of `sleep SECONDS`; prints its pid
+//! actor zombie SECONDS               a child that lives SECONDS and is never reaped; prints its pid
+//! actor storm LIVES EVERY CGROUP ..  forks as fast as it can; every EVERY-th stays, in one of the cgroups; prints their pids
+//! ```
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::fd::AsRawFd as _;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode};
+use std::time::Duration;
+
+const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
+
+/// Forks straight into a cgroup v2 directory: 0 in the child.
+fn fork_into(cgroup: &File) -> io::Result<i32> {
+    // SAFETY: all zeroes is a valid clone_args.
+    let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
+    args.flags = CLONE_INTO_CGROUP;
+    args.exit_signal = libc::SIGCHLD as u64;
+    args.cgroup = cgroup.as_raw_fd() as u64;
+    // SAFETY: like fork: no shared memory, no stack given, and this program has one thread.
+    let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut args, size_of::<libc::clone_args>()) };
+    if pid < 0 { Err(io::Error::last_os_error()) } else { Ok(pid as i32) }
+}
+
+fn die_with_parent() {
+    // SAFETY: takes no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
+}
+
+fn say(line: impl std::fmt::Display) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    writeln!(out, "{line}")?;
+    out.flush()
+}
+
+fn rest() -> ! {
+    loop {
+        std::thread::sleep(Duration::from_secs(3600));
+    }
+}
+
+fn sleep(seconds: &str) -> Command {
+    let mut command = Command::new("sleep");
+    command.arg(seconds);
+    command
+}
+
+fn inside(cgroup: &str, command: &[String]) -> io::Result<()> {
+    let cgroup = File::open(cgroup)?;
+    let pid = fork_into(&cgroup)?;
+    if pid == 0 {
+        die_with_parent();
+        let (program, arguments) = command.split_first().expect("a command follows --");
+        let error = Command::new(program).args(arguments).exec();
+        eprintln!("actor: {program}: {error}");
+        std::process::exit(127);
+    }
+    say(pid)?;
+    let mut status = 0;
+    // SAFETY: our own child, a valid place for its status.
+    unsafe { libc::waitpid(pid, &raw mut status, 0) };
+    Ok(())
+}
+
+fn thread_exec(seconds: String) -> io::Result<()> {
+    let error = std::thread::spawn(move || sleep(&seconds).exec()).join();
+    Err(error.unwrap_or_else(|_| io::Error::other("the thread panicked")))
+}
+
+fn vfork(seconds: &str) -> io::Result<()> {
+    // std uses posix_spawn where nothing has to be done between fork and exec: a vfork.
+    let mut child = sleep(seconds).spawn()?;
+    say(child.id())?;
+    child.wait().map(|_| ())
+}
+
+fn zombie(seconds: &str) -> io::Result<()> {
+    let child = sleep(seconds).spawn()?;
+    say(child.id())?;
+    rest()
+}
+
+fn storm(lives: u32, every: u32, cgroups: &[String]) -> io::Result<()> {
+    let cgroups = cgroups.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
+    // SAFETY: ignoring SIGCHLD makes the kernel reap.
+    unsafe { libc::signal(libc::SIGCHLD, libc::SIG_IGN) };
+    let mut stayed = Vec::new();
+    for n in 0..lives {
+        let stays = n % every == 0;
+        let pid = if stays {
+            fork_into(&cgroups[(n / every) as usize % cgroups.len()])?
+        } else {
+            // SAFETY: this program has one thread.
+            unsafe { libc::fork() }
+        };
+        match pid {
+            0 if stays => {
+                die_with_parent();
+                rest()
+            }
+            // SAFETY: ends the child at once, nothing of the parent's is flushed twice.
+            0 => unsafe { libc::_exit(0) },
+            pid if pid < 0 => {
+                // The process limit: the dead are reaped in a moment.
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            pid if stays => stayed.push(pid.to_string()),
+            _ => {}
+        }
+    }
+    say(stayed.join(" "))?;
+    rest()
+}
+
+fn main() -> ExitCode {
+    die_with_parent();
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let words: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = match words[..] {
+        ["in", cgroup, "--", _, ..] => inside(cgroup, &args[3..]),
+        ["thread-exec", seconds] => thread_exec(seconds.to_owned()),
+        ["vfork", seconds] => vfork(seconds),
+        ["zombie", seconds] => zombie(seconds),
+        ["storm", lives, every, _, ..] => {
+            let number = |word: &str| word.parse().map_err(io::Error::other);
+            number(lives).and_then(|lives| storm(lives, number(every)?, &args[3..]))
+        }
+        _ => Err(io::Error::other(format!("there is no such behaviour: {args:?}"))),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("actor {args:?}: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,138 @@
+//! A Docker Engine and what a test makes in it: containers as a kubelet would have them made.
+
+use std::os::unix::net::UnixStream;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, bail};
+use serde_json::{Value, json};
+
+use crate::kernel::Layout;
+use crate::{Running, exchange, var};
+
+/// The engine behind DOCKER_HOST, and the containers a test made in it.
+pub struct Docker {
+    socket: PathBuf,
+    image: String,
+    made: std::cell::RefCell<Vec<String>>,
+}
+
+impl Docker {
+    /// Imports an image with nothing but `sleep`: there may be no registry to take one from.
+    pub fn new() -> Result<Self> {
+        let host = var("DOCKER_HOST")?;
+        Self::at(PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST is a Unix socket")?))
+    }
+
+    fn at(socket: PathBuf) -> Result<Self> {
+        let root = tempfile::tempdir()?;
+        let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
+        let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
+        for file in ldd.split_whitespace().filter(|w| w.starts_with('/')).chain(["/bin/sleep"]) {
+            let to = root.path().join(file.trim_start_matches('/'));
+            std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
+            std::fs::copy(file, to)?;
+        }
+        let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;
+        let image = "gpu-sampler-test:1".to_owned();
+        let docker = Self { socket, image, made: Vec::new().into() };
+        docker.ask("POST", "/images/create?fromSrc=-&repo=gpu-sampler-test&tag=1", "application/x-tar", &tar.stdout)?;
+        Ok(docker)
+    }
+
+    fn ask(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
+        let stream = UnixStream::connect(&self.socket).with_context(|| self.socket.display().to_string())?;
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        exchange(stream, method, path, kind, body)
+    }
+
+    /// Starts `sleep seconds` as a pod's container; its id and the pid of its process.
+    pub fn pod(&self, namespace: &str, pod: &str, seconds: u32) -> Result<(String, u32)> {
+        let labels = json!({
+            "io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": "main",
+            "io.kubernetes.pod.uid": "8bb25662-de9a-11e9-84e7-f8f21e04010c", "io.kubernetes.docker.type": "container",
+        });
+        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", seconds.to_string()], "Labels": labels,
+            "HostConfig": {"NetworkMode": "none"}});
+        let name = format!("gpu-sampler-test-{}-{pod}", std::process::id());
+        self.made.borrow_mut().push(name.clone());
+        let json = "application/json";
+        self.ask("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
+        self.ask("POST", &format!("/containers/{name}/start"), json, &[])?;
+        let inspected: Value = serde_json::from_slice(&self.ask("GET", &format!("/containers/{name}/json"), json, &[])?)?;
+        let pid = inspected["State"]["Pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")?;
+        Ok((inspected["Id"].as_str().unwrap_or_default().to_owned(), pid as u32))
+    }
+
+    /// `docker exec` of `sleep seconds`; the pid of its process.
+    pub fn exec(&self, container: &str, seconds: u32) -> Result<u32> {
+        let json = "application/json";
+        let body = json!({"Cmd": ["/bin/sleep", seconds.to_string()]}).to_string();
+        let made: Value =
+            serde_json::from_slice(&self.ask("POST", &format!("/containers/{container}/exec"), json, body.as_bytes())?)?;
+        let id = made["Id"].as_str().context("the exec's id")?;
+        self.ask("POST", &format!("/exec/{id}/start"), json, br#"{"Detach": true}"#)?;
+        let exec: Value = serde_json::from_slice(&self.ask("GET", &format!("/exec/{id}/json"), json, &[])?)?;
+        Ok(exec["Pid"].as_u64().filter(|pid| *pid > 0).context("the exec has a process")? as u32)
+    }
+}
+
+/// An engine that sees this layout of cgroups: the tests' own, or one more in a mount namespace.
+pub struct Engine {
+    pub docker: Docker,
+    // Dropped in this order: the containers, the engine, its folder and cgroup.
+    _process: Option<Running>,
+    _rest: Option<(tempfile::TempDir, CommonCgroup)>,
+}
+
+/// The engine leaves its cgroup of all containers behind.
+struct CommonCgroup(PathBuf);
+
+impl Drop for CommonCgroup {
+    fn drop(&mut self) {
+        // Only when nothing else is in it.
+        let _left = std::fs::remove_dir(&self.0);
+    }
+}
+
+impl Engine {
+    pub fn start(layout: Layout) -> Result<Self> {
+        if layout == Layout::Machine {
+            return Ok(Self { docker: Docker::new()?, _process: None, _rest: None });
+        }
+        let dir = tempfile::tempdir()?;
+        let path = |name: &str| dir.path().join(name);
+        let log = std::fs::File::create(path("log"))?;
+        let mut command = Command::new("dockerd");
+        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none"]);
+        for (option, name) in [("host=unix://", "socket"), ("data-root=", "data"), ("exec-root=", "exec"), ("pidfile=", "pid")] {
+            command.arg(format!("--{option}{}", path(name).display()));
+        }
+        let search = std::env::var("PATH").unwrap_or_default();
+        command.env("PATH", format!("{search}:/usr/local/sbin:/usr/sbin:/sbin"));
+        layout.enter(&mut command);
+        let mut process = Running(command.stdout(log.try_clone()?).stderr(log).spawn()?);
+        let docker = crate::wait_for("a second Docker Engine answers", Duration::from_secs(60), || {
+            if let Some(status) = process.0.try_wait()? {
+                bail!("dockerd ended ({status}): {}", std::fs::read_to_string(path("log"))?);
+            }
+            Ok(Docker::at(path("socket")).ok())
+        })?;
+        let common = CommonCgroup(crate::kernel::cgroup2()?.join("docker"));
+        Ok(Self { docker, _process: Some(process), _rest: Some((dir, common)) })
+    }
+}
+
+impl Drop for Docker {
+    fn drop(&mut self) {
+        for name in self.made.take() {
+            if let Err(error) = self.ask("DELETE", &format!("/containers/{name}?force=1"), "text/plain", &[]) {
+                eprintln!("{error:#}");
+            }
+        }
+        if let Err(error) = self.ask("DELETE", &format!("/images/{}?force=1", self.image), "text/plain", &[]) {
+            eprintln!("{error:#}");
+        }
+    }
+}
