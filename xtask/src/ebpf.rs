@@ -83,6 +83,17 @@ pub fn usable() -> Option<Toolchain> {
 }
 
 pub fn build() -> Result<()> {
+    build_program("sampler-ebpf", &tools::ebpf_object())
+}
+
+/// What the benches compare the product's way of storing with.
+pub fn build_storage_bench() -> Result<PathBuf> {
+    let object = tools::root().join("target/ebpf-bench/storage.o");
+    build_program("storage", &object)?;
+    Ok(object)
+}
+
+fn build_program(name: &str, to: &Path) -> Result<()> {
     let toolchain = usable().context("the kernel program cannot be built yet: run `cargo xtask setup`")?;
     let prefix = &toolchain.prefix;
     say(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
@@ -110,13 +121,13 @@ pub fn build() -> Result<()> {
         .env("RUSTC_BOOTSTRAP", "1")
         .env("CARGO_TARGET_BPFEL_UNKNOWN_NONE_LINKER", linker())
         .env("CARGO_ENCODED_RUSTFLAGS", flags)
-        .args(["build", "--locked", "--profile", "ebpf", "--package", "sampler-ebpf"])
+        .args(["build", "--locked", "--profile", "ebpf", "--package", "sampler-ebpf", "--bin", name])
         .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"])
         .arg(&target_dir);
     if !cargo.status().with_context(|| prefix.display().to_string())?.success() {
         bail!("the kernel program did not build");
     }
-    publish(&target_dir.join("bpfel-unknown-none/ebpf/sampler-ebpf"), &tools::ebpf_object())
+    publish(&target_dir.join("bpfel-unknown-none/ebpf").join(name), to)
 }
 
 /// Copies only what changed, whole or not at all, so that nothing behind it is built again for nothing.

@@ -3,6 +3,7 @@
 //! Few dependencies, because on a bare machine this is compiled before anything else.
 #![deny(unsafe_code)]
 
+mod bench;
 mod build;
 mod demo;
 mod dist;
@@ -25,6 +26,7 @@ cargo xtask VERB
   setup [--check] [--yes]          what is missing to build the kernel program and to run the tests
   demo [--for 30s] [--sim|--real]  containers on a GPU, the agent, and a live table of who uses how much
   test [FILTER..]                  everything, on real engines and the real kernel (root)
+  bench [FILTER..]                 speed and memory, each beside its aim (root)
   lint                             format, clippy, licences
   build [--debug]                  the kernel program, the agent, the simulator
   dist                             a release tarball in target/dist
@@ -40,6 +42,7 @@ fn main() -> ExitCode {
         "setup" => setup::verb(rest),
         "demo" => demo::verb(rest),
         "test" => test::verb(rest),
+        "bench" => bench::verb(rest),
         "lint" => lint::verb(rest),
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),

@@ -61,7 +61,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
 }
 
 /// The runner in a process group of its own, so that it can be ended whole.
-fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
+pub fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
     say(shown(&command));
     command.stdin(Stdio::null());
     sys::own_session(sys::dies_with_us(&mut command, libc::SIGKILL));
