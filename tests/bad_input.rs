@@ -60,6 +60,7 @@ fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
     let port = gpu_sampler_tests::free_port()?;
     let mut command = Command::new(&binary);
     command.args(["run", "--listen", &format!("127.0.0.1:{port}")]).uid(65_534).gid(65_534).env_remove("NVML_SIM_DIR");
+    command.stderr(std::process::Stdio::null());
     let _agent = gpu_sampler_tests::Running(command.spawn()?);
     let page = wait_for("the agent answers", Duration::from_secs(20), || Ok(gpu_sampler_tests::get(port, "/metrics").ok()))?;
     let page = gpu_sampler_tests::parse(&page);

@@ -100,6 +100,9 @@ fn behaviours(layout: Layout) -> Result<()> {
     assert!(tree.path_of(&long).len() > 3800, "{}", tree.path_of(&long).len());
     cases.push(Case { name: "a path of 4,000 characters", pid, containers: vec![id] });
 
+    let leaderless = leaderless(&tree, &mut actors)?;
+    check(&agent, &leaderless, false)?;
+
     cases.push(zombie);
     let mut loads = Vec::new();
     for (gpu, case) in cases.iter().enumerate() {
@@ -114,11 +117,24 @@ fn behaviours(layout: Layout) -> Result<()> {
 
     let later = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
     let (zombie, living) = cases.split_last().context("cases")?;
-    for case in living {
+    for case in living.iter().chain([&leaderless]) {
         check(&later, case, true)?;
     }
     assert!(later.explain(zombie.pid)?.is_none(), "a zombie is no living process to one who comes later");
     Ok(())
+}
+
+/// Its first thread has ended, and stays where it was when the others are moved.
+fn leaderless(tree: &CgroupTree, actors: &mut Vec<Actor>) -> Result<Case> {
+    let ((from, from_dir), (to, to_dir)) = (tree.container(9)?, tree.container(10)?);
+    let mut actor = Actor::start(ACTOR, &["in", &from_dir.to_string_lossy(), "--", ACTOR, "leaderless", "300"])?;
+    let pid = actor.pid()?;
+    actors.push(actor);
+    wait_for("its first thread has ended", Duration::from_secs(10), || {
+        Ok(std::fs::read_to_string(format!("/proc/{pid}/stat"))?.contains(") Z ").then_some(()))
+    })?;
+    attach(pid, &to_dir)?;
+    Ok(Case { name: "a leader that has ended", pid, containers: vec![from, to] })
 }
 
 fn zombie_has_ended(agent: &Agent, zombie: &Case) -> Result<()> {

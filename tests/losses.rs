@@ -58,10 +58,13 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
 
     let from = Instant::now();
     let mount = gpu_sampler_tests::kernel::cgroup2()?;
+    let mut differ = Vec::new();
     let same = wait_for("the tables equal a fresh scan", Duration::from_secs(10), || {
         let (ours, proc) = (of_agent(&agent)?, of_proc(&mount)?);
+        differ = ours.symmetric_difference(&proc).copied().collect();
         Ok((ours == proc).then_some(ours))
-    })?;
+    });
+    let same = same.with_context(|| format!("{} differ, such as {:?}", differ.len(), &differ[..differ.len().min(10)]))?;
     println!("repaired {:?} after the storm's end", from.elapsed());
     assert!(stayed.iter().all(|pid| same.iter().any(|(p, ..)| *p == u64::from(*pid))));
     let page = agent.scrape()?;

@@ -12,7 +12,8 @@ use serde_json::Value;
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 
 fn degraded(mode: &str, layout: Layout) -> Result<()> {
-    let sim = Sim::new("seed = 9\nperiod_us = 100000\ndelay_us = 60000\npid_rule = 'last'\n[[gpus]]\n[[gpus]]\n[[gpus]]")?;
+    let sim =
+        Sim::new("seed = 9\nperiod_us = 100000\ndelay_us = 60000\npid_rule = 'last'\n[[gpus]]\n[[gpus]]\n[[gpus]]\n[[gpus]]")?;
     let tree = CgroupTree::new(&format!("modes-{mode}"))?;
     let (old, old_dir) = tree.container(1)?;
     let mut before = Actor::start(ACTOR, &["in", &old_dir.to_string_lossy(), "--", "sleep", "300"])?;
@@ -27,8 +28,13 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     let (new, new_dir) = tree.container(2)?;
     let mut after = Actor::start(ACTOR, &["in", &new_dir.to_string_lossy(), "--", "sleep", "300"])?;
     let after_pid = after.pid()?;
+    let (deep, _) = tree.container(4)?;
+    let nested = tree.make(&format!("{deep}/{}", vec!["n"; 1000].join("/")))?;
+    let mut below = Actor::start(ACTOR, &["in", &nested.to_string_lossy(), "--", "sleep", "300"])?;
+    let deep_pid = below.pid()?;
     std::thread::sleep(Duration::from_secs(1));
-    let mut loads = [sim.load(before_pid, 0, 1.0, &["--for", "4s"])?, sim.load(after_pid, 1, 1.0, &["--for", "4s"])?];
+    let load = |pid, gpu| sim.load(pid, gpu, 1.0, &["--for", "4s"]);
+    let mut loads = [load(before_pid, 0)?, load(after_pid, 1)?, load(deep_pid, 3)?];
     // These are gone when the driver names them, and have never been seen.
     let (short_id, short) = tree.container(3)?;
     let lives = sim.lives(&[&short], &["--count", "100", "--at-once", "2", "--lasting", "5ms..40ms", "--gpus", "2"])?.all()?;
@@ -40,10 +46,11 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     let page = agent.scrape()?;
     let got = credited(&page);
     let ticks = sim.ticks()?;
-    for (gpu, id) in [(0, &old), (1, &new)] {
+    for (gpu, id) in [(0, &old), (1, &new), (3, &deep)] {
         let recorded = ticks.iter().filter(|t| t.gpu == gpu).count() as u64;
         let uuid = ticks.iter().find(|t| t.gpu == gpu).context("recorded")?.uuid.clone();
-        assert_eq!(got.get(&(id.clone(), uuid)), Some(&recorded), "{mode} {layout:?}: GPU {gpu}");
+        let nobodys: Vec<_> = page.iter().filter(|s| s.name == "gpu_unattributed_seconds_total" && s.value > 0.0).collect();
+        assert_eq!(got.get(&(id.clone(), uuid)), Some(&recorded), "{mode} {layout:?}: GPU {gpu}: {got:?}, {nobodys:?}");
     }
     let unseen = &ticks.iter().find(|t| t.gpu == 2).context("recorded")?.uuid;
     // A look into /proc may meet one by chance; nothing is guessed for the others.
@@ -55,6 +62,9 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     assert!(!lives.is_empty() && unknown > 0.8 * busy, "{unknown} of {busy} s are pid_unknown");
     assert!((met + unknown - busy).abs() < 1e-6, "{met} met and {unknown} unknown of {busy} s busy");
     assert!(got.keys().all(|(id, uuid)| uuid != unseen || *id == short_id), "it guessed: {got:?}");
+    if mode == "inotify" {
+        gives_its_watches_back(&agent, &tree)?;
+    }
     // Moves are found out sooner or later, and containers' ends.
     gpu_sampler_tests::kernel::attach(after_pid, &old_dir)?;
     wait_for("the move is found out", Duration::from_secs(10), || {
@@ -64,6 +74,17 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     wait_for("the removal is found out", Duration::from_secs(10), || {
         Ok(gpu_sampler_tests::get(agent.port, &format!("/api/v1/explain?cgroup={}", tree.path_of(&new_dir))).err().map(|_| ()))
     })
+}
+
+/// cgroupfs itself never drops the watch of a directory that is gone.
+fn gives_its_watches_back(agent: &Agent, tree: &CgroupTree) -> Result<()> {
+    let watches = || Ok::<_, anyhow::Error>(sum(&agent.scrape()?, "gpu_sampler_inotify_watches", &[]).unwrap_or_default());
+    let before = watches()?;
+    for n in 100..600 {
+        std::fs::remove_dir(tree.container(n)?.1)?;
+    }
+    // Directories of other tests' engines may come and go meanwhile.
+    wait_for("the watches are given back", Duration::from_secs(10), || Ok((watches()? < before + 100.0).then_some(())))
 }
 
 #[test]
@@ -98,14 +119,15 @@ fn doctor_says_what_works_and_what_each_mode_gives_up() -> Result<()> {
     let sim = Sim::new("[[gpus]]\n[[gpus]]")?;
     // The library looks for its world beside itself.
     let lib = sim.library().to_string_lossy().into_owned();
-    let (code, out, err) = told(&["doctor", "--nvml-lib", &lib])?;
+    let here = ["doctor", "--listen", "127.0.0.1:0", "--nvml-lib", &lib];
+    let (code, out, err) = told(&here)?;
     assert_eq!(code, Some(0), "{out}{err}");
     for part in ["raw_tracepoint", "self-check agrees", "2 GPUs", "the host's", "The agent can run here.\n"] {
         assert!(out.contains(part), "{part:?} in {out}");
     }
     assert!(!out.contains('\x1b'), "colours in a pipe: {out:?}");
     for (mode, gives_up) in [("inotify", "a move to another cgroup before that is not seen"), ("procfs", "once a second")] {
-        let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--kernel-mode", mode, "--json"])?;
+        let (code, out, _) = told(&[&here[..], &["--kernel-mode", mode, "--json"]].concat())?;
         let report: Value = serde_json::from_str(&out)?;
         assert_eq!((code, &report["can_run"], &report["kernel_mode"]), (Some(0), &true.into(), &mode.into()), "{out}");
         let checks = report["checks"].as_array().context("checks")?;
@@ -113,14 +135,45 @@ fn doctor_says_what_works_and_what_each_mode_gives_up() -> Result<()> {
         assert_eq!(events["status"], "degraded");
         assert!(events["detail"].as_str().is_some_and(|d| d.contains(gives_up)) && events["remedy"].is_string(), "{events}");
     }
+    // Where paths are relative to somewhere, it says so.
+    let apart = Command::new("unshare").arg("--cgroup").arg(var("GPU_SAMPLER_BIN")?).args(here).output()?;
+    let out = String::from_utf8_lossy(&apart.stdout).into_owned();
+    assert!(out.contains("degraded  cgroups") && out.contains("--cgroupns=host"), "{out}");
     let empty = tempfile::tempdir()?;
     let sysfs = empty.path().to_string_lossy().into_owned();
-    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"])?;
+    let (code, out, _) = told(&[&here[..], &["--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"]].concat())?;
     assert_eq!(code, Some(1), "{out}");
-    assert!(out.contains("CONFIG_DEBUG_INFO_BTF") && out.contains("cannot run here"), "{out}");
-    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--path-sysfs", &sysfs])?;
+    assert!(out.contains("CONFIG_DEBUG_INFO_BTF") && out.contains("cannot do its work here"), "{out}");
+    let (code, out, _) = told(&[&here[..], &["--path-sysfs", &sysfs]].concat())?;
     assert_eq!(code, Some(0), "{out}");
     assert!(out.contains("mode inotify") && out.contains("CONFIG_DEBUG_INFO_BTF"), "{out}");
+    // An address in use is an agent's, which it asks, or it is in the way.
+    let agent = Agent::start(Some(&sim), &[])?;
+    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--listen", &format!("127.0.0.1:{}", agent.port)])?;
+    assert!(code == Some(0) && out.contains("already: mode raw_tracepoint, 0 kernel events lost"), "{code:?} {out}");
+    let taken = std::net::TcpListener::bind("127.0.0.1:0")?.local_addr()?;
+    let other = std::net::TcpListener::bind(taken)?;
+    let hangs_up = std::thread::spawn(move || drop(other.accept()));
+    let (code, out, _) = told(&["doctor", "--nvml-lib", &lib, "--listen", &taken.to_string()])?;
+    assert!(code == Some(1) && out.contains("failed    address"), "{code:?} {out}");
+    hangs_up.join().expect("it was asked");
+    Ok(())
+}
+
+#[test]
+fn a_reader_that_goes_away_is_no_failure_and_a_full_disk_is_one() -> Result<()> {
+    let verbs = [&["config", "--default"][..], &["explain", "--cgroup", "/x", "--offline"], &["doctor", "--json"]];
+    for args in verbs {
+        let full = std::fs::OpenOptions::new().write(true).open("/dev/full")?;
+        let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).stdout(full).output()?;
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(1) && err.contains("standard output: No space left"), "{args:?}: {err}");
+        let (reader, writer) = std::io::pipe()?;
+        drop(reader);
+        let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).stdout(writer).output()?;
+        let err = String::from_utf8_lossy(&output.stderr).into_owned();
+        assert!(output.status.code() == Some(0) && err.is_empty(), "{args:?}: {:?} {err}", output.status);
+    }
     Ok(())
 }
 
@@ -154,6 +207,22 @@ fn explain_tells_the_living_and_the_dead_and_refuses_nonsense() -> Result<()> {
     assert_eq!(code, Some(1));
     assert!(err.contains("4194304") && err.contains("40 s"), "{err}");
 
+    // A path that is not there is what it says, and that it is not there.
+    let (code, out, _) = told(&["explain", "--cgroup", "/no/such", "--agent", &url])?;
+    assert!(code == Some(0) && out.contains("knows of no such cgroup"), "{code:?} {out}");
+    let degraded =
+        Agent::start(None, &["--kernel-mode", "inotify", "--nvml-lib", &Sim::new("[[gpus]]")?.library().to_string_lossy()])?;
+    let url = format!("http://127.0.0.1:{}", degraded.port);
+    let (code, _, err) = told(&["explain", "--pid", "4194304", "--agent", &url])?;
+    assert!(code == Some(1) && err.contains("only if the driver named it before"), "{code:?} {err}");
+    let thread = std::fs::read_dir(format!("/proc/{}/task", degraded.process.0.id()))?
+        .flatten()
+        .filter_map(|task| task.file_name().to_str()?.parse::<u32>().ok())
+        .find(|tid| *tid != degraded.process.0.id())
+        .context("the agent has threads")?;
+    let (code, _, err) = told(&["explain", "--pid", &thread.to_string(), "--agent", &url])?;
+    assert!(code == Some(1) && err.contains("is a thread of the process"), "{code:?} {err}");
+
     let kube = format!("/kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c/{id}");
     let (code, out, _) = told(&["explain", "--cgroup", &kube, "--offline", "--json"])?;
     let path: Value = serde_json::from_str(&out)?;
@@ -168,6 +237,8 @@ fn explain_tells_the_living_and_the_dead_and_refuses_nonsense() -> Result<()> {
         (&["explain", "--cgroup", "kubepods", "--offline"], 1, "begins with /"),
         (&["explain", "--pid", "1", "--agent", "http://127.0.0.1:1"], 1, "no agent answers at http://127.0.0.1:1"),
         (&["explain", "--pid", "1", "--agent", "here"], 1, "give http://HOST:PORT"),
+        (&["explain", "--cgroup", "/sys/fs/cgroup/x", "--offline"], 1, "leave the mount point out"),
+        (&["doctor", "--path-procfs", "/tmp"], 1, "there is no procfs"),
     ] {
         let (got, out, err) = told(args)?;
         assert!(got == Some(code) && err.contains(says), "{args:?}: {got:?} {out}{err}");

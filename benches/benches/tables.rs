@@ -23,6 +23,14 @@ unsafe impl GlobalAlloc for Counting {
         unsafe { System.alloc(layout) }
     }
 
+    unsafe fn realloc(&self, pointer: *mut u8, layout: Layout, size: usize) -> *mut u8 {
+        let now = NOW.fetch_add(size, Ordering::Relaxed) + size - layout.size();
+        NOW.fetch_sub(layout.size(), Ordering::Relaxed);
+        MOST.fetch_max(now, Ordering::Relaxed);
+        // SAFETY: the caller's promise, handed on.
+        unsafe { System.realloc(pointer, layout, size) }
+    }
+
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         NOW.fetch_sub(layout.size(), Ordering::Relaxed);
         // SAFETY: the caller's promise, handed on.
@@ -82,7 +90,7 @@ fn exits() {
         identity.process(&fact(ProcessChange::Exec, pid, at, at + 10, cgroup));
         identity.process(&fact(ProcessChange::Exit, pid, at, at + 1_000, cgroup));
         if n % 2_500 == 0 {
-            identity.expire(BootNs(at));
+            identity.expire(BootNs(at), |_| false);
             most_said = most_said.max(identity.processes.size().exited_bytes);
         }
     }

@@ -13,6 +13,8 @@ pub mod kind {
     pub const RENAME: u32 = 5;
     pub const ATTACH: u32 = 6;
     pub const COUNT: u32 = 7;
+    /// A living process as the task iterator shows it; no event, so it is not counted.
+    pub const SEEN: u32 = COUNT;
     /// Names as in the `kind` label of `gpu_sampler_kernel_events_total`.
     pub const NAMES: [&str; COUNT as usize] = ["fork", "exec", "exit", "mkdir", "rmdir", "rename", "attach"];
 }
@@ -39,7 +41,7 @@ pub struct CgroupEvent {
     pub name: [u8; NAME_BYTES],
 }
 
-/// A thread group was forked, called exec, ended, or was moved to another cgroup.
+/// A thread group was forked, called exec, ended, or was moved to another cgroup; or is there.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessEvent {
@@ -68,6 +70,7 @@ pub struct Offsets {
     pub task_start_boottime: u32,
     pub task_cgroups: u32,
     pub task_signal: u32,
+    pub task_flags: u32,
     pub signal_live: u32,
     pub css_set_subsys: u32,
     pub css_set_dfl_cgrp: u32,
@@ -80,6 +83,8 @@ pub struct Offsets {
     pub root_hierarchy_id: u32,
     /// Index into `css_set.subsys` of the v1 controller to follow; `u32::MAX` for none.
     pub v1_subsys_index: u32,
+    /// Its hierarchy's id; 0 for none.
+    pub v1_hierarchy: u32,
 }
 
 /// What the kernel program's self-check found; bits of the value it leaves in its map.
@@ -90,6 +95,7 @@ pub mod self_check {
     pub const CGROUP: u32 = 4;
     pub const START: u32 = 8;
     pub const READ: u32 = 16;
+    pub const FLAGS: u32 = 32;
 }
 
 const _: () = {
@@ -97,7 +103,7 @@ const _: () = {
     assert!(core::mem::offset_of!(CgroupEvent, name) == 40);
     assert!(size_of::<ProcessEvent>() == 48);
     assert!(core::mem::offset_of!(ProcessEvent, parent_tgid) == 40);
-    assert!(size_of::<Offsets>() == 17 * 4);
+    assert!(size_of::<Offsets>() == 19 * 4);
 };
 
 #[cfg(feature = "user")]

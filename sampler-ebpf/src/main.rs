@@ -7,6 +7,7 @@ mod maps;
 mod process;
 mod read;
 mod self_check;
+mod tasks;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

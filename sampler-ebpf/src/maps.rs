@@ -28,6 +28,7 @@ pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
     task_start_boottime: 0,
     task_cgroups: 0,
     task_signal: 0,
+    task_flags: 0,
     signal_live: 0,
     css_set_subsys: 0,
     css_set_dfl_cgrp: 0,
@@ -39,6 +40,7 @@ pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
     kn_name: 0,
     root_hierarchy_id: 0,
     v1_subsys_index: u32::MAX,
+    v1_hierarchy: 0,
 });
 
 #[inline(always)]

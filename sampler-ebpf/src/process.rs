@@ -6,28 +6,39 @@ use aya_ebpf::{
     macros::raw_tracepoint,
     programs::RawTracePointContext,
 };
-use sampler_common::{ProcessEvent, kind};
+use sampler_common::{Offsets, ProcessEvent, kind};
 
 use crate::{
     maps::{OFFSETS, PROCESS_EVENTS, lost},
-    read::{Kernel, field, task_cgroups},
+    read::{Kernel, cgroup_id, field, task_cgroups},
 };
 
+/// What is known of a thread group; the place is `task`'s own, for a leader that has ended stays where it was.
 #[inline(always)]
-fn report(kind: u32, task: Kernel, parent_tgid: u32) -> Result<(), i32> {
-    let o = OFFSETS.load();
+pub fn describe(kind: u32, task: Kernel, parent_tgid: u32, o: &Offsets) -> Result<ProcessEvent, i32> {
+    // Before the place is read: what moves it in between then comes later in time too.
+    // SAFETY: the helper takes no arguments.
+    let at_ns = unsafe { bpf_ktime_get_boot_ns() };
     let tgid: u32 = field(task, o.task_tgid)?;
     let leader: Kernel = field(task, o.task_group_leader)?;
     let start_ns: u64 = field(leader, o.task_start_boottime)?;
-    let (v2_id, v1_id) = task_cgroups(task, &o)?;
+    let (v2_id, v1_id) = task_cgroups(task, o)?;
+    Ok(ProcessEvent { kind, tgid, start_ns, at_ns, v2_id, v1_id, parent_tgid, pad: 0 })
+}
+
+#[inline(always)]
+fn submit(event: ProcessEvent) -> Result<(), i32> {
     let Some(mut entry) = PROCESS_EVENTS.reserve::<ProcessEvent>(0) else {
         return Err(-1);
     };
-    // SAFETY: the helper takes no arguments.
-    let at_ns = unsafe { bpf_ktime_get_boot_ns() };
-    entry.write(ProcessEvent { kind, tgid, start_ns, at_ns, v2_id, v1_id, parent_tgid, pad: 0 });
+    entry.write(event);
     entry.submit(wakeup());
     Ok(())
+}
+
+#[inline(always)]
+fn report(kind: u32, task: Kernel, parent_tgid: u32) -> Result<(), i32> {
+    submit(describe(kind, task, parent_tgid, &OFFSETS.load())?)
 }
 
 /// Process events can wait, so user space is not woken for each: only when a quarter of the ring is full. It looks by itself every
@@ -90,7 +101,8 @@ fn try_exit(ctx: &RawTracePointContext) -> Result<(), i32> {
     report(kind::EXIT, task, 0)
 }
 
-/// `(dst_cgroup, path, task, threadgroup)`: the task's css_set already is the new one.
+/// `(dst_cgroup, path, task, threadgroup)`. The place in the hierarchy of the move is what it was moved to: a leader that has
+/// ended is not moved itself, its threads are.
 #[raw_tracepoint(tracepoint = "cgroup_attach_task")]
 pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
     counted(kind::ATTACH, try_attach(&ctx))
@@ -105,7 +117,16 @@ fn try_attach(ctx: &RawTracePointContext) -> Result<(), i32> {
     if pid != tgid {
         return Ok(());
     }
-    report(kind::ATTACH, task, 0)
+    let mut event = describe(kind::ATTACH, task, 0, &o)?;
+    let to: Kernel = ctx.arg(0);
+    let root: Kernel = field(to, o.cgroup_root)?;
+    let hierarchy: u32 = field(root, o.root_hierarchy_id)?;
+    if hierarchy == 0 {
+        event.v2_id = cgroup_id(to, &o)?;
+    } else if hierarchy == o.v1_hierarchy {
+        event.v1_id = cgroup_id(to, &o)?;
+    }
+    submit(event)
 }
 
 #[inline(always)]

@@ -7,7 +7,7 @@ use aya_ebpf::{
     programs::RawTracePointContext,
 };
 use aya_log_ebpf::{error, info};
-use sampler_common::self_check::{CGROUP, PID, RAN, READ, START, TGID};
+use sampler_common::self_check::{CGROUP, FLAGS, PID, RAN, READ, START, TGID};
 
 use crate::{
     maps::{OFFSETS, SELF_CHECK},
@@ -52,6 +52,11 @@ fn compare() -> Result<u32, i32> {
     }
     if start == 0 || start > now {
         bad |= START;
+    }
+    // The one who runs this is not exiting, and a process is a user's: PF_EXITING and PF_KTHREAD are both clear.
+    let flags: u32 = field(task, o.task_flags)?;
+    if flags & 0x0020_0004 != 0 {
+        bad |= FLAGS;
     }
     Ok(bad)
 }

@@ -13,6 +13,7 @@ use nvml_wrapper::Nvml;
 use sampler_core::aggregate::Core;
 use sampler_core::snapshot::Snapshot;
 
+use crate::cli::told;
 use crate::config::Config;
 use crate::core_thread::CoreThread;
 use crate::export::http::{self, AppState};
@@ -21,8 +22,9 @@ use crate::inbox::{Outbox, inbox};
 use crate::labels::{self, LabelConfig};
 use crate::observe::clock::boot_now;
 use crate::observe::gpu;
+use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
-use crate::observe::kernel::{Mode, Tracker, scan};
+use crate::observe::kernel::{Mode, Tracker};
 
 /// How often to look again for a driver library that was missing.
 const NVML_RETRY: Duration = Duration::from_secs(10);
@@ -44,15 +46,20 @@ pub fn pid_namespace_problem() -> Option<String> {
 }
 
 /// The best way to follow processes that works here; says once what it gives up.
-fn tracker(config: &Config, layout: &scan::Layout, health: &Health) -> anyhow::Result<Tracker> {
+fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<Tracker> {
     if let Some(problem) = pid_namespace_problem() {
         health.degraded("pid-namespace", &problem);
+    }
+    if let Some(problem) = layout.problem() {
+        health.degraded("cgroups", &format!("{problem}; {REMEDY}"));
     }
     let Chosen { tracker, refused } = probe::choose(config.kernel_mode, layout, &config.btf(), config.kernel_ring_bytes)?;
     let mode = tracker.mode();
     health.set_kernel_mode(mode.name());
-    if mode != Mode::RawTracepoint {
-        let why = refused.into_iter().map(|(mode, error)| format!("; no {}: {:#}", mode.name(), anyhow::Error::from(error)));
+    if mode == Mode::RawTracepoint {
+        tracing::info!("kernel mode raw_tracepoint: every process and cgroup is followed as it changes");
+    } else {
+        let why = refused.into_iter().map(|(mode, error)| format!("; no {}: {}", mode.name(), told(&error)));
         let why: String = why.collect();
         health.degraded("kernel", &format!("kernel mode {}: {}{why}", mode.name(), mode.gives_up()));
     }
@@ -137,7 +144,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         container_events,
     );
 
-    let layout = scan::layout(&config.path_procfs);
+    let layout = layout(&config.path_procfs);
     let cgroup_layout = layout.name();
     let tracker = tracker(&config, &layout, &health)?;
     start_gpus(&config, &to_core, &health, &stop)?;

@@ -158,7 +158,7 @@ impl Settings {
         Ok(Config {
             listen,
             nvml_lib: s.nvml_lib.map(|path| existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
-            path_procfs: folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?,
+            path_procfs: procfs(folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
             path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
             path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
             docker_socket: socket(s.docker_endpoint.as_deref().unwrap_or(DEFAULT_DOCKER))?,
@@ -177,6 +177,15 @@ fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<Path
 
 fn folder(key: &'static str, path: Option<PathBuf>, default: &str, what: &'static str) -> Result<PathBuf, ConfigError> {
     path.map_or_else(|| Ok(PathBuf::from(default)), |path| existing(key, path, what))
+}
+
+/// Anything else would look like a machine on which nothing runs.
+fn procfs(path: PathBuf) -> Result<PathBuf, ConfigError> {
+    if path.join("stat").exists() && path.join("self").symlink_metadata().is_ok() {
+        return Ok(path);
+    }
+    let remedy = "there is no procfs; give the folder in which the host's /proc is mounted".into();
+    Err(ConfigError::Value { key: "path_procfs", value: path.display().to_string(), remedy })
 }
 
 fn socket(endpoint: &str) -> Result<PathBuf, ConfigError> {

@@ -3,9 +3,10 @@
 //! ```text
 //!  poll(rings | inotify, inbox) -> drain -> lost events? -> resync (scan, drain, merge, sweep)
 //!                                        -> batches of samples, only after the rings were drained past them and nothing is lost
+//!                                        -> a few of people's questions
 //! ```
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{HashSet, VecDeque};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
@@ -19,30 +20,42 @@ use sampler_core::snapshot::Snapshot;
 use sampler_core::units::BootNs;
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::config::Config;
+use crate::cli::told;
+use crate::config::{Config, KernelMode};
 use crate::explain::{self, Subject};
 use crate::health::Health;
-use crate::inbox::{Inbox, Message};
+use crate::inbox::{Inbox, Message, Question};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::kernel::layout::Layout;
+use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read};
 use crate::observe::kernel::{Mode, Tracker};
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
-/// Without kernel events, what is known of processes is looked at again this often; without inotify, cgroups and all processes too.
+/// Without kernel events, the processes that are followed are looked at this often; without inotify, all of them and all cgroups.
 const RESCAN_EVERY: Duration = Duration::from_secs(1);
 /// Between two resyncs, so that a storm that keeps losing events leaves time for anything else.
 const RESYNC_EVERY: Duration = Duration::from_millis(300);
+/// Their sizes take a walk over the tables.
+const SIZE_EVERY: Duration = Duration::from_secs(1);
+/// After a fall to /proc alone for want of watches.
+const WATCH_AGAIN_EVERY: Duration = Duration::from_secs(30);
+/// So long without a loss ends a storm.
+const CALM_AFTER: Duration = Duration::from_secs(10);
 /// A storm that goes on loses events many times a second.
 const TELL_EVERY: Duration = Duration::from_secs(60);
-/// A process that the driver names is looked at this often.
-const SIGHT_EVERY_NS: u64 = 1_000_000_000;
+const RESYNC_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
+/// With inotify, cgroups are walked this often, for what no event told.
+const WALK_EVERY: Duration = Duration::from_secs(10);
+/// People wait for samples, not samples for people.
+const QUESTIONS_A_TURN: usize = 8;
 
 pub struct CoreThread {
     pub core: Core,
     pub config: Arc<Config>,
-    pub layout: scan::Layout,
+    pub layout: Layout,
     pub tracker: Tracker,
     pub inbox: Inbox,
     pub health: Arc<Health>,
@@ -55,28 +68,58 @@ pub struct CoreThread {
 struct Turn {
     /// Batches not yet attributed: while events are lost they wait for a resync, which is 300 ms at most.
     waiting: VecDeque<GpuBatch>,
+    questions: VecDeque<Question>,
+    /// The count of lost events that is repaired, and the one that the last scan was for.
     lost: u64,
+    attempted: u64,
     /// Up to here the tables are known to be right: a batch received by then may be attributed.
     sound: BootNs,
     published: Instant,
     scanned: Instant,
-    sighted: HashMap<u32, BootNs>,
-    /// When losses were last told of in the log.
-    told: Option<Instant>,
+    walked: Instant,
+    /// When the tables' sizes were last told.
+    sized: Instant,
+    /// Grows while scans are incomplete: what cannot be read now may not be readable soon.
+    resync_after: Duration,
+    /// While events are lost.
+    storm: Option<Storm>,
+}
+
+#[derive(Clone, Copy)]
+struct Storm {
+    /// When it was last told of in the log.
+    told: Instant,
+    /// When events were last found lost.
+    last: Instant,
 }
 
 impl CoreThread {
     pub fn run(mut self) {
         let sound = boot_now();
         let lost = self.lost();
-        self.rescan(None);
+        let scan = self.scan();
+        self.merge(scan, None);
         self.publish();
+        self.size();
         self.health.set_ready();
         let now = Instant::now();
-        let (waiting, sighted) = (VecDeque::new(), HashMap::new());
-        let mut turn = Turn { waiting, lost, sound, published: now, scanned: now, sighted, told: None };
+        let (waiting, questions) = (VecDeque::new(), VecDeque::new());
+        let mut turn = Turn {
+            waiting,
+            questions,
+            lost,
+            attempted: lost,
+            sound,
+            published: now,
+            scanned: now,
+            walked: now,
+            sized: now,
+            resync_after: RESYNC_EVERY,
+            storm: None,
+        };
         while !self.stop.load(Ordering::Relaxed) {
-            self.wait(PUBLISH_EVERY.saturating_sub(turn.published.elapsed()));
+            let idle = if turn.questions.is_empty() { PUBLISH_EVERY } else { Duration::ZERO };
+            self.wait(idle.saturating_sub(turn.published.elapsed()));
             self.turn(&mut turn);
         }
     }
@@ -87,18 +130,7 @@ impl CoreThread {
             match message {
                 Message::Observation(Observation::Gpu(batch)) => turn.waiting.push_back(batch),
                 Message::Observation(other) => self.core.observe(other),
-                // Nobody waits any more: nothing to do.
-                Message::Explain(subject, answer) => {
-                    self.drain();
-                    if let Subject::Pid(pid) = subject {
-                        self.look_at(std::iter::once(pid));
-                    }
-                    let _sent = answer.send(explain::known(&self.core.identity, &subject));
-                }
-                Message::Processes(answer) => {
-                    self.drain();
-                    let _sent = answer.send(explain::living(&self.core.identity));
-                }
+                Message::Question(question) => turn.questions.push_back(question),
             }
         }
         // Every batch that waits was received before this.
@@ -106,13 +138,34 @@ impl CoreThread {
         self.drain();
         self.resync(turn, before);
         while let Some(batch) = turn.waiting.pop_front_if(|batch| batch.ended <= turn.sound) {
-            self.sight(&batch, &mut turn.sighted);
+            self.sight(&batch);
             self.core.observe(Observation::Gpu(batch));
+        }
+        for question in turn.questions.drain(..turn.questions.len().min(QUESTIONS_A_TURN)) {
+            self.answer(question);
         }
         if turn.published.elapsed() >= PUBLISH_EVERY {
             turn.published = Instant::now();
-            turn.sighted.retain(|_, at| boot_now().saturating_since(*at) < SIGHT_EVERY_NS);
             self.publish();
+            if turn.sized.elapsed() >= SIZE_EVERY {
+                turn.sized = Instant::now();
+                self.size();
+            }
+        }
+    }
+
+    fn answer(&mut self, question: Question) {
+        match question {
+            Question::Explain(subject, answer) => {
+                if let Subject::Pid(pid) = subject {
+                    self.look_at(std::iter::once(pid));
+                }
+                // Nobody waits any more: nothing to do.
+                let _sent = answer.send(explain::known(&self.core.identity, &subject));
+            }
+            Question::Processes(answer) => {
+                let _sent = answer.send(explain::living(&self.core.identity));
+            }
         }
     }
 
@@ -135,55 +188,119 @@ impl CoreThread {
     /// drained past it.
     fn resync(&mut self, turn: &mut Turn, before: BootNs) {
         match &self.tracker {
-            Tracker::RawTracepoint(_) => {
-                // Read before the scan: what is lost during it is for the next one.
-                let lost = self.lost();
-                if lost == turn.lost {
-                    turn.sound = before;
-                } else if turn.scanned.elapsed() >= RESYNC_EVERY {
-                    self.health.resynced();
-                    let began = boot_now();
-                    self.rescan(Some(turn.sound));
-                    (turn.lost, turn.sound, turn.scanned) = (lost, began, Instant::now());
-                    if turn.told.is_none_or(|at| at.elapsed() >= TELL_EVERY) {
-                        turn.told = Some(Instant::now());
-                        let repairs = self.core.identity.repairs;
-                        tracing::warn!(lost, repairs, "kernel events were lost and the tables repaired; raise kernel_ring_bytes");
-                    }
+            Tracker::RawTracepoint(_) => self.repair(turn, before),
+            Tracker::Inotify(_) => {
+                turn.sound = before;
+                if turn.scanned.elapsed() >= RESCAN_EVERY {
+                    turn.scanned = Instant::now();
+                    let living: Vec<u32> = self.core.identity.processes.living().map(|(tgid, ..)| tgid.0).collect();
+                    self.look_at(living.into_iter());
+                }
+                if turn.walked.elapsed() >= WALK_EVERY {
+                    turn.walked = Instant::now();
+                    let scan = scan::of_cgroups(&self.layout);
+                    self.merge(scan, None);
                 }
             }
-            tracker => {
-                let processes_only = matches!(tracker, Tracker::Inotify(_));
+            Tracker::Procfs => {
                 turn.sound = before;
-                if turn.scanned.elapsed() < RESCAN_EVERY {
-                    return;
+                if self.config.kernel_mode == KernelMode::Auto && turn.walked.elapsed() >= WATCH_AGAIN_EVERY {
+                    turn.walked = Instant::now();
+                    self.watch_again();
                 }
-                if processes_only {
-                    let living: Vec<u32> = self.core.identity.processes.living().map(|(tgid, ..)| tgid.0).collect();
-                    let scan = scan::sight(&self.config.path_procfs, &self.layout, living.into_iter());
+                if turn.scanned.elapsed() >= RESCAN_EVERY {
+                    turn.scanned = Instant::now();
+                    let scan = self.scan();
                     self.merge(scan, None);
-                } else {
-                    self.rescan(None);
                 }
-                turn.scanned = Instant::now();
             }
         }
     }
 
-    fn rescan(&mut self, repairs_since: Option<BootNs>) {
-        let mut scan = scan::scan(&self.config.path_procfs, &self.layout);
-        if self.tracker.mode() == Mode::Inotify {
-            // Processes are followed only once the driver has named them.
-            scan.facts.retain(|fact| !matches!(fact, Observation::ProcessSeen(_)));
-            scan.end.all_processes = false;
+    /// Nothing that failed has failed for good: there may be room for watches again.
+    fn watch_again(&mut self) {
+        if let Ok(watch) = CgroupWatch::new(&self.layout) {
+            self.tracker = Tracker::Inotify(watch);
+            self.health.set_kernel_mode(Mode::Inotify.name());
+            self.health.degraded("kernel", &format!("kernel mode inotify again: {}", Mode::Inotify.gives_up()));
+            let scan = self.scan();
+            self.merge(scan, None);
         }
-        self.merge(scan, repairs_since);
+    }
+
+    fn repair(&mut self, turn: &mut Turn, before: BootNs) {
+        // Read before the scan: what is lost during it is for the next one.
+        let lost = self.lost();
+        if lost == turn.lost {
+            turn.sound = before;
+            if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
+                turn.storm = None;
+                tracing::info!(
+                    lost,
+                    repairs = self.core.identity.repairs,
+                    "no kernel event was lost for a while: the tables are whole"
+                );
+            }
+            return;
+        }
+        // The last scan did what it could for these.
+        let again = lost == turn.attempted;
+        if again {
+            turn.sound = before;
+        }
+        if turn.scanned.elapsed() < if again { turn.resync_after } else { RESYNC_EVERY } {
+            return;
+        }
+        turn.attempted = lost;
+        turn.scanned = Instant::now();
+        self.health.resynced();
+        let scan = self.scan();
+        let (began, complete) = (scan.end.began, scan.complete());
+        self.merge(scan, Some(turn.sound));
+        self.size();
+        // What is still in doubt is unattributed as lost; it must not hold everything else up.
+        turn.sound = turn.sound.max(began);
+        if complete {
+            (turn.lost, turn.resync_after) = (lost, RESYNC_EVERY);
+        } else {
+            turn.resync_after = (turn.resync_after * 2).min(RESYNC_AT_LEAST_EVERY);
+        }
+        let now = Instant::now();
+        let told = turn.storm.map(|storm| storm.told).filter(|told| told.elapsed() < TELL_EVERY);
+        if told.is_none() {
+            let (repairs, ring_bytes) = (self.core.identity.repairs, self.config.kernel_ring_bytes);
+            tracing::warn!(
+                lost,
+                repairs,
+                ring_bytes,
+                "kernel events are lost, the tables repaired by scans; raise kernel_ring_bytes"
+            );
+        }
+        turn.storm = Some(Storm { told: told.unwrap_or(now), last: now });
+    }
+
+    /// All that this mode can see now.
+    fn scan(&mut self) -> Scan {
+        match &mut self.tracker {
+            Tracker::RawTracepoint(program) => {
+                let tasks = || program.tasks().map_err(|error| told(&error));
+                scan::of_kernel(&self.config.path_procfs, &self.layout, tasks)
+            }
+            // Processes are followed only once the driver has named them.
+            Tracker::Inotify(_) => scan::of_cgroups(&self.layout),
+            Tracker::Procfs => scan::of_proc(&self.config.path_procfs, &self.layout),
+        }
     }
 
     fn merge(&mut self, mut scan: Scan, repairs_since: Option<BootNs>) {
         self.drain();
-        for problem in &scan.problems {
-            self.health.degraded("scan", problem);
+        match scan.problems.first() {
+            None => self.health.recovered("scan", "cgroups and processes can all be read again"),
+            Some(first) if !self.health.is_degraded("scan") => {
+                let n = scan.problems.len();
+                self.health.degraded("scan", &format!("{n} cgroups or processes cannot be read, such as {first}"));
+            }
+            Some(_) => {}
         }
         scan.end.repairs_since = repairs_since;
         self.core.observe(Observation::ScanBegan);
@@ -194,18 +311,14 @@ impl CoreThread {
         self.tell_containers();
     }
 
-    /// Without process events: who is it that the driver names?
-    fn sight(&mut self, batch: &GpuBatch, sighted: &mut HashMap<u32, BootNs>) {
+    /// Without process events: who is it that the driver names? Each time, for a pid may be another's by now.
+    fn sight(&mut self, batch: &GpuBatch) {
         if self.tracker.mode() == Mode::RawTracepoint {
             return;
         }
         let listed = batch.processes.iter().flatten().map(|p| p.pid);
         let named: HashSet<u32> = batch.rows.iter().map(|row| row.pid).chain(listed).collect();
-        let now = boot_now();
-        let due = |pid: &u32| sighted.get(pid).is_none_or(|at| now.saturating_since(*at) >= SIGHT_EVERY_NS);
-        let due: Vec<u32> = named.into_iter().filter(due).collect();
-        sighted.extend(due.iter().map(|pid| (*pid, now)));
-        self.look_at(due.into_iter());
+        self.look_at(named.into_iter());
     }
 
     /// Without process events: looks into /proc.
@@ -221,39 +334,40 @@ impl CoreThread {
 
     fn drain(&mut self) {
         let (core, health) = (&mut self.core, &self.health);
-        let mut start_over = false;
+        let mut next = None;
         match &mut self.tracker {
-            Tracker::RawTracepoint(program) => program.rings.drain(|observation| {
-                if let Observation::Cgroup(fact) = &observation
-                    && fact.change == CgroupChange::Created
-                {
-                    health.identified(boot_now().saturating_since(fact.at));
+            Tracker::RawTracepoint(program) => program.rings.drain(boot_now(), |fact| match fact {
+                KernelFact::Process(fact) => core.identity.process(&fact),
+                KernelFact::Cgroup(fact) => {
+                    core.identity.cgroup(&fact);
+                    if fact.change == CgroupChange::Created {
+                        health.identified(boot_now().saturating_since(fact.at));
+                    }
                 }
-                core.observe(observation);
             }),
-            Tracker::Inotify(watch) => {
-                let read = watch.read(&mut |fact| core.observe(Observation::Cgroup(fact)));
-                match read {
-                    Ok(read) => start_over = read == Read::StartOver,
-                    Err(error) => health.degraded("inotify", &format!("{:#}", anyhow::Error::from(error))),
-                }
-            }
+            Tracker::Inotify(watch) => match watch.read(&mut |fact| core.observe(Observation::Cgroup(fact))) {
+                Ok(Read::Complete) => {}
+                Ok(Read::StartOver) => next = Some(CgroupWatch::new(&self.layout)),
+                Err(error) => next = Some(Err(error)),
+            },
             Tracker::Procfs => {}
         }
-        if start_over {
-            self.watch_again();
+        match next {
+            None => {}
+            Some(Ok(watch)) => {
+                self.tracker = Tracker::Inotify(watch);
+                let scan = self.scan();
+                self.merge(scan, None);
+            }
+            // The next mode needs no watches; every second it sees what a lost one would have told.
+            Some(Err(error)) => {
+                self.tracker = Tracker::Procfs;
+                self.health.set_kernel_mode(Mode::Procfs.name());
+                let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), told(&error));
+                self.health.degraded("kernel", &why);
+            }
         }
         self.tell_containers();
-    }
-
-    fn watch_again(&mut self) {
-        match CgroupWatch::new(&self.layout) {
-            Ok(watch) => {
-                self.tracker = Tracker::Inotify(watch);
-                self.rescan(None);
-            }
-            Err(error) => self.health.degraded("inotify", &format!("{:#}", anyhow::Error::from(error))),
-        }
     }
 
     fn tell_containers(&mut self) {
@@ -269,12 +383,16 @@ impl CoreThread {
         }
     }
 
+    fn size(&self) {
+        let watches = if let Tracker::Inotify(watch) = &self.tracker { watch.len() } else { 0 };
+        self.health.tables(&self.core.identity, watches);
+    }
+
     fn publish(&mut self) {
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
         }
-        self.health.tables(&self.core.identity);
         self.snapshot.store(Arc::new(self.core.snapshot()));
     }
 }

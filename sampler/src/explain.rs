@@ -2,9 +2,10 @@
 //!
 //! Deliberately asks nobody: labels are what the label service already has.
 
+use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sampler_core::identity::{Identity, LifeView, Stay};
+use sampler_core::identity::{Identity, KEEP_EXITED_NS, LifeView, Stay};
 use sampler_core::labels::{CgroupIdentity, ContainerLabels, Kind, Label, parse};
 use sampler_core::observation::Place;
 use sampler_core::units::{BootNs, ContainerKey, Tgid};
@@ -12,6 +13,10 @@ use serde::Serialize;
 
 use crate::labels::LabelView;
 use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::kernel::Mode;
+use crate::observe::kernel::layout::REMEDY;
+
+const KEEP_EXITED_S: u64 = KEEP_EXITED_NS / 1_000_000_000;
 
 /// What is asked about.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -64,8 +69,7 @@ pub fn known(identity: &Identity, subject: &Subject) -> Option<Known> {
     match subject {
         Subject::Pid(pid) => process(identity, *pid),
         Subject::Cgroup(path) => {
-            let (key, _) = identity.cgroups.living().find(|(key, _)| identity.cgroups.path(*key).as_ref() == Some(path))?;
-            let container = identity.cgroups.container_at(key);
+            let container = identity.cgroups.container_at(identity.cgroups.at_path(path)?);
             Some(Known { path: path.clone(), container, lives: Vec::new() })
         }
     }
@@ -94,6 +98,30 @@ fn process(identity: &Identity, pid: u32) -> Option<Known> {
     let path = stays.last().and_then(|s| s.path.clone()).unwrap_or_default();
     let container = life.stays.last().and_then(container);
     Some(Known { path, container, lives })
+}
+
+/// Why a pid is not among the known, as far as /proc and the mode can tell. `mode` is none where no agent runs.
+pub fn why_unknown(procfs: &Path, pid: u32, mode: Option<Mode>) -> String {
+    let status = std::fs::read_to_string(procfs.join(pid.to_string()).join("status")).unwrap_or_default();
+    let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
+    let group = field("Tgid:").and_then(|tgid| tgid.parse::<u32>().ok());
+    match (group, field("State:").and_then(|state| state.chars().next())) {
+        (Some(group), _) if group != pid => format!("{pid} is a thread of the process {group}; ask for that"),
+        (Some(_), Some('Z' | 'X')) => format!("the process {pid} has ended (a zombie) and nobody saw where it had been"),
+        (Some(_), _) => format!("the process {pid} lives, but its cgroups cannot be seen from here: {REMEDY}"),
+        (None, _) => match mode {
+            Some(Mode::RawTracepoint) => format!("no process with pid {pid} lives or has ended within {KEEP_EXITED_S} s"),
+            Some(mode) => format!(
+                "no process with pid {pid} lives; in kernel mode {} one that has ended is known only if the driver named it before",
+                mode.name()
+            ),
+            None => {
+                format!(
+                    "no process with pid {pid} lives; one that has ended is known to a running agent only (`gpu-sampler run`)"
+                )
+            }
+        },
+    }
 }
 
 #[derive(Serialize)]

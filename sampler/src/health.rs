@@ -61,13 +61,15 @@ pub struct HealthView {
     pub kernel_mode: &'static str,
     pub events_seen: [u64; kind::COUNT as usize],
     pub events_lost: [u64; kind::COUNT as usize],
-    /// Time the core thread spent on draining the kernel's rings.
+    /// Processor time the core thread spent on draining the kernel's rings.
     pub drained: Duration,
     pub resyncs: u64,
     pub repairs: u64,
     pub processes: Size,
     /// (cgroups, bytes held by them, given up before their time).
     pub cgroups: (usize, usize, u64),
+    /// inotify watches held.
+    pub watches: usize,
     /// From a cgroup's creation in the kernel to its place in the tables.
     pub identified: Times,
     /// `None` before the driver was tried.
@@ -114,6 +116,10 @@ impl Health {
         }
     }
 
+    pub fn is_degraded(&self, key: &str) -> bool {
+        self.inner().told.contains_key(key)
+    }
+
     pub fn recovered(&self, key: &str, message: &str) {
         if self.inner().told.remove(key).is_some() {
             tracing::info!(what = key, "{message}");
@@ -135,10 +141,11 @@ impl Health {
         self.inner().view.resyncs += 1;
     }
 
-    pub fn tables(&self, identity: &Identity) {
+    pub fn tables(&self, identity: &Identity, watches: usize) {
         let (nodes, bytes) = identity.cgroups.size();
         let mut inner = self.inner();
         inner.view.repairs = identity.repairs;
+        inner.view.watches = watches;
         inner.view.processes = identity.processes.size();
         inner.view.cgroups = (nodes, bytes, identity.cgroups.evicted);
     }

@@ -13,6 +13,10 @@ use crate::explain::{Known, LivingProcess, Subject};
 
 pub enum Message {
     Observation(Observation),
+    Question(Question),
+}
+
+pub enum Question {
     Explain(Subject, oneshot::Sender<Option<Known>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
 }
@@ -52,13 +56,13 @@ impl Outbox {
 
     pub async fn explain(&self, subject: Subject) -> Option<Known> {
         let (answer, answered) = oneshot::channel();
-        self.send(Message::Explain(subject, answer)).ok()?;
+        self.send(Message::Question(Question::Explain(subject, answer))).ok()?;
         answered.await.ok().flatten()
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {
         let (answer, answered) = oneshot::channel();
-        self.send(Message::Processes(answer)).ok()?;
+        self.send(Message::Question(Question::Processes(answer))).ok()?;
         answered.await.ok()
     }
 }

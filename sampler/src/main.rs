@@ -19,7 +19,7 @@ fn main() -> ExitCode {
     match cli::Cli::parse().run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("gpu-sampler: {error:#}");
+            eprintln!("gpu-sampler: {}", cli::told(error.as_ref()));
             ExitCode::FAILURE
         }
     }

@@ -5,6 +5,7 @@
 //! actor thread-exec SECONDS          a thread that is not the leader execs `sleep SECONDS`; same pid
 //! actor vfork SECONDS                vfork and exec of `sleep SECONDS`; prints its pid
 //! actor zombie SECONDS               a child that lives SECONDS and is never reaped; prints its pid
+//! actor leaderless SECONDS           its first thread ends, another goes on for SECONDS
 //! actor storm LIVES EVERY CGROUP ..  forks as fast as it can; every EVERY-th stays, in one of the cgroups; prints their pids
 //! ```
 
@@ -87,6 +88,17 @@ fn zombie(seconds: &str) -> io::Result<()> {
     rest()
 }
 
+fn leaderless(seconds: &str) -> io::Result<()> {
+    let seconds = seconds.parse().map_err(io::Error::other)?;
+    std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_secs(seconds));
+        std::process::exit(0);
+    });
+    // SAFETY: ends this thread alone, without unwinding; nothing of it is used by the other.
+    unsafe { libc::syscall(libc::SYS_exit, 0) };
+    rest()
+}
+
 fn storm(lives: u32, every: u32, cgroups: &[String]) -> io::Result<()> {
     let cgroups = cgroups.iter().map(File::open).collect::<io::Result<Vec<_>>>()?;
     // SAFETY: ignoring SIGCHLD makes the kernel reap.
@@ -128,6 +140,7 @@ fn main() -> ExitCode {
         ["thread-exec", seconds] => thread_exec(seconds.to_owned()),
         ["vfork", seconds] => vfork(seconds),
         ["zombie", seconds] => zombie(seconds),
+        ["leaderless", seconds] => leaderless(seconds),
         ["storm", lives, every, _, ..] => {
             let number = |word: &str| word.parse().map_err(io::Error::other);
             number(lives).and_then(|lives| storm(lives, number(every)?, &args[3..]))

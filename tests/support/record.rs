@@ -9,6 +9,9 @@ use serde_json::Value;
 
 use crate::{Running, Sample, Sim, var};
 
+/// Whoever is on the engine when a slice begins has all of it.
+const SLICE_US: u64 = 2_000;
+
 /// One tick that names a process and is busy, as the driver recorded it.
 #[derive(Clone, Debug)]
 pub struct Tick {
@@ -91,7 +94,7 @@ impl Lives {
 
 /// Whose tick it is: the life that was on that GPU within the period before it.
 pub fn owner<'a>(lives: &'a [Life], tick: &Tick, period_us: u64) -> Option<&'a Life> {
-    let within = |l: &&Life| l.begin_us <= tick.at_us && l.end_us + period_us >= tick.at_us;
+    let within = |l: &&Life| l.begin_us <= tick.at_us && l.end_us + period_us + SLICE_US >= tick.at_us;
     lives.iter().filter(|l| l.pid == tick.pid && l.gpu == tick.gpu).filter(within).max_by_key(|l| l.begin_us)
 }
 

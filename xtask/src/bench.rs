@@ -18,9 +18,12 @@ pub fn verb(filters: &[String]) -> Result<()> {
     sys::catch_signals();
     let mut cleanup = Cleanup::start()?;
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
-    let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked", "--"])?;
+    let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
+    if !filters.is_empty() {
+        // The pure core's are criterion's, which takes one filter at most.
+        benches.args(["--bench", "kernel", "--bench", "tables", "--"]).args(filters);
+    }
     benches
-        .args(filters)
         .env("GPU_SAMPLER_BIN", built.sampler)
         .env("NVML_SIM_BIN", built.sim)
         .env("NVML_SIM_LIBRARY", built.sim_library)

@@ -41,15 +41,16 @@ pub struct ProcessFact {
     pub place: Place,
 }
 
-/// A living process as /proc showed it at some moment between `began` and `ended`.
+/// A living process as a look at it showed it, at some moment after `began`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessSeen {
     pub tgid: Tgid,
-    /// Rounded down to 10 ms, as /proc gives it.
     pub start: BootNs,
+    /// `start` is rounded down to 10 ms, as /proc gives it.
+    pub coarse_start: bool,
     pub began: BootNs,
-    pub ended: BootNs,
-    pub place: Place,
+    /// `None` when it lives and where could not be read.
+    pub place: Option<Place>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -127,10 +128,22 @@ pub struct ScanEnd {
 pub enum Observation {
     Process(ProcessFact),
     ProcessSeen(ProcessSeen),
+    /// A look for this pid, begun at `began`, found no living process.
+    ProcessGone {
+        tgid: Tgid,
+        began: BootNs,
+    },
     Cgroup(CgroupFact),
     ScanBegan,
     ScanEnded(ScanEnd),
-    GpuFound { gpu: usize, info: Arc<GpuInfo>, at: BootNs },
+    GpuFound {
+        gpu: usize,
+        info: Arc<GpuInfo>,
+        at: BootNs,
+    },
     Gpu(GpuBatch),
-    Tick { at: BootNs, wall: WallTime },
+    Tick {
+        at: BootNs,
+        wall: WallTime,
+    },
 }

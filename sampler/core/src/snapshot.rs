@@ -111,6 +111,6 @@ pub struct Snapshot {
     pub at: BootNs,
     pub wall: WallTime,
     pub gpus: Vec<GpuView>,
-    /// Every living container, and those gone for less than the retention, whether they touched a GPU or not.
+    /// Every living container, whether it touched a GPU or not, and those with GPU time that are gone for less than the retention.
     pub containers: Vec<ContainerView>,
 }

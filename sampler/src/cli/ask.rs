@@ -50,7 +50,8 @@ async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyh
     let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| anyhow::anyhow!(error))?;
     connection.abort();
     let body = body.to_bytes().to_vec();
-    let words = || String::from_utf8_lossy(&body).trim().to_owned();
+    // What answers may be anything; a page of it is no message.
+    let words = || String::from_utf8_lossy(&body).trim().lines().next().unwrap_or_default().chars().take(200).collect::<String>();
     match status.as_u16() {
         200 => Ok(Answer::Found(body)),
         404 => Ok(Answer::NotFound(words())),

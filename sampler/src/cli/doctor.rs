@@ -8,9 +8,12 @@ use std::process::ExitCode;
 use clap::Args;
 use serde::Serialize;
 
+use super::ask::{self, Answer};
+use super::told;
 use crate::agent::pid_namespace_problem;
-use crate::config::{Config, Settings};
+use crate::config::{Config, KernelMode, Settings};
 use crate::observe::gpu;
+use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{KernelError, Mode, Tracker, scan};
 
@@ -67,22 +70,21 @@ impl Doctor {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let config = self.settings.validate(self.config.as_deref())?;
         let report = examine(&config);
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&report)?);
-        } else {
-            print!("{}", text(&report));
-        }
+        let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { text(&report) };
+        super::print(&out)?;
         Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
 
 fn examine(config: &Config) -> Report {
-    let layout = scan::layout(&config.path_procfs);
-    let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout), processes(config, &layout)];
+    let layout = layout(&config.path_procfs);
     let chosen = probe::choose(config.kernel_mode, &layout, &config.btf(), config.kernel_ring_bytes);
-    let kernel_mode = chosen.as_ref().ok().map(|c| c.tracker.mode().name());
-    checks.extend(kernel(chosen));
+    let mode = chosen.as_ref().ok().map(|c| c.tracker.mode());
+    let kernel_mode = mode.map(Mode::name);
+    let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout, mode), processes(config, &layout)];
+    checks.extend(kernel(chosen, config.kernel_mode));
     checks.push(driver(config));
+    checks.push(address(config));
     let can_run = checks.iter().all(|c| c.status != Status::Failed);
     Report { can_run, kernel_mode, checks }
 }
@@ -101,13 +103,12 @@ fn kernel_version(config: &Config) -> Check {
 fn pid_namespace() -> Check {
     match pid_namespace_problem() {
         None => Check::ok("pid namespace", "the host's"),
-        Some(problem) => {
-            Check::bad("pid namespace", Status::Degraded, problem, "run in the host's pid namespace: hostPID: true or --pid=host")
-        }
+        // It would start, and attribute nothing.
+        Some(problem) => Check::bad("pid namespace", Status::Failed, problem, "nothing else helps"),
     }
 }
 
-fn cgroups(layout: &scan::Layout) -> Check {
+fn cgroups(layout: &Layout, mode: Option<Mode>) -> Check {
     let mounts: Vec<String> = layout
         .mounts()
         .map(|(hierarchy, mount)| match &layout.v1 {
@@ -115,37 +116,42 @@ fn cgroups(layout: &scan::Layout) -> Check {
             _ => format!("v2 on {}", mount.display()),
         })
         .collect();
-    if mounts.is_empty() {
-        let remedy = "mount cgroup2 on /sys/fs/cgroup; in a container, mount the host's /sys/fs/cgroup";
-        return Check::bad("cgroups", Status::Failed, "no hierarchy that containers are in is mounted", remedy);
+    if let Some(problem) = layout.problem() {
+        // Kernel events carry ids; without them everything hangs on paths.
+        let usable = !mounts.is_empty() && mode == Some(Mode::RawTracepoint);
+        let status = if usable { Status::Degraded } else { Status::Failed };
+        return Check::bad("cgroups", status, problem, REMEDY);
     }
     Check::ok("cgroups", format!("{}: {}", layout.name(), mounts.join(", ")))
 }
 
-fn processes(config: &Config, layout: &scan::Layout) -> Check {
-    let found = scan::scan(&config.path_procfs, layout);
+fn processes(config: &Config, layout: &Layout) -> Check {
+    let found = scan::of_proc(&config.path_procfs, layout);
     let count = |wanted: fn(&sampler_core::observation::Observation) -> bool| found.facts.iter().filter(|f| wanted(f)).count();
     let processes = count(|f| matches!(f, sampler_core::observation::Observation::ProcessSeen(_)));
     let cgroups = count(|f| matches!(f, sampler_core::observation::Observation::Cgroup(_)));
     let ms = found.end.ended.saturating_since(found.end.began) / 1_000_000;
+    if processes == 0 {
+        return Check::bad("processes", Status::Failed, "none can be seen", "give the host's /proc with --path-procfs");
+    }
     let summary = format!("{processes} processes and {cgroups} cgroups scanned in {ms} ms");
     match found.problems.as_slice() {
         [] => Check::ok("processes", summary),
         [first, ..] => {
             let detail = format!("{summary}; {} could not be read, such as {first}", found.problems.len());
-            Check::bad("processes", Status::Degraded, detail, "run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH")
+            let remedy = "where permission is denied: run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
+            Check::bad("processes", Status::Degraded, detail, remedy)
         }
     }
 }
 
-fn kernel(chosen: Result<Chosen, KernelError>) -> Vec<Check> {
+fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check> {
     const NAME: &str = "kernel events";
-    let told = |error: KernelError| format!("{:#}", anyhow::Error::from(error));
     let Chosen { tracker, refused } = match chosen {
         Ok(chosen) => chosen,
         Err(error) => {
             let remedy = "mend that, or set kernel_mode to auto";
-            return vec![Check::bad(NAME, Status::Failed, told(error), remedy)];
+            return vec![Check::bad(NAME, Status::Failed, told(&error), remedy)];
         }
     };
     let mode = tracker.mode();
@@ -153,7 +159,7 @@ fn kernel(chosen: Result<Chosen, KernelError>) -> Vec<Check> {
         .into_iter()
         .map(|(mode, error)| {
             let name = if mode == Mode::RawTracepoint { "eBPF" } else { "inotify" };
-            Check::bad(name, Status::Degraded, told(error), "the message names it; the next best mode is used meanwhile")
+            Check::bad(name, Status::Degraded, told(&error), "until then the next best mode is used")
         })
         .collect();
     checks.push(match tracker {
@@ -163,12 +169,8 @@ fn kernel(chosen: Result<Chosen, KernelError>) -> Vec<Check> {
         }
         _ => {
             let detail = format!("mode {}: {}", mode.name(), mode.gives_up());
-            Check::bad(
-                NAME,
-                Status::Degraded,
-                detail,
-                "make eBPF work for mode raw_tracepoint (kernel_mode auto), which knows all of it",
-            )
+            let remedy = if wanted == KernelMode::Auto { "make eBPF work, as said above" } else { "leave kernel_mode out" };
+            Check::bad(NAME, Status::Degraded, detail, format!("{remedy}: mode raw_tracepoint knows all of it"))
         }
     });
     checks
@@ -176,7 +178,7 @@ fn kernel(chosen: Result<Chosen, KernelError>) -> Vec<Check> {
 
 fn driver(config: &Config) -> Check {
     const NAME: &str = "NVIDIA driver";
-    let counted = gpu::open(config.nvml_lib.as_deref()).map_err(|e| format!("{:#}", anyhow::Error::from(e))).and_then(|nvml| {
+    let counted = gpu::open(config.nvml_lib.as_deref()).map_err(|error| told(&error)).and_then(|nvml| {
         let version = nvml.sys_driver_version().unwrap_or_else(|_| "unknown".into());
         nvml.device_count().map(|n| (n, version)).map_err(|error| format!("the driver does not list its GPUs: {error}"))
     });
@@ -190,6 +192,37 @@ fn driver(config: &Config) -> Check {
             Check::bad(NAME, status, detail, remedy)
         }
     }
+}
+
+/// Free, or an agent's already.
+fn address(config: &Config) -> Check {
+    let listen = config.listen;
+    let error = match std::net::TcpListener::bind(listen) {
+        Ok(_) => return Check::ok("address", format!("{listen} is free")),
+        Err(error) => error,
+    };
+    let agent = (error.kind() == std::io::ErrorKind::AddrInUse).then(|| running(config)).flatten();
+    match agent {
+        Some(said) => Check::ok("address", format!("an agent serves at {listen} already: {said}")),
+        None => Check::bad("address", Status::Failed, format!("{listen}: {error}"), "choose a free one with --listen"),
+    }
+}
+
+/// What a running agent says of itself.
+fn running(config: &Config) -> Option<String> {
+    let mut at = config.listen;
+    if at.ip().is_unspecified() {
+        at.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
+    }
+    let Ok(Answer::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref()) else { return None };
+    let page = String::from_utf8_lossy(&page).into_owned();
+    let mode = page.lines().find_map(|line| line.strip_prefix("gpu_sampler_kernel_mode{mode=\"")?.split('"').next())?;
+    let total = |family: &str| {
+        let ours = page.lines().filter(|line| line.starts_with(family));
+        ours.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
+    };
+    let (lost, resyncs) = (total("gpu_sampler_kernel_events_lost_total"), total("gpu_sampler_resyncs_total"));
+    Some(format!("mode {mode}, {lost} kernel events lost, {resyncs} resyncs"))
 }
 
 fn text(report: &Report) -> String {
@@ -213,7 +246,7 @@ fn text(report: &Report) -> String {
     out += match (report.can_run, degraded) {
         (true, false) => "\nThe agent can run here.\n",
         (true, true) => "\nThe agent can run here, with less than it could know.\n",
-        (false, _) => "\nThe agent cannot run here.\n",
+        (false, _) => "\nThe agent cannot do its work here.\n",
     };
     out
 }

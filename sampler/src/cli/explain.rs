@@ -9,8 +9,9 @@ use serde_json::Value;
 
 use super::ask::{self, Answer};
 use crate::config::{DEFAULT_LISTEN, Settings};
-use crate::explain::{Explanation, Subject, known};
+use crate::explain::{Explanation, Subject, known, why_unknown};
 use crate::labels::LabelView;
+use crate::observe::kernel::layout::layout;
 use crate::observe::kernel::scan;
 
 const EXAMPLES: &str = "\
@@ -50,17 +51,16 @@ impl Explain {
             (Some(path), _) if !path.starts_with('/') => {
                 bail!("--cgroup {path:?} is not a path within a hierarchy; it begins with /, as in /proc/PID/cgroup")
             }
+            (Some(path), _) if path.starts_with("/sys/fs/cgroup") => {
+                bail!("--cgroup {path:?} names a directory; leave the mount point out, as in /proc/PID/cgroup")
+            }
             (Some(path), _) => Subject::Cgroup(path.clone()),
             (None, Some(pid)) => Subject::Pid(pid),
             (None, None) => bail!("give --pid or --cgroup"),
         };
         let told = self.find(&subject)?;
-        if self.json {
-            println!("{}", serde_json::to_string_pretty(&told)?);
-        } else {
-            print!("{}", text(&told));
-        }
-        Ok(())
+        let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&told)?) } else { text(&told) };
+        super::print(&out)
     }
 
     fn find(&self, subject: &Subject) -> anyhow::Result<Value> {
@@ -77,10 +77,16 @@ impl Explain {
             Subject::Cgroup(path) => format!("/api/v1/explain?cgroup={}", encoded(path)),
         };
         match (ask::get(agent, &query, token.transpose()?.as_deref())?, subject) {
-            (Answer::Found(body), _) => Ok(serde_json::from_slice(&body)?),
+            (Answer::Found(body), _) => {
+                serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))
+            }
             (Answer::NotFound(words), Subject::Pid(_)) => bail!("{words}"),
             // A path is what it says, whether it is there or not.
-            (Answer::NotFound(_), Subject::Cgroup(path)) => Ok(serde_json::to_value(Explanation::of_path(path))?),
+            (Answer::NotFound(_), Subject::Cgroup(path)) => {
+                let mut told = serde_json::to_value(Explanation::of_path(path))?;
+                told["exists"] = false.into();
+                Ok(told)
+            }
             (Answer::NoAgent(error), _) if self.agent.is_some() => {
                 Err(error.context(format!("no agent answers at {agent}; start `gpu-sampler run`, or leave --agent out")))
             }
@@ -93,7 +99,7 @@ impl Explain {
     fn look(&self, pid: u32) -> anyhow::Result<Value> {
         let settings = Settings { path_procfs: self.path_procfs.clone(), ..Settings::default() };
         let procfs = settings.validate(None)?.path_procfs;
-        let seen = scan::sight(&procfs, &scan::layout(&procfs), std::iter::once(pid));
+        let seen = scan::sight(&procfs, &layout(&procfs), std::iter::once(pid));
         if let Some(problem) = seen.problems.first() {
             bail!("{problem}");
         }
@@ -103,7 +109,7 @@ impl Explain {
         }
         let subject = Subject::Pid(pid);
         let Some(known) = known(&identity, &subject) else {
-            bail!("no process with pid {pid} lives; one that has ended is known to a running agent only (`gpu-sampler run`)");
+            bail!("{}", why_unknown(&procfs, pid, None));
         };
         let mut told = Explanation::new(&subject, &known, &LabelView::new());
         told.answered_by = "procfs";
@@ -156,6 +162,7 @@ fn text(told: &Value) -> String {
     let by = match told["answered_by"].as_str() {
         Some("agent") => "the running agent",
         Some("procfs") => "/proc, now; no agent runs, so nothing is known of the past",
+        _ if told["exists"] == false => "the path alone: the running agent knows of no such cgroup now",
         _ => "the path alone",
     };
     line("known from", by);

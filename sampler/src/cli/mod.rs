@@ -4,10 +4,11 @@ mod ask;
 mod doctor;
 mod explain;
 
-use std::io::IsTerminal as _;
+use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
 use std::process::ExitCode;
 
+use anyhow::Context as _;
 use clap::{Args, Parser, Subcommand};
 use tracing_subscriber::EnvFilter;
 
@@ -16,7 +17,7 @@ use crate::config::{REFERENCE, Settings};
 
 /// Which container used which GPU, when.
 #[derive(Parser)]
-#[command(version, about, arg_required_else_help = true)]
+#[command(name = "gpu-sampler", version, about, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
     verb: Verb,
@@ -69,12 +70,35 @@ impl Cli {
             }
             Verb::Config(Config { check: Some(file), .. }) => {
                 Settings::default().validate(Some(&file))?;
-                println!("{}: valid", file.display());
+                print(&format!("{}: valid\n", file.display()))?;
             }
-            Verb::Config(_) => print!("{REFERENCE}"),
+            Verb::Config(_) => print(REFERENCE)?,
         }
         Ok(ExitCode::SUCCESS)
     }
+}
+
+/// To stdout. A reader that has seen enough is no failure; a full disk is.
+fn print(text: &str) -> anyhow::Result<()> {
+    let mut out = std::io::stdout().lock();
+    match out.write_all(text.as_bytes()).and_then(|()| out.flush()) {
+        Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
+        _ => Ok(()),
+    }
+}
+
+/// An error with its causes, leaving out those that it already has in its own words: some libraries repeat theirs.
+pub fn told(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut source = error.source();
+    while let Some(cause) = source {
+        let words = cause.to_string();
+        if !text.ends_with(&words) {
+            text = format!("{text}: {words}");
+        }
+        source = cause.source();
+    }
+    text
 }
 
 /// To stderr; RUST_LOG chooses, colours only on a terminal and without NO_COLOR.

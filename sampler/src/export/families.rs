@@ -185,7 +185,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
             family.add(&[("kind", kind)], *n as f64);
         }
     }
-    to.counter("gpu_sampler_kernel_drain_seconds_total", "Time spent on reading kernel events into the tables.")
+    to.counter("gpu_sampler_kernel_drain_seconds_total", "Processor time spent on reading kernel events into the tables.")
         .add(&[], health.drained.as_secs_f64());
     to.counter("gpu_sampler_resyncs_total", "Scans after lost kernel events.").add(&[], health.resyncs as f64);
     to.counter("gpu_sampler_resync_repairs_total", "Entries that such scans put right.").add(&[], health.repairs as f64);
@@ -202,6 +202,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     for (table, n) in [("exited", p.evicted), ("cgroups", cgroups_evicted)] {
         evicted.add(&[("table", table)], n as f64);
     }
+    to.gauge("gpu_sampler_inotify_watches", "Watches held in kernel mode inotify.").add(&[], health.watches as f64);
     let t = &health.identified;
     to.histogram("gpu_sampler_identify_seconds", "From a cgroup's creation in the kernel to its place in the tables.")
         .add_histogram(&[], &IDENTIFY_BOUNDS, &t.buckets, t.sum_seconds, t.count);

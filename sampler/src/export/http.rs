@@ -15,7 +15,6 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse as _, Json, Response};
 use axum::routing::get;
-use sampler_core::identity::KEEP_EXITED_NS;
 use sampler_core::snapshot::Snapshot;
 use serde::Deserialize;
 use thiserror::Error;
@@ -25,16 +24,16 @@ use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
 use super::{families, page};
 use crate::config::Config;
-use crate::explain::{Explanation, Subject};
+use crate::explain::{Explanation, Subject, why_unknown};
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
+use crate::observe::kernel::Mode;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The ledger takes credits in this often, scraped or not.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
-const KEEP_EXITED_S: u64 = KEEP_EXITED_NS / 1_000_000_000;
 /// Answers in flight get this long when the agent ends.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -233,7 +232,10 @@ async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<Explain
         Some(known) => Json(Explanation::new(&subject, &known, &state.labels.view())).into_response(),
         None => {
             let told = match subject {
-                Subject::Pid(pid) => format!("no process with pid {pid} lives or has ended within {KEEP_EXITED_S} s\n"),
+                Subject::Pid(pid) => {
+                    let mode = Mode::named(state.health.view().kernel_mode);
+                    format!("{}\n", why_unknown(&state.config.path_procfs, pid, mode))
+                }
                 Subject::Cgroup(path) => format!("there is no cgroup {path:?} in the hierarchies that are followed\n"),
             };
             (StatusCode::NOT_FOUND, told).into_response()

@@ -124,7 +124,7 @@ impl Gpu {
             if self.watermark.is_none() {
                 // What the ring held before the start is nobody's: it only sets the watermarks.
                 self.watermark = Some(newest);
-                self.window_end = Some(GpuNs(newest.0 + WINDOW_NS));
+                self.window_end = Some(GpuNs(newest.0.saturating_add(WINDOW_NS)));
                 for row in &batch.rows {
                     self.row_watermark.insert(row.pid, row.at);
                 }
@@ -239,7 +239,7 @@ impl Gpu {
         for (user, ns) in divide(pool, &pids) {
             self.credit(user, ns, 0);
         }
-        self.window_end = Some(GpuNs(now.0 + WINDOW_NS));
+        self.window_end = Some(GpuNs(now.0.saturating_add(WINDOW_NS)));
     }
 
     fn memory(&mut self, processes: &[RunningProcess], batch: &GpuBatch, identity: &Identity) {

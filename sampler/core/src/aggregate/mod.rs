@@ -41,11 +41,11 @@ impl Core {
             Observation::Tick { at, wall } => {
                 self.now = self.now.max(at);
                 self.wall = wall;
-                self.identity.expire(self.now);
-                let living: std::collections::HashSet<ContainerKey> =
-                    self.identity.cgroups.containers().map(|c| c.record.key).collect();
+                let gpus = &self.gpus;
+                self.identity.expire(self.now, |key| gpus.iter().flatten().any(|gpu| gpu.credits().contains_key(&key)));
+                let cgroups = &self.identity.cgroups;
                 for gpu in self.gpus.iter_mut().flatten() {
-                    gpu.forget(|key| !living.contains(key));
+                    gpu.forget(|key| cgroups.container(*key).is_none());
                 }
             }
             identity => self.identity.observe(identity),
@@ -85,7 +85,11 @@ impl Core {
             .identity
             .cgroups
             .containers()
-            .map(|c| ContainerView { record: c.record.clone(), gone: c.gone, gpus: of.remove(&c.record.key).unwrap_or_default() })
+            .filter_map(|c| {
+                let gpus = of.remove(&c.record.key).unwrap_or_default();
+                let shown = c.gone.is_none() || !gpus.is_empty();
+                shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus })
+            })
             .collect();
         containers.sort_by_key(|c| c.record.key);
         Snapshot { at: self.now, wall: self.wall, gpus, containers }

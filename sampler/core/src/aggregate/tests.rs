@@ -33,7 +33,8 @@ fn core() -> Core {
     for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
         let place = Place { v2_id: id, ..Place::default() };
         let (tgid, start) = (Tgid(tgid), BootNs(5));
-        core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, began: BootNs(6), ended: BootNs(7), place }));
+        let seen = ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place: Some(place) };
+        core.observe(Observation::ProcessSeen(seen));
     }
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),

@@ -1,32 +1,42 @@
 //! The tree of cgroups per hierarchy, and which container each belongs to.
 //!
-//! Promise: one identity per container, over all hierarchies and sub-cgroups; a removed cgroup still resolves for
-//! [`KEEP_REMOVED_NS`], a renamed one as of the time asked about. Paths are joined here from parent and name, so they are never cut.
+//! ```text
+//!            parent known up to the root             removed, or not found by a scan          60 s, or too many
+//!  unplaced ----------------------------> placed ----------------------------------> removed ------------------> forgotten
+//! ```
+//! Promises: one identity per container, over all hierarchies and sub-cgroups; a removed cgroup still resolves for
+//! [`KEEP_REMOVED_NS`], a renamed one as of the time asked about; a cgroup that is not placed is unknown, not the host's. Paths are
+//! joined here from parent and name, so they are never cut.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeSet, HashMap, VecDeque};
 use std::sync::Arc;
 
-use super::ContainerRecord;
-use crate::labels::{Kind, parse};
+use super::containers::{Container, ContainerChange, Containers};
+use super::{ContainerRecord, Table};
+use crate::labels::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, Place};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
 /// Removed cgroups stay resolvable this long: no sample is older.
 pub const KEEP_REMOVED_NS: u64 = 60_000_000_000;
-/// Containers outlive their cgroups this long, because their series do.
-pub const KEEP_GONE_NS: u64 = 330_000_000_000;
 /// More removed cgroups than this are given up, oldest first, and counted: a minute of 500 containers a second.
 const MAX_REMOVED: usize = 65_536;
-/// Deeper trees than this are cut off while joining a path; a path that a process can name is far shorter.
+/// Deeper trees than this are not placed; a path that a process can name is far shorter.
 const MAX_DEPTH: usize = 4096;
+/// Former containers that a cgroup renamed again and again remembers.
+const MAX_WAS: usize = 16;
 
 #[derive(Clone, Debug)]
 struct Node {
     parent: Option<CgroupKey>,
     name: Box<str>,
+    /// When it had this name.
+    named: BootNs,
     created: BootNs,
     creation_seen: bool,
     removed: Option<Removed>,
+    /// Every ancestor is placed, so `container` is the answer.
+    placed: bool,
     container: Option<ContainerKey>,
     /// What it was before it, or an ancestor, was renamed, oldest first.
     #[expect(clippy::box_collection, reason = "a rename is rare, and every cgroup pays for this field")]
@@ -39,35 +49,20 @@ type Was = (BootNs, Option<ContainerKey>);
 
 #[derive(Clone, Copy, Debug)]
 struct Removed {
+    at: BootNs,
     /// By an event, not because a scan did not find it.
     observed: bool,
 }
 
-#[derive(Clone, Debug)]
-pub struct Container {
-    pub record: Arc<ContainerRecord>,
-    roots: HashSet<CgroupKey>,
-    identity: Box<str>,
-    pub gone: Option<BootNs>,
-}
-
-/// What changed for the label pipeline.
-#[derive(Clone, Debug)]
-pub enum ContainerChange {
-    Appeared(Arc<ContainerRecord>),
-    Gone(ContainerKey, BootNs),
-}
-
 #[derive(Debug, Default)]
 pub struct Cgroups {
-    nodes: HashMap<CgroupKey, Node>,
-    containers: HashMap<ContainerKey, Container>,
-    by_identity: HashMap<Box<str>, ContainerKey>,
+    nodes: Table<CgroupKey, Node>,
+    /// (parent, child).
+    children: BTreeSet<(CgroupKey, CgroupKey)>,
+    containers: Containers,
     removed: VecDeque<(BootNs, CgroupKey)>,
-    /// Known before their parent was: looked at again when it comes.
+    /// Those that wait for their parent to be placed.
     orphans: HashMap<CgroupKey, Vec<CgroupKey>>,
-    next_key: u64,
-    changes: Vec<ContainerChange>,
     generation: u32,
     /// Removed cgroups given up before their time.
     pub evicted: u64,
@@ -82,7 +77,10 @@ impl Cgroups {
                 self.insert(fact);
                 self.remove(fact.key, fact.at, true);
             }
-            CgroupChange::Renamed => self.rename(fact),
+            CgroupChange::Renamed => {
+                self.insert(fact);
+                self.rename(fact);
+            }
             CgroupChange::Created => self.insert(fact),
             CgroupChange::Seen => return self.seen(fact),
         }
@@ -97,16 +95,17 @@ impl Cgroups {
         };
         match node.removed {
             // The scan saw the directory just before it went.
-            Some(Removed { observed: true }) => false,
-            Some(Removed { observed: false }) => {
-                self.nodes.remove(&fact.key);
+            Some(Removed { observed: true, .. }) => false,
+            Some(Removed { observed: false, .. }) => {
+                self.forget(fact.key);
                 self.removed.retain(|(_, key)| *key != fact.key);
                 self.insert(fact);
                 true
             }
             None => {
                 node.generation = generation;
-                let renamed = *node.name != *fact.name;
+                // An event that is newer than the scan has the last word.
+                let renamed = *node.name != *fact.name && node.named < fact.at;
                 if renamed {
                     self.rename(fact);
                 }
@@ -122,67 +121,61 @@ impl Cgroups {
         let node = Node {
             parent: fact.parent,
             name: fact.name.as_str().into(),
+            named: fact.at,
             created: fact.at,
             creation_seen: fact.change == CgroupChange::Created,
             removed: None,
+            placed: false,
             container: None,
             was: None,
             generation: self.generation,
         };
         self.nodes.insert(fact.key, node);
+        if let Some(parent) = fact.parent {
+            self.children.insert((parent, fact.key));
+        }
         self.identify(fact.key);
     }
 
-    /// Finds the container of a cgroup whose ancestors are all known, and of those that waited for it.
+    /// Places a cgroup whose parent is, and then those that waited for it.
     fn identify(&mut self, key: CgroupKey) {
-        if let Some(missing) = self.missing_ancestor(key) {
-            self.orphans.entry(missing).or_default().push(key);
-            return;
-        }
-        self.place(key);
-        for child in self.orphans.remove(&key).unwrap_or_default() {
-            self.identify(child);
+        let mut due = vec![key];
+        while let Some(key) = due.pop() {
+            let parent = self.nodes.get(&key).and_then(|node| node.parent);
+            match parent.filter(|parent| !self.nodes.get(parent).is_some_and(|node| node.placed)) {
+                Some(parent) => self.orphans.entry(parent).or_default().push(key),
+                None => {
+                    self.place(key);
+                    due.extend(self.orphans.remove(&key).unwrap_or_default());
+                }
+            }
         }
     }
 
     fn place(&mut self, key: CgroupKey) {
         let Some(path) = self.path(key) else { return };
         let identity = parse(&path);
-        let mut container = None;
-        if matches!(identity.kind, Kind::Container | Kind::Sandbox) && identity.container_id.is_some() {
-            let whole = path.len() == identity.root_len;
-            let root = path.get(..identity.root_len).unwrap_or(&path).to_owned();
-            let name: Box<str> = identity.container_id.as_deref().unwrap_or(&root).into();
-            let found = match self.by_identity.get(&name) {
-                Some(known) => *known,
-                None => self.add_container(key, name, root, identity),
-            };
-            container = Some(found);
-            if whole && let Some(c) = self.containers.get_mut(&found) {
-                c.roots.insert(key);
-            }
-        }
-        if let Some(node) = self.nodes.get_mut(&key) {
-            node.container = container;
+        let container = match identity.kind {
+            Kind::Container | Kind::Sandbox if identity.container_id.is_some() => self.container_for(key, &path, identity),
+            _ => None,
+        };
+        let Some(node) = self.nodes.get_mut(&key) else { return };
+        (node.container, node.placed) = (container, true);
+        // Gone before it could be placed: its container must not wait for a removal that was told already.
+        if let (Some(container), Some(removed)) = (container, node.removed) {
+            self.containers.leave(container, key, removed.at);
         }
     }
 
-    fn add_container(
-        &mut self,
-        of: CgroupKey,
-        name: Box<str>,
-        root: String,
-        identity: crate::labels::CgroupIdentity,
-    ) -> ContainerKey {
-        self.next_key += 1;
-        let key = ContainerKey(self.next_key);
-        let (created, creation_seen) = self.nodes.get(&of).map_or((BootNs(0), false), |n| (n.created, n.creation_seen));
-        let record = Arc::new(ContainerRecord { key, cgroup_path: root, identity, created, creation_seen });
-        self.by_identity.insert(name.clone(), key);
-        let container = Container { record: Arc::clone(&record), roots: HashSet::new(), identity: name, gone: None };
-        self.containers.insert(key, container);
-        self.changes.push(ContainerChange::Appeared(record));
-        key
+    /// Below a container's root it is the root's container, whatever other hierarchies know by the same id.
+    fn container_for(&mut self, key: CgroupKey, path: &str, identity: CgroupIdentity) -> Option<ContainerKey> {
+        if path.len() == identity.root_len {
+            let node = self.nodes.get(&key)?;
+            return Some(self.containers.at_root(key, path, identity, node.created, node.creation_seen));
+        }
+        let up = path.get(identity.root_len..)?.split('/').filter(|name| !name.is_empty()).count();
+        let root = std::iter::successors(Some(key), |key| self.nodes.get(key)?.parent).nth(up)?;
+        self.nodes.get(&root)?.container
     }
 
     fn remove(&mut self, key: CgroupKey, at: BootNs, observed: bool) {
@@ -190,62 +183,41 @@ impl Cgroups {
         if node.removed.is_some() {
             return;
         }
-        node.removed = Some(Removed { observed });
+        node.removed = Some(Removed { at, observed });
         self.removed.push_back((at, key));
         if let Some(container) = node.container {
-            self.leave(container, key, at);
-        }
-    }
-
-    /// A container whose last root is gone is gone.
-    fn leave(&mut self, container: ContainerKey, root: CgroupKey, at: BootNs) {
-        if let Some(c) = self.containers.get_mut(&container)
-            && c.roots.remove(&root)
-            && c.roots.is_empty()
-            && c.gone.is_none()
-        {
-            c.gone = Some(at);
-            self.changes.push(ContainerChange::Gone(container, at));
-            // Its id may come back (a restarted docker container): that is a new container with a new key.
-            if self.by_identity.get(&c.identity) == Some(&container) {
-                self.by_identity.remove(&c.identity);
-            }
+            self.containers.leave(container, key, at);
         }
     }
 
     /// Only v1 can do it. Everything below changes its path too.
     fn rename(&mut self, fact: &CgroupFact) {
         let Some(node) = self.nodes.get_mut(&fact.key) else { return };
-        node.name = fact.name.as_str().into();
-        let below: Vec<CgroupKey> = self.nodes.keys().copied().filter(|key| self.is_below(*key, fact.key)).collect();
-        for key in below {
-            let before = self.nodes.get(&key).and_then(|n| n.container);
+        (node.name, node.named) = (fact.name.as_str().into(), fact.at);
+        let mut due = VecDeque::from([fact.key]);
+        while let Some(key) = due.pop_front() {
+            due.extend(self.children_of(key));
+            let Some(before) = self.nodes.get(&key).filter(|n| n.placed).map(|n| n.container) else { continue };
             self.place(key);
             let Some(node) = self.nodes.get_mut(&key) else { continue };
-            if node.container != before {
-                node.was.get_or_insert_default().push((fact.at, before));
-                if let Some(container) = before {
-                    self.leave(container, key, fact.at);
-                }
+            if node.container == before {
+                continue;
+            }
+            let was = node.was.get_or_insert_default();
+            was.retain(|(until, _)| fact.at.saturating_since(*until) < KEEP_REMOVED_NS);
+            if was.len() >= MAX_WAS {
+                was.remove(0);
+            }
+            was.push((fact.at, before));
+            if let Some(container) = before {
+                self.containers.leave(container, key, fact.at);
             }
         }
     }
 
-    fn is_below(&self, key: CgroupKey, ancestor: CgroupKey) -> bool {
-        let parent = |key: &CgroupKey| self.nodes.get(key).and_then(|n| n.parent);
-        std::iter::successors(Some(key), parent).take(MAX_DEPTH).any(|k| k == ancestor)
-    }
-
-    fn missing_ancestor(&self, key: CgroupKey) -> Option<CgroupKey> {
-        let mut at = key;
-        for _ in 0..MAX_DEPTH {
-            match self.nodes.get(&at) {
-                None => return Some(at),
-                Some(Node { parent: None, .. }) => return None,
-                Some(Node { parent: Some(parent), .. }) => at = *parent,
-            }
-        }
-        None
+    fn children_of(&self, parent: CgroupKey) -> impl Iterator<Item = CgroupKey> + '_ {
+        let (first, last) = (CgroupKey { hierarchy: 0, id: 0 }, CgroupKey { hierarchy: u32::MAX, id: u64::MAX });
+        self.children.range((parent, first)..=(parent, last)).map(|(_, child)| *child)
     }
 
     /// The whole path within its hierarchy; `None` while an ancestor is unknown.
@@ -268,20 +240,34 @@ impl Cgroups {
         None
     }
 
+    /// The cgroup that is at a path now, v2 first.
+    pub fn at_path(&self, path: &str) -> Option<CgroupKey> {
+        let mut roots: Vec<CgroupKey> = self.nodes.iter().filter(|(_, n)| n.parent.is_none()).map(|(key, _)| *key).collect();
+        roots.sort_unstable();
+        let is = |key: &CgroupKey, name: &str| self.nodes.get(key).is_some_and(|n| n.removed.is_none() && *n.name == *name);
+        let names: Vec<&str> = path.split('/').filter(|name| !name.is_empty()).collect();
+        let down = |root: CgroupKey| names.iter().try_fold(root, |at, name| self.children_of(at).find(|child| is(child, name)));
+        roots.into_iter().find_map(down)
+    }
+
     /// The container of a process's place at a time: v2 first, then the followed v1 hierarchy (on a hybrid host v2 may say nothing).
+    /// Host only when every hierarchy says so.
     pub fn container_of(&self, place: &Place, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
-        let mut known = false;
+        let mut answer = Err(UnknownCgroup);
+        let mut unknown = false;
         for key in place.keys() {
-            if let Some(node) = self.nodes.get(&key) {
-                known = true;
-                let was = node.was.iter().flat_map(|was| was.iter()).find(|(until, _)| at < *until);
-                let container = was.map_or(node.container, |(_, container)| *container);
-                if container.is_some() {
-                    return Ok(container);
-                }
+            let Some(node) = self.nodes.get(&key).filter(|node| node.placed) else {
+                unknown = true;
+                continue;
+            };
+            let was = node.was.iter().flat_map(|was| was.iter()).find(|(until, _)| at < *until);
+            let container = was.map_or(node.container, |(_, container)| *container);
+            if container.is_some() {
+                return Ok(container);
             }
+            answer = Ok(None);
         }
-        if known { Ok(None) } else { Err(UnknownCgroup) }
+        if unknown { Err(UnknownCgroup) } else { answer }
     }
 
     /// The container that a cgroup belongs to now.
@@ -303,11 +289,15 @@ impl Cgroups {
     }
 
     pub fn containers(&self) -> impl Iterator<Item = &Container> {
-        self.containers.values()
+        self.containers.all()
     }
 
     pub fn container(&self, key: ContainerKey) -> Option<&Container> {
-        self.containers.get(&key)
+        self.containers.get(key)
+    }
+
+    pub fn record(&self, key: ContainerKey) -> Option<&Arc<ContainerRecord>> {
+        self.containers.get(key).map(|c| &c.record)
     }
 
     /// Keys and names of the cgroups that are there.
@@ -319,11 +309,12 @@ impl Cgroups {
     pub fn size(&self) -> (usize, usize) {
         let names: usize = self.nodes.values().map(|n| n.name.len() + 16).sum();
         let buckets = super::exited::buckets(self.nodes.capacity());
-        (self.nodes.len(), names + buckets * (size_of::<(CgroupKey, Node)>() + 1))
+        let children = self.children.len() * size_of::<(CgroupKey, CgroupKey)>() * 3 / 2;
+        (self.nodes.len(), names + children + buckets * (size_of::<(CgroupKey, Node)>() + 1))
     }
 
     pub fn take_changes(&mut self) -> Vec<ContainerChange> {
-        std::mem::take(&mut self.changes)
+        self.containers.take_changes()
     }
 
     pub fn begin_scan(&mut self) {
@@ -337,15 +328,18 @@ impl Cgroups {
         for key in &gone {
             self.remove(*key, began, false);
         }
-        let nodes = &self.nodes;
-        self.orphans.retain(|_, waiting| {
-            waiting.retain(|key| nodes.contains_key(key));
-            !waiting.is_empty()
-        });
         gone.len() as u64
     }
 
-    pub fn expire(&mut self, now: BootNs) {
+    fn forget(&mut self, key: CgroupKey) {
+        if let Some(parent) = self.nodes.remove(&key).and_then(|node| node.parent) {
+            self.children.remove(&(parent, key));
+        }
+    }
+
+    /// `used`: containers with GPU time, whose series outlive them.
+    pub fn expire(&mut self, now: BootNs, used: impl Fn(ContainerKey) -> bool) {
+        let mut forgotten = false;
         while let Some(&(at, key)) = self.removed.front() {
             let over = self.removed.len() > MAX_REMOVED;
             if !over && now.saturating_since(at) < KEEP_REMOVED_NS {
@@ -353,13 +347,20 @@ impl Cgroups {
             }
             self.evicted += u64::from(over);
             self.removed.pop_front();
-            self.nodes.remove(&key);
-            self.orphans.remove(&key);
+            self.forget(key);
+            forgotten = true;
         }
-        self.containers.retain(|_, c| c.gone.is_none_or(|gone| now.saturating_since(gone) < KEEP_GONE_NS));
+        if forgotten && !self.orphans.is_empty() {
+            let nodes = &self.nodes;
+            self.orphans.retain(|_, waiting| {
+                waiting.retain(|key| nodes.contains_key(key));
+                !waiting.is_empty()
+            });
+        }
+        self.evicted += self.containers.expire(now, used);
     }
 }
 
-/// A process's cgroup that no event and no scan has named.
+/// A process's cgroup that no event and no scan has named, or whose ancestors none has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownCgroup;

@@ -3,8 +3,9 @@
 //! Two queues in the order of ending, one for processes of containers, one for all others: when [`EXITED_BYTES`] are reached the
 //! others go first. Per queue an index to the newest life of a pid; each entry knows how far back the one before it stands.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
+use super::Table;
 use super::processes::Run;
 use crate::observation::Place;
 use crate::units::{BootNs, Tgid};
@@ -12,26 +13,46 @@ use crate::units::{BootNs, Tgid};
 /// Three times NVML's ring of ~10 s, and a little.
 pub const KEEP_EXITED_NS: u64 = 40_000_000_000;
 /// All that exited processes may take, spare capacity included: 30 s of 10,000 exits a second.
-pub const EXITED_BYTES: usize = 32 << 20;
-/// A queue grows by an eighth, so at most that much of it is spare.
-const GROWTH: usize = 8;
-const SMALLEST: usize = 256;
+pub const EXITED_BYTES: usize = 40 << 20;
+/// A queue grows by a quarter, so at most that much of it is spare.
+const GROWTH: usize = 4;
+const SMALLEST: usize = 1024;
 /// What one entry takes: itself, the spare room of its queue, and two slots of an index that has just doubled.
 const ENTRY_BYTES: usize = size_of::<Entry>() + size_of::<Entry>() / GROWTH + 3 * (size_of::<(Tgid, u64)>() + 1);
+
+/// How an end came to be known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum EndedBy {
+    /// The kernel said so; nothing that is seen later can be the same life.
+    Event,
+    /// It was not found, or another took its pid: it may turn out to live.
+    Inference,
+}
 
 #[derive(Clone, Debug)]
 struct Entry {
     start: BootNs,
     end: BootNs,
     tgid: Tgid,
-    /// How many entries back in the queue the same pid's previous life is; 0 for none.
+    /// How many entries back in the queue the same pid's previous life is; 0 for none. The top bit: the end was only inferred.
     back: u32,
     /// The only place it ever had, unless there are more.
     place: Place,
     moves: Option<Box<[Run]>>,
 }
 
+/// Top bit of [`Entry::back`]; a queue is far shorter than what is left.
+const INFERRED: u32 = 1 << 31;
+
 impl Entry {
+    fn back(&self) -> u64 {
+        u64::from(self.back & !INFERRED)
+    }
+
+    fn ended_by(&self) -> EndedBy {
+        if self.back & INFERRED == 0 { EndedBy::Event } else { EndedBy::Inference }
+    }
+
     fn extra(&self) -> usize {
         self.moves.as_ref().map_or(0, |moves| size_of_val::<[Run]>(moves) + 16)
     }
@@ -42,7 +63,7 @@ struct Queue {
     entries: VecDeque<Entry>,
     /// Sequence number of the front.
     first: u64,
-    newest: HashMap<Tgid, u64>,
+    newest: Table<Tgid, u64>,
 }
 
 impl Queue {
@@ -52,7 +73,7 @@ impl Queue {
         }
         let seq = self.first + self.entries.len() as u64;
         if let Some(before) = self.newest.insert(entry.tgid, seq) {
-            entry.back = u32::try_from(seq - before).unwrap_or(0);
+            entry.back |= u32::try_from(seq - before).ok().filter(|back| back & INFERRED == 0).unwrap_or(0);
         }
         self.entries.push_back(entry);
     }
@@ -63,9 +84,10 @@ impl Queue {
             self.newest.remove(&entry.tgid);
         }
         self.first += 1;
-        if self.entries.len() < self.entries.capacity() / 4 && self.entries.capacity() > 4 * SMALLEST {
-            self.entries.shrink_to(self.entries.len() * 2);
-            self.newest.shrink_to(self.newest.len() * 2);
+        // Emptied while the other queue fills, it must give its room up; growing again costs no more than having shrunk.
+        if self.entries.len() < self.entries.capacity() / 2 && self.entries.capacity() > 4 * SMALLEST {
+            self.entries.shrink_to(self.entries.len() + self.entries.len() / GROWTH);
+            self.newest.shrink_to(self.newest.len());
         }
         Some(entry)
     }
@@ -74,9 +96,9 @@ impl Queue {
     fn of(&self, tgid: Tgid) -> impl Iterator<Item = &Entry> {
         let entry = |seq: u64| Some((seq, self.entries.get(usize::try_from(seq.checked_sub(self.first)?).ok()?)?));
         let newest = self.newest.get(&tgid).and_then(|seq| entry(*seq));
-        let before = move |(seq, found): &(u64, &Entry)| match found.back {
+        let before = move |(seq, found): &(u64, &Entry)| match found.back() {
             0 => None,
-            back => entry(seq.checked_sub(u64::from(back))?),
+            back => entry(seq.checked_sub(back)?),
         };
         std::iter::successors(newest, before).map(|(_, found)| found)
     }
@@ -100,19 +122,20 @@ pub(super) struct Exited {
 }
 
 impl Exited {
-    pub fn push(&mut self, tgid: Tgid, start: BootNs, end: BootNs, runs: &[Run], keep: bool) {
+    pub fn push(&mut self, tgid: Tgid, start: BootNs, end: BootNs, runs: &[Run], ended_by: EndedBy, keep: bool) {
         let Some(first) = runs.first() else { return };
         // A first place that begins with a move is not known before it.
         let simple = runs.len() == 1 && (!first.exact || first.first <= start);
         let moves = (!simple).then(|| runs.into());
-        let entry = Entry { start, end: end.max(start), tgid, back: 0, place: first.place, moves };
+        let back = if ended_by == EndedBy::Event { 0 } else { INFERRED };
+        let entry = Entry { start, end: end.max(start), tgid, back, place: first.place, moves };
         self.extra_bytes += entry.extra();
         if keep {
             self.kept.push(entry)
         } else {
             self.others.push(entry)
         }
-        while self.len() * ENTRY_BYTES + self.extra_bytes > EXITED_BYTES {
+        while self.len() * ENTRY_BYTES + self.extra_bytes > EXITED_BYTES || self.bytes() > EXITED_BYTES {
             let Some(entry) = self.others.pop().or_else(|| self.kept.pop()) else { break };
             self.extra_bytes -= entry.extra();
             self.evicted += 1;
@@ -123,9 +146,9 @@ impl Exited {
         self.kept.of(tgid).chain(self.others.of(tgid))
     }
 
-    /// Whether a life of that pid has this start and end.
-    pub fn has(&self, tgid: Tgid, wanted: impl Fn(BootNs, BootNs) -> bool) -> bool {
-        self.of(tgid).any(|entry| wanted(entry.start, entry.end))
+    /// Whether a life of that pid has ended like this.
+    pub fn has(&self, tgid: Tgid, wanted: impl Fn(BootNs, EndedBy) -> bool) -> bool {
+        self.of(tgid).any(|entry| wanted(entry.start, entry.ended_by()))
     }
 
     pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[Run])) {

@@ -7,14 +7,14 @@
 //! Promises:
 //! - A lookup is answered as of the time asked about, also for a process that has exited, moved, or whose pid was reused.
 //! - Events come in the kernel's order. What a scan saw is given after the events up to then were, and an event beats it.
+//! - An end that was told is final; one that was only inferred is taken back when the process turns out to live.
 //! - Where a place was only found out later (its attach was lost), the time between is answered with both places.
 //! - Living processes are bounded by the kernel's own pid limit, exited ones by [`EXITED_BYTES`].
 //!
 //! Not here: what a cgroup means.
 
-use std::collections::HashMap;
-
-use super::exited::Exited;
+use super::Table;
+use super::exited::{EndedBy, Exited};
 use crate::observation::{Place, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 
@@ -107,12 +107,21 @@ impl Life {
     }
 
     /// True when it contradicts what was known: an event must have been lost.
-    fn look(&mut self, seen: &ProcessSeen) -> bool {
-        let news = self.now.last < seen.began && self.now.place != seen.place;
-        if self.now.last < seen.began {
-            self.add(looked(seen));
+    fn look(&mut self, place: Place, began: BootNs) -> bool {
+        let news = self.now.last < began && self.now.place != place;
+        if self.now.last < began {
+            self.add(looked(place, began));
         }
         news
+    }
+
+    /// The child's place was read at the event, so what looks had shown until then was the parent's or nobody's.
+    fn forked(&mut self, run: Run) {
+        if self.now.last <= run.last {
+            (self.now, self.before) = (run, None);
+        } else {
+            self.add(run);
+        }
     }
 
     fn runs(&self) -> Vec<Run> {
@@ -121,8 +130,8 @@ impl Life {
     }
 }
 
-fn looked(seen: &ProcessSeen) -> Run {
-    Run { place: seen.place, first: seen.began, last: seen.began, exact: false }
+fn looked(place: Place, began: BootNs) -> Run {
+    Run { place, first: began, last: began, exact: false }
 }
 
 fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
@@ -140,7 +149,7 @@ pub enum Owner {
 
 #[derive(Debug, Default)]
 pub struct Processes {
-    living: HashMap<Tgid, Life>,
+    living: Table<Tgid, Life>,
     exited: Exited,
     generation: u32,
 }
@@ -149,56 +158,69 @@ impl Processes {
     /// `keep` is asked about the places of a process that ends: true for one worth keeping when memory is short.
     pub fn apply(&mut self, fact: &ProcessFact, keep: impl Fn(&[Run]) -> bool) {
         let forked = matches!(fact.change, ProcessChange::Fork { .. });
-        let at = if forked { fact.start } else { fact.at };
-        let run = Run { place: fact.place, first: at, last: at, exact: forked || fact.change == ProcessChange::Attach };
+        let first = if forked { fact.start } else { fact.at };
+        let exact = forked || fact.change == ProcessChange::Attach;
+        let run = Run { place: fact.place, first, last: fact.at.max(first), exact };
         let life = Life { start: fact.start, now: run, before: None, generation: self.generation, coarse: false };
         match self.living.get_mut(&fact.tgid) {
             Some(known) if known.is(fact.start, false) => {
                 (known.start, known.coarse) = (fact.start, false);
-                known.add(run);
+                if forked { known.forked(run) } else { known.add(run) }
             }
             known => {
-                if self.exited.has(fact.tgid, |start, _| start == fact.start) {
+                // One that was taken for dead and is not lives on.
+                if self.exited.has(fact.tgid, |start, by| start == fact.start && by == EndedBy::Event) {
                     return;
                 }
                 let successor = known.map(|known| known.start).filter(|start| *start > fact.start);
                 if let Some(successor) = successor {
                     // Its end is all that can still be told.
                     if fact.change == ProcessChange::Exit {
-                        self.bury(fact.tgid, &life, fact.at.min(successor), &keep);
+                        self.bury(fact.tgid, &life, fact.at.min(successor), EndedBy::Event, &keep);
                     }
                     return;
                 }
                 // The kernel gives a pid to one process at a time: who had it has ended unseen.
-                self.end(fact.tgid, fact.start, &keep);
-                self.living.insert(fact.tgid, life);
+                if let Some(before) = self.living.insert(fact.tgid, life) {
+                    self.bury(fact.tgid, &before, fact.start, EndedBy::Inference, &keep);
+                }
             }
         }
         if fact.change == ProcessChange::Exit {
-            self.end(fact.tgid, fact.at, &keep);
+            self.end(fact.tgid, fact.at, EndedBy::Event, &keep);
         }
     }
 
-    /// What a look into /proc showed. True when it contradicts the table, so an event must have been lost.
+    /// What a look at a process showed. True when it contradicts the table, so an event must have been lost.
     pub fn seen(&mut self, seen: &ProcessSeen, keep: impl Fn(&[Run]) -> bool) -> bool {
         let generation = self.generation;
         if let Some(life) = self.living.get_mut(&seen.tgid) {
-            if life.is(seen.start, true) {
+            if life.is(seen.start, seen.coarse_start) {
                 life.generation = generation;
-                return life.look(seen);
+                return seen.place.is_some_and(|place| life.look(place, seen.began));
             }
             // It has been followed by another since it was looked at.
             if life.start > seen.start {
                 return false;
             }
-            self.end(seen.tgid, seen.start, &keep);
+            self.end(seen.tgid, seen.start, EndedBy::Inference, &keep);
         }
-        // It has ended since it was looked at.
-        if self.exited.has(seen.tgid, |start, end| same(start, false, seen.start, true) && end >= seen.began) {
+        // Not fully gone, but its end was told.
+        let same = |start| same(start, false, seen.start, seen.coarse_start);
+        if self.exited.has(seen.tgid, |start, by| same(start) && by == EndedBy::Event) {
             return false;
         }
-        self.living.insert(seen.tgid, Life { start: seen.start, now: looked(seen), before: None, generation, coarse: true });
+        let Some(place) = seen.place else { return false };
+        let now = looked(place, seen.began);
+        self.living.insert(seen.tgid, Life { start: seen.start, now, before: None, generation, coarse: seen.coarse_start });
         true
+    }
+
+    /// A look that began then found nobody with that pid.
+    pub fn not_found(&mut self, tgid: Tgid, began: BootNs, keep: impl Fn(&[Run]) -> bool) {
+        if self.living.get(&tgid).is_some_and(|life| life.now.last < began) {
+            self.end(tgid, began, EndedBy::Inference, keep);
+        }
     }
 
     /// From here on [`Processes::seen`] marks; [`Processes::sweep`] ends what stays unmarked.
@@ -211,21 +233,21 @@ impl Processes {
         let stale = |life: &Life| life.generation != self.generation && life.now.last < began;
         let gone: Vec<Tgid> = self.living.iter().filter(|(_, life)| stale(life)).map(|(tgid, _)| *tgid).collect();
         for tgid in &gone {
-            self.end(*tgid, began, &keep);
+            self.end(*tgid, began, EndedBy::Inference, &keep);
         }
         gone.len() as u64
     }
 
-    fn end(&mut self, tgid: Tgid, at: BootNs, keep: impl Fn(&[Run]) -> bool) {
+    fn end(&mut self, tgid: Tgid, at: BootNs, by: EndedBy, keep: impl Fn(&[Run]) -> bool) {
         if let Some(life) = self.living.remove(&tgid) {
-            self.bury(tgid, &life, at, keep);
+            self.bury(tgid, &life, at, by, keep);
         }
     }
 
-    fn bury(&mut self, tgid: Tgid, life: &Life, at: BootNs, keep: impl Fn(&[Run]) -> bool) {
-        let runs = life.runs();
-        let keep = keep(&runs);
-        self.exited.push(tgid, life.start, at, &runs, keep);
+    fn bury(&mut self, tgid: Tgid, life: &Life, at: BootNs, by: EndedBy, keep: impl Fn(&[Run]) -> bool) {
+        let moved = life.before.is_some().then(|| life.runs());
+        let runs = moved.as_deref().unwrap_or(std::slice::from_ref(&life.now));
+        self.exited.push(tgid, life.start, at, runs, by, keep(runs));
     }
 
     pub fn owner(&self, pid: u32, from: BootNs, to: BootNs) -> Owner {

@@ -5,12 +5,14 @@ use std::path::Path;
 
 use aya::maps::{Array, PerCpuArray, RingBuf};
 use aya::programs::{RawTracePoint, RawTracePointRunOptions, TestRun as _};
-use aya::{Ebpf, EbpfLoader};
+use aya::{Btf as KernelTypes, Ebpf, EbpfLoader, Endianness};
 use sampler_common::{Offsets, kind, self_check};
+use sampler_core::observation::ProcessSeen;
 
 use super::btf::{Btf, BtfError};
 use super::rings::Rings;
-use super::{KernelError, OBJECT};
+use super::tasks::TasksError;
+use super::{KernelError, OBJECT, tasks};
 
 /// Bytes per ring. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
 pub const RING_BYTES: u32 = 4 << 20;
@@ -27,23 +29,29 @@ const PROGRAMS: [&str; 7] = [
 
 /// The attached program; dropping it detaches.
 pub struct Program {
-    _ebpf: Ebpf,
+    ebpf: Ebpf,
+    v1_hierarchy: Option<u32>,
     pub rings: Rings,
     lost: PerCpuArray<aya::maps::MapData, u64>,
 }
 
 impl Program {
+    /// Every living process, as the kernel has them.
+    pub fn tasks(&mut self) -> Result<Vec<ProcessSeen>, TasksError> {
+        tasks::read(&mut self.ebpf, self.v1_hierarchy)
+    }
+
     /// Events the kernel could not deliver so far, per kind.
     pub fn lost(&self) -> [u64; kind::COUNT as usize] {
         std::array::from_fn(|k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum()))
     }
 }
 
-fn offsets(v1_controller: Option<&str>, path: &Path) -> Result<Offsets, BtfError> {
+fn offsets(v1: Option<(&str, u32)>, path: &Path) -> Result<Offsets, BtfError> {
     let bytes = std::fs::read(path).map_err(|source| BtfError::Read { path: path.to_owned(), source })?;
     let btf = Btf::parse(&bytes)?;
-    let v1_subsys_index = match v1_controller {
-        Some(name) => btf.enum_value("cgroup_subsys_id", &format!("{name}_cgrp_id"))?,
+    let v1_subsys_index = match v1 {
+        Some((name, _)) => btf.enum_value("cgroup_subsys_id", &format!("{name}_cgrp_id"))?,
         None => u32::MAX,
     };
     Ok(Offsets {
@@ -53,6 +61,7 @@ fn offsets(v1_controller: Option<&str>, path: &Path) -> Result<Offsets, BtfError
         task_start_boottime: btf.offset("task_struct", "start_boottime")?,
         task_cgroups: btf.offset("task_struct", "cgroups")?,
         task_signal: btf.offset("task_struct", "signal")?,
+        task_flags: btf.offset("task_struct", "flags")?,
         signal_live: btf.offset("signal_struct", "live")?,
         css_set_subsys: btf.offset("css_set", "subsys")?,
         css_set_dfl_cgrp: btf.offset("css_set", "dfl_cgrp")?,
@@ -64,6 +73,7 @@ fn offsets(v1_controller: Option<&str>, path: &Path) -> Result<Offsets, BtfError
         kn_name: btf.offset("kernfs_node", "name")?,
         root_hierarchy_id: btf.offset("cgroup_root", "hierarchy_id")?,
         v1_subsys_index,
+        v1_hierarchy: v1.map_or(0, |(_, hierarchy)| hierarchy),
     })
 }
 
@@ -82,9 +92,11 @@ fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawT
 /// `v1`: the v1 hierarchy to follow beside v2, by controller name, and its hierarchy id. Each ring gets `ring_bytes`.
 pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Program, KernelError> {
     let object = OBJECT.ok_or(KernelError::NoObject)?;
-    let offsets = offsets(v1.map(|(name, _)| name), btf)?;
+    let offsets = offsets(v1, btf)?;
     let level = aya_log::Level::Info as u8;
+    let types = KernelTypes::parse_file(btf, Endianness::default()).map_err(refused("have its BTF parsed"))?;
     let mut ebpf = EbpfLoader::new()
+        .btf(Some(&types))
         .override_global("OFFSETS", &offsets, true)
         .override_global(aya_log::LEVEL, &level, false)
         .map_max_entries("CGROUP_EVENTS", ring_bytes)
@@ -92,6 +104,7 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
         .load(object)
         .map_err(refused("load the eBPF object"))?;
     check(&mut ebpf)?;
+    tasks::load(&mut ebpf, &types).map_err(refused("load the eBPF program `tasks`"))?;
     for name in PROGRAMS {
         tracepoint(&mut ebpf, name)?.attach(name).map_err(refused(format!("attach to the tracepoint {name}")))?;
     }
@@ -102,16 +115,19 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let rings = Rings::new(ring("CGROUP_EVENTS")?, ring("PROCESS_EVENTS")?, v1.map(|(_, id)| id));
     let lost = ebpf.take_map("LOST").ok_or(KernelError::Inconsistent("LOST"))?;
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
-    // The loader's copy of the kernel's BTF is freed memory by now; give it back.
+    drop(types);
+    // The kernel's BTF, parsed, was by far the most that this process needs; give it back.
     // SAFETY: malloc_trim takes no pointers.
     unsafe { libc::malloc_trim(0) };
-    Ok(Program { _ebpf: ebpf, rings, lost })
+    Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost })
 }
 
 /// Runs the self-check program once in this process; aya-log says the outcome in words, a map says it in bits.
 fn check(ebpf: &mut Ebpf) -> Result<(), KernelError> {
     let mut logger = aya_log::EbpfLogger::init(ebpf).map_err(refused("open the log ring"))?;
-    tracepoint(ebpf, "self_check")?.test_run(RawTracePointRunOptions::new()).map_err(refused("run the self-check"))?;
+    tracepoint(ebpf, "self_check")?
+        .test_run(RawTracePointRunOptions::new())
+        .map_err(refused("run the self-check (Linux 5.10 and newer can)"))?;
     logger.flush();
     let map = ebpf.map("SELF_CHECK").ok_or(KernelError::Inconsistent("SELF_CHECK"))?;
     let map: Array<_, u32> = Array::try_from(map).map_err(refused("open the map SELF_CHECK"))?;

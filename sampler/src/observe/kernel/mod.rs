@@ -1,10 +1,14 @@
 //! The kernel's side: offsets, load and attach, ring readers, scans, and what to do where kernel programs cannot run.
 
 mod btf;
+mod cgroupfs;
+pub mod layout;
 mod load;
 pub mod probe;
+mod proc;
 pub mod rings;
 pub mod scan;
+mod tasks;
 pub mod watch;
 
 pub use load::{Program, RING_BYTES, load};
@@ -46,6 +50,10 @@ pub enum Mode {
 }
 
 impl Mode {
+    pub fn named(name: &str) -> Option<Mode> {
+        [Mode::RawTracepoint, Mode::Inotify, Mode::Procfs].into_iter().find(|mode| mode.name() == name)
+    }
+
     pub fn name(self) -> &'static str {
         match self {
             Mode::RawTracepoint => "raw_tracepoint",

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use super::scan::Layout;
+use super::layout::Layout;
 use super::{KernelError, Mode, Tracker, load, watch};
 use crate::config::KernelMode;
 

@@ -2,10 +2,16 @@
 
 use aya::maps::{MapData, RingBuf};
 use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
-use sampler_core::observation::{CgroupChange, CgroupFact, Observation, Place, ProcessChange, ProcessFact};
+use sampler_core::observation::{CgroupChange, CgroupFact, Place, ProcessChange, ProcessFact};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use std::mem::offset_of;
-use std::time::{Duration, Instant};
+use std::time::Duration;
+
+/// What an event says. Smaller than an observation, for there may be a hundred thousand a second.
+pub enum KernelFact {
+    Process(ProcessFact),
+    Cgroup(CgroupFact),
+}
 
 pub struct Rings {
     pub(super) cgroups: RingBuf<MapData>,
@@ -13,7 +19,7 @@ pub struct Rings {
     v1_hierarchy: Option<u32>,
     /// Events read so far, per kind.
     pub seen: [u64; kind::COUNT as usize],
-    /// Time spent on draining, the tables' work included.
+    /// Processor time spent on draining, the tables' work included.
     pub drained: Duration,
 }
 
@@ -30,26 +36,41 @@ impl Rings {
         Self { cgroups, processes, v1_hierarchy, seen: [0; kind::COUNT as usize], drained: Duration::ZERO }
     }
 
-    /// Cgroups first: a process may name one whose mkdir waits in the other ring.
-    pub fn drain(&mut self, mut give: impl FnMut(Observation)) {
-        let begun = Instant::now();
+    /// Up to `until` at least, and not for ever when events come faster than they are read. Cgroups first: a process may name one
+    /// whose mkdir waits in the other ring.
+    pub fn drain(&mut self, until: BootNs, mut give: impl FnMut(KernelFact)) {
+        let begun = cpu_time();
         while let Some(item) = self.cgroups.next() {
             if let Some((kind, fact)) = cgroup(&item) {
                 count(&mut self.seen, kind);
                 // A container has a cgroup in every v1 hierarchy; only the scanned ones lead up to a known root.
+                let over = fact.at > until;
                 if fact.key.hierarchy == 0 || Some(fact.key.hierarchy) == self.v1_hierarchy {
-                    give(Observation::Cgroup(fact));
+                    give(KernelFact::Cgroup(fact));
+                }
+                if over {
+                    break;
                 }
             }
         }
         while let Some(item) = self.processes.next() {
             if let Some((kind, fact)) = process(&item, self.v1_hierarchy) {
                 count(&mut self.seen, kind);
-                give(Observation::Process(fact));
+                let over = fact.at > until;
+                give(KernelFact::Process(fact));
+                if over {
+                    break;
+                }
             }
         }
-        self.drained += begun.elapsed();
+        self.drained += cpu_time().saturating_sub(begun);
     }
+}
+
+/// Of this thread: on a busy node it waits for a processor, which is no cost of draining.
+fn cpu_time() -> Duration {
+    let at = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(at).unwrap_or_default()
 }
 
 fn count(seen: &mut [u64], kind: u32) {
@@ -80,11 +101,13 @@ fn cgroup(bytes: &[u8]) -> Option<(u32, CgroupFact)> {
     Some((kind, fact))
 }
 
-fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)> {
+/// Of the ring and of the task iterator.
+pub fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)> {
     let kind = u32_at(bytes, offset_of!(ProcessEvent, kind))?;
     let change = match kind {
         kind::FORK => ProcessChange::Fork { parent: Tgid(u32_at(bytes, offset_of!(ProcessEvent, parent_tgid))?) },
-        kind::EXEC => ProcessChange::Exec,
+        // To be there says no more of a process than to exec.
+        kind::EXEC | kind::SEEN => ProcessChange::Exec,
         kind::EXIT => ProcessChange::Exit,
         kind::ATTACH => ProcessChange::Attach,
         _ => return None,

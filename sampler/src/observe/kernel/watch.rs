@@ -2,22 +2,27 @@
 //! happen. Processes are not told; they are looked up when the driver names them.
 
 use std::collections::HashMap;
+use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::os::unix::ffi::OsStrExt as _;
 use std::os::unix::fs::MetadataExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
 use sampler_core::observation::{CgroupChange, CgroupFact};
 use sampler_core::units::{BootNs, CgroupKey};
 use thiserror::Error;
 
-use super::scan::{self, Layout};
+use super::cgroupfs::{below, fact, walk};
+use super::layout::Layout;
 use crate::observe::clock::boot_now;
 
 const BUFFER_BYTES: usize = 64 << 10;
+/// What one call reads at most, so that it ends; the rest is there for the next.
+const MAX_EVENTS: usize = 16_384;
 
 #[derive(Debug, Error)]
 pub enum WatchError {
@@ -32,11 +37,17 @@ struct Folder {
     key: CgroupKey,
 }
 
+struct Known {
+    key: CgroupKey,
+    /// `None` when it went before it could be watched.
+    watch: Option<i32>,
+}
+
 pub struct CgroupWatch {
     fd: OwnedFd,
     watched: HashMap<i32, Folder>,
-    /// Keys of directories by path: a removed one cannot be asked for its inode number any more.
-    keys: HashMap<PathBuf, CgroupKey>,
+    /// By path: a removed one cannot be asked for its inode number any more.
+    known: HashMap<PathBuf, Known>,
 }
 
 /// What reading the events came to.
@@ -51,12 +62,12 @@ impl CgroupWatch {
     /// Watches everything that is there. What exists already is for a scan to find, after this.
     pub fn new(layout: &Layout) -> Result<Self, WatchError> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| WatchError::Watch(e.into()))?;
-        let mut watch = Self { fd, watched: HashMap::new(), keys: HashMap::new() };
+        let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new() };
         let mut failed = None;
         let mut any = false;
         for (hierarchy, mount) in layout.mounts() {
             any = true;
-            let walked = scan::walk(
+            let walked = walk(
                 hierarchy,
                 mount,
                 boot_now(),
@@ -76,15 +87,24 @@ impl CgroupWatch {
         }
     }
 
+    /// Watches held.
+    pub fn len(&self) -> usize {
+        self.watched.len()
+    }
+
     pub fn fd(&self) -> BorrowedFd<'_> {
         self.fd.as_fd()
     }
 
+    /// Known before it is watched, so that its removal is told whatever comes of the watch.
     fn add(&mut self, path: PathBuf, key: CgroupKey) -> io::Result<()> {
+        self.known.insert(path.clone(), Known { key, watch: None });
         let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE | WatchFlags::ONLYDIR;
         match inotify::add_watch(&self.fd, &path, flags) {
             Ok(wd) => {
-                self.keys.insert(path.clone(), key);
+                if let Some(known) = self.known.get_mut(&path) {
+                    known.watch = Some(wd);
+                }
                 self.watched.insert(wd, Folder { path, key });
                 Ok(())
             }
@@ -94,15 +114,15 @@ impl CgroupWatch {
         }
     }
 
-    /// Everything that has happened since the last call.
+    /// Everything that has happened since the last call. An error means that something new is not watched; all else was given.
     pub fn read(&mut self, give: &mut impl FnMut(CgroupFact)) -> Result<Read, WatchError> {
         let mut events = Vec::new();
         let mut buffer = vec![MaybeUninit::<u8>::uninit(); BUFFER_BYTES];
         let mut reader = Reader::new(&self.fd, &mut buffer);
-        loop {
+        while events.len() < MAX_EVENTS {
             match reader.next() {
                 Ok(event) => {
-                    let name = event.file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default();
+                    let name = event.file_name().map(|n| OsStr::from_bytes(n.to_bytes()).to_owned()).unwrap_or_default();
                     events.push((event.wd(), event.events(), name));
                 }
                 Err(rustix::io::Errno::AGAIN) => break,
@@ -111,6 +131,7 @@ impl CgroupWatch {
             }
         }
         let at = boot_now();
+        let mut result = Ok(Read::Complete);
         for (wd, flags, name) in events {
             // The new path is below the old watches' paths.
             if flags.intersects(ReadFlags::QUEUE_OVERFLOW | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO) {
@@ -123,31 +144,50 @@ impl CgroupWatch {
             {
                 let (parent, path) = (folder.key, folder.path.join(&name));
                 if flags.contains(ReadFlags::CREATE) {
-                    self.created(path, name, parent, at, give)?;
-                } else if let Some(key) = self.keys.remove(&path) {
-                    give(CgroupFact { change: CgroupChange::Removed, key, parent: Some(parent), name, at });
+                    let created = self.created(path, &name, parent, at, give);
+                    result = result.and_then(|read| created.map(|()| read));
+                } else {
+                    self.deleted(&path, &name, parent, at, give);
                 }
             }
         }
-        Ok(Read::Complete)
+        result
+    }
+
+    /// One that is there again under the same path was made anew before its predecessor's end was read; that one was never known.
+    fn deleted(&mut self, path: &Path, name: &OsStr, parent: CgroupKey, at: BootNs, give: &mut impl FnMut(CgroupFact)) {
+        let Some(Known { key, .. }) = self.known.get(path) else { return };
+        let key = *key;
+        if fs::metadata(path).is_ok_and(|meta| meta.ino() == key.id) {
+            return;
+        }
+        if let Some(wd) = self.known.remove(path).and_then(|known| known.watch) {
+            self.watched.remove(&wd);
+            // cgroupfs keeps the watch of a directory that is gone; where the kernel has dropped it, there is nothing to drop.
+            let _dropped_already = inotify::remove_watch(&self.fd, wd);
+        }
+        give(CgroupFact { change: CgroupChange::Removed, ..fact(key, Some(parent), name, at) });
     }
 
     fn created(
         &mut self,
         path: PathBuf,
-        name: String,
+        name: &OsStr,
         parent: CgroupKey,
         at: BootNs,
         give: &mut impl FnMut(CgroupFact),
     ) -> Result<(), WatchError> {
         let Ok(meta) = fs::metadata(&path) else { return Ok(()) };
         let key = CgroupKey { hierarchy: parent.hierarchy, id: meta.ino() };
-        give(CgroupFact { change: CgroupChange::Created, key, parent: Some(parent), name, at });
+        // Found, with all below it, by the walk that followed its parent's creation; the event only comes after.
+        if self.known.get(&path).is_some_and(|known| known.key == key) {
+            return Ok(());
+        }
+        give(CgroupFact { change: CgroupChange::Created, ..fact(key, Some(parent), name, at) });
         let mut failed = None;
         // What was made in it before the watch stood.
-        scan::below(
+        let walked = below(
             path,
-            String::new(),
             key,
             at,
             &mut |folder, key| {
@@ -157,6 +197,6 @@ impl CgroupWatch {
             },
             &mut |_, fact| give(CgroupFact { change: CgroupChange::Created, ..fact }),
         );
-        failed.map_or(Ok(()), |error| Err(WatchError::Watch(error)))
+        failed.map_or(walked, Err).map_err(WatchError::Watch)
     }
 }

@@ -1,221 +1,11 @@
-//! Rows for the tables, and generated histories: whatever the order of events, scans, losses and resyncs, the tables end up with
-//! the truth, and without losses they answer for every instant of the past.
+//! Generated histories: whatever the order of events, scans, losses and resyncs, the tables end up with the truth, and without
+//! losses they answer for every instant of the past.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
 use proptest::prelude::*;
 
 use super::*;
-use crate::observation::{CgroupChange, Place, ProcessChange};
-use crate::units::{CgroupKey, Tgid};
-
-const fn v2(id: u64) -> Place {
-    Place { v2_id: id, v1_id: 0, v1_hierarchy: 0 }
-}
-
-fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, place: Place) -> ProcessFact {
-    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), place }
-}
-
-fn fork(tgid: u32, start: u64, place: Place) -> ProcessFact {
-    fact(ProcessChange::Fork { parent: Tgid(1) }, tgid, start, start, place)
-}
-
-fn seen(tgid: u32, start: u64, began: u64, ended: u64, place: Place) -> ProcessSeen {
-    ProcessSeen { tgid: Tgid(tgid), start: BootNs(start), began: BootNs(began), ended: BootNs(ended), place }
-}
-
-fn yes(_: &[Run]) -> bool {
-    true
-}
-
-fn check(table: &Processes, pid: u32, from: u64, to: u64, expect: &[Place]) {
-    let want = if expect.is_empty() { Owner::Unknown } else { Owner::Places(expect.to_vec()) };
-    assert_eq!(table.owner(pid, BootNs(from), BootNs(to)), want, "{pid} in {from}..{to}");
-}
-
-fn table(facts: &[ProcessFact]) -> Processes {
-    let mut table = Processes::default();
-    for fact in facts {
-        table.apply(fact, yes);
-    }
-    table
-}
-
-#[test]
-fn lookups_are_as_of_their_time() {
-    use ProcessChange::{Attach, Exec, Exit};
-    let reuse = table(&[fork(7, 100, v2(1)), fact(Exit, 7, 100, 200, v2(1)), fork(7, 300, v2(2))]);
-    check(&reuse, 7, 150, 160, &[v2(1)]);
-    check(&reuse, 7, 310, 320, &[v2(2)]);
-    check(&reuse, 7, 210, 290, &[]);
-    check(&reuse, 7, 190, 310, &[v2(2), v2(1)]);
-    check(&reuse, 8, 150, 160, &[]);
-    let moved = table(&[fork(9, 100, v2(1)), fact(Attach, 9, 100, 500, v2(3)), fact(Exec, 9, 100, 600, v2(3))]);
-    check(&moved, 9, 200, 300, &[v2(1)]);
-    check(&moved, 9, 550, 700, &[v2(3)]);
-    check(&moved, 9, 400, 600, &[v2(1), v2(3)]);
-    // An exit seen without its fork still says where it was; a move without its fork does not say where from.
-    check(&table(&[fact(Exit, 5, 100, 200, v2(4))]), 5, 120, 130, &[v2(4)]);
-    check(&table(&[fact(Attach, 5, 100, 200, v2(4))]), 5, 120, 130, &[]);
-    check(&table(&[fact(Attach, 5, 100, 200, v2(4)), fact(Exit, 5, 100, 300, v2(4))]), 5, 120, 130, &[]);
-    // A fork whose predecessor's exit was lost ends it. Doubled and late events change nothing.
-    check(&table(&[fork(6, 100, v2(1)), fork(6, 400, v2(2))]), 6, 450, 460, &[v2(2)]);
-    let doubled = table(&[fork(6, 100, v2(1)), fact(Exit, 6, 100, 200, v2(1)), fact(Exit, 6, 100, 220, v2(1))]);
-    check(&doubled, 6, 210, 215, &[]);
-    assert_eq!(doubled.lives(Tgid(6)).len(), 1);
-}
-
-#[test]
-fn a_move_that_was_lost_is_answered_with_both_places() {
-    let mut t = table(&[fork(7, 100, v2(1)), fact(ProcessChange::Exec, 7, 100, 200, v2(1))]);
-    assert!(t.seen(&seen(7, 100, 1_000, 1_100, v2(2)), yes));
-    check(&t, 7, 150, 160, &[v2(1)]);
-    check(&t, 7, 500, 510, &[v2(1), v2(2)]);
-    check(&t, 7, 1_000, 1_010, &[v2(2)]);
-    assert!(!t.seen(&seen(7, 100, 2_000, 2_100, v2(2)), yes));
-}
-
-#[test]
-fn an_event_beats_the_scan() {
-    let mut t = table(&[fork(7, 100, v2(1))]);
-    t.seen(&seen(7, 100, 1_000, 1_100, v2(1)), yes);
-    t.apply(&fact(ProcessChange::Attach, 7, 100, 1_050, v2(2)), yes);
-    check(&t, 7, 1_040, 1_040, &[v2(1)]);
-    check(&t, 7, 1_060, 1_060, &[v2(2)]);
-    // Looked at before the move whose event came first.
-    assert!(!t.seen(&seen(7, 100, 1_000, 1_100, v2(1)), yes));
-    check(&t, 7, 1_060, 1_060, &[v2(2)]);
-    // Ended since it was looked at.
-    t.apply(&fact(ProcessChange::Exit, 7, 100, 1_200, v2(2)), yes);
-    assert!(!t.seen(&seen(7, 100, 1_150, 1_300, v2(2)), yes));
-    assert_eq!(t.size().living, 0);
-}
-
-#[test]
-fn start_times_of_proc_and_kernel_are_one_process() {
-    let mut t = Processes::default();
-    assert!(t.seen(&seen(3, 1_230_000_000, 2_000_000_000, 2_000_000_001, v2(1)), yes));
-    t.apply(&fact(ProcessChange::Exit, 3, 1_234_567_890, 3_000_000_000, v2(1)), yes);
-    assert_eq!((t.size().living, t.size().exited), (0, 1));
-    check(&t, 3, 2_500_000_000, 2_500_000_000, &[v2(1)]);
-    check(&t, 3, 3_500_000_000, 3_600_000_000, &[]);
-    t.expire(BootNs(3_000_000_000 + KEEP_EXITED_NS));
-    assert_eq!(t.size().exited, 0);
-}
-
-#[test]
-fn exited_processes_stay_within_their_bytes_and_those_of_containers_stay_longest() {
-    let mut t = Processes::default();
-    let second = 1_000_000_000;
-    let mut largest = 0;
-    let in_container = |runs: &[Run]| runs.iter().any(|run| run.place == v2(2));
-    // 10,000 exits a second for 60 s, every tenth in a container, one in a hundred moved there; pids go round.
-    for n in 0..600_000u64 {
-        let (pid, at) = (300 + (n % 32_000) as u32, second + n * second / 10_000);
-        let place = v2(1 + u64::from(n % 10 == 0));
-        t.apply(&fork(pid, at, place), in_container);
-        if n % 100 == 1 {
-            t.apply(&fact(ProcessChange::Attach, pid, at, at + 10, v2(2)), in_container);
-        }
-        t.apply(&fact(ProcessChange::Exit, pid, at, at + 1000, place), in_container);
-        if n % 1000 == 0 {
-            t.expire(BootNs(at));
-            largest = largest.max(t.size().exited_bytes);
-        }
-    }
-    let end = second + 60 * second;
-    assert!(largest <= EXITED_BYTES, "{largest} bytes");
-    assert!(largest > EXITED_BYTES / 2, "the bound was not reached: {largest} bytes");
-    assert!(t.size().evicted > 0);
-    // Of a container, 35 s ago: there. Not of a container, just as long ago: given up.
-    let n = 600_000 - 350_000;
-    let at = |n: u64| second + n * second / 10_000;
-    check(&t, 300 + (n % 32_000) as u32, at(n), at(n) + 500, &[v2(2)]);
-    check(&t, 300 + ((n + 5) % 32_000) as u32, at(n + 5), at(n + 5) + 500, &[]);
-    // What is not needed is given back.
-    t.expire(BootNs(end + KEEP_EXITED_NS + second));
-    assert_eq!(t.size().exited, 0);
-    assert!(t.size().exited_bytes < EXITED_BYTES / 64, "{} bytes", t.size().exited_bytes);
-}
-
-fn cgroup(change: CgroupChange, hierarchy: u32, id: u64, parent: u64, name: &str, at: u64) -> CgroupFact {
-    let key = |id| CgroupKey { hierarchy, id };
-    CgroupFact { change, key: key(id), parent: (parent != 0).then(|| key(parent)), name: name.into(), at: BootNs(at) }
-}
-
-#[test]
-fn cgroup_paths_join_in_any_order_and_hierarchies_share_a_container() {
-    use CgroupChange::{Created, Removed, Seen};
-    let id = "a".repeat(64);
-    let mut table = Cgroups::default();
-    for f in [
-        cgroup(Seen, 0, 1, 0, "", 1),
-        cgroup(Seen, 8, 1, 0, "", 1),
-        cgroup(Created, 8, 20, 10, &id, 20),
-        cgroup(Created, 8, 10, 1, "docker", 10),
-        cgroup(Created, 0, 30, 1, "docker", 30),
-        cgroup(Created, 0, 31, 30, &id, 31),
-        cgroup(Created, 0, 32, 31, "init.scope", 32),
-    ] {
-        table.apply(&f);
-    }
-    let at = |v2: u64, v1: u64| table.container_of(&Place { v2_id: v2, v1_id: v1, v1_hierarchy: 8 }, BootNs(50));
-    let by_v1 = at(1, 20).expect("known");
-    assert!(by_v1.is_some());
-    assert_eq!(by_v1, at(32, 1).expect("known"));
-    assert_eq!(at(1, 1), Ok(None));
-    assert_eq!(at(77, 78), Err(UnknownCgroup));
-    assert_eq!(table.path(CgroupKey { hierarchy: 0, id: 32 }), Some(format!("/docker/{id}/init.scope")));
-    let appeared = table.take_changes();
-    assert!(
-        matches!(&appeared[..], [ContainerChange::Appeared(r)] if r.creation_seen && r.created == BootNs(20)),
-        "{appeared:?}"
-    );
-    table.apply(&cgroup(Removed, 8, 20, 10, &id, 99));
-    table.apply(&cgroup(Removed, 0, 31, 30, &id, 99));
-    assert!(matches!(table.take_changes()[..], [ContainerChange::Gone(_, BootNs(99))]));
-    assert!(table.container_of(&v2(32), BootNs(50)).is_ok_and(|c| c.is_some()));
-    // A removal that comes before the scan's word about it.
-    table.apply(&cgroup(Removed, 0, 40, 30, &"b".repeat(64), 100));
-    assert!(!table.apply(&cgroup(Seen, 0, 40, 30, &"b".repeat(64), 90)));
-    assert!(!table.living().any(|(key, _)| key.id == 40));
-}
-
-#[test]
-fn a_renamed_cgroup_is_told_as_of_the_time() {
-    use CgroupChange::{Created, Renamed, Seen};
-    let (a, b) = ("a".repeat(64), "b".repeat(64));
-    let mut table = Cgroups::default();
-    for f in [cgroup(Seen, 8, 1, 0, "", 1), cgroup(Created, 8, 2, 1, "docker", 2), cgroup(Created, 8, 3, 2, &a, 3)] {
-        table.apply(&f);
-    }
-    table.apply(&cgroup(Created, 8, 4, 3, "sub", 4));
-    table.apply(&cgroup(Renamed, 8, 3, 2, &b, 100));
-    let place = Place { v2_id: 0, v1_id: 4, v1_hierarchy: 8 };
-    let id = |at| {
-        let key = table.container_of(&place, BootNs(at)).ok()??;
-        table.container(key)?.record.identity.container_id.clone()
-    };
-    assert_eq!((id(50), id(150)), (Some(a), Some(b)));
-}
-
-#[test]
-fn a_thousand_nested_cgroups_and_a_path_of_4000_characters() {
-    let mut table = Cgroups::default();
-    table.apply(&cgroup(CgroupChange::Seen, 0, 1, 0, "", 1));
-    table.apply(&cgroup(CgroupChange::Created, 0, 2, 1, &"a".repeat(64), 2));
-    table.apply(&cgroup(CgroupChange::Created, 0, 3, 1, &format!("docker-{}.scope", "c".repeat(64)), 2));
-    for n in 4..1004 {
-        table.apply(&cgroup(CgroupChange::Created, 0, n, n - 1, "xyz", n));
-    }
-    let path = table.path(CgroupKey { hierarchy: 0, id: 1003 }).expect("joined");
-    assert!(path.len() > 4000, "{}", path.len());
-    assert!(table.container_of(&v2(1003), BootNs(2000)).is_ok_and(|c| c.is_some()));
-    assert_eq!(table.containers().count(), 2);
-}
-
-// --- generated histories -----------------------------------------------------------------------------------------------------
 
 /// What a kernel does next; indices are taken modulo what there is.
 #[derive(Clone, Debug)]
@@ -316,6 +106,8 @@ struct World {
     lose: usize,
     scan: Option<Scan>,
     agent: Identity,
+    /// A process that can be seen and whose fork event is not yet there.
+    forking: Option<u32>,
     /// From here on the tables answer for the past.
     known_from: Option<u64>,
 }
@@ -388,9 +180,10 @@ impl World {
             }
             let Some(pid) = scan.pids.pop_front() else { return };
             if let Some(life) = self.lives.get(&pid).and_then(|l| l.last()).filter(|l| l.end.is_none()) {
-                let place = v2(life.stays.last().unwrap().1);
+                // Before it is in its cgroup it shows the root's.
+                let place = v2(if self.forking == Some(pid) { 1 } else { life.stays.last().unwrap().1 });
                 let start = life.start / 10_000_000 * 10_000_000;
-                scan.found.push(Observed::Process(seen(pid, start, self.now - 1, self.now + 1, place)));
+                scan.found.push(Observed::Process(seen(pid, start, self.now - 1, place)));
             }
         }
     }
@@ -424,6 +217,9 @@ impl World {
     fn step(&mut self, step: &Step) {
         // Several steps to a tick of /proc.
         self.now += 3_000_000;
+        if !matches!(step, Step::Look { .. } | Step::ScanBegins | Step::ScanMerges) {
+            self.fork_is_told();
+        }
         let cgroups: Vec<u64> = self.cgroups.keys().copied().collect();
         let alive = self.alive();
         match step {
@@ -458,7 +254,7 @@ impl World {
                 if !alive.contains(&pid) {
                     let life = True { start: self.now, end: None, stays: vec![(self.now, cgroups[place % cgroups.len()])] };
                     self.lives.entry(pid).or_default().push(life);
-                    self.tell(ProcessChange::Fork { parent: Tgid(1) }, pid);
+                    self.forking = Some(pid);
                 }
             }
             Step::Attach { which, place } => {
@@ -488,8 +284,15 @@ impl World {
         }
     }
 
+    fn fork_is_told(&mut self) {
+        if let Some(pid) = self.forking.take() {
+            self.tell(ProcessChange::Fork { parent: Tgid(1) }, pid);
+        }
+    }
+
     /// All is quiet, nothing is lost any more, one whole scan.
     fn resync(&mut self) {
+        self.fork_is_told();
         self.lose = 0;
         self.merge();
         self.now += 20_000_000;
@@ -507,6 +310,7 @@ impl World {
         got.sort_unstable();
         let want: Vec<(u64, String)> = self.cgroups.iter().map(|(id, (_, name))| (*id, name.clone())).collect();
         prop_assert_eq!(got, want);
+        self.containers_are_those_of_a_fresh_scan()?;
         for pid in self.alive() {
             let key = CgroupKey { hierarchy: 0, id: self.place(pid) };
             let mut want = Vec::new();
@@ -516,6 +320,32 @@ impl World {
                 at = *parent;
             }
             prop_assert_eq!(self.agent.cgroups.path(key), Some(format!("/{}", want.join("/"))));
+        }
+        Ok(())
+    }
+
+    fn containers_are_those_of_a_fresh_scan(&self) -> Result<(), TestCaseError> {
+        let mut fresh = Identity::default();
+        for (id, (parent, name)) in &self.cgroups {
+            fresh.cgroup(&cgroup(CgroupChange::Seen, 0, *id, *parent, name, self.now));
+        }
+        let living = |identity: &Identity| {
+            let mut ids: Vec<_> = identity
+                .cgroups
+                .containers()
+                .filter(|c| c.gone.is_none())
+                .map(|c| (c.record.identity.outer_container_id.clone(), c.record.identity.container_id.clone()))
+                .collect();
+            ids.sort();
+            ids
+        };
+        prop_assert_eq!(living(&self.agent), living(&fresh));
+        for id in self.cgroups.keys() {
+            let of = |identity: &Identity| {
+                let container = identity.cgroups.container_of(&v2(*id), BootNs(self.now)).expect("placed")?;
+                identity.cgroups.record(container)?.identity.container_id.clone()
+            };
+            prop_assert_eq!(of(&self.agent), of(&fresh));
         }
         Ok(())
     }
@@ -569,6 +399,7 @@ proptest! {
             world.step(step);
         }
         // Nobody listened so far.
+        world.fork_is_told();
         world.cgroup_ring.clear();
         world.process_ring.clear();
         world.agent = Identity::default();

@@ -1,0 +1,129 @@
+//! Containers as their root cgroups tell them: one per container over all hierarchies.
+//!
+//! The same id in two hierarchies is one container; in one hierarchy it is two, unless the first is gone: a container can name
+//! a cgroup of its own after another container, and must not be taken for it.
+
+use std::collections::{HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use super::cgroups::KEEP_REMOVED_NS;
+use super::{ContainerRecord, Table};
+use crate::labels::CgroupIdentity;
+use crate::units::{BootNs, CgroupKey, ContainerKey};
+
+/// Containers with GPU time outlive their cgroups this long, because their series do; others no longer than the cgroups.
+pub const KEEP_GONE_NS: u64 = 330_000_000_000;
+/// More that are gone than this are given up, oldest first, those without GPU time before others, and counted.
+const MAX_GONE: usize = 16_384;
+
+#[derive(Clone, Debug)]
+pub struct Container {
+    pub record: Arc<ContainerRecord>,
+    roots: HashSet<CgroupKey>,
+    name: Name,
+    pub gone: Option<BootNs>,
+}
+
+/// What changed for the label pipeline.
+#[derive(Clone, Debug)]
+pub enum ContainerChange {
+    Appeared(Arc<ContainerRecord>),
+    Gone(ContainerKey, BootNs),
+}
+
+/// Ids of the outer container, where there is one, and of the container.
+type Name = (Option<String>, String);
+
+#[derive(Debug, Default)]
+pub(super) struct Containers {
+    all: Table<ContainerKey, Container>,
+    /// The living one of that name that was found first.
+    by_name: HashMap<Name, ContainerKey>,
+    /// In the order of their end.
+    gone: VecDeque<ContainerKey>,
+    next_key: u64,
+    changes: Vec<ContainerChange>,
+}
+
+impl Containers {
+    /// The container whose root this cgroup is.
+    pub fn at_root(
+        &mut self,
+        root: CgroupKey,
+        path: &str,
+        identity: CgroupIdentity,
+        created: BootNs,
+        creation_seen: bool,
+    ) -> ContainerKey {
+        let name = (identity.outer_container_id.clone(), identity.container_id.clone().unwrap_or_else(|| path.to_owned()));
+        let known = self.by_name.get(&name).copied();
+        if let Some(key) = known
+            && let Some(container) = self.all.get_mut(&key)
+            && container.roots.iter().all(|other| *other == root || other.hierarchy != root.hierarchy)
+        {
+            container.roots.insert(root);
+            return key;
+        }
+        self.next_key += 1;
+        let key = ContainerKey(self.next_key);
+        let record = Arc::new(ContainerRecord { key, cgroup_path: path.to_owned(), identity, created, creation_seen });
+        if known.is_none() {
+            self.by_name.insert(name.clone(), key);
+        }
+        let container = Container { record: Arc::clone(&record), roots: HashSet::from([root]), name, gone: None };
+        self.all.insert(key, container);
+        self.changes.push(ContainerChange::Appeared(record));
+        key
+    }
+
+    /// A container whose last root is gone is gone.
+    pub fn leave(&mut self, key: ContainerKey, root: CgroupKey, at: BootNs) {
+        if let Some(container) = self.all.get_mut(&key)
+            && container.roots.remove(&root)
+            && container.roots.is_empty()
+            && container.gone.is_none()
+        {
+            container.gone = Some(at);
+            self.gone.push_back(key);
+            self.changes.push(ContainerChange::Gone(key, at));
+            // Its id may come back (a restarted docker container): that is a new container with a new key.
+            if self.by_name.get(&container.name) == Some(&key) {
+                self.by_name.remove(&container.name);
+            }
+        }
+    }
+
+    pub fn all(&self) -> impl Iterator<Item = &Container> {
+        self.all.values()
+    }
+
+    pub fn get(&self, key: ContainerKey) -> Option<&Container> {
+        self.all.get(&key)
+    }
+
+    pub fn take_changes(&mut self) -> Vec<ContainerChange> {
+        std::mem::take(&mut self.changes)
+    }
+
+    /// Returns how many were given up before their time.
+    pub fn expire(&mut self, now: BootNs, used: impl Fn(ContainerKey) -> bool) -> u64 {
+        let over = self.gone.len().saturating_sub(MAX_GONE);
+        let unused = self.gone.iter().filter(|key| !used(**key)).count().min(over);
+        let (mut unused_over, mut used_over, mut evicted) = (unused, over - unused, 0);
+        let all = &mut self.all;
+        self.gone.retain(|key| {
+            let Some(gone) = all.get(key).and_then(|c| c.gone) else { return false };
+            let (age, used) = (now.saturating_since(gone), used(*key));
+            let room = if used { &mut used_over } else { &mut unused_over };
+            let expired = age >= if used { KEEP_GONE_NS } else { KEEP_REMOVED_NS };
+            if !expired && *room == 0 {
+                return true;
+            }
+            *room = room.saturating_sub(1);
+            evicted += u64::from(!expired);
+            all.remove(key);
+            false
+        });
+        evicted
+    }
+}

@@ -1,0 +1,34 @@
+//! Rows for the tables, and generated histories.
+
+mod histories;
+mod rows;
+
+use super::*;
+use crate::observation::{CgroupChange, Place, ProcessChange};
+use crate::units::{CgroupKey, Tgid};
+
+const fn v2(id: u64) -> Place {
+    Place { v2_id: id, v1_id: 0, v1_hierarchy: 0 }
+}
+
+fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, place: Place) -> ProcessFact {
+    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), place }
+}
+
+/// The event comes a little after the start time was set.
+fn fork(tgid: u32, start: u64, place: Place) -> ProcessFact {
+    fact(ProcessChange::Fork { parent: Tgid(1) }, tgid, start, start + 5, place)
+}
+
+fn seen(tgid: u32, start: u64, began: u64, place: Place) -> ProcessSeen {
+    ProcessSeen { tgid: Tgid(tgid), start: BootNs(start), coarse_start: true, began: BootNs(began), place: Some(place) }
+}
+
+fn yes(_: &[Run]) -> bool {
+    true
+}
+
+fn cgroup(change: CgroupChange, hierarchy: u32, id: u64, parent: u64, name: &str, at: u64) -> CgroupFact {
+    let key = |id| CgroupKey { hierarchy, id };
+    CgroupFact { change, key: key(id), parent: (parent != 0).then(|| key(parent)), name: name.into(), at: BootNs(at) }
+}

@@ -1,0 +1,77 @@
+//! Walks a cgroup file system: a directory's inode number is the cgroup's id.
+
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use sampler_core::observation::{CgroupChange, CgroupFact};
+use sampler_core::units::{BootNs, CgroupKey};
+
+pub fn fact(key: CgroupKey, parent: Option<CgroupKey>, name: &std::ffi::OsStr, at: BootNs) -> CgroupFact {
+    CgroupFact { change: CgroupChange::Seen, key, parent, name: name.to_string_lossy().into_owned(), at }
+}
+
+/// A cgroup that is removed while we look: its removal is reported on its own.
+fn vanished(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
+}
+
+/// Every cgroup of a hierarchy, parents first. `enter` is called before a directory is listed, so a watch set there misses nothing;
+/// `give` gets each one's directory. An error means that some were not seen.
+pub fn walk(
+    hierarchy: u32,
+    mount: &Path,
+    at: BootNs,
+    enter: &mut impl FnMut(&Path, CgroupKey),
+    give: &mut impl FnMut(&Path, CgroupFact),
+) -> io::Result<()> {
+    let key = CgroupKey { hierarchy, id: fs::metadata(mount)?.ino() };
+    give(mount, fact(key, None, "".as_ref(), at));
+    below(mount.to_path_buf(), key, at, enter, give)
+}
+
+/// Every cgroup below one. Goes on after an error and returns the first.
+pub fn below(
+    folder: PathBuf,
+    key: CgroupKey,
+    at: BootNs,
+    enter: &mut impl FnMut(&Path, CgroupKey),
+    give: &mut impl FnMut(&Path, CgroupFact),
+) -> io::Result<()> {
+    let mut result = Ok(());
+    let mut queue = vec![(folder, key)];
+    while let Some((folder, parent)) = queue.pop() {
+        enter(&folder, parent);
+        if let Err(error) = list(&folder, parent, at, give, &mut queue)
+            && !vanished(&error)
+        {
+            result = result.and(Err(error));
+        }
+    }
+    result
+}
+
+fn list(
+    folder: &Path,
+    parent: CgroupKey,
+    at: BootNs,
+    give: &mut impl FnMut(&Path, CgroupFact),
+    queue: &mut Vec<(PathBuf, CgroupKey)>,
+) -> io::Result<()> {
+    for entry in fs::read_dir(folder)? {
+        let entry = entry?;
+        if !entry.file_type()?.is_dir() {
+            continue;
+        }
+        let key = match entry.metadata() {
+            Ok(meta) => CgroupKey { hierarchy: parent.hierarchy, id: meta.ino() },
+            Err(error) if vanished(&error) => continue,
+            Err(error) => return Err(error),
+        };
+        let path = entry.path();
+        give(&path, fact(key, Some(parent), &entry.file_name(), at));
+        queue.push((path, key));
+    }
+    Ok(())
+}

@@ -1,0 +1,151 @@
+//! Looks at processes in /proc, where the kernel cannot be asked: start times to 10 ms, places by path.
+
+use std::collections::HashMap;
+use std::ffi::OsStr;
+use std::fs;
+use std::io;
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+
+use procfs::ProcError;
+use procfs::process::{Process, Stat};
+use sampler_core::observation::{Place, ProcessSeen};
+use sampler_core::units::{BootNs, CgroupKey, Tgid};
+
+use super::layout::{Layout, ROOT_ID};
+use crate::observe::clock::boot_now;
+
+/// /proc counts start times in these.
+const CLOCK_TICK_NS: u64 = 10_000_000;
+/// `PF_EXITING` of /proc/<pid>/stat's flags.
+const EXITING: u32 = 0x4;
+
+/// A cgroup's directory to its id, as far as a walk has found them.
+pub type Directories = HashMap<PathBuf, CgroupKey>;
+
+pub fn pids(procfs_root: &Path) -> io::Result<Vec<u32>> {
+    let mut pids = Vec::new();
+    for entry in fs::read_dir(procfs_root)? {
+        pids.extend(entry?.file_name().to_str().and_then(|name| name.parse::<u32>().ok()));
+    }
+    Ok(pids)
+}
+
+/// It ended between listing and reading.
+fn gone(error: &ProcError) -> bool {
+    match error {
+        ProcError::NotFound(_) => true,
+        ProcError::Io(error, _) => error.raw_os_error() == Some(libc::ESRCH),
+        _ => false,
+    }
+}
+
+fn exiting(stat: &Stat) -> bool {
+    stat.flags & EXITING != 0 || matches!(stat.state, 'Z' | 'X')
+}
+
+fn stat(folder: &Path) -> Result<Option<Stat>, String> {
+    match Process::new_with_root(folder.to_path_buf()).and_then(|process| process.stat()) {
+        Ok(stat) => Ok(Some(stat)),
+        Err(error) if gone(&error) => Ok(None),
+        Err(error) => Err(format!("{}: {error}", folder.display())),
+    }
+}
+
+/// The folder of a thread that lives: the leader's, or, when the leader has ended, another's. With the group's start.
+fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
+    let Some(leader) = stat(folder)? else { return Ok(None) };
+    let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
+    if !exiting(&leader) {
+        return Ok(Some((folder.to_path_buf(), start)));
+    }
+    // As long as other threads run, the group lives.
+    let tasks = folder.join("task");
+    for thread in pids(&tasks).unwrap_or_default() {
+        let folder = tasks.join(thread.to_string());
+        if stat(&folder)?.is_some_and(|stat| !exiting(&stat)) {
+            return Ok(Some((folder, start)));
+        }
+    }
+    Ok(None)
+}
+
+/// The process that a thread belongs to: /proc can be asked for threads too, though it does not list them.
+pub fn group(procfs_root: &Path, pid: u32) -> Option<u32> {
+    let status = fs::read(procfs_root.join(pid.to_string()).join("status")).ok()?;
+    let line = status.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"Tgid:"))?;
+    std::str::from_utf8(line).ok()?.trim().parse().ok()
+}
+
+/// `None` when it does not exist or has ended. What is there and cannot be read in full has no place, and the reason is a problem.
+pub fn look(procfs_root: &Path, pid: u32, layout: &Layout, known: &Directories) -> Result<Option<ProcessSeen>, String> {
+    let began = boot_now();
+    let Some((folder, start)) = living_thread(&procfs_root.join(pid.to_string()))? else { return Ok(None) };
+    let place = memberships(&folder).ok().and_then(|lines| place(&lines, layout, known));
+    Ok(Some(ProcessSeen { tgid: Tgid(pid), start, coarse_start: true, began, place }))
+}
+
+/// Hierarchy and path of each line. Bytes: a cgroup's name need not be UTF-8.
+pub fn memberships(folder: &Path) -> io::Result<Vec<(u32, Vec<u8>)>> {
+    let text = fs::read(folder.join("cgroup"))?;
+    let line = |line: &[u8]| {
+        let mut fields = line.splitn(3, |b| *b == b':');
+        let hierarchy = std::str::from_utf8(fields.next()?).ok()?.parse().ok()?;
+        Some((hierarchy, fields.nth(1)?.to_vec()))
+    };
+    Ok(text.split(|b| *b == b'\n').filter_map(line).collect())
+}
+
+/// The directory of a path that `/proc/<pid>/cgroup` names; `None` for one outside what this cgroup namespace shows.
+pub fn directory(mount: &Path, path: &[u8]) -> Option<PathBuf> {
+    let path = Path::new(OsStr::from_bytes(path.strip_prefix(b"/")?));
+    let inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
+    inside.then(|| if path.as_os_str().is_empty() { mount.to_path_buf() } else { mount.join(path) })
+}
+
+fn place(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Option<Place> {
+    let find = |hierarchy: u32, mount: &Path| {
+        let (_, path) = lines.iter().find(|(id, _)| *id == hierarchy)?;
+        let directory = directory(mount, path)?;
+        // Made since the walk: its directory says the id.
+        known.get(&directory).map(|key| key.id).or_else(|| fs::metadata(&directory).ok().map(|meta| meta.ino()))
+    };
+    let v2_id = match &layout.v2 {
+        Some(mount) => find(0, mount)?,
+        // Everybody is in the root of a v2 that is mounted nowhere.
+        None => ROOT_ID,
+    };
+    let (v1_hierarchy, v1_id) = match &layout.v1 {
+        Some((_, id, mount)) => (*id, find(*id, mount)?),
+        None => (0, 0),
+    };
+    Some(Place { v2_id, v1_id, v1_hierarchy })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn directories_stay_below_the_mount() {
+        let check = |path: &[u8], expect: Option<&str>| {
+            assert_eq!(directory(Path::new("/m"), path), expect.map(PathBuf::from), "{}", path.escape_ascii());
+        };
+        check(b"/", Some("/m"));
+        check(b"/docker/x", Some("/m/docker/x"));
+        check(b"/../x", None);
+        check(b"docker", None);
+        let odd = directory(Path::new("/m"), b"/a\xff").expect("bytes");
+        assert_eq!(odd.as_os_str().as_bytes(), b"/m/a\xff");
+    }
+
+    #[test]
+    fn we_are_there_and_nobody_is_not() {
+        let layout = super::super::layout::layout(Path::new("/proc"));
+        let us = look(Path::new("/proc"), std::process::id(), &layout, &Directories::new()).unwrap().unwrap();
+        assert_eq!(us.tgid.0, std::process::id());
+        assert!(us.coarse_start && us.start.0 > 0 && us.start.0 <= us.began.0);
+        assert_eq!(look(Path::new("/proc"), u32::MAX, &layout, &Directories::new()), Ok(None));
+    }
+}
