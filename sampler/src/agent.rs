@@ -158,6 +158,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         snapshot: Arc::clone(&snapshot),
         containers: to_labels,
         stop: Arc::clone(&stop),
+        start_over: false,
     };
     // Dropped when the core thread ends, also by a panic: an agent without it must not go on serving what was once true.
     let (core_lives, core_ended) = tokio::sync::oneshot::channel::<()>();

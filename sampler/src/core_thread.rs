@@ -30,7 +30,7 @@ use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
-use crate::observe::kernel::watch::{CgroupWatch, Read};
+use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
 use crate::observe::kernel::{Mode, Tracker};
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
@@ -62,20 +62,24 @@ pub struct CoreThread {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub containers: UnboundedSender<ContainerEvent>,
     pub stop: Arc<AtomicBool>,
+    /// inotify has lost track: watch and scan anew.
+    pub start_over: bool,
 }
 
 /// What the loop remembers from turn to turn.
 struct Turn {
-    /// Batches not yet attributed: while events are lost they wait for a resync, which is 300 ms at most.
+    /// Batches not yet attributed: while events are lost they wait for a resync: 300 ms and what a scan takes.
     waiting: VecDeque<GpuBatch>,
     questions: VecDeque<Question>,
-    /// The count of lost events that is repaired, and the one that the last scan was for.
-    lost: u64,
+    /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
+    repaired: Option<u64>,
     attempted: u64,
     /// Up to here the tables are known to be right: a batch received by then may be attributed.
     sound: BootNs,
     published: Instant,
+    /// The end of the last scan, and its duration.
     scanned: Instant,
+    scan_took: Duration,
     walked: Instant,
     /// When the tables' sizes were last told.
     sized: Instant,
@@ -98,6 +102,7 @@ impl CoreThread {
         let sound = boot_now();
         let lost = self.lost();
         let scan = self.scan();
+        let complete = scan.complete();
         self.merge(scan, None);
         self.publish();
         self.size();
@@ -107,11 +112,12 @@ impl CoreThread {
         let mut turn = Turn {
             waiting,
             questions,
-            lost,
+            repaired: complete.then_some(lost),
             attempted: lost,
             sound,
             published: now,
             scanned: now,
+            scan_took: Duration::ZERO,
             walked: now,
             sized: now,
             resync_after: RESYNC_EVERY,
@@ -192,38 +198,62 @@ impl CoreThread {
             Tracker::Inotify(_) => {
                 turn.sound = before;
                 if turn.scanned.elapsed() >= RESCAN_EVERY {
-                    turn.scanned = Instant::now();
                     let living: Vec<u32> = self.core.identity.processes.living().map(|(tgid, ..)| tgid.0).collect();
                     self.look_at(living.into_iter());
+                    turn.scanned = Instant::now();
                 }
-                if turn.walked.elapsed() >= WALK_EVERY {
-                    turn.walked = Instant::now();
-                    let scan = scan::of_cgroups(&self.layout);
+                let walk_every = if self.start_over { RESYNC_EVERY } else { WALK_EVERY };
+                if turn.walked.elapsed() >= walk_every {
+                    if std::mem::take(&mut self.start_over) {
+                        self.watch_anew();
+                    }
+                    let scan = self.scan();
                     self.merge(scan, None);
+                    turn.walked = Instant::now();
                 }
             }
             Tracker::Procfs => {
                 turn.sound = before;
-                if self.config.kernel_mode == KernelMode::Auto && turn.walked.elapsed() >= WATCH_AGAIN_EVERY {
-                    turn.walked = Instant::now();
+                if self.config.kernel_mode != KernelMode::Procfs && turn.walked.elapsed() >= WATCH_AGAIN_EVERY {
                     self.watch_again();
+                    turn.walked = Instant::now();
                 }
                 if turn.scanned.elapsed() >= RESCAN_EVERY {
-                    turn.scanned = Instant::now();
                     let scan = self.scan();
                     self.merge(scan, None);
+                    turn.scanned = Instant::now();
                 }
             }
         }
+    }
+
+    /// The old watches first give their room up.
+    fn watch_anew(&mut self) {
+        self.tracker = Tracker::Procfs;
+        match CgroupWatch::new(&self.layout) {
+            Ok(watch) => self.tracker = Tracker::Inotify(watch),
+            Err(error) => self.without_watches(&error),
+        }
+    }
+
+    /// The next mode needs no watches; every second it sees what a lost one would have told.
+    fn without_watches(&mut self, error: &WatchError) {
+        self.tracker = Tracker::Procfs;
+        self.health.set_kernel_mode(Mode::Procfs.name());
+        let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), told(error));
+        self.health.degraded("kernel", &why);
     }
 
     /// Nothing that failed has failed for good: there may be room for watches again.
     fn watch_again(&mut self) {
         if let Ok(watch) = CgroupWatch::new(&self.layout) {
             self.tracker = Tracker::Inotify(watch);
+            self.start_over = false;
             self.health.set_kernel_mode(Mode::Inotify.name());
             self.health.degraded("kernel", &format!("kernel mode inotify again: {}", Mode::Inotify.gives_up()));
-            let scan = self.scan();
+            let mut scan = self.scan();
+            // From here on only those that the driver names are followed.
+            scan.end.all_processes = true;
             self.merge(scan, None);
         }
     }
@@ -231,40 +261,43 @@ impl CoreThread {
     fn repair(&mut self, turn: &mut Turn, before: BootNs) {
         // Read before the scan: what is lost during it is for the next one.
         let lost = self.lost();
-        if lost == turn.lost {
+        if turn.repaired == Some(lost) {
             turn.sound = before;
             if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
                 turn.storm = None;
-                tracing::info!(
-                    lost,
-                    repairs = self.core.identity.repairs,
-                    "no kernel event was lost for a while: the tables are whole"
-                );
+                let repairs = self.core.identity.repairs;
+                tracing::info!(lost, repairs, "no kernel event was lost for a while: the tables are whole");
             }
             return;
         }
-        // The last scan did what it could for these.
+        // The last scan did what it could for these; what it could not read is tried again, and keeps nothing waiting.
         let again = lost == turn.attempted;
         if again {
             turn.sound = before;
         }
-        if turn.scanned.elapsed() < if again { turn.resync_after } else { RESYNC_EVERY } {
+        if turn.scanned.elapsed() < if again { turn.resync_after } else { RESYNC_EVERY.max(turn.scan_took) } {
             return;
         }
         turn.attempted = lost;
-        turn.scanned = Instant::now();
         self.health.resynced();
+        let begun = Instant::now();
         let scan = self.scan();
         let (began, complete) = (scan.end.began, scan.complete());
         self.merge(scan, Some(turn.sound));
         self.size();
-        // What is still in doubt is unattributed as lost; it must not hold everything else up.
+        (turn.scanned, turn.scan_took) = (Instant::now(), begun.elapsed());
         turn.sound = turn.sound.max(began);
         if complete {
-            (turn.lost, turn.resync_after) = (lost, RESYNC_EVERY);
+            (turn.repaired, turn.resync_after) = (Some(lost), RESYNC_EVERY);
         } else {
             turn.resync_after = (turn.resync_after * 2).min(RESYNC_AT_LEAST_EVERY);
         }
+        if !again {
+            self.tell_losses(turn, lost);
+        }
+    }
+
+    fn tell_losses(&self, turn: &mut Turn, lost: u64) {
         let now = Instant::now();
         let told = turn.storm.map(|storm| storm.told).filter(|told| told.elapsed() < TELL_EVERY);
         if told.is_none() {
@@ -334,7 +367,7 @@ impl CoreThread {
 
     fn drain(&mut self) {
         let (core, health) = (&mut self.core, &self.health);
-        let mut next = None;
+        let mut failed = None;
         match &mut self.tracker {
             Tracker::RawTracepoint(program) => program.rings.drain(boot_now(), |fact| match fact {
                 KernelFact::Process(fact) => core.identity.process(&fact),
@@ -347,25 +380,13 @@ impl CoreThread {
             }),
             Tracker::Inotify(watch) => match watch.read(&mut |fact| core.observe(Observation::Cgroup(fact))) {
                 Ok(Read::Complete) => {}
-                Ok(Read::StartOver) => next = Some(CgroupWatch::new(&self.layout)),
-                Err(error) => next = Some(Err(error)),
+                Ok(Read::StartOver) => self.start_over = true,
+                Err(error) => failed = Some(error),
             },
             Tracker::Procfs => {}
         }
-        match next {
-            None => {}
-            Some(Ok(watch)) => {
-                self.tracker = Tracker::Inotify(watch);
-                let scan = self.scan();
-                self.merge(scan, None);
-            }
-            // The next mode needs no watches; every second it sees what a lost one would have told.
-            Some(Err(error)) => {
-                self.tracker = Tracker::Procfs;
-                self.health.set_kernel_mode(Mode::Procfs.name());
-                let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), told(&error));
-                self.health.degraded("kernel", &why);
-            }
+        if let Some(error) = failed {
+            self.without_watches(&error);
         }
         self.tell_containers();
     }

@@ -108,12 +108,16 @@ impl Containers {
     /// Returns how many were given up before their time.
     pub fn expire(&mut self, now: BootNs, used: impl Fn(ContainerKey) -> bool) -> u64 {
         let over = self.gone.len().saturating_sub(MAX_GONE);
-        let unused = self.gone.iter().filter(|key| !used(**key)).count().min(over);
+        let unused = if over == 0 { 0 } else { self.gone.iter().filter(|key| !used(**key)).count().min(over) };
         let (mut unused_over, mut used_over, mut evicted) = (unused, over - unused, 0);
         let all = &mut self.all;
         self.gone.retain(|key| {
             let Some(gone) = all.get(key).and_then(|c| c.gone) else { return false };
-            let (age, used) = (now.saturating_since(gone), used(*key));
+            let age = now.saturating_since(gone);
+            if over == 0 && age < KEEP_REMOVED_NS {
+                return true;
+            }
+            let used = used(*key);
             let room = if used { &mut used_over } else { &mut unused_over };
             let expired = age >= if used { KEEP_GONE_NS } else { KEEP_REMOVED_NS };
             if !expired && *room == 0 {

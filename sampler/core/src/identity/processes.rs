@@ -101,7 +101,7 @@ impl Life {
             let at = before.partition_point(|b| b.first <= run.first);
             before.insert(at, run);
         }
-        if before.len() >= MAX_RUNS {
+        while before.len() >= MAX_RUNS {
             before.remove(0);
         }
     }

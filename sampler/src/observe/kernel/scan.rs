@@ -27,7 +27,7 @@ pub struct Scan {
 impl Scan {
     /// Everything was looked at, so what was not found is gone.
     pub fn complete(&self) -> bool {
-        self.end.all_cgroups && self.end.all_processes
+        self.end.all_cgroups && self.end.all_processes && self.problems.is_empty()
     }
 
     fn begin() -> Self {

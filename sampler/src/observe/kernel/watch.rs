@@ -48,6 +48,8 @@ pub struct CgroupWatch {
     watched: HashMap<i32, Folder>,
     /// By path: a removed one cannot be asked for its inode number any more.
     known: HashMap<PathBuf, Known>,
+    /// Made anew under the same path before the end of the first was read.
+    displaced: Vec<CgroupKey>,
 }
 
 /// What reading the events came to.
@@ -62,7 +64,7 @@ impl CgroupWatch {
     /// Watches everything that is there. What exists already is for a scan to find, after this.
     pub fn new(layout: &Layout) -> Result<Self, WatchError> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| WatchError::Watch(e.into()))?;
-        let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new() };
+        let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new(), displaced: Vec::new() };
         let mut failed = None;
         let mut any = false;
         for (hierarchy, mount) in layout.mounts() {
@@ -98,7 +100,11 @@ impl CgroupWatch {
 
     /// Known before it is watched, so that its removal is told whatever comes of the watch.
     fn add(&mut self, path: PathBuf, key: CgroupKey) -> io::Result<()> {
-        self.known.insert(path.clone(), Known { key, watch: None });
+        let before = self.known.insert(path.clone(), Known { key, watch: None });
+        if let Some(before) = before.filter(|before| before.key != key) {
+            self.unwatch(before.watch);
+            self.displaced.push(before.key);
+        }
         let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVE | WatchFlags::ONLYDIR;
         match inotify::add_watch(&self.fd, &path, flags) {
             Ok(wd) => {
@@ -150,8 +156,21 @@ impl CgroupWatch {
                     self.deleted(&path, &name, parent, at, give);
                 }
             }
+            for key in std::mem::take(&mut self.displaced) {
+                let nowhere = CgroupKey { hierarchy: key.hierarchy, id: 0 };
+                give(CgroupFact { change: CgroupChange::Removed, ..fact(key, Some(nowhere), "".as_ref(), at) });
+            }
         }
         result
+    }
+
+    /// cgroupfs keeps the watch of a directory that is gone.
+    fn unwatch(&mut self, watch: Option<i32>) {
+        if let Some(wd) = watch {
+            self.watched.remove(&wd);
+            // Where the kernel has dropped it, there is nothing to drop.
+            let _dropped_already = inotify::remove_watch(&self.fd, wd);
+        }
     }
 
     /// One that is there again under the same path was made anew before its predecessor's end was read; that one was never known.
@@ -161,11 +180,8 @@ impl CgroupWatch {
         if fs::metadata(path).is_ok_and(|meta| meta.ino() == key.id) {
             return;
         }
-        if let Some(wd) = self.known.remove(path).and_then(|known| known.watch) {
-            self.watched.remove(&wd);
-            // cgroupfs keeps the watch of a directory that is gone; where the kernel has dropped it, there is nothing to drop.
-            let _dropped_already = inotify::remove_watch(&self.fd, wd);
-        }
+        let watch = self.known.remove(path).and_then(|known| known.watch);
+        self.unwatch(watch);
         give(CgroupFact { change: CgroupChange::Removed, ..fact(key, Some(parent), name, at) });
     }
 
