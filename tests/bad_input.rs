@@ -69,3 +69,25 @@ fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
     drop(sim);
     Ok(())
 }
+
+#[test]
+fn requests_that_never_end_hold_nothing_up_and_are_hung_up_on() -> Result<()> {
+    use std::io::{Read as _, Write as _};
+    let sim = Sim::new("[[gpus]]")?;
+    let agent = Agent::start(Some(&sim), &[])?;
+    let mut unfinished = Vec::new();
+    for _ in 0..200 {
+        let mut stream = std::net::TcpStream::connect(("127.0.0.1", agent.port))?;
+        stream.write_all(b"GET /metrics HTTP/1.1\r\nHost: loc")?;
+        unfinished.push(stream);
+    }
+    assert!(sum(&agent.scrape()?, "gpu_sampler_build_info", &[]).is_some());
+    for stream in &mut unfinished {
+        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
+        let mut rest = Vec::new();
+        // Reset or closed, with or without a word.
+        let _hung_up =
+            stream.read_to_end(&mut rest).or_else(|e| if e.kind() == std::io::ErrorKind::WouldBlock { Err(e) } else { Ok(0) })?;
+    }
+    Ok(())
+}

@@ -15,10 +15,15 @@ use axum::http::{HeaderMap, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse as _, Json, Response};
 use axum::routing::get;
+use hyper::server::conn::http1;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::server::graceful::GracefulShutdown;
+use hyper_util::service::TowerToHyperService;
 use sampler_core::snapshot::Snapshot;
 use serde::Deserialize;
 use thiserror::Error;
 use tokio::net::TcpListener;
+use tokio::sync::Semaphore;
 
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
@@ -34,6 +39,12 @@ use crate::observe::kernel::Mode;
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The ledger takes credits in this often, scraped or not.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
+/// To send a request's head in, and between two requests.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
+/// More wait in the kernel's queue.
+const MAX_CONNECTIONS: usize = 512;
+/// After an accept that failed, for want of descriptors most likely.
+const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Answers in flight get this long when the agent ends.
 const GRACE: Duration = Duration::from_secs(2);
 
@@ -103,7 +114,7 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         // Dropped or sent: both mean the end.
         let _either = ended.await;
     };
-    let served = tokio::spawn(async move { axum::serve(listener, router).with_graceful_shutdown(graceful).await });
+    let served = tokio::spawn(accept(listener, router, graceful));
     let keeping = tokio::spawn(async move {
         let mut every = tokio::time::interval(LEDGER_EVERY);
         loop {
@@ -117,10 +128,47 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
     keeping.abort();
     // A client that keeps its connection open must not keep the agent.
     match tokio::time::timeout(GRACE, served).await {
-        Ok(Ok(result)) => result.map_err(HttpError::Serve),
+        Ok(Ok(())) => Ok(()),
         Ok(Err(join)) => Err(HttpError::Serve(std::io::Error::other(join))),
         Err(_) => Ok(()),
     }
+}
+
+/// Serves every connection in a task of its own until `ended`, then lets answers in flight finish.
+async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output = ()>) {
+    let mut server = http1::Builder::new();
+    // A client that never finishes its request must not hold a descriptor for ever.
+    server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    let (room, connections) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
+    tokio::pin!(ended);
+    let next = || async {
+        // The semaphore is never closed; without a permit there is none to give back.
+        let permit = Arc::clone(&room).acquire_owned().await.ok();
+        (permit, listener.accept().await)
+    };
+    loop {
+        let (permit, accepted) = tokio::select! {
+            () = &mut ended => break,
+            next = next() => next,
+        };
+        match accepted {
+            Ok((stream, _)) => {
+                let service = TowerToHyperService::new(router.clone());
+                let connection = connections.watch(server.serve_connection(TokioIo::new(stream), service));
+                tokio::spawn(async move {
+                    if let Err(error) = connection.await {
+                        tracing::debug!(%error, "a connection broke off");
+                    }
+                    drop(permit);
+                });
+            }
+            Err(error) => {
+                tracing::warn!(%error, "a connection cannot be accepted");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+            }
+        }
+    }
+    connections.shutdown().await;
 }
 
 async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
