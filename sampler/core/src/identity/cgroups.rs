@@ -9,10 +9,9 @@
 //! joined here from parent and name, so they are never cut.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
-use std::sync::Arc;
 
+use super::Table;
 use super::containers::{Container, ContainerChange, Containers};
-use super::{ContainerRecord, Table};
 use crate::labels::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, Place};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
@@ -296,11 +295,8 @@ impl Cgroups {
         self.containers.get(key)
     }
 
-    pub fn record(&self, key: ContainerKey) -> Option<&Arc<ContainerRecord>> {
-        self.containers.get(key).map(|c| &c.record)
-    }
-
     /// Keys and names of the cgroups that are there.
+    #[cfg(test)]
     pub fn living(&self) -> impl Iterator<Item = (CgroupKey, &str)> {
         self.nodes.iter().filter(|(_, n)| n.removed.is_none()).map(|(key, n)| (*key, &*n.name))
     }

@@ -47,7 +47,6 @@ pub struct Stay {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct LifeView {
     pub start: BootNs,
-    pub coarse_start: bool,
     pub end: Option<BootNs>,
     pub stays: Vec<Stay>,
 }
@@ -276,11 +275,11 @@ impl Processes {
         let mut found = Vec::new();
         if let Some(life) = self.living.get(&tgid) {
             let stays = stays(life.start, None, &life.runs());
-            found.push(LifeView { start: life.start, coarse_start: life.coarse, end: None, stays });
+            found.push(LifeView { start: life.start, end: None, stays });
         }
         self.exited.each(tgid, |start, end, runs| {
             let stays = stays(start, Some(end), runs);
-            found.push(LifeView { start, coarse_start: false, end: Some(end), stays });
+            found.push(LifeView { start, end: Some(end), stays });
         });
         found.sort_by_key(|life| std::cmp::Reverse(life.start));
         found

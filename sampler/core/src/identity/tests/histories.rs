@@ -343,7 +343,7 @@ impl World {
         for id in self.cgroups.keys() {
             let of = |identity: &Identity| {
                 let container = identity.cgroups.container_of(&v2(*id), BootNs(self.now)).expect("placed")?;
-                identity.cgroups.record(container)?.identity.container_id.clone()
+                identity.cgroups.container(container)?.record.identity.container_id.clone()
             };
             prop_assert_eq!(of(&self.agent), of(&fresh));
         }
