@@ -30,12 +30,14 @@ pub struct BpfUse {
     pub runs: u64,
     /// Memory that the kernel charges for maps.
     pub map_bytes: u64,
+    pub largest_map_bytes: u64,
 }
 
 pub fn bpf_use(pid: u32) -> Result<BpfUse> {
     let mut total = BpfUse::default();
     let mut seen = std::collections::HashSet::new();
     for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))?.flatten() {
+        // A descriptor that was closed meanwhile says nothing.
         let info = std::fs::read_to_string(entry.path()).unwrap_or_default();
         let number = |key: &str| -> Option<u64> { info.lines().find_map(|l| l.strip_prefix(key))?.trim().parse().ok() };
         let id = number("prog_id:").map(|id| (0, id)).or_else(|| number("map_id:").map(|id| (1, id)));
@@ -47,7 +49,9 @@ pub fn bpf_use(pid: u32) -> Result<BpfUse> {
         total.run_time_ns += number("run_time_ns:").unwrap_or(0);
         total.runs += number("run_cnt:").unwrap_or(0);
         if id.0 == 1 {
-            total.map_bytes += number("memlock:").unwrap_or(0);
+            let bytes = number("memlock:").unwrap_or(0);
+            total.map_bytes += bytes;
+            total.largest_map_bytes = total.largest_map_bytes.max(bytes);
         }
     }
     Ok(total)

@@ -102,6 +102,14 @@ fn mkdir_to_identified() -> Result<()> {
     Ok(())
 }
 
+/// fork or vfork, exec, exit; one after the other.
+fn short_lives(lives: u32) -> Result<()> {
+    for _ in 0..lives {
+        ensure!(Command::new("true").stdin(Stdio::null()).status()?.success());
+    }
+    Ok(())
+}
+
 fn kernel_time_of_a_life() -> Result<()> {
     const LIVES: u32 = 5_000;
     let sim = sim()?;
@@ -110,10 +118,7 @@ fn kernel_time_of_a_life() -> Result<()> {
     let pid = agent.process.0.id();
     std::thread::sleep(Duration::from_secs(1));
     let (kernel, page) = (bpf_use(pid)?, agent.scrape()?);
-    for _ in 0..LIVES {
-        // fork or vfork, exec, exit.
-        ensure!(Command::new("true").stdin(Stdio::null()).status()?.success());
-    }
+    short_lives(LIVES)?;
     std::thread::sleep(Duration::from_secs(1));
     let (kernel_after, page_after) = (bpf_use(pid)?, agent.scrape()?);
     let ns = (kernel_after.run_time_ns - kernel.run_time_ns) as f64;
@@ -219,9 +224,7 @@ fn map_or_events() -> Result<()> {
         }
         let us = std::process::id();
         let before = bpf_use(us)?;
-        for _ in 0..LIVES {
-            ensure!(Command::new("true").stdin(Stdio::null()).status()?.success());
-        }
+        short_lives(LIVES)?;
         let after = bpf_use(us)?;
         let (ns, runs) = ((after.run_time_ns - before.run_time_ns) as f64, (after.runs - before.runs) as f64);
         line(&format!("{way}: kernel time per exec or exit, {runs} of them"), ns / runs, "ns", None);
@@ -234,22 +237,10 @@ fn map_or_events() -> Result<()> {
                 map.get(key, 0)?;
             }
             line("map: user space asks for one process", from.elapsed().as_nanos() as f64 / keys.len() as f64, "ns", None);
-            let fd = map_bytes_of(us, "map_type:\t1\n")?;
-            line("map: kernel memory, 65,536 living and 40 s of 10,000 exits/s", fd / (1 << 20) as f64, "MiB", None);
+            let bytes = after.largest_map_bytes as f64;
+            line("map: kernel memory, 65,536 living and 40 s of 10,000 exits/s", bytes / (1 << 20) as f64, "MiB", None);
         }
     }
     println!("events: user space pays the drain per event above (life), and at most 40 MiB for exited processes (memory)");
     Ok(())
-}
-
-fn map_bytes_of(pid: u32, kind: &str) -> Result<f64> {
-    let mut bytes: f64 = 0.0;
-    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))?.flatten() {
-        let info = std::fs::read_to_string(entry.path()).unwrap_or_default();
-        if info.contains(kind) {
-            let memlock = info.lines().find_map(|l| l.strip_prefix("memlock:")).and_then(|v| v.trim().parse::<f64>().ok());
-            bytes = bytes.max(memlock.unwrap_or_default());
-        }
-    }
-    Ok(bytes)
 }

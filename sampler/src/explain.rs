@@ -15,6 +15,7 @@ use crate::labels::LabelView;
 use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::Mode;
 use crate::observe::kernel::layout::REMEDY;
+use crate::observe::kernel::proc::{group, is_zombie};
 
 const KEEP_EXITED_S: u64 = KEEP_EXITED_NS / 1_000_000_000;
 
@@ -54,7 +55,7 @@ pub struct LivingProcess {
 }
 
 pub fn living(identity: &Identity) -> Vec<LivingProcess> {
-    let one = |(tgid, start, _, place): (Tgid, BootNs, bool, Place)| LivingProcess {
+    let one = |(tgid, start, place): (Tgid, BootNs, Place)| LivingProcess {
         pid: tgid.0,
         start_ns: start.0,
         v2_id: place.v2_id,
@@ -102,14 +103,11 @@ fn process(identity: &Identity, pid: u32) -> Option<Known> {
 
 /// Why a pid is not among the known, as far as /proc and the mode can tell. `mode` is none where no agent runs.
 pub fn why_unknown(procfs: &Path, pid: u32, mode: Option<Mode>) -> String {
-    let status = std::fs::read_to_string(procfs.join(pid.to_string()).join("status")).unwrap_or_default();
-    let field = |key: &str| status.lines().find_map(|line| line.strip_prefix(key)).map(str::trim);
-    let group = field("Tgid:").and_then(|tgid| tgid.parse::<u32>().ok());
-    match (group, field("State:").and_then(|state| state.chars().next())) {
-        (Some(group), _) if group != pid => format!("{pid} is a thread of the process {group}; ask for that"),
-        (Some(_), Some('Z' | 'X')) => format!("the process {pid} has ended (a zombie) and nobody saw where it had been"),
-        (Some(_), _) => format!("the process {pid} lives, but its cgroups cannot be seen from here: {REMEDY}"),
-        (None, _) => match mode {
+    match group(procfs, pid) {
+        Some(group) if group != pid => format!("{pid} is a thread of the process {group}; ask for that"),
+        Some(_) if is_zombie(procfs, pid) => format!("the process {pid} has ended (a zombie) and nobody saw where it had been"),
+        Some(_) => format!("the process {pid} lives, but its cgroups cannot be seen from here: {REMEDY}"),
+        None => match mode {
             Some(Mode::RawTracepoint) => format!("no process with pid {pid} lives or has ended within {KEEP_EXITED_S} s"),
             Some(mode) => format!(
                 "no process with pid {pid} lives; in kernel mode {} one that has ended is known only if the driver named it before",
@@ -174,21 +172,29 @@ struct StayJson {
     to: Option<String>,
 }
 
-fn rfc3339(at: BootNs) -> String {
-    let boot = wall_now().0.saturating_sub(boot_now().0);
-    let at: SystemTime = UNIX_EPOCH + Duration::from_nanos(boot.saturating_add(at.0));
-    humantime::format_rfc3339_millis(at).to_string()
-}
+/// When the machine started, read once for all that is shown together: equal instants are shown equal.
+struct Boot(SystemTime);
 
-fn life(life: &LifeView, stays: &[StayView]) -> LifeJson {
-    let stay = |view: &StayView| StayJson {
-        cgroup: view.path.clone(),
-        container_id: view.container_id.clone(),
-        from: rfc3339(view.stay.from),
-        certain_from: rfc3339(view.stay.certain_from),
-        to: view.stay.to.map(rfc3339),
-    };
-    LifeJson { start: rfc3339(life.start), end: life.end.map(rfc3339), stays: stays.iter().map(stay).collect() }
+impl Boot {
+    fn now() -> Self {
+        Self(UNIX_EPOCH + Duration::from_nanos(wall_now().0.saturating_sub(boot_now().0)))
+    }
+
+    fn rfc3339(&self, at: BootNs) -> String {
+        humantime::format_rfc3339_millis(self.0 + Duration::from_nanos(at.0)).to_string()
+    }
+
+    fn life(&self, life: &LifeView, stays: &[StayView]) -> LifeJson {
+        let told = |at| self.rfc3339(at);
+        let stay = |view: &StayView| StayJson {
+            cgroup: view.path.clone(),
+            container_id: view.container_id.clone(),
+            from: told(view.stay.from),
+            certain_from: told(view.stay.certain_from),
+            to: view.stay.to.map(told),
+        };
+        LifeJson { start: told(life.start), end: life.end.map(told), stays: stays.iter().map(stay).collect() }
+    }
 }
 
 impl Explanation {
@@ -199,7 +205,8 @@ impl Explanation {
             answer.take(labels);
         }
         if let Subject::Pid(pid) = subject {
-            let lives = known.lives.iter().map(|(view, stays)| life(view, stays)).collect();
+            let boot = Boot::now();
+            let lives = known.lives.iter().map(|(view, stays)| boot.life(view, stays)).collect();
             answer.process = Some(ProcessJson { pid: *pid, lives });
         }
         answer

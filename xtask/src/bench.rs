@@ -1,16 +1,10 @@
 //! `bench`: speed and memory, as tables; each number beside its aim. Not part of `test`: machines are shared and noisy.
 
-use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, setup, sys, tools};
-use anyhow::{Result, bail};
+use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
+use anyhow::Result;
 
 pub fn verb(filters: &[String]) -> Result<()> {
-    if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
-        return Err(tools::unknown(option));
-    }
-    if !sys::is_root() {
-        bail!("the benches load programs into the kernel: run as root");
-    }
-    setup::ensure(setup::Scope::Tests, true)?;
+    test::prepare(filters)?;
     let built = build::everything(Profile::Release)?;
     tools::run(&mut tools::cargo(&["build", "--release", "--locked", "--package", "gpu-sampler-tests", "--bin", "actor"])?)?;
     let actor = built.sampler.with_file_name("actor");
@@ -30,7 +24,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
         .env("ACTOR_BIN", actor)
         .env("STORAGE_BENCH_OBJECT", storage)
         .env("DOCKER_HOST", docker);
-    let done = crate::test::run(benches, &mut cleanup);
+    let done = test::run(benches, &mut cleanup);
     drop(cleanup);
     if let Some(engine) = &mut engine {
         let _reaped = engine.wait();

@@ -20,14 +20,19 @@ const PRIVILEGED: &str = "gpu-sampler-tests";
 /// Between asking the test runner to end and insisting.
 const GRACE: Duration = Duration::from_secs(10);
 
-pub fn verb(filters: &[String]) -> Result<()> {
+/// What has to hold before the kernel and engines are used, by tests or benches.
+pub fn prepare(filters: &[String]) -> Result<()> {
     if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
         return Err(tools::unknown(option));
     }
     if !sys::is_root() {
-        bail!("the tests load programs into the kernel and start containers: run as root");
+        bail!("programs are loaded into the kernel and containers started: run as root");
     }
-    setup::ensure(setup::Scope::Tests, true)?;
+    setup::ensure(setup::Scope::Tests, true)
+}
+
+pub fn verb(filters: &[String]) -> Result<()> {
+    prepare(filters)?;
     let built = build::everything(Profile::Debug)?;
 
     sys::catch_signals();

@@ -29,7 +29,7 @@ enum Verb {
     Run(Run),
     /// Which container a process or a cgroup belongs to, and how that is known
     Explain(explain::Explain),
-    /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot run
+    /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
     Doctor(doctor::Doctor),
     /// Prints the commented reference of the configuration, or checks a file
     Config(Config),

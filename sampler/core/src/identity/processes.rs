@@ -285,9 +285,9 @@ impl Processes {
         found
     }
 
-    /// Living processes: pid, start, whether that is to 10 ms only, and where they are now.
-    pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, bool, Place)> {
-        self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.coarse, life.now.place))
+    /// Living processes: pid, start, and where they are now.
+    pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, Place)> {
+        self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.now.place))
     }
 
     pub fn expire(&mut self, now: BootNs) {

@@ -5,7 +5,7 @@ mod cgroupfs;
 pub mod layout;
 mod load;
 pub mod probe;
-mod proc;
+pub mod proc;
 pub mod rings;
 pub mod scan;
 mod tasks;

@@ -71,11 +71,21 @@ fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
     Ok(None)
 }
 
+/// A field of `/proc/<pid>/status`, by its name with the colon. Bytes: a process may have given itself any name.
+fn status(procfs_root: &Path, pid: u32, field: &str) -> Option<String> {
+    let status = fs::read(procfs_root.join(pid.to_string()).join("status")).ok()?;
+    let value = status.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(field.as_bytes()))?;
+    Some(String::from_utf8_lossy(value).trim().to_owned())
+}
+
 /// The process that a thread belongs to: /proc can be asked for threads too, though it does not list them.
 pub fn group(procfs_root: &Path, pid: u32) -> Option<u32> {
-    let status = fs::read(procfs_root.join(pid.to_string()).join("status")).ok()?;
-    let line = status.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"Tgid:"))?;
-    std::str::from_utf8(line).ok()?.trim().parse().ok()
+    status(procfs_root, pid, "Tgid:")?.parse().ok()
+}
+
+/// Ended, and not yet reaped.
+pub fn is_zombie(procfs_root: &Path, pid: u32) -> bool {
+    status(procfs_root, pid, "State:").is_some_and(|state| state.starts_with(['Z', 'X']))
 }
 
 /// `None` when it does not exist or has ended. What is there and cannot be read in full has no place, and the reason is a problem.

@@ -101,28 +101,37 @@ fn cgroup(bytes: &[u8]) -> Option<(u32, CgroupFact)> {
     Some((kind, fact))
 }
 
-/// Of the ring and of the task iterator.
-pub fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)> {
-    let kind = u32_at(bytes, offset_of!(ProcessEvent, kind))?;
-    let change = match kind {
-        kind::FORK => ProcessChange::Fork { parent: Tgid(u32_at(bytes, offset_of!(ProcessEvent, parent_tgid))?) },
-        // To be there says no more of a process than to exec.
-        kind::EXEC | kind::SEEN => ProcessChange::Exec,
-        kind::EXIT => ProcessChange::Exit,
-        kind::ATTACH => ProcessChange::Attach,
-        _ => return None,
-    };
+/// What a record says of a process, whether an event or the task iterator made it.
+pub struct Described {
+    pub tgid: Tgid,
+    pub start: BootNs,
+    pub at: BootNs,
+    pub place: Place,
+}
+
+pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<Described> {
     let place = Place {
         v2_id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))?,
         v1_id: u64_at(bytes, offset_of!(ProcessEvent, v1_id))?,
         v1_hierarchy: v1_hierarchy.unwrap_or(0),
     };
-    let fact = ProcessFact {
-        change,
+    Some(Described {
         tgid: Tgid(u32_at(bytes, offset_of!(ProcessEvent, tgid))?),
         start: BootNs(u64_at(bytes, offset_of!(ProcessEvent, start_ns))?),
         at: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
         place,
+    })
+}
+
+fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)> {
+    let kind = u32_at(bytes, offset_of!(ProcessEvent, kind))?;
+    let change = match kind {
+        kind::FORK => ProcessChange::Fork { parent: Tgid(u32_at(bytes, offset_of!(ProcessEvent, parent_tgid))?) },
+        kind::EXEC => ProcessChange::Exec,
+        kind::EXIT => ProcessChange::Exit,
+        kind::ATTACH => ProcessChange::Attach,
+        _ => return None,
     };
-    Some((kind, fact))
+    let Described { tgid, start, at, place } = describe(bytes, v1_hierarchy)?;
+    Some((kind, ProcessFact { change, tgid, start, at, place }))
 }

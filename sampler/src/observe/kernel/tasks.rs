@@ -8,7 +8,7 @@ use sampler_common::ProcessEvent;
 use sampler_core::observation::ProcessSeen;
 use thiserror::Error;
 
-use super::rings::process;
+use super::rings::{Described, describe};
 
 /// The kernel fills this much at a time.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -48,9 +48,8 @@ pub fn read(ebpf: &mut Ebpf, v1_hierarchy: Option<u32>) -> Result<Vec<ProcessSee
         }
     }
     let one = |record: &[u8]| {
-        let (_, fact) = process(record, v1_hierarchy)?;
-        let (tgid, start, began) = (fact.tgid, fact.start, fact.at);
-        Some(ProcessSeen { tgid, start, coarse_start: false, began, place: Some(fact.place) })
+        let Described { tgid, start, at, place } = describe(record, v1_hierarchy)?;
+        Some(ProcessSeen { tgid, start, coarse_start: false, began: at, place: Some(place) })
     };
     Ok(bytes.chunks_exact(size_of::<ProcessEvent>()).filter_map(one).collect())
 }
