@@ -1,7 +1,6 @@
 //! The label service: one task drives the ladder, and each question is a task of its own, so no source waits for another.
 
-mod docker;
-mod files;
+mod source;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -15,6 +14,7 @@ use sampler_core::labels::{Ask, ContainerLabels, Ladder, Outcome, Source};
 use sampler_core::units::{BootNs, ContainerKey};
 use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
 
+use self::source::{Answer, docker, files};
 use crate::config::LabelSources;
 
 /// Upper bounds of `gpu_sampler_resolve_seconds`.
@@ -85,28 +85,6 @@ enum Word {
     Hint(String),
     /// The event stream is up: what was missed meanwhile is asked again.
     Back(Source),
-}
-
-/// A source's answer, with what to log when it failed.
-struct Answer {
-    outcome: Outcome,
-    /// `ok`, `not-found`, `error` or `timeout`.
-    name: &'static str,
-    detail: String,
-}
-
-impl Answer {
-    fn failed(name: &'static str, detail: impl ToString) -> Self {
-        Self { outcome: Outcome::Failed, name, detail: detail.to_string() }
-    }
-
-    fn not_found() -> Self {
-        Self { outcome: Outcome::NotFound, name: "not-found", detail: String::new() }
-    }
-
-    fn found(facts: sampler_core::labels::Facts) -> Self {
-        Self { outcome: Outcome::Found(facts), name: "ok", detail: String::new() }
-    }
 }
 
 struct Driver {

@@ -14,25 +14,72 @@ pub enum Source {
     Cgroup,
     Bundle,
     DockerFile,
+    CrioFile,
+    PodmanFile,
+    Logs,
+    Mountinfo,
+    Manifest,
+    Kubelet,
     Docker,
+    Podman,
+    Cri,
+    Crio,
 }
 
 impl Source {
     /// Those that are asked; the path is only read.
-    pub const ASKED: [Source; 3] = [Source::Bundle, Source::DockerFile, Source::Docker];
+    pub const ASKED: [Source; 12] = [
+        Source::Bundle,
+        Source::DockerFile,
+        Source::CrioFile,
+        Source::PodmanFile,
+        Source::Logs,
+        Source::Mountinfo,
+        Source::Manifest,
+        Source::Kubelet,
+        Source::Docker,
+        Source::Podman,
+        Source::Cri,
+        Source::Crio,
+    ];
 
     pub fn name(self) -> &'static str {
         match self {
             Source::Cgroup => "cgroup",
             Source::Bundle => "bundle",
             Source::DockerFile => "docker-file",
+            Source::CrioFile => "crio-file",
+            Source::PodmanFile => "podman-file",
+            Source::Logs => "logs",
+            Source::Mountinfo => "mountinfo",
+            Source::Manifest => "manifest",
+            Source::Kubelet => "kubelet",
             Source::Docker => "docker",
+            Source::Podman => "podman",
+            Source::Cri => "cri",
+            Source::Crio => "crio",
         }
     }
 
     /// A socket races the container's creation and may hang; a file does neither.
     pub fn is_socket(self) -> bool {
-        self == Source::Docker
+        matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
+    }
+
+    /// A higher one may overwrite: the runtime's own record, then the pods' API, then names found in paths.
+    pub fn authority(self) -> u8 {
+        match self {
+            Source::Cgroup | Source::Logs | Source::Mountinfo => 1,
+            Source::Kubelet | Source::Manifest => 2,
+            Source::Bundle
+            | Source::DockerFile
+            | Source::CrioFile
+            | Source::PodmanFile
+            | Source::Docker
+            | Source::Podman
+            | Source::Cri
+            | Source::Crio => 3,
+        }
     }
 }
 

@@ -16,7 +16,8 @@ use tokio::net::UnixStream;
 use tokio::sync::mpsc::UnboundedSender;
 
 use super::files::DockerRecord;
-use super::{Answer, Word};
+use super::Answer;
+use crate::labels::Word;
 
 /// An engine that takes longer is stuck; the ladder asks again.
 const TIMEOUT: Duration = Duration::from_secs(2);
