@@ -20,7 +20,6 @@ use crate::export::http::{self, AppState};
 use crate::health::Health;
 use crate::inbox::{Outbox, inbox};
 use crate::labels::{self, LabelConfig};
-use crate::observe::clock::boot_now;
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
@@ -134,18 +133,9 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (to_core, inbox) = inbox().context("cannot make an event descriptor")?;
     let (to_labels, container_events) = tokio::sync::mpsc::unbounded_channel();
-    let labels = labels::spawn(
-        LabelConfig {
-            rootfs: config.path_rootfs.clone(),
-            docker_socket: config.docker_socket.clone(),
-            sources: config.label_sources,
-            now: boot_now,
-        },
-        container_events,
-    );
-
     let layout = layout(&config.path_procfs);
     let cgroup_layout = layout.name();
+    let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     start_gpus(&config, &to_core, &health, &stop)?;
     let core = CoreThread {

@@ -5,11 +5,11 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
+use sampler_core::labels::Source;
 use serde::Deserialize;
 use thiserror::Error;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
-pub const DEFAULT_DOCKER: &str = "unix:///var/run/docker.sock";
 
 /// How processes and cgroups are followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -25,6 +25,20 @@ pub enum KernelMode {
     Inotify,
     /// /proc and cgroupfs once a second; short processes are missed.
     Procfs,
+}
+
+/// Which generation of pod labels the cAdvisor families carry: Kubernetes 1.14 and 1.15 had both.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum PodLabels {
+    /// pod and container, pod_name and container_name.
+    #[default]
+    Both,
+    /// pod_name and container_name, as before Kubernetes 1.16.
+    Old,
+    /// pod and container, as since Kubernetes 1.16.
+    New,
 }
 
 /// What can be set, as flags; every field also as `GPU_SAMPLER_<NAME>` and in the file.
@@ -43,15 +57,24 @@ pub struct Settings {
     /// Where the host's /sys is [default: /sys]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_SYSFS")]
     pub path_sysfs: Option<PathBuf>,
-    /// Where the host's file system is: OCI bundles and Docker's files are looked up below it [default: /]
+    /// Where the host's file system is: the files and sockets of runtimes and kubelet are looked up below it [default: /]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_ROOTFS")]
     pub path_rootfs: Option<PathBuf>,
-    /// Docker Engine's socket [default: unix:///var/run/docker.sock]
+    /// Docker Engine's socket, instead of the ones found [default: those of running engines, and unix:///run/docker.sock]
     #[arg(long, value_name = "URL", env = "GPU_SAMPLER_DOCKER_ENDPOINT")]
     pub docker_endpoint: Option<String>,
-    /// Label sources to use: bundle, docker-file, docker [default: all]
+    /// A CRI socket (containerd, CRI-O, cri-dockerd), instead of the ones found; more than once, or with commas between
+    #[arg(long, value_name = "URL", value_delimiter = ',', env = "GPU_SAMPLER_CRI_ENDPOINT")]
+    pub cri_endpoint: Option<Vec<String>>,
+    /// podman's socket, instead of the ones found [default: unix:///run/podman/podman.sock]
+    #[arg(long, value_name = "URL", env = "GPU_SAMPLER_PODMAN_ENDPOINT")]
+    pub podman_endpoint: Option<String>,
+    /// Label sources to use, such as bundle,docker,cri; `config --default` lists them [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',', env = "GPU_SAMPLER_LABEL_SOURCES")]
     pub label_sources: Option<Vec<String>>,
+    /// Pod labels of the container_accelerator families: pod and container, pod_name and container_name, or both [default: both]
+    #[arg(long, value_name = "WHICH", env = "GPU_SAMPLER_POD_LABELS")]
+    pub pod_labels: Option<PodLabels>,
     /// How processes and cgroups are followed [default: auto]
     #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
     pub kernel_mode: Option<KernelMode>,
@@ -66,13 +89,6 @@ pub struct Settings {
     pub open_metrics: Option<bool>,
 }
 
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct LabelSources {
-    pub bundle: bool,
-    pub docker_file: bool,
-    pub docker: bool,
-}
-
 #[derive(Clone, Debug)]
 pub struct Config {
     pub listen: SocketAddr,
@@ -80,8 +96,10 @@ pub struct Config {
     pub path_procfs: PathBuf,
     pub path_sysfs: PathBuf,
     pub path_rootfs: PathBuf,
-    pub docker_socket: PathBuf,
-    pub label_sources: LabelSources,
+    /// Sockets given by name; a source that is among them is asked nowhere else.
+    pub label_endpoints: Vec<(Source, PathBuf)>,
+    pub label_sources: Vec<Source>,
+    pub pod_labels: PodLabels,
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
     pub token: Option<String>,
@@ -122,7 +140,10 @@ impl Settings {
             path_sysfs: self.path_sysfs.or(under.path_sysfs),
             path_rootfs: self.path_rootfs.or(under.path_rootfs),
             docker_endpoint: self.docker_endpoint.or(under.docker_endpoint),
+            cri_endpoint: self.cri_endpoint.or(under.cri_endpoint),
+            podman_endpoint: self.podman_endpoint.or(under.podman_endpoint),
             label_sources: self.label_sources.or(under.label_sources),
+            pod_labels: self.pod_labels.or(under.pod_labels),
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             token_file: self.token_file.or(under.token_file),
@@ -161,8 +182,9 @@ impl Settings {
             path_procfs: procfs(folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
             path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
             path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
-            docker_socket: socket(s.docker_endpoint.as_deref().unwrap_or(DEFAULT_DOCKER))?,
+            label_endpoints: endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
             label_sources: sources(s.label_sources)?,
+            pod_labels: s.pod_labels.unwrap_or_default(),
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             token,
@@ -188,13 +210,27 @@ fn procfs(path: PathBuf) -> Result<PathBuf, ConfigError> {
     Err(ConfigError::Value { key: "path_procfs", value: path.display().to_string(), remedy })
 }
 
-fn socket(endpoint: &str) -> Result<PathBuf, ConfigError> {
+fn endpoints(
+    docker: Option<String>,
+    cri: Option<Vec<String>>,
+    podman: Option<String>,
+) -> Result<Vec<(Source, PathBuf)>, ConfigError> {
+    let cri = cri.into_iter().flatten();
+    let all = docker.into_iter().map(|e| ("docker_endpoint", Source::Docker, e));
+    let all = all.chain(cri.map(|e| ("cri_endpoint", Source::Cri, e)));
+    let all = all.chain(podman.into_iter().map(|e| ("podman_endpoint", Source::Podman, e)));
+    // An empty one is none: so a variable can take back what a file gives.
+    let all = all.filter(|(_, _, endpoint)| !endpoint.is_empty());
+    all.map(|(key, source, endpoint)| Ok((source, socket(key, &endpoint)?))).collect()
+}
+
+fn socket(key: &'static str, endpoint: &str) -> Result<PathBuf, ConfigError> {
     match endpoint.strip_prefix("unix://") {
         Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
         _ => Err(ConfigError::Value {
-            key: "docker_endpoint",
+            key,
             value: endpoint.to_owned(),
-            remedy: format!("give a Unix socket, such as {DEFAULT_DOCKER}"),
+            remedy: "give a Unix socket with its whole path, such as unix:///run/docker.sock".into(),
         }),
     }
 }
@@ -224,25 +260,26 @@ fn token(path: &Path) -> Result<String, ConfigError> {
     }
 }
 
-fn sources(list: Option<Vec<String>>) -> Result<LabelSources, ConfigError> {
-    let all = LabelSources { bundle: true, docker_file: true, docker: true };
-    let Some(list) = list else { return Ok(all) };
-    let mut chosen = LabelSources::default();
+fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {
+    let Some(list) = list else { return Ok(Source::ASKED.to_vec()) };
+    let mut chosen = Vec::new();
     for name in list {
-        match name.trim() {
-            "all" => chosen = all,
-            "bundle" => chosen.bundle = true,
-            "docker-file" => chosen.docker_file = true,
-            "docker" => chosen.docker = true,
-            other => {
+        let known = Source::ASKED.into_iter().find(|source| source.name() == name.trim());
+        match (name.trim(), known) {
+            ("all", _) => chosen.extend(Source::ASKED),
+            (_, Some(source)) => chosen.push(source),
+            (other, None) => {
+                let names: Vec<&str> = Source::ASKED.iter().map(|s| s.name()).collect();
                 return Err(ConfigError::Value {
                     key: "label_sources",
                     value: other.to_owned(),
-                    remedy: "choose from all, bundle, docker-file, docker".into(),
+                    remedy: format!("choose from all, {}", names.join(", ")),
                 });
             }
         }
     }
+    chosen.sort_unstable();
+    chosen.dedup();
     Ok(chosen)
 }
 
@@ -270,6 +307,7 @@ mod tests {
         check("listen = '0.0.0.0:1'", "give --token-file");
         check("listen = '0.0.0.0:1'\nopen_metrics = true", "ok");
         check("docker_endpoint = 'tcp://x'", "give a Unix socket");
+        check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is wrong: give a Unix socket");
         check("label_sources = ['bundel']", "label_sources = \"bundel\" is wrong: choose from");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
@@ -283,6 +321,7 @@ mod tests {
         let read: Settings = toml::from_str(&uncommented).unwrap();
         assert!(read.listen.is_some() && read.nvml_lib.is_some() && read.path_procfs.is_some() && read.path_sysfs.is_some());
         assert!(read.path_rootfs.is_some() && read.docker_endpoint.is_some() && read.label_sources.is_some());
+        assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
         assert!(
             read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()

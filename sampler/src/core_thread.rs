@@ -396,6 +396,7 @@ impl CoreThread {
             let event = match change {
                 ContainerChange::Appeared(record) => ContainerEvent::Appeared(record),
                 ContainerChange::Gone(key, at) => ContainerEvent::Gone(key, at),
+                ContainerChange::Evicted(key) => ContainerEvent::Evicted(key),
             };
             // The label service ends only with the process.
             if self.containers.send(event).is_err() {

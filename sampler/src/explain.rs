@@ -1,22 +1,25 @@
 //! Who a process is and was, and why: what the core thread knows, put into words for `explain` and `/api/v1/`.
 //!
-//! Deliberately asks nobody: labels are what the label service already has.
+//! Deliberately asks nobody: labels, and what became of asking for them, are what the label service already has.
 
+use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sampler_core::identity::{Identity, KEEP_EXITED_NS, LifeView, Stay};
-use sampler_core::labels::{CgroupIdentity, ContainerLabels, Kind, Label, parse};
+use sampler_core::identity::{ContainerRecord, Identity, KEEP_EXITED_NS, KEEP_REMOVED_NS, LifeView, Stay};
+use sampler_core::labels::{ContainerLabels, Kind, Label, Source, is_likely, parse};
 use sampler_core::observation::Place;
 use sampler_core::units::{BootNs, ContainerKey, Tgid};
 use serde::Serialize;
 
-use crate::labels::LabelView;
+use crate::labels::{FILES, TriedView};
 use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::Mode;
 use crate::observe::kernel::layout::REMEDY;
 use crate::observe::kernel::proc::{group, is_zombie};
 
+/// As many ids as one line holds.
+const SEVERAL: usize = 4;
 const KEEP_EXITED_S: u64 = KEEP_EXITED_NS / 1_000_000_000;
 
 /// What is asked about.
@@ -25,6 +28,8 @@ pub enum Subject {
     Pid(u32),
     /// A cgroup's path within its hierarchy.
     Cgroup(String),
+    /// A container's id, or enough of its beginning.
+    Container(String),
 }
 
 /// What identity knows of a subject. A copy: the core thread does not wait for whoever reads it.
@@ -33,6 +38,8 @@ pub struct Known {
     /// Where it is now, or was last; blank when its cgroup is unknown.
     pub path: String,
     pub container: Option<ContainerKey>,
+    /// When the container's last cgroup was removed.
+    pub gone: Option<BootNs>,
     /// Newest first; empty for a cgroup.
     pub lives: Vec<(LifeView, Vec<StayView>)>,
 }
@@ -71,7 +78,55 @@ pub fn known(identity: &Identity, subject: &Subject) -> Option<Known> {
         Subject::Pid(pid) => process(identity, *pid),
         Subject::Cgroup(path) => {
             let container = identity.cgroups.container_at(identity.cgroups.at_path(path)?);
-            Some(Known { path: path.clone(), container, lives: Vec::new() })
+            Some(Known { path: path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
+        }
+        Subject::Container(id) => {
+            let all = identity.cgroups.containers();
+            let record = by_id(all.map(|c| &*c.record), id)?;
+            let container = Some(record.key);
+            Some(Known { path: record.cgroup_path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
+        }
+    }
+}
+
+fn gone(identity: &Identity, container: Option<ContainerKey>) -> Option<BootNs> {
+    identity.cgroups.container(container?)?.gone
+}
+
+/// What people copy from other tools: `containerd://1AB..` and the like.
+pub fn plain_id(given: &str) -> String {
+    let scheme = given.trim().rsplit_once("://");
+    let bare = scheme.map_or(given.trim(), |(_, id)| id);
+    // A name of ctr's may be upper case, an engine's id never is.
+    let engines = (scheme.is_some() || bare.len() == 64) && bare.bytes().all(|b| b.is_ascii_hexdigit());
+    if engines { bare.to_ascii_lowercase() } else { bare.trim_start_matches('/').to_owned() }
+}
+
+/// The container of this id, the newest of them; or the only one whose id begins so.
+fn by_id<'a>(all: impl Iterator<Item = &'a ContainerRecord>, wanted: &str) -> Option<&'a ContainerRecord> {
+    let id = |record: &&'a ContainerRecord| record.identity.container_id.as_deref().unwrap_or_default();
+    let found: Vec<&ContainerRecord> = all.filter(|record| id(record).starts_with(wanted)).collect();
+    let newest = |of: Vec<&'a ContainerRecord>| of.into_iter().max_by_key(|record| record.key);
+    let exact: Vec<&ContainerRecord> = found.iter().copied().filter(|record| id(record) == wanted).collect();
+    match exact.is_empty() {
+        false => newest(exact),
+        true if found.windows(2).all(|pair| id(&pair[0]) == id(&pair[1])) => newest(found),
+        true => None,
+    }
+}
+
+/// Why a container is not among the known.
+pub fn no_container(id: &str, begin_so: &[String]) -> String {
+    match begin_so {
+        [] => format!(
+            "no container's id begins with {id} and none is called so; it may have ended: a running agent knows containers for {} s after \
+             their end, and `docker ps -a` or `crictl ps -a` longer",
+            KEEP_REMOVED_NS / 1_000_000_000
+        ),
+        several => {
+            let more = if several.len() > SEVERAL { ", .." } else { "" };
+            let first: Vec<&str> = several.iter().take(SEVERAL).map(String::as_str).collect();
+            format!("{} containers begin with {id}: {}{more}; give more of the id", several.len(), first.join(", "))
         }
     }
 }
@@ -98,7 +153,7 @@ fn process(identity: &Identity, pid: u32) -> Option<Known> {
     let (life, stays) = lives.first()?;
     let path = stays.last().and_then(|s| s.path.clone()).unwrap_or_default();
     let container = life.stays.last().and_then(container);
-    Some(Known { path, container, lives })
+    Some(Known { path, container, gone: gone(identity, container), lives })
 }
 
 /// Why a pid is not among the known, as far as /proc and the mode can tell. `mode` is none where no agent runs.
@@ -137,11 +192,22 @@ pub struct Explanation {
     pod_uid: Option<String>,
     outer_container_id: Option<String>,
     cgroup: String,
-    labels: std::collections::BTreeMap<&'static str, Value>,
+    /// When the container's last cgroup was removed; null while it is there.
+    ended: Option<String>,
+    /// False where there is no such cgroup now; absent where nobody has looked.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub exists: Option<bool>,
+    labels: BTreeMap<&'static str, Value>,
     /// Labels that this kind of container should have and nobody has told yet.
     missing: Vec<&'static str>,
     not_applicable: Vec<&'static str>,
-    /// Who answered: `agent` (kernel events), `procfs` (a look into /proc just now) or `path` (nothing but the path).
+    /// Every source, and what came of it; empty where only the path was looked at.
+    tried: Vec<TriedView>,
+    /// For each missing label, who would tell it, and why that one has not.
+    #[serde(skip_serializing_if = "BTreeMap::is_empty")]
+    would_fill: BTreeMap<&'static str, Vec<String>>,
+    /// Who answered: `agent` (kernel events, and the sources it asked), `sources` (a look into /proc and every source asked just
+    /// now) or `path` (nothing but the path).
     pub answered_by: &'static str,
     #[serde(skip_serializing_if = "Option::is_none")]
     process: Option<ProcessJson>,
@@ -150,6 +216,8 @@ pub struct Explanation {
 #[derive(Serialize)]
 struct ProcessJson {
     pid: u32,
+    /// Its name now; null once it has ended.
+    comm: Option<String>,
     /// Lives of this pid, newest first: a pid is used again.
     lives: Vec<LifeJson>,
 }
@@ -198,42 +266,54 @@ impl Boot {
 }
 
 impl Explanation {
-    pub fn new(subject: &Subject, known: &Known, labels: &LabelView) -> Self {
+    /// `labels` and `tried` are of the container it is in, if it is in one.
+    pub fn new(subject: &Subject, known: &Known, labels: Option<&ContainerLabels>, tried: Vec<TriedView>, procfs: &Path) -> Self {
         let mut answer = Self::of_path(&known.path);
         answer.answered_by = "agent";
-        if let Some(labels) = known.container.and_then(|key| labels.get(&key)) {
-            answer.take(labels);
+        let boot = Boot::now();
+        answer.ended = known.gone.map(|at| boot.rfc3339(at));
+        if let Some(labels) = labels {
+            answer.take(labels, tried);
         }
         if let Subject::Pid(pid) = subject {
-            let boot = Boot::now();
-            let lives = known.lives.iter().map(|(view, stays)| boot.life(view, stays)).collect();
-            answer.process = Some(ProcessJson { pid: *pid, lives });
+            let lives: Vec<LifeJson> = known.lives.iter().map(|(view, stays)| boot.life(view, stays)).collect();
+            let comm = std::fs::read_to_string(procfs.join(pid.to_string()).join("comm")).ok();
+            let comm = comm.filter(|_| lives.first().is_some_and(|life| life.end.is_none())).map(|c| c.trim().to_owned());
+            answer.process = Some(ProcessJson { pid: *pid, comm, lives });
         }
         answer
     }
 
     /// What the path alone says.
     pub fn of_path(path: &str) -> Self {
-        let CgroupIdentity { kind, runtime, container_id, pod_uid, outer_container_id, root_len } = parse(path);
-        let is_container = matches!(kind, Kind::Container | Kind::Sandbox);
-        let id = if is_container { path.get(..root_len).unwrap_or(path) } else { path };
-        let value = Value { value: id.to_owned(), source: "cgroup" };
-        Self {
-            kind: kind.name(),
-            runtime: runtime.map(|r| r.name()),
-            container_id: container_id.filter(|_| is_container),
-            pod_uid,
-            outer_container_id,
+        let record = record_of(path);
+        let identity = &record.identity;
+        let is_container = matches!(identity.kind, Kind::Container | Kind::Sandbox);
+        let id = if is_container { record.cgroup_path.clone() } else { path.to_owned() };
+        let mut answer = Self {
+            kind: identity.kind.name(),
+            runtime: identity.runtime.map(|r| r.name()),
+            container_id: identity.container_id.clone().filter(|_| is_container),
+            pod_uid: identity.pod_uid.clone(),
+            outer_container_id: identity.outer_container_id.clone(),
             cgroup: path.to_owned(),
-            labels: std::collections::BTreeMap::from([("id", value)]),
-            missing: if is_container { Label::ALL.map(|l| l.name()).to_vec() } else { Vec::new() },
-            not_applicable: if is_container { Vec::new() } else { Label::ALL.map(|l| l.name()).to_vec() },
+            ended: None,
+            exists: None,
+            labels: BTreeMap::from([("id", Value { value: id, source: "cgroup" })]),
+            missing: Vec::new(),
+            not_applicable: Label::ALL.map(|l| l.name()).to_vec(),
+            tried: Vec::new(),
+            would_fill: BTreeMap::new(),
             answered_by: "path",
             process: None,
+        };
+        if is_container {
+            answer.take(&ContainerLabels::from_path(&record), Vec::new());
         }
+        answer
     }
 
-    fn take(&mut self, labels: &ContainerLabels) {
+    fn take(&mut self, labels: &ContainerLabels, tried: Vec<TriedView>) {
         self.kind = labels.kind.name();
         self.runtime = labels.runtime.map(|r| r.name());
         self.pod_uid.clone_from(&labels.pod_uid);
@@ -245,12 +325,56 @@ impl Explanation {
         }
         self.missing = labels.missing().map(|l| l.name()).collect();
         self.not_applicable = labels.not_applicable().map(|l| l.name()).collect();
+        self.would_fill = would_fill(labels, &tried);
+        self.tried = tried;
     }
+}
+
+/// For each missing label, who would tell it, and why that one has not.
+pub fn would_fill(labels: &ContainerLabels, tried: &[TriedView]) -> BTreeMap<&'static str, Vec<String>> {
+    let would = |label: Label| {
+        let likely = |t: &&TriedView| {
+            let source = Source::ASKED.into_iter().find(|s| s.name() == t.source);
+            t.outcome != "ok" && source.is_some_and(|s| s.gives(label) && is_likely(s, labels))
+        };
+        let told = |t: &TriedView| match t.endpoint.as_str() {
+            FILES | "" => format!("{} ({})", t.source, t.detail),
+            endpoint => format!("{} at {endpoint} ({})", t.source, t.detail),
+        };
+        // A usual place without anybody is no news where the same source is somewhere else.
+        let elsewhere = |t: &&TriedView| !t.is_absent() || !tried.iter().any(|o| o.source == t.source && !o.is_absent());
+        tried.iter().filter(likely).filter(elsewhere).map(told).collect::<Vec<_>>()
+    };
+    labels.missing().map(|l| (l.name(), would(l))).filter(|(_, who)| !who.is_empty()).collect()
+}
+
+/// A container as its path tells it; `cgroup_path` ends with the container's root.
+pub fn record_of(path: &str) -> ContainerRecord {
+    let identity = parse(path);
+    let cgroup_path = path.get(..identity.root_len).filter(|root| !root.is_empty()).unwrap_or(path).to_owned();
+    ContainerRecord { key: ContainerKey(0), cgroup_path, identity, created: BootNs(0), creation_seen: false }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn ids_as_people_copy_them() {
+        for (given, expect) in [
+            ("containerd://1ab4", "1ab4"),
+            ("docker://1AB4", "1ab4"),
+            ("CAFE", "CAFE"),
+            (" 1ab4\n", "1ab4"),
+            ("/web", "web"),
+            ("Trainer", "Trainer"),
+            ("", ""),
+        ] {
+            assert_eq!(plain_id(given), expect, "{given:?}");
+        }
+        assert!(no_container("1", &["1a".into(), "1b".into()]).contains("2 containers begin with 1: 1a, 1b; give more"));
+        assert!(no_container("x", &[]).contains("no container's id begins with x"));
+    }
 
     #[test]
     fn what_a_path_says() {
@@ -265,5 +389,8 @@ mod tests {
         let told = json("/system.slice/ssh.service");
         assert_eq!((&told["kind"], &told["container_id"]), (&"not-container".into(), &serde_json::Value::Null));
         assert_eq!(told["missing"].as_array().map(Vec::len), Some(0));
+        let told = json(&format!("/docker/{id}"));
+        assert_eq!(told["missing"], serde_json::json!(["name", "image"]));
+        assert_eq!(told["not_applicable"], serde_json::json!(["namespace", "pod", "container"]));
     }
 }

@@ -49,6 +49,10 @@ pub struct GpuTime {
 pub struct GpuInfo {
     pub uuid: GpuUuid,
     pub index: u32,
+    /// N of `/dev/nvidiaN`; not always the index.
+    pub minor: Option<u32>,
+    /// UUIDs of its MIG devices, `MIG-...`.
+    pub mig_uuids: Vec<String>,
     pub model: String,
     pub pci_bus_id: String,
     pub driver_version: String,

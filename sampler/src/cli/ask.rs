@@ -26,7 +26,11 @@ pub fn get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyhow::Re
     runtime.block_on(async {
         match tokio::time::timeout(TIMEOUT, try_get(agent, path_and_query, token)).await {
             Ok(answer) => answer.with_context(|| format!("asking the agent at {agent}")),
-            Err(_) => bail!("the agent at {agent} did not answer within {} s", TIMEOUT.as_secs()),
+            Err(_) => bail!(
+                "the agent at {agent} did not answer within {} s: it hangs, or something else listens there; --no-agent asks the sources \
+                 from here",
+                TIMEOUT.as_secs()
+            ),
         }
     })
 }
@@ -47,6 +51,7 @@ async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyh
     }
     let response = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
     let status = response.status();
+    let ours = response.headers().get("Server").is_some_and(|s| s.as_bytes().starts_with(b"gpu-sampler"));
     let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| anyhow::anyhow!(error))?;
     connection.abort();
     let body = body.to_bytes().to_vec();
@@ -54,7 +59,10 @@ async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyh
     let words = || String::from_utf8_lossy(&body).trim().lines().next().unwrap_or_default().chars().take(200).collect::<String>();
     match status.as_u16() {
         200 => Ok(Answer::Found(body)),
-        404 => Ok(Answer::NotFound(words())),
+        404 if ours => Ok(Answer::NotFound(words())),
+        _ if !ours => {
+            bail!("HTTP {status}: that is no gpu-sampler agent; name one with --agent or --listen, or do without: --no-agent")
+        }
         _ => bail!("HTTP {status}: {}", words()),
     }
 }

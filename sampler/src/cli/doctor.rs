@@ -2,20 +2,29 @@
 //! and dropped again.
 
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 
 use clap::Args;
+use sampler_core::units::BootNs;
 use serde::Serialize;
 
 use super::ask::{self, Answer};
+use super::runtimes;
 use super::told;
 use crate::agent::pid_namespace_problem;
 use crate::config::{Config, KernelMode, Settings};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
-use crate::observe::kernel::{KernelError, Mode, Tracker, scan};
+use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, scan};
+
+/// The agent takes two; others on the machine take some.
+const FEWEST_INSTANCES: u64 = 16;
+/// One for each where eBPF cannot be had, and room for those to come.
+const WATCHES_A_CGROUP: u64 = 2;
+/// Where details begin.
+const INDENT: usize = 25;
 
 #[derive(Args)]
 pub struct Doctor {
@@ -31,8 +40,10 @@ pub struct Doctor {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-enum Status {
+pub enum Status {
     Ok,
+    /// Not about the agent; somebody else has trouble with it, or will.
+    Warning,
     /// The agent runs, and knows less.
     Degraded,
     /// The agent does not start, or has nothing to do.
@@ -40,7 +51,7 @@ enum Status {
 }
 
 #[derive(Debug, Serialize)]
-struct Check {
+pub struct Check {
     name: &'static str,
     status: Status,
     detail: String,
@@ -49,11 +60,11 @@ struct Check {
 }
 
 impl Check {
-    fn ok(name: &'static str, detail: impl Into<String>) -> Self {
+    pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
         Self { name, status: Status::Ok, detail: detail.into(), remedy: None }
     }
 
-    fn bad(name: &'static str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub fn bad(name: &'static str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 }
@@ -68,8 +79,16 @@ struct Report {
 
 impl Doctor {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let config = self.settings.validate(self.config.as_deref())?;
-        let report = examine(&config);
+        let report = match self.settings.validate(self.config.as_deref()) {
+            Ok(config) => examine(&config),
+            // Who reads JSON wants this as JSON too.
+            Err(error) if self.json => {
+                let remedy = "`gpu-sampler config --default` prints every key";
+                let checks = vec![Check::bad("configuration", Status::Failed, told(&error), remedy)];
+                Report { can_run: false, kernel_mode: None, checks }
+            }
+            Err(error) => return Err(error.into()),
+        };
         let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { text(&report) };
         super::print(&out)?;
         Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
@@ -83,7 +102,10 @@ fn examine(config: &Config) -> Report {
     let kernel_mode = mode.map(Mode::name);
     let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout, mode), processes(config, &layout)];
     checks.extend(kernel(chosen, config.kernel_mode));
+    let cgroups = count_cgroups(&layout);
+    checks.push(inotify(&config.path_procfs, cgroups));
     checks.push(driver(config));
+    checks.extend(runtimes::checks(config, &layout));
     checks.push(address(config));
     let can_run = checks.iter().all(|c| c.status != Status::Failed);
     Report { can_run, kernel_mode, checks }
@@ -123,6 +145,15 @@ fn cgroups(layout: &Layout, mode: Option<Mode>) -> Check {
         return Check::bad("cgroups", status, problem, REMEDY);
     }
     Check::ok("cgroups", format!("{}: {}", layout.name(), mounts.join(", ")))
+}
+
+fn count_cgroups(layout: &Layout) -> usize {
+    let mut count = 0;
+    for (hierarchy, mount) in layout.mounts() {
+        // Those that cannot be seen are told of by other checks.
+        let _all = cgroupfs::walk(hierarchy, mount, BootNs(0), &mut |_, _| {}, &mut |_, _| count += 1);
+    }
+    count
 }
 
 fn processes(config: &Config, layout: &Layout) -> Check {
@@ -176,6 +207,25 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
     checks
 }
 
+/// Limits on what the agent watches with.
+fn inotify(procfs: &Path, cgroups: usize) -> Check {
+    let read = |name: &str| -> Option<u64> {
+        let path: PathBuf = procfs.join("sys/fs/inotify").join(name);
+        std::fs::read_to_string(path).ok()?.trim().parse().ok()
+    };
+    let (Some(instances), Some(watches)) = (read("max_user_instances"), read("max_user_watches")) else {
+        let remedy = "give the host's /proc with --path-procfs";
+        return Check::bad("inotify", Status::Degraded, "its limits cannot be read", remedy);
+    };
+    let detail = format!("{instances} instances and {watches} watches a user");
+    // One for sockets, one for cgroups where eBPF cannot be had; room for those to come.
+    if instances < FEWEST_INSTANCES || watches < WATCHES_A_CGROUP * cgroups as u64 {
+        let remedy = "raise fs.inotify.max_user_instances and fs.inotify.max_user_watches";
+        return Check::bad("inotify", Status::Degraded, format!("{detail}, and there are {cgroups} cgroups"), remedy);
+    }
+    Check::ok("inotify", detail)
+}
+
 fn driver(config: &Config) -> Check {
     const NAME: &str = "NVIDIA driver";
     let counted = gpu::open(config.nvml_lib.as_deref()).map_err(|error| told(&error)).and_then(|nvml| {
@@ -204,7 +254,10 @@ fn address(config: &Config) -> Check {
     let agent = (error.kind() == std::io::ErrorKind::AddrInUse).then(|| running(config)).flatten();
     match agent {
         Some(said) => Check::ok("address", format!("an agent serves at {listen} already: {said}")),
-        None => Check::bad("address", Status::Failed, format!("{listen}: {error}"), "choose a free one with --listen"),
+        None => {
+            let remedy = "a hung agent, or somebody else: `ss -ltnp` shows who listens there; or choose a free one with --listen";
+            Check::bad("address", Status::Failed, format!("{listen}: {error}"), remedy)
+        }
     }
 }
 
@@ -230,6 +283,7 @@ fn text(report: &Report) -> String {
     let paint = |status: Status| {
         let (word, colour) = match status {
             Status::Ok => ("ok      ", 32),
+            Status::Warning => ("warning ", 35),
             Status::Degraded => ("degraded", 33),
             Status::Failed => ("failed  ", 31),
         };
@@ -237,9 +291,9 @@ fn text(report: &Report) -> String {
     };
     let mut out = String::new();
     for check in &report.checks {
-        out += &format!("{}  {:<14} {}\n", paint(check.status), check.name, check.detail);
+        out += &super::wrapped(&format!("{}  {:<14} ", paint(check.status), check.name), INDENT, &check.detail);
         if let Some(remedy) = &check.remedy {
-            out += &format!("          {:<14} -> {remedy}\n", "");
+            out += &super::wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
         }
     }
     let degraded = report.checks.iter().any(|c| c.status == Status::Degraded);

@@ -3,6 +3,7 @@
 mod ask;
 mod doctor;
 mod explain;
+mod runtimes;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -85,6 +86,31 @@ fn print(text: &str) -> anyhow::Result<()> {
         Err(error) if error.kind() != std::io::ErrorKind::BrokenPipe => Err(error).context("cannot write to standard output"),
         _ => Ok(()),
     }
+}
+
+/// `head`, which takes `indent` columns, then the text: broken into lines on a terminal, whole elsewhere.
+fn wrapped(head: &str, indent: usize, text: &str) -> String {
+    let width = terminal_size::terminal_size_of(std::io::stdout()).map_or(usize::MAX, |(width, _)| usize::from(width.0));
+    // Narrower than this, every word would be a line.
+    let room = width.saturating_sub(indent).max(24);
+    let (mut out, mut column) = (head.to_owned(), 0);
+    // Names come from whoever runs containers: what would steer the terminal is shown, not sent.
+    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
+    let text: String = text.chars().map(shown).collect();
+    for word in text.split(' ') {
+        let length = word.chars().count();
+        if column > 0 && column + 1 + length > room {
+            out += &format!("\n{:indent$}", "");
+            column = 0;
+        } else if column > 0 {
+            out.push(' ');
+            column += 1;
+        }
+        out += word;
+        column += length;
+    }
+    out.push('\n');
+    out
 }
 
 /// An error with its causes, leaving out those that it already has in its own words: some libraries repeat theirs.

@@ -6,36 +6,39 @@ use sampler_core::snapshot::Reason;
 
 use super::encode::{Families, Family};
 use super::ledger::{Exposition, GpuRow, Row};
+use crate::config::PodLabels;
 use crate::health::{CALL_BOUNDS, HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
 
 /// cAdvisor's own constant for this label.
 const MAKE: &str = "nvidia";
 
-/// The three families that replace cAdvisor's, with both generations of its pod labels.
-pub fn cadvisor(page: &Exposition, to: &mut Families) {
+/// The three families that replace cAdvisor's, with the generations of its pod labels that were asked for.
+pub fn cadvisor(page: &Exposition, pods: PodLabels, to: &mut Families) {
     accelerator(
         to.gauge(
             "container_accelerator_duty_cycle",
             "Percent of time over the past 10 seconds in which this container kept the accelerator busy.",
         ),
         page,
+        pods,
         |row| row.duty_cycle_percent,
     );
-    accelerator(to.gauge("container_accelerator_memory_total_bytes", "Total accelerator memory."), page, |row| {
+    accelerator(to.gauge("container_accelerator_memory_total_bytes", "Total accelerator memory."), page, pods, |row| {
         row.memory_total_bytes.map(|b| b as f64)
     });
     accelerator(
         to.gauge("container_accelerator_memory_used_bytes", "Accelerator memory held by this container's processes."),
         page,
+        pods,
         |row| row.memory_used_bytes.map(|b| b as f64),
     );
 }
 
-fn accelerator(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option<f64>) {
+fn accelerator(mut family: Family<'_>, page: &Exposition, pods: PodLabels, value: impl Fn(&Row) -> Option<f64>) {
     for row in &page.rows {
         let l = &row.labels;
-        let labels = [
+        let mut labels = vec![
             ("acc_id", &*row.gpu.0),
             ("make", MAKE),
             ("model", &row.model),
@@ -43,11 +46,15 @@ fn accelerator(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -
             ("name", l.text(Label::Name)),
             ("image", l.text(Label::Image)),
             ("namespace", l.text(Label::Namespace)),
-            ("pod", l.text(Label::Pod)),
-            ("pod_name", l.text(Label::Pod)),
-            ("container", l.text(Label::Container)),
-            ("container_name", l.text(Label::Container)),
         ];
+        for (new, old, label) in [("pod", "pod_name", Label::Pod), ("container", "container_name", Label::Container)] {
+            if pods != PodLabels::Old {
+                labels.push((new, l.text(label)));
+            }
+            if pods != PodLabels::New {
+                labels.push((old, l.text(label)));
+            }
+        }
         family.add_known(&labels, value(row));
     }
 }
@@ -60,11 +67,17 @@ pub fn containers(page: &Exposition, to: &mut Families) {
     own(to.gauge("container_gpu_memory_used_bytes", "GPU memory held by this container's processes."), page, |r| {
         r.memory_used_bytes.map(|b| b as f64)
     });
+    own(
+        to.gauge("container_gpu_assigned", "1 where the kubelet has assigned this GPU, or a part of it, to the container."),
+        page,
+        |r| r.assigned.then_some(1.0),
+    );
     let mut info = to.gauge("container_gpu_info", "What a container_id stands for.");
     let mut told = std::collections::HashSet::new();
-    for l in page.rows.iter().map(|row| &row.labels).filter(|l| told.insert(&l.container_id)) {
+    for row in page.rows.iter().filter(|row| told.insert(&row.container_id)) {
+        let l = &row.labels;
         let labels = [
-            ("container_id", &*l.container_id),
+            ("container_id", &*row.container_id),
             ("image", l.text(Label::Image)),
             ("name", l.text(Label::Name)),
             ("runtime", l.runtime.map_or("", |r| r.name())),
@@ -83,7 +96,7 @@ fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option
             ("namespace", l.text(Label::Namespace)),
             ("pod", l.text(Label::Pod)),
             ("container", l.text(Label::Container)),
-            ("container_id", &l.container_id),
+            ("container_id", &row.container_id),
         ];
         family.add_known(&labels, value(row));
     }
@@ -167,14 +180,22 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
         labels.resolve_sum,
         labels.resolve_count,
     );
-    let mut up = to.gauge("gpu_sampler_source_up", "1 while a source answers, 0 while it is there and fails.");
+    let mut up = to.gauge(
+        "gpu_sampler_source_up",
+        "1 while a source answers; 0 while it fails, or while a socket that was there or was given is gone.",
+    );
     for ((source, endpoint), is_up) in &labels.up {
         up.add(&[("source", source), ("endpoint", endpoint)], f64::from(u8::from(*is_up)));
     }
     up.add_known(&[("source", "nvml"), ("endpoint", nvml)], health.nvml_up.map(|is_up| f64::from(u8::from(is_up))));
-    let mut calls = to.counter("gpu_sampler_runtime_calls_total", "Questions put to label sources.");
-    for ((source, outcome), n) in &labels.calls {
-        calls.add(&[("source", source), ("outcome", outcome)], *n as f64);
+    for (name, help, counts) in [
+        ("gpu_sampler_runtime_calls_total", "Questions put to runtimes' sockets.", &labels.calls),
+        ("gpu_sampler_file_reads_total", "Label sources' files looked for.", &labels.reads),
+    ] {
+        let mut family = to.counter(name, help);
+        for ((source, outcome), n) in counts {
+            family.add(&[("source", source), ("outcome", outcome)], *n as f64);
+        }
     }
     for (name, help, counts) in [
         ("gpu_sampler_kernel_events_total", "Kernel events read.", &health.events_seen),

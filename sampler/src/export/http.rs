@@ -9,9 +9,8 @@ use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use axum::Router;
-use axum::extract::rejection::QueryRejection;
-use axum::extract::{Query, Request, State};
-use axum::http::{HeaderMap, StatusCode, header};
+use axum::extract::{Request, State};
+use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{Html, IntoResponse as _, Json, Response};
 use axum::routing::get;
@@ -20,23 +19,23 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use sampler_core::snapshot::Snapshot;
-use serde::Deserialize;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
+use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{families, page};
+use super::{explain, families, page};
 use crate::config::Config;
-use crate::explain::{Explanation, Subject, why_unknown};
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
-use crate::observe::kernel::Mode;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
+/// Of every answer.
+pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
 /// The ledger takes credits in this often, scraped or not.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
 /// To send a request's head in, and between two requests.
@@ -57,12 +56,12 @@ pub enum HttpError {
 }
 
 pub struct AppState {
-    config: Arc<Config>,
-    snapshot: Arc<ArcSwap<Snapshot>>,
-    labels: LabelService,
-    health: Arc<Health>,
+    pub config: Arc<Config>,
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    pub labels: LabelService,
+    pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
-    core: Outbox,
+    pub core: Outbox,
 }
 
 impl AppState {
@@ -82,14 +81,16 @@ impl AppState {
 
     fn view(&self) -> Exposition {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
+        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
         let mut ledger = self.ledger();
         ledger.update(&snapshot, &labels);
-        ledger.view(&snapshot, &labels)
+        ledger.view(&snapshot, &labels, &assigned)
     }
 
     fn scrape(&self) -> Exposition {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        self.ledger().scrape(&snapshot, &labels)
+        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
+        self.ledger().scrape(&snapshot, &labels, &assigned)
     }
 }
 
@@ -105,7 +106,7 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         .route("/readyz", get(ready))
         .route("/", get(index))
         .route("/api/v1/containers", get(containers))
-        .route("/api/v1/explain", get(explain))
+        .route("/api/v1/explain", get(explain::answer))
         .route("/api/v1/processes", get(processes))
         .layer(from_fn_with_state(Arc::clone(&state), guard))
         .with_state(Arc::clone(&state));
@@ -180,10 +181,13 @@ async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next)
         (!open && !authorized(request.headers(), state.config.token.as_deref()))
             .then(|| (StatusCode::UNAUTHORIZED, "send `Authorization: Bearer TOKEN` with the token of --token-file\n".to_owned()))
     };
-    match refusal {
+    let mut response = match refusal {
         Some(refusal) => refusal.into_response(),
         None => next.run(request).await,
-    }
+    };
+    // So that `explain` knows an agent's "not found" from anybody else's.
+    response.headers_mut().insert(header::SERVER, HeaderValue::from_static(SERVER));
+    response
 }
 
 /// Compared without stopping at the first difference, so time tells nothing.
@@ -233,7 +237,7 @@ fn text(families: Families) -> Response {
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let page = state.scrape();
     let mut all = Families::default();
-    families::cadvisor(&page, &mut all);
+    families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
     families::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
@@ -243,7 +247,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
 
 async fn cadvisor(State(state): State<Arc<AppState>>) -> Response {
     let mut all = Families::default();
-    families::cadvisor(&state.scrape(), &mut all);
+    families::cadvisor(&state.scrape(), state.config.pod_labels, &mut all);
     text(all)
 }
 
@@ -261,34 +265,6 @@ async fn index(State(state): State<Arc<AppState>>) -> Html<String> {
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
     let view = state.view();
     Json(view.rows.iter().map(page::json).collect::<Vec<_>>()).into_response()
-}
-
-#[derive(Deserialize)]
-struct ExplainQuery {
-    pid: Option<u32>,
-    cgroup: Option<String>,
-}
-
-async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
-    let subject = match query {
-        Ok(Query(ExplainQuery { pid: Some(pid), cgroup: None })) => Subject::Pid(pid),
-        Ok(Query(ExplainQuery { pid: None, cgroup: Some(path) })) => Subject::Cgroup(path),
-        Ok(_) => return (StatusCode::BAD_REQUEST, "ask with one of ?pid=NUMBER and ?cgroup=/PATH\n").into_response(),
-        Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),
-    };
-    match state.core.explain(subject.clone()).await {
-        Some(known) => Json(Explanation::new(&subject, &known, &state.labels.view())).into_response(),
-        None => {
-            let told = match subject {
-                Subject::Pid(pid) => {
-                    let mode = Mode::named(state.health.view().kernel_mode);
-                    format!("{}\n", why_unknown(&state.config.path_procfs, pid, mode))
-                }
-                Subject::Cgroup(path) => format!("there is no cgroup {path:?} in the hierarchies that are followed\n"),
-            };
-            (StatusCode::NOT_FOUND, told).into_response()
-        }
-    }
 }
 
 async fn processes(State(state): State<Arc<AppState>>) -> Response {

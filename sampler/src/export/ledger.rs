@@ -17,6 +17,7 @@ use sampler_core::labels::{ContainerLabels, Label};
 use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 
+use super::assigned::Assigned;
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
@@ -29,6 +30,8 @@ const UNLABELLED_NS: u64 = 5_000_000_000;
 #[derive(Clone, Debug)]
 pub struct Row {
     pub key: ContainerKey,
+    /// As exported: the container's, unless another container shown has the same.
+    pub container_id: Arc<str>,
     pub labels: Arc<ContainerLabels>,
     pub gpu: GpuUuid,
     pub model: String,
@@ -38,6 +41,8 @@ pub struct Row {
     pub duty_cycle_percent: Option<f64>,
     pub duty_cycle_stderr: Option<f64>,
     pub memory_used_bytes: Option<u64>,
+    /// The kubelet has assigned the GPU, or a part of it, to the container.
+    pub assigned: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -106,18 +111,15 @@ impl Ledger {
     }
 
     /// What there is to show now, counters at their true values.
-    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView) -> Exposition {
+    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &Assigned) -> Exposition {
         let mut page = Exposition::default();
         let mut waiting = vec![0.0; snapshot.gpus.len()];
         for container in &snapshot.containers {
             let record = &container.record;
             let known = labels.get(&record.key);
             if container.gone.is_none() {
-                let state = match known {
-                    Some(labels) if labels.complete() => "complete",
-                    Some(labels) if labels.settled => "partial",
-                    _ => "resolving",
-                };
+                // One that the label service has not heard of yet is known by its path.
+                let state = known.map_or("identified", |labels| labels.state());
                 let runtime = known.and_then(|l| l.runtime).or(record.identity.runtime).map_or("unknown", |r| r.name());
                 *page.containers.entry((state, runtime)).or_default() += 1;
                 for label in known.filter(|l| l.settled).into_iter().flat_map(|l| l.missing()) {
@@ -133,14 +135,11 @@ impl Ledger {
                     page.rows.push(row(record.key, labels, gpu, pair));
                 }
             }
+            if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
+                page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
+            }
         }
-        // A restarted container keeps its id: its series are those of its present life, and their reset is a counter's reset.
-        let mut newest: HashMap<(Arc<str>, GpuUuid), ContainerKey> = HashMap::new();
-        for row in &page.rows {
-            let key = newest.entry((Arc::clone(&row.labels.container_id), row.gpu.clone())).or_insert(row.key);
-            *key = row.key.max(*key);
-        }
-        page.rows.retain(|row| newest.get(&(Arc::clone(&row.labels.container_id), row.gpu.clone())) == Some(&row.key));
+        page.one_series_each();
         page.gpus = snapshot
             .gpus
             .iter()
@@ -155,9 +154,9 @@ impl Ledger {
     }
 
     /// What a scraper gets: as [`Ledger::view`], with new counters at 0, and remembered.
-    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView) -> Exposition {
+    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &Assigned) -> Exposition {
         self.update(snapshot, labels);
-        let mut page = self.view(snapshot, labels);
+        let mut page = self.view(snapshot, labels, assigned);
         let first = !std::mem::replace(&mut self.scraped, true);
         for row in &mut page.rows {
             let shown = self.shown.entry((row.key, row.gpu.clone()));
@@ -184,9 +183,62 @@ impl Ledger {
     }
 }
 
+impl Exposition {
+    /// No two rows of a GPU have the same container id. A restarted container keeps its id and its cgroup's path: its series are
+    /// those of its present life, and their reset is a counter's reset. Where different cgroups have one id (a container's inside
+    /// another, two namespaces of containerd, the apps of a rkt pod), the one that is not inside another keeps it, and
+    /// among equals the first by its path, whoever comes or restarts; the others are called by their paths.
+    fn one_series_each(&mut self) {
+        let mut newest: HashMap<(Arc<str>, GpuUuid), ContainerKey> = HashMap::new();
+        let mut owner: HashMap<Arc<str>, (bool, Arc<str>)> = HashMap::new();
+        for row in &self.rows {
+            let key = newest.entry((Arc::clone(&row.labels.id), row.gpu.clone())).or_insert(row.key);
+            *key = row.key.max(*key);
+        }
+        self.rows.retain(|row| newest.get(&(Arc::clone(&row.labels.id), row.gpu.clone())) == Some(&row.key));
+        for row in &self.rows {
+            let rank = (row.labels.is_nested, Arc::clone(&row.labels.id));
+            let first = owner.entry(Arc::clone(&row.labels.container_id)).or_insert_with(|| rank.clone());
+            if rank < *first {
+                *first = rank;
+            }
+        }
+        for row in &mut self.rows {
+            if owner.get(&row.labels.container_id).is_some_and(|(_, path)| *path != row.labels.id) {
+                row.container_id = Arc::clone(&row.labels.id);
+            }
+        }
+    }
+
+    /// Marks the rows of what is assigned; a GPU that is assigned and was not used yet has a row of its own.
+    fn add_assigned(&mut self, key: ContainerKey, labels: &Arc<ContainerLabels>, gpus: &[usize], snapshot: &Snapshot) {
+        for n in gpus {
+            let Some(gpu) = snapshot.gpus.get(*n) else { continue };
+            // Rows of one container follow each other.
+            let known = self.rows.iter_mut().rev().take_while(|row| row.key == key).find(|row| row.gpu == gpu.info.uuid);
+            if let Some(row) = known {
+                row.assigned = true;
+                continue;
+            }
+            // Nothing of it was sampled: idle, as far as the GPU was observed.
+            let observed = gpu.utilization_ratio.is_some();
+            let none = ContainerGpu {
+                gpu: *n,
+                seconds: 0.0,
+                samples: 0,
+                duty_cycle_percent: observed.then_some(0.0),
+                duty_cycle_stderr: observed.then_some(0.0),
+                memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
+            };
+            self.rows.push(Row { assigned: true, ..row(key, labels, gpu, &none) });
+        }
+    }
+}
+
 fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &ContainerGpu) -> Row {
     Row {
         key,
+        container_id: Arc::clone(&labels.container_id),
         labels: Arc::clone(labels),
         gpu: gpu.info.uuid.clone(),
         model: gpu.info.model.clone(),
@@ -196,6 +248,7 @@ fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &C
         duty_cycle_percent: pair.duty_cycle_percent,
         duty_cycle_stderr: pair.duty_cycle_stderr,
         memory_used_bytes: pair.memory_used_bytes,
+        assigned: false,
     }
 }
 
@@ -233,6 +286,8 @@ mod tests {
         let info = GpuInfo {
             uuid: GpuUuid("GPU-1".into()),
             index: 0,
+            minor: None,
+            mig_uuids: Vec::new(),
             model: "m".into(),
             pci_bus_id: "b".into(),
             driver_version: "1".into(),
@@ -262,7 +317,7 @@ mod tests {
 
     /// Scrapes; (seconds shown, credited, busy). The balance is checked wherever credited is not in its first scrape.
     fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
-        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled));
+        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &Assigned::default());
         let gpu = &page.gpus[0];
         (page.rows.first().map(|r| r.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
     }
@@ -278,6 +333,27 @@ mod tests {
     #[test]
     fn the_first_scrape_of_all_shows_what_there_is() {
         assert_eq!(scrape(&mut Ledger::default(), &snapshot(9, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
+    }
+
+    #[test]
+    fn containers_of_one_id_are_told_apart_and_lives_of_one_container_are_not() {
+        let mut all = snapshot(1, 2.0, None);
+        let id = "a".repeat(64);
+        let paths = [format!("/docker/{}/docker-{id}.scope", "b".repeat(64)), format!("/docker/{id}"), format!("/docker/{id}")];
+        let first = all.containers.remove(0);
+        let mut view = LabelView::new();
+        for (n, path) in paths.iter().enumerate() {
+            let (key, created) = (ContainerKey(n as u64 + 1), BootNs(0));
+            let record =
+                Arc::new(ContainerRecord { key, cgroup_path: path.clone(), identity: parse(path), created, creation_seen: true });
+            view.extend(labels(&record, true));
+            all.containers.push(ContainerView { record, ..first.clone() });
+        }
+        let page = Ledger::default().scrape(&all, &view, &Assigned::default());
+        let mut ids: Vec<(u64, &str)> = page.rows.iter().map(|row| (row.key.0, &*row.container_id)).collect();
+        ids.sort_unstable();
+        // The one inside another is called by its path; of the other two, lives of one container, the newer is shown.
+        assert_eq!(ids, [(1, &*paths[0]), (3, &*id)]);
     }
 
     #[test]

@@ -33,7 +33,7 @@ pub fn json(row: &Row) -> ContainerJson<'_> {
         container: l.text(Label::Container),
         name: l.text(Label::Name),
         image: l.text(Label::Image),
-        container_id: &l.container_id,
+        container_id: &row.container_id,
         id: &l.id,
         runtime: l.runtime.map(|r| r.name()),
         pod_uid: l.pod_uid.as_deref(),

@@ -1,60 +1,145 @@
 //! The label service: one task drives the ladder, and each question is a task of its own, so no source waits for another.
+//!
+//! ```text
+//!  core thread --containers--> driver (ladder) --questions--> sources (files, sockets)
+//!  sockets appear, go, are replaced --^   ^-- answers, hints, where the runtimes keep things
+//!                                     driver --view--> whoever exports
+//! ```
 
-mod source;
+mod assigned;
+mod discover;
+mod driver;
+mod found;
+mod once;
+mod root;
+mod sockets;
+pub mod source;
+mod stats;
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, PoisonError};
-use std::time::Duration;
+use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use hdrhistogram::Histogram;
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{Ask, ContainerLabels, Ladder, Outcome, Source};
+use sampler_core::labels::{ABSENT, Ask, ContainerLabels, Source, TargetId, Told, Tried, is_likely};
 use sampler_core::units::{BootNs, ContainerKey};
-use tokio::sync::mpsc::{UnboundedReceiver, UnboundedSender, unbounded_channel};
+use serde::Serialize;
+use tokio::sync::mpsc::{Sender, UnboundedReceiver, channel};
+use tokio::sync::oneshot;
 
-use self::source::{Answer, docker, files};
-use crate::config::LabelSources;
+pub use self::assigned::AssignedView;
+pub use self::discover::Places;
+use self::driver::Driver;
+use self::found::{Found, FoundSocket};
+pub use self::once::once;
+pub use self::root::Root;
+use self::source::{Answer, Sources};
+use self::stats::Stats;
+pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
+use crate::config::Config;
+use crate::observe::clock::boot_now;
+use crate::observe::kernel::layout::Layout;
 
-/// Upper bounds of `gpu_sampler_resolve_seconds`.
-pub const RESOLVE_BOUNDS: [f64; 11] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0, 30.0];
-/// Longest resolution told apart.
-const LONGEST_RESOLVE_NS: u64 = 3_600_000_000_000;
-/// The ladder is looked at this often while a source has no room for more questions.
-const BUSY_PAUSE: Duration = Duration::from_millis(10);
-/// And at least this often.
-const IDLE_PAUSE: Duration = Duration::from_secs(1);
+/// The endpoint of sources that have none.
+pub const FILES: &str = "files";
+/// Answers and hints that wait for the driver; their senders wait with them.
+const WORDS: usize = 1024;
 
+#[derive(Clone, Debug)]
 pub struct LabelConfig {
     /// The host's file system.
     pub rootfs: PathBuf,
-    pub docker_socket: PathBuf,
-    pub sources: LabelSources,
+    pub procfs: PathBuf,
+    /// Where the cgroup hierarchies are mounted.
+    pub cgroups: Vec<PathBuf>,
+    pub sources: Vec<Source>,
+    /// Sockets given by the operator. A source that is among them is asked nowhere else.
+    pub endpoints: Vec<(Source, PathBuf)>,
     pub now: fn() -> BootNs,
 }
 
+impl LabelConfig {
+    pub fn new(config: &Config, layout: &Layout) -> Self {
+        Self {
+            rootfs: config.path_rootfs.clone(),
+            procfs: config.path_procfs.clone(),
+            cgroups: layout.mounts().map(|(_, mount)| mount.to_owned()).collect(),
+            sources: config.label_sources.clone(),
+            endpoints: config.label_endpoints.clone(),
+            now: boot_now,
+        }
+    }
+
+    fn gives(&self, source: Source) -> bool {
+        self.endpoints.iter().any(|(s, _)| *s == source)
+    }
+
+    /// Sources that could know such a container, and are not to be asked.
+    fn left_out(&self, labels: &ContainerLabels) -> Vec<TriedView> {
+        let out = Source::ASKED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
+        let tried = Tried { told: Told::NotTried, at: None, detail: "left out by label_sources".into() };
+        out.map(|source| TriedView::new(source, "", &tried)).collect()
+    }
+
+    /// Sockets that would be asked, and whether there is anything at each.
+    pub fn present(&self) -> Vec<(Source, PathBuf, bool)> {
+        let found = Found::look(self);
+        found.sockets.into_iter().map(|s| (s.source, s.path, s.seen.is_some())).collect()
+    }
+
+    /// The sockets to ask, with their paths here: what was given, else what was found.
+    fn sockets(&self, places: &Places, root: &Root) -> Vec<(Source, PathBuf)> {
+        let given = self.endpoints.iter().cloned();
+        let found = places.sockets.iter().filter(|(source, _)| !self.gives(*source)).map(|(s, path)| (*s, root.path(path)));
+        let mut all: Vec<(Source, PathBuf)> = Vec::new();
+        for one in given.chain(found).filter(|(source, _)| self.sources.contains(source)) {
+            if !all.contains(&one) {
+                all.push(one);
+            }
+        }
+        all
+    }
+}
+
+#[derive(Clone)]
 pub enum ContainerEvent {
     Appeared(Arc<ContainerRecord>),
     Gone(ContainerKey, BootNs),
+    Evicted(ContainerKey),
 }
 
 pub type LabelView = HashMap<ContainerKey, Arc<ContainerLabels>>;
 
-#[derive(Clone, Debug, Default)]
-pub struct LabelStats {
-    /// Sources seen: whether the last answer was one, with their endpoint.
-    pub up: BTreeMap<(&'static str, String), bool>,
-    pub calls: BTreeMap<(&'static str, &'static str), u64>,
-    pub resolve_count: u64,
-    pub resolve_sum: f64,
-    /// Cumulative, one per [`RESOLVE_BOUNDS`].
-    pub resolve_buckets: Vec<u64>,
+/// What came of one source, as `explain` shows it.
+#[derive(Clone, Debug, Serialize)]
+pub struct TriedView {
+    pub source: &'static str,
+    pub endpoint: String,
+    pub outcome: &'static str,
+    pub detail: String,
+}
+
+impl TriedView {
+    pub fn is_absent(&self) -> bool {
+        self.detail == ABSENT
+    }
+
+    fn new(source: Source, endpoint: &str, tried: &Tried) -> Self {
+        Self {
+            source: source.name(),
+            endpoint: tried.at.as_deref().unwrap_or(endpoint).to_owned(),
+            outcome: tried.told.name(),
+            detail: tried.detail.to_string(),
+        }
+    }
 }
 
 struct Shared {
     view: ArcSwap<LabelView>,
-    stats: Mutex<(LabelStats, Histogram<u64>)>,
+    stats: Stats,
+    words: Sender<Word>,
+    assigned: ArcSwap<AssignedView>,
 }
 
 #[derive(Clone)]
@@ -65,166 +150,57 @@ impl LabelService {
         self.0.view.load_full()
     }
 
+    /// Devices that the kubelet assigned.
+    pub fn assigned(&self) -> Arc<AssignedView> {
+        self.0.assigned.load_full()
+    }
+
     pub fn stats(&self) -> LabelStats {
-        let held = self.0.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        let (stats, times) = &*held;
-        let mut stats = stats.clone();
-        stats.resolve_count = times.len();
-        stats.resolve_buckets = RESOLVE_BOUNDS.map(|bound| times.count_between(0, (bound * 1e9) as u64)).to_vec();
-        stats
+        self.0.stats.view()
+    }
+
+    /// Every source for one container; empty when it is unknown.
+    pub async fn tried(&self, key: ContainerKey) -> Vec<TriedView> {
+        let (answer, answered) = oneshot::channel();
+        // The driver ends only with the process.
+        let _ended = self.0.words.send(Word::Tried(key, answer)).await;
+        answered.await.unwrap_or_default()
     }
 }
 
-/// What comes back from a source, and what a runtime says unasked.
-enum Word {
-    Answered {
-        ask: Ask,
-        answer: Answer,
-    },
-    /// Docker spoke of this container.
+/// What reaches the driver beside containers.
+pub enum Word {
+    Answered(Ask, Answer),
+    /// A runtime spoke of this container.
     Hint(String),
-    /// The event stream is up: what was missed meanwhile is asked again.
-    Back(Source),
-}
-
-struct Driver {
-    config: Arc<LabelConfig>,
-    ladder: Ladder,
-    shared: Arc<Shared>,
-    words: UnboundedSender<Word>,
+    /// Something appeared at this endpoint, or was replaced.
+    Back(TargetId),
+    Absent(TargetId),
+    Found(Found),
+    Usual(Vec<FoundSocket>),
+    /// What is wrong with a socket that nobody was asked about.
+    Probed(TargetId, Result<(), String>),
+    Tried(ContainerKey, oneshot::Sender<Vec<TriedView>>),
 }
 
 /// Starts the service; it ends when `events` is closed. Call it inside the IO runtime.
-pub fn spawn(config: LabelConfig, mut events: UnboundedReceiver<ContainerEvent>) -> LabelService {
-    let chosen = config.sources;
-    let sources = [(Source::Bundle, chosen.bundle), (Source::DockerFile, chosen.docker_file), (Source::Docker, chosen.docker)];
-    let sources = sources.into_iter().filter_map(|(source, on)| on.then_some(source)).collect();
-    let times = Histogram::new_with_bounds(1, LONGEST_RESOLVE_NS, 2).expect("1 ns to 1 h at two digits are valid bounds");
-    let shared = Arc::new(Shared { view: ArcSwap::default(), stats: Mutex::new((LabelStats::default(), times)) });
-    let service = LabelService(Arc::clone(&shared));
-    let (words, mut inbox) = unbounded_channel();
-    if chosen.docker {
-        tokio::spawn(docker::follow(config.docker_socket.clone(), words.clone()));
-    }
-    let mut driver = Driver { config: Arc::new(config), ladder: Ladder::new(sources), shared, words };
-    tokio::spawn(async move {
-        loop {
-            let pause = driver.step();
-            tokio::select! {
-                event = events.recv() => match event {
-                    Some(event) => {
-                        driver.container(event);
-                        while let Ok(event) = events.try_recv() {
-                            driver.container(event);
-                        }
-                    }
-                    None => return,
-                },
-                Some(word) = inbox.recv() => {
-                    driver.word(word);
-                    while let Ok(word) = inbox.try_recv() {
-                        driver.word(word);
-                    }
-                }
-                () = tokio::time::sleep(pause) => {}
-            }
-        }
+pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
+    let (words, inbox) = channel(WORDS);
+    let (watched, wanted) = std::sync::mpsc::channel();
+    let shared = Arc::new(Shared {
+        view: ArcSwap::default(),
+        stats: Stats::default(),
+        words: words.clone(),
+        assigned: ArcSwap::default(),
     });
-    service
-}
-
-impl Driver {
-    fn now(&self) -> BootNs {
-        (self.config.now)()
+    let service = LabelService(Arc::clone(&shared));
+    let root = Root::new(&config.rootfs);
+    let sources = Arc::new(Sources::new(root, config.procfs.clone(), config.cgroups.clone()));
+    std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&wanted, &words))?;
+    if config.sources.contains(&Source::Kubelet) {
+        tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
     }
-
-    /// Asks what is due, publishes, and says how long nothing more is.
-    fn step(&mut self) -> Duration {
-        for ask in self.ladder.due(self.now()) {
-            tokio::spawn(put(Arc::clone(&self.config), ask, self.words.clone()));
-        }
-        self.publish();
-        let wait = self.ladder.next_due().map_or(u64::MAX, |next| next.saturating_since(self.now()));
-        Duration::from_nanos(wait).clamp(BUSY_PAUSE, IDLE_PAUSE)
-    }
-
-    /// Labels that did not change keep their allocation.
-    fn publish(&self) {
-        let old = self.shared.view.load();
-        let share = |key: ContainerKey, labels: &ContainerLabels| match old.get(&key) {
-            Some(known) if **known == *labels => Arc::clone(known),
-            _ => Arc::new(labels.clone()),
-        };
-        let new: LabelView = self.ladder.labels().map(|(key, labels)| (key, share(key, labels))).collect();
-        let same = new.len() == old.len() && new.iter().all(|(key, l)| old.get(key).is_some_and(|o| Arc::ptr_eq(o, l)));
-        if !same {
-            self.shared.view.store(Arc::new(new));
-        }
-    }
-
-    fn container(&mut self, event: ContainerEvent) {
-        match event {
-            ContainerEvent::Appeared(record) => self.ladder.appeared(record, self.now()),
-            ContainerEvent::Gone(key, at) => self.ladder.gone(key, at),
-        }
-    }
-
-    fn word(&mut self, word: Word) {
-        let now = self.now();
-        match word {
-            Word::Answered { ask, answer } => {
-                let resolved = |ladder: &Ladder| {
-                    ladder.labels().find(|(key, _)| *key == ask.key).and_then(|(_, labels)| labels.resolved_after_ns)
-                };
-                let before = resolved(&self.ladder);
-                self.ladder.answered(ask.key, ask.source, &answer.outcome, now);
-                let after = resolved(&self.ladder);
-                self.count(&ask, &answer, after.filter(|_| before.is_none()));
-            }
-            Word::Hint(id) => self.ladder.hint(&id, now),
-            Word::Back(source) => self.ladder.endpoint_back(source, now),
-        }
-    }
-
-    fn count(&self, ask: &Ask, answer: &Answer, resolved_ns: Option<u64>) {
-        let mut held = self.shared.stats.lock().unwrap_or_else(PoisonError::into_inner);
-        let (stats, times) = &mut *held;
-        *stats.calls.entry((ask.source.name(), answer.name)).or_default() += 1;
-        if let Some(ns) = resolved_ns {
-            times.saturating_record(ns.max(1));
-            stats.resolve_sum += ns as f64 / 1e9;
-        }
-        if answer.name == "not-found" {
-            return;
-        }
-        let endpoint = match ask.source {
-            Source::Docker => format!("unix://{}", self.config.docker_socket.display()),
-            _ => self.config.rootfs.display().to_string(),
-        };
-        let up = answer.outcome != Outcome::Failed;
-        let before = stats.up.insert((ask.source.name(), endpoint.clone()), up);
-        drop(held);
-        match (up, before) {
-            (false, None | Some(true)) => tracing::warn!(source = ask.source.name(), endpoint, "labels: {}", answer.detail),
-            (false, Some(false)) => tracing::debug!(source = ask.source.name(), endpoint, "labels: {}", answer.detail),
-            (true, Some(false)) => tracing::info!(source = ask.source.name(), endpoint, "labels: it answers again"),
-            _ => {}
-        }
-    }
-}
-
-async fn put(config: Arc<LabelConfig>, ask: Ask, to: UnboundedSender<Word>) {
-    let id = Arc::clone(&ask.container_id);
-    let answer = match ask.source {
-        Source::Docker => docker::inspect(&config.docker_socket, &id).await,
-        source => {
-            let read = tokio::task::spawn_blocking(move || match source {
-                Source::Bundle => files::bundle(&config.rootfs, &id),
-                _ => files::docker(&config.rootfs, &id),
-            });
-            read.await.unwrap_or_else(|error| Answer::failed("error", error))
-        }
-    };
-    // The driver ends only with the process.
-    let _ended = to.send(Word::Answered { ask, answer });
+    let driver = Driver::new(config, sources, shared, watched);
+    tokio::spawn(driver.run(events, inbox));
+    Ok(service)
 }

@@ -39,6 +39,8 @@ fn core() -> Core {
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
         index: 0,
+        minor: None,
+        mig_uuids: Vec::new(),
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),

@@ -156,6 +156,8 @@ impl Cgroups {
         let identity = parse(&path);
         let container = match identity.kind {
             Kind::Container | Kind::Sandbox if identity.container_id.is_some() => self.container_for(key, &path, identity),
+            // A monitor, a build step or a pod's own cgroup inside a container is of that container.
+            _ if identity.outer_container_id.is_some() => self.parent_container(key),
             _ => None,
         };
         let Some(node) = self.nodes.get_mut(&key) else { return };
@@ -175,6 +177,10 @@ impl Cgroups {
         let up = path.get(identity.root_len..)?.split('/').filter(|name| !name.is_empty()).count();
         let root = std::iter::successors(Some(key), |key| self.nodes.get(key)?.parent).nth(up)?;
         self.nodes.get(&root)?.container
+    }
+
+    fn parent_container(&self, key: CgroupKey) -> Option<ContainerKey> {
+        self.nodes.get(&self.nodes.get(&key)?.parent?)?.container
     }
 
     fn remove(&mut self, key: CgroupKey, at: BootNs, observed: bool) {

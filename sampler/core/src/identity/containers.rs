@@ -29,10 +29,12 @@ pub struct Container {
 pub enum ContainerChange {
     Appeared(Arc<ContainerRecord>),
     Gone(ContainerKey, BootNs),
+    /// Forgotten: nothing will ask about it any more.
+    Evicted(ContainerKey),
 }
 
-/// Ids of the outer container, where there is one, and of the container.
-type Name = (Option<String>, String);
+/// Ids of the outer container, where there is one, and of the container; the name, because the apps of a rkt pod share an id.
+type Name = (Option<String>, String, Option<String>);
 
 #[derive(Debug, Default)]
 pub(super) struct Containers {
@@ -55,7 +57,8 @@ impl Containers {
         created: BootNs,
         creation_seen: bool,
     ) -> ContainerKey {
-        let name = (identity.outer_container_id.clone(), identity.container_id.clone().unwrap_or_else(|| path.to_owned()));
+        let id = identity.container_id.clone().unwrap_or_else(|| path.to_owned());
+        let name = (identity.outer_container_id.clone(), id, identity.name.clone());
         let known = self.by_name.get(&name).copied();
         if let Some(key) = known
             && let Some(container) = self.all.get_mut(&key)
@@ -110,7 +113,7 @@ impl Containers {
         let over = self.gone.len().saturating_sub(MAX_GONE);
         let unused = if over == 0 { 0 } else { self.gone.iter().filter(|key| !used(**key)).count().min(over) };
         let (mut unused_over, mut used_over, mut evicted) = (unused, over - unused, 0);
-        let all = &mut self.all;
+        let (all, changes) = (&mut self.all, &mut self.changes);
         self.gone.retain(|key| {
             let Some(gone) = all.get(key).and_then(|c| c.gone) else { return false };
             let age = now.saturating_since(gone);
@@ -126,6 +129,7 @@ impl Containers {
             *room = room.saturating_sub(1);
             evicted += u64::from(!expired);
             all.remove(key);
+            changes.push(ContainerChange::Evicted(*key));
             false
         });
         evicted

@@ -1,9 +1,11 @@
 //! From a cgroup path to labels: what the path says, what sources answer, and when to ask which.
 
+mod assigned;
 mod ladder;
 mod path;
 mod values;
 
-pub use ladder::{Ask, Ladder, Outcome};
+pub use assigned::{Assignment, Device, device, facts_for, join};
+pub use ladder::{ABSENT, Ask, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
 pub use path::{CgroupIdentity, Kind, Runtime, parse};
 pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

@@ -7,6 +7,8 @@ use crate::identity::ContainerRecord;
 
 /// Longer values are cut here: they end up in every sample of a series. Kubernetes' own names end at 253 bytes.
 const MAX_VALUE_BYTES: usize = 1024;
+/// A UID has 36 characters, a static pod's 32.
+const MAX_UID_BYTES: usize = 64;
 
 /// Where a label came from; names as in the `source` label and in `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -64,6 +66,17 @@ impl Source {
     /// A socket races the container's creation and may hang; a file does neither.
     pub fn is_socket(self) -> bool {
         matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
+    }
+
+    /// Whether this label can come from it at all.
+    pub fn gives(self, label: Label) -> bool {
+        match self {
+            Source::Cgroup => label == Label::Name,
+            Source::Logs => matches!(label, Label::Namespace | Label::Pod | Label::Container),
+            Source::Kubelet => matches!(label, Label::Namespace | Label::Pod),
+            Source::Mountinfo => label == Label::Container,
+            _ => true,
+        }
     }
 
     /// A higher one may overwrite: the runtime's own record, then the pods' API, then names found in paths.
@@ -152,6 +165,8 @@ pub struct ContainerLabels {
     /// The cgroup path of the container's root; never blank.
     pub id: Arc<str>,
     pub container_id: Arc<str>,
+    /// It is inside another container.
+    pub is_nested: bool,
     pub kind: Kind,
     pub runtime: Option<Runtime>,
     pub pod_uid: Option<String>,
@@ -168,9 +183,10 @@ pub struct ContainerLabels {
 impl ContainerLabels {
     pub fn from_path(record: &ContainerRecord) -> Self {
         let identity = &record.identity;
-        Self {
+        let mut labels = Self {
             id: record.cgroup_path.as_str().into(),
             container_id: identity.container_id.as_deref().unwrap_or_default().into(),
+            is_nested: identity.outer_container_id.is_some(),
             kind: identity.kind,
             runtime: identity.runtime,
             pod_uid: identity.pod_uid.clone(),
@@ -178,11 +194,26 @@ impl ContainerLabels {
             pods_known: false,
             settled: false,
             resolved_after_ns: None,
-        }
+        };
+        let mut facts = Facts::default();
+        // Where there is nobody to ask, the id is what people call it.
+        let unnamed = matches!(identity.runtime, Some(Runtime::Garden | Runtime::Mesos));
+        facts.set(Label::Name, identity.name.as_deref().or(identity.container_id.as_deref().filter(|_| unnamed)));
+        labels.merge(Source::Cgroup, &facts);
+        labels
     }
 
     pub fn get(&self, label: Label) -> Option<&LabelValue> {
         self.values[label as usize].as_ref()
+    }
+
+    /// How much is known, as the `state` label of `gpu_sampler_containers` says it.
+    pub fn state(&self) -> &'static str {
+        match (self.complete(), self.values.iter().any(Option::is_some)) {
+            (true, _) => "complete",
+            (false, true) => "partial",
+            (false, false) => "identified",
+        }
     }
 
     /// The value as exported: blank when unknown.
@@ -190,44 +221,67 @@ impl ContainerLabels {
         self.get(label).map_or("", |v| &v.value)
     }
 
-    /// Later answers of the same rank win; all of this sources are the runtime's own word.
-    pub fn merge(&mut self, source: Source, facts: &Facts) {
-        for (slot, value) in self.values.iter_mut().zip(&facts.labels) {
-            if let Some(value) = value.as_deref().filter(|v| !v.is_empty()) {
-                *slot = Some(LabelValue { value: bounded(value).into(), source });
+    /// Takes what a source says, label by label: an empty value changes nothing, a lesser authority does not overwrite, and among
+    /// equals the first stays, or two runtimes that word an image differently would make the series flip. Whether anything changed.
+    pub fn merge(&mut self, source: Source, facts: &Facts) -> bool {
+        let mut changed = false;
+        // The runtime knows of no pod: what somebody has mounted or logged does not make it one.
+        let overruled = |label: Label| {
+            let of_pods = matches!(label, Label::Namespace | Label::Pod | Label::Container);
+            of_pods && self.pods_known && !self.in_pod() && source.authority() < 3
+        };
+        let overruled = Label::ALL.map(overruled);
+        for ((slot, value), _) in self.values.iter_mut().zip(&facts.labels).zip(overruled).filter(|(_, overruled)| !overruled) {
+            let Some(value) = value.as_deref().map(bounded).filter(|v| !v.is_empty()) else { continue };
+            let wins = slot.as_ref().is_none_or(|known| {
+                source.authority() > known.source.authority() || (source == known.source && *known.value != *value)
+            });
+            if wins {
+                *slot = Some(LabelValue { value: value.into(), source });
+                changed = true;
             }
         }
-        if facts.pod_uid.is_some() {
-            self.pod_uid.clone_from(&facts.pod_uid);
+        let uid = facts.pod_uid.clone().filter(|uid| !uid.is_empty() && uid.len() <= MAX_UID_BYTES);
+        let pod_uid = uid.filter(|_| self.pod_uid.is_none() && !overruled[Label::Pod as usize]);
+        let runtime = self.runtime.is_none().then_some(facts.runtime).flatten();
+        changed |= pod_uid.is_some() || runtime.is_some();
+        self.pod_uid = self.pod_uid.take().or(pod_uid);
+        self.runtime = self.runtime.or(runtime);
+        if facts.sandbox && self.kind != Kind::Sandbox {
+            (self.kind, changed) = (Kind::Sandbox, true);
         }
-        self.runtime = facts.runtime.or(self.runtime);
-        if facts.sandbox {
-            self.kind = Kind::Sandbox;
+        if facts.knows_pods && !self.pods_known {
+            (self.pods_known, changed) = (true, true);
         }
-        self.pods_known |= facts.knows_pods;
+        changed
     }
 
-    fn in_pod(&self) -> bool {
+    /// Whether it is known to be in a pod.
+    pub fn in_pod(&self) -> bool {
         self.pod_uid.is_some() || [Label::Namespace, Label::Pod].iter().any(|l| self.get(*l).is_some())
     }
 
     /// Whether this kind of container can have the label; `None` while nobody has said.
     fn applies(&self, label: Label) -> Option<bool> {
+        use Runtime::{Containerd, CriO, Docker, Ecs, Garden, Lxc, Mesos, Nspawn, Podman, Rkt};
         match label {
-            Label::Image if self.kind == Kind::Sandbox => Some(false),
-            Label::Container if self.kind == Kind::Sandbox => Some(false),
+            Label::Image | Label::Container if self.kind == Kind::Sandbox => Some(false),
+            // They run file systems, not images.
+            Label::Image if matches!(self.runtime, Some(Lxc | Nspawn | Garden | Mesos)) => Some(false),
             Label::Name | Label::Image => Some(true),
-            Label::Namespace | Label::Pod | Label::Container => match (self.in_pod(), self.pods_known) {
-                (true, _) => Some(true),
-                (false, true) => Some(false),
-                (false, false) => None,
+            Label::Namespace | Label::Pod | Label::Container => match (self.in_pod(), self.pods_known, self.runtime) {
+                (true, _, _) => Some(true),
+                (false, true, _) => Some(false),
+                // A kubelet places what it has made of these below a pod's cgroup.
+                (false, false, Some(Docker | Podman | Ecs | Lxc | Nspawn | Garden | Mesos)) => Some(false),
+                (false, false, None | Some(Containerd | CriO | Rkt)) => None,
             },
         }
     }
 
-    /// Labels that a container of this kind should have and this one lacks.
+    /// Labels that a container of this kind should have, or may have for all that is known, and this one lacks.
     pub fn missing(&self) -> impl Iterator<Item = Label> + '_ {
-        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(true))
+        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) != Some(false))
     }
 
     /// Labels that a container of this kind cannot have.
@@ -236,7 +290,7 @@ impl ContainerLabels {
     }
 
     pub fn complete(&self) -> bool {
-        Label::ALL.iter().all(|l| self.get(*l).is_some() || self.applies(*l) == Some(false))
+        self.missing().next().is_none()
     }
 }
 

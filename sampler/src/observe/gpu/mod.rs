@@ -6,8 +6,8 @@ use std::path::Path;
 use std::sync::Arc;
 use std::sync::atomic::AtomicBool;
 
-use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
+use nvml_wrapper::{Device, Nvml};
 use sampler_core::observation::Observation;
 use sampler_core::snapshot::GpuInfo;
 use sampler_core::units::GpuUuid;
@@ -53,6 +53,8 @@ pub fn start(nvml: &'static Nvml, to: &Outbox, health: &Arc<Health>, stop: &Arc<
         let info = Arc::new(GpuInfo {
             uuid: GpuUuid(uuid.into()),
             index,
+            minor: device.minor_number().ok(),
+            mig_uuids: mig_uuids(&device),
             model: device.name().unwrap_or_default(),
             pci_bus_id: device.pci_info().map(|p| p.bus_id).unwrap_or_default(),
             driver_version: driver_version.clone(),
@@ -73,4 +75,11 @@ pub fn start(nvml: &'static Nvml, to: &Outbox, health: &Arc<Health>, stop: &Arc<
             .map_err(|source| GpuError::Thread { index, source })?;
     }
     Ok(count as usize)
+}
+
+/// None where the hardware or its mode has none.
+fn mig_uuids(device: &Device<'_>) -> Vec<String> {
+    let slots = device.mig_device_count().unwrap_or_default();
+    // A slot may be empty.
+    (0..slots).filter_map(|n| device.mig_device_by_index(n).ok()?.uuid().ok()).collect()
 }

@@ -1,7 +1,7 @@
 //! The kernel's side: offsets, load and attach, ring readers, scans, and what to do where kernel programs cannot run.
 
 mod btf;
-mod cgroupfs;
+pub mod cgroupfs;
 pub mod layout;
 mod load;
 pub mod probe;

@@ -151,6 +151,57 @@ fn cgroup_paths_join_in_any_order_and_hierarchies_share_a_container() {
 }
 
 #[test]
+fn monitors_builds_and_pods_inside_a_container_are_of_it() {
+    use CgroupChange::{Created, Seen};
+    let id = "a".repeat(64);
+    let mut table = Cgroups::default();
+    for f in [
+        cgroup(Seen, 0, 1, 0, "", 1),
+        cgroup(Created, 0, 2, 1, &format!("docker-{id}.scope"), 2),
+        cgroup(Created, 0, 3, 2, "libpod_parent", 3),
+        cgroup(Created, 0, 4, 3, "conmon", 4),
+        cgroup(Created, 0, 5, 2, "buildkit", 5),
+        cgroup(Created, 0, 6, 5, "0123456789abcdefghijklmno", 6),
+        cgroup(Created, 0, 7, 6, "sub", 7),
+        cgroup(Created, 0, 8, 2, "pod8bb25662-de9a-11e9-84e7-f8f21e04010c", 8),
+        cgroup(Created, 0, 9, 1, "conmon", 9),
+    ] {
+        table.apply(&f);
+    }
+    let of = |id| table.container_of(&v2(id), BootNs(10));
+    assert!(of(2).is_ok_and(|c| c.is_some()));
+    for inside in [4, 6, 7, 8] {
+        assert_eq!(of(inside), of(2), "{inside}");
+    }
+    assert_eq!(of(9), Ok(None));
+    assert_eq!(table.containers().count(), 1);
+}
+
+#[test]
+fn the_apps_of_a_rkt_pod_are_two_containers_in_any_number_of_hierarchies() {
+    use CgroupChange::{Created, Seen};
+    let pod = r"machine-rkt\x2d8bb25662\x2dde9a\x2d11e9\x2d84e7\x2df8f21e04010c.scope";
+    let mut table = Cgroups::default();
+    for hierarchy in [0, 8] {
+        for f in [
+            cgroup(Seen, hierarchy, 1, 0, "", 1),
+            cgroup(Created, hierarchy, 2, 1, "machine.slice", 2),
+            cgroup(Created, hierarchy, 3, 2, pod, 3),
+            cgroup(Created, hierarchy, 4, 3, "system.slice", 4),
+            cgroup(Created, hierarchy, 5, 4, "web.service", 5),
+            cgroup(Created, hierarchy, 6, 4, "log.service", 6),
+        ] {
+            table.apply(&f);
+        }
+    }
+    let of = |v2_id, v1_id| table.container_of(&Place { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9)).expect("placed");
+    assert_eq!((of(5, 1), of(6, 1)), (of(1, 5), of(1, 6)));
+    // The pod itself, where its own services run, is the third.
+    assert_eq!(table.containers().count(), 3);
+    assert!(of(5, 1) != of(6, 1) && of(5, 1) != of(4, 1));
+}
+
+#[test]
 fn a_renamed_cgroup_is_told_as_of_the_time() {
     use CgroupChange::{Created, Renamed, Seen};
     let (a, b) = ("a".repeat(64), "b".repeat(64));

@@ -1,0 +1,361 @@
+//! Which GPUs the kubelet assigned to which container: two lists of it joined, and device ids read.
+//!
+//! The device checkpoint knows pods by UID, pod-resources knows them by namespace and name, and neither knows container ids. What
+//! links them is the devices: two entries with the same container name, resource and device ids are one, if no other entry has
+//! them too. Nothing is guessed: an entry without a counterpart keeps what its own list says.
+//!
+//! A pure module, no IO. It does not know which devices exist: an index or a minor number is for the caller to resolve.
+
+use std::collections::{BTreeMap, BTreeSet};
+
+use super::values::{Facts, Label};
+
+/// Devices of one resource that one container was given.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
+pub struct Assignment {
+    pub pod_uid: Option<String>,
+    pub namespace: Option<String>,
+    pub pod: Option<String>,
+    pub container: String,
+    /// Such as `nvidia.com/gpu`.
+    pub resource: String,
+    /// As the device plugin named them; see [`device`].
+    pub device_ids: Vec<String>,
+}
+
+/// The physical GPU behind a device id. Time slices and replicas are those of their GPU.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Device {
+    /// `GPU-..`, as NVML has it.
+    Uuid(String),
+    /// NVML's index.
+    Index(u32),
+    /// The number in `/dev/nvidia<N>`, which need not be NVML's index.
+    Minor(u32),
+    /// `MIG-<uuid>`: whose partition it is only NVML can tell.
+    Mig(String),
+    /// As it was.
+    Unknown(String),
+}
+
+impl Assignment {
+    /// The GPUs behind its ids. A bare number is an index only where the resource is a GPU: other resources number other things.
+    pub fn devices(&self) -> impl Iterator<Item = Device> + '_ {
+        let name = self.resource.strip_prefix("nvidia.com/").unwrap_or_default();
+        let numbered = ["gpu", "mig-", "shared-gpu"].iter().any(|start| name.starts_with(start));
+        self.device_ids.iter().map(move |id| match device(id) {
+            Device::Index(_) if !numbered => Device::Unknown(id.clone()),
+            device => device,
+        })
+    }
+
+    /// Other vendors' resources are of no interest, unless they hand out NVIDIA's devices under names of their own.
+    fn is_gpu(&self) -> bool {
+        let named = |id: &String| {
+            let uuid_of = |prefix: &str| id.strip_prefix(prefix).and_then(uuid);
+            ["GPU-", "MIG-", "MIG-GPU-"].into_iter().find_map(uuid_of).is_some() || matches!(device(id), Device::Minor(_))
+        };
+        self.resource.starts_with("nvidia.com/") || self.device_ids.iter().any(named)
+    }
+
+    fn names(&self) -> Option<Names> {
+        Some((self.namespace.clone()?, self.pod.clone()?))
+    }
+}
+
+/// Namespace and name of a pod.
+type Names = (String, String);
+
+/// Reads a device id of the NVIDIA, GKE and CDI kinds, and of plugins that append to a UUID.
+pub fn device(id: &str) -> Device {
+    read(id.trim()).unwrap_or_else(|| Device::Unknown(id.to_owned()))
+}
+
+fn read(id: &str) -> Option<Device> {
+    // CDI: `<vendor>/<class>=<name>`.
+    let id = match id.rsplit_once('=') {
+        Some((kind, name)) if kind.contains('/') => name,
+        _ => id,
+    };
+    // A replica (time slicing, MPS) is its device.
+    let id = match id.split_once("::") {
+        Some((device, replica)) if is_number(replica) => device,
+        _ => id,
+    };
+    // NVML promises no form of what follows `GPU-` and `MIG-`: where it is no UUID, all of it is meant.
+    let named = |prefix: &str, rest: &str| (!rest.is_empty()).then(|| format!("{prefix}{}", uuid(rest).unwrap_or(rest)));
+    if let Some(rest) = id.strip_prefix("MIG-") {
+        // Before driver 470 a partition was `MIG-GPU-<uuid>/<gi>/<ci>`.
+        return match rest.strip_prefix("GPU-") {
+            Some(gpu) => named("GPU-", gpu.split('/').next()?).map(Device::Uuid),
+            None => named("MIG-", rest).map(Device::Mig),
+        };
+    }
+    if let Some(gpu) = id.strip_prefix("GPU-") {
+        return named("GPU-", gpu).map(Device::Uuid);
+    }
+    if let Some(bare) = uuid(id).filter(|bare| *bare == id) {
+        return Some(Device::Uuid(format!("GPU-{bare}")));
+    }
+    // GKE: `nvidia0`, `nvidia0/vgpu3`, `nvidia0/gi1`, `nvidia0/gi1/vgpu3`.
+    if let Some(rest) = id.strip_prefix("nvidia") {
+        return parse(rest.split('/').next()?).map(Device::Minor);
+    }
+    // `0`, a partition's `0:1`, and CDI's `gpu0` and `mig0:1`.
+    let number = id.strip_prefix("gpu").or(id.strip_prefix("mig")).unwrap_or(id);
+    let index = match number.split_once(':') {
+        Some((gpu, partition)) if is_number(partition) => gpu,
+        Some(_) => return None,
+        None => number,
+    };
+    parse(index).map(Device::Index)
+}
+
+/// The UUID at the beginning. Some plugins append a replica to it: `<uuid>-3`, `<uuid>-_-3`, `<uuid>/3`.
+fn uuid(text: &str) -> Option<&str> {
+    const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
+    const LEN: usize = 36;
+    let (head, tail) = text.split_at_checked(LEN)?;
+    let whole = head.split('-').map(str::len).eq(GROUPS) && head.bytes().all(|b| b == b'-' || b.is_ascii_hexdigit());
+    let ends = tail.bytes().next().is_none_or(|b| !b.is_ascii_alphanumeric());
+    (whole && ends).then_some(head)
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+fn parse(text: &str) -> Option<u32> {
+    is_number(text).then(|| text.parse().ok()).flatten()
+}
+
+/// Joins the checkpoint's entries with those of pod-resources; only NVIDIA's stay, sorted.
+pub fn join(checkpoint: Vec<Assignment>, pod_resources: Vec<Assignment>) -> Vec<Assignment> {
+    let (checkpoint, pod_resources) = (merged(checkpoint), merged(pod_resources));
+    let by_devices = unique(pod_resources.iter().filter_map(|a| Some((key(a)?, a.names()?))));
+    let uids = unique(checkpoint.iter().filter_map(|a| Some((key(a)?, a.pod_uid.clone()?))));
+    // One container tells the names of its whole pod.
+    let pairs = || uids.iter().filter_map(|(key, uid)| Some((uid.clone(), by_devices.get(key)?.clone())));
+    let names_of = unique(pairs().collect::<BTreeSet<_>>());
+    let uid_of = unique(pairs().map(|(uid, names)| (names, uid)).collect::<BTreeSet<_>>());
+    let mut all = BTreeSet::new();
+    for mut entry in checkpoint {
+        let names = entry.pod_uid.as_ref().and_then(|uid| names_of.get(uid));
+        if let Some(names) = names.filter(|names| uid_of.contains_key(*names)) {
+            (entry.namespace, entry.pod) = (Some(names.0.clone()), Some(names.1.clone()));
+        }
+        all.insert(entry);
+    }
+    for mut entry in pod_resources {
+        let uid = entry.names().and_then(|names| uid_of.get(&names).cloned());
+        entry.pod_uid = uid.filter(|uid| names_of.contains_key(uid)).or(entry.pod_uid);
+        all.insert(entry);
+    }
+    all.into_iter().collect()
+}
+
+/// What the kubelet says of a pod. Nothing about its container: the cgroup asked about may be the sandbox's, or another's.
+pub fn facts_for(pod_uid: &str, assignments: &[Assignment]) -> Option<Facts> {
+    let (namespace, pod) = assignments.iter().filter(|a| a.pod_uid.as_deref() == Some(pod_uid)).find_map(Assignment::names)?;
+    let mut facts = Facts { pod_uid: Some(pod_uid.to_owned()), knows_pods: true, ..Facts::default() };
+    facts.set(Label::Namespace, Some(&namespace));
+    facts.set(Label::Pod, Some(&pod));
+    Some(facts)
+}
+
+/// One entry per container and resource: both lists have one per NUMA node as well. Ids are sorted.
+fn merged(list: Vec<Assignment>) -> Vec<Assignment> {
+    let mut ids: BTreeMap<Assignment, BTreeSet<String>> = BTreeMap::new();
+    for mut entry in list.into_iter().filter(Assignment::is_gpu) {
+        let of_entry = std::mem::take(&mut entry.device_ids);
+        ids.entry(entry).or_default().extend(of_entry);
+    }
+    ids.into_iter().map(|(entry, ids)| Assignment { device_ids: ids.into_iter().collect(), ..entry }).collect()
+}
+
+fn key(entry: &Assignment) -> Option<(&str, &str, &[String])> {
+    (!entry.device_ids.is_empty()).then_some((&entry.container, &entry.resource, &entry.device_ids))
+}
+
+/// Keys that occur once.
+fn unique<K: Ord, V>(pairs: impl IntoIterator<Item = (K, V)>) -> BTreeMap<K, V> {
+    let mut seen: BTreeMap<K, Option<V>> = BTreeMap::new();
+    for (key, value) in pairs {
+        seen.entry(key).and_modify(|v| *v = None).or_insert(Some(value));
+    }
+    seen.into_iter().filter_map(|(key, value)| Some((key, value?))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use proptest::prelude::*;
+
+    use super::*;
+
+    const U: &str = "8f1f4a33-bb7c-4c8e-9a51-d3a1c2d2e6f0";
+
+    #[test]
+    fn devices() {
+        let check = |id: &str, expect: Device| assert_eq!(device(&id.replace("UU", U)), expect, "{id}");
+        let gpu = || Device::Uuid(format!("GPU-{U}"));
+        let mig = || Device::Mig(format!("MIG-{U}"));
+        for id in
+            ["GPU-UU", "GPU-UU::3", "UU", "UU::12", "GPU-UU-0", "GPU-UU-_-7", "GPU-UU/2", "MIG-GPU-UU/7/0", "MIG-GPU-UU/7/0::1"]
+        {
+            check(id, gpu());
+        }
+        check("GPU-sim-0::1", Device::Uuid("GPU-sim-0".into()));
+        check("GPU-UUff", Device::Uuid(format!("GPU-{U}ff")));
+        check("MIG-GPU-x/1/0", Device::Uuid("GPU-x".into()));
+        for id in ["MIG-UU", "MIG-UU::2", "nvidia.com/gpu=MIG-UU"] {
+            check(id, mig());
+        }
+        for id in ["nvidia.com/gpu=GPU-UU", "k8s.device-plugin.nvidia.com/gpu=GPU-UU", "nvidia.com/gpu=GPU-UU::1"] {
+            check(id, gpu());
+        }
+        for id in ["nvidia2", "nvidia2/vgpu0", "nvidia2/gi0", "nvidia2/gi1/vgpu3"] {
+            check(id, Device::Minor(2));
+        }
+        for id in
+            ["1", "1:0", "1::4", " 1 ", "nvidia.com/gpu=1", "nvidia.com/gpu=1:0", "nvidia.com/gpu=gpu1", "nvidia.com/gpu=mig1:0"]
+        {
+            check(id, Device::Index(1));
+        }
+        for id in
+            ["", "all", "tegra", "GPU-", "MIG-", "MIG-GPU-", "nvidia", "nvidiactl", "nvidia.com/gpu=all", "1:x", "0000:3b:00.1"]
+        {
+            check(id, Device::Unknown(id.to_owned()));
+        }
+        for id in ["-1", "+1", "99999999999", "é", "gpu", "card0-0", "=1", "UU-x", "::1"] {
+            check(id, Device::Unknown(id.replace("UU", U)));
+        }
+    }
+
+    #[test]
+    fn a_number_is_an_index_of_gpus_only() {
+        let of = |resource: &str| {
+            let (resource, device_ids) = (resource.to_owned(), vec!["1".to_owned()]);
+            Assignment { resource, device_ids, ..Assignment::default() }.devices().next()
+        };
+        for resource in ["nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-1g.5gb"] {
+            assert_eq!(of(resource), Some(Device::Index(1)), "{resource}");
+        }
+        for resource in ["nvidia.com/hostdev", "nvidia.com/TU104GL_Tesla_T4", "rdma/hca"] {
+            assert_eq!(of(resource), Some(Device::Unknown("1".into())), "{resource}");
+        }
+    }
+
+    /// `uid|namespace/pod|container resource id,id`; `-` is nothing.
+    fn entry(text: &str) -> Assignment {
+        let (owner, rest) = text.split_once(' ').unwrap();
+        let (resource, ids) = rest.split_once(' ').unwrap();
+        let [uid, names, container] = owner.split('|').collect::<Vec<_>>()[..] else { panic!("{text}") };
+        let known = |part: &str| (part != "-").then(|| part.to_owned());
+        let (namespace, pod) = names.split_once('/').map_or((None, None), |(n, p)| (known(n), known(p)));
+        let device_ids = ids.split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
+        Assignment { pod_uid: known(uid), namespace, pod, container: container.into(), resource: resource.into(), device_ids }
+    }
+
+    fn show(a: &Assignment) -> String {
+        let or = |part: &Option<String>| part.clone().unwrap_or("-".into());
+        let names = a.names().map_or("-".into(), |(n, p)| format!("{n}/{p}"));
+        format!("{}|{names}|{} {} {}", or(&a.pod_uid), a.container, a.resource, a.device_ids.join(","))
+    }
+
+    fn check(checkpoint: &[&str], pod_resources: &[&str], expect: &[&str]) {
+        let list = |rows: &[&str]| rows.iter().map(|row| entry(row)).collect::<Vec<_>>();
+        let joined: Vec<String> = join(list(checkpoint), list(pod_resources)).iter().map(show).collect();
+        assert_eq!(joined, expect, "{checkpoint:?} {pod_resources:?}");
+    }
+
+    #[test]
+    fn joined_by_devices() {
+        let gpu = "nvidia.com/gpu";
+        let row = |owner: &str, ids: &str| format!("{owner} {gpu} {ids}");
+        // The ids in another order, and split by NUMA node.
+        check(
+            &[&row("u1|-|c", "GPU-b,GPU-a"), &row("u2|-|c", "GPU-c")],
+            &[&row("-|n/p|c", "GPU-a"), &row("-|n/p|c", "GPU-b"), &row("-|n/q|c", "GPU-c")],
+            &[&row("u1|n/p|c", "GPU-a,GPU-b"), &row("u2|n/q|c", "GPU-c")],
+        );
+        // Each list alone.
+        check(&[&row("u1|-|c", "GPU-a")], &[], &[&row("u1|-|c", "GPU-a")]);
+        check(&[], &[&row("-|n/p|c", "GPU-a")], &[&row("-|n/p|c", "GPU-a")]);
+        // Another container name, or other devices: not the same.
+        check(&[&row("u1|-|c", "GPU-a")], &[&row("-|n/p|d", "GPU-a")], &[&row("-|n/p|d", "GPU-a"), &row("u1|-|c", "GPU-a")]);
+        // A pod of before still in the checkpoint: nobody can tell whose it is.
+        check(
+            &[&row("u1|-|c", "GPU-a"), &row("u2|-|c", "GPU-a")],
+            &[&row("-|n/p|c", "GPU-a")],
+            &[&row("-|n/p|c", "GPU-a"), &row("u1|-|c", "GPU-a"), &row("u2|-|c", "GPU-a")],
+        );
+        // One container tells of its pod, also for a container whose own devices are ambiguous.
+        check(
+            &[&row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b"), &row("u0|-|d", "GPU-b")],
+            &[&row("-|n/p|c", "GPU-a"), &row("-|n/p|d", "GPU-b")],
+            &[&row("u0|-|d", "GPU-b"), &row("u1|n/p|c", "GPU-a"), &row("u1|n/p|d", "GPU-b")],
+        );
+        // One UID with two names is a contradiction.
+        check(
+            &[&row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b")],
+            &[&row("-|n/p|c", "GPU-a"), &row("-|n/q|d", "GPU-b")],
+            &[&row("-|n/p|c", "GPU-a"), &row("-|n/q|d", "GPU-b"), &row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b")],
+        );
+    }
+
+    #[test]
+    fn only_nvidias_devices() {
+        let uuid = format!("GPU-{U}-_-3");
+        let lent = format!("u1|-|c aliyun.com/gpu-mem {uuid}");
+        let bare = format!("u1|-|c example.com/disk {U}");
+        check(&["u1|-|c rdma/hca 1", "u1|-|c amd.com/gpu 0000:3b:00.0", &lent, &bare], &["-|n/p|c smarter/tty tty1"], &[&lent]);
+        check(&["u1|-|c nvidia.com/gpu "], &["-|n/p|c nvidia.com/gpu "], &["-|n/p|c nvidia.com/gpu ", "u1|-|c nvidia.com/gpu "]);
+    }
+
+    #[test]
+    fn facts_of_a_pod() {
+        let joined = [entry("u1|-|c nvidia.com/gpu a"), entry("u1|n/p|c nvidia.com/gpu b")];
+        let facts = facts_for("u1", &joined).unwrap();
+        assert_eq!(
+            (facts.labels[Label::Namespace as usize].as_deref(), facts.labels[Label::Pod as usize].as_deref()),
+            (Some("n"), Some("p"))
+        );
+        assert_eq!((facts.labels[Label::Container as usize].as_deref(), facts.knows_pods), (None, true));
+        assert_eq!(facts_for("u2", &joined), None);
+    }
+
+    proptest! {
+        #[test]
+        fn any_id_is_something(id in "\\PC*") {
+            device(&id);
+        }
+
+        #[test]
+        fn near_ids_are_something(id in "(MIG-|GPU-|nvidia|gpu|nvidia.com/gpu=)?(GPU-)?([0-9a-fé-]{0,40})((::|/|:)[0-9a-z]{0,3})?") {
+            device(&id);
+        }
+
+        /// No entry is lost, and what a list said of one stays so.
+        #[test]
+        fn joining_keeps_everything(
+            left in prop::collection::vec((0..4u8, 0..3u8, prop::collection::vec(0..4u8, 0..3)), 0..8),
+            right in prop::collection::vec((0..4u8, 0..3u8, prop::collection::vec(0..4u8, 0..3)), 0..8),
+        ) {
+            let ids = |ids: &[u8]| ids.iter().map(|i| format!("nvidia{i}")).collect::<Vec<_>>().join(",");
+            let list = |rows: &[(u8, u8, Vec<u8>)], row: &dyn Fn(u8, u8) -> String| -> Vec<Assignment> {
+                rows.iter().map(|(pod, c, devices)| entry(&format!("{} nvidia.com/gpu {}", row(*pod, *c), ids(devices)))).collect()
+            };
+            let checkpoint = list(&left, &|pod, c| format!("u{pod}|-|c{c}"));
+            let pod_resources = list(&right, &|pod, c| format!("-|n/p{pod}|c{c}"));
+            let joined = join(checkpoint.clone(), pod_resources.clone());
+            for entry in checkpoint {
+                prop_assert!(joined.iter().any(|a| a.pod_uid == entry.pod_uid && a.container == entry.container
+                    && entry.device_ids.iter().all(|id| a.device_ids.contains(id))));
+            }
+            for entry in pod_resources {
+                prop_assert!(joined.iter().any(|a| a.pod == entry.pod && a.container == entry.container
+                    && entry.device_ids.iter().all(|id| a.device_ids.contains(id))));
+            }
+        }
+    }
+}

@@ -1,0 +1,263 @@
+//! `doctor` on runtimes: which answer, as what, and where a kubelet's own cAdvisor would give up on them. The agent does not: it reads no
+//! version to decide anything; but that cAdvisor's other metrics stay blank, and people want to know why.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use sampler_core::labels::Source;
+use serde::Deserialize;
+
+use super::doctor::{Check, Status};
+use crate::config::Config;
+use crate::labels::source::cri::Cri;
+use crate::labels::source::http;
+use crate::labels::source::kubelet::{Kubelet, checkpoint};
+use crate::labels::{LabelConfig, Places, Root};
+use crate::observe::kernel::layout::Layout;
+
+/// A runtime that takes longer is stuck.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The newest version of Docker's API that a kubelet's Docker client speaks (cAdvisor issue 3749).
+const CADVISORS_DOCKER_API: (u32, u32) = (1, 41);
+/// Where cAdvisor looks, and nowhere else.
+const CADVISORS_DOCKER: [&str; 2] = ["/var/run/docker.sock", "/run/docker.sock"];
+const CADVISORS_CONTAINERD: &str = "/run/containerd/containerd.sock";
+const CADVISORS_CRIO: [&str; 2] = ["/var/run/crio/crio.sock", "/run/crio/crio.sock"];
+
+/// Docker's and podman's answer to `/version`; any of it may be missing.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Version {
+    #[serde(rename = "Version")]
+    version: String,
+    #[serde(rename = "ApiVersion")]
+    api: String,
+    #[serde(rename = "MinAPIVersion")]
+    least_api: String,
+}
+
+/// CRI-O's answer to `/info`.
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct CrioInfo {
+    storage_driver: String,
+    storage_root: String,
+}
+
+pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
+    let sockets = LabelConfig::new(config, layout).present();
+    let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
+        let remedy = "see the limits on descriptors and threads";
+        return vec![Check::bad("runtimes", Status::Degraded, "the IO runtime cannot be started", remedy)];
+    };
+    let mut all = checkpoints(config);
+    if sockets.iter().all(|(_, _, present)| !present) {
+        let detail = match config.label_sources.iter().any(|source| source.is_socket()) {
+            true => "no runtime's socket is there: labels come from files and from cgroup paths",
+            false => "label_sources has no source with a socket: labels come from files and from cgroup paths",
+        };
+        all.push(Check::ok("runtimes", detail));
+    }
+    let root = &Root::new(&config.path_rootfs);
+    let checks = sockets.into_iter().map(|(source, path, present)| async move {
+        if present {
+            return one(source, &path, root).await;
+        }
+        if !config.label_endpoints.contains(&(source, path.clone())) {
+            return Vec::new();
+        }
+        let detail = format!("there is nothing at {}, which was given by name", path.display());
+        vec![Check::bad(source.name(), Status::Degraded, detail, "start that runtime, or mend the path")]
+    });
+    // At once: one that hangs costs its patience, and two no more than that.
+    all.extend(runtime.block_on(futures_util::future::join_all(checks)).into_iter().flatten());
+    all
+}
+
+/// The kubelet's record of devices, where there is one.
+fn checkpoints(config: &Config) -> Vec<Check> {
+    let root = Root::new(&config.path_rootfs);
+    let folders = Places::find(&config.path_procfs, &root).kubelet_roots;
+    let one = |folder: &PathBuf| match checkpoint(&root.path(folder)) {
+        Ok(None) => None,
+        Ok(Some(list)) => {
+            Some(Check::ok("kubelet", format!("{} entries of devices in its checkpoint, {}", list.len(), folder.display())))
+        }
+        Err(error) => {
+            let remedy = "GPUs are not shown as assigned until it can be read; the kubelet writes it anew when it starts";
+            Some(Check::bad("kubelet", Status::Degraded, super::told(&error), remedy))
+        }
+    };
+    folders.iter().filter_map(one).collect()
+}
+
+/// Whether this path is one of the host's.
+fn is_at(root: &Root, path: &Path, known: &[&str]) -> bool {
+    known.iter().any(|known| Path::new(known) == path || root.path(Path::new(known)) == path)
+}
+
+async fn one(source: Source, path: &Path, root: &Root) -> Vec<Check> {
+    let checked = tokio::time::timeout(PATIENCE, async {
+        match source {
+            Source::Docker | Source::Podman => docker(source, path, root).await,
+            Source::Cri => cri(path, root).await,
+            Source::Crio => crio(path).await,
+            _ => kubelet(path).await,
+        }
+    });
+    let detail = match checked.await {
+        Ok(Ok(checks)) => return checks,
+        Ok(Err(detail)) if detail.contains("unix://") => detail,
+        Ok(Err(detail)) => format!("{}: {detail}", path.display()),
+        Err(_) => format!("{}: no answer within {} s", path.display(), PATIENCE.as_secs()),
+    };
+    let remedy = remedy(&detail);
+    vec![Check::bad(source.name(), Status::Degraded, detail, remedy)]
+}
+
+async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, String> {
+    let version: Version = http::record(path, "/version").await.map_err(|answer| answer.detail)?;
+    let shown = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
+    let detail = format!(
+        "version {}, API {} to {}, at {}",
+        shown(&version.version),
+        shown(&version.least_api),
+        shown(&version.api),
+        path.display()
+    );
+    let mut checks = vec![Check::ok(source.name(), detail)];
+    if source == Source::Docker {
+        checks.extend(cadvisor_on_docker(&version, path, root).into_iter().map(|(problem, remedy)| gives_up(&problem, remedy)));
+    }
+    Ok(checks)
+}
+
+/// What mends it, as far as its words tell. Until then labels come from files and other sources, and the agent keeps trying.
+fn remedy(detail: &str) -> &'static str {
+    match detail {
+        d if d.contains("ermission denied") => "run as root, or with access to the socket",
+        d if d.contains("refused") => "nobody listens on this socket: start the runtime",
+        d if d.contains("no answer within") => "the runtime hangs: see its log, such as `journalctl -u docker`, and restart it",
+        d if d.contains("HTTP 5") => "the runtime is in trouble: see its log, such as `journalctl -u docker`",
+        _ => "is it the socket of another runtime? see --docker-endpoint, --podman-endpoint and --cri-endpoint",
+    }
+}
+
+fn gives_up(problem: &str, remedy: &str) -> Check {
+    Check::bad("cAdvisor", Status::Warning, format!("a kubelet's cAdvisor gives up here: {problem}"), remedy)
+}
+
+fn cadvisor_on_docker(version: &Version, path: &Path, root: &Root) -> Vec<(String, &'static str)> {
+    let mut problems = Vec::new();
+    let matches = versions_in(&version.version);
+    if matches != 1 {
+        let problem = format!("it wants one X.Y.Z in Docker's version, and finds {matches} in {:?}", version.version);
+        problems.push((problem, "install a Docker whose version is X.Y.Z, or take container labels from this agent"));
+    }
+    let least = version.least_api.split_once('.').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
+    if let Some(least) = least.filter(|least: &(u32, u32)| *least > CADVISORS_DOCKER_API) {
+        let (major, minor) = CADVISORS_DOCKER_API;
+        let problem = format!("its client speaks API {major}.{minor} at most, and this engine wants {}.{}", least.0, least.1);
+        problems.push((problem, "set \"min-api-version\": \"1.24\" in daemon.json, or use a newer kubelet"));
+    }
+    if !is_at(root, path, &CADVISORS_DOCKER) {
+        let problem = format!("it looks for {}, and the engine is at {}", CADVISORS_DOCKER[0], path.display());
+        problems.push((problem, "make a symlink there, or give the kubelet's cAdvisor --docker"));
+    }
+    problems
+}
+
+/// How often `\d+\.\d+\.\d+` matches, one after the other.
+fn versions_in(text: &str) -> usize {
+    let (mut count, mut rest) = (0, text);
+    while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
+        rest = &rest[at..];
+        match after_version(rest) {
+            Some(after) => (count, rest) = (count + 1, after),
+            // Not here; a match may begin behind these digits.
+            None => rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()),
+        }
+    }
+    count
+}
+
+fn after_version(text: &str) -> Option<&str> {
+    let number = |text: &str| -> Option<usize> {
+        Some(text.len() - text.trim_start_matches(|c: char| c.is_ascii_digit()).len()).filter(|n| *n > 0)
+    };
+    let mut rest = &text[number(text)?..];
+    for _ in 0..2 {
+        rest = rest.strip_prefix('.')?;
+        rest = &rest[number(rest)?..];
+    }
+    Some(rest)
+}
+
+async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
+    let version = match Cri::new(path).version().await {
+        Ok(version) => version,
+        // containerd as Docker ships it.
+        Err(error) if error.is_unimplemented() => {
+            return Ok(vec![Check::ok("cri", format!("{} answers, and its CRI is disabled", path.display()))]);
+        }
+        Err(error) => return Err(super::told(&error)),
+    };
+    let (name, number, package) = (&version.runtime_name, &version.runtime_version, version.package);
+    let mut checks =
+        vec![Check::ok("cri", format!("{name} {number}, API {} ({package}), at {}", version.api_version, path.display()))];
+    let expected: &[&str] = match name.as_str() {
+        "containerd" => &[CADVISORS_CONTAINERD],
+        "cri-o" => &CADVISORS_CRIO,
+        _ => &[],
+    };
+    if let Some(first) = expected.first().filter(|_| !is_at(root, path, expected)) {
+        let problem = format!("it looks for {name} at {first} only, and this one is at {}", path.display());
+        checks.push(gives_up(&problem, "make a symlink there, or start the kubelet with --containerd where it has that flag"));
+    }
+    Ok(checks)
+}
+
+async fn crio(path: &Path) -> Result<Vec<Check>, String> {
+    let info: CrioInfo = http::record(path, "/info").await.map_err(|answer| answer.detail)?;
+    let CrioInfo { storage_driver, storage_root } = info;
+    Ok(vec![Check::ok("crio", format!("storage {storage_driver} in {storage_root}, at {}", path.display()))])
+}
+
+async fn kubelet(path: &Path) -> Result<Vec<Check>, String> {
+    let list = Kubelet::at(path).pod_resources().await.map_err(|error| super::told(&error))?;
+    Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn versions_as_cadvisor_counts_them() {
+        for (text, expect) in [
+            ("20.10.24", 1),
+            ("dev", 0),
+            ("", 0),
+            ("20.10.10sp+fluent1.7.0", 2),
+            ("29.0.0-rc.1", 1),
+            ("1.2", 0),
+            ("20.10.24+dfsg1", 1),
+            ("1..2.3.4", 1),
+            ("1.2.3.4.5.6", 2),
+        ] {
+            assert_eq!(versions_in(text), expect, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn where_cadvisor_gives_up() {
+        let problems = |version: &str, least: &str, path: &str| {
+            let version = Version { version: version.into(), api: "1.52".into(), least_api: least.into() };
+            cadvisor_on_docker(&version, Path::new(path), &Root::new(Path::new("/"))).len()
+        };
+        assert_eq!(problems("20.10.24", "1.12", "/run/docker.sock"), 0);
+        assert_eq!(problems("dev", "", "/var/run/docker.sock"), 1);
+        assert_eq!(problems("29.0.0", "1.44", "/run/docker.sock"), 1);
+        assert_eq!(problems("", "1.44", "/elsewhere.sock"), 3);
+    }
+}

@@ -1,0 +1,107 @@
+//! containerd's OCI bundles: written before the cgroup exists, so all labels of a pod's container are there at once.
+//!
+//! `<state>/io.containerd.runtime.v2.task/<namespace>/<id>/config.json`; names of annotations as containerd's CRI plugin writes them
+//! (`sandbox-uid` since 1.6.11, `container-name` since 1.4, `sandbox-name` since 1.5).
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use sampler_core::labels::{Facts, Label, Runtime};
+use serde::Deserialize;
+
+use super::{Answer, file};
+use crate::labels::discover::Places;
+use crate::labels::root::Root;
+
+const TASK_FOLDERS: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.runtime.v1.linux"];
+
+pub type Annotations = HashMap<String, String>;
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+pub struct Bundle {
+    pub annotations: Option<Annotations>,
+}
+
+pub fn ask(root: &Root, places: &Places, id: &str) -> Answer {
+    let mut problem = None;
+    for state in &places.containerd_states {
+        let here = root.path(state);
+        match look(&here, id) {
+            Ok(Some(facts)) => return Answer::found(facts).at(state),
+            Ok(None) => {}
+            // Another state folder may have it.
+            Err(detail) => problem = Some(Answer::error(detail).at(state)),
+        }
+    }
+    problem.unwrap_or_else(|| Answer::not_in(&places.containerd_states))
+}
+
+fn look(state: &Path, id: &str) -> Result<Option<Facts>, String> {
+    for (namespace, path) in candidates(state, id)? {
+        if let Some(bundle) = file::read::<Bundle>(&path)? {
+            return Ok(Some(facts(&bundle.annotations.unwrap_or_default(), id, &namespace)));
+        }
+    }
+    Ok(None)
+}
+
+/// Where the bundle may be, with containerd's namespace.
+fn candidates(state: &Path, id: &str) -> Result<Vec<(String, PathBuf)>, String> {
+    let mut found = Vec::new();
+    for tasks in TASK_FOLDERS {
+        let namespaces = file::list(&state.join(tasks))?;
+        found.extend(namespaces.into_iter().map(|(namespace, path)| (namespace, path.join(id).join("config.json"))));
+    }
+    Ok(found)
+}
+
+fn facts(annotations: &Annotations, id: &str, namespace: &str) -> Facts {
+    let get = |key: &str| annotations.get(key).map(String::as_str);
+    // Docker's containers: the bundle says nothing about them, Docker does.
+    if namespace == "moby" {
+        return Facts { runtime: Some(Runtime::Docker), ..Facts::default() };
+    }
+    let cri = |name: &str| get(&format!("io.kubernetes.cri.{name}"));
+    let mut facts = Facts { runtime: Some(Runtime::Containerd), knows_pods: true, ..Facts::default() };
+    facts.set(Label::Name, get("nerdctl/name").or(Some(id)));
+    facts.set(Label::Image, cri("image-name"));
+    facts.set(Label::Namespace, cri("sandbox-namespace"));
+    facts.set(Label::Pod, cri("sandbox-name"));
+    facts.set(Label::Container, cri("container-name"));
+    facts.pod_uid = cri("sandbox-uid").map(str::to_owned);
+    facts.sandbox = cri("container-type") == Some("sandbox");
+    facts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labels::source::tests::{Files, check};
+
+    const CRI: &str = r#"{"ociVersion":"1","annotations":{"io.kubernetes.cri.sandbox-namespace":"prod","io.kubernetes.cri.sandbox-name":"p-0",
+        "io.kubernetes.cri.container-name":"c","io.kubernetes.cri.image-name":"i:1"}}"#;
+
+    #[test]
+    fn rows() {
+        let path = "run/containerd/io.containerd.runtime.v2.task/k8s.io/c1/config.json";
+        let row = |path: &str, text: &str, expect: &str| {
+            let files = Files::new(&[(path, text)]);
+            check(&ask(&files.root(), &Places::default().with_defaults(), "c1"), expect);
+        };
+        row(path, CRI, "prod/p-0/c c1 i:1");
+        row(&path.replace("containerd/io", "k3s/containerd/io"), CRI, "prod/p-0/c c1 i:1");
+        row(&path.replace("run/containerd", "var/snap/microk8s/common/run/containerd"), CRI, "prod/p-0/c c1 i:1");
+        row(&path.replace("run/containerd", "run/k0s/containerd"), CRI, "prod/p-0/c c1 i:1");
+        row(&path.replace("k8s.io", "moby"), "{}", "-/-/- - -");
+        row(&path.replace("k8s.io", "default"), r#"{"annotations":{"nerdctl/name":"web"}}"#, "-/-/- web -");
+        row(&path.replace("c1/", "c2/"), CRI, "not-found");
+        row(path, r#"{"annotations":null}"#, "-/-/- c1 -");
+        row(
+            path,
+            r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox","io.kubernetes.cri.sandbox-name":"p"}}"#,
+            "sandbox -/p/- c1 -",
+        );
+        row(path, "{\"annotations\":", "error");
+    }
+}

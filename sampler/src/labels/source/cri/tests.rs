@@ -1,0 +1,242 @@
+//! The CRI client against a server that speaks the protocol, whole and broken.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
+
+use sampler_core::labels::Outcome;
+
+use super::*;
+use crate::labels::source::grpc_server::{Reply, Server, entry, field, number};
+
+const ID: &str = "73e1";
+const SANDBOX: &str = "5a00";
+
+fn labels() -> Vec<u8> {
+    [
+        entry(12, "io.kubernetes.pod.name", "p"),
+        entry(12, "io.kubernetes.pod.namespace", "n"),
+        entry(12, "io.kubernetes.pod.uid", "u-1"),
+        entry(12, "io.kubernetes.container.name", "c"),
+    ]
+    .concat()
+}
+
+fn container(more: &[u8]) -> Vec<u8> {
+    let metadata = [field(1, "c"), number(2, 3)].concat();
+    let image = [field(1, "registry/i:1"), entry(2, "a", "b")].concat();
+    field(
+        1,
+        [&field(1, ID), &field(2, metadata), &number(3, 1), &number(4, 17), &field(8, image), &field(9, "sha256:ab"), more]
+            .concat(),
+    )
+}
+
+fn sandbox() -> Vec<u8> {
+    let metadata = [field(1, "p"), field(2, "u-1"), field(3, "n"), number(4, 2)].concat();
+    field(1, [field(1, SANDBOX), field(2, metadata), number(3, 0)].concat())
+}
+
+fn not_found() -> Reply {
+    Reply::Status(5, "not found".into())
+}
+
+/// A server of one package; anything else is unimplemented, as grpc-go says it.
+#[derive(Clone)]
+struct Node {
+    package: &'static str,
+    runtime: &'static str,
+    container: Reply,
+    sandbox: Reply,
+    list: Reply,
+}
+
+impl Node {
+    fn new(package: &'static str, runtime: &'static str) -> Self {
+        let list = Reply::Message(field(1, [field(1, ID), field(2, SANDBOX)].concat()));
+        let container = Reply::Message(container(&labels()));
+        Self { package, runtime, container, sandbox: Reply::Message(sandbox()), list }
+    }
+
+    fn answer(&self, path: &str, request: &[u8]) -> Reply {
+        let Some(method) = path.strip_prefix(&format!("/{}.RuntimeService/", self.package)) else {
+            return Reply::Status(12, format!("unknown service in {path}"));
+        };
+        match method {
+            "Version" if self.runtime.is_empty() => Reply::Status(2, "later".into()),
+            "Version" => {
+                Reply::Message([field(1, "0.1.0"), field(2, self.runtime), field(3, "dev"), field(4, self.package)].concat())
+            }
+            "ContainerStatus" if request == field(1, ID) => self.container.clone(),
+            "PodSandboxStatus" if request == field(1, SANDBOX) => self.sandbox.clone(),
+            "ListContainers" if request == field(1, field(1, ID)) => self.list.clone(),
+            _ => not_found(),
+        }
+    }
+
+    fn start(&self) -> Server {
+        let node = self.clone();
+        Server::start(move |path, request| node.answer(path, request))
+    }
+}
+
+/// `namespace/pod/container name image uid runtime`, with `sandbox` and `no pods` where so; or the outcome's name.
+fn told(answer: &Answer) -> String {
+    let Outcome::Found(facts) = &answer.outcome else { return answer.told.name().to_owned() };
+    let label = |l: Label| facts.labels[l as usize].as_deref().unwrap_or("-");
+    let pod = [Label::Namespace, Label::Pod, Label::Container].map(label).join("/");
+    let (name, image, uid) = (label(Label::Name), label(Label::Image), facts.pod_uid.as_deref().unwrap_or("-"));
+    let runtime = facts.runtime.map_or("-", Runtime::name);
+    let sandbox = if facts.sandbox { " sandbox" } else { "" };
+    let pods = if facts.knows_pods { "" } else { " no pods" };
+    format!("{pod} {name} {image} {uid} {runtime}{sandbox}{pods}")
+}
+
+async fn check(node: Node, id: &str, expect: &str) -> Answer {
+    let server = node.start();
+    let answer = Cri::new(&server.path).ask(id, None).await;
+    assert_eq!(told(&answer), expect, "{}", answer.detail);
+    answer
+}
+
+const V1: &str = "runtime.v1";
+const ALPHA: &str = "runtime.v1alpha2";
+
+#[tokio::test]
+async fn containers() {
+    check(Node::new(V1, "containerd"), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
+    check(Node::new(ALPHA, "containerd"), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
+    check(Node::new(V1, "cri-o"), ID, "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 cri-o").await;
+    check(Node::new(ALPHA, "docker"), ID, "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 docker").await;
+    check(Node::new(V1, "frakti"), ID, "n/p/c 73e1 registry/i:1 u-1 -").await;
+    check(Node::new(V1, ""), ID, "n/p/c 73e1 registry/i:1 u-1 -").await;
+    check(Node::new(V1, "containerd"), "other", "not-found").await;
+    check(Node::new(V1, "containerd"), "", "not-found").await;
+    // Answered by the beginning of an id: another container.
+    let other = Reply::Message(field(1, [field(1, "73e1ff"), labels()].concat()));
+    check(Node { container: other, ..Node::new(V1, "containerd") }, ID, "not-found").await;
+}
+
+#[tokio::test]
+async fn sandboxes() {
+    check(Node::new(V1, "containerd"), SANDBOX, "n/p/- 5a00 - u-1 containerd sandbox").await;
+    check(Node::new(V1, "cri-o"), SANDBOX, "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox").await;
+    // cri-dockerd answers for a sandbox as for a container.
+    let names = [entry(12, "io.kubernetes.pod.name", "p"), entry(12, "io.kubernetes.pod.namespace", "n")].concat();
+    let uid = entry(12, "io.kubernetes.pod.uid", "u-1");
+    let pod = Reply::Message(field(1, [field(1, ID), field(2, field(1, "POD")), names, uid].concat()));
+    check(Node { container: pod, ..Node::new(ALPHA, "docker") }, ID, "n/p/POD k8s_POD_p_n_u-1_0 - u-1 docker sandbox").await;
+    // The first years' way of not finding.
+    let words = Reply::Status(2, "container with ID starting with 5a00 not found: ID does not exist".into());
+    let server = Server::start(move |path, request| match path.ends_with("/ContainerStatus") {
+        true => words.clone(),
+        false => Node::new(ALPHA, "cri-o").answer(path, request),
+    });
+    assert_eq!(told(&Cri::new(&server.path).ask(SANDBOX, None).await), "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox");
+}
+
+#[tokio::test]
+async fn labels_that_another_client_did_not_set() {
+    let bare = Node { container: Reply::Message(container(&[])), ..Node::new(V1, "containerd") };
+    check(bare.clone(), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
+    let gone = Node { sandbox: not_found(), ..bare.clone() };
+    check(gone, ID, "-/-/c 73e1 registry/i:1 - containerd no pods").await;
+    let failing = Node { list: Reply::Status(13, "busy".into()), runtime: "cri-o", ..bare };
+    let answer = check(failing, ID, "-/-/c - registry/i:1 - cri-o no pods").await;
+    assert!(answer.detail.contains("/runtime.v1.RuntimeService/ListContainers"), "{}", answer.detail);
+}
+
+#[tokio::test]
+async fn images() {
+    for (image, user, reference, expect) in [
+        ("i:1", "u:1", "r@sha256:1", "i:1"),
+        ("", "u:1", "r@sha256:1", "u:1"),
+        ("sha256:ab", "u:1", "", "u:1"),
+        ("sha256:ab", "", "r@sha256:1", "r@sha256:1"),
+        ("sha256:ab", "", "sha256:cd", "sha256:ab"),
+        (&"ab".repeat(32), "", "r", "r"),
+        ("", "", "sha256:cd", "sha256:cd"),
+        ("", "", "", "-"),
+    ] {
+        let spec = [field(1, image), field(18, user)].concat();
+        let status = [field(1, ID), field(8, spec), field(9, reference), labels()].concat();
+        let node = Node { container: Reply::Message(field(1, status)), ..Node::new(V1, "containerd") };
+        check(node, ID, &format!("n/p/c 73e1 {expect} u-1 containerd")).await;
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_known_is_skipped() {
+    // A state 99, a signal 200, fields 40 (text), 41 (a message) and 42 (a number), at every level.
+    let more = [number(3, 99), number(19, 200), field(40, "new"), field(41, field(1, "x")), number(42, u64::MAX)].concat();
+    let mut status = container(&[labels(), more.clone()].concat());
+    status.extend(more);
+    check(
+        Node { container: Reply::Message(status), ..Node::new(V1, "containerd") },
+        ID,
+        "n/p/c 73e1 registry/i:1 u-1 containerd",
+    )
+    .await;
+}
+
+#[tokio::test]
+async fn failures_name_the_endpoint_and_the_call() {
+    for (reply, expect) in [
+        (Reply::Message(vec![0xff; 40]), "error"),
+        (Reply::Message(vec![b'x'; 5 << 20]), "error"),
+        (Reply::CutOff, "error"),
+        (Reply::Status(13, "broken".into()), "error"),
+        (Reply::Hang, "timeout"),
+    ] {
+        let server = Node { container: reply, ..Node::new(V1, "containerd") }.start();
+        let cri = Cri { limit: Duration::from_millis(100), ..Cri::new(&server.path) };
+        let answer = cri.ask(ID, None).await;
+        assert_eq!(told(&answer), expect, "{}", answer.detail);
+        let call = format!("unix://{} /runtime.v1.RuntimeService/ContainerStatus", server.path.display());
+        assert!(answer.detail.contains(&call), "{}", answer.detail);
+    }
+    let server = Server::raw(&[0x5a; 9000]);
+    assert_eq!(told(&Cri::new(&server.path).ask(ID, None).await), "error");
+    let server = Node::new("none", "").start();
+    let answer = Cri::new(&server.path).ask(ID, None).await;
+    assert_eq!((told(&answer).as_str(), answer.detail.as_str()), ("not-found", "it serves no CRI"));
+    let answer = Cri::new("/nowhere/s.sock").ask(ID, None).await;
+    assert_eq!((told(&answer), answer.detail), ("not-tried".into(), "unix:///nowhere/s.sock: no such socket".into()));
+}
+
+#[tokio::test]
+async fn a_hung_version_costs_only_the_name() {
+    let node = Node::new(V1, "cri-o");
+    let server = Server::start(move |path, request| match path.ends_with("/Version") {
+        true => Reply::Hang,
+        false => node.answer(path, request),
+    });
+    let cri = Cri::new(&server.path);
+    for _ in 1..LATE_VERSIONS {
+        assert_eq!(told(&cri.ask(ID, None).await), "n/p/c - registry/i:1 u-1 -", "a name that would be another later");
+    }
+    assert_eq!(told(&cri.ask(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 -");
+    assert_eq!(told(&cri.ask(ID, Some(Runtime::CriO)).await), "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 cri-o");
+}
+
+#[tokio::test]
+async fn versions_and_the_runtime_are_remembered_for_one_socket() {
+    let (calls, node) = (Arc::new(AtomicUsize::new(0)), Node::new(ALPHA, "cri-o"));
+    let counted = Arc::clone(&calls);
+    let server = Server::start(move |path, request| {
+        counted.fetch_add(1, Ordering::Relaxed);
+        node.answer(path, request)
+    });
+    let cri = Cri::new(&server.path);
+    for (n, expect) in [3, 1, 1].into_iter().enumerate() {
+        calls.store(0, Ordering::Relaxed);
+        assert!(told(&cri.ask(ID, None).await).ends_with("cri-o"));
+        assert_eq!(calls.load(Ordering::Relaxed), expect, "question {n}");
+    }
+    assert_eq!(cri.version().await.unwrap().package, ALPHA);
+    // Replaced by another runtime with the other version.
+    let node = Node::new(V1, "containerd");
+    let _server = Server::start_in(server.stop(), move |path, request| node.answer(path, request));
+    assert_eq!(told(&cri.ask(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 containerd");
+    let version = cri.version().await.unwrap();
+    assert_eq!((version.runtime_version.as_str(), version.package), ("dev", V1));
+}

@@ -1,0 +1,60 @@
+//! CRI-O's own HTTP, on the same socket as its CRI: `GET /containers/<id>`.
+
+use std::collections::HashMap;
+use std::path::Path;
+
+use sampler_core::labels::{Facts, Label, Runtime};
+use serde::Deserialize;
+
+use super::{Answer, http};
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Container {
+    name: Option<String>,
+    image: Option<String>,
+    labels: Option<HashMap<String, String>>,
+    sandbox: Option<String>,
+}
+
+pub async fn ask(socket: &Path, id: &str) -> Answer {
+    match http::record::<Container>(socket, &format!("/containers/{id}")).await {
+        Ok(container) => Answer::found(facts(&container, id)),
+        Err(answer) => answer,
+    }
+}
+
+fn facts(container: &Container, id: &str) -> Facts {
+    let mut facts = Facts { runtime: Some(Runtime::CriO), knows_pods: true, ..Facts::default() };
+    facts.set(Label::Name, container.name.as_deref());
+    facts.set(Label::Image, container.image.as_deref());
+    let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
+    facts.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
+    facts.set(Label::Pod, get("io.kubernetes.pod.name"));
+    facts.set(Label::Container, get("io.kubernetes.container.name"));
+    facts.pod_uid = get("io.kubernetes.pod.uid").map(str::to_owned);
+    facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
+    if let Some(name) = &container.name {
+        facts.from_dockershim_name(name);
+    }
+    facts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labels::source::tests::check;
+
+    #[test]
+    fn rows() {
+        let row = |text: &str, expect: &str| {
+            check(&Answer::found(facts(&serde_json::from_str(text).unwrap(), "c1")), expect);
+        };
+        row(
+            r#"{"name":"k8s_c_p_n_u_0","pid":1,"image":"i","labels":{"io.kubernetes.pod.name":"p"},"new":[1]}"#,
+            "n/p/c k8s_c_p_n_u_0 i",
+        );
+        row(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
+        row("{}", "-/-/- - -");
+    }
+}

@@ -1,0 +1,59 @@
+//! Reading what runtimes leave in files: bounded, lenient, and a missing file is "not found".
+
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, Read as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::{Path, PathBuf};
+
+use serde::de::DeserializeOwned;
+
+use super::http::is_absent;
+
+/// Bundles are tens of KiB, lists of a thousand containers a few MiB; anything far beyond is neither.
+const MAX_FILE_BYTES: u64 = 32 << 20;
+/// A directory with more entries than this is not read to its end.
+const MAX_ENTRIES: usize = 65_536;
+
+/// Opens what is a file and nothing else: a pipe would wait for a writer.
+pub fn open(path: &Path) -> io::Result<File> {
+    let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
+    if !file.metadata()?.is_file() {
+        return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
+    }
+    Ok(file)
+}
+
+/// At most the first `bytes` of it.
+pub fn beginning(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
+    let mut text = Vec::new();
+    open(path)?.take(bytes).read_to_end(&mut text)?;
+    Ok(text)
+}
+
+/// `Ok(None)` when there is no such file.
+pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
+    let told = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let file = match open(path) {
+        Ok(file) => file,
+        Err(error) if is_absent(&error) => return Ok(None),
+        Err(error) => return Err(told(&error)),
+    };
+    let mut text = Vec::new();
+    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| told(&error))?;
+    if text.len() as u64 > MAX_FILE_BYTES {
+        return Err(told(&format_args!("larger than {MAX_FILE_BYTES} bytes")));
+    }
+    serde_json::from_slice(&text).map(Some).map_err(|error| told(&error))
+}
+
+/// Names and paths in a folder; none where there is no such folder.
+pub fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>, String> {
+    match fs::read_dir(folder) {
+        Ok(entries) => {
+            let one = |e: fs::DirEntry| (e.file_name().to_string_lossy().into_owned(), e.path());
+            Ok(entries.flatten().take(MAX_ENTRIES).map(one).collect())
+        }
+        Err(error) if is_absent(&error) => Ok(Vec::new()),
+        Err(error) => Err(format!("{}: {error}", folder.display())),
+    }
+}

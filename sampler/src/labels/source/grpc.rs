@@ -1,0 +1,285 @@
+//! gRPC over a Unix socket: one unary call, each on a connection of its own.
+//!
+//! Nothing is opened at construction, so an endpoint may appear, restart or move at any time. A shared HTTP/2 connection would
+//! tie every later question to a server that hung once; a fresh one costs the kernel a connect and two small frames, and
+//! questions are put once per container, not per sample. The connection's tasks end with the call, also when its future is
+//! dropped half way: a caller's timeout leaves nothing behind.
+//!
+//! It sets no time limit (the caller does), retries nothing, and does not stream.
+
+use std::error::Error as _;
+use std::future::Future;
+use std::io;
+use std::os::unix::fs::MetadataExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::Duration;
+
+use hyper::{Request, Uri};
+use hyper_util::rt::TokioIo;
+use tokio::net::UnixStream;
+use tokio::task::JoinSet;
+use tonic::Code;
+
+/// The kubelet lists every pod of the node in one answer, some hundred bytes each; anything far beyond is not an answer.
+const MAX_ANSWER_BYTES: usize = 4 << 20;
+
+/// A server at the end of a Unix socket.
+#[derive(Debug)]
+pub struct GrpcSocket {
+    path: PathBuf,
+}
+
+/// Why a call has no answer. Each names the endpoint, and the call where one was made.
+#[derive(Debug, thiserror::Error)]
+pub enum GrpcError {
+    /// Nobody there: no failure of a server.
+    #[error("unix://{}: no such socket", path.display())]
+    NoSocket { path: PathBuf },
+    /// Refused, or not ours to open: a socket without a server is a failing one.
+    #[error("unix://{}: cannot connect", path.display())]
+    Connect { path: PathBuf, source: io::Error },
+    #[error("unix://{} {method}: no answer within {} ms", path.display(), after.as_millis())]
+    Timeout { path: PathBuf, method: String, after: Duration },
+    #[error("unix://{} {method}: {:?}: {}", path.display(), status.code(), reason(status))]
+    Status { path: PathBuf, method: String, status: Box<tonic::Status> },
+}
+
+impl GrpcError {
+    pub fn code(&self) -> Option<Code> {
+        match self {
+            GrpcError::Status { status, .. } => Some(status.code()),
+            _ => None,
+        }
+    }
+
+    /// The server has no such service or method.
+    pub fn is_unimplemented(&self) -> bool {
+        self.code() == Some(Code::Unimplemented)
+    }
+
+    /// The server does not know the thing asked about. Servers of the CRI's first years said so in words only.
+    pub fn is_not_found(&self) -> bool {
+        let GrpcError::Status { status, .. } = self else { return false };
+        let in_words = || {
+            let message = status.message().to_ascii_lowercase();
+            ["not found", "does not exist", "no such container"].iter().any(|words| message.contains(words))
+        };
+        match status.code() {
+            Code::NotFound => true,
+            // With a cause below it, the words are the transport's.
+            Code::Unknown => status.source().is_none() && in_words(),
+            _ => false,
+        }
+    }
+}
+
+/// The status's message, and what lies below an error of the transport: "http2 error" alone helps nobody.
+fn reason(status: &tonic::Status) -> String {
+    let mut text = status.message().to_owned();
+    let mut cause = status.source().and_then(|error| error.source());
+    while let Some(error) = cause {
+        text = format!("{text}: {error}");
+        cause = error.source();
+    }
+    text
+}
+
+/// Which socket a path names at the moment: another one after the server was restarted.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Generation {
+    inode: u64,
+    /// Inodes are used again, seconds and nanoseconds are not.
+    changed: (i64, i64),
+}
+
+impl GrpcSocket {
+    pub fn new(path: impl Into<PathBuf>) -> Self {
+        Self { path: path.into() }
+    }
+
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// `None` where there is no socket.
+    pub fn generation(&self) -> Option<Generation> {
+        let found = std::fs::metadata(&self.path).ok()?;
+        Some(Generation { inode: found.ino(), changed: (found.ctime(), found.ctime_nsec()) })
+    }
+
+    /// Calls `method`, such as `/runtime.v1.RuntimeService/Version`.
+    pub async fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, GrpcError>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        self.call_with(method, request, None).await
+    }
+
+    /// With one header of metadata; a value that cannot be sent in one is an error of the call.
+    pub async fn call_with<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        let failed = |status: tonic::Status| {
+            let (path, method) = (self.path.clone(), method.to_owned());
+            GrpcError::Status { path, method, status: Box::new(status) }
+        };
+        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
+            let path = self.path.clone();
+            match source.kind() {
+                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => GrpcError::NoSocket { path },
+                _ => GrpcError::Connect { path, source },
+            }
+        })?;
+        let tasks = Tasks::default();
+        let _end = EndOnDrop(tasks.clone());
+        let handshake = hyper::client::conn::http2::handshake(tasks.clone(), TokioIo::new(stream));
+        let (sender, connection) = handshake.await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
+        // Its end is seen by the call, as an error of the request.
+        tasks.spawn(async { drop(connection.await) });
+        let service = tower::service_fn(move |request: Request<tonic::body::Body>| {
+            let mut sender = sender.clone();
+            async move {
+                sender.ready().await?;
+                sender.send_request(request).await
+            }
+        });
+        let mut client = tonic::client::Grpc::with_origin(service, Uri::from_static("http://localhost"))
+            .max_decoding_message_size(MAX_ANSWER_BYTES);
+        let path = method.parse().map_err(|error| failed(tonic::Status::internal(format!("{error}"))))?;
+        client.ready().await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
+        let codec = tonic_prost::ProstCodec::<Q, A>::default();
+        let mut request = tonic::Request::new(request);
+        if let Some((name, value)) = header {
+            let value = value.parse().map_err(|error| failed(tonic::Status::invalid_argument(format!("{name}: {error}"))))?;
+            request.metadata_mut().insert(name, value);
+        }
+        let answer = client.unary(request, path, codec).await.map_err(failed)?;
+        Ok(answer.into_inner())
+    }
+}
+
+/// What hyper spawns for one connection.
+#[derive(Clone, Default)]
+struct Tasks(Arc<Mutex<JoinSet<()>>>);
+
+impl Tasks {
+    fn spawn(&self, task: impl Future<Output = ()> + Send + 'static) {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner).spawn(task);
+    }
+}
+
+impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
+    fn execute(&self, task: F) {
+        self.spawn(task);
+    }
+}
+
+/// The tasks hold the set they are in, so dropping the set alone would end none of them.
+struct EndOnDrop(Tasks);
+
+impl Drop for EndOnDrop {
+    fn drop(&mut self) {
+        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).abort_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labels::source::grpc_server::{Reply, Server, field};
+
+    #[derive(Clone, PartialEq, prost::Message)]
+    struct Text {
+        #[prost(string, tag = "1")]
+        text: String,
+    }
+
+    async fn say(socket: &GrpcSocket, text: &str) -> Result<String, GrpcError> {
+        let answer: Text = socket.call("/test.Echo/Say", Text { text: text.to_owned() }).await?;
+        Ok(answer.text)
+    }
+
+    fn echo() -> Server {
+        Server::start(|_, request| Reply::Message(request.to_vec()))
+    }
+
+    #[tokio::test]
+    async fn answers_and_leaves_no_task() {
+        let server = echo();
+        let socket = GrpcSocket::new(&server.path);
+        for n in 0..20 {
+            assert_eq!(say(&socket, &format!("{n}")).await.unwrap(), format!("{n}"));
+        }
+        server.settle().await;
+    }
+
+    #[tokio::test]
+    async fn a_socket_may_be_missing_refused_and_replaced() {
+        let server = echo();
+        let socket = GrpcSocket::new(&server.path);
+        say(&socket, "a").await.unwrap();
+        let before = socket.generation();
+        let folder = server.stop();
+        // Its file is still there: refused.
+        assert!(matches!(say(&socket, "a").await, Err(GrpcError::Connect { .. })));
+        let again = Server::start_in(folder, |_, _| Reply::Message(field(1, b"another")));
+        assert_eq!(say(&socket, "a").await.unwrap(), "another");
+        assert_ne!(socket.generation(), before);
+        let folder = again.stop();
+        std::fs::remove_file(&socket.path).unwrap();
+        assert!(matches!(say(&socket, "a").await, Err(GrpcError::NoSocket { .. })));
+        assert_eq!(socket.generation(), None);
+        drop(folder);
+    }
+
+    #[tokio::test]
+    async fn a_hung_server_is_left_behind() {
+        let server = Server::start(|_, request| if request == field(1, b"hang") { Reply::Hang } else { Reply::Message(vec![]) });
+        let socket = GrpcSocket::new(&server.path);
+        for _ in 0..5 {
+            let asked = tokio::time::timeout(Duration::from_millis(20), say(&socket, "hang")).await;
+            assert!(asked.is_err());
+        }
+        assert_eq!(say(&socket, "go on").await.unwrap(), "");
+        server.settle().await;
+    }
+
+    #[tokio::test]
+    async fn nonsense_is_an_error() {
+        for (reply, expect) in [
+            (Reply::Message(vec![0xff; 64]), "Internal"),
+            (Reply::Message(field(1, vec![b'x'; 5 << 20])), "OutOfRange"),
+            (Reply::CutOff, "http2 error: stream error"),
+            (Reply::NoTrailers, "missing grpc-status"),
+            (Reply::Status(5, "no".into()), "NotFound: no"),
+        ] {
+            let shown = format!("{reply:?}");
+            let server = Server::start(move |_, _| reply.clone());
+            let error = say(&GrpcSocket::new(&server.path), "a").await.unwrap_err().to_string();
+            let shown = &shown[..shown.len().min(40)];
+            assert!(error.contains(expect) && error.contains("/test.Echo/Say"), "{shown}: {error}");
+        }
+        for bytes in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"", &[0x5a; 4096], b"\0\0\0\x04\0\0\0\0\0"] {
+            let server = Server::raw(bytes);
+            let error = say(&GrpcSocket::new(&server.path), "a").await.unwrap_err();
+            assert!(matches!(error, GrpcError::Status { .. }), "{error}");
+        }
+    }
+
+    #[test]
+    fn not_found_in_codes_and_words() {
+        let error = |code, text: &str| {
+            let status = Box::new(tonic::Status::new(code, text));
+            GrpcError::Status { path: "/s".into(), method: "/m".into(), status }.is_not_found()
+        };
+        assert!(error(Code::NotFound, ""));
+        assert!(error(Code::Unknown, "container with ID starting with 73e1 not found: ID does not exist"));
+        assert!(error(Code::Unknown, "Error: No such container: 73e1"));
+        assert!(!error(Code::Unknown, "the disk is full"));
+        assert!(!error(Code::Unimplemented, "method not found"));
+    }
+}

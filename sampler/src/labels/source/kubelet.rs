@@ -1,0 +1,395 @@
+//! What the kubelet knows of assigned devices: its pod-resources service, and the checkpoint of its device manager.
+//!
+//! The first names pods, the second has their UIDs; `sampler_core::labels::join` makes one list of both. Each may be missing: a
+//! kubelet without device plugins writes no checkpoint, and pod-resources came with 1.13. Neither knows container ids, so
+//! neither says which container a cgroup is.
+//!
+//! It does not read claims of dynamic resource allocation: their device names are the driver's own and changed meaning with its
+//! versions.
+
+use std::io::{self, Read as _};
+use std::path::{Path, PathBuf};
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::time::Duration;
+
+use sampler_core::labels::{Assignment, facts_for, join};
+use serde_json::Value;
+use tokio::time::Instant;
+
+use super::grpc::{GrpcError, GrpcSocket};
+use super::{Answer, file};
+
+const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
+pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
+/// A few hundred bytes per container with devices, and what its plugin answered.
+const MAX_CHECKPOINT_BYTES: u64 = 4 << 20;
+const LIMIT: Duration = Duration::from_secs(2);
+const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourcesLister/List"];
+
+/// The kubelet of this node.
+#[derive(Debug)]
+pub struct Kubelet {
+    root: PathBuf,
+    socket: GrpcSocket,
+    /// The method that answered last, of [`METHODS`].
+    method: AtomicUsize,
+}
+
+/// What could be learnt, and what stood in the way of more.
+#[derive(Debug, Default)]
+pub struct Assigned {
+    pub assignments: Vec<Assignment>,
+    /// Each names its endpoint or file. Empty also where there is no kubelet.
+    pub problems: Vec<String>,
+}
+
+#[derive(Debug, thiserror::Error)]
+pub enum CheckpointError {
+    #[error("{}: cannot be read", path.display())]
+    Read { path: PathBuf, source: io::Error },
+    #[error("{}: larger than {MAX_CHECKPOINT_BYTES} bytes", path.display())]
+    TooLarge { path: PathBuf },
+    #[error("{}: not JSON", path.display())]
+    Json { path: PathBuf, source: serde_json::Error },
+    #[error("{}: no entries of pods in it", path.display())]
+    Shape { path: PathBuf },
+}
+
+// Field numbers from podresources/v1's `api.proto`; v1alpha1 has the same ones. Topology, CPUs and memory are not read.
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ListRequest {}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ListResponse {
+    #[prost(message, repeated, tag = "1")]
+    pods: Vec<PodResources>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct PodResources {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(string, tag = "2")]
+    namespace: String,
+    #[prost(message, repeated, tag = "3")]
+    containers: Vec<ContainerResources>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ContainerResources {
+    #[prost(string, tag = "1")]
+    name: String,
+    #[prost(message, repeated, tag = "2")]
+    devices: Vec<ContainerDevices>,
+}
+
+#[derive(Clone, PartialEq, prost::Message)]
+struct ContainerDevices {
+    #[prost(string, tag = "1")]
+    resource: String,
+    #[prost(string, repeated, tag = "2")]
+    ids: Vec<String>,
+}
+
+impl Kubelet {
+    /// `root` is the kubelet's own folder, usually `/var/lib/kubelet`.
+    pub fn new(root: impl Into<PathBuf>) -> Self {
+        let root = root.into();
+        Self { socket: GrpcSocket::new(root.join(POD_RESOURCES)), root, method: AtomicUsize::new(0) }
+    }
+
+    /// The one whose pod-resources socket this is.
+    pub fn at(socket: &Path) -> Self {
+        Self::new(socket.ancestors().nth(2).unwrap_or(socket))
+    }
+
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    pub fn socket(&self) -> &Path {
+        self.socket.path()
+    }
+
+    /// As a source of labels: a pod's namespace and name by its UID.
+    pub async fn ask(&self, pod_uid: Option<&str>) -> Answer {
+        let Some(uid) = pod_uid else { return Answer::not_asked("no pod is known to ask about") };
+        let Assigned { assignments, problems } = self.assigned().await;
+        match (facts_for(uid, &assignments), problems.first()) {
+            (Some(facts), _) => Answer::found(facts),
+            (None, Some(problem)) => Answer::error(problem),
+            (None, None) => Answer::not_found_because("no device is assigned to this pod"),
+        }
+    }
+
+    /// Both lists as one. A list that is not there is no problem, one that cannot be read is.
+    pub async fn assigned(&self) -> Assigned {
+        let mut problems = Vec::new();
+        let root = self.root.clone();
+        let read = tokio::task::spawn_blocking(move || checkpoint(&root)).await;
+        let checkpoint = match read {
+            Ok(Ok(list)) => list.unwrap_or_default(),
+            Ok(Err(error)) => {
+                problems.push(format!("{:#}", anyhow::Error::from(error)));
+                Vec::new()
+            }
+            Err(error) => {
+                problems.push(format!("the device checkpoint: {error}"));
+                Vec::new()
+            }
+        };
+        let pod_resources = match self.pod_resources().await {
+            Ok(list) => list,
+            Err(GrpcError::NoSocket { .. }) => Vec::new(),
+            Err(error) => {
+                problems.push(format!("{:#}", anyhow::Error::from(error)));
+                Vec::new()
+            }
+        };
+        Assigned { assignments: join(checkpoint, pod_resources), problems }
+    }
+
+    /// Every device of every container, by the names of its pod. Answers within two seconds.
+    pub async fn pod_resources(&self) -> Result<Vec<Assignment>, GrpcError> {
+        let until = Instant::now() + LIMIT;
+        let first = self.method.load(Ordering::Relaxed);
+        let answer = match self.list(first, until).await {
+            Err(error) if error.is_unimplemented() => {
+                let answer = self.list(1 - first, until).await;
+                if answer.is_ok() {
+                    self.method.store(1 - first, Ordering::Relaxed);
+                }
+                answer?
+            }
+            answer => answer?,
+        };
+        Ok(answer.pods.into_iter().flat_map(of_pod).collect())
+    }
+
+    async fn list(&self, method: usize, until: Instant) -> Result<ListResponse, GrpcError> {
+        let method = METHODS[method];
+        let timeout = |_| GrpcError::Timeout { path: self.socket.path().to_owned(), method: method.to_owned(), after: LIMIT };
+        tokio::time::timeout_at(until, self.socket.call(method, ListRequest {})).await.map_err(timeout)?
+    }
+}
+
+fn of_pod(pod: PodResources) -> impl Iterator<Item = Assignment> {
+    let known = |part: String| Some(part).filter(|p| !p.is_empty());
+    let (namespace, name) = (known(pod.namespace), known(pod.name));
+    pod.containers.into_iter().flat_map(move |container| {
+        let (namespace, pod) = (namespace.clone(), name.clone());
+        container.devices.into_iter().map(move |devices| Assignment {
+            pod_uid: None,
+            namespace: namespace.clone(),
+            pod: pod.clone(),
+            container: container.name.clone(),
+            resource: devices.resource,
+            device_ids: devices.ids,
+        })
+    })
+}
+
+/// The device manager's checkpoint, by pod UIDs; `None` where there is none. Blocking.
+///
+/// Its checksum is not verified: it is a hash over how Go prints the structs of the kubelet that wrote it, different for every
+/// layout, and meant to catch layouts. Half a file is no concern, as the kubelet renames a whole one into place.
+pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointError> {
+    let path = root.join(CHECKPOINT);
+    let file = match file::open(&path) {
+        Ok(file) => file,
+        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(source) => return Err(CheckpointError::Read { path, source }),
+    };
+    let mut text = Vec::new();
+    if let Err(source) = file.take(MAX_CHECKPOINT_BYTES + 1).read_to_end(&mut text) {
+        return Err(CheckpointError::Read { path, source });
+    }
+    if text.len() as u64 > MAX_CHECKPOINT_BYTES {
+        return Err(CheckpointError::TooLarge { path });
+    }
+    match serde_json::from_slice(&text) {
+        Ok(value) => entries(&value).map(Some).ok_or(CheckpointError::Shape { path }),
+        Err(source) => Err(CheckpointError::Json { path, source }),
+    }
+}
+
+/// Entries of every layout: `Entries` (1.8), `PodDeviceEntries` (1.9), those within `Data` (1.11, with a checksum), and those
+/// whose device ids are by NUMA node (1.20). One that cannot be read does not hide the others.
+fn entries(value: &Value) -> Option<Vec<Assignment>> {
+    let data = value.get("Data").unwrap_or(value);
+    let list = match data.get("PodDeviceEntries").or_else(|| data.get("Entries"))? {
+        Value::Array(list) => list.as_slice(),
+        // An empty list of Go's.
+        Value::Null => &[],
+        _ => return None,
+    };
+    Some(list.iter().filter_map(of_entry).collect())
+}
+
+fn of_entry(entry: &Value) -> Option<Assignment> {
+    let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|t| !t.is_empty()).map(str::to_owned);
+    let device_ids = match entry.get("DeviceIDs") {
+        Some(Value::Array(ids)) => texts(ids),
+        Some(Value::Object(by_node)) => by_node.values().filter_map(Value::as_array).flat_map(|ids| texts(ids)).collect(),
+        _ => Vec::new(),
+    };
+    let (pod_uid, container, resource) = (text("PodUID"), text("ContainerName")?, text("ResourceName")?);
+    Some(Assignment { pod_uid, namespace: None, pod: None, container, resource, device_ids })
+}
+
+fn texts(list: &[Value]) -> Vec<String> {
+    list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use super::*;
+    use crate::labels::source::grpc_server::{Reply, Server, field, number};
+
+    fn show(list: &[Assignment]) -> Vec<String> {
+        let or = |part: &Option<String>| part.clone().unwrap_or("-".into());
+        let row = |a: &Assignment| {
+            let (uid, namespace, pod) = (or(&a.pod_uid), or(&a.namespace), or(&a.pod));
+            format!("{uid} {namespace}/{pod}/{} {} {}", a.container, a.resource, a.device_ids.join(","))
+        };
+        list.iter().map(row).collect()
+    }
+
+    /// A kubelet's folder with this checkpoint.
+    fn folder(text: &[u8]) -> tempfile::TempDir {
+        let root = tempfile::tempdir().unwrap();
+        fs::create_dir(root.path().join("device-plugins")).unwrap();
+        fs::write(root.path().join(CHECKPOINT), text).unwrap();
+        root
+    }
+
+    #[test]
+    fn checkpoints_of_every_age() {
+        let check = |text: &str, expect: &[&str]| {
+            let list = checkpoint(folder(text.as_bytes()).path()).unwrap().unwrap();
+            assert_eq!(show(&list), expect, "{text}");
+        };
+        let entry = |ids: &str| {
+            format!(
+                r#"{{"PodUID":"u1","ContainerName":"c","ResourceName":"nvidia.com/gpu","DeviceIDs":{ids},"AllocResp":"Cgk="}}"#
+            )
+        };
+        let (old, new) = (entry(r#"["GPU-1","GPU-2"]"#), entry(r#"{"0":["GPU-1"],"1":["GPU-2"]}"#));
+        let both = "u1 -/-/c nvidia.com/gpu GPU-1,GPU-2";
+        check(&format!(r#"{{"Entries":[{old}]}}"#), &[both]);
+        check(&format!(r#"{{"PodDeviceEntries":[{old}],"RegisteredDevices":{{"nvidia.com/gpu":["GPU-1"]}}}}"#), &[both]);
+        check(&format!(r#"{{"Data":{{"PodDeviceEntries":[{old}],"RegisteredDevices":null}},"Checksum":1}}"#), &[both]);
+        check(&format!(r#"{{"Data":{{"PodDeviceEntries":[{new}],"New":[]}},"Checksum":1,"BootID":"b"}}"#), &[both]);
+        check(
+            &format!(r#"{{"Data":{{"PodDeviceEntries":[{}]}}}}"#, entry(r#"{"-1":["GPU-1"]}"#)),
+            &["u1 -/-/c nvidia.com/gpu GPU-1"],
+        );
+        check(
+            &format!(r#"{{"Data":{{"PodDeviceEntries":[1,{{}},{},{new}]}}}}"#, entry("7")),
+            &["u1 -/-/c nvidia.com/gpu ", both],
+        );
+        check(r#"{"Data":{"PodDeviceEntries":null,"RegisteredDevices":{}},"Checksum":1}"#, &[]);
+    }
+
+    #[test]
+    fn checkpoints_that_are_none() {
+        let check = |text: &[u8], expect: &str| {
+            let root = folder(text);
+            let error = checkpoint(root.path()).unwrap_err().to_string();
+            assert!(error.ends_with(expect) && error.contains(CHECKPOINT), "{error}");
+        };
+        check(b"", "not JSON");
+        check(b"{\"Data\":{\"PodDeviceEntries\":[", "not JSON");
+        check(&[0xff; 10], "not JSON");
+        check(&[b'['; 100_000], "not JSON");
+        check(b"{}", "no entries of pods in it");
+        check(b"[]", "no entries of pods in it");
+        check(br#"{"Data":"text"}"#, "no entries of pods in it");
+        check(br#"{"Data":{"PodDeviceEntries":{}}}"#, "no entries of pods in it");
+        check(&vec![b' '; MAX_CHECKPOINT_BYTES as usize + 1], "larger than 4194304 bytes");
+        assert!(checkpoint(Path::new("/nowhere")).unwrap().is_none());
+        let root = folder(b"{}");
+        fs::remove_file(root.path().join(CHECKPOINT)).unwrap();
+        fs::create_dir(root.path().join(CHECKPOINT)).unwrap();
+        assert!(matches!(checkpoint(root.path()), Err(CheckpointError::Read { .. })));
+    }
+
+    fn pods() -> Vec<u8> {
+        let devices = |id: &str| field(2, [field(1, "nvidia.com/gpu"), field(2, id), field(3, field(1, number(1, 0)))].concat());
+        let more = [number(3, 5), field(4, field(1, "memory")), field(5, field(2, "claim")), field(40, "new")].concat();
+        let container = field(3, [field(1, "c"), devices("GPU-1"), devices("GPU-2"), more].concat());
+        let plain = field(3, field(1, "sidecar"));
+        field(1, [field(1, "p"), field(2, "n"), container, plain].concat())
+    }
+
+    /// A kubelet whose server is at `root`'s socket, with one version of the service.
+    fn serve(root: &Path, package: &'static str, reply: Reply) -> Server {
+        let server =
+            Server::start(move |path, _| match path.strip_prefix('/') == Some(&format!("{package}.PodResourcesLister/List")) {
+                true => reply.clone(),
+                false => Reply::Status(12, "unknown service".into()),
+            });
+        let socket = root.join(POD_RESOURCES);
+        fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(&server.path, socket).unwrap();
+        server
+    }
+
+    #[tokio::test]
+    async fn pod_resources_in_both_versions() {
+        for package in ["v1", "v1alpha1"] {
+            let root = tempfile::tempdir().unwrap();
+            let _server = serve(root.path(), package, Reply::Message(pods()));
+            let kubelet = Kubelet::new(root.path());
+            for _ in 0..2 {
+                let list = kubelet.pod_resources().await.unwrap();
+                assert_eq!(show(&list), ["- n/p/c nvidia.com/gpu GPU-1", "- n/p/c nvidia.com/gpu GPU-2"], "{package}");
+            }
+        }
+    }
+
+    #[tokio::test]
+    async fn both_lists_are_one() {
+        let checkpoint = br#"{"Data":{"PodDeviceEntries":[{"PodUID":"u1","ContainerName":"c","ResourceName":"nvidia.com/gpu",
+            "DeviceIDs":{"0":["GPU-1"],"1":["GPU-2"]}}]},"Checksum":1}"#;
+        let root = folder(checkpoint);
+        // No server: the checkpoint alone, and no problem.
+        let kubelet = Kubelet::new(root.path());
+        let alone = kubelet.assigned().await;
+        assert_eq!((show(&alone.assignments), alone.problems), (vec!["u1 -/-/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
+        let server = serve(root.path(), "v1", Reply::Message(pods()));
+        let both = kubelet.assigned().await;
+        assert_eq!((show(&both.assignments), both.problems), (vec!["u1 n/p/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
+        // Each failing leaves the other, and says so.
+        let _folder = server.stop();
+        let refused = kubelet.assigned().await;
+        assert_eq!((refused.assignments.len(), refused.problems.len()), (1, 1), "{:?}", refused.problems);
+        assert!(refused.problems[0].contains("kubelet.sock: cannot connect: "), "{:?}", refused.problems);
+        let root = folder(b"{");
+        let _server = serve(root.path(), "v1", Reply::Message(pods()));
+        let broken = Kubelet::new(root.path()).assigned().await;
+        assert_eq!(show(&broken.assignments), ["- n/p/c nvidia.com/gpu GPU-1,GPU-2"]);
+        assert!(broken.problems[0].contains(CHECKPOINT), "{:?}", broken.problems);
+    }
+
+    #[tokio::test]
+    async fn pod_resources_fail_in_words() {
+        let root = tempfile::tempdir().unwrap();
+        let none = Kubelet::new(root.path());
+        assert!(matches!(none.pod_resources().await, Err(GrpcError::NoSocket { .. })));
+        for (package, reply, expect) in [
+            ("v1", Reply::Message(vec![0xff; 9]), "/v1.PodResourcesLister/List: Internal"),
+            ("v1", Reply::Message(vec![b'x'; 5 << 20]), "/v1.PodResourcesLister/List: OutOfRange"),
+            ("v1", Reply::Status(8, "too many".into()), "/v1.PodResourcesLister/List: ResourceExhausted: too many"),
+            ("none", Reply::Hang, "/v1alpha1.PodResourcesLister/List: Unimplemented"),
+        ] {
+            let root = tempfile::tempdir().unwrap();
+            let _server = serve(root.path(), package, reply);
+            let error = Kubelet::new(root.path()).pod_resources().await.unwrap_err().to_string();
+            assert!(error.contains(expect), "{error}");
+        }
+    }
+}

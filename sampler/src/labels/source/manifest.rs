@@ -1,0 +1,105 @@
+//! Pod manifests on disk: rkt's (`/var/lib/rkt/pods/<state>/<uuid>/pod`, the App Container schema).
+//!
+//! systemd-nspawn keeps no manifest: its machines are named by their cgroup alone.
+
+use std::path::{Path, PathBuf};
+
+use sampler_core::labels::{Facts, Label, Runtime};
+use serde::Deserialize;
+
+use super::{Answer, file};
+use crate::labels::root::Root;
+
+const RKT_PODS: &str = "/var/lib/rkt/pods";
+/// Folders of pods in the order of their lives.
+const STATES: [&str; 4] = ["run", "exited-garbage", "prepared", "garbage"];
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Manifest {
+    apps: Vec<App>,
+    annotations: Vec<Annotation>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct App {
+    name: String,
+    image: Image,
+    annotations: Vec<Annotation>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Image {
+    name: Option<String>,
+    id: Option<String>,
+    labels: Vec<Annotation>,
+}
+
+#[derive(Default, Deserialize)]
+#[serde(default)]
+struct Annotation {
+    name: String,
+    value: String,
+}
+
+fn get<'a>(list: &'a [Annotation], names: &[&str]) -> Option<&'a str> {
+    names.iter().find_map(|name| list.iter().find(|a| a.name == *name)).map(|a| a.value.as_str()).filter(|v| !v.is_empty())
+}
+
+/// `app`: the one app of the pod that the cgroup names, where it names one.
+pub fn ask(root: &Root, uuid: &str, app: Option<&str>) -> Answer {
+    let paths: Vec<PathBuf> = STATES.iter().map(|state| Path::new(RKT_PODS).join(state).join(uuid).join("pod")).collect();
+    for path in &paths {
+        match file::read::<Manifest>(&root.path(path)) {
+            Ok(Some(manifest)) => return Answer::found(facts(&manifest, uuid, app)).at(path),
+            Ok(None) => {}
+            Err(detail) => return Answer::error(detail).at(path),
+        }
+    }
+    Answer::not_in(&paths)
+}
+
+fn facts(manifest: &Manifest, uuid: &str, app: Option<&str>) -> Facts {
+    let mut facts = Facts { runtime: Some(Runtime::Rkt), knows_pods: true, ..Facts::default() };
+    // A kubelet's names, of either of its two generations.
+    let pod = &manifest.annotations;
+    facts.set(Label::Namespace, get(pod, &["io.kubernetes.pod.namespace", "rkt.kubernetes.io/namespace"]));
+    facts.set(Label::Pod, get(pod, &["io.kubernetes.pod.name", "rkt.kubernetes.io/name"]));
+    facts.pod_uid = get(pod, &["io.kubernetes.pod.uid", "rkt.kubernetes.io/uid"]).map(str::to_owned);
+    let named = manifest.apps.iter().find(|a| Some(a.name.as_str()) == app);
+    let only = (manifest.apps.len() == 1).then(|| manifest.apps.first()).flatten();
+    // An app is called by its own name, which the path has told.
+    facts.set(Label::Name, Some(uuid).filter(|_| app.is_none()));
+    if let Some(app) = named.or(only) {
+        let managed = facts.pod_uid.is_some() || facts.labels[Label::Pod as usize].is_some();
+        let name = get(&app.annotations, &["io.kubernetes.container.name"]).or(Some(app.name.as_str()).filter(|_| managed));
+        facts.set(Label::Container, name);
+        let version = get(&app.image.labels, &["version"]);
+        let image = app.image.name.as_deref().map(|name| version.map_or(name.to_owned(), |v| format!("{name}:{v}")));
+        facts.set(Label::Image, image.as_deref().or(app.image.id.as_deref()));
+    }
+    facts
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::labels::source::tests::{Files, check};
+
+    #[test]
+    fn rows() {
+        let row = |text: &str, app: Option<&str>, expect: &str| {
+            let files = Files::new(&[("var/lib/rkt/pods/run/u1/pod", text)]);
+            check(&ask(&files.root(), "u1", app), expect);
+        };
+        let one = r#"{"acKind":"PodManifest","apps":[{"name":"train","image":{"name":"e.org/i","id":"sha512-1","labels":[{"name":"version","value":"2"}]}}],
+            "annotations":[{"name":"rkt.kubernetes.io/name","value":"p"},{"name":"rkt.kubernetes.io/namespace","value":"n"}]}"#;
+        row(one, None, "n/p/train u1 e.org/i:2");
+        let two = r#"{"apps":[{"name":"a","image":{"id":"sha512-1"}},{"name":"b","image":{"id":"sha512-2"}}]}"#;
+        row(two, Some("b"), "-/-/- - sha512-2");
+        row(two, None, "-/-/- u1 -");
+        row("x", None, "error");
+    }
+}
