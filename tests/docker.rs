@@ -39,6 +39,25 @@ fn containers_from_before_and_after_the_start_have_every_label() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn either_generation_of_pod_labels_alone() -> Result<()> {
+    let (sim, docker) = (Sim::new("[[gpus]]")?, Docker::new()?);
+    let (_, pid) = docker.pod("prod", "labelled", 120)?;
+    let _load = sim.load(pid, 0, 0.3, &[])?;
+    for (which, has, lacks) in [
+        ("old", ["pod_name", "container_name"], ["pod", "container"]),
+        ("new", ["pod", "container"], ["pod_name", "container_name"]),
+    ] {
+        let agent = Agent::start(Some(&sim), &["--pod-labels", which])?;
+        let found = wait_for("it has a series", Duration::from_secs(20), || {
+            Ok(agent.scrape()?.into_iter().find(|s| s.name == "container_accelerator_duty_cycle"))
+        })?;
+        assert!(has.iter().all(|l| found.labels.get(*l).is_some_and(|v| !v.is_empty())), "{found:?}");
+        assert!(lacks.iter().all(|l| !found.labels.contains_key(*l)), "{found:?}");
+    }
+    Ok(())
+}
+
 fn programs() -> Result<Vec<String>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {

@@ -209,7 +209,7 @@ fn explain_tells_the_living_and_the_dead_and_refuses_nonsense() -> Result<()> {
 
     // A path that is not there is what it says, and that it is not there.
     let (code, out, _) = told(&["explain", "--cgroup", "/no/such", "--agent", &url])?;
-    assert!(code == Some(0) && out.contains("knows of no such cgroup"), "{code:?} {out}");
+    assert!(code == Some(0) && out.contains("there is no such cgroup now"), "{code:?} {out}");
     let degraded =
         Agent::start(None, &["--kernel-mode", "inotify", "--nvml-lib", &Sim::new("[[gpus]]")?.library().to_string_lossy()])?;
     let url = format!("http://127.0.0.1:{}", degraded.port);

@@ -105,3 +105,11 @@ fn short_containers_are_counted_and_labels_are_the_workloads() -> Result<()> {
     assert!(output.status.success() && output.stderr.is_empty(), "{}", String::from_utf8_lossy(&output.stderr));
     Ok(())
 }
+
+#[test]
+fn the_shipped_alerts_fire_when_labels_are_missing_and_not_before() -> Result<()> {
+    let rules = concat!(env!("CARGO_MANIFEST_DIR"), "/../deploy/prometheus/rules.test.yml");
+    let output = Command::new("promtool").args(["test", "rules", rules]).output().context("promtool")?;
+    ensure!(output.status.success(), "{}", String::from_utf8_lossy(&[output.stdout, output.stderr].concat()));
+    Ok(())
+}

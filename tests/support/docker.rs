@@ -27,13 +27,7 @@ impl Docker {
 
     fn at(socket: PathBuf) -> Result<Self> {
         let root = tempfile::tempdir()?;
-        let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
-        let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
-        for file in ldd.split_whitespace().filter(|w| w.starts_with('/')).chain(["/bin/sleep"]) {
-            let to = root.path().join(file.trim_start_matches('/'));
-            std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
-            std::fs::copy(file, to)?;
-        }
+        crate::image::root(root.path())?;
         let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;
         let image = "gpu-sampler-test:1".to_owned();
         let docker = Self { socket, image, made: Vec::new().into() };
@@ -53,9 +47,18 @@ impl Docker {
             "io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": "main",
             "io.kubernetes.pod.uid": "8bb25662-de9a-11e9-84e7-f8f21e04010c", "io.kubernetes.docker.type": "container",
         });
-        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", seconds.to_string()], "Labels": labels,
+        self.run(pod, &labels, &seconds.to_string())
+    }
+
+    /// Starts `sleep duration` with these labels; its id and the pid of its process. Its name ends with `name`.
+    pub fn run(&self, name: &str, labels: &Value, duration: &str) -> Result<(String, u32)> {
+        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", duration], "Labels": labels,
             "HostConfig": {"NetworkMode": "none"}});
-        let name = format!("gpu-sampler-test-{}-{pod}", std::process::id());
+        self.start(name, &body)
+    }
+
+    fn start(&self, name: &str, body: &Value) -> Result<(String, u32)> {
+        let name = format!("gpu-sampler-test-{}-{name}", std::process::id());
         self.made.borrow_mut().push(name.clone());
         let json = "application/json";
         self.ask("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
@@ -63,6 +66,36 @@ impl Docker {
         let inspected: Value = serde_json::from_slice(&self.ask("GET", &format!("/containers/{name}/json"), json, &[])?)?;
         let pid = inspected["State"]["Pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")?;
         Ok((inspected["Id"].as_str().unwrap_or_default().to_owned(), pid as u32))
+    }
+
+    /// Runs a program of the host as an agent in a container would run: with what capabilities it needs, the host's pids, network and
+    /// cgroups, and the host's file system at /host. Not with all capabilities, as some machines have not all to give.
+    pub fn agent(&self, name: &str, program: &Path, args: &[&str]) -> Result<(String, u32)> {
+        let program = format!("/host{}", program.display());
+        // Its libraries are the host's.
+        let binds = ["/:/host", "/lib:/lib:ro", "/lib64:/lib64:ro", "/usr/lib:/usr/lib:ro", "/sys/fs/cgroup:/sys/fs/cgroup:ro"];
+        let binds: Vec<&str> =
+            binds.into_iter().filter(|b| Path::new(b.split(':').next().unwrap_or_default()).exists()).collect();
+        let command: Vec<&str> = [program.as_str()].into_iter().chain(args.iter().copied()).collect();
+        let body = json!({"Image": self.image, "Cmd": command,
+            "HostConfig": {"NetworkMode": "host", "PidMode": "host", "CgroupnsMode": "host", "Binds": binds,
+                "CapAdd": ["SYS_ADMIN", "SYS_PTRACE", "DAC_READ_SEARCH"], "SecurityOpt": ["seccomp=unconfined", "apparmor=unconfined"]}});
+        self.start(name, &body)
+    }
+
+    /// Its name ends with `name` then.
+    pub fn rename(&self, container: &str, name: &str) -> Result<()> {
+        let name = format!("gpu-sampler-test-{}-{name}", std::process::id());
+        self.made.borrow_mut().push(name.clone());
+        self.ask("POST", &format!("/containers/{container}/rename?name={name}"), "text/plain", &[]).map(drop)
+    }
+
+    pub fn socket(&self) -> &Path {
+        &self.socket
+    }
+
+    pub fn image(&self) -> &str {
+        &self.image
     }
 
     /// `docker exec` of `sleep seconds`; the pid of its process.
@@ -82,8 +115,14 @@ impl Docker {
 pub struct Engine {
     pub docker: Docker,
     // Dropped in this order: the containers, the engine, its folder and cgroup.
-    _process: Option<Running>,
-    _rest: Option<(tempfile::TempDir, CommonCgroup)>,
+    own: Option<Own>,
+}
+
+struct Own {
+    process: Option<Running>,
+    layout: Layout,
+    dir: tempfile::TempDir,
+    _common: CommonCgroup,
 }
 
 /// The engine leaves its cgroup of all containers behind.
@@ -99,28 +138,62 @@ impl Drop for CommonCgroup {
 impl Engine {
     pub fn start(layout: Layout) -> Result<Self> {
         if layout == Layout::Machine {
-            return Ok(Self { docker: Docker::new()?, _process: None, _rest: None });
+            return Ok(Self { docker: Docker::new()?, own: None });
         }
-        let dir = tempfile::tempdir()?;
-        let path = |name: &str| dir.path().join(name);
-        let log = std::fs::File::create(path("log"))?;
+        let common = CommonCgroup(crate::kernel::cgroup2()?.join("docker"));
+        let mut own = Own { process: None, layout, dir: tempfile::tempdir()?, _common: common };
+        let socket = own.dir.path().join("socket");
+        own.go_on(&socket)?;
+        Ok(Self { docker: Docker::at(socket)?, own: Some(own) })
+    }
+
+    fn own(&mut self) -> Result<&mut Own> {
+        self.own.as_mut().context("only an engine of the test's own is stopped")
+    }
+
+    /// Ends the engine; its containers go on.
+    pub fn stop(&mut self) -> Result<()> {
+        self.own()?.process = None;
+        Ok(())
+    }
+
+    /// Starts it on what it left.
+    pub fn go_on(&mut self) -> Result<()> {
+        let socket = self.docker.socket.clone();
+        self.own()?.go_on(&socket)
+    }
+
+    /// Stops it, and starts it with its socket elsewhere.
+    pub fn move_socket(&mut self) -> Result<()> {
+        self.stop()?;
+        self.docker.socket.set_extension("moved");
+        self.go_on()
+    }
+}
+
+impl Own {
+    fn go_on(&mut self, socket: &Path) -> Result<()> {
+        let path = |name: &str| self.dir.path().join(name);
+        let log = std::fs::File::options().create(true).append(true).open(path("log"))?;
         let mut command = Command::new("dockerd");
-        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none"]);
-        for (option, name) in [("host=unix://", "socket"), ("data-root=", "data"), ("exec-root=", "exec"), ("pidfile=", "pid")] {
+        command.args(["--iptables=false", "--ip6tables=false", "--bridge=none", "--live-restore"]);
+        command.arg(format!("--host=unix://{}", socket.display()));
+        for (option, name) in [("data-root=", "data"), ("exec-root=", "exec"), ("pidfile=", "pid")] {
             command.arg(format!("--{option}{}", path(name).display()));
         }
         let search = std::env::var("PATH").unwrap_or_default();
         command.env("PATH", format!("{search}:/usr/local/sbin:/usr/sbin:/sbin"));
-        layout.enter(&mut command);
-        let mut process = Running(command.stdout(log.try_clone()?).stderr(log).spawn()?);
-        let docker = crate::wait_for("a second Docker Engine answers", Duration::from_secs(60), || {
+        self.layout.enter(&mut command);
+        let process = self.process.insert(Running(command.stdout(log.try_clone()?).stderr(log).spawn()?));
+        let log = self.dir.path().join("log");
+        crate::wait_for("a second Docker Engine answers", Duration::from_secs(60), || {
             if let Some(status) = process.0.try_wait()? {
-                bail!("dockerd ended ({status}): {}", std::fs::read_to_string(path("log"))?);
+                bail!("dockerd ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
-            Ok(Docker::at(path("socket")).ok())
+            let ping = UnixStream::connect(socket).map_err(anyhow::Error::from);
+            Ok(ping.and_then(|stream| exchange(stream, "GET", "/_ping", "text/plain", &[])).ok())
         })?;
-        let common = CommonCgroup(crate::kernel::cgroup2()?.join("docker"));
-        Ok(Self { docker, _process: Some(process), _rest: Some((dir, common)) })
+        Ok(())
     }
 }
 

@@ -1,8 +1,19 @@
 //! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
 //! are; a test that cannot have them fails.
 
+pub mod containerd;
+pub mod cri;
+pub mod crio;
 mod docker;
+pub mod grpc;
+mod http;
+pub mod image;
 pub mod kernel;
+pub mod kubelet;
+pub mod labels;
+pub mod leftovers;
+pub mod podman;
+pub mod proxy;
 pub mod record;
 
 pub use docker::{Docker, Engine};
@@ -168,7 +179,10 @@ impl Agent {
     pub fn start_in(layout: kernel::Layout, sim: Option<&Sim>, args: &[&str]) -> Result<Self> {
         let port = free_port()?;
         let mut command = Self::command(sim)?;
-        command.args(["--listen", &format!("127.0.0.1:{port}"), "--docker-endpoint", &var("DOCKER_HOST")?]).args(args);
+        command.args(["--listen", &format!("127.0.0.1:{port}")]).args(args);
+        if !args.contains(&"--docker-endpoint") {
+            command.args(["--docker-endpoint", &var("DOCKER_HOST")?]);
+        }
         layout.enter(&mut command);
         let log = tempfile::NamedTempFile::new()?;
         let mut agent = Self { port, process: Running(command.stderr(log.reopen()?).spawn()?), log };

@@ -15,7 +15,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
     if !filters.is_empty() {
         // The pure core's are criterion's, which takes one filter at most.
-        benches.args(["--bench", "kernel", "--bench", "tables", "--"]).args(filters);
+        benches.args(["--bench", "kernel", "--bench", "labels", "--bench", "tables", "--"]).args(filters);
     }
     benches
         .env("GPU_SAMPLER_BIN", built.sampler)

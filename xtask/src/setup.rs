@@ -190,7 +190,11 @@ fn missing_for_tests() -> Vec<Missing> {
     let commands = [
         ("Docker Engine", "dockerd", "docker.io"),
         ("containerd", "containerd", "containerd"),
+        ("containerd's shim", "containerd-shim-runc-v2", "containerd"),
+        ("containerd's client", "ctr", "containerd"),
         ("runc", "runc", "runc"),
+        ("podman", "podman", "podman"),
+        ("podman's monitor", "conmon", "conmon"),
         ("iptables, which dockerd asks for", "iptables", "iptables"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),

@@ -48,7 +48,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     }
 
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
-    let mut privileged = tools::cargo(&["test", "--package", PRIVILEGED, "--locked", "--", "--test-threads=1"])?;
+    let mut privileged = tools::cargo(&["test", "--package", PRIVILEGED, "--locked", "--", "--test-threads=1", "--show-output"])?;
     privileged
         .args(filters)
         .env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object())

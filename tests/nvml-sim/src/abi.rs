@@ -51,6 +51,9 @@ fn with<T>(f: impl FnOnce(&mut Driver) -> Result<T, nvmlReturn_t>) -> Result<T, 
     f(&mut state.as_mut().ok_or(UNINITIALIZED)?.driver)
 }
 
+/// Handles of GPUs are below it, those of MIG devices above.
+const MIG_HANDLE_BELOW: usize = 0xffff;
+
 /// Handles are the index plus one, so NULL is none.
 fn on<T>(device: nvmlDevice_t, f: impl FnOnce(&mut Driver, usize) -> Result<T, nvmlReturn_t>) -> Result<T, nvmlReturn_t> {
     with(|driver| match (device as usize).checked_sub(1) {
@@ -203,7 +206,31 @@ nvml! {
         on(device, |d, i| put_text(to, room, &d.world.gpus[i].name))
     }
     fn nvmlDeviceGetUUID(device: nvmlDevice_t, to: *mut c_char, room: c_uint) {
-        on(device, |d, i| put_text(to, room, &d.world.gpus[i].uuid))
+        // A MIG device's handle has its number plus one above its GPU's.
+        let (device, mig) = (device as usize & MIG_HANDLE_BELOW, device as usize / (MIG_HANDLE_BELOW + 1));
+        on(device as nvmlDevice_t, |d, i| {
+            let gpu = &d.world.gpus[i];
+            let uuid = if mig == 0 { &gpu.uuid } else { gpu.mig.get(mig - 1).ok_or(INVALID_ARGUMENT)? };
+            put_text(to, room, uuid)
+        })
+    }
+    fn nvmlDeviceGetMigMode(device: nvmlDevice_t, current: *mut c_uint, pending: *mut c_uint) {
+        on(device, |d, i| {
+            if d.world.gpus[i].mig.is_empty() {
+                return Err(NOT_SUPPORTED);
+            }
+            put(current, 1)?;
+            put(pending, 1)
+        })
+    }
+    fn nvmlDeviceGetMaxMigDeviceCount(device: nvmlDevice_t, to: *mut c_uint) {
+        on(device, |d, i| put(to, d.world.gpus[i].mig.len() as c_uint))
+    }
+    fn nvmlDeviceGetMigDeviceHandleByIndex(device: nvmlDevice_t, index: c_uint, to: *mut nvmlDevice_t) {
+        on(device, |d, i| match d.world.gpus[i].mig.get(index as usize) {
+            Some(_) => put(to, ((i + 1) + (index as usize + 1) * (MIG_HANDLE_BELOW + 1)) as nvmlDevice_t),
+            None => Err(NOT_FOUND),
+        })
     }
     fn nvmlDeviceGetSerial(device: nvmlDevice_t, to: *mut c_char, room: c_uint) {
         on(device, |_, i| put_text(to, room, &format!("03200{i:08}")))
@@ -212,7 +239,9 @@ nvml! {
         on(device, |_, _| put_text(to, room, "88.00.4F.00.09"))
     }
     fn nvmlDeviceGetIndex(device: nvmlDevice_t, to: *mut c_uint) { on(device, |_, i| put(to, i as c_uint)) }
-    fn nvmlDeviceGetMinorNumber(device: nvmlDevice_t, to: *mut c_uint) { on(device, |_, i| put(to, i as c_uint)) }
+    fn nvmlDeviceGetMinorNumber(device: nvmlDevice_t, to: *mut c_uint) {
+        on(device, |d, i| put(to, d.world.gpus[i].minor.unwrap_or(i as c_uint)))
+    }
     fn nvmlDeviceGetPciInfo_v3(device: nvmlDevice_t, to: *mut nvmlPciInfo_t) {
         on(device, |d, i| {
             let id = &d.world.gpus[i].pci_bus_id;
@@ -390,8 +419,7 @@ macro_rules! not_supported {
 }
 
 not_supported! {
-    nvmlDeviceGetTotalEnergyConsumption nvmlDeviceGetFanSpeed nvmlDeviceGetFieldValues nvmlDeviceGetMigMode nvmlDeviceGetMaxMigDeviceCount
-    nvmlDeviceGetMigDeviceHandleByIndex nvmlDeviceGetGpuInstanceId nvmlDeviceGetComputeInstanceId nvmlDeviceGetAttributes_v2
+    nvmlDeviceGetTotalEnergyConsumption nvmlDeviceGetFanSpeed nvmlDeviceGetFieldValues nvmlDeviceGetGpuInstanceId nvmlDeviceGetComputeInstanceId nvmlDeviceGetAttributes_v2
     nvmlDeviceIsMigDeviceHandle nvmlDeviceGetAccountingPids nvmlDeviceGetAccountingStats nvmlDeviceGetAccountingBufferSize
     nvmlDeviceSetAccountingMode nvmlGpmQueryDeviceSupport nvmlGpmSampleAlloc nvmlGpmSampleFree nvmlGpmSampleGet nvmlGpmMigSampleGet
     nvmlGpmMetricsGet

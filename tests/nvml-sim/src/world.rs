@@ -45,6 +45,10 @@ pub struct Gpu {
     pub uuid: String,
     pub pci_bus_id: String,
     pub memory_bytes: u64,
+    /// `/dev/nvidia<minor>`; the index, unless it is given.
+    pub minor: Option<u32>,
+    /// UUIDs of its MIG devices; with any, it is in MIG mode.
+    pub mig: Vec<String>,
     /// Instead of the world's.
     pub pid_rule: Option<PidRule>,
     pub period_us: Option<u64>,
@@ -73,6 +77,8 @@ impl Default for Gpu {
             uuid: String::new(),
             pci_bus_id: String::new(),
             memory_bytes: 16 << 30,
+            minor: None,
+            mig: Vec::new(),
             pid_rule: None,
             period_us: None,
         }

@@ -1,0 +1,183 @@
+//! Labels from runtimes that are not packaged here: CRI-O by the files it leaves and over its protocols, and the devices that a kubelet
+//! assigned. The cgroups and processes are real; the daemons are doubles that speak the real protocols.
+
+use std::fs;
+use std::path::Path;
+use std::process::Command;
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_tests::crio::{Container, Crio, Pod, Speaks};
+use gpu_sampler_tests::kernel::{CgroupTree, attach};
+use gpu_sampler_tests::kubelet::{Kubelet, pod};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, each, words};
+use gpu_sampler_tests::{Agent, Running, Sample, Sim, wait_for};
+use serde_json::{Value, json};
+
+const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
+const GPU: &str = "GPU-11111111-2222-3333-4444-555555555555";
+const MIG: &str = "MIG-aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee";
+
+fn id(digit: char) -> String {
+    digit.to_string().repeat(64)
+}
+
+#[test]
+fn crios_containers_from_its_files_and_over_both_of_its_protocols() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    let crio = Crio::start(root.path())?;
+    crio.add_pod(&Pod::new(&id('a'), "prod", "trainer-0", UID))?;
+    crio.add(&Container::new(&id('b'), &id('a'), "main", "registry.example/i:1", 1))?;
+    let tree = CgroupTree::new("crio")?;
+    let slice = format!("kubepods.slice/kubepods-pod{}.slice", UID.replace('-', "_"));
+    tree.make(&format!("{slice}/crio-{}.scope/container", id('b')))?;
+    tree.make(&format!("{slice}/crio-{}", id('a')))?;
+    tree.make(&format!("{slice}/crio-conmon-{}.scope", id('b')))?;
+    let endpoint = format!("unix://{}", crio.socket().display());
+    // Storage and socket where CRI-O has them by default, below a root of its own.
+    fs::create_dir_all(root.path().join("run/containers"))?;
+    fs::create_dir_all(root.path().join("run/crio"))?;
+    std::os::unix::fs::symlink("..", root.path().join("run/containers/storage"))?;
+    std::os::unix::fs::symlink("../../crio.sock", root.path().join("run/crio/crio.sock"))?;
+    let rootfs = root.path().to_string_lossy().into_owned();
+    for (source, speaks) in [
+        ("crio-file", Speaks::Both),
+        ("crio", Speaks::Both),
+        ("cri", Speaks::Both),
+        ("cri", Speaks::V1),
+        ("cri", Speaks::V1Alpha2),
+    ] {
+        crio.set(speaks);
+        let mut args = vec!["--label-sources", source];
+        match source {
+            "cri" => args.extend(["--cri-endpoint", &endpoint]),
+            _ => args.extend(["--path-rootfs", &rootfs]),
+        }
+        let agent = Agent::start(None, &args)?;
+        let (told, _) = agent.complete(&id('b'), AT_ONCE).with_context(|| format!("{source} {speaks:?}"))?;
+        let sources = each(&told, "source");
+        assert!(sources.iter().all(|(label, from)| label == "id" || from == source), "{told:#}");
+        let name = format!("k8s_main_trainer-0_prod_{UID}_0");
+        assert_eq!(words(&told), format!("prod/trainer-0/main {name} registry.example/i:1"), "{source}");
+        assert_eq!((&told["runtime"], &told["kind"]), (&json!("cri-o"), &json!("container")));
+        let (told, _) = agent.complete(&id('a'), AT_ONCE)?;
+        assert_eq!(told["kind"], "sandbox");
+        assert!(words(&told).starts_with(&format!("prod/trainer-0/POD k8s_POD_trainer-0_prod_{UID}_0")), "{source}: {told:#}");
+    }
+    Ok(())
+}
+
+/// A kubelet's checkpoint: who has which devices.
+fn checkpoint(folder: &Path, entries: &Value) -> Result<()> {
+    let text = json!({"Data": {"PodDeviceEntries": entries, "RegisteredDevices": {}}, "Checksum": 1}).to_string();
+    let folder = folder.join("device-plugins");
+    fs::create_dir_all(&folder)?;
+    // As the kubelet does, so that nobody reads half of it.
+    fs::write(folder.join("new"), text)?;
+    Ok(fs::rename(folder.join("new"), folder.join("kubelet_internal_checkpoint"))?)
+}
+
+fn entry(uid: &str, container: &str, resource: &str, devices: &[&str]) -> Value {
+    json!({"PodUID": uid, "ContainerName": container, "ResourceName": resource, "DeviceIDs": {"-1": devices}, "AllocResp": ""})
+}
+
+/// `pod/container gpu` of each series.
+fn assigned(page: &[Sample]) -> Vec<String> {
+    let ours = page.iter().filter(|s| s.name == "container_gpu_assigned" && s.value == 1.0);
+    let mut all: Vec<String> =
+        ours.map(|s| format!("{}/{} {}", s.labels["pod"], s.labels["container"], s.labels["uuid"])).collect();
+    all.sort();
+    all
+}
+
+#[test]
+fn assigned_gpus_have_series_whether_they_are_used_or_not() -> Result<()> {
+    let world = format!("[[gpus]]\nuuid = '{GPU}'\nminor = 7\n[[gpus]]\nuuid = 'GPU-second'\nmig = ['{MIG}']\n");
+    let (sim, root) = (Sim::new(&world)?, tempfile::tempdir()?);
+    let kubelet = root.path().join("var/lib/kubelet");
+    let tree = CgroupTree::new("assigned")?;
+    let names = ["whole", "slice", "partition", "minor", "none"];
+    for (n, name) in names.iter().enumerate() {
+        let uid = format!("{n}bb25662-de9a-11e9-84e7-f8f21e04010c");
+        let id = format!("{n:064x}");
+        let folder = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(&id);
+        fs::create_dir_all(&folder)?;
+        let cri = |key: &str| format!("io.kubernetes.cri.{key}");
+        let annotations = json!({cri("container-name"): "main", cri("sandbox-name"): name, cri("sandbox-namespace"): "prod",
+            cri("sandbox-uid"): uid, cri("image-name"): "i"});
+        fs::write(folder.join("config.json"), json!({"annotations": annotations}).to_string())?;
+        tree.make(&format!("kubepods/pod{uid}/{id}"))?;
+    }
+    let uid = |n: usize| format!("{n}bb25662-de9a-11e9-84e7-f8f21e04010c");
+    let entries = json!([
+        entry(&uid(0), "main", "nvidia.com/gpu", &[GPU]),
+        entry(&uid(1), "main", "nvidia.com/gpu.shared", &[&format!("{GPU}::3")]),
+        entry(&uid(2), "main", "nvidia.com/mig-1g.5gb", &[MIG]),
+        entry(&uid(3), "main", "nvidia.com/gpu", &["nvidia7/vgpu2"]),
+        entry(&uid(4), "main", "rdma/hca", &["mlx5_0"]),
+    ]);
+    checkpoint(&kubelet, &entries)?;
+    let rootfs = root.path().to_string_lossy().into_owned();
+    let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
+    let expected = [
+        format!("minor/main {GPU}"),
+        "partition/main GPU-second".into(),
+        format!("slice/main {GPU}"),
+        format!("whole/main {GPU}"),
+    ];
+    wait_for("the assigned have series", SOON, || {
+        let page = agent.scrape()?;
+        Ok((assigned(&page) == expected).then_some(()))
+    })
+    .with_context(|| format!("{:?}", agent.scrape().map(|page| assigned(&page))))?;
+    // Idle and observed is 0; what nobody has is absent.
+    wait_for("the idle have 0", SOON, || {
+        let page = agent.scrape()?;
+        let of = |name: &str, pod: &str| page.iter().find(|s| s.name == name && s.labels["pod"] == pod).map(|s| s.value);
+        assert_eq!(of("container_gpu_seconds_total", "none"), None);
+        let zero = ["container_gpu_seconds_total", "container_accelerator_duty_cycle", "container_accelerator_memory_used_bytes"];
+        Ok(zero.iter().all(|name| of(name, "whole") == Some(0.0)).then_some(()))
+    })?;
+    // The kubelet takes one back.
+    checkpoint(&kubelet, &json!([entry(&uid(0), "main", "nvidia.com/gpu", &[GPU])]))?;
+    wait_for("the others are gone", SOON, || Ok((assigned(&agent.scrape()?) == [format!("whole/main {GPU}")]).then_some(())))?;
+    Ok(())
+}
+
+#[test]
+fn without_a_checkpoint_the_kubelet_is_asked_and_only_when_containers_come() -> Result<()> {
+    let world = format!("[[gpus]]\nuuid = '{GPU}'\n");
+    let (sim, root) = (Sim::new(&world)?, tempfile::tempdir()?);
+    let folder = root.path().join("var/lib/kubelet/pod-resources");
+    fs::create_dir_all(&folder)?;
+    let kubelet = Kubelet::start(&folder.join("kubelet.sock"))?;
+    kubelet.set(vec![pod("prod", "trainer-0", "main", "nvidia.com/gpu", &[GPU])]);
+    let tree = CgroupTree::new("pod-resources")?;
+    let id = id('c');
+    let bundle = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(&id);
+    fs::create_dir_all(&bundle)?;
+    let cri = |key: &str| format!("io.kubernetes.cri.{key}");
+    let annotations = json!({cri("container-name"): "main", cri("sandbox-name"): "trainer-0", cri("sandbox-namespace"): "prod", cri("image-name"): "i"});
+    fs::write(bundle.join("config.json"), json!({"annotations": annotations}).to_string())?;
+    let cgroup = tree.make(&format!("kubepods/pod{UID}/{id}"))?;
+    let rootfs = root.path().to_string_lossy().into_owned();
+    let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
+    let expected = [format!("trainer-0/main {GPU}")];
+    wait_for("the assigned has a series", SOON, || Ok((assigned(&agent.scrape()?) == expected).then_some(())))?;
+    // It may have been asked before the container was known, and after.
+    std::thread::sleep(std::time::Duration::from_secs(3));
+    let calls = kubelet.calls();
+    std::thread::sleep(std::time::Duration::from_secs(4));
+    assert_eq!(kubelet.calls(), calls, "nobody came, nobody is asked");
+    // Used, it is one series still.
+    let sleeper = Running(Command::new("sleep").arg("300").spawn()?);
+    let pid = sleeper.0.id();
+    attach(pid, &cgroup)?;
+    let _load = sim.load(pid, 0, 0.8, &[])?;
+    wait_for("it has GPU time", SOON, || {
+        let page = agent.scrape()?;
+        let ours: Vec<&Sample> = page.iter().filter(|s| s.name == "container_gpu_seconds_total").collect();
+        assert!(ours.len() <= 1, "{ours:?}");
+        Ok((ours.iter().any(|s| s.value > 0.0) && assigned(&page) == expected).then_some(()))
+    })?;
+    Ok(())
+}

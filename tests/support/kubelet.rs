@@ -1,0 +1,137 @@
+//! A double of the kubelet's pod-resources service: which devices it gave to which container.
+//!
+//! Field numbers: kubernetes, `staging/src/k8s.io/kubelet/pkg/apis/podresources/v1/api.proto`.
+
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use anyhow::Result;
+use prost::Message;
+use tonic::Status;
+
+use crate::grpc::{Server, Service};
+
+pub const SERVICE: &str = "v1.PodResourcesLister";
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ListPodResourcesRequest {}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ListPodResourcesResponse {
+    #[prost(message, repeated, tag = "1")]
+    pub pod_resources: Vec<PodResources>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct PodResources {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(string, tag = "2")]
+    pub namespace: String,
+    #[prost(message, repeated, tag = "3")]
+    pub containers: Vec<ContainerResources>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ContainerResources {
+    #[prost(string, tag = "1")]
+    pub name: String,
+    #[prost(message, repeated, tag = "2")]
+    pub devices: Vec<ContainerDevices>,
+    #[prost(int64, repeated, tag = "3")]
+    pub cpu_ids: Vec<i64>,
+    #[prost(message, repeated, tag = "5")]
+    pub dynamic_resources: Vec<DynamicResource>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ContainerDevices {
+    /// `nvidia.com/gpu`, or what sharing makes of it.
+    #[prost(string, tag = "1")]
+    pub resource_name: String,
+    #[prost(string, repeated, tag = "2")]
+    pub device_ids: Vec<String>,
+    #[prost(message, optional, tag = "3")]
+    pub topology: Option<TopologyInfo>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct TopologyInfo {
+    #[prost(message, repeated, tag = "1")]
+    pub nodes: Vec<NumaNode>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct NumaNode {
+    #[prost(int64, tag = "1")]
+    pub id: i64,
+}
+
+/// Of a claim instead of a device plugin.
+#[derive(Clone, PartialEq, Message)]
+pub struct DynamicResource {
+    #[prost(string, tag = "2")]
+    pub claim_name: String,
+    #[prost(string, tag = "3")]
+    pub claim_namespace: String,
+    #[prost(message, repeated, tag = "4")]
+    pub claim_resources: Vec<ClaimResource>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct ClaimResource {
+    #[prost(message, repeated, tag = "1")]
+    pub cdi_devices: Vec<CdiDevice>,
+}
+
+#[derive(Clone, PartialEq, Message)]
+pub struct CdiDevice {
+    /// `nvidia.com/gpu=GPU-..`
+    #[prost(string, tag = "1")]
+    pub name: String,
+}
+
+/// A pod with one container that has these devices of one resource.
+pub fn pod(namespace: &str, name: &str, container: &str, resource: &str, devices: &[&str]) -> PodResources {
+    let device_ids = devices.iter().map(|id| (*id).to_owned()).collect();
+    let topology = Some(TopologyInfo { nodes: vec![NumaNode { id: 0 }] });
+    let devices = vec![ContainerDevices { resource_name: resource.into(), device_ids, topology }];
+    let containers = vec![ContainerResources { name: container.into(), devices, ..Default::default() }];
+    PodResources { name: name.into(), namespace: namespace.into(), containers }
+}
+
+#[derive(Default)]
+struct Pods(Mutex<Vec<PodResources>>);
+
+impl Service for Pods {
+    fn grpc(&self, service: &str, method: &str, request: &[u8]) -> Result<Vec<u8>, Status> {
+        if (service, method) != (SERVICE, "List") {
+            return Err(Status::unimplemented(format!("unknown method {method} for service {service}")));
+        }
+        ListPodResourcesRequest::decode(request).map_err(|error| Status::internal(error.to_string()))?;
+        let pod_resources = self.0.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        Ok(ListPodResourcesResponse { pod_resources }.encode_to_vec())
+    }
+}
+
+pub struct Kubelet {
+    pods: Arc<Pods>,
+    server: Server,
+}
+
+impl Kubelet {
+    /// On `socket`, which in a cluster is /var/lib/kubelet/pod-resources/kubelet.sock.
+    pub fn start(socket: &Path) -> Result<Self> {
+        let pods = Arc::<Pods>::default();
+        Ok(Self { server: Server::start(socket, pods.clone())?, pods })
+    }
+
+    pub fn set(&self, pods: Vec<PodResources>) {
+        *self.pods.0.lock().unwrap_or_else(PoisonError::into_inner) = pods;
+    }
+
+    /// What was asked so far.
+    pub fn calls(&self) -> Vec<String> {
+        self.server.calls()
+    }
+}

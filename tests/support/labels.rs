@@ -1,0 +1,140 @@
+//! What the agent says of a container's labels, asked the way people ask.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use serde_json::Value;
+
+use crate::{Agent, Sample, get, parse, sum, wait_for};
+
+/// Ten times the aim: machines are shared and noisy. The aims themselves are benches.
+pub const AT_ONCE: Duration = Duration::from_secs(5);
+pub const SOON: Duration = Duration::from_secs(20);
+
+/// Labels by name; `missing` and `not_applicable` are left out.
+pub type Labels = BTreeMap<String, String>;
+
+impl Agent {
+    /// `/api/v1/explain?container=`; `None` when it knows no such container.
+    pub fn container(&self, id: &str) -> Result<Option<Value>> {
+        match get(self.port, &format!("/api/v1/explain?container={id}")) {
+            Ok(text) => Ok(Some(serde_json::from_str(&text)?)),
+            Err(error) if error.to_string().contains(" 404 ") => Ok(None),
+            Err(error) => Err(error),
+        }
+    }
+
+    /// Waits until no label is missing; what `explain` says then, and how long that took.
+    pub fn complete(&self, id: &str, patience: Duration) -> Result<(Value, Duration)> {
+        let (from, mut last) = (Instant::now(), None);
+        let told = wait_for("its labels are complete", patience, || {
+            last = self.container(id)?;
+            Ok(last.clone().filter(|told| told["missing"].as_array().is_some_and(Vec::is_empty)))
+        });
+        let told = told.with_context(|| format!("{id}: {}", last.map_or("unknown".into(), |told| format!("{told:#}"))))?;
+        Ok((told, from.elapsed()))
+    }
+
+    /// The sum of what runtimes were asked.
+    pub fn calls(&self) -> Result<f64> {
+        Ok(sum(&self.scrape()?, "gpu_sampler_runtime_calls_total", &[]).unwrap_or_default())
+    }
+}
+
+/// The values, or the sources, of what `explain` told.
+pub fn each(told: &Value, what: &str) -> Labels {
+    let all = told["labels"].as_object().into_iter().flatten();
+    all.map(|(name, label)| (name.clone(), label[what].as_str().unwrap_or_default().to_owned())).collect()
+}
+
+/// `namespace/pod/container name image`, `-` for what is not there.
+pub fn words(told: &Value) -> String {
+    let labels = each(told, "value");
+    let label = |name: &str| labels.get(name).filter(|v| !v.is_empty()).map_or("-", String::as_str);
+    format!("{}/{}/{} {} {}", label("namespace"), label("pod"), label("container"), label("name"), label("image"))
+}
+
+/// Scrapes all the time, and remembers what was wrong with any of them.
+pub struct Watch {
+    stop: Arc<AtomicBool>,
+    thread: Option<JoinHandle<Result<Seen>>>,
+}
+
+#[derive(Debug, Default)]
+pub struct Seen {
+    pub scrapes: usize,
+    pub longest: Duration,
+    /// Containers whose series had a blank label that a later scrape filled.
+    pub filled: BTreeSet<String>,
+    /// Containers that had a series.
+    pub shown: BTreeMap<String, Labels>,
+}
+
+impl Watch {
+    pub fn start(agent: &Agent) -> Self {
+        let (stop, port) = (Arc::new(AtomicBool::new(false)), agent.port);
+        let stopped = Arc::clone(&stop);
+        let thread = std::thread::spawn(move || {
+            let mut seen = Seen::default();
+            while !stopped.load(Ordering::Relaxed) {
+                let from = Instant::now();
+                let page = get(port, "/metrics")?;
+                seen.longest = seen.longest.max(from.elapsed());
+                seen.scrapes += 1;
+                for sample in parse(&page) {
+                    seen.look(&sample);
+                }
+                std::thread::sleep(Duration::from_millis(20));
+            }
+            Ok(seen)
+        });
+        Self { stop, thread: Some(thread) }
+    }
+
+    pub fn end(mut self) -> Result<Seen> {
+        self.stop.store(true, Ordering::Relaxed);
+        let thread = self.thread.take().context("it ends once")?;
+        thread.join().map_err(|_| anyhow::anyhow!("the watching thread panicked"))?
+    }
+}
+
+impl Drop for Watch {
+    fn drop(&mut self) {
+        self.stop.store(true, Ordering::Relaxed);
+    }
+}
+
+impl Seen {
+    fn look(&mut self, sample: &Sample) {
+        let key = match sample.name.as_str() {
+            "container_accelerator_duty_cycle" => "id",
+            "container_gpu_seconds_total" | "container_gpu_info" => "container_id",
+            _ => return,
+        };
+        let Some(id) = sample.labels.get(key) else { return };
+        let known = self.shown.entry(format!("{} {id}", sample.name)).or_default();
+        if known.iter().any(|(name, value)| value.is_empty() && sample.labels.get(name).is_some_and(|now| !now.is_empty())) {
+            self.filled.insert(id.clone());
+        }
+        known.clone_from(&sample.labels);
+    }
+
+    /// No series that a later scrape filled, and no scrape that took long.
+    pub fn check(&self) -> Result<()> {
+        ensure!(!self.shown.is_empty(), "no container had a series, so none could be blank");
+        ensure!(self.filled.is_empty(), "blank labels were filled later: {:?}", self.filled);
+        self.check_speed()
+    }
+
+    /// No scrape that took long.
+    pub fn check_speed(&self) -> Result<()> {
+        ensure!(self.scrapes > 0, "nothing was scraped");
+        // Ten times the aim.
+        ensure!(self.longest < Duration::from_millis(500), "a scrape took {:?}", self.longest);
+        Ok(())
+    }
+}

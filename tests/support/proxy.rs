@@ -1,0 +1,343 @@
+//! A daemon's socket with a fault in front of it: the client connects here, and gets what the daemon would say, or less, or worse.
+//!
+//! HTTP/1 is understood request by request, each on an upstream connection of its own. What begins as HTTP/2 does (gRPC) is bytes:
+//! there only [`Fault::Pass`], `Refuse`, `Hang`, `Garbage` and `CloseHalfWay` mean something, and the others pass.
+
+use std::io::{ErrorKind, Read as _, Write as _};
+use std::net::Shutdown;
+use std::os::fd::AsRawFd as _;
+use std::os::unix::net::{UnixListener, UnixStream};
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError, Weak};
+use std::thread::JoinHandle;
+use std::time::Duration;
+
+use anyhow::{Context as _, Result};
+use serde_json::Value;
+
+use crate::http::{self, Request};
+
+/// What a request's path and the JSON of its answer are turned into.
+pub type Change = Box<dyn Fn(&str, Value) -> Value + Send + Sync>;
+
+pub enum Fault {
+    Pass,
+    /// The socket's file stays, nobody listens, and open connections end: a daemon that died.
+    Refuse,
+    /// Connects and reads, says nothing: a stopped daemon. What waits is served as the next fault wants it.
+    Hang,
+    /// Every request gets this status, on a connection that stays open.
+    Status(u16),
+    /// Random bytes, then the end.
+    Garbage,
+    /// 200 with JSON of [`HUGE`] bytes whose length is not said beforehand.
+    Huge,
+    /// The first half of what the daemon says.
+    CloseHalfWay,
+    /// Bodies that are JSON changed; `/events`, which has no end, passes.
+    Rewrite(Change),
+}
+
+pub const HUGE: usize = 100_000_000;
+const GARBAGE: usize = 4096;
+/// An answer that is not over by then has no end.
+const WHOLE_ANSWER: Duration = Duration::from_millis(500);
+
+pub struct Proxy {
+    shared: Arc<Shared>,
+    place: Mutex<Place>,
+}
+
+struct Place {
+    path: PathBuf,
+    listening: Option<(Arc<UnixListener>, JoinHandle<()>)>,
+    wanted: bool,
+}
+
+struct Shared {
+    upstream: PathBuf,
+    state: Mutex<State>,
+    changed: Condvar,
+}
+
+struct State {
+    fault: Arc<Fault>,
+    over: bool,
+    seen: u64,
+    paths: Vec<String>,
+    connections: Vec<Weak<UnixStream>>,
+}
+
+/// A thread that panicked has failed its connection, not the state.
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+impl Proxy {
+    /// Listens on `path`, which must not exist, and passes everything on.
+    pub fn start(upstream: &Path, path: &Path) -> Result<Self> {
+        let state = State { fault: Arc::new(Fault::Pass), over: false, seen: 0, paths: Vec::new(), connections: Vec::new() };
+        let shared = Shared { upstream: upstream.into(), state: Mutex::new(state), changed: Condvar::new() };
+        let place = Place { path: path.into(), listening: None, wanted: true };
+        let proxy = Self { shared: Arc::new(shared), place: Mutex::new(place) };
+        proxy.listen(&mut lock(&proxy.place))?;
+        Ok(proxy)
+    }
+
+    /// From now on; also for connections that are open.
+    pub fn set(&self, fault: Fault) -> Result<()> {
+        let refuse = matches!(fault, Fault::Refuse);
+        lock(&self.shared.state).fault = Arc::new(fault);
+        self.shared.changed.notify_all();
+        let mut place = lock(&self.place);
+        if refuse {
+            self.close(&mut place);
+        } else if place.wanted && place.listening.is_none() {
+            unlink(&place.path)?;
+            self.listen(&mut place)?;
+        }
+        Ok(())
+    }
+
+    /// Requests so far, of either protocol.
+    pub fn count(&self) -> u64 {
+        lock(&self.shared.state).seen
+    }
+
+    /// The paths of HTTP/1 requests, in order.
+    pub fn paths(&self) -> Vec<String> {
+        lock(&self.shared.state).paths.clone()
+    }
+
+    /// Takes the socket away, with its connections.
+    pub fn disappear(&self) -> Result<()> {
+        let mut place = lock(&self.place);
+        place.wanted = false;
+        unlink(&place.path)?;
+        self.close(&mut place);
+        Ok(())
+    }
+
+    /// Puts a new socket where the old one was.
+    pub fn appear(&self) -> Result<()> {
+        let mut place = lock(&self.place);
+        place.wanted = true;
+        if place.listening.is_none() && !matches!(*self.shared.fault(), Fault::Refuse) {
+            self.listen(&mut place)?;
+        }
+        Ok(())
+    }
+
+    pub fn move_to(&self, path: &Path) -> Result<()> {
+        self.disappear()?;
+        lock(&self.place).path = path.into();
+        self.appear()
+    }
+
+    fn listen(&self, place: &mut Place) -> Result<()> {
+        let listener = Arc::new(UnixListener::bind(&place.path).with_context(|| place.path.display().to_string())?);
+        let (shared, accepting) = (self.shared.clone(), listener.clone());
+        let thread = std::thread::spawn(move || {
+            while let Ok((client, _)) = accepting.accept() {
+                let (client, shared) = (Arc::new(client), shared.clone());
+                shared.remember(&client);
+                std::thread::spawn(move || {
+                    // Whoever goes away in the middle is the test's subject.
+                    let _ended = shared.serve(&client);
+                    let _closed = client.shutdown(Shutdown::Both);
+                });
+            }
+        });
+        place.listening = Some((listener, thread));
+        Ok(())
+    }
+
+    fn close(&self, place: &mut Place) {
+        if let Some((listener, thread)) = place.listening.take() {
+            // SAFETY: an open descriptor; this wakes the thread that accepts on it.
+            unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
+            let _ended = thread.join();
+        }
+        for connection in lock(&self.shared.state).connections.drain(..).filter_map(|c| c.upgrade()) {
+            let _closed = connection.shutdown(Shutdown::Both);
+        }
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        lock(&self.shared.state).over = true;
+        self.shared.changed.notify_all();
+        if let Err(error) = self.disappear() {
+            eprintln!("{error:#}");
+        }
+    }
+}
+
+fn unlink(path: &Path) -> Result<()> {
+    match std::fs::remove_file(path) {
+        Err(error) if error.kind() != ErrorKind::NotFound => Err(error).with_context(|| path.display().to_string()),
+        _ => Ok(()),
+    }
+}
+
+fn garbage(mut client: &UnixStream) -> Result<()> {
+    let mut bytes = [0; GARBAGE];
+    std::fs::File::open("/dev/urandom")?.read_exact(&mut bytes)?;
+    Ok(client.write_all(&bytes)?)
+}
+
+fn huge(mut client: &UnixStream) -> Result<()> {
+    let head = "HTTP/1.1 200 OK\r\nConnection: close\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n";
+    client.write_all(head.as_bytes())?;
+    let (begin, end, pad) = (br#"{"Padding":""#, br#""}"#, vec![b'a'; 64 * 1024]);
+    let mut chunk = |bytes: &[u8]| {
+        write!(client, "{:x}\r\n", bytes.len())?;
+        client.write_all(bytes)?;
+        client.write_all(b"\r\n")
+    };
+    chunk(begin)?;
+    let mut left = HUGE - begin.len() - end.len();
+    while left > 0 {
+        let now = left.min(pad.len());
+        chunk(&pad[..now])?;
+        left -= now;
+    }
+    chunk(end)?;
+    Ok(chunk(b"")?)
+}
+
+impl Shared {
+    fn fault(&self) -> Arc<Fault> {
+        lock(&self.state).fault.clone()
+    }
+
+    /// The fault, once it is not `Hang`. None when the proxy is over.
+    fn no_hang(&self) -> Option<Arc<Fault>> {
+        let hangs = |state: &mut State| !state.over && matches!(*state.fault, Fault::Hang);
+        let state = self.changed.wait_while(lock(&self.state), hangs).unwrap_or_else(PoisonError::into_inner);
+        (!state.over).then(|| state.fault.clone())
+    }
+
+    fn remember(&self, connection: &Arc<UnixStream>) {
+        let mut state = lock(&self.state);
+        state.connections.retain(|c| c.strong_count() > 0);
+        state.connections.push(Arc::downgrade(connection));
+    }
+
+    fn connect(&self) -> Result<Arc<UnixStream>> {
+        let upstream = Arc::new(UnixStream::connect(&self.upstream)?);
+        self.remember(&upstream);
+        Ok(upstream)
+    }
+
+    fn serve(self: &Arc<Self>, client: &Arc<UnixStream>) -> Result<()> {
+        let mut read = Vec::new();
+        while let Some(request) = Request::read(&mut &**client, &mut read)? {
+            if request.is_http2() {
+                return self.bytes(client, request.head);
+            }
+            {
+                let mut state = lock(&self.state);
+                state.seen += 1;
+                state.paths.push(request.path.clone());
+            }
+            if !self.answer(client, &request)? {
+                break;
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether the connection goes on.
+    fn answer(&self, client: &UnixStream, request: &Request) -> Result<bool> {
+        let Some(fault) = self.no_hang() else { return Ok(false) };
+        match &*fault {
+            Fault::Refuse => {}
+            Fault::Status(status) => {
+                http::answer(client, *status, "keep-alive", "application/json", br#"{"message":"a fault of the tests"}"#)?;
+                return Ok(true);
+            }
+            Fault::Garbage => garbage(client)?,
+            Fault::Huge => huge(client)?,
+            Fault::Rewrite(change) if !request.path.contains("/events") => self.rewrite(client, request, change)?,
+            Fault::CloseHalfWay => {
+                let whole = self.whole(&request.forwarded("HTTP/1.1"))?;
+                (&mut &*client).write_all(&whole[..whole.len() / 2])?;
+            }
+            Fault::Pass | Fault::Hang | Fault::Rewrite(_) => {
+                let upstream = self.connect()?;
+                (&mut &*upstream).write_all(&request.forwarded("HTTP/1.1"))?;
+                self.pump(&upstream, client, client, |_| {})?;
+            }
+        }
+        Ok(false)
+    }
+
+    /// What the daemon says, to its end or for as long as an answer may take.
+    fn whole(&self, request: &[u8]) -> Result<Vec<u8>> {
+        let upstream = self.connect()?;
+        (&mut &*upstream).write_all(request)?;
+        upstream.set_read_timeout(Some(WHOLE_ANSWER))?;
+        let mut whole = Vec::new();
+        match (&mut &*upstream).read_to_end(&mut whole) {
+            Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error.into()),
+            _ => Ok(whole),
+        }
+    }
+
+    fn rewrite(&self, mut client: &UnixStream, request: &Request, change: &Change) -> Result<()> {
+        // 1.0 has no chunks.
+        let whole = self.whole(&request.forwarded("HTTP/1.0"))?;
+        let (status, body) = http::split(&whole)?;
+        match serde_json::from_slice(body) {
+            Ok(json) => {
+                let body = change(&request.path, json).to_string();
+                http::answer(client, status, "close", "application/json", body.as_bytes())
+            }
+            Err(_) => Ok(client.write_all(&whole)?),
+        }
+    }
+
+    /// Copies until either side ends or a fault comes. `watch` sees the bytes.
+    fn pump(&self, mut from: &UnixStream, mut to: &UnixStream, client: &UnixStream, mut watch: impl FnMut(&[u8])) -> Result<()> {
+        let to_client = std::ptr::eq(to, client);
+        let mut buffer = vec![0; 64 * 1024];
+        loop {
+            let length = from.read(&mut buffer)?;
+            if length == 0 {
+                return Ok(());
+            }
+            let bytes = &buffer[..length];
+            watch(bytes);
+            let Some(fault) = self.no_hang() else { return Ok(()) };
+            match &*fault {
+                Fault::Refuse => return Ok(()),
+                Fault::Garbage => return garbage(client),
+                Fault::CloseHalfWay if to_client => return Ok(to.write_all(&bytes[..length / 2])?),
+                _ => to.write_all(bytes)?,
+            }
+        }
+    }
+
+    fn bytes(self: &Arc<Self>, client: &Arc<UnixStream>, preface: Vec<u8>) -> Result<()> {
+        let Some(fault) = self.no_hang() else { return Ok(()) };
+        if matches!(*fault, Fault::Garbage) {
+            return garbage(client);
+        }
+        let upstream = self.connect()?;
+        (&mut &*upstream).write_all(&preface)?;
+        let mut frames = http::Frames::default();
+        let mut count = |bytes: &[u8]| lock(&self.state).seen += frames.requests(bytes);
+        count(&preface[http::PREFACE.len()..]);
+        let (back, answers, to) = (self.clone(), upstream.clone(), client.clone());
+        let answering = std::thread::spawn(move || {
+            let _ended = back.pump(&answers, &to, &to, |_| {});
+            let _closed = (to.shutdown(Shutdown::Both), answers.shutdown(Shutdown::Both));
+        });
+        let ended = self.pump(client, &upstream, client, count);
+        let _closed = (client.shutdown(Shutdown::Both), upstream.shutdown(Shutdown::Both));
+        let _joined = answering.join();
+        ended
+    }
+}
