@@ -3,6 +3,7 @@
 use std::path::Path;
 
 use anyhow::{Context as _, Result};
+use gpu_sampler_tests::{Sample, sum};
 
 /// `cargo bench` passes its own words along; the others choose by name.
 pub fn wanted(name: &str) -> bool {
@@ -20,6 +21,20 @@ pub fn line(name: &str, value: f64, unit: &str, aim: Option<f64>) {
 pub fn quantile(sorted: &[f64], part: f64) -> f64 {
     let at = ((sorted.len() as f64 - 1.0) * part).round() as usize;
     sorted.get(at).copied().unwrap_or(f64::NAN)
+}
+
+/// The sum of a family; none is 0.
+pub fn of(page: &[Sample], name: &str) -> f64 {
+    sum(page, name, &[]).unwrap_or_default()
+}
+
+/// Least upper bound of a histogram that holds this part of its observations.
+pub fn at_most(page: &[Sample], name: &str, part: f64) -> Result<f64> {
+    let count = of(page, &format!("{name}_count"));
+    let bucket = format!("{name}_bucket");
+    let bound = |s: &Sample| s.labels.get("le").and_then(|le| le.parse::<f64>().ok());
+    let within = page.iter().filter(|s| s.name == bucket && s.value >= part * count);
+    within.filter_map(bound).min_by(f64::total_cmp).with_context(|| format!("{name} has observations"))
 }
 
 /// Of every BPF descriptor of a process.

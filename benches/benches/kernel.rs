@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::RawTracePoint;
-use gpu_sampler_benches::{Sysctl, bpf_use, line, quantile, wanted};
+use gpu_sampler_benches::{Sysctl, at_most, bpf_use, line, of, quantile, wanted};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
 use gpu_sampler_tests::record::credited;
 use gpu_sampler_tests::{Agent, Sample, Sim, get, sum, var};
@@ -36,10 +36,6 @@ fn main() -> Result<()> {
 
 fn sim() -> Result<Sim> {
     Sim::new("[[gpus]]")
-}
-
-fn of(page: &[Sample], name: &str) -> f64 {
-    sum(page, name, &[]).unwrap_or_default()
 }
 
 /// Processes that stay, spread over cgroups; none of them is reaped before the actor ends.
@@ -73,15 +69,6 @@ fn cold_start() -> Result<()> {
     line("start to ready, 1,000 cgroups, 5,000 processes: p50 of 10", quantile(&took, 0.5), "ms", Some(250.0));
     line("                                                  max", quantile(&took, 1.0), "ms", Some(250.0));
     Ok(())
-}
-
-/// Least upper bound of a histogram that holds this part of its observations.
-fn at_most(page: &[Sample], name: &str, part: f64) -> Result<f64> {
-    let count = of(page, &format!("{name}_count"));
-    let bucket = format!("{name}_bucket");
-    let bound = |s: &Sample| s.labels.get("le").and_then(|le| le.parse::<f64>().ok());
-    let within = page.iter().filter(|s| s.name == bucket && s.value >= part * count);
-    within.filter_map(bound).min_by(f64::total_cmp).with_context(|| format!("{name} has observations"))
 }
 
 fn mkdir_to_identified() -> Result<()> {
