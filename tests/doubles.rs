@@ -9,11 +9,10 @@ use anyhow::{Context as _, Result};
 use gpu_sampler_tests::crio::{Container, Crio, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
 use gpu_sampler_tests::kubelet::{Kubelet, pod};
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, each, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, each, words};
 use gpu_sampler_tests::{Agent, Running, Sample, Sim, wait_for};
 use serde_json::{Value, json};
 
-const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
 const GPU: &str = "GPU-11111111-2222-3333-4444-555555555555";
 const MIG: &str = "MIG-aaaaaaaa-bbbb-cccc-dddd-eeeeeeeeeeee";
 
@@ -99,12 +98,7 @@ fn assigned_gpus_have_series_whether_they_are_used_or_not() -> Result<()> {
     for (n, name) in names.iter().enumerate() {
         let uid = format!("{n}bb25662-de9a-11e9-84e7-f8f21e04010c");
         let id = format!("{n:064x}");
-        let folder = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(&id);
-        fs::create_dir_all(&folder)?;
-        let cri = |key: &str| format!("io.kubernetes.cri.{key}");
-        let annotations = json!({cri("container-name"): "main", cri("sandbox-name"): name, cri("sandbox-namespace"): "prod",
-            cri("sandbox-uid"): uid, cri("image-name"): "i"});
-        fs::write(folder.join("config.json"), json!({"annotations": annotations}).to_string())?;
+        bundle(root.path(), &id, name, &uid)?;
         tree.make(&format!("kubepods/pod{uid}/{id}"))?;
     }
     let uid = |n: usize| format!("{n}bb25662-de9a-11e9-84e7-f8f21e04010c");
@@ -153,11 +147,7 @@ fn without_a_checkpoint_the_kubelet_is_asked_and_only_when_containers_come() -> 
     kubelet.set(vec![pod("prod", "trainer-0", "main", "nvidia.com/gpu", &[GPU])]);
     let tree = CgroupTree::new("pod-resources")?;
     let id = id('c');
-    let bundle = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(&id);
-    fs::create_dir_all(&bundle)?;
-    let cri = |key: &str| format!("io.kubernetes.cri.{key}");
-    let annotations = json!({cri("container-name"): "main", cri("sandbox-name"): "trainer-0", cri("sandbox-namespace"): "prod", cri("image-name"): "i"});
-    fs::write(bundle.join("config.json"), json!({"annotations": annotations}).to_string())?;
+    bundle(root.path(), &id, "trainer-0", UID)?;
     let cgroup = tree.make(&format!("kubepods/pod{UID}/{id}"))?;
     let rootfs = root.path().to_string_lossy().into_owned();
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;

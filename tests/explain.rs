@@ -2,22 +2,14 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpListener;
-use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::CgroupTree;
 use gpu_sampler_tests::labels::{AT_ONCE, SOON};
 use gpu_sampler_tests::proxy::{Fault, Proxy};
-use gpu_sampler_tests::{Agent, Docker, leftovers, sum, var, wait_for};
+use gpu_sampler_tests::{Agent, Docker, leftovers, sum, told, wait_for};
 use serde_json::{Value, json};
-
-/// Exit code, standard output and standard error.
-fn told(args: &[&str]) -> Result<(Option<i32>, String, String)> {
-    let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
-    let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
-    Ok((output.status.code(), text(&output.stdout), text(&output.stderr)))
-}
 
 fn says(args: &[&str], code: i32, words: &[&str]) -> Result<String> {
     let (got, out, err) = told(args)?;

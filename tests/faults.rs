@@ -7,13 +7,12 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::containerd::{Containerd, PodSpec};
 use gpu_sampler_tests::kernel::Layout;
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, Watch, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, words};
 use gpu_sampler_tests::podman::Podman;
 use gpu_sampler_tests::proxy::{Fault, Proxy};
 use gpu_sampler_tests::{Agent, Docker, Engine, Sim, sum, wait_for};
 use serde_json::{Value, json};
 
-const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
 /// How long a fault lasts.
 const FAULT: Duration = Duration::from_secs(5);
 

@@ -5,11 +5,9 @@ use std::path::Path;
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::containerd::{Containerd, IMAGE, PodSpec};
 use gpu_sampler_tests::kernel::Layout;
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, each, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, each, words};
 use gpu_sampler_tests::{Agent, Docker, Engine};
 use serde_json::{Value, json};
-
-const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
 
 fn alone(sources: &str, endpoint: Option<(&str, &Path)>) -> Result<Agent> {
     alone_in(Layout::Machine, sources, endpoint)

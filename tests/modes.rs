@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout};
 use gpu_sampler_tests::record::credited;
-use gpu_sampler_tests::{Agent, Sim, sum, var, wait_for};
+use gpu_sampler_tests::{Agent, Sim, sum, told, var, wait_for};
 use serde_json::Value;
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -105,13 +105,6 @@ fn procfs_knows_whoever_lives_when_looked_at() -> Result<()> {
 #[test]
 fn procfs_on_cgroup_v2_alone() -> Result<()> {
     degraded("procfs", Layout::PureV2)
-}
-
-/// Exit code, standard output, standard error.
-fn told(args: &[&str]) -> Result<(Option<i32>, String, String)> {
-    let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
-    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
-    Ok((output.status.code(), text(output.stdout), text(output.stderr)))
 }
 
 #[test]

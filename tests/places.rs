@@ -3,28 +3,15 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
-use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::CgroupTree;
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, Watch, each, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, bundle, each, words};
 use gpu_sampler_tests::podman::Podman;
 use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, free_port, get, sum, var, wait_for};
 use serde_json::{Value, json};
-
-const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
-
-/// The bundle that containerd would leave, below a root of its own.
-fn bundle(root: &Path, id: &str, pod: &str) -> Result<()> {
-    let folder = root.join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id);
-    fs::create_dir_all(&folder)?;
-    let cri = |name: &str| format!("io.kubernetes.cri.{name}");
-    let annotations = json!({cri("container-type"): "container", cri("container-name"): "main", cri("sandbox-name"): pod,
-        cri("sandbox-namespace"): "prod", cri("sandbox-uid"): UID, cri("image-name"): "registry.example/i:1"});
-    Ok(fs::write(folder.join("config.json"), json!({"ociVersion": "1.0.2", "annotations": annotations}).to_string())?)
-}
 
 fn id(n: usize) -> String {
     format!("{:08x}{n:056x}", std::process::id())
@@ -100,7 +87,7 @@ fn paths_of_every_shape_become_one_container_each() -> Result<()> {
     let mut keys = Vec::new();
     for (n, (name, shape)) in shapes.iter().enumerate() {
         let id = id(n);
-        bundle(root.path(), &id, &format!("shape-{n}"))?;
+        bundle(root.path(), &id, &format!("shape-{n}"), UID)?;
         tree.make(&shape.replace('H', &id))?;
         let (told, _) = agent.complete(&id, AT_ONCE).context(*name)?;
         assert!(words(&told).starts_with(&format!("prod/shape-{n}/main {id} ")), "{name}: {told:#}");
@@ -147,7 +134,7 @@ fn a_container_of_fifty_milliseconds_has_its_labels_in_a_scrape() -> Result<()> 
     let tree = CgroupTree::new("short")?;
     for n in 0..5 {
         let id = id(n);
-        bundle(root.path(), &id, &format!("short-{n}"))?;
+        bundle(root.path(), &id, &format!("short-{n}"), UID)?;
         let cgroup = tree.make(&format!("kubepods/pod{UID}/{id}"))?;
         let lives = ["--count", "1", "--lasting", "50ms..51ms", "--demand", "1"];
         sim.lives(&[&cgroup], &lives)?.all()?;
@@ -177,7 +164,7 @@ fn five_hundred_containers_within_seconds() -> Result<()> {
     let from = Instant::now();
     let (mut made, mut real, mut loads) = (Vec::new(), Vec::new(), Vec::new());
     for n in 0..MADE {
-        bundle(root.path(), &id(n), &format!("crowd-{n}"))?;
+        bundle(root.path(), &id(n), &format!("crowd-{n}"), UID)?;
         tree.make(&format!("kubepods/pod{UID}/{}", id(n)))?;
         made.push(id(n));
     }
@@ -215,7 +202,7 @@ fn a_pipe_in_the_place_of_a_file_holds_nobody_up() -> Result<()> {
     let pipe = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id(0)).join("config.json");
     fs::create_dir_all(pipe.parent().context("a folder")?)?;
     ensure!(Command::new("mkfifo").arg(&pipe).status()?.success());
-    bundle(root.path(), &id(1), "beside-it")?;
+    bundle(root.path(), &id(1), "beside-it", UID)?;
     let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", "bundle,logs"])?;
     let watch = Watch::start(&agent);
     let tree = CgroupTree::new("stuck")?;

@@ -32,6 +32,13 @@ pub fn var(name: &str) -> Result<String> {
     std::env::var(name).with_context(|| format!("{name} is not set; run the tests with `cargo xtask test`"))
 }
 
+/// Runs a verb of the agent: exit code, standard output, standard error.
+pub fn told(args: &[&str]) -> Result<(Option<i32>, String, String)> {
+    let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
+    let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
+    Ok((output.status.code(), text(output.stdout), text(output.stderr)))
+}
+
 pub fn wait_for<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let from = Instant::now();
     loop {

@@ -12,7 +12,7 @@ use crate::config::Config;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::http;
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
-use crate::labels::{LabelConfig, Places, Root};
+use crate::labels::{Found, LabelConfig, Root};
 use crate::observe::kernel::layout::Layout;
 
 /// A runtime that takes longer is stuck.
@@ -45,22 +45,23 @@ struct CrioInfo {
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
-    let sockets = LabelConfig::new(config, layout).present();
+    let Found { places, sockets } = Found::look(&LabelConfig::new(config, layout));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         let remedy = "see the limits on descriptors and threads";
         return vec![Check::bad("runtimes", Status::Degraded, "the IO runtime cannot be started", remedy)];
     };
-    let mut all = checkpoints(config);
-    if sockets.iter().all(|(_, _, present)| !present) {
+    let root = &Root::new(&config.path_rootfs);
+    let mut all = checkpoints(root, &places.kubelet_roots);
+    if sockets.iter().all(|socket| socket.seen.is_none()) {
         let detail = match config.label_sources.iter().any(|source| source.is_socket()) {
             true => "no runtime's socket is there: labels come from files and from cgroup paths",
             false => "label_sources has no source with a socket: labels come from files and from cgroup paths",
         };
         all.push(Check::ok("runtimes", detail));
     }
-    let root = &Root::new(&config.path_rootfs);
-    let checks = sockets.into_iter().map(|(source, path, present)| async move {
-        if present {
+    let checks = sockets.into_iter().map(|socket| async move {
+        let (source, path) = (socket.source, socket.path);
+        if socket.seen.is_some() {
             return one(source, &path, root).await;
         }
         if !config.label_endpoints.contains(&(source, path.clone())) {
@@ -75,9 +76,7 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
 }
 
 /// The kubelet's record of devices, where there is one.
-fn checkpoints(config: &Config) -> Vec<Check> {
-    let root = Root::new(&config.path_rootfs);
-    let folders = Places::find(&config.path_procfs, &root).kubelet_roots;
+fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
     let one = |folder: &PathBuf| match checkpoint(&root.path(folder)) {
         Ok(None) => None,
         Ok(Some(list)) => {

@@ -40,18 +40,7 @@ pub(super) async fn follow(sources: Arc<Sources>, shared: Arc<Shared>) {
     loop {
         for folder in &sources.places.load().kubelet_roots {
             if !watched.iter().any(|(known, _)| known == folder) {
-                let kubelet = Kubelet::new(sources.root.path(folder));
-                let (checkpoint, socket, containers) = (None, None, None);
-                let new = Watched {
-                    kubelet,
-                    checkpoint,
-                    socket,
-                    containers,
-                    assigned: Vec::new(),
-                    failed: false,
-                    not_before: None,
-                    looks: Arc::new(Semaphore::new(1)),
-                };
+                let new = Watched::new(Kubelet::new(sources.root.path(folder)));
                 watched.push((folder.clone(), new));
             }
         }
@@ -67,6 +56,19 @@ pub(super) async fn follow(sources: Arc<Sources>, shared: Arc<Shared>) {
 }
 
 impl Watched {
+    fn new(kubelet: Kubelet) -> Self {
+        Self {
+            kubelet,
+            checkpoint: None,
+            socket: None,
+            containers: None,
+            assigned: Vec::new(),
+            failed: false,
+            not_before: None,
+            looks: Arc::new(Semaphore::new(1)),
+        }
+    }
+
     /// Whether what is known changed.
     async fn look(&mut self, shared: &Shared) -> bool {
         if self.not_before.is_some_and(|at| at > Instant::now()) {

@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use sampler_core::labels::{Ladder, Source, TargetId};
-use sampler_core::units::{BootNs, ContainerKey};
+use sampler_core::units::ContainerKey;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
@@ -15,6 +15,7 @@ use super::found::{Found, FoundSocket};
 use super::sockets::Wanted;
 use super::source::{self, Answer, Sources};
 use super::{ContainerEvent, FILES, LabelConfig, LabelView, Shared, TriedView, Word};
+use crate::observe::clock::boot_now;
 
 /// The driver looks at the ladder at most this often.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
@@ -88,7 +89,7 @@ impl Driver {
         let files = self.config.sources.clone();
         for source in files.into_iter().filter(|s| !s.is_socket()) {
             self.sources.add(source, Path::new(""));
-            self.ladder.add_target(source, FILES, true, (self.config.now)());
+            self.ladder.add_target(source, FILES, true, boot_now());
         }
         self.take_usual();
         self.find();
@@ -115,10 +116,6 @@ impl Driver {
         }
     }
 
-    fn now(&self) -> BootNs {
-        (self.config.now)()
-    }
-
     /// Those that are new are asked from now on; those that nobody has any more are not spoken of.
     fn take_sockets(&mut self, found: Vec<FoundSocket>) {
         let known: Vec<(Source, String)> = self.ladder.targets().map(|(_, s, e)| (s, e.to_owned())).collect();
@@ -129,7 +126,7 @@ impl Driver {
             if is_known || self.ladder.targets().count() >= MAX_TARGETS {
                 continue;
             }
-            let (present, now) = (socket.seen.is_some(), self.now());
+            let (present, now) = (socket.seen.is_some(), boot_now());
             let retired = self.ladder.retired(socket.source, &endpoint);
             let id = match retired {
                 Some(id) => {
@@ -232,13 +229,13 @@ impl Driver {
         if changed {
             self.sources.places.store(Arc::new(places));
             let files: Vec<TargetId> = self.ladder.targets().filter(|(_, s, _)| !s.is_socket()).map(|(id, ..)| id).collect();
-            files.into_iter().for_each(|id| self.ladder.endpoint_back(id, (self.config.now)()));
+            files.into_iter().for_each(|id| self.ladder.endpoint_back(id, boot_now()));
         }
     }
 
     /// Asks what is due, publishes, and says how long nothing more is.
     fn step(&mut self) -> Duration {
-        let now = self.now();
+        let now = boot_now();
         for ask in self.ladder.due(now) {
             let (sources, words) = (Arc::clone(&self.sources), self.shared.words.clone());
             tokio::spawn(async move {
@@ -251,12 +248,12 @@ impl Driver {
             });
         }
         self.retire();
-        if self.find_at.is_some_and(|at| at <= Instant::now()) && (self.find_again || self.ladder.incomplete(now) > 0) {
+        if self.find_at.is_some_and(|at| at <= Instant::now()) && (self.find_again || self.ladder.is_asking(now)) {
             self.find();
         }
         self.probe_the_failing();
         let unpublished = self.publish();
-        let wait = self.ladder.next_due(now).map_or(u64::MAX, |next| next.saturating_since(self.now()));
+        let wait = self.ladder.next_due(now).map_or(u64::MAX, |next| next.saturating_since(boot_now()));
         Duration::from_nanos(wait).min(unpublished).clamp(SHORTEST_PAUSE, IDLE_PAUSE)
     }
 
@@ -282,7 +279,7 @@ impl Driver {
     }
 
     fn container(&mut self, event: ContainerEvent) {
-        let now = self.now();
+        let now = boot_now();
         match event {
             ContainerEvent::Appeared(record) => {
                 let key = record.key;
@@ -304,7 +301,7 @@ impl Driver {
     }
 
     fn word(&mut self, word: Word) {
-        let now = self.now();
+        let now = boot_now();
         match word {
             Word::Answered(ask, answer) => {
                 if self.ladder.answered(&ask, &answer.outcome, answer.tried(), now) {

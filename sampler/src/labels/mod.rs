@@ -29,16 +29,16 @@ use tokio::sync::mpsc::{Sender, UnboundedReceiver, channel};
 use tokio::sync::oneshot;
 
 pub use self::assigned::AssignedView;
-pub use self::discover::Places;
+use self::discover::Places;
 use self::driver::Driver;
-use self::found::{Found, FoundSocket};
+pub use self::found::Found;
+use self::found::FoundSocket;
 pub use self::once::once;
 pub use self::root::Root;
 use self::source::{Answer, Sources};
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
 use crate::config::Config;
-use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::Layout;
 
 /// The endpoint of sources that have none.
@@ -56,7 +56,6 @@ pub struct LabelConfig {
     pub sources: Vec<Source>,
     /// Sockets given by the operator. A source that is among them is asked nowhere else.
     pub endpoints: Vec<(Source, PathBuf)>,
-    pub now: fn() -> BootNs,
 }
 
 impl LabelConfig {
@@ -67,7 +66,6 @@ impl LabelConfig {
             cgroups: layout.mounts().map(|(_, mount)| mount.to_owned()).collect(),
             sources: config.label_sources.clone(),
             endpoints: config.label_endpoints.clone(),
-            now: boot_now,
         }
     }
 
@@ -80,12 +78,6 @@ impl LabelConfig {
         let out = Source::ASKED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
         let tried = Tried { told: Told::NotTried, at: None, detail: "left out by label_sources".into() };
         out.map(|source| TriedView::new(source, "", &tried)).collect()
-    }
-
-    /// Sockets that would be asked, and whether there is anything at each.
-    pub fn present(&self) -> Vec<(Source, PathBuf, bool)> {
-        let found = Found::look(self);
-        found.sockets.into_iter().map(|s| (s.source, s.path, s.seen.is_some())).collect()
     }
 
     /// The sockets to ask, with their paths here: what was given, else what was found.

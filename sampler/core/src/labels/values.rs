@@ -144,6 +144,14 @@ impl Facts {
         }
     }
 
+    /// From the labels that a kubelet gives to what it makes.
+    pub fn from_kubelets_labels<'a>(&mut self, get: impl Fn(&str) -> Option<&'a str>) {
+        self.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
+        self.set(Label::Pod, get("io.kubernetes.pod.name"));
+        self.set(Label::Container, get("io.kubernetes.container.name"));
+        self.pod_uid = get("io.kubernetes.pod.uid").filter(|uid| !uid.is_empty()).map(str::to_owned);
+    }
+
     /// Fills what is still empty from dockershim's `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
     pub fn from_dockershim_name(&mut self, name: &str) {
         let parts: Vec<&str> = name.split('_').collect();
@@ -295,9 +303,5 @@ impl ContainerLabels {
 }
 
 fn bounded(value: &str) -> &str {
-    let mut end = value.len().min(MAX_VALUE_BYTES);
-    while !value.is_char_boundary(end) {
-        end -= 1;
-    }
-    &value[..end]
+    &value[..value.floor_char_boundary(MAX_VALUE_BYTES)]
 }

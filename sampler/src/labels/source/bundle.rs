@@ -24,17 +24,7 @@ pub struct Bundle {
 }
 
 pub fn ask(root: &Root, places: &Places, id: &str) -> Answer {
-    let mut problem = None;
-    for state in &places.containerd_states {
-        let here = root.path(state);
-        match look(&here, id) {
-            Ok(Some(facts)) => return Answer::found(facts).at(state),
-            Ok(None) => {}
-            // Another state folder may have it.
-            Err(detail) => problem = Some(Answer::error(detail).at(state)),
-        }
-    }
-    problem.unwrap_or_else(|| Answer::not_in(&places.containerd_states))
+    Answer::first_of(&places.containerd_states, |state| Ok(look(&root.path(state), id)?.map(Answer::found)))
 }
 
 fn look(state: &Path, id: &str) -> Result<Option<Facts>, String> {

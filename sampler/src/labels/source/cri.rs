@@ -20,7 +20,8 @@ use tokio::time::Instant;
 
 use self::messages::*;
 use super::Answer;
-use super::grpc::{Generation, GrpcError, GrpcSocket};
+use super::grpc::{GrpcError, GrpcSocket};
+use crate::labels::sockets::Stamp;
 
 const LIMIT: Duration = super::TIMEOUT;
 /// The runtime's name only shapes the `name` label: it must not use up the time of the labels.
@@ -42,7 +43,7 @@ pub struct Cri {
 /// What was learnt of the server behind one socket.
 #[derive(Clone, Copy, Debug, Default)]
 struct Known {
-    generation: Option<Generation>,
+    generation: Option<Stamp>,
     /// The package that answered last, of [`PACKAGES`].
     package: usize,
     /// `Some(None)`: it has a name that is no runtime known here.

@@ -29,10 +29,7 @@ fn facts(container: &Container, id: &str) -> Facts {
     facts.set(Label::Name, container.name.as_deref());
     facts.set(Label::Image, container.image.as_deref());
     let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
-    facts.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
-    facts.set(Label::Pod, get("io.kubernetes.pod.name"));
-    facts.set(Label::Container, get("io.kubernetes.container.name"));
-    facts.pod_uid = get("io.kubernetes.pod.uid").map(str::to_owned);
+    facts.from_kubelets_labels(get);
     facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
     if let Some(name) = &container.name {
         facts.from_dockershim_name(name);

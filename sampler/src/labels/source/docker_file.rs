@@ -50,10 +50,7 @@ impl DockerRecord {
             facts.set(Label::Image, config.image.as_deref().filter(|i| !i.is_empty()).or(self.image_name.as_deref()));
             if let Some(labels) = &config.labels {
                 let get = |key: &str| labels.get(key).and_then(Option::as_deref);
-                facts.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
-                facts.set(Label::Pod, get("io.kubernetes.pod.name"));
-                facts.set(Label::Container, get("io.kubernetes.container.name"));
-                facts.pod_uid = get("io.kubernetes.pod.uid").filter(|v| !v.is_empty()).map(str::to_owned);
+                facts.from_kubelets_labels(get);
                 facts.sandbox = get("io.kubernetes.docker.type") == Some("podsandbox");
             }
         }
@@ -63,15 +60,10 @@ impl DockerRecord {
 }
 
 pub fn ask(root: &Root, places: &Places, id: &str) -> Answer {
-    let mut problem = None;
-    for folder in &places.docker_roots {
-        match file::read::<DockerRecord>(&root.path(&folder.join("containers").join(id).join("config.v2.json"))) {
-            Ok(Some(record)) => return record.answer(Runtime::Docker, id).at(folder),
-            Ok(None) => {}
-            Err(detail) => problem = Some(Answer::error(detail).at(folder)),
-        }
-    }
-    problem.unwrap_or_else(|| Answer::not_in(&places.docker_roots))
+    Answer::first_of(&places.docker_roots, |folder| {
+        let record = file::read::<DockerRecord>(&root.path(&folder.join("containers").join(id).join("config.v2.json")))?;
+        Ok(record.map(|record| record.answer(Runtime::Docker, id)))
+    })
 }
 
 #[cfg(test)]

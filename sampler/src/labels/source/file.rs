@@ -7,8 +7,6 @@ use std::path::{Path, PathBuf};
 
 use serde::de::DeserializeOwned;
 
-use super::http::is_absent;
-
 /// Bundles are tens of KiB, lists of a thousand containers a few MiB; anything far beyond is neither.
 const MAX_FILE_BYTES: u64 = 32 << 20;
 /// A directory with more entries than this is not read to its end.
@@ -56,4 +54,9 @@ pub fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>, String> {
         Err(error) if is_absent(&error) => Ok(Vec::new()),
         Err(error) => Err(format!("{}: {error}", folder.display())),
     }
+}
+
+/// There is no such file or socket, which is no failure of anybody.
+pub fn is_absent(error: &io::Error) -> bool {
+    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }

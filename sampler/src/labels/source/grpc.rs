@@ -10,7 +10,6 @@
 use std::error::Error as _;
 use std::future::Future;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
@@ -20,6 +19,9 @@ use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 use tonic::Code;
+
+use super::file::is_absent;
+use crate::labels::sockets::{Stamp, stamp};
 
 /// The kubelet lists every pod of the node in one answer, some hundred bytes each; anything far beyond is not an answer.
 const MAX_ANSWER_BYTES: usize = 4 << 20;
@@ -85,14 +87,6 @@ fn reason(status: &tonic::Status) -> String {
     text
 }
 
-/// Which socket a path names at the moment: another one after the server was restarted.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Generation {
-    inode: u64,
-    /// Inodes are used again, seconds and nanoseconds are not.
-    changed: (i64, i64),
-}
-
 impl GrpcSocket {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { path: path.into() }
@@ -102,10 +96,9 @@ impl GrpcSocket {
         &self.path
     }
 
-    /// `None` where there is no socket.
-    pub fn generation(&self) -> Option<Generation> {
-        let found = std::fs::metadata(&self.path).ok()?;
-        Some(Generation { inode: found.ino(), changed: (found.ctime(), found.ctime_nsec()) })
+    /// Which socket the path names at the moment: another one after the server was restarted. `None` where there is none.
+    pub fn generation(&self) -> Option<Stamp> {
+        stamp(&self.path)
     }
 
     /// Calls `method`, such as `/runtime.v1.RuntimeService/Version`.
@@ -129,10 +122,7 @@ impl GrpcSocket {
         };
         let stream = UnixStream::connect(&self.path).await.map_err(|source| {
             let path = self.path.clone();
-            match source.kind() {
-                io::ErrorKind::NotFound | io::ErrorKind::NotADirectory => GrpcError::NoSocket { path },
-                _ => GrpcError::Connect { path, source },
-            }
+            if is_absent(&source) { GrpcError::NoSocket { path } } else { GrpcError::Connect { path, source } }
         })?;
         let tasks = Tasks::default();
         let _end = EndOnDrop(tasks.clone());

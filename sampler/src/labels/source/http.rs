@@ -11,6 +11,7 @@ use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
 use super::Answer;
+use super::file::is_absent;
 
 /// An inspect of a container with a thousand labels is 100 KiB; anything far beyond is none.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
@@ -63,9 +64,4 @@ pub async fn answers(socket: &Path, path: &str) -> Result<(), String> {
         Ok((status, _)) => Err(format!("HTTP {status}")),
         Err(error) => Err(format!("{error:#}")),
     }
-}
-
-/// Nobody is there, which is no failure of anybody.
-pub fn is_absent(error: &io::Error) -> bool {
-    matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }

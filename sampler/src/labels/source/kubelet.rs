@@ -198,7 +198,7 @@ pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointErro
     let path = root.join(CHECKPOINT);
     let file = match file::open(&path) {
         Ok(file) => file,
-        Err(error) if matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory) => return Ok(None),
+        Err(error) if file::is_absent(&error) => return Ok(None),
         Err(source) => return Err(CheckpointError::Read { path, source }),
     };
     let mut text = Vec::new();

@@ -22,7 +22,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use sampler_core::labels::{Ask, Facts, Outcome, Runtime, Source, TargetId, Told, Tried};
+use sampler_core::labels::{Ask, FILES_IN_FLIGHT, Facts, Outcome, Runtime, Source, TargetId, Told, Tried};
 
 use tokio::sync::Semaphore;
 
@@ -33,8 +33,6 @@ use super::root::Root;
 
 /// A source that takes longer is stuck. The ladder asks again long before.
 const TIMEOUT: Duration = Duration::from_secs(5);
-/// As many as the ladder has open.
-const READS_AT_ONCE: usize = 16;
 /// Details are kept for every container; people want the beginning.
 const MAX_DETAIL: usize = 300;
 
@@ -72,6 +70,18 @@ impl Answer {
         Self::not_found_because(format!("not in {}", all.join(", ")))
     }
 
+    /// Of the first of these places that has one; a problem only where none has.
+    fn first_of(places: &[PathBuf], look: impl Fn(&Path) -> Result<Option<Answer>, String>) -> Answer {
+        let looked = places.iter().map(|place| {
+            let found = look(place).map_err(|detail| (detail, place))?;
+            Ok(found.map(|answer| answer.at(place)))
+        });
+        match first_found(looked) {
+            Ok(found) => found.unwrap_or_else(|| Answer::not_in(places)),
+            Err((detail, place)) => Answer::error(detail).at(place),
+        }
+    }
+
     pub fn error(detail: impl ToString) -> Self {
         Self { outcome: Outcome::Failed, told: Told::Error, detail: detail.to_string(), at: None }
     }
@@ -86,10 +96,7 @@ impl Answer {
 
     /// As it is kept for `explain`: not longer than needed.
     pub fn tried(&self) -> Tried {
-        let mut end = self.detail.len().min(MAX_DETAIL);
-        while !self.detail.is_char_boundary(end) {
-            end -= 1;
-        }
+        let end = self.detail.floor_char_boundary(MAX_DETAIL);
         let nothing = matches!(&self.outcome, Outcome::Found(facts) if facts.labels.iter().all(Option::is_none));
         if nothing {
             return Tried { told: self.told, at: None, detail: "it has the container, and no labels of it".into() };
@@ -97,6 +104,19 @@ impl Answer {
         let at = self.at.as_ref().filter(|_| self.told == Told::Ok).map(|at| at.to_string_lossy().into());
         Tried { told: self.told, at, detail: self.detail[..end].into() }
     }
+}
+
+/// The first that is there. What is wrong with one does not hide another: a problem only where none is there, and then the last.
+fn first_found<T, E>(looked: impl Iterator<Item = Result<Option<T>, E>>) -> Result<Option<T>, E> {
+    let mut nothing = Ok(None);
+    for one in looked {
+        match one {
+            Ok(None) => {}
+            Ok(found) => return Ok(found),
+            Err(problem) => nothing = Err(problem),
+        }
+    }
+    nothing
 }
 
 /// Whom a target stands for.
@@ -126,7 +146,7 @@ impl Sources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(Places::default().with_defaults());
         let files = Source::ASKED.into_iter().filter(|s| !s.is_socket());
-        let reads = files.map(|source| (source, Arc::new(Semaphore::new(READS_AT_ONCE)))).collect();
+        let reads = files.map(|source| (source, Arc::new(Semaphore::new(FILES_IN_FLIGHT)))).collect();
         Self { root, procfs, cgroups, places, endpoints: RwLock::default(), reads }
     }
 

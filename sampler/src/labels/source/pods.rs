@@ -89,7 +89,7 @@ pub fn mountinfo(procfs: &Path, mounts: &[PathBuf], cgroup: &str, pod_uid: Optio
                 }
             }
             // It ended; another one may live.
-            Err(error) if super::http::is_absent(&error) || error.raw_os_error() == Some(libc::ESRCH) => {}
+            Err(error) if file::is_absent(&error) || error.raw_os_error() == Some(libc::ESRCH) => {}
             Err(error) => problem = Some(Answer::error(format!("{}: {error}", path.display())).at(&path)),
         }
     }

@@ -11,7 +11,7 @@ use serde::Deserialize;
 use serde_json::Value;
 
 use super::bundle::{Annotations, Bundle};
-use super::{Answer, file};
+use super::{Answer, file, first_found};
 use crate::labels::discover::Places;
 use crate::labels::root::Root;
 
@@ -35,10 +35,10 @@ fn crio_facts(annotations: &Annotations) -> Facts {
     let name = own("ContainerName").filter(|_| facts.sandbox).or(own("Name"));
     facts.set(Label::Name, name);
     facts.set(Label::Image, own("ImageName").or(own("UserRequestedImage")).or(own("Image")));
-    facts.set(Label::Namespace, get("io.kubernetes.pod.namespace").or(own("Namespace")));
-    facts.set(Label::Pod, get("io.kubernetes.pod.name").or(own("KubeName")));
-    facts.set(Label::Container, get("io.kubernetes.container.name"));
-    facts.pod_uid = get("io.kubernetes.pod.uid").map(str::to_owned);
+    facts.set(Label::Namespace, own("Namespace"));
+    facts.set(Label::Pod, own("KubeName"));
+    // Where they are, they win.
+    facts.from_kubelets_labels(get);
     if let Some(name) = name {
         facts.from_dockershim_name(name);
     }
@@ -66,20 +66,12 @@ struct Metadata {
 
 pub fn podman(root: &Root, places: &Places, id: &str) -> Answer {
     first(root, places, |folder| {
-        let mut problem = Ok(None);
-        for name in LISTS {
-            match file::read::<Vec<Value>>(&folder.join(name)) {
-                Ok(list) => {
-                    let ours = list.into_iter().flatten().find(|c| c["id"] == *id);
-                    if let Some(listed) = ours.and_then(|c| serde_json::from_value::<Listed>(c).ok()) {
-                        return Ok(podman_facts(&listed));
-                    }
-                }
-                // The other list may have it.
-                Err(detail) => problem = Err(detail),
-            }
-        }
-        problem
+        let listed = first_found(LISTS.iter().map(|name| {
+            let list = file::read::<Vec<Value>>(&folder.join(name))?;
+            let ours = list.into_iter().flatten().find(|c| c["id"] == *id);
+            Ok::<_, String>(ours.and_then(|c| serde_json::from_value::<Listed>(c).ok()))
+        }))?;
+        Ok(listed.and_then(|listed| podman_facts(&listed)))
     })
 }
 
@@ -97,26 +89,11 @@ fn podman_facts(listed: &Listed) -> Option<Facts> {
     Some(facts)
 }
 
-/// The first storage that has it; a problem only when none has.
 fn first(root: &Root, places: &Places, look: impl Fn(&Path) -> Result<Option<Facts>, String>) -> Answer {
-    let mut problem = None;
-    for storage in &places.storages {
-        let folders = match folders(&root.path(storage)) {
-            Ok(folders) => folders,
-            Err(detail) => {
-                problem = Some(Answer::error(detail).at(storage));
-                continue;
-            }
-        };
-        for folder in folders {
-            match look(&folder) {
-                Ok(Some(facts)) => return Answer::found(facts).at(storage),
-                Ok(None) => {}
-                Err(detail) => problem = Some(Answer::error(detail).at(storage)),
-            }
-        }
-    }
-    problem.unwrap_or_else(|| Answer::not_in(&places.storages))
+    Answer::first_of(&places.storages, |storage| {
+        let found = first_found(folders(&root.path(storage))?.iter().map(|folder| look(folder)))?;
+        Ok(found.map(Answer::found))
+    })
 }
 
 /// One for each storage driver in use, `overlay-containers` most often.

@@ -26,8 +26,8 @@ use std::sync::Arc;
 
 use self::entry::{Entry, Slot};
 pub use self::entry::{Told, Tried, can_know, is_likely};
-pub use self::target::ABSENT;
 use self::target::Target;
+pub use self::target::{ABSENT, FILES_IN_FLIGHT};
 use super::values::{ContainerLabels, Facts, Source};
 use crate::identity::ContainerRecord;
 use crate::units::{BootNs, ContainerKey};
@@ -96,12 +96,16 @@ impl Ladder {
     pub fn add_target(&mut self, source: Source, endpoint: &str, present: bool, now: BootNs) -> TargetId {
         let id = TargetId(u16::try_from(self.targets.len()).unwrap_or(u16::MAX));
         self.targets.push(Target::new(source, endpoint.into(), present));
+        self.add_slots(id, source, now);
+        id
+    }
+
+    fn add_slots(&mut self, id: TargetId, source: Source, now: BootNs) {
         for (key, entry) in &mut self.entries {
             if let Some(at) = entry.add_slot(id, source, now) {
                 self.queue.insert((at, *key, id));
             }
         }
-        id
     }
 
     pub fn targets(&self) -> impl Iterator<Item = (TargetId, Source, &str)> {
@@ -223,11 +227,8 @@ impl Ladder {
         target.retired = false;
         target.back();
         target.present = present;
-        for (key, entry) in &mut self.entries {
-            if let Some(at) = entry.add_slot(id, target.source, now) {
-                self.queue.insert((at, *key, id));
-            }
-        }
+        let source = target.source;
+        self.add_slots(id, source, now);
     }
 
     /// Nobody will be at the endpoint again: it is not spoken of any more.
@@ -370,9 +371,9 @@ impl Ladder {
         entry.slots.iter().filter_map(one).collect()
     }
 
-    /// Containers whose labels are not complete and that are still asked about.
-    pub fn incomplete(&self, now: BootNs) -> usize {
-        self.entries.values().filter(|e| e.is_asked_about(now)).count()
+    /// Whether anybody is still asked about.
+    pub fn is_asking(&self, now: BootNs) -> bool {
+        self.entries.values().any(|e| e.is_asked_about(now))
     }
 }
 

@@ -13,7 +13,7 @@ use crate::units::{BootNs, ContainerKey};
 pub const ABSENT: &str = "there is nothing at this endpoint";
 /// A runtime under load must not be asked for everything at once.
 pub(super) const SOCKET_IN_FLIGHT: usize = 4;
-pub(super) const FILES_IN_FLIGHT: usize = 16;
+pub const FILES_IN_FLIGHT: usize = 16;
 /// Overdue ones included; a socket that comes and goes and never answers must not gather them.
 pub(super) const OPEN_AT_MOST: usize = 24;
 /// A question without an answer by then is taken for an error.
