@@ -305,7 +305,8 @@ impl Ladder {
         let closed = was_open && !target.is_open();
         let (mut completed, mut reopened) = (false, false);
         if let Some(entry) = self.entries.get_mut(&ask.key) {
-            if let Outcome::Found(facts) = outcome {
+            // A question may have been under way when it was found to be forged.
+            if let (Outcome::Found(facts), false) = (outcome, entry.forged) {
                 let before = entry.labels.complete();
                 if entry.labels.merge(ask.source, facts) {
                     self.changed.insert(ask.key);

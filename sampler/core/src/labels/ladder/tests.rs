@@ -299,6 +299,12 @@ fn a_cgroup_inside_a_container_does_not_get_the_labels_of_another() {
     assert_eq!(ladder.labels(ContainerKey(5)).map(ContainerLabels::state), Some("identified"));
     asked(&mut ladder, 61_000, 62_000, |_, _| plain());
     assert_eq!(ladder.labels(ContainerKey(6)).map(ContainerLabels::state), Some("complete"));
+    // And what was under way when it was found out names nobody.
+    ladder.appeared(record(7, &format!("/docker/{:064x}/docker-{:064x}.scope", 2, 8)), ms(62_000));
+    let under_way = ladder.due(ms(62_300)).remove(0);
+    ladder.appeared(docker(8), ms(62_400));
+    ladder.answered(&under_way, &plain(), tried(&plain()), ms(62_500));
+    assert_eq!(ladder.labels(ContainerKey(7)).map(ContainerLabels::state), Some("identified"));
     // Whose id nobody else has may have been made by the host's runtime: runners place their jobs in their own cgroup.
     ladder.appeared(record(4, &format!("/docker/{:064x}/{:064x}", 2, 4)), ms(60_000));
     assert!(ladder.entries[&ContainerKey(4)].is_asked_about(ms(60_000)));
