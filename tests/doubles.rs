@@ -112,12 +112,8 @@ fn assigned_gpus_have_series_whether_they_are_used_or_not() -> Result<()> {
     checkpoint(&kubelet, &entries)?;
     let rootfs = root.path().to_string_lossy().into_owned();
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
-    let expected = [
-        format!("minor/main {GPU}"),
-        "partition/main GPU-second".into(),
-        format!("slice/main {GPU}"),
-        format!("whole/main {GPU}"),
-    ];
+    let expected =
+        [format!("minor/main {GPU}"), format!("partition/main {MIG}"), format!("slice/main {GPU}"), format!("whole/main {GPU}")];
     wait_for("the assigned have series", SOON, || {
         let page = agent.scrape()?;
         Ok((assigned(&page) == expected).then_some(()))

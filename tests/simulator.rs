@@ -1,9 +1,11 @@
-//! The simulated driver seen through a client that is not ours: nvidia-ml-py.
+//! The simulated driver seen through clients that are not ours, unmodified: nvidia-ml-py, nvitop-exporter, all-smi.
 
-use std::process::Command;
+use std::os::unix::fs::PermissionsExt as _;
+use std::process::{Command, Stdio};
+use std::time::Duration;
 
-use anyhow::{Result, ensure};
-use gpu_sampler_tests::{Running, Sim};
+use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::{Running, Sample, Sim, clients, free_port, get, parse, sum, wait_for};
 
 const SCRIPT: &str = r#"
 import sys, time, pynvml as n
@@ -35,21 +37,91 @@ n.nvmlShutdown()
 print("ok")
 "#;
 
+fn sleeper() -> Result<Running> {
+    Ok(Running(Command::new("sleep").arg("120").spawn()?))
+}
+
 #[test]
 fn nvidia_ml_py_reads_it() -> Result<()> {
-    let venv = tempfile::tempdir()?;
-    ensure!(Command::new("python3").args(["-m", "venv"]).arg(venv.path()).status()?.success(), "python3 -m venv failed");
-    let pip = Command::new(venv.path().join("bin/pip")).args(["install", "--quiet", "nvidia-ml-py==13.580.82"]).status()?;
-    ensure!(pip.success(), "pip install nvidia-ml-py failed");
+    let bin = clients::venv(&["nvidia-ml-py==13.580.82"])?;
     let sim = Sim::new("[[gpus]]\n[[gpus]]")?;
-    let process = Running(Command::new("sleep").arg("60").spawn()?);
+    let process = sleeper()?;
     let _load = sim.load(process.0.id(), 0, 0.9, &[])?;
-    std::thread::sleep(std::time::Duration::from_millis(300));
-    let python = Command::new(venv.path().join("bin/python"))
-        .args(["-c", SCRIPT, &process.0.id().to_string()])
-        .env("LD_LIBRARY_PATH", sim.dir.path().join("lib"))
-        .output()?;
+    std::thread::sleep(Duration::from_millis(300));
+    let python = sim.client(&bin.join("python")).args(["-c", SCRIPT, &process.0.id().to_string()]).output()?;
     let told = format!("{}{}", String::from_utf8_lossy(&python.stdout), String::from_utf8_lossy(&python.stderr));
     ensure!(python.status.success() && told.contains("ok"), "{told}");
     Ok(())
+}
+
+/// Two GPUs, one of them used; by an old driver and by a new one, which have other structs and symbols.
+const VERSIONS: [&str; 3] = ["470.256.02", "535.183.01", "550.54.14"];
+
+/// What a client's page must say within the time, and what it said last if it does not.
+fn told(port: u16, page: &str, expect: impl Fn(&[Sample]) -> bool) -> Result<()> {
+    let mut last = String::new();
+    let found = wait_for("the client shows the GPUs and the process", Duration::from_secs(30), || {
+        last = get(port, page).unwrap_or_default();
+        Ok(expect(&parse(&last)).then_some(()))
+    });
+    found.with_context(|| last.lines().filter(|l| l.contains("gpu") && !l.starts_with('#')).collect::<Vec<_>>().join("\n"))
+}
+
+/// The values of a family, by the label that tells GPUs apart.
+fn values(samples: &[Sample], family: &str, label: &str) -> Vec<(String, f64)> {
+    let of_family = samples.iter().filter(|s| s.name == family);
+    of_family.map(|s| (s.labels.get(label).cloned().unwrap_or_default(), s.value)).collect()
+}
+
+#[test]
+fn nvitop_exporter_reads_it() -> Result<()> {
+    let bin = clients::venv(&["nvitop-exporter==1.7.2", "nvitop==1.7.2", "nvidia-ml-py==13.580.82"])?;
+    for version in VERSIONS {
+        let sim = Sim::new(&format!("driver_version = '{version}'\n[[gpus]]\n[[gpus]]"))?;
+        let process = sleeper()?;
+        let _load = sim.load(process.0.id(), 0, 0.7, &["--enc", "0.3"])?;
+        let (port, pid) = (free_port()?, process.0.id().to_string());
+        let mut exporter = sim.client(&bin.join("python"));
+        exporter.args(["-m", "nvitop_exporter", "--bind-address", "127.0.0.1", "--interval", "0.25", "--port"]);
+        let _exporter = Running(exporter.arg(port.to_string()).spawn()?);
+        told(port, "/metrics", |page| {
+            let of_process = |family: &str, expect: std::ops::RangeInclusive<f64>| {
+                sum(page, family, &[("pid", &pid), ("index", "0")]).is_some_and(|value| expect.contains(&value))
+            };
+            let gpus = values(page, "gpu_utilization_Percentage", "index");
+            let used = |index: &str, percent: f64| (40.0..=95.0).contains(&percent) == (index == "0");
+            gpus.len() == 2
+                && gpus.iter().all(|(index, percent)| used(index, *percent))
+                && of_process("process_gpu_sm_utilization_Percentage", 40.0..=95.0)
+                && of_process("process_gpu_encoder_utilization_Percentage", 5.0..=60.0)
+                && of_process("process_gpu_memory_MiB", 1024.0..=1024.0)
+        })
+        .with_context(|| format!("driver {version}"))?;
+    }
+    Ok(())
+}
+
+#[test]
+fn all_smi_reads_it() -> Result<()> {
+    let program = clients::all_smi()?;
+    let sim = Sim::new("driver_version = '550.54.14'\n[[gpus]]\n[[gpus]]")?;
+    let process = sleeper()?;
+    let _load = sim.load(process.0.id(), 1, 0.7, &[])?;
+    // It looks for GPUs only where `nvidia-smi -L` lists one.
+    let listing = sim.dir.path().join("bin/nvidia-smi");
+    std::fs::create_dir(sim.dir.path().join("bin"))?;
+    std::fs::write(&listing, "#!/bin/sh\necho 'GPU 0: Tesla V100'\n")?;
+    std::fs::set_permissions(&listing, std::fs::Permissions::from_mode(0o755))?;
+    let path = std::env::var("PATH")?;
+    let port = free_port()?;
+    let mut client = sim.client(&program);
+    client.args(["api", "--interval", "1", "--processes", "--port", &port.to_string()]).stdout(Stdio::null());
+    let _client = Running(client.env("PATH", format!("{}:{path}", sim.dir.path().join("bin").display())).spawn()?);
+    let pid = process.0.id().to_string();
+    told(port, "/metrics", |page| {
+        let gpus = values(page, "all_smi_gpu_utilization", "gpu_index");
+        let used = |index: &str, percent: f64| (40.0..=95.0).contains(&percent) == (index == "1");
+        let memory = sum(page, "all_smi_process_memory_used_bytes", &[("pid", &pid), ("gpu_index", "1")]);
+        gpus.len() == 2 && gpus.iter().all(|(index, percent)| used(index, *percent)) && memory == Some((1u64 << 30) as f64)
+    })
 }

@@ -9,7 +9,6 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use nvml_wrapper::Nvml;
 use sampler_core::aggregate::Core;
 use sampler_core::snapshot::Snapshot;
 
@@ -18,15 +17,13 @@ use crate::config::Config;
 use crate::core_thread::CoreThread;
 use crate::export::http::{self, AppState};
 use crate::health::Health;
-use crate::inbox::{Outbox, inbox};
+use crate::inbox::inbox;
 use crate::labels::{self, LabelConfig};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker};
 
-/// How often to look again for a driver library that was missing.
-const NVML_RETRY: Duration = Duration::from_secs(10);
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
@@ -65,52 +62,6 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     Ok(tracker)
 }
 
-fn nvml_found(health: &Health, gpus: usize) {
-    health.set_nvml(true);
-    health.recovered("nvml", "the NVIDIA driver answers");
-    tracing::info!(gpus, "sampling");
-}
-
-/// Opens NVML now, or keeps trying: a node may get its driver after its agent.
-fn start_gpus(config: &Config, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> anyhow::Result<()> {
-    let attempt = |lib: Option<&std::path::Path>| -> Result<usize, gpu::GpuError> {
-        // Pollers borrow it for the life of the process.
-        let nvml: &'static Nvml = Box::leak(Box::new(gpu::open(lib)?));
-        gpu::start(nvml, to, health, stop)
-    };
-    let lib = config.nvml_lib.clone();
-    match attempt(lib.as_deref()) {
-        Ok(count) => {
-            nvml_found(health, count);
-            Ok(())
-        }
-        // A library named on purpose and unusable is a mistake to fix, not a state to wait in.
-        Err(error) if lib.is_some() => Err(error.into()),
-        Err(error) => {
-            health.set_nvml(false);
-            let error = anyhow::Error::from(error);
-            health.degraded("nvml", &format!("no GPU can be read, trying again every {} s: {error:#}", NVML_RETRY.as_secs()));
-            let (to, health, stop) = (to.clone(), Arc::clone(health), Arc::clone(stop));
-            std::thread::Builder::new()
-                .name("nvml-wait".into())
-                .spawn(move || {
-                    while !stop.load(Ordering::Relaxed) {
-                        std::thread::sleep(NVML_RETRY);
-                        let Ok(nvml) = gpu::open(None) else { continue };
-                        let nvml: &'static Nvml = Box::leak(Box::new(nvml));
-                        match gpu::start(nvml, &to, &health, &stop) {
-                            Ok(count) => nvml_found(&health, count),
-                            Err(error) => health.degraded("nvml", &error.to_string()),
-                        }
-                        return;
-                    }
-                })
-                .context("cannot start the thread that waits for the NVIDIA driver")?;
-            Ok(())
-        }
-    }
-}
-
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -137,7 +88,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     let cgroup_layout = layout.name();
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
-    start_gpus(&config, &to_core, &health, &stop)?;
+    gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)))?;
     let core = CoreThread {
         core: Core::default(),
         config: Arc::clone(&config),

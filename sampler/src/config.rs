@@ -10,6 +10,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
+pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
 
 /// How processes and cgroups are followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -81,6 +82,9 @@ pub struct Settings {
     /// Size of each of the two kernel event rings, a power of two from 4096 [default: 4194304]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_KERNEL_RING_BYTES")]
     pub kernel_ring_bytes: Option<u32>,
+    /// Percent of one processor that reading one GPU may take, waiting for the driver included; 0.01 to 100 [default: 1]
+    #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_BUDGET_PERCENT")]
+    pub gpu_budget_percent: Option<f64>,
     /// File with the bearer token that clients beyond loopback must send
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
@@ -102,6 +106,7 @@ pub struct Config {
     pub pod_labels: PodLabels,
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
+    pub gpu_budget_percent: f64,
     pub token: Option<String>,
     pub open_metrics: bool,
 }
@@ -146,6 +151,7 @@ impl Settings {
             pod_labels: self.pod_labels.or(under.pod_labels),
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
+            gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
             token_file: self.token_file.or(under.token_file),
             open_metrics: self.open_metrics.or(under.open_metrics),
         }
@@ -187,6 +193,7 @@ impl Settings {
             pod_labels: s.pod_labels.unwrap_or_default(),
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
+            gpu_budget_percent: budget(s.gpu_budget_percent)?,
             token,
             open_metrics,
         })
@@ -242,6 +249,15 @@ fn ring_bytes(given: Option<u32>) -> Result<u32, ConfigError> {
     }
     let remedy = "give a power of two from 4096 to 1073741824".into();
     Err(ConfigError::Value { key: "kernel_ring_bytes", value: bytes.to_string(), remedy })
+}
+
+fn budget(given: Option<f64>) -> Result<f64, ConfigError> {
+    let percent = given.unwrap_or(DEFAULT_GPU_BUDGET_PERCENT);
+    if (0.01..=100.0).contains(&percent) {
+        return Ok(percent);
+    }
+    let remedy = "give a percentage from 0.01 to 100, such as 1".into();
+    Err(ConfigError::Value { key: "gpu_budget_percent", value: percent.to_string(), remedy })
 }
 
 fn token(path: &Path) -> Result<String, ConfigError> {
@@ -312,6 +328,10 @@ mod tests {
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
         check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is wrong: give a power of two");
+        check("gpu_budget_percent = 0.01", "ok");
+        check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is wrong: give a percentage");
+        check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is wrong: give a percentage");
+        check("gpu_budget_percent = nan", "is wrong: give a percentage");
     }
 
     #[test]
@@ -325,6 +345,7 @@ mod tests {
         assert!(
             read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()
+                && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
                 && read.token_file.is_some()
                 && read.open_metrics.is_some()
         );

@@ -68,8 +68,9 @@ pub struct CoreThread {
 
 /// What the loop remembers from turn to turn.
 struct Turn {
-    /// Batches not yet attributed: while events are lost they wait for a resync: 300 ms and what a scan takes.
-    waiting: VecDeque<GpuBatch>,
+    /// What the GPU threads tell, in its order. Batches are attributed only once the tables are right up to their end: while events are
+    /// lost they wait for a resync: 300 ms and what a scan takes.
+    waiting: VecDeque<Observation>,
     questions: VecDeque<Question>,
     /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
     repaired: Option<u64>,
@@ -134,8 +135,7 @@ impl CoreThread {
         self.inbox.silence();
         while let Some(message) = self.inbox.take() {
             match message {
-                Message::Observation(Observation::Gpu(batch)) => turn.waiting.push_back(batch),
-                Message::Observation(other) => self.core.observe(other),
+                Message::Observation(observation) => turn.waiting.push_back(observation),
                 Message::Question(question) => turn.questions.push_back(question),
             }
         }
@@ -143,9 +143,13 @@ impl CoreThread {
         let before = boot_now();
         self.drain();
         self.resync(turn, before);
-        while let Some(batch) = turn.waiting.pop_front_if(|batch| batch.ended <= turn.sound) {
-            self.sight(&batch);
-            self.core.observe(Observation::Gpu(batch));
+        while let Some(observation) =
+            turn.waiting.pop_front_if(|told| !matches!(told, Observation::Gpu(b) if b.ended > turn.sound))
+        {
+            if let Observation::Gpu(batch) = &observation {
+                self.sight(batch);
+            }
+            self.core.observe(observation);
         }
         for question in turn.questions.drain(..turn.questions.len().min(QUESTIONS_A_TURN)) {
             self.answer(question);
@@ -411,6 +415,7 @@ impl CoreThread {
     }
 
     fn publish(&mut self) {
+        self.health.watch_calls(boot_now());
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);

@@ -2,7 +2,10 @@
 //!
 //! A degraded state is logged once per key and message, and is a metric for as long as it lasts.
 
-use std::collections::{BTreeMap, HashMap};
+pub mod driver;
+pub mod stall;
+
+use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -10,6 +13,10 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use sampler_common::kind;
 use sampler_core::identity::{Identity, Size};
+use sampler_core::units::BootNs;
+
+use self::driver::DriverHealth;
+use self::stall::Change;
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
@@ -17,13 +24,6 @@ pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0
 pub const IDENTIFY_BOUNDS: [f64; 11] = [0.00002, 0.00003, 0.00005, 0.000075, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.01, 0.1];
 /// Longest driver call told apart; a longer one counts as this.
 const LONGEST_CALL_NS: u64 = 60_000_000_000;
-
-#[derive(Clone, Debug)]
-pub struct CallTimes {
-    pub uuid: String,
-    pub call: &'static str,
-    pub times: Times,
-}
 
 /// A histogram ready to be exported.
 #[derive(Clone, Debug, Default)]
@@ -34,7 +34,7 @@ pub struct Times {
     pub buckets: Vec<u64>,
 }
 
-struct Calls {
+pub struct Calls {
     times: Histogram<u64>,
     sum: Duration,
 }
@@ -74,16 +74,12 @@ pub struct HealthView {
     pub identified: Times,
     /// `None` before the driver was tried.
     pub nvml_up: Option<bool>,
-    pub calls: Vec<CallTimes>,
-    /// (uuid, call, error) -> count.
-    pub nvml_errors: BTreeMap<(String, &'static str, String), u64>,
     pub degraded: Vec<(String, String)>,
 }
 
 #[derive(Default)]
 struct Inner {
     view: HealthView,
-    calls: BTreeMap<(String, &'static str), Calls>,
     told: HashMap<String, String>,
     identified: Option<Calls>,
 }
@@ -92,6 +88,7 @@ struct Inner {
 pub struct Health {
     inner: Mutex<Inner>,
     ready: AtomicBool,
+    pub driver: DriverHealth,
 }
 
 impl Health {
@@ -159,23 +156,19 @@ impl Health {
         self.inner().view.nvml_up = Some(up);
     }
 
-    pub fn record_call(&self, uuid: &str, call: &'static str, took: Duration) {
-        let mut inner = self.inner();
-        inner.calls.entry((uuid.to_owned(), call)).or_insert_with(Calls::new).record(took);
-    }
-
-    pub fn nvml_error(&self, uuid: &str, call: &'static str, error: String) {
-        *self.inner().view.nvml_errors.entry((uuid.to_owned(), call, error)).or_default() += 1;
+    /// Says which driver calls hang and which answer again.
+    pub fn watch_calls(&self, now: BootNs) {
+        for change in self.driver.watch(now) {
+            match change {
+                Change::Stalled { who, message } => self.degraded(&who, &message),
+                Change::Answers { who, message } => self.recovered(&who, &message),
+            }
+        }
     }
 
     pub fn view(&self) -> HealthView {
         let inner = self.inner();
         let mut view = inner.view.clone();
-        view.calls = inner
-            .calls
-            .iter()
-            .map(|((uuid, call), calls)| CallTimes { uuid: uuid.clone(), call, times: calls.up_to(&CALL_BOUNDS) })
-            .collect();
         view.identified = inner.identified.as_ref().map(|t| t.up_to(&IDENTIFY_BOUNDS)).unwrap_or_default();
         view.degraded = inner.told.iter().map(|(key, message)| (key.clone(), message.clone())).collect();
         view.degraded.sort();
@@ -186,18 +179,6 @@ impl Health {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn calls_are_counted_in_their_buckets() {
-        let health = Health::default();
-        for us in [30, 700, 700, 50_000] {
-            health.record_call("GPU-1", "GetSamples", Duration::from_micros(us));
-        }
-        let view = health.view();
-        assert_eq!(view.calls[0].times.count, 4);
-        assert_eq!(view.calls[0].times.buckets, [1, 1, 1, 1, 3, 3, 3, 3, 4, 4]);
-        assert!((view.calls[0].times.sum_seconds - 0.05143).abs() < 1e-9);
-    }
 
     #[test]
     fn a_degraded_state_ends() {

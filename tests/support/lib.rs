@@ -1,6 +1,7 @@
 //! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
 //! are; a test that cannot have them fails.
 
+pub mod clients;
 pub mod containerd;
 pub mod cri;
 pub mod crio;
@@ -15,6 +16,7 @@ pub mod leftovers;
 pub mod podman;
 pub mod proxy;
 pub mod record;
+pub mod recording;
 
 pub use docker::{Docker, Engine};
 
@@ -116,7 +118,7 @@ pub fn parse(page: &str) -> Vec<Sample> {
         let (series, value) = line.rsplit_once(' ')?;
         let (name, labels) = series.split_once('{').unwrap_or((series, "}"));
         let labels = labels.strip_suffix('}')?.split("\",").filter(|l| !l.is_empty());
-        let pair = |l: &str| l.split_once("=\"").map(|(k, v)| (k.to_owned(), v.trim_end_matches('"').to_owned()));
+        let pair = |l: &str| l.split_once("=\"").map(|(k, v)| (k.trim().to_owned(), v.trim_end_matches('"').to_owned()));
         Some(Sample { name: name.into(), labels: labels.filter_map(pair).collect(), value: value.parse().ok()? })
     };
     page.lines().filter(|l| !l.starts_with('#')).filter_map(line).collect()
@@ -155,6 +157,13 @@ impl Sim {
         Ok(Running(command.spawn()?))
     }
 
+    /// Lets something go wrong: the verbs `fault` and `xid` of nvml-sim.
+    pub fn tell(&self, verb: &str, args: &[&str]) -> Result<()> {
+        let output = Command::new(var("NVML_SIM_BIN")?).arg(verb).arg("--dir").arg(self.dir.path()).args(args).output()?;
+        ensure!(output.status.success(), "nvml-sim {verb} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
+        Ok(())
+    }
+
     pub fn truth(&self, more: &[&str]) -> Result<Value> {
         let output = Command::new(var("NVML_SIM_BIN")?).args(["truth", "--dir"]).arg(self.dir.path()).args(more).output()?;
         ensure!(output.status.success(), "nvml-sim truth: {}", String::from_utf8_lossy(&output.stderr));
@@ -184,9 +193,17 @@ impl Agent {
     }
 
     pub fn start_in(layout: kernel::Layout, sim: Option<&Sim>, args: &[&str]) -> Result<Self> {
+        Self::start_as(layout, Self::command(sim)?, args)
+    }
+
+    /// As [`Agent::start`], of a command with an environment of its own.
+    pub fn start_as(layout: kernel::Layout, mut command: Command, args: &[&str]) -> Result<Self> {
         let port = free_port()?;
-        let mut command = Self::command(sim)?;
         command.args(["--listen", &format!("127.0.0.1:{port}")]).args(args);
+        // What a poll takes on a machine that is busy with tests says nothing; the budget has a test of its own.
+        if !args.contains(&"--gpu-budget-percent") {
+            command.args(["--gpu-budget-percent", "50"]);
+        }
         if !args.contains(&"--docker-endpoint") {
             command.args(["--docker-endpoint", &var("DOCKER_HOST")?]);
         }

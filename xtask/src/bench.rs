@@ -1,7 +1,11 @@
-//! `bench`: speed and memory, as tables; each number beside its aim. Not part of `test`: machines are shared and noisy.
+//! `bench`: speed and memory, as tables; each number beside its aim. Not part of `test`: machines are shared and noisy. `bench peers`
+//! compares with what others run, and runs only when it is named: it fetches them first.
 
 use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
 use anyhow::Result;
+
+/// The bench that needs other people's programs.
+const PEERS: &str = "peers";
 
 pub fn verb(filters: &[String]) -> Result<()> {
     test::prepare(filters)?;
@@ -13,9 +17,19 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let mut cleanup = Cleanup::start()?;
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
-    if !filters.is_empty() {
+    let peers = filters.iter().any(|filter| filter == PEERS);
+    let chosen: &[&str] = match filters {
+        [] => &["core", "kernel", "labels", "tables"],
+        [_] if peers => &[PEERS],
         // The pure core's are criterion's, which takes one filter at most.
-        benches.args(["--bench", "kernel", "--bench", "labels", "--bench", "tables", "--"]).args(filters);
+        _ if peers => &["kernel", "labels", "tables", PEERS],
+        _ => &["kernel", "labels", "tables"],
+    };
+    benches.args(chosen.iter().flat_map(|name| ["--bench", name]));
+    if filters.is_empty() {
+        tools::say("bench: `peers` is left out, it runs only when it is named: it fetches other programs first");
+    } else {
+        benches.arg("--").args(filters);
     }
     benches
         .env("GPU_SAMPLER_BIN", built.sampler)

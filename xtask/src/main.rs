@@ -3,12 +3,14 @@
 //! Few dependencies, because on a bare machine this is compiled before anything else.
 #![deny(unsafe_code)]
 
+mod agent;
 mod bench;
 mod build;
 mod demo;
 mod dist;
 mod dockerd;
 mod ebpf;
+mod gpu;
 mod http;
 mod janitor;
 mod lint;
@@ -27,6 +29,7 @@ cargo xtask VERB
   demo [--for 30s] [--sim|--real]  containers on a GPU, the agent, and a live table of who uses how much
   test [FILTER..]                  everything, on real engines and the real kernel (root)
   bench [FILTER..]                 speed and memory, each beside its aim (root)
+  gpu [--for 60s] [-o FOLDER]      records what this machine's NVIDIA driver answers, for the tests to replay (root)
   lint                             format, clippy, licences
   build [--debug]                  the kernel program, the agent, the simulator
   dist                             a release tarball in target/dist
@@ -43,6 +46,7 @@ fn main() -> ExitCode {
         "demo" => demo::verb(rest),
         "test" => test::verb(rest),
         "bench" => bench::verb(rest),
+        "gpu" => gpu::verb(rest),
         "lint" => lint::verb(rest),
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),

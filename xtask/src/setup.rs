@@ -198,12 +198,19 @@ fn missing_for_tests() -> Vec<Missing> {
         ("iptables, which dockerd asks for", "iptables", "iptables"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),
+        ("protoc, to build all-smi with", "protoc", "protobuf-compiler"),
     ];
     let mut missing: Vec<Missing> = commands
         .iter()
         .filter(|(_, command, _)| on_path(command).is_none())
         .map(|(what, _, package)| packages(*what, &[package]))
         .collect();
+    let headers = [
+        ("protoc's own messages, to build all-smi with", "google/protobuf/timestamp.proto", "libprotobuf-dev"),
+        ("libdrm, to build all-smi with", "libdrm/drm.h", "libdrm-dev"),
+    ];
+    let lacking = headers.iter().filter(|(_, header, _)| !Path::new("/usr/include").join(header).exists());
+    missing.extend(lacking.map(|(what, _, package)| packages(*what, &[package])));
     // A venv takes its pip from ensurepip, which Debian ships apart.
     if output("python3", &["-c", "import ensurepip, venv"]).is_none() {
         missing.push(packages("Python with venv", &["python3", "python3-venv"]));

@@ -112,6 +112,22 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
         .find(|file| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
 }
 
+/// A length of time as people type it; bare numbers are seconds.
+pub fn duration(text: &str) -> Result<Duration> {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let (number, unit) = text.split_at(end);
+    let factor = match unit {
+        "ms" => 0.001,
+        "s" | "" => 1.0,
+        "m" => 60.0,
+        "h" => 3600.0,
+        _ => f64::NAN,
+    };
+    let seconds = number.parse::<f64>().map_or(f64::NAN, |number| number * factor);
+    let parsed = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
+    parsed.ok_or_else(|| Usage(format!("'{text}' is no duration; 30s, 5m or 1500ms are")).into())
+}
+
 /// A child that is ended, and reaped, when this goes out of scope.
 pub struct Running {
     pub name: String,
@@ -162,5 +178,27 @@ pub fn wait_until(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
             return false;
         }
         thread::sleep(Duration::from_millis(20));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn durations() {
+        for (text, expect) in [
+            ("30s", Some(30_000)),
+            ("1.5m", Some(90_000)),
+            ("1500ms", Some(1_500)),
+            ("7", Some(7_000)),
+            ("", None),
+            ("0s", None),
+            ("s", None),
+            ("3d", None),
+            ("-1s", None),
+        ] {
+            assert_eq!(duration(text).ok(), expect.map(Duration::from_millis), "{text}");
+        }
     }
 }

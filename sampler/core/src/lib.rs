@@ -5,5 +5,6 @@ pub mod aggregate;
 pub mod identity;
 pub mod labels;
 pub mod observation;
+pub mod recover;
 pub mod snapshot;
 pub mod units;

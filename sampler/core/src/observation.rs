@@ -2,7 +2,8 @@
 
 use std::sync::Arc;
 
-use crate::snapshot::{DeviceReadings, GpuInfo};
+use crate::recover::Rejected;
+use crate::snapshot::{DeviceReadings, Engine, GpuInfo};
 use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
 
 /// The cgroups a process is in: on v2, and on the one v1 hierarchy that is followed. Ids are inode numbers; 0 is none.
@@ -77,38 +78,87 @@ pub struct CgroupFact {
 pub struct DeviceTick {
     pub at: GpuNs,
     pub busy_percent: u32,
+    /// Whom it names was asked for and told exactly. False where samples came together and the driver had averaged them, or
+    /// where the budget did not allow to ask: its time is then unobserved.
+    pub looked: bool,
 }
 
-/// One row of the per-process ring: who was on the engine when the sample at `at` was taken.
+/// As [`DeviceTick`], of another engine; read once in a while, because the driver keeps seconds of them.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EngineTick {
+    pub engine: Engine,
+    pub at: GpuNs,
+    pub busy_percent: u32,
+}
+
+/// One row of the per-process ring: who was on an engine when the sample at `at` was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessRow {
     pub at: GpuNs,
     pub pid: u32,
-    pub sm_percent: u32,
+    /// Indexed as [`Engine::ALL`]; above 0 where the row names the pid for that engine.
+    pub percent: [u8; Engine::ALL.len()],
+}
+
+/// The list of a device's processes that it was in.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ProcessKind {
+    Compute,
+    Graphics,
+    /// A client of NVIDIA's multi-process service.
+    Mps,
+    /// The multi-process service itself.
+    MpsServer,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RunningProcess {
     pub pid: u32,
     pub memory_bytes: Option<u64>,
+    pub kind: ProcessKind,
+}
+
+/// What came of asking for a device's samples.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The driver answered, with samples or with none.
+    Samples,
+    /// It answered, and has had no sample for a while: the ring runs dry when a device is idle. `idle`: the device says so elsewhere too.
+    Dry { idle: bool },
+    /// This device has no utilization ring at all.
+    Unsupported,
+    /// An error, or not asked: nothing is known.
+    Failed,
+}
+
+/// Busy share of a MIG device between two looks, as GPM measures it.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GpmInterval {
+    pub from: BootNs,
+    pub to: BootNs,
+    pub busy_ratio: f64,
 }
 
 /// One poll of one GPU. `began`/`ended` bracket the driver calls.
 #[derive(Clone, Debug)]
 pub struct GpuBatch {
+    /// The slot that [`Observation::GpuFound`] gave it.
     pub gpu: usize,
     pub began: BootNs,
     pub ended: BootNs,
     pub wall: WallTime,
+    pub answer: Answer,
     pub ticks: Vec<DeviceTick>,
+    pub engine_ticks: Vec<EngineTick>,
     pub rows: Vec<ProcessRow>,
+    /// Rows that break the model, indexed as [`Rejected::ALL`].
+    pub rejected: [u32; Rejected::ALL.len()],
+    /// The device's clock was set: what this batch holds is on the new one.
+    pub stepped: bool,
+    pub gpm: Option<GpmInterval>,
     /// `None` when this poll did not ask (the call is slow) or the driver did not answer.
     pub processes: Option<Vec<RunningProcess>>,
     pub readings: Option<DeviceReadings>,
-    /// False when this GPU has no utilization ring at all: its time is `unsupported`.
-    pub supported: bool,
-    /// False when the driver did not answer this poll.
-    pub answered: bool,
 }
 
 /// A scan of cgroupfs and /proc is over. What it could not have missed and did not find is gone.
@@ -136,14 +186,32 @@ pub enum Observation {
     Cgroup(CgroupFact),
     ScanBegan,
     ScanEnded(ScanEnd),
+    /// A device, for the first time or opened again: its ring and its clock may be others than before.
     GpuFound {
         gpu: usize,
         info: Arc<GpuInfo>,
         at: BootNs,
     },
-    Gpu(GpuBatch),
+    /// It is not there any more: removed, or a MIG device that was destroyed.
+    GpuGone {
+        gpu: usize,
+        at: BootNs,
+    },
+    Gpu(Box<GpuBatch>),
+    /// XID errors, in one go when there are many.
+    Xid {
+        gpu: usize,
+        xid: u64,
+        count: u64,
+    },
     Tick {
         at: BootNs,
         wall: WallTime,
     },
+}
+
+impl From<GpuBatch> for Observation {
+    fn from(batch: GpuBatch) -> Self {
+        Self::Gpu(Box::new(batch))
+    }
 }

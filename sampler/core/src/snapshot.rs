@@ -4,7 +4,34 @@
 use std::sync::Arc;
 
 use crate::identity::ContainerRecord;
+use crate::recover::Rejected;
 use crate::units::{BootNs, GpuUuid, WallTime};
+
+/// An engine of a GPU that the driver samples by itself. The names are the `engine` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Engine {
+    Compute,
+    Memory,
+    Encoder,
+    Decoder,
+    Jpeg,
+    Ofa,
+}
+
+impl Engine {
+    pub const ALL: [Engine; 6] = [Engine::Compute, Engine::Memory, Engine::Encoder, Engine::Decoder, Engine::Jpeg, Engine::Ofa];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Compute => "compute",
+            Engine::Memory => "memory",
+            Engine::Encoder => "encoder",
+            Engine::Decoder => "decoder",
+            Engine::Jpeg => "jpeg",
+            Engine::Ofa => "ofa",
+        }
+    }
+}
 
 /// Why busy time is on no container. Order and names are the `reason` label of `gpu_unattributed_seconds_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -53,11 +80,20 @@ pub struct GpuInfo {
     pub minor: Option<u32>,
     /// UUIDs of its MIG devices, `MIG-...`.
     pub mig_uuids: Vec<String>,
+    /// Of a MIG device: the GPU that it is a part of.
+    pub parent: Option<GpuUuid>,
     pub model: String,
     pub pci_bus_id: String,
     pub driver_version: String,
     /// `enabled`, `disabled` or `unsupported`.
     pub mig_mode: &'static str,
+}
+
+impl GpuInfo {
+    /// Whether seconds and memory are counted here: a GPU in MIG mode leaves that to its MIG devices.
+    pub fn is_leaf(&self) -> bool {
+        self.parent.is_some() || self.mig_mode != "enabled"
+    }
 }
 
 /// Device-level readings; `None` is "the driver does not say", never zero.
@@ -69,6 +105,42 @@ pub struct DeviceReadings {
     pub energy_joules: Option<f64>,
     pub temperature_celsius: Option<f64>,
     pub sm_clock_hertz: Option<f64>,
+    /// NVML's clocks event reasons, a bit each.
+    pub throttle_reasons: Option<u64>,
+}
+
+/// NVML's clocks event (once: throttle) reasons: bit and the `reason` label of `gpu_throttle_seconds_total`.
+pub const THROTTLE_REASONS: [(u64, &str); 9] = [
+    (0x1, "gpu_idle"),
+    (0x2, "applications_clocks_setting"),
+    (0x4, "sw_power_cap"),
+    (0x8, "hw_slowdown"),
+    (0x10, "sync_boost"),
+    (0x20, "sw_thermal_slowdown"),
+    (0x40, "hw_thermal_slowdown"),
+    (0x80, "hw_power_brake_slowdown"),
+    (0x100, "display_clock_setting"),
+];
+
+/// A GPU's clock, as polls bound it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ClockView {
+    /// The GPU's clock less boot time; the true one is within `uncertainty_seconds` below it.
+    pub ahead_of_boot_seconds: Option<f64>,
+    /// Width of what the true offset is in.
+    pub uncertainty_seconds: Option<f64>,
+    /// Seconds that the GPU's clock gains per second; known after a minute.
+    pub drift_ratio: Option<f64>,
+    pub steps: u64,
+}
+
+/// Seconds of an engine that is not compute.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct EngineTime {
+    pub engine: Engine,
+    pub busy: f64,
+    /// Indexed as [`Reason::ALL`].
+    pub unattributed: [f64; Reason::ALL.len()],
 }
 
 #[derive(Clone, Debug)]
@@ -84,6 +156,49 @@ pub struct GpuView {
     /// The driver's sampling grid as learned.
     pub sample_period_seconds: Option<f64>,
     pub sample_gaps: u64,
+    /// Times that the driver's ring had gone round before it was read.
+    pub ring_overruns: u64,
+    /// Indexed as [`Rejected::ALL`].
+    pub rejected: [u64; Rejected::ALL.len()],
+    /// Rows that belong to no sample of the device.
+    pub off_grid: u64,
+    pub clock: ClockView,
+    /// Engines beside compute that the driver samples.
+    pub engines: Vec<EngineTime>,
+    /// Indexed as [`THROTTLE_REASONS`]; `None` where the driver does not say.
+    pub throttle_seconds: Option<[f64; THROTTLE_REASONS.len()]>,
+    /// (XID, how often), by XID.
+    pub xids: Vec<(u64, u64)>,
+    /// Gone devices stay for a while, for who scrapes their last values.
+    pub gone: Option<BootNs>,
+}
+
+impl GpuView {
+    /// As [`ContainerGpu::begin_at_zero`].
+    pub fn begin_at_zero(&mut self) {
+        (self.time, self.unattributed) = (GpuTime::default(), Default::default());
+        (self.sample_gaps, self.ring_overruns, self.off_grid, self.clock.steps) = (0, 0, 0, 0);
+        self.rejected = Default::default();
+    }
+}
+
+/// Cumulative counts of windows.
+#[derive(Clone, Debug, PartialEq)]
+pub struct WindowShares {
+    /// One per bound of [`WindowShares::BOUNDS`].
+    pub buckets: Vec<u64>,
+    pub sum: f64,
+    pub count: u64,
+}
+
+impl Default for WindowShares {
+    fn default() -> Self {
+        Self { buckets: vec![0; Self::BOUNDS.len()], sum: 0.0, count: 0 }
+    }
+}
+
+impl WindowShares {
+    pub const BOUNDS: [f64; 10] = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0];
 }
 
 #[derive(Clone, Debug)]
@@ -92,13 +207,32 @@ pub struct ContainerGpu {
     pub gpu: usize,
     /// GPU-seconds credited so far.
     pub seconds: f64,
+    /// One standard error of `seconds`.
+    pub seconds_stderr: f64,
     /// Driver samples behind them.
     pub samples: u64,
+    /// Seconds of the engines beside compute, for those in which it ever was.
+    pub engines: Vec<(Engine, f64)>,
+    /// Credited share of wall time over windows of 10 s.
+    pub window_shares: Option<Arc<WindowShares>>,
+    /// Some of its processes are clients of the multi-process service.
+    pub mps_clients: u32,
     /// Percent (0-100) of the last 10 s; `None` when nothing of them was observed.
     pub duty_cycle_percent: Option<f64>,
     /// One standard error of `duty_cycle_percent`, same unit.
     pub duty_cycle_stderr: Option<f64>,
     pub memory_used_bytes: Option<u64>,
+}
+
+impl ContainerGpu {
+    /// As its series first appear: so that an increase over them sees all there is.
+    pub fn begin_at_zero(&mut self) {
+        (self.seconds, self.seconds_stderr, self.samples) = (0.0, 0.0, 0);
+        for (_, seconds) in &mut self.engines {
+            *seconds = 0.0;
+        }
+        self.window_shares = self.window_shares.as_ref().map(|_| Arc::default());
+    }
 }
 
 #[derive(Clone, Debug)]

@@ -104,7 +104,7 @@ fn examine(config: &Config) -> Report {
     checks.extend(kernel(chosen, config.kernel_mode));
     let cgroups = count_cgroups(&layout);
     checks.push(inotify(&config.path_procfs, cgroups));
-    checks.push(driver(config));
+    checks.extend(driver(config));
     checks.extend(runtimes::checks(config, &layout));
     checks.push(address(config));
     let can_run = checks.iter().all(|c| c.status != Status::Failed);
@@ -226,22 +226,28 @@ fn inotify(procfs: &Path, cgroups: usize) -> Check {
     Check::ok("inotify", detail)
 }
 
-fn driver(config: &Config) -> Check {
+fn driver(config: &Config) -> Vec<Check> {
     const NAME: &str = "NVIDIA driver";
-    let counted = gpu::open(config.nvml_lib.as_deref()).map_err(|error| told(&error)).and_then(|nvml| {
-        let version = nvml.sys_driver_version().unwrap_or_else(|_| "unknown".into());
-        nvml.device_count().map(|n| (n, version)).map_err(|error| format!("the driver does not list its GPUs: {error}"))
-    });
-    match counted {
-        Ok((n, version)) => Check::ok(NAME, format!("version {version}, {n} GPUs")),
+    let inspected = match gpu::inspect(config.nvml_lib.as_deref()) {
+        Ok(inspected) => inspected,
         // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
-        Err(detail) => {
-            let status = if config.nvml_lib.is_some() { Status::Failed } else { Status::Degraded };
-            let remedy =
-                if status == Status::Failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
-            Check::bad(NAME, status, detail, remedy)
+        Err(error) => {
+            let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
+            let status = if failed { Status::Failed } else { Status::Degraded };
+            let remedy = if failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
+            return vec![Check::bad(NAME, status, told(&error), remedy)];
         }
-    }
+    };
+    let gpus = match inspected.gpus.len() {
+        1 => "1 GPU".into(),
+        n => format!("{n} GPUs"),
+    };
+    let mut checks = vec![Check::ok(NAME, format!("version {}, {}", inspected.version, gpus))];
+    checks.extend(inspected.gpus.into_iter().map(|(what, remedy)| match remedy {
+        None => Check::ok("GPU", what),
+        Some(remedy) => Check::bad("GPU", Status::Degraded, what, remedy),
+    }));
+    checks
 }
 
 /// Free, or an agent's already.

@@ -40,14 +40,15 @@ impl Assigned {
     }
 }
 
-/// A part of a GPU is on that GPU.
+/// A MIG device is a device; where it could not be opened as one, it is on its GPU.
 fn gpu(device: &Device, snapshot: &Snapshot) -> Option<usize> {
-    let is = |info: &GpuInfo| match device {
-        Device::Uuid(uuid) => *info.uuid.0 == **uuid,
-        Device::Index(index) => info.index == *index,
-        Device::Minor(minor) => info.minor == Some(*minor),
-        Device::Mig(uuid) => info.mig_uuids.contains(uuid),
-        Device::Unknown(_) => false,
-    };
-    snapshot.gpus.iter().position(|gpu| is(&gpu.info))
+    let whole = |info: &GpuInfo| info.parent.is_none();
+    let find = |is: &dyn Fn(&GpuInfo) -> bool| snapshot.gpus.iter().position(|gpu| is(&gpu.info));
+    match device {
+        Device::Uuid(uuid) => find(&|info| *info.uuid.0 == **uuid),
+        Device::Index(index) => find(&|info| whole(info) && info.index == *index),
+        Device::Minor(minor) => find(&|info| whole(info) && info.minor == Some(*minor)),
+        Device::Mig(uuid) => find(&|info| *info.uuid.0 == **uuid).or_else(|| find(&|info| info.mig_uuids.contains(uuid))),
+        Device::Unknown(_) => None,
+    }
 }

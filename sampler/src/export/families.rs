@@ -2,12 +2,12 @@
 
 use sampler_common::kind;
 use sampler_core::labels::{ContainerLabels, Label};
-use sampler_core::snapshot::Reason;
+use sampler_core::snapshot::WindowShares;
 
-use super::encode::{Families, Family};
-use super::ledger::{Exposition, GpuRow, Row};
+use super::encode::{Families, Family, Labels};
+use super::ledger::{Exposition, Row};
 use crate::config::PodLabels;
-use crate::health::{CALL_BOUNDS, HealthView, IDENTIFY_BOUNDS};
+use crate::health::{HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
 
 /// cAdvisor's own constant for this label.
@@ -22,7 +22,7 @@ pub fn cadvisor(page: &Exposition, pods: PodLabels, to: &mut Families) {
         ),
         page,
         pods,
-        |row| row.duty_cycle_percent,
+        |row| row.pair.duty_cycle_percent,
     );
     accelerator(to.gauge("container_accelerator_memory_total_bytes", "Total accelerator memory."), page, pods, |row| {
         row.memory_total_bytes.map(|b| b as f64)
@@ -31,7 +31,7 @@ pub fn cadvisor(page: &Exposition, pods: PodLabels, to: &mut Families) {
         to.gauge("container_accelerator_memory_used_bytes", "Accelerator memory held by this container's processes."),
         page,
         pods,
-        |row| row.memory_used_bytes.map(|b| b as f64),
+        |row| row.pair.memory_used_bytes.map(|b| b as f64),
     );
 }
 
@@ -60,13 +60,37 @@ fn accelerator(mut family: Family<'_>, page: &Exposition, pods: PodLabels, value
 }
 
 pub fn containers(page: &Exposition, to: &mut Families) {
-    own(to.counter("container_gpu_seconds_total", "GPU-seconds credited to this container."), page, |r| Some(r.seconds));
+    own(to.counter("container_gpu_seconds_total", "GPU-seconds credited to this container."), page, |r| Some(r.pair.seconds));
+    own(to.gauge("container_gpu_seconds_stderr", "One standard error of container_gpu_seconds_total."), page, |r| {
+        Some(r.pair.seconds_stderr)
+    });
     own(to.counter("container_gpu_samples_total", "Driver samples behind container_gpu_seconds_total."), page, |r| {
-        Some(r.samples as f64)
+        Some(r.pair.samples as f64)
     });
+    let ratio = |percent: Option<f64>| percent.map(|p| p / 100.0);
+    let help = "Part of the past 10 seconds in which this container kept the GPU busy.";
+    own(to.gauge("container_gpu_utilization_ratio", help), page, |r| ratio(r.pair.duty_cycle_percent));
+    let help = "One standard error of container_gpu_utilization_ratio.";
+    own(to.gauge("container_gpu_utilization_stderr_ratio", help), page, |r| ratio(r.pair.duty_cycle_stderr));
+    let help = "Credited share of wall time over windows of 10 seconds.";
+    let mut shares = to.histogram("container_gpu_window_share_ratio", help);
+    for row in &page.rows {
+        if let Some(w) = &row.pair.window_shares {
+            with_labels(row, &[], |labels| shares.add_histogram(labels, &WindowShares::BOUNDS, &w.buckets, w.sum, w.count));
+        }
+    }
+    let help = "Seconds of the engines beside compute, each sampled by itself, credited to this container.";
+    let mut engines = to.counter("container_gpu_engine_seconds_total", help);
+    for row in &page.rows {
+        for (engine, seconds) in &row.pair.engines {
+            with_labels(row, &[("engine", engine.name())], |labels| engines.add(labels, *seconds));
+        }
+    }
     own(to.gauge("container_gpu_memory_used_bytes", "GPU memory held by this container's processes."), page, |r| {
-        r.memory_used_bytes.map(|b| b as f64)
+        r.pair.memory_used_bytes.map(|b| b as f64)
     });
+    let help = "Processes of this container that share the GPU through the multi-process service: no sample tells them apart.";
+    own(to.gauge("container_gpu_mps_clients", help), page, |r| (r.pair.mps_clients > 0).then_some(r.pair.mps_clients.into()));
     own(
         to.gauge("container_gpu_assigned", "1 where the kubelet has assigned this GPU, or a part of it, to the container."),
         page,
@@ -90,78 +114,24 @@ pub fn containers(page: &Exposition, to: &mut Families) {
 
 fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option<f64>) {
     for row in &page.rows {
-        let l: &ContainerLabels = &row.labels;
-        let labels = [
-            ("uuid", &*row.gpu.0),
-            ("namespace", l.text(Label::Namespace)),
-            ("pod", l.text(Label::Pod)),
-            ("container", l.text(Label::Container)),
-            ("container_id", &row.container_id),
-        ];
-        family.add_known(&labels, value(row));
+        if let Some(value) = value(row) {
+            with_labels(row, &[], |labels| family.add(labels, value));
+        }
     }
 }
 
-pub fn gpus(page: &Exposition, to: &mut Families) {
-    let mut info = to.gauge("gpu_info", "What a GPU is.");
-    for GpuRow { view, .. } in &page.gpus {
-        let i = &view.info;
-        let labels = [
-            ("uuid", &*i.uuid.0),
-            ("index", &i.index.to_string()),
-            ("model", &i.model),
-            ("pci_bus_id", &i.pci_bus_id),
-            ("driver_version", &i.driver_version),
-            ("mig_mode", i.mig_mode),
-        ];
-        info.add(&labels, 1.0);
-    }
-    let mut time = to.counter("gpu_time_seconds_total", "Time of this GPU by state; the states sum to wall time.");
-    for gpu in &page.gpus {
-        let t = gpu.view.time;
-        for (state, seconds) in
-            [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)]
-        {
-            time.add(&[("uuid", &gpu.view.info.uuid.0), ("state", state)], seconds);
-        }
-    }
-    let mut credited = to.counter("gpu_credited_seconds_total", "GPU-seconds credited to containers; outlives them.");
-    for gpu in &page.gpus {
-        for (namespace, seconds) in &gpu.credited {
-            credited.add(&[("uuid", &gpu.view.info.uuid.0), ("namespace", namespace)], *seconds);
-        }
-    }
-    let mut unattributed = to.counter("gpu_unattributed_seconds_total", "Busy seconds that are on no container, and why.");
-    for gpu in &page.gpus {
-        for (reason, seconds) in Reason::ALL.iter().zip(gpu.view.unattributed) {
-            unattributed.add(&[("uuid", &gpu.view.info.uuid.0), ("reason", reason.name())], seconds);
-        }
-    }
-    device(to.gauge("gpu_utilization_ratio", "Busy share of the past 10 seconds."), page, |g| g.view.utilization_ratio);
-    let bytes = |b: Option<u64>| b.map(|b| b as f64);
-    device(to.gauge("gpu_memory_used_bytes", "Device memory in use."), page, |g| bytes(g.view.readings.memory_used_bytes));
-    device(to.gauge("gpu_memory_total_bytes", "Device memory."), page, |g| bytes(g.view.readings.memory_total_bytes));
-    device(to.gauge("gpu_power_watts", "Power drawn."), page, |g| g.view.readings.power_watts);
-    device(to.counter("gpu_energy_joules_total", "Energy drawn since the driver was loaded."), page, |g| {
-        g.view.readings.energy_joules
-    });
-    device(to.gauge("gpu_temperature_celsius", "Core temperature."), page, |g| g.view.readings.temperature_celsius);
-    device(to.gauge("gpu_sm_clock_hertz", "SM clock."), page, |g| g.view.readings.sm_clock_hertz);
-    device(to.gauge("gpu_sampler_last_sample_timestamp_seconds", "When the last driver sample was read."), page, |g| {
-        g.view.last_sample.map(|t| t.seconds())
-    });
-    device(to.gauge("gpu_sampler_sample_period_seconds", "The driver's sampling grid, as learned."), page, |g| {
-        g.view.sample_period_seconds
-    });
-    device(to.counter("gpu_sampler_sample_gaps_total", "Times that samples were lost between two polls."), page, |g| {
-        Some(g.view.sample_gaps as f64)
-    });
-}
-
-fn device(mut family: Family<'_>, page: &Exposition, value: impl Fn(&GpuRow) -> Option<f64>) {
-    for gpu in &page.gpus {
-        family.add_known(&[("uuid", &gpu.view.info.uuid.0)], value(gpu));
-    }
+fn with_labels(row: &Row, more: &[(&str, &str)], add: impl FnOnce(Labels<'_>)) {
+    let l: &ContainerLabels = &row.labels;
+    let mut labels = vec![
+        ("uuid", &*row.gpu.0),
+        ("namespace", l.text(Label::Namespace)),
+        ("pod", l.text(Label::Pod)),
+        ("container", l.text(Label::Container)),
+        ("container_id", &row.container_id),
+    ];
+    labels.extend(row.parent.as_ref().map(|parent| ("gpu_uuid", &*parent.0)));
+    labels.extend(more);
+    add(&labels);
 }
 
 pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: &str, to: &mut Families) {
@@ -228,20 +198,6 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     to.histogram("gpu_sampler_identify_seconds", "From a cgroup's creation in the kernel to its place in the tables.")
         .add_histogram(&[], &IDENTIFY_BOUNDS, &t.buckets, t.sum_seconds, t.count);
     to.gauge("gpu_sampler_kernel_mode", "How processes and cgroups are followed.").add(&[("mode", health.kernel_mode)], 1.0);
-    let mut times = to.histogram("gpu_sampler_nvml_call_seconds", "Duration of driver calls.");
-    for c in &health.calls {
-        times.add_histogram(
-            &[("uuid", &c.uuid), ("call", c.call)],
-            &CALL_BOUNDS,
-            &c.times.buckets,
-            c.times.sum_seconds,
-            c.times.count,
-        );
-    }
-    let mut errors = to.counter("gpu_sampler_nvml_errors_total", "Driver calls that failed.");
-    for ((uuid, call, error), n) in &health.nvml_errors {
-        errors.add(&[("uuid", uuid), ("call", call), ("error", error)], *n as f64);
-    }
     let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
     to.gauge("gpu_sampler_build_info", "What runs.").add(&[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
 }

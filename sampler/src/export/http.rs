@@ -26,7 +26,7 @@ use tokio::sync::Semaphore;
 use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{explain, families, page};
+use super::{driver, explain, families, gpus, page};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
@@ -239,9 +239,10 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let mut all = Families::default();
     families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
-    families::gpus(&page, &mut all);
+    gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
+    driver::calls(&state.health.driver.view(), state.config.gpu_budget_percent, &mut all);
     text(all)
 }
 

@@ -34,13 +34,11 @@ pub struct Row {
     pub container_id: Arc<str>,
     pub labels: Arc<ContainerLabels>,
     pub gpu: GpuUuid,
+    /// Of a MIG device: its GPU.
+    pub parent: Option<GpuUuid>,
     pub model: String,
     pub memory_total_bytes: Option<u64>,
-    pub seconds: f64,
-    pub samples: u64,
-    pub duty_cycle_percent: Option<f64>,
-    pub duty_cycle_stderr: Option<f64>,
-    pub memory_used_bytes: Option<u64>,
+    pub pair: ContainerGpu,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
     pub assigned: bool,
 }
@@ -70,6 +68,17 @@ type Pair = (ContainerKey, GpuUuid);
 struct Shown {
     seconds: f64,
     scrapes: u32,
+    engines: HashSet<&'static str>,
+    windows: bool,
+}
+
+/// The series of a GPU that were shown.
+#[derive(Debug, Default)]
+struct ShownGpu {
+    namespaces: HashSet<String>,
+    xids: HashSet<u64>,
+    engines: HashSet<&'static str>,
+    throttled: bool,
 }
 
 #[derive(Debug, Default)]
@@ -77,7 +86,7 @@ pub struct Ledger {
     counted: HashMap<Pair, f64>,
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
     shown: HashMap<Pair, Shown>,
-    namespaces: HashSet<(GpuUuid, String)>,
+    gpus: HashMap<GpuUuid, ShownGpu>,
     scraped: bool,
 }
 
@@ -102,6 +111,10 @@ impl Ledger {
         }
         self.counted.retain(|key, _| living.contains(key));
         self.shown.retain(|key, _| living.contains(key));
+        // One that comes back after that counts from 0, and so does what is credited of it.
+        let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
+        self.credited.retain(|gpu, _| gpus.contains(gpu));
+        self.gpus.retain(|gpu, _| gpus.contains(gpu));
     }
 
     fn stays(&self, key: &Pair, pair: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
@@ -159,24 +172,59 @@ impl Ledger {
         let mut page = self.view(snapshot, labels, assigned);
         let first = !std::mem::replace(&mut self.scraped, true);
         for row in &mut page.rows {
-            let shown = self.shown.entry((row.key, row.gpu.clone()));
-            if matches!(shown, std::collections::hash_map::Entry::Vacant(_)) && !first {
-                shown.or_default();
-                (row.seconds, row.samples) = (0.0, 0);
-                continue;
+            let mut is_new = false;
+            let shown = self.shown.entry((row.key, row.gpu.clone())).or_insert_with(|| {
+                is_new = true;
+                Shown::default()
+            });
+            let pair = &mut row.pair;
+            // These begin later than the others: with the first use of an engine, and the first whole window.
+            for (engine, seconds) in &mut pair.engines {
+                if shown.engines.insert(engine.name()) && !first {
+                    *seconds = 0.0;
+                }
             }
-            let shown = shown.or_default();
-            if shown.seconds == row.seconds {
+            if pair.window_shares.is_some() && !std::mem::replace(&mut shown.windows, true) && !first {
+                pair.window_shares = Some(Arc::default());
+            }
+            if is_new && !first {
+                pair.begin_at_zero();
+            } else if shown.seconds == pair.seconds {
                 shown.scrapes += 1;
             } else {
-                *shown = Shown { seconds: row.seconds, scrapes: 1 };
+                (shown.seconds, shown.scrapes) = (pair.seconds, 1);
             }
         }
         for gpu in &mut page.gpus {
+            let mut is_new = false;
+            let shown = self.gpus.entry(gpu.view.info.uuid.clone()).or_insert_with(|| {
+                is_new = true;
+                ShownGpu::default()
+            });
             for (namespace, seconds) in &mut gpu.credited {
-                if self.namespaces.insert((gpu.view.info.uuid.clone(), namespace.clone())) && !first {
+                if shown.namespaces.insert(namespace.clone()) && !first {
                     *seconds = 0.0;
                 }
+            }
+            for (xid, count) in &mut gpu.view.xids {
+                if shown.xids.insert(*xid) && !first {
+                    *count = 0;
+                }
+            }
+            for engine in &mut gpu.view.engines {
+                if shown.engines.insert(engine.engine.name()) && !first {
+                    (engine.busy, engine.unattributed) = (0.0, Default::default());
+                }
+            }
+            if let Some(seconds) = &mut gpu.view.throttle_seconds
+                && !std::mem::replace(&mut shown.throttled, true)
+                && !first
+            {
+                *seconds = Default::default();
+            }
+            if is_new && !first {
+                gpu.busy_seconds = 0.0;
+                gpu.view.begin_at_zero();
             }
         }
         page
@@ -225,7 +273,11 @@ impl Exposition {
             let none = ContainerGpu {
                 gpu: *n,
                 seconds: 0.0,
+                seconds_stderr: 0.0,
                 samples: 0,
+                engines: Vec::new(),
+                window_shares: None,
+                mps_clients: 0,
                 duty_cycle_percent: observed.then_some(0.0),
                 duty_cycle_stderr: observed.then_some(0.0),
                 memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
@@ -241,13 +293,10 @@ fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &C
         container_id: Arc::clone(&labels.container_id),
         labels: Arc::clone(labels),
         gpu: gpu.info.uuid.clone(),
+        parent: gpu.info.parent.clone(),
         model: gpu.info.model.clone(),
         memory_total_bytes: gpu.readings.memory_total_bytes,
-        seconds: pair.seconds,
-        samples: pair.samples,
-        duty_cycle_percent: pair.duty_cycle_percent,
-        duty_cycle_stderr: pair.duty_cycle_stderr,
-        memory_used_bytes: pair.memory_used_bytes,
+        pair: pair.clone(),
         assigned: false,
     }
 }
@@ -264,7 +313,7 @@ fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Optio
 mod tests {
     use super::*;
     use sampler_core::labels::{Facts, Source, parse};
-    use sampler_core::snapshot::{ContainerView, DeviceReadings, GpuInfo, GpuTime};
+    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime};
     use sampler_core::units::WallTime;
 
     const SECOND: u64 = 1_000_000_000;
@@ -288,6 +337,7 @@ mod tests {
             index: 0,
             minor: None,
             mig_uuids: Vec::new(),
+            parent: None,
             model: "m".into(),
             pci_bus_id: "b".into(),
             driver_version: "1".into(),
@@ -302,11 +352,23 @@ mod tests {
             last_sample: None,
             sample_period_seconds: None,
             sample_gaps: 0,
+            ring_overruns: 0,
+            rejected: [0; 5],
+            off_grid: 0,
+            clock: ClockView::default(),
+            engines: Vec::new(),
+            throttle_seconds: None,
+            xids: Vec::new(),
+            gone: None,
         };
         let pair = ContainerGpu {
             gpu: 0,
             seconds,
+            seconds_stderr: 0.0,
             samples: 1,
+            engines: Vec::new(),
+            window_shares: None,
+            mps_clients: 0,
             duty_cycle_percent: None,
             duty_cycle_stderr: None,
             memory_used_bytes: None,
@@ -319,7 +381,7 @@ mod tests {
     fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
         let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &Assigned::default());
         let gpu = &page.gpus[0];
-        (page.rows.first().map(|r| r.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
+        (page.rows.first().map(|r| r.pair.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
     }
 
     #[test]
@@ -333,6 +395,44 @@ mod tests {
     #[test]
     fn the_first_scrape_of_all_shows_what_there_is() {
         assert_eq!(scrape(&mut Ledger::default(), &snapshot(9, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
+    }
+
+    #[test]
+    fn series_that_begin_later_begin_at_zero_too() {
+        use sampler_core::snapshot::{Engine, EngineTime, WindowShares};
+        let mut ledger = Ledger::default();
+        scrape(&mut ledger, &snapshot(1, 2.0, None), true);
+        let mut all = snapshot(2, 3.0, None);
+        all.containers[0].gpus[0].engines = vec![(Engine::Encoder, 4.0)];
+        all.containers[0].gpus[0].window_shares = Some(Arc::new(WindowShares { count: 3, ..WindowShares::default() }));
+        all.gpus[0].engines = vec![EngineTime { engine: Engine::Encoder, busy: 5.0, unattributed: [0.5; 7] }];
+        all.gpus[0].throttle_seconds = Some([6.0; 9]);
+        let mut late = all.gpus[0].clone();
+        late.info = Arc::new(GpuInfo { uuid: GpuUuid("MIG-1".into()), ..GpuInfo::clone(&late.info) });
+        (late.sample_gaps, late.time.idle) = (7, 8.0);
+        all.gpus.push(late);
+        let view = labels(&all.containers[0].record, true);
+        let mut told = || {
+            let page = ledger.scrape(&all, &view, &Assigned::default());
+            let (pair, gpu, late) = (&page.rows[0].pair, &page.gpus[0].view, &page.gpus[1]);
+            let windows = pair.window_shares.as_ref().map_or(9, |w| w.count);
+            let of_late = late.busy_seconds + late.view.time.idle + late.view.unattributed[0] + late.view.sample_gaps as f64;
+            (pair.seconds, pair.engines[0].1, windows, gpu.engines[0].busy, gpu.throttle_seconds.map(|s| s[0]), of_late)
+        };
+        assert_eq!(told(), (3.0, 0.0, 0, 0.0, Some(0.0), 0.0));
+        assert_eq!(told(), (3.0, 4.0, 3, 5.0, Some(6.0), 20.0));
+    }
+
+    #[test]
+    fn a_gpu_that_was_away_for_long_counts_from_zero_in_all() {
+        let mut ledger = Ledger::default();
+        scrape(&mut ledger, &snapshot(1, 5.0, None), true);
+        let mut away = snapshot(400, 0.0, None);
+        (away.gpus, away.containers[0].gpus) = (Vec::new(), Vec::new());
+        ledger.update(&away, &labels(&away.containers[0].record, true));
+        scrape(&mut ledger, &snapshot(500, 1.0, None), true);
+        // Busy is what is credited and the second on nobody.
+        assert_eq!(scrape(&mut ledger, &snapshot(501, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
     }
 
     #[test]

@@ -1,9 +1,11 @@
 //! What people and Prometheus get: the ledger joins GPU time with labels, families encode it, http serves it.
 
 mod assigned;
+mod driver;
 mod encode;
 mod explain;
 mod families;
+mod gpus;
 pub mod http;
 mod ledger;
 mod page;

@@ -1,6 +1,7 @@
 //! The page for people, and the same rows as JSON.
 
 use sampler_core::labels::Label;
+use sampler_core::snapshot::{GpuInfo, Reason};
 use serde::Serialize;
 
 use super::ledger::{Exposition, Row};
@@ -18,7 +19,9 @@ pub struct ContainerJson<'a> {
     runtime: Option<&'static str>,
     pod_uid: Option<&'a str>,
     uuid: &'a str,
+    gpu_uuid: Option<&'a str>,
     gpu_seconds: f64,
+    gpu_seconds_stderr: f64,
     samples: u64,
     duty_cycle_percent: Option<f64>,
     duty_cycle_stderr: Option<f64>,
@@ -38,11 +41,13 @@ pub fn json(row: &Row) -> ContainerJson<'_> {
         runtime: l.runtime.map(|r| r.name()),
         pod_uid: l.pod_uid.as_deref(),
         uuid: &row.gpu.0,
-        gpu_seconds: row.seconds,
-        samples: row.samples,
-        duty_cycle_percent: row.duty_cycle_percent,
-        duty_cycle_stderr: row.duty_cycle_stderr,
-        memory_used_bytes: row.memory_used_bytes,
+        gpu_uuid: row.parent.as_ref().map(|parent| &*parent.0),
+        gpu_seconds: row.pair.seconds,
+        gpu_seconds_stderr: row.pair.seconds_stderr,
+        samples: row.pair.samples,
+        duty_cycle_percent: row.pair.duty_cycle_percent,
+        duty_cycle_stderr: row.pair.duty_cycle_stderr,
+        memory_used_bytes: row.pair.memory_used_bytes,
     }
 }
 
@@ -66,7 +71,15 @@ fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
 
 fn index_of(page: &Exposition, row: &Row) -> String {
     let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == row.gpu);
-    gpu.map_or_else(|| row.gpu.to_string(), |gpu| gpu.view.info.index.to_string())
+    gpu.map_or_else(|| row.gpu.to_string(), |gpu| called(&gpu.view.info))
+}
+
+/// A GPU by its index, a MIG device by its GPU's and its own name.
+fn called(info: &GpuInfo) -> String {
+    match info.parent {
+        None => info.index.to_string(),
+        Some(_) => format!("{} {}", info.index, info.uuid),
+    }
 }
 
 pub fn html(page: &Exposition, health: &HealthView) -> String {
@@ -81,25 +94,34 @@ pub fn html(page: &Exposition, health: &HealthView) -> String {
         let l = &row.labels;
         let [namespace, pod, container, name] =
             [Label::Namespace, Label::Pod, Label::Container, Label::Name].map(|x| l.text(x).to_owned());
-        let duty = match (row.duty_cycle_percent, row.duty_cycle_stderr) {
+        let duty = match (row.pair.duty_cycle_percent, row.pair.duty_cycle_stderr) {
             (Some(percent), Some(error)) => format!("{percent:.1} ± {error:.1}"),
             (Some(percent), None) => format!("{percent:.1}"),
             _ => "–".into(),
         };
-        let memory = row.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
-        body += &cells("td", [namespace, pod, container, name, index_of(page, row), duty, format!("{:.2}", row.seconds), memory]);
+        let memory = row.pair.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
+        body += &cells(
+            "td",
+            [namespace, pod, container, name, index_of(page, row), duty, format!("{:.2}", row.pair.seconds), memory],
+        );
     }
     if page.rows.is_empty() {
         body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";
     }
     body += "</table>\n<h2>GPUs</h2>\n<table>\n";
-    body += &cells("th", ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unattributed s"].map(String::from));
-    for gpu in &page.gpus {
-        let i = &gpu.view.info;
-        let unattributed: f64 = gpu.view.unattributed.iter().sum();
-        let seconds = [gpu.busy_seconds, gpu.view.time.idle, unattributed].map(|s| format!("{s:.2}"));
-        let [busy, idle, unattributed] = seconds;
-        body += &cells("td", [i.index.to_string(), i.uuid.to_string(), i.model.clone(), busy, idle, unattributed]);
+    let head = ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unobserved s", "On no container s", "Why"];
+    body += &cells("th", head.map(String::from));
+    for gpu in page.gpus.iter().filter(|gpu| gpu.view.info.is_leaf()) {
+        let (view, i) = (&gpu.view, &gpu.view.info);
+        let unattributed: f64 = view.unattributed.iter().sum();
+        let unobserved = view.time.unobserved + view.time.unsupported;
+        let seconds = [gpu.busy_seconds, view.time.idle, unobserved, unattributed].map(|s| format!("{s:.2}"));
+        let [busy, idle, unobserved, unattributed] = seconds;
+        let why = Reason::ALL.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
+        let why: Vec<String> = why.map(|(reason, s)| format!("{} {s:.2}", reason.name())).collect();
+        let name = [called(i), i.uuid.to_string(), i.model.clone()];
+        let [index, uuid, model] = name;
+        body += &cells("td", [index, uuid, model, busy, idle, unobserved, unattributed, why.join(", ")]);
     }
     format!(
         "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\

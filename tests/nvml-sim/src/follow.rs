@@ -1,4 +1,4 @@
-//! Follows the log of loads: parses only what is new; a torn last line waits for its rest.
+//! Follows the log of loads, faults and XIDs: parses only what is new; a torn last line waits for its rest.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -7,47 +7,45 @@ use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
 
+use crate::faults::{Faults, Xid};
 use crate::loads::{FILE, Line, Load};
+use crate::world::{Unit, World};
 
-/// The loads as far as the log was read: of each GPU in the order of their begin lines.
+/// The loads as far as the log was read: of each unit in the order of their begin lines.
 #[derive(Default)]
 pub struct Loads {
-    gpus: BTreeMap<usize, Vec<Load>>,
+    units: BTreeMap<Unit, Vec<Load>>,
     /// Where the load with this id lies.
-    places: HashMap<u64, (usize, usize)>,
+    places: HashMap<u64, (Unit, usize)>,
 }
 
 impl Loads {
-    pub fn of(&self, gpu: usize) -> &[Load] {
-        self.gpus.get(&gpu).map_or(&[], Vec::as_slice)
+    pub fn of(&self, unit: Unit) -> &[Load] {
+        self.units.get(&unit).map_or(&[], Vec::as_slice)
     }
 
     pub fn iter(&self) -> impl Iterator<Item = &Load> {
-        self.gpus.values().flatten()
+        self.units.values().flatten()
     }
 
-    fn take(&mut self, line: &[u8]) {
-        match serde_json::from_slice(line) {
-            Ok(Line::Begin { begin }) => {
-                let loads = self.gpus.entry(begin.gpu).or_default();
-                self.places.entry(begin.id).or_insert((begin.gpu, loads.len()));
-                loads.push(begin);
-            }
-            Ok(Line::End { end, end_us }) => {
-                // The first end counts: later ones are of readers that noticed the same death.
-                let place = self.places.get(&end);
-                if let Some(load) = place.and_then(|(gpu, at)| self.gpus.get_mut(gpu)?.get_mut(*at)) {
-                    load.end_us.get_or_insert(end_us);
-                }
-            }
-            // Only this program writes here; a foreign line is nobody's load.
-            Err(_) => {}
+    fn begin(&mut self, load: Load) {
+        let unit = load.unit();
+        let loads = self.units.entry(unit).or_default();
+        self.places.entry(load.id).or_insert((unit, loads.len()));
+        loads.push(load);
+    }
+
+    fn end(&mut self, id: u64, end_us: u64) {
+        // The first end counts: later ones are of readers that noticed the same death.
+        let place = self.places.get(&id);
+        if let Some(load) = place.and_then(|(unit, at)| self.units.get_mut(unit)?.get_mut(*at)) {
+            load.end_us.get_or_insert(end_us);
         }
     }
 
-    /// Drops the GPU's loads that ended at `until_us` or before.
-    pub fn forget(&mut self, gpu: usize, until_us: u64) {
-        let Some(loads) = self.gpus.get_mut(&gpu) else { return };
+    /// Drops the unit's loads that ended at `until_us` or before.
+    pub fn forget(&mut self, unit: Unit, until_us: u64) {
+        let Some(loads) = self.units.get_mut(&unit) else { return };
         let places = &mut self.places;
         loads.retain(|load| {
             let stays = load.end_us.is_none_or(|end| end > until_us);
@@ -57,7 +55,7 @@ impl Loads {
             stays
         });
         for (at, load) in loads.iter().enumerate() {
-            places.insert(load.id, (gpu, at));
+            places.insert(load.id, (unit, at));
         }
     }
 }
@@ -67,11 +65,17 @@ pub struct Follower {
     /// Where the first line begins that was not whole.
     offset: u64,
     pub loads: Loads,
+    /// The world's come first.
+    pub faults: Faults,
+    pub xids: Vec<Xid>,
+    world: (Faults, Vec<Xid>),
 }
 
 impl Follower {
-    pub fn new(dir: &Path) -> Self {
-        Self { path: dir.join(FILE), offset: 0, loads: Loads::default() }
+    pub fn new(dir: &Path, world: &World) -> anyhow::Result<Self> {
+        let (faults, xids) = (world.faults()?, world.xids()?);
+        let world = (faults.clone(), xids.clone());
+        Ok(Self { path: dir.join(FILE), offset: 0, loads: Loads::default(), faults, xids, world })
     }
 
     /// Takes in the whole lines that were added.
@@ -84,6 +88,7 @@ impl Follower {
         if bytes < self.offset {
             // It only grows, so this is another log.
             (self.offset, self.loads) = (0, Loads::default());
+            (self.faults, self.xids) = self.world.clone();
         }
         if bytes == self.offset {
             return Ok(());
@@ -94,10 +99,22 @@ impl Follower {
         file.read_to_end(&mut new)?;
         let whole = new.iter().rposition(|b| *b == b'\n').map_or(0, |end| end + 1);
         for line in new[..whole].split(|b| *b == b'\n') {
-            self.loads.take(line);
+            self.take(line);
         }
         self.offset += whole as u64;
         Ok(())
+    }
+
+    fn take(&mut self, line: &[u8]) {
+        match serde_json::from_slice(line) {
+            Ok(Line::Begin { begin }) => self.loads.begin(begin),
+            Ok(Line::End { end, end_us }) => self.loads.end(end, end_us),
+            Ok(Line::Fault { fault }) => self.faults.add(fault),
+            Ok(Line::Clear { clear }) => self.faults.clear(&clear),
+            Ok(Line::Xid { xid }) => self.xids.push(xid),
+            // Only this program writes here; a foreign line is nobody's load.
+            Err(_) => {}
+        }
     }
 }
 
@@ -106,9 +123,20 @@ mod tests {
     use std::io::Write as _;
 
     use super::*;
+    use crate::loads::Ways;
 
     fn begin(id: u64, gpu: usize) -> String {
-        let load = Load { id, pid: id as u32, start_time: 9, gpu, demand: 0.5, memory_bytes: 1, begin_us: id, end_us: None };
+        let load = Load {
+            id,
+            pid: id as u32,
+            start_time: 9,
+            gpu,
+            demand: 0.5,
+            memory_bytes: 1,
+            begin_us: id,
+            end_us: None,
+            ways: Ways::default(),
+        };
         serde_json::to_string(&Line::Begin { begin: load }).unwrap() + "\n"
     }
 
@@ -117,7 +145,7 @@ mod tests {
     }
 
     fn seen(loads: &Loads, gpu: usize) -> Vec<(u64, Option<u64>)> {
-        loads.of(gpu).iter().map(|l| (l.id, l.end_us)).collect()
+        loads.of(gpu.into()).iter().map(|l| (l.id, l.end_us)).collect()
     }
 
     #[test]
@@ -143,7 +171,7 @@ mod tests {
         let expect = [vec![(5, None), (4, Some(60)), (2, None)], vec![(3, Some(80))], vec![], vec![(9, None)]];
         for step in 1..=text.len() {
             fs::write(&path, "").unwrap();
-            let mut follower = Follower::new(dir.path());
+            let mut follower = Follower::new(dir.path(), &World::default()).unwrap();
             let mut file = fs::OpenOptions::new().append(true).open(&path).unwrap();
             for part in text.as_bytes().chunks(step) {
                 file.write_all(part).unwrap();
@@ -161,7 +189,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         let (first, last) = (begin(1, 0), end(1, 5));
-        let mut follower = Follower::new(dir.path());
+        let mut follower = Follower::new(dir.path(), &World::default()).unwrap();
         fs::write(&path, format!("{first}{}", last.trim_end())).unwrap();
         for _ in 0..2 {
             follower.read().unwrap();
@@ -180,15 +208,15 @@ mod tests {
 
     #[test]
     fn what_is_forgotten_leaves_the_rest_in_place() {
-        let mut loads = Loads::default();
+        let mut follower = Follower::new(Path::new("/"), &World::default()).unwrap();
         let lines = [begin(1, 0), begin(2, 0), begin(3, 1), begin(4, 0), begin(5, 0), end(1, 10), end(3, 10), end(4, 11)];
-        lines.iter().for_each(|line| loads.take(line.trim_end().as_bytes()));
-        loads.forget(0, 10);
-        loads.forget(7, 10);
+        lines.iter().for_each(|line| follower.take(line.trim_end().as_bytes()));
+        follower.loads.forget(0.into(), 10);
+        follower.loads.forget(7.into(), 10);
         for line in [end(1, 20), end(5, 20), begin(6, 0), end(6, 21)] {
-            loads.take(line.trim_end().as_bytes());
+            follower.take(line.trim_end().as_bytes());
         }
-        assert_eq!(seen(&loads, 0), [(2, None), (4, Some(11)), (5, Some(20)), (6, Some(21))]);
-        assert_eq!(seen(&loads, 1), [(3, Some(10))]);
+        assert_eq!(seen(&follower.loads, 0), [(2, None), (4, Some(11)), (5, Some(20)), (6, Some(21))]);
+        assert_eq!(seen(&follower.loads, 1), [(3, Some(10))]);
     }
 }

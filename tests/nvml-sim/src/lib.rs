@@ -2,9 +2,17 @@
 
 #[expect(non_snake_case, reason = "the names are NVML's")]
 pub mod abi;
+pub mod answers;
+pub mod clock;
 pub mod driver;
+pub mod faults;
 pub mod follow;
 pub mod loads;
 pub mod model;
+pub mod processes;
+#[cfg(test)]
+mod quirks;
+pub mod symbols;
+pub mod tally;
 pub mod time;
 pub mod world;

@@ -9,13 +9,16 @@ use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
-use nvidia_ml_sim::loads::{self, Load, Log};
+use nvidia_ml_sim::loads::{self, Load, Log, Ways};
 use nvidia_ml_sim::model::mix;
 use nvidia_ml_sim::world::World;
 use serde::Serialize;
 
 use crate::child::{Cgroup, Child};
-use crate::hold;
+use crate::{hold, ways};
+
+/// Between the least and the most demand there are so many to draw.
+const DEMAND_STEPS: u64 = 10_000;
 
 #[derive(clap::Args)]
 pub struct Lives {
@@ -33,9 +36,14 @@ pub struct Lives {
     /// Directory on cgroup2 that processes start in; may be given more than once
     #[arg(long = "cgroup", value_name = "DIR", required = true)]
     cgroups: Vec<PathBuf>,
-    /// Part of its GPU that each wants, above 0 and up to 1
-    #[arg(long, value_parser = super::demand, default_value_t = 0.9)]
-    demand: f64,
+    /// Part of its GPU that each wants, above 0 and up to 1; with two, such as 0.01..0.4, drawn between them
+    #[arg(long, value_name = "DEMAND", value_parser = super::demands, default_value = "0.9")]
+    demand: (f64, f64),
+    /// GPU memory that each holds, such as 2GiB or 512MiB
+    #[arg(long, value_parser = super::bytes, default_value = "0")]
+    mem: u64,
+    #[command(flatten)]
+    ways: ways::Options,
     /// Indices of the GPUs; all when left out
     #[arg(long, value_name = "GPU,..", value_delimiter = ',')]
     gpus: Vec<usize>,
@@ -54,6 +62,7 @@ struct Told {
     start_time: u64,
     cgroup: String,
     gpu: usize,
+    demand: f64,
     begin_us: u64,
     end_us: u64,
     /// When the process had been reaped.
@@ -69,6 +78,7 @@ struct Life {
 
 struct Crowd<'a> {
     asked: &'a Lives,
+    ways: Ways,
     gpus: Vec<usize>,
     cgroups: Vec<Cgroup>,
     log: Log,
@@ -97,16 +107,16 @@ impl<'a> Crowd<'a> {
             bail!("--count {} --at-once {}: give at least 1 of each", asked.count, asked.at_once);
         }
         let dir = asked.dir.display();
-        let there = World::read(&asked.dir)?.gpus.len();
+        let world = World::read(&asked.dir)?;
+        let there = world.gpus.len();
         if there == 0 {
             bail!("{dir} has no GPUs; make some with `nvml-sim init --dir {dir} --gpus N`");
         }
-        if let Some(gpu) = asked.gpus.iter().find(|gpu| **gpu >= there) {
-            bail!("--gpus {gpu}: {dir} has {there} GPUs, numbered from 0");
-        }
         let gpus = if asked.gpus.is_empty() { (0..there).collect() } else { asked.gpus.clone() };
+        gpus.iter().try_for_each(|gpu| asked.ways.check(&asked.dir, &world, *gpu, "--gpus"))?;
+        let ways = asked.ways.ways(true)?;
         let cgroups = asked.cgroups.iter().map(|path| Cgroup::open(path)).collect::<anyhow::Result<_>>()?;
-        Ok(Self { asked, gpus, cgroups, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
+        Ok(Self { asked, ways, gpus, cgroups, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
     }
 
     fn live(&mut self) -> anyhow::Result<()> {
@@ -134,6 +144,8 @@ impl<'a> Crowd<'a> {
         let gpu = self.gpus[draw(2, self.gpus.len() as u64) as usize];
         let (from, to) = self.asked.lasting;
         let lasts = from + Duration::from_micros(draw(3, (to - from).as_micros() as u64 + 1));
+        let (least, most) = self.asked.demand;
+        let demand = least + (most - least) * draw(4, DEMAND_STEPS + 1) as f64 / DEMAND_STEPS as f64;
         let child = match pid {
             Some(pid) => Child::start_as(pid, cgroup)?,
             None => Child::start(cgroup)?,
@@ -142,9 +154,10 @@ impl<'a> Crowd<'a> {
         let pid = child.pid;
         let start_time = loads::start_time(pid)
             .with_context(|| format!("process {pid} ended at once; something kills what starts in {}", cgroup.name))?;
-        let load = Load { id: 0, pid, start_time, gpu, demand: self.asked.demand, memory_bytes: 0, begin_us: 0, end_us: None };
+        let (memory_bytes, ways) = (self.asked.mem, self.ways.clone());
+        let load = Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways };
         let (load_id, begin_us) = self.log.begin(load)?;
-        let told = Told { pid, start_time, cgroup: cgroup.name.clone(), gpu, begin_us, end_us: 0, gone_us: 0 };
+        let told = Told { pid, start_time, cgroup: cgroup.name.clone(), gpu, demand, begin_us, end_us: 0, gone_us: 0 };
         Ok(Life { child, load_id, due, told })
     }
 
@@ -218,6 +231,10 @@ mod tests {
         check(0, "--count 1 --lasting 5ms..50ms --cgroup /", "has no GPUs; make some with `nvml-sim init");
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --gpus 1,2", "--gpus 2: ");
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --demand 2", "at most 1");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --demand 0.4..0.1", "from the smaller to the larger");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --mig 0", "--mig 0: GPU 0 has 0 MIG devices");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms", "--on");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms --on 6ms", "at most --every");
         check(1, "--count 1 --lasting 5ms..50ms", "--cgroup <DIR>");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc", "--cgroup /proc: it must be a directory on cgroup2");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /no/such", "--cgroup /no/such: it must be a directory on cgroup2");

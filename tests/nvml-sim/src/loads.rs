@@ -16,6 +16,9 @@ use std::time::{SystemTime, UNIX_EPOCH};
 use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
+use crate::faults::{Clear, Fault, Xid};
+use crate::world::Unit;
+
 pub const FILE: &str = "loads";
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,6 +33,58 @@ pub struct Load {
     pub begin_us: u64,
     #[serde(default)]
     pub end_us: Option<u64>,
+    #[serde(default, skip_serializing_if = "Ways::are_plain")]
+    pub ways: Ways,
+}
+
+/// How a load uses its GPU, where that is not the plain way.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+#[serde(default)]
+pub struct Ways {
+    /// Of the memory interface; half of what it gets of the compute engine, and at the same time, when none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub memory: Option<f64>,
+    pub enc: f64,
+    pub dec: f64,
+    pub jpeg: f64,
+    pub ofa: f64,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub pattern: Option<Pattern>,
+    /// Number of the MIG device on the GPU.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub mig: Option<usize>,
+    pub mps: bool,
+    pub graphics: bool,
+}
+
+/// It wants something only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Pattern {
+    pub every_us: u64,
+    pub on_us: u64,
+    pub phase_us: u64,
+}
+
+impl Ways {
+    fn are_plain(&self) -> bool {
+        *self == Self::default()
+    }
+}
+
+impl Load {
+    pub fn unit(&self) -> Unit {
+        Unit { gpu: self.gpu, mig: self.ways.mig }
+    }
+
+    pub fn ended_by(&self, us: u64) -> bool {
+        self.end_us.is_some_and(|end| end <= us)
+    }
+
+    /// In force, and wanting something, at this time.
+    pub fn wants_at(&self, us: u64) -> bool {
+        let on = |p: &Pattern| (us + p.every_us - p.phase_us % p.every_us) % p.every_us < p.on_us;
+        self.begin_us <= us && !self.ended_by(us) && self.ways.pattern.as_ref().is_none_or(on)
+    }
 }
 
 #[derive(Serialize, Deserialize)]
@@ -37,6 +92,9 @@ pub struct Load {
 pub(crate) enum Line {
     Begin { begin: Load },
     End { end: u64, end_us: u64 },
+    Fault { fault: Fault },
+    Clear { clear: Clear },
+    Xid { xid: Xid },
 }
 
 pub fn now_us() -> u64 {
@@ -71,6 +129,25 @@ impl Log {
     /// The end that the line has.
     pub fn end(&mut self, id: u64) -> anyhow::Result<u64> {
         self.append(|now| Line::End { end: id, end_us: now })
+    }
+
+    /// From now on, for as long as said.
+    pub fn fault(&mut self, mut fault: Fault, lasts_us: Option<u64>) -> anyhow::Result<u64> {
+        self.append(|now| {
+            (fault.from_us, fault.until_us) = (now, lasts_us.map(|us| now + us));
+            Line::Fault { fault }
+        })
+    }
+
+    pub fn clear(&mut self, mut clear: Clear) -> anyhow::Result<u64> {
+        self.append(|now| {
+            clear.at_us = now;
+            Line::Clear { clear }
+        })
+    }
+
+    pub fn xid(&mut self, gpu: usize, xid: u64, count: u64) -> anyhow::Result<u64> {
+        self.append(|now| Line::Xid { xid: Xid { gpu, at_us: now, xid, count } })
     }
 
     /// Appends the line that `line` makes of the present time.
@@ -141,7 +218,43 @@ mod tests {
     use super::*;
 
     fn load(pid: u32, start_time: u64) -> Load {
-        Load { id: 0, pid, start_time, gpu: 0, demand: 0.5, memory_bytes: 1, begin_us: 0, end_us: None }
+        Load { id: 0, pid, start_time, gpu: 0, demand: 0.5, memory_bytes: 1, begin_us: 0, end_us: None, ways: Ways::default() }
+    }
+
+    #[test]
+    fn a_pattern_counts_from_its_phase_after_the_epoch() {
+        let on = |every_us, on_us, phase_us, at: u64| {
+            let ways = Ways { pattern: Some(Pattern { every_us, on_us, phase_us }), ..Ways::default() };
+            Load { ways, ..load(1, 1) }.wants_at(at)
+        };
+        let row = |every, long, phase| (0..20).filter(|at| on(every, long, phase, *at)).collect::<Vec<u64>>();
+        assert_eq!(row(10, 3, 0), [0, 1, 2, 10, 11, 12]);
+        assert_eq!(row(10, 3, 4), [4, 5, 6, 14, 15, 16]);
+        assert_eq!(row(10, 3, 18), [0, 8, 9, 10, 18, 19]);
+        assert_eq!(row(10, 10, 7).len(), 20);
+    }
+
+    #[test]
+    fn the_ways_of_a_load_and_faults_survive_the_log() {
+        let pattern = Some(Pattern { every_us: 167_000, on_us: 80_000, phase_us: 20_000 });
+        let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, mig: Some(1), mps: true, ..Ways::default() };
+        let before = Load { ways, ..load(7, 9) };
+        let text = serde_json::to_string(&Line::Begin { begin: before.clone() }).unwrap();
+        assert!(matches!(serde_json::from_str(&text).unwrap(), Line::Begin { begin } if begin == before));
+        let dir = tempfile::tempdir().unwrap();
+        fs::write(dir.path().join(FILE), "").unwrap();
+        let mut log = Log::open(dir.path()).unwrap();
+        let kind = crate::faults::Kind::Stall;
+        let fault =
+            Fault { gpu: Some(1), from_us: 0, until_us: None, kind, call: Some("a".into()), error: 0, micros: 0, reasons: 0 };
+        let at = log.fault(fault, Some(5)).unwrap();
+        log.clear(Clear { gpu: None, kind: Some(kind), at_us: 0 }).unwrap();
+        log.xid(1, 79, 3).unwrap();
+        let text = fs::read_to_string(dir.path().join(FILE)).unwrap();
+        let lines: Vec<Line> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert!(matches!(&lines[0], Line::Fault { fault } if fault.until_us == Some(at + 5) && fault.from_us == at));
+        assert!(matches!(&lines[1], Line::Clear { clear } if clear.kind == Some(kind) && clear.at_us >= at));
+        assert!(matches!(&lines[2], Line::Xid { xid } if (xid.gpu, xid.xid, xid.count) == (1, 79, 3)));
     }
 
     #[test]

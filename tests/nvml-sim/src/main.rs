@@ -1,9 +1,10 @@
-//! The simulator's command: makes worlds, declares loads, lets short processes live, tells the truth.
+//! The simulator's command: makes worlds, declares loads, faults and XIDs, lets short processes live, tells the truth.
 
 mod child;
 mod hold;
 mod lives;
 mod truth;
+mod ways;
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -12,7 +13,8 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
-use nvidia_ml_sim::{loads, time, world};
+use nvidia_ml_sim::faults::{self, Clear, Fault, Kind, micros};
+use nvidia_ml_sim::{loads, symbols, time, world};
 
 #[derive(Parser)]
 #[command(name = "nvml-sim", about = "Simulated NVIDIA GPUs with ground truth", arg_required_else_help = true)]
@@ -41,7 +43,7 @@ enum Verb {
         #[command(flatten)]
         load: Demand,
         /// End after this long, such as 5s or 500ms
-        #[arg(long = "for", value_parser = duration)]
+        #[arg(long = "for", value_parser = time::span)]
         lasts: Option<Duration>,
     },
     /// Start a process and load the GPU with it from its first instant
@@ -53,6 +55,20 @@ enum Verb {
     },
     /// Let many short processes live in cgroups, each loading a GPU from its first instant; prints them as JSON lines
     Lives(lives::Lives),
+    /// Let something go wrong from now on
+    Fault(FaultArgs),
+    /// Let a GPU report an XID now
+    Xid {
+        #[arg(long)]
+        dir: PathBuf,
+        #[arg(long)]
+        gpu: usize,
+        #[arg(long)]
+        xid: u64,
+        /// How often at once
+        #[arg(long, default_value_t = 1)]
+        count: u64,
+    },
     /// Print what really happened, as JSON
     Truth {
         #[arg(long)]
@@ -75,12 +91,43 @@ struct Demand {
     /// Index of the GPU
     #[arg(long)]
     gpu: usize,
-    /// Part of the GPU it wants, above 0 and up to 1
+    /// Part of the GPU it wants, above 0 and up to 1; may be left out when it wants another engine
     #[arg(long, value_parser = demand)]
-    demand: f64,
+    demand: Option<f64>,
     /// GPU memory it holds, such as 2GiB or 512MiB
     #[arg(long, value_parser = bytes, default_value = "0")]
     mem: u64,
+    #[command(flatten)]
+    ways: ways::Options,
+}
+
+#[derive(clap::Args)]
+struct FaultArgs {
+    #[arg(long)]
+    dir: PathBuf,
+    /// Index of the GPU; all when left out
+    #[arg(long)]
+    gpu: Option<usize>,
+    #[arg(long, required_unless_present = "clear")]
+    kind: Option<Kind>,
+    /// Only this call, such as nvmlDeviceGetSamples; every call on the device when left out
+    #[arg(long, value_name = "SYMBOL")]
+    call: Option<String>,
+    /// What the calls answer, such as GPU_IS_LOST
+    #[arg(long, value_parser = faults::error)]
+    error: Option<u32>,
+    /// By how much the calls are slower
+    #[arg(long, default_value_t = 0)]
+    micros: u64,
+    /// Why clocks are held down: sw_power_cap, hw_thermal and others, with commas between
+    #[arg(long, value_parser = faults::reasons)]
+    reasons: Option<u64>,
+    /// End after this long, such as 5s; for ever when left out
+    #[arg(long = "for", value_parser = time::span)]
+    lasts: Option<Duration>,
+    /// End what is in force, on this GPU and of this kind where given
+    #[arg(long, conflicts_with_all = ["call", "error", "micros", "reasons", "lasts"])]
+    clear: bool,
 }
 
 fn main() -> ExitCode {
@@ -105,22 +152,46 @@ fn run(verb: Verb) -> anyhow::Result<u8> {
             hold::run(&load, &command)
         }
         Verb::Lives(asked) => lives::run(&asked).map(|()| 0),
+        Verb::Fault(asked) => fault(asked).map(|()| 0),
+        Verb::Xid { dir, gpu, xid, count } => {
+            known(&dir, gpu)?;
+            loads::Log::open(&dir)?.xid(gpu, xid, count).map(|_| 0)
+        }
         Verb::Truth { dir, from, to, samples } => truth::print(&dir, from, to, samples).map(|()| 0),
     }
 }
 
 fn check(load: &Demand) -> anyhow::Result<()> {
-    let gpus = world::World::read(&load.dir)?.gpus.len();
-    if load.gpu >= gpus {
-        bail!("--gpu {}: {} has {gpus} GPUs, numbered from 0", load.gpu, load.dir.display());
-    }
-    Ok(())
+    load.ways.check(&load.dir, &world::World::read(&load.dir)?, load.gpu, "--gpu")
 }
 
 fn declared(load: &Demand, pid: u32) -> anyhow::Result<loads::Load> {
     let start_time = loads::start_time(pid).with_context(|| format!("--pid {pid}: there is no such process"))?;
-    let (gpu, demand, memory_bytes) = (load.gpu, load.demand, load.mem);
-    Ok(loads::Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None })
+    let (gpu, demand, memory_bytes) = (load.gpu, load.demand.unwrap_or(0.0), load.mem);
+    let ways = load.ways.ways(load.demand.is_some())?;
+    Ok(loads::Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways })
+}
+
+fn known(dir: &Path, gpu: usize) -> anyhow::Result<()> {
+    let gpus = world::World::read(dir)?.gpus.len();
+    if gpu >= gpus {
+        bail!("--gpu {gpu}: {} has {gpus} GPUs, numbered from 0", dir.display());
+    }
+    Ok(())
+}
+
+fn fault(asked: FaultArgs) -> anyhow::Result<()> {
+    asked.gpu.map_or(Ok(()), |gpu| known(&asked.dir, gpu))?;
+    let mut log = loads::Log::open(&asked.dir)?;
+    if asked.clear {
+        return log.clear(Clear { gpu: asked.gpu, kind: asked.kind, at_us: 0 }).map(|_| ());
+    }
+    let kind = asked.kind.context("--kind is missing")?;
+    let (error, reasons) = (asked.error.unwrap_or(0), asked.reasons.unwrap_or(0));
+    let (gpu, call, micros_) = (asked.gpu, asked.call, asked.micros);
+    let fault = Fault { gpu, from_us: 0, until_us: None, kind, call, error, micros: micros_, reasons };
+    let fault = faults::checked(fault).map_err(anyhow::Error::msg)?;
+    log.fault(fault, asked.lasts.map(micros)).map(|_| ())
 }
 
 fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<()> {
@@ -136,12 +207,23 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
         bail!("--gpus differs from the {} GPUs that the --world file names; leave it out", world.gpus.len());
     }
     world.begun_us = loads::now_us();
+    world.booted_us = world.begun_us.saturating_sub(up_us());
     let lib = dir.join("lib");
     fs::create_dir_all(&lib).with_context(|| lib.display().to_string())?;
     let library = library()?;
-    fs::copy(&library, lib.join("libnvidia-ml.so.1")).with_context(|| library.display().to_string())?;
+    let mut image = fs::read(&library).with_context(|| library.display().to_string())?;
+    symbols::hide(&mut image, &symbols::missing(&world)?)?;
+    let copy = lib.join("libnvidia-ml.so.1");
+    fs::write(&copy, image).with_context(|| copy.display().to_string())?;
     fs::write(dir.join(loads::FILE), "").with_context(|| dir.display().to_string())?;
     fs::write(dir.join(world::FILE), toml::to_string(&world)?).with_context(|| dir.display().to_string())
+}
+
+/// How long the machine has been up.
+fn up_us() -> u64 {
+    let up = fs::read_to_string("/proc/uptime").unwrap_or_default();
+    let seconds = up.split_whitespace().next().and_then(|s| s.parse::<f64>().ok()).unwrap_or(0.0);
+    (seconds * 1e6) as u64
 }
 
 /// What NVML_SIM_LIBRARY names, or what cargo put beside this program.
@@ -156,41 +238,32 @@ fn library() -> anyhow::Result<PathBuf> {
     Ok(path)
 }
 
-fn number(text: &str) -> (Option<f64>, &str) {
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    (text[..end].parse().ok(), &text[end..])
-}
-
 fn demand(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|d| *d > 0.0 && *d <= 1.0).ok_or_else(|| "a demand is above 0 and at most 1".into())
 }
 
 fn bytes(text: &str) -> Result<u64, String> {
-    let shift = match number(text).1 {
+    let shift = match time::number(text).1 {
         "" => Some(0),
         "KiB" => Some(10),
         "MiB" => Some(20),
         "GiB" => Some(30),
         _ => None,
     };
-    let bytes = number(text).0.zip(shift).map(|(n, shift)| n * f64::from(1u32 << shift));
+    let bytes = time::number(text).0.zip(shift).map(|(n, shift)| n * f64::from(1u32 << shift));
     bytes.map(|b| b as u64).ok_or_else(|| "give bytes, or a number with KiB, MiB or GiB".into())
 }
 
-fn duration(text: &str) -> Result<Duration, String> {
-    let factor = match number(text).1 {
-        "s" => Some(1.0),
-        "ms" => Some(0.001),
-        "m" => Some(60.0),
-        _ => None,
-    };
-    let seconds = number(text).0.zip(factor).map(|(n, factor)| n * factor);
-    seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "give a duration such as 5s, 500ms or 1m".into())
+/// One demand, or two between which it is drawn: 0.01..0.4
+fn demands(text: &str) -> Result<(f64, f64), String> {
+    let (from, to) = text.split_once("..").unwrap_or((text, text));
+    let (from, to) = (demand(from)?, demand(to)?);
+    if from > to { Err("give it from the smaller to the larger, such as 0.01..0.4".into()) } else { Ok((from, to)) }
 }
 
 fn durations(text: &str) -> Result<(Duration, Duration), String> {
     let (from, to) = text.split_once("..").ok_or("give two durations such as 5ms..50ms")?;
-    let (from, to) = (duration(from)?, duration(to)?);
+    let (from, to) = (time::span(from)?, time::span(to)?);
     if from > to { Err("give it from the shorter to the longer, such as 5ms..50ms".into()) } else { Ok((from, to)) }
 }
 
@@ -204,8 +277,8 @@ mod tests {
         assert_eq!(bytes("1.5MiB"), Ok(3 << 19));
         assert_eq!(bytes("17"), Ok(17));
         assert!(bytes("2GB").is_err() && bytes("").is_err());
-        assert_eq!(duration("500ms"), Ok(Duration::from_millis(500)));
-        assert!(duration("5").is_err());
+        assert_eq!(time::span("500ms"), Ok(Duration::from_millis(500)));
+        assert!(time::span("5").is_err());
         let ms = Duration::from_millis;
         assert_eq!(durations("5ms..50ms"), Ok((ms(5), ms(50))));
         assert_eq!(durations("0.5s..0.5s"), Ok((ms(500), ms(500))));
@@ -215,5 +288,7 @@ mod tests {
         assert!(durations("50ms..5ms").is_err_and(|e| e.contains("from the shorter to the longer")));
         assert!(demand("0").is_err() && demand("1.1").is_err() && demand("x").is_err());
         assert_eq!(demand("0.6"), Ok(0.6));
+        assert_eq!((demands("0.6"), demands("0.01..0.4")), (Ok((0.6, 0.6)), Ok((0.01, 0.4))));
+        assert!(demands("0.4..0.1").is_err() && demands("0..0.1").is_err() && demands("0.1..").is_err());
     }
 }

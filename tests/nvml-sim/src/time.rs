@@ -1,4 +1,6 @@
-//! RFC 3339 in UTC, to the microsecond.
+//! RFC 3339 in UTC, to the microsecond; and durations such as 5s.
+
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -50,6 +52,25 @@ pub fn parse(text: &str) -> anyhow::Result<u64> {
         }
         _ => bail!(wrong()),
     }
+}
+
+/// The number that the text begins with, and the rest.
+pub fn number(text: &str) -> (Option<f64>, &str) {
+    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    (text[..end].parse().ok(), &text[end..])
+}
+
+/// A duration such as 5s, 500ms or 1m.
+pub fn span(text: &str) -> Result<Duration, String> {
+    let factor = match number(text).1 {
+        "s" => Some(1.0),
+        "ms" => Some(0.001),
+        "us" => Some(0.000_001),
+        "m" => Some(60.0),
+        _ => None,
+    };
+    let seconds = number(text).0.zip(factor).map(|(n, factor)| n * factor);
+    seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "give a duration such as 5s, 500ms or 1m".into())
 }
 
 #[cfg(test)]

@@ -4,15 +4,16 @@ use std::collections::HashMap;
 use std::io::Write as _;
 use std::path::Path;
 
+use nvidia_ml_sim::clock::GpuClock;
 use nvidia_ml_sim::follow::Follower;
-use nvidia_ml_sim::model::{Model, SERVED_AFTER_US};
-use nvidia_ml_sim::world::World;
+use nvidia_ml_sim::model::{ENGINES, Engine, Model, SERVED_AFTER_US};
+use nvidia_ml_sim::world::{Unit, World};
 use nvidia_ml_sim::{loads, time};
-use serde_json::json;
+use serde_json::{Map, Value, json};
 
 pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> anyhow::Result<()> {
     let world = World::read(dir)?;
-    let mut log = Follower::new(dir);
+    let mut log = Follower::new(dir, &world)?;
     log.read()?;
     loads::close_dead(dir, log.loads.iter())?;
     // What is younger can still change.
@@ -21,18 +22,19 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> a
     let from = from.unwrap_or(world.begun_us).max(world.begun_us);
     let to = to.unwrap_or(settled).min(settled).max(from);
     let mut out = std::io::BufWriter::new(std::io::stdout().lock());
-    let model = |gpu| Model { world: &world, gpu, loads: log.loads.of(gpu) };
+    let model = |unit| Model { world: &world, unit, loads: log.loads.of(unit), faults: &log.faults };
     if samples {
         let mut comma = "";
         write!(out, "[")?;
-        for (gpu, named) in world.gpus.iter().enumerate() {
-            let model = model(gpu);
-            for at in model.grid(from, to) {
-                let tick = model.tick(at);
+        // In MIG mode no samples are taken.
+        for gpu in (0..world.gpus.len()).filter(|gpu| world.gpus[*gpu].mig.is_empty()) {
+            let (model, clock) = (model(gpu.into()), GpuClock::new(&world, gpu)?);
+            for span in model.grid(from, to) {
+                let tick = model.tick(span);
+                let (at, stamp) = (tick.at_us, clock.stamp(tick.at_us));
                 let row = json!({
-                    "gpu": gpu, "uuid": named.uuid, "time": time::format(at), "time_us": at,
-                    "util": {"sm": tick.util, "mem": tick.util / 2, "enc": 0, "dec": 0},
-                    "pid": {"sm": tick.pid, "mem": tick.pid, "enc": null, "dec": null},
+                    "gpu": gpu, "uuid": world.gpus[gpu].uuid, "time": time::format(at), "time_us": at, "gpu_time_us": stamp,
+                    "util": by_engine(tick.util), "pid": by_engine(tick.pid),
                 });
                 write!(out, "{comma}\n{row}")?;
                 comma = ",";
@@ -40,25 +42,48 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> a
         }
         writeln!(out, "\n]")?;
     } else {
-        let gpu = |(gpu, named): (usize, &nvidia_ml_sim::world::Gpu)| {
-            let mut processes: Vec<(u32, u64, f64)> = Vec::new();
-            let mut places = HashMap::new();
-            for (load, seconds) in model(gpu).truth(from, to) {
-                let place = *places.entry((load.pid, load.start_time)).or_insert(processes.len());
-                match processes.get_mut(place) {
-                    Some(process) => process.2 += seconds,
-                    None => processes.push((load.pid, load.start_time, seconds)),
-                }
-            }
-            let list: Vec<_> = processes
-                .iter()
-                .map(|(pid, start_time, seconds)| json!({"pid": pid, "start_time": start_time, "gpu_seconds": seconds}))
-                .collect();
-            json!({"uuid": named.uuid, "busy_seconds": processes.iter().fold(0.0, |sum, p| sum + p.2), "processes": list})
-        };
-        let gpus: Vec<_> = world.gpus.iter().enumerate().map(gpu).collect();
+        let gpus: Vec<_> = world.units().into_iter().map(|unit| told(&world, model(unit), from, to)).collect();
         let answer = json!({"from": time::format(from), "to": time::format(to), "gpus": gpus});
         writeln!(out, "{}", serde_json::to_string_pretty(&answer)?)?;
     }
     Ok(out.flush()?)
+}
+
+fn by_engine<T: Into<Value>>(values: [T; ENGINES]) -> Map<String, Value> {
+    Engine::NAMES.iter().map(|name| (*name).to_owned()).zip(values.map(Into::into)).collect()
+}
+
+struct Process {
+    pid: u32,
+    start_time: u64,
+    seconds: [f64; ENGINES],
+    active: f64,
+}
+
+/// One GPU or MIG device.
+fn told(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
+    let mut processes: Vec<Process> = Vec::new();
+    let mut places = HashMap::new();
+    for spent in model.truth(from, to) {
+        let (pid, start_time) = (spent.load.pid, spent.load.start_time);
+        let place = *places.entry((pid, start_time)).or_insert_with(|| {
+            processes.push(Process { pid, start_time, seconds: [0.0; ENGINES], active: 0.0 });
+            processes.len() - 1
+        });
+        let process = &mut processes[place];
+        process.seconds.iter_mut().zip(spent.seconds).for_each(|(all, seconds)| *all += seconds);
+        process.active += spent.active;
+    }
+    let busy = processes.iter().fold(0.0, |sum, p| sum + p.seconds[0]);
+    let process = |p: &Process| {
+        let engines = by_engine(p.seconds);
+        let (seconds, active) = (p.seconds[0], p.active);
+        json!({"pid": p.pid, "start_time": p.start_time, "gpu_seconds": seconds, "active_seconds": active, "engine_seconds": engines})
+    };
+    let list: Vec<_> = processes.iter().map(process).collect();
+    let mut told = json!({"uuid": world.uuid(model.unit), "busy_seconds": busy, "processes": list});
+    if let Unit { gpu, mig: Some(_) } = model.unit {
+        told["gpu_uuid"] = json!(world.gpus[gpu].uuid);
+    }
+    told
 }

@@ -1,4 +1,5 @@
-//! The simulated machine: which GPUs, on what grid they sample, by which rule. Written once by `init`, then only read.
+//! The simulated machine: which GPUs, on what grid they sample, by which rule, and with which of the quirks that drivers show.
+//! Written once by `init`, then only read. README.md of this package explains every key.
 
 use std::fs;
 use std::path::Path;
@@ -6,135 +7,369 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
+use crate::faults::{self, Fault, Faults, Kind, Xid};
 use crate::model::SERVED_AFTER_US;
+use crate::time;
 
 pub const FILE: &str = "world.toml";
 
-/// Whom the driver names in a sample.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum PidRule {
-    /// Whoever is on the engine at the instant of the sample.
-    #[default]
-    Instant,
-    /// Whoever was on it last within the period.
-    Last,
+macro_rules! words {
+    ($($(#[$doc:meta])* $name:ident { $($(#[$of:meta])* $word:ident)* })*) => {$(
+        $(#[$doc])*
+        #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+        #[serde(rename_all = "snake_case")]
+        pub enum $name { $($(#[$of])* $word),* }
+    )*};
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct World {
-    pub seed: u64,
-    pub driver_version: String,
-    pub pid_rule: PidRule,
-    /// The sampling grid, microseconds.
-    pub period_us: u64,
-    /// How old a sample is when the driver first serves it, microseconds.
-    pub delay_us: u64,
+words! {
+    /// Whom the driver names in a sample: whoever is on the engine at its instant, or whoever was last within its period.
+    PidRule { #[default] Instant Last }
+    /// What stamps count from.
+    Clock { #[default] Epoch Boot }
+    RowOrder { #[default] Time Shuffled }
+    /// Whether a row's stamp is its sample's, or a few ms earlier, as if taken process by process.
+    RowStamps { #[default] Device Process }
+    /// Whether idle samples are in GetSamples.
+    IdleRing { #[default] Zeros Dry }
+    /// What GetUtilizationRates tells.
+    Rates { #[default] Ring Zero }
+    ListMemory { #[default] Known Unknown }
+    /// What an answer may have beside the rows it should have.
+    Garbage { #[default] Util PidZero PidMax Stale Exited Zombies }
+}
+
+/// The clock is set by so much, at a time since the world's begin.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct ClockStep {
+    pub at: String,
+    pub by_us: i64,
+}
+
+/// Keys that the world has for all GPUs and a GPU may have for itself.
+macro_rules! world {
+    ($($(#[$doc:meta])* $name:ident: $type:ty = $default:expr;)*) => {
+        #[derive(Clone, Debug, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct World {
+            pub seed: u64,
+            pub driver_version: String,
+            /// How old a sample is when the driver first serves it, microseconds.
+            pub delay_us: u64,
+            /// When this world began, and when its machine was booted, microseconds since the epoch; `init` fills them in.
+            pub begun_us: u64,
+            pub booted_us: u64,
+            /// Latency of process lists, and of every other call.
+            pub list_us: u64,
+            pub call_us: u64,
+            /// Symbols that the library does not have.
+            pub missing: Vec<String>,
+            $($(#[$doc])* pub $name: $type,)*
+            pub faults: Vec<FaultKey>,
+            pub xids: Vec<XidKey>,
+            pub gpus: Vec<Gpu>,
+        }
+
+        #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+        #[serde(deny_unknown_fields, default)]
+        pub struct Gpu {
+            pub name: String,
+            pub uuid: String,
+            pub pci_bus_id: String,
+            pub memory_bytes: u64,
+            /// `/dev/nvidia<minor>`; the index, unless it is given.
+            pub minor: Option<u32>,
+            $($(#[$doc])* pub $name: Option<$type>,)*
+            /// Its MIG devices; with any, it is in MIG mode.
+            pub mig: Vec<Mig>,
+        }
+
+        impl Default for World {
+            fn default() -> Self {
+                Self {
+                    seed: 1,
+                    driver_version: "535.183.01".into(),
+                    delay_us: SERVED_AFTER_US,
+                    begun_us: 0,
+                    booted_us: 0,
+                    list_us: 0,
+                    call_us: 0,
+                    missing: Vec::new(),
+                    $($name: $default,)*
+                    faults: Vec::new(),
+                    xids: Vec::new(),
+                    gpus: Vec::new(),
+                }
+            }
+        }
+
+        impl World {
+            $(pub fn $name(&self, gpu: usize) -> &$type {
+                self.gpus.get(gpu).and_then(|g| g.$name.as_ref()).unwrap_or(&self.$name)
+            })*
+        }
+    };
+}
+
+world! {
+    pid_rule: PidRule = PidRule::Instant;
+    /// The sampling grid, microseconds. As measured on real boards: 167.1-169.8 ms.
+    period_us: u64 = 167_139;
+    /// How far a sample may be from its point on the grid.
+    jitter_us: u64 = 0;
     /// Samples the driver keeps.
-    pub ring: usize,
-    /// When this world began, microseconds since the epoch; `init` fills it in.
-    pub begun_us: u64,
-    pub gpus: Vec<Gpu>,
+    ring: usize = 72;
+    clock: Clock = Clock::Epoch;
+    clock_offset_us: i64 = 0;
+    clock_drift_ppm: f64 = 0.0;
+    row_order: RowOrder = RowOrder::Time;
+    /// What the size query answers: a capacity, not a count.
+    row_probe: u32 = 100;
+    rows_grow: bool = false;
+    row_stamps: RowStamps = RowStamps::Device;
+    idle_ring: IdleRing = IdleRing::Zeros;
+    garbage: Vec<Garbage> = Vec::new();
+    garbage_every: u64 = 1;
+    utilization_rates: Rates = Rates::Ring;
+    list_memory: ListMemory = ListMemory::Known;
+    energy: bool = false;
+    accounting: bool = false;
+    gpm: bool = false;
+    clock_steps: Vec<ClockStep> = Vec::new();
 }
 
-#[derive(Clone, Debug, Serialize, Deserialize)]
-#[serde(deny_unknown_fields, default)]
-pub struct Gpu {
-    pub name: String,
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct FaultKey {
+    pub gpu: Option<usize>,
+    pub from: String,
+    pub lasts: Option<String>,
+    pub kind: Kind,
+    pub call: Option<String>,
+    pub error: Option<String>,
+    #[serde(default)]
+    pub micros: u64,
+    pub reasons: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct XidKey {
+    pub gpu: usize,
+    pub at: String,
+    pub xid: u64,
+    #[serde(default = "one")]
+    pub count: u64,
+}
+
+fn one() -> u64 {
+    1
+}
+
+/// One MIG device. What is 0 or empty is filled in.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(from = "MigKey")]
+pub struct Mig {
     pub uuid: String,
-    pub pci_bus_id: String,
+    pub gi: u32,
+    pub ci: u32,
     pub memory_bytes: u64,
-    /// `/dev/nvidia<minor>`; the index, unless it is given.
-    pub minor: Option<u32>,
-    /// UUIDs of its MIG devices; with any, it is in MIG mode.
-    pub mig: Vec<String>,
-    /// Instead of the world's.
-    pub pid_rule: Option<PidRule>,
-    pub period_us: Option<u64>,
+    /// Of the seven that a GPU has.
+    pub slices: u32,
 }
 
-impl Default for World {
-    fn default() -> Self {
-        Self {
-            seed: 1,
-            driver_version: "535.183.01".into(),
-            pid_rule: PidRule::Instant,
-            // As measured on real boards: 167.1-169.8 ms.
-            period_us: 167_139,
-            delay_us: SERVED_AFTER_US,
-            ring: 72,
-            begun_us: 0,
-            gpus: Vec::new(),
+#[derive(Deserialize)]
+#[serde(untagged)]
+enum MigKey {
+    Uuid(String),
+    Table(MigTable),
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct MigTable {
+    uuid: String,
+    #[serde(default)]
+    gi: u32,
+    #[serde(default)]
+    ci: u32,
+    #[serde(default)]
+    memory_bytes: u64,
+    #[serde(default)]
+    slices: u32,
+}
+
+impl From<MigKey> for Mig {
+    fn from(key: MigKey) -> Self {
+        match key {
+            MigKey::Uuid(uuid) => Self { uuid, gi: 0, ci: 0, memory_bytes: 0, slices: 0 },
+            MigKey::Table(MigTable { uuid, gi, ci, memory_bytes, slices }) => Self { uuid, gi, ci, memory_bytes, slices },
         }
     }
 }
 
-impl Default for Gpu {
-    fn default() -> Self {
-        Self {
-            name: "Tesla V100-SXM2-16GB".into(),
-            uuid: String::new(),
-            pci_bus_id: String::new(),
-            memory_bytes: 16 << 30,
-            minor: None,
-            mig: Vec::new(),
-            pid_rule: None,
-            period_us: None,
-        }
+/// Slices of a GPU that is cut up whole.
+pub const MIG_SLICES: u32 = 7;
+
+/// What has engines of its own: a GPU, or one of its MIG devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct Unit {
+    pub gpu: usize,
+    pub mig: Option<usize>,
+}
+
+impl From<usize> for Unit {
+    fn from(gpu: usize) -> Self {
+        Self { gpu, mig: None }
     }
+}
+
+fn span_us(key: &str, text: &str) -> anyhow::Result<u64> {
+    time::span(text).map(faults::micros).map_err(|problem| anyhow::anyhow!("{key} = {text:?}: {problem}"))
 }
 
 impl World {
     pub fn read(dir: &Path) -> anyhow::Result<World> {
         let path = dir.join(FILE);
-        let text = fs::read_to_string(&path).with_context(|| {
-            format!("{}: no simulated GPUs here; make some with `nvml-sim init --dir {}`", path.display(), dir.display())
-        })?;
+        let text = fs::read_to_string(&path)
+            .with_context(|| format!("{}: make a world with `nvml-sim init --dir {}`", path.display(), dir.display()))?;
         Self::parse(&text).with_context(|| path.display().to_string())
     }
 
     /// Fills in names and checks what is given.
     pub fn parse(text: &str) -> anyhow::Result<World> {
         let mut world: World = toml::from_str(text)?;
-        for (index, gpu) in world.gpus.iter_mut().enumerate() {
-            if gpu.uuid.is_empty() {
-                let mix = crate::model::mix(world.seed, index as u64, 0);
-                gpu.uuid = format!(
-                    "GPU-{:08x}-{:04x}-4{:03x}-8{:03x}-{:012x}",
-                    mix >> 32,
-                    mix >> 16 & 0xffff,
-                    mix & 0xfff,
-                    index,
-                    mix & 0xffff_ffff_ffff
-                );
-            }
-            if gpu.pci_bus_id.is_empty() {
-                gpu.pci_bus_id = format!("00000000:{:02X}:00.0", 4 + index);
-            }
-            let period = gpu.period_us.unwrap_or(world.period_us);
-            if !(20_000..=2_000_000).contains(&period) {
-                bail!("period_us = {period} is outside 20000..2000000");
-            }
-            if !gpu.uuid.starts_with("GPU-") || gpu.uuid.len() > 79 || gpu.name.len() > 95 {
-                bail!("gpus[{index}]: uuid must begin with GPU- and have at most 79 bytes, name at most 95");
-            }
-        }
-        if !(1..=4096).contains(&world.ring) {
-            bail!("ring = {} is outside 1..4096", world.ring);
+        for index in 0..world.gpus.len() {
+            let mix = crate::model::mix(world.seed, index as u64, 0);
+            world.gpus[index].fill_in(index, mix);
+            world.check(index)?;
         }
         if !(SERVED_AFTER_US..=10_000_000).contains(&world.delay_us) {
             bail!("delay_us = {} is outside {SERVED_AFTER_US}..10000000", world.delay_us);
         }
+        if world.gpus.is_empty() {
+            world.check(0)?;
+        }
+        if world.driver_major().is_none() {
+            bail!("driver_version = {:?} must begin with a number and a dot", world.driver_version);
+        }
+        world.faults()?;
+        world.xids()?;
         Ok(world)
     }
 
-    pub fn period_us(&self, gpu: usize) -> u64 {
-        self.gpus.get(gpu).and_then(|g| g.period_us).unwrap_or(self.period_us)
+    fn check(&self, index: usize) -> anyhow::Result<()> {
+        let (period, jitter, ring) = (*self.period_us(index), *self.jitter_us(index), *self.ring(index));
+        if !(20_000..=2_000_000).contains(&period) {
+            bail!("period_us = {period} is outside 20000..2000000");
+        }
+        if jitter > period / 4 {
+            bail!("jitter_us = {jitter} is more than a quarter of the period, {period}");
+        }
+        if !(1..=4096).contains(&ring) {
+            bail!("ring = {ring} is outside 1..4096");
+        }
+        if *self.garbage_every(index) == 0 || *self.row_probe(index) == 0 {
+            bail!("garbage_every and row_probe begin at 1");
+        }
+        let drift = *self.clock_drift_ppm(index);
+        if !(-100_000.0..=100_000.0).contains(&drift) {
+            bail!("clock_drift_ppm = {drift} is outside -100000..100000");
+        }
+        self.clock_steps_us(index)?;
+        let Some(gpu) = self.gpus.get(index) else { return Ok(()) };
+        if !gpu.uuid.starts_with("GPU-") || gpu.uuid.len() > 79 || gpu.name.len() > 95 {
+            bail!("gpus[{index}]: uuid must begin with GPU- and have at most 79 bytes, name at most 95");
+        }
+        match gpu.mig.iter().find(|mig| !mig.uuid.starts_with("MIG-") || mig.uuid.len() > 79) {
+            Some(mig) => bail!("gpus[{index}]: mig {:?} must begin with MIG- and have at most 79 bytes", mig.uuid),
+            None => Ok(()),
+        }
     }
 
-    pub fn pid_rule(&self, gpu: usize) -> PidRule {
-        self.gpus.get(gpu).and_then(|g| g.pid_rule).unwrap_or(self.pid_rule)
+    /// The `[[faults]]`, in microseconds since the epoch.
+    pub fn faults(&self) -> anyhow::Result<Faults> {
+        let fault = |(n, key): (usize, &FaultKey)| {
+            let problem = |told: String| anyhow::anyhow!("faults[{n}]: {told}");
+            let from_us = self.begun_us + span_us("from", &key.from)?;
+            let lasts = key.lasts.as_ref().map(|text| span_us("lasts", text)).transpose()?;
+            let error = key.error.as_ref().map_or(Ok(0), |name| faults::error(name)).map_err(problem)?;
+            let reasons = key.reasons.as_ref().map_or(Ok(0), |list| faults::reasons(list)).map_err(problem)?;
+            let (gpu, kind, call, micros) = (key.gpu, key.kind, key.call.clone(), key.micros);
+            let until_us = lasts.map(|us| from_us.saturating_add(us));
+            let fault = faults::checked(Fault { gpu, from_us, until_us, kind, call, error, micros, reasons }).map_err(problem)?;
+            match gpu.filter(|gpu| *gpu >= self.gpus.len() && !self.gpus.is_empty()) {
+                Some(gpu) => Err(problem(format!("gpu = {gpu}: there are {}, numbered from 0", self.gpus.len()))),
+                None => Ok(fault),
+            }
+        };
+        Ok(Faults::new(self.faults.iter().enumerate().map(fault).collect::<anyhow::Result<_>>()?))
+    }
+
+    pub fn xids(&self) -> anyhow::Result<Vec<Xid>> {
+        let xid = |key: &XidKey| {
+            Ok(Xid { gpu: key.gpu, at_us: self.begun_us + span_us("at", &key.at)?, xid: key.xid, count: key.count })
+        };
+        self.xids.iter().map(xid).collect()
+    }
+
+    /// When, in microseconds since the epoch, and by how much.
+    pub fn clock_steps_us(&self, gpu: usize) -> anyhow::Result<Vec<(u64, i64)>> {
+        let step = |step: &ClockStep| Ok((self.begun_us + span_us("at", &step.at)?, step.by_us));
+        self.clock_steps(gpu).iter().map(step).collect()
+    }
+
+    pub fn driver_major(&self) -> Option<u32> {
+        self.driver_version.split_once('.')?.0.parse().ok()
+    }
+
+    /// All that has engines: GPUs first, in their order, then the MIG devices.
+    pub fn units(&self) -> Vec<Unit> {
+        let migs = |(gpu, g): (usize, &Gpu)| (0..g.mig.len()).map(move |mig| Unit { gpu, mig: Some(mig) }).collect::<Vec<_>>();
+        (0..self.gpus.len()).map(Unit::from).chain(self.gpus.iter().enumerate().flat_map(migs)).collect()
+    }
+
+    pub fn mig(&self, unit: Unit) -> Option<&Mig> {
+        self.gpus.get(unit.gpu)?.mig.get(unit.mig?)
+    }
+
+    pub fn uuid(&self, unit: Unit) -> &str {
+        let mig = self.mig(unit).map(|mig| &*mig.uuid);
+        mig.or_else(|| self.gpus.get(unit.gpu).map(|gpu| &*gpu.uuid)).unwrap_or_default()
+    }
+
+    pub fn memory_bytes(&self, unit: Unit) -> u64 {
+        let mig = self.mig(unit).map(|mig| mig.memory_bytes);
+        mig.or_else(|| self.gpus.get(unit.gpu).map(|gpu| gpu.memory_bytes)).unwrap_or_default()
+    }
+}
+
+impl Gpu {
+    fn fill_in(&mut self, index: usize, mix: u64) {
+        if self.name.is_empty() {
+            self.name = "Tesla V100-SXM2-16GB".into();
+        }
+        if self.memory_bytes == 0 {
+            self.memory_bytes = 16 << 30;
+        }
+        if self.uuid.is_empty() {
+            let (a, b, c, e) = (mix >> 32, mix >> 16 & 0xffff, mix & 0xfff, mix & 0xffff_ffff_ffff);
+            self.uuid = format!("GPU-{a:08x}-{b:04x}-4{c:03x}-8{index:03x}-{e:012x}");
+        }
+        if self.pci_bus_id.is_empty() {
+            self.pci_bus_id = format!("00000000:{:02X}:00.0", 4 + index);
+        }
+        for (number, mig) in self.mig.iter_mut().enumerate() {
+            mig.slices = mig.slices.max(1);
+            if mig.gi == 0 {
+                mig.gi = number as u32 + 1;
+            }
+            if mig.memory_bytes == 0 {
+                // An eighth of the memory goes with each of the seven slices.
+                mig.memory_bytes = self.memory_bytes / 8 * u64::from(mig.slices);
+            }
+        }
     }
 }
 
@@ -162,5 +397,39 @@ mod tests {
         check("delay_us = 19999", "delay_us = 19999 is outside 20000..10000000");
         check("delay_us = 10000001", "delay_us = 10000001 is outside 20000..10000000");
         check("[[gpus]]\nuuid = 'x'", "gpus[0]: uuid must begin with GPU-");
+        check("ring = 0", "ring = 0 is outside");
+        check("[[gpus]]\nring = 5000", "ring = 5000 is outside");
+        check("jitter_us = 41000\n[[gpus]]", "ok 1");
+        check("jitter_us = 42000", "jitter_us = 42000 is more than a quarter");
+        check("clock_drift_ppm = 1e9", "clock_drift_ppm = 1000000000 is outside");
+        check("driver_version = 'x'", "must begin with a number");
+        check("garbage = ['zombies', 'pid_max']\ngarbage_every = 0", "begin at 1");
+        check("garbage = ['dust']", "unknown variant `dust`");
+        check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3", "ok 1");
+        check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20'\nby_us = -3", "at = \"20\": give a duration");
+        check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GPU_IS_LOST'", "ok 0");
+        check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GONE'", "faults[0]: \"GONE\" is no NVML error");
+        check("[[gpus]]\n[[faults]]\ngpu = 1\nfrom = '1s'\nkind = 'lost'", "faults[0]: gpu = 1: there are 1");
+        check("[[xids]]\ngpu = 0\nat = '1s'\nxid = 79", "ok 0");
+        check("[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, slices = 3 }]", "ok 1");
+        check("[[gpus]]\nmig = ['x']", "must begin with MIG-");
+    }
+
+    #[test]
+    fn a_gpu_s_own_keys_come_first_and_all_survive_being_written() {
+        let text = "jitter_us = 9\nring = 5\ngarbage = ['util']\n[[faults]]\nfrom = '1s'\nlasts = '2s'\nkind = 'freeze'\n\
+                    [[gpus]]\nring = 7\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, slices = 3 }]\n[[gpus]]\nclock = 'boot'\n\
+                    [[gpus.clock_steps]]\nat = '20s'\nby_us = -3\n";
+        let world = World { begun_us: 1_000, ..World::parse(text).unwrap() };
+        let again = World::parse(&toml::to_string(&world).unwrap()).unwrap();
+        for world in [world, again] {
+            assert_eq!((*world.ring(0), *world.ring(1), *world.jitter_us(0)), (7, 5, 9));
+            assert_eq!((*world.clock(0), *world.clock(1)), (Clock::Epoch, Clock::Boot));
+            assert_eq!(world.clock_steps_us(1).unwrap(), [(20_001_000, -3)]);
+            assert!(!world.faults().unwrap().recorded(0, 1_001_000) && world.faults().unwrap().recorded(0, 3_001_000));
+            let mig = &world.gpus[0].mig;
+            assert_eq!((mig[0].gi, mig[1].gi, mig[1].slices, mig[0].memory_bytes), (1, 9, 3, 2 << 30));
+            assert_eq!(world.units().len(), 4);
+        }
     }
 }

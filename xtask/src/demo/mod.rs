@@ -3,25 +3,25 @@
 //! Everything in it is real but the GPU, and that too where the machine has one. Nothing is left behind: processes die
 //! with this one, and the janitor removes the rest.
 
-mod exposition;
+pub mod exposition;
 mod table;
-mod workloads;
+pub mod workloads;
 
 use crate::{
+    agent,
     build::{self, Built, Profile},
     dockerd::tail,
     http,
     janitor::Cleanup,
     setup, sys,
-    tools::{self, Running, Usage, run, say},
+    tools::{self, Running, run, say},
 };
 use anyhow::{Context, Result, bail};
 use std::{
-    fs,
     io::{self, IsTerminal as _},
-    net::{SocketAddr, TcpListener},
+    net::SocketAddr,
     path::{Path, PathBuf},
-    process::{Command, Stdio},
+    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -29,8 +29,6 @@ use table::{Screen, View};
 use workloads::{Place, SPECS, Spec, Workload};
 
 const DRIVER: &str = "/dev/nvidiactl";
-/// From its start to the first merged scan; usually under a second.
-const READY_PATIENCE: Duration = Duration::from_secs(30);
 const SCRAPE_PERIOD: Duration = Duration::from_secs(1);
 
 struct Options {
@@ -45,8 +43,8 @@ impl Options {
         let mut words = args.iter();
         while let Some(word) = words.next() {
             match word.split_once('=').unwrap_or((word, "")) {
-                ("--for", "") => options.lasts = Some(duration(words.next().map_or("", String::as_str))?),
-                ("--for", value) => options.lasts = Some(duration(value)?),
+                ("--for", "") => options.lasts = Some(tools::duration(words.next().map_or("", String::as_str))?),
+                ("--for", value) => options.lasts = Some(tools::duration(value)?),
                 ("--sim", "") if options.real.is_none() => options.real = Some(false),
                 ("--real", "") if options.real.is_none() => options.real = Some(true),
                 _ => return Err(tools::unknown(word)),
@@ -54,21 +52,6 @@ impl Options {
         }
         Ok(options)
     }
-}
-
-fn duration(text: &str) -> Result<Duration> {
-    let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
-    let (number, unit) = text.split_at(end);
-    let factor = match unit {
-        "ms" => 0.001,
-        "s" | "" => 1.0,
-        "m" => 60.0,
-        "h" => 3600.0,
-        _ => f64::NAN,
-    };
-    let seconds = number.parse::<f64>().map_or(f64::NAN, |number| number * factor);
-    let parsed = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
-    parsed.ok_or_else(|| Usage(format!("'{text}' is no duration; 30s, 5m or 1500ms are")).into())
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
@@ -138,7 +121,7 @@ impl Stage {
         }
         let mut agent = Command::new(&built.sampler);
         agent.env("NVML_SIM_DIR", &dir).arg("run").arg("--nvml-lib").arg(dir.join("lib/libnvidia-ml.so.1"));
-        let (agent, server, log) = start_agent(agent, tmp)?;
+        let (agent, server, log) = agent::start("demo", agent, tmp)?;
         begin(last)?;
         Ok(Self { workloads, loads, agent, log, server, expected: &SPECS })
     }
@@ -147,7 +130,7 @@ impl Stage {
         say("demo: on the machine's NVIDIA driver; it starts no CUDA work, so the table has what others run, and the devices");
         let mut agent = Command::new(&built.sampler);
         agent.arg("run");
-        let (agent, server, log) = start_agent(agent, tmp)?;
+        let (agent, server, log) = agent::start("demo", agent, tmp)?;
         Ok(Self { workloads: Vec::new(), loads: Vec::new(), agent, log, server, expected: &[] })
     }
 
@@ -221,59 +204,9 @@ impl Stage {
     }
 }
 
-/// Waits for the first merged scan.
-fn start_agent(mut command: Command, tmp: &Path) -> Result<(Running, SocketAddr, PathBuf)> {
-    // Free a moment ago; should another take it in between, the agent says so and the demo fails.
-    let server = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
-    let log = tmp.join("agent.log");
-    command
-        .args(["--listen", &server.to_string()])
-        .stdin(Stdio::null())
-        .stdout(fs::File::create(&log)?)
-        .stderr(fs::OpenOptions::new().append(true).open(&log)?);
-    // Out of the terminal's group: on Ctrl-C it has to answer once more.
-    sys::own_session(&mut command);
-    let mut agent = Running::start("the agent", tools::forget_cargo(&mut command))?;
-    let from = Instant::now();
-    loop {
-        if let Some(status) = agent.ended()? {
-            bail!("the agent ended ({status}):\n{}", tail(&log));
-        }
-        if http::get(server, "/readyz").is_ok_and(|answer| answer.status == 200) {
-            break;
-        }
-        if let Some(signal) = sys::interrupted() {
-            bail!("interrupted by signal {signal}");
-        }
-        if from.elapsed() > READY_PATIENCE {
-            bail!("the agent is not ready after {READY_PATIENCE:?}:\n{}", tail(&log));
-        }
-        thread::sleep(Duration::from_millis(20));
-    }
-    say(format_args!("demo: the agent is ready after {} ms", from.elapsed().as_millis()));
-    Ok((agent, server, log))
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn durations() {
-        for (text, expect) in [
-            ("30s", Some(30_000)),
-            ("1.5m", Some(90_000)),
-            ("1500ms", Some(1_500)),
-            ("7", Some(7_000)),
-            ("", None),
-            ("0s", None),
-            ("s", None),
-            ("3d", None),
-            ("-1s", None),
-        ] {
-            assert_eq!(duration(text).ok(), expect.map(Duration::from_millis), "{text}");
-        }
-    }
 
     #[test]
     fn options() {

@@ -44,6 +44,11 @@ pub struct Workload {
 }
 
 impl Workload {
+    /// How it ended, where it is a child of ours and has.
+    pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
+        self.process.as_mut().map_or(Ok(None), Running::ended)
+    }
+
     pub fn lives(&mut self) -> Result<bool> {
         Ok(match &mut self.process {
             Some(process) => process.ended()?.is_none(),
@@ -74,14 +79,27 @@ impl Place {
         let name = format!("{}/{}/{}", spec.namespace, spec.pod, spec.container);
         let started = match self {
             Self::Docker { socket, image } => start_container(spec, socket, image, cleanup),
-            Self::Cgroups { root } => start_in_cgroup(spec, root, cleanup),
+            Self::Cgroups { root } => start_in_cgroup(spec, root, sleep()?, cleanup),
         };
         let (pid, process) = started.with_context(|| format!("starting {name}"))?;
         Ok(Workload { name, pid, process })
     }
 }
 
-fn start_in_cgroup(spec: &Spec, root: &Path, cleanup: &mut Cleanup) -> Result<(u32, Option<Running>)> {
+/// The command as a container's process, without any engine.
+pub fn start_command(spec: &Spec, command: Command, cleanup: &mut Cleanup) -> Result<Workload> {
+    let (pid, process) = start_in_cgroup(spec, &cgroup_root(&mounts())?, command, cleanup)?;
+    Ok(Workload { name: format!("{}/{}/{}", spec.namespace, spec.pod, spec.container), pid, process })
+}
+
+/// For longer than anyone watches.
+pub fn sleep() -> Result<Command> {
+    let mut command = Command::new(on_path("sleep").context("there is no `sleep` here")?);
+    command.arg(SLEEP_SECONDS).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
+    Ok(command)
+}
+
+fn start_in_cgroup(spec: &Spec, root: &Path, mut command: Command, cleanup: &mut Cleanup) -> Result<(u32, Option<Running>)> {
     let (id, uid) = (random_hex(64)?, uuid()?);
     let bundle = Path::new(BUNDLES).join(&id);
     cleanup.folders(Path::new(BUNDLES))?;
@@ -96,9 +114,6 @@ fn start_in_cgroup(spec: &Spec, root: &Path, cleanup: &mut Cleanup) -> Result<(u
     cleanup.will_remove(&Leftover::Cgroup(cgroup.clone()))?;
     fs::create_dir(&cgroup).with_context(|| cgroup.display().to_string())?;
 
-    let sleep = on_path("sleep").context("there is no `sleep` here")?;
-    let mut command = Command::new(sleep);
-    command.arg(SLEEP_SECONDS).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     let process = Running::start(spec.pod, crate::sys::own_session(&mut command))?;
     fs::write(cgroup.join("cgroup.procs"), process.pid().to_string())
         .with_context(|| cgroup.join("cgroup.procs").display().to_string())?;

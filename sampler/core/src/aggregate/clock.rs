@@ -1,62 +1,123 @@
-//! One GPU's clock against boot time, and its sampling grid. Nothing ties the two clocks but what polls show.
+//! One GPU's clock against boot time. Nothing ties the two but what polls show.
 
 use std::collections::VecDeque;
 
+use crate::snapshot::ClockView;
 use crate::units::{BootNs, GpuNs};
 
-/// Offsets seen over this many polls decide; older ones are forgotten, so drift and steps are followed.
-const REMEMBERED_POLLS: usize = 256;
-/// Gaps remembered to learn the grid.
-const REMEMBERED_GAPS: usize = 64;
-
-/// The grid while it is not learned: longer than any that was seen (167 to 170 ms).
-const PERIOD_AT_MOST_NS: u64 = 200_000_000;
-/// What the offset may have drifted since the poll that bounds it: 13 s at a few hundred ppm.
+/// Bounds seen over this many polls that brought a sample decide; older ones are forgotten, so drift is followed.
+const REMEMBERED_POLLS: usize = 128;
+/// What the offset may have drifted since the poll that bounds it: 21 s at a few hundred ppm.
 const DRIFT_NS: u64 = 5_000_000;
+/// The least bound of so long is one point of the drift's line.
+const POINT_NS: u64 = 10_000_000_000;
+/// Points remembered: 5 min.
+const REMEMBERED_POINTS: usize = 30;
+/// Fewer points say nothing about drift: within a minute, what polls miss by is as large.
+const DRIFT_POINTS: usize = 6;
 
-/// A sample cannot be read before it was taken, so every poll bounds the offset from above: `boot - gpu <= ended - newest`.
-/// The smallest bound is the closest one. It is late by what the driver takes to serve a sample; nothing in the driver's answers
-/// tells how long that is. Taken here: one period at most.
+/// A sample cannot be read before it was taken, and it was served after the last poll that did not have it. So each poll bounds the
+/// offset `boot - gpu` on both sides, from below only as far as one knows how old a sample is when it is first served; nothing in
+/// the driver's answers tells, and it is taken to be one period at most.
 #[derive(Debug, Default)]
 pub struct GpuClock {
-    bounds: VecDeque<i128>,
-    gaps: VecDeque<u64>,
+    /// (least, most) by poll.
+    bounds: VecDeque<(i128, i128)>,
+    points: VecDeque<(BootNs, i128)>,
+    last_began: Option<BootNs>,
+    pub steps: u64,
 }
 
 impl GpuClock {
-    pub fn polled(&mut self, newest: GpuNs, ended: BootNs) {
+    /// `newest` was read between `began` and `ended`, and was not there at the poll before.
+    pub fn polled(&mut self, newest: GpuNs, began: BootNs, ended: BootNs, period_ns: u64) {
+        let most = i128::from(ended.0) - i128::from(newest.0);
+        let before = self.last_began.replace(began);
+        // Without a poll before, the sample may be as old as a period and the delay.
+        let first_served = before.unwrap_or(BootNs(began.0.saturating_sub(period_ns)));
+        let least = i128::from(first_served.0) - i128::from(period_ns) - i128::from(newest.0);
         if self.bounds.len() == REMEMBERED_POLLS {
             self.bounds.pop_front();
         }
-        self.bounds.push_back(i128::from(ended.0) - i128::from(newest.0));
+        self.bounds.push_back((least, most));
+        match self.points.back_mut() {
+            Some((at, least)) if ended.saturating_since(*at) < POINT_NS => *least = most.min(*least),
+            _ => {
+                if self.points.len() == REMEMBERED_POINTS {
+                    self.points.pop_front();
+                }
+                self.points.push_back((ended, most));
+            }
+        }
+    }
+
+    /// A poll that brought nothing new.
+    pub fn silent(&mut self, began: BootNs) {
+        self.last_began = Some(began);
+    }
+
+    /// The clock was set: what was known of it is void.
+    pub fn stepped(&mut self) {
+        self.steps += 1;
+        self.forget();
+    }
+
+    /// The device was opened again.
+    pub fn forget(&mut self) {
+        self.bounds.clear();
+        self.points.clear();
+        self.last_began = None;
+    }
+
+    /// The least of the bounds from above is the closest: `boot - gpu`.
+    fn offset(&self) -> Option<i128> {
+        self.bounds.iter().map(|(_, most)| *most).min()
+    }
+
+    /// A poll has bounded it.
+    pub fn is_known(&self) -> bool {
+        !self.bounds.is_empty()
+    }
+
+    fn uncertainty_ns(&self) -> Option<u64> {
+        let least = self.bounds.iter().map(|(least, _)| *least).max()?;
+        // Bounds of a drifting clock may cross.
+        u64::try_from((self.offset()? - least).max(0)).ok()
     }
 
     pub fn boot(&self, at: GpuNs) -> Option<BootNs> {
-        let offset = self.bounds.iter().min()?;
-        u64::try_from(i128::from(at.0) + offset).ok().map(BootNs)
+        u64::try_from(i128::from(at.0) + self.offset()?).ok().map(BootNs)
     }
 
     /// When the process that a sample names was on the engine: at the sample's instant or within the period that ends there,
     /// the sample being as old as it can be or as young.
     pub fn named_within(&self, boot: BootNs, span_ns: u64) -> (BootNs, BootNs) {
-        let late = self.period_ns().unwrap_or(PERIOD_AT_MOST_NS);
-        (boot.minus(late).minus(span_ns), boot.plus(DRIFT_NS))
+        (boot.minus(self.uncertainty_ns().unwrap_or_default()).minus(span_ns), boot.plus(DRIFT_NS))
     }
 
-    pub fn gap(&mut self, gap_ns: u64) {
-        if self.gaps.len() == REMEMBERED_GAPS {
-            self.gaps.pop_front();
-        }
-        self.gaps.push_back(gap_ns);
-    }
-
-    /// The median gap between consecutive ticks, once three were seen.
-    pub fn period_ns(&self) -> Option<u64> {
-        if self.gaps.len() < 3 {
+    /// Seconds gained per second, by least squares over the points.
+    fn drift_ratio(&self) -> Option<f64> {
+        // The last one is not complete.
+        let n = self.points.len().saturating_sub(1);
+        if n < DRIFT_POINTS {
             return None;
         }
-        let mut sorted: Vec<u64> = self.gaps.iter().copied().collect();
-        sorted.sort_unstable();
-        sorted.get(sorted.len() / 2).copied()
+        let (from, base) = *self.points.front()?;
+        let point = |(at, most): &(BootNs, i128)| (at.saturating_since(from) as f64, (most - base) as f64);
+        let points: Vec<(f64, f64)> = self.points.iter().take(n).map(point).collect();
+        let mean = |of: fn(&(f64, f64)) -> f64| points.iter().map(of).sum::<f64>() / n as f64;
+        let (x, y) = (mean(|p| p.0), mean(|p| p.1));
+        let (xy, xx) = points.iter().fold((0.0, 0.0), |(xy, xx), p| (xy + (p.0 - x) * (p.1 - y), xx + (p.0 - x).powi(2)));
+        // The offset falls while the GPU's clock gains.
+        (xx > 0.0).then(|| -xy / xx)
+    }
+
+    pub fn view(&self) -> ClockView {
+        ClockView {
+            ahead_of_boot_seconds: self.offset().map(|ns| -ns as f64 * 1e-9),
+            uncertainty_seconds: self.uncertainty_ns().map(|ns| ns as f64 * 1e-9),
+            drift_ratio: self.drift_ratio(),
+            steps: self.steps,
+        }
     }
 }

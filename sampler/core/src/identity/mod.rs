@@ -68,7 +68,11 @@ impl Identity {
             Observation::Cgroup(fact) => self.cgroup(&fact),
             Observation::ScanBegan => self.scan_began(),
             Observation::ScanEnded(scan) => self.scan_ended(&scan),
-            Observation::GpuFound { .. } | Observation::Gpu(_) | Observation::Tick { .. } => {}
+            Observation::GpuFound { .. }
+            | Observation::GpuGone { .. }
+            | Observation::Xid { .. }
+            | Observation::Gpu(_)
+            | Observation::Tick { .. } => {}
         }
     }
 

@@ -1,199 +1,366 @@
-//! One GPU's poller. Polls faster than the driver samples: each reply then holds at most one new sample a process, so the raw
-//! (time, pid, utilization) tuples come out exactly; polled slower, the driver averages them away.
+//! One GPU's thread: opens it, polls it, finds it again when it was lost.
+//!
+//! ```text
+//!  open --> polling --GPU_IS_LOST, RESET_REQUIRED--> lost --answers again--> open
+//!              \--the driver went or was replaced--> ends; gpu-watch opens the library anew
+//! ```
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
-use nvml_wrapper::enum_wrappers::device::{Clock, Sampling, TemperatureSensor};
-use nvml_wrapper::enums::device::{SampleValue, UsedGpuMemory};
-use nvml_wrapper::error::{NvmlError, nvml_try};
-use nvml_wrapper::struct_wrappers::device::ProcessInfo;
-use nvml_wrapper::{Device, Nvml};
-use nvml_wrapper_sys::bindings::nvmlProcessUtilizationSample_t;
-use sampler_core::observation::{DeviceTick, GpuBatch, Observation, ProcessRow, RunningProcess};
+use sampler_core::observation::{Answer, GpuBatch, Observation};
 use sampler_core::snapshot::{DeviceReadings, GpuInfo};
-use sampler_core::units::GpuNs;
+use sampler_core::units::GpuUuid;
 
-use crate::health::Health;
-use crate::inbox::Outbox;
+use super::budget::{Budget, Part};
+use super::calls::Buffers;
+use super::driver::{Driver, Trouble, cpu_now, error_name};
+use super::library::{Handle, Listen};
+use super::mig::{self, MigDevices};
+use super::pace::{Pace, SLOW};
+use super::readings::{self, Engines, Processes};
+use super::ring::{Ring, Tools};
+use super::told::Told;
+use super::{Context, batch, gpm};
+use crate::health::driver::Call;
+use crate::health::stall::Caller;
+use crate::inbox::Closed;
 use crate::observe::clock::{boot_now, wall_now};
 
-/// Below half of the finest grid seen on real drivers (~167 ms) and of a 100 ms one.
-const POLL_EVERY: Duration = Duration::from_millis(50);
 /// The process list holds a global driver lock for milliseconds: rarely.
-const LIST_EVERY: Duration = Duration::from_secs(2);
-/// The size query answers a capacity (100 or 4096), not a count, and rows grow between calls: ask once with room for all.
-const ROWS: usize = 4096;
+const LISTS_EVERY: Duration = Duration::from_secs(2);
+const READINGS_EVERY: Duration = Duration::from_secs(1);
+const ENGINES_EVERY: Duration = Duration::from_secs(2);
+/// MIG mode and MIG devices are changed by people.
+const MIG_EVERY: Duration = Duration::from_secs(5);
+/// Whether it shall end is looked at this often.
+const NAP: Duration = Duration::from_millis(200);
+/// As `nice` has it; of this thread alone.
+const PRIORITY: i32 = -10;
+
+/// What a poller is started with.
+pub struct Start {
+    pub handle: Handle,
+    pub uuid: Arc<str>,
+    /// May change when GPUs come or go.
+    pub index: Arc<AtomicU32>,
+    pub slot: usize,
+    /// Set when the GPU is gone.
+    pub end: Arc<AtomicBool>,
+}
+
+/// When each kind of extra work was last done.
+#[derive(Default)]
+struct Done {
+    lists: Option<Instant>,
+    readings: Option<Instant>,
+    engines: Option<Instant>,
+    mig: Option<Instant>,
+}
 
 pub struct Poller {
-    nvml: &'static Nvml,
-    device: Device<'static>,
+    context: Arc<Context>,
+    start: Start,
     info: Arc<GpuInfo>,
-    to: Outbox,
-    health: Arc<Health>,
-    stop: Arc<AtomicBool>,
-    rows: Vec<nvmlProcessUtilizationSample_t>,
-    /// Largest timestamp returned, in the GPU's microseconds; never the wall clock's.
-    last_tick_us: u64,
-    last_row_us: u64,
-    supported: bool,
-    listed: Option<Instant>,
+    handle: Handle,
+    driver: Driver,
+    buffers: Buffers,
+    budget: Budget,
+    pace: Pace,
+    ring: Ring,
+    engines: Engines,
+    processes: Processes,
+    listed: Option<usize>,
+    mig: MigDevices,
+    done: Done,
+    told: Told,
+}
+
+fn due(last: &mut Option<Instant>, every: Duration) -> bool {
+    let is = last.is_none_or(|at| at.elapsed() >= every);
+    if is {
+        *last = Some(Instant::now());
+    }
+    is
 }
 
 impl Poller {
-    pub fn new(
-        nvml: &'static Nvml,
-        device: Device<'static>,
-        info: Arc<GpuInfo>,
-        to: Outbox,
-        health: Arc<Health>,
-        stop: Arc<AtomicBool>,
-    ) -> Self {
-        let empty = nvmlProcessUtilizationSample_t { pid: 0, timeStamp: 0, smUtil: 0, memUtil: 0, encUtil: 0, decUtil: 0 };
+    pub fn new(context: &Arc<Context>, start: Start, caller: Caller) -> Self {
+        let uuid = Arc::clone(&start.uuid);
+        let info = GpuInfo {
+            uuid: GpuUuid(Arc::clone(&uuid)),
+            index: start.index.load(Ordering::Relaxed),
+            minor: None,
+            mig_uuids: Vec::new(),
+            parent: None,
+            model: String::new(),
+            pci_bus_id: String::new(),
+            driver_version: String::new(),
+            mig_mode: "unsupported",
+        };
         Self {
-            nvml,
-            device,
-            info,
-            to,
-            health,
-            stop,
-            rows: vec![empty; ROWS],
-            last_tick_us: 0,
-            last_row_us: 0,
-            supported: true,
+            context: Arc::clone(context),
+            told: Told::new(format!("gpu-{}", start.slot), Arc::clone(&uuid), Arc::clone(&context.health)),
+            info: Arc::new(info),
+            handle: start.handle.clone(),
+            driver: Driver::new(&uuid, &Arc::new(caller), &context.health),
+            buffers: Buffers::default(),
+            budget: Budget::new(context.budget_percent, boot_now().0),
+            pace: Pace::new(),
+            ring: Ring::default(),
+            engines: Engines::default(),
+            processes: Processes::new(context.procfs.clone()),
             listed: None,
+            mig: MigDevices::default(),
+            done: Done::default(),
+            start,
         }
     }
 
     pub fn run(mut self) {
-        while !self.stop.load(Ordering::Relaxed) {
-            let begun = Instant::now();
-            let batch = self.poll();
-            if self.to.observe(Observation::Gpu(batch)).is_err() {
-                return;
-            }
-            std::thread::sleep(POLL_EVERY.saturating_sub(begun.elapsed()));
-        }
+        // GPU nodes keep their processors busy, and a late poll is a sample that may not be told apart. What it takes is budgeted.
+        // Not allowed: it is polled all the same.
+        let _nice = rustix::process::setpriority_process(None, PRIORITY);
+        // Closed: the core has ended, and with it the agent.
+        let _closed = self.serve();
     }
 
-    fn poll(&mut self) -> GpuBatch {
-        let began = boot_now();
-        // Rows first: a tick that appears between the two calls is then only late, not without its pid.
-        let mut answered = true;
-        let rows = self.call("GetProcessUtilization", Self::process_rows).unwrap_or_default();
-        let ticks = match self.call("GetSamples", Self::device_ticks) {
-            Ok(ticks) => ticks,
-            Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
-                self.supported = false;
-                Vec::new()
-            }
-            Err(_) => {
-                answered = false;
-                Vec::new()
-            }
-        };
-        let mut batch = GpuBatch {
-            gpu: self.info.index as usize,
-            began,
-            ended: boot_now(),
-            wall: wall_now(),
-            ticks,
-            rows,
-            processes: None,
-            readings: None,
-            supported: self.supported,
-            answered,
-        };
-        if self.listed.is_none_or(|at| at.elapsed() >= LIST_EVERY) {
-            self.listed = Some(Instant::now());
-            batch.processes = self.call("GetComputeRunningProcesses", |p| p.device.running_compute_processes()).ok().map(running);
-            batch.readings = Some(self.readings());
-        }
-        batch
+    /// Nobody wants what this thread would tell.
+    fn is_over(&self) -> bool {
+        self.context.stopping() || self.start.end.load(Ordering::Relaxed) || self.handle.generation.is_dead()
     }
 
-    /// Times a driver call, counts its errors. NOT_FOUND is "nothing new", not an error.
-    fn call<T: Default>(
-        &mut self,
-        name: &'static str,
-        f: impl FnOnce(&mut Self) -> Result<T, NvmlError>,
-    ) -> Result<T, NvmlError> {
-        let begun = Instant::now();
-        let result = f(self);
-        self.health.record_call(&self.info.uuid.0, name, begun.elapsed());
-        match result {
-            Err(NvmlError::NotFound) => Ok(T::default()),
-            Err(error) => {
-                self.health.nvml_error(&self.info.uuid.0, name, error_name(&error));
-                Err(error)
-            }
-            ok => ok,
-        }
-    }
-
-    fn device_ticks(&mut self) -> Result<Vec<DeviceTick>, NvmlError> {
-        let samples = self.device.samples(Sampling::GpuUtilization, self.last_tick_us)?;
-        let mut ticks = Vec::with_capacity(samples.len());
-        for sample in samples.iter().filter(|s| s.timestamp > self.last_tick_us) {
-            let percent = match sample.value {
-                SampleValue::U32(v) => v,
-                SampleValue::U64(v) => u32::try_from(v).unwrap_or(u32::MAX),
-                SampleValue::F64(v) => v as u32,
-                _ => continue,
+    fn serve(&mut self) -> Result<(), Closed> {
+        self.told.opened();
+        self.open()?;
+        while !self.is_over() {
+            let cpu = cpu_now();
+            let interval = match self.driver.trouble() {
+                Some(Trouble::Dead) => {
+                    self.handle.generation.kill();
+                    break;
+                }
+                Some(Trouble::Lost) => self.find_again()?,
+                None => self.poll(cpu)?,
             };
-            // Over 100 breaks the model: seen in the wild, never true.
-            if percent <= 100 {
-                ticks.push(DeviceTick { at: GpuNs(sample.timestamp.saturating_mul(1000)), busy_percent: percent });
+            let until = self.pace.next(interval);
+            while !self.is_over()
+                && let left = until.saturating_duration_since(Instant::now())
+                && !left.is_zero()
+            {
+                std::thread::sleep(left.min(NAP));
             }
         }
-        self.last_tick_us = samples.iter().map(|s| s.timestamp).fold(self.last_tick_us, u64::max);
-        Ok(ticks)
+        if self.start.end.load(Ordering::Relaxed) {
+            self.mig.end(&self.context)?;
+            self.told.gone();
+        }
+        Ok(())
     }
 
-    fn process_rows(&mut self) -> Result<Vec<ProcessRow>, NvmlError> {
-        let symbol = match self.nvml.lib().nvmlDeviceGetProcessUtilization.as_ref() {
-            Ok(symbol) => symbol,
-            Err(error) => return Err(NvmlError::FailedToLoadSymbol(error.to_string())),
+    /// Reads what the device is and tells of it.
+    fn open(&mut self) -> Result<(), Closed> {
+        let device = self.handle.device();
+        let model = self.driver.call(Call::GetInfo, || device.name()).ok();
+        let pci = self.driver.call(Call::GetInfo, || device.pci_info()).ok();
+        let minor = self.driver.call(Call::GetInfo, || device.minor_number()).ok();
+        let version = self.driver.call(Call::GetInfo, || self.handle.generation.nvml().sys_driver_version()).ok();
+        let mode = mig::mode(&self.handle, &mut self.driver);
+        self.info = Arc::new(GpuInfo {
+            minor,
+            model: model.unwrap_or_default(),
+            pci_bus_id: pci.map(|p| p.bus_id).unwrap_or_default(),
+            driver_version: version.unwrap_or_default(),
+            mig_mode: match mode {
+                Ok(Some(true)) => "enabled",
+                Ok(Some(false)) => "disabled",
+                Ok(None) | Err(_) => "unsupported",
+            },
+            ..GpuInfo::clone(&self.info)
+        });
+        let listen = Listen { slot: self.start.slot, uuid: Arc::clone(&self.start.uuid), device: self.handle.raw() };
+        self.handle.generation.listen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(listen);
+        // Its ring and clock may be others.
+        (self.ring, self.engines, self.done) = (Ring::default(), Engines::default(), Done::default());
+        self.tell()
+    }
+
+    fn tell(&self) -> Result<(), Closed> {
+        if self.is_over() {
+            return Ok(());
+        }
+        let (gpu, info) = (self.start.slot, Arc::clone(&self.info));
+        self.context.to.observe(Observation::GpuFound { gpu, info, at: boot_now() })
+    }
+
+    /// Another GPU came or went before it.
+    fn look_at_index(&mut self) -> Result<(), Closed> {
+        let index = self.start.index.load(Ordering::Relaxed);
+        if index == self.info.index {
+            return Ok(());
+        }
+        Arc::make_mut(&mut self.info).index = index;
+        self.tell()
+    }
+
+    fn in_mig_mode(&self) -> bool {
+        self.info.mig_mode == "enabled"
+    }
+
+    /// Takes what calls took since the last time out of this part's budget.
+    fn spend(&mut self, part: Part, own: Duration) {
+        let spent = self.driver.take_spent();
+        self.budget.spend(part, boot_now().0, spent.wall + own, spent.wall);
+    }
+
+    /// One poll; until the next.
+    fn poll(&mut self, cpu: Duration) -> Result<Duration, Closed> {
+        let mut in_calls = Duration::ZERO;
+        // What opening took is a reading.
+        self.spent_in_calls(Part::Readings, &mut in_calls);
+        self.look_at_index()?;
+        let mut batch = batch(self.start.slot, boot_now(), Answer::Unsupported);
+        // The ring comes last: the end of the batch bounds the age of its newest sample.
+        self.extras(&mut batch, &mut in_calls);
+        let mut error = None;
+        if !self.in_mig_mode() {
+            let row_calls = self.budget.row_calls(boot_now().0, self.pace.coverage);
+            let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
+            let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+            let (answer, recovered, failed) = self.ring.poll(&mut tools, row_calls, self.listed);
+            if recovered.stepped {
+                self.engines.stepped();
+            }
+            if !recovered.rows.is_empty() || recovered.ticks.iter().any(|tick| tick.busy_percent > 0) {
+                self.pace.used();
+            }
+            let news_every = self.budget.interval(Part::Lists, readings::NEWS_EVERY);
+            if self.processes.is_news(recovered.rows.iter().map(|row| row.pid), news_every) {
+                self.done.lists = None;
+                self.processes.want_all();
+            }
+            batch.answer = answer;
+            (batch.ticks, batch.rows) = (recovered.ticks, recovered.rows);
+            (batch.rejected, batch.stepped) = (recovered.rejected, recovered.stepped);
+            error = failed;
+        }
+        (batch.ended, batch.wall) = (boot_now(), wall_now());
+        let answer = batch.answer;
+        if self.is_over() {
+            return Ok(Duration::ZERO);
+        }
+        self.context.to.observe(Observation::from(batch))?;
+        // A GPU that is lost is told of as such.
+        if self.driver.trouble().is_none() {
+            self.told.answered(error.map(|error| error_name(&error)).as_deref());
+        }
+        let spent = self.driver.take_spent();
+        let own = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
+        self.budget.spend(Part::Ring, boot_now().0, spent.wall + own, spent.wall);
+        let interval = match answer {
+            Answer::Unsupported if self.in_mig_mode() => self.budget.interval(Part::Ring, gpm::EVERY),
+            Answer::Unsupported => SLOW,
+            Answer::Failed if self.told.fails() => SLOW,
+            _ => self.pace.ring(&self.ring, &self.budget),
         };
-        let mut count = ROWS as u32;
-        // SAFETY: the handle belongs to a live library (`&'static Nvml`), the buffer holds `count` rows, and the driver writes at
-        // most `count` of them.
-        nvml_try(unsafe { symbol(self.device.handle(), self.rows.as_mut_ptr(), &raw mut count, self.last_row_us) })?;
-        let fresh: Vec<ProcessRow> = self
-            .rows
-            .iter()
-            .take(count as usize)
-            .filter(|row| row.timeStamp > self.last_row_us && row.smUtil <= 100)
-            .map(|row| ProcessRow { at: GpuNs(row.timeStamp.saturating_mul(1000)), pid: row.pid, sm_percent: row.smUtil })
-            .collect();
-        self.last_row_us = fresh.iter().map(|row| row.at.0 / 1000).fold(self.last_row_us, u64::max);
-        Ok(fresh)
+        if let Some(coverage) = self.pace.changed() {
+            self.told.coverage(coverage);
+        }
+        let busy = self.budget.busy_ratio(boot_now().0);
+        self.driver.set_pace(interval, busy);
+        Ok(interval)
     }
 
-    fn readings(&self) -> DeviceReadings {
-        let memory = self.device.memory_info().ok();
-        DeviceReadings {
-            memory_used_bytes: memory.as_ref().map(|m| m.used),
-            memory_total_bytes: memory.as_ref().map(|m| m.total),
-            power_watts: self.device.power_usage().ok().map(|mw| f64::from(mw) / 1e3),
-            energy_joules: self.device.total_energy_consumption().ok().map(|mj| mj as f64 / 1e3),
-            temperature_celsius: self.device.temperature(TemperatureSensor::Gpu).ok().map(f64::from),
-            sm_clock_hertz: self.device.clock_info(Clock::SM).ok().map(|mhz| f64::from(mhz) * 1e6),
+    /// Lists, readings, engines and MIG devices, each when it is due and affordable.
+    fn extras(&mut self, batch: &mut GpuBatch, cpu: &mut Duration) {
+        let lists = self.budget.interval(Part::Lists, LISTS_EVERY);
+        if !self.in_mig_mode() && due(&mut self.done.lists, lists) {
+            batch.processes = self.processes.list(&self.handle, &mut self.driver, &mut self.buffers);
+            self.listed = batch.processes.as_ref().map(Vec::len);
+            if self.listed.is_some_and(|n| n > 0) {
+                self.pace.used();
+            }
+            self.spent_in_calls(Part::Lists, cpu);
+        }
+        if due(&mut self.done.readings, self.budget.interval(Part::Readings, READINGS_EVERY)) {
+            batch.readings = Some(readings::readings(&self.handle, &mut self.driver));
+            self.spent_in_calls(Part::Readings, cpu);
+        }
+        if !self.in_mig_mode() && due(&mut self.done.engines, self.budget.interval(Part::Engines, ENGINES_EVERY)) {
+            batch.engine_ticks = self.engines.read(&self.handle, &mut self.driver, &mut self.buffers);
+            self.spent_in_calls(Part::Engines, cpu);
+        }
+        if due(&mut self.done.mig, self.budget.interval(Part::Engines, MIG_EVERY)) {
+            let _closed = self.look_at_mig();
+            self.spent_in_calls(Part::Engines, cpu);
+        }
+        if self.in_mig_mode() {
+            // In place of the ring, and out of its budget.
+            let _closed = self.mig.read(LISTS_EVERY, &mut self.driver, &mut self.buffers, &self.context);
         }
     }
-}
 
-fn running(list: Vec<ProcessInfo>) -> Vec<RunningProcess> {
-    let memory = |used: UsedGpuMemory| match used {
-        UsedGpuMemory::Used(bytes) if bytes != u64::MAX => Some(bytes),
-        _ => None,
-    };
-    list.into_iter().map(|p| RunningProcess { pid: p.pid, memory_bytes: memory(p.used_gpu_memory) }).collect()
-}
+    fn spent_in_calls(&mut self, part: Part, cpu: &mut Duration) {
+        let spent = self.driver.take_spent();
+        if spent.wall.is_zero() {
+            return;
+        }
+        *cpu += spent.cpu;
+        self.budget.spend(part, boot_now().0, spent.wall, spent.wall);
+    }
 
-/// A bounded label value: the variant's name.
-fn error_name(error: &NvmlError) -> String {
-    let debug = format!("{error:?}");
-    debug.split(['(', ' ', '{']).next().unwrap_or("Unknown").to_owned()
+    fn look_at_mig(&mut self) -> Result<(), Closed> {
+        let mode = match mig::mode(&self.handle, &mut self.driver) {
+            Ok(Some(true)) => "enabled",
+            Ok(Some(false)) => "disabled",
+            Ok(None) => "unsupported",
+            Err(_) => return Ok(()),
+        };
+        let mut changed = mode != self.info.mig_mode;
+        if changed {
+            Arc::make_mut(&mut self.info).mig_mode = mode;
+            self.ring = Ring::default();
+        }
+        if mode == "enabled" {
+            changed |= self.mig.look(&self.handle, &self.info, &mut self.driver, &self.context)?;
+        } else {
+            self.mig.end(&self.context)?;
+        }
+        if changed {
+            Arc::make_mut(&mut self.info).mig_uuids = self.mig.uuids();
+            self.tell()?;
+        }
+        Ok(())
+    }
+
+    /// A GPU that was lost: tries it with a fresh handle.
+    fn find_again(&mut self) -> Result<Duration, Closed> {
+        let uuid = Arc::clone(&self.start.uuid);
+        self.told.lost();
+        let (ended, wall) = (boot_now(), wall_now());
+        // What was read before it was lost is not so any more.
+        let readings = Some(DeviceReadings::default());
+        let lost = GpuBatch { ended, wall, readings, ..batch(self.start.slot, ended, Answer::Failed) };
+        self.context.to.observe(Observation::from(lost))?;
+        self.driver.reset();
+        let generation = Arc::clone(&self.handle.generation);
+        match self.driver.call(Call::GetHandleByUuid, || Handle::by_uuid(&generation, &uuid)) {
+            Ok(handle) => {
+                self.handle = handle;
+                // A handle is had even of a device that does not answer.
+                let _memory = readings::memory(&self.handle, &mut self.driver);
+            }
+            Err(_) if self.driver.trouble().is_none() => self.driver.set_lost(),
+            Err(_) => {}
+        }
+        if self.driver.trouble().is_none() {
+            self.told.back();
+            self.open()?;
+        }
+        self.spend(Part::Readings, Duration::ZERO);
+        let busy = self.budget.busy_ratio(boot_now().0);
+        self.driver.set_pace(SLOW, busy);
+        Ok(SLOW)
+    }
 }

@@ -1,9 +1,14 @@
+mod ends;
+mod states;
+mod who;
+
 use std::sync::Arc;
 
 use super::*;
 use crate::observation::{
-    CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
+    Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
 };
+use crate::recover::Rejected;
 use crate::snapshot::{GpuInfo, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
 
@@ -36,18 +41,41 @@ fn core() -> Core {
         let seen = ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place: Some(place) };
         core.observe(Observation::ProcessSeen(seen));
     }
-    let info = GpuInfo {
+    core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(0)) });
+    core
+}
+
+fn info() -> Arc<GpuInfo> {
+    Arc::new(GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
         index: 0,
         minor: None,
         mig_uuids: Vec::new(),
+        parent: None,
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
         mig_mode: "unsupported",
-    };
-    core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(info), at: BootNs(0) });
-    core
+    })
+}
+
+/// An answer without anything in it.
+fn batch(ended: u64) -> GpuBatch {
+    GpuBatch {
+        gpu: 0,
+        began: BootNs(ended),
+        ended: BootNs(ended),
+        wall: WallTime(1),
+        answer: Answer::Samples,
+        ticks: Vec::new(),
+        engine_ticks: Vec::new(),
+        rows: Vec::new(),
+        rejected: [0; Rejected::ALL.len()],
+        stepped: false,
+        gpm: None,
+        processes: None,
+        readings: None,
+    }
 }
 
 /// Polls once per tick, `busy` percent and the pid on the engine.
@@ -60,23 +88,24 @@ fn taken(k: usize) -> u64 {
     1_000_000_000 + PERIOD * k as u64
 }
 
+fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessRow {
+    ProcessRow { at, pid, percent: [percent as u8, 0, 0, 0, 0, 0] }
+}
+
+fn tick(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
+    let at = GpuNs(SKEW + taken(k));
+    let ticks = vec![DeviceTick { at, busy_percent: busy, looked: true }];
+    GpuBatch { ticks, rows: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
+}
+
 fn feed_late(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>, late_ns: u64) {
     for (k, (busy, pid)) in ticks.enumerate() {
-        let at = GpuNs(SKEW + taken(k));
-        let ended = BootNs(at.0 - SKEW + late_ns);
-        core.observe(Observation::Gpu(GpuBatch {
-            gpu: 0,
-            began: ended,
-            ended,
-            wall: WallTime(1),
-            ticks: vec![DeviceTick { at, busy_percent: busy }],
-            rows: pid.map(|pid| ProcessRow { at, pid, sm_percent: busy }).into_iter().collect(),
-            processes: None,
-            readings: None,
-            supported: true,
-            answered: true,
-        }));
+        core.observe(Observation::from(tick(k, busy, pid, late_ns)));
     }
+}
+
+fn passes(core: &mut Core, at: u64) {
+    core.observe(Observation::Tick { at: BootNs(at), wall: WallTime(1) });
 }
 
 fn seconds(snapshot: &Snapshot) -> Vec<f64> {

@@ -1,0 +1,369 @@
+//! From pages to a table: for each question a row, for each client what its pages say. Nothing in it is written by hand.
+
+use std::collections::BTreeSet;
+
+use anyhow::{Context as _, Result};
+use gpu_sampler_benches::of;
+use gpu_sampler_tests::{Sample, sum};
+
+use crate::clients::{Client, Dialect, families, labels};
+use crate::read::{Page, Seen};
+use crate::world::{
+    AHEAD, BEHIND, BRIEF, BRIEF_LASTS, BRIEF_POD, FAILING, GARBAGE, IDLE, RESIDENT, ROLES, Role, SHARED, Scene, Truth,
+};
+
+/// As scrapers are usually set, in pages.
+const SELDOM: usize = 15;
+/// A page is about the moment before it.
+const EDGE_S: f64 = 2.5;
+
+pub struct Run<'a> {
+    pub clients: &'a [Client],
+    pub seen: &'a Seen,
+    pub scene: &'a Scene,
+    pub truth: &'a Truth,
+    /// When the loads began, as the reader counts, and how long they lasted.
+    pub from: f64,
+    pub played: f64,
+    pub used: &'a [f64],
+}
+
+/// One client's pages from the begin of the loads on.
+struct View<'a> {
+    run: &'a Run<'a>,
+    client: &'a Client,
+    pages: Vec<&'a Page>,
+    /// The last before the loads began.
+    before: &'a Page,
+}
+
+const NOT_SHOWN: &str = "not shown";
+
+pub fn lines(run: &Run<'_>) -> Result<Vec<String>> {
+    let views =
+        run.clients.iter().zip(run.seen).map(|(client, pages)| View::new(run, client, pages)).collect::<Result<Vec<_>>>()?;
+    let names: Vec<&str> = run.clients.iter().map(|client| client.name).collect();
+    let mut lines = vec![format!("| in {:.0} s | truth | {} |", run.played, names.join(" | "))];
+    lines.push(format!("|---{}|", "|---".repeat(names.len() + 1)));
+    let mut row = |question: &str, truth: &str, cell: &dyn Fn(&View<'_>) -> Result<String>| -> Result<()> {
+        let cells = views.iter().map(cell).collect::<Result<Vec<_>>>()?;
+        lines.push(format!("| {question} | {truth} | {} |", cells.join(" | ")));
+        Ok(())
+    };
+    let seconds = |truth: f64| format!("{truth:.1} s");
+    let devices = [
+        (SHARED, "two containers"),
+        (AHEAD, "clock 12 s ahead"),
+        (BEHIND, "clock 12 s behind"),
+        (GARBAGE, "garbage among its rows"),
+        (BRIEF, "brief processes"),
+        (FAILING, "its calls fail for 15 s"),
+    ];
+    for (gpu, what) in devices {
+        let truth = run.truth.busy(gpu);
+        row(&format!("GPU {gpu} ({what}): busy"), &seconds(truth), &|v| Ok(judged(v.device(gpu, 1), truth)))?;
+    }
+    let truth = run.truth.busy(SHARED);
+    row(&format!("GPU {SHARED}, read once in {SELDOM} s: busy"), &seconds(truth), &|v| {
+        Ok(judged(v.device(SHARED, SELDOM), truth))
+    })?;
+    for role in ROLES.iter().filter(|role| role.gpu != RESIDENT) {
+        let (truth, what) = (run.truth.processes(role.gpu, &run.scene.of_pod(role.pod)), described(role));
+        row(&what, &seconds(truth), &|v| Ok(judged(v.user(role, 1), truth)))?;
+    }
+    let trainer = &ROLES[0];
+    let truth = run.truth.processes(SHARED, &run.scene.of_pod(trainer.pod));
+    row(&format!("`{}`, read once in {SELDOM} s", trainer.pod), &seconds(truth), &|v| {
+        Ok(judged(v.user(trainer, SELDOM), truth))
+    })?;
+    let truth = run.truth.processes(BRIEF, &[]);
+    let brief = format!("three processes of {BRIEF_LASTS} s in `{BRIEF_POD}`");
+    row(&format!("{brief}: sum"), &seconds(truth), &|v| Ok(judged(v.brief(1), truth)))?;
+    row(&format!("{brief}, read once in {SELDOM} s"), &seconds(truth), &|v| Ok(judged(v.brief(SELDOM), truth)))?;
+    row("shown after their end", "", &|v| Ok(v.after_the_end()))?;
+    row("a process that only holds memory", "0 s", &|v| Ok(v.resident()))?;
+    row(&format!("GPU {IDLE}, idle"), "0 %", &|v| Ok(v.idle()))?;
+    row(&format!("GPU {FAILING} while its calls failed"), "busy half of the time", &|v| Ok(v.while_failing()))?;
+    row("values that cannot be", "none", &|v| Ok(v.garbage()))?;
+    row("a user of a GPU is told apart by", "", &|v| Ok(v.told_by()))?;
+    row("counters of GPU time", "", &|v| Ok(v.counters()))?;
+    row("GPU time that is on nobody", "", &|v| Ok(v.on_nobody()))?;
+    row("series about processes or containers", &format!("{} processes", run.scene.living()), &|v| Ok(v.user_series()))?;
+    row("labels that Prometheus gives itself", "none", &|v| Ok(v.clashes()))?;
+    row("answers as started here", "", &|v| {
+        Ok(if v.client.everywhere()? { "on every address" } else { "on loopback" }.to_owned())
+    })?;
+    let agents = *run.used.first().context("the agent")?;
+    row("processor time, to the agent's", "", &|v| {
+        let used = v.client_of(run.used)?;
+        Ok(format!("{:.1} ({:.2} % of a processor)", used / agents, used / run.played * 100.0))
+    })?;
+    row("resident memory", "", &|v| Ok(format!("{:.0} MiB", v.client.resident_bytes()? / 1024.0 / 1024.0)))?;
+    Ok(lines)
+}
+
+fn described(role: &Role) -> String {
+    let beside = match role.gpu {
+        SHARED => "beside another".to_owned(),
+        AHEAD => "two processes, clock 12 s ahead".to_owned(),
+        BEHIND => "clock 12 s behind".to_owned(),
+        _ => "alone".to_owned(),
+    };
+    format!("`{}` on GPU {} ({beside})", role.pod, role.gpu)
+}
+
+/// Seconds, and how far they are from the truth, in percent of it.
+fn judged(told: Option<f64>, truth: f64) -> String {
+    told.map_or(NOT_SHOWN.to_owned(), |told| {
+        format!("{told:.1} s ({:+.0} %)", (told / truth - 1.0) * 100.0).replace("-0 %", "+0 %")
+    })
+}
+
+fn quoted(names: &[String]) -> String {
+    names.iter().map(|name| format!("`{name}`")).collect::<Vec<_>>().join(" ")
+}
+
+fn of_gpu(sample: &Sample, dialect: &Dialect, gpu: usize) -> bool {
+    sample.labels.get(dialect.index) == Some(&gpu.to_string())
+}
+
+impl<'a> View<'a> {
+    fn new(run: &'a Run<'a>, client: &'a Client, pages: &'a [Page]) -> Result<Self> {
+        let before = pages.iter().rfind(|page| page.at_s <= run.from).context("a page before the loads")?;
+        Ok(Self { run, client, pages: pages.iter().filter(|page| page.at_s > run.from).collect(), before })
+    }
+
+    fn last(&self) -> &'a [Sample] {
+        self.pages.iter().rev().find(|page| !page.samples.is_empty()).map_or(&[], |page| &page.samples)
+    }
+
+    fn client_of(&self, used: &[f64]) -> Result<f64> {
+        let at = self.run.clients.iter().position(|client| client.port == self.client.port);
+        at.and_then(|at| used.get(at)).copied().context("a client")
+    }
+
+    /// GPU-seconds that a gauge in percent adds up to, each page standing for the time until the next. A blank is 0, as a sum over
+    /// time has it.
+    fn gauge(&self, every: usize, percent: impl Fn(&Page) -> Option<f64>) -> Option<f64> {
+        let values: Vec<Option<f64>> = self.pages.iter().step_by(every).map(|page| percent(page)).collect();
+        let any = values.iter().any(Option::is_some);
+        let sane = |value: &f64| value.is_finite();
+        any.then(|| values.into_iter().flatten().filter(sane).sum::<f64>() / 100.0 * every as f64)
+    }
+
+    /// What a counter has gained by the last page that has it.
+    fn counter(&self, name: &str, labels: &[(&str, &str)]) -> Option<f64> {
+        let last = self.pages.iter().rev().find_map(|page| sum(&page.samples, name, labels))?;
+        Some(last - sum(&self.before.samples, name, labels).unwrap_or_default())
+    }
+
+    fn uuid(&self, gpu: usize) -> String {
+        let info = self.last().iter().find(|s| s.name == "gpu_info" && s.labels.get("index") == Some(&gpu.to_string()));
+        info.and_then(|s| s.labels.get("uuid").cloned()).unwrap_or_default()
+    }
+
+    fn device(&self, gpu: usize, every: usize) -> Option<f64> {
+        match &self.client.dialect {
+            // However seldom it is read.
+            None => self.counter("gpu_time_seconds_total", &[("uuid", &self.uuid(gpu)), ("state", "busy")]),
+            Some(dialect) => self.gauge(every, |page| device_percent(page, dialect, gpu)),
+        }
+    }
+
+    fn user(&self, role: &Role, every: usize) -> Option<f64> {
+        match &self.client.dialect {
+            None => self.counter("container_gpu_seconds_total", &[("pod", role.pod), ("uuid", &self.uuid(role.gpu))]),
+            Some(dialect) => {
+                let pids: Vec<String> = self.run.scene.of_pod(role.pod).iter().map(u32::to_string).collect();
+                let mine = |s: &Sample| s.labels.get("pid").is_some_and(|pid| pids.contains(pid));
+                self.gauge(every, |page| self.process_percent(page, dialect, role.gpu, &mine))
+            }
+        }
+    }
+
+    fn process_percent(&self, page: &Page, dialect: &Dialect, gpu: usize, mine: &dyn Fn(&Sample) -> bool) -> Option<f64> {
+        let family = dialect.process?;
+        let of_it = page.samples.iter().filter(|s| s.name == family && of_gpu(s, dialect, gpu) && mine(s) && s.value.is_finite());
+        of_it.map(|s| s.value).reduce(|a, b| a + b)
+    }
+
+    fn brief(&self, every: usize) -> Option<f64> {
+        match &self.client.dialect {
+            None => self.counter("container_gpu_seconds_total", &[("pod", BRIEF_POD), ("uuid", &self.uuid(BRIEF))]),
+            // One that has the family and shows nobody has told 0.
+            Some(dialect) => dialect
+                .process
+                .map(|_| self.gauge(every, |page| self.process_percent(page, dialect, BRIEF, &|_| true)).unwrap_or_default()),
+        }
+    }
+
+    fn after_the_end(&self) -> String {
+        let (Some(dialect), brief) = (&self.client.dialect, self.brief(1)) else {
+            let told = self.counter("container_gpu_seconds_total", &[("pod", BRIEF_POD)]).unwrap_or_default();
+            return format!("{told:.1} s of its container");
+        };
+        let still = self.last().iter().any(|s| Some(s.name.as_str()) == dialect.process && of_gpu(s, dialect, BRIEF));
+        match (brief, still) {
+            (None, _) => NOT_SHOWN.to_owned(),
+            (_, true) => "still there".to_owned(),
+            (_, false) => "no".to_owned(),
+        }
+    }
+
+    fn resident(&self) -> String {
+        let role = &ROLES[2];
+        let pid = self.run.scene.of_pod(role.pod).first().map(u32::to_string).unwrap_or_default();
+        let (family, label) = match &self.client.dialect {
+            None => ("container_gpu_memory_used_bytes", ("pod", role.pod)),
+            Some(dialect) => (dialect.process_memory, ("pid", &*pid)),
+        };
+        let mib = if family.ends_with("bytes") { 1024.0 * 1024.0 } else { 1.0 };
+        // At the end it has let go of it.
+        let most = self.pages.iter().filter_map(|page| sum(&page.samples, family, &[label])).reduce(f64::max);
+        let memory = most.map_or("no memory".to_owned(), |most| format!("{:.0} MiB", most / mib));
+        format!("{}, {memory}", self.user(role, 1).map_or(NOT_SHOWN.to_owned(), |s| format!("{s:.1} s")))
+    }
+
+    fn idle(&self) -> String {
+        match &self.client.dialect {
+            None => {
+                let percent =
+                    |p: &&Page| sum(&p.samples, "gpu_utilization_ratio", &[("uuid", &self.uuid(IDLE))]).map(|r| r * 100.0);
+                shown(self.pages.iter().map(percent))
+            }
+            Some(dialect) => shown(self.pages.iter().map(|page| device_percent(page, dialect, IDLE))),
+        }
+    }
+
+    /// Of the device, in pages that are about that time alone.
+    fn while_failing(&self) -> String {
+        let (from, to) = self.run.scene.failed;
+        let pages = self.pages.iter().filter(|page| page.at_s > from + EDGE_S && page.at_s < to);
+        match &self.client.dialect {
+            None => {
+                let uuid = self.uuid(FAILING);
+                let percent = |p: &&Page| sum(&p.samples, "gpu_utilization_ratio", &[("uuid", &uuid)]).map(|r| r * 100.0);
+                let gained = |state: &str| {
+                    self.counter("gpu_time_seconds_total", &[("uuid", &uuid), ("state", state)]).unwrap_or_default()
+                };
+                format!("{}; {:.1} s counted as `unobserved`", shown(pages.map(percent)), gained("unobserved"))
+            }
+            Some(dialect) => shown(pages.map(|page| device_percent(page, dialect, FAILING))),
+        }
+    }
+
+    /// Above 100 %, or about a pid that no process has.
+    fn garbage(&self) -> String {
+        let Some(dialect) = &self.client.dialect else {
+            let above = |s: &&Sample| s.name == "container_accelerator_duty_cycle" && s.value > 100.5;
+            let shown = self.pages.iter().flat_map(|page| page.samples.iter().filter(above)).count();
+            let rejected = self.counter("gpu_sampler_rejected_samples_total", &[("uuid", &self.uuid(GARBAGE))]);
+            return format!("{shown} shown; {:.0} counted as refused", rejected.unwrap_or_default());
+        };
+        let family = |s: &&Sample| Some(s.name.as_str()) == dialect.process;
+        let on_it =
+            |page: &&'a Page| page.samples.iter().filter(family).filter(|s| of_gpu(s, dialect, GARBAGE)).collect::<Vec<_>>();
+        let own: Vec<String> = self.run.scene.pids.iter().map(|(.., pid)| pid.to_string()).collect();
+        let (mut above, mut nan, mut foreign) = (0.0f64, 0, BTreeSet::new());
+        for sample in self.pages.iter().flat_map(on_it) {
+            above = if sample.value > above { sample.value } else { above };
+            nan += usize::from(sample.value.is_nan());
+            let pid = sample.labels.get("pid").cloned().unwrap_or_default();
+            if !own.contains(&pid) {
+                foreign.insert(pid);
+            }
+        }
+        if dialect.process.is_none() {
+            return "it shows no utilization of processes".to_owned();
+        }
+        let above = if above > 100.0 { format!("up to {above:.0} %") } else { "none above 100 %".to_owned() };
+        format!("{above}, {} pids of no process, {nan} times NaN", foreign.len())
+    }
+
+    fn told_by(&self) -> String {
+        let family = match &self.client.dialect {
+            None => "container_gpu_seconds_total",
+            Some(dialect) => dialect.process.unwrap_or(dialect.process_memory),
+        };
+        let page = self.pages.iter().find(|page| page.samples.iter().any(|s| s.name == family));
+        quoted(&page.map(|page| labels(&page.samples, family)).unwrap_or_default())
+    }
+
+    fn text(&self) -> &'a str {
+        self.pages.iter().rev().find(|page| !page.text.is_empty()).map_or("", |page| &page.text)
+    }
+
+    fn counters(&self) -> String {
+        let time = |name: &String| name.contains("gpu") && name.contains("seconds") && !name.contains("_nvml_");
+        let counters: Vec<String> = families(self.text(), "counter").into_iter().filter(time).collect();
+        if counters.is_empty() {
+            "none".to_owned()
+        } else {
+            format!("{}, such as {}", counters.len(), quoted(&counters[..counters.len().min(2)]))
+        }
+    }
+
+    fn on_nobody(&self) -> String {
+        if !self.text().contains("unattributed") {
+            return "not said".to_owned();
+        }
+        let mut reasons: Vec<(String, f64)> = Vec::new();
+        for s in self.last().iter().filter(|s| s.name == "gpu_unattributed_seconds_total" && s.value > 0.0) {
+            let reason = s.labels.get("reason").cloned().unwrap_or_default();
+            match reasons.iter_mut().find(|(of, _)| *of == reason) {
+                Some((_, seconds)) => *seconds += s.value,
+                None => reasons.push((reason, s.value)),
+            }
+        }
+        let told: Vec<String> = reasons.iter().map(|(reason, seconds)| format!("{seconds:.1} s `{reason}`")).collect();
+        if told.is_empty() { "by reason; none".to_owned() } else { told.join(", ") }
+    }
+
+    fn user_series(&self) -> String {
+        let middle = self.pages.get(self.pages.len() / 3).map_or(&[][..], |page| &page.samples);
+        let about = |s: &&Sample| s.labels.contains_key("pid") || s.name.starts_with("container_");
+        let pids: BTreeSet<&String> = middle.iter().filter_map(|s| s.labels.get("pid")).collect();
+        let series = middle.iter().filter(about).count();
+        match &self.client.dialect {
+            None => format!("{series}, about {} containers", of(middle, "container_gpu_info")),
+            Some(_) => format!("{series}, about {} processes", pids.len()),
+        }
+    }
+
+    fn clashes(&self) -> String {
+        let own = ["instance", "job"];
+        let keys: BTreeSet<String> = self.last().iter().flat_map(|s| s.labels.keys().cloned()).collect();
+        let clashing: Vec<String> = keys.into_iter().filter(|key| own.contains(&key.as_str())).collect();
+        if clashing.is_empty() { "none".to_owned() } else { quoted(&clashing) }
+    }
+}
+
+fn device_percent(page: &Page, dialect: &Dialect, gpu: usize) -> Option<f64> {
+    sum(&page.samples, dialect.device, &[(dialect.index, &gpu.to_string())])
+}
+
+/// Absent, NaN, 0, or values, in how many reads each.
+fn shown(values: impl Iterator<Item = Option<f64>>) -> String {
+    let (mut absent, mut nan, mut zero, mut some) = (0, 0, 0, Vec::new());
+    for value in values {
+        match value {
+            None => absent += 1,
+            Some(value) if value.is_nan() => nan += 1,
+            Some(0.0) => zero += 1,
+            Some(value) => some.push(value),
+        }
+    }
+    some.sort_by(f64::total_cmp);
+    let of = absent + nan + zero + some.len();
+    let mut told = Vec::new();
+    for (n, what) in [(absent, "absent"), (nan, "NaN"), (zero, "0 %")] {
+        if n > 0 {
+            told.push(format!("{what} in {n} of {of} reads"));
+        }
+    }
+    if let (Some(least), Some(most)) = (some.first(), some.last()) {
+        let range = if least == most { format!("always {least:.0} %") } else { format!("{least:.0} to {most:.0} %") };
+        told.push(format!("{range} in {} of {of} reads", some.len()));
+    }
+    told.join(", ")
+}

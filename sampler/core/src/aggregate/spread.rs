@@ -1,0 +1,212 @@
+//! How far shares may be off: who was named lately, one by one, and what their order says of the error.
+//!
+//! A named tick is one draw. Where draws are independent, a share `s` of `n` has the variance `s (1 - s) / n`. They are not where a
+//! load's own period comes close to the grid's: then the same user is named for many ticks in a row, and the means of blocks of ticks
+//! scatter more than independent draws would; that factor is measured here, over the last two minutes, and multiplies the variance.
+//! It cannot tell such a load from one that really comes and goes while its process lives: there the error is overstated. What is
+//! known to have changed, because a process began or ended, is cut off. The factor is never below 1: samples in step with a load
+//! scatter less than independent ones and are no better. A load locked to the grid so that it is never named is invisible to samples.
+
+use std::collections::{HashMap, VecDeque};
+
+use super::user::{Named, User};
+use crate::units::BootNs;
+
+const MEMORY_NS: u64 = 120_000_000_000;
+/// 120 s of a 100 ms grid.
+const MEMORY_TICKS: usize = 1_200;
+/// Ticks in a block.
+const BLOCKS: [usize; 3] = [8, 20, 60];
+/// The number of blocks below which their scatter says nothing.
+const BLOCKS_AT_LEAST: usize = 4;
+/// Cycles of ticks looked for; a longer one misses by less than independent draws do.
+const CYCLES: std::ops::RangeInclusive<usize> = 2..=4;
+/// A sequence is a cycle if this much of what can repeat does.
+const CYCLIC: f64 = 0.7;
+/// Ticks of a window of 10 s on the usual grid, for which the error of a cycle is stated.
+const WINDOW_TICKS: f64 = 60.0;
+
+/// Of one user.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Spread {
+    /// Share of named ticks.
+    pub share: f64,
+    /// Variance of its sum over that of independent draws.
+    pub factor: f64,
+}
+
+impl Spread {
+    /// Of one draw of weight 1.
+    pub fn variance(&self) -> f64 {
+        self.share * (1.0 - self.share) * self.factor
+    }
+}
+
+#[derive(Debug, Default)]
+pub struct Memory {
+    named: VecDeque<(BootNs, Named)>,
+}
+
+impl Memory {
+    pub fn name(&mut self, at: BootNs, named: Named) {
+        if self.named.len() == MEMORY_TICKS {
+            self.named.pop_front();
+        }
+        self.named.push_back((at, named));
+        while self.named.front().is_some_and(|(then, _)| at.saturating_since(*then) > MEMORY_NS) {
+            self.named.pop_front();
+        }
+    }
+
+    pub fn clear(&mut self) {
+        self.named.clear();
+    }
+
+    /// Cuts off what is before the birth or the end of a process that was named; the spreads before that, where there is something
+    /// to cut. `was`: whether the process was there at that time.
+    pub fn cut(&mut self, now: BootNs, was: impl Fn(&Named, BootNs) -> bool) -> HashMap<User, Spread> {
+        let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
+        let mut first_last: HashMap<u32, (Named, usize, usize)> = HashMap::new();
+        for (n, (_, named)) in self.named.iter().enumerate() {
+            first_last.entry(named.pid).or_insert((*named, n, n)).2 = n;
+        }
+        let mut keep_from = 0;
+        for (named, first, last) in first_last.values() {
+            if *first > 0 && !was(named, from) {
+                keep_from = keep_from.max(*first);
+            }
+            if !was(named, now) {
+                keep_from = keep_from.max(last + 1);
+            }
+        }
+        let before = if keep_from > 0 { self.spreads() } else { HashMap::new() };
+        self.named.drain(..keep_from.min(self.named.len()));
+        before
+    }
+
+    pub fn spreads(&self) -> HashMap<User, Spread> {
+        let mut users: HashMap<User, Vec<usize>> = HashMap::new();
+        for (n, (_, named)) in self.named.iter().enumerate() {
+            users.entry(named.user).or_default().push(n);
+        }
+        let n = self.named.len();
+        users.into_iter().map(|(user, at)| (user, spread(&at, n))).collect()
+    }
+}
+
+/// `at`: the places of a user's ticks among `n`.
+fn spread(at: &[usize], n: usize) -> Spread {
+    let share = at.len() as f64 / n as f64;
+    let one = share * (1.0 - share);
+    if one <= 0.0 {
+        return Spread { share, factor: 1.0 };
+    }
+    let mut is = vec![0u32; n];
+    for place in at {
+        if let Some(is) = is.get_mut(*place) {
+            *is = 1;
+        }
+    }
+    let mut factor: f64 = 1.0;
+    for size in BLOCKS {
+        if n < size * BLOCKS_AT_LEAST {
+            break;
+        }
+        let scatter = size as f64 * block_variance(&is, size, share) / one;
+        // Overlapping blocks are worth half as many again as separate ones.
+        let freedom = 1.5 * n as f64 / size as f64;
+        let by_chance = 1.0 + 2.0 * (2.0 / freedom).sqrt();
+        if scatter > by_chance {
+            factor = factor.max(scatter);
+        }
+    }
+    if let Some(cycle) = cycle(&is, share) {
+        // So many phases are looked at and no other: the share is known to within a part of one.
+        factor = factor.max(WINDOW_TICKS / (12.0 * (cycle * cycle) as f64) / one);
+    }
+    Spread { share, factor }
+}
+
+/// Variance of the means of all blocks of that size.
+fn block_variance(is: &[u32], size: usize, share: f64) -> f64 {
+    let mut sum: u32 = is.iter().take(size).sum();
+    let mut total = (f64::from(sum) / size as f64 - share).powi(2);
+    for n in size..is.len() {
+        sum = sum + is[n] - is[n - size];
+        total += (f64::from(sum) / size as f64 - share).powi(2);
+    }
+    let blocks = is.len() - size + 1;
+    // The mean is of the same ticks: it takes up a part of the variance.
+    total / blocks as f64 / (1.0 - size as f64 / is.len() as f64)
+}
+
+/// The shortest cycle of ticks, if they are one.
+fn cycle(is: &[u32], share: f64) -> Option<usize> {
+    // What is long past may be another cycle; a few ticks that happen to repeat are none.
+    let recent = &is[is.len().saturating_sub(WINDOW_TICKS as usize)..];
+    let named = recent.iter().filter(|is| **is == 1).count();
+    let least = WINDOW_TICKS as usize / CYCLES.end();
+    if recent.len() < WINDOW_TICKS as usize || named.min(recent.len() - named) < least - 1 {
+        return None;
+    }
+    let repeats = |lag: usize| {
+        let both = (lag..recent.len()).filter(|n| recent[*n] == 1 && recent[n - lag] == 1).count() as f64;
+        (both / (recent.len() - lag) as f64 - share * share) / (share * (1.0 - share))
+    };
+    CYCLES.into_iter().find(|lag| repeats(*lag) > CYCLIC)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::snapshot::Reason;
+
+    /// One user named where `is` says so, another elsewhere.
+    fn spread_of(n: usize, is: impl Fn(usize) -> bool) -> Spread {
+        spread(&(0..n).filter(|k| is(*k)).collect::<Vec<_>>(), n)
+    }
+
+    fn drawn(k: usize) -> u64 {
+        let mut z = (k as u64).wrapping_mul(0x9e37_79b9_7f4a_7c15);
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    #[test]
+    fn independent_draws_have_the_binomial_error() {
+        for percent in [5, 30, 50, 95] {
+            let spread = spread_of(720, |k| drawn(k) % 100 < percent);
+            assert!((spread.share - percent as f64 / 100.0).abs() < 0.05, "{spread:?}");
+            assert_eq!(spread.factor, 1.0, "{percent} %: {spread:?}");
+        }
+    }
+
+    #[test]
+    fn runs_and_cycles_are_worth_less() {
+        // A beat of 100 ticks; cycles of two and three ticks; one that is named always.
+        assert!(spread_of(720, |k| k % 100 < 50).factor > 8.0);
+        assert!(spread_of(720, |k| k % 2 == 0).factor > 4.0);
+        assert!(spread_of(720, |k| k % 3 == 0).factor > 2.0);
+        assert_eq!(spread_of(720, |_| true).variance(), 0.0);
+    }
+
+    #[test]
+    fn the_past_is_cut_at_births_and_ends() {
+        let user = User::Nobody(Reason::Host);
+        let named = |pid| Named { user, pid };
+        let mut memory = Memory::default();
+        for k in 0..30 {
+            memory.name(BootNs(k), named(if k < 10 { 1 } else { 2 }));
+        }
+        // Both were there all along.
+        memory.cut(BootNs(30), |_, _| true);
+        assert_eq!(memory.named.len(), 30);
+        // The second was born at 10.
+        memory.cut(BootNs(30), |named, at| named.pid == 1 || at.0 >= 10);
+        assert_eq!(memory.named.len(), 20);
+        // It has ended.
+        memory.cut(BootNs(30), |named, at| named.pid == 1 || at.0 < 30);
+        assert_eq!(memory.named.len(), 0);
+    }
+}

@@ -1,0 +1,164 @@
+//! Garbage, faults and lives that end: none of it stops the count, or what it says of itself.
+
+use super::*;
+use crate::observation::{EngineTick, ProcessKind, RunningProcess};
+use crate::snapshot::{DeviceReadings, Engine};
+
+const SECOND: u64 = 1_000_000_000;
+
+#[test]
+fn an_engines_sample_of_the_future_holds_up_none_that_follow() {
+    for garbage in [u64::MAX, SKEW + taken(40) + 3_600 * SECOND] {
+        let mut core = core();
+        for k in 0..80usize {
+            let mut batch = tick(k, 40, Some(100), 20_000_000);
+            let at = batch.ticks[0].at;
+            batch.rows[0].percent[Engine::Encoder as usize] = 50;
+            batch.engine_ticks.push(EngineTick { engine: Engine::Encoder, at, busy_percent: 50 });
+            if k == 5 {
+                batch.engine_ticks.insert(0, EngineTick { engine: Engine::Encoder, at: GpuNs(garbage), busy_percent: 50 });
+            }
+            core.observe(Observation::from(batch));
+        }
+        let busy = core.snapshot().gpus[0].engines.first().map_or(0.0, |e| e.busy);
+        assert!((busy - 76.0 * 0.167 * 0.5).abs() < 0.3, "{busy}");
+    }
+}
+
+#[test]
+fn a_gpu_in_mig_mode_that_hangs_has_no_readings() {
+    let mut core = core();
+    core.observe(Observation::GpuFound {
+        gpu: 0,
+        info: Arc::new(GpuInfo { mig_mode: "enabled", ..GpuInfo::clone(&info()) }),
+        at: BootNs(taken(0)),
+    });
+    let readings = Some(DeviceReadings { power_watts: Some(99.0), ..DeviceReadings::default() });
+    core.observe(Observation::from(GpuBatch { readings, answer: Answer::Unsupported, ..batch(taken(1)) }));
+    assert_eq!(core.snapshot().gpus[0].readings.power_watts, Some(99.0));
+    passes(&mut core, taken(1) + 60 * SECOND);
+    assert_eq!(core.snapshot().gpus[0].readings.power_watts, None);
+}
+
+#[test]
+fn a_batch_that_comes_after_its_gpu_has_gone_says_nothing() {
+    let mut core = core();
+    feed(&mut core, (0..60).map(|_| (100, Some(100))));
+    core.observe(Observation::GpuGone { gpu: 0, at: BootNs(taken(60)) });
+    let readings = Some(DeviceReadings { power_watts: Some(99.0), ..DeviceReadings::default() });
+    core.observe(Observation::from(GpuBatch { readings, ..tick(60, 100, Some(100), 20_000_000) }));
+    assert_eq!(core.snapshot().gpus[0].readings.power_watts, None);
+}
+
+#[test]
+fn what_waits_is_decided_where_samples_end() {
+    for answer in [Answer::Unsupported, Answer::Failed] {
+        let mut core = core();
+        feed(&mut core, (0..40).map(|k| (50, (k < 36).then_some(100))));
+        let before = core.snapshot().gpus[0].time;
+        for k in 41..200 {
+            core.observe(Observation::from(GpuBatch { answer, ..batch(taken(k)) }));
+            passes(&mut core, taken(k));
+        }
+        let t = core.snapshot().gpus[0].time;
+        // The last ticks name nobody: they wait for 10 s, and are of who was there before.
+        assert!(t.busy > before.busy + 2.9 * 0.167 * 0.5, "{answer:?}: {before:?} {t:?}");
+    }
+}
+
+#[test]
+fn a_gpu_opened_again_while_its_ring_was_dry_is_not_idle_where_samples_are_lost() {
+    let mut core = core();
+    for k in 0..40 {
+        core.observe(Observation::from(GpuBatch { answer: Answer::Dry { idle: true }, ..batch(taken(k)) }));
+    }
+    core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(41)) });
+    core.observe(Observation::from(tick(42, 100, Some(100), 20_000_000)));
+    let before = core.snapshot().gpus[0].time.idle;
+    for k in 60..80 {
+        core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+    }
+    let t = core.snapshot().gpus[0].time;
+    assert!(t.idle - before < 0.01, "{before} {t:?}");
+}
+
+#[test]
+fn the_error_of_a_short_life_is_stated() {
+    let mut core = core();
+    let ended = 42;
+    for k in 0..90usize {
+        let a = (34..ended).contains(&k) && k % 2 == 0;
+        core.observe(Observation::from(tick(k, 100, Some(if a { 100 } else { 101 }), 20_000_000)));
+        if k == ended {
+            core.observe(Observation::Process(ProcessFact {
+                change: ProcessChange::Exit,
+                tgid: Tgid(100),
+                start: BootNs(5),
+                at: BootNs(taken(ended) - PERIOD / 2),
+                place: Place { v2_id: 10, ..Place::default() },
+            }));
+        }
+    }
+    let snapshot = core.snapshot();
+    let pair = &snapshot.containers[0].gpus[0];
+    // 4 of 8 draws: 167 ms times the root of 8 * 0.5 * 0.5, about.
+    assert!(pair.samples >= 3 && pair.seconds_stderr > 0.2, "{pair:?}");
+}
+
+#[test]
+fn who_is_forgotten_is_credited_with_nothing_more() {
+    let mut core = core();
+    let process = RunningProcess { pid: 100, memory_bytes: None, kind: ProcessKind::Compute };
+    // The list of processes is answered once and never again; the container goes.
+    core.observe(Observation::from(GpuBatch { processes: Some(vec![process]), ..tick(0, 50, Some(100), 20_000_000) }));
+    core.observe(Observation::Process(ProcessFact {
+        change: ProcessChange::Exit,
+        tgid: Tgid(100),
+        start: BootNs(5),
+        at: BootNs(taken(2)),
+        place: Place { v2_id: 10, ..Place::default() },
+    }));
+    core.observe(Observation::Cgroup(CgroupFact {
+        change: CgroupChange::Removed,
+        key: v2(10),
+        parent: Some(v2(2)),
+        name: "a".repeat(64),
+        at: BootNs(taken(3)),
+    }));
+    for k in 1..5_000usize {
+        core.observe(Observation::from(tick(k, 50, None, 20_000_000)));
+        if k % 6 == 0 {
+            passes(&mut core, taken(k) + 20_000_000);
+        }
+    }
+    let snapshot = core.snapshot();
+    let gpu = &snapshot.gpus[0];
+    assert!(gpu.unattributed[Reason::NoPid as usize] > 100.0, "{:?}", gpu.unattributed);
+}
+
+#[test]
+fn one_who_is_alone_and_seldom_named_is_busy_in_every_window() {
+    let mut core = core();
+    let process = RunningProcess { pid: 100, memory_bytes: None, kind: ProcessKind::Compute };
+    for k in 0..200usize {
+        let mut batch = tick(k, 2, (k % 90 == 30).then_some(100), 20_000_000);
+        batch.processes = (k == 0).then(|| vec![process]);
+        core.observe(Observation::from(batch));
+        if k > 70 {
+            let duty = core.snapshot().containers[0].gpus[0].duty_cycle_percent.unwrap();
+            assert!((duty - 2.0).abs() < 1e-6, "{k}: {duty}");
+        }
+    }
+}
+
+#[test]
+fn a_ring_that_leaves_out_idle_samples_teaches_no_longer_grid() {
+    let mut core = core();
+    // After a busy while, one period of 90 % a second; the driver keeps no samples of 0 %.
+    for k in (0..120).chain((120..1_200).filter(|k| k % 6 == 0)) {
+        core.observe(Observation::from(tick(k, 90, Some(100), 20_000_000)));
+    }
+    let t = core.snapshot().gpus[0].time;
+    let most = (120 + 180) as f64 * 0.167 * 0.9;
+    assert!(t.busy <= most + 0.1, "{t:?}, at most {most}");
+}

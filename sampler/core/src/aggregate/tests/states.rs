@@ -1,0 +1,225 @@
+//! Busy, idle, unobserved, unsupported: what is not known is never idle.
+
+use super::*;
+use crate::observation::GpmInterval;
+use crate::snapshot::{DeviceReadings, GpuTime};
+
+const SECOND: u64 = 1_000_000_000;
+
+fn time(core: &Core) -> GpuTime {
+    core.snapshot().gpus[0].time
+}
+
+fn sum(t: GpuTime) -> f64 {
+    t.busy + t.idle + t.unobserved + t.unsupported
+}
+
+fn near(value: f64, expect: f64) -> bool {
+    (value - expect).abs() < 0.035
+}
+
+#[test]
+fn a_driver_that_does_not_answer_is_unobserved_and_its_rates_are_unknown() {
+    let mut core = core();
+    feed(&mut core, (0..60).map(|_| (50, Some(100))));
+    assert!(core.snapshot().gpus[0].utilization_ratio.is_some());
+    let stalled = taken(60);
+    passes(&mut core, stalled + 4 * SECOND);
+    let snapshot = core.snapshot();
+    assert_eq!(snapshot.gpus[0].utilization_ratio, None);
+    assert!(snapshot.containers.iter().flat_map(|c| &c.gpus).all(|g| g.duty_cycle_percent.is_none()));
+    // As long as its ring may still give what is missing, it is in no state.
+    assert!(near(time(&core).unobserved, 0.0));
+    let before = time(&core);
+    passes(&mut core, stalled + 60 * SECOND);
+    let after = time(&core);
+    assert_eq!((after.busy, after.idle), (before.busy, before.idle));
+    assert!((44.0..46.0).contains(&after.unobserved), "{after:?}");
+    // It comes back with a full ring: what was booked as unobserved stays so, and nothing is booked twice.
+    for k in 360..432 {
+        core.observe(Observation::from(tick(k, 100, Some(100), (432 - k) as u64 * PERIOD)));
+    }
+    core.observe(Observation::from(batch(taken(432) + SECOND)));
+    passes(&mut core, taken(432) + SECOND);
+    let end = (taken(431) - taken(0)) as f64 * 1e-9;
+    assert!((sum(time(&core)) - end).abs() < 0.2, "{:?} {end}", time(&core));
+}
+
+#[test]
+fn ticks_whose_pids_nobody_asked_for_are_unobserved() {
+    let mut core = core();
+    for k in 0..100 {
+        let mut batch = tick(k, 80, Some(100), 20_000_000);
+        if k % 4 != 0 {
+            batch.ticks[0].looked = false;
+            batch.rows.clear();
+        }
+        core.observe(Observation::from(batch));
+    }
+    let t = time(&core);
+    // A quarter was looked at; of that, 80 % busy.
+    let whole = sum(t);
+    assert!((t.unobserved / whole - 0.75).abs() < 0.02, "{t:?}");
+    assert!((t.busy / (t.busy + t.idle) - 0.8).abs() < 1e-6, "{t:?}");
+}
+
+#[test]
+fn a_ring_that_runs_dry_is_idle_only_where_the_device_says_so() {
+    for idle in [true, false] {
+        let mut core = core();
+        feed(&mut core, (0..30).map(|_| (100, Some(100))));
+        for k in 31..90 {
+            let answer = if k < 41 { Answer::Samples } else { Answer::Dry { idle } };
+            core.observe(Observation::from(GpuBatch { answer, ..batch(taken(k)) }));
+        }
+        for k in 90..120 {
+            core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+        }
+        let t = time(&core);
+        let (dry, other) = if idle { (t.idle, t.unobserved) } else { (t.unobserved, t.idle) };
+        assert!(near(dry, 60.0 * 0.167), "{idle} {t:?}");
+        assert!(near(other, 0.0), "{idle} {t:?}");
+        // No sample was lost.
+        assert_eq!(core.snapshot().gpus[0].sample_gaps, 0);
+    }
+}
+
+#[test]
+fn a_dry_ring_from_the_start_loses_nothing_of_what_comes() {
+    let mut core = core();
+    for k in 0..20 {
+        core.observe(Observation::from(GpuBatch { answer: Answer::Dry { idle: true }, ..batch(taken(k)) }));
+    }
+    for k in 20..60 {
+        core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+    }
+    core.observe(Observation::from(batch(taken(70))));
+    let t = time(&core);
+    assert!(near(t.busy, 40.0 * 0.167), "{t:?}");
+    assert!(near(t.idle, 19.0 * 0.167), "{t:?}");
+}
+
+#[test]
+fn lost_ticks_are_a_gap_and_unobserved() {
+    let mut core = core();
+    for k in (0..100).filter(|k| !(40..50).contains(k)) {
+        core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+    }
+    let snapshot = core.snapshot();
+    assert_eq!((snapshot.gpus[0].sample_gaps, snapshot.gpus[0].ring_overruns), (1, 0));
+    assert!(near(time(&core).unobserved, 10.0 * 0.167), "{:?}", time(&core));
+}
+
+#[test]
+fn a_device_without_a_ring_is_unsupported() {
+    let mut core = core();
+    for k in 0..60 {
+        core.observe(Observation::from(GpuBatch { answer: Answer::Unsupported, ..batch(taken(k)) }));
+    }
+    let t = time(&core);
+    assert!(near(t.unsupported, 59.0 * 0.167) && near(sum(t), t.unsupported), "{t:?}");
+    assert_eq!(core.snapshot().gpus[0].utilization_ratio, None);
+}
+
+#[test]
+fn a_mig_device_is_measured_and_its_only_holder_has_it() {
+    use crate::observation::{ProcessKind, RunningProcess};
+    let process = |pid| RunningProcess { pid, memory_bytes: Some(7), kind: ProcessKind::Compute };
+    for (pids, reason) in [(vec![100], None), (vec![100, 101], Some(Reason::Ambiguous)), (vec![], Some(Reason::NoPid))] {
+        let mut core = core();
+        for k in 1..60u64 {
+            let at = |k: u64| BootNs(taken(0) + k * SECOND);
+            let gpm = GpmInterval { from: at(k - 1), to: at(k), busy_ratio: 0.25 };
+            let processes = Some(pids.iter().copied().map(process).collect());
+            let answer = Answer::Unsupported;
+            core.observe(Observation::from(GpuBatch { gpm: Some(gpm), processes, answer, ..batch(at(k).0) }));
+        }
+        let snapshot = core.snapshot();
+        let gpu = &snapshot.gpus[0];
+        assert!(near(gpu.time.busy, 59.0 * 0.25) && near(gpu.time.idle, 59.0 * 0.75), "{:?}", gpu.time);
+        assert_eq!(gpu.utilization_ratio, Some(0.25));
+        match reason {
+            None => {
+                assert!(near(seconds(&snapshot)[0], 59.0 * 0.25));
+                assert_eq!(snapshot.containers[0].gpus[0].memory_used_bytes, Some(7));
+            }
+            Some(reason) => assert!(near(gpu.unattributed[reason as usize], 59.0 * 0.25), "{:?}", gpu.unattributed),
+        }
+    }
+}
+
+#[test]
+fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first() {
+    let mut core = core();
+    feed(&mut core, (0..60).map(|_| (100, Some(100))));
+    core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(63)) });
+    let before = time(&core);
+    // The clock of the new driver began again.
+    for k in 64..100usize {
+        let at = GpuNs(PERIOD * (k as u64 - 60));
+        let ticks = vec![DeviceTick { at, busy_percent: 100, looked: true }];
+        core.observe(Observation::from(GpuBatch { ticks, rows: vec![row(at, 100, 100)], ..batch(taken(k)) }));
+    }
+    core.observe(Observation::from(batch(taken(110))));
+    let after = time(&core);
+    assert!(near(after.busy - before.busy, 35.0 * 0.167), "{before:?} {after:?}");
+    assert!((sum(after) - 99.0 * 0.167).abs() < 0.2, "{after:?}");
+}
+
+#[test]
+fn a_device_that_goes_keeps_its_last_values_for_a_while() {
+    let mut core = core();
+    feed(&mut core, (0..60).map(|_| (100, Some(100))));
+    core.observe(Observation::GpuGone { gpu: 0, at: BootNs(taken(60)) });
+    let busy = time(&core).busy;
+    passes(&mut core, taken(60) + 200 * SECOND);
+    let snapshot = core.snapshot();
+    assert_eq!((snapshot.gpus[0].time.busy, snapshot.gpus[0].gone), (busy, Some(BootNs(taken(60)))));
+    passes(&mut core, taken(60) + 400 * SECOND);
+    assert!(core.snapshot().gpus.is_empty());
+}
+
+#[test]
+fn throttling_is_summed_by_reason_and_xids_are_counted() {
+    let mut core = core();
+    let none = core.snapshot().gpus[0].throttle_seconds;
+    assert_eq!(none, None);
+    for k in 0..60u64 {
+        let mask = if k > 20 && k <= 40 { 0x4 | 0x20 } else { 0x1 };
+        let readings = Some(DeviceReadings { throttle_reasons: Some(mask), ..DeviceReadings::default() });
+        core.observe(Observation::from(GpuBatch { readings, ..batch(taken(0) + k * SECOND) }));
+    }
+    for count in [1, 1_000] {
+        core.observe(Observation::Xid { gpu: 0, xid: 79, count });
+    }
+    let gpu = &core.snapshot().gpus[0];
+    assert_eq!(gpu.throttle_seconds.unwrap().map(f64::round), [39.0, 0.0, 20.0, 0.0, 0.0, 20.0, 0.0, 0.0, 0.0]);
+    assert_eq!(gpu.xids, [(79, 1_001)]);
+}
+
+#[test]
+fn drift_and_steps_of_a_clock_are_told() {
+    let mut core = core();
+    // The GPU's clock gains 200 parts in a million.
+    let stamp = |k: usize, base: u64| GpuNs(base + taken(k) + taken(k) / 5_000);
+    for k in 0..1_200 {
+        // Polls come at any moment after a sample.
+        let late = 10_000_000 + (k as u64 * 7 % 80) * 1_000_000;
+        let base = if k < 900 { SKEW } else { SKEW - 3 * SECOND };
+        let at = stamp(k, base);
+        let ticks = vec![DeviceTick { at, busy_percent: 100, looked: true }];
+        let rows = vec![row(at, 100, 100)];
+        core.observe(Observation::from(GpuBatch { ticks, rows, stepped: k == 900, ..batch(taken(k) + late) }));
+        if k == 899 {
+            let clock = core.snapshot().gpus[0].clock;
+            assert!((clock.drift_ratio.unwrap() - 2e-4).abs() < 5e-5, "{clock:?}");
+            assert!((clock.ahead_of_boot_seconds.unwrap() - 12.37).abs() < 0.1, "{clock:?}");
+            assert!((0.01..0.4).contains(&clock.uncertainty_seconds.unwrap()), "{clock:?}");
+            assert_eq!(clock.steps, 0);
+        }
+    }
+    let gpu = &core.snapshot().gpus[0];
+    assert_eq!(gpu.clock.steps, 1);
+    assert!(gpu.time.unobserved < 1.0, "{:?}", gpu.time);
+    assert!((sum(gpu.time) - 1_199.0 * 0.167).abs() < 1.0, "{:?}", gpu.time);
+}

@@ -1,0 +1,117 @@
+//! Whom a tick names, where more than one answer is there.
+
+use super::*;
+use crate::observation::{EngineTick, ProcessKind, RunningProcess};
+use crate::snapshot::Engine;
+
+/// Ticks of 50 % with these rows: (pid, percent).
+fn ticks_with(core: &mut Core, rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
+    let process = |(pid, kind): &(u32, ProcessKind)| RunningProcess { pid: *pid, memory_bytes: None, kind: *kind };
+    for k in 0..150 {
+        let mut batch = tick(k, 50, None, 20_000_000);
+        let at = batch.ticks[0].at;
+        batch.rows = rows.iter().map(|(pid, percent)| row(at, *pid, *percent)).collect();
+        batch.processes = (k == 0).then(|| processes.iter().map(process).collect());
+        core.observe(Observation::from(batch));
+    }
+}
+
+/// Whose all of it was: 0 and 1 are the containers, or the reason.
+fn whose(rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize, Reason> {
+    let mut core = core();
+    ticks_with(&mut core, rows, processes);
+    let snapshot = core.snapshot();
+    let busy = snapshot.gpus[0].time.busy;
+    assert!(busy > 3.0, "{busy}");
+    if let Some(n) = seconds(&snapshot).iter().position(|s| (s - busy).abs() < 1e-9) {
+        return Ok(n);
+    }
+    let reason = Reason::ALL.into_iter().find(|r| (snapshot.gpus[0].unattributed[*r as usize] - busy).abs() < 1e-9);
+    Err(reason.expect("all of it is in one place"))
+}
+
+#[test]
+fn rows() {
+    use ProcessKind::{Compute, Mps, MpsServer};
+    // 100 and 101 are in containers, 102 is the host's, 999 nobody knows.
+    let check = |rows: &[(u32, u32)], processes: &[(u32, ProcessKind)], expect| {
+        assert_eq!(whose(rows, processes), expect, "{rows:?} {processes:?}");
+    };
+    check(&[(100, 50)], &[], Ok(0));
+    // An exited one, a garbage pid, one that is on another engine only.
+    check(&[(999, 50), (100, 50)], &[], Ok(0));
+    check(&[(0, 50), (101, 50), (u32::MAX, 50)], &[], Ok(1));
+    check(&[(0, 50), (999, 50)], &[], Err(Reason::PidUnknown));
+    check(&[(u32::MAX, 50)], &[], Err(Reason::InvalidPid));
+    check(&[(100, 0), (101, 50)], &[], Ok(1));
+    // Two that are known: the driver names one per engine, so this is no answer.
+    check(&[(100, 50), (101, 50)], &[], Err(Reason::Ambiguous));
+    check(&[(102, 50)], &[], Err(Reason::Host));
+    // Clients of the multi-process service: one is named for all.
+    check(&[(100, 50)], &[(100, Mps), (101, Mps)], Err(Reason::Mps));
+    check(&[(100, 50)], &[(100, Mps)], Ok(0));
+    check(&[(102, 50)], &[(102, MpsServer), (100, Mps)], Ok(0));
+    check(&[(102, 50)], &[(102, MpsServer), (100, Mps), (101, Mps)], Err(Reason::Mps));
+    check(&[(101, 50)], &[(100, Mps), (101, Compute)], Ok(1));
+    // Nobody is named: the only one who holds the device, if there is one.
+    check(&[], &[(100, Compute)], Ok(0));
+    check(&[], &[(102, Compute)], Err(Reason::Host));
+    check(&[], &[(100, Compute), (101, Compute)], Err(Reason::NoPid));
+}
+
+#[test]
+fn listed_clients_are_marked_and_a_part_of_memory_is_not_the_whole() {
+    let mut core = core();
+    let process = |pid, memory_bytes, kind| RunningProcess { pid, memory_bytes, kind };
+    let processes = vec![
+        process(100, Some(5), ProcessKind::Mps),
+        process(101, Some(6), ProcessKind::Compute),
+        process(101, None, ProcessKind::Graphics),
+    ];
+    core.observe(Observation::from(GpuBatch { processes: Some(processes), ..batch(taken(1)) }));
+    let pairs: Vec<_> = core.snapshot().containers.iter().flat_map(|c| c.gpus.clone()).collect();
+    let told: Vec<_> = pairs.iter().map(|p| (p.mps_clients, p.memory_used_bytes)).collect();
+    assert_eq!(told, [(1, Some(5)), (0, None)]);
+    // They have ended.
+    core.observe(Observation::from(GpuBatch { processes: Some(Vec::new()), ..batch(taken(2)) }));
+    assert!(core.snapshot().containers.iter().all(|c| c.gpus.is_empty()));
+}
+
+#[test]
+fn each_engine_has_its_own_pid() {
+    let mut core = core();
+    for k in 0..80usize {
+        let mut batch = tick(k, 40, Some(100), 20_000_000);
+        let at = batch.ticks[0].at;
+        batch.rows.push(ProcessRow { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
+        // The encoder's ring is read every 2 s.
+        if k % 12 == 11 {
+            let tick = |k: usize| EngineTick { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
+            batch.engine_ticks = (k - 11..=k).map(tick).collect();
+        }
+        core.observe(Observation::from(batch));
+    }
+    let snapshot = core.snapshot();
+    let engines: Vec<_> = snapshot.gpus[0].engines.iter().map(|e| (e.engine, e.unattributed.iter().sum::<f64>())).collect();
+    assert_eq!(engines, [(Engine::Encoder, 0.0)]);
+    let of = |n: usize| snapshot.containers[n].gpus[0].engines.clone();
+    assert!(of(0).is_empty());
+    let [(Engine::Encoder, seconds)] = of(1)[..] else { panic!("{:?}", of(1)) };
+    assert!((seconds - snapshot.gpus[0].engines[0].busy).abs() < 1e-9);
+    assert!((seconds - 72.0 * 0.167 * 0.7).abs() < 0.5, "{seconds}");
+    // It never was on the compute engine.
+    assert_eq!(snapshot.containers[1].gpus[0].seconds, 0.0);
+}
+
+#[test]
+fn rows_of_no_tick_are_counted() {
+    let mut core = core();
+    for k in 0..100 {
+        let mut batch = tick(k, 50, Some(100), 20_000_000);
+        if k == 30 {
+            batch.rows[0].at = GpuNs(batch.rows[0].at.0 - PERIOD / 2 - 20_000_000 - 10 * PERIOD);
+        }
+        core.observe(Observation::from(batch));
+    }
+    assert_eq!(core.snapshot().gpus[0].off_grid, 1);
+}

@@ -1,0 +1,111 @@
+//! Credited share of wall time over windows of 10 s, per container.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::sync::Arc;
+
+use hdrhistogram::Histogram;
+
+use super::WINDOW_NS;
+use crate::snapshot::WindowShares;
+use crate::units::{BootNs, ContainerKey};
+
+/// Shares are counted in parts of a thousand.
+const PARTS: f64 = 1000.0;
+/// A window is counted when so much of it was observed.
+const OBSERVED: f64 = 0.95;
+/// After its end, until pid-less time in it is divided.
+const DECIDED_NS: u64 = 11_000_000_000;
+
+#[derive(Debug, Default)]
+struct Window {
+    credited: HashMap<ContainerKey, f64>,
+    observed_ns: f64,
+}
+
+#[derive(Debug)]
+struct Shares {
+    parts: Histogram<u32>,
+    sum: f64,
+    view: Arc<WindowShares>,
+}
+
+#[derive(Debug, Default)]
+pub struct Windows {
+    open: BTreeMap<u64, Window>,
+    shares: HashMap<ContainerKey, Shares>,
+}
+
+impl Windows {
+    pub fn observed(&mut self, at: BootNs, ns: f64) {
+        self.open.entry(at.0 / WINDOW_NS).or_default().observed_ns += ns;
+    }
+
+    pub fn credited(&mut self, at: BootNs, key: ContainerKey, ns: f64) {
+        *self.open.entry(at.0 / WINDOW_NS).or_default().credited.entry(key).or_default() += ns;
+    }
+
+    /// Counts the windows that are over. `there`: who has the GPU, used or not.
+    pub fn close(&mut self, now: BootNs, there: &HashSet<ContainerKey>) {
+        while let Some(first) = self.open.first_entry() {
+            let ends = (first.key() + 1).saturating_mul(WINDOW_NS);
+            if now.0 < ends.saturating_add(DECIDED_NS) {
+                return;
+            }
+            let window = first.remove();
+            if window.observed_ns < OBSERVED * WINDOW_NS as f64 {
+                continue;
+            }
+            let keys: HashSet<ContainerKey> = window.credited.keys().chain(there).copied().collect();
+            for key in keys {
+                let share = window.credited.get(&key).copied().unwrap_or_default() / WINDOW_NS as f64;
+                self.shares.entry(key).or_insert_with(Shares::new).record(share);
+            }
+        }
+    }
+
+    pub fn of(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
+        self.shares.get(&key).map(|shares| Arc::clone(&shares.view))
+    }
+
+    pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
+        self.shares.retain(|key, _| !gone(key));
+    }
+}
+
+impl Shares {
+    fn new() -> Self {
+        let parts = Histogram::new_with_bounds(1, 2 * PARTS as u64, 2).expect("1 to 2000 at two digits are valid bounds");
+        Self { parts, sum: 0.0, view: Arc::default() }
+    }
+
+    fn record(&mut self, share: f64) {
+        self.parts.saturating_record((share * PARTS).round() as u64 + 1);
+        self.sum += share;
+        let up_to = |bound: &f64| self.parts.count_between(0, (bound * PARTS).round() as u64 + 1);
+        let buckets = WindowShares::BOUNDS.iter().map(up_to).collect();
+        self.view = Arc::new(WindowShares { buckets, sum: self.sum, count: self.parts.len() });
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_that_were_observed_are_counted_for_who_was_there() {
+        let (a, b) = (ContainerKey(1), ContainerKey(2));
+        let mut windows = Windows::default();
+        for (n, observed) in [(0, 1.0), (1, 0.5), (2, 1.0)] {
+            let at = BootNs(n * WINDOW_NS + 5);
+            windows.observed(at, observed * WINDOW_NS as f64);
+            windows.credited(at, a, 0.3 * WINDOW_NS as f64);
+        }
+        let there = HashSet::from([b]);
+        windows.close(BootNs(WINDOW_NS + DECIDED_NS - 1), &there);
+        assert_eq!(windows.of(a), None);
+        windows.close(BootNs(3 * WINDOW_NS + DECIDED_NS), &there);
+        let of = |key| windows.of(key).map(|w| (w.buckets.clone(), w.count, (w.sum * 10.0).round()));
+        assert_eq!(of(a), Some((vec![0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
+        assert_eq!(of(b), Some((vec![2; 10], 2, 0.0)));
+    }
+}

@@ -1,0 +1,311 @@
+//! Driver calls by device: how long they took, how they failed, which are supported. A device has its own lock, taken for
+//! microseconds after a call has ended and never across one: neither other GPUs nor a scrape wait for a call.
+
+use std::collections::BTreeMap;
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::stall::{CallSlot, Caller, Change};
+use super::{CALL_BOUNDS, Calls, Times};
+use sampler_core::units::BootNs;
+
+/// What is asked of the driver; each can be missing on its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Call {
+    Init,
+    Shutdown,
+    GetCount,
+    GetHandleByIndex,
+    GetHandleByUuid,
+    GetUuid,
+    GetInfo,
+    GetMigMode,
+    GetMigDevices,
+    GetGpuInstanceId,
+    GetSamples,
+    GetMemorySamples,
+    GetEncoderSamples,
+    GetDecoderSamples,
+    GetJpegSamples,
+    GetOfaSamples,
+    GetProcessesUtilizationInfo,
+    GetProcessUtilization,
+    GetUtilizationRates,
+    GetComputeRunningProcesses,
+    GetGraphicsRunningProcesses,
+    GetMpsComputeRunningProcesses,
+    GetMemoryInfoV2,
+    GetMemoryInfo,
+    GetPowerUsage,
+    GetTotalEnergyConsumption,
+    GetTemperature,
+    GetClockInfo,
+    GetClocksEventReasons,
+    GpmQueryDeviceSupport,
+    GpmMigSampleGet,
+    GpmMetricsGet,
+    RegisterEvents,
+    EventSetWait,
+}
+
+impl Call {
+    pub const ALL: [Call; 34] = [
+        Call::Init,
+        Call::Shutdown,
+        Call::GetCount,
+        Call::GetHandleByIndex,
+        Call::GetHandleByUuid,
+        Call::GetUuid,
+        Call::GetInfo,
+        Call::GetMigMode,
+        Call::GetMigDevices,
+        Call::GetGpuInstanceId,
+        Call::GetSamples,
+        Call::GetMemorySamples,
+        Call::GetEncoderSamples,
+        Call::GetDecoderSamples,
+        Call::GetJpegSamples,
+        Call::GetOfaSamples,
+        Call::GetProcessesUtilizationInfo,
+        Call::GetProcessUtilization,
+        Call::GetUtilizationRates,
+        Call::GetComputeRunningProcesses,
+        Call::GetGraphicsRunningProcesses,
+        Call::GetMpsComputeRunningProcesses,
+        Call::GetMemoryInfoV2,
+        Call::GetMemoryInfo,
+        Call::GetPowerUsage,
+        Call::GetTotalEnergyConsumption,
+        Call::GetTemperature,
+        Call::GetClockInfo,
+        Call::GetClocksEventReasons,
+        Call::GpmQueryDeviceSupport,
+        Call::GpmMigSampleGet,
+        Call::GpmMetricsGet,
+        Call::RegisterEvents,
+        Call::EventSetWait,
+    ];
+
+    /// The `call` label: NVML's name without `nvmlDevice` or `nvml`. The rings that GetSamples serves are told apart.
+    pub fn name(self) -> &'static str {
+        match self {
+            Call::Init => "Init",
+            Call::Shutdown => "Shutdown",
+            Call::GetCount => "GetCount",
+            Call::GetHandleByIndex => "GetHandleByIndex",
+            Call::GetHandleByUuid => "GetHandleByUUID",
+            Call::GetUuid => "GetUUID",
+            Call::GetInfo => "GetName",
+            Call::GetMigMode => "GetMigMode",
+            Call::GetMigDevices => "GetMigDeviceHandleByIndex",
+            Call::GetGpuInstanceId => "GetGpuInstanceId",
+            Call::GetSamples => "GetSamples",
+            Call::GetMemorySamples => "GetSamples:memory",
+            Call::GetEncoderSamples => "GetSamples:encoder",
+            Call::GetDecoderSamples => "GetSamples:decoder",
+            Call::GetJpegSamples => "GetSamples:jpeg",
+            Call::GetOfaSamples => "GetSamples:ofa",
+            Call::GetProcessesUtilizationInfo => "GetProcessesUtilizationInfo",
+            Call::GetProcessUtilization => "GetProcessUtilization",
+            Call::GetUtilizationRates => "GetUtilizationRates",
+            Call::GetComputeRunningProcesses => "GetComputeRunningProcesses",
+            Call::GetGraphicsRunningProcesses => "GetGraphicsRunningProcesses",
+            Call::GetMpsComputeRunningProcesses => "GetMPSComputeRunningProcesses",
+            Call::GetMemoryInfoV2 => "GetMemoryInfo_v2",
+            Call::GetMemoryInfo => "GetMemoryInfo",
+            Call::GetPowerUsage => "GetPowerUsage",
+            Call::GetTotalEnergyConsumption => "GetTotalEnergyConsumption",
+            Call::GetTemperature => "GetTemperature",
+            Call::GetClockInfo => "GetClockInfo",
+            Call::GetClocksEventReasons => "GetCurrentClocksEventReasons",
+            Call::GpmQueryDeviceSupport => "GpmQueryDeviceSupport",
+            Call::GpmMigSampleGet => "GpmMigSampleGet",
+            Call::GpmMetricsGet => "GpmMetricsGet",
+            Call::RegisterEvents => "RegisterEvents",
+            Call::EventSetWait => "EventSetWait",
+        }
+    }
+}
+
+/// Of a call that was not tried yet.
+const UNTRIED: u8 = 2;
+
+#[derive(Default)]
+struct Counts {
+    calls: BTreeMap<Call, Calls>,
+    errors: BTreeMap<(Call, String), u64>,
+}
+
+/// One device's calls.
+pub struct DeviceCalls {
+    pub uuid: Arc<str>,
+    counts: Mutex<Counts>,
+    supported: [AtomicU8; Call::ALL.len()],
+    /// 0 is not known.
+    poll_interval_ns: AtomicU64,
+    /// Bits of the share of time that calls took.
+    busy_ratio: AtomicU64,
+}
+
+/// One device's calls, ready to be exported.
+#[derive(Clone, Debug, Default)]
+pub struct DeviceView {
+    pub uuid: String,
+    pub calls: Vec<(&'static str, Times)>,
+    /// (call, error, count).
+    pub errors: Vec<(&'static str, String, u64)>,
+    pub supported: Vec<(&'static str, bool)>,
+    pub poll_interval_seconds: Option<f64>,
+    pub busy_ratio: Option<f64>,
+    /// A call has not returned for seconds; `None` where no thread belongs to it.
+    pub stalled: Option<bool>,
+}
+
+impl DeviceCalls {
+    fn new(uuid: Arc<str>) -> Self {
+        Self {
+            uuid,
+            counts: Mutex::default(),
+            supported: std::array::from_fn(|_| AtomicU8::new(UNTRIED)),
+            poll_interval_ns: AtomicU64::new(0),
+            busy_ratio: AtomicU64::new(f64::NAN.to_bits()),
+        }
+    }
+
+    fn counts(&self) -> MutexGuard<'_, Counts> {
+        self.counts.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    pub fn record(&self, call: Call, took: Duration, error: Option<String>) {
+        let mut counts = self.counts();
+        counts.calls.entry(call).or_insert_with(Calls::new).record(took);
+        if let Some(error) = error {
+            *counts.errors.entry((call, error)).or_default() += 1;
+        }
+    }
+
+    pub fn set_supported(&self, call: Call, supported: bool) {
+        self.supported[call as usize].store(supported.into(), Ordering::Relaxed);
+    }
+
+    pub fn set_pace(&self, poll_interval: Duration, busy_ratio: f64) {
+        self.poll_interval_ns.store(u64::try_from(poll_interval.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
+        self.busy_ratio.store(busy_ratio.to_bits(), Ordering::Relaxed);
+    }
+
+    fn view(&self, stalled: Option<bool>) -> DeviceView {
+        let supported = Call::ALL.iter().zip(&self.supported).map(|(call, is)| (call.name(), is.load(Ordering::Relaxed)));
+        let interval = self.poll_interval_ns.load(Ordering::Relaxed);
+        let busy = f64::from_bits(self.busy_ratio.load(Ordering::Relaxed));
+        let counts = self.counts();
+        DeviceView {
+            uuid: self.uuid.to_string(),
+            calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
+            errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
+            supported: supported.filter(|(_, is)| *is != UNTRIED).map(|(name, is)| (name, is == 1)).collect(),
+            poll_interval_seconds: (interval > 0).then_some(interval as f64 * 1e-9),
+            // A thread that hangs cannot tell: all its time is in the call.
+            busy_ratio: if stalled == Some(true) { Some(1.0) } else { (!busy.is_nan()).then_some(busy) },
+            stalled,
+        }
+    }
+}
+
+/// Every device and every thread that calls the driver.
+#[derive(Default)]
+pub struct DriverHealth {
+    devices: Mutex<Vec<Arc<DeviceCalls>>>,
+    slots: Mutex<Vec<Arc<CallSlot>>>,
+}
+
+impl DriverHealth {
+    fn devices(&self) -> MutexGuard<'_, Vec<Arc<DeviceCalls>>> {
+        self.devices.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn slots(&self) -> MutexGuard<'_, Vec<Arc<CallSlot>>> {
+        self.slots.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The counts of a device go on when it is opened again.
+    pub fn device(&self, uuid: &str) -> Arc<DeviceCalls> {
+        let mut devices = self.devices();
+        if let Some(known) = devices.iter().find(|device| &*device.uuid == uuid) {
+            return Arc::clone(known);
+        }
+        let device = Arc::new(DeviceCalls::new(uuid.into()));
+        devices.push(Arc::clone(&device));
+        device
+    }
+
+    pub fn forget(&self, uuid: &str) {
+        self.devices().retain(|device| &*device.uuid != uuid);
+    }
+
+    /// `who` is the key of what it says when its calls hang; `uuid` the GPU that is then not sampled.
+    pub fn caller(&self, who: String, uuid: Option<&str>) -> Caller {
+        let slot = Arc::new(CallSlot::new(who, uuid.map(Into::into)));
+        self.slots().push(Arc::clone(&slot));
+        Caller::new(slot)
+    }
+
+    pub(super) fn watch(&self, now: BootNs) -> Vec<Change> {
+        let mut changes = Vec::new();
+        self.slots().retain(|slot| {
+            changes.extend(slot.watch(now));
+            !slot.is_over()
+        });
+        changes
+    }
+
+    pub fn view(&self) -> Vec<DeviceView> {
+        let stalled: Vec<(Arc<str>, bool)> =
+            self.slots().iter().filter(|s| !s.is_over()).filter_map(|s| Some((s.uuid.clone()?, s.is_stalled()))).collect();
+        let devices: Vec<Arc<DeviceCalls>> = self.devices().clone();
+        let of = |uuid: &str| stalled.iter().filter(|(u, _)| &**u == uuid).map(|(_, is)| *is).reduce(|a, b| a || b);
+        devices.iter().map(|device| device.view(of(&device.uuid))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn calls_are_counted_in_their_buckets() {
+        let health = DriverHealth::default();
+        let device = health.device("GPU-1");
+        for us in [30, 700, 700, 50_000] {
+            device.record(Call::GetSamples, Duration::from_micros(us), None);
+        }
+        device.record(Call::GetMemoryInfo, Duration::from_micros(1), Some("Unknown".into()));
+        device.set_supported(Call::GetSamples, true);
+        device.set_supported(Call::GetOfaSamples, false);
+        let view = &health.view()[0];
+        let (name, times) = &view.calls[0];
+        assert_eq!((*name, times.count), ("GetSamples", 4));
+        assert_eq!(times.buckets, [1, 1, 1, 1, 3, 3, 3, 3, 4, 4]);
+        assert!((times.sum_seconds - 0.05143).abs() < 1e-9);
+        assert_eq!(view.errors, [("GetMemoryInfo", "Unknown".to_owned(), 1)]);
+        assert_eq!(view.supported, [("GetSamples", true), ("GetSamples:ofa", false)]);
+        assert_eq!((view.busy_ratio, view.poll_interval_seconds, view.stalled), (None, None, None));
+    }
+
+    #[test]
+    fn every_call_is_in_its_place() {
+        for (n, call) in Call::ALL.iter().enumerate() {
+            assert_eq!(*call as usize, n);
+        }
+    }
+
+    #[test]
+    fn a_device_opened_again_goes_on_counting() {
+        let health = DriverHealth::default();
+        health.device("GPU-1").record(Call::GetSamples, Duration::from_micros(1), None);
+        health.device("GPU-1").record(Call::GetSamples, Duration::from_micros(1), None);
+        assert_eq!(health.view()[0].calls[0].1.count, 2);
+        health.forget("GPU-1");
+        assert!(health.view().is_empty());
+    }
+}

@@ -1,0 +1,136 @@
+//! XID errors, as the driver reports them. Told in one go when there are many: a GPU that dies reports thousands.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, PoisonError};
+use std::time::{Duration, Instant};
+
+use nvml_wrapper::error::NvmlError;
+use sampler_core::observation::Observation;
+
+use super::Context;
+use super::driver::{Trouble, is_unsupported, trouble};
+use super::library::{Generation, Listen};
+use super::xids::Xids;
+use crate::health::driver::Call;
+use crate::health::stall::Caller;
+use crate::inbox::Closed;
+use crate::observe::clock::boot_now;
+
+/// One wait, at most: a new device is listened to after this.
+const WAIT: Duration = Duration::from_secs(1);
+/// What comes within is told together.
+const TOGETHER: Duration = Duration::from_millis(100);
+/// More than this many in that time wait in the driver, so that a storm costs little.
+const MOST_TOGETHER: u64 = 1000;
+/// The same error of a GPU is logged once in this long.
+const LOG_EVERY: Duration = Duration::from_secs(60);
+
+pub struct Events {
+    generation: Arc<Generation>,
+    context: Arc<Context>,
+    caller: Caller,
+    listening: Vec<Listen>,
+    logged: HashMap<(usize, u64), Instant>,
+}
+
+impl Events {
+    pub fn new(generation: Arc<Generation>, context: Arc<Context>) -> Self {
+        let caller = context.health.driver.caller("gpu-events".into(), None);
+        Self { generation, context, caller, listening: Vec::new(), logged: HashMap::new() }
+    }
+
+    pub fn run(mut self) {
+        // Closed: the core has ended, and with it the agent.
+        let _closed = self.serve();
+    }
+
+    fn is_over(&self) -> bool {
+        self.context.stopping() || self.generation.is_dead()
+    }
+
+    fn serve(&mut self) -> Result<(), Closed> {
+        let generation = Arc::clone(&self.generation);
+        let Ok(xids) = Xids::new(&generation) else {
+            tracing::info!("this driver reports no XID errors");
+            return Ok(());
+        };
+        while !self.is_over() {
+            self.listen(&xids);
+            let mut seen: BTreeMap<(usize, u64), u64> = BTreeMap::new();
+            if self.listening.is_empty() {
+                std::thread::sleep(TOGETHER);
+                continue;
+            }
+            match self.collect(&xids, &mut seen) {
+                Err(error) if trouble(&error) == Some(Trouble::Dead) => self.generation.kill(),
+                // One lost GPU must not make a loop that spins.
+                Err(_) => std::thread::sleep(WAIT),
+                Ok(()) => {}
+            }
+            for ((gpu, xid), count) in seen {
+                self.log(gpu, xid, count);
+                self.context.to.observe(Observation::Xid { gpu, xid, count })?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Registers the devices that were opened since.
+    fn listen(&mut self, xids: &Xids<'_>) {
+        let new = std::mem::take(&mut *self.generation.listen.lock().unwrap_or_else(PoisonError::into_inner));
+        for device in new {
+            self.caller.enter(Call::RegisterEvents, boot_now());
+            let begun = Instant::now();
+            let result = xids.listen(device.device);
+            let took = begun.elapsed();
+            self.caller.leave();
+            let calls = self.context.health.driver.device(&device.uuid);
+            calls.record(Call::RegisterEvents, took, None);
+            calls.set_supported(Call::RegisterEvents, result.is_ok());
+            if let Err(error) = result {
+                if !is_unsupported(&error) {
+                    tracing::info!(uuid = &*device.uuid, %error, "its XID errors cannot be listened to");
+                }
+                continue;
+            }
+            self.listening.retain(|known| known.slot != device.slot);
+            self.listening.push(device);
+        }
+    }
+
+    fn wait(&self, xids: &Xids<'_>, at_most: Duration) -> Result<Option<(usize, u64)>, NvmlError> {
+        self.caller.enter(Call::EventSetWait, boot_now());
+        let event = xids.wait(u32::try_from(at_most.as_millis()).unwrap_or(u32::MAX));
+        self.caller.leave();
+        let Some((device, xid)) = event? else { return Ok(None) };
+        Ok(self.listening.iter().find(|known| known.device == device).map(|known| (known.slot, xid)))
+    }
+
+    /// Waits for one, then takes what comes shortly after it.
+    fn collect(&self, xids: &Xids<'_>, seen: &mut BTreeMap<(usize, u64), u64>) -> Result<(), NvmlError> {
+        let Some(first) = self.wait(xids, WAIT)? else { return Ok(()) };
+        seen.insert(first, 1);
+        let begun = Instant::now();
+        for _ in 0..MOST_TOGETHER {
+            let left = TOGETHER.saturating_sub(begun.elapsed());
+            if left < Duration::from_millis(1) {
+                break;
+            }
+            if let Some(event) = self.wait(xids, left)? {
+                *seen.entry(event).or_default() += 1;
+            }
+        }
+        std::thread::sleep(TOGETHER.saturating_sub(begun.elapsed()));
+        Ok(())
+    }
+
+    fn log(&mut self, gpu: usize, xid: u64, count: u64) {
+        self.logged.retain(|_, at| at.elapsed() < LOG_EVERY);
+        if self.logged.contains_key(&(gpu, xid)) {
+            return;
+        }
+        self.logged.insert((gpu, xid), Instant::now());
+        let uuid = self.listening.iter().find(|known| known.slot == gpu).map_or("", |known| &*known.uuid);
+        tracing::warn!(uuid, xid, count, "the driver reports an XID error; dmesg says more; not said again for a minute");
+    }
+}

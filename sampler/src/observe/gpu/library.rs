@@ -1,0 +1,177 @@
+//! An opened library and handles that keep it open, with the calls of one value that differ between drivers. Unsafe is here, in `calls`,
+//! `gpm` and `xids`.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
+use nvml_wrapper::{Device, Nvml};
+use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlReturn_t};
+
+/// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper has no name for.
+const VERSION_MISMATCH: nvmlReturn_t = 25;
+
+/// One opened library. Whoever holds it keeps it open; the last one shuts it down and closes it.
+pub struct Generation {
+    nvml: Option<Nvml>,
+    dead: AtomicBool,
+    /// Devices whose errors the events thread is to listen to.
+    pub listen: Mutex<Vec<Listen>>,
+}
+
+impl Generation {
+    pub fn new(nvml: Nvml) -> Self {
+        Self { nvml: Some(nvml), dead: AtomicBool::new(false), listen: Mutex::default() }
+    }
+
+    pub fn nvml(&self) -> &Nvml {
+        self.nvml.as_ref().expect("it is taken only by drop")
+    }
+
+    pub fn lib(&self) -> &NvmlLib {
+        self.nvml().lib()
+    }
+
+    /// It cannot be used any more: everyone lets go of it.
+    pub fn kill(&self) {
+        self.dead.store(true, Ordering::Relaxed);
+    }
+
+    pub fn is_dead(&self) -> bool {
+        self.dead.load(Ordering::Relaxed)
+    }
+
+    /// Initializes once more and takes that back: the driver then looks for GPUs that were added.
+    pub fn refresh(&self) -> Result<(), NvmlError> {
+        let (init, shutdown) = (nvml_sym(self.lib().nvmlInit_v2.as_ref())?, nvml_sym(self.lib().nvmlShutdown.as_ref())?);
+        // SAFETY: no arguments; calls are counted, so that the one that `nvml` made stays.
+        nvml_try(unsafe { init() })?;
+        // SAFETY: as above; it pairs with the call before.
+        nvml_try(unsafe { shutdown() })
+    }
+}
+
+impl Drop for Generation {
+    fn drop(&mut self) {
+        if let Some(nvml) = self.nvml.take()
+            && nvml.lib().nvmlShutdown.is_err()
+        {
+            // Its own drop would panic.
+            std::mem::forget(nvml);
+        }
+    }
+}
+
+/// A device to listen to.
+pub struct Listen {
+    pub slot: usize,
+    pub uuid: Arc<str>,
+    pub device: RawDevice,
+}
+
+/// A device's handle without its library; used only beside the generation that it is of.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub struct RawDevice(pub(super) nvmlDevice_t);
+
+// SAFETY: NVML is thread-safe, and the pointer is only ever handed back to it.
+unsafe impl Send for RawDevice {}
+// SAFETY: as for Send.
+unsafe impl Sync for RawDevice {}
+
+/// A device that keeps its library open.
+#[derive(Clone)]
+pub struct Handle {
+    pub generation: Arc<Generation>,
+    device: RawDevice,
+}
+
+impl Handle {
+    /// `device` is of `generation`.
+    fn new(generation: &Arc<Generation>, device: &Device<'_>) -> Self {
+        // SAFETY: the pointer is used only beside the library that it is of.
+        let device = RawDevice(unsafe { device.handle() });
+        Self { generation: Arc::clone(generation), device }
+    }
+
+    pub fn by_index(generation: &Arc<Generation>, index: u32) -> Result<Self, NvmlError> {
+        Ok(Self::new(generation, &generation.nvml().device_by_index(index)?))
+    }
+
+    pub fn by_uuid(generation: &Arc<Generation>, uuid: &str) -> Result<Self, NvmlError> {
+        Ok(Self::new(generation, &generation.nvml().device_by_uuid(uuid)?))
+    }
+
+    /// The MIG device at this place; NOT_FOUND where the place is empty.
+    pub fn mig(&self, place: u32) -> Result<Self, NvmlError> {
+        Ok(Self::new(&self.generation, &self.device().mig_device_by_index(place)?))
+    }
+
+    pub fn device(&self) -> Device<'_> {
+        // SAFETY: the handle came from this library, which the borrow of `self` keeps open.
+        unsafe { Device::new(self.device.0, self.generation.nvml()) }
+    }
+
+    pub fn raw(&self) -> RawDevice {
+        self.device
+    }
+
+    pub(super) fn pointer(&self) -> nvmlDevice_t {
+        self.device.0
+    }
+
+    pub(super) fn lib(&self) -> &NvmlLib {
+        self.generation.lib()
+    }
+
+    /// (used, total), the driver's own reserve not counted as used.
+    pub fn memory_v2(&self) -> Result<(u64, u64), NvmlError> {
+        let symbol = nvml_sym(self.lib().nvmlDeviceGetMemoryInfo_v2.as_ref())?;
+        let version = versioned::<nvmlMemory_v2_t>(2);
+        let mut info = nvmlMemory_v2_t { version, total: 0, reserved: 0, free: 0, used: 0 };
+        // SAFETY: the handle belongs to this open library, and `info` says its own version.
+        unsupported_argument(nvml_try(unsafe { symbol(self.device.0, &raw mut info) }))?;
+        Ok((info.used, info.total))
+    }
+
+    pub fn memory_v1(&self) -> Result<(u64, u64), NvmlError> {
+        let symbol = nvml_sym(self.lib().nvmlDeviceGetMemoryInfo.as_ref())?;
+        let mut info = nvmlMemory_t { total: 0, free: 0, used: 0 };
+        // SAFETY: the handle belongs to this open library, `info` is what the call fills.
+        nvml_try(unsafe { symbol(self.device.0, &raw mut info) })?;
+        Ok((info.used, info.total))
+    }
+
+    /// Why clocks are what they are, a bit each; drivers before 535 know it by another name.
+    pub fn clocks_event_reasons(&self) -> Result<u64, NvmlError> {
+        let lib = self.lib();
+        let newer = lib.nvmlDeviceGetCurrentClocksEventReasons.as_ref();
+        let symbol = nvml_sym(newer.or(lib.nvmlDeviceGetCurrentClocksThrottleReasons.as_ref()))?;
+        let mut reasons = 0;
+        // SAFETY: the handle belongs to this open library, `reasons` is what the call fills.
+        nvml_try(unsafe { symbol(self.device.0, &raw mut reasons) })?;
+        Ok(reasons)
+    }
+
+    /// Of a MIG device: the GPU instance that it is in.
+    pub fn gpu_instance(&self) -> Result<u32, NvmlError> {
+        let symbol = nvml_sym(self.lib().nvmlDeviceGetGpuInstanceId.as_ref())?;
+        let mut id = 0;
+        // SAFETY: the handle belongs to this open library, `id` is what the call fills.
+        nvml_try(unsafe { symbol(self.device.0, &raw mut id) })?;
+        Ok(id)
+    }
+}
+
+pub(super) fn versioned<T>(version: u32) -> u32 {
+    size_of::<T>() as u32 | version << 24
+}
+
+/// Of calls with a versioned struct: a driver that does not know the version does not support the call.
+pub(super) fn unsupported_argument<T>(result: Result<T, NvmlError>) -> Result<T, NvmlError> {
+    match result {
+        Err(NvmlError::InvalidArg | NvmlError::UnexpectedVariant(VERSION_MISMATCH) | NvmlError::FunctionNotFound) => {
+            Err(NvmlError::NotSupported)
+        }
+        other => other,
+    }
+}

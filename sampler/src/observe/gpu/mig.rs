@@ -1,0 +1,184 @@
+//! The MIG devices of one GPU, read by the GPU's own thread: the driver has neither samples nor rows for them, but lists of processes,
+//! memory, and, from Hopper on, counters of each GPU instance.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use nvml_wrapper::error::NvmlError;
+use sampler_core::observation::{Answer, GpmInterval, GpuBatch, Observation};
+use sampler_core::snapshot::{DeviceReadings, GpuInfo};
+use sampler_core::units::GpuUuid;
+
+use super::Context;
+use super::calls::Buffers;
+use super::driver::Driver;
+use super::gpm::{self, Gpm};
+use super::library::Handle;
+use super::readings::{self, Processes};
+use crate::health::driver::Call;
+use crate::inbox::Closed;
+use crate::observe::clock::{boot_now, wall_now};
+
+/// NVML has this many MIG devices a GPU at most; a driver that claims more is not followed there.
+const MOST_DEVICES: u32 = 64;
+
+struct MigDevice {
+    slot: usize,
+    uuid: String,
+    handle: Handle,
+    driver: Driver,
+    processes: Processes,
+    gpm: Option<Gpm>,
+    listed: Option<Instant>,
+}
+
+/// One look at what there is.
+struct Found {
+    uuid: String,
+    handle: Handle,
+    model: String,
+    instance: Option<u32>,
+}
+
+#[derive(Default)]
+pub struct MigDevices {
+    devices: Vec<MigDevice>,
+}
+
+/// Whether the GPU is in MIG mode; `None` where it has none.
+pub fn mode(of: &Handle, driver: &mut Driver) -> Result<Option<bool>, NvmlError> {
+    match driver.call(Call::GetMigMode, || of.device().mig_mode()) {
+        Ok(mode) => Ok(Some(mode.current == 1)),
+        Err(error) if super::driver::is_unsupported(&error) => Ok(None),
+        Err(error) => Err(error),
+    }
+}
+
+fn find(parent: &Handle, driver: &mut Driver) -> Result<Vec<Found>, NvmlError> {
+    let places = driver.call(Call::GetMigDevices, || parent.device().mig_device_count())?;
+    let mut all = Vec::new();
+    for place in 0..places.min(MOST_DEVICES) {
+        // A place may be empty.
+        let found = driver.call(Call::GetMigDevices, || match parent.mig(place) {
+            Ok(handle) => Ok(Some((handle.device().uuid()?, handle))),
+            Err(NvmlError::NotFound | NvmlError::InvalidArg) => Ok(None),
+            Err(error) => Err(error),
+        })?;
+        let Some((uuid, handle)) = found else { continue };
+        let model = driver.call(Call::GetInfo, || handle.device().name()).unwrap_or_default();
+        let instance = driver.call(Call::GetGpuInstanceId, || handle.gpu_instance()).ok();
+        all.push(Found { uuid, handle, model, instance });
+    }
+    Ok(all)
+}
+
+impl MigDevices {
+    pub fn uuids(&self) -> Vec<String> {
+        self.devices.iter().map(|device| device.uuid.clone()).collect()
+    }
+
+    /// Looks which there are; tells of those that came and went, and whether any did.
+    pub fn look(&mut self, parent: &Handle, info: &GpuInfo, driver: &mut Driver, context: &Context) -> Result<bool, Closed> {
+        // What could not be read is not gone.
+        let Ok(found) = find(parent, driver) else { return Ok(false) };
+        let before = self.uuids();
+        let (kept, gone): (Vec<_>, Vec<_>) =
+            std::mem::take(&mut self.devices).into_iter().partition(|d| found.iter().any(|f| f.uuid == d.uuid));
+        self.devices = kept;
+        for device in gone {
+            device.end(context)?;
+        }
+        let mut sharing: HashMap<u32, usize> = HashMap::new();
+        for instance in found.iter().filter_map(|f| f.instance) {
+            *sharing.entry(instance).or_default() += 1;
+        }
+        for found in found {
+            if self.devices.iter().any(|d| d.uuid == found.uuid) {
+                continue;
+            }
+            // The counters are the instance's: where several devices share it, whose time it was cannot be told.
+            let alone = found.instance.filter(|instance| sharing[instance] == 1);
+            let gpm = alone.filter(|_| gpm::is_supported(parent, driver)).and_then(|instance| Gpm::new(parent, instance).ok());
+            let slot = context.slots.take(&found.uuid);
+            let info = GpuInfo {
+                uuid: GpuUuid(found.uuid.as_str().into()),
+                parent: Some(info.uuid.clone()),
+                model: found.model,
+                mig_uuids: Vec::new(),
+                ..info.clone()
+            };
+            tracing::info!(uuid = found.uuid, gpu = %info.index, model = info.model, gpm = gpm.is_some(), "MIG device found");
+            context.to.observe(Observation::GpuFound { gpu: slot, info: Arc::new(info), at: boot_now() })?;
+            self.devices.push(MigDevice {
+                slot,
+                driver: driver.beside(&found.uuid, &context.health),
+                uuid: found.uuid,
+                handle: found.handle,
+                processes: Processes::new(context.procfs.clone()),
+                gpm,
+                listed: None,
+            });
+        }
+        Ok(self.uuids() != before)
+    }
+
+    /// Reads all of them.
+    pub fn read(
+        &mut self,
+        lists_every: Duration,
+        driver: &mut Driver,
+        buffers: &mut Buffers,
+        context: &Context,
+    ) -> Result<(), Closed> {
+        for device in &mut self.devices {
+            let batch = device.read(lists_every, buffers);
+            driver.add_spent(device.driver.take_spent());
+            // A MIG device that is lost or destroyed is found out when the GPU is looked at.
+            device.driver.clear_trouble();
+            context.to.observe(Observation::from(batch))?;
+        }
+        Ok(())
+    }
+
+    pub fn end(&mut self, context: &Context) -> Result<(), Closed> {
+        self.devices.drain(..).try_for_each(|device| device.end(context))
+    }
+}
+
+impl MigDevice {
+    fn end(self, context: &Context) -> Result<(), Closed> {
+        context.slots.gone(&self.uuid);
+        context.health.driver.forget(&self.uuid);
+        tracing::info!(uuid = self.uuid, "MIG device gone");
+        context.to.observe(Observation::GpuGone { gpu: self.slot, at: boot_now() })
+    }
+
+    fn read(&mut self, lists_every: Duration, buffers: &mut Buffers) -> GpuBatch {
+        let began = boot_now();
+        let mut processes = None;
+        let mut readings = None;
+        if self.listed.is_none_or(|at| at.elapsed() >= lists_every) {
+            self.listed = Some(Instant::now());
+            processes = self.processes.list(&self.handle, &mut self.driver, buffers);
+            let memory = readings::memory(&self.handle, &mut self.driver);
+            readings = Some(DeviceReadings {
+                memory_used_bytes: memory.map(|(used, _)| used),
+                memory_total_bytes: memory.map(|(_, total)| total),
+                ..DeviceReadings::default()
+            });
+        }
+        let (answer, gpm) = self.look();
+        let (ended, wall) = (boot_now(), wall_now());
+        GpuBatch { processes, readings, gpm, ended, wall, ..super::batch(self.slot, began, answer) }
+    }
+
+    fn look(&mut self) -> (Answer, Option<GpmInterval>) {
+        let Some(gpm) = &mut self.gpm else { return (Answer::Unsupported, None) };
+        match gpm.look(&mut self.driver) {
+            Ok(interval) => (Answer::Samples, interval),
+            Err(error) if super::driver::is_unsupported(&error) => (Answer::Unsupported, None),
+            Err(_) => (Answer::Failed, None),
+        }
+    }
+}

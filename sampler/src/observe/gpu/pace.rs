@@ -1,0 +1,77 @@
+//! When to poll: twice a period while somebody uses the GPU, so that each reply holds one new sample at most; a little more often than
+//! once a period while nobody does. Slower where the budget says so.
+
+use std::time::{Duration, Instant};
+
+use super::budget::{Budget, Coverage};
+use super::ring::Ring;
+
+/// Twice a period and a little more: at exactly half of it, polls would keep their place between two samples, and the best bound
+/// on the GPU's clock comes from a poll just after one.
+const USED_PERIODS: f64 = 0.45;
+/// Until the period is known: below half of the finest grid seen on real drivers (~167 ms) and of a 100 ms one.
+const UNLEARNED: Duration = Duration::from_millis(50);
+/// As much for a GPU that nobody uses: a ring that is dry teaches no period.
+const UNLEARNED_UNUSED: Duration = Duration::from_millis(90);
+/// Taken for the period until it is known.
+const PERIOD: Duration = Duration::from_millis(167);
+/// Devices without a ring, and those that fail or are lost.
+pub const SLOW: Duration = Duration::from_secs(1);
+/// A GPU counts as used for so long after something was seen of it.
+const USED_FOR: Duration = Duration::from_secs(10);
+/// Coverage that has changed for so long is said.
+const SETTLED: Duration = Duration::from_secs(10);
+
+pub struct Pace {
+    deadline: Instant,
+    used: Instant,
+    pub coverage: Coverage,
+    /// What is said, and since when it has not been so.
+    said: Coverage,
+    differs: Option<Instant>,
+}
+
+impl Pace {
+    pub fn new() -> Self {
+        let now = Instant::now();
+        Self { deadline: now, used: now, coverage: Coverage::Whole, said: Coverage::Whole, differs: None }
+    }
+
+    pub fn used(&mut self) {
+        self.used = Instant::now();
+    }
+
+    /// The interval from one poll to the next.
+    pub fn ring(&mut self, ring: &Ring, budget: &Budget) -> Duration {
+        let period = ring.period();
+        let wanted = match (period, self.used.elapsed() < USED_FOR) {
+            (None, true) => UNLEARNED,
+            (None, false) => UNLEARNED_UNUSED,
+            (Some(period), true) => period.mul_f64(USED_PERIODS),
+            (Some(period), false) => period.mul_f64(2.0 * USED_PERIODS),
+        };
+        let period = period.unwrap_or(PERIOD);
+        let (interval, coverage) = budget.ring_interval(wanted, period, ring.half(period));
+        self.coverage = coverage;
+        interval
+    }
+
+    /// What is to be said of the coverage now, when that has changed.
+    pub fn changed(&mut self) -> Option<Coverage> {
+        if self.coverage == self.said {
+            self.differs = None;
+            return None;
+        }
+        if self.differs.get_or_insert_with(Instant::now).elapsed() < SETTLED {
+            return None;
+        }
+        self.said = self.coverage;
+        Some(self.said)
+    }
+
+    /// When the next poll is due. Late ones are not caught up with.
+    pub fn next(&mut self, interval: Duration) -> Instant {
+        self.deadline = (self.deadline + interval).max(Instant::now());
+        self.deadline
+    }
+}

@@ -1,0 +1,197 @@
+//! What a device says of itself beside its samples: memory, power, temperature, clocks, and who has memory on it.
+
+use std::collections::{HashMap, HashSet};
+use std::path::PathBuf;
+use std::time::{Duration, Instant};
+
+use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
+use nvml_wrapper::error::NvmlError;
+use sampler_core::observation::{EngineTick, ProcessKind, RunningProcess};
+use sampler_core::snapshot::{DeviceReadings, Engine};
+use sampler_core::units::GpuNs;
+
+use super::calls::{Buffers, List};
+use super::driver::Driver;
+use super::library::Handle;
+use crate::health::driver::Call;
+
+/// The graphics and MPS lists change less, and each holds a lock of the driver's for as long as the first.
+const OTHER_LISTS_EVERY: Duration = Duration::from_secs(5);
+/// They are read before their time for a process that was not in them, at most so often and as the budget allows: it may never be.
+pub const NEWS_EVERY: Duration = Duration::from_millis(500);
+/// Without a new sample of an engine for so long its whole ring is asked for, in case the device's clock went back.
+const SILENT: Duration = Duration::from_secs(8);
+/// `comm` of the multi-process service's processes, which the kernel cuts at 15 bytes.
+const MPS_COMM: &str = "nvidia-cuda-mps";
+
+/// nvmlSamplingType_t of the engines that have rings of their own.
+const ENGINES: [(Engine, u32, Call); 5] = [
+    (Engine::Memory, 2, Call::GetMemorySamples),
+    (Engine::Encoder, 3, Call::GetEncoderSamples),
+    (Engine::Decoder, 4, Call::GetDecoderSamples),
+    (Engine::Jpeg, 8, Call::GetJpegSamples),
+    (Engine::Ofa, 9, Call::GetOfaSamples),
+];
+
+pub fn memory(of: &Handle, driver: &mut Driver) -> Option<(u64, u64)> {
+    match driver.call(Call::GetMemoryInfoV2, || of.memory_v2()) {
+        Ok(memory) => Some(memory),
+        Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
+            driver.call(Call::GetMemoryInfo, || of.memory_v1()).ok()
+        }
+        Err(_) => None,
+    }
+}
+
+pub fn readings(of: &Handle, driver: &mut Driver) -> DeviceReadings {
+    let device = of.device();
+    let memory = memory(of, driver);
+    let power = driver.call(Call::GetPowerUsage, || device.power_usage());
+    let energy = driver.call(Call::GetTotalEnergyConsumption, || device.total_energy_consumption());
+    let temperature = driver.call(Call::GetTemperature, || device.temperature(TemperatureSensor::Gpu));
+    let clock = driver.call(Call::GetClockInfo, || device.clock_info(Clock::SM));
+    let reasons = driver.call(Call::GetClocksEventReasons, || of.clocks_event_reasons());
+    DeviceReadings {
+        memory_used_bytes: memory.map(|(used, _)| used),
+        memory_total_bytes: memory.map(|(_, total)| total),
+        power_watts: power.ok().map(|mw| f64::from(mw) / 1e3),
+        energy_joules: energy.ok().map(|mj| mj as f64 / 1e3),
+        temperature_celsius: temperature.ok().map(f64::from),
+        sm_clock_hertz: clock.ok().map(|mhz| f64::from(mhz) * 1e6),
+        throttle_reasons: reasons.ok(),
+    }
+}
+
+/// The processes of one device.
+pub struct Processes {
+    procfs: PathBuf,
+    /// In the last lists.
+    listed: HashSet<u32>,
+    last: Option<Instant>,
+    others: HashMap<u32, RunningProcess>,
+    others_asked: Option<Instant>,
+}
+
+impl Processes {
+    pub fn new(procfs: PathBuf) -> Self {
+        Self { procfs, listed: HashSet::new(), last: None, others: HashMap::new(), others_asked: None }
+    }
+
+    /// A sample names a process that no list had: who holds the device has changed, and the lists of before may mislead.
+    pub fn is_news(&self, mut pids: impl Iterator<Item = u32>, at_most_every: Duration) -> bool {
+        self.last.is_none_or(|at| at.elapsed() >= at_most_every) && pids.any(|pid| !self.listed.contains(&pid))
+    }
+
+    /// All lists, whenever they were read last.
+    pub fn want_all(&mut self) {
+        self.others_asked = None;
+    }
+
+    /// `None` when the driver did not tell.
+    pub fn list(&mut self, of: &Handle, driver: &mut Driver, buffers: &mut Buffers) -> Option<Vec<RunningProcess>> {
+        if self.others_asked.is_none_or(|at| at.elapsed() >= OTHER_LISTS_EVERY) {
+            self.others_asked = Some(Instant::now());
+            self.others.clear();
+            let lists = [
+                (List::Graphics, Call::GetGraphicsRunningProcesses, ProcessKind::Graphics),
+                (List::Mps, Call::GetMpsComputeRunningProcesses, ProcessKind::Mps),
+            ];
+            for (list, call, kind) in lists {
+                for (pid, memory_bytes) in driver.call(call, || buffers.processes(of, list)).unwrap_or_default() {
+                    merge(&mut self.others, RunningProcess { pid, memory_bytes, kind });
+                }
+            }
+        }
+        let compute = driver.call(Call::GetComputeRunningProcesses, || buffers.processes(of, List::Compute)).ok()?;
+        let mut all = self.others.clone();
+        for (pid, memory_bytes) in compute {
+            let kind = if self.is_mps_server(pid) { ProcessKind::MpsServer } else { ProcessKind::Compute };
+            merge(&mut all, RunningProcess { pid, memory_bytes, kind });
+        }
+        self.last = Some(Instant::now());
+        self.listed = all.keys().copied().collect();
+        Some(all.into_values().collect())
+    }
+
+    /// The driver lists the service among the compute processes and does not say what it is.
+    fn is_mps_server(&self, pid: u32) -> bool {
+        let comm = std::fs::read_to_string(self.procfs.join(pid.to_string()).join("comm"));
+        comm.is_ok_and(|comm| comm.trim_end() == MPS_COMM)
+    }
+}
+
+/// One entry a process: lists overlap, and its memory is its whole memory in each.
+fn merge(all: &mut HashMap<u32, RunningProcess>, other: RunningProcess) {
+    let rank = |kind| match kind {
+        ProcessKind::Graphics => 0,
+        ProcessKind::Compute => 1,
+        ProcessKind::Mps => 2,
+        ProcessKind::MpsServer => 3,
+    };
+    let known = all.entry(other.pid).or_insert(other);
+    known.memory_bytes = known.memory_bytes.max(other.memory_bytes);
+    if rank(other.kind) > rank(known.kind) {
+        known.kind = other.kind;
+    }
+}
+
+/// Rings of the engines beside compute. The driver keeps seconds of them, so they are read once in a while.
+#[derive(Default)]
+pub struct Engines {
+    /// Newest stamp of each, in microseconds; `None` before the first read, which only sets it.
+    newest: [Option<u64>; ENGINES.len()],
+    fed: [Option<Instant>; ENGINES.len()],
+}
+
+impl Engines {
+    pub fn read(&mut self, of: &Handle, driver: &mut Driver, buffers: &mut Buffers) -> Vec<EngineTick> {
+        let mut ticks = Vec::new();
+        for (n, (engine, kind, call)) in ENGINES.iter().enumerate() {
+            let silent = self.fed[n].is_some_and(|at| at.elapsed() >= SILENT);
+            let after = if silent { 0 } else { self.newest[n].unwrap_or(0) };
+            let Ok(samples) = driver.call(*call, || buffers.samples(of, *kind, after)) else { continue };
+            let Some(newest) = samples.iter().map(|s| s.at_us).max() else {
+                self.newest[n] = self.newest[n].or(Some(0));
+                continue;
+            };
+            if self.newest[n] == Some(newest) {
+                continue;
+            }
+            self.fed[n] = Some(Instant::now());
+            let Some(known) = self.newest[n].replace(newest).filter(|known| newest > *known) else {
+                // The first read, or the clock was set back: what the ring held before is not told.
+                continue;
+            };
+            let fresh = samples.iter().filter(|s| s.at_us > known && s.percent <= 100);
+            ticks.extend(fresh.map(|s| EngineTick {
+                engine: *engine,
+                at: GpuNs(s.at_us.saturating_mul(1000)),
+                busy_percent: s.percent,
+            }));
+        }
+        ticks
+    }
+
+    /// The device's clock was set: stamps start anew.
+    pub fn stepped(&mut self) {
+        *self = Self::default();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_process_in_two_lists_is_one_with_its_memory_once() {
+        let mut all = HashMap::new();
+        for (kind, memory_bytes) in [(ProcessKind::Graphics, Some(5)), (ProcessKind::Mps, None), (ProcessKind::Compute, Some(7))]
+        {
+            merge(&mut all, RunningProcess { pid: 1, memory_bytes, kind });
+        }
+        assert_eq!(
+            all.into_values().collect::<Vec<_>>(),
+            [RunningProcess { pid: 1, memory_bytes: Some(7), kind: ProcessKind::Mps }]
+        );
+    }
+}

@@ -1,0 +1,330 @@
+//! `gpu-watch`: opens the library, follows which GPUs there are, opens the library anew when the driver was replaced.
+//!
+//! ```text
+//!  closed --opened--> listing every 5 s --the driver is gone--> its threads end, or are given up after 3 s --> closed
+//!     \--cannot be opened: again after 1 s, 2 s .. 10 s--/
+//! ```
+
+use std::collections::{HashMap, VecDeque};
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
+
+use nvml_wrapper::error::NvmlError;
+use sampler_core::observation::Observation;
+
+use super::driver::{Trouble, trouble};
+use super::events::Events;
+use super::library::{Generation, Handle};
+use super::poller::{Poller, Start};
+use super::{Context, GpuError, open, spawn};
+use crate::health::driver::Call;
+use crate::health::stall::{CallSlot, Caller};
+use crate::inbox::Closed;
+use crate::observe::clock::boot_now;
+
+/// How often to look again for a driver library that was missing; sooner at first, for a driver that is being replaced.
+const RETRY_AT_FIRST: Duration = Duration::from_secs(1);
+const RETRY: Duration = Duration::from_secs(10);
+/// How often to look which GPUs there are; rarer where that takes long.
+const LIST_EVERY: Duration = Duration::from_secs(5);
+const LIST_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// Initialization may hang in the driver; the agent starts without it.
+const START_PATIENCE: Duration = Duration::from_secs(5);
+/// What opening one GPU may take; the others do not wait longer for it.
+const OPEN_PATIENCE: Duration = Duration::from_secs(2);
+/// Threads that hang in an old library are given up after this.
+const GIVE_UP_AFTER: Duration = Duration::from_secs(3);
+/// Between two looks at whether there is something to do.
+const NAP: Duration = Duration::from_millis(100);
+
+type Opened = Result<(Handle, String), NvmlError>;
+
+/// A GPU's thread.
+struct Worker {
+    slot: usize,
+    index: Arc<AtomicU32>,
+    end: Arc<AtomicBool>,
+    thread: JoinHandle<()>,
+    calls: Arc<CallSlot>,
+}
+
+struct Watch {
+    lib: Option<PathBuf>,
+    context: Arc<Context>,
+    caller: Caller,
+    workers: HashMap<Arc<str>, Worker>,
+    /// Slots of GPUs that were read through the library before this one.
+    before: HashMap<Arc<str>, usize>,
+    /// Indices that could not be opened, and were told of.
+    unopened: Vec<u32>,
+    /// Indices at which a thread hangs that was to open them.
+    hanging: HashMap<u32, Receiver<(u32, Opened)>>,
+}
+
+/// Starts it all. A library named on purpose and unusable is an error; one that hangs, or is missing, is waited for.
+pub fn start(lib: Option<PathBuf>, context: Arc<Context>) -> Result<(), GpuError> {
+    let (opened, first) = sync_channel(1);
+    let named = lib.is_some();
+    let caller = context.health.driver.caller("gpu-watch".into(), None);
+    let (workers, before, unopened, hanging) = (HashMap::new(), HashMap::new(), Vec::new(), HashMap::new());
+    let watch = Watch { lib, context: Arc::clone(&context), caller, workers, before, unopened, hanging };
+    spawn("gpu-watch", move || watch.run(&opened))?;
+    match first.recv_timeout(START_PATIENCE) {
+        Ok(Err(error)) if named => Err(error),
+        Ok(Ok(()) | Err(_)) => Ok(()),
+        Err(_) => {
+            context
+                .health
+                .degraded("nvml", "the NVIDIA driver has not answered for 5 s; no GPU is sampled until it does; see dmesg");
+            Ok(())
+        }
+    }
+}
+
+/// A thread that opens these GPUs. Its channel has no room: once nobody listens it goes no further.
+fn opener(generation: &Arc<Generation>, indices: Vec<u32>) -> Result<Receiver<(u32, Opened)>, GpuError> {
+    let (to, opened) = sync_channel(0);
+    let generation = Arc::clone(generation);
+    spawn("gpu-open", move || {
+        let open = |index| {
+            let handle = Handle::by_index(&generation, index)?;
+            let uuid = handle.device().uuid()?;
+            Ok((handle, uuid))
+        };
+        let _given_up = indices.into_iter().try_for_each(|index| to.send((index, open(index))));
+    })?;
+    Ok(opened)
+}
+
+impl Watch {
+    /// `opened`: what came of the first try.
+    fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
+        let mut retry = RETRY_AT_FIRST;
+        while !self.context.stopping() {
+            match self.open() {
+                Ok(generation) => {
+                    let was = Instant::now();
+                    // Closed: the core has ended, and with it the agent.
+                    if self.serve(generation, opened).is_err() {
+                        return;
+                    }
+                    // One that dies at once is not opened in a loop.
+                    retry = if was.elapsed() > RETRY { RETRY_AT_FIRST } else { retry };
+                }
+                Err(error) => {
+                    self.context.health.set_nvml(false);
+                    let told = crate::cli::told(&error);
+                    self.context.health.degraded("nvml", &format!("no GPU can be read, it is tried again: {told}"));
+                    let _waited_for = opened.try_send(Err(error));
+                }
+            }
+            self.sleep(retry, || false);
+            retry = (retry * 2).min(RETRY);
+        }
+    }
+
+    fn sleep(&self, at_most: Duration, enough: impl Fn() -> bool) {
+        let until = Instant::now() + at_most;
+        while Instant::now() < until && !self.context.stopping() && !enough() {
+            std::thread::sleep(NAP);
+        }
+    }
+
+    fn call<T>(&self, call: Call, f: impl FnOnce() -> T) -> T {
+        self.caller.enter(call, boot_now());
+        let result = f();
+        self.caller.leave();
+        result
+    }
+
+    fn open(&self) -> Result<Arc<Generation>, GpuError> {
+        self.call(Call::Init, || open(self.lib.as_deref())).map(|nvml| Arc::new(Generation::new(nvml)))
+    }
+
+    /// As long as this library can be used.
+    fn serve(&mut self, generation: Arc<Generation>, opened: &SyncSender<Result<(), GpuError>>) -> Result<(), Closed> {
+        let mut events = None;
+        while !self.context.stopping() && !generation.is_dead() {
+            let begun = Instant::now();
+            match self.list(&generation) {
+                Ok(gpus) => {
+                    self.context.health.set_nvml(true);
+                    self.context.health.recovered("nvml", "the NVIDIA driver answers");
+                    if events.is_none() {
+                        tracing::info!(gpus, "sampling");
+                        let listener = Events::new(Arc::clone(&generation), Arc::clone(&self.context));
+                        events = spawn("gpu-events", move || listener.run()).ok();
+                    }
+                    let _waited_for = opened.try_send(Ok(()));
+                }
+                Err(error) => {
+                    if trouble(&error) == Some(Trouble::Dead) {
+                        generation.kill();
+                    }
+                    self.context.health.degraded("nvml", &format!("the NVIDIA driver does not list its GPUs: {error}"));
+                    let _waited_for = opened.try_send(Err(GpuError::List(error)));
+                }
+            }
+            // A look may wait for the driver, and then others wait too; not for what hangs.
+            let share = self.context.budget_percent / 100.0;
+            let hung = OPEN_PATIENCE.saturating_mul(u32::try_from(self.hanging.len()).unwrap_or(u32::MAX));
+            let every = begun.elapsed().saturating_sub(hung).div_f64(share).clamp(LIST_EVERY, LIST_AT_LEAST_EVERY);
+            self.sleep(every, || generation.is_dead() || self.workers.values().any(|w| w.thread.is_finished()));
+        }
+        self.let_go(generation, events);
+        Ok(())
+    }
+
+    /// Every GPU gets a thread; one that is not there any more loses it.
+    fn list(&mut self, generation: &Arc<Generation>) -> Result<u32, NvmlError> {
+        self.call(Call::Init, || generation.refresh())?;
+        let count = self.call(Call::GetCount, || generation.nvml().device_count())?;
+        let mut seen: Vec<Arc<str>> = Vec::new();
+        let mut found = Vec::new();
+        let mut unopened = Vec::new();
+        for (index, opened) in self.open_all(generation, count) {
+            match opened {
+                Some(Ok((_, uuid))) if seen.iter().any(|known| **known == *uuid) => {
+                    unopened.push((index, format!("its UUID {uuid} is another GPU's too; the driver or the board is broken")));
+                }
+                Some(Ok((handle, uuid))) => {
+                    let uuid: Arc<str> = uuid.into();
+                    seen.push(Arc::clone(&uuid));
+                    // All slots before any thread: MIG devices, which the threads find, come after the GPUs.
+                    let slot = self.context.slots.take(&uuid);
+                    found.push((handle, uuid, index, slot));
+                }
+                Some(Err(error)) if trouble(&error) == Some(Trouble::Dead) => return Err(error),
+                Some(Err(error)) => unopened.push((index, error.to_string())),
+                None => unopened.push((index, "the driver does not answer; see dmesg for Xid lines".into())),
+            }
+        }
+        for (handle, uuid, index, slot) in found {
+            self.start_poller(handle, uuid, index, slot);
+        }
+        // Those that have a thread are spoken of by it.
+        let unseen = self.workers.keys().filter(|uuid| !seen.contains(uuid)).count();
+        for (index, error) in unopened.iter().filter(|_| unopened.len() > unseen) {
+            let message = format!("GPU {index} cannot be opened and is tried again: {error}");
+            self.context.health.degraded(&format!("gpu-index-{index}"), &message);
+        }
+        let unopened: Vec<u32> = unopened.into_iter().map(|(index, _)| index).collect();
+        for index in self.unopened.iter().filter(|index| !unopened.contains(index)) {
+            self.context.health.recovered(&format!("gpu-index-{index}"), "it can be opened, or is gone");
+        }
+        // One that cannot be opened may be any of those that were not seen.
+        if unopened.is_empty() {
+            self.end_gone(&seen);
+        }
+        self.unopened = unopened;
+        Ok(count)
+    }
+
+    /// Opens them all, in a thread that is left behind where it hangs; `None` for those that do not answer.
+    fn open_all(&mut self, generation: &Arc<Generation>, count: u32) -> Vec<(u32, Option<Opened>)> {
+        self.hanging.retain(|_, thread| matches!(thread.try_recv(), Err(TryRecvError::Empty)));
+        let (mut all, mut left) = (Vec::new(), VecDeque::new());
+        for index in 0..count {
+            if self.hanging.contains_key(&index) {
+                all.push((index, None));
+            } else {
+                left.push_back(index);
+            }
+        }
+        while !left.is_empty() {
+            let Ok(opened) = opener(generation, left.iter().copied().collect()) else { break };
+            let hangs = loop {
+                match opened.recv_timeout(OPEN_PATIENCE) {
+                    Ok((index, answer)) => {
+                        left.pop_front();
+                        all.push((index, Some(answer)));
+                    }
+                    Err(RecvTimeoutError::Timeout) => break left.pop_front(),
+                    Err(RecvTimeoutError::Disconnected) => break None,
+                }
+            };
+            let Some(index) = hangs else { break };
+            all.push((index, None));
+            self.hanging.insert(index, opened);
+        }
+        // No thread could be had.
+        all.extend(left.into_iter().map(|index| (index, None)));
+        all.sort_unstable_by_key(|(index, _)| *index);
+        all
+    }
+
+    fn start_poller(&mut self, handle: Handle, uuid: Arc<str>, index: u32, slot: usize) {
+        if let Some(worker) = self.workers.get(&uuid).filter(|worker| !worker.thread.is_finished()) {
+            worker.index.store(index, Ordering::Relaxed);
+            return;
+        }
+        // By slot: an index may be another GPU's later.
+        let name = format!("gpu-{slot}");
+        let caller = self.context.health.driver.caller(name.clone(), Some(&uuid));
+        let (end, calls) = (Arc::new(AtomicBool::new(false)), caller.slot());
+        let at = Arc::new(AtomicU32::new(index));
+        let start = Start { handle, uuid: Arc::clone(&uuid), index: Arc::clone(&at), slot, end: Arc::clone(&end) };
+        let poller = Poller::new(&self.context, start, caller);
+        match spawn(&name, move || poller.run()) {
+            Ok(thread) => {
+                tracing::info!(gpu = index, uuid = &*uuid, "GPU found");
+                self.workers.insert(uuid, Worker { slot, index: at, end, thread, calls });
+            }
+            Err(error) => {
+                let told = crate::cli::told(&error);
+                self.context
+                    .health
+                    .degraded(&format!("gpu-{slot}"), &format!("{uuid} is not sampled, it is tried again: {told}"));
+            }
+        }
+    }
+
+    fn end_gone(&mut self, seen: &[Arc<str>]) {
+        for (uuid, worker) in self.workers.extract_if(|uuid, _| !seen.contains(uuid)) {
+            worker.end.store(true, Ordering::Relaxed);
+            worker.calls.end();
+            self.before.insert(uuid, worker.slot);
+        }
+        for (uuid, slot) in self.before.drain().filter(|(uuid, _)| !seen.contains(uuid)) {
+            self.context.slots.gone(&uuid);
+            self.context.health.driver.forget(&uuid);
+            tracing::info!(uuid = &*uuid, "GPU gone");
+            // The core's end is found out by the next list.
+            let _sent = self.context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() });
+        }
+    }
+
+    /// The driver was unloaded or replaced. Threads that hang in it keep the old library; a new one does not wait for them.
+    fn let_go(&mut self, generation: Arc<Generation>, events: Option<JoinHandle<()>>) {
+        generation.kill();
+        if self.context.stopping() {
+            return;
+        }
+        self.context.health.set_nvml(false);
+        self.context.health.degraded("nvml", "the NVIDIA driver has gone or was replaced; its library is opened anew");
+        let ended = |watch: &Self| {
+            watch.workers.values().all(|w| w.thread.is_finished()) && events.as_ref().is_none_or(JoinHandle::is_finished)
+        };
+        self.sleep(GIVE_UP_AFTER, || ended(self));
+        for (uuid, worker) in self.workers.drain() {
+            worker.calls.end();
+            // How it is read holds no longer, and is not told by its next thread before its first poll.
+            self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, f64::NAN);
+            self.before.insert(uuid, worker.slot);
+        }
+        self.hanging.clear();
+        // Shutting down may hang as well.
+        let (done, closed) = sync_channel(1);
+        let closing = spawn("gpu-close", move || {
+            drop(generation);
+            let _waited_for = done.send(());
+        });
+        if closing.is_ok() {
+            let _closed = closed.recv_timeout(GIVE_UP_AFTER);
+        }
+    }
+}

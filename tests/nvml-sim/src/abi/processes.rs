@@ -1,0 +1,98 @@
+//! Memory, and the processes that hold it.
+
+use std::ffi::c_uint;
+
+use nvml_wrapper_sys::bindings::{
+    nvmlDevice_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlProcessDetail_v1_t, nvmlProcessDetailList_v1_t, nvmlProcessInfo_t,
+    nvmlProcessInfo_v1_t, nvmlReturn_t,
+};
+
+use super::{Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, failed, get, guard, nvml, put, put_all, struct_version, version_of};
+use crate::processes::{List, Process};
+
+/// A list in the layout that `make` gives its entries.
+fn list<T: Copy>(
+    call: Call,
+    device: nvmlDevice_t,
+    list: List,
+    count: *mut c_uint,
+    to: *mut T,
+    make: fn(Process) -> T,
+) -> Result<(), nvmlReturn_t> {
+    call.on_unit(device, |s, unit| {
+        let found: Vec<T> = s.driver.processes(unit, list).map_err(failed)?.into_iter().map(make).collect();
+        if found.is_empty() { put(count, 0) } else { put_all(to, count, &found, found.len() as c_uint) }
+    })
+}
+
+fn v1(p: Process) -> nvmlProcessInfo_v1_t {
+    nvmlProcessInfo_v1_t { pid: p.pid, usedGpuMemory: p.bytes }
+}
+
+/// The layout of `_v2` and `_v3`.
+fn v2(p: Process) -> nvmlProcessInfo_t {
+    nvmlProcessInfo_t { pid: p.pid, usedGpuMemory: p.bytes, gpuInstanceId: p.gi, computeInstanceId: p.ci }
+}
+
+macro_rules! lists {
+    ($($name:ident $list:ident $make:ident $type:ty)*) => {
+        nvml! {$(
+            fn $name(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut $type) {
+                list(call, device, List::$list, count, to, $make)
+            }
+        )*}
+    };
+}
+
+lists! {
+    nvmlDeviceGetComputeRunningProcesses Compute v1 nvmlProcessInfo_v1_t
+    nvmlDeviceGetComputeRunningProcesses_v2 Compute v2 nvmlProcessInfo_t
+    nvmlDeviceGetComputeRunningProcesses_v3 Compute v2 nvmlProcessInfo_t
+    nvmlDeviceGetGraphicsRunningProcesses Graphics v1 nvmlProcessInfo_v1_t
+    nvmlDeviceGetGraphicsRunningProcesses_v2 Graphics v2 nvmlProcessInfo_t
+    nvmlDeviceGetGraphicsRunningProcesses_v3 Graphics v2 nvmlProcessInfo_t
+    nvmlDeviceGetMPSComputeRunningProcesses Mps v1 nvmlProcessInfo_v1_t
+    nvmlDeviceGetMPSComputeRunningProcesses_v2 Mps v2 nvmlProcessInfo_t
+    nvmlDeviceGetMPSComputeRunningProcesses_v3 Mps v2 nvmlProcessInfo_t
+}
+
+nvml! {
+    fn nvmlDeviceGetRunningProcessDetailList(call, device: nvmlDevice_t, list: *mut nvmlProcessDetailList_v1_t) {
+        version_of(list.cast(), struct_version::<nvmlProcessDetailList_v1_t>(1))?;
+        call.on_unit(device, |s, unit| {
+            let mut told = get(list)?;
+            let which = [List::Compute, List::Graphics, List::Mps].get(told.mode as usize).ok_or(INVALID_ARGUMENT)?;
+            let found: Vec<_> = s.driver.processes(unit, *which).map_err(failed)?.into_iter().map(|p| nvmlProcessDetail_v1_t {
+                pid: p.pid, usedGpuMemory: p.bytes, gpuInstanceId: p.gi, computeInstanceId: p.ci,
+                usedGpuCcProtectedMemory: 0,
+            }).collect();
+            let (room, to) = (told.numProcArrayEntries as usize, told.procArray);
+            if !found.is_empty() && (to.is_null() || room < found.len()) {
+                told.numProcArrayEntries = found.len() as c_uint;
+                return put(list, told).and(Err(INSUFFICIENT_SIZE));
+            }
+            if found.is_empty() {
+                told.numProcArrayEntries = 0;
+            } else {
+                put_all(to, &raw mut told.numProcArrayEntries, &found, found.len() as c_uint)?;
+            }
+            put(list, told)
+        })
+    }
+    fn nvmlDeviceGetMemoryInfo(call, device: nvmlDevice_t, to: *mut nvmlMemory_t) {
+        call.on_unit(device, |s, unit| {
+            let memory = s.driver.memory(unit).map_err(failed)?;
+            // What the driver holds counts as used here.
+            let used = memory.reserved + memory.used;
+            put(to, nvmlMemory_t { total: memory.total, free: memory.total - used, used })
+        })
+    }
+    fn nvmlDeviceGetMemoryInfo_v2(call, device: nvmlDevice_t, to: *mut nvmlMemory_v2_t) {
+        version_of(to.cast(), struct_version::<nvmlMemory_v2_t>(2))?;
+        call.on_unit(device, |s, unit| {
+            let (memory, version) = (s.driver.memory(unit).map_err(failed)?, get(to)?.version);
+            let (total, reserved, used) = (memory.total, memory.reserved, memory.used);
+            put(to, nvmlMemory_v2_t { version, total, reserved, free: total - reserved - used, used })
+        })
+    }
+}

@@ -1,0 +1,190 @@
+//! What the GPU did lately: utilization, samples, power, clocks and what holds them down.
+
+use std::ffi::{c_longlong, c_uint, c_ulong, c_ulonglong};
+
+use nvml_wrapper_sys::bindings::{
+    nvmlDevice_t, nvmlFieldValue_t, nvmlProcessUtilizationInfo_v1_t, nvmlProcessUtilizationSample_t,
+    nvmlProcessesUtilizationInfo_v1_t, nvmlReturn_t, nvmlSample_t, nvmlUtilization_t,
+};
+
+use super::{
+    Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED, failed, get, guard, nvml, put, put_all, struct_version,
+    version_of,
+};
+use crate::answers::{Kind, MEMORY_CLOCK_MHZ, Row, clock_mhz, power_mw};
+use crate::driver::Driver;
+use crate::model::Engine;
+use crate::world::Rates;
+
+const VALUE_UNSIGNED_INT: c_uint = 1;
+/// NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION and NVML_VALUE_TYPE_UNSIGNED_LONG_LONG.
+const FIELD_ENERGY: c_uint = 83;
+const VALUE_UNSIGNED_LONG_LONG: c_uint = 3;
+const MEMORY_CLOCK: c_uint = 2;
+/// All that nvml.h names.
+const ALL_REASONS: c_ulonglong = 0x1ff;
+
+/// What a row answer's read is given, or the code and the count for the caller.
+fn rows(driver: &mut Driver, gpu: usize, after: u64, room: usize, no_buffer: bool) -> Result<Vec<Row>, (nvmlReturn_t, c_uint)> {
+    let probe = *driver.world.row_probe(gpu);
+    if room == 0 || no_buffer {
+        return Err((INSUFFICIENT_SIZE, probe));
+    }
+    let rows = driver.rows(gpu, after).map_err(|error| (failed(error), 0))?;
+    if rows.is_empty() {
+        return Err((NOT_FOUND, 0));
+    }
+    // One more than the size query told: who left no headroom has to ask again.
+    let wanted = rows.len().max(if *driver.world.rows_grow(gpu) { probe as usize + 1 } else { 0 });
+    if room < wanted { Err((INSUFFICIENT_SIZE, probe.max(wanted as c_uint))) } else { Ok(rows) }
+}
+
+/// Utilization of one engine and how long the driver looks at it.
+fn engine(call: Call, device: nvmlDevice_t, engine: Engine, to: *mut c_uint, period: *mut c_uint) -> Result<(), nvmlReturn_t> {
+    call.on_whole(device, |d, gpu| {
+        let util = d.latest(gpu).map_err(failed)?.map_or(0, |t| t.util[engine as usize]);
+        put(to, util)?;
+        put(period, *d.world.period_us(gpu) as c_uint)
+    })
+}
+
+fn reasons(call: Call, device: nvmlDevice_t, to: *mut c_ulonglong) -> Result<(), nvmlReturn_t> {
+    call.on(device, |d, gpu| put(to, d.reasons(gpu).map_err(failed)?))
+}
+
+fn clock(call: Call, device: nvmlDevice_t, kind: c_uint, to: *mut c_uint) -> Result<(), nvmlReturn_t> {
+    call.on(device, |d, gpu| {
+        let busy = d.busy(gpu).map_err(failed)?;
+        put(to, if kind == MEMORY_CLOCK { MEMORY_CLOCK_MHZ } else { clock_mhz(busy) })
+    })
+}
+
+nvml! {
+    fn nvmlDeviceGetUtilizationRates(call, device: nvmlDevice_t, to: *mut nvmlUtilization_t) {
+        call.on_whole(device, |d, gpu| {
+            let util = d.latest(gpu).map_err(failed)?.map_or([0; 6], |t| t.util);
+            let shown = *d.world.utilization_rates(gpu) == Rates::Ring;
+            put(to, if shown { nvmlUtilization_t { gpu: util[0], memory: util[1] } } else { nvmlUtilization_t { gpu: 0, memory: 0 } })
+        })
+    }
+    fn nvmlDeviceGetEncoderUtilization(call, device: nvmlDevice_t, to: *mut c_uint, period: *mut c_uint) {
+        engine(call, device, Engine::Enc, to, period)
+    }
+    fn nvmlDeviceGetDecoderUtilization(call, device: nvmlDevice_t, to: *mut c_uint, period: *mut c_uint) {
+        engine(call, device, Engine::Dec, to, period)
+    }
+    fn nvmlDeviceGetJpgUtilization(call, device: nvmlDevice_t, to: *mut c_uint, period: *mut c_uint) {
+        engine(call, device, Engine::Jpg, to, period)
+    }
+    fn nvmlDeviceGetOfaUtilization(call, device: nvmlDevice_t, to: *mut c_uint, period: *mut c_uint) {
+        engine(call, device, Engine::Ofa, to, period)
+    }
+    fn nvmlDeviceGetProcessUtilization(
+        call, device: nvmlDevice_t, to: *mut nvmlProcessUtilizationSample_t, count: *mut c_uint, last_seen: c_ulonglong
+    ) {
+        call.on_whole(device, |d, gpu| {
+            let rows = match rows(d, gpu, last_seen, get(count)? as usize, to.is_null()) {
+                Ok(rows) => rows,
+                Err((code, n)) => return put(count, n).and(Err(code)),
+            };
+            let rows: Vec<_> = rows.iter().map(|r| nvmlProcessUtilizationSample_t {
+                pid: r.pid, timeStamp: r.stamp_us, smUtil: r.util[0], memUtil: r.util[1], encUtil: r.util[2], decUtil: r.util[3],
+            }).collect();
+            put_all(to, count, &rows, rows.len() as c_uint)
+        })
+    }
+    fn nvmlDeviceGetProcessesUtilizationInfo(call, device: nvmlDevice_t, info: *mut nvmlProcessesUtilizationInfo_v1_t) {
+        version_of(info.cast(), struct_version::<nvmlProcessesUtilizationInfo_v1_t>(1))?;
+        call.on_whole(device, |d, gpu| {
+            let mut told = get(info)?;
+            let (room, to) = (told.processSamplesCount as usize, told.procUtilArray);
+            match rows(d, gpu, told.lastSeenTimeStamp, room, to.is_null()) {
+                Ok(rows) => {
+                    let rows: Vec<_> = rows.iter().map(|r| nvmlProcessUtilizationInfo_v1_t {
+                        timeStamp: r.stamp_us, pid: r.pid, smUtil: r.util[0], memUtil: r.util[1], encUtil: r.util[2],
+                        decUtil: r.util[3], jpgUtil: r.util[4], ofaUtil: r.util[5],
+                    }).collect();
+                    put_all(to, &raw mut told.processSamplesCount, &rows, rows.len() as c_uint)?;
+                    put(info, told)
+                }
+                Err((code, n)) => {
+                    told.processSamplesCount = n;
+                    put(info, told).and(Err(code))
+                }
+            }
+        })
+    }
+    fn nvmlDeviceGetSamples(
+        call, device: nvmlDevice_t, kind: c_uint, last_seen: c_ulonglong, value_type: *mut c_uint, count: *mut c_uint,
+        to: *mut nvmlSample_t
+    ) {
+        call.on_whole(device, |d, gpu| {
+            let kind = Kind::of(kind).ok_or(NOT_SUPPORTED)?;
+            put(value_type, VALUE_UNSIGNED_INT)?;
+            let samples = d.samples(gpu, kind, last_seen).map_err(failed)?;
+            let ring = *d.world.ring(gpu) as c_uint;
+            if to.is_null() {
+                return put(count, ring);
+            }
+            if samples.is_empty() {
+                put(count, 0)?;
+                return Err(NOT_FOUND);
+            }
+            let samples: Vec<nvmlSample_t> = samples.into_iter().map(|(stamp, value)| {
+                // SAFETY: a union of integers: all-zero is valid.
+                let mut sample: nvmlSample_t = unsafe { std::mem::zeroed() };
+                sample.timeStamp = stamp;
+                sample.sampleValue.uiVal = value;
+                sample
+            }).collect();
+            put_all(to, count, &samples, ring)
+        })
+    }
+    fn nvmlDeviceGetPowerUsage(call, device: nvmlDevice_t, to: *mut c_uint) {
+        call.on(device, |d, gpu| put(to, power_mw(d.busy(gpu).map_err(failed)?)))
+    }
+    fn nvmlDeviceGetTotalEnergyConsumption(call, device: nvmlDevice_t, to: *mut c_ulonglong) {
+        call.on(device, |d, gpu| {
+            if !*d.world.energy(gpu) {
+                return Err(NOT_SUPPORTED);
+            }
+            put(to, d.energy_mj(gpu).map_err(failed)?)
+        })
+    }
+    fn nvmlDeviceGetTemperature(call, device: nvmlDevice_t, _sensor: c_uint, to: *mut c_uint) {
+        call.on(device, |d, gpu| put(to, 35 + (30.0 * d.busy(gpu).map_err(failed)?) as c_uint))
+    }
+    fn nvmlDeviceGetClockInfo(call, device: nvmlDevice_t, kind: c_uint, to: *mut c_uint) { clock(call, device, kind, to) }
+    // Whether current, applications or default: they are the same here.
+    fn nvmlDeviceGetClock(call, device: nvmlDevice_t, kind: c_uint, _which: c_uint, to: *mut c_uint) {
+        clock(call, device, kind, to)
+    }
+    fn nvmlDeviceGetCurrentClocksEventReasons(call, device: nvmlDevice_t, to: *mut c_ulonglong) { reasons(call, device, to) }
+    fn nvmlDeviceGetCurrentClocksThrottleReasons(call, device: nvmlDevice_t, to: *mut c_ulonglong) { reasons(call, device, to) }
+    fn nvmlDeviceGetSupportedClocksEventReasons(call, device: nvmlDevice_t, to: *mut c_ulonglong) {
+        call.on(device, |_, _| put(to, ALL_REASONS))
+    }
+    fn nvmlDeviceGetSupportedClocksThrottleReasons(call, device: nvmlDevice_t, to: *mut c_ulonglong) {
+        call.on(device, |_, _| put(to, ALL_REASONS))
+    }
+    fn nvmlDeviceGetFieldValues(call, device: nvmlDevice_t, count: c_uint, values: *mut nvmlFieldValue_t) {
+        call.on(device, |d, gpu| {
+            if values.is_null() {
+                return Err(INVALID_ARGUMENT);
+            }
+            for at in 0..count as usize {
+                // SAFETY: at < count, and the caller passes that many initialised elements.
+                let field = unsafe { values.add(at) };
+                let mut value = get(field)?;
+                (value.timestamp, value.latencyUsec, value.nvmlReturn) = (d.now() as c_longlong, 0, NOT_SUPPORTED);
+                if value.fieldId == FIELD_ENERGY && *d.world.energy(gpu) {
+                    value.valueType = VALUE_UNSIGNED_LONG_LONG;
+                    value.value.ullVal = d.energy_mj(gpu).map_err(failed)? as c_ulong;
+                    value.nvmlReturn = 0;
+                }
+                put(field, value)?;
+            }
+            Ok(())
+        })
+    }
+}

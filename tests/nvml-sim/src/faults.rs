@@ -1,0 +1,363 @@
+//! What goes wrong, and when: faults and XIDs, from the world file and from the log.
+//!
+//! Like loads they lie on the timeline, so every process sees the same faults and the truth knows them too: while a GPU is absent, lost
+//! or without its driver nothing runs on it and nothing is recorded; while its ring is frozen nothing is recorded.
+
+use std::time::Duration;
+
+use serde::{Deserialize, Serialize};
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Kind {
+    /// The calls answer an NVML error.
+    Error,
+    /// The calls block until it ends.
+    Stall,
+    /// The calls take longer.
+    Slow,
+    /// The GPU fell off the bus.
+    Lost,
+    /// The ring stops advancing while calls succeed.
+    Freeze,
+    /// Clocks are held down, for reasons.
+    Throttle,
+    /// The driver is unloaded and comes back another.
+    Reload,
+    /// The GPU is not there.
+    Absent,
+}
+
+/// As the log has it: times in microseconds since the epoch.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Fault {
+    /// All when none.
+    pub gpu: Option<usize>,
+    pub from_us: u64,
+    /// For ever when none.
+    pub until_us: Option<u64>,
+    pub kind: Kind,
+    /// Every call on the device when none.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub call: Option<String>,
+    #[serde(default)]
+    pub error: u32,
+    #[serde(default)]
+    pub micros: u64,
+    /// Bits of nvmlClocksEventReasons.
+    #[serde(default)]
+    pub reasons: u64,
+}
+
+/// Ends the faults that are in force and match.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct Clear {
+    pub gpu: Option<usize>,
+    pub kind: Option<Kind>,
+    pub at_us: u64,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Xid {
+    pub gpu: usize,
+    pub at_us: u64,
+    pub xid: u64,
+    pub count: u64,
+}
+
+/// What a call meets at one moment.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Effect {
+    pub slow_us: u64,
+    pub stalled: bool,
+    pub error: Option<u32>,
+}
+
+/// Codes and names of nvmlReturn_t, without NVML_ERROR_, with what nvmlErrorString says.
+pub const ERRORS: [(u32, &str, &std::ffi::CStr); 32] = [
+    (0, "SUCCESS", c"Success"),
+    (1, "UNINITIALIZED", c"Uninitialized"),
+    (2, "INVALID_ARGUMENT", c"Invalid Argument"),
+    (3, "NOT_SUPPORTED", c"Not Supported"),
+    (4, "NO_PERMISSION", c"Insufficient Permissions"),
+    (5, "ALREADY_INITIALIZED", c"Already Initialized"),
+    (6, "NOT_FOUND", c"Not Found"),
+    (7, "INSUFFICIENT_SIZE", c"Insufficient Size"),
+    (8, "INSUFFICIENT_POWER", c"Insufficient External Power"),
+    (9, "DRIVER_NOT_LOADED", c"Driver Not Loaded"),
+    (10, "TIMEOUT", c"Timeout"),
+    (11, "IRQ_ISSUE", c"Interrupt Request Issue"),
+    (12, "LIBRARY_NOT_FOUND", c"NVML Shared Library Not Found"),
+    (13, "FUNCTION_NOT_FOUND", c"Function Not Found"),
+    (14, "CORRUPTED_INFOROM", c"Corrupted infoROM"),
+    (15, "GPU_IS_LOST", c"GPU is lost"),
+    (16, "RESET_REQUIRED", c"GPU requires reset"),
+    (17, "OPERATING_SYSTEM", c"GPU access blocked by the operating system"),
+    (18, "LIB_RM_VERSION_MISMATCH", c"Driver/library version mismatch"),
+    (19, "IN_USE", c"In use by another client"),
+    (20, "MEMORY", c"Insufficient Memory"),
+    (21, "NO_DATA", c"No data"),
+    (22, "VGPU_ECC_NOT_SUPPORTED", c"vGPU ECC not supported"),
+    (23, "INSUFFICIENT_RESOURCES", c"Insufficient resources"),
+    (24, "FREQ_NOT_SUPPORTED", c"Frequency not supported"),
+    (25, "ARGUMENT_VERSION_MISMATCH", c"Argument version mismatch"),
+    (26, "DEPRECATED", c"Deprecated"),
+    (27, "NOT_READY", c"Not ready"),
+    (28, "GPU_NOT_FOUND", c"GPU not found"),
+    (29, "INVALID_STATE", c"Invalid state"),
+    (30, "RESET_TYPE_NOT_SUPPORTED", c"Reset type not supported"),
+    (999, "UNKNOWN", c"Unknown Error"),
+];
+
+const REASONS: [(&str, u64); 9] = [
+    ("idle", 1),
+    ("applications_clocks", 2),
+    ("sw_power_cap", 4),
+    ("hw_slowdown", 8),
+    ("sync_boost", 0x10),
+    ("sw_thermal", 0x20),
+    ("hw_thermal", 0x40),
+    ("hw_power_brake", 0x80),
+    ("display_clock", 0x100),
+];
+
+pub const GPU_IS_LOST: u32 = 15;
+
+pub fn error(name: &str) -> Result<u32, String> {
+    let name = name.strip_prefix("NVML_ERROR_").unwrap_or(name);
+    let known = ERRORS.iter().find(|(code, known, _)| *code != 0 && *known == name);
+    known.map(|(code, ..)| *code).ok_or_else(|| {
+        let names: Vec<&str> = ERRORS[1..].iter().map(|(_, name, _)| *name).collect();
+        format!("{name:?} is no NVML error; there are {}", names.join(", "))
+    })
+}
+
+/// Bits of a list such as `sw_power_cap,hw_thermal`.
+pub fn reasons(list: &str) -> Result<u64, String> {
+    list.split(',').map(str::trim).filter(|name| !name.is_empty()).try_fold(0, |bits, name| {
+        let bit = REASONS.iter().find(|(known, _)| *known == name).map(|(_, bit)| bit);
+        bit.map(|bit| bits | bit).ok_or_else(|| {
+            let names: Vec<&str> = REASONS.iter().map(|(name, _)| *name).collect();
+            format!("{name:?} is no reason; there are {}", names.join(", "))
+        })
+    })
+}
+
+/// A fault as people write it, without its times: what is missing for its kind, or senseless with it, is named.
+pub fn checked(fault: Fault) -> Result<Fault, String> {
+    let wants = |given: bool, what: &str| if given { Ok(()) } else { Err(format!("kind {:?} wants {what}", fault.kind)) };
+    match fault.kind {
+        Kind::Error => wants(fault.error != 0, "an error")?,
+        Kind::Slow => wants(fault.micros != 0, "micros")?,
+        Kind::Throttle => wants(fault.reasons != 0, "reasons")?,
+        _ => {}
+    }
+    let of_calls = matches!(fault.kind, Kind::Error | Kind::Stall | Kind::Slow);
+    if fault.call.is_some() && !of_calls {
+        return Err(format!("kind {:?} is of no single call", fault.kind));
+    }
+    if fault.kind == Kind::Reload && fault.gpu.is_some() {
+        return Err("the driver is reloaded for every GPU: leave gpu out".into());
+    }
+    Ok(fault)
+}
+
+pub fn micros(duration: Duration) -> u64 {
+    duration.as_micros().try_into().unwrap_or(u64::MAX)
+}
+
+impl Fault {
+    fn of(&self, gpu: usize) -> bool {
+        self.gpu.is_none_or(|g| g == gpu)
+    }
+
+    fn at(&self, us: u64) -> bool {
+        self.from_us <= us && self.until_us.is_none_or(|until| us < until)
+    }
+}
+
+/// In the order in which they were declared.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Faults(Vec<Fault>);
+
+impl Faults {
+    pub fn new(faults: Vec<Fault>) -> Self {
+        Self(faults)
+    }
+
+    pub fn add(&mut self, fault: Fault) {
+        self.0.push(fault);
+    }
+
+    pub fn clear(&mut self, clear: &Clear) {
+        let matches = |f: &Fault| clear.gpu.is_none_or(|gpu| f.gpu == Some(gpu)) && clear.kind.is_none_or(|kind| f.kind == kind);
+        for fault in self.0.iter_mut().filter(|f| matches(f) && f.at(clear.at_us)) {
+            fault.until_us = Some(clear.at_us);
+        }
+    }
+
+    fn in_force(&self, gpu: usize, at_us: u64) -> impl Iterator<Item = &Fault> {
+        self.0.iter().filter(move |f| f.of(gpu) && f.at(at_us))
+    }
+
+    /// A call on a device, or with no GPU one on the library: that one meets only what names it and no GPU.
+    pub fn effect(&self, call: &str, gpu: Option<usize>, at_us: u64) -> Effect {
+        let mut effect = Effect::default();
+        for fault in self.0.iter().filter(|f| f.at(at_us)) {
+            let named = fault.call.as_deref().is_some_and(|c| c == call);
+            let met = match gpu {
+                Some(gpu) => fault.of(gpu) && (named || fault.call.is_none()),
+                None => fault.gpu.is_none() && named,
+            };
+            match fault.kind {
+                Kind::Error if met => effect.error = effect.error.or(Some(fault.error)),
+                Kind::Stall if met => effect.stalled = true,
+                Kind::Slow if met => effect.slow_us += fault.micros,
+                // An absent GPU that a client still holds is one that went away.
+                Kind::Lost | Kind::Absent if met => effect.error = Some(GPU_IS_LOST),
+                _ => {}
+            }
+        }
+        effect
+    }
+
+    /// Nothing runs on it.
+    pub fn down(&self, gpu: usize, at_us: u64) -> bool {
+        self.in_force(gpu, at_us).any(|f| matches!(f.kind, Kind::Lost | Kind::Reload | Kind::Absent))
+    }
+
+    /// A sample of this time gets into the ring.
+    pub fn recorded(&self, gpu: usize, at_us: u64) -> bool {
+        !self.in_force(gpu, at_us).any(|f| matches!(f.kind, Kind::Lost | Kind::Reload | Kind::Absent | Kind::Freeze))
+    }
+
+    pub fn absent(&self, gpu: usize, at_us: u64) -> bool {
+        self.in_force(gpu, at_us).any(|f| f.kind == Kind::Absent)
+    }
+
+    pub fn lost(&self, gpu: usize, at_us: u64) -> bool {
+        self.in_force(gpu, at_us).any(|f| f.kind == Kind::Lost)
+    }
+
+    pub fn reasons(&self, gpu: usize, at_us: u64) -> u64 {
+        self.in_force(gpu, at_us).filter(|f| f.kind == Kind::Throttle).fold(0, |bits, f| bits | f.reasons)
+    }
+
+    pub fn reloading(&self, at_us: u64) -> bool {
+        self.0.iter().any(|f| f.kind == Kind::Reload && f.at(at_us))
+    }
+
+    /// The driver is another than it was at `since_us`.
+    pub fn reloaded(&self, since_us: u64, at_us: u64) -> bool {
+        self.0.iter().any(|f| f.kind == Kind::Reload && f.from_us > since_us && f.from_us <= at_us)
+    }
+
+    /// The ring that is there at `at_us` holds nothing older.
+    pub fn ring_begins(&self, gpu: usize, at_us: u64) -> u64 {
+        let ends = |f: &Fault| f.until_us.map_or(at_us, |until| until.min(at_us));
+        let anew = |f: &&Fault| matches!(f.kind, Kind::Reload | Kind::Absent) && f.of(gpu) && f.from_us <= at_us;
+        self.0.iter().filter(anew).map(ends).max().unwrap_or(0)
+    }
+
+    /// Between the answer and `to_us` lies recorded time of `span_us`, and the pauses in it.
+    pub fn reaches_back(&self, gpu: usize, to_us: u64, span_us: u64) -> u64 {
+        let pauses = self.0.iter().filter(|f| f.of(gpu) && matches!(f.kind, Kind::Lost | Kind::Freeze));
+        let mut pauses: Vec<(u64, u64)> = pauses.map(|f| (f.until_us.unwrap_or(to_us).min(to_us), f.from_us)).collect();
+        pauses.sort_unstable_by(|a, b| b.cmp(a));
+        let (mut from, mut passed) = (to_us.saturating_sub(span_us), to_us);
+        for (ends, begins) in pauses {
+            // Pauses may overlap; what is passed counts once.
+            let ends = ends.min(passed);
+            if ends > from && begins < ends {
+                from = from.saturating_sub(ends - begins);
+                passed = begins;
+            }
+        }
+        from
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn fault(kind: Kind, gpu: Option<usize>, from_us: u64, until_us: Option<u64>) -> Fault {
+        Fault { gpu, from_us, until_us, kind, call: None, error: 6, micros: 9, reasons: 4 }
+    }
+
+    #[test]
+    fn what_calls_meet() {
+        let named = |kind, call: &str| Fault { call: Some(call.into()), ..fault(kind, None, 0, None) };
+        let none = Effect::default();
+        let error = |code| Effect { error: Some(code), ..none };
+        let check = |fault: Fault, call, gpu, at, expect| {
+            assert_eq!(Faults::new(vec![fault.clone()]).effect(call, gpu, at), expect, "{fault:?} {call} {gpu:?} {at}");
+        };
+        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 10, error(6));
+        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 20, none);
+        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 9, none);
+        check(fault(Kind::Error, Some(1), 10, None), "a", Some(0), 10, none);
+        check(fault(Kind::Error, None, 10, None), "a", Some(0), 1 << 60, error(6));
+        // A call on the library meets only what names it.
+        check(fault(Kind::Error, None, 10, None), "a", None, 10, none);
+        check(named(Kind::Error, "a"), "a", None, 10, error(6));
+        check(named(Kind::Error, "a"), "b", Some(0), 10, none);
+        check(named(Kind::Slow, "a"), "a", Some(0), 10, Effect { slow_us: 9, ..none });
+        check(named(Kind::Stall, "a"), "a", Some(0), 10, Effect { stalled: true, ..none });
+        check(fault(Kind::Lost, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
+        check(fault(Kind::Absent, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
+        check(fault(Kind::Freeze, Some(0), 0, None), "a", Some(0), 10, none);
+    }
+
+    #[test]
+    fn a_frozen_ring_reaches_further_back() {
+        let check = |faults: &[(Kind, u64, Option<u64>)], expect: u64| {
+            let faults = Faults::new(faults.iter().map(|(kind, from, until)| fault(*kind, None, *from, *until)).collect());
+            assert_eq!(faults.reaches_back(0, 1000, 100), expect, "{faults:?}");
+        };
+        check(&[], 900);
+        check(&[(Kind::Freeze, 950, None)], 850);
+        check(&[(Kind::Freeze, 950, Some(980))], 870);
+        check(&[(Kind::Freeze, 950, Some(980)), (Kind::Lost, 800, Some(880))], 790);
+        check(&[(Kind::Freeze, 950, Some(980)), (Kind::Freeze, 940, Some(970)), (Kind::Freeze, 955, Some(960))], 860);
+        check(&[(Kind::Freeze, 100, Some(200)), (Kind::Throttle, 0, None)], 900);
+    }
+
+    #[test]
+    fn names_and_what_a_kind_wants() {
+        assert_eq!((error("GPU_IS_LOST"), error("NVML_ERROR_UNKNOWN")), (Ok(15), Ok(999)));
+        assert!(error("SUCCESS").is_err() && error("LOST").is_err_and(|e| e.contains("GPU_IS_LOST")));
+        assert_eq!(reasons("sw_power_cap, hw_thermal"), Ok(0x44));
+        assert!(reasons("heat").is_err_and(|e| e.contains("sw_thermal")));
+        let wrong = |f: Fault| checked(f).unwrap_err();
+        assert!(wrong(Fault { error: 0, ..fault(Kind::Error, None, 0, None) }).contains("wants an error"));
+        assert!(wrong(Fault { micros: 0, ..fault(Kind::Slow, None, 0, None) }).contains("wants micros"));
+        assert!(wrong(Fault { reasons: 0, ..fault(Kind::Throttle, None, 0, None) }).contains("wants reasons"));
+        assert!(wrong(Fault { call: Some("a".into()), ..fault(Kind::Lost, None, 0, None) }).contains("no single call"));
+        assert!(wrong(fault(Kind::Reload, Some(0), 0, None)).contains("every GPU"));
+    }
+
+    #[test]
+    fn a_clear_ends_what_is_in_force_and_matches() {
+        let mut faults = Faults::new(vec![
+            fault(Kind::Stall, Some(0), 10, None),
+            fault(Kind::Stall, Some(1), 10, None),
+            fault(Kind::Slow, Some(0), 10, Some(15)),
+            fault(Kind::Slow, Some(0), 30, None),
+        ]);
+        faults.clear(&Clear { gpu: Some(0), kind: None, at_us: 20 });
+        let ends: Vec<_> = faults.0.iter().map(|f| f.until_us).collect();
+        assert_eq!(ends, [Some(20), None, Some(15), None]);
+        faults.clear(&Clear { gpu: None, kind: Some(Kind::Stall), at_us: 25 });
+        assert_eq!(faults.0[1].until_us, Some(25));
+    }
+
+    #[test]
+    fn a_reload_and_an_arrival_begin_the_ring_anew() {
+        let faults = Faults::new(vec![fault(Kind::Reload, None, 10, Some(20)), fault(Kind::Absent, Some(1), 0, Some(50))]);
+        assert_eq!((faults.ring_begins(0, 5), faults.ring_begins(0, 15), faults.ring_begins(0, 90)), (0, 15, 20));
+        assert_eq!(faults.ring_begins(1, 90), 50);
+        assert!(faults.reloaded(5, 10) && !faults.reloaded(10, 90) && !faults.reloaded(5, 9));
+        assert!(faults.absent(1, 49) && !faults.absent(1, 50) && !faults.absent(0, 5));
+    }
+}

@@ -1,0 +1,230 @@
+use super::*;
+use crate::loads::{Pattern, Ways};
+
+const START: u64 = 1_000_000_000_000;
+const MINUTE: u64 = 60_000_000;
+
+fn world(rule: PidRule) -> World {
+    World { pid_rule: rule, ..World::parse("[[gpus]]").unwrap() }
+}
+
+fn loads(demands: &[f64]) -> Vec<Load> {
+    let load = |(i, demand): (usize, &f64)| {
+        let (id, pid) = (i as u64, 100 + i as u32);
+        Load {
+            id,
+            pid,
+            start_time: 1,
+            gpu: 0,
+            demand: *demand,
+            memory_bytes: 0,
+            begin_us: START,
+            end_us: Some(START + MINUTE),
+            ways: Ways::default(),
+        }
+    };
+    demands.iter().enumerate().map(load).collect()
+}
+
+static NONE: std::sync::LazyLock<Faults> = std::sync::LazyLock::new(Faults::default);
+
+fn model<'a>(world: &'a World, gpu: usize, loads: &'a [Load]) -> Model<'a> {
+    Model { world, unit: gpu.into(), loads, faults: &NONE }
+}
+
+#[test]
+fn demands_are_met_over_a_minute() {
+    for (demands, expect) in [(&[0.6, 0.3, 0.1][..], &[36.0, 18.0, 6.0][..]), (&[0.1], &[6.0]), (&[1.0, 1.0], &[30.0, 30.0])] {
+        let (world, loads) = (world(PidRule::Instant), loads(demands));
+        let model = model(&world, 0, &loads);
+        // Beyond their end they own nothing.
+        for (spent, want) in model.truth(START, START + 2 * MINUTE).iter().zip(expect) {
+            let got = spent.seconds[0];
+            assert!((got - want).abs() < 1.0, "{demands:?}: {got} for {want}");
+            assert_eq!((got, got / 2.0), (spent.active, spent.seconds[1]));
+        }
+    }
+}
+
+#[test]
+fn ticks_add_up_to_the_truth_and_name_only_who_was_there() {
+    for rule in [PidRule::Instant, PidRule::Last] {
+        let (world, loads) = (world(rule), loads(&[0.3, 0.1]));
+        let model = model(&world, 0, &loads);
+        let ticks: Vec<Tick> = model.grid(START + 10_000_000, START + 50_000_000).map(|at| model.tick(at)).collect();
+        assert!(ticks.windows(2).all(|w| w[1].at_us - w[0].at_us == world.period_us));
+        let busy: f64 = ticks.iter().map(|t| f64::from(t.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum();
+        let (from, to) = (ticks[0].at_us - world.period_us, ticks[ticks.len() - 1].at_us);
+        let truth: f64 = model.truth(from, to).iter().map(|s| s.seconds[0]).sum();
+        assert!((busy - truth).abs() < 0.1, "{busy} for {truth}");
+        let named = ticks.iter().filter(|t| t.pid[0].is_some()).count() as f64 / ticks.len() as f64;
+        assert!(if rule == PidRule::Last { named > 0.95 } else { (named - 0.4).abs() < 0.15 }, "{rule:?} {named}");
+    }
+}
+
+/// As the definition says it, with every load looked at in every slice.
+fn naive_owner<'a>(model: &Model<'a>, slice: u64) -> Option<&'a Load> {
+    let at = slice * SLICE_US;
+    let in_force = |l: &&Load| l.gpu == model.unit.gpu && l.begin_us <= at && l.end_us.is_none_or(|end| at < end);
+    let live: Vec<&Load> = model.loads.iter().filter(in_force).collect();
+    let wanted: f64 = live.iter().map(|l| l.demand).sum();
+    let drawn = (mix(model.world.seed, model.unit.gpu as u64 + 1, slice) >> 11) as f64 / (1u64 << 53) as f64 * wanted.max(1.0);
+    let mut to = 0.0;
+    live.into_iter().find(|l| {
+        to += l.demand;
+        drawn < to
+    })
+}
+
+fn naive_tick(model: &Model<'_>, at_us: u64) -> Tick {
+    let from = at_us - model.world.period_us(model.unit.gpu);
+    let (mut busy_us, mut last) = (0, None);
+    // Owners change at slices only.
+    for us in (from..at_us).filter(|us| *us == from || us % SLICE_US == 0) {
+        if let Some(load) = naive_owner(model, us / SLICE_US) {
+            (busy_us, last) = (busy_us + ((us / SLICE_US + 1) * SLICE_US).min(at_us) - us, Some(load.pid));
+        }
+    }
+    let instant = naive_owner(model, at_us / SLICE_US).map(|l| l.pid);
+    let util = (busy_us as f64 * 100.0 / (at_us - from) as f64).round() as u32;
+    let pid = if *model.world.pid_rule(model.unit.gpu) == PidRule::Last { last } else { instant };
+    Tick { at_us, util: [util, util / 2, 0, 0, 0, 0], pid: [pid, pid, None, None, None, None] }
+}
+
+/// Some 300 loads of two GPUs over 4 s, of all lengths from less than a slice, their begins out of order, some without end.
+fn crowd(seed: u64) -> Vec<Load> {
+    let load = |id: u64| {
+        let draw = |what, below| mix(seed, id, what) % below;
+        let begin_us = START + id / 2 * 25_000 + draw(1, 60_000);
+        let end_us = (draw(2, 50) > 0).then(|| begin_us + [3_000, 60_000, 700_000][draw(3, 3) as usize] * draw(4, 1000) / 1000);
+        let (pid, gpu, demand) = (100 + draw(5, 40) as u32, draw(6, 2) as usize, (1 + draw(7, 900)) as f64 / 1000.0);
+        Load { id, pid, start_time: 1, gpu, demand, memory_bytes: 0, begin_us, end_us, ways: Ways::default() }
+    };
+    (0..300).map(load).collect()
+}
+
+#[test]
+fn narrowed_to_what_overlaps_nothing_changes() {
+    for (rule, seed) in [(PidRule::Instant, 1), (PidRule::Last, 2)] {
+        let world = World { pid_rule: rule, seed, ..World::parse("[[gpus]]\n[[gpus]]\nperiod_us = 20001").unwrap() };
+        let loads = crowd(seed);
+        for gpu in 0..2 {
+            let model = model(&world, gpu, &loads);
+            let (from, to) = (START + 150_001, START + 3_700_777);
+            for span in model.grid(from, to) {
+                let at = span.at_us;
+                assert_eq!(model.tick(span), naive_tick(&model, at));
+                // Nor without the loads that are said to be needless.
+                let until = model.needless_until(at - 1);
+                let needed: Vec<Load> = loads.iter().filter(|l| l.end_us.is_none_or(|end| end > until)).cloned().collect();
+                assert!(at < START + 1_000_000 || needed.len() < loads.len());
+                assert_eq!(model.tick(span), Model { loads: &needed, ..model }.tick(span));
+            }
+            let mut us: Vec<u64> = vec![0; loads.len()];
+            for slice in from / SLICE_US..to.div_ceil(SLICE_US) {
+                if let Some(load) = naive_owner(&model, slice) {
+                    us[load.id as usize] += ((slice + 1) * SLICE_US).min(to) - (slice * SLICE_US).max(from);
+                }
+            }
+            let expect: Vec<(u64, f64)> =
+                loads.iter().filter(|l| l.gpu == gpu).map(|l| (l.id, us[l.id as usize] as f64 / 1e6)).collect();
+            let truth: Vec<(u64, f64)> = model.truth(from, to).iter().map(|s| (s.load.id, s.seconds[0])).collect();
+            assert_eq!(truth, expect);
+            assert!(truth.iter().filter(|(_, seconds)| *seconds > 0.0).count() > 50);
+        }
+    }
+}
+
+#[test]
+fn jitter_keeps_the_order_and_the_spans_adjoin() {
+    let world = World::parse("jitter_us = 40000\n[[gpus]]").unwrap();
+    let loads = loads(&[0.5]);
+    let spans: Vec<Span> = model(&world, 0, &loads).grid(START, START + MINUTE).collect();
+    assert!((355..=363).contains(&spans.len()));
+    assert!(spans.windows(2).all(|w| w[0].at_us == w[1].from_us && w[1].at_us - w[1].from_us >= world.period_us / 2));
+    let gaps: Vec<u64> = spans.iter().map(|s| s.at_us - s.from_us).collect();
+    assert!(*gaps.iter().max().unwrap() > 200_000 && *gaps.iter().min().unwrap() < 130_000);
+    // Wherever the walk begins, the samples are the same.
+    for from in (START..START + 1_000_000).step_by(7_777) {
+        let late: Vec<Span> = model(&world, 0, &loads).grid(from, START + 2_000_000).collect();
+        assert!(late[0].at_us > from && late.iter().all(|s| spans.contains(s)));
+    }
+}
+
+#[test]
+fn engines_draw_for_themselves() {
+    let world = world(PidRule::Instant);
+    let mut loads = loads(&[0.5, 0.2]);
+    loads[0].ways = Ways { enc: 0.3, ofa: 0.05, memory: Some(0.1), ..Ways::default() };
+    loads[1].ways = Ways { enc: 0.2, dec: 0.7, jpeg: 0.4, ..Ways::default() };
+    let model = model(&world, 0, &loads);
+    let spent = model.truth(START, START + MINUTE);
+    // The second uses half of the memory while it computes, when the first is not on it.
+    let expect = [[30.0, 6.0, 18.0, 0.0, 0.0, 3.0], [12.0, 5.4, 12.0, 42.0, 24.0, 0.0]];
+    for (spent, expect) in spent.iter().zip(expect) {
+        assert!(spent.seconds.iter().zip(expect).all(|(got, want)| (got - want).abs() < 1.0), "{:?}", spent.seconds);
+    }
+    let ticks: Vec<Tick> = model.grid(START + 1_000_000, START + 21_000_000).map(|s| model.tick(s)).collect();
+    let both = ticks.iter().filter(|t| t.pid[0].zip(t.pid[2]).is_some_and(|(sm, enc)| sm != enc)).count();
+    assert!(both > 5, "{both} ticks name different processes");
+}
+
+#[test]
+fn under_mps_several_run_at_once_and_one_is_named() {
+    let world = world(PidRule::Instant);
+    let mut loads = loads(&[0.6, 0.5, 0.2]);
+    loads[0].ways.mps = true;
+    loads[1].ways.mps = true;
+    let model = model(&world, 0, &loads);
+    let spent = model.truth(START, START + MINUTE);
+    let busy: f64 = spent.iter().map(|s| s.seconds[0]).sum();
+    // The two want 1 - 0.4 * 0.5 = 0.8 of the GPU together.
+    assert!((busy - 60.0).abs() < 0.5 && (spent[0].active - 36.0).abs() < 1.0 && (spent[1].active - 30.0).abs() < 1.0);
+    assert!((spent[2].seconds[0] - 12.0).abs() < 1.0 && spent[0].seconds[0] < spent[0].active - 5.0);
+    assert!(model.grid(START + 1_000_000, START + 9_000_000).all(|s| model.tick(s).pid[0].is_some()));
+}
+
+#[test]
+fn patterns_and_outages_are_in_the_truth() {
+    let world = world(PidRule::Instant);
+    let mut loads = loads(&[1.0]);
+    loads[0].ways.pattern = Some(Pattern { every_us: 100_000, on_us: 40_000, phase_us: 10_000 });
+    let busy = |faults: &Faults| {
+        let model = Model { faults, ..model(&world, 0, &loads) };
+        let ticks = model.grid(START + 1_000_000, START + 11_000_000).count();
+        (model.truth(START, START + MINUTE)[0].seconds[0], ticks)
+    };
+    let fault = |kind| {
+        let (from_us, until_us) = (START + 2_000_000, Some(START + 7_000_000));
+        Faults::new(vec![crate::faults::Fault {
+            gpu: None,
+            from_us,
+            until_us,
+            kind,
+            call: None,
+            error: 0,
+            micros: 0,
+            reasons: 0,
+        }])
+    };
+    let near = |(seconds, ticks): (f64, usize), want: f64, ticks_want: usize| {
+        assert!((seconds - want).abs() < 0.1 && ticks.abs_diff(ticks_want) <= 1, "{seconds} {ticks}");
+    };
+    use crate::faults::Kind;
+    near(busy(&NONE), 24.0, 60);
+    near(busy(&fault(Kind::Lost)), 22.0, 30);
+    near(busy(&fault(Kind::Freeze)), 24.0, 30);
+    near(busy(&fault(Kind::Stall)), 24.0, 60);
+}
+
+#[test]
+fn mig_devices_draw_for_themselves() {
+    let world = World::parse("[[gpus]]\nmig = ['MIG-a', 'MIG-b']").unwrap();
+    let mut loads = loads(&[0.5, 0.5]);
+    (loads[0].ways.mig, loads[1].ways.mig) = (Some(0), Some(1));
+    let of = |mig| Model { unit: Unit { gpu: 0, mig }, ..model(&world, 0, &loads) };
+    let seconds = |mig| of(mig).truth(START, START + MINUTE).iter().map(|s| (s.load.pid, s.seconds[0])).collect::<Vec<_>>();
+    assert!(seconds(None).is_empty());
+    let (a, b) = (seconds(Some(0)), seconds(Some(1)));
+    assert!(a.len() == 1 && b.len() == 1 && a[0].0 != b[0].0 && a[0].1 != b[0].1 && (a[0].1 - 30.0).abs() < 1.0);
+}

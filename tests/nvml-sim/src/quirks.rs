@@ -1,0 +1,253 @@
+//! Rows: what the driver answers in a world with this or that quirk.
+
+use std::fmt::Write as _;
+
+use crate::answers::{Kind, Row};
+use crate::driver::Driver;
+use crate::loads::{self, Load, Ways};
+use crate::model::Tick;
+use crate::processes::{List, NO_INSTANCE, UNKNOWN_BYTES};
+use crate::world::Unit;
+
+/// When the worlds of these tests began, and what time it is in them.
+const BEGUN: u64 = 1_000_000_000_000;
+const NOW: u64 = BEGUN + 60_000_000;
+
+struct Sim {
+    driver: Driver,
+    dir: tempfile::TempDir,
+}
+
+/// (pid, demand, end) from the world's begin on; the processes need not exist, because nobody looks for them.
+fn sim(keys: &str, loads: &[(u32, f64, Option<u64>)]) -> Sim {
+    let plain = loads.iter().map(|(pid, demand, end)| (*pid, *demand, *end, Ways::default()));
+    with_ways(keys, &plain.collect::<Vec<_>>())
+}
+
+fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> Sim {
+    let dir = tempfile::tempdir().unwrap();
+    // The log is written with the time of this machine; it is put back to that of the world.
+    let mut text = String::new();
+    for (n, (pid, demand, end_us, ways)) in loads.iter().enumerate() {
+        let (gpu, begin_us, ways) = (0, BEGUN, ways.clone());
+        let (id, demand, end_us) = (n as u64, *demand, *end_us);
+        let load = Load { id, pid: *pid, start_time: 9, gpu, demand, memory_bytes: 5, begin_us, end_us, ways };
+        writeln!(text, "{}", serde_json::json!({ "begin": load })).unwrap();
+    }
+    std::fs::write(dir.path().join(loads::FILE), text).unwrap();
+    let keys = if keys.contains("[[gpus]]") { keys.to_owned() } else { format!("{keys}\n[[gpus]]\n") };
+    let world = format!("begun_us = {BEGUN}\nbooted_us = {}\n{keys}", BEGUN - 7_000_000);
+    std::fs::write(dir.path().join(crate::world::FILE), world).unwrap();
+    let mut driver = Driver::open(dir.path()).unwrap();
+    driver.never_look_for_the_dead();
+    driver.fixed_us = Some(NOW);
+    Sim { driver, dir }
+}
+
+impl Sim {
+    fn samples(&mut self, after: u64) -> Vec<(u64, u32)> {
+        self.driver.samples(0, Kind::Utilization(0), after).unwrap()
+    }
+
+    fn rows(&mut self, after: u64) -> Vec<Row> {
+        self.driver.rows(0, after).unwrap()
+    }
+
+    fn ticks(&mut self) -> Vec<Tick> {
+        self.driver.sync(0).unwrap();
+        self.driver.rings[0].iter().copied().collect()
+    }
+
+    fn now(&mut self, after_begin_us: u64) {
+        self.driver.fixed_us = Some(BEGUN + after_begin_us);
+    }
+}
+
+#[test]
+fn a_row_is_the_mean_of_its_samples_and_has_the_stamp_of_the_newest() {
+    let mut sim = with_ways("", &[(7, 0.5, None, Ways { enc: 0.5, ..Ways::default() }), (8, 0.3, None, Ways::default())]);
+    let ticks = sim.ticks();
+    for after in [0, ticks[40].at_us, ticks[71].at_us] {
+        let rows = sim.rows(after);
+        for pid in [7, 8] {
+            let on =
+                |engine: usize| ticks.iter().filter(move |t| t.at_us > after && t.pid[engine] == Some(pid) && t.util[engine] > 0);
+            let mean = |engine: usize| {
+                let n = on(engine).count() as u32;
+                on(engine).map(|t| t.util[engine]).sum::<u32>() / n.max(1)
+            };
+            let newest = (0..6).flat_map(on).map(|t| t.at_us).max();
+            let row = rows.iter().find(|r| r.pid == pid);
+            assert_eq!(row.map(|r| r.stamp_us), newest, "pid {pid} after {after}");
+            if let Some(row) = row {
+                assert_eq!(row.util[..3], [mean(0), mean(1), mean(2)]);
+            }
+        }
+        assert!(rows.windows(2).all(|w| w[0].stamp_us <= w[1].stamp_us));
+    }
+}
+
+#[test]
+fn stamps_are_the_gpu_s_own() {
+    let check = |keys: &str, by: i64| {
+        let (mut plain, mut other) = (sim("", &[(7, 0.9, None)]), sim(keys, &[(7, 0.9, None)]));
+        let shifted: Vec<u64> = plain.samples(0).iter().map(|(at, _)| at.wrapping_add_signed(by)).collect();
+        let stamps: Vec<u64> = other.samples(0).iter().map(|(at, _)| *at).collect();
+        assert_eq!(stamps, shifted, "{keys}");
+        assert_eq!(other.rows(0)[0].stamp_us, plain.rows(0)[0].stamp_us.wrapping_add_signed(by), "{keys}");
+        // lastSeen is of the same clock.
+        assert_eq!(other.samples(stamps[70]).len(), 1, "{keys}");
+    };
+    check("", 0);
+    check("clock = 'boot'", -(BEGUN as i64 - 7_000_000));
+    check("clock_offset_us = 12000000", 12_000_000);
+    check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3000000", -3_000_000);
+}
+
+#[test]
+fn after_a_step_back_last_seen_hides_what_is_newer() {
+    let mut sim = sim("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3000000", &[(7, 0.9, None)]);
+    sim.now(20_000_000);
+    let newest = sim.samples(0).last().unwrap().0;
+    sim.now(22_000_000);
+    assert!(sim.samples(newest).is_empty() && sim.samples(0).windows(2).any(|w| w[1].0 < w[0].0));
+    // Once the clock has caught up with where it was, samples are newer again.
+    sim.now(24_000_000);
+    assert!(!sim.samples(newest).is_empty());
+}
+
+#[test]
+fn idle_samples_are_zero_or_not_there() {
+    let loads = [(7, 1.0, Some(NOW - 6_000_000))];
+    let (zeros, dry) = (sim("", &loads).samples(0), sim("idle_ring = 'dry'", &loads).samples(0));
+    let busy: Vec<_> = zeros.iter().filter(|(_, util)| *util > 0).copied().collect();
+    assert!(zeros.len() == 72 && busy.len() < 50 && dry == busy);
+    assert!(sim("idle_ring = 'dry'", &[]).samples(0).is_empty());
+    assert_eq!(sim("idle_ring = 'dry'", &[]).driver.samples(0, Kind::Power, 0).unwrap().len(), 72);
+}
+
+#[test]
+fn a_process_s_stamps_lie_before_its_samples() {
+    let loads = [(7, 0.5, None), (8, 0.5, None)];
+    let (mut device, mut process) = (sim("", &loads), sim("row_stamps = 'process'", &loads));
+    for (row, early) in device.rows(0).iter().zip(process.rows(0)) {
+        assert!(row.pid == early.pid && row.util == early.util && (0..5_000).contains(&(row.stamp_us - early.stamp_us)));
+    }
+    // Who has seen the largest stamp of the rows sees none of them again.
+    let seen = process.rows(0).iter().map(|r| r.stamp_us).max().unwrap();
+    assert!(process.rows(seen).is_empty());
+}
+
+#[test]
+fn garbage_comes_beside_the_rows() {
+    let gone = NOW - 4_000_000;
+    let check = |kinds: &str, expect: fn(&[Row], u64) -> bool| {
+        let loads = [(7, 0.9, None), (8, 0.9, Some(gone))];
+        let seen = NOW - 2_000_000;
+        let plain = sim("", &loads).rows(seen);
+        let rows = sim(&format!("garbage = [{kinds}]"), &loads).rows(seen);
+        assert_eq!(rows[..plain.len()], plain, "{kinds}");
+        assert!(expect(&rows[plain.len()..], seen), "{kinds}: {rows:?}");
+    };
+    check("", |more, _| more.is_empty());
+    check("'util'", |more, _| more.len() == 1 && more[0].pid == 7 && more[0].util[0] == 808_334_905);
+    check("'pid_zero', 'pid_max'", |more, _| more.iter().map(|r| r.pid).eq([0, u32::MAX]));
+    check("'stale'", |more, seen| more.len() == 1 && more[0].stamp_us == seen);
+    check("'exited'", |more, seen| more.len() == 1 && more[0].pid == 8 && more[0].stamp_us <= seen);
+    check("'zombies'", |more, _| more.len() == 300 && more.iter().all(|r| r.pid > 4_000_000 && r.util[0] > 0));
+    let mut some = sim("garbage = ['pid_zero']\ngarbage_every = 4", &[(7, 0.9, None)]);
+    let with: usize = (0..400)
+        .filter(|n| {
+            some.now(30_000_000 + n * 1_000);
+            some.rows(0).len() > 1
+        })
+        .count();
+    assert!((70..130).contains(&with), "{with} of 400 answers have garbage");
+}
+
+#[test]
+fn shuffled_rows_are_the_same_rows() {
+    let loads: Vec<_> = (1..=9).map(|pid| (pid, 0.11, None)).collect();
+    let sorted = |mut rows: Vec<Row>| {
+        rows.sort_by_key(|r| r.pid);
+        rows
+    };
+    let (plain, shuffled) = (sim("", &loads).rows(0), sim("row_order = 'shuffled'", &loads).rows(0));
+    assert!(plain != shuffled && sorted(plain) == sorted(shuffled));
+}
+
+#[test]
+fn a_frozen_ring_keeps_what_it_has_and_a_reload_empties_it() {
+    let fault = |kind: &str| format!("[[gpus]]\n[[faults]]\nkind = '{kind}'\nfrom = '30s'\nlasts = '20s'");
+    let check = |kind: &str, at_s: u64, len: usize, newest_s: f64| {
+        let mut sim = sim(&fault(kind), &[(7, 0.9, None)]);
+        sim.now(at_s * 1_000_000);
+        let ticks = sim.ticks();
+        let newest = ticks.last().map_or(0.0, |t| (t.at_us - BEGUN) as f64 / 1e6);
+        assert!(ticks.len() == len && (newest - newest_s).abs() < 0.2, "{kind} at {at_s} s: {} until {newest}", ticks.len());
+        // A driver that was there all the time has the same.
+        sim.now(20_000_000);
+        sim.driver.rings[0].clear();
+        for second in 20..=at_s {
+            sim.now(second * 1_000_000);
+            sim.ticks();
+        }
+        assert_eq!(sim.ticks(), ticks, "{kind}");
+    };
+    check("freeze", 45, 72, 30.0);
+    check("freeze", 51, 72, 51.0);
+    check("lost", 45, 72, 30.0);
+    check("reload", 45, 0, 0.0);
+    check("reload", 55, 30, 55.0);
+    check("absent", 55, 30, 55.0);
+    check("stall", 45, 72, 45.0);
+}
+
+#[test]
+fn lists_name_processes_where_they_belong() {
+    let mps = Ways { mps: true, ..Ways::default() };
+    let graphics = Ways { graphics: true, ..Ways::default() };
+    let loads =
+        [(7, 0.1, None, Ways::default()), (8, 0.1, None, mps), (9, 0.1, None, graphics), (6, 0.1, Some(NOW), Ways::default())];
+    let mut sim = with_ways("", &loads);
+    for (list, pid) in [(List::Compute, 7), (List::Mps, 8), (List::Graphics, 9)] {
+        let found = sim.driver.processes(0.into(), list).unwrap();
+        assert_eq!(found.iter().map(|p| (p.pid, p.bytes, p.gi)).collect::<Vec<_>>(), [(pid, 5, NO_INSTANCE)], "{list:?}");
+    }
+    assert_eq!(sim.driver.memory(0.into()).unwrap().used, 15);
+    let mut unknown = with_ways("list_memory = 'unknown'", &loads);
+    assert_eq!(unknown.driver.processes(0.into(), List::Compute).unwrap()[0].bytes, UNKNOWN_BYTES);
+    assert_eq!(unknown.driver.memory(0.into()).unwrap().used, 15);
+}
+
+#[test]
+fn mig_devices_have_their_own_lists_and_the_gpu_has_all() {
+    let on = |mig| Ways { mig: Some(mig), ..Ways::default() };
+    let keys = "[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, ci = 3 }]";
+    let mut sim = with_ways(keys, &[(7, 0.1, None, on(0)), (8, 0.1, None, on(1))]);
+    let mut listed = |mig| {
+        let found = sim.driver.processes(Unit { gpu: 0, mig }, List::Compute).unwrap();
+        found.iter().map(|p| (p.pid, p.gi, p.ci)).collect::<Vec<_>>()
+    };
+    assert_eq!(listed(None), [(7, 1, 0), (8, 9, 3)]);
+    assert_eq!((listed(Some(0)), listed(Some(1))), (vec![(7, 1, 0)], vec![(8, 9, 3)]));
+    assert_eq!(sim.driver.memory(Unit { gpu: 0, mig: Some(1) }).unwrap().used, 5);
+}
+
+#[test]
+fn sums_go_on_without_the_loads_behind_them() {
+    let loads = [(7, 0.6, Some(BEGUN + 10_000_000)), (8, 0.2, None)];
+    let mut sim = sim("energy = true\naccounting = true\ngpm = true", &loads);
+    sim.now(20_020_000);
+    let before = sim.driver.readings(0, None).unwrap();
+    let (seven, eight) = (sim.driver.accounts(0).unwrap()[0].clone(), sim.driver.accounts(0).unwrap()[1].clone());
+    assert_eq!((seven.0, seven.1.end_us, eight.1.end_us), ((7, 9), Some(BEGUN + 10_000_000), None));
+    assert!((seven.1.seconds[0] - 6.0).abs() < 0.3 && (eight.1.seconds[0] - 4.0).abs() < 0.4, "{seven:?} {eight:?}");
+    let mj = sim.driver.energy_mj(0).unwrap() as f64;
+    assert!((mj - (40_000.0 * 20.0 + 220_000.0 * 10.0)).abs() < 100_000.0, "{mj} mJ");
+    sim.now(50_020_000);
+    let after = sim.driver.readings(0, None).unwrap();
+    let busy = (after[0].1.seconds[0] - before[0].1.seconds[0]) / ((after[0].1.at_us - before[0].1.at_us) as f64 / 1e6);
+    assert!((busy - 0.2).abs() < 0.02, "{busy}");
+    assert!(sim.dir.path().exists() && sim.driver.accounts(0).unwrap().len() == 2);
+}

@@ -1,0 +1,83 @@
+//! Options of load, run and lives: how they use their GPU, where that is not the plain way.
+
+use std::path::Path;
+use std::time::Duration;
+
+use anyhow::bail;
+use nvidia_ml_sim::faults::micros;
+use nvidia_ml_sim::loads::{Pattern, Ways};
+use nvidia_ml_sim::time;
+use nvidia_ml_sim::world::World;
+
+use crate::demand;
+
+#[derive(clap::Args)]
+pub struct Options {
+    /// Part of the memory interface it wants; half of its compute, at the same time, when left out
+    #[arg(long, value_parser = demand)]
+    memory: Option<f64>,
+    /// Part of the encoder it wants
+    #[arg(long, value_parser = demand)]
+    enc: Option<f64>,
+    /// Part of the decoder
+    #[arg(long, value_parser = demand)]
+    dec: Option<f64>,
+    /// Part of the JPEG engine
+    #[arg(long, value_parser = demand)]
+    jpeg: Option<f64>,
+    /// Part of the optical flow engine
+    #[arg(long, value_parser = demand)]
+    ofa: Option<f64>,
+    /// It wants all this only at times: with --on, for so long in every such time
+    #[arg(long, value_parser = time::span, requires = "on")]
+    every: Option<Duration>,
+    #[arg(long, value_parser = time::span, requires = "every")]
+    on: Option<Duration>,
+    /// When these times begin, counted from the epoch
+    #[arg(long, value_parser = time::span, requires = "every", default_value = "0s")]
+    phase: Duration,
+    /// Number of the MIG device on the GPU, from 0
+    #[arg(long)]
+    mig: Option<usize>,
+    /// It runs under MPS, beside others that do
+    #[arg(long)]
+    mps: bool,
+    /// It is listed among the graphics processes
+    #[arg(long)]
+    graphics: bool,
+}
+
+impl Options {
+    /// What the log says, for loads with so much demand for compute.
+    pub fn ways(&self, compute: bool) -> anyhow::Result<Ways> {
+        let (enc, dec) = (self.enc.unwrap_or(0.0), self.dec.unwrap_or(0.0));
+        let (jpeg, ofa) = (self.jpeg.unwrap_or(0.0), self.ofa.unwrap_or(0.0));
+        if !compute && self.memory.is_none() && enc + dec + jpeg + ofa == 0.0 {
+            bail!("give --demand, or what it wants of another engine");
+        }
+        let pattern = match (self.every, self.on) {
+            (Some(every), Some(on)) => {
+                let pattern = Pattern { every_us: micros(every), on_us: micros(on), phase_us: micros(self.phase) };
+                if pattern.on_us == 0 || pattern.on_us > pattern.every_us {
+                    bail!("--on must be above 0 and at most --every");
+                }
+                Some(pattern)
+            }
+            _ => None,
+        };
+        Ok(Ways { memory: self.memory, enc, dec, jpeg, ofa, pattern, mig: self.mig, mps: self.mps, graphics: self.graphics })
+    }
+
+    /// That the GPU is there and, in MIG mode, the device on it.
+    pub fn check(&self, dir: &Path, world: &World, gpu: usize, option: &str) -> anyhow::Result<()> {
+        let Some(known) = world.gpus.get(gpu) else {
+            bail!("{option} {gpu}: {} has {} GPUs, numbered from 0", dir.display(), world.gpus.len());
+        };
+        match self.mig {
+            None if known.mig.is_empty() => Ok(()),
+            None => bail!("{option} {gpu} is in MIG mode: give --mig 0 to {}", known.mig.len() - 1),
+            Some(mig) if mig < known.mig.len() => Ok(()),
+            Some(mig) => bail!("--mig {mig}: GPU {gpu} has {} MIG devices, numbered from 0", known.mig.len()),
+        }
+    }
+}

@@ -1,0 +1,224 @@
+//! What other exporters get wrong, each in a test that fails when it is done their way. Watermarks, clocks and the order of rows are
+//! in `matrix`, processes that are gone in `lives`, drivers that fail in `survival`.
+
+use std::path::{Path, PathBuf};
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::kernel::CgroupTree;
+use gpu_sampler_tests::record::Lives;
+use gpu_sampler_tests::{Agent, Running, Sample, Sim, sum, wait_for};
+
+const PLENTY: [&str; 4] = ["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"];
+
+/// Containers that hold a GPU, and the page once all is settled.
+struct Stage {
+    sim: Sim,
+    tree: CgroupTree,
+    agent: Agent,
+    made: usize,
+    lives: Vec<Lives>,
+}
+
+impl Stage {
+    fn new(name: &str, world: &str) -> Result<Self> {
+        let (sim, tree) = (Sim::new(world)?, CgroupTree::new(name)?);
+        let agent = Agent::start(Some(&sim), &PLENTY)?;
+        std::thread::sleep(Duration::from_secs(1));
+        Ok(Self { sim, tree, agent, made: 0, lives: Vec::new() })
+    }
+
+    fn container(&mut self) -> Result<(String, PathBuf)> {
+        self.made += 1;
+        self.tree.container(self.made)
+    }
+
+    /// So many processes in a container, on a GPU, for 14 s.
+    fn hold(&mut self, dir: &Path, gpu: &str, count: &str, ways: &[&str]) -> Result<()> {
+        let args = ["--count", count, "--at-once", count, "--lasting", "14s..14s", "--gpus", gpu, "--mem", "1GiB"];
+        self.lives.push(self.sim.lives(&[dir], &[&args, ways].concat())?);
+        Ok(())
+    }
+
+    /// While they live.
+    fn page(&self) -> Result<Vec<Sample>> {
+        std::thread::sleep(Duration::from_secs(10));
+        // A series begins at 0.
+        self.agent.scrape()?;
+        std::thread::sleep(Duration::from_secs(1));
+        self.agent.scrape()
+    }
+
+    fn end(self) -> Result<()> {
+        self.lives.into_iter().try_for_each(|lives| lives.all().map(|_| ()))
+    }
+}
+
+fn uuid(page: &[Sample], index: usize) -> Result<String> {
+    let of = |s: &&Sample| s.name == "gpu_info" && s.labels["index"] == index.to_string() && !s.labels.contains_key("gpu_uuid");
+    Ok(page.iter().find(of).with_context(|| format!("GPU {index}"))?.labels["uuid"].clone())
+}
+
+#[test]
+fn idle_failing_unsupported_host_mps_and_mig_are_six_things() -> Result<()> {
+    let failing = "kind = 'error'\nfrom = '0s'";
+    let world = format!(
+        "{}[[gpus]]\ngpm = true\nmig = ['MIG-1', 'MIG-2']\n\
+         [[faults]]\ngpu = 1\n{failing}\nerror = 'UNKNOWN'\ncall = 'nvmlDeviceGetSamples'\n\
+         [[faults]]\ngpu = 2\n{failing}\nerror = 'NOT_SUPPORTED'\ncall = 'nvmlDeviceGetSamples'\n\
+         [[faults]]\ngpu = 2\n{failing}\nerror = 'NOT_SUPPORTED'\ncall = 'nvmlDeviceGetProcessUtilization'\n",
+        "[[gpus]]\n".repeat(5)
+    );
+    let mut stage = Stage::new("six", &world)?;
+    let containers = (0..7).map(|_| stage.container()).collect::<Result<Vec<_>>>()?;
+    let busy = ["--demand", "0.5"];
+    stage.hold(&containers[0].1, "0", "1", &["--demand", "0.5", "--every", "1000s", "--on", "2ms"])?;
+    stage.hold(&containers[1].1, "1", "1", &busy)?;
+    stage.hold(&containers[2].1, "2", "1", &busy)?;
+    let host = Running(std::process::Command::new("sleep").arg("60").spawn()?);
+    let _load = stage.sim.load(host.0.id(), 3, 0.5, &[])?;
+    stage.hold(&containers[3].1, "4", "1", &["--demand", "0.5", "--mps"])?;
+    stage.hold(&containers[4].1, "4", "1", &["--demand", "0.3", "--mps"])?;
+    stage.hold(&containers[5].1, "5", "1", &["--demand", "0.5", "--mig", "0"])?;
+    let page = stage.page()?;
+    let gpus = (0..6).map(|n| uuid(&page, n)).collect::<Result<Vec<_>>>()?;
+    let duty =
+        |n: usize, gpu: &str| sum(&page, "container_gpu_utilization_ratio", &[("container_id", &containers[n].0), ("uuid", gpu)]);
+    let memory =
+        |n: usize, gpu: &str| sum(&page, "container_gpu_memory_used_bytes", &[("container_id", &containers[n].0), ("uuid", gpu)]);
+    let state = |gpu: &str, state: &str| sum(&page, "gpu_time_seconds_total", &[("uuid", gpu), ("state", state)]);
+    let reason = |gpu: &str, reason: &str| sum(&page, "gpu_unattributed_seconds_total", &[("uuid", gpu), ("reason", reason)]);
+    let of = |name: &str, gpu: &str| sum(&page, name, &[("uuid", gpu)]);
+    let gib = Some(f64::from(1u32 << 30));
+
+    // Idle: zero, and known to be.
+    assert_eq!((duty(0, &gpus[0]), memory(0, &gpus[0])), (Some(0.0), gib));
+    assert!(state(&gpus[0], "idle") > Some(8.0));
+    // Its calls fail: nothing is known, and nothing is shown of it but what is.
+    assert_eq!((duty(1, &gpus[1]), memory(1, &gpus[1])), (None, gib));
+    assert_eq!((of("gpu_utilization_ratio", &gpus[1]), state(&gpus[1], "idle")), (None, Some(0.0)));
+    assert!(of("gpu_sampler_nvml_errors_total", &gpus[1]) > Some(2.0));
+    // It has no samples at all.
+    assert_eq!((duty(2, &gpus[2]), memory(2, &gpus[2])), (None, gib));
+    assert!(state(&gpus[2], "unsupported") > Some(8.0) && state(&gpus[2], "idle") == Some(0.0));
+    assert_eq!(of("gpu_sampler_nvml_errors_total", &gpus[2]), None);
+    // Busy for nobody's container.
+    assert!(reason(&gpus[3], "host") > Some(3.0) && of("container_gpu_seconds_total", &gpus[3]).is_none());
+    // Two clients of the multi-process service that no sample tells apart.
+    assert!(reason(&gpus[4], "mps") > Some(3.0), "{:?}", reason(&gpus[4], "mps"));
+    assert_eq!(of("container_gpu_seconds_total", &gpus[4]), Some(0.0));
+    assert_eq!(of("container_gpu_mps_clients", &gpus[4]), Some(2.0));
+    // MIG devices are devices; what holds them is on them alone, and counted once.
+    let mig = duty(5, "MIG-1").context("the MIG device's container")?;
+    assert!((mig - 0.5).abs() < 0.1, "{mig}");
+    assert_eq!(memory(5, "MIG-1"), gib);
+    assert_eq!(of("gpu_utilization_ratio", "MIG-2"), Some(0.0));
+    assert_eq!(of("gpu_time_seconds_total", &gpus[5]), None);
+    let of_parent = sum(&page, "container_gpu_seconds_total", &[("gpu_uuid", &gpus[5])]);
+    assert!(of_parent > Some(4.0) && of_parent == of("container_gpu_seconds_total", "MIG-1"), "{of_parent:?}");
+    assert!(of("gpu_power_watts", &gpus[5]) > Some(10.0));
+    // An idle GPU's "not found" is no failure.
+    assert_eq!(of("gpu_sampler_nvml_errors_total", &gpus[0]), None);
+    stage.end()
+}
+
+#[test]
+fn several_processes_of_a_container_are_one_sum_and_the_parts_make_the_whole() -> Result<()> {
+    let mut stage = Stage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;
+    let (three, one) = (stage.container()?, stage.container()?);
+    for gpu in ["0", "1"] {
+        stage.hold(&three.1, gpu, "3", &["--demand", "0.2"])?;
+        stage.hold(&one.1, gpu, "1", &["--demand", "0.2"])?;
+    }
+    let page = stage.page()?;
+    for index in 0..2 {
+        let uuid = uuid(&page, index)?;
+        let of = |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &*uuid)], labels].concat());
+        let share = |id: &str| of("container_gpu_utilization_ratio", &[("container_id", id)]).context("a share");
+        let stderr = of("container_gpu_utilization_stderr_ratio", &[("container_id", &three.0)]).context("its error")?;
+        let (all, single) = (share(&three.0)?, share(&one.0)?);
+        ensure!((all - 0.6).abs() < 4.0 * stderr, "three of 0.2 have {all}, standard error {stderr}");
+        ensure!(all > 1.5 * single, "{all} and {single}");
+        // Only the containers', once each: they sum to the device's.
+        let device = of("gpu_utilization_ratio", &[]).context("the device's")?;
+        ensure!((all + single - device).abs() < 1e-9, "{all} + {single} is not {device}");
+        let duty = sum(&page, "container_accelerator_duty_cycle", &[("acc_id", &uuid)]).context("duty cycles")?;
+        ensure!((duty / 100.0 - device).abs() < 1e-9, "{duty} is not {device}");
+        ensure!(of("container_gpu_memory_used_bytes", &[]) == Some(4.0 * f64::from(1u32 << 30)));
+    }
+    stage.end()
+}
+
+#[test]
+fn garbage_reaches_no_series() -> Result<()> {
+    let garbage = "garbage = ['util', 'pid_zero', 'pid_max', 'stale', 'exited', 'zombies']\ngarbage_every = 2";
+    let quirks = "list_memory = 'unknown'\nutilization_rates = 'zero'\nrows_grow = true\nrow_order = 'shuffled'";
+    let mut stage = Stage::new("garbage", &format!("[[gpus]]\n{garbage}\n{quirks}"))?;
+    let (id, dir) = stage.container()?;
+    stage.hold(&dir, "0", "1", &["--demand", "0.9"])?;
+    let page = stage.page()?;
+    let of = |name: &str, labels: &[(&str, &str)]| sum(&page, name, labels);
+    let share = of("container_gpu_utilization_ratio", &[("container_id", &id)]).context("its share")?;
+    // The device's own rates say 0.
+    ensure!((0.75..0.95).contains(&share), "{share}");
+    ensure!(of("container_gpu_memory_used_bytes", &[("container_id", &id)]).is_none(), "unknown memory is shown");
+    ensure!(page.iter().filter(|s| s.name == "container_gpu_samples_total").count() == 1, "somebody else is there");
+    let wrong = |s: &&Sample| s.name.ends_with("_ratio") && s.value > 1.0 || s.name.ends_with("duty_cycle") && s.value > 100.0;
+    ensure!(page.iter().find(wrong).is_none(), "{:?}", page.iter().find(wrong));
+    for why in ["utilization", "pid", "stale"] {
+        ensure!(of("gpu_sampler_rejected_samples_total", &[("why", why)]) > Some(0.0), "nothing was rejected for {why}");
+    }
+    // A sample that names nobody may have one of those rows.
+    let unattributed = of("gpu_unattributed_seconds_total", &[]).context("reasons")?;
+    ensure!(unattributed < 1.2, "{unattributed} s on nobody");
+    // One sample is one sample.
+    let recorded = stage.sim.ticks()?.len() as f64;
+    let samples = of("container_gpu_samples_total", &[]).context("samples")?;
+    ensure!(samples <= recorded && samples > 0.9 * recorded - 5.0, "{samples} of {recorded}");
+    stage.end()
+}
+
+#[test]
+fn engines_are_sampled_each_by_itself() -> Result<()> {
+    let mut stage = Stage::new("engines", "driver_version = '550.54.14'\n[[gpus]]")?;
+    let (computes, encodes) = (stage.container()?, stage.container()?);
+    stage.hold(&computes.1, "0", "1", &["--demand", "0.5", "--jpeg", "0.2"])?;
+    stage.hold(&encodes.1, "0", "1", &["--demand", "0.01", "--enc", "0.6", "--ofa", "0.1"])?;
+    let _young = stage.page()?;
+    std::mem::take(&mut stage.lives).into_iter().try_for_each(|lives| lives.all().map(|_| ()))?;
+    // The rings of other engines are read every 2 s, and what they name nobody for waits for 10 s.
+    std::thread::sleep(Duration::from_secs(13));
+    let page = stage.agent.scrape()?;
+    let engine =
+        |id: &str, engine: &str| sum(&page, "container_gpu_engine_seconds_total", &[("container_id", id), ("engine", engine)]);
+    let near = |seconds: Option<f64>, expect: f64| seconds.is_some_and(|s| s > 0.8 * expect && s < 1.2 * expect);
+    ensure!(near(engine(&encodes.0, "encoder"), 8.4), "{:?}", engine(&encodes.0, "encoder"));
+    ensure!(near(engine(&encodes.0, "ofa"), 1.4), "{:?}", engine(&encodes.0, "ofa"));
+    ensure!(near(engine(&computes.0, "jpeg"), 2.8), "{:?}", engine(&computes.0, "jpeg"));
+    ensure!(engine(&computes.0, "encoder").is_none(), "it never encoded");
+    // Hardly ever on the compute engine.
+    let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id)]);
+    ensure!(seconds(&encodes.0) < Some(1.0) && seconds(&computes.0) > Some(5.5), "{:?}", seconds(&encodes.0));
+    let busy = sum(&page, "gpu_engine_seconds_total", &[("engine", "encoder")]).context("the encoder's")?;
+    let nobody = sum(&page, "gpu_engine_unattributed_seconds_total", &[("engine", "encoder")]).context("nobody's")?;
+    let credited = engine(&encodes.0, "encoder").unwrap_or_default();
+    ensure!((busy - nobody - credited).abs() < 1e-9, "{credited} + {nobody} is not {busy}");
+    stage.end()
+}
+
+#[test]
+fn a_gpu_that_comes_late_is_one_of_several_all_the_same() -> Result<()> {
+    let mut stage = Stage::new("late", "[[gpus]]\n[[gpus]]\n[[faults]]\ngpu = 1\nkind = 'absent'\nfrom = '0s'\nlasts = '2s'")?;
+    let (id, dir) = stage.container()?;
+    wait_for("the second GPU", Duration::from_secs(12), || Ok(uuid(&stage.agent.scrape()?, 1).ok()))?;
+    std::thread::sleep(Duration::from_secs(1));
+    for gpu in ["0", "1"] {
+        stage.hold(&dir, gpu, "1", &["--demand", "0.5"])?;
+    }
+    let page = stage.page()?;
+    for index in 0..2 {
+        let seconds = sum(&page, "container_gpu_seconds_total", &[("container_id", &id), ("uuid", &uuid(&page, index)?)]);
+        ensure!(seconds > Some(3.5), "GPU {index}: {seconds:?}");
+    }
+    stage.end()
+}

@@ -1,0 +1,59 @@
+//! NVML clients that are not ours, in pinned versions, kept under `target/tools` between runs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Context as _, Result, ensure};
+
+use crate::Sim;
+
+const ALL_SMI: &str = "0.22.0";
+
+/// Where the workspace keeps what its tasks build for themselves.
+fn tools() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools")
+}
+
+/// A Python environment with exactly these packages.
+pub fn venv(packages: &[&str]) -> Result<PathBuf> {
+    let folder = tools().join("venvs").join(packages.join(","));
+    let complete = folder.join("complete");
+    if !complete.exists() {
+        let made = Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder).status()?;
+        ensure!(made.success(), "python3 -m venv failed");
+        let pip = Command::new(folder.join("bin/pip")).args(["install", "--quiet"]).args(packages).status()?;
+        ensure!(pip.success(), "pip install {} failed", packages.join(" "));
+        std::fs::write(complete, "")?;
+    }
+    Ok(folder.join("bin"))
+}
+
+/// The executable; built from its sources when it is not there in that version, which takes minutes.
+pub fn all_smi() -> Result<PathBuf> {
+    let program = tools().join("bin/all-smi");
+    let version = Command::new(&program).arg("--version").output();
+    if version.is_ok_and(|told| String::from_utf8_lossy(&told.stdout).trim_end().ends_with(ALL_SMI)) {
+        return Ok(program);
+    }
+    let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    // This test's own cargo must not speak to that one.
+    for (name, _) in std::env::vars_os() {
+        let text = name.to_string_lossy();
+        if text.starts_with("CARGO_") && text != "CARGO_HOME" || text.starts_with("RUSTFLAGS") {
+            cargo.env_remove(&name);
+        }
+    }
+    cargo.env_remove("LD_LIBRARY_PATH").args(["install", "all-smi", "--version", ALL_SMI, "--locked", "--force", "--root"]);
+    let built = cargo.arg(tools()).current_dir("/").status().context("cargo")?;
+    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask setup` brings the packages that it wants");
+    Ok(program)
+}
+
+impl Sim {
+    /// A program that finds the simulated library where the loader looks first.
+    pub fn client(&self, program: &Path) -> Command {
+        let mut command = Command::new(program);
+        command.env("LD_LIBRARY_PATH", self.dir.path().join("lib")).env_remove("NVML_SIM_DIR");
+        command
+    }
+}

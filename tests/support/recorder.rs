@@ -1,0 +1,260 @@
+//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] -o FILE`.
+//!
+//! It reads only; no setting of a card is touched. One thread per GPU, which asks every 20 ms, so that an answer has one new sample at
+//! most.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use gpu_sampler_tests::recording::{Durations, FORMAT, Fold, Gpu, Poll, Raw, Recording, Row, Sample, findings};
+use nvml_wrapper::enums::device::UsedGpuMemory;
+use nvml_wrapper::error::{NvmlError, nvml_try};
+use nvml_wrapper::{Device, Nvml};
+use nvml_wrapper_sys::bindings::{nvmlProcessUtilizationSample_t, nvmlSample_t};
+
+/// Far below every grid that is known.
+const EVERY: Duration = Duration::from_millis(20);
+const LIST_EVERY: Duration = Duration::from_secs(2);
+const FOLD_EVERY: Duration = Duration::from_secs(1);
+const SIZE_EVERY: Duration = Duration::from_secs(5);
+/// So many samples are folded into one answer now and then, to see how.
+const FOLDED: usize = 9;
+const ROOM: usize = 4096;
+/// NVML_GPU_UTILIZATION_SAMPLES.
+const GPU_UTILIZATION: u32 = 1;
+const GET_SAMPLES: &str = "GetSamples";
+const GET_ROWS: &str = "GetProcessUtilization";
+const GET_LIST: &str = "GetComputeRunningProcesses";
+
+const NO_SAMPLE: nvmlSample_t = nvmlSample_t { timeStamp: 0, sampleValue: nvml_wrapper_sys::bindings::nvmlValue_t { ullVal: 0 } };
+const NO_ROW: nvmlProcessUtilizationSample_t =
+    nvmlProcessUtilizationSample_t { pid: 0, timeStamp: 0, smUtil: 0, memUtil: 0, encUtil: 0, decUtil: 0 };
+
+fn boot_us() -> u64 {
+    let mut t = libc::timespec { tv_sec: 0, tv_nsec: 0 };
+    // SAFETY: a valid timespec, and a clock that every supported kernel has.
+    unsafe { libc::clock_gettime(libc::CLOCK_BOOTTIME, &raw mut t) };
+    t.tv_sec as u64 * 1_000_000 + t.tv_nsec as u64 / 1_000
+}
+
+/// The boot clock is read on both sides, for the least doubt.
+fn wall_less_boot_us() -> u64 {
+    let before = boot_us();
+    let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
+    wall.saturating_sub(u64::midpoint(before, boot_us()))
+}
+
+struct Recorder<'a> {
+    nvml: &'a Nvml,
+    device: Device<'a>,
+    samples: Vec<nvmlSample_t>,
+    rows: Vec<nvmlProcessUtilizationSample_t>,
+    took: BTreeMap<String, Vec<u64>>,
+    errors: BTreeMap<String, BTreeMap<String, u64>>,
+    sizes: BTreeMap<String, Vec<String>>,
+}
+
+impl<'a> Recorder<'a> {
+    fn new(nvml: &'a Nvml, index: u32) -> Result<Self> {
+        let device = nvml.device_by_index(index).with_context(|| format!("GPU {index}"))?;
+        let (samples, rows) = (vec![NO_SAMPLE; ROOM], vec![NO_ROW; ROOM]);
+        Ok(Self { nvml, device, samples, rows, took: BTreeMap::new(), errors: BTreeMap::new(), sizes: BTreeMap::new() })
+    }
+
+    /// Times a call and counts its error; NOT_FOUND is an empty answer.
+    fn call<T: Default>(&mut self, name: &str, f: impl FnOnce(&mut Self) -> Result<T, NvmlError>) -> T {
+        let begun = Instant::now();
+        let told = f(self);
+        self.took.entry(name.to_owned()).or_default().push(begun.elapsed().as_micros() as u64);
+        match told {
+            Ok(answer) => answer,
+            Err(NvmlError::NotFound) => T::default(),
+            Err(error) => {
+                let kind = format!("{error:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned();
+                *self.errors.entry(name.to_owned()).or_default().entry(kind).or_default() += 1;
+                T::default()
+            }
+        }
+    }
+
+    fn samples(&mut self, after: u64) -> Result<Vec<Sample>, NvmlError> {
+        let symbol = self.nvml.lib().nvmlDeviceGetSamples.as_ref();
+        let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
+        let (mut kind, mut count) = (0, ROOM as u32);
+        let to = self.samples.as_mut_ptr();
+        // SAFETY: a live library's handle, and room for `count` samples, which is as many as the driver writes at most.
+        nvml_try(unsafe { symbol(self.device.handle(), GPU_UTILIZATION, after, &raw mut kind, &raw mut count, to) })?;
+        let value = |s: &nvmlSample_t| match kind {
+            // SAFETY: the driver said that the values are doubles.
+            0 => unsafe { s.sampleValue.dVal as u32 },
+            // SAFETY: every other kind is an integer, whose low half is its value on little-endian machines.
+            _ => unsafe { s.sampleValue.uiVal },
+        };
+        Ok(self.samples.iter().take(count as usize).map(|s| Sample(s.timeStamp, value(s))).collect())
+    }
+
+    fn rows(&mut self, after: u64) -> Result<Vec<Row>, NvmlError> {
+        let symbol = self.nvml.lib().nvmlDeviceGetProcessUtilization.as_ref();
+        let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
+        let mut count = ROOM as u32;
+        // SAFETY: a live library's handle, and room for `count` rows, which is as many as the driver writes at most.
+        nvml_try(unsafe { symbol(self.device.handle(), self.rows.as_mut_ptr(), &raw mut count, after) })?;
+        let row = |r: &nvmlProcessUtilizationSample_t| Row(r.timeStamp, r.pid, [r.smUtil, r.memUtil, r.encUtil, r.decUtil]);
+        Ok(self.rows.iter().take(count as usize).map(row).collect())
+    }
+
+    /// What the driver says without a buffer.
+    fn ask_sizes(&mut self) {
+        let lib = self.nvml.lib();
+        let (mut kind, mut samples, mut rows) = (0, 0, 0);
+        // SAFETY: the handle does not leave the life of the library.
+        let handle = unsafe { self.device.handle() };
+        let told = |code: u32, count: u32| match nvml_try(code) {
+            Ok(()) => format!("success, {count}"),
+            Err(error) => format!("{error:?}, {count}"),
+        };
+        let none = std::ptr::null_mut();
+        let of_samples = lib.nvmlDeviceGetSamples.as_ref().ok().map(|symbol| {
+            // SAFETY: without a buffer the driver writes the kind and the count only.
+            let code = unsafe { symbol(handle, GPU_UTILIZATION, 0, &raw mut kind, &raw mut samples, none) };
+            told(code, samples)
+        });
+        let of_rows = lib.nvmlDeviceGetProcessUtilization.as_ref().ok().map(|symbol| {
+            // SAFETY: without a buffer, of which the count says that it has no room, the driver writes the count only.
+            let code = unsafe { symbol(handle, std::ptr::null_mut(), &raw mut rows, 0) };
+            told(code, rows)
+        });
+        for (name, answer) in [(GET_SAMPLES, of_samples), (GET_ROWS, of_rows)] {
+            let known = self.sizes.entry(name.to_owned()).or_default();
+            // Each once; a handful says all.
+            if let Some(answer) = answer.filter(|answer| !known.contains(answer) && known.len() < 8) {
+                known.push(answer);
+            }
+        }
+    }
+
+    fn record(mut self, index: u32, lasts: Duration) -> Result<Gpu> {
+        let (begun, mut listed, mut folded, mut sized) = (Instant::now(), None, Instant::now(), None);
+        let (mut list_most, mut unknown) = (0, 0);
+        let clocks = wall_less_boot_us();
+        let mut all = Raw { from_boot_us: boot_us(), ..Raw::default() };
+        let (mut newest_sample, mut newest_row) = (0, 0);
+        let mut recent: Vec<u64> = Vec::new();
+        let mut ring = None;
+        while begun.elapsed() < lasts {
+            let began = boot_us();
+            let turn = Instant::now();
+            let samples = self.call(GET_SAMPLES, |r| r.samples(newest_sample));
+            let rows = self.call(GET_ROWS, |r| r.rows(newest_row));
+            let took = boot_us() - began;
+            if ring.is_none() {
+                let (first, last) = (samples.iter().map(|s| s.0).min(), samples.iter().map(|s| s.0).max());
+                ring = Some((samples.len(), last.zip(first).map_or(0, |(last, first)| last - first)));
+            }
+            // A stamp that cannot be must not blind the rest of the recording.
+            let sane = |r: &&Row| r.2.iter().all(|p| *p <= 100);
+            newest_sample = samples.iter().map(|s| s.0).fold(newest_sample, u64::max);
+            newest_row = rows.iter().filter(sane).map(|r| r.0).fold(newest_row, u64::max);
+            recent.extend(samples.iter().map(|s| s.0));
+            recent.drain(..recent.len().saturating_sub(FOLDED + 1));
+            all.polls.push(Poll(began - all.from_boot_us, took, samples, rows));
+            if folded.elapsed() >= FOLD_EVERY && recent.len() > FOLDED {
+                folded = Instant::now();
+                let answer = self.call("GetProcessUtilization (folded)", |r| r.rows(recent[0]));
+                all.folds.push(Fold(recent[0], newest_sample, answer));
+            }
+            if listed.is_none_or(|at: Instant| at.elapsed() >= LIST_EVERY) {
+                listed = Some(Instant::now());
+                let list = self.call(GET_LIST, |r| r.device.running_compute_processes());
+                list_most = list_most.max(list.len());
+                unknown += list.iter().filter(|p| matches!(p.used_gpu_memory, UsedGpuMemory::Unavailable)).count() as u64;
+            }
+            if sized.is_none_or(|at: Instant| at.elapsed() >= SIZE_EVERY) {
+                sized = Some(Instant::now());
+                self.ask_sizes();
+            }
+            std::thread::sleep(EVERY.saturating_sub(turn.elapsed()));
+        }
+        let mut gpu = Gpu {
+            index,
+            name: self.device.name().unwrap_or_default(),
+            mig: self.device.mig_mode().is_ok_and(|mode| mode.current == 1),
+            ring: ring.unwrap_or_default(),
+            calls: self.took.into_iter().map(|(name, us)| (name, Durations::of(us))).collect(),
+            errors: self.errors,
+            sizes: self.sizes,
+            listed: (list_most, unknown),
+            wall_less_boot_us: (clocks, wall_less_boot_us()),
+            findings: Vec::new(),
+            raw: Raw::default(),
+        };
+        gpu.findings = findings::of(&gpu, &all);
+        gpu.raw = all;
+        Ok(gpu)
+    }
+}
+
+struct Options {
+    lib: String,
+    lasts: Duration,
+    to: String,
+}
+
+fn options() -> Result<Options> {
+    let mut options = Options { lib: "libnvidia-ml.so.1".into(), lasts: Duration::from_secs(60), to: String::new() };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let value = words.next().with_context(|| format!("{word} wants a value"))?;
+        match word.as_str() {
+            "--nvml-lib" => options.lib = value,
+            "--for" => options.lasts = Duration::try_from_secs_f64(value.parse()?)?,
+            "-o" => options.to = value,
+            _ => bail!("'{word}' is not understood"),
+        }
+    }
+    ensure!(!options.to.is_empty(), "-o FILE is wanted");
+    Ok(options)
+}
+
+fn run() -> Result<()> {
+    let options = options()?;
+    let nvml = Nvml::builder().lib_path(options.lib.as_ref()).init();
+    let nvml = nvml.map_err(|error| anyhow::anyhow!("cannot use the NVIDIA driver library {}: {error}", options.lib))?;
+    let count = nvml.device_count().context("the driver does not count its GPUs")?;
+    ensure!(count > 0, "the driver lists no GPU");
+    let gpus = std::thread::scope(|scope| {
+        let start = |index| {
+            let nvml = &nvml;
+            scope.spawn(move || Recorder::new(nvml, index)?.record(index, options.lasts))
+        };
+        let threads: Vec<_> = (0..count).map(start).collect();
+        let ended = |thread: std::thread::ScopedJoinHandle<'_, Result<Gpu>>| {
+            thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?
+        };
+        threads.into_iter().map(ended).collect::<Result<Vec<_>>>()
+    })?;
+    let recording = Recording {
+        format: FORMAT,
+        driver_version: nvml.sys_driver_version().unwrap_or_default(),
+        nvml_version: nvml.sys_nvml_version().unwrap_or_default(),
+        card: gpus.first().map(|gpu| gpu.name.clone()).unwrap_or_default(),
+        seconds: options.lasts.as_secs_f64(),
+        poll_us: EVERY.as_micros() as u64,
+        gpus,
+        load: serde_json::Value::Null,
+        agent: serde_json::Value::Null,
+    };
+    std::fs::write(&options.to, recording.encode()?).with_context(|| options.to.clone())
+}
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("gpu-recorder: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,248 @@
+//! From raw answers to statements about the driver, each beside what the product takes for granted.
+
+use serde::{Deserialize, Serialize};
+
+use super::{Fold, Gpu, Raw, Row, Sample};
+
+/// One line of the table: what was looked at, what the product assumes, what was seen, and whether that agrees.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Finding {
+    pub about: String,
+    pub assumed: String,
+    pub seen: String,
+    /// Neither where there was too little to see.
+    pub agrees: Option<bool>,
+}
+
+/// A sample and the compute row that names somebody for it.
+struct Tick {
+    sample: Sample,
+    row: Option<Row>,
+}
+
+/// Fewer ticks than this say nothing.
+const ENOUGH: f64 = 10.0;
+/// Without a new sample for so long a ring is dry.
+const DRY_US: u64 = 1_500_000;
+
+pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
+    let mut samples: Vec<Sample> = all.samples().collect();
+    samples.sort_by_key(|s| s.0);
+    samples.dedup_by_key(|s| s.0);
+    if samples.is_empty() {
+        return vec![idle(all, &samples), process_list(gpu)];
+    }
+    let gaps = sorted(samples.windows(2).map(|pair| pair[1].0 - pair[0].0).collect());
+    let ticks = ticks(&samples, all, at(&gaps, 0.5));
+    vec![
+        grid(&gaps),
+        pid_rule(&ticks),
+        utilization(&ticks),
+        stamps(&samples, all),
+        folding(&samples, all),
+        order(all),
+        idle(all, &samples),
+        clock(gpu, all),
+        age(gpu, all),
+        garbage(&samples, all),
+        process_list(gpu),
+    ]
+}
+
+fn finding(about: &str, assumed: &str, seen: String, agrees: Option<bool>) -> Finding {
+    Finding { about: about.into(), assumed: assumed.into(), seen, agrees }
+}
+
+fn sorted<T: Ord>(mut all: Vec<T>) -> Vec<T> {
+    all.sort_unstable();
+    all
+}
+
+fn at<T: Copy + Default>(sorted: &[T], part: f64) -> T {
+    sorted.get(((sorted.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default()
+}
+
+fn ms(us: u64) -> f64 {
+    us as f64 / 1e3
+}
+
+/// The last few are left out: their rows may not have been served yet.
+fn ticks(samples: &[Sample], all: &Raw, period: u64) -> Vec<Tick> {
+    let rows: Vec<Row> = all.rows().filter(|row| row.2[0] > 0 && row.2[0] <= 100).collect();
+    let settled = &samples[..samples.len().saturating_sub(3)];
+    let near = |sample: &Sample| rows.iter().find(|row| row.0.abs_diff(sample.0) * 2 < period.max(1)).copied();
+    settled.iter().filter(|s| s.1 <= 100).map(|sample| Tick { sample: *sample, row: near(sample) }).collect()
+}
+
+fn grid(gaps: &[u64]) -> Finding {
+    let (median, low, high) = (at(gaps, 0.5), at(gaps, 0.05), at(gaps, 0.95));
+    let seen = format!("median {:.1} ms, 5 % to 95 % {:.1} to {:.1} ms, {} gaps", ms(median), ms(low), ms(high), gaps.len());
+    // It is learned, so only what the poller's pace rests on can disagree.
+    finding("grid", "learned; about 167 ms", seen, (gaps.len() as f64 > ENOUGH).then_some((20_000..=2_000_000).contains(&median)))
+}
+
+/// Under the instant's rule a tick of 40 % names nobody in 60 % of the cases; under the period's rule never.
+fn pid_rule(ticks: &[Tick]) -> Finding {
+    let partly: Vec<&Tick> = ticks.iter().filter(|t| t.sample.1 > 0 && t.sample.1 < 100).collect();
+    let idle = |t: &&Tick| 1.0 - f64::from(t.sample.1) / 100.0;
+    let expected: f64 = partly.iter().map(idle).sum();
+    let sigma = partly.iter().map(idle).map(|p| p * (1.0 - p)).sum::<f64>().sqrt();
+    let nameless = partly.iter().filter(|t| t.row.is_none()).count() as f64;
+    let rule = if expected < ENOUGH {
+        "too few partly busy ticks to tell"
+    } else if nameless < 0.05 * expected {
+        "the last of the period"
+    } else if (nameless - expected).abs() <= 3.0 * sigma + 0.1 * expected {
+        "who is there at the instant"
+    } else {
+        "neither"
+    };
+    let seen = format!(
+        "{rule}: of {} partly busy ticks {nameless} name nobody; the instant's rule wants {:.0}, the period's 0",
+        partly.len(),
+        expected.abs()
+    );
+    finding("whom a sample names", "either rule", seen, (expected >= ENOUGH).then_some(rule != "neither"))
+}
+
+fn utilization(ticks: &[Tick]) -> Finding {
+    let named: Vec<(u32, u32)> = ticks.iter().filter_map(|t| Some((t.sample.1, t.row?.2[0]))).collect();
+    let same = named.iter().filter(|(sample, row)| sample.abs_diff(*row) <= 1).count();
+    let seen = format!("{same} of {} rows have the device's percentage", named.len());
+    let enough = named.len() as f64 >= ENOUGH;
+    finding("a row's utilization", "the whole period's, whoever had it", seen, enough.then_some(same * 10 >= named.len() * 9))
+}
+
+fn stamps(samples: &[Sample], all: &Raw) -> Finding {
+    let rows: Vec<Row> = all.rows().filter(|row| row.2[0] <= 100).collect();
+    let distance = |row: &Row| {
+        let next = samples.partition_point(|s| s.0 < row.0);
+        let near = |n: usize| samples.get(n).map(|s| s.0.abs_diff(row.0));
+        near(next).into_iter().chain(next.checked_sub(1).and_then(near)).min()
+    };
+    let distances = sorted(rows.iter().filter_map(distance).collect::<Vec<u64>>());
+    let equal = distances.iter().filter(|d| **d == 0).count();
+    let seen = format!(
+        "{equal} of {} rows have a sample's stamp; distance 50 %, 95 %: {:.1}, {:.1} ms",
+        distances.len(),
+        ms(at(&distances, 0.5)),
+        ms(at(&distances, 0.95))
+    );
+    let enough = distances.len() as f64 >= ENOUGH;
+    finding("a row's stamp", "within half a period of its sample's", seen, enough.then_some(at(&distances, 0.95) < 83_000))
+}
+
+/// Which of the ways to make one number of several samples the driver has.
+fn folding(samples: &[Sample], all: &Raw) -> Finding {
+    let (mut rows, mut average, mut newest, mut whole) = (0, 0, 0, 0);
+    let single: Vec<Row> = all.rows().filter(|row| row.2[0] <= 100).collect();
+    for Fold(after, until, answer) in &all.folds {
+        let ticks = samples.iter().filter(|s| s.0 > *after && s.0 <= *until).count() as f64;
+        for Row(stamp, pid, percent) in answer.iter().filter(|row| row.2[0] <= 100) {
+            let mine: Vec<f64> =
+                single.iter().filter(|r| r.1 == *pid && r.0 > *after && r.0 <= *stamp).map(|r| f64::from(r.2[0])).collect();
+            // Of one sample all ways are the same.
+            if mine.len() < 2 || mine.iter().all(|one| *one == mine[0]) {
+                continue;
+            }
+            let sum: f64 = mine.iter().sum();
+            let is = |value: f64| (value - f64::from(percent[0])).abs() <= 1.0;
+            rows += 1;
+            average += u64::from(is(sum / mine.len() as f64));
+            newest += u64::from(is(mine[mine.len() - 1]));
+            whole += u64::from(is(sum / ticks));
+        }
+    }
+    let seen = format!(
+        "of {rows} rows over several samples {average} are their average, {newest} the newest, {whole} the sum over all periods"
+    );
+    finding("folding", "the average of the samples that name the pid", seen, (rows >= 5).then_some(average * 10 >= rows * 9))
+}
+
+fn order(all: &Raw) -> Finding {
+    let several: Vec<&Vec<Row>> = all.folds.iter().map(|fold| &fold.2).filter(|rows| rows.len() > 1).collect();
+    let ordered = several.iter().filter(|rows| rows.is_sorted_by_key(|row| row.0)).count();
+    let seen = format!("{ordered} of {} answers with several rows are in the order of time", several.len());
+    finding("order of rows", "none", seen, None)
+}
+
+fn idle(all: &Raw, samples: &[Sample]) -> Finding {
+    let zeros = samples.iter().filter(|s| s.1 == 0).count();
+    let fed: Vec<u64> = all.polls.iter().filter(|poll| !poll.2.is_empty()).map(|poll| poll.0).collect();
+    let end = all.polls.last().map_or(0, |poll| poll.0);
+    let begin = all.polls.first().map_or(0, |poll| poll.0);
+    let times: Vec<u64> = [begin].into_iter().chain(fed).chain([end]).collect();
+    let silence = times.windows(2).map(|pair| pair[1] - pair[0]).max().unwrap_or_default();
+    let seen = match (silence > DRY_US, zeros) {
+        (true, _) => format!("dry for up to {:.1} s, {zeros} samples of 0 %", silence as f64 / 1e6),
+        (false, 0) => "no idle time was seen".to_owned(),
+        (false, _) => format!("goes on: {zeros} samples of 0 %, never silent for more than {:.0} ms", ms(silence)),
+    };
+    finding("the ring of an idle GPU", "samples of 0 %, or dry", seen, None)
+}
+
+/// Newest stamp of each poll that brought one, and that poll's end on the boot clock.
+fn served(all: &Raw) -> Vec<(u64, u64)> {
+    let first = |poll: &super::Poll| Some((poll.2.iter().map(|s| s.0).max()?, all.from_boot_us + poll.0 + poll.1));
+    // The first read is of a ring that was there before.
+    all.polls.iter().skip(1).filter_map(first).collect()
+}
+
+fn clock(gpu: &Gpu, all: &Raw) -> Finding {
+    let (wall, end) = gpu.wall_less_boot_us;
+    let served = served(all);
+    let Some((stamp, boot)) = served.first().copied() else {
+        return finding("the stamps' clock", "its own", "no sample".into(), None);
+    };
+    const DAY: u64 = 86_400_000_000;
+    let beside = |base: u64, clock: &str| {
+        let ms = stamp as f64 / 1e3 - (boot + base) as f64 / 1e3;
+        format!("{:.1} ms {} the {clock} clock when first served", ms.abs(), if ms < 0.0 { "before" } else { "after" })
+    };
+    let seen = if stamp.abs_diff(boot + wall) < DAY {
+        format!("since the epoch, {}", beside(wall, "wall"))
+    } else if stamp.abs_diff(boot) < DAY {
+        format!("since boot, {}", beside(0, "boot"))
+    } else {
+        format!("neither since the epoch nor since boot: {stamp}")
+    };
+    let set = end as i64 - wall as i64;
+    let seen = if set.abs() > 1_000 { format!("{seen}; the wall clock moved by {set} us meanwhile") } else { seen };
+    finding("the stamps' clock", "its own", seen, None)
+}
+
+/// The clock's offset is not known, so only how much the age varies is.
+fn age(gpu: &Gpu, all: &Raw) -> Finding {
+    let delays = sorted(served(all).iter().map(|(stamp, boot)| *boot as i64 - *stamp as i64).collect());
+    let (Some(least), Some(most)) = (delays.first(), delays.last()) else {
+        return finding("age of a sample when served", "up to a period", "no sample".into(), None);
+    };
+    let spread = |part: f64| (at(&delays, part) - least) as f64 / 1e3;
+    let agreed = (least + gpu.wall_less_boot_us.0 as i64) as f64 / 1e3;
+    let agreed = if agreed.abs() < 5_000.0 { format!("; {agreed:.1} ms if its clock is the wall clock") } else { String::new() };
+    let seen = format!(
+        "varies by {:.1} ms (95 % within {:.1}), the pace of polling included{agreed}",
+        (most - least) as f64 / 1e3,
+        spread(0.95)
+    );
+    finding("age of a sample when served", "up to a period", seen, (delays.len() as f64 > ENOUGH).then_some(spread(0.95) < 200.0))
+}
+
+fn garbage(samples: &[Sample], all: &Raw) -> Finding {
+    let rows: Vec<Row> = all.rows().collect();
+    let above = rows.iter().filter(|row| row.2.iter().any(|p| *p > 100)).count() + samples.iter().filter(|s| s.1 > 100).count();
+    let no_pid = rows.iter().filter(|row| row.1 == 0 || row.1 == u32::MAX).count();
+    let seen = format!("{above} above 100 %, {no_pid} with no pid, of {} samples and {} rows", samples.len(), rows.len());
+    finding("what cannot be", "counted and refused", seen, None)
+}
+
+fn process_list(gpu: &Gpu) -> Finding {
+    let list = gpu.calls.get("GetComputeRunningProcesses").copied().unwrap_or_default();
+    let (most, unknown) = gpu.listed;
+    let seen = format!(
+        "50 % {:.2} ms, most {:.2} ms, {most} processes at most, memory unknown of {unknown}",
+        ms(list.p50_us),
+        ms(list.max_us)
+    );
+    finding("the process list", "slow: about 4.5 ms", seen, None)
+}

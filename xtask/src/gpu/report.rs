@@ -1,0 +1,84 @@
+//! The recording as a table: what was seen, beside what is assumed.
+
+use serde_json::Value;
+
+/// Where details begin.
+const INDENT: usize = 44;
+
+pub fn lines(recording: &Value) -> Vec<String> {
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let mut lines = vec![format!(
+        "driver {}, {}, {:.0} s polled every {} ms, load: {}",
+        text(&recording["driver_version"]),
+        text(&recording["card"]),
+        recording["seconds"].as_f64().unwrap_or_default(),
+        recording["poll_us"].as_u64().unwrap_or_default() / 1000,
+        text(&recording["load"]["kind"]),
+    )];
+    for gpu in items(&recording["gpus"]) {
+        lines.push(String::new());
+        lines.push(format!("GPU {} {}{}", gpu["index"], text(&gpu["name"]), if gpu["mig"] == true { ", MIG" } else { "" }));
+        for finding in items(&gpu["findings"]) {
+            let verdict = match finding["agrees"].as_bool() {
+                Some(true) => "agrees",
+                Some(false) => "DIFFERS",
+                None => "",
+            };
+            lines.push(format!("{verdict:<8}{:<36}{}", text(&finding["about"]), text(&finding["seen"])));
+            if finding["agrees"] == false {
+                lines.push(format!("{:INDENT$}assumed: {}", "", text(&finding["assumed"])));
+            }
+        }
+        for (call, d) in gpu["calls"].as_object().into_iter().flatten() {
+            let ms = |key: &str| d[key].as_f64().unwrap_or_default() / 1e3;
+            let errors: Vec<String> =
+                gpu["errors"][call].as_object().into_iter().flatten().map(|(error, n)| format!(", {n} {error}")).collect();
+            let durations = format!("50 % {:.3}, 99 % {:.3}, most {:.3} ms", ms("p50_us"), ms("p99_us"), ms("max_us"));
+            lines.push(format!("{:8}{call:<36}{durations} of {}{}", "", d["count"], errors.concat()));
+        }
+        for (call, answers) in gpu["sizes"].as_object().into_iter().flatten() {
+            let answers: Vec<String> = items(answers).map(text).collect();
+            lines.push(format!("{:8}{:<36}{}", "", format!("{call} without room"), answers.join("; ")));
+        }
+    }
+    let agent = &recording["agent"];
+    lines.push(String::new());
+    let loaded = if agent["ebpf_loaded"] == true { "eBPF loaded" } else { "eBPF not loaded" };
+    lines.push(format!("the agent: {loaded}, kernel mode {}", text(&agent["kernel_mode"])));
+    for (what, key) in [("containers", "pod"), ("unattributed", "reason"), ("time", "state")] {
+        for one in items(&agent[what]) {
+            let seconds = one["seconds"].as_f64().unwrap_or_default();
+            let turn = items(&recording["load"]["turns"]).find(|turn| what == "containers" && turn["pod"] == one["pod"]);
+            let wanted = turn.and_then(|turn| Some(turn["duty"].as_str()?.parse::<f64>().ok()? * turn["seconds"].as_f64()?));
+            let wanted = wanted.map_or(String::new(), |wanted| format!("; the load wanted {wanted:.1} s"));
+            let who = format!("GPU {} {what} {}", text(&one["gpu"]), text(&one[key]));
+            lines.push(format!("{:8}{who:<36}{seconds:.2} s{wanted}", ""));
+        }
+    }
+    lines
+}
+
+fn items(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    #[test]
+    fn a_difference_is_beside_what_was_assumed() {
+        let finding = |agrees: Value| json!({"about": "grid", "assumed": "learned", "seen": "none", "agrees": agrees});
+        let gpu =
+            json!({"index": 0, "name": "V100", "findings": [finding(json!(false)), finding(json!(true)), finding(json!(null))]});
+        let told = lines(&json!({"gpus": [gpu]})).join("\n");
+        assert_eq!(told.matches("assumed: learned").count(), 1, "{told}");
+        assert_eq!((told.matches("DIFFERS").count(), told.matches("agrees").count()), (1, 1), "{told}");
+    }
+
+    #[test]
+    fn an_empty_recording_is_no_panic() {
+        assert!(lines(&json!({})).iter().any(|line| line.contains("eBPF not loaded")));
+    }
+}
