@@ -1,7 +1,7 @@
 //! Busy, idle, unobserved, unsupported: what is not known is never idle.
 
 use super::*;
-use crate::observation::GpmInterval;
+use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
 use crate::snapshot::{DeviceReadings, GpuTime};
 
 const SECOND: u64 = 1_000_000_000;
@@ -177,6 +177,24 @@ fn a_device_that_goes_keeps_its_last_values_for_a_while() {
     assert_eq!((snapshot.gpus[0].time.busy, snapshot.gpus[0].gone), (busy, Some(BootNs(taken(60)))));
     passes(&mut core, taken(60) + 400 * SECOND);
     assert!(core.snapshot().gpus.is_empty());
+}
+
+#[test]
+fn a_device_that_tells_nothing_keeps_no_readings_and_no_holders() {
+    let mut core = core();
+    feed(&mut core, (0..60).map(|_| (100, Some(100))));
+    let processes = vec![RunningProcess { pid: 100, memory_bytes: Some(7), kind: ProcessKind::Compute }];
+    let readings = DeviceReadings { temperature_celsius: Some(60.0), ..DeviceReadings::default() };
+    let told = GpuBatch { readings: Some(readings), processes: Some(processes), ..batch(taken(61)) };
+    core.observe(Observation::from(told));
+    let memory = |core: &Core| {
+        let all = core.snapshot().containers;
+        all.iter().flat_map(|c| &c.gpus).map(|g| g.memory_used_bytes).collect::<Vec<_>>()
+    };
+    assert_eq!(memory(&core), [Some(7)]);
+    let silent = GpuBatch { answer: Answer::Failed, readings: Some(DeviceReadings::default()), ..batch(taken(62)) };
+    core.observe(Observation::from(silent));
+    assert_eq!((memory(&core), core.snapshot().gpus[0].readings), (vec![None], DeviceReadings::default()));
 }
 
 #[test]
