@@ -41,9 +41,13 @@ struct Found {
     instance: Option<u32>,
 }
 
+/// (UUID, slot) of MIG devices that were read through a library that is gone.
+pub type Left = Vec<(String, usize)>;
+
 #[derive(Default)]
 pub struct MigDevices {
     devices: Vec<MigDevice>,
+    before: Left,
 }
 
 /// Whether the GPU is in MIG mode; `None` where it has none.
@@ -53,6 +57,13 @@ pub fn mode(of: &Handle, driver: &mut Driver) -> Result<Option<bool>, NvmlError>
         Err(error) if super::driver::is_unsupported(&error) => Ok(None),
         Err(error) => Err(error),
     }
+}
+
+pub fn gone_from(context: &Context, uuid: &str, slot: usize) -> Result<(), Closed> {
+    context.slots.gone(uuid);
+    context.health.driver.forget(uuid);
+    tracing::info!(uuid, "MIG device gone");
+    context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() })
 }
 
 fn find(parent: &Handle, driver: &mut Driver) -> Result<Vec<Found>, NvmlError> {
@@ -74,6 +85,17 @@ fn find(parent: &Handle, driver: &mut Driver) -> Result<Vec<Found>, NvmlError> {
 }
 
 impl MigDevices {
+    /// What [`MigDevices::left`] told of the same GPU.
+    pub fn after(before: Left) -> Self {
+        Self { devices: Vec::new(), before }
+    }
+
+    /// Those that are there until another library says that they are not.
+    pub fn left(&mut self) -> Left {
+        let before = std::mem::take(&mut self.before);
+        before.into_iter().chain(self.devices.drain(..).map(|device| (device.uuid, device.slot))).collect()
+    }
+
     pub fn uuids(&self) -> Vec<String> {
         self.devices.iter().map(|device| device.uuid.clone()).collect()
     }
@@ -88,6 +110,9 @@ impl MigDevices {
         self.devices = kept;
         for device in gone {
             device.end(context)?;
+        }
+        for (uuid, slot) in self.before.drain(..).filter(|(uuid, _)| !found.iter().any(|f| f.uuid == *uuid)) {
+            gone_from(context, &uuid, slot)?;
         }
         let mut sharing: HashMap<u32, usize> = HashMap::new();
         for instance in found.iter().filter_map(|f| f.instance) {
@@ -142,16 +167,13 @@ impl MigDevices {
     }
 
     pub fn end(&mut self, context: &Context) -> Result<(), Closed> {
-        self.devices.drain(..).try_for_each(|device| device.end(context))
+        self.left().into_iter().try_for_each(|(uuid, slot)| gone_from(context, &uuid, slot))
     }
 }
 
 impl MigDevice {
     fn end(self, context: &Context) -> Result<(), Closed> {
-        context.slots.gone(&self.uuid);
-        context.health.driver.forget(&self.uuid);
-        tracing::info!(uuid = self.uuid, "MIG device gone");
-        context.to.observe(Observation::GpuGone { gpu: self.slot, at: boot_now() })
+        gone_from(context, &self.uuid, self.slot)
     }
 
     fn read(&mut self, lists_every: Duration, buffers: &mut Buffers) -> GpuBatch {

@@ -25,9 +25,10 @@ mod told;
 mod watch;
 mod xids;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
@@ -65,6 +66,8 @@ pub struct Context {
     health: Arc<Health>,
     stop: Arc<AtomicBool>,
     slots: Slots,
+    /// MIG devices by GPU, from a thread that ended with its library to the next.
+    mig_left: Mutex<HashMap<Arc<str>, mig::Left>>,
     procfs: PathBuf,
     budget_percent: f64,
 }
@@ -76,6 +79,7 @@ impl Context {
             health: Arc::clone(health),
             stop: Arc::clone(stop),
             slots: Slots::default(),
+            mig_left: Mutex::default(),
             procfs: config.path_procfs.clone(),
             budget_percent: config.gpu_budget_percent,
         }

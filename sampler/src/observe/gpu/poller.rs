@@ -5,8 +5,8 @@
 //!              \--the driver went or was replaced--> ends; gpu-watch opens the library anew
 //! ```
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
+use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sampler_core::observation::{Answer, GpuBatch, Observation};
@@ -112,7 +112,9 @@ impl Poller {
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
             listed: None,
-            mig: MigDevices::default(),
+            mig: MigDevices::after(
+                context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&start.uuid).unwrap_or_default(),
+            ),
             done: Done::default(),
             start,
         }
@@ -155,6 +157,9 @@ impl Poller {
         if self.start.end.load(Ordering::Relaxed) {
             self.mig.end(&self.context)?;
             self.told.gone();
+        } else {
+            let left = (Arc::clone(&self.start.uuid), self.mig.left());
+            self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).extend([left]);
         }
         Ok(())
     }
@@ -180,7 +185,7 @@ impl Poller {
             ..GpuInfo::clone(&self.info)
         });
         let listen = Listen { slot: self.start.slot, uuid: Arc::clone(&self.start.uuid), device: self.handle.raw() };
-        self.handle.generation.listen.lock().unwrap_or_else(std::sync::PoisonError::into_inner).push(listen);
+        self.handle.generation.listen.lock().unwrap_or_else(PoisonError::into_inner).push(listen);
         // Its ring and clock may be others.
         (self.ring, self.engines, self.done) = (Ring::default(), Engines::default(), Done::default());
         self.tell()

@@ -7,9 +7,9 @@
 
 use std::collections::{HashMap, VecDeque};
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
@@ -20,7 +20,7 @@ use super::driver::{Trouble, trouble};
 use super::events::Events;
 use super::library::{Generation, Handle};
 use super::poller::{Poller, Start};
-use super::{Context, GpuError, open, spawn};
+use super::{Context, GpuError, mig, open, spawn};
 use crate::health::driver::Call;
 use crate::health::stall::{CallSlot, Caller};
 use crate::inbox::Closed;
@@ -292,6 +292,10 @@ impl Watch {
         for (uuid, slot) in self.before.drain().filter(|(uuid, _)| !seen.contains(uuid)) {
             self.context.slots.gone(&uuid);
             self.context.health.driver.forget(&uuid);
+            let left = self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
+            for (uuid, slot) in left.into_iter().flatten() {
+                let _sent = mig::gone_from(&self.context, &uuid, slot);
+            }
             tracing::info!(uuid = &*uuid, "GPU gone");
             // The core's end is found out by the next list.
             let _sent = self.context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() });
