@@ -19,8 +19,8 @@ use world::Scene;
 const LASTS: Duration = Duration::from_secs(60);
 /// Until every client has read a few times.
 const WARM: Duration = Duration::from_secs(6);
-/// Until the agent has closed its last window, and everyone else has forgotten the end.
-const SETTLED: Duration = Duration::from_secs(14);
+/// Until the agent has closed its last window, and who reads once in 15 s has read once more.
+const SETTLED: Duration = Duration::from_secs(17);
 
 fn main() -> Result<()> {
     let named = std::env::args().skip(1).any(|word| word == "peers");

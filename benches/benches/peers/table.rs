@@ -112,11 +112,31 @@ fn described(role: &Role) -> String {
     format!("`{}` on GPU {} ({beside})", role.pod, role.gpu)
 }
 
+/// Seconds, the same twice where there is but one way to read them; and the standard error, where the client says one.
+#[derive(Clone, Copy, Default)]
+struct Told {
+    least: f64,
+    most: f64,
+    stderr: Option<f64>,
+}
+
+impl Told {
+    fn exactly(seconds: f64) -> Self {
+        Self { least: seconds, most: seconds, stderr: None }
+    }
+}
+
 /// Seconds, and how far they are from the truth, in percent of it.
-fn judged(told: Option<f64>, truth: f64) -> String {
-    told.map_or(NOT_SHOWN.to_owned(), |told| {
-        format!("{told:.1} s ({:+.0} %)", (told / truth - 1.0) * 100.0).replace("-0 %", "+0 %")
-    })
+fn judged(told: Option<Told>, truth: f64) -> String {
+    let Some(Told { least, most, stderr }) = told else { return NOT_SHOWN.to_owned() };
+    let percent = |told: f64| format!("{:+.0} %", (told / truth - 1.0) * 100.0).replace("-0 %", "+0 %");
+    let stderr = stderr.filter(|stderr| *stderr >= 0.05).map_or(String::new(), |stderr| format!(" ± {stderr:.1}"));
+    // By what is printed, or two ends that look the same would be shown.
+    if format!("{least:.1}") == format!("{most:.1}") {
+        format!("{most:.1} s{stderr} ({})", percent(most))
+    } else {
+        format!("{least:.1} to {most:.1} s ({} to {})", percent(least), percent(most))
+    }
 }
 
 fn quoted(names: &[String]) -> String {
@@ -142,13 +162,24 @@ impl<'a> View<'a> {
         at.and_then(|at| used.get(at)).copied().context("a client")
     }
 
-    /// GPU-seconds that a gauge in percent adds up to, each page standing for the time until the next. A blank is 0, as a sum over
-    /// time has it.
-    fn gauge(&self, every: usize, percent: impl Fn(&Page) -> Option<f64>) -> Option<f64> {
-        let values: Vec<Option<f64>> = self.pages.iter().step_by(every).map(|page| percent(page)).collect();
-        let any = values.iter().any(Option::is_some);
-        let sane = |value: &f64| value.is_finite();
-        any.then(|| values.into_iter().flatten().filter(sane).sum::<f64>() / 100.0 * every as f64)
+    /// GPU-seconds that a gauge in percent adds up to, each page standing for the time until the next; least and most over the pages
+    /// that one may begin with, before which it was 0. A blank is 0, as a sum over time has it.
+    fn gauge(&self, every: usize, percent: impl Fn(&Page) -> Option<f64>) -> Option<Told> {
+        let values: Vec<(f64, Option<f64>)> = self.pages.iter().map(|page| (page.at_s, percent(page))).collect();
+        let any = values.iter().any(|(_, value)| value.is_some());
+        let end = values.last().map_or(0.0, |(at_s, _)| *at_s);
+        let from = |first: usize| -> f64 {
+            let chosen: Vec<&(f64, Option<f64>)> = values.iter().skip(first).step_by(every).collect();
+            let until = chosen.iter().skip(1).map(|(at_s, _)| *at_s).chain([end]);
+            let seconds = chosen.iter().zip(until).map(|((at_s, value), until)| {
+                value.filter(|value| value.is_finite()).unwrap_or_default() / 100.0 * (until - at_s)
+            });
+            seconds.sum()
+        };
+        let mut sums: Vec<f64> = (0..every).map(from).collect();
+        sums.sort_by(f64::total_cmp);
+        let (least, most) = (sums.first().copied().unwrap_or_default(), sums.last().copied().unwrap_or_default());
+        any.then_some(Told { least, most, stderr: None })
     }
 
     /// What a counter has gained by the last page that has it.
@@ -162,17 +193,25 @@ impl<'a> View<'a> {
         info.and_then(|s| s.labels.get("uuid").cloned()).unwrap_or_default()
     }
 
-    fn device(&self, gpu: usize, every: usize) -> Option<f64> {
+    fn device(&self, gpu: usize, every: usize) -> Option<Told> {
         match &self.client.dialect {
             // However seldom it is read.
-            None => self.counter("gpu_time_seconds_total", &[("uuid", &self.uuid(gpu)), ("state", "busy")]),
+            None => self.counter("gpu_time_seconds_total", &[("uuid", &self.uuid(gpu)), ("state", "busy")]).map(Told::exactly),
             Some(dialect) => self.gauge(every, |page| device_percent(page, dialect, gpu)),
         }
     }
 
-    fn user(&self, role: &Role, every: usize) -> Option<f64> {
+    /// The agent's counter of a pod's GPU-seconds, with the error that it gives for them.
+    fn credited(&self, pod: &str, gpu: usize) -> Option<Told> {
+        let uuid = self.uuid(gpu);
+        let labels = [("pod", pod), ("uuid", &*uuid)];
+        let stderr = self.pages.iter().rev().find_map(|page| sum(&page.samples, "container_gpu_seconds_stderr", &labels));
+        Some(Told { stderr, ..Told::exactly(self.counter("container_gpu_seconds_total", &labels)?) })
+    }
+
+    fn user(&self, role: &Role, every: usize) -> Option<Told> {
         match &self.client.dialect {
-            None => self.counter("container_gpu_seconds_total", &[("pod", role.pod), ("uuid", &self.uuid(role.gpu))]),
+            None => self.credited(role.pod, role.gpu),
             Some(dialect) => {
                 let pids: Vec<String> = self.run.scene.of_pod(role.pod).iter().map(u32::to_string).collect();
                 let mine = |s: &Sample| s.labels.get("pid").is_some_and(|pid| pids.contains(pid));
@@ -187,9 +226,9 @@ impl<'a> View<'a> {
         of_it.map(|s| s.value).reduce(|a, b| a + b)
     }
 
-    fn brief(&self, every: usize) -> Option<f64> {
+    fn brief(&self, every: usize) -> Option<Told> {
         match &self.client.dialect {
-            None => self.counter("container_gpu_seconds_total", &[("pod", BRIEF_POD), ("uuid", &self.uuid(BRIEF))]),
+            None => self.credited(BRIEF_POD, BRIEF),
             // One that has the family and shows nobody has told 0.
             Some(dialect) => dialect
                 .process
@@ -221,7 +260,7 @@ impl<'a> View<'a> {
         // At the end it has let go of it.
         let most = self.pages.iter().filter_map(|page| sum(&page.samples, family, &[label])).reduce(f64::max);
         let memory = most.map_or("no memory".to_owned(), |most| format!("{:.0} MiB", most / mib));
-        format!("{}, {memory}", self.user(role, 1).map_or(NOT_SHOWN.to_owned(), |s| format!("{s:.1} s")))
+        format!("{}, {memory}", self.user(role, 1).map_or(NOT_SHOWN.to_owned(), |told| format!("{:.1} s", told.most)))
     }
 
     fn idle(&self) -> String {
