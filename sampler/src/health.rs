@@ -1,6 +1,6 @@
 //! What the agent knows about itself: readiness, degraded modes, counts of events, calls and errors.
 //!
-//! A degraded state is logged once per key and message, and is a metric for as long as it lasts.
+//! A degraded state is logged once per key and message, and is on the page for as long as it lasts.
 
 pub mod driver;
 pub mod stall;

@@ -56,7 +56,10 @@ fn info(page: &Exposition, to: &mut Families) {
 }
 
 fn time(page: &Exposition, to: &mut Families) {
-    let mut time = to.counter("gpu_time_seconds_total", "Time of this GPU by state; the states sum to wall time.");
+    let mut time = to.counter(
+        "gpu_time_seconds_total",
+        "Time of this GPU by state; the states sum to the wall time in which it was there, up to what is not settled.",
+    );
     for gpu in leaves(page) {
         let t = gpu.view.time;
         for (state, seconds) in
