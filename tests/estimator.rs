@@ -13,7 +13,7 @@ use sampler_core::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Observation, Place, ProcessKind, ProcessRow, ProcessSeen,
     RunningProcess,
 };
-use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, MigMode, Snapshot};
 use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const START_US: u64 = 1_000_000_000_000;
@@ -81,7 +81,7 @@ fn core(users: usize) -> Core {
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
-        mig_mode: "unsupported",
+        mig_mode: MigMode::Unsupported,
     };
     core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(info), at: BootNs(START_US * 1000) });
     core

@@ -2,9 +2,11 @@
 #![forbid(unsafe_code)]
 
 pub mod aggregate;
+pub mod fact;
 pub mod identity;
 pub mod labels;
 pub mod observation;
 pub mod recover;
+pub mod report;
 pub mod snapshot;
 pub mod units;

@@ -2,6 +2,8 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::recover::Rejected;
 use crate::snapshot::{DeviceReadings, Engine, GpuInfo};
 use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
@@ -101,7 +103,7 @@ pub struct ProcessRow {
 }
 
 /// The list of a device's processes that it was in.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ProcessKind {
     Compute,
     Graphics,

@@ -3,12 +3,14 @@
 
 use std::sync::Arc;
 
+use serde::{Deserialize, Serialize};
+
 use crate::identity::ContainerRecord;
 use crate::recover::Rejected;
-use crate::units::{BootNs, GpuUuid, WallTime};
+use crate::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 
 /// An engine of a GPU that the driver samples by itself. The names are the `engine` label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Engine {
     Compute,
     Memory,
@@ -34,7 +36,7 @@ impl Engine {
 }
 
 /// Why busy time is on no container. Order and names are the `reason` label of `gpu_unattributed_seconds_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
     NoPid,
     InvalidPid,
@@ -71,8 +73,26 @@ pub struct GpuTime {
     pub unsupported: f64,
 }
 
+/// Whether a GPU is divided into MIG devices.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigMode {
+    Enabled,
+    Disabled,
+    Unsupported,
+}
+
+impl MigMode {
+    pub fn name(self) -> &'static str {
+        match self {
+            MigMode::Enabled => "enabled",
+            MigMode::Disabled => "disabled",
+            MigMode::Unsupported => "unsupported",
+        }
+    }
+}
+
 /// What does not change about a GPU while it is there.
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuInfo {
     pub uuid: GpuUuid,
     pub index: u32,
@@ -85,19 +105,18 @@ pub struct GpuInfo {
     pub model: String,
     pub pci_bus_id: String,
     pub driver_version: String,
-    /// `enabled`, `disabled` or `unsupported`.
-    pub mig_mode: &'static str,
+    pub mig_mode: MigMode,
 }
 
 impl GpuInfo {
     /// Whether seconds and memory are counted here: a GPU in MIG mode leaves that to its MIG devices.
     pub fn is_leaf(&self) -> bool {
-        self.parent.is_some() || self.mig_mode != "enabled"
+        self.parent.is_some() || self.mig_mode != MigMode::Enabled
     }
 }
 
 /// Device-level readings; `None` is "the driver does not say", never zero.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReadings {
     pub memory_used_bytes: Option<u64>,
     pub memory_total_bytes: Option<u64>,
@@ -201,7 +220,29 @@ impl WindowShares {
     pub const BOUNDS: [f64; 10] = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0];
 }
 
-#[derive(Clone, Debug)]
+/// Somebody else on a container's GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Other {
+    Container(ContainerKey),
+    /// Processes outside any container.
+    Host,
+    /// Whose process it was is not known.
+    Unknown,
+    /// Those beyond [`MAX_OTHERS`].
+    Rest,
+}
+
+/// Others told apart for a container on a GPU; a place once given stays given.
+pub const MAX_OTHERS: usize = 8;
+
+/// GPU-seconds that another user got in windows in which a container was active and the GPU saturated.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Contention {
+    pub other: Other,
+    pub seconds: f64,
+}
+
+#[derive(Clone, Debug, Default)]
 pub struct ContainerGpu {
     /// Index into [`Snapshot::gpus`].
     pub gpu: usize,
@@ -215,6 +256,12 @@ pub struct ContainerGpu {
     pub engines: Vec<(Engine, f64)>,
     /// Credited share of wall time over windows of 10 s.
     pub window_shares: Option<Arc<WindowShares>>,
+    /// Of windows in which it had a sample.
+    pub active_seconds: f64,
+    /// Of those in which another user had one, too.
+    pub coactive_seconds: f64,
+    /// In the order in which they were first met.
+    pub contention: Vec<Contention>,
     /// Some of its processes are clients of the multi-process service.
     pub mps_clients: u32,
     /// Percent (0-100) of the last 10 s; `None` when nothing of them was observed.
@@ -228,6 +275,10 @@ impl ContainerGpu {
     /// As its series first appear: so that an increase over them sees all there is.
     pub fn begin_at_zero(&mut self) {
         (self.seconds, self.seconds_stderr, self.samples) = (0.0, 0.0, 0);
+        (self.active_seconds, self.coactive_seconds) = (0.0, 0.0);
+        for contention in &mut self.contention {
+            contention.seconds = 0.0;
+        }
         for (_, seconds) in &mut self.engines {
             *seconds = 0.0;
         }

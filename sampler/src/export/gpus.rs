@@ -49,7 +49,7 @@ fn info(page: &Exposition, to: &mut Families) {
             ("model", &i.model),
             ("pci_bus_id", &i.pci_bus_id),
             ("driver_version", &i.driver_version),
-            ("mig_mode", i.mig_mode),
+            ("mig_mode", i.mig_mode.name()),
         ];
         of(view, &labels, |labels| info.add(labels, 1.0));
     }

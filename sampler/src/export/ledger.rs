@@ -272,15 +272,10 @@ impl Exposition {
             let observed = gpu.utilization_ratio.is_some();
             let none = ContainerGpu {
                 gpu: *n,
-                seconds: 0.0,
-                seconds_stderr: 0.0,
-                samples: 0,
-                engines: Vec::new(),
-                window_shares: None,
-                mps_clients: 0,
                 duty_cycle_percent: observed.then_some(0.0),
                 duty_cycle_stderr: observed.then_some(0.0),
                 memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
+                ..ContainerGpu::default()
             };
             self.rows.push(Row { assigned: true, ..row(key, labels, gpu, &none) });
         }
@@ -313,7 +308,7 @@ fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Optio
 mod tests {
     use super::*;
     use sampler_core::labels::{Facts, Source, parse};
-    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime};
+    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime, MigMode};
     use sampler_core::units::WallTime;
 
     const SECOND: u64 = 1_000_000_000;
@@ -341,7 +336,7 @@ mod tests {
             model: "m".into(),
             pci_bus_id: "b".into(),
             driver_version: "1".into(),
-            mig_mode: "unsupported",
+            mig_mode: MigMode::Unsupported,
         };
         let gpu = GpuView {
             info: Arc::new(info),
@@ -361,18 +356,7 @@ mod tests {
             xids: Vec::new(),
             gone: None,
         };
-        let pair = ContainerGpu {
-            gpu: 0,
-            seconds,
-            seconds_stderr: 0.0,
-            samples: 1,
-            engines: Vec::new(),
-            window_shares: None,
-            mps_clients: 0,
-            duty_cycle_percent: None,
-            duty_cycle_stderr: None,
-            memory_used_bytes: None,
-        };
+        let pair = ContainerGpu { seconds, samples: 1, ..ContainerGpu::default() };
         let container = ContainerView { record, gone: gone_s.map(|s| BootNs(s * SECOND)), gpus: vec![pair] };
         Snapshot { at: BootNs(at_s * SECOND), wall: WallTime(0), gpus: vec![gpu], containers: vec![container] }
     }

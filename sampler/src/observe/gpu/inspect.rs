@@ -5,6 +5,8 @@ use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
 use std::time::{Duration, Instant};
 
+use sampler_core::snapshot::MigMode;
+
 use super::calls::Buffers;
 use super::driver::{Driver, error_name};
 use super::library::{Generation, Handle};
@@ -72,7 +74,7 @@ fn gpu(generation: &Arc<Generation>, index: u32) -> (String, Option<&'static str
     let caller = Arc::new(health.driver.caller(String::new(), None));
     let mut driver = Driver::new(&uuid, &caller, &health);
     let what = format!("GPU {index} {name} {uuid}");
-    if let Ok(Some(true)) = mig::mode(&handle, &mut driver) {
+    if let Ok(MigMode::Enabled) = mig::mode(&handle, &mut driver) {
         let places = handle.device().mig_device_count().unwrap_or_default();
         let n = (0..places).filter(|place| handle.mig(*place).is_ok()).count();
         let gpm = if gpm::is_supported(&handle, &mut driver) { "their time by GPM" } else { "no GPM: their time is unsupported" };

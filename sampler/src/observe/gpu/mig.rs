@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::{Answer, GpmInterval, GpuBatch, Observation};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo};
+use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::units::GpuUuid;
 
 use super::Context;
@@ -50,11 +50,12 @@ pub struct MigDevices {
     before: Left,
 }
 
-/// Whether the GPU is in MIG mode; `None` where it has none.
-pub fn mode(of: &Handle, driver: &mut Driver) -> Result<Option<bool>, NvmlError> {
+/// Whether the GPU is in MIG mode.
+pub fn mode(of: &Handle, driver: &mut Driver) -> Result<MigMode, NvmlError> {
     match driver.call(Call::GetMigMode, || of.device().mig_mode()) {
-        Ok(mode) => Ok(Some(mode.current == 1)),
-        Err(error) if super::driver::is_unsupported(&error) => Ok(None),
+        Ok(mode) if mode.current == 1 => Ok(MigMode::Enabled),
+        Ok(_) => Ok(MigMode::Disabled),
+        Err(error) if super::driver::is_unsupported(&error) => Ok(MigMode::Unsupported),
         Err(error) => Err(error),
     }
 }

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sampler_core::observation::{Answer, GpuBatch, Observation};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo};
+use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Part};
@@ -97,7 +97,7 @@ impl Poller {
             model: String::new(),
             pci_bus_id: String::new(),
             driver_version: String::new(),
-            mig_mode: "unsupported",
+            mig_mode: MigMode::Unsupported,
         };
         Self {
             context: Arc::clone(context),
@@ -177,11 +177,7 @@ impl Poller {
             model: model.unwrap_or_default(),
             pci_bus_id: pci.map(|p| p.bus_id).unwrap_or_default(),
             driver_version: version.unwrap_or_default(),
-            mig_mode: match mode {
-                Ok(Some(true)) => "enabled",
-                Ok(Some(false)) => "disabled",
-                Ok(None) | Err(_) => "unsupported",
-            },
+            mig_mode: mode.unwrap_or(MigMode::Unsupported),
             ..GpuInfo::clone(&self.info)
         });
         let listen = Listen { slot: self.start.slot, uuid: Arc::clone(&self.start.uuid), device: self.handle.raw() };
@@ -210,7 +206,7 @@ impl Poller {
     }
 
     fn in_mig_mode(&self) -> bool {
-        self.info.mig_mode == "enabled"
+        self.info.mig_mode == MigMode::Enabled
     }
 
     /// Takes what calls took since the last time out of this part's budget.
@@ -316,18 +312,13 @@ impl Poller {
     }
 
     fn look_at_mig(&mut self) -> Result<(), Closed> {
-        let mode = match mig::mode(&self.handle, &mut self.driver) {
-            Ok(Some(true)) => "enabled",
-            Ok(Some(false)) => "disabled",
-            Ok(None) => "unsupported",
-            Err(_) => return Ok(()),
-        };
+        let Ok(mode) = mig::mode(&self.handle, &mut self.driver) else { return Ok(()) };
         let mut changed = mode != self.info.mig_mode;
         if changed {
             Arc::make_mut(&mut self.info).mig_mode = mode;
             self.ring = Ring::default();
         }
-        if mode == "enabled" {
+        if mode == MigMode::Enabled {
             changed |= self.mig.look(&self.handle, &self.info, &mut self.driver, &self.context)?;
         } else {
             self.mig.end(&self.context)?;

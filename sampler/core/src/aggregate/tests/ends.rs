@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::observation::{EngineTick, ProcessKind, RunningProcess};
-use crate::snapshot::{DeviceReadings, Engine};
+use crate::snapshot::{DeviceReadings, Engine, MigMode};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -30,7 +30,7 @@ fn a_gpu_in_mig_mode_that_hangs_has_no_readings() {
     let mut core = core();
     core.observe(Observation::GpuFound {
         gpu: 0,
-        info: Arc::new(GpuInfo { mig_mode: "enabled", ..GpuInfo::clone(&info()) }),
+        info: Arc::new(GpuInfo { mig_mode: MigMode::Enabled, ..GpuInfo::clone(&info()) }),
         at: BootNs(taken(0)),
     });
     let readings = Some(DeviceReadings { power_watts: Some(99.0), ..DeviceReadings::default() });

@@ -9,7 +9,7 @@ use crate::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
 };
 use crate::recover::Rejected;
-use crate::snapshot::{GpuInfo, Reason};
+use crate::snapshot::{GpuInfo, MigMode, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
 
 const PERIOD: u64 = 167_000_000;
@@ -55,7 +55,7 @@ fn info() -> Arc<GpuInfo> {
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
-        mig_mode: "unsupported",
+        mig_mode: MigMode::Unsupported,
     })
 }
 
