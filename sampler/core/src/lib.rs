@@ -8,5 +8,6 @@ pub mod labels;
 pub mod observation;
 pub mod recover;
 pub mod report;
+pub mod session;
 pub mod snapshot;
 pub mod units;

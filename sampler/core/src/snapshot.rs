@@ -171,6 +171,8 @@ pub struct GpuView {
     pub unattributed: [f64; Reason::ALL.len()],
     /// Busy share of the last 10 s, absent when nothing of it was observed.
     pub utilization_ratio: Option<f64>,
+    /// Part of the last 10 s, by windows of one second, in which two users or more had a sample.
+    pub coactive_ratio: Option<f64>,
     pub last_sample: Option<WallTime>,
     /// The driver's sampling grid as learned.
     pub sample_period_seconds: Option<f64>,

@@ -344,6 +344,7 @@ mod tests {
             time: GpuTime { busy: seconds + 1.0, ..GpuTime::default() },
             unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
             utilization_ratio: None,
+            coactive_ratio: None,
             last_sample: None,
             sample_period_seconds: None,
             sample_gaps: 0,

@@ -557,6 +557,7 @@ impl Gpu {
             time: self.wall.view(compute.map_or(0.0, |lane| lane.busy_ns)),
             unattributed: compute.map_or([0.0; Reason::ALL.len()], |lane| lane.unattributed.map(|ns| ns * s)),
             utilization_ratio,
+            coactive_ratio: None,
             last_sample: self.last_wall,
             sample_period_seconds: self.grid.period_ns().map(|ns| ns as f64 * s),
             sample_gaps: self.gaps,

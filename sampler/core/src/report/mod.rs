@@ -3,6 +3,8 @@
 //! [`Report`] is the one model; every format (`text`, `json`, `html`, `perfetto`, `csv`) is a function of it. Its serialization is the
 //! `json` format, so fields are added and not changed.
 
+mod build;
 mod model;
 
+pub use build::build;
 pub use model::*;

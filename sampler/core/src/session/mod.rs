@@ -1,0 +1,45 @@
+//! A recorded session: a header and the facts of a span of time, as read back from a file or from memory.
+
+use serde::{Deserialize, Serialize};
+
+use crate::fact::Fact;
+use crate::units::{BootNs, WallTime};
+
+/// What a session file says of itself, first of all.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Header {
+    /// The machine, as it calls itself.
+    pub node: String,
+    pub agent_version: String,
+    /// When the session begins; facts from before it are there so that what follows can be told: they are not counted.
+    pub start: BootNs,
+    pub start_wall: WallTime,
+    /// In words: the condition that began it.
+    pub trigger: Option<String>,
+    /// The view that was asked for when it was recorded; the file keeps every user of its GPUs.
+    pub view: View,
+}
+
+/// Narrows what a report shows. Empty lists: everything.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct View {
+    /// UUIDs, or their beginnings, or indices.
+    pub gpus: Vec<String>,
+    /// Ids or their beginnings, names, pods.
+    pub containers: Vec<String>,
+    pub namespaces: Vec<String>,
+    /// Offsets from the session's start.
+    pub from_ns: Option<u64>,
+    pub to_ns: Option<u64>,
+}
+
+/// A session as far as it could be read.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Session {
+    pub header: Header,
+    pub facts: Vec<Fact>,
+    /// When it was stopped in order; `None` where the file ends before.
+    pub end: Option<BootNs>,
+    /// In words, with positions: what could not be read, and why. Empty for a whole file.
+    pub damage: Vec<String>,
+}
