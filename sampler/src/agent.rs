@@ -9,7 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use sampler_core::aggregate::Core;
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 
 use crate::cli::told;

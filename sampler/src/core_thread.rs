@@ -13,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::aggregate::Core;
+use sampler_core::pipeline::Core;
 use sampler_core::identity::ContainerChange;
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
 use sampler_core::snapshot::Snapshot;

@@ -10,7 +10,7 @@ use crate::observation::{
 };
 use crate::recover::Rejected;
 use crate::snapshot::{GpuInfo, MigMode, Reason};
-use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
+use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const PERIOD: u64 = 167_000_000;
 /// The GPU's clock is 12 s and a bit ahead of boot time.
