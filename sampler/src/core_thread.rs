@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::pipeline::Core;
 use sampler_core::identity::ContainerChange;
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::BootNs;
 use tokio::sync::mpsc::UnboundedSender;

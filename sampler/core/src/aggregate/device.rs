@@ -13,7 +13,7 @@ use super::lane::{self, Booked, Credit, Lane};
 use super::left::{Left, Named};
 use super::together::Together;
 use super::windows::Windows;
-use super::{Settings, WINDOW_NS};
+use super::{Range, Settings, WINDOW_NS};
 use crate::fact::{GpuFact, Tick, User};
 use crate::snapshot::{DeviceReadings, Engine, EngineTime, GpuInfo, GpuTime, Reason, THROTTLE_REASONS, WindowShares};
 use crate::units::{BootNs, ContainerKey};
@@ -51,6 +51,7 @@ pub struct Device {
     pub readings: DeviceReadings,
     pub together: Together,
     keep_history: bool,
+    range: Range,
     idle_ns: f64,
     unobserved_ns: u64,
     unsupported_ns: u64,
@@ -73,12 +74,13 @@ impl Device {
             readings: DeviceReadings::default(),
             together: Together::new(settings.saturation_ratio, settings.keep_history),
             keep_history: settings.keep_history,
+            range: settings.range,
             idle_ns: 0.0,
             unobserved_ns: 0,
             unsupported_ns: 0,
             holders: Holders::default(),
             left: Left::default(),
-            lanes: Engine::ALL.iter().map(|_| Lane::default()).collect(),
+            lanes: Engine::ALL.iter().map(|_| Lane::new(settings.range)).collect(),
             sampled: [false; Engine::ALL.len()],
             recent: VecDeque::new(),
             windows: Windows::default(),
@@ -105,16 +107,17 @@ impl Device {
             GpuFact::Tick(tick) => self.tick(at, tick),
             GpuFact::EngineTick(engine, tick) => self.engine_tick(*engine, at, tick),
             GpuFact::Idle { ns } => {
-                self.idle_ns += *ns as f64;
-                self.observed(Recent { at, span_ns: *ns as f64, busy_ns: 0.0, user: None });
+                let ns = self.range.part(at, *ns) as f64;
+                self.idle_ns += ns;
+                self.observed(Recent { at: at.min(self.range.to), span_ns: ns, busy_ns: 0.0, user: None });
                 self.decide(at);
             }
             GpuFact::Unobserved { ns, .. } => {
-                self.unobserved_ns += ns;
+                self.unobserved_ns += self.range.part(at, *ns);
                 self.decide(at);
             }
             GpuFact::Unsupported { ns } => {
-                self.unsupported_ns += ns;
+                self.unsupported_ns += self.range.part(at, *ns);
                 // No more ticks come for what waits.
                 self.decide(at);
             }
@@ -149,8 +152,10 @@ impl Device {
         let span_ns = tick.ns as f64;
         let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
         let named = Named::of(&tick.rows);
-        self.idle_ns += span_ns - busy_ns;
-        self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user) });
+        if self.range.has(at) {
+            self.idle_ns += span_ns - busy_ns;
+            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user) });
+        }
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
         if let Some(lane) = self.lanes.get_mut(COMPUTE) {
@@ -184,6 +189,9 @@ impl Device {
     }
 
     fn observed(&mut self, recent: Recent) {
+        if recent.span_ns <= 0.0 {
+            return;
+        }
         self.windows.observed(recent.at, recent.span_ns);
         self.observe_together(recent);
         self.recent.push_back(recent);
@@ -221,9 +229,11 @@ impl Device {
     /// Whose that was, only who holds it says.
     fn measured(&mut self, at: BootNs, span_ns: f64, busy_ratio: f64) {
         let busy_ns = span_ns * busy_ratio;
-        self.idle_ns += span_ns - busy_ns;
         let user = self.holders.only_user();
-        self.observed(Recent { at, span_ns, busy_ns, user: Some(user) });
+        if self.range.has(at) {
+            self.idle_ns += span_ns - busy_ns;
+            self.observed(Recent { at, span_ns, busy_ns, user: Some(user) });
+        }
         let mut booked = Vec::new();
         if let Some(lane) = self.lanes.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
             lane.book(at, user, busy_ns, 1, &mut booked);

@@ -16,8 +16,9 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::spread::{Memory, Spread};
+use super::Range;
 use super::left::{Left, Named};
+use super::spread::{Memory, Spread};
 use crate::fact::User;
 use crate::snapshot::Reason;
 use crate::units::BootNs;
@@ -75,8 +76,9 @@ pub struct Booked {
     pub ns: f64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lane {
+    range: Range,
     pub busy_ns: f64,
     pub unattributed: [f64; Reason::ALL.len()],
     /// By user; those of nobody are in `unattributed` too, host processes under [`Reason::Host`].
@@ -90,6 +92,20 @@ pub struct Lane {
 }
 
 impl Lane {
+    pub fn new(range: Range) -> Self {
+        Self {
+            range,
+            busy_ns: 0.0,
+            unattributed: Default::default(),
+            credits: HashMap::new(),
+            named: VecDeque::new(),
+            waiting: VecDeque::new(),
+            memory: Memory::default(),
+            spreads: HashMap::new(),
+            drawn: HashMap::new(),
+        }
+    }
+
     pub fn credits(&self) -> &HashMap<User, Credit> {
         &self.credits
     }
@@ -102,10 +118,11 @@ impl Lane {
     pub fn tick(&mut self, tick: Tick, left: &Left, booked: &mut Vec<Booked>) {
         match tick.named {
             Some(named) => {
-                self.credit(named.user, tick.busy_ns, 1);
-                booked.push(Booked { at: tick.at, user: named.user, ns: tick.busy_ns });
-                let drawn = self.drawn.entry(named.user).or_default();
-                *drawn = (drawn.0 + 1, drawn.1 + tick.busy_ns * tick.busy_ns);
+                self.book(tick.at, named.user, tick.busy_ns, 1, booked);
+                if self.range.has(tick.at) {
+                    let drawn = self.drawn.entry(named.user).or_default();
+                    *drawn = (drawn.0 + 1, drawn.1 + tick.busy_ns * tick.busy_ns);
+                }
                 let stands_for = 1.0 - tick.busy_ns / tick.span_ns.max(1.0) + ROUNDING_RATIO;
                 self.named.push_back(NamedTick { at: tick.at, named, stands_for, weight_ns: tick.busy_ns });
                 self.memory.name(tick.at, named);
@@ -150,16 +167,20 @@ impl Lane {
             let user = neighbour.named.user;
             let before = neighbour.weight_ns;
             neighbour.weight_ns += ns;
-            self.drawn.entry(user).or_default().1 += neighbour.weight_ns.powi(2) - before.powi(2);
-            self.credit(user, ns, 0);
-            booked.push(Booked { at: tick.at, user, ns });
+            let squares = neighbour.weight_ns.powi(2) - before.powi(2);
+            if self.range.has(tick.at) {
+                self.drawn.entry(user).or_default().1 += squares;
+            }
+            self.book(tick.at, user, ns, 0, booked);
         }
     }
 
     /// Busy time whose owner is known without any sample's word.
     pub fn book(&mut self, at: BootNs, user: User, ns: f64, samples: u64, booked: &mut Vec<Booked>) {
-        self.credit(user, ns, samples);
-        booked.push(Booked { at, user, ns });
+        if self.range.has(at) {
+            self.credit(user, ns, samples);
+            booked.push(Booked { at, user, ns });
+        }
     }
 
     fn credit(&mut self, user: User, ns: f64, samples: u64) {

@@ -16,7 +16,7 @@ pub use holders::Held;
 pub use lane::Credit;
 pub use together::{Part, TOGETHER_NS, Window, is_user};
 
-use crate::fact::{Fact, GpuFact};
+use crate::fact::{Fact, GpuFact, Row, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
 
 /// Width of the window of duty cycles and shares.
@@ -31,12 +31,39 @@ pub struct Settings {
     pub saturation_ratio: f64,
     /// Every window and every sum is kept: for a report, not for an agent that runs for years.
     pub keep_history: bool,
+    /// What is counted; what lies outside only helps to tell whose it is.
+    pub range: Range,
+}
+
+/// Later than the one and not later than the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub after: BootNs,
+    pub to: BootNs,
+}
+
+impl Range {
+    pub const ALL: Range = Range { after: BootNs(0), to: BootNs(u64::MAX) };
+
+    pub fn has(&self, at: BootNs) -> bool {
+        self.after < at && at <= self.to
+    }
+
+    /// How much of the span that ends at `at` is in it.
+    pub fn part(&self, at: BootNs, ns: u64) -> u64 {
+        at.min(self.to).saturating_since(at.minus(ns).max(self.after))
+    }
 }
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { saturation_ratio: SATURATION_RATIO, keep_history: false }
+        Self { saturation_ratio: SATURATION_RATIO, keep_history: false, range: Range::ALL }
     }
+}
+
+/// Whom a tick of these rows names.
+pub fn named(rows: &[Row]) -> Option<User> {
+    left::Named::of(rows).map(|named| named.user)
 }
 
 #[derive(Debug, Default)]
@@ -123,5 +150,4 @@ impl Aggregate {
     pub fn credits(&self, key: ContainerKey) -> bool {
         self.gpus.iter().flatten().any(|gpu| gpu.credits_any(key))
     }
-
 }

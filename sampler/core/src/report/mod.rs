@@ -4,7 +4,14 @@
 //! `json` format, so fields are added and not changed.
 
 mod build;
+mod causes;
+mod findings;
+mod gather;
 mod model;
+mod onoff;
 
 pub use build::build;
 pub use model::*;
+
+#[cfg(test)]
+mod tests;
