@@ -13,6 +13,7 @@ pub use gpu::Gpu;
 
 use std::collections::HashMap;
 
+use crate::fact::PressureFact;
 use crate::identity::{ContainerChange, Identity};
 use crate::observation::Observation;
 use crate::snapshot::{ContainerGpu, ContainerView, Snapshot};
@@ -27,6 +28,8 @@ const KEEP_GONE_NS: u64 = 300_000_000_000;
 #[derive(Debug, Default)]
 pub struct Core {
     pub identity: Identity,
+    /// Those that were not taken yet.
+    pub pressures: Vec<PressureFact>,
     gpus: Vec<Option<Gpu>>,
     now: BootNs,
     wall: WallTime,
@@ -60,6 +63,7 @@ impl Core {
                     gpu.xid(xid, count);
                 }
             }
+            Observation::Pressure(fact) => self.pressures.push(fact),
             Observation::Tick { at, wall } => self.tick(at, wall),
             identity => self.identity.observe(identity),
         }

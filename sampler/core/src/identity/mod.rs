@@ -72,6 +72,7 @@ impl Identity {
             | Observation::GpuGone { .. }
             | Observation::Xid { .. }
             | Observation::Gpu(_)
+            | Observation::Pressure(_)
             | Observation::Tick { .. } => {}
         }
     }
