@@ -23,6 +23,7 @@ use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::observe::pressure;
 
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -89,6 +90,13 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)))?;
+    let told = pressure::Told {
+        to: to_core.clone(),
+        health: Arc::clone(&health),
+        snapshot: Arc::clone(&snapshot),
+        stop: Arc::clone(&stop),
+    };
+    let pressure = pressure::start(&layout, &config.path_procfs, told).context("cannot start the thread pressure")?;
     let core = CoreThread {
         core: Core::default(),
         config: Arc::clone(&config),
@@ -111,7 +119,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         })
         .context("cannot start the core thread")?;
 
-    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core));
+    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, pressure, Arc::clone(&health), to_core));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
     let served = http::serve(listener, state, shutdown(core_ended)).await;
     stop.store(true, Ordering::Relaxed);

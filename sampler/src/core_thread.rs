@@ -417,6 +417,8 @@ impl CoreThread {
     fn publish(&mut self) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
+        // Nobody takes them yet.
+        self.core.pressures.clear();
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
         }

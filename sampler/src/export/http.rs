@@ -26,11 +26,13 @@ use tokio::sync::Semaphore;
 use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{driver, explain, families, gpus, page};
+use super::pressure::Waits;
+use super::{driver, explain, families, gpus, page, pressure};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
+use crate::observe::pressure::PressureView;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -59,8 +61,10 @@ pub struct AppState {
     pub config: Arc<Config>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub labels: LabelService,
+    pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
+    waits: Mutex<Waits>,
     pub core: Outbox,
 }
 
@@ -69,10 +73,11 @@ impl AppState {
         config: Arc<Config>,
         snapshot: Arc<ArcSwap<Snapshot>>,
         labels: LabelService,
+        pressure: Arc<ArcSwap<PressureView>>,
         health: Arc<Health>,
         core: Outbox,
     ) -> Self {
-        Self { config, snapshot, labels, health, ledger: Mutex::default(), core }
+        Self { config, snapshot, labels, pressure, health, ledger: Mutex::default(), waits: Mutex::default(), core }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -239,6 +244,9 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let mut all = Families::default();
     families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
+    let view = state.pressure.load();
+    state.waits.lock().unwrap_or_else(PoisonError::into_inner).add(&page, &view, &mut all);
+    pressure::reads(&view, &mut all);
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);

@@ -82,6 +82,7 @@ impl Identity {
             | Observation::GpuGone { .. }
             | Observation::Xid { .. }
             | Observation::Gpu(_)
+            | Observation::Pressure(_)
             | Observation::Tick { .. } => {}
         }
     }

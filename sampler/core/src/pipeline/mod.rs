@@ -70,6 +70,7 @@ impl Core {
                 self.tell(batch.gpu, told);
             }
             Observation::Xid { gpu, xid, count } => self.tell(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
+            Observation::Pressure(pressure) => self.fact(Fact::Pressure(pressure)),
             Observation::Tick { at, wall } => {
                 for slot in 0..self.devices.len() {
                     let mut told = Vec::new();
