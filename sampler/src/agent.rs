@@ -18,11 +18,12 @@ use crate::core_thread::CoreThread;
 use crate::export::http::{self, AppState};
 use crate::health::Health;
 use crate::inbox::inbox;
-use crate::labels::{self, LabelConfig};
+use crate::labels::{self, LabelConfig, LabelService};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::session::{Recorder, Sources, Store};
 
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -62,6 +63,27 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     Ok(tracker)
 }
 
+fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snapshot>>) -> anyhow::Result<Recorder> {
+    let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
+    let labels = labels.clone();
+    let sources = Sources {
+        labels: Box::new(move || labels.view()),
+        snapshot: Arc::clone(snapshot),
+        procfs: config.path_procfs.clone(),
+        node: node(config),
+    };
+    Recorder::spawn(store, sources, config.session_ring_bytes)
+}
+
+/// The machine, as it calls itself.
+fn node(config: &Config) -> String {
+    let name = std::fs::read_to_string(config.path_procfs.join("sys/kernel/hostname")).unwrap_or_default();
+    match name.trim() {
+        "" => "unknown".to_owned(),
+        name => name.to_owned(),
+    }
+}
+
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -89,6 +111,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)))?;
+    let recorder = recorder(&config, &labels, &snapshot)?;
     let core = CoreThread {
         core: Core::default(),
         config: Arc::clone(&config),
@@ -100,6 +123,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         containers: to_labels,
         stop: Arc::clone(&stop),
         start_over: false,
+        recorder: recorder.clone(),
     };
     // Dropped when the core thread ends, also by a panic: an agent without it must not go on serving what was once true.
     let (core_lives, core_ended) = tokio::sync::oneshot::channel::<()>();
@@ -111,7 +135,13 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         })
         .context("cannot start the core thread")?;
 
-    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core));
+    let looking = recorder.clone();
+    tokio::spawn(async move {
+        if let Err(error) = looking.look().await {
+            tracing::warn!(error = told(&error), "sessions of earlier runs cannot be listed");
+        }
+    });
+    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core, recorder.clone()));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
     let served = http::serve(listener, state, shutdown(core_ended)).await;
     stop.store(true, Ordering::Relaxed);
@@ -119,6 +149,8 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     if core.join().is_err() {
         anyhow::bail!("the core thread panicked; please report what the log shows above");
     }
+    // A disk may hang: sessions that do not end in time are interrupted.
+    recorder.close(SHUTDOWN_GRACE);
     served.map_err(Into::into)
 }
 

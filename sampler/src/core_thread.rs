@@ -14,10 +14,11 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
 use sampler_core::aggregate::Core;
+use sampler_core::fact::Fact;
 use sampler_core::identity::ContainerChange;
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
 use sampler_core::snapshot::Snapshot;
-use sampler_core::units::BootNs;
+use sampler_core::units::{BootNs, WallTime};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cli::told;
@@ -32,6 +33,7 @@ use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::session::Recorder;
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 /// Without kernel events, the processes that are followed are looked at this often; without inotify, all of them and all cgroups.
@@ -62,6 +64,7 @@ pub struct CoreThread {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub containers: UnboundedSender<ContainerEvent>,
     pub stop: Arc<AtomicBool>,
+    pub recorder: Recorder,
     /// inotify has lost track: watch and scan anew.
     pub start_over: bool,
 }
@@ -414,9 +417,17 @@ impl CoreThread {
         self.health.tables(&self.core.identity, watches);
     }
 
+    /// What was learned since the last turn goes to whoever records. The only place where facts leave the core; it tells none of its own
+    /// yet, so the two clocks are all.
+    fn hand_over(&mut self, at: BootNs, wall: WallTime) {
+        self.recorder.tell(vec![Fact::Time { at, wall }]);
+    }
+
     fn publish(&mut self) {
         self.health.watch_calls(boot_now());
-        self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
+        let (at, wall) = (boot_now(), wall_now());
+        self.core.observe(Observation::Tick { at, wall });
+        self.hand_over(at, wall);
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
         }

@@ -26,11 +26,12 @@ use tokio::sync::Semaphore;
 use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{driver, explain, families, gpus, page};
+use super::{driver, explain, families, gpus, page, sessions};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
+use crate::session::Recorder;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -62,6 +63,7 @@ pub struct AppState {
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
     pub core: Outbox,
+    pub recorder: Recorder,
 }
 
 impl AppState {
@@ -71,8 +73,9 @@ impl AppState {
         labels: LabelService,
         health: Arc<Health>,
         core: Outbox,
+        recorder: Recorder,
     ) -> Self {
-        Self { config, snapshot, labels, health, ledger: Mutex::default(), core }
+        Self { config, snapshot, labels, health, ledger: Mutex::default(), core, recorder }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -108,6 +111,7 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         .route("/api/v1/containers", get(containers))
         .route("/api/v1/explain", get(explain::answer))
         .route("/api/v1/processes", get(processes))
+        .merge(sessions::router())
         .layer(from_fn_with_state(Arc::clone(&state), guard))
         .with_state(Arc::clone(&state));
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
@@ -243,6 +247,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
     driver::calls(&state.health.driver.view(), state.config.gpu_budget_percent, &mut all);
+    sessions::metrics(&state.recorder.view(), &mut all);
     text(all)
 }
 

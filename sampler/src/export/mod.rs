@@ -9,3 +9,4 @@ mod gpus;
 pub mod http;
 mod ledger;
 mod page;
+mod sessions;
