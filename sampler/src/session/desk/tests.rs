@@ -279,11 +279,13 @@ fn a_disk_that_hangs_and_comes_back() {
     let id = bench.start(&request(1000, 0));
     let (to, from) = sync_channel(4);
     let LivePhase::Recording(recording) = &mut bench.desk.sessions[1].phase else { panic!() };
-    (recording.to, recording.sequence) = (to, 0);
+    // Its own writer waits as long.
+    let _kept = std::mem::replace(&mut recording.to, to);
+    recording.sequence = 0;
     // Its file begins here.
     recording.broken = true;
     let mut file = FileBytes::default();
-    let mut drain = |file: &mut FileBytes| {
+    let drain = |file: &mut FileBytes| {
         while let Ok(item) = from.try_recv() {
             file.sequence = item.sequence;
             file.put(&item.frame);

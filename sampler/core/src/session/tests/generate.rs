@@ -118,7 +118,7 @@ impl Node {
                     all.push(Fact::Gpu { gpu, at: BootNs(at), fact });
                 }
             }
-            if (second + u64::from(gpu)) % 2 == 0 {
+            if (second + u64::from(gpu)).is_multiple_of(2) {
                 all.extend(self.readings(gpu, begins, random));
             }
         }

@@ -68,8 +68,9 @@ fn names_of_host_processes() {
     let mut state = State::default();
     follow(&mut state, &[tick(1, User::Host(process))]);
     assert_eq!(state.nameless().collect::<Vec<_>>(), [process]);
-    assert_eq!(follow(&mut state, std::slice::from_ref(&comm)), [comm.clone()]);
-    assert_eq!((state.nameless().count(), state.facts()), (0, vec![comm]));
+    let all = [comm];
+    assert_eq!(follow(&mut state, &all), all);
+    assert_eq!((state.nameless().count(), state.facts()), (0, all.to_vec()));
 }
 
 #[test]
