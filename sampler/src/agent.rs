@@ -11,6 +11,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use sampler_core::aggregate::Core;
 use sampler_core::snapshot::Snapshot;
+use tokio::net::TcpListener;
 
 use crate::cli::told;
 use crate::config::Config;
@@ -92,15 +93,18 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the IO runtime")?;
-    let result = runtime.block_on(serve(Arc::new(config)));
+    let result = runtime.block_on(async {
+        // The port first: an agent that cannot be scraped should say so before it loads anything.
+        let listener = http::bind(config.listen).await?;
+        serve(Arc::new(config), listener, signalled()).await
+    });
     // A file read may hang in the kernel; it must not keep the agent.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     result
 }
 
-async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
-    // The port first: an agent that cannot be scraped should say so before it loads anything.
-    let listener = http::bind(config.listen).await?;
+/// Is the agent until `stop_asked`.
+pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl Future<Output = ()>) -> anyhow::Result<()> {
     let health = Arc::new(Health::default());
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -143,7 +147,13 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     });
     let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core, recorder.clone()));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
-    let served = http::serve(listener, state, shutdown(core_ended)).await;
+    let served = http::serve(listener, state, async {
+        tokio::select! {
+            () = stop_asked => {}
+            _ = core_ended => tracing::error!("the core thread ended"),
+        }
+    })
+    .await;
     stop.store(true, Ordering::Relaxed);
     // A poller may hang in a driver call: only the core thread is waited for.
     if core.join().is_err() {
@@ -154,7 +164,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     served.map_err(Into::into)
 }
 
-async fn shutdown(core_ended: tokio::sync::oneshot::Receiver<()>) {
+async fn signalled() {
     use tokio::signal::unix::{SignalKind, signal};
     let terminate = async {
         match signal(SignalKind::terminate()) {
@@ -169,7 +179,6 @@ async fn shutdown(core_ended: tokio::sync::oneshot::Receiver<()>) {
     };
     tokio::select! {
         () = terminate => {}
-        _ = core_ended => tracing::error!("the core thread ended"),
         result = tokio::signal::ctrl_c() => {
             if let Err(error) = result {
                 tracing::warn!(%error, "SIGINT cannot be listened to");
