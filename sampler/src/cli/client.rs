@@ -113,7 +113,9 @@ impl Reply {
             bail!("HTTP {status}: that is no gpu-sampler agent; name one with --agent or --listen");
         }
         if !status.is_success() {
-            bail!("{}", words(&body));
+            let words = words(&body);
+            // An agent of another version, perhaps, that has no such thing.
+            bail!("{}", if words.is_empty() { format!("HTTP {status}") } else { words });
         }
         Ok(body)
     }

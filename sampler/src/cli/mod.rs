@@ -6,6 +6,7 @@ mod doctor;
 mod explain;
 mod record;
 mod runtimes;
+mod sample;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;

@@ -124,7 +124,7 @@ impl Record {
         let client = Client::new(&agent, config.token.as_deref())?;
         let mut signals = Signals::new()?;
         match client.send(Method::GET, "/readyz", Vec::new()).await? {
-            Ok(_) => self.with(&client, &mut signals).await,
+            Ok(_) => self.with(&client, &mut signals, false).await,
             Err(error) if self.agent.is_some() => {
                 let error = anyhow::Error::from(error);
                 Err(error.context(format!("no agent answers at {agent}; start `gpu-sampler run`, or leave --agent out")))
@@ -153,7 +153,7 @@ impl Record {
         });
         let recording = async {
             ready(&client).await?;
-            self.with(&client, signals).await
+            self.with(&client, signals, true).await
         };
         tokio::pin!(serving);
         let result = tokio::select! {
@@ -168,7 +168,8 @@ impl Record {
         result
     }
 
-    async fn with(&self, client: &Client, signals: &mut Signals) -> anyhow::Result<ExitCode> {
+    /// `alone`: it was said already that there is nothing to look back to.
+    async fn with(&self, client: &Client, signals: &mut Signals, alone: bool) -> anyhow::Result<ExitCode> {
         let wanted = json!({
             "duration_seconds": self.duration.as_secs_f64(),
             "lookback_seconds": self.lookback.as_secs_f64(),
@@ -194,7 +195,7 @@ impl Record {
             call(client, Method::DELETE, &session, "").await.context("the session is fetched, but stays with the agent")?;
         }
         let looked_back = status["lookback_seconds"].as_f64().unwrap_or_default();
-        if looked_back + 0.5 < self.lookback.as_secs_f64() {
+        if looked_back + 0.5 < self.lookback.as_secs_f64() && !alone {
             eprintln!("The agent had {looked_back:.1} s to look back to, not {}.", humantime::format_duration(self.lookback));
         }
         let told = session::read(&file)?;
