@@ -1,9 +1,12 @@
 //! The verbs. Exit codes: 0 done, 1 failed, 2 usage (clap's own).
 
 mod ask;
+mod client;
 mod doctor;
 mod explain;
+mod record;
 mod runtimes;
+mod sample;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -28,6 +31,8 @@ pub struct Cli {
 enum Verb {
     /// The node agent: follows containers, samples the GPUs, serves /metrics
     Run(Run),
+    /// Records a session: who uses which GPU, for a while, with what was before
+    Record(Box<record::Record>),
     /// Which container a process or a cgroup belongs to, and how that is known
     Explain(explain::Explain),
     /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
@@ -64,6 +69,7 @@ impl Cli {
                 log("info");
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
+            Verb::Record(record) => return record.run(),
             Verb::Explain(explain) => explain.run()?,
             Verb::Doctor(doctor) => {
                 log("error");

@@ -27,12 +27,13 @@ use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
 use super::pressure::Waits;
-use super::{driver, explain, families, gpus, page, pressure};
+use super::{driver, explain, families, gpus, page, pressure, sessions};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
 use crate::observe::pressure::PressureView;
+use crate::session::Recorder;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -66,6 +67,7 @@ pub struct AppState {
     ledger: Mutex<Ledger>,
     waits: Mutex<Waits>,
     pub core: Outbox,
+    pub recorder: Recorder,
 }
 
 impl AppState {
@@ -76,8 +78,9 @@ impl AppState {
         pressure: Arc<ArcSwap<PressureView>>,
         health: Arc<Health>,
         core: Outbox,
+        recorder: Recorder,
     ) -> Self {
-        Self { config, snapshot, labels, pressure, health, ledger: Mutex::default(), waits: Mutex::default(), core }
+        Self { config, snapshot, labels, pressure, health, ledger: Mutex::default(), waits: Mutex::default(), core, recorder }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -113,6 +116,7 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         .route("/api/v1/containers", get(containers))
         .route("/api/v1/explain", get(explain::answer))
         .route("/api/v1/processes", get(processes))
+        .merge(sessions::router())
         .layer(from_fn_with_state(Arc::clone(&state), guard))
         .with_state(Arc::clone(&state));
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
@@ -251,6 +255,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
     driver::calls(&state.health.driver.view(), state.config.gpu_budget_percent, &mut all);
+    sessions::metrics(&state.recorder.view(), &mut all);
     text(all)
 }
 

@@ -10,3 +10,4 @@ pub mod http;
 mod ledger;
 mod page;
 mod pressure;
+mod sessions;
