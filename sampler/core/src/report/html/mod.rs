@@ -1,0 +1,5 @@
+//! stub
+use super::model::Report;
+pub fn html(_report: &Report) -> String {
+    String::new()
+}
