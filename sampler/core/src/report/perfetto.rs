@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 
 use super::bins::known_shares;
 use super::model::*;
-use super::words::{self, Names};
+use super::words::Names;
 
 /// The thread of what concerns the GPU alone; users follow.
 const GPU_THREAD: usize = 0;
