@@ -171,7 +171,7 @@ fn gpu(index: u32, timeline: &Timeline) -> GpuReport {
         index,
         model: "NVIDIA A100-SXM4-80GB".to_owned(),
         busy_seconds: busy,
-        idle_seconds: 60.0 - busy - unobserved,
+        idle_seconds: timeline.busy.len() as f64 - busy - unobserved,
         unobserved_seconds: unobserved,
         unattributed_seconds: if index == 0 { 0.09 } else { 0.0 },
         unattributed: vec![Named { name: "pid_unknown".to_owned(), value: if index == 0 { 0.09 } else { 0.0 } }],

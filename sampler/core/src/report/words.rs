@@ -138,6 +138,14 @@ pub fn short_uuid(uuid: &str) -> String {
     safe(&head)
 }
 
+/// The machine, by what it calls itself.
+pub fn node(name: &str) -> String {
+    if name.is_empty() { "an unnamed node".to_owned() } else { safe(name) }
+}
+
+/// In place of findings, where there are none.
+pub const NO_FINDINGS: &str = "Nobody was seen to get less GPU time while somebody else was on.";
+
 pub fn verdict(verdict: Verdict) -> &'static str {
     match verdict {
         Verdict::RuledOut => "ruled out",

@@ -72,16 +72,18 @@ impl Page {
         self.lines.push(self.ink.strong("Two GPU sessions"));
         for (name, side) in [("A", &comparison.a), ("B", &comparison.b)] {
             let duration = words::span(side.duration_seconds);
-            self.wrap(&format!("  {name}  "), &format!("{}, {}, {duration}", safe(&side.node), side.start));
+            self.wrap(&format!("  {name}  "), &format!("{}, {}, {duration}", words::node(&side.node), side.start));
             let mut alarms = Vec::new();
             if side.truncated || !side.damage.is_empty() {
-                alarms.push(format!("{name} is INCOMPLETE: {}", safe(&side.damage.join("; "))));
+                let damage = safe(&side.damage.join("; "));
+                let words = if damage.is_empty() { "the file ends before the session did" } else { &damage };
+                alarms.push(format!("{name} is INCOMPLETE: {words}"));
             }
             if side.gaps > 0 {
                 alarms.push(format!("{name} has {}: unobserved time is left out", words::counted(side.gaps, "gap", "gaps")));
             }
             for alarm in alarms {
-                let lines = wrapped("     ! ", alarm.trim_end_matches(": "), self.width, self.unicode);
+                let lines = wrapped("     ! ", &alarm, self.width, self.unicode);
                 self.lines.extend(lines.iter().map(|line| self.ink.alarm(line)));
             }
         }
@@ -112,6 +114,10 @@ impl Page {
     }
 
     fn gpus(&mut self, comparison: &Comparison) {
+        if comparison.gpus.is_empty() {
+            self.heading("No GPU is in both.");
+            return;
+        }
         self.heading("GPUs");
         let name = |gpu: &GpuPair| match gpu.matched_by {
             GpuMatch::Uuid => format!("GPU {} {}", gpu.index, words::short_uuid(&gpu.uuid_b)),

@@ -27,8 +27,8 @@ pub fn bar(ratio: f64, colour: Option<usize>, label: &str) -> String {
     let width = if ratio.is_finite() { (ratio * 100.0).clamp(0.0, 100.0) } else { 0.0 };
     let class = colour.map_or_else(|| "busy".to_owned(), |colour| format!("c{colour}"));
     format!(
-        "<svg class=\"bar\" viewBox=\"0 0 100 8\" preserveAspectRatio=\"none\" aria-hidden=\"true\">\
-         <rect class=\"track\" width=\"100\" height=\"8\"/><rect class=\"{class}\" width=\"{width:.1}\" height=\"8\"/></svg> {label}"
+        "<span class=\"barred\"><svg class=\"bar\" viewBox=\"0 0 100 8\" preserveAspectRatio=\"none\" aria-hidden=\"true\">\
+         <rect class=\"track\" width=\"100\" height=\"8\"/><rect class=\"{class}\" width=\"{width:.1}\" height=\"8\"/></svg><span>{label}</span></span>"
     )
 }
 

@@ -9,12 +9,17 @@ mod digest;
 mod markup;
 mod waiting;
 
+use std::collections::HashMap;
+
 use super::model::*;
 use super::words::{self, Names};
 use markup::{bar, esc, swatch};
 
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
+/// How time that was not observed is drawn in bars.
+const HATCH: &str = "<svg class=\"defs\" aria-hidden=\"true\"><pattern id=\"hatch\" width=\"5\" height=\"5\" \
+                     patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate(45)\"><line class=\"hatch\" y2=\"5\"/></pattern></svg>";
 /// Users of a GPU that are shown at once; the others are folded away.
 const SHOWN: usize = 20;
 /// Damages and gaps that are told one by one.
@@ -28,19 +33,30 @@ struct Page<'a> {
     names: Names,
     /// Of each of the report's users.
     colours: Vec<usize>,
+    /// Their places by id.
+    places: HashMap<&'a str, usize>,
     out: String,
 }
 
 type Row<'a> = (usize, &'a UserReport, &'a Usage);
 
 pub fn html(report: &Report) -> String {
-    let mut page = Page { report, names: Names::new(report), colours: colours(&report.containers), out: String::new() };
+    let mut page = Page {
+        report,
+        names: Names::new(report),
+        colours: colours(&report.containers),
+        places: report.containers.iter().enumerate().map(|(at, user)| (user.id.as_str(), at)).collect(),
+        out: String::new(),
+    };
     page.head();
     page.problems();
     page.findings();
     page.overview();
     for (nth, gpu) in report.gpus.iter().enumerate() {
         page.gpu(nth, gpu);
+    }
+    if report.gpus.is_empty() {
+        page.add("<p class=\"card quiet\">No GPU is in it.</p>");
     }
     page.foot();
     page.out
@@ -71,8 +87,11 @@ impl<'a> Page<'a> {
     }
 
     fn user(&self, id: &str) -> String {
-        let colour = self.report.containers.iter().position(|user| user.id == id).and_then(|at| self.colours.get(at));
-        format!("{}<bdi>{}</bdi>", swatch(colour.copied()), esc(&self.names.of(id)))
+        format!("{}<bdi>{}</bdi>", swatch(self.colour_of(id)), esc(&self.names.of(id)))
+    }
+
+    fn colour_of(&self, id: &str) -> Option<usize> {
+        self.places.get(id).and_then(|at| self.colours.get(*at)).copied()
     }
 
     fn gpu_name(&self, uuid: &str) -> String {
@@ -95,7 +114,7 @@ impl<'a> Page<'a> {
 
     fn head(&mut self) {
         let report = self.report;
-        let node = esc(&report.node);
+        let node = esc(&words::node(&report.node));
         let policy = format!(
             "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
             digest::sha256_base64(SCRIPT.as_bytes()),
@@ -106,7 +125,7 @@ impl<'a> Page<'a> {
              <meta http-equiv=\"Content-Security-Policy\" content=\"{policy}\">\n\
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n\
              <meta name=\"referrer\" content=\"no-referrer\">\n<title>GPU session on {node}, {}</title>\n\
-             <style>{STYLE}</style>\n</head>\n<body>\n<a class=\"skip\" href=\"#findings\">Skip to the findings</a>\n<header class=\"top\">",
+             <style>{STYLE}</style>\n</head>\n<body>\n<a class=\"skip\" href=\"#findings\">Skip to the findings</a>\n{HATCH}\n<header class=\"top\">",
             words::date(report.start)
         ));
         self.add(&format!("<p class=\"kicker\">GPU session</p><h1><bdi>{node}</bdi></h1>"));
@@ -136,8 +155,8 @@ impl<'a> Page<'a> {
             tile("GPUs", &words::count(gpus.len()), "", ""),
             tile("Users", &words::count(self.report.containers.len()), "", ""),
             tile("Busy", &words::part(busy, whole), &format!("{} GPU-seconds", words::number(busy)), ""),
-            tile("Not observed", &words::part(unseen, whole), &words::seconds(unseen), unseen_class),
-            tile("Contended", &words::seconds(contended), "summed over users", ""),
+            tile("Not observed", &words::part(unseen, whole), &words::span(unseen), unseen_class),
+            tile("Contended", &words::span(contended), "summed over users", ""),
         ];
         self.add(&format!("<dl class=\"tiles\">{}</dl>", all.concat()));
     }

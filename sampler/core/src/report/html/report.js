@@ -52,10 +52,10 @@
     return path;
   };
 
-  const ticks = (timeline) => {
+  const ticks = (timeline, most) => {
     const length = timeline.n * timeline.window;
     const steps = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
-    const step = steps.find((one) => length / one <= 8) || 86400;
+    const step = steps.find((one) => length / one <= most) || 86400;
     const all = [];
     const first = data.start / 1000 + timeline.first;
     for (let at = Math.ceil(first / step) * step; at <= first + length + 1e-6; at += step) {
@@ -141,7 +141,7 @@
 
     axis() {
       const axis = make(this.root, "div", "axis");
-      this.ticks = ticks(this.timeline);
+      this.ticks = ticks(this.timeline, this.root.offsetWidth < 600 ? 4 : 8);
       for (const [left, text] of this.ticks) make(axis, "span", "", text).style.left = `${left}%`;
       make(axis, "span", "utc", "UTC");
       this.foot = axis;

@@ -12,7 +12,7 @@ impl Page<'_> {
     pub(super) fn findings(&mut self) {
         self.add("<section id=\"findings\"><h2>Findings</h2>");
         if self.report.findings.is_empty() {
-            self.add("<p class=\"card quiet\">Nobody was seen to get less GPU time because of somebody else.</p>");
+            self.add(&format!("<p class=\"card quiet\">{}</p>", words::NO_FINDINGS));
         }
         for finding in &self.report.findings {
             let usage =
@@ -37,7 +37,8 @@ impl Page<'_> {
     /// The victim's rate while the other was off and on, as two bars.
     fn rates(&self, victim: &str, contender: &Contender) -> String {
         let (Some(before), Some(after)) = (contender.rate_before, contender.rate_after) else { return String::new() };
-        let bar = |head: &str, rate: f64, class: &str| {
+        let class = self.colour_of(victim).map_or_else(|| "busy".to_owned(), |colour| format!("c{colour}"));
+        let bar = |head: &str, rate: f64| {
             format!(
                 "<tr><th scope=\"row\">{head}</th><td><svg class=\"rate\" viewBox=\"0 0 100 10\" preserveAspectRatio=\"none\" \
                  aria-hidden=\"true\"><rect class=\"track\" width=\"100\" height=\"10\"/><rect class=\"{class}\" width=\"{:.1}\" \
@@ -55,8 +56,8 @@ impl Page<'_> {
         format!(
             "<table class=\"rates\"><caption>GPU-seconds per second of {}</caption>{}{}</table><p class=\"facts\">{}</p>",
             self.user(victim),
-            bar(&format!("while {} was off", self.user(&contender.id)), before, "before"),
-            bar("while it was on", after, "after"),
+            bar(&format!("while {} was off", self.user(&contender.id)), before),
+            bar("while it was on", after),
             facts.join(" · ")
         )
     }
@@ -169,7 +170,7 @@ fn causes(all: &[Cause]) -> String {
     for verdict in [Verdict::Possible, Verdict::Unknown, Verdict::RuledOut] {
         for cause in all.iter().filter(|cause| cause.verdict == verdict) {
             out += &format!(
-                "<li class=\"{}\"><span class=\"verdict\">{}</span><b>{}</b> {}</li>",
+                "<li class=\"{}\"><span class=\"verdict\">{}</span><b>{}</b><span class=\"detail\">{}</span></li>",
                 verdict.name(),
                 words::verdict(verdict),
                 words::cause(cause.cause),

@@ -47,6 +47,9 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     for gpu in &report.gpus {
         page.gpu(gpu);
     }
+    if report.gpus.is_empty() {
+        page.heading("No GPU is in it.");
+    }
     page.note();
     page.lines.join("\n") + "\n"
 }
@@ -88,7 +91,7 @@ impl<'a> Page<'a> {
 
     fn summary(&mut self) {
         let report = self.report;
-        let head = format!("GPU session on {}", safe(&report.node));
+        let head = format!("GPU session on {}", words::node(&report.node));
         let line = self.ink.strong(&fit(&head, self.width, self.unicode));
         self.line(line);
         let text = format!(
@@ -151,7 +154,7 @@ impl<'a> Page<'a> {
         let report = self.report;
         self.heading("Findings");
         if report.findings.is_empty() {
-            self.wrap("  ", "Nobody was seen to get less GPU time because of somebody else.");
+            self.wrap("  ", words::NO_FINDINGS);
             return;
         }
         for (at, finding) in report.findings.iter().enumerate().take(TOP) {

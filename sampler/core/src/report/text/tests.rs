@@ -54,5 +54,5 @@ fn nobody_is_said_to_be_slow() {
 fn an_empty_report_is_a_page_too() {
     let empty =
         Report { gpus: vec![], containers: vec![], findings: vec![], timelines: vec![], gaps: vec![], ..sample::report() };
-    insta::assert_snapshot!(text(&empty, &WIDE), @"");
+    insta::assert_snapshot!("empty", text(&empty, &WIDE));
 }

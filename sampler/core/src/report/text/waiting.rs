@@ -91,10 +91,10 @@ impl Page<'_> {
         let saturated = words::number(contender.saturated_gpu_seconds);
         let text = format!("{other} got {got} GPU-seconds meanwhile, {saturated} of them with the GPU saturated");
         self.wrap("    - ", &text);
-        let tag = contender.evidence.name();
-        let why = Some(&contender.why_not_confirmed).filter(|why| !why.is_empty());
-        let parts = [words::rates(contender), why.map(|why| format!("not confirmed: {}", safe(why)))];
-        self.wrap("      ", &format!("{tag}: {}", parts.into_iter().flatten().collect::<Vec<_>>().join("; ")));
+        let why = &contender.why_not_confirmed;
+        let rates = words::rates(contender).map(|rates| format!(": {rates}")).unwrap_or_default();
+        let why = if why.is_empty() { String::new() } else { format!(", not confirmed: {}", safe(why)) };
+        self.wrap("      ", &format!("{}{rates}{why}", contender.evidence.name()));
     }
 
     fn causes(&mut self, causes: &[Cause]) {
