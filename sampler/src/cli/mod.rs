@@ -3,6 +3,7 @@
 mod ask;
 mod doctor;
 mod explain;
+mod report;
 mod runtimes;
 
 use std::io::{IsTerminal as _, Write as _};
@@ -28,6 +29,8 @@ pub struct Cli {
 enum Verb {
     /// The node agent: follows containers, samples the GPUs, serves /metrics
     Run(Run),
+    /// What a recorded session says: who used which GPU, with whom, and whom that kept waiting; two sessions are compared
+    Report(report::ReportArgs),
     /// Which container a process or a cgroup belongs to, and how that is known
     Explain(explain::Explain),
     /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
@@ -64,6 +67,7 @@ impl Cli {
                 log("info");
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
+            Verb::Report(report) => return report.run(),
             Verb::Explain(explain) => explain.run()?,
             Verb::Doctor(doctor) => {
                 log("error");
