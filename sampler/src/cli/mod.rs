@@ -5,6 +5,7 @@ mod client;
 mod doctor;
 mod explain;
 mod record;
+mod report;
 mod runtimes;
 mod sample;
 
@@ -33,6 +34,8 @@ enum Verb {
     Run(Run),
     /// Records a session: who uses which GPU, for a while, with what was before
     Record(Box<record::Record>),
+    /// What a recorded session says: who used which GPU, with whom, and whom that kept waiting; two sessions are compared
+    Report(report::ReportArgs),
     /// Which container a process or a cgroup belongs to, and how that is known
     Explain(explain::Explain),
     /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
@@ -70,6 +73,7 @@ impl Cli {
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
             Verb::Record(record) => return record.run(),
+            Verb::Report(report) => return report.run(),
             Verb::Explain(explain) => explain.run()?,
             Verb::Doctor(doctor) => {
                 log("error");
