@@ -8,4 +8,7 @@ mod families;
 mod gpus;
 pub mod http;
 mod ledger;
+pub mod live;
+mod others;
 mod page;
+mod web;
