@@ -20,22 +20,24 @@ pub enum Answer {
     NoAgent(anyhow::Error),
 }
 
-/// `agent` is `http://HOST:PORT`.
-pub fn get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyhow::Result<Answer> {
+/// `agent` is `http://HOST:PORT`. `remedy` is what to do where no agent is what answers there.
+pub fn get(agent: &str, path_and_query: &str, token: Option<&str>, remedy: &str) -> anyhow::Result<Answer> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
-    runtime.block_on(async {
-        match tokio::time::timeout(TIMEOUT, try_get(agent, path_and_query, token)).await {
-            Ok(answer) => answer.with_context(|| format!("asking the agent at {agent}")),
-            Err(_) => bail!(
-                "the agent at {agent} did not answer within {} s: it hangs, or something else listens there; --no-agent asks the sources \
-                 from here",
-                TIMEOUT.as_secs()
-            ),
-        }
-    })
+    runtime.block_on(get_within(agent, path_and_query, token, remedy))
 }
 
-async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyhow::Result<Answer> {
+/// As [`get`], for who has a runtime.
+pub async fn get_within(agent: &str, path_and_query: &str, token: Option<&str>, remedy: &str) -> anyhow::Result<Answer> {
+    match tokio::time::timeout(TIMEOUT, try_get(agent, path_and_query, token, remedy)).await {
+        Ok(answer) => answer.with_context(|| format!("asking the agent at {agent}")),
+        Err(_) => bail!(
+            "the agent at {agent} did not answer within {} s: it hangs, or something else listens there; {remedy}",
+            TIMEOUT.as_secs()
+        ),
+    }
+}
+
+async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>, remedy: &str) -> anyhow::Result<Answer> {
     let Some(authority) = agent.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')) else {
         bail!("{agent:?} is not the address of an agent; give http://HOST:PORT");
     };
@@ -61,7 +63,7 @@ async fn try_get(agent: &str, path_and_query: &str, token: Option<&str>) -> anyh
         200 => Ok(Answer::Found(body)),
         404 if ours => Ok(Answer::NotFound(words())),
         _ if !ours => {
-            bail!("HTTP {status}: that is no gpu-sampler agent; name one with --agent or --listen, or do without: --no-agent")
+            bail!("HTTP {status}: that is no gpu-sampler agent; {remedy}")
         }
         _ => bail!("HTTP {status}: {}", words()),
     }

@@ -28,21 +28,21 @@ function setText(node, text) {
 
 const DASH = "–";
 const known = (value) => value !== null && value !== undefined;
-const percent = (ratio) => (known(ratio) ? `${(ratio * 100).toFixed(0)} %` : DASH);
+const percent = (ratio) => (known(ratio) ? `${(ratio * 100).toFixed(0)}\u00a0%` : DASH);
 
 function bytes(value) {
   if (!known(value)) return DASH;
   const units = ["B", "KiB", "MiB", "GiB", "TiB"];
   let n = 0;
   while (value >= 1024 && n < units.length - 1) [value, n] = [value / 1024, n + 1];
-  return `${value.toFixed(n === 0 || value >= 100 ? 0 : 1)} ${units[n]}`;
+  return `${value.toFixed(n === 0 || value >= 100 ? 0 : 1)}\u00a0${units[n]}`;
 }
 
 function seconds(value) {
   if (!known(value)) return DASH;
-  if (value < 100) return `${value.toFixed(1)} s`;
-  if (value < 6000) return `${Math.round(value)} s`;
-  return value < 360000 ? `${(value / 3600).toFixed(1)} h` : `${Math.round(value / 3600)} h`;
+  if (value < 100) return `${value.toFixed(1)}\u00a0s`;
+  if (value < 6000) return `${Math.round(value)}\u00a0s`;
+  return value < 360000 ? `${(value / 3600).toFixed(1)}\u00a0h` : `${Math.round(value / 3600)}\u00a0h`;
 }
 
 // A container as people call it, and what else there is to say of it.
@@ -170,7 +170,7 @@ function card() {
   const rows = {};
   const list = el("dl");
   for (const [key, name] of [
-    ["memory", "memory"], ["power", "power, temperature"], ["coactive", "shared, last 10 s"], ["nobody", "on no container"],
+    ["memory", "memory"], ["power", "power"], ["coactive", "shared"], ["nobody", "on no container"],
   ]) {
     rows[key] = el("dd");
     list.append(el("dt", { textContent: name }), rows[key]);
@@ -208,7 +208,7 @@ function showGpus(live, now) {
     setText(part.busy, gpu.is_leaf ? percent(gpu.utilization_ratio) : "MIG");
     part.fill.style.width = `${(gpu.utilization_ratio || 0) * 100}%`;
     draw(part.spark, history, now);
-    const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "of its MIG devices";
+    const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "its MIG devices'";
     setText(part.rows.memory, memory);
     const watts = known(gpu.power_watts) ? `${gpu.power_watts.toFixed(0)} W` : DASH;
     const celsius = known(gpu.temperature_celsius) ? `${gpu.temperature_celsius.toFixed(0)} °C` : DASH;
@@ -482,7 +482,7 @@ function recording(id) {
     el("td", { "data-label": "State" }, part.state),
     el("td", { className: "progress", "data-label": "Progress" }, part.told, el("div", { className: "meter" }, part.fill)),
     part.size,
-    el("td", { className: "doing" }, part.stop, part.report, part.file));
+    el("td", { className: "doing" }, el("div", {}, part.stop, part.report, part.file)));
   return part;
 }
 
@@ -492,6 +492,7 @@ function showRecording(part, session) {
   const more = [session.id, session.trigger && `once ${session.trigger}`, session.error];
   setText(part.more, more.filter(Boolean).join(" · "));
   part.state.className = `state ${state}`;
+  part.node.classList.toggle("failed", state === "failed");
   setText(part.state, state);
   const ratio = state === "finished" ? 1 : known(elapsed) && lasts ? Math.min(1, elapsed / lasts) : 0;
   part.fill.style.width = `${ratio * 100}%`;
@@ -600,5 +601,5 @@ document.addEventListener("DOMContentLoaded", () => {
   document.addEventListener("visibilitychange", poll);
   showSort();
   every(() => POLL_MS, poll);
-  every(() => (ui.recording ? POLL_MS : 4000), sessions);
+  every(() => (ui.recording || $("app").hidden ? POLL_MS : 4000), sessions);
 });
