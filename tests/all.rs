@@ -21,3 +21,4 @@ mod prometheus;
 mod quirks;
 mod simulator;
 mod survival;
+mod web;

@@ -448,7 +448,7 @@ const isRunning = (session) => session.state === "armed" || session.state === "r
 
 function recording(id) {
   const path = `/api/v1/sessions/${encodeURIComponent(id)}`;
-  const part = { title: el("b"), more: el("small"), state: el("span"), fill: el("span"), told: el("small"), size: el("td", { className: "number", "data-label": "Size" }) };
+  const part = { id, title: el("b"), more: el("small"), state: el("span"), fill: el("span"), told: el("small"), size: el("td", { className: "number", "data-label": "Size" }) };
   const link = (text, href, name, newTab) => {
     const node = el("a", { href, textContent: text });
     if (newTab) [node.target, node.rel] = ["_blank", "noopener"];
@@ -474,15 +474,33 @@ function recording(id) {
     part.stop.disabled = false;
     await sessions();
   });
+  // Deleting takes two presses, so that one beside another button does no harm.
+  part.remove = el("button", { type: "button", textContent: "Delete" });
+  part.remove.addEventListener("click", async () => {
+    if (!part.sure) {
+      part.sure = setTimeout(() => sure(part, false), 4000);
+      sure(part, true);
+      return;
+    }
+    sure(part, false);
+    try {
+      await ask(path, { method: "DELETE" });
+      problem(null);
+      say("The recording was deleted");
+    } catch (error) {
+      problem(error);
+    }
+    await sessions();
+  });
   part.report = link("Report", `${path}/report?format=html`, `gpu-session-${id}.html`, true);
   part.file = link("Download", `${path}/file`, `gpu-session-${id}.gpus`, false);
-  for (const node of [part.stop, part.report, part.file]) node.setAttribute("aria-label", `${node.textContent}: recording ${id}`);
+  for (const node of [part.stop, part.report, part.file, part.remove]) node.setAttribute("aria-label", `${node.textContent}: recording ${id}`);
   part.node = el("tr", {},
     el("td", { className: "who" }, part.title, part.more),
     el("td", { "data-label": "State" }, part.state),
     el("td", { className: "progress", "data-label": "Progress" }, part.told, el("div", { className: "meter" }, part.fill)),
     part.size,
-    el("td", { className: "doing" }, el("div", {}, part.stop, part.report, part.file)));
+    el("td", { className: "doing" }, el("div", {}, part.stop, part.report, part.file, part.remove)));
   return part;
 }
 
@@ -500,7 +518,18 @@ function showRecording(part, session) {
   setText(part.told, told[state] || `${seconds(elapsed)} of ${seconds(lasts)}`);
   setText(part.size, bytes(session.size_bytes));
   part.stop.hidden = !isRunning(session);
-  part.report.hidden = part.file.hidden = state !== "finished";
+  part.report.hidden = part.file.hidden = !known(session.started);
+  part.remove.hidden = isRunning(session);
+}
+
+function sure(part, asked) {
+  if (!asked) {
+    clearTimeout(part.sure);
+    part.sure = 0;
+  }
+  setText(part.remove, asked ? "Really?" : "Delete");
+  part.remove.setAttribute("aria-label", `${asked ? "Really delete" : "Delete"}: recording ${part.id}`);
+  part.remove.classList.toggle("sure", asked);
 }
 
 function problem(error) {
