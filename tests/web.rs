@@ -15,12 +15,12 @@ const ROW: &str = "#users tbody tr";
 
 /// Two containers on one GPU, the first of a pod with a name that is markup.
 struct Scene {
+    // In the order in which they may end: a load is written into the simulator's folder, an actor is inside the tree.
+    _loads: Vec<Running>,
+    _actors: Vec<Actor>,
     sim: Sim,
     root: tempfile::TempDir,
     ids: [String; 2],
-    _loads: Vec<Running>,
-    _actors: Vec<Actor>,
-    // Last, so that nobody is inside any more when it is removed.
     _tree: CgroupTree,
 }
 

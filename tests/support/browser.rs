@@ -1,5 +1,6 @@
 //! A real Chromium, driven through chromedriver's WebDriver: as much of it as looking at a page and pressing its buttons takes.
 
+use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -7,7 +8,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail, ensure};
 use serde_json::{Value, json};
 
-use crate::{Running, exchange_any, free_port, wait_for};
+use crate::{Running, free_port, http, wait_for};
 
 /// How WebDriver marks an element in its answers.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
@@ -23,44 +24,27 @@ pub struct Browser {
     _profile: tempfile::TempDir,
 }
 
+/// chromedriver speaks HTTP/1.1 only, and keeps the connection: what is read ends with the body that its head announces.
 fn call(port: u16, method: &str, path: &str, body: &Value) -> Result<Value> {
-    let stream = TcpStream::connect(("127.0.0.1", port))?;
+    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
     let body = if method == "POST" { body.to_string() } else { String::new() };
-    let (status, answer) = exchange_any(Bounded(stream), method, path, "application/json", body.as_bytes())?;
-    let answer: Value = serde_json::from_slice(&answer).with_context(|| format!("{method} {path}"))?;
-    let value = answer["value"].clone();
-    ensure!(status == 200, "{method} {path}: {status} {}: {}", value["error"], value["message"]);
-    Ok(value)
-}
-
-/// chromedriver keeps a connection open after its answer: what is read ends with the body that its head announces.
-struct Bounded(TcpStream);
-
-impl std::io::Write for Bounded {
-    fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-        self.0.write(bytes)
-    }
-    fn flush(&mut self) -> std::io::Result<()> {
-        self.0.flush()
-    }
-}
-
-impl std::io::Read for Bounded {
-    fn read(&mut self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        self.0.read(buffer)
-    }
-
-    fn read_to_end(&mut self, into: &mut Vec<u8>) -> std::io::Result<usize> {
-        let mut buffer = [0; 16 * 1024];
-        loop {
-            let length = self.0.read(&mut buffer)?;
-            into.extend_from_slice(&buffer[..length]);
-            if length == 0 || is_whole(into) {
-                return Ok(into.len());
-            }
+    let length = body.len();
+    let head =
+        format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}");
+    stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
+    let (mut answer, mut buffer) = (Vec::new(), [0; 16 * 1024]);
+    while !is_whole(&answer) {
+        match stream.read(&mut buffer)? {
+            0 => bail!("{method} {path}: the answer is cut short"),
+            length => answer.extend_from_slice(&buffer[..length]),
         }
     }
+    let (status, body) = http::split(&answer)?;
+    let mut answer: Value = serde_json::from_slice(body).with_context(|| format!("{method} {path}"))?;
+    let value = answer["value"].take();
+    ensure!(status == 200, "{method} {path}: {status} {}: {}", value["error"], value["message"]);
+    Ok(value)
 }
 
 fn is_whole(answer: &[u8]) -> bool {
