@@ -568,6 +568,7 @@ async function sessions() {
   } catch (error) {
     ui.recording = false;
     if (error.status === 404) {
+      ui.noRecordings = true;
       $("record").hidden = true;
       setText(empty, "This agent keeps no recordings.");
       $("sessions").classList.add("bare");
@@ -630,5 +631,5 @@ document.addEventListener("DOMContentLoaded", () => {
   document.addEventListener("visibilitychange", poll);
   showSort();
   every(() => POLL_MS, poll);
-  every(() => (ui.recording || $("app").hidden ? POLL_MS : 4000), sessions);
+  every(() => (ui.noRecordings ? 60000 : ui.recording || $("app").hidden ? POLL_MS : 4000), sessions);
 });
