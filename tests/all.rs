@@ -22,3 +22,4 @@ mod prometheus;
 mod quirks;
 mod simulator;
 mod survival;
+mod web;

@@ -73,18 +73,9 @@ fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snaps
         labels: Box::new(move || labels.view()),
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
-        node: node(config),
+        node: config.node().unwrap_or_else(|| "unknown".into()),
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
-}
-
-/// The machine, as it calls itself.
-fn node(config: &Config) -> String {
-    let name = std::fs::read_to_string(config.path_procfs.join("sys/kernel/hostname")).unwrap_or_default();
-    match name.trim() {
-        "" => "unknown".to_owned(),
-        name => name.to_owned(),
-    }
 }
 
 /// Runs the agent until SIGINT or SIGTERM.

@@ -104,6 +104,8 @@ mod tests {
             model: String::new(),
             memory_total_bytes: None,
             pair: ContainerGpu::default(),
+            others: Vec::new(),
+            gone: false,
             assigned: false,
         }
     }
