@@ -45,11 +45,13 @@ fn one(report: &Report, timeline: &Timeline) -> Value {
         })
     });
     let gpu = report.gpu(&timeline.uuid);
+    let peak = timeline.lanes.iter().flat_map(|lane| &lane.shares).copied().fold(0.0, f32::max);
     json!({
         "name": gpu.map_or_else(|| words::short_uuid(&timeline.uuid), |gpu| format!("GPU {}", gpu.index)),
         "first": timeline.first_second, "window": each, "n": n,
         "busy": shares(&bins::means(&timeline.busy, n)),
         "memory": memory(&bins::peaks(&timeline.memory, n)),
+        "peak": peak * 100.0,
         "lanes": lanes.collect::<Vec<_>>(),
         "marks": timeline.marks.iter().map(|(offset, words)| json!([offset, safe(words)])).collect::<Vec<_>>(),
     })

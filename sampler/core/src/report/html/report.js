@@ -77,6 +77,8 @@
       // Lanes that are folded away are not decoded before they are shown.
       this.lanes = timeline.lanes.map((lane) => ({ ...lane, ...data.users[lane.user] }));
       this.rows = [];
+      // Of many users none has much; one scale for all lanes, so that they can be compared.
+      this.full = [5, 10, 25, 50, 100].find((one) => timeline.peak <= one) || 100;
       root.tabIndex = 0;
       root.setAttribute("role", "group");
       root.setAttribute("aria-label", `Timeline of ${timeline.name}. Arrow keys move through time and users.`);
@@ -134,7 +136,8 @@
         make(who, "bdi", "", lane.name).title = lane.name;
         const [row, svg] = this.row(this.body, "", who, lane.total);
         const low = new Array(this.n).fill(0);
-        shape(svg, "path", { d: area(low, this.decode(lane).share, this.n), class: `c${lane.colour}` });
+        const high = this.decode(lane).share.map((value) => (value === null ? null : (value / this.full) * 100));
+        shape(svg, "path", { d: area(low, high, this.n), class: `c${lane.colour}` });
         this.rows.push({ row, lane });
       }
     }
@@ -145,6 +148,7 @@
       for (const [left, text] of this.ticks) make(axis, "span", "", text).style.left = `${left}%`;
       make(axis, "span", "utc", "UTC");
       this.foot = axis;
+      if (this.full < 100) this.hint = make(this.root, "p", "hint", `Full height of a user's lane is ${this.full} % of the GPU.`);
     }
 
     overlay() {
@@ -182,7 +186,7 @@
       const all = this.lanes.length;
       const button = make(null, "button", "more", `Show all ${all} users`);
       button.type = "button";
-      this.foot.after(button);
+      (this.hint || this.foot).after(button);
       button.addEventListener("click", () => {
         this.show(all);
         button.remove();
