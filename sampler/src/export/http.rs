@@ -359,8 +359,12 @@ mod tests {
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
-        let sources =
-            Sources { labels: Box::new(Default::default), snapshot: Arc::default(), procfs: config.path_procfs.clone(), node: String::new() };
+        let sources = Sources {
+            labels: Box::new(Default::default),
+            snapshot: Arc::default(),
+            procfs: config.path_procfs.clone(),
+            node: String::new(),
+        };
         let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
         let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();
         let state = AppState::new(config, Arc::default(), labels, Arc::default(), Arc::default(), core, recorder);

@@ -20,7 +20,7 @@ use serde_json::json;
 use super::encode::Families;
 use super::http::AppState;
 use crate::cli::told;
-use crate::session::render::{FORMATS, RenderError, render};
+use crate::session::render::{FORMATS, UnknownFormat, render};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, Recorder, RecorderView, Request, StoreError, read_from};
 
 /// Of a file on its way to who fetches it.
@@ -258,11 +258,11 @@ async fn make_report(
     recorder: &Recorder,
     id: String,
     query: Result<Query<ReportQuery>, QueryRejection>,
-) -> Result<(&'static str, Vec<u8>), Refusal> {
+) -> Result<(&'static str, String), Refusal> {
     let Query(mut query) = query.map_err(|rejection| bad(rejection.body_text()))?;
-    let format = query.format.take().unwrap_or_else(|| FORMATS[0].to_owned());
+    let format = query.format.take().unwrap_or_else(|| "json".to_owned());
     if !FORMATS.contains(&format.as_str()) {
-        return Err(bad(format!("format: {}", RenderError::Unknown(format))));
+        return Err(bad(format!("format: {}", UnknownFormat(format))));
     }
     let (file, path): (std::fs::File, PathBuf) = recorder.open(id).await?;
     let made = tokio::task::spawn_blocking(move || {

@@ -1,22 +1,25 @@
-//! The one place where a report's format is chosen.
+//! The formats of a report, for who asks over HTTP.
 
-use sampler_core::report::Report;
+use sampler_core::report::{self, Report, TextOptions};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
-pub enum RenderError {
-    #[error("{0:?} is no format; choose from {all}", all = FORMATS.join(", "))]
-    Unknown(String),
-    #[error("the report cannot be encoded")]
-    Encode(#[from] serde_json::Error),
-}
+#[error("{0:?} is no format; choose from {all}", all = FORMATS.join(", "))]
+pub struct UnknownFormat(pub String);
 
-pub const FORMATS: [&str; 1] = ["json"];
+pub const FORMATS: [&str; 5] = ["text", "json", "html", "perfetto", "csv"];
 
-/// Content type and bytes.
-pub fn render(report: &Report, format: &str) -> Result<(&'static str, Vec<u8>), RenderError> {
-    match format {
-        "json" => Ok(("application/json", serde_json::to_vec(report)?)),
-        other => Err(RenderError::Unknown(other.chars().take(40).collect())),
-    }
+/// Content type and text.
+pub fn render(report: &Report, format: &str) -> Result<(&'static str, String), UnknownFormat> {
+    Ok(match format {
+        "text" => {
+            let options = TextOptions { width: None, colour: false, unicode: true };
+            ("text/plain; charset=utf-8", report::text(report, &options))
+        }
+        "json" => ("application/json", report::json(report)),
+        "html" => ("text/html; charset=utf-8", report::html(report)),
+        "perfetto" => ("application/json", report::perfetto(report)),
+        "csv" => ("text/csv; charset=utf-8", report::csv(report)),
+        other => return Err(UnknownFormat(other.chars().take(40).collect())),
+    })
 }
