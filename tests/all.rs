@@ -3,6 +3,7 @@
 mod accuracy;
 mod bad_input;
 mod behaviours;
+mod contention;
 mod demo;
 mod docker;
 mod doubles;

@@ -18,6 +18,7 @@ pub mod podman;
 pub mod proxy;
 pub mod record;
 pub mod recording;
+mod session;
 
 pub use docker::{Docker, Engine};
 
@@ -155,6 +156,13 @@ impl Sim {
         let mut command = Command::new(var("NVML_SIM_BIN")?);
         command.args(["load", "--pid", &pid.to_string(), "--gpu", &gpu.to_string(), "--demand", &demand.to_string()]);
         command.args(["--mem", "1GiB", "--dir"]).arg(self.dir.path()).args(more);
+        Ok(Running(command.spawn()?))
+    }
+
+    /// Declares a load with these arguments of `nvml-sim load`.
+    pub fn loads(&self, pid: u32, gpu: usize, args: &[&str]) -> Result<Running> {
+        let mut command = Command::new(var("NVML_SIM_BIN")?);
+        command.args(["load", "--pid", &pid.to_string(), "--gpu", &gpu.to_string(), "--dir"]).arg(self.dir.path()).args(args);
         Ok(Running(command.spawn()?))
     }
 

@@ -1,0 +1,184 @@
+//! Who kept whom waiting, against the truth: scenarios with known users, played for real and recorded, and the report judged.
+
+mod judge;
+mod scenario;
+mod stage;
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::{Agent, told};
+use serde_json::{Value, json};
+
+use judge::{Judgement, Truth, judge};
+use scenario::{DURATION, Grade, Scenario};
+use stage::{Played, Stage, rfc3339};
+
+/// To start some forty processes in, on a busy machine.
+const LEAD: Duration = Duration::from_secs(12);
+/// What the demands alone say and what was drawn differ by less; processes come late by some tens of ms.
+const NOMINAL: f64 = 1.5;
+
+/// The scenarios themselves are as declared: what is played gives each user what its row says.
+fn played_as_declared(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) -> Result<()> {
+    let mut wrong = Vec::new();
+    for (gpu, (scenario, users)) in scenarios.iter().zip(played).enumerate() {
+        for (declared, user) in scenario.users.iter().zip(users) {
+            let seconds = truth.seconds(gpu, &user.pids());
+            println!("{:<37} {:<10} {seconds:.2} s, declared {:.2} s", scenario.name, user.name, declared.seconds);
+            if (seconds - declared.seconds).abs() > NOMINAL {
+                wrong.push(format!("{}, {}: {seconds} s instead of {}", scenario.name, user.name, declared.seconds));
+            }
+        }
+    }
+    ensure!(wrong.is_empty(), "not played as declared:\n{}", wrong.join("\n"));
+    Ok(())
+}
+
+/// Everything runs at once, each scenario on a GPU of its own.
+#[test]
+fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
+    let scenarios = scenario::all();
+    let stage = Stage::new(scenarios.len(), LEAD)?;
+    let agent = Agent::start(Some(&stage.sim), &[])?;
+    let (session, played) = std::thread::scope(|scope| {
+        let session = scope.spawn(|| {
+            stage.wait_until(0.0);
+            agent.record(Duration::from_secs_f64(DURATION), Duration::ZERO)
+        });
+        let played = stage.play(&scenarios);
+        (session.join().expect("asking does not panic"), played)
+    });
+    let played = played?;
+    let end = stage.begin + Duration::from_secs_f64(DURATION);
+    let truth = stage.sim.truth(&["--from", &rfc3339(stage.begin)?, "--to", &rfc3339(end)?])?;
+    played_as_declared(&scenarios, &played, &Truth(&truth))?;
+
+    let file = tempfile::NamedTempFile::new()?;
+    std::fs::write(file.path(), agent.session_file(&session?, Duration::from_secs(60))?)?;
+    let path = file.path().to_string_lossy().into_owned();
+    let (code, out, err) = told(&["report", &path, "--format", "json"])?;
+    ensure!(code == Some(0), "gpu-sampler report: {err}");
+    let report: Value = serde_json::from_str(&out).context("the report is JSON")?;
+    let (from, to) = span(&report)?;
+    let truth = stage.sim.truth(&["--from", &from, "--to", &to])?;
+    let judgement = judge(&scenarios, &played, &Truth(&truth), &report)?;
+    println!("{}", judgement.table);
+    ensure!(judgement.wrong.is_empty(), "{} of the rows are wrong:\n{}", judgement.wrong.len(), judgement.wrong.join("\n"));
+    Ok(())
+}
+
+/// Begin and end of what a report is about.
+fn span(report: &Value) -> Result<(String, String)> {
+    let from = report["start"].as_str().context("start")?;
+    let begun_us = nvidia_ml_sim::time::parse(from)?;
+    let lasted = report["duration_seconds"].as_f64().context("duration_seconds")?;
+    Ok((from.to_owned(), nvidia_ml_sim::time::format(begun_us + (lasted * 1e6) as u64)))
+}
+
+/// A report that says of every scenario what it should, made by hand.
+fn perfect(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) -> Value {
+    let id = |user: &Played| user.cgroup.clone().unwrap_or_else(|| format!("pid:{}@1", user.pids()[0]));
+    let kind = |user: &Played| if user.cgroup.is_some() { "container" } else { "host" };
+    let (mut containers, mut gpus) = (Vec::new(), Vec::new());
+    for (gpu, (scenario, users)) in scenarios.iter().zip(played).enumerate() {
+        let uuid = truth.uuid(gpu).expect("the truth has all GPUs");
+        gpus.push(json!({"uuid": uuid, "unobserved_seconds": 0.0}));
+        for user in users {
+            let pairs = scenario.pairs.iter().filter(|pair| pair.victim == user.name).map(|pair| {
+                let other = users.iter().find(|other| other.name == pair.aggressor).expect("the pair's");
+                let mut told = json!({"kind": kind(other), "id": id(other), "evidence": "coactive", "transitions": 0,
+                    "rate_before": null, "rate_after": null, "interval": null, "why_not_confirmed": "no change"});
+                if let Grade::Confirmed(before, after) = pair.grade {
+                    told["evidence"] = json!("on-off-confirmed");
+                    (told["rate_before"], told["rate_after"], told["transitions"]) = (json!(before), json!(after), json!(6));
+                    told["interval"] = json!([before - after - 0.1, before - after + 0.1]);
+                }
+                told
+            });
+            let causes = scenario.causes.iter().filter(|of| of.victim == user.name);
+            let causes = causes.map(|of| json!({"cause": of.cause, "verdict": of.verdict, "detail": "12.3 s of 90 s"}));
+            let usage = json!({"uuid": uuid, "gpu_seconds": truth.seconds(gpu, &user.pids()), "gpu_seconds_stderr": 0.2,
+                "contenders": pairs.collect::<Vec<_>>(), "causes": causes.collect::<Vec<_>>()});
+            containers.push(json!({"kind": kind(user), "id": id(user), "gpus": [usage]}));
+        }
+    }
+    json!({"format": 1, "containers": containers, "gpus": gpus})
+}
+
+/// As they would be played, and the truth of it.
+fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
+    let mut pid = 100;
+    let (mut played, mut gpus) = (Vec::new(), Vec::new());
+    for (gpu, scenario) in scenarios.iter().enumerate() {
+        let (mut users, mut processes) = (Vec::new(), Vec::new());
+        for declared in &scenario.users {
+            let acts: Vec<Vec<u32>> =
+                declared.acts.iter().map(|_| std::iter::once(pid).inspect(|_| pid += 1).collect()).collect();
+            let each = declared.seconds / acts.len() as f64;
+            processes.extend(acts.iter().flatten().map(|pid| json!({"pid": pid, "gpu_seconds": each})));
+            let cgroup = (declared.place != scenario::Place::Host).then(|| format!("/x/{pid:064x}"));
+            users.push(Played { name: declared.name, cgroup, acts });
+        }
+        gpus.push(json!({"uuid": format!("GPU-{gpu}"), "processes": processes}));
+        played.push(users);
+    }
+    (played, json!({"gpus": gpus}))
+}
+
+#[test]
+fn the_judge_lets_a_right_report_pass_and_names_what_is_wrong() {
+    let scenarios = scenario::all();
+    let (played, truth) = imagined(&scenarios);
+    let truth = Truth(&truth);
+    let right = perfect(&scenarios, &played, &truth);
+    let judged = |report: &Value| -> Judgement { judge(&scenarios, &played, &truth, report).unwrap() };
+    let Judgement { table, wrong } = judged(&right);
+    println!("{table}");
+    assert_eq!(wrong, [""; 0]);
+    let check = |change: &dyn Fn(&mut Value), expect: &[&str]| {
+        let mut report = right.clone();
+        change(&mut report);
+        let wrong = judged(&report).wrong;
+        assert_eq!(wrong.len(), expect.len(), "{wrong:?}");
+        wrong.iter().zip(expect).for_each(|(told, expect)| assert!(told.contains(expect), "{told:?}: {expect:?}"));
+    };
+    // The first user of the first scenario, and the victim of the third.
+    let first = |report: &mut Value| std::mem::take(&mut report["containers"][0]["gpus"][0]["gpu_seconds"]);
+    let victim = "comes and goes as processes, victim";
+    check(&|r| drop(first(r)), &["fair pair, a: NaN"]);
+    check(&|r| r["containers"][0]["gpus"][0]["gpu_seconds"] = json!(46.2), &["fair pair, a: 46.2"]);
+    check(&|r| r["gpus"][0]["unobserved_seconds"] = json!(1.0), &[]);
+    let of = |r: &mut Value, key: &str, value: Value| r["containers"][4]["gpus"][0]["contenders"][0][key] = value;
+    check(&|r| of(r, "evidence", json!("coactive")), &[&format!("{victim} <- comes: \"coactive\" instead of")]);
+    check(&|r| of(r, "interval", json!([0.0, 0.1])), &[&format!("{victim} <- comes: a drop of 0.500")]);
+    check(&|r| of(r, "interval", Value::Null), &[&format!("{victim} <- comes: a drop of 0.500")]);
+    check(&|r| of(r, "id", json!("/somebody")), &[&format!("{victim} <- comes: it is no contender")]);
+    check(
+        &|r| r["containers"][0]["gpus"][0]["causes"][0]["verdict"] = json!("unknown"),
+        &["fair pair, a: gpu-clocks: unknown, not"],
+    );
+    check(&|r| r["containers"][0]["gpus"][0]["contenders"][0]["evidence"] = json!("on-off-confirmed"), &["fair pair, a <- b"]);
+    // A container whose lives are told apart, rightly and not.
+    let last = right["containers"].as_array().unwrap().len() - 2;
+    let lives = |r: &mut Value, seconds: [f64; 2]| {
+        let mut second = r["containers"][last].clone();
+        second["id"] = json!(format!("{}#2", second["id"].as_str().unwrap()));
+        (second["gpus"][0]["gpu_seconds"], second["gpus"][0]["contenders"]) = (json!(seconds[1]), json!([]));
+        r["containers"][last]["gpus"][0]["gpu_seconds"] = json!(seconds[0]);
+        r["containers"].as_array_mut().unwrap().push(second);
+    };
+    check(&|r| lives(r, [9.75, 9.75]), &[]);
+    check(&|r| lives(r, [12.0, 7.5]), &["restarted in between, restarted's lives"]);
+}
+
+#[test]
+fn the_parts_of_a_scenario_fit_each_other() {
+    for scenario in scenario::all() {
+        let known = |name: &str| assert!(scenario.users.iter().any(|user| user.name == name), "{}: {name}", scenario.name);
+        scenario.pairs.iter().for_each(|pair| [pair.victim, pair.aggressor].into_iter().for_each(known));
+        scenario.causes.iter().for_each(|of| known(of.victim));
+        let seconds: f64 = scenario.users.iter().map(|user| user.seconds).sum();
+        assert!(seconds > 0.0 && seconds <= DURATION + 1e-9, "{}: {seconds}", scenario.name);
+    }
+}

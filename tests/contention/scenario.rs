@@ -1,0 +1,272 @@
+//! What is played, as rows: who uses which GPU how, and what a report has to say of it.
+//!
+//! What makes the truth crisp, on a simulator that divides 2 ms slices by demand: phases of 12 s, in which a user has 70 samples;
+//! a GPU that is saturated where somebody is to be blamed (demands sum to 1 or more) and clearly not where nobody is (0.8 at most,
+//! while saturation begins at 0.9); schedules of living processes that count from the same instant.
+
+/// What is recorded, in seconds; times below count from its begin.
+pub const DURATION: f64 = 90.0;
+/// Who is there all the time comes before and leaves after.
+const BEFORE: f64 = -3.0;
+const AFTER: f64 = DURATION + 2.0;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Place {
+    /// In a cgroup of its own on v2.
+    Container,
+    /// On the hierarchy of the cpu controller, too; with a quota of so many microseconds in each 100 ms, if any.
+    WithCpu(Option<u32>),
+    /// Outside any container.
+    Host,
+}
+
+#[derive(Clone, Debug)]
+pub enum Act {
+    /// A process that lives from then to then and is told to the simulator with these arguments. `SINCE` stands for the begin.
+    Process { from: f64, to: f64, load: String },
+    /// As [`Act::Process`], in a cgroup that is made for it and removed with it.
+    Life { from: f64, to: f64, load: String },
+    /// Processes one after the other, each of 2.5 s.
+    Jobs { from: f64, count: u32 },
+    /// A process that uses a processor and no GPU.
+    Spin { from: f64, to: f64 },
+}
+
+pub struct User {
+    pub name: &'static str,
+    pub place: Place,
+    pub acts: Vec<Act>,
+    /// GPU-seconds that it should have in all, by the demands alone.
+    pub seconds: f64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Grade {
+    Coactive,
+    /// With the victim's GPU-seconds per second without the other and with it.
+    Confirmed(f64, f64),
+}
+
+/// What is said about `victim` and the other user of its GPU.
+pub struct Pair {
+    pub victim: &'static str,
+    pub aggressor: &'static str,
+    pub grade: Grade,
+}
+
+pub struct CauseOf {
+    pub victim: &'static str,
+    pub cause: &'static str,
+    pub verdict: &'static str,
+}
+
+pub struct Scenario {
+    pub name: &'static str,
+    pub users: Vec<User>,
+    pub pairs: Vec<Pair>,
+    pub causes: Vec<CauseOf>,
+    /// When, the verb of nvml-sim, and its arguments after the GPU.
+    pub happens: Vec<(f64, &'static str, &'static str)>,
+}
+
+/// One process for the whole time, with a schedule of demands.
+fn steps(steps: &str) -> Act {
+    Act::Process { from: BEFORE, to: AFTER, load: format!("--mem 1GiB --since SINCE --demands {steps}") }
+}
+
+fn ways(ways: &str) -> Act {
+    Act::Process { from: BEFORE, to: AFTER, load: format!("--mem 1GiB {ways}") }
+}
+
+/// On three times for 12 s, and off before, between and after.
+fn on_off(demand: &str) -> String {
+    format!("0:12s,{demand}:12s,0:12s,{demand}:12s,0:12s,{demand}:12s,0")
+}
+/// The parts of the time that this is on and off.
+const ON: f64 = 36.0;
+const OFF: f64 = DURATION - ON;
+const TIMES: [(f64, f64); 3] = [(12.0, 24.0), (36.0, 48.0), (60.0, 72.0)];
+
+/// Bursts of a demand of 0.4 and pauses, each of 0.2 to 1.5 s, drawn once for ever; with the seconds that they should have.
+fn bursts(mut seed: u64) -> (String, f64) {
+    let mut draw = || {
+        // Knuth's MMIX constants.
+        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        200 + (seed >> 33) % 1301
+    };
+    let (mut all, mut on_ms, mut at_ms) = (Vec::new(), 0, 0);
+    while (at_ms as f64) < DURATION * 1e3 {
+        let (on, off) = (draw(), draw());
+        all.push(format!("0.4:{on}ms,0:{off}ms"));
+        on_ms += on.min((DURATION * 1e3) as u64 - at_ms);
+        at_ms += on + off;
+    }
+    (all.join(","), 0.4 * on_ms as f64 / 1e3)
+}
+
+fn user(name: &'static str, act: Act, seconds: f64) -> User {
+    User { name, place: Place::Container, acts: vec![act], seconds }
+}
+
+fn coactive(victim: &'static str, aggressor: &'static str) -> Pair {
+    Pair { victim, aggressor, grade: Grade::Coactive }
+}
+
+fn confirmed(victim: &'static str, aggressor: &'static str, before: f64, after: f64) -> Pair {
+    Pair { victim, aggressor, grade: Grade::Confirmed(before, after) }
+}
+
+fn causes(victim: &'static str, verdict: &'static str, causes: &[&'static str]) -> Vec<CauseOf> {
+    causes.iter().map(|cause| CauseOf { victim, cause, verdict }).collect()
+}
+
+fn scenario(name: &'static str, users: Vec<User>, pairs: Vec<Pair>) -> Scenario {
+    Scenario { name, users, pairs, causes: Vec::new(), happens: Vec::new() }
+}
+
+/// Each on a GPU of its own, in this order.
+pub fn all() -> Vec<Scenario> {
+    [fair(), blamed(), innocent(), own_causes(), lives()].into_iter().flatten().collect()
+}
+
+const OF_GPU: [&str; 4] = ["gpu-clocks", "gpu-power", "gpu-thermal", "gpu-error"];
+
+fn fair() -> Vec<Scenario> {
+    let mut fair = scenario(
+        "fair pair",
+        vec![user("a", steps("1.0"), DURATION / 2.0), user("b", steps("1.0"), DURATION / 2.0)],
+        vec![coactive("a", "b"), coactive("b", "a")],
+    );
+    fair.users.iter_mut().for_each(|user| user.place = Place::WithCpu(None));
+    fair.causes = causes("a", "ruled-out", &OF_GPU);
+    fair.causes.extend(causes("a", "ruled-out", &["gpu-memory", "cpu-quota"]));
+    let unequal = scenario(
+        "90/10 pair",
+        vec![user("large", steps("0.9"), DURATION * 0.9), user("small", steps("0.1"), DURATION * 0.1)],
+        vec![coactive("small", "large"), coactive("large", "small")],
+    );
+    vec![fair, unequal]
+}
+
+/// Somebody comes and goes, the GPU is saturated, and the victim has less meanwhile.
+fn blamed() -> Vec<Scenario> {
+    let victim = || user("victim", steps("1.0"), OFF + ON / 2.0);
+    let process = |(from, to)| Act::Process { from, to, load: "--mem 1GiB --demand 1.0".into() };
+    let comes = User { acts: TIMES.map(process).to_vec(), ..user("comes", steps("1.0"), ON / 2.0) };
+    let same = user("comes", steps(&on_off("1.0")), ON / 2.0);
+    let pairs = || vec![confirmed("victim", "comes", 1.0, 0.5), coactive("comes", "victim")];
+    let host = User { place: Place::Host, ..user("comes", steps(&on_off("1.0")), ON / 2.0) };
+    // Three processes at once, so that the change is large beside what sampling leaves open.
+    let three = User {
+        acts: std::iter::repeat_with(|| steps(&on_off("1.0"))).take(3).collect(),
+        ..user("comes", steps("1.0"), ON * 3.0 / 5.0)
+    };
+    let constant = |name| user(name, steps("1.0"), OFF / 2.0 + ON / 5.0);
+    vec![
+        scenario("comes and goes as processes", vec![victim(), comes], pairs()),
+        scenario("comes and goes in one process", vec![victim(), same], pairs()),
+        scenario("a host process comes and goes", vec![victim(), host], pairs()),
+        scenario(
+            "one of two neighbours comes and goes",
+            vec![constant("victim"), constant("constant"), three],
+            vec![
+                confirmed("victim", "comes", 0.5, 0.2),
+                confirmed("constant", "comes", 0.5, 0.2),
+                coactive("victim", "constant"),
+                coactive("constant", "victim"),
+            ],
+        ),
+    ]
+}
+
+/// Nobody keeps anybody waiting, though it may look so.
+fn innocent() -> Vec<Scenario> {
+    let ((one, of_one), (two, of_two)) = (bursts(1), bursts(2));
+    vec![
+        scenario(
+            "room for both",
+            vec![user("a", steps("0.3"), DURATION * 0.3), user("b", steps(&on_off("0.3")), ON * 0.3)],
+            vec![coactive("a", "b"), coactive("b", "a")],
+        ),
+        // Its phase ends as the other begins, once, on a saturated GPU: one change tells nothing.
+        scenario(
+            "a phase ends as another begins",
+            vec![user("victim", steps("1.0:45s,0.5"), 45.0 + 45.0 / 3.0), user("other", steps("0:45s,1.0"), 45.0 * 2.0 / 3.0)],
+            vec![coactive("victim", "other"), coactive("other", "victim")],
+        ),
+        // And again and again, where the GPU has room for both.
+        scenario(
+            "phases alternate, with room",
+            vec![
+                user("victim", steps("1.0:12s,0.3:12s,1.0:12s,0.3:12s,1.0:12s,0.3:12s,1.0"), OFF + ON * 0.3),
+                user("other", steps(&on_off("0.5")), ON * 0.5),
+            ],
+            vec![coactive("victim", "other"), coactive("other", "victim")],
+        ),
+        scenario(
+            "bursts",
+            vec![user("a", steps(&one), of_one), user("b", steps(&two), of_two)],
+            vec![coactive("a", "b"), coactive("b", "a")],
+        ),
+        // Periods that are in no simple ratio to the driver's grid of 167 ms: one that is, such as 130 ms (7 to 9), is met at few of its phases.
+        scenario(
+            "periods",
+            vec![
+                user("a", ways("--demand 0.8 --every 103ms --on 51ms"), DURATION * 0.8 * 51.0 / 103.0),
+                user("b", ways("--demand 0.2 --every 605ms --on 302ms"), DURATION * 0.2 * 302.0 / 605.0),
+            ],
+            vec![coactive("a", "b"), coactive("b", "a")],
+        ),
+    ]
+}
+
+fn own_causes() -> Vec<Scenario> {
+    let mut starved = scenario(
+        "starved by its own quota",
+        vec![
+            User {
+                place: Place::WithCpu(Some(3_000)),
+                acts: vec![steps("0.9:30s,0.2:30s,0.9"), Act::Spin { from: 30.0, to: 60.0 }],
+                ..user("victim", steps("1.0"), 60.0)
+            },
+            user("other", steps("0:30s,0.5:30s,0"), 15.0),
+        ],
+        vec![coactive("victim", "other")],
+    );
+    starved.causes = causes("victim", "possible", &["cpu-quota"]);
+    starved.causes.extend(causes("victim", "ruled-out", &OF_GPU));
+    let halves = || vec![user("a", steps("1.0"), DURATION / 2.0), user("b", steps("1.0"), DURATION / 2.0)];
+    let mut throttled = scenario("a throttled GPU", halves(), vec![coactive("a", "b")]);
+    throttled.causes = causes("a", "possible", &["gpu-clocks", "gpu-power", "gpu-thermal"]);
+    throttled.causes.extend(causes("a", "ruled-out", &["gpu-error"]));
+    let throttle = "--kind throttle --reasons sw_power_cap,hw_slowdown,hw_thermal --mhz 900 --watts 150 --celsius 88 --for 80s";
+    throttled.happens = vec![(5.0, "fault", throttle)];
+    let mut full = scenario("full memory and an XID", halves(), vec![coactive("a", "b")]);
+    full.users[1].acts.push(Act::Process { from: 10.0, to: 80.0, load: "--mem 15GiB".into() });
+    full.causes = causes("a", "possible", &["gpu-memory", "gpu-error"]);
+    full.causes.extend(causes("a", "ruled-out", &OF_GPU[..3]));
+    full.happens = vec![(20.0, "xid", "--xid 31")];
+    vec![starved, throttled, full]
+}
+
+fn lives() -> Vec<Scenario> {
+    let life = |from, to| Act::Life { from, to, load: "--mem 1GiB --demand 0.3".into() };
+    vec![
+        scenario(
+            "30 short jobs",
+            vec![
+                User { acts: vec![Act::Jobs { from: 0.5, count: 30 }], ..user("jobs", steps("1.0"), 37.5) },
+                user("other", steps("1.0"), DURATION - 37.5),
+            ],
+            vec![coactive("jobs", "other"), coactive("other", "jobs")],
+        ),
+        scenario(
+            "restarted in between",
+            vec![
+                User { acts: vec![life(5.0, 35.0), life(45.0, 80.0)], ..user("restarted", steps("1.0"), 65.0 * 0.3) },
+                user("other", steps("0.3"), DURATION * 0.3),
+            ],
+            vec![coactive("restarted", "other"), coactive("other", "restarted")],
+        ),
+    ]
+}
