@@ -9,7 +9,8 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use sampler_core::aggregate::Core;
+use sampler_core::aggregate::Settings;
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
 
@@ -24,6 +25,7 @@ use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::observe::pressure;
 use crate::session::{Recorder, Sources, Store};
 
 /// What IO tasks get to end in.
@@ -71,18 +73,9 @@ fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snaps
         labels: Box::new(move || labels.view()),
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
-        node: node(config),
+        node: config.node().unwrap_or_else(|| "unknown".into()),
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
-}
-
-/// The machine, as it calls itself.
-fn node(config: &Config) -> String {
-    let name = std::fs::read_to_string(config.path_procfs.join("sys/kernel/hostname")).unwrap_or_default();
-    match name.trim() {
-        "" => "unknown".to_owned(),
-        name => name.to_owned(),
-    }
 }
 
 /// Runs the agent until SIGINT or SIGTERM.
@@ -115,9 +108,16 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)))?;
+    let pressure_told = pressure::Told {
+        to: to_core.clone(),
+        health: Arc::clone(&health),
+        snapshot: Arc::clone(&snapshot),
+        stop: Arc::clone(&stop),
+    };
+    let pressure = pressure::start(&layout, &config.path_procfs, pressure_told).context("cannot start the thread pressure")?;
     let recorder = recorder(&config, &labels, &snapshot)?;
     let core = CoreThread {
-        core: Core::default(),
+        core: Core::new(Settings::default(), true),
         config: Arc::clone(&config),
         layout,
         tracker,
@@ -145,7 +145,8 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
             tracing::warn!(error = told(&error), "sessions of earlier runs cannot be listed");
         }
     });
-    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core, recorder.clone()));
+    let state =
+        Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, pressure, Arc::clone(&health), to_core, recorder.clone()));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
     let served = http::serve(listener, state, async {
         tokio::select! {

@@ -148,6 +148,12 @@ impl Config {
     pub fn btf(&self) -> PathBuf {
         self.path_sysfs.join("kernel/btf/vmlinux")
     }
+
+    /// The machine, as it calls itself.
+    pub fn node(&self) -> Option<String> {
+        let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
+        Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+    }
 }
 
 impl Settings {

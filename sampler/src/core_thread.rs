@@ -13,12 +13,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::aggregate::Core;
-use sampler_core::fact::Fact;
 use sampler_core::identity::ContainerChange;
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
-use sampler_core::units::{BootNs, WallTime};
+use sampler_core::units::BootNs;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cli::told;
@@ -417,17 +416,11 @@ impl CoreThread {
         self.health.tables(&self.core.identity, watches);
     }
 
-    /// What was learned since the last turn goes to whoever records. The only place where facts leave the core; it tells none of its own
-    /// yet, so the two clocks are all.
-    fn hand_over(&mut self, at: BootNs, wall: WallTime) {
-        self.recorder.tell(vec![Fact::Time { at, wall }]);
-    }
-
     fn publish(&mut self) {
         self.health.watch_calls(boot_now());
-        let (at, wall) = (boot_now(), wall_now());
-        self.core.observe(Observation::Tick { at, wall });
-        self.hand_over(at, wall);
+        self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
+        // The only place where facts leave the core: they go to whoever records.
+        self.recorder.tell(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
         }

@@ -1,6 +1,7 @@
 //! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
 //! are; a test that cannot have them fails.
 
+pub mod browser;
 pub mod clients;
 pub mod containerd;
 pub mod cri;

@@ -198,6 +198,8 @@ fn missing_for_tests() -> Vec<Missing> {
         ("iptables, which dockerd asks for", "iptables", "iptables"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),
+        ("Chromium", "chromium", "chromium"),
+        ("chromedriver", "chromedriver", "chromium-driver"),
         ("protoc, to build all-smi with", "protoc", "protobuf-compiler"),
     ];
     let mut missing: Vec<Missing> = commands

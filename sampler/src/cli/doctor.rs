@@ -273,7 +273,7 @@ fn running(config: &Config) -> Option<String> {
     if at.ip().is_unspecified() {
         at.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
-    let Ok(Answer::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref()) else { return None };
+    let Ok(Answer::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref(), "") else { return None };
     let page = String::from_utf8_lossy(&page).into_owned();
     let mode = page.lines().find_map(|line| line.strip_prefix("gpu_sampler_kernel_mode{mode=\"")?.split('"').next())?;
     let total = |family: &str| {

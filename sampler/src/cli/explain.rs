@@ -27,6 +27,9 @@ Examples:
   gpu-sampler explain --cgroup /kubepods/pod.../73e1... --offline --json
   gpu-sampler explain --sample 12.5s --gpu 0 --file slow-training.gpus";
 
+/// Where something else than an agent answers.
+const REMEDY: &str = "name one with --agent or --listen, or do without: --no-agent asks the sources from here";
+
 #[derive(Args)]
 #[command(after_help = EXAMPLES, group = ArgGroup::new("subject").required(true).args(["pid", "cgroup", "container", "missing", "sample"]))]
 pub struct Explain {
@@ -111,7 +114,7 @@ impl Explain {
 
     fn list_missing(&self) -> anyhow::Result<()> {
         let (config, agent) = self.agent()?;
-        let told: Value = match ask::get(&agent, "/api/v1/explain?missing=true", config.token.as_deref())? {
+        let told: Value = match ask::get(&agent, "/api/v1/explain?missing=true", config.token.as_deref(), REMEDY)? {
             Answer::Found(body) => {
                 serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))?
             }
@@ -138,7 +141,7 @@ impl Explain {
             Subject::Cgroup(path) => format!("/api/v1/explain?cgroup={}", encoded(path)),
             Subject::Container(id) => format!("/api/v1/explain?container={}", encoded(id)),
         };
-        match (ask::get(&agent, &query, config.token.as_deref())?, subject) {
+        match (ask::get(&agent, &query, config.token.as_deref(), REMEDY)?, subject) {
             (Answer::Found(body), _) => {
                 serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))
             }

@@ -5,8 +5,10 @@ mod client;
 mod doctor;
 mod explain;
 mod record;
+mod report;
 mod runtimes;
 mod sample;
+mod top;
 
 use std::io::{IsTerminal as _, Write as _};
 use std::path::PathBuf;
@@ -33,6 +35,10 @@ enum Verb {
     Run(Run),
     /// Records a session: who uses which GPU, for a while, with what was before
     Record(Box<record::Record>),
+    /// What a recorded session says: who used which GPU, with whom, and whom that kept waiting; two sessions are compared
+    Report(report::ReportArgs),
+    /// Who uses which GPU now, how much, and whom that keeps waiting: a live view of a running agent
+    Top(top::Top),
     /// Which container a process or a cgroup belongs to, and how that is known
     Explain(explain::Explain),
     /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
@@ -70,6 +76,8 @@ impl Cli {
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
             Verb::Record(record) => return record.run(),
+            Verb::Report(report) => return report.run(),
+            Verb::Top(top) => top.run()?,
             Verb::Explain(explain) => explain.run()?,
             Verb::Doctor(doctor) => {
                 log("error");
@@ -100,10 +108,7 @@ fn wrapped(head: &str, indent: usize, text: &str) -> String {
     // Narrower than this, every word would be a line.
     let room = width.saturating_sub(indent).max(24);
     let (mut out, mut column) = (head.to_owned(), 0);
-    // Names come from whoever runs containers: what would steer the terminal is shown, not sent.
-    let shown = |c: char| if c.is_control() { c.escape_default().to_string() } else { c.to_string() };
-    let text: String = text.chars().map(shown).collect();
-    for word in text.split(' ') {
+    for word in harmless(text).split(' ') {
         let length = word.chars().count();
         if column > 0 && column + 1 + length > room {
             out += &format!("\n{:indent$}", "");
@@ -117,6 +122,19 @@ fn wrapped(head: &str, indent: usize, text: &str) -> String {
     }
     out.push('\n');
     out
+}
+
+/// Names come from whoever runs containers: what would steer the terminal, or turn the text around, is shown, not sent.
+fn harmless(text: &str) -> String {
+    let steers = |c: char| {
+        c.is_control() || matches!(c, '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}' | '\u{feff}')
+    };
+    text.chars().map(|c| if steers(c) { c.escape_default().to_string() } else { c.to_string() }).collect()
+}
+
+/// Colours are wanted on that stream: it is a terminal, and NO_COLOR is not set.
+fn colours(is_terminal: bool) -> bool {
+    is_terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
 /// An error with its causes, leaving out those that it already has in its own words: some libraries repeat theirs.
@@ -135,7 +153,7 @@ pub fn told(error: &dyn std::error::Error) -> String {
 
 /// To stderr; RUST_LOG chooses, colours only on a terminal and without NO_COLOR.
 fn log(default: &str) {
-    let colours = std::io::stderr().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let colours = colours(std::io::stderr().is_terminal());
     let filter = EnvFilter::try_from_default_env().unwrap_or_else(|_| EnvFilter::new(default));
     tracing_subscriber::fmt().with_env_filter(filter).with_ansi(colours).with_writer(std::io::stderr).init();
 }

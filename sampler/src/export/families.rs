@@ -86,6 +86,7 @@ pub fn containers(page: &Exposition, to: &mut Families) {
             with_labels(row, &[("engine", engine.name())], |labels| engines.add(labels, *seconds));
         }
     }
+    contention(page, to);
     own(to.gauge("container_gpu_memory_used_bytes", "GPU memory held by this container's processes."), page, |r| {
         r.pair.memory_used_bytes.map(|b| b as f64)
     });
@@ -109,6 +110,24 @@ pub fn containers(page: &Exposition, to: &mut Families) {
             ("id", &l.id),
         ];
         info.add(&labels, 1.0);
+    }
+}
+
+fn contention(page: &Exposition, to: &mut Families) {
+    let help = "Seconds in which this container and another user were active on the same GPU.";
+    own(to.counter("container_gpu_coactive_seconds_total", help), page, |r| Some(r.pair.coactive_seconds));
+    let help = "GPU-seconds that another user got while this container was active and the GPU saturated.";
+    let mut contention = to.counter("container_gpu_contention_seconds_total", help);
+    for row in &page.rows {
+        for other in &row.others {
+            let labels = [
+                ("other_namespace", other.text(Label::Namespace)),
+                ("other_pod", other.text(Label::Pod)),
+                ("other_container", other.text(Label::Container)),
+                ("other_container_id", &other.container_id),
+            ];
+            with_labels(row, &labels, |labels| contention.add(labels, other.seconds));
+        }
     }
 }
 

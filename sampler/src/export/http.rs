@@ -1,7 +1,8 @@
 //! HTTP: who may ask, and what is answered.
 //!
-//! On loopback a foreign Host or Origin is refused, so that a web page cannot read the metrics through the browser. Beyond it,
-//! everything but health (and, if so configured, /metrics) needs a bearer token.
+//! On loopback a foreign Host or Origin is refused, so that a web page cannot read the metrics through the browser, and what
+//! changes something is refused from any other page than ours, also from one that another server on this machine serves.
+//! Beyond loopback everything but health, the files of our page (and, if so configured, /metrics) needs a bearer token.
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -10,15 +11,16 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
+use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{Html, IntoResponse as _, Json, Response};
+use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::get;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use sampler_core::snapshot::Snapshot;
+use sampler_core::units::WallTime;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
@@ -26,11 +28,13 @@ use tokio::sync::Semaphore;
 use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{driver, explain, families, gpus, page, sessions};
+use super::pressure::Waits;
+use super::{driver, explain, families, gpus, live, page, pressure, sessions, web};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
+use crate::observe::pressure::PressureView;
 use crate::session::Recorder;
 
 /// The version of the text format that `prometheus` writes.
@@ -60,10 +64,14 @@ pub struct AppState {
     pub config: Arc<Config>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub labels: LabelService,
+    pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
+    waits: Mutex<Waits>,
     pub core: Outbox,
     pub recorder: Recorder,
+    /// What the machine calls itself.
+    pub node: Option<String>,
 }
 
 impl AppState {
@@ -71,23 +79,27 @@ impl AppState {
         config: Arc<Config>,
         snapshot: Arc<ArcSwap<Snapshot>>,
         labels: LabelService,
+        pressure: Arc<ArcSwap<PressureView>>,
         health: Arc<Health>,
         core: Outbox,
         recorder: Recorder,
     ) -> Self {
-        Self { config, snapshot, labels, health, ledger: Mutex::default(), core, recorder }
+        let node = config.node();
+        let (ledger, waits) = (Mutex::default(), Mutex::default());
+        Self { config, snapshot, labels, pressure, health, ledger, waits, core, recorder, node }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    fn view(&self) -> Exposition {
+    /// What there is to show, and of when it is.
+    pub fn view(&self) -> (Exposition, WallTime) {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
         let mut ledger = self.ledger();
         ledger.update(&snapshot, &labels);
-        ledger.view(&snapshot, &labels, &assigned)
+        (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
     }
 
     fn scrape(&self) -> Exposition {
@@ -101,19 +113,26 @@ pub async fn bind(listen: SocketAddr) -> Result<TcpListener, HttpError> {
     TcpListener::bind(listen).await.map_err(|source| HttpError::Bind { listen, source })
 }
 
-pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
-    let router = Router::new()
+pub fn router(state: &Arc<AppState>) -> Router {
+    Router::new()
         .route("/metrics", get(metrics))
         .route("/metrics/cadvisor", get(cadvisor))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
-        .route("/", get(index))
+        .route("/", get(web::index))
+        .route("/app.js", get(web::script))
+        .route("/style.css", get(web::style))
+        .route("/api/v1/live", get(live::answer))
         .route("/api/v1/containers", get(containers))
         .route("/api/v1/explain", get(explain::answer))
         .route("/api/v1/processes", get(processes))
         .merge(sessions::router())
-        .layer(from_fn_with_state(Arc::clone(&state), guard))
-        .with_state(Arc::clone(&state));
+        .layer(from_fn_with_state(Arc::clone(state), guard))
+        .with_state(Arc::clone(state))
+}
+
+pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
+    let router = router(&state);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let graceful = async {
         // Dropped or sent: both mean the end.
@@ -179,9 +198,11 @@ async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output
 async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
     let refusal = if state.config.listen.ip().is_loopback() {
-        foreign(request.headers(), state.config.listen.ip())
+        let headers = request.headers();
+        foreign(headers, state.config.listen.ip()).or_else(|| from_another_page(request.method(), headers))
     } else {
-        let open = path == "/healthz" || path == "/readyz" || (state.config.open_metrics && path.starts_with("/metrics"));
+        let health = path == "/healthz" || path == "/readyz";
+        let open = health || web::is_file(path) || (state.config.open_metrics && path.starts_with("/metrics"));
         (!open && !authorized(request.headers(), state.config.token.as_deref()))
             .then(|| (StatusCode::UNAUTHORIZED, "send `Authorization: Bearer TOKEN` with the token of --token-file\n".to_owned()))
     };
@@ -195,7 +216,7 @@ async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next)
 }
 
 /// Compared without stopping at the first difference, so time tells nothing.
-fn authorized(headers: &HeaderMap, token: Option<&str>) -> bool {
+pub fn authorized(headers: &HeaderMap, token: Option<&str>) -> bool {
     let sent = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
     match (sent, token) {
         (Some(sent), Some(token)) => {
@@ -217,6 +238,15 @@ fn foreign(headers: &HeaderMap, listen: IpAddr) -> Option<(StatusCode, String)> 
         }
     }
     None
+}
+
+/// Browsers send the Origin of a page with whatever that page changes.
+fn from_another_page(method: &Method, headers: &HeaderMap) -> Option<(StatusCode, String)> {
+    let origin = headers.get(header::ORIGIN).filter(|_| !method.is_safe())?.as_bytes();
+    let host = headers.get(header::HOST).map(HeaderValue::as_bytes).unwrap_or_default();
+    let ours = origin.strip_prefix(b"http://").is_some_and(|authority| authority == host);
+    let said = format!("{method} from the page of another server ({}) is refused\n", String::from_utf8_lossy(origin));
+    (!ours).then_some((StatusCode::FORBIDDEN, said))
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -243,6 +273,9 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let mut all = Families::default();
     families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
+    let view = state.pressure.load();
+    state.waits.lock().unwrap_or_else(PoisonError::into_inner).add(&page, &view, &mut all);
+    pressure::reads(&view, &mut all);
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
@@ -264,12 +297,8 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
     (StatusCode::SERVICE_UNAVAILABLE, "the first scan is not merged yet\n").into_response()
 }
 
-async fn index(State(state): State<Arc<AppState>>) -> Html<String> {
-    Html(page::html(&state.view(), &state.health.view()))
-}
-
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
-    let view = state.view();
+    let (view, _) = state.view();
     Json(view.rows.iter().map(page::json).collect::<Vec<_>>()).into_response()
 }
 
@@ -307,5 +336,73 @@ mod tests {
         assert!(
             !ok("Bearer abd", Some("abc")) && !ok("Bearer ab", Some("abc")) && !ok("abc", Some("abc")) && !ok("Bearer ", None)
         );
+    }
+
+    /// The status of one request to an agent that listens there.
+    async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
+        use crate::config::Settings;
+        use crate::labels::LabelConfig;
+        use crate::observe::kernel::layout::layout;
+        use crate::session::{Sources, Store};
+        use axum::body::Body;
+        use tower::ServiceExt as _;
+
+        let mut token = tempfile::NamedTempFile::new().unwrap();
+        std::io::Write::write_all(&mut token, b"secret").unwrap();
+        let wanted = Settings {
+            listen: Some(listen.into()),
+            token_file: Some(token.path().into()),
+            label_sources: Some(vec!["bundle".into()]),
+            ..Settings::default()
+        };
+        let config = Arc::new(wanted.validate(None).unwrap());
+        let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
+        let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
+        let (core, _inbox) = crate::inbox::inbox().unwrap();
+        let sources =
+            Sources { labels: Box::new(Default::default), snapshot: Arc::default(), procfs: config.path_procfs.clone(), node: String::new() };
+        let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
+        let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();
+        let state = AppState::new(config, Arc::default(), labels, Arc::default(), Arc::default(), core, recorder);
+        let mut request = axum::http::Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        router(&Arc::new(state)).oneshot(request.body(Body::empty()).unwrap()).await.unwrap().status().as_u16()
+    }
+
+    #[tokio::test]
+    async fn who_may_ask_what() {
+        let local = ("Host", "localhost:9836");
+        for (method, path, headers, expect) in [
+            ("GET", "/", &[local][..], 200),
+            ("GET", "/api/v1/live", &[local], 200),
+            ("GET", "/api/v1/live", &[local, ("Origin", "http://localhost:9836")], 200),
+            ("GET", "/api/v1/live", &[local, ("Origin", "https://evil.example")], 403),
+            // Let through to where no such thing is: 405.
+            ("POST", "/api/v1/live", &[local], 405),
+            ("POST", "/api/v1/live", &[local, ("Origin", "http://localhost:9836")], 405),
+            ("POST", "/api/v1/live", &[local, ("Origin", "https://evil.example")], 403),
+            ("POST", "/api/v1/sessions", &[("Host", "evil.example")], 403),
+            ("POST", "/api/v1/sessions", &[local, ("Origin", "null")], 403),
+            // A notebook's server on the same machine, say.
+            ("POST", "/api/v1/sessions", &[local, ("Origin", "http://localhost:8888")], 403),
+            ("DELETE", "/api/v1/sessions/x", &[local, ("Origin", "http://127.0.0.1:9836")], 403),
+        ] {
+            assert_eq!(status("127.0.0.1:0", method, path, headers).await, expect, "{method} {path} {headers:?}");
+        }
+        let token = ("Authorization", "Bearer secret");
+        for (method, path, headers, expect) in [
+            ("GET", "/", &[][..], 200),
+            ("GET", "/app.js", &[], 200),
+            ("GET", "/style.css", &[], 200),
+            ("GET", "/api/v1/live", &[], 401),
+            ("GET", "/api/v1/live", &[token], 200),
+            ("GET", "/metrics", &[], 401),
+            ("POST", "/api/v1/sessions", &[], 401),
+            ("POST", "/api/v1/live", &[token], 405),
+        ] {
+            assert_eq!(status("0.0.0.0:0", method, path, headers).await, expect, "{method} {path} {headers:?}");
+        }
     }
 }

@@ -18,6 +18,7 @@ use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 
 use super::assigned::Assigned;
+use super::others::{OtherRow, Others, one_series_each};
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
@@ -39,6 +40,10 @@ pub struct Row {
     pub model: String,
     pub memory_total_bytes: Option<u64>,
     pub pair: ContainerGpu,
+    /// Of `pair.contention`, those that may be shown.
+    pub others: Vec<OtherRow>,
+    /// Its last cgroup was removed.
+    pub gone: bool,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
     pub assigned: bool,
 }
@@ -69,6 +74,7 @@ struct Shown {
     seconds: f64,
     scrapes: u32,
     engines: HashSet<&'static str>,
+    others: HashSet<Arc<str>>,
     windows: bool,
 }
 
@@ -87,6 +93,7 @@ pub struct Ledger {
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
     shown: HashMap<Pair, Shown>,
     gpus: HashMap<GpuUuid, ShownGpu>,
+    others: Others,
     scraped: bool,
 }
 
@@ -115,6 +122,7 @@ impl Ledger {
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
         self.credited.retain(|gpu, _| gpus.contains(gpu));
         self.gpus.retain(|gpu, _| gpus.contains(gpu));
+        self.others.update(snapshot, labels);
     }
 
     fn stays(&self, key: &Pair, pair: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
@@ -145,7 +153,8 @@ impl Ledger {
                 let key = (record.key, gpu.info.uuid.clone());
                 waiting[pair.gpu] += pair.seconds - self.counted.get(&key).copied().unwrap_or_default();
                 if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, pair, container.gone, snapshot.at)) {
-                    page.rows.push(row(record.key, labels, gpu, pair));
+                    let (others, gone) = (self.others.of(pair), container.gone.is_some());
+                    page.rows.push(Row { others, gone, ..row(record.key, labels, gpu, pair) });
                 }
             }
             if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
@@ -178,10 +187,15 @@ impl Ledger {
                 Shown::default()
             });
             let pair = &mut row.pair;
-            // These begin later than the others: with the first use of an engine, and the first whole window.
+            // These begin later than the others: with the first use of an engine, the first whole window, a contender.
             for (engine, seconds) in &mut pair.engines {
                 if shown.engines.insert(engine.name()) && !first {
                     *seconds = 0.0;
+                }
+            }
+            for other in &mut row.others {
+                if shown.others.insert(Arc::clone(&other.container_id)) && !first {
+                    other.seconds = 0.0;
                 }
             }
             if pair.window_shares.is_some() && !std::mem::replace(&mut shown.windows, true) && !first {
@@ -256,6 +270,11 @@ impl Exposition {
                 row.container_id = Arc::clone(&row.labels.id);
             }
         }
+        let by_path = self.rows.iter().filter(|row| row.container_id != row.labels.container_id);
+        let called: HashMap<ContainerKey, Arc<str>> = by_path.map(|row| (row.key, Arc::clone(&row.container_id))).collect();
+        for row in &mut self.rows {
+            one_series_each(&mut row.others, &called);
+        }
     }
 
     /// Marks the rows of what is assigned; a GPU that is assigned and was not used yet has a row of its own.
@@ -292,12 +311,14 @@ fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &C
         model: gpu.info.model.clone(),
         memory_total_bytes: gpu.readings.memory_total_bytes,
         pair: pair.clone(),
+        others: Vec::new(),
+        gone: false,
         assigned: false,
     }
 }
 
 /// The labels to show, once they may be shown.
-fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
+pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
     match labels.get(&record.key) {
         Some(labels) => labels.settled.then(|| Arc::clone(labels)),
         None => (now.saturating_since(record.created) > UNLABELLED_NS).then(|| Arc::new(ContainerLabels::from_path(record))),
@@ -406,6 +427,120 @@ mod tests {
         };
         assert_eq!(told(), (3.0, 0.0, 0, 0.0, Some(0.0), 0.0));
         assert_eq!(told(), (3.0, 4.0, 3, 5.0, Some(6.0), 20.0));
+    }
+
+    /// The one container, and another that was in its way beside the host and unnamed others.
+    fn contended(at_s: u64, seconds: f64) -> (Snapshot, LabelView) {
+        use sampler_core::snapshot::{Contention, Other};
+        let mut all = snapshot(at_s, 9.0, None);
+        let path = format!("/docker/{:064x}", 2);
+        let (key, identity) = (ContainerKey(2), parse(&path));
+        let other = ContainerRecord { key, cgroup_path: path, identity, created: BootNs(0), creation_seen: true };
+        let mut view = labels(&all.containers[0].record, true);
+        view.extend(labels(&other, true));
+        all.containers.push(ContainerView { record: Arc::new(other), gone: None, gpus: Vec::new() });
+        let others = [Other::Container(key), Other::Host, Other::Rest];
+        let contention = others.map(|other| Contention { other, seconds });
+        let pair = &mut all.containers[0].gpus[0];
+        (pair.coactive_seconds, pair.active_seconds, pair.contention) = (4.0, 5.0, contention.into());
+        (all, view)
+    }
+
+    fn of_others(page: &Exposition) -> Vec<(String, f64)> {
+        page.rows[0].others.iter().map(|other| (other.container_id.to_string(), other.seconds)).collect()
+    }
+
+    #[test]
+    fn contenders_begin_at_zero_and_keep_their_names() {
+        let mut ledger = Ledger::default();
+        scrape(&mut ledger, &snapshot(1, 2.0, None), true);
+        let id = format!("{:064x}", 2);
+        let named = |seconds: f64| ["host", "_other"].map(|kind| (kind.to_owned(), seconds));
+        for (at, seconds, shown) in [(2, 3.0, 0.0), (3, 4.0, 4.0)] {
+            let (all, view) = contended(at, seconds);
+            let page = ledger.scrape(&all, &view, &Assigned::default());
+            let [host, rest] = named(shown);
+            assert_eq!(of_others(&page), [(id.clone(), shown), host, rest]);
+            assert_eq!(page.rows[0].pair.coactive_seconds, 4.0);
+        }
+        // It is gone, and nobody knows its labels any more.
+        let (mut all, mut view) = contended(4, 5.0);
+        all.containers.pop();
+        view.remove(&ContainerKey(2));
+        let page = ledger.scrape(&all, &view, &Assigned::default());
+        assert_eq!(of_others(&page)[0], (id, 5.0));
+        assert_eq!(page.rows[0].others[0].text(Label::Namespace), "prod");
+    }
+
+    #[test]
+    fn a_contender_waits_for_its_labels_and_its_lives_are_one() {
+        use sampler_core::snapshot::{Contention, Other};
+        let (mut all, mut view) = contended(1, 3.0);
+        let second = all.containers[1].record.key;
+        let unsettled = labels(&all.containers[1].record, false);
+        let settled = view.insert(second, Arc::clone(&unsettled[&second])).unwrap();
+        let mut ledger = Ledger::default();
+        let page = ledger.scrape(&all, &view, &Assigned::default());
+        assert_eq!(of_others(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
+        view.insert(second, settled);
+        // Restarted: another life of the same container.
+        let again = ContainerRecord { key: ContainerKey(3), ..ContainerRecord::clone(&all.containers[1].record) };
+        view.extend(labels(&again, true));
+        all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
+        all.containers[0].gpus[0].contention.push(Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 });
+        ledger.update(&all, &view);
+        let page = ledger.view(&all, &view, &Assigned::default());
+        assert_eq!(of_others(&page)[0], (format!("{:064x}", 2), 5.0));
+    }
+
+    #[test]
+    fn contention_as_metrics_and_live() {
+        use crate::export::encode::Families;
+        use crate::export::{families, live::Live};
+        use crate::health::HealthView;
+        let (all, view) = contended(1, 3.0);
+        let page = Ledger::default().scrape(&all, &view, &Assigned::default());
+        let mut metrics = Families::default();
+        families::containers(&page, &mut metrics);
+        let text = metrics.text().unwrap();
+        let own = format!("uuid=\"GPU-1\",namespace=\"prod\",pod=\"\",container=\"\",container_id=\"{:064x}\"", 1);
+        for (name, others, value) in [
+            ("coactive", String::new(), 4),
+            (
+                "contention",
+                format!(",other_namespace=\"prod\",other_pod=\"\",other_container=\"\",other_container_id=\"{:064x}\"", 2),
+                3,
+            ),
+            ("contention", ",other_namespace=\"\",other_pod=\"\",other_container=\"host\",other_container_id=\"host\"".into(), 3),
+            (
+                "contention",
+                ",other_namespace=\"\",other_pod=\"\",other_container=\"_other\",other_container_id=\"_other\"".into(),
+                3,
+            ),
+        ] {
+            let line = format!("container_gpu_{name}_seconds_total{{{own}{others}}} {value}\n");
+            assert!(text.contains(&line), "{line} is not in\n{text}");
+        }
+        let live = Live::new(&page, &HealthView::default(), Some("node-1"), WallTime(1_700_000_000_250_000_000));
+        let told = serde_json::to_value(&live).unwrap();
+        assert_eq!((&told["time"], &told["node"]), (&"2023-11-14T22:13:20.250Z".into(), &"node-1".into()));
+        let user = &told["users"][0];
+        assert_eq!(
+            (&user["namespace"], &user["contention_seconds"], &user["coactive_seconds"]),
+            (&"prod".into(), &9.0.into(), &4.0.into())
+        );
+        // Not known is null.
+        for key in ["pod", "memory_used_bytes", "duty_cycle_percent"] {
+            assert!(user[key].is_null(), "{key}: {user}");
+        }
+        assert_eq!(
+            user["contended_by"][1],
+            serde_json::json!({"kind": "host", "namespace": null, "pod": null,
+            "container": null, "name": null, "container_id": null, "seconds": 3.0})
+        );
+        let gpu = &told["gpus"][0];
+        assert_eq!((&gpu["utilization_ratio"], &gpu["unattributed_seconds"]["no_pid"]), (&serde_json::Value::Null, &1.0.into()));
+        assert!(serde_json::from_value::<Live>(told).is_ok());
     }
 
     #[test]

@@ -1,4 +1,4 @@
-//! The page for people, and the same rows as JSON.
+//! The rows as tables in HTML, and as JSON.
 
 use sampler_core::labels::Label;
 use sampler_core::snapshot::{GpuInfo, Reason};
@@ -82,7 +82,8 @@ fn called(info: &GpuInfo) -> String {
     }
 }
 
-pub fn html(page: &Exposition, health: &HealthView) -> String {
+/// For browsers that run no scripts, and for curl.
+pub fn tables(page: &Exposition, health: &HealthView) -> String {
     let mut body = String::new();
     for (key, message) in &health.degraded {
         body += &format!("<p class=bad><b>{}</b>: {}</p>\n", escape(key), escape(message));
@@ -123,12 +124,5 @@ pub fn html(page: &Exposition, health: &HealthView) -> String {
         let [index, uuid, model] = name;
         body += &cells("td", [index, uuid, model, busy, idle, unobserved, unattributed, why.join(", ")]);
     }
-    format!(
-        "<!doctype html><html lang=en><meta charset=utf-8><meta name=viewport content=\"width=device-width\">\
-         <meta http-equiv=refresh content=5><title>gpu-sampler</title><style>body{{font:15px/1.5 system-ui,sans-serif;\
-         margin:2rem;color:#222}}table{{border-collapse:collapse}}td,th{{padding:.3rem .8rem;text-align:left;white-space:nowrap;\
-         border-bottom:1px solid #ddd}}.bad{{background:#fff0e8;padding:.5rem 1rem;border-left:4px solid #d60}}\
-         h1{{margin-bottom:0}}</style><h1>gpu-sampler</h1><p>Who uses which GPU. \
-         <a href=/metrics>/metrics</a> · <a href=/api/v1/containers>/api/v1/containers</a></p>\n{body}</table></html>\n"
-    )
+    body
 }

@@ -1,0 +1,65 @@
+//! The rows of a picture: named, filtered, in order.
+
+use super::Sort;
+use super::words::{name, name_of_other};
+use crate::export::live::{Live, LiveUser};
+
+#[derive(Clone, Debug)]
+pub struct Row {
+    pub name: String,
+    pub user: LiveUser,
+    /// Seconds that others kept it waiting: per second over the last minute, or so far where there is no history.
+    pub waiting: Option<f64>,
+    /// By whom, the longest first.
+    pub by: Vec<(String, f64)>,
+}
+
+impl Row {
+    /// With what it waited for so far.
+    pub fn new(user: &LiveUser) -> Self {
+        let by = user.contended_by.iter().map(|other| (name_of_other(other), other.seconds)).collect();
+        Self { name: name(user), user: user.clone(), waiting: Some(user.contention_seconds), by }
+    }
+
+    /// What tells one row from another, over pictures.
+    pub fn key(&self) -> Key {
+        (self.user.container_id.clone(), self.user.id.clone(), self.user.uuid.clone())
+    }
+
+    /// GPU by index; a MIG device is told by an `m`.
+    pub fn gpu(&self) -> String {
+        let index = self.user.index.map_or("?".into(), |index| index.to_string());
+        if self.user.uuid.starts_with("MIG") { format!("{index}m") } else { index }
+    }
+
+    fn has(&self, words: &[String], model: &str) -> bool {
+        let u = &self.user;
+        let texts = [u.name.as_deref(), u.image.as_deref(), u.runtime.as_deref()].into_iter().flatten();
+        let texts = texts.chain([&*self.name, &u.container_id, &u.id, &u.uuid, model]);
+        let all = texts.collect::<Vec<_>>().join(" ").to_lowercase() + &format!(" gpu {}", self.gpu());
+        words.iter().all(|word| all.contains(word))
+    }
+}
+
+pub type Key = (String, String, String);
+
+/// Those in which all words of the filter are, in order.
+pub fn arrange(live: &Live, mut rows: Vec<Row>, sort: Sort, filter: &str) -> Vec<Row> {
+    let words: Vec<String> = filter.split_whitespace().map(str::to_lowercase).collect();
+    let model = |uuid: &str| live.gpus.iter().find(|gpu| gpu.uuid == uuid).map_or("", |gpu| &*gpu.model);
+    rows.retain(|row| row.has(&words, model(&row.user.uuid)));
+    // Shares in whole points: noise of a tenth must not make rows change places. Unknown comes last.
+    let value = |row: &Row| match sort {
+        Sort::Share => row.user.duty_cycle_percent.map(f64::round),
+        Sort::Seconds => Some(row.user.gpu_seconds),
+        Sort::Memory => row.user.memory_used_bytes.map(|bytes| bytes as f64),
+        Sort::Waiting => row.waiting.map(|rate| (rate * 100.0).round()),
+        Sort::Name => None,
+    };
+    let value = |row: &Row| value(row).unwrap_or(-1.0);
+    rows.sort_by(|a, b| {
+        let by_name = || a.name.cmp(&b.name).then_with(|| a.user.index.cmp(&b.user.index)).then_with(|| a.key().cmp(&b.key()));
+        value(b).total_cmp(&value(a)).then_with(by_name)
+    });
+    rows
+}

@@ -1,0 +1,81 @@
+//! Asks the agent again and again, and listens to signals: on a thread of its own, so that keys are answered while an agent hangs.
+
+use std::sync::mpsc::Sender;
+use std::time::Duration;
+
+use anyhow::Context as _;
+use tokio::signal::unix::{SignalKind, signal};
+
+use super::{LIVE, REMEDY, nobody, too_old};
+use crate::cli::ask::{self, Answer};
+use crate::cli::told;
+use crate::export::live::Live;
+
+pub enum Told {
+    Live(Box<Live>),
+    /// No picture could be had; why, with the remedy.
+    Away(String),
+    /// A signal asks to end.
+    Terminate,
+}
+
+/// The thread ends when nobody listens any more.
+pub fn start(agent: String, token: Option<String>, every: Duration, to: Sender<Told>) -> anyhow::Result<()> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
+    let work = move || {
+        runtime.block_on(async {
+            tokio::select! {
+                () = follow(&agent, token.as_deref(), every, &to) => {}
+                () = asked_to_end() => {
+                    // Nobody listens: it has ended.
+                    let _ended = to.send(Told::Terminate);
+                }
+            }
+        });
+    };
+    std::thread::Builder::new().name("top-source".into()).spawn(work).context("cannot start a thread")?;
+    Ok(())
+}
+
+async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<Told>) {
+    let mut turn = tokio::time::interval(every);
+    turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
+    loop {
+        turn.tick().await;
+        let told = match live(agent, token).await {
+            Ok(live) => Told::Live(Box::new(live)),
+            Err(error) => Told::Away(told(error.as_ref())),
+        };
+        if to.send(told).is_err() {
+            return;
+        }
+    }
+}
+
+async fn live(agent: &str, token: Option<&str>) -> anyhow::Result<Live> {
+    match ask::get_within(agent, LIVE, token, REMEDY).await? {
+        Answer::Found(body) => {
+            serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))
+        }
+        Answer::NotFound(_) => Err(anyhow::anyhow!(too_old(agent))),
+        Answer::NoAgent(error) => Err(error.context(nobody(agent))),
+    }
+}
+
+/// Ctrl-C is a key while the terminal is raw; these come from elsewhere, or from a terminal that goes away.
+async fn asked_to_end() {
+    let wait = |kind| async move {
+        match signal(kind) {
+            Ok(mut stream) => {
+                stream.recv().await;
+            }
+            // It then ends the process at once, as it does by default.
+            Err(_) => std::future::pending::<()>().await,
+        }
+    };
+    tokio::select! {
+        () = wait(SignalKind::terminate()) => {}
+        () = wait(SignalKind::interrupt()) => {}
+        () = wait(SignalKind::hangup()) => {}
+    }
+}

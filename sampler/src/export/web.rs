@@ -1,0 +1,79 @@
+//! The page at `/`: three files without a build step, which ask for nothing beyond this agent.
+//!
+//! The files hold no data, so they are served without a token: beyond loopback the page asks for one and sends it with what it
+//! fetches. Whoever may see the data without asking (on loopback, or with the token in the request) finds it in the page as
+//! well, as tables for browsers that run no scripts.
+
+use std::sync::Arc;
+
+use axum::extract::State;
+use axum::http::{HeaderMap, HeaderName, header};
+use axum::response::IntoResponse;
+
+use super::http::{AppState, authorized};
+use super::page;
+
+const INDEX: &str = include_str!("web/index.html");
+const SCRIPT: &str = include_str!("web/app.js");
+const STYLE: &str = include_str!("web/style.css");
+/// Where the tables go.
+const TABLES: &str = "<!--tables-->";
+
+/// Names, images and cgroups are chosen by whoever runs containers: even if one of them became markup, nothing of it would run,
+/// load or send.
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
+                      base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
+const FILES: [&str; 3] = ["/", "/app.js", "/style.css"];
+
+pub fn is_file(path: &str) -> bool {
+    FILES.contains(&path)
+}
+
+fn file(kind: &'static str, text: impl Into<String>) -> impl IntoResponse {
+    let headers: [(HeaderName, &str); 5] = [
+        (header::CONTENT_TYPE, kind),
+        (header::CONTENT_SECURITY_POLICY, POLICY),
+        (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
+        (header::REFERRER_POLICY, "no-referrer"),
+        // An agent that was replaced must not be shown by the page of the one before.
+        (header::CACHE_CONTROL, "no-cache"),
+    ];
+    (headers, text.into())
+}
+
+pub async fn index(State(state): State<Arc<AppState>>, headers: HeaderMap) -> impl IntoResponse {
+    let config = &state.config;
+    let open = config.listen.ip().is_loopback() || authorized(&headers, config.token.as_deref());
+    let tables = if open {
+        page::tables(&state.view().0, &state.health.view())
+    } else {
+        "<p>Without scripts this page shows data only to requests with <code>Authorization: Bearer TOKEN</code>.</p>".to_owned()
+    };
+    file("text/html; charset=utf-8", INDEX.replacen(TABLES, &tables, 1))
+}
+
+pub async fn script() -> impl IntoResponse {
+    file("text/javascript; charset=utf-8", SCRIPT)
+}
+
+pub async fn style() -> impl IntoResponse {
+    file("text/css; charset=utf-8", STYLE)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What the policy forbids would be silently without effect.
+    #[test]
+    fn the_page_has_a_place_for_tables_and_nothing_inline() {
+        assert_eq!(INDEX.matches(TABLES).count(), 1);
+        for inline in ["<style", " style=", "javascript:", " onclick", "http://", "https://"] {
+            assert!(!INDEX.contains(inline), "{inline}");
+        }
+        assert_eq!(INDEX.matches("<script").count(), INDEX.matches("<script src=").count());
+        for unsafe_way in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+            assert!(!SCRIPT.contains(unsafe_way), "{unsafe_way}");
+        }
+    }
+}

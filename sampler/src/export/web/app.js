@@ -1,0 +1,635 @@
+// The live page. It asks this agent and nobody else; whatever tenants chose (names, images, ids) becomes text, never markup.
+"use strict";
+
+const POLL_MS = 1000;
+const HISTORY_MS = 60000;
+// A longer silence than this is a gap in a line, not a slope.
+const GAP_MS = 5000;
+const TOKEN = "gpu-sampler-token";
+
+const $ = (id) => document.getElementById(id);
+const ui = { live: null, paused: false, sort: "share", down: true, filter: "", shown: false };
+
+// ---- small tools ----
+
+function el(tag, props, ...children) {
+  const node = document.createElement(tag);
+  for (const [name, value] of Object.entries(props || {})) {
+    if (name in node) node[name] = value;
+    else node.setAttribute(name, value);
+  }
+  node.append(...children.filter((child) => child !== null && child !== undefined));
+  return node;
+}
+
+function setText(node, text) {
+  if (node.textContent !== text) node.textContent = text;
+}
+
+const DASH = "–";
+const known = (value) => value !== null && value !== undefined;
+const percent = (ratio) => (known(ratio) ? `${(ratio * 100).toFixed(0)}\u00a0%` : DASH);
+
+function bytes(value) {
+  if (!known(value)) return DASH;
+  const units = ["B", "KiB", "MiB", "GiB", "TiB"];
+  let n = 0;
+  while (value >= 1024 && n < units.length - 1) [value, n] = [value / 1024, n + 1];
+  return `${value.toFixed(n === 0 || value >= 100 ? 0 : 1)}\u00a0${units[n]}`;
+}
+
+function seconds(value) {
+  if (!known(value)) return DASH;
+  if (value < 100) return `${value.toFixed(1)}\u00a0s`;
+  if (value < 6000) return `${Math.round(value)}\u00a0s`;
+  return value < 360000 ? `${(value / 3600).toFixed(1)}\u00a0h` : `${Math.round(value / 3600)}\u00a0h`;
+}
+
+// A container as people call it, and what else there is to say of it.
+function nameOf(user) {
+  if (user.pod || user.namespace) return [user.namespace, user.pod, user.container].filter(Boolean).join("/");
+  if (user.kind === "host") return "processes of the host";
+  if (user.kind === "unknown") return "unknown processes";
+  if (user.kind === "_other") return "others";
+  return user.name || user.container || (user.container_id || user.id || "?").slice(0, 12);
+}
+
+// ---- asking the agent ----
+
+const token = () => sessionStorage.getItem(TOKEN);
+
+class Refused extends Error {
+  constructor(status, message) {
+    super(message);
+    this.status = status;
+  }
+}
+
+async function ask(path, options = {}) {
+  const headers = { ...options.headers };
+  if (token()) headers.Authorization = `Bearer ${token()}`;
+  const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(10000), ...options, headers });
+  if (answer.ok) return answer;
+  const text = (await answer.text()).trim();
+  let words = text.slice(0, 300);
+  try {
+    words = JSON.parse(text).error || words;
+  } catch {
+    // The agent's plain words, then.
+  }
+  throw new Refused(answer.status, words || `HTTP ${answer.status}`);
+}
+
+const post = (path, body) =>
+  ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body || {}) });
+
+// A link cannot carry the token: what needs it is fetched, then saved.
+async function save(path, name) {
+  const answer = await ask(path, { signal: AbortSignal.timeout(600000) });
+  const url = URL.createObjectURL(await answer.blob());
+  el("a", { href: url, download: name }).click();
+  setTimeout(() => URL.revokeObjectURL(url), 60000);
+}
+
+// ---- history of the last minute ----
+
+const histories = new Map();
+
+function remember(key, time, value) {
+  let history = histories.get(key);
+  // A counter that fell is another life, a clock that was set back another time: lines begin anew.
+  const last = history && history[history.length - 1];
+  if (!history || last.time > time || (value.total !== undefined && value.total < last.total)) {
+    history = [];
+    histories.set(key, history);
+  }
+  if (!history.length || history[history.length - 1].time < time) history.push({ time, ...value });
+  while (history[0].time < time - HISTORY_MS) history.shift();
+  return history;
+}
+
+function forget(time) {
+  for (const [key, history] of histories) {
+    if (history[history.length - 1].time < time - HISTORY_MS) histories.delete(key);
+  }
+}
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function spark(what) {
+  const svg = document.createElementNS(SVG, "svg");
+  svg.setAttribute("class", "spark");
+  svg.setAttribute("viewBox", "0 0 100 24");
+  svg.setAttribute("preserveAspectRatio", "none");
+  svg.setAttribute("role", "img");
+  svg.setAttribute("aria-label", what);
+  for (const kind of ["area", "line"]) {
+    const path = document.createElementNS(SVG, "path");
+    path.setAttribute("class", kind);
+    svg.append(path);
+  }
+  return svg;
+}
+
+// Time runs to the right edge; the height is 0 to 1.
+function draw(svg, history, now) {
+  let [line, area, run] = ["", "", []];
+  const flush = () => {
+    if (run.length === 1) run.push([Math.min(100, run[0][0] + 0.8), run[0][1]]);
+    if (run.length) {
+      const points = run.map(([x, y]) => `${x.toFixed(2)} ${y.toFixed(2)}`).join("L");
+      line += `M${points}`;
+      area += `M${run[0][0].toFixed(2)} 23.5L${points}L${run[run.length - 1][0].toFixed(2)} 23.5Z`;
+    }
+    run = [];
+  };
+  let last = null;
+  for (const { time, value } of history) {
+    if (!known(value) || (last !== null && time - last > GAP_MS)) flush();
+    if (known(value)) run.push([100 - ((now - time) / HISTORY_MS) * 100, 23 - Math.min(1, Math.max(0, value)) * 22]);
+    last = time;
+  }
+  flush();
+  svg.children[0].setAttribute("d", area);
+  svg.children[1].setAttribute("d", line);
+}
+
+// What a counter gained per second over the last minute; nothing before it was seen for two seconds.
+function rate(history, of = (point) => point.total) {
+  const [first, last] = [history[0], history[history.length - 1]];
+  const span = (last.time - first.time) / 1000;
+  return span >= 2 ? Math.max(0, of(last) - of(first)) / span : null;
+}
+
+// ---- GPUs ----
+
+const cards = new Map();
+
+function card() {
+  const part = { busy: el("b"), spark: spark("busy, last minute"), model: el("span"), title: document.createTextNode("") };
+  const rows = {};
+  const list = el("dl");
+  for (const [key, name] of [
+    ["memory", "memory"], ["power", "power"], ["coactive", "shared"], ["nobody", "on no container"],
+  ]) {
+    rows[key] = el("dd");
+    list.append(el("dt", { textContent: name }), rows[key]);
+  }
+  part.fill = el("span");
+  part.uuid = el("p", { className: "uuid" });
+  part.rows = rows;
+  part.node = el("article", { className: "card gpu" },
+    el("h3", {}, part.title, part.model),
+    el("div", { className: "busy" }, part.busy, part.spark),
+    el("div", { className: "meter" }, part.fill), list, part.uuid);
+  return part;
+}
+
+function whyNobody(gpu) {
+  if (!gpu.unattributed_seconds) return DASH;
+  const all = Object.entries(gpu.unattributed_seconds).filter(([, s]) => s >= 0.05).sort((a, b) => b[1] - a[1]);
+  return all.length ? all.map(([reason, s]) => `${reason.replaceAll("_", " ")} ${seconds(s)}`).join(", ") : "0 s";
+}
+
+function showGpus(live, now) {
+  const seen = new Set();
+  for (const gpu of live.gpus) {
+    seen.add(gpu.uuid);
+    let part = cards.get(gpu.uuid);
+    if (!part) {
+      part = card();
+      cards.set(gpu.uuid, part);
+      $("gpus").append(part.node);
+    }
+    const history = remember(`gpu ${gpu.uuid}`, now, { value: gpu.utilization_ratio });
+    setText(part.title, gpu.gpu_uuid ? `GPU ${gpu.index} · MIG` : `GPU ${gpu.index}`);
+    setText(part.model, gpu.gone ? `${gpu.model} · gone` : gpu.model);
+    part.node.classList.toggle("gone", gpu.gone);
+    setText(part.busy, gpu.is_leaf ? percent(gpu.utilization_ratio) : "MIG");
+    part.fill.style.width = `${(gpu.utilization_ratio || 0) * 100}%`;
+    draw(part.spark, history, now);
+    const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "its MIG devices'";
+    setText(part.rows.memory, memory);
+    const watts = known(gpu.power_watts) ? `${gpu.power_watts.toFixed(0)} W` : DASH;
+    const celsius = known(gpu.temperature_celsius) ? `${gpu.temperature_celsius.toFixed(0)} °C` : DASH;
+    setText(part.rows.power, `${watts}, ${celsius}`);
+    setText(part.rows.coactive, percent(gpu.coactive_ratio));
+    setText(part.rows.nobody, whyNobody(gpu));
+    setText(part.uuid, gpu.uuid);
+    part.uuid.title = gpu.uuid;
+  }
+  for (const [uuid, part] of cards) {
+    if (seen.has(uuid)) continue;
+    part.node.remove();
+    cards.delete(uuid);
+  }
+  const empty = $("gpus-empty");
+  empty.hidden = live.gpus.length > 0;
+  setText(empty, live.degraded.length
+    ? "No GPU is seen; what is wrong stands above."
+    : "No GPU is seen yet. gpu-sampler doctor says what the driver answers.");
+}
+
+// ---- containers ----
+
+const lines = new Map();
+
+function line() {
+  const part = { name: el("b"), more: el("small"), gpu: el("td", { "data-label": "GPU" }), fill: el("span") };
+  part.share = document.createTextNode("");
+  part.error = el("small");
+  part.spark = spark("share, last minute");
+  part.seconds = el("td", { className: "number", "data-label": "GPU-seconds" });
+  part.memory = el("td", { className: "number", "data-label": "Memory" });
+  part.rate = el("b");
+  part.by = el("small");
+  part.node = el("tr", {},
+    el("td", { className: "who" }, part.name, part.more),
+    part.gpu,
+    el("td", { className: "number share", "data-label": "Share of the last 10 s" }, part.share, part.error,
+      el("div", { className: "meter" }, part.fill)),
+    el("td", { className: "spark", "data-label": "Last minute" }, part.spark),
+    part.seconds, part.memory,
+    el("td", { className: "by", "data-label": "Kept waiting by" }, part.rate, part.by));
+  return part;
+}
+
+function waiting(user, history) {
+  const all = rate(history);
+  if (all === null || all < 0.005) return { all, by: [] };
+  const by = user.contended_by.map((other, n) => ({
+    name: nameOf(other),
+    rate: rate(history, (point) => point.by.get(other.container_id || other.kind) || 0) || 0,
+    n,
+  }));
+  by.sort((a, b) => b.rate - a.rate || a.n - b.n);
+  return { all, by: by.filter((other) => other.rate >= 0.005) };
+}
+
+const ORDER = {
+  name: (row) => row.name,
+  gpu: (row) => `${String(row.user.index).padStart(4, "0")} ${row.user.uuid}`,
+  // In whole points: noise of a tenth must not make rows change places.
+  share: (row) => Math.round(known(row.user.duty_cycle_percent) ? row.user.duty_cycle_percent : -1),
+  seconds: (row) => row.user.gpu_seconds,
+  memory: (row) => (known(row.user.memory_used_bytes) ? row.user.memory_used_bytes : -1),
+  waiting: (row) => Math.round((row.waiting.all || 0) * 100),
+};
+
+function sorted(rows) {
+  const key = ORDER[ui.sort];
+  const compare = (a, b) => (a < b ? -1 : a > b ? 1 : 0);
+  const sign = ui.down ? -1 : 1;
+  return rows.sort((a, b) => sign * compare(key(a), key(b)) || compare(a.name, b.name) || compare(a.key, b.key));
+}
+
+function matches(row) {
+  const { user } = row;
+  const text = [row.name, user.name, user.image, user.container_id, user.id, user.uuid, `gpu ${user.index}`, user.runtime];
+  const all = text.filter(Boolean).join(" ").toLowerCase();
+  return ui.filter.toLowerCase().split(/\s+/).every((word) => all.includes(word));
+}
+
+function showLine(part, row, now) {
+  const { user } = row;
+  setText(part.name, row.name);
+  part.name.title = `cgroup ${user.id}`;
+  const more = [user.image, user.container_id && user.container_id.slice(0, 12), user.assigned && "assigned", user.gone && "ended"];
+  setText(part.more, more.filter(Boolean).join(" · "));
+  part.more.title = user.container_id;
+  part.node.classList.toggle("gone", user.gone);
+  setText(part.gpu, user.uuid.startsWith("MIG") ? `${user.index} MIG` : known(user.index) ? String(user.index) : DASH);
+  part.gpu.title = user.uuid;
+  const share = user.duty_cycle_percent;
+  setText(part.share, known(share) ? `${share.toFixed(1)} %` : DASH);
+  setText(part.error, known(user.duty_cycle_stderr) ? ` ± ${user.duty_cycle_stderr.toFixed(1)}` : "");
+  part.fill.style.width = `${known(share) ? Math.min(100, share) : 0}%`;
+  draw(part.spark, row.history, now);
+  setText(part.seconds, seconds(user.gpu_seconds));
+  part.seconds.title = `± ${user.gpu_seconds_stderr.toFixed(2)} s, from ${user.samples} samples`;
+  setText(part.memory, bytes(user.memory_used_bytes));
+  const { all, by } = row.waiting;
+  const waits = known(all) && all >= 0.005;
+  setText(part.rate, waits ? `${all.toFixed(2)} s/s` : "");
+  const names = by.slice(0, 3).map((other) => (by.length > 1 ? `${other.name} ${other.rate.toFixed(2)}` : other.name));
+  if (by.length > 3) names.push(`${by.length - 3} more`);
+  setText(part.by, waits ? names.join(", ") : known(all) ? "nobody" : DASH);
+  const sum = user.contended_by.map((other) => `${nameOf(other)} ${seconds(other.seconds)}`);
+  part.by.title = sum.length ? `so far: ${sum.join(", ")}` : "";
+}
+
+function showUsers(live, now) {
+  const all = live.users.map((user) => {
+    const key = `${user.container_id} ${user.id} ${user.uuid}`;
+    const by = new Map(user.contended_by.map((other) => [other.container_id || other.kind, other.seconds]));
+    const value = known(user.duty_cycle_percent) ? user.duty_cycle_percent / 100 : null;
+    const history = remember(`user ${key}`, now, { value, total: user.contention_seconds, by });
+    return { key, user, history, name: nameOf(user), waiting: waiting(user, history) };
+  });
+  const rows = sorted(all.filter(matches));
+  const body = $("users").tBodies[0];
+  const kept = new Set(rows.map((row) => row.key));
+  for (const [key, part] of lines) {
+    if (kept.has(key)) continue;
+    part.node.remove();
+    lines.delete(key);
+  }
+  rows.forEach((row, n) => {
+    let part = lines.get(row.key);
+    if (!part) {
+      part = line();
+      lines.set(row.key, part);
+    }
+    showLine(part, row, now);
+    if (body.rows[n] !== part.node) body.insertBefore(part.node, body.rows[n] || null);
+  });
+  $("users").classList.toggle("bare", rows.length === 0);
+  const count = new Set(live.users.map((user) => user.container_id)).size;
+  setText($("users-count"), rows.length < all.length ? `${rows.length} of ${all.length} rows` : count ? String(count) : "");
+  const empty = $("users-empty");
+  empty.hidden = rows.length > 0;
+  setText(empty, all.length
+    ? "No container has these words; clear the filter to see all."
+    : "No container has used a GPU since the agent started. One appears here when the driver first names one of its processes, " +
+      "or when the kubelet assigns a GPU to it.");
+}
+
+function showSort() {
+  for (const head of document.querySelectorAll("th[data-sort]")) {
+    if (head.dataset.sort === ui.sort) head.setAttribute("aria-sort", ui.down ? "descending" : "ascending");
+    else head.removeAttribute("aria-sort");
+  }
+}
+
+// ---- what is wrong, and where things stand ----
+
+function banners(list) {
+  const box = $("banners");
+  const text = JSON.stringify(list);
+  // Only what changed: whoever reads or listens is not to be interrupted each second.
+  if (box.dataset.shown === text) return;
+  box.dataset.shown = text;
+  box.replaceChildren(...list.map(({ what, message, bad }) =>
+    el("p", { className: bad ? "banner bad" : "banner" }, el("b", { textContent: what }), message)));
+}
+
+function pill(text, kind) {
+  const node = $("state");
+  node.hidden = false;
+  node.className = `pill ${kind}`;
+  setText(node, text);
+}
+
+const say = (text) => setText($("said"), text);
+
+function show(live) {
+  const now = Date.parse(live.time);
+  forget(now);
+  setText($("node"), live.node || location.host);
+  document.title = `${live.node || location.host} · gpu-sampler`;
+  setText($("version"), `· agent ${live.version}`);
+  banners(live.degraded);
+  showGpus(live, now);
+  showUsers(live, now);
+}
+
+let away = false;
+
+function failed(error) {
+  if (error.status === 401) return login(token() ? "The agent does not know this token." : "");
+  const words = error.status ? `${error.message}` : "nobody answers there";
+  const what = `The agent at ${location.host} does not answer`;
+  banners([{ what, message: `${words}. This page keeps asking; gpu-sampler doctor, on that machine, says what is wrong.`, bad: true }]);
+  pill("away", "away");
+  if (!away) say(what);
+  away = true;
+}
+
+function login(problem) {
+  sessionStorage.removeItem(TOKEN);
+  $("app").hidden = true;
+  $("state").hidden = true;
+  const form = $("login");
+  const first = form.hidden;
+  form.hidden = false;
+  $("login-problem").hidden = !problem;
+  setText($("login-problem"), problem);
+  if (first) $("token").focus();
+}
+
+async function poll() {
+  if (ui.paused || document.hidden || !$("login").hidden) return;
+  try {
+    const live = await (await ask("/api/v1/live")).json();
+    if (away) say("The agent answers again");
+    away = false;
+    $("app").hidden = false;
+    if (ui.paused) return;
+    pill("live", "");
+    ui.live = live;
+    show(live);
+  } catch (error) {
+    $("app").hidden = false;
+    failed(error);
+  }
+}
+
+async function every(pause, work) {
+  for (;;) {
+    await work();
+    await new Promise((done) => setTimeout(done, pause()));
+  }
+}
+
+// ---- recordings ----
+
+const recordings = new Map();
+const isRunning = (session) => session.state === "armed" || session.state === "recording";
+
+function recording(id) {
+  const path = `/api/v1/sessions/${encodeURIComponent(id)}`;
+  const part = { id, title: el("b"), more: el("small"), state: el("span"), fill: el("span"), told: el("small"), size: el("td", { className: "number", "data-label": "Size" }) };
+  const link = (text, href, name, newTab) => {
+    const node = el("a", { href, textContent: text });
+    if (newTab) [node.target, node.rel] = ["_blank", "noopener"];
+    else node.download = name;
+    node.addEventListener("click", (event) => {
+      if (!token()) return;
+      event.preventDefault();
+      problem(null);
+      save(href, name).catch(problem);
+    });
+    return node;
+  };
+  part.stop = el("button", { type: "button", textContent: "Stop" });
+  part.stop.addEventListener("click", async () => {
+    part.stop.disabled = true;
+    try {
+      await post(`${path}/stop`);
+      problem(null);
+      say("The recording was stopped");
+    } catch (error) {
+      problem(error);
+    }
+    part.stop.disabled = false;
+    await sessions();
+  });
+  // Deleting takes two presses, so that one beside another button does no harm.
+  part.remove = el("button", { type: "button", textContent: "Delete" });
+  part.remove.addEventListener("click", async () => {
+    if (!part.sure) {
+      part.sure = setTimeout(() => sure(part, false), 4000);
+      sure(part, true);
+      return;
+    }
+    sure(part, false);
+    try {
+      await ask(path, { method: "DELETE" });
+      problem(null);
+      say("The recording was deleted");
+    } catch (error) {
+      problem(error);
+    }
+    await sessions();
+  });
+  part.report = link("Report", `${path}/report?format=html`, `gpu-session-${id}.html`, true);
+  part.file = link("Download", `${path}/file`, `gpu-session-${id}.gpus`, false);
+  for (const node of [part.stop, part.report, part.file, part.remove]) node.setAttribute("aria-label", `${node.textContent}: recording ${id}`);
+  part.node = el("tr", {},
+    el("td", { className: "who" }, part.title, part.more),
+    el("td", { "data-label": "State" }, part.state),
+    el("td", { className: "progress", "data-label": "Progress" }, part.told, el("div", { className: "meter" }, part.fill)),
+    part.size,
+    el("td", { className: "doing" }, el("div", {}, part.stop, part.report, part.file, part.remove)));
+  return part;
+}
+
+function showRecording(part, session) {
+  const { state, duration_seconds: lasts, elapsed_seconds: elapsed } = session;
+  setText(part.title, session.started ? new Date(session.started).toLocaleString() : "Not begun");
+  const more = [session.id, session.trigger && `once ${session.trigger}`, session.error];
+  setText(part.more, more.filter(Boolean).join(" · "));
+  part.state.className = `state ${state}`;
+  part.node.classList.toggle("failed", state === "failed");
+  setText(part.state, state);
+  const ratio = state === "finished" ? 1 : known(elapsed) && lasts ? Math.min(1, elapsed / lasts) : 0;
+  part.fill.style.width = `${ratio * 100}%`;
+  const told = { armed: "waits for its condition", finished: seconds(elapsed), failed: DASH };
+  setText(part.told, told[state] || `${seconds(elapsed)} of ${seconds(lasts)}`);
+  setText(part.size, bytes(session.size_bytes));
+  part.stop.hidden = !isRunning(session);
+  part.report.hidden = part.file.hidden = !known(session.started);
+  part.remove.hidden = isRunning(session);
+}
+
+function sure(part, asked) {
+  if (!asked) {
+    clearTimeout(part.sure);
+    part.sure = 0;
+  }
+  setText(part.remove, asked ? "Really?" : "Delete");
+  part.remove.setAttribute("aria-label", `${asked ? "Really delete" : "Delete"}: recording ${part.id}`);
+  part.remove.classList.toggle("sure", asked);
+}
+
+function problem(error) {
+  const node = $("record-problem");
+  node.hidden = !error;
+  setText(node, error ? error.message : "");
+}
+
+async function sessions() {
+  if (document.hidden || $("app").hidden) return;
+  const empty = $("sessions-empty");
+  try {
+    const all = await (await ask("/api/v1/sessions")).json();
+    // The newest first; those that have not begun above them.
+    all.sort((a, b) => Number(known(a.started)) - Number(known(b.started)) || String(b.started).localeCompare(String(a.started)));
+    const body = $("sessions").tBodies[0];
+    const kept = new Set(all.map((session) => session.id));
+    for (const [id, part] of recordings) {
+      if (kept.has(id)) continue;
+      part.node.remove();
+      recordings.delete(id);
+    }
+    all.forEach((session, n) => {
+      const part = recordings.get(session.id) || recording(session.id);
+      recordings.set(session.id, part);
+      if (part.was && part.was !== session.state) say(`Recording ${session.id}: ${session.state}`);
+      part.was = session.state;
+      showRecording(part, session);
+      if (body.rows[n] !== part.node) body.insertBefore(part.node, body.rows[n] || null);
+    });
+    ui.recording = all.some(isRunning);
+    $("record").hidden = false;
+    setText(empty, "Nothing was recorded yet. A recording keeps who used each GPU, sample by sample, with the time before it began.");
+    empty.hidden = all.length > 0;
+    $("sessions").classList.toggle("bare", all.length === 0);
+  } catch (error) {
+    ui.recording = false;
+    if (error.status === 404) {
+      ui.noRecordings = true;
+      $("record").hidden = true;
+      setText(empty, "This agent keeps no recordings.");
+      $("sessions").classList.add("bare");
+      empty.hidden = false;
+    }
+    // Whatever else it is, the live table tells it.
+  }
+}
+
+async function start(event) {
+  event.preventDefault();
+  $("start").disabled = true;
+  const body = { duration_seconds: Number($("duration").value), lookback_seconds: Number($("lookback").value) };
+  const trigger = $("trigger").value.trim();
+  if (trigger) body.trigger = trigger;
+  try {
+    await post("/api/v1/sessions", body);
+    problem(null);
+    say(trigger ? "The recording waits for its condition" : "The recording has begun");
+  } catch (error) {
+    problem(error);
+  }
+  $("start").disabled = false;
+  await sessions();
+}
+
+// ---- what people do ----
+
+document.addEventListener("DOMContentLoaded", () => {
+  const redraw = () => ui.live && show(ui.live);
+  $("login").addEventListener("submit", (event) => {
+    event.preventDefault();
+    sessionStorage.setItem(TOKEN, $("token").value.trim());
+    $("token").value = "";
+    $("login").hidden = true;
+    poll().then(sessions);
+  });
+  $("filter").addEventListener("input", () => {
+    ui.filter = $("filter").value.trim();
+    redraw();
+  });
+  $("pause").addEventListener("click", () => {
+    ui.paused = !ui.paused;
+    $("pause").setAttribute("aria-pressed", String(ui.paused));
+    setText($("pause"), ui.paused ? "Go on" : "Pause");
+    if (ui.paused) pill("paused", "paused");
+    else poll();
+  });
+  for (const head of document.querySelectorAll("th[data-sort]")) {
+    head.firstElementChild.addEventListener("click", () => {
+      const sort = head.dataset.sort;
+      // Names are read from A, numbers from the largest.
+      ui.down = ui.sort === sort ? !ui.down : sort !== "name" && sort !== "gpu";
+      ui.sort = sort;
+      showSort();
+      redraw();
+    });
+  }
+  $("record").addEventListener("submit", start);
+  document.addEventListener("visibilitychange", poll);
+  showSort();
+  every(() => POLL_MS, poll);
+  every(() => (ui.noRecordings ? 60000 : ui.recording || $("app").hidden ? POLL_MS : 4000), sessions);
+});
