@@ -390,6 +390,9 @@ fn line(status: &Value) -> String {
         None | Some(0) => String::new(),
         Some(frames) => format!(", {frames} frames left out: the agent's disk is slow"),
     };
+    if state == "recording" && elapsed >= all {
+        return "finishing: waits for samples that are told late".to_owned();
+    }
     format!("{state} {elapsed:.0} of {all:.0} s, {}{dropped}", size(status["size_bytes"].as_u64().unwrap_or_default()))
 }
 
@@ -417,7 +420,7 @@ mod tests {
         assert_eq!(line(&recording), "recording 12 of 60 s, 34.0 KiB");
         let armed = json!({"state": "armed", "trigger": "busy>0.9"});
         assert_eq!(line(&armed), "waiting for busy>0.9");
-        let slow = json!({"state": "recording", "dropped_frames": 3, "size_bytes": 3_000_000});
+        let slow = json!({"state": "recording", "duration_seconds": 1.0, "dropped_frames": 3, "size_bytes": 3_000_000});
         assert!(line(&slow).ends_with("2.9 MiB, 3 frames left out: the agent's disk is slow"));
     }
 

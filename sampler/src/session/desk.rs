@@ -8,7 +8,7 @@
 //! A session is armed, records, then waits until what it counts is told whole, then ends:
 //!
 //! ```text
-//!  start --with a condition--> Armed --met--> Recording --its end has come--> (tail) --told, or 5 s--> End frame
+//!  start --with a condition--> Armed --met--> Recording --its end has come--> (tail) --told, or 12 s--> End frame
 //!        \--without------------------------/            \--stop: its end is now--/
 //! ```
 
@@ -41,10 +41,10 @@ const SECTION_NS: u64 = 15 * SECOND_NS;
 const MAX_PENDING: usize = 50_000;
 /// Files begin so long before what they count: samples that name nobody are divided by their neighbours, and errors by the last minutes.
 pub const CONTEXT_NS: u64 = 40 * SECOND_NS;
-/// Time is told late: samples wait for their rows, and those that name nobody for later neighbours.
-const TAIL_NS: u64 = SECOND_NS;
-/// Nothing may ever be told of a GPU that hangs.
-const MAX_TAIL_NS: u64 = 5 * SECOND_NS;
+/// Time is told late: samples wait for their rows. A little more than what is counted, for clocks that agree only roughly.
+const TAIL_NS: u64 = SECOND_NS / 2;
+/// Samples that name nobody wait 10 s for later ones; nothing may ever be told of a GPU that hangs.
+const MAX_TAIL_NS: u64 = 12 * SECOND_NS;
 /// Those that wait for a condition, too.
 const MAX_ACTIVE: usize = 8;
 /// A condition that is not met for so long is given up.
@@ -385,10 +385,9 @@ impl Desk {
     }
 
     fn end_those_due(&mut self, now: BootNs) {
-        let covered = self.state.covered();
-        let is_due = |recording: &Recording| {
-            let told = covered.is_none_or(|covered| covered >= recording.end.plus(TAIL_NS));
-            now >= recording.end && (told || now >= recording.end.plus(MAX_TAIL_NS))
+        let is_due = |state: &State, recording: &Recording| {
+            let told = || state.is_told(recording.end.plus(TAIL_NS));
+            now >= recording.end && (now >= recording.end.plus(MAX_TAIL_NS) || told())
         };
         self.end(now, is_due);
     }
@@ -404,17 +403,21 @@ impl Desk {
                 LivePhase::Armed { .. } => self.store.fail(&session.id, now, "the agent ended".into()),
             }
         }
-        self.end(now, |_| true);
+        self.end(now, |_, _| true);
     }
 
-    fn end(&mut self, now: BootNs, is_due: impl Fn(&Recording) -> bool) {
-        let due = |session: &Live| matches!(&session.phase, LivePhase::Recording(recording) if is_due(recording));
-        if self.sessions.iter().any(due) {
+    fn end(&mut self, now: BootNs, is_due: impl Fn(&State, &Recording) -> bool) {
+        let due = |state: &State, session: &Live| match &session.phase {
+            LivePhase::Recording(recording) => is_due(state, recording),
+            LivePhase::Armed { .. } => false,
+        };
+        if self.sessions.iter().any(|session| due(&self.state, session)) {
             self.frame(now);
         }
+        let state = &self.state;
         let (packer, store) = (&mut self.packer, &self.store);
         self.sessions.retain_mut(|session| {
-            let ends = due(session);
+            let ends = due(state, session);
             let LivePhase::Recording(recording) = &mut session.phase else { return true };
             if !store.status(&session.id, now).is_ok_and(|status| status.state == Phase::Recording) {
                 // Its writer has failed, and has said why.

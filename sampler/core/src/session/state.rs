@@ -8,13 +8,18 @@
 //! say the same, and each has the time at which it was first told. Facts that are added up (ticks, idle and unobserved time,
 //! XIDs, `Left`, `Restarted`) are never among them.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, PressureFact, Tick, User};
 use crate::units::{BootNs, ContainerKey};
 
 /// A user is in State frames for so long after it was last named; named again, it is told again.
 const NAMED_LATELY_NS: u64 = 60_000_000_000;
+/// Busy samples that name nobody are divided over this many on each side that name somebody, and wait so long for later ones.
+const NEIGHBOURS: usize = 4;
+const NEIGHBOURS_WITHIN_NS: u64 = 10_000_000_000;
+/// Busy samples remembered to tell that: 10 s of a driver that samples twice as often as any that is known.
+const MAX_TICKS: usize = 128;
 /// Containers remembered; identity forgets them sooner.
 const MAX_CONTAINERS: usize = 131_072;
 /// Processes outside containers remembered, and devices.
@@ -38,6 +43,8 @@ struct GpuState {
     clock: Option<Fact>,
     /// Up to here its time is told.
     covered: BootNs,
+    /// Its last busy samples: when, and whether they name anybody.
+    ticks: VecDeque<(BootNs, bool)>,
 }
 
 #[derive(Debug, Default)]
@@ -73,6 +80,14 @@ fn at(fact: &Fact) -> Option<BootNs> {
         Fact::Time { at, .. } | Fact::Gpu { at, .. } | Fact::ContainerGone { at, .. } => Some(*at),
         Fact::Pressure(pressure) => Some(pressure.at),
         _ => None,
+    }
+}
+
+impl GpuState {
+    fn are_neighbours_told(&self, until: BootNs) -> bool {
+        let Some(last) = self.ticks.iter().rposition(|(at, named)| !named && *at <= until) else { return true };
+        let later = self.ticks.range(last..).filter(|(_, named)| *named).count();
+        later >= NEIGHBOURS || self.covered >= self.ticks[last].0.plus(NEIGHBOURS_WITHIN_NS)
     }
 }
 
@@ -166,11 +181,18 @@ impl State {
             GpuFact::Held(_) => known.held = Some(fact.clone()),
             GpuFact::Readings(_) => known.readings = Some(fact.clone()),
             GpuFact::Clock(_) => known.clock = Some(fact.clone()),
-            GpuFact::Tick(_)
-            | GpuFact::Idle { .. }
-            | GpuFact::Unobserved { .. }
-            | GpuFact::Unsupported { .. }
-            | GpuFact::Measured { .. } => known.covered = known.covered.max(at),
+            GpuFact::Tick(tick) => {
+                known.covered = known.covered.max(at);
+                if tick.busy_percent > 0 {
+                    if known.ticks.len() >= MAX_TICKS {
+                        known.ticks.pop_front();
+                    }
+                    known.ticks.push_back((at, !tick.rows.is_empty()));
+                }
+            }
+            GpuFact::Idle { .. } | GpuFact::Unobserved { .. } | GpuFact::Unsupported { .. } | GpuFact::Measured { .. } => {
+                known.covered = known.covered.max(at)
+            }
             GpuFact::EngineTick(..) | GpuFact::Restarted | GpuFact::Xid { .. } | GpuFact::Left { .. } => {}
         }
     }
@@ -261,9 +283,11 @@ impl State {
         self.now
     }
 
-    /// Up to here the time of every GPU is told; `None` where there is no GPU. One that is divided into MIG devices has none.
-    pub fn covered(&self) -> Option<BootNs> {
+    /// Whether the time of every GPU is told up to here, with the later samples that it takes to say whose it was.
+    pub fn is_told(&self, until: BootNs) -> bool {
+        // One that is divided into MIG devices has no time of its own.
         let has_time = |opened: &Fact| matches!(opened, Fact::Gpu { fact: GpuFact::Opened(info), .. } if info.is_leaf());
-        self.gpus.values().filter(|gpu| gpu.opened.as_ref().is_some_and(has_time)).map(|gpu| gpu.covered).min()
+        let mut all = self.gpus.values().filter(|gpu| gpu.opened.as_ref().is_some_and(has_time));
+        all.all(|gpu| gpu.covered >= until && gpu.are_neighbours_told(until))
     }
 }

@@ -73,6 +73,34 @@ fn names_of_host_processes() {
     assert_eq!((state.nameless().count(), state.facts()), (0, all.to_vec()));
 }
 
+/// A sample that names nobody is told whole once four later ones name somebody, or ten seconds later.
+#[test]
+fn when_the_end_is_told() {
+    let node = Node { gpus: 1, processes: 0, rows: 0 };
+    let at = |second: u64| BootNs(START + second * SECOND);
+    let mut state = State::default();
+    assert!(state.is_told(at(5)), "there is no GPU");
+    node.begin().iter().for_each(|fact| state.apply(fact));
+    let unnamed = |second| {
+        let tick = Tick { stamp: GpuNs(1), ns: SECOND, busy_percent: 9, rows: Vec::new() };
+        Fact::Gpu { gpu: 0, at: at(second), fact: GpuFact::Tick(tick) }
+    };
+    state.apply(&tick(4, C1));
+    assert!(!state.is_told(at(5)));
+    state.apply(&unnamed(5));
+    state.apply(&unnamed(7));
+    for second in 8..11 {
+        state.apply(&tick(second, C1));
+        assert!(state.is_told(at(4)) && !state.is_told(at(5)));
+    }
+    state.apply(&tick(11, C1));
+    assert!(state.is_told(at(5)) && state.is_told(at(11)));
+    state.apply(&unnamed(12));
+    assert!(!state.is_told(at(12)));
+    state.apply(&Fact::Gpu { gpu: 0, at: at(22), fact: GpuFact::Idle { ns: SECOND } });
+    assert!(state.is_told(at(12)));
+}
+
 #[test]
 fn a_thousand_lives_a_second_leave_nothing() {
     let mut state = State::default();
