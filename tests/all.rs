@@ -17,6 +17,7 @@ mod losses;
 mod matrix;
 mod modes;
 mod places;
+mod pressure;
 mod prometheus;
 mod quirks;
 mod simulator;

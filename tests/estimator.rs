@@ -8,11 +8,11 @@ use nvidia_ml_sim::faults::Faults;
 use nvidia_ml_sim::loads::{Load, Pattern, Ways};
 use nvidia_ml_sim::model::Model;
 use nvidia_ml_sim::world::World;
-use sampler_core::aggregate::Core;
 use sampler_core::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Observation, Place, ProcessKind, ProcessRow, ProcessSeen,
     RunningProcess,
 };
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, MigMode, Snapshot};
 use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 

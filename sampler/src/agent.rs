@@ -9,8 +9,10 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
-use sampler_core::aggregate::Core;
+use sampler_core::aggregate::Settings;
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
+use tokio::net::TcpListener;
 
 use crate::cli::told;
 use crate::config::Config;
@@ -18,11 +20,13 @@ use crate::core_thread::CoreThread;
 use crate::export::http::{self, AppState};
 use crate::health::Health;
 use crate::inbox::inbox;
-use crate::labels::{self, LabelConfig};
+use crate::labels::{self, LabelConfig, LabelService};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::observe::pressure;
+use crate::session::{Recorder, Sources, Store};
 
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -62,6 +66,18 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     Ok(tracker)
 }
 
+fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snapshot>>) -> anyhow::Result<Recorder> {
+    let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
+    let labels = labels.clone();
+    let sources = Sources {
+        labels: Box::new(move || labels.view()),
+        snapshot: Arc::clone(snapshot),
+        procfs: config.path_procfs.clone(),
+        node: config.node().unwrap_or_else(|| "unknown".into()),
+    };
+    Recorder::spawn(store, sources, config.session_ring_bytes)
+}
+
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -70,15 +86,18 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .enable_all()
         .build()
         .context("cannot start the IO runtime")?;
-    let result = runtime.block_on(serve(Arc::new(config)));
+    let result = runtime.block_on(async {
+        // The port first: an agent that cannot be scraped should say so before it loads anything.
+        let listener = http::bind(config.listen).await?;
+        serve(Arc::new(config), listener, signalled()).await
+    });
     // A file read may hang in the kernel; it must not keep the agent.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     result
 }
 
-async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
-    // The port first: an agent that cannot be scraped should say so before it loads anything.
-    let listener = http::bind(config.listen).await?;
+/// Is the agent until `stop_asked`.
+pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl Future<Output = ()>) -> anyhow::Result<()> {
     let health = Arc::new(Health::default());
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -89,8 +108,16 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)))?;
+    let pressure_told = pressure::Told {
+        to: to_core.clone(),
+        health: Arc::clone(&health),
+        snapshot: Arc::clone(&snapshot),
+        stop: Arc::clone(&stop),
+    };
+    let pressure = pressure::start(&layout, &config.path_procfs, pressure_told).context("cannot start the thread pressure")?;
+    let recorder = recorder(&config, &labels, &snapshot)?;
     let core = CoreThread {
-        core: Core::default(),
+        core: Core::new(Settings::default(), true),
         config: Arc::clone(&config),
         layout,
         tracker,
@@ -100,6 +127,7 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         containers: to_labels,
         stop: Arc::clone(&stop),
         start_over: false,
+        recorder: recorder.clone(),
     };
     // Dropped when the core thread ends, also by a panic: an agent without it must not go on serving what was once true.
     let (core_lives, core_ended) = tokio::sync::oneshot::channel::<()>();
@@ -111,18 +139,33 @@ async fn serve(config: Arc<Config>) -> anyhow::Result<()> {
         })
         .context("cannot start the core thread")?;
 
-    let state = Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, Arc::clone(&health), to_core));
+    let looking = recorder.clone();
+    tokio::spawn(async move {
+        if let Err(error) = looking.look().await {
+            tracing::warn!(error = told(&error), "sessions of earlier runs cannot be listed");
+        }
+    });
+    let state =
+        Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, pressure, Arc::clone(&health), to_core, recorder.clone()));
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
-    let served = http::serve(listener, state, shutdown(core_ended)).await;
+    let served = http::serve(listener, state, async {
+        tokio::select! {
+            () = stop_asked => {}
+            _ = core_ended => tracing::error!("the core thread ended"),
+        }
+    })
+    .await;
     stop.store(true, Ordering::Relaxed);
     // A poller may hang in a driver call: only the core thread is waited for.
     if core.join().is_err() {
         anyhow::bail!("the core thread panicked; please report what the log shows above");
     }
+    // A disk may hang: sessions that do not end in time are interrupted.
+    recorder.close(SHUTDOWN_GRACE);
     served.map_err(Into::into)
 }
 
-async fn shutdown(core_ended: tokio::sync::oneshot::Receiver<()>) {
+async fn signalled() {
     use tokio::signal::unix::{SignalKind, signal};
     let terminate = async {
         match signal(SignalKind::terminate()) {
@@ -137,7 +180,6 @@ async fn shutdown(core_ended: tokio::sync::oneshot::Receiver<()>) {
     };
     tokio::select! {
         () = terminate => {}
-        _ = core_ended => tracing::error!("the core thread ended"),
         result = tokio::signal::ctrl_c() => {
             if let Err(error) = result {
                 tracing::warn!(%error, "SIGINT cannot be listened to");

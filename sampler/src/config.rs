@@ -11,6 +11,9 @@ use thiserror::Error;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
+pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
+pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
+pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
 
 /// How processes and cgroups are followed.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
@@ -85,6 +88,15 @@ pub struct Settings {
     /// Percent of one processor that reading one GPU may take, waiting for the driver included; 0.01 to 100 [default: 1]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_BUDGET_PERCENT")]
     pub gpu_budget_percent: Option<f64>,
+    /// Where sessions are kept; made when the first one is recorded [default: /var/lib/gpu-sampler/sessions]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_SESSION_DIR")]
+    pub session_dir: Option<PathBuf>,
+    /// Size of all sessions together; the oldest that have ended are removed beyond it [default: 1073741824]
+    #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_DIR_MAX_BYTES")]
+    pub session_dir_max_bytes: Option<u64>,
+    /// Memory for the last minutes, which sessions can look back to [default: 8388608]
+    #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_RING_BYTES")]
+    pub session_ring_bytes: Option<usize>,
     /// File with the bearer token that clients beyond loopback must send
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
@@ -107,6 +119,9 @@ pub struct Config {
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
     pub gpu_budget_percent: f64,
+    pub session_dir: PathBuf,
+    pub session_dir_max_bytes: u64,
+    pub session_ring_bytes: usize,
     pub token: Option<String>,
     pub open_metrics: bool,
 }
@@ -133,6 +148,12 @@ impl Config {
     pub fn btf(&self) -> PathBuf {
         self.path_sysfs.join("kernel/btf/vmlinux")
     }
+
+    /// The machine, as it calls itself.
+    pub fn node(&self) -> Option<String> {
+        let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
+        Some(name.trim().to_owned()).filter(|name| !name.is_empty())
+    }
 }
 
 impl Settings {
@@ -152,6 +173,9 @@ impl Settings {
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
+            session_dir: self.session_dir.or(under.session_dir),
+            session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
+            session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
             token_file: self.token_file.or(under.token_file),
             open_metrics: self.open_metrics.or(under.open_metrics),
         }
@@ -194,6 +218,14 @@ impl Settings {
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             gpu_budget_percent: budget(s.gpu_budget_percent)?,
+            session_dir: absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
+            session_dir_max_bytes: size(
+                "session_dir_max_bytes",
+                s.session_dir_max_bytes,
+                DEFAULT_SESSION_DIR_MAX_BYTES,
+                1 << 20,
+            )?,
+            session_ring_bytes: size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
             token,
             open_metrics,
         })
@@ -206,6 +238,27 @@ fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<Path
 
 fn folder(key: &'static str, path: Option<PathBuf>, default: &str, what: &'static str) -> Result<PathBuf, ConfigError> {
     path.map_or_else(|| Ok(PathBuf::from(default)), |path| existing(key, path, what))
+}
+
+/// It is used later, by whatever directory is the current one then.
+fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
+    if !path.as_os_str().is_empty()
+        && let Ok(path) = std::path::absolute(&path)
+    {
+        return Ok(path);
+    }
+    let remedy = "give the path of a folder".into();
+    Err(ConfigError::Value { key, value: path.display().to_string(), remedy })
+}
+
+fn size<T: PartialOrd + std::fmt::Display>(key: &'static str, given: Option<T>, default: T, least: T) -> Result<T, ConfigError> {
+    match given {
+        Some(bytes) if bytes < least => {
+            Err(ConfigError::Value { key, value: bytes.to_string(), remedy: format!("give {least} bytes or more") })
+        }
+        Some(bytes) => Ok(bytes),
+        None => Ok(default),
+    }
 }
 
 /// Anything else would look like a machine on which nothing runs.
@@ -331,6 +384,9 @@ mod tests {
         check("gpu_budget_percent = 0.01", "ok");
         check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is wrong: give a percentage");
         check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is wrong: give a percentage");
+        check("session_dir = ''", "session_dir = \"\" is wrong: give the path");
+        check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is wrong: give 1048576 bytes or more");
+        check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is wrong: give 65536");
         check("gpu_budget_percent = nan", "is wrong: give a percentage");
     }
 
@@ -346,6 +402,9 @@ mod tests {
             read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
+                && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
+                && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
+                && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
                 && read.token_file.is_some()
                 && read.open_metrics.is_some()
         );

@@ -13,9 +13,9 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::aggregate::Core;
 use sampler_core::identity::ContainerChange;
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::BootNs;
 use tokio::sync::mpsc::UnboundedSender;
@@ -32,6 +32,7 @@ use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::session::Recorder;
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 /// Without kernel events, the processes that are followed are looked at this often; without inotify, all of them and all cgroups.
@@ -62,6 +63,7 @@ pub struct CoreThread {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub containers: UnboundedSender<ContainerEvent>,
     pub stop: Arc<AtomicBool>,
+    pub recorder: Recorder,
     /// inotify has lost track: watch and scan anew.
     pub start_over: bool,
 }
@@ -417,6 +419,8 @@ impl CoreThread {
     fn publish(&mut self) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
+        // The only place where facts leave the core: they go to whoever records.
+        self.recorder.tell(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
         }

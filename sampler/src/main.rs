@@ -10,6 +10,7 @@ mod health;
 mod inbox;
 mod labels;
 mod observe;
+mod session;
 
 use std::process::ExitCode;
 

@@ -72,7 +72,12 @@ impl CgroupTree {
 
     /// On the v1 hierarchy of the `pids` controller.
     pub fn v1(name: &str) -> Result<Self> {
-        Self::on(mounted("cgroup", "pids")?, name)
+        Self::with_controller("pids", name)
+    }
+
+    /// On the v1 hierarchy of this controller.
+    pub fn with_controller(controller: &str, name: &str) -> Result<Self> {
+        Self::on(mounted("cgroup", controller)?, name)
     }
 
     fn on(mount: PathBuf, name: &str) -> Result<Self> {

@@ -35,6 +35,8 @@ const ENGINE_PATIENCE: Duration = Duration::from_secs(30);
 pub enum Leftover {
     /// A cgroup of ours, with the processes in it.
     Cgroup(PathBuf),
+    /// The cgroups of tests whose process has ended, of whichever run.
+    TestCgroups,
     /// A folder that others may have come to use: removed only when empty.
     Folder(PathBuf),
     /// A folder of ours, with all that is in it or mounted below it.
@@ -65,6 +67,7 @@ impl Leftover {
         let path = |path: &Path| path.to_str().map(str::to_owned).context("a path that is not UTF-8");
         let words = match self {
             Self::Cgroup(dir) => vec!["cgroup".into(), path(dir)?],
+            Self::TestCgroups => vec!["test-cgroups".into()],
             Self::Folder(dir) => vec!["folder".into(), path(dir)?],
             Self::Tree(dir) => vec!["tree".into(), path(dir)?],
             Self::Container { socket, name } => vec!["container".into(), path(socket)?, name.clone()],
@@ -82,6 +85,7 @@ impl Leftover {
         let words: Vec<&str> = line.split('\t').collect();
         Some(match *words.as_slice() {
             ["cgroup", dir] => Self::Cgroup(dir.into()),
+            ["test-cgroups"] => Self::TestCgroups,
             ["folder", dir] => Self::Folder(dir.into()),
             ["tree", dir] => Self::Tree(dir.into()),
             ["container", socket, name] => Self::Container { socket: socket.into(), name: name.into() },
@@ -95,6 +99,7 @@ impl Leftover {
     fn remove(&self) -> Result<()> {
         match self {
             Self::Cgroup(dir) => remove_cgroup(dir),
+            Self::TestCgroups => remove_test_cgroups(),
             Self::Folder(dir) => {
                 // Not empty or busy: someone else's by now.
                 let _theirs = fs::remove_dir(dir);
@@ -211,6 +216,33 @@ fn remove_cgroup(dir: &Path) -> Result<()> {
         last.is_ok()
     });
     last.with_context(|| dir.display().to_string())
+}
+
+/// What the tests' own `CgroupTree` is called; the pid of the test process follows.
+const TEST_CGROUP: &str = "gpu-sampler-test-";
+
+/// A test run that was killed leaves containers that nobody can name, and the next run would meet them.
+pub fn remove_test_cgroups() -> Result<()> {
+    for mount in mounts().into_iter().filter(Mount::is_cgroup) {
+        for dir in cgroups_named(&mount.point, TEST_CGROUP, 0) {
+            let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+            let pid = name.strip_prefix(TEST_CGROUP).and_then(|rest| rest.split('-').next()?.parse().ok());
+            if pid.is_some_and(|pid| start_time(pid).is_none()) {
+                remove_cgroups(&dir)?;
+            }
+        }
+    }
+    Ok(())
+}
+
+/// With those below it.
+fn remove_cgroups(dir: &Path) -> Result<()> {
+    for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
+        if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
+            remove_cgroups(&entry.path())?;
+        }
+    }
+    remove_cgroup(dir)
 }
 
 fn remove_tree(dir: &Path) -> Result<()> {

@@ -3,7 +3,7 @@
 use crate::{
     build::{self, Profile},
     dockerd,
-    janitor::{Cleanup, Leftover, start_time},
+    janitor::{self, Cleanup, Leftover, start_time},
     setup, sys,
     tools::{self, say, shown},
 };
@@ -37,6 +37,8 @@ pub fn verb(filters: &[String]) -> Result<()> {
 
     sys::catch_signals();
     let mut cleanup = Cleanup::start()?;
+    janitor::remove_test_cgroups()?;
+    cleanup.will_remove(&Leftover::TestCgroups)?;
     let mut unit = tools::cargo(&["test", "--workspace", "--exclude", PRIVILEGED, "--locked", "--no-fail-fast", "--"])?;
     unit.args(filters).env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
     let unit = run(unit, &mut cleanup);

@@ -202,3 +202,12 @@ pub struct CpuQuota {
     pub throttled_periods: u64,
     pub throttled_ns: u64,
 }
+
+impl User {
+    pub fn container(self) -> Option<ContainerKey> {
+        match self {
+            User::Container(key) => Some(key),
+            User::Host(_) | User::Nobody(_) => None,
+        }
+    }
+}

@@ -2,10 +2,12 @@
 #![forbid(unsafe_code)]
 
 pub mod aggregate;
+pub mod attribute;
 pub mod fact;
 pub mod identity;
 pub mod labels;
 pub mod observation;
+pub mod pipeline;
 pub mod recover;
 pub mod report;
 pub mod session;

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::fact::PressureFact;
 use crate::recover::Rejected;
 use crate::snapshot::{DeviceReadings, Engine, GpuInfo};
 use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
@@ -206,6 +207,7 @@ pub enum Observation {
         xid: u64,
         count: u64,
     },
+    Pressure(PressureFact),
     Tick {
         at: BootNs,
         wall: WallTime,

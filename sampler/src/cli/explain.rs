@@ -13,6 +13,7 @@ use sampler_core::units::BootNs;
 use serde_json::Value;
 
 use super::ask::{self, Answer};
+use super::sample;
 use crate::config::{Config, Settings};
 use crate::explain::{Explanation, Known, Subject, known, no_container, plain_id, record_of, why_unknown};
 use crate::labels::{FILES, LabelConfig, once};
@@ -23,13 +24,14 @@ const EXAMPLES: &str = "\
 Examples:
   gpu-sampler explain --pid 4711
   gpu-sampler explain --container 73e1a9
-  gpu-sampler explain --cgroup /kubepods/pod.../73e1... --offline --json";
+  gpu-sampler explain --cgroup /kubepods/pod.../73e1... --offline --json
+  gpu-sampler explain --sample 12.5s --gpu 0 --file slow-training.gpus";
 
 /// Where something else than an agent answers.
 const REMEDY: &str = "name one with --agent or --listen, or do without: --no-agent asks the sources from here";
 
 #[derive(Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("subject").required(true).args(["pid", "cgroup", "container", "missing"]))]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("subject").required(true).args(["pid", "cgroup", "container", "missing", "sample"]))]
 pub struct Explain {
     /// A process, by its pid on the host; one that has ended is known to a running agent for 40 s
     #[arg(long, value_name = "N", conflicts_with = "offline")]
@@ -43,6 +45,15 @@ pub struct Explain {
     /// Every container of which a label is missing, and who would tell it; needs a running agent
     #[arg(long, conflicts_with_all = ["offline", "no_agent"])]
     missing: bool,
+    /// A sample of a recorded session, by its time or seconds after the start: to whom it went, and why
+    #[arg(long, value_name = "TIME", requires_all = ["gpu", "file"], conflicts_with_all = ["offline", "agent", "no_agent"])]
+    sample: Option<String>,
+    /// With --sample: the GPU, by index or UUID
+    #[arg(long, value_name = "GPU", requires = "sample")]
+    gpu: Option<String>,
+    /// With --sample: the session
+    #[arg(long, value_name = "FILE", requires = "sample")]
+    file: Option<PathBuf>,
     /// Parse the path only: no agent is asked, no file is read
     #[arg(long)]
     offline: bool,
@@ -64,6 +75,11 @@ pub struct Explain {
 
 impl Explain {
     pub fn run(self) -> anyhow::Result<()> {
+        if let (Some(time), Some(gpu), Some(file)) = (&self.sample, &self.gpu, &self.file) {
+            let told = sample::explain(file, gpu, time)?;
+            let json = || anyhow::Ok(format!("{}\n", serde_json::to_string_pretty(&told)?));
+            return super::print(&if self.json { json()? } else { sample::text(&told) });
+        }
         let subject = match (&self.cgroup, self.pid, &self.container) {
             (Some(path), ..) if !path.starts_with('/') => {
                 bail!("--cgroup {path:?} is not a path within a hierarchy; it begins with /, as in /proc/PID/cgroup")

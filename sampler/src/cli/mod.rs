@@ -1,9 +1,13 @@
 //! The verbs. Exit codes: 0 done, 1 failed, 2 usage (clap's own).
 
 mod ask;
+mod client;
 mod doctor;
 mod explain;
+mod record;
+mod report;
 mod runtimes;
+mod sample;
 mod top;
 
 use std::io::{IsTerminal as _, Write as _};
@@ -29,6 +33,10 @@ pub struct Cli {
 enum Verb {
     /// The node agent: follows containers, samples the GPUs, serves /metrics
     Run(Run),
+    /// Records a session: who uses which GPU, for a while, with what was before
+    Record(Box<record::Record>),
+    /// What a recorded session says: who used which GPU, with whom, and whom that kept waiting; two sessions are compared
+    Report(report::ReportArgs),
     /// Who uses which GPU now, how much, and whom that keeps waiting: a live view of a running agent
     Top(top::Top),
     /// Which container a process or a cgroup belongs to, and how that is known
@@ -67,6 +75,8 @@ impl Cli {
                 log("info");
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
+            Verb::Record(record) => return record.run(),
+            Verb::Report(report) => return report.run(),
             Verb::Top(top) => top.run()?,
             Verb::Explain(explain) => explain.run()?,
             Verb::Doctor(doctor) => {

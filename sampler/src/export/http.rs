@@ -28,11 +28,14 @@ use tokio::sync::Semaphore;
 use super::assigned::Assigned;
 use super::encode::Families;
 use super::ledger::{Exposition, Ledger};
-use super::{driver, explain, families, gpus, live, page, web};
+use super::pressure::Waits;
+use super::{driver, explain, families, gpus, live, page, pressure, sessions, web};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;
 use crate::labels::LabelService;
+use crate::observe::pressure::PressureView;
+use crate::session::Recorder;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -61,9 +64,12 @@ pub struct AppState {
     pub config: Arc<Config>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub labels: LabelService,
+    pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
+    waits: Mutex<Waits>,
     pub core: Outbox,
+    pub recorder: Recorder,
     /// What the machine calls itself.
     pub node: Option<String>,
 }
@@ -73,12 +79,14 @@ impl AppState {
         config: Arc<Config>,
         snapshot: Arc<ArcSwap<Snapshot>>,
         labels: LabelService,
+        pressure: Arc<ArcSwap<PressureView>>,
         health: Arc<Health>,
         core: Outbox,
+        recorder: Recorder,
     ) -> Self {
-        let node = std::fs::read_to_string(config.path_procfs.join("sys/kernel/hostname"));
-        let node = node.ok().map(|name| name.trim().to_owned()).filter(|name| !name.is_empty());
-        Self { config, snapshot, labels, health, ledger: Mutex::default(), core, node }
+        let node = config.node();
+        let (ledger, waits) = (Mutex::default(), Mutex::default());
+        Self { config, snapshot, labels, pressure, health, ledger, waits, core, recorder, node }
     }
 
     fn ledger(&self) -> MutexGuard<'_, Ledger> {
@@ -118,6 +126,7 @@ pub fn router(state: &Arc<AppState>) -> Router {
         .route("/api/v1/containers", get(containers))
         .route("/api/v1/explain", get(explain::answer))
         .route("/api/v1/processes", get(processes))
+        .merge(sessions::router())
         .layer(from_fn_with_state(Arc::clone(state), guard))
         .with_state(Arc::clone(state))
 }
@@ -264,10 +273,14 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     let mut all = Families::default();
     families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
+    let view = state.pressure.load();
+    state.waits.lock().unwrap_or_else(PoisonError::into_inner).add(&page, &view, &mut all);
+    pressure::reads(&view, &mut all);
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
     driver::calls(&state.health.driver.view(), state.config.gpu_budget_percent, &mut all);
+    sessions::metrics(&state.recorder.view(), &mut all);
     text(all)
 }
 
@@ -330,6 +343,7 @@ mod tests {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
         use crate::observe::kernel::layout::layout;
+        use crate::session::{Sources, Store};
         use axum::body::Body;
         use tower::ServiceExt as _;
 
@@ -345,7 +359,15 @@ mod tests {
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
-        let state = AppState::new(config, Arc::default(), labels, Arc::default(), core);
+        let sources = Sources {
+            labels: Box::new(Default::default),
+            snapshot: Arc::default(),
+            procfs: config.path_procfs.clone(),
+            node: String::new(),
+        };
+        let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
+        let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();
+        let state = AppState::new(config, Arc::default(), labels, Arc::default(), Arc::default(), core, recorder);
         let mut request = axum::http::Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);

@@ -11,4 +11,6 @@ mod ledger;
 pub mod live;
 mod others;
 mod page;
+mod pressure;
+mod sessions;
 mod web;

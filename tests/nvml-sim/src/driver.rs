@@ -6,7 +6,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
 
 use crate::clock::GpuClock;
-use crate::faults::Effect;
+use crate::faults::{Effect, Held};
 use crate::follow::Follower;
 use crate::loads;
 use crate::model::{Model, Tick};
@@ -171,6 +171,11 @@ impl Driver {
             seconds * 1e6 / (served - from).max(1) as f64 * self.part(unit)
         };
         Ok(self.world.units().into_iter().filter(|u| u.gpu == gpu && u.mig.is_some()).map(of).sum())
+    }
+
+    /// What a throttle that is in force leaves of power, the SM clock and temperature.
+    pub fn held(&self, gpu: usize) -> Held {
+        self.log.faults.held(gpu, self.now())
     }
 
     /// Bits of nvmlClocksEventReasons.

@@ -47,6 +47,22 @@ pub struct Fault {
     /// Bits of nvmlClocksEventReasons.
     #[serde(default)]
     pub reasons: u64,
+    #[serde(default, flatten)]
+    pub held: Held,
+}
+
+/// What the device shows while its clocks are held down; what is left out stays as it is.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Held {
+    /// The SM clock is at most this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mhz: Option<u32>,
+    /// The power limit, and power is at most this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub watts: Option<u32>,
+    /// The temperature is at least this.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub celsius: Option<u32>,
 }
 
 /// Ends the faults that are in force and match.
@@ -156,6 +172,9 @@ pub fn checked(fault: Fault) -> Result<Fault, String> {
     if fault.call.is_some() && !of_calls {
         return Err(format!("kind {:?} is of no single call", fault.kind));
     }
+    if fault.held != Held::default() && fault.kind != Kind::Throttle {
+        return Err(format!("kind {:?} holds nothing down: mhz, watts and celsius are of throttle", fault.kind));
+    }
     if fault.kind == Kind::Reload && fault.gpu.is_some() {
         return Err("the driver is reloaded for every GPU: leave gpu out".into());
     }
@@ -167,6 +186,12 @@ pub fn micros(duration: Duration) -> u64 {
 }
 
 impl Fault {
+    /// For ever, on every GPU, and as yet without what its kind wants.
+    pub fn of_kind(kind: Kind) -> Self {
+        let (call, held) = (None, Held::default());
+        Self { gpu: None, from_us: 0, until_us: None, kind, call, error: 0, micros: 0, reasons: 0, held }
+    }
+
     fn of(&self, gpu: usize) -> bool {
         self.gpu.is_none_or(|g| g == gpu)
     }
@@ -243,6 +268,17 @@ impl Faults {
         self.in_force(gpu, at_us).filter(|f| f.kind == Kind::Throttle).fold(0, |bits, f| bits | f.reasons)
     }
 
+    /// Where several are in force, the one that holds down most.
+    pub fn held(&self, gpu: usize, at_us: u64) -> Held {
+        let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
+        let all = self.in_force(gpu, at_us).filter(|f| f.kind == Kind::Throttle).map(|f| f.held);
+        all.fold(Held::default(), |a, b| Held {
+            mhz: least(a.mhz, b.mhz),
+            watts: least(a.watts, b.watts),
+            celsius: a.celsius.into_iter().chain(b.celsius).max(),
+        })
+    }
+
     pub fn reloading(&self, at_us: u64) -> bool {
         self.0.iter().any(|f| f.kind == Kind::Reload && f.at(at_us))
     }
@@ -282,7 +318,7 @@ mod tests {
     use super::*;
 
     fn fault(kind: Kind, gpu: Option<usize>, from_us: u64, until_us: Option<u64>) -> Fault {
-        Fault { gpu, from_us, until_us, kind, call: None, error: 6, micros: 9, reasons: 4 }
+        Fault { gpu, from_us, until_us, error: 6, micros: 9, reasons: 4, ..Fault::of_kind(kind) }
     }
 
     #[test]
@@ -335,6 +371,23 @@ mod tests {
         assert!(wrong(Fault { reasons: 0, ..fault(Kind::Throttle, None, 0, None) }).contains("wants reasons"));
         assert!(wrong(Fault { call: Some("a".into()), ..fault(Kind::Lost, None, 0, None) }).contains("no single call"));
         assert!(wrong(fault(Kind::Reload, Some(0), 0, None)).contains("every GPU"));
+    }
+
+    #[test]
+    fn several_throttles_hold_down_what_the_strictest_says() {
+        let throttle = |from, until, mhz, watts, celsius| Fault {
+            held: Held { mhz, watts, celsius },
+            ..fault(Kind::Throttle, Some(0), from, Some(until))
+        };
+        let faults =
+            Faults::new(vec![throttle(10, 30, Some(900), None, Some(88)), throttle(20, 40, Some(1000), Some(150), Some(70))]);
+        let check = |at, mhz, watts, celsius| assert_eq!(faults.held(0, at), Held { mhz, watts, celsius }, "{at}");
+        check(15, Some(900), None, Some(88));
+        check(25, Some(900), Some(150), Some(88));
+        check(35, Some(1000), Some(150), Some(70));
+        check(40, None, None, None);
+        let wrong = Fault { held: Held { mhz: Some(1), ..Held::default() }, ..fault(Kind::Slow, None, 0, None) };
+        assert!(checked(wrong).unwrap_err().contains("holds nothing down"));
     }
 
     #[test]

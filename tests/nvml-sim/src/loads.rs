@@ -50,6 +50,12 @@ pub struct Ways {
     pub ofa: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,
+    /// Demands for compute that follow each other from the load's begin on, in place of one; the load's own is the largest of them.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub steps: Vec<Step>,
+    /// From when the steps count instead; until then the first of them is wanted.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub steps_from_us: Option<u64>,
     /// Number of the MIG device on the GPU.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub mig: Option<usize>,
@@ -63,6 +69,14 @@ pub struct Pattern {
     pub every_us: u64,
     pub on_us: u64,
     pub phase_us: u64,
+}
+
+/// Of a schedule. Only the last may have no end; where it has one, the schedule begins anew after it.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+pub struct Step {
+    pub demand: f64,
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub lasts_us: Option<u64>,
 }
 
 impl Ways {
@@ -84,6 +98,25 @@ impl Load {
     pub fn wants_at(&self, us: u64) -> bool {
         let on = |p: &Pattern| (us + p.every_us - p.phase_us % p.every_us) % p.every_us < p.on_us;
         self.begin_us <= us && !self.ended_by(us) && self.ways.pattern.as_ref().is_none_or(on)
+    }
+}
+
+impl Load {
+    /// What it wants of the compute engine then, while it is in force.
+    pub fn demand_at(&self, us: u64) -> f64 {
+        let Some(last) = self.ways.steps.last() else { return self.demand };
+        let round_us: u64 = self.ways.steps.iter().filter_map(|step| step.lasts_us).sum();
+        let mut into = us.saturating_sub(self.ways.steps_from_us.unwrap_or(self.begin_us));
+        if last.lasts_us.is_some() && round_us > 0 {
+            into %= round_us;
+        }
+        for step in &self.ways.steps {
+            match step.lasts_us {
+                Some(lasts) if into >= lasts => into -= lasts,
+                _ => return step.demand,
+            }
+        }
+        last.demand
     }
 }
 
@@ -235,9 +268,29 @@ mod tests {
     }
 
     #[test]
+    fn steps_count_from_the_load_s_begin() {
+        let check = |steps: &[(f64, Option<u64>)], expect: &[(u64, f64)]| {
+            let steps = steps.iter().map(|(demand, lasts_us)| Step { demand: *demand, lasts_us: *lasts_us }).collect();
+            let load = Load { begin_us: 1_000, ways: Ways { steps, ..Ways::default() }, ..load(1, 1) };
+            for (after, demand) in expect {
+                assert_eq!(load.demand_at(1_000 + after), *demand, "{:?} after {after}", load.ways.steps);
+            }
+        };
+        check(&[], &[(0, 0.5), (u64::MAX / 2, 0.5)]);
+        check(&[(1.0, Some(20)), (0.0, Some(10))], &[(0, 1.0), (19, 1.0), (20, 0.0), (29, 0.0), (30, 1.0), (50, 0.0), (60, 1.0)]);
+        check(&[(1.0, Some(20)), (0.25, None)], &[(19, 1.0), (20, 0.25), (1 << 40, 0.25)]);
+        check(&[(0.75, None)], &[(0, 0.75), (1 << 40, 0.75)]);
+        let steps = [(0.5, Some(20)), (0.0, None)].map(|(demand, lasts_us)| Step { demand, lasts_us }).to_vec();
+        let ways = Ways { steps, steps_from_us: Some(1_500), ..Ways::default() };
+        let load = Load { begin_us: 1_000, ways, ..load(1, 1) };
+        assert_eq!([1_000, 1_499, 1_519, 1_520].map(|at| load.demand_at(at)), [0.5, 0.5, 0.5, 0.0]);
+    }
+
+    #[test]
     fn the_ways_of_a_load_and_faults_survive_the_log() {
         let pattern = Some(Pattern { every_us: 167_000, on_us: 80_000, phase_us: 20_000 });
-        let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, mig: Some(1), mps: true, ..Ways::default() };
+        let steps = vec![Step { demand: 0.5, lasts_us: Some(9) }, Step { demand: 0.0, lasts_us: None }];
+        let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, steps, mig: Some(1), mps: true, ..Ways::default() };
         let before = Load { ways, ..load(7, 9) };
         let text = serde_json::to_string(&Line::Begin { begin: before.clone() }).unwrap();
         assert!(matches!(serde_json::from_str(&text).unwrap(), Line::Begin { begin } if begin == before));
@@ -245,8 +298,7 @@ mod tests {
         fs::write(dir.path().join(FILE), "").unwrap();
         let mut log = Log::open(dir.path()).unwrap();
         let kind = crate::faults::Kind::Stall;
-        let fault =
-            Fault { gpu: Some(1), from_us: 0, until_us: None, kind, call: Some("a".into()), error: 0, micros: 0, reasons: 0 };
+        let fault = Fault { gpu: Some(1), call: Some("a".into()), ..Fault::of_kind(kind) };
         let at = log.fault(fault, Some(5)).unwrap();
         log.clear(Clear { gpu: None, kind: Some(kind), at_us: 0 }).unwrap();
         log.xid(1, 79, 3).unwrap();

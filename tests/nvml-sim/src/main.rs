@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::{Parser, Subcommand};
-use nvidia_ml_sim::faults::{self, Clear, Fault, Kind, micros};
+use nvidia_ml_sim::faults::{self, Clear, Fault, Held, Kind, micros};
 use nvidia_ml_sim::{loads, symbols, time, world};
 
 #[derive(Parser)]
@@ -91,9 +91,15 @@ struct Demand {
     /// Index of the GPU
     #[arg(long)]
     gpu: usize,
-    /// Part of the GPU it wants, above 0 and up to 1; may be left out when it wants another engine
+    /// Part of the GPU it wants, above 0 and up to 1; may be left out when it wants another engine, or memory alone
     #[arg(long, value_parser = demand)]
     demand: Option<f64>,
+    /// Demands that follow each other from its begin on, such as 1.0:20s,0:10s; begun anew at the end, unless the last has no duration
+    #[arg(long, value_name = "DEMAND:FOR,..", value_parser = steps, conflicts_with = "demand")]
+    demands: Option<Steps>,
+    /// The demands count from then on, instead of from the load's begin; until then it wants the first. RFC 3339
+    #[arg(long, value_parser = time::parse, requires = "demands")]
+    since: Option<u64>,
     /// GPU memory it holds, such as 2GiB or 512MiB
     #[arg(long, value_parser = bytes, default_value = "0")]
     mem: u64,
@@ -122,11 +128,20 @@ struct FaultArgs {
     /// Why clocks are held down: sw_power_cap, hw_thermal and others, with commas between
     #[arg(long, value_parser = faults::reasons)]
     reasons: Option<u64>,
+    /// With reasons: the SM clock is at most this
+    #[arg(long)]
+    mhz: Option<u32>,
+    /// With reasons: the power limit, and power is at most this
+    #[arg(long)]
+    watts: Option<u32>,
+    /// With reasons: the temperature is at least this
+    #[arg(long)]
+    celsius: Option<u32>,
     /// End after this long, such as 5s; for ever when left out
     #[arg(long = "for", value_parser = time::span)]
     lasts: Option<Duration>,
     /// End what is in force, on this GPU and of this kind where given
-    #[arg(long, conflicts_with_all = ["call", "error", "micros", "reasons", "lasts"])]
+    #[arg(long, conflicts_with_all = ["call", "error", "micros", "reasons", "mhz", "watts", "celsius", "lasts"])]
     clear: bool,
 }
 
@@ -167,8 +182,10 @@ fn check(load: &Demand) -> anyhow::Result<()> {
 
 fn declared(load: &Demand, pid: u32) -> anyhow::Result<loads::Load> {
     let start_time = loads::start_time(pid).with_context(|| format!("--pid {pid}: there is no such process"))?;
-    let (gpu, demand, memory_bytes) = (load.gpu, load.demand.unwrap_or(0.0), load.mem);
-    let ways = load.ways.ways(load.demand.is_some())?;
+    let steps = load.demands.clone().map(|steps| steps.0).unwrap_or_default();
+    let most = steps.iter().map(|step| step.demand).reduce(f64::max);
+    let (gpu, demand, memory_bytes) = (load.gpu, load.demand.or(most).unwrap_or(0.0), load.mem);
+    let ways = loads::Ways { steps, steps_from_us: load.since, ..load.ways.ways(demand > 0.0 || memory_bytes > 0)? };
     Ok(loads::Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways })
 }
 
@@ -189,7 +206,8 @@ fn fault(asked: FaultArgs) -> anyhow::Result<()> {
     let kind = asked.kind.context("--kind is missing")?;
     let (error, reasons) = (asked.error.unwrap_or(0), asked.reasons.unwrap_or(0));
     let (gpu, call, micros_) = (asked.gpu, asked.call, asked.micros);
-    let fault = Fault { gpu, from_us: 0, until_us: None, kind, call, error, micros: micros_, reasons };
+    let held = Held { mhz: asked.mhz, watts: asked.watts, celsius: asked.celsius };
+    let fault = Fault { gpu, call, error, micros: micros_, reasons, held, ..Fault::of_kind(kind) };
     let fault = faults::checked(fault).map_err(anyhow::Error::msg)?;
     log.fault(fault, asked.lasts.map(micros)).map(|_| ())
 }
@@ -242,6 +260,24 @@ fn demand(text: &str) -> Result<f64, String> {
     text.parse().ok().filter(|d| *d > 0.0 && *d <= 1.0).ok_or_else(|| "a demand is above 0 and at most 1".into())
 }
 
+/// A schedule of demands as given.
+#[derive(Clone, Debug)]
+struct Steps(Vec<loads::Step>);
+
+fn steps(text: &str) -> Result<Steps, String> {
+    let wrong = || "give demands from 0 to 1 with their durations, such as 1.0:20s,0:10s; the last may have none".to_owned();
+    let step = |text: &str| {
+        let (demand, lasts) = text.split_once(':').map_or((text, None), |(demand, lasts)| (demand, Some(lasts)));
+        let demand = demand.parse().ok().filter(|d| (0.0..=1.0).contains(d)).ok_or_else(wrong)?;
+        let lasts_us = lasts.map(|lasts| time::span(lasts).map(micros)).transpose()?;
+        if lasts_us == Some(0) { Err(wrong()) } else { Ok(loads::Step { demand, lasts_us }) }
+    };
+    let steps = text.split(',').map(step).collect::<Result<Vec<_>, String>>()?;
+    let open = steps.iter().rev().skip(1).any(|step| step.lasts_us.is_none());
+    let idle = steps.iter().all(|step| step.demand == 0.0);
+    if open || idle { Err(wrong()) } else { Ok(Steps(steps)) }
+}
+
 fn bytes(text: &str) -> Result<u64, String> {
     let shift = match time::number(text).1 {
         "" => Some(0),
@@ -287,6 +323,12 @@ mod tests {
         }
         assert!(durations("50ms..5ms").is_err_and(|e| e.contains("from the shorter to the longer")));
         assert!(demand("0").is_err() && demand("1.1").is_err() && demand("x").is_err());
+        let told = |text| steps(text).map(|s| s.0.iter().map(|s| (s.demand, s.lasts_us)).collect::<Vec<_>>());
+        assert_eq!(told("1.0:20s,0:500ms"), Ok(vec![(1.0, Some(20_000_000)), (0.0, Some(500_000))]));
+        assert_eq!(told("0.5:1s,0"), Ok(vec![(0.5, Some(1_000_000)), (0.0, None)]));
+        for wrong in ["", "1,0:1s", "0", "0:1s", "1.1:1s", "-1:1s", "1:0s", "1:5", "1:1s,", "x:1s"] {
+            assert!(steps(wrong).is_err(), "{wrong}");
+        }
         assert_eq!(demand("0.6"), Ok(0.6));
         assert_eq!((demands("0.6"), demands("0.01..0.4")), (Ok((0.6, 0.6)), Ok((0.01, 0.4))));
         assert!(demands("0.4..0.1").is_err() && demands("0..0.1").is_err() && demands("0.1..").is_err());

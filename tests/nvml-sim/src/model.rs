@@ -34,8 +34,16 @@ impl Engine {
     pub const ALL: [Engine; ENGINES] = [Self::Sm, Self::Mem, Self::Enc, Self::Dec, Self::Jpg, Self::Ofa];
     pub const NAMES: [&str; ENGINES] = ["sm", "mem", "enc", "dec", "jpg", "ofa"];
 
-    /// What a load wants of it. The memory's default part follows the compute engine and wants nothing of its own.
-    fn demand(self, load: &Load) -> f64 {
+    /// What a load wants of it then. The memory's default part follows the compute engine and wants nothing of its own.
+    fn demand(self, load: &Load, at_us: u64) -> f64 {
+        match self {
+            Self::Sm => load.demand_at(at_us),
+            _ => self.most(load),
+        }
+    }
+
+    /// The most that a load ever wants of it.
+    fn most(self, load: &Load) -> f64 {
         match self {
             Self::Sm => load.demand,
             Self::Mem => load.ways.memory.unwrap_or(0.0),
@@ -127,9 +135,9 @@ impl<'a> Model<'a> {
         let (mut wanted, mut none_of_mps) = (0.0, 1.0);
         for (_, load) in live() {
             if shared(load) {
-                none_of_mps *= 1.0 - engine.demand(load);
+                none_of_mps *= 1.0 - engine.demand(load, at);
             } else {
-                wanted += engine.demand(load);
+                wanted += engine.demand(load, at);
             }
         }
         let mps: f64 = 1.0 - none_of_mps;
@@ -140,7 +148,7 @@ impl<'a> Model<'a> {
         let drawn = self.draw(engine, slice) * all.max(1.0);
         let mut to = 0.0;
         let owner = live().filter(|(_, l)| !shared(l)).find(|(_, l)| {
-            to += engine.demand(l);
+            to += engine.demand(l, at);
             drawn < to
         });
         match owner {
@@ -156,9 +164,10 @@ impl<'a> Model<'a> {
         I: Iterator<Item = &'l Placed<'a>>,
         'a: 'l,
     {
+        let at = slice * SLICE_US;
         for round in 0..MPS_DRAWS {
             for (place, load) in live().filter(|(_, l)| l.ways.mps && l.demand > 0.0) {
-                if unit_interval(mix(self.world.seed ^ load.id, slice, round)) < load.demand {
+                if unit_interval(mix(self.world.seed ^ load.id, slice, round)) < load.demand_at(at) {
                     owners.push((*place, *load));
                 }
             }
@@ -200,7 +209,7 @@ impl<'a> Model<'a> {
         let (first, last) = (span.from_us / SLICE_US, span.at_us / SLICE_US);
         let loads = self.overlapping(first, last);
         let mut tick = Tick { at_us: span.at_us, util: [0; ENGINES], pid: [None; ENGINES] };
-        for engine in Engine::ALL.into_iter().filter(|e| loads.iter().any(|(_, l)| e.demand(l) > 0.0)) {
+        for engine in Engine::ALL.into_iter().filter(|e| loads.iter().any(|(_, l)| e.most(l) > 0.0)) {
             (tick.util[engine as usize], tick.pid[engine as usize]) = self.sample(engine, &loads, span);
         }
         if tick.util[Engine::Mem as usize] == 0 && loads.iter().all(|(_, l)| l.ways.memory.is_none()) {
@@ -263,7 +272,7 @@ impl<'a> Model<'a> {
         for first in (from_us / SLICE_US..to_slice).step_by(CHUNK as usize) {
             let end = (first + CHUNK).min(to_slice);
             let loads = self.overlapping(first, end - 1);
-            let used = |e: Engine| e == Engine::Mem || loads.iter().any(|(_, l)| e.demand(l) > 0.0);
+            let used = |e: Engine| e == Engine::Mem || loads.iter().any(|(_, l)| e.most(l) > 0.0);
             for engine in Engine::ALL.into_iter().filter(|e| !loads.is_empty() && used(*e)) {
                 for slice in first..end {
                     let within = ((slice + 1) * SLICE_US).min(to_us).saturating_sub((slice * SLICE_US).max(from_us)) as f64;

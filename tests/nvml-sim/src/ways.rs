@@ -48,12 +48,12 @@ pub struct Options {
 }
 
 impl Options {
-    /// What the log says, for loads with so much demand for compute.
-    pub fn ways(&self, compute: bool) -> anyhow::Result<Ways> {
+    /// What the log says. `wants`: it computes, or holds memory.
+    pub fn ways(&self, wants: bool) -> anyhow::Result<Ways> {
         let (enc, dec) = (self.enc.unwrap_or(0.0), self.dec.unwrap_or(0.0));
         let (jpeg, ofa) = (self.jpeg.unwrap_or(0.0), self.ofa.unwrap_or(0.0));
-        if !compute && self.memory.is_none() && enc + dec + jpeg + ofa == 0.0 {
-            bail!("give --demand, or what it wants of another engine");
+        if !wants && self.memory.is_none() && enc + dec + jpeg + ofa == 0.0 {
+            bail!("give --demand, or what it wants of another engine, or --mem");
         }
         let pattern = match (self.every, self.on) {
             (Some(every), Some(on)) => {
@@ -65,7 +65,8 @@ impl Options {
             }
             _ => None,
         };
-        Ok(Ways { memory: self.memory, enc, dec, jpeg, ofa, pattern, mig: self.mig, mps: self.mps, graphics: self.graphics })
+        let (memory, mig, mps, graphics) = (self.memory, self.mig, self.mps, self.graphics);
+        Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, mig, mps, graphics, ..Ways::default() })
     }
 
     /// That the GPU is there and, in MIG mode, the device on it.

@@ -7,7 +7,7 @@ use std::path::Path;
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::faults::{self, Fault, Faults, Kind, Xid};
+use crate::faults::{self, Fault, Faults, Held, Kind, Xid};
 use crate::model::SERVED_AFTER_US;
 use crate::time;
 
@@ -151,6 +151,9 @@ pub struct FaultKey {
     #[serde(default)]
     pub micros: u64,
     pub reasons: Option<String>,
+    pub mhz: Option<u32>,
+    pub watts: Option<u32>,
+    pub celsius: Option<u32>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -298,7 +301,9 @@ impl World {
             let reasons = key.reasons.as_ref().map_or(Ok(0), |list| faults::reasons(list)).map_err(problem)?;
             let (gpu, kind, call, micros) = (key.gpu, key.kind, key.call.clone(), key.micros);
             let until_us = lasts.map(|us| from_us.saturating_add(us));
-            let fault = faults::checked(Fault { gpu, from_us, until_us, kind, call, error, micros, reasons }).map_err(problem)?;
+            let held = Held { mhz: key.mhz, watts: key.watts, celsius: key.celsius };
+            let fault = Fault { gpu, from_us, until_us, kind, call, error, micros, reasons, held };
+            let fault = faults::checked(fault).map_err(problem)?;
             match gpu.filter(|gpu| *gpu >= self.gpus.len() && !self.gpus.is_empty()) {
                 Some(gpu) => Err(problem(format!("gpu = {gpu}: there are {}, numbered from 0", self.gpus.len()))),
                 None => Ok(fault),
@@ -410,6 +415,7 @@ mod tests {
         check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GPU_IS_LOST'", "ok 0");
         check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GONE'", "faults[0]: \"GONE\" is no NVML error");
         check("[[gpus]]\n[[faults]]\ngpu = 1\nfrom = '1s'\nkind = 'lost'", "faults[0]: gpu = 1: there are 1");
+        check("[[faults]]\nfrom = '1s'\nkind = 'throttle'\nreasons = 'sw_thermal'\nmhz = 900\ncelsius = 88", "ok 0");
         check("[[xids]]\ngpu = 0\nat = '1s'\nxid = 79", "ok 0");
         check("[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, slices = 3 }]", "ok 1");
         check("[[gpus]]\nmig = ['x']", "must begin with MIG-");

@@ -16,11 +16,12 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use super::Range;
+use super::left::{Left, Named};
 use super::spread::{Memory, Spread};
-use super::user::{Named, User};
-use crate::identity::Identity;
+use crate::fact::User;
 use crate::snapshot::Reason;
-use crate::units::{BootNs, ContainerKey};
+use crate::units::BootNs;
 
 /// Named ticks on each side over which a pid-less one is divided.
 const NEIGHBOURS: usize = 4;
@@ -75,11 +76,13 @@ pub struct Booked {
     pub ns: f64,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Lane {
+    range: Range,
     pub busy_ns: f64,
     pub unattributed: [f64; Reason::ALL.len()],
-    credits: HashMap<ContainerKey, Credit>,
+    /// By user; those of nobody are in `unattributed` too, host processes under [`Reason::Host`].
+    credits: HashMap<User, Credit>,
     named: VecDeque<NamedTick>,
     waiting: VecDeque<Tick>,
     memory: Memory,
@@ -89,7 +92,21 @@ pub struct Lane {
 }
 
 impl Lane {
-    pub fn credits(&self) -> &HashMap<ContainerKey, Credit> {
+    pub fn new(range: Range) -> Self {
+        Self {
+            range,
+            busy_ns: 0.0,
+            unattributed: Default::default(),
+            credits: HashMap::new(),
+            named: VecDeque::new(),
+            waiting: VecDeque::new(),
+            memory: Memory::default(),
+            spreads: HashMap::new(),
+            drawn: HashMap::new(),
+        }
+    }
+
+    pub fn credits(&self) -> &HashMap<User, Credit> {
         &self.credits
     }
 
@@ -98,13 +115,14 @@ impl Lane {
     }
 
     /// Ticks come in their order.
-    pub fn tick(&mut self, tick: Tick, identity: &Identity, booked: &mut Vec<Booked>) {
+    pub fn tick(&mut self, tick: Tick, left: &Left, booked: &mut Vec<Booked>) {
         match tick.named {
             Some(named) => {
-                self.credit(named.user, tick.busy_ns, 1);
-                booked.push(Booked { at: tick.at, user: named.user, ns: tick.busy_ns });
-                let drawn = self.drawn.entry(named.user).or_default();
-                *drawn = (drawn.0 + 1, drawn.1 + tick.busy_ns * tick.busy_ns);
+                self.book(tick.at, named.user, tick.busy_ns, 1, booked);
+                if self.range.has(tick.at) {
+                    let drawn = self.drawn.entry(named.user).or_default();
+                    *drawn = (drawn.0 + 1, drawn.1 + tick.busy_ns * tick.busy_ns);
+                }
                 let stands_for = 1.0 - tick.busy_ns / tick.span_ns.max(1.0) + ROUNDING_RATIO;
                 self.named.push_back(NamedTick { at: tick.at, named, stands_for, weight_ns: tick.busy_ns });
                 self.memory.name(tick.at, named);
@@ -112,7 +130,7 @@ impl Lane {
             None if tick.busy_ns > 0.0 => self.waiting.push_back(tick),
             None => {}
         }
-        self.decide(tick.at, identity, booked);
+        self.decide(tick.at, left, booked);
         let keep = LOOK_BACK_NS + WAIT_NS;
         while self.named.front().is_some_and(|n| tick.at.saturating_since(n.at) > keep) {
             self.named.pop_front();
@@ -120,7 +138,7 @@ impl Lane {
     }
 
     /// Divides what has waited long enough at `now`, a time up to which all ticks are known.
-    pub fn decide(&mut self, now: BootNs, identity: &Identity, booked: &mut Vec<Booked>) {
+    pub fn decide(&mut self, now: BootNs, left: &Left, booked: &mut Vec<Booked>) {
         while let Some(tick) = self.waiting.front().copied() {
             let after = self.named.partition_point(|n| n.at <= tick.at);
             let enough = self.named.len() - after >= NEIGHBOURS;
@@ -128,12 +146,12 @@ impl Lane {
                 return;
             }
             self.waiting.pop_front();
-            self.divide(tick, after, identity, booked);
+            self.divide(tick, after, left, booked);
         }
     }
 
-    fn divide(&mut self, tick: Tick, after: usize, identity: &Identity, booked: &mut Vec<Booked>) {
-        let there = |n: &usize| self.named.get(*n).is_some_and(|n| n.named.was(tick.at, identity));
+    fn divide(&mut self, tick: Tick, after: usize, left: &Left, booked: &mut Vec<Booked>) {
+        let there = |n: &usize| self.named.get(*n).is_some_and(|n| left.was(&n.named, tick.at));
         let near = |n: &usize| self.named.get(*n).is_some_and(|n| tick.at.saturating_since(n.at) <= LOOK_BACK_NS);
         let before = (0..after).rev().take_while(near).filter(there).take(NEIGHBOURS);
         let late = |n: &usize| self.named.get(*n).is_some_and(|n| n.at.saturating_since(tick.at) <= WAIT_NS);
@@ -149,48 +167,50 @@ impl Lane {
             let user = neighbour.named.user;
             let before = neighbour.weight_ns;
             neighbour.weight_ns += ns;
-            self.drawn.entry(user).or_default().1 += neighbour.weight_ns.powi(2) - before.powi(2);
-            self.credit(user, ns, 0);
-            booked.push(Booked { at: tick.at, user, ns });
+            let squares = neighbour.weight_ns.powi(2) - before.powi(2);
+            if self.range.has(tick.at) {
+                self.drawn.entry(user).or_default().1 += squares;
+            }
+            self.book(tick.at, user, ns, 0, booked);
         }
     }
 
     /// Busy time whose owner is known without any sample's word.
     pub fn book(&mut self, at: BootNs, user: User, ns: f64, samples: u64, booked: &mut Vec<Booked>) {
-        self.credit(user, ns, samples);
-        booked.push(Booked { at, user, ns });
+        if self.range.has(at) {
+            self.credit(user, ns, samples);
+            booked.push(Booked { at, user, ns });
+        }
     }
 
     fn credit(&mut self, user: User, ns: f64, samples: u64) {
         self.busy_ns += ns;
-        match user {
-            User::Container(key) => {
-                let credit = self.credits.entry(key).or_default();
-                credit.ns += ns;
-                credit.samples += samples;
-            }
-            User::Nobody(reason) => {
-                if let Some(of_reason) = self.unattributed.get_mut(reason as usize) {
-                    *of_reason += ns;
-                }
-            }
+        let reason = match user {
+            User::Container(_) => None,
+            User::Host(_) => Some(Reason::Host),
+            User::Nobody(reason) => Some(reason),
+        };
+        if let Some(of_reason) = reason.and_then(|reason| self.unattributed.get_mut(reason as usize)) {
+            *of_reason += ns;
         }
+        let credit = self.credits.entry(user).or_default();
+        credit.ns += ns;
+        credit.samples += samples;
     }
 
     /// Once in a while: what the draws since the last time add to the variances. For `n` independent draws of share `s` that is
     /// `n s (1 - s)`; the `n s` of them that named the user are counted, so `1 - s` is left.
-    pub fn settle_variance(&mut self, now: BootNs, identity: &Identity) {
-        let before = self.memory.cut(now, |named, at| named.was(at, identity));
+    pub fn settle_variance(&mut self, now: BootNs, left: &Left) {
+        let before = self.memory.cut(now, |named, at| left.was(named, at));
         self.spreads = self.memory.spreads();
         for (user, (draws, squares)) in std::mem::take(&mut self.drawn) {
-            let User::Container(key) = user else { continue };
             // Whoever has ended is cut off, but these draws were its own.
             let spread = self.spreads.get(&user).or(before.get(&user));
-            let (Some(credit), Some(spread)) = (self.credits.get_mut(&key), spread) else { continue };
-            let left = (1.0 - spread.share) * spread.factor;
-            credit.sum_of_variances += squares * left;
+            let (Some(credit), Some(spread)) = (self.credits.get_mut(&user), spread) else { continue };
+            let others = (1.0 - spread.share) * spread.factor;
+            credit.sum_of_variances += squares * others;
             if draws > 0 {
-                credit.one_more = squares / draws as f64 * left;
+                credit.one_more = squares / draws as f64 * others;
             }
         }
     }
@@ -210,7 +230,7 @@ impl Lane {
         self.spreads.clear();
     }
 
-    pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
-        self.credits.retain(|key, _| !gone(key));
+    pub fn forget(&mut self, gone: impl Fn(&User) -> bool) {
+        self.credits.retain(|user, _| !gone(user));
     }
 }

@@ -1,139 +1,153 @@
-//! The pure fold: observations in, [`Snapshot`] out.
+//! The pure fold: facts in, sums out. It sees nothing but facts, so a replay of a session gives what live gave.
 
-mod clock;
-mod gpu;
+mod device;
 mod holders;
 mod lane;
+mod left;
 mod spread;
-mod user;
-mod wall;
+mod together;
 mod windows;
 
-pub use gpu::Gpu;
+use std::collections::HashSet;
+use std::sync::Arc;
 
-use std::collections::HashMap;
+pub use device::{Device, Duty};
+pub use holders::Held;
+pub use lane::Credit;
+pub use together::{Part, TOGETHER_NS, Window, is_user};
 
-use crate::identity::{ContainerChange, Identity};
-use crate::observation::Observation;
-use crate::snapshot::{ContainerGpu, ContainerView, Snapshot};
+use crate::fact::{Fact, GpuFact, Row, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
 
 /// Width of the window of duty cycles and shares.
 pub const WINDOW_NS: u64 = 10_000_000_000;
 /// A device that is gone stays for who scrapes its last values.
 const KEEP_GONE_NS: u64 = 300_000_000_000;
+/// A GPU that is busy for so much of a window is saturated.
+pub const SATURATION_RATIO: f64 = 0.9;
 
-/// Owns identity, attribution and aggregation. One thread drives it.
-#[derive(Debug, Default)]
-pub struct Core {
-    pub identity: Identity,
-    gpus: Vec<Option<Gpu>>,
-    now: BootNs,
-    wall: WallTime,
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Settings {
+    pub saturation_ratio: f64,
+    /// Every window and every sum is kept: for a report, not for an agent that runs for years.
+    pub keep_history: bool,
+    /// What is counted; what lies outside only helps to tell whose it is.
+    pub range: Range,
 }
 
-impl Core {
-    pub fn observe(&mut self, observation: Observation) {
-        match observation {
-            Observation::GpuFound { gpu, info, at } => {
-                if self.gpus.len() <= gpu {
-                    self.gpus.resize_with(gpu + 1, || None);
-                }
-                match &mut self.gpus[gpu] {
-                    Some(known) => known.reopen(info, at),
-                    empty => *empty = Some(Gpu::new(info, at)),
+/// Later than the one and not later than the other.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Range {
+    pub after: BootNs,
+    pub to: BootNs,
+}
+
+impl Range {
+    pub const ALL: Range = Range { after: BootNs(0), to: BootNs(u64::MAX) };
+
+    pub fn has(&self, at: BootNs) -> bool {
+        self.after < at && at <= self.to
+    }
+
+    /// How much of the span that ends at `at` is in it.
+    pub fn part(&self, at: BootNs, ns: u64) -> u64 {
+        at.min(self.to).saturating_since(at.minus(ns).max(self.after))
+    }
+}
+
+impl Default for Settings {
+    fn default() -> Self {
+        Self { saturation_ratio: SATURATION_RATIO, keep_history: false, range: Range::ALL }
+    }
+}
+
+/// Whom a tick of these rows names.
+pub fn named(rows: &[Row]) -> Option<User> {
+    left::Named::of(rows).map(|named| named.user)
+}
+
+#[derive(Debug, Default)]
+pub struct Aggregate {
+    settings: Settings,
+    gpus: Vec<Option<Device>>,
+    gone: HashSet<ContainerKey>,
+    pub now: BootNs,
+    pub wall: WallTime,
+}
+
+impl Aggregate {
+    pub fn new(settings: Settings) -> Self {
+        Self { settings, ..Self::default() }
+    }
+
+    pub fn apply(&mut self, fact: &Fact) {
+        match fact {
+            Fact::Time { at, wall } => self.passed(*at, *wall),
+            Fact::Gpu { gpu, at, fact } => self.gpu_fact(*gpu as usize, *at, fact),
+            Fact::Container(container) => {
+                self.gone.remove(&container.key);
+            }
+            Fact::ContainerGone { key, .. } => {
+                self.gone.insert(*key);
+            }
+            Fact::ContainerForgotten { key } => {
+                self.gone.remove(key);
+                if !self.settings.keep_history {
+                    for gpu in self.gpus.iter_mut().flatten() {
+                        gpu.forget(|known| known == key);
+                    }
                 }
             }
-            Observation::GpuGone { gpu, at } => {
-                if let Some(gpu) = self.gpu(gpu) {
-                    gpu.gone(at);
-                }
-            }
-            Observation::Gpu(batch) => {
-                self.now = self.now.max(batch.ended);
-                if let Some(Some(gpu)) = self.gpus.get_mut(batch.gpu) {
-                    gpu.apply(&batch, &self.identity);
-                }
-            }
-            Observation::Xid { gpu, xid, count } => {
-                if let Some(gpu) = self.gpu(gpu) {
-                    gpu.xid(xid, count);
-                }
-            }
-            Observation::Tick { at, wall } => self.tick(at, wall),
-            identity => self.identity.observe(identity),
+            Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) => {}
         }
     }
 
-    fn gpu(&mut self, slot: usize) -> Option<&mut Gpu> {
-        self.gpus.get_mut(slot)?.as_mut()
+    fn gpu_fact(&mut self, slot: usize, at: BootNs, fact: &GpuFact) {
+        if self.gpus.len() <= slot {
+            self.gpus.resize_with(slot + 1, || None);
+        }
+        let Some(place) = self.gpus.get_mut(slot) else { return };
+        match (place, fact) {
+            (Some(gpu), fact) => gpu.apply(at, fact),
+            (place @ None, GpuFact::Opened(info)) => *place = Some(Device::new(Arc::clone(info), at, self.settings)),
+            // Of a device that was never told of there is nothing to count.
+            (None, _) => {}
+        }
     }
 
-    fn tick(&mut self, at: BootNs, wall: WallTime) {
+    fn passed(&mut self, at: BootNs, wall: WallTime) {
         self.now = self.now.max(at);
         self.wall = wall;
-        let now = self.now;
+        let (now, gone) = (self.now, &self.gone);
         for slot in &mut self.gpus {
-            if slot.as_ref().and_then(|gpu| gpu.gone).is_some_and(|at| now.saturating_since(at) > KEEP_GONE_NS) {
+            let left = slot.as_ref().and_then(|gpu| gpu.gone).is_some_and(|at| now.saturating_since(at) > KEEP_GONE_NS);
+            if left && !self.settings.keep_history {
                 *slot = None;
             }
         }
-        let gpus = &self.gpus;
-        self.identity.expire(now, |key| gpus.iter().flatten().any(|gpu| gpu.credits_any(key)));
         for gpu in self.gpus.iter_mut().flatten() {
-            gpu.passed(now, &self.identity);
-            gpu.forget(|key| self.identity.cgroups.container(*key).is_none());
+            gpu.passed(now, |key| !gone.contains(&key));
         }
     }
 
-    pub fn take_container_changes(&mut self) -> Vec<ContainerChange> {
-        self.identity.cgroups.take_changes()
+    /// Nothing more will come: what waits is divided, windows are closed.
+    pub fn finish(&mut self) {
+        for gpu in self.gpus.iter_mut().flatten() {
+            gpu.finish();
+        }
     }
 
-    pub fn snapshot(&self) -> Snapshot {
-        let mut gpus = Vec::new();
-        let mut of: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::new();
-        for gpu in self.gpus.iter().flatten() {
-            let (duties, utilization) = gpu.duties(self.now);
-            let index = gpus.len();
-            gpus.push(gpu.view(utilization));
-            for key in gpu.containers().into_iter().filter(|_| gpu.info.is_leaf()) {
-                let credit = gpu.credits().get(&key).copied().unwrap_or_default();
-                let duty = duties.get(&key);
-                // Observed and idle is 0; not observed is absent.
-                let observed = utilization.map(|_| 0.0);
-                let held = gpu.holders().of(key);
-                of.entry(key).or_default().push(ContainerGpu {
-                    gpu: index,
-                    seconds: credit.ns * 1e-9,
-                    seconds_stderr: credit.variance().sqrt() * 1e-9,
-                    samples: credit.samples,
-                    engines: gpu.engine_seconds(key),
-                    window_shares: gpu.window_shares(key),
-                    active_seconds: 0.0,
-                    coactive_seconds: 0.0,
-                    contention: Vec::new(),
-                    mps_clients: held.map_or(0, |held| held.mps_clients),
-                    duty_cycle_percent: duty.map(|d| d.percent).or(observed),
-                    duty_cycle_stderr: duty.map(|d| d.stderr).or(observed),
-                    memory_used_bytes: held.and_then(|held| held.memory_bytes),
-                });
-            }
-        }
-        let mut containers: Vec<ContainerView> = self
-            .identity
-            .cgroups
-            .containers()
-            .filter_map(|c| {
-                let gpus = of.remove(&c.record.key).unwrap_or_default();
-                let shown = c.gone.is_none() || !gpus.is_empty();
-                shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus })
-            })
-            .collect();
-        containers.sort_by_key(|c| c.record.key);
-        Snapshot { at: self.now, wall: self.wall, gpus, containers }
+    pub fn knows(&self, slot: usize) -> bool {
+        self.gpus.get(slot).is_some_and(Option::is_some)
+    }
+
+    /// By slot.
+    pub fn gpus(&self) -> impl Iterator<Item = (usize, &Device)> {
+        self.gpus.iter().enumerate().filter_map(|(slot, gpu)| Some((slot, gpu.as_ref()?)))
+    }
+
+    /// GPUs whose credits are of it.
+    pub fn credits(&self, key: ContainerKey) -> bool {
+        self.gpus.iter().flatten().any(|gpu| gpu.credits_any(key))
     }
 }
-
-#[cfg(test)]
-mod tests;

@@ -9,7 +9,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::user::{Named, User};
+use super::left::Named;
+use crate::fact::User;
 use crate::units::BootNs;
 
 const MEMORY_NS: u64 = 120_000_000_000;
@@ -194,7 +195,7 @@ mod tests {
     #[test]
     fn the_past_is_cut_at_births_and_ends() {
         let user = User::Nobody(Reason::Host);
-        let named = |pid| Named { user, pid };
+        let named = |pid| Named { user, pid, since: BootNs(0) };
         let mut memory = Memory::default();
         for k in 0..30 {
             memory.name(BootNs(k), named(if k < 10 { 1 } else { 2 }));

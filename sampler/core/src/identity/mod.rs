@@ -19,7 +19,7 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::labels::CgroupIdentity;
 use crate::observation::{CgroupFact, Observation, ProcessFact, ProcessSeen, ScanEnd};
-use crate::units::{BootNs, ContainerKey};
+use crate::units::{BootNs, ContainerKey, Tgid};
 
 /// Keyed by the kernel's own numbers, several look-ups an event: a fast hash, which nobody outside can aim at.
 pub(crate) type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
@@ -35,6 +35,16 @@ pub enum Verdict {
     Lost,
     /// The span covers owners that belong to different users.
     Ambiguous,
+}
+
+/// A process in the hands of one user.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct UserStay {
+    /// Of the process.
+    pub start: BootNs,
+    pub since: BootNs,
+    /// `None` while it lasts.
+    pub until: Option<BootNs>,
 }
 
 /// Processes and cgroups together.
@@ -72,6 +82,7 @@ impl Identity {
             | Observation::GpuGone { .. }
             | Observation::Xid { .. }
             | Observation::Gpu(_)
+            | Observation::Pressure(_)
             | Observation::Tick { .. } => {}
         }
     }
@@ -129,6 +140,33 @@ impl Identity {
             found = Some(verdict);
         }
         found.unwrap_or(Verdict::Unknown)
+    }
+
+    /// Of the process that had the pid in that span, the last one if there were several: how long it was its user's without a break.
+    pub fn stay(&self, pid: Tgid, from: BootNs, to: BootNs) -> Option<UserStay> {
+        let of = |life: &LifeView| life.start <= to && life.end.is_none_or(|end| end >= from);
+        let life = self.processes.lives(pid).into_iter().find(of)?;
+        let n = life.stays.iter().rposition(|stay| stay.from <= to)?;
+        Some(self.unbroken(&life, n))
+    }
+
+    /// When the stay that began then was over; `None` while it lasts, or where nothing is known of it.
+    pub fn stay_since(&self, pid: Tgid, since: BootNs) -> Option<BootNs> {
+        let lives = self.processes.lives(pid);
+        let begun = |life: &LifeView| life.stays.iter().position(|stay| stay.from == since);
+        let (life, n) = lives.iter().find_map(|life| Some((life, begun(life)?)))?;
+        self.unbroken(life, n).until
+    }
+
+    /// The stays around the `n`th in which the process was the same user's.
+    fn unbroken(&self, life: &LifeView, n: usize) -> UserStay {
+        let user = |stay: &Stay| self.cgroups.container_of(&stay.place, stay.from).ok();
+        let of = life.stays.get(n).map(user);
+        let same = |stay: &&Stay| Some(user(stay)) == of;
+        let (before, after) = life.stays.split_at(n.min(life.stays.len()));
+        let since = before.iter().rev().take_while(same).last().or(after.first()).map_or(life.start, |stay| stay.from);
+        let until = after.iter().take_while(same).last().map_or(life.end, |stay| stay.to);
+        UserStay { start: life.start, since, until }
     }
 
     fn unknown(&self, from: BootNs, to: BootNs) -> Verdict {

@@ -1,9 +1,29 @@
 //! A recorded session: a header and the facts of a span of time, as read back from a file or from memory.
+//!
+//! ```text
+//!  facts -> State (what belongs in a file) -> Packer -> Frame -> any number of files, each with its own sequence
+//!                                                        file -> read -> Session
+//! ```
+//! No clock and no IO: when a frame is closed and where it goes is the recorder's business (sampler/src/session). The format is
+//! described in docs/session-format.md.
+
+mod frame;
+mod read;
+mod state;
+#[cfg(test)]
+mod tests;
+pub mod trigger;
+mod write;
 
 use serde::{Deserialize, Serialize};
 
 use crate::fact::Fact;
 use crate::units::{BootNs, WallTime};
+
+pub use self::frame::{Frame, Kind, MAJOR, MARKER, MINOR};
+pub use self::read::{MAX_FACTS, ReadError, end, header, read};
+pub use self::state::State;
+pub use self::write::{FileBytes, PackError, Packer};
 
 /// What a session file says of itself, first of all.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -31,6 +51,15 @@ pub struct View {
     /// Offsets from the session's start.
     pub from_ns: Option<u64>,
     pub to_ns: Option<u64>,
+}
+
+/// The last thing in a file, when it was stopped in order.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct End {
+    /// When the session ends; facts from after it are there so that what was before can be told: they are not counted.
+    pub at: BootNs,
+    /// Frames that were left out because the disk did not keep up.
+    pub dropped_frames: u64,
 }
 
 /// A session as far as it could be read.

@@ -19,6 +19,8 @@ pub struct Layout {
     pub v2: Option<PathBuf>,
     /// Controller name, hierarchy id, mount point.
     pub v1: Option<(&'static str, u32, PathBuf)>,
+    /// Hierarchy id and mount point of v1's cpu controller, followed or not. Where there is none, v2 may have the controller.
+    pub v1_cpu: Option<(u32, PathBuf)>,
 }
 
 impl Layout {
@@ -70,14 +72,15 @@ pub fn layout(procfs_root: &Path) -> Layout {
     };
     let controllers = fs::read_to_string(procfs_root.join("cgroups")).unwrap_or_default();
     let v2 = mounts.0.iter().find(|m| m.fs_type == "cgroup2" && whole(m)).map(|m| m.mount_point.clone());
-    let v1 = V1_CONTROLLERS.iter().find_map(|name| {
+    let of_controller = |name: &str| {
         let hierarchy: u32 = controllers.lines().find_map(|line| {
             let mut words = line.split_whitespace();
             (words.next() == Some(name)).then(|| words.next())??.parse().ok()
         })?;
-        let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(*name) && whole(m);
+        let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(name) && whole(m);
         let mount = mounts.0.iter().find(wanted)?;
-        (hierarchy != 0).then(|| (*name, hierarchy, mount.mount_point.clone()))
-    });
-    Layout { v2, v1 }
+        (hierarchy != 0).then(|| (hierarchy, mount.mount_point.clone()))
+    };
+    let v1 = V1_CONTROLLERS.iter().find_map(|name| of_controller(name).map(|(hierarchy, mount)| (*name, hierarchy, mount)));
+    Layout { v2, v1, v1_cpu: of_controller("cpu") }
 }

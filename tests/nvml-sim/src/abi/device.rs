@@ -23,6 +23,10 @@ fn pci(driver: &mut Driver, gpu: usize) -> nvmlPciInfo_t {
     pci
 }
 
+fn power_limit(call: Call, device: nvmlDevice_t, to: *mut c_uint) -> Result<(), nvmlReturn_t> {
+    call.on(device, |d, gpu| put(to, d.held(gpu).watts.map_or(300_000, |watts| watts.saturating_mul(1000))))
+}
+
 nvml! {
     fn nvmlDeviceGetName(call, device: nvmlDevice_t, to: *mut c_char, room: c_uint) {
         call.on_unit(device, |s, unit| {
@@ -70,11 +74,11 @@ nvml! {
         })
     }
     fn nvmlDeviceGetFanSpeed(call, device: nvmlDevice_t, _to: *mut c_uint) { call.on(device, |_, _| Err(NOT_SUPPORTED)) }
-    fn nvmlDeviceGetPowerManagementLimit(call, device: nvmlDevice_t, to: *mut c_uint) { call.on(device, |_, _| put(to, 300_000)) }
+    fn nvmlDeviceGetPowerManagementLimit(call, device: nvmlDevice_t, to: *mut c_uint) { power_limit(call, device, to) }
     fn nvmlDeviceGetPowerManagementDefaultLimit(call, device: nvmlDevice_t, to: *mut c_uint) {
         call.on(device, |_, _| put(to, 300_000))
     }
-    fn nvmlDeviceGetEnforcedPowerLimit(call, device: nvmlDevice_t, to: *mut c_uint) { call.on(device, |_, _| put(to, 300_000)) }
+    fn nvmlDeviceGetEnforcedPowerLimit(call, device: nvmlDevice_t, to: *mut c_uint) { power_limit(call, device, to) }
     fn nvmlDeviceGetPowerManagementLimitConstraints(call, device: nvmlDevice_t, low: *mut c_uint, high: *mut c_uint) {
         call.on(device, |_, _| put(low, 150_000).and(put(high, 300_000)))
     }

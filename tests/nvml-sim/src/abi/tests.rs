@@ -52,7 +52,7 @@ impl Sim {
 
     fn fault(&self, kind: Kind, gpu: Option<usize>, call: Option<&str>, lasts_ms: Option<u64>) {
         let call = call.map(str::to_owned);
-        let fault = Fault { gpu, from_us: 0, until_us: None, kind, call, error: 20, micros: 300_000, reasons: 4 };
+        let fault = Fault { gpu, call, error: 20, micros: 300_000, reasons: 4, ..Fault::of_kind(kind) };
         self.log().fault(fault, lasts_ms.map(|ms| ms * 1_000)).unwrap();
     }
 

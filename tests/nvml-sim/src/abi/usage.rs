@@ -55,8 +55,12 @@ fn reasons(call: Call, device: nvmlDevice_t, to: *mut c_ulonglong) -> Result<(),
 fn clock(call: Call, device: nvmlDevice_t, kind: c_uint, to: *mut c_uint) -> Result<(), nvmlReturn_t> {
     call.on(device, |d, gpu| {
         let busy = d.busy(gpu).map_err(failed)?;
-        put(to, if kind == MEMORY_CLOCK { MEMORY_CLOCK_MHZ } else { clock_mhz(busy) })
+        put(to, if kind == MEMORY_CLOCK { MEMORY_CLOCK_MHZ } else { at_most(clock_mhz(busy), d.held(gpu).mhz) })
     })
+}
+
+fn at_most(value: u32, limit: Option<u32>) -> u32 {
+    limit.map_or(value, |limit| value.min(limit))
 }
 
 nvml! {
@@ -141,7 +145,10 @@ nvml! {
         })
     }
     fn nvmlDeviceGetPowerUsage(call, device: nvmlDevice_t, to: *mut c_uint) {
-        call.on(device, |d, gpu| put(to, power_mw(d.busy(gpu).map_err(failed)?)))
+        call.on(device, |d, gpu| {
+            let wanted = power_mw(d.busy(gpu).map_err(failed)?);
+            put(to, at_most(wanted, d.held(gpu).watts.map(|watts| watts.saturating_mul(1000))))
+        })
     }
     fn nvmlDeviceGetTotalEnergyConsumption(call, device: nvmlDevice_t, to: *mut c_ulonglong) {
         call.on(device, |d, gpu| {
@@ -152,7 +159,10 @@ nvml! {
         })
     }
     fn nvmlDeviceGetTemperature(call, device: nvmlDevice_t, _sensor: c_uint, to: *mut c_uint) {
-        call.on(device, |d, gpu| put(to, 35 + (30.0 * d.busy(gpu).map_err(failed)?) as c_uint))
+        call.on(device, |d, gpu| {
+            let celsius = 35 + (30.0 * d.busy(gpu).map_err(failed)?) as c_uint;
+            put(to, d.held(gpu).celsius.map_or(celsius, |least| celsius.max(least)))
+        })
     }
     fn nvmlDeviceGetClockInfo(call, device: nvmlDevice_t, kind: c_uint, to: *mut c_uint) { clock(call, device, kind, to) }
     // Whether current, applications or default: they are the same here.

@@ -33,6 +33,27 @@ fn model<'a>(world: &'a World, gpu: usize, loads: &'a [Load]) -> Model<'a> {
 }
 
 #[test]
+fn a_living_process_s_demand_comes_and_goes_and_ticks_and_truth_agree() {
+    use crate::loads::Step;
+    let world = world(PidRule::Last);
+    let mut all = loads(&[1.0, 1.0]);
+    all[1].ways.steps = [1.0, 0.0].map(|demand| Step { demand, lasts_us: Some(10_000_000) }).to_vec();
+    let begin = all[1].begin_us;
+    let model = model(&world, 0, &all);
+    for (from_s, share) in [(0, 0.5), (10, 0.0), (20, 0.5), (30, 0.0)] {
+        let (from, to) = (begin + from_s * 1_000_000, begin + (from_s + 10) * 1_000_000);
+        let truth = model.truth(from, to);
+        let [one, two] = [0, 1].map(|n| truth[n].seconds[0]);
+        // The edge lies within one slice.
+        assert!((one + two - 10.0).abs() < 1e-6 && (two - 10.0 * share).abs() < 0.5, "{from_s}: {one} {two}");
+        assert!(share > 0.0 || two < 0.002 + 1e-9, "{from_s}: {two}");
+        let pid = all[1].pid;
+        let named = model.grid(from + 200_000, to).filter(|span| model.tick(*span).pid[0] == Some(pid)).count();
+        assert_eq!(named > 10, share > 0.0, "{from_s}: named {named} times");
+    }
+}
+
+#[test]
 fn demands_are_met_over_a_minute() {
     for (demands, expect) in [(&[0.6, 0.3, 0.1][..], &[36.0, 18.0, 6.0][..]), (&[0.1], &[6.0]), (&[1.0, 1.0], &[30.0, 30.0])] {
         let (world, loads) = (world(PidRule::Instant), loads(demands));
@@ -196,16 +217,7 @@ fn patterns_and_outages_are_in_the_truth() {
     };
     let fault = |kind| {
         let (from_us, until_us) = (START + 2_000_000, Some(START + 7_000_000));
-        Faults::new(vec![crate::faults::Fault {
-            gpu: None,
-            from_us,
-            until_us,
-            kind,
-            call: None,
-            error: 0,
-            micros: 0,
-            reasons: 0,
-        }])
+        Faults::new(vec![crate::faults::Fault { from_us, until_us, ..crate::faults::Fault::of_kind(kind) }])
     };
     let near = |(seconds, ticks): (f64, usize), want: f64, ticks_want: usize| {
         assert!((seconds - want).abs() < 0.1 && ticks.abs_diff(ticks_want) <= 1, "{seconds} {ticks}");

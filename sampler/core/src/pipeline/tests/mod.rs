@@ -1,4 +1,5 @@
 mod ends;
+mod replay;
 mod states;
 mod who;
 
@@ -10,7 +11,7 @@ use crate::observation::{
 };
 use crate::recover::Rejected;
 use crate::snapshot::{GpuInfo, MigMode, Reason};
-use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid};
+use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const PERIOD: u64 = 167_000_000;
 /// The GPU's clock is 12 s and a bit ahead of boot time.
@@ -22,6 +23,11 @@ fn v2(id: u64) -> CgroupKey {
 
 fn core() -> Core {
     let mut core = Core::default();
+    prepare(&mut core);
+    core
+}
+
+fn prepare(core: &mut Core) {
     let mut cgroup = |id, parent: Option<u64>, name: &str| {
         core.observe(Observation::Cgroup(CgroupFact {
             change: CgroupChange::Seen,
@@ -42,7 +48,6 @@ fn core() -> Core {
         core.observe(Observation::ProcessSeen(seen));
     }
     core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(0)) });
-    core
 }
 
 fn info() -> Arc<GpuInfo> {

@@ -1,0 +1,419 @@
+//! One device's ledger: facts in, seconds out.
+//!
+//! ```text
+//!  tick with its rows -> lane of its engine (whose) and windows (shares, who was active together)
+//!  spans              -> idle, unobserved, unsupported
+//! ```
+
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::sync::Arc;
+
+use super::holders::Holders;
+use super::lane::{self, Booked, Credit, Lane};
+use super::left::{Left, Named};
+use super::together::Together;
+use super::windows::Windows;
+use super::{Range, Settings, WINDOW_NS};
+use crate::fact::{GpuFact, Tick, User};
+use crate::snapshot::{DeviceReadings, Engine, EngineTime, GpuInfo, GpuTime, Reason, THROTTLE_REASONS, WindowShares};
+use crate::units::{BootNs, ContainerKey};
+
+/// Nothing was observed for so long: rates of the last window are not known.
+const STALE_NS: u64 = 3_000_000_000;
+/// Variances are added up once in a while: it takes a look at the last minutes.
+const VARIANCE_NS: u64 = 2_000_000_000;
+/// Readings further apart say nothing about the time between.
+const READINGS_NS: u64 = 10_000_000_000;
+/// Kinds of XID errors kept apart; there are about 150.
+const XIDS: usize = 256;
+const COMPUTE: usize = Engine::Compute as usize;
+
+/// A stretch of the last window.
+#[derive(Clone, Copy, Debug)]
+struct Recent {
+    at: BootNs,
+    span_ns: f64,
+    busy_ns: f64,
+    user: Option<User>,
+}
+
+/// A container's part of the last window.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Duty {
+    pub percent: f64,
+    pub stderr: f64,
+}
+
+#[derive(Debug)]
+pub struct Device {
+    pub info: Arc<GpuInfo>,
+    pub gone: Option<BootNs>,
+    pub readings: DeviceReadings,
+    pub together: Together,
+    keep_history: bool,
+    range: Range,
+    idle_ns: f64,
+    unobserved_ns: u64,
+    unsupported_ns: u64,
+    holders: Holders,
+    left: Left,
+    lanes: Vec<Lane>,
+    sampled: [bool; Engine::ALL.len()],
+    recent: VecDeque<Recent>,
+    windows: Windows,
+    throttled: Option<(BootNs, [f64; THROTTLE_REASONS.len()])>,
+    xids: BTreeMap<u64, u64>,
+    variance_at: BootNs,
+}
+
+impl Device {
+    pub fn new(info: Arc<GpuInfo>, at: BootNs, settings: Settings) -> Self {
+        Self {
+            info,
+            gone: None,
+            readings: DeviceReadings::default(),
+            together: Together::new(settings.saturation_ratio, settings.keep_history),
+            keep_history: settings.keep_history,
+            range: settings.range,
+            idle_ns: 0.0,
+            unobserved_ns: 0,
+            unsupported_ns: 0,
+            holders: Holders::default(),
+            left: Left::default(),
+            lanes: Engine::ALL.iter().map(|_| Lane::new(settings.range)).collect(),
+            sampled: [false; Engine::ALL.len()],
+            recent: VecDeque::new(),
+            windows: Windows::default(),
+            throttled: None,
+            xids: BTreeMap::new(),
+            variance_at: at,
+        }
+    }
+
+    pub fn apply(&mut self, at: BootNs, fact: &GpuFact) {
+        match fact {
+            GpuFact::Opened(info) => {
+                self.gone = None;
+                self.info = Arc::clone(info);
+                self.restart();
+            }
+            GpuFact::Gone => {
+                self.gone = Some(at);
+                self.restart();
+                self.readings = DeviceReadings::default();
+                self.holders = Holders::default();
+            }
+            GpuFact::Restarted => self.restart(),
+            GpuFact::Tick(tick) => self.tick(at, tick),
+            GpuFact::EngineTick(engine, tick) => self.engine_tick(*engine, at, tick),
+            GpuFact::Idle { ns } => {
+                let ns = self.range.part(at, *ns) as f64;
+                self.idle_ns += ns;
+                self.observed(Recent { at: at.min(self.range.to), span_ns: ns, busy_ns: 0.0, user: None });
+                self.decide(at);
+            }
+            GpuFact::Unobserved { ns, .. } => {
+                self.unobserved_ns += self.range.part(at, *ns);
+                self.decide(at);
+            }
+            GpuFact::Unsupported { ns } => {
+                self.unsupported_ns += self.range.part(at, *ns);
+                // No more ticks come for what waits.
+                self.decide(at);
+            }
+            GpuFact::Measured { ns, busy_ratio } => self.measured(at, *ns as f64, *busy_ratio),
+            GpuFact::Held(Some(holders)) => self.holders.listed(holders),
+            GpuFact::Held(None) => self.holders = Holders::default(),
+            GpuFact::Readings(readings) => self.read(*readings, at),
+            GpuFact::Xid { xid, count } => {
+                if self.xids.len() < XIDS || self.xids.contains_key(xid) {
+                    *self.xids.entry(*xid).or_default() += count;
+                }
+            }
+            GpuFact::Left { pid, since } => self.left.leave(*pid, *since, at),
+            GpuFact::Clock(_) => {}
+        }
+    }
+
+    /// What is waiting belongs to a ring or a clock that is no more.
+    fn restart(&mut self) {
+        let mut booked = Vec::new();
+        for (engine, lane) in self.lanes.iter_mut().enumerate() {
+            let mut of_lane = Vec::new();
+            lane.restart(&mut of_lane);
+            if engine == COMPUTE {
+                booked = of_lane;
+            }
+        }
+        self.count(&booked);
+    }
+
+    fn tick(&mut self, at: BootNs, tick: &Tick) {
+        let span_ns = tick.ns as f64;
+        let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
+        let named = Named::of(&tick.rows);
+        if self.range.has(at) {
+            self.idle_ns += span_ns - busy_ns;
+            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user) });
+        }
+        let mut booked = Vec::new();
+        let otherwise = self.holders.sole_user();
+        if let Some(lane) = self.lanes.get_mut(COMPUTE) {
+            lane.tick(lane::Tick { at, span_ns, busy_ns, named, otherwise }, &self.left, &mut booked);
+        }
+        self.count(&booked);
+        self.settle_variance(at);
+    }
+
+    fn settle_variance(&mut self, at: BootNs) {
+        if at.saturating_since(self.variance_at) > VARIANCE_NS {
+            self.variance_at = at;
+            for lane in &mut self.lanes {
+                lane.settle_variance(at, &self.left);
+            }
+            self.left.forget(at);
+        }
+    }
+
+    fn engine_tick(&mut self, engine: Engine, at: BootNs, tick: &Tick) {
+        let span_ns = tick.ns as f64;
+        let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
+        let otherwise = self.holders.sole_user();
+        if let Some(sampled) = self.sampled.get_mut(engine as usize) {
+            *sampled = true;
+        }
+        if let Some(lane) = self.lanes.get_mut(engine as usize) {
+            let named = Named::of(&tick.rows);
+            lane.tick(lane::Tick { at, span_ns, busy_ns, named, otherwise }, &self.left, &mut Vec::new());
+        }
+    }
+
+    fn observed(&mut self, recent: Recent) {
+        if recent.span_ns <= 0.0 {
+            return;
+        }
+        self.windows.observed(recent.at, recent.span_ns);
+        self.observe_together(recent);
+        self.recent.push_back(recent);
+        while self.recent.front().is_some_and(|r| recent.at.saturating_since(r.at) >= WINDOW_NS) {
+            self.recent.pop_front();
+        }
+    }
+
+    /// A tick belongs to the window in which it ends; a long span to all that it covers.
+    fn observe_together(&mut self, recent: Recent) {
+        const TICK_NS: u64 = super::together::TOGETHER_NS;
+        let (mut left_ns, mut at) = (recent.span_ns as u64, recent.at);
+        if left_ns <= TICK_NS {
+            self.together.observed(at, left_ns, recent.busy_ns, recent.user);
+            return;
+        }
+        let busy_ratio = recent.busy_ns / recent.span_ns;
+        while left_ns > 0 {
+            // To the beginning of the window that `at` is the end of.
+            let part = left_ns.min((at.0.saturating_sub(1)) % TICK_NS + 1);
+            self.together.observed(at.minus(1), part, part as f64 * busy_ratio, None);
+            (left_ns, at) = (left_ns - part, at.minus(part));
+        }
+    }
+
+    fn count(&mut self, booked: &[Booked]) {
+        for one in booked {
+            if let User::Container(key) = one.user {
+                self.windows.credited(one.at, key, one.ns);
+            }
+            self.together.credited(one.at, one.user, one.ns);
+        }
+    }
+
+    /// Whose that was, only who holds it says.
+    fn measured(&mut self, at: BootNs, span_ns: f64, busy_ratio: f64) {
+        let busy_ns = span_ns * busy_ratio;
+        let user = self.holders.only_user();
+        if self.range.has(at) {
+            self.idle_ns += span_ns - busy_ns;
+            self.observed(Recent { at, span_ns, busy_ns, user: Some(user) });
+        }
+        let mut booked = Vec::new();
+        if let Some(lane) = self.lanes.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
+            lane.book(at, user, busy_ns, 1, &mut booked);
+        }
+        self.count(&booked);
+    }
+
+    fn read(&mut self, readings: DeviceReadings, at: BootNs) {
+        if let Some(mask) = readings.throttle_reasons {
+            let (last, mut seconds) = self.throttled.unwrap_or((at, [0.0; THROTTLE_REASONS.len()]));
+            let elapsed = at.saturating_since(last);
+            if elapsed <= READINGS_NS {
+                for ((bit, _), sum) in THROTTLE_REASONS.iter().zip(&mut seconds) {
+                    *sum += if mask & bit == 0 { 0.0 } else { elapsed as f64 * 1e-9 };
+                }
+            }
+            self.throttled = Some((at, seconds));
+        }
+        self.readings = readings;
+    }
+
+    /// Time has passed. `living`: whether a container is not gone.
+    pub fn passed(&mut self, now: BootNs, living: impl Fn(ContainerKey) -> bool) {
+        if self.gone.is_some() || !self.info.is_leaf() {
+            return;
+        }
+        let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
+        self.windows.close(now, &there);
+        self.together.close(now);
+        if !self.keep_history {
+            // Live, the reason they are counted under is enough.
+            let left = &self.left;
+            for lane in &mut self.lanes {
+                lane.forget(|user| matches!(user, User::Host(process) if left.has_left(process.pid)));
+            }
+        }
+    }
+
+    /// Nothing more will come.
+    pub fn finish(&mut self) {
+        let mut booked = Vec::new();
+        for (engine, lane) in self.lanes.iter_mut().enumerate() {
+            let mut of_lane = Vec::new();
+            lane.decide(BootNs(u64::MAX), &self.left, &mut of_lane);
+            if engine == COMPUTE {
+                booked = of_lane;
+            }
+        }
+        self.count(&booked);
+        self.together.close_all();
+    }
+
+    fn decide(&mut self, now: BootNs) {
+        let mut booked = Vec::new();
+        if let Some(lane) = self.lanes.get_mut(COMPUTE) {
+            lane.decide(now, &self.left, &mut booked);
+        }
+        self.count(&booked);
+    }
+
+    /// Duty cycle of the last window per container, and the device's; `None` when nothing of it was observed.
+    pub fn duties(&self, now: BootNs) -> (HashMap<ContainerKey, Duty>, Option<f64>) {
+        let observed = self.recent.back().is_some_and(|r| now.saturating_since(r.at) < STALE_NS);
+        let span: f64 = self.recent.iter().map(|r| r.span_ns).sum();
+        if !observed || span <= 0.0 {
+            return (HashMap::new(), None);
+        }
+        let busy: f64 = self.recent.iter().map(|r| r.busy_ns).sum();
+        let pool: f64 = self.recent.iter().filter(|r| r.user.is_none()).map(|r| r.busy_ns).sum();
+        let stands_for = |r: &Recent| 1.005 - r.busy_ns / r.span_ns.max(1.0);
+        let named = || self.recent.iter().filter_map(|r| Some((r.user?, r)));
+        let whole: f64 = named().map(|(_, r)| stands_for(r)).sum();
+        let weight = |r: &Recent| r.busy_ns + if whole > 0.0 { pool * stands_for(r) / whole } else { 0.0 };
+        let squares: f64 = named().map(|(_, r)| weight(r).powi(2)).sum();
+        let mut seconds: HashMap<ContainerKey, f64> = HashMap::new();
+        for (user, recent) in named() {
+            if let User::Container(key) = user {
+                *seconds.entry(key).or_default() += weight(recent);
+            }
+        }
+        // One who is seldom named is named in few windows, and busy in all.
+        if let User::Container(key) = self.holders.sole_user()
+            && whole <= 0.0
+        {
+            *seconds.entry(key).or_default() += pool;
+        }
+        // Who was not seen in this window may still have been there.
+        if let Some(lane) = self.lanes.get(COMPUTE) {
+            let there = |user: &&User| lane.spread(**user).is_some();
+            for key in lane.credits().keys().filter(there).filter_map(|user| user.container()) {
+                seconds.entry(key).or_default();
+            }
+        }
+        let duty = |(key, ns): (ContainerKey, f64)| {
+            let variance = self.lanes.get(COMPUTE).map_or(0.0, |lane| lane.variance_of(User::Container(key), squares));
+            (key, Duty { percent: 100.0 * ns / span, stderr: 100.0 * variance.sqrt() / span })
+        };
+        (seconds.into_iter().map(duty).collect(), Some(busy / span))
+    }
+
+    fn lane(&self, engine: Engine) -> Option<&Lane> {
+        self.lanes.get(engine as usize)
+    }
+
+    /// Of compute, by user.
+    pub fn credits(&self) -> &HashMap<User, Credit> {
+        // Every device has a lane for each engine.
+        self.lanes.first().expect("a lane per engine").credits()
+    }
+
+    /// It has seconds here, of any engine.
+    pub fn credits_any(&self, key: ContainerKey) -> bool {
+        self.lanes.iter().any(|lane| lane.credits().contains_key(&User::Container(key)))
+    }
+
+    /// Containers with seconds here, or processes.
+    pub fn containers(&self) -> Vec<ContainerKey> {
+        let engines = self.lanes.iter().flat_map(|lane| lane.credits().keys().filter_map(|user| user.container()));
+        let mut keys: Vec<ContainerKey> = engines.chain(self.holders.containers()).collect();
+        keys.sort_unstable();
+        keys.dedup();
+        keys
+    }
+
+    pub fn holders(&self) -> &Holders {
+        &self.holders
+    }
+
+    pub fn window_shares(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
+        self.windows.of(key)
+    }
+
+    /// Seconds of the engines beside compute in which the container ever was.
+    pub fn engine_seconds(&self, key: ContainerKey) -> Vec<(Engine, f64)> {
+        let others = Engine::ALL.into_iter().filter(|engine| *engine != Engine::Compute);
+        let of = |engine| Some((engine, self.lane(engine)?.credits().get(&User::Container(key))?.ns * 1e-9));
+        others.filter_map(of).collect()
+    }
+
+    pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
+        let user = |user: &User| user.container().is_some_and(|key| gone(&key));
+        for lane in &mut self.lanes {
+            lane.forget(user);
+        }
+        self.windows.forget(&gone);
+        self.together.forget(&gone);
+        self.holders.forget(user);
+    }
+
+    pub fn time(&self) -> GpuTime {
+        let busy_ns = self.lane(Engine::Compute).map_or(0.0, |lane| lane.busy_ns);
+        let s = 1e-9;
+        GpuTime {
+            busy: busy_ns * s,
+            idle: self.idle_ns * s,
+            unobserved: self.unobserved_ns as f64 * s,
+            unsupported: self.unsupported_ns as f64 * s,
+        }
+    }
+
+    pub fn unattributed(&self) -> [f64; Reason::ALL.len()] {
+        self.lane(Engine::Compute).map_or([0.0; Reason::ALL.len()], |lane| lane.unattributed.map(|ns| ns * 1e-9))
+    }
+
+    /// Engines beside compute that the driver samples.
+    pub fn engines(&self) -> Vec<EngineTime> {
+        let sampled = Engine::ALL.into_iter().zip(self.sampled).filter(|(_, sampled)| *sampled);
+        let engine = |(engine, _): (Engine, bool)| {
+            let lane = self.lane(engine)?;
+            Some(EngineTime { engine, busy: lane.busy_ns * 1e-9, unattributed: lane.unattributed.map(|ns| ns * 1e-9) })
+        };
+        sampled.filter_map(engine).collect()
+    }
+
+    pub fn throttle_seconds(&self) -> Option<[f64; THROTTLE_REASONS.len()]> {
+        self.throttled.map(|(_, seconds)| seconds)
+    }
+
+    /// (XID, how often), by XID.
+    pub fn xids(&self) -> Vec<(u64, u64)> {
+        self.xids.iter().map(|(xid, n)| (*xid, *n)).collect()
+    }
+}

@@ -1,0 +1,393 @@
+//! One device: its samples in, facts out.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use super::clock::GpuClock;
+use super::owners::Owners;
+use super::wall::Wall;
+use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, Unseen, User};
+use crate::identity::Identity;
+use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
+use crate::recover::{Grid, Rejected};
+use crate::snapshot::{ClockView, DeviceReadings, Engine, GpuInfo};
+use crate::units::{BootNs, GpuNs, WallTime};
+
+/// A tick waits this long for its process row, which another call brings, and two periods at least.
+const SETTLE_NS: u64 = 400_000_000;
+/// Rows wait for the ticks of engines that are read seconds later.
+const ROWS_NS: u64 = 5_000_000_000;
+/// A row belongs to a tick that is this many periods away at most.
+const NEAR_PERIODS: f64 = 0.5;
+/// What a driver's ring may still give: 72 samples of about 167 ms, and what is left for delays. Older time without an answer is unobserved.
+const RING_NS: u64 = 15_000_000_000;
+/// Ticks of other engines that wait, at most: what their rings hold, twice.
+const ENGINE_TICKS: usize = 2 * 72 * Engine::ALL.len();
+/// The clock is told of so often.
+const CLOCK_NS: u64 = 10_000_000_000;
+
+const COMPUTE: usize = Engine::Compute as usize;
+
+type Told = Vec<(BootNs, GpuFact)>;
+
+/// What is known of how a device is read.
+#[derive(Clone, Copy, Debug)]
+pub struct DeviceView {
+    pub sample_gaps: u64,
+    pub ring_overruns: u64,
+    pub rejected: [u64; Rejected::ALL.len()],
+    pub off_grid: u64,
+    pub clock: ClockView,
+    pub period_ns: Option<u64>,
+    pub last_sample: Option<WallTime>,
+}
+
+#[derive(Debug)]
+pub struct Device {
+    info: Arc<GpuInfo>,
+    gone: bool,
+    clock: GpuClock,
+    grid: Grid,
+    wall: Wall,
+    owners: Owners,
+    /// The first read sets watermarks only.
+    first_read: bool,
+    watermark: Option<GpuNs>,
+    /// The ring is dry, because the device is idle.
+    dry: bool,
+    pending: VecDeque<DeviceTick>,
+    engine_pending: VecDeque<EngineTick>,
+    rows: VecDeque<(ProcessRow, bool)>,
+    gaps: u64,
+    overruns: u64,
+    rejected: [u64; Rejected::ALL.len()],
+    off_grid: u64,
+    last_wall: Option<WallTime>,
+    last_batch: BootNs,
+    /// No answer for so long that its readings and lists are told to be unknown.
+    silent: bool,
+    clock_told: BootNs,
+}
+
+impl Device {
+    pub fn new(info: Arc<GpuInfo>, at: BootNs, told: &mut Told) -> Self {
+        told.push((at, GpuFact::Opened(Arc::clone(&info))));
+        Self {
+            info,
+            gone: false,
+            clock: GpuClock::default(),
+            grid: Grid::default(),
+            wall: Wall::new(at),
+            owners: Owners::default(),
+            first_read: true,
+            watermark: None,
+            dry: false,
+            pending: VecDeque::new(),
+            engine_pending: VecDeque::new(),
+            rows: VecDeque::new(),
+            gaps: 0,
+            overruns: 0,
+            rejected: [0; Rejected::ALL.len()],
+            off_grid: 0,
+            last_wall: None,
+            last_batch: at,
+            silent: false,
+            clock_told: BootNs(0),
+        }
+    }
+
+    /// Found again: its ring is another, its clock may be.
+    pub fn reopen(&mut self, info: Arc<GpuInfo>, at: BootNs, told: &mut Told) {
+        if std::mem::take(&mut self.gone) {
+            self.wall.resume(at);
+        }
+        told.push((at, GpuFact::Opened(Arc::clone(&info))));
+        self.info = info;
+        (self.first_read, self.dry) = (true, false);
+        self.grid = Grid::default();
+        self.clock.forget();
+        self.restart();
+    }
+
+    /// What is waiting belongs to a ring or a clock that is no more.
+    fn restart(&mut self) {
+        self.watermark = None;
+        self.pending.clear();
+        self.engine_pending.clear();
+        self.rows.clear();
+    }
+
+    pub fn gone(&mut self, at: BootNs, told: &mut Told) {
+        self.gone = true;
+        self.unobserved_until(at, Unseen::NoAnswer, told);
+        self.restart();
+        self.owners.forget_lists();
+        told.push((at, GpuFact::Gone));
+    }
+
+    fn unobserved_until(&mut self, at: BootNs, why: Unseen, told: &mut Told) {
+        let ns = self.wall.up_to(at);
+        if ns > 0 {
+            told.push((at, GpuFact::Unobserved { ns, why }));
+        }
+    }
+
+    fn idle_until(&mut self, at: BootNs, told: &mut Told) {
+        let ns = self.wall.up_to(at);
+        if ns > 0 {
+            told.push((at, GpuFact::Idle { ns }));
+        }
+    }
+
+    pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+        // A call was under way when it went.
+        if self.gone {
+            return;
+        }
+        self.silent = false;
+        if let Some(readings) = batch.readings {
+            told.push((batch.ended, GpuFact::Readings(readings)));
+        }
+        let tells_nothing = batch.answer == Answer::Failed && batch.readings == Some(DeviceReadings::default());
+        if let Some(processes) = &batch.processes {
+            let users = self.owners.listed(processes, batch.began, batch.ended, identity);
+            let holder = |(process, user): (&crate::observation::RunningProcess, User)| Holder {
+                pid: process.pid,
+                user,
+                kind: process.kind,
+                memory_bytes: process.memory_bytes,
+            };
+            let held = processes.iter().zip(users).map(holder).collect();
+            told.push((batch.ended, GpuFact::Held(Some(held))));
+        } else if tells_nothing {
+            // Then it does not tell who holds it either.
+            self.owners.forget_lists();
+            told.push((batch.ended, GpuFact::Held(None)));
+        }
+        for (sum, n) in self.rejected.iter_mut().zip(batch.rejected) {
+            *sum += u64::from(n);
+        }
+        if let Some(gpm) = batch.gpm {
+            self.measured(gpm, batch.wall, told);
+        } else {
+            match batch.answer {
+                Answer::Samples => self.samples(batch, identity, told),
+                Answer::Dry { idle } => self.dry(idle, batch, identity, told),
+                // A MIG device is measured in intervals: the next may follow.
+                Answer::Unsupported => {
+                    self.settle(batch.ended, identity, told);
+                    let ns = self.wall.up_to(batch.ended);
+                    told.push((batch.ended, GpuFact::Unsupported { ns }));
+                }
+                Answer::Failed => self.settle(batch.ended, identity, told),
+            }
+        }
+        self.last_batch = batch.ended;
+        if batch.ended.saturating_since(self.clock_told) > CLOCK_NS && self.clock.is_known() {
+            self.clock_told = batch.ended;
+            let clock = self.clock.view();
+            told.push((
+                batch.ended,
+                GpuFact::Clock(ClockFact {
+                    ahead_of_boot_seconds: clock.ahead_of_boot_seconds,
+                    uncertainty_seconds: clock.uncertainty_seconds,
+                    period_ns: self.grid.period_ns(),
+                    steps: clock.steps,
+                }),
+            ));
+        }
+    }
+
+    fn samples(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+        if batch.stepped {
+            self.clock.stepped();
+            self.restart();
+            told.push((batch.ended, GpuFact::Restarted));
+        }
+        let newest = batch.ticks.iter().map(|t| t.at).max();
+        match newest {
+            Some(newest) => {
+                self.clock.polled(newest, batch.began, batch.ended, self.grid.period_or_most_ns());
+                self.last_wall = Some(batch.wall);
+            }
+            None => self.clock.silent(batch.began),
+        }
+        if std::mem::take(&mut self.first_read) {
+            // What the ring held before the start is nobody's: it only sets the watermarks.
+            self.watermark = newest;
+            if let Some(at) = newest.and_then(|newest| self.clock.boot(newest)) {
+                self.unobserved_until(at, Unseen::Start, told);
+            }
+            return;
+        }
+        let known = self.pending.back().map(|t| t.at).or(self.watermark);
+        self.pending.extend(batch.ticks.iter().filter(|t| known.is_none_or(|known| t.at > known)));
+        self.engine_pending.extend(&batch.engine_ticks);
+        self.rows.extend(batch.rows.iter().map(|row| (*row, false)));
+        self.settle(batch.ended, identity, told);
+    }
+
+    /// The ring runs dry on an idle device.
+    fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+        self.clock.silent(batch.began);
+        self.settle(batch.ended, identity, told);
+        self.first_read = false;
+        if !self.pending.is_empty() {
+            return;
+        }
+        // A sample that comes after all is not older than a period and what it takes to serve it.
+        let until = batch.ended.minus(2 * self.grid.period_or_most_ns() + SETTLE_NS);
+        if until <= self.wall.until() {
+            return;
+        }
+        self.watermark = None;
+        self.dry = idle;
+        if idle {
+            self.idle_until(until, told);
+        } else {
+            self.unobserved_until(until, Unseen::NoSamples, told);
+        }
+    }
+
+    /// Tells every tick old enough that its process row, if it has one, has been read.
+    fn settle(&mut self, now: BootNs, identity: &Identity, told: &mut Told) {
+        self.owners.follow(now, identity, told);
+        let patience = SETTLE_NS.max(2 * self.grid.period_or_most_ns());
+        while let Some(&tick) = self.pending.front() {
+            let Some(at) = self.clock.boot(tick.at) else { return };
+            if now.saturating_since(at) < patience {
+                break;
+            }
+            self.pending.pop_front();
+            self.tick(tick, at, now, identity, told);
+        }
+        self.settle_engines(now, patience, identity, told);
+        let Some(newest) = self.watermark else { return };
+        while let Some((_, claimed)) = self.rows.pop_front_if(|(row, _)| newest.0.saturating_sub(row.at.0) > ROWS_NS) {
+            self.off_grid += u64::from(!claimed);
+        }
+    }
+
+    fn tick(&mut self, tick: DeviceTick, at: BootNs, now: BootNs, identity: &Identity, told: &mut Told) {
+        let gap_ns = self.watermark.map(|last| tick.at.0.saturating_sub(last.0));
+        let period = self.grid.period_or_most_ns();
+        self.watermark = Some(tick.at);
+        if let Some(gap_ns) = gap_ns {
+            self.grid.gap(gap_ns);
+        }
+        if std::mem::take(&mut self.dry) {
+            // The first sample after idleness: up to its own period there was none to take.
+            self.idle_until(at.minus(period), told);
+        }
+        let Some(span) = self.wall.tick(at, gap_ns, period) else { return };
+        if span.missing_ns > 0 {
+            told.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: Unseen::Missing }));
+            if gap_ns.is_some() {
+                self.gaps += 1;
+                // Nobody looked for so long that the ring went round.
+                self.overruns += u64::from(now.saturating_since(at) > RING_NS / 2);
+            }
+        }
+        let rows = self.rows_of(tick.at);
+        if !tick.looked {
+            told.push((at, GpuFact::Unobserved { ns: span.ns, why: Unseen::NotAsked }));
+            return;
+        }
+        let tick = self.told_tick(COMPUTE, tick.at, at, span.ns, tick.busy_percent, &rows, identity, told);
+        told.push((at, GpuFact::Tick(tick)));
+    }
+
+    fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, told: &mut Told) {
+        let period = self.grid.period_or_most_ns();
+        // While nothing ties their clock to this one they wait, but not for ever.
+        self.engine_pending.drain(..self.engine_pending.len().saturating_sub(ENGINE_TICKS));
+        if !self.clock.is_known() {
+            return;
+        }
+        while let Some(&tick) = self.engine_pending.front() {
+            // One of the future, or of no time at all, would hold up all that follow.
+            let at = self.clock.boot(tick.at).filter(|at| *at <= now.plus(RING_NS));
+            if at.is_some_and(|at| now.saturating_since(at) < patience) {
+                return;
+            }
+            self.engine_pending.pop_front();
+            let Some(at) = at else { continue };
+            let rows = self.rows_of(tick.at);
+            let engine = tick.engine;
+            let tick = self.told_tick(engine as usize, tick.at, at, period, tick.busy_percent, &rows, identity, told);
+            told.push((at, GpuFact::EngineTick(engine, tick)));
+        }
+    }
+
+    /// Marks the rows of a tick.
+    fn rows_of(&mut self, at: GpuNs) -> Vec<ProcessRow> {
+        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
+        let mut rows = Vec::new();
+        for (row, claimed) in self.rows.iter_mut().filter(|(row, _)| row.at.0.abs_diff(at.0) < near) {
+            *claimed = true;
+            rows.push(*row);
+        }
+        rows
+    }
+
+    /// With the rows that name somebody for that engine.
+    #[expect(clippy::too_many_arguments, reason = "a tick's own parts, and what is needed to tell whose they are")]
+    fn told_tick(
+        &mut self,
+        engine: usize,
+        stamp: GpuNs,
+        at: BootNs,
+        ns: u64,
+        busy_percent: u32,
+        rows: &[ProcessRow],
+        identity: &Identity,
+        told: &mut Told,
+    ) -> Tick {
+        let within = self.clock.named_within(at, ns);
+        let percent = |row: &ProcessRow| row.percent.get(engine).copied().unwrap_or_default();
+        let named = rows.iter().filter(|row| percent(row) > 0);
+        let rows: Vec<Row> = named.map(|row| self.owners.row((row.pid, percent(row)), within, identity, told)).collect();
+        Tick { stamp, ns, busy_percent: busy_percent.min(100) as u8, rows }
+    }
+
+    /// GPM says how busy a MIG device was.
+    fn measured(&mut self, gpm: GpmInterval, wall: WallTime, told: &mut Told) {
+        self.unobserved_until(gpm.from, Unseen::Missing, told);
+        let ns = self.wall.up_to(gpm.to);
+        self.last_wall = Some(wall);
+        told.push((gpm.to, GpuFact::Measured { ns, busy_ratio: gpm.busy_ratio.clamp(0.0, 1.0) }));
+    }
+
+    /// Time passes, also where no driver answers.
+    pub fn passed(&mut self, now: BootNs, told: &mut Told) {
+        if self.gone {
+            return;
+        }
+        if now.saturating_since(self.last_batch) > RING_NS && !std::mem::replace(&mut self.silent, true) {
+            self.owners.forget_lists();
+            told.push((now, GpuFact::Readings(DeviceReadings::default())));
+            told.push((now, GpuFact::Held(None)));
+        }
+        if !self.info.is_leaf() {
+            return;
+        }
+        let lost = now.minus(RING_NS);
+        if lost > self.wall.until() {
+            self.unobserved_until(lost, Unseen::NoAnswer, told);
+            // What the ring still gives from before is told.
+            self.watermark = None;
+        }
+    }
+
+    pub fn view(&self) -> DeviceView {
+        DeviceView {
+            sample_gaps: self.gaps,
+            ring_overruns: self.overruns,
+            rejected: self.rejected,
+            off_grid: self.off_grid,
+            clock: self.clock.view(),
+            period_ns: self.grid.period_ns(),
+            last_sample: self.last_wall,
+        }
+    }
+}

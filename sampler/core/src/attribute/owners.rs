@@ -1,0 +1,109 @@
+//! Identity's answer for the pids that a device names, and when it ceased to hold.
+
+use std::collections::{HashMap, HashSet};
+
+use crate::fact::{GpuFact, HostProcess, Row, User};
+use crate::identity::{Identity, Verdict};
+use crate::observation::{ProcessKind, RunningProcess};
+use crate::snapshot::Reason;
+use crate::units::{BootNs, Tgid};
+
+/// Who was named so long ago is no neighbour of any tick that is still to be divided.
+const FOLLOW_NS: u64 = 45_000_000_000;
+
+#[derive(Debug, Default)]
+pub struct Owners {
+    /// By pid and since when: when it was named last.
+    named: HashMap<(u32, BootNs), BootNs>,
+    /// Pids of the multi-process service and of its clients: a sample names any of them for all.
+    mps: HashSet<u32>,
+    mps_users: HashSet<User>,
+}
+
+/// Whose the pid was in all of that time, and since when without a break.
+fn owner(pid: u32, from: BootNs, to: BootNs, identity: &Identity) -> (User, BootNs) {
+    let unknown = BootNs(0);
+    if pid == 0 || pid == u32::MAX {
+        return (User::Nobody(Reason::InvalidPid), unknown);
+    }
+    let stay = || identity.stay(Tgid(pid), from, to);
+    match identity.resolve(pid, from, to) {
+        Verdict::Container(key) => (User::Container(key), stay().map_or(unknown, |stay| stay.since)),
+        Verdict::Host => {
+            let stay = stay();
+            let start = stay.map_or(unknown, |stay| stay.start);
+            (User::Host(HostProcess { pid, start }), stay.map_or(unknown, |stay| stay.since))
+        }
+        Verdict::Unknown => (User::Nobody(Reason::PidUnknown), unknown),
+        Verdict::Lost => (User::Nobody(Reason::Lost), unknown),
+        Verdict::Ambiguous => (User::Nobody(Reason::Ambiguous), unknown),
+    }
+}
+
+impl Owners {
+    /// A list that was read between `began` and `ended`: whose each process is.
+    pub fn listed(&mut self, processes: &[RunningProcess], began: BootNs, ended: BootNs, identity: &Identity) -> Vec<User> {
+        self.mps.clear();
+        self.mps_users.clear();
+        let user = |process: &RunningProcess| {
+            let (user, _) = owner(process.pid, began, ended, identity);
+            if matches!(process.kind, ProcessKind::Mps | ProcessKind::MpsServer) {
+                self.mps.insert(process.pid);
+            }
+            if process.kind == ProcessKind::Mps {
+                self.mps_users.insert(user);
+            }
+            user
+        };
+        processes.iter().map(user).collect()
+    }
+
+    pub fn forget_lists(&mut self) {
+        self.mps.clear();
+        self.mps_users.clear();
+    }
+
+    /// Whose a sample is that names this pid. Clients of the multi-process service run at once and one of them is named: that is an
+    /// answer only where all of them are of one container. `told` gets the end of its owner, if that is in the past already.
+    pub fn row(
+        &mut self,
+        (pid, percent): (u32, u8),
+        (from, to): (BootNs, BootNs),
+        identity: &Identity,
+        told: &mut Vec<(BootNs, GpuFact)>,
+    ) -> Row {
+        let unknown = BootNs(0);
+        if self.mps.contains(&pid) {
+            let mut users = self.mps_users.iter();
+            let user = match (users.next(), users.next()) {
+                (Some(only), None) => *only,
+                _ => User::Nobody(Reason::Mps),
+            };
+            return Row { pid, percent, user, since: unknown };
+        }
+        let (user, since) = owner(pid, from, to, identity);
+        if matches!(user, User::Container(_) | User::Host(_)) && self.named.insert((pid, since), to).is_none() {
+            self.left((pid, since), identity, told);
+        }
+        Row { pid, percent, user, since }
+    }
+
+    /// True when it has left, which is told.
+    fn left(&mut self, (pid, since): (u32, BootNs), identity: &Identity, told: &mut Vec<(BootNs, GpuFact)>) -> bool {
+        let Some(until) = identity.stay_since(Tgid(pid), since) else { return false };
+        told.push((until, GpuFact::Left { pid, since }));
+        self.named.remove(&(pid, since));
+        true
+    }
+
+    /// Tells of those who have left since they were named, and forgets whom nobody asks about any more.
+    pub fn follow(&mut self, now: BootNs, identity: &Identity, told: &mut Vec<(BootNs, GpuFact)>) {
+        self.named.retain(|_, last| now.saturating_since(*last) <= FOLLOW_NS);
+        let mut named: Vec<(u32, BootNs)> = self.named.keys().copied().collect();
+        // The order of facts is the same at every run.
+        named.sort_unstable();
+        for one in named {
+            self.left(one, identity, told);
+        }
+    }
+}

@@ -1,0 +1,51 @@
+//! Windows taken together, so that any number of them fits a drawing.
+
+use super::model::{Lane, Timeline};
+
+/// A lane's shares, with `None` where nothing is known. A share credited in a window of which little was observed is known.
+pub fn known_shares(timeline: &Timeline, lane: &Lane) -> Vec<Option<f32>> {
+    let observed = |at: usize| timeline.busy.get(at).copied().flatten().is_some();
+    lane.shares.iter().enumerate().map(|(at, share)| (*share > 0.0 || observed(at)).then_some(*share)).collect()
+}
+
+/// The mean of each of `bins` equal parts; unknown where less than half of the part is known. No more than there are.
+pub fn means(values: &[Option<f32>], bins: usize) -> Vec<Option<f32>> {
+    parts(values.len(), bins)
+        .map(|part| {
+            let part = values.get(part).unwrap_or_default();
+            let known: Vec<f32> = part.iter().copied().flatten().collect();
+            (known.len() * 2 >= part.len() && !known.is_empty()).then(|| known.iter().sum::<f32>() / known.len() as f32)
+        })
+        .collect()
+}
+
+/// The most of each of `bins` equal parts: what matters of memory is its peak.
+pub fn peaks(values: &[Option<u64>], bins: usize) -> Vec<Option<u64>> {
+    parts(values.len(), bins).map(|part| values.get(part).unwrap_or_default().iter().copied().flatten().max()).collect()
+}
+
+fn parts(n: usize, bins: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+    let bins = bins.min(n);
+    (0..bins).map(move |bin| bin * n / bins..(bin + 1) * n / bins)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_keep_the_sum_and_do_not_invent() {
+        let values = [Some(1.0), Some(0.0), None, None, Some(0.5), None, Some(1.0)];
+        assert_eq!(means(&values, 100), values);
+        assert_eq!(means(&values[..6], 3), [Some(0.5), None, Some(0.5)]);
+        assert_eq!(means(&[], 5), []);
+        assert_eq!(peaks(&[Some(3), None, Some(9), None], 2), [Some(3), Some(9)]);
+    }
+
+    #[test]
+    fn a_lane_is_unknown_where_its_gpu_is() {
+        let timeline = Timeline { busy: vec![Some(0.5), None, None], ..Timeline::default() };
+        let lane = Lane { shares: vec![0.0, 0.0, 0.25], ..Lane::default() };
+        assert_eq!(known_shares(&timeline, &lane), [Some(0.0), None, Some(0.25)]);
+    }
+}

@@ -1,0 +1,104 @@
+//! What the script draws from: shares in percent and memory in MiB, each series one string of runs.
+//!
+//! `-x3 0x12 49 48 .4`: three windows unknown, twelve of 0, one of 49, one of 48, one of more than nothing that would round to 0.
+
+use std::fmt::Write as _;
+
+use serde_json::{Value, json};
+
+use super::super::bins;
+use super::super::layout::safe;
+use super::super::model::*;
+use super::super::words::{self, Names};
+
+/// Of one GPU, at most: more than a screen has columns.
+const WINDOWS: usize = 3600;
+
+/// JSON that may stand inside of a script element.
+pub fn embedded(report: &Report, names: &Names, colours: &[usize]) -> String {
+    let users = report.containers.iter().zip(colours).map(|(user, colour)| json!({"name": names.of(&user.id), "colour": colour}));
+    let data = json!({
+        "start": report.start.0 / 1_000_000,
+        "saturation": report.saturation_ratio * 100.0,
+        "users": users.collect::<Vec<_>>(),
+        "timelines": report.timelines.iter().map(|timeline| one(report, timeline)).collect::<Vec<_>>(),
+    });
+    // `<` is in strings alone; without it no element can end here, and none begin.
+    data.to_string().replace('<', "\\u003c")
+}
+
+fn one(report: &Report, timeline: &Timeline) -> Value {
+    let n = timeline.busy.len().min(WINDOWS);
+    let each = timeline.window_seconds * timeline.busy.len() as f64 / n.max(1) as f64;
+    let usage = |lane: &Lane| {
+        let user = report.containers.get(lane.user)?;
+        user.gpus.iter().find(|usage| usage.uuid == timeline.uuid)
+    };
+    let mut lanes: Vec<(&Lane, f64)> =
+        timeline.lanes.iter().map(|lane| (lane, usage(lane).map_or(0.0, |usage| usage.gpu_seconds))).collect();
+    lanes.sort_by(|(_, one), (_, other)| other.total_cmp(one));
+    let lanes = lanes.iter().map(|(lane, seconds)| {
+        json!({
+            "user": lane.user, "total": words::seconds(*seconds),
+            "shares": shares(&bins::means(&bins::known_shares(timeline, lane), n)),
+            "memory": memory(&bins::peaks(&lane.memory, n)),
+        })
+    });
+    let gpu = report.gpu(&timeline.uuid);
+    let peak = timeline.lanes.iter().flat_map(|lane| &lane.shares).copied().fold(0.0, f32::max);
+    json!({
+        "name": gpu.map_or_else(|| words::short_uuid(&timeline.uuid), |gpu| format!("GPU {}", gpu.index)),
+        "first": timeline.first_second, "window": each, "n": n,
+        "busy": shares(&bins::means(&timeline.busy, n)),
+        "memory": memory(&bins::peaks(&timeline.memory, n)),
+        "peak": peak * 100.0,
+        "lanes": lanes.collect::<Vec<_>>(),
+        "marks": timeline.marks.iter().map(|(offset, words)| json!([offset, safe(words)])).collect::<Vec<_>>(),
+    })
+}
+
+fn shares(values: &[Option<f32>]) -> String {
+    runs(values.iter().map(|share| {
+        share.map(|share| match (share * 100.0).round() {
+            0.0 if share > 0.0 => ".4".to_owned(),
+            percent => percent.to_string(),
+        })
+    }))
+}
+
+fn memory(values: &[Option<u64>]) -> String {
+    runs(values.iter().map(|bytes| bytes.map(|bytes| (bytes >> 20).to_string())))
+}
+
+fn runs(values: impl Iterator<Item = Option<String>>) -> String {
+    let (mut out, mut last, mut n) = (String::new(), None, 0);
+    let mut end = |value: Option<Option<String>>, n: usize| {
+        let Some(value) = value else { return };
+        let space = if out.is_empty() { "" } else { " " };
+        let times = if n > 1 { format!("x{n}") } else { String::new() };
+        let _ = write!(out, "{space}{}{times}", value.as_deref().unwrap_or("-"));
+    };
+    for value in values {
+        if last.as_ref() == Some(&value) {
+            n += 1;
+        } else {
+            end(last.replace(value), n);
+            n = 1;
+        }
+    }
+    end(last, n);
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn series_are_runs() {
+        let values = [None, None, Some(0.0), Some(0.001), Some(0.486), Some(0.489), Some(1.0)];
+        assert_eq!(shares(&values), "-x2 0 .4 49x2 100");
+        assert_eq!(shares(&[]), "");
+        assert_eq!(memory(&[Some(5 << 20), Some(5 << 20), None]), "5x2 -");
+    }
+}

@@ -1,0 +1,100 @@
+use super::super::sample;
+use super::*;
+
+#[test]
+fn needs_nothing_from_elsewhere() {
+    for report in [sample::report(), sample::damaged()] {
+        let page = html(&report);
+        // The name of SVG's vocabulary, which nobody fetches, and a part of the page itself.
+        let page = page.replace("http://www.w3.org/2000/svg", "").replace("url(#hatch)", "");
+        for word in ["http://", "https://", "src=", "@import", "url(", "<link", "<iframe", "fetch(", "XMLHttpRequest"] {
+            assert!(!page.contains(word), "{word}");
+        }
+    }
+}
+
+#[test]
+fn names_are_harmless() {
+    let page = html(&sample::hostile());
+    let quiet = html(&sample::report());
+    // Elements that begin scripts: the data, the page's own, and none of a tenant's.
+    for word in ["<script", "</script", "<!--", "<img", "<a "] {
+        assert_eq!(page.matches(word).count(), quiet.matches(word).count(), "{word}");
+    }
+    assert!(page.contains("&lt;/script&gt;&lt;script&gt;alert(1)"));
+    assert!(page.chars().all(|c| c == '\n' || !c.is_control()) && !page.contains('\u{202e}'));
+}
+
+#[test]
+fn the_policy_names_the_script_and_the_style() {
+    let page = html(&sample::report());
+    let between = |from: &str, to: &str| page.split_once(from).unwrap().1.split_once(to).unwrap().0.to_owned();
+    let script = page.rsplit_once("<script>").unwrap().1.split_once("</script>").unwrap().0;
+    let policy = between("Content-Security-Policy\" content=\"", "\"");
+    assert!(policy.starts_with("default-src 'none'") && !policy.contains("unsafe"));
+    assert!(policy.contains(&digest::sha256_base64(script.as_bytes())));
+    assert!(policy.contains(&digest::sha256_base64(between("<style>", "</style>").as_bytes())));
+    // Which forbids these.
+    assert!(!page.contains(" style=\"") && !page.contains("javascript:"));
+}
+
+#[test]
+fn the_data_is_json_with_every_lane() {
+    let report = sample::hostile();
+    let page = html(&report);
+    let data = page.split_once("id=\"data\">").unwrap().1.split_once("</script>").unwrap().0;
+    let data: serde_json::Value = serde_json::from_str(data).unwrap();
+    assert_eq!(data["users"].as_array().unwrap().len(), 5);
+    let lanes = data["timelines"][0]["lanes"].as_array().unwrap();
+    assert_eq!(lanes.len(), 4);
+    let server = lanes.iter().find(|lane| lane["user"] == 1).unwrap();
+    assert!(server["shares"].as_str().unwrap().starts_with("0x15 4"));
+    assert!(server["shares"].as_str().unwrap().contains("-x4"), "unobserved is unknown, not 0");
+}
+
+#[test]
+fn says_it_without_scripts_too() {
+    let page = html(&sample::damaged());
+    for words in [
+        "Damaged",
+        "its checksum differs",
+        "1 gap",
+        "the driver did not answer",
+        "got less GPU time while",
+        "0.41 to 0.47",
+        "ruled out",
+    ] {
+        assert!(page.contains(words), "{words}");
+    }
+    assert!(!page.contains("slowed down"));
+}
+
+#[test]
+fn users_have_colours_of_their_own_while_there_are_any() {
+    let report = sample::report();
+    let all: std::collections::HashSet<usize> = colours(&report.containers).into_iter().collect();
+    assert_eq!(all.len(), report.containers.len());
+    let alone = colours(&report.containers[..1]);
+    assert_eq!(alone[0], colours(&report.containers)[0], "whoever else is there");
+}
+
+#[test]
+fn the_largest_stays_below_5_mb() {
+    let size = html(&sample::big(8, 64, 600)).len();
+    assert!(size < 5_000_000, "{size}");
+}
+
+#[test]
+#[ignore = "prints a page, to look at it: PAGE is report, damaged, hostile, big or empty"]
+fn prints_a_page() {
+    let mut empty = sample::report();
+    (empty.gpus, empty.containers, empty.findings, empty.timelines, empty.gaps) = Default::default();
+    let report = match std::env::var("PAGE").as_deref() {
+        Ok("damaged") => sample::damaged(),
+        Ok("hostile") => sample::hostile(),
+        Ok("big") => sample::big(8, 64, 600),
+        Ok("empty") => empty,
+        _ => sample::report(),
+    };
+    print!("{}", html(&report));
+}

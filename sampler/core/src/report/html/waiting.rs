@@ -1,0 +1,182 @@
+//! Findings, the matrix of who got what meanwhile, and the evidence.
+
+use super::super::model::*;
+use super::super::words;
+use super::markup::{esc, sentence};
+use super::{Page, Row, SHOWN};
+
+/// Others that are told one by one for each user, besides those with more evidence than coactivity.
+const OTHERS: usize = 5;
+
+impl Page<'_> {
+    pub(super) fn findings(&mut self) {
+        self.add("<section id=\"findings\"><h2>Findings</h2>");
+        if self.report.findings.is_empty() {
+            self.add(&format!("<p class=\"card quiet\">{}</p>", words::NO_FINDINGS));
+        }
+        for finding in &self.report.findings {
+            let usage =
+                self.report.user(&finding.victim).and_then(|user| user.gpus.iter().find(|usage| usage.uuid == finding.uuid));
+            let contender =
+                usage.zip(finding.aggressor.as_deref()).and_then(|(usage, id)| usage.contenders.iter().find(|one| one.id == id));
+            let mut markup = format!(
+                "<article class=\"card finding {}\"><p class=\"tags\">{}<span class=\"tag\">{}</span></p><p class=\"lead\">{}</p>",
+                finding.evidence.map_or("own", Evidence::name),
+                finding.evidence.map(badge).unwrap_or_default(),
+                self.gpu_name(&finding.uuid),
+                esc(&finding.text)
+            );
+            markup += &contender.map(|contender| self.rates(&finding.victim, contender)).unwrap_or_default();
+            markup += &usage.map(|usage| causes(&usage.causes)).unwrap_or_default();
+            markup += "</article>";
+            self.add(&markup);
+        }
+        self.add("</section>");
+    }
+
+    /// The victim's rate while the other was off and on, as two bars.
+    fn rates(&self, victim: &str, contender: &Contender) -> String {
+        let (Some(before), Some(after)) = (contender.rate_before, contender.rate_after) else { return String::new() };
+        let class = self.colour_of(victim).map_or_else(|| "busy".to_owned(), |colour| format!("c{colour}"));
+        let bar = |head: &str, rate: f64| {
+            format!(
+                "<tr><th scope=\"row\">{head}</th><td><svg class=\"rate\" viewBox=\"0 0 100 10\" preserveAspectRatio=\"none\" \
+                 aria-hidden=\"true\"><rect class=\"track\" width=\"100\" height=\"10\"/><rect class=\"{class}\" width=\"{:.1}\" \
+                 height=\"10\"/></svg></td><td class=\"value\">{rate:.2}</td></tr>",
+                (rate * 100.0).clamp(0.0, 100.0)
+            )
+        };
+        let mut facts = vec![format!("difference <b>{:.2}</b>", before - after)];
+        if let Some([low, high]) = contender.interval {
+            let level = contender.interval_level.map(|level| format!("{} ", words::percent(level))).unwrap_or_default();
+            facts.push(format!("{level}interval <b>{low:.2} to {high:.2}</b>"));
+        }
+        facts.push(format!("<b>{}</b>", words::counted(contender.transitions as usize, "change", "changes")));
+        facts.push(format!("together for <b>{}</b>", words::seconds(contender.coactive_seconds)));
+        format!(
+            "<table class=\"rates\"><caption>GPU-seconds per second of {}</caption>{}{}</table><p class=\"facts\">{}</p>",
+            self.user(victim),
+            bar(&format!("while {} was off", self.user(&contender.id)), before),
+            bar("while it was on", after),
+            facts.join(" · ")
+        )
+    }
+
+    /// Rows: those who were active; columns: what others got meanwhile, with the GPU saturated.
+    pub(super) fn matrix(&mut self, gpu: &GpuReport, users: &[Row<'_>]) {
+        let got = |row: &Row<'_>, other: &Row<'_>| {
+            row.2.contenders.iter().find(|one| one.id == other.1.id).map_or(0.0, |one| one.saturated_gpu_seconds)
+        };
+        let all: Vec<&Row<'_>> = users.iter().take(SHOWN).collect();
+        let met = |one: &&&Row<'_>| all.iter().any(|other| got(one, other) > 0.0 || got(other, one) > 0.0);
+        let involved: Vec<&Row<'_>> = all.iter().filter(met).copied().collect();
+        if involved.len() < 2 {
+            return;
+        }
+        let most = involved.iter().flat_map(|row| involved.iter().map(|other| got(row, other))).fold(0.0, f64::max);
+        self.add("<h3>Who got what meanwhile</h3><p class=\"note\">GPU-seconds that the column's user got while the row's was active and");
+        self.add("the GPU saturated.</p><div class=\"scroll\"><table class=\"matrix\"><thead><tr><td></td>");
+        let heads: String = (1..=involved.len()).map(|nth| format!("<th scope=\"col\">{nth}</th>")).collect();
+        self.add(&format!("{heads}</tr></thead><tbody>"));
+        for (nth, row) in involved.iter().enumerate() {
+            let mut line = format!("<tr><th scope=\"row\"><span class=\"nth\">{}</span> {}</th>", nth + 1, self.user(&row.1.id));
+            for (column, other) in involved.iter().enumerate() {
+                let value = got(row, other);
+                line += &match value {
+                    _ if nth == column => "<td class=\"self\"></td>".to_owned(),
+                    0.0 => "<td class=\"none\">·</td>".to_owned(),
+                    _ => {
+                        let level = (value / most * 8.0).ceil().clamp(1.0, 8.0);
+                        format!(
+                            "<td class=\"h{level:.0}\" data-row=\"{nth}\" data-column=\"{column}\">{}</td>",
+                            words::number(value)
+                        )
+                    }
+                };
+            }
+            self.add(&(line + "</tr>"));
+        }
+        self.add("</tbody></table></div>");
+        if users.len() > SHOWN {
+            let note = format!("The first {SHOWN} users of {}; the others are in the json format.", self.gpu_name(&gpu.uuid));
+            self.add(&format!("<p class=\"note\">{note}</p>"));
+        }
+    }
+
+    pub(super) fn victims(&mut self, users: &[Row<'_>]) {
+        let strongest = |usage: &Usage| usage.contenders.iter().map(|one| one.evidence).max();
+        let mut victims: Vec<&Row<'_>> = users.iter().filter(|(_, _, usage)| !usage.contenders.is_empty()).collect();
+        if victims.is_empty() {
+            return;
+        }
+        victims.sort_by(|(_, _, one), (_, _, other)| {
+            let waited = other.contended_seconds.total_cmp(&one.contended_seconds);
+            strongest(other).cmp(&strongest(one)).then(waited)
+        });
+        self.add("<h3>Evidence</h3><div class=\"victims\">");
+        for (_, user, usage) in victims.iter().take(SHOWN) {
+            let mut markup = format!(
+                "<details><summary>{} {}<span class=\"aside\">{} contended of {} active</span></summary>",
+                self.user(&user.id),
+                strongest(usage).map(badge).unwrap_or_default(),
+                words::seconds(usage.contended_seconds),
+                words::seconds(usage.active_seconds)
+            );
+            let told =
+                usage.contenders.iter().enumerate().filter(|(nth, one)| *nth < OTHERS || one.evidence > Evidence::Coactive);
+            let told: Vec<&Contender> = told.map(|(_, one)| one).collect();
+            markup += &told.iter().map(|one| self.contender(one)).collect::<String>();
+            let left = usage.contenders.len() - told.len();
+            if left > 0 {
+                markup += &format!("<p class=\"note\">{} more, who got less, are in the json format.</p>", words::count(left));
+            }
+            self.add(&(markup + &causes(&usage.causes) + "</details>"));
+        }
+        self.add("</div>");
+        if victims.len() > SHOWN {
+            self.add(&format!("<p class=\"note\">{} more are in the json format.</p>", words::count(victims.len() - SHOWN)));
+        }
+    }
+
+    fn contender(&self, contender: &Contender) -> String {
+        let why = &contender.why_not_confirmed;
+        let parts = [
+            words::rates(contender).map(|rates| format!("{rates}.")),
+            (!why.is_empty()).then(|| format!("Not confirmed: {}.", esc(why).trim_end_matches('.'))),
+        ];
+        format!(
+            "<div class=\"contender\"><p>{} {}got <b>{}</b> GPU-seconds meanwhile, <b>{}</b> of them with the GPU saturated; together for \
+             <b>{}</b>.</p><p class=\"note\">{}</p></div>",
+            self.user(&contender.id),
+            if contender.evidence > Evidence::Coactive { badge(contender.evidence) } else { String::new() },
+            words::with_error(contender.gpu_seconds, contender.gpu_seconds_stderr),
+            words::number(contender.saturated_gpu_seconds),
+            words::seconds(contender.coactive_seconds),
+            parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
+        )
+    }
+}
+
+fn badge(evidence: Evidence) -> String {
+    format!("<span class=\"tag {0}\" title=\"{1}\">{0}</span> ", evidence.name(), sentence(words::meaning(evidence)))
+}
+
+/// What else could explain it, the open questions first.
+fn causes(all: &[Cause]) -> String {
+    if all.is_empty() {
+        return String::new();
+    }
+    let mut out = "<h4>What else could explain it</h4><ul class=\"causes\">".to_owned();
+    for verdict in [Verdict::Possible, Verdict::Unknown, Verdict::RuledOut] {
+        for cause in all.iter().filter(|cause| cause.verdict == verdict) {
+            out += &format!(
+                "<li class=\"{}\"><span class=\"verdict\">{}</span><b>{}</b><span class=\"detail\">{}</span></li>",
+                verdict.name(),
+                words::verdict(verdict),
+                words::cause(cause.cause),
+                esc(&cause.detail)
+            );
+        }
+    }
+    out + "</ul>"
+}

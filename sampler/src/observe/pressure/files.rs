@@ -1,0 +1,238 @@
+//! What the files of one cgroup say. What is absent, or has no such field, is unknown and never 0.
+
+use std::fs::File;
+use std::io::{self, Read as _};
+use std::path::Path;
+
+use sampler_core::fact::CpuQuota;
+
+/// Of a file; the longest known (cpu.stat of v1 and v2) has under 500 bytes.
+const MAX_BYTES: u64 = 8192;
+
+/// Which files a cgroup has, and in which units.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Version {
+    /// `cpu.stat` with `throttled_time` in ns, `cpu.cfs_quota_us`, `cpu.cfs_period_us` (kernel/sched/core.c, `cpu_legacy_files`).
+    V1,
+    /// `cpu.stat` with `throttled_usec`, `cpu.max` (the same file, `cpu_files`).
+    V2,
+}
+
+/// What became of looking for a file. The names are the `outcome` label of `gpu_sampler_pressure_reads_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    Ok,
+    Absent,
+    Error,
+    Timeout,
+}
+
+impl Outcome {
+    pub const ALL: [Outcome; 4] = [Outcome::Ok, Outcome::Absent, Outcome::Error, Outcome::Timeout];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Outcome::Ok => "ok",
+            Outcome::Absent => "absent",
+            Outcome::Error => "error",
+            Outcome::Timeout => "timeout",
+        }
+    }
+}
+
+pub type Counts = [u64; Outcome::ALL.len()];
+
+/// Reads files, counts what became of it and remembers the first problem.
+#[derive(Debug, Default)]
+pub struct Files {
+    text: Vec<u8>,
+    pub counts: Counts,
+    pub problem: Option<String>,
+}
+
+/// Not there, or not here any more: the cgroup was removed between open and read, or the kernel was booted with psi=0.
+fn absent(error: &io::Error) -> bool {
+    error.kind() == io::ErrorKind::NotFound || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP))
+}
+
+/// The value of a field; an error where it is there and not a number.
+fn field(text: &str, name: &str) -> Result<Option<u64>, ()> {
+    let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
+    value.map(|value| value.trim().parse().map_err(|_| ())).transpose()
+}
+
+/// `some avg10=0.00 avg60=0.00 avg300=0.00 total=94617545`, in µs (Documentation/accounting/psi.rst).
+fn some_total_ns(text: &str) -> Result<Option<u64>, ()> {
+    let Some(line) = text.lines().find_map(|line| line.strip_prefix("some ")) else { return Ok(None) };
+    let Some(total) = line.split(' ').find_map(|word| word.strip_prefix("total=")) else { return Ok(None) };
+    total.parse::<u64>().ok().and_then(|us| us.checked_mul(1000)).map(Some).ok_or(())
+}
+
+/// Periods, periods that were throttled, and for how long altogether.
+fn throttled(version: Version, text: &str) -> Result<Option<(u64, u64, u64)>, ()> {
+    let (time, ns) = match version {
+        Version::V1 => ("throttled_time", 1),
+        Version::V2 => ("throttled_usec", 1000),
+    };
+    let all = (field(text, "nr_periods")?, field(text, "nr_throttled")?, field(text, time)?);
+    let (Some(periods), Some(throttled), Some(time)) = all else { return Ok(None) };
+    Ok(Some((periods, throttled, time.checked_mul(ns).ok_or(())?)))
+}
+
+/// Quota and period in ns; no limit is `None` within.
+type Limit = Option<(u64, u64)>;
+
+fn limit(quota: &str, period: &str, none: &str) -> Result<Limit, ()> {
+    let ns = |text: &str| text.trim().parse::<u64>().ok().and_then(|us| us.checked_mul(1000)).filter(|ns| *ns > 0).ok_or(());
+    let period = ns(period)?;
+    if quota.trim() == none { Ok(None) } else { Ok(Some((ns(quota)?, period))) }
+}
+
+impl Files {
+    fn count(&mut self, outcome: Outcome) {
+        self.counts[outcome as usize] += 1;
+    }
+
+    fn wrong(&mut self, path: &Path, what: &dyn std::fmt::Display) {
+        self.count(Outcome::Error);
+        self.problem.get_or_insert_with(|| format!("{}: {what}", path.display()));
+    }
+
+    /// What `parse` makes of a file.
+    fn parsed<T>(&mut self, path: &Path, parse: impl FnOnce(&str) -> Result<Option<T>, ()>) -> Option<T> {
+        self.text.clear();
+        let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut self.text));
+        if let Err(error) = read {
+            if absent(&error) {
+                self.count(Outcome::Absent);
+            } else {
+                self.wrong(path, &error);
+            }
+            return None;
+        }
+        let Ok(found) = std::str::from_utf8(&self.text).map_err(drop).and_then(parse) else {
+            self.wrong(path, &"not as the kernel writes it");
+            return None;
+        };
+        self.count(if found.is_some() { Outcome::Ok } else { Outcome::Absent });
+        found
+    }
+
+    fn limit(&mut self, version: Version, cgroup: &Path) -> Option<Limit> {
+        match version {
+            Version::V1 => {
+                let period = self.parsed(&cgroup.join("cpu.cfs_period_us"), |text| Ok(Some(text.to_owned())))?;
+                self.parsed(&cgroup.join("cpu.cfs_quota_us"), |quota| limit(quota, &period, "-1").map(Some))
+            }
+            Version::V2 => self.parsed(&cgroup.join("cpu.max"), |text| {
+                let (quota, period) = text.split_once(' ').ok_or(())?;
+                limit(quota, period, "max").map(Some)
+            }),
+        }
+    }
+
+    /// `None` also where the cpu controller is not enabled: `cpu.stat` has no throttling fields there.
+    pub fn quota(&mut self, version: Version, cgroup: &Path) -> Option<CpuQuota> {
+        let stat = cgroup.join("cpu.stat");
+        let (periods, throttled_periods, throttled_ns) = self.parsed(&stat, |text| throttled(version, text))?;
+        let limit_ns = self.limit(version, cgroup)?;
+        Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns })
+    }
+
+    /// PSI's `some` of a resource, ns.
+    pub fn some_ns(&mut self, cgroup: &Path, resource: &str) -> Option<u64> {
+        self.parsed(&cgroup.join(format!("{resource}.pressure")), some_total_ns)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The quota that a cgroup with these files has, and whether one of them is a problem.
+    fn quota(version: Version, files: &[(&str, &str)]) -> (Option<CpuQuota>, bool) {
+        let dir = tempfile::tempdir().unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.path().join(name), text).unwrap();
+        }
+        let mut files = Files::default();
+        let found = files.quota(version, dir.path());
+        (found, files.problem.is_some())
+    }
+
+    const V1_STAT: &str = "nr_periods 40\nnr_throttled 30\nthrottled_time 5000000000\nwait_sum 7\n";
+    const V2_STAT: &str = "usage_usec 9\nuser_usec 8\nsystem_usec 1\nnr_periods 40\nnr_throttled 30\nthrottled_usec 5000000\n";
+    const LIMITED: CpuQuota =
+        CpuQuota { limit_ns: Some((20_000_000, 100_000_000)), periods: 40, throttled_periods: 30, throttled_ns: 5_000_000_000 };
+    const UNLIMITED: CpuQuota = CpuQuota { limit_ns: None, ..LIMITED };
+
+    #[test]
+    fn v1() {
+        let check = |stat: Option<&str>, quota_us: Option<&str>, period_us: Option<&str>, expect: (Option<CpuQuota>, bool)| {
+            let files = [("cpu.stat", stat), ("cpu.cfs_quota_us", quota_us), ("cpu.cfs_period_us", period_us)];
+            let files: Vec<_> = files.into_iter().filter_map(|(name, text)| Some((name, text?))).collect();
+            assert_eq!(quota(Version::V1, &files), expect, "{files:?}");
+        };
+        check(Some(V1_STAT), Some("20000\n"), Some("100000\n"), (Some(LIMITED), false));
+        check(Some(V1_STAT), Some("-1\n"), Some("100000\n"), (Some(UNLIMITED), false));
+        check(None, Some("-1\n"), Some("100000\n"), (None, false));
+        check(Some(V1_STAT), None, Some("100000\n"), (None, false));
+        check(Some(V1_STAT), Some("-1\n"), None, (None, false));
+        check(Some("nr_periods 1\nnr_throttled 0\n"), Some("-1\n"), Some("100000\n"), (None, false));
+        check(Some(V1_STAT), Some("-2\n"), Some("100000\n"), (None, true));
+        check(Some(V1_STAT), Some("20000\n"), Some("0\n"), (None, true));
+        check(Some("nr_periods x\n"), Some("-1\n"), Some("100000\n"), (None, true));
+        // v2's field has another unit.
+        check(Some(V2_STAT), Some("-1\n"), Some("100000\n"), (None, false));
+    }
+
+    #[test]
+    fn v2() {
+        let check = |stat: &str, max: Option<&str>, expect: (Option<CpuQuota>, bool)| {
+            let files: Vec<_> = std::iter::once(("cpu.stat", stat)).chain(max.map(|max| ("cpu.max", max))).collect();
+            assert_eq!(quota(Version::V2, &files), expect, "{files:?}");
+        };
+        check(V2_STAT, Some("20000 100000\n"), (Some(LIMITED), false));
+        check(V2_STAT, Some("max 100000\n"), (Some(UNLIMITED), false));
+        check(V2_STAT, None, (None, false));
+        // Without the controller, and as of v2 beside a v1 that has it.
+        check("usage_usec 9\nuser_usec 8\nsystem_usec 1\n", Some("max 100000\n"), (None, false));
+        check(V2_STAT, Some("max\n"), (None, true));
+        check(V2_STAT, Some("-1 100000\n"), (None, true));
+        check(V2_STAT, Some("\n"), (None, true));
+        check(&V2_STAT.replace("5000000", "18446744073709551615"), Some("max 100000\n"), (None, true));
+    }
+
+    #[test]
+    fn pressure() {
+        let check = |text: Option<&[u8]>, expect: (Option<u64>, Outcome)| {
+            let dir = tempfile::tempdir().unwrap();
+            if let Some(text) = text {
+                std::fs::write(dir.path().join("io.pressure"), text).unwrap();
+            }
+            let mut files = Files::default();
+            let found = files.some_ns(dir.path(), "io");
+            let outcome = Outcome::ALL.into_iter().find(|o| files.counts[*o as usize] == 1).expect("one is counted");
+            assert_eq!((found, outcome), expect, "{text:?}");
+            assert_eq!(files.problem.is_some(), outcome == Outcome::Error);
+        };
+        let both = b"some avg10=0.00 avg60=1.21 avg300=0.15 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
+        check(Some(both), (Some(1_234_000), Outcome::Ok));
+        check(None, (None, Outcome::Absent));
+        check(Some(b""), (None, Outcome::Absent));
+        check(Some(b"full avg10=0.00 avg60=0.00 avg300=0.00 total=99\n"), (None, Outcome::Absent));
+        check(Some(b"some avg10=0.00\n"), (None, Outcome::Absent));
+        check(Some(b"some avg10=0.00 total=-5\n"), (None, Outcome::Error));
+        check(Some(b"some total=18446744073709551615\n"), (None, Outcome::Error));
+        check(Some(b"some total=1\xff\n"), (None, Outcome::Error));
+    }
+
+    #[test]
+    fn a_folder_in_place_of_a_file_is_a_problem() {
+        let dir = tempfile::tempdir().unwrap();
+        std::fs::create_dir(dir.path().join("cpu.pressure")).unwrap();
+        let mut files = Files::default();
+        assert_eq!(files.some_ns(dir.path(), "cpu"), None);
+        assert!(files.problem.is_some_and(|p| p.contains("cpu.pressure")));
+    }
+}

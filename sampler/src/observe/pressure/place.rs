@@ -1,0 +1,208 @@
+//! Where a container's cgroups are on the hierarchies that are read here, which need not be the ones that are followed.
+//!
+//! A runtime gives a container the same path on every hierarchy that it puts it on, so that path is tried first. Where nothing is
+//! there, the container's processes say where they are. What they name counts only if it is, by its path, the same container: one
+//! that was never put on a hierarchy is in somebody else's cgroup there, whose waiting is not its own.
+
+use std::collections::VecDeque;
+use std::fs;
+use std::path::{Path, PathBuf};
+
+use sampler_core::identity::ContainerRecord;
+use sampler_core::labels::{CgroupIdentity, Kind, parse};
+
+use super::files::Version;
+use crate::observe::kernel::layout::Layout;
+use crate::observe::kernel::proc::{directory, memberships};
+
+/// A container's own cgroup and those around it whose quota is looked at: pod, sandbox, outer containers. Deeper nesting is a
+/// tenant's choice and not to cost more.
+pub const MAX_LEVELS: usize = 4;
+/// Looked at for a container's processes, when its path is missing on a hierarchy.
+const MAX_FOLDERS: usize = 16;
+const MAX_PIDS: usize = 8;
+
+#[derive(Clone, Debug)]
+struct Hierarchy {
+    id: u32,
+    mount: PathBuf,
+}
+
+/// What there is to read, of every container.
+#[derive(Clone, Debug)]
+pub struct Hierarchies {
+    cpu: Option<(Version, Hierarchy)>,
+    /// PSI of cgroups is v2's alone.
+    v2: Option<Hierarchy>,
+    /// Where containers were found, and so their processes.
+    followed: Vec<PathBuf>,
+    procfs: PathBuf,
+}
+
+/// Of one container. Empty, or `None`, where there is no such cgroup.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    pub version: Version,
+    /// Directories with its cpu quota, from its own up to its pod's.
+    pub levels: Vec<PathBuf>,
+    pub v2: Option<PathBuf>,
+}
+
+impl Hierarchies {
+    pub fn new(layout: &Layout, procfs: &Path) -> Self {
+        let v2 = layout.v2.clone().map(|mount| Hierarchy { id: 0, mount });
+        let v1_cpu = layout.v1_cpu.clone().map(|(id, mount)| (Version::V1, Hierarchy { id, mount }));
+        // A controller is on one hierarchy; where v1 does not have it v2 may.
+        let cpu = v1_cpu.or_else(|| Some((Version::V2, v2.clone()?)));
+        let followed = layout.mounts().map(|(_, mount)| mount.to_path_buf()).collect();
+        Self { cpu, v2, followed, procfs: procfs.to_path_buf() }
+    }
+
+    /// There is nothing that could be read.
+    pub fn none(&self) -> bool {
+        self.cpu.is_none() && self.v2.is_none()
+    }
+
+    pub fn find(&self, record: &ContainerRecord) -> Place {
+        let mut pids = None;
+        let cpu = self.cpu.as_ref().and_then(|(version, on)| Some((*version, on, self.path_on(on, record, &mut pids)?)));
+        let (version, levels) = match &cpu {
+            Some((version, on, path)) => (*version, levels(path).filter_map(|p| directory(&on.mount, p.as_bytes())).collect()),
+            None => (Version::V2, Vec::new()),
+        };
+        let v2 = self.v2.as_ref().and_then(|on| directory(&on.mount, self.path_on(on, record, &mut pids)?.as_bytes()));
+        Place { version, levels, v2 }
+    }
+
+    /// Whether anything that could be there was not found.
+    pub fn lacks(&self, place: &Place) -> bool {
+        (self.cpu.is_some() && place.levels.is_empty()) || (self.v2.is_some() && place.v2.is_none())
+    }
+
+    /// `pids`: its processes, once they were looked for.
+    fn path_on(&self, on: &Hierarchy, record: &ContainerRecord, pids: &mut Option<Vec<u32>>) -> Option<String> {
+        let usual = directory(&on.mount, record.cgroup_path.as_bytes())?;
+        if usual.is_dir() {
+            return Some(record.cgroup_path.clone());
+        }
+        pids.get_or_insert_with(|| self.processes(record)).iter().find_map(|pid| {
+            let lines = memberships(&self.procfs.join(pid.to_string())).ok()?;
+            let (_, path) = lines.into_iter().find(|(id, _)| *id == on.id)?;
+            let path = String::from_utf8(path).ok()?;
+            let identity = parse(&path);
+            same(&identity, &record.identity).then(|| path.get(..identity.root_len).map(str::to_owned))?
+        })
+    }
+
+    fn processes(&self, record: &ContainerRecord) -> Vec<u32> {
+        let roots = self.followed.iter().filter_map(|mount| directory(mount, record.cgroup_path.as_bytes()));
+        let mut folders: VecDeque<PathBuf> = roots.collect();
+        let mut pids = Vec::new();
+        for _ in 0..MAX_FOLDERS {
+            let Some(folder) = folders.pop_front() else { break };
+            let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
+            pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).take(MAX_PIDS));
+            if pids.len() >= MAX_PIDS {
+                break;
+            }
+            let below = fs::read_dir(&folder).into_iter().flatten().flatten();
+            folders.extend(below.filter(|e| e.file_type().is_ok_and(|t| t.is_dir())).map(|e| e.path()).take(MAX_FOLDERS));
+        }
+        pids.truncate(MAX_PIDS);
+        pids
+    }
+}
+
+fn same(a: &CgroupIdentity, b: &CgroupIdentity) -> bool {
+    a.container_id.is_some() && a.container_id == b.container_id && a.name == b.name
+}
+
+fn parent(path: &str) -> Option<&str> {
+    path.rsplit_once('/').map(|(parent, _)| parent).filter(|parent| !parent.is_empty())
+}
+
+/// A container's path, and those above it that are a pod's or a container's.
+fn levels(path: &str) -> impl Iterator<Item = &str> {
+    let bounds = |path: &&str| matches!(parse(path).kind, Kind::Container | Kind::Sandbox | Kind::Pod);
+    let above = std::iter::successors(parent(path), |path| parent(path)).take_while(bounds);
+    std::iter::once(path).chain(above).take(MAX_LEVELS)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sampler_core::units::{BootNs, ContainerKey};
+
+    const ID: &str = "73e1b2f0c4d5968778695a4b3c2d1e0f73e1b2f0c4d5968778695a4b3c2d1e0f";
+    const POD: &str = "/kubepods/besteffort/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
+
+    fn record(path: &str) -> ContainerRecord {
+        let (identity, created) = (parse(path), BootNs(0));
+        ContainerRecord { key: ContainerKey(1), cgroup_path: path.into(), identity, created, creation_seen: true }
+    }
+
+    #[test]
+    fn quotas_are_those_up_to_the_pod() {
+        let check = |path: &str, expect: &[&str]| assert_eq!(levels(path).collect::<Vec<_>>(), expect, "{path}");
+        let of_pod = format!("{POD}/{ID}");
+        check(&of_pod, &[&of_pod, POD]);
+        check(&format!("/docker/{ID}"), &[&format!("/docker/{ID}")]);
+        check("/", &["/"]);
+        let outer = format!("/docker/{}", ID.replace('7', "8"));
+        let inner = format!("{outer}/docker/{ID}");
+        check(&inner, &[&inner, &format!("{outer}/docker"), &outer]);
+        let deep = format!("{outer}/{}/docker/{ID}", vec!["n"; 1000].join("/"));
+        assert_eq!(levels(&deep).count(), MAX_LEVELS);
+    }
+
+    /// A hybrid host: v2 is followed, v1 has the cpu controller.
+    fn host(dir: &Path) -> Hierarchies {
+        let layout = Layout { v2: Some(dir.join("v2")), v1: None, v1_cpu: Some((3, dir.join("cpu"))) };
+        Hierarchies::new(&layout, &dir.join("proc"))
+    }
+
+    #[test]
+    fn a_container_is_found_where_it_is() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path.trim_start_matches('/'));
+        let hierarchies = host(dir.path());
+        let path = format!("{POD}/{ID}");
+        let record = record(&path);
+        fs::create_dir_all(at(&format!("v2{path}"))).unwrap();
+        let place = hierarchies.find(&record);
+        assert_eq!(place, Place { version: Version::V2, levels: Vec::new(), v2: Some(at(&format!("v2{path}"))) });
+        assert!(hierarchies.lacks(&place));
+        fs::create_dir_all(at(&format!("cpu{path}"))).unwrap();
+        let place = hierarchies.find(&record);
+        assert_eq!(
+            (place.version, place.levels.clone()),
+            (Version::V1, vec![at(&format!("cpu{path}")), at(&format!("cpu{POD}"))])
+        );
+        assert!(!hierarchies.lacks(&place));
+    }
+
+    #[test]
+    fn its_processes_say_where_its_path_does_not_lead() {
+        let dir = tempfile::tempdir().unwrap();
+        let at = |path: &str| dir.path().join(path.trim_start_matches('/'));
+        let check = |memberships: &str, expect: &[&str]| {
+            let write = |path: &str, text: &str| {
+                let path = at(path);
+                fs::create_dir_all(path.parent().unwrap()).unwrap();
+                fs::write(path, text).unwrap();
+            };
+            // Its process is in a cgroup below its own.
+            write(&format!("v2/docker/{ID}/cgroup.procs"), "");
+            write(&format!("v2/docker/{ID}/init/cgroup.procs"), "77\n");
+            write("proc/77/cgroup", memberships);
+            let found = host(dir.path()).find(&record(&format!("/docker/{ID}"))).levels;
+            assert_eq!(found, expect.iter().map(|path| at(path)).collect::<Vec<_>>(), "{memberships}");
+        };
+        let elsewhere = format!("/system.slice/docker-{ID}.scope");
+        check(&format!("3:cpu:{elsewhere}/init\n0::/docker/{ID}/init\n"), &[&format!("cpu{elsewhere}")]);
+        check(&format!("4:memory:{elsewhere}\n3:cpu:/\n"), &[]);
+        check("3:cpu:/user.slice\n", &[]);
+        check(&format!("3:cpu:/docker/{}\n", ID.replace('7', "8")), &[]);
+        check("", &[]);
+    }
+}

@@ -1,0 +1,432 @@
+//! What the recorder's thread does, without the thread: facts become frames, frames go to the ring and to whoever records.
+//!
+//! ```text
+//!  facts -> State -> pending --each second--> Facts frame --+--> ring
+//!                    labels, names join --^                 +--> sessions that record
+//!  each 15 s, and after losses: a State frame begins a section
+//! ```
+//! A session is armed, records, then waits until what it counts is told whole, then ends:
+//!
+//! ```text
+//!  start --with a condition--> Armed --met--> Recording --its end has come--> (tail) --told, or 5 s--> End frame
+//!        \--without------------------------/            \--stop: its end is now--/
+//! ```
+
+#[cfg(test)]
+mod tests;
+
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::sync::mpsc::{SyncSender, TrySendError};
+
+use arc_swap::ArcSwap;
+use sampler_core::fact::Fact;
+use sampler_core::session::trigger::{Fired, Watch};
+use sampler_core::session::{End, Frame, Header, PackError, Packer, State};
+use sampler_core::snapshot::Snapshot;
+use sampler_core::units::{BootNs, WallTime};
+
+use super::Request;
+use super::names::{self, Comms};
+use super::ring::{Piece, Ring};
+use super::store::{Entry, Phase, Store, StoreError};
+use super::writer::{self, Item};
+use crate::labels::LabelView;
+
+const SECOND_NS: u64 = 1_000_000_000;
+/// A frame's worth of facts: what a crash may lose.
+const FRAME_NS: u64 = SECOND_NS;
+const SECTION_NS: u64 = 15 * SECOND_NS;
+/// Facts in one frame, if they come so fast.
+const MAX_PENDING: usize = 50_000;
+/// Files begin so long before what they count: samples that name nobody are divided by their neighbours, and errors by the last minutes.
+pub const CONTEXT_NS: u64 = 40 * SECOND_NS;
+/// Time is told late: samples wait for their rows, and those that name nobody for later neighbours.
+const TAIL_NS: u64 = SECOND_NS;
+/// Nothing may ever be told of a GPU that hangs.
+const MAX_TAIL_NS: u64 = 5 * SECOND_NS;
+/// Those that wait for a condition, too.
+const MAX_ACTIVE: usize = 8;
+/// A condition that is not met for so long is given up.
+const MAX_ARMED_NS: u64 = 86_400 * SECOND_NS;
+
+/// Where the recorder looks at what is not told by facts.
+pub struct Sources {
+    pub labels: Box<dyn Fn() -> Arc<LabelView> + Send>,
+    pub snapshot: Arc<ArcSwap<Snapshot>>,
+    pub procfs: PathBuf,
+    pub node: String,
+}
+
+pub struct Desk {
+    sources: Sources,
+    store: Arc<Store>,
+    state: State,
+    packer: Packer,
+    pub ring: Ring,
+    pending: Vec<Fact>,
+    /// When the last frame was closed and the last section begun; `None` before the first.
+    framed: Option<BootNs>,
+    sectioned: Option<BootNs>,
+    comms: Comms,
+    sessions: Vec<Live>,
+    pub dropped_frames: u64,
+}
+
+struct Live {
+    id: String,
+    request: Request,
+    phase: LivePhase,
+}
+
+enum LivePhase {
+    Armed { watch: Box<Watch>, until: BootNs },
+    Recording(Recording),
+}
+
+struct Recording {
+    to: SyncSender<Item>,
+    /// Repeated before each State.
+    header: Arc<Frame>,
+    began: BootNs,
+    end: BootNs,
+    sequence: u32,
+    dropped: u64,
+    /// Frames are missing: the next one to go in is a State.
+    broken: bool,
+}
+
+impl Recording {
+    /// False where there is no room.
+    fn send(&mut self, frame: &Arc<Frame>, ends_after_ns: Option<u64>) -> bool {
+        let item = Item { sequence: self.sequence, frame: Arc::clone(frame), ends_after_ns };
+        match self.to.try_send(item) {
+            Ok(()) => {
+                self.sequence = self.sequence.wrapping_add(1);
+                true
+            }
+            // The writer has said why it ended; the session is removed in this turn.
+            Err(TrySendError::Disconnected(_)) => true,
+            Err(TrySendError::Full(_)) => false,
+        }
+    }
+
+    /// Its number stays unused: so that a reader sees that it is missing.
+    fn drop_frame(&mut self) {
+        self.sequence = self.sequence.wrapping_add(1);
+        self.dropped += 1;
+        self.broken = true;
+    }
+
+    fn take(&mut self, piece: &Piece<Arc<Frame>>) {
+        match piece {
+            Piece::Facts(frame) => {
+                if self.broken || !self.send(frame, None) {
+                    self.drop_frame();
+                }
+            }
+            Piece::Lost => self.drop_frame(),
+            Piece::State(frames) => {
+                let header = Arc::clone(&self.header);
+                // A section without its State is of no use, and its facts are dropped as long.
+                self.broken = !(self.send(&header, None) && frames.iter().all(|frame| self.send(frame, None)));
+            }
+        }
+    }
+}
+
+fn shared(frames: Vec<Frame>) -> Vec<Arc<Frame>> {
+    frames.into_iter().map(Arc::new).collect()
+}
+
+impl Desk {
+    pub fn new(sources: Sources, store: Arc<Store>, ring_bytes: usize) -> Result<Self, PackError> {
+        Ok(Self {
+            sources,
+            store,
+            state: State::default(),
+            packer: Packer::new()?,
+            ring: Ring::new(ring_bytes),
+            pending: Vec::new(),
+            framed: None,
+            sectioned: None,
+            comms: Comms::default(),
+            sessions: Vec::new(),
+            dropped_frames: 0,
+        })
+    }
+
+    pub fn facts(&mut self, facts: &[Fact], now: BootNs) {
+        if self.sectioned.is_none() {
+            self.section(now);
+        }
+        for fact in facts {
+            self.state.follow(fact, &mut |fact| self.pending.push(fact));
+            if self.pending.len() >= MAX_PENDING {
+                self.frame(now);
+            }
+        }
+    }
+
+    /// Facts did not reach the recorder.
+    pub fn lost(&mut self, facts: u64, now: BootNs) {
+        tracing::warn!(facts, "the recorder did not keep up: sessions miss them");
+        self.frame(now);
+        self.give(&Piece::Lost, now);
+        self.section(now);
+    }
+
+    /// To be called a few times a second.
+    pub fn turn(&mut self, now: BootNs, wall: WallTime) {
+        if self.sectioned.is_none() {
+            self.section(now);
+        }
+        if self.framed.is_none_or(|framed| now.saturating_since(framed) >= FRAME_NS) {
+            self.frame(now);
+            let due = self.sectioned.is_none_or(|begun| now.saturating_since(begun) >= SECTION_NS);
+            if due || self.ring.is_section_full() {
+                self.section(now);
+            }
+            self.mend();
+        }
+        self.look_for_conditions(now, wall);
+        self.end_those_due(now);
+    }
+
+    /// Closes a frame.
+    fn frame(&mut self, now: BootNs) {
+        self.framed = Some(now);
+        let mut joined = names::labels(&self.state, &(self.sources.labels)());
+        joined.extend(self.comms.read(&self.state, &self.sources.procfs));
+        for fact in &joined {
+            self.state.follow(fact, &mut |fact| self.pending.push(fact));
+        }
+        let packed = self.packer.facts(&self.pending);
+        self.pending.clear();
+        match packed {
+            Ok(frames) => {
+                for frame in shared(frames) {
+                    self.give(&Piece::Facts(frame), now);
+                }
+            }
+            Err(error) => {
+                tracing::error!(error = crate::cli::told(&error), "facts cannot be recorded");
+                self.give(&Piece::Lost, now);
+                self.sectioned = None;
+            }
+        }
+    }
+
+    /// Begins a section; nothing is pending.
+    fn section(&mut self, now: BootNs) {
+        self.sectioned = Some(now);
+        let facts = self.state.facts();
+        match self.packer.state(&facts) {
+            Ok(frames) => self.give(&Piece::State(shared(frames)), now),
+            Err(error) => tracing::error!(error = crate::cli::told(&error), "the state cannot be recorded"),
+        }
+    }
+
+    fn give(&mut self, piece: &Piece<Arc<Frame>>, now: BootNs) {
+        match piece {
+            Piece::State(frames) => self.ring.begin(now, frames.clone()),
+            Piece::Facts(frame) => self.ring.push(now, Some(Arc::clone(frame))),
+            Piece::Lost => self.ring.push(now, None),
+        }
+        let mut dropped = 0;
+        for session in &mut self.sessions {
+            if let LivePhase::Recording(recording) = &mut session.phase {
+                let before = recording.dropped;
+                recording.take(piece);
+                dropped += recording.dropped - before;
+                if recording.dropped > before {
+                    let (first, all) = (before == 0, recording.dropped);
+                    self.store.change(&session.id, |entry| entry.dropped_frames = all);
+                    if first {
+                        tracing::warn!(session = session.id, "its disk does not keep up: frames are left out");
+                    }
+                }
+            }
+        }
+        self.dropped_frames += dropped;
+    }
+
+    /// A State for who misses frames and has room again.
+    fn mend(&mut self) {
+        let mut state = None;
+        for session in &mut self.sessions {
+            let LivePhase::Recording(recording) = &mut session.phase else { continue };
+            let header = Arc::clone(&recording.header);
+            // The state is made only where there is room for its header.
+            if !recording.broken || !recording.send(&header, None) {
+                continue;
+            }
+            let frames = state.get_or_insert_with(|| {
+                let facts = self.state.facts();
+                self.packer.state(&facts).map(shared).unwrap_or_default()
+            });
+            recording.broken = frames.is_empty() || !frames.iter().all(|frame| recording.send(frame, None));
+        }
+    }
+
+    pub fn start(&mut self, request: Request, now: BootNs, wall: WallTime) -> Result<String, StoreError> {
+        if self.sessions.len() >= MAX_ACTIVE {
+            return Err(StoreError::Conflict(format!("{MAX_ACTIVE} sessions are being recorded or waited for; stop one first")));
+        }
+        let phase = if request.trigger.is_some() { Phase::Armed } else { Phase::Recording };
+        let words = request.trigger.as_ref().map(ToString::to_string);
+        let id = self.store.add(wall, Entry::new(phase, request.duration_ns, request.lookback_ns, words));
+        let phase = match &request.trigger {
+            Some(trigger) => LivePhase::Armed { watch: Box::new(Watch::new(trigger.clone())), until: now.plus(MAX_ARMED_NS) },
+            None => LivePhase::Recording(self.begin(&id, &request, None, now, wall)?),
+        };
+        tracing::info!(session = id, "{}", if request.trigger.is_some() { "waits for its condition" } else { "records" });
+        self.sessions.push(Live { id: id.clone(), request, phase });
+        Ok(id)
+    }
+
+    /// Begins to record, from the lookback on.
+    fn begin(
+        &mut self,
+        id: &str,
+        request: &Request,
+        trigger: Option<String>,
+        now: BootNs,
+        wall: WallTime,
+    ) -> Result<Recording, StoreError> {
+        if self.sectioned.is_none() {
+            self.section(now);
+        }
+        // What is pending belongs before it.
+        self.frame(now);
+        let start = now.minus(request.lookback_ns).max(self.ring.since().unwrap_or(now));
+        let looks_back_ns = now.saturating_since(start);
+        let header = Header {
+            node: self.sources.node.clone(),
+            agent_version: env!("CARGO_PKG_VERSION").to_owned(),
+            start,
+            start_wall: WallTime(wall.0.saturating_sub(looks_back_ns)),
+            trigger,
+            view: request.view.clone(),
+        };
+        let failed = |why: String| {
+            self.store.fail(id, now, why.clone());
+            StoreError::Conflict(why)
+        };
+        let header_frame = self.packer.header(&header).map_err(|error| failed(crate::cli::told(&error)))?;
+        let header_frame = Arc::new(header_frame);
+        let (mut items, mut sequence, mut dropped) = (Vec::new(), 0, 0);
+        for piece in self.ring.from(start.minus(CONTEXT_NS)) {
+            let frames = match piece {
+                Piece::State(frames) => [vec![Arc::clone(&header_frame)], frames].concat(),
+                Piece::Facts(frame) => vec![frame],
+                // Its number stays unused: so that a reader sees that it is missing.
+                Piece::Lost => {
+                    (sequence, dropped) = (sequence + 1, dropped + 1);
+                    continue;
+                }
+            };
+            for frame in frames {
+                items.push(Item { sequence, frame, ends_after_ns: None });
+                sequence += 1;
+            }
+        }
+        self.store.change(id, |entry| {
+            (entry.phase, entry.began, entry.started) = (Phase::Recording, Some(now), Some(header.start_wall));
+            (entry.lookback_ns, entry.dropped_frames) = (looks_back_ns, dropped);
+        });
+        let to = writer::spawn(Arc::clone(&self.store), id.to_owned(), items)
+            .map_err(|error| failed(format!("no thread to write it: {error}")))?;
+        let end = now.plus(request.duration_ns);
+        Ok(Recording { to, header: header_frame, began: now, end, sequence, dropped, broken: false })
+    }
+
+    /// Ends it as soon as what it counts is told. One that waits for its condition has no file.
+    pub fn stop(&mut self, id: &str, now: BootNs) -> Result<(), StoreError> {
+        let Some(n) = self.sessions.iter().position(|session| session.id == id) else {
+            let status = self.store.status(id, now)?;
+            return Err(StoreError::Conflict(format!("session {id} is {} already", status.state.name())));
+        };
+        match &mut self.sessions[n].phase {
+            LivePhase::Armed { .. } => {
+                self.sessions.remove(n);
+                self.store.fail(id, now, "stopped before its condition was met".into());
+            }
+            LivePhase::Recording(recording) => recording.end = recording.end.min(now),
+        }
+        Ok(())
+    }
+
+    fn look_for_conditions(&mut self, now: BootNs, wall: WallTime) {
+        if !self.sessions.iter().any(|session| matches!(session.phase, LivePhase::Armed { .. })) {
+            return;
+        }
+        let snapshot = self.sources.snapshot.load_full();
+        let mut kept = Vec::new();
+        for mut session in std::mem::take(&mut self.sessions) {
+            let LivePhase::Armed { watch, until } = &mut session.phase else {
+                kept.push(session);
+                continue;
+            };
+            if let Some(Fired { gpu, value, .. }) = watch.see(&snapshot) {
+                let condition = session.request.trigger.as_ref().map(ToString::to_string).unwrap_or_default();
+                let words = format!("{condition}: {value:.2} on {gpu}");
+                tracing::info!(session = session.id, "{words}: records");
+                let Ok(recording) = self.begin(&session.id, &session.request, Some(words), now, wall) else { continue };
+                session.phase = LivePhase::Recording(recording);
+            } else if now >= *until {
+                let hours = MAX_ARMED_NS / SECOND_NS / 3600;
+                self.store.fail(&session.id, now, format!("its condition was not met within {hours} hours"));
+                continue;
+            }
+            kept.push(session);
+        }
+        self.sessions = kept;
+    }
+
+    fn end_those_due(&mut self, now: BootNs) {
+        let covered = self.state.covered();
+        let is_due = |recording: &Recording| {
+            let told = covered.is_none_or(|covered| covered >= recording.end.plus(TAIL_NS));
+            now >= recording.end && (told || now >= recording.end.plus(MAX_TAIL_NS))
+        };
+        self.end(now, is_due);
+    }
+
+    /// Ends all, as far as they are.
+    pub fn close(&mut self, now: BootNs) {
+        for session in std::mem::take(&mut self.sessions) {
+            match session.phase {
+                LivePhase::Recording(mut recording) => {
+                    recording.end = recording.end.min(now);
+                    self.sessions.push(Live { phase: LivePhase::Recording(recording), ..session });
+                }
+                LivePhase::Armed { .. } => self.store.fail(&session.id, now, "the agent ended".into()),
+            }
+        }
+        self.end(now, |_| true);
+    }
+
+    fn end(&mut self, now: BootNs, is_due: impl Fn(&Recording) -> bool) {
+        let due = |session: &Live| matches!(&session.phase, LivePhase::Recording(recording) if is_due(recording));
+        if self.sessions.iter().any(due) {
+            self.frame(now);
+        }
+        let (packer, store) = (&mut self.packer, &self.store);
+        self.sessions.retain_mut(|session| {
+            let ends = due(session);
+            let LivePhase::Recording(recording) = &mut session.phase else { return true };
+            if !store.status(&session.id, now).is_ok_and(|status| status.state == Phase::Recording) {
+                // Its writer has failed, and has said why.
+                return false;
+            }
+            if !ends {
+                return true;
+            }
+            let end = End { at: recording.end, dropped_frames: recording.dropped };
+            let Ok(frame) = packer.end(&end) else { return false };
+            // Without room it is tried again in the next turn: a disk may come back.
+            !recording.send(&Arc::new(frame), Some(recording.end.saturating_since(recording.began)))
+        });
+    }
+}

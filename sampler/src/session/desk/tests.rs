@@ -1,0 +1,358 @@
+//! Facts in, files out, with a clock that the test turns.
+
+use std::path::Path;
+use std::sync::mpsc::sync_channel;
+use std::time::{Duration, Instant};
+
+use sampler_core::fact::{ContainerFact, GpuFact, Row, Tick, User};
+use sampler_core::session::{FileBytes, Session, View, read};
+use sampler_core::snapshot::{GpuInfo, MigMode};
+use sampler_core::units::{ContainerKey, GpuNs, GpuUuid};
+
+use super::*;
+use crate::labels::LabelView;
+
+/// When the agent starts, in seconds since boot.
+const START: u64 = 1_000_000;
+const WALL: u64 = 1_700_000_000;
+
+struct Bench {
+    dir: tempfile::TempDir,
+    store: Arc<Store>,
+    desk: Desk,
+    /// Seconds since the start.
+    second: u64,
+}
+
+fn boot(second: u64) -> BootNs {
+    BootNs((START + second) * SECOND_NS)
+}
+
+fn wall(second: u64) -> WallTime {
+    WallTime((WALL + second) * SECOND_NS)
+}
+
+fn opened() -> Fact {
+    let info = GpuInfo {
+        uuid: GpuUuid("GPU-0".into()),
+        index: 0,
+        minor: None,
+        mig_uuids: Vec::new(),
+        parent: None,
+        model: "model".into(),
+        pci_bus_id: String::new(),
+        driver_version: String::new(),
+        mig_mode: MigMode::Unsupported,
+    };
+    Fact::Gpu { gpu: 0, at: boot(0), fact: GpuFact::Opened(Arc::new(info)) }
+}
+
+fn container() -> Fact {
+    Fact::Container(ContainerFact {
+        key: ContainerKey(1),
+        cgroup_path: "/docker/1".into(),
+        container_id: None,
+        runtime: None,
+        pod_uid: None,
+        created: BootNs(1),
+        creation_seen: true,
+    })
+}
+
+/// The tick that ends with `second`.
+fn tick(second: u64) -> Fact {
+    let row = Row { pid: 7, percent: 50, user: User::Container(ContainerKey(1)), since: boot(0) };
+    let tick = Tick { stamp: GpuNs(second), ns: SECOND_NS, busy_percent: 50, rows: vec![row] };
+    Fact::Gpu { gpu: 0, at: boot(second), fact: GpuFact::Tick(tick) }
+}
+
+/// Seconds of the ticks that are in it.
+fn ticks(session: &Session) -> Vec<u64> {
+    let second = |fact: &Fact| match fact {
+        Fact::Gpu { fact: GpuFact::Tick(tick), .. } => Some(tick.stamp.0),
+        _ => None,
+    };
+    session.facts.iter().filter_map(second).collect()
+}
+
+impl Bench {
+    fn new(max_bytes: u64, ring_bytes: usize) -> Self {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path().join("sessions"), max_bytes);
+        store.prepare().unwrap();
+        let sources = Sources {
+            labels: Box::new(|| Arc::new(LabelView::new())),
+            snapshot: Arc::default(),
+            procfs: dir.path().to_owned(),
+            node: "node".into(),
+        };
+        let mut desk = Desk::new(sources, Arc::clone(&store), ring_bytes).unwrap();
+        desk.facts(&[opened(), container()], boot(0));
+        Self { dir, store, desk, second: 0 }
+    }
+
+    /// Up to `second`, with a tick for each that is told a second late.
+    fn until(&mut self, second: u64) {
+        while self.second < second {
+            self.second += 1;
+            self.desk.facts(&[tick(self.second - 1)], boot(self.second));
+            self.desk.turn(boot(self.second), wall(self.second));
+            // The writers' threads are real, and would not keep up with a clock that runs.
+            std::thread::sleep(Duration::from_millis(1));
+        }
+    }
+
+    fn start(&mut self, request: &Request) -> String {
+        self.desk.start(request.clone(), boot(self.second), wall(self.second)).unwrap()
+    }
+
+    fn phase(&self, id: &str) -> (Phase, String) {
+        let status = self.store.status(id, boot(self.second)).unwrap();
+        (status.state, status.error.unwrap_or_default())
+    }
+
+    /// The writer has a thread of its own.
+    fn wait(&self, id: &str, phase: Phase) {
+        let begun = Instant::now();
+        while self.phase(id).0 != phase {
+            assert!(begun.elapsed() < Duration::from_secs(10), "{id} is {:?}", self.phase(id));
+            std::thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn read(&self, id: &str) -> Session {
+        let (file, path) = self.store.open(id).unwrap();
+        crate::session::read_from(&file, &path).unwrap()
+    }
+}
+
+fn request(duration: u64, lookback: u64) -> Request {
+    Request { duration_ns: duration * SECOND_NS, lookback_ns: lookback * SECOND_NS, ..Request::default() }
+}
+
+#[test]
+fn a_session_with_its_lookback_its_context_and_its_tail() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    bench.until(100);
+    let mut wanted = request(10, 20);
+    wanted.view.gpus = vec!["0".into()];
+    let id = bench.start(&wanted);
+    bench.until(111);
+    assert_eq!(bench.phase(&id).0, Phase::Recording, "the last seconds are not told yet");
+    bench.until(113);
+    bench.wait(&id, Phase::Finished);
+    let session = bench.read(&id);
+    assert_eq!(session.damage, [""; 0]);
+    assert_eq!((session.header.start, session.end), (boot(80), Some(boot(110))));
+    assert_eq!(session.header.start_wall, wall(80));
+    assert_eq!(
+        (session.header.node.as_str(), &session.header.view),
+        ("node", &View { gpus: vec!["0".into()], ..View::default() })
+    );
+    let ticks = ticks(&session);
+    // From the section that holds what is 40 s before the start, to a second behind the end.
+    let first = ticks[0];
+    assert!((25..40).contains(&first), "{first}");
+    assert_eq!(ticks, (first..=111).collect::<Vec<_>>());
+    assert_eq!(session.facts.iter().filter(|fact| **fact == container()).count(), 1);
+    let status = bench.store.status(&id, boot(500)).unwrap();
+    assert_eq!((status.elapsed_seconds, status.lookback_seconds, status.dropped_frames), (10.0, 20.0, 0));
+    assert_eq!(status.size_bytes, std::fs::metadata(bench.store.open(&id).unwrap().1).unwrap().len());
+}
+
+#[test]
+fn what_the_ring_has_is_what_there_is_to_look_back_to() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    bench.until(5);
+    let id = bench.start(&request(2, 60));
+    bench.until(9);
+    bench.wait(&id, Phase::Finished);
+    assert_eq!(bench.read(&id).header.start, boot(0));
+    assert_eq!(bench.store.status(&id, boot(9)).unwrap().lookback_seconds, 5.0);
+    // A ring that is small has less, and never more than it may.
+    let mut small = Bench::new(1 << 20, 20_000);
+    small.until(300);
+    assert!(small.desk.ring.bytes() <= 20_000);
+    let since = small.desk.ring.since().unwrap();
+    assert!(since > boot(100) && since < boot(280), "{since:?}");
+}
+
+#[test]
+fn stopped_and_stopped_again() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    bench.until(5);
+    let id = bench.start(&request(1000, 0));
+    bench.until(10);
+    bench.desk.stop(&id, boot(10)).unwrap();
+    bench.until(12);
+    bench.wait(&id, Phase::Finished);
+    assert_eq!(bench.read(&id).end, Some(boot(10)));
+    assert!(bench.desk.stop(&id, boot(12)).unwrap_err().to_string().contains("is finished already"));
+    assert!(matches!(bench.desk.stop("x", boot(12)), Err(StoreError::Unknown(_))));
+}
+
+#[test]
+fn no_more_at_a_time_than_a_few() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let ids: Vec<String> = (0..MAX_ACTIVE).map(|_| bench.start(&request(1000, 0))).collect();
+    let refused = bench.desk.start(request(1, 0), boot(0), wall(0)).unwrap_err();
+    assert!(refused.to_string().contains("stop one first"));
+    bench.until(3);
+    bench.desk.close(boot(3));
+    for id in &ids {
+        bench.wait(id, Phase::Finished);
+    }
+    // Another run finds them, and what it cannot read, too.
+    let path = bench.dir.path().join("sessions");
+    std::fs::write(path.join("20260101-000000-00.gpus"), "nonsense").unwrap();
+    std::fs::rename(path.join(format!("{}.gpus", ids[0])), path.join("20260101-000000-01.gpus.part")).unwrap();
+    let cut = &std::fs::read(path.join(format!("{}.gpus", ids[1]))).unwrap()[..400];
+    std::fs::write(path.join("20260101-000000-02.gpus.part"), cut).unwrap();
+    std::fs::write(path.join("../20260101-000000-02.gpus"), "").unwrap();
+    drop(bench.desk);
+    drop(bench.store);
+    let next = Store::new(path, 1 << 20);
+    // The writers' threads may still be on their way out.
+    let begun = Instant::now();
+    while next.look().is_err() && begun.elapsed() < Duration::from_secs(5) {
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    let all = next.list(boot(0));
+    let phases: Vec<Phase> = all.iter().map(|status| status.state).collect();
+    assert_eq!(all.len(), MAX_ACTIVE - 1 + 3);
+    assert!(phases[..MAX_ACTIVE - 1].iter().all(|phase| *phase == Phase::Finished));
+    let [nonsense, whole, part] = &all[MAX_ACTIVE - 1..] else { panic!() };
+    assert_eq!((nonsense.state, nonsense.error.as_deref()), (Phase::Interrupted, Some("its header cannot be read")));
+    assert_eq!((whole.state, whole.elapsed_seconds), (Phase::Finished, 3.0));
+    assert_eq!((part.state, part.started.as_deref()), (Phase::Interrupted, Some("2023-11-14T22:13:20.000Z")));
+}
+
+#[test]
+fn a_condition_is_waited_for() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let armed = Request { trigger: Some("busy>0.5".parse().unwrap()), ..request(5, 10) };
+    let (id, stopped, never) = (bench.start(&armed), bench.start(&armed), bench.start(&armed));
+    bench.desk.stop(&stopped, boot(0)).unwrap();
+    assert!(bench.store.open(&id).unwrap_err().to_string().contains("has not begun"));
+    bench.until(50);
+    assert_eq!((bench.phase(&id).0, bench.phase(&stopped).0), (Phase::Armed, Phase::Failed));
+    let LivePhase::Armed { until, .. } = &mut bench.desk.sessions[1].phase else { panic!() };
+    *until = boot(51);
+    bench.until(52);
+    assert_eq!(bench.phase(&never), (Phase::Failed, "its condition was not met within 24 hours".into()));
+    bench.desk.sources.snapshot.store(Arc::new(busy_snapshot()));
+    bench.until(60);
+    bench.wait(&id, Phase::Finished);
+    let header = bench.read(&id).header;
+    assert_eq!((header.start, header.trigger.as_deref()), (boot(43), Some("busy>0.5: 0.80 on GPU-0")));
+}
+
+fn busy_snapshot() -> Snapshot {
+    let Fact::Gpu { fact: GpuFact::Opened(info), .. } = opened() else { panic!() };
+    let gpu = sampler_core::snapshot::GpuView {
+        info,
+        readings: Default::default(),
+        time: Default::default(),
+        unattributed: Default::default(),
+        utilization_ratio: Some(0.8),
+        coactive_ratio: None,
+        last_sample: None,
+        sample_period_seconds: None,
+        sample_gaps: 0,
+        ring_overruns: 0,
+        rejected: Default::default(),
+        off_grid: 0,
+        clock: Default::default(),
+        engines: Vec::new(),
+        throttle_seconds: None,
+        xids: Vec::new(),
+        gone: None,
+    };
+    Snapshot { at: boot(1), gpus: vec![gpu], ..Snapshot::default() }
+}
+
+/// A disk that hangs: nobody takes what is written. Neither the recorder nor another session waits for it.
+#[test]
+fn a_disk_that_hangs_and_comes_back() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let other = bench.start(&request(1000, 0));
+    let id = bench.start(&request(1000, 0));
+    let (to, from) = sync_channel(4);
+    let LivePhase::Recording(recording) = &mut bench.desk.sessions[1].phase else { panic!() };
+    // Its own writer waits as long.
+    let _kept = std::mem::replace(&mut recording.to, to);
+    recording.sequence = 0;
+    // Its file begins here.
+    recording.broken = true;
+    let mut file = FileBytes::default();
+    let drain = |file: &mut FileBytes| {
+        while let Ok(item) = from.try_recv() {
+            file.sequence = item.sequence;
+            file.put(&item.frame);
+        }
+    };
+    for second in 1..10 {
+        bench.until(second);
+        drain(&mut file);
+    }
+    bench.until(40);
+    for second in 40..60 {
+        bench.until(second);
+        drain(&mut file);
+    }
+    let status = bench.store.status(&id, boot(60)).unwrap();
+    assert!(status.dropped_frames > 20 && bench.desk.dropped_frames == status.dropped_frames, "{status:?}");
+    let session = read(&file.bytes).unwrap();
+    assert!(session.damage.iter().any(|words| words.contains("are missing before byte")), "{:?}", session.damage);
+    let had = ticks(&session);
+    assert!(had.contains(&5) && !had.contains(&30) && had.contains(&55), "{had:?}");
+    // The state was told again.
+    assert_eq!(session.facts.iter().filter(|fact| **fact == opened()).count(), 2);
+    bench.desk.stop(&other, boot(59)).unwrap();
+    bench.until(62);
+    bench.wait(&other, Phase::Finished);
+    assert_eq!(bench.read(&other).damage, [""; 0]);
+}
+
+#[test]
+fn facts_that_did_not_reach_it_are_told() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let id = bench.start(&request(20, 0));
+    bench.until(10);
+    bench.desk.lost(5, boot(10));
+    bench.until(25);
+    bench.wait(&id, Phase::Finished);
+    let late = bench.start(&request(1, 20));
+    bench.until(30);
+    bench.wait(&late, Phase::Finished);
+    for id in [&id, &late] {
+        let damage = bench.read(id).damage.join("; ");
+        assert!(damage.contains("is missing before byte") && damage.contains("leave 1 frames out"), "{damage}");
+    }
+}
+
+#[test]
+fn a_full_store_ends_a_session_and_leaves_what_is_there() {
+    let mut bench = Bench::new(2000, 1 << 20);
+    let id = bench.start(&request(1000, 0));
+    bench.until(60);
+    bench.wait(&id, Phase::Failed);
+    assert!(bench.phase(&id).1.contains("session_dir_max_bytes (2000)"), "{:?}", bench.phase(&id));
+    let session = bench.read(&id);
+    assert!(ticks(&session).len() > 5 && session.end.is_none());
+    assert_eq!(session.damage.len(), 1, "{:?}", session.damage);
+    bench.until(61);
+    assert!(bench.desk.sessions.is_empty());
+    bench.store.remove(&id).unwrap();
+    assert_eq!(std::fs::read_dir(bench.dir.path().join("sessions")).unwrap().count(), 1, "the lock alone");
+}
+
+#[test]
+fn a_folder_that_is_gone() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    std::fs::remove_dir_all(bench.dir.path().join("sessions")).unwrap();
+    let id = bench.start(&request(10, 0));
+    bench.wait(&id, Phase::Failed);
+    assert!(bench.phase(&id).1.contains("cannot make"), "{:?}", bench.phase(&id));
+    assert!(!Path::new("sessions").exists());
+}

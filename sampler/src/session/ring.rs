@@ -1,0 +1,120 @@
+//! The last minutes in memory, as frames: what a session that looks back begins with.
+
+use std::collections::VecDeque;
+use std::sync::Arc;
+
+use sampler_core::session::Frame;
+use sampler_core::units::BootNs;
+
+/// Older ones are given up although there would be room: nobody looks back so far.
+const MAX_AGE_NS: u64 = super::MAX_LOOKBACK_S as u64 * 1_000_000_000 + super::desk::CONTEXT_NS + 60_000_000_000;
+/// A frame's own cost, beside its bytes.
+const FRAME_COST: usize = 64;
+
+/// From one State to the next.
+#[derive(Debug)]
+struct Section {
+    from: BootNs,
+    state: Vec<Arc<Frame>>,
+    /// `None` for facts that are lost.
+    facts: Vec<Option<Arc<Frame>>>,
+    bytes: usize,
+}
+
+#[derive(Debug)]
+pub struct Ring {
+    sections: VecDeque<Section>,
+    bytes: usize,
+    max_bytes: usize,
+}
+
+/// What a file takes over from the ring.
+#[derive(Debug, PartialEq)]
+pub enum Piece<T> {
+    /// A new section: the header belongs before it.
+    State(Vec<T>),
+    Facts(T),
+    Lost,
+}
+
+impl Ring {
+    pub fn new(max_bytes: usize) -> Self {
+        Self { sections: VecDeque::new(), bytes: 0, max_bytes }
+    }
+
+    /// A section so long ought to end, or giving it up would give up all there is.
+    pub fn is_section_full(&self) -> bool {
+        self.sections.back().is_some_and(|last| last.bytes >= self.max_bytes / 8)
+    }
+
+    pub fn begin(&mut self, now: BootNs, state: Vec<Arc<Frame>>) {
+        let bytes = state.iter().map(|frame| frame.bytes() + FRAME_COST).sum();
+        self.sections.push_back(Section { from: now, state, facts: Vec::new(), bytes });
+        self.bytes += bytes;
+        self.shrink(now);
+    }
+
+    /// Facts, or `None` where some are lost.
+    pub fn push(&mut self, now: BootNs, facts: Option<Arc<Frame>>) {
+        let Some(last) = self.sections.back_mut() else { return };
+        let bytes = FRAME_COST + facts.as_ref().map_or(0, |frame| frame.bytes());
+        last.facts.push(facts);
+        last.bytes += bytes;
+        self.bytes += bytes;
+        self.shrink(now);
+    }
+
+    fn shrink(&mut self, now: BootNs) {
+        // A section's facts reach up to where the next one begins.
+        let too_old = |sections: &VecDeque<Section>| sections.get(1).is_some_and(|next| next.from.plus(MAX_AGE_NS) < now);
+        while self.sections.len() > 1 && (self.bytes > self.max_bytes || too_old(&self.sections)) {
+            self.bytes -= self.sections.pop_front().map_or(0, |oldest| oldest.bytes);
+        }
+    }
+
+    /// Since when there are facts.
+    pub fn since(&self) -> Option<BootNs> {
+        self.sections.front().map(|first| first.from)
+    }
+
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// From the last section that begins at `from` or before, else from the first.
+    pub fn from(&self, from: BootNs) -> impl Iterator<Item = Piece<Arc<Frame>>> {
+        let begin = self.sections.partition_point(|section| section.from <= from).saturating_sub(1);
+        self.sections.iter().skip(begin).flat_map(|section| {
+            let facts = section.facts.iter().map(|facts| facts.clone().map_or(Piece::Lost, Piece::Facts));
+            std::iter::once(Piece::State(section.state.clone())).chain(facts)
+        })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sampler_core::session::Packer;
+
+    #[test]
+    fn whole_sections_are_given_up() {
+        let mut packer = Packer::new().unwrap();
+        let state = Arc::new(packer.state(&[]).unwrap().remove(0));
+        let mut ring = Ring::new(9 * (state.bytes() + FRAME_COST));
+        for second in 0..20 {
+            let now = BootNs(second * 1_000_000_000);
+            if second % 3 == 0 {
+                ring.begin(now, vec![Arc::clone(&state)]);
+            }
+            ring.push(now, None);
+        }
+        assert_eq!(ring.since(), Some(BootNs(12_000_000_000)));
+        let all: Vec<_> = ring.from(BootNs(0)).collect();
+        let states = all.iter().filter(|piece| matches!(piece, Piece::State(_))).count();
+        assert_eq!((states, all.len()), (3, 3 + 8));
+        assert_eq!(ring.from(BootNs(15_500_000_000)).count(), 2 + 3 + 2);
+        assert_eq!(ring.from(BootNs(u64::MAX)).count(), 1 + 2);
+        ring.push(BootNs(MAX_AGE_NS + 100_000_000_000), None);
+        assert_eq!(ring.since(), Some(BootNs(18_000_000_000)), "the last one stays");
+    }
+}

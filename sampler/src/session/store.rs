@@ -1,0 +1,460 @@
+//! The sessions there are: those of this run, and the files of earlier ones.
+//!
+//! ```text
+//!  armed --condition met--> recording --end, stop--> finished
+//!    \--stop, too long--> failed   \--disk--> failed      interrupted: an agent ended before it did
+//! ```
+//! Two locks: the table of entries, which the recorder takes and under which nothing is read or written; and the folder, under which
+//! files are listed. Ids are looked up in the table; no request's id ever becomes a path.
+
+use std::collections::BTreeMap;
+use std::fs::{self, DirBuilder, File};
+use std::io::{self, Read as _, Seek as _, SeekFrom};
+use std::os::unix::fs::DirBuilderExt as _;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use sampler_core::report::rfc3339;
+use sampler_core::units::{BootNs, WallTime};
+use serde::Serialize;
+use thiserror::Error;
+
+/// Sessions listed; beyond it the oldest that have ended are forgotten, and their files removed.
+const MAX_ENTRIES: usize = 1000;
+/// A header is far shorter, an end is some 40 bytes.
+const BEGINNING_BYTES: u64 = 256 << 10;
+const LAST_BYTES: u64 = 4096;
+/// Less room than this on the disk and nothing is begun.
+const MIN_FREE_BYTES: u64 = 1 << 20;
+const FINISHED: &str = ".gpus";
+const PART: &str = ".gpus.part";
+
+#[derive(Debug, Error)]
+pub enum StoreError {
+    #[error("cannot make the folder {path} for sessions; give one that can be written with --session-dir", path = path.display())]
+    Make { path: PathBuf, source: io::Error },
+    #[error("cannot use the folder {path} for sessions; give another with --session-dir", path = path.display())]
+    Use { path: PathBuf, source: io::Error },
+    #[error("the folder {path} is in use by another agent; give another with --session-dir", path = path.display())]
+    InUse { path: PathBuf },
+    #[error("there is no room left on the disk of {path}", path = path.display())]
+    Full { path: PathBuf },
+    #[error("there is no session {0:?}")]
+    Unknown(String),
+    #[error("{0}")]
+    Conflict(String),
+    #[error("cannot read or remove {path}", path = path.display())]
+    File { path: PathBuf, source: io::Error },
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Phase {
+    Armed,
+    Recording,
+    Finished,
+    Interrupted,
+    Failed,
+}
+
+impl Phase {
+    pub const ALL: [Phase; 5] = [Phase::Armed, Phase::Recording, Phase::Finished, Phase::Interrupted, Phase::Failed];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Phase::Armed => "armed",
+            Phase::Recording => "recording",
+            Phase::Finished => "finished",
+            Phase::Interrupted => "interrupted",
+            Phase::Failed => "failed",
+        }
+    }
+
+    pub fn is_active(self) -> bool {
+        matches!(self, Phase::Armed | Phase::Recording)
+    }
+}
+
+/// As the API tells it.
+#[derive(Clone, Debug, Serialize)]
+pub struct Status {
+    pub id: String,
+    pub state: Phase,
+    /// When what it counts begins: with the lookback. RFC 3339.
+    pub started: Option<String>,
+    /// Without the lookback.
+    pub duration_seconds: f64,
+    pub elapsed_seconds: f64,
+    /// As far as there was something to look back to.
+    pub lookback_seconds: f64,
+    pub size_bytes: u64,
+    pub trigger: Option<String>,
+    pub error: Option<String>,
+    pub dropped_frames: u64,
+}
+
+#[derive(Clone, Debug)]
+pub struct Entry {
+    pub phase: Phase,
+    pub started: Option<WallTime>,
+    /// When recording began, in this run.
+    pub began: Option<BootNs>,
+    pub duration_ns: u64,
+    /// Once it has ended.
+    pub elapsed_ns: Option<u64>,
+    pub lookback_ns: u64,
+    pub size_bytes: u64,
+    pub trigger: Option<String>,
+    pub error: Option<String>,
+    pub dropped_frames: u64,
+    path: Option<PathBuf>,
+}
+
+impl Entry {
+    pub fn new(phase: Phase, duration_ns: u64, lookback_ns: u64, trigger: Option<String>) -> Self {
+        Entry {
+            phase,
+            started: None,
+            began: None,
+            duration_ns,
+            elapsed_ns: None,
+            lookback_ns,
+            size_bytes: 0,
+            trigger,
+            error: None,
+            dropped_frames: 0,
+            path: None,
+        }
+    }
+
+    fn status(&self, id: &str, now: BootNs) -> Status {
+        let seconds = |ns: u64| ns as f64 / 1e9;
+        let so_far = || self.began.map_or(0, |began| now.saturating_since(began).min(self.duration_ns));
+        Status {
+            id: id.to_owned(),
+            state: self.phase,
+            started: self.started.map(rfc3339),
+            duration_seconds: seconds(self.duration_ns),
+            elapsed_seconds: seconds(self.elapsed_ns.unwrap_or_else(so_far)),
+            lookback_seconds: seconds(self.lookback_ns),
+            size_bytes: self.size_bytes,
+            trigger: self.trigger.clone(),
+            error: self.error.clone(),
+            dropped_frames: self.dropped_frames,
+        }
+    }
+}
+
+#[derive(Debug)]
+pub struct Store {
+    dir: PathBuf,
+    max_bytes: u64,
+    entries: Mutex<BTreeMap<String, Entry>>,
+    /// Holds the folder for this agent, once it is used.
+    lock: Mutex<Option<File>>,
+}
+
+/// `20261125-222013-00`: begins with the time, so that names sort.
+fn is_id(text: &str) -> bool {
+    let parts: Vec<&str> = text.split('-').collect();
+    let digits = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
+    text.len() <= 24 && parts.len() == 3 && parts[0].len() == 8 && parts[1].len() == 6 && parts.iter().all(digits)
+}
+
+impl Store {
+    /// Touches nothing yet.
+    pub fn new(dir: PathBuf, max_bytes: u64) -> Arc<Self> {
+        Arc::new(Self { dir, max_bytes, entries: Mutex::default(), lock: Mutex::default() })
+    }
+
+    fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
+        // Each change is whole: the table stays usable after a panic elsewhere.
+        self.entries.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lists what earlier runs left, if there is anything. Blocks.
+    pub fn look(&self) -> Result<(), StoreError> {
+        if self.dir.is_dir() { self.claim() } else { Ok(()) }
+    }
+
+    /// Makes the folder and sees to it that something can be recorded there. Blocks.
+    pub fn prepare(&self) -> Result<(), StoreError> {
+        let make = |source| StoreError::Make { path: self.dir.clone(), source };
+        DirBuilder::new().recursive(true).mode(0o750).create(&self.dir).map_err(make)?;
+        self.claim()?;
+        self.make_room(0);
+        match rustix::fs::statvfs(&self.dir) {
+            Ok(disk) if disk.f_bavail.saturating_mul(disk.f_frsize) < MIN_FREE_BYTES => {
+                Err(StoreError::Full { path: self.dir.clone() })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn claim(&self) -> Result<(), StoreError> {
+        let mut lock = self.lock.lock().unwrap_or_else(PoisonError::into_inner);
+        if lock.is_some() {
+            return Ok(());
+        }
+        let fail = |source| StoreError::Use { path: self.dir.clone(), source };
+        let file = File::options().create(true).truncate(false).write(true).open(self.dir.join(".lock")).map_err(fail)?;
+        match file.try_lock() {
+            Ok(()) => {}
+            Err(fs::TryLockError::WouldBlock) => return Err(StoreError::InUse { path: self.dir.clone() }),
+            Err(fs::TryLockError::Error(source)) => return Err(fail(source)),
+        }
+        let found = self.list_files().map_err(fail)?;
+        // Nothing of this run is among them: it could not begin before.
+        self.entries().extend(found);
+        *lock = Some(file);
+        Ok(())
+    }
+
+    fn list_files(&self) -> io::Result<Vec<(String, Entry)>> {
+        let mut found = Vec::new();
+        for file in fs::read_dir(&self.dir)? {
+            let file = file?;
+            let name = file.file_name();
+            let Some(name) = name.to_str() else { continue };
+            let (id, part) = match (name.strip_suffix(PART), name.strip_suffix(FINISHED)) {
+                (Some(id), _) => (id, true),
+                (None, Some(id)) => (id, false),
+                (None, None) => continue,
+            };
+            if is_id(id) && file.file_type()?.is_file() {
+                found.push((id.to_owned(), listed(&file.path(), part)));
+            }
+        }
+        Ok(found)
+    }
+
+    /// Adds a session that begins now.
+    pub fn add(&self, wall: WallTime, entry: Entry) -> String {
+        let mut entries = self.entries();
+        let second: String = rfc3339(wall).chars().take(19).filter(|c| !"-:".contains(*c)).collect();
+        let second = second.replace('T', "-");
+        let id = (0u32..).map(|n| format!("{second}-{n:02}")).find(|id| !entries.contains_key(id)).unwrap_or(second);
+        entries.insert(id.clone(), entry);
+        id
+    }
+
+    pub fn change(&self, id: &str, change: impl FnOnce(&mut Entry)) {
+        if let Some(entry) = self.entries().get_mut(id) {
+            change(entry);
+        }
+    }
+
+    pub fn fail(&self, id: &str, now: BootNs, why: String) {
+        tracing::warn!(session = id, "{why}");
+        self.change(id, |entry| {
+            let so_far = entry.began.map(|began| now.saturating_since(began).min(entry.duration_ns));
+            (entry.phase, entry.elapsed_ns, entry.error) = (Phase::Failed, so_far, Some(why));
+        });
+    }
+
+    /// Where its file is while it is written.
+    pub fn begin_file(&self, id: &str) -> PathBuf {
+        let path = self.dir.join(format!("{id}{PART}"));
+        self.change(id, |entry| entry.path = Some(path.clone()));
+        path
+    }
+
+    /// Gives a file that is whole its name. Blocks.
+    pub fn finish_file(&self, id: &str, elapsed_ns: u64) -> io::Result<()> {
+        let path = self.dir.join(format!("{id}{FINISHED}"));
+        fs::rename(self.dir.join(format!("{id}{PART}")), &path)?;
+        self.change(id, |entry| {
+            (entry.phase, entry.path, entry.elapsed_ns) = (Phase::Finished, Some(path), Some(elapsed_ns));
+        });
+        // The name is to survive a loss of power, too.
+        File::open(&self.dir)?.sync_all()
+    }
+
+    /// A file has grown to `bytes`: older ones give way. Blocks.
+    pub fn grew(&self, id: &str, bytes: u64) -> Result<(), String> {
+        self.change(id, |entry| entry.size_bytes = bytes);
+        if self.make_room(0) {
+            return Ok(());
+        }
+        Err(format!("the sessions being recorded have reached session_dir_max_bytes ({}) together", self.max_bytes))
+    }
+
+    /// Removes the oldest that have ended until all are within the bounds, `more` bytes included; whether that could be had.
+    fn make_room(&self, more: u64) -> bool {
+        loop {
+            let oldest = {
+                let mut entries = self.entries();
+                let total: u64 = entries.values().map(|entry| entry.size_bytes).sum();
+                if total + more <= self.max_bytes && entries.len() <= MAX_ENTRIES {
+                    return true;
+                }
+                let oldest = entries.iter().find(|(_, entry)| !entry.phase.is_active()).map(|(id, _)| id.clone());
+                oldest.and_then(|id| entries.remove_entry(&id))
+            };
+            let Some((id, entry)) = oldest else { return false };
+            tracing::info!(session = id, bytes = entry.size_bytes, "removed, to make room for newer sessions");
+            if let Some(Err(error)) = entry.path.as_ref().map(fs::remove_file)
+                && error.kind() != io::ErrorKind::NotFound
+            {
+                tracing::warn!(session = id, %error, "cannot be removed");
+            }
+        }
+    }
+
+    pub fn list(&self, now: BootNs) -> Vec<Status> {
+        self.entries().iter().map(|(id, entry)| entry.status(id, now)).collect()
+    }
+
+    pub fn status(&self, id: &str, now: BootNs) -> Result<Status, StoreError> {
+        self.entries().get(id).map(|entry| entry.status(id, now)).ok_or_else(|| unknown(id))
+    }
+
+    /// How many there are by [`Phase::ALL`].
+    pub fn counts(&self) -> [u64; Phase::ALL.len()] {
+        let mut counts = [0; Phase::ALL.len()];
+        for entry in self.entries().values() {
+            counts[entry.phase as usize] += 1;
+        }
+        counts
+    }
+
+    pub fn active(&self) -> usize {
+        self.entries().values().filter(|entry| entry.phase.is_active()).count()
+    }
+
+    /// Opens its file, as long as it is now. Blocks.
+    pub fn open(&self, id: &str) -> Result<(File, PathBuf), StoreError> {
+        let path = || {
+            let entries = self.entries();
+            let entry = entries.get(id).ok_or_else(|| unknown(id))?;
+            let none = || StoreError::Conflict(format!("session {id} has no file: it has not begun to record"));
+            entry.path.clone().ok_or_else(none)
+        };
+        let first = path()?;
+        match File::open(&first) {
+            // It was given its name in between.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {
+                let path = path()?;
+                File::open(&path).map(|file| (file, path.clone())).map_err(|source| StoreError::File { path, source })
+            }
+            Err(source) => Err(StoreError::File { path: first, source }),
+            Ok(file) => Ok((file, first)),
+        }
+    }
+
+    /// Removes one that has ended. Blocks.
+    pub fn remove(&self, id: &str) -> Result<(), StoreError> {
+        let entry = {
+            let mut entries = self.entries();
+            let entry = entries.get(id).ok_or_else(|| unknown(id))?;
+            if entry.phase.is_active() {
+                return Err(StoreError::Conflict(format!("session {id} is {}; stop it first", entry.phase.name())));
+            }
+            entries.remove(id)
+        };
+        match entry.and_then(|entry| entry.path).map(|path| (fs::remove_file(&path), path)) {
+            Some((Err(source), path)) if source.kind() != io::ErrorKind::NotFound => Err(StoreError::File { path, source }),
+            _ => Ok(()),
+        }
+    }
+}
+
+fn unknown(id: &str) -> StoreError {
+    StoreError::Unknown(id.chars().take(40).collect())
+}
+
+/// What a file of an earlier run says of itself.
+fn listed(path: &Path, part: bool) -> Entry {
+    let mut entry = Entry::new(if part { Phase::Interrupted } else { Phase::Finished }, 0, 0, None);
+    entry.path = Some(path.to_owned());
+    match peek(path) {
+        Ok((bytes, beginning, last)) => {
+            entry.size_bytes = bytes;
+            let end = sampler_core::session::end(&last);
+            match sampler_core::session::header(&beginning) {
+                Some(header) => {
+                    entry.started = Some(header.start_wall);
+                    let counted = end.map(|end| end.at.saturating_since(header.start));
+                    (entry.duration_ns, entry.elapsed_ns) = (counted.unwrap_or_default(), Some(counted.unwrap_or_default()));
+                    entry.trigger = header.trigger;
+                }
+                None => entry.error = Some("its header cannot be read".into()),
+            }
+            match end {
+                Some(end) => (entry.phase, entry.dropped_frames) = (Phase::Finished, end.dropped_frames),
+                None => entry.phase = Phase::Interrupted,
+            }
+        }
+        Err(error) => entry.error = Some(format!("cannot be read: {error}")),
+    }
+    entry
+}
+
+/// Size, beginning and last bytes.
+fn peek(path: &Path) -> io::Result<(u64, Vec<u8>, Vec<u8>)> {
+    let mut file = File::open(path)?;
+    let bytes = file.metadata()?.len();
+    let (mut beginning, mut last) = (Vec::new(), Vec::new());
+    (&file).take(BEGINNING_BYTES).read_to_end(&mut beginning)?;
+    file.seek(SeekFrom::Start(bytes.saturating_sub(LAST_BYTES)))?;
+    file.take(LAST_BYTES).read_to_end(&mut last)?;
+    Ok((bytes, beginning, last))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ids() {
+        for (text, expect) in [
+            ("20261125-222013-00", true),
+            ("20261125-222013-1234", true),
+            ("../../etc/passwd", false),
+            ("20261125-222013-00/..", false),
+            ("20261125-222013", false),
+            ("", false),
+        ] {
+            assert_eq!(is_id(text), expect, "{text}");
+        }
+    }
+
+    #[test]
+    fn one_agent_a_folder() {
+        let dir = tempfile::tempdir().unwrap();
+        let new = || Store::new(dir.path().join("a/b"), 1 << 20);
+        let first = new();
+        assert!(first.look().is_ok() && !dir.path().join("a").exists(), "looking makes nothing");
+        first.prepare().unwrap();
+        assert!(matches!(new().prepare(), Err(StoreError::InUse { .. })));
+        drop(first);
+        new().prepare().unwrap();
+        std::fs::write(dir.path().join("file"), "").unwrap();
+        let error = Store::new(dir.path().join("file/x"), 1).prepare().unwrap_err();
+        assert!(error.to_string().contains("--session-dir"), "{error}");
+    }
+
+    #[test]
+    fn the_oldest_that_ended_give_way() {
+        let dir = tempfile::tempdir().unwrap();
+        let store = Store::new(dir.path().to_owned(), 100);
+        store.prepare().unwrap();
+        let ids: Vec<String> = (0..4).map(|_| store.add(WallTime(0), Entry::new(Phase::Recording, 1, 0, None))).collect();
+        assert_eq!(ids[1], "19700101-000000-01");
+        for id in &ids[..3] {
+            std::fs::write(store.begin_file(id), "x").unwrap();
+            store.grew(id, 30).unwrap();
+        }
+        store.finish_file(&ids[1], 5).unwrap();
+        store.finish_file(&ids[2], 5).unwrap();
+        assert!(store.remove(&ids[0]).unwrap_err().to_string().contains("stop it first"));
+        store.grew(&ids[3], 40).unwrap();
+        let left = || store.list(BootNs(0)).iter().map(|status| status.id.clone()).collect::<Vec<_>>();
+        assert_eq!(left(), [&*ids[0], &ids[2], &ids[3]]);
+        assert!(store.grew(&ids[3], 80).unwrap_err().contains("session_dir_max_bytes"));
+        assert_eq!(left(), [&*ids[0], &ids[3]]);
+        assert_eq!(std::fs::read_dir(dir.path()).unwrap().count(), 2, "a file and the lock");
+        assert!(matches!(store.open("../x"), Err(StoreError::Unknown(_))));
+        assert!(store.open(&ids[3]).unwrap_err().to_string().contains("has no file"));
+    }
+}

@@ -1,0 +1,124 @@
+//! One thread writes one session's file: whatever the disk does happens to it alone.
+
+use std::fs::File;
+use std::io::{self, Write as _};
+use std::os::unix::fs::OpenOptionsExt as _;
+use std::path::Path;
+use std::sync::Arc;
+use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
+use std::time::{Duration, Instant};
+
+use sampler_core::session::Frame;
+
+use super::store::{Phase, Store};
+use crate::observe::clock::boot_now;
+
+/// Frames that wait for the disk: a minute of them.
+pub const QUEUE: usize = 64;
+/// A loss of power loses no more than this.
+const SYNC_EVERY: Duration = Duration::from_secs(5);
+
+pub struct Item {
+    pub sequence: u32,
+    pub frame: Arc<Frame>,
+    /// Of the last one: how long was recorded.
+    pub ends_after_ns: Option<u64>,
+}
+
+/// Begins a file with `first`. It ends with the item that says so, or when the sender is dropped: then it counts as interrupted.
+pub fn spawn(store: Arc<Store>, id: String, first: Vec<Item>) -> io::Result<SyncSender<Item>> {
+    let (to, from) = sync_channel(QUEUE);
+    std::thread::Builder::new().name("session".into()).spawn(move || {
+        let path = store.begin_file(&id);
+        let mut writer = Writer { store: &store, id: &id, written: 0, synced: Instant::now(), unsynced: false };
+        if let Err(error) = writer.run(&path, first, &from) {
+            store.fail(&id, boot_now(), error);
+        }
+    })?;
+    Ok(to)
+}
+
+struct Writer<'a> {
+    store: &'a Store,
+    id: &'a str,
+    written: u64,
+    synced: Instant,
+    unsynced: bool,
+}
+
+impl Writer<'_> {
+    fn run(&mut self, path: &Path, first: Vec<Item>, from: &Receiver<Item>) -> Result<(), String> {
+        let words = |error: io::Error| format!("cannot make {}: {error}", path.display());
+        // A link that somebody has put there is not followed.
+        let mut file = File::options().write(true).create_new(true).mode(0o640).open(path).map_err(words)?;
+        for item in first {
+            if self.take(&mut file, item)? {
+                return Ok(());
+            }
+        }
+        loop {
+            match from.recv_timeout(SYNC_EVERY) {
+                Ok(item) => {
+                    if self.take(&mut file, item)? {
+                        return Ok(());
+                    }
+                }
+                Err(RecvTimeoutError::Timeout) => self.sync(&file)?,
+                Err(RecvTimeoutError::Disconnected) => {
+                    self.sync(&file)?;
+                    self.store.change(self.id, |entry| entry.phase = Phase::Interrupted);
+                    return Ok(());
+                }
+            }
+        }
+    }
+
+    /// Writes a frame; whether it was the last.
+    fn take(&mut self, file: &mut File, item: Item) -> Result<bool, String> {
+        let mut bytes = Vec::with_capacity(item.frame.bytes());
+        item.frame.put(item.sequence, &mut bytes);
+        if let Err(error) = file.write_all(&bytes) {
+            // Half a frame would only be read as damage.
+            let _half = file.set_len(self.written).and_then(|()| file.sync_all());
+            return Err(format!("cannot write: {error}; what was recorded up to there can be read"));
+        }
+        self.unsynced = true;
+        self.written += bytes.len() as u64;
+        self.store.grew(self.id, self.written)?;
+        if let Some(elapsed_ns) = item.ends_after_ns {
+            self.sync(file)?;
+            self.store.finish_file(self.id, elapsed_ns).map_err(|error| format!("cannot give the file its name: {error}"))?;
+            return Ok(true);
+        }
+        if self.synced.elapsed() >= SYNC_EVERY {
+            self.sync(file)?;
+        }
+        Ok(false)
+    }
+
+    fn sync(&mut self, file: &File) -> Result<(), String> {
+        if std::mem::take(&mut self.unsynced) {
+            file.sync_data().map_err(|error| format!("cannot be brought to the disk: {error}"))?;
+        }
+        self.synced = Instant::now();
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use sampler_core::session::Packer;
+
+    #[test]
+    fn a_full_disk_in_words() {
+        let store = Store::new("/nowhere".into(), 1 << 20);
+        let frame = Arc::new(Packer::new().unwrap().facts(&[]).unwrap().pop());
+        assert!(frame.is_none(), "no frame for no facts");
+        let frame = Arc::new(Packer::new().unwrap().state(&[]).unwrap().remove(0));
+        let mut writer = Writer { store: &store, id: "x", written: 0, synced: Instant::now(), unsynced: false };
+        let mut full = File::options().write(true).open("/dev/full").unwrap();
+        let told = writer.take(&mut full, Item { sequence: 0, frame, ends_after_ns: None }).unwrap_err();
+        assert!(told.contains("No space left on device") && told.contains("can be read"), "{told}");
+    }
+}
