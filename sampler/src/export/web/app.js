@@ -83,7 +83,7 @@ async function ask(path, options = {}) {
 const post = (path, body) =>
   ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body || {}) });
 
-// A link cannot carry the token: what needs it is fetched, then saved.
+// What needs the token is fetched, then saved. A report is saved as well: shown from here, it would be under this page's policy, and blank.
 async function save(path, name) {
   const answer = await ask(path, { signal: AbortSignal.timeout(600000) });
   const url = URL.createObjectURL(await answer.blob());
@@ -397,7 +397,7 @@ let away = false;
 
 function failed(error) {
   if (error.status === 401) return login(token() ? "The agent does not know this token." : "");
-  const words = error.status ? `${error.message}` : "nobody answers there";
+  const words = error.status ? `${error.message}` : "nobody listens there, or the network is down";
   const what = `The agent at ${location.host} does not answer`;
   banners([{ what, message: `${words}. This page keeps asking; gpu-sampler doctor, on that machine, says what is wrong.`, bad: true }]);
   pill("away", "away");
@@ -407,8 +407,7 @@ function failed(error) {
 
 function login(problem) {
   sessionStorage.removeItem(TOKEN);
-  $("app").hidden = true;
-  $("state").hidden = true;
+  for (const id of ["app", "state", "links"]) $(id).hidden = true;
   const form = $("login");
   const first = form.hidden;
   form.hidden = false;
@@ -424,6 +423,8 @@ async function poll() {
     if (away) say("The agent answers again");
     away = false;
     $("app").hidden = false;
+    // A link cannot carry the token.
+    $("links").hidden = Boolean(token());
     if (ui.paused) return;
     pill("live", "");
     ui.live = live;
