@@ -19,11 +19,11 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
     let peers = filters.iter().any(|filter| filter == PEERS);
     let chosen: &[&str] = match filters {
-        [] => &["core", "kernel", "labels", "tables"],
+        [] => &["core", "kernel", "labels", "reports", "tables"],
         [_] if peers => &[PEERS],
         // The pure core's are criterion's, which takes one filter at most.
-        _ if peers => &["kernel", "labels", "tables", PEERS],
-        _ => &["kernel", "labels", "tables"],
+        _ if peers => &["kernel", "labels", "reports", "tables", PEERS],
+        _ => &["kernel", "labels", "reports", "tables"],
     };
     benches.args(chosen.iter().flat_map(|name| ["--bench", name]));
     if filters.is_empty() {

@@ -1,0 +1,211 @@
+//! Sessions at the size that is promised: 8 GPUs with 64 processes each, 10 minutes, beside 1,000 lives a second that use no GPU.
+//!
+//! Wall time on a shared machine: the best of five, beside its aim.
+
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, LabelFact, PressureFact, Row, Tick, User};
+use sampler_core::observation::ProcessKind;
+use sampler_core::report;
+
+use sampler_core::session::{End, FileBytes, Header, Packer, State, View, read};
+use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
+use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
+
+const GPUS: u32 = 8;
+const PROCESSES: u64 = 64;
+const MINUTES: u64 = 10;
+const SECOND: u64 = 1_000_000_000;
+const START: u64 = 1_000_000 * SECOND;
+const PERIOD: u64 = 167_139_000;
+/// A state that a reader can begin with, this often.
+const STATE_EVERY: u64 = 30;
+const TIMES: usize = 5;
+
+struct Random(u64);
+
+impl Random {
+    fn below(&mut self, bound: u64) -> u64 {
+        // Knuth's MMIX constants.
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 33) % bound
+    }
+}
+
+/// Each process in a container of its own.
+fn key(gpu: u32, n: u64) -> ContainerKey {
+    ContainerKey(1 + u64::from(gpu) * PROCESSES + n)
+}
+
+fn container(key: ContainerKey) -> [Fact; 2] {
+    let id = format!("{:064x}", u128::from(key.0).wrapping_mul(0x9E37_79B9_7F4A_7C15_F39C_C060_5CED_C835));
+    let fact = ContainerFact {
+        key,
+        cgroup_path: format!("/kubepods.slice/kubepods-burstable.slice/cri-containerd-{id}.scope"),
+        container_id: Some(id),
+        runtime: Some("containerd".into()),
+        pod_uid: Some(format!("8bb25662-de9a-11e9-84e7-{:012x}", key.0)),
+        created: BootNs(START - 100 * SECOND),
+        creation_seen: true,
+    };
+    let labels = LabelFact {
+        key,
+        namespace: format!("team-{}", key.0 % 7),
+        pod: format!("trainer-{}", key.0),
+        container: "main".into(),
+        name: format!("k8s_main_trainer-{}", key.0),
+        image: "registry.example/trainer:v3".into(),
+    };
+    [Fact::Container(fact), Fact::Labels(labels)]
+}
+
+fn opened(gpu: u32) -> Fact {
+    let info = GpuInfo {
+        uuid: GpuUuid(format!("GPU-{gpu:08}-aaaa-bbbb-cccc-ddddeeeeffff").into()),
+        index: gpu,
+        minor: Some(gpu),
+        mig_uuids: Vec::new(),
+        parent: None,
+        model: "Tesla V100-SXM2-16GB".into(),
+        pci_bus_id: format!("00000000:{gpu:02X}:00.0"),
+        driver_version: "535.183.01".into(),
+        mig_mode: MigMode::Unsupported,
+    };
+    Fact::Gpu { gpu, at: BootNs(START), fact: GpuFact::Opened(Arc::new(info)) }
+}
+
+fn second(n: u64, random: &mut Random) -> Vec<Fact> {
+    let (from, to) = (START + n * SECOND, START + (n + 1) * SECOND);
+    let mut all: Vec<Fact> =
+        (1..=4).map(|k| from + k * SECOND / 4).map(|at| Fact::Time { at: BootNs(at), wall: WallTime(at) }).collect();
+    // A thousand containers of one short process each, of no GPU.
+    for k in 0..1_000 {
+        let key = ContainerKey(1_000_000 + n * 1_000 + k);
+        all.extend(container(key));
+        all.push(Fact::ContainerGone { key, at: BootNs(to) });
+        all.push(Fact::ContainerForgotten { key });
+    }
+    for gpu in 0..GPUS {
+        let since = |k: u64| BootNs(START - k * 7_654_321);
+        let pid = |k: u64| 10_000 + gpu * 1_000 + k as u32;
+        for at in (from / PERIOD + 1..=to / PERIOD).map(|k| k * PERIOD) {
+            let who = random.below(PROCESSES);
+            let row = Row { pid: pid(who), percent: 97, user: User::Container(key(gpu, who)), since: since(who) };
+            let tick = Tick {
+                stamp: GpuNs(at / 1000 * 1000 + 12_345_678),
+                ns: PERIOD,
+                busy_percent: 90 + random.below(11) as u8,
+                rows: vec![row],
+            };
+            all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Tick(tick) });
+        }
+        if n % 2 == 0 {
+            let holder = |k| Holder {
+                pid: pid(k),
+                user: User::Container(key(gpu, k)),
+                kind: ProcessKind::Compute,
+                memory_bytes: Some((200 << 20) + if k % 4 == 0 { random.below(64) << 20 } else { 0 }),
+            };
+            all.push(Fact::Gpu { gpu, at: BootNs(to), fact: GpuFact::Held(Some((0..PROCESSES).map(holder).collect())) });
+            let readings = DeviceReadings {
+                memory_used_bytes: Some((13 << 30) + (random.below(64) << 20)),
+                memory_total_bytes: Some(16 << 30),
+                power_watts: Some(250.0 + random.below(50_000) as f64 / 1e3),
+                energy_joules: Some((n * 250) as f64),
+                temperature_celsius: Some(60.0 + random.below(5) as f64),
+                sm_clock_hertz: Some(1.53e9),
+                throttle_reasons: Some(0),
+            };
+            all.push(Fact::Gpu { gpu, at: BootNs(to), fact: GpuFact::Readings(readings) });
+        }
+        let waits = |k: u64| PressureFact {
+            key: key(gpu, k),
+            at: BootNs(to),
+            cpu: None,
+            cpu_some_ns: Some(n * k * 765_000),
+            memory_some_ns: Some(0),
+            io_some_ns: Some(k * 1_000_000),
+        };
+        all.extend((0..PROCESSES).map(|k| Fact::Pressure(waits(k))));
+    }
+    all
+}
+
+/// The file as the recorder writes it.
+fn file() -> Result<Vec<u8>> {
+    let mut random = Random(1);
+    let (mut packer, mut state, mut bytes) = (Packer::new()?, State::default(), FileBytes::default());
+    let (start, start_wall) = (BootNs(START), WallTime(START));
+    bytes.put(&packer.header(&Header { node: "node-1".into(), start, start_wall, ..Header::default() })?);
+    for gpu in 0..GPUS {
+        state.apply(&opened(gpu));
+        for fact in (0..PROCESSES).flat_map(|n| container(key(gpu, n))) {
+            state.apply(&fact);
+        }
+    }
+    for n in 0..MINUTES * 60 {
+        if n % STATE_EVERY == 0 {
+            for frame in packer.state(&state.facts())? {
+                bytes.put(&frame);
+            }
+        }
+        let mut told = Vec::new();
+        for fact in second(n, &mut random) {
+            state.follow(&fact, &mut |fact| told.push(fact));
+        }
+        for frame in packer.facts(&told)? {
+            bytes.put(&frame);
+        }
+    }
+    bytes.put(&packer.end(&End { at: BootNs(START + MINUTES * 60 * SECOND), ..End::default() })?);
+    Ok(bytes.bytes)
+}
+
+fn best(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
+    let mut best = Duration::MAX;
+    for _ in 0..TIMES {
+        let begun = Instant::now();
+        run()?;
+        best = best.min(begun.elapsed());
+    }
+    Ok(best)
+}
+
+fn row(what: &str, value: String, aim: &str) {
+    println!("{what:<66} {value:>12} {aim:>12}");
+}
+
+fn main() -> Result<()> {
+    let bytes = file()?;
+    let session = read(&bytes)?;
+    ensure!(session.damage.is_empty() && session.end.is_some(), "the file is whole: {:?}", session.damage);
+    let of = |report: &report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
+    let view = View::default();
+    let made = report::build(&session, &view);
+    ensure!(made.containers.len() as u64 == u64::from(GPUS) * PROCESSES, "{} users", made.containers.len());
+    ensure!(of(&made) > 0.9 * (u64::from(GPUS) * MINUTES * 60) as f64, "{} s busy", of(&made));
+    row("8 GPUs, 64 processes each, 10 minutes", "measured".into(), "aim");
+    row("file, MiB a minute", format!("{:.2}", bytes.len() as f64 / f64::from(1 << 20) / MINUTES as f64), "1");
+    let text = report::TextOptions { width: Some(120), colour: false, unicode: true };
+    let read_build_text = best(|| {
+        let session = read(&bytes)?;
+        let text = report::text(&report::build(&session, &view), &text);
+        ensure!(text.len() > 1_000, "a page");
+        Ok(())
+    })?;
+    row("file to text: read, aggregate, judge every pair, write, s", format!("{:.2}", read_build_text.as_secs_f64()), "2");
+    let html = report::html(&made);
+    let whole = best(|| {
+        let session = read(&bytes)?;
+        ensure!(report::html(&report::build(&session, &view)).len() == html.len(), "the same page again");
+        Ok(())
+    })?;
+    row("file to html, s", format!("{:.2}", whole.as_secs_f64()), "2");
+    row("html, MB", format!("{:.2}", html.len() as f64 / 1e6), "5");
+    let perfetto = report::perfetto(&made);
+    serde_json::from_str::<serde_json::Value>(&perfetto).context("perfetto is JSON")?;
+    row("perfetto, MB", format!("{:.2}", perfetto.len() as f64 / 1e6), "30");
+    Ok(())
+}
