@@ -71,6 +71,8 @@ fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<
         )?;
         Ok(longest.as_f64().filter(|length| *length > 60.0))
     })?;
+    // Together they want 1.3 of it.
+    browser.shows("#users", &["s/s"])?;
     // The same document, on a terminal's side.
     let url = format!("http://127.0.0.1:{}", agent.port);
     let (code, out, err) = told(&["top", "--once", "--agent", &url])?;
