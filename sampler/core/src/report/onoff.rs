@@ -17,7 +17,7 @@
 //! - Two changes at least have to show it, each by itself, and three of four; or four together, of which none denies it. One can be a
 //!   coincidence. The more pairs are looked at, the clearer it has to be.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
 use super::gather::GatheredGpu;
 use crate::aggregate::{TOGETHER_NS, Window};
@@ -34,6 +34,8 @@ const DEAD_NS: u64 = 1_500_000_000;
 const ON_NS: u64 = 3_000_000_000;
 /// Sides of a change: at most, and at least.
 const SIDE_NS: u64 = 30_000_000_000;
+/// Up to so much two changes may share.
+const SIDE_SHARED_NS: u64 = 10_000_000_000;
 const SIDE_LEAST_NS: u64 = 3_000_000_000;
 /// Left out next to a change: it is known to a few samples only.
 const GUARD_NS: u64 = 1_500_000_000;
@@ -199,9 +201,13 @@ impl<'a> Experiment<'a> {
     }
 
     fn rate(&self, user: User, side: Side) -> Rate {
+        self.rate_of(user, self.windows.range(side.from..side.to).map(|(_, window)| window))
+    }
+
+    fn rate_of<'w>(&self, user: User, windows: impl Iterator<Item = &'w Window>) -> Rate {
         let mut sum = Rate::default();
         let (mut observed, mut ns, mut busy) = (0.0, 0.0, 0.0);
-        for window in self.windows.range(side.from..side.to).map(|(_, window)| window) {
+        for window in windows {
             observed += window.observed_ns as f64;
             busy += window.busy_ns;
             if let Some(part) = window.users.get(&user) {
@@ -217,6 +223,11 @@ impl<'a> Experiment<'a> {
             sum.active /= sum.windows;
         }
         sum
+    }
+
+    fn union(&self, user: User, sides: &[Side]) -> Rate {
+        let numbers: BTreeSet<u64> = sides.iter().flat_map(|side| side.from..side.to).collect();
+        self.rate_of(user, numbers.iter().filter_map(|n| self.windows.get(n)))
     }
 
     /// Variance of the mean of `n` windows times `n`, from how windows scatter about the mean of their side and how much neighbours
@@ -247,15 +258,21 @@ impl<'a> Experiment<'a> {
     /// The sides of the change at `change`, where the aggressor's off span and on span meet.
     fn sides(&self, victim: User, aggressor: User, off: (BootNs, BootNs), on: On, comes: bool) -> Result<(Side, Side), Unjudged> {
         let guard = on.guard_ns;
-        // Of a span with changes at both ends each gets a half.
-        let half = |from: BootNs, to: BootNs| (to.saturating_since(from) / 2).min(SIDE_NS);
+        // Next to the aggressor's other change, or to the end of what was seen.
+        let edge = off.0 <= self.range.0 && comes || off.1 >= self.range.1 && !comes;
+        let before = if edge { 0 } else { guard };
+        // Of a long span with changes at both ends each gets a half; of a short one both get most of it.
+        let half = |from: BootNs, to: BootNs| {
+            let ns = to.saturating_since(from);
+            (ns / 2).max(ns.min(SIDE_SHARED_NS)).min(SIDE_NS)
+        };
         let (mut off_from, mut off_to, mut on_from, mut on_to);
         if comes {
-            (off_from, off_to) = (off.1.minus(guard + half(off.0, off.1)).max(off.0), off.1.minus(guard));
-            (on_from, on_to) = (on.from.plus(GUARD_NS), on.from.plus(GUARD_NS + half(on.from, on.to)).min(on.to));
+            (off_from, off_to) = (off.1.minus(guard + half(off.0, off.1)).max(off.0.plus(before)), off.1.minus(guard));
+            (on_from, on_to) = (on.from.plus(GUARD_NS), on.from.plus(GUARD_NS + half(on.from, on.to)).min(on.to.minus(GUARD_NS)));
         } else {
-            (off_from, off_to) = (off.0.plus(guard), off.0.plus(guard + half(off.0, off.1)).min(off.1));
-            (on_from, on_to) = (on.to.minus(GUARD_NS + half(on.from, on.to)).max(on.from), on.to.minus(GUARD_NS));
+            (off_from, off_to) = (off.0.plus(guard), off.0.plus(guard + half(off.0, off.1)).min(off.1.minus(before)));
+            (on_from, on_to) = (on.to.minus(GUARD_NS + half(on.from, on.to)).max(on.from.plus(GUARD_NS)), on.to.minus(GUARD_NS));
         }
         // Who else comes or goes cuts the sides off there.
         for (other, spans) in self.on.iter().filter(|(other, _)| **other != victim && **other != aggressor) {
@@ -337,11 +354,13 @@ impl<'a> Experiment<'a> {
         let changes: Vec<Change> = sides.iter().map(change).collect();
         let k = changes.len() as f64;
         let mean = |of: fn(&Change) -> f64| changes.iter().map(of).sum::<f64>() / k;
-        let (before, after) = (mean(|c| c.off.mean), mean(|c| c.on.mean));
+        // Windows that two changes share count once.
+        let (all_off, all_on) = (self.union(victim, &off), self.union(victim, &on));
+        let (before, after) = (all_off.mean, all_on.mean);
         let drop = before - after;
-        let mut stderr = mean(|c| c.variance).sqrt() / k.sqrt();
+        let mut stderr = (variance(of_off, all_off.windows) + variance(of_on, all_on.windows)).sqrt();
         if changes.len() >= 3 {
-            let scatter = changes.iter().map(|c| (c.drop() - drop).powi(2)).sum::<f64>() / (k - 1.0);
+            let scatter = changes.iter().map(|c| (c.drop() - mean(Change::drop)).powi(2)).sum::<f64>() / (k - 1.0);
             // Changes that differ by more than their own errors allow: then only their scatter tells the error.
             if scatter > mean(|c| c.variance) * (1.0 + SCATTER * (2.0 / (k - 1.0)).sqrt()) {
                 stderr = stderr.max((scatter / k).sqrt() * student(changes.len() - 1) / QUANTILE);
