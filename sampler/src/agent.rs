@@ -73,6 +73,7 @@ fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snaps
         labels: Box::new(move || labels.view()),
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
+        saturation_percent: config.gpu_saturation_percent,
         node: config.node().unwrap_or_else(|| "unknown".into()),
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
@@ -116,8 +117,10 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     };
     let pressure = pressure::start(&layout, &config.path_procfs, pressure_told).context("cannot start the thread pressure")?;
     let recorder = recorder(&config, &labels, &snapshot)?;
+    let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
+    let settings = Settings { saturation_ratio, ..Settings::default() };
     let core = CoreThread {
-        core: Core::new(Settings::default(), true),
+        core: Core::new(settings, true),
         config: Arc::clone(&config),
         layout,
         tracker,

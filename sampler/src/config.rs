@@ -11,6 +11,7 @@ use thiserror::Error;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
+const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
 pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
@@ -88,6 +89,9 @@ pub struct Settings {
     /// Percent of one processor that reading one GPU may take, waiting for the driver included; 0.01 to 100 [default: 1]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_BUDGET_PERCENT")]
     pub gpu_budget_percent: Option<f64>,
+    /// A GPU that is busy for so much of a second is saturated in it, and sharing it is contention; 50 to 100 [default: 90]
+    #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
+    pub gpu_saturation_percent: Option<u8>,
     /// Where sessions are kept; made when the first one is recorded [default: /var/lib/gpu-sampler/sessions]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_SESSION_DIR")]
     pub session_dir: Option<PathBuf>,
@@ -119,6 +123,7 @@ pub struct Config {
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
     pub gpu_budget_percent: f64,
+    pub gpu_saturation_percent: u8,
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
     pub session_ring_bytes: usize,
@@ -173,6 +178,7 @@ impl Settings {
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
+            gpu_saturation_percent: self.gpu_saturation_percent.or(under.gpu_saturation_percent),
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
@@ -218,6 +224,7 @@ impl Settings {
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             gpu_budget_percent: budget(s.gpu_budget_percent)?,
+            gpu_saturation_percent: saturation(s.gpu_saturation_percent)?,
             session_dir: absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
             session_dir_max_bytes: size(
                 "session_dir_max_bytes",
@@ -313,6 +320,16 @@ fn budget(given: Option<f64>) -> Result<f64, ConfigError> {
     Err(ConfigError::Value { key: "gpu_budget_percent", value: percent.to_string(), remedy })
 }
 
+/// Below a half, most of the GPU is idle, and nobody waits.
+fn saturation(given: Option<u8>) -> Result<u8, ConfigError> {
+    let percent = given.unwrap_or(DEFAULT_GPU_SATURATION_PERCENT);
+    if (50..=100).contains(&percent) {
+        return Ok(percent);
+    }
+    let remedy = "give a whole percentage from 50 to 100, such as 90".into();
+    Err(ConfigError::Value { key: "gpu_saturation_percent", value: percent.to_string(), remedy })
+}
+
 fn token(path: &Path) -> Result<String, ConfigError> {
     let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
         what: "the token file",
@@ -381,6 +398,8 @@ mod tests {
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
         check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is wrong: give a power of two");
+        check("gpu_saturation_percent = 100", "ok");
+        check("gpu_saturation_percent = 49", "gpu_saturation_percent = \"49\" is wrong: give a whole percentage");
         check("gpu_budget_percent = 0.01", "ok");
         check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is wrong: give a percentage");
         check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is wrong: give a percentage");
@@ -402,6 +421,7 @@ mod tests {
             read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
+                && read.gpu_saturation_percent == Some(DEFAULT_GPU_SATURATION_PERCENT)
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)

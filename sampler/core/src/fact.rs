@@ -139,6 +139,8 @@ pub enum Unseen {
     NoAnswer,
     /// The agent had just started, or the device was opened again.
     Start,
+    /// Facts about it were there, and cannot be read any more; only found while reading.
+    Unread,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -208,6 +210,20 @@ impl User {
         match self {
             User::Container(key) => Some(key),
             User::Host(_) | User::Nobody(_) => None,
+        }
+    }
+}
+
+impl GpuFact {
+    /// How much of the device's time it tells of; `None` where it is about something else.
+    pub fn span_ns(&self) -> Option<u64> {
+        match self {
+            GpuFact::Tick(Tick { ns, .. })
+            | GpuFact::Idle { ns }
+            | GpuFact::Unobserved { ns, .. }
+            | GpuFact::Unsupported { ns }
+            | GpuFact::Measured { ns, .. } => Some(*ns),
+            _ => None,
         }
     }
 }

@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::UNIX_EPOCH;
 
 use anyhow::{Context as _, bail};
+use sampler_core::aggregate::{Aggregate, Range, Settings};
 use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
 use sampler_core::observation::ProcessKind;
 use sampler_core::report::rfc3339;
@@ -38,7 +39,7 @@ fn of(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Value> {
         {
             held = Some((*told, list.as_deref()));
         }
-        let Some(ns) = span(fact) else { continue };
+        let Some(ns) = fact.span_ns() else { continue };
         if told.minus(ns) < at && at <= *told {
             found = Some((*told, fact));
         }
@@ -55,11 +56,14 @@ fn of(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Value> {
         "asked": clock.words(at),
         "time": clock.words(told),
         "after_start_seconds": clock.after_start(told),
-        "covers_seconds": span(fact).unwrap_or_default() as f64 / 1e9,
+        "covers_seconds": fact.span_ns().unwrap_or_default() as f64 / 1e9,
         "held": held.and_then(|(at, list)| list.map(|list| json!({
             "time": clock.words(at),
             "processes": list.iter().map(|holder| known.holder(holder)).collect::<Vec<_>>(),
         }))),
+        "credited": credited(session, slot, told).into_iter().map(|(user, seconds)| {
+            json!({ "user": known.user(user), "seconds": seconds })
+        }).collect::<Vec<_>>(),
         "damage": session.damage,
     });
     let what = answer.as_object_mut().context("no object")?;
@@ -67,16 +71,17 @@ fn of(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Value> {
     Ok(answer)
 }
 
-/// Nanoseconds of GPU time that it is about.
-fn span(fact: &GpuFact) -> Option<u64> {
-    match fact {
-        GpuFact::Tick(Tick { ns, .. })
-        | GpuFact::Idle { ns }
-        | GpuFact::Unobserved { ns, .. }
-        | GpuFact::Unsupported { ns }
-        | GpuFact::Measured { ns, .. } => Some(*ns),
-        _ => None,
-    }
+/// To whom the time of that one fact is credited, by the code that credits it live: seconds, most first.
+fn credited(session: &Session, gpu: u32, at: BootNs) -> Vec<(User, f64)> {
+    let range = Range { after: at.minus(1), to: at };
+    let mut aggregate = Aggregate::new(Settings { keep_history: true, range, ..Settings::default() });
+    session.facts.iter().for_each(|fact| aggregate.apply(fact));
+    aggregate.finish();
+    let device = aggregate.gpus().find(|(slot, _)| u32::try_from(*slot) == Ok(gpu));
+    let credits = device.into_iter().flat_map(|(_, device)| device.credits());
+    let mut all: Vec<(User, f64)> = credits.map(|(user, credit)| (*user, credit.ns * 1e-9)).filter(|(_, s)| *s > 0.0).collect();
+    all.sort_by(|a, b| b.1.total_cmp(&a.1).then(a.0.cmp(&b.0)));
+    all
 }
 
 fn sample(fact: &GpuFact, known: &Known<'_>, clock: &Clock<'_>) -> serde_json::Map<String, Value> {
@@ -118,6 +123,7 @@ fn unseen(why: Unseen) -> &'static str {
         Unseen::NotAsked => "nobody: samples came together and could not be told apart, or the budget did not allow to ask",
         Unseen::NoSamples => "nobody: the driver had no samples, and did not say that the device was idle",
         Unseen::NoAnswer => "nobody: the driver did not answer for longer than its ring holds",
+        Unseen::Unread => "nobody: the file is damaged there",
         Unseen::Start => "nobody: the agent had just started, or the device was opened again",
     }
 }
@@ -313,6 +319,10 @@ pub fn text(told: &Value) -> String {
         let since =
             row["there_since"].as_str().map_or("since when is not known".to_owned(), |since| format!("there since {since}"));
         line("row", &format!("pid {}, {} %: {}   {since}", row["pid"], row["percent"], called(&row["user"])));
+    }
+    for credit in told["credited"].as_array().into_iter().flatten() {
+        let milliseconds = credit["seconds"].as_f64().unwrap_or_default() * 1e3;
+        line("credited", &format!("{milliseconds:.1} ms: {}", called(&credit["user"])));
     }
     match told["held"]["processes"].as_array() {
         None => line("held by", "not known then"),

@@ -56,6 +56,8 @@ pub struct Sources {
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub procfs: PathBuf,
     pub node: String,
+    /// What the agent counts contention with.
+    pub saturation_percent: u8,
 }
 
 pub struct Desk {
@@ -308,6 +310,7 @@ impl Desk {
             start_wall: WallTime(wall.0.saturating_sub(looks_back_ns)),
             trigger,
             view: request.view.clone(),
+            saturation_percent: self.sources.saturation_percent,
         };
         let failed = |why: String| {
             self.store.fail(id, now, why.clone());

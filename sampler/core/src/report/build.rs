@@ -33,12 +33,18 @@ pub fn build(session: &Session, view: &View) -> Report {
     let to = view.to_ns.map(|ns| start.plus(ns));
     let bound = to.into_iter().chain(session.end).min().unwrap_or(BootNs(u64::MAX));
     let range = Range { after: from, to: bound };
-    let saturation_ratio = SATURATION_RATIO;
+    let saturation_ratio = match session.header.saturation_percent {
+        0 => SATURATION_RATIO,
+        percent => f64::from(percent) / 100.0,
+    };
     let mut aggregate = Aggregate::new(Settings { saturation_ratio, keep_history: true, range });
     let mut gathered = Gathered::default();
     for fact in &session.facts {
-        let fact = gathered.take(fact, range);
-        aggregate.apply(&fact);
+        // Where all was read there are none: a device's clock alone may move its spans apart.
+        let hole = gathered.hole(fact).filter(|_| !session.damage.is_empty());
+        for fact in hole.into_iter().chain([fact.clone()]) {
+            aggregate.apply(&gathered.take(&fact, range));
+        }
     }
     aggregate.finish();
     let to = bound.min(gathered.last.max(from));
@@ -97,6 +103,7 @@ fn why(unseen: Unseen) -> &'static str {
         Unseen::NotAsked => "samples that came together, or for which the budget did not allow to ask",
         Unseen::NoSamples => "the driver had no samples and did not say that the GPU was idle",
         Unseen::NoAnswer => "the driver did not answer",
+        Unseen::Unread => "the session's file is damaged there",
         Unseen::Start => "the agent had just started, or the GPU was opened anew",
     }
 }
@@ -219,7 +226,11 @@ impl Builder<'_> {
         let nobody = |reason: &Reason| !is_user(User::Nobody(*reason));
         let unattributed = Reason::ALL.into_iter().zip(by_reason).filter(|(reason, _)| nobody(reason));
         let unattributed: Vec<Named> = unattributed.map(|(reason, value)| Named { name: reason.name().into(), value }).collect();
-        let saturated = windows.values().filter(|window| window.saturated(self.saturation_ratio)).map(Window::seconds).sum();
+        let saturated = windows
+            .values()
+            .filter(|window| window.saturated(self.saturation_ratio))
+            .map(Window::seconds)
+            .fold(0.0, |sum, seconds| sum + seconds);
         let within = of.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
         let mut xids: BTreeMap<u64, u64> = BTreeMap::new();
         for (_, xid, n) in &of.xids {
@@ -342,7 +353,9 @@ impl Builder<'_> {
         let ends = |n: u64| BootNs((n + 1) * TOGETHER_NS);
         let seconds = |at: BootNs| (at.0 as f64 - self.range.0.0 as f64) * S;
         let busy = |n: u64| {
-            let window = windows.get(&n).filter(|window| window.observed_ns >= TOGETHER_NS / 2)?;
+            // The first and the last may be cut.
+            let (from, to) = (BootNs(n * TOGETHER_NS).max(self.range.0), ends(n).min(self.range.1));
+            let window = windows.get(&n).filter(|window| window.observed_ns >= to.saturating_since(from) / 2)?;
             Some((window.busy_ns / window.observed_ns as f64) as f32)
         };
         let numbers = || first..=last.max(first);

@@ -24,10 +24,10 @@ fn beside(causes: &[Cause]) -> String {
     words + "."
 }
 
-fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender, gpu: &str) -> Option<String> {
+fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<String> {
     let (before, after, [least, most]) = (contender.rate_before?, contender.rate_after?, contender.interval?);
     Some(format!(
-        "{} got less of {gpu} while {other} was on: {before:.2} GPU-seconds per second without it, {after:.2} with it, over {} \
+        "{} got less of the GPU while {other} was on: {before:.2} GPU-seconds per second without it, {after:.2} with it, over {} \
          changes; the drop is {least:.2} to {most:.2} (95 % interval), and the GPU was saturated then.{}",
         victim.called(),
         contender.transitions,
@@ -35,9 +35,9 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
     ))
 }
 
-fn coactive(victim: &UserReport, other: &str, contender: &Contender, gpu: &str) -> String {
+fn coactive(victim: &UserReport, other: &str, contender: &Contender) -> String {
     format!(
-        "{} and {other} were active together on {gpu} for {:.0} s; while it was saturated {other} got {:.1} GPU-seconds of it. Whether \
+        "{} and {other} were active together for {:.0} s; while it was saturated {other} got {:.1} GPU-seconds of it. Whether \
          that kept {} waiting is not shown: {}.",
         victim.called(),
         contender.coactive_seconds,
@@ -59,7 +59,6 @@ fn own(victim: &UserReport, usage: &Usage) -> Option<String> {
 
 pub fn findings(report: &Report) -> Vec<Finding> {
     let mut all: Vec<(u8, f64, Finding)> = Vec::new();
-    let gpu_called = |uuid: &str| report.gpu(uuid).map_or_else(|| uuid.to_owned(), |gpu| format!("GPU {}", gpu.index));
     let other_called = |id: &str| report.user(id).map_or_else(|| id.to_owned(), UserReport::called);
     for gpu in &report.gpus {
         let limited: Vec<String> = report
@@ -82,14 +81,13 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             .map(|cause| format!("{}: {}", cause.cause.name(), cause.detail))
             .collect();
         if !limited.is_empty() {
-            let text = format!("{} was limited itself, for everybody on it: {}.", gpu_called(&gpu.uuid), limited.join("; "));
+            let text = format!("The GPU was limited itself, for everybody on it: {}.", limited.join("; "));
             let (uuid, victim) = (gpu.uuid.clone(), String::new());
             all.push((1, gpu.busy_seconds, Finding { uuid, victim, aggressor: None, evidence: None, text }));
         }
     }
     for user in &report.containers {
         for usage in &user.gpus {
-            let gpu = gpu_called(&usage.uuid);
             let finding = |aggressor: Option<&str>, evidence, text| Finding {
                 uuid: usage.uuid.clone(),
                 victim: user.id.clone(),
@@ -100,12 +98,12 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             for contender in &usage.contenders {
                 let other = other_called(&contender.id);
                 if contender.evidence == Evidence::OnOffConfirmed
-                    && let Some(text) = confirmed(user, &other, usage, contender, &gpu)
+                    && let Some(text) = confirmed(user, &other, usage, contender)
                 {
                     let drop = contender.rate_before.unwrap_or_default() - contender.rate_after.unwrap_or_default();
                     all.push((0, drop, finding(Some(&contender.id), Some(contender.evidence), text)));
                 } else if contender.saturated_gpu_seconds >= WORTH_SECONDS && contender.coactive_seconds >= WORTH_SECONDS {
-                    let text = coactive(user, &other, contender, &gpu);
+                    let text = coactive(user, &other, contender);
                     all.push((3, contender.saturated_gpu_seconds, finding(Some(&contender.id), Some(contender.evidence), text)));
                 }
             }

@@ -10,6 +10,8 @@ use crate::units::{BootNs, ContainerKey, WallTime};
 
 /// A driver's usual period, for spans without ticks.
 const TICK_NS: u64 = 167_000_000;
+/// Spans of a device follow each other; its clock may differ from boot time by less than this.
+const HOLE_NS: u64 = 500_000_000;
 
 /// One process in the hands of one user, as far as the facts tell.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -31,6 +33,8 @@ pub struct GatheredGpu {
     pub xids: Vec<(BootNs, u64, u64)>,
     pub lives: HashMap<User, Vec<Life>>,
     open: HashMap<(u32, BootNs), (User, usize)>,
+    /// The end of its last span.
+    until: Option<BootNs>,
 }
 
 #[derive(Debug, Default)]
@@ -52,6 +56,15 @@ pub struct Gathered {
 }
 
 impl Gathered {
+    /// Time that no fact tells of before this one, as a fact: spans of a device follow each other, unless some could not be read.
+    pub fn hole(&self, fact: &Fact) -> Option<Fact> {
+        let Fact::Gpu { gpu, at, fact: of } = fact else { return None };
+        let until = self.gpus.get(gpu)?.until?;
+        let ns = at.minus(of.span_ns()?).saturating_since(until);
+        let hole = GpuFact::Unobserved { ns, why: Unseen::Unread };
+        (ns > HOLE_NS).then(|| Fact::Gpu { gpu: *gpu, at: until.plus(ns), fact: hole })
+    }
+
     /// Takes a fact in; the fact as the fold is to see it.
     pub fn take(&mut self, fact: &Fact, range: Range) -> Fact {
         match fact {
@@ -132,7 +145,12 @@ impl Gathered {
 
 impl GatheredGpu {
     fn take(&mut self, at: BootNs, fact: &GpuFact, range: Range) {
+        if fact.span_ns().is_some() {
+            self.until = Some(at);
+        }
         match fact {
+            // It was away: that time is in no state.
+            GpuFact::Gone => self.until = None,
             GpuFact::Opened(info) => self.info = Some(Arc::clone(info)),
             GpuFact::Tick(tick) => {
                 for row in &tick.rows {

@@ -38,6 +38,8 @@ pub struct Header {
     pub trigger: Option<String>,
     /// The view that was asked for when it was recorded; the file keeps every user of its GPUs.
     pub view: View,
+    /// A GPU that is busy for so much of a window is saturated; 0 for the default.
+    pub saturation_percent: u8,
 }
 
 /// Narrows what a report shows. Empty lists: everything.

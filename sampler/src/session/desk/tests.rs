@@ -85,6 +85,7 @@ impl Bench {
             snapshot: Arc::default(),
             procfs: dir.path().to_owned(),
             node: "node".into(),
+            saturation_percent: 90,
         };
         let mut desk = Desk::new(sources, Arc::clone(&store), ring_bytes).unwrap();
         desk.facts(&[opened(), container()], boot(0));
