@@ -101,7 +101,7 @@ fn second(n: u64, random: &mut Random) -> Vec<Fact> {
             };
             all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Tick(tick) });
         }
-        if n % 2 == 0 {
+        if n.is_multiple_of(2) {
             let holder = |k| Holder {
                 pid: pid(k),
                 user: User::Container(key(gpu, k)),
@@ -146,7 +146,7 @@ fn file() -> Result<Vec<u8>> {
         }
     }
     for n in 0..MINUTES * 60 {
-        if n % STATE_EVERY == 0 {
+        if n.is_multiple_of(STATE_EVERY) {
             for frame in packer.state(&state.facts())? {
                 bytes.put(&frame);
             }
