@@ -21,6 +21,7 @@ mod places;
 mod pressure;
 mod prometheus;
 mod quirks;
+mod sessions;
 mod simulator;
 mod survival;
 mod web;

@@ -15,26 +15,41 @@ impl Agent {
         exchange(stream, method, path, "application/json", body)
     }
 
-    /// Begins a session now; its id.
-    pub fn record(&self, duration: Duration, lookback: Duration) -> Result<String> {
-        let body = json!({"duration_seconds": duration.as_secs_f64(), "lookback_seconds": lookback.as_secs_f64()});
-        let answer = self.ask("POST", "/api/v1/sessions", body.to_string().as_bytes())?;
+    /// Begins a session as it is described; its id.
+    pub fn record_as(&self, wanted: &Value) -> Result<String> {
+        let answer = self.ask("POST", "/api/v1/sessions", wanted.to_string().as_bytes())?;
         let answer: Value = serde_json::from_slice(&answer)?;
         Ok(answer["id"].as_str().context("the session's id")?.to_owned())
     }
 
-    /// The file of a session, once it is whole.
+    /// Begins a session now; its id.
+    pub fn record(&self, duration: Duration, lookback: Duration) -> Result<String> {
+        self.record_as(&json!({"duration_seconds": duration.as_secs_f64(), "lookback_seconds": lookback.as_secs_f64()}))
+    }
+
+    pub fn stop(&self, id: &str) -> Result<()> {
+        self.ask("POST", &format!("/api/v1/sessions/{id}/stop"), &[]).map(|_| ())
+    }
+
+    pub fn sessions(&self) -> Result<Vec<Value>> {
+        Ok(serde_json::from_slice(&self.ask("GET", "/api/v1/sessions", &[])?)?)
+    }
+
+    pub fn session(&self, id: &str) -> Result<Value> {
+        Ok(serde_json::from_slice(&self.ask("GET", &format!("/api/v1/sessions/{id}"), &[])?)?)
+    }
+
+    /// Waits until it is so; its status.
+    pub fn session_is(&self, id: &str, state: &str, patience: Duration) -> Result<Value> {
+        wait_for(&format!("the session is {state}"), patience, || Ok(Some(self.session(id)?).filter(|s| s["state"] == state)))
+    }
+
+    /// The file of a session, once nothing more is written to it.
     pub fn session_file(&self, id: &str, patience: Duration) -> Result<Vec<u8>> {
-        let mut last = None;
-        let file = wait_for("the session's file can be had", patience, || {
-            match self.ask("GET", &format!("/api/v1/sessions/{id}/file"), &[]) {
-                Ok(file) => Ok(Some(file)),
-                Err(error) => {
-                    last = Some(error);
-                    Ok(None)
-                }
-            }
-        });
-        file.map_err(|error| last.map_or(error, |last| last.context("the session's file")))
+        wait_for("the session's file is whole", patience, || {
+            let state = self.session(id)?["state"].clone();
+            Ok((state != "armed" && state != "recording").then_some(()))
+        })?;
+        self.ask("GET", &format!("/api/v1/sessions/{id}/file"), &[]).context("the session's file")
     }
 }

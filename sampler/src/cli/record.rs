@@ -202,6 +202,9 @@ impl Record {
         for words in &told.damage {
             eprintln!("gpu-sampler: {}: {words}", file.display());
         }
+        if told.end.is_none() && failure.is_none() {
+            eprintln!("gpu-sampler: {} ends before its session did", file.display());
+        }
         let seconds = status["elapsed_seconds"].as_f64().unwrap_or_default() + looked_back;
         let size = size(status["size_bytes"].as_u64().unwrap_or_default());
         let name = quoted(&file.display().to_string());

@@ -71,6 +71,6 @@ pub struct Session {
     pub facts: Vec<Fact>,
     /// When it was stopped in order; `None` where the file ends before.
     pub end: Option<BootNs>,
-    /// In words, with positions: what could not be read, and why. Empty for a whole file.
+    /// In words, with positions: what could not be read, and why. That there is no end is none: all that is there is good.
     pub damage: Vec<String>,
 }

@@ -293,12 +293,6 @@ impl Reader<'_> {
         if self.dropped > 0 {
             self.damage(format!("the agent had to leave {} frames out, because the disk did not keep up", self.dropped));
         }
-        if self.session.end.is_none() {
-            self.damage(format!(
-                "it ends at byte {} without an end: the session was not finished when this was written, or the file was cut",
-                self.file.len()
-            ));
-        }
         if self.more_damage > 0 {
             let more = format!("and {} more places", self.more_damage);
             self.session.damage.push(more);
