@@ -15,6 +15,8 @@ use crate::units::{BootNs, WallTime};
 
 /// Shorter gaps are counted and not listed.
 const GAP_NS: u64 = 500_000_000;
+/// Spans this close follow each other.
+const TOUCHING_NS: u64 = 20_000_000;
 const S: f64 = 1e-9;
 
 type Windows = BTreeMap<u64, Window>;
@@ -259,7 +261,7 @@ impl Builder<'_> {
         let mut spans: Vec<(BootNs, BootNs, Unseen)> = Vec::new();
         for (from, to, why) in &of.unseen {
             match spans.last_mut() {
-                Some((_, until, before)) if before == why && from.saturating_since(*until) < GAP_NS => *until = *to,
+                Some((_, until, before)) if before == why && from.saturating_since(*until) < TOUCHING_NS => *until = *to,
                 _ => spans.push((*from, *to, *why)),
             }
         }

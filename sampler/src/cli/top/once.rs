@@ -7,7 +7,7 @@ use crate::cli::harmless;
 use crate::export::live::{Live, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
-const HEADS: [&str; 7] = ["CONTAINER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "WAITED S", "FOR"];
+const HEADS: [&str; 7] = ["CONTAINER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
 /// Those whose cells are words; numbers stand to the right.
 const WORDS: [usize; 3] = [0, 1, 6];
 /// The order in which columns are given up where there is no room for all.

@@ -27,7 +27,7 @@ const HELP: [(&str, &str); 8] = [
     ("p, space", "stop the picture; the agent is still asked"),
     ("arrows, PgUp, PgDn, Home, End", "look at another row"),
     ("SHARE %", "of the last 10 s, ± one standard error"),
-    ("WAITED", "GPU-seconds per second, over the last minute, that others got while it was active and the GPU saturated"),
+    ("CONTENTION", "GPU-seconds per second, over the last minute, that others got while it was active and the GPU saturated"),
     ("shared", "part of the last 10 s in which two users or more were active"),
 ];
 
@@ -230,8 +230,8 @@ impl Column {
             Column::Minute => ("LAST MINUTE", None),
             Column::Seconds => ("GPU-SECONDS", Some(Sort::Seconds)),
             Column::Memory => ("MEMORY", Some(Sort::Memory)),
-            Column::Waited => ("WAITED", Some(Sort::Waiting)),
-            Column::By => ("FOR", None),
+            Column::Waited => ("CONTENTION", Some(Sort::Waiting)),
+            Column::By => ("WITH", None),
         }
     }
 
@@ -244,10 +244,10 @@ impl Column {
 fn columns(width: usize) -> Vec<(Column, usize)> {
     use Column::{By, Gpu, Memory, Minute, Name, Seconds, Share, Waited};
     let fixed: &[(Column, usize)] = match width {
-        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Waited, 8)],
-        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Waited, 8)],
-        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Waited, 8)],
-        56.. => &[(Gpu, 3), (Share, 11), (Minute, 6), (Waited, 8)],
+        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Waited, 10)],
+        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Waited, 10)],
+        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Waited, 10)],
+        56.. => &[(Gpu, 3), (Share, 11), (Minute, 6), (Waited, 10)],
         _ => &[(Gpu, 3), (Share, 11)],
     };
     let taken: usize = fixed.iter().map(|(_, width)| width + GAP).sum();
@@ -365,9 +365,9 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
     );
     let by: Vec<String> = u.contended_by.iter().map(|other| format!("{} {:.1} s", name_of_other(other), other.seconds)).collect();
     let waited = if by.is_empty() {
-        "kept waiting by nobody so far".to_owned()
+        "no contention so far".to_owned()
     } else {
-        format!("kept waiting so far by {}", by.join(", "))
+        format!("contention so far with {}", by.join(", "))
     };
     let lines = [(who, BOLD), (on, Style::new()), (waited, if by.is_empty() { paint.soft() } else { paint.waits() })];
     lines.into_iter().map(|(text, style)| Line::styled(fit(&text, width), style)).collect()

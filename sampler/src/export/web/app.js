@@ -250,7 +250,7 @@ function line() {
       el("div", { className: "meter" }, part.fill)),
     el("td", { className: "spark", "data-label": "Last minute" }, part.spark),
     part.seconds, part.memory,
-    el("td", { className: "by", "data-label": "Kept waiting by" }, part.rate, part.by));
+    el("td", { className: "by", "data-label": "Contention with" }, part.rate, part.by));
   return part;
 }
 
