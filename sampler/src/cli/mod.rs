@@ -21,7 +21,7 @@ use tracing_subscriber::EnvFilter;
 use crate::agent;
 use crate::config::{REFERENCE, Settings};
 
-/// Which container used which GPU, when.
+/// Which container used which GPU, when, and whom did it keep waiting
 #[derive(Parser)]
 #[command(name = "gpu-sampler", version, about, arg_required_else_help = true)]
 pub struct Cli {
