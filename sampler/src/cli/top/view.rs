@@ -364,11 +364,8 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
         u.samples
     );
     let by: Vec<String> = u.contended_by.iter().map(|other| format!("{} {:.1} s", name_of_other(other), other.seconds)).collect();
-    let waited = if by.is_empty() {
-        "no contention so far".to_owned()
-    } else {
-        format!("contention so far with {}", by.join(", "))
-    };
+    let waited =
+        if by.is_empty() { "no contention so far".to_owned() } else { format!("contention so far with {}", by.join(", ")) };
     let lines = [(who, BOLD), (on, Style::new()), (waited, if by.is_empty() { paint.soft() } else { paint.waits() })];
     lines.into_iter().map(|(text, style)| Line::styled(fit(&text, width), style)).collect()
 }
