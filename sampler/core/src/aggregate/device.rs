@@ -24,6 +24,8 @@ const STALE_NS: u64 = 3_000_000_000;
 const VARIANCE_NS: u64 = 2_000_000_000;
 /// Readings further apart say nothing about the time between.
 const READINGS_NS: u64 = 10_000_000_000;
+/// No driver's period comes near it.
+const TICK_MOST_NS: u64 = 10_000_000_000;
 /// Kinds of XID errors kept apart; there are about 150.
 const XIDS: usize = 256;
 const COMPUTE: usize = Engine::Compute as usize;
@@ -113,21 +115,24 @@ impl Device {
                 self.decide(at);
             }
             GpuFact::Unobserved { ns, .. } => {
-                self.unobserved_ns += self.range.part(at, *ns);
+                self.unobserved_ns = self.unobserved_ns.saturating_add(self.range.part(at, *ns));
                 self.decide(at);
             }
             GpuFact::Unsupported { ns } => {
-                self.unsupported_ns += self.range.part(at, *ns);
+                self.unsupported_ns = self.unsupported_ns.saturating_add(self.range.part(at, *ns));
                 // No more ticks come for what waits.
                 self.decide(at);
             }
-            GpuFact::Measured { ns, busy_ratio } => self.measured(at, *ns as f64, *busy_ratio),
+            GpuFact::Measured { ns, busy_ratio } => {
+                self.measured(at, self.range.part(at, *ns) as f64, busy_ratio.clamp(0.0, 1.0))
+            }
             GpuFact::Held(Some(holders)) => self.holders.listed(holders),
             GpuFact::Held(None) => self.holders = Holders::default(),
             GpuFact::Readings(readings) => self.read(*readings, at),
             GpuFact::Xid { xid, count } => {
                 if self.xids.len() < XIDS || self.xids.contains_key(xid) {
-                    *self.xids.entry(*xid).or_default() += count;
+                    let sum = self.xids.entry(*xid).or_default();
+                    *sum = sum.saturating_add(*count);
                 }
             }
             GpuFact::Left { pid, since } => self.left.leave(*pid, *since, at),
@@ -149,7 +154,7 @@ impl Device {
     }
 
     fn tick(&mut self, at: BootNs, tick: &Tick) {
-        let span_ns = tick.ns as f64;
+        let span_ns = tick.ns.min(TICK_MOST_NS) as f64;
         let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
         let named = Named::of(&tick.rows);
         if self.range.has(at) {
@@ -176,7 +181,7 @@ impl Device {
     }
 
     fn engine_tick(&mut self, engine: Engine, at: BootNs, tick: &Tick) {
-        let span_ns = tick.ns as f64;
+        let span_ns = tick.ns.min(TICK_MOST_NS) as f64;
         let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
         let otherwise = self.holders.sole_user();
         if let Some(sampled) = self.sampled.get_mut(engine as usize) {

@@ -23,6 +23,8 @@ use crate::units::{BootNs, ContainerKey, WallTime};
 pub const WINDOW_NS: u64 = 10_000_000_000;
 /// A device that is gone stays for who scrapes its last values.
 const KEEP_GONE_NS: u64 = 300_000_000_000;
+/// Slots of devices: files come from anywhere, and a number in one must not decide how much memory is taken.
+const SLOTS: usize = 4096;
 /// A GPU that is busy for so much of a window is saturated.
 pub const SATURATION_RATIO: f64 = 0.9;
 
@@ -103,6 +105,9 @@ impl Aggregate {
     }
 
     fn gpu_fact(&mut self, slot: usize, at: BootNs, fact: &GpuFact) {
+        if slot >= SLOTS {
+            return;
+        }
         if self.gpus.len() <= slot {
             self.gpus.resize_with(slot + 1, || None);
         }

@@ -116,7 +116,7 @@ impl Together {
 
     pub fn observed(&mut self, at: BootNs, ns: u64, busy_ns: f64, named: Option<User>) {
         let window = self.at(at);
-        window.observed_ns += ns;
+        window.observed_ns = window.observed_ns.saturating_add(ns);
         window.busy_ns += busy_ns;
         if let Some(user) = named {
             window.users.entry(user).or_default().samples += 1;

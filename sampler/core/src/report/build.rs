@@ -17,6 +17,8 @@ use crate::units::{BootNs, WallTime};
 const GAP_NS: u64 = 500_000_000;
 /// Spans this close follow each other.
 const TOUCHING_NS: u64 = 20_000_000;
+/// No session is longer; a file that says so must not decide how much memory is taken.
+const LONGEST_NS: u64 = 2 * 86_400 * 1_000_000_000;
 const S: f64 = 1e-9;
 
 type Windows = BTreeMap<u64, Window>;
@@ -33,7 +35,7 @@ pub fn build(session: &Session, view: &View) -> Report {
     let start = session.header.start;
     let from = start.plus(view.from_ns.unwrap_or_default());
     let to = view.to_ns.map(|ns| start.plus(ns));
-    let bound = to.into_iter().chain(session.end).min().unwrap_or(BootNs(u64::MAX));
+    let bound = to.into_iter().chain(session.end).min().unwrap_or(BootNs(u64::MAX)).min(from.plus(LONGEST_NS));
     let range = Range { after: from, to: bound };
     let saturation_ratio = match session.header.saturation_percent {
         0 => SATURATION_RATIO,
@@ -236,7 +238,8 @@ impl Builder<'_> {
         let within = of.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
         let mut xids: BTreeMap<u64, u64> = BTreeMap::new();
         for (_, xid, n) in &of.xids {
-            *xids.entry(*xid).or_default() += n;
+            let sum = xids.entry(*xid).or_default();
+            *sum = sum.saturating_add(*n);
         }
         GpuReport {
             uuid: device.info.uuid.to_string(),
@@ -352,18 +355,18 @@ impl Builder<'_> {
 
     fn timeline(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
         let (first, last) = (self.range.0.0 / TOGETHER_NS, self.range.1.0.saturating_sub(1) / TOGETHER_NS);
-        let ends = |n: u64| BootNs((n + 1) * TOGETHER_NS);
+        let ends = |n: u64| BootNs((n + 1).saturating_mul(TOGETHER_NS));
         let seconds = |at: BootNs| (at.0 as f64 - self.range.0.0 as f64) * S;
         let busy = |n: u64| {
             // The first and the last may be cut.
-            let (from, to) = (BootNs(n * TOGETHER_NS).max(self.range.0), ends(n).min(self.range.1));
+            let (from, to) = (BootNs(n.saturating_mul(TOGETHER_NS)).max(self.range.0), ends(n).min(self.range.1));
             let window = windows.get(&n).filter(|window| window.observed_ns >= to.saturating_since(from) / 2)?;
             Some((window.busy_ns / window.observed_ns as f64) as f32)
         };
         let numbers = || first..=last.max(first);
         let mut timeline = Timeline {
             uuid: device.info.uuid.to_string(),
-            first_second: seconds(BootNs(first * TOGETHER_NS)),
+            first_second: seconds(BootNs(first.saturating_mul(TOGETHER_NS))),
             window_seconds: TOGETHER_NS as f64 * S,
             busy: numbers().map(busy).collect(),
             memory: numbers().map(|n| of.readings_at(ends(n)).and_then(|r| r.memory_used_bytes)).collect(),

@@ -31,14 +31,14 @@ fn cause(cause: CauseKind, verdict: Verdict, detail: String) -> Cause {
 
 /// Seconds for which some of the bits were set, and for which they were known.
 pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64, f64) {
-    let (mut set, mut known) = (0, 0);
+    let (mut set, mut known) = (0u64, 0u64);
     for pair in gpu.readings.windows(2) {
         let [(from, _), (to, readings)] = pair else { continue };
         let (from, to) = ((*from).max(range.0), (*to).min(range.1));
         let ns = to.saturating_since(from);
         if let Some(mask) = readings.throttle_reasons.filter(|_| ns <= READINGS_NS) {
-            known += ns;
-            set += if mask & bits == 0 { 0 } else { ns };
+            known = u64::saturating_add(known, ns);
+            set = u64::saturating_add(set, if mask & bits == 0 { 0 } else { ns });
         }
     }
     (set as f64 * 1e-9, known as f64 * 1e-9)
@@ -68,7 +68,7 @@ fn of_errors(gpu: &GatheredGpu) -> Cause {
     let mut counts: Vec<(u64, u64)> = Vec::new();
     for (_, xid, n) in &gpu.xids {
         match counts.iter_mut().find(|(known, _)| known == xid) {
-            Some((_, sum)) => *sum += n,
+            Some((_, sum)) => *sum = sum.saturating_add(*n),
             None => counts.push((*xid, *n)),
         }
     }
@@ -103,7 +103,7 @@ fn of_memory(gpu: &GatheredGpu, range: (BootNs, BootNs), called: &dyn Fn(User) -
 
 /// How much a cumulative number grew in the range, and over how many seconds.
 fn grew(facts: &[PressureFact], range: (BootNs, BootNs), of: impl Fn(&PressureFact) -> Option<u64>) -> Option<(u64, f64)> {
-    let mut grown = 0;
+    let mut grown = 0u64;
     let mut seconds = 0.0;
     for pair in facts.windows(2) {
         let [a, b] = pair else { continue };
@@ -112,7 +112,7 @@ fn grew(facts: &[PressureFact], range: (BootNs, BootNs), of: impl Fn(&PressureFa
         }
         let (Some(before), Some(after)) = (of(a), of(b)) else { continue };
         // A container that was started again counts from zero.
-        grown += after.checked_sub(before).unwrap_or(after);
+        grown = u64::saturating_add(grown, after.checked_sub(before).unwrap_or(after));
         seconds += b.at.saturating_since(a.at) as f64 * 1e-9;
     }
     (seconds > 0.0).then_some((grown, seconds))

@@ -309,7 +309,7 @@ impl<'a> Experiment<'a> {
 
     /// No part of the side is known to be without a process of the user.
     fn lives_throughout(&self, user: User, side: Side) -> bool {
-        let (from, to) = (BootNs(side.from * TOGETHER_NS), BootNs(side.to * TOGETHER_NS));
+        let (from, to) = (BootNs(side.from.saturating_mul(TOGETHER_NS)), BootNs(side.to.saturating_mul(TOGETHER_NS)));
         self.gpu.may_live(user, from, to) && dead_within(self.gpu, user, from, to) < DEAD_NS
     }
 

@@ -293,6 +293,57 @@ fn what_was_not_seen_is_a_gap_and_no_zero() {
     assert_eq!(timeline.busy[5], Some(1.0));
 }
 
+/// A file may come from anybody: whatever is in it, the report is made, soon, and of a size.
+#[test]
+fn numbers_that_cannot_be_are_survived() {
+    let (session, _) = play(&[container(1, |_| Some(1.0)), container(2, |t| (t > 5.0).then_some(1.0))], 12, 1);
+    let most = u64::MAX;
+    for seed in 0..30 {
+        let mut random = Random(seed + 1);
+        let mut session = session.clone();
+        let mut wild = |usual: u64| match (random.next() * 12.0) as u32 {
+            0 => most,
+            1 => 0,
+            2 => most / 2,
+            3 => usual.wrapping_mul(1_000_003),
+            _ => usual,
+        };
+        for fact in session.facts.iter_mut().skip(3) {
+            if let Fact::Gpu { gpu, at, fact } = fact {
+                (*gpu, *at) = (wild(0) as u32, BootNs(wild(at.0)));
+                match fact {
+                    GpuFact::Tick(tick) => {
+                        (tick.ns, tick.busy_percent) = (wild(tick.ns), wild(100) as u8);
+                        for row in &mut tick.rows {
+                            row.since = BootNs(wild(row.since.0));
+                        }
+                        if wild(1) == 0 {
+                            *fact = GpuFact::Idle { ns: wild(PERIOD) };
+                        }
+                    }
+                    GpuFact::Left { since, .. } => *since = BootNs(wild(since.0)),
+                    _ => {}
+                }
+            }
+        }
+        let xid = GpuFact::Xid { xid: 31, count: most };
+        let last = Fact::Gpu { gpu: 0, at: BootNs(START + 5 * SECOND), fact: xid };
+        session.facts.extend([last.clone(), last]);
+        session.end = (seed % 3 == 0).then_some(BootNs(wild(START + 12 * SECOND)));
+        session.header.start = BootNs(wild(START));
+        session.damage.extend((seed % 2 == 0).then(|| "wild".to_owned()));
+        let report = build(&session, &View::default());
+        assert!(report.duration_seconds <= 172_800.0, "{}", report.duration_seconds);
+        if seed % 10 != 0 {
+            continue;
+        }
+        let options = TextOptions { width: None, colour: false, unicode: true };
+        for page in [text(&report, &options), json(&report), html(&report), csv(&report), perfetto(&report)] {
+            assert!(page.len() < 200 << 20, "{seed}: {} bytes", page.len());
+        }
+    }
+}
+
 #[test]
 fn a_device_that_was_limited_is_a_cause_and_one_that_was_not_is_ruled_out() {
     let players = || vec![container(1, |_| Some(1.0)), container(2, |_| Some(1.0))];
