@@ -175,6 +175,9 @@ impl CoreThread {
                 // Nobody waits any more: nothing to do.
                 let _sent = answer.send(explain::known(&self.core.identity, &subject));
             }
+            Question::Ids(begin, answer) => {
+                let _sent = answer.send(explain::ids(&self.core.identity, &begin));
+            }
             Question::Processes(answer) => {
                 let _sent = answer.send(explain::living(&self.core.identity));
             }

@@ -115,6 +115,13 @@ fn by_id<'a>(all: impl Iterator<Item = &'a ContainerRecord>, wanted: &str) -> Op
     }
 }
 
+/// Ids that begin so, each once.
+pub fn ids(identity: &Identity, begin: &str) -> Vec<String> {
+    let all = identity.cgroups.containers().filter_map(|container| container.record.identity.container_id.clone());
+    let found: std::collections::BTreeSet<String> = all.filter(|id| id.starts_with(begin)).collect();
+    found.into_iter().collect()
+}
+
 /// Why a container is not among the known.
 pub fn no_container(id: &str, begin_so: &[String]) -> String {
     match begin_so {

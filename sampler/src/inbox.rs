@@ -18,6 +18,8 @@ pub enum Message {
 
 pub enum Question {
     Explain(Subject, oneshot::Sender<Option<Known>>),
+    /// Ids of containers that begin so.
+    Ids(String, oneshot::Sender<Vec<String>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
 }
 
@@ -58,6 +60,14 @@ impl Outbox {
         let (answer, answered) = oneshot::channel();
         self.send(Message::Question(Question::Explain(subject, answer))).ok()?;
         answered.await.ok().flatten()
+    }
+
+    pub async fn ids(&self, begin: String) -> Vec<String> {
+        let (answer, answered) = oneshot::channel();
+        if self.send(Message::Question(Question::Ids(begin, answer))).is_err() {
+            return Vec::new();
+        }
+        answered.await.unwrap_or_default()
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {

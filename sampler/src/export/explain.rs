@@ -67,7 +67,8 @@ async fn incomplete(state: &AppState) -> AllIncomplete {
 }
 
 /// Ids and names of the containers that this may mean: those whose ids begin so, else those that are called so, or whose pod is.
-fn meant(labels: &LabelView, wanted: &str) -> Vec<(String, String)> {
+/// `ids`: those that begin so; labels may know of some of them a moment later.
+fn meant(labels: &LabelView, ids: &[String], wanted: &str) -> Vec<(String, String)> {
     let shown = |l: &ContainerLabels| {
         let short: String = l.container_id.chars().take(12).collect();
         let names = [Label::Namespace, Label::Pod, Label::Container, Label::Name].map(|label| l.text(label));
@@ -79,10 +80,12 @@ fn meant(labels: &LabelView, wanted: &str) -> Vec<(String, String)> {
         found.into_iter().map(|(id, shown)| (id.to_owned(), shown)).collect()
     };
     let called = |l: &ContainerLabels| l.text(Label::Name) == wanted || l.text(Label::Pod) == wanted && l.kind != Kind::Sandbox;
-    match of(&|l| l.container_id.starts_with(wanted)) {
-        none if none.is_empty() => of(&called),
-        some => some,
+    if ids.is_empty() {
+        return of(&called);
     }
+    let known = of(&|l| l.container_id.starts_with(wanted));
+    let one = |id: &String| known.iter().find(|(known, _)| known == id).cloned();
+    ids.iter().map(|id| one(id).unwrap_or_else(|| (id.clone(), id.chars().take(12).collect()))).collect()
 }
 
 pub async fn answer(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
@@ -104,7 +107,8 @@ pub async fn answer(State(state): State<Arc<AppState>>, query: Result<Query<Expl
     let mut known = state.core.explain(subject.clone()).await;
     let mut several = Vec::new();
     if let (None, Subject::Container(wanted)) = (&known, &subject) {
-        match &meant(&state.labels.view(), wanted)[..] {
+        let ids = state.core.ids(wanted.clone()).await;
+        match &meant(&state.labels.view(), &ids, wanted)[..] {
             [(id, _)] => known = state.core.explain(Subject::Container(id.clone())).await,
             all => several = all.iter().map(|(_, shown)| shown.clone()).collect(),
         }
