@@ -109,7 +109,7 @@ fn a_narrow_window_has_no_sideways_scroll() -> Result<()> {
     let agent = scene.agent()?;
     let browser = Browser::start(500, 900)?;
     browser.open(&format!("http://127.0.0.1:{}/", agent.port))?;
-    browser.shows("#users", &["prod/inference/main", "Kept waiting by"])?;
+    browser.shows("#users", &["prod/inference/main", "Contention with"])?;
     let over = browser.script("return document.documentElement.scrollWidth - document.documentElement.clientWidth")?;
     assert_eq!(over, 0);
     Ok(())
