@@ -13,7 +13,7 @@ use sampler_core::observation::{
     RunningProcess,
 };
 use sampler_core::pipeline::Core;
-use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, MigMode, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, Snapshot};
 use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const START_US: u64 = 1_000_000_000_000;
@@ -74,14 +74,10 @@ fn core(users: usize) -> Core {
     }
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
-        index: 0,
-        minor: None,
-        mig_uuids: Vec::new(),
-        parent: None,
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
-        mig_mode: MigMode::Unsupported,
+        ..GpuInfo::default()
     };
     core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(info), at: BootNs(START_US * 1000) });
     core

@@ -11,7 +11,7 @@ use sampler_core::observation::ProcessKind;
 use sampler_core::report;
 
 use sampler_core::session::{End, FileBytes, Header, Packer, State, View, read};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
+use sampler_core::snapshot::{DeviceReadings, GpuInfo};
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 const GPUS: u32 = 8;
@@ -66,12 +66,10 @@ fn opened(gpu: u32) -> Fact {
         uuid: GpuUuid(format!("GPU-{gpu:08}-aaaa-bbbb-cccc-ddddeeeeffff").into()),
         index: gpu,
         minor: Some(gpu),
-        mig_uuids: Vec::new(),
-        parent: None,
         model: "Tesla V100-SXM2-16GB".into(),
         pci_bus_id: format!("00000000:{gpu:02X}:00.0"),
         driver_version: "535.183.01".into(),
-        mig_mode: MigMode::Unsupported,
+        ..GpuInfo::default()
     };
     Fact::Gpu { gpu, at: BootNs(START), fact: GpuFact::Opened(Arc::new(info)) }
 }

@@ -74,10 +74,11 @@ pub struct GpuTime {
 }
 
 /// Whether a GPU is divided into MIG devices.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub enum MigMode {
     Enabled,
     Disabled,
+    #[default]
     Unsupported,
 }
 
@@ -92,7 +93,7 @@ impl MigMode {
 }
 
 /// What does not change about a GPU while it is there.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuInfo {
     pub uuid: GpuUuid,
     pub index: u32,

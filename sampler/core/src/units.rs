@@ -49,7 +49,7 @@ impl fmt::Display for Tgid {
 }
 
 /// NVML's `GPU-...` or `MIG-...` string.
-#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct GpuUuid(pub Arc<str>);
 
 impl fmt::Display for GpuUuid {

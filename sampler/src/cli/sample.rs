@@ -347,7 +347,6 @@ mod tests {
 
     use sampler_core::fact::ContainerFact;
     use sampler_core::session::Header;
-    use sampler_core::snapshot::MigMode;
     use sampler_core::units::{GpuNs, GpuUuid};
 
     use super::*;
@@ -355,17 +354,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     fn session() -> Session {
-        let info = GpuInfo {
-            uuid: GpuUuid("GPU-abc".into()),
-            index: 3,
-            minor: None,
-            mig_uuids: Vec::new(),
-            parent: None,
-            model: "Tesla V100".into(),
-            pci_bus_id: String::new(),
-            driver_version: String::new(),
-            mig_mode: MigMode::Unsupported,
-        };
+        let info = GpuInfo { uuid: GpuUuid("GPU-abc".into()), index: 3, model: "Tesla V100".into(), ..GpuInfo::default() };
         let key = ContainerKey(1);
         let process = HostProcess { pid: 8, start: BootNs(1) };
         let user = |pid, user| Row { pid, percent: 40, user, since: BootNs(95 * SECOND) };

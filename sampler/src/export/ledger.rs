@@ -329,7 +329,7 @@ pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootN
 mod tests {
     use super::*;
     use sampler_core::labels::{Facts, Source, parse};
-    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime, MigMode};
+    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime};
     use sampler_core::units::WallTime;
 
     const SECOND: u64 = 1_000_000_000;
@@ -350,14 +350,10 @@ mod tests {
         let record = Arc::new(ContainerRecord { key, cgroup_path: path, identity, created, creation_seen: true });
         let info = GpuInfo {
             uuid: GpuUuid("GPU-1".into()),
-            index: 0,
-            minor: None,
-            mig_uuids: Vec::new(),
-            parent: None,
             model: "m".into(),
             pci_bus_id: "b".into(),
             driver_version: "1".into(),
-            mig_mode: MigMode::Unsupported,
+            ..GpuInfo::default()
         };
         let gpu = GpuView {
             info: Arc::new(info),

@@ -63,11 +63,6 @@ impl Holders {
         self.held.get(&user).copied().or(self.known.then_some(NOTHING))
     }
 
-    /// By user, of the last list.
-    pub fn all(&self) -> &BTreeMap<User, Held> {
-        &self.held
-    }
-
     pub fn containers(&self) -> impl Iterator<Item = ContainerKey> {
         self.held.keys().filter_map(|user| user.container())
     }

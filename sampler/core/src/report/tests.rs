@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::*;
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, Unseen, User};
 use crate::session::{Header, Session, View};
-use crate::snapshot::{DeviceReadings, GpuInfo, MigMode};
+use crate::snapshot::{DeviceReadings, GpuInfo};
 use crate::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 const SECOND: u64 = 1_000_000_000;
@@ -57,14 +57,10 @@ pub fn play(players: &[Player], seconds: u64, seed: u64) -> (Session, Vec<f64>) 
     let mut facts = Vec::new();
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
-        index: 0,
-        minor: None,
-        mig_uuids: Vec::new(),
-        parent: None,
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
-        mig_mode: MigMode::Unsupported,
+        ..GpuInfo::default()
     };
     let gpu = |at, fact| Fact::Gpu { gpu: 0, at: BootNs(at), fact };
     facts.push(gpu(START, GpuFact::Opened(Arc::new(info))));

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use sampler_core::fact::{ContainerFact, GpuFact, Row, Tick, User};
 use sampler_core::session::{FileBytes, Session, View, read};
-use sampler_core::snapshot::{GpuInfo, MigMode};
+use sampler_core::snapshot::GpuInfo;
 use sampler_core::units::{ContainerKey, GpuNs, GpuUuid};
 
 use super::*;
@@ -33,17 +33,7 @@ fn wall(second: u64) -> WallTime {
 }
 
 fn opened() -> Fact {
-    let info = GpuInfo {
-        uuid: GpuUuid("GPU-0".into()),
-        index: 0,
-        minor: None,
-        mig_uuids: Vec::new(),
-        parent: None,
-        model: "model".into(),
-        pci_bus_id: String::new(),
-        driver_version: String::new(),
-        mig_mode: MigMode::Unsupported,
-    };
+    let info = GpuInfo { uuid: GpuUuid("GPU-0".into()), model: "model".into(), ..GpuInfo::default() };
     Fact::Gpu { gpu: 0, at: boot(0), fact: GpuFact::Opened(Arc::new(info)) }
 }
 

@@ -10,7 +10,7 @@ use crate::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
 };
 use crate::recover::Rejected;
-use crate::snapshot::{GpuInfo, MigMode, Reason};
+use crate::snapshot::{GpuInfo, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const PERIOD: u64 = 167_000_000;
@@ -53,14 +53,10 @@ fn prepare(core: &mut Core) {
 fn info() -> Arc<GpuInfo> {
     Arc::new(GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
-        index: 0,
-        minor: None,
-        mig_uuids: Vec::new(),
-        parent: None,
         model: "m".into(),
         pci_bus_id: "0".into(),
         driver_version: "1".into(),
-        mig_mode: MigMode::Unsupported,
+        ..GpuInfo::default()
     })
 }
 

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use crate::fact::*;
 use crate::observation::ProcessKind;
 use crate::session::Header;
-use crate::snapshot::{DeviceReadings, Engine, GpuInfo, MigMode, Reason};
+use crate::snapshot::{DeviceReadings, Engine, GpuInfo, Reason};
 use crate::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 pub const SECOND: u64 = 1_000_000_000;
@@ -78,12 +78,10 @@ impl Node {
                 uuid: GpuUuid(format!("GPU-{gpu:08}-aaaa-bbbb-cccc-ddddeeeeffff").into()),
                 index: gpu,
                 minor: Some(gpu),
-                mig_uuids: Vec::new(),
-                parent: None,
                 model: "Tesla V100-SXM2-16GB".into(),
                 pci_bus_id: format!("00000000:{gpu:02X}:00.0"),
                 driver_version: "535.183.01".into(),
-                mig_mode: MigMode::Unsupported,
+                ..GpuInfo::default()
             };
             all.push(Fact::Gpu { gpu, at: BootNs(START), fact: GpuFact::Opened(Arc::new(info)) });
         }

@@ -28,17 +28,7 @@ fn words() {
 
 fn gpu(index: u32, temperature: Option<f64>) -> GpuView {
     GpuView {
-        info: Arc::new(GpuInfo {
-            uuid: GpuUuid(format!("GPU-{index}").into()),
-            index,
-            minor: None,
-            mig_uuids: Vec::new(),
-            parent: None,
-            model: String::new(),
-            pci_bus_id: String::new(),
-            driver_version: String::new(),
-            mig_mode: MigMode::Unsupported,
-        }),
+        info: Arc::new(GpuInfo { uuid: GpuUuid(format!("GPU-{index}").into()), index, ..GpuInfo::default() }),
         readings: DeviceReadings { temperature_celsius: temperature, ..DeviceReadings::default() },
         time: GpuTime::default(),
         unattributed: Default::default(),
