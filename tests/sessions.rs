@@ -233,7 +233,19 @@ fn record_is_the_agent_itself_where_none_runs() -> Result<()> {
     let _load = scene.load(0, 0.9, "60s")?;
     let file = scene.file("alone.gpus");
     let mut command = Command::new(var("GPU_SAMPLER_BIN")?);
-    command.args(["record", "--duration", "3s", "--lookback", "2s", "-o", &file, "--gpu-budget-percent", "50"]);
+    command.args([
+        "record",
+        "--duration",
+        "3s",
+        "--lookback",
+        "2s",
+        "-o",
+        &file,
+        "--gpu-budget-percent",
+        "50",
+        "--gpu-wait-percent",
+        "50",
+    ]);
     // Whatever runs on this machine, nothing does here.
     command.args(["--listen", &format!("127.0.0.1:{}", free_port()?), "--docker-endpoint", &var("DOCKER_HOST")?]);
     command.arg("--nvml-lib").arg(scene.sim.library()).env("NVML_SIM_DIR", scene.sim.dir.path());

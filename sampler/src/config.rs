@@ -11,6 +11,7 @@ use thiserror::Error;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
+pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
 const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
@@ -86,9 +87,12 @@ pub struct Settings {
     /// Size of each of the two kernel event rings, a power of two from 4096 [default: 4194304]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_KERNEL_RING_BYTES")]
     pub kernel_ring_bytes: Option<u32>,
-    /// Percent of one processor that reading one GPU may take, waiting for the driver included; 0.01 to 100 [default: 1]
+    /// Processor time that reading one GPU may take, in percent of one processor; 0.01 to 100 [default: 1]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_BUDGET_PERCENT")]
     pub gpu_budget_percent: Option<f64>,
+    /// Time that reading one GPU may spend in driver calls, in percent of time; 0.01 to 100 [default: 2]
+    #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_WAIT_PERCENT")]
+    pub gpu_wait_percent: Option<f64>,
     /// A GPU that is busy for so much of a second is saturated in it, and sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
@@ -123,6 +127,7 @@ pub struct Config {
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
     pub gpu_budget_percent: f64,
+    pub gpu_wait_percent: f64,
     pub gpu_saturation_percent: u8,
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
@@ -178,6 +183,7 @@ impl Settings {
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
+            gpu_wait_percent: self.gpu_wait_percent.or(under.gpu_wait_percent),
             gpu_saturation_percent: self.gpu_saturation_percent.or(under.gpu_saturation_percent),
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
@@ -223,7 +229,8 @@ impl Settings {
             pod_labels: s.pod_labels.unwrap_or_default(),
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
-            gpu_budget_percent: budget(s.gpu_budget_percent)?,
+            gpu_budget_percent: budget("gpu_budget_percent", s.gpu_budget_percent, DEFAULT_GPU_BUDGET_PERCENT)?,
+            gpu_wait_percent: budget("gpu_wait_percent", s.gpu_wait_percent, DEFAULT_GPU_WAIT_PERCENT)?,
             gpu_saturation_percent: saturation(s.gpu_saturation_percent)?,
             session_dir: absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
             session_dir_max_bytes: size(
@@ -311,13 +318,13 @@ fn ring_bytes(given: Option<u32>) -> Result<u32, ConfigError> {
     Err(ConfigError::Value { key: "kernel_ring_bytes", value: bytes.to_string(), remedy })
 }
 
-fn budget(given: Option<f64>) -> Result<f64, ConfigError> {
-    let percent = given.unwrap_or(DEFAULT_GPU_BUDGET_PERCENT);
+fn budget(key: &'static str, given: Option<f64>, default: f64) -> Result<f64, ConfigError> {
+    let percent = given.unwrap_or(default);
     if (0.01..=100.0).contains(&percent) {
         return Ok(percent);
     }
-    let remedy = "give a percentage from 0.01 to 100, such as 1".into();
-    Err(ConfigError::Value { key: "gpu_budget_percent", value: percent.to_string(), remedy })
+    let remedy = format!("give a percentage from 0.01 to 100, such as {default}");
+    Err(ConfigError::Value { key, value: percent.to_string(), remedy })
 }
 
 /// Below a half, most of the GPU is idle, and nobody waits.
@@ -407,6 +414,7 @@ mod tests {
         check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is wrong: give 1048576 bytes or more");
         check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is wrong: give 65536");
         check("gpu_budget_percent = nan", "is wrong: give a percentage");
+        check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is wrong: give a percentage");
     }
 
     #[test]
@@ -421,6 +429,7 @@ mod tests {
             read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
+                && read.gpu_wait_percent == Some(DEFAULT_GPU_WAIT_PERCENT)
                 && read.gpu_saturation_percent == Some(DEFAULT_GPU_SATURATION_PERCENT)
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)

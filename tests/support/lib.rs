@@ -13,6 +13,7 @@ pub mod image;
 pub mod kernel;
 pub mod kubelet;
 pub mod labels;
+pub mod latency;
 pub mod leftovers;
 pub mod podman;
 pub mod proxy;
@@ -209,9 +210,11 @@ impl Agent {
     pub fn start_as(layout: kernel::Layout, mut command: Command, args: &[&str]) -> Result<Self> {
         let port = free_port()?;
         command.args(["--listen", &format!("127.0.0.1:{port}")]).args(args);
-        // What a poll takes on a machine that is busy with tests says nothing; the budget has a test of its own.
-        if !args.contains(&"--gpu-budget-percent") {
-            command.args(["--gpu-budget-percent", "50"]);
+        // What a poll takes on a machine that is busy with tests says nothing; the budgets have tests of their own.
+        for budget in ["--gpu-budget-percent", "--gpu-wait-percent"] {
+            if !args.contains(&budget) {
+                command.args([budget, "50"]);
+            }
         }
         if !args.contains(&"--docker-endpoint") {
             command.args(["--docker-endpoint", &var("DOCKER_HOST")?]);

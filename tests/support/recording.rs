@@ -151,7 +151,7 @@ impl Recording {
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Replayed {
     pub ticks: usize,
-    pub looked: usize,
+    pub queried: usize,
     pub rows: usize,
 }
 
@@ -196,7 +196,7 @@ pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
         let recorded = named.contains(&(row.at.0, row.pid)) || stamps.contains(&row.at.0);
         ensure!(recorded, "{row:?} was not recorded");
     }
-    Ok(Replayed { ticks: ticks.len(), looked: ticks.iter().filter(|tick| tick.looked).count(), rows: rows.len() })
+    Ok(Replayed { ticks: ticks.len(), queried: ticks.iter().filter(|tick| tick.queried).count(), rows: rows.len() })
 }
 
 /// Answers as recorded, to questions that were not asked then.

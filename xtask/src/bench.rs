@@ -1,11 +1,13 @@
 //! `bench`: speed and memory, as tables; each number beside its aim. Not part of `test`: machines are shared and noisy. `bench peers`
-//! compares with what others run, and runs only when it is named: it fetches them first.
+//! compares with what others run and fetches them first, `bench latency` runs worlds of slow drivers for half an hour; both only when named.
 
 use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
 use anyhow::Result;
 
-/// The bench that needs other people's programs.
+/// The bench that needs the programs of other projects.
 const PEERS: &str = "peers";
+/// The bench that takes half an hour.
+const LATENCY: &str = "latency";
 
 pub fn verb(filters: &[String]) -> Result<()> {
     test::prepare(filters)?;
@@ -18,16 +20,19 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
     let peers = filters.iter().any(|filter| filter == PEERS);
+    let latency = filters.iter().any(|filter| filter == LATENCY);
     let chosen: &[&str] = match filters {
         [] => &["core", "kernel", "labels", "reports", "tables"],
         [_] if peers => &[PEERS],
+        [_] if latency => &[LATENCY],
         // The pure core's are criterion's, which takes one filter at most.
+        _ if latency => &["kernel", "labels", "reports", "tables", LATENCY],
         _ if peers => &["kernel", "labels", "reports", "tables", PEERS],
         _ => &["kernel", "labels", "reports", "tables"],
     };
     benches.args(chosen.iter().flat_map(|name| ["--bench", name]));
     if filters.is_empty() {
-        tools::say("bench: `peers` is left out, it runs only when it is named: it fetches other programs first");
+        tools::say("bench: `peers` and `latency` are left out: they run only when named");
     } else {
         benches.arg("--").args(filters);
     }

@@ -102,6 +102,18 @@ pub enum GpuFact {
         since: BootNs,
     },
     Clock(ClockFact),
+    /// A sample of an engine that was busy and whose process was not queried: driver calls are too slow to query each. Its time is
+    /// attributed in the proportions of the queried samples around it. Only compute is a part of wall time.
+    Unqueried(Engine, UnqueriedSample),
+}
+
+/// How busy an engine was in a span; which process the driver names for it is not known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct UnqueriedSample {
+    /// The driver's own time stamp.
+    pub stamp: GpuNs,
+    pub ns: u64,
+    pub busy_percent: u8,
 }
 
 /// One sample of the driver: how busy the engine was in a span, and whom it names.
@@ -131,7 +143,7 @@ pub struct Row {
 pub enum Unseen {
     /// Samples are missing: the driver's ring went round, or never had them.
     Missing,
-    /// Samples came together and could not be told apart, or the budget did not allow to ask.
+    /// Written by agents before session format 1.1, which did not attribute samples whose process was not queried.
     NotAsked,
     /// The driver had no samples, and did not say that the device was idle.
     NoSamples,
@@ -220,6 +232,7 @@ impl GpuFact {
         match self {
             GpuFact::Tick(Tick { ns, .. })
             | GpuFact::Idle { ns }
+            | GpuFact::Unqueried(Engine::Compute, UnqueriedSample { ns, .. })
             | GpuFact::Unobserved { ns, .. }
             | GpuFact::Unsupported { ns }
             | GpuFact::Measured { ns, .. } => Some(*ns),

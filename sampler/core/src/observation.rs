@@ -81,9 +81,9 @@ pub struct CgroupFact {
 pub struct DeviceTick {
     pub at: GpuNs,
     pub busy_percent: u32,
-    /// Whom it names was asked for and told exactly. False where samples came together and the driver had averaged them, or
-    /// where the budget did not allow to ask: its time is then unobserved.
-    pub looked: bool,
+    /// Which process it names was queried, and the answer is exact. False where samples came together and the driver had averaged
+    /// them, or where the budgets did not allow a query: its time is observed, and attributed by the queried samples around it.
+    pub queried: bool,
 }
 
 /// As [`DeviceTick`], of another engine; read once in a while, because the driver keeps seconds of them.
@@ -148,6 +148,8 @@ pub struct GpuBatch {
     /// The slot that [`Observation::GpuFound`] gave it.
     pub gpu: usize,
     pub began: BootNs,
+    /// When the read of the samples began, which is the last part of a poll.
+    pub ring_began: BootNs,
     pub ended: BootNs,
     pub wall: WallTime,
     pub answer: Answer,

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+use crate::attribute::SampleCounts;
 use crate::identity::ContainerRecord;
 use crate::recover::Rejected;
 use crate::units::{BootNs, ContainerKey, GpuUuid, WallTime};
@@ -178,6 +179,10 @@ pub struct GpuView {
     /// The driver's sampling grid as learned.
     pub sample_period_seconds: Option<f64>,
     pub sample_gaps: u64,
+    /// Samples whose time was booked, and those of them whose process was queried.
+    pub counts: SampleCounts,
+    /// One standard error of a share of one half over the last 10 s, at the present rate of queries; absent without any.
+    pub expected_stderr_ratio: Option<f64>,
     /// Times that the driver's ring had gone round before it was read.
     pub ring_overruns: u64,
     /// Indexed as [`Rejected::ALL`].
@@ -199,6 +204,7 @@ impl GpuView {
     /// As [`ContainerGpu::begin_at_zero`].
     pub fn begin_at_zero(&mut self) {
         (self.time, self.unattributed) = (GpuTime::default(), Default::default());
+        self.counts = SampleCounts::default();
         (self.sample_gaps, self.ring_overruns, self.off_grid, self.clock.steps) = (0, 0, 0, 0);
         self.rejected = Default::default();
     }

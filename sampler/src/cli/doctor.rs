@@ -228,7 +228,7 @@ fn inotify(procfs: &Path, cgroups: usize) -> Check {
 
 fn driver(config: &Config) -> Vec<Check> {
     const NAME: &str = "NVIDIA driver";
-    let inspected = match gpu::inspect(config.nvml_lib.as_deref()) {
+    let inspected = match gpu::inspect(config.nvml_lib.as_deref(), gpu::limits(config)) {
         Ok(inspected) => inspected,
         // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
         Err(error) => {

@@ -93,6 +93,13 @@ fn sample(fact: &GpuFact, known: &Known<'_>, clock: &Clock<'_>) -> serde_json::M
             "rows": tick.rows.iter().map(|row| known.row(row, clock)).collect::<Vec<_>>(),
             "went_to": went_to(tick),
         }),
+        GpuFact::Unqueried(_, sample) => json!({
+            "state": "sample",
+            "busy_percent": sample.busy_percent,
+            "driver_stamp_ns": sample.stamp.0,
+            "rows": [],
+            "went_to": "its neighbours: its process was not queried, so its busy time is divided over the queried samples around it",
+        }),
         GpuFact::Unobserved { why, .. } => json!({ "state": "unobserved", "went_to": unseen(*why) }),
         GpuFact::Measured { busy_ratio, .. } => json!({
             "state": "measured",
@@ -120,7 +127,7 @@ fn went_to(tick: &Tick) -> &'static str {
 fn unseen(why: Unseen) -> &'static str {
     match why {
         Unseen::Missing => "nobody: samples are missing, the driver's ring went round before it was read",
-        Unseen::NotAsked => "nobody: samples came together and could not be told apart, or the budget did not allow to ask",
+        Unseen::NotAsked => "nobody: its process was not queried, by an agent that did not attribute such samples",
         Unseen::NoSamples => "nobody: the driver had no samples, and did not say that the device was idle",
         Unseen::NoAnswer => "nobody: the driver did not answer for longer than its ring holds",
         Unseen::Unread => "nobody: the file is damaged there",
@@ -422,7 +429,7 @@ mod tests {
         );
         check("GPU-a", "2s", &["its neighbours", "80 % busy"]);
         check("3", "2023-11-14T22:13:21.5Z", &["2023-11-14T22:13:22.000Z"]);
-        check("3", "3.5", &["unobserved", "the budget did not allow"]);
+        check("3", "3.5", &["unobserved", "its process was not queried"]);
         check("3", "2023-11-14T23:13:25Z", &["idle", "5.000 s after the start"]);
         check("3", "2.5", &["there is nothing of GPU GPU-abc", "the nearest is at 2023-11-14T22:13:22.000Z"]);
         check("0", "1", &["there is no GPU \"0\" in it; it has 3 (GPU-abc)"]);

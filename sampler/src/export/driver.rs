@@ -4,7 +4,8 @@ use super::encode::Families;
 use crate::health::CALL_BOUNDS;
 use crate::health::driver::DeviceView;
 
-pub fn calls(devices: &[DeviceView], budget_percent: f64, to: &mut Families) {
+/// `limits`: of processor time and of time in calls, percent.
+pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families) {
     let mut times = to.histogram("gpu_sampler_nvml_call_seconds", "Duration of driver calls.");
     for device in devices {
         for (call, t) in &device.calls {
@@ -35,6 +36,14 @@ pub fn calls(devices: &[DeviceView], budget_percent: f64, to: &mut Families) {
     for device in devices {
         busy.add_known(&[("uuid", &device.uuid)], device.busy_ratio);
     }
-    to.gauge("gpu_sampler_gpu_budget_ratio", "Share of one processor that reading one GPU may take, waiting included.")
-        .add(&[], budget_percent / 100.0);
+    let mut cpu =
+        to.gauge("gpu_sampler_gpu_cpu_ratio", "Processor time of reading this GPU over the past 30 s, of one processor.");
+    for device in devices {
+        cpu.add_known(&[("uuid", &device.uuid)], device.cpu_ratio);
+    }
+    let [cpu_percent, wait_percent] = limits;
+    to.gauge("gpu_sampler_gpu_budget_ratio", "Processor time that reading one GPU may take, of one processor.")
+        .add(&[], cpu_percent / 100.0);
+    to.gauge("gpu_sampler_gpu_wait_budget_ratio", "Share of time that reading one GPU may spend in driver calls.")
+        .add(&[], wait_percent / 100.0);
 }

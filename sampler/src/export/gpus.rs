@@ -133,6 +133,13 @@ fn samples(page: &Exposition, to: &mut Families) {
     each(to.gauge("gpu_sampler_last_sample_timestamp_seconds", help), leaves(page), |v| v.last_sample.map(|t| t.seconds()));
     let help = "The driver's sampling grid, as learned.";
     each(to.gauge("gpu_sampler_sample_period_seconds", help), leaves(page), |v| v.sample_period_seconds);
+    let help = "Samples whose time was booked.";
+    each(to.counter("gpu_sampler_samples_total", help), leaves(page), |v| Some(v.counts.samples as f64));
+    let help = "Samples of which the process was queried; the time of the others is divided over these.";
+    each(to.counter("gpu_sampler_queried_samples_total", help), leaves(page), |v| Some(v.counts.queried as f64));
+    let help = "Standard error of a share of one half over 10 s, at the rate at which processes were queried in the past 10 s. \
+                Absent while the GPU is idle.";
+    each(to.gauge("gpu_sampler_share_stderr_ratio", help), leaves(page), |v| v.expected_stderr_ratio);
     let help = "Times that samples were lost between two polls.";
     each(to.counter("gpu_sampler_sample_gaps_total", help), leaves(page), |v| Some(v.sample_gaps as f64));
     let help = "Those of them in which the driver's ring had gone round before it was read.";

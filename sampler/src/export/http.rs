@@ -279,7 +279,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
-    driver::calls(&state.health.driver.view(), state.config.gpu_budget_percent, &mut all);
+    driver::calls(&state.health.driver.view(), [state.config.gpu_budget_percent, state.config.gpu_wait_percent], &mut all);
     sessions::metrics(&state.recorder.view(), &mut all);
     text(all)
 }

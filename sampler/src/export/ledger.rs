@@ -365,6 +365,8 @@ mod tests {
             last_sample: None,
             sample_period_seconds: None,
             sample_gaps: 0,
+            counts: Default::default(),
+            expected_stderr_ratio: None,
             ring_overruns: 0,
             rejected: [0; 5],
             off_grid: 0,

@@ -53,6 +53,8 @@ pub struct LiveGpu {
     pub utilization_ratio: Option<f64>,
     /// Part of the last 10 s in which two users or more were active.
     pub coactive_ratio: Option<f64>,
+    /// Standard error of a share of one half over the last 10 s, at the present rate of process queries; null while the GPU is idle.
+    pub share_stderr_ratio: Option<f64>,
     pub memory_used_bytes: Option<u64>,
     pub memory_total_bytes: Option<u64>,
     pub power_watts: Option<f64>,
@@ -132,6 +134,7 @@ fn gpu(row: &GpuRow) -> LiveGpu {
         gone: view.gone.is_some(),
         utilization_ratio: view.utilization_ratio.filter(|_| is_leaf),
         coactive_ratio: view.coactive_ratio.filter(|_| is_leaf),
+        share_stderr_ratio: view.expected_stderr_ratio.filter(|_| is_leaf),
         memory_used_bytes: view.readings.memory_used_bytes.filter(|_| is_leaf),
         memory_total_bytes: view.readings.memory_total_bytes.filter(|_| is_leaf),
         power_watts: view.readings.power_watts,

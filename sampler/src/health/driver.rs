@@ -144,8 +144,8 @@ pub struct DeviceCalls {
     supported: [AtomicU8; Call::ALL.len()],
     /// 0 is not known.
     poll_interval_ns: AtomicU64,
-    /// Bits of the share of time that calls took.
-    busy_ratio: AtomicU64,
+    /// Bits of the recent shares of time: on a processor, and in driver calls.
+    recent_ratios: [AtomicU64; 2],
 }
 
 /// One device's calls, ready to be exported.
@@ -158,6 +158,7 @@ pub struct DeviceView {
     pub supported: Vec<(&'static str, bool)>,
     pub poll_interval_seconds: Option<f64>,
     pub busy_ratio: Option<f64>,
+    pub cpu_ratio: Option<f64>,
     /// A call has not returned for seconds; `None` where no thread belongs to it.
     pub stalled: Option<bool>,
 }
@@ -169,7 +170,7 @@ impl DeviceCalls {
             counts: Mutex::default(),
             supported: std::array::from_fn(|_| AtomicU8::new(UNTRIED)),
             poll_interval_ns: AtomicU64::new(0),
-            busy_ratio: AtomicU64::new(f64::NAN.to_bits()),
+            recent_ratios: std::array::from_fn(|_| AtomicU64::new(f64::NAN.to_bits())),
         }
     }
 
@@ -189,15 +190,18 @@ impl DeviceCalls {
         self.supported[call as usize].store(supported.into(), Ordering::Relaxed);
     }
 
-    pub fn set_pace(&self, poll_interval: Duration, busy_ratio: f64) {
+    /// `recent_ratios`: processor time and time in driver calls, of the past 30 s; NaN where they are not known.
+    pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
         self.poll_interval_ns.store(u64::try_from(poll_interval.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        self.busy_ratio.store(busy_ratio.to_bits(), Ordering::Relaxed);
+        for (to, ratio) in self.recent_ratios.iter().zip(recent_ratios) {
+            to.store(ratio.to_bits(), Ordering::Relaxed);
+        }
     }
 
     fn view(&self, stalled: Option<bool>) -> DeviceView {
         let supported = Call::ALL.iter().zip(&self.supported).map(|(call, is)| (call.name(), is.load(Ordering::Relaxed)));
         let interval = self.poll_interval_ns.load(Ordering::Relaxed);
-        let busy = f64::from_bits(self.busy_ratio.load(Ordering::Relaxed));
+        let [cpu, busy] = [0, 1].map(|n| f64::from_bits(self.recent_ratios[n].load(Ordering::Relaxed)));
         let counts = self.counts();
         DeviceView {
             uuid: self.uuid.to_string(),
@@ -207,6 +211,7 @@ impl DeviceCalls {
             poll_interval_seconds: (interval > 0).then_some(interval as f64 * 1e-9),
             // A thread that hangs cannot tell: all its time is in the call.
             busy_ratio: if stalled == Some(true) { Some(1.0) } else { (!busy.is_nan()).then_some(busy) },
+            cpu_ratio: (!cpu.is_nan()).then_some(cpu),
             stalled,
         }
     }

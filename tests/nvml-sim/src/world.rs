@@ -63,6 +63,8 @@ macro_rules! world {
             /// Latency of process lists, and of every other call.
             pub list_us: u64,
             pub call_us: u64,
+            /// Whether calls of one process wait for each other, as behind one lock of the driver.
+            pub one_lock: bool,
             /// Symbols that the library does not have.
             pub missing: Vec<String>,
             $($(#[$doc])* pub $name: $type,)*
@@ -95,6 +97,7 @@ macro_rules! world {
                     booted_us: 0,
                     list_us: 0,
                     call_us: 0,
+                    one_lock: false,
                     missing: Vec::new(),
                     $($name: $default,)*
                     faults: Vec::new(),

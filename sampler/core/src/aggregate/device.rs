@@ -1,25 +1,27 @@
 //! One device's ledger: facts in, seconds out.
 //!
 //! ```text
-//!  tick with its rows -> lane of its engine (whose) and windows (shares, who was active together)
+//!  sample with its rows -> lane of its engine (whose) and windows (shares, who was active together)
 //!  spans              -> idle, unobserved, unsupported
 //! ```
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use super::divide::{Presence, Sample, likeness};
 use super::holders::Holders;
 use super::lane::{self, Booked, Credit, Lane};
-use super::left::{Left, Named};
+use super::left::{Left, Lifetimes, Named};
 use super::together::Together;
 use super::windows::Windows;
 use super::{Range, Settings, WINDOW_NS};
-use crate::fact::{GpuFact, Tick, User};
+use crate::fact::{GpuFact, UnqueriedSample, User};
 use crate::snapshot::{DeviceReadings, Engine, EngineTime, GpuInfo, GpuTime, Reason, THROTTLE_REASONS, WindowShares};
 use crate::units::{BootNs, ContainerKey};
 
-/// Nothing was observed for so long: rates of the last window are not known.
-const STALE_NS: u64 = 3_000_000_000;
+/// Nothing was observed for so long: rates of the last window are not known. Where driver calls are slow, half a ring of samples comes
+/// at once, every 6 s.
+const STALE_NS: u64 = 8_000_000_000;
 /// Variances are added up once in a while: it takes a look at the last minutes.
 const VARIANCE_NS: u64 = 2_000_000_000;
 /// Readings further apart say nothing about the time between.
@@ -37,6 +39,18 @@ struct Recent {
     span_ns: f64,
     busy_ns: f64,
     user: Option<User>,
+    queried: bool,
+}
+
+impl Recent {
+    fn busy_ratio(&self) -> f64 {
+        self.busy_ns / self.span_ns.max(1.0)
+    }
+
+    /// What a named sample stands for where pid-less time is divided.
+    fn stands_for(&self) -> f64 {
+        1.005 - self.busy_ratio()
+    }
 }
 
 /// A container's part of the last window.
@@ -92,7 +106,7 @@ impl Device {
         }
     }
 
-    pub fn apply(&mut self, at: BootNs, fact: &GpuFact) {
+    pub fn apply(&mut self, at: BootNs, fact: &GpuFact, lifetimes: &Lifetimes) {
         match fact {
             GpuFact::Opened(info) => {
                 self.gone = None;
@@ -106,22 +120,32 @@ impl Device {
                 self.holders = Holders::default();
             }
             GpuFact::Restarted => self.restart(),
-            GpuFact::Tick(tick) => self.tick(at, tick),
-            GpuFact::EngineTick(engine, tick) => self.engine_tick(*engine, at, tick),
+            GpuFact::Tick(tick) => {
+                let sample = sample(at, tick.ns, tick.busy_percent, true);
+                self.sample(Engine::Compute, sample, Named::of(&tick.rows), lifetimes);
+            }
+            GpuFact::EngineTick(engine, tick) => {
+                let sample = sample(at, tick.ns, tick.busy_percent, true);
+                self.sample(*engine, sample, Named::of(&tick.rows), lifetimes);
+            }
+            GpuFact::Unqueried(engine, UnqueriedSample { ns, busy_percent, .. }) => {
+                self.sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);
+            }
             GpuFact::Idle { ns } => {
                 let ns = self.range.part(at, *ns) as f64;
                 self.idle_ns += ns;
-                self.observed(Recent { at: at.min(self.range.to), span_ns: ns, busy_ns: 0.0, user: None });
-                self.decide(at);
+                let recent = Recent { at: at.min(self.range.to), span_ns: ns, busy_ns: 0.0, user: None, queried: true };
+                self.observed(recent);
+                self.decide(at, lifetimes);
             }
             GpuFact::Unobserved { ns, .. } => {
                 self.unobserved_ns = self.unobserved_ns.saturating_add(self.range.part(at, *ns));
-                self.decide(at);
+                self.decide(at, lifetimes);
             }
             GpuFact::Unsupported { ns } => {
                 self.unsupported_ns = self.unsupported_ns.saturating_add(self.range.part(at, *ns));
                 // No more ticks come for what waits.
-                self.decide(at);
+                self.decide(at, lifetimes);
             }
             GpuFact::Measured { ns, busy_ratio } => {
                 self.measured(at, self.range.part(at, *ns) as f64, busy_ratio.clamp(0.0, 1.0))
@@ -153,21 +177,26 @@ impl Device {
         self.count(&booked);
     }
 
-    fn tick(&mut self, at: BootNs, tick: &Tick) {
-        let span_ns = tick.ns.min(TICK_MOST_NS) as f64;
-        let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
-        let named = Named::of(&tick.rows);
-        if self.range.has(at) {
-            self.idle_ns += span_ns - busy_ns;
-            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user) });
+    fn sample(&mut self, engine: Engine, sample: Sample, named: Option<Named>, lifetimes: &Lifetimes) {
+        let compute = engine == Engine::Compute;
+        if compute && self.range.has(sample.at) {
+            self.idle_ns += sample.span_ns - sample.busy_ns;
+            let Sample { at, span_ns, busy_ns, queried } = sample;
+            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried });
+        }
+        if let Some(sampled) = self.sampled.get_mut(engine as usize).filter(|_| !compute) {
+            *sampled = true;
         }
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
-        if let Some(lane) = self.lanes.get_mut(COMPUTE) {
-            lane.tick(lane::Tick { at, span_ns, busy_ns, named, otherwise }, &self.left, &mut booked);
+        let presence = Presence { left: &self.left, lifetimes };
+        if let Some(lane) = self.lanes.get_mut(engine as usize) {
+            lane.tick(lane::Tick { sample, named, otherwise }, presence, &mut booked);
         }
-        self.count(&booked);
-        self.settle_variance(at);
+        if compute {
+            self.count(&booked);
+            self.settle_variance(sample.at);
+        }
     }
 
     fn settle_variance(&mut self, at: BootNs) {
@@ -177,19 +206,6 @@ impl Device {
                 lane.settle_variance(at, &self.left);
             }
             self.left.forget(at);
-        }
-    }
-
-    fn engine_tick(&mut self, engine: Engine, at: BootNs, tick: &Tick) {
-        let span_ns = tick.ns.min(TICK_MOST_NS) as f64;
-        let busy_ns = span_ns * f64::from(tick.busy_percent) / 100.0;
-        let otherwise = self.holders.sole_user();
-        if let Some(sampled) = self.sampled.get_mut(engine as usize) {
-            *sampled = true;
-        }
-        if let Some(lane) = self.lanes.get_mut(engine as usize) {
-            let named = Named::of(&tick.rows);
-            lane.tick(lane::Tick { at, span_ns, busy_ns, named, otherwise }, &self.left, &mut Vec::new());
         }
     }
 
@@ -237,7 +253,7 @@ impl Device {
         let user = self.holders.only_user();
         if self.range.has(at) {
             self.idle_ns += span_ns - busy_ns;
-            self.observed(Recent { at, span_ns, busy_ns, user: Some(user) });
+            self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true });
         }
         let mut booked = Vec::new();
         if let Some(lane) = self.lanes.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
@@ -278,11 +294,11 @@ impl Device {
     }
 
     /// Nothing more will come.
-    pub fn finish(&mut self) {
+    pub fn finish(&mut self, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
         for (engine, lane) in self.lanes.iter_mut().enumerate() {
             let mut of_lane = Vec::new();
-            lane.decide(BootNs(u64::MAX), &self.left, &mut of_lane);
+            lane.decide(BootNs(u64::MAX), Presence { left: &self.left, lifetimes }, &mut of_lane);
             if engine == COMPUTE {
                 booked = of_lane;
             }
@@ -291,10 +307,10 @@ impl Device {
         self.together.close_all();
     }
 
-    fn decide(&mut self, now: BootNs) {
+    fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
         if let Some(lane) = self.lanes.get_mut(COMPUTE) {
-            lane.decide(now, &self.left, &mut booked);
+            lane.decide(now, Presence { left: &self.left, lifetimes }, &mut booked);
         }
         self.count(&booked);
     }
@@ -307,23 +323,20 @@ impl Device {
             return (HashMap::new(), None);
         }
         let busy: f64 = self.recent.iter().map(|r| r.busy_ns).sum();
-        let pool: f64 = self.recent.iter().filter(|r| r.user.is_none()).map(|r| r.busy_ns).sum();
-        let stands_for = |r: &Recent| 1.005 - r.busy_ns / r.span_ns.max(1.0);
-        let named = || self.recent.iter().filter_map(|r| Some((r.user?, r)));
-        let whole: f64 = named().map(|(_, r)| stands_for(r)).sum();
-        let weight = |r: &Recent| r.busy_ns + if whole > 0.0 { pool * stands_for(r) / whole } else { 0.0 };
-        let squares: f64 = named().map(|(_, r)| weight(r).powi(2)).sum();
+        let shares = WindowWeights::of(&self.recent);
         let mut seconds: HashMap<ContainerKey, f64> = HashMap::new();
-        for (user, recent) in named() {
+        let named = || self.recent.iter().zip(&shares.weights).filter_map(|(r, weight)| Some((r.user?, *weight)));
+        for (user, weight) in named() {
             if let User::Container(key) = user {
-                *seconds.entry(key).or_default() += weight(recent);
+                *seconds.entry(key).or_default() += weight;
             }
         }
-        // One who is seldom named is named in few windows, and busy in all.
-        if let User::Container(key) = self.holders.sole_user()
-            && whole <= 0.0
-        {
-            *seconds.entry(key).or_default() += pool;
+        let mut squares: f64 = named().map(|(_, weight)| weight.powi(2)).sum();
+        if shares.unnamed_ns > 0.0 {
+            squares += shares.unnamed_ns.powi(2);
+            for (key, share) in self.usual_shares() {
+                *seconds.entry(key).or_default() += shares.unnamed_ns * share;
+            }
         }
         // Who was not seen in this window may still have been there.
         if let Some(lane) = self.lanes.get(COMPUTE) {
@@ -337,6 +350,22 @@ impl Device {
             (key, Duty { percent: 100.0 * ns / span, stderr: 100.0 * variance.sqrt() / span })
         };
         (seconds.into_iter().map(duty).collect(), Some(busy / span))
+    }
+
+    /// Of busy time in a window in which no sample names a process: what the last minutes say, or the only user that the driver lists.
+    fn usual_shares(&self) -> Vec<(ContainerKey, f64)> {
+        if let User::Container(key) = self.holders.sole_user() {
+            return vec![(key, 1.0)];
+        }
+        let Some(lane) = self.lanes.get(COMPUTE) else { return Vec::new() };
+        let known = lane.credits().keys().filter_map(|user| Some((user.container()?, lane.spread(*user)?.share)));
+        known.collect()
+    }
+
+    /// One standard error of a share of one half over the last window, at the rate at which processes are queried now.
+    pub fn expected_stderr(&self) -> Option<f64> {
+        let queried = self.recent.iter().filter(|r| r.queried && r.busy_ns > 0.0).count();
+        (queried > 0).then(|| 0.5 / (queried as f64).sqrt())
     }
 
     fn lane(&self, engine: Engine) -> Option<&Lane> {
@@ -420,5 +449,47 @@ impl Device {
     /// (XID, how often), by XID.
     pub fn xids(&self) -> Vec<(u64, u64)> {
         self.xids.iter().map(|(xid, n)| (*xid, *n)).collect()
+    }
+}
+
+fn sample(at: BootNs, ns: u64, busy_percent: u8, queried: bool) -> Sample {
+    let span_ns = ns.min(TICK_MOST_NS) as f64;
+    Sample { at, span_ns, busy_ns: span_ns * f64::from(busy_percent) / 100.0, queried }
+}
+
+/// What each sample of the last window stands for, with the busy time of those that name no process divided over it.
+struct WindowWeights {
+    /// By sample; 0 for those that name none.
+    weights: Vec<f64>,
+    /// Busy time in a window in which no sample names a process.
+    unnamed_ns: f64,
+}
+
+impl WindowWeights {
+    fn of(recent: &VecDeque<Recent>) -> Self {
+        let named = || recent.iter().enumerate().filter(|(_, r)| r.user.is_some());
+        let whole: f64 = named().map(|(_, r)| r.stands_for()).sum();
+        let mut weights = vec![0.0; recent.len()];
+        if whole <= 0.0 {
+            let unnamed_ns = recent.iter().map(|r| r.busy_ns).sum();
+            return Self { weights, unnamed_ns };
+        }
+        let busy = |queried: bool| recent.iter().enumerate().filter(move |(_, r)| r.queried == queried && r.busy_ns > 0.0);
+        let mut pool: f64 = busy(true).filter(|(_, r)| r.user.is_none()).map(|(_, r)| r.busy_ns).sum();
+        for (n, r) in named() {
+            weights[n] += r.busy_ns;
+        }
+        for (_, unqueried) in busy(false) {
+            let like = |r: &Recent| likeness(r.busy_ratio(), unqueried.busy_ratio());
+            let all: f64 = busy(true).map(|(_, r)| like(r)).sum();
+            for (n, r) in busy(true) {
+                let ns = unqueried.busy_ns * like(r) / all;
+                if r.user.is_some() { weights[n] += ns } else { pool += ns }
+            }
+        }
+        for (n, r) in named() {
+            weights[n] += pool * r.stands_for() / whole;
+        }
+        Self { weights, unnamed_ns: 0.0 }
     }
 }

@@ -1,54 +1,28 @@
 //! One engine's busy time: whose it is, and how sure.
 //!
 //! ```text
-//!  tick, busy, with a pid  -> that pid's user, at once
-//!  tick, busy, no pid      -> waits for 4 named ticks after it, 10 s at most; then divided over the 4 nearest named ticks on each
-//!                             side whose processes were there then; without any, of the only user that the driver lists as
-//!                             holding the device, or no_pid
+//!  sample, busy, with a pid             -> that pid's user, at once
+//!  sample, busy, pid-less or unqueried  -> waits for neighbours after it, 10 s at most; then divided over its neighbours (`divide`);
+//!                                          without any, of the only user that the driver lists as holding the device, or no_pid
 //! ```
-//! Crediting only ticks that carry a pid would credit the square of the duty cycle: the pid is whoever was on the engine at one
-//! instant, the utilization is the whole period's. A user that keeps the engine busy for a part `b` of its periods is named in `b` of
-//! them, so each of its named ticks stands for `1 - b` of a period that no tick names: that is the weight by which pid-less time is
-//! divided. Dividing by the number of named ticks alone would take from those with low duty cycles and give to those with high ones.
-//! Where a driver names whoever was last in the period, hardly a busy tick is without a pid, and the same holds.
-//!
 //! Busy time and what it is credited to are booked together, so their sums agree at every instant; what waits is in no state yet.
 
 use std::collections::{HashMap, VecDeque};
 
 use super::Range;
+use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::left::{Left, Named};
 use super::spread::{Memory, Spread};
 use crate::fact::User;
 use crate::snapshot::Reason;
 use crate::units::BootNs;
 
-/// Named ticks on each side over which a pid-less one is divided.
-const NEIGHBOURS: usize = 4;
-/// A pid-less tick waits at most this long for named ones after it.
-const WAIT_NS: u64 = 10_000_000_000;
-/// Named ticks before it count for this long.
-const LOOK_BACK_NS: u64 = 30_000_000_000;
-/// Utilization is rounded to a percent: a tick of 100 % may be half of one less.
-const ROUNDING_RATIO: f64 = 0.005;
-
 #[derive(Clone, Copy, Debug)]
 pub struct Tick {
-    pub at: BootNs,
-    pub span_ns: f64,
-    pub busy_ns: f64,
+    pub sample: Sample,
     pub named: Option<Named>,
-    /// Whose it is if nobody at all is named around it.
+    /// Whose it is if no process at all is named around it.
     pub otherwise: User,
-}
-
-/// A tick that named somebody; `weight_ns` is all that was credited by it.
-#[derive(Clone, Copy, Debug)]
-struct NamedTick {
-    at: BootNs,
-    named: Named,
-    stands_for: f64,
-    weight_ns: f64,
 }
 
 #[derive(Clone, Copy, Debug, Default)]
@@ -83,7 +57,7 @@ pub struct Lane {
     pub unattributed: [f64; Reason::ALL.len()],
     /// By user; those of nobody are in `unattributed` too, host processes under [`Reason::Host`].
     credits: HashMap<User, Credit>,
-    named: VecDeque<NamedTick>,
+    neighbours: Neighbours,
     waiting: VecDeque<Tick>,
     memory: Memory,
     spreads: HashMap<User, Spread>,
@@ -98,7 +72,7 @@ impl Lane {
             busy_ns: 0.0,
             unattributed: Default::default(),
             credits: HashMap::new(),
-            named: VecDeque::new(),
+            neighbours: Neighbours::default(),
             waiting: VecDeque::new(),
             memory: Memory::default(),
             spreads: HashMap::new(),
@@ -114,64 +88,55 @@ impl Lane {
         self.spreads.get(&user).copied()
     }
 
-    /// Ticks come in their order.
-    pub fn tick(&mut self, tick: Tick, left: &Left, booked: &mut Vec<Booked>) {
+    /// Samples come in their order.
+    pub fn tick(&mut self, tick: Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+        if tick.sample.busy_ns > 0.0 && tick.sample.queried {
+            self.neighbours.add_queried(&tick.sample);
+        }
         match tick.named {
-            Some(named) => {
-                self.book(tick.at, named.user, tick.busy_ns, 1, booked);
-                if self.range.has(tick.at) {
-                    let drawn = self.drawn.entry(named.user).or_default();
-                    *drawn = (drawn.0 + 1, drawn.1 + tick.busy_ns * tick.busy_ns);
-                }
-                let stands_for = 1.0 - tick.busy_ns / tick.span_ns.max(1.0) + ROUNDING_RATIO;
-                self.named.push_back(NamedTick { at: tick.at, named, stands_for, weight_ns: tick.busy_ns });
-                self.memory.name(tick.at, named);
-            }
-            None if tick.busy_ns > 0.0 => self.waiting.push_back(tick),
+            Some(named) => self.credit_named(&tick.sample, named, booked),
+            None if tick.sample.busy_ns > 0.0 => self.waiting.push_back(tick),
             None => {}
         }
-        self.decide(tick.at, left, booked);
-        let keep = LOOK_BACK_NS + WAIT_NS;
-        while self.named.front().is_some_and(|n| tick.at.saturating_since(n.at) > keep) {
-            self.named.pop_front();
+        self.decide(tick.sample.at, presence, booked);
+        self.neighbours.forget_before(tick.sample.at);
+    }
+
+    fn credit_named(&mut self, sample: &Sample, named: Named, booked: &mut Vec<Booked>) {
+        self.book(sample.at, named.user, sample.busy_ns, 1, booked);
+        if self.range.has(sample.at) {
+            let drawn = self.drawn.entry(named.user).or_default();
+            *drawn = (drawn.0 + 1, drawn.1 + sample.busy_ns * sample.busy_ns);
+        }
+        let busy_ratio = sample.busy_ns / sample.span_ns.max(1.0);
+        self.neighbours.add_named(NamedSample::new(sample.at, named, busy_ratio, sample.busy_ns));
+        self.memory.name(sample.at, named);
+    }
+
+    /// Divides what has waited long enough at `now`, a time up to which all samples are known.
+    pub fn decide(&mut self, now: BootNs, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+        while let Some(tick) = self.waiting.pop_front_if(|tick| self.neighbours.is_decided(&tick.sample, now)) {
+            self.divide(&tick, presence, booked);
         }
     }
 
-    /// Divides what has waited long enough at `now`, a time up to which all ticks are known.
-    pub fn decide(&mut self, now: BootNs, left: &Left, booked: &mut Vec<Booked>) {
-        while let Some(tick) = self.waiting.front().copied() {
-            let after = self.named.partition_point(|n| n.at <= tick.at);
-            let enough = self.named.len() - after >= NEIGHBOURS;
-            if !enough && now.saturating_since(tick.at) < WAIT_NS {
-                return;
-            }
-            self.waiting.pop_front();
-            self.divide(tick, after, left, booked);
+    fn divide(&mut self, tick: &Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+        let Sample { at, busy_ns, .. } = tick.sample;
+        let parts = self.neighbours.divide(&tick.sample, presence);
+        if parts.is_empty() {
+            self.book(at, tick.otherwise, busy_ns, 0, booked);
         }
-    }
-
-    fn divide(&mut self, tick: Tick, after: usize, left: &Left, booked: &mut Vec<Booked>) {
-        let there = |n: &usize| self.named.get(*n).is_some_and(|n| left.was(&n.named, tick.at));
-        let near = |n: &usize| self.named.get(*n).is_some_and(|n| tick.at.saturating_since(n.at) <= LOOK_BACK_NS);
-        let before = (0..after).rev().take_while(near).filter(there).take(NEIGHBOURS);
-        let late = |n: &usize| self.named.get(*n).is_some_and(|n| n.at.saturating_since(tick.at) <= WAIT_NS);
-        let later = (after..self.named.len()).take_while(late).filter(there).take(NEIGHBOURS);
-        let neighbours: Vec<usize> = before.chain(later).collect();
-        let whole: f64 = neighbours.iter().filter_map(|n| self.named.get(*n)).map(|n| n.stands_for).sum();
-        if neighbours.is_empty() {
-            self.book(tick.at, tick.otherwise, tick.busy_ns, 0, booked);
-        }
-        for n in neighbours {
-            let Some(neighbour) = self.named.get_mut(n) else { continue };
-            let ns = tick.busy_ns * neighbour.stands_for / whole;
+        for (n, part) in parts {
+            let Some(neighbour) = self.neighbours.get_mut(n) else { continue };
+            let ns = busy_ns * part;
             let user = neighbour.named.user;
             let before = neighbour.weight_ns;
             neighbour.weight_ns += ns;
             let squares = neighbour.weight_ns.powi(2) - before.powi(2);
-            if self.range.has(tick.at) {
+            if self.range.has(at) {
                 self.drawn.entry(user).or_default().1 += squares;
             }
-            self.book(tick.at, user, ns, 0, booked);
+            self.book(at, user, ns, 0, booked);
         }
     }
 
@@ -223,9 +188,9 @@ impl Lane {
     /// A new ring and clock: what is waiting goes to nobody, since nobody can be named for it any more.
     pub fn restart(&mut self, booked: &mut Vec<Booked>) {
         for tick in std::mem::take(&mut self.waiting) {
-            self.book(tick.at, tick.otherwise, tick.busy_ns, 0, booked);
+            self.book(tick.sample.at, tick.otherwise, tick.sample.busy_ns, 0, booked);
         }
-        self.named.clear();
+        self.neighbours.clear();
         self.memory.clear();
         self.spreads.clear();
     }

@@ -1,10 +1,10 @@
-//! Whom a tick names, and how long that process was there.
+//! Which user a sample names, and at what times that user can have used the device.
 
 use std::collections::HashMap;
 
 use crate::fact::{Row, User};
 use crate::snapshot::Reason;
-use crate::units::BootNs;
+use crate::units::{BootNs, ContainerKey};
 
 /// No tick that old is still to be divided, nor remembered for errors.
 const KEEP_NS: u64 = 200_000_000_000;
@@ -55,6 +55,20 @@ impl Left {
         self.0.retain(|_, at| now.saturating_since(*at) < KEEP_NS);
     }
 
+    /// The part of the span of `ns` that ends at `at` in which that process was this user's. Without knowledge of the process, all of it.
+    pub fn part(&self, named: &Named, at: BootNs, ns: f64) -> f64 {
+        match named.user {
+            User::Container(_) | User::Host(_) => {
+                let from = at.minus(ns as u64);
+                let until = self.0.get(&(named.pid, named.since)).copied().unwrap_or(at).min(at);
+                let there = until.saturating_since(from.max(named.since)) as f64;
+                // An end and a sample at one instant.
+                if ns > 0.0 { (there / ns).min(1.0) } else { f64::from(u8::from(self.was(named, at))) }
+            }
+            User::Nobody(_) => 1.0,
+        }
+    }
+
     /// Whether that process was this user's at that time. Of whom nothing is known, nothing can be denied.
     pub fn was(&self, named: &Named, at: BootNs) -> bool {
         match named.user {
@@ -63,5 +77,35 @@ impl Left {
             }
             User::Nobody(_) => true,
         }
+    }
+}
+
+/// When containers existed.
+#[derive(Debug, Default)]
+pub struct Lifetimes(HashMap<ContainerKey, (BootNs, Option<BootNs>)>);
+
+impl Lifetimes {
+    /// It exists since then.
+    pub fn created(&mut self, key: ContainerKey, at: BootNs) {
+        self.0.insert(key, (at, None));
+    }
+
+    pub fn gone(&mut self, key: ContainerKey, at: BootNs) {
+        self.0.entry(key).or_default().1 = Some(at);
+    }
+
+    pub fn forget(&mut self, key: ContainerKey) {
+        self.0.remove(&key);
+    }
+
+    pub fn is_gone(&self, key: ContainerKey) -> bool {
+        self.0.get(&key).is_some_and(|(_, gone)| gone.is_some())
+    }
+
+    /// Whether the container existed at some time of the span of `ns` that ends at `at`. Only a container can have had another
+    /// process than the one that was named.
+    pub fn existed(&self, user: User, at: BootNs, ns: f64) -> bool {
+        let span = user.container().and_then(|key| self.0.get(&key));
+        span.is_some_and(|(created, gone)| *created <= at && gone.is_none_or(|gone| gone > at.minus(ns as u64)))
     }
 }

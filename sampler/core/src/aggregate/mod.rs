@@ -1,6 +1,7 @@
 //! The pure fold: facts in, sums out. It sees nothing but facts, so a replay of a session gives what live gave.
 
 mod device;
+mod divide;
 mod holders;
 mod lane;
 mod left;
@@ -8,16 +9,17 @@ mod spread;
 mod together;
 mod windows;
 
-use std::collections::HashSet;
 use std::sync::Arc;
 
 pub use device::{Device, Duty};
+pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use holders::Held;
 pub use lane::Credit;
 pub use together::{Part, TOGETHER_NS, Window, is_user};
 
 use crate::fact::{Fact, GpuFact, Row, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
+use left::Lifetimes;
 
 /// Width of the window of duty cycles and shares.
 pub const WINDOW_NS: u64 = 10_000_000_000;
@@ -72,7 +74,7 @@ pub fn named(rows: &[Row]) -> Option<User> {
 pub struct Aggregate {
     settings: Settings,
     gpus: Vec<Option<Device>>,
-    gone: HashSet<ContainerKey>,
+    lifetimes: Lifetimes,
     pub now: BootNs,
     pub wall: WallTime,
 }
@@ -87,13 +89,13 @@ impl Aggregate {
             Fact::Time { at, wall } => self.passed(*at, *wall),
             Fact::Gpu { gpu, at, fact } => self.gpu_fact(*gpu as usize, *at, fact),
             Fact::Container(container) => {
-                self.gone.remove(&container.key);
+                self.lifetimes.created(container.key, container.created);
             }
-            Fact::ContainerGone { key, .. } => {
-                self.gone.insert(*key);
+            Fact::ContainerGone { key, at } => {
+                self.lifetimes.gone(*key, *at);
             }
             Fact::ContainerForgotten { key } => {
-                self.gone.remove(key);
+                self.lifetimes.forget(*key);
                 if !self.settings.keep_history {
                     for gpu in self.gpus.iter_mut().flatten() {
                         gpu.forget(|known| known == key);
@@ -113,7 +115,7 @@ impl Aggregate {
         }
         let Some(place) = self.gpus.get_mut(slot) else { return };
         match (place, fact) {
-            (Some(gpu), fact) => gpu.apply(at, fact),
+            (Some(gpu), fact) => gpu.apply(at, fact, &self.lifetimes),
             (place @ None, GpuFact::Opened(info)) => *place = Some(Device::new(Arc::clone(info), at, self.settings)),
             // Of a device that was never told of there is nothing to count.
             (None, _) => {}
@@ -123,7 +125,7 @@ impl Aggregate {
     fn passed(&mut self, at: BootNs, wall: WallTime) {
         self.now = self.now.max(at);
         self.wall = wall;
-        let (now, gone) = (self.now, &self.gone);
+        let (now, lifetimes) = (self.now, &self.lifetimes);
         for slot in &mut self.gpus {
             let left = slot.as_ref().and_then(|gpu| gpu.gone).is_some_and(|at| now.saturating_since(at) > KEEP_GONE_NS);
             if left && !self.settings.keep_history {
@@ -131,14 +133,14 @@ impl Aggregate {
             }
         }
         for gpu in self.gpus.iter_mut().flatten() {
-            gpu.passed(now, |key| !gone.contains(&key));
+            gpu.passed(now, |key| !lifetimes.is_gone(key));
         }
     }
 
     /// Nothing more will come: what waits is divided, windows are closed.
     pub fn finish(&mut self) {
         for gpu in self.gpus.iter_mut().flatten() {
-            gpu.finish();
+            gpu.finish(&self.lifetimes);
         }
     }
 

@@ -5,8 +5,11 @@ use std::collections::VecDeque;
 use crate::snapshot::ClockView;
 use crate::units::{BootNs, GpuNs};
 
-/// Bounds seen over this many polls that brought a sample decide; older ones are forgotten, so drift is followed.
+/// Bounds seen over this many polls that brought a sample decide, or this long; older ones are forgotten, so drift is followed.
 const REMEMBERED_POLLS: usize = 128;
+const REMEMBERED_NS: u64 = 21_000_000_000;
+/// Where polls are rare, so many decide all the same.
+const LEAST_POLLS: usize = 8;
 /// What the offset may have drifted since the poll that bounds it: 21 s at a few hundred ppm.
 const DRIFT_NS: u64 = 5_000_000;
 /// The least bound of so long is one point of the drift's line.
@@ -21,25 +24,27 @@ const DRIFT_POINTS: usize = 6;
 /// the driver's answers tells, and it is taken to be one period at most.
 #[derive(Debug, Default)]
 pub struct GpuClock {
-    /// (least, most) by poll.
-    bounds: VecDeque<(i128, i128)>,
+    /// (when, least, most) by poll.
+    bounds: VecDeque<(BootNs, i128, i128)>,
     points: VecDeque<(BootNs, i128)>,
     last_began: Option<BootNs>,
     pub steps: u64,
 }
 
 impl GpuClock {
-    /// `newest` was read between `began` and `ended`, and was not there at the poll before.
-    pub fn polled(&mut self, newest: GpuNs, began: BootNs, ended: BootNs, period_ns: u64) {
+    /// `oldest` and `newest` were read between `began` and `ended`, and not there at the poll before.
+    pub fn polled(&mut self, (oldest, newest): (GpuNs, GpuNs), began: BootNs, ended: BootNs, period_ns: u64) {
         let most = i128::from(ended.0) - i128::from(newest.0);
         let before = self.last_began.replace(began);
         // Without a poll before, the sample may be as old as a period and the delay.
         let first_served = before.unwrap_or(BootNs(began.0.saturating_sub(period_ns)));
-        let least = i128::from(first_served.0) - i128::from(period_ns) - i128::from(newest.0);
+        let least = i128::from(first_served.0) - i128::from(period_ns) - i128::from(oldest.0);
         if self.bounds.len() == REMEMBERED_POLLS {
             self.bounds.pop_front();
         }
-        self.bounds.push_back((least, most));
+        self.bounds.push_back((ended, least, most));
+        let old = |(at, ..): &(BootNs, i128, i128)| ended.saturating_since(*at) > REMEMBERED_NS;
+        while self.bounds.len() > LEAST_POLLS && self.bounds.pop_front_if(|bound| old(bound)).is_some() {}
         match self.points.back_mut() {
             Some((at, least)) if ended.saturating_since(*at) < POINT_NS => *least = most.min(*least),
             _ => {
@@ -71,7 +76,7 @@ impl GpuClock {
 
     /// The least of the bounds from above is the closest: `boot - gpu`.
     fn offset(&self) -> Option<i128> {
-        self.bounds.iter().map(|(_, most)| *most).min()
+        self.bounds.iter().map(|(_, _, most)| *most).min()
     }
 
     /// A poll has bounded it.
@@ -80,7 +85,7 @@ impl GpuClock {
     }
 
     fn uncertainty_ns(&self) -> Option<u64> {
-        let least = self.bounds.iter().map(|(least, _)| *least).max()?;
+        let least = self.bounds.iter().map(|(_, least, _)| *least).max()?;
         // Bounds of a drifting clock may cross.
         u64::try_from((self.offset()? - least).max(0)).ok()
     }

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use super::clock::GpuClock;
 use super::owners::Owners;
 use super::wall::Wall;
-use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, Unseen, User};
+use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnqueriedSample, Unseen, User};
 use crate::identity::Identity;
 use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
 use crate::recover::{Grid, Rejected};
@@ -30,6 +30,15 @@ const COMPUTE: usize = Engine::Compute as usize;
 
 type Told = Vec<(BootNs, GpuFact)>;
 
+/// Samples of the compute engine since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SampleCounts {
+    /// Whose time was booked.
+    pub samples: u64,
+    /// Those of them whose process was queried.
+    pub queried: u64,
+}
+
 /// What is known of how a device is read.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceView {
@@ -40,6 +49,7 @@ pub struct DeviceView {
     pub clock: ClockView,
     pub period_ns: Option<u64>,
     pub last_sample: Option<WallTime>,
+    pub counts: SampleCounts,
 }
 
 #[derive(Debug)]
@@ -58,6 +68,10 @@ pub struct Device {
     pending: VecDeque<DeviceTick>,
     engine_pending: VecDeque<EngineTick>,
     rows: VecDeque<(ProcessRow, bool)>,
+    /// Stamps of the device samples of the last [`ROWS_NS`] whose process was queried: samples of other engines near them were, too.
+    queried: VecDeque<GpuNs>,
+    /// Samples attributed, and those of them whose process was queried.
+    counts: SampleCounts,
     gaps: u64,
     overruns: u64,
     rejected: [u64; Rejected::ALL.len()],
@@ -85,6 +99,8 @@ impl Device {
             pending: VecDeque::new(),
             engine_pending: VecDeque::new(),
             rows: VecDeque::new(),
+            queried: VecDeque::new(),
+            counts: SampleCounts::default(),
             gaps: 0,
             overruns: 0,
             rejected: [0; Rejected::ALL.len()],
@@ -115,6 +131,7 @@ impl Device {
         self.pending.clear();
         self.engine_pending.clear();
         self.rows.clear();
+        self.queried.clear();
     }
 
     pub fn gone(&mut self, at: BootNs, told: &mut Told) {
@@ -207,10 +224,11 @@ impl Device {
         let newest = batch.ticks.iter().map(|t| t.at).max();
         match newest {
             Some(newest) => {
-                self.clock.polled(newest, batch.began, batch.ended, self.grid.period_or_most_ns());
+                let oldest = batch.ticks.iter().map(|t| t.at).min().unwrap_or(newest);
+                self.clock.polled((oldest, newest), batch.ring_began, batch.ended, self.grid.period_or_most_ns());
                 self.last_wall = Some(batch.wall);
             }
-            None => self.clock.silent(batch.began),
+            None => self.clock.silent(batch.ring_began),
         }
         if std::mem::take(&mut self.first_read) {
             // What the ring held before the start is nobody's: it only sets the watermarks.
@@ -229,7 +247,7 @@ impl Device {
 
     /// The ring runs dry on an idle device.
     fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
-        self.clock.silent(batch.began);
+        self.clock.silent(batch.ring_began);
         self.settle(batch.ended, identity, told);
         self.first_read = false;
         if !self.pending.is_empty() {
@@ -263,6 +281,7 @@ impl Device {
         }
         self.settle_engines(now, patience, identity, told);
         let Some(newest) = self.watermark else { return };
+        while self.queried.pop_front_if(|at| newest.0.saturating_sub(at.0) > ROWS_NS).is_some() {}
         while let Some((_, claimed)) = self.rows.pop_front_if(|(row, _)| newest.0.saturating_sub(row.at.0) > ROWS_NS) {
             self.off_grid += u64::from(!claimed);
         }
@@ -289,8 +308,12 @@ impl Device {
             }
         }
         let rows = self.rows_of(tick.at);
-        if !tick.looked {
-            told.push((at, GpuFact::Unobserved { ns: span.ns, why: Unseen::NotAsked }));
+        self.counts.samples += 1;
+        self.counts.queried += u64::from(tick.queried);
+        if tick.queried {
+            self.queried.push_back(tick.at);
+        } else if tick.busy_percent > 0 {
+            told.push((at, unqueried(Engine::Compute, tick.at, span.ns, tick.busy_percent)));
             return;
         }
         let tick = self.told_tick(COMPUTE, tick.at, at, span.ns, tick.busy_percent, &rows, identity, told);
@@ -314,9 +337,18 @@ impl Device {
             let Some(at) = at else { continue };
             let rows = self.rows_of(tick.at);
             let engine = tick.engine;
+            if tick.busy_percent > 0 && !self.was_queried(tick.at) {
+                told.push((at, unqueried(engine, tick.at, period, tick.busy_percent)));
+                continue;
+            }
             let tick = self.told_tick(engine as usize, tick.at, at, period, tick.busy_percent, &rows, identity, told);
             told.push((at, GpuFact::EngineTick(engine, tick)));
         }
+    }
+
+    fn was_queried(&self, at: GpuNs) -> bool {
+        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
+        self.queried.iter().any(|queried| queried.0.abs_diff(at.0) < near)
     }
 
     /// Marks the rows of a tick.
@@ -388,6 +420,11 @@ impl Device {
             clock: self.clock.view(),
             period_ns: self.grid.period_ns(),
             last_sample: self.last_wall,
+            counts: self.counts,
         }
     }
+}
+
+fn unqueried(engine: Engine, stamp: GpuNs, ns: u64, busy_percent: u32) -> GpuFact {
+    GpuFact::Unqueried(engine, UnqueriedSample { stamp, ns, busy_percent: busy_percent.min(100) as u8 })
 }

@@ -152,6 +152,8 @@ impl Core {
                 last_sample: device.last_sample,
                 sample_period_seconds: device.period_ns.map(|ns| ns as f64 * 1e-9),
                 sample_gaps: device.sample_gaps,
+                counts: device.counts,
+                expected_stderr_ratio: gpu.expected_stderr(),
                 ring_overruns: device.ring_overruns,
                 rejected: device.rejected,
                 off_grid: device.off_grid,

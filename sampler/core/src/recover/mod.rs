@@ -251,7 +251,7 @@ impl Recovery {
     /// `lastSeen` for the next question for rows, while one is open and `calls` of this poll are not used up.
     pub fn next_rows(&mut self, calls: usize) -> Option<u64> {
         // The first read names nobody.
-        let first = self.fresh.first().is_some_and(|t| t.looked);
+        let first = self.fresh.first().is_some_and(|t| t.queried);
         if first || self.ahead || self.row_calls >= calls {
             return None;
         }
@@ -352,6 +352,6 @@ impl Recovery {
     }
 }
 
-fn tick(sample: &RawSample, looked: bool) -> DeviceTick {
-    DeviceTick { at: GpuNs(sample.at_us.saturating_mul(1000)), busy_percent: sample.percent, looked }
+fn tick(sample: &RawSample, queried: bool) -> DeviceTick {
+    DeviceTick { at: GpuNs(sample.at_us.saturating_mul(1000)), busy_percent: sample.percent, queried }
 }

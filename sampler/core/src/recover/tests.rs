@@ -79,7 +79,7 @@ fn check(ring: &Ring, ticks: &[DeviceTick], rows: &[ProcessRow]) -> Result<(usiz
         prop_assert!(seen.insert(tick.at), "{tick:?} twice");
         let (util, pid) = truth[&tick.at.0];
         prop_assert_eq!(util, tick.busy_percent);
-        if tick.looked && tick.at != ticks[0].at {
+        if tick.queried && tick.at != ticks[0].at {
             looked += 1;
             let named: Vec<u32> = rows.iter().filter(|row| row.at == tick.at).map(|row| row.pid).collect();
             let expected: Vec<u32> = pid.filter(|_| util > 0).into_iter().collect();
@@ -172,7 +172,7 @@ fn what_breaks_the_model_is_counted_and_harmless() {
     );
     assert_eq!(recovery.next_rows(12), None);
     let got = recovery.take();
-    assert_eq!(got.ticks, [DeviceTick { at: GpuNs(at * 1000), busy_percent: 50, looked: true }]);
+    assert_eq!(got.ticks, [DeviceTick { at: GpuNs(at * 1000), busy_percent: 50, queried: true }]);
     let mut pids: Vec<u32> = got.rows.iter().map(|row| row.pid).collect();
     pids.sort_unstable();
     assert_eq!(pids, [0, 7]);
@@ -206,7 +206,7 @@ fn a_sample_between_the_two_calls_is_fetched_before_rows_are_believed() {
     }
     let got = recovery.take();
     assert_eq!(got.ticks.len(), 2);
-    assert!(got.ticks.iter().all(|tick| tick.looked));
+    assert!(got.ticks.iter().all(|tick| tick.queried));
     assert_eq!(got.rows.len(), 2);
 }
 

@@ -63,7 +63,7 @@ pub fn unfold(ticks: &mut [DeviceTick], answers: &[Rows]) -> Vec<ProcessRow> {
                 }
             }
         }
-        tick.looked = true;
+        tick.queried = true;
         if let Some(pid) = compute.filter(|pid| newer.contains_key(pid)) {
             let mut percent = [0; Engine::ALL.len()];
             percent[COMPUTE] = tick.busy_percent.min(100) as u8;

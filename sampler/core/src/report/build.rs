@@ -104,7 +104,7 @@ fn described(user: User, gathered: &Gathered) -> UserReport {
 fn why(unseen: Unseen) -> &'static str {
     match unseen {
         Unseen::Missing => "samples are missing",
-        Unseen::NotAsked => "samples that came together, or for which the budget did not allow to ask",
+        Unseen::NotAsked => "samples whose process was not queried, by an agent that did not attribute them",
         Unseen::NoSamples => "the driver had no samples and did not say that the GPU was idle",
         Unseen::NoAnswer => "the driver did not answer",
         Unseen::Unread => "the session's file is damaged there",

@@ -18,7 +18,7 @@ pub const MARKER: [u8; 8] = *b"\x89GPUS\r\n\x1a";
 /// Files of another one cannot be read. Their frames' heads are laid out as here.
 pub const MAJOR: u8 = 1;
 /// Later ones may have kinds of frames and facts that are not known here, and more at the end of a record.
-pub const MINOR: u8 = 0;
+pub const MINOR: u8 = 1;
 pub const HEAD_BYTES: usize = 28;
 /// Of one payload, decompressed: what a reader must be ready to hold, whatever a file claims.
 pub const MAX_RAW_BYTES: usize = 16 << 20;

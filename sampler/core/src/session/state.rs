@@ -10,14 +10,13 @@
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
+use crate::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, PressureFact, Tick, User};
+use crate::snapshot::Engine;
 use crate::units::{BootNs, ContainerKey};
 
 /// A user is in State frames for so long after it was last named; named again, it is told again.
 const NAMED_LATELY_NS: u64 = 60_000_000_000;
-/// Busy samples that name nobody are divided over this many on each side that name somebody, and wait so long for later ones.
-const NEIGHBOURS: usize = 4;
-const NEIGHBOURS_WITHIN_NS: u64 = 10_000_000_000;
 /// Busy samples remembered to tell that: 10 s of a driver that samples twice as often as any that is known.
 const MAX_TICKS: usize = 128;
 /// Containers remembered; identity forgets them sooner.
@@ -43,8 +42,17 @@ struct GpuState {
     clock: Option<Fact>,
     /// Up to here its time is told.
     covered: BootNs,
-    /// Its last busy samples: when, and whether they name anybody.
-    ticks: VecDeque<(BootNs, bool)>,
+    /// Its last busy samples.
+    ticks: VecDeque<(BootNs, Sampled)>,
+}
+
+/// What a busy sample says of its process.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Sampled {
+    Named,
+    /// Queried, and the driver named none.
+    PidLess,
+    Unqueried,
 }
 
 #[derive(Debug, Default)]
@@ -85,9 +93,22 @@ fn at(fact: &Fact) -> Option<BootNs> {
 
 impl GpuState {
     fn are_neighbours_told(&self, until: BootNs) -> bool {
-        let Some(last) = self.ticks.iter().rposition(|(at, named)| !named && *at <= until) else { return true };
-        let later = self.ticks.range(last..).filter(|(_, named)| *named).count();
-        later >= NEIGHBOURS || self.covered >= self.ticks[last].0.plus(NEIGHBOURS_WITHIN_NS)
+        self.is_divided(until, Sampled::PidLess, NAMED_NEIGHBOURS, |later| later == Sampled::Named)
+            && self.is_divided(until, Sampled::Unqueried, QUERIED_NEIGHBOURS, |later| later != Sampled::Unqueried)
+    }
+
+    /// Whether the last sample of that kind up to `until` has the neighbours after it that it is divided over.
+    fn is_divided(&self, until: BootNs, kind: Sampled, neighbours: usize, is_neighbour: impl Fn(Sampled) -> bool) -> bool {
+        let Some(last) = self.ticks.iter().rposition(|(at, sampled)| *sampled == kind && *at <= until) else { return true };
+        let later = self.ticks.range(last..).filter(|(_, sampled)| is_neighbour(*sampled)).count();
+        later >= neighbours || self.covered >= self.ticks[last].0.plus(WAIT_NS)
+    }
+
+    fn remember(&mut self, at: BootNs, sampled: Sampled) {
+        if self.ticks.len() >= MAX_TICKS {
+            self.ticks.pop_front();
+        }
+        self.ticks.push_back((at, sampled));
     }
 }
 
@@ -184,16 +205,21 @@ impl State {
             GpuFact::Tick(tick) => {
                 known.covered = known.covered.max(at);
                 if tick.busy_percent > 0 {
-                    if known.ticks.len() >= MAX_TICKS {
-                        known.ticks.pop_front();
-                    }
-                    known.ticks.push_back((at, !tick.rows.is_empty()));
+                    known.remember(at, if tick.rows.is_empty() { Sampled::PidLess } else { Sampled::Named });
                 }
+            }
+            GpuFact::Unqueried(Engine::Compute, _) => {
+                known.covered = known.covered.max(at);
+                known.remember(at, Sampled::Unqueried);
             }
             GpuFact::Idle { .. } | GpuFact::Unobserved { .. } | GpuFact::Unsupported { .. } | GpuFact::Measured { .. } => {
                 known.covered = known.covered.max(at)
             }
-            GpuFact::EngineTick(..) | GpuFact::Restarted | GpuFact::Xid { .. } | GpuFact::Left { .. } => {}
+            GpuFact::Unqueried(..)
+            | GpuFact::EngineTick(..)
+            | GpuFact::Restarted
+            | GpuFact::Xid { .. }
+            | GpuFact::Left { .. } => {}
         }
     }
 

@@ -206,6 +206,8 @@ function showGpus(live, now) {
     setText(part.model, gpu.gone ? `${gpu.model} · gone` : gpu.model);
     part.node.classList.toggle("gone", gpu.gone);
     setText(part.busy, gpu.is_leaf ? percent(gpu.utilization_ratio) : "MIG");
+    part.busy.title = known(gpu.share_stderr_ratio)
+      ? `standard error of a share of one half over 10 s: ${(gpu.share_stderr_ratio * 100).toFixed(1)} points` : "";
     part.fill.style.width = `${(gpu.utilization_ratio || 0) * 100}%`;
     draw(part.spark, history, now);
     const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "its MIG devices'";

@@ -1,10 +1,14 @@
-//! How often one GPU may be asked, so that asking stays within its budget. Pure: time is passed in.
+//! How often one GPU may be read, so that reading stays within two budgets: processor time, and time spent in driver calls. Pure: time
+//! is passed in.
 //!
-//! Each part of the work (the ring of samples, the lists of processes, the readings, the other engines) has its share of the budget and an account: credit
-//! comes in with time, what a call took is taken out. Intervals follow the averaged cost; a debt stretches them until it is paid
-//! back over a minute, so one hiccup does not blind the agent, and calls that stay slow do not take more than they may.
+//! Each part of the work (the ring of samples, process lists, readings, other engines) has its share of both budgets, and an account in
+//! each: credit comes in with time, what a call took is taken out. Intervals follow the averaged cost; a debt stretches them until it is
+//! paid back over a minute, so one hiccup does not thin out queries, and calls that stay slow do not take more than they may.
 //!
-//! Time in a call counts whole, waited or computed: a call that waits may hold a lock of the driver's.
+//! Time in a call counts whole in the second budget, waited or computed: a call that waits may hold a lock of the driver.
+//!
+//! A budget costs precision, never observation: the ring of samples is read at least once in half of what it holds, and that one read
+//! says when the GPU was busy. What a budget limits is how many samples have their process queried.
 
 use std::collections::VecDeque;
 use std::time::Duration;
@@ -21,7 +25,9 @@ const SLOWER: f64 = 2.0;
 const UNKNOWN_ROW_CALL_NS: f64 = 1e7;
 /// Questions for rows in one poll, at most: more samples than that came together only if the agent itself was held up.
 const MOST_ROW_CALLS: usize = 12;
-/// What is told as the recent share of time covers this long.
+/// Of the drivers that are known; doctor does not wait to learn it.
+const USUAL_PERIOD_SECONDS: f64 = 0.167;
+/// The recent shares of time cover this long.
 const RECENT_NS: u64 = 30_000_000_000;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -75,49 +81,89 @@ impl Account {
     }
 }
 
-/// How well the budget covers the ring.
+/// What reading one GPU may take, in percent of time.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Limits {
+    /// Of one processor.
+    pub cpu_percent: f64,
+    /// Spent in driver calls.
+    pub wait_percent: f64,
+}
+
+/// What some work took.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Cost {
+    /// Processor time.
+    pub cpu: Duration,
+    /// Time in driver calls.
+    pub wait: Duration,
+}
+
+impl Cost {
+    /// By budget.
+    fn ns(self) -> [f64; 2] {
+        [self.cpu.as_nanos() as f64, self.wait.as_nanos() as f64]
+    }
+}
+
+/// How many samples have their process queried.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Coverage {
-    /// Each sample can be looked at.
+    /// All.
     Whole,
-    /// Some samples go by without a look at who caused them.
-    Thin,
-    /// Not even one look in half a ring is within the budget; it is taken all the same, or whole rings would be lost.
+    /// A random part of them.
+    Part,
+    /// As few, and one read in half a ring is more than the budgets allow; it is made all the same, or samples would be lost.
     Over,
+}
+
+/// What these limits allow where a poll costs that much: the part of samples whose process can be queried, and the standard error of a
+/// share of one half over 10 s.
+pub fn expected(limits: Limits, poll: Cost) -> (f64, f64) {
+    let [cpu, wait] = poll.ns();
+    let allowed = |percent: f64, ns: f64| SHARES[Part::Ring as usize] * percent / 100.0 * 1e9 / ns.max(1.0);
+    let polls_a_second = allowed(limits.cpu_percent, cpu).min(allowed(limits.wait_percent, wait));
+    let queried_ratio = (polls_a_second * USUAL_PERIOD_SECONDS).min(1.0);
+    (queried_ratio, 0.5 / (10.0 / USUAL_PERIOD_SECONDS * queried_ratio).sqrt())
 }
 
 #[derive(Debug)]
 pub struct Budget {
-    accounts: [Account; SHARES.len()],
-    row_call_ns: Option<f64>,
-    /// (when, time in calls), for the recent share.
-    calls: VecDeque<(u64, u64)>,
+    /// By part, then by budget.
+    accounts: [[Account; 2]; SHARES.len()],
+    /// Of one query for rows, by budget.
+    row_call_ns: Option<[f64; 2]>,
+    /// (when, cost by budget), for the recent share.
+    spent: VecDeque<(u64, [f64; 2])>,
     began_ns: u64,
 }
 
 impl Budget {
-    pub fn new(percent: f64, now_ns: u64) -> Self {
-        let account = |share: f64| {
+    pub fn new(limits: Limits, now_ns: u64) -> Self {
+        let account = |share: f64, percent: f64| {
             let rate = share * percent / 100.0;
             Account { rate, average_ns: None, last_ns: [0.0; 3], credit_ns: SAVED_NS * rate, at_ns: now_ns }
         };
-        Self { accounts: SHARES.map(account), row_call_ns: None, calls: VecDeque::new(), began_ns: now_ns }
+        let both = |share| [account(share, limits.cpu_percent), account(share, limits.wait_percent)];
+        Self { accounts: SHARES.map(both), row_call_ns: None, spent: VecDeque::new(), began_ns: now_ns }
     }
 
-    /// `in_calls`: the part of `cost` that was in driver calls.
-    pub fn spend(&mut self, part: Part, now_ns: u64, cost: Duration, in_calls: Duration) {
-        self.accounts[part as usize].spend(now_ns, cost.as_nanos() as f64);
-        let ns = u64::try_from(in_calls.as_nanos()).unwrap_or(u64::MAX);
+    pub fn spend(&mut self, part: Part, now_ns: u64, cost: Cost) {
+        let cost = cost.ns();
+        for (account, cost) in self.accounts[part as usize].iter_mut().zip(cost) {
+            account.spend(now_ns, cost);
+        }
         // One entry a second: polls are many.
-        match self.calls.back_mut() {
-            Some((at, sum)) if now_ns.saturating_sub(*at) < 1_000_000_000 => *sum = sum.saturating_add(ns),
-            _ => self.calls.push_back((now_ns, ns)),
+        match self.spent.back_mut() {
+            Some((at, sum)) if now_ns.saturating_sub(*at) < 1_000_000_000 => *sum = [sum[0] + cost[0], sum[1] + cost[1]],
+            _ => self.spent.push_back((now_ns, cost)),
         }
     }
 
-    pub fn row_call(&mut self, took: Duration) {
-        let took = took.as_nanos() as f64;
-        self.row_call_ns = Some(self.row_call_ns.map_or(took, |average| average + WEIGHT * (took - average)));
+    pub fn row_call(&mut self, took: Cost) {
+        let took = took.ns();
+        let averaged = |average: [f64; 2]| [0, 1].map(|n| average[n] + WEIGHT * (took[n] - average[n]));
+        self.row_call_ns = Some(self.row_call_ns.map_or(took, averaged));
     }
 
     /// At least `wanted`, at most `half_ring`.
@@ -125,36 +171,40 @@ impl Budget {
         let affordable = self.interval(Part::Ring, wanted);
         let coverage = match affordable {
             interval if interval > half_ring => Coverage::Over,
-            interval if interval > period => Coverage::Thin,
+            interval if interval > period => Coverage::Part,
             _ => Coverage::Whole,
         };
         (affordable.min(half_ring.max(wanted)), coverage)
     }
 
     pub fn interval(&self, part: Part, wanted: Duration) -> Duration {
-        wanted.max(Duration::from_nanos(self.accounts[part as usize].interval_ns() as u64))
+        let [cpu, wait] = self.accounts[part as usize].map(|account| account.interval_ns());
+        wanted.max(Duration::from_nanos(cpu.max(wait) as u64))
     }
 
-    /// How many questions for rows the next poll may put. Where polls are rarer than samples it is one, about the newest.
+    /// How many queries for rows the next poll may make. Where polls are rarer than samples it is one, about the newest: a random
+    /// one of them, while those before it would be told apart only where they happen to differ.
     pub fn row_calls(&mut self, now_ns: u64, coverage: Coverage) -> usize {
         if coverage != Coverage::Whole {
             return 1;
         }
-        let account = &mut self.accounts[Part::Ring as usize];
-        account.until(now_ns);
-        let affordable = account.credit_ns.max(0.0) / self.row_call_ns.unwrap_or(UNKNOWN_ROW_CALL_NS).max(1.0);
-        (1 + affordable as usize).min(MOST_ROW_CALLS)
+        let took = self.row_call_ns.unwrap_or([0.0, UNKNOWN_ROW_CALL_NS]);
+        let affordable = |(account, took): (&mut Account, f64)| {
+            account.until(now_ns);
+            account.credit_ns.max(0.0) / took.max(1.0)
+        };
+        let least = self.accounts[Part::Ring as usize].iter_mut().zip(took).map(affordable).fold(f64::INFINITY, f64::min);
+        (1 + least as usize).min(MOST_ROW_CALLS)
     }
 
-    /// Share of the recent past that was spent in calls.
-    pub fn busy_ratio(&mut self, now_ns: u64) -> f64 {
-        while self.calls.front().is_some_and(|(at, _)| now_ns.saturating_sub(*at) >= RECENT_NS) {
-            self.calls.pop_front();
+    /// Shares of the recent past: processor time, and time in driver calls.
+    pub fn recent_ratios(&mut self, now_ns: u64) -> [f64; 2] {
+        while self.spent.front().is_some_and(|(at, _)| now_ns.saturating_sub(*at) >= RECENT_NS) {
+            self.spent.pop_front();
         }
-        let spent: u64 = self.calls.iter().map(|(_, ns)| ns).sum();
         // Shortly after the start a few calls would look like a lot.
-        let over = now_ns.saturating_sub(self.began_ns).clamp(1_000_000_000, RECENT_NS);
-        (spent as f64 / over as f64).min(1.0)
+        let over = now_ns.saturating_sub(self.began_ns).clamp(1_000_000_000, RECENT_NS) as f64;
+        [0, 1].map(|n| (self.spent.iter().map(|(_, cost)| cost[n]).sum::<f64>() / over).min(1.0))
     }
 }
 
@@ -167,15 +217,24 @@ mod tests {
     const PERIOD: Duration = Duration::from_millis(167);
     const HALF_RING: Duration = Duration::from_secs(6);
 
+    fn budget(percent: f64) -> Budget {
+        Budget::new(Limits { cpu_percent: 1.0, wait_percent: percent }, 0)
+    }
+
+    /// Waiting alone.
+    fn waited(ns: u64) -> Cost {
+        Cost { cpu: Duration::ZERO, wait: Duration::from_nanos(ns) }
+    }
+
     /// Polls for a while; (share of time spent after the first minute, polls, coverage at the end).
     fn polled(percent: f64, cost: impl Fn(u64) -> u64, seconds: u64) -> (f64, u64, Coverage) {
-        let mut budget = Budget::new(percent, 0);
+        let mut budget = budget(percent);
         let (mut now, mut spent, mut polls, mut last) = (0, 0, 0, Coverage::Whole);
         while now < seconds * 1000 * MS {
             let took = cost(polls);
             let begun = now;
             now += took;
-            budget.spend(Part::Ring, now, Duration::from_nanos(took), Duration::from_nanos(took));
+            budget.spend(Part::Ring, now, waited(took));
             let (interval, coverage) = budget.ring_interval(HALF_PERIOD, PERIOD, HALF_RING);
             if begun > 60_000 * MS {
                 spent += took;
@@ -199,7 +258,7 @@ mod tests {
     fn slow_calls_keep_their_share() {
         for ms in [2, 5, 20, 30] {
             let (share, _, coverage) = polled(1.0, |_| ms * MS, 600);
-            assert_eq!(coverage, Coverage::Thin, "{ms}");
+            assert_eq!(coverage, Coverage::Part, "{ms}");
             assert!((0.004..=0.0062).contains(&share), "{ms} ms: {share}");
         }
         // More budget, more looks.
@@ -208,12 +267,11 @@ mod tests {
 
     #[test]
     fn calls_that_become_slow_are_found_so_at_once() {
-        let mut budget = Budget::new(1.0, 0);
-        let ms = |ms: u64| Duration::from_millis(ms);
+        let mut budget = budget(1.0);
         let costs = [1, 1, 1, 40, 1, 1, 40, 40];
         let averages = costs.map(|cost| {
-            budget.spend(Part::Lists, 0, ms(cost), ms(cost));
-            budget.accounts[Part::Lists as usize].average_ns.unwrap_or_default() / 1e6
+            budget.spend(Part::Lists, 0, waited(cost * MS));
+            budget.accounts[Part::Lists as usize][1].average_ns.unwrap_or_default() / 1e6
         });
         assert_eq!(averages, [1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 40.0]);
     }
@@ -234,23 +292,23 @@ mod tests {
 
     #[test]
     fn rows_are_asked_for_as_credit_allows() {
-        let mut budget = Budget::new(1.0, 0);
+        let mut budget = budget(1.0);
         assert_eq!(budget.row_calls(0, Coverage::Whole), 4);
-        budget.row_call(Duration::from_micros(50));
+        budget.row_call(waited(50_000));
         // 30 ms are saved up.
         assert_eq!(budget.row_calls(0, Coverage::Whole), 12);
-        assert_eq!(budget.row_calls(0, Coverage::Thin), 1);
-        budget.spend(Part::Ring, 0, Duration::from_micros(29_800), Duration::ZERO);
+        assert_eq!(budget.row_calls(0, Coverage::Part), 1);
+        budget.spend(Part::Ring, 0, waited(29_800_000));
         assert_eq!(budget.row_calls(0, Coverage::Whole), 5);
-        budget.spend(Part::Ring, 0, Duration::from_millis(20), Duration::ZERO);
+        budget.spend(Part::Ring, 0, waited(20 * MS));
         assert_eq!(budget.row_calls(0, Coverage::Whole), 1);
     }
 
     #[test]
     fn lists_and_readings_have_their_own_share() {
-        let mut budget = Budget::new(1.0, 0);
+        let mut budget = budget(1.0);
         for n in 0..100 {
-            budget.spend(Part::Lists, n * 4_000 * MS, Duration::from_millis(10), Duration::from_millis(10));
+            budget.spend(Part::Lists, n * 4_000 * MS, waited(10 * MS));
         }
         let every = budget.interval(Part::Lists, Duration::from_secs(2));
         assert!((3.9..4.1).contains(&every.as_secs_f64()), "{every:?}");
@@ -258,12 +316,33 @@ mod tests {
     }
 
     #[test]
-    fn the_recent_share_forgets() {
-        let mut budget = Budget::new(1.0, 0);
-        for s in 0..60 {
-            budget.spend(Part::Ring, s * 1000 * MS, Duration::from_millis(10), Duration::from_millis(10));
+    fn the_tighter_of_the_two_budgets_decides() {
+        let mut budget = Budget::new(Limits { cpu_percent: 1.0, wait_percent: 10.0 }, 0);
+        for n in 0..100 {
+            let cost = Cost { cpu: Duration::from_millis(10), wait: Duration::from_millis(20) };
+            budget.spend(Part::Lists, n * 4_000 * MS, cost);
         }
-        assert!((budget.busy_ratio(60_000 * MS) - 0.01).abs() < 0.0005);
-        assert_eq!(budget.busy_ratio(120_000 * MS), 0.0);
+        // 10 ms of a quarter of 1 %; the waiting alone would allow it every 0.8 s.
+        let every = budget.interval(Part::Lists, Duration::from_millis(100));
+        assert!((3.9..4.1).contains(&every.as_secs_f64()), "{every:?}");
+    }
+
+    #[test]
+    fn slower_polls_are_expected_to_query_fewer_processes() {
+        let limits = Limits { cpu_percent: 1.0, wait_percent: 2.0 };
+        let (whole, stderr) = expected(limits, waited(200_000));
+        assert!(whole == 1.0 && (stderr - 0.0646).abs() < 1e-4, "{whole} {stderr}");
+        let (part, stderr) = expected(limits, waited(20 * MS));
+        assert!((part - 0.1).abs() < 0.001 && (stderr - 0.204).abs() < 0.001, "{part} {stderr}");
+    }
+
+    #[test]
+    fn the_recent_share_forgets() {
+        let mut budget = budget(1.0);
+        for s in 0..60 {
+            budget.spend(Part::Ring, s * 1000 * MS, waited(10 * MS));
+        }
+        assert!((budget.recent_ratios(60_000 * MS)[1] - 0.01).abs() < 0.0005);
+        assert_eq!(budget.recent_ratios(120_000 * MS), [0.0; 2]);
     }
 }

@@ -110,6 +110,10 @@ impl Driver {
         result
     }
 
+    pub fn spent(&self) -> Spent {
+        self.spent
+    }
+
     pub fn take_spent(&mut self) -> Spent {
         std::mem::take(&mut self.spent)
     }
@@ -123,8 +127,8 @@ impl Driver {
         self.trouble
     }
 
-    pub fn set_pace(&self, poll_interval: Duration, busy_ratio: f64) {
-        self.calls.set_pace(poll_interval, busy_ratio);
+    pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
+        self.calls.set_pace(poll_interval, recent_ratios);
     }
 
     /// The device was opened again: nothing that was found out about the old one holds.

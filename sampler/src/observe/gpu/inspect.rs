@@ -7,8 +7,9 @@ use std::time::{Duration, Instant};
 
 use sampler_core::snapshot::MigMode;
 
+use super::budget::{Cost, Limits, expected};
 use super::calls::Buffers;
-use super::driver::{Driver, error_name};
+use super::driver::{Driver, cpu_now, error_name};
 use super::library::{Generation, Handle};
 use super::{GpuError, gpm, mig, open, spawn};
 use crate::health::Health;
@@ -32,7 +33,7 @@ pub struct Inspected {
 }
 
 /// Each GPU in a thread of its own, because it may hang.
-pub fn inspect(lib: Option<&Path>) -> Result<Inspected, GpuError> {
+pub fn inspect(lib: Option<&Path>, limits: Limits) -> Result<Inspected, GpuError> {
     let until = Instant::now() + PATIENCE;
     let (done, opened) = sync_channel(1);
     let lib = lib.map(Path::to_owned);
@@ -45,7 +46,7 @@ pub fn inspect(lib: Option<&Path>) -> Result<Inspected, GpuError> {
     for index in 0..count {
         let (generation, done) = (Arc::clone(&generation), done.clone());
         spawn("gpu-inspect", move || {
-            let _waited_for = done.send((index, gpu(&generation, index)));
+            let _waited_for = done.send((index, gpu(&generation, index, limits)));
         })?;
     }
     // The last thread that ends closes it.
@@ -63,7 +64,7 @@ fn look(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> 
     Ok((generation, version, count))
 }
 
-fn gpu(generation: &Arc<Generation>, index: u32) -> (String, Option<&'static str>) {
+fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits) -> (String, Option<&'static str>) {
     let handle = match Handle::by_index(generation, index) {
         Ok(handle) => handle,
         Err(error) => return (format!("GPU {index} cannot be opened: {error}"), Some(CLOSED)),
@@ -100,18 +101,24 @@ fn gpu(generation: &Arc<Generation>, index: u32) -> (String, Option<&'static str
         let _answer = buffers.rows(&handle, u64::MAX / 2);
         let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
-    let took = format!("{} us a poll", median.as_micros());
+    let (queried_ratio, stderr_ratio) = expected(limits, median);
+    let took = format!(
+        "{} us a poll: the process of {:.0} % of samples can be queried, a share of one half over 10 s is known to {:.1} points",
+        median.wait.as_micros(),
+        queried_ratio * 100.0,
+        stderr_ratio * 100.0
+    );
     (format!("{what}: {of_samples}, {of_rows}, {took}"), (samples.is_err() || rows.is_err()).then_some(MIXED))
 }
 
-fn median(mut f: impl FnMut()) -> Duration {
-    let mut took: Vec<Duration> = (0..TIMED)
+fn median(mut f: impl FnMut()) -> Cost {
+    let mut took: Vec<Cost> = (0..TIMED)
         .map(|_| {
-            let begun = Instant::now();
+            let (begun, cpu) = (Instant::now(), cpu_now());
             f();
-            begun.elapsed()
+            Cost { cpu: cpu_now().saturating_sub(cpu), wait: begun.elapsed() }
         })
         .collect();
-    took.sort_unstable();
+    took.sort_unstable_by_key(|cost| cost.wait);
     took[TIMED / 2]
 }

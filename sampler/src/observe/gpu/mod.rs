@@ -60,6 +60,11 @@ pub enum GpuError {
     Thread { name: String, source: std::io::Error },
 }
 
+/// What reading one GPU may take.
+pub fn limits(config: &Config) -> budget::Limits {
+    budget::Limits { cpu_percent: config.gpu_budget_percent, wait_percent: config.gpu_wait_percent }
+}
+
 /// What every thread here has.
 pub struct Context {
     to: Outbox,
@@ -69,7 +74,7 @@ pub struct Context {
     /// MIG devices by GPU, from a thread that ended with its library to the next.
     mig_left: Mutex<HashMap<Arc<str>, mig::Left>>,
     procfs: PathBuf,
-    budget_percent: f64,
+    limits: budget::Limits,
 }
 
 impl Context {
@@ -81,7 +86,7 @@ impl Context {
             slots: Slots::default(),
             mig_left: Mutex::default(),
             procfs: config.path_procfs.clone(),
-            budget_percent: config.gpu_budget_percent,
+            limits: limits(config),
         }
     }
 
@@ -107,6 +112,7 @@ fn batch(slot: usize, began: BootNs, answer: Answer) -> GpuBatch {
     GpuBatch {
         gpu: slot,
         began,
+        ring_began: began,
         ended: began,
         wall: WallTime::default(),
         answer,

@@ -1,6 +1,8 @@
-//! When to poll: twice a period while somebody uses the GPU, so that each reply holds one new sample at most; a little more often than
-//! once a period while nobody does. Slower where the budget says so.
+//! When to poll: twice a period while the GPU is in use, so that each reply holds one new sample at most; a little more often than
+//! once a period while it is not. Slower where the budgets say so, and then at random times: of the samples between two polls one has its
+//! process queried, and which one it is must not depend on what the GPU does.
 
+use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Coverage};
@@ -19,14 +21,18 @@ const PERIOD: Duration = Duration::from_millis(167);
 pub const SLOW: Duration = Duration::from_secs(1);
 /// A GPU counts as used for so long after something was seen of it.
 const USED_FOR: Duration = Duration::from_secs(10);
-/// Coverage that has changed for so long is said.
+/// Polls that are rarer than samples come this much earlier or later than their mean, at most.
+const JITTER: f64 = 0.25;
+/// Coverage that has changed for so long is reported.
 const SETTLED: Duration = Duration::from_secs(10);
 
 pub struct Pace {
     deadline: Instant,
     used: Instant,
     pub coverage: Coverage,
-    /// What is said, and since when it has not been so.
+    random: RandomState,
+    polls: u64,
+    /// What is reported, and since when it has not been so.
     said: Coverage,
     differs: Option<Instant>,
 }
@@ -34,7 +40,15 @@ pub struct Pace {
 impl Pace {
     pub fn new() -> Self {
         let now = Instant::now();
-        Self { deadline: now, used: now, coverage: Coverage::Whole, said: Coverage::Whole, differs: None }
+        Self {
+            deadline: now,
+            used: now,
+            coverage: Coverage::Whole,
+            random: RandomState::new(),
+            polls: 0,
+            said: Coverage::Whole,
+            differs: None,
+        }
     }
 
     pub fn used(&mut self) {
@@ -53,7 +67,13 @@ impl Pace {
         let period = period.unwrap_or(PERIOD);
         let (interval, coverage) = budget.ring_interval(wanted, period, ring.half(period));
         self.coverage = coverage;
-        interval
+        if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.around_one()).min(ring.half(period)) }
+    }
+
+    fn around_one(&mut self) -> f64 {
+        self.polls += 1;
+        let drawn = self.random.hash_one(self.polls) as f64 / u64::MAX as f64;
+        1.0 + JITTER * (2.0 * drawn - 1.0)
     }
 
     /// What is to be said of the coverage now, when that has changed.

@@ -13,7 +13,7 @@ use sampler_core::observation::{Answer, GpuBatch, Observation};
 use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::units::GpuUuid;
 
-use super::budget::{Budget, Part};
+use super::budget::{Budget, Cost, Part};
 use super::calls::Buffers;
 use super::driver::{Driver, Trouble, cpu_now, error_name};
 use super::library::{Handle, Listen};
@@ -106,7 +106,7 @@ impl Poller {
             handle: start.handle.clone(),
             driver: Driver::new(&uuid, &Arc::new(caller), &context.health),
             buffers: Buffers::default(),
-            budget: Budget::new(context.budget_percent, boot_now().0),
+            budget: Budget::new(context.limits, boot_now().0),
             pace: Pace::new(),
             ring: Ring::default(),
             engines: Engines::default(),
@@ -212,7 +212,7 @@ impl Poller {
     /// Takes what calls took since the last time out of this part's budget.
     fn spend(&mut self, part: Part, own: Duration) {
         let spent = self.driver.take_spent();
-        self.budget.spend(part, boot_now().0, spent.wall + own, spent.wall);
+        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
     }
 
     /// One poll; until the next.
@@ -225,6 +225,7 @@ impl Poller {
         // The ring comes last: the end of the batch bounds the age of its newest sample.
         self.extras(&mut batch, &mut in_calls);
         let mut error = None;
+        batch.ring_began = boot_now();
         if !self.in_mig_mode() {
             let row_calls = self.budget.row_calls(boot_now().0, self.pace.coverage);
             let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
@@ -258,7 +259,7 @@ impl Poller {
         }
         let spent = self.driver.take_spent();
         let own = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
-        self.budget.spend(Part::Ring, boot_now().0, spent.wall + own, spent.wall);
+        self.budget.spend(Part::Ring, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
         let interval = match answer {
             Answer::Unsupported if self.in_mig_mode() => self.budget.interval(Part::Ring, gpm::EVERY),
             Answer::Unsupported => SLOW,
@@ -268,8 +269,8 @@ impl Poller {
         if let Some(coverage) = self.pace.changed() {
             self.told.coverage(coverage);
         }
-        let busy = self.budget.busy_ratio(boot_now().0);
-        self.driver.set_pace(interval, busy);
+        let ratios = self.budget.recent_ratios(boot_now().0);
+        self.driver.set_pace(interval, ratios);
         Ok(interval)
     }
 
@@ -308,7 +309,7 @@ impl Poller {
             return;
         }
         *cpu += spent.cpu;
-        self.budget.spend(part, boot_now().0, spent.wall, spent.wall);
+        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu, wait: spent.wall });
     }
 
     fn look_at_mig(&mut self) -> Result<(), Closed> {
@@ -355,8 +356,8 @@ impl Poller {
             self.open()?;
         }
         self.spend(Part::Readings, Duration::ZERO);
-        let busy = self.budget.busy_ratio(boot_now().0);
-        self.driver.set_pace(SLOW, busy);
+        let ratios = self.budget.recent_ratios(boot_now().0);
+        self.driver.set_pace(SLOW, ratios);
         Ok(SLOW)
     }
 }

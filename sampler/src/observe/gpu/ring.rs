@@ -5,7 +5,7 @@ use sampler_core::observation::Answer;
 use sampler_core::recover::{RawRow, Recovered, Recovery};
 use std::time::{Duration, Instant};
 
-use super::budget::Budget;
+use super::budget::{Budget, Cost};
 use super::calls::Buffers;
 use super::driver::{Driver, is_unsupported};
 use super::library::Handle;
@@ -108,7 +108,7 @@ impl Ring {
 
     fn rows(&mut self, tools: &mut Tools<'_>, at_most: usize) {
         while let Some(after) = self.recovery.next_rows(at_most) {
-            // What was not told stays marked as not looked at.
+            // What was not returned stays marked as not queried.
             let Some(rows) = ask_rows(tools, after) else { return };
             self.recovery.rows(after, &rows);
         }
@@ -153,7 +153,7 @@ impl Ring {
 
 /// Rows after this stamp; none where the device tells of no process at all. `None` when it did not answer.
 fn ask_rows(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawRow>> {
-    let begun = Instant::now();
+    let before = tools.driver.spent();
     let all = tools.driver.call(Call::GetProcessesUtilizationInfo, || tools.buffers.rows_of_all_engines(tools.handle, after));
     let rows = match all {
         Err(error) if is_unsupported(&error) => {
@@ -161,7 +161,8 @@ fn ask_rows(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawRow>> {
         }
         all => all,
     };
-    tools.budget.row_call(begun.elapsed());
+    let after = tools.driver.spent();
+    tools.budget.row_call(Cost { cpu: after.cpu.saturating_sub(before.cpu), wait: after.wall.saturating_sub(before.wall) });
     match rows {
         Ok(rows) => Some(rows),
         // Nobody can be named, ever: busy time is `no_pid`, and known all the same.

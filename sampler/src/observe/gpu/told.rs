@@ -80,19 +80,19 @@ impl Told {
         let uuid = &self.uuid;
         match coverage {
             Coverage::Whole => {
-                self.health.recovered(&self.budget_key(), &format!("{uuid}: every sample is looked at again"));
+                self.health.recovered(&self.budget_key(), &format!("{uuid}: the process of every sample is queried again"));
             }
-            Coverage::Thin => {
+            Coverage::Part => {
                 let message = format!(
-                    "{uuid}: driver calls are slow, and within gpu_budget_percent not every sample can be looked at; those that are not \
-                     are unobserved; raise gpu_budget_percent to see more"
+                    "{uuid}: driver calls are slow: within gpu_wait_percent and gpu_budget_percent the process of only some samples is \
+                     queried; all GPU time is still observed, but shares have a larger standard error; raise gpu_wait_percent for more"
                 );
                 self.health.degraded(&self.budget_key(), &message);
             }
             Coverage::Over => {
                 let message = format!(
-                    "{uuid}: driver calls are so slow that one look in half a ring of samples is more than gpu_budget_percent; it is \
-                     taken all the same; find out what holds the driver up"
+                    "{uuid}: driver calls are so slow that one read in half a ring of samples takes more than gpu_wait_percent or \
+                     gpu_budget_percent; it is made all the same, so GPU time is still observed; find out what holds the driver up"
                 );
                 self.health.degraded(&self.budget_key(), &message);
             }

@@ -170,7 +170,7 @@ impl Watch {
                 }
             }
             // A look may wait for the driver, and then others wait too; not for what hangs.
-            let share = self.context.budget_percent / 100.0;
+            let share = self.context.limits.wait_percent / 100.0;
             let hung = OPEN_PATIENCE.saturating_mul(u32::try_from(self.hanging.len()).unwrap_or(u32::MAX));
             let every = begun.elapsed().saturating_sub(hung).div_f64(share).clamp(LIST_EVERY, LIST_AT_LEAST_EVERY);
             self.sleep(every, || generation.is_dead() || self.workers.values().any(|w| w.thread.is_finished()));
@@ -317,7 +317,7 @@ impl Watch {
         for (uuid, worker) in self.workers.drain() {
             worker.calls.end();
             // How it is read holds no longer, and is not told by its next thread before its first poll.
-            self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, f64::NAN);
+            self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, [f64::NAN; 2]);
             self.before.insert(uuid, worker.slot);
         }
         self.hanging.clear();

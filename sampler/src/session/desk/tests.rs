@@ -250,6 +250,8 @@ fn busy_snapshot() -> Snapshot {
         last_sample: None,
         sample_period_seconds: None,
         sample_gaps: 0,
+        counts: Default::default(),
+        expected_stderr_ratio: None,
         ring_overruns: 0,
         rejected: Default::default(),
         off_grid: 0,

@@ -107,6 +107,9 @@ fn unit(device: nvmlDevice_t) -> Result<Unit, nvmlReturn_t> {
     if known { Ok(unit) } else { Err(INVALID_ARGUMENT) }
 }
 
+/// Held for a call's latency in a world with `one_lock`.
+static DRIVER_LOCK: Mutex<()> = Mutex::new(());
+
 /// The call that is being answered, by its symbol.
 #[derive(Clone, Copy)]
 struct Call(&'static str);
@@ -116,15 +119,17 @@ impl Call {
     fn enter(self, gpu: Option<usize>) -> Answer {
         let mut slept = false;
         loop {
-            let (effect, latency) = locked(|s| {
+            let (effect, latency, one_lock) = locked(|s| {
                 let world = &s.driver.world;
                 let latency = if self.0.contains("RunningProcess") { world.list_us } else { world.call_us };
+                let one_lock = world.one_lock;
                 let effect = s.driver.effect(self.0, gpu).map_err(failed)?;
                 s.still_loaded()?;
-                Ok((effect, latency))
+                Ok((effect, latency, one_lock))
             })?;
             let wait_us = effect.slow_us + latency;
             if !slept && wait_us > 0 {
+                let _one_at_a_time = one_lock.then(|| DRIVER_LOCK.lock().unwrap_or_else(PoisonError::into_inner));
                 std::thread::sleep(Duration::from_micros(wait_us));
                 slept = true;
             } else if effect.stalled {

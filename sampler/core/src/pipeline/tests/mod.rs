@@ -65,6 +65,7 @@ fn batch(ended: u64) -> GpuBatch {
     GpuBatch {
         gpu: 0,
         began: BootNs(ended),
+        ring_began: BootNs(ended),
         ended: BootNs(ended),
         wall: WallTime(1),
         answer: Answer::Samples,
@@ -95,7 +96,7 @@ fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessRow {
 
 fn tick(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
     let at = GpuNs(SKEW + taken(k));
-    let ticks = vec![DeviceTick { at, busy_percent: busy, looked: true }];
+    let ticks = vec![DeviceTick { at, busy_percent: busy, queried: true }];
     GpuBatch { ticks, rows: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
 }
 

@@ -24,7 +24,7 @@ fn a_driver_that_does_not_answer_is_unobserved_and_its_rates_are_unknown() {
     feed(&mut core, (0..60).map(|_| (50, Some(100))));
     assert!(core.snapshot().gpus[0].utilization_ratio.is_some());
     let stalled = taken(60);
-    passes(&mut core, stalled + 4 * SECOND);
+    passes(&mut core, stalled + 9 * SECOND);
     let snapshot = core.snapshot();
     assert_eq!(snapshot.gpus[0].utilization_ratio, None);
     assert!(snapshot.containers.iter().flat_map(|c| &c.gpus).all(|g| g.duty_cycle_percent.is_none()));
@@ -46,21 +46,27 @@ fn a_driver_that_does_not_answer_is_unobserved_and_its_rates_are_unknown() {
 }
 
 #[test]
-fn ticks_whose_pids_nobody_asked_for_are_unobserved() {
+fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
     let mut core = core();
     for k in 0..100 {
         let mut batch = tick(k, 80, Some(100), 20_000_000);
         if k % 4 != 0 {
-            batch.ticks[0].looked = false;
+            batch.ticks[0].queried = false;
             batch.rows.clear();
         }
         core.observe(Observation::from(batch));
     }
+    assert!(time(&core).unobserved < 0.03, "{:?}", time(&core));
+    // Nothing comes any more: what waits for neighbours is divided.
+    passes(&mut core, taken(100) + 30 * SECOND);
     let t = time(&core);
-    // A quarter was looked at; of that, 80 % busy.
-    let whole = sum(t);
-    assert!((t.unobserved / whole - 0.75).abs() < 0.02, "{t:?}");
+    assert!((14.0..16.0).contains(&t.unobserved), "{t:?}");
     assert!((t.busy / (t.busy + t.idle) - 0.8).abs() < 1e-6, "{t:?}");
+    let snapshot = core.snapshot();
+    let gpu = &snapshot.gpus[0];
+    let credited: f64 = snapshot.containers.iter().flat_map(|c| &c.gpus).map(|g| g.seconds).sum();
+    assert!((credited - t.busy).abs() < 1e-6 && gpu.unattributed == [0.0; Reason::ALL.len()], "{credited} of {t:?}");
+    assert!((gpu.counts.queried * 4).abs_diff(gpu.counts.samples) < 4, "{:?}", gpu.counts);
 }
 
 #[test]
@@ -157,7 +163,7 @@ fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first(
     // The clock of the new driver began again.
     for k in 64..100usize {
         let at = GpuNs(PERIOD * (k as u64 - 60));
-        let ticks = vec![DeviceTick { at, busy_percent: 100, looked: true }];
+        let ticks = vec![DeviceTick { at, busy_percent: 100, queried: true }];
         core.observe(Observation::from(GpuBatch { ticks, rows: vec![row(at, 100, 100)], ..batch(taken(k)) }));
     }
     core.observe(Observation::from(batch(taken(110))));
@@ -225,7 +231,7 @@ fn drift_and_steps_of_a_clock_are_told() {
         let late = 10_000_000 + (k as u64 * 7 % 80) * 1_000_000;
         let base = if k < 900 { SKEW } else { SKEW - 3 * SECOND };
         let at = stamp(k, base);
-        let ticks = vec![DeviceTick { at, busy_percent: 100, looked: true }];
+        let ticks = vec![DeviceTick { at, busy_percent: 100, queried: true }];
         let rows = vec![row(at, 100, 100)];
         core.observe(Observation::from(GpuBatch { ticks, rows, stepped: k == 900, ..batch(taken(k) + late) }));
         if k == 899 {

@@ -1,5 +1,6 @@
 use std::sync::Arc;
 
+use crate::attribute::SampleCounts;
 use crate::session::trigger::{Trigger, Watch};
 use crate::snapshot::*;
 use crate::units::{BootNs, GpuUuid};
@@ -37,6 +38,8 @@ fn gpu(index: u32, temperature: Option<f64>) -> GpuView {
         last_sample: None,
         sample_period_seconds: None,
         sample_gaps: 0,
+        counts: SampleCounts::default(),
+        expected_stderr_ratio: None,
         ring_overruns: 0,
         rejected: Default::default(),
         off_grid: 0,

@@ -1,0 +1,29 @@
+//! Driver calls that take milliseconds, with the default budgets: GPU time stays observed and attributed, shares are less precise.
+
+use anyhow::Result;
+use gpu_sampler_tests::latency::{Cell, run};
+
+/// The wait budget is the default one. That of processor time is not, on a machine that is busy with tests.
+const ARGS: [&str; 2] = ["--gpu-wait-percent", "2"];
+
+fn check(cell: Cell) -> Result<()> {
+    let outcome = run(cell, &ARGS)?;
+    println!("{cell:?}: {outcome:?}");
+    assert!(outcome.unobserved_ratio < 0.001, "{cell:?}: {} of the time is unobserved", outcome.unobserved_ratio);
+    assert!(outcome.unattributed_ratio < 0.01, "{cell:?}: {} of the busy time is on no container", outcome.unattributed_ratio);
+    assert!(outcome.busy_off_ratio.abs() < 0.02, "{cell:?}: busy time is off by {}", outcome.busy_off_ratio);
+    for (off, stated) in &outcome.errors {
+        assert!(off.abs() <= 4.0 * stated + 0.1, "{cell:?}: off by {off} s, stated {stated} s");
+    }
+    Ok(())
+}
+
+#[test]
+fn calls_of_ten_milliseconds_leave_no_time_unobserved() -> Result<()> {
+    check(Cell { call_us: 10_000, gpus: 4, one_lock: false, seconds: 30, seed: 3 })
+}
+
+#[test]
+fn calls_of_five_milliseconds_behind_one_lock_of_eight_gpus_leave_no_time_unobserved() -> Result<()> {
+    check(Cell { call_us: 5_000, gpus: 8, one_lock: true, seconds: 30, seed: 4 })
+}

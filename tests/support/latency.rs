@@ -1,0 +1,158 @@
+//! An agent on simulated GPUs whose driver takes its time: what is observed, and how far shares are off, against the simulator's truth.
+
+use std::fmt::Write as _;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result};
+
+use crate::kernel::{CgroupTree, attach};
+use crate::{Agent, Running, Sample, Sim, sum};
+
+/// The wants of the containers on each GPU; the last two kinds of GPU have one alone, and two that want all.
+const DEMANDS: [&[f64]; 4] = [&[0.6, 0.3], &[0.9, 0.1], &[0.3], &[1.0, 1.0]];
+/// Until every sample is settled and what waits for neighbours is divided.
+const SETTLED: Duration = Duration::from_secs(14);
+
+/// One world.
+#[derive(Clone, Copy, Debug)]
+pub struct Cell {
+    pub call_us: u64,
+    pub gpus: usize,
+    /// One lock for the calls of all GPUs.
+    pub one_lock: bool,
+    pub seconds: u64,
+    pub seed: u64,
+}
+
+/// What came of it, over all GPUs.
+#[derive(Clone, Debug, Default)]
+pub struct Outcome {
+    /// Of the time in which the loads ran.
+    pub unobserved_ratio: f64,
+    /// Of samples.
+    pub queried_ratio: f64,
+    /// Busy time that is on no container.
+    pub unattributed_ratio: f64,
+    /// Busy time less the driver's own, of the latter.
+    pub busy_off_ratio: f64,
+    /// By (container, GPU) that shares its GPU: estimated less true seconds, and the stated standard error.
+    pub errors: Vec<(f64, f64)>,
+    /// The same, of the greater of the two users of each GPU, over their true seconds: a bias has a sign.
+    pub bias_ratio: f64,
+    pub calls_a_second: f64,
+    /// Of one processor, for all GPUs: the agent as a whole.
+    pub cpu_ratio: f64,
+    /// Time in calls, the mean of the GPUs.
+    pub wait_ratio: f64,
+}
+
+impl Outcome {
+    /// The part of the errors within so many stated ones.
+    pub fn within(&self, k: f64) -> f64 {
+        // The driver's rounding to whole percents is not in the stated error.
+        let within = self.errors.iter().filter(|(off, stated)| off.abs() <= k * stated + 0.05);
+        within.count() as f64 / self.errors.len().max(1) as f64
+    }
+
+    pub fn rms(&self, of: impl Fn(&(f64, f64)) -> f64) -> f64 {
+        let squares = self.errors.iter().map(|one| of(one).powi(2));
+        (squares.sum::<f64>() / self.errors.len().max(1) as f64).sqrt()
+    }
+}
+
+fn world(cell: &Cell) -> String {
+    let mut toml =
+        format!("seed = {}\ncall_us = {}\nlist_us = {}\none_lock = {}\n", cell.seed, cell.call_us, cell.call_us, cell.one_lock);
+    for gpu in 0..cell.gpus {
+        let rule = if gpu % 2 == 0 { "instant" } else { "last" };
+        // Writing to a String cannot fail.
+        let _ok = writeln!(toml, "[[gpus]]\npid_rule = '{rule}'");
+    }
+    toml
+}
+
+/// Processor time of a process so far, seconds.
+fn cpu_seconds(pid: u32) -> Result<f64> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields: Vec<&str> = stat.rsplit(')').next().context("stat")?.split_whitespace().collect();
+    let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
+    // utime and stime, in ticks of 10 ms.
+    Ok((ticks(11) + ticks(12)) / 100.0)
+}
+
+/// Runs one world with the budgets that `args` give.
+pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
+    let sim = Sim::new(&world(&cell))?;
+    let tree = CgroupTree::new("latency")?;
+    let mut users = Vec::new();
+    for gpu in 0..cell.gpus {
+        for demand in DEMANDS[gpu % DEMANDS.len()] {
+            let (id, dir) = tree.container(users.len())?;
+            let process = Running(std::process::Command::new("sleep").arg("3600").spawn()?);
+            attach(process.0.id(), &dir)?;
+            users.push((gpu, *demand, id, process));
+        }
+    }
+    let agent = Agent::start(Some(&sim), &[&["--kernel-mode", "raw_tracepoint"], args].concat())?;
+    crate::wait_for("the GPUs are found", Duration::from_secs(60), || {
+        let page = agent.scrape()?;
+        let found = page.iter().filter(|s| s.name == "gpu_sampler_sample_period_seconds").count();
+        Ok((found == cell.gpus).then_some(()))
+    })?;
+    let before = agent.scrape()?;
+    let (from, cpu) = (Instant::now(), cpu_seconds(agent.process.0.id())?);
+    let lasts = format!("{}s", cell.seconds);
+    let loads: Result<Vec<Running>> =
+        users.iter().map(|(gpu, demand, _, process)| sim.load(process.0.id(), *gpu, *demand, &["--for", &lasts])).collect();
+    for load in &mut loads? {
+        load.0.wait()?;
+    }
+    let (over, during) = (from.elapsed().as_secs_f64(), agent.scrape()?);
+    let cpu_ratio = (cpu_seconds(agent.process.0.id())? - cpu) / over;
+    std::thread::sleep(SETTLED);
+    agent.scrape()?;
+    let page = agent.scrape()?;
+    let mut outcome = compare(&sim, &page, &users)?;
+    let grown = |page: &[Sample], name: &str, labels: &[(&str, &str)]| {
+        sum(page, name, labels).unwrap_or_default() - sum(&before, name, labels).unwrap_or_default()
+    };
+    let unobserved = grown(&page, "gpu_time_seconds_total", &[("state", "unobserved")]);
+    outcome.unobserved_ratio = unobserved / (over + SETTLED.as_secs_f64()) / cell.gpus as f64;
+    outcome.queried_ratio =
+        grown(&page, "gpu_sampler_queried_samples_total", &[]) / grown(&page, "gpu_sampler_samples_total", &[]).max(1.0);
+    outcome.calls_a_second = grown(&during, "gpu_sampler_nvml_call_seconds_count", &[]) / over;
+    outcome.wait_ratio = grown(&during, "gpu_sampler_nvml_call_seconds_sum", &[]) / over / cell.gpus as f64;
+    outcome.cpu_ratio = cpu_ratio;
+    Ok(outcome)
+}
+
+fn compare(sim: &Sim, page: &[Sample], users: &[(usize, f64, String, Running)]) -> Result<Outcome> {
+    let truth = sim.truth(&[])?;
+    let (mut outcome, mut busy, mut real_busy, mut unattributed) = (Outcome::default(), 0.0, 0.0, 0.0);
+    let (mut greater_off, mut greater) = (0.0, 0.0);
+    for (gpu, demands) in (0..).zip(DEMANDS.iter().cycle().take(truth["gpus"].as_array().context("gpus")?.len())) {
+        let of_gpu = &truth["gpus"][gpu];
+        let uuid = of_gpu["uuid"].as_str().context("uuid")?;
+        real_busy += of_gpu["busy_seconds"].as_f64().context("busy")?;
+        busy += sum(page, "gpu_time_seconds_total", &[("uuid", uuid), ("state", "busy")]).unwrap_or_default();
+        unattributed += sum(page, "gpu_unattributed_seconds_total", &[("uuid", uuid)]).unwrap_or_default();
+        for (n, (_, _, id, process)) in users.iter().filter(|(on, ..)| *on == gpu).enumerate() {
+            let pid = process.0.id();
+            let own = of_gpu["processes"].as_array().context("processes")?.iter().find(|p| p["pid"] == pid);
+            let real = own.and_then(|p| p["gpu_seconds"].as_f64()).context("true seconds of a load")?;
+            let labels = [("uuid", uuid), ("container_id", id.as_str())];
+            let got = sum(page, "container_gpu_seconds_total", &labels).unwrap_or_default();
+            let stated = sum(page, "container_gpu_seconds_stderr", &labels).unwrap_or_default();
+            if demands.len() > 1 {
+                outcome.errors.push((got - real, stated));
+                if n == 0 {
+                    (greater_off, greater) = (greater_off + got - real, greater + real);
+                }
+            }
+        }
+    }
+    outcome.bias_ratio = greater_off / greater;
+    outcome.unattributed_ratio = unattributed / busy;
+    outcome.busy_off_ratio = (busy - real_busy) / real_busy;
+    Ok(outcome)
+}
