@@ -193,3 +193,115 @@ impl Neighbours {
 fn is_near(neighbour: BootNs, at: BootNs) -> bool {
     if neighbour <= at { at.saturating_since(neighbour) <= LOOK_BACK_NS } else { neighbour.saturating_since(at) <= WAIT_NS }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::fact::User;
+    use crate::units::ContainerKey;
+
+    const MS: u64 = 1_000_000;
+    const PERIOD: u64 = 167 * MS;
+
+    #[derive(Default)]
+    struct World {
+        neighbours: Neighbours,
+        left: Left,
+        lifetimes: Lifetimes,
+    }
+
+    impl World {
+        /// A queried sample that names a process of a container; the process exists in `lives`, milliseconds.
+        fn named(&mut self, at_ms: u64, container: u64, busy_ratio: f64, lives: (u64, Option<u64>)) {
+            let (pid, since) = (at_ms as u32, BootNs(lives.0 * MS));
+            let named = Named { user: User::Container(ContainerKey(container)), pid, since };
+            let sample = sample(at_ms, busy_ratio, true);
+            self.neighbours.add_queried(&sample);
+            self.neighbours.add_named(NamedSample::new(sample.at, named, busy_ratio, sample.busy_ns));
+            if let Some(until) = lives.1 {
+                self.left.leave(pid, since, BootNs(until * MS));
+            }
+        }
+
+        fn pidless(&mut self, at_ms: u64, busy_ratio: f64) {
+            self.neighbours.add_queried(&sample(at_ms, busy_ratio, true));
+        }
+
+        /// Parts by container, in thousandths.
+        fn divide(&self, sample: &Sample) -> Vec<(u64, u64)> {
+            let mut parts = std::collections::BTreeMap::new();
+            let presence = Presence { left: &self.left, lifetimes: &self.lifetimes };
+            for (n, part) in self.neighbours.divide(sample, presence) {
+                let User::Container(key) = self.neighbours.named[n].named.user else { panic!("only containers here") };
+                *parts.entry(key.0).or_insert(0.0) += part;
+            }
+            parts.into_iter().map(|(key, part)| (key, (part * 1000.0_f64).round() as u64)).collect()
+        }
+    }
+
+    fn sample(at_ms: u64, busy_ratio: f64, queried: bool) -> Sample {
+        Sample { at: BootNs(at_ms * MS), span_ns: PERIOD as f64, busy_ns: PERIOD as f64 * busy_ratio, queried }
+    }
+
+    #[test]
+    fn pidless_time_goes_to_processes_that_existed_in_its_period() {
+        let mut world = World::default();
+        // Lives of 100 ms: the first ended within the period of the sample at 1,167, the second began within it.
+        world.named(1000, 1, 0.5, (940, Some(1040)));
+        world.named(1334, 2, 0.5, (1150, None));
+        assert_eq!(world.divide(&sample(1167, 0.5, true)), [(1, 702), (2, 298)]);
+        // Nothing of the first is left a period later.
+        assert_eq!(world.divide(&sample(1300, 0.5, true)), [(2, 1000)]);
+    }
+
+    #[test]
+    fn a_container_of_short_lives_has_what_lies_between_them() {
+        let mut world = World::default();
+        world.named(1000, 1, 0.5, (950, Some(1001)));
+        world.named(2000, 1, 0.5, (1950, Some(2001)));
+        // It is not known to have existed.
+        assert_eq!(world.divide(&sample(1500, 0.5, true)), []);
+        world.lifetimes.created(ContainerKey(1), BootNs(100 * MS));
+        assert_eq!(world.divide(&sample(1500, 0.5, true)), [(1, 1000)]);
+        assert_eq!(world.divide(&sample(1500, 0.5, false)), [(1, 1000)]);
+        // Long after its last process it is only a container.
+        assert_eq!(world.divide(&sample(4000, 0.5, true)), []);
+        world.lifetimes.gone(ContainerKey(1), BootNs(1200 * MS));
+        assert_eq!(world.divide(&sample(1500, 0.5, true)), []);
+    }
+
+    #[test]
+    fn unqueried_time_follows_queried_samples_that_were_as_busy() {
+        let mut world = World::default();
+        for n in 0..8 {
+            world.named(1000 + n * 334, 1, 1.0, (0, None));
+            world.named(1167 + n * 334, 2, 0.1, (0, None));
+        }
+        let part = |busy: f64| world.divide(&sample(2050, busy, false));
+        assert!(part(1.0)[0].1 > 990, "{:?}", part(1.0));
+        assert!(part(0.1)[1].1 > 990, "{:?}", part(0.1));
+        // Whichever it was, the two are equally far.
+        assert!(part(0.55)[0].1.abs_diff(500) < 60, "{:?}", part(0.55));
+    }
+
+    #[test]
+    fn a_pidless_neighbour_stands_for_what_it_is_divided_over() {
+        let mut world = World::default();
+        world.named(1000, 1, 0.9, (0, None));
+        world.pidless(1167, 0.2);
+        world.named(1334, 2, 0.2, (0, None));
+        // Of the pid-less sample the second user, which is named in a fifth of its periods, has most.
+        let parts = world.divide(&sample(1200, 0.2, false));
+        assert!(parts[1].1 > 930, "{parts:?}");
+    }
+
+    #[test]
+    fn without_a_named_sample_near_it_is_not_divided() {
+        let mut world = World::default();
+        assert_eq!(world.divide(&sample(1000, 1.0, true)), []);
+        world.named(1000, 1, 0.5, (0, None));
+        assert_eq!(world.divide(&sample(40_000, 1.0, true)), []);
+        assert!(!world.neighbours.is_decided(&sample(1000, 1.0, true), BootNs(10_999 * MS)));
+        assert!(world.neighbours.is_decided(&sample(1000, 1.0, true), BootNs(11_000 * MS)));
+    }
+}
