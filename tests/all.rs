@@ -13,6 +13,7 @@ mod explain;
 mod faults;
 mod gpu_recording;
 mod labels;
+mod launches;
 mod lives;
 mod losses;
 mod matrix;

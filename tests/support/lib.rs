@@ -14,6 +14,7 @@ pub mod kernel;
 pub mod kubelet;
 pub mod labels;
 pub mod leftovers;
+pub mod oci;
 pub mod podman;
 pub mod proxy;
 pub mod record;
