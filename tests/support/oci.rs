@@ -98,10 +98,12 @@ impl<'a> Oci<'a> {
     fn bundle(&self, n: usize, script: &str) -> Result<String> {
         let bundle = self.dir.path().join(format!("bundle-{n}"));
         let root = bundle.join("rootfs");
-        std::fs::create_dir_all(&root)?;
+        // crun does not make it.
+        std::fs::create_dir_all(root.join("dev"))?;
         let sim = PathBuf::from(var("NVML_SIM_BIN")?);
         let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];
-        let bind = |path: &Path, how: &str| json!({"destination": path, "type": "bind", "source": path, "options": ["rbind", how]});
+        let bind =
+            |path: &Path, how: &str| json!({"destination": path, "type": "bind", "source": path, "options": ["rbind", how]});
         for dir in ["/usr", "/bin", "/lib", "/lib64"].map(Path::new) {
             match std::fs::read_link(dir) {
                 Ok(to) => std::os::unix::fs::symlink(to, root.join(dir.strip_prefix("/")?))?,

@@ -63,8 +63,8 @@ pub struct Child {
 impl Child {
     pub fn start(cgroup: &Cgroup) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
-        let child = Self::forked(Some(cgroup), || wait_for_the_end(parent));
-        child.with_context(|| format!("cannot start a process in {}", cgroup.name))
+        let child = Self::fork(Some(cgroup)).with_context(|| format!("cannot start a process in {}", cgroup.name))?;
+        Ok(child.unwrap_or_else(|| wait_for_the_end(parent)))
     }
 
     /// As container runtimes do: forked in the cgroup of this program, moved to `cgroup` by writing `cgroup.procs`, then exec'd.
@@ -74,7 +74,7 @@ impl Child {
         let (gate, mut open) = io::pipe()?;
         let (mut status, report) = io::pipe()?;
         let (gate_fd, report_fd) = (gate.as_raw_fd(), report.as_raw_fd());
-        let child = Self::forked(None, || exec_when_let(parent, gate_fd, report_fd)).context("cannot fork")?;
+        let child = Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_let(parent, gate_fd, report_fd));
         drop(report);
         std::thread::sleep(held / 2);
         cgroup.attach(child.pid)?;
@@ -89,8 +89,8 @@ impl Child {
         Ok(child)
     }
 
-    /// `life` is all that the child does. It is a copy of this one thread: only async-signal-safe calls, nothing allocated.
-    fn forked(cgroup: Option<&Cgroup>, life: impl FnOnce() -> !) -> io::Result<Self> {
+    /// `None` in the child. That is a copy of this one thread: from here on only async-signal-safe calls, and nothing is allocated.
+    fn fork(cgroup: Option<&Cgroup>) -> io::Result<Option<Self>> {
         let mut pidfd: libc::c_int = -1;
         // SAFETY: integers: all-zero is valid.
         let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -101,12 +101,12 @@ impl Child {
             how.flags |= CLONE_INTO_CGROUP;
             how.cgroup = cgroup.directory.as_raw_fd() as u64;
         }
-        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread calls only `life`.
+        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread does as said above.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut how, size_of::<libc::clone_args>()) };
         match pid {
-            0 => life(),
+            0 => Ok(None),
             // SAFETY: a new descriptor that nobody else owns.
-            1.. => Ok(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false }),
+            1.. => Ok(Some(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false })),
             _ => Err(io::Error::last_os_error()),
         }
     }

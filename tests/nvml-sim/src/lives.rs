@@ -121,7 +121,8 @@ impl<'a> Crowd<'a> {
         let gpus = if asked.gpus.is_empty() { (0..there).collect() } else { asked.gpus.clone() };
         gpus.iter().try_for_each(|gpu| asked.ways.check(&asked.dir, &world, *gpu, "--gpus"))?;
         let ways = asked.ways.ways(true)?;
-        let cgroups = asked.cgroups.iter().map(|path| Cgroup::open(path, asked.launch.is_some())).collect::<anyhow::Result<_>>()?;
+        let cgroups =
+            asked.cgroups.iter().map(|path| Cgroup::open(path, asked.launch.is_some())).collect::<anyhow::Result<_>>()?;
         Ok(Self { asked, ways, gpus, cgroups, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
     }
 
@@ -148,9 +149,8 @@ impl<'a> Crowd<'a> {
         let draw = |what: u64, below: u64| mix(self.asked.seed, number, what) % below;
         let cgroup = &self.cgroups[draw(1, self.cgroups.len() as u64) as usize];
         let gpu = self.gpus[draw(2, self.gpus.len() as u64) as usize];
-        let between = |what, (from, to): (Duration, Duration)| {
-            from + Duration::from_micros(draw(what, (to - from).as_micros() as u64 + 1))
-        };
+        let between =
+            |what, (from, to): (Duration, Duration)| from + Duration::from_micros(draw(what, (to - from).as_micros() as u64 + 1));
         let lasts = between(3, self.asked.lasting);
         let (least, most) = self.asked.demand;
         let demand = least + (most - least) * draw(4, DEMAND_STEPS + 1) as f64 / DEMAND_STEPS as f64;

@@ -236,7 +236,11 @@ impl Processes {
         match self.living.get_mut(&fact.tgid) {
             Some(known) if known.is(fact.start, false) => {
                 (known.start, known.coarse) = (fact.start, false);
-                if forked { known.forked(run) } else { known.add(run) }
+                if forked {
+                    known.forked(run)
+                } else {
+                    known.add(run)
+                }
                 if execed {
                     known.execed(fact.at);
                 }
@@ -331,12 +335,7 @@ impl Processes {
     ///
     /// A GPU context does not survive exec, and runtimes fork, move and then exec: so the image that is the last one counts before
     /// those that an exec has ended, also within the lives of a pid that was used again.
-    pub fn candidates(
-        &self,
-        pid: Tgid,
-        (from, to): (BootNs, BootNs),
-        seen: impl Fn(BootNs) -> Option<BootNs>,
-    ) -> Vec<Candidate> {
+    pub fn candidates(&self, pid: Tgid, (from, to): (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Vec<Candidate> {
         let lives = self.lives(pid).into_iter();
         let all = lives.filter_map(|life| {
             let seen = seen(life.start);

@@ -109,7 +109,7 @@ struct World {
 impl World {
     fn new(launches: &[Launch]) -> Self {
         let mut world = World { agent: Identity::default(), images: Vec::new(), seen: HashMap::new() };
-        let name = |id: u64| if id % 10 == 0 { format!("{id:064x}") } else { format!("below-{id}") };
+        let name = |id: u64| if id.is_multiple_of(10) { format!("{id:064x}") } else { format!("below-{id}") };
         for (id, parent) in [(1, 0), (2, 1), (10, 1), (11, 10), (20, 1), (21, 20)] {
             world.agent.cgroup(&cgroup(CgroupChange::Seen, 0, id, parent, &name(id), 1));
         }
