@@ -14,6 +14,7 @@ mod faults;
 mod gpu_recording;
 mod labels;
 mod latency;
+mod launches;
 mod lives;
 mod losses;
 mod matrix;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use gpu_sampler_tests::kernel::{CgroupTree, Layout};
-use gpu_sampler_tests::record::{Life, Samples, Tick, credited, expected, id_of, owner};
+use gpu_sampler_tests::record::{Life, Tick, assert_same, credited, expected, id_of, owner};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
 /// Every sample is wanted, on a machine that is busy with other things; the budget has a test of its own.
@@ -57,13 +57,6 @@ fn every_sample(layout: Layout) -> Result<()> {
         assert_eq!(unattributed(&page, reason), 0.0, "{reason}");
     }
     Ok(())
-}
-
-fn assert_same(got: &Samples, want: &Samples) {
-    let keys: std::collections::BTreeSet<_> = got.keys().chain(want.keys()).collect();
-    let differ = |key: &&&(String, String)| got.get(**key) != want.get(**key);
-    let wrong: Vec<_> = keys.iter().filter(differ).map(|key| (key, got.get(*key), want.get(*key))).collect();
-    assert!(wrong.is_empty(), "(container, GPU), credited, recorded: {wrong:?}");
 }
 
 #[test]

@@ -15,6 +15,7 @@ pub mod kubelet;
 pub mod labels;
 pub mod latency;
 pub mod leftovers;
+pub mod oci;
 pub mod podman;
 pub mod proxy;
 pub mod record;

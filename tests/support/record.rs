@@ -107,3 +107,11 @@ pub fn expected(lives: &[Life], ticks: &[Tick], period_us: u64) -> Result<Sample
     }
     Ok(samples)
 }
+
+/// That each pair of container and GPU was credited what it should be.
+pub fn assert_same(got: &Samples, want: &Samples) {
+    let keys: std::collections::BTreeSet<_> = got.keys().chain(want.keys()).collect();
+    let differ = |key: &&&(String, String)| got.get(**key) != want.get(**key);
+    let wrong: Vec<_> = keys.iter().filter(differ).map(|key| (key, got.get(*key), want.get(*key))).collect();
+    assert!(wrong.is_empty(), "(container, GPU), credited, recorded: {wrong:?}");
+}

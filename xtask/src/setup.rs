@@ -193,6 +193,7 @@ fn missing_for_tests() -> Vec<Missing> {
         ("containerd's shim", "containerd-shim-runc-v2", "containerd"),
         ("containerd's client", "ctr", "containerd"),
         ("runc", "runc", "runc"),
+        ("crun", "crun", "crun"),
         ("podman", "podman", "podman"),
         ("podman's monitor", "conmon", "conmon"),
         ("iptables, which dockerd asks for", "iptables", "iptables"),

@@ -8,6 +8,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
+/// /proc start times are ticks of 10 ms (USER_HZ is 100 on every architecture that has NVIDIA drivers), rounded down.
+const PROC_TICK_NS: u64 = 10_000_000;
+
 /// Nanoseconds of CLOCK_BOOTTIME.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct BootNs(pub u64);
@@ -29,6 +32,10 @@ impl BootNs {
     }
     pub fn minus(self, ns: u64) -> BootNs {
         BootNs(self.0.saturating_sub(ns))
+    }
+    /// The tick of /proc that it is in: one process may be known by its start to the nanosecond or to the tick.
+    pub fn proc_tick(self) -> u64 {
+        self.0 / PROC_TICK_NS
     }
 }
 

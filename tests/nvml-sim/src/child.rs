@@ -1,10 +1,11 @@
-//! A child that does nothing: born inside a cgroup, it waits to be killed.
+//! A child that does nothing but wait to be killed: born inside a cgroup, or launched into one as container runtimes do.
 
 use std::fs;
-use std::io;
+use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::Path;
+use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 
@@ -13,14 +14,18 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NS_LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 const PID_TRIES: u32 = 1000;
 
-/// A directory on cgroup2.
+/// The verb that a launched child runs.
+pub const REST: &std::ffi::CStr = c"rest";
+
+/// A directory on cgroup2, or, where processes are moved to it, on a hierarchy of cgroup v1.
 pub struct Cgroup {
     pub name: String,
     directory: fs::File,
 }
 
 impl Cgroup {
-    pub fn open(path: &Path) -> anyhow::Result<Self> {
+    /// `v1`: a directory on cgroup v1 will do.
+    pub fn open(path: &Path, v1: bool) -> anyhow::Result<Self> {
         let name = path.display().to_string();
         let directory = fs::OpenOptions::new()
             .read(true)
@@ -32,10 +37,19 @@ impl Cgroup {
             let mut stat: libc::statfs = std::mem::zeroed();
             (libc::fstatfs(directory.as_raw_fd(), &raw mut stat) == 0).then_some(stat.f_type)
         };
-        if kind != Some(libc::CGROUP2_SUPER_MAGIC) {
-            bail!("--cgroup {name}: it must be a directory on cgroup2; `findmnt -t cgroup2` says where that is mounted");
+        let fits = |kind| kind == libc::CGROUP2_SUPER_MAGIC || v1 && kind == libc::CGROUP_SUPER_MAGIC;
+        if !kind.is_some_and(fits) {
+            bail!(
+                "--cgroup {name}: it must be a directory on cgroup2, or with --launch on cgroup v1; \
+                 `findmnt -t cgroup2,cgroup` says where these are mounted"
+            );
         }
         Ok(Self { name, directory })
+    }
+
+    fn attach(&self, pid: u32) -> anyhow::Result<()> {
+        let procs = Path::new(&self.name).join("cgroup.procs");
+        fs::write(&procs, pid.to_string()).with_context(|| format!("{}: cannot move process {pid} there", procs.display()))
     }
 }
 
@@ -49,20 +63,51 @@ pub struct Child {
 impl Child {
     pub fn start(cgroup: &Cgroup) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
+        let child = Self::fork(Some(cgroup)).with_context(|| format!("cannot start a process in {}", cgroup.name))?;
+        Ok(child.unwrap_or_else(|| wait_for_the_end(parent)))
+    }
+
+    /// As container runtimes do: forked in the cgroup of this program, moved to `cgroup` by writing `cgroup.procs`, then exec'd.
+    /// `held` passes between fork and exec, half of it before the move. The process has called exec when this returns.
+    pub fn launch(cgroup: &Cgroup, held: Duration) -> anyhow::Result<Self> {
+        let parent = std::process::id() as libc::pid_t;
+        let (gate, mut open) = io::pipe()?;
+        let (mut status, report) = io::pipe()?;
+        let (gate_fd, report_fd) = (gate.as_raw_fd(), report.as_raw_fd());
+        let child = Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_let(parent, gate_fd, report_fd));
+        drop(report);
+        std::thread::sleep(held / 2);
+        cgroup.attach(child.pid)?;
+        std::thread::sleep(held / 2);
+        open.write_all(b"x")?;
+        // The exec closes the child's end.
+        let mut failed = Vec::new();
+        status.read_to_end(&mut failed)?;
+        if !failed.is_empty() {
+            bail!("process {} in {} cannot exec this program; is /proc mounted?", child.pid, cgroup.name);
+        }
+        Ok(child)
+    }
+
+    /// `None` in the child. That is a copy of this one thread: from here on only async-signal-safe calls, and nothing is allocated.
+    fn fork(cgroup: Option<&Cgroup>) -> io::Result<Option<Self>> {
         let mut pidfd: libc::c_int = -1;
         // SAFETY: integers: all-zero is valid.
         let mut how: libc::clone_args = unsafe { std::mem::zeroed() };
-        how.flags = CLONE_INTO_CGROUP | libc::CLONE_PIDFD as u64;
+        how.flags = libc::CLONE_PIDFD as u64;
         how.pidfd = &raw mut pidfd as u64;
         how.exit_signal = libc::SIGCHLD as u64;
-        how.cgroup = cgroup.directory.as_raw_fd() as u64;
-        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread calls only `wait_for_the_end`.
+        if let Some(cgroup) = cgroup {
+            how.flags |= CLONE_INTO_CGROUP;
+            how.cgroup = cgroup.directory.as_raw_fd() as u64;
+        }
+        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread does as said above.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut how, size_of::<libc::clone_args>()) };
         match pid {
-            0 => wait_for_the_end(parent),
+            0 => Ok(None),
             // SAFETY: a new descriptor that nobody else owns.
-            1.. => Ok(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false }),
-            _ => Err(io::Error::last_os_error()).with_context(|| format!("cannot start a process in {}", cgroup.name)),
+            1.. => Ok(Some(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false })),
+            _ => Err(io::Error::last_os_error()),
         }
     }
 
@@ -110,8 +155,8 @@ impl Drop for Child {
     }
 }
 
-/// All that a child does. It is a copy of one thread of its parent: only async-signal-safe calls, nothing is allocated or returned to.
-fn wait_for_the_end(parent: libc::pid_t) -> ! {
+/// The end of the parent ends it, also after an exec.
+fn die_with(parent: libc::pid_t) {
     // SAFETY: system calls on numbers only.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
@@ -119,10 +164,37 @@ fn wait_for_the_end(parent: libc::pid_t) -> ! {
         if libc::getppid() != parent {
             libc::_exit(0);
         }
+    }
+}
+
+/// A child from its first instant to its end.
+fn wait_for_the_end(parent: libc::pid_t) -> ! {
+    die_with(parent);
+    // SAFETY: a system call on numbers only. The parent's pipes must end with the parent.
+    unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+    rest()
+}
+
+/// Waits until it is killed.
+pub fn rest() -> ! {
+    loop {
+        // SAFETY: takes nothing.
+        unsafe { libc::pause() };
+    }
+}
+
+/// Waits for a byte at the gate and becomes this program's verb [`REST`]. Reports a byte where that fails.
+fn exec_when_let(parent: libc::pid_t, gate: libc::c_int, report: libc::c_int) -> ! {
+    die_with(parent);
+    let mut byte = 0u8;
+    // SAFETY: system calls on open descriptors, numbers and NUL-terminated strings, in arrays that end with null.
+    unsafe {
+        libc::read(gate, (&raw mut byte).cast(), 1);
         // The parent's pipes must end with the parent.
-        libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0);
-        loop {
-            libc::pause();
-        }
+        libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
+        let (program, none) = (c"/proc/self/exe".as_ptr(), std::ptr::null());
+        libc::execve(program, [program, REST.as_ptr(), none].as_ptr(), [none].as_ptr());
+        libc::write(report, (&raw const byte).cast(), 1);
+        libc::_exit(127)
     }
 }

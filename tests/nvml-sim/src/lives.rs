@@ -1,6 +1,8 @@
 //! Short lives in bulk: processes that start inside a cgroup, load a GPU from their first instant and are killed when their time is up.
 //!
-//! One thread. A child is a bare clone that only waits, so that a life costs less than a millisecond. Its load is declared when it is
+//! With `--launch` a process starts as a container's first process does: forked outside, moved inside, then exec'd.
+//!
+//! One thread. Without `--launch` a child is a bare clone that only waits, so that a life costs less than a millisecond. Its load is declared when it is
 //! there and ended before it is killed: what the log says lies within the process's life. Children die with this process.
 
 use std::io::{self, Write as _};
@@ -33,7 +35,11 @@ pub struct Lives {
     /// How long each lives, drawn between the two: 5ms..50ms
     #[arg(long, value_name = "FROM..TO", value_parser = super::durations)]
     lasting: (Duration, Duration),
-    /// Directory on cgroup2 that processes start in; may be given more than once
+    /// Launch each as container runtimes do: fork it in this program's own cgroup, move it to its own by writing cgroup.procs, then
+    /// exec; so much time, drawn between the two, is between fork and exec. Without it each is born inside its cgroup
+    #[arg(long, value_name = "FROM..TO", value_parser = super::durations, conflicts_with = "reuse_pid")]
+    launch: Option<(Duration, Duration)>,
+    /// Directory on cgroup2 that processes start in, with --launch also on cgroup v1; may be given more than once
     #[arg(long = "cgroup", value_name = "DIR", required = true)]
     cgroups: Vec<PathBuf>,
     /// Part of its GPU that each wants, above 0 and up to 1; with two, such as 0.01..0.4, drawn between them
@@ -115,7 +121,8 @@ impl<'a> Crowd<'a> {
         let gpus = if asked.gpus.is_empty() { (0..there).collect() } else { asked.gpus.clone() };
         gpus.iter().try_for_each(|gpu| asked.ways.check(&asked.dir, &world, *gpu, "--gpus"))?;
         let ways = asked.ways.ways(true)?;
-        let cgroups = asked.cgroups.iter().map(|path| Cgroup::open(path)).collect::<anyhow::Result<_>>()?;
+        let cgroups =
+            asked.cgroups.iter().map(|path| Cgroup::open(path, asked.launch.is_some())).collect::<anyhow::Result<_>>()?;
         Ok(Self { asked, ways, gpus, cgroups, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
     }
 
@@ -142,13 +149,15 @@ impl<'a> Crowd<'a> {
         let draw = |what: u64, below: u64| mix(self.asked.seed, number, what) % below;
         let cgroup = &self.cgroups[draw(1, self.cgroups.len() as u64) as usize];
         let gpu = self.gpus[draw(2, self.gpus.len() as u64) as usize];
-        let (from, to) = self.asked.lasting;
-        let lasts = from + Duration::from_micros(draw(3, (to - from).as_micros() as u64 + 1));
+        let between =
+            |what, (from, to): (Duration, Duration)| from + Duration::from_micros(draw(what, (to - from).as_micros() as u64 + 1));
+        let lasts = between(3, self.asked.lasting);
         let (least, most) = self.asked.demand;
         let demand = least + (most - least) * draw(4, DEMAND_STEPS + 1) as f64 / DEMAND_STEPS as f64;
-        let child = match pid {
-            Some(pid) => Child::start_as(pid, cgroup)?,
-            None => Child::start(cgroup)?,
+        let child = match (pid, self.asked.launch) {
+            (Some(pid), _) => Child::start_as(pid, cgroup)?,
+            (None, Some(held)) => Child::launch(cgroup, between(5, held))?,
+            (None, None) => Child::start(cgroup)?,
         };
         let due = Instant::now() + lasts;
         let pid = child.pid;
@@ -236,6 +245,8 @@ mod tests {
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms", "--on");
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms --on 6ms", "at most --every");
         check(1, "--count 1 --lasting 5ms..50ms", "--cgroup <DIR>");
+        check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc --launch 0ms..1ms --reuse-pid", "cannot be used with");
+        check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc --launch 0ms..1ms", "--cgroup /proc: it must be a directory on");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc", "--cgroup /proc: it must be a directory on cgroup2");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /no/such", "--cgroup /no/such: it must be a directory on cgroup2");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc/version", "/proc/version: it must be a directory on cgroup2");

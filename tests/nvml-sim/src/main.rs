@@ -55,6 +55,9 @@ enum Verb {
     },
     /// Let many short processes live in cgroups, each loading a GPU from its first instant; prints them as JSON lines
     Lives(lives::Lives),
+    /// Wait to be killed: what `lives --launch` runs in its processes
+    #[command(hide = true)]
+    Rest,
     /// Let something go wrong from now on
     Fault(FaultArgs),
     /// Let a GPU report an XID now
@@ -167,6 +170,7 @@ fn run(verb: Verb) -> anyhow::Result<u8> {
             hold::run(&load, &command)
         }
         Verb::Lives(asked) => lives::run(&asked).map(|()| 0),
+        Verb::Rest => child::rest(),
         Verb::Fault(asked) => fault(asked).map(|()| 0),
         Verb::Xid { dir, gpu, xid, count } => {
             known(&dir, gpu)?;

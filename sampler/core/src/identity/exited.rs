@@ -38,7 +38,16 @@ struct Entry {
     back: u32,
     /// The only place it ever had, unless there are more.
     place: Place,
-    moves: Option<Box<[Run]>>,
+    /// The last; 0 for none.
+    exec: BootNs,
+    past: Option<Box<Past>>,
+}
+
+/// Of one that moved, or called exec more than once: all places, and the execs before the last.
+#[derive(Clone, Debug)]
+struct Past {
+    runs: Box<[Run]>,
+    execs: Box<[BootNs]>,
 }
 
 /// Top bit of [`Entry::back`]; a queue is far shorter than what is left.
@@ -54,7 +63,9 @@ impl Entry {
     }
 
     fn extra(&self) -> usize {
-        self.moves.as_ref().map_or(0, |moves| size_of_val::<[Run]>(moves) + 16)
+        let bytes = |past: &Past| size_of_val(past) + size_of_val::<[Run]>(&past.runs) + size_of_val::<[BootNs]>(&past.execs);
+        // Each allocation has a head.
+        self.past.as_deref().map_or(0, |past| bytes(past) + 3 * 16)
     }
 }
 
@@ -122,13 +133,23 @@ pub(super) struct Exited {
 }
 
 impl Exited {
-    pub fn push(&mut self, tgid: Tgid, start: BootNs, end: BootNs, runs: &[Run], ended_by: EndedBy, keep: bool) {
+    /// `runs` and `execs`: all of them, oldest first.
+    pub fn push(
+        &mut self,
+        tgid: Tgid,
+        (start, end): (BootNs, BootNs),
+        runs: &[Run],
+        execs: &[BootNs],
+        ended_by: EndedBy,
+        keep: bool,
+    ) {
         let Some(first) = runs.first() else { return };
+        let (exec, earlier) = execs.split_last().map_or((BootNs(0), &[][..]), |(last, earlier)| (*last, earlier));
         // A first place that begins with a move is not known before it.
-        let simple = runs.len() == 1 && (!first.exact || first.first <= start);
-        let moves = (!simple).then(|| runs.into());
+        let simple = runs.len() == 1 && (!first.exact || first.first <= start) && earlier.is_empty();
+        let past = (!simple).then(|| Box::new(Past { runs: runs.into(), execs: earlier.into() }));
         let back = if ended_by == EndedBy::Event { 0 } else { INFERRED };
-        let entry = Entry { start, end: end.max(start), tgid, back, place: first.place, moves };
+        let entry = Entry { start, end: end.max(start), tgid, back, place: first.place, exec, past };
         self.extra_bytes += entry.extra();
         if keep {
             self.kept.push(entry)
@@ -151,10 +172,14 @@ impl Exited {
         self.of(tgid).any(|entry| wanted(entry.start, entry.ended_by()))
     }
 
-    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[Run])) {
+    /// Gives start, end, places and execs of each life.
+    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[Run], Vec<BootNs>)) {
         for entry in self.of(tgid) {
             let only = [Run { place: entry.place, first: entry.start, last: entry.end, exact: false }];
-            give(entry.start, entry.end, entry.moves.as_deref().unwrap_or(&only));
+            let runs = entry.past.as_ref().map_or(&only[..], |past| &past.runs);
+            let earlier = entry.past.iter().flat_map(|past| past.execs.iter()).copied();
+            let last = (entry.exec != BootNs(0)).then_some(entry.exec);
+            give(entry.start, entry.end, runs, earlier.chain(last).collect());
         }
     }
 

@@ -13,7 +13,7 @@ mod tests;
 pub use cgroups::{Cgroups, KEEP_REMOVED_NS, UnknownCgroup};
 pub use containers::{Container, ContainerChange, KEEP_GONE_NS};
 pub use exited::{EXITED_BYTES, KEEP_EXITED_NS};
-pub use processes::{LifeView, Owner, Processes, Run, Size, Stay};
+pub use processes::{Candidate, LifeView, Processes, Run, Size, Stay};
 
 use std::collections::{HashMap, VecDeque};
 
@@ -42,6 +42,7 @@ pub enum Verdict {
 pub struct UserStay {
     /// Of the process.
     pub start: BootNs,
+    /// Since it was this user's, or since the exec before which it cannot have used the GPU.
     pub since: BootNs,
     /// `None` while it lasts.
     pub until: Option<BootNs>,
@@ -123,13 +124,15 @@ impl Identity {
         }
     }
 
-    /// Who had `pid` at some instant of a span. More than one user of it is ambiguous: which of them was meant cannot be known.
-    pub fn resolve(&self, pid: u32, from: BootNs, to: BootNs) -> Verdict {
-        let Owner::Places(places) = self.processes.owner(pid, from, to) else { return self.unknown(from, to) };
+    /// The user of the process that a GPU's sample named as `pid`, taken at some instant of the span. More than one user of it is
+    /// ambiguous: which of them was meant cannot be known. `seen` as in [`Processes::candidates`].
+    pub fn resolve(&self, pid: Tgid, span: (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Verdict {
+        let (from, to) = span;
+        let candidates = self.processes.candidates(pid, span, seen);
         let mut found: Option<Verdict> = None;
         // A rename within the span can make one place two users.
-        for (place, at) in places.iter().flat_map(|place| [(place, from), (place, to)]) {
-            let verdict = match self.cgroups.container_of(place, at) {
+        for (stay, at) in candidates.iter().flat_map(Candidate::stays).flat_map(|stay| [(stay, from), (stay, to)]) {
+            let verdict = match self.cgroups.container_of(&stay.place, at) {
                 Ok(Some(key)) => Verdict::Container(key),
                 Ok(None) => Verdict::Host,
                 Err(UnknownCgroup) => self.unknown(from, to),
@@ -139,23 +142,29 @@ impl Identity {
             }
             found = Some(verdict);
         }
-        found.unwrap_or(Verdict::Unknown)
+        found.unwrap_or_else(|| self.unknown(from, to))
     }
 
-    /// Of the process that had the pid in that span, the last one if there were several: how long it was its user's without a break.
-    pub fn stay(&self, pid: Tgid, from: BootNs, to: BootNs) -> Option<UserStay> {
-        let of = |life: &LifeView| life.start <= to && life.end.is_none_or(|end| end >= from);
-        let life = self.processes.lives(pid).into_iter().find(of)?;
-        let n = life.stays.iter().rposition(|stay| stay.from <= to)?;
-        Some(self.unbroken(&life, n))
+    /// Of the process that [`Identity::resolve`] finds for the span, the last one if there were several: how long it was its user's
+    /// without a break, as far as it can have used the GPU.
+    pub fn stay(&self, pid: Tgid, span: (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Option<UserStay> {
+        let candidates = self.processes.candidates(pid, span, seen);
+        let Candidate { life, begun, covered } = candidates.first()?;
+        let stay = self.unbroken(life, covered.end.checked_sub(1)?);
+        Some(UserStay { since: stay.since.max(*begun), ..stay })
     }
 
     /// When the stay that began then was over; `None` while it lasts, or where nothing is known of it.
     pub fn stay_since(&self, pid: Tgid, since: BootNs) -> Option<BootNs> {
         let lives = self.processes.lives(pid);
-        let begun = |life: &LifeView| life.stays.iter().position(|stay| stay.from == since);
-        let (life, n) = lives.iter().find_map(|life| Some((life, begun(life)?)))?;
-        self.unbroken(life, n).until
+        let lived = |life: &LifeView| life.end.is_none_or(|end| end >= since);
+        // A start that was known to the tick of /proc only may have become a little later.
+        let began = |life: &&LifeView| lived(life) && life.start.proc_tick() <= since.proc_tick();
+        let life = lives.iter().find(|life| lived(life) && life.start <= since).or_else(|| lives.iter().find(began))?;
+        // It began with a stay, or with an exec within one.
+        let stays = || life.stays.iter();
+        let n = stays().position(|stay| stay.from == since).or_else(|| stays().rposition(|stay| stay.from <= since));
+        self.unbroken(life, n.unwrap_or(0)).until
     }
 
     /// The stays around the `n`th in which the process was the same user's.

@@ -9,19 +9,23 @@
 //! - Events come in the kernel's order. What a scan saw is given after the events up to then were, and an event beats it.
 //! - An end that was told is final; one that was only inferred is taken back when the process turns out to live.
 //! - Where a place was only found out later (its attach was lost), the time between is answered with both places.
+//! - What a process was before an exec is out of question for GPU time, unless it had been seen on the GPU by then
+//!   ([`Processes::candidates`]).
 //! - Living processes are bounded by the kernel's own pid limit, exited ones by [`EXITED_BYTES`].
 //!
 //! Not here: what a cgroup means.
+
+use std::ops::Range;
 
 use super::Table;
 use super::exited::{EndedBy, Exited};
 use crate::observation::{Place, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 
-/// /proc start times are ticks of 10 ms (USER_HZ is 100 on every architecture that has NVIDIA drivers), rounded down.
-const PROC_TICK_NS: u64 = 10_000_000;
 /// A process that is moved about remembers this many places.
 const MAX_RUNS: usize = 64;
+/// Execs before the last one that a process remembers.
+const MAX_EXECS: usize = 8;
 
 /// A stretch of time in which every look at a process found it in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -49,6 +53,46 @@ pub struct LifeView {
     pub start: BootNs,
     pub end: Option<BootNs>,
     pub stays: Vec<Stay>,
+    /// When it called exec, as far as events said so.
+    pub execs: Vec<BootNs>,
+}
+
+/// A life in which a GPU's sample may have been taken.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Candidate {
+    pub life: LifeView,
+    /// Its start, or the exec before which it cannot have used that GPU.
+    pub begun: BootNs,
+    /// Which of its stays the sample's span covers; at least one.
+    pub covered: Range<usize>,
+}
+
+impl Candidate {
+    pub fn stays(&self) -> &[Stay] {
+        self.life.stays.get(self.covered.clone()).unwrap_or_default()
+    }
+}
+
+impl LifeView {
+    /// What of it a sample of that span may mean. `seen`: when it had certainly been on the GPU first.
+    ///
+    /// The second part is true where another exec followed after the span, so that this image is out of question as well, if there is
+    /// any other.
+    fn candidate(self, from: BootNs, to: BootNs, seen: Option<BootNs>) -> Option<(Candidate, bool)> {
+        if self.start > to || self.end.is_some_and(|end| end < from) {
+            return None;
+        }
+        let supersedes = |exec: &&BootNs| seen.is_none_or(|seen| **exec < seen);
+        let begun = self.execs.iter().filter(supersedes).rfind(|exec| **exec <= to).map_or(self.start, |exec| *exec);
+        let superseded = self.execs.iter().any(|exec| *exec > to && supersedes(&exec));
+        let after = from.max(begun);
+        // The last stay includes the instant of the end.
+        let over = |stay: &Stay| stay.to.is_some_and(|until| until <= after && Some(until) != self.end);
+        let first = self.stays.iter().position(|stay| !over(stay))?;
+        let last = self.stays.iter().rposition(|stay| stay.from <= to)?;
+        let candidate = Candidate { life: self, begun, covered: first..last + 1 };
+        (first <= last).then_some((candidate, superseded))
+    }
 }
 
 /// The stays that runs stand for. The first reaches back to the start, unless it is a move out of a place nobody knows.
@@ -67,12 +111,27 @@ pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[Run]) -> Vec<Sta
     runs.iter().enumerate().map(stay).collect()
 }
 
+/// Where a process was before, and its execs before the last one. Most have neither.
+#[derive(Clone, Debug, Default)]
+struct Past {
+    runs: Vec<Run>,
+    execs: Vec<BootNs>,
+}
+
+impl Past {
+    fn bytes(&self) -> usize {
+        let (runs, execs) = (self.runs.capacity() * size_of::<Run>(), self.execs.capacity() * size_of::<BootNs>());
+        size_of::<Self>() + runs + execs
+    }
+}
+
 #[derive(Clone, Debug)]
 struct Life {
     start: BootNs,
     now: Run,
-    #[expect(clippy::box_collection, reason = "a move is rare, and every process pays for this field")]
-    before: Option<Box<Vec<Run>>>,
+    /// The last that is known; 0 for none.
+    exec: BootNs,
+    past: Option<Box<Past>>,
     generation: u32,
     coarse: bool,
 }
@@ -88,7 +147,7 @@ impl Life {
             now.last = now.last.max(run.last);
             return;
         }
-        let before = self.before.get_or_insert_default();
+        let before = &mut self.past.get_or_insert_default().runs;
         if run.first >= now.last {
             before.push(*now);
             *now = run;
@@ -117,15 +176,35 @@ impl Life {
     /// The child's place was read at the event, so what looks had shown until then was the parent's or nobody's.
     fn forked(&mut self, run: Run) {
         if self.now.last <= run.last {
-            (self.now, self.before) = (run, None);
+            (self.now, self.past) = (run, None);
         } else {
             self.add(run);
         }
     }
 
+    fn execed(&mut self, at: BootNs) {
+        let last = self.exec;
+        self.exec = last.max(at);
+        if last == BootNs(0) || last == at {
+            return;
+        }
+        let execs = &mut self.past.get_or_insert_default().execs;
+        // Out of order by the time between two processors' clocks.
+        let earlier = last.min(at);
+        execs.insert(execs.partition_point(|exec| *exec < earlier), earlier);
+        while execs.len() > MAX_EXECS {
+            execs.remove(0);
+        }
+    }
+
     fn runs(&self) -> Vec<Run> {
-        let before = self.before.iter().flat_map(|before| before.iter());
+        let before = self.past.iter().flat_map(|past| past.runs.iter());
         before.chain([&self.now]).copied().collect()
+    }
+
+    fn execs(&self) -> Vec<BootNs> {
+        let earlier = self.past.iter().flat_map(|past| past.execs.iter());
+        earlier.chain([&self.exec]).copied().filter(|exec| *exec != BootNs(0)).collect()
     }
 }
 
@@ -134,16 +213,7 @@ fn looked(place: Place, began: BootNs) -> Run {
 }
 
 fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
-    if a_coarse || b_coarse { a.0 / PROC_TICK_NS == b.0 / PROC_TICK_NS } else { a == b }
-}
-
-/// Who had a pid in a span of time.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Owner {
-    /// No process with that pid is known for the time.
-    Unknown,
-    /// Every place that an owner of the pid had in the span, without doubles; one entry means certainty.
-    Places(Vec<Place>),
+    if a_coarse || b_coarse { a.proc_tick() == b.proc_tick() } else { a == b }
 }
 
 #[derive(Debug, Default)]
@@ -160,11 +230,20 @@ impl Processes {
         let first = if forked { fact.start } else { fact.at };
         let exact = forked || fact.change == ProcessChange::Attach;
         let run = Run { place: fact.place, first, last: fact.at.max(first), exact };
-        let life = Life { start: fact.start, now: run, before: None, generation: self.generation, coarse: false };
+        let execed = fact.change == ProcessChange::Exec;
+        let exec = if execed { fact.at } else { BootNs(0) };
+        let life = Life { start: fact.start, now: run, exec, past: None, generation: self.generation, coarse: false };
         match self.living.get_mut(&fact.tgid) {
             Some(known) if known.is(fact.start, false) => {
                 (known.start, known.coarse) = (fact.start, false);
-                if forked { known.forked(run) } else { known.add(run) }
+                if forked {
+                    known.forked(run)
+                } else {
+                    known.add(run)
+                }
+                if execed {
+                    known.execed(fact.at);
+                }
             }
             known => {
                 // One that was taken for dead and is not lives on.
@@ -211,7 +290,8 @@ impl Processes {
         }
         let Some(place) = seen.place else { return false };
         let now = looked(place, seen.began);
-        self.living.insert(seen.tgid, Life { start: seen.start, now, before: None, generation, coarse: seen.coarse_start });
+        let (start, exec, coarse) = (seen.start, BootNs(0), seen.coarse_start);
+        self.living.insert(seen.tgid, Life { start, now, exec, past: None, generation, coarse });
         true
     }
 
@@ -244,30 +324,26 @@ impl Processes {
     }
 
     fn bury(&mut self, tgid: Tgid, life: &Life, at: BootNs, by: EndedBy, keep: impl Fn(&[Run]) -> bool) {
-        let moved = life.before.is_some().then(|| life.runs());
+        let (moved, again) = life.past.as_ref().map(|_| (life.runs(), life.execs())).unzip();
         let runs = moved.as_deref().unwrap_or(std::slice::from_ref(&life.now));
-        self.exited.push(tgid, life.start, at, runs, by, keep(runs));
+        let execs = again.as_deref().unwrap_or(std::slice::from_ref(&life.exec));
+        self.exited.push(tgid, (life.start, at), runs, execs, by, keep(runs));
     }
 
-    pub fn owner(&self, pid: u32, from: BootNs, to: BootNs) -> Owner {
-        let mut places: Vec<Place> = Vec::new();
-        let mut take = |start: BootNs, end: Option<BootNs>, runs: &[Run]| {
-            if start > to || end.is_some_and(|end| end < from) {
-                return;
-            }
-            for stay in stays(start, end, runs) {
-                // The last stay includes the instant of the end.
-                let over = stay.to.is_some_and(|until| until <= from && Some(until) != end);
-                if stay.from <= to && !over && !places.contains(&stay.place) {
-                    places.push(stay.place);
-                }
-            }
-        };
-        if let Some(life) = self.living.get(&Tgid(pid)) {
-            take(life.start, None, &life.runs());
-        }
-        self.exited.each(Tgid(pid), |start, end, runs| take(start, Some(end), runs));
-        if places.is_empty() { Owner::Unknown } else { Owner::Places(places) }
+    /// The lives that a GPU's sample of that span may mean, newest first. `seen` says when a life, by its start, had certainly been
+    /// seen on that GPU first: an exec after that is no reason to leave out what was before it.
+    ///
+    /// A GPU context does not survive exec, and runtimes fork, move and then exec: so the image that is the last one counts before
+    /// those that an exec has ended, also within the lives of a pid that was used again.
+    pub fn candidates(&self, pid: Tgid, (from, to): (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Vec<Candidate> {
+        let lives = self.lives(pid).into_iter();
+        let all = lives.filter_map(|life| {
+            let seen = seen(life.start);
+            life.candidate(from, to, seen)
+        });
+        let (superseded, last): (Vec<_>, Vec<_>) = all.partition(|(_, superseded)| *superseded);
+        let best = if last.is_empty() { superseded } else { last };
+        best.into_iter().map(|(candidate, _)| candidate).collect()
     }
 
     /// Every known life of a pid, newest first.
@@ -275,11 +351,11 @@ impl Processes {
         let mut found = Vec::new();
         if let Some(life) = self.living.get(&tgid) {
             let stays = stays(life.start, None, &life.runs());
-            found.push(LifeView { start: life.start, end: None, stays });
+            found.push(LifeView { start: life.start, end: None, stays, execs: life.execs() });
         }
-        self.exited.each(tgid, |start, end, runs| {
+        self.exited.each(tgid, |start, end, runs, execs| {
             let stays = stays(start, Some(end), runs);
-            found.push(LifeView { start, end: Some(end), stays });
+            found.push(LifeView { start, end: Some(end), stays, execs });
         });
         found.sort_by_key(|life| std::cmp::Reverse(life.start));
         found
@@ -296,8 +372,7 @@ impl Processes {
 
     pub fn size(&self) -> Size {
         let life = size_of::<(Tgid, Life)>() + 1;
-        let moves: usize =
-            self.living.values().map(|l| l.before.as_ref().map_or(0, |b| b.capacity() * size_of::<Run>() + 24)).sum();
+        let moves: usize = self.living.values().map(|life| life.past.as_ref().map_or(0, |past| past.bytes())).sum();
         Size {
             living: self.living.len(),
             exited: self.exited.len(),

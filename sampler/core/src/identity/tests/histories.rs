@@ -368,13 +368,9 @@ impl World {
                 let lives = self.lives.get(&pid).map_or(&[][..], |l| l);
                 let life = lives.iter().find(|l| l.start <= at && l.end.is_none_or(|end| at <= end));
                 let want = life.map(|l| l.stays.iter().rev().find(|(since, _)| *since <= at).unwrap().1);
-                let got = match self.agent.processes.owner(pid, BootNs(at), BootNs(at)) {
-                    Owner::Unknown => None,
-                    Owner::Places(places) => {
-                        prop_assert_eq!(places.len(), 1, "{} at {}: {:?}", pid, at, self.agent.processes.lives(Tgid(pid)));
-                        Some(places[0].v2_id)
-                    }
-                };
+                let places = places(&self.agent.processes, pid, at, at);
+                prop_assert!(places.len() <= 1, "{} at {}: {:?}", pid, at, self.agent.processes.lives(Tgid(pid)));
+                let got = places.first().map(|place| place.v2_id);
                 prop_assert_eq!(got, want, "{} at {}: {:?}", pid, at, self.agent.processes.lives(Tgid(pid)));
             }
             at += 1_000_000;

@@ -1,6 +1,7 @@
 //! Rows for the tables, and generated histories.
 
 mod histories;
+mod launches;
 mod rows;
 
 use super::*;
@@ -26,6 +27,18 @@ fn seen(tgid: u32, start: u64, began: u64, place: Place) -> ProcessSeen {
 
 fn yes(_: &[Run]) -> bool {
     true
+}
+
+/// Every place that who had the pid in the span had then, the newest life first, without doubles.
+fn places(table: &Processes, pid: u32, from: u64, to: u64) -> Vec<Place> {
+    let candidates = table.candidates(Tgid(pid), (BootNs(from), BootNs(to)), |_| None);
+    let mut places = Vec::new();
+    for stay in candidates.iter().flat_map(Candidate::stays) {
+        if !places.contains(&stay.place) {
+            places.push(stay.place);
+        }
+    }
+    places
 }
 
 fn cgroup(change: CgroupChange, hierarchy: u32, id: u64, parent: u64, name: &str, at: u64) -> CgroupFact {

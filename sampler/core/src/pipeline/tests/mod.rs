@@ -1,4 +1,5 @@
 mod ends;
+mod launches;
 mod replay;
 mod states;
 mod who;
