@@ -1,5 +1,7 @@
 //! Every map of the program, and the two counters' arithmetic.
 
+use core::sync::atomic::{AtomicU64, Ordering};
+
 use aya_ebpf::{
     Global,
     macros::map,
@@ -46,7 +48,9 @@ pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
 #[inline(always)]
 pub fn lost(kind: u32) {
     if let Some(count) = LOST.get_ptr_mut(kind) {
-        // SAFETY: a per-CPU slot, and raw tracepoint programs do not preempt each other on one CPU.
-        unsafe { *count += 1 }
+        // SAFETY: a slot of the map, aligned and alive for as long as the program. Atomic, because where tracepoint programs can be
+        // preempted two of them may be at the same processor's slot.
+        let count = unsafe { AtomicU64::from_ptr(count) };
+        count.fetch_add(1, Ordering::Relaxed);
     }
 }

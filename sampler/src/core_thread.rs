@@ -27,6 +27,7 @@ use crate::health::Health;
 use crate::inbox::{Inbox, Message, Question};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::kernel::Lost;
 use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
@@ -43,6 +44,9 @@ const RESYNC_EVERY: Duration = Duration::from_millis(300);
 const SIZE_EVERY: Duration = Duration::from_secs(1);
 /// After a fall to /proc alone for want of watches.
 const WATCH_AGAIN_EVERY: Duration = Duration::from_secs(30);
+/// Least time between two reads of what the kernel lost. Samples wait for a read; each takes a system call per program and processor time
+/// that grows with the number of processors (bench `kernel`, line "loss counters").
+const COUNT_EVERY: Duration = Duration::from_millis(100);
 /// So long without a loss ends a storm.
 const CALM_AFTER: Duration = Duration::from_secs(10);
 /// A storm that goes on loses events many times a second.
@@ -74,10 +78,14 @@ struct Turn {
     /// lost they wait for a resync: 300 ms and what a scan takes.
     waiting: VecDeque<Observation>,
     questions: VecDeque<Question>,
+    /// What the kernel lost, as last read, and when that was.
+    lost: Lost,
+    counted: Instant,
     /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
     repaired: Option<u64>,
     attempted: u64,
-    /// Up to here the tables are known to be right: a batch received by then may be attributed.
+    /// Up to here the tables are known to be right: a batch received by then may be attributed. Never later than the drain before the
+    /// last read of the losses.
     sound: BootNs,
     published: Instant,
     /// The end of the last scan, and its duration.
@@ -100,14 +108,36 @@ struct Storm {
     last: Instant,
 }
 
+impl Turn {
+    /// A batch waits until losses up to its end were read.
+    fn batch_waits(&self) -> bool {
+        matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.sound)
+    }
+
+    fn count_is_due(&self) -> bool {
+        let wanted = self.batch_waits() || self.published.elapsed() >= PUBLISH_EVERY;
+        wanted && self.counted.elapsed() >= COUNT_EVERY
+    }
+
+    /// How long there is nothing to do, if nothing comes.
+    fn idle(&self) -> Duration {
+        if !self.questions.is_empty() {
+            return Duration::ZERO;
+        }
+        let publish = PUBLISH_EVERY.saturating_sub(self.published.elapsed());
+        if self.batch_waits() { publish.min(COUNT_EVERY.saturating_sub(self.counted.elapsed())) } else { publish }
+    }
+}
+
 impl CoreThread {
     pub fn run(mut self) {
         let sound = boot_now();
-        let lost = self.lost();
+        let per_kind = self.lost();
+        let lost = per_kind.iter().sum();
         let scan = self.scan();
         let complete = scan.complete();
         self.merge(scan, None);
-        self.publish();
+        self.publish(&per_kind);
         self.size();
         self.health.set_ready();
         let now = Instant::now();
@@ -115,6 +145,8 @@ impl CoreThread {
         let mut turn = Turn {
             waiting,
             questions,
+            lost: per_kind,
+            counted: now,
             repaired: complete.then_some(lost),
             attempted: lost,
             sound,
@@ -127,8 +159,7 @@ impl CoreThread {
             storm: None,
         };
         while !self.stop.load(Ordering::Relaxed) {
-            let idle = if turn.questions.is_empty() { PUBLISH_EVERY } else { Duration::ZERO };
-            self.wait(idle.saturating_sub(turn.published.elapsed()));
+            self.wait(turn.idle());
             self.turn(&mut turn);
         }
     }
@@ -158,7 +189,7 @@ impl CoreThread {
         }
         if turn.published.elapsed() >= PUBLISH_EVERY {
             turn.published = Instant::now();
-            self.publish();
+            self.publish(&turn.lost);
             if turn.sized.elapsed() >= SIZE_EVERY {
                 turn.sized = Instant::now();
                 self.size();
@@ -192,11 +223,14 @@ impl CoreThread {
         let _ready = rustix::event::poll(&mut fds, Some(&timeout));
     }
 
-    fn lost(&self) -> u64 {
-        match &self.tracker {
-            Tracker::RawTracepoint(program) => program.lost().iter().sum(),
-            Tracker::Inotify(_) | Tracker::Procfs => 0,
+    fn lost(&self) -> Lost {
+        let Tracker::RawTracepoint(program) = &self.tracker else { return Lost::default() };
+        let (lost, unread) = program.lost();
+        match unread {
+            Some(error) => self.health.degraded("loss-counters", &told(&error)),
+            None => self.health.recovered("loss-counters", "the counters of lost kernel events can be read again"),
         }
+        lost
     }
 
     /// Repairs the tables after losses; without kernel events, looks again at what may have changed. `before`: the rings were
@@ -268,8 +302,12 @@ impl CoreThread {
     }
 
     fn repair(&mut self, turn: &mut Turn, before: BootNs) {
-        // Read before the scan: what is lost during it is for the next one.
-        let lost = self.lost();
+        if !turn.count_is_due() {
+            return;
+        }
+        // Read after the drain, so that no loss up to `before` is missed, and before the scan: what is lost during it is for the next.
+        (turn.lost, turn.counted) = (self.lost(), Instant::now());
+        let lost = turn.lost.iter().sum();
         if turn.repaired == Some(lost) {
             turn.sound = before;
             if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
@@ -419,13 +457,13 @@ impl CoreThread {
         self.health.tables(&self.core.identity, watches);
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, lost: &Lost) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
         // The only place where facts leave the core: they go to whoever records.
         self.recorder.tell(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
-            self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
+            self.health.kernel_events(&program.rings.seen, lost, program.rings.drained);
         }
         self.snapshot.store(Arc::new(self.core.snapshot()));
     }
