@@ -1,42 +1,12 @@
 //! A storm over rings made tiny: losses are counted, a resync repairs, the tables end up as a fresh scan would have them.
 
-use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use gpu_sampler_tests::kernel::{Actor, CgroupTree};
+use gpu_sampler_tests::kernel::{Actor, CgroupTree, agent_table, proc_table};
 use gpu_sampler_tests::{Agent, Sim, get, sum, wait_for};
-use serde_json::Value;
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
-/// pid, start time in clock ticks, inode of its v2 cgroup.
-type Table = BTreeSet<(u64, u64, u64)>;
-
-fn of_agent(agent: &Agent) -> Result<Table> {
-    let list: Value = serde_json::from_str(&get(agent.port, "/api/v1/processes")?)?;
-    let one = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
-    list.as_array().context("a list")?.iter().map(|p| one(p).context("a process")).collect()
-}
-
-fn of_proc(mount: &Path) -> Result<Table> {
-    let mut table = Table::new();
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u64>().ok()) else { continue };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-        if fields.next().is_none_or(|state| "ZX".contains(state)) {
-            continue;
-        }
-        let start = fields.nth(18).and_then(|f| f.parse().ok()).context("start time")?;
-        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-        let Some(path) = cgroup.lines().find_map(|l| l.strip_prefix("0::/")) else { continue };
-        let Ok(meta) = std::fs::metadata(mount.join(path)) else { continue };
-        table.insert((pid, start, meta.ino()));
-    }
-    Ok(table)
-}
 
 #[test]
 fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -> Result<()> {
@@ -60,7 +30,7 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
     let mount = gpu_sampler_tests::kernel::cgroup2()?;
     let mut differ = Vec::new();
     let same = wait_for("the tables equal a fresh scan", Duration::from_secs(10), || {
-        let (ours, proc) = (of_agent(&agent)?, of_proc(&mount)?);
+        let (ours, proc) = (agent_table(&agent)?, proc_table(&mount)?);
         differ = ours.symmetric_difference(&proc).copied().collect();
         Ok((ours == proc).then_some(ours))
     });

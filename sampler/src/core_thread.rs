@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::identity::ContainerChange;
+use sampler_core::identity::{ContainerChange, Liveness};
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
-use sampler_core::units::BootNs;
+use sampler_core::units::{BootNs, Tgid};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cli::told;
@@ -29,6 +29,7 @@ use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::Lost;
 use crate::observe::kernel::layout::Layout;
+use crate::observe::kernel::proc::is_alive;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
@@ -45,7 +46,7 @@ const SIZE_EVERY: Duration = Duration::from_secs(1);
 /// After a fall to /proc alone for want of watches.
 const WATCH_AGAIN_EVERY: Duration = Duration::from_secs(30);
 /// Least time between two reads of what the kernel lost. Samples wait for a read; each takes a system call per program and processor time
-/// that grows with the number of processors (bench `kernel`, line "loss counters").
+/// that grows with the number of processors (`cargo xtask bench counters`).
 const COUNT_EVERY: Duration = Duration::from_millis(100);
 /// So long without a loss ends a storm.
 const CALM_AFTER: Duration = Duration::from_secs(10);
@@ -98,6 +99,9 @@ struct Turn {
     resync_after: Duration,
     /// While events are lost.
     storm: Option<Storm>,
+    /// Checks entries against /proc for losses that no counter reports; the first repair is logged.
+    liveness: Liveness,
+    liveness_logged: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -157,6 +161,8 @@ impl CoreThread {
             sized: now,
             resync_after: RESYNC_EVERY,
             storm: None,
+            liveness: Liveness::default(),
+            liveness_logged: false,
         };
         while !self.stop.load(Ordering::Relaxed) {
             self.wait(turn.idle());
@@ -192,6 +198,7 @@ impl CoreThread {
             self.publish(&turn.lost);
             if turn.sized.elapsed() >= SIZE_EVERY {
                 turn.sized = Instant::now();
+                self.check_living(turn);
                 self.size();
             }
         }
@@ -409,6 +416,50 @@ impl CoreThread {
         for fact in scan::sight(&self.config.path_procfs, &self.layout, pids).facts {
             self.core.observe(fact);
         }
+        self.tell_containers();
+    }
+
+    /// Checks some entries of the living against /proc. The rings were drained in this turn.
+    fn check_living(&mut self, turn: &mut Turn) {
+        if self.tracker.mode() != Mode::RawTracepoint {
+            return;
+        }
+        let now = boot_now();
+        let (mut dead, mut problem) = (Vec::new(), None);
+        for entry in turn.liveness.due(now, &self.core.identity.processes) {
+            match is_alive(&self.config.path_procfs, entry.tgid, entry.start) {
+                Ok(alive) if turn.liveness.checked(entry, alive, now) => dead.push(entry.tgid),
+                Ok(_) => {}
+                Err(error) => problem = Some(error),
+            }
+        }
+        match problem {
+            Some(problem) => self.health.degraded("liveness", &format!("processes cannot be checked against /proc: {problem}")),
+            None => self.health.recovered("liveness", "processes can be checked against /proc again"),
+        }
+        if !dead.is_empty() {
+            self.remove_dead(&dead, now);
+            if !std::mem::replace(&mut turn.liveness_logged, true) {
+                let example = dead.first().map(|tgid| tgid.0);
+                tracing::warn!(
+                    example,
+                    "dead processes were in the table though no loss was counted; removed, more are counted in \
+                     gpu_sampler_liveness_repairs_total"
+                );
+            }
+        }
+    }
+
+    fn remove_dead(&mut self, dead: &[Tgid], began: BootNs) {
+        for tgid in dead {
+            self.core.observe(Observation::ProcessGone { tgid: *tgid, began });
+        }
+        // Another process may have the pid by now.
+        let pids = dead.iter().map(|tgid| tgid.0);
+        for fact in scan::sight(&self.config.path_procfs, &self.layout, pids).facts {
+            self.core.observe(fact);
+        }
+        self.health.liveness_repaired(dead.len());
         self.tell_containers();
     }
 
