@@ -290,10 +290,12 @@ fn fits(packages: &[String]) -> bool {
 
 /// Where newer parts of qemu are installed, the suite's own emulator does not go with them, and that of its backports does.
 fn install_from_backports(packages: &[String]) -> Result<()> {
-    let listed = output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI) $(CODENAME)", "Created-By: Packages"]);
+    let listed =
+        output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI) $(CODENAME)", "Created-By: Packages"]);
     let listed = listed.unwrap_or_default();
     let own = listed.lines().find_map(|line| line.strip_prefix("Debian Debian ")?.split_once(' '));
-    let (mirror, suite) = own.with_context(|| format!("{} cannot be installed: no mirror of Debian is configured", packages.join(" ")))?;
+    let (mirror, suite) =
+        own.with_context(|| format!("{} cannot be installed: no mirror of Debian is configured", packages.join(" ")))?;
     let dir = tools::target_dir()?.join("vm/backports");
     std::fs::create_dir_all(dir.join("lists/partial")).with_context(|| dir.display().to_string())?;
     let backports = format!("{suite}-backports");

@@ -100,7 +100,8 @@ impl Apt {
 
 fn unknown(wanted: &str) -> anyhow::Error {
     let suites = SUITES.join(", ");
-    tools::Usage(format!("Debian has no cloud kernel '{wanted}' in {suites}; `cargo xtask vm 6.1` and 7.3 are two that it has")).into()
+    tools::Usage(format!("Debian has no cloud kernel '{wanted}' in {suites}; `cargo xtask vm 6.1` and 7.3 are two that it has"))
+        .into()
 }
 
 /// The mirror of Debian itself in this machine's own configuration.
@@ -108,7 +109,8 @@ fn mirror() -> Result<String> {
     let listed = output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages"]);
     let listed = listed.context("`apt-get indextargets` failed; apt is needed, with a mirror of Debian configured")?;
     let own = listed.lines().find_map(|line| line.strip_prefix("Debian Debian "));
-    let own = own.context("this machine's apt has no mirror of Debian; add one to /etc/apt/sources.list.d and run `apt-get update`")?;
+    let own =
+        own.context("this machine's apt has no mirror of Debian; add one to /etc/apt/sources.list.d and run `apt-get update`")?;
     Ok(own.trim_end_matches('/').to_owned())
 }
 

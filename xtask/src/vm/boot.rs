@@ -20,6 +20,8 @@ const PROBE: Duration = Duration::from_secs(20);
 /// Room for what a command leaves in $RESULTS. Sparse.
 const RESULTS_BYTES: u64 = 1 << 30;
 const CPUS: &str = "2";
+/// What the machine's unit runs.
+const GUEST: &str = include_str!("guest.sh");
 
 pub struct Machine<'a> {
     pub kernel: Kernel,
@@ -67,7 +69,8 @@ impl Machine<'_> {
         if !ended {
             bail!("the machine was switched off after {timeout:?} (--timeout); its console is in {}", console.display());
         }
-        unpack(&output, results).with_context(|| format!("the machine left no results; its console is in {}", console.display()))?;
+        unpack(&output, results)
+            .with_context(|| format!("the machine left no results; its console is in {}", console.display()))?;
         let status = results.join("exit-status");
         let text = fs::read_to_string(&status).with_context(|| status.display().to_string())?;
         text.trim().parse().with_context(|| format!("{}: {text:?}", status.display()))
@@ -121,12 +124,13 @@ fn wait(mut machine: Running, timeout: Duration) -> Result<bool> {
 }
 
 fn pack(run: &Path, input: &Path, files: &[PathBuf], command: &[String]) -> Result<()> {
-    let script = run.join("command");
     let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
+    let (wrapper, script) = (run.join("guest.sh"), run.join("command"));
     fs::write(&script, format!("{}\n", words.join(" ")))?;
+    fs::write(&wrapper, GUEST)?;
     let mut tar = Command::new("tar");
     tar.args(["--create", "--dereference", "--file"]).arg(input);
-    for file in files.iter().chain([&script]) {
+    for file in files.iter().chain([&wrapper, &script]) {
         let file = fs::canonicalize(file).with_context(|| file.display().to_string())?;
         let (folder, name) = (file.parent().context("a file lies in a folder")?, file.file_name().context("a file has a name")?);
         tar.arg("--directory").arg(folder).arg(name);

@@ -35,7 +35,6 @@ const QUIET: [&str; 12] = [
 /// Of the file system. Sparse: only what is written takes room here.
 const IMAGE_BYTES: u64 = 6 << 30;
 const UNIT: &str = include_str!("guest.service");
-const SCRIPT: &str = include_str!("guest.sh");
 
 /// The suite whose user space goes with a kernel.
 pub fn suite_of(release: &str) -> &'static str {
@@ -45,7 +44,7 @@ pub fn suite_of(release: &str) -> &'static str {
 /// The image of a suite, made when it is not there. Its name has a digest of the recipe, so a changed recipe makes a new one.
 pub fn ensure(apt: &Apt, vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> {
     let packages = if suite == "trixie" { format!("{PACKAGES}{TRIXIE_PACKAGES}") } else { PACKAGES.to_owned() };
-    let image = vm.join(format!("root-{suite}-{:08x}.ext4", digest(&[&packages, UNIT, SCRIPT, &QUIET.join(" ")])));
+    let image = vm.join(format!("root-{suite}-{:08x}.ext4", digest(&[&packages, UNIT, &QUIET.join(" ")])));
     if image.exists() {
         return Ok(image);
     }
@@ -64,21 +63,32 @@ pub fn ensure(apt: &Apt, vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Resul
 }
 
 fn configure(tree: &Path) -> Result<()> {
-    let write = |path: &str, text: &str| fs::write(tree.join(path), text).with_context(|| path.to_owned());
-    write("etc/hostname", "gpu-sampler-vm\n")?;
-    write("etc/systemd/system/guest.service", UNIT)?;
-    write("usr/local/sbin/guest", SCRIPT)?;
-    tools::run(Command::new("chmod").arg("755").arg(tree.join("usr/local/sbin/guest")))?;
-    tools::run(Command::new("chroot").arg(tree).args(["systemctl", "--quiet", "enable", "guest.service"]))?;
-    tools::run(Command::new("chroot").arg(tree).args(["systemctl", "--quiet", "set-default", "multi-user.target"]))?;
-    for unit in QUIET {
-        // `disable` fails for a unit that this suite does not have.
-        if ["etc", "usr/lib", "lib"].iter().any(|place| tree.join(place).join("systemd/system").join(unit).exists()) {
-            tools::run(Command::new("chroot").arg(tree).args(["systemctl", "--quiet", "disable", unit]))?;
+    let units = tree.join("etc/systemd/system");
+    let write = |path: PathBuf, text: &str| fs::write(&path, text).with_context(|| path.display().to_string());
+    write(tree.join("etc/hostname"), "gpu-sampler-vm\n")?;
+    write(units.join("guest.service"), UNIT)?;
+    fs::create_dir_all(units.join("multi-user.target.wants"))?;
+    // As `systemctl enable`, `disable` and `set-default` do; the one in the tree wants /proc mounted there.
+    link(Path::new("../guest.service"), &units.join("multi-user.target.wants/guest.service"))?;
+    link(Path::new("/lib/systemd/system/multi-user.target"), &units.join("default.target"))?;
+    for entry in fs::read_dir(&units).with_context(|| units.display().to_string())? {
+        let folder = entry?.path();
+        for unit in QUIET.iter().filter(|_| folder.extension().is_some_and(|end| end == "wants")) {
+            let wanted = folder.join(unit);
+            if wanted.is_symlink() {
+                fs::remove_file(&wanted).with_context(|| wanted.display().to_string())?;
+            }
         }
     }
-    fs::remove_dir_all(tree.join("var/cache/apt/archives"))?;
-    Ok(())
+    let packages = tree.join("var/cache/apt/archives");
+    fs::remove_dir_all(&packages).with_context(|| packages.display().to_string())
+}
+
+fn link(target: &Path, at: &Path) -> Result<()> {
+    if at.is_symlink() {
+        fs::remove_file(at)?;
+    }
+    std::os::unix::fs::symlink(target, at).with_context(|| at.display().to_string())
 }
 
 /// A file system with what lies in a folder; whole or not at all.
@@ -86,7 +96,9 @@ pub fn make_ext4(tree: &Path, image: &Path, bytes: u64) -> Result<()> {
     let unfinished = image.with_extension(format!("tmp{}", std::process::id()));
     let file = fs::File::create(&unfinished).with_context(|| unfinished.display().to_string())?;
     file.set_len(bytes)?;
-    tools::run(Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^metadata_csum,^orphan_file", "-d"]).arg(tree).arg(&unfinished))?;
+    tools::run(
+        Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^metadata_csum,^orphan_file", "-d"]).arg(tree).arg(&unfinished),
+    )?;
     fs::rename(&unfinished, image).with_context(|| image.display().to_string())
 }
 

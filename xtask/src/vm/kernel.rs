@@ -54,7 +54,8 @@ fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
         fs::rename(tree.join("usr/lib/modules"), tree.join("lib/modules")).context("the packages have no modules")?;
     }
     let images = [tree.join("boot").join(format!("vmlinuz-{release}")), tree.join("lib/modules").join(release).join("vmlinuz")];
-    let image = images.iter().find(|image| image.is_file()).with_context(|| format!("the packages of {release} have no vmlinuz"))?;
+    let image =
+        images.iter().find(|image| image.is_file()).with_context(|| format!("the packages of {release} have no vmlinuz"))?;
     fs::rename(image, done.join("vmlinuz"))?;
     let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| tree.join(path));
     let busybox = busybox.iter().find(|file| file.is_file()).context("busybox-static has no busybox")?;

@@ -168,7 +168,9 @@ mod tests {
 
     #[test]
     fn wrong_words_are_usage_errors() {
-        for line in ["", "7.3", "7.3 --", "-- true", "7.3 6.1 -- true", "7.3 --no -- true", "7.3 --memory x -- true", "7.3 --append"] {
+        for line in
+            ["", "7.3", "7.3 --", "-- true", "7.3 6.1 -- true", "7.3 --no -- true", "7.3 --memory x -- true", "7.3 --append"]
+        {
             let problem = parse(line).unwrap_err();
             assert!(problem.downcast_ref::<Usage>().is_some(), "{line}: {problem:#}");
         }

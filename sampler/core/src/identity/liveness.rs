@@ -20,7 +20,7 @@ use crate::units::{BootNs, Tgid};
 
 /// Seconds in which the whole table is checked.
 pub const ROUND: usize = 120;
-/// A check takes some 10 us of processor time, so this many take about 0.1 % of a core.
+/// A check takes some 15 us of processor time, so this many take 0.15 % of a core (`cargo xtask bench counters`).
 pub const MOST_A_SECOND: usize = 100;
 /// An exit event is read long before this; a program that is preempted at the wrong moment still delivers it.
 const CONFIRM_AFTER_NS: u64 = 1_000_000_000;
