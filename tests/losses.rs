@@ -1,42 +1,14 @@
-//! A storm over rings made tiny: losses are counted, a resync repairs, the tables end up as a fresh scan would have them.
+//! A storm over rings made tiny: losses are counted, a resync repairs, the tables end up as a fresh scan would have them. And an entry
+//! that no event and no counter explains: the check against /proc removes it.
 
-use std::collections::BTreeSet;
-use std::os::unix::fs::MetadataExt as _;
-use std::path::Path;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use gpu_sampler_tests::kernel::{Actor, CgroupTree};
-use gpu_sampler_tests::{Agent, Sim, get, sum, wait_for};
-use serde_json::Value;
+use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout, agent_table, proc_table};
+use gpu_sampler_tests::{Agent, Running, Sim, get, sum, var, wait_for};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
-/// pid, start time in clock ticks, inode of its v2 cgroup.
-type Table = BTreeSet<(u64, u64, u64)>;
-
-fn of_agent(agent: &Agent) -> Result<Table> {
-    let list: Value = serde_json::from_str(&get(agent.port, "/api/v1/processes")?)?;
-    let one = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
-    list.as_array().context("a list")?.iter().map(|p| one(p).context("a process")).collect()
-}
-
-fn of_proc(mount: &Path) -> Result<Table> {
-    let mut table = Table::new();
-    for entry in std::fs::read_dir("/proc")?.flatten() {
-        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u64>().ok()) else { continue };
-        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
-        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
-        if fields.next().is_none_or(|state| "ZX".contains(state)) {
-            continue;
-        }
-        let start = fields.nth(18).and_then(|f| f.parse().ok()).context("start time")?;
-        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
-        let Some(path) = cgroup.lines().find_map(|l| l.strip_prefix("0::/")) else { continue };
-        let Ok(meta) = std::fs::metadata(mount.join(path)) else { continue };
-        table.insert((pid, start, meta.ino()));
-    }
-    Ok(table)
-}
 
 #[test]
 fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -> Result<()> {
@@ -60,7 +32,7 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
     let mount = gpu_sampler_tests::kernel::cgroup2()?;
     let mut differ = Vec::new();
     let same = wait_for("the tables equal a fresh scan", Duration::from_secs(10), || {
-        let (ours, proc) = (of_agent(&agent)?, of_proc(&mount)?);
+        let (ours, proc) = (agent_table(&agent)?, proc_table(&mount)?);
         differ = ours.symmetric_difference(&proc).copied().collect();
         Ok((ours == proc).then_some(ours))
     });
@@ -88,5 +60,38 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
             Err(error) => assert!(n < 150 && error.to_string().contains(" 404 "), "{n}: {error:#}"),
         }
     }
+    Ok(())
+}
+
+/// A process whose folder in /proc is covered by a mount, in the agent's mount namespace only, is for the agent one that ended without
+/// an event.
+#[test]
+fn an_entry_that_proc_does_not_show_is_removed_and_counted() -> Result<()> {
+    let mut hidden = Running(Command::new("sleep").arg("600").spawn()?);
+    let pid = u64::from(hidden.0.id());
+    let mut command = Command::new("unshare");
+    command.args(["--mount", "--propagation", "private", &var("GPU_SAMPLER_BIN")?, "run"]);
+    let agent = Agent::start_as(Layout::Machine, command, &["--kernel-mode", "raw_tracepoint"])?;
+    let has = |pid: u64| Ok::<_, anyhow::Error>(agent_table(&agent)?.iter().any(|(p, ..)| *p == pid));
+    assert!(has(pid)?, "it runs");
+    let space = format!("--mount=/proc/{}/ns/mnt", agent.process.0.id());
+    let covered = Command::new("nsenter").args([&space, "mount", "-t", "tmpfs", "none", &format!("/proc/{pid}")]).status()?;
+    assert!(covered.success());
+
+    // A round of checks takes two minutes; this entry may just have been checked.
+    wait_for("the entry is removed", Duration::from_secs(250), || Ok((!has(pid)?).then_some(())))?;
+    assert!(hidden.0.try_wait()?.is_none(), "no exit event removed it");
+    assert!(has(u64::from(std::process::id()))?, "what /proc shows stays");
+    let repairs = wait_for("the page follows", Duration::from_secs(5), || {
+        let repairs = sum(&agent.scrape()?, "gpu_sampler_liveness_repairs_total", &[]).context("the family is exposed")?;
+        Ok((repairs > 0.0).then_some(repairs))
+    })?;
+    assert_eq!(repairs, 1.0);
+    let page = agent.scrape()?;
+    for kind in ["fork", "exec", "exit", "attach", "mkdir", "rmdir", "rename"] {
+        let lost = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
+        assert_eq!(lost, Some(0.0), "{kind}: nothing was lost by any count");
+    }
+    assert_eq!(agent.log()?.matches("gpu_sampler_liveness_repairs_total").count(), 1, "logged once");
     Ok(())
 }

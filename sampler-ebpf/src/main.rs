@@ -1,5 +1,6 @@
 //! The kernel side: who is born where, who moves, who ends. One file per hook; maps in one file.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
+#![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "on the host it is only type-checked"))]
 
 mod cgroup;

@@ -46,7 +46,25 @@ pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
 #[inline(always)]
 pub fn lost(kind: u32) {
     if let Some(count) = LOST.get_ptr_mut(kind) {
-        // SAFETY: a per-CPU slot, and raw tracepoint programs do not preempt each other on one CPU.
-        unsafe { *count += 1 }
+        // SAFETY: a slot of the map, aligned and alive for as long as the program.
+        unsafe { increment(count) }
     }
+}
+
+/// Atomic, because where tracepoint programs can be preempted, two of them may be at the same processor's slot. The instruction set has
+/// such an addition, core for this target does not offer it.
+///
+/// # Safety
+/// `count` must be valid and aligned.
+#[cfg(target_arch = "bpf")]
+#[inline(always)]
+unsafe fn increment(count: *mut u64) {
+    // SAFETY: adds 1 at a valid address and touches nothing else.
+    unsafe { core::arch::asm!("lock *(u64 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1u64) }
+}
+
+#[cfg(not(target_arch = "bpf"))]
+unsafe fn increment(count: *mut u64) {
+    // SAFETY: as the caller promises.
+    unsafe { core::sync::atomic::AtomicU64::from_ptr(count) }.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
 }

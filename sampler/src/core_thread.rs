@@ -13,11 +13,11 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use rustix::event::{PollFd, PollFlags, Timespec};
-use sampler_core::identity::ContainerChange;
+use sampler_core::identity::{ContainerChange, Liveness};
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
-use sampler_core::units::BootNs;
+use sampler_core::units::{BootNs, Tgid};
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::cli::told;
@@ -27,7 +27,9 @@ use crate::health::Health;
 use crate::inbox::{Inbox, Message, Question};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::kernel::Lost;
 use crate::observe::kernel::layout::Layout;
+use crate::observe::kernel::proc::is_alive;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
@@ -43,6 +45,9 @@ const RESYNC_EVERY: Duration = Duration::from_millis(300);
 const SIZE_EVERY: Duration = Duration::from_secs(1);
 /// After a fall to /proc alone for want of watches.
 const WATCH_AGAIN_EVERY: Duration = Duration::from_secs(30);
+/// Least time between two reads of what the kernel lost. Samples wait for a read; each takes a system call per program and processor time
+/// that grows with the number of processors (`cargo xtask bench counters`).
+const COUNT_EVERY: Duration = Duration::from_millis(100);
 /// So long without a loss ends a storm.
 const CALM_AFTER: Duration = Duration::from_secs(10);
 /// A storm that goes on loses events many times a second.
@@ -74,10 +79,14 @@ struct Turn {
     /// lost they wait for a resync: 300 ms and what a scan takes.
     waiting: VecDeque<Observation>,
     questions: VecDeque<Question>,
+    /// What the kernel lost, as last read, and when that was.
+    lost: Lost,
+    counted: Instant,
     /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
     repaired: Option<u64>,
     attempted: u64,
-    /// Up to here the tables are known to be right: a batch received by then may be attributed.
+    /// Up to here the tables are known to be right: a batch received by then may be attributed. Never later than the drain before the
+    /// last read of the losses.
     sound: BootNs,
     published: Instant,
     /// The end of the last scan, and its duration.
@@ -90,6 +99,9 @@ struct Turn {
     resync_after: Duration,
     /// While events are lost.
     storm: Option<Storm>,
+    /// Checks entries against /proc for losses that no counter reports; the first repair is logged.
+    liveness: Liveness,
+    liveness_logged: bool,
 }
 
 #[derive(Clone, Copy)]
@@ -100,14 +112,36 @@ struct Storm {
     last: Instant,
 }
 
+impl Turn {
+    /// A batch waits until losses up to its end were read.
+    fn batch_waits(&self) -> bool {
+        matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.sound)
+    }
+
+    fn count_is_due(&self) -> bool {
+        let wanted = self.batch_waits() || self.published.elapsed() >= PUBLISH_EVERY;
+        wanted && self.counted.elapsed() >= COUNT_EVERY
+    }
+
+    /// How long there is nothing to do, if nothing comes.
+    fn idle(&self) -> Duration {
+        if !self.questions.is_empty() {
+            return Duration::ZERO;
+        }
+        let publish = PUBLISH_EVERY.saturating_sub(self.published.elapsed());
+        if self.batch_waits() { publish.min(COUNT_EVERY.saturating_sub(self.counted.elapsed())) } else { publish }
+    }
+}
+
 impl CoreThread {
     pub fn run(mut self) {
         let sound = boot_now();
-        let lost = self.lost();
+        let per_kind = self.lost();
+        let lost = per_kind.iter().sum();
         let scan = self.scan();
         let complete = scan.complete();
         self.merge(scan, None);
-        self.publish();
+        self.publish(&per_kind);
         self.size();
         self.health.set_ready();
         let now = Instant::now();
@@ -115,6 +149,8 @@ impl CoreThread {
         let mut turn = Turn {
             waiting,
             questions,
+            lost: per_kind,
+            counted: now,
             repaired: complete.then_some(lost),
             attempted: lost,
             sound,
@@ -125,10 +161,11 @@ impl CoreThread {
             sized: now,
             resync_after: RESYNC_EVERY,
             storm: None,
+            liveness: Liveness::default(),
+            liveness_logged: false,
         };
         while !self.stop.load(Ordering::Relaxed) {
-            let idle = if turn.questions.is_empty() { PUBLISH_EVERY } else { Duration::ZERO };
-            self.wait(idle.saturating_sub(turn.published.elapsed()));
+            self.wait(turn.idle());
             self.turn(&mut turn);
         }
     }
@@ -158,9 +195,10 @@ impl CoreThread {
         }
         if turn.published.elapsed() >= PUBLISH_EVERY {
             turn.published = Instant::now();
-            self.publish();
+            self.publish(&turn.lost);
             if turn.sized.elapsed() >= SIZE_EVERY {
                 turn.sized = Instant::now();
+                self.check_living(turn);
                 self.size();
             }
         }
@@ -192,11 +230,14 @@ impl CoreThread {
         let _ready = rustix::event::poll(&mut fds, Some(&timeout));
     }
 
-    fn lost(&self) -> u64 {
-        match &self.tracker {
-            Tracker::RawTracepoint(program) => program.lost().iter().sum(),
-            Tracker::Inotify(_) | Tracker::Procfs => 0,
+    fn lost(&self) -> Lost {
+        let Tracker::RawTracepoint(program) = &self.tracker else { return Lost::default() };
+        let (lost, unread) = program.lost();
+        match unread {
+            Some(error) => self.health.degraded("loss-counters", &told(&error)),
+            None => self.health.recovered("loss-counters", "the counters of lost kernel events can be read again"),
         }
+        lost
     }
 
     /// Repairs the tables after losses; without kernel events, looks again at what may have changed. `before`: the rings were
@@ -268,8 +309,12 @@ impl CoreThread {
     }
 
     fn repair(&mut self, turn: &mut Turn, before: BootNs) {
-        // Read before the scan: what is lost during it is for the next one.
-        let lost = self.lost();
+        if !turn.count_is_due() {
+            return;
+        }
+        // Read after the drain, so that no loss up to `before` is missed, and before the scan: what is lost during it is for the next.
+        (turn.lost, turn.counted) = (self.lost(), Instant::now());
+        let lost = turn.lost.iter().sum();
         if turn.repaired == Some(lost) {
             turn.sound = before;
             if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
@@ -374,6 +419,50 @@ impl CoreThread {
         self.tell_containers();
     }
 
+    /// Checks some entries of the living against /proc. The rings were drained in this turn.
+    fn check_living(&mut self, turn: &mut Turn) {
+        if self.tracker.mode() != Mode::RawTracepoint {
+            return;
+        }
+        let now = boot_now();
+        let (mut dead, mut problem) = (Vec::new(), None);
+        for entry in turn.liveness.due(now, &self.core.identity.processes) {
+            match is_alive(&self.config.path_procfs, entry.tgid, entry.start) {
+                Ok(alive) if turn.liveness.checked(entry, alive, now) => dead.push(entry.tgid),
+                Ok(_) => {}
+                Err(error) => problem = Some(error),
+            }
+        }
+        match problem {
+            Some(problem) => self.health.degraded("liveness", &format!("processes cannot be checked against /proc: {problem}")),
+            None => self.health.recovered("liveness", "processes can be checked against /proc again"),
+        }
+        if !dead.is_empty() {
+            self.remove_dead(&dead, now);
+            if !std::mem::replace(&mut turn.liveness_logged, true) {
+                let example = dead.first().map(|tgid| tgid.0);
+                tracing::warn!(
+                    example,
+                    "dead processes were in the table though no loss was counted; removed, more are counted in \
+                     gpu_sampler_liveness_repairs_total"
+                );
+            }
+        }
+    }
+
+    fn remove_dead(&mut self, dead: &[Tgid], began: BootNs) {
+        for tgid in dead {
+            self.core.observe(Observation::ProcessGone { tgid: *tgid, began });
+        }
+        // Another process may have the pid by now.
+        let pids = dead.iter().map(|tgid| tgid.0);
+        for fact in scan::sight(&self.config.path_procfs, &self.layout, pids).facts {
+            self.core.observe(fact);
+        }
+        self.health.liveness_repaired(dead.len());
+        self.tell_containers();
+    }
+
     fn drain(&mut self) {
         let (core, health) = (&mut self.core, &self.health);
         let mut failed = None;
@@ -419,13 +508,13 @@ impl CoreThread {
         self.health.tables(&self.core.identity, watches);
     }
 
-    fn publish(&mut self) {
+    fn publish(&mut self, lost: &Lost) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
         // The only place where facts leave the core: they go to whoever records.
         self.recorder.tell(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
-            self.health.kernel_events(&program.rings.seen, &program.lost(), program.rings.drained);
+            self.health.kernel_events(&program.rings.seen, lost, program.rings.drained);
         }
         self.snapshot.store(Arc::new(self.core.snapshot()));
     }

@@ -65,6 +65,8 @@ pub struct HealthView {
     pub drained: Duration,
     pub resyncs: u64,
     pub repairs: u64,
+    /// Dead processes that the check against /proc removed.
+    pub liveness_repairs: u64,
     pub processes: Size,
     /// (cgroups, bytes held by them, given up before their time).
     pub cgroups: (usize, usize, u64),
@@ -136,6 +138,10 @@ impl Health {
 
     pub fn resynced(&self) {
         self.inner().view.resyncs += 1;
+    }
+
+    pub fn liveness_repaired(&self, removed: usize) {
+        self.inner().view.liveness_repairs += removed as u64;
     }
 
     pub fn tables(&self, identity: &Identity, watches: usize) {

@@ -1,6 +1,8 @@
 //! Cgroups and processes for the tests of kernel tracking, on the machine's own layout or on cgroup v2 alone.
 
+use std::collections::BTreeSet;
 use std::io::{BufRead as _, BufReader, Write as _};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::process::{ChildStdout, Command, Stdio};
 use std::time::Duration;
@@ -169,4 +171,33 @@ impl Agent {
         ids.dedup();
         Ok(ids)
     }
+}
+
+/// pid, start time in clock ticks, inode of its v2 cgroup.
+pub type ProcessTable = BTreeSet<(u64, u64, u64)>;
+
+/// Living processes in the agent's tables.
+pub fn agent_table(agent: &Agent) -> Result<ProcessTable> {
+    let list: Value = serde_json::from_str(&get(agent.port, "/api/v1/processes")?)?;
+    let one = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
+    list.as_array().context("a list")?.iter().map(|p| one(p).context("a process")).collect()
+}
+
+/// Living processes in /proc, with the inode of their directory below `mount`, where cgroup2 is mounted.
+pub fn proc_table(mount: &Path) -> Result<ProcessTable> {
+    let mut table = ProcessTable::new();
+    for entry in std::fs::read_dir("/proc")?.flatten() {
+        let Some(pid) = entry.file_name().to_str().and_then(|n| n.parse::<u64>().ok()) else { continue };
+        let Ok(stat) = std::fs::read_to_string(entry.path().join("stat")) else { continue };
+        let mut fields = stat.rsplit(')').next().unwrap_or_default().split_whitespace();
+        if fields.next().is_none_or(|state| "ZX".contains(state)) {
+            continue;
+        }
+        let start = fields.nth(18).and_then(|f| f.parse().ok()).context("start time")?;
+        let cgroup = std::fs::read_to_string(entry.path().join("cgroup")).unwrap_or_default();
+        let Some(path) = cgroup.lines().find_map(|l| l.strip_prefix("0::/")) else { continue };
+        let Ok(meta) = std::fs::metadata(mount.join(path)) else { continue };
+        table.insert((pid, start, meta.ino()));
+    }
+    Ok(table)
 }

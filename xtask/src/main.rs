@@ -19,6 +19,7 @@ mod setup;
 mod sys;
 mod test;
 mod tools;
+mod vm;
 
 use std::process::ExitCode;
 
@@ -30,6 +31,7 @@ cargo xtask VERB
   test [FILTER..]                  everything, on real engines and the real kernel (root)
   bench [FILTER..]                 speed and memory, each beside its aim (root)
   gpu [--for 60s] [-o FOLDER]      records what this machine's NVIDIA driver answers, for the tests to replay (root)
+  vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
   lint                             format, clippy, licences
   build [--debug]                  the kernel program, the agent, the simulator
   dist                             a release tarball in target/dist
@@ -47,6 +49,7 @@ fn main() -> ExitCode {
         "test" => test::verb(rest),
         "bench" => bench::verb(rest),
         "gpu" => gpu::verb(rest),
+        "vm" => vm::verb(rest),
         "lint" => lint::verb(rest),
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),
@@ -62,10 +65,11 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(problem) => {
             eprintln!("xtask {verb}: {problem:#}");
-            let usage = problem.downcast_ref::<tools::Usage>().is_some();
+            let usage = problem.downcast_ref::<tools::Usage>().map(|_| 2);
+            let ended = problem.downcast_ref::<tools::Ended>().map(|ended| ended.status);
             match sys::interrupted() {
                 Some(signal) => ExitCode::from(128 + signal),
-                None => ExitCode::from(if usage { 2 } else { 1 }),
+                None => ExitCode::from(usage.or(ended).unwrap_or(1)),
             }
         }
     }

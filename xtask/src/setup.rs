@@ -28,6 +28,8 @@ pub enum Scope {
     Ebpf,
     /// That, and the engines that the tests talk to.
     Tests,
+    /// To make and boot virtual machines.
+    Vm,
 }
 
 enum Missing {
@@ -137,6 +139,9 @@ fn packages_of(missing: &[Missing]) -> Vec<String> {
 }
 
 fn missing(scope: Scope) -> Vec<Missing> {
+    if scope == Scope::Vm {
+        return missing_commands(&FOR_VM);
+    }
     let mut missing = missing_for_ebpf();
     if scope == Scope::Tests {
         missing.extend(missing_for_tests());
@@ -186,6 +191,25 @@ fn missing_for_ebpf() -> Vec<Missing> {
     missing
 }
 
+/// What it is, its command, its package.
+type Wanted = (&'static str, &'static str, &'static str);
+
+const QEMU: &str = "qemu-system-x86";
+const FOR_VM: [Wanted; 7] = [
+    ("the emulator", "qemu-system-x86_64", QEMU),
+    ("what makes a root file system", "debootstrap", "debootstrap"),
+    ("ext4's tools", "mkfs.ext4", "e2fsprogs"),
+    ("the tools of kernel modules", "depmod", "kmod"),
+    ("xz, which modules are compressed with", "xz", "xz-utils"),
+    ("zstd, which modules are compressed with", "zstd", "zstd"),
+    ("namespaces for debootstrap", "unshare", "util-linux"),
+];
+
+fn missing_commands(wanted: &[Wanted]) -> Vec<Missing> {
+    let lacking = wanted.iter().filter(|(_, command, _)| on_path(command).is_none());
+    lacking.map(|(what, _, package)| packages(*what, &[package])).collect()
+}
+
 fn missing_for_tests() -> Vec<Missing> {
     let commands = [
         ("Docker Engine", "dockerd", "docker.io"),
@@ -203,11 +227,7 @@ fn missing_for_tests() -> Vec<Missing> {
         ("chromedriver", "chromedriver", "chromium-driver"),
         ("protoc, to build all-smi with", "protoc", "protobuf-compiler"),
     ];
-    let mut missing: Vec<Missing> = commands
-        .iter()
-        .filter(|(_, command, _)| on_path(command).is_none())
-        .map(|(what, _, package)| packages(*what, &[package]))
-        .collect();
+    let mut missing = missing_commands(&commands);
     let headers = [
         ("protoc's own messages, to build all-smi with", "google/protobuf/timestamp.proto", "libprotobuf-dev"),
         ("libdrm, to build all-smi with", "libdrm/drm.h", "libdrm-dev"),
@@ -255,7 +275,49 @@ fn apt_get(args: &[&str]) -> Command {
 
 fn install_packages(packages: &[String]) -> Result<()> {
     run(&mut apt_get(&["update"]))?;
-    run(apt_get(&["install", "-y", "--no-install-recommends"]).args(packages))
+    let plain = ["install", "-y", "--no-install-recommends"];
+    if packages.iter().any(|name| name == QEMU) && !fits(packages) {
+        return install_from_backports(packages);
+    }
+    run(apt_get(&plain).args(packages))
+}
+
+/// Whether the packages can be installed and nothing has to go for them.
+fn fits(packages: &[String]) -> bool {
+    let names = packages.iter().map(String::as_str);
+    let args: Vec<&str> = ["install", "--simulate", "--no-install-recommends"].into_iter().chain(names).collect();
+    output("apt-get", &args).is_some_and(|plan| !plan.lines().any(|line| line.starts_with("Remv ")))
+}
+
+/// Where newer parts of qemu are installed, the suite's own emulator does not go with them, and that of its backports does.
+fn install_from_backports(packages: &[String]) -> Result<()> {
+    let listed =
+        output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI) $(CODENAME)", "Created-By: Packages"]);
+    let listed = listed.unwrap_or_default();
+    let own = listed.lines().find_map(|line| line.strip_prefix("Debian Debian ")?.split_once(' '));
+    let (mirror, suite) =
+        own.with_context(|| format!("{} cannot be installed: no mirror of Debian is configured", packages.join(" ")))?;
+    let dir = tools::target_dir()?.join("vm/backports");
+    std::fs::create_dir_all(dir.join("lists/partial")).with_context(|| dir.display().to_string())?;
+    let backports = format!("{suite}-backports");
+    let signed = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
+    let sources = dir.join("sources.list");
+    std::fs::write(&sources, format!("deb {signed} {mirror} {suite} main\ndeb {signed} {mirror} {backports} main\n"))?;
+    let settings = [
+        format!("Dir::State::Lists={}", dir.join("lists").display()),
+        format!("Dir::Etc::sourcelist={}", sources.display()),
+        "Dir::Etc::sourceparts=/dev/null".to_owned(),
+    ];
+    let with = |args: &[&str]| {
+        let mut command = apt_get(&[]);
+        settings.iter().for_each(|setting| {
+            command.args(["-o", setting]);
+        });
+        command.args(args);
+        command
+    };
+    run(&mut with(&["update"]))?;
+    run(with(&["install", "-y", "--no-install-recommends", "-t", &backports]).args(packages))
 }
 
 fn linker_args(llvm: u32) -> Vec<String> {

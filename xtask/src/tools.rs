@@ -23,6 +23,21 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
+/// A command that this tool ran for its caller has failed: its status is this tool's.
+#[derive(Debug)]
+pub struct Ended {
+    pub what: String,
+    pub status: u8,
+}
+
+impl std::fmt::Display for Ended {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "`{}` ended with status {}", self.what, self.status)
+    }
+}
+
+impl std::error::Error for Ended {}
+
 pub fn unknown(word: &str) -> anyhow::Error {
     Usage(format!("'{word}' is not understood here; `cargo xtask help` lists what is")).into()
 }

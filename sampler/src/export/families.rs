@@ -188,7 +188,11 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     }
     for (name, help, counts) in [
         ("gpu_sampler_kernel_events_total", "Kernel events read.", &health.events_seen),
-        ("gpu_sampler_kernel_events_lost_total", "Kernel events that found their ring full.", &health.events_lost),
+        (
+            "gpu_sampler_kernel_events_lost_total",
+            "Kernel events not delivered: their ring was full, a field could not be read, or the kernel skipped the program.",
+            &health.events_lost,
+        ),
     ] {
         let mut family = to.counter(name, help);
         for (kind, n) in kind::NAMES.iter().zip(counts) {
@@ -199,6 +203,11 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
         .add(&[], health.drained.as_secs_f64());
     to.counter("gpu_sampler_resyncs_total", "Scans after lost kernel events.").add(&[], health.resyncs as f64);
     to.counter("gpu_sampler_resync_repairs_total", "Entries that such scans put right.").add(&[], health.repairs as f64);
+    to.counter(
+        "gpu_sampler_liveness_repairs_total",
+        "Dead processes that the check against /proc removed though no loss was counted.",
+    )
+    .add(&[], health.liveness_repairs as f64);
     let (p, (cgroups, cgroup_bytes, cgroups_evicted)) = (health.processes, health.cgroups);
     let mut entries = to.gauge("gpu_sampler_identity_entries", "Entries of the identity tables.");
     for (table, n) in [("living", p.living), ("exited", p.exited), ("cgroups", cgroups)] {

@@ -6,6 +6,7 @@
 mod cgroups;
 mod containers;
 mod exited;
+mod liveness;
 mod processes;
 #[cfg(test)]
 mod tests;
@@ -13,6 +14,7 @@ mod tests;
 pub use cgroups::{Cgroups, KEEP_REMOVED_NS, UnknownCgroup};
 pub use containers::{Container, ContainerChange, KEEP_GONE_NS};
 pub use exited::{EXITED_BYTES, KEEP_EXITED_NS};
+pub use liveness::{Entry, Liveness};
 pub use processes::{Candidate, LifeView, Processes, Run, Size, Stay};
 
 use std::collections::{HashMap, VecDeque};

@@ -366,6 +366,11 @@ impl Processes {
         self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.now.place))
     }
 
+    /// When the process that has this pid now started.
+    pub fn living_start(&self, tgid: Tgid) -> Option<BootNs> {
+        self.living.get(&tgid).map(|life| life.start)
+    }
+
     pub fn expire(&mut self, now: BootNs) {
         self.exited.expire(now);
     }

@@ -1,6 +1,7 @@
 //! Loads the program, proves its offsets, attaches. Nothing is pinned: when the agent ends, however it ends, the kernel
 //! drops programs and maps with its file descriptors.
 
+use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
 
 use aya::maps::{Array, PerCpuArray, RingBuf};
@@ -10,6 +11,7 @@ use sampler_common::{Offsets, kind, self_check};
 use sampler_core::observation::ProcessSeen;
 
 use super::btf::{Btf, BtfError};
+use super::misses::{Misses, MissesError};
 use super::rings::Rings;
 use super::tasks::TasksError;
 use super::{KernelError, OBJECT, tasks};
@@ -17,15 +19,19 @@ use super::{KernelError, OBJECT, tasks};
 /// Bytes per ring. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
 pub const RING_BYTES: u32 = 4 << 20;
 
-const PROGRAMS: [&str; 7] = [
-    "cgroup_mkdir",
-    "cgroup_rmdir",
-    "cgroup_rename",
-    "cgroup_attach_task",
-    "sched_process_fork",
-    "sched_process_exec",
-    "sched_process_exit",
+/// Programs, named like their tracepoints, each with the kind of event that it reports.
+const PROGRAMS: [(&str, u32); kind::COUNT as usize] = [
+    ("cgroup_mkdir", kind::MKDIR),
+    ("cgroup_rmdir", kind::RMDIR),
+    ("cgroup_rename", kind::RENAME),
+    ("cgroup_attach_task", kind::ATTACH),
+    ("sched_process_fork", kind::FORK),
+    ("sched_process_exec", kind::EXEC),
+    ("sched_process_exit", kind::EXIT),
 ];
+
+/// Events that were not delivered, indexed by [`kind`].
+pub type Lost = [u64; kind::COUNT as usize];
 
 /// The attached program; dropping it detaches.
 pub struct Program {
@@ -33,6 +39,7 @@ pub struct Program {
     v1_hierarchy: Option<u32>,
     pub rings: Rings,
     lost: PerCpuArray<aya::maps::MapData, u64>,
+    misses: Misses,
 }
 
 impl Program {
@@ -41,9 +48,18 @@ impl Program {
         tasks::read(&mut self.ebpf, self.v1_hierarchy)
     }
 
-    /// Events the kernel could not deliver so far, per kind.
-    pub fn lost(&self) -> [u64; kind::COUNT as usize] {
-        std::array::from_fn(|k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum()))
+    /// Events that were not delivered so far, per kind: the ring was full, a field could not be read, or the kernel skipped the program.
+    /// Where the skips cannot be read, the rest and why.
+    pub fn lost(&self) -> (Lost, Option<MissesError>) {
+        let counted = |k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum());
+        let mut lost: Lost = std::array::from_fn(counted);
+        match self.misses.read() {
+            Ok(missed) => {
+                lost.iter_mut().zip(missed).for_each(|(lost, missed)| *lost += missed);
+                (lost, None)
+            }
+            Err(error) => (lost, Some(error)),
+        }
     }
 }
 
@@ -105,7 +121,7 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
         .map_err(refused("load the eBPF object"))?;
     check(&mut ebpf)?;
     tasks::load(&mut ebpf, &types).map_err(refused("load the eBPF program `tasks`"))?;
-    for name in PROGRAMS {
+    for (name, _) in PROGRAMS {
         tracepoint(&mut ebpf, name)?.attach(name).map_err(refused(format!("attach to the tracepoint {name}")))?;
     }
     let mut ring = |name| {
@@ -115,11 +131,25 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let rings = Rings::new(ring("CGROUP_EVENTS")?, ring("PROCESS_EVENTS")?, v1.map(|(_, id)| id));
     let lost = ebpf.take_map("LOST").ok_or(KernelError::Inconsistent("LOST"))?;
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
+    let misses = misses(&ebpf)?;
     drop(types);
     // The kernel's BTF, parsed, was by far the most that this process needs; give it back.
     // SAFETY: malloc_trim takes no pointers.
     unsafe { libc::malloc_trim(0) };
-    Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost })
+    Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost, misses })
+}
+
+fn misses(ebpf: &Ebpf) -> Result<Misses, KernelError> {
+    let fd = |(name, kind): (&'static str, u32)| -> Result<(u32, BorrowedFd<'_>), KernelError> {
+        let program = ebpf.program(name).ok_or(KernelError::Inconsistent(name))?;
+        Ok((kind, program.fd().map_err(refused(format!("name the descriptor of the eBPF program `{name}`")))?.as_fd()))
+    };
+    let programs = PROGRAMS.into_iter().map(fd).collect::<Result<Vec<_>, _>>()?;
+    let misses = Misses::open(programs.into_iter())?;
+    if !misses.counted()? {
+        tracing::info!("this kernel does not count skipped eBPF programs (Linux 5.12 and newer do)");
+    }
+    Ok(misses)
 }
 
 /// Runs the self-check program once in this process; aya-log says the outcome in words, a map says it in bits.

@@ -4,6 +4,7 @@ mod btf;
 pub mod cgroupfs;
 pub mod layout;
 mod load;
+mod misses;
 pub mod probe;
 pub mod proc;
 pub mod rings;
@@ -11,7 +12,7 @@ pub mod scan;
 mod tasks;
 pub mod watch;
 
-pub use load::{Program, RING_BYTES, load};
+pub use load::{Lost, Program, RING_BYTES, load};
 
 #[cfg(ebpf_object)]
 pub(crate) static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sampler-ebpf.o")));
@@ -37,6 +38,8 @@ pub enum KernelError {
     SelfCheck(u32),
     #[error("the kernel program lacks `{0}`: the build is inconsistent, run `cargo xtask build`")]
     Inconsistent(&'static str),
+    #[error(transparent)]
+    Misses(#[from] misses::MissesError),
     #[error(transparent)]
     Watch(watch::WatchError),
 }

@@ -42,7 +42,11 @@ fn gone(error: &ProcError) -> bool {
 }
 
 fn exiting(stat: &Stat) -> bool {
-    stat.flags & EXITING != 0 || matches!(stat.state, 'Z' | 'X')
+    stat.flags & EXITING != 0 || ended(stat)
+}
+
+fn ended(stat: &Stat) -> bool {
+    matches!(stat.state, 'Z' | 'X')
 }
 
 fn stat(folder: &Path) -> Result<Option<Stat>, String> {
@@ -69,6 +73,29 @@ fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
         }
     }
     Ok(None)
+}
+
+/// When the process started, as /proc shows it, if any thread of it has not ended: unlike for [`look`], one that is still on its way out
+/// counts as there, because its exit event may be to come.
+pub fn started(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
+    let folder = procfs_root.join(pid.to_string());
+    let Some(leader) = stat(&folder)? else { return Ok(None) };
+    let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
+    if !ended(&leader) {
+        return Ok(Some(start));
+    }
+    let tasks = folder.join("task");
+    for thread in pids(&tasks).unwrap_or_default() {
+        if stat(&tasks.join(thread.to_string()))?.is_some_and(|stat| !ended(&stat)) {
+            return Ok(Some(start));
+        }
+    }
+    Ok(None)
+}
+
+/// Whether that process has not ended.
+pub fn is_alive(procfs_root: &Path, tgid: Tgid, start: BootNs) -> Result<bool, String> {
+    Ok(started(procfs_root, tgid.0)?.is_some_and(|now| now.0 / CLOCK_TICK_NS == start.0 / CLOCK_TICK_NS))
 }
 
 /// A field of `/proc/<pid>/status`, by its name with the colon. Bytes: a process may have given itself any name.
@@ -157,5 +184,29 @@ mod tests {
         assert_eq!(us.tgid.0, std::process::id());
         assert!(us.coarse_start && us.start.0 > 0 && us.start.0 <= us.began.0);
         assert_eq!(look(Path::new("/proc"), u32::MAX, &layout, &Directories::new()), Ok(None));
+    }
+
+    #[test]
+    fn alive_means_that_process_and_not_a_later_one() {
+        let proc = Path::new("/proc");
+        let us = Tgid(std::process::id());
+        let start = started(proc, us.0).unwrap().expect("we run");
+        assert!(is_alive(proc, us, start).unwrap());
+        assert!(is_alive(proc, us, BootNs(start.0 + CLOCK_TICK_NS - 1)).unwrap(), "the kernel's start is finer than /proc's");
+        assert!(!is_alive(proc, us, BootNs(start.0 - CLOCK_TICK_NS)).unwrap(), "a predecessor with our pid");
+        let mut child = std::process::Command::new("true").spawn().unwrap();
+        let pid = child.id();
+        let mut zombie = false;
+        for _ in 0..500 {
+            zombie = is_zombie(proc, pid);
+            if zombie {
+                break;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        assert!(zombie, "`true` ends within 5 s");
+        assert_eq!(started(proc, pid), Ok(None), "a zombie has ended");
+        child.wait().unwrap();
+        assert!(!is_alive(proc, Tgid(pid), start).unwrap());
     }
 }

@@ -1,0 +1,186 @@
+//! Which entries of the living to check against /proc, and when one of them counts as dead.
+//!
+//! ```text
+//!            checked, alive                       checked again a second later, still not there
+//!  unsuspected ----------> unsuspected    suspected -------------------------------------------> dead
+//!            checked, not there                   checked again, alive: the look was wrong
+//!  unsuspected ----------> suspected      suspected -------------------------------------------> unsuspected
+//! ```
+//! Events keep the table right, and counted losses lead to a scan. This check is for losses that no counter reports. It must not take
+//! a process for dead whose exit event is still on its way, hence two checks, each after the rings were drained.
+//!
+//! Promises: a round takes [`ROUND`] unless that is more than [`MOST_A_SECOND`] entries a second; then it takes longer.
+//!
+//! Not here: looking into /proc, and what becomes of the entry.
+
+use std::collections::VecDeque;
+
+use super::Processes;
+use crate::units::{BootNs, Tgid};
+
+/// Seconds in which the whole table is checked.
+pub const ROUND: usize = 120;
+/// A check takes some 15 us of processor time, so this many take 0.15 % of a core (`cargo xtask bench counters`).
+pub const MOST_A_SECOND: usize = 100;
+/// An exit event is read long before this; a program that is preempted at the wrong moment still delivers it.
+const CONFIRM_AFTER_NS: u64 = 1_000_000_000;
+
+/// An entry of the table: the process that had the pid.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    pub tgid: Tgid,
+    pub start: BootNs,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Suspect {
+    entry: Entry,
+    since: BootNs,
+}
+
+/// The round and who is suspected.
+#[derive(Debug, Default)]
+pub struct Liveness {
+    /// Still to be checked in this round.
+    left: Vec<Tgid>,
+    a_second: usize,
+    /// Longest suspected first. As many as are checked in a few seconds at most.
+    suspects: VecDeque<Suspect>,
+}
+
+impl Liveness {
+    /// The entries to check now; to be called once a second, after the rings were drained.
+    pub fn due(&mut self, now: BootNs, processes: &Processes) -> Vec<Entry> {
+        if self.left.is_empty() {
+            self.left.extend(processes.living().map(|(tgid, ..)| tgid));
+            self.a_second = self.left.len().div_ceil(ROUND).min(MOST_A_SECOND);
+        }
+        let old = |suspect: &Suspect| now.saturating_since(suspect.since) >= CONFIRM_AFTER_NS;
+        let again = self.suspects.iter().filter(|suspect| old(suspect)).map(|suspect| suspect.entry);
+        let mut due: Vec<Entry> = again.collect();
+        let next = self.left.split_off(self.left.len().saturating_sub(self.a_second));
+        let entry = |tgid| processes.living_start(tgid).map(|start| Entry { tgid, start });
+        let fresh = next.into_iter().filter_map(entry);
+        due.extend(fresh.filter(|entry| !self.suspects.iter().any(|suspect| suspect.entry == *entry)));
+        // Its end was reported in the meantime, or the table has the successor: nothing is left to check.
+        due.retain(|entry| processes.living_start(entry.tgid) == Some(entry.start));
+        self.suspects.retain(|suspect| processes.living_start(suspect.entry.tgid) == Some(suspect.entry.start));
+        due
+    }
+
+    /// What a check of a due entry found at `now`. True when the process is dead beyond doubt.
+    pub fn checked(&mut self, entry: Entry, alive: bool, now: BootNs) -> bool {
+        let suspected = self.suspects.iter().position(|suspect| suspect.entry == entry);
+        match (alive, suspected) {
+            (true, None) => false,
+            (true, Some(at)) => {
+                self.suspects.remove(at);
+                false
+            }
+            (false, None) => {
+                self.suspects.push_back(Suspect { entry, since: now });
+                false
+            }
+            (false, Some(at)) => {
+                let confirmed = self.suspects.get(at).is_some_and(|s| now.saturating_since(s.since) >= CONFIRM_AFTER_NS);
+                if confirmed {
+                    self.suspects.remove(at);
+                }
+                confirmed
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::observation::{Place, ProcessChange, ProcessFact};
+
+    const SECOND: u64 = 1_000_000_000;
+    const PLACE: Place = Place { v2_id: 1, v1_id: 0, v1_hierarchy: 0 };
+
+    fn event(to: &mut Processes, change: ProcessChange, pid: u32, start: u64, at: u64) {
+        let fact = ProcessFact { change, tgid: Tgid(pid), start: BootNs(start), at: BootNs(at), place: PLACE };
+        to.apply(&fact, |_| true);
+    }
+
+    fn living(pids: std::ops::Range<u32>) -> Processes {
+        let mut processes = Processes::default();
+        for pid in pids {
+            event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, pid, u64::from(pid), u64::from(pid));
+        }
+        processes
+    }
+
+    fn entry(pid: u32) -> Entry {
+        Entry { tgid: Tgid(pid), start: BootNs(u64::from(pid)) }
+    }
+
+    #[test]
+    fn a_round_covers_the_table_in_two_minutes_evenly() {
+        let check = |n: u32, seconds: usize, most: usize| {
+            let (processes, mut liveness) = (living(1..n + 1), Liveness::default());
+            let mut seen = Vec::new();
+            for second in 0..seconds {
+                let due = liveness.due(BootNs(second as u64 * SECOND), &processes);
+                assert!(due.len() <= most, "{n} entries: {} due", due.len());
+                seen.extend(due.into_iter().map(|entry| entry.tgid.0));
+            }
+            seen.sort_unstable();
+            assert_eq!(seen, (1..n + 1).collect::<Vec<_>>(), "{n} entries");
+        };
+        check(1, 1, 1);
+        check(120, ROUND, 1);
+        check(600, ROUND, 5);
+        // Bounded: the round takes longer.
+        check(20_000, 200, MOST_A_SECOND);
+    }
+
+    #[test]
+    fn an_empty_table_has_nothing_due() {
+        assert_eq!(Liveness::default().due(BootNs(0), &Processes::default()), []);
+    }
+
+    #[test]
+    fn dead_only_at_a_second_check_a_second_later() {
+        let (processes, mut liveness) = (living(7..8), Liveness::default());
+        let at = BootNs(10 * SECOND);
+        assert_eq!(liveness.due(at, &processes), [entry(7)]);
+        assert!(!liveness.checked(entry(7), false, at));
+        // The next round has it, too, but too early.
+        assert_eq!(liveness.due(BootNs(at.0 + SECOND / 2), &processes), []);
+        assert!(!liveness.checked(entry(7), false, BootNs(at.0 + SECOND / 2)), "half a second is too early");
+        assert_eq!(liveness.due(BootNs(at.0 + SECOND), &processes), [entry(7)]);
+        assert!(liveness.checked(entry(7), false, BootNs(at.0 + SECOND)));
+    }
+
+    #[test]
+    fn one_that_is_found_again_is_suspected_afresh() {
+        let (processes, mut liveness) = (living(7..8), Liveness::default());
+        assert!(!liveness.checked(entry(7), false, BootNs(0)));
+        assert!(!liveness.checked(entry(7), true, BootNs(SECOND)));
+        assert!(!liveness.checked(entry(7), false, BootNs(2 * SECOND)), "the first suspicion was wrong");
+        assert_eq!(liveness.due(BootNs(3 * SECOND), &processes), [entry(7)]);
+        assert!(liveness.checked(entry(7), false, BootNs(3 * SECOND)));
+    }
+
+    #[test]
+    fn an_exit_event_that_comes_late_ends_the_suspicion() {
+        let (mut processes, mut liveness) = (living(7..8), Liveness::default());
+        assert!(!liveness.checked(entry(7), false, BootNs(0)));
+        event(&mut processes, ProcessChange::Exit, 7, 7, 20);
+        assert_eq!(liveness.due(BootNs(SECOND), &processes), []);
+        assert!(liveness.suspects.is_empty());
+    }
+
+    #[test]
+    fn a_successor_with_the_same_pid_is_not_suspected_for_its_predecessor() {
+        let (mut processes, mut liveness) = (living(7..8), Liveness::default());
+        assert!(!liveness.checked(entry(7), false, BootNs(0)));
+        event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, 7, 30, 30);
+        let successor = Entry { tgid: Tgid(7), start: BootNs(30) };
+        assert_eq!(liveness.due(BootNs(SECOND), &processes), [successor]);
+        assert!(!liveness.checked(successor, false, BootNs(SECOND)));
+    }
+}

@@ -1,0 +1,209 @@
+//! Process storms against a running agent: after each, its table of living processes must equal /proc, and the losses that it counts must
+//! equal what the kernel counted.
+//!
+//! ```text
+//! storm-check [--agent FILE] [--storms 10] [--lives 4000] [--parents 4] [--within 1]
+//! ```
+//! One storm: PARENTS processes fork LIVES children between them, as fast as they can; every other child calls exec before it ends. Then
+//! the agent's table must equal /proc within WITHIN seconds. The kernel's count is read from the agent's own descriptors, so an agent that
+//! does not count fails here, too. Prints a line per storm and ends with 1 where a check failed. Needs root.
+
+use std::collections::BTreeMap;
+use std::fs;
+use std::io;
+use std::os::unix::process::CommandExt as _;
+use std::process::{Command, ExitCode};
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, bail, ensure};
+use gpu_sampler_tests::kernel::{ProcessTable, agent_table, cgroup2, proc_table};
+use gpu_sampler_tests::{Agent, Running, sum};
+
+/// Children of one parent at a time.
+const AT_ONCE: u32 = 32;
+/// How long a table that differs is watched, to show what stays.
+const PATIENCE: Duration = Duration::from_secs(10);
+/// The agent reads the counts every 0.35 s at least and publishes every 0.25 s; an emulated processor takes longer.
+const PAGE_FOLLOWS: Duration = Duration::from_secs(3);
+const KINDS: [&str; 7] = ["fork", "exec", "exit", "attach", "mkdir", "rmdir", "rename"];
+
+struct Options {
+    agent: Option<String>,
+    storms: u32,
+    lives: u32,
+    parents: u32,
+    within: Duration,
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let mut options = Self { agent: None, storms: 10, lives: 4000, parents: 4, within: Duration::from_secs(1) };
+        let mut words = args.iter();
+        while let Some(name) = words.next() {
+            let value = words.next().with_context(|| format!("{name} needs a value"))?;
+            match name.as_str() {
+                "--agent" => options.agent = Some(value.clone()),
+                "--storms" => options.storms = value.parse()?,
+                "--lives" => options.lives = value.parse()?,
+                "--parents" => options.parents = value.parse()?,
+                "--within" => options.within = Duration::from_secs_f64(value.parse()?),
+                _ => bail!("{name} is not an option; those of storm-check are in its header"),
+            }
+        }
+        ensure!(options.parents > 0, "--parents must be 1 at least");
+        Ok(options)
+    }
+}
+
+/// One parent of a storm; `lives` children in all, [`AT_ONCE`] at a time.
+fn parent(lives: u32) -> Result<()> {
+    let mut running = 0;
+    for n in 0..lives {
+        // SAFETY: this process has one thread.
+        match unsafe { libc::fork() } {
+            0 if n % 2 == 0 => {
+                let error = Command::new("true").exec();
+                eprintln!("storm-check: true: {error}");
+                // SAFETY: ends the child at once.
+                unsafe { libc::_exit(127) }
+            }
+            // SAFETY: ends the child at once, nothing of the parent's is flushed twice.
+            0 => unsafe { libc::_exit(0) },
+            pid if pid < 0 => return Err(io::Error::last_os_error()).context("fork"),
+            _ => running += 1,
+        }
+        if running == AT_ONCE {
+            reap()?;
+            running -= 1;
+        }
+    }
+    (0..running).try_for_each(|_| reap())
+}
+
+fn reap() -> Result<()> {
+    let mut status = 0;
+    // SAFETY: any child of ours, a valid place for its status.
+    let pid = unsafe { libc::waitpid(-1, &raw mut status, 0) };
+    ensure!(pid > 0, "waitpid: {}", io::Error::last_os_error());
+    ensure!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "a child ended with status {status:#x}");
+    Ok(())
+}
+
+/// Returns the duration of the storm.
+fn storm(options: &Options) -> Result<Duration> {
+    let begun = Instant::now();
+    let share = |n| options.lives / options.parents + u32::from(n < options.lives % options.parents);
+    let start = |n: u32| Command::new(std::env::current_exe()?).args(["parent", &share(n).to_string()]).spawn();
+    let mut parents = (0..options.parents).map(|n| start(n).map(Running)).collect::<io::Result<Vec<_>>>()?;
+    for parent in &mut parents {
+        let status = parent.0.wait()?;
+        ensure!(status.success(), "a parent of the storm failed ({status})");
+    }
+    Ok(begun.elapsed())
+}
+
+/// Skips of all programs that this process has loaded, as the kernel counts them; `None` where it does not count.
+fn kernel_misses(pid: u32) -> Result<Option<u64>> {
+    let mut sum = None;
+    for entry in fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be closed meanwhile; those of programs are not.
+        let Ok(text) = fs::read_to_string(entry?.path()) else { continue };
+        let missed = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+        if let Some(missed) = missed {
+            *sum.get_or_insert(0) += missed.trim().parse::<u64>()?;
+        }
+    }
+    Ok(sum)
+}
+
+fn lost(agent: &Agent) -> Result<BTreeMap<&'static str, u64>> {
+    let page = agent.scrape()?;
+    let of = |kind| {
+        let count = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
+        Ok((kind, count.with_context(|| format!("no count of lost {kind} events"))? as u64))
+    };
+    KINDS.into_iter().map(of).collect()
+}
+
+/// What the agent counts and what the kernel does, once they are equal or the page had time to follow.
+fn counts(agent: &Agent) -> Result<(BTreeMap<&'static str, u64>, Option<u64>)> {
+    let from = Instant::now();
+    loop {
+        let (lost, misses) = (lost(agent)?, kernel_misses(agent.process.0.id())?);
+        if misses.is_none_or(|misses| misses == lost.values().sum::<u64>()) || from.elapsed() > PAGE_FOLLOWS {
+            return Ok((lost, misses));
+        }
+        std::thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// When the agent's table equalled /proc, if it did; else what it holds that /proc does not, and the reverse.
+fn settled(agent: &Agent) -> Result<Result<Duration, (ProcessTable, ProcessTable)>> {
+    let (mount, from) = (cgroup2()?, Instant::now());
+    loop {
+        let at = from.elapsed();
+        let (ours, theirs) = (agent_table(agent)?, proc_table(&mount)?);
+        if ours == theirs {
+            return Ok(Ok(at));
+        }
+        if at >= PATIENCE {
+            return Ok(Err((&ours - &theirs, &theirs - &ours)));
+        }
+    }
+}
+
+/// The line of one storm, and whether its checks hold.
+fn one(n: u32, agent: &Agent, options: &Options) -> Result<bool> {
+    let took = storm(options)?;
+    let settled = settled(agent)?;
+    let (lost, misses) = counts(agent)?;
+    let counted: u64 = lost.values().sum();
+    let table = match &settled {
+        Ok(after) => format!("table equals /proc after {:.2} s", after.as_secs_f64()),
+        Err((dead, unknown)) => format!("table differs from /proc: {} dead stay, {} are unknown", dead.len(), unknown.len()),
+    };
+    let kinds: Vec<String> = lost.iter().filter(|(_, n)| **n > 0).map(|(kind, n)| format!("{kind} {n}")).collect();
+    let kernel = misses.map_or("not counted by this kernel".to_owned(), |n| n.to_string());
+    println!(
+        "storm {n}: {} lives in {:.1} s; {table}; lost so far: {counted} ({}); kernel's misses: {kernel}",
+        options.lives,
+        took.as_secs_f64(),
+        kinds.join(", ")
+    );
+    let in_time = settled.is_ok_and(|after| after <= options.within);
+    Ok(in_time && misses.is_none_or(|misses| misses == counted))
+}
+
+fn check(options: &Options) -> Result<bool> {
+    if let Some(agent) = &options.agent {
+        // SAFETY: this process has one thread so far.
+        unsafe { std::env::set_var("GPU_SAMPLER_BIN", agent) };
+    }
+    let none = ["--docker-endpoint", "unix:///nonexistent/docker.sock", "--label-sources", "docker-file"];
+    let agent = Agent::start(None, &[&["--kernel-mode", "raw_tracepoint"][..], &none].concat())?;
+    let mut good = 0;
+    for n in 1..=options.storms {
+        good += u32::from(one(n, &agent, options)?);
+    }
+    let page = agent.scrape()?;
+    let total = |name| sum(&page, name, &[]).unwrap_or_default();
+    println!("{} resyncs, {} repairs", total("gpu_sampler_resyncs_total"), total("gpu_sampler_resync_repairs_total"));
+    println!("{good} passed, {} failed", options.storms - good);
+    Ok(good == options.storms)
+}
+
+fn main() -> ExitCode {
+    let args: Vec<String> = std::env::args().skip(1).collect();
+    let done = match &args[..] {
+        [verb, lives] if verb == "parent" => lives.parse().map_err(Into::into).and_then(parent).map(|()| true),
+        _ => Options::parse(&args).and_then(|options| check(&options)),
+    };
+    match done {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("storm-check: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

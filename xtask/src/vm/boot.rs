@@ -1,0 +1,161 @@
+//! One run of a machine: its disks, qemu, what comes back.
+
+use super::kernel::Kernel;
+use crate::{
+    sys,
+    tools::{self, Running, say},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+const QEMU: &str = "qemu-system-x86_64";
+/// A kernel that runs at all says so within this time.
+const PROBE: Duration = Duration::from_secs(20);
+/// Room for what a command leaves in $RESULTS. Sparse.
+const RESULTS_BYTES: u64 = 1 << 30;
+const CPUS: &str = "2";
+/// What the machine's unit runs.
+const GUEST: &str = include_str!("guest.sh");
+
+pub struct Machine<'a> {
+    pub kernel: Kernel,
+    pub root: PathBuf,
+    pub memory_mib: u32,
+    pub append: &'a str,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Accelerator {
+    Kvm,
+    Emulation,
+}
+
+impl Accelerator {
+    fn args(self) -> [&'static str; 4] {
+        match self {
+            Self::Kvm => ["-accel", "kvm", "-cpu", "host"],
+            Self::Emulation => ["-accel", "tcg,thread=multi", "-cpu", "max"],
+        }
+    }
+}
+
+impl Machine<'_> {
+    /// Boots, runs the command with `files` on its PATH, and returns its exit status. What it left in `$RESULTS` is in `results` then.
+    pub fn run(&self, run: &Path, results: &Path, files: &[PathBuf], command: &[String], timeout: Duration) -> Result<u8> {
+        let input = run.join("input.tar");
+        pack(run, &input, files, command)?;
+        let output = run.join("results.img");
+        fs::File::create(&output).and_then(|file| file.set_len(RESULTS_BYTES)).with_context(|| output.display().to_string())?;
+        let accelerator = self.accelerator(run)?;
+        let console = results.join("console.txt");
+        let mut qemu = self.qemu(run, accelerator, &console, "quiet systemd.show_status=0");
+        let disk = |file: &Path, more: &str| format!("file={},format=raw,if=virtio{more}", file.display());
+        qemu.args(["-drive", &disk(&self.root, ",snapshot=on")]);
+        qemu.args(["-drive", &disk(&input, ",readonly=on")]);
+        qemu.args(["-drive", &disk(&output, "")]);
+        qemu.args(["-drive", &disk(&self.kernel.modules, ",readonly=on")]);
+        let log = results.join("output.txt");
+        qemu.args(["-chardev", &format!("stdio,id=out,signal=off,logfile={}", log.display()), "-serial", "chardev:out"]);
+        say(format_args!("vm: {}", tools::shown(&qemu)));
+        let begun = Instant::now();
+        let ended = wait(Running::start("the machine", &mut qemu)?, timeout)?;
+        say(format_args!("vm: ran {:.0} s", begun.elapsed().as_secs_f64()));
+        if !ended {
+            bail!("the machine was switched off after {timeout:?} (--timeout); its console is in {}", console.display());
+        }
+        unpack(&output, results)
+            .with_context(|| format!("the machine left no results; its console is in {}", console.display()))?;
+        let status = results.join("exit-status");
+        let text = fs::read_to_string(&status).with_context(|| status.display().to_string())?;
+        text.trim().parse().with_context(|| format!("{}: {text:?}", status.display()))
+    }
+
+    /// All but the disks and the second serial line.
+    fn qemu(&self, run: &Path, accelerator: Accelerator, console: &Path, more: &str) -> Command {
+        let mut qemu = Command::new(QEMU);
+        // Its snapshots of disks go there.
+        qemu.env("TMPDIR", run).stdin(Stdio::null());
+        qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none", "-smp", CPUS]);
+        qemu.args(accelerator.args()).args(["-m", &self.memory_mib.to_string()]);
+        qemu.arg("-kernel").arg(&self.kernel.vmlinuz).arg("-initrd").arg(&self.kernel.initrd);
+        qemu.args(["-append", format!("console=ttyS0 panic=-1 {more} {}", self.append).trim()]);
+        qemu.args(["-serial", &format!("file:{}", console.display())]);
+        qemu
+    }
+
+    /// KVM where it boots this kernel. Some offer /dev/kvm and run only kernels made for them, so it is tried.
+    fn accelerator(&self, run: &Path) -> Result<Accelerator> {
+        if !Path::new("/dev/kvm").exists() {
+            say("vm: no /dev/kvm, so the processor is emulated");
+            return Ok(Accelerator::Emulation);
+        }
+        let console = run.join("probe.txt");
+        let mut qemu = self.qemu(run, Accelerator::Kvm, &console, "vm.probe");
+        qemu.stdout(Stdio::null()).stderr(Stdio::null());
+        let _ended = wait(Running::start("the probe of KVM", &mut qemu)?, PROBE)?;
+        let text = fs::read(&console).unwrap_or_default();
+        if String::from_utf8_lossy(&text).contains("vm: this accelerator boots this kernel") {
+            return Ok(Accelerator::Kvm);
+        }
+        say(format_args!("vm: KVM did not boot this kernel within {PROBE:?}, so the processor is emulated"));
+        Ok(Accelerator::Emulation)
+    }
+}
+
+/// Whether it ended by itself in time.
+fn wait(mut machine: Running, timeout: Duration) -> Result<bool> {
+    let begun = Instant::now();
+    while machine.ended()?.is_none() {
+        if let Some(signal) = sys::interrupted() {
+            bail!("interrupted by signal {signal}");
+        }
+        if begun.elapsed() > timeout {
+            return Ok(false);
+        }
+        thread::sleep(Duration::from_millis(100));
+    }
+    Ok(true)
+}
+
+fn pack(run: &Path, input: &Path, files: &[PathBuf], command: &[String]) -> Result<()> {
+    let words: Vec<String> = command.iter().map(|word| quoted(word)).collect();
+    let (wrapper, script) = (run.join("guest.sh"), run.join("command"));
+    fs::write(&script, format!("{}\n", words.join(" ")))?;
+    fs::write(&wrapper, GUEST)?;
+    let mut tar = Command::new("tar");
+    tar.args(["--create", "--dereference", "--file"]).arg(input);
+    for file in files.iter().chain([&wrapper, &script]) {
+        let file = fs::canonicalize(file).with_context(|| file.display().to_string())?;
+        let (folder, name) = (file.parent().context("a file lies in a folder")?, file.file_name().context("a file has a name")?);
+        tar.arg("--directory").arg(folder).arg(name);
+    }
+    tools::run(&mut tar)
+}
+
+fn unpack(image: &Path, results: &Path) -> Result<()> {
+    tools::run(Command::new("tar").args(["--extract", "--no-same-owner", "--file"]).arg(image).arg("--directory").arg(results))
+}
+
+/// As one word of a shell.
+fn quoted(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_stay_words() {
+        for word in ["plain", "two words", "it's", "$HOME `x` \"y\"", ""] {
+            let said = Command::new("sh").args(["-c", &format!("printf %s {}", quoted(word))]).output().unwrap();
+            assert_eq!(String::from_utf8(said.stdout).unwrap(), word);
+        }
+    }
+}

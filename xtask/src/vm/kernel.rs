@@ -1,0 +1,117 @@
+//! A kernel unpacked from its packages: the image, an initial file system that finds the root, and its modules as a disk.
+
+use super::{apt::Apt, cpio::Archive, image::make_ext4};
+use crate::{
+    janitor::{Cleanup, Leftover},
+    tools::{self, output},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+/// What finds the root file system, with what they depend on; a kernel may have them built in.
+const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
+const INIT: &str = include_str!("init.sh");
+const MODULES_BYTES: u64 = 512 << 20;
+
+pub struct Kernel {
+    pub vmlinuz: PathBuf,
+    pub initrd: PathBuf,
+    pub modules: PathBuf,
+}
+
+/// The kernel of that release, unpacked when it is not there.
+pub fn ensure(apt: &Apt, vm: &Path, release: &str, cleanup: &mut Cleanup) -> Result<Kernel> {
+    let dir = vm.join(format!("kernel-{release}"));
+    if !dir.exists() {
+        let tree = vm.join(format!("kernel-{}", std::process::id()));
+        cleanup.will_remove(&Leftover::Tree(tree.clone()))?;
+        unpack(apt, release, &tree)?;
+        fs::rename(tree.join("done"), &dir).with_context(|| dir.display().to_string())?;
+    }
+    let kernel = Kernel { vmlinuz: dir.join("vmlinuz"), modules: dir.join("modules.ext4"), initrd: dir.join("initrd") };
+    // Made each time: it takes a moment and follows changes of the script.
+    fs::write(&kernel.initrd, initrd(&dir)?)?;
+    Ok(kernel)
+}
+
+fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
+    let done = tree.join("done");
+    fs::create_dir_all(done.join("initrd.d")).with_context(|| tree.display().to_string())?;
+    // Newer packages are split; which parts there are differs.
+    let mut names: Vec<String> = ["image", "binary", "modules", "base"].map(|part| format!("linux-{part}-{release}")).into();
+    names.push("busybox-static".into());
+    for package in apt.download(&names)? {
+        tools::run(Command::new("dpkg-deb").arg("--extract").arg(&package).arg(tree))?;
+        fs::remove_file(&package)?;
+    }
+    // Older packages have /lib/modules, newer ones /usr/lib/modules.
+    if !tree.join("lib/modules").exists() {
+        fs::create_dir_all(tree.join("lib"))?;
+        fs::rename(tree.join("usr/lib/modules"), tree.join("lib/modules")).context("the packages have no modules")?;
+    }
+    let images = [tree.join("boot").join(format!("vmlinuz-{release}")), tree.join("lib/modules").join(release).join("vmlinuz")];
+    let image =
+        images.iter().find(|image| image.is_file()).with_context(|| format!("the packages of {release} have no vmlinuz"))?;
+    fs::rename(image, done.join("vmlinuz"))?;
+    let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| tree.join(path));
+    let busybox = busybox.iter().find(|file| file.is_file()).context("busybox-static has no busybox")?;
+    fs::copy(busybox, done.join("initrd.d/busybox"))?;
+    tools::run(Command::new("depmod").arg("--basedir").arg(tree).arg(release))?;
+    for (n, module) in needed(tree, release).into_iter().enumerate() {
+        let name = module.file_stem().unwrap_or_default().to_string_lossy().replace(".ko", "");
+        fs::write(done.join(format!("initrd.d/{n:02}-{name}.ko")), uncompressed(&module)?)?;
+    }
+    make_ext4(&tree.join("lib/modules"), &done.join("modules.ext4"), MODULES_BYTES)
+}
+
+/// Module files in the order in which they can be loaded.
+fn needed(tree: &Path, release: &str) -> Vec<PathBuf> {
+    let mut files: Vec<PathBuf> = Vec::new();
+    let tree = tree.to_string_lossy();
+    for module in MODULES {
+        // Not found means built in; what is missing in truth shows when the machine does not find its root.
+        let listed = output("modprobe", &["--dirname", &tree, "--set-version", release, "--show-depends", module]);
+        let listed = listed.unwrap_or_default();
+        let paths = listed.lines().filter_map(|line| line.strip_prefix("insmod ")).map(|path| PathBuf::from(path.trim()));
+        for path in paths {
+            if !files.contains(&path) {
+                files.push(path);
+            }
+        }
+    }
+    files
+}
+
+fn uncompressed(module: &Path) -> Result<Vec<u8>> {
+    let program = match module.extension().and_then(|end| end.to_str()) {
+        Some("ko") => return fs::read(module).with_context(|| module.display().to_string()),
+        Some("xz") => "xz",
+        Some("zst") => "zstd",
+        _ => bail!("{}: how is it compressed?", module.display()),
+    };
+    let output = Command::new(program).args(["-d", "-c"]).arg(module).output().with_context(|| program.to_owned())?;
+    if !output.status.success() {
+        bail!("{program} -d {}: {}", module.display(), String::from_utf8_lossy(&output.stderr).trim());
+    }
+    Ok(output.stdout)
+}
+
+fn initrd(dir: &Path) -> Result<Vec<u8>> {
+    let mut archive = Archive::default();
+    for name in ["bin", "dev", "modules", "proc", "root", "sys"] {
+        archive.directory(name);
+    }
+    archive.file("init", INIT.as_bytes());
+    let mut files: Vec<PathBuf> = fs::read_dir(dir.join("initrd.d"))?.flatten().map(|entry| entry.path()).collect();
+    files.sort();
+    for file in files {
+        let name = file.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let to = if name == "busybox" { "bin/busybox".to_owned() } else { format!("modules/{name}") };
+        archive.file(&to, &fs::read(&file).with_context(|| file.display().to_string())?);
+    }
+    Ok(archive.finish())
+}

@@ -1,0 +1,178 @@
+//! `vm`: runs a command in a virtual machine with a kernel of choice, with what this repository builds at hand.
+//!
+//! Everything in the machine comes from Debian packages by name and is kept in `target/vm`: root file systems by debootstrap, kernels
+//! unpacked from their packages. A run changes neither, leaves no process and no mount behind, and is bounded in time.
+//!
+//! ```text
+//!   target/vm/apt                packages of several suites           (apt.rs)
+//!            /root-SUITE.ext4    user space, with systemd             (image.rs)   vda, changes are thrown away
+//!            /kernel-RELEASE/    vmlinuz, initrd, modules.ext4        (kernel.rs)  vdd, mounted on /lib/modules
+//!            /run-PID/           input.tar, results.img               (boot.rs)    vdb, vdc
+//!            /results/RELEASE-TIME/   what the command left in $RESULTS, output.txt, console.txt, journal.txt
+//! ```
+
+mod apt;
+mod boot;
+mod cpio;
+mod image;
+mod kernel;
+
+use crate::{
+    build::{self, Profile},
+    janitor::{Cleanup, Leftover},
+    setup, sys,
+    tools::{self, Usage, say},
+};
+use anyhow::{Context, Result, bail};
+use std::{
+    env, fs,
+    path::PathBuf,
+    time::{Duration, SystemTime, UNIX_EPOCH},
+};
+
+const USAGE: &str = "usage: cargo xtask vm KERNEL [--append ARGS] [--suite SUITE] [--with FILE].. [--memory MIB] \
+                     [--timeout 30m] [--yes] -- COMMAND ..\n\
+                     KERNEL is a version such as 7.3 or 6.1, or the name of a linux-image package";
+
+#[derive(Debug, PartialEq)]
+struct Options {
+    kernel: String,
+    append: String,
+    suite: Option<String>,
+    /// Further files for the machine.
+    with: Vec<PathBuf>,
+    memory_mib: u32,
+    timeout: Duration,
+    yes: bool,
+    command: Vec<String>,
+}
+
+fn usage(problem: impl std::fmt::Display) -> anyhow::Error {
+    Usage(format!("{problem}\n{USAGE}")).into()
+}
+
+impl Options {
+    fn parse(args: &[String]) -> Result<Self> {
+        let end = args.iter().position(|word| word == "--");
+        let (ours, command) = args.split_at(end.unwrap_or(args.len()));
+        let mut options = Self {
+            kernel: String::new(),
+            append: String::new(),
+            suite: None,
+            with: Vec::new(),
+            memory_mib: 2560,
+            timeout: Duration::from_secs(30 * 60),
+            yes: false,
+            command: command.get(1..).unwrap_or_default().to_vec(),
+        };
+        let mut words = ours.iter();
+        while let Some(word) = words.next() {
+            let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+            let mut value = || {
+                let value = given.or_else(|| words.next().map(String::as_str));
+                value.filter(|value| !value.is_empty()).ok_or_else(|| usage(format!("{name} needs a value")))
+            };
+            match name {
+                "--append" => options.append = value()?.to_owned(),
+                "--suite" => options.suite = Some(value()?.to_owned()),
+                "--with" => options.with.push(value()?.into()),
+                "--memory" => {
+                    let number = value()?;
+                    options.memory_mib = number.parse().map_err(|_| usage(format!("--memory {number} is not a number")))?;
+                }
+                "--timeout" => options.timeout = tools::duration(value()?)?,
+                "--yes" | "-y" => options.yes = true,
+                _ if word.starts_with('-') => return Err(usage(format!("'{word}' is not an option of vm"))),
+                _ if options.kernel.is_empty() => options.kernel.clone_from(word),
+                _ => return Err(usage(format!("'{word}' is a second kernel; the command follows --"))),
+            }
+        }
+        if options.kernel.is_empty() {
+            return Err(usage("KERNEL is missing"));
+        }
+        if options.command.is_empty() {
+            return Err(usage("COMMAND is missing"));
+        }
+        Ok(options)
+    }
+}
+
+pub fn verb(args: &[String]) -> Result<()> {
+    let options = Options::parse(args)?;
+    if env::consts::ARCH != "x86_64" {
+        bail!("virtual machines are made for x86_64 only, and this is {}", env::consts::ARCH);
+    }
+    if !sys::is_root() {
+        bail!("debootstrap makes a root file system with its owners: run as root");
+    }
+    setup::ensure(setup::Scope::Vm, options.yes)?;
+    setup::ensure(setup::Scope::Ebpf, options.yes)?;
+    let dir = tools::target_dir()?.join("vm");
+    fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
+    let files = files(&options)?;
+
+    sys::catch_signals();
+    let mut cleanup = Cleanup::start()?;
+    let apt = apt::Apt::prepare(&dir)?;
+    let release = apt.kernel(&options.kernel)?;
+    let suite = options.suite.as_deref().unwrap_or_else(|| image::suite_of(&release));
+    let root = image::ensure(&apt, &dir, suite, &mut cleanup)?;
+    let kernel = kernel::ensure(&apt, &dir, &release, &mut cleanup)?;
+
+    let run = dir.join(format!("run-{}", std::process::id()));
+    cleanup.will_remove(&Leftover::Tree(run.clone()))?;
+    fs::create_dir(&run).with_context(|| run.display().to_string())?;
+    let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
+    let results = dir.join("results").join(format!("{release}-{now}"));
+    fs::create_dir_all(&results).with_context(|| results.display().to_string())?;
+    let machine = boot::Machine { kernel, root, memory_mib: options.memory_mib, append: &options.append };
+    let status = machine.run(&run, &results, &files, &options.command, options.timeout);
+    say(format_args!("vm: results in {}", results.display()));
+    match status? {
+        0 => Ok(()),
+        status => Err(tools::Ended { what: options.command.join(" "), status }.into()),
+    }
+}
+
+/// What the command finds on its PATH: the agent, the simulator, the tests' helpers, and the files named on the command line.
+fn files(options: &Options) -> Result<Vec<PathBuf>> {
+    let built = build::everything(Profile::Release)?;
+    tools::run(&mut tools::cargo(&["build", "--locked", "--release", "--package", "gpu-sampler-tests", "--bins"])?)?;
+    let helpers = tools::target_dir()?.join("release");
+    let mut files = vec![built.sampler, built.sim, built.sim_library];
+    files.extend(["actor", "storm-check"].map(|name| helpers.join(name)));
+    files.extend(options.with.iter().cloned());
+    match files.iter().find(|file| !file.is_file()) {
+        Some(file) => bail!("{} is not a file", file.display()),
+        None => Ok(files),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn parse(line: &str) -> Result<Options> {
+        Options::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    }
+
+    #[test]
+    fn a_command_line_is_read() {
+        let options = parse("7.3 --append lockdown=integrity --with=a --with b --timeout 5m -- storm-check --storms 1").unwrap();
+        assert_eq!(options.kernel, "7.3");
+        assert_eq!(options.append, "lockdown=integrity");
+        assert_eq!(options.with, [PathBuf::from("a"), PathBuf::from("b")]);
+        assert_eq!(options.timeout, Duration::from_secs(300));
+        assert_eq!(options.command, ["storm-check", "--storms", "1"]);
+    }
+
+    #[test]
+    fn wrong_words_are_usage_errors() {
+        for line in
+            ["", "7.3", "7.3 --", "-- true", "7.3 6.1 -- true", "7.3 --no -- true", "7.3 --memory x -- true", "7.3 --append"]
+        {
+            let problem = parse(line).unwrap_err();
+            assert!(problem.downcast_ref::<Usage>().is_some(), "{line}: {problem:#}");
+        }
+    }
+}
