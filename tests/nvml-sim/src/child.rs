@@ -1,5 +1,6 @@
 //! A child that does nothing: born inside a cgroup, it waits to be killed.
 
+use std::ffi::CString;
 use std::fs;
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -47,7 +48,8 @@ pub struct Child {
 }
 
 impl Child {
-    pub fn start(cgroup: &Cgroup) -> anyhow::Result<Self> {
+    /// It holds these files open.
+    pub fn start(cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
         let mut pidfd: libc::c_int = -1;
         // SAFETY: integers: all-zero is valid.
@@ -59,7 +61,7 @@ impl Child {
         // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread calls only `wait_for_the_end`.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut how, size_of::<libc::clone_args>()) };
         match pid {
-            0 => wait_for_the_end(parent),
+            0 => wait_for_the_end(parent, holds),
             // SAFETY: a new descriptor that nobody else owns.
             1.. => Ok(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false }),
             _ => Err(io::Error::last_os_error()).with_context(|| format!("cannot start a process in {}", cgroup.name)),
@@ -67,11 +69,11 @@ impl Child {
     }
 
     /// With this pid, which must be free. A child that got another one is killed and reaped at once.
-    pub fn start_as(pid: u32, cgroup: &Cgroup) -> anyhow::Result<Self> {
+    pub fn start_as(pid: u32, cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         for _ in 0..PID_TRIES {
             fs::write(NS_LAST_PID, (pid - 1).to_string())
                 .with_context(|| format!("--reuse-pid: {NS_LAST_PID}: be root, on a kernel with CONFIG_CHECKPOINT_RESTORE"))?;
-            let child = Child::start(cgroup)?;
+            let child = Child::start(cgroup, holds)?;
             if child.pid == pid {
                 return Ok(child);
             }
@@ -111,8 +113,8 @@ impl Drop for Child {
 }
 
 /// All that a child does. It is a copy of one thread of its parent: only async-signal-safe calls, nothing is allocated or returned to.
-fn wait_for_the_end(parent: libc::pid_t) -> ! {
-    // SAFETY: system calls on numbers only.
+fn wait_for_the_end(parent: libc::pid_t, holds: &[CString]) -> ! {
+    // SAFETY: system calls on numbers and on strings that were made before the fork.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
         // Who died before that sends no signal.
@@ -121,6 +123,9 @@ fn wait_for_the_end(parent: libc::pid_t) -> ! {
         }
         // The parent's pipes must end with the parent.
         libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0);
+        for file in holds {
+            libc::open(file.as_ptr(), libc::O_RDONLY);
+        }
         loop {
             libc::pause();
         }

@@ -26,6 +26,10 @@ fn owner(pid: u32, from: BootNs, to: BootNs, identity: &Identity) -> (User, Boot
     if pid == 0 || pid == u32::MAX {
         return (User::Nobody(Reason::InvalidPid), unknown);
     }
+    // In another kernel's pid space this number is an unrelated local process's.
+    if !identity.driver_pids.is_trusted() {
+        return (User::Nobody(Reason::PidUnknown), unknown);
+    }
     let stay = || identity.stay(Tgid(pid), from, to);
     match identity.resolve(pid, from, to) {
         Verdict::Container(key) => (User::Container(key), stay().map_or(unknown, |stay| stay.since)),
