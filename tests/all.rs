@@ -19,6 +19,7 @@ mod lives;
 mod losses;
 mod matrix;
 mod modes;
+mod pid_space;
 mod places;
 mod pressure;
 mod prometheus;

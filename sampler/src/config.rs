@@ -63,6 +63,10 @@ pub struct Settings {
     /// Where the host's /sys is [default: /sys]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_SYSFS")]
     pub path_sysfs: Option<PathBuf>,
+    /// Where the host's device nodes are, for the check that the driver's pids are this machine's
+    /// [default: dev below path_rootfs where NVIDIA's nodes are there, else /dev]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_DEVFS")]
+    pub path_devfs: Option<PathBuf>,
     /// Where the host's file system is: the files and sockets of runtimes and kubelet are looked up below it [default: /]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_ROOTFS")]
     pub path_rootfs: Option<PathBuf>,
@@ -119,6 +123,8 @@ pub struct Config {
     pub nvml_lib: Option<PathBuf>,
     pub path_procfs: PathBuf,
     pub path_sysfs: PathBuf,
+    /// Given by name; see [`Config::devfs_candidates`].
+    pub path_devfs: Option<PathBuf>,
     pub path_rootfs: PathBuf,
     /// Sockets given by name; a source that is among them is asked nowhere else.
     pub label_endpoints: Vec<(Source, PathBuf)>,
@@ -159,6 +165,14 @@ impl Config {
         self.path_sysfs.join("kernel/btf/vmlinux")
     }
 
+    /// Folders that may hold NVIDIA's device nodes; the first that has them counts. A container often has them in its own /dev alone.
+    pub fn devfs_candidates(&self) -> Vec<PathBuf> {
+        match &self.path_devfs {
+            Some(given) => vec![given.clone()],
+            None => vec![self.path_rootfs.join("dev"), PathBuf::from("/dev")],
+        }
+    }
+
     /// The machine, as it calls itself.
     pub fn node(&self) -> Option<String> {
         let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
@@ -174,6 +188,7 @@ impl Settings {
             nvml_lib: self.nvml_lib.or(under.nvml_lib),
             path_procfs: self.path_procfs.or(under.path_procfs),
             path_sysfs: self.path_sysfs.or(under.path_sysfs),
+            path_devfs: self.path_devfs.or(under.path_devfs),
             path_rootfs: self.path_rootfs.or(under.path_rootfs),
             docker_endpoint: self.docker_endpoint.or(under.docker_endpoint),
             cri_endpoint: self.cri_endpoint.or(under.cri_endpoint),
@@ -223,6 +238,7 @@ impl Settings {
             nvml_lib: s.nvml_lib.map(|path| existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
             path_procfs: procfs(folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
             path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
+            path_devfs: s.path_devfs.map(|path| existing("path_devfs", path, "the host's /dev")).transpose()?,
             path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
             label_endpoints: endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
             label_sources: sources(s.label_sources)?,
@@ -403,6 +419,7 @@ mod tests {
         check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is wrong: give a Unix socket");
         check("label_sources = ['bundel']", "label_sources = \"bundel\" is wrong: choose from");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
+        check("path_devfs = '/no/such/dev'", "path_devfs = /no/such/dev does not exist; give the path of the host's /dev");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
         check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is wrong: give a power of two");
         check("gpu_saturation_percent = 100", "ok");
@@ -423,7 +440,12 @@ mod tests {
         let uncommented: String = REFERENCE.lines().filter_map(|l| l.strip_prefix("#: ")).map(|l| format!("{l}\n")).collect();
         let read: Settings = toml::from_str(&uncommented).unwrap();
         assert!(read.listen.is_some() && read.nvml_lib.is_some() && read.path_procfs.is_some() && read.path_sysfs.is_some());
-        assert!(read.path_rootfs.is_some() && read.docker_endpoint.is_some() && read.label_sources.is_some());
+        assert!(
+            read.path_devfs.is_some()
+                && read.path_rootfs.is_some()
+                && read.docker_endpoint.is_some()
+                && read.label_sources.is_some()
+        );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
         assert!(
             read.kernel_ring_bytes.is_some()

@@ -13,6 +13,7 @@ use std::time::Duration;
 use hdrhistogram::Histogram;
 use sampler_common::kind;
 use sampler_core::identity::{Identity, Size};
+use sampler_core::pid_space::PidSpace;
 use sampler_core::units::BootNs;
 
 use self::driver::DriverHealth;
@@ -59,6 +60,8 @@ impl Calls {
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
+    /// Whether the driver's pids are this machine's.
+    pub pid_space: PidSpace,
     pub events_seen: [u64; kind::COUNT as usize],
     pub events_lost: [u64; kind::COUNT as usize],
     /// Processor time the core thread spent on draining the kernel's rings.
@@ -127,6 +130,10 @@ impl Health {
 
     pub fn set_kernel_mode(&self, mode: &'static str) {
         self.inner().view.kernel_mode = mode;
+    }
+
+    pub fn set_pid_space(&self, space: PidSpace) {
+        self.inner().view.pid_space = space;
     }
 
     pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &[u64; kind::COUNT as usize], drained: Duration) {

@@ -154,6 +154,11 @@ impl Sim {
         self.dir.path().join("lib/libnvidia-ml.so.1")
     }
 
+    /// Stand-ins of the device nodes, in a world that has them.
+    pub fn devices(&self) -> PathBuf {
+        self.dir.path().join("dev")
+    }
+
     pub fn load(&self, pid: u32, gpu: usize, demand: f64, more: &[&str]) -> Result<Running> {
         let mut command = Command::new(var("NVML_SIM_BIN")?);
         command.args(["load", "--pid", &pid.to_string(), "--gpu", &gpu.to_string(), "--demand", &demand.to_string()]);
@@ -195,6 +200,8 @@ impl Agent {
         command.arg("run").stdin(Stdio::null());
         if let Some(sim) = sim {
             command.arg("--nvml-lib").arg(sim.library()).env("NVML_SIM_DIR", sim.dir.path());
+            // The machine's own device nodes are not this driver's.
+            command.env("GPU_SAMPLER_PATH_DEVFS", sim.devices());
         }
         Ok(command)
     }

@@ -7,6 +7,7 @@ pub mod fact;
 pub mod identity;
 pub mod labels;
 pub mod observation;
+pub mod pid_space;
 pub mod pipeline;
 pub mod recover;
 pub mod report;

@@ -5,6 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::fact::PressureFact;
+use crate::pid_space::PidSpace;
 use crate::recover::Rejected;
 use crate::snapshot::{DeviceReadings, Engine, GpuInfo};
 use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
@@ -210,6 +211,8 @@ pub enum Observation {
         count: u64,
     },
     Pressure(PressureFact),
+    /// Whether the driver's pids are this kernel's, from now on.
+    PidSpace(PidSpace),
     Tick {
         at: BootNs,
         wall: WallTime,

@@ -228,7 +228,7 @@ fn inotify(procfs: &Path, cgroups: usize) -> Check {
 
 fn driver(config: &Config) -> Vec<Check> {
     const NAME: &str = "NVIDIA driver";
-    let inspected = match gpu::inspect(config.nvml_lib.as_deref(), gpu::limits(config)) {
+    let inspected = match gpu::inspect(config) {
         Ok(inspected) => inspected,
         // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
         Err(error) => {
@@ -247,6 +247,10 @@ fn driver(config: &Config) -> Vec<Check> {
         None => Check::ok("GPU", what),
         Some(remedy) => Check::bad("GPU", Status::Degraded, what, remedy),
     }));
+    checks.push(match inspected.pid_space {
+        (what, None) => Check::ok("driver's pids", what),
+        (what, Some(remedy)) => Check::bad("driver's pids", Status::Degraded, what, remedy),
+    });
     checks
 }
 

@@ -226,6 +226,8 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     to.histogram("gpu_sampler_identify_seconds", "From a cgroup's creation in the kernel to its place in the tables.")
         .add_histogram(&[], &IDENTIFY_BOUNDS, &t.buckets, t.sum_seconds, t.count);
     to.gauge("gpu_sampler_kernel_mode", "How processes and cgroups are followed.").add(&[("mode", health.kernel_mode)], 1.0);
+    let help = "Whether the pids that the driver returns are pids of this machine; value is always 1.";
+    to.gauge("gpu_sampler_pid_space", help).add(&[("state", health.pid_space.name())], 1.0);
     let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
     to.gauge("gpu_sampler_build_info", "What runs.").add(&[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
 }

@@ -26,6 +26,9 @@ pub struct Live {
     /// The machine, as it calls itself.
     pub node: Option<String>,
     pub kernel_mode: String,
+    /// Whether the driver's pids are this machine's: local, foreign, unsettled or unverifiable.
+    #[serde(default)]
+    pub pid_space: String,
     pub degraded: Vec<Degraded>,
     pub gpus: Vec<LiveGpu>,
     /// A row for each container and GPU.
@@ -198,6 +201,7 @@ impl Live {
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: node.map(str::to_owned),
             kernel_mode: health.kernel_mode.to_owned(),
+            pid_space: health.pid_space.name().to_owned(),
             degraded: health.degraded.iter().map(degraded).collect(),
             gpus: page.gpus.iter().map(gpu).collect(),
             users: page.rows.iter().map(|row| user(row, page)).collect(),

@@ -104,7 +104,7 @@ impl Driver {
         for tick in self.rings.get(gpu).into_iter().flatten() {
             let stamp = self.stamp(gpu, tick.at_us);
             for (engine, util) in tick.util.into_iter().enumerate().filter(|(_, util)| *util > 0) {
-                let Some(pid) = tick.pid[engine] else { continue };
+                let Some(pid) = tick.pid[engine].map(|pid| self.shown(pid)) else { continue };
                 let before = if early { mix(self.world.seed, pid.into(), tick.at_us) % EARLY_US } else { 0 };
                 pieces.push(Piece { pid, at_us: tick.at_us, stamp_us: stamp.saturating_sub(before), engine, util });
             }
@@ -140,7 +140,8 @@ impl Driver {
     fn exited<'p>(&self, gpu: usize, after_us: u64, pieces: &'p [Piece]) -> Vec<&'p Piece> {
         let mut gone: HashMap<u32, bool> = HashMap::new();
         let loads = self.log.loads.of(gpu.into());
-        let mut is_gone = |pid| *gone.entry(pid).or_insert_with(|| loads.iter().all(|l| l.pid != pid || l.end_us.is_some()));
+        let mut is_gone =
+            |pid| *gone.entry(pid).or_insert_with(|| loads.iter().all(|l| self.shown(l.pid) != pid || l.end_us.is_some()));
         pieces.iter().filter(|p| p.stamp_us <= after_us && is_gone(p.pid)).collect()
     }
 

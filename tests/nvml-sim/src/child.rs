@@ -1,5 +1,6 @@
 //! A child that does nothing but wait to be killed: born inside a cgroup, or launched into one as container runtimes do.
 
+use std::ffi::CString;
 use std::fs;
 use std::io::{self, Read as _, Write as _};
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -61,20 +62,21 @@ pub struct Child {
 }
 
 impl Child {
-    pub fn start(cgroup: &Cgroup) -> anyhow::Result<Self> {
+    /// It holds these files open.
+    pub fn start(cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
         let child = Self::fork(Some(cgroup)).with_context(|| format!("cannot start a process in {}", cgroup.name))?;
-        Ok(child.unwrap_or_else(|| wait_for_the_end(parent)))
+        Ok(child.unwrap_or_else(|| wait_for_the_end(parent, holds)))
     }
 
     /// As container runtimes do: forked in the cgroup of this program, moved to `cgroup` by writing `cgroup.procs`, then exec'd.
     /// `held` passes between fork and exec, half of it before the move. The process has called exec when this returns.
-    pub fn launch(cgroup: &Cgroup, held: Duration) -> anyhow::Result<Self> {
+    pub fn launch(cgroup: &Cgroup, held: Duration, holds: &[CString]) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
         let (gate, mut open) = io::pipe()?;
         let (mut status, report) = io::pipe()?;
         let (gate_fd, report_fd) = (gate.as_raw_fd(), report.as_raw_fd());
-        let child = Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_let(parent, gate_fd, report_fd));
+        let child = Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_let(parent, gate_fd, report_fd, holds));
         drop(report);
         std::thread::sleep(held / 2);
         cgroup.attach(child.pid)?;
@@ -112,11 +114,11 @@ impl Child {
     }
 
     /// With this pid, which must be free. A child that got another one is killed and reaped at once.
-    pub fn start_as(pid: u32, cgroup: &Cgroup) -> anyhow::Result<Self> {
+    pub fn start_as(pid: u32, cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         for _ in 0..PID_TRIES {
             fs::write(NS_LAST_PID, (pid - 1).to_string())
                 .with_context(|| format!("--reuse-pid: {NS_LAST_PID}: be root, on a kernel with CONFIG_CHECKPOINT_RESTORE"))?;
-            let child = Child::start(cgroup)?;
+            let child = Child::start(cgroup, holds)?;
             if child.pid == pid {
                 return Ok(child);
             }
@@ -167,11 +169,20 @@ fn die_with(parent: libc::pid_t) {
     }
 }
 
+/// Opens these files for good, an exec included.
+fn hold(files: &[CString]) {
+    for file in files {
+        // SAFETY: a string that was made before the fork.
+        unsafe { libc::open(file.as_ptr(), libc::O_RDONLY) };
+    }
+}
+
 /// A child from its first instant to its end.
-fn wait_for_the_end(parent: libc::pid_t) -> ! {
+fn wait_for_the_end(parent: libc::pid_t, holds: &[CString]) -> ! {
     die_with(parent);
     // SAFETY: a system call on numbers only. The parent's pipes must end with the parent.
     unsafe { libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, 0) };
+    hold(holds);
     rest()
 }
 
@@ -184,15 +195,18 @@ pub fn rest() -> ! {
 }
 
 /// Waits for a byte at the gate and becomes this program's verb [`REST`]. Reports a byte where that fails.
-fn exec_when_let(parent: libc::pid_t, gate: libc::c_int, report: libc::c_int) -> ! {
+fn exec_when_let(parent: libc::pid_t, gate: libc::c_int, report: libc::c_int, holds: &[CString]) -> ! {
     die_with(parent);
     let mut byte = 0u8;
-    // SAFETY: system calls on open descriptors, numbers and NUL-terminated strings, in arrays that end with null.
+    // SAFETY: system calls on open descriptors and numbers. The parent's pipes must end with the parent.
     unsafe {
         libc::read(gate, (&raw mut byte).cast(), 1);
-        // The parent's pipes must end with the parent.
         libc::syscall(libc::SYS_close_range, 0, libc::c_uint::MAX, libc::CLOSE_RANGE_CLOEXEC);
-        let (program, none) = (c"/proc/self/exe".as_ptr(), std::ptr::null());
+    }
+    hold(holds);
+    let (program, none) = (c"/proc/self/exe".as_ptr(), std::ptr::null());
+    // SAFETY: an open descriptor, and NUL-terminated strings in arrays that end with null.
+    unsafe {
         libc::execve(program, [program, REST.as_ptr(), none].as_ptr(), [none].as_ptr());
         libc::write(report, (&raw const byte).cast(), 1);
         libc::_exit(127)

@@ -16,6 +16,9 @@ use crate::world::{Unit, World};
 /// What the driver itself holds of every GPU's memory.
 pub const RESERVED_BYTES: u64 = 300 << 20;
 
+/// Distance between the pids of two kernels, for a world of which the driver's kernel is another: no pid of Linux is as large.
+const FOREIGN_PIDS: u32 = 5_000_000;
+
 /// How often the log's dead are looked for.
 const LOOK_EVERY_US: u64 = 1_000_000;
 
@@ -60,6 +63,12 @@ impl Driver {
     #[cfg(not(test))]
     pub fn now(&self) -> u64 {
         loads::now_us()
+    }
+
+    /// The pid by which the driver names the process.
+    pub fn shown(&self, pid: u32) -> u32 {
+        let other = if self.world.foreign_pids { pid.saturating_add(FOREIGN_PIDS) } else { pid };
+        self.log.loads.shown(pid).unwrap_or(other)
     }
 
     /// Takes in the log; the time that was taken before: what is served is older than both.

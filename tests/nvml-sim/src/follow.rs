@@ -17,6 +17,8 @@ pub struct Loads {
     units: BTreeMap<Unit, Vec<Load>>,
     /// Where the load with this id lies.
     places: HashMap<u64, (Unit, usize)>,
+    /// Pids by which the driver names processes, where these are not their own; also of those that have ended.
+    shown: HashMap<u32, u32>,
 }
 
 impl Loads {
@@ -28,7 +30,16 @@ impl Loads {
         self.units.values().flatten()
     }
 
+    /// The pid by which the driver names the process, where it is not its own.
+    pub fn shown(&self, pid: u32) -> Option<u32> {
+        self.shown.get(&pid).copied()
+    }
+
     fn begin(&mut self, load: Load) {
+        match load.ways.shown_as {
+            Some(shown) => self.shown.insert(load.pid, shown),
+            None => self.shown.remove(&load.pid),
+        };
         let unit = load.unit();
         let loads = self.units.entry(unit).or_default();
         self.places.entry(load.id).or_insert((unit, loads.len()));

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use nvidia_ml_sim::loads::{self, Load};
+use nvidia_ml_sim::world::World;
 
 /// A signal that comes just before the wait is noticed this late at most.
 pub const LOOK_EVERY: Duration = Duration::from_millis(100);
@@ -75,10 +76,14 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
     let mut child = Command::new(program);
     child.args(arguments);
     let gate_fd = gate.as_raw_fd();
-    // SAFETY: only close and read, both async-signal-safe, on descriptors that the child inherited.
+    let nodes = nodes(&load.dir, load.gpu)?;
+    // SAFETY: only close, read and fcntl, all async-signal-safe, on descriptors that the child inherited.
     unsafe {
         child.pre_exec(move || {
             libc::close(closed_in_child);
+            for node in &nodes {
+                libc::fcntl(node.as_raw_fd(), libc::F_SETFD, 0);
+            }
             let mut byte = 0u8;
             libc::read(gate_fd, (&raw mut byte).cast(), 1);
             Ok(())
@@ -116,6 +121,12 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
     loads::end(&load.dir, id)?;
     let status = child.wait()?;
     Ok(status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1) as u8)
+}
+
+/// What the command has open from its first instant, as a process that uses the GPU has.
+fn nodes(dir: &Path, gpu: usize) -> anyhow::Result<Vec<std::fs::File>> {
+    let open = |path: std::path::PathBuf| std::fs::File::open(&path).with_context(|| path.display().to_string());
+    World::read(dir)?.nodes(dir, Some(gpu)).into_iter().map(open).collect()
 }
 
 /// The child that is held before its exec.

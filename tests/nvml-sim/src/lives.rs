@@ -5,8 +5,10 @@
 //! One thread. Without `--launch` a child is a bare clone that only waits, so that a life costs less than a millisecond. Its load is declared when it is
 //! there and ended before it is killed: what the log says lies within the process's life. Children die with this process.
 
+use std::ffi::CString;
 use std::io::{self, Write as _};
 use std::os::fd::AsRawFd as _;
+use std::os::unix::ffi::OsStringExt as _;
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
@@ -87,6 +89,8 @@ struct Crowd<'a> {
     ways: Ways,
     gpus: Vec<usize>,
     cgroups: Vec<Cgroup>,
+    /// Device nodes that a process holds, by GPU.
+    nodes: Vec<Vec<CString>>,
     log: Log,
     alive: Vec<Life>,
     gone: Vec<Told>,
@@ -123,7 +127,10 @@ impl<'a> Crowd<'a> {
         let ways = asked.ways.ways(true)?;
         let cgroups =
             asked.cgroups.iter().map(|path| Cgroup::open(path, asked.launch.is_some())).collect::<anyhow::Result<_>>()?;
-        Ok(Self { asked, ways, gpus, cgroups, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
+        let path = |path: PathBuf| CString::new(path.into_os_string().into_vec()).context("--dir has a zero byte");
+        let nodes = |gpu| world.nodes(&asked.dir, Some(gpu)).into_iter().map(path).collect::<anyhow::Result<Vec<_>>>();
+        let nodes = (0..there).map(nodes).collect::<anyhow::Result<_>>()?;
+        Ok(Self { asked, ways, gpus, cgroups, nodes, log: Log::open(&asked.dir)?, alive: Vec::new(), gone: Vec::new() })
     }
 
     fn live(&mut self) -> anyhow::Result<()> {
@@ -154,10 +161,11 @@ impl<'a> Crowd<'a> {
         let lasts = between(3, self.asked.lasting);
         let (least, most) = self.asked.demand;
         let demand = least + (most - least) * draw(4, DEMAND_STEPS + 1) as f64 / DEMAND_STEPS as f64;
+        let holds = &self.nodes[gpu];
         let child = match (pid, self.asked.launch) {
-            (Some(pid), _) => Child::start_as(pid, cgroup)?,
-            (None, Some(held)) => Child::launch(cgroup, between(5, held))?,
-            (None, None) => Child::start(cgroup)?,
+            (Some(pid), _) => Child::start_as(pid, cgroup, holds)?,
+            (None, Some(held)) => Child::launch(cgroup, between(5, held), holds)?,
+            (None, None) => Child::start(cgroup, holds)?,
         };
         let due = Instant::now() + lasts;
         let pid = child.pid;

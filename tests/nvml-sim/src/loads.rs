@@ -61,6 +61,9 @@ pub struct Ways {
     pub mig: Option<usize>,
     pub mps: bool,
     pub graphics: bool,
+    /// The pid by which the driver names it.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub shown_as: Option<u32>,
 }
 
 /// It wants something only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.

@@ -237,6 +237,11 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
     symbols::hide(&mut image, &symbols::missing(&world)?)?;
     let copy = lib.join("libnvidia-ml.so.1");
     fs::write(&copy, image).with_context(|| copy.display().to_string())?;
+    let devices = dir.join(world::DEVICES);
+    fs::create_dir_all(&devices).with_context(|| devices.display().to_string())?;
+    for node in world.nodes(dir, None) {
+        fs::write(&node, "").with_context(|| node.display().to_string())?;
+    }
     fs::write(dir.join(loads::FILE), "").with_context(|| dir.display().to_string())?;
     fs::write(dir.join(world::FILE), toml::to_string(&world)?).with_context(|| dir.display().to_string())
 }

@@ -55,9 +55,10 @@ impl Driver {
             let from = found.len();
             for load in self.log.loads.of(part).iter().filter(|l| l.end_us.is_none() && is_in(list, l)) {
                 let bytes = if unknown { UNKNOWN_BYTES } else { load.memory_bytes };
-                match found[from..].iter_mut().find(|p| p.pid == load.pid) {
+                let pid = self.shown(load.pid);
+                match found[from..].iter_mut().find(|p| p.pid == pid) {
                     Some(process) => process.bytes = process.bytes.saturating_add(bytes),
-                    None => found.push(Process { pid: load.pid, bytes, gi, ci }),
+                    None => found.push(Process { pid, bytes, gi, ci }),
                 }
             }
         }

@@ -251,3 +251,23 @@ fn sums_go_on_without_the_loads_behind_them() {
     assert!((busy - 0.2).abs() < 0.02, "{busy}");
     assert!(sim.dir.path().exists() && sim.driver.accounts(0).unwrap().len() == 2);
 }
+
+#[test]
+fn pids_of_another_kernel_are_in_every_answer() {
+    let pids = |sim: &mut Sim| {
+        let rows: std::collections::BTreeSet<u32> = sim.rows(0).iter().map(|row| row.pid).collect();
+        let listed = sim.driver.processes(Unit::from(0), List::Compute).unwrap();
+        let listed: std::collections::BTreeSet<u32> = listed.iter().map(|process| process.pid).collect();
+        assert_eq!(rows, listed);
+        rows.into_iter().collect::<Vec<_>>()
+    };
+    let loads = || [(7, 0.5, None, Ways::default()), (8, 0.4, None, Ways { shown_as: Some(99), ..Ways::default() })];
+    assert_eq!(pids(&mut with_ways("", &loads())), [7, 99]);
+    assert_eq!(pids(&mut with_ways("foreign_pids = true", &loads())), [99, 5_000_007]);
+    // The truth has their own.
+    let mut sim = with_ways("foreign_pids = true", &loads());
+    assert!(sim.ticks().iter().filter_map(|tick| tick.pid[0]).all(|pid| matches!(pid, 7 | 8)));
+    // A later process of that pid has its own number.
+    let reused = [(7, 0.5, Some(BEGUN + 1), Ways { shown_as: Some(99), ..Ways::default() }), (7, 0.5, None, Ways::default())];
+    assert_eq!(pids(&mut with_ways("", &reused)), [7]);
+}

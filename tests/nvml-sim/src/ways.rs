@@ -45,6 +45,9 @@ pub struct Options {
     /// It is listed among the graphics processes
     #[arg(long)]
     graphics: bool,
+    /// Pid by which the driver names it, as if it were another kernel's process
+    #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
+    shown_as: Option<u32>,
 }
 
 impl Options {
@@ -66,7 +69,8 @@ impl Options {
             _ => None,
         };
         let (memory, mig, mps, graphics) = (self.memory, self.mig, self.mps, self.graphics);
-        Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, mig, mps, graphics, ..Ways::default() })
+        let shown_as = self.shown_as;
+        Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, mig, mps, graphics, shown_as, ..Ways::default() })
     }
 
     /// That the GPU is there and, in MIG mode, the device on it.

@@ -2,7 +2,7 @@
 //! Written once by `init`, then only read. README.md of this package explains every key.
 
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
@@ -67,6 +67,10 @@ macro_rules! world {
             pub one_lock: bool,
             /// Symbols that the library does not have.
             pub missing: Vec<String>,
+            /// Pids in answers are of another kernel's pid space.
+            pub foreign_pids: bool,
+            /// There are stand-ins of the device nodes, which processes hold.
+            pub nodes: bool,
             $($(#[$doc])* pub $name: $type,)*
             pub faults: Vec<FaultKey>,
             pub xids: Vec<XidKey>,
@@ -99,6 +103,8 @@ macro_rules! world {
                     call_us: 0,
                     one_lock: false,
                     missing: Vec::new(),
+                    foreign_pids: false,
+                    nodes: false,
                     $($name: $default,)*
                     faults: Vec::new(),
                     xids: Vec::new(),
@@ -235,7 +241,21 @@ fn span_us(key: &str, text: &str) -> anyhow::Result<u64> {
     time::span(text).map(faults::micros).map_err(|problem| anyhow::anyhow!("{key} = {text:?}: {problem}"))
 }
 
+/// Folder of the device nodes' stand-ins.
+pub const DEVICES: &str = "dev";
+
 impl World {
+    /// Stand-ins of the device nodes that a process holds which uses that GPU, or of all; none in a world without.
+    pub fn nodes(&self, dir: &Path, gpu: Option<usize>) -> Vec<PathBuf> {
+        if !self.nodes {
+            return Vec::new();
+        }
+        let used = self.gpus.iter().enumerate().filter(|(index, _)| gpu.is_none_or(|gpu| gpu == *index));
+        let numbered = used.map(|(index, gpu)| format!("nvidia{}", gpu.minor.unwrap_or(index as u32)));
+        let common = ["nvidiactl", "nvidia-uvm"].map(str::to_owned);
+        common.into_iter().chain(numbered).map(|name| dir.join(DEVICES).join(name)).collect()
+    }
+
     pub fn read(dir: &Path) -> anyhow::Result<World> {
         let path = dir.join(FILE);
         let text = fs::read_to_string(&path)
@@ -384,6 +404,15 @@ impl Gpu {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_process_holds_the_nodes_of_its_gpu() {
+        let world = World::parse("nodes = true\n[[gpus]]\n[[gpus]]\nminor = 7").unwrap();
+        let names = |gpu| world.nodes(Path::new("/d"), gpu).iter().map(|p| p.display().to_string()).collect::<Vec<_>>();
+        assert_eq!(names(Some(1)), ["/d/dev/nvidiactl", "/d/dev/nvidia-uvm", "/d/dev/nvidia7"]);
+        assert_eq!(names(None).len(), 4);
+        assert!(World::parse("[[gpus]]").unwrap().nodes(Path::new("/d"), None).is_empty());
+    }
 
     #[test]
     fn the_delay_is_the_floor_when_left_out() {

@@ -121,6 +121,8 @@ impl Stage {
         }
         let mut agent = Command::new(&built.sampler);
         agent.env("NVML_SIM_DIR", &dir).arg("run").arg("--nvml-lib").arg(dir.join("lib/libnvidia-ml.so.1"));
+        // The machine's own device nodes are not the simulator's.
+        agent.arg("--path-devfs").arg(dir.join("dev"));
         let (agent, server, log) = agent::start("demo", agent, tmp)?;
         begin(last)?;
         Ok(Self { workloads, loads, agent, log, server, expected: &SPECS })

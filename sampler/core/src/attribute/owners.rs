@@ -37,6 +37,10 @@ impl Owners {
         if pid == 0 || pid == u32::MAX {
             return (User::Nobody(Reason::InvalidPid), unknown);
         }
+        // In another kernel's pid space this number is an unrelated local process's.
+        if !identity.driver_pids.is_trusted() {
+            return (User::Nobody(Reason::PidUnknown), unknown);
+        }
         let seen = |start: BootNs| self.sightings.get(&(pid, start.proc_tick())).map(|sighting| sighting.first);
         let verdict = identity.resolve(Tgid(pid), span, seen);
         let stay = identity.stay(Tgid(pid), span, seen);

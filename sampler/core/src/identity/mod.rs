@@ -21,6 +21,7 @@ use std::collections::{HashMap, VecDeque};
 
 use crate::labels::CgroupIdentity;
 use crate::observation::{CgroupFact, Observation, ProcessFact, ProcessSeen, ScanEnd};
+use crate::pid_space::PidSpace;
 use crate::units::{BootNs, ContainerKey, Tgid};
 
 /// Keyed by the kernel's own numbers, several look-ups an event: a fast hash, which nobody outside can aim at.
@@ -55,6 +56,8 @@ pub struct UserStay {
 pub struct Identity {
     pub processes: Processes,
     pub cgroups: Cgroups,
+    /// Whether a pid that the driver names is one of `processes`.
+    pub driver_pids: PidSpace,
     /// Spans within which kernel events were lost, up to the end of the scan that repaired it.
     losses: VecDeque<(BootNs, BootNs)>,
     /// Contradictions that the present scan has found.
@@ -81,6 +84,7 @@ impl Identity {
             Observation::Cgroup(fact) => self.cgroup(&fact),
             Observation::ScanBegan => self.scan_began(),
             Observation::ScanEnded(scan) => self.scan_ended(&scan),
+            Observation::PidSpace(space) => self.driver_pids = space,
             Observation::GpuFound { .. }
             | Observation::GpuGone { .. }
             | Observation::Xid { .. }

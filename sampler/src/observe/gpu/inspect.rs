@@ -1,19 +1,23 @@
 //! What `doctor` says of each GPU: one look, no sampling.
 
 use std::path::Path;
-use std::sync::Arc;
 use std::sync::mpsc::{channel, sync_channel};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+use sampler_core::pid_space::{Evidence, Named};
 use sampler_core::snapshot::MigMode;
 
 use super::budget::{Cost, Limits, expected};
-use super::calls::Buffers;
+use super::calls::{Buffers, List};
+use super::device_nodes::{Nodes, Places};
 use super::driver::{Driver, cpu_now, error_name};
 use super::library::{Generation, Handle};
-use super::{GpuError, gpm, mig, open, spawn};
+use super::{GpuError, gpm, mig, open, pid_space, spawn};
+use crate::config::Config;
 use crate::health::Health;
 use crate::health::driver::Call;
+use crate::observe::clock::boot_now;
 
 /// The driver may hang.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -22,6 +26,8 @@ const CLOSED: &str = "it is not sampled until it can be opened; see dmesg for Xi
 const MIXED: &str = "its time cannot be told apart by process here; MIG, WSL and some boards do not offer it";
 /// Calls timed, of which the median is told.
 const TIMED: usize = 5;
+/// Between the two lists that may name a process of another pid space: what is seen once says nothing.
+const LIST_AGAIN_AFTER: Duration = Duration::from_millis(1_100);
 /// nvmlSamplingType_t: GPU utilization.
 const GPU_UTILIZATION: u32 = 1;
 
@@ -30,23 +36,33 @@ pub struct Inspected {
     pub version: String,
     /// (what it is, what to do where the agent cannot attribute its time to processes).
     pub gpus: Vec<(String, Option<&'static str>)>,
+    /// Whether its pids are this machine's, and what to do where that keeps time from being attributed.
+    pub pid_space: (String, Option<&'static str>),
+}
+
+/// What all GPUs' processes say together.
+struct PidSpaces {
+    places: Places,
+    nodes: Option<Nodes>,
+    evidence: Mutex<Evidence>,
 }
 
 /// Each GPU in a thread of its own, because it may hang.
-pub fn inspect(lib: Option<&Path>, limits: Limits) -> Result<Inspected, GpuError> {
+pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let until = Instant::now() + PATIENCE;
     let (done, opened) = sync_channel(1);
-    let lib = lib.map(Path::to_owned);
+    let lib = config.nvml_lib.clone();
     spawn("gpu-inspect", move || {
         let _waited_for = done.send(look(lib.as_deref()));
     })?;
     let (generation, version, count) = opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
     let (done, inspected) = channel();
     let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not answer"), Some(SILENT))).collect();
+    let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), super::limits(config));
     for index in 0..count {
-        let (generation, done) = (Arc::clone(&generation), done.clone());
+        let (generation, pid_spaces, done) = (Arc::clone(&generation), Arc::clone(&pid_spaces), done.clone());
         spawn("gpu-inspect", move || {
-            let _waited_for = done.send((index, gpu(&generation, index, limits)));
+            let _waited_for = done.send((index, gpu(&generation, index, limits, &pid_spaces)));
         })?;
     }
     // The last thread that ends closes it.
@@ -54,7 +70,47 @@ pub fn inspect(lib: Option<&Path>, limits: Limits) -> Result<Inspected, GpuError
     while let Ok((index, gpu)) = inspected.recv_timeout(until.saturating_duration_since(Instant::now())) {
         gpus[index as usize] = gpu;
     }
-    Ok(Inspected { version, gpus })
+    let pid_space = pid_space::words(&pid_spaces.evidence());
+    Ok(Inspected { version, gpus, pid_space })
+}
+
+impl PidSpaces {
+    fn new(config: &Config) -> Self {
+        let places = Places::new(config);
+        let nodes = places.nodes();
+        let evidence = Evidence::new(nodes.is_some(), nodes.as_ref().is_some_and(|nodes| nodes.module));
+        Self { places, nodes, evidence: Mutex::new(evidence) }
+    }
+
+    fn evidence(&self) -> std::sync::MutexGuard<'_, Evidence> {
+        self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Looks at the processes that the driver lists; twice, where the first time shows none that holds a device node.
+    fn look(&self, handle: &Handle, driver: &mut Driver, buffers: &mut Buffers) {
+        let Some(nodes) = &self.nodes else { return };
+        for again in [false, true] {
+            let at = boot_now();
+            let mut pids = Vec::new();
+            for (list, call) in [
+                (List::Compute, Call::GetComputeRunningProcesses),
+                (List::Graphics, Call::GetGraphicsRunningProcesses),
+                (List::Mps, Call::GetMpsComputeRunningProcesses),
+            ] {
+                let listed = driver.call(call, || buffers.processes(handle, list)).unwrap_or_default();
+                pids.extend(listed.into_iter().map(|(pid, _)| pid).filter(|pid| !matches!(pid, 0 | &u32::MAX)));
+            }
+            for pid in &pids {
+                if let Some(sighting) = self.places.sight(nodes, *pid) {
+                    self.evidence().see(Named { pid: *pid, listed: true, at }, boot_now(), sighting);
+                }
+            }
+            if again || pids.is_empty() || self.evidence().holder().is_some() {
+                return;
+            }
+            std::thread::sleep(LIST_AGAIN_AFTER);
+        }
+    }
 }
 
 fn look(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> {
@@ -64,7 +120,7 @@ fn look(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> 
     Ok((generation, version, count))
 }
 
-fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits) -> (String, Option<&'static str>) {
+fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &PidSpaces) -> (String, Option<&'static str>) {
     let handle = match Handle::by_index(generation, index) {
         Ok(handle) => handle,
         Err(error) => return (format!("GPU {index} cannot be opened: {error}"), Some(CLOSED)),
@@ -75,13 +131,14 @@ fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits) -> (String, Opt
     let caller = Arc::new(health.driver.caller(String::new(), None));
     let mut driver = Driver::new(&uuid, &caller, &health);
     let what = format!("GPU {index} {name} {uuid}");
+    let mut buffers = Buffers::default();
+    pid_spaces.look(&handle, &mut driver, &mut buffers);
     if let Ok(MigMode::Enabled) = mig::mode(&handle, &mut driver) {
         let places = handle.device().mig_device_count().unwrap_or_default();
         let n = (0..places).filter(|place| handle.mig(*place).is_ok()).count();
         let gpm = if gpm::is_supported(&handle, &mut driver) { "their time by GPM" } else { "no GPM: their time is unsupported" };
         return (format!("{what}: MIG mode, {n} MIG devices, {gpm}"), None);
     }
-    let mut buffers = Buffers::default();
     let samples = driver.call(Call::GetSamples, || buffers.samples(&handle, GPU_UTILIZATION, 0));
     let mut rows = driver.call(Call::GetProcessesUtilizationInfo, || buffers.rows_of_all_engines(&handle, 0)).map(|_| ());
     let newer = rows.is_ok();

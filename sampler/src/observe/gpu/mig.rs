@@ -162,7 +162,7 @@ impl MigDevices {
             driver.add_spent(device.driver.take_spent());
             // A MIG device that is lost or destroyed is found out when the GPU is looked at.
             device.driver.clear_trouble();
-            context.to.observe(Observation::from(batch))?;
+            context.polled(batch)?;
         }
         Ok(())
     }

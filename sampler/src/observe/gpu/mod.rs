@@ -5,11 +5,13 @@
 //!  gpu-open    opens GPUs for gpu-watch, which leaves it behind where it hangs
 //!  gpu-N       one GPU and its MIG devices: rings, rows, lists, readings, as its budget allows
 //!  gpu-events  XID errors of all GPUs
+//!  gpu-pids    settles whether the driver's pids are this machine's
 //! ```
 //! A generation lives as long as anyone uses it. Threads that hang keep theirs, and are waited for by nobody.
 
 mod budget;
 mod calls;
+mod device_nodes;
 mod driver;
 mod events;
 mod gpm;
@@ -17,6 +19,7 @@ mod inspect;
 mod library;
 mod mig;
 mod pace;
+mod pid_space;
 mod poller;
 mod readings;
 mod ring;
@@ -32,7 +35,7 @@ use std::sync::{Arc, Mutex};
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
-use sampler_core::observation::{Answer, GpuBatch};
+use sampler_core::observation::{Answer, GpuBatch, Observation};
 use sampler_core::recover::Rejected;
 use sampler_core::units::{BootNs, WallTime};
 use thiserror::Error;
@@ -40,10 +43,11 @@ use thiserror::Error;
 pub use self::inspect::inspect;
 pub use self::watch::start;
 
+use self::pid_space::PidCheck;
 use self::slots::Slots;
 use crate::config::Config;
 use crate::health::Health;
-use crate::inbox::Outbox;
+use crate::inbox::{Closed, Outbox};
 
 #[derive(Debug, Error)]
 pub enum GpuError {
@@ -75,11 +79,14 @@ pub struct Context {
     mig_left: Mutex<HashMap<Arc<str>, mig::Left>>,
     procfs: PathBuf,
     limits: budget::Limits,
+    pids: Arc<PidCheck>,
 }
 
 impl Context {
-    pub fn new(config: &Config, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Self {
-        Self {
+    pub fn new(config: &Config, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<Self, GpuError> {
+        let stopping = Arc::clone(stop);
+        let pids = PidCheck::start(config, to, health, move || stopping.load(Ordering::Relaxed))?;
+        Ok(Self {
             to: to.clone(),
             health: Arc::clone(health),
             stop: Arc::clone(stop),
@@ -87,7 +94,14 @@ impl Context {
             mig_left: Mutex::default(),
             procfs: config.path_procfs.clone(),
             limits: limits(config),
-        }
+            pids,
+        })
+    }
+
+    /// A poll's batch: the pids that it names are checked, and it goes to the core.
+    fn polled(&self, batch: GpuBatch) -> Result<(), Closed> {
+        self.pids.names(&batch);
+        self.to.observe(Observation::from(batch))
     }
 
     fn stopping(&self) -> bool {

@@ -75,6 +75,8 @@ pub struct Poller {
     mig: MigDevices,
     done: Done,
     told: Told,
+    /// Of the verdict on the driver's pids, when the lists were read last.
+    pid_space_changes: u64,
 }
 
 fn due(last: &mut Option<Instant>, every: Duration) -> bool {
@@ -116,6 +118,7 @@ impl Poller {
                 context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&start.uuid).unwrap_or_default(),
             ),
             done: Done::default(),
+            pid_space_changes: 0,
             start,
         }
     }
@@ -252,7 +255,7 @@ impl Poller {
         if self.is_over() {
             return Ok(Duration::ZERO);
         }
-        self.context.to.observe(Observation::from(batch))?;
+        self.context.polled(batch)?;
         // A GPU that is lost is told of as such.
         if self.driver.trouble().is_none() {
             self.told.answered(error.map(|error| error_name(&error)).as_deref());
@@ -277,6 +280,10 @@ impl Poller {
     /// Lists, readings, engines and MIG devices, each when it is due and affordable.
     fn extras(&mut self, batch: &mut GpuBatch, cpu: &mut Duration) {
         let lists = self.budget.interval(Part::Lists, LISTS_EVERY);
+        let changes = self.context.pids.changes();
+        if std::mem::replace(&mut self.pid_space_changes, changes) != changes {
+            self.done.lists = None;
+        }
         if !self.in_mig_mode() && due(&mut self.done.lists, lists) {
             batch.processes = self.processes.list(&self.handle, &mut self.driver, &mut self.buffers);
             self.listed = batch.processes.as_ref().map(Vec::len);

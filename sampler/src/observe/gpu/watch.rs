@@ -108,6 +108,7 @@ impl Watch {
             match self.open() {
                 Ok(generation) => {
                     let was = Instant::now();
+                    self.context.pids.opened();
                     // Closed: the core has ended, and with it the agent.
                     if self.serve(generation, opened).is_err() {
                         return;

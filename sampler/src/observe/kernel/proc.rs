@@ -58,7 +58,7 @@ fn stat(folder: &Path) -> Result<Option<Stat>, String> {
 }
 
 /// The folder of a thread that lives: the leader's, or, when the leader has ended, another's. With the group's start.
-fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
+pub fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
     let Some(leader) = stat(folder)? else { return Ok(None) };
     let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
     if !exiting(&leader) {

@@ -43,7 +43,7 @@ nvml! {
     fn nvmlDeviceGetAccountingBufferSize(call, device: nvmlDevice_t, to: *mut c_uint) { on(call, device, |_, _| put(to, BUFFER)) }
     fn nvmlDeviceGetAccountingPids(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut c_uint) {
         on(call, device, |d, gpu| {
-            let mut pids: Vec<c_uint> = d.accounts(gpu).map_err(failed)?.into_iter().map(|((pid, _), _)| pid).collect();
+            let mut pids: Vec<c_uint> = d.accounts(gpu).map_err(failed)?.into_iter().map(|((pid, _), _)| d.shown(pid)).collect();
             pids.dedup();
             pids.truncate(BUFFER as usize);
             if pids.is_empty() { put(count, 0) } else { put_all(to, count, &pids, pids.len() as c_uint) }
@@ -53,7 +53,7 @@ nvml! {
         on(call, device, |d, gpu| {
             // The last one that had this pid.
             let accounts = d.accounts(gpu).map_err(failed)?;
-            let account = accounts.iter().rfind(|((p, _), _)| *p == pid).ok_or(NOT_FOUND)?;
+            let account = accounts.iter().rfind(|((p, _), _)| d.shown(*p) == pid).ok_or(NOT_FOUND)?;
             put(to, stats(&account.1, d.now()))
         })
     }

@@ -115,3 +115,31 @@ fn rows_of_no_tick_are_counted() {
     }
     assert_eq!(core.snapshot().gpus[0].off_grid, 1);
 }
+
+#[test]
+fn pids_of_another_space_are_on_no_container() {
+    use crate::pid_space::PidSpace;
+    for space in PidSpace::ALL {
+        let mut core = core();
+        core.observe(Observation::PidSpace(space));
+        ticks_with(&mut core, &[(100, 50)], &[(100, ProcessKind::Compute)]);
+        let snapshot = core.snapshot();
+        let (gpu, unknown) = (&snapshot.gpus[0], snapshot.gpus[0].unattributed[Reason::PidUnknown as usize]);
+        if space.is_trusted() {
+            assert_eq!((unknown, snapshot.containers[0].gpus.len()), (0.0, 1), "{space:?}");
+        } else {
+            assert!((unknown - gpu.time.busy).abs() < 1e-9 && unknown > 3.0, "{space:?} {unknown}");
+            assert!(snapshot.containers.iter().all(|c| c.gpus.is_empty()), "no seconds and no memory: {space:?}");
+        }
+    }
+    // A verdict holds for samples that wait: from the first batch after it.
+    let mut core = core();
+    core.observe(Observation::PidSpace(PidSpace::Unsettled));
+    core.observe(Observation::from(tick(0, 50, Some(100), 20_000_000)));
+    core.observe(Observation::from(tick(1, 50, Some(100), 20_000_000)));
+    core.observe(Observation::PidSpace(PidSpace::Local));
+    for k in 2..150 {
+        core.observe(Observation::from(tick(k, 50, Some(100), 20_000_000)));
+    }
+    assert_eq!(core.snapshot().gpus[0].unattributed[Reason::PidUnknown as usize], 0.0);
+}

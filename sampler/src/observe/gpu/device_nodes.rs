@@ -1,0 +1,277 @@
+//! Which processes hold NVIDIA's device nodes, by /proc. A process that uses a GPU has them open: `/dev/nvidiactl`, `/dev/nvidia0` and
+//! its siblings, `/dev/nvidia-uvm`.
+//!
+//! Reads links of descriptors and, where those hold none, mappings. Reading mappings waits for the process's own memory lock, so it is
+//! done by a thread that only does this, or by `doctor` with its patience.
+
+use std::collections::HashSet;
+use std::ffi::OsStr;
+use std::fs::{self, File};
+use std::io::{self, BufRead as _, BufReader, ErrorKind};
+use std::os::unix::ffi::OsStrExt as _;
+use std::os::unix::fs::{FileTypeExt as _, MetadataExt as _};
+use std::path::{Path, PathBuf};
+
+use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, statx};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
+use sampler_core::pid_space::Sighting;
+
+use crate::config::Config;
+use crate::observe::kernel::proc;
+
+/// Of nvidiactl and nvidia0 to nvidia254, registered with the kernel (LANANA).
+const NVIDIA_MAJOR: u32 = 195;
+const CONTROL: &str = "nvidiactl";
+const MEMORY: &str = "nvidia-uvm";
+/// Descriptors and mappings looked at of one process. CUDA opens its own early.
+const MOST: usize = 65_536;
+
+/// Where device nodes may be, and how to see who holds them.
+#[derive(Clone)]
+pub struct Places {
+    devfs: Vec<PathBuf>,
+    procfs: PathBuf,
+    module: PathBuf,
+}
+
+/// The nodes that are there now.
+#[derive(Clone, Debug, Default)]
+pub struct Nodes {
+    /// Device and inode of each that could be read.
+    inodes: HashSet<(u64, u64)>,
+    /// Of character devices that are NVIDIA's; none where the nodes are stand-ins.
+    majors: HashSet<u32>,
+    /// The NVIDIA module is loaded in this kernel and the nodes are its.
+    pub module: bool,
+}
+
+impl Places {
+    pub fn new(config: &Config) -> Self {
+        Self {
+            devfs: config.devfs_candidates(),
+            procfs: config.path_procfs.clone(),
+            module: config.path_sysfs.join("module/nvidia"),
+        }
+    }
+
+    /// `None` where there is nothing to hold: a simulated driver without nodes, WSL, no driver.
+    pub fn nodes(&self) -> Option<Nodes> {
+        let (folder, control) = self.devfs.iter().find_map(|folder| Some((folder, fs::metadata(folder.join(CONTROL)).ok()?)))?;
+        let mut nodes = Nodes::default();
+        let names = fs::read_dir(folder).into_iter().flatten().flatten().map(|entry| entry.file_name());
+        for name in names.filter(|name| is_node_name(name.as_bytes())) {
+            nodes.inodes.extend(fs::metadata(folder.join(name)).ok().map(|meta| (meta.dev(), meta.ino())));
+        }
+        if control.file_type().is_char_device() {
+            nodes.majors.extend([NVIDIA_MAJOR, libc::major(control.rdev())]);
+            let memory = fs::metadata(folder.join(MEMORY)).ok().filter(|meta| meta.file_type().is_char_device());
+            nodes.majors.extend(memory.map(|meta| libc::major(meta.rdev())));
+            nodes.majors.extend(fs::read_to_string(self.procfs.join("devices")).ok().as_deref().and_then(memory_major));
+            nodes.module = self.module.exists();
+        }
+        Some(nodes)
+    }
+
+    /// What /proc shows of the pid; `None` when it changed while it was read.
+    pub fn sight(&self, nodes: &Nodes, pid: u32) -> Option<Sighting> {
+        let folder = self.procfs.join(pid.to_string());
+        let living = match proc::living_thread(&folder) {
+            Ok(living) => living,
+            Err(_) => return Some(Sighting::Unreadable),
+        };
+        // A /proc with hidepid shows no trace of a process that exists; of one that is not reaped nothing can be seen.
+        let Some((thread, start)) = living else { return does_not_exist(pid).then_some(Sighting::Absent) };
+        let held = match nodes.open_in(&thread) {
+            Ok(false) => nodes.mapped_in(&thread),
+            known => known,
+        };
+        match held {
+            Ok(true) => Some(Sighting::Holder),
+            Ok(false) => {
+                let after = proc::living_thread(&folder).ok()??.1;
+                (after == start).then_some(Sighting::Bystander { start })
+            }
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => Some(Sighting::Unreadable),
+            // It ended meanwhile, or has more descriptors or mappings than are looked at.
+            Err(_) => None,
+        }
+    }
+}
+
+fn does_not_exist(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_none_or(|pid| test_kill_process(pid) == Err(Errno::SRCH))
+}
+
+/// The number that the kernel gave to nvidia-uvm, in the text of /proc/devices.
+fn memory_major(devices: &str) -> Option<u32> {
+    devices.lines().find_map(|line| line.trim().strip_suffix(MEMORY)?.trim().parse().ok())
+}
+
+/// nvidiactl, nvidia-uvm, or nvidia and a number.
+fn is_node_name(name: &[u8]) -> bool {
+    let number = name.strip_prefix(b"nvidia").filter(|rest| !rest.is_empty());
+    name == CONTROL.as_bytes() || name == MEMORY.as_bytes() || number.is_some_and(|n| n.iter().all(u8::is_ascii_digit))
+}
+
+/// The last component of a link, which in another mount namespace may begin differently and end with a remark.
+fn names_node(link: &OsStr) -> bool {
+    let link = link.as_bytes();
+    let link = link.strip_suffix(b" (deleted)").unwrap_or(link);
+    link.rsplit(|byte| *byte == b'/').next().is_some_and(is_node_name)
+}
+
+impl Nodes {
+    fn is_node(&self, file: &Statx) -> bool {
+        let is_device = FileType::from_raw_mode(file.stx_mode.into()) == FileType::CharacterDevice;
+        let number = libc::makedev(file.stx_dev_major, file.stx_dev_minor);
+        is_device && self.majors.contains(&file.stx_rdev_major) || self.inodes.contains(&(number, file.stx_ino))
+    }
+
+    /// Follows links of one folder of /proc that name a node.
+    fn any(&self, folder: &Path, names: impl Iterator<Item = io::Result<std::ffi::OsString>>) -> io::Result<bool> {
+        for (n, name) in names.enumerate() {
+            if n >= MOST {
+                return Err(io::Error::other("too many"));
+            }
+            let path = folder.join(name?);
+            let link = match fs::read_link(&path) {
+                Ok(link) => link,
+                // Closed meanwhile.
+                Err(error) if error.kind() == ErrorKind::NotFound => continue,
+                Err(error) => return Err(error),
+            };
+            // Only those: a file of a server that is dead may not answer.
+            if !names_node(link.as_os_str()) {
+                continue;
+            }
+            match statx(CWD, &path, AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS) {
+                Ok(file) if self.is_node(&file) => return Ok(true),
+                Err(Errno::ACCESS | Errno::PERM) => return Err(ErrorKind::PermissionDenied.into()),
+                // Another file of that name, or closed meanwhile.
+                Ok(_) | Err(_) => {}
+            }
+        }
+        Ok(false)
+    }
+
+    fn open_in(&self, thread: &Path) -> io::Result<bool> {
+        let folder = thread.join("fd");
+        let names = fs::read_dir(&folder)?.map(|entry| entry.map(|entry| entry.file_name()));
+        self.any(&folder, names)
+    }
+
+    /// A mapping outlives its descriptor.
+    fn mapped_in(&self, thread: &Path) -> io::Result<bool> {
+        let folder = thread.join("map_files");
+        let mut ranges = Vec::new();
+        for (n, line) in BufReader::new(File::open(thread.join("maps"))?).split(b'\n').enumerate() {
+            if n >= MOST {
+                return Err(io::Error::other("too many"));
+            }
+            ranges.extend(node_range(&line?));
+        }
+        self.any(&folder, ranges.into_iter().map(Ok))
+    }
+}
+
+/// The name in map_files of a line of maps that names a node.
+fn node_range(line: &[u8]) -> Option<std::ffi::OsString> {
+    let path = line.iter().position(|byte| *byte == b'/')?;
+    let range = line.split(|byte| *byte == b' ').next()?;
+    names_node(OsStr::from_bytes(line.get(path..)?)).then(|| {
+        // maps pads addresses with zeroes, map_files does not.
+        let bare = |part: &str| u64::from_str_radix(part, 16).map(|at| format!("{at:x}"));
+        let range = std::str::from_utf8(range).ok()?;
+        let (from, to) = range.split_once('-')?;
+        Some(format!("{}-{}", bare(from).ok()?, bare(to).ok()?).into())
+    })?
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn places(devfs: &Path) -> Places {
+        Places { devfs: vec![devfs.to_owned()], procfs: "/proc".into(), module: "/no/such/module".into() }
+    }
+
+    #[test]
+    fn names() {
+        let check = |link: &str, expect| assert_eq!(names_node(OsStr::new(link)), expect, "{link}");
+        check("/dev/nvidia0", true);
+        check("/dev/nvidia17", true);
+        check("/dev/nvidiactl", true);
+        check("/dev/nvidia-uvm", true);
+        check("/run/nvidia/driver/dev/nvidia0", true);
+        check("/dev/nvidia0 (deleted)", true);
+        check("nvidiactl", true);
+        check("/dev/nvidia", false);
+        check("/dev/nvidia-caps/nvidia-cap1", false);
+        check("/dev/nvidia-modeset", false);
+        check("/dev/nvidia-uvm-tools", false);
+        check("/dev/nvidia0x", false);
+        check("/dev/nvidia0/file", false);
+        check("socket:[4]", false);
+    }
+
+    #[test]
+    fn the_memory_major_is_the_kernel_s_own() {
+        let devices =
+            "Character devices:\n  1 mem\n195 nvidia-frontend\n508 nvidia-uvm\n509 nvidia-caps\n\nBlock devices:\n  7 loop\n";
+        assert_eq!(memory_major(devices), Some(508));
+        assert_eq!(memory_major("Character devices:\n  1 mem\n"), None);
+    }
+
+    #[test]
+    fn ranges_of_mappings() {
+        let line = b"7f10c8000000-7f10c8200000 rw-s 00000000 00:06 523                        /dev/nvidia0";
+        assert_eq!(node_range(line), Some("7f10c8000000-7f10c8200000".into()));
+        assert_eq!(node_range(b"00400000-00401000 r--p 00000000 08:01 5  /dev/nvidiactl"), Some("400000-401000".into()));
+        assert_eq!(node_range(b"00400000-00401000 r--p 00000000 08:01 5  /usr/bin/cat"), None);
+        assert_eq!(node_range(b"7ffc-7ffd rw-p 00000000 00:00 0 [stack]"), None);
+        assert_eq!(node_range(b""), None);
+    }
+
+    #[test]
+    fn a_folder_without_nodes_has_nothing_to_hold() {
+        let dir = tempfile::tempdir().unwrap();
+        assert!(places(dir.path()).nodes().is_none());
+    }
+
+    #[test]
+    fn who_holds_a_stand_in_is_seen() {
+        let dir = tempfile::tempdir().unwrap();
+        let node = dir.path().join("nvidia0");
+        for name in [CONTROL, "nvidia0", MEMORY, "other"] {
+            fs::write(dir.path().join(name), "").unwrap();
+        }
+        let places = places(dir.path());
+        let nodes = places.nodes().unwrap();
+        assert_eq!((nodes.inodes.len(), nodes.majors.len(), nodes.module), (3, 0, false));
+        let mut child = std::process::Command::new("sleep").arg("30").stdin(File::open(&node).unwrap()).spawn().unwrap();
+        let mut other = std::process::Command::new("sleep").arg("30").stdin(File::open("/dev/null").unwrap()).spawn().unwrap();
+        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Holder));
+        // A file of the same name elsewhere is none of them.
+        let elsewhere = tempfile::tempdir().unwrap();
+        fs::write(elsewhere.path().join("nvidia0"), "").unwrap();
+        let stranger = File::open(elsewhere.path().join("nvidia0")).unwrap();
+        let mut same_name = std::process::Command::new("sleep").arg("30").stdin(stranger).spawn().unwrap();
+        for process in [other.id(), same_name.id()] {
+            let sighting = places.sight(&nodes, process);
+            assert!(matches!(sighting, Some(Sighting::Bystander { start }) if start.0 > 0), "{sighting:?}");
+        }
+        // It stays open when its name is taken away.
+        fs::remove_file(&node).unwrap();
+        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Holder));
+        for process in [&mut child, &mut other, &mut same_name] {
+            process.kill().unwrap();
+        }
+        for process in [&mut child, &mut other, &mut same_name] {
+            process.wait().unwrap();
+        }
+        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Absent));
+        assert_eq!(places.sight(&nodes, u32::MAX), Some(Sighting::Absent));
+    }
+}
