@@ -264,7 +264,8 @@ mod tests {
         world.lifetimes.created(ContainerKey(1), BootNs(100 * MS));
         assert_eq!(world.divide(&sample(1500, 0.5, true)), [(1, 1000)]);
         assert_eq!(world.divide(&sample(1500, 0.5, false)), [(1, 1000)]);
-        // Long after its last process it is only a container.
+        // Long after its last process, with queried samples in between, it is only a container.
+        world.pidless(3800, 0.5);
         assert_eq!(world.divide(&sample(4000, 0.5, true)), []);
         world.lifetimes.gone(ContainerKey(1), BootNs(1200 * MS));
         assert_eq!(world.divide(&sample(1500, 0.5, true)), []);

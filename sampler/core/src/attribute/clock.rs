@@ -5,12 +5,11 @@ use std::collections::VecDeque;
 use crate::snapshot::ClockView;
 use crate::units::{BootNs, GpuNs};
 
-/// Bounds seen over this many polls that brought a sample decide, or this long; older ones are forgotten, so drift is followed.
+/// Bounds seen over this many polls that brought a sample decide; older ones are forgotten, so drift is followed.
 const REMEMBERED_POLLS: usize = 128;
-const REMEMBERED_NS: u64 = 21_000_000_000;
-/// Where polls are rare, so many decide all the same.
-const LEAST_POLLS: usize = 8;
-/// What the offset may have drifted since the poll that bounds it: 21 s at a few hundred ppm.
+/// What the offset may have drifted since the poll that bounds it: 250 ppm of the time over which bounds are remembered, and at least that
+/// of 20 s.
+const DRIFT_PARTS: u64 = 4_000;
 const DRIFT_NS: u64 = 5_000_000;
 /// The least bound of so long is one point of the drift's line.
 const POINT_NS: u64 = 10_000_000_000;
@@ -43,8 +42,6 @@ impl GpuClock {
             self.bounds.pop_front();
         }
         self.bounds.push_back((ended, least, most));
-        let old = |(at, ..): &(BootNs, i128, i128)| ended.saturating_since(*at) > REMEMBERED_NS;
-        while self.bounds.len() > LEAST_POLLS && self.bounds.pop_front_if(|bound| old(bound)).is_some() {}
         match self.points.back_mut() {
             Some((at, least)) if ended.saturating_since(*at) < POINT_NS => *least = most.min(*least),
             _ => {
@@ -94,10 +91,15 @@ impl GpuClock {
         u64::try_from(i128::from(at.0) + self.offset()?).ok().map(BootNs)
     }
 
+    fn drift_ns(&self) -> u64 {
+        let remembered = self.bounds.back().zip(self.bounds.front()).map(|(last, first)| last.0.saturating_since(first.0));
+        (remembered.unwrap_or_default() / DRIFT_PARTS).max(DRIFT_NS)
+    }
+
     /// When the process that a sample names was on the engine: at the sample's instant or within the period that ends there,
     /// the sample being as old as it can be or as young.
     pub fn named_within(&self, boot: BootNs, span_ns: u64) -> (BootNs, BootNs) {
-        (boot.minus(self.uncertainty_ns().unwrap_or_default()).minus(span_ns), boot.plus(DRIFT_NS))
+        (boot.minus(self.uncertainty_ns().unwrap_or_default()).minus(span_ns), boot.plus(self.drift_ns()))
     }
 
     /// Seconds gained per second, by least squares over the points.
