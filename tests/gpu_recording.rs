@@ -77,11 +77,36 @@ fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
         let finding = gpu.findings.iter().find(|finding| finding.about == *about).with_context(|| table.clone())?;
         ensure!(finding.seen.contains(seen) && finding.agrees != Some(false), "{about}: wants {seen}\n{table}");
     }
+    for (call, bytes) in
+        [("GetComputeRunningProcesses_v3", 24), ("GetProcessUtilization", 32), ("GetProcessesUtilizationInfo", 40)]
+    {
+        let stride = gpu.strides.get(&format!("nvmlDevice{call}")).with_context(|| format!("{call}: {table}"))?;
+        ensure!(stride.length == Some(bytes) && stride.pids_live > 0, "{call}: {stride:?}");
+    }
+    costs(gpu).context(table)?;
+    ensure!(gpu.again.iter().all(|(asked, again)| *asked > 0 && *again == 0), "lastSeen is strict: {:?}", gpu.again);
+    ensure!(gpu.ended.0 > 20, "rows were looked up: {:?}", gpu.ended);
+    ensure!(recording.unprivileged.is_object(), "{}", recording.unprivileged);
     let agent = &recording.agent;
     ensure!(agent["ebpf_loaded"] == true, "{agent}");
     let containers = agent["containers"].as_array().context("containers")?;
     let named = |pod: &str| containers.iter().any(|c| c["pod"] == pod && c["seconds"].as_f64().is_some_and(|s| s > 0.5));
     ensure!(named("duty-60") && named("duty-30"), "{agent}");
+    Ok(())
+}
+
+/// Every call that the agent makes was timed in both states of the GPU, and what this driver lacks is named.
+fn costs(gpu: &Gpu) -> Result<()> {
+    let lacking = ["GetTotalEnergyConsumption", "GpmSampleGet", "GetMigMode"];
+    ensure!(gpu.costs.len() > 20, "{} calls", gpu.costs.len());
+    for (call, cost) in gpu.costs.iter().filter(|(call, _)| !lacking.contains(&call.as_str())) {
+        for (state, of) in [("idle", cost.idle), ("loaded", cost.loaded)] {
+            let ordered = of.p50_us > 0.0 && of.p50_us <= of.p99_us && of.p99_us <= of.max_us;
+            ensure!(of.count >= 10 && ordered, "{call}, {state}: {of:?}, {:?}", cost.errors);
+        }
+    }
+    let energy = gpu.costs.get(lacking[0]).context("energy")?;
+    ensure!(energy.errors.get("NotSupported") == Some(&3) && energy.loaded.count == 0, "{energy:?}");
     Ok(())
 }
 

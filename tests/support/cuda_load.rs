@@ -1,34 +1,78 @@
-//! Keeps a GPU busy for a part of the time: `cuda-load --gpu 0 --duty 0.6 --for 20`. Ends with 3 where there is no CUDA driver.
+//! Keeps a GPU busy for a part of the time and notes when it was on the engine:
+//! `cuda-load --gpu 0 --duty 0.6 --for 20 [--slices DIR]`. Ends with 3 where there is no CUDA driver.
 //!
-//! One thread of one block spins until the GPU's own timer has gone on far enough: all of the time the engine is busy, and next to no
-//! power is used. The driver's library is looked for at run time, so this builds everywhere.
+//! One thread of one block reads the GPU's own timer again and again: all of the time the engine is busy, and next to no power is used.
+//! Two readings that are further apart than a moment mean that another context had the engine in between, so the kernel knows its own
+//! time slices; it ends when they sum to the wanted work. DIR/PID.csv gets a line `s,BEGIN,END` for each, in ns of that timer, and first
+//! `clock,NS`: by how much the timer is ahead of the wall clock.
+//!
+//! Pauses are random: a load of constant period is in step with a sampling grid of which that period is a divisor, and then every
+//! sample meets it at the same phase.
+//!
+//! The driver's library is looked for at run time, so this builds everywhere.
 
-use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::fs::File;
+use std::io::{BufWriter, Write as _};
+use std::path::PathBuf;
 use std::process::ExitCode;
-use std::time::{Duration, Instant};
+use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-/// Far below the driver's sampling grid, far above what a launch takes.
+/// Work and pause together, on average: far below the driver's sampling grid, far above what a launch takes.
 const PERIOD: Duration = Duration::from_millis(20);
+/// Between two readings of one slice there is at most this; a switch of contexts takes longer.
+const APART_NS: u64 = 30_000;
+/// Slices that one kernel notes.
+const SLICES: usize = 256;
+/// Launches of an empty kernel between two readings of the wall clock; the tightest counts.
+const CLOCK_READINGS: usize = 50;
 /// cuCtxSynchronize sleeps instead of spinning.
 const BLOCKING_SYNC: c_uint = 4;
 const NO_CUDA: u8 = 3;
 
-/// The oldest language that has all it uses, for the oldest cards: newer drivers compile it for newer ones.
-const PTX: &CStr = c"
-.version 5.0
-.target sm_50
+/// Languages and targets, the oldest first: newer drivers compile it for newer cards, until they give an old target up.
+const TARGETS: [(&str, &str); 3] = [("5.0", "sm_50"), ("6.3", "sm_75"), ("7.8", "sm_90")];
+
+/// `notes`: the number of slices, then begin and end of each.
+const KERNEL: &str = "
 .address_size 64
-.visible .entry spin(.param .u64 ns)
+.visible .entry spin(.param .u64 notes, .param .u64 work, .param .u64 apart, .param .u64 room)
 {
-    .reg .pred %more;
-    .reg .u64 %begin, %now, %passed, %wanted;
-    ld.param.u64 %wanted, [ns];
+    .reg .pred %more, %same, %fits;
+    .reg .u64 %notes, %place, %work, %apart, %room, %now, %before, %passed, %begin, %done, %count;
+    ld.param.u64 %notes, [notes];
+    ld.param.u64 %work, [work];
+    ld.param.u64 %apart, [apart];
+    ld.param.u64 %room, [room];
+    cvta.to.global.u64 %notes, %notes;
+    mov.u64 %done, 0;
+    mov.u64 %count, 0;
     mov.u64 %begin, %globaltimer;
-AGAIN:
+    mov.u64 %before, %begin;
+READ:
     mov.u64 %now, %globaltimer;
-    sub.u64 %passed, %now, %begin;
-    setp.lt.u64 %more, %passed, %wanted;
-    @%more bra AGAIN;
+    sub.u64 %passed, %now, %before;
+    max.s64 %passed, %passed, 0;
+    setp.le.u64 %same, %passed, %apart;
+    @%same bra ON;
+    mad.lo.u64 %place, %count, 16, %notes;
+    setp.lt.u64 %fits, %count, %room;
+    @%fits st.global.u64 [%place+8], %begin;
+    @%fits st.global.u64 [%place+16], %before;
+    add.u64 %count, %count, 1;
+    mov.u64 %begin, %now;
+    mov.u64 %passed, 0;
+ON:
+    add.u64 %done, %done, %passed;
+    mov.u64 %before, %now;
+    setp.lt.u64 %more, %done, %work;
+    @%more bra READ;
+    mad.lo.u64 %place, %count, 16, %notes;
+    setp.lt.u64 %fits, %count, %room;
+    @%fits st.global.u64 [%place+8], %begin;
+    @%fits st.global.u64 [%place+16], %before;
+    add.u64 %count, %count, 1;
+    st.global.u64 [%notes], %count;
     ret;
 }
 ";
@@ -54,6 +98,12 @@ enum Failure {
 }
 
 type Result<T> = std::result::Result<T, Failure>;
+
+impl From<std::io::Error> for Failure {
+    fn from(error: std::io::Error) -> Self {
+        Self::Call(format!("the slices cannot be written: {error}"))
+    }
+}
 
 /// The driver API's library; it stays loaded until the process ends.
 struct Cuda(Handle);
@@ -95,30 +145,123 @@ macro_rules! cuda {
     }};
 }
 
-fn spin(gpu: c_int, duty: f64, lasts: Duration) -> Result<()> {
-    let cuda = Cuda::load()?;
-    let (mut device, mut context, mut module, mut function) =
-        (0, std::ptr::null_mut(), std::ptr::null_mut(), std::ptr::null_mut());
-    cuda!(cuda, c"cuInit": fn(c_uint), 0)?;
-    cuda!(cuda, c"cuDeviceGet": fn(*mut c_int, c_int), &raw mut device, gpu)?;
-    cuda!(cuda, c"cuCtxCreate_v2": fn(*mut Handle, c_uint, c_int), &raw mut context, BLOCKING_SYNC, device)?;
-    cuda!(cuda, c"cuModuleLoadData": fn(*mut Handle, *const c_char), &raw mut module, PTX.as_ptr())?;
-    cuda!(cuda, c"cuModuleGetFunction": fn(*mut Handle, Handle, *const c_char), &raw mut function, module, c"spin".as_ptr())?;
-    // SAFETY: cuda.h gives cuLaunchKernel this signature.
-    let launch: Launch = unsafe { std::mem::transmute(cuda.symbol(c"cuLaunchKernel")?) };
-    let mut ns = PERIOD.mul_f64(duty).as_nanos() as u64;
-    let begun = Instant::now();
-    let mut next = begun;
-    while begun.elapsed() < lasts {
-        let mut arguments = [(&raw mut ns).cast::<c_void>()];
+/// The kernel, ready to be launched, and where it notes its slices.
+struct Spinner {
+    cuda: Cuda,
+    launch: Launch,
+    function: Handle,
+    /// Of memory that the GPU writes to and this process reads.
+    notes: *mut u64,
+    apart_ns: u64,
+}
+
+impl Spinner {
+    fn new(gpu: c_int) -> Result<Self> {
+        let cuda = Cuda::load()?;
         let none = std::ptr::null_mut();
-        // SAFETY: a kernel of one parameter, which `arguments` points to; the driver copies it before it returns.
-        let code = unsafe { launch(function, 1, 1, 1, 1, 1, 1, 0, none, arguments.as_mut_ptr(), std::ptr::null_mut()) };
+        let (mut device, mut context, mut function, mut notes) = (0, none, none, none);
+        cuda!(cuda, c"cuInit": fn(c_uint), 0)?;
+        cuda!(cuda, c"cuDeviceGet": fn(*mut c_int, c_int), &raw mut device, gpu)?;
+        cuda!(cuda, c"cuCtxCreate_v2": fn(*mut Handle, c_uint, c_int), &raw mut context, BLOCKING_SYNC, device)?;
+        let module = Self::module(&cuda)?;
+        cuda!(cuda, c"cuModuleGetFunction": fn(*mut Handle, Handle, *const c_char), &raw mut function, module, c"spin".as_ptr())?;
+        let bytes = (1 + 2 * SLICES) * size_of::<u64>();
+        // Addresses of such memory are the same on the GPU.
+        cuda!(cuda, c"cuMemAllocHost_v2": fn(*mut *mut c_void, usize), &raw mut notes, bytes)?;
+        // SAFETY: cuda.h gives cuLaunchKernel this signature.
+        let launch: Launch = unsafe { std::mem::transmute(cuda.symbol(c"cuLaunchKernel")?) };
+        Ok(Self { cuda, launch, function, notes: notes.cast(), apart_ns: APART_NS })
+    }
+
+    fn module(cuda: &Cuda) -> Result<Handle> {
+        let mut refused = Ok(());
+        for (version, target) in TARGETS {
+            let text = format!(".version {version}\n.target {target}{KERNEL}");
+            let text = CString::new(text).map_err(|error| Failure::Call(error.to_string()))?;
+            let mut module = std::ptr::null_mut();
+            match cuda!(cuda, c"cuModuleLoadData": fn(*mut Handle, *const c_char), &raw mut module, text.as_ptr()) {
+                Ok(()) => return Ok(module),
+                // The first reason is the one that counts.
+                Err(error) => refused = refused.and(Err(error)),
+            }
+        }
+        refused.map(|()| std::ptr::null_mut())
+    }
+
+    /// Works for so long on the engine; its slices.
+    fn spin(&self, mut work_ns: u64) -> Result<Vec<(u64, u64)>> {
+        let (mut notes, mut apart, mut room) = (self.notes, self.apart_ns, SLICES as u64);
+        let mut arguments =
+            [(&raw mut notes).cast::<c_void>(), (&raw mut work_ns).cast(), (&raw mut apart).cast(), (&raw mut room).cast()];
+        let none = std::ptr::null_mut();
+        // SAFETY: a kernel of four parameters, which `arguments` points to; the driver copies them before it returns.
+        let code = unsafe { (self.launch)(self.function, 1, 1, 1, 1, 1, 1, 0, none, arguments.as_mut_ptr(), none.cast()) };
         if code != 0 {
             return Err(Failure::Call(format!("cuLaunchKernel says {code}")));
         }
-        cuda!(cuda, c"cuCtxSynchronize": fn(),)?;
-        next += PERIOD;
+        cuda!(self.cuda, c"cuCtxSynchronize": fn(),)?;
+        // SAFETY: the kernel has ended and nothing writes there; within what was allocated.
+        let note = |n: usize| unsafe { self.notes.add(n).read_volatile() };
+        let count = usize::try_from(note(0)).unwrap_or(SLICES).min(SLICES);
+        Ok((0..count).map(|n| (note(1 + 2 * n), note(2 + 2 * n))).collect())
+    }
+
+    /// The GPU's timer less the wall clock. Where its steps are coarse, they must not look like switches.
+    fn calibrate(&mut self) -> Result<i64> {
+        let (mut tightest, mut ahead, mut step) = (u64::MAX, 0, u64::MAX);
+        for _ in 0..CLOCK_READINGS {
+            let before = wall_ns();
+            let slices = self.spin(1)?;
+            let after = wall_ns();
+            let (Some((begin, _)), Some((_, end))) = (slices.first(), slices.last()) else { continue };
+            step = step.min((end - begin).max(1));
+            if after - before < tightest {
+                tightest = after - before;
+                ahead = u64::midpoint(*begin, *end) as i64 - u64::midpoint(before, after) as i64;
+            }
+        }
+        if step != u64::MAX {
+            self.apart_ns = self.apart_ns.max(step.saturating_mul(8));
+        }
+        Ok(ahead)
+    }
+}
+
+fn wall_ns() -> u64 {
+    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
+}
+
+/// From 0 to 1.
+fn random(state: &mut u64) -> f64 {
+    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+    (*state >> 11) as f64 / (1u64 << 53) as f64
+}
+
+fn run(options: &Options) -> Result<()> {
+    let mut spinner = Spinner::new(options.gpu)?;
+    let ahead = spinner.calibrate()?;
+    let mut to = match &options.slices {
+        Some(folder) => Some(BufWriter::new(File::create(folder.join(format!("{}.csv", std::process::id())))?)),
+        None => None,
+    };
+    if let Some(to) = &mut to {
+        writeln!(to, "clock,{ahead}")?;
+    }
+    let work = PERIOD.mul_f64(options.duty);
+    let mut state = u64::from(std::process::id());
+    let begun = Instant::now();
+    let mut next = begun;
+    while begun.elapsed() < options.lasts {
+        let slices = spinner.spin(work.as_nanos() as u64)?;
+        if let Some(to) = &mut to {
+            for (begin, end) in slices {
+                writeln!(to, "s,{begin},{end}")?;
+            }
+            // It may be killed at any time.
+            to.flush()?;
+        }
+        // From nothing to twice the mean.
+        next += work + (PERIOD - work).mul_f64(2.0 * random(&mut state));
         match next.checked_duration_since(Instant::now()) {
             Some(rest) => std::thread::sleep(rest),
             // Another has the engine: what was lost is not made up for.
@@ -128,22 +271,34 @@ fn spin(gpu: c_int, duty: f64, lasts: Duration) -> Result<()> {
     Ok(())
 }
 
-fn options() -> Option<(c_int, f64, Duration)> {
+struct Options {
+    gpu: c_int,
+    duty: f64,
+    lasts: Duration,
+    slices: Option<PathBuf>,
+}
+
+fn options() -> Option<Options> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
-    let ["--gpu", gpu, "--duty", duty, "--for", seconds] = words[..] else { return None };
-    let duty = duty.parse().ok().filter(|duty| (0.0..=1.0).contains(duty))?;
-    Some((gpu.parse().ok()?, duty, Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?))
+    let (["--gpu", gpu, "--duty", duty, "--for", seconds], rest) = words.split_first_chunk::<6>()? else { return None };
+    let slices = match rest {
+        [] => None,
+        ["--slices", folder] => Some(PathBuf::from(folder)),
+        _ => return None,
+    };
+    let duty = duty.parse().ok().filter(|duty| *duty > 0.0 && *duty <= 1.0)?;
+    Some(Options { gpu: gpu.parse().ok()?, duty, lasts: Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?, slices })
 }
 
 fn main() -> ExitCode {
-    let Some((gpu, duty, lasts)) = options() else {
-        eprintln!("cuda-load --gpu N --duty 0..1 --for SECONDS");
+    let Some(options) = options() else {
+        eprintln!("cuda-load --gpu N --duty 0..1 --for SECONDS [--slices DIR]");
         return ExitCode::from(2);
     };
     // SAFETY: takes no pointers; the load ends with whoever wanted it.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
-    match spin(gpu, duty, lasts) {
+    match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
         Err(Failure::NoDriver(told)) => {
             eprintln!("cuda-load: no CUDA here: {told}");

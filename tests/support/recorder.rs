@@ -1,18 +1,29 @@
-//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] -o FILE`.
+//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] [--slices DIR] [--as-nobody]
+//! -o FILE`, or `-o -`.
 //!
 //! It reads only; no setting of a card is touched. One thread per GPU, which asks every 20 ms, so that an answer has one new sample at
-//! most.
+//! most. Between two polls it makes a few of the agent's other calls and times them. In DIR are the time slices that CUDA loads on GPU 0
+//! have noted.
+
+#[path = "recorder/costs.rs"]
+mod costs;
+#[path = "recorder/layouts.rs"]
+mod layouts;
 
 use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
-use gpu_sampler_tests::recording::{Durations, FORMAT, Fold, Gpu, Poll, Raw, Recording, Row, Sample, findings};
+use gpu_sampler_tests::recording::stride::Stride;
+use gpu_sampler_tests::recording::{Durations, FORMAT, Fold, Gpu, Poll, Raw, Recording, Row, Sample, findings, truth};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::{NvmlError, nvml_try};
 use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings::{nvmlProcessUtilizationSample_t, nvmlSample_t};
+
+use self::costs::{Costs, Target};
 
 /// Far below every grid that is known.
 const EVERY: Duration = Duration::from_millis(20);
@@ -46,6 +57,19 @@ fn wall_less_boot_us() -> u64 {
     wall.saturating_sub(u64::midpoint(before, boot_us()))
 }
 
+/// NVML's word for a struct's layout: its size and version.
+fn versioned<T>(version: u32) -> u32 {
+    size_of::<T>() as u32 | version << 24
+}
+
+fn error_name(error: &NvmlError) -> String {
+    format!("{error:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
+}
+
+fn lives(pid: u32) -> bool {
+    std::path::Path::new("/proc").join(pid.to_string()).exists()
+}
+
 struct Recorder<'a> {
     nvml: &'a Nvml,
     device: Device<'a>,
@@ -54,13 +78,17 @@ struct Recorder<'a> {
     took: BTreeMap<String, Vec<u64>>,
     errors: BTreeMap<String, BTreeMap<String, u64>>,
     sizes: BTreeMap<String, Vec<String>>,
+    strides: BTreeMap<String, Stride>,
+    ended: (u64, u64),
+    again: [(u64, u64); 2],
 }
 
 impl<'a> Recorder<'a> {
     fn new(nvml: &'a Nvml, index: u32) -> Result<Self> {
         let device = nvml.device_by_index(index).with_context(|| format!("GPU {index}"))?;
         let (samples, rows) = (vec![NO_SAMPLE; ROOM], vec![NO_ROW; ROOM]);
-        Ok(Self { nvml, device, samples, rows, took: BTreeMap::new(), errors: BTreeMap::new(), sizes: BTreeMap::new() })
+        let (took, errors, sizes, strides) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
+        Ok(Self { nvml, device, samples, rows, took, errors, sizes, strides, ended: (0, 0), again: [(0, 0); 2] })
     }
 
     /// Times a call and counts its error; NOT_FOUND is an empty answer.
@@ -72,8 +100,7 @@ impl<'a> Recorder<'a> {
             Ok(answer) => answer,
             Err(NvmlError::NotFound) => T::default(),
             Err(error) => {
-                let kind = format!("{error:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned();
-                *self.errors.entry(name.to_owned()).or_default().entry(kind).or_default() += 1;
+                *self.errors.entry(name.to_owned()).or_default().entry(error_name(&error)).or_default() += 1;
                 T::default()
             }
         }
@@ -135,7 +162,30 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    fn record(mut self, index: u32, lasts: Duration) -> Result<Gpu> {
+    /// Whether `lastSeen` leaves out the stamp itself: of a sample and of a row that the ring still has.
+    fn ask_again(&mut self, stamp: u64, row_stamp: u64) {
+        let samples = self.samples(stamp).unwrap_or_default();
+        let rows = self.rows(row_stamp).unwrap_or_default();
+        for (sum, there, again) in [
+            (0, stamp, samples.iter().any(|sample| sample.0 == stamp)),
+            (1, row_stamp, rows.iter().any(|row| row.0 == row_stamp)),
+        ] {
+            if there > 0 {
+                self.again[sum].0 += 1;
+                self.again[sum].1 += u64::from(again);
+            }
+        }
+    }
+
+    /// What is learned once in a while beside the polls.
+    fn look_around(&mut self, stamp: u64, row_stamp: u64) {
+        self.ask_sizes();
+        self.ask_again(stamp, row_stamp);
+        // SAFETY: the handle does not leave the life of the library.
+        layouts::look(self.nvml, unsafe { self.device.handle() }, &mut self.strides);
+    }
+
+    fn record(mut self, index: u32, lasts: Duration, slices: Option<&Path>) -> Result<Gpu> {
         let (begun, mut listed, mut folded, mut sized) = (Instant::now(), None, Instant::now(), None);
         let (mut list_most, mut unknown) = (0, 0);
         let clocks = wall_less_boot_us();
@@ -143,6 +193,7 @@ impl<'a> Recorder<'a> {
         let (mut newest_sample, mut newest_row) = (0, 0);
         let mut recent: Vec<u64> = Vec::new();
         let mut ring = None;
+        let (mut costs, mut loaded) = (Costs::new(), false);
         while begun.elapsed() < lasts {
             let began = boot_us();
             let turn = Instant::now();
@@ -157,6 +208,12 @@ impl<'a> Recorder<'a> {
             let sane = |r: &&Row| r.2.iter().all(|p| *p <= 100);
             newest_sample = samples.iter().map(|s| s.0).fold(newest_sample, u64::max);
             newest_row = rows.iter().filter(sane).map(|r| r.0).fold(newest_row, u64::max);
+            let fresh = rows.iter().filter(|row| row.1 != 0 && row.1 != u32::MAX);
+            for row in fresh.filter(|_| !all.polls.is_empty()) {
+                self.ended.0 += 1;
+                self.ended.1 += u64::from(!lives(row.1));
+            }
+            loaded = samples.last().map_or(loaded, |sample| sample.1 > 0);
             recent.extend(samples.iter().map(|s| s.0));
             recent.drain(..recent.len().saturating_sub(FOLDED + 1));
             all.polls.push(Poll(began - all.from_boot_us, took, samples, rows));
@@ -173,8 +230,11 @@ impl<'a> Recorder<'a> {
             }
             if sized.is_none_or(|at: Instant| at.elapsed() >= SIZE_EVERY) {
                 sized = Some(Instant::now());
-                self.ask_sizes();
+                self.look_around(newest_sample, newest_row);
             }
+            // SAFETY: the handle does not leave the life of the library.
+            let target = Target { nvml: self.nvml, device: unsafe { self.device.handle() }, newest: newest_sample };
+            costs.measure(&target, loaded, turn + costs::share(EVERY));
             std::thread::sleep(EVERY.saturating_sub(turn.elapsed()));
         }
         let mut gpu = Gpu {
@@ -183,6 +243,11 @@ impl<'a> Recorder<'a> {
             mig: self.device.mig_mode().is_ok_and(|mode| mode.current == 1),
             ring: ring.unwrap_or_default(),
             calls: self.took.into_iter().map(|(name, us)| (name, Durations::of(us))).collect(),
+            costs: costs.all(),
+            strides: self.strides,
+            ended: self.ended,
+            again: self.again,
+            rules: None,
             errors: self.errors,
             sizes: self.sizes,
             listed: (list_most, unknown),
@@ -190,6 +255,9 @@ impl<'a> Recorder<'a> {
             findings: Vec::new(),
             raw: Raw::default(),
         };
+        if let Some(folder) = slices {
+            gpu.rules = truth::rules(&findings::truth_ticks(&all), &truth::Load::all_in(folder)?);
+        }
         gpu.findings = findings::of(&gpu, &all);
         gpu.raw = all;
         Ok(gpu)
@@ -199,17 +267,25 @@ impl<'a> Recorder<'a> {
 struct Options {
     lib: String,
     lasts: Duration,
+    slices: Option<PathBuf>,
+    as_nobody: bool,
     to: String,
 }
 
 fn options() -> Result<Options> {
-    let mut options = Options { lib: "libnvidia-ml.so.1".into(), lasts: Duration::from_secs(60), to: String::new() };
+    let lib = "libnvidia-ml.so.1".into();
+    let mut options = Options { lib, lasts: Duration::from_secs(60), slices: None, as_nobody: false, to: String::new() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
+        if word == "--as-nobody" {
+            options.as_nobody = true;
+            continue;
+        }
         let value = words.next().with_context(|| format!("{word} wants a value"))?;
         match word.as_str() {
             "--nvml-lib" => options.lib = value,
             "--for" => options.lasts = Duration::try_from_secs_f64(value.parse()?)?,
+            "--slices" => options.slices = Some(value.into()),
             "-o" => options.to = value,
             _ => bail!("'{word}' is not understood"),
         }
@@ -218,8 +294,20 @@ fn options() -> Result<Options> {
     Ok(options)
 }
 
+/// From here on as a user without any privilege, who may get other answers.
+fn become_nobody() -> Result<()> {
+    const NOBODY: u32 = 65_534;
+    // SAFETY: numbers, and no groups; this process has one thread.
+    let refused = unsafe { libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(NOBODY) != 0 || libc::setuid(NOBODY) != 0 };
+    ensure!(!refused, "cannot become user {NOBODY}: {}; run as root", std::io::Error::last_os_error());
+    Ok(())
+}
+
 fn run() -> Result<()> {
     let options = options()?;
+    if options.as_nobody {
+        become_nobody()?;
+    }
     let nvml = Nvml::builder().lib_path(options.lib.as_ref()).init();
     let nvml = nvml.map_err(|error| anyhow::anyhow!("cannot use the NVIDIA driver library {}: {error}", options.lib))?;
     let count = nvml.device_count().context("the driver does not count its GPUs")?;
@@ -227,7 +315,10 @@ fn run() -> Result<()> {
     let gpus = std::thread::scope(|scope| {
         let start = |index| {
             let nvml = &nvml;
-            scope.spawn(move || Recorder::new(nvml, index)?.record(index, options.lasts))
+            // The loads are on the first GPU.
+            let slices = options.slices.as_deref().filter(|_| index == 0);
+            let lasts = options.lasts;
+            scope.spawn(move || Recorder::new(nvml, index)?.record(index, lasts, slices))
         };
         let threads: Vec<_> = (0..count).map(start).collect();
         let ended = |thread: std::thread::ScopedJoinHandle<'_, Result<Gpu>>| {
@@ -245,8 +336,14 @@ fn run() -> Result<()> {
         gpus,
         load: serde_json::Value::Null,
         agent: serde_json::Value::Null,
+        unprivileged: serde_json::Value::Null,
     };
-    std::fs::write(&options.to, recording.encode()?).with_context(|| options.to.clone())
+    let text = recording.encode()?;
+    if options.to == "-" {
+        println!("{text}");
+        return Ok(());
+    }
+    std::fs::write(&options.to, text).with_context(|| options.to.clone())
 }
 
 fn main() -> ExitCode {

@@ -14,8 +14,10 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
 pub mod findings;
+pub mod stride;
+pub mod truth;
 
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 /// Small enough to lie in the repository.
 pub const MOST_BYTES: usize = 200 << 10;
 /// The driver's ring, as far as it is known.
@@ -35,6 +37,9 @@ pub struct Recording {
     pub load: Value,
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub agent: Value,
+    /// What a user without privileges gets at the same time.
+    #[serde(default, skip_serializing_if = "Value::is_null")]
+    pub unprivileged: Value,
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -45,6 +50,17 @@ pub struct Gpu {
     /// Samples and their span when the whole ring was first read.
     pub ring: (usize, u64),
     pub calls: BTreeMap<String, Durations>,
+    /// What each call costs that the agent makes.
+    pub costs: BTreeMap<String, Cost>,
+    /// How long the entries of answers are.
+    pub strides: BTreeMap<String, stride::Stride>,
+    /// Rows that were returned for the first time; of these, the ones of processes that had ended by then.
+    pub ended: (u64, u64),
+    /// Answers of samples, and of rows, since the stamp of one that is in the ring; of these, the ones that had it again.
+    pub again: [(u64, u64); 2],
+    /// By which rule samples name processes, from what CUDA loads measured themselves.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rules: Option<truth::Rules>,
     /// Per call, how often each error came; NOT_FOUND is none.
     pub errors: BTreeMap<String, BTreeMap<String, u64>>,
     /// What a question without a buffer was answered, each answer once.
@@ -63,6 +79,24 @@ pub struct Durations {
     pub p50_us: u64,
     pub p99_us: u64,
     pub max_us: u64,
+}
+
+/// One call, while the GPU was idle and while it worked.
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
+pub struct Cost {
+    pub idle: Quantiles,
+    pub loaded: Quantiles,
+    /// In one answer, at most.
+    pub entries: usize,
+    pub errors: BTreeMap<String, u64>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Quantiles {
+    pub count: usize,
+    pub p50_us: f64,
+    pub p99_us: f64,
+    pub max_us: f64,
 }
 
 /// Answers in full, of as many seconds as there is room for.
@@ -94,6 +128,16 @@ impl Durations {
         us.sort_unstable();
         let at = |part: f64| us.get(((us.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default();
         Self { count: us.len(), p50_us: at(0.5), p99_us: at(0.99), max_us: us.last().copied().unwrap_or_default() }
+    }
+}
+
+impl Quantiles {
+    pub fn of_ns(mut ns: Vec<u64>) -> Self {
+        ns.sort_unstable();
+        // Tenths of microseconds: more is noise.
+        let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
+        let at = |part: f64| us(ns.get(((ns.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default());
+        Self { count: ns.len(), p50_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) }
     }
 }
 

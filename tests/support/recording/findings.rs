@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Fold, Gpu, Raw, Row, Sample};
+use super::{Fold, Gpu, Raw, Row, Sample, truth};
 
 /// One line of the table: what was looked at, what the product assumes, what was seen, and whether that agrees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -30,13 +30,14 @@ pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
     samples.sort_by_key(|s| s.0);
     samples.dedup_by_key(|s| s.0);
     if samples.is_empty() {
-        return vec![idle(all, &samples), process_list(gpu)];
+        return [idle(all, &samples), process_list(gpu)].into_iter().chain(layouts(gpu)).collect();
     }
     let gaps = sorted(samples.windows(2).map(|pair| pair[1].0 - pair[0].0).collect());
     let ticks = ticks(&samples, all, at(&gaps, 0.5));
-    vec![
+    let mut all_of_them = vec![
         grid(&gaps),
         pid_rule(&ticks),
+        measured_rule(gpu),
         utilization(&ticks),
         stamps(&samples, all),
         folding(&samples, all),
@@ -45,8 +46,30 @@ pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
         clock(gpu, all),
         age(gpu, all),
         garbage(&samples, all),
+        ended(gpu),
+        again(gpu),
         process_list(gpu),
-    ]
+        costs(gpu),
+    ];
+    all_of_them.extend(layouts(gpu));
+    all_of_them
+}
+
+/// Samples as the loads' own slices are compared with them.
+pub fn truth_ticks(all: &Raw) -> Vec<truth::Tick> {
+    let mut samples: Vec<Sample> = all.samples().collect();
+    samples.sort_by_key(|s| s.0);
+    samples.dedup_by_key(|s| s.0);
+    let gaps = sorted(samples.windows(2).map(|pair| pair[1].0 - pair[0].0).collect());
+    let tick = |(before, tick): (&Sample, &Tick)| truth::Tick {
+        stamp_ns: tick.sample.0 as i64 * 1_000,
+        gap_ns: (tick.sample.0 - before.0) as i64 * 1_000,
+        busy: f64::from(tick.sample.1) / 100.0,
+        pid: tick.row.map(|row| row.1),
+    };
+    let ticks = ticks(&samples, all, at(&gaps, 0.5));
+    let before = |tick: &Tick| samples.partition_point(|s| s.0 < tick.sample.0).checked_sub(1).and_then(|n| samples.get(n));
+    ticks.iter().filter_map(|of| Some(tick((before(of)?, of)))).collect()
 }
 
 fn finding(about: &str, assumed: &str, seen: String, agrees: Option<bool>) -> Finding {
@@ -103,6 +126,59 @@ fn pid_rule(ticks: &[Tick]) -> Finding {
         expected.abs()
     );
     finding("whom a sample names", "either rule", seen, (expected >= ENOUGH).then_some(rule != "neither"))
+}
+
+/// The loads' kernels note by the GPU's timer when they ran; the agent is right under the first two rules.
+fn measured_rule(gpu: &Gpu) -> Finding {
+    let (about, assumed) = ("the rule, by the loads' own clock", "at the instant, or the last of the period");
+    let Some(rules) = gpu.rules else {
+        return finding(about, assumed, "no CUDA load noted its time slices".into(), None);
+    };
+    let part = |n: usize| n as f64 / rules.ticks.max(1) as f64 * 100.0;
+    let seen = format!(
+        "{:.0} % at the instant, {:.0} % last of the period, {:.0} % last ever, of {} samples; stamps {:+.0} ms from the GPU's timer, \
+         utilization {:.1} points off",
+        part(rules.instant),
+        part(rules.period),
+        part(rules.resident),
+        rules.ticks,
+        -rules.shift_ns as f64 / 1e6,
+        rules.mean_error * 100.0
+    );
+    let best = rules.instant.max(rules.period);
+    finding(about, assumed, seen, (rules.ticks >= 30).then_some(best * 10 >= rules.ticks * 9 && best >= rules.resident))
+}
+
+fn ended(gpu: &Gpu) -> Finding {
+    let (rows, dead) = gpu.ended;
+    let seen = format!("{dead} of {rows} rows were returned after their process had ended");
+    finding("rows of ended processes", "returned; exits are kept for 40 s", seen, None)
+}
+
+fn again(gpu: &Gpu) -> Finding {
+    let [(samples, again), (rows, rows_again)] = gpu.again;
+    let seen = format!("{again} of {samples} answers of samples and {rows_again} of {rows} of rows had that stamp again");
+    let agrees = (samples + rows > 0).then_some(again + rows_again == 0);
+    finding("lastSeen", "what is newer, without that stamp itself", seen, agrees)
+}
+
+/// Those that a poll makes; all of them are in the table below.
+fn costs(gpu: &Gpu) -> Finding {
+    let p50 = |call: &str| gpu.costs.get(call).map_or((0.0, 0.0), |cost| (cost.idle.p50_us, cost.loaded.p50_us));
+    let ((idle, loaded), (rows_idle, rows_loaded)) = (p50("GetSamples"), p50("GetProcessUtilization"));
+    let seen = format!("idle {idle:.0} + {rows_idle:.0} us, loaded {loaded:.0} + {rows_loaded:.0} us, 50 %");
+    finding("a poll: samples and rows", "any; the budget decides", seen, None)
+}
+
+fn layouts(gpu: &Gpu) -> Vec<Finding> {
+    let layout = |(call, stride): (&String, &super::stride::Stride)| {
+        let length = stride.length.map_or_else(|| "no length that is known".to_owned(), |length| format!("{length} bytes"));
+        let (live, entries) = (stride.pids_live, stride.entries);
+        let seen = format!("{length}; {live} of {entries} entries have the pid of a living process");
+        let about = format!("an entry of {}", call.trim_start_matches("nvmlDevice"));
+        finding(&about, &format!("{} bytes", stride.assumed), seen, stride.agrees())
+    };
+    gpu.strides.iter().map(layout).collect()
 }
 
 fn utilization(ticks: &[Tick]) -> Finding {

@@ -7,6 +7,9 @@
 //!   idle | 0.6          | 0.3         | 0.3 and 0.6 | idle
 //!   0    0.1            0.4           0.65          0.9   1   of the time
 //! ```
+//! While both work, a user without privileges asks too. CUDA loads note their own time slices: the truth by which the driver's rule and
+//! the agent's seconds are judged. The raw sample ring and the context-switch trace below NVML are not read: whether a driver gives them
+//! is not known before a first run on a GPU.
 
 mod report;
 
@@ -40,6 +43,9 @@ const LIBRARY: &str = "libnvidia-ml.so.1";
 const SHORTEST: Duration = Duration::from_secs(12);
 /// Until the agent has settled every sample and closed the last window.
 const SETTLED: Duration = Duration::from_secs(12);
+/// When a user without privileges asks, and for how long.
+const UNPRIVILEGED_AT: f64 = 0.75;
+const UNPRIVILEGED_FOR: &str = "1.5";
 /// `cuda-load` has found no CUDA.
 const NO_CUDA: i32 = 3;
 
@@ -60,6 +66,7 @@ const fn spec(pod: &'static str, demand: &'static str) -> Spec {
     Spec { namespace: "gpu-recording", pod, container: "load", demand }
 }
 
+#[derive(Clone)]
 struct Options {
     lasts: Duration,
     library: Option<PathBuf>,
@@ -93,8 +100,15 @@ impl Options {
 
 /// Where the load comes from.
 enum Source {
-    Cuda { program: PathBuf },
-    Simulated { sim: PathBuf, dir: PathBuf },
+    /// `slices`: where the loads note when they ran.
+    Cuda {
+        program: PathBuf,
+        slices: PathBuf,
+    },
+    Simulated {
+        sim: PathBuf,
+        dir: PathBuf,
+    },
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
@@ -109,27 +123,36 @@ pub fn verb(args: &[String]) -> Result<()> {
     let built = build::everything(profile)?;
     let [recorder, cuda] = programs(&built, profile)?;
 
-    doctor(&built, options.library.as_deref())?;
+    // A simulated driver's device nodes are its own.
+    let devices = simulated.as_ref().map(|dir| dir.join("dev"));
+    doctor(&built, options.library.as_deref(), devices.as_deref())?;
     sys::catch_signals();
     // Declared first, so dropped last: the processes end before their cgroups are removed.
     let mut cleanup = Cleanup::start()?;
     let tmp = cleanup.temporary("gpu-sampler-gpu")?;
     let source = match simulated {
         Some(dir) => Source::Simulated { sim: built.sim.clone(), dir },
-        None => Source::Cuda { program: cuda },
+        None => Source::Cuda { program: cuda, slices: tmp.join("slices") },
     };
+    if let Source::Cuda { slices, .. } = &source {
+        fs::create_dir_all(slices).with_context(|| slices.display().to_string())?;
+    }
     let mut command = Command::new(&built.sampler);
     command.arg("run");
     if let Some(library) = &options.library {
         command.arg("--nvml-lib").arg(library);
     }
+    if let Some(devices) = &devices {
+        command.arg("--path-devfs").arg(devices);
+    }
     let (agent, server, _) = agent::start("gpu", command, &tmp)?;
     let raw = tmp.join("recording.json");
-    let load = record(&recorder, &raw, &options, &source, &mut cleanup)?;
+    let Recorded { load, unprivileged } = record(&recorder, &raw, &options, &source, &mut cleanup)?;
     say(format_args!("gpu: the agent settles its last samples, {SETTLED:?}"));
     thread::sleep(SETTLED);
     let mut recording: Value = serde_json::from_slice(&fs::read(&raw)?)?;
     recording["load"] = load;
+    recording["unprivileged"] = unprivileged;
     recording["agent"] = seen_by_the_agent(server)?;
     drop(agent);
 
@@ -182,29 +205,72 @@ fn programs(built: &Built, profile: Profile) -> Result<[PathBuf; 2]> {
 }
 
 /// Its own words, and on failure its own remedies.
-fn doctor(built: &Built, library: Option<&Path>) -> Result<()> {
+fn doctor(built: &Built, library: Option<&Path>, devices: Option<&Path>) -> Result<()> {
     let mut doctor = Command::new(&built.sampler);
     doctor.arg("doctor");
     if let Some(library) = library {
         doctor.arg("--nvml-lib").arg(library);
     }
+    if let Some(devices) = devices {
+        doctor.arg("--path-devfs").arg(devices);
+    }
     tools::run(&mut doctor).context("the agent cannot run here")
 }
 
-/// Starts the recorder and lets the processes have their turns; what they were.
-fn record(recorder: &Path, to: &Path, options: &Options, source: &Source, cleanup: &mut Cleanup) -> Result<Value> {
-    let seconds = options.lasts.as_secs_f64();
+/// What ran meanwhile.
+struct Recorded {
+    load: Value,
+    unprivileged: Value,
+}
+
+fn recorder_command(recorder: &Path, options: &Options, seconds: &str) -> Command {
     let mut command = Command::new(recorder);
-    command.args(["--for", &seconds.to_string(), "-o"]).arg(to);
+    command.args(["--for", seconds]);
     if let Some(library) = &options.library {
         command.arg("--nvml-lib").arg(library);
     }
+    tools::forget_cargo(&mut command);
+    command
+}
+
+/// Counts of what a user without privileges is answered, or why nothing.
+fn ask_without_privileges(recorder: &Path, options: &Options) -> Result<Value> {
+    let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
+    let output = command.args(["--as-nobody", "-o", "-"]).output().with_context(|| recorder.display().to_string())?;
+    if !output.status.success() {
+        return Ok(json!({"problem": String::from_utf8_lossy(&output.stderr).trim()}));
+    }
+    let answers: Value = serde_json::from_slice(&output.stdout).context("the recorder's answers")?;
+    let gpu = &answers["gpus"][0];
+    let polls = gpu["raw"]["polls"].as_array().into_iter().flatten();
+    let (mut samples, mut rows, mut named) = (0, 0, 0);
+    for poll in polls {
+        samples += poll[2].as_array().map_or(0, Vec::len);
+        let of = poll[3].as_array().into_iter().flatten();
+        for row in of {
+            rows += 1;
+            named += u32::from(row[1].as_u64().is_some_and(|pid| pid != 0 && pid != u64::from(u32::MAX)));
+        }
+    }
+    Ok(json!({"samples": samples, "rows": rows, "rows_with_pid": named, "listed": gpu["listed"][0], "errors": gpu["errors"]}))
+}
+
+/// Starts the recorder and lets the processes have their turns.
+fn record(recorder: &Path, to: &Path, options: &Options, source: &Source, cleanup: &mut Cleanup) -> Result<Recorded> {
+    let seconds = options.lasts.as_secs_f64();
+    let program = recorder;
+    let mut command = recorder_command(program, options, &seconds.to_string());
+    command.arg("-o").arg(to);
+    if let Source::Cuda { slices, .. } = source {
+        command.arg("--slices").arg(slices);
+    }
     say(format_args!("gpu: records for {:?}", options.lasts));
-    let mut recorder = Running::start("the recorder", tools::forget_cargo(&mut command))?;
+    let mut recorder = Running::start("the recorder", &mut command)?;
     let begun = Instant::now();
     let mut waiting: Vec<&Turn> = TURNS.iter().collect();
     let mut running: Vec<(&Turn, Load)> = Vec::new();
     let (mut turns, mut problem) = (Vec::new(), None);
+    let mut unprivileged: Option<thread::JoinHandle<Result<Value>>> = None;
     // A driver that hangs keeps the recorder for ever.
     let patience = options.lasts + Duration::from_secs(60);
     loop {
@@ -223,8 +289,14 @@ fn record(recorder: &Path, to: &Path, options: &Options, source: &Source, cleanu
         let now = begun.elapsed().as_secs_f64() / seconds;
         if let Some(n) = waiting.iter().position(|turn| turn.from <= now && problem.is_none()) {
             let turn = waiting.remove(n);
-            running.push((turn, Load::start(turn, (turn.to - now) * seconds, source, cleanup)?));
-            turns.push(json!({"pod": turn.spec.pod, "duty": turn.spec.demand, "seconds": (turn.to - now) * seconds}));
+            let load = Load::start(turn, (turn.to - now) * seconds, source, cleanup)?;
+            let (pid, wanted) = (load.workload.pid, (turn.to - now) * seconds);
+            turns.push((pid, json!({"pod": turn.spec.pod, "duty": turn.spec.demand, "seconds": wanted})));
+            running.push((turn, load));
+        }
+        if unprivileged.is_none() && now >= UNPRIVILEGED_AT {
+            let (program, options) = (program.to_owned(), options.clone());
+            unprivileged = Some(thread::spawn(move || ask_without_privileges(&program, &options)));
         }
         for (_, load) in &mut running {
             problem = problem.take().or(load.problem()?);
@@ -240,7 +312,36 @@ fn record(recorder: &Path, to: &Path, options: &Options, source: &Source, cleanu
         (Source::Cuda { .. }, None) => "cuda",
         (Source::Simulated { .. }, None) => "simulated",
     };
-    Ok(json!({"kind": kind, "turns": if problem.is_some() { Vec::new() } else { turns }, "problem": problem}))
+    if problem.is_some() {
+        turns.clear();
+    }
+    for (pid, turn) in &mut turns {
+        if let Source::Cuda { slices, .. } = source {
+            turn["measured_seconds"] = json!(measured(&slices.join(format!("{pid}.csv")))?);
+        }
+    }
+    let turns: Vec<Value> = turns.into_iter().map(|(_, turn)| turn).collect();
+    let unprivileged = match unprivileged.map(thread::JoinHandle::join) {
+        Some(Ok(answers)) => answers?,
+        Some(Err(_)) => bail!("the thread that asked without privileges panicked"),
+        None => Value::Null,
+    };
+    Ok(Recorded { load: json!({"kind": kind, "turns": turns, "problem": problem}), unprivileged })
+}
+
+/// The seconds that a load was on the engine, by the slices that it noted.
+fn measured(slices: &Path) -> Result<f64> {
+    let text = fs::read_to_string(slices).with_context(|| slices.display().to_string())?;
+    Ok(sum_of_slices(&text))
+}
+
+/// Of lines `s,BEGIN,END` in ns; a last line that is cut off is left out.
+fn sum_of_slices(text: &str) -> f64 {
+    let slice = |line: &str| {
+        let (begin, end) = line.strip_suffix('\n')?.strip_prefix("s,")?.split_once(',')?;
+        Some(end.parse::<u64>().ok()?.saturating_sub(begin.parse().ok()?) as f64 * 1e-9)
+    };
+    text.split_inclusive('\n').filter_map(slice).sum()
 }
 
 /// A process in its container that keeps GPU 0 busy.
@@ -259,9 +360,9 @@ impl Load {
                 let simulated = Some(workloads::load(&workload, &turn.spec, sim, dir)?);
                 Ok(Self { workload, simulated })
             }
-            Source::Cuda { program } => {
+            Source::Cuda { program, slices } => {
                 let mut command = Command::new(program);
-                command.args(["--gpu", "0", "--duty", turn.spec.demand, "--for", &seconds.to_string()]);
+                command.args(["--gpu", "0", "--duty", turn.spec.demand, "--for", &seconds.to_string(), "--slices"]).arg(slices);
                 // The driver's order, which is NVML's.
                 command.env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
                 Ok(Self { workload: workloads::start_command(&turn.spec, command, cleanup)?, simulated: None })
@@ -342,6 +443,13 @@ mod tests {
         for wrong in [&["--for", "1s"][..], &["-o"], &["x"]] {
             assert!(parse(wrong).is_err(), "{wrong:?}");
         }
+    }
+
+    #[test]
+    fn slices_are_summed_up_to_where_they_were_cut_off() {
+        let seconds = sum_of_slices("clock,-7\ns,1000000000,1500000000\ns,2000000000,2250000000\ns,3000000000,40");
+        assert!((seconds - 0.75).abs() < 1e-9, "{seconds}");
+        assert_eq!(sum_of_slices(""), 0.0);
     }
 
     #[test]

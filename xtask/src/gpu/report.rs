@@ -24,7 +24,7 @@ pub fn lines(recording: &Value) -> Vec<String> {
                 Some(false) => "DIFFERS",
                 None => "",
             };
-            lines.push(format!("{verdict:<8}{:<36}{}", text(&finding["about"]), text(&finding["seen"])));
+            lines.push(format!("{verdict:<8}{:<35} {}", text(&finding["about"]), text(&finding["seen"])));
             if finding["agrees"] == false {
                 lines.push(format!("{:INDENT$}assumed: {}", "", text(&finding["assumed"])));
             }
@@ -35,6 +35,9 @@ pub fn lines(recording: &Value) -> Vec<String> {
                 gpu["errors"][call].as_object().into_iter().flatten().map(|(error, n)| format!(", {n} {error}")).collect();
             let durations = format!("50 % {:.3}, 99 % {:.3}, most {:.3} ms", ms("p50_us"), ms("p99_us"), ms("max_us"));
             lines.push(format!("{:8}{call:<36}{durations} of {}{}", "", d["count"], errors.concat()));
+        }
+        for (call, cost) in gpu["costs"].as_object().into_iter().flatten() {
+            lines.push(format!("{:8}{call:<36}{}", "", cost_words(cost)));
         }
         for (call, answers) in gpu["sizes"].as_object().into_iter().flatten() {
             let answers: Vec<String> = items(answers).map(text).collect();
@@ -51,11 +54,44 @@ pub fn lines(recording: &Value) -> Vec<String> {
             let turn = items(&recording["load"]["turns"]).find(|turn| what == "containers" && turn["pod"] == one["pod"]);
             let wanted = turn.and_then(|turn| Some(turn["duty"].as_str()?.parse::<f64>().ok()? * turn["seconds"].as_f64()?));
             let wanted = wanted.map_or(String::new(), |wanted| format!("; the load wanted {wanted:.1} s"));
+            let measured = turn.and_then(|turn| turn["measured_seconds"].as_f64());
+            let wanted = measured.map_or(wanted, |measured| format!("; the load measured {measured:.2} s"));
             let who = format!("GPU {} {what} {}", text(&one["gpu"]), text(&one[key]));
             lines.push(format!("{:8}{who:<36}{seconds:.2} s{wanted}", ""));
         }
     }
+    lines.push(format!("without privileges: {}", unprivileged(&recording["unprivileged"])));
     lines
+}
+
+/// Microseconds of a call in both states of the GPU, or its errors.
+fn cost_words(cost: &Value) -> String {
+    let number = |of: &Value, key: &str| of[key].as_f64().unwrap_or_default();
+    let state = |name: &str| {
+        let of = &cost[name];
+        let (p50, p99, count) = (number(of, "p50_us"), number(of, "p99_us"), number(of, "count"));
+        (count > 0.0).then(|| format!("{name} 50 % {p50:.1}, 99 % {p99:.1} us of {count}"))
+    };
+    let states: Vec<String> = ["idle", "loaded"].into_iter().filter_map(state).collect();
+    let errors = cost["errors"].as_object().into_iter().flatten().map(|(error, n)| format!("{n} {error}"));
+    states.into_iter().chain(errors).collect::<Vec<_>>().join("; ")
+}
+
+fn unprivileged(answers: &Value) -> String {
+    if let Some(problem) = answers["problem"].as_str() {
+        return problem.to_owned();
+    }
+    if answers.is_null() {
+        return "not asked".to_owned();
+    }
+    let count = |key: &str| answers[key].as_u64().unwrap_or_default();
+    format!(
+        "{} samples, {} rows, {} of them with a pid, {} listed",
+        count("samples"),
+        count("rows"),
+        count("rows_with_pid"),
+        count("listed")
+    )
 }
 
 fn items(value: &Value) -> impl Iterator<Item = &Value> {
@@ -75,6 +111,16 @@ mod tests {
         let told = lines(&json!({"gpus": [gpu]})).join("\n");
         assert_eq!(told.matches("assumed: learned").count(), 1, "{told}");
         assert_eq!((told.matches("DIFFERS").count(), told.matches("agrees").count()), (1, 1), "{told}");
+    }
+
+    #[test]
+    fn costs_are_in_words_for_both_states() {
+        let cost =
+            json!({"idle": {"count": 5, "p50_us": 1.0, "p99_us": 2.0}, "loaded": {"count": 0}, "errors": {"NotSupported": 3}});
+        assert_eq!(cost_words(&cost), "idle 50 % 1.0, 99 % 2.0 us of 5; 3 NotSupported");
+        assert_eq!(cost_words(&json!({})), "");
+        assert_eq!(unprivileged(&Value::Null), "not asked");
+        assert_eq!(unprivileged(&json!({"problem": "refused"})), "refused");
     }
 
     #[test]

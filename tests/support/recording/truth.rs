@@ -1,0 +1,222 @@
+//! By which rule a sample names a process, from what the loads measured themselves: the time slices in which their kernels ran, by the
+//! GPU's own timer.
+//!
+//! The stamps of samples may be of that timer or of the machine's clock. Which it is, and by how much they are off, is found by the
+//! utilization: it has to be the busy part of the time before the stamp.
+
+use std::path::Path;
+
+use anyhow::{Context as _, Result};
+use serde::{Deserialize, Serialize};
+
+const MS: i64 = 1_000_000;
+/// The search for the shift, around each clock: so far in coarse steps, then around the best in fine ones.
+const COARSE: (i64, i64) = (3_000 * MS, 10 * MS);
+const FINE: (i64, i64) = (10 * MS, MS);
+
+/// What one load wrote down.
+#[derive(Clone, Debug, Default)]
+pub struct Load {
+    pub pid: u32,
+    /// The GPU's timer less the wall clock.
+    pub ahead_of_wall_ns: i64,
+    /// Begin and end of each slice by the GPU's timer, in order.
+    pub slices: Vec<(i64, i64)>,
+}
+
+/// A sample: its stamp, the one before it, the busy part, the process that it names.
+#[derive(Clone, Copy, Debug)]
+pub struct Tick {
+    pub stamp_ns: i64,
+    pub gap_ns: i64,
+    pub busy: f64,
+    pub pid: Option<u32>,
+}
+
+/// How many samples each rule explains.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct Rules {
+    pub ticks: usize,
+    /// Whoever was on the engine at the stamp.
+    pub instant: usize,
+    /// Whoever was on it last between two stamps.
+    pub period: usize,
+    /// Whoever was on it last, ever.
+    pub resident: usize,
+    /// Added to stamps, they are of the GPU's timer.
+    pub shift_ns: i64,
+    /// Of utilization, then.
+    pub mean_error: f64,
+}
+
+impl Load {
+    /// Of lines `clock,NS` and `s,BEGIN,END`; a last line that is cut off is left out.
+    pub fn parse(pid: u32, text: &str) -> Self {
+        let mut load = Self { pid, ..Self::default() };
+        for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
+            let fields: Vec<&str> = line.split(',').collect();
+            match fields[..] {
+                ["clock", ns] => load.ahead_of_wall_ns = ns.parse().unwrap_or_default(),
+                ["s", begin, end] => load.slices.extend(begin.parse().ok().zip(end.parse().ok())),
+                _ => {}
+            }
+        }
+        load.slices.sort_unstable();
+        load
+    }
+
+    /// Of every file `PID.csv` in a folder.
+    pub fn all_in(folder: &Path) -> Result<Vec<Self>> {
+        let mut loads = Vec::new();
+        for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
+            let path = entry?.path();
+            let pid = path.file_stem().and_then(|stem| stem.to_str()?.parse().ok());
+            if let Some(pid) = pid.filter(|_| path.extension().is_some_and(|extension| extension == "csv")) {
+                loads.push(Self::parse(pid, &std::fs::read_to_string(&path)?));
+            }
+        }
+        loads.retain(|load| !load.slices.is_empty());
+        loads.sort_by_key(|load| load.pid);
+        Ok(loads)
+    }
+
+    pub fn seconds(&self) -> f64 {
+        self.slices.iter().map(|(begin, end)| (end - begin) as f64 * 1e-9).sum()
+    }
+
+    /// The slices that may reach into a time.
+    fn around(&self, from: i64, to: i64) -> &[(i64, i64)] {
+        let first = self.slices.partition_point(|(_, end)| *end <= from);
+        let last = self.slices.partition_point(|(begin, _)| *begin < to);
+        self.slices.get(first..last).unwrap_or_default()
+    }
+
+    fn busy(&self, from: i64, to: i64) -> i64 {
+        self.around(from, to).iter().map(|(begin, end)| (*end).min(to) - (*begin).max(from)).sum()
+    }
+
+    fn last_on(&self, at: i64) -> Option<i64> {
+        let begun = self.slices.partition_point(|(begin, _)| *begin <= at);
+        self.slices.get(begun.checked_sub(1)?).map(|(_, end)| (*end).min(at))
+    }
+
+    fn is_on(&self, at: i64) -> bool {
+        self.last_on(at) == Some(at)
+    }
+}
+
+/// The ticks that lie within what the loads wrote down, if stamps are moved by so much.
+fn within(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Vec<Tick> {
+    let begin = loads.iter().filter_map(|load| load.slices.first()).map(|(begin, _)| *begin).min().unwrap_or_default();
+    let end = loads.iter().filter_map(|load| load.slices.last()).map(|(_, end)| *end).max().unwrap_or_default();
+    let moved = ticks.iter().map(|tick| Tick { stamp_ns: tick.stamp_ns + shift_ns, ..*tick });
+    moved.filter(|tick| tick.stamp_ns - tick.gap_ns >= begin && tick.stamp_ns <= end).collect()
+}
+
+/// Of utilization; `None` where too few ticks are left.
+fn mean_error(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Option<f64> {
+    let inside = within(ticks, loads, shift_ns);
+    let error = |tick: &Tick| {
+        let busy: i64 = loads.iter().map(|load| load.busy(tick.stamp_ns - tick.gap_ns, tick.stamp_ns)).sum();
+        (tick.busy - busy as f64 / tick.gap_ns.max(1) as f64).abs()
+    };
+    let enough = inside.len() >= 10 && inside.len() * 4 >= ticks.iter().filter(|tick| tick.busy > 0.0).count();
+    enough.then(|| inside.iter().map(error).sum::<f64>() / inside.len() as f64)
+}
+
+fn best(ticks: &[Tick], loads: &[Load], around: &[i64], (reach, step): (i64, i64)) -> Option<(i64, f64)> {
+    let tried = around.iter().flat_map(|base| (-reach / step..=reach / step).map(move |n| base + n * step));
+    let errors = tried.filter_map(|shift| Some((shift, mean_error(ticks, loads, shift)?)));
+    errors.min_by(|a, b| a.1.total_cmp(&b.1))
+}
+
+/// `None` where there are too few samples, or none of the loads' time.
+pub fn rules(ticks: &[Tick], loads: &[Load]) -> Option<Rules> {
+    let clocks = [0, loads.first()?.ahead_of_wall_ns];
+    let (coarse, _) = best(ticks, loads, &clocks, COARSE)?;
+    let (shift_ns, mean_error) = best(ticks, loads, &[coarse], FINE)?;
+    let inside = within(ticks, loads, shift_ns);
+    let last = |at: i64| loads.iter().filter_map(|load| Some((load.last_on(at)?, load.pid))).max();
+    let mut rules = Rules { ticks: inside.len(), shift_ns, mean_error, ..Rules::default() };
+    for tick in &inside {
+        let at = tick.stamp_ns;
+        let instant = loads.iter().find(|load| load.is_on(at)).map(|load| load.pid);
+        let period = last(at).filter(|(end, _)| *end > at - tick.gap_ns).map(|(_, pid)| pid);
+        rules.instant += usize::from(tick.pid == instant);
+        rules.period += usize::from(tick.pid == period);
+        rules.resident += usize::from(tick.pid == last(at).map(|(_, pid)| pid));
+    }
+    Some(rules)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PERIOD: i64 = 167 * MS;
+    /// The GPU's timer is so far ahead of the wall clock, of which the stamps are.
+    const AHEAD: i64 = 12_000 * MS;
+
+    fn random(state: &mut u64) -> i64 {
+        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (*state >> 40) as i64
+    }
+
+    /// Two loads that take turns with random pauses, and the samples that a driver with this rule takes of them.
+    fn world(rule: fn(&[Load], i64) -> Option<u32>, ahead: i64) -> (Vec<Load>, Vec<Tick>) {
+        let (mut state, mut at) = (7, 1_000 * MS + AHEAD);
+        let mut loads = [101, 102].map(|pid| Load { pid, ahead_of_wall_ns: AHEAD, slices: Vec::new() }).to_vec();
+        while at < 61_000 * MS + AHEAD {
+            let load = random(&mut state) as usize % 2;
+            let lasts = 3 * MS + random(&mut state) % (9 * MS);
+            loads[load].slices.push((at, at + lasts));
+            at += lasts + random(&mut state) % (40 * MS);
+        }
+        let stamps = (0..350).map(|n| 2_000 * MS + AHEAD + n * PERIOD);
+        let tick = |stamp: i64| {
+            let busy: i64 = loads.iter().map(|load| load.busy(stamp - PERIOD, stamp)).sum();
+            let percent = (busy as f64 / PERIOD as f64 * 100.0).round() / 100.0;
+            Tick { stamp_ns: stamp - ahead, gap_ns: PERIOD, busy: percent, pid: rule(&loads, stamp) }
+        };
+        let ticks = stamps.map(tick).collect();
+        (loads, ticks)
+    }
+
+    fn instant(loads: &[Load], at: i64) -> Option<u32> {
+        loads.iter().find(|load| load.is_on(at)).map(|load| load.pid)
+    }
+
+    fn resident(loads: &[Load], at: i64) -> Option<u32> {
+        loads.iter().filter_map(|load| Some((load.last_on(at)?, load.pid))).max().map(|(_, pid)| pid)
+    }
+
+    #[test]
+    fn the_rule_and_the_clock_are_found() {
+        for ahead in [0, AHEAD] {
+            let (loads, ticks) = world(instant, ahead);
+            let rules = rules(&ticks, &loads).unwrap();
+            assert!((rules.shift_ns - ahead).abs() <= 2 * MS && rules.mean_error < 0.01, "{rules:?}");
+            assert!(rules.ticks > 300 && rules.instant * 100 >= rules.ticks * 95, "{rules:?}");
+            assert!(rules.period * 100 < rules.ticks * 70, "{rules:?}");
+        }
+        let (loads, ticks) = world(resident, 0);
+        let rules = rules(&ticks, &loads).unwrap();
+        assert!(rules.resident * 100 >= rules.ticks * 95 && rules.instant * 100 < rules.ticks * 60, "{rules:?}");
+    }
+
+    #[test]
+    fn too_little_says_nothing() {
+        let (loads, ticks) = world(instant, 0);
+        assert_eq!(rules(&ticks[..5], &loads), None);
+        assert_eq!(rules(&ticks, &[]), None);
+        assert_eq!(rules(&[], &loads), None);
+    }
+
+    #[test]
+    fn what_a_load_wrote_is_read_up_to_where_it_was_cut_off() {
+        let load = Load::parse(7, "clock,-5\ns,30,40\ns,10,20\nnonsense\ns,50,6");
+        assert_eq!((load.ahead_of_wall_ns, &load.slices[..]), (-5, &[(10, 20), (30, 40)][..]));
+        assert!((load.seconds() - 20e-9).abs() < 1e-15);
+        assert_eq!((load.busy(15, 35), load.last_on(25), load.last_on(5), load.is_on(35)), (10, Some(20), None, true));
+    }
+}
