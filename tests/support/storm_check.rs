@@ -181,6 +181,15 @@ fn check(options: &Options) -> Result<bool> {
     }
     let none = ["--docker-endpoint", "unix:///nonexistent/docker.sock", "--label-sources", "docker-file"];
     let agent = Agent::start(None, &[&["--kernel-mode", "raw_tracepoint"][..], &none].concat())?;
+    let begun = Instant::now();
+    let quiet =
+        settled(&agent)?.map_err(|(dead, unknown)| anyhow::anyhow!("before any storm: {dead:?} dead, {unknown:?} unknown"))?;
+    // What times after a storm are to be read against, where a processor is emulated.
+    println!(
+        "before: table equals /proc after {:.2} s, compared in {:.2} s",
+        quiet.as_secs_f64(),
+        (begun.elapsed() - quiet).as_secs_f64()
+    );
     let mut good = 0;
     for n in 1..=options.storms {
         good += u32::from(one(n, &agent, options)?);
