@@ -23,6 +23,8 @@ const KINDS: [(&str, &str, &str); 6] = [
     ("2s..2s", "1", "10"),
     ("2s..2s", "4", "40"),
 ];
+/// Busy time that no process can be named for, at most.
+const NO_PID_RATIO: f64 = 0.02;
 /// On no container, and why.
 const REASONS: [&str; 6] = ["invalid_pid", "pid_unknown", "host", "mps", "ambiguous", "lost"];
 
@@ -65,6 +67,11 @@ fn launches(layout: Layout, tree: &CgroupTree) -> Result<()> {
     for (gpu, (lasting, at_once, _)) in KINDS.iter().enumerate() {
         if let Some(tick) = ticks.iter().find(|tick| tick.gpu == gpu) {
             print_credited(&format!("{layout:?}, {at_once} at once for {lasting}"), &tick.uuid, &got, &want);
+            let of = |name: &str, key: &str, value: &str| sum(&page, name, &[("uuid", &tick.uuid), (key, value)]);
+            let no_pid = of("gpu_unattributed_seconds_total", "reason", "no_pid").context("seconds of no_pid")?;
+            let busy = of("gpu_time_seconds_total", "state", "busy").context("busy seconds")?;
+            println!("  no_pid: {no_pid:.2} s of {busy:.2} s busy, {:.1} %", 100.0 * no_pid / busy);
+            assert!(no_pid <= NO_PID_RATIO * busy, "{no_pid} s of {busy} s are no_pid");
         }
     }
     assert_all_credited(&page, &got, &want);
