@@ -10,7 +10,8 @@ fn check(cell: Cell) -> Result<()> {
     let outcome = run(cell, &ARGS)?;
     println!("{cell:?}: {outcome:?}");
     assert!(outcome.unobserved_ratio < 0.001, "{cell:?}: {} of the time is unobserved", outcome.unobserved_ratio);
-    assert!(outcome.unattributed_ratio < 0.01, "{cell:?}: {} of the busy time is on no container", outcome.unattributed_ratio);
+    // A load's first seconds, before a queried sample names it.
+    assert!(outcome.unattributed_ratio < 0.04, "{cell:?}: {} of the busy time is on no container", outcome.unattributed_ratio);
     assert!(outcome.busy_off_ratio.abs() < 0.02, "{cell:?}: busy time is off by {}", outcome.busy_off_ratio);
     for (off, stated) in &outcome.errors {
         assert!(off.abs() <= 4.0 * stated + 0.1, "{cell:?}: off by {off} s, stated {stated} s");
