@@ -75,7 +75,7 @@ fn behaviours(layout: Layout) -> Result<()> {
     actors.push(actor);
 
     let (id, dir) = tree.container(6)?;
-    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "zombie", "4"])?;
+    let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "zombie", "12"])?;
     actor.pid()?;
     let zombie = Case { name: "zombie", pid: actor.pid()?, containers: vec![id] };
     actors.push(actor);
@@ -142,7 +142,7 @@ fn zombie_has_ended(agent: &Agent, zombie: &Case) -> Result<()> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", zombie.pid))?;
         Ok(stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')).then_some(()))
     };
-    wait_for("it is a zombie", Duration::from_secs(15), is_zombie)?;
+    wait_for("it is a zombie", Duration::from_secs(20), is_zombie)?;
     let told = agent.explain(zombie.pid)?.context("known although it has ended")?;
     assert!(told["process"]["lives"][0]["end"].is_string(), "{told}");
     check(agent, zombie, false)

@@ -69,9 +69,9 @@ impl Apt {
     /// The kernel release that `wanted` stands for: the newest of that version, or that package's.
     pub fn kernel(&self, wanted: &str) -> Result<String> {
         let names = self.names(&format!("{IMAGE}{}", wanted.strip_prefix(IMAGE).unwrap_or(wanted)))?;
-        if wanted.starts_with(IMAGE) {
+        if let Some(release) = wanted.strip_prefix(IMAGE) {
             let found = names.iter().any(|name| name == wanted);
-            return if found { Ok(wanted[IMAGE.len()..].to_owned()) } else { Err(unknown(wanted)) };
+            return if found { Ok(release.to_owned()) } else { Err(unknown(wanted)) };
         }
         newest(wanted, names.iter().map(String::as_str)).map(str::to_owned).ok_or_else(|| unknown(wanted))
     }

@@ -31,7 +31,7 @@ struct Sighting {
 }
 
 impl Owners {
-    /// Whose the pid was in all of that time, and since when without a break.
+    /// The user of the process with that pid in all of the span, and since when without a break.
     fn owner(&mut self, pid: u32, span: (BootNs, BootNs), identity: &Identity) -> (User, BootNs) {
         let unknown = BootNs(0);
         if pid == 0 || pid == u32::MAX {

@@ -133,18 +133,18 @@ impl World {
                 Act::Move(to) => {
                     place = *to;
                     image_now.places.push((now, place));
-                    self.tell(ProcessChange::Attach, start, now, place);
+                    self.apply(ProcessChange::Attach, start, now, place);
                 }
                 Act::Exec => {
                     image_now.to = now;
                     images.push(image(now, place));
-                    self.tell(ProcessChange::Exec, start, now, place);
+                    self.apply(ProcessChange::Exec, start, now, place);
                 }
                 Act::Work => image_now.work.push(now),
             }
         }
         now += 50_000;
-        self.tell(ProcessChange::Exit, start, now, place);
+        self.apply(ProcessChange::Exit, start, now, place);
         let last = images.last_mut().expect("one at least");
         (last.to, last.last) = (now, true);
         // A process list is read while the first image that works does so.
@@ -157,7 +157,7 @@ impl World {
         now
     }
 
-    fn tell(&mut self, change: ProcessChange, start: u64, at: u64, place: usize) {
+    fn apply(&mut self, change: ProcessChange, start: u64, at: u64, place: usize) {
         self.agent.process(&fact(change, PID, start, at, v2(PLACES[place])));
     }
 

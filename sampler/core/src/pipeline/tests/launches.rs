@@ -27,8 +27,8 @@ fn changes(core: &mut Core, start: u64, changes: &[(ProcessChange, u64, u64)]) {
 
 const FORK: ProcessChange = ProcessChange::Fork { parent: Tgid(1) };
 
-/// The rows of all samples, and who has left when.
-fn told(core: &mut Core) -> (Vec<Row>, Vec<(u64, BootNs)>) {
+/// The rows of all samples, and the exits of the process: since when it was its user's, and its end.
+fn rows_and_exits(core: &mut Core) -> (Vec<Row>, Vec<(u64, BootNs)>) {
     let (mut rows, mut left) = (Vec::new(), Vec::new());
     for fact in core.take_facts() {
         match fact {
@@ -37,7 +37,7 @@ fn told(core: &mut Core) -> (Vec<Row>, Vec<(u64, BootNs)>) {
             _ => {}
         }
     }
-    // Of one that has ended before it is named, that is told with each row.
+    // A process that ended before it is named has one exit fact a row.
     left.dedup();
     (rows, left)
 }
@@ -62,7 +62,7 @@ fn a_launched_process_is_its_containers_from_its_exec_to_its_end() {
             let launch = [(FORK, start, HOST), (Attach, moved, CONTAINER), (Exec, exec, CONTAINER), (Exit, end, CONTAINER)];
             changes(&mut core, start, &launch);
             works(&mut core, 41..45);
-            let (rows, left) = told(&mut core);
+            let (rows, left) = rows_and_exits(&mut core);
             assert_eq!(rows.len(), 4);
             assert!(rows.iter().all(|row| row.user == User::Container(ContainerKey(1)) && row.since == BootNs(exec)), "{rows:?}");
             assert_eq!(left, [(exec, BootNs(end))]);
@@ -79,7 +79,7 @@ fn an_exec_while_it_works_in_its_container_changes_nothing() {
     changes(&mut core, exec - MS, &[(FORK, exec - MS, HOST), (Attach, exec - MS, CONTAINER), (Exec, exec, CONTAINER)]);
     changes(&mut core, exec - MS, &[(Exec, taken(40), CONTAINER), (Exec, taken(60) + 5 * MS, CONTAINER)]);
     works(&mut core, 21..80);
-    let (rows, left) = told(&mut core);
+    let (rows, left) = rows_and_exits(&mut core);
     assert_eq!(rows.len(), 59);
     // Of the first sample, nothing was seen before; so the others are of that process since then.
     assert!(rows.iter().all(|row| row.since == BootNs(exec)), "{rows:?}");
@@ -95,7 +95,7 @@ fn what_was_on_the_gpu_before_the_exec_stays_in_question() {
     let mut core = recorded();
     changes(&mut core, start, &life);
     works(&mut core, 20..70);
-    let (rows, left) = told(&mut core);
+    let (rows, left) = rows_and_exits(&mut core);
     let in_question = rows.iter().filter(|row| row.user == User::Nobody(Reason::Ambiguous)).count();
     assert!((1..=4).contains(&in_question), "{rows:?}");
     assert_eq!(left, [(start, BootNs(moved)), (moved, BootNs(taken(70)))]);
@@ -124,6 +124,6 @@ fn a_move_without_an_exec_is_ambiguous_there() {
     changes(&mut core, start, &[(FORK, start, HOST), (Exec, start + MS, HOST), (Attach, moved, CONTAINER)]);
     works(&mut core, 20..70);
     assert!(ambiguous(&core) > 0.1);
-    let (_, left) = told(&mut core);
+    let (_, left) = rows_and_exits(&mut core);
     assert_eq!(left, [(start + MS, BootNs(moved))]);
 }
