@@ -89,36 +89,36 @@ fn foreign(mode: &str) -> Result<()> {
     // Neither seconds nor memory, at no time: not even a series.
     let of_containers: Vec<_> = page.iter().filter(|s| s.name.starts_with("container_")).collect();
     assert!(of_containers.is_empty(), "{of_containers:?}");
-    let (status, told) = doctor(&sim)?;
-    assert!(status == "degraded" && told.contains("not this machine's"), "{told}");
+    let (status, check) = doctor(&sim)?;
+    assert!(status == "degraded" && check.contains("not this machine's"), "{check}");
     drop((loads, actors));
     Ok(())
 }
 
 #[test]
-fn foreign_pids_that_collide_with_local_containers_credit_nobody() -> Result<()> {
+fn foreign_pids_that_collide_with_local_containers_credit_no_container() -> Result<()> {
     foreign("raw_tracepoint")
 }
 
 #[test]
-fn foreign_pids_credit_nobody_in_kernel_mode_procfs() -> Result<()> {
+fn foreign_pids_credit_no_container_in_kernel_mode_procfs() -> Result<()> {
     foreign("procfs")
 }
 
 #[test]
-fn foreign_pids_that_nobody_has_are_foreign_too() -> Result<()> {
+fn foreign_pids_without_a_local_process_are_foreign_too() -> Result<()> {
     let sim = Sim::new(&format!("nodes = true\nforeign_pids = true\n{}", "[[gpus]]\n".repeat(GPUS)))?;
     let loads = (0..GPUS).map(|gpu| run(&sim, gpu, &[])).collect::<Result<Vec<_>>>()?;
     let agent = Agent::start(Some(&sim), &[])?;
     wait_for("foreign", Duration::from_secs(20), || Ok((state(&agent)? == "foreign").then_some(())))?;
-    let (status, told) = doctor(&sim)?;
-    assert!(status == "degraded" && told.contains("not this machine's"), "{told}");
+    let (status, check) = doctor(&sim)?;
+    assert!(status == "degraded" && check.contains("not this machine's"), "{check}");
     drop(loads);
     Ok(())
 }
 
 #[test]
-fn one_that_collides_is_credited_to_nobody_and_a_true_one_settles_it() -> Result<()> {
+fn one_that_collides_is_not_credited_and_a_true_one_settles_it() -> Result<()> {
     let sim = Sim::new("nodes = true\npid_rule = 'last'\n[[gpus]]\n[[gpus]]")?;
     let tree = CgroupTree::new("collides")?;
     let (pids, actors) = bystanders(&tree)?;
@@ -133,14 +133,14 @@ fn one_that_collides_is_credited_to_nobody_and_a_true_one_settles_it() -> Result
     })?;
     let page = agent.scrape()?;
     assert!(page.iter().all(|s| !s.name.starts_with("container_")), "it is on no container");
-    let (status, told) = doctor(&sim)?;
-    assert!(status == "degraded" && told.contains("not settled") && told.contains(&pids[0].to_string()), "{told}");
+    let (status, check) = doctor(&sim)?;
+    assert!(status == "degraded" && check.contains("not settled") && check.contains(&pids[0].to_string()), "{check}");
     let local = run(&sim, 1, &[])?;
     wait_for("a process that holds the nodes settles it", Duration::from_secs(10), || {
         Ok((state(&agent)? == "local" && condition(&agent)?.is_none()).then_some(()))
     })?;
-    let (status, told) = doctor(&sim)?;
-    assert!(status == "ok", "{told}");
+    let (status, check) = doctor(&sim)?;
+    assert!(status == "ok", "{check}");
     drop((load, local, actors));
     Ok(())
 }
@@ -184,8 +184,8 @@ fn local_pids_are_credited_from_the_start() -> Result<()> {
         let load = run(&sim, 0, &[])?;
         wait_for(expect, Duration::from_secs(10), || Ok((state(&agent)? == expect).then_some(())))?;
         assert_eq!(condition(&agent)?, None);
-        let (status, told) = doctor(&sim)?;
-        assert_eq!(status, "ok", "{told}");
+        let (status, check) = doctor(&sim)?;
+        assert_eq!(status, "ok", "{check}");
         drop(load);
     }
     Ok(())

@@ -1,4 +1,4 @@
-//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] [--slices DIR] [--as-nobody]
+//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] [--slices DIR] [--unprivileged]
 //! -o FILE`, or `-o -`.
 //!
 //! It reads only; no setting of a card is touched. One thread per GPU, which asks every 20 ms, so that an answer has one new sample at
@@ -177,7 +177,7 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// What is learned once in a while beside the polls.
+    /// What is learned once in a while between polls.
     fn look_around(&mut self, stamp: u64, row_stamp: u64) {
         self.ask_sizes();
         self.ask_again(stamp, row_stamp);
@@ -268,17 +268,17 @@ struct Options {
     lib: String,
     lasts: Duration,
     slices: Option<PathBuf>,
-    as_nobody: bool,
+    unprivileged: bool,
     to: String,
 }
 
 fn options() -> Result<Options> {
     let lib = "libnvidia-ml.so.1".into();
-    let mut options = Options { lib, lasts: Duration::from_secs(60), slices: None, as_nobody: false, to: String::new() };
+    let mut options = Options { lib, lasts: Duration::from_secs(60), slices: None, unprivileged: false, to: String::new() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
-        if word == "--as-nobody" {
-            options.as_nobody = true;
+        if word == "--unprivileged" {
+            options.unprivileged = true;
             continue;
         }
         let value = words.next().with_context(|| format!("{word} wants a value"))?;
@@ -295,18 +295,18 @@ fn options() -> Result<Options> {
 }
 
 /// From here on as a user without any privilege, who may get other answers.
-fn become_nobody() -> Result<()> {
-    const NOBODY: u32 = 65_534;
+fn drop_privileges() -> Result<()> {
+    const USER: u32 = 65_534;
     // SAFETY: numbers, and no groups; this process has one thread.
-    let refused = unsafe { libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(NOBODY) != 0 || libc::setuid(NOBODY) != 0 };
-    ensure!(!refused, "cannot become user {NOBODY}: {}; run as root", std::io::Error::last_os_error());
+    let refused = unsafe { libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(USER) != 0 || libc::setuid(USER) != 0 };
+    ensure!(!refused, "cannot become user {USER}: {}; run as root", std::io::Error::last_os_error());
     Ok(())
 }
 
 fn run() -> Result<()> {
     let options = options()?;
-    if options.as_nobody {
-        become_nobody()?;
+    if options.unprivileged {
+        drop_privileges()?;
     }
     let nvml = Nvml::builder().lib_path(options.lib.as_ref()).init();
     let nvml = nvml.map_err(|error| anyhow::anyhow!("cannot use the NVIDIA driver library {}: {error}", options.lib))?;

@@ -236,7 +236,7 @@ fn recorder_command(recorder: &Path, options: &Options, seconds: &str) -> Comman
 /// Counts of what a user without privileges is answered, or why nothing.
 fn ask_without_privileges(recorder: &Path, options: &Options) -> Result<Value> {
     let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
-    let output = command.args(["--as-nobody", "-o", "-"]).output().with_context(|| recorder.display().to_string())?;
+    let output = command.args(["--unprivileged", "-o", "-"]).output().with_context(|| recorder.display().to_string())?;
     if !output.status.success() {
         return Ok(json!({"problem": String::from_utf8_lossy(&output.stderr).trim()}));
     }
