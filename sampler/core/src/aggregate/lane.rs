@@ -90,6 +90,7 @@ impl Lane {
 
     /// Samples come in their order.
     pub fn tick(&mut self, tick: Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+        self.memory.few |= !tick.sample.queried;
         if tick.sample.busy_ns > 0.0 && tick.sample.queried {
             self.neighbours.add_queried(&tick.sample);
         }
@@ -172,7 +173,7 @@ impl Lane {
             // Whoever has ended is cut off, but these draws were its own.
             let spread = self.spreads.get(&user).or(before.get(&user));
             let (Some(credit), Some(spread)) = (self.credits.get_mut(&user), spread) else { continue };
-            let others = (1.0 - spread.share) * spread.factor;
+            let others = spread.others() * spread.factor;
             credit.sum_of_variances += squares * others;
             if draws > 0 {
                 credit.one_more = squares / draws as f64 * others;

@@ -24,6 +24,8 @@ const BLOCKS_AT_LEAST: usize = 4;
 const CYCLES: std::ops::RangeInclusive<usize> = 2..=4;
 /// A sequence is a cycle if this much of what can repeat does.
 const CYCLIC: f64 = 0.7;
+/// Draws that a user may have had of which none was seen, as is usual for a share of which nothing was.
+const UNSEEN_DRAWS: f64 = 0.5;
 /// Ticks of a window of 10 s on the usual grid, for which the error of a cycle is stated.
 const WINDOW_TICKS: f64 = 60.0;
 
@@ -34,18 +36,27 @@ pub struct Spread {
     pub share: f64,
     /// Variance of its sum over that of independent draws.
     pub factor: f64,
+    /// What the share may be off by where none of few draws, or each of them, named the user; 0 where draws are many.
+    pub doubt: f64,
 }
 
 impl Spread {
     /// Of one draw of weight 1.
     pub fn variance(&self) -> f64 {
-        self.share * (1.0 - self.share) * self.factor
+        self.share.max(self.doubt) * self.others() * self.factor
+    }
+
+    /// The share of all others.
+    pub fn others(&self) -> f64 {
+        (1.0 - self.share).max(self.doubt)
     }
 }
 
 #[derive(Debug, Default)]
 pub struct Memory {
     named: VecDeque<(BootNs, Named)>,
+    /// Only some samples have their process queried: a user may be there that no draw has named.
+    pub few: bool,
 }
 
 impl Memory {
@@ -91,7 +102,8 @@ impl Memory {
             users.entry(named.user).or_default().push(n);
         }
         let n = self.named.len();
-        users.into_iter().map(|(user, at)| (user, spread(&at, n))).collect()
+        let doubt = if self.few { UNSEEN_DRAWS / (n as f64 + 1.0) } else { 0.0 };
+        users.into_iter().map(|(user, at)| (user, Spread { doubt, ..spread(&at, n) })).collect()
     }
 }
 
@@ -100,7 +112,7 @@ fn spread(at: &[usize], n: usize) -> Spread {
     let share = at.len() as f64 / n as f64;
     let one = share * (1.0 - share);
     if one <= 0.0 {
-        return Spread { share, factor: 1.0 };
+        return Spread { share, factor: 1.0, doubt: 0.0 };
     }
     let mut is = vec![0u32; n];
     for place in at {
@@ -125,7 +137,7 @@ fn spread(at: &[usize], n: usize) -> Spread {
         // So many phases are looked at and no other: the share is known to within a part of one.
         factor = factor.max(WINDOW_TICKS / (12.0 * (cycle * cycle) as f64) / one);
     }
-    Spread { share, factor }
+    Spread { share, factor, doubt: 0.0 }
 }
 
 /// Variance of the means of all blocks of that size.
@@ -190,6 +202,18 @@ mod tests {
         assert!(spread_of(720, |k| k % 2 == 0).factor > 4.0);
         assert!(spread_of(720, |k| k % 3 == 0).factor > 2.0);
         assert_eq!(spread_of(720, |_| true).variance(), 0.0);
+    }
+
+    #[test]
+    fn a_few_draws_leave_room_for_users_that_none_has_named() {
+        let user = User::Nobody(Reason::Host);
+        let mut memory = Memory::default();
+        for k in 0..19 {
+            memory.name(BootNs(k), Named { user, pid: 1, since: BootNs(0) });
+        }
+        assert_eq!(memory.spreads()[&user].variance(), 0.0);
+        memory.few = true;
+        assert!((memory.spreads()[&user].others() - 0.025).abs() < 1e-9);
     }
 
     #[test]
