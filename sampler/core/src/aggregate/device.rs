@@ -8,7 +8,7 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::divide::{Presence, Sample, likeness};
+use super::divide::{Presence, Sample, likeness, stands_for};
 use super::holders::Holders;
 use super::lane::{self, Booked, Credit, Lane};
 use super::left::{Left, Lifetimes, Named};
@@ -49,7 +49,7 @@ impl Recent {
 
     /// What a named sample stands for where pid-less time is divided.
     fn stands_for(&self) -> f64 {
-        1.005 - self.busy_ratio()
+        stands_for(self.busy_ratio())
     }
 }
 

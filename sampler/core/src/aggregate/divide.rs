@@ -48,7 +48,7 @@ pub struct NamedSample {
 
 impl NamedSample {
     pub fn new(at: BootNs, named: Named, busy_ratio: f64, weight_ns: f64) -> Self {
-        Self { at, named, stands_for: 1.0 - busy_ratio + ROUNDING_RATIO, weight_ns }
+        Self { at, named, stands_for: stands_for(busy_ratio), weight_ns }
     }
 }
 
@@ -62,9 +62,14 @@ pub struct Sample {
 }
 
 impl Sample {
-    fn busy_ratio(&self) -> f64 {
+    pub fn busy_ratio(&self) -> f64 {
         self.busy_ns / self.span_ns.max(1.0)
     }
+}
+
+/// The part of a period without a named process that a named sample stands for.
+pub fn stands_for(busy_ratio: f64) -> f64 {
+    1.0 - busy_ratio + ROUNDING_RATIO
 }
 
 /// How much a queried neighbour says about an unqueried sample.

@@ -109,8 +109,7 @@ impl Lane {
             let drawn = self.drawn.entry(named.user).or_default();
             *drawn = (drawn.0 + 1, drawn.1 + sample.busy_ns * sample.busy_ns);
         }
-        let busy_ratio = sample.busy_ns / sample.span_ns.max(1.0);
-        self.neighbours.add_named(NamedSample::new(sample.at, named, busy_ratio, sample.busy_ns));
+        self.neighbours.add_named(NamedSample::new(sample.at, named, sample.busy_ratio(), sample.busy_ns));
         self.memory.name(sample.at, named);
     }
 
