@@ -202,8 +202,10 @@ impl Device {
     fn settle_variance(&mut self, at: BootNs) {
         if at.saturating_since(self.variance_at) > VARIANCE_NS {
             self.variance_at = at;
-            for lane in &mut self.lanes {
-                lane.settle_variance(at, &self.left);
+            for (engine, lane) in self.lanes.iter_mut().enumerate() {
+                // Lists say who holds the device, not which other engines it uses.
+                let holders = self.holders.containers().filter(|_| engine == COMPUTE);
+                lane.settle_variance(at, &self.left, holders.map(User::Container));
             }
             self.left.forget(at);
         }

@@ -165,9 +165,21 @@ impl Lane {
 
     /// Once in a while: what the draws since the last time add to the variances. For `n` independent draws of share `s` that is
     /// `n s (1 - s)`; the `n s` of them that named the user are counted, so `1 - s` is left.
-    pub fn settle_variance(&mut self, now: BootNs, left: &Left) {
+    ///
+    /// Where few draws are made, one of `holders` that none has named may have used the device all the same.
+    pub fn settle_variance(&mut self, now: BootNs, left: &Left, holders: impl Iterator<Item = User>) {
         let before = self.memory.cut(now, |named, at| left.was(named, at));
         self.spreads = self.memory.spreads();
+        let doubt = self.memory.doubt();
+        if doubt > 0.0 {
+            let all: f64 = self.drawn.values().map(|(_, squares)| squares).sum();
+            for user in holders.filter(|user| !before.contains_key(user)) {
+                let spread = *self.spreads.entry(user).or_insert(Spread::unnamed(doubt));
+                if spread.share == 0.0 && all > 0.0 {
+                    self.credits.entry(user).or_default().sum_of_variances += all * spread.variance();
+                }
+            }
+        }
         for (user, (draws, squares)) in std::mem::take(&mut self.drawn) {
             // Whoever has ended is cut off, but these draws were its own.
             let spread = self.spreads.get(&user).or(before.get(&user));
@@ -197,5 +209,36 @@ impl Lane {
 
     pub fn forget(&mut self, gone: impl Fn(&User) -> bool) {
         self.credits.retain(|user, _| !gone(user));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::left::Lifetimes;
+    use super::*;
+    use crate::units::ContainerKey;
+
+    #[test]
+    fn a_holder_that_no_draw_has_named_may_have_what_the_named_one_may_not() {
+        let (seen, unseen) = (User::Container(ContainerKey(1)), User::Container(ContainerKey(2)));
+        let (left, lifetimes) = (Left::default(), Lifetimes::default());
+        let presence = Presence { left: &left, lifetimes: &lifetimes };
+        let errors = |one_queried_in: u64| {
+            let mut lane = Lane::new(Range::ALL);
+            for n in 0..100 {
+                let (at, queried) = (BootNs(n * 167_000_000), n % one_queried_in == 0);
+                let sample = Sample { at, span_ns: 167e6, busy_ns: 167e6, queried };
+                let named = queried.then_some(Named { user: seen, pid: 1, since: BootNs(0) });
+                lane.tick(Tick { sample, named, otherwise: seen }, presence, &mut Vec::new());
+            }
+            lane.decide(BootNs(u64::MAX), presence, &mut Vec::new());
+            lane.settle_variance(BootNs(100 * 167_000_000), &left, [seen, unseen].into_iter());
+            [seen, unseen].map(|user| lane.credits().get(&user).map_or(0.0, |credit| credit.variance().sqrt() * 1e-9))
+        };
+        assert_eq!(errors(1), [0.0, 0.0]);
+        // 12 draws, each for 1.3 s, that could have missed a share of 0.5 / 13.
+        let [of_seen, of_unseen] = errors(8);
+        assert!((0.8..1.0).contains(&of_unseen), "{of_unseen}");
+        assert!((of_seen / of_unseen - 1.0).abs() < 0.1, "{of_seen} and {of_unseen}");
     }
 }

@@ -41,6 +41,11 @@ pub struct Spread {
 }
 
 impl Spread {
+    /// Of a user that uses the device without any draw having named it.
+    pub fn unnamed(doubt: f64) -> Self {
+        Self { share: 0.0, factor: 1.0, doubt }
+    }
+
     /// Of one draw of weight 1.
     pub fn variance(&self) -> f64 {
         self.share.max(self.doubt) * self.others() * self.factor
@@ -101,9 +106,13 @@ impl Memory {
         for (n, (_, named)) in self.named.iter().enumerate() {
             users.entry(named.user).or_default().push(n);
         }
-        let n = self.named.len();
-        let doubt = if self.few { UNSEEN_DRAWS / (n as f64 + 1.0) } else { 0.0 };
+        let (n, doubt) = (self.named.len(), self.doubt());
         users.into_iter().map(|(user, at)| (user, Spread { doubt, ..spread(&at, n) })).collect()
+    }
+
+    /// The share that a user may have without a single draw that names it.
+    pub fn doubt(&self) -> f64 {
+        if self.few { UNSEEN_DRAWS / (self.named.len() as f64 + 1.0) } else { 0.0 }
     }
 }
 
@@ -214,6 +223,8 @@ mod tests {
         assert_eq!(memory.spreads()[&user].variance(), 0.0);
         memory.few = true;
         assert!((memory.spreads()[&user].others() - 0.025).abs() < 1e-9);
+        // What the one may have too much, the other may have too little.
+        assert_eq!(memory.spreads()[&user].variance(), Spread::unnamed(memory.doubt()).variance());
     }
 
     #[test]
