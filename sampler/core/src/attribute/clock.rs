@@ -7,8 +7,8 @@ use crate::units::{BootNs, GpuNs};
 
 /// Bounds seen over this many polls that brought a sample decide; older ones are forgotten, so drift is followed.
 const REMEMBERED_POLLS: usize = 128;
-/// What the offset may have drifted since the poll that bounds it: 250 ppm of the time over which bounds are remembered, and at least that
-/// of 20 s.
+/// What the offset may have drifted since the poll that bounds it, either way: 250 ppm of the time over which bounds are remembered, and
+/// forward at least that of 20 s.
 const DRIFT_PARTS: u64 = 4_000;
 const DRIFT_NS: u64 = 5_000_000;
 /// The least bound of so long is one point of the drift's line.
@@ -34,10 +34,12 @@ impl GpuClock {
     /// `oldest` and `newest` were read between `began` and `ended`, and not there at the poll before.
     pub fn polled(&mut self, (oldest, newest): (GpuNs, GpuNs), began: BootNs, ended: BootNs, period_ns: u64) {
         let most = i128::from(ended.0) - i128::from(newest.0);
-        let before = self.last_began.replace(began);
-        // Without a poll before, the sample may be as old as a period and the delay.
-        let first_served = before.unwrap_or(BootNs(began.0.saturating_sub(period_ns)));
-        let least = i128::from(first_served.0) - i128::from(period_ns) - i128::from(oldest.0);
+        // Without a poll before, only the newest sample says something: it may be as old as a period and the delay.
+        let (first_served, served) = match self.last_began.replace(began) {
+            Some(before) => (before, oldest),
+            None => (BootNs(began.0.saturating_sub(period_ns)), newest),
+        };
+        let least = i128::from(first_served.0) - i128::from(period_ns) - i128::from(served.0);
         if self.bounds.len() == REMEMBERED_POLLS {
             self.bounds.pop_front();
         }
@@ -91,15 +93,18 @@ impl GpuClock {
         u64::try_from(i128::from(at.0) + self.offset()?).ok().map(BootNs)
     }
 
+    /// Over the time for which bounds are remembered.
     fn drift_ns(&self) -> u64 {
         let remembered = self.bounds.back().zip(self.bounds.front()).map(|(last, first)| last.0.saturating_since(first.0));
-        (remembered.unwrap_or_default() / DRIFT_PARTS).max(DRIFT_NS)
+        remembered.unwrap_or_default() / DRIFT_PARTS
     }
 
     /// When the process that a sample names was on the engine: at the sample's instant or within the period that ends there,
     /// the sample being as old as it can be or as young.
     pub fn named_within(&self, boot: BootNs, span_ns: u64) -> (BootNs, BootNs) {
-        (boot.minus(self.uncertainty_ns().unwrap_or_default()).minus(span_ns), boot.plus(self.drift_ns()))
+        let drift_ns = self.drift_ns();
+        let earliest = boot.minus(self.uncertainty_ns().unwrap_or_default()).minus(drift_ns).minus(span_ns);
+        (earliest, boot.plus(drift_ns.max(DRIFT_NS)))
     }
 
     /// Seconds gained per second, by least squares over the points.
