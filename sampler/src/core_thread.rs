@@ -41,6 +41,10 @@ const PUBLISH_EVERY: Duration = Duration::from_millis(250);
 const RESCAN_EVERY: Duration = Duration::from_secs(1);
 /// Between two resyncs, so that a storm that keeps losing events leaves time for anything else.
 const RESYNC_EVERY: Duration = Duration::from_millis(300);
+/// Losses may go on for ever, where the kernel skips programs: scans take an eighth of a processor then, as long as that repairs within
+/// a second.
+const RESYNC_TIMES: u32 = 8;
+const RESYNC_RAREST: Duration = Duration::from_millis(600);
 /// Their sizes take a walk over the tables.
 const SIZE_EVERY: Duration = Duration::from_secs(1);
 /// After a fall to /proc alone for want of watches.
@@ -118,6 +122,11 @@ impl Turn {
         matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.sound)
     }
 
+    /// From one resync to the next while events are lost.
+    fn spacing(&self) -> Duration {
+        (RESYNC_TIMES * self.scan_took).clamp(RESYNC_EVERY, RESYNC_RAREST).max(self.scan_took)
+    }
+
     fn count_is_due(&self) -> bool {
         let wanted = self.batch_waits() || self.published.elapsed() >= PUBLISH_EVERY;
         wanted && self.counted.elapsed() >= COUNT_EVERY
@@ -136,12 +145,12 @@ impl Turn {
 impl CoreThread {
     pub fn run(mut self) {
         let sound = boot_now();
-        let per_kind = self.lost();
-        let lost = per_kind.iter().sum();
+        let counted = self.lost();
+        let lost = counted.sum();
         let scan = self.scan();
         let complete = scan.complete();
         self.merge(scan, None);
-        self.publish(&per_kind);
+        self.publish(&counted);
         self.size();
         self.health.set_ready();
         let now = Instant::now();
@@ -149,7 +158,7 @@ impl CoreThread {
         let mut turn = Turn {
             waiting,
             questions,
-            lost: per_kind,
+            lost: counted,
             counted: now,
             repaired: complete.then_some(lost),
             attempted: lost,
@@ -314,7 +323,7 @@ impl CoreThread {
         }
         // Read after the drain, so that no loss up to `before` is missed, and before the scan: what is lost during it is for the next.
         (turn.lost, turn.counted) = (self.lost(), Instant::now());
-        let lost = turn.lost.iter().sum();
+        let lost = turn.lost.sum();
         if turn.repaired == Some(lost) {
             turn.sound = before;
             if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
@@ -329,7 +338,8 @@ impl CoreThread {
         if again {
             turn.sound = before;
         }
-        if turn.scanned.elapsed() < if again { turn.resync_after } else { RESYNC_EVERY.max(turn.scan_took) } {
+        let spacing = if again { turn.resync_after } else { turn.spacing() };
+        if turn.scanned.elapsed() < spacing {
             return;
         }
         turn.attempted = lost;
@@ -355,13 +365,24 @@ impl CoreThread {
         let now = Instant::now();
         let told = turn.storm.map(|storm| storm.told).filter(|told| told.elapsed() < TELL_EVERY);
         if told.is_none() {
-            let (repairs, ring_bytes) = (self.core.identity.repairs, self.config.kernel_ring_bytes);
-            tracing::warn!(
-                lost,
-                repairs,
-                ring_bytes,
-                "kernel events are lost, the tables repaired by scans; raise kernel_ring_bytes"
-            );
+            let (repairs, skipped) = (self.core.identity.repairs, turn.lost.skipped);
+            if lost > skipped {
+                let ring_bytes = self.config.kernel_ring_bytes;
+                tracing::warn!(
+                    lost,
+                    skipped,
+                    repairs,
+                    ring_bytes,
+                    "kernel events are lost, the tables repaired by scans; raise kernel_ring_bytes"
+                );
+            } else {
+                tracing::warn!(
+                    skipped,
+                    repairs,
+                    "the kernel skipped runs of the agent's programs that came while another was at work on the same processor; scans repair \
+                     the tables, nothing is to be done"
+                );
+            }
         }
         turn.storm = Some(Storm { told: told.unwrap_or(now), last: now });
     }
@@ -425,17 +446,12 @@ impl CoreThread {
             return;
         }
         let now = boot_now();
-        let (mut dead, mut problem) = (Vec::new(), None);
+        let mut dead = Vec::new();
         for entry in turn.liveness.due(now, &self.core.identity.processes) {
-            match is_alive(&self.config.path_procfs, entry.tgid, entry.start) {
-                Ok(alive) if turn.liveness.checked(entry, alive, now) => dead.push(entry.tgid),
-                Ok(_) => {}
-                Err(error) => problem = Some(error),
+            let alive = is_alive(&self.config.path_procfs, entry.tgid, entry.start);
+            if turn.liveness.checked(entry, alive, now) {
+                dead.push(entry.tgid);
             }
-        }
-        match problem {
-            Some(problem) => self.health.degraded("liveness", &format!("processes cannot be checked against /proc: {problem}")),
-            None => self.health.recovered("liveness", "processes can be checked against /proc again"),
         }
         if !dead.is_empty() {
             self.remove_dead(&dead, now);

@@ -18,6 +18,7 @@ use sampler_core::units::BootNs;
 
 use self::driver::DriverHealth;
 use self::stall::Change;
+use crate::observe::kernel::Lost;
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
@@ -63,7 +64,7 @@ pub struct HealthView {
     /// Whether the driver's pids are this machine's.
     pub pid_space: PidSpace,
     pub events_seen: [u64; kind::COUNT as usize],
-    pub events_lost: [u64; kind::COUNT as usize],
+    pub events_lost: Lost,
     /// Processor time the core thread spent on draining the kernel's rings.
     pub drained: Duration,
     pub resyncs: u64,
@@ -136,7 +137,7 @@ impl Health {
         self.inner().view.pid_space = space;
     }
 
-    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &[u64; kind::COUNT as usize], drained: Duration) {
+    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &Lost, drained: Duration) {
         let mut inner = self.inner();
         inner.view.drained = drained;
         inner.view.events_seen = *seen;

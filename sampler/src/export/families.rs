@@ -114,9 +114,11 @@ pub fn containers(page: &Exposition, to: &mut Families) {
 }
 
 fn contention(page: &Exposition, to: &mut Families) {
-    let help = "Seconds in which this container and another user were active on the same GPU.";
+    let help = "Seconds in which this container and another user were active on the same GPU. Too small where \
+                gpu_sampler_queried_samples_total grows much slower than gpu_sampler_samples_total.";
     own(to.counter("container_gpu_coactive_seconds_total", help), page, |r| Some(r.pair.coactive_seconds));
-    let help = "GPU-seconds that another user got while this container was active and the GPU saturated.";
+    let help = "GPU-seconds that another user got while this container was active and the GPU saturated. Too small where \
+                gpu_sampler_queried_samples_total grows much slower than gpu_sampler_samples_total.";
     let mut contention = to.counter("container_gpu_contention_seconds_total", help);
     for row in &page.rows {
         for other in &row.others {
@@ -191,7 +193,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
         (
             "gpu_sampler_kernel_events_lost_total",
             "Kernel events not delivered: their ring was full, a field could not be read, or the kernel skipped the program.",
-            &health.events_lost,
+            &health.events_lost.of_kind,
         ),
     ] {
         let mut family = to.counter(name, help);
@@ -199,6 +201,9 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
             family.add(&[("kind", kind)], *n as f64);
         }
     }
+    let help = "Of gpu_sampler_kernel_events_lost_total, runs of a program that the kernel skipped. Runs for threads count as well, so fewer \
+                events may be lost.";
+    to.counter("gpu_sampler_kernel_skips_total", help).add(&[], health.events_lost.skipped as f64);
     to.counter("gpu_sampler_kernel_drain_seconds_total", "Processor time spent on reading kernel events into the tables.")
         .add(&[], health.drained.as_secs_f64());
     to.counter("gpu_sampler_resyncs_total", "Scans after lost kernel events.").add(&[], health.resyncs as f64);
@@ -226,8 +231,13 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     to.histogram("gpu_sampler_identify_seconds", "From a cgroup's creation in the kernel to its place in the tables.")
         .add_histogram(&[], &IDENTIFY_BOUNDS, &t.buckets, t.sum_seconds, t.count);
     to.gauge("gpu_sampler_kernel_mode", "How processes and cgroups are followed.").add(&[("mode", health.kernel_mode)], 1.0);
-    let help = "Whether the pids that the driver returns are pids of this machine; value is always 1.";
+    let help = "Whether the pids that the driver returns are pids of this machine: local, foreign, unsettled or unverifiable; GPU time is \
+                pid_unknown while foreign or unsettled. Value is always 1.";
     to.gauge("gpu_sampler_pid_space", help).add(&[("state", health.pid_space.name())], 1.0);
+    let mut degraded = to.gauge("gpu_sampler_degraded", "A condition that /api/v1/live, the page and the log explain; absent when it is over.");
+    for (condition, _) in &health.degraded {
+        degraded.add(&[("condition", condition)], 1.0);
+    }
     let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
     to.gauge("gpu_sampler_build_info", "What runs.").add(&[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
 }

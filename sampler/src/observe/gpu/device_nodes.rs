@@ -14,7 +14,6 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, statx};
 use rustix::io::Errno;
-use rustix::process::{Pid, test_kill_process};
 use sampler_core::pid_space::Sighting;
 
 use crate::config::Config;
@@ -81,7 +80,7 @@ impl Places {
             Err(_) => return Some(Sighting::Unreadable),
         };
         // A /proc with hidepid shows no trace of a process that exists; of one that is not reaped nothing can be seen.
-        let Some((thread, start)) = living else { return does_not_exist(pid).then_some(Sighting::Absent) };
+        let Some((thread, start)) = living else { return proc::is_free(pid).then_some(Sighting::Absent) };
         let held = match nodes.open_in(&thread) {
             Ok(false) => nodes.mapped_in(&thread),
             known => known,
@@ -97,11 +96,6 @@ impl Places {
             Err(_) => None,
         }
     }
-}
-
-fn does_not_exist(pid: u32) -> bool {
-    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
-    pid.is_none_or(|pid| test_kill_process(pid) == Err(Errno::SRCH))
 }
 
 /// The number that the kernel gave to nvidia-uvm, in the text of /proc/devices.

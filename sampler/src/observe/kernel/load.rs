@@ -30,8 +30,20 @@ const PROGRAMS: [(&str, u32); kind::COUNT as usize] = [
     ("sched_process_exit", kind::EXIT),
 ];
 
-/// Events that were not delivered, indexed by [`kind`].
-pub type Lost = [u64; kind::COUNT as usize];
+/// Events that were not delivered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lost {
+    /// Indexed by [`kind`].
+    pub of_kind: [u64; kind::COUNT as usize],
+    /// Of those: the kernel skipped the program.
+    pub skipped: u64,
+}
+
+impl Lost {
+    pub fn sum(&self) -> u64 {
+        self.of_kind.iter().sum()
+    }
+}
 
 /// The attached program; dropping it detaches.
 pub struct Program {
@@ -52,10 +64,11 @@ impl Program {
     /// Where the skips cannot be read, the rest and why.
     pub fn lost(&self) -> (Lost, Option<MissesError>) {
         let counted = |k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum());
-        let mut lost: Lost = std::array::from_fn(counted);
+        let mut lost = Lost { of_kind: std::array::from_fn(counted), skipped: 0 };
         match self.misses.read() {
             Ok(missed) => {
-                lost.iter_mut().zip(missed).for_each(|(lost, missed)| *lost += missed);
+                lost.of_kind.iter_mut().zip(missed).for_each(|(lost, missed)| *lost += missed);
+                lost.skipped = missed.iter().sum();
                 (lost, None)
             }
             Err(error) => (lost, Some(error)),

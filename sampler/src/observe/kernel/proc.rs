@@ -10,6 +10,8 @@ use std::path::{Path, PathBuf};
 
 use procfs::ProcError;
 use procfs::process::{Process, Stat};
+use rustix::io::Errno;
+use rustix::process::{Pid, test_kill_process};
 use sampler_core::observation::{Place, ProcessSeen};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
@@ -93,9 +95,19 @@ pub fn started(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
     Ok(None)
 }
 
-/// Whether that process has not ended.
-pub fn is_alive(procfs_root: &Path, tgid: Tgid, start: BootNs) -> Result<bool, String> {
-    Ok(started(procfs_root, tgid.0)?.is_some_and(|now| now.0 / CLOCK_TICK_NS == start.0 / CLOCK_TICK_NS))
+/// Whether that process has not ended. One that /proc does not show, because it may not (hidepid) or cannot, has ended only if its pid
+/// is free.
+pub fn is_alive(procfs_root: &Path, tgid: Tgid, start: BootNs) -> bool {
+    match started(procfs_root, tgid.0) {
+        Ok(Some(now)) => now.0 / CLOCK_TICK_NS == start.0 / CLOCK_TICK_NS,
+        Ok(None) | Err(_) => !is_free(tgid.0) && !is_zombie(procfs_root, tgid.0),
+    }
+}
+
+/// Whether no process has the pid, ended ones that are not reaped included.
+pub fn is_free(pid: u32) -> bool {
+    let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
+    pid.is_none_or(|pid| test_kill_process(pid) == Err(Errno::SRCH))
 }
 
 /// A field of `/proc/<pid>/status`, by its name with the colon. Bytes: a process may have given itself any name.
@@ -191,9 +203,11 @@ mod tests {
         let proc = Path::new("/proc");
         let us = Tgid(std::process::id());
         let start = started(proc, us.0).unwrap().expect("we run");
-        assert!(is_alive(proc, us, start).unwrap());
-        assert!(is_alive(proc, us, BootNs(start.0 + CLOCK_TICK_NS - 1)).unwrap(), "the kernel's start is finer than /proc's");
-        assert!(!is_alive(proc, us, BootNs(start.0 - CLOCK_TICK_NS)).unwrap(), "a predecessor with our pid");
+        assert!(is_alive(proc, us, start));
+        assert!(is_alive(proc, us, BootNs(start.0 + CLOCK_TICK_NS - 1)), "the kernel's start is finer than /proc's");
+        assert!(!is_alive(proc, us, BootNs(start.0 - CLOCK_TICK_NS)), "a predecessor with our pid");
+        let hides_all = tempfile::tempdir().unwrap();
+        assert!(is_alive(hides_all.path(), us, start), "a /proc that does not show it says nothing");
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         let mut zombie = false;
@@ -206,7 +220,9 @@ mod tests {
         }
         assert!(zombie, "`true` ends within 5 s");
         assert_eq!(started(proc, pid), Ok(None), "a zombie has ended");
+        assert!(!is_alive(proc, Tgid(pid), start), "and is not alive");
         child.wait().unwrap();
-        assert!(!is_alive(proc, Tgid(pid), start).unwrap());
+        assert!(!is_alive(proc, Tgid(pid), start));
+        assert!(!is_alive(hides_all.path(), Tgid(pid), start));
     }
 }
