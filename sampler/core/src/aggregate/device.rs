@@ -24,8 +24,8 @@ use crate::units::{BootNs, ContainerKey};
 const STALE_NS: u64 = 8_000_000_000;
 /// Variances are added up once in a while: it takes a look at the last minutes.
 const VARIANCE_NS: u64 = 2_000_000_000;
-/// Readings further apart say nothing about the time between.
-const READINGS_NS: u64 = 10_000_000_000;
+/// Readings further apart say nothing about the time between. Where driver calls take 10 ms each they are some 35 s apart.
+const READINGS_NS: u64 = 60_000_000_000;
 /// No driver's period comes near it.
 const TICK_MOST_NS: u64 = 10_000_000_000;
 /// Kinds of XID errors kept apart; there are about 150.
@@ -40,6 +40,8 @@ struct Recent {
     busy_ns: f64,
     user: Option<User>,
     queried: bool,
+    /// Measured by counters of the device, not drawn by samples.
+    measured: bool,
 }
 
 impl Recent {
@@ -134,8 +136,8 @@ impl Device {
             GpuFact::Idle { ns } => {
                 let ns = self.range.part(at, *ns) as f64;
                 self.idle_ns += ns;
-                let recent = Recent { at: at.min(self.range.to), span_ns: ns, busy_ns: 0.0, user: None, queried: true };
-                self.observed(recent);
+                let at_most = at.min(self.range.to);
+                self.observed(Recent { at: at_most, span_ns: ns, busy_ns: 0.0, user: None, queried: true, measured: false });
                 self.decide(at, lifetimes);
             }
             GpuFact::Unobserved { ns, .. } => {
@@ -182,7 +184,7 @@ impl Device {
         if compute && self.range.has(sample.at) {
             self.idle_ns += sample.span_ns - sample.busy_ns;
             let Sample { at, span_ns, busy_ns, queried } = sample;
-            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried });
+            self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried, measured: false });
         }
         if let Some(sampled) = self.sampled.get_mut(engine as usize).filter(|_| !compute) {
             *sampled = true;
@@ -227,6 +229,9 @@ impl Device {
     fn observe_together(&mut self, recent: Recent) {
         const TICK_NS: u64 = super::together::TOGETHER_NS;
         let (mut left_ns, mut at) = (recent.span_ns as u64, recent.at);
+        if !recent.queried {
+            self.together.unqueried(at, recent.busy_ns);
+        }
         if left_ns <= TICK_NS {
             self.together.observed(at, left_ns, recent.busy_ns, recent.user);
             return;
@@ -255,7 +260,7 @@ impl Device {
         let user = self.holders.only_user();
         if self.range.has(at) {
             self.idle_ns += span_ns - busy_ns;
-            self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true });
+            self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true, measured: true });
         }
         let mut booked = Vec::new();
         if let Some(lane) = self.lanes.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
@@ -284,8 +289,9 @@ impl Device {
             return;
         }
         let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
-        self.windows.close(now, &there);
-        self.together.close(now);
+        let divided = self.lane(Engine::Compute).and_then(Lane::waits_since).unwrap_or(now);
+        self.windows.close(now, divided, &there);
+        self.together.close(now, divided);
         if !self.keep_history {
             // Live, the reason they are counted under is enough.
             let left = &self.left;
@@ -364,10 +370,13 @@ impl Device {
         known.collect()
     }
 
-    /// One standard error of a share of one half over the last window, at the rate at which processes are queried now.
+    /// One standard error of a share of one half over the last window; `None` where the device was not busy, or where no samples are
+    /// drawn.
     pub fn expected_stderr(&self) -> Option<f64> {
-        let queried = self.recent.iter().filter(|r| r.queried && r.busy_ns > 0.0).count();
-        (queried > 0).then(|| 0.5 / (queried as f64).sqrt())
+        let busy = || self.recent.iter().filter(|r| r.busy_ns > 0.0 && !r.measured);
+        let queried = busy().filter(|r| r.queried).count();
+        // Without a single one, anything between nothing and all is as likely.
+        busy().next().map(|_| 0.5 / (queried.max(1) as f64).sqrt())
     }
 
     fn lane(&self, engine: Engine) -> Option<&Lane> {

@@ -3,8 +3,9 @@
 //! ```text
 //!  pid-less sample   queried, the driver named no process: over the 4 nearest named samples on each side, by `1 - busy` of each
 //!  unqueried sample  the driver was not asked: over the 8 nearest queried busy samples on each side, those most that were as busy
-//!    either          only over processes that existed in the sample's own period, by the part of it in which they did;
+//!  either            only over processes that existed in the sample's own period, by the part of it in which they did;
 //!                    without any, over containers that existed in it and were named close to it
+//!  unqueried         also over containers that existed in it and are named on both sides, whichever of their processes that were
 //! ```
 //! **Pid-less.** The pid is that of the process on the engine at one instant, the utilization is of the whole period. A user that keeps
 //! the engine busy for a part `b` of its periods is named in `b` of them, so each of its named samples stands for `1 - b` of a period
@@ -14,11 +15,13 @@
 //! credited with (named ones to their process, pid-less ones as above) is an unbiased estimate for the others. How busy an unqueried
 //! sample was says more than its place: a user that saturates the engine and one that uses a tenth of it are told apart by it. So
 //! neighbours are weighted by how close their utilization is; by nearness in time alone, a user of 10 % that alternates with one of
-//! 100 % would get a fifth too much (test `estimator`).
+//! 100 % would get a fifth too much (test `estimator`). A container that runs one short process after the other is named by processes
+//! that are not there in the sample's period; if those did not count, one long process next to it would get all.
 
-use std::collections::VecDeque;
+use std::collections::{HashSet, VecDeque};
 
 use super::left::{Left, Lifetimes, Named};
+use crate::fact::User;
 use crate::units::BootNs;
 
 /// Named samples on each side over which a pid-less one is divided.
@@ -128,8 +131,11 @@ impl Neighbours {
 
     /// Indices of named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user can have had it.
     pub fn divide(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
-        let part = |n: usize| self.part(n, sample, presence);
-        let mut weights = if sample.queried { self.of_pidless(sample.at, &part) } else { self.of_unqueried(sample, &part) };
+        let mut weights = if sample.queried {
+            self.of_pidless(sample.at, &|n| self.part(n, sample, presence))
+        } else {
+            self.of_unqueried(sample, presence)
+        };
         if weights.is_empty() {
             weights = self.of_siblings(sample, presence);
         }
@@ -139,6 +145,10 @@ impl Neighbours {
             *weight /= whole;
         }
         weights
+    }
+
+    fn named_at(&self, at: BootNs) -> Option<usize> {
+        self.named.binary_search_by_key(&at, |n| n.at).ok()
     }
 
     /// The part of the sample's period in which the named sample's process existed.
@@ -156,19 +166,27 @@ impl Neighbours {
         before.chain(later).collect()
     }
 
-    fn of_unqueried(&self, sample: &Sample, part: &impl Fn(usize) -> f64) -> Vec<(usize, f64)> {
+    fn of_unqueried(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
         let after = self.queried.partition_point(|(at, _)| *at <= sample.at);
         let near = |q: &&(BootNs, f64)| is_near(q.0, sample.at);
         let before = self.queried.range(..after).rev().take_while(near).take(QUERIED_NEIGHBOURS);
         let later = self.queried.range(after..).take_while(near).take(QUERIED_NEIGHBOURS);
+        let named = |(at, _): &(BootNs, f64)| Some(self.named.get(self.named_at(*at)?)?.named.user);
+        let users: [HashSet<User>; 2] = [before.clone().filter_map(named).collect(), later.clone().filter_map(named).collect()];
+        let part = |n: usize| {
+            let Some(user) = self.named.get(n).map(|n| n.named.user) else { return 0.0 };
+            let on_both_sides = users.iter().all(|side| side.contains(&user));
+            let existed = on_both_sides && presence.lifetimes.existed(user, sample.at, sample.span_ns);
+            if existed { 1.0 } else { self.part(n, sample, presence) }
+        };
         let mut weights: Vec<(usize, f64)> = Vec::new();
         for (at, busy_ratio) in before.chain(later) {
             let like = likeness(*busy_ratio, sample.busy_ratio());
-            if let Ok(n) = self.named.binary_search_by_key(at, |n| n.at) {
+            if let Some(n) = self.named_at(*at) {
                 weights.push((n, like * part(n)));
             } else {
                 // A pid-less one stands for what it is divided over.
-                let over = self.of_pidless(*at, part);
+                let over = self.of_pidless(*at, &part);
                 let whole: f64 = over.iter().map(|(_, weight)| weight).sum();
                 weights.extend(over.into_iter().map(|(n, weight)| (n, like * weight / whole)));
             }
@@ -202,7 +220,6 @@ fn is_near(neighbour: BootNs, at: BootNs) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::fact::User;
     use crate::units::ContainerKey;
 
     const MS: u64 = 1_000_000;
@@ -288,6 +305,24 @@ mod tests {
         assert!(part(0.1)[1].1 > 990, "{:?}", part(0.1));
         // Whichever it was, the two are equally far.
         assert!(part(0.55)[0].1.abs_diff(500) < 60, "{:?}", part(0.55));
+    }
+
+    #[test]
+    fn a_container_of_short_lives_keeps_its_part_next_to_a_long_life() {
+        let mut world = World::default();
+        world.lifetimes.created(ContainerKey(1), BootNs(0));
+        for n in 0..8 {
+            let at = 1000 + n * 1000;
+            world.named(at, 1, 1.0, (at - 100, Some(at + 100)));
+            world.named(at + 500, 2, 1.0, (0, None));
+        }
+        let parts = world.divide(&sample(4700, 1.0, false));
+        assert!(parts[0].1.abs_diff(500) < 60, "{parts:?}");
+        // After its last life it has nothing any more, though it exists.
+        for n in 8..16 {
+            world.named(1000 + n * 1000, 2, 1.0, (0, None));
+        }
+        assert_eq!(world.divide(&sample(8900, 1.0, false)), [(2, 1000)]);
     }
 
     #[test]

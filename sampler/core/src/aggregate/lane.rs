@@ -90,7 +90,9 @@ impl Lane {
 
     /// Samples come in their order.
     pub fn tick(&mut self, tick: Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
-        self.memory.few |= !tick.sample.queried;
+        if !tick.sample.queried {
+            self.memory.unqueried(tick.sample.at);
+        }
         if tick.sample.busy_ns > 0.0 && tick.sample.queried {
             self.neighbours.add_queried(&tick.sample);
         }
@@ -120,11 +122,19 @@ impl Lane {
         }
     }
 
+    /// The beginning of the oldest span that waits to be divided.
+    pub fn waits_since(&self) -> Option<BootNs> {
+        self.waiting.front().map(|tick| tick.sample.at.minus(tick.sample.span_ns as u64))
+    }
+
     fn divide(&mut self, tick: &Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
-        let Sample { at, busy_ns, .. } = tick.sample;
+        let Sample { at, span_ns, busy_ns, .. } = tick.sample;
         let parts = self.neighbours.divide(&tick.sample, presence);
         if parts.is_empty() {
-            self.book(at, tick.otherwise, busy_ns, 0, booked);
+            // Lists may be younger than the sample.
+            let existed = presence.lifetimes.may_have_existed(tick.otherwise, at, span_ns);
+            let user = if existed { tick.otherwise } else { User::Nobody(Reason::NoPid) };
+            self.book(at, user, busy_ns, 0, booked);
         }
         for (n, part) in parts {
             let Some(neighbour) = self.neighbours.get_mut(n) else { continue };

@@ -80,18 +80,36 @@ impl Left {
     }
 }
 
-/// When containers existed.
+/// From a container's creation to its end, if that is known.
+#[derive(Clone, Copy, Debug)]
+struct Existence {
+    created: BootNs,
+    gone: Option<BootNs>,
+}
+
+/// When containers existed. One that was restarted has had several lives in a report, which counts them as one container.
 #[derive(Debug, Default)]
-pub struct Lifetimes(HashMap<ContainerKey, (BootNs, Option<BootNs>)>);
+pub struct Lifetimes(HashMap<ContainerKey, Vec<Existence>>);
 
 impl Lifetimes {
     /// It exists since then.
     pub fn created(&mut self, key: ContainerKey, at: BootNs) {
-        self.0.insert(key, (at, None));
+        let lives = self.0.entry(key).or_default();
+        match lives.iter_mut().find(|life| life.created == at) {
+            Some(life) => life.gone = None,
+            None => lives.push(Existence { created: at, gone: None }),
+        }
     }
 
+    /// The end of an earlier life may be known after the next has begun.
     pub fn gone(&mut self, key: ContainerKey, at: BootNs) {
-        self.0.entry(key).or_default().1 = Some(at);
+        let lives = self.0.entry(key).or_default();
+        let ended = lives.iter_mut().filter(|life| life.created <= at && life.gone.is_none());
+        match ended.max_by_key(|life| life.created) {
+            Some(life) => life.gone = Some(at),
+            // Of one that was not seen to begin.
+            None => lives.push(Existence { created: BootNs(0), gone: Some(at) }),
+        }
     }
 
     pub fn forget(&mut self, key: ContainerKey) {
@@ -99,13 +117,43 @@ impl Lifetimes {
     }
 
     pub fn is_gone(&self, key: ContainerKey) -> bool {
-        self.0.get(&key).is_some_and(|(_, gone)| gone.is_some())
+        self.0.get(&key).is_some_and(|lives| lives.iter().all(|life| life.gone.is_some()))
+    }
+
+    /// Whether nothing shows that the user was not there in the span of `ns` that ends at `at`.
+    pub fn may_have_existed(&self, user: User, at: BootNs, ns: f64) -> bool {
+        match user {
+            User::Container(key) => !self.0.contains_key(&key) || self.existed(user, at, ns),
+            User::Host(process) => process.start <= at,
+            User::Nobody(_) => true,
+        }
     }
 
     /// Whether the container existed at some time of the span of `ns` that ends at `at`. Only a container can have had another
     /// process than the one that was named.
     pub fn existed(&self, user: User, at: BootNs, ns: f64) -> bool {
-        let span = user.container().and_then(|key| self.0.get(&key));
-        span.is_some_and(|(created, gone)| *created <= at && gone.is_none_or(|gone| gone > at.minus(ns as u64)))
+        let lives = user.container().and_then(|key| self.0.get(&key));
+        let then = |life: &Existence| life.created <= at && life.gone.is_none_or(|gone| gone > at.minus(ns as u64));
+        lives.is_some_and(|lives| lives.iter().any(then))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_restarted_container_has_several_lives() {
+        let (key, user) = (ContainerKey(1), User::Container(ContainerKey(1)));
+        let mut lifetimes = Lifetimes::default();
+        assert!(lifetimes.may_have_existed(user, BootNs(5), 1.0), "nothing is known of it");
+        lifetimes.created(key, BootNs(10));
+        lifetimes.created(key, BootNs(30));
+        lifetimes.gone(key, BootNs(20));
+        let existed = [5, 15, 25, 35].map(|at| lifetimes.existed(user, BootNs(at), 1.0));
+        assert_eq!((existed, lifetimes.is_gone(key)), ([false, true, false, true], false));
+        assert!(!lifetimes.may_have_existed(user, BootNs(25), 1.0));
+        lifetimes.gone(key, BootNs(40));
+        assert!(lifetimes.is_gone(key) && !lifetimes.existed(user, BootNs(50), 1.0));
     }
 }

@@ -95,8 +95,8 @@ impl Aggregate {
                 self.lifetimes.gone(*key, *at);
             }
             Fact::ContainerForgotten { key } => {
-                self.lifetimes.forget(*key);
                 if !self.settings.keep_history {
+                    self.lifetimes.forget(*key);
                     for gpu in self.gpus.iter_mut().flatten() {
                         gpu.forget(|known| known == key);
                     }

@@ -60,8 +60,8 @@ impl Spread {
 #[derive(Debug, Default)]
 pub struct Memory {
     named: VecDeque<(BootNs, Named)>,
-    /// Only some samples have their process queried: a user may be there that no draw has named.
-    pub few: bool,
+    /// The latest sample whose process was not queried: until that is long ago, a user may be there that no draw has named.
+    unqueried: Option<BootNs>,
 }
 
 impl Memory {
@@ -75,13 +75,19 @@ impl Memory {
         }
     }
 
+    pub fn unqueried(&mut self, at: BootNs) {
+        self.unqueried = Some(at);
+    }
+
     pub fn clear(&mut self) {
         self.named.clear();
+        self.unqueried = None;
     }
 
     /// Cuts off what is before the birth or the end of a process that was named; the spreads before that, where there is something
     /// to cut. `was`: whether the process was there at that time.
     pub fn cut(&mut self, now: BootNs, was: impl Fn(&Named, BootNs) -> bool) -> HashMap<User, Spread> {
+        self.unqueried = self.unqueried.filter(|at| now.saturating_since(*at) <= MEMORY_NS);
         let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
         let mut first_last: HashMap<u32, (Named, usize, usize)> = HashMap::new();
         for (n, (_, named)) in self.named.iter().enumerate() {
@@ -112,7 +118,7 @@ impl Memory {
 
     /// The share that a user may have without a single draw that names it.
     pub fn doubt(&self) -> f64 {
-        if self.few { UNSEEN_DRAWS / (self.named.len() as f64 + 1.0) } else { 0.0 }
+        if self.unqueried.is_some() { UNSEEN_DRAWS / (self.named.len() as f64 + 1.0) } else { 0.0 }
     }
 }
 
@@ -221,10 +227,12 @@ mod tests {
             memory.name(BootNs(k), Named { user, pid: 1, since: BootNs(0) });
         }
         assert_eq!(memory.spreads()[&user].variance(), 0.0);
-        memory.few = true;
+        memory.unqueried(BootNs(18));
         assert!((memory.spreads()[&user].others() - 0.025).abs() < 1e-9);
         // What the one may have too much, the other may have too little.
         assert_eq!(memory.spreads()[&user].variance(), Spread::unnamed(memory.doubt()).variance());
+        memory.cut(BootNs(18 + MEMORY_NS + 1), |_, _| true);
+        assert_eq!(memory.doubt(), 0.0, "every sample of the last minutes was queried");
     }
 
     #[test]

@@ -14,12 +14,14 @@ use crate::snapshot::{Contention, MAX_OTHERS, Other, Reason};
 use crate::units::{BootNs, ContainerKey};
 
 pub const TOGETHER_NS: u64 = 1_000_000_000;
-/// After its end, until pid-less time in it is divided.
-const DECIDED_NS: u64 = 11_000_000_000;
+/// After its end, until its samples are there.
+const ARRIVED_NS: u64 = 11_000_000_000;
 /// A window of which less was observed says nothing about saturation.
 const OBSERVED_NS: u64 = TOGETHER_NS / 2;
 /// Windows of which the live share of co-activity is told.
 const RECENT: u64 = 10;
+/// Of a window's busy time, the part whose process must have been queried for it to show who was active together.
+const QUERIED_RATIO: f64 = 0.8;
 
 /// What a user had of a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -33,6 +35,8 @@ pub struct Part {
 pub struct Window {
     pub observed_ns: u64,
     pub busy_ns: f64,
+    /// Of `busy_ns`, that of samples whose process was not queried.
+    pub unqueried_ns: f64,
     pub users: BTreeMap<User, Part>,
 }
 
@@ -44,6 +48,11 @@ pub fn is_user(user: User) -> bool {
 impl Window {
     pub fn active(&self) -> impl Iterator<Item = User> {
         self.users.iter().filter(|(user, part)| part.samples > 0 && is_user(**user)).map(|(user, _)| *user)
+    }
+
+    /// Whether enough of it was queried to show who was active together.
+    pub fn shows_users(&self) -> bool {
+        self.unqueried_ns <= (1.0 - QUERIED_RATIO) * self.busy_ns
     }
 
     pub fn saturated(&self, ratio: f64) -> bool {
@@ -114,6 +123,10 @@ impl Together {
         self.open.entry(number(at)).or_default()
     }
 
+    pub fn unqueried(&mut self, at: BootNs, busy_ns: f64) {
+        self.at(at).unqueried_ns += busy_ns;
+    }
+
     pub fn observed(&mut self, at: BootNs, ns: u64, busy_ns: f64, named: Option<User>) {
         let window = self.at(at);
         window.observed_ns = window.observed_ns.saturating_add(ns);
@@ -127,10 +140,11 @@ impl Together {
         self.at(at).users.entry(user).or_default().ns += ns;
     }
 
-    /// Counts the windows in which nothing can change any more.
-    pub fn close(&mut self, now: BootNs) {
+    /// Counts the windows in which nothing can change any more. `divided`: busy time before it does not wait to be divided.
+    pub fn close(&mut self, now: BootNs, divided: BootNs) {
         while let Some(first) = self.open.first_entry() {
-            if now.0 < (first.key() + 1).saturating_mul(TOGETHER_NS).saturating_add(DECIDED_NS) {
+            let ends = (first.key() + 1).saturating_mul(TOGETHER_NS);
+            if now.0 < ends.saturating_add(ARRIVED_NS) || divided.0 < ends {
                 return;
             }
             let (number, window) = first.remove_entry();
@@ -170,11 +184,12 @@ impl Together {
         self.sums.get(&key)
     }
 
-    /// Part of the last windows in which two users or more were active; `None` when nothing of them was observed.
+    /// Part of the last windows in which two users or more were active; `None` when nothing of them was observed, or too few of their
+    /// samples had their process queried.
     pub fn coactive_ratio(&self) -> Option<f64> {
         // The newest is not over.
         let (newest, _) = self.open.last_key_value()?;
-        let recent = self.open.range(newest.saturating_sub(RECENT)..*newest).map(|(_, window)| window);
+        let recent = self.open.range(newest.saturating_sub(RECENT)..*newest).map(|(_, window)| window).filter(|w| w.shows_users());
         let (mut observed, mut coactive) = (0.0, 0.0);
         for window in recent {
             observed += window.seconds();
@@ -220,7 +235,10 @@ mod tests {
         window(&mut together, 2, 1.0, &[(A, 5, 0.9), (HOST, 0, 0.1)]);
         // Nobody in particular is no other user.
         window(&mut together, 3, 1.0, &[(A, 5, 0.9), (User::Nobody(Reason::Ambiguous), 1, 0.1)]);
-        together.close(BootNs(4 * TOGETHER_NS + DECIDED_NS - 1));
+        let arrived = BootNs(4 * TOGETHER_NS + ARRIVED_NS);
+        together.close(arrived, BootNs(0));
+        assert!(together.of(ContainerKey(1)).is_none(), "all of it waits to be divided");
+        together.close(BootNs(arrived.0 - 1), arrived);
         let of = |together: &Together, user: User| {
             let sums = together.of(user.container().unwrap()).unwrap();
             (sums.active, sums.coactive, sums.others().iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())
@@ -255,5 +273,15 @@ mod tests {
             window(&mut together, n, 1.0, &users);
         }
         assert_eq!(together.coactive_ratio(), Some(0.5));
+        // Of most samples in a window the process is not known.
+        let named_often = |together: &mut Together, unqueried: f64| {
+            for n in 20..40 {
+                window(together, n, 1.0, &[(A, 1, 0.5)]);
+                together.unqueried(BootNs(n * TOGETHER_NS), unqueried * TOGETHER_NS as f64);
+            }
+            together.coactive_ratio()
+        };
+        assert_eq!(named_often(&mut together, 0.1), Some(0.0));
+        assert_eq!(named_often(&mut together, 0.5), None);
     }
 }

@@ -13,6 +13,8 @@
 //! - The victim has to be active on both sides. One whose own phase ends as another starts has no samples beside it, and is not
 //!   kept waiting by it.
 //! - The GPU has to be saturated while both are on.
+//! - Nearly all samples have to have had their process queried: the time of the others is divided over 16 neighbours, and windows that
+//!   are alike for that reason would look like a small error.
 //! - Nobody else may come or go within the two sides: they are cut there, and dropped if too little is left.
 //! - Two changes at least have to show it, each by itself, and three of four; or four together, of which none denies it. One can be a
 //!   coincidence. The more pairs are looked at, the clearer it has to be.
@@ -56,6 +58,8 @@ const TOGETHER: usize = 4;
 const SCATTER: f64 = 2.0;
 /// Utilization is rounded to a percent, and sides begin and end within a tick: no rate is known better.
 const FLOOR: f64 = 0.004;
+/// Of the windows of a side, the part in which enough samples had their process queried.
+const QUERIED_WINDOWS: f64 = 0.9;
 /// Windows that may be alike: what is divided over neighbours makes them so, and loads have their own rhythm.
 const LAGS: usize = 3;
 
@@ -125,6 +129,8 @@ impl Change {
 
 enum Unjudged {
     Short,
+    /// Too few samples had their process queried: what each user had is smoothed over many windows.
+    Unqueried,
     /// Others came or went, too.
     With,
     VictimAway,
@@ -303,8 +309,17 @@ impl<'a> Experiment<'a> {
             (side.to > side.from && (side.to - side.from) * TOGETHER_NS >= SIDE_LEAST_NS).then_some(side)
         };
         let (Some(off), Some(on)) = (side(off_from, off_to), side(on_from, on_to)) else { return Err(Unjudged::Short) };
+        if !self.shows_users(off) || !self.shows_users(on) {
+            return Err(Unjudged::Unqueried);
+        }
         let lives = |side: Side| self.lives_throughout(victim, side);
         if lives(off) && lives(on) { Ok((off, on)) } else { Err(Unjudged::VictimAway) }
+    }
+
+    fn shows_users(&self, side: Side) -> bool {
+        let shows = |window: &Window| window.shows_users();
+        let (n, all) = self.windows.range(side.from..side.to).fold((0, 0), |(n, all), (_, w)| (n + u64::from(shows(w)), all + 1));
+        n as f64 >= QUERIED_WINDOWS * all as f64
     }
 
     /// No part of the side is known to be without a process of the user.
@@ -409,9 +424,12 @@ impl<'a> Experiment<'a> {
 
 fn no_change(unjudged: &[Unjudged]) -> String {
     let with = unjudged.iter().any(|why| matches!(why, Unjudged::With));
+    let unqueried = unjudged.iter().any(|why| matches!(why, Unjudged::Unqueried));
     let away = unjudged.iter().any(|why| matches!(why, Unjudged::VictimAway));
     let why = if unjudged.is_empty() {
         "the other neither came nor went while the victim was there: nothing to compare with"
+    } else if unqueried {
+        "driver calls were slow: too few samples had their process queried; raise gpu_wait_percent and gpu_budget_percent for a session"
     } else if away {
         "the victim's own processes began or ended as the other came or went"
     } else if with {
