@@ -12,8 +12,11 @@
 //!      v                                                             |  |
 //!   foreign <--- 3 living ones hold none since the last holder ------/  |
 //!      \----------------------------------------------------------------/
-//!  unverifiable: there are no device nodes, or processes cannot be read
+//!  unverifiable: there are no device nodes
 //! ```
+//! A module of this kernel that serves the nodes counts as a holder until three pids contradict it. Without one, processes that cannot be
+//! read leave it unsettled.
+//!
 //! Pure: the time and what /proc shows come from outside.
 //!
 //! What counts against local pids: a process that the driver names twice, a second apart at least, of which /proc shows both times that
@@ -33,6 +36,8 @@ pub const CONTRADICTIONS: usize = 3;
 const CONFIRM_NS: u64 = 1_000_000_000;
 /// A process that was not named again for so long is not waited for.
 const FORGET_NS: u64 = 60_000_000_000;
+/// Named pids of which none could be checked for so long are worth a word.
+const UNCHECKED_NS: u64 = 30_000_000_000;
 /// Processes under suspicion, and contradictions kept, at most.
 const MOST: usize = 256;
 
@@ -42,7 +47,7 @@ pub enum PidSpace {
     Local,
     Foreign,
     Unsettled,
-    /// Nothing here can settle it: pids are taken as local.
+    /// There are no device nodes: pids are taken as local.
     #[default]
     Unverifiable,
 }
@@ -103,6 +108,8 @@ pub struct Evidence {
     module: bool,
     holder: Option<u32>,
     unreadable: Option<u32>,
+    /// Since when the driver names pids of which none could be checked.
+    unchecked_since: Option<BootNs>,
     /// Seen once without a node, and when.
     suspects: HashMap<u32, (Kind, BootNs)>,
     /// Confirmed since the last holder, in that order.
@@ -123,6 +130,7 @@ impl Evidence {
     /// `looked` is when /proc was read.
     pub fn see(&mut self, named: Named, looked: BootNs, sighting: Sighting) {
         let pid = named.pid;
+        self.unchecked_since.get_or_insert(named.at);
         let kind = match sighting {
             Sighting::Holder => {
                 self.holder = Some(pid);
@@ -162,16 +170,17 @@ impl Evidence {
     }
 
     pub fn verdict(&self) -> PidSpace {
-        let bystanders = self.bystanders().count();
-        let supported = self.holder.is_some() || self.module;
+        let contradicted = self.against.len() >= CONTRADICTIONS;
         if !self.nodes {
             PidSpace::Unverifiable
-        } else if bystanders >= CONTRADICTIONS || !supported && self.against.len() >= CONTRADICTIONS {
+        } else if self.bystanders().count() >= CONTRADICTIONS {
             PidSpace::Foreign
-        } else if supported {
+        } else if self.holder.is_some() {
             PidSpace::Local
-        } else if self.unreadable.is_some() && self.against.is_empty() {
-            PidSpace::Unverifiable
+        } else if contradicted && !self.module {
+            PidSpace::Foreign
+        } else if self.module && !contradicted {
+            PidSpace::Local
         } else {
             PidSpace::Unsettled
         }
@@ -184,6 +193,12 @@ impl Evidence {
     /// A named process that held a node.
     pub fn holder(&self) -> Option<u32> {
         self.holder
+    }
+
+    /// Whether the driver has named pids for a while at `now` and none of them could be checked: they end too soon or do not exist.
+    pub fn is_unchecked(&self, now: BootNs) -> bool {
+        let since = self.unchecked_since.filter(|_| self.holder.is_none() && self.against.is_empty());
+        since.is_some_and(|since| now.saturating_since(since) >= UNCHECKED_NS)
     }
 
     /// A named process that could not be read.
@@ -327,14 +342,18 @@ mod tests {
     fn a_module_of_this_kernel_is_believed_until_the_living_contradict() {
         let mut evidence = Evidence::new(true, true);
         assert_eq!(evidence.verdict(), PidSpace::Local);
-        assert_eq!(twice(&mut evidence, 10, &[1, 2, 3, 4], Sighting::Absent), PidSpace::Local);
-        assert_eq!(twice(&mut evidence, 20, &[5, 6, 7], bystander()), PidSpace::Foreign);
+        assert_eq!(twice(&mut evidence, 10, &[1, 2], Sighting::Absent), PidSpace::Local);
+        assert_eq!(twice(&mut evidence, 20, &[3, 4], Sighting::Absent), PidSpace::Unsettled);
+        assert_eq!(see(&mut evidence, 25, 9, true, Sighting::Holder), PidSpace::Local);
+        assert_eq!(twice(&mut evidence, 30, &[5, 6, 7], bystander()), PidSpace::Foreign);
     }
 
     #[test]
     fn who_may_read_nothing_cannot_verify() {
         let mut evidence = nodes();
-        assert_eq!(see(&mut evidence, 10, 1, true, Sighting::Unreadable), PidSpace::Unverifiable);
+        assert_eq!(see(&mut evidence, 10, 1, true, Sighting::Unreadable), PidSpace::Unsettled);
+        assert_eq!((evidence.unreadable(), evidence.is_unchecked(BootNs(39 * S))), (Some(1), false));
+        assert!(evidence.is_unchecked(BootNs(40 * S)));
         // Some can be read after all.
         assert_eq!(twice(&mut evidence, 20, &[2], bystander()), PidSpace::Unsettled);
         assert_eq!(see(&mut evidence, 30, 3, true, Sighting::Holder), PidSpace::Local);

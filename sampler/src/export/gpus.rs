@@ -113,7 +113,7 @@ fn readings(page: &Exposition, to: &mut Families) {
 }
 
 fn events(page: &Exposition, to: &mut Families) {
-    let help = "Time in which the driver named this reason for its clocks, looked at once a second.";
+    let help = "Time in which the driver named this reason for its clocks, read once a second, once a minute where driver calls are slow.";
     let mut throttled = to.counter("gpu_throttle_seconds_total", help);
     for gpu in &page.gpus {
         for ((_, reason), seconds) in THROTTLE_REASONS.iter().zip(gpu.view.throttle_seconds.iter().flatten()) {
@@ -138,7 +138,7 @@ fn samples(page: &Exposition, to: &mut Families) {
     let help = "Samples of which the process was queried; the time of the others is divided over these.";
     each(to.counter("gpu_sampler_queried_samples_total", help), leaves(page), |v| Some(v.counts.queried as f64));
     let help = "Standard error of a share of one half over 10 s, at the rate at which processes were queried in the past 10 s. \
-                Absent while the GPU is idle.";
+                Absent while the GPU is idle, and where it is measured by GPM.";
     each(to.gauge("gpu_sampler_share_stderr_ratio", help), leaves(page), |v| v.expected_stderr_ratio);
     let help = "Times that samples were lost between two polls.";
     each(to.counter("gpu_sampler_sample_gaps_total", help), leaves(page), |v| Some(v.sample_gaps as f64));

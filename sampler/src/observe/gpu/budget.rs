@@ -19,7 +19,8 @@ const SAVED_NS: f64 = 5e9;
 const REPAID_NS: f64 = 60e9;
 /// Weight of the newest cost in the average.
 const WEIGHT: f64 = 0.2;
-/// Calls have become slow, at once, where even the middle one of the last three costs is this many averages.
+/// Calls have become slow or fast, at once, where the middle one of the last three costs is this many averages, or the average this many
+/// of it.
 const SLOWER: f64 = 2.0;
 /// What a question for rows is taken to cost before there was one.
 const UNKNOWN_ROW_CALL_NS: f64 = 1e7;
@@ -27,6 +28,8 @@ const UNKNOWN_ROW_CALL_NS: f64 = 1e7;
 const MOST_ROW_CALLS: usize = 12;
 /// Of the drivers that are known; doctor does not wait to learn it.
 const USUAL_PERIOD_SECONDS: f64 = 0.167;
+/// The longest interval, whatever calls take.
+const RAREST: Duration = Duration::from_secs(60);
 /// The recent shares of time cover this long.
 const RECENT_NS: u64 = 30_000_000_000;
 
@@ -70,7 +73,7 @@ impl Account {
         let middle = a.max(b).min(a.min(b).max(c));
         self.average_ns = Some(match self.average_ns {
             None => cost_ns,
-            Some(average) if middle > SLOWER * average => middle,
+            Some(average) if middle > SLOWER * average || SLOWER * middle < average => middle,
             Some(average) => average + WEIGHT * (middle - average),
         });
     }
@@ -174,12 +177,24 @@ impl Budget {
             interval if interval > period => Coverage::Part,
             _ => Coverage::Whole,
         };
-        (affordable.min(half_ring.max(wanted)), coverage)
+        (self.interval_of_ring(Part::Ring, wanted, half_ring), coverage)
     }
 
+    /// At least `wanted`, and a minute at most: what is read says who uses the GPU.
     pub fn interval(&self, part: Part, wanted: Duration) -> Duration {
         let [cpu, wait] = self.accounts[part as usize].map(|account| account.interval_ns());
-        wanted.max(Duration::from_nanos(cpu.max(wait) as u64))
+        wanted.max(Duration::from_nanos(cpu.max(wait) as u64).min(RAREST))
+    }
+
+    /// As [`Budget::interval`], for a ring that must be read at least once in `half_ring`.
+    pub fn interval_of_ring(&self, part: Part, wanted: Duration, half_ring: Duration) -> Duration {
+        self.interval(part, wanted).min(half_ring.max(wanted))
+    }
+
+    /// The setting that limits this part.
+    pub fn binding(&self, part: Part) -> &'static str {
+        let [cpu, wait] = self.accounts[part as usize].map(|account| account.interval_ns());
+        if cpu > wait { "gpu_budget_percent" } else { "gpu_wait_percent" }
     }
 
     /// How many queries for rows the next poll may make. Where polls are rarer than samples it is one, about the newest: a random

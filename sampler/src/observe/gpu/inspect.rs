@@ -24,6 +24,10 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SILENT: &str = "look into dmesg for Xid lines; a reset may help. The other GPUs do not wait for it";
 const CLOSED: &str = "it is not sampled until it can be opened; see dmesg for Xid lines";
 const MIXED: &str = "its time cannot be told apart by process here; MIG, WSL and some boards do not offer it";
+/// Contention cannot be shown where fewer samples have their process queried.
+const ENOUGH_RATIO: f64 = 0.8;
+const SLOW: &str = "driver calls are slow: shares have a larger error, and who was active together is not known; raise gpu_wait_percent and \
+                    gpu_budget_percent, or find out what holds the driver up";
 /// Calls timed, of which the median is told.
 const TIMED: usize = 5;
 /// Between the two lists that may name a process of another pid space: what is seen once says nothing.
@@ -70,7 +74,7 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     while let Ok((index, gpu)) = inspected.recv_timeout(until.saturating_duration_since(Instant::now())) {
         gpus[index as usize] = gpu;
     }
-    let pid_space = pid_space::words(&pid_spaces.evidence());
+    let pid_space = pid_space::words(&pid_spaces.evidence(), boot_now());
     Ok(Inspected { version, gpus, pid_space })
 }
 
@@ -155,17 +159,20 @@ fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &Pi
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
     let median = median(|| {
-        let _answer = buffers.rows(&handle, u64::MAX / 2);
+        let _answer = if newer { buffers.rows_of_all_engines(&handle, u64::MAX / 2).map(|_| ()) } else { buffers.rows(&handle, u64::MAX / 2).map(|_| ()) };
         let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
+    let us = median.wait.as_micros();
+    if samples.is_err() || rows.is_err() {
+        return (format!("{what}: {of_samples}, {of_rows}, {us} us a poll"), Some(MIXED));
+    }
     let (queried_ratio, stderr_ratio) = expected(limits, median);
     let took = format!(
-        "{} us a poll: the process of {:.0} % of samples can be queried, a share of one half over 10 s is known to {:.1} points",
-        median.wait.as_micros(),
+        "{us} us a poll: the process of {:.0} % of samples can be queried, a share of one half over 10 s is known to {:.1} points",
         queried_ratio * 100.0,
         stderr_ratio * 100.0
     );
-    (format!("{what}: {of_samples}, {of_rows}, {took}"), (samples.is_err() || rows.is_err()).then_some(MIXED))
+    (format!("{what}: {of_samples}, {of_rows}, {took}"), (queried_ratio < ENOUGH_RATIO).then_some(SLOW))
 }
 
 fn median(mut f: impl FnMut()) -> Cost {

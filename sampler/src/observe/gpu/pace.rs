@@ -15,8 +15,6 @@ const USED_PERIODS: f64 = 0.45;
 const UNLEARNED: Duration = Duration::from_millis(50);
 /// As much for a GPU that nobody uses: a ring that is dry teaches no period.
 const UNLEARNED_UNUSED: Duration = Duration::from_millis(90);
-/// Taken for the period until it is known.
-const PERIOD: Duration = Duration::from_millis(167);
 /// Devices without a ring, and those that fail or are lost.
 pub const SLOW: Duration = Duration::from_secs(1);
 /// A GPU counts as used for so long after something was seen of it.
@@ -64,10 +62,9 @@ impl Pace {
             (Some(period), true) => period.mul_f64(USED_PERIODS),
             (Some(period), false) => period.mul_f64(2.0 * USED_PERIODS),
         };
-        let period = period.unwrap_or(PERIOD);
-        let (interval, coverage) = budget.ring_interval(wanted, period, ring.half(period));
+        let (interval, coverage) = budget.ring_interval(wanted, ring.period_or_usual(), ring.half());
         self.coverage = coverage;
-        if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.around_one()).min(ring.half(period)) }
+        if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.around_one()).min(ring.half()) }
     }
 
     fn around_one(&mut self) -> f64 {

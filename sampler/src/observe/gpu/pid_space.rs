@@ -60,7 +60,7 @@ pub struct PidCheck {
 }
 
 /// In words: what the verdict rests on.
-fn reason(evidence: &Evidence) -> String {
+fn reason(evidence: &Evidence, now: BootNs) -> String {
     let holds_none = |pid: u32| format!("such as {pid}, which has no NVIDIA device node open here or does not exist");
     match (evidence.verdict(), evidence.holder(), evidence.against(), evidence.unreadable()) {
         (PidSpace::Local, Some(pid), ..) => format!("process {pid}, which the driver names, has an NVIDIA device node open here"),
@@ -74,8 +74,11 @@ fn reason(evidence: &Evidence) -> String {
                 holds_none(pid)
             )
         }
-        (PidSpace::Unverifiable, .., Some(pid)) => {
+        (PidSpace::Unsettled, .., Some(pid)) => {
             format!("cannot check whether the driver's pids are this machine's: descriptors of process {pid} cannot be read")
+        }
+        (PidSpace::Unsettled, ..) if evidence.is_unchecked(now) => {
+            "not settled whether the driver's pids are this machine's: all that it names end too soon or do not exist here".into()
         }
         (PidSpace::Unverifiable, ..) => "cannot be checked: there is no NVIDIA device node here".into(),
         _ => "not settled before the driver names a living process: none uses a GPU now".into(),
@@ -83,15 +86,16 @@ fn reason(evidence: &Evidence) -> String {
 }
 
 /// A verdict with its reason, and what to do where attribution suffers.
-pub fn words(evidence: &Evidence) -> (String, Option<&'static str>) {
+pub fn words(evidence: &Evidence, now: BootNs) -> (String, Option<&'static str>) {
     const MAY_NOT_READ: &str = "run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
     let remedy = match evidence.verdict() {
         PidSpace::Foreign => Some(REMEDY),
-        PidSpace::Unsettled => evidence.against().map(|_| REMEDY),
-        PidSpace::Unverifiable => evidence.unreadable().map(|_| MAY_NOT_READ),
-        PidSpace::Local => None,
+        PidSpace::Unsettled if evidence.against().is_some() => Some(REMEDY),
+        PidSpace::Unsettled if evidence.unreadable().is_some() => Some(MAY_NOT_READ),
+        PidSpace::Unsettled => evidence.is_unchecked(now).then_some(REMEDY),
+        PidSpace::Local | PidSpace::Unverifiable => None,
     };
-    (reason(evidence), remedy)
+    (reason(evidence, now), remedy)
 }
 
 impl PidCheck {
@@ -200,14 +204,11 @@ impl PidCheck {
 
     /// Under the lock, so that verdicts reach the core in their order.
     fn announce(&self, state: &mut State) {
-        let (verdict, (reason, remedy)) = (state.evidence.verdict(), words(&state.evidence));
+        let (verdict, (reason, remedy)) = (state.evidence.verdict(), words(&state.evidence, boot_now()));
         self.health.set_pid_space(verdict);
-        match (remedy, verdict.is_trusted()) {
-            (Some(remedy), true) => self.health.degraded(KEY, &format!("{reason}; {remedy}")),
-            (Some(remedy), false) => {
-                self.health.degraded(KEY, &format!("{reason}; GPU time is pid_unknown meanwhile; {remedy}"));
-            }
-            (None, _) => self.health.recovered(KEY, &reason),
+        match remedy {
+            Some(remedy) => self.health.degraded(KEY, &format!("{reason}; GPU time is pid_unknown meanwhile; {remedy}")),
+            None => self.health.recovered(KEY, &reason),
         }
         if std::mem::replace(&mut state.announced, verdict) != verdict {
             tracing::info!(state = verdict.name(), reason, "pid space of the driver");

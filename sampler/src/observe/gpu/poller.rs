@@ -270,7 +270,7 @@ impl Poller {
             _ => self.pace.ring(&self.ring, &self.budget),
         };
         if let Some(coverage) = self.pace.changed() {
-            self.told.coverage(coverage);
+            self.told.coverage(coverage, self.budget.binding(Part::Ring));
         }
         let ratios = self.budget.recent_ratios(boot_now().0);
         self.driver.set_pace(interval, ratios);
@@ -296,7 +296,9 @@ impl Poller {
             batch.readings = Some(readings::readings(&self.handle, &mut self.driver));
             self.spent_in_calls(Part::Readings, cpu);
         }
-        if !self.in_mig_mode() && due(&mut self.done.engines, self.budget.interval(Part::Engines, ENGINES_EVERY)) {
+        let half_ring = self.ring.half();
+        let engines_every = self.budget.interval_of_ring(Part::Engines, ENGINES_EVERY, half_ring);
+        if !self.in_mig_mode() && due(&mut self.done.engines, engines_every) {
             batch.engine_ticks = self.engines.read(&self.handle, &mut self.driver, &mut self.buffers);
             self.spent_in_calls(Part::Engines, cpu);
         }

@@ -24,6 +24,11 @@ const LIES: u32 = 2;
 /// Samples in the driver's ring, at most: what it says may be the size of an answer, not of the ring.
 const RING: usize = 72;
 
+/// Taken for the period until it is known.
+const USUAL_PERIOD: Duration = Duration::from_millis(167);
+/// Time of which no sample was read for 15 s is unobserved.
+const HALF_RING_MOST: Duration = Duration::from_millis(6_500);
+
 #[derive(Default)]
 pub struct Ring {
     recovery: Recovery,
@@ -57,9 +62,14 @@ impl Ring {
         self.recovery.period_ns().map(Duration::from_nanos)
     }
 
-    /// How long the driver keeps half of its samples.
-    pub fn half(&self, period: Duration) -> Duration {
-        period * u32::try_from(self.depth.unwrap_or(RING) / 2).unwrap_or(u32::MAX).max(1)
+    pub fn period_or_usual(&self) -> Duration {
+        self.period().unwrap_or(USUAL_PERIOD)
+    }
+
+    /// How long the driver keeps half of its samples, at most what attribution waits for.
+    pub fn half(&self) -> Duration {
+        let samples = u32::try_from(self.depth.unwrap_or(RING) / 2).unwrap_or(u32::MAX).max(1);
+        (self.period_or_usual() * samples).min(HALF_RING_MOST)
     }
 
     /// `row_calls`: how many questions for rows may be put. `listed`: how many processes the device had lately, where that is known.

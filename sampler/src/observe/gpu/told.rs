@@ -76,7 +76,8 @@ impl Told {
         self.health.recovered(&self.budget_key(), "the GPU is gone");
     }
 
-    pub fn coverage(&self, coverage: Coverage) {
+    /// `setting`: the one that limits it.
+    pub fn coverage(&self, coverage: Coverage, setting: &str) {
         let uuid = &self.uuid;
         match coverage {
             Coverage::Whole => {
@@ -84,15 +85,15 @@ impl Told {
             }
             Coverage::Part => {
                 let message = format!(
-                    "{uuid}: driver calls are slow: within gpu_wait_percent and gpu_budget_percent the process of only some samples is \
-                     queried; all GPU time is still observed, but shares have a larger standard error; raise gpu_wait_percent for more"
+                    "{uuid}: driver calls are slow: within {setting} the process of only some samples is queried; all GPU time is still \
+                     observed, but shares have a larger standard error; raise {setting} for more"
                 );
                 self.health.degraded(&self.budget_key(), &message);
             }
             Coverage::Over => {
                 let message = format!(
-                    "{uuid}: driver calls are so slow that one read in half a ring of samples takes more than gpu_wait_percent or \
-                     gpu_budget_percent; it is made all the same, so GPU time is still observed; find out what holds the driver up"
+                    "{uuid}: driver calls are so slow that one read in half a ring of samples takes more than {setting}; it is made all the \
+                     same, so GPU time is still observed; find out what holds the driver up"
                 );
                 self.health.degraded(&self.budget_key(), &message);
             }
