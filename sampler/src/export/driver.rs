@@ -42,8 +42,14 @@ pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families) {
         cpu.add_known(&[("uuid", &device.uuid)], device.cpu_ratio);
     }
     let [cpu_percent, wait_percent] = limits;
-    to.gauge("gpu_sampler_gpu_budget_ratio", "Processor time that reading one GPU may take, of one processor: gpu_budget_percent.")
-        .add(&[], cpu_percent / 100.0);
-    to.gauge("gpu_sampler_gpu_wait_budget_ratio", "Share of time that reading one GPU may spend in driver calls: gpu_wait_percent.")
-        .add(&[], wait_percent / 100.0);
+    to.gauge(
+        "gpu_sampler_gpu_budget_ratio",
+        "Processor time that reading one GPU may take, of one processor: gpu_budget_percent.",
+    )
+    .add(&[], cpu_percent / 100.0);
+    to.gauge(
+        "gpu_sampler_gpu_wait_budget_ratio",
+        "Share of time that reading one GPU may spend in driver calls: gpu_wait_percent.",
+    )
+    .add(&[], wait_percent / 100.0);
 }

@@ -234,7 +234,8 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     let help = "Whether the pids that the driver returns are pids of this machine: local, foreign, unsettled or unverifiable; GPU time is \
                 pid_unknown while foreign or unsettled. Value is always 1.";
     to.gauge("gpu_sampler_pid_space", help).add(&[("state", health.pid_space.name())], 1.0);
-    let mut degraded = to.gauge("gpu_sampler_degraded", "A condition that /api/v1/live, the page and the log explain; absent when it is over.");
+    let mut degraded =
+        to.gauge("gpu_sampler_degraded", "A condition that /api/v1/live, the page and the log explain; absent when it is over.");
     for (condition, _) in &health.degraded {
         degraded.add(&[("condition", condition)], 1.0);
     }

@@ -189,7 +189,8 @@ impl Together {
     pub fn coactive_ratio(&self) -> Option<f64> {
         // The newest is not over.
         let (newest, _) = self.open.last_key_value()?;
-        let recent = self.open.range(newest.saturating_sub(RECENT)..*newest).map(|(_, window)| window).filter(|w| w.shows_users());
+        let recent =
+            self.open.range(newest.saturating_sub(RECENT)..*newest).map(|(_, window)| window).filter(|w| w.shows_users());
         let (mut observed, mut coactive) = (0.0, 0.0);
         for window in recent {
             observed += window.seconds();

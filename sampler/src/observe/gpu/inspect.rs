@@ -159,7 +159,11 @@ fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &Pi
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
     let median = median(|| {
-        let _answer = if newer { buffers.rows_of_all_engines(&handle, u64::MAX / 2).map(|_| ()) } else { buffers.rows(&handle, u64::MAX / 2).map(|_| ()) };
+        let _answer = if newer {
+            buffers.rows_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
+        } else {
+            buffers.rows(&handle, u64::MAX / 2).map(|_| ())
+        };
         let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
     let us = median.wait.as_micros();
