@@ -83,7 +83,7 @@ fn assert_all_credited(page: &[Sample], got: &Samples, want: &Samples) {
         let seconds = sum(page, "gpu_unattributed_seconds_total", &[("reason", reason)]).unwrap_or(f64::NAN);
         assert_eq!(seconds, 0.0, "{reason}");
     }
-    assert_same(got, want);
+    assert_same(page, got, want);
 }
 
 #[test]

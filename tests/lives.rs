@@ -52,7 +52,7 @@ fn every_sample(layout: Layout) -> Result<()> {
     let gone = ticks.iter().filter(gone_before_served).count();
     println!("{layout:?}: {} samples recorded, {gone} of them of processes that were gone when they were served", ticks.len());
     assert!(gone >= 200, "only {gone} of {} samples were of processes gone before the poll", ticks.len());
-    assert_same(&credited(&page), &expected(&lives, &ticks, PERIOD_US)?);
+    assert_same(&page, &credited(&page), &expected(&lives, &ticks, PERIOD_US)?);
     for reason in ["invalid_pid", "pid_unknown", "host", "mps", "ambiguous", "lost"] {
         assert_eq!(unattributed(&page, reason), 0.0, "{reason}");
     }

@@ -1,60 +1,80 @@
-//! The whole agent on drivers whose calls take time: what it still observes, how precise shares are, and what it costs. Default budgets.
+//! The whole agent on drivers with slow calls: what it still observes, how precise shares are, and what it costs. Default budgets.
 
 use anyhow::Result;
 use gpu_sampler_benches::wanted;
-use gpu_sampler_tests::latency::{Cell, Outcome, run};
+use gpu_sampler_tests::latency::{Cell, ShareError, rms, run};
 
 const CALLS_US: [u64; 5] = [50, 500, 2_000, 5_000, 10_000];
 /// (GPUs, one lock for all of them).
 const NODES: [(usize, bool); 4] = [(1, false), (8, false), (8, true), (16, true)];
 const SECONDS: u64 = 40;
+/// Errors are taken together by the part of samples whose process was queried, in percent.
+const QUERIED: [(f64, f64); 4] = [(0.0, 10.0), (10.0, 40.0), (40.0, 95.0), (95.0, 101.0)];
+
+/// Mean of the errors over the seconds they are of, and its standard error; percent.
+fn bias(errors: &[ShareError]) -> (f64, f64) {
+    let real: f64 = errors.iter().map(|one| one.real).sum();
+    let off: f64 = errors.iter().map(|one| one.off).sum();
+    let scatter = rms(errors, |one| one.off) * (errors.len() as f64).sqrt();
+    (100.0 * off / real, 100.0 * scatter / real)
+}
+
+fn one_cell(cell: Cell) -> Result<(f64, Vec<ShareError>)> {
+    let one = run(cell, &["--gpu-wait-percent", "2", "--gpu-budget-percent", "1"])?;
+    println!(
+        "{:>7} {:>5} {:>4} | {:>8.2} % {:>11.2} % {:>6.0} % {:>8.2} {:>9.2} | {:>7.1} {:>8.2} % {:>5.2} %",
+        cell.call_us as f64 / 1e3,
+        cell.gpus,
+        if cell.one_lock { "one" } else { "-" },
+        one.unobserved_ratio * 100.0,
+        one.unattributed_ratio * 100.0,
+        one.queried_ratio * 100.0,
+        rms(&one.errors, |one| one.off),
+        rms(&one.errors, |one| one.stated),
+        one.calls_a_second,
+        one.wait_ratio * 100.0,
+        one.cpu_ratio * 100.0,
+    );
+    Ok((one.queried_ratio * 100.0, one.errors))
+}
 
 fn main() -> Result<()> {
     if !wanted("latency") {
         return Ok(());
     }
     println!(
-        "call ms  GPUs lock | unobserved  no container  queried  bias %  error s  stated s  in 1  in 2 | calls/s  waited %  CPU %"
+        "errors are of shares of a GPU that two containers share over {SECONDS} s, root mean square; CPU is of one processor, with the"
     );
+    println!("simulated driver; waited is the time of one GPU's thread in calls");
+    println!("call ms  GPUs lock | unobserved  no container  queried  error s  stated s | calls/s     waited     CPU");
+    let mut errors = Vec::new();
     for (gpus, one_lock) in NODES {
         for call_us in CALLS_US {
-            // A GPU alone has one pair of users: several seeds.
-            let seeds = if gpus == 1 { 3 } else { 1 };
-            let mut all = Outcome::default();
-            for seed in 0..seeds {
-                let cell = Cell { call_us, gpus, one_lock, seconds: SECONDS, seed };
-                let one = run(cell, &["--gpu-wait-percent", "2", "--gpu-budget-percent", "1"])?;
-                let errors = [std::mem::take(&mut all.errors), one.errors.clone()].concat();
-                let part = |sum: f64, of: f64| sum + of / seeds as f64;
-                all = Outcome {
-                    unobserved_ratio: part(all.unobserved_ratio, one.unobserved_ratio),
-                    queried_ratio: part(all.queried_ratio, one.queried_ratio),
-                    unattributed_ratio: part(all.unattributed_ratio, one.unattributed_ratio),
-                    busy_off_ratio: part(all.busy_off_ratio, one.busy_off_ratio),
-                    bias_ratio: part(all.bias_ratio, one.bias_ratio),
-                    calls_a_second: part(all.calls_a_second, one.calls_a_second),
-                    cpu_ratio: part(all.cpu_ratio, one.cpu_ratio),
-                    wait_ratio: part(all.wait_ratio, one.wait_ratio),
-                    errors,
-                };
+            let cell = Cell { call_us, gpus, one_lock, seconds: SECONDS, seed: call_us };
+            match one_cell(cell) {
+                Ok(of_cell) => errors.push(of_cell),
+                Err(error) => println!("{cell:?} failed: {error:#}"),
             }
-            println!(
-                "{:>7} {gpus:>5} {:>4} | {:>8.2} % {:>11.2} % {:>6.0} % {:>+7.1} {:>8.2} {:>9.2} {:>5.2} {:>5.2} | {:>7.1} {:>9.2} {:>6.2}",
-                call_us as f64 / 1e3,
-                if one_lock { "one" } else { "-" },
-                all.unobserved_ratio * 100.0,
-                all.unattributed_ratio * 100.0,
-                all.queried_ratio * 100.0,
-                all.bias_ratio * 100.0,
-                all.rms(|one| one.0),
-                all.rms(|one| one.1),
-                all.within(1.0),
-                all.within(2.0),
-                all.calls_a_second,
-                all.wait_ratio * 100.0,
-                all.cpu_ratio * 100.0,
-            );
         }
+    }
+    println!("  queried | shares     bias %  error s  stated s  within one  within two");
+    for (from, to) in QUERIED {
+        let of =
+            |(queried, errors): &(f64, Vec<ShareError>)| if (from..to).contains(queried) { errors.clone() } else { Vec::new() };
+        let all: Vec<ShareError> = errors.iter().flat_map(of).collect();
+        if all.is_empty() {
+            continue;
+        }
+        let (n, (bias, bias_error)) = (all.len(), bias(&all));
+        let within = |k: f64| 100.0 * all.iter().filter(|one| one.is_within(k)).count() as f64 / n as f64;
+        println!(
+            "{from:>3.0}-{:>3.0} % | {n:>6} {bias:>+5.1} ± {bias_error:>3.1} {:>8.2} {:>9.2} {:>9.0} % {:>9.0} %",
+            to.min(100.0),
+            rms(&all, |one| one.off),
+            rms(&all, |one| one.stated),
+            within(1.0),
+            within(2.0)
+        );
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! An agent on simulated GPUs whose driver takes its time: what is observed, and how far shares are off, against the simulator's truth.
+//! An agent on simulated GPUs with slow driver calls: what is observed, and how far shares are off, against the simulator's truth.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -27,7 +27,7 @@ pub struct Cell {
 /// What came of it, over all GPUs.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// Of the time in which the loads ran.
+    /// Of the time from before the loads until all is settled.
     pub unobserved_ratio: f64,
     /// Of samples.
     pub queried_ratio: f64,
@@ -35,29 +35,35 @@ pub struct Outcome {
     pub unattributed_ratio: f64,
     /// Busy time less the driver's own, of the latter.
     pub busy_off_ratio: f64,
-    /// By (container, GPU) that shares its GPU: estimated less true seconds, and the stated standard error.
-    pub errors: Vec<(f64, f64)>,
-    /// The same, of the greater of the two users of each GPU, over their true seconds: a bias has a sign.
-    pub bias_ratio: f64,
+    /// Of the greater of the two users of each shared GPU; the other's are the same with the other sign.
+    pub errors: Vec<ShareError>,
     pub calls_a_second: f64,
-    /// Of one processor, for all GPUs: the agent as a whole.
+    /// Of one processor, for all GPUs: the agent as a whole, with the simulated driver, which runs in its process.
     pub cpu_ratio: f64,
     /// Time in calls, the mean of the GPUs.
     pub wait_ratio: f64,
 }
 
-impl Outcome {
-    /// The part of the errors within so many stated ones.
-    pub fn within(&self, k: f64) -> f64 {
-        // The driver's rounding to whole percents is not in the stated error.
-        let within = self.errors.iter().filter(|(off, stated)| off.abs() <= k * stated + 0.05);
-        within.count() as f64 / self.errors.len().max(1) as f64
-    }
+/// Of one user's seconds.
+#[derive(Clone, Copy, Debug)]
+pub struct ShareError {
+    /// Estimated less true.
+    pub off: f64,
+    /// One standard error.
+    pub stated: f64,
+    pub real: f64,
+}
 
-    pub fn rms(&self, of: impl Fn(&(f64, f64)) -> f64) -> f64 {
-        let squares = self.errors.iter().map(|one| of(one).powi(2));
-        (squares.sum::<f64>() / self.errors.len().max(1) as f64).sqrt()
+impl ShareError {
+    /// Within so many stated errors; the driver's rounding to whole percents is not in them.
+    pub fn is_within(&self, k: f64) -> bool {
+        self.off.abs() <= k * self.stated + 0.05
     }
+}
+
+/// The square root of the mean square.
+pub fn rms(errors: &[ShareError], of: impl Fn(&ShareError) -> f64) -> f64 {
+    (errors.iter().map(|one| of(one).powi(2)).sum::<f64>() / errors.len().max(1) as f64).sqrt()
 }
 
 fn world(cell: &Cell) -> String {
@@ -114,14 +120,15 @@ pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
     let page = agent.scrape()?;
     let mut outcome = compare(&sim, &page, &users)?;
     let grown = |page: &[Sample], name: &str, labels: &[(&str, &str)]| {
-        sum(page, name, labels).unwrap_or_default() - sum(&before, name, labels).unwrap_or_default()
+        let of = |page: &[Sample]| sum(page, name, labels).with_context(|| format!("no series {name} {labels:?}"));
+        anyhow::Ok(of(page)? - of(&before)?)
     };
-    let unobserved = grown(&page, "gpu_time_seconds_total", &[("state", "unobserved")]);
+    let unobserved = grown(&page, "gpu_time_seconds_total", &[("state", "unobserved")])?;
     outcome.unobserved_ratio = unobserved / (over + SETTLED.as_secs_f64()) / cell.gpus as f64;
     outcome.queried_ratio =
-        grown(&page, "gpu_sampler_queried_samples_total", &[]) / grown(&page, "gpu_sampler_samples_total", &[]).max(1.0);
-    outcome.calls_a_second = grown(&during, "gpu_sampler_nvml_call_seconds_count", &[]) / over;
-    outcome.wait_ratio = grown(&during, "gpu_sampler_nvml_call_seconds_sum", &[]) / over / cell.gpus as f64;
+        grown(&page, "gpu_sampler_queried_samples_total", &[])? / grown(&page, "gpu_sampler_samples_total", &[])?.max(1.0);
+    outcome.calls_a_second = grown(&during, "gpu_sampler_nvml_call_seconds_count", &[])? / over;
+    outcome.wait_ratio = grown(&during, "gpu_sampler_nvml_call_seconds_sum", &[])? / over / cell.gpus as f64;
     outcome.cpu_ratio = cpu_ratio;
     Ok(outcome)
 }
@@ -129,29 +136,22 @@ pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
 fn compare(sim: &Sim, page: &[Sample], users: &[(usize, f64, String, Running)]) -> Result<Outcome> {
     let truth = sim.truth(&[])?;
     let (mut outcome, mut busy, mut real_busy, mut unattributed) = (Outcome::default(), 0.0, 0.0, 0.0);
-    let (mut greater_off, mut greater) = (0.0, 0.0);
     for (gpu, demands) in (0..).zip(DEMANDS.iter().cycle().take(truth["gpus"].as_array().context("gpus")?.len())) {
         let of_gpu = &truth["gpus"][gpu];
         let uuid = of_gpu["uuid"].as_str().context("uuid")?;
         real_busy += of_gpu["busy_seconds"].as_f64().context("busy")?;
         busy += sum(page, "gpu_time_seconds_total", &[("uuid", uuid), ("state", "busy")]).unwrap_or_default();
         unattributed += sum(page, "gpu_unattributed_seconds_total", &[("uuid", uuid)]).unwrap_or_default();
-        for (n, (_, _, id, process)) in users.iter().filter(|(on, ..)| *on == gpu).enumerate() {
+        for (_, _, id, process) in users.iter().filter(|(on, ..)| *on == gpu).take(1).filter(|_| demands.len() > 1) {
             let pid = process.0.id();
             let own = of_gpu["processes"].as_array().context("processes")?.iter().find(|p| p["pid"] == pid);
             let real = own.and_then(|p| p["gpu_seconds"].as_f64()).context("true seconds of a load")?;
             let labels = [("uuid", uuid), ("container_id", id.as_str())];
             let got = sum(page, "container_gpu_seconds_total", &labels).unwrap_or_default();
             let stated = sum(page, "container_gpu_seconds_stderr", &labels).unwrap_or_default();
-            if demands.len() > 1 {
-                outcome.errors.push((got - real, stated));
-                if n == 0 {
-                    (greater_off, greater) = (greater_off + got - real, greater + real);
-                }
-            }
+            outcome.errors.push(ShareError { off: got - real, stated, real });
         }
     }
-    outcome.bias_ratio = greater_off / greater;
     outcome.unattributed_ratio = unattributed / busy;
     outcome.busy_off_ratio = (busy - real_busy) / real_busy;
     Ok(outcome)

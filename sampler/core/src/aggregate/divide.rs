@@ -5,7 +5,8 @@
 //!  unqueried sample  the driver was not asked: over the 8 nearest queried busy samples on each side, those most that were as busy
 //!  either            only over processes that existed in the sample's own period, by the part of it in which they did;
 //!                    without any, over containers that existed in it and were named close to it
-//!  unqueried         also over containers that existed in it and are named on both sides, whichever of their processes that were
+//!  unqueried         also over containers that existed in it and are named on both sides, or close to it by processes that follow
+//!                    each other, whichever of their processes that were
 //! ```
 //! **Pid-less.** The pid is that of the process on the engine at one instant, the utilization is of the whole period. A user that keeps
 //! the engine busy for a part `b` of its periods is named in `b` of them, so each of its named samples stands for `1 - b` of a period
@@ -18,7 +19,7 @@
 //! 100 % would get a fifth too much (test `estimator`). A container that runs one short process after the other is named by processes
 //! that are not there in the sample's period; if those did not count, one long process next to it would get all.
 
-use std::collections::{HashSet, VecDeque};
+use std::collections::VecDeque;
 
 use super::left::{Left, Lifetimes, Named};
 use crate::fact::User;
@@ -35,6 +36,9 @@ const LOOK_BACK_NS: u64 = 30_000_000_000;
 /// A container counts without a process of its own for so long before or after a sample that names it: one of its processes may have
 /// lived between two queried samples. Also for as long as the next queried sample is away.
 const SIBLING_NS: u64 = 1_000_000_000;
+/// Processes that follow each other go on for so many of the usual gaps between those that are named. Twice the mean gap is exceeded by
+/// chance in one of seven.
+const FOLLOWS_GAPS: u64 = 2;
 /// Utilization is rounded to a percent: a sample of 100 % may be half of one less.
 const ROUNDING_RATIO: f64 = 0.005;
 /// Differences in utilization below this are none: rounding, and the chance of what falls into one period.
@@ -171,12 +175,11 @@ impl Neighbours {
         let near = |q: &&(BootNs, f64)| is_near(q.0, sample.at);
         let before = self.queried.range(..after).rev().take_while(near).take(QUERIED_NEIGHBOURS);
         let later = self.queried.range(after..).take_while(near).take(QUERIED_NEIGHBOURS);
-        let named = |(at, _): &(BootNs, f64)| Some(self.named.get(self.named_at(*at)?)?.named.user);
-        let users: [HashSet<User>; 2] = [before.clone().filter_map(named).collect(), later.clone().filter_map(named).collect()];
+        let named = |(at, _): &(BootNs, f64)| self.named.get(self.named_at(*at)?);
+        let sides = [before.clone().filter_map(named).collect(), later.clone().filter_map(named).collect()];
         let part = |n: usize| {
             let Some(user) = self.named.get(n).map(|n| n.named.user) else { return 0.0 };
-            let on_both_sides = users.iter().all(|side| side.contains(&user));
-            let existed = on_both_sides && presence.lifetimes.existed(user, sample.at, sample.span_ns);
+            let existed = is_between(&sides, user, sample.at) && presence.lifetimes.existed(user, sample.at, sample.span_ns);
             if existed { 1.0 } else { self.part(n, sample, presence) }
         };
         let mut weights: Vec<(usize, f64)> = Vec::new();
@@ -210,6 +213,21 @@ impl Neighbours {
         let later = sibling(after, forth).map(|weight| (after, weight));
         before.into_iter().chain(later).collect()
     }
+}
+
+/// Whether a user is named on both sides, or is on one side by processes that follow each other, and not long ago for how often that is.
+/// `sides`: named neighbours before and after, nearest first.
+fn is_between(sides: &[Vec<&NamedSample>; 2], user: User, at: BootNs) -> bool {
+    let [before, after] = sides.each_ref().map(|side| side.iter().filter(|n| n.named.user == user).collect::<Vec<_>>());
+    let one_side = match (before.first(), after.first()) {
+        (Some(_), Some(_)) => return true,
+        (Some(_), None) => before,
+        (None, _) => after,
+    };
+    let (Some(nearest), Some(farthest)) = (one_side.first(), one_side.last()) else { return false };
+    let follow = one_side.iter().any(|n| n.named.pid != nearest.named.pid);
+    let gap_ns = nearest.at.0.abs_diff(farthest.at.0) / (one_side.len() as u64 - 1).max(1);
+    follow && nearest.at.0.abs_diff(at.0) <= FOLLOWS_GAPS * gap_ns
 }
 
 /// A neighbour of a sample: not too long before, and not later than is waited for.
@@ -318,11 +336,12 @@ mod tests {
         }
         let parts = world.divide(&sample(4700, 1.0, false));
         assert!(parts[0].1.abs_diff(500) < 60, "{parts:?}");
-        // After its last life it has nothing any more, though it exists.
+        // Some time after its last life it has nothing any more, though it exists.
         for n in 8..16 {
             world.named(1000 + n * 1000, 2, 1.0, (0, None));
         }
-        assert_eq!(world.divide(&sample(8900, 1.0, false)), [(2, 1000)]);
+        assert_eq!(world.divide(&sample(8900, 1.0, false))[0].0, 1);
+        assert_eq!(world.divide(&sample(10_100, 1.0, false)), [(2, 1000)]);
     }
 
     #[test]

@@ -24,6 +24,10 @@ const BLOCKS_AT_LEAST: usize = 4;
 const CYCLES: std::ops::RangeInclusive<usize> = 2..=4;
 /// A sequence is a cycle if this much of what can repeat does.
 const CYCLIC: f64 = 0.7;
+/// A user with so many processes has further ones, if one was named within this time, or within so many of its usual gaps.
+const FOLLOWING: u64 = 3;
+const FOLLOWS_NS: u64 = 10_000_000_000;
+const FOLLOWS_GAPS: u64 = 8;
 /// Draws that a user may have had of which none was seen, as is usual for a share of which nothing was.
 const UNSEEN_DRAWS: f64 = 0.5;
 /// Ticks of a window of 10 s on the usual grid, for which the error of a cycle is stated.
@@ -57,9 +61,35 @@ impl Spread {
     }
 }
 
+/// The draws that named one user.
+struct Stay {
+    first: usize,
+    last: usize,
+    /// By pid.
+    processes: HashMap<u32, Named>,
+}
+
+/// Processes of one user that follow each other; outlives what is cut off.
+#[derive(Debug)]
+struct Succession {
+    first: BootNs,
+    last: BootNs,
+    draws: u64,
+    pid: u32,
+    processes: u64,
+}
+
+impl Succession {
+    fn goes_on(&self, now: BootNs) -> bool {
+        let gap_ns = self.last.saturating_since(self.first) / (self.draws - 1).max(1);
+        self.processes >= FOLLOWING && now.saturating_since(self.last) < FOLLOWS_NS.max(FOLLOWS_GAPS * gap_ns)
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Memory {
     named: VecDeque<(BootNs, Named)>,
+    successions: HashMap<User, Succession>,
     /// The latest sample whose process was not queried: until that is long ago, a user may be there that no draw has named.
     unqueried: Option<BootNs>,
 }
@@ -70,6 +100,10 @@ impl Memory {
             self.named.pop_front();
         }
         self.named.push_back((at, named));
+        let begins = Succession { first: at, last: at, draws: 0, pid: named.pid, processes: 1 };
+        let succession = self.successions.entry(named.user).or_insert(begins);
+        succession.processes += u64::from(succession.pid != named.pid);
+        (succession.last, succession.draws, succession.pid) = (at, succession.draws + 1, named.pid);
         while self.named.front().is_some_and(|(then, _)| at.saturating_since(*then) > MEMORY_NS) {
             self.named.pop_front();
         }
@@ -81,25 +115,31 @@ impl Memory {
 
     pub fn clear(&mut self) {
         self.named.clear();
+        self.successions.clear();
         self.unqueried = None;
     }
 
-    /// Cuts off what is before the birth or the end of a process that was named; the spreads before that, where there is something
-    /// to cut. `was`: whether the process was there at that time.
+    /// Cuts off what is before a user came or went; the spreads before that, where there is something to cut. It came with the first of its
+    /// processes that is named and went with the last; one whose processes follow each other has gone only when none was named for a
+    /// while. `was`: whether the process was there at that time.
     pub fn cut(&mut self, now: BootNs, was: impl Fn(&Named, BootNs) -> bool) -> HashMap<User, Spread> {
         self.unqueried = self.unqueried.filter(|at| now.saturating_since(*at) <= MEMORY_NS);
+        self.successions.retain(|_, succession| now.saturating_since(succession.last) <= MEMORY_NS);
         let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
-        let mut first_last: HashMap<u32, (Named, usize, usize)> = HashMap::new();
+        let mut stays: HashMap<User, Stay> = HashMap::new();
         for (n, (_, named)) in self.named.iter().enumerate() {
-            first_last.entry(named.pid).or_insert((*named, n, n)).2 = n;
+            let stay = stays.entry(named.user).or_insert(Stay { first: n, last: n, processes: HashMap::new() });
+            stay.last = n;
+            stay.processes.entry(named.pid).or_insert(*named);
         }
         let mut keep_from = 0;
-        for (named, first, last) in first_last.values() {
-            if *first > 0 && !was(named, from) {
-                keep_from = keep_from.max(*first);
+        for (user, stay) in &stays {
+            if stay.first > 0 && stay.processes.values().all(|named| !was(named, from)) {
+                keep_from = keep_from.max(stay.first);
             }
-            if !was(named, now) {
-                keep_from = keep_from.max(last + 1);
+            let follow = self.successions.get(user).is_some_and(|succession| succession.goes_on(now));
+            if !follow && stay.processes.values().all(|named| !was(named, now)) {
+                keep_from = keep_from.max(stay.last + 1);
             }
         }
         let before = if keep_from > 0 { self.spreads() } else { HashMap::new() };
@@ -237,8 +277,8 @@ mod tests {
 
     #[test]
     fn the_past_is_cut_at_births_and_ends() {
-        let user = User::Nobody(Reason::Host);
-        let named = |pid| Named { user, pid, since: BootNs(0) };
+        let users = [User::Nobody(Reason::Host), User::Nobody(Reason::Lost)];
+        let named = |pid: u32| Named { user: users[pid as usize - 1], pid, since: BootNs(0) };
         let mut memory = Memory::default();
         for k in 0..30 {
             memory.name(BootNs(k), named(if k < 10 { 1 } else { 2 }));
@@ -251,6 +291,22 @@ mod tests {
         assert_eq!(memory.named.len(), 20);
         // It has ended.
         memory.cut(BootNs(30), |named, at| named.pid == 1 || at.0 < 30);
+        assert_eq!(memory.named.len(), 0);
+    }
+
+    #[test]
+    fn short_processes_that_follow_each_other_are_one_stay() {
+        let (stayer, short) = (User::Nobody(Reason::Host), User::Nobody(Reason::Ambiguous));
+        let mut memory = Memory::default();
+        for k in 0..30 {
+            let (user, pid) = if k % 2 == 0 { (stayer, 1) } else { (short, 100 + k as u32) };
+            memory.name(BootNs(k), Named { user, pid, since: BootNs(if pid == 1 { 0 } else { k }) });
+        }
+        // Each of the short ones lived for one draw.
+        let was = |named: &Named, at: BootNs| named.pid == 1 || named.since == at;
+        memory.cut(BootNs(30), was);
+        assert_eq!(memory.named.len(), 29, "from the first short one on");
+        memory.cut(BootNs(30 + FOLLOWS_NS), was);
         assert_eq!(memory.named.len(), 0);
     }
 }
