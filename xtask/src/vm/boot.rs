@@ -70,7 +70,8 @@ impl Machine<'_> {
         let ended = wait(Running::start("the machine", &mut qemu)?, timeout)?;
         say(format_args!("vm: ran {:.0} s", begun.elapsed().as_secs_f64()));
         let traces = || {
-            let end = tail(&console);
+            // systemd queries the terminal there, and the queries must not reach the terminal here.
+            let end: String = tail(&console).chars().filter(|c| *c == '\n' || !c.is_control()).collect();
             let (console, log) = (console.display(), log.display());
             format!("the console is in {console}, the command's output in {log}; the console ends with:\n{end}")
         };
