@@ -86,7 +86,9 @@ fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
     costs(gpu).context(table)?;
     ensure!(gpu.again.iter().all(|(asked, again)| *asked > 0 && *again == 0), "lastSeen is strict: {:?}", gpu.again);
     ensure!(gpu.ended.0 > 20, "rows were looked up: {:?}", gpu.ended);
-    ensure!(recording.unprivileged.is_object(), "{}", recording.unprivileged);
+    let unprivileged = &recording.unprivileged;
+    ensure!(unprivileged["problem"].is_null() && unprivileged["rows"].as_u64() > Some(0), "{unprivileged}");
+    ensure!(recording.load["kind"] == "simulated" && recording.load["problem"].is_null(), "{}", recording.load);
     let agent = &recording.agent;
     ensure!(agent["ebpf_loaded"] == true, "{agent}");
     let containers = agent["containers"].as_array().context("containers")?;

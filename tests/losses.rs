@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
-use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout, agent_table, proc_table};
+use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout, agent_table, lost_events, proc_table, skipped_runs};
 use gpu_sampler_tests::{Agent, Running, Sim, get, sum, var, wait_for};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -87,11 +87,10 @@ fn an_entry_that_proc_does_not_show_is_removed_and_counted() -> Result<()> {
         Ok((repairs > 0.0).then_some(repairs))
     })?;
     assert_eq!(repairs, 1.0);
-    let page = agent.scrape()?;
-    for kind in ["fork", "exec", "exit", "attach", "mkdir", "rmdir", "rename"] {
-        let lost = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
-        assert_eq!(lost, Some(0.0), "{kind}: nothing was lost by any count");
-    }
+    // Where tracepoint programs can be preempted, some of their runs are skipped at any time. The kernel is asked last.
+    let lost = lost_events(&agent)?;
+    let skipped = skipped_runs(agent.process.0.id())?.unwrap_or_default();
+    assert!(lost.values().sum::<u64>() <= skipped, "{lost:?} lost, of which the kernel skipped {skipped}");
     assert_eq!(agent.log()?.matches("gpu_sampler_liveness_repairs_total").count(), 1, "logged once");
     Ok(())
 }

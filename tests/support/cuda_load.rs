@@ -18,6 +18,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
+use gpu_sampler_tests::random;
+
 /// Work and pause together, on average: far below the driver's sampling grid, far above what a launch takes.
 const PERIOD: Duration = Duration::from_millis(20);
 /// Between two readings of one slice there is at most this; a switch of contexts takes longer.
@@ -231,21 +233,17 @@ fn wall_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
-/// From 0 to 1.
-fn random(state: &mut u64) -> f64 {
-    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    (*state >> 11) as f64 / (1u64 << 53) as f64
-}
-
 fn run(options: &Options) -> Result<()> {
-    let mut spinner = Spinner::new(options.gpu)?;
-    let ahead = spinner.calibrate()?;
+    // First, so that a load that is killed early leaves a file, too.
     let mut to = match &options.slices {
         Some(folder) => Some(BufWriter::new(File::create(folder.join(format!("{}.csv", std::process::id())))?)),
         None => None,
     };
+    let mut spinner = Spinner::new(options.gpu)?;
+    let ahead = spinner.calibrate()?;
     if let Some(to) = &mut to {
         writeln!(to, "clock,{ahead}")?;
+        to.flush()?;
     }
     let work = PERIOD.mul_f64(options.duty);
     let mut state = u64::from(std::process::id());

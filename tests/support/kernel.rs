@@ -1,6 +1,6 @@
 //! Cgroups and processes for the tests of kernel tracking, on the machine's own layout or on cgroup v2 alone.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
@@ -10,7 +10,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::Value;
 
-use crate::{Agent, Running, get, wait_for};
+use crate::{Agent, Running, get, sum, wait_for};
 
 /// What the agent sees mounted. The hierarchies are the kernel's, so actors need not be in the same mount namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -171,6 +171,33 @@ impl Agent {
         ids.dedup();
         Ok(ids)
     }
+}
+
+/// Kinds of kernel events, as `gpu_sampler_kernel_events_lost_total` names them.
+pub const KINDS: [&str; 7] = ["fork", "exec", "exit", "attach", "mkdir", "rmdir", "rename"];
+
+/// Kernel events that the agent has counted as lost, for whatever cause.
+pub fn lost_events(agent: &Agent) -> Result<BTreeMap<&'static str, u64>> {
+    let page = agent.scrape()?;
+    let of = |kind| {
+        let count = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
+        Ok((kind, count.with_context(|| format!("no count of lost {kind} events"))? as u64))
+    };
+    KINDS.into_iter().map(of).collect()
+}
+
+/// Runs of all eBPF programs of this process that the kernel skipped; `None` if the kernel does not count them.
+pub fn skipped_runs(pid: u32) -> Result<Option<u64>> {
+    let mut sum = None;
+    for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
+        // A descriptor may be closed meanwhile; those of programs stay open.
+        let Ok(text) = std::fs::read_to_string(entry?.path()) else { continue };
+        let skipped = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
+        if let Some(skipped) = skipped {
+            *sum.get_or_insert(0) += skipped.trim().parse::<u64>()?;
+        }
+    }
+    Ok(sum)
 }
 
 /// pid, start time in clock ticks, inode of its v2 cgroup.

@@ -33,6 +33,8 @@ const SIZE_EVERY: Duration = Duration::from_secs(5);
 /// So many samples are folded into one answer now and then, to see how.
 const FOLDED: usize = 9;
 const ROOM: usize = 4096;
+/// Longer than every grid that is known.
+const UNKNOWN_PERIOD: Duration = Duration::from_millis(500);
 /// NVML_GPU_UTILIZATION_SAMPLES.
 const GPU_UTILIZATION: u32 = 1;
 const GET_SAMPLES: &str = "GetSamples";
@@ -68,6 +70,40 @@ fn error_name(error: &NvmlError) -> String {
 
 fn lives(pid: u32) -> bool {
     std::path::Path::new("/proc").join(pid.to_string()).exists()
+}
+
+/// What shows whether the GPU works.
+#[derive(Default)]
+struct State {
+    /// When the newest sample was read, and whether it and those read with it say that the GPU works; `None` if they differ.
+    sampled: Option<(Instant, Option<bool>)>,
+    /// Compute processes at the last call that listed them.
+    listed: Option<usize>,
+}
+
+impl State {
+    fn sample(&mut self, samples: &[Sample]) {
+        let Some(newest) = samples.last() else { return };
+        let works = newest.1 > 0;
+        let agreed = samples.iter().all(|sample| (sample.1 > 0) == works);
+        self.sampled = Some((Instant::now(), agreed.then_some(works)));
+    }
+
+    /// A ring that has run dry says nothing any more; then a GPU without processes is idle, and of another nothing is known.
+    fn loaded(&self) -> Option<bool> {
+        let dry = Duration::from_micros(findings::DRY_US);
+        match self.sampled {
+            Some((at, loaded)) if at.elapsed() < dry => loaded,
+            _ => (self.listed == Some(0)).then_some(false),
+        }
+    }
+}
+
+/// The median distance of these stamps.
+fn period(stamps: &[u64]) -> Duration {
+    let mut gaps: Vec<u64> = stamps.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).collect();
+    gaps.sort_unstable();
+    gaps.get(gaps.len() / 2).map_or(UNKNOWN_PERIOD, |us| Duration::from_micros((*us).min(findings::DRY_US)))
 }
 
 struct Recorder<'a> {
@@ -193,7 +229,7 @@ impl<'a> Recorder<'a> {
         let (mut newest_sample, mut newest_row) = (0, 0);
         let mut recent: Vec<u64> = Vec::new();
         let mut ring = None;
-        let (mut costs, mut loaded) = (Costs::new(), false);
+        let (mut costs, mut state) = (Costs::new(), State::default());
         while begun.elapsed() < lasts {
             let began = boot_us();
             let turn = Instant::now();
@@ -213,7 +249,7 @@ impl<'a> Recorder<'a> {
                 self.ended.0 += 1;
                 self.ended.1 += u64::from(!lives(row.1));
             }
-            loaded = samples.last().map_or(loaded, |sample| sample.1 > 0);
+            state.sample(&samples);
             recent.extend(samples.iter().map(|s| s.0));
             recent.drain(..recent.len().saturating_sub(FOLDED + 1));
             all.polls.push(Poll(began - all.from_boot_us, took, samples, rows));
@@ -224,7 +260,9 @@ impl<'a> Recorder<'a> {
             }
             if listed.is_none_or(|at: Instant| at.elapsed() >= LIST_EVERY) {
                 listed = Some(Instant::now());
-                let list = self.call(GET_LIST, |r| r.device.running_compute_processes());
+                let list = self.call(GET_LIST, |r| r.device.running_compute_processes().map(Some));
+                state.listed = list.as_ref().map(Vec::len);
+                let list = list.unwrap_or_default();
                 list_most = list_most.max(list.len());
                 unknown += list.iter().filter(|p| matches!(p.used_gpu_memory, UsedGpuMemory::Unavailable)).count() as u64;
             }
@@ -234,7 +272,8 @@ impl<'a> Recorder<'a> {
             }
             // SAFETY: the handle does not leave the life of the library.
             let target = Target { nvml: self.nvml, device: unsafe { self.device.handle() }, newest: newest_sample };
-            costs.measure(&target, loaded, turn + costs::share(EVERY));
+            costs.set_loaded(state.loaded(), period(&recent));
+            costs.measure(&target, turn + costs::share(EVERY));
             std::thread::sleep(EVERY.saturating_sub(turn.elapsed()));
         }
         let mut gpu = Gpu {
@@ -248,6 +287,8 @@ impl<'a> Recorder<'a> {
             ended: self.ended,
             again: self.again,
             rules: None,
+            no_rules: None,
+            slices: BTreeMap::new(),
             errors: self.errors,
             sizes: self.sizes,
             listed: (list_most, unknown),
@@ -256,11 +297,28 @@ impl<'a> Recorder<'a> {
             raw: Raw::default(),
         };
         if let Some(folder) = slices {
-            gpu.rules = truth::rules(&findings::truth_ticks(&all), &truth::Load::all_in(folder)?);
+            note_rules(&mut gpu, &all, folder);
         }
         gpu.findings = findings::of(&gpu, &all);
         gpu.raw = all;
         Ok(gpu)
+    }
+}
+
+/// The rule that samples follow, by the loads' time slices; whatever is wrong with those must not lose the recording.
+fn note_rules(gpu: &mut Gpu, all: &Raw, folder: &Path) {
+    let loads = match truth::Load::all_in(folder) {
+        Ok(loads) => loads,
+        Err(error) => {
+            gpu.no_rules = Some(format!("the loads' time slices cannot be read: {error:#}"));
+            return;
+        }
+    };
+    gpu.slices = loads.iter().map(|load| (load.pid, load.seconds())).collect();
+    let wall_less_boot_ns = i64::try_from(gpu.wall_less_boot_us.0 * 1_000).unwrap_or_default();
+    match truth::rules(&findings::truth_ticks(all), &loads, wall_less_boot_ns) {
+        Ok(rules) => gpu.rules = Some(rules),
+        Err(unknown) => gpu.no_rules = Some(unknown.to_string()),
     }
 }
 
@@ -300,6 +358,9 @@ fn drop_privileges() -> Result<()> {
     // SAFETY: numbers, and no groups; this process has one thread.
     let refused = unsafe { libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(USER) != 0 || libc::setuid(USER) != 0 };
     ensure!(!refused, "cannot become user {USER}: {}; run as root", std::io::Error::last_os_error());
+    // Changing users has cleared what the parent had set.
+    // SAFETY: takes no pointers.
+    unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     Ok(())
 }
 

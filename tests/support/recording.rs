@@ -61,6 +61,12 @@ pub struct Gpu {
     /// By which rule samples name processes, from what CUDA loads measured themselves.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<truth::Rules>,
+    /// Why no rule is known, if loads were to note their time slices.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub no_rules: Option<String>,
+    /// By pid of a CUDA load, the sum of the time slices that it noted, in seconds.
+    #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
+    pub slices: BTreeMap<u32, f64>,
     /// Per call, how often each error came; NOT_FOUND is none.
     pub errors: BTreeMap<String, BTreeMap<String, u64>>,
     /// What a question without a buffer was answered, each answer once.
@@ -123,21 +129,30 @@ pub struct Row(pub u64, pub u32, pub [u32; 4]);
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fold(pub u64, pub u64, pub Vec<Row>);
 
+/// The value below which `part` of the values lie; the default if there is none.
+fn quantile<T: Copy + Default>(sorted: &[T], part: f64) -> T {
+    sorted.get(((sorted.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default()
+}
+
+/// How many values there are, and of these the median, the 99th percentile and the largest.
+fn summary(mut values: Vec<u64>) -> (usize, [u64; 3]) {
+    values.sort_unstable();
+    (values.len(), [0.5, 0.99, 1.0].map(|part| quantile(&values, part)))
+}
+
 impl Durations {
-    pub fn of(mut us: Vec<u64>) -> Self {
-        us.sort_unstable();
-        let at = |part: f64| us.get(((us.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default();
-        Self { count: us.len(), p50_us: at(0.5), p99_us: at(0.99), max_us: us.last().copied().unwrap_or_default() }
+    pub fn of(us: Vec<u64>) -> Self {
+        let (count, [p50_us, p99_us, max_us]) = summary(us);
+        Self { count, p50_us, p99_us, max_us }
     }
 }
 
 impl Quantiles {
-    pub fn of_ns(mut ns: Vec<u64>) -> Self {
-        ns.sort_unstable();
+    pub fn of_ns(ns: Vec<u64>) -> Self {
+        let (count, quantiles) = summary(ns);
         // Tenths of microseconds: more is noise.
-        let us = |ns: u64| (ns as f64 / 100.0).round() / 10.0;
-        let at = |part: f64| us(ns.get(((ns.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default());
-        Self { count: ns.len(), p50_us: at(0.5), p99_us: at(0.99), max_us: at(1.0) }
+        let [p50_us, p99_us, max_us] = quantiles.map(|ns| (ns as f64 / 100.0).round() / 10.0);
+        Self { count, p50_us, p99_us, max_us }
     }
 }
 

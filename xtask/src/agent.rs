@@ -1,9 +1,8 @@
 //! Starts the agent for the verbs that show it.
 
 use crate::{
-    dockerd::tail,
     http, sys,
-    tools::{self, Running, say},
+    tools::{self, Running, say, tail},
 };
 use anyhow::{Result, bail};
 use std::{

@@ -11,8 +11,7 @@ const LATENCY: &str = "latency";
 
 pub fn verb(filters: &[String]) -> Result<()> {
     test::prepare(filters)?;
-    let built = build::everything(Profile::Release)?;
-    tools::run(&mut tools::cargo(&["build", "--release", "--locked", "--package", "gpu-sampler-tests", "--bin", "actor"])?)?;
+    let built = build::with_helpers(Profile::Release, &["actor"])?;
     let actor = built.sampler.with_file_name("actor");
     let storage = ebpf::build_storage_bench()?;
     sys::catch_signals();

@@ -4,6 +4,9 @@ use crate::{ebpf, tools};
 use anyhow::Result;
 use std::path::PathBuf;
 
+/// The package of the programs that tests, benches and recordings need.
+const HELPERS: &str = "gpu-sampler-tests";
+
 /// Absolute paths of what was built.
 pub struct Built {
     pub sampler: PathBuf,
@@ -31,8 +34,18 @@ pub fn verb(args: &[String]) -> Result<()> {
 }
 
 pub fn everything(profile: Profile) -> Result<Built> {
+    with_helpers(profile, &[])
+}
+
+/// Also builds these programs of the tests' package, which lie in the folder of the agent then. In one call of cargo: a second call
+/// for other packages enables other features of common dependencies and compiles them again.
+pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
     ebpf::build()?;
     let mut cargo = tools::cargo(&["build", "--locked", "--package", "sampler", "--package", "nvml-sim"])?;
+    if !helpers.is_empty() {
+        cargo.args(["--package", HELPERS, "--lib"]);
+        cargo.args(["gpu-sampler", "nvml-sim"].iter().chain(helpers).flat_map(|name| ["--bin", name]));
+    }
     // Named explicitly, so that an agent without its kernel program is an error here and no warning.
     cargo.env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
     if profile == Profile::Release {

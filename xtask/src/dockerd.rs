@@ -4,11 +4,10 @@ use crate::{
     http,
     janitor::{self, Cleanup, Leftover, mounts, start_time},
     sys,
-    tools::{on_path, say},
+    tools::{on_path, path_with_daemons, say, tail},
 };
 use anyhow::{Context, Result, bail};
 use std::{
-    env,
     ffi::OsString,
     fs,
     path::{Path, PathBuf},
@@ -55,6 +54,7 @@ fn start(cleanup: &mut Cleanup) -> Result<(PathBuf, Child)> {
         .arg(option("--data-root=", &dir.join("data")))
         .arg(option("--exec-root=", &dir.join("exec")))
         .arg(option("--pidfile=", &dir.join("dockerd.pid")))
+        // dockerd looks for containerd, runc and iptables on PATH.
         .env("PATH", path_with_daemons())
         .stdin(Stdio::null())
         .stdout(fs::File::create(&log)?)
@@ -86,19 +86,4 @@ fn option(name: &str, path: &Path) -> OsString {
     let mut option = OsString::from(name);
     option.push(path);
     option
-}
-
-/// dockerd looks for containerd, runc and iptables on PATH, which may lack the folders of daemons.
-fn path_with_daemons() -> OsString {
-    let mut path = env::var_os("PATH").unwrap_or_default();
-    path.push(":/usr/local/sbin:/usr/sbin:/sbin");
-    path
-}
-
-/// The last lines of a log.
-pub fn tail(log: &Path) -> String {
-    let text = fs::read(log).unwrap_or_default();
-    let text = String::from_utf8_lossy(&text);
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(20)..].join("\n")
 }

@@ -4,7 +4,7 @@
 //! package manager and `target/tools` is touched.
 
 use crate::{
-    ebpf, sys,
+    debian, ebpf, sys,
     tools::{self, on_path, output, run, say},
 };
 use anyhow::{Context, Result, bail};
@@ -291,18 +291,12 @@ fn fits(packages: &[String]) -> bool {
 
 /// Where newer parts of qemu are installed, the suite's own emulator does not go with them, and that of its backports does.
 fn install_from_backports(packages: &[String]) -> Result<()> {
-    let listed =
-        output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI) $(CODENAME)", "Created-By: Packages"]);
-    let listed = listed.unwrap_or_default();
-    let own = listed.lines().find_map(|line| line.strip_prefix("Debian Debian ")?.split_once(' '));
-    let (mirror, suite) =
-        own.with_context(|| format!("{} cannot be installed: no mirror of Debian is configured", packages.join(" ")))?;
+    let mirror = debian::mirror().with_context(|| format!("{} cannot be installed", packages.join(" ")))?;
     let dir = tools::target_dir()?.join("vm/backports");
     std::fs::create_dir_all(dir.join("lists/partial")).with_context(|| dir.display().to_string())?;
-    let backports = format!("{suite}-backports");
-    let signed = "[signed-by=/usr/share/keyrings/debian-archive-keyring.gpg]";
+    let (suite, backports) = (&mirror.codename, format!("{}-backports", mirror.codename));
     let sources = dir.join("sources.list");
-    std::fs::write(&sources, format!("deb {signed} {mirror} {suite} main\ndeb {signed} {mirror} {backports} main\n"))?;
+    std::fs::write(&sources, mirror.source(suite) + &mirror.source(&backports))?;
     let settings = [
         format!("Dir::State::Lists={}", dir.join("lists").display()),
         format!("Dir::Etc::sourcelist={}", sources.display()),

@@ -3,13 +3,18 @@
 use crate::sys;
 use anyhow::{Context, Result, bail};
 use std::{
-    env, fs,
+    env,
+    ffi::OsString,
+    fs,
     os::unix::fs::PermissionsExt as _,
     path::{Path, PathBuf},
     process::{Child, Command},
     thread,
     time::{Duration, Instant},
 };
+
+/// May be missing in PATH.
+const DAEMONS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
 /// Wrong words on the command line: exit code 2.
 #[derive(Debug)]
@@ -120,11 +125,33 @@ pub fn output(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Option<Str
 /// The first executable of that name on PATH or where daemons are kept.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
-    let daemons = ["/usr/local/sbin", "/usr/sbin", "/sbin"].map(PathBuf::from);
     env::split_paths(&path)
-        .chain(daemons)
+        .chain(DAEMONS.map(PathBuf::from))
         .map(|dir| dir.join(name))
         .find(|file| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
+}
+
+/// PATH, and where daemons and tools of administrators are kept.
+pub fn path_with_daemons() -> OsString {
+    let mut path = env::var_os("PATH").unwrap_or_default();
+    path.push(format!(":{}", DAEMONS.join(":")));
+    path
+}
+
+/// A command by the full path of its program; the program finds its own helpers in the same folders.
+pub fn program(name: &str) -> Result<Command> {
+    let file = on_path(name).with_context(|| format!("{name} is not installed"))?;
+    let mut command = Command::new(file);
+    command.env("PATH", path_with_daemons());
+    Ok(command)
+}
+
+/// The last lines of a log.
+pub fn tail(log: &Path) -> String {
+    let text = fs::read(log).unwrap_or_default();
+    let text = String::from_utf8_lossy(&text);
+    let lines: Vec<&str> = text.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 /// A length of time as people type it; bare numbers are seconds.

@@ -1,7 +1,7 @@
 //! What each call costs that the agent makes, while the GPU is idle and while it works. A few calls are made between two polls, so the
 //! recording has no gap for them.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use gpu_sampler_tests::recording::{Cost, Quantiles};
@@ -174,10 +174,21 @@ struct Measured {
     errors: BTreeMap<String, u64>,
 }
 
+/// A call that was made, until it is known that the state of the GPU was the same before and after it.
+struct Pending {
+    at: Instant,
+    call: usize,
+    took_ns: u64,
+}
+
 pub struct Costs {
     buffers: Buffers,
     made: Vec<Measured>,
     next: usize,
+    /// Whether the GPU works, where that is known, and since when.
+    loaded: Option<bool>,
+    since: Instant,
+    pending: VecDeque<Pending>,
 }
 
 impl Costs {
@@ -192,11 +203,35 @@ impl Costs {
                 gpm: std::ptr::null_mut(),
             }
         };
-        Self { buffers, made: vec![Measured::default(); CALLS.len()], next: 0 }
+        let made = vec![Measured::default(); CALLS.len()];
+        Self { buffers, made, next: 0, loaded: None, since: Instant::now(), pending: VecDeque::new() }
+    }
+
+    /// The state of the GPU as it is known now. A sample shows a change up to a period late, and the period of the change is of neither
+    /// state: calls within a period of a change are dropped.
+    pub fn set_loaded(&mut self, loaded: Option<bool>, period: Duration) {
+        let now = Instant::now();
+        if loaded != self.loaded {
+            (self.loaded, self.since) = (loaded, now);
+            self.pending.clear();
+        }
+        let Some(loaded) = self.loaded else { return };
+        while let Some(call) = self.pending.pop_front_if(|call| now.duration_since(call.at) > period) {
+            if call.at.duration_since(self.since) < period {
+                continue;
+            }
+            let times = &mut self.made[call.call].took_ns[usize::from(loaded)];
+            if times.len() < KEPT {
+                times.push(call.took_ns);
+            }
+        }
     }
 
     /// The next few, until `until`: one that hangs late delays a poll, which is seen.
-    pub fn measure(&mut self, target: &Target<'_>, loaded: bool, until: Instant) {
+    pub fn measure(&mut self, target: &Target<'_>, until: Instant) {
+        if self.loaded.is_none() {
+            return;
+        }
         for _ in 0..AT_ONCE {
             let (n, began) = (self.next, Instant::now());
             if began >= until {
@@ -217,10 +252,8 @@ impl Costs {
                     continue;
                 }
             }
-            let times = &mut made.took_ns[usize::from(loaded)];
-            if times.len() < KEPT {
-                times.push(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX));
-            }
+            let took_ns = u64::try_from(took.as_nanos()).unwrap_or(u64::MAX);
+            self.pending.push_back(Pending { at: began, call: n, took_ns });
         }
     }
 

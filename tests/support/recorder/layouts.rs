@@ -8,7 +8,7 @@ use gpu_sampler_tests::recording::stride::{PATTERN, Stride};
 use nvml_wrapper::Nvml;
 use nvml_wrapper_sys::bindings::{nvmlDevice_t, nvmlProcessesUtilizationInfo_t, nvmlReturn_t};
 
-use super::versioned;
+use super::{lives, versioned};
 
 /// Entries asked for, and bytes of room for each.
 const ENTRIES: usize = 1_024;
@@ -36,7 +36,6 @@ fn measure(
     let Some((bytes, entries)) = written(call) else { return };
     // More entries leave fewer lengths that fit.
     if to.get(name).is_none_or(|known| entries > known.entries) {
-        let lives = |pid: u32| std::path::Path::new(&format!("/proc/{pid}")).exists();
         to.insert(name.to_owned(), Stride::of(&bytes, entries, pid_at, assumed, lives));
     }
 }

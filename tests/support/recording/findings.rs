@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Fold, Gpu, Raw, Row, Sample, truth};
+use super::{Fold, Gpu, Raw, Row, Sample, quantile as at, truth};
 
 /// One line of the table: what was looked at, what the product assumes, what was seen, and whether that agrees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -23,7 +23,7 @@ struct Tick {
 /// Fewer ticks than this say nothing.
 const ENOUGH: f64 = 10.0;
 /// Without a new sample for so long a ring is dry.
-const DRY_US: u64 = 1_500_000;
+pub const DRY_US: u64 = 1_500_000;
 
 pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
     let mut samples: Vec<Sample> = all.samples().collect();
@@ -81,10 +81,6 @@ fn sorted<T: Ord>(mut all: Vec<T>) -> Vec<T> {
     all
 }
 
-fn at<T: Copy + Default>(sorted: &[T], part: f64) -> T {
-    sorted.get(((sorted.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default()
-}
-
 fn ms(us: u64) -> f64 {
     us as f64 / 1e3
 }
@@ -132,7 +128,7 @@ fn pid_rule(ticks: &[Tick]) -> Finding {
 fn measured_rule(gpu: &Gpu) -> Finding {
     let (about, assumed) = ("the rule, by the loads' own clock", "at the instant, or the last of the period");
     let Some(rules) = gpu.rules else {
-        return finding(about, assumed, "no CUDA load noted its time slices".into(), None);
+        return finding(about, assumed, gpu.no_rules.clone().unwrap_or_else(|| truth::Unknown::NoLoads.to_string()), None);
     };
     let part = |n: usize| n as f64 / rules.ticks.max(1) as f64 * 100.0;
     let seen = format!(

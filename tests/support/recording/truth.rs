@@ -4,15 +4,19 @@
 //! The stamps of samples may be of that timer or of the machine's clock. Which it is, and by how much they are off, is found by the
 //! utilization: it has to be the busy part of the time before the stamp.
 
+use std::fmt;
 use std::path::Path;
 
-use anyhow::{Context as _, Result};
+use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 const MS: i64 = 1_000_000;
 /// The search for the shift, around each clock: so far in coarse steps, then around the best in fine ones.
 const COARSE: (i64, i64) = (3_000 * MS, 10 * MS);
 const FINE: (i64, i64) = (10 * MS, MS);
+
+/// Fewer samples than this say nothing.
+const ENOUGH: usize = 10;
 
 /// What one load wrote down.
 #[derive(Clone, Debug, Default)]
@@ -49,6 +53,24 @@ pub struct Rules {
     pub mean_error: f64,
 }
 
+/// Why no rule is known.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Unknown {
+    NoLoads,
+    TooFewSamples,
+    NoClock,
+}
+
+impl fmt::Display for Unknown {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::NoLoads => "no CUDA load noted its time slices",
+            Self::TooFewSamples => "too few samples to compare with the loads' time slices",
+            Self::NoClock => "the samples' stamps fit neither the GPU's timer nor the wall clock nor the clock since boot",
+        })
+    }
+}
+
 impl Load {
     /// Of lines `clock,NS` and `s,BEGIN,END`; a last line that is cut off is left out.
     pub fn parse(pid: u32, text: &str) -> Self {
@@ -66,7 +88,7 @@ impl Load {
     }
 
     /// Of every file `PID.csv` in a folder.
-    pub fn all_in(folder: &Path) -> Result<Vec<Self>> {
+    pub fn all_in(folder: &Path) -> anyhow::Result<Vec<Self>> {
         let mut loads = Vec::new();
         for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
             let path = entry?.path();
@@ -120,7 +142,7 @@ fn mean_error(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Option<f64> {
         let busy: i64 = loads.iter().map(|load| load.busy(tick.stamp_ns - tick.gap_ns, tick.stamp_ns)).sum();
         (tick.busy - busy as f64 / tick.gap_ns.max(1) as f64).abs()
     };
-    let enough = inside.len() >= 10 && inside.len() * 4 >= ticks.iter().filter(|tick| tick.busy > 0.0).count();
+    let enough = inside.len() >= ENOUGH && inside.len() * 4 >= ticks.iter().filter(|tick| tick.busy > 0.0).count();
     enough.then(|| inside.iter().map(error).sum::<f64>() / inside.len() as f64)
 }
 
@@ -130,11 +152,15 @@ fn best(ticks: &[Tick], loads: &[Load], around: &[i64], (reach, step): (i64, i64
     errors.min_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// `None` where there are too few samples, or none of the loads' time.
-pub fn rules(ticks: &[Tick], loads: &[Load]) -> Option<Rules> {
-    let clocks = [0, loads.first()?.ahead_of_wall_ns];
-    let (coarse, _) = best(ticks, loads, &clocks, COARSE)?;
-    let (shift_ns, mean_error) = best(ticks, loads, &[coarse], FINE)?;
+/// The rule that samples follow. `wall_less_boot_ns`: the wall clock less the clock since boot, for stamps that are of the latter.
+pub fn rules(ticks: &[Tick], loads: &[Load], wall_less_boot_ns: i64) -> Result<Rules, Unknown> {
+    let ahead_of_wall_ns = loads.first().ok_or(Unknown::NoLoads)?.ahead_of_wall_ns;
+    if ticks.len() < ENOUGH {
+        return Err(Unknown::TooFewSamples);
+    }
+    let clocks = [0, ahead_of_wall_ns, ahead_of_wall_ns.saturating_add(wall_less_boot_ns)];
+    let (coarse, _) = best(ticks, loads, &clocks, COARSE).ok_or(Unknown::NoClock)?;
+    let (shift_ns, mean_error) = best(ticks, loads, &[coarse], FINE).ok_or(Unknown::NoClock)?;
     let inside = within(ticks, loads, shift_ns);
     let last = |at: i64| loads.iter().filter_map(|load| Some((load.last_on(at)?, load.pid))).max();
     let mut rules = Rules { ticks: inside.len(), shift_ns, mean_error, ..Rules::default() };
@@ -146,7 +172,7 @@ pub fn rules(ticks: &[Tick], loads: &[Load]) -> Option<Rules> {
         rules.period += usize::from(tick.pid == period);
         rules.resident += usize::from(tick.pid == last(at).map(|(_, pid)| pid));
     }
-    Some(rules)
+    Ok(rules)
 }
 
 #[cfg(test)]
@@ -157,9 +183,12 @@ mod tests {
     /// The GPU's timer is so far ahead of the wall clock, of which the stamps are.
     const AHEAD: i64 = 12_000 * MS;
 
-    fn random(state: &mut u64) -> i64 {
-        *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (*state >> 40) as i64
+    /// The wall clock less the clock since boot.
+    const BOOT: i64 = 90_000_000 * MS;
+
+    /// Below `limit`.
+    fn random(state: &mut u64, limit: i64) -> i64 {
+        (crate::random(state) * limit as f64) as i64
     }
 
     /// Two loads that take turns with random pauses, and the samples that a driver with this rule takes of them.
@@ -167,10 +196,10 @@ mod tests {
         let (mut state, mut at) = (7, 1_000 * MS + AHEAD);
         let mut loads = [101, 102].map(|pid| Load { pid, ahead_of_wall_ns: AHEAD, slices: Vec::new() }).to_vec();
         while at < 61_000 * MS + AHEAD {
-            let load = random(&mut state) as usize % 2;
-            let lasts = 3 * MS + random(&mut state) % (9 * MS);
+            let load = random(&mut state, 2) as usize;
+            let lasts = 3 * MS + random(&mut state, 9 * MS);
             loads[load].slices.push((at, at + lasts));
-            at += lasts + random(&mut state) % (40 * MS);
+            at += lasts + random(&mut state, 40 * MS);
         }
         let stamps = (0..350).map(|n| 2_000 * MS + AHEAD + n * PERIOD);
         let tick = |stamp: i64| {
@@ -192,24 +221,26 @@ mod tests {
 
     #[test]
     fn the_rule_and_the_clock_are_found() {
-        for ahead in [0, AHEAD] {
+        for ahead in [0, AHEAD, AHEAD + BOOT] {
             let (loads, ticks) = world(instant, ahead);
-            let rules = rules(&ticks, &loads).unwrap();
+            let rules = rules(&ticks, &loads, BOOT).unwrap();
             assert!((rules.shift_ns - ahead).abs() <= 2 * MS && rules.mean_error < 0.01, "{rules:?}");
             assert!(rules.ticks > 300 && rules.instant * 100 >= rules.ticks * 95, "{rules:?}");
             assert!(rules.period * 100 < rules.ticks * 70, "{rules:?}");
         }
         let (loads, ticks) = world(resident, 0);
-        let rules = rules(&ticks, &loads).unwrap();
+        let rules = rules(&ticks, &loads, BOOT).unwrap();
         assert!(rules.resident * 100 >= rules.ticks * 95 && rules.instant * 100 < rules.ticks * 60, "{rules:?}");
     }
 
     #[test]
     fn too_little_says_nothing() {
         let (loads, ticks) = world(instant, 0);
-        assert_eq!(rules(&ticks[..5], &loads), None);
-        assert_eq!(rules(&ticks, &[]), None);
-        assert_eq!(rules(&[], &loads), None);
+        assert_eq!(rules(&ticks[..5], &loads, BOOT), Err(Unknown::TooFewSamples));
+        assert_eq!(rules(&ticks, &[], BOOT), Err(Unknown::NoLoads));
+        assert_eq!(rules(&[], &loads, BOOT), Err(Unknown::TooFewSamples));
+        let (loads, ticks) = world(instant, AHEAD + BOOT / 2);
+        assert_eq!(rules(&ticks, &loads, BOOT), Err(Unknown::NoClock));
     }
 
     #[test]

@@ -10,11 +10,10 @@ pub mod workloads;
 use crate::{
     agent,
     build::{self, Built, Profile},
-    dockerd::tail,
     http,
     janitor::Cleanup,
     setup, sys,
-    tools::{self, Running, run, say},
+    tools::{self, Running, run, say, tail},
 };
 use anyhow::{Context, Result, bail};
 use std::{

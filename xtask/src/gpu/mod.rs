@@ -31,7 +31,7 @@ use std::{
     fs,
     net::SocketAddr,
     path::{Path, PathBuf},
-    process::Command,
+    process::{Command, ExitStatus, Stdio},
     thread,
     time::{Duration, Instant},
 };
@@ -46,6 +46,8 @@ const SETTLED: Duration = Duration::from_secs(12);
 /// When a user without privileges asks, and for how long.
 const UNPRIVILEGED_AT: f64 = 0.75;
 const UNPRIVILEGED_FOR: &str = "1.5";
+/// The recorder's file, in a temporary folder.
+const RECORDING: &str = "recording.json";
 /// `cuda-load` has found no CUDA.
 const NO_CUDA: i32 = 3;
 
@@ -66,7 +68,6 @@ const fn spec(pod: &'static str, demand: &'static str) -> Spec {
     Spec { namespace: "gpu-recording", pod, container: "load", demand }
 }
 
-#[derive(Clone)]
 struct Options {
     lasts: Duration,
     library: Option<PathBuf>,
@@ -145,20 +146,30 @@ pub fn verb(args: &[String]) -> Result<()> {
     if let Some(devices) = &devices {
         command.arg("--path-devfs").arg(devices);
     }
+    // A folder that cannot be written to is an error before the recording.
+    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
     let (agent, server, _) = agent::start("gpu", command, &tmp)?;
-    let raw = tmp.join("recording.json");
-    let Recorded { load, unprivileged } = record(&recorder, &raw, &options, &source, &mut cleanup)?;
+    let meanwhile = record(&recorder, &tmp, &options, &source, &mut cleanup)?;
+    let mut recording: Value = serde_json::from_slice(&fs::read(tmp.join(RECORDING))?)?;
+    let file = options.folder.join(name(&recording));
+    // Written before anything else can fail, and once more when the rest is known.
+    let write = |recording: &Value| fs::write(&file, recording.to_string()).with_context(|| file.display().to_string());
+    write(&recording)?;
+    recording["load"] = meanwhile.load(&source, &recording);
+    recording["unprivileged"] = meanwhile.unprivileged;
+    if let Some(problem) = recording["load"]["problem"].as_str() {
+        say(format_args!("gpu: {problem}"));
+    }
+    write(&recording)?;
+    if let Some(signal) = sys::interrupted() {
+        bail!("interrupted by signal {signal}; {} lacks what the agent saw", file.display());
+    }
     say(format_args!("gpu: the agent settles its last samples, {SETTLED:?}"));
     thread::sleep(SETTLED);
-    let mut recording: Value = serde_json::from_slice(&fs::read(&raw)?)?;
-    recording["load"] = load;
-    recording["unprivileged"] = unprivileged;
-    recording["agent"] = seen_by_the_agent(server)?;
+    recording["agent"] = seen_by_the_agent(server).unwrap_or_else(|error| problem(&error));
     drop(agent);
 
-    let file = options.folder.join(name(&recording));
-    fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
-    fs::write(&file, recording.to_string()).with_context(|| file.display().to_string())?;
+    write(&recording)?;
     for line in report::lines(&recording) {
         println!("{line}");
     }
@@ -217,10 +228,47 @@ fn doctor(built: &Built, library: Option<&Path>, devices: Option<&Path>) -> Resu
     tools::run(&mut doctor).context("the agent cannot run here")
 }
 
-/// What ran meanwhile.
-struct Recorded {
-    load: Value,
+/// What went on during the recording.
+struct Meanwhile {
+    /// In their order, the pid of each load and what it was to do.
+    turns: Vec<(u32, Value)>,
+    problem: Option<String>,
     unprivileged: Value,
+}
+
+impl Meanwhile {
+    /// The turns, with the seconds for which each load was on the engine by the recorder's sum of the time slices that it noted.
+    fn load(&self, source: &Source, recording: &Value) -> Value {
+        let mut problem = self.problem.clone();
+        let (mut turns, mut measured) = (Vec::new(), false);
+        for (pid, turn) in &self.turns {
+            let mut turn = turn.clone();
+            if let Source::Cuda { .. } = source {
+                let seconds = &recording["gpus"][0]["slices"][pid.to_string()];
+                measured |= seconds.is_number();
+                if seconds.is_null() && problem.is_none() {
+                    problem = Some(format!("the load {} noted no time slices", turn["pod"]));
+                }
+                turn["measured_seconds"] = seconds.clone();
+            }
+            turns.push(turn);
+        }
+        let kind = match source {
+            Source::Cuda { .. } if measured => "cuda",
+            Source::Simulated { .. } if problem.is_none() => "simulated",
+            _ => "none",
+        };
+        if kind == "none" {
+            turns.clear();
+            problem = problem.map(|problem| format!("{problem}; the GPU was recorded without our load"));
+        }
+        json!({"kind": kind, "turns": turns, "problem": problem})
+    }
+}
+
+/// In place of what could not be had.
+fn problem(error: &anyhow::Error) -> Value {
+    json!({"problem": format!("{error:#}")})
 }
 
 fn recorder_command(recorder: &Path, options: &Options, seconds: &str) -> Command {
@@ -233,14 +281,38 @@ fn recorder_command(recorder: &Path, options: &Options, seconds: &str) -> Comman
     command
 }
 
-/// Counts of what a user without privileges is answered, or why nothing.
-fn ask_without_privileges(recorder: &Path, options: &Options) -> Result<Value> {
-    let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
-    let output = command.args(["--unprivileged", "-o", "-"]).output().with_context(|| recorder.display().to_string())?;
-    if !output.status.success() {
-        return Ok(json!({"problem": String::from_utf8_lossy(&output.stderr).trim()}));
+/// The recorder as a user without privileges, for a moment.
+struct Unprivileged {
+    process: Running,
+    answers: PathBuf,
+    log: PathBuf,
+}
+
+impl Unprivileged {
+    fn start(recorder: &Path, options: &Options, tmp: &Path) -> Result<Self> {
+        let (answers, log) = (tmp.join("unprivileged.json"), tmp.join("unprivileged.log"));
+        let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
+        command.args(["--unprivileged", "-o", "-"]).stdin(Stdio::null());
+        command.stdout(fs::File::create(&answers)?).stderr(fs::File::create(&log)?);
+        Ok(Self { process: Running::start("the recorder without privileges", &mut command)?, answers, log })
     }
-    let answers: Value = serde_json::from_slice(&output.stdout).context("the recorder's answers")?;
+
+    /// Counts of what it got, once it has ended; or why it got nothing.
+    fn poll(&mut self) -> Option<Value> {
+        let ended = self.process.ended().transpose()?;
+        Some(ended.and_then(|status| self.counts(status)).unwrap_or_else(|error| problem(&error)))
+    }
+
+    fn counts(&self, status: ExitStatus) -> Result<Value> {
+        if !status.success() {
+            bail!("{} ({status})", fs::read_to_string(&self.log)?.trim());
+        }
+        Ok(counts(&serde_json::from_slice(&fs::read(&self.answers)?).context("the recorder's answers")?))
+    }
+}
+
+/// What a user without privileges gets, in numbers.
+fn counts(answers: &Value) -> Value {
     let gpu = &answers["gpus"][0];
     let polls = gpu["raw"]["polls"].as_array().into_iter().flatten();
     let (mut samples, mut rows, mut named) = (0, 0, 0);
@@ -252,96 +324,77 @@ fn ask_without_privileges(recorder: &Path, options: &Options) -> Result<Value> {
             named += u32::from(row[1].as_u64().is_some_and(|pid| pid != 0 && pid != u64::from(u32::MAX)));
         }
     }
-    Ok(json!({"samples": samples, "rows": rows, "rows_with_pid": named, "listed": gpu["listed"][0], "errors": gpu["errors"]}))
+    json!({"samples": samples, "rows": rows, "rows_with_pid": named, "listed": gpu["listed"][0], "errors": gpu["errors"]})
 }
 
-/// Starts the recorder and lets the processes have their turns.
-fn record(recorder: &Path, to: &Path, options: &Options, source: &Source, cleanup: &mut Cleanup) -> Result<Recorded> {
+/// Starts the recorder and lets the processes have their turns. Only the recorder itself can fail it.
+fn record(recorder: &Path, tmp: &Path, options: &Options, source: &Source, cleanup: &mut Cleanup) -> Result<Meanwhile> {
     let seconds = options.lasts.as_secs_f64();
-    let program = recorder;
-    let mut command = recorder_command(program, options, &seconds.to_string());
-    command.arg("-o").arg(to);
+    let mut command = recorder_command(recorder, options, &seconds.to_string());
+    command.arg("-o").arg(tmp.join(RECORDING));
     if let Source::Cuda { slices, .. } = source {
         command.arg("--slices").arg(slices);
     }
     say(format_args!("gpu: records for {:?}", options.lasts));
-    let mut recorder = Running::start("the recorder", &mut command)?;
+    let mut recording = Running::start("the recorder", &mut command)?;
     let begun = Instant::now();
     let mut waiting: Vec<&Turn> = TURNS.iter().collect();
     let mut running: Vec<(&Turn, Load)> = Vec::new();
-    let (mut turns, mut problem) = (Vec::new(), None);
-    let mut unprivileged: Option<thread::JoinHandle<Result<Value>>> = None;
-    // A driver that hangs keeps the recorder for ever.
+    let (mut turns, mut trouble) = (Vec::new(), None);
+    let (mut reader, mut unprivileged) = (None, None);
+    let mut is_recorded = false;
+    // A driver that hangs keeps both readers for ever.
     let patience = options.lasts + Duration::from_secs(60);
     loop {
-        if let Some(status) = recorder.ended()? {
+        if let Some(status) = recording.ended()?.filter(|_| !is_recorded) {
             if !status.success() {
                 bail!("the recorder ended ({status})");
             }
+            is_recorded = true;
+        }
+        if is_recorded && (reader.is_none() || unprivileged.is_some()) {
             break;
         }
         if let Some(signal) = sys::interrupted() {
+            if is_recorded {
+                break;
+            }
             bail!("interrupted by signal {signal}");
         }
         if begun.elapsed() > patience {
-            bail!("the recorder has not ended after {patience:?}: a call to the driver hangs");
+            if !is_recorded {
+                bail!("the recorder has not ended after {patience:?}: a call to the driver hangs");
+            }
+            unprivileged = Some(json!({"problem": format!("no answer within {patience:?}: a call to the driver hangs")}));
+            break;
         }
         let now = begun.elapsed().as_secs_f64() / seconds;
-        if let Some(n) = waiting.iter().position(|turn| turn.from <= now && problem.is_none()) {
+        if let Some(n) = waiting.iter().position(|turn| turn.from <= now && trouble.is_none()) {
             let turn = waiting.remove(n);
-            let load = Load::start(turn, (turn.to - now) * seconds, source, cleanup)?;
-            let (pid, wanted) = (load.workload.pid, (turn.to - now) * seconds);
-            turns.push((pid, json!({"pod": turn.spec.pod, "duty": turn.spec.demand, "seconds": wanted})));
-            running.push((turn, load));
+            let wanted = (turn.to - now) * seconds;
+            match Load::start(turn, wanted, source, cleanup) {
+                Ok(load) => {
+                    let what = json!({"pod": turn.spec.pod, "duty": turn.spec.demand, "seconds": wanted});
+                    turns.push((load.workload.pid, what));
+                    running.push((turn, load));
+                }
+                Err(error) => trouble = Some(format!("{error:#}")),
+            }
         }
-        if unprivileged.is_none() && now >= UNPRIVILEGED_AT {
-            let (program, options) = (program.to_owned(), options.clone());
-            unprivileged = Some(thread::spawn(move || ask_without_privileges(&program, &options)));
+        if reader.is_none() && unprivileged.is_none() && now >= UNPRIVILEGED_AT {
+            match Unprivileged::start(recorder, options, tmp) {
+                Ok(started) => reader = Some(started),
+                Err(error) => unprivileged = Some(problem(&error)),
+            }
         }
+        unprivileged = unprivileged.or_else(|| reader.as_mut()?.poll());
         for (_, load) in &mut running {
-            problem = problem.take().or(load.problem()?);
+            trouble = trouble.or_else(|| load.problem());
         }
         running.retain(|(turn, _)| turn.to > now);
         thread::sleep(Duration::from_millis(20));
     }
-    if let Some(told) = &problem {
-        say(format_args!("gpu: {told}; what was recorded is a GPU without our load"));
-    }
-    let kind = match (source, &problem) {
-        (_, Some(_)) => "none",
-        (Source::Cuda { .. }, None) => "cuda",
-        (Source::Simulated { .. }, None) => "simulated",
-    };
-    if problem.is_some() {
-        turns.clear();
-    }
-    for (pid, turn) in &mut turns {
-        if let Source::Cuda { slices, .. } = source {
-            turn["measured_seconds"] = json!(measured(&slices.join(format!("{pid}.csv")))?);
-        }
-    }
-    let turns: Vec<Value> = turns.into_iter().map(|(_, turn)| turn).collect();
-    let unprivileged = match unprivileged.map(thread::JoinHandle::join) {
-        Some(Ok(answers)) => answers?,
-        Some(Err(_)) => bail!("the thread that asked without privileges panicked"),
-        None => Value::Null,
-    };
-    Ok(Recorded { load: json!({"kind": kind, "turns": turns, "problem": problem}), unprivileged })
-}
-
-/// The seconds that a load was on the engine, by the slices that it noted.
-fn measured(slices: &Path) -> Result<f64> {
-    let text = fs::read_to_string(slices).with_context(|| slices.display().to_string())?;
-    Ok(sum_of_slices(&text))
-}
-
-/// Of lines `s,BEGIN,END` in ns; a last line that is cut off is left out.
-fn sum_of_slices(text: &str) -> f64 {
-    let slice = |line: &str| {
-        let (begin, end) = line.strip_suffix('\n')?.strip_prefix("s,")?.split_once(',')?;
-        Some(end.parse::<u64>().ok()?.saturating_sub(begin.parse().ok()?) as f64 * 1e-9)
-    };
-    text.split_inclusive('\n').filter_map(slice).sum()
+    Ok(Meanwhile { turns, problem: trouble, unprivileged: unprivileged.unwrap_or_default() })
 }
 
 /// A process in its container that keeps GPU 0 busy.
@@ -371,16 +424,18 @@ impl Load {
     }
 
     /// Why there is no load, if there is none.
-    fn problem(&mut self) -> Result<Option<String>> {
-        if let Some(simulated) = &mut self.simulated
-            && let Some(status) = simulated.ended()?
-        {
-            bail!("{} ended ({status})", simulated.name);
-        }
-        Ok(match self.workload.ended()? {
-            Some(status) if status.code() == Some(NO_CUDA) => Some("there is no CUDA driver library (libcuda.so.1) here".into()),
-            Some(status) if !status.success() => Some(format!("the CUDA load ended ({status})")),
-            _ => None,
+    fn problem(&mut self) -> Option<String> {
+        let simulated = self.simulated.as_mut().and_then(|simulated| {
+            let status = simulated.ended().transpose()?;
+            Some(status.map_or_else(|error| format!("{error:#}"), |status| format!("{} ended ({status})", simulated.name)))
+        });
+        simulated.or_else(|| match self.workload.ended() {
+            Ok(Some(status)) if status.code() == Some(NO_CUDA) => {
+                Some("there is no CUDA driver library (libcuda.so.1) here".into())
+            }
+            Ok(Some(status)) if !status.success() => Some(format!("the CUDA load ended ({status})")),
+            Ok(_) => None,
+            Err(error) => Some(format!("{error:#}")),
         })
     }
 }
@@ -446,10 +501,30 @@ mod tests {
     }
 
     #[test]
-    fn slices_are_summed_up_to_where_they_were_cut_off() {
-        let seconds = sum_of_slices("clock,-7\ns,1000000000,1500000000\ns,2000000000,2250000000\ns,3000000000,40");
-        assert!((seconds - 0.75).abs() < 1e-9, "{seconds}");
-        assert_eq!(sum_of_slices(""), 0.0);
+    fn a_load_without_slices_leaves_the_others() {
+        let turn = |pid, pod: &str| (pid, json!({"pod": pod, "seconds": 5.0}));
+        let all = |problem: Option<&str>| Meanwhile {
+            turns: vec![turn(7, "a"), turn(8, "b")],
+            problem: problem.map(str::to_owned),
+            unprivileged: Value::Null,
+        };
+        let source = Source::Cuda { program: PathBuf::new(), slices: PathBuf::new() };
+        let recording = |slices: Value| json!({"gpus": [{"slices": slices}]});
+        let load = all(None).load(&source, &recording(json!({"7": 1.5, "8": 2.0})));
+        assert_eq!((&load["kind"], &load["problem"]), (&json!("cuda"), &Value::Null));
+        assert_eq!(load["turns"][1], json!({"pod": "b", "seconds": 5.0, "measured_seconds": 2.0}));
+        let load = all(None).load(&source, &recording(json!({"8": 2.0})));
+        assert_eq!(load["turns"][0]["measured_seconds"], Value::Null);
+        assert!(load["kind"] == "cuda" && load["problem"].is_string(), "{load}");
+        let load = all(Some("no CUDA")).load(&source, &json!({}));
+        assert!(load["kind"] == "none" && load["turns"] == json!([]), "{load}");
+    }
+
+    #[test]
+    fn answers_are_counted() {
+        let gpu = json!({"raw": {"polls": [[0, 9, [[1, 50]], [[1, 7, [5]], [1, 0, [0]]]]]}, "listed": [2, 0], "errors": {}});
+        let expect = json!({"samples": 1, "rows": 2, "rows_with_pid": 1, "listed": 2, "errors": {}});
+        assert_eq!(counts(&json!({"gpus": [gpu]})), expect);
     }
 
     #[test]

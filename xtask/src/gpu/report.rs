@@ -31,8 +31,7 @@ pub fn lines(recording: &Value) -> Vec<String> {
         }
         for (call, d) in gpu["calls"].as_object().into_iter().flatten() {
             let ms = |key: &str| d[key].as_f64().unwrap_or_default() / 1e3;
-            let errors: Vec<String> =
-                gpu["errors"][call].as_object().into_iter().flatten().map(|(error, n)| format!(", {n} {error}")).collect();
+            let errors: Vec<String> = errors(&gpu["errors"][call]).map(|error| format!(", {error}")).collect();
             let durations = format!("50 % {:.3}, 99 % {:.3}, most {:.3} ms", ms("p50_us"), ms("p99_us"), ms("max_us"));
             lines.push(format!("{:8}{call:<36}{durations} of {}{}", "", d["count"], errors.concat()));
         }
@@ -46,8 +45,14 @@ pub fn lines(recording: &Value) -> Vec<String> {
     }
     let agent = &recording["agent"];
     lines.push(String::new());
+    if let Some(problem) = recording["load"]["problem"].as_str() {
+        lines.push(format!("the load: {problem}"));
+    }
     let loaded = if agent["ebpf_loaded"] == true { "eBPF loaded" } else { "eBPF not loaded" };
-    lines.push(format!("the agent: {loaded}, kernel mode {}", text(&agent["kernel_mode"])));
+    match agent["problem"].as_str() {
+        Some(problem) => lines.push(format!("the agent: {problem}")),
+        None => lines.push(format!("the agent: {loaded}, kernel mode {}", text(&agent["kernel_mode"]))),
+    }
     for (what, key) in [("containers", "pod"), ("unattributed", "reason"), ("time", "state")] {
         for one in items(&agent[what]) {
             let seconds = one["seconds"].as_f64().unwrap_or_default();
@@ -73,8 +78,12 @@ fn cost_words(cost: &Value) -> String {
         (count > 0.0).then(|| format!("{name} 50 % {p50:.1}, 99 % {p99:.1} us of {count}"))
     };
     let states: Vec<String> = ["idle", "loaded"].into_iter().filter_map(state).collect();
-    let errors = cost["errors"].as_object().into_iter().flatten().map(|(error, n)| format!("{n} {error}"));
-    states.into_iter().chain(errors).collect::<Vec<_>>().join("; ")
+    states.into_iter().chain(errors(&cost["errors"])).collect::<Vec<_>>().join("; ")
+}
+
+/// Each error with its count.
+fn errors(counts: &Value) -> impl Iterator<Item = String> {
+    counts.as_object().into_iter().flatten().map(|(error, n)| format!("{n} {error}"))
 }
 
 fn unprivileged(answers: &Value) -> String {
@@ -85,13 +94,16 @@ fn unprivileged(answers: &Value) -> String {
         return "not asked".to_owned();
     }
     let count = |key: &str| answers[key].as_u64().unwrap_or_default();
-    format!(
-        "{} samples, {} rows, {} of them with a pid, {} listed",
-        count("samples"),
-        count("rows"),
-        count("rows_with_pid"),
-        count("listed")
-    )
+    let mut parts = vec![
+        format!("{} samples", count("samples")),
+        format!("{} rows", count("rows")),
+        format!("{} of them with a pid", count("rows_with_pid")),
+        format!("{} listed", count("listed")),
+    ];
+    for (call, counts) in answers["errors"].as_object().into_iter().flatten() {
+        parts.extend(errors(counts).map(|error| format!("{call}: {error}")));
+    }
+    parts.join(", ")
 }
 
 fn items(value: &Value) -> impl Iterator<Item = &Value> {
@@ -121,6 +133,10 @@ mod tests {
         assert_eq!(cost_words(&json!({})), "");
         assert_eq!(unprivileged(&Value::Null), "not asked");
         assert_eq!(unprivileged(&json!({"problem": "refused"})), "refused");
+        assert_eq!(
+            unprivileged(&json!({"samples": 3, "errors": {"GetProcessUtilization": {"NoPermission": 9}}})),
+            "3 samples, 0 rows, 0 of them with a pid, 0 listed, GetProcessUtilization: 9 NoPermission"
+        );
     }
 
     #[test]

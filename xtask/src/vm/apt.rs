@@ -1,7 +1,10 @@
 //! Debian packages of several suites, from the mirror that this machine's apt uses, without touching its own lists.
 
-use crate::tools::{self, output, say};
-use anyhow::{Context, Result, bail};
+use crate::{
+    debian, sys,
+    tools::{self, say},
+};
+use anyhow::{Context, Result, anyhow, bail};
 use std::{
     cmp::Ordering,
     fs,
@@ -12,7 +15,6 @@ use std::{
 
 /// Kernels from 5.10 on. The backports come with newer kernels than the suite they are made for.
 const SUITES: [&str; 5] = ["bullseye", "bookworm", "bookworm-backports", "trixie", "trixie-backports"];
-const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 /// Package lists younger than this are taken as they are.
 const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
 /// The flavour without drivers of hardware; small, and with all that a virtual machine needs.
@@ -23,35 +25,58 @@ pub struct Apt {
     /// Sources, lists and packages.
     dir: PathBuf,
     config: PathBuf,
-    pub mirror: String,
+    /// Suites whose lists could not be refreshed just now.
+    stale: Vec<&'static str>,
 }
 
 impl Apt {
     /// Configures apt for [`SUITES`] and refreshes its lists when they are old.
     pub fn prepare(vm: &Path) -> Result<Self> {
-        let mirror = mirror()?;
+        let mirror = debian::mirror()?;
         let dir = vm.join("apt");
         for folder in ["state/lists/partial", "cache/archives/partial", "packages"] {
             fs::create_dir_all(dir.join(folder)).with_context(|| dir.display().to_string())?;
         }
-        let line = |suite: &str| format!("deb [signed-by={KEYRING}] {mirror} {suite} main\n");
+        let line = |suite: &str| mirror.source(suite);
         let sources: String = SUITES.into_iter().map(line).collect();
         fs::write(dir.join("sources.list"), &sources)?;
         let config = dir.join("apt.conf");
         let at = dir.display();
         let settings = format!(
             "Dir::State \"{at}/state\";\nDir::Cache \"{at}/cache\";\nDir::Etc::sourcelist \"{at}/sources.list\";\n\
-             Dir::Etc::sourceparts \"/dev/null\";\nAPT::Sandbox::User \"root\";\n"
+             Dir::Etc::sourceparts \"/dev/null\";\nAPT::Sandbox::User \"root\";\nAPT::Get::List-Cleanup \"false\";\n"
         );
         fs::write(&config, settings)?;
-        let apt = Self { dir, config, mirror };
+        let mut apt = Self { dir, config, stale: Vec::new() };
         let stamp = apt.dir.join("updated");
         let age = fs::metadata(&stamp).and_then(|meta| meta.modified()).ok().and_then(|at| at.elapsed().ok());
         if age.is_none_or(|age| age > FRESH) || fs::read_to_string(&stamp).ok().as_ref() != Some(&sources) {
-            tools::run(apt.command("apt-get").args(["--quiet", "update"]))?;
-            fs::write(&stamp, &sources)?;
+            for suite in SUITES {
+                apt.update(suite, &line(suite))?;
+            }
+            if apt.stale.is_empty() {
+                fs::write(&stamp, &sources)?;
+            }
         }
         Ok(apt)
+    }
+
+    /// One suite at a time: a mirror that lacks one suite must not keep the others from being refreshed.
+    fn update(&mut self, suite: &'static str, source: &str) -> Result<()> {
+        let list = self.dir.join("suite.list");
+        fs::write(&list, source).with_context(|| list.display().to_string())?;
+        let mut command = self.command("apt-get");
+        // Without this option apt-get only warns of a mirror that cannot be reached.
+        command.args(["--quiet", "-o", "APT::Update::Error-Mode=any", "-o"]);
+        command.arg(format!("Dir::Etc::sourcelist={}", list.display())).arg("update");
+        if let Err(problem) = tools::run(&mut command) {
+            if let Some(signal) = sys::interrupted() {
+                bail!("interrupted by signal {signal}");
+            }
+            say(format_args!("vm: warning: the package lists of {suite} could not be refreshed: {problem:#}"));
+            self.stale.push(suite);
+        }
+        Ok(())
     }
 
     fn command(&self, program: &str) -> Command {
@@ -66,14 +91,22 @@ impl Apt {
         Ok(String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect())
     }
 
-    /// The kernel release that `wanted` stands for: the newest of that version, or that package's.
+    /// The kernel release that `wanted` stands for.
     pub fn kernel(&self, wanted: &str) -> Result<String> {
         let names = self.names(&format!("{IMAGE}{}", wanted.strip_prefix(IMAGE).unwrap_or(wanted)))?;
-        if let Some(release) = wanted.strip_prefix(IMAGE) {
-            let found = names.iter().any(|name| name == wanted);
-            return if found { Ok(release.to_owned()) } else { Err(unknown(wanted)) };
+        let releases = names.iter().filter_map(|name| name.strip_prefix(IMAGE));
+        choose(wanted, releases).map(str::to_owned).ok_or_else(|| self.unknown(wanted))
+    }
+
+    fn unknown(&self, wanted: &str) -> anyhow::Error {
+        if !self.stale.is_empty() {
+            let stale = self.stale.join(", ");
+            return anyhow!("no cloud kernel '{wanted}' is known, and the package lists of {stale} could not be refreshed");
         }
-        newest(wanted, names.iter().map(String::as_str)).map(str::to_owned).ok_or_else(|| unknown(wanted))
+        let suites = SUITES.join(", ");
+        let problem =
+            format!("Debian has no cloud kernel '{wanted}' in {suites}; `cargo xtask vm 6.1` and 7.3 are two that it has");
+        tools::Usage(problem).into()
     }
 
     /// Downloads those of these packages that exist; at least one must.
@@ -98,30 +131,21 @@ impl Apt {
     }
 }
 
-fn unknown(wanted: &str) -> anyhow::Error {
-    let suites = SUITES.join(", ");
-    tools::Usage(format!("Debian has no cloud kernel '{wanted}' in {suites}; `cargo xtask vm 6.1` and 7.3 are two that it has"))
-        .into()
+/// The kernel release that a word of the command line stands for among `releases`: that of a package, or the newest of a version.
+pub fn choose<'a>(wanted: &str, mut releases: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    match wanted.strip_prefix(IMAGE) {
+        Some(named) => releases.find(|release| *release == named),
+        None => newest(wanted, releases),
+    }
 }
 
-/// The mirror of Debian itself in this machine's own configuration.
-fn mirror() -> Result<String> {
-    let listed = output("apt-get", &["indextargets", "--format", "$(ORIGIN) $(LABEL) $(REPO_URI)", "Created-By: Packages"]);
-    let listed = listed.context("`apt-get indextargets` failed; apt is needed, with a mirror of Debian configured")?;
-    let own = listed.lines().find_map(|line| line.strip_prefix("Debian Debian "));
-    let own =
-        own.context("this machine's apt has no mirror of Debian; add one to /etc/apt/sources.list.d and run `apt-get update`")?;
-    Ok(own.trim_end_matches('/').to_owned())
-}
-
-/// The newest kernel release of a version among package names.
-fn newest<'a>(version: &str, names: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    let of_version = |name: &'a str| {
-        let release = name.strip_prefix(IMAGE)?;
-        let rest = release.strip_prefix(version)?;
-        (rest.starts_with(['.', '-', '+']) && release.ends_with(FLAVOUR)).then_some(release)
+/// The newest kernel release of a version.
+fn newest<'a>(version: &str, releases: impl Iterator<Item = &'a str>) -> Option<&'a str> {
+    let is_of_version = |release: &&str| {
+        let rest = release.strip_prefix(version);
+        rest.is_some_and(|rest| rest.starts_with(['.', '-', '+'])) && release.ends_with(FLAVOUR)
     };
-    names.filter_map(of_version).max_by(|a, b| natural(a, b))
+    releases.filter(is_of_version).max_by(|a, b| natural(a, b))
 }
 
 /// Numbers within names count as numbers.
@@ -149,21 +173,23 @@ mod tests {
 
     #[test]
     fn the_newest_of_a_version_is_taken() {
-        let names = [
-            "linux-image-6.1.0-9-cloud-amd64",
-            "linux-image-6.1.0-50-cloud-amd64",
-            "linux-image-6.1.0-51-amd64",
-            "linux-image-6.1.0-52-cloud-amd64-unsigned",
-            "linux-image-6.12.95+deb12-cloud-amd64",
-            "linux-image-6.12.107+deb13-cloud-amd64",
-            "linux-image-7.3.4+deb13-cloud-amd64",
+        let releases = [
+            "6.1.0-9-cloud-amd64",
+            "6.1.0-50-cloud-amd64",
+            "6.1.0-51-amd64",
+            "6.1.0-52-cloud-amd64-unsigned",
+            "6.12.95+deb12-cloud-amd64",
+            "6.12.107+deb13-cloud-amd64",
+            "7.3.4+deb13-cloud-amd64",
         ];
-        let check = |version, expect| assert_eq!(newest(version, names.into_iter()), expect, "{version}");
+        let check = |wanted, expect| assert_eq!(choose(wanted, releases.into_iter()), expect, "{wanted}");
         check("6.1", Some("6.1.0-50-cloud-amd64"));
         check("6.12", Some("6.12.107+deb13-cloud-amd64"));
         check("6.12.95", Some("6.12.95+deb12-cloud-amd64"));
         check("7.3", Some("7.3.4+deb13-cloud-amd64"));
         check("7", Some("7.3.4+deb13-cloud-amd64"));
         check("5.10", None);
+        check("linux-image-6.1.0-51-amd64", Some("6.1.0-51-amd64"));
+        check("linux-image-6.1", None);
     }
 }

@@ -3,7 +3,7 @@
 use super::kernel::Kernel;
 use crate::{
     sys,
-    tools::{self, Running, say},
+    tools::{self, Running, say, tail},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -20,6 +20,8 @@ const PROBE: Duration = Duration::from_secs(20);
 /// Room for what a command leaves in $RESULTS. Sparse.
 const RESULTS_BYTES: u64 = 1 << 30;
 const CPUS: &str = "2";
+/// In the folder of the run.
+const INITRD: &str = "initrd";
 /// What the machine's unit runs.
 const GUEST: &str = include_str!("guest.sh");
 
@@ -52,27 +54,38 @@ impl Machine<'_> {
         pack(run, &input, files, command)?;
         let output = run.join("results.img");
         fs::File::create(&output).and_then(|file| file.set_len(RESULTS_BYTES)).with_context(|| output.display().to_string())?;
+        fs::write(run.join(INITRD), self.kernel.initrd()?).with_context(|| run.join(INITRD).display().to_string())?;
         let accelerator = self.accelerator(run)?;
         let console = results.join("console.txt");
-        let mut qemu = self.qemu(run, accelerator, &console, "quiet systemd.show_status=0");
+        let mut qemu = self.qemu(run, accelerator, &console, "quiet systemd.show_status=error systemd.crash_reboot");
         let disk = |file: &Path, more: &str| format!("file={},format=raw,if=virtio{more}", file.display());
         qemu.args(["-drive", &disk(&self.root, ",snapshot=on")]);
         qemu.args(["-drive", &disk(&input, ",readonly=on")]);
         qemu.args(["-drive", &disk(&output, "")]);
-        qemu.args(["-drive", &disk(&self.kernel.modules, ",readonly=on")]);
+        qemu.args(["-drive", &disk(&self.kernel.modules(), ",readonly=on")]);
         let log = results.join("output.txt");
         qemu.args(["-chardev", &format!("stdio,id=out,signal=off,logfile={}", log.display()), "-serial", "chardev:out"]);
         say(format_args!("vm: {}", tools::shown(&qemu)));
         let begun = Instant::now();
         let ended = wait(Running::start("the machine", &mut qemu)?, timeout)?;
         say(format_args!("vm: ran {:.0} s", begun.elapsed().as_secs_f64()));
+        let traces = || {
+            // systemd queries the terminal there, and the queries must not reach the terminal here.
+            let end: String = tail(&console).chars().filter(|c| *c == '\n' || !c.is_control()).collect();
+            let (console, log) = (console.display(), log.display());
+            format!("the console is in {console}, the command's output in {log}; the console ends with:\n{end}")
+        };
         if !ended {
-            bail!("the machine was switched off after {timeout:?} (--timeout); its console is in {}", console.display());
+            bail!("the machine was still running after {timeout:?} (--timeout) and was stopped; {}", traces());
         }
-        unpack(&output, results)
-            .with_context(|| format!("the machine left no results; its console is in {}", console.display()))?;
+        if let Err(problem) = unpack(&output, results) {
+            bail!("the machine's results cannot be unpacked: {problem:#}; {}", traces());
+        }
         let status = results.join("exit-status");
-        let text = fs::read_to_string(&status).with_context(|| status.display().to_string())?;
+        // The disk of results is all zeros until the command has ended, and that is an empty archive.
+        let Ok(text) = fs::read_to_string(&status) else {
+            bail!("the machine powered off before the command had ended; {}", traces());
+        };
         text.trim().parse().with_context(|| format!("{}: {text:?}", status.display()))
     }
 
@@ -83,7 +96,7 @@ impl Machine<'_> {
         qemu.env("TMPDIR", run).stdin(Stdio::null());
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none", "-smp", CPUS]);
         qemu.args(accelerator.args()).args(["-m", &self.memory_mib.to_string()]);
-        qemu.arg("-kernel").arg(&self.kernel.vmlinuz).arg("-initrd").arg(&self.kernel.initrd);
+        qemu.arg("-kernel").arg(self.kernel.vmlinuz()).arg("-initrd").arg(run.join(INITRD));
         qemu.args(["-append", format!("console=ttyS0 panic=-1 {more} {}", self.append).trim()]);
         qemu.args(["-serial", &format!("file:{}", console.display())]);
         qemu

@@ -1,17 +1,18 @@
 //! A Debian root file system with systemd and container engines, made once per suite.
 
-use super::apt::Apt;
 use crate::{
+    debian,
     janitor::{Cleanup, Leftover},
-    tools::{self, say},
+    tools::{self, on_path, program, say},
 };
 use anyhow::{Context, Result};
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::Command,
 };
 
+/// To be raised with every change of how an image is made that the other parts of the digest do not show, such as one of [`configure`].
+const RECIPE: &str = "2";
 /// systemd, what tests use, and engines with their helpers. All exist in bookworm and in trixie.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,iproute2,procps,python3,docker.io,containerd,\
                         podman,crun,runc,uidmap,slirp4netns,fuse-overlayfs,iptables,busybox-static,ca-certificates,strace";
@@ -35,31 +36,63 @@ const QUIET: [&str; 12] = [
 /// Of the file system. Sparse: only what is written takes room here.
 const IMAGE_BYTES: u64 = 6 << 30;
 const UNIT: &str = include_str!("guest.service");
+/// Takes the place of systemd's unit of that name.
+const EMERGENCY: &str = include_str!("emergency.service");
+/// Without features that kernels of 5.10 lack.
+pub const MKFS_OPTIONS: [&str; 4] = ["-q", "-F", "-O", "^metadata_csum,^orphan_file"];
 
 /// The suite whose user space goes with a kernel.
 pub fn suite_of(release: &str) -> &'static str {
     if release.contains("deb13") { "trixie" } else { "bookworm" }
 }
 
-/// The image of a suite, made when it is not there. Its name has a digest of the recipe, so a changed recipe makes a new one.
-pub fn ensure(apt: &Apt, vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> {
+/// The image of a suite, made when it is missing. Its name has a digest of the recipe, so a changed recipe makes a new one.
+pub fn ensure(vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> {
     let packages = if suite == "trixie" { format!("{PACKAGES}{TRIXIE_PACKAGES}") } else { PACKAGES.to_owned() };
-    let image = vm.join(format!("root-{suite}-{:08x}.ext4", digest(&[&packages, UNIT, &QUIET.join(" ")])));
+    let (quiet, bytes, options) = (QUIET.join(" "), IMAGE_BYTES.to_string(), MKFS_OPTIONS.join(" "));
+    let digest = digest(&[RECIPE, &packages, UNIT, EMERGENCY, &quiet, &bytes, &options]);
+    let image = vm.join(format!("root-{suite}-{digest:08x}.ext4"));
     if image.exists() {
         return Ok(image);
     }
     say(format_args!("vm: a root file system of {suite} is made once; that takes some minutes"));
-    let tree = vm.join(format!("root-{suite}-{}", std::process::id()));
-    cleanup.will_remove(&Leftover::Tree(tree.clone()))?;
-    // In namespaces of its own, so that its mounts and processes go with it, however it ends.
-    let mut debootstrap = Command::new("unshare");
-    debootstrap.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child", "debootstrap"]);
-    debootstrap.args(["--variant=minbase", &format!("--include={packages}"), suite]).arg(&tree).arg(&apt.mirror);
+    let mirror = debian::mirror()?;
+    let work = vm.join(format!("new-root-{}", std::process::id()));
+    cleanup.will_remove(&Leftover::Tree(work.clone()))?;
+    fs::create_dir(&work).with_context(|| work.display().to_string())?;
+    let (tree, unfinished) = (work.join("tree"), work.join("root.ext4"));
+    // In namespaces of its own, so that its mounts and processes end with it in any case.
+    let mut debootstrap = program("unshare")?;
+    debootstrap.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
+    debootstrap.arg(on_path("debootstrap").context("debootstrap is not installed")?);
+    debootstrap.args(["--variant=minbase", &format!("--include={packages}"), suite]).arg(&tree).arg(&mirror.url);
     tools::run(&mut debootstrap).with_context(|| format!("{}/debootstrap/debootstrap.log", tree.display()))?;
     configure(&tree)?;
-    make_ext4(&tree, &image, IMAGE_BYTES)?;
-    fs::remove_dir_all(&tree).with_context(|| tree.display().to_string())?;
+    make_ext4(&tree, &unfinished, IMAGE_BYTES)?;
+    fs::rename(&unfinished, &image).with_context(|| image.display().to_string())?;
+    fs::remove_dir_all(&work).with_context(|| work.display().to_string())?;
+    remove_older(vm, &image, &format!("root-{suite}"), ".ext4")?;
     Ok(image)
+}
+
+/// Removes what other recipes have made: `BEGIN-DIGEST` and, of before names had a digest, `BEGIN`, both with that end.
+pub fn remove_older(vm: &Path, kept: &Path, begin: &str, end: &str) -> Result<()> {
+    for entry in fs::read_dir(vm).with_context(|| vm.display().to_string())? {
+        let path = entry?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        if path != kept && is_made_by_a_recipe(&name, begin, end) {
+            say(format_args!("vm: removes {}, which an older recipe made", path.display()));
+            let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
+            removed.with_context(|| path.display().to_string())?;
+        }
+    }
+    Ok(())
+}
+
+fn is_made_by_a_recipe(name: &str, begin: &str, end: &str) -> bool {
+    let Some(middle) = name.strip_prefix(begin).and_then(|rest| rest.strip_suffix(end)) else { return false };
+    let is_digest = |text: &str| text.len() == 8 && text.bytes().all(|byte| byte.is_ascii_hexdigit());
+    middle.is_empty() || middle.strip_prefix('-').is_some_and(is_digest)
 }
 
 fn configure(tree: &Path) -> Result<()> {
@@ -67,6 +100,7 @@ fn configure(tree: &Path) -> Result<()> {
     let write = |path: PathBuf, text: &str| fs::write(&path, text).with_context(|| path.display().to_string());
     write(tree.join("etc/hostname"), "gpu-sampler-vm\n")?;
     write(units.join("guest.service"), UNIT)?;
+    write(units.join("emergency.service"), EMERGENCY)?;
     fs::create_dir_all(units.join("multi-user.target.wants"))?;
     // As `systemctl enable`, `disable` and `set-default` do; the one in the tree wants /proc mounted there.
     link(Path::new("../guest.service"), &units.join("multi-user.target.wants/guest.service"))?;
@@ -91,20 +125,16 @@ fn link(target: &Path, at: &Path) -> Result<()> {
     std::os::unix::fs::symlink(target, at).with_context(|| at.display().to_string())
 }
 
-/// A file system with what lies in a folder; whole or not at all.
+/// Makes a file system with the contents of a folder.
 pub fn make_ext4(tree: &Path, image: &Path, bytes: u64) -> Result<()> {
-    let unfinished = image.with_extension(format!("tmp{}", std::process::id()));
-    let file = fs::File::create(&unfinished).with_context(|| unfinished.display().to_string())?;
-    file.set_len(bytes)?;
-    tools::run(
-        Command::new("mkfs.ext4").args(["-q", "-F", "-O", "^metadata_csum,^orphan_file", "-d"]).arg(tree).arg(&unfinished),
-    )?;
-    fs::rename(&unfinished, image).with_context(|| image.display().to_string())
+    let file = fs::File::create(image).with_context(|| image.display().to_string())?;
+    file.set_len(bytes).with_context(|| image.display().to_string())?;
+    tools::run(program("mkfs.ext4")?.args(MKFS_OPTIONS).arg("-d").arg(tree).arg(image))
 }
 
-/// FNV-1a, 32 bits.
-fn digest(texts: &[&str]) -> u32 {
-    let bytes = texts.iter().flat_map(|text| text.bytes());
+/// FNV-1a, 32 bits; a byte that no text has ends each.
+pub fn digest(texts: &[&str]) -> u32 {
+    let bytes = texts.iter().flat_map(|text| text.bytes().chain([0xff]));
     bytes.fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
 }
 
@@ -127,5 +157,16 @@ mod tests {
     #[test]
     fn another_recipe_has_another_digest() {
         assert_ne!(digest(&["a", "b"]), digest(&["a", "c"]));
+        assert_ne!(digest(&["ab", "c"]), digest(&["a", "bc"]));
+    }
+
+    #[test]
+    fn only_images_of_that_suite_are_removed() {
+        let check = |name, expect| assert_eq!(is_made_by_a_recipe(name, "root-bookworm", ".ext4"), expect, "{name}");
+        check("root-bookworm-0123abcd.ext4", true);
+        check("root-bookworm.ext4", true);
+        check("root-bookworm-backports-0123abcd.ext4", false);
+        check("root-trixie-0123abcd.ext4", false);
+        check("root-bookworm-0123abcd", false);
     }
 }

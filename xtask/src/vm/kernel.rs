@@ -1,9 +1,13 @@
 //! A kernel unpacked from its packages: the image, an initial file system that finds the root, and its modules as a disk.
 
-use super::{apt::Apt, cpio::Archive, image::make_ext4};
+use super::{
+    apt::{self, Apt},
+    cpio::Archive,
+    image::{self, MKFS_OPTIONS, make_ext4},
+};
 use crate::{
     janitor::{Cleanup, Leftover},
-    tools::{self, output},
+    tools::{self, program},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -12,30 +16,63 @@ use std::{
     process::Command,
 };
 
+/// To be raised with every change of [`unpack`] that the other parts of the digest do not show.
+const RECIPE: &str = "2";
 /// What finds the root file system, with what they depend on; a kernel may have them built in.
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 const INIT: &str = include_str!("init.sh");
 const MODULES_BYTES: u64 = 512 << 20;
+/// The folder of a kernel is named `kernel-RELEASE-DIGEST`.
+const FOLDER: &str = "kernel-";
 
 pub struct Kernel {
-    pub vmlinuz: PathBuf,
-    pub initrd: PathBuf,
-    pub modules: PathBuf,
+    dir: PathBuf,
 }
 
-/// The kernel of that release, unpacked when it is not there.
-pub fn ensure(apt: &Apt, vm: &Path, release: &str, cleanup: &mut Cleanup) -> Result<Kernel> {
-    let dir = vm.join(format!("kernel-{release}"));
-    if !dir.exists() {
-        let tree = vm.join(format!("kernel-{}", std::process::id()));
-        cleanup.will_remove(&Leftover::Tree(tree.clone()))?;
-        unpack(apt, release, &tree)?;
-        fs::rename(tree.join("done"), &dir).with_context(|| dir.display().to_string())?;
+/// The kernel that `wanted` stands for among those that are unpacked.
+pub fn cached(vm: &Path, wanted: &str) -> Result<Option<String>> {
+    let digest = digest();
+    let mut releases = Vec::new();
+    for entry in fs::read_dir(vm).with_context(|| vm.display().to_string())? {
+        let name = entry?.file_name().to_string_lossy().into_owned();
+        let release = name.strip_prefix(FOLDER).and_then(|rest| rest.strip_suffix(&digest)?.strip_suffix('-'));
+        releases.extend(release.map(str::to_owned));
     }
-    let kernel = Kernel { vmlinuz: dir.join("vmlinuz"), modules: dir.join("modules.ext4"), initrd: dir.join("initrd") };
-    // Made each time: it takes a moment and follows changes of the script.
-    fs::write(&kernel.initrd, initrd(&dir)?)?;
-    Ok(kernel)
+    Ok(apt::choose(wanted, releases.iter().map(String::as_str)).map(str::to_owned))
+}
+
+/// The kernel of that release, unpacked when it is missing. `apt` is given where its lists were needed before.
+pub fn ensure(apt: Option<Apt>, vm: &Path, release: &str, cleanup: &mut Cleanup) -> Result<Kernel> {
+    let dir = vm.join(format!("{FOLDER}{release}-{}", digest()));
+    if !dir.exists() {
+        let apt = apt.map_or_else(|| Apt::prepare(vm), Ok)?;
+        let tree = vm.join(format!("new-kernel-{}", std::process::id()));
+        cleanup.will_remove(&Leftover::Tree(tree.clone()))?;
+        unpack(&apt, release, &tree)?;
+        fs::rename(tree.join("done"), &dir).with_context(|| dir.display().to_string())?;
+        image::remove_older(vm, &dir, &format!("{FOLDER}{release}"), "")?;
+    }
+    Ok(Kernel { dir })
+}
+
+fn digest() -> String {
+    let (modules, bytes, options) = (MODULES.join(" "), MODULES_BYTES.to_string(), MKFS_OPTIONS.join(" "));
+    format!("{:08x}", image::digest(&[RECIPE, &modules, &bytes, &options]))
+}
+
+impl Kernel {
+    pub fn vmlinuz(&self) -> PathBuf {
+        self.dir.join("vmlinuz")
+    }
+
+    pub fn modules(&self) -> PathBuf {
+        self.dir.join("modules.ext4")
+    }
+
+    /// Made for each run: it takes a moment and follows changes of the script.
+    pub fn initrd(&self) -> Result<Vec<u8>> {
+        initrd(&self.dir)
+    }
 }
 
 fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
@@ -60,8 +97,8 @@ fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
     let busybox = ["bin/busybox", "usr/bin/busybox"].map(|path| tree.join(path));
     let busybox = busybox.iter().find(|file| file.is_file()).context("busybox-static has no busybox")?;
     fs::copy(busybox, done.join("initrd.d/busybox"))?;
-    tools::run(Command::new("depmod").arg("--basedir").arg(tree).arg(release))?;
-    for (n, module) in needed(tree, release).into_iter().enumerate() {
+    tools::run(program("depmod")?.arg("--basedir").arg(tree).arg(release))?;
+    for (n, module) in needed(tree, release)?.into_iter().enumerate() {
         let name = module.file_stem().unwrap_or_default().to_string_lossy().replace(".ko", "");
         fs::write(done.join(format!("initrd.d/{n:02}-{name}.ko")), uncompressed(&module)?)?;
     }
@@ -69,13 +106,18 @@ fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
 }
 
 /// Module files in the order in which they can be loaded.
-fn needed(tree: &Path, release: &str) -> Vec<PathBuf> {
+fn needed(tree: &Path, release: &str) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
-    let tree = tree.to_string_lossy();
     for module in MODULES {
-        // Not found means built in; what is missing in truth shows when the machine does not find its root.
-        let listed = output("modprobe", &["--dirname", &tree, "--set-version", release, "--show-depends", module]);
-        let listed = listed.unwrap_or_default();
+        let mut modprobe = program("modprobe")?;
+        modprobe.env("LC_ALL", "C").arg("--dirname").arg(tree).args(["--set-version", release, "--show-depends", module]);
+        let output = modprobe.output().with_context(|| tools::shown(&modprobe))?;
+        let problem = String::from_utf8_lossy(&output.stderr);
+        // A module that is not found may be built in. If it is missing instead, the machine does not find its root.
+        if !output.status.success() && !problem.contains("not found") {
+            bail!("`{}` failed ({}): {}", tools::shown(&modprobe), output.status, problem.trim());
+        }
+        let listed = String::from_utf8_lossy(&output.stdout);
         let paths = listed.lines().filter_map(|line| line.strip_prefix("insmod ")).map(|path| PathBuf::from(path.trim()));
         for path in paths {
             if !files.contains(&path) {
@@ -83,7 +125,7 @@ fn needed(tree: &Path, release: &str) -> Vec<PathBuf> {
             }
         }
     }
-    files
+    Ok(files)
 }
 
 fn uncompressed(module: &Path) -> Result<Vec<u8>> {

@@ -5,9 +5,10 @@
 //!
 //! ```text
 //!   target/vm/apt                packages of several suites           (apt.rs)
-//!            /root-SUITE.ext4    user space, with systemd             (image.rs)   vda, changes are thrown away
-//!            /kernel-RELEASE/    vmlinuz, initrd, modules.ext4        (kernel.rs)  vdd, mounted on /lib/modules
-//!            /run-PID/           input.tar, results.img               (boot.rs)    vdb, vdc
+//!            /root-SUITE-DIGEST.ext4    user space, with systemd      (image.rs)   vda, changes are thrown away
+//!            /kernel-RELEASE-DIGEST/    vmlinuz, modules.ext4         (kernel.rs)  vdd, mounted on /lib/modules
+//!            /lock               held while one of these is made      (mod.rs)
+//!            /run-PID/           initrd, input.tar, results.img       (boot.rs)    vdb, vdc
 //!            /results/RELEASE-TIME/   what the command left in $RESULTS, output.txt, console.txt, journal.txt
 //! ```
 
@@ -24,9 +25,11 @@ use crate::{
     tools::{self, Usage, say},
 };
 use anyhow::{Context, Result, bail};
+use apt::Apt;
 use std::{
     env, fs,
-    path::PathBuf,
+    path::{Path, PathBuf},
+    thread,
     time::{Duration, SystemTime, UNIX_EPOCH},
 };
 
@@ -105,19 +108,23 @@ pub fn verb(args: &[String]) -> Result<()> {
     if !sys::is_root() {
         bail!("debootstrap makes a root file system with its owners: run as root");
     }
+    if let Some(file) = options.with.iter().find(|file| !file.is_file()) {
+        bail!("--with {}: no such file", file.display());
+    }
     setup::ensure(setup::Scope::Vm, options.yes)?;
     setup::ensure(setup::Scope::Ebpf, options.yes)?;
     let dir = tools::target_dir()?.join("vm");
     fs::create_dir_all(&dir).with_context(|| dir.display().to_string())?;
-    let files = files(&options)?;
 
     sys::catch_signals();
     let mut cleanup = Cleanup::start()?;
-    let apt = apt::Apt::prepare(&dir)?;
-    let release = apt.kernel(&options.kernel)?;
+    let (release, apt) = resolve(&dir, &options.kernel)?;
+    let files = files(&options)?;
     let suite = options.suite.as_deref().unwrap_or_else(|| image::suite_of(&release));
-    let root = image::ensure(&apt, &dir, suite, &mut cleanup)?;
-    let kernel = kernel::ensure(&apt, &dir, &release, &mut cleanup)?;
+    let making = lock(&dir)?;
+    let kernel = kernel::ensure(apt, &dir, &release, &mut cleanup)?;
+    let root = image::ensure(&dir, suite, &mut cleanup)?;
+    drop(making);
 
     let run = dir.join(format!("run-{}", std::process::id()));
     cleanup.will_remove(&Leftover::Tree(run.clone()))?;
@@ -134,13 +141,46 @@ pub fn verb(args: &[String]) -> Result<()> {
     }
 }
 
+/// The kernel release that `wanted` stands for. Package lists are needed only for a kernel that is not unpacked yet.
+fn resolve(vm: &Path, wanted: &str) -> Result<(String, Option<Apt>)> {
+    let _lock = lock(vm)?;
+    if let Some(release) = kernel::cached(vm, wanted)? {
+        say(format_args!("vm: Linux {release}, which is in {}", vm.display()));
+        return Ok((release, None));
+    }
+    let apt = Apt::prepare(vm)?;
+    Ok((apt.kernel(wanted)?, Some(apt)))
+}
+
+/// Until the returned file is closed, no other run makes anything in `target/vm`: two first runs at once would make the same things.
+fn lock(vm: &Path) -> Result<fs::File> {
+    let path = vm.join("lock");
+    let file = fs::File::create(&path).with_context(|| path.display().to_string())?;
+    let mut waits = false;
+    loop {
+        match file.try_lock() {
+            Ok(()) => return Ok(file),
+            Err(fs::TryLockError::WouldBlock) => {}
+            Err(fs::TryLockError::Error(error)) => return Err(error).with_context(|| path.display().to_string()),
+        }
+        if !waits {
+            say(format_args!("vm: another run holds {}; waits for it", path.display()));
+            waits = true;
+        }
+        if let Some(signal) = sys::interrupted() {
+            bail!("interrupted by signal {signal}");
+        }
+        thread::sleep(Duration::from_millis(200));
+    }
+}
+
 /// What the command finds on its PATH: the agent, the simulator, the tests' helpers, and the files named on the command line.
 fn files(options: &Options) -> Result<Vec<PathBuf>> {
-    let built = build::everything(Profile::Release)?;
-    tools::run(&mut tools::cargo(&["build", "--locked", "--release", "--package", "gpu-sampler-tests", "--bins"])?)?;
-    let helpers = tools::target_dir()?.join("release");
+    let helpers = ["actor", "storm-check"];
+    let built = build::with_helpers(Profile::Release, &helpers)?;
+    let helpers = helpers.map(|name| built.sampler.with_file_name(name));
     let mut files = vec![built.sampler, built.sim, built.sim_library];
-    files.extend(["actor", "storm-check"].map(|name| helpers.join(name)));
+    files.extend(helpers);
     files.extend(options.with.iter().cloned());
     match files.iter().find(|file| !file.is_file()) {
         Some(file) => bail!("{} is not a file", file.display()),

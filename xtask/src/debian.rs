@@ -1,0 +1,56 @@
+//! The mirror of Debian that this machine's apt is configured with.
+
+use crate::tools::output;
+use anyhow::{Context, Result};
+
+const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
+
+#[derive(Debug, PartialEq)]
+pub struct Mirror {
+    pub url: String,
+    /// Of the suite that this machine has from it.
+    pub codename: String,
+}
+
+impl Mirror {
+    /// A line of an apt source list.
+    pub fn source(&self, suite: &str) -> String {
+        format!("deb [signed-by={KEYRING}] {} {suite} main\n", self.url)
+    }
+}
+
+pub fn mirror() -> Result<Mirror> {
+    let format = "$(ORIGIN)|$(LABEL)|$(CODENAME)|$(REPO_URI)";
+    let listed = output("apt-get", &["indextargets", "--format", format, "Created-By: Packages"]);
+    let listed = listed.context("`apt-get indextargets` failed; apt is needed, with a mirror of Debian configured")?;
+    parse(&listed)
+        .context("this machine's apt has no mirror of Debian; add one to /etc/apt/sources.list.d and run `apt-get update`")
+}
+
+/// The first suite of Debian itself. Updates and backports have a hyphen in their codenames.
+fn parse(listed: &str) -> Option<Mirror> {
+    let own = |line: &str| {
+        let (codename, url) = line.strip_prefix("Debian|Debian|")?.split_once('|')?;
+        let mirror = Mirror { url: url.trim_end_matches('/').to_owned(), codename: codename.to_owned() };
+        (!codename.contains('-')).then_some(mirror)
+    };
+    listed.lines().find_map(own)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_suite_itself_is_taken() {
+        let listed = "Docker|Docker CE|bookworm|https://example.org/docker/\n\
+                      Debian|Debian Backports|bookworm-backports|http://example.org/backports/\n\
+                      Debian|Debian|bookworm-updates|http://example.org/debian/\n\
+                      Debian|Debian|bookworm|http://example.org/debian/\n";
+        let mirror = parse(listed).unwrap();
+        assert_eq!((&*mirror.url, &*mirror.codename), ("http://example.org/debian", "bookworm"));
+        let source = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://example.org/debian trixie main\n";
+        assert_eq!(mirror.source("trixie"), source);
+        assert_eq!(parse("Ubuntu|Ubuntu|noble|http://example.org/"), None);
+    }
+}
