@@ -2,7 +2,7 @@
 
 use std::path::Path;
 use std::sync::mpsc::{channel, sync_channel};
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use sampler_core::pid_space::{Evidence, Named};
@@ -28,6 +28,8 @@ const MIXED: &str = "its time cannot be told apart by process here; MIG, WSL and
 const ENOUGH_RATIO: f64 = 0.8;
 const SLOW: &str = "driver calls are slow: shares have a larger error, and who was active together is not known; raise gpu_wait_percent and \
                     gpu_budget_percent, or find out what holds the driver up";
+/// A GPU waits so long for its turn to be timed.
+const TURN: Duration = Duration::from_secs(3);
 /// Calls timed, of which the median is told.
 const TIMED: usize = 5;
 /// Between the two lists that may name a process of another pid space: what is seen once says nothing.
@@ -42,6 +44,25 @@ pub struct Inspected {
     pub gpus: Vec<(String, Option<&'static str>)>,
     /// Whether its pids are this machine's, and what to do where that keeps time from being attributed.
     pub pid_space: (String, Option<&'static str>),
+}
+
+/// One GPU's calls are timed at a time: a driver with one lock for all of them would make each wait for the others.
+#[derive(Default)]
+struct Turns(Mutex<()>);
+
+impl Turns {
+    /// Waits for a turn, but not long for a GPU that hangs.
+    fn take(&self) -> Option<std::sync::MutexGuard<'_, ()>> {
+        let until = Instant::now() + TURN;
+        loop {
+            match self.0.try_lock() {
+                Ok(turn) => return Some(turn),
+                Err(TryLockError::Poisoned(turn)) => return Some(turn.into_inner()),
+                Err(TryLockError::WouldBlock) if Instant::now() < until => std::thread::sleep(Duration::from_millis(5)),
+                Err(TryLockError::WouldBlock) => return None,
+            }
+        }
+    }
 }
 
 /// What all GPUs' processes say together.
@@ -63,10 +84,12 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let (done, inspected) = channel();
     let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not answer"), Some(SILENT))).collect();
     let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), super::limits(config));
+    let turns = Arc::new(Turns::default());
     for index in 0..count {
         let (generation, pid_spaces, done) = (Arc::clone(&generation), Arc::clone(&pid_spaces), done.clone());
+        let turns = Arc::clone(&turns);
         spawn("gpu-inspect", move || {
-            let _waited_for = done.send((index, gpu(&generation, index, limits, &pid_spaces)));
+            let _waited_for = done.send((index, gpu(&generation, index, limits, &pid_spaces, &turns)));
         })?;
     }
     // The last thread that ends closes it.
@@ -124,7 +147,13 @@ fn look(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> 
     Ok((generation, version, count))
 }
 
-fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &PidSpaces) -> (String, Option<&'static str>) {
+fn gpu(
+    generation: &Arc<Generation>,
+    index: u32,
+    limits: Limits,
+    pid_spaces: &PidSpaces,
+    turns: &Turns,
+) -> (String, Option<&'static str>) {
     let handle = match Handle::by_index(generation, index) {
         Ok(handle) => handle,
         Err(error) => return (format!("GPU {index} cannot be opened: {error}"), Some(CLOSED)),
@@ -158,6 +187,7 @@ fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &Pi
         Ok(()) => "process utilization".to_owned(),
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
+    let turn = turns.take();
     let median = median(|| {
         let _answer = if newer {
             buffers.rows_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
@@ -166,6 +196,7 @@ fn gpu(generation: &Arc<Generation>, index: u32, limits: Limits, pid_spaces: &Pi
         };
         let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
+    drop(turn);
     let us = median.wait.as_micros();
     if samples.is_err() || rows.is_err() {
         return (format!("{what}: {of_samples}, {of_rows}, {us} us a poll"), Some(MIXED));
