@@ -8,12 +8,13 @@ use nvidia_ml_sim::faults::Faults;
 use nvidia_ml_sim::loads::{Load, Pattern, Ways};
 use nvidia_ml_sim::model::{Model, mix};
 use nvidia_ml_sim::world::World;
+use sampler_core::device::{Engine, GpuInfo};
 use sampler_core::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Observation, Place, ProcessChange, ProcessFact, ProcessKind,
     ProcessRow, ProcessSeen, RunningProcess,
 };
 use sampler_core::pipeline::Core;
-use sampler_core::snapshot::{ContainerGpu, Engine, GpuInfo, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, Snapshot};
 use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const START_US: u64 = 1_000_000_000_000;

@@ -1,7 +1,7 @@
 //! Benches of the pure core.
 
 use criterion::{Criterion, criterion_group, criterion_main};
-use sampler_core::labels::parse;
+use sampler_core::cgroup_path::parse;
 
 /// As long as a path gets; the aim for each of these is 2 us.
 const LONGEST: usize = 4096;

@@ -6,12 +6,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, LabelFact, PressureFact, Row, Tick, User};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, LabelFact, Row, Tick, User};
+use sampler_core::observation::PressureFact;
 use sampler_core::observation::ProcessKind;
 use sampler_core::report;
 
+use sampler_core::device::{DeviceReadings, GpuInfo};
 use sampler_core::session::{End, FileBytes, Header, Packer, State, View, read};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo};
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 const GPUS: u32 = 8;

@@ -14,40 +14,27 @@ use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
 
-use crate::cli::told;
 use crate::config::Config;
 use crate::core_thread::CoreThread;
-use crate::export::http::{self, AppState};
+use crate::error::display_chain;
+use crate::export::http;
+use crate::export::state::AppState;
 use crate::health::Health;
 use crate::inbox::inbox;
 use crate::labels::{self, LabelConfig, LabelService};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
-use crate::observe::kernel::{Mode, Tracker};
+use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
 use crate::session::{Recorder, Sources, Store};
 
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
-/// The initial pid namespace has this inode (PROC_PID_INIT_INO): in any other, the driver's pids name other processes.
-const INIT_PID_NAMESPACE: &str = "pid:[4026531836]";
-
-/// What makes the driver's pids meaningless here; `None` in the host's pid namespace.
-pub fn pid_namespace_problem() -> Option<String> {
-    match std::fs::read_link("/proc/self/ns/pid") {
-        Ok(link) if link.as_os_str() == INIT_PID_NAMESPACE => None,
-        Ok(_) => Some(
-            "not in the host's pid namespace: the driver's pids cannot be matched; run with hostPID: true or --pid=host".into(),
-        ),
-        Err(error) => Some(format!("cannot tell the pid namespace: /proc/self/ns/pid: {error}")),
-    }
-}
-
 /// The best way to follow processes that works here; says once what it gives up.
 fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<Tracker> {
-    if let Some(problem) = pid_namespace_problem() {
+    if let Some(problem) = pid_namespace::problem() {
         health.degraded("pid-namespace", &problem);
     }
     if let Some(problem) = layout.problem() {
@@ -59,7 +46,7 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     if mode == Mode::RawTracepoint {
         tracing::info!("kernel mode raw_tracepoint: every process and cgroup is followed as it changes");
     } else {
-        let why = refused.into_iter().map(|(mode, error)| format!("; no {}: {}", mode.name(), told(&error)));
+        let why = refused.into_iter().map(|(mode, error)| format!("; no {}: {}", mode.name(), display_chain(&error)));
         let why: String = why.collect();
         health.degraded("kernel", &format!("kernel mode {}: {}{why}", mode.name(), mode.gives_up()));
     }
@@ -145,7 +132,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     let looking = recorder.clone();
     tokio::spawn(async move {
         if let Err(error) = looking.look().await {
-            tracing::warn!(error = told(&error), "sessions of earlier runs cannot be listed");
+            tracing::warn!(error = display_chain(&error), "sessions of earlier runs cannot be listed");
         }
     });
     let state =

@@ -15,6 +15,8 @@ pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
 const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
+/// Bytes per ring of kernel events. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
+pub const DEFAULT_KERNEL_RING_BYTES: u32 = 4 << 20;
 pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
 
 /// How processes and cgroups are followed.
@@ -326,7 +328,7 @@ fn socket(key: &'static str, endpoint: &str) -> Result<PathBuf, ConfigError> {
 }
 
 fn ring_bytes(given: Option<u32>) -> Result<u32, ConfigError> {
-    let bytes = given.unwrap_or(crate::observe::kernel::RING_BYTES);
+    let bytes = given.unwrap_or(DEFAULT_KERNEL_RING_BYTES);
     if bytes.is_power_of_two() && (4096..=1 << 30).contains(&bytes) {
         return Ok(bytes);
     }

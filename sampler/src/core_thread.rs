@@ -20,20 +20,19 @@ use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, Tgid};
 use tokio::sync::mpsc::UnboundedSender;
 
-use crate::cli::told;
 use crate::config::{Config, KernelMode};
-use crate::explain::{self, Subject};
-use crate::health::Health;
+use crate::error::display_chain;
+use crate::health::{Health, Lost};
 use crate::inbox::{Inbox, Message, Question};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
-use crate::observe::kernel::Lost;
 use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::proc::is_alive;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
 use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
 use crate::observe::kernel::{Mode, Tracker};
+use crate::query::{self, Subject};
 use crate::session::Recorder;
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
@@ -220,13 +219,13 @@ impl CoreThread {
                     self.look_at(std::iter::once(pid));
                 }
                 // Nobody waits any more: nothing to do.
-                let _sent = answer.send(explain::known(&self.core.identity, &subject));
+                let _sent = answer.send(query::known(&self.core.identity, &subject));
             }
             Question::Ids(begin, answer) => {
-                let _sent = answer.send(explain::ids(&self.core.identity, &begin));
+                let _sent = answer.send(query::ids(&self.core.identity, &begin));
             }
             Question::Processes(answer) => {
-                let _sent = answer.send(explain::living(&self.core.identity));
+                let _sent = answer.send(query::living(&self.core.identity));
             }
         }
     }
@@ -243,7 +242,7 @@ impl CoreThread {
         let Tracker::RawTracepoint(program) = &self.tracker else { return Lost::default() };
         let (lost, unread) = program.lost();
         match unread {
-            Some(error) => self.health.degraded("loss-counters", &told(&error)),
+            Some(error) => self.health.degraded("loss-counters", &display_chain(&error)),
             None => self.health.recovered("loss-counters", "the counters of lost kernel events can be read again"),
         }
         lost
@@ -299,7 +298,7 @@ impl CoreThread {
     fn without_watches(&mut self, error: &WatchError) {
         self.tracker = Tracker::Procfs;
         self.health.set_kernel_mode(Mode::Procfs.name());
-        let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), told(error));
+        let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), display_chain(error));
         self.health.degraded("kernel", &why);
     }
 
@@ -391,7 +390,7 @@ impl CoreThread {
     fn scan(&mut self) -> Scan {
         match &mut self.tracker {
             Tracker::RawTracepoint(program) => {
-                let tasks = || program.tasks().map_err(|error| told(&error));
+                let tasks = || program.tasks().map_err(|error| display_chain(&error));
                 scan::of_kernel(&self.config.path_procfs, &self.layout, tasks)
             }
             // Processes are followed only once the driver has named them.

@@ -18,7 +18,6 @@ use sampler_core::units::BootNs;
 
 use self::driver::DriverHealth;
 use self::stall::Change;
-use crate::observe::kernel::Lost;
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
@@ -26,6 +25,21 @@ pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0
 pub const IDENTIFY_BOUNDS: [f64; 11] = [0.00002, 0.00003, 0.00005, 0.000075, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.01, 0.1];
 /// Longest driver call told apart; a longer one counts as this.
 const LONGEST_CALL_NS: u64 = 60_000_000_000;
+
+/// Kernel events that were not delivered.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Lost {
+    /// Indexed by [`kind`].
+    pub of_kind: [u64; kind::COUNT as usize],
+    /// Of those: the kernel skipped the program.
+    pub skipped: u64,
+}
+
+impl Lost {
+    pub fn sum(&self) -> u64 {
+        self.of_kind.iter().sum()
+    }
+}
 
 /// A histogram ready to be exported.
 #[derive(Clone, Debug, Default)]

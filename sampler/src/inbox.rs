@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sampler_core::observation::Observation;
 use tokio::sync::oneshot;
 
-use crate::explain::{Known, LivingProcess, Subject};
+use crate::query::{Known, LivingProcess, Subject};
 
 pub enum Message {
     Observation(Observation),

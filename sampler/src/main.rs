@@ -4,12 +4,14 @@ mod agent;
 mod cli;
 mod config;
 mod core_thread;
+mod error;
 mod explain;
 mod export;
 mod health;
 mod inbox;
 mod labels;
 mod observe;
+mod query;
 mod session;
 
 use std::process::ExitCode;
@@ -20,7 +22,7 @@ fn main() -> ExitCode {
     match cli::Cli::parse().run() {
         Ok(code) => code,
         Err(error) => {
-            eprintln!("gpu-sampler: {}", cli::told(error.as_ref()));
+            eprintln!("gpu-sampler: {}", error::display_chain(error.as_ref()));
             ExitCode::FAILURE
         }
     }

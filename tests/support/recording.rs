@@ -6,9 +6,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::{Context as _, Result, ensure};
+use sampler_core::device::Engine;
 use sampler_core::observation::{DeviceTick, ProcessRow};
 use sampler_core::recover::{RawRow, RawSample, Recovery};
-use sampler_core::snapshot::Engine;
 use sampler_core::units::BootNs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -13,8 +13,8 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::observation::ProcessKind;
-use crate::snapshot::{DeviceReadings, Engine, GpuInfo, Reason};
+use crate::device::{DeviceReadings, Engine, GpuInfo, Reason};
+use crate::observation::{PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
 /// A process outside any container.
@@ -193,28 +193,6 @@ pub struct LabelFact {
     pub container: String,
     pub name: String,
     pub image: String,
-}
-
-/// What a container's cgroups say of its waiting, cumulative since they were created. `None`: there is no such file or field.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct PressureFact {
-    pub key: ContainerKey,
-    pub at: BootNs,
-    pub cpu: Option<CpuQuota>,
-    /// PSI `some`, total stalled time.
-    pub cpu_some_ns: Option<u64>,
-    pub memory_some_ns: Option<u64>,
-    pub io_some_ns: Option<u64>,
-}
-
-/// From `cpu.stat` of the hierarchy that has the cpu controller.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
-pub struct CpuQuota {
-    /// The quota and its period; `None` for no limit.
-    pub limit_ns: Option<(u64, u64)>,
-    pub periods: u64,
-    pub throttled_periods: u64,
-    pub throttled_ns: u64,
 }
 
 impl User {

@@ -3,6 +3,8 @@
 
 pub mod aggregate;
 pub mod attribute;
+pub mod cgroup_path;
+pub mod device;
 pub mod fact;
 pub mod identity;
 pub mod labels;

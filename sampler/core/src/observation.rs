@@ -4,11 +4,9 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::fact::PressureFact;
+use crate::device::{DeviceReadings, Engine, GpuInfo};
 use crate::pid_space::PidSpace;
-use crate::recover::Rejected;
-use crate::snapshot::{DeviceReadings, Engine, GpuInfo};
-use crate::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
+use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
 /// The cgroups a process is in: on v2, and on the one v1 hierarchy that is followed. Ids are inode numbers; 0 is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
@@ -223,4 +221,55 @@ impl From<GpuBatch> for Observation {
     fn from(batch: GpuBatch) -> Self {
         Self::Gpu(Box::new(batch))
     }
+}
+
+/// How an answer can break the model.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Rejected {
+    /// Above 100 %.
+    Utilization,
+    /// Pid 0 or all ones. Such a row is kept, as `invalid_pid`.
+    Pid,
+    /// Not newer than what was asked for.
+    Stale,
+    /// Newer than every sample of the device.
+    Future,
+    /// A pid twice in one answer.
+    Duplicate,
+}
+
+impl Rejected {
+    pub const ALL: [Rejected; 5] = [Rejected::Utilization, Rejected::Pid, Rejected::Stale, Rejected::Future, Rejected::Duplicate];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Rejected::Utilization => "utilization",
+            Rejected::Pid => "pid",
+            Rejected::Stale => "stale",
+            Rejected::Future => "future",
+            Rejected::Duplicate => "duplicate",
+        }
+    }
+}
+
+/// What a container's cgroups say of its waiting, cumulative since they were created. `None`: there is no such file or field.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PressureFact {
+    pub key: ContainerKey,
+    pub at: BootNs,
+    pub cpu: Option<CpuQuota>,
+    /// PSI `some`, total stalled time.
+    pub cpu_some_ns: Option<u64>,
+    pub memory_some_ns: Option<u64>,
+    pub io_some_ns: Option<u64>,
+}
+
+/// From `cpu.stat` of the hierarchy that has the cpu controller.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct CpuQuota {
+    /// The quota and its period; `None` for no limit.
+    pub limit_ns: Option<(u64, u64)>,
+    pub periods: u64,
+    pub throttled_periods: u64,
+    pub throttled_ns: u64,
 }

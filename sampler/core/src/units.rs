@@ -75,3 +75,8 @@ pub struct CgroupKey {
 /// One container as this agent knows it. Never reused, so a late answer about a dead one cannot reach its successor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ContainerKey(pub u64);
+
+/// RFC 3339, UTC, to the millisecond.
+pub fn rfc3339(at: WallTime) -> String {
+    humantime::format_rfc3339_millis(std::time::UNIX_EPOCH + std::time::Duration::from_nanos(at.0)).to_string()
+}

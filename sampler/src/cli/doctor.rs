@@ -11,13 +11,12 @@ use serde::Serialize;
 
 use super::ask::{self, Answer};
 use super::runtimes;
-use super::told;
-use crate::agent::pid_namespace_problem;
 use crate::config::{Config, KernelMode, Settings};
+use crate::error::display_chain;
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
-use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, scan};
+use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, pid_namespace, scan};
 
 /// The agent takes two; others on the machine take some.
 const FEWEST_INSTANCES: u64 = 16;
@@ -84,7 +83,7 @@ impl Doctor {
             // Who reads JSON wants this as JSON too.
             Err(error) if self.json => {
                 let remedy = "`gpu-sampler config --default` prints every key";
-                let checks = vec![Check::bad("configuration", Status::Failed, told(&error), remedy)];
+                let checks = vec![Check::bad("configuration", Status::Failed, display_chain(&error), remedy)];
                 Report { can_run: false, kernel_mode: None, checks }
             }
             Err(error) => return Err(error.into()),
@@ -123,7 +122,7 @@ fn kernel_version(config: &Config) -> Check {
 }
 
 fn pid_namespace() -> Check {
-    match pid_namespace_problem() {
+    match pid_namespace::problem() {
         None => Check::ok("pid namespace", "the host's"),
         // It would start, and attribute nothing.
         Some(problem) => Check::bad("pid namespace", Status::Failed, problem, "nothing else helps"),
@@ -182,7 +181,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         Ok(chosen) => chosen,
         Err(error) => {
             let remedy = "mend that, or set kernel_mode to auto";
-            return vec![Check::bad(NAME, Status::Failed, told(&error), remedy)];
+            return vec![Check::bad(NAME, Status::Failed, display_chain(&error), remedy)];
         }
     };
     let mode = tracker.mode();
@@ -190,7 +189,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         .into_iter()
         .map(|(mode, error)| {
             let name = if mode == Mode::RawTracepoint { "eBPF" } else { "inotify" };
-            Check::bad(name, Status::Degraded, told(&error), "until then the next best mode is used")
+            Check::bad(name, Status::Degraded, display_chain(&error), "until then the next best mode is used")
         })
         .collect();
     checks.push(match tracker {
@@ -235,7 +234,7 @@ fn driver(config: &Config) -> Vec<Check> {
             let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
             let status = if failed { Status::Failed } else { Status::Degraded };
             let remedy = if failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
-            return vec![Check::bad(NAME, status, told(&error), remedy)];
+            return vec![Check::bad(NAME, status, display_chain(&error), remedy)];
         }
     };
     let gpus = match inspected.gpus.len() {

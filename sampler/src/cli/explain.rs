@@ -6,8 +6,9 @@ use std::sync::Arc;
 
 use anyhow::{Context as _, bail};
 use clap::{ArgGroup, Args};
+use sampler_core::cgroup_path::Kind;
 use sampler_core::identity::Identity;
-use sampler_core::labels::{ABSENT, Kind};
+use sampler_core::labels::ABSENT;
 use sampler_core::observation::CgroupFact;
 use sampler_core::units::BootNs;
 use serde_json::Value;
@@ -15,10 +16,11 @@ use serde_json::Value;
 use super::ask::{self, Answer};
 use super::sample;
 use crate::config::{Config, Settings};
-use crate::explain::{Explanation, Known, Subject, known, no_container, plain_id, record_of, why_unknown};
+use crate::explain::{Explanation, no_container, plain_id, record_of, why_unknown};
 use crate::labels::{FILES, LabelConfig, once};
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::{cgroupfs, scan};
+use crate::query::{Known, Subject, known};
 
 const EXAMPLES: &str = "\
 Examples:

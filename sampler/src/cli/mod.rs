@@ -137,20 +137,6 @@ fn colours(is_terminal: bool) -> bool {
     is_terminal && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty())
 }
 
-/// An error with its causes, leaving out those that it already has in its own words: some libraries repeat theirs.
-pub fn told(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut source = error.source();
-    while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.ends_with(&words) {
-            text = format!("{text}: {words}");
-        }
-        source = cause.source();
-    }
-    text
-}
-
 /// To stderr; RUST_LOG chooses, colours only on a terminal and without NO_COLOR.
 fn log(default: &str) {
     let colours = colours(std::io::stderr().is_terminal());

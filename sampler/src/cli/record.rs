@@ -288,7 +288,7 @@ fn default_name(file: &Path) -> anyhow::Result<PathBuf> {
     let header = session::read(file)?.header;
     let safe = |c: char| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' };
     let node: String = header.node.chars().map(safe).take(100).collect();
-    let time: String = sampler_core::report::rfc3339(header.start_wall).chars().take(19).filter(|c| !"-:".contains(*c)).collect();
+    let time: String = sampler_core::units::rfc3339(header.start_wall).chars().take(19).filter(|c| !"-:".contains(*c)).collect();
     Ok(PathBuf::from(format!("gpu-sampler-{node}-{time}.gpus")))
 }
 

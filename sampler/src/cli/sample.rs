@@ -6,12 +6,11 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context as _, bail};
 use sampler_core::aggregate::{Aggregate, Range, Settings};
+use sampler_core::device::{GpuInfo, Reason};
 use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
 use sampler_core::observation::ProcessKind;
-use sampler_core::report::rfc3339;
 use sampler_core::session::Session;
-use sampler_core::snapshot::{GpuInfo, Reason};
-use sampler_core::units::{BootNs, ContainerKey, WallTime};
+use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
 use serde_json::{Value, json};
 
 use crate::session;

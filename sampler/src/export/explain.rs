@@ -7,13 +7,15 @@ use axum::extract::rejection::QueryRejection;
 use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Json, Response};
-use sampler_core::labels::{ContainerLabels, Kind, Label};
+use sampler_core::cgroup_path::Kind;
+use sampler_core::labels::{ContainerLabels, Label};
 use serde::{Deserialize, Serialize};
 
-use super::http::AppState;
-use crate::explain::{Explanation, Subject, no_container, plain_id, why_unknown, would_fill};
+use super::state::AppState;
+use crate::explain::{Explanation, no_container, plain_id, why_unknown, would_fill};
 use crate::labels::LabelView;
 use crate::observe::kernel::Mode;
+use crate::query::Subject;
 
 #[derive(Deserialize)]
 pub struct ExplainQuery {

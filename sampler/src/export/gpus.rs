@@ -1,7 +1,8 @@
 //! The metric families of devices.
 
-use sampler_core::recover::Rejected;
-use sampler_core::snapshot::{GpuView, Reason, THROTTLE_REASONS};
+use sampler_core::device::{Reason, THROTTLE_REASONS};
+use sampler_core::observation::Rejected;
+use sampler_core::snapshot::GpuView;
 
 use super::encode::{Families, Family, Labels};
 use super::ledger::{Exposition, GpuRow};

@@ -4,14 +4,13 @@
 //! changes something is refused from any other page than ours, also from one that another server on this machine serves.
 //! Beyond loopback everything but health, the files of our page (and, if so configured, /metrics) needs a bearer token.
 
-use std::net::{IpAddr, SocketAddr};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::net::SocketAddr;
+use std::sync::Arc;
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
 use axum::Router;
 use axum::extract::{Request, State};
-use axum::http::{HeaderMap, HeaderValue, Method, StatusCode, header};
+use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::get;
@@ -19,23 +18,14 @@ use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
-use sampler_core::snapshot::Snapshot;
-use sampler_core::units::WallTime;
 use thiserror::Error;
 use tokio::net::TcpListener;
 use tokio::sync::Semaphore;
 
-use super::assigned::Assigned;
+use super::access::{authorized, foreign, from_another_page};
 use super::encode::Families;
-use super::ledger::{Exposition, Ledger};
-use super::pressure::Waits;
+use super::state::AppState;
 use super::{driver, explain, families, gpus, live, page, pressure, sessions, web};
-use crate::config::Config;
-use crate::health::Health;
-use crate::inbox::Outbox;
-use crate::labels::LabelService;
-use crate::observe::pressure::PressureView;
-use crate::session::Recorder;
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -58,55 +48,6 @@ pub enum HttpError {
     Bind { listen: SocketAddr, source: std::io::Error },
     #[error("serving HTTP failed")]
     Serve(#[source] std::io::Error),
-}
-
-pub struct AppState {
-    pub config: Arc<Config>,
-    pub snapshot: Arc<ArcSwap<Snapshot>>,
-    pub labels: LabelService,
-    pub pressure: Arc<ArcSwap<PressureView>>,
-    pub health: Arc<Health>,
-    ledger: Mutex<Ledger>,
-    waits: Mutex<Waits>,
-    pub core: Outbox,
-    pub recorder: Recorder,
-    /// What the machine calls itself.
-    pub node: Option<String>,
-}
-
-impl AppState {
-    pub fn new(
-        config: Arc<Config>,
-        snapshot: Arc<ArcSwap<Snapshot>>,
-        labels: LabelService,
-        pressure: Arc<ArcSwap<PressureView>>,
-        health: Arc<Health>,
-        core: Outbox,
-        recorder: Recorder,
-    ) -> Self {
-        let node = config.node();
-        let (ledger, waits) = (Mutex::default(), Mutex::default());
-        Self { config, snapshot, labels, pressure, health, ledger, waits, core, recorder, node }
-    }
-
-    fn ledger(&self) -> MutexGuard<'_, Ledger> {
-        self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// What there is to show, and of when it is.
-    pub fn view(&self) -> (Exposition, WallTime) {
-        let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
-        let mut ledger = self.ledger();
-        ledger.update(&snapshot, &labels);
-        (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
-    }
-
-    fn scrape(&self) -> Exposition {
-        let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
-        self.ledger().scrape(&snapshot, &labels, &assigned)
-    }
 }
 
 pub async fn bind(listen: SocketAddr) -> Result<TcpListener, HttpError> {
@@ -215,52 +156,6 @@ async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next)
     response
 }
 
-/// Compared without stopping at the first difference, so time tells nothing.
-pub fn authorized(headers: &HeaderMap, token: Option<&str>) -> bool {
-    let sent = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).and_then(|v| v.strip_prefix("Bearer "));
-    match (sent, token) {
-        (Some(sent), Some(token)) => {
-            sent.len() == token.len() && sent.bytes().zip(token.bytes()).fold(0, |bits, (a, b)| bits | (a ^ b)) == 0
-        }
-        _ => false,
-    }
-}
-
-fn foreign(headers: &HeaderMap, listen: IpAddr) -> Option<(StatusCode, String)> {
-    for (name, what) in [(header::HOST, "Host"), (header::ORIGIN, "Origin")] {
-        let Some(value) = headers.get(&name) else { continue };
-        let text = value.to_str().unwrap_or("(not text)");
-        let authority = text.split_once("://").map_or(text, |(_, rest)| rest);
-        let ours = host(authority).is_some_and(|h| h == "localhost" || h.parse() == Ok(listen) || is_loopback(h));
-        if !ours {
-            let said = format!("{what} {text:?} is not this machine's loopback; ask for http://localhost, or listen elsewhere\n");
-            return Some((StatusCode::FORBIDDEN, said));
-        }
-    }
-    None
-}
-
-/// Browsers send the Origin of a page with whatever that page changes.
-fn from_another_page(method: &Method, headers: &HeaderMap) -> Option<(StatusCode, String)> {
-    let origin = headers.get(header::ORIGIN).filter(|_| !method.is_safe())?.as_bytes();
-    let host = headers.get(header::HOST).map(HeaderValue::as_bytes).unwrap_or_default();
-    let ours = origin.strip_prefix(b"http://").is_some_and(|authority| authority == host);
-    let said = format!("{method} from the page of another server ({}) is refused\n", String::from_utf8_lossy(origin));
-    (!ours).then_some((StatusCode::FORBIDDEN, said))
-}
-
-fn is_loopback(host: &str) -> bool {
-    host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
-}
-
-/// `host[:port]` without the port and without an IPv6 address's brackets.
-fn host(authority: &str) -> Option<&str> {
-    match authority.strip_prefix('[') {
-        Some(rest) => rest.split_once(']').map(|(host, _)| host),
-        None => authority.split(':').next(),
-    }
-}
-
 fn text(families: Families) -> Response {
     match families.text() {
         Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
@@ -274,7 +169,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     families::cadvisor(&page, state.config.pod_labels, &mut all);
     families::containers(&page, &mut all);
     let view = state.pressure.load();
-    state.waits.lock().unwrap_or_else(PoisonError::into_inner).add(&page, &view, &mut all);
+    state.waits().add(&page, &view, &mut all);
     pressure::reads(&view, &mut all);
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
@@ -313,37 +208,12 @@ async fn processes(State(state): State<Arc<AppState>>) -> Response {
 mod tests {
     use super::*;
 
-    #[test]
-    fn hosts() {
-        let refused = |name: header::HeaderName, value: &str| {
-            let headers = HeaderMap::from_iter([(name, value.parse().unwrap())]);
-            foreign(&headers, "127.0.0.1".parse().unwrap()).is_some()
-        };
-        for (value, expect) in
-            [("localhost:9836", false), ("127.0.0.1", false), ("[::1]:9836", false), ("evil.example:9836", true)]
-        {
-            assert_eq!(refused(header::HOST, value), expect, "{value}");
-        }
-        for (value, expect) in [("http://localhost:9836", false), ("https://evil.example", true), ("null", true)] {
-            assert_eq!(refused(header::ORIGIN, value), expect, "{value}");
-        }
-    }
-
-    #[test]
-    fn tokens() {
-        let ok = |sent: &str, token| authorized(&HeaderMap::from_iter([(header::AUTHORIZATION, sent.parse().unwrap())]), token);
-        assert!(ok("Bearer abc", Some("abc")));
-        assert!(
-            !ok("Bearer abd", Some("abc")) && !ok("Bearer ab", Some("abc")) && !ok("abc", Some("abc")) && !ok("Bearer ", None)
-        );
-    }
-
     /// The status of one request to an agent that listens there.
     async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
         use crate::observe::kernel::layout::layout;
-        use crate::session::{Sources, Store};
+        use crate::session::{Recorder, Sources, Store};
         use axum::body::Body;
         use tower::ServiceExt as _;
 

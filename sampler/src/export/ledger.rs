@@ -328,8 +328,10 @@ pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootN
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sampler_core::labels::{Facts, Source, parse};
-    use sampler_core::snapshot::{ClockView, ContainerView, DeviceReadings, GpuInfo, GpuTime};
+    use sampler_core::cgroup_path::parse;
+    use sampler_core::device::{DeviceReadings, GpuInfo};
+    use sampler_core::labels::{Facts, Source};
+    use sampler_core::snapshot::{ClockView, ContainerView, GpuTime};
     use sampler_core::units::WallTime;
 
     const SECOND: u64 = 1_000_000_000;
@@ -403,7 +405,8 @@ mod tests {
 
     #[test]
     fn series_that_begin_later_begin_at_zero_too() {
-        use sampler_core::snapshot::{Engine, EngineTime, WindowShares};
+        use sampler_core::device::Engine;
+        use sampler_core::snapshot::{EngineTime, WindowShares};
         let mut ledger = Ledger::default();
         scrape(&mut ledger, &snapshot(1, 2.0, None), true);
         let mut all = snapshot(2, 3.0, None);

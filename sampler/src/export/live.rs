@@ -4,18 +4,17 @@
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
-use std::time::{Duration, UNIX_EPOCH};
 
 use axum::extract::State;
 use axum::response::Json;
+use sampler_core::device::Reason;
 use sampler_core::labels::Label;
-use sampler_core::snapshot::Reason;
-use sampler_core::units::WallTime;
+use sampler_core::units::{WallTime, rfc3339};
 use serde::{Deserialize, Serialize};
 
-use super::http::AppState;
 use super::ledger::{Exposition, GpuRow, Row};
 use super::others::OtherRow;
+use super::state::AppState;
 use crate::health::HealthView;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -116,10 +115,6 @@ pub struct LiveOther {
 
 fn known(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
-}
-
-fn rfc3339(time: WallTime) -> String {
-    humantime::format_rfc3339_millis(UNIX_EPOCH + Duration::from_nanos(time.0)).to_string()
 }
 
 fn gpu(row: &GpuRow) -> LiveGpu {

@@ -1,5 +1,6 @@
 //! What people and Prometheus get: the ledger joins GPU time with labels, families encode it, http serves it.
 
+mod access;
 mod assigned;
 mod driver;
 mod encode;
@@ -13,4 +14,5 @@ mod others;
 mod page;
 mod pressure;
 mod sessions;
+pub mod state;
 mod web;

@@ -2,8 +2,8 @@
 
 use std::collections::HashSet;
 
-use sampler_core::fact::PressureFact;
 use sampler_core::labels::Label;
+use sampler_core::observation::PressureFact;
 use sampler_core::units::ContainerKey;
 
 use super::encode::{Families, Labels};
@@ -82,9 +82,10 @@ mod tests {
     use std::collections::HashMap;
     use std::sync::Arc;
 
-    use sampler_core::fact::CpuQuota;
+    use sampler_core::cgroup_path::parse;
     use sampler_core::identity::ContainerRecord;
-    use sampler_core::labels::{ContainerLabels, parse};
+    use sampler_core::labels::ContainerLabels;
+    use sampler_core::observation::CpuQuota;
     use sampler_core::snapshot::ContainerGpu;
     use sampler_core::units::{BootNs, GpuUuid};
 

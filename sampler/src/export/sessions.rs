@@ -18,8 +18,8 @@ use serde::Deserialize;
 use serde_json::json;
 
 use super::encode::Families;
-use super::http::AppState;
-use crate::cli::told;
+use super::state::AppState;
+use crate::error::display_chain;
 use crate::session::render::{FORMATS, UnknownFormat, render};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, Recorder, RecorderView, Request, StoreError, read_from};
 
@@ -57,7 +57,7 @@ impl From<StoreError> for Refusal {
             }
             StoreError::InUse { .. } => StatusCode::CONFLICT,
         };
-        Refusal(status, told(&error))
+        Refusal(status, display_chain(&error))
     }
 }
 
@@ -266,7 +266,7 @@ async fn make_report(
     }
     let (file, path): (std::fs::File, PathBuf) = recorder.open(id).await?;
     let made = tokio::task::spawn_blocking(move || {
-        let internal = |error: &dyn std::error::Error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, told(error));
+        let internal = |error: &dyn std::error::Error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, display_chain(error));
         let session = read_from(&file, &path).map_err(|error| internal(&error))?;
         let view = query.view(&session.header.view)?;
         render(&report::build(&session, &view), &format).map_err(|error| internal(&error))

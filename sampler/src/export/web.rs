@@ -10,8 +10,9 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderName, header};
 use axum::response::IntoResponse;
 
-use super::http::{AppState, authorized};
+use super::access::authorized;
 use super::page;
+use super::state::AppState;
 
 const INDEX: &str = include_str!("web/index.html");
 const SCRIPT: &str = include_str!("web/app.js");

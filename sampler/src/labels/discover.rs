@@ -8,7 +8,8 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use sampler_core::labels::{Kind, Source, parse};
+use sampler_core::cgroup_path::{Kind, parse};
+use sampler_core::labels::Source;
 use serde::Deserialize;
 
 use super::root::Root;

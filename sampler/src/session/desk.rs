@@ -213,7 +213,7 @@ impl Desk {
                 }
             }
             Err(error) => {
-                tracing::error!(error = crate::cli::told(&error), "facts cannot be recorded");
+                tracing::error!(error = crate::error::display_chain(&error), "facts cannot be recorded");
                 self.give(&Piece::Lost, now);
                 self.sectioned = None;
             }
@@ -226,7 +226,7 @@ impl Desk {
         let facts = self.state.facts();
         match self.packer.state(&facts) {
             Ok(frames) => self.give(&Piece::State(shared(frames)), now),
-            Err(error) => tracing::error!(error = crate::cli::told(&error), "the state cannot be recorded"),
+            Err(error) => tracing::error!(error = crate::error::display_chain(&error), "the state cannot be recorded"),
         }
     }
 
@@ -317,7 +317,7 @@ impl Desk {
             self.store.fail(id, now, why.clone());
             StoreError::Conflict(why)
         };
-        let header_frame = self.packer.header(&header).map_err(|error| failed(crate::cli::told(&error)))?;
+        let header_frame = self.packer.header(&header).map_err(|error| failed(crate::error::display_chain(&error)))?;
         let header_frame = Arc::new(header_frame);
         let (mut items, mut sequence, mut dropped) = (Vec::new(), 0, 0);
         for piece in self.ring.from(start.minus(CONTEXT_NS)) {

@@ -14,8 +14,7 @@ use std::os::unix::fs::DirBuilderExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use sampler_core::report::rfc3339;
-use sampler_core::units::{BootNs, WallTime};
+use sampler_core::units::{BootNs, WallTime, rfc3339};
 use serde::Serialize;
 use thiserror::Error;
 

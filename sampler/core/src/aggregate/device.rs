@@ -15,8 +15,9 @@ use super::left::{Left, Lifetimes, Named};
 use super::together::Together;
 use super::windows::Windows;
 use super::{Range, Settings, WINDOW_NS};
+use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
 use crate::fact::{GpuFact, UnqueriedSample, User};
-use crate::snapshot::{DeviceReadings, Engine, EngineTime, GpuInfo, GpuTime, Reason, THROTTLE_REASONS, WindowShares};
+use crate::snapshot::{EngineTime, GpuTime, WindowShares};
 use crate::units::{BootNs, ContainerKey};
 
 /// Nothing was observed for so long: rates of the last window are not known. Where driver calls are slow, half a ring of samples comes

@@ -2,9 +2,9 @@
 
 use std::collections::{BTreeMap, HashSet};
 
+use crate::device::Reason;
 use crate::fact::{Holder, User};
 use crate::observation::ProcessKind;
-use crate::snapshot::Reason;
 use crate::units::ContainerKey;
 
 /// Of one user.

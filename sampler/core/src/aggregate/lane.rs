@@ -13,8 +13,8 @@ use super::Range;
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::left::{Left, Named};
 use super::spread::{Memory, Spread};
+use crate::device::Reason;
 use crate::fact::User;
-use crate::snapshot::Reason;
 use crate::units::BootNs;
 
 #[derive(Clone, Copy, Debug)]

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::device::Reason;
 use crate::fact::{Row, User};
-use crate::snapshot::Reason;
 use crate::units::{BootNs, ContainerKey};
 
 /// No tick that old is still to be divided, nor remembered for errors.

@@ -227,7 +227,7 @@ fn cycle(is: &[u32], share: f64) -> Option<usize> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::snapshot::Reason;
+    use crate::device::Reason;
 
     /// One user named where `is` says so, another elsewhere.
     fn spread_of(n: usize, is: impl Fn(usize) -> bool) -> Spread {

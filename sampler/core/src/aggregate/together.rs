@@ -9,8 +9,9 @@
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
+use crate::device::Reason;
 use crate::fact::User;
-use crate::snapshot::{Contention, MAX_OTHERS, Other, Reason};
+use crate::snapshot::{Contention, MAX_OTHERS, Other};
 use crate::units::{BootNs, ContainerKey};
 
 pub const TOGETHER_NS: u64 = 1_000_000_000;

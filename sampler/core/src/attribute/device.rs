@@ -6,11 +6,13 @@ use std::sync::Arc;
 use super::clock::GpuClock;
 use super::owners::Owners;
 use super::wall::Wall;
+use crate::device::{DeviceReadings, Engine, GpuInfo};
 use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnqueriedSample, Unseen, User};
 use crate::identity::Identity;
+use crate::observation::Rejected;
 use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
-use crate::recover::{Grid, Rejected};
-use crate::snapshot::{ClockView, DeviceReadings, Engine, GpuInfo};
+use crate::recover::Grid;
+use crate::snapshot::ClockView;
 use crate::units::{BootNs, GpuNs, WallTime};
 
 /// A tick waits this long for its process row, which another call brings, and two periods at least.

@@ -2,10 +2,10 @@
 
 use std::collections::{HashMap, HashSet};
 
+use crate::device::Reason;
 use crate::fact::{GpuFact, HostProcess, Row, User};
 use crate::identity::{Identity, Verdict};
 use crate::observation::{ProcessKind, RunningProcess};
-use crate::snapshot::Reason;
 use crate::units::{BootNs, Tgid};
 
 /// Who was named or listed so long ago is no neighbour of any tick that is still to be divided.

@@ -12,7 +12,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 
 use super::Table;
 use super::containers::{Container, ContainerChange, Containers};
-use crate::labels::{CgroupIdentity, Kind, parse};
+use crate::cgroup_path::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, Place};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 

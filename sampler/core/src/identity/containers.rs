@@ -8,7 +8,7 @@ use std::sync::Arc;
 
 use super::cgroups::KEEP_REMOVED_NS;
 use super::{ContainerRecord, Table};
-use crate::labels::CgroupIdentity;
+use crate::cgroup_path::CgroupIdentity;
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
 /// Containers with GPU time outlive their cgroups this long, because their series do; others no longer than the cgroups.

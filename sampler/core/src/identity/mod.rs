@@ -19,7 +19,7 @@ pub use processes::{Candidate, LifeView, Processes, Run, Size, Stay};
 
 use std::collections::{HashMap, VecDeque};
 
-use crate::labels::CgroupIdentity;
+use crate::cgroup_path::CgroupIdentity;
 use crate::observation::{CgroupFact, Observation, ProcessFact, ProcessSeen, ScanEnd};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, ContainerKey, Tgid};

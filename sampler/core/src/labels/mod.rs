@@ -2,10 +2,8 @@
 
 mod assigned;
 mod ladder;
-mod path;
 mod values;
 
 pub use assigned::{Assignment, Device, device, facts_for, join};
 pub use ladder::{ABSENT, Ask, FILES_IN_FLIGHT, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
-pub use path::{CgroupIdentity, Kind, Runtime, parse};
 pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::path::{Kind, Runtime};
+use crate::cgroup_path::{Kind, Runtime};
 use crate::identity::ContainerRecord;
 
 /// Longer values are cut here: they end up in every sample of a series. Kubernetes' own names end at 253 bytes.

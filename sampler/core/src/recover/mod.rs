@@ -22,8 +22,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 pub use grid::Grid;
 
-use crate::observation::{DeviceTick, ProcessRow};
-use crate::snapshot::Engine;
+use crate::device::Engine;
+use crate::observation::{DeviceTick, ProcessRow, Rejected};
 use crate::units::{BootNs, GpuNs};
 
 /// Without a new sample for so many periods the whole ring is asked for, in case the clock went back.
@@ -38,35 +38,6 @@ const SLACK_NS: u64 = 400_000_000;
 const STAMPS: usize = 256;
 /// Watermarks of pids that were not named for so long are forgotten: no ring holds samples that old.
 const KEEP_PID_NS: u64 = 60_000_000_000;
-
-/// How an answer can break the model.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Rejected {
-    /// Above 100 %.
-    Utilization,
-    /// Pid 0 or all ones. Such a row is kept, as `invalid_pid`.
-    Pid,
-    /// Not newer than what was asked for.
-    Stale,
-    /// Newer than every sample of the device.
-    Future,
-    /// A pid twice in one answer.
-    Duplicate,
-}
-
-impl Rejected {
-    pub const ALL: [Rejected; 5] = [Rejected::Utilization, Rejected::Pid, Rejected::Stale, Rejected::Future, Rejected::Duplicate];
-
-    pub fn name(self) -> &'static str {
-        match self {
-            Rejected::Utilization => "utilization",
-            Rejected::Pid => "pid",
-            Rejected::Stale => "stale",
-            Rejected::Future => "future",
-            Rejected::Duplicate => "duplicate",
-        }
-    }
-}
 
 /// A sample of the device's ring as the driver gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -2,8 +2,8 @@
 
 use std::collections::HashMap;
 
+use crate::device::Engine;
 use crate::observation::{DeviceTick, ProcessRow};
-use crate::snapshot::Engine;
 
 /// One answer, by pid.
 pub type Rows = HashMap<u32, ProcessRow>;

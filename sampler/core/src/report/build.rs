@@ -8,9 +8,9 @@ use super::gather::{Gathered, GatheredGpu};
 use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
 use super::onoff::{Experiment, LEVEL};
 use crate::aggregate::{Aggregate, Device, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
+use crate::device::{Reason, THROTTLE_REASONS};
 use crate::fact::{Unseen, User};
 use crate::session::{Session, View};
-use crate::snapshot::{Reason, THROTTLE_REASONS};
 use crate::units::{BootNs, WallTime};
 
 /// Shorter gaps are counted and not listed.

@@ -2,7 +2,8 @@
 
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{Cause, CauseKind, Verdict};
-use crate::fact::{CpuQuota, PressureFact, User};
+use crate::fact::User;
+use crate::observation::{CpuQuota, PressureFact};
 use crate::units::{BootNs, ContainerKey};
 
 /// NVML's clocks event reasons, by what they are a sign of.
@@ -47,7 +48,7 @@ pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64,
 fn of_clocks(gpu: &GatheredGpu, kind: CauseKind, bits: u64, range: (BootNs, BootNs)) -> Cause {
     let whole = range.1.saturating_since(range.0) as f64 * 1e-9;
     let (set, known) = throttled(gpu, bits, range);
-    let names = crate::snapshot::THROTTLE_REASONS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
+    let names = crate::device::THROTTLE_REASONS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
     let names: Vec<&str> = names.collect();
     if set > THROTTLED_RATIO * whole {
         return cause(kind, Verdict::Possible, format!("{} for {set:.1} of {whole:.1} s", names.join(" or ")));

@@ -11,6 +11,7 @@ use std::fmt::Write as _;
 use super::bins::known_shares;
 use super::model::*;
 use super::words;
+use crate::units::rfc3339;
 
 const HEADER: &str =
     "time,offset_seconds,uuid,gpu_index,kind,id,namespace,pod,container,name,gpu_seconds,share,memory_bytes,gpu_busy_ratio";

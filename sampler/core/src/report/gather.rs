@@ -4,8 +4,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use crate::aggregate::Range;
-use crate::fact::{ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, PressureFact, Row, Tick, Unseen, User};
-use crate::snapshot::{DeviceReadings, GpuInfo};
+use crate::device::{DeviceReadings, GpuInfo};
+use crate::fact::{ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
+use crate::observation::PressureFact;
 use crate::units::{BootNs, ContainerKey, WallTime};
 
 /// A driver's usual period, for spans without ticks.

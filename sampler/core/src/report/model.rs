@@ -2,15 +2,10 @@
 
 use serde::{Serialize, Serializer};
 
-use crate::units::WallTime;
+use crate::units::{WallTime, rfc3339};
 
 /// The version of the `json` format.
 pub const FORMAT: u32 = 1;
-
-/// RFC 3339, UTC, to the millisecond.
-pub fn rfc3339(at: WallTime) -> String {
-    humantime::format_rfc3339_millis(std::time::UNIX_EPOCH + std::time::Duration::from_nanos(at.0)).to_string()
-}
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn time<S: Serializer>(at: &WallTime, to: S) -> Result<S::Ok, S::Error> {

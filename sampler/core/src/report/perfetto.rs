@@ -11,6 +11,7 @@ use serde_json::{Value, json};
 use super::bins::known_shares;
 use super::model::*;
 use super::words::Names;
+use crate::units::rfc3339;
 
 /// The thread of what concerns the GPU alone; users follow.
 const GPU_THREAD: usize = 0;

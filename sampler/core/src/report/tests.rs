@@ -3,9 +3,9 @@
 use std::sync::Arc;
 
 use super::*;
+use crate::device::{DeviceReadings, GpuInfo};
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, Unseen, User};
 use crate::session::{Header, Session, View};
-use crate::snapshot::{DeviceReadings, GpuInfo};
 use crate::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 const SECOND: u64 = 1_000_000_000;

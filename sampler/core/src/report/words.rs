@@ -5,8 +5,8 @@
 use std::collections::HashMap;
 
 use super::layout::safe;
-use super::model::{CauseKind, Contender, Evidence, Report, Verdict, rfc3339};
-use crate::units::WallTime;
+use super::model::{CauseKind, Contender, Evidence, Report, Verdict};
+use crate::units::{WallTime, rfc3339};
 
 /// Between a number and its unit or its error: no line ends there. [`super::layout`] makes spaces of it, which terminals copy as such.
 pub const NB: char = '\u{a0}';

@@ -11,8 +11,9 @@
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use crate::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
-use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, PressureFact, Tick, User};
-use crate::snapshot::Engine;
+use crate::device::Engine;
+use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, Tick, User};
+use crate::observation::PressureFact;
 use crate::units::{BootNs, ContainerKey};
 
 /// A user is in State frames for so long after it was last named; named again, it is told again.

@@ -8,7 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 
 use super::{LIVE, REMEDY, nobody, too_old};
 use crate::cli::ask::{self, Answer};
-use crate::cli::told;
+use crate::error::display_chain;
 use crate::export::live::Live;
 
 pub enum Told {
@@ -44,7 +44,7 @@ async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<T
         turn.tick().await;
         let told = match live(agent, token).await {
             Ok(live) => Told::Live(Box::new(live)),
-            Err(error) => Told::Away(told(error.as_ref())),
+            Err(error) => Told::Away(display_chain(error.as_ref())),
         };
         if to.send(told).is_err() {
             return;

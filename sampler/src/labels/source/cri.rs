@@ -15,7 +15,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use sampler_core::labels::{Facts, Label, Outcome, Runtime};
+use sampler_core::cgroup_path::Runtime;
+use sampler_core::labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;

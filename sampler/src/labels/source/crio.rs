@@ -3,7 +3,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use sampler_core::labels::{Facts, Label, Runtime};
+use sampler_core::cgroup_path::Runtime;
+use sampler_core::labels::{Facts, Label};
 use serde::Deserialize;
 
 use super::{Answer, http};

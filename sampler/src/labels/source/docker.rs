@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use bollard::query_parameters::EventsOptionsBuilder;
 use futures_util::StreamExt as _;
-use sampler_core::labels::Runtime;
+use sampler_core::cgroup_path::Runtime;
 use tokio::sync::mpsc::Sender;
 
 use super::docker_file::DockerRecord;

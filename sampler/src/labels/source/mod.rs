@@ -22,7 +22,8 @@ use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use sampler_core::labels::{Ask, FILES_IN_FLIGHT, Facts, Outcome, Runtime, Source, TargetId, Told, Tried};
+use sampler_core::cgroup_path::Runtime;
+use sampler_core::labels::{Ask, FILES_IN_FLIGHT, Facts, Outcome, Source, TargetId, Told, Tried};
 
 use tokio::sync::Semaphore;
 
@@ -175,10 +176,12 @@ pub async fn probe(sources: Arc<Sources>, target: TargetId) -> Result<(), String
             Some(Endpoint::Docker(socket, _)) => http::answers(&socket, "/_ping").await,
             Some(Endpoint::Crio(socket)) => http::answers(&socket, "/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
-                Err(error) if !error.is_unimplemented() => Err(crate::cli::told(&error)),
+                Err(error) if !error.is_unimplemented() => Err(crate::error::display_chain(&error)),
                 _ => Ok(()),
             },
-            Some(Endpoint::Kubelet(kubelet)) => kubelet.pod_resources().await.map(drop).map_err(|e| crate::cli::told(&e)),
+            Some(Endpoint::Kubelet(kubelet)) => {
+                kubelet.pod_resources().await.map(drop).map_err(|e| crate::error::display_chain(&e))
+            }
             Some(Endpoint::Files(_)) | None => Ok(()),
         }
     };

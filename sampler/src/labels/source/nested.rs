@@ -7,8 +7,8 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sampler_core::cgroup_path::parse;
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::parse;
 
 use super::pods::pids_of;
 use crate::labels::root::Root;

@@ -6,7 +6,8 @@
 
 use std::path::{Path, PathBuf};
 
-use sampler_core::labels::{Facts, Label, Runtime};
+use sampler_core::cgroup_path::Runtime;
+use sampler_core::labels::{Facts, Label};
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -5,8 +5,8 @@ use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use sampler_core::device::MigMode;
 use sampler_core::pid_space::{Evidence, Named};
-use sampler_core::snapshot::MigMode;
 
 use super::budget::{Cost, Limits, expected};
 use super::calls::{Buffers, List};

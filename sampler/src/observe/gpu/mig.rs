@@ -6,8 +6,8 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
+use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::observation::{Answer, GpmInterval, GpuBatch, Observation};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::units::GpuUuid;
 
 use super::Context;

@@ -35,8 +35,8 @@ use std::sync::{Arc, Mutex};
 
 use nvml_wrapper::Nvml;
 use nvml_wrapper::error::NvmlError;
+use sampler_core::observation::Rejected;
 use sampler_core::observation::{Answer, GpuBatch, Observation};
-use sampler_core::recover::Rejected;
 use sampler_core::units::{BootNs, WallTime};
 use thiserror::Error;
 

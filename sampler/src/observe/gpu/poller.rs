@@ -9,8 +9,8 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
+use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::observation::{Answer, GpuBatch, Observation};
-use sampler_core::snapshot::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};

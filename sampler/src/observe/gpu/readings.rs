@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use nvml_wrapper::error::NvmlError;
+use sampler_core::device::{DeviceReadings, Engine};
 use sampler_core::observation::{EngineTick, ProcessKind, RunningProcess};
-use sampler_core::snapshot::{DeviceReadings, Engine};
 use sampler_core::units::GpuNs;
 
 use super::calls::{Buffers, List};

@@ -118,7 +118,7 @@ impl Watch {
                 }
                 Err(error) => {
                     self.context.health.set_nvml(false);
-                    let told = crate::cli::told(&error);
+                    let told = crate::error::display_chain(&error);
                     self.context.health.degraded("nvml", &format!("no GPU can be read, it is tried again: {told}"));
                     let _waited_for = opened.try_send(Err(error));
                 }
@@ -276,7 +276,7 @@ impl Watch {
                 self.workers.insert(uuid, Worker { slot, index: at, end, thread, calls });
             }
             Err(error) => {
-                let told = crate::cli::told(&error);
+                let told = crate::error::display_chain(&error);
                 self.context
                     .health
                     .degraded(&format!("gpu-{slot}"), &format!("{uuid} is not sampled, it is tried again: {told}"));

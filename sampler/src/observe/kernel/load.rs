@@ -15,9 +15,7 @@ use super::misses::{Misses, MissesError};
 use super::rings::Rings;
 use super::tasks::TasksError;
 use super::{KernelError, OBJECT, tasks};
-
-/// Bytes per ring. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
-pub const RING_BYTES: u32 = 4 << 20;
+use crate::health::Lost;
 
 /// Programs, named like their tracepoints, each with the kind of event that it reports.
 const PROGRAMS: [(&str, u32); kind::COUNT as usize] = [
@@ -29,21 +27,6 @@ const PROGRAMS: [(&str, u32); kind::COUNT as usize] = [
     ("sched_process_exec", kind::EXEC),
     ("sched_process_exit", kind::EXIT),
 ];
-
-/// Events that were not delivered.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Lost {
-    /// Indexed by [`kind`].
-    pub of_kind: [u64; kind::COUNT as usize],
-    /// Of those: the kernel skipped the program.
-    pub skipped: u64,
-}
-
-impl Lost {
-    pub fn sum(&self) -> u64 {
-        self.of_kind.iter().sum()
-    }
-}
 
 /// The attached program; dropping it detaches.
 pub struct Program {

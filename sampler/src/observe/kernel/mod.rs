@@ -5,6 +5,7 @@ pub mod cgroupfs;
 pub mod layout;
 mod load;
 mod misses;
+pub mod pid_namespace;
 pub mod probe;
 pub mod proc;
 pub mod rings;
@@ -12,7 +13,7 @@ pub mod scan;
 mod tasks;
 pub mod watch;
 
-pub use load::{Lost, Program, RING_BYTES, load};
+pub use load::{Program, load};
 
 #[cfg(ebpf_object)]
 pub(crate) static OBJECT: Option<&[u8]> = Some(aya::include_bytes_aligned!(concat!(env!("OUT_DIR"), "/sampler-ebpf.o")));

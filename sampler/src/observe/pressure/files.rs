@@ -4,7 +4,7 @@ use std::fs::File;
 use std::io::{self, Read as _};
 use std::path::Path;
 
-use sampler_core::fact::CpuQuota;
+use sampler_core::observation::CpuQuota;
 
 /// Of a file; the longest known (cpu.stat of v1 and v2) has under 500 bytes.
 const MAX_BYTES: u64 = 8192;

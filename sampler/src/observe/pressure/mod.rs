@@ -21,9 +21,9 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sampler_core::fact::PressureFact;
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::Observation;
+use sampler_core::observation::PressureFact;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::ContainerKey;
 

@@ -8,8 +8,8 @@ use std::collections::VecDeque;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+use sampler_core::cgroup_path::{CgroupIdentity, Kind, parse};
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{CgroupIdentity, Kind, parse};
 
 use super::files::Version;
 use crate::observe::kernel::layout::Layout;

@@ -3,7 +3,7 @@ use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::mpsc::channel;
 
-use sampler_core::labels::parse;
+use sampler_core::cgroup_path::parse;
 use sampler_core::snapshot::{ContainerGpu, ContainerView};
 use sampler_core::units::BootNs;
 

@@ -4,7 +4,7 @@
 //! too much; in each interval the wait was at least that of the level that was throttled most, and that is what is added. The most
 //! throttled since creation would not do: a pod that was throttled for long before hides what its container suffers now.
 
-use sampler_core::fact::CpuQuota;
+use sampler_core::observation::CpuQuota;
 
 /// Of one container, over the agent's life.
 #[derive(Clone, Debug, Default)]

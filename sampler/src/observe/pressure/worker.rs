@@ -5,8 +5,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel};
 use std::time::{Duration, Instant};
 
-use sampler_core::fact::CpuQuota;
 use sampler_core::identity::ContainerRecord;
+use sampler_core::observation::CpuQuota;
 use sampler_core::units::BootNs;
 
 use super::files::{Counts, Files};

@@ -4,9 +4,9 @@ use std::path::Path;
 use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
+use sampler_core::device::GpuInfo;
 use sampler_core::fact::{ContainerFact, GpuFact, Row, Tick, User};
 use sampler_core::session::{FileBytes, Session, View, read};
-use sampler_core::snapshot::GpuInfo;
 use sampler_core::units::{ContainerKey, GpuNs, GpuUuid};
 
 use super::*;

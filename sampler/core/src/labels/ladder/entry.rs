@@ -5,8 +5,8 @@ use std::sync::Arc;
 
 use super::target::OVERDUE;
 use super::{ASKED_ON_AFTER_END, BACK_OFF_LAST, MS, TargetId, jittered};
+use crate::cgroup_path::{Kind, Runtime};
 use crate::identity::ContainerRecord;
-use crate::labels::path::{Kind, Runtime};
 use crate::labels::values::{ContainerLabels, Source};
 use crate::units::{BootNs, ContainerKey};
 

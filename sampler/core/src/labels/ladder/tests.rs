@@ -2,7 +2,8 @@
 
 use super::target::{BREAKER_ERRORS, SOCKET_IN_FLIGHT};
 use super::*;
-use crate::labels::{Label, parse};
+use crate::cgroup_path::parse;
+use crate::labels::Label;
 
 pub(super) fn record(key: u64, path: &str) -> Arc<ContainerRecord> {
     let identity = parse(path);
@@ -271,7 +272,7 @@ fn a_pod_that_is_told_of_late_is_asked_about_again() {
     ladder.appeared(record(1, &format!("/x/{:064x}", 1)), BootNs(0));
     let first = ladder.due(ms(0)).remove(0);
     let second = ladder.due(ms(30)).remove(0);
-    let mut named = Facts { runtime: Some(crate::labels::Runtime::Docker), ..Facts::default() };
+    let mut named = Facts { runtime: Some(crate::cgroup_path::Runtime::Docker), ..Facts::default() };
     named.set(Label::Name, Some("n"));
     named.set(Label::Image, Some("i"));
     assert!(ladder.answered(&first, &Outcome::Found(named), tried(&Outcome::NotFound), ms(40)));

@@ -1,8 +1,8 @@
 //! Garbage, faults and lives that end: none of it stops the count, or what it says of itself.
 
 use super::*;
+use crate::device::{DeviceReadings, Engine, MigMode};
 use crate::observation::{EngineTick, ProcessKind, RunningProcess};
-use crate::snapshot::{DeviceReadings, Engine, MigMode};
 
 const SECOND: u64 = 1_000_000_000;
 

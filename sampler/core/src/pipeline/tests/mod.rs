@@ -7,11 +7,11 @@ mod who;
 use std::sync::Arc;
 
 use super::*;
+use crate::device::{GpuInfo, Reason};
+use crate::observation::Rejected;
 use crate::observation::{
     Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
 };
-use crate::recover::Rejected;
-use crate::snapshot::{GpuInfo, Reason};
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const PERIOD: u64 = 167_000_000;

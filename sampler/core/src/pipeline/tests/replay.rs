@@ -2,9 +2,9 @@
 
 use super::*;
 use crate::aggregate::Aggregate;
+use crate::device::DeviceReadings;
 use crate::fact::User;
 use crate::observation::{ProcessKind, RunningProcess};
-use crate::snapshot::DeviceReadings;
 
 #[test]
 fn a_replay_is_what_was_live() {

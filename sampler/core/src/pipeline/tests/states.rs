@@ -1,8 +1,9 @@
 //! Busy, idle, unobserved, unsupported: what is not known is never idle.
 
 use super::*;
+use crate::device::DeviceReadings;
 use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
-use crate::snapshot::{DeviceReadings, GpuTime};
+use crate::snapshot::GpuTime;
 
 const SECOND: u64 = 1_000_000_000;
 

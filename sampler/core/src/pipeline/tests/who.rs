@@ -1,8 +1,8 @@
 //! Whom a tick names, where more than one answer is there.
 
 use super::*;
+use crate::device::Engine;
 use crate::observation::{EngineTick, ProcessKind, RunningProcess};
-use crate::snapshot::Engine;
 
 /// Ticks of 50 % with these rows: (pid, percent).
 fn ticks_with(core: &mut Core, rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {

@@ -9,6 +9,7 @@ use serde::Serialize;
 
 use super::model::*;
 use super::words::Names;
+use crate::units::rfc3339;
 pub use matching::{GpuMatch, UserMatch};
 use matching::{gpu_pairs, user_pairs};
 

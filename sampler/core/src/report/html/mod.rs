@@ -13,6 +13,7 @@ use std::collections::HashMap;
 
 use super::model::*;
 use super::words::{self, Names};
+use crate::units::rfc3339;
 use markup::{bar, esc, swatch};
 
 const STYLE: &str = include_str!("report.css");

@@ -2,10 +2,10 @@
 
 use std::sync::Arc;
 
+use crate::device::{DeviceReadings, Engine, GpuInfo, Reason};
 use crate::fact::*;
-use crate::observation::ProcessKind;
+use crate::observation::{CpuQuota, PressureFact, ProcessKind};
 use crate::session::Header;
-use crate::snapshot::{DeviceReadings, Engine, GpuInfo, Reason};
 use crate::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 
 pub const SECOND: u64 = 1_000_000_000;

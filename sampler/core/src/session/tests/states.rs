@@ -1,9 +1,9 @@
 //! What a State frame holds, and what of the facts belongs in a file.
 
 use super::generate::{Node, Random, SECOND, START};
+use crate::device::Reason;
 use crate::fact::*;
 use crate::session::State;
-use crate::snapshot::Reason;
 use crate::units::{BootNs, ContainerKey, GpuNs};
 
 fn container(key: u64) -> Fact {

@@ -1,6 +1,7 @@
 use std::sync::Arc;
 
 use crate::attribute::SampleCounts;
+use crate::device::*;
 use crate::session::trigger::{Trigger, Watch};
 use crate::snapshot::*;
 use crate::units::{BootNs, GpuUuid};

@@ -5,7 +5,8 @@
 
 use std::collections::HashMap;
 
-use sampler_core::labels::{Facts, Label, Runtime};
+use sampler_core::cgroup_path::Runtime;
+use sampler_core::labels::{Facts, Label};
 
 use crate::labels::source::grpc::{GrpcError, GrpcSocket};
 

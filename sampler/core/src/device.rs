@@ -1,0 +1,129 @@
+//! GPUs: engines, static information, readings, and why busy time has no container.
+
+use serde::{Deserialize, Serialize};
+
+use crate::units::GpuUuid;
+
+/// An engine of a GPU that the driver samples by itself. The names are the `engine` label.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+pub enum Engine {
+    Compute,
+    Memory,
+    Encoder,
+    Decoder,
+    Jpeg,
+    Ofa,
+}
+
+impl Engine {
+    pub const ALL: [Engine; 6] = [Engine::Compute, Engine::Memory, Engine::Encoder, Engine::Decoder, Engine::Jpeg, Engine::Ofa];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Engine::Compute => "compute",
+            Engine::Memory => "memory",
+            Engine::Encoder => "encoder",
+            Engine::Decoder => "decoder",
+            Engine::Jpeg => "jpeg",
+            Engine::Ofa => "ofa",
+        }
+    }
+}
+
+/// Why busy time is on no container. Order and names are the `reason` label of `gpu_unattributed_seconds_total`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Reason {
+    NoPid,
+    InvalidPid,
+    PidUnknown,
+    Host,
+    Mps,
+    Ambiguous,
+    Lost,
+}
+
+impl Reason {
+    pub const ALL: [Reason; 7] =
+        [Reason::NoPid, Reason::InvalidPid, Reason::PidUnknown, Reason::Host, Reason::Mps, Reason::Ambiguous, Reason::Lost];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Reason::NoPid => "no_pid",
+            Reason::InvalidPid => "invalid_pid",
+            Reason::PidUnknown => "pid_unknown",
+            Reason::Host => "host",
+            Reason::Mps => "mps",
+            Reason::Ambiguous => "ambiguous",
+            Reason::Lost => "lost",
+        }
+    }
+}
+
+/// Whether a GPU is divided into MIG devices.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub enum MigMode {
+    Enabled,
+    Disabled,
+    #[default]
+    Unsupported,
+}
+
+impl MigMode {
+    pub fn name(self) -> &'static str {
+        match self {
+            MigMode::Enabled => "enabled",
+            MigMode::Disabled => "disabled",
+            MigMode::Unsupported => "unsupported",
+        }
+    }
+}
+
+/// What does not change about a GPU while it is there.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct GpuInfo {
+    pub uuid: GpuUuid,
+    pub index: u32,
+    /// N of `/dev/nvidiaN`; not always the index.
+    pub minor: Option<u32>,
+    /// UUIDs of its MIG devices, `MIG-...`.
+    pub mig_uuids: Vec<String>,
+    /// Of a MIG device: the GPU that it is a part of.
+    pub parent: Option<GpuUuid>,
+    pub model: String,
+    pub pci_bus_id: String,
+    pub driver_version: String,
+    pub mig_mode: MigMode,
+}
+
+impl GpuInfo {
+    /// Whether seconds and memory are counted here: a GPU in MIG mode leaves that to its MIG devices.
+    pub fn is_leaf(&self) -> bool {
+        self.parent.is_some() || self.mig_mode != MigMode::Enabled
+    }
+}
+
+/// Device-level readings; `None` is "the driver does not say", never zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct DeviceReadings {
+    pub memory_used_bytes: Option<u64>,
+    pub memory_total_bytes: Option<u64>,
+    pub power_watts: Option<f64>,
+    pub energy_joules: Option<f64>,
+    pub temperature_celsius: Option<f64>,
+    pub sm_clock_hertz: Option<f64>,
+    /// NVML's clocks event reasons, a bit each.
+    pub throttle_reasons: Option<u64>,
+}
+
+/// NVML's clocks event (once: throttle) reasons: bit and the `reason` label of `gpu_throttle_seconds_total`.
+pub const THROTTLE_REASONS: [(u64, &str); 9] = [
+    (0x1, "gpu_idle"),
+    (0x2, "applications_clocks_setting"),
+    (0x4, "sw_power_cap"),
+    (0x8, "hw_slowdown"),
+    (0x10, "sync_boost"),
+    (0x20, "sw_thermal_slowdown"),
+    (0x40, "hw_thermal_slowdown"),
+    (0x80, "hw_power_brake_slowdown"),
+    (0x100, "display_clock_setting"),
+];
