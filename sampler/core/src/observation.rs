@@ -165,6 +165,28 @@ pub struct GpuBatch {
     pub readings: Option<DeviceReadings>,
 }
 
+impl GpuBatch {
+    /// Empty, and as yet without an end.
+    pub fn new(gpu: usize, began: BootNs, answer: Answer) -> Self {
+        Self {
+            gpu,
+            began,
+            ring_began: began,
+            ended: began,
+            wall: WallTime::default(),
+            answer,
+            ticks: Vec::new(),
+            engine_ticks: Vec::new(),
+            rows: Vec::new(),
+            rejected: [0; Rejected::ALL.len()],
+            stepped: false,
+            gpm: None,
+            processes: None,
+            readings: None,
+        }
+    }
+}
+
 /// A scan of cgroupfs and /proc is over. What it could not have missed and did not find is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScanEnd {

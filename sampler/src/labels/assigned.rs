@@ -9,10 +9,10 @@ use sampler_core::labels::{Assignment, Source};
 use sampler_core::units::ContainerKey;
 use tokio::sync::Semaphore;
 
-use super::Shared;
-use super::sockets::{Stamp, stamp};
+use super::shared::Shared;
 use super::source::Sources;
 use super::source::kubelet::{Assigned, CHECKPOINT, Kubelet};
+use super::stamp::{Stamp, stamp};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
 const PATIENCE: Duration = Duration::from_secs(5);

@@ -11,10 +11,13 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
 
+use super::config::LabelConfig;
 use super::found::{Found, FoundSocket};
+use super::message::{ContainerEvent, Word};
+use super::shared::Shared;
 use super::sockets::Wanted;
 use super::source::{self, Answer, Sources};
-use super::{ContainerEvent, FILES, LabelConfig, LabelView, Shared, TriedView, Word};
+use super::view::{FILES, LabelView, TriedView};
 use crate::observe::clock::boot_now;
 
 /// The driver looks at the ladder at most this often.

@@ -4,10 +4,10 @@ use std::path::PathBuf;
 
 use sampler_core::labels::Source;
 
-use super::LabelConfig;
+use super::config::LabelConfig;
 use super::discover::Places;
 use super::root::Root;
-use super::sockets::{Stamp, stamp};
+use super::stamp::{Stamp, stamp};
 
 /// What a search found, as it stood then.
 pub struct Found {

@@ -7,132 +7,43 @@
 //! ```
 
 mod assigned;
+mod config;
 mod discover;
 mod driver;
 mod found;
+mod message;
 mod once;
 mod root;
+mod shared;
 mod sockets;
 pub mod source;
+mod stamp;
 mod stats;
+mod view;
 
-use std::collections::HashMap;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{ABSENT, Ask, ContainerLabels, Source, TargetId, Told, Tried, is_likely};
-use sampler_core::units::{BootNs, ContainerKey};
-use serde::Serialize;
-use tokio::sync::mpsc::{Sender, UnboundedReceiver, channel};
+use sampler_core::labels::Source;
+use sampler_core::units::ContainerKey;
+use tokio::sync::mpsc::{UnboundedReceiver, channel};
 use tokio::sync::oneshot;
 
 pub use self::assigned::AssignedView;
-use self::discover::Places;
+pub use self::config::LabelConfig;
 use self::driver::Driver;
 pub use self::found::Found;
-use self::found::FoundSocket;
+pub use self::message::{ContainerEvent, Word};
 pub use self::once::once;
 pub use self::root::Root;
-use self::source::{Answer, Sources};
+use self::shared::Shared;
+use self::source::Sources;
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
-use crate::config::Config;
-use crate::observe::kernel::layout::Layout;
+pub use self::view::{FILES, LabelView, TriedView};
 
-/// The endpoint of sources that have none.
-pub const FILES: &str = "files";
 /// Answers and hints that wait for the driver; their senders wait with them.
 const WORDS: usize = 1024;
-
-#[derive(Clone, Debug)]
-pub struct LabelConfig {
-    /// The host's file system.
-    pub rootfs: PathBuf,
-    pub procfs: PathBuf,
-    /// Where the cgroup hierarchies are mounted.
-    pub cgroups: Vec<PathBuf>,
-    pub sources: Vec<Source>,
-    /// Sockets given by the operator. A source that is among them is asked nowhere else.
-    pub endpoints: Vec<(Source, PathBuf)>,
-}
-
-impl LabelConfig {
-    pub fn new(config: &Config, layout: &Layout) -> Self {
-        Self {
-            rootfs: config.path_rootfs.clone(),
-            procfs: config.path_procfs.clone(),
-            cgroups: layout.mounts().map(|(_, mount)| mount.to_owned()).collect(),
-            sources: config.label_sources.clone(),
-            endpoints: config.label_endpoints.clone(),
-        }
-    }
-
-    fn gives(&self, source: Source) -> bool {
-        self.endpoints.iter().any(|(s, _)| *s == source)
-    }
-
-    /// Sources that could know such a container, and are not to be asked.
-    fn left_out(&self, labels: &ContainerLabels) -> Vec<TriedView> {
-        let out = Source::ASKED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
-        let tried = Tried { told: Told::NotTried, at: None, detail: "left out by label_sources".into() };
-        out.map(|source| TriedView::new(source, "", &tried)).collect()
-    }
-
-    /// The sockets to ask, with their paths here: what was given, else what was found.
-    fn sockets(&self, places: &Places, root: &Root) -> Vec<(Source, PathBuf)> {
-        let given = self.endpoints.iter().cloned();
-        let found = places.sockets.iter().filter(|(source, _)| !self.gives(*source)).map(|(s, path)| (*s, root.path(path)));
-        let mut all: Vec<(Source, PathBuf)> = Vec::new();
-        for one in given.chain(found).filter(|(source, _)| self.sources.contains(source)) {
-            if !all.contains(&one) {
-                all.push(one);
-            }
-        }
-        all
-    }
-}
-
-#[derive(Clone)]
-pub enum ContainerEvent {
-    Appeared(Arc<ContainerRecord>),
-    Gone(ContainerKey, BootNs),
-    Evicted(ContainerKey),
-}
-
-pub type LabelView = HashMap<ContainerKey, Arc<ContainerLabels>>;
-
-/// What came of one source, as `explain` shows it.
-#[derive(Clone, Debug, Serialize)]
-pub struct TriedView {
-    pub source: &'static str,
-    pub endpoint: String,
-    pub outcome: &'static str,
-    pub detail: String,
-}
-
-impl TriedView {
-    pub fn is_absent(&self) -> bool {
-        self.detail == ABSENT
-    }
-
-    fn new(source: Source, endpoint: &str, tried: &Tried) -> Self {
-        Self {
-            source: source.name(),
-            endpoint: tried.at.as_deref().unwrap_or(endpoint).to_owned(),
-            outcome: tried.told.name(),
-            detail: tried.detail.to_string(),
-        }
-    }
-}
-
-struct Shared {
-    view: ArcSwap<LabelView>,
-    stats: Stats,
-    words: Sender<Word>,
-    assigned: ArcSwap<AssignedView>,
-}
 
 #[derive(Clone)]
 pub struct LabelService(Arc<Shared>);
@@ -158,21 +69,6 @@ impl LabelService {
         let _ended = self.0.words.send(Word::Tried(key, answer)).await;
         answered.await.unwrap_or_default()
     }
-}
-
-/// What reaches the driver beside containers.
-pub enum Word {
-    Answered(Ask, Answer),
-    /// A runtime spoke of this container.
-    Hint(String),
-    /// Something appeared at this endpoint, or was replaced.
-    Back(TargetId),
-    Absent(TargetId),
-    Found(Found),
-    Usual(Vec<FoundSocket>),
-    /// What is wrong with a socket that nobody was asked about.
-    Probed(TargetId, Result<(), String>),
-    Tried(ContainerKey, oneshot::Sender<Vec<TriedView>>),
 }
 
 /// Starts the service; it ends when `events` is closed. Call it inside the IO runtime.

@@ -6,10 +6,11 @@ use std::sync::Arc;
 use sampler_core::identity::ContainerRecord;
 use sampler_core::labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, TargetId, can_know};
 
+use super::config::LabelConfig;
 use super::found::Found;
 use super::root::Root;
 use super::source::{self, Answer, Sources};
-use super::{FILES, LabelConfig, TriedView};
+use super::view::{FILES, TriedView};
 
 pub struct Once {
     pub labels: ContainerLabels,

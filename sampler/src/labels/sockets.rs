@@ -2,10 +2,8 @@
 //! half second where a directory is not there yet or cannot be watched.
 
 use std::collections::HashSet;
-use std::fs;
 use std::mem::MaybeUninit;
 use std::os::fd::OwnedFd;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 use std::sync::mpsc::{Receiver, TryRecvError};
 use std::time::Duration;
@@ -15,19 +13,12 @@ use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use sampler_core::labels::TargetId;
 use tokio::sync::mpsc::Sender;
 
-use super::Word;
+use super::message::Word;
+use super::stamp::{Stamp, stamp};
 
 /// Below a second.
 const LOOK_EVERY: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 16 << 10;
-
-/// Tells one thing at a path from another that took its place, even with the same inode number.
-pub type Stamp = (u64, u64, i64, i64);
-
-/// `None` where nothing is. A change of its mode or owner is taken for a replacement, which does no harm.
-pub fn stamp(path: &Path) -> Option<Stamp> {
-    fs::metadata(path).ok().map(|m| (m.dev(), m.ino(), m.ctime(), m.ctime_nsec()))
-}
 
 /// A socket to watch, as it was last seen.
 pub struct Wanted {

@@ -6,8 +6,8 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use hdrhistogram::Histogram;
 use sampler_core::labels::{Outcome, Source, Told};
 
-use super::FILES;
 use super::source::Answer;
+use super::view::FILES;
 
 /// Upper bounds of `gpu_sampler_resolve_seconds`.
 pub const RESOLVE_BOUNDS: [f64; 12] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 5.0, 30.0];

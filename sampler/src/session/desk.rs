@@ -26,9 +26,9 @@ use sampler_core::session::{End, Frame, Header, PackError, Packer, State};
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, WallTime};
 
-use super::Request;
 use super::names::{self, Comms};
-use super::ring::{Piece, Ring};
+use super::request::Request;
+use super::ring::{CONTEXT_NS, Piece, Ring};
 use super::store::{Entry, Phase, Store, StoreError};
 use super::writer::{self, Item};
 use crate::labels::LabelView;
@@ -39,8 +39,6 @@ const FRAME_NS: u64 = SECOND_NS;
 const SECTION_NS: u64 = 15 * SECOND_NS;
 /// Facts in one frame, if they come so fast.
 const MAX_PENDING: usize = 50_000;
-/// Files begin so long before what they count: samples that name nobody are divided by their neighbours, and errors by the last minutes.
-pub const CONTEXT_NS: u64 = 40 * SECOND_NS;
 /// Time is told late: samples wait for their rows. A little more than what is counted, for clocks that agree only roughly.
 const TAIL_NS: u64 = SECOND_NS / 2;
 /// Samples that name no process wait 10 s for later ones, which come up to 13 s late where driver calls are slow; nothing may ever come of

@@ -12,6 +12,7 @@ mod desk;
 mod names;
 mod recorder;
 pub mod render;
+mod request;
 mod ring;
 mod store;
 mod writer;
@@ -19,28 +20,15 @@ mod writer;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use sampler_core::session::trigger::Trigger;
-use sampler_core::session::{ReadError, Session, View};
+use sampler_core::session::{ReadError, Session};
 use thiserror::Error;
 
 pub use self::recorder::{Recorder, RecorderView, Sources};
+pub use self::request::{MAX_DURATION_S, MAX_LOOKBACK_S, Request};
 pub use self::store::{Phase, Store, StoreError};
 
 /// Larger files are not read: what is read is held.
 const MAX_FILE_BYTES: u64 = 2 << 30;
-pub const MAX_DURATION_S: f64 = 86_400.0;
-pub const MAX_LOOKBACK_S: f64 = 3600.0;
-
-/// What somebody wants recorded.
-#[derive(Clone, Debug, Default)]
-pub struct Request {
-    pub duration_ns: u64,
-    pub lookback_ns: u64,
-    /// Waited for before anything is recorded.
-    pub trigger: Option<Trigger>,
-    pub view: View,
-}
-
 #[derive(Debug, Error)]
 pub enum SessionError {
     #[error("cannot read {path}", path = path.display())]

@@ -6,8 +6,12 @@ use std::sync::Arc;
 use sampler_core::session::Frame;
 use sampler_core::units::BootNs;
 
+use super::request::MAX_LOOKBACK_S;
+
+/// Files begin so long before what they count: samples that name nobody are divided by their neighbours, and errors by the last minutes.
+pub const CONTEXT_NS: u64 = 40_000_000_000;
 /// Older ones are given up although there would be room: nobody looks back so far.
-const MAX_AGE_NS: u64 = super::MAX_LOOKBACK_S as u64 * 1_000_000_000 + super::desk::CONTEXT_NS + 60_000_000_000;
+const MAX_AGE_NS: u64 = MAX_LOOKBACK_S as u64 * 1_000_000_000 + CONTEXT_NS + 60_000_000_000;
 /// A frame's own cost, beside its bytes.
 const FRAME_COST: usize = 64;
 

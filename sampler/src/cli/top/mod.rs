@@ -21,12 +21,13 @@ use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
-use clap::{Args, ValueEnum};
+use clap::Args;
 use ratatui::DefaultTerminal;
 use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use self::model::{Asked, Model};
-use self::source::Told;
+use self::rows::Sort;
+use self::source::{LIVE, REMEDY, Told, nobody, too_old};
 use super::ask::{self, Answer};
 use crate::config::Settings;
 use crate::export::live::Live;
@@ -37,28 +38,8 @@ Examples:
   gpu-sampler top --sort waiting --filter prod
   gpu-sampler top --once --json | jq '.users[] | {pod, duty_cycle_percent}'";
 
-/// Of `/api/v1/live`.
-const LIVE: &str = "/api/v1/live";
-/// Where something else than an agent answers.
-const REMEDY: &str = "name the agent with --agent or --listen";
 /// Keys are answered within this.
 const TURN: Duration = Duration::from_millis(50);
-
-/// By what rows are ordered.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
-pub enum Sort {
-    /// Share of the last 10 s
-    #[default]
-    Share,
-    /// GPU-seconds so far
-    Seconds,
-    /// GPU memory held
-    Memory,
-    /// How much others kept it waiting
-    Waiting,
-    /// Namespace, pod and container
-    Name,
-}
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
@@ -144,14 +125,6 @@ impl Top {
         let bold = super::colours(std::io::stdout().is_terminal());
         super::print(&once::table(&live, self.sort, &self.filter, width, bold))
     }
-}
-
-fn nobody(agent: &str) -> String {
-    format!("no agent answers at {agent}; start `gpu-sampler run`, or name one with --agent")
-}
-
-fn too_old(agent: &str) -> String {
-    format!("the agent at {agent} is older than this command and has no {LIVE}; update it")
 }
 
 fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<Told>) -> anyhow::Result<()> {

@@ -5,9 +5,8 @@ use std::time::{Duration, UNIX_EPOCH};
 
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
-use super::Sort;
 use super::history::{History, Point, SPAN};
-use super::rows::{Key, Row, arrange};
+use super::rows::{Key, Row, Sort, arrange};
 use super::words::{key_of_other, name_of_other};
 use crate::export::live::{Live, LiveUser};
 

@@ -1,8 +1,24 @@
 //! The rows of a picture: named, filtered, in order.
 
-use super::Sort;
 use super::words::{name, name_of_other};
 use crate::export::live::{Live, LiveUser};
+use clap::ValueEnum;
+
+/// Sort order of rows.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+pub enum Sort {
+    /// Share of the last 10 s
+    #[default]
+    Share,
+    /// GPU-seconds so far
+    Seconds,
+    /// GPU memory held
+    Memory,
+    /// How much others kept it waiting
+    Waiting,
+    /// Namespace, pod and container
+    Name,
+}
 
 #[derive(Clone, Debug)]
 pub struct Row {

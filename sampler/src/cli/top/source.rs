@@ -6,10 +6,14 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use super::{LIVE, REMEDY, nobody, too_old};
 use crate::cli::ask::{self, Answer};
 use crate::error::display_chain;
 use crate::export::live::Live;
+
+/// Of `/api/v1/live`.
+pub const LIVE: &str = "/api/v1/live";
+/// Where something else than an agent answers.
+pub const REMEDY: &str = "name the agent with --agent or --listen";
 
 pub enum Told {
     Live(Box<Live>),
@@ -78,4 +82,12 @@ async fn asked_to_end() {
         () = wait(SignalKind::interrupt()) => {}
         () = wait(SignalKind::hangup()) => {}
     }
+}
+
+pub fn nobody(agent: &str) -> String {
+    format!("no agent answers at {agent}; start `gpu-sampler run`, or name one with --agent")
+}
+
+pub fn too_old(agent: &str) -> String {
+    format!("the agent at {agent} is older than this command and has no {LIVE}; update it")
 }

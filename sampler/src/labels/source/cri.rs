@@ -22,7 +22,7 @@ use tokio::time::Instant;
 use self::messages::*;
 use super::Answer;
 use super::grpc::{GrpcError, GrpcSocket};
-use crate::labels::sockets::Stamp;
+use crate::labels::stamp::Stamp;
 
 const LIMIT: Duration = super::TIMEOUT;
 /// The runtime's name only shapes the `name` label: it must not use up the time of the labels.

@@ -13,7 +13,7 @@ use tokio::sync::mpsc::Sender;
 
 use super::docker_file::DockerRecord;
 use super::{Answer, http};
-use crate::labels::Word;
+use crate::labels::message::Word;
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 const RECONNECT_LAST: Duration = Duration::from_secs(30);

@@ -21,7 +21,7 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use super::file::is_absent;
-use crate::labels::sockets::{Stamp, stamp};
+use crate::labels::stamp::{Stamp, stamp};
 
 /// The kubelet lists every pod of the node in one answer, some hundred bytes each; anything far beyond is not an answer.
 const MAX_ANSWER_BYTES: usize = 4 << 20;

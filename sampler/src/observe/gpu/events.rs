@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
 
-use super::Context;
+use super::context::Context;
 use super::driver::{Trouble, is_unsupported, trouble};
 use super::library::{Generation, Listen};
 use super::xids::Xids;

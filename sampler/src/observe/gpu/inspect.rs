@@ -10,10 +10,12 @@ use sampler_core::pid_space::{Evidence, Named};
 
 use super::budget::{Cost, Limits, expected};
 use super::calls::{Buffers, List};
+use super::context::limits;
 use super::device_nodes::{Nodes, Places};
 use super::driver::{Driver, cpu_now, error_name};
-use super::library::{Generation, Handle};
-use super::{GpuError, gpm, mig, open, pid_space, spawn};
+use super::error::{GpuError, spawn};
+use super::library::{Generation, Handle, open};
+use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
 use crate::health::driver::Call;
@@ -83,7 +85,7 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let (generation, version, count) = opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
     let (done, inspected) = channel();
     let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not answer"), Some(SILENT))).collect();
-    let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), super::limits(config));
+    let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), limits(config));
     let turns = Arc::new(Turns::default());
     for index in 0..count {
         let (generation, pid_spaces, done) = (Arc::clone(&generation), Arc::clone(&pid_spaces), done.clone());

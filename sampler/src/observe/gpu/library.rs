@@ -1,6 +1,7 @@
 //! An opened library and handles that keep it open, with the calls of one value that differ between drivers. Unsafe is here, in `calls`,
 //! `gpm` and `xids`.
 
+use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -8,8 +9,17 @@ use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
 use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlReturn_t};
 
+use super::error::GpuError;
+
 /// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper has no name for.
 const VERSION_MISMATCH: nvmlReturn_t = 25;
+
+/// Loads the library. May hang in the driver.
+pub fn open(lib: Option<&Path>) -> Result<Nvml, GpuError> {
+    // The file name that the driver installs; `libnvidia-ml.so` alone exists only with the development files.
+    let path = lib.map_or_else(|| std::ffi::OsStr::new("libnvidia-ml.so.1"), Path::as_os_str);
+    Nvml::builder().lib_path(path).init().map_err(|error| GpuError::Init { path: path.to_string_lossy().into_owned(), error })
+}
 
 /// One opened library. Whoever holds it keeps it open; the last one shuts it down and closes it.
 pub struct Generation {

@@ -10,8 +10,8 @@ use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
 use sampler_core::observation::{Answer, GpmInterval, GpuBatch, Observation};
 use sampler_core::units::GpuUuid;
 
-use super::Context;
 use super::calls::Buffers;
+use super::context::Context;
 use super::driver::Driver;
 use super::gpm::{self, Gpm};
 use super::library::Handle;
@@ -193,7 +193,7 @@ impl MigDevice {
         }
         let (answer, gpm) = self.look();
         let (ended, wall) = (boot_now(), wall_now());
-        GpuBatch { processes, readings, gpm, ended, wall, ..super::batch(self.slot, began, answer) }
+        GpuBatch { processes, readings, gpm, ended, wall, ..GpuBatch::new(self.slot, began, answer) }
     }
 
     fn look(&mut self) -> (Answer, Option<GpmInterval>) {

@@ -18,7 +18,7 @@ use sampler_core::pid_space::{CONTRADICTIONS, Evidence, Named, PidSpace, Sightin
 use sampler_core::units::BootNs;
 
 use super::device_nodes::{Nodes, Places};
-use super::{GpuError, spawn};
+use super::error::{GpuError, spawn};
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::Outbox;

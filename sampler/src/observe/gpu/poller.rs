@@ -15,14 +15,15 @@ use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};
 use super::calls::Buffers;
+use super::context::Context;
 use super::driver::{Driver, Trouble, cpu_now, error_name};
+use super::gpm;
 use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
 use super::pace::{Pace, SLOW};
 use super::readings::{self, Engines, Processes};
 use super::ring::{Ring, Tools};
 use super::told::Told;
-use super::{Context, batch, gpm};
 use crate::health::driver::Call;
 use crate::health::stall::Caller;
 use crate::inbox::Closed;
@@ -224,7 +225,7 @@ impl Poller {
         // What opening took is a reading.
         self.spent_in_calls(Part::Readings, &mut in_calls);
         self.look_at_index()?;
-        let mut batch = batch(self.start.slot, boot_now(), Answer::Unsupported);
+        let mut batch = GpuBatch::new(self.start.slot, boot_now(), Answer::Unsupported);
         // The ring comes last: the end of the batch bounds the age of its newest sample.
         self.extras(&mut batch, &mut in_calls);
         let mut error = None;
@@ -347,7 +348,7 @@ impl Poller {
         let (ended, wall) = (boot_now(), wall_now());
         // What was read before it was lost is not so any more.
         let readings = Some(DeviceReadings::default());
-        let lost = GpuBatch { ended, wall, readings, ..batch(self.start.slot, ended, Answer::Failed) };
+        let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, Answer::Failed) };
         self.context.to.observe(Observation::from(lost))?;
         self.driver.reset();
         let generation = Arc::clone(&self.handle.generation);

@@ -16,11 +16,13 @@ use std::time::{Duration, Instant};
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
 
+use super::context::Context;
 use super::driver::{Trouble, trouble};
+use super::error::{GpuError, spawn};
 use super::events::Events;
-use super::library::{Generation, Handle};
+use super::library::{Generation, Handle, open};
+use super::mig;
 use super::poller::{Poller, Start};
-use super::{Context, GpuError, mig, open, spawn};
 use crate::health::driver::Call;
 use crate::health::stall::{CallSlot, Caller};
 use crate::inbox::Closed;

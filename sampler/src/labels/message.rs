@@ -1,0 +1,34 @@
+//! Messages to the task that drives the ladder.
+
+use std::sync::Arc;
+
+use sampler_core::identity::ContainerRecord;
+use sampler_core::labels::{Ask, TargetId};
+use sampler_core::units::{BootNs, ContainerKey};
+use tokio::sync::oneshot;
+
+use super::found::{Found, FoundSocket};
+use super::source::Answer;
+use super::view::TriedView;
+
+#[derive(Clone)]
+pub enum ContainerEvent {
+    Appeared(Arc<ContainerRecord>),
+    Gone(ContainerKey, BootNs),
+    Evicted(ContainerKey),
+}
+
+/// What reaches the driver beside containers.
+pub enum Word {
+    Answered(Ask, Answer),
+    /// A runtime spoke of this container.
+    Hint(String),
+    /// Something appeared at this endpoint, or was replaced.
+    Back(TargetId),
+    Absent(TargetId),
+    Found(Found),
+    Usual(Vec<FoundSocket>),
+    /// What is wrong with a socket that nobody was asked about.
+    Probed(TargetId, Result<(), String>),
+    Tried(ContainerKey, oneshot::Sender<Vec<TriedView>>),
+}

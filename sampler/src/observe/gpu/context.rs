@@ -1,0 +1,62 @@
+//! What the threads that read GPUs share.
+
+use std::collections::HashMap;
+use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
+
+use sampler_core::observation::{GpuBatch, Observation};
+
+use super::budget::Limits;
+use super::error::GpuError;
+use super::mig::Left;
+use super::pid_space::PidCheck;
+use super::slots::Slots;
+use crate::config::Config;
+use crate::health::Health;
+use crate::inbox::{Closed, Outbox};
+
+/// What reading one GPU may take.
+pub fn limits(config: &Config) -> Limits {
+    Limits { cpu_percent: config.gpu_budget_percent, wait_percent: config.gpu_wait_percent }
+}
+
+/// What every thread here has.
+pub struct Context {
+    pub to: Outbox,
+    pub health: Arc<Health>,
+    pub stop: Arc<AtomicBool>,
+    pub slots: Slots,
+    /// MIG devices by GPU, from a thread that ended with its library to the next.
+    pub mig_left: Mutex<HashMap<Arc<str>, Left>>,
+    pub procfs: PathBuf,
+    pub limits: Limits,
+    pub pids: Arc<PidCheck>,
+}
+
+impl Context {
+    pub fn new(config: &Config, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<Self, GpuError> {
+        let stopping = Arc::clone(stop);
+        let pids = PidCheck::start(config, to, health, move || stopping.load(Ordering::Relaxed))?;
+        Ok(Self {
+            to: to.clone(),
+            health: Arc::clone(health),
+            stop: Arc::clone(stop),
+            slots: Slots::default(),
+            mig_left: Mutex::default(),
+            procfs: config.path_procfs.clone(),
+            limits: limits(config),
+            pids,
+        })
+    }
+
+    /// A poll's batch: the pids that it names are checked, and it goes to the core.
+    pub fn polled(&self, batch: GpuBatch) -> Result<(), Closed> {
+        self.pids.names(&batch);
+        self.to.observe(Observation::from(batch))
+    }
+
+    pub fn stopping(&self) -> bool {
+        self.stop.load(Ordering::Relaxed)
+    }
+}

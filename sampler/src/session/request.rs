@@ -1,0 +1,16 @@
+//! A request to record a session.
+
+use sampler_core::session::View;
+use sampler_core::session::trigger::Trigger;
+
+pub const MAX_DURATION_S: f64 = 86_400.0;
+pub const MAX_LOOKBACK_S: f64 = 3600.0;
+
+#[derive(Clone, Debug, Default)]
+pub struct Request {
+    pub duration_ns: u64,
+    pub lookback_ns: u64,
+    /// Recording starts when this condition holds.
+    pub trigger: Option<Trigger>,
+    pub view: View,
+}
