@@ -127,3 +127,24 @@ pub const THROTTLE_REASONS: [(u64, &str); 9] = [
     (0x80, "hw_power_brake_slowdown"),
     (0x100, "display_clock_setting"),
 ];
+
+/// A GPU's clock, as polls bound it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ClockView {
+    /// The GPU's clock less boot time; the true one is within `uncertainty_seconds` below it.
+    pub ahead_of_boot_seconds: Option<f64>,
+    /// Width of what the true offset is in.
+    pub uncertainty_seconds: Option<f64>,
+    /// Seconds that the GPU's clock gains per second; known after a minute.
+    pub drift_ratio: Option<f64>,
+    pub steps: u64,
+}
+
+/// Samples of the compute engine since the start.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct SampleCounts {
+    /// Whose time was booked.
+    pub samples: u64,
+    /// Those of them whose process was queried.
+    pub queried: u64,
+}

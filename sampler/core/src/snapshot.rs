@@ -3,8 +3,7 @@
 
 use std::sync::Arc;
 
-use crate::attribute::SampleCounts;
-use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
+use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, Reason, SampleCounts, THROTTLE_REASONS};
 use crate::identity::ContainerRecord;
 use crate::observation::Rejected;
 use crate::units::{BootNs, ContainerKey, WallTime};
@@ -16,18 +15,6 @@ pub struct GpuTime {
     pub idle: f64,
     pub unobserved: f64,
     pub unsupported: f64,
-}
-
-/// A GPU's clock, as polls bound it.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct ClockView {
-    /// The GPU's clock less boot time; the true one is within `uncertainty_seconds` below it.
-    pub ahead_of_boot_seconds: Option<f64>,
-    /// Width of what the true offset is in.
-    pub uncertainty_seconds: Option<f64>,
-    /// Seconds that the GPU's clock gains per second; known after a minute.
-    pub drift_ratio: Option<f64>,
-    pub steps: u64,
 }
 
 /// Seconds of an engine that is not compute.

@@ -89,7 +89,7 @@ impl Doctor {
             Err(error) => return Err(error.into()),
         };
         let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { text(&report) };
-        super::print(&out)?;
+        crate::cli::output::print(&out)?;
         Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -300,9 +300,9 @@ fn text(report: &Report) -> String {
     };
     let mut out = String::new();
     for check in &report.checks {
-        out += &super::wrapped(&format!("{}  {:<14} ", paint(check.status), check.name), INDENT, &check.detail);
+        out += &crate::cli::output::wrapped(&format!("{}  {:<14} ", paint(check.status), check.name), INDENT, &check.detail);
         if let Some(remedy) = &check.remedy {
-            out += &super::wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
+            out += &crate::cli::output::wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
         }
     }
     let degraded = report.checks.iter().any(|c| c.status == Status::Degraded);

@@ -80,7 +80,7 @@ impl Explain {
         if let (Some(time), Some(gpu), Some(file)) = (&self.sample, &self.gpu, &self.file) {
             let told = sample::explain(file, gpu, time)?;
             let json = || anyhow::Ok(format!("{}\n", serde_json::to_string_pretty(&told)?));
-            return super::print(&if self.json { json()? } else { sample::text(&told) });
+            return crate::cli::output::print(&if self.json { json()? } else { sample::text(&told) });
         }
         let subject = match (&self.cgroup, self.pid, &self.container) {
             (Some(path), ..) if !path.starts_with('/') => {
@@ -97,7 +97,7 @@ impl Explain {
         };
         let told = self.find(&subject)?;
         let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&told)?) } else { text(&told) };
-        super::print(&out)
+        crate::cli::output::print(&out)
     }
 
     /// The configuration, and the address of the agent that has it.
@@ -127,7 +127,11 @@ impl Explain {
                 );
             }
         };
-        super::print(&if self.json { format!("{}\n", serde_json::to_string_pretty(&told)?) } else { missing_text(&told) })
+        crate::cli::output::print(&if self.json {
+            format!("{}\n", serde_json::to_string_pretty(&told)?)
+        } else {
+            missing_text(&told)
+        })
     }
 
     fn find(&self, subject: &Subject) -> anyhow::Result<Value> {
@@ -261,10 +265,14 @@ fn missing_text(told: &Value) -> String {
     for one in all {
         let word = |key: &str| one[key].as_str().unwrap_or("unknown").to_owned();
         let labels: Vec<&str> = one["missing"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        out += &super::wrapped("", 0, &format!("{}  {}  missing {}", word("container_id"), word("runtime"), labels.join(", ")));
-        out += &super::wrapped("  in  ", 6, &word("cgroup"));
+        out += &crate::cli::output::wrapped(
+            "",
+            0,
+            &format!("{}  {}  missing {}", word("container_id"), word("runtime"), labels.join(", ")),
+        );
+        out += &crate::cli::output::wrapped("  in  ", 6, &word("cgroup"));
         for (who, labels) in fillers(&one["would_fill"]) {
-            out += &super::wrapped("      ", 6, &format!("{labels} would come from {who}"));
+            out += &crate::cli::output::wrapped("      ", 6, &format!("{labels} would come from {who}"));
         }
     }
     match told["more"].as_u64() {
@@ -285,7 +293,7 @@ fn text(told: &Value) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
-            out += &super::wrapped(&format!("{name:<14}"), 14, value);
+            out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
         }
     };
     line("kind", &word(&told["kind"]));
@@ -316,12 +324,12 @@ fn text(told: &Value) -> String {
         let head =
             format!("{:<14}{:<12}{:<10}", if n == 0 { "tried" } else { "" }, word(&tried["source"]), word(&tried["outcome"]));
         let indent = head.chars().count();
-        out += super::wrapped(&head, indent, &said.join(": ")).trim_end();
+        out += crate::cli::output::wrapped(&head, indent, &said.join(": ")).trim_end();
         out.push('\n');
     }
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
-            out += &super::wrapped(&format!("{name:<14}"), 14, value);
+            out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
         }
     };
     let usual = all().filter(absent).count();

@@ -142,7 +142,7 @@ impl ReportArgs {
         drop(progress);
         match written {
             Some(done) => done?,
-            None => super::print(&page)?,
+            None => crate::cli::output::print(&page)?,
         }
         for (file, report) in self.files.iter().zip(&reports) {
             warn(file, report);

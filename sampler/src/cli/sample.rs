@@ -303,7 +303,7 @@ fn called(user: &Value) -> String {
 /// As people read it.
 pub fn text(told: &Value) -> String {
     let mut out = String::new();
-    let mut line = |name: &str, value: &str| out += &super::wrapped(&format!("{name:<14}"), 14, value);
+    let mut line = |name: &str, value: &str| out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
     let word = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     let gpu = &told["gpu"];
     line("gpu", &format!("{}   {}   {}", gpu["index"], word(&gpu["uuid"]), word(&gpu["model"])));

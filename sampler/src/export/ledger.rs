@@ -329,9 +329,10 @@ pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootN
 mod tests {
     use super::*;
     use sampler_core::cgroup_path::parse;
+    use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
     use sampler_core::labels::{Facts, Source};
-    use sampler_core::snapshot::{ClockView, ContainerView, GpuTime};
+    use sampler_core::snapshot::{ContainerView, GpuTime};
     use sampler_core::units::WallTime;
 
     const SECOND: u64 = 1_000_000_000;

@@ -16,7 +16,8 @@ use super::found::{Found, FoundSocket};
 use super::message::{ContainerEvent, Word};
 use super::shared::Shared;
 use super::sockets::Wanted;
-use super::source::{self, Answer, Sources};
+use super::source::answer::Answer;
+use super::source::{self, Sources};
 use super::view::{FILES, LabelView, TriedView};
 use crate::observe::clock::boot_now;
 

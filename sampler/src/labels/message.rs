@@ -8,7 +8,7 @@ use sampler_core::units::{BootNs, ContainerKey};
 use tokio::sync::oneshot;
 
 use super::found::{Found, FoundSocket};
-use super::source::Answer;
+use super::source::answer::Answer;
 use super::view::TriedView;
 
 #[derive(Clone)]

@@ -9,7 +9,8 @@ use sampler_core::labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, Target
 use super::config::LabelConfig;
 use super::found::Found;
 use super::root::Root;
-use super::source::{self, Answer, Sources};
+use super::source::answer::Answer;
+use super::source::{self, Sources};
 use super::view::{FILES, TriedView};
 
 pub struct Once {

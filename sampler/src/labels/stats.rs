@@ -6,7 +6,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use hdrhistogram::Histogram;
 use sampler_core::labels::{Outcome, Source, Told};
 
-use super::source::Answer;
+use super::source::answer::Answer;
 use super::view::FILES;
 
 /// Upper bounds of `gpu_sampler_resolve_seconds`.

@@ -19,7 +19,7 @@ use nvidia_ml_sim::world::World;
 use serde::Serialize;
 
 use crate::child::{Cgroup, Child};
-use crate::{hold, ways};
+use crate::{arguments, hold, ways};
 
 /// Between the least and the most demand there are so many to draw.
 const DEMAND_STEPS: u64 = 10_000;
@@ -35,20 +35,20 @@ pub struct Lives {
     #[arg(long, default_value_t = 12)]
     at_once: usize,
     /// How long each lives, drawn between the two: 5ms..50ms
-    #[arg(long, value_name = "FROM..TO", value_parser = super::durations)]
+    #[arg(long, value_name = "FROM..TO", value_parser = arguments::durations)]
     lasting: (Duration, Duration),
     /// Launch each as container runtimes do: fork it in this program's own cgroup, move it to its own by writing cgroup.procs, then
     /// exec; so much time, drawn between the two, is between fork and exec. Without it each is born inside its cgroup
-    #[arg(long, value_name = "FROM..TO", value_parser = super::durations, conflicts_with = "reuse_pid")]
+    #[arg(long, value_name = "FROM..TO", value_parser = arguments::durations, conflicts_with = "reuse_pid")]
     launch: Option<(Duration, Duration)>,
     /// Directory on cgroup2 that processes start in, with --launch also on cgroup v1; may be given more than once
     #[arg(long = "cgroup", value_name = "DIR", required = true)]
     cgroups: Vec<PathBuf>,
     /// Part of its GPU that each wants, above 0 and up to 1; with two, such as 0.01..0.4, drawn between them
-    #[arg(long, value_name = "DEMAND", value_parser = super::demands, default_value = "0.9")]
+    #[arg(long, value_name = "DEMAND", value_parser = arguments::demands, default_value = "0.9")]
     demand: (f64, f64),
     /// GPU memory that each holds, such as 2GiB or 512MiB
-    #[arg(long, value_parser = super::bytes, default_value = "0")]
+    #[arg(long, value_parser = arguments::bytes, default_value = "0")]
     mem: u64,
     #[command(flatten)]
     ways: ways::Options,

@@ -9,7 +9,7 @@ use nvidia_ml_sim::loads::{Pattern, Ways};
 use nvidia_ml_sim::time;
 use nvidia_ml_sim::world::World;
 
-use crate::demand;
+use crate::arguments::demand;
 
 #[derive(clap::Args)]
 pub struct Options {

@@ -9,9 +9,9 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::Range;
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::left::{Left, Named};
+use super::settings::Range;
 use super::spread::{Memory, Spread};
 use crate::device::Reason;
 use crate::fact::User;

@@ -5,6 +5,7 @@ mod divide;
 mod holders;
 mod lane;
 mod left;
+mod settings;
 mod spread;
 mod together;
 mod windows;
@@ -15,56 +16,17 @@ pub use device::{Device, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use holders::Held;
 pub use lane::Credit;
+pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
 pub use together::{Part, TOGETHER_NS, Window, is_user};
 
 use crate::fact::{Fact, GpuFact, Row, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
 use left::Lifetimes;
 
-/// Width of the window of duty cycles and shares.
-pub const WINDOW_NS: u64 = 10_000_000_000;
 /// A device that is gone stays for who scrapes its last values.
 const KEEP_GONE_NS: u64 = 300_000_000_000;
 /// Slots of devices: files come from anywhere, and a number in one must not decide how much memory is taken.
 const SLOTS: usize = 4096;
-/// A GPU that is busy for so much of a window is saturated.
-pub const SATURATION_RATIO: f64 = 0.9;
-
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
-    pub saturation_ratio: f64,
-    /// Every window and every sum is kept: for a report, not for an agent that runs for years.
-    pub keep_history: bool,
-    /// What is counted; what lies outside only helps to tell whose it is.
-    pub range: Range,
-}
-
-/// Later than the one and not later than the other.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Range {
-    pub after: BootNs,
-    pub to: BootNs,
-}
-
-impl Range {
-    pub const ALL: Range = Range { after: BootNs(0), to: BootNs(u64::MAX) };
-
-    pub fn has(&self, at: BootNs) -> bool {
-        self.after < at && at <= self.to
-    }
-
-    /// How much of the span that ends at `at` is in it.
-    pub fn part(&self, at: BootNs, ns: u64) -> u64 {
-        at.min(self.to).saturating_since(at.minus(ns).max(self.after))
-    }
-}
-
-impl Default for Settings {
-    fn default() -> Self {
-        Self { saturation_ratio: SATURATION_RATIO, keep_history: false, range: Range::ALL }
-    }
-}
-
 /// Whom a tick of these rows names.
 pub fn named(rows: &[Row]) -> Option<User> {
     left::Named::of(rows).map(|named| named.user)

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use hdrhistogram::Histogram;
 
-use super::WINDOW_NS;
+use super::settings::WINDOW_NS;
 use crate::snapshot::WindowShares;
 use crate::units::{BootNs, ContainerKey};
 

@@ -2,7 +2,7 @@
 
 use std::collections::VecDeque;
 
-use crate::snapshot::ClockView;
+use crate::device::ClockView;
 use crate::units::{BootNs, GpuNs};
 
 /// Bounds seen over this many polls that brought a sample decide; older ones are forgotten, so drift is followed.

@@ -6,13 +6,13 @@ use std::sync::Arc;
 use super::clock::GpuClock;
 use super::owners::Owners;
 use super::wall::Wall;
-use crate::device::{DeviceReadings, Engine, GpuInfo};
+use crate::device::ClockView;
+use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
 use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnqueriedSample, Unseen, User};
 use crate::identity::Identity;
 use crate::observation::Rejected;
 use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
 use crate::recover::Grid;
-use crate::snapshot::ClockView;
 use crate::units::{BootNs, GpuNs, WallTime};
 
 /// A tick waits this long for its process row, which another call brings, and two periods at least.
@@ -31,15 +31,6 @@ const CLOCK_NS: u64 = 10_000_000_000;
 const COMPUTE: usize = Engine::Compute as usize;
 
 type Told = Vec<(BootNs, GpuFact)>;
-
-/// Samples of the compute engine since the start.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct SampleCounts {
-    /// Whose time was booked.
-    pub samples: u64,
-    /// Those of them whose process was queried.
-    pub queried: u64,
-}
 
 /// What is known of how a device is read.
 #[derive(Clone, Copy, Debug)]

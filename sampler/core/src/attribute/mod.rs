@@ -11,4 +11,4 @@ mod device;
 mod owners;
 mod wall;
 
-pub use device::{Device, DeviceView, SampleCounts};
+pub use device::{Device, DeviceView};

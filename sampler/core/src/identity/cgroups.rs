@@ -10,8 +10,8 @@
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
-use super::Table;
 use super::containers::{Container, ContainerChange, Containers};
+use super::table::Table;
 use crate::cgroup_path::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, Place};
 use crate::units::{BootNs, CgroupKey, ContainerKey};

@@ -7,9 +7,22 @@ use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
 use super::cgroups::KEEP_REMOVED_NS;
-use super::{ContainerRecord, Table};
+use super::table::Table;
 use crate::cgroup_path::CgroupIdentity;
 use crate::units::{BootNs, CgroupKey, ContainerKey};
+
+/// A container as its cgroups tell it. Never changes; labels live elsewhere.
+#[derive(Clone, Debug)]
+pub struct ContainerRecord {
+    pub key: ContainerKey,
+    /// The `id` label: the container root's cgroup path. Never blank.
+    pub cgroup_path: String,
+    pub identity: CgroupIdentity,
+    /// When its cgroup was created, or first seen by the startup scan.
+    pub created: BootNs,
+    /// False when it was there before the agent, so `created` is only "first seen".
+    pub creation_seen: bool,
+}
 
 /// Containers with GPU time outlive their cgroups this long, because their series do; others no longer than the cgroups.
 pub const KEEP_GONE_NS: u64 = 330_000_000_000;

@@ -5,8 +5,8 @@
 
 use std::collections::VecDeque;
 
-use super::Table;
 use super::processes::Run;
+use super::table::Table;
 use crate::observation::Place;
 use crate::units::{BootNs, Tgid};
 

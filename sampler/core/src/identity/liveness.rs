@@ -15,7 +15,7 @@
 
 use std::collections::VecDeque;
 
-use super::Processes;
+use super::processes::Processes;
 use crate::units::{BootNs, Tgid};
 
 /// Seconds in which the whole table is checked.

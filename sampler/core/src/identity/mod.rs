@@ -8,24 +8,21 @@ mod containers;
 mod exited;
 mod liveness;
 mod processes;
+mod table;
 #[cfg(test)]
 mod tests;
 
 pub use cgroups::{Cgroups, KEEP_REMOVED_NS, UnknownCgroup};
-pub use containers::{Container, ContainerChange, KEEP_GONE_NS};
+pub use containers::{Container, ContainerChange, ContainerRecord, KEEP_GONE_NS};
 pub use exited::{EXITED_BYTES, KEEP_EXITED_NS};
 pub use liveness::{Entry, Liveness};
 pub use processes::{Candidate, LifeView, Processes, Run, Size, Stay};
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
-use crate::cgroup_path::CgroupIdentity;
 use crate::observation::{CgroupFact, Observation, ProcessFact, ProcessSeen, ScanEnd};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, ContainerKey, Tgid};
-
-/// Keyed by the kernel's own numbers, several look-ups an event: a fast hash, which nobody outside can aim at.
-pub(crate) type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;
 
 /// Whom a pid's GPU time belongs to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -197,17 +194,4 @@ impl Identity {
             self.losses.pop_front();
         }
     }
-}
-
-/// A container as its cgroups tell it. Never changes; labels live elsewhere.
-#[derive(Clone, Debug)]
-pub struct ContainerRecord {
-    pub key: ContainerKey,
-    /// The `id` label: the container root's cgroup path. Never blank.
-    pub cgroup_path: String,
-    pub identity: CgroupIdentity,
-    /// When its cgroup was created, or first seen by the startup scan.
-    pub created: BootNs,
-    /// False when it was there before the agent, so `created` is only "first seen".
-    pub creation_seen: bool,
 }

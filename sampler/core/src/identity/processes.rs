@@ -17,8 +17,8 @@
 
 use std::ops::Range;
 
-use super::Table;
 use super::exited::{EndedBy, Exited};
+use super::table::Table;
 use crate::observation::{Place, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 

@@ -172,7 +172,7 @@ impl Builder<'_> {
     fn report(&self, view: &View) -> Report {
         let header = &self.session.header;
         let mut report = Report {
-            format: super::FORMAT,
+            format: super::model::FORMAT,
             start: self.wall(self.range.0),
             duration_seconds: self.range.1.saturating_since(self.range.0) as f64 * S,
             truncated: self.session.end.is_none() || !self.session.damage.is_empty(),

@@ -200,7 +200,7 @@ impl Names {
         for user in &report.containers {
             *how_often.entry(user.called()).or_default() += 1;
         }
-        let name = |user: &super::UserReport| {
+        let name = |user: &super::model::UserReport| {
             let called = user.called();
             let twin = how_often.get(&called).is_some_and(|n| *n > 1);
             // Of a restarted container, both lives have one name; the beginning of the container's id tells them apart.

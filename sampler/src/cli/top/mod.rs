@@ -119,16 +119,16 @@ impl Top {
         if self.json {
             // As it came: also what an agent newer than this says.
             let whole: serde_json::Value = serde_json::from_slice(&body)?;
-            return super::print(&format!("{}\n", serde_json::to_string_pretty(&whole)?));
+            return crate::cli::output::print(&format!("{}\n", serde_json::to_string_pretty(&whole)?));
         }
         let width = terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| usize::from(width.0));
-        let bold = super::colours(std::io::stdout().is_terminal());
-        super::print(&once::table(&live, self.sort, &self.filter, width, bold))
+        let bold = crate::cli::output::colours(std::io::stdout().is_terminal());
+        crate::cli::output::print(&once::table(&live, self.sort, &self.filter, width, bold))
     }
 }
 
 fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<Told>) -> anyhow::Result<()> {
-    let colours = super::colours(true);
+    let colours = crate::cli::output::colours(true);
     let mut changed = true;
     loop {
         if changed {

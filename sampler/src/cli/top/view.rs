@@ -8,11 +8,10 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Clear, Paragraph, Widget as _, Wrap};
 use unicode_width::UnicodeWidthStr as _;
 
-use super::Sort;
 use super::model::Model;
-use super::rows::Row;
+use super::rows::{Row, Sort};
 use super::words::{DASH, bytes, fit, left, name_of_other, percent, right, share, short};
-use crate::cli::harmless;
+use crate::cli::output::harmless;
 use crate::export::live::LiveGpu;
 
 /// Below this there is no table to speak of.

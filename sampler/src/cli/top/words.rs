@@ -2,7 +2,7 @@
 
 use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
-use crate::cli::harmless;
+use crate::cli::output::harmless;
 use crate::export::live::{LiveOther, LiveUser};
 
 pub const DASH: &str = "–";

@@ -10,7 +10,8 @@ use sampler_core::cgroup_path::Runtime;
 use sampler_core::labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::{Answer, file};
+use super::answer::Answer;
+use super::file;
 use crate::labels::discover::Places;
 use crate::labels::root::Root;
 

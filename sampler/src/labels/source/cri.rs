@@ -20,11 +20,11 @@ use sampler_core::labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;
-use super::Answer;
+use super::answer::Answer;
 use super::grpc::{GrpcError, GrpcSocket};
 use crate::labels::stamp::Stamp;
 
-const LIMIT: Duration = super::TIMEOUT;
+const LIMIT: Duration = super::answer::TIMEOUT;
 /// The runtime's name only shapes the `name` label: it must not use up the time of the labels.
 const VERSION_LIMIT: Duration = Duration::from_millis(500);
 /// After so many of them the labels do without.

@@ -7,7 +7,8 @@ use sampler_core::cgroup_path::Runtime;
 use sampler_core::labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::{Answer, http};
+use super::answer::Answer;
+use super::http;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]

@@ -11,8 +11,9 @@ use futures_util::StreamExt as _;
 use sampler_core::cgroup_path::Runtime;
 use tokio::sync::mpsc::Sender;
 
+use super::answer::Answer;
 use super::docker_file::DockerRecord;
-use super::{Answer, http};
+use super::http;
 use crate::labels::message::Word;
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);

@@ -10,7 +10,7 @@ use sampler_core::labels::ABSENT;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::Answer;
+use super::answer::Answer;
 use super::file::is_absent;
 
 /// An inspect of a container with a thousand labels is 100 KiB; anything far beyond is none.

@@ -16,8 +16,9 @@ use sampler_core::labels::{Assignment, facts_for, join};
 use serde_json::Value;
 use tokio::time::Instant;
 
+use super::answer::Answer;
+use super::file;
 use super::grpc::{GrpcError, GrpcSocket};
-use super::{Answer, file};
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
 pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";

@@ -8,7 +8,8 @@ use std::path::{Path, PathBuf};
 
 use sampler_core::labels::{Facts, Label};
 
-use super::{Answer, file};
+use super::answer::Answer;
+use super::file;
 use crate::labels::root::Root;
 
 const POD_LOGS: &str = "/var/log/pods";

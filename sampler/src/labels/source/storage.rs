@@ -11,8 +11,9 @@ use sampler_core::labels::{Facts, Label};
 use serde::Deserialize;
 use serde_json::Value;
 
+use super::answer::{Answer, first_found};
 use super::bundle::{Annotations, Bundle};
-use super::{Answer, file, first_found};
+use super::file;
 use crate::labels::discover::Places;
 use crate::labels::root::Root;
 

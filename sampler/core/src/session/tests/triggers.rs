@@ -1,6 +1,6 @@
 use std::sync::Arc;
 
-use crate::attribute::SampleCounts;
+use crate::device::SampleCounts;
 use crate::device::*;
 use crate::session::trigger::{Trigger, Watch};
 use crate::snapshot::*;

@@ -1,14 +1,20 @@
 //! `lint`: what a change must pass before it is tested. Runs every check, then fails if one did.
 
+mod imports;
+
 use crate::tools::{self, on_path, output, run, say};
 use anyhow::{Context, Result, bail};
 use std::fs;
 
+type Check = fn() -> Result<()>;
+
 pub fn verb(args: &[String]) -> Result<()> {
     tools::no_arguments(args)?;
     let mut failed = Vec::new();
-    for (name, result) in [("format", format()), ("clippy", clippy()), ("licences", licences()), ("home paths", home_paths())] {
-        if let Err(problem) = result {
+    let checks: [(&str, Check); 5] =
+        [("format", format), ("imports", imports::check), ("clippy", clippy), ("licences", licences), ("home paths", home_paths)];
+    for (name, check) in checks {
+        if let Err(problem) = check() {
             eprintln!("xtask lint: {problem:#}");
             failed.push(name);
         }
