@@ -9,11 +9,10 @@ use anyhow::{Context as _, Result, ensure};
 use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, LabelFact, Row, Tick, User};
 use sampler_core::observation::PressureFact;
 use sampler_core::observation::ProcessKind;
-use sampler_core::report;
 
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::session::{End, FileBytes, Header, Packer, State, View, read};
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
+use sampler_session::{End, FileBytes, Header, Packer, State, View, read};
 
 const GPUS: u32 = 8;
 const PROCESSES: u64 = 64;
@@ -180,30 +179,30 @@ fn main() -> Result<()> {
     let bytes = file()?;
     let session = read(&bytes)?;
     ensure!(session.damage.is_empty() && session.end.is_some(), "the file is whole: {:?}", session.damage);
-    let of = |report: &report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
+    let of = |report: &sampler_report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
     let view = View::default();
-    let made = report::build(&session, &view);
+    let made = sampler_report::build(&session, &view);
     ensure!(made.containers.len() as u64 == u64::from(GPUS) * PROCESSES, "{} users", made.containers.len());
     ensure!(of(&made) > 0.9 * (u64::from(GPUS) * MINUTES * 60) as f64, "{} s busy", of(&made));
     row("8 GPUs, 64 processes each, 10 minutes", "measured".into(), "aim");
     row("file, MiB a minute", format!("{:.2}", bytes.len() as f64 / f64::from(1 << 20) / MINUTES as f64), "1");
-    let text = report::TextOptions { width: Some(120), colour: false, unicode: true };
+    let text = sampler_report::TextOptions { width: Some(120), colour: false, unicode: true };
     let read_build_text = best(|| {
         let session = read(&bytes)?;
-        let text = report::text(&report::build(&session, &view), &text);
+        let text = sampler_report::text(&sampler_report::build(&session, &view), &text);
         ensure!(text.len() > 1_000, "a page");
         Ok(())
     })?;
     row("file to text: read, aggregate, judge every pair, write, s", format!("{:.2}", read_build_text.as_secs_f64()), "2");
-    let html = report::html(&made);
+    let html = sampler_report::html(&made);
     let whole = best(|| {
         let session = read(&bytes)?;
-        ensure!(report::html(&report::build(&session, &view)).len() == html.len(), "the same page again");
+        ensure!(sampler_report::html(&sampler_report::build(&session, &view)).len() == html.len(), "the same page again");
         Ok(())
     })?;
     row("file to html, s", format!("{:.2}", whole.as_secs_f64()), "2");
     row("html, MB", format!("{:.2}", html.len() as f64 / 1e6), "5");
-    let perfetto = report::perfetto(&made);
+    let perfetto = sampler_report::perfetto(&made);
     serde_json::from_str::<serde_json::Value>(&perfetto).context("perfetto is JSON")?;
     row("perfetto, MB", format!("{:.2}", perfetto.len() as f64 / 1e6), "30");
     Ok(())

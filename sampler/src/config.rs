@@ -5,7 +5,7 @@ use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 
 use clap::{Args, ValueEnum};
-use sampler_core::labels::Source;
+use sampler_labels::Source;
 use serde::Deserialize;
 use thiserror::Error;
 

@@ -8,8 +8,8 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sampler_core::cgroup_path::{Kind, parse};
 use sampler_core::identity::{ContainerRecord, KEEP_EXITED_NS, KEEP_REMOVED_NS, LifeView};
-use sampler_core::labels::{ContainerLabels, Label, Source, is_likely};
 use sampler_core::units::{BootNs, ContainerKey};
+use sampler_labels::{ContainerLabels, Label, Source, is_likely};
 use serde::Serialize;
 
 use crate::labels::{FILES, TriedView};

@@ -41,7 +41,7 @@ pub fn everything(profile: Profile) -> Result<Built> {
 /// for other packages enables other features of common dependencies and compiles them again.
 pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
     ebpf::build()?;
-    let mut cargo = tools::cargo(&["build", "--locked", "--package", "sampler", "--package", "nvml-sim"])?;
+    let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler", "--package", "nvml-sim"])?;
     if !helpers.is_empty() {
         cargo.args(["--package", HELPERS, "--lib"]);
         cargo.args(["gpu-sampler", "nvml-sim"].iter().chain(helpers).flat_map(|name| ["--bin", name]));

@@ -8,9 +8,9 @@ use anyhow::{Context as _, bail};
 use clap::{ArgGroup, Args};
 use sampler_core::cgroup_path::Kind;
 use sampler_core::identity::Identity;
-use sampler_core::labels::ABSENT;
 use sampler_core::observation::CgroupFact;
 use sampler_core::units::BootNs;
+use sampler_labels::ABSENT;
 use serde_json::Value;
 
 use super::ask::{self, Answer};

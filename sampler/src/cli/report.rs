@@ -10,8 +10,8 @@ use std::time::{Duration, Instant, SystemTime};
 
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
-use sampler_core::report::{self, Report, TextOptions};
-use sampler_core::session::{Session, View};
+use sampler_report::{Report, TextOptions};
+use sampler_session::{Session, View};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -126,15 +126,15 @@ impl ReportArgs {
         progress.tell("writing the report".to_owned());
         let page = match reports.as_slice() {
             [a, b] => {
-                let comparison = report::compare(a, b);
+                let comparison = sampler_report::compare(a, b);
                 if format == Format::Json { comparison.json() } else { comparison.text(&self.options()) }
             }
             [one] => match format {
-                Format::Text => report::text(one, &self.options()),
-                Format::Json => report::json(one),
-                Format::Html => report::html(one),
-                Format::Perfetto => report::perfetto(one),
-                Format::Csv => report::csv(one),
+                Format::Text => sampler_report::text(one, &self.options()),
+                Format::Json => sampler_report::json(one),
+                Format::Html => sampler_report::html(one),
+                Format::Perfetto => sampler_report::perfetto(one),
+                Format::Csv => sampler_report::csv(one),
             },
             _ => bail!("one file or two are read"),
         };
@@ -176,7 +176,7 @@ impl ReportArgs {
         if view.to_ns.is_some_and(|to| view.from_ns.unwrap_or(0) >= to) {
             bail!("nothing of {} is between --from and --to", file.display());
         }
-        let report = report::build(&session, &view);
+        let report = sampler_report::build(&session, &view);
         let asked = [("--gpu", &self.gpu), ("--container", &self.container), ("--namespace", &self.namespace)];
         let asked: Vec<String> =
             asked.iter().flat_map(|(flag, all)| all.iter().map(move |one| format!("{flag} {one}"))).collect();

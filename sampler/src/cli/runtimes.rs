@@ -4,7 +4,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sampler_core::labels::Source;
+use sampler_labels::Source;
 use serde::Deserialize;
 
 use super::doctor::{Check, Status};

@@ -9,8 +9,8 @@ use sampler_core::aggregate::{Aggregate, Range, Settings};
 use sampler_core::device::{GpuInfo, Reason};
 use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
 use sampler_core::observation::ProcessKind;
-use sampler_core::session::Session;
 use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
+use sampler_session::Session;
 use serde_json::{Value, json};
 
 use crate::session;
@@ -352,8 +352,8 @@ mod tests {
     use std::sync::Arc;
 
     use sampler_core::fact::ContainerFact;
-    use sampler_core::session::Header;
     use sampler_core::units::{GpuNs, GpuUuid};
+    use sampler_session::Header;
 
     use super::*;
 

@@ -3,8 +3,8 @@
 use std::collections::{BTreeSet, HashMap};
 
 use sampler_core::device::GpuInfo;
-use sampler_core::labels::{Assignment, ContainerLabels, Device, Label};
 use sampler_core::snapshot::Snapshot;
+use sampler_labels::{Assignment, ContainerLabels, Device, Label};
 
 /// GPUs by container: by the pod's UID and the container's name, and by namespace, pod and container.
 #[derive(Debug, Default)]

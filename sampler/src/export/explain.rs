@@ -8,7 +8,7 @@ use axum::extract::{Query, State};
 use axum::http::StatusCode;
 use axum::response::{IntoResponse as _, Json, Response};
 use sampler_core::cgroup_path::Kind;
-use sampler_core::labels::{ContainerLabels, Label};
+use sampler_labels::{ContainerLabels, Label};
 use serde::{Deserialize, Serialize};
 
 use super::state::AppState;

@@ -1,8 +1,8 @@
 //! Every metric family: names, help, labels. The agent never emits instance, job, node, endpoint or service.
 
 use sampler_common::kind;
-use sampler_core::labels::{ContainerLabels, Label};
 use sampler_core::snapshot::WindowShares;
+use sampler_labels::{ContainerLabels, Label};
 
 use super::encode::{Families, Family, Labels};
 use super::ledger::{Exposition, Row};

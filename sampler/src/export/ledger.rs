@@ -13,9 +13,9 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{ContainerLabels, Label};
 use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::Assigned;
 use super::others::{OtherRow, Others, one_series_each};
@@ -331,9 +331,9 @@ mod tests {
     use sampler_core::cgroup_path::parse;
     use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
-    use sampler_core::labels::{Facts, Source};
     use sampler_core::snapshot::{ContainerView, GpuTime};
     use sampler_core::units::WallTime;
+    use sampler_labels::{Facts, Source};
 
     const SECOND: u64 = 1_000_000_000;
 

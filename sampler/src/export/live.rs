@@ -8,8 +8,8 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::Json;
 use sampler_core::device::Reason;
-use sampler_core::labels::Label;
 use sampler_core::units::{WallTime, rfc3339};
+use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
 
 use super::ledger::{Exposition, GpuRow, Row};

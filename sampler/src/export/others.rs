@@ -4,9 +4,9 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use sampler_core::labels::{ContainerLabels, Label};
 use sampler_core::snapshot::{ContainerGpu, Other, Snapshot};
 use sampler_core::units::ContainerKey;
+use sampler_labels::{ContainerLabels, Label};
 
 use super::ledger::labels_of;
 use crate::labels::LabelView;

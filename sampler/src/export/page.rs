@@ -1,7 +1,7 @@
 //! The rows as tables in HTML, and as JSON.
 
 use sampler_core::device::{GpuInfo, Reason};
-use sampler_core::labels::Label;
+use sampler_labels::Label;
 use serde::Serialize;
 
 use super::ledger::{Exposition, Row};

@@ -2,9 +2,9 @@
 
 use std::collections::HashSet;
 
-use sampler_core::labels::Label;
 use sampler_core::observation::PressureFact;
 use sampler_core::units::ContainerKey;
+use sampler_labels::Label;
 
 use super::encode::{Families, Labels};
 use super::ledger::{Exposition, Row};
@@ -84,10 +84,10 @@ mod tests {
 
     use sampler_core::cgroup_path::parse;
     use sampler_core::identity::ContainerRecord;
-    use sampler_core::labels::ContainerLabels;
     use sampler_core::observation::CpuQuota;
     use sampler_core::snapshot::ContainerGpu;
     use sampler_core::units::{BootNs, GpuUuid};
+    use sampler_labels::ContainerLabels;
 
     use super::*;
 

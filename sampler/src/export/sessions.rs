@@ -11,9 +11,8 @@ use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse as _, Json, Response};
 use axum::routing::{get, post};
 use axum::{Router, handler::Handler as _};
-use sampler_core::report;
-use sampler_core::session::View;
-use sampler_core::session::trigger::Trigger;
+use sampler_session::View;
+use sampler_session::trigger::Trigger;
 use serde::Deserialize;
 use serde_json::json;
 
@@ -269,7 +268,7 @@ async fn make_report(
         let internal = |error: &dyn std::error::Error| Refusal(StatusCode::INTERNAL_SERVER_ERROR, display_chain(error));
         let session = read_from(&file, &path).map_err(|error| internal(&error))?;
         let view = query.view(&session.header.view)?;
-        render(&report::build(&session, &view), &format).map_err(|error| internal(&error))
+        render(&sampler_report::build(&session, &view), &format).map_err(|error| internal(&error))
     });
     made.await.unwrap_or_else(|_| Err(Refusal(StatusCode::INTERNAL_SERVER_ERROR, "the report cannot be made".into())))
 }

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use sampler_core::labels::{Assignment, Source};
 use sampler_core::units::ContainerKey;
+use sampler_labels::{Assignment, Source};
 use tokio::sync::Semaphore;
 
 use super::shared::Shared;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sampler_core::labels::{ContainerLabels, Source, Told, Tried, is_likely};
+use sampler_labels::{ContainerLabels, Source, Told, Tried, is_likely};
 
 use super::discover::Places;
 use super::root::Root;

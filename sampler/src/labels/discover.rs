@@ -9,7 +9,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 use sampler_core::cgroup_path::{Kind, parse};
-use sampler_core::labels::Source;
+use sampler_labels::Source;
 use serde::Deserialize;
 
 use super::root::Root;

@@ -5,8 +5,8 @@ use std::path::Path;
 use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
-use sampler_core::labels::{Ladder, Source, TargetId};
 use sampler_core::units::ContainerKey;
+use sampler_labels::{Ladder, Source, TargetId};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sampler_core::labels::Source;
+use sampler_labels::Source;
 
 use super::config::LabelConfig;
 use super::discover::Places;

@@ -3,8 +3,8 @@
 use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{Ask, TargetId};
 use sampler_core::units::{BootNs, ContainerKey};
+use sampler_labels::{Ask, TargetId};
 use tokio::sync::oneshot;
 
 use super::found::{Found, FoundSocket};

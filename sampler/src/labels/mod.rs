@@ -24,8 +24,8 @@ mod view;
 use std::sync::Arc;
 
 use arc_swap::ArcSwap;
-use sampler_core::labels::Source;
 use sampler_core::units::ContainerKey;
+use sampler_labels::Source;
 use tokio::sync::mpsc::{UnboundedReceiver, channel};
 use tokio::sync::oneshot;
 

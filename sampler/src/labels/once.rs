@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_core::labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, TargetId, can_know};
+use sampler_labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, TargetId, can_know};
 
 use super::config::LabelConfig;
 use super::found::Found;

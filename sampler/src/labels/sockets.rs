@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
-use sampler_core::labels::TargetId;
+use sampler_labels::TargetId;
 use tokio::sync::mpsc::Sender;
 
 use super::message::Word;

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hdrhistogram::Histogram;
-use sampler_core::labels::{Outcome, Source, Told};
+use sampler_labels::{Outcome, Source, Told};
 
 use super::source::answer::Answer;
 use super::view::FILES;

@@ -3,8 +3,8 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use sampler_core::labels::{ABSENT, ContainerLabels, Source, Tried};
 use sampler_core::units::ContainerKey;
+use sampler_labels::{ABSENT, ContainerLabels, Source, Tried};
 use serde::Serialize;
 
 /// The endpoint of sources that have none.

@@ -21,10 +21,10 @@ use std::sync::mpsc::{SyncSender, TrySendError};
 
 use arc_swap::ArcSwap;
 use sampler_core::fact::Fact;
-use sampler_core::session::trigger::{Fired, Watch};
-use sampler_core::session::{End, Frame, Header, PackError, Packer, State};
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, WallTime};
+use sampler_session::trigger::{Fired, Watch};
+use sampler_session::{End, Frame, Header, PackError, Packer, State};
 
 use super::names::{self, Comms};
 use super::request::Request;

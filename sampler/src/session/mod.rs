@@ -6,7 +6,7 @@
 //!  HTTP --start, stop------+                  +----> ... one each: a disk that hangs stalls its session alone
 //!  HTTP <--list, files-- store
 //! ```
-//! The core thread never waits for any of it. The format and what belongs in it are sampler_core::session's.
+//! The core thread never waits for any of it. The format and what belongs in it are sampler_session's.
 
 mod desk;
 mod names;
@@ -20,7 +20,7 @@ mod writer;
 use std::io::Read as _;
 use std::path::{Path, PathBuf};
 
-use sampler_core::session::{ReadError, Session};
+use sampler_session::{ReadError, Session};
 use thiserror::Error;
 
 pub use self::recorder::{Recorder, RecorderView, Sources};
@@ -61,5 +61,5 @@ pub fn read_from(file: &std::fs::File, path: &Path) -> Result<Session, SessionEr
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(SessionError::TooLarge { path: path.to_owned(), bytes: bytes.len() as u64 });
     }
-    sampler_core::session::read(&bytes).map_err(|source| SessionError::Format { path: path.to_owned(), source })
+    sampler_session::read(&bytes).map_err(|source| SessionError::Format { path: path.to_owned(), source })
 }

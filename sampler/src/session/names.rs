@@ -4,9 +4,9 @@ use std::collections::HashSet;
 use std::path::Path;
 
 use sampler_core::fact::{Fact, HostProcess, LabelFact};
-use sampler_core::labels::{ContainerLabels, Label};
-use sampler_core::session::State;
 use sampler_core::units::ContainerKey;
+use sampler_labels::{ContainerLabels, Label};
+use sampler_session::State;
 
 use crate::labels::LabelView;
 

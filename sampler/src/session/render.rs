@@ -1,6 +1,6 @@
 //! The formats of a report, for who asks over HTTP.
 
-use sampler_core::report::{self, Report, TextOptions};
+use sampler_report::{Report, TextOptions};
 use thiserror::Error;
 
 #[derive(Debug, Error)]
@@ -14,12 +14,12 @@ pub fn render(report: &Report, format: &str) -> Result<(&'static str, String), U
     Ok(match format {
         "text" => {
             let options = TextOptions { width: None, colour: false, unicode: true };
-            ("text/plain; charset=utf-8", report::text(report, &options))
+            ("text/plain; charset=utf-8", sampler_report::text(report, &options))
         }
-        "json" => ("application/json", report::json(report)),
-        "html" => ("text/html; charset=utf-8", report::html(report)),
-        "perfetto" => ("application/json", report::perfetto(report)),
-        "csv" => ("text/csv; charset=utf-8", report::csv(report)),
+        "json" => ("application/json", sampler_report::json(report)),
+        "html" => ("text/html; charset=utf-8", sampler_report::html(report)),
+        "perfetto" => ("application/json", sampler_report::perfetto(report)),
+        "csv" => ("text/csv; charset=utf-8", sampler_report::csv(report)),
         other => return Err(UnknownFormat(other.chars().take(40).collect())),
     })
 }

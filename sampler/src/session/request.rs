@@ -1,7 +1,7 @@
 //! A request to record a session.
 
-use sampler_core::session::View;
-use sampler_core::session::trigger::Trigger;
+use sampler_session::View;
+use sampler_session::trigger::Trigger;
 
 pub const MAX_DURATION_S: f64 = 86_400.0;
 pub const MAX_LOOKBACK_S: f64 = 3600.0;

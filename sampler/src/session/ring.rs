@@ -3,8 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
-use sampler_core::session::Frame;
 use sampler_core::units::BootNs;
+use sampler_session::Frame;
 
 use super::request::MAX_LOOKBACK_S;
 
@@ -98,7 +98,7 @@ impl Ring {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sampler_core::session::Packer;
+    use sampler_session::Packer;
 
     #[test]
     fn whole_sections_are_given_up() {

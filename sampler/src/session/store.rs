@@ -369,8 +369,8 @@ fn listed(path: &Path, part: bool) -> Entry {
     match peek(path) {
         Ok((bytes, beginning, last)) => {
             entry.size_bytes = bytes;
-            let end = sampler_core::session::end(&last);
-            match sampler_core::session::header(&beginning) {
+            let end = sampler_session::end(&last);
+            match sampler_session::header(&beginning) {
                 Some(header) => {
                     entry.started = Some(header.start_wall);
                     let counted = end.map(|end| end.at.saturating_since(header.start));

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::time::{Duration, Instant};
 
-use sampler_core::session::Frame;
+use sampler_session::Frame;
 
 use super::store::{Phase, Store};
 use crate::observe::clock::boot_now;
@@ -108,7 +108,7 @@ impl Writer<'_> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use sampler_core::session::Packer;
+    use sampler_session::Packer;
 
     #[test]
     fn a_full_disk_in_words() {

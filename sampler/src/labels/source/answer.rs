@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sampler_core::labels::{Facts, Outcome, Told, Tried};
+use sampler_labels::{Facts, Outcome, Told, Tried};
 
 /// A source that takes longer is stuck. The ladder asks again long before.
 pub const TIMEOUT: Duration = Duration::from_secs(5);

@@ -16,7 +16,7 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sampler_core::cgroup_path::Runtime;
-use sampler_core::labels::{Facts, Label, Outcome};
+use sampler_labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;

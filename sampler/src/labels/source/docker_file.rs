@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use sampler_core::cgroup_path::Runtime;
-use sampler_core::labels::{Facts, Label};
+use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
 use super::answer::Answer;

@@ -6,7 +6,7 @@ use std::path::Path;
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
-use sampler_core::labels::ABSENT;
+use sampler_labels::ABSENT;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 

@@ -1,6 +1,6 @@
 //! What the kubelet knows of assigned devices: its pod-resources service, and the checkpoint of its device manager.
 //!
-//! The first names pods, the second has their UIDs; `sampler_core::labels::join` makes one list of both. Each may be missing: a
+//! The first names pods, the second has their UIDs; `sampler_labels::join` makes one list of both. Each may be missing: a
 //! kubelet without device plugins writes no checkpoint, and pod-resources came with 1.13. Neither knows container ids, so
 //! neither says which container a cgroup is.
 //!
@@ -12,7 +12,7 @@ use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
 
-use sampler_core::labels::{Assignment, facts_for, join};
+use sampler_labels::{Assignment, facts_for, join};
 use serde_json::Value;
 use tokio::time::Instant;
 

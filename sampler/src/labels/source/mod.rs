@@ -23,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
 use sampler_core::cgroup_path::Runtime;
-use sampler_core::labels::{Ask, FILES_IN_FLIGHT, Outcome, Source, TargetId};
+use sampler_labels::{Ask, FILES_IN_FLIGHT, Outcome, Source, TargetId};
 
 use tokio::sync::Semaphore;
 
@@ -176,7 +176,7 @@ fn runtimes_files(source: Source, root: &Root, places: &Places, id: &str) -> Ans
 pub mod tests {
     use std::fs;
 
-    use sampler_core::labels::Label;
+    use sampler_labels::Label;
 
     use super::*;
 

@@ -6,7 +6,7 @@
 use std::fs;
 use std::path::{Path, PathBuf};
 
-use sampler_core::labels::{Facts, Label};
+use sampler_labels::{Facts, Label};
 
 use super::answer::Answer;
 use super::file;

@@ -7,7 +7,7 @@
 use std::path::{Path, PathBuf};
 
 use sampler_core::cgroup_path::Runtime;
-use sampler_core::labels::{Facts, Label};
+use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 use serde_json::Value;
 

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use sampler_core::device::GpuInfo;
 use sampler_core::fact::{ContainerFact, GpuFact, Row, Tick, User};
-use sampler_core::session::{FileBytes, Session, View, read};
 use sampler_core::units::{ContainerKey, GpuNs, GpuUuid};
+use sampler_session::{FileBytes, Session, View, read};
 
 use super::*;
 use crate::labels::LabelView;

@@ -6,7 +6,7 @@
 use std::collections::HashMap;
 
 use sampler_core::cgroup_path::Runtime;
-use sampler_core::labels::{Facts, Label};
+use sampler_labels::{Facts, Label};
 
 use crate::labels::source::grpc::{GrpcError, GrpcSocket};
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use sampler_core::labels::Outcome;
+use sampler_labels::Outcome;
 
 use super::*;
 use crate::labels::source::grpc_server::{Reply, Server, entry, field, number};

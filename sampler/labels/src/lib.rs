@@ -1,0 +1,10 @@
+//! From a cgroup path to labels: what the path says, what sources answer, and when to ask which.
+#![forbid(unsafe_code)]
+
+mod assigned;
+mod ladder;
+mod values;
+
+pub use assigned::{Assignment, Device, device, facts_for, join};
+pub use ladder::{ABSENT, Ask, FILES_IN_FLIGHT, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
+pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

@@ -1,0 +1,307 @@
+//! Label values, each with the source that gave it.
+
+use std::sync::Arc;
+
+use sampler_core::cgroup_path::{Kind, Runtime};
+use sampler_core::identity::ContainerRecord;
+
+/// Longer values are cut here: they end up in every sample of a series. Kubernetes' own names end at 253 bytes.
+const MAX_VALUE_BYTES: usize = 1024;
+/// A UID has 36 characters, a static pod's 32.
+const MAX_UID_BYTES: usize = 64;
+
+/// Where a label came from; names as in the `source` label and in `explain`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub enum Source {
+    Cgroup,
+    Bundle,
+    DockerFile,
+    CrioFile,
+    PodmanFile,
+    Logs,
+    Mountinfo,
+    Manifest,
+    Kubelet,
+    Docker,
+    Podman,
+    Cri,
+    Crio,
+}
+
+impl Source {
+    /// Those that are asked; the path is only read.
+    pub const ASKED: [Source; 12] = [
+        Source::Bundle,
+        Source::DockerFile,
+        Source::CrioFile,
+        Source::PodmanFile,
+        Source::Logs,
+        Source::Mountinfo,
+        Source::Manifest,
+        Source::Kubelet,
+        Source::Docker,
+        Source::Podman,
+        Source::Cri,
+        Source::Crio,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Source::Cgroup => "cgroup",
+            Source::Bundle => "bundle",
+            Source::DockerFile => "docker-file",
+            Source::CrioFile => "crio-file",
+            Source::PodmanFile => "podman-file",
+            Source::Logs => "logs",
+            Source::Mountinfo => "mountinfo",
+            Source::Manifest => "manifest",
+            Source::Kubelet => "kubelet",
+            Source::Docker => "docker",
+            Source::Podman => "podman",
+            Source::Cri => "cri",
+            Source::Crio => "crio",
+        }
+    }
+
+    /// A socket races the container's creation and may hang; a file does neither.
+    pub fn is_socket(self) -> bool {
+        matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
+    }
+
+    /// Whether this label can come from it at all.
+    pub fn gives(self, label: Label) -> bool {
+        match self {
+            Source::Cgroup => label == Label::Name,
+            Source::Logs => matches!(label, Label::Namespace | Label::Pod | Label::Container),
+            Source::Kubelet => matches!(label, Label::Namespace | Label::Pod),
+            Source::Mountinfo => label == Label::Container,
+            _ => true,
+        }
+    }
+
+    /// A higher one may overwrite: the runtime's own record, then the pods' API, then names found in paths.
+    pub fn authority(self) -> u8 {
+        match self {
+            Source::Cgroup | Source::Logs | Source::Mountinfo => 1,
+            Source::Kubelet | Source::Manifest => 2,
+            Source::Bundle
+            | Source::DockerFile
+            | Source::CrioFile
+            | Source::PodmanFile
+            | Source::Docker
+            | Source::Podman
+            | Source::Cri
+            | Source::Crio => 3,
+        }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum Label {
+    Name,
+    Image,
+    Namespace,
+    Pod,
+    Container,
+}
+
+impl Label {
+    pub const ALL: [Label; 5] = [Label::Name, Label::Image, Label::Namespace, Label::Pod, Label::Container];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Label::Name => "name",
+            Label::Image => "image",
+            Label::Namespace => "namespace",
+            Label::Pod => "pod",
+            Label::Container => "container",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct LabelValue {
+    pub value: Arc<str>,
+    pub source: Source,
+}
+
+/// What one source says about one container. Absent and empty are the same: neither overwrites anything.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Facts {
+    /// Indexed like [`Label::ALL`].
+    pub labels: [Option<String>; Label::ALL.len()],
+    pub pod_uid: Option<String>,
+    pub runtime: Option<Runtime>,
+    pub sandbox: bool,
+    /// The source would have known of a pod: without one there is none.
+    pub knows_pods: bool,
+}
+
+impl Facts {
+    pub fn set(&mut self, label: Label, value: Option<&str>) {
+        if let Some(value) = value.filter(|v| !v.is_empty()) {
+            self.labels[label as usize] = Some(value.to_owned());
+        }
+    }
+
+    /// From the labels that a kubelet gives to what it makes.
+    pub fn from_kubelets_labels<'a>(&mut self, get: impl Fn(&str) -> Option<&'a str>) {
+        self.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
+        self.set(Label::Pod, get("io.kubernetes.pod.name"));
+        self.set(Label::Container, get("io.kubernetes.container.name"));
+        self.pod_uid = get("io.kubernetes.pod.uid").filter(|uid| !uid.is_empty()).map(str::to_owned);
+    }
+
+    /// Fills what is still empty from dockershim's `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
+    pub fn from_dockershim_name(&mut self, name: &str) {
+        let parts: Vec<&str> = name.split('_').collect();
+        if let ["k8s", container, pod, namespace, uid, _attempt] = parts[..] {
+            for (label, value) in [(Label::Container, container), (Label::Pod, pod), (Label::Namespace, namespace)] {
+                if self.labels[label as usize].is_none() {
+                    self.set(label, Some(value));
+                }
+            }
+            self.pod_uid.get_or_insert_with(|| uid.to_owned());
+            self.sandbox |= container == "POD";
+        }
+    }
+}
+
+/// A container's labels at one instant.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ContainerLabels {
+    /// The cgroup path of the container's root; never blank.
+    pub id: Arc<str>,
+    pub container_id: Arc<str>,
+    /// It is inside another container.
+    pub is_nested: bool,
+    pub kind: Kind,
+    pub runtime: Option<Runtime>,
+    pub pod_uid: Option<String>,
+    /// Indexed like [`Label::ALL`].
+    values: [Option<LabelValue>; Label::ALL.len()],
+    /// Whether a source has answered that would have known of a pod.
+    pods_known: bool,
+    /// Complete, or old enough to be shown with what is known.
+    pub settled: bool,
+    /// From the cgroup's creation to complete; `None` until then, or when the creation was not seen.
+    pub resolved_after_ns: Option<u64>,
+}
+
+impl ContainerLabels {
+    pub fn from_path(record: &ContainerRecord) -> Self {
+        let identity = &record.identity;
+        let mut labels = Self {
+            id: record.cgroup_path.as_str().into(),
+            container_id: identity.container_id.as_deref().unwrap_or_default().into(),
+            is_nested: identity.outer_container_id.is_some(),
+            kind: identity.kind,
+            runtime: identity.runtime,
+            pod_uid: identity.pod_uid.clone(),
+            values: Default::default(),
+            pods_known: false,
+            settled: false,
+            resolved_after_ns: None,
+        };
+        let mut facts = Facts::default();
+        // Where there is nobody to ask, the id is what people call it.
+        let unnamed = matches!(identity.runtime, Some(Runtime::Garden | Runtime::Mesos));
+        facts.set(Label::Name, identity.name.as_deref().or(identity.container_id.as_deref().filter(|_| unnamed)));
+        labels.merge(Source::Cgroup, &facts);
+        labels
+    }
+
+    pub fn get(&self, label: Label) -> Option<&LabelValue> {
+        self.values[label as usize].as_ref()
+    }
+
+    /// How much is known, as the `state` label of `gpu_sampler_containers` says it.
+    pub fn state(&self) -> &'static str {
+        match (self.complete(), self.values.iter().any(Option::is_some)) {
+            (true, _) => "complete",
+            (false, true) => "partial",
+            (false, false) => "identified",
+        }
+    }
+
+    /// The value as exported: blank when unknown.
+    pub fn text(&self, label: Label) -> &str {
+        self.get(label).map_or("", |v| &v.value)
+    }
+
+    /// Takes what a source says, label by label: an empty value changes nothing, a lesser authority does not overwrite, and among
+    /// equals the first stays, or two runtimes that word an image differently would make the series flip. Whether anything changed.
+    pub fn merge(&mut self, source: Source, facts: &Facts) -> bool {
+        let mut changed = false;
+        // The runtime knows of no pod: what somebody has mounted or logged does not make it one.
+        let overruled = |label: Label| {
+            let of_pods = matches!(label, Label::Namespace | Label::Pod | Label::Container);
+            of_pods && self.pods_known && !self.in_pod() && source.authority() < 3
+        };
+        let overruled = Label::ALL.map(overruled);
+        for ((slot, value), _) in self.values.iter_mut().zip(&facts.labels).zip(overruled).filter(|(_, overruled)| !overruled) {
+            let Some(value) = value.as_deref().map(bounded).filter(|v| !v.is_empty()) else { continue };
+            let wins = slot.as_ref().is_none_or(|known| {
+                source.authority() > known.source.authority() || (source == known.source && *known.value != *value)
+            });
+            if wins {
+                *slot = Some(LabelValue { value: value.into(), source });
+                changed = true;
+            }
+        }
+        let uid = facts.pod_uid.clone().filter(|uid| !uid.is_empty() && uid.len() <= MAX_UID_BYTES);
+        let pod_uid = uid.filter(|_| self.pod_uid.is_none() && !overruled[Label::Pod as usize]);
+        let runtime = self.runtime.is_none().then_some(facts.runtime).flatten();
+        changed |= pod_uid.is_some() || runtime.is_some();
+        self.pod_uid = self.pod_uid.take().or(pod_uid);
+        self.runtime = self.runtime.or(runtime);
+        if facts.sandbox && self.kind != Kind::Sandbox {
+            (self.kind, changed) = (Kind::Sandbox, true);
+        }
+        if facts.knows_pods && !self.pods_known {
+            (self.pods_known, changed) = (true, true);
+        }
+        changed
+    }
+
+    /// Whether it is known to be in a pod.
+    pub fn in_pod(&self) -> bool {
+        self.pod_uid.is_some() || [Label::Namespace, Label::Pod].iter().any(|l| self.get(*l).is_some())
+    }
+
+    /// Whether this kind of container can have the label; `None` while nobody has said.
+    fn applies(&self, label: Label) -> Option<bool> {
+        use Runtime::{Containerd, CriO, Docker, Ecs, Garden, Lxc, Mesos, Nspawn, Podman, Rkt};
+        match label {
+            Label::Image | Label::Container if self.kind == Kind::Sandbox => Some(false),
+            // They run file systems, not images.
+            Label::Image if matches!(self.runtime, Some(Lxc | Nspawn | Garden | Mesos)) => Some(false),
+            Label::Name | Label::Image => Some(true),
+            Label::Namespace | Label::Pod | Label::Container => match (self.in_pod(), self.pods_known, self.runtime) {
+                (true, _, _) => Some(true),
+                (false, true, _) => Some(false),
+                // A kubelet places what it has made of these below a pod's cgroup.
+                (false, false, Some(Docker | Podman | Ecs | Lxc | Nspawn | Garden | Mesos)) => Some(false),
+                (false, false, None | Some(Containerd | CriO | Rkt)) => None,
+            },
+        }
+    }
+
+    /// Labels that a container of this kind should have, or may have for all that is known, and this one lacks.
+    pub fn missing(&self) -> impl Iterator<Item = Label> + '_ {
+        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) != Some(false))
+    }
+
+    /// Labels that a container of this kind cannot have.
+    pub fn not_applicable(&self) -> impl Iterator<Item = Label> + '_ {
+        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(false))
+    }
+
+    pub fn complete(&self) -> bool {
+        self.missing().next().is_none()
+    }
+}
+
+fn bounded(value: &str) -> &str {
+    &value[..value.floor_char_boundary(MAX_VALUE_BYTES)]
+}

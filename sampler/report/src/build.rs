@@ -1,0 +1,410 @@
+//! From a session's facts to its report, by the code that aggregates live.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+
+use super::causes::causes;
+use super::findings::findings;
+use super::gather::{Gathered, GatheredGpu};
+use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
+use super::onoff::{Experiment, LEVEL};
+use super::selection::{narrow, selects_gpu};
+use sampler_core::aggregate::{Aggregate, Device, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
+use sampler_core::device::{Reason, THROTTLE_REASONS};
+use sampler_core::fact::{Unseen, User};
+use sampler_core::units::{BootNs, WallTime};
+use sampler_session::{Session, View};
+
+/// Shorter gaps are counted and not listed.
+const GAP_NS: u64 = 500_000_000;
+/// Spans this close follow each other.
+const TOUCHING_NS: u64 = 20_000_000;
+/// No session is longer; a file that says so must not decide how much memory is taken.
+const LONGEST_NS: u64 = 2 * 86_400 * 1_000_000_000;
+const S: f64 = 1e-9;
+
+type Windows = BTreeMap<u64, Window>;
+
+struct Builder<'a> {
+    session: &'a Session,
+    gathered: Gathered,
+    aggregate: Aggregate,
+    range: (BootNs, BootNs),
+    saturation_ratio: f64,
+}
+
+pub fn build(session: &Session, view: &View) -> Report {
+    let start = session.header.start;
+    let from = start.plus(view.from_ns.unwrap_or_default());
+    let to = view.to_ns.map(|ns| start.plus(ns));
+    let bound = to.into_iter().chain(session.end).min().unwrap_or(BootNs(u64::MAX)).min(from.plus(LONGEST_NS));
+    let range = Range { after: from, to: bound };
+    let saturation_ratio = match session.header.saturation_percent {
+        0 => SATURATION_RATIO,
+        percent => f64::from(percent) / 100.0,
+    };
+    let mut aggregate = Aggregate::new(Settings { saturation_ratio, keep_history: true, range });
+    let mut gathered = Gathered::default();
+    for fact in &session.facts {
+        // Where all was read there are none: a device's clock alone may move its spans apart.
+        let hole = gathered.hole(fact).filter(|_| !session.damage.is_empty());
+        for fact in hole.into_iter().chain([fact.clone()]) {
+            aggregate.apply(&gathered.take(&fact, range));
+        }
+    }
+    aggregate.finish();
+    let to = bound.min(gathered.last.max(from));
+    Builder { session, gathered, aggregate, range: (from, to), saturation_ratio }.report(view)
+}
+
+fn id(user: User, gathered: &Gathered) -> String {
+    match user {
+        User::Container(key) => {
+            gathered.containers.get(&key).map_or_else(|| format!("container {}", key.0), |c| c.cgroup_path.clone())
+        }
+        User::Host(process) => format!("pid:{}@{}", process.pid, process.start.0),
+        User::Nobody(reason) => reason.name().into(),
+    }
+}
+
+fn described(user: User, gathered: &Gathered) -> UserReport {
+    let mut told = UserReport {
+        kind: UserKind::Unknown,
+        id: id(user, gathered),
+        container_id: None,
+        namespace: String::new(),
+        pod: String::new(),
+        container: String::new(),
+        name: String::new(),
+        image: String::new(),
+        pid: None,
+        comm: None,
+        gpus: Vec::new(),
+    };
+    match user {
+        User::Container(key) => {
+            told.kind = UserKind::Container;
+            told.container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
+            if let Some(labels) = gathered.labels.get(&key) {
+                told.namespace.clone_from(&labels.namespace);
+                told.pod.clone_from(&labels.pod);
+                told.container.clone_from(&labels.container);
+                told.name.clone_from(&labels.name);
+                told.image.clone_from(&labels.image);
+            }
+        }
+        User::Host(process) => {
+            told.kind = UserKind::Host;
+            told.pid = Some(process.pid);
+            told.comm = gathered.comms.get(&process).cloned();
+        }
+        User::Nobody(_) => {}
+    }
+    told
+}
+
+fn why(unseen: Unseen) -> &'static str {
+    match unseen {
+        Unseen::Missing => "samples are missing",
+        Unseen::NotAsked => "samples whose process was not queried, by an agent that did not attribute them",
+        Unseen::NoSamples => "the driver had no samples and did not say that the GPU was idle",
+        Unseen::NoAnswer => "the driver did not answer",
+        Unseen::Unread => "the session's file is damaged there",
+        Unseen::Start => "the agent had just started, or the GPU was opened anew",
+    }
+}
+
+/// What each user of a window had, users of nobody left out.
+fn users(window: &Window) -> impl Iterator<Item = (User, f64, bool)> {
+    window.users.iter().filter(|(user, _)| is_user(**user)).map(|(user, part)| (*user, part.ns, part.samples > 0))
+}
+
+/// Sums of a user's windows.
+#[derive(Default)]
+struct Sums {
+    active: f64,
+    coactive: f64,
+    contended: f64,
+    others: BTreeMap<User, Beside>,
+}
+
+#[derive(Default)]
+struct Beside {
+    ns: f64,
+    saturated_ns: f64,
+    coactive: f64,
+}
+
+fn sums(windows: &Windows, saturation_ratio: f64) -> BTreeMap<User, Sums> {
+    let mut all: BTreeMap<User, Sums> = BTreeMap::new();
+    for window in windows.values() {
+        let (saturated, seconds) = (window.saturated(saturation_ratio), window.seconds());
+        for (user, _, active) in users(window) {
+            let sums = all.entry(user).or_default();
+            if !active {
+                continue;
+            }
+            sums.active += seconds;
+            let mut together = false;
+            for (other, ns, also) in users(window).filter(|(other, ..)| *other != user) {
+                let beside = sums.others.entry(other).or_default();
+                beside.ns += ns;
+                beside.saturated_ns += if saturated { ns } else { 0.0 };
+                beside.coactive += if also { seconds } else { 0.0 };
+                together |= also;
+            }
+            if together {
+                sums.coactive += seconds;
+                sums.contended += if saturated { seconds } else { 0.0 };
+            }
+        }
+    }
+    all
+}
+
+impl Builder<'_> {
+    fn start(&self) -> (BootNs, WallTime) {
+        (self.session.header.start, self.session.header.start_wall)
+    }
+
+    fn wall(&self, at: BootNs) -> WallTime {
+        self.gathered.wall(at, self.start())
+    }
+
+    fn report(&self, view: &View) -> Report {
+        let header = &self.session.header;
+        let mut report = Report {
+            format: super::model::FORMAT,
+            start: self.wall(self.range.0),
+            duration_seconds: self.range.1.saturating_since(self.range.0) as f64 * S,
+            truncated: self.session.end.is_none() || !self.session.damage.is_empty(),
+            damage: self.session.damage.clone(),
+            node: header.node.clone(),
+            agent_version: header.agent_version.clone(),
+            window_seconds: TOGETHER_NS as f64 * S,
+            saturation_ratio: self.saturation_ratio,
+            gaps: Vec::new(),
+            gpus: Vec::new(),
+            containers: Vec::new(),
+            findings: Vec::new(),
+            timelines: Vec::new(),
+        };
+        let mut users: BTreeMap<User, UserReport> = BTreeMap::new();
+        let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
+        for (slot, device) in self.aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
+            let empty = GatheredGpu::default();
+            let of = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
+            if !selects_gpu(view, &device.info.uuid.0, device.info.index) {
+                continue;
+            }
+            let none = Windows::new();
+            let windows = device.together.history.as_ref().unwrap_or(&none);
+            report.gpus.push(self.gpu(device, of, windows));
+            report.gaps.extend(self.gaps(device, of));
+            for (user, usage) in self.usages(device, of, windows) {
+                users.entry(user).or_insert_with(|| described(user, &self.gathered)).gpus.push(usage);
+            }
+            timelines.push(self.timeline(device, of, windows));
+        }
+        let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
+        narrow(view, &mut order);
+        let seconds = |user: &UserReport| user.gpus.iter().map(|usage| usage.gpu_seconds).sum::<f64>();
+        order.sort_by(|a, b| seconds(&b.1).total_cmp(&seconds(&a.1)).then_with(|| a.1.id.cmp(&b.1.id)));
+        let place: HashMap<User, usize> = order.iter().enumerate().map(|(n, (user, _))| (*user, n)).collect();
+        report.containers = order.into_iter().map(|(_, user)| user).collect();
+        for (mut timeline, lanes) in timelines {
+            let of = lanes.into_iter().filter_map(|(user, lane)| Some(Lane { user: *place.get(&user)?, ..lane }));
+            timeline.lanes = of.collect();
+            timeline.lanes.sort_by_key(|lane| lane.user);
+            report.timelines.push(timeline);
+        }
+        report.gpus.sort_by(|a, b| (a.index, &a.uuid).cmp(&(b.index, &b.uuid)));
+        let index = |uuid: &str| report.gpus.iter().position(|gpu| gpu.uuid == uuid);
+        report.timelines.sort_by_key(|timeline| index(&timeline.uuid));
+        report.gaps.sort_by_key(|gap| gap.from);
+        report.findings = findings(&report);
+        report
+    }
+
+    fn gpu(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> GpuReport {
+        let (time, by_reason) = (device.time(), device.unattributed());
+        // The others are users, and listed as such.
+        let nobody = |reason: &Reason| !is_user(User::Nobody(*reason));
+        let unattributed = Reason::ALL.into_iter().zip(by_reason).filter(|(reason, _)| nobody(reason));
+        let unattributed: Vec<Named> = unattributed.map(|(reason, value)| Named { name: reason.name().into(), value }).collect();
+        let saturated = windows
+            .values()
+            .filter(|window| window.saturated(self.saturation_ratio))
+            .map(Window::seconds)
+            .fold(0.0, |sum, seconds| sum + seconds);
+        let within = of.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
+        let mut xids: BTreeMap<u64, u64> = BTreeMap::new();
+        for (_, xid, n) in &of.xids {
+            let sum = xids.entry(*xid).or_default();
+            *sum = sum.saturating_add(*n);
+        }
+        GpuReport {
+            uuid: device.info.uuid.to_string(),
+            index: device.info.index,
+            model: device.info.model.clone(),
+            gpu_uuid: device.info.parent.as_ref().map(ToString::to_string),
+            busy_seconds: time.busy,
+            idle_seconds: time.idle,
+            unobserved_seconds: time.unobserved,
+            unsupported_seconds: time.unsupported,
+            unattributed_seconds: unattributed.iter().map(|one| one.value).sum(),
+            unattributed,
+            saturated_seconds: saturated,
+            memory_total_bytes: within.clone().filter_map(|(_, r)| r.memory_total_bytes).max(),
+            memory_used_max_bytes: within.filter_map(|(_, r)| r.memory_used_bytes).max(),
+            throttle_seconds: throttle_seconds(of, self.range),
+            xids: xids.into_iter().map(|(xid, n)| Named { name: xid.to_string(), value: n as f64 }).collect(),
+        }
+    }
+
+    fn gaps(&self, device: &Device, of: &GatheredGpu) -> Vec<Gap> {
+        let mut spans: Vec<(BootNs, BootNs, Unseen)> = Vec::new();
+        for (from, to, why) in &of.unseen {
+            match spans.last_mut() {
+                Some((_, until, before)) if before == why && from.saturating_since(*until) < TOUCHING_NS => *until = *to,
+                _ => spans.push((*from, *to, *why)),
+            }
+        }
+        let long = spans.into_iter().filter(|(from, to, _)| to.saturating_since(*from) >= GAP_NS);
+        let gap = |(from, to, unseen): (BootNs, BootNs, Unseen)| Gap {
+            uuid: device.info.uuid.to_string(),
+            from: self.wall(from),
+            to: self.wall(to),
+            reason: why(unseen).into(),
+        };
+        long.map(gap).collect()
+    }
+
+    fn called(&self, user: User) -> String {
+        described(user, &self.gathered).called()
+    }
+
+    fn usages(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> Vec<(User, Usage)> {
+        let time = device.time();
+        let sums = sums(windows, self.saturation_ratio);
+        let held = of.held.iter().filter(|(at, _)| *at <= self.range.1);
+        let mut memory: BTreeMap<User, Option<u64>> = BTreeMap::new();
+        for (user, bytes) in held.flat_map(|(_, held)| held) {
+            let most = memory.entry(*user).or_insert(*bytes);
+            *most = (*most).max(*bytes);
+        }
+        let credited = device.credits().keys().copied().filter(|user| is_user(*user));
+        let all: BTreeSet<User> =
+            credited.chain(sums.keys().copied()).chain(memory.keys().copied()).filter(|u| is_user(*u)).collect();
+        let pairs = sums.values().map(|sums| sums.others.len()).sum();
+        let experiment = Experiment::new(of, windows, self.range, self.saturation_ratio, pairs);
+        let none = Sums::default();
+        let usage = |user: User| {
+            let sums = sums.get(&user).unwrap_or(&none);
+            let credit = device.credits().get(&user).copied().unwrap_or_default();
+            let (seconds, stderr) = (credit.ns * S, credit.variance().sqrt() * S);
+            let mut contenders: Vec<Contender> = sums
+                .others
+                .iter()
+                .filter(|(_, beside)| beside.ns > 0.0)
+                .map(|(other, beside)| self.contender(device, &experiment, user, *other, beside))
+                .collect();
+            contenders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds).then_with(|| a.id.cmp(&b.id)));
+            let asked = !contenders.is_empty() || user.container().is_some();
+            let causes = asked.then(|| causes(&self.gathered, of, user.container(), self.range, &|user| self.called(user)));
+            let of_busy = |value: f64| (time.busy > 0.0).then(|| value / time.busy);
+            let usage = Usage {
+                uuid: device.info.uuid.to_string(),
+                gpu_seconds: seconds,
+                gpu_seconds_stderr: stderr,
+                share_of_busy: of_busy(seconds),
+                share_stderr: of_busy(stderr),
+                samples: credit.samples,
+                active_seconds: sums.active,
+                coactive_seconds: sums.coactive,
+                contended_seconds: sums.contended,
+                memory_max_bytes: memory.get(&user).copied().flatten(),
+                contenders,
+                causes: causes.unwrap_or_default(),
+            };
+            (user, usage)
+        };
+        all.into_iter().map(usage).collect()
+    }
+
+    fn contender(&self, device: &Device, experiment: &Experiment<'_>, user: User, other: User, beside: &Beside) -> Contender {
+        let credit = device.credits().get(&other).copied().unwrap_or_default();
+        // The same part of its variance as of its seconds.
+        let part = if credit.ns > 0.0 { (beside.ns / credit.ns).min(1.0) } else { 0.0 };
+        let judged = experiment.judge(user, other);
+        let told = described(other, &self.gathered);
+        Contender {
+            kind: told.kind,
+            id: told.id,
+            gpu_seconds: beside.ns * S,
+            gpu_seconds_stderr: (credit.variance() * part).sqrt() * S,
+            saturated_gpu_seconds: beside.saturated_ns * S,
+            coactive_seconds: beside.coactive,
+            evidence: if judged.confirmed { Evidence::OnOffConfirmed } else { Evidence::Coactive },
+            rate_before: judged.rate_before,
+            rate_after: judged.rate_after,
+            transitions: judged.transitions,
+            interval: judged.interval,
+            interval_level: judged.interval.map(|_| LEVEL),
+            why_not_confirmed: judged.why_not,
+        }
+    }
+
+    fn timeline(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
+        let (first, last) = (self.range.0.0 / TOGETHER_NS, self.range.1.0.saturating_sub(1) / TOGETHER_NS);
+        let ends = |n: u64| BootNs((n + 1).saturating_mul(TOGETHER_NS));
+        let seconds = |at: BootNs| (at.0 as f64 - self.range.0.0 as f64) * S;
+        let busy = |n: u64| {
+            // The first and the last may be cut.
+            let (from, to) = (BootNs(n.saturating_mul(TOGETHER_NS)).max(self.range.0), ends(n).min(self.range.1));
+            let window = windows.get(&n).filter(|window| window.observed_ns >= to.saturating_since(from) / 2)?;
+            Some((window.busy_ns / window.observed_ns as f64) as f32)
+        };
+        let numbers = || first..=last.max(first);
+        let mut timeline = Timeline {
+            uuid: device.info.uuid.to_string(),
+            first_second: seconds(BootNs(first.saturating_mul(TOGETHER_NS))),
+            window_seconds: TOGETHER_NS as f64 * S,
+            busy: numbers().map(busy).collect(),
+            memory: numbers().map(|n| of.readings_at(ends(n)).and_then(|r| r.memory_used_bytes)).collect(),
+            lanes: Vec::new(),
+            marks: of.xids.iter().map(|(at, xid, n)| (seconds(*at), format!("XID {xid}, {n} times"))).collect(),
+        };
+        for (key, at) in &self.gathered.gone {
+            if *at > self.range.0 && *at <= self.range.1 && device.credits_any(*key) {
+                timeline.marks.push((seconds(*at), format!("{} ended", self.called(User::Container(*key)))));
+            }
+        }
+        timeline.marks.sort_by(|a, b| a.0.total_cmp(&b.0));
+        let mut lanes: BTreeMap<User, Lane> = BTreeMap::new();
+        let n_windows = timeline.busy.len();
+        let new = || Lane { user: 0, shares: vec![0.0; n_windows], memory: vec![None; n_windows] };
+        for (place, n) in numbers().enumerate() {
+            for (user, part) in windows.get(&n).into_iter().flat_map(|window| &window.users).filter(|(user, _)| is_user(**user)) {
+                if let Some(share) = lanes.entry(*user).or_insert_with(new).shares.get_mut(place) {
+                    *share = (part.ns / TOGETHER_NS as f64) as f32;
+                }
+            }
+            for (user, bytes) in of.held_at(ends(n)).into_iter().flatten().filter(|(user, _)| is_user(**user)) {
+                if let Some(memory) = lanes.entry(*user).or_insert_with(new).memory.get_mut(place) {
+                    *memory = *bytes;
+                }
+            }
+        }
+        (timeline, lanes)
+    }
+}
+
+/// Seconds by reason within the range; `None` where the driver never told.
+fn throttle_seconds(of: &GatheredGpu, range: (BootNs, BootNs)) -> Option<Vec<Named>> {
+    of.readings.iter().find(|(_, readings)| readings.throttle_reasons.is_some())?;
+    let named = |(bit, name): (u64, &str)| {
+        let value = super::causes::throttled(of, bit, range).0;
+        (value > 0.0).then(|| Named { name: name.into(), value })
+    };
+    Some(THROTTLE_REASONS.into_iter().filter_map(named).collect())
+}

@@ -1,0 +1,365 @@
+//! Reports of sessions whose truth is known: a GPU that shares itself fairly, sampled as the driver samples it.
+
+use std::sync::Arc;
+
+use super::*;
+use sampler_core::device::{DeviceReadings, GpuInfo};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, Unseen, User};
+use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
+use sampler_session::{Header, Session, View};
+
+const SECOND: u64 = 1_000_000_000;
+const PERIOD: u64 = 167_000_000;
+const START: u64 = 1_000 * SECOND;
+
+/// Small and the same everywhere.
+struct Random(u64);
+
+impl Random {
+    fn next(&mut self) -> f64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (self.0 >> 11) as f64 / (1u64 << 53) as f64
+    }
+}
+
+/// What a user wants at a time, in seconds since the start; its process lives while that is not `None`.
+type Wants = Box<dyn Fn(f64) -> Option<f64>>;
+
+pub struct Player {
+    pub user: User,
+    pub wants: Wants,
+}
+
+pub fn container(n: u64, wants: impl Fn(f64) -> Option<f64> + 'static) -> Player {
+    Player { user: User::Container(ContainerKey(n)), wants: Box::new(wants) }
+}
+
+fn host(wants: impl Fn(f64) -> Option<f64> + 'static) -> Player {
+    Player { user: User::Host(HostProcess { pid: 900, start: BootNs(5) }), wants: Box::new(wants) }
+}
+
+/// Everybody gets an equal part, but no more than he wants.
+fn shares(wants: &[f64]) -> Vec<f64> {
+    let mut left = 1.0;
+    let mut order: Vec<usize> = (0..wants.len()).collect();
+    order.sort_by(|a, b| wants[*a].total_cmp(&wants[*b]));
+    let mut got = vec![0.0; wants.len()];
+    for (n, place) in order.iter().enumerate() {
+        got[*place] = wants[*place].min(left / (wants.len() - n) as f64);
+        left -= got[*place];
+    }
+    got
+}
+
+/// The session, and what each player truly had.
+pub fn play(players: &[Player], seconds: u64, seed: u64) -> (Session, Vec<f64>) {
+    let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1);
+    let mut facts = Vec::new();
+    let info = GpuInfo {
+        uuid: GpuUuid("GPU-0".into()),
+        model: "m".into(),
+        pci_bus_id: "0".into(),
+        driver_version: "1".into(),
+        ..GpuInfo::default()
+    };
+    let gpu = |at, fact| Fact::Gpu { gpu: 0, at: BootNs(at), fact };
+    facts.push(gpu(START, GpuFact::Opened(Arc::new(info))));
+    for key in players.iter().filter_map(|player| player.user.container()) {
+        facts.push(Fact::Container(ContainerFact {
+            key,
+            cgroup_path: format!("/docker/{}", key.0),
+            container_id: Some(format!("{:064x}", key.0)),
+            runtime: None,
+            pod_uid: None,
+            created: BootNs(1),
+            creation_seen: true,
+        }));
+    }
+    let mut truth = vec![0.0; players.len()];
+    let mut since: Vec<Option<u64>> = vec![None; players.len()];
+    for n in 1..=seconds * SECOND / PERIOD {
+        let at = START + n * PERIOD;
+        let t = (at - PERIOD / 2 - START) as f64 * 1e-9;
+        let wants: Vec<Option<f64>> = players.iter().map(|player| (player.wants)(t)).collect();
+        for (k, want) in wants.iter().enumerate() {
+            match (want, since[k]) {
+                (Some(_), None) => since[k] = Some(at - PERIOD),
+                (None, Some(began)) => {
+                    facts.push(gpu(at - PERIOD, GpuFact::Left { pid: 100 + k as u32, since: BootNs(began) }));
+                    since[k] = None;
+                }
+                _ => {}
+            }
+        }
+        let wants: Vec<f64> = wants.iter().map(|want| want.unwrap_or(0.0)).collect();
+        let got = shares(&wants);
+        let mut draw = random.next();
+        let mut named = None;
+        for (k, share) in got.iter().enumerate() {
+            truth[k] += share * PERIOD as f64 * 1e-9;
+            if named.is_none() && draw < *share {
+                named = Some(k);
+            }
+            draw -= share;
+        }
+        let busy_percent = (100.0 * got.iter().sum::<f64>()).round() as u8;
+        let row = |k: usize| Row {
+            pid: 100 + k as u32,
+            percent: busy_percent.max(1),
+            user: players[k].user,
+            since: BootNs(since[k].unwrap_or(START)),
+        };
+        let tick = Tick { stamp: GpuNs(at), ns: PERIOD, busy_percent, rows: named.map(row).into_iter().collect() };
+        facts.push(gpu(at, GpuFact::Tick(tick)));
+        if n % 6 == 0 {
+            facts.push(Fact::Time { at: BootNs(at), wall: WallTime(at) });
+        }
+    }
+    let start = BootNs(START);
+    let header = Header { start, start_wall: WallTime(START), ..Header::default() };
+    let end = Some(BootNs(START + seconds * SECOND));
+    (Session { header, facts, end, damage: Vec::new() }, truth)
+}
+
+fn on_for(first: f64, on: f64, off: f64) -> impl Fn(f64) -> bool {
+    move |t| t >= first && (t - first) % (on + off) < on
+}
+
+/// What the victim's report says of the other.
+fn pair<'a>(report: &'a Report, victim: &str, other: &str) -> Option<&'a Contender> {
+    let usage = &report.user(victim).unwrap().gpus[0];
+    usage.contenders.iter().find(|contender| contender.id == other)
+}
+
+/// In how many of 20 sessions the other is confirmed to keep the victim waiting; all shares are near the truth.
+fn confirmed(players: &dyn Fn() -> Vec<Player>, victim: &str, other: &str) -> usize {
+    let mut n = 0;
+    for seed in 0..20 {
+        let players = players();
+        let (session, truth) = play(&players, 120, seed);
+        let report = build(&session, &View::default());
+        for (player, truth) in players.iter().zip(&truth) {
+            let id = match player.user {
+                User::Container(key) => format!("/docker/{}", key.0),
+                _ => "pid:900@5".into(),
+            };
+            let usage = &report.user(&id).unwrap().gpus[0];
+            let error = (usage.gpu_seconds - truth).abs();
+            assert!(
+                error < 4.0 * usage.gpu_seconds_stderr + 0.3,
+                "{id}: {} {truth} ± {}",
+                usage.gpu_seconds,
+                usage.gpu_seconds_stderr
+            );
+        }
+        let gpu = &report.gpus[0];
+        let sum: f64 = report.containers.iter().map(|user| user.gpus[0].gpu_seconds).sum();
+        assert!((sum + gpu.unattributed_seconds - gpu.busy_seconds).abs() < 1e-6);
+        let whole = gpu.busy_seconds + gpu.idle_seconds + gpu.unobserved_seconds;
+        assert!((whole - report.duration_seconds).abs() < 0.4, "{whole} {}", report.duration_seconds);
+        // Who never met is no contender.
+        let Some(found) = pair(&report, victim, other) else { continue };
+        assert_eq!(found.evidence == Evidence::OnOffConfirmed, found.why_not_confirmed.is_empty());
+        if found.evidence == Evidence::OnOffConfirmed {
+            n += 1;
+        }
+    }
+    n
+}
+
+#[test]
+fn who_keeps_whom_waiting() {
+    let always = |n: u64, demand: f64| container(n, move |_| Some(demand));
+    let processes = |n: u64, demand: f64, on: fn(f64) -> bool| container(n, move |t| on(t).then_some(demand));
+    let within = |n: u64, demand: f64, on: fn(f64) -> bool| container(n, move |t| Some(if on(t) { demand } else { 0.0 }));
+    let thrice: fn(f64) -> bool = |t| on_for(20.0, 17.0, 16.0)(t);
+    let late: fn(f64) -> bool = |t| t > 60.0;
+    let early: fn(f64) -> bool = |t| t < 60.0;
+    let jobs: fn(f64) -> bool = |t| on_for(10.0, 2.0, 1.0)(t);
+    type Row<'a> = (&'a str, Box<dyn Fn() -> Vec<Player>>, &'a str, std::ops::RangeInclusive<usize>);
+    let rows: Vec<Row<'_>> = vec![
+        ("a fair pair", Box::new(move || vec![always(1, 1.0), always(2, 1.0)]), "/docker/2", 0..=0),
+        ("nine to one", Box::new(move || vec![always(1, 0.1), always(2, 1.0)]), "/docker/2", 0..=0),
+        ("processes come and go", Box::new(move || vec![always(1, 1.0), processes(2, 1.0, thrice)]), "/docker/2", 20..=20),
+        ("it comes and goes, one process", Box::new(move || vec![always(1, 1.0), within(2, 1.0, thrice)]), "/docker/2", 20..=20),
+        ("a host process", Box::new(move || vec![always(1, 1.0), host(move |t| thrice(t).then_some(1.0))]), "pid:900@5", 20..=20),
+        ("never saturated", Box::new(move || vec![always(1, 0.3), within(2, 0.3, thrice)]), "/docker/2", 0..=0),
+        ("its own phase ends", Box::new(move || vec![within(1, 1.0, early), within(2, 1.0, late)]), "/docker/2", 0..=0),
+        (
+            "its own phase ends, and what is left is little",
+            Box::new(move || {
+                vec![container(1, |t| Some(if t < 40.0 { 1.0 } else { 0.3 })), processes(2, 1.0, |t| (40.0..80.0).contains(&t))]
+            }),
+            "/docker/2",
+            0..=0,
+        ),
+        ("one change", Box::new(move || vec![always(1, 1.0), processes(2, 1.0, late)]), "/docker/2", 0..=0),
+        (
+            "three, of which one comes and goes",
+            Box::new(move || vec![always(1, 1.0), processes(2, 1.0, thrice), always(3, 1.0)]),
+            "/docker/2",
+            15..=20,
+        ),
+        (
+            "three, of which one is always there",
+            Box::new(move || vec![always(1, 1.0), processes(3, 1.0, thrice), always(2, 1.0)]),
+            "/docker/2",
+            0..=0,
+        ),
+        ("many short jobs", Box::new(move || vec![always(1, 1.0), processes(2, 1.0, jobs)]), "/docker/2", 0..=0),
+        (
+            "bursts of its own beside one that comes and goes unsaturated",
+            Box::new(move || vec![container(1, |t| Some(if t % 7.0 < 3.0 { 0.5 } else { 0.05 })), within(2, 0.4, thrice)]),
+            "/docker/2",
+            0..=0,
+        ),
+        (
+            "starved by its own quota",
+            Box::new(move || vec![container(1, |t| Some(if (30.0..70.0).contains(&t) { 0.1 } else { 0.6 })), always(2, 0.9)]),
+            "/docker/2",
+            0..=0,
+        ),
+    ];
+    let mut wrong = Vec::new();
+    for (name, players, other, expect) in rows {
+        let n = confirmed(&*players, "/docker/1", other);
+        wrong.extend((!expect.contains(&n)).then(|| format!("{name}: confirmed in {n} of 20, expected {expect:?}")));
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+#[test]
+fn among_many_nobody_is_confirmed_by_chance() {
+    // Steady ones, ones with rhythms of their own, short ones: 132 pairs, none of whom waits for any other in particular.
+    let wants = |n: u64| {
+        move |t: f64| match n % 4 {
+            0 => Some(1.0),
+            1 => Some(if (t + n as f64) % 5.0 < 2.0 { 0.6 } else { 0.0 }),
+            2 => ((t + 3.0 * n as f64) % 40.0 < 4.0).then_some(0.2),
+            _ => Some(0.15),
+        }
+    };
+    for seed in 0..8 {
+        let players: Vec<Player> = (1..13).map(|n| container(n, wants(n))).collect();
+        let report = build(&play(&players, 240, seed).0, &View::default());
+        let all = report.containers.iter().flat_map(|user| user.gpus[0].contenders.iter().map(|other| (&user.id, other)));
+        let confirmed: Vec<(&String, &Contender)> = all.filter(|(_, other)| other.evidence == Evidence::OnOffConfirmed).collect();
+        assert!(confirmed.is_empty(), "{seed}: {confirmed:#?}");
+    }
+}
+
+#[test]
+fn what_is_asked_for_is_a_part_of_the_whole() {
+    let players = || vec![container(1, |_| Some(1.0)), container(2, |t| Some(if t < 60.0 { 1.0 } else { 0.0 }))];
+    let (session, _) = play(&players(), 120, 1);
+    let of = |from: Option<u64>, to: Option<u64>| {
+        let view = View { from_ns: from.map(|s| s * SECOND), to_ns: to.map(|s| s * SECOND), ..View::default() };
+        build(&session, &view)
+    };
+    let seconds = |report: &Report| ["/docker/1", "/docker/2"].map(|id| report.user(id).unwrap().gpus[0].gpu_seconds);
+    let (whole, first, second) = (of(None, None), of(None, Some(50)), of(Some(50), None));
+    assert!((seconds(&whole).iter().sum::<f64>() - 120.0).abs() < 0.5, "{:?}", seconds(&whole));
+    for (n, all) in seconds(&whole).into_iter().enumerate() {
+        assert!((seconds(&first)[n] + seconds(&second)[n] - all).abs() < 1e-6);
+    }
+    assert!((first.duration_seconds - 50.0).abs() < 1e-9);
+    let only = build(&session, &View { containers: vec!["/docker/2".into()], ..View::default() });
+    assert_eq!(only.containers.len(), 2);
+    let (shown, beside) = (only.user("/docker/2").unwrap(), only.user("/docker/1").unwrap());
+    assert_eq!(shown.gpus, whole.user("/docker/2").unwrap().gpus);
+    assert!(beside.gpus[0].contenders.iter().all(|contender| contender.id == "/docker/2"));
+}
+
+#[test]
+fn what_was_not_seen_is_a_gap_and_no_zero() {
+    let (mut session, _) = play(&[container(1, |_| Some(1.0))], 60, 1);
+    let hole = BootNs(START + 20 * SECOND)..BootNs(START + 30 * SECOND);
+    session.facts.retain(|fact| !matches!(fact, Fact::Gpu { at, .. } if hole.contains(at)));
+    let place = session.facts.iter().position(|fact| matches!(fact, Fact::Gpu { at, .. } if *at >= hole.end)).unwrap();
+    let fact = GpuFact::Unobserved { ns: 10 * SECOND, why: Unseen::NoAnswer };
+    session.facts.insert(place, Fact::Gpu { gpu: 0, at: hole.end, fact });
+    session.damage.push("a frame".into());
+    let report = build(&session, &View::default());
+    assert!(report.truncated);
+    assert_eq!(report.gaps.len(), 1);
+    assert_eq!(report.gaps[0].reason, "the driver did not answer");
+    assert!((report.gpus[0].unobserved_seconds - 10.0).abs() < 1e-9);
+    let timeline = &report.timelines[0];
+    assert_eq!(timeline.busy[25], None);
+    assert_eq!(timeline.busy[5], Some(1.0));
+}
+
+/// A file may come from anybody: whatever is in it, the report is made, soon, and of a size.
+#[test]
+fn numbers_that_cannot_be_are_survived() {
+    let (session, _) = play(&[container(1, |_| Some(1.0)), container(2, |t| (t > 5.0).then_some(1.0))], 12, 1);
+    let most = u64::MAX;
+    for seed in 0..30 {
+        let mut random = Random(seed + 1);
+        let mut session = session.clone();
+        let mut wild = |usual: u64| match (random.next() * 12.0) as u32 {
+            0 => most,
+            1 => 0,
+            2 => most / 2,
+            3 => usual.wrapping_mul(1_000_003),
+            _ => usual,
+        };
+        for fact in session.facts.iter_mut().skip(3) {
+            if let Fact::Gpu { gpu, at, fact } = fact {
+                (*gpu, *at) = (wild(0) as u32, BootNs(wild(at.0)));
+                match fact {
+                    GpuFact::Tick(tick) => {
+                        (tick.ns, tick.busy_percent) = (wild(tick.ns), wild(100) as u8);
+                        for row in &mut tick.rows {
+                            row.since = BootNs(wild(row.since.0));
+                        }
+                        if wild(1) == 0 {
+                            *fact = GpuFact::Idle { ns: wild(PERIOD) };
+                        }
+                    }
+                    GpuFact::Left { since, .. } => *since = BootNs(wild(since.0)),
+                    _ => {}
+                }
+            }
+        }
+        let xid = GpuFact::Xid { xid: 31, count: most };
+        let last = Fact::Gpu { gpu: 0, at: BootNs(START + 5 * SECOND), fact: xid };
+        session.facts.extend([last.clone(), last]);
+        session.end = (seed % 3 == 0).then_some(BootNs(wild(START + 12 * SECOND)));
+        session.header.start = BootNs(wild(START));
+        session.damage.extend((seed % 2 == 0).then(|| "wild".to_owned()));
+        let report = build(&session, &View::default());
+        assert!(report.duration_seconds <= 172_800.0, "{}", report.duration_seconds);
+        if seed % 10 != 0 {
+            continue;
+        }
+        let options = TextOptions { width: None, colour: false, unicode: true };
+        for page in [text(&report, &options), json(&report), html(&report), csv(&report), perfetto(&report)] {
+            assert!(page.len() < 200 << 20, "{seed}: {} bytes", page.len());
+        }
+    }
+}
+
+#[test]
+fn a_device_that_was_limited_is_a_cause_and_one_that_was_not_is_ruled_out() {
+    let players = || vec![container(1, |_| Some(1.0)), container(2, |_| Some(1.0))];
+    let verdict = |mask: Option<u64>, cause: CauseKind| {
+        let (mut session, _) = play(&players(), 60, 1);
+        let of = |fact: &Fact| match fact {
+            Fact::Time { at, .. } => {
+                let readings = DeviceReadings { throttle_reasons: mask, ..DeviceReadings::default() };
+                Some(Fact::Gpu { gpu: 0, at: *at, fact: GpuFact::Readings(readings) })
+            }
+            _ => None,
+        };
+        session.facts = session.facts.iter().flat_map(|fact| [Some(fact.clone()), of(fact)]).flatten().collect();
+        let report = build(&session, &View::default());
+        let causes = report.containers[0].gpus[0].causes.clone();
+        causes.into_iter().find(|one| one.cause == cause).unwrap().verdict
+    };
+    assert_eq!(verdict(Some(0x4), CauseKind::GpuPower), Verdict::Possible);
+    assert_eq!(verdict(Some(0x4), CauseKind::GpuThermal), Verdict::RuledOut);
+    assert_eq!(verdict(Some(0x40), CauseKind::GpuThermal), Verdict::Possible);
+    assert_eq!(verdict(None, CauseKind::GpuClocks), Verdict::Unknown);
+    assert_eq!(verdict(Some(0), CauseKind::CpuQuota), Verdict::Unknown);
+}

@@ -1,0 +1,245 @@
+//! What a session that is armed waits for: `coactive>0.5`, `temperature>85:gpu=0 for 5s`.
+//!
+//! ```text
+//!  NAME > NUMBER [:gpu=INDEX or beginning of a UUID] [ for DURATION]
+//! ```
+//! Evaluated on snapshots. What is not known is not above anything.
+
+use std::collections::{BTreeMap, VecDeque};
+use std::fmt;
+
+use thiserror::Error;
+
+use sampler_core::snapshot::{GpuView, Snapshot};
+use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+
+/// Contention is looked at over so long, like utilization.
+const WINDOW_NS: u64 = 10_000_000_000;
+/// Snapshots in that window that are remembered; they come four times a second.
+const MAX_LOOKS: usize = 64;
+/// The clocks event reasons that mean slower than asked for: power, heat, brakes.
+const SLOWED: u64 = 0x4 | 0x8 | 0x20 | 0x40 | 0x80;
+/// Longer conditions are mistakes.
+const MAX_TEXT_BYTES: usize = 200;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Measure {
+    /// Part of the last 10 s in which two users or more had samples.
+    Coactive,
+    /// Busy part of the last 10 s.
+    Busy,
+    /// GPU-seconds per second, over the last 10 s, that others got while one container was active and the GPU saturated; of the container
+    /// for which it is most.
+    Contention,
+    /// Used part of the memory.
+    Memory,
+    /// Degrees Celsius.
+    Temperature,
+    /// Watts.
+    Power,
+    /// Number of reasons that hold the clocks down now.
+    Throttled,
+}
+
+impl Measure {
+    pub const ALL: [Measure; 7] = [
+        Measure::Coactive,
+        Measure::Busy,
+        Measure::Contention,
+        Measure::Memory,
+        Measure::Temperature,
+        Measure::Power,
+        Measure::Throttled,
+    ];
+
+    pub fn name(self) -> &'static str {
+        match self {
+            Measure::Coactive => "coactive",
+            Measure::Busy => "busy",
+            Measure::Contention => "contention",
+            Measure::Memory => "memory",
+            Measure::Temperature => "temperature",
+            Measure::Power => "power",
+            Measure::Throttled => "throttled",
+        }
+    }
+}
+
+#[derive(Clone, Debug, PartialEq)]
+pub struct Trigger {
+    pub measure: Measure,
+    pub above: f64,
+    /// Index, or a UUID's beginning; any GPU without one.
+    pub gpu: Option<String>,
+    /// It must hold for so long.
+    pub for_ns: u64,
+}
+
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum TriggerError {
+    #[error("{0:?} is no condition: give NAME>NUMBER, such as coactive>0.5, and :gpu=INDEX or ` for 5s` behind it if wanted")]
+    Shape(String),
+    #[error("{0:?} is nothing to watch: choose from {names}", names = names())]
+    Name(String),
+    #[error("{0:?} is no number to compare with")]
+    Number(String),
+    #[error("{0:?} is no qualifier: `gpu=` with an index or a UUID is one")]
+    Qualifier(String),
+    #[error("{0:?} is no duration; give one such as 5s")]
+    Duration(String),
+}
+
+fn names() -> String {
+    Measure::ALL.map(Measure::name).join(", ")
+}
+
+impl std::str::FromStr for Trigger {
+    type Err = TriggerError;
+
+    fn from_str(text: &str) -> Result<Self, TriggerError> {
+        let shape = || TriggerError::Shape(text.chars().take(MAX_TEXT_BYTES).collect());
+        if text.len() > MAX_TEXT_BYTES {
+            return Err(shape());
+        }
+        let (condition, duration) = match text.split_once(" for ") {
+            Some((condition, duration)) => (condition, Some(duration.trim())),
+            None => (text, None),
+        };
+        let (condition, qualifier) = match condition.split_once(':') {
+            Some((condition, qualifier)) => (condition, Some(qualifier.trim())),
+            None => (condition, None),
+        };
+        let (name, number) = condition.split_once('>').ok_or_else(shape)?;
+        let (name, number) = (name.trim(), number.trim());
+        let measure = Measure::ALL.into_iter().find(|measure| measure.name() == name);
+        let measure = measure.ok_or_else(|| TriggerError::Name(name.to_owned()))?;
+        let above = number.parse().ok().filter(|number: &f64| number.is_finite());
+        let above = above.ok_or_else(|| TriggerError::Number(number.to_owned()))?;
+        let gpu = match qualifier.map(|q| (q, q.strip_prefix("gpu=").filter(|gpu| !gpu.is_empty()))) {
+            None => None,
+            Some((_, Some(gpu))) => Some(gpu.to_owned()),
+            Some((other, None)) => return Err(TriggerError::Qualifier(other.to_owned())),
+        };
+        let for_ns = match duration {
+            None => 0,
+            Some(words) => {
+                let parsed = humantime::parse_duration(words).ok().and_then(|d| u64::try_from(d.as_nanos()).ok());
+                parsed.ok_or_else(|| TriggerError::Duration(words.to_owned()))?
+            }
+        };
+        Ok(Trigger { measure, above, gpu, for_ns })
+    }
+}
+
+impl fmt::Display for Trigger {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}>{}", self.measure.name(), self.above)?;
+        if let Some(gpu) = &self.gpu {
+            write!(f, ":gpu={gpu}")?;
+        }
+        if self.for_ns > 0 {
+            let duration = std::time::Duration::from_nanos(self.for_ns);
+            write!(f, " for {}", humantime::format_duration(duration))?;
+        }
+        Ok(())
+    }
+}
+
+/// That a trigger's condition was met.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Fired {
+    pub gpu: GpuUuid,
+    pub value: f64,
+    /// Since when it held.
+    pub since: BootNs,
+}
+
+/// Contention so far, by GPU and container.
+type Contended = BTreeMap<(GpuUuid, ContainerKey), f64>;
+
+/// Watches one trigger.
+#[derive(Debug)]
+pub struct Watch {
+    trigger: Trigger,
+    /// By GPU, since when the condition holds.
+    held: BTreeMap<GpuUuid, BootNs>,
+    /// Oldest first; kept for [`Measure::Contention`] only.
+    looks: VecDeque<(BootNs, Contended)>,
+    last: BootNs,
+}
+
+impl Watch {
+    pub fn new(trigger: Trigger) -> Self {
+        Self { trigger, held: BTreeMap::new(), looks: VecDeque::new(), last: BootNs(0) }
+    }
+
+    /// Looks at a snapshot; one that was looked at before changes nothing.
+    pub fn see(&mut self, snapshot: &Snapshot) -> Option<Fired> {
+        if snapshot.at <= self.last {
+            return None;
+        }
+        self.last = snapshot.at;
+        let contended = if self.trigger.measure == Measure::Contention { self.contention(snapshot) } else { BTreeMap::new() };
+        let mut held = BTreeMap::new();
+        let mut fired = None;
+        for gpu in snapshot.gpus.iter().filter(|gpu| gpu.gone.is_none() && self.concerns(gpu)) {
+            let uuid = &gpu.info.uuid;
+            let value = match self.trigger.measure {
+                Measure::Coactive => gpu.coactive_ratio,
+                Measure::Busy => gpu.utilization_ratio,
+                Measure::Contention => contended.get(uuid).copied(),
+                Measure::Memory => memory(gpu),
+                Measure::Temperature => gpu.readings.temperature_celsius,
+                Measure::Power => gpu.readings.power_watts,
+                Measure::Throttled => gpu.readings.throttle_reasons.map(|bits| f64::from((bits & SLOWED).count_ones())),
+            };
+            let Some(value) = value.filter(|value| *value > self.trigger.above) else { continue };
+            let since = self.held.get(uuid).copied().unwrap_or(snapshot.at);
+            held.insert(uuid.clone(), since);
+            if snapshot.at.saturating_since(since) >= self.trigger.for_ns && fired.is_none() {
+                fired = Some(Fired { gpu: uuid.clone(), value, since });
+            }
+        }
+        self.held = held;
+        fired
+    }
+
+    fn concerns(&self, gpu: &GpuView) -> bool {
+        let Some(wanted) = &self.trigger.gpu else { return true };
+        match wanted.parse::<u32>() {
+            Ok(index) => gpu.info.index == index,
+            Err(_) => gpu.info.uuid.0.starts_with(wanted.as_str()),
+        }
+    }
+
+    /// Of each GPU: what others got per second, for the container for which it is most.
+    fn contention(&mut self, snapshot: &Snapshot) -> BTreeMap<GpuUuid, f64> {
+        let mut now = Contended::new();
+        for container in &snapshot.containers {
+            for pair in &container.gpus {
+                let Some(gpu) = snapshot.gpus.get(pair.gpu) else { continue };
+                let seconds = pair.contention.iter().map(|c| c.seconds).sum();
+                now.insert((gpu.info.uuid.clone(), container.record.key), seconds);
+            }
+        }
+        while self.looks.len() >= MAX_LOOKS || self.looks.front().is_some_and(|(at, _)| at.plus(WINDOW_NS) < snapshot.at) {
+            self.looks.pop_front();
+        }
+        let mut most = BTreeMap::new();
+        if let Some((_, then)) = self.looks.front() {
+            for (pair, total) in &now {
+                // By the whole window also while less of it was seen: time is booked in lumps.
+                let rate = (total - then.get(pair).copied().unwrap_or(0.0)).max(0.0) / (WINDOW_NS as f64 / 1e9);
+                let most: &mut f64 = most.entry(pair.0.clone()).or_default();
+                *most = most.max(rate);
+            }
+        }
+        self.looks.push_back((snapshot.at, now));
+        most
+    }
+}
+
+fn memory(gpu: &GpuView) -> Option<f64> {
+    let (used, total) = (gpu.readings.memory_used_bytes?, gpu.readings.memory_total_bytes?);
+    (total > 0).then(|| used as f64 / total as f64)
+}
