@@ -166,7 +166,7 @@ fn garbage_reaches_no_series() -> Result<()> {
     let wrong = |s: &&Sample| s.name.ends_with("_ratio") && s.value > 1.0 || s.name.ends_with("duty_cycle") && s.value > 100.0;
     ensure!(page.iter().find(wrong).is_none(), "{:?}", page.iter().find(wrong));
     for why in ["utilization", "pid", "stale"] {
-        ensure!(of("gpu_sampler_rejected_samples_total", &[("why", why)]) > Some(0.0), "nothing was rejected for {why}");
+        ensure!(of("gpu_sampler_rejected_samples_total", &[("reason", why)]) > Some(0.0), "nothing was rejected for {why}");
     }
     // A sample that names nobody may have one of those rows.
     let unattributed = of("gpu_unattributed_seconds_total", &[]).context("reasons")?;

@@ -149,9 +149,9 @@ fn samples(page: &Exposition, to: &mut Families) {
         to.counter("gpu_sampler_rejected_samples_total", "Samples and rows that break the driver's own rules, and how.");
     for gpu in leaves(page) {
         for (why, count) in Rejected::ALL.iter().zip(gpu.view.rejected) {
-            of(&gpu.view, &[("why", why.name())], |labels| rejected.add(labels, count as f64));
+            of(&gpu.view, &[("reason", why.name())], |labels| rejected.add(labels, count as f64));
         }
-        of(&gpu.view, &[("why", "off_grid")], |labels| rejected.add(labels, gpu.view.off_grid as f64));
+        of(&gpu.view, &[("reason", "off_grid")], |labels| rejected.add(labels, gpu.view.off_grid as f64));
     }
     let help = "The GPU's clock less the machine's boot time, as polls bound it from above.";
     each(to.gauge("gpu_sampler_clock_offset_seconds", help), leaves(page), |v| v.clock.ahead_of_boot_seconds);

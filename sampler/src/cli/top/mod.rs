@@ -56,7 +56,7 @@ pub struct Top {
     /// With --once: print the agent's document
     #[arg(long, requires = "once")]
     json: bool,
-    /// What comes first
+    /// Sort order
     #[arg(long, value_enum, default_value_t)]
     sort: Sort,
     /// Only rows in which all of these words are: names, images, ids, GPUs

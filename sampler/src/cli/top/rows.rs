@@ -64,9 +64,9 @@ pub fn arrange(live: &Live, mut rows: Vec<Row>, sort: Sort, filter: &str) -> Vec
     let words: Vec<String> = filter.split_whitespace().map(str::to_lowercase).collect();
     let model = |uuid: &str| live.gpus.iter().find(|gpu| gpu.uuid == uuid).map_or("", |gpu| &*gpu.model);
     rows.retain(|row| row.has(&words, model(&row.user.uuid)));
-    // Shares in whole points: noise of a tenth must not make rows change places. Unknown comes last.
+    // As precise as they are shown. Unknown comes last.
     let value = |row: &Row| match sort {
-        Sort::Share => row.user.duty_cycle_percent.map(f64::round),
+        Sort::Share => row.user.duty_cycle_percent.map(|percent| (percent * 10.0).round()),
         Sort::Seconds => Some(row.user.gpu_seconds),
         Sort::Memory => row.user.memory_used_bytes.map(|bytes| bytes as f64),
         Sort::Waiting => row.waiting.map(|rate| (rate * 100.0).round()),

@@ -271,8 +271,8 @@ function waiting(user, history) {
 const ORDER = {
   name: (row) => row.name,
   gpu: (row) => `${String(row.user.index).padStart(4, "0")} ${row.user.uuid}`,
-  // In whole points: noise of a tenth must not make rows change places.
-  share: (row) => Math.round(known(row.user.duty_cycle_percent) ? row.user.duty_cycle_percent : -1),
+  // As precise as it is shown.
+  share: (row) => Math.round((known(row.user.duty_cycle_percent) ? row.user.duty_cycle_percent : -1) * 10),
   seconds: (row) => row.user.gpu_seconds,
   memory: (row) => (known(row.user.memory_used_bytes) ? row.user.memory_used_bytes : -1),
   waiting: (row) => Math.round((row.waiting.all || 0) * 100),

@@ -94,6 +94,7 @@ mod tests {
             r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox","io.kubernetes.cri.sandbox-name":"p"}}"#,
             "sandbox -/p/- c1 -",
         );
-        row(path, "{\"annotations\":", "error");
+        row(path, "{\"annotations\":", "not-found");
+        row(path, "{\"annotations\":]", "error");
     }
 }

@@ -88,6 +88,7 @@ mod tests {
         row(r#"{"Id":"another","Name":"/x"}"#, "not-found");
         row("[]", "error");
         row("{}", "error");
-        row("{", "error");
+        row("{", "not-found");
+        row("{]", "error");
     }
 }

@@ -4,11 +4,14 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
 /// Bundles are tens of KiB, lists of a thousand containers a few MiB; anything far beyond is neither.
 const MAX_FILE_BYTES: u64 = 32 << 20;
+/// An incomplete file that was modified within this time is being written.
+const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
 /// A directory with more entries than this is not read to its end.
 const MAX_ENTRIES: usize = 65_536;
 
@@ -28,7 +31,7 @@ pub fn beginning(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
     Ok(text)
 }
 
-/// `Ok(None)` when there is no such file.
+/// `Ok(None)` when there is no such file, or it is being written.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
     let told = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let file = match open(path) {
@@ -37,11 +40,21 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
         Err(error) => return Err(told(&error)),
     };
     let mut text = Vec::new();
-    file.take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| told(&error))?;
+    (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| told(&error))?;
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(told(&format_args!("larger than {MAX_FILE_BYTES} bytes")));
     }
-    serde_json::from_slice(&text).map(Some).map_err(|error| told(&error))
+    match serde_json::from_slice(&text) {
+        Ok(value) => Ok(Some(value)),
+        Err(error) if error.is_eof() && is_being_written(&file) => Ok(None),
+        Err(error) => Err(told(&error)),
+    }
+}
+
+/// A runtime creates a file and fills it: until then it is incomplete, which is no failure.
+fn is_being_written(file: &File) -> bool {
+    let modified = file.metadata().and_then(|meta| meta.modified()).ok();
+    modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age < WRITTEN_WITHIN)
 }
 
 /// Names and paths in a folder; none where there is no such folder.
@@ -59,4 +72,30 @@ pub fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>, String> {
 /// There is no such file or socket, which is no failure of anybody.
 pub fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::SystemTime;
+
+    use super::*;
+
+    #[test]
+    fn a_file_that_is_being_written_is_not_there_yet() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("config.json");
+        let read = || read::<serde_json::Value>(&path);
+        assert_eq!(read(), Ok(None));
+        for text in ["", "{\"annotations\":"] {
+            fs::write(&path, text).unwrap();
+            assert_eq!(read(), Ok(None), "{text:?}");
+        }
+        // Long after it was written it is a broken file, and so is one that is wrong before its end.
+        File::options().append(true).open(&path).unwrap().set_modified(SystemTime::now() - 2 * WRITTEN_WITHIN).unwrap();
+        assert!(read().is_err_and(|error| error.contains("EOF")));
+        fs::write(&path, "{]").unwrap();
+        assert!(read().is_err());
+        fs::write(&path, "{}").unwrap();
+        assert_eq!(read(), Ok(Some(serde_json::json!({}))));
+    }
 }

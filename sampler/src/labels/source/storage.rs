@@ -125,7 +125,8 @@ mod tests {
             "sandbox n/p/POD k8s_POD_p_n_u_0 -",
         );
         row(r#"{"annotations":{"io.container.manager":"libpod"}}"#, "not-found");
-        row("{", "error");
+        row("{", "not-found");
+        row("{]", "error");
     }
 
     #[test]
