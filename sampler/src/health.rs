@@ -2,8 +2,8 @@
 //!
 //! A degraded state is logged once per key and message, and is on the page for as long as it lasts.
 
-pub mod driver;
-pub mod stall;
+pub mod call_watchdog;
+pub mod nvml_calls;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -16,8 +16,8 @@ use sampler_core::identity::{Identity, Size};
 use sampler_core::pid_space::PidSpace;
 use sampler_core::units::BootNs;
 
-use self::driver::DriverHealth;
-use self::stall::Change;
+use self::call_watchdog::Change;
+use self::nvml_calls::DriverHealth;
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];

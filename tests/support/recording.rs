@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use anyhow::{Context as _, Result, ensure};
 use sampler_core::device::Engine;
 use sampler_core::observation::{DeviceTick, ProcessRow};
-use sampler_core::recover::{RawRow, RawSample, Recovery};
+use sampler_core::reconstruct::{RawRow, RawSample, Recovery};
 use sampler_core::units::BootNs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;

@@ -10,6 +10,6 @@ pub mod identity;
 pub mod observation;
 pub mod pid_space;
 pub mod pipeline;
-pub mod recover;
+pub mod reconstruct;
 pub mod snapshot;
 pub mod units;

@@ -2,9 +2,9 @@
 #![forbid(unsafe_code)]
 
 mod assigned;
-mod ladder;
+mod resolver;
 mod values;
 
 pub use assigned::{Assignment, Device, device, facts_for, join};
-pub use ladder::{ABSENT, Ask, FILES_IN_FLIGHT, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
+pub use resolver::{ABSENT, Ask, FILES_IN_FLIGHT, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
 pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

@@ -25,7 +25,7 @@ use tokio::sync::Semaphore;
 use super::access::{authorized, foreign, from_another_page};
 use super::encode::Families;
 use super::state::AppState;
-use super::{driver, explain, families, gpus, live, page, pressure, sessions, web};
+use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
@@ -174,7 +174,7 @@ async fn metrics(State(state): State<Arc<AppState>>) -> Response {
     gpus::gpus(&page, &mut all);
     let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
-    driver::calls(&state.health.driver.view(), [state.config.gpu_budget_percent, state.config.gpu_wait_percent], &mut all);
+    nvml_families::calls(&state.health.driver.view(), [state.config.gpu_budget_percent, state.config.gpu_wait_percent], &mut all);
     sessions::metrics(&state.recorder.view(), &mut all);
     text(all)
 }
@@ -194,7 +194,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
     let (view, _) = state.view();
-    Json(view.rows.iter().map(page::json).collect::<Vec<_>>()).into_response()
+    Json(view.rows.iter().map(html_tables::json).collect::<Vec<_>>()).into_response()
 }
 
 async fn processes(State(state): State<Arc<AppState>>) -> Response {

@@ -18,7 +18,7 @@ use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::Assigned;
-use super::others::{OtherRow, Others, one_series_each};
+use super::contenders::{OtherRow, Others, one_series_each};
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;

@@ -12,8 +12,8 @@ use sampler_core::units::{WallTime, rfc3339};
 use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
 
+use super::contenders::OtherRow;
 use super::ledger::{Exposition, GpuRow, Row};
-use super::others::OtherRow;
 use super::state::AppState;
 use crate::health::HealthView;
 

@@ -2,16 +2,16 @@
 
 mod access;
 mod assigned;
-mod driver;
+mod contenders;
 mod encode;
 mod explain;
 mod families;
 mod gpus;
+mod html_tables;
 pub mod http;
 mod ledger;
 pub mod live;
-mod others;
-mod page;
+mod nvml_families;
 mod pressure;
 mod sessions;
 pub mod state;

@@ -11,7 +11,7 @@ use axum::http::{HeaderMap, HeaderName, header};
 use axum::response::IntoResponse;
 
 use super::access::authorized;
-use super::page;
+use super::html_tables;
 use super::state::AppState;
 
 const INDEX: &str = include_str!("web/index.html");
@@ -46,7 +46,7 @@ pub async fn index(State(state): State<Arc<AppState>>, headers: HeaderMap) -> im
     let config = &state.config;
     let open = config.listen.ip().is_loopback() || authorized(&headers, config.token.as_deref());
     let tables = if open {
-        page::tables(&state.view().0, &state.health.view())
+        html_tables::tables(&state.view().0, &state.health.view())
     } else {
         "<p>Without scripts this page shows data only to requests with <code>Authorization: Bearer TOKEN</code>.</p>".to_owned()
     };

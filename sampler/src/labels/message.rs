@@ -7,7 +7,7 @@ use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{Ask, TargetId};
 use tokio::sync::oneshot;
 
-use super::found::{Found, FoundSocket};
+use super::discovered::{Found, FoundSocket};
 use super::source::answer::Answer;
 use super::view::TriedView;
 

@@ -9,16 +9,16 @@
 mod assigned;
 mod config;
 mod discover;
-mod driver;
-mod found;
+mod discovered;
 mod message;
-mod once;
+mod one_shot;
 mod root;
 mod shared;
 mod sockets;
 pub mod source;
 mod stamp;
 mod stats;
+mod task;
 mod view;
 
 use std::sync::Arc;
@@ -31,15 +31,15 @@ use tokio::sync::oneshot;
 
 pub use self::assigned::AssignedView;
 pub use self::config::LabelConfig;
-use self::driver::Driver;
-pub use self::found::Found;
+pub use self::discovered::Found;
 pub use self::message::{ContainerEvent, Word};
-pub use self::once::once;
+pub use self::one_shot::once;
 pub use self::root::Root;
 use self::shared::Shared;
 use self::source::Sources;
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
+use self::task::Driver;
 pub use self::view::{FILES, LabelView, TriedView};
 
 /// Answers and hints that wait for the driver; their senders wait with them.

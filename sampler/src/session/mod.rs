@@ -8,8 +8,8 @@
 //! ```
 //! The core thread never waits for any of it. The format and what belongs in it are sampler_session's.
 
-mod desk;
-mod names;
+mod enrich;
+mod manager;
 mod recorder;
 pub mod render;
 mod request;

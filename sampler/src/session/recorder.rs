@@ -11,8 +11,8 @@ use anyhow::Context as _;
 use sampler_core::fact::{Fact, GpuFact};
 use tokio::sync::oneshot;
 
-use super::desk::Desk;
-pub use super::desk::Sources;
+use super::manager::Desk;
+pub use super::manager::Sources;
 use super::request::Request;
 use super::store::{Phase, Status, Store, StoreError};
 use crate::observe::clock::{boot_now, wall_now};

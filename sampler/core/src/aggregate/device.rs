@@ -8,12 +8,12 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use super::coactivity::Together;
 use super::divide::{Presence, Sample, likeness, stands_for};
+use super::engine_account::{self, Booked, Credit, Lane};
+use super::exits::{Left, Lifetimes, Named};
 use super::holders::Holders;
-use super::lane::{self, Booked, Credit, Lane};
-use super::left::{Left, Lifetimes, Named};
 use super::settings::{Range, Settings, WINDOW_NS};
-use super::together::Together;
 use super::windows::Windows;
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
 use crate::fact::{GpuFact, UnqueriedSample, User};
@@ -194,7 +194,7 @@ impl Device {
         let otherwise = self.holders.sole_user();
         let presence = Presence { left: &self.left, lifetimes };
         if let Some(lane) = self.lanes.get_mut(engine as usize) {
-            lane.tick(lane::Tick { sample, named, otherwise }, presence, &mut booked);
+            lane.tick(engine_account::Tick { sample, named, otherwise }, presence, &mut booked);
         }
         if compute {
             self.count(&booked);
@@ -228,7 +228,7 @@ impl Device {
 
     /// A tick belongs to the window in which it ends; a long span to all that it covers.
     fn observe_together(&mut self, recent: Recent) {
-        const TICK_NS: u64 = super::together::TOGETHER_NS;
+        const TICK_NS: u64 = super::coactivity::TOGETHER_NS;
         let (mut left_ns, mut at) = (recent.span_ns as u64, recent.at);
         if !recent.queried {
             self.together.unqueried(at, recent.busy_ns);

@@ -21,7 +21,7 @@
 
 use std::collections::VecDeque;
 
-use super::left::{Left, Lifetimes, Named};
+use super::exits::{Left, Lifetimes, Named};
 use crate::fact::User;
 use crate::units::BootNs;
 

@@ -1,27 +1,27 @@
 //! The pure fold: facts in, sums out. It sees nothing but facts, so a replay of a session gives what live gave.
 
+mod coactivity;
 mod device;
 mod divide;
+mod engine_account;
+mod exits;
 mod holders;
-mod lane;
-mod left;
 mod settings;
-mod spread;
-mod together;
+mod standard_error;
 mod windows;
 
 use std::sync::Arc;
 
+pub use coactivity::{Part, TOGETHER_NS, Window, is_user};
 pub use device::{Device, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
+pub use engine_account::Credit;
 pub use holders::Held;
-pub use lane::Credit;
 pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
-pub use together::{Part, TOGETHER_NS, Window, is_user};
 
 use crate::fact::{Fact, GpuFact, Row, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
-use left::Lifetimes;
+use exits::Lifetimes;
 
 /// A device that is gone stays for who scrapes its last values.
 const KEEP_GONE_NS: u64 = 300_000_000_000;
@@ -29,7 +29,7 @@ const KEEP_GONE_NS: u64 = 300_000_000_000;
 const SLOTS: usize = 4096;
 /// Whom a tick of these rows names.
 pub fn named(rows: &[Row]) -> Option<User> {
-    left::Named::of(rows).map(|named| named.user)
+    exits::Named::of(rows).map(|named| named.user)
 }
 
 #[derive(Debug, Default)]

@@ -4,15 +4,15 @@ use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::clock::GpuClock;
-use super::owners::Owners;
-use super::wall::Wall;
+use super::process_attribution::Owners;
+use super::timeline::Wall;
 use crate::device::ClockView;
 use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
 use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnqueriedSample, Unseen, User};
 use crate::identity::Identity;
 use crate::observation::Rejected;
 use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
-use crate::recover::Grid;
+use crate::reconstruct::Grid;
 use crate::units::{BootNs, GpuNs, WallTime};
 
 /// A tick waits this long for its process row, which another call brings, and two periods at least.

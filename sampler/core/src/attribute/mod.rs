@@ -8,7 +8,7 @@
 
 mod clock;
 mod device;
-mod owners;
-mod wall;
+mod process_attribution;
+mod timeline;
 
 pub use device::{Device, DeviceView};

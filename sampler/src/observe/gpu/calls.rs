@@ -10,7 +10,7 @@ use nvml_wrapper_sys::bindings::{
     nvmlDevice_t, nvmlProcessInfo_v1_t, nvmlProcessInfo_v2_t, nvmlProcessUtilizationInfo_v1_t, nvmlProcessUtilizationSample_t,
     nvmlProcessesUtilizationInfo_t, nvmlReturn_t, nvmlSample_t,
 };
-use sampler_core::recover::{RawRow, RawSample};
+use sampler_core::reconstruct::{RawRow, RawSample};
 
 use super::library::{Handle, unsupported_argument, versioned};
 

@@ -8,11 +8,11 @@ use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
 
 use super::context::Context;
-use super::driver::{Trouble, is_unsupported, trouble};
 use super::library::{Generation, Listen};
+use super::nvml_caller::{Trouble, is_unsupported, trouble};
 use super::xids::Xids;
-use crate::health::driver::Call;
-use crate::health::stall::Caller;
+use crate::health::call_watchdog::Caller;
+use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::boot_now;
 

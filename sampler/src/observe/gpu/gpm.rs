@@ -7,9 +7,9 @@ use nvml_wrapper_sys::bindings::{nvmlGpmMetricsGet_t, nvmlGpmSample_t, nvmlGpmSu
 use sampler_core::observation::GpmInterval;
 use sampler_core::units::BootNs;
 
-use super::driver::Driver;
 use super::library::Handle;
-use crate::health::driver::Call;
+use super::nvml_caller::Driver;
+use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
 /// Between two looks: the driver wants more than 0.1 s.

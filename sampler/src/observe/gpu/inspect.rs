@@ -12,13 +12,13 @@ use super::budget::{Cost, Limits, expected};
 use super::calls::{Buffers, List};
 use super::context::limits;
 use super::device_nodes::{Nodes, Places};
-use super::driver::{Driver, cpu_now, error_name};
 use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle, open};
+use super::nvml_caller::{Driver, cpu_now, error_name};
 use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
-use crate::health::driver::Call;
+use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
 /// The driver may hang.

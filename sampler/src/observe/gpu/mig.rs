@@ -12,11 +12,11 @@ use sampler_core::units::GpuUuid;
 
 use super::calls::Buffers;
 use super::context::Context;
-use super::driver::Driver;
 use super::gpm::{self, Gpm};
 use super::library::Handle;
+use super::nvml_caller::Driver;
 use super::readings::{self, Processes};
-use crate::health::driver::Call;
+use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::{boot_now, wall_now};
 
@@ -55,7 +55,7 @@ pub fn mode(of: &Handle, driver: &mut Driver) -> Result<MigMode, NvmlError> {
     match driver.call(Call::GetMigMode, || of.device().mig_mode()) {
         Ok(mode) if mode.current == 1 => Ok(MigMode::Enabled),
         Ok(_) => Ok(MigMode::Disabled),
-        Err(error) if super::driver::is_unsupported(&error) => Ok(MigMode::Unsupported),
+        Err(error) if super::nvml_caller::is_unsupported(&error) => Ok(MigMode::Unsupported),
         Err(error) => Err(error),
     }
 }
@@ -200,7 +200,7 @@ impl MigDevice {
         let Some(gpm) = &mut self.gpm else { return (Answer::Unsupported, None) };
         match gpm.look(&mut self.driver) {
             Ok(interval) => (Answer::Samples, interval),
-            Err(error) if super::driver::is_unsupported(&error) => (Answer::Unsupported, None),
+            Err(error) if super::nvml_caller::is_unsupported(&error) => (Answer::Unsupported, None),
             Err(_) => (Answer::Failed, None),
         }
     }

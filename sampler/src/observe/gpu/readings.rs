@@ -11,9 +11,9 @@ use sampler_core::observation::{EngineTick, ProcessKind, RunningProcess};
 use sampler_core::units::GpuNs;
 
 use super::calls::{Buffers, List};
-use super::driver::Driver;
 use super::library::Handle;
-use crate::health::driver::Call;
+use super::nvml_caller::Driver;
+use crate::health::nvml_calls::Call;
 
 /// The graphics and MPS lists change less, and each holds a lock of the driver's for as long as the first.
 const OTHER_LISTS_EVERY: Duration = Duration::from_secs(5);

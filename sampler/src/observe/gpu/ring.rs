@@ -2,14 +2,14 @@
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Answer;
-use sampler_core::recover::{RawRow, Recovered, Recovery};
+use sampler_core::reconstruct::{RawRow, Recovered, Recovery};
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Cost};
 use super::calls::Buffers;
-use super::driver::{Driver, is_unsupported};
 use super::library::Handle;
-use crate::health::driver::Call;
+use super::nvml_caller::{Driver, is_unsupported};
+use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
 /// nvmlSamplingType_t: GPU utilization.

@@ -17,14 +17,14 @@ use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
 
 use super::context::Context;
-use super::driver::{Trouble, trouble};
 use super::error::{GpuError, spawn};
 use super::events::Events;
 use super::library::{Generation, Handle, open};
 use super::mig;
+use super::nvml_caller::{Trouble, trouble};
 use super::poller::{Poller, Start};
-use crate::health::driver::Call;
-use crate::health::stall::{CallSlot, Caller};
+use crate::health::call_watchdog::{CallSlot, Caller};
+use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::boot_now;
 

@@ -7,7 +7,7 @@ use sampler_core::identity::ContainerRecord;
 use sampler_labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, TargetId, can_know};
 
 use super::config::LabelConfig;
-use super::found::Found;
+use super::discovered::Found;
 use super::root::Root;
 use super::source::answer::Answer;
 use super::source::{self, Sources};

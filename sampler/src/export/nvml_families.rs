@@ -2,7 +2,7 @@
 
 use super::encode::Families;
 use crate::health::CALL_BOUNDS;
-use crate::health::driver::DeviceView;
+use crate::health::nvml_calls::DeviceView;
 
 /// `limits`: of processor time and of time in calls, percent.
 pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families) {

@@ -12,7 +12,7 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
 
 use super::config::LabelConfig;
-use super::found::{Found, FoundSocket};
+use super::discovered::{Found, FoundSocket};
 use super::message::{ContainerEvent, Word};
 use super::shared::Shared;
 use super::sockets::Wanted;

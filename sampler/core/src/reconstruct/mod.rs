@@ -14,9 +14,9 @@
 //! ring is read again, or the device would look idle until its clock had caught up.
 
 mod grid;
+mod split_aggregated;
 #[cfg(test)]
 mod tests;
-mod unfold;
 
 use std::collections::{HashMap, HashSet, VecDeque};
 
@@ -84,7 +84,7 @@ pub struct Recovery {
     late: bool,
     fresh: Vec<DeviceTick>,
     before_fresh: GpuNs,
-    answers: Vec<unfold::Rows>,
+    answers: Vec<split_aggregated::Rows>,
     row_calls: usize,
     ahead: bool,
     out: Recovered,
@@ -249,7 +249,7 @@ impl Recovery {
         self.row_calls += 1;
         let Some(newest) = self.newest else { return };
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        let mut rows = unfold::Rows::new();
+        let mut rows = split_aggregated::Rows::new();
         let mut doubled = Vec::new();
         for row in answer {
             let at = GpuNs(row.at_us.saturating_mul(1000));
@@ -300,11 +300,11 @@ impl Recovery {
         let answers = std::mem::take(&mut self.answers);
         let mut fresh = std::mem::take(&mut self.fresh);
         if fresh.is_empty() {
-            for row in answers.into_iter().flat_map(unfold::Rows::into_values) {
+            for row in answers.into_iter().flat_map(split_aggregated::Rows::into_values) {
                 self.keep(row);
             }
         } else {
-            let mut rows = unfold::unfold(&mut fresh, &answers);
+            let mut rows = split_aggregated::unfold(&mut fresh, &answers);
             rows.sort_by_key(|row| row.at);
             for row in rows {
                 self.keep(row);

@@ -10,9 +10,9 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
-use super::left::{Left, Named};
+use super::exits::{Left, Named};
 use super::settings::Range;
-use super::spread::{Memory, Spread};
+use super::standard_error::{Memory, Spread};
 use crate::device::Reason;
 use crate::fact::User;
 use crate::units::BootNs;
@@ -224,7 +224,7 @@ impl Lane {
 
 #[cfg(test)]
 mod tests {
-    use super::super::left::Lifetimes;
+    use super::super::exits::Lifetimes;
     use super::*;
     use crate::units::ContainerKey;
 

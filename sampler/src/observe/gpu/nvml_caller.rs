@@ -8,8 +8,8 @@ use nvml_wrapper::error::NvmlError;
 use rustix::time::{ClockId, clock_gettime};
 
 use crate::health::Health;
-use crate::health::driver::{Call, DeviceCalls};
-use crate::health::stall::Caller;
+use crate::health::call_watchdog::Caller;
+use crate::health::nvml_calls::{Call, DeviceCalls};
 use crate::observe::clock::boot_now;
 
 /// What is not supported is tried again this often: a driver may be told to allow it.

@@ -9,7 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::left::Named;
+use super::exits::Named;
 use crate::fact::User;
 use crate::units::BootNs;
 

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use super::stall::{CallSlot, Caller, Change};
+use super::call_watchdog::{CallSlot, Caller, Change};
 use super::{CALL_BOUNDS, Calls, Times};
 use sampler_core::units::BootNs;
 

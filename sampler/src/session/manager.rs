@@ -26,7 +26,7 @@ use sampler_core::units::{BootNs, WallTime};
 use sampler_session::trigger::{Fired, Watch};
 use sampler_session::{End, Frame, Header, PackError, Packer, State};
 
-use super::names::{self, Comms};
+use super::enrich::{self, Comms};
 use super::request::Request;
 use super::ring::{CONTEXT_NS, Piece, Ring};
 use super::store::{Entry, Phase, Store, StoreError};
@@ -197,7 +197,7 @@ impl Desk {
     /// Closes a frame.
     fn frame(&mut self, now: BootNs) {
         self.framed = Some(now);
-        let mut joined = names::labels(&self.state, &(self.sources.labels)());
+        let mut joined = enrich::labels(&self.state, &(self.sources.labels)());
         joined.extend(self.comms.read(&self.state, &self.sources.procfs));
         for fact in &joined {
             self.state.follow(fact, &mut |fact| self.pending.push(fact));

@@ -9,7 +9,7 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use sampler_core::units::BootNs;
 
-use super::driver::Call;
+use super::nvml_calls::Call;
 
 /// A call this long is a stall; said again at each further age, so that what is said stays the same in between.
 const AGES: [(u64, &str); 4] = [(2, "2 s"), (10, "10 s"), (60, "a minute"), (600, "ten minutes")];
