@@ -10,8 +10,8 @@ use nvidia_ml_sim::model::{Model, mix};
 use nvidia_ml_sim::world::World;
 use sampler_core::device::{Engine, GpuInfo};
 use sampler_core::observation::{
-    Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Observation, Place, ProcessChange, ProcessFact, ProcessKind,
-    ProcessRow, ProcessSeen, RunningProcess,
+    Answer, CgroupChange, CgroupFact, DeviceSample, GpuBatch, Observation, Place, ProcessChange, ProcessFact, ProcessKind,
+    ProcessSample, ProcessSeen, RunningProcess,
 };
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::{ContainerGpu, Snapshot};
@@ -138,7 +138,7 @@ fn poll(core: &mut Core, loads: &[Load], ended_us: u64, tick: Option<(u64, u32, 
     let row = |(us, util, pid): (u64, u32, Option<u32>)| {
         let mut percent = [0; Engine::ALL.len()];
         percent[0] = util as u8;
-        pid.filter(|_| util > 0).map(|pid| ProcessRow { at: at(us), pid, percent })
+        pid.filter(|_| util > 0).map(|pid| ProcessSample { at: at(us), pid, percent })
     };
     core.observe(Observation::from(GpuBatch {
         gpu: 0,
@@ -147,7 +147,7 @@ fn poll(core: &mut Core, loads: &[Load], ended_us: u64, tick: Option<(u64, u32, 
         ended,
         wall: WallTime(1),
         answer: Answer::Samples,
-        ticks: tick.into_iter().map(|(us, busy_percent, _)| DeviceTick { at: at(us), busy_percent, queried }).collect(),
+        ticks: tick.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
         engine_ticks: Vec::new(),
         rows: tick.filter(|_| queried).and_then(row).into_iter().collect(),
         rejected: [0; 5],

@@ -24,7 +24,7 @@ pub enum Question {
 }
 
 #[derive(Clone)]
-pub struct Outbox {
+pub struct CoreSender {
     to: Sender<Message>,
     bell: Arc<OwnedFd>,
 }
@@ -38,13 +38,13 @@ pub struct Inbox {
 #[derive(Debug)]
 pub struct Closed;
 
-pub fn inbox() -> std::io::Result<(Outbox, Inbox)> {
+pub fn inbox() -> std::io::Result<(CoreSender, Inbox)> {
     let bell = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
     let (to, from) = channel();
-    Ok((Outbox { to, bell: Arc::clone(&bell) }, Inbox { from, bell }))
+    Ok((CoreSender { to, bell: Arc::clone(&bell) }, Inbox { from, bell }))
 }
 
-impl Outbox {
+impl CoreSender {
     pub fn send(&self, message: Message) -> Result<(), Closed> {
         self.to.send(message).map_err(|_| Closed)?;
         // Full means that it rings already.

@@ -7,7 +7,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::{Context as _, Result, ensure};
 use sampler_core::device::Engine;
-use sampler_core::observation::{DeviceTick, ProcessRow};
+use sampler_core::observation::{DeviceSample, ProcessSample};
 use sampler_core::reconstruct::{RawRow, RawSample, Recovery};
 use sampler_core::units::BootNs;
 use serde::{Deserialize, Serialize};
@@ -220,7 +220,7 @@ pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
     let driver = Driver::new(raw);
     let (Some(first), Some(last)) = (raw.polls.first(), raw.polls.last()) else { return Ok(Replayed::default()) };
     let mut recovery = Recovery::default();
-    let (mut ticks, mut rows): (Vec<DeviceTick>, Vec<ProcessRow>) = (Vec::new(), Vec::new());
+    let (mut ticks, mut rows): (Vec<DeviceSample>, Vec<ProcessSample>) = (Vec::new(), Vec::new());
     // The first read sets the watermark; one poll more than there is to see, for what is late.
     let begin = first.0 + first.1;
     for now_us in (begin..=last.0 + last.1 + 2 * every_us).step_by(every_us as usize) {

@@ -73,13 +73,13 @@ pub enum GpuFact {
     Restarted,
     Tick(Tick),
     /// Of an engine that is not compute; not a part of wall time.
-    EngineTick(Engine, Tick),
+    EngineSample(Engine, Tick),
     Idle {
         ns: u64,
     },
     Unobserved {
         ns: u64,
-        why: Unseen,
+        why: UnobservedReason,
     },
     Unsupported {
         ns: u64,
@@ -140,7 +140,7 @@ pub struct Row {
 
 /// Why time is unobserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
-pub enum Unseen {
+pub enum UnobservedReason {
     /// Samples are missing: the driver's ring went round, or never had them.
     Missing,
     /// Written by agents before session format 1.1, which did not attribute samples whose process was not queried.

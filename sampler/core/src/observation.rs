@@ -77,7 +77,7 @@ pub struct CgroupFact {
 
 /// One entry of the device's own utilization ring: busy share of the period that ends at `at`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct DeviceTick {
+pub struct DeviceSample {
     pub at: GpuNs,
     pub busy_percent: u32,
     /// Which process it names was queried, and the answer is exact. False where samples came together and the driver had averaged
@@ -85,9 +85,9 @@ pub struct DeviceTick {
     pub queried: bool,
 }
 
-/// As [`DeviceTick`], of another engine; read once in a while, because the driver keeps seconds of them.
+/// As [`DeviceSample`], of another engine; read once in a while, because the driver keeps seconds of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct EngineTick {
+pub struct EngineSample {
     pub engine: Engine,
     pub at: GpuNs,
     pub busy_percent: u32,
@@ -95,7 +95,7 @@ pub struct EngineTick {
 
 /// One row of the per-process ring: who was on an engine when the sample at `at` was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct ProcessRow {
+pub struct ProcessSample {
     pub at: GpuNs,
     pub pid: u32,
     /// Indexed as [`Engine::ALL`]; above 0 where the row names the pid for that engine.
@@ -152,9 +152,9 @@ pub struct GpuBatch {
     pub ended: BootNs,
     pub wall: WallTime,
     pub answer: Answer,
-    pub ticks: Vec<DeviceTick>,
-    pub engine_ticks: Vec<EngineTick>,
-    pub rows: Vec<ProcessRow>,
+    pub ticks: Vec<DeviceSample>,
+    pub engine_ticks: Vec<EngineSample>,
+    pub rows: Vec<ProcessSample>,
     /// Rows that break the model, indexed as [`Rejected::ALL`].
     pub rejected: [u32; Rejected::ALL.len()],
     /// The device's clock was set: what this batch holds is on the new one.

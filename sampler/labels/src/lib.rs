@@ -6,5 +6,7 @@ mod resolver;
 mod values;
 
 pub use assigned::{Assignment, Device, device, facts_for, join};
-pub use resolver::{ABSENT, Ask, FILES_IN_FLIGHT, Ladder, Outcome, TargetId, Told, Tried, can_know, is_likely};
+pub use resolver::{
+    ABSENT, FILES_IN_FLIGHT, LabelResolver, Outcome, Query, QueryAttempt, QueryOutcome, TargetId, can_know, is_likely,
+};
 pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

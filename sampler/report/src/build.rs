@@ -10,7 +10,7 @@ use super::onoff::{Experiment, LEVEL};
 use super::selection::{narrow, selects_gpu};
 use sampler_core::aggregate::{Aggregate, Device, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
 use sampler_core::device::{Reason, THROTTLE_REASONS};
-use sampler_core::fact::{Unseen, User};
+use sampler_core::fact::{UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
 use sampler_session::{Session, View};
 
@@ -102,14 +102,14 @@ fn described(user: User, gathered: &Gathered) -> UserReport {
     told
 }
 
-fn why(unseen: Unseen) -> &'static str {
+fn why(unseen: UnobservedReason) -> &'static str {
     match unseen {
-        Unseen::Missing => "samples are missing",
-        Unseen::NotAsked => "samples whose process was not queried, by an agent that did not attribute them",
-        Unseen::NoSamples => "the driver had no samples and did not say that the GPU was idle",
-        Unseen::NoAnswer => "the driver did not answer",
-        Unseen::Unread => "the session's file is damaged there",
-        Unseen::Start => "the agent had just started, or the GPU was opened anew",
+        UnobservedReason::Missing => "samples are missing",
+        UnobservedReason::NotAsked => "samples whose process was not queried, by an agent that did not attribute them",
+        UnobservedReason::NoSamples => "the driver had no samples and did not say that the GPU was idle",
+        UnobservedReason::NoAnswer => "the driver did not answer",
+        UnobservedReason::Unread => "the session's file is damaged there",
+        UnobservedReason::Start => "the agent had just started, or the GPU was opened anew",
     }
 }
 
@@ -262,7 +262,7 @@ impl Builder<'_> {
     }
 
     fn gaps(&self, device: &Device, of: &GatheredGpu) -> Vec<Gap> {
-        let mut spans: Vec<(BootNs, BootNs, Unseen)> = Vec::new();
+        let mut spans: Vec<(BootNs, BootNs, UnobservedReason)> = Vec::new();
         for (from, to, why) in &of.unseen {
             match spans.last_mut() {
                 Some((_, until, before)) if before == why && from.saturating_since(*until) < TOUCHING_NS => *until = *to,
@@ -270,7 +270,7 @@ impl Builder<'_> {
             }
         }
         let long = spans.into_iter().filter(|(from, to, _)| to.saturating_since(*from) >= GAP_NS);
-        let gap = |(from, to, unseen): (BootNs, BootNs, Unseen)| Gap {
+        let gap = |(from, to, unseen): (BootNs, BootNs, UnobservedReason)| Gap {
             uuid: device.info.uuid.to_string(),
             from: self.wall(from),
             to: self.wall(to),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use sampler_core::aggregate::Range;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, UnobservedReason, User};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
@@ -30,7 +30,7 @@ pub struct GatheredGpu {
     pub held: Vec<(BootNs, BTreeMap<User, Option<u64>>)>,
     pub readings: Vec<(BootNs, DeviceReadings)>,
     /// (from, to, why), in order.
-    pub unseen: Vec<(BootNs, BootNs, Unseen)>,
+    pub unseen: Vec<(BootNs, BootNs, UnobservedReason)>,
     pub xids: Vec<(BootNs, u64, u64)>,
     pub lives: HashMap<User, Vec<Life>>,
     open: HashMap<(u32, BootNs), (User, usize)>,
@@ -62,7 +62,7 @@ impl Gathered {
         let Fact::Gpu { gpu, at, fact: of } = fact else { return None };
         let until = self.gpus.get(gpu)?.until?;
         let ns = at.minus(of.span_ns()?).saturating_since(until);
-        let hole = GpuFact::Unobserved { ns, why: Unseen::Unread };
+        let hole = GpuFact::Unobserved { ns, why: UnobservedReason::Unread };
         (ns > HOLE_NS).then(|| Fact::Gpu { gpu: *gpu, at: until.plus(ns), fact: hole })
     }
 
@@ -129,7 +129,7 @@ impl Gathered {
     fn renamed(&self, fact: &GpuFact) -> GpuFact {
         match fact {
             GpuFact::Tick(tick) => GpuFact::Tick(self.tick(tick)),
-            GpuFact::EngineTick(engine, tick) => GpuFact::EngineTick(*engine, self.tick(tick)),
+            GpuFact::EngineSample(engine, tick) => GpuFact::EngineSample(*engine, self.tick(tick)),
             GpuFact::Held(Some(held)) => {
                 GpuFact::Held(Some(held.iter().map(|holder| Holder { user: self.user(holder.user), ..*holder }).collect()))
             }

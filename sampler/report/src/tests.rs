@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, Unseen, User};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, UnobservedReason, User};
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 use sampler_session::{Header, Session, View};
 
@@ -276,7 +276,7 @@ fn what_was_not_seen_is_a_gap_and_no_zero() {
     let hole = BootNs(START + 20 * SECOND)..BootNs(START + 30 * SECOND);
     session.facts.retain(|fact| !matches!(fact, Fact::Gpu { at, .. } if hole.contains(at)));
     let place = session.facts.iter().position(|fact| matches!(fact, Fact::Gpu { at, .. } if *at >= hole.end)).unwrap();
-    let fact = GpuFact::Unobserved { ns: 10 * SECOND, why: Unseen::NoAnswer };
+    let fact = GpuFact::Unobserved { ns: 10 * SECOND, why: UnobservedReason::NoAnswer };
     session.facts.insert(place, Fact::Gpu { gpu: 0, at: hole.end, fact });
     session.damage.push("a frame".into());
     let report = build(&session, &View::default());

@@ -78,7 +78,7 @@ struct HostState {
 fn users(fact: &GpuFact) -> Vec<User> {
     let of = |tick: &Tick| tick.rows.iter().map(|row| row.user).collect();
     match fact {
-        GpuFact::Tick(tick) | GpuFact::EngineTick(_, tick) => of(tick),
+        GpuFact::Tick(tick) | GpuFact::EngineSample(_, tick) => of(tick),
         GpuFact::Held(Some(holders)) => holders.iter().map(|holder| holder.user).collect(),
         _ => Vec::new(),
     }
@@ -217,7 +217,7 @@ impl State {
                 known.covered = known.covered.max(at)
             }
             GpuFact::Unqueried(..)
-            | GpuFact::EngineTick(..)
+            | GpuFact::EngineSample(..)
             | GpuFact::Restarted
             | GpuFact::Xid { .. }
             | GpuFact::Left { .. } => {}

@@ -62,7 +62,7 @@ pub struct Explain {
     /// The agent to ask [default: the one at --listen if it runs; else /proc and every source of labels are asked here]
     #[arg(long, value_name = "URL", conflicts_with = "offline")]
     agent: Option<String>,
-    /// Ask no agent: look into /proc and ask every source of labels from here
+    /// Query no agent: look into /proc and ask every source of labels from here
     #[arg(long, conflicts_with_all = ["agent", "offline"])]
     no_agent: bool,
     /// Configuration file (TOML) of the agent

@@ -7,7 +7,7 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context as _, bail};
 use sampler_core::aggregate::{Aggregate, Range, Settings};
 use sampler_core::device::{GpuInfo, Reason};
-use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, Unseen, User};
+use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, UnobservedReason, User};
 use sampler_core::observation::ProcessKind;
 use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
 use sampler_session::Session;
@@ -123,14 +123,14 @@ fn went_to(tick: &Tick) -> &'static str {
     }
 }
 
-fn unseen(why: Unseen) -> &'static str {
+fn unseen(why: UnobservedReason) -> &'static str {
     match why {
-        Unseen::Missing => "nobody: samples are missing, the driver's ring went round before it was read",
-        Unseen::NotAsked => "nobody: its process was not queried, by an agent that did not attribute such samples",
-        Unseen::NoSamples => "nobody: the driver had no samples, and did not say that the device was idle",
-        Unseen::NoAnswer => "nobody: the driver did not answer for longer than its ring holds",
-        Unseen::Unread => "nobody: the file is damaged there",
-        Unseen::Start => "nobody: the agent had just started, or the device was opened again",
+        UnobservedReason::Missing => "nobody: samples are missing, the driver's ring went round before it was read",
+        UnobservedReason::NotAsked => "nobody: its process was not queried, by an agent that did not attribute such samples",
+        UnobservedReason::NoSamples => "nobody: the driver had no samples, and did not say that the device was idle",
+        UnobservedReason::NoAnswer => "nobody: the driver did not answer for longer than its ring holds",
+        UnobservedReason::Unread => "nobody: the file is damaged there",
+        UnobservedReason::Start => "nobody: the agent had just started, or the device was opened again",
     }
 }
 
@@ -394,7 +394,7 @@ mod tests {
                 gpu(100, GpuFact::Held(Some(Arc::new([holder])))),
                 gpu(101, tick(rows)),
                 gpu(102, tick(Vec::new())),
-                gpu(104, GpuFact::Unobserved { ns: SECOND, why: Unseen::NotAsked }),
+                gpu(104, GpuFact::Unobserved { ns: SECOND, why: UnobservedReason::NotAsked }),
                 gpu(105, GpuFact::Idle { ns: SECOND }),
             ],
             end: None,

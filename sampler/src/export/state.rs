@@ -11,7 +11,7 @@ use super::ledger::{Exposition, Ledger};
 use super::pressure::Waits;
 use crate::config::Config;
 use crate::health::Health;
-use crate::inbox::Outbox;
+use crate::inbox::CoreSender;
 use crate::labels::LabelService;
 use crate::observe::pressure::PressureView;
 use crate::session::Recorder;
@@ -24,7 +24,7 @@ pub struct AppState {
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
     waits: Mutex<Waits>,
-    pub core: Outbox,
+    pub core: CoreSender,
     pub recorder: Recorder,
     /// Host name of the machine.
     pub node: Option<String>,
@@ -37,7 +37,7 @@ impl AppState {
         labels: LabelService,
         pressure: Arc<ArcSwap<PressureView>>,
         health: Arc<Health>,
-        core: Outbox,
+        core: CoreSender,
         recorder: Recorder,
     ) -> Self {
         let node = config.node();

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use sampler_labels::{ContainerLabels, Source, Told, Tried, is_likely};
+use sampler_labels::{ContainerLabels, QueryAttempt, QueryOutcome, Source, is_likely};
 
 use super::discover::Places;
 use super::root::Root;
@@ -40,7 +40,7 @@ impl LabelConfig {
     /// Sources that could know such a container, and are not to be asked.
     pub fn left_out(&self, labels: &ContainerLabels) -> Vec<TriedView> {
         let out = Source::ASKED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
-        let tried = Tried { told: Told::NotTried, at: None, detail: "left out by label_sources".into() };
+        let tried = QueryAttempt { told: QueryOutcome::NotTried, at: None, detail: "left out by label_sources".into() };
         out.map(|source| TriedView::new(source, "", &tried)).collect()
     }
 

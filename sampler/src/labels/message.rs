@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
-use sampler_labels::{Ask, TargetId};
+use sampler_labels::{Query, TargetId};
 use tokio::sync::oneshot;
 
 use super::discovered::{Found, FoundSocket};
@@ -20,7 +20,7 @@ pub enum ContainerEvent {
 
 /// What reaches the driver beside containers.
 pub enum Word {
-    Answered(Ask, Answer),
+    Answered(Query, Answer),
     /// A runtime spoke of this container.
     Hint(String),
     /// Something appeared at this endpoint, or was replaced.
@@ -30,5 +30,5 @@ pub enum Word {
     Usual(Vec<FoundSocket>),
     /// What is wrong with a socket that nobody was asked about.
     Probed(TargetId, Result<(), String>),
-    Tried(ContainerKey, oneshot::Sender<Vec<TriedView>>),
+    Attempts(ContainerKey, oneshot::Sender<Vec<TriedView>>),
 }

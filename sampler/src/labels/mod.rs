@@ -39,7 +39,7 @@ use self::shared::Shared;
 use self::source::Sources;
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
-use self::task::Driver;
+use self::task::LabelTask;
 pub use self::view::{FILES, LabelView, TriedView};
 
 /// Answers and hints that wait for the driver; their senders wait with them.
@@ -66,7 +66,7 @@ impl LabelService {
     pub async fn tried(&self, key: ContainerKey) -> Vec<TriedView> {
         let (answer, answered) = oneshot::channel();
         // The driver ends only with the process.
-        let _ended = self.0.words.send(Word::Tried(key, answer)).await;
+        let _ended = self.0.words.send(Word::Attempts(key, answer)).await;
         answered.await.unwrap_or_default()
     }
 }
@@ -88,7 +88,7 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     if config.sources.contains(&Source::Kubelet) {
         tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
     }
-    let driver = Driver::new(config, sources, shared, watched);
+    let driver = LabelTask::new(config, sources, shared, watched);
     tokio::spawn(driver.run(events, inbox));
     Ok(service)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_labels::{ABSENT, Ask, ContainerLabels, Outcome, Source, TargetId, can_know};
+use sampler_labels::{ABSENT, ContainerLabels, Outcome, Query, Source, TargetId, can_know};
 
 use super::config::LabelConfig;
 use super::discovered::Found;
@@ -41,7 +41,7 @@ pub async fn once(config: &LabelConfig, record: Arc<ContainerRecord>) -> Once {
         let before = labels.pod_uid.clone();
         let mut questions = Vec::new();
         for (n, (source, endpoint, present)) in targets.iter().enumerate().filter(|(_, t)| can_know(t.0, &labels)) {
-            let ask = Ask::once(Arc::clone(&record), TargetId(n as u16), *source, before.clone());
+            let ask = Query::once(Arc::clone(&record), TargetId(n as u16), *source, before.clone());
             let sources = Arc::clone(&sources);
             let question = present.then(|| tokio::spawn(async move { source::put(sources, &ask).await }));
             questions.push((*source, endpoint, question));

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use hdrhistogram::Histogram;
-use sampler_labels::{Outcome, Source, Told};
+use sampler_labels::{Outcome, QueryOutcome, Source};
 
 use super::source::answer::Answer;
 use super::view::FILES;
@@ -105,7 +105,7 @@ impl Stats {
 
     /// A question that was not about one container.
     pub fn asked(&self, source: Source, endpoint: &str, problem: Option<&str>) {
-        let told = if problem.is_none() { Told::Ok } else { Told::Error };
+        let told = if problem.is_none() { QueryOutcome::Ok } else { QueryOutcome::Error };
         *self.inner().stats.calls.entry((source.name(), told.name())).or_default() += 1;
         self.probed(source, endpoint, problem);
     }

@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::time::{Duration, Instant};
 
 use sampler_core::units::ContainerKey;
-use sampler_labels::{Ladder, Source, TargetId};
+use sampler_labels::{LabelResolver, Source, TargetId};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
@@ -38,10 +38,10 @@ const PROBE_EVERY: Duration = Duration::from_secs(10);
 /// A machine has a handful; discovery must not add them without end.
 const MAX_TARGETS: usize = 64;
 
-pub(super) struct Driver {
+pub(super) struct LabelTask {
     config: LabelConfig,
     sources: Arc<Sources>,
-    ladder: Ladder,
+    ladder: LabelResolver,
     shared: Arc<Shared>,
     /// What the next view is a copy of.
     view: LabelView,
@@ -66,12 +66,12 @@ pub(super) struct Driver {
     find_pause: Duration,
 }
 
-impl Driver {
+impl LabelTask {
     pub fn new(config: LabelConfig, sources: Arc<Sources>, shared: Arc<Shared>, watched: mpsc::Sender<Wanted>) -> Self {
         Self {
             config,
             sources,
-            ladder: Ladder::default(),
+            ladder: LabelResolver::default(),
             shared,
             view: LabelView::new(),
             published: Instant::now(),
@@ -344,7 +344,7 @@ impl Driver {
                     self.shared.stats.probed(source, &self.endpoint(target), told.err().as_deref());
                 }
             }
-            Word::Tried(key, to) => {
+            Word::Attempts(key, to) => {
                 let all = self.ladder.tried(key, now);
                 let view = all.iter().map(|(source, endpoint, tried)| TriedView::new(*source, endpoint, tried));
                 let left_out = self.ladder.labels(key).into_iter().flat_map(|labels| self.config.left_out(labels));

@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use sampler_core::units::ContainerKey;
-use sampler_labels::{ABSENT, ContainerLabels, Source, Tried};
+use sampler_labels::{ABSENT, ContainerLabels, QueryAttempt, Source};
 use serde::Serialize;
 
 /// The endpoint of sources that have none.
@@ -26,7 +26,7 @@ impl TriedView {
         self.detail == ABSENT
     }
 
-    pub fn new(source: Source, endpoint: &str, tried: &Tried) -> Self {
+    pub fn new(source: Source, endpoint: &str, tried: &QueryAttempt) -> Self {
         Self {
             source: source.name(),
             endpoint: tried.at.as_deref().unwrap_or(endpoint).to_owned(),

@@ -59,7 +59,7 @@ pub struct Sources {
     pub saturation_percent: u8,
 }
 
-pub struct Desk {
+pub struct SessionManager {
     sources: Sources,
     store: Arc<Store>,
     state: State,
@@ -140,7 +140,7 @@ fn shared(frames: Vec<Frame>) -> Vec<Arc<Frame>> {
     frames.into_iter().map(Arc::new).collect()
 }
 
-impl Desk {
+impl SessionManager {
     pub fn new(sources: Sources, store: Arc<Store>, ring_bytes: usize) -> Result<Self, PackError> {
         Ok(Self {
             sources,

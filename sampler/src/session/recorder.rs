@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use sampler_core::fact::{Fact, GpuFact};
 use tokio::sync::oneshot;
 
-use super::manager::Desk;
+use super::manager::SessionManager;
 pub use super::manager::Sources;
 use super::request::Request;
 use super::store::{Phase, Status, Store, StoreError};
@@ -79,7 +79,7 @@ impl Recorder {
             lost: AtomicU64::new(0),
             gauges: Gauges::default(),
         });
-        let desk = Desk::new(sources, store, ring_bytes).context("cannot set compression up")?;
+        let desk = SessionManager::new(sources, store, ring_bytes).context("cannot set compression up")?;
         let of_thread = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("recorder".into())
@@ -177,7 +177,7 @@ fn ended() -> StoreError {
     StoreError::Conflict("the agent is stopping".into())
 }
 
-fn run(mut desk: Desk, from: &Receiver<Word>, shared: &Shared) {
+fn run(mut desk: SessionManager, from: &Receiver<Word>, shared: &Shared) {
     let mut turned = Instant::now();
     loop {
         match from.recv_timeout(TURN_EVERY.saturating_sub(turned.elapsed())) {

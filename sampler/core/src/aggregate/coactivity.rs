@@ -103,7 +103,7 @@ fn other(user: User) -> Other {
 }
 
 #[derive(Debug)]
-pub struct Together {
+pub struct Coactivity {
     saturation_ratio: f64,
     open: BTreeMap<u64, Window>,
     sums: HashMap<ContainerKey, Sums>,
@@ -115,7 +115,7 @@ fn number(at: BootNs) -> u64 {
     at.0 / TOGETHER_NS
 }
 
-impl Together {
+impl Coactivity {
     pub fn new(saturation_ratio: f64, keep_history: bool) -> Self {
         Self { saturation_ratio, open: BTreeMap::new(), sums: HashMap::new(), history: keep_history.then(BTreeMap::new) }
     }
@@ -216,7 +216,7 @@ mod tests {
     const B: User = User::Container(ContainerKey(2));
     const HOST: User = User::Host(HostProcess { pid: 7, start: BootNs(1) });
 
-    fn window(together: &mut Together, n: u64, busy: f64, users: &[(User, u32, f64)]) {
+    fn window(together: &mut Coactivity, n: u64, busy: f64, users: &[(User, u32, f64)]) {
         let at = BootNs(n * TOGETHER_NS + 500_000_000);
         together.observed(at, TOGETHER_NS, busy * TOGETHER_NS as f64, None);
         for (user, samples, share) in users {
@@ -229,7 +229,7 @@ mod tests {
 
     #[test]
     fn active_together_and_saturated_are_three_things() {
-        let mut together = Together::new(0.9, false);
+        let mut together = Coactivity::new(0.9, false);
         window(&mut together, 0, 1.0, &[(A, 3, 0.6), (B, 2, 0.4)]);
         // Not saturated.
         window(&mut together, 1, 0.6, &[(A, 2, 0.3), (B, 2, 0.3)]);
@@ -241,7 +241,7 @@ mod tests {
         together.close(arrived, BootNs(0));
         assert!(together.of(ContainerKey(1)).is_none(), "all of it waits to be divided");
         together.close(BootNs(arrived.0 - 1), arrived);
-        let of = |together: &Together, user: User| {
+        let of = |together: &Coactivity, user: User| {
             let sums = together.of(user.container().unwrap()).unwrap();
             (sums.active, sums.coactive, sums.others().iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())
         };
@@ -254,7 +254,7 @@ mod tests {
 
     #[test]
     fn beyond_eight_others_the_rest_are_one() {
-        let mut together = Together::new(0.9, false);
+        let mut together = Coactivity::new(0.9, false);
         let others: Vec<(User, u32, f64)> = (2..14).map(|n| (User::Container(ContainerKey(n)), 1, 0.05)).collect();
         window(&mut together, 0, 1.0, &[&[(A, 1, 0.4)], &others[..]].concat());
         // Nobody is put into another's place later on.
@@ -268,7 +268,7 @@ mod tests {
 
     #[test]
     fn how_much_of_the_last_ten_seconds_was_shared() {
-        let mut together = Together::new(0.9, false);
+        let mut together = Coactivity::new(0.9, false);
         assert_eq!(together.coactive_ratio(), None);
         for n in 0..20 {
             let users = [(A, 1, 0.5), (B, u32::from(n % 2 == 0), 0.5)];
@@ -276,7 +276,7 @@ mod tests {
         }
         assert_eq!(together.coactive_ratio(), Some(0.5));
         // Of most samples in a window the process is not known.
-        let named_often = |together: &mut Together, unqueried: f64| {
+        let named_often = |together: &mut Coactivity, unqueried: f64| {
             for n in 20..40 {
                 window(together, n, 1.0, &[(A, 1, 0.5)]);
                 together.unqueried(BootNs(n * TOGETHER_NS), unqueried * TOGETHER_NS as f64);

@@ -8,9 +8,9 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::coactivity::Together;
+use super::coactivity::Coactivity;
 use super::divide::{Presence, Sample, likeness, stands_for};
-use super::engine_account::{self, Booked, Credit, Lane};
+use super::engine_account::{self, Booked, Credit, EngineAccount};
 use super::exits::{Left, Lifetimes, Named};
 use super::holders::Holders;
 use super::settings::{Range, Settings, WINDOW_NS};
@@ -68,7 +68,7 @@ pub struct Device {
     pub info: Arc<GpuInfo>,
     pub gone: Option<BootNs>,
     pub readings: DeviceReadings,
-    pub together: Together,
+    pub together: Coactivity,
     keep_history: bool,
     range: Range,
     idle_ns: f64,
@@ -76,7 +76,7 @@ pub struct Device {
     unsupported_ns: u64,
     holders: Holders,
     left: Left,
-    lanes: Vec<Lane>,
+    lanes: Vec<EngineAccount>,
     sampled: [bool; Engine::ALL.len()],
     recent: VecDeque<Recent>,
     windows: Windows,
@@ -91,7 +91,7 @@ impl Device {
             info,
             gone: None,
             readings: DeviceReadings::default(),
-            together: Together::new(settings.saturation_ratio, settings.keep_history),
+            together: Coactivity::new(settings.saturation_ratio, settings.keep_history),
             keep_history: settings.keep_history,
             range: settings.range,
             idle_ns: 0.0,
@@ -99,7 +99,7 @@ impl Device {
             unsupported_ns: 0,
             holders: Holders::default(),
             left: Left::default(),
-            lanes: Engine::ALL.iter().map(|_| Lane::new(settings.range)).collect(),
+            lanes: Engine::ALL.iter().map(|_| EngineAccount::new(settings.range)).collect(),
             sampled: [false; Engine::ALL.len()],
             recent: VecDeque::new(),
             windows: Windows::default(),
@@ -127,7 +127,7 @@ impl Device {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
                 self.sample(Engine::Compute, sample, Named::of(&tick.rows), lifetimes);
             }
-            GpuFact::EngineTick(engine, tick) => {
+            GpuFact::EngineSample(engine, tick) => {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
                 self.sample(*engine, sample, Named::of(&tick.rows), lifetimes);
             }
@@ -290,7 +290,7 @@ impl Device {
             return;
         }
         let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
-        let divided = self.lane(Engine::Compute).and_then(Lane::waits_since).unwrap_or(now);
+        let divided = self.lane(Engine::Compute).and_then(EngineAccount::waits_since).unwrap_or(now);
         self.windows.close(now, divided, &there);
         self.together.close(now, divided);
         if !self.keep_history {
@@ -380,7 +380,7 @@ impl Device {
         busy().next().map(|_| 0.5 / (queried.max(1) as f64).sqrt())
     }
 
-    fn lane(&self, engine: Engine) -> Option<&Lane> {
+    fn lane(&self, engine: Engine) -> Option<&EngineAccount> {
         self.lanes.get(engine as usize)
     }
 

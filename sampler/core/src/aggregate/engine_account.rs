@@ -51,7 +51,7 @@ pub struct Booked {
 }
 
 #[derive(Debug)]
-pub struct Lane {
+pub struct EngineAccount {
     range: Range,
     pub busy_ns: f64,
     pub unattributed: [f64; Reason::ALL.len()],
@@ -65,7 +65,7 @@ pub struct Lane {
     drawn: HashMap<User, (u64, f64)>,
 }
 
-impl Lane {
+impl EngineAccount {
     pub fn new(range: Range) -> Self {
         Self {
             range,
@@ -234,7 +234,7 @@ mod tests {
         let (left, lifetimes) = (Left::default(), Lifetimes::default());
         let presence = Presence { left: &left, lifetimes: &lifetimes };
         let errors = |one_queried_in: u64| {
-            let mut lane = Lane::new(Range::ALL);
+            let mut lane = EngineAccount::new(Range::ALL);
             for n in 0..100 {
                 let (at, queried) = (BootNs(n * 167_000_000), n % one_queried_in == 0);
                 let sample = Sample { at, span_ns: 167e6, busy_ns: 167e6, queried };

@@ -8,10 +8,10 @@ use super::process_attribution::Owners;
 use super::timeline::Wall;
 use crate::device::ClockView;
 use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
-use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnqueriedSample, Unseen, User};
+use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnobservedReason, UnqueriedSample, User};
 use crate::identity::Identity;
 use crate::observation::Rejected;
-use crate::observation::{Answer, DeviceTick, EngineTick, GpmInterval, GpuBatch, ProcessRow};
+use crate::observation::{Answer, DeviceSample, EngineSample, GpmInterval, GpuBatch, ProcessSample};
 use crate::reconstruct::Grid;
 use crate::units::{BootNs, GpuNs, WallTime};
 
@@ -30,7 +30,7 @@ const CLOCK_NS: u64 = 10_000_000_000;
 
 const COMPUTE: usize = Engine::Compute as usize;
 
-type Told = Vec<(BootNs, GpuFact)>;
+type AttributedFacts = Vec<(BootNs, GpuFact)>;
 
 /// What is known of how a device is read.
 #[derive(Clone, Copy, Debug)]
@@ -58,9 +58,9 @@ pub struct Device {
     watermark: Option<GpuNs>,
     /// The ring is dry, because the device is idle.
     dry: bool,
-    pending: VecDeque<DeviceTick>,
-    engine_pending: VecDeque<EngineTick>,
-    rows: VecDeque<(ProcessRow, bool)>,
+    pending: VecDeque<DeviceSample>,
+    engine_pending: VecDeque<EngineSample>,
+    rows: VecDeque<(ProcessSample, bool)>,
     /// Stamps of the device samples of the last [`ROWS_NS`] whose process was queried: samples of other engines near them were, too.
     queried: VecDeque<GpuNs>,
     /// Samples attributed, and those of them whose process was queried.
@@ -77,7 +77,7 @@ pub struct Device {
 }
 
 impl Device {
-    pub fn new(info: Arc<GpuInfo>, at: BootNs, told: &mut Told) -> Self {
+    pub fn new(info: Arc<GpuInfo>, at: BootNs, told: &mut AttributedFacts) -> Self {
         told.push((at, GpuFact::Opened(Arc::clone(&info))));
         Self {
             info,
@@ -106,7 +106,7 @@ impl Device {
     }
 
     /// Found again: its ring is another, its clock may be.
-    pub fn reopen(&mut self, info: Arc<GpuInfo>, at: BootNs, told: &mut Told) {
+    pub fn reopen(&mut self, info: Arc<GpuInfo>, at: BootNs, told: &mut AttributedFacts) {
         if std::mem::take(&mut self.gone) {
             self.wall.resume(at);
         }
@@ -127,29 +127,29 @@ impl Device {
         self.queried.clear();
     }
 
-    pub fn gone(&mut self, at: BootNs, told: &mut Told) {
+    pub fn gone(&mut self, at: BootNs, told: &mut AttributedFacts) {
         self.gone = true;
-        self.unobserved_until(at, Unseen::NoAnswer, told);
+        self.unobserved_until(at, UnobservedReason::NoAnswer, told);
         self.restart();
         self.owners.forget_lists();
         told.push((at, GpuFact::Gone));
     }
 
-    fn unobserved_until(&mut self, at: BootNs, why: Unseen, told: &mut Told) {
+    fn unobserved_until(&mut self, at: BootNs, why: UnobservedReason, told: &mut AttributedFacts) {
         let ns = self.wall.up_to(at);
         if ns > 0 {
             told.push((at, GpuFact::Unobserved { ns, why }));
         }
     }
 
-    fn idle_until(&mut self, at: BootNs, told: &mut Told) {
+    fn idle_until(&mut self, at: BootNs, told: &mut AttributedFacts) {
         let ns = self.wall.up_to(at);
         if ns > 0 {
             told.push((at, GpuFact::Idle { ns }));
         }
     }
 
-    pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+    pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
         // A call was under way when it went.
         if self.gone {
             return;
@@ -208,7 +208,7 @@ impl Device {
         }
     }
 
-    fn samples(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+    fn samples(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
         if batch.stepped {
             self.clock.stepped();
             self.restart();
@@ -227,7 +227,7 @@ impl Device {
             // What the ring held before the start is nobody's: it only sets the watermarks.
             self.watermark = newest;
             if let Some(at) = newest.and_then(|newest| self.clock.boot(newest)) {
-                self.unobserved_until(at, Unseen::Start, told);
+                self.unobserved_until(at, UnobservedReason::Start, told);
             }
             return;
         }
@@ -239,7 +239,7 @@ impl Device {
     }
 
     /// The ring runs dry on an idle device.
-    fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, told: &mut Told) {
+    fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
         self.clock.silent(batch.ring_began);
         self.settle(batch.ended, identity, told);
         self.first_read = false;
@@ -256,12 +256,12 @@ impl Device {
         if idle {
             self.idle_until(until, told);
         } else {
-            self.unobserved_until(until, Unseen::NoSamples, told);
+            self.unobserved_until(until, UnobservedReason::NoSamples, told);
         }
     }
 
     /// Tells every tick old enough that its process row, if it has one, has been read.
-    fn settle(&mut self, now: BootNs, identity: &Identity, told: &mut Told) {
+    fn settle(&mut self, now: BootNs, identity: &Identity, told: &mut AttributedFacts) {
         self.owners.follow(now, identity, told);
         let patience = SETTLE_NS.max(2 * self.grid.period_or_most_ns());
         while let Some(&tick) = self.pending.front() {
@@ -280,7 +280,7 @@ impl Device {
         }
     }
 
-    fn tick(&mut self, tick: DeviceTick, at: BootNs, now: BootNs, identity: &Identity, told: &mut Told) {
+    fn tick(&mut self, tick: DeviceSample, at: BootNs, now: BootNs, identity: &Identity, told: &mut AttributedFacts) {
         let gap_ns = self.watermark.map(|last| tick.at.0.saturating_sub(last.0));
         let period = self.grid.period_or_most_ns();
         self.watermark = Some(tick.at);
@@ -293,7 +293,7 @@ impl Device {
         }
         let Some(span) = self.wall.tick(at, gap_ns, period) else { return };
         if span.missing_ns > 0 {
-            told.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: Unseen::Missing }));
+            told.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: UnobservedReason::Missing }));
             if gap_ns.is_some() {
                 self.gaps += 1;
                 // Nobody looked for so long that the ring went round.
@@ -313,7 +313,7 @@ impl Device {
         told.push((at, GpuFact::Tick(tick)));
     }
 
-    fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, told: &mut Told) {
+    fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, told: &mut AttributedFacts) {
         let period = self.grid.period_or_most_ns();
         // While nothing ties their clock to this one they wait, but not for ever.
         self.engine_pending.drain(..self.engine_pending.len().saturating_sub(ENGINE_TICKS));
@@ -335,7 +335,7 @@ impl Device {
                 continue;
             }
             let tick = self.told_tick(engine as usize, tick.at, at, period, tick.busy_percent, &rows, identity, told);
-            told.push((at, GpuFact::EngineTick(engine, tick)));
+            told.push((at, GpuFact::EngineSample(engine, tick)));
         }
     }
 
@@ -345,7 +345,7 @@ impl Device {
     }
 
     /// Marks the rows of a tick.
-    fn rows_of(&mut self, at: GpuNs) -> Vec<ProcessRow> {
+    fn rows_of(&mut self, at: GpuNs) -> Vec<ProcessSample> {
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
         let mut rows = Vec::new();
         for (row, claimed) in self.rows.iter_mut().filter(|(row, _)| row.at.0.abs_diff(at.0) < near) {
@@ -364,27 +364,27 @@ impl Device {
         at: BootNs,
         ns: u64,
         busy_percent: u32,
-        rows: &[ProcessRow],
+        rows: &[ProcessSample],
         identity: &Identity,
-        told: &mut Told,
+        told: &mut AttributedFacts,
     ) -> Tick {
         let within = self.clock.named_within(at, ns);
-        let percent = |row: &ProcessRow| row.percent.get(engine).copied().unwrap_or_default();
+        let percent = |row: &ProcessSample| row.percent.get(engine).copied().unwrap_or_default();
         let named = rows.iter().filter(|row| percent(row) > 0);
         let rows: Vec<Row> = named.map(|row| self.owners.row((row.pid, percent(row)), within, identity, told)).collect();
         Tick { stamp, ns, busy_percent: busy_percent.min(100) as u8, rows }
     }
 
     /// GPM says how busy a MIG device was.
-    fn measured(&mut self, gpm: GpmInterval, wall: WallTime, told: &mut Told) {
-        self.unobserved_until(gpm.from, Unseen::Missing, told);
+    fn measured(&mut self, gpm: GpmInterval, wall: WallTime, told: &mut AttributedFacts) {
+        self.unobserved_until(gpm.from, UnobservedReason::Missing, told);
         let ns = self.wall.up_to(gpm.to);
         self.last_wall = Some(wall);
         told.push((gpm.to, GpuFact::Measured { ns, busy_ratio: gpm.busy_ratio.clamp(0.0, 1.0) }));
     }
 
     /// Time passes, also where no driver answers.
-    pub fn passed(&mut self, now: BootNs, told: &mut Told) {
+    pub fn passed(&mut self, now: BootNs, told: &mut AttributedFacts) {
         if self.gone {
             return;
         }
@@ -398,7 +398,7 @@ impl Device {
         }
         let lost = now.minus(RING_NS);
         if lost > self.wall.until() {
-            self.unobserved_until(lost, Unseen::NoAnswer, told);
+            self.unobserved_until(lost, UnobservedReason::NoAnswer, told);
             // What the ring still gives from before is told.
             self.watermark = None;
         }

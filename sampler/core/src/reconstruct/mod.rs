@@ -23,7 +23,7 @@ use std::collections::{HashMap, HashSet, VecDeque};
 pub use grid::Grid;
 
 use crate::device::Engine;
-use crate::observation::{DeviceTick, ProcessRow, Rejected};
+use crate::observation::{DeviceSample, ProcessSample, Rejected};
 use crate::units::{BootNs, GpuNs};
 
 /// Without a new sample for so many periods the whole ring is asked for, in case the clock went back.
@@ -58,8 +58,8 @@ pub struct RawRow {
 /// What one poll has brought.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recovered {
-    pub ticks: Vec<DeviceTick>,
-    pub rows: Vec<ProcessRow>,
+    pub ticks: Vec<DeviceSample>,
+    pub rows: Vec<ProcessSample>,
     pub rejected: [u32; Rejected::ALL.len()],
     pub stepped: bool,
 }
@@ -82,7 +82,7 @@ pub struct Recovery {
     asked_all: bool,
     /// The poll before this one brought samples: their rows may be late.
     late: bool,
-    fresh: Vec<DeviceTick>,
+    fresh: Vec<DeviceSample>,
     before_fresh: GpuNs,
     answers: Vec<split_aggregated::Rows>,
     row_calls: usize,
@@ -145,7 +145,7 @@ impl Recovery {
     }
 
     /// What the ring held before the start is nobody's: it sets watermarks, and teaches the grid.
-    fn first(&mut self, sane: &[RawSample]) -> Vec<DeviceTick> {
+    fn first(&mut self, sane: &[RawSample]) -> Vec<DeviceSample> {
         let mut stamps: Vec<u64> = sane.iter().map(|s| tick(s, true).at.0).collect();
         stamps.sort_unstable();
         for pair in stamps.windows(2) {
@@ -156,7 +156,7 @@ impl Recovery {
         newest.map(|s| tick(s, true)).into_iter().collect()
     }
 
-    fn fresh_of(&mut self, sane: &[RawSample], newest: GpuNs, ended: BootNs) -> Vec<DeviceTick> {
+    fn fresh_of(&mut self, sane: &[RawSample], newest: GpuNs, ended: BootNs) -> Vec<DeviceSample> {
         let period = self.grid.period_or_most_ns();
         if let Some(from) = self.went_back(sane, newest) {
             // As many as time can have brought since the last.
@@ -167,7 +167,7 @@ impl Recovery {
             self.void.extend(sane[..from].iter().map(|s| s.at_us));
             return after.iter().map(|s| tick(s, false)).collect();
         }
-        let mut fresh: Vec<DeviceTick> = sane.iter().map(|s| tick(s, false)).filter(|t| t.at > newest).collect();
+        let mut fresh: Vec<DeviceSample> = sane.iter().map(|s| tick(s, false)).filter(|t| t.at > newest).collect();
         fresh.sort_by_key(|t| t.at);
         fresh.dedup_by_key(|t| t.at);
         // A longer gap than there was time for: the clock was set forward.
@@ -265,7 +265,7 @@ impl Recovery {
                 if row.pid == 0 || row.pid == u32::MAX {
                     reject(Rejected::Pid);
                 }
-                let kept = ProcessRow { at, pid: row.pid, percent: row.percent.map(|p| p as u8) };
+                let kept = ProcessSample { at, pid: row.pid, percent: row.percent.map(|p| p as u8) };
                 if let Some(other) = rows.insert(row.pid, kept) {
                     self.out.rejected[Rejected::Duplicate as usize] += 1;
                     // Both may be samples, at different times.
@@ -286,7 +286,7 @@ impl Recovery {
         self.answers.push(rows);
     }
 
-    fn keep(&mut self, row: ProcessRow) {
+    fn keep(&mut self, row: ProcessSample) {
         let known = self.seen.get(&row.pid).is_some_and(|at| *at >= row.at);
         if !known {
             self.seen.insert(row.pid, row.at);
@@ -323,6 +323,6 @@ impl Recovery {
     }
 }
 
-fn tick(sample: &RawSample, queried: bool) -> DeviceTick {
-    DeviceTick { at: GpuNs(sample.at_us.saturating_mul(1000)), busy_percent: sample.percent, queried }
+fn tick(sample: &RawSample, queried: bool) -> DeviceSample {
+    DeviceSample { at: GpuNs(sample.at_us.saturating_mul(1000)), busy_percent: sample.percent, queried }
 }

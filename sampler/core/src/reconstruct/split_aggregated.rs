@@ -3,10 +3,10 @@
 use std::collections::HashMap;
 
 use crate::device::Engine;
-use crate::observation::{DeviceTick, ProcessRow};
+use crate::observation::{DeviceSample, ProcessSample};
 
 /// One answer, by pid.
-pub type Rows = HashMap<u32, ProcessRow>;
+pub type Rows = HashMap<u32, ProcessSample>;
 
 const COMPUTE: usize = Engine::Compute as usize;
 /// A tick without an idle instant names somebody, whatever the rule of the driver.
@@ -23,7 +23,7 @@ struct Known {
 
 /// `answers[0]` is about the newest tick alone, each further one reaches back one tick more. Marks the ticks whose pid, or absence of
 /// one, is told; the rows are the tuples.
-pub fn unfold(ticks: &mut [DeviceTick], answers: &[Rows]) -> Vec<ProcessRow> {
+pub fn unfold(ticks: &mut [DeviceSample], answers: &[Rows]) -> Vec<ProcessSample> {
     let none = Rows::new();
     let mut out = Vec::new();
     let mut known: HashMap<u32, Known> = HashMap::new();
@@ -43,7 +43,8 @@ pub fn unfold(ticks: &mut [DeviceTick], answers: &[Rows]) -> Vec<ProcessRow> {
             }
         }
         // An average that moved has had a sample added.
-        let moved = |row: &&ProcessRow| newer.get(&row.pid).is_some_and(|before| before.percent[COMPUTE] != row.percent[COMPUTE]);
+        let moved =
+            |row: &&ProcessSample| newer.get(&row.pid).is_some_and(|before| before.percent[COMPUTE] != row.percent[COMPUTE]);
         if compute.is_none()
             && let Some(row) = answer.values().find(moved)
         {
@@ -67,7 +68,7 @@ pub fn unfold(ticks: &mut [DeviceTick], answers: &[Rows]) -> Vec<ProcessRow> {
         if let Some(pid) = compute.filter(|pid| newer.contains_key(pid)) {
             let mut percent = [0; Engine::ALL.len()];
             percent[COMPUTE] = tick.busy_percent.min(100) as u8;
-            out.push(ProcessRow { at: tick.at, pid, percent });
+            out.push(ProcessSample { at: tick.at, pid, percent });
             learn(&mut known, pid, tick.busy_percent);
         }
     }
@@ -75,7 +76,7 @@ pub fn unfold(ticks: &mut [DeviceTick], answers: &[Rows]) -> Vec<ProcessRow> {
 }
 
 /// Whether a sample of `percent` could be in this row's average unseen.
-fn hides(row: &ProcessRow, known: &HashMap<u32, Known>, percent: u32) -> bool {
+fn hides(row: &ProcessSample, known: &HashMap<u32, Known>, percent: u32) -> bool {
     let Some(k) = known.get(&row.pid) else { return false };
     if k.unsure {
         return true;

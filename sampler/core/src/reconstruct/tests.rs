@@ -52,7 +52,7 @@ impl Ring {
 }
 
 /// Polls at those times with so many calls for rows a poll.
-fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<DeviceTick>, Vec<ProcessRow>, bool) {
+fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<DeviceSample>, Vec<ProcessSample>, bool) {
     let mut recovery = Recovery::default();
     let (mut ticks, mut rows, mut stepped) = (Vec::new(), Vec::new(), false);
     for now_us in polls_us {
@@ -71,7 +71,7 @@ fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<
 }
 
 /// Checks every tuple against the ring; the parts of the ticks that were recovered, and looked at.
-fn check(ring: &Ring, ticks: &[DeviceTick], rows: &[ProcessRow]) -> Result<(usize, usize), TestCaseError> {
+fn check(ring: &Ring, ticks: &[DeviceSample], rows: &[ProcessSample]) -> Result<(usize, usize), TestCaseError> {
     let truth: HashMap<u64, (u32, Option<u32>)> = ring.samples.iter().map(|(at, util, pid)| (at * 1000, (*util, *pid))).collect();
     let mut seen = HashSet::new();
     let mut looked = 0;
@@ -172,7 +172,7 @@ fn what_breaks_the_model_is_counted_and_harmless() {
     );
     assert_eq!(recovery.next_rows(12), None);
     let got = recovery.take();
-    assert_eq!(got.ticks, [DeviceTick { at: GpuNs(at * 1000), busy_percent: 50, queried: true }]);
+    assert_eq!(got.ticks, [DeviceSample { at: GpuNs(at * 1000), busy_percent: 50, queried: true }]);
     let mut pids: Vec<u32> = got.rows.iter().map(|row| row.pid).collect();
     pids.sort_unstable();
     assert_eq!(pids, [0, 7]);

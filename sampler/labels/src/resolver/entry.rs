@@ -23,7 +23,7 @@ const BACK_OFF_PART: u64 = 4;
 
 /// What came of a question, as `explain` says it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Told {
+pub enum QueryOutcome {
     Ok,
     NotFound,
     Error,
@@ -31,21 +31,21 @@ pub enum Told {
     NotTried,
 }
 
-impl Told {
+impl QueryOutcome {
     pub fn name(self) -> &'static str {
         match self {
-            Told::Ok => "ok",
-            Told::NotFound => "not-found",
-            Told::Error => "error",
-            Told::Timeout => "timeout",
-            Told::NotTried => "not-tried",
+            QueryOutcome::Ok => "ok",
+            QueryOutcome::NotFound => "not-found",
+            QueryOutcome::Error => "error",
+            QueryOutcome::Timeout => "timeout",
+            QueryOutcome::NotTried => "not-tried",
         }
     }
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tried {
-    pub told: Told,
+pub struct QueryAttempt {
+    pub told: QueryOutcome,
     /// Where it was found, when that is not the endpoint itself.
     pub at: Option<Arc<str>>,
     pub detail: Arc<str>,
@@ -166,7 +166,7 @@ pub(super) struct Slot {
     pub next: BootNs,
     /// It has answered; a failure is no answer.
     pub looked: bool,
-    pub tried: Option<Tried>,
+    pub tried: Option<QueryAttempt>,
 }
 
 impl Slot {
@@ -177,16 +177,16 @@ impl Slot {
     }
 
     /// What to say of a question that has no answer yet.
-    pub fn unanswered(&self, now: BootNs) -> Option<Tried> {
+    pub fn unanswered(&self, now: BootNs) -> Option<QueryAttempt> {
         let since = now.saturating_since(self.put);
         let (told, detail) = match (self.flights, since) {
             (0, _) => return None,
-            (_, ..OVERDUE) => (Told::NotTried, "it is being asked".into()),
-            _ => (Told::Timeout, format!("asked {:.1} s ago, no answer yet", since as f64 / 1e9).into()),
+            (_, ..OVERDUE) => (QueryOutcome::NotTried, "it is being asked".into()),
+            _ => (QueryOutcome::Timeout, format!("asked {:.1} s ago, no answer yet", since as f64 / 1e9).into()),
         };
         // What it said before says more than that it is asked again.
-        let known = told == Told::NotTried && self.tried.is_some();
-        (!known).then_some(Tried { told, at: None, detail })
+        let known = told == QueryOutcome::NotTried && self.tried.is_some();
+        (!known).then_some(QueryAttempt { told, at: None, detail })
     }
 
     pub fn put(&mut self, now: BootNs) {
@@ -195,10 +195,10 @@ impl Slot {
     }
 
     /// `paced`: the endpoint answers, so this container's own back-off sets the pace; else the breaker does.
-    pub fn answered(&mut self, key: ContainerKey, paced: bool, tried: Tried, now: BootNs) {
+    pub fn answered(&mut self, key: ContainerKey, paced: bool, tried: QueryAttempt, now: BootNs) {
         self.flights = self.flights.saturating_sub(1);
         self.attempts += 1;
-        self.looked |= !matches!(tried.told, Told::Error | Told::Timeout);
+        self.looked |= !matches!(tried.told, QueryOutcome::Error | QueryOutcome::Timeout);
         self.tried = Some(tried);
         let step = FILE_STEPS.iter().map(|after| self.began.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
         let age = now.saturating_since(self.began);

@@ -54,12 +54,12 @@ fn event() -> impl Strategy<Value = (u64, Event)> {
 }
 
 struct World {
-    ladder: Ladder,
+    ladder: LabelResolver,
     moods: Vec<Mood>,
     /// Which source can name a container, by (key, target).
     namer: BTreeMap<u64, usize>,
     living: Vec<u64>,
-    open: Vec<(BootNs, Ask)>,
+    open: Vec<(BootNs, Query)>,
     labels: BTreeMap<u64, [bool; Label::ALL.len()]>,
 }
 
@@ -105,7 +105,7 @@ impl World {
         self.moods[n] = mood;
     }
 
-    fn answer(&self, ask: &Ask) -> Option<Outcome> {
+    fn answer(&self, ask: &Query) -> Option<Outcome> {
         let knows = self.namer[&ask.key.0] == usize::from(ask.target.0);
         match self.moods[usize::from(ask.target.0)] {
             Mood::Answers if knows => Some(Outcome::Found(all_labels())),
@@ -116,7 +116,7 @@ impl World {
     }
 
     fn step(&mut self, now: BootNs) {
-        let late = |(put, _): &(BootNs, Ask)| now.saturating_since(*put) >= TIMEOUT;
+        let late = |(put, _): &(BootNs, Query)| now.saturating_since(*put) >= TIMEOUT;
         for (_, ask) in self.open.extract_if(.., |q| late(q)).collect::<Vec<_>>() {
             self.ladder.answered(&ask, &Outcome::Failed, tried(&Outcome::Failed), now);
         }
@@ -168,7 +168,7 @@ proptest! {
         namers in vec(0..SOURCES.len(), 1..7),
     ) {
         let mut world = World {
-            ladder: Ladder::default(),
+            ladder: LabelResolver::default(),
             moods: vec![Mood::Answers; SOURCES.len()],
             namer: BTreeMap::new(),
             living: Vec::new(),

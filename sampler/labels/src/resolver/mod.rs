@@ -25,7 +25,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use self::entry::{Entry, Slot};
-pub use self::entry::{Told, Tried, can_know, is_likely};
+pub use self::entry::{QueryAttempt, QueryOutcome, can_know, is_likely};
 use self::target::Target;
 pub use self::target::{ABSENT, FILES_IN_FLIGHT};
 use super::values::{ContainerLabels, Facts, Source};
@@ -45,7 +45,7 @@ pub struct TargetId(pub u16);
 
 /// One question to put.
 #[derive(Clone, Debug)]
-pub struct Ask {
+pub struct Query {
     pub key: ContainerKey,
     pub target: TargetId,
     pub source: Source,
@@ -56,7 +56,7 @@ pub struct Ask {
     number: u64,
 }
 
-impl Ask {
+impl Query {
     /// A question outside the ladder.
     pub fn once(record: Arc<ContainerRecord>, target: TargetId, source: Source, pod_uid: Option<String>) -> Self {
         Self { key: record.key, target, source, record, pod_uid, number: 0 }
@@ -79,7 +79,7 @@ pub enum Outcome {
 }
 
 #[derive(Debug, Default)]
-pub struct Ladder {
+pub struct LabelResolver {
     targets: Vec<Target>,
     entries: HashMap<ContainerKey, Entry>,
     by_id: HashMap<Arc<str>, Vec<ContainerKey>>,
@@ -91,7 +91,7 @@ pub struct Ladder {
     asked: u64,
 }
 
-impl Ladder {
+impl LabelResolver {
     /// `present`: whether there is anything at the endpoint. What is absent is not asked.
     pub fn add_target(&mut self, source: Source, endpoint: &str, present: bool, now: BootNs) -> TargetId {
         let id = TargetId(u16::try_from(self.targets.len()).unwrap_or(u16::MAX));
@@ -249,8 +249,8 @@ impl Ladder {
         }
     }
 
-    /// What to ask now; each is being asked until [`Ladder::answered`].
-    pub fn due(&mut self, now: BootNs) -> Vec<Ask> {
+    /// What to ask now; each is being asked until [`LabelResolver::answered`].
+    pub fn due(&mut self, now: BootNs) -> Vec<Query> {
         while let Some((at, key)) = self.shown.first().copied().filter(|(at, _)| *at <= now) {
             self.shown.remove(&(at, key));
             if let Some(entry) = self.entries.get_mut(&key).filter(|e| !e.labels.settled) {
@@ -291,14 +291,14 @@ impl Ladder {
                     self.queue.insert((slot.next, key, id));
                 }
                 let (record, pod_uid) = (Arc::clone(&entry.record), entry.labels.pod_uid.clone());
-                asks.push(Ask { key, target: id, source: target.source, record, pod_uid, number: self.asked });
+                asks.push(Query { key, target: id, source: target.source, record, pod_uid, number: self.asked });
             }
         }
         asks
     }
 
     /// Whether it is complete only now; then [`ContainerLabels::resolved_after_ns`] has been set.
-    pub fn answered(&mut self, ask: &Ask, outcome: &Outcome, tried: Tried, now: BootNs) -> bool {
+    pub fn answered(&mut self, ask: &Query, outcome: &Outcome, tried: QueryAttempt, now: BootNs) -> bool {
         let Some(target) = self.targets.get_mut(usize::from(ask.target.0)) else { return false };
         let was_open = target.is_open();
         let healthy = target.answered(ask.number, outcome, now);
@@ -339,7 +339,7 @@ impl Ladder {
         completed
     }
 
-    /// When [`Ladder::due`] may have something new; answers may bring it forward.
+    /// When [`LabelResolver::due`] may have something new; answers may bring it forward.
     pub fn next_due(&self, now: BootNs) -> Option<BootNs> {
         let of_targets = self.targets.iter().filter_map(|t| t.next_room(now));
         let queue = self.queue.first().map(|(at, ..)| *at);
@@ -357,11 +357,11 @@ impl Ladder {
     }
 
     /// What came of every target, in the order of the targets.
-    pub fn tried(&self, key: ContainerKey, now: BootNs) -> Vec<(Source, Arc<str>, Tried)> {
+    pub fn tried(&self, key: ContainerKey, now: BootNs) -> Vec<(Source, Arc<str>, QueryAttempt)> {
         let Some(entry) = self.entries.get(&key) else { return Vec::new() };
         let one = |(id, slot): (&TargetId, &Slot)| {
             let target = self.targets.get(usize::from(id.0))?;
-            let settled = target.present || slot.tried.as_ref().is_some_and(|t| t.told == Told::Ok);
+            let settled = target.present || slot.tried.as_ref().is_some_and(|t| t.told == QueryOutcome::Ok);
             let tried = slot.unanswered(now).or_else(|| slot.tried.clone()).filter(|_| settled);
             Some((
                 target.source,

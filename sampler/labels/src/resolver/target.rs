@@ -4,7 +4,7 @@ use std::collections::btree_map::Entry;
 use std::collections::{BTreeMap, BTreeSet};
 use std::sync::Arc;
 
-use super::entry::{Told, Tried};
+use super::entry::{QueryAttempt, QueryOutcome};
 use super::{BACK_OFF_LAST, MS, Outcome, jittered};
 use crate::values::Source;
 use sampler_core::units::{BootNs, ContainerKey};
@@ -165,14 +165,14 @@ impl Target {
         }
     }
 
-    pub fn not_tried(&self, complete: bool) -> Tried {
+    pub fn not_tried(&self, complete: bool) -> QueryAttempt {
         let why = match (self.present, complete) {
             (false, _) => ABSENT,
             (true, true) => "not needed: others had told everything",
             (true, false) if self.open.is_some() => "it fails; it is probed, and everyone is asked about once it answers",
             (true, false) => "its turn has not come yet",
         };
-        Tried { told: Told::NotTried, at: None, detail: why.into() }
+        QueryAttempt { told: QueryOutcome::NotTried, at: None, detail: why.into() }
     }
 
     #[cfg(test)]

@@ -19,14 +19,14 @@ pub(super) fn pod(key: u64) -> Arc<ContainerRecord> {
     record(key, &format!("/kubepods/pod8bb25662-de9a-11e9-84e7-f8f21e04010c/{key:064x}"))
 }
 
-pub(super) fn tried(outcome: &Outcome) -> Tried {
+pub(super) fn tried(outcome: &Outcome) -> QueryAttempt {
     let told = match outcome {
-        Outcome::Found(_) => Told::Ok,
-        Outcome::NotFound => Told::NotFound,
-        Outcome::NotAsked => Told::NotTried,
-        Outcome::Failed => Told::Error,
+        Outcome::Found(_) => QueryOutcome::Ok,
+        Outcome::NotFound => QueryOutcome::NotFound,
+        Outcome::NotAsked => QueryOutcome::NotTried,
+        Outcome::Failed => QueryOutcome::Error,
     };
-    Tried { told, at: None, detail: "".into() }
+    QueryAttempt { told, at: None, detail: "".into() }
 }
 
 /// Everything that a container in a pod can have.
@@ -45,8 +45,8 @@ fn plain() -> Outcome {
     Outcome::Found(facts)
 }
 
-fn ladder(sources: &[Source]) -> Ladder {
-    let mut ladder = Ladder::default();
+fn ladder(sources: &[Source]) -> LabelResolver {
+    let mut ladder = LabelResolver::default();
     for source in sources {
         ladder.add_target(*source, source.name(), true, BootNs(0));
     }
@@ -58,7 +58,7 @@ fn ms(ms: u64) -> BootNs {
 }
 
 /// Runs the clock from `from_ms`, answering each question with `answer`; returns when each was asked, in ms.
-fn asked(ladder: &mut Ladder, from_ms: u64, until_ms: u64, answer: impl Fn(&Ask, u64) -> Outcome) -> Vec<(u64, Source)> {
+fn asked(ladder: &mut LabelResolver, from_ms: u64, until_ms: u64, answer: impl Fn(&Query, u64) -> Outcome) -> Vec<(u64, Source)> {
     let (mut seen, mut now) = (Vec::new(), ms(from_ms));
     loop {
         for ask in ladder.due(now) {
@@ -97,7 +97,7 @@ fn complete_ends_the_asking_and_settles() {
     let tried = ladder.tried(ContainerKey(1), ms(600));
     assert_eq!(
         tried.iter().map(|t| (t.0, t.2.told)).collect::<Vec<_>>(),
-        [(Source::DockerFile, Told::Ok), (Source::Docker, Told::NotTried)]
+        [(Source::DockerFile, QueryOutcome::Ok), (Source::Docker, QueryOutcome::NotTried)]
     );
 }
 
@@ -127,7 +127,7 @@ fn a_socket_that_hangs_is_asked_again_every_second_and_noticed_when_it_recovers(
     for fault in [3_000, 20_000, 50_000] {
         let mut ladder = ladder(&[Source::Docker]);
         ladder.appeared(docker(1), BootNs(0));
-        let (mut now, mut asked_at, mut hung) = (BootNs(0), Vec::new(), Vec::<(BootNs, Ask)>::new());
+        let (mut now, mut asked_at, mut hung) = (BootNs(0), Vec::new(), Vec::<(BootNs, Query)>::new());
         while ladder.labels(ContainerKey(1)).is_some_and(|l| !l.complete()) && now < ms(90_000) {
             // Whoever asks gives up after 5 s.
             for (_, ask) in hung.extract_if(.., |(put, _)| now.saturating_since(*put) >= 5_000 * MS) {
@@ -176,14 +176,14 @@ fn a_container_that_an_endpoint_does_not_know_yet_is_complete_within_two_seconds
 
 #[test]
 fn a_socket_that_appears_after_an_hour_is_asked_about_everyone_at_once() {
-    let mut ladder = Ladder::default();
+    let mut ladder = LabelResolver::default();
     let id = ladder.add_target(Source::Cri, "unix:///x", false, BootNs(0));
     for key in 1..=500 {
         ladder.appeared(pod(key), BootNs(0));
     }
     let hour = 3_600_000;
     assert_eq!(asked(&mut ladder, 0, hour, |_, _| Outcome::NotFound), [], "nobody is there to be asked");
-    assert_eq!(ladder.tried(ContainerKey(1), ms(600))[0].2.told, Told::NotTried);
+    assert_eq!(ladder.tried(ContainerKey(1), ms(600))[0].2.told, QueryOutcome::NotTried);
     ladder.endpoint_back(id, ms(hour));
     let all = asked(&mut ladder, hour, hour, |_, _| Outcome::Found(all_labels()));
     // In steps of a millisecond, a few at a time.
@@ -210,7 +210,7 @@ fn files_of_the_gone_are_looked_for_until_they_were_looked_at() {
     let mut ladder = ladder(&[Source::DockerFile]);
     ladder.appeared(docker(1), BootNs(0));
     ladder.gone(ContainerKey(1), ms(1), ms(1));
-    let outcome = |_: &Ask, at| if at < 1_000 { Outcome::Failed } else { Outcome::NotFound };
+    let outcome = |_: &Query, at| if at < 1_000 { Outcome::Failed } else { Outcome::NotFound };
     let questions = asked(&mut ladder, 1, 60_000, outcome);
     assert!(questions.len() > 2 && questions.last().is_some_and(|a| (1_000..2_000).contains(&a.0)), "{questions:?}");
     // Where they are was found only after its end.
@@ -243,7 +243,7 @@ fn authority_decides_and_blank_never_overwrites() {
         facts.set(Label::Image, Some(image));
         Outcome::Found(facts)
     };
-    let told = |ask: &Ask, _| match ask.source {
+    let told = |ask: &Query, _| match ask.source {
         Source::Logs => say("from-logs", "logs"),
         Source::Kubelet => say("from-kubelet", ""),
         Source::Bundle => say("from-bundle", ""),
@@ -261,7 +261,7 @@ fn what_was_not_asked_says_nothing_about_the_endpoint() {
     for key in 1..=10 {
         ladder.appeared(docker(key), BootNs(0));
     }
-    let outcome = |ask: &Ask, _| if ask.key.0 == 1 { Outcome::NotAsked } else { Outcome::Failed };
+    let outcome = |ask: &Query, _| if ask.key.0 == 1 { Outcome::NotAsked } else { Outcome::Failed };
     asked(&mut ladder, 0, 5_000, outcome);
     assert!(ladder.targets[0].is_open(), "one that could not be asked about keeps nobody's breaker closed");
 }

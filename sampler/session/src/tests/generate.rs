@@ -112,7 +112,7 @@ impl Node {
                     Tick { stamp: GpuNs(at / 1000 * 1000 + 1_234_567_000), ns, busy_percent: random.below(101) as u8, rows };
                 all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Tick(tick.clone()) });
                 if n == 0 {
-                    let fact = GpuFact::EngineTick(Engine::Memory, Tick { rows: Vec::new(), ..tick });
+                    let fact = GpuFact::EngineSample(Engine::Memory, Tick { rows: Vec::new(), ..tick });
                     all.push(Fact::Gpu { gpu, at: BootNs(at), fact });
                 }
             }

@@ -230,7 +230,7 @@ fn version_1_stays_readable() {
 
 /// Each kind of fact that version 1.0 has.
 fn every_kind() -> Written {
-    use sampler_core::fact::{HostProcess, Unseen};
+    use sampler_core::fact::{HostProcess, UnobservedReason};
     use sampler_core::units::ContainerKey;
     let node = Node { gpus: 1, processes: 8, rows: 2 };
     let mut facts = node.begin();
@@ -240,7 +240,7 @@ fn every_kind() -> Written {
     for fact in [
         GpuFact::Restarted,
         GpuFact::Idle { ns: 1 },
-        GpuFact::Unobserved { ns: 2, why: Unseen::NotAsked },
+        GpuFact::Unobserved { ns: 2, why: UnobservedReason::NotAsked },
         GpuFact::Unsupported { ns: 3 },
         GpuFact::Measured { ns: 4, busy_ratio: 0.5 },
         GpuFact::Held(None),

@@ -27,7 +27,7 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 
 use self::model::{Asked, Model};
 use self::rows::Sort;
-use self::source::{LIVE, REMEDY, Told, nobody, too_old};
+use self::source::{AgentEvent, LIVE, REMEDY, nobody, too_old};
 use super::ask::{self, Answer};
 use crate::config::Settings;
 use crate::export::live::Live;
@@ -127,7 +127,7 @@ impl Top {
     }
 }
 
-fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<Told>) -> anyhow::Result<()> {
+fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<AgentEvent>) -> anyhow::Result<()> {
     let colours = crate::cli::output::colours(true);
     let mut changed = true;
     loop {
@@ -146,9 +146,9 @@ fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<Told>)
         }
         loop {
             match told.try_recv() {
-                Ok(Told::Live(live)) => model.update(*live),
-                Ok(Told::Away(why)) => model.away(why),
-                Ok(Told::Terminate) => return Ok(()),
+                Ok(AgentEvent::Live(live)) => model.update(*live),
+                Ok(AgentEvent::Away(why)) => model.away(why),
+                Ok(AgentEvent::Terminate) => return Ok(()),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => bail!("the thread that asks the agent ended; please report this"),
             }

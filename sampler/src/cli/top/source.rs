@@ -15,7 +15,7 @@ pub const LIVE: &str = "/api/v1/live";
 /// Where something else than an agent answers.
 pub const REMEDY: &str = "name the agent with --agent or --listen";
 
-pub enum Told {
+pub enum AgentEvent {
     Live(Box<Live>),
     /// No picture could be had; why, with the remedy.
     Away(String),
@@ -24,7 +24,7 @@ pub enum Told {
 }
 
 /// The thread ends when nobody listens any more.
-pub fn start(agent: String, token: Option<String>, every: Duration, to: Sender<Told>) -> anyhow::Result<()> {
+pub fn start(agent: String, token: Option<String>, every: Duration, to: Sender<AgentEvent>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
     let work = move || {
         runtime.block_on(async {
@@ -32,7 +32,7 @@ pub fn start(agent: String, token: Option<String>, every: Duration, to: Sender<T
                 () = follow(&agent, token.as_deref(), every, &to) => {}
                 () = asked_to_end() => {
                     // Nobody listens: it has ended.
-                    let _ended = to.send(Told::Terminate);
+                    let _ended = to.send(AgentEvent::Terminate);
                 }
             }
         });
@@ -41,14 +41,14 @@ pub fn start(agent: String, token: Option<String>, every: Duration, to: Sender<T
     Ok(())
 }
 
-async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<Told>) {
+async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<AgentEvent>) {
     let mut turn = tokio::time::interval(every);
     turn.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         turn.tick().await;
         let told = match live(agent, token).await {
-            Ok(live) => Told::Live(Box::new(live)),
-            Err(error) => Told::Away(display_chain(error.as_ref())),
+            Ok(live) => AgentEvent::Live(Box::new(live)),
+            Err(error) => AgentEvent::Away(display_chain(error.as_ref())),
         };
         if to.send(told).is_err() {
             return;

@@ -3,7 +3,7 @@
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
-use sampler_labels::{Facts, Outcome, Told, Tried};
+use sampler_labels::{Facts, Outcome, QueryAttempt, QueryOutcome};
 
 /// A source that takes longer is stuck. The ladder asks again long before.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
@@ -14,7 +14,7 @@ const MAX_DETAIL: usize = 300;
 #[derive(Debug)]
 pub struct Answer {
     pub outcome: Outcome,
-    pub told: Told,
+    pub told: QueryOutcome,
     /// What failed, or why it was not found.
     pub detail: String,
     /// The folder or file that had it, where it is not the endpoint asked.
@@ -23,7 +23,7 @@ pub struct Answer {
 
 impl Answer {
     pub fn found(facts: Facts) -> Self {
-        Self { outcome: Outcome::Found(facts), told: Told::Ok, detail: String::new(), at: None }
+        Self { outcome: Outcome::Found(facts), told: QueryOutcome::Ok, detail: String::new(), at: None }
     }
 
     pub fn not_found() -> Self {
@@ -31,12 +31,12 @@ impl Answer {
     }
 
     pub fn not_found_because(detail: impl ToString) -> Self {
-        Self { outcome: Outcome::NotFound, told: Told::NotFound, detail: detail.to_string(), at: None }
+        Self { outcome: Outcome::NotFound, told: QueryOutcome::NotFound, detail: detail.to_string(), at: None }
     }
 
     /// There was nobody, or nothing, to ask.
     pub fn not_asked(detail: impl ToString) -> Self {
-        Self { outcome: Outcome::NotAsked, told: Told::NotTried, detail: detail.to_string(), at: None }
+        Self { outcome: Outcome::NotAsked, told: QueryOutcome::NotTried, detail: detail.to_string(), at: None }
     }
 
     pub fn not_in(folders: &[PathBuf]) -> Self {
@@ -57,11 +57,11 @@ impl Answer {
     }
 
     pub fn error(detail: impl ToString) -> Self {
-        Self { outcome: Outcome::Failed, told: Told::Error, detail: detail.to_string(), at: None }
+        Self { outcome: Outcome::Failed, told: QueryOutcome::Error, detail: detail.to_string(), at: None }
     }
 
     pub fn timeout(detail: impl ToString) -> Self {
-        Self { outcome: Outcome::Failed, told: Told::Timeout, detail: detail.to_string(), at: None }
+        Self { outcome: Outcome::Failed, told: QueryOutcome::Timeout, detail: detail.to_string(), at: None }
     }
 
     pub fn at(self, place: &Path) -> Self {
@@ -69,14 +69,14 @@ impl Answer {
     }
 
     /// As it is kept for `explain`: not longer than needed.
-    pub fn tried(&self) -> Tried {
+    pub fn tried(&self) -> QueryAttempt {
         let end = self.detail.floor_char_boundary(MAX_DETAIL);
         let nothing = matches!(&self.outcome, Outcome::Found(facts) if facts.labels.iter().all(Option::is_none));
         if nothing {
-            return Tried { told: self.told, at: None, detail: "it has the container, and no labels of it".into() };
+            return QueryAttempt { told: self.told, at: None, detail: "it has the container, and no labels of it".into() };
         }
-        let at = self.at.as_ref().filter(|_| self.told == Told::Ok).map(|at| at.to_string_lossy().into());
-        Tried { told: self.told, at, detail: self.detail[..end].into() }
+        let at = self.at.as_ref().filter(|_| self.told == QueryOutcome::Ok).map(|at| at.to_string_lossy().into());
+        QueryAttempt { told: self.told, at, detail: self.detail[..end].into() }
     }
 }
 

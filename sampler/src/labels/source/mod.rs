@@ -23,7 +23,7 @@ use std::sync::{Arc, PoisonError, RwLock};
 
 use arc_swap::ArcSwap;
 use sampler_core::cgroup_path::Runtime;
-use sampler_labels::{Ask, FILES_IN_FLIGHT, Outcome, Source, TargetId};
+use sampler_labels::{FILES_IN_FLIGHT, Outcome, Query, Source, TargetId};
 
 use tokio::sync::Semaphore;
 
@@ -103,7 +103,7 @@ pub async fn probe(sources: Arc<Sources>, target: TargetId) -> Result<(), String
 }
 
 /// Puts one question; ends within [`TIMEOUT`], whatever becomes of it.
-pub async fn put(sources: Arc<Sources>, ask: &Ask) -> Answer {
+pub async fn put(sources: Arc<Sources>, ask: &Query) -> Answer {
     let Some(endpoint) = sources.endpoint(ask.target) else { return Answer::error("there is no such target") };
     let id = ask.container_id().to_owned();
     if !is_one_name(&id) {
@@ -131,7 +131,7 @@ pub async fn put(sources: Arc<Sources>, ask: &Ask) -> Answer {
     tokio::time::timeout(TIMEOUT, answer).await.unwrap_or_else(|_| late())
 }
 
-fn files(sources: &Sources, source: Source, ask: &Ask, id: &str) -> Answer {
+fn files(sources: &Sources, source: Source, ask: &Query, id: &str) -> Answer {
     let (root, places) = (&sources.root, sources.places.load());
     let answer = match source {
         Source::Logs => return pods::logs(root, id, ask.pod_uid.as_deref()),
@@ -157,7 +157,7 @@ fn files(sources: &Sources, source: Source, ask: &Ask, id: &str) -> Answer {
     }
 }
 
-fn mountinfo(sources: &Sources, ask: &Ask) -> Answer {
+fn mountinfo(sources: &Sources, ask: &Query) -> Answer {
     let (path, uid) = (&ask.record.cgroup_path, ask.record.identity.pod_uid.as_deref());
     pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid)
 }

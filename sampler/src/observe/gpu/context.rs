@@ -14,7 +14,7 @@ use super::pid_space::PidCheck;
 use super::slots::Slots;
 use crate::config::Config;
 use crate::health::Health;
-use crate::inbox::{Closed, Outbox};
+use crate::inbox::{Closed, CoreSender};
 
 /// What reading one GPU may take.
 pub fn limits(config: &Config) -> Limits {
@@ -23,7 +23,7 @@ pub fn limits(config: &Config) -> Limits {
 
 /// What every thread here has.
 pub struct Context {
-    pub to: Outbox,
+    pub to: CoreSender,
     pub health: Arc<Health>,
     pub stop: Arc<AtomicBool>,
     pub slots: Slots,
@@ -35,7 +35,7 @@ pub struct Context {
 }
 
 impl Context {
-    pub fn new(config: &Config, to: &Outbox, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<Self, GpuError> {
+    pub fn new(config: &Config, to: &CoreSender, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<Self, GpuError> {
         let stopping = Arc::clone(stop);
         let pids = PidCheck::start(config, to, health, move || stopping.load(Ordering::Relaxed))?;
         Ok(Self {

@@ -1,4 +1,4 @@
-//! XID errors, as the driver reports them. Told in one go when there are many: a GPU that dies reports thousands.
+//! XID errors, as the driver reports them. GpuHealth in one go when there are many: a GPU that dies reports thousands.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
@@ -9,7 +9,7 @@ use sampler_core::observation::Observation;
 
 use super::context::Context;
 use super::library::{Generation, Listen};
-use super::nvml_caller::{Trouble, is_unsupported, trouble};
+use super::nvml_caller::{DeviceFault, is_unsupported, trouble};
 use super::xids::Xids;
 use crate::health::call_watchdog::Caller;
 use crate::health::nvml_calls::Call;
@@ -62,7 +62,7 @@ impl Events {
                 continue;
             }
             match self.collect(&xids, &mut seen) {
-                Err(error) if trouble(&error) == Some(Trouble::Dead) => self.generation.kill(),
+                Err(error) if trouble(&error) == Some(DeviceFault::Dead) => self.generation.kill(),
                 // One lost GPU must not make a loop that spins.
                 Err(_) => std::thread::sleep(WAIT),
                 Ok(()) => {}

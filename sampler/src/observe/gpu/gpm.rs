@@ -8,7 +8,7 @@ use sampler_core::observation::GpmInterval;
 use sampler_core::units::BootNs;
 
 use super::library::Handle;
-use super::nvml_caller::Driver;
+use super::nvml_caller::NvmlCaller;
 use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
@@ -20,7 +20,7 @@ const GRAPHICS_UTIL: u32 = 1;
 const VERSION: u32 = 1;
 
 /// Whether this GPU has such counters.
-pub fn is_supported(parent: &Handle, driver: &mut Driver) -> bool {
+pub fn is_supported(parent: &Handle, driver: &mut NvmlCaller) -> bool {
     let asked = driver.call(Call::GpmQueryDeviceSupport, || {
         let symbol = nvml_sym(parent.generation.lib().nvmlGpmQueryDeviceSupport.as_ref())?;
         let mut support = nvmlGpmSupport_t { version: VERSION, isSupportedDevice: 0 };
@@ -56,7 +56,7 @@ impl Gpm {
     }
 
     /// Looks; how busy the instance was since the look before, if there was one.
-    pub fn look(&mut self, driver: &mut Driver) -> Result<Option<GpmInterval>, NvmlError> {
+    pub fn look(&mut self, driver: &mut NvmlCaller) -> Result<Option<GpmInterval>, NvmlError> {
         let into = self.last.map_or(0, |(_, n)| 1 - n);
         driver.call(Call::GpmMigSampleGet, || {
             let get = nvml_sym(self.parent.generation.lib().nvmlGpmMigSampleGet.as_ref())?;

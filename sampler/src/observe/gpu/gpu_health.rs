@@ -8,7 +8,7 @@ use crate::health::Health;
 /// So many failures in a row are said, and then asked less often.
 const FAILURES: u32 = 3;
 
-pub struct Told {
+pub struct GpuHealth {
     key: String,
     uuid: Arc<str>,
     health: Arc<Health>,
@@ -17,7 +17,7 @@ pub struct Told {
     anew: bool,
 }
 
-impl Told {
+impl GpuHealth {
     pub fn new(key: String, uuid: Arc<str>, health: Arc<Health>) -> Self {
         Self { key, uuid, health, failures: 0, anew: true }
     }

@@ -14,7 +14,7 @@ use super::context::limits;
 use super::device_nodes::{Nodes, Places};
 use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle, open};
-use super::nvml_caller::{Driver, cpu_now, error_name};
+use super::nvml_caller::{NvmlCaller, cpu_now, error_name};
 use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
@@ -116,7 +116,7 @@ impl PidSpaces {
     }
 
     /// Looks at the processes that the driver lists; twice, where the first time shows none that holds a device node.
-    fn look(&self, handle: &Handle, driver: &mut Driver, buffers: &mut Buffers) {
+    fn look(&self, handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) {
         let Some(nodes) = &self.nodes else { return };
         for again in [false, true] {
             let at = boot_now();
@@ -164,7 +164,7 @@ fn gpu(
     let name = handle.device().name().unwrap_or_else(|_| "no name".into());
     let health = Health::default();
     let caller = Arc::new(health.driver.caller(String::new(), None));
-    let mut driver = Driver::new(&uuid, &caller, &health);
+    let mut driver = NvmlCaller::new(&uuid, &caller, &health);
     let what = format!("GPU {index} {name} {uuid}");
     let mut buffers = Buffers::default();
     pid_spaces.look(&handle, &mut driver, &mut buffers);

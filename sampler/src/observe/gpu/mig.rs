@@ -14,7 +14,7 @@ use super::calls::Buffers;
 use super::context::Context;
 use super::gpm::{self, Gpm};
 use super::library::Handle;
-use super::nvml_caller::Driver;
+use super::nvml_caller::NvmlCaller;
 use super::readings::{self, Processes};
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
@@ -27,7 +27,7 @@ struct MigDevice {
     slot: usize,
     uuid: String,
     handle: Handle,
-    driver: Driver,
+    driver: NvmlCaller,
     processes: Processes,
     gpm: Option<Gpm>,
     listed: Option<Instant>,
@@ -51,7 +51,7 @@ pub struct MigDevices {
 }
 
 /// Whether the GPU is in MIG mode.
-pub fn mode(of: &Handle, driver: &mut Driver) -> Result<MigMode, NvmlError> {
+pub fn mode(of: &Handle, driver: &mut NvmlCaller) -> Result<MigMode, NvmlError> {
     match driver.call(Call::GetMigMode, || of.device().mig_mode()) {
         Ok(mode) if mode.current == 1 => Ok(MigMode::Enabled),
         Ok(_) => Ok(MigMode::Disabled),
@@ -67,7 +67,7 @@ pub fn gone_from(context: &Context, uuid: &str, slot: usize) -> Result<(), Close
     context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() })
 }
 
-fn find(parent: &Handle, driver: &mut Driver) -> Result<Vec<Found>, NvmlError> {
+fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<Found>, NvmlError> {
     let places = driver.call(Call::GetMigDevices, || parent.device().mig_device_count())?;
     let mut all = Vec::new();
     for place in 0..places.min(MOST_DEVICES) {
@@ -102,7 +102,7 @@ impl MigDevices {
     }
 
     /// Looks which there are; tells of those that came and went, and whether any did.
-    pub fn look(&mut self, parent: &Handle, info: &GpuInfo, driver: &mut Driver, context: &Context) -> Result<bool, Closed> {
+    pub fn look(&mut self, parent: &Handle, info: &GpuInfo, driver: &mut NvmlCaller, context: &Context) -> Result<bool, Closed> {
         // What could not be read is not gone.
         let Ok(found) = find(parent, driver) else { return Ok(false) };
         let before = self.uuids();
@@ -153,7 +153,7 @@ impl MigDevices {
     pub fn read(
         &mut self,
         lists_every: Duration,
-        driver: &mut Driver,
+        driver: &mut NvmlCaller,
         buffers: &mut Buffers,
         context: &Context,
     ) -> Result<(), Closed> {

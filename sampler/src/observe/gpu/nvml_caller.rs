@@ -17,7 +17,7 @@ const TRY_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
 /// What an error says beyond its own call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Trouble {
+pub enum DeviceFault {
     /// This GPU does not answer until it is reset or comes back.
     Lost,
     /// The driver has gone or was replaced: the library must be opened anew.
@@ -32,13 +32,13 @@ pub struct Spent {
     pub cpu: Duration,
 }
 
-pub struct Driver {
+pub struct NvmlCaller {
     calls: Arc<DeviceCalls>,
     caller: Arc<Caller>,
     off: [Option<Instant>; Call::ALL.len()],
     shown: [Option<bool>; Call::ALL.len()],
     spent: Spent,
-    trouble: Option<Trouble>,
+    trouble: Option<DeviceFault>,
 }
 
 /// Processor time of this thread.
@@ -51,10 +51,10 @@ pub fn is_unsupported(error: &NvmlError) -> bool {
     matches!(error, NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_) | NvmlError::FunctionNotFound)
 }
 
-pub fn trouble(error: &NvmlError) -> Option<Trouble> {
+pub fn trouble(error: &NvmlError) -> Option<DeviceFault> {
     match error {
-        NvmlError::GpuLost | NvmlError::ResetRequired => Some(Trouble::Lost),
-        NvmlError::Uninitialized | NvmlError::DriverNotLoaded | NvmlError::LibRmVersionMismatch => Some(Trouble::Dead),
+        NvmlError::GpuLost | NvmlError::ResetRequired => Some(DeviceFault::Lost),
+        NvmlError::Uninitialized | NvmlError::DriverNotLoaded | NvmlError::LibRmVersionMismatch => Some(DeviceFault::Dead),
         _ => None,
     }
 }
@@ -65,7 +65,7 @@ pub fn error_name(error: &NvmlError) -> String {
     debug.split(['(', ' ', '{']).next().unwrap_or("Unknown").to_owned()
 }
 
-impl Driver {
+impl NvmlCaller {
     pub fn new(uuid: &str, caller: &Arc<Caller>, health: &Health) -> Self {
         Self {
             calls: health.driver.device(uuid),
@@ -123,7 +123,7 @@ impl Driver {
         self.spent.cpu += of.cpu;
     }
 
-    pub fn trouble(&self) -> Option<Trouble> {
+    pub fn trouble(&self) -> Option<DeviceFault> {
         self.trouble
     }
 
@@ -138,7 +138,7 @@ impl Driver {
     }
 
     pub fn set_lost(&mut self) {
-        self.trouble = Some(Trouble::Lost);
+        self.trouble = Some(DeviceFault::Lost);
     }
 
     pub fn clear_trouble(&mut self) {
@@ -154,9 +154,9 @@ mod tests {
     fn what_is_not_supported_is_asked_once_and_again_after_a_reset() {
         let health = Health::default();
         let caller = Arc::new(health.driver.caller("gpu-0".into(), Some("GPU-0")));
-        let mut driver = Driver::new("GPU-0", &caller, &health);
+        let mut driver = NvmlCaller::new("GPU-0", &caller, &health);
         let mut made = 0;
-        let mut ask = |driver: &mut Driver, answer: Result<u32, NvmlError>| {
+        let mut ask = |driver: &mut NvmlCaller, answer: Result<u32, NvmlError>| {
             let result = driver.call(Call::GetPowerUsage, || {
                 made += 1;
                 answer
@@ -179,6 +179,6 @@ mod tests {
         assert_eq!(view.errors, [("GetPowerUsage", "Unknown".to_owned(), 1)]);
         assert_eq!(driver.trouble(), None);
         ask(&mut driver, Err(NvmlError::GpuLost));
-        assert_eq!(driver.trouble(), Some(Trouble::Lost));
+        assert_eq!(driver.trouble(), Some(DeviceFault::Lost));
     }
 }

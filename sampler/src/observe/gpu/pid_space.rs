@@ -21,7 +21,7 @@ use super::device_nodes::{Nodes, Places};
 use super::error::{GpuError, spawn};
 use crate::config::Config;
 use crate::health::Health;
-use crate::inbox::Outbox;
+use crate::inbox::CoreSender;
 use crate::observe::clock::boot_now;
 
 /// What a verdict against local pids comes with.
@@ -49,7 +49,7 @@ struct State {
 /// Shared by all that read GPUs.
 pub struct PidCheck {
     places: Places,
-    core: Outbox,
+    core: CoreSender,
     health: Arc<Health>,
     state: Mutex<State>,
     to: SyncSender<Vec<Named>>,
@@ -101,7 +101,7 @@ pub fn words(evidence: &Evidence, now: BootNs) -> (String, Option<&'static str>)
 impl PidCheck {
     pub fn start(
         config: &Config,
-        core: &Outbox,
+        core: &CoreSender,
         health: &Arc<Health>,
         stopping: impl Fn() -> bool + Send + 'static,
     ) -> Result<Arc<Self>, GpuError> {

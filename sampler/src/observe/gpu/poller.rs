@@ -17,10 +17,10 @@ use super::budget::{Budget, Cost, Part};
 use super::calls::Buffers;
 use super::context::Context;
 use super::gpm;
-use super::gpu_health::Told;
+use super::gpu_health::GpuHealth;
 use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
-use super::nvml_caller::{Driver, Trouble, cpu_now, error_name};
+use super::nvml_caller::{DeviceFault, NvmlCaller, cpu_now, error_name};
 use super::poll_interval::{Pace, SLOW};
 use super::readings::{self, Engines, Processes};
 use super::ring::{Ring, Tools};
@@ -65,7 +65,7 @@ pub struct Poller {
     start: Start,
     info: Arc<GpuInfo>,
     handle: Handle,
-    driver: Driver,
+    driver: NvmlCaller,
     buffers: Buffers,
     budget: Budget,
     pace: Pace,
@@ -75,7 +75,7 @@ pub struct Poller {
     listed: Option<usize>,
     mig: MigDevices,
     done: Done,
-    told: Told,
+    told: GpuHealth,
     /// Of the verdict on the driver's pids, when the lists were read last.
     pid_space_changes: u64,
 }
@@ -104,10 +104,10 @@ impl Poller {
         };
         Self {
             context: Arc::clone(context),
-            told: Told::new(format!("gpu-{}", start.slot), Arc::clone(&uuid), Arc::clone(&context.health)),
+            told: GpuHealth::new(format!("gpu-{}", start.slot), Arc::clone(&uuid), Arc::clone(&context.health)),
             info: Arc::new(info),
             handle: start.handle.clone(),
-            driver: Driver::new(&uuid, &Arc::new(caller), &context.health),
+            driver: NvmlCaller::new(&uuid, &Arc::new(caller), &context.health),
             buffers: Buffers::default(),
             budget: Budget::new(context.limits, boot_now().0),
             pace: Pace::new(),
@@ -143,11 +143,11 @@ impl Poller {
         while !self.is_over() {
             let cpu = cpu_now();
             let interval = match self.driver.trouble() {
-                Some(Trouble::Dead) => {
+                Some(DeviceFault::Dead) => {
                     self.handle.generation.kill();
                     break;
                 }
-                Some(Trouble::Lost) => self.find_again()?,
+                Some(DeviceFault::Lost) => self.find_again()?,
                 None => self.poll(cpu)?,
             };
             let until = self.pace.next(interval);

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 use nvml_wrapper::enum_wrappers::device::{Clock, TemperatureSensor};
 use nvml_wrapper::error::NvmlError;
 use sampler_core::device::{DeviceReadings, Engine};
-use sampler_core::observation::{EngineTick, ProcessKind, RunningProcess};
+use sampler_core::observation::{EngineSample, ProcessKind, RunningProcess};
 use sampler_core::units::GpuNs;
 
 use super::calls::{Buffers, List};
 use super::library::Handle;
-use super::nvml_caller::Driver;
+use super::nvml_caller::NvmlCaller;
 use crate::health::nvml_calls::Call;
 
 /// The graphics and MPS lists change less, and each holds a lock of the driver's for as long as the first.
@@ -33,7 +33,7 @@ const ENGINES: [(Engine, u32, Call); 5] = [
     (Engine::Ofa, 9, Call::GetOfaSamples),
 ];
 
-pub fn memory(of: &Handle, driver: &mut Driver) -> Option<(u64, u64)> {
+pub fn memory(of: &Handle, driver: &mut NvmlCaller) -> Option<(u64, u64)> {
     match driver.call(Call::GetMemoryInfoV2, || of.memory_v2()) {
         Ok(memory) => Some(memory),
         Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
@@ -43,7 +43,7 @@ pub fn memory(of: &Handle, driver: &mut Driver) -> Option<(u64, u64)> {
     }
 }
 
-pub fn readings(of: &Handle, driver: &mut Driver) -> DeviceReadings {
+pub fn readings(of: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
     let device = of.device();
     let memory = memory(of, driver);
     let power = driver.call(Call::GetPowerUsage, || device.power_usage());
@@ -88,7 +88,7 @@ impl Processes {
     }
 
     /// `None` when the driver did not tell.
-    pub fn list(&mut self, of: &Handle, driver: &mut Driver, buffers: &mut Buffers) -> Option<Vec<RunningProcess>> {
+    pub fn list(&mut self, of: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Option<Vec<RunningProcess>> {
         if self.others_asked.is_none_or(|at| at.elapsed() >= OTHER_LISTS_EVERY) {
             self.others_asked = Some(Instant::now());
             self.others.clear();
@@ -144,7 +144,7 @@ pub struct Engines {
 }
 
 impl Engines {
-    pub fn read(&mut self, of: &Handle, driver: &mut Driver, buffers: &mut Buffers) -> Vec<EngineTick> {
+    pub fn read(&mut self, of: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Vec<EngineSample> {
         let mut ticks = Vec::new();
         for (n, (engine, kind, call)) in ENGINES.iter().enumerate() {
             let silent = self.fed[n].is_some_and(|at| at.elapsed() >= SILENT);
@@ -163,7 +163,7 @@ impl Engines {
                 continue;
             };
             let fresh = samples.iter().filter(|s| s.at_us > known && s.percent <= 100);
-            ticks.extend(fresh.map(|s| EngineTick {
+            ticks.extend(fresh.map(|s| EngineSample {
                 engine: *engine,
                 at: GpuNs(s.at_us.saturating_mul(1000)),
                 busy_percent: s.percent,

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use super::budget::{Budget, Cost};
 use super::calls::Buffers;
 use super::library::Handle;
-use super::nvml_caller::{Driver, is_unsupported};
+use super::nvml_caller::{NvmlCaller, is_unsupported};
 use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
@@ -52,7 +52,7 @@ struct Rates {
 /// What the ring is read with.
 pub struct Tools<'a> {
     pub handle: &'a Handle,
-    pub driver: &'a mut Driver,
+    pub driver: &'a mut NvmlCaller,
     pub buffers: &'a mut Buffers,
     pub budget: &'a mut Budget,
 }

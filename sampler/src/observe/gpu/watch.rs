@@ -21,7 +21,7 @@ use super::error::{GpuError, spawn};
 use super::events::Events;
 use super::library::{Generation, Handle, open};
 use super::mig;
-use super::nvml_caller::{Trouble, trouble};
+use super::nvml_caller::{DeviceFault, trouble};
 use super::poller::{Poller, Start};
 use crate::health::call_watchdog::{CallSlot, Caller};
 use crate::health::nvml_calls::Call;
@@ -165,7 +165,7 @@ impl Watch {
                     let _waited_for = opened.try_send(Ok(()));
                 }
                 Err(error) => {
-                    if trouble(&error) == Some(Trouble::Dead) {
+                    if trouble(&error) == Some(DeviceFault::Dead) {
                         generation.kill();
                     }
                     self.context.health.degraded("nvml", &format!("the NVIDIA driver does not list its GPUs: {error}"));
@@ -201,7 +201,7 @@ impl Watch {
                     let slot = self.context.slots.take(&uuid);
                     found.push((handle, uuid, index, slot));
                 }
-                Some(Err(error)) if trouble(&error) == Some(Trouble::Dead) => return Err(error),
+                Some(Err(error)) if trouble(&error) == Some(DeviceFault::Dead) => return Err(error),
                 Some(Err(error)) => unopened.push((index, error.to_string())),
                 None => unopened.push((index, "the driver does not answer; see dmesg for Xid lines".into())),
             }

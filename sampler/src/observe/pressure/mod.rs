@@ -33,7 +33,7 @@ use self::place::{Hierarchies, Place};
 use self::throttle::Throttle;
 use self::worker::{Look, Target, Worker};
 use crate::health::Health;
-use crate::inbox::{Closed, Outbox};
+use crate::inbox::{Closed, CoreSender};
 use crate::observe::kernel::layout::Layout;
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -174,7 +174,7 @@ impl Pressure {
 
 /// Where it is told.
 pub struct Told {
-    pub to: Outbox,
+    pub to: CoreSender,
     pub health: Arc<Health>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub stop: Arc<AtomicBool>,

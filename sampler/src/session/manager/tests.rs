@@ -19,7 +19,7 @@ const WALL: u64 = 1_700_000_000;
 struct Bench {
     dir: tempfile::TempDir,
     store: Arc<Store>,
-    desk: Desk,
+    desk: SessionManager,
     /// Seconds since the start.
     second: u64,
 }
@@ -77,7 +77,7 @@ impl Bench {
             node: "node".into(),
             saturation_percent: 90,
         };
-        let mut desk = Desk::new(sources, Arc::clone(&store), ring_bytes).unwrap();
+        let mut desk = SessionManager::new(sources, Arc::clone(&store), ring_bytes).unwrap();
         desk.facts(&[opened(), container()], boot(0));
         Self { dir, store, desk, second: 0 }
     }

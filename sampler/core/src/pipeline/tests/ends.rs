@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::{DeviceReadings, Engine, MigMode};
-use crate::observation::{EngineTick, ProcessKind, RunningProcess};
+use crate::observation::{EngineSample, ProcessKind, RunningProcess};
 
 const SECOND: u64 = 1_000_000_000;
 
@@ -14,9 +14,9 @@ fn an_engines_sample_of_the_future_holds_up_none_that_follow() {
             let mut batch = tick(k, 40, Some(100), 20_000_000);
             let at = batch.ticks[0].at;
             batch.rows[0].percent[Engine::Encoder as usize] = 50;
-            batch.engine_ticks.push(EngineTick { engine: Engine::Encoder, at, busy_percent: 50 });
+            batch.engine_ticks.push(EngineSample { engine: Engine::Encoder, at, busy_percent: 50 });
             if k == 5 {
-                batch.engine_ticks.insert(0, EngineTick { engine: Engine::Encoder, at: GpuNs(garbage), busy_percent: 50 });
+                batch.engine_ticks.insert(0, EngineSample { engine: Engine::Encoder, at: GpuNs(garbage), busy_percent: 50 });
             }
             core.observe(Observation::from(batch));
         }

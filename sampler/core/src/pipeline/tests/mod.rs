@@ -10,7 +10,7 @@ use super::*;
 use crate::device::{GpuInfo, Reason};
 use crate::observation::Rejected;
 use crate::observation::{
-    Answer, CgroupChange, CgroupFact, DeviceTick, GpuBatch, Place, ProcessChange, ProcessFact, ProcessRow, ProcessSeen,
+    Answer, CgroupChange, CgroupFact, DeviceSample, GpuBatch, Place, ProcessChange, ProcessFact, ProcessSample, ProcessSeen,
 };
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
@@ -91,13 +91,13 @@ fn taken(k: usize) -> u64 {
     1_000_000_000 + PERIOD * k as u64
 }
 
-fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessRow {
-    ProcessRow { at, pid, percent: [percent as u8, 0, 0, 0, 0, 0] }
+fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessSample {
+    ProcessSample { at, pid, percent: [percent as u8, 0, 0, 0, 0, 0] }
 }
 
 fn tick(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
     let at = GpuNs(SKEW + taken(k));
-    let ticks = vec![DeviceTick { at, busy_percent: busy, queried: true }];
+    let ticks = vec![DeviceSample { at, busy_percent: busy, queried: true }];
     GpuBatch { ticks, rows: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
 }
 

@@ -164,7 +164,7 @@ fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first(
     // The clock of the new driver began again.
     for k in 64..100usize {
         let at = GpuNs(PERIOD * (k as u64 - 60));
-        let ticks = vec![DeviceTick { at, busy_percent: 100, queried: true }];
+        let ticks = vec![DeviceSample { at, busy_percent: 100, queried: true }];
         core.observe(Observation::from(GpuBatch { ticks, rows: vec![row(at, 100, 100)], ..batch(taken(k)) }));
     }
     core.observe(Observation::from(batch(taken(110))));
@@ -232,7 +232,7 @@ fn drift_and_steps_of_a_clock_are_told() {
         let late = 10_000_000 + (k as u64 * 7 % 80) * 1_000_000;
         let base = if k < 900 { SKEW } else { SKEW - 3 * SECOND };
         let at = stamp(k, base);
-        let ticks = vec![DeviceTick { at, busy_percent: 100, queried: true }];
+        let ticks = vec![DeviceSample { at, busy_percent: 100, queried: true }];
         let rows = vec![row(at, 100, 100)];
         core.observe(Observation::from(GpuBatch { ticks, rows, stepped: k == 900, ..batch(taken(k) + late) }));
         if k == 899 {

@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::device::Engine;
-use crate::observation::{EngineTick, ProcessKind, RunningProcess};
+use crate::observation::{EngineSample, ProcessKind, RunningProcess};
 
 /// Ticks of 50 % with these rows: (pid, percent).
 fn ticks_with(core: &mut Core, rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
@@ -83,10 +83,10 @@ fn each_engine_has_its_own_pid() {
     for k in 0..80usize {
         let mut batch = tick(k, 40, Some(100), 20_000_000);
         let at = batch.ticks[0].at;
-        batch.rows.push(ProcessRow { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
+        batch.rows.push(ProcessSample { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
         // The encoder's ring is read every 2 s.
         if k % 12 == 11 {
-            let tick = |k: usize| EngineTick { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
+            let tick = |k: usize| EngineSample { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
             batch.engine_ticks = (k - 11..=k).map(tick).collect();
         }
         core.observe(Observation::from(batch));
