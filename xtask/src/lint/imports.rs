@@ -38,7 +38,7 @@ const PACKAGES: [(&str, &[&[&str]]); 11] = [
             &["units"],
             &["device", "cgroup_path", "pid_space"],
             &["observation"],
-            &["identity", "recover"],
+            &["identity", "reconstruct"],
             &["fact"],
             &["snapshot"],
             &["attribute"],
