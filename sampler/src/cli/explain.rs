@@ -15,6 +15,7 @@ use serde_json::Value;
 
 use super::ask::{self, Answer};
 use super::sample;
+use crate::cli::output::{print, wrapped};
 use crate::config::{Config, Settings};
 use crate::explain::{Explanation, no_container, plain_id, record_of, why_unknown};
 use crate::labels::{FILES, LabelConfig, once};
@@ -62,7 +63,7 @@ pub struct Explain {
     /// The agent to ask [default: the one at --listen if it runs; else /proc and every source of labels are asked here]
     #[arg(long, value_name = "URL", conflicts_with = "offline")]
     agent: Option<String>,
-    /// Query no agent: look into /proc and ask every source of labels from here
+    /// Ask no agent: look into /proc and ask every source of labels from here
     #[arg(long, conflicts_with_all = ["agent", "offline"])]
     no_agent: bool,
     /// Configuration file (TOML) of the agent
@@ -80,7 +81,7 @@ impl Explain {
         if let (Some(time), Some(gpu), Some(file)) = (&self.sample, &self.gpu, &self.file) {
             let told = sample::explain(file, gpu, time)?;
             let json = || anyhow::Ok(format!("{}\n", serde_json::to_string_pretty(&told)?));
-            return crate::cli::output::print(&if self.json { json()? } else { sample::text(&told) });
+            return print(&if self.json { json()? } else { sample::text(&told) });
         }
         let subject = match (&self.cgroup, self.pid, &self.container) {
             (Some(path), ..) if !path.starts_with('/') => {
@@ -97,7 +98,7 @@ impl Explain {
         };
         let told = self.find(&subject)?;
         let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&told)?) } else { text(&told) };
-        crate::cli::output::print(&out)
+        print(&out)
     }
 
     /// The configuration, and the address of the agent that has it.
@@ -127,11 +128,7 @@ impl Explain {
                 );
             }
         };
-        crate::cli::output::print(&if self.json {
-            format!("{}\n", serde_json::to_string_pretty(&told)?)
-        } else {
-            missing_text(&told)
-        })
+        print(&if self.json { format!("{}\n", serde_json::to_string_pretty(&told)?) } else { missing_text(&told) })
     }
 
     fn find(&self, subject: &Subject) -> anyhow::Result<Value> {
@@ -265,14 +262,10 @@ fn missing_text(told: &Value) -> String {
     for one in all {
         let word = |key: &str| one[key].as_str().unwrap_or("unknown").to_owned();
         let labels: Vec<&str> = one["missing"].as_array().into_iter().flatten().filter_map(Value::as_str).collect();
-        out += &crate::cli::output::wrapped(
-            "",
-            0,
-            &format!("{}  {}  missing {}", word("container_id"), word("runtime"), labels.join(", ")),
-        );
-        out += &crate::cli::output::wrapped("  in  ", 6, &word("cgroup"));
+        out += &wrapped("", 0, &format!("{}  {}  missing {}", word("container_id"), word("runtime"), labels.join(", ")));
+        out += &wrapped("  in  ", 6, &word("cgroup"));
         for (who, labels) in fillers(&one["would_fill"]) {
-            out += &crate::cli::output::wrapped("      ", 6, &format!("{labels} would come from {who}"));
+            out += &wrapped("      ", 6, &format!("{labels} would come from {who}"));
         }
     }
     match told["more"].as_u64() {
@@ -293,7 +286,7 @@ fn text(told: &Value) -> String {
     let mut out = String::new();
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
-            out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
+            out += &wrapped(&format!("{name:<14}"), 14, value);
         }
     };
     line("kind", &word(&told["kind"]));
@@ -324,12 +317,12 @@ fn text(told: &Value) -> String {
         let head =
             format!("{:<14}{:<12}{:<10}", if n == 0 { "tried" } else { "" }, word(&tried["source"]), word(&tried["outcome"]));
         let indent = head.chars().count();
-        out += crate::cli::output::wrapped(&head, indent, &said.join(": ")).trim_end();
+        out += wrapped(&head, indent, &said.join(": ")).trim_end();
         out.push('\n');
     }
     let mut line = |name: &str, value: &str| {
         if !value.is_empty() {
-            out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
+            out += &wrapped(&format!("{name:<14}"), 14, value);
         }
     };
     let usual = all().filter(absent).count();

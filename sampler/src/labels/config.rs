@@ -33,7 +33,7 @@ impl LabelConfig {
         }
     }
 
-    pub fn gives(&self, source: Source) -> bool {
+    fn gives(&self, source: Source) -> bool {
         self.endpoints.iter().any(|(s, _)| *s == source)
     }
 

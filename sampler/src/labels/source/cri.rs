@@ -57,7 +57,7 @@ struct Known {
 
 /// Which runtime a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum QueryOutcome {
+enum RuntimeLookup {
     Known(Option<Runtime>),
     Pending,
 }
@@ -193,9 +193,9 @@ impl Cri {
     }
 
     /// Asked once per socket. `Pending` while it may yet tell: a name made without knowing it would be another name later.
-    async fn runtime(&self, hint: Option<Runtime>, until: Instant) -> QueryOutcome {
+    async fn runtime(&self, hint: Option<Runtime>, until: Instant) -> RuntimeLookup {
         if let Some(runtime) = self.known().runtime {
-            return QueryOutcome::Known(runtime);
+            return RuntimeLookup::Known(runtime);
         }
         let until = until.min(Instant::now() + VERSION_LIMIT);
         let runtime = match self.version_by(until).await {
@@ -206,17 +206,17 @@ impl Cri {
                 "docker" => Some(Runtime::Docker),
                 _ => None,
             },
-            Err(_) if hint.is_some() => return QueryOutcome::Known(hint),
+            Err(_) if hint.is_some() => return RuntimeLookup::Known(hint),
             Err(GrpcError::Timeout { .. }) => {
                 let mut known = self.known();
                 known.late_versions += 1;
-                return if known.late_versions < LATE_VERSIONS { QueryOutcome::Pending } else { QueryOutcome::Known(None) };
+                return if known.late_versions < LATE_VERSIONS { RuntimeLookup::Pending } else { RuntimeLookup::Known(None) };
             }
             // It will not tell.
             Err(_) => None,
         };
         self.known().runtime = Some(runtime);
-        QueryOutcome::Known(runtime)
+        RuntimeLookup::Known(runtime)
     }
 
     async fn version_by(&self, until: Instant) -> Result<CriVersion, GrpcError> {
@@ -305,8 +305,8 @@ fn is(answered: &str, asked: &str) -> bool {
 }
 
 /// The facts of a container, or of a sandbox where there is no name of one.
-fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: QueryOutcome) -> Facts {
-    let runtime = if let QueryOutcome::Known(runtime) = told { runtime } else { None };
+fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: RuntimeLookup) -> Facts {
+    let runtime = if let RuntimeLookup::Known(runtime) = told { runtime } else { None };
     // cri-dockerd answers for a sandbox as for any container.
     let sandbox = container.is_none_or(|name| name == SANDBOX_NAME);
     let long_names = matches!(runtime, Some(Runtime::Docker | Runtime::CriO));
@@ -318,7 +318,7 @@ fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: Query
     facts.pod_uid = Some(pod.uid.clone()).filter(|uid| !uid.is_empty());
     // Every container of the CRI is in a pod: that one was not found does not mean that there is none.
     facts.knows_pods = pod.is_whole();
-    if told == QueryOutcome::Pending {
+    if told == RuntimeLookup::Pending {
         return facts;
     }
     if !long_names {

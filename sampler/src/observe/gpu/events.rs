@@ -1,4 +1,4 @@
-//! XID errors, as the driver reports them. GpuHealth in one go when there are many: a GPU that dies reports thousands.
+//! XID errors, as the driver reports them. Reported in one go when there are many: a GPU that dies reports thousands.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
