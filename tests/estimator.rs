@@ -141,20 +141,11 @@ fn poll(core: &mut Core, loads: &[Load], ended_us: u64, tick: Option<(u64, u32, 
         pid.filter(|_| util > 0).map(|pid| ProcessSample { at: at(us), pid, percent })
     };
     core.observe(Observation::from(GpuBatch {
-        gpu: 0,
-        began: ended,
-        ring_began: ended,
-        ended,
         wall: WallTime(1),
-        answer: Answer::Samples,
         ticks: tick.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
-        engine_ticks: Vec::new(),
         rows: tick.filter(|_| queried).and_then(row).into_iter().collect(),
-        rejected: [0; 5],
-        stepped: false,
-        gpm: None,
         processes: Some(listed(loads, ended_us)),
-        readings: None,
+        ..GpuBatch::new(0, ended, Answer::Samples)
     }));
     core.observe(Observation::Tick { at: ended, wall: WallTime(1) });
 }

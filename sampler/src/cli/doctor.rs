@@ -11,6 +11,7 @@ use serde::Serialize;
 
 use super::ask::{self, Answer};
 use super::runtimes;
+use crate::cli::output::{print, wrapped};
 use crate::config::{Config, KernelMode, Settings};
 use crate::error::display_chain;
 use crate::observe::gpu;
@@ -89,7 +90,7 @@ impl Doctor {
             Err(error) => return Err(error.into()),
         };
         let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { text(&report) };
-        crate::cli::output::print(&out)?;
+        print(&out)?;
         Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -300,9 +301,9 @@ fn text(report: &Report) -> String {
     };
     let mut out = String::new();
     for check in &report.checks {
-        out += &crate::cli::output::wrapped(&format!("{}  {:<14} ", paint(check.status), check.name), INDENT, &check.detail);
+        out += &wrapped(&format!("{}  {:<14} ", paint(check.status), check.name), INDENT, &check.detail);
         if let Some(remedy) = &check.remedy {
-            out += &crate::cli::output::wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
+            out += &wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
         }
     }
     let degraded = report.checks.iter().any(|c| c.status == Status::Degraded);

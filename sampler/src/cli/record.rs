@@ -21,6 +21,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 
 use super::client::{Client, TIMEOUT};
 use crate::agent;
+use crate::cli::output::{log, print};
 use crate::config::{Config, Settings};
 use crate::export::http;
 use crate::session;
@@ -135,7 +136,7 @@ impl Record {
 
     /// Is the agent itself.
     async fn alone(&self, mut config: Config, signals: &mut Signals) -> anyhow::Result<ExitCode> {
-        crate::cli::output::log("warn");
+        log("warn");
         eprintln!("No agent runs at {}: sampling from here.", config.listen);
         if !self.lookback.is_zero() {
             eprintln!("Nothing was sampled before now: --lookback has nothing to look back to.");
@@ -208,7 +209,7 @@ impl Record {
         let seconds = status["elapsed_seconds"].as_f64().unwrap_or_default() + looked_back;
         let size = size(status["size_bytes"].as_u64().unwrap_or_default());
         let name = quoted(&file.display().to_string());
-        crate::cli::output::print(&format!("{}: {seconds:.1} s, {size}\nNext: gpu-sampler report {name}\n", file.display()))?;
+        print(&format!("{}: {seconds:.1} s, {size}\nNext: gpu-sampler report {name}\n", file.display()))?;
         match failure {
             Some(failure) => bail!("{failure}; {} holds what was recorded up to there", file.display()),
             None => Ok(ExitCode::SUCCESS),

@@ -8,6 +8,7 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
+use crate::cli::output::print;
 use anyhow::{Context as _, bail};
 use clap::{Args, ValueEnum};
 use sampler_report::{Report, TextOptions};
@@ -142,7 +143,7 @@ impl ReportArgs {
         drop(progress);
         match written {
             Some(done) => done?,
-            None => crate::cli::output::print(&page)?,
+            None => print(&page)?,
         }
         for (file, report) in self.files.iter().zip(&reports) {
             warn(file, report);

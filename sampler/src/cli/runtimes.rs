@@ -9,6 +9,7 @@ use serde::Deserialize;
 
 use super::doctor::{Check, Status};
 use crate::config::Config;
+use crate::error::display_chain;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::http;
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
@@ -84,7 +85,7 @@ fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
         }
         Err(error) => {
             let remedy = "GPUs are not shown as assigned until it can be read; the kubelet writes it anew when it starts";
-            Some(Check::bad("kubelet", Status::Degraded, crate::error::display_chain(&error), remedy))
+            Some(Check::bad("kubelet", Status::Degraded, display_chain(&error), remedy))
         }
     };
     folders.iter().filter_map(one).collect()
@@ -199,7 +200,7 @@ async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
         Err(error) if error.is_unimplemented() => {
             return Ok(vec![Check::ok("cri", format!("{} answers, and its CRI is disabled", path.display()))]);
         }
-        Err(error) => return Err(crate::error::display_chain(&error)),
+        Err(error) => return Err(display_chain(&error)),
     };
     let (name, number, package) = (&version.runtime_name, &version.runtime_version, version.package);
     let mut checks =
@@ -223,7 +224,7 @@ async fn crio(path: &Path) -> Result<Vec<Check>, String> {
 }
 
 async fn kubelet(path: &Path) -> Result<Vec<Check>, String> {
-    let list = Kubelet::at(path).pod_resources().await.map_err(|error| crate::error::display_chain(&error))?;
+    let list = Kubelet::at(path).pod_resources().await.map_err(|error| display_chain(&error))?;
     Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
 }
 

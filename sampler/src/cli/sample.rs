@@ -13,6 +13,7 @@ use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
 use sampler_session::Session;
 use serde_json::{Value, json};
 
+use crate::cli::output::wrapped;
 use crate::session;
 
 /// Everything about the sample of this GPU that covers this time.
@@ -303,7 +304,7 @@ fn called(user: &Value) -> String {
 /// As people read it.
 pub fn text(told: &Value) -> String {
     let mut out = String::new();
-    let mut line = |name: &str, value: &str| out += &crate::cli::output::wrapped(&format!("{name:<14}"), 14, value);
+    let mut line = |name: &str, value: &str| out += &wrapped(&format!("{name:<14}"), 14, value);
     let word = |value: &Value| value.as_str().unwrap_or("unknown").to_owned();
     let gpu = &told["gpu"];
     line("gpu", &format!("{}   {}   {}", gpu["index"], word(&gpu["uuid"]), word(&gpu["model"])));

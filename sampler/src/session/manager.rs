@@ -31,6 +31,7 @@ use super::request::Request;
 use super::ring::{CONTEXT_NS, Piece, Ring};
 use super::store::{Entry, Phase, Store, StoreError};
 use super::writer::{self, Item};
+use crate::error::display_chain;
 use crate::labels::LabelView;
 
 const SECOND_NS: u64 = 1_000_000_000;
@@ -211,7 +212,7 @@ impl SessionManager {
                 }
             }
             Err(error) => {
-                tracing::error!(error = crate::error::display_chain(&error), "facts cannot be recorded");
+                tracing::error!(error = display_chain(&error), "facts cannot be recorded");
                 self.give(&Piece::Lost, now);
                 self.sectioned = None;
             }
@@ -224,7 +225,7 @@ impl SessionManager {
         let facts = self.state.facts();
         match self.packer.state(&facts) {
             Ok(frames) => self.give(&Piece::State(shared(frames)), now),
-            Err(error) => tracing::error!(error = crate::error::display_chain(&error), "the state cannot be recorded"),
+            Err(error) => tracing::error!(error = display_chain(&error), "the state cannot be recorded"),
         }
     }
 
@@ -315,7 +316,7 @@ impl SessionManager {
             self.store.fail(id, now, why.clone());
             StoreError::Conflict(why)
         };
-        let header_frame = self.packer.header(&header).map_err(|error| failed(crate::error::display_chain(&error)))?;
+        let header_frame = self.packer.header(&header).map_err(|error| failed(display_chain(&error)))?;
         let header_frame = Arc::new(header_frame);
         let (mut items, mut sequence, mut dropped) = (Vec::new(), 0, 0);
         for piece in self.ring.from(start.minus(CONTEXT_NS)) {

@@ -15,14 +15,12 @@ use crate::snapshot::{Contention, MAX_OTHERS, Other};
 use crate::units::{BootNs, ContainerKey};
 
 pub const TOGETHER_NS: u64 = 1_000_000_000;
-/// After its end, until its samples are there.
-const ARRIVED_NS: u64 = 11_000_000_000;
 /// A window of which less was observed says nothing about saturation.
 const OBSERVED_NS: u64 = TOGETHER_NS / 2;
 /// Windows of which the live share of co-activity is told.
 const RECENT: u64 = 10;
 /// Of a window's busy time, the part whose process must have been queried for it to show who was active together.
-const QUERIED_RATIO: f64 = 0.8;
+pub const QUERIED_RATIO: f64 = 0.8;
 
 /// What a user had of a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
@@ -141,11 +139,11 @@ impl Coactivity {
         self.at(at).users.entry(user).or_default().ns += ns;
     }
 
-    /// Counts the windows in which nothing can change any more. `divided`: busy time before it does not wait to be divided.
-    pub fn close(&mut self, now: BootNs, divided: BootNs) {
+    /// Counts the windows that end by then, in which nothing can change any more.
+    pub fn close(&mut self, complete_until: BootNs) {
         while let Some(first) = self.open.first_entry() {
             let ends = (first.key() + 1).saturating_mul(TOGETHER_NS);
-            if now.0 < ends.saturating_add(ARRIVED_NS) || divided.0 < ends {
+            if complete_until.0 < ends {
                 return;
             }
             let (number, window) = first.remove_entry();
@@ -237,10 +235,9 @@ mod tests {
         window(&mut together, 2, 1.0, &[(A, 5, 0.9), (HOST, 0, 0.1)]);
         // Nobody in particular is no other user.
         window(&mut together, 3, 1.0, &[(A, 5, 0.9), (User::Nobody(Reason::Ambiguous), 1, 0.1)]);
-        let arrived = BootNs(4 * TOGETHER_NS + ARRIVED_NS);
-        together.close(arrived, BootNs(0));
-        assert!(together.of(ContainerKey(1)).is_none(), "all of it waits to be divided");
-        together.close(BootNs(arrived.0 - 1), arrived);
+        together.close(BootNs(TOGETHER_NS - 1));
+        assert!(together.of(ContainerKey(1)).is_none(), "the first is not complete");
+        together.close(BootNs(4 * TOGETHER_NS - 1));
         let of = |together: &Coactivity, user: User| {
             let sums = together.of(user.container().unwrap()).unwrap();
             (sums.active, sums.coactive, sums.others().iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())

@@ -27,6 +27,8 @@ const STALE_NS: u64 = 8_000_000_000;
 const VARIANCE_NS: u64 = 2_000_000_000;
 /// Readings further apart say nothing about the time between. Where driver calls take 10 ms each they are some 35 s apart.
 const READINGS_NS: u64 = 60_000_000_000;
+/// A sample arrives this late at most.
+const ARRIVED_NS: u64 = 11_000_000_000;
 /// No driver's period comes near it.
 const TICK_MOST_NS: u64 = 10_000_000_000;
 /// Kinds of XID errors kept apart; there are about 150.
@@ -290,9 +292,9 @@ impl Device {
             return;
         }
         let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
-        let divided = self.lane(Engine::Compute).and_then(EngineAccount::waits_since).unwrap_or(now);
-        self.windows.close(now, divided, &there);
-        self.together.close(now, divided);
+        let complete_until = complete_until(now, self.lane(Engine::Compute).and_then(EngineAccount::waits_since));
+        self.windows.close(complete_until, &there);
+        self.together.close(complete_until);
         if !self.keep_history {
             // Live, the reason they are counted under is enough.
             let left = &self.left;
@@ -464,6 +466,12 @@ impl Device {
     }
 }
 
+/// Time up to which all samples have arrived and no busy time waits to be divided.
+fn complete_until(now: BootNs, waits_since: Option<BootNs>) -> BootNs {
+    let arrived = now.minus(ARRIVED_NS);
+    waits_since.map_or(arrived, |waits_since| arrived.min(waits_since))
+}
+
 fn sample(at: BootNs, ns: u64, busy_percent: u8, queried: bool) -> Sample {
     let span_ns = ns.min(TICK_MOST_NS) as f64;
     Sample { at, span_ns, busy_ns: span_ns * f64::from(busy_percent) / 100.0, queried }
@@ -503,5 +511,19 @@ impl WindowWeights {
             weights[n] += pool * r.stands_for() / whole;
         }
         Self { weights, unnamed_ns: 0.0 }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn windows_are_complete_once_samples_arrived_and_are_divided() {
+        let now = BootNs(20 * ARRIVED_NS);
+        assert_eq!(complete_until(now, None), BootNs(19 * ARRIVED_NS));
+        assert_eq!(complete_until(now, Some(now)), BootNs(19 * ARRIVED_NS));
+        assert_eq!(complete_until(now, Some(BootNs(3))), BootNs(3));
+        assert_eq!(complete_until(BootNs(5), None), BootNs(0));
     }
 }

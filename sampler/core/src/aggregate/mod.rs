@@ -12,7 +12,7 @@ mod windows;
 
 use std::sync::Arc;
 
-pub use coactivity::{Part, TOGETHER_NS, Window, is_user};
+pub use coactivity::{Part, QUERIED_RATIO, TOGETHER_NS, Window, is_user};
 pub use device::{Device, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;

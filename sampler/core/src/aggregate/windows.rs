@@ -13,8 +13,6 @@ use crate::units::{BootNs, ContainerKey};
 const PARTS: f64 = 1000.0;
 /// A window is counted when so much of it was observed.
 const OBSERVED: f64 = 0.95;
-/// After its end, until its samples are there.
-const ARRIVED_NS: u64 = 11_000_000_000;
 
 #[derive(Debug, Default)]
 struct Window {
@@ -44,12 +42,11 @@ impl Windows {
         *self.open.entry(at.0 / WINDOW_NS).or_default().credited.entry(key).or_default() += ns;
     }
 
-    /// Counts the windows that are over. `divided`: busy time before it does not wait to be divided; `there`: who has the GPU, used or
-    /// not.
-    pub fn close(&mut self, now: BootNs, divided: BootNs, there: &HashSet<ContainerKey>) {
+    /// Counts the windows that end by then, in which nothing can change any more. `there`: who has the GPU, used or not.
+    pub fn close(&mut self, complete_until: BootNs, there: &HashSet<ContainerKey>) {
         while let Some(first) = self.open.first_entry() {
             let ends = (first.key() + 1).saturating_mul(WINDOW_NS);
-            if now.0 < ends.saturating_add(ARRIVED_NS) || divided.0 < ends {
+            if complete_until.0 < ends {
                 return;
             }
             let window = first.remove();
@@ -102,10 +99,9 @@ mod tests {
             windows.credited(at, a, 0.3 * WINDOW_NS as f64);
         }
         let there = HashSet::from([b]);
-        windows.close(BootNs(WINDOW_NS + ARRIVED_NS - 1), BootNs(WINDOW_NS), &there);
-        windows.close(BootNs(WINDOW_NS + ARRIVED_NS), BootNs(WINDOW_NS - 1), &there);
+        windows.close(BootNs(WINDOW_NS - 1), &there);
         assert_eq!(windows.of(a), None);
-        windows.close(BootNs(3 * WINDOW_NS + ARRIVED_NS), BootNs(3 * WINDOW_NS), &there);
+        windows.close(BootNs(3 * WINDOW_NS), &there);
         let of = |key| windows.of(key).map(|w| (w.buckets.clone(), w.count, (w.sum * 10.0).round()));
         assert_eq!(of(a), Some((vec![0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
         assert_eq!(of(b), Some((vec![2; 10], 2, 0.0)));

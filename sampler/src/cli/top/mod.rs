@@ -29,6 +29,7 @@ use self::model::{Asked, Model};
 use self::rows::Sort;
 use self::source::{AgentEvent, LIVE, REMEDY, nobody, too_old};
 use super::ask::{self, Answer};
+use crate::cli::output::{colours, print};
 use crate::config::Settings;
 use crate::export::live::Live;
 
@@ -119,16 +120,16 @@ impl Top {
         if self.json {
             // As it came: also what an agent newer than this says.
             let whole: serde_json::Value = serde_json::from_slice(&body)?;
-            return crate::cli::output::print(&format!("{}\n", serde_json::to_string_pretty(&whole)?));
+            return print(&format!("{}\n", serde_json::to_string_pretty(&whole)?));
         }
         let width = terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| usize::from(width.0));
-        let bold = crate::cli::output::colours(std::io::stdout().is_terminal());
-        crate::cli::output::print(&once::table(&live, self.sort, &self.filter, width, bold))
+        let bold = colours(std::io::stdout().is_terminal());
+        print(&once::table(&live, self.sort, &self.filter, width, bold))
     }
 }
 
 fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<AgentEvent>) -> anyhow::Result<()> {
-    let colours = crate::cli::output::colours(true);
+    let colours = colours(true);
     let mut changed = true;
     loop {
         if changed {

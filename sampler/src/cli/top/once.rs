@@ -2,7 +2,7 @@
 
 use super::rows::{Row, Sort, arrange};
 use super::words::{DASH, bytes, fit, left, percent, right, share};
-use crate::cli::output::harmless;
+use crate::cli::output::{harmless, wrapped};
 use crate::export::live::{Live, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
@@ -100,7 +100,7 @@ pub fn table(live: &Live, sort: Sort, filter: &str, width: Option<usize>, bold: 
         out += "No GPU is seen; `gpu-sampler doctor` says why.\n";
     }
     for one in &live.degraded {
-        out += &crate::cli::output::wrapped("", 0, &format!("degraded: {}: {}", one.what, one.message));
+        out += &wrapped("", 0, &format!("degraded: {}: {}", one.what, one.message));
     }
     out
 }

@@ -32,6 +32,7 @@ use self::cri::Cri;
 use self::kubelet::Kubelet;
 use super::discover::{Places, is_one_name};
 use super::root::Root;
+use crate::error::display_chain;
 
 /// Whom a target stands for.
 #[derive(Clone)]
@@ -89,12 +90,10 @@ pub async fn probe(sources: Arc<Sources>, target: TargetId) -> Result<(), String
             Some(Endpoint::Docker(socket, _)) => http::answers(&socket, "/_ping").await,
             Some(Endpoint::Crio(socket)) => http::answers(&socket, "/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
-                Err(error) if !error.is_unimplemented() => Err(crate::error::display_chain(&error)),
+                Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
             },
-            Some(Endpoint::Kubelet(kubelet)) => {
-                kubelet.pod_resources().await.map(drop).map_err(|e| crate::error::display_chain(&e))
-            }
+            Some(Endpoint::Kubelet(kubelet)) => kubelet.pod_resources().await.map(drop).map_err(|e| display_chain(&e)),
             Some(Endpoint::Files(_)) | None => Ok(()),
         }
     };

@@ -5,6 +5,7 @@ use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use sampler_core::aggregate::QUERIED_RATIO;
 use sampler_core::device::MigMode;
 use sampler_core::pid_space::{Evidence, Named};
 
@@ -26,8 +27,6 @@ const PATIENCE: Duration = Duration::from_secs(10);
 const SILENT: &str = "look into dmesg for Xid lines; a reset may help. The other GPUs do not wait for it";
 const CLOSED: &str = "it is not sampled until it can be opened; see dmesg for Xid lines";
 const MIXED: &str = "its time cannot be told apart by process here; MIG, WSL and some boards do not offer it";
-/// Contention cannot be shown where fewer samples have their process queried.
-const ENOUGH_RATIO: f64 = 0.8;
 const SLOW: &str = "driver calls are slow: shares have a larger error, and who was active together is not known; raise gpu_wait_percent and \
                     gpu_budget_percent, or find out what holds the driver up";
 /// A GPU waits so long for its turn to be timed.
@@ -209,7 +208,7 @@ fn gpu(
         queried_ratio * 100.0,
         stderr_ratio * 100.0
     );
-    (format!("{what}: {of_samples}, {of_rows}, {took}"), (queried_ratio < ENOUGH_RATIO).then_some(SLOW))
+    (format!("{what}: {of_samples}, {of_rows}, {took}"), (queried_ratio < QUERIED_RATIO).then_some(SLOW))
 }
 
 fn median(mut f: impl FnMut()) -> Cost {

@@ -23,6 +23,7 @@ use super::library::{Generation, Handle, open};
 use super::mig;
 use super::nvml_caller::{DeviceFault, trouble};
 use super::poller::{Poller, Start};
+use crate::error::display_chain;
 use crate::health::call_watchdog::{CallSlot, Caller};
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
@@ -120,7 +121,7 @@ impl Watch {
                 }
                 Err(error) => {
                     self.context.health.set_nvml(false);
-                    let told = crate::error::display_chain(&error);
+                    let told = display_chain(&error);
                     self.context.health.degraded("nvml", &format!("no GPU can be read, it is tried again: {told}"));
                     let _waited_for = opened.try_send(Err(error));
                 }
@@ -278,7 +279,7 @@ impl Watch {
                 self.workers.insert(uuid, Worker { slot, index: at, end, thread, calls });
             }
             Err(error) => {
-                let told = crate::error::display_chain(&error);
+                let told = display_chain(&error);
                 self.context
                     .health
                     .degraded(&format!("gpu-{slot}"), &format!("{uuid} is not sampled, it is tried again: {told}"));

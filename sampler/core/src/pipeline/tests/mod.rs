@@ -8,7 +8,6 @@ use std::sync::Arc;
 
 use super::*;
 use crate::device::{GpuInfo, Reason};
-use crate::observation::Rejected;
 use crate::observation::{
     Answer, CgroupChange, CgroupFact, DeviceSample, GpuBatch, Place, ProcessChange, ProcessFact, ProcessSample, ProcessSeen,
 };
@@ -63,22 +62,7 @@ fn info() -> Arc<GpuInfo> {
 
 /// An answer without anything in it.
 fn batch(ended: u64) -> GpuBatch {
-    GpuBatch {
-        gpu: 0,
-        began: BootNs(ended),
-        ring_began: BootNs(ended),
-        ended: BootNs(ended),
-        wall: WallTime(1),
-        answer: Answer::Samples,
-        ticks: Vec::new(),
-        engine_ticks: Vec::new(),
-        rows: Vec::new(),
-        rejected: [0; Rejected::ALL.len()],
-        stepped: false,
-        gpm: None,
-        processes: None,
-        readings: None,
-    }
+    GpuBatch { wall: WallTime(1), ..GpuBatch::new(0, BootNs(ended), Answer::Samples) }
 }
 
 /// Polls once per tick, `busy` percent and the pid on the engine.
