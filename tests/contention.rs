@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 
 use judge::{Judgement, Truth, judge};
 use scenario::{DURATION, Grade, Scenario};
-use stage::{Played, Stage, rfc3339};
+use stage::{Played, Runner, rfc3339};
 
 /// To start some forty processes in, on a busy machine.
 const LEAD: Duration = Duration::from_secs(12);
@@ -39,7 +39,7 @@ fn played_as_declared(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Tr
 #[test]
 fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
     let scenarios = scenario::all();
-    let stage = Stage::new(scenarios.len(), LEAD)?;
+    let stage = Runner::new(scenarios.len(), LEAD)?;
     let agent = Agent::start(Some(&stage.sim), &[])?;
     let (session, played) = std::thread::scope(|scope| {
         let session = scope.spawn(|| {
@@ -117,7 +117,7 @@ fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
                 declared.acts.iter().map(|_| std::iter::once(pid).inspect(|_| pid += 1).collect()).collect();
             let each = declared.seconds / acts.len() as f64;
             processes.extend(acts.iter().flatten().map(|pid| json!({"pid": pid, "gpu_seconds": each})));
-            let cgroup = (declared.place != scenario::Place::Host).then(|| format!("/x/{pid:064x}"));
+            let cgroup = (declared.place != scenario::CgroupPlace::Host).then(|| format!("/x/{pid:064x}"));
             users.push(Played { name: declared.name, cgroup, acts });
         }
         gpus.push(json!({"uuid": format!("GPU-{gpu}"), "processes": processes}));

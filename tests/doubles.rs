@@ -6,7 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
-use gpu_sampler_tests::crio::{Container, Crio, Pod, Speaks};
+use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
 use gpu_sampler_tests::kubelet::{Kubelet, pod};
 use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, each, words};
@@ -25,7 +25,7 @@ fn crios_containers_from_its_files_and_over_both_of_its_protocols() -> Result<()
     let root = tempfile::tempdir()?;
     let crio = Crio::start(root.path())?;
     crio.add_pod(&Pod::new(&id('a'), "prod", "trainer-0", UID))?;
-    crio.add(&Container::new(&id('b'), &id('a'), "main", "registry.example/i:1", 1))?;
+    crio.add(&CrioContainer::new(&id('b'), &id('a'), "main", "registry.example/i:1", 1))?;
     let tree = CgroupTree::new("crio")?;
     let slice = format!("kubepods.slice/kubepods-pod{}.slice", UID.replace('-', "_"));
     tree.make(&format!("{slice}/crio-{}.scope/container", id('b')))?;

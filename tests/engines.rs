@@ -275,7 +275,7 @@ fn crio_s_double_answers_in_both_ways_and_writes_files() -> Result<()> {
     let uid = "5f0c1b3e-0000-4000-8000-000000000003";
     let (pod_id, id) = (format!("{:064x}", 1), format!("{:064x}", 2));
     double.add_pod(&crio::Pod::new(&pod_id, "prod", "web-0", uid))?;
-    double.add(&crio::Container::new(&id, &pod_id, "main", "quay.io/vision/train:1", 42))?;
+    double.add(&crio::CrioContainer::new(&id, &pod_id, "main", "quay.io/vision/train:1", 42))?;
     let client = Client::new(&double.socket())?;
     let all = cri::ListContainersRequest::default();
     for service in [cri::V1, cri::V1ALPHA2] {

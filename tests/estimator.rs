@@ -10,8 +10,8 @@ use nvidia_ml_sim::model::{Model, mix};
 use nvidia_ml_sim::world::World;
 use sampler_core::device::{Engine, GpuInfo};
 use sampler_core::observation::{
-    Answer, CgroupChange, CgroupFact, DeviceSample, GpuBatch, Observation, Place, ProcessChange, ProcessFact, ProcessKind,
-    ProcessSample, ProcessSeen, RunningProcess,
+    Answer, CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, Observation, ProcessChange, ProcessFact,
+    ProcessKind, ProcessSample, ProcessSeen, RunningProcess,
 };
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::{ContainerGpu, Snapshot};
@@ -30,7 +30,7 @@ const PIDS_OF_USER: u32 = 10_000;
 
 /// The processes of one container.
 #[derive(Clone, Copy)]
-struct User {
+struct EstimatorUser {
     demand: f64,
     /// It wants its demand only in the first `on` of each `every`, microseconds.
     pattern: Option<(u64, u64)>,
@@ -38,16 +38,16 @@ struct User {
     life_us: Option<u64>,
 }
 
-fn steady(demand: f64) -> User {
-    User { demand, pattern: None, life_us: None }
+fn steady(demand: f64) -> EstimatorUser {
+    EstimatorUser { demand, pattern: None, life_us: None }
 }
 
-fn periodic(demand: f64, every: u64, on: u64) -> User {
-    User { pattern: Some((every, on)), ..steady(demand) }
+fn periodic(demand: f64, every: u64, on: u64) -> EstimatorUser {
+    EstimatorUser { pattern: Some((every, on)), ..steady(demand) }
 }
 
-fn lives(demand: f64, life_us: u64) -> User {
-    User { life_us: Some(life_us), ..steady(demand) }
+fn lives(demand: f64, life_us: u64) -> EstimatorUser {
+    EstimatorUser { life_us: Some(life_us), ..steady(demand) }
 }
 
 fn user_of(pid: u32) -> usize {
@@ -55,7 +55,7 @@ fn user_of(pid: u32) -> usize {
 }
 
 /// The loads, and when their processes begin and end in boot time.
-fn loads(users: &[User], seconds: u64) -> Vec<Load> {
+fn loads(users: &[EstimatorUser], seconds: u64) -> Vec<Load> {
     let mut loads = Vec::new();
     let end = START_US + seconds * 1_000_000;
     for (n, user) in users.iter().enumerate() {
@@ -81,10 +81,10 @@ fn loads(users: &[User], seconds: u64) -> Vec<Load> {
 }
 
 /// Beginnings and ends of short lives, in their order: (when, what).
-fn process_events(users: &[User], loads: &[Load]) -> Vec<(u64, Observation)> {
+fn process_events(users: &[EstimatorUser], loads: &[Load]) -> Vec<(u64, Observation)> {
     let short = |load: &&Load| users[user_of(load.pid)].life_us.is_some();
     let events = |load: &Load| {
-        let place = Place { v2_id: 10 + user_of(load.pid) as u64, ..Place::default() };
+        let place = CgroupMembership { v2_id: 10 + user_of(load.pid) as u64, ..CgroupMembership::default() };
         let (tgid, start) = (Tgid(load.pid), BootNs(load.begin_us * 1000));
         let end = load.end_us.unwrap_or_default();
         let seen = ProcessSeen { tgid, start, coarse_start: false, began: start, place: Some(place) };
@@ -96,7 +96,7 @@ fn process_events(users: &[User], loads: &[Load]) -> Vec<(u64, Observation)> {
     all
 }
 
-fn core(users: &[User]) -> Core {
+fn core(users: &[EstimatorUser]) -> Core {
     let mut core = Core::default();
     let v2 = |id| CgroupKey { hierarchy: 0, id };
     let mut cgroup = |id, parent: Option<u64>, name: String| {
@@ -109,7 +109,7 @@ fn core(users: &[User]) -> Core {
         cgroup(10 + n, Some(2), format!("{n:064x}"));
     }
     for (n, _) in (0..).zip(users).filter(|(_, user)| user.life_us.is_none()) {
-        let place = Some(Place { v2_id: 10 + n, ..Place::default() });
+        let place = Some(CgroupMembership { v2_id: 10 + n, ..CgroupMembership::default() });
         let (tgid, start) = (Tgid(FIRST_PID + n as u32 * PIDS_OF_USER), BootNs(5));
         core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place }));
     }
@@ -164,7 +164,7 @@ fn pair(snapshot: &Snapshot, user: usize) -> Option<&ContainerGpu> {
 }
 
 /// `one_in`: of so many samples the process of one is queried, at random.
-fn run(toml: &str, users: &[User], seconds: u64, one_in: u64) -> Run {
+fn run(toml: &str, users: &[EstimatorUser], seconds: u64, one_in: u64) -> Run {
     let world = World::parse(&format!("{toml}\n[[gpus]]")).expect("a world");
     let loads = loads(users, seconds);
     let faults = Faults::default();
@@ -223,7 +223,7 @@ fn run(toml: &str, users: &[User], seconds: u64, one_in: u64) -> Run {
 }
 
 /// What estimators do that credit each named sample with its own utilization.
-fn naive(toml: &str, users: &[User], seconds: u64) -> f64 {
+fn naive(toml: &str, users: &[EstimatorUser], seconds: u64) -> f64 {
     let world = World::parse(&format!("{toml}\n[[gpus]]")).expect("a world");
     let loads = loads(users, seconds);
     let faults = Faults::default();
@@ -236,7 +236,7 @@ fn naive(toml: &str, users: &[User], seconds: u64) -> f64 {
 const RULES: [&str; 2] = ["instant", "last"];
 
 /// Runs a world under both rules and some seeds.
-fn runs(users: &[User], seeds: u64, seconds: u64, one_in: u64) -> Vec<Run> {
+fn runs(users: &[EstimatorUser], seeds: u64, seconds: u64, one_in: u64) -> Vec<Run> {
     // Of one seed both rules would name the same user where one is always busy.
     let worlds = (0..2 * seeds).zip(RULES.into_iter().cycle()).map(|(seed, rule)| format!("seed = {seed}\npid_rule = '{rule}'"));
     worlds.map(|toml| run(&toml, users, seconds, one_in)).collect()
@@ -304,7 +304,7 @@ fn there_is_no_bias_at_any_duty_cycle() {
     for demand in [0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
         // Alone, beside a small one, beside one that wants all, and many that are the same.
         for others in [vec![], vec![steady(0.04)], vec![steady(1.0)], vec![steady(demand); 7]] {
-            let users: Vec<User> = [vec![steady(demand)], others].concat();
+            let users: Vec<EstimatorUser> = [vec![steady(demand)], others].concat();
             let runs = runs(&users, 5, 60, 1);
             let sum = |of: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| of(&run.totals[0])).sum::<f64>();
             let (estimated, real, stated) = (sum(|t| t.0), sum(|t| t.1), sum(|t| t.2 * t.2).sqrt());
@@ -341,7 +341,7 @@ fn short_lives_keep_what_is_theirs() {
     // Thirty in a row, each with 2 s of 0.2 beside one of 0.3 that stays: the sum of the short ones is theirs.
     let (mut got, mut real, mut variance) = (0.0, 0.0, 0.0);
     for seed in 0..6 {
-        let users: Vec<User> = [vec![steady(0.3)], vec![periodic(0.2, 4_000_000, 2_000_000)]].concat();
+        let users: Vec<EstimatorUser> = [vec![steady(0.3)], vec![periodic(0.2, 4_000_000, 2_000_000)]].concat();
         for rule in RULES {
             let run = run(&format!("seed = {seed}\npid_rule = '{rule}'"), &users, 60, 1);
             let (g, r, e) = run.totals[1];

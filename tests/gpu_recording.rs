@@ -4,13 +4,13 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::recording::{self, Gpu, MOST_BYTES, Recording};
+use gpu_sampler_tests::recording::{self, MOST_BYTES, RecordedGpu, Recording};
 use gpu_sampler_tests::{Sim, var};
 
 /// Paces of polling below the grid, one above it that needs taking apart, and calls for rows that each poll may make.
 const PACES: [(u64, usize); 4] = [(20_000, 4), (50_000, 4), (80_000, 4), (400_000, 12)];
 
-fn replay(name: &str, gpu: &Gpu) -> Result<()> {
+fn replay(name: &str, gpu: &RecordedGpu) -> Result<()> {
     for (every_us, calls) in PACES {
         let told = recording::replay(&gpu.raw, every_us, calls);
         let told = told.with_context(|| format!("{name}, GPU {}, every {every_us} us", gpu.index))?;
@@ -98,7 +98,7 @@ fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
 }
 
 /// Every call that the agent makes was timed in both states of the GPU, and what this driver lacks is named.
-fn costs(gpu: &Gpu) -> Result<()> {
+fn costs(gpu: &RecordedGpu) -> Result<()> {
     let lacking = ["GetTotalEnergyConsumption", "GpmSampleGet", "GetMigMode"];
     ensure!(gpu.costs.len() > 20, "{} calls", gpu.costs.len());
     for (call, cost) in gpu.costs.iter().filter(|(call, _)| !lacking.contains(&call.as_str())) {

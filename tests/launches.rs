@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::{CgroupTree, Layout};
 use gpu_sampler_tests::oci::Oci;
-use gpu_sampler_tests::record::{Life, Samples, Tick, assert_same, credited, expected};
+use gpu_sampler_tests::record::{NamedSample, RecordedLife, Samples, assert_same, credited, expected};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
 /// Every sample is wanted, on a machine that is busy with other things.
@@ -56,13 +56,13 @@ fn launches(layout: Layout, tree: &CgroupTree) -> Result<()> {
         sim.lives(&dirs, &[&args[..], &["--gpus", &gpu, "--seed", &gpu]].concat())
     };
     let running = KINDS.iter().enumerate().map(start).collect::<Result<Vec<_>>>()?;
-    let mut lives: Vec<Life> = Vec::new();
+    let mut lives: Vec<RecordedLife> = Vec::new();
     for each in running {
         lives.extend(each.all()?);
     }
     let page = final_page(&agent)?;
 
-    let ticks: Vec<Tick> = sim.ticks()?;
+    let ticks: Vec<NamedSample> = sim.ticks()?;
     let (got, want) = (credited(&page), expected(&lives, &ticks, PERIOD_US)?);
     for (gpu, (lasting, at_once, _)) in KINDS.iter().enumerate() {
         if let Some(tick) = ticks.iter().find(|tick| tick.gpu == gpu) {
@@ -113,8 +113,8 @@ fn runtimes(runtime: &str, layout: Layout) -> Result<()> {
     let run = |n: usize| oci.run(1 + n, 0, &oci.work(0, lasting(n))?);
     let start = |n: usize| oci.create_and_start(1 + LIVES + n, 1, &oci.work(1, lasting(n))?);
     let exec = |n: usize| oci.exec(&waits, 2, &oci.work(2, lasting(n))?);
-    let ways: [&(dyn Fn(usize) -> Result<Life> + Sync); 3] = [&run, &start, &exec];
-    let lives: Vec<Life> = std::thread::scope(|scope| {
+    let ways: [&(dyn Fn(usize) -> Result<RecordedLife> + Sync); 3] = [&run, &start, &exec];
+    let lives: Vec<RecordedLife> = std::thread::scope(|scope| {
         let threads = ways.map(|way| scope.spawn(move || (0..LIVES).map(way).collect::<Result<Vec<_>>>()));
         let lived = threads.map(|thread| thread.join().expect("it does not panic"));
         lived.into_iter().collect::<Result<Vec<_>>>().map(|lives| lives.concat())

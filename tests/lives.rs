@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::Result;
 use gpu_sampler_tests::kernel::{CgroupTree, Layout};
-use gpu_sampler_tests::record::{Life, Tick, assert_same, credited, expected, id_of, owner};
+use gpu_sampler_tests::record::{NamedSample, RecordedLife, assert_same, credited, expected, id_of, owner};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
 /// Every sample is wanted, on a machine that is busy with other things; the budget has a test of its own.
@@ -48,7 +48,7 @@ fn every_sample(layout: Layout) -> Result<()> {
     let page = final_page(&agent)?;
 
     let ticks = sim.ticks()?;
-    let gone_before_served = |t: &&Tick| owner(&lives, t, PERIOD_US).is_some_and(|l| l.gone_us < t.at_us + DELAY_US);
+    let gone_before_served = |t: &&NamedSample| owner(&lives, t, PERIOD_US).is_some_and(|l| l.gone_us < t.at_us + DELAY_US);
     let gone = ticks.iter().filter(gone_before_served).count();
     println!("{layout:?}: {} samples recorded, {gone} of them of processes that were gone when they were served", ticks.len());
     assert!(gone >= 200, "only {gone} of {} samples were of processes gone before the poll", ticks.len());
@@ -78,7 +78,8 @@ fn a_pid_used_again_never_leads_to_the_wrong_owner() -> Result<()> {
     std::thread::sleep(Duration::from_secs(1));
     let dirs: Vec<&Path> = containers.iter().map(|(_, dir)| dir.as_path()).collect();
     let lives = sim.lives(&dirs, &["--count", "40", "--reuse-pid", "--lasting", "300ms..600ms"])?.all()?;
-    let handed_on = |pair: &&[Life]| pair[0].pid == pair[1].pid && pair[0].cgroup != pair[1].cgroup && pair[0].gpu != pair[1].gpu;
+    let handed_on =
+        |pair: &&[RecordedLife]| pair[0].pid == pair[1].pid && pair[0].cgroup != pair[1].cgroup && pair[0].gpu != pair[1].gpu;
     let reuses = lives.windows(2).filter(handed_on).count();
     assert!(reuses >= 20, "the host pid was used again by another container on another GPU only {reuses} times");
     let page = final_page(&agent)?;
@@ -127,7 +128,7 @@ fn killed_and_restarted_under_load_it_attributes_again_and_counts_nothing_twice(
         assert!(record.get(pair).is_some_and(|n| both <= *n), "{pair:?}: {both} credited, {:?} recorded", record.get(pair));
     }
     // From a second after the start on, with what the driver holds back: nothing is missing.
-    let late: Vec<Tick> = ticks.into_iter().filter(|t| t.at_us >= started_us + 1_000_000).collect();
+    let late: Vec<NamedSample> = ticks.into_iter().filter(|t| t.at_us >= started_us + 1_000_000).collect();
     let late = expected(&lives, &late, PERIOD_US)?;
     assert!(late.values().sum::<u64>() >= 200, "the load ended too early to tell: {} samples", late.values().sum::<u64>());
     for (pair, n) in &late {

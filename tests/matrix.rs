@@ -6,12 +6,12 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::CgroupTree;
-use gpu_sampler_tests::record::{Life, credited, expected, id_of};
+use gpu_sampler_tests::record::{RecordedLife, credited, expected, id_of};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 use serde_json::Value;
 
 /// A GPU's keys, its processes, what each wants.
-struct Gpu {
+struct MatrixGpu {
     keys: &'static str,
     processes: usize,
     demand: &'static str,
@@ -19,11 +19,11 @@ struct Gpu {
     stepped: bool,
 }
 
-const fn gpu(keys: &'static str, processes: usize, demand: &'static str) -> Gpu {
-    Gpu { keys, processes, demand, stepped: false }
+const fn gpu(keys: &'static str, processes: usize, demand: &'static str) -> MatrixGpu {
+    MatrixGpu { keys, processes, demand, stepped: false }
 }
 
-const GPUS: [Gpu; 8] = [
+const GPUS: [MatrixGpu; 8] = [
     gpu("period_us = 100000\njitter_us = 5000\nclock_offset_us = 12000000", 64, "0.01..0.4"),
     gpu("pid_rule = 'last'\njitter_us = 8000\nclock_offset_us = -12000000\nclock_drift_ppm = 200.0", 32, "0.01..0.06"),
     gpu(
@@ -35,8 +35,8 @@ const GPUS: [Gpu; 8] = [
     gpu("clock = 'boot'\nrow_probe = 4096\nrows_grow = true\nclock_drift_ppm = -200.0", 64, "0.01..0.1"),
     gpu("pid_rule = 'last'\nrow_stamps = 'process'\nrow_order = 'shuffled'", 16, "0.02..0.1"),
     gpu("ring = 20\nidle_ring = 'dry'\nutilization_rates = 'zero'", 1, "0.1"),
-    Gpu { keys: "[[gpus.clock_steps]]\nat = '30s'\nby_us = -3000000", processes: 4, demand: "0.1..0.4", stepped: true },
-    Gpu {
+    MatrixGpu { keys: "[[gpus.clock_steps]]\nat = '30s'\nby_us = -3000000", processes: 4, demand: "0.1..0.4", stepped: true },
+    MatrixGpu {
         keys: "period_us = 100000\n[[gpus.clock_steps]]\nat = '30s'\nby_us = 3000000",
         processes: 2,
         demand: "0.3..0.9",
@@ -95,7 +95,7 @@ fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
             ],
         )?);
     }
-    let lives: Vec<Life> = lives.into_iter().map(|lives| lives.all()).collect::<Result<Vec<_>>>()?.concat();
+    let lives: Vec<RecordedLife> = lives.into_iter().map(|lives| lives.all()).collect::<Result<Vec<_>>>()?.concat();
     // What is settled late is settled within 10 s.
     std::thread::sleep(Duration::from_secs(13));
     let after = (agent.scrape()?, now());

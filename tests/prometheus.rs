@@ -10,13 +10,13 @@ use serde_json::Value;
 
 const SETTINGS: &str = include_str!("../deploy/prometheus/scrape.yml");
 
-struct Server {
+struct PrometheusServer {
     port: u16,
     _process: Running,
     _dir: tempfile::TempDir,
 }
 
-impl Server {
+impl PrometheusServer {
     /// The shipped settings, each second, with target labels of its own as a Kubernetes pod monitor adds them.
     fn start(agent: u16) -> Result<Self> {
         let dir = tempfile::tempdir()?;
@@ -56,7 +56,7 @@ fn short_containers_are_counted_and_labels_are_the_workloads() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let docker = Docker::new()?;
     let agent = Agent::start(Some(&sim), &[])?;
-    let server = Server::start(agent.port)?;
+    let server = PrometheusServer::start(agent.port)?;
     // One that is there before the range begins, so that every series of the sums is too.
     let (_, first) = docker.pod("batch", "first", 5)?;
     let _first_load = sim.load(first, 0, 0.2, &[])?;

@@ -12,7 +12,7 @@ use gpu_sampler_tests::{Agent, Running, Sample, Sim, sum, wait_for};
 const PLENTY: [&str; 4] = ["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"];
 
 /// Containers that hold a GPU, and the page once all is settled.
-struct Stage {
+struct QuirkStage {
     sim: Sim,
     tree: CgroupTree,
     agent: Agent,
@@ -20,7 +20,7 @@ struct Stage {
     lives: Vec<Lives>,
 }
 
-impl Stage {
+impl QuirkStage {
     fn new(name: &str, world: &str) -> Result<Self> {
         let (sim, tree) = (Sim::new(world)?, CgroupTree::new(name)?);
         let agent = Agent::start(Some(&sim), &PLENTY)?;
@@ -69,7 +69,7 @@ fn idle_failing_unsupported_host_mps_and_mig_are_six_things() -> Result<()> {
          [[faults]]\ngpu = 2\n{failing}\nerror = 'NOT_SUPPORTED'\ncall = 'nvmlDeviceGetProcessUtilization'\n",
         "[[gpus]]\n".repeat(5)
     );
-    let mut stage = Stage::new("six", &world)?;
+    let mut stage = QuirkStage::new("six", &world)?;
     let containers = (0..7).map(|_| stage.container()).collect::<Result<Vec<_>>>()?;
     let busy = ["--demand", "0.5"];
     stage.hold(&containers[0].1, "0", "1", &["--demand", "0.5", "--every", "1000s", "--on", "2ms"])?;
@@ -124,7 +124,7 @@ fn idle_failing_unsupported_host_mps_and_mig_are_six_things() -> Result<()> {
 
 #[test]
 fn several_processes_of_a_container_are_one_sum_and_the_parts_make_the_whole() -> Result<()> {
-    let mut stage = Stage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;
+    let mut stage = QuirkStage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;
     let (three, one) = (stage.container()?, stage.container()?);
     for gpu in ["0", "1"] {
         stage.hold(&three.1, gpu, "3", &["--demand", "0.2"])?;
@@ -155,7 +155,7 @@ fn several_processes_of_a_container_are_one_sum_and_the_parts_make_the_whole() -
 fn garbage_reaches_no_series() -> Result<()> {
     let garbage = "garbage = ['util', 'pid_zero', 'pid_max', 'stale', 'exited', 'zombies']\ngarbage_every = 2";
     let quirks = "list_memory = 'unknown'\nutilization_rates = 'zero'\nrows_grow = true\nrow_order = 'shuffled'";
-    let mut stage = Stage::new("garbage", &format!("[[gpus]]\n{garbage}\n{quirks}"))?;
+    let mut stage = QuirkStage::new("garbage", &format!("[[gpus]]\n{garbage}\n{quirks}"))?;
     let (id, dir) = stage.container()?;
     stage.hold(&dir, "0", "1", &["--demand", "0.9"])?;
     let page = stage.page()?;
@@ -182,7 +182,7 @@ fn garbage_reaches_no_series() -> Result<()> {
 
 #[test]
 fn engines_are_sampled_each_by_itself() -> Result<()> {
-    let mut stage = Stage::new("engines", "driver_version = '550.54.14'\n[[gpus]]")?;
+    let mut stage = QuirkStage::new("engines", "driver_version = '550.54.14'\n[[gpus]]")?;
     let (computes, encodes) = (stage.container()?, stage.container()?);
     stage.hold(&computes.1, "0", "1", &["--demand", "0.5", "--jpeg", "0.2"])?;
     stage.hold(&encodes.1, "0", "1", &["--demand", "0.01", "--enc", "0.6", "--ofa", "0.1"])?;
@@ -210,7 +210,8 @@ fn engines_are_sampled_each_by_itself() -> Result<()> {
 
 #[test]
 fn a_gpu_that_comes_late_is_one_of_several_all_the_same() -> Result<()> {
-    let mut stage = Stage::new("late", "[[gpus]]\n[[gpus]]\n[[faults]]\ngpu = 1\nkind = 'absent'\nfrom = '0s'\nlasts = '2s'")?;
+    let mut stage =
+        QuirkStage::new("late", "[[gpus]]\n[[gpus]]\n[[faults]]\ngpu = 1\nkind = 'absent'\nfrom = '0s'\nlasts = '2s'")?;
     let (id, dir) = stage.container()?;
     wait_for("the second GPU", Duration::from_secs(12), || Ok(uuid(&stage.agent.scrape()?, 1).ok()))?;
     std::thread::sleep(Duration::from_secs(1));

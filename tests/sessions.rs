@@ -18,7 +18,7 @@ const SEEN: Duration = Duration::from_secs(15);
 const ROUNDING: f64 = 1e-6;
 
 /// Two containers with a process each, that want nothing of the GPU yet; and a folder for sessions.
-struct Scene {
+struct SessionScene {
     // In the order in which they may end: an actor is inside the tree.
     _actors: Vec<Actor>,
     pids: [u32; 2],
@@ -30,7 +30,7 @@ struct Scene {
     _tree: CgroupTree,
 }
 
-impl Scene {
+impl SessionScene {
     fn new(name: &str) -> Result<Self> {
         let (sim, dir, tree) = (Sim::new("seed = 7\n[[gpus]]")?, tempfile::tempdir()?, CgroupTree::new(name)?);
         let mut actors = Vec::new();
@@ -125,7 +125,7 @@ fn counted(page: &[Sample], name: &str, labels: &[(&str, &str)]) -> f64 {
 
 #[test]
 fn a_report_says_what_the_metrics_said_meanwhile() -> Result<()> {
-    let scene = Scene::new("agree")?;
+    let scene = SessionScene::new("agree")?;
     let agent = scene.agent()?;
     let before = agent.scrape()?;
     let id = agent.record(Duration::from_secs(60), Duration::ZERO)?;
@@ -183,7 +183,7 @@ fn a_report_says_what_the_metrics_said_meanwhile() -> Result<()> {
 
 #[test]
 fn record_fetches_from_a_running_agent_with_what_was_before() -> Result<()> {
-    let scene = Scene::new("record")?;
+    let scene = SessionScene::new("record")?;
     let agent = scene.agent()?;
     // There is something to look back to.
     std::thread::sleep(Duration::from_secs(2));
@@ -229,7 +229,7 @@ fn record_fetches_from_a_running_agent_with_what_was_before() -> Result<()> {
 
 #[test]
 fn record_is_the_agent_itself_where_none_runs() -> Result<()> {
-    let scene = Scene::new("alone")?;
+    let scene = SessionScene::new("alone")?;
     let _load = scene.load(0, 0.9, "60s")?;
     let file = scene.file("alone.gpus");
     let mut command = Command::new(var("GPU_SAMPLER_BIN")?);
@@ -270,7 +270,7 @@ fn record_is_the_agent_itself_where_none_runs() -> Result<()> {
 
 #[test]
 fn a_session_of_an_agent_that_was_killed_is_readable_and_listed() -> Result<()> {
-    let scene = Scene::new("killed")?;
+    let scene = SessionScene::new("killed")?;
     let mut agent = scene.agent()?;
     let _load = scene.load(0, 0.9, "60s")?;
     let id = agent.record(Duration::from_secs(60), Duration::ZERO)?;
@@ -337,7 +337,7 @@ impl Drop for Disk {
 
 #[test]
 fn a_full_disk_ends_a_session_with_a_reason_and_keeps_what_was_written() -> Result<()> {
-    let scene = Scene::new("full")?;
+    let scene = SessionScene::new("full")?;
     let disk = Disk::new(&scene.store(), "size=256k")?;
     let agent = scene.agent_in(&disk.0)?;
     let _load = scene.load(0, 0.9, "60s")?;
@@ -368,7 +368,7 @@ fn a_full_disk_ends_a_session_with_a_reason_and_keeps_what_was_written() -> Resu
 
 #[test]
 fn a_condition_is_waited_for_and_what_was_before_it_is_in() -> Result<()> {
-    let scene = Scene::new("trigger")?;
+    let scene = SessionScene::new("trigger")?;
     let agent = scene.agent()?;
     for (wrong, words) in [
         ("bussy>0.5", "\"bussy\" is nothing to watch: choose from coactive, busy"),
@@ -413,7 +413,7 @@ fn a_condition_is_waited_for_and_what_was_before_it_is_in() -> Result<()> {
 
 #[test]
 fn damage_is_told_and_the_rest_is_read() -> Result<()> {
-    let scene = Scene::new("damage")?;
+    let scene = SessionScene::new("damage")?;
     let file = scene.recorded()?;
     let whole = std::fs::read(&file)?;
     let (sound, said) = report(&file)?;
@@ -449,7 +449,7 @@ fn damage_is_told_and_the_rest_is_read() -> Result<()> {
 
 #[test]
 fn one_sample_of_a_session_is_explained() -> Result<()> {
-    let scene = Scene::new("sample")?;
+    let scene = SessionScene::new("sample")?;
     let file = scene.recorded()?;
     let ask = |time: &str, gpu: &str| told(&["explain", "--sample", time, "--gpu", gpu, "--file", &file, "--json"]);
     let (mut named, mut at) = (0, None);

@@ -221,7 +221,7 @@ fn gpus_that_are_added_are_sampled_and_those_removed_are_gone() -> Result<()> {
     Ok(())
 }
 
-struct Driver {
+struct DriverVersion {
     version: &'static str,
     /// Symbols that it lacks.
     missing: &'static [&'static str],
@@ -230,8 +230,8 @@ struct Driver {
     with: &'static [&'static str],
 }
 
-const DRIVERS: [Driver; 3] = [
-    Driver {
+const DRIVERS: [DriverVersion; 3] = [
+    DriverVersion {
         version: "390.10",
         missing: &[
             "nvmlDeviceGetComputeRunningProcesses_v3",
@@ -249,13 +249,13 @@ const DRIVERS: [Driver; 3] = [
         without: &["GetMemoryInfo_v2", "GetProcessesUtilizationInfo", "GetMPSComputeRunningProcesses"],
         with: &["GetMemoryInfo", "GetProcessUtilization", "GetComputeRunningProcesses", "GetCurrentClocksEventReasons"],
     },
-    Driver {
+    DriverVersion {
         version: "570.10",
         missing: &["nvmlDeviceGetProcessUtilization", "nvmlDeviceGetMemoryInfo", "nvmlDeviceGetCurrentClocksThrottleReasons"],
         without: &[],
         with: &["GetProcessesUtilizationInfo", "GetMemoryInfo_v2", "GetCurrentClocksEventReasons"],
     },
-    Driver {
+    DriverVersion {
         version: "535.183.01",
         missing: &["nvmlDeviceGetProcessUtilization"],
         without: &["GetProcessUtilization"],
@@ -271,9 +271,9 @@ fn what_a_driver_lacks_is_done_without_or_done_otherwise() -> Result<()> {
     })
 }
 
-impl Driver {
+impl DriverVersion {
     fn is_done_justice(&self) -> Result<()> {
-        let Driver { version, missing, without, with } = self;
+        let DriverVersion { version, missing, without, with } = self;
         let sim = Sim::new(&format!("driver_version = '{version}'\nmissing = {missing:?}\n[[gpus]]"))?;
         let process = sleeper()?;
         let _load = sim.load(process.0.id(), 0, 0.8, &[])?;

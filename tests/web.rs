@@ -14,7 +14,7 @@ const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 const ROW: &str = "#users tbody tr";
 
 /// Two containers on one GPU, the first of a pod with a name that is markup.
-struct Scene {
+struct WebScene {
     // In the order in which they may end: a load is written into the simulator's folder, an actor is inside the tree.
     _loads: Vec<Running>,
     _actors: Vec<Actor>,
@@ -24,7 +24,7 @@ struct Scene {
     _tree: CgroupTree,
 }
 
-impl Scene {
+impl WebScene {
     fn new(name: &str) -> Result<Self> {
         let (sim, root, tree) = (Sim::new("seed = 5\n[[gpus]]")?, tempfile::tempdir()?, CgroupTree::new(name)?);
         let (mut loads, mut actors) = (Vec::new(), Vec::new());
@@ -56,7 +56,7 @@ fn live(agent: &Agent) -> Result<Value> {
 
 #[test]
 fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<()> {
-    let scene = Scene::new("web-live")?;
+    let scene = WebScene::new("web-live")?;
     let mut agent = scene.agent()?;
     let browser = Browser::start(1280, 1000)?;
     browser.open(&format!("http://127.0.0.1:{}/", agent.port))?;
@@ -105,7 +105,7 @@ fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<
 
 #[test]
 fn a_narrow_window_has_no_sideways_scroll() -> Result<()> {
-    let scene = Scene::new("web-narrow")?;
+    let scene = WebScene::new("web-narrow")?;
     let agent = scene.agent()?;
     let browser = Browser::start(500, 900)?;
     browser.open(&format!("http://127.0.0.1:{}/", agent.port))?;
@@ -117,7 +117,7 @@ fn a_narrow_window_has_no_sideways_scroll() -> Result<()> {
 
 #[test]
 fn beyond_loopback_it_asks_for_the_token() -> Result<()> {
-    let scene = Scene::new("web-token")?;
+    let scene = WebScene::new("web-token")?;
     let file = scene.root.path().join("token");
     std::fs::write(&file, "open sesame\n")?;
     let port = free_port()?;
@@ -148,7 +148,7 @@ fn beyond_loopback_it_asks_for_the_token() -> Result<()> {
 
 #[test]
 fn a_recording_is_started_watched_stopped_and_looked_at() -> Result<()> {
-    let scene = Scene::new("web-record")?;
+    let scene = WebScene::new("web-record")?;
     let dir = tempfile::tempdir()?;
     let args = scene.args();
     let mut args: Vec<&str> = args.iter().map(String::as_str).collect();

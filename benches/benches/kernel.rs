@@ -12,13 +12,13 @@ use gpu_sampler_tests::kernel::{Actor, CgroupTree};
 use gpu_sampler_tests::record::credited;
 use gpu_sampler_tests::{Agent, Sample, Sim, get, sum, var};
 
-type Section = fn() -> Result<()>;
+type KernelSection = fn() -> Result<()>;
 
 const SIGKILL: i32 = 9;
 const STRICT: [&str; 2] = ["--kernel-mode", "raw_tracepoint"];
 
 fn main() -> Result<()> {
-    let sections: [(&str, Section); 7] = [
+    let sections: [(&str, KernelSection); 7] = [
         ("cold-start", cold_start),
         ("mkdir", mkdir_to_identified),
         ("life", kernel_time_of_a_life),

@@ -6,21 +6,21 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_benches::{at_most, line, of, quantile, wanted};
-use gpu_sampler_tests::crio::{Container, Crio, Pod};
+use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod};
 use gpu_sampler_tests::kernel::CgroupTree;
 use gpu_sampler_tests::proxy::{Fault, Proxy};
 use gpu_sampler_tests::{Agent, Docker, Sample, get, wait_for};
 use serde_json::{Value, json};
 
-type Section = fn() -> Result<()>;
+type LabelSection = fn() -> Result<()>;
 /// A fault has no copies: each use makes its own.
-type Row = (&'static str, fn() -> Fault);
+type FaultRow = (&'static str, fn() -> Fault);
 
 const POD: &str = "kubepods/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
 const RESOLVE: &str = "gpu_sampler_resolve_seconds";
 
 fn main() -> Result<()> {
-    let sections: [(&str, Section); 5] = [
+    let sections: [(&str, LabelSection); 5] = [
         ("label-files", from_files),
         ("label-socket", from_a_socket),
         ("label-churn", unnamed_churn),
@@ -78,7 +78,7 @@ fn from_a_socket() -> Result<()> {
     let agent = Agent::start(None, &["--cri-endpoint", &endpoint, "--label-sources", "cri"])?;
     for n in 0..N {
         let id = format!("{n:064x}");
-        crio.know(&Container::new(&id, &pod, "main", "i:1", 1));
+        crio.know(&CrioContainer::new(&id, &pod, "main", "i:1", 1));
         tree.make(&format!("{POD}/crio-{id}"))?;
     }
     let page = all_complete(&agent, N)?;
@@ -135,7 +135,7 @@ fn after_faults() -> Result<()> {
     let proxy = Proxy::start(docker.socket(), &front)?;
     let endpoint = format!("unix://{}", front.display());
     let agent = Agent::start(None, &["--docker-endpoint", &endpoint, "--label-sources", "docker"])?;
-    let faults: [Row; 6] = [
+    let faults: [FaultRow; 6] = [
         ("refuses", || Fault::Refuse),
         ("hangs", || Fault::Hang),
         ("404", || Fault::Status(404)),
@@ -171,7 +171,7 @@ fn scrapes() -> Result<()> {
     let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-scrapes")?);
     let rootfs = root.path().to_string_lossy().into_owned();
     let agent = Agent::start(None, &["--docker-endpoint", &endpoint, "--path-rootfs", &rootfs])?;
-    let faults: [Row; 3] = [("hangs", || Fault::Hang), ("answers 100 MB", || Fault::Huge), ("refuses", || Fault::Refuse)];
+    let faults: [FaultRow; 3] = [("hangs", || Fault::Hang), ("answers 100 MB", || Fault::Huge), ("refuses", || Fault::Refuse)];
     for n in 0..500 {
         tree.make(&format!("{POD}/{n:064x}"))?;
     }

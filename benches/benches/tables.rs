@@ -6,7 +6,7 @@ use std::time::Instant;
 
 use gpu_sampler_benches::{line, wanted};
 use sampler_core::identity::{EXITED_BYTES, Identity};
-use sampler_core::observation::{CgroupChange, CgroupFact, Place, ProcessChange, ProcessFact};
+use sampler_core::observation::{CgroupChange, CgroupFact, CgroupMembership, ProcessChange, ProcessFact};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
 struct Counting;
@@ -45,7 +45,7 @@ const MIB: f64 = (1 << 20) as f64;
 const SECOND: u64 = 1_000_000_000;
 
 fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, v2_id: u64) -> ProcessFact {
-    let place = Place { v2_id, ..Place::default() };
+    let place = CgroupMembership { v2_id, ..CgroupMembership::default() };
     ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), place }
 }
 

@@ -27,7 +27,7 @@ use crate::observe::kernel::layout::{Layout, REMEDY, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
-use crate::session::{Recorder, Sources, Store};
+use crate::session::{Recorder, SessionInputs, Store};
 
 /// What IO tasks get to end in.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
@@ -56,7 +56,7 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
 fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snapshot>>) -> anyhow::Result<Recorder> {
     let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
     let labels = labels.clone();
-    let sources = Sources {
+    let sources = SessionInputs {
         labels: Box::new(move || labels.view()),
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
@@ -96,7 +96,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)?))?;
-    let pressure_told = pressure::Told {
+    let pressure_told = pressure::WorkerContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
         snapshot: Arc::clone(&snapshot),

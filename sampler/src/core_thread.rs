@@ -30,7 +30,7 @@ use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::proc::is_alive;
 use crate::observe::kernel::rings::KernelFact;
 use crate::observe::kernel::scan::{self, Scan};
-use crate::observe::kernel::watch::{CgroupWatch, Read, WatchError};
+use crate::observe::kernel::watch::{CgroupWatch, EventsRead, WatchError};
 use crate::observe::kernel::{Mode, Tracker};
 use crate::query::{self, Subject};
 use crate::session::Recorder;
@@ -492,8 +492,8 @@ impl CoreThread {
                 }
             }),
             Tracker::Inotify(watch) => match watch.read(&mut |fact| core.observe(Observation::Cgroup(fact))) {
-                Ok(Read::Complete) => {}
-                Ok(Read::StartOver) => self.start_over = true,
+                Ok(EventsRead::Complete) => {}
+                Ok(EventsRead::StartOver) => self.start_over = true,
                 Err(error) => failed = Some(error),
             },
             Tracker::Procfs => {}

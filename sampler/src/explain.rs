@@ -7,7 +7,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use sampler_core::cgroup_path::{Kind, parse};
-use sampler_core::identity::{ContainerRecord, KEEP_EXITED_NS, KEEP_REMOVED_NS, LifeView};
+use sampler_core::identity::{ContainerRecord, KEEP_EXITED_NS, KEEP_REMOVED_NS, ProcessHistory};
 use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{ContainerLabels, Label, Source, is_likely};
 use serde::Serialize;
@@ -17,7 +17,7 @@ use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::Mode;
 use crate::observe::kernel::layout::REMEDY;
 use crate::observe::kernel::proc::{group, is_zombie};
-use crate::query::{Known, StayView, Subject};
+use crate::query::{KnownSubject, ResidencyView, Subject};
 
 /// As many ids as one line holds.
 const SEVERAL: usize = 4;
@@ -111,19 +111,19 @@ struct ProcessJson {
     /// Its name now; null once it has ended.
     comm: Option<String>,
     /// Lives of this pid, newest first: a pid is used again.
-    lives: Vec<LifeJson>,
+    lives: Vec<LifetimeJson>,
 }
 
 #[derive(Serialize)]
-struct LifeJson {
+struct LifetimeJson {
     start: String,
     /// Null while it lives.
     end: Option<String>,
-    stays: Vec<StayJson>,
+    stays: Vec<ResidencyJson>,
 }
 
 #[derive(Serialize)]
-struct StayJson {
+struct ResidencyJson {
     cgroup: Option<String>,
     container_id: Option<String>,
     from: String,
@@ -144,22 +144,28 @@ impl Boot {
         humantime::format_rfc3339_millis(self.0 + Duration::from_nanos(at.0)).to_string()
     }
 
-    fn life(&self, life: &LifeView, stays: &[StayView]) -> LifeJson {
+    fn life(&self, life: &ProcessHistory, stays: &[ResidencyView]) -> LifetimeJson {
         let told = |at| self.rfc3339(at);
-        let stay = |view: &StayView| StayJson {
+        let stay = |view: &ResidencyView| ResidencyJson {
             cgroup: view.path.clone(),
             container_id: view.container_id.clone(),
             from: told(view.stay.from),
             certain_from: told(view.stay.certain_from),
             to: view.stay.to.map(told),
         };
-        LifeJson { start: told(life.start), end: life.end.map(told), stays: stays.iter().map(stay).collect() }
+        LifetimeJson { start: told(life.start), end: life.end.map(told), stays: stays.iter().map(stay).collect() }
     }
 }
 
 impl Explanation {
     /// `labels` and `tried` are of the container it is in, if it is in one.
-    pub fn new(subject: &Subject, known: &Known, labels: Option<&ContainerLabels>, tried: Vec<TriedView>, procfs: &Path) -> Self {
+    pub fn new(
+        subject: &Subject,
+        known: &KnownSubject,
+        labels: Option<&ContainerLabels>,
+        tried: Vec<TriedView>,
+        procfs: &Path,
+    ) -> Self {
         let mut answer = Self::of_path(&known.path);
         answer.answered_by = "agent";
         let boot = Boot::now();
@@ -168,7 +174,7 @@ impl Explanation {
             answer.take(labels, tried);
         }
         if let Subject::Pid(pid) = subject {
-            let lives: Vec<LifeJson> = known.lives.iter().map(|(view, stays)| boot.life(view, stays)).collect();
+            let lives: Vec<LifetimeJson> = known.lives.iter().map(|(view, stays)| boot.life(view, stays)).collect();
             let comm = std::fs::read_to_string(procfs.join(pid.to_string()).join("comm")).ok();
             let comm = comm.filter(|_| lives.first().is_some_and(|life| life.end.is_none())).map(|c| c.trim().to_owned());
             answer.process = Some(ProcessJson { pid: *pid, comm, lives });

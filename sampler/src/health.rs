@@ -98,7 +98,7 @@ pub struct HealthView {
 }
 
 #[derive(Default)]
-struct Inner {
+struct HealthState {
     view: HealthView,
     told: HashMap<String, String>,
     identified: Option<Calls>,
@@ -106,14 +106,14 @@ struct Inner {
 
 #[derive(Default)]
 pub struct Health {
-    inner: Mutex<Inner>,
+    inner: Mutex<HealthState>,
     ready: AtomicBool,
     pub driver: DriverHealth,
 }
 
 impl Health {
     /// Counters stay usable after a panic elsewhere: each change is one assignment.
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    fn inner(&self) -> MutexGuard<'_, HealthState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,7 +9,7 @@ use rustix::event::{EventfdFlags, eventfd};
 use sampler_core::observation::Observation;
 use tokio::sync::oneshot;
 
-use crate::query::{Known, LivingProcess, Subject};
+use crate::query::{KnownSubject, LivingProcess, Subject};
 
 pub enum Message {
     Observation(Observation),
@@ -17,7 +17,7 @@ pub enum Message {
 }
 
 pub enum Question {
-    Explain(Subject, oneshot::Sender<Option<Known>>),
+    Explain(Subject, oneshot::Sender<Option<KnownSubject>>),
     /// Ids of containers that begin so.
     Ids(String, oneshot::Sender<Vec<String>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
@@ -56,7 +56,7 @@ impl CoreSender {
         self.send(Message::Observation(observation))
     }
 
-    pub async fn explain(&self, subject: Subject) -> Option<Known> {
+    pub async fn explain(&self, subject: Subject) -> Option<KnownSubject> {
         let (answer, answered) = oneshot::channel();
         self.send(Message::Question(Question::Explain(subject, answer))).ok()?;
         answered.await.ok().flatten()

@@ -1,8 +1,8 @@
 //! Queries to the core thread about processes and containers, and their results. Results are copies: the core thread does not wait for
 //! their readers.
 
-use sampler_core::identity::{ContainerRecord, Identity, LifeView, Stay};
-use sampler_core::observation::Place;
+use sampler_core::identity::{ContainerRecord, Identity, ProcessHistory, Residency};
+use sampler_core::observation::CgroupMembership;
 use sampler_core::units::{BootNs, ContainerKey, Tgid};
 use serde::Serialize;
 
@@ -18,19 +18,19 @@ pub enum Subject {
 
 /// What identity knows of a subject.
 #[derive(Clone, Debug)]
-pub struct Known {
+pub struct KnownSubject {
     /// Where it is now, or was last; blank when its cgroup is unknown.
     pub path: String,
     pub container: Option<ContainerKey>,
     /// When the container's last cgroup was removed.
     pub gone: Option<BootNs>,
     /// Newest first; empty for a cgroup.
-    pub lives: Vec<(LifeView, Vec<StayView>)>,
+    pub lives: Vec<(ProcessHistory, Vec<ResidencyView>)>,
 }
 
 #[derive(Clone, Debug)]
-pub struct StayView {
-    pub stay: Stay,
+pub struct ResidencyView {
+    pub stay: Residency,
     pub path: Option<String>,
     pub container_id: Option<String>,
 }
@@ -46,7 +46,7 @@ pub struct LivingProcess {
 }
 
 pub fn living(identity: &Identity) -> Vec<LivingProcess> {
-    let one = |(tgid, start, place): (Tgid, BootNs, Place)| LivingProcess {
+    let one = |(tgid, start, place): (Tgid, BootNs, CgroupMembership)| LivingProcess {
         pid: tgid.0,
         start_ns: start.0,
         v2_id: place.v2_id,
@@ -57,18 +57,18 @@ pub fn living(identity: &Identity) -> Vec<LivingProcess> {
     all
 }
 
-pub fn known(identity: &Identity, subject: &Subject) -> Option<Known> {
+pub fn known(identity: &Identity, subject: &Subject) -> Option<KnownSubject> {
     match subject {
         Subject::Pid(pid) => process(identity, *pid),
         Subject::Cgroup(path) => {
             let container = identity.cgroups.container_at(identity.cgroups.at_path(path)?);
-            Some(Known { path: path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
+            Some(KnownSubject { path: path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
         }
         Subject::Container(id) => {
             let all = identity.cgroups.containers();
             let record = by_id(all.map(|c| &*c.record), id)?;
             let container = Some(record.key);
-            Some(Known { path: record.cgroup_path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
+            Some(KnownSubject { path: record.cgroup_path.clone(), container, gone: gone(identity, container), lives: Vec::new() })
         }
     }
 }
@@ -97,17 +97,17 @@ pub fn ids(identity: &Identity, begin: &str) -> Vec<String> {
     found.into_iter().collect()
 }
 
-fn process(identity: &Identity, pid: u32) -> Option<Known> {
-    let container = |stay: &Stay| identity.cgroups.container_of(&stay.place, stay.certain_from).ok().flatten();
-    let view = |stay: Stay| {
+fn process(identity: &Identity, pid: u32) -> Option<KnownSubject> {
+    let container = |stay: &Residency| identity.cgroups.container_of(&stay.place, stay.certain_from).ok().flatten();
+    let view = |stay: Residency| {
         let record = container(&stay).and_then(|key| identity.cgroups.container(key)).map(|c| &c.record);
-        StayView {
+        ResidencyView {
             stay,
             path: identity.cgroups.path_of(&stay.place),
             container_id: record.and_then(|r| r.identity.container_id.clone()),
         }
     };
-    let lives: Vec<(LifeView, Vec<StayView>)> = identity
+    let lives: Vec<(ProcessHistory, Vec<ResidencyView>)> = identity
         .processes
         .lives(Tgid(pid))
         .into_iter()
@@ -119,5 +119,5 @@ fn process(identity: &Identity, pid: u32) -> Option<Known> {
     let (life, stays) = lives.first()?;
     let path = stays.last().and_then(|s| s.path.clone()).unwrap_or_default();
     let container = life.stays.last().and_then(container);
-    Some(Known { path, container, gone: gone(identity, container), lives })
+    Some(KnownSubject { path, container, gone: gone(identity, container), lives })
 }

@@ -11,7 +11,7 @@ const BEFORE: f64 = -3.0;
 const AFTER: f64 = DURATION + 2.0;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Place {
+pub enum CgroupPlace {
     /// In a cgroup of its own on v2.
     Container,
     /// On the hierarchy of the cpu controller, too; with a quota of so many microseconds in each 100 ms, if any.
@@ -32,9 +32,9 @@ pub enum Act {
     Spin { from: f64, to: f64 },
 }
 
-pub struct User {
+pub struct ScenarioUser {
     pub name: &'static str,
-    pub place: Place,
+    pub place: CgroupPlace,
     pub acts: Vec<Act>,
     /// GPU-seconds that it should have in all, by the demands alone.
     pub seconds: f64,
@@ -62,7 +62,7 @@ pub struct CauseOf {
 
 pub struct Scenario {
     pub name: &'static str,
-    pub users: Vec<User>,
+    pub users: Vec<ScenarioUser>,
     pub pairs: Vec<Pair>,
     pub causes: Vec<CauseOf>,
     /// When, the verb of nvml-sim, and its arguments after the GPU.
@@ -104,8 +104,8 @@ fn bursts(mut seed: u64) -> (String, f64) {
     (all.join(","), 0.4 * on_ms as f64 / 1e3)
 }
 
-fn user(name: &'static str, act: Act, seconds: f64) -> User {
-    User { name, place: Place::Container, acts: vec![act], seconds }
+fn user(name: &'static str, act: Act, seconds: f64) -> ScenarioUser {
+    ScenarioUser { name, place: CgroupPlace::Container, acts: vec![act], seconds }
 }
 
 fn coactive(victim: &'static str, aggressor: &'static str) -> Pair {
@@ -120,7 +120,7 @@ fn causes(victim: &'static str, verdict: &'static str, causes: &[&'static str]) 
     causes.iter().map(|cause| CauseOf { victim, cause, verdict }).collect()
 }
 
-fn scenario(name: &'static str, users: Vec<User>, pairs: Vec<Pair>) -> Scenario {
+fn scenario(name: &'static str, users: Vec<ScenarioUser>, pairs: Vec<Pair>) -> Scenario {
     Scenario { name, users, pairs, causes: Vec::new(), happens: Vec::new() }
 }
 
@@ -137,7 +137,7 @@ fn fair() -> Vec<Scenario> {
         vec![user("a", steps("1.0"), DURATION / 2.0), user("b", steps("1.0"), DURATION / 2.0)],
         vec![coactive("a", "b"), coactive("b", "a")],
     );
-    fair.users.iter_mut().for_each(|user| user.place = Place::WithCpu(None));
+    fair.users.iter_mut().for_each(|user| user.place = CgroupPlace::WithCpu(None));
     fair.causes = causes("a", "ruled-out", &OF_GPU);
     fair.causes.extend(causes("a", "ruled-out", &["gpu-memory", "cpu-quota"]));
     let unequal = scenario(
@@ -152,12 +152,12 @@ fn fair() -> Vec<Scenario> {
 fn blamed() -> Vec<Scenario> {
     let victim = || user("victim", steps("1.0"), OFF + ON / 2.0);
     let process = |(from, to)| Act::Process { from, to, load: "--mem 1GiB --demand 1.0".into() };
-    let comes = User { acts: TIMES.map(process).to_vec(), ..user("comes", steps("1.0"), ON / 2.0) };
+    let comes = ScenarioUser { acts: TIMES.map(process).to_vec(), ..user("comes", steps("1.0"), ON / 2.0) };
     let same = user("comes", steps(&on_off("1.0")), ON / 2.0);
     let pairs = || vec![confirmed("victim", "comes", 1.0, 0.5), coactive("comes", "victim")];
-    let host = User { place: Place::Host, ..user("comes", steps(&on_off("1.0")), ON / 2.0) };
+    let host = ScenarioUser { place: CgroupPlace::Host, ..user("comes", steps(&on_off("1.0")), ON / 2.0) };
     // Three processes at once, so that the change is large beside what sampling leaves open.
-    let three = User {
+    let three = ScenarioUser {
         acts: std::iter::repeat_with(|| steps(&on_off("1.0"))).take(3).collect(),
         ..user("comes", steps("1.0"), ON * 3.0 / 5.0)
     };
@@ -224,8 +224,8 @@ fn own_causes() -> Vec<Scenario> {
     let mut starved = scenario(
         "starved by its own quota",
         vec![
-            User {
-                place: Place::WithCpu(Some(3_000)),
+            ScenarioUser {
+                place: CgroupPlace::WithCpu(Some(3_000)),
                 acts: vec![steps("0.9:30s,0.2:30s,0.9"), Act::Spin { from: 30.0, to: 60.0 }],
                 ..user("victim", steps("1.0"), 60.0)
             },
@@ -255,7 +255,7 @@ fn lives() -> Vec<Scenario> {
         scenario(
             "30 short jobs",
             vec![
-                User { acts: vec![Act::Jobs { from: 0.5, count: 30 }], ..user("jobs", steps("1.0"), 37.5) },
+                ScenarioUser { acts: vec![Act::Jobs { from: 0.5, count: 30 }], ..user("jobs", steps("1.0"), 37.5) },
                 user("other", steps("1.0"), DURATION - 37.5),
             ],
             vec![coactive("jobs", "other"), coactive("other", "jobs")],
@@ -263,7 +263,7 @@ fn lives() -> Vec<Scenario> {
         scenario(
             "restarted in between",
             vec![
-                User { acts: vec![life(5.0, 35.0), life(45.0, 80.0)], ..user("restarted", steps("1.0"), 65.0 * 0.3) },
+                ScenarioUser { acts: vec![life(5.0, 35.0), life(45.0, 80.0)], ..user("restarted", steps("1.0"), 65.0 * 0.3) },
                 user("other", steps("0.3"), DURATION * 0.3),
             ],
             vec![coactive("restarted", "other"), coactive("other", "restarted")],

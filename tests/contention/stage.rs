@@ -8,12 +8,12 @@ use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, attach};
 use gpu_sampler_tests::{Running, Sim, wait_for};
 
-use super::scenario::{Act, Place, Scenario, User};
+use super::scenario::{Act, CgroupPlace, Scenario, ScenarioUser};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 const JOB: &str = "2500ms..2500ms";
 
-pub struct Stage {
+pub struct Runner {
     pub sim: Sim,
     v2: CgroupTree,
     cpu: CgroupTree,
@@ -74,7 +74,7 @@ impl Process {
     }
 }
 
-impl Stage {
+impl Runner {
     /// One GPU for each scenario; their pid rules take turns.
     pub fn new(gpus: usize, lead: Duration) -> Result<Self> {
         let rules = ["instant", "last"].into_iter().cycle();
@@ -93,10 +93,10 @@ impl Stage {
         std::thread::sleep(at.duration_since(SystemTime::now()).unwrap_or_default());
     }
 
-    fn home(&self, n: usize, place: Place) -> Result<Home> {
+    fn home(&self, n: usize, place: CgroupPlace) -> Result<Home> {
         let id = format!("{:08x}{n:056x}", std::process::id());
-        let v2 = if place == Place::Host { None } else { Some(self.v2.make(&id)?) };
-        let Place::WithCpu(quota) = place else { return Ok(Home { v2, cpu: None }) };
+        let v2 = if place == CgroupPlace::Host { None } else { Some(self.v2.make(&id)?) };
+        let CgroupPlace::WithCpu(quota) = place else { return Ok(Home { v2, cpu: None }) };
         let cpu = self.cpu.make(&id)?;
         if let Some(quota) = quota {
             let file = cpu.join("cpu.cfs_quota_us");
@@ -143,7 +143,7 @@ impl Stage {
         })
     }
 
-    fn played(&self, user: &User, home: &Home, acts: Vec<Vec<u32>>) -> Played {
+    fn played(&self, user: &ScenarioUser, home: &Home, acts: Vec<Vec<u32>>) -> Played {
         Played { name: user.name, cgroup: home.v2.as_deref().map(|dir| self.v2.path_of(dir)), acts }
     }
 

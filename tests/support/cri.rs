@@ -140,7 +140,7 @@ pub struct PodSandboxStatusResponse {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct State {
+pub struct CriState {
     #[prost(int32, tag = "1")]
     pub state: i32,
 }
@@ -150,7 +150,7 @@ pub struct PodSandboxFilter {
     #[prost(string, tag = "1")]
     pub id: String,
     #[prost(message, optional, tag = "2")]
-    pub state: Option<State>,
+    pub state: Option<CriState>,
     #[prost(map = "string, string", tag = "3")]
     pub label_selector: Map,
 }
@@ -261,7 +261,7 @@ pub struct ContainerFilter {
     #[prost(string, tag = "1")]
     pub id: String,
     #[prost(message, optional, tag = "2")]
-    pub state: Option<State>,
+    pub state: Option<CriState>,
     #[prost(string, tag = "3")]
     pub pod_sandbox_id: String,
     #[prost(map = "string, string", tag = "4")]
@@ -275,7 +275,7 @@ pub struct ListContainersRequest {
 }
 
 #[derive(Clone, PartialEq, Message)]
-pub struct Container {
+pub struct CriContainer {
     #[prost(string, tag = "1")]
     pub id: String,
     #[prost(string, tag = "2")]
@@ -299,7 +299,7 @@ pub struct Container {
 #[derive(Clone, PartialEq, Message)]
 pub struct ListContainersResponse {
     #[prost(message, repeated, tag = "1")]
-    pub containers: Vec<Container>,
+    pub containers: Vec<CriContainer>,
 }
 
 #[derive(Clone, PartialEq, Message)]

@@ -13,7 +13,7 @@ use serde_json::{Value, json};
 use tonic::Status;
 
 use crate::cri::{self, CONTAINER_RUNNING, Map};
-use crate::grpc::{Server, Service};
+use crate::grpc::{GrpcServer, Service};
 
 /// 2023-11-14 22:13:20
 const CREATED_NS: i64 = 1_700_000_000_000_000_000;
@@ -31,7 +31,7 @@ pub struct Pod {
 }
 
 #[derive(Clone, Debug)]
-pub struct Container {
+pub struct CrioContainer {
     pub id: String,
     /// The id of its pod's sandbox.
     pub pod: String,
@@ -113,7 +113,7 @@ fn spec(annotations: &Map, cgroup: &str, args: &[&str]) -> Value {
         "annotations": annotations, "linux": {"cgroupsPath": cgroup}})
 }
 
-impl Container {
+impl CrioContainer {
     /// Runs, for the first time.
     pub fn new(id: &str, pod: &str, name: &str, image: &str, pid: u32) -> Self {
         let [id, pod, name, image] = [id, pod, name, image].map(str::to_owned);
@@ -168,8 +168,8 @@ impl Container {
         with_labels(&own, labels.into_iter().chain(self.kube_annotations()).collect())
     }
 
-    fn listed(&self, pod: &Pod) -> cri::Container {
-        cri::Container {
+    fn listed(&self, pod: &Pod) -> cri::CriContainer {
+        cri::CriContainer {
             id: self.id.clone(),
             pod_sandbox_id: pod.id.clone(),
             metadata: Some(self.metadata()),
@@ -225,7 +225,7 @@ pub enum Speaks {
 struct Known {
     speaks: Speaks,
     pods: BTreeMap<String, Pod>,
-    containers: BTreeMap<String, Container>,
+    containers: BTreeMap<String, CrioContainer>,
 }
 
 struct Daemon {
@@ -236,14 +236,14 @@ struct Daemon {
 pub struct Crio {
     dir: PathBuf,
     daemon: Arc<Daemon>,
-    server: Server,
+    server: GrpcServer,
 }
 
 impl Crio {
     /// Everything lies in `dir`.
     pub fn start(dir: &Path) -> Result<Self> {
         let daemon = Arc::new(Daemon { root: dir.join("lib"), known: Mutex::default() });
-        Ok(Self { dir: dir.into(), server: Server::start(&dir.join("crio.sock"), daemon.clone())?, daemon })
+        Ok(Self { dir: dir.into(), server: GrpcServer::start(&dir.join("crio.sock"), daemon.clone())?, daemon })
     }
 
     pub fn socket(&self) -> PathBuf {
@@ -285,13 +285,13 @@ impl Crio {
     }
 
     /// A container of a pod that was added, with files and answers.
-    pub fn add(&self, container: &Container) -> Result<()> {
+    pub fn add(&self, container: &CrioContainer) -> Result<()> {
         self.know(container);
         self.write(container)
     }
 
     /// Its files only.
-    pub fn write(&self, container: &Container) -> Result<()> {
+    pub fn write(&self, container: &CrioContainer) -> Result<()> {
         let pod = self.daemon.known().pod(&container.pod)?.clone();
         self.write_config(
             &container.id,
@@ -300,7 +300,7 @@ impl Crio {
     }
 
     /// The answers only.
-    pub fn know(&self, container: &Container) {
+    pub fn know(&self, container: &CrioContainer) {
         self.daemon.known().containers.insert(container.id.clone(), container.clone());
     }
 

@@ -233,7 +233,7 @@ fn wall_ns() -> u64 {
     SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_nanos() as u64
 }
 
-fn run(options: &Options) -> Result<()> {
+fn run(options: &LoadOptions) -> Result<()> {
     // First, so that a load that is killed early leaves a file, too.
     let mut to = match &options.slices {
         Some(folder) => Some(BufWriter::new(File::create(folder.join(format!("{}.csv", std::process::id())))?)),
@@ -269,14 +269,14 @@ fn run(options: &Options) -> Result<()> {
     Ok(())
 }
 
-struct Options {
+struct LoadOptions {
     gpu: c_int,
     duty: f64,
     lasts: Duration,
     slices: Option<PathBuf>,
 }
 
-fn options() -> Option<Options> {
+fn options() -> Option<LoadOptions> {
     let words: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = words.iter().map(String::as_str).collect();
     let (["--gpu", gpu, "--duty", duty, "--for", seconds], rest) = words.split_first_chunk::<6>()? else { return None };
@@ -286,7 +286,7 @@ fn options() -> Option<Options> {
         _ => return None,
     };
     let duty = duty.parse().ok().filter(|duty| *duty > 0.0 && *duty <= 1.0)?;
-    Some(Options { gpu: gpu.parse().ok()?, duty, lasts: Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?, slices })
+    Some(LoadOptions { gpu: gpu.parse().ok()?, duty, lasts: Duration::try_from_secs_f64(seconds.parse().ok()?).ok()?, slices })
 }
 
 fn main() -> ExitCode {

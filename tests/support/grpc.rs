@@ -27,11 +27,11 @@ pub trait Service: Send + Sync + 'static {
     }
 }
 
-type Answer = Response<UnsyncBoxBody<Bytes, Infallible>>;
+type GrpcResponse = Response<UnsyncBoxBody<Bytes, Infallible>>;
 type Calls = Arc<Mutex<Vec<String>>>;
 
 /// Removed with its socket when dropped.
-pub struct Server {
+pub struct GrpcServer {
     path: PathBuf,
     calls: Calls,
     running: Option<(oneshot::Sender<()>, JoinHandle<()>)>,
@@ -41,7 +41,7 @@ fn header(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static("?"))
 }
 
-fn answer(status: u16, kind: &str, body: Bytes) -> Answer {
+fn answer(status: u16, kind: &str, body: Bytes) -> GrpcResponse {
     let mut answer = Response::new(Full::new(body).boxed_unsync());
     *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
     answer.headers_mut().insert(CONTENT_TYPE, header(kind));
@@ -49,7 +49,7 @@ fn answer(status: u16, kind: &str, body: Bytes) -> Answer {
 }
 
 /// A message behind its five bytes of framing, then the status as trailers; a failure is a status alone.
-fn framed(result: Result<Vec<u8>, Status>) -> Answer {
+fn framed(result: Result<Vec<u8>, Status>) -> GrpcResponse {
     match result {
         Ok(message) => {
             let length = (message.len() as u32).to_be_bytes();
@@ -68,7 +68,7 @@ fn framed(result: Result<Vec<u8>, Status>) -> Answer {
     }
 }
 
-async fn serve(service: Arc<dyn Service>, calls: Calls, request: Request<Incoming>) -> Result<Answer, hyper::Error> {
+async fn serve(service: Arc<dyn Service>, calls: Calls, request: Request<Incoming>) -> Result<GrpcResponse, hyper::Error> {
     let path = request.uri().path().to_owned();
     calls.lock().unwrap_or_else(PoisonError::into_inner).push(path.clone());
     let grpc = request.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
@@ -106,7 +106,7 @@ async fn either(one: impl Future, other: impl Future) {
     tokio::select! { _ = one => {}, _ = other => {} }
 }
 
-impl Server {
+impl GrpcServer {
     pub fn start(path: &Path, service: Arc<dyn Service>) -> Result<Self> {
         let listener = std::os::unix::net::UnixListener::bind(path).with_context(|| path.display().to_string())?;
         listener.set_nonblocking(true)?;
@@ -124,7 +124,7 @@ impl Server {
     }
 }
 
-impl Drop for Server {
+impl Drop for GrpcServer {
     fn drop(&mut self) {
         if let Some((stop, thread)) = self.running.take() {
             drop(stop);

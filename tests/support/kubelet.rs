@@ -9,7 +9,7 @@ use anyhow::Result;
 use prost::Message;
 use tonic::Status;
 
-use crate::grpc::{Server, Service};
+use crate::grpc::{GrpcServer, Service};
 
 pub const SERVICE: &str = "v1.PodResourcesLister";
 
@@ -116,14 +116,14 @@ impl Service for Pods {
 
 pub struct Kubelet {
     pods: Arc<Pods>,
-    server: Server,
+    server: GrpcServer,
 }
 
 impl Kubelet {
     /// On `socket`, which in a cluster is /var/lib/kubelet/pod-resources/kubelet.sock.
     pub fn start(socket: &Path) -> Result<Self> {
         let pods = Arc::<Pods>::default();
-        Ok(Self { server: Server::start(socket, pods.clone())?, pods })
+        Ok(Self { server: GrpcServer::start(socket, pods.clone())?, pods })
     }
 
     pub fn set(&self, pods: Vec<PodResources>) {

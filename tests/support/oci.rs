@@ -9,7 +9,7 @@ use serde_json::{Value, json};
 
 use crate::kernel::Layout;
 use crate::leftovers::{program, remove_cgroup};
-use crate::record::Life;
+use crate::record::RecordedLife;
 use crate::{Sim, var, wait_for};
 
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -41,13 +41,13 @@ impl<'a> Oci<'a> {
     }
 
     /// `run`: it ends with its container.
-    pub fn run(&self, n: usize, gpu: usize, script: &str) -> Result<Life> {
+    pub fn run(&self, n: usize, gpu: usize, script: &str) -> Result<RecordedLife> {
         let (id, bundle) = (self.id(n), self.bundle(n, script)?);
         self.life(&id, gpu, |pid_file| self.runtime(&["run", "--pid-file", pid_file, "--bundle", &bundle, &id]))
     }
 
     /// `create` and `start`, as containerd and CRI-O do it.
-    pub fn create_and_start(&self, n: usize, gpu: usize, script: &str) -> Result<Life> {
+    pub fn create_and_start(&self, n: usize, gpu: usize, script: &str) -> Result<RecordedLife> {
         let (id, bundle) = (self.id(n), self.bundle(n, script)?);
         let life = self.life(&id, gpu, |pid_file| {
             self.runtime(&["create", "--pid-file", pid_file, "--bundle", &bundle, &id])?;
@@ -66,7 +66,7 @@ impl<'a> Oci<'a> {
         Ok(id)
     }
 
-    pub fn exec(&self, id: &str, gpu: usize, script: &str) -> Result<Life> {
+    pub fn exec(&self, id: &str, gpu: usize, script: &str) -> Result<RecordedLife> {
         self.life(id, gpu, |pid_file| self.runtime(&["exec", "--pid-file", pid_file, id, "sh", "-c", script]))
     }
 
@@ -74,13 +74,13 @@ impl<'a> Oci<'a> {
         self.runtime(&["delete", "--force", id])
     }
 
-    fn life(&self, id: &str, gpu: usize, lives: impl FnOnce(&str) -> Result<()>) -> Result<Life> {
+    fn life(&self, id: &str, gpu: usize, lives: impl FnOnce(&str) -> Result<()>) -> Result<RecordedLife> {
         let file = self.dir.path().join(format!("{id}-{gpu}.pid"));
         let file = file.to_string_lossy();
         let begin_us = now_us();
         lives(&file)?;
         let end_us = now_us();
-        Ok(Life { pid: read_pid(&file)?, cgroup: id.to_owned(), gpu, begin_us, end_us, gone_us: end_us })
+        Ok(RecordedLife { pid: read_pid(&file)?, cgroup: id.to_owned(), gpu, begin_us, end_us, gone_us: end_us })
     }
 
     fn runtime(&self, args: &[&str]) -> Result<()> {

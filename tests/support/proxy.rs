@@ -45,10 +45,10 @@ const WHOLE_ANSWER: Duration = Duration::from_millis(500);
 
 pub struct Proxy {
     shared: Arc<Shared>,
-    place: Mutex<Place>,
+    place: Mutex<ProxyTarget>,
 }
 
-struct Place {
+struct ProxyTarget {
     path: PathBuf,
     listening: Option<(Arc<UnixListener>, JoinHandle<()>)>,
     wanted: bool,
@@ -56,11 +56,11 @@ struct Place {
 
 struct Shared {
     upstream: PathBuf,
-    state: Mutex<State>,
+    state: Mutex<ProxyState>,
     changed: Condvar,
 }
 
-struct State {
+struct ProxyState {
     fault: Arc<Fault>,
     over: bool,
     seen: u64,
@@ -76,9 +76,9 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 impl Proxy {
     /// Listens on `path`, which must not exist, and passes everything on.
     pub fn start(upstream: &Path, path: &Path) -> Result<Self> {
-        let state = State { fault: Arc::new(Fault::Pass), over: false, seen: 0, paths: Vec::new(), connections: Vec::new() };
+        let state = ProxyState { fault: Arc::new(Fault::Pass), over: false, seen: 0, paths: Vec::new(), connections: Vec::new() };
         let shared = Shared { upstream: upstream.into(), state: Mutex::new(state), changed: Condvar::new() };
-        let place = Place { path: path.into(), listening: None, wanted: true };
+        let place = ProxyTarget { path: path.into(), listening: None, wanted: true };
         let proxy = Self { shared: Arc::new(shared), place: Mutex::new(place) };
         proxy.listen(&mut lock(&proxy.place))?;
         Ok(proxy)
@@ -134,7 +134,7 @@ impl Proxy {
         self.appear()
     }
 
-    fn listen(&self, place: &mut Place) -> Result<()> {
+    fn listen(&self, place: &mut ProxyTarget) -> Result<()> {
         let listener = Arc::new(UnixListener::bind(&place.path).with_context(|| place.path.display().to_string())?);
         let (shared, accepting) = (self.shared.clone(), listener.clone());
         let thread = std::thread::spawn(move || {
@@ -152,7 +152,7 @@ impl Proxy {
         Ok(())
     }
 
-    fn close(&self, place: &mut Place) {
+    fn close(&self, place: &mut ProxyTarget) {
         if let Some((listener, thread)) = place.listening.take() {
             // SAFETY: an open descriptor; this wakes the thread that accepts on it.
             unsafe { libc::shutdown(listener.as_raw_fd(), libc::SHUT_RDWR) };
@@ -214,7 +214,7 @@ impl Shared {
 
     /// The fault, once it is not `Hang`. None when the proxy is over.
     fn no_hang(&self) -> Option<Arc<Fault>> {
-        let hangs = |state: &mut State| !state.over && matches!(*state.fault, Fault::Hang);
+        let hangs = |state: &mut ProxyState| !state.over && matches!(*state.fault, Fault::Hang);
         let state = self.changed.wait_while(lock(&self.state), hangs).unwrap_or_else(PoisonError::into_inner);
         (!state.over).then(|| state.fault.clone())
     }

@@ -14,7 +14,7 @@ const SLICE_US: u64 = 2_000;
 
 /// One tick that names a process and is busy, as the driver recorded it.
 #[derive(Clone, Debug)]
-pub struct Tick {
+pub struct NamedSample {
     pub gpu: usize,
     pub uuid: String,
     pub pid: u32,
@@ -23,7 +23,7 @@ pub struct Tick {
 
 /// One process of `nvml-sim lives`.
 #[derive(Clone, Debug)]
-pub struct Life {
+pub struct RecordedLife {
     pub pid: u32,
     pub cgroup: String,
     pub gpu: usize,
@@ -48,13 +48,13 @@ pub fn id_of(cgroup: &str) -> String {
 
 impl Sim {
     /// Ticks that the driver turns into process rows.
-    pub fn ticks(&self) -> Result<Vec<Tick>> {
+    pub fn ticks(&self) -> Result<Vec<NamedSample>> {
         let all = self.truth(&["--samples"])?;
         let tick = |t: &Value| {
             let pid = t["pid"]["sm"].as_u64()? as u32;
             let busy = t["util"]["sm"].as_u64()? > 0;
             let uuid = t["uuid"].as_str()?.to_owned();
-            busy.then_some(Tick { gpu: t["gpu"].as_u64()? as usize, uuid, pid, at_us: t["time_us"].as_u64()? })
+            busy.then_some(NamedSample { gpu: t["gpu"].as_u64()? as usize, uuid, pid, at_us: t["time_us"].as_u64()? })
         };
         Ok(all.as_array().context("an array of ticks")?.iter().filter_map(tick).collect())
     }
@@ -75,7 +75,7 @@ pub struct Lives(Running);
 
 impl Lives {
     /// Waits for the last of them.
-    pub fn all(mut self) -> Result<Vec<Life>> {
+    pub fn all(mut self) -> Result<Vec<RecordedLife>> {
         let mut stdout = Vec::new();
         let mut pipe = self.0.0.stdout.take().context("a pipe was asked for")?;
         std::io::Read::read_to_end(&mut pipe, &mut stdout)?;
@@ -86,20 +86,27 @@ impl Lives {
             let number = |key: &str| v[key].as_u64().with_context(|| format!("{key} in {line}"));
             let cgroup = v["cgroup"].as_str().context("cgroup")?.to_owned();
             let (pid, gpu) = (number("pid")? as u32, number("gpu")? as usize);
-            Ok(Life { pid, cgroup, gpu, begin_us: number("begin_us")?, end_us: number("end_us")?, gone_us: number("gone_us")? })
+            Ok(RecordedLife {
+                pid,
+                cgroup,
+                gpu,
+                begin_us: number("begin_us")?,
+                end_us: number("end_us")?,
+                gone_us: number("gone_us")?,
+            })
         };
         String::from_utf8(output.stdout)?.lines().map(life).collect()
     }
 }
 
 /// Whose tick it is: the life that was on that GPU within the period before it.
-pub fn owner<'a>(lives: &'a [Life], tick: &Tick, period_us: u64) -> Option<&'a Life> {
-    let within = |l: &&Life| l.begin_us <= tick.at_us && l.end_us + period_us + SLICE_US >= tick.at_us;
+pub fn owner<'a>(lives: &'a [RecordedLife], tick: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
+    let within = |l: &&RecordedLife| l.begin_us <= tick.at_us && l.end_us + period_us + SLICE_US >= tick.at_us;
     lives.iter().filter(|l| l.pid == tick.pid && l.gpu == tick.gpu).filter(within).max_by_key(|l| l.begin_us)
 }
 
 /// What should be credited, when every tick names one of these lives.
-pub fn expected(lives: &[Life], ticks: &[Tick], period_us: u64) -> Result<Samples> {
+pub fn expected(lives: &[RecordedLife], ticks: &[NamedSample], period_us: u64) -> Result<Samples> {
     let mut samples = Samples::new();
     for tick in ticks {
         let life = owner(lives, tick, period_us).with_context(|| format!("{tick:?} is of no recorded life"))?;

@@ -17,7 +17,9 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result, bail, ensure};
 use gpu_sampler_tests::recording::stride::Stride;
-use gpu_sampler_tests::recording::{Durations, FORMAT, Fold, Gpu, Poll, Raw, Recording, Row, Sample, findings, truth};
+use gpu_sampler_tests::recording::{
+    Durations, FORMAT, Fold, Poll, Raw, RecordedGpu, RecordedProcess, RecordedSample, Recording, findings, truth,
+};
 use nvml_wrapper::enums::device::UsedGpuMemory;
 use nvml_wrapper::error::{NvmlError, nvml_try};
 use nvml_wrapper::{Device, Nvml};
@@ -74,15 +76,15 @@ fn lives(pid: u32) -> bool {
 
 /// What shows whether the GPU works.
 #[derive(Default)]
-struct State {
+struct RecorderState {
     /// When the newest sample was read, and whether it and those read with it say that the GPU works; `None` if they differ.
     sampled: Option<(Instant, Option<bool>)>,
     /// Compute processes at the last call that listed them.
     listed: Option<usize>,
 }
 
-impl State {
-    fn sample(&mut self, samples: &[Sample]) {
+impl RecorderState {
+    fn sample(&mut self, samples: &[RecordedSample]) {
         let Some(newest) = samples.last() else { return };
         let works = newest.1 > 0;
         let agreed = samples.iter().all(|sample| (sample.1 > 0) == works);
@@ -142,7 +144,7 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    fn samples(&mut self, after: u64) -> Result<Vec<Sample>, NvmlError> {
+    fn samples(&mut self, after: u64) -> Result<Vec<RecordedSample>, NvmlError> {
         let symbol = self.nvml.lib().nvmlDeviceGetSamples.as_ref();
         let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
         let (mut kind, mut count) = (0, ROOM as u32);
@@ -155,16 +157,17 @@ impl<'a> Recorder<'a> {
             // SAFETY: every other kind is an integer, whose low half is its value on little-endian machines.
             _ => unsafe { s.sampleValue.uiVal },
         };
-        Ok(self.samples.iter().take(count as usize).map(|s| Sample(s.timeStamp, value(s))).collect())
+        Ok(self.samples.iter().take(count as usize).map(|s| RecordedSample(s.timeStamp, value(s))).collect())
     }
 
-    fn rows(&mut self, after: u64) -> Result<Vec<Row>, NvmlError> {
+    fn rows(&mut self, after: u64) -> Result<Vec<RecordedProcess>, NvmlError> {
         let symbol = self.nvml.lib().nvmlDeviceGetProcessUtilization.as_ref();
         let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
         let mut count = ROOM as u32;
         // SAFETY: a live library's handle, and room for `count` rows, which is as many as the driver writes at most.
         nvml_try(unsafe { symbol(self.device.handle(), self.rows.as_mut_ptr(), &raw mut count, after) })?;
-        let row = |r: &nvmlProcessUtilizationSample_t| Row(r.timeStamp, r.pid, [r.smUtil, r.memUtil, r.encUtil, r.decUtil]);
+        let row =
+            |r: &nvmlProcessUtilizationSample_t| RecordedProcess(r.timeStamp, r.pid, [r.smUtil, r.memUtil, r.encUtil, r.decUtil]);
         Ok(self.rows.iter().take(count as usize).map(row).collect())
     }
 
@@ -221,7 +224,7 @@ impl<'a> Recorder<'a> {
         layouts::look(self.nvml, unsafe { self.device.handle() }, &mut self.strides);
     }
 
-    fn record(mut self, index: u32, lasts: Duration, slices: Option<&Path>) -> Result<Gpu> {
+    fn record(mut self, index: u32, lasts: Duration, slices: Option<&Path>) -> Result<RecordedGpu> {
         let (begun, mut listed, mut folded, mut sized) = (Instant::now(), None, Instant::now(), None);
         let (mut list_most, mut unknown) = (0, 0);
         let clocks = wall_less_boot_us();
@@ -229,7 +232,7 @@ impl<'a> Recorder<'a> {
         let (mut newest_sample, mut newest_row) = (0, 0);
         let mut recent: Vec<u64> = Vec::new();
         let mut ring = None;
-        let (mut costs, mut state) = (Costs::new(), State::default());
+        let (mut costs, mut state) = (Costs::new(), RecorderState::default());
         while begun.elapsed() < lasts {
             let began = boot_us();
             let turn = Instant::now();
@@ -241,7 +244,7 @@ impl<'a> Recorder<'a> {
                 ring = Some((samples.len(), last.zip(first).map_or(0, |(last, first)| last - first)));
             }
             // A stamp that cannot be must not blind the rest of the recording.
-            let sane = |r: &&Row| r.2.iter().all(|p| *p <= 100);
+            let sane = |r: &&RecordedProcess| r.2.iter().all(|p| *p <= 100);
             newest_sample = samples.iter().map(|s| s.0).fold(newest_sample, u64::max);
             newest_row = rows.iter().filter(sane).map(|r| r.0).fold(newest_row, u64::max);
             let fresh = rows.iter().filter(|row| row.1 != 0 && row.1 != u32::MAX);
@@ -276,7 +279,7 @@ impl<'a> Recorder<'a> {
             costs.measure(&target, turn + costs::share(EVERY));
             std::thread::sleep(EVERY.saturating_sub(turn.elapsed()));
         }
-        let mut gpu = Gpu {
+        let mut gpu = RecordedGpu {
             index,
             name: self.device.name().unwrap_or_default(),
             mig: self.device.mig_mode().is_ok_and(|mode| mode.current == 1),
@@ -306,7 +309,7 @@ impl<'a> Recorder<'a> {
 }
 
 /// The rule that samples follow, by the loads' time slices; whatever is wrong with those must not lose the recording.
-fn note_rules(gpu: &mut Gpu, all: &Raw, folder: &Path) {
+fn note_rules(gpu: &mut RecordedGpu, all: &Raw, folder: &Path) {
     let loads = match truth::Load::all_in(folder) {
         Ok(loads) => loads,
         Err(error) => {
@@ -322,7 +325,7 @@ fn note_rules(gpu: &mut Gpu, all: &Raw, folder: &Path) {
     }
 }
 
-struct Options {
+struct RecorderOptions {
     lib: String,
     lasts: Duration,
     slices: Option<PathBuf>,
@@ -330,9 +333,10 @@ struct Options {
     to: String,
 }
 
-fn options() -> Result<Options> {
+fn options() -> Result<RecorderOptions> {
     let lib = "libnvidia-ml.so.1".into();
-    let mut options = Options { lib, lasts: Duration::from_secs(60), slices: None, unprivileged: false, to: String::new() };
+    let mut options =
+        RecorderOptions { lib, lasts: Duration::from_secs(60), slices: None, unprivileged: false, to: String::new() };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
         if word == "--unprivileged" {
@@ -382,7 +386,7 @@ fn run() -> Result<()> {
             scope.spawn(move || Recorder::new(nvml, index)?.record(index, lasts, slices))
         };
         let threads: Vec<_> = (0..count).map(start).collect();
-        let ended = |thread: std::thread::ScopedJoinHandle<'_, Result<Gpu>>| {
+        let ended = |thread: std::thread::ScopedJoinHandle<'_, Result<RecordedGpu>>| {
             thread.join().map_err(|_| anyhow::anyhow!("a thread panicked"))?
         };
         threads.into_iter().map(ended).collect::<Result<Vec<_>>>()

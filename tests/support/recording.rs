@@ -31,7 +31,7 @@ pub struct Recording {
     pub card: String,
     pub seconds: f64,
     pub poll_us: u64,
-    pub gpus: Vec<Gpu>,
+    pub gpus: Vec<RecordedGpu>,
     /// What loaded the GPUs, and what the agent made of it; `cargo xtask gpu` adds them.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub load: Value,
@@ -43,7 +43,7 @@ pub struct Recording {
 }
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
-pub struct Gpu {
+pub struct RecordedGpu {
     pub index: u32,
     pub name: String,
     pub mig: bool,
@@ -115,19 +115,19 @@ pub struct Raw {
 
 /// One poll: when it began after `from_boot_us`, how long it took, the samples and rows that were newer than all before.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
-pub struct Poll(pub u64, pub u64, pub Vec<Sample>, pub Vec<Row>);
+pub struct Poll(pub u64, pub u64, pub Vec<RecordedSample>, pub Vec<RecordedProcess>);
 
 /// Stamp, percent.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Sample(pub u64, pub u32);
+pub struct RecordedSample(pub u64, pub u32);
 
 /// Stamp, pid, percent of compute, memory, encoder, decoder.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Row(pub u64, pub u32, pub [u32; 4]);
+pub struct RecordedProcess(pub u64, pub u32, pub [u32; 4]);
 
 /// Rows asked for across several samples at once: `lastSeen`, the newest sample then known, the answer.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Fold(pub u64, pub u64, pub Vec<Row>);
+pub struct Fold(pub u64, pub u64, pub Vec<RecordedProcess>);
 
 /// The value below which `part` of the values lie; the default if there is none.
 fn quantile<T: Copy + Default>(sorted: &[T], part: f64) -> T {
@@ -157,11 +157,11 @@ impl Quantiles {
 }
 
 impl Raw {
-    pub fn samples(&self) -> impl Iterator<Item = Sample> {
+    pub fn samples(&self) -> impl Iterator<Item = RecordedSample> {
         self.polls.iter().flat_map(|poll| poll.2.iter().copied())
     }
 
-    pub fn rows(&self) -> impl Iterator<Item = Row> {
+    pub fn rows(&self) -> impl Iterator<Item = RecordedProcess> {
         self.polls.iter().flat_map(|poll| poll.3.iter().copied())
     }
 
@@ -217,7 +217,7 @@ pub struct Replayed {
 /// Plays a driver that has the recorded samples at the recorded times, and recovers them at that pace. Every sample has to come out
 /// once, no tuple twice, and none that was not recorded.
 pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
-    let driver = Driver::new(raw);
+    let driver = RecordedDriver::new(raw);
     let (Some(first), Some(last)) = (raw.polls.first(), raw.polls.last()) else { return Ok(Replayed::default()) };
     let mut recovery = Recovery::default();
     let (mut ticks, mut rows): (Vec<DeviceSample>, Vec<ProcessSample>) = (Vec::new(), Vec::new());
@@ -259,27 +259,28 @@ pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
 }
 
 /// Answers as recorded, to questions that were not asked then.
-struct Driver {
+struct RecordedDriver {
     /// From when on they were served.
-    samples: Vec<(u64, Sample)>,
-    rows: Vec<(u64, Row)>,
+    samples: Vec<(u64, RecordedSample)>,
+    rows: Vec<(u64, RecordedProcess)>,
 }
 
-impl Driver {
+impl RecordedDriver {
     fn new(raw: &Raw) -> Self {
         let served = |poll: &Poll| poll.0 + poll.1;
-        let mut samples: Vec<(u64, Sample)> =
+        let mut samples: Vec<(u64, RecordedSample)> =
             raw.polls.iter().flat_map(|p| p.2.iter().map(move |s| (served(p), *s))).filter(|(_, s)| s.1 <= 100).collect();
         let mut once = HashSet::new();
         samples.retain(|(_, sample)| once.insert(sample.0));
         let mut once = HashSet::new();
-        let mut rows: Vec<(u64, Row)> = raw.polls.iter().flat_map(|p| p.3.iter().map(move |r| (served(p), *r))).collect();
+        let mut rows: Vec<(u64, RecordedProcess)> =
+            raw.polls.iter().flat_map(|p| p.3.iter().map(move |r| (served(p), *r))).collect();
         rows.retain(|(_, row)| once.insert((row.0, row.1)));
         Self { samples, rows }
     }
 
     fn samples(&self, after: u64, now_us: u64) -> Vec<RawSample> {
-        let there: Vec<&Sample> = self.samples.iter().filter(|(served, _)| *served <= now_us).map(|(_, s)| s).collect();
+        let there: Vec<&RecordedSample> = self.samples.iter().filter(|(served, _)| *served <= now_us).map(|(_, s)| s).collect();
         let held = &there[there.len().saturating_sub(RING)..];
         held.iter().filter(|s| s.0 > after).map(|s| RawSample { at_us: s.0, percent: s.1 }).collect()
     }
@@ -287,7 +288,8 @@ impl Driver {
     /// One row per pid: the time of its newest sample, the average of all.
     fn rows(&self, after: u64, now_us: u64) -> Vec<RawRow> {
         let mut folded: BTreeMap<u32, (u64, [u32; 4], u32)> = BTreeMap::new();
-        for (_, Row(at, pid, percent)) in self.rows.iter().filter(|(served, row)| *served <= now_us && row.0 > after) {
+        for (_, RecordedProcess(at, pid, percent)) in self.rows.iter().filter(|(served, row)| *served <= now_us && row.0 > after)
+        {
             let row = folded.entry(*pid).or_insert((0, [0; 4], 0));
             row.0 = row.0.max(*at);
             for (sum, one) in row.1.iter_mut().zip(percent) {

@@ -26,7 +26,7 @@ const PATIENCE: Duration = Duration::from_secs(10);
 /// processor takes longer.
 const PAGE_FOLLOWS: Duration = Duration::from_secs(3);
 
-struct Options {
+struct StormOptions {
     agent: Option<String>,
     storms: u32,
     lives: u32,
@@ -34,7 +34,7 @@ struct Options {
     within: Duration,
 }
 
-impl Options {
+impl StormOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let mut options = Self { agent: None, storms: 10, lives: 4000, parents: 4, within: Duration::from_secs(1) };
         let mut words = args.iter();
@@ -89,7 +89,7 @@ fn reap() -> Result<()> {
 }
 
 /// Returns the duration of the storm.
-fn storm(options: &Options) -> Result<Duration> {
+fn storm(options: &StormOptions) -> Result<Duration> {
     let begun = Instant::now();
     let share = |n| options.lives / options.parents + u32::from(n < options.lives % options.parents);
     let start = |n: u32| Command::new(std::env::current_exe()?).args(["parent", &share(n).to_string()]).spawn();
@@ -139,7 +139,7 @@ fn settled(agent: &Agent) -> Result<Result<Duration, (ProcessTable, ProcessTable
 }
 
 /// The line of one storm, and whether its checks hold.
-fn one(n: u32, agent: &Agent, options: &Options) -> Result<bool> {
+fn one(n: u32, agent: &Agent, options: &StormOptions) -> Result<bool> {
     let took = storm(options)?;
     let settled = settled(agent)?;
     let (lost, skips) = counts(agent)?;
@@ -160,7 +160,7 @@ fn one(n: u32, agent: &Agent, options: &Options) -> Result<bool> {
     Ok(in_time && skips.is_none_or(|skips| counted >= skips))
 }
 
-fn check(options: &Options) -> Result<bool> {
+fn check(options: &StormOptions) -> Result<bool> {
     if let Some(agent) = &options.agent {
         // SAFETY: this process has one thread so far.
         unsafe { std::env::set_var("GPU_SAMPLER_BIN", agent) };
@@ -191,7 +191,7 @@ fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let done = match &args[..] {
         [verb, lives] if verb == "parent" => lives.parse().map_err(Into::into).and_then(parent).map(|()| true),
-        _ => Options::parse(&args).and_then(|options| check(&options)),
+        _ => StormOptions::parse(&args).and_then(|options| check(&options)),
     };
     match done {
         Ok(true) => ExitCode::SUCCESS,

@@ -10,13 +10,13 @@ use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
 /// The cgroups a process is in: on v2, and on the one v1 hierarchy that is followed. Ids are inode numbers; 0 is none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
-pub struct Place {
+pub struct CgroupMembership {
     pub v2_id: u64,
     pub v1_id: u64,
     pub v1_hierarchy: u32,
 }
 
-impl Place {
+impl CgroupMembership {
     /// v2 first.
     pub fn keys(&self) -> impl Iterator<Item = CgroupKey> {
         let v2 = CgroupKey { hierarchy: 0, id: self.v2_id };
@@ -41,7 +41,7 @@ pub struct ProcessFact {
     /// Start of the thread group, ns.
     pub start: BootNs,
     pub at: BootNs,
-    pub place: Place,
+    pub place: CgroupMembership,
 }
 
 /// A living process as a look at it showed it, at some moment after `began`.
@@ -53,7 +53,7 @@ pub struct ProcessSeen {
     pub coarse_start: bool,
     pub began: BootNs,
     /// `None` when it lives and where could not be read.
-    pub place: Option<Place>,
+    pub place: Option<CgroupMembership>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]

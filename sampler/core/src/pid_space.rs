@@ -73,7 +73,7 @@ impl PidSpace {
 
 /// What /proc showed of a pid that the driver had named.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Sighting {
+pub enum PidSighting {
     /// It holds a device node open or mapped.
     Holder,
     /// It lives and holds none; `start` is rounded down to 10 ms.
@@ -86,7 +86,7 @@ pub enum Sighting {
 
 /// A pid, as one answer of the driver named it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Named {
+pub struct NamedPid {
     pub pid: u32,
     /// In a process list, not only in a sample.
     pub listed: bool,
@@ -95,7 +95,7 @@ pub struct Named {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Kind {
+enum PidRole {
     Bystander { start: BootNs },
     Absent,
 }
@@ -111,9 +111,9 @@ pub struct Evidence {
     /// Since when the driver names pids of which none could be checked.
     unchecked_since: Option<BootNs>,
     /// Seen once without a node, and when.
-    suspects: HashMap<u32, (Kind, BootNs)>,
+    suspects: HashMap<u32, (PidRole, BootNs)>,
     /// Confirmed since the last holder, in that order.
-    against: Vec<(u32, Kind)>,
+    against: Vec<(u32, PidRole)>,
 }
 
 impl Evidence {
@@ -128,27 +128,27 @@ impl Evidence {
     }
 
     /// `looked` is when /proc was read.
-    pub fn see(&mut self, named: Named, looked: BootNs, sighting: Sighting) {
+    pub fn see(&mut self, named: NamedPid, looked: BootNs, sighting: PidSighting) {
         let pid = named.pid;
         self.unchecked_since.get_or_insert(named.at);
         let kind = match sighting {
-            Sighting::Holder => {
+            PidSighting::Holder => {
                 self.holder = Some(pid);
                 self.unreadable = None;
                 self.suspects.clear();
                 self.against.clear();
                 return;
             }
-            Sighting::Unreadable => {
+            PidSighting::Unreadable => {
                 self.unreadable = Some(pid);
                 self.suspects.remove(&pid);
                 return;
             }
-            Sighting::Absent if named.listed => Kind::Absent,
-            Sighting::Bystander { start } if start <= named.at => Kind::Bystander { start },
+            PidSighting::Absent if named.listed => PidRole::Absent,
+            PidSighting::Bystander { start } if start <= named.at => PidRole::Bystander { start },
             // A sample may be of before its end, whatever lists say.
-            Sighting::Absent if matches!(self.suspects.get(&pid), Some((Kind::Absent, _))) => return,
-            Sighting::Absent | Sighting::Bystander { .. } => {
+            PidSighting::Absent if matches!(self.suspects.get(&pid), Some((PidRole::Absent, _))) => return,
+            PidSighting::Absent | PidSighting::Bystander { .. } => {
                 self.suspects.remove(&pid);
                 return;
             }
@@ -187,7 +187,7 @@ impl Evidence {
     }
 
     fn bystanders(&self) -> impl Iterator<Item = u32> {
-        self.against.iter().filter(|(_, kind)| matches!(kind, Kind::Bystander { .. })).map(|(pid, _)| *pid)
+        self.against.iter().filter(|(_, kind)| matches!(kind, PidRole::Bystander { .. })).map(|(pid, _)| *pid)
     }
 
     /// A named process that held a node.
@@ -224,18 +224,18 @@ mod tests {
     }
 
     /// Named at `second`, and looked at 5 ms later.
-    fn see(evidence: &mut Evidence, second: u64, pid: u32, listed: bool, sighting: Sighting) -> PidSpace {
+    fn see(evidence: &mut Evidence, second: u64, pid: u32, listed: bool, sighting: PidSighting) -> PidSpace {
         let at = BootNs(second * S);
-        evidence.see(Named { pid, listed, at }, at.plus(5_000_000), sighting);
+        evidence.see(NamedPid { pid, listed, at }, at.plus(5_000_000), sighting);
         evidence.verdict()
     }
 
-    fn bystander() -> Sighting {
-        Sighting::Bystander { start: BootNs(S) }
+    fn bystander() -> PidSighting {
+        PidSighting::Bystander { start: BootNs(S) }
     }
 
     /// Named by lists at two times.
-    fn twice(evidence: &mut Evidence, from: u64, pids: &[u32], sighting: Sighting) -> PidSpace {
+    fn twice(evidence: &mut Evidence, from: u64, pids: &[u32], sighting: PidSighting) -> PidSpace {
         for second in [from, from + 2] {
             for pid in pids {
                 see(evidence, second, *pid, true, sighting);
@@ -248,7 +248,7 @@ mod tests {
     fn one_holder_settles_it() {
         let mut evidence = nodes();
         assert_eq!(evidence.verdict(), PidSpace::Unsettled);
-        assert_eq!(see(&mut evidence, 10, 100, false, Sighting::Holder), PidSpace::Local);
+        assert_eq!(see(&mut evidence, 10, 100, false, PidSighting::Holder), PidSpace::Local);
         assert_eq!(evidence.holder(), Some(100));
     }
 
@@ -261,7 +261,7 @@ mod tests {
 
     #[test]
     fn three_processes_without_a_node_are_of_another_space() {
-        for sighting in [bystander(), Sighting::Absent] {
+        for sighting in [bystander(), PidSighting::Absent] {
             let mut evidence = nodes();
             assert_eq!(twice(&mut evidence, 10, &[1, 2], sighting), PidSpace::Unsettled);
             assert_eq!(evidence.against(), Some((2, 1)));
@@ -277,7 +277,7 @@ mod tests {
         let mut evidence = nodes();
         for (second, listed) in [(10, false), (11, true), (12, false), (13, true)] {
             for pid in 1..=3 {
-                see(&mut evidence, second, pid, listed, Sighting::Absent);
+                see(&mut evidence, second, pid, listed, PidSighting::Absent);
             }
         }
         assert_eq!(evidence.verdict(), PidSpace::Foreign);
@@ -304,15 +304,15 @@ mod tests {
             assert_eq!(evidence.against(), None, "{listed} {first:?} {second:?}");
         };
         // It has ended: samples name it for a while.
-        check(false, Sighting::Absent, Sighting::Absent);
-        check(true, bystander(), Sighting::Absent);
+        check(false, PidSighting::Absent, PidSighting::Absent);
+        check(true, bystander(), PidSighting::Absent);
         // Its pid is another's since.
-        check(true, bystander(), Sighting::Bystander { start: BootNs(11 * S) });
+        check(true, bystander(), PidSighting::Bystander { start: BootNs(11 * S) });
         // It began after it was named.
-        let young = Sighting::Bystander { start: BootNs(60 * S) };
+        let young = PidSighting::Bystander { start: BootNs(60 * S) };
         check(true, young, young);
-        check(true, Sighting::Unreadable, bystander());
-        check(true, bystander(), Sighting::Unreadable);
+        check(true, PidSighting::Unreadable, bystander());
+        check(true, bystander(), PidSighting::Unreadable);
     }
 
     #[test]
@@ -330,33 +330,33 @@ mod tests {
     fn a_holder_takes_it_back() {
         let mut evidence = nodes();
         assert_eq!(twice(&mut evidence, 10, &[1, 2, 3], bystander()), PidSpace::Foreign);
-        assert_eq!(see(&mut evidence, 20, 9, true, Sighting::Holder), PidSpace::Local);
+        assert_eq!(see(&mut evidence, 20, 9, true, PidSighting::Holder), PidSpace::Local);
         assert_eq!(evidence.against(), None);
         // Entries of processes that ended while a child holds on.
-        assert_eq!(twice(&mut evidence, 30, &[4, 5, 6, 7], Sighting::Absent), PidSpace::Local);
+        assert_eq!(twice(&mut evidence, 30, &[4, 5, 6, 7], PidSighting::Absent), PidSpace::Local);
         assert_eq!(twice(&mut evidence, 40, &[11, 12, 13], bystander()), PidSpace::Foreign);
-        assert_eq!(see(&mut evidence, 50, 9, true, Sighting::Holder), PidSpace::Local);
+        assert_eq!(see(&mut evidence, 50, 9, true, PidSighting::Holder), PidSpace::Local);
     }
 
     #[test]
     fn a_module_of_this_kernel_is_believed_until_the_living_contradict() {
         let mut evidence = Evidence::new(true, true);
         assert_eq!(evidence.verdict(), PidSpace::Local);
-        assert_eq!(twice(&mut evidence, 10, &[1, 2], Sighting::Absent), PidSpace::Local);
-        assert_eq!(twice(&mut evidence, 20, &[3, 4], Sighting::Absent), PidSpace::Unsettled);
-        assert_eq!(see(&mut evidence, 25, 9, true, Sighting::Holder), PidSpace::Local);
+        assert_eq!(twice(&mut evidence, 10, &[1, 2], PidSighting::Absent), PidSpace::Local);
+        assert_eq!(twice(&mut evidence, 20, &[3, 4], PidSighting::Absent), PidSpace::Unsettled);
+        assert_eq!(see(&mut evidence, 25, 9, true, PidSighting::Holder), PidSpace::Local);
         assert_eq!(twice(&mut evidence, 30, &[5, 6, 7], bystander()), PidSpace::Foreign);
     }
 
     #[test]
     fn who_may_read_nothing_cannot_verify() {
         let mut evidence = nodes();
-        assert_eq!(see(&mut evidence, 10, 1, true, Sighting::Unreadable), PidSpace::Unsettled);
+        assert_eq!(see(&mut evidence, 10, 1, true, PidSighting::Unreadable), PidSpace::Unsettled);
         assert_eq!((evidence.unreadable(), evidence.is_unchecked(BootNs(39 * S))), (Some(1), false));
         assert!(evidence.is_unchecked(BootNs(40 * S)));
         // Some can be read after all.
         assert_eq!(twice(&mut evidence, 20, &[2], bystander()), PidSpace::Unsettled);
-        assert_eq!(see(&mut evidence, 30, 3, true, Sighting::Holder), PidSpace::Local);
+        assert_eq!(see(&mut evidence, 30, 3, true, PidSighting::Holder), PidSpace::Local);
         assert_eq!(evidence.unreadable(), None);
     }
 

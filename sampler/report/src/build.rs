@@ -8,7 +8,7 @@ use super::gather::{Gathered, GatheredGpu};
 use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
 use super::onoff::{Experiment, LEVEL};
 use super::selection::{narrow, selects_gpu};
-use sampler_core::aggregate::{Aggregate, Device, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
+use sampler_core::aggregate::{Aggregate, DeviceAccount, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
 use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::fact::{UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
@@ -225,7 +225,7 @@ impl Builder<'_> {
         report
     }
 
-    fn gpu(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> GpuReport {
+    fn gpu(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> GpuReport {
         let (time, by_reason) = (device.time(), device.unattributed());
         // The others are users, and listed as such.
         let nobody = |reason: &Reason| !is_user(User::Nobody(*reason));
@@ -261,7 +261,7 @@ impl Builder<'_> {
         }
     }
 
-    fn gaps(&self, device: &Device, of: &GatheredGpu) -> Vec<Gap> {
+    fn gaps(&self, device: &DeviceAccount, of: &GatheredGpu) -> Vec<Gap> {
         let mut spans: Vec<(BootNs, BootNs, UnobservedReason)> = Vec::new();
         for (from, to, why) in &of.unseen {
             match spans.last_mut() {
@@ -283,7 +283,7 @@ impl Builder<'_> {
         described(user, &self.gathered).called()
     }
 
-    fn usages(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> Vec<(User, Usage)> {
+    fn usages(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> Vec<(User, Usage)> {
         let time = device.time();
         let sums = sums(windows, self.saturation_ratio);
         let held = of.held.iter().filter(|(at, _)| *at <= self.range.1);
@@ -331,7 +331,14 @@ impl Builder<'_> {
         all.into_iter().map(usage).collect()
     }
 
-    fn contender(&self, device: &Device, experiment: &Experiment<'_>, user: User, other: User, beside: &Beside) -> Contender {
+    fn contender(
+        &self,
+        device: &DeviceAccount,
+        experiment: &Experiment<'_>,
+        user: User,
+        other: User,
+        beside: &Beside,
+    ) -> Contender {
         let credit = device.credits().get(&other).copied().unwrap_or_default();
         // The same part of its variance as of its seconds.
         let part = if credit.ns > 0.0 { (beside.ns / credit.ns).min(1.0) } else { 0.0 };
@@ -354,7 +361,7 @@ impl Builder<'_> {
         }
     }
 
-    fn timeline(&self, device: &Device, of: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
+    fn timeline(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
         let (first, last) = (self.range.0.0 / TOGETHER_NS, self.range.1.0.saturating_sub(1) / TOGETHER_NS);
         let ends = |n: u64| BootNs((n + 1).saturating_mul(TOGETHER_NS));
         let seconds = |at: BootNs| (at.0 as f64 - self.range.0.0 as f64) * S;

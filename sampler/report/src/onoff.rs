@@ -98,7 +98,7 @@ pub struct Experiment<'a> {
 
 /// One side of a change.
 #[derive(Clone, Copy, Debug)]
-struct Side {
+struct ChangeSide {
     from: u64,
     to: u64,
 }
@@ -199,14 +199,14 @@ impl<'a> Experiment<'a> {
     fn rate_while_on(&self, user: User) -> f64 {
         let spans = self.on.get(&user).into_iter().flatten();
         let (ns, seconds) = spans.fold((0.0, 0.0), |(ns, seconds), on| {
-            let side = Side { from: on.from.0 / TOGETHER_NS, to: on.to.0 / TOGETHER_NS + 1 };
+            let side = ChangeSide { from: on.from.0 / TOGETHER_NS, to: on.to.0 / TOGETHER_NS + 1 };
             let rate = self.rate(user, side);
             (ns + rate.mean * rate.windows, seconds + rate.windows)
         });
         if seconds > 0.0 { ns / seconds } else { 0.0 }
     }
 
-    fn rate(&self, user: User, side: Side) -> Rate {
+    fn rate(&self, user: User, side: ChangeSide) -> Rate {
         self.rate_of(user, self.windows.range(side.from..side.to).map(|(_, window)| window))
     }
 
@@ -231,14 +231,14 @@ impl<'a> Experiment<'a> {
         sum
     }
 
-    fn union(&self, user: User, sides: &[Side]) -> Rate {
+    fn union(&self, user: User, sides: &[ChangeSide]) -> Rate {
         let numbers: BTreeSet<u64> = sides.iter().flat_map(|side| side.from..side.to).collect();
         self.rate_of(user, numbers.iter().filter_map(|n| self.windows.get(n)))
     }
 
     /// Variance of the mean of `n` windows times `n`, from how windows scatter about the mean of their side and how much neighbours
     /// are alike; of all sides together.
-    fn long_run_variance(&self, user: User, sides: &[Side]) -> f64 {
+    fn long_run_variance(&self, user: User, sides: &[ChangeSide]) -> f64 {
         let (mut products, mut freedom) = ([0.0; LAGS + 1], 0.0);
         for side in sides {
             let of = |n: u64| {
@@ -262,7 +262,14 @@ impl<'a> Experiment<'a> {
     }
 
     /// The sides of the change at `change`, where the aggressor's off span and on span meet.
-    fn sides(&self, victim: User, aggressor: User, off: (BootNs, BootNs), on: On, comes: bool) -> Result<(Side, Side), Unjudged> {
+    fn sides(
+        &self,
+        victim: User,
+        aggressor: User,
+        off: (BootNs, BootNs),
+        on: On,
+        comes: bool,
+    ) -> Result<(ChangeSide, ChangeSide), Unjudged> {
         let guard = on.guard_ns;
         // Next to the aggressor's other change, or to the end of what was seen.
         let edge = off.0 <= self.range.0 && comes || off.1 >= self.range.1 && !comes;
@@ -305,25 +312,25 @@ impl<'a> Experiment<'a> {
             }
         }
         let side = |from: BootNs, to: BootNs| {
-            let side = Side { from: from.0.div_ceil(TOGETHER_NS), to: to.0 / TOGETHER_NS };
+            let side = ChangeSide { from: from.0.div_ceil(TOGETHER_NS), to: to.0 / TOGETHER_NS };
             (side.to > side.from && (side.to - side.from) * TOGETHER_NS >= SIDE_LEAST_NS).then_some(side)
         };
         let (Some(off), Some(on)) = (side(off_from, off_to), side(on_from, on_to)) else { return Err(Unjudged::Short) };
         if !self.shows_users(off) || !self.shows_users(on) {
             return Err(Unjudged::Unqueried);
         }
-        let lives = |side: Side| self.lives_throughout(victim, side);
+        let lives = |side: ChangeSide| self.lives_throughout(victim, side);
         if lives(off) && lives(on) { Ok((off, on)) } else { Err(Unjudged::VictimAway) }
     }
 
-    fn shows_users(&self, side: Side) -> bool {
+    fn shows_users(&self, side: ChangeSide) -> bool {
         let shows = |window: &Window| window.shows_users();
         let (n, all) = self.windows.range(side.from..side.to).fold((0, 0), |(n, all), (_, w)| (n + u64::from(shows(w)), all + 1));
         n as f64 >= QUERIED_WINDOWS * all as f64
     }
 
     /// No part of the side is known to be without a process of the user.
-    fn lives_throughout(&self, user: User, side: Side) -> bool {
+    fn lives_throughout(&self, user: User, side: ChangeSide) -> bool {
         let (from, to) = (BootNs(side.from.saturating_mul(TOGETHER_NS)), BootNs(side.to.saturating_mul(TOGETHER_NS)));
         self.gpu.may_live(user, from, to) && dead_within(self.gpu, user, from, to) < DEAD_NS
     }
@@ -357,12 +364,12 @@ impl<'a> Experiment<'a> {
         self.verdict(victim, &sides)
     }
 
-    fn verdict(&self, victim: User, sides: &[(Side, Side)]) -> Judged {
-        let off: Vec<Side> = sides.iter().map(|(off, _)| *off).collect();
-        let on: Vec<Side> = sides.iter().map(|(_, on)| *on).collect();
+    fn verdict(&self, victim: User, sides: &[(ChangeSide, ChangeSide)]) -> Judged {
+        let off: Vec<ChangeSide> = sides.iter().map(|(off, _)| *off).collect();
+        let on: Vec<ChangeSide> = sides.iter().map(|(_, on)| *on).collect();
         let (of_off, of_on) = (self.long_run_variance(victim, &off), self.long_run_variance(victim, &on));
         let variance = |long_run: f64, windows: f64| long_run / windows.max(1.0) + FLOOR * FLOOR;
-        let change = |(off, on): &(Side, Side)| {
+        let change = |(off, on): &(ChangeSide, ChangeSide)| {
             let (off, on) = (self.rate(victim, *off), self.rate(victim, *on));
             Change { off, on, variance: variance(of_off, off.windows) + variance(of_on, on.windows) }
         };

@@ -24,12 +24,12 @@ pub struct Client {
 }
 
 /// An answer; its body comes as long as this lives.
-pub struct Reply {
+pub struct HttpReply {
     response: Response<Incoming>,
     connection: JoinHandle<hyper::Result<()>>,
 }
 
-impl Drop for Reply {
+impl Drop for HttpReply {
     fn drop(&mut self) {
         self.connection.abort();
     }
@@ -45,7 +45,7 @@ impl Client {
     }
 
     /// `Err` within `Ok`: nobody listens there.
-    pub async fn send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<Reply, std::io::Error>> {
+    pub async fn send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
         match tokio::time::timeout(TIMEOUT, self.try_send(method, path, body)).await {
             Ok(answer) => answer.with_context(|| format!("asking the agent at {}", self.agent)),
             Err(_) => bail!(
@@ -56,7 +56,7 @@ impl Client {
         }
     }
 
-    async fn try_send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<Reply, std::io::Error>> {
+    async fn try_send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
         let stream = match TcpStream::connect(&self.authority).await {
             Ok(stream) => stream,
             Err(error) => return Ok(Err(error)),
@@ -71,11 +71,11 @@ impl Client {
             request = request.header("Content-Type", "application/json");
         }
         let response = sender.send_request(request.body(Full::new(Bytes::from(body)))?).await?;
-        Ok(Ok(Reply { response, connection }))
+        Ok(Ok(HttpReply { response, connection }))
     }
 }
 
-impl Reply {
+impl HttpReply {
     pub fn status(&self) -> StatusCode {
         self.response.status()
     }

@@ -9,7 +9,7 @@ use clap::Args;
 use sampler_core::units::BootNs;
 use serde::Serialize;
 
-use super::ask::{self, Answer};
+use super::ask::{self, AgentResponse};
 use super::runtimes;
 use crate::cli::output::{print, wrapped};
 use crate::config::{Config, KernelMode, Settings};
@@ -40,7 +40,7 @@ pub struct Doctor {
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
-pub enum Status {
+pub enum CheckStatus {
     Ok,
     /// Not about the agent; somebody else has trouble with it, or will.
     Warning,
@@ -53,7 +53,7 @@ pub enum Status {
 #[derive(Debug, Serialize)]
 pub struct Check {
     name: &'static str,
-    status: Status,
+    status: CheckStatus,
     detail: String,
     #[serde(skip_serializing_if = "Option::is_none")]
     remedy: Option<String>,
@@ -61,10 +61,10 @@ pub struct Check {
 
 impl Check {
     pub fn ok(name: &'static str, detail: impl Into<String>) -> Self {
-        Self { name, status: Status::Ok, detail: detail.into(), remedy: None }
+        Self { name, status: CheckStatus::Ok, detail: detail.into(), remedy: None }
     }
 
-    pub fn bad(name: &'static str, status: Status, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
+    pub fn bad(name: &'static str, status: CheckStatus, detail: impl Into<String>, remedy: impl Into<String>) -> Self {
         Self { name, status, detail: detail.into(), remedy: Some(remedy.into()) }
     }
 }
@@ -84,7 +84,7 @@ impl Doctor {
             // Who reads JSON wants this as JSON too.
             Err(error) if self.json => {
                 let remedy = "`gpu-sampler config --default` prints every key";
-                let checks = vec![Check::bad("configuration", Status::Failed, display_chain(&error), remedy)];
+                let checks = vec![Check::bad("configuration", CheckStatus::Failed, display_chain(&error), remedy)];
                 Report { can_run: false, kernel_mode: None, checks }
             }
             Err(error) => return Err(error.into()),
@@ -107,7 +107,7 @@ fn examine(config: &Config) -> Report {
     checks.extend(driver(config));
     checks.extend(runtimes::checks(config, &layout));
     checks.push(address(config));
-    let can_run = checks.iter().all(|c| c.status != Status::Failed);
+    let can_run = checks.iter().all(|c| c.status != CheckStatus::Failed);
     Report { can_run, kernel_mode, checks }
 }
 
@@ -117,7 +117,7 @@ fn kernel_version(config: &Config) -> Check {
         (Ok(release), Ok(pid_max)) => Check::ok("kernel", format!("Linux {}, pids up to {}", release.trim(), pid_max.trim())),
         (Err(error), _) | (_, Err(error)) => {
             let path = config.path_procfs.display();
-            Check::bad("kernel", Status::Failed, format!("{path}: {error}"), "give the host's /proc with --path-procfs")
+            Check::bad("kernel", CheckStatus::Failed, format!("{path}: {error}"), "give the host's /proc with --path-procfs")
         }
     }
 }
@@ -126,7 +126,7 @@ fn pid_namespace() -> Check {
     match pid_namespace::problem() {
         None => Check::ok("pid namespace", "the host's"),
         // It would start, and attribute nothing.
-        Some(problem) => Check::bad("pid namespace", Status::Failed, problem, "nothing else helps"),
+        Some(problem) => Check::bad("pid namespace", CheckStatus::Failed, problem, "nothing else helps"),
     }
 }
 
@@ -141,7 +141,7 @@ fn cgroups(layout: &Layout, mode: Option<Mode>) -> Check {
     if let Some(problem) = layout.problem() {
         // Kernel events carry ids; without them everything hangs on paths.
         let usable = !mounts.is_empty() && mode == Some(Mode::RawTracepoint);
-        let status = if usable { Status::Degraded } else { Status::Failed };
+        let status = if usable { CheckStatus::Degraded } else { CheckStatus::Failed };
         return Check::bad("cgroups", status, problem, REMEDY);
     }
     Check::ok("cgroups", format!("{}: {}", layout.name(), mounts.join(", ")))
@@ -163,7 +163,7 @@ fn processes(config: &Config, layout: &Layout) -> Check {
     let cgroups = count(|f| matches!(f, sampler_core::observation::Observation::Cgroup(_)));
     let ms = found.end.ended.saturating_since(found.end.began) / 1_000_000;
     if processes == 0 {
-        return Check::bad("processes", Status::Failed, "none can be seen", "give the host's /proc with --path-procfs");
+        return Check::bad("processes", CheckStatus::Failed, "none can be seen", "give the host's /proc with --path-procfs");
     }
     let summary = format!("{processes} processes and {cgroups} cgroups scanned in {ms} ms");
     match found.problems.as_slice() {
@@ -171,7 +171,7 @@ fn processes(config: &Config, layout: &Layout) -> Check {
         [first, ..] => {
             let detail = format!("{summary}; {} could not be read, such as {first}", found.problems.len());
             let remedy = "where permission is denied: run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
-            Check::bad("processes", Status::Degraded, detail, remedy)
+            Check::bad("processes", CheckStatus::Degraded, detail, remedy)
         }
     }
 }
@@ -182,7 +182,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         Ok(chosen) => chosen,
         Err(error) => {
             let remedy = "mend that, or set kernel_mode to auto";
-            return vec![Check::bad(NAME, Status::Failed, display_chain(&error), remedy)];
+            return vec![Check::bad(NAME, CheckStatus::Failed, display_chain(&error), remedy)];
         }
     };
     let mode = tracker.mode();
@@ -190,7 +190,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         .into_iter()
         .map(|(mode, error)| {
             let name = if mode == Mode::RawTracepoint { "eBPF" } else { "inotify" };
-            Check::bad(name, Status::Degraded, display_chain(&error), "until then the next best mode is used")
+            Check::bad(name, CheckStatus::Degraded, display_chain(&error), "until then the next best mode is used")
         })
         .collect();
     checks.push(match tracker {
@@ -201,7 +201,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         _ => {
             let detail = format!("mode {}: {}", mode.name(), mode.gives_up());
             let remedy = if wanted == KernelMode::Auto { "make eBPF work, as said above" } else { "leave kernel_mode out" };
-            Check::bad(NAME, Status::Degraded, detail, format!("{remedy}: mode raw_tracepoint knows all of it"))
+            Check::bad(NAME, CheckStatus::Degraded, detail, format!("{remedy}: mode raw_tracepoint knows all of it"))
         }
     });
     checks
@@ -215,13 +215,13 @@ fn inotify(procfs: &Path, cgroups: usize) -> Check {
     };
     let (Some(instances), Some(watches)) = (read("max_user_instances"), read("max_user_watches")) else {
         let remedy = "give the host's /proc with --path-procfs";
-        return Check::bad("inotify", Status::Degraded, "its limits cannot be read", remedy);
+        return Check::bad("inotify", CheckStatus::Degraded, "its limits cannot be read", remedy);
     };
     let detail = format!("{instances} instances and {watches} watches a user");
     // One for sockets, one for cgroups where eBPF cannot be had; room for those to come.
     if instances < FEWEST_INSTANCES || watches < WATCHES_A_CGROUP * cgroups as u64 {
         let remedy = "raise fs.inotify.max_user_instances and fs.inotify.max_user_watches";
-        return Check::bad("inotify", Status::Degraded, format!("{detail}, and there are {cgroups} cgroups"), remedy);
+        return Check::bad("inotify", CheckStatus::Degraded, format!("{detail}, and there are {cgroups} cgroups"), remedy);
     }
     Check::ok("inotify", detail)
 }
@@ -233,7 +233,7 @@ fn driver(config: &Config) -> Vec<Check> {
         // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
         Err(error) => {
             let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
-            let status = if failed { Status::Failed } else { Status::Degraded };
+            let status = if failed { CheckStatus::Failed } else { CheckStatus::Degraded };
             let remedy = if failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
             return vec![Check::bad(NAME, status, display_chain(&error), remedy)];
         }
@@ -245,11 +245,11 @@ fn driver(config: &Config) -> Vec<Check> {
     let mut checks = vec![Check::ok(NAME, format!("version {}, {}", inspected.version, gpus))];
     checks.extend(inspected.gpus.into_iter().map(|(what, remedy)| match remedy {
         None => Check::ok("GPU", what),
-        Some(remedy) => Check::bad("GPU", Status::Degraded, what, remedy),
+        Some(remedy) => Check::bad("GPU", CheckStatus::Degraded, what, remedy),
     }));
     checks.push(match inspected.pid_space {
         (what, None) => Check::ok("driver's pids", what),
-        (what, Some(remedy)) => Check::bad("driver's pids", Status::Degraded, what, remedy),
+        (what, Some(remedy)) => Check::bad("driver's pids", CheckStatus::Degraded, what, remedy),
     });
     checks
 }
@@ -266,7 +266,7 @@ fn address(config: &Config) -> Check {
         Some(said) => Check::ok("address", format!("an agent serves at {listen} already: {said}")),
         None => {
             let remedy = "a hung agent, or somebody else: `ss -ltnp` shows who listens there; or choose a free one with --listen";
-            Check::bad("address", Status::Failed, format!("{listen}: {error}"), remedy)
+            Check::bad("address", CheckStatus::Failed, format!("{listen}: {error}"), remedy)
         }
     }
 }
@@ -277,7 +277,9 @@ fn running(config: &Config) -> Option<String> {
     if at.ip().is_unspecified() {
         at.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
     }
-    let Ok(Answer::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref(), "") else { return None };
+    let Ok(AgentResponse::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref(), "") else {
+        return None;
+    };
     let page = String::from_utf8_lossy(&page).into_owned();
     let mode = page.lines().find_map(|line| line.strip_prefix("gpu_sampler_kernel_mode{mode=\"")?.split('"').next())?;
     let total = |family: &str| {
@@ -290,12 +292,12 @@ fn running(config: &Config) -> Option<String> {
 
 fn text(report: &Report) -> String {
     let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
-    let paint = |status: Status| {
+    let paint = |status: CheckStatus| {
         let (word, colour) = match status {
-            Status::Ok => ("ok      ", 32),
-            Status::Warning => ("warning ", 35),
-            Status::Degraded => ("degraded", 33),
-            Status::Failed => ("failed  ", 31),
+            CheckStatus::Ok => ("ok      ", 32),
+            CheckStatus::Warning => ("warning ", 35),
+            CheckStatus::Degraded => ("degraded", 33),
+            CheckStatus::Failed => ("failed  ", 31),
         };
         if colours { format!("\x1b[{colour}m{word}\x1b[0m") } else { word.to_owned() }
     };
@@ -306,7 +308,7 @@ fn text(report: &Report) -> String {
             out += &wrapped(&format!("{:INDENT$}-> ", ""), INDENT + 3, remedy);
         }
     }
-    let degraded = report.checks.iter().any(|c| c.status == Status::Degraded);
+    let degraded = report.checks.iter().any(|c| c.status == CheckStatus::Degraded);
     out += match (report.can_run, degraded) {
         (true, false) => "\nThe agent can run here.\n",
         (true, true) => "\nThe agent can run here, with less than it could know.\n",

@@ -13,7 +13,7 @@ use sampler_core::units::BootNs;
 use sampler_labels::ABSENT;
 use serde_json::Value;
 
-use super::ask::{self, Answer};
+use super::ask::{self, AgentResponse};
 use super::sample;
 use crate::cli::output::{print, wrapped};
 use crate::config::{Config, Settings};
@@ -21,7 +21,7 @@ use crate::explain::{Explanation, no_container, plain_id, record_of, why_unknown
 use crate::labels::{FILES, LabelConfig, once};
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::{cgroupfs, scan};
-use crate::query::{Known, Subject, known};
+use crate::query::{KnownSubject, Subject, known};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -118,11 +118,11 @@ impl Explain {
     fn list_missing(&self) -> anyhow::Result<()> {
         let (config, agent) = self.agent()?;
         let told: Value = match ask::get(&agent, "/api/v1/explain?missing=true", config.token.as_deref(), REMEDY)? {
-            Answer::Found(body) => {
+            AgentResponse::Found(body) => {
                 serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))?
             }
-            Answer::NotFound(words) => bail!("{words}"),
-            Answer::NoAgent(error) => {
+            AgentResponse::NotFound(words) => bail!("{words}"),
+            AgentResponse::NoAgent(error) => {
                 return Err(
                     error.context(format!("no agent answers at {agent}; start `gpu-sampler run`, or name one with --agent"))
                 );
@@ -145,20 +145,20 @@ impl Explain {
             Subject::Container(id) => format!("/api/v1/explain?container={}", encoded(id)),
         };
         match (ask::get(&agent, &query, config.token.as_deref(), REMEDY)?, subject) {
-            (Answer::Found(body), _) => {
+            (AgentResponse::Found(body), _) => {
                 serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))
             }
-            (Answer::NotFound(words), Subject::Pid(_) | Subject::Container(_)) => bail!("{words}"),
+            (AgentResponse::NotFound(words), Subject::Pid(_) | Subject::Container(_)) => bail!("{words}"),
             // A path is what it says, whether it is there or not.
-            (Answer::NotFound(_), Subject::Cgroup(path)) => {
+            (AgentResponse::NotFound(_), Subject::Cgroup(path)) => {
                 let mut told = Explanation::of_path(path);
                 told.exists = Some(false);
                 Ok(serde_json::to_value(told)?)
             }
-            (Answer::NoAgent(error), _) if self.agent.is_some() => {
+            (AgentResponse::NoAgent(error), _) if self.agent.is_some() => {
                 Err(error.context(format!("no agent answers at {agent}; start `gpu-sampler run`, or leave --agent out")))
             }
-            (Answer::NoAgent(_), _) => look(&config, subject),
+            (AgentResponse::NoAgent(_), _) => look(&config, subject),
         }
     }
 }
@@ -168,7 +168,7 @@ fn look(config: &Config, subject: &Subject) -> anyhow::Result<Value> {
     let layout = layout(&config.path_procfs);
     let known = match subject {
         Subject::Pid(pid) => look_for_pid(config, *pid)?,
-        Subject::Cgroup(path) => Known { path: path.clone(), container: None, gone: None, lives: Vec::new() },
+        Subject::Cgroup(path) => KnownSubject { path: path.clone(), container: None, gone: None, lives: Vec::new() },
         Subject::Container(id) => {
             let mut found = containers(&layout, id);
             if found.iter().any(|(known, _)| known == id) {
@@ -181,7 +181,7 @@ fn look(config: &Config, subject: &Subject) -> anyhow::Result<Value> {
                 let several: Vec<String> = ids.iter().map(|id| id.chars().take(12).collect()).collect();
                 bail!("{}", no_container(id, &several));
             };
-            Known { path: path.clone(), container: None, gone: None, lives: Vec::new() }
+            KnownSubject { path: path.clone(), container: None, gone: None, lives: Vec::new() }
         }
     };
     let record = Arc::new(record_of(&known.path));
@@ -206,7 +206,7 @@ fn look(config: &Config, subject: &Subject) -> anyhow::Result<Value> {
     Ok(serde_json::to_value(told)?)
 }
 
-fn look_for_pid(config: &Config, pid: u32) -> anyhow::Result<Known> {
+fn look_for_pid(config: &Config, pid: u32) -> anyhow::Result<KnownSubject> {
     let procfs = &config.path_procfs;
     let seen = scan::sight(procfs, &layout(procfs), std::iter::once(pid));
     if let Some(problem) = seen.problems.first() {

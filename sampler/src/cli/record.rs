@@ -80,9 +80,9 @@ pub struct Record {
 }
 
 /// A folder that is gone with this.
-struct Folder(PathBuf);
+struct TempFolder(PathBuf);
 
-impl Drop for Folder {
+impl Drop for TempFolder {
     fn drop(&mut self) {
         // What cannot be removed is in nobody's way.
         let _removed = std::fs::remove_dir_all(&self.0);
@@ -141,7 +141,7 @@ impl Record {
         if !self.lookback.is_zero() {
             eprintln!("Nothing was sampled before now: --lookback has nothing to look back to.");
         }
-        let folder = Folder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
+        let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("there is no current folder")?;
         config.token = None;
@@ -218,7 +218,7 @@ impl Record {
 
     /// Until it has ended; its last status.
     async fn follow(&self, client: &Client, session: &str, signals: &mut Signals) -> anyhow::Result<Value> {
-        let mut progress = Progress::new();
+        let mut progress = RecordProgress::new();
         let (mut silent, mut stopped) = (0, false);
         loop {
             match call(client, Method::GET, session, "").await {
@@ -272,7 +272,7 @@ impl Record {
     }
 }
 
-async fn save(reply: &mut super::client::Reply, part: &Path) -> anyhow::Result<()> {
+async fn save(reply: &mut super::client::HttpReply, part: &Path) -> anyhow::Result<()> {
     let mut file = std::fs::File::create(part)?;
     let mut left = reply.length().context("the agent does not say how long the file is")?;
     while let Some(bytes) = tokio::time::timeout(CHUNK_TIMEOUT, reply.chunk()).await.context("the agent hangs")?? {
@@ -347,12 +347,12 @@ impl Signals {
 }
 
 /// One line on a terminal, nothing elsewhere.
-struct Progress {
+struct RecordProgress {
     shown: usize,
     terminal: bool,
 }
 
-impl Progress {
+impl RecordProgress {
     fn new() -> Self {
         Self { shown: 0, terminal: std::io::stderr().is_terminal() }
     }
@@ -377,7 +377,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for RecordProgress {
     fn drop(&mut self) {
         self.clear();
     }

@@ -118,7 +118,7 @@ impl ReportArgs {
         for file in &self.files {
             self.keep(file)?;
         }
-        let progress = Progress::start();
+        let progress = ReportProgress::start();
         let mut reports = Vec::new();
         for file in &self.files {
             progress.tell(format!("reading {}", file.display()));
@@ -257,15 +257,15 @@ fn warn(file: &Path, report: &Report) {
 }
 
 /// A line on stderr while it takes longer than a moment; none where nobody watches.
-struct Progress {
+struct ReportProgress {
     stages: Option<Sender<String>>,
     thread: Option<JoinHandle<()>>,
 }
 
-impl Progress {
-    fn start() -> Progress {
+impl ReportProgress {
+    fn start() -> ReportProgress {
         if !std::io::stderr().is_terminal() {
-            return Progress { stages: None, thread: None };
+            return ReportProgress { stages: None, thread: None };
         }
         let (stages, told) = channel::<String>();
         let show = move || {
@@ -286,7 +286,7 @@ impl Progress {
         };
         // Without a thread there is no line, and all the rest.
         let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show).ok();
-        Progress { stages: Some(stages), thread }
+        ReportProgress { stages: Some(stages), thread }
     }
 
     fn tell(&self, stage: String) {
@@ -297,7 +297,7 @@ impl Progress {
     }
 }
 
-impl Drop for Progress {
+impl Drop for ReportProgress {
     fn drop(&mut self) {
         self.stages = None;
         if let Some(thread) = self.thread.take() {

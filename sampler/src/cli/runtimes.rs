@@ -7,13 +7,13 @@ use std::time::Duration;
 use sampler_labels::Source;
 use serde::Deserialize;
 
-use super::doctor::{Check, Status};
+use super::doctor::{Check, CheckStatus};
 use crate::config::Config;
 use crate::error::display_chain;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::http;
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
-use crate::labels::{Found, LabelConfig, Root};
+use crate::labels::{Discovery, LabelConfig, Root};
 use crate::observe::kernel::layout::Layout;
 
 /// A runtime that takes longer is stuck.
@@ -28,7 +28,7 @@ const CADVISORS_CRIO: [&str; 2] = ["/var/run/crio/crio.sock", "/run/crio/crio.so
 /// Docker's and podman's answer to `/version`; any of it may be missing.
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Version {
+struct EngineVersion {
     #[serde(rename = "Version")]
     version: String,
     #[serde(rename = "ApiVersion")]
@@ -46,10 +46,10 @@ struct CrioInfo {
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
-    let Found { places, sockets } = Found::look(&LabelConfig::new(config, layout));
+    let Discovery { places, sockets } = Discovery::look(&LabelConfig::new(config, layout));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         let remedy = "see the limits on descriptors and threads";
-        return vec![Check::bad("runtimes", Status::Degraded, "the IO runtime cannot be started", remedy)];
+        return vec![Check::bad("runtimes", CheckStatus::Degraded, "the IO runtime cannot be started", remedy)];
     };
     let root = &Root::new(&config.path_rootfs);
     let mut all = checkpoints(root, &places.kubelet_roots);
@@ -69,7 +69,7 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
             return Vec::new();
         }
         let detail = format!("there is nothing at {}, which was given by name", path.display());
-        vec![Check::bad(source.name(), Status::Degraded, detail, "start that runtime, or mend the path")]
+        vec![Check::bad(source.name(), CheckStatus::Degraded, detail, "start that runtime, or mend the path")]
     });
     // At once: one that hangs costs its patience, and two no more than that.
     all.extend(runtime.block_on(futures_util::future::join_all(checks)).into_iter().flatten());
@@ -85,7 +85,7 @@ fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
         }
         Err(error) => {
             let remedy = "GPUs are not shown as assigned until it can be read; the kubelet writes it anew when it starts";
-            Some(Check::bad("kubelet", Status::Degraded, display_chain(&error), remedy))
+            Some(Check::bad("kubelet", CheckStatus::Degraded, display_chain(&error), remedy))
         }
     };
     folders.iter().filter_map(one).collect()
@@ -112,11 +112,11 @@ async fn one(source: Source, path: &Path, root: &Root) -> Vec<Check> {
         Err(_) => format!("{}: no answer within {} s", path.display(), PATIENCE.as_secs()),
     };
     let remedy = remedy(&detail);
-    vec![Check::bad(source.name(), Status::Degraded, detail, remedy)]
+    vec![Check::bad(source.name(), CheckStatus::Degraded, detail, remedy)]
 }
 
 async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, String> {
-    let version: Version = http::record(path, "/version").await.map_err(|answer| answer.detail)?;
+    let version: EngineVersion = http::record(path, "/version").await.map_err(|answer| answer.detail)?;
     let shown = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
@@ -144,10 +144,10 @@ fn remedy(detail: &str) -> &'static str {
 }
 
 fn gives_up(problem: &str, remedy: &str) -> Check {
-    Check::bad("cAdvisor", Status::Warning, format!("a kubelet's cAdvisor gives up here: {problem}"), remedy)
+    Check::bad("cAdvisor", CheckStatus::Warning, format!("a kubelet's cAdvisor gives up here: {problem}"), remedy)
 }
 
-fn cadvisor_on_docker(version: &Version, path: &Path, root: &Root) -> Vec<(String, &'static str)> {
+fn cadvisor_on_docker(version: &EngineVersion, path: &Path, root: &Root) -> Vec<(String, &'static str)> {
     let mut problems = Vec::new();
     let matches = versions_in(&version.version);
     if matches != 1 {
@@ -252,7 +252,7 @@ mod tests {
     #[test]
     fn where_cadvisor_gives_up() {
         let problems = |version: &str, least: &str, path: &str| {
-            let version = Version { version: version.into(), api: "1.52".into(), least_api: least.into() };
+            let version = EngineVersion { version: version.into(), api: "1.52".into(), least_api: least.into() };
             cadvisor_on_docker(&version, Path::new(path), &Root::new(Path::new("/"))).len()
         };
         assert_eq!(problems("20.10.24", "1.12", "/run/docker.sock"), 0);

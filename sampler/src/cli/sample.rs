@@ -26,7 +26,7 @@ fn of(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Value> {
     let clock = Clock::new(session);
     let at = clock.boot(time)?;
     let (slot, info) = device(session, gpu)?;
-    let known = Known::new(session);
+    let known = UserNames::new(session);
     let mut held = None;
     let (mut found, mut nearest): (Option<(BootNs, &GpuFact)>, Option<BootNs>) = (None, None);
     for fact in &session.facts {
@@ -84,7 +84,7 @@ fn credited(session: &Session, gpu: u32, at: BootNs) -> Vec<(User, f64)> {
     all
 }
 
-fn sample(fact: &GpuFact, known: &Known<'_>, clock: &Clock<'_>) -> serde_json::Map<String, Value> {
+fn sample(fact: &GpuFact, known: &UserNames<'_>, clock: &Clock<'_>) -> serde_json::Map<String, Value> {
     let value = match fact {
         GpuFact::Tick(tick) => json!({
             "state": "sample",
@@ -226,13 +226,13 @@ impl Clock<'_> {
 }
 
 /// Names of users.
-struct Known<'a> {
+struct UserNames<'a> {
     labels: HashMap<ContainerKey, &'a LabelFact>,
     paths: HashMap<ContainerKey, (&'a str, Option<&'a str>)>,
     comms: HashMap<HostProcess, &'a str>,
 }
 
-impl<'a> Known<'a> {
+impl<'a> UserNames<'a> {
     fn new(session: &'a Session) -> Self {
         let (mut labels, mut paths, mut comms) = (HashMap::new(), HashMap::new(), HashMap::new());
         for fact in &session.facts {

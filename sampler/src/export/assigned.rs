@@ -8,12 +8,12 @@ use sampler_labels::{Assignment, ContainerLabels, Device, Label};
 
 /// GPUs by container: by the pod's UID and the container's name, and by namespace, pod and container.
 #[derive(Debug, Default)]
-pub struct Assigned {
+pub struct AssignedGpus {
     by_uid: HashMap<(String, String), BTreeSet<usize>>,
     by_name: HashMap<(String, String, String), BTreeSet<usize>>,
 }
 
-impl Assigned {
+impl AssignedGpus {
     pub fn new(assignments: &[Assignment], snapshot: &Snapshot) -> Self {
         let mut all = Self::default();
         for one in assignments {

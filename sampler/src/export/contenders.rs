@@ -13,7 +13,7 @@ use crate::labels::LabelView;
 
 /// Another user of a container's GPU, and what it got there while that one was active and the GPU saturated.
 #[derive(Clone, Debug)]
-pub struct OtherRow {
+pub struct ContenderRow {
     pub other: Other,
     /// Of a container.
     labels: Option<Arc<ContainerLabels>>,
@@ -23,7 +23,7 @@ pub struct OtherRow {
     pub seconds: f64,
 }
 
-impl OtherRow {
+impl ContenderRow {
     /// `_other` is all those beyond the first few.
     pub fn kind(&self) -> &'static str {
         match self.other {
@@ -43,7 +43,7 @@ impl OtherRow {
         }
     }
 
-    fn is_series_of(&self, other: &OtherRow) -> bool {
+    fn is_series_of(&self, other: &ContenderRow) -> bool {
         let labels = [Label::Namespace, Label::Pod, Label::Container];
         self.container_id == other.container_id && labels.into_iter().all(|label| self.text(label) == other.text(label))
     }
@@ -69,14 +69,14 @@ impl Others {
     }
 
     /// Those of one pair. Whose labels are not settled waits, as its own series do.
-    pub fn of(&self, pair: &ContainerGpu) -> Vec<OtherRow> {
+    pub fn of(&self, pair: &ContainerGpu) -> Vec<ContenderRow> {
         let row = |contention: &sampler_core::snapshot::Contention| {
             let labels = match contention.other {
                 Other::Container(key) => Some(Arc::clone(self.0.get(&key)?)),
                 Other::Host | Other::Unknown | Other::Rest => None,
             };
             let container_id = labels.as_ref().map(|labels| Arc::clone(&labels.container_id)).unwrap_or_default();
-            let mut row = OtherRow { other: contention.other, labels, container_id, seconds: contention.seconds };
+            let mut row = ContenderRow { other: contention.other, labels, container_id, seconds: contention.seconds };
             if row.labels.is_none() {
                 row.container_id = row.kind().into();
             }
@@ -88,8 +88,8 @@ impl Others {
 
 /// One row for each series: the lives of a restarted container are one to whoever waited for it. `called` are containers that are
 /// exported under another id than their own.
-pub fn one_series_each(others: &mut Vec<OtherRow>, called: &HashMap<ContainerKey, Arc<str>>) {
-    let mut all: Vec<OtherRow> = Vec::with_capacity(others.len());
+pub fn one_series_each(others: &mut Vec<ContenderRow>, called: &HashMap<ContainerKey, Arc<str>>) {
+    let mut all: Vec<ContenderRow> = Vec::with_capacity(others.len());
     for mut other in others.drain(..) {
         if let Other::Container(key) = other.other
             && let Some(id) = called.get(&key)

@@ -5,7 +5,7 @@ use sampler_core::snapshot::WindowShares;
 use sampler_labels::{ContainerLabels, Label};
 
 use super::encode::{Families, Family, Labels};
-use super::ledger::{Exposition, Row};
+use super::ledger::{Exposition, PairRow};
 use crate::config::PodLabels;
 use crate::health::{HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
@@ -35,7 +35,7 @@ pub fn cadvisor(page: &Exposition, pods: PodLabels, to: &mut Families) {
     );
 }
 
-fn accelerator(mut family: Family<'_>, page: &Exposition, pods: PodLabels, value: impl Fn(&Row) -> Option<f64>) {
+fn accelerator(mut family: Family<'_>, page: &Exposition, pods: PodLabels, value: impl Fn(&PairRow) -> Option<f64>) {
     for row in &page.rows {
         let l = &row.labels;
         let mut labels = vec![
@@ -133,7 +133,7 @@ fn contention(page: &Exposition, to: &mut Families) {
     }
 }
 
-fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option<f64>) {
+fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&PairRow) -> Option<f64>) {
     for row in &page.rows {
         if let Some(value) = value(row) {
             with_labels(row, &[], |labels| family.add(labels, value));
@@ -141,7 +141,7 @@ fn own(mut family: Family<'_>, page: &Exposition, value: impl Fn(&Row) -> Option
     }
 }
 
-fn with_labels(row: &Row, more: &[(&str, &str)], add: impl FnOnce(Labels<'_>)) {
+fn with_labels(row: &PairRow, more: &[(&str, &str)], add: impl FnOnce(Labels<'_>)) {
     let l: &ContainerLabels = &row.labels;
     let mut labels = vec![
         ("uuid", &*row.gpu.0),

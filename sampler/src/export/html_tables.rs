@@ -4,7 +4,7 @@ use sampler_core::device::{GpuInfo, Reason};
 use sampler_labels::Label;
 use serde::Serialize;
 
-use super::ledger::{Exposition, Row};
+use super::ledger::{Exposition, PairRow};
 use crate::health::HealthView;
 
 #[derive(Serialize)]
@@ -28,7 +28,7 @@ pub struct ContainerJson<'a> {
     memory_used_bytes: Option<u64>,
 }
 
-pub fn json(row: &Row) -> ContainerJson<'_> {
+pub fn json(row: &PairRow) -> ContainerJson<'_> {
     let l = &row.labels;
     ContainerJson {
         namespace: l.text(Label::Namespace),
@@ -69,7 +69,7 @@ fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
     format!("<tr>{}</tr>\n", cells.iter().map(cell).collect::<String>())
 }
 
-fn index_of(page: &Exposition, row: &Row) -> String {
+fn index_of(page: &Exposition, row: &PairRow) -> String {
     let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == row.gpu);
     gpu.map_or_else(|| row.gpu.to_string(), |gpu| called(&gpu.view.info))
 }

@@ -213,7 +213,7 @@ mod tests {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
         use crate::observe::kernel::layout::layout;
-        use crate::session::{Recorder, Sources, Store};
+        use crate::session::{Recorder, SessionInputs, Store};
         use axum::body::Body;
         use tower::ServiceExt as _;
 
@@ -229,7 +229,7 @@ mod tests {
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
-        let sources = Sources {
+        let sources = SessionInputs {
             labels: Box::new(Default::default),
             snapshot: Arc::default(),
             procfs: config.path_procfs.clone(),

@@ -17,8 +17,8 @@ use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 use sampler_labels::{ContainerLabels, Label};
 
-use super::assigned::Assigned;
-use super::contenders::{OtherRow, Others, one_series_each};
+use super::assigned::AssignedGpus;
+use super::contenders::{ContenderRow, Others, one_series_each};
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
@@ -29,7 +29,7 @@ const UNLABELLED_NS: u64 = 5_000_000_000;
 
 /// One (container, GPU) pair as shown.
 #[derive(Clone, Debug)]
-pub struct Row {
+pub struct PairRow {
     pub key: ContainerKey,
     /// As exported: the container's, unless another container shown has the same.
     pub container_id: Arc<str>,
@@ -41,7 +41,7 @@ pub struct Row {
     pub memory_total_bytes: Option<u64>,
     pub pair: ContainerGpu,
     /// Of `pair.contention`, those that may be shown.
-    pub others: Vec<OtherRow>,
+    pub others: Vec<ContenderRow>,
     /// Its last cgroup was removed.
     pub gone: bool,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
@@ -60,7 +60,7 @@ pub struct GpuRow {
 #[derive(Clone, Debug, Default)]
 pub struct Exposition {
     pub gpus: Vec<GpuRow>,
-    pub rows: Vec<Row>,
+    pub rows: Vec<PairRow>,
     /// (state, runtime) -> containers.
     pub containers: BTreeMap<(&'static str, &'static str), u64>,
     /// Label -> live containers that lack it.
@@ -132,7 +132,7 @@ impl Ledger {
     }
 
     /// What there is to show now, counters at their true values.
-    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &Assigned) -> Exposition {
+    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
         let mut page = Exposition::default();
         let mut waiting = vec![0.0; snapshot.gpus.len()];
         for container in &snapshot.containers {
@@ -154,7 +154,7 @@ impl Ledger {
                 waiting[pair.gpu] += pair.seconds - self.counted.get(&key).copied().unwrap_or_default();
                 if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, pair, container.gone, snapshot.at)) {
                     let (others, gone) = (self.others.of(pair), container.gone.is_some());
-                    page.rows.push(Row { others, gone, ..row(record.key, labels, gpu, pair) });
+                    page.rows.push(PairRow { others, gone, ..row(record.key, labels, gpu, pair) });
                 }
             }
             if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
@@ -176,7 +176,7 @@ impl Ledger {
     }
 
     /// What a scraper gets: as [`Ledger::view`], with new counters at 0, and remembered.
-    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &Assigned) -> Exposition {
+    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
         self.update(snapshot, labels);
         let mut page = self.view(snapshot, labels, assigned);
         let first = !std::mem::replace(&mut self.scraped, true);
@@ -296,13 +296,13 @@ impl Exposition {
                 memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
                 ..ContainerGpu::default()
             };
-            self.rows.push(Row { assigned: true, ..row(key, labels, gpu, &none) });
+            self.rows.push(PairRow { assigned: true, ..row(key, labels, gpu, &none) });
         }
     }
 }
 
-fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &ContainerGpu) -> Row {
-    Row {
+fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &ContainerGpu) -> PairRow {
+    PairRow {
         key,
         container_id: Arc::clone(&labels.container_id),
         labels: Arc::clone(labels),
@@ -386,7 +386,7 @@ mod tests {
 
     /// Scrapes; (seconds shown, credited, busy). The balance is checked wherever credited is not in its first scrape.
     fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
-        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &Assigned::default());
+        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &AssignedGpus::default());
         let gpu = &page.gpus[0];
         (page.rows.first().map(|r| r.pair.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
     }
@@ -421,7 +421,7 @@ mod tests {
         all.gpus.push(late);
         let view = labels(&all.containers[0].record, true);
         let mut told = || {
-            let page = ledger.scrape(&all, &view, &Assigned::default());
+            let page = ledger.scrape(&all, &view, &AssignedGpus::default());
             let (pair, gpu, late) = (&page.rows[0].pair, &page.gpus[0].view, &page.gpus[1]);
             let windows = pair.window_shares.as_ref().map_or(9, |w| w.count);
             let of_late = late.busy_seconds + late.view.time.idle + late.view.unattributed[0] + late.view.sample_gaps as f64;
@@ -460,7 +460,7 @@ mod tests {
         let named = |seconds: f64| ["host", "_other"].map(|kind| (kind.to_owned(), seconds));
         for (at, seconds, shown) in [(2, 3.0, 0.0), (3, 4.0, 4.0)] {
             let (all, view) = contended(at, seconds);
-            let page = ledger.scrape(&all, &view, &Assigned::default());
+            let page = ledger.scrape(&all, &view, &AssignedGpus::default());
             let [host, rest] = named(shown);
             assert_eq!(of_others(&page), [(id.clone(), shown), host, rest]);
             assert_eq!(page.rows[0].pair.coactive_seconds, 4.0);
@@ -469,7 +469,7 @@ mod tests {
         let (mut all, mut view) = contended(4, 5.0);
         all.containers.pop();
         view.remove(&ContainerKey(2));
-        let page = ledger.scrape(&all, &view, &Assigned::default());
+        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
         assert_eq!(of_others(&page)[0], (id, 5.0));
         assert_eq!(page.rows[0].others[0].text(Label::Namespace), "prod");
     }
@@ -482,7 +482,7 @@ mod tests {
         let unsettled = labels(&all.containers[1].record, false);
         let settled = view.insert(second, Arc::clone(&unsettled[&second])).unwrap();
         let mut ledger = Ledger::default();
-        let page = ledger.scrape(&all, &view, &Assigned::default());
+        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
         assert_eq!(of_others(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
         view.insert(second, settled);
         // Restarted: another life of the same container.
@@ -491,17 +491,17 @@ mod tests {
         all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
         all.containers[0].gpus[0].contention.push(Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 });
         ledger.update(&all, &view);
-        let page = ledger.view(&all, &view, &Assigned::default());
+        let page = ledger.view(&all, &view, &AssignedGpus::default());
         assert_eq!(of_others(&page)[0], (format!("{:064x}", 2), 5.0));
     }
 
     #[test]
     fn contention_as_metrics_and_live() {
         use crate::export::encode::Families;
-        use crate::export::{families, live::Live};
+        use crate::export::{families, live::LiveDocument};
         use crate::health::HealthView;
         let (all, view) = contended(1, 3.0);
-        let page = Ledger::default().scrape(&all, &view, &Assigned::default());
+        let page = Ledger::default().scrape(&all, &view, &AssignedGpus::default());
         let mut metrics = Families::default();
         families::containers(&page, &mut metrics);
         let text = metrics.text().unwrap();
@@ -523,7 +523,7 @@ mod tests {
             let line = format!("container_gpu_{name}_seconds_total{{{own}{others}}} {value}\n");
             assert!(text.contains(&line), "{line} is not in\n{text}");
         }
-        let live = Live::new(&page, &HealthView::default(), Some("node-1"), WallTime(1_700_000_000_250_000_000));
+        let live = LiveDocument::new(&page, &HealthView::default(), Some("node-1"), WallTime(1_700_000_000_250_000_000));
         let told = serde_json::to_value(&live).unwrap();
         assert_eq!((&told["time"], &told["node"]), (&"2023-11-14T22:13:20.250Z".into(), &"node-1".into()));
         let user = &told["users"][0];
@@ -542,7 +542,7 @@ mod tests {
         );
         let gpu = &told["gpus"][0];
         assert_eq!((&gpu["utilization_ratio"], &gpu["unattributed_seconds"]["no_pid"]), (&serde_json::Value::Null, &1.0.into()));
-        assert!(serde_json::from_value::<Live>(told).is_ok());
+        assert!(serde_json::from_value::<LiveDocument>(told).is_ok());
     }
 
     #[test]
@@ -571,7 +571,7 @@ mod tests {
             view.extend(labels(&record, true));
             all.containers.push(ContainerView { record, ..first.clone() });
         }
-        let page = Ledger::default().scrape(&all, &view, &Assigned::default());
+        let page = Ledger::default().scrape(&all, &view, &AssignedGpus::default());
         let mut ids: Vec<(u64, &str)> = page.rows.iter().map(|row| (row.key.0, &*row.container_id)).collect();
         ids.sort_unstable();
         // The one inside another is called by its path; of the other two, lives of one container, the newer is shown.

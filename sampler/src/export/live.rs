@@ -12,13 +12,13 @@ use sampler_core::units::{WallTime, rfc3339};
 use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
 
-use super::contenders::OtherRow;
-use super::ledger::{Exposition, GpuRow, Row};
+use super::contenders::ContenderRow;
+use super::ledger::{Exposition, GpuRow, PairRow};
 use super::state::AppState;
 use crate::health::HealthView;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
-pub struct Live {
+pub struct LiveDocument {
     /// RFC 3339; when the agent took this picture.
     pub time: String,
     pub version: String,
@@ -143,7 +143,7 @@ fn gpu(row: &GpuRow) -> LiveGpu {
     }
 }
 
-fn other(row: &OtherRow) -> LiveOther {
+fn other(row: &ContenderRow) -> LiveOther {
     let is_container = row.kind() == "container";
     let text = |label| known(row.text(label)).filter(|_| is_container);
     LiveOther {
@@ -157,7 +157,7 @@ fn other(row: &OtherRow) -> LiveOther {
     }
 }
 
-fn user(row: &Row, page: &Exposition) -> LiveUser {
+fn user(row: &PairRow, page: &Exposition) -> LiveUser {
     let (labels, pair) = (&row.labels, &row.pair);
     let text = |label| known(labels.text(label));
     let mut contended_by: Vec<LiveOther> = row.others.iter().map(other).collect();
@@ -188,7 +188,7 @@ fn user(row: &Row, page: &Exposition) -> LiveUser {
     }
 }
 
-impl Live {
+impl LiveDocument {
     pub fn new(page: &Exposition, health: &HealthView, node: Option<&str>, wall: WallTime) -> Self {
         let degraded = |(what, message): &(String, String)| Degraded { what: what.clone(), message: message.clone() };
         Self {
@@ -204,7 +204,7 @@ impl Live {
     }
 }
 
-pub async fn answer(State(state): State<Arc<AppState>>) -> Json<Live> {
+pub async fn answer(State(state): State<Arc<AppState>>) -> Json<LiveDocument> {
     let (page, wall) = state.view();
-    Json(Live::new(&page, &state.health.view(), state.node.as_deref(), wall))
+    Json(LiveDocument::new(&page, &state.health.view(), state.node.as_deref(), wall))
 }

@@ -7,7 +7,7 @@ use sampler_core::units::ContainerKey;
 use sampler_labels::Label;
 
 use super::encode::{Families, Labels};
-use super::ledger::{Exposition, Row};
+use super::ledger::{Exposition, PairRow};
 use crate::observe::pressure::{Outcome, PressureView};
 
 /// Which series were shown: as in the ledger, one that appears after the first scrape begins at 0.
@@ -24,7 +24,7 @@ const RESOURCES: [(&str, Waited); 3] =
     [("cpu", |fact| fact.cpu_some_ns), ("memory", |fact| fact.memory_some_ns), ("io", |fact| fact.io_some_ns)];
 const QUOTA: &str = "quota";
 
-fn labels<'a>(row: &'a Row, resource: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
+fn labels<'a>(row: &'a PairRow, resource: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
     let l = &row.labels;
     let mut labels = vec![
         ("namespace", l.text(Label::Namespace)),
@@ -40,7 +40,7 @@ impl Waits {
     pub fn add(&mut self, page: &Exposition, view: &PressureView, to: &mut Families) {
         let first = !std::mem::replace(&mut self.scraped, true);
         let mut seen = HashSet::new();
-        let containers: Vec<(&Row, &PressureFact)> = page
+        let containers: Vec<(&PairRow, &PressureFact)> = page
             .rows
             .iter()
             .filter(|row| seen.insert(row.key))
@@ -48,7 +48,7 @@ impl Waits {
             .collect();
         self.shown.retain(|(key, _)| seen.contains(key));
         let mut add =
-            |family: &mut super::encode::Family<'_>, row: &Row, of: &'static str, labels: Labels<'_>, ns: Option<u64>| {
+            |family: &mut super::encode::Family<'_>, row: &PairRow, of: &'static str, labels: Labels<'_>, ns: Option<u64>| {
                 let Some(ns) = ns else { return };
                 let begins = self.shown.insert((row.key, of)) && !first;
                 family.add(labels, if begins { 0.0 } else { ns as f64 / 1e9 });
@@ -91,12 +91,12 @@ mod tests {
 
     use super::*;
 
-    fn row(key: u64, gpu: &str) -> Row {
+    fn row(key: u64, gpu: &str) -> PairRow {
         let cgroup_path = format!("/docker/{key:064x}");
         let identity = parse(&cgroup_path);
         let (key, created) = (ContainerKey(key), BootNs(0));
         let labels = ContainerLabels::from_path(&ContainerRecord { key, cgroup_path, identity, created, creation_seen: true });
-        Row {
+        PairRow {
             key,
             container_id: Arc::from("c"),
             labels: Arc::new(labels),
@@ -111,7 +111,7 @@ mod tests {
         }
     }
 
-    fn lines(waits: &mut Waits, rows: &[Row], facts: &[PressureFact]) -> Vec<String> {
+    fn lines(waits: &mut Waits, rows: &[PairRow], facts: &[PressureFact]) -> Vec<String> {
         let page = Exposition { rows: rows.to_vec(), ..Exposition::default() };
         let facts: HashMap<_, _> = facts.iter().map(|fact| (fact.key, *fact)).collect();
         let mut all = Families::default();

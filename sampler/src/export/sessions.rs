@@ -67,7 +67,7 @@ fn bad(error: impl Into<String>) -> Refusal {
 /// Of `POST sessions`.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Wanted {
+struct SessionBody {
     duration_seconds: f64,
     #[serde(default)]
     lookback_seconds: f64,
@@ -95,7 +95,7 @@ fn names(field: &str, names: Vec<String>) -> Result<Vec<String>, Refusal> {
     Ok(names)
 }
 
-impl Wanted {
+impl SessionBody {
     fn request(self) -> Result<Request, Refusal> {
         let trigger = self.trigger.map(|text| text.parse::<Trigger>().map_err(|error| bad(format!("trigger: {error}"))));
         Ok(Request {
@@ -161,7 +161,7 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/stop", post(stop))
 }
 
-async fn start(State(state): State<Arc<AppState>>, wanted: Result<Json<Wanted>, JsonRejection>) -> Response {
+async fn start(State(state): State<Arc<AppState>>, wanted: Result<Json<SessionBody>, JsonRejection>) -> Response {
     let begin = async {
         // Its words name the field.
         let Json(wanted) = wanted.map_err(|rejection| bad(rejection.body_text()))?;
@@ -290,7 +290,7 @@ mod tests {
     use super::*;
 
     fn check(body: &str, expect: &str) {
-        let told = match serde_json::from_str::<Wanted>(body) {
+        let told = match serde_json::from_str::<SessionBody>(body) {
             Err(error) => error.to_string(),
             Ok(wanted) => wanted.request().map_or_else(|refusal| refusal.1, |request| format!("{request:?}")),
         };

@@ -6,7 +6,7 @@ use arc_swap::ArcSwap;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::WallTime;
 
-use super::assigned::Assigned;
+use super::assigned::AssignedGpus;
 use super::ledger::{Exposition, Ledger};
 use super::pressure::Waits;
 use crate::config::Config;
@@ -56,7 +56,7 @@ impl AppState {
     /// All series, and the time of the snapshot that they are of.
     pub fn view(&self) -> (Exposition, WallTime) {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
+        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
         let mut ledger = self.ledger();
         ledger.update(&snapshot, &labels);
         (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
@@ -65,7 +65,7 @@ impl AppState {
     /// All series for a scrape, which counts: new counters start at 0, and final values count as delivered.
     pub fn scrape(&self) -> Exposition {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = Assigned::new(&self.labels.assigned(), &snapshot);
+        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
         self.ledger().scrape(&snapshot, &labels, &assigned)
     }
 }

@@ -132,7 +132,7 @@ impl Call {
 const UNTRIED: u8 = 2;
 
 #[derive(Default)]
-struct Counts {
+struct CallCounts {
     calls: BTreeMap<Call, Calls>,
     errors: BTreeMap<(Call, String), u64>,
 }
@@ -140,7 +140,7 @@ struct Counts {
 /// One device's calls.
 pub struct DeviceCalls {
     pub uuid: Arc<str>,
-    counts: Mutex<Counts>,
+    counts: Mutex<CallCounts>,
     supported: [AtomicU8; Call::ALL.len()],
     /// 0 is not known.
     poll_interval_ns: AtomicU64,
@@ -174,7 +174,7 @@ impl DeviceCalls {
         }
     }
 
-    fn counts(&self) -> MutexGuard<'_, Counts> {
+    fn counts(&self) -> MutexGuard<'_, CallCounts> {
         self.counts.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

@@ -9,9 +9,9 @@ use sampler_core::units::ContainerKey;
 use sampler_labels::{Assignment, Source};
 use tokio::sync::Semaphore;
 
-use super::shared::Shared;
-use super::source::Sources;
-use super::source::kubelet::{Assigned, CHECKPOINT, Kubelet};
+use super::shared::SharedLabels;
+use super::source::LabelSources;
+use super::source::kubelet::{AssignmentReport, CHECKPOINT, Kubelet};
 use super::stamp::{Stamp, stamp};
 
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -35,7 +35,7 @@ struct Watched {
 }
 
 /// For the life of the process.
-pub(super) async fn follow(sources: Arc<Sources>, shared: Arc<Shared>) {
+pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>) {
     let mut watched: Vec<(std::path::PathBuf, Watched)> = Vec::new();
     loop {
         for folder in &sources.places.load().kubelet_roots {
@@ -70,7 +70,7 @@ impl Watched {
     }
 
     /// Whether what is known changed.
-    async fn look(&mut self, shared: &Shared) -> bool {
+    async fn look(&mut self, shared: &SharedLabels) -> bool {
         if self.not_before.is_some_and(|at| at > Instant::now()) {
             return false;
         }
@@ -95,7 +95,10 @@ impl Watched {
         if checkpoint == self.checkpoint && socket == self.socket && !asked_for && !self.failed {
             return false;
         }
-        let late = || Assigned { problems: vec![format!("no answer within {} s", PATIENCE.as_secs())], ..Assigned::default() };
+        let late = || AssignmentReport {
+            problems: vec![format!("no answer within {} s", PATIENCE.as_secs())],
+            ..AssignmentReport::default()
+        };
         let found = tokio::time::timeout(PATIENCE, self.kubelet.assigned()).await.unwrap_or_else(|_| late());
         (self.checkpoint, self.socket, self.containers) = (checkpoint, socket, Some(view.keys().copied().collect()));
         self.failed = !found.problems.is_empty();

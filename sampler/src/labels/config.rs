@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use sampler_labels::{ContainerLabels, QueryAttempt, QueryOutcome, Source, is_likely};
 
-use super::discover::Places;
+use super::discover::HostPaths;
 use super::root::Root;
 use super::view::TriedView;
 use crate::config::Config;
@@ -45,7 +45,7 @@ impl LabelConfig {
     }
 
     /// The sockets to ask, with their paths here: what was given, else what was found.
-    pub fn sockets(&self, places: &Places, root: &Root) -> Vec<(Source, PathBuf)> {
+    pub fn sockets(&self, places: &HostPaths, root: &Root) -> Vec<(Source, PathBuf)> {
         let given = self.endpoints.iter().cloned();
         let found = places.sockets.iter().filter(|(source, _)| !self.gives(*source)).map(|(s, path)| (*s, root.path(path)));
         let mut all: Vec<(Source, PathBuf)> = Vec::new();

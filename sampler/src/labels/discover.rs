@@ -41,9 +41,9 @@ const SOCKETS: [(Source, &str); 9] = [
 
 /// Paths of the host, the likeliest first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Places {
+pub struct HostPaths {
     /// What other users' engines have, by uid.
-    pub users: BTreeMap<u32, Places>,
+    pub users: BTreeMap<u32, HostPaths>,
     /// containerd's state folders: `<state>/io.containerd.runtime.v2.task/<namespace>/<id>/config.json`.
     pub containerd_states: Vec<PathBuf>,
     /// containers/storage roots of CRI-O and podman: `<storage>/<driver>-containers/<id>/userdata/config.json`.
@@ -67,7 +67,7 @@ fn add_default<T: PartialEq>(to: &mut Vec<T>, one: T) {
     }
 }
 
-impl Places {
+impl HostPaths {
     /// Looks at every process. Takes a while where there are thousands; not for the sampling path.
     pub fn find(procfs: &Path, root: &Root) -> Self {
         let mut found = Self::default();
@@ -79,7 +79,7 @@ impl Places {
     }
 
     /// A runtime that has stopped leaves its files where they were, and its containers may live on.
-    pub fn keep(&mut self, old: &Places) {
+    pub fn keep(&mut self, old: &HostPaths) {
         old.containerd_states.iter().for_each(|p| add(&mut self.containerd_states, p.clone()));
         old.storages.iter().for_each(|p| add(&mut self.storages, p.clone()));
         old.docker_roots.iter().for_each(|p| add(&mut self.docker_roots, p.clone()));
@@ -87,7 +87,7 @@ impl Places {
     }
 
     /// What engines of the user have in whose slice the cgroup is.
-    pub fn of_user(&self, cgroup: &str) -> Option<&Places> {
+    pub fn of_user(&self, cgroup: &str) -> Option<&HostPaths> {
         let slice = |segment: &str| segment.strip_prefix("user-")?.strip_suffix(".slice")?.parse().ok();
         self.users.get(&cgroup.split('/').find_map(slice)?)
     }
@@ -318,8 +318,8 @@ pub fn is_one_name(id: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn told(look: impl Fn(&mut Places)) -> Places {
-        let mut places = Places::default();
+    fn told(look: impl Fn(&mut HostPaths)) -> HostPaths {
+        let mut places = HostPaths::default();
         look(&mut places);
         places
     }
@@ -340,7 +340,7 @@ mod tests {
         assert_eq!(places.containerd_states, [Path::new("/run/k3s/containerd")]);
         assert_eq!(places.sockets, [(Source::Cri, "/run/k3s/containerd/containerd.sock".into())]);
         let moby = ["shim", "-namespace", "moby", "-address", "/var/run/docker/containerd/containerd.sock"];
-        assert_eq!(told(|p| p.shim(&moby, Some(Path::new("/")))), Places::default());
+        assert_eq!(told(|p| p.shim(&moby, Some(Path::new("/")))), HostPaths::default());
         let conmon = [
             "conmon",
             "-c",
@@ -387,8 +387,8 @@ mod tests {
 
     #[test]
     fn users_engines_are_for_their_own() {
-        let mut places = Places::default();
-        places.users.insert(1000, Places { storages: vec!["/u".into()], ..Places::default() });
+        let mut places = HostPaths::default();
+        places.users.insert(1000, HostPaths { storages: vec!["/u".into()], ..HostPaths::default() });
         let of = |path| places.of_user(path).map(|p| p.storages.len());
         assert_eq!(of("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-a.scope"), Some(1));
         assert_eq!((of("/user.slice/user-1001.slice/x"), of("/docker/a")), (None, None));

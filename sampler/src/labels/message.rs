@@ -7,7 +7,7 @@ use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{Query, TargetId};
 use tokio::sync::oneshot;
 
-use super::discovered::{Found, FoundSocket};
+use super::discovered::{Discovery, FoundSocket};
 use super::source::answer::Answer;
 use super::view::TriedView;
 
@@ -19,14 +19,14 @@ pub enum ContainerEvent {
 }
 
 /// What reaches the driver beside containers.
-pub enum Word {
+pub enum LabelMessage {
     Answered(Query, Answer),
     /// A runtime spoke of this container.
     Hint(String),
     /// Something appeared at this endpoint, or was replaced.
     Back(TargetId),
     Absent(TargetId),
-    Found(Found),
+    Discovery(Discovery),
     Usual(Vec<FoundSocket>),
     /// What is wrong with a socket that nobody was asked about.
     Probed(TargetId, Result<(), String>),

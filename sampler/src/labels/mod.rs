@@ -31,12 +31,12 @@ use tokio::sync::oneshot;
 
 pub use self::assigned::AssignedView;
 pub use self::config::LabelConfig;
-pub use self::discovered::Found;
-pub use self::message::{ContainerEvent, Word};
+pub use self::discovered::Discovery;
+pub use self::message::{ContainerEvent, LabelMessage};
 pub use self::one_shot::once;
 pub use self::root::Root;
-use self::shared::Shared;
-use self::source::Sources;
+use self::shared::SharedLabels;
+use self::source::LabelSources;
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
 use self::task::LabelTask;
@@ -46,7 +46,7 @@ pub use self::view::{FILES, LabelView, TriedView};
 const WORDS: usize = 1024;
 
 #[derive(Clone)]
-pub struct LabelService(Arc<Shared>);
+pub struct LabelService(Arc<SharedLabels>);
 
 impl LabelService {
     pub fn view(&self) -> Arc<LabelView> {
@@ -66,7 +66,7 @@ impl LabelService {
     pub async fn tried(&self, key: ContainerKey) -> Vec<TriedView> {
         let (answer, answered) = oneshot::channel();
         // The driver ends only with the process.
-        let _ended = self.0.words.send(Word::Attempts(key, answer)).await;
+        let _ended = self.0.words.send(LabelMessage::Attempts(key, answer)).await;
         answered.await.unwrap_or_default()
     }
 }
@@ -75,7 +75,7 @@ impl LabelService {
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
     let (words, inbox) = channel(WORDS);
     let (watched, wanted) = std::sync::mpsc::channel();
-    let shared = Arc::new(Shared {
+    let shared = Arc::new(SharedLabels {
         view: ArcSwap::default(),
         stats: Stats::default(),
         words: words.clone(),
@@ -83,7 +83,7 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     });
     let service = LabelService(Arc::clone(&shared));
     let root = Root::new(&config.rootfs);
-    let sources = Arc::new(Sources::new(root, config.procfs.clone(), config.cgroups.clone()));
+    let sources = Arc::new(LabelSources::new(root, config.procfs.clone(), config.cgroups.clone()));
     std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&wanted, &words))?;
     if config.sources.contains(&Source::Kubelet) {
         tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));

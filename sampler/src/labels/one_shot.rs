@@ -7,10 +7,10 @@ use sampler_core::identity::ContainerRecord;
 use sampler_labels::{ABSENT, ContainerLabels, Outcome, Query, Source, TargetId, can_know};
 
 use super::config::LabelConfig;
-use super::discovered::Found;
+use super::discovered::Discovery;
 use super::root::Root;
 use super::source::answer::Answer;
-use super::source::{self, Sources};
+use super::source::{self, LabelSources};
 use super::view::{FILES, TriedView};
 
 pub struct Once {
@@ -21,8 +21,8 @@ pub struct Once {
 /// Asks every source that may know it, also when others have told everything: the question is who can tell what.
 pub async fn once(config: &LabelConfig, record: Arc<ContainerRecord>) -> Once {
     let root = Root::new(&config.rootfs);
-    let sources = Sources::new(root, config.procfs.clone(), config.cgroups.clone());
-    let Found { places, sockets } = Found::look(config);
+    let sources = LabelSources::new(root, config.procfs.clone(), config.cgroups.clone());
+    let Discovery { places, sockets } = Discovery::look(config);
     sources.places.store(Arc::new(places));
     let mut targets: Vec<(Source, String, bool)> = Vec::new();
     for source in config.sources.iter().filter(|s| !s.is_socket()) {

@@ -4,13 +4,13 @@ use arc_swap::ArcSwap;
 use tokio::sync::mpsc::Sender;
 
 use super::assigned::AssignedView;
-use super::message::Word;
+use super::message::LabelMessage;
 use super::stats::Stats;
 use super::view::LabelView;
 
-pub struct Shared {
+pub struct SharedLabels {
     pub view: ArcSwap<LabelView>,
     pub stats: Stats,
-    pub words: Sender<Word>,
+    pub words: Sender<LabelMessage>,
     pub assigned: ArcSwap<AssignedView>,
 }

@@ -13,7 +13,7 @@ use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use sampler_labels::TargetId;
 use tokio::sync::mpsc::Sender;
 
-use super::message::Word;
+use super::message::LabelMessage;
 use super::stamp::{Stamp, stamp};
 
 /// Below a second.
@@ -21,14 +21,14 @@ const LOOK_EVERY: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 16 << 10;
 
 /// A socket to watch, as it was last seen.
-pub struct Wanted {
+pub struct WatchedSocket {
     pub target: TargetId,
     pub path: PathBuf,
     pub seen: Option<Stamp>,
 }
 
 /// Tells of changes until the service ends; `wanted` brings more sockets. A thread of its own: it sleeps in `poll`.
-pub fn watch(wanted: &Receiver<Wanted>, to: &Sender<Word>) {
+pub fn watch(wanted: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
     let fd = match inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC) {
         Ok(fd) => Some(fd),
         Err(error) => {
@@ -36,7 +36,7 @@ pub fn watch(wanted: &Receiver<Wanted>, to: &Sender<Word>) {
             None
         }
     };
-    let (mut sockets, mut told) = (Vec::<Wanted>::new(), HashSet::new());
+    let (mut sockets, mut told) = (Vec::<WatchedSocket>::new(), HashSet::new());
     loop {
         loop {
             match wanted.try_recv() {
@@ -51,7 +51,7 @@ pub fn watch(wanted: &Receiver<Wanted>, to: &Sender<Word>) {
                 continue;
             }
             socket.seen = now;
-            let word = if now.is_some() { Word::Back(socket.target) } else { Word::Absent(socket.target) };
+            let word = if now.is_some() { LabelMessage::Back(socket.target) } else { LabelMessage::Absent(socket.target) };
             if to.blocking_send(word).is_err() {
                 return;
             }

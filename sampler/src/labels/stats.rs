@@ -28,23 +28,23 @@ pub struct LabelStats {
     pub resolve_buckets: Vec<u64>,
 }
 
-struct Inner {
+struct StatsState {
     stats: LabelStats,
     times: Histogram<u64>,
 }
 
-pub struct Stats(Mutex<Inner>);
+pub struct Stats(Mutex<StatsState>);
 
 impl Default for Stats {
     fn default() -> Self {
         let times = Histogram::new_with_bounds(1, LONGEST_RESOLVE_NS, 2).expect("1 ns to 1 h at two digits are valid bounds");
-        Self(Mutex::new(Inner { stats: LabelStats::default(), times }))
+        Self(Mutex::new(StatsState { stats: LabelStats::default(), times }))
     }
 }
 
 impl Stats {
     /// Counters stay usable after a panic elsewhere: each change is one assignment.
-    fn inner(&self) -> MutexGuard<'_, Inner> {
+    fn inner(&self) -> MutexGuard<'_, StatsState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

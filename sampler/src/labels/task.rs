@@ -12,12 +12,12 @@ use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
 
 use super::config::LabelConfig;
-use super::discovered::{Found, FoundSocket};
-use super::message::{ContainerEvent, Word};
-use super::shared::Shared;
-use super::sockets::Wanted;
+use super::discovered::{Discovery, FoundSocket};
+use super::message::{ContainerEvent, LabelMessage};
+use super::shared::SharedLabels;
+use super::sockets::WatchedSocket;
 use super::source::answer::Answer;
-use super::source::{self, Sources};
+use super::source::{self, LabelSources};
 use super::view::{FILES, LabelView, TriedView};
 use crate::observe::clock::boot_now;
 
@@ -40,14 +40,14 @@ const MAX_TARGETS: usize = 64;
 
 pub(super) struct LabelTask {
     config: LabelConfig,
-    sources: Arc<Sources>,
+    sources: Arc<LabelSources>,
     ladder: LabelResolver,
-    shared: Arc<Shared>,
+    shared: Arc<SharedLabels>,
     /// What the next view is a copy of.
     view: LabelView,
     published: Instant,
     unpublished: bool,
-    watched: mpsc::Sender<Wanted>,
+    watched: mpsc::Sender<WatchedSocket>,
     /// Of engines' events.
     followers: HashMap<TargetId, AbortHandle>,
     /// When failing endpoints were last looked at.
@@ -67,7 +67,12 @@ pub(super) struct LabelTask {
 }
 
 impl LabelTask {
-    pub fn new(config: LabelConfig, sources: Arc<Sources>, shared: Arc<Shared>, watched: mpsc::Sender<Wanted>) -> Self {
+    pub fn new(
+        config: LabelConfig,
+        sources: Arc<LabelSources>,
+        shared: Arc<SharedLabels>,
+        watched: mpsc::Sender<WatchedSocket>,
+    ) -> Self {
         Self {
             config,
             sources,
@@ -89,7 +94,7 @@ impl LabelTask {
         }
     }
 
-    pub async fn run(mut self, mut events: UnboundedReceiver<ContainerEvent>, mut inbox: Receiver<Word>) {
+    pub async fn run(mut self, mut events: UnboundedReceiver<ContainerEvent>, mut inbox: Receiver<LabelMessage>) {
         let files = self.config.sources.clone();
         for source in files.into_iter().filter(|s| !s.is_socket()) {
             self.sources.add(source, Path::new(""));
@@ -159,7 +164,7 @@ impl LabelTask {
                 continue;
             }
             // The watching thread ends only with the process.
-            let _ended = self.watched.send(Wanted { target: id, path: socket.path, seen: socket.seen });
+            let _ended = self.watched.send(WatchedSocket { target: id, path: socket.path, seen: socket.seen });
         }
     }
 
@@ -168,7 +173,7 @@ impl LabelTask {
         let (config, words) = (self.config.clone(), self.shared.words.clone());
         tokio::task::spawn_blocking(move || {
             // The driver ends only with the process.
-            let _ended = words.blocking_send(Word::Usual(Found::usual(&config).sockets));
+            let _ended = words.blocking_send(LabelMessage::Usual(Discovery::usual(&config).sockets));
         });
     }
 
@@ -181,7 +186,7 @@ impl LabelTask {
         tokio::task::spawn_blocking(move || {
             let _held = permit;
             // The driver ends only with the process.
-            let _ended = words.blocking_send(Word::Found(Found::look(&config)));
+            let _ended = words.blocking_send(LabelMessage::Discovery(Discovery::look(&config)));
         });
     }
 
@@ -218,7 +223,7 @@ impl LabelTask {
         }
     }
 
-    fn found(&mut self, found: Found) {
+    fn found(&mut self, found: Discovery) {
         let before = self.sources.places.load_full();
         let mut places = found.places;
         places.keep(&before);
@@ -248,7 +253,7 @@ impl LabelTask {
                 let answer = tokio::spawn(async move { source::put(sources, &asked).await }).await;
                 let answer = answer.unwrap_or_else(Answer::error);
                 // The driver ends only with the process.
-                let _ended = words.send(Word::Answered(ask, answer)).await;
+                let _ended = words.send(LabelMessage::Answered(ask, answer)).await;
             });
         }
         self.retire();
@@ -304,10 +309,10 @@ impl LabelTask {
         }
     }
 
-    fn word(&mut self, word: Word) {
+    fn word(&mut self, word: LabelMessage) {
         let now = boot_now();
         match word {
-            Word::Answered(ask, answer) => {
+            LabelMessage::Answered(ask, answer) => {
                 if self.ladder.answered(&ask, &answer.outcome, answer.tried(), now) {
                     self.resolved(ask.key);
                 }
@@ -316,16 +321,16 @@ impl LabelTask {
                     self.shared.stats.answered(ask.source, &self.endpoint(ask.target), &answer);
                 }
             }
-            Word::Hint(id) => self.ladder.hint(&id, now),
+            LabelMessage::Hint(id) => self.ladder.hint(&id, now),
             // One that was given up as nobody's: the next search sees whose it is.
-            Word::Back(target) | Word::Absent(target) if self.source(target).is_none() => self.find_now(),
-            Word::Back(target) => {
+            LabelMessage::Back(target) | LabelMessage::Absent(target) if self.source(target).is_none() => self.find_now(),
+            LabelMessage::Back(target) => {
                 tracing::info!("labels: {} appeared or was replaced", self.endpoint(target));
                 self.absent.remove(&target);
                 self.ladder.endpoint_back(target, now);
                 self.probe(target);
             }
-            Word::Absent(target) => {
+            LabelMessage::Absent(target) => {
                 let endpoint = self.endpoint(target);
                 if let Some(source) = self.source(target) {
                     self.shared.stats.absent(source, &endpoint, false);
@@ -336,15 +341,15 @@ impl LabelTask {
                 // It may have moved.
                 self.find_now();
             }
-            Word::Found(found) => self.found(found),
-            Word::Usual(sockets) => self.take_sockets(sockets),
-            Word::Probed(target, told) => {
+            LabelMessage::Discovery(found) => self.found(found),
+            LabelMessage::Usual(sockets) => self.take_sockets(sockets),
+            LabelMessage::Probed(target, told) => {
                 let source = self.source(target).filter(|_| self.ladder.is_present(target));
                 if let Some(source) = source {
                     self.shared.stats.probed(source, &self.endpoint(target), told.err().as_deref());
                 }
             }
-            Word::Attempts(key, to) => {
+            LabelMessage::Attempts(key, to) => {
                 let all = self.ladder.tried(key, now);
                 let view = all.iter().map(|(source, endpoint, tried)| TriedView::new(*source, endpoint, tried));
                 let left_out = self.ladder.labels(key).into_iter().flat_map(|labels| self.config.left_out(labels));
@@ -360,7 +365,7 @@ impl LabelTask {
         tokio::spawn(async move {
             let told = source::probe(sources, target).await;
             // The driver ends only with the process.
-            let _ended = words.send(Word::Probed(target, told)).await;
+            let _ended = words.send(LabelMessage::Probed(target, told)).await;
         });
     }
 

@@ -28,7 +28,7 @@ use sampler_session::{End, Frame, Header, PackError, Packer, State};
 
 use super::enrich::{self, Comms};
 use super::request::Request;
-use super::ring::{CONTEXT_NS, Piece, Ring};
+use super::ring::{CONTEXT_NS, Piece, SessionRing};
 use super::store::{Entry, Phase, Store, StoreError};
 use super::writer::{self, Item};
 use crate::error::display_chain;
@@ -51,7 +51,7 @@ const MAX_ACTIVE: usize = 8;
 const MAX_ARMED_NS: u64 = 86_400 * SECOND_NS;
 
 /// Where the recorder looks at what is not told by facts.
-pub struct Sources {
+pub struct SessionInputs {
     pub labels: Box<dyn Fn() -> Arc<LabelView> + Send>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub procfs: PathBuf,
@@ -61,21 +61,21 @@ pub struct Sources {
 }
 
 pub struct SessionManager {
-    sources: Sources,
+    sources: SessionInputs,
     store: Arc<Store>,
     state: State,
     packer: Packer,
-    pub ring: Ring,
+    pub ring: SessionRing,
     pending: Vec<Fact>,
     /// When the last frame was closed and the last section begun; `None` before the first.
     framed: Option<BootNs>,
     sectioned: Option<BootNs>,
     comms: Comms,
-    sessions: Vec<Live>,
+    sessions: Vec<RunningSession>,
     pub dropped_frames: u64,
 }
 
-struct Live {
+struct RunningSession {
     id: String,
     request: Request,
     phase: LivePhase,
@@ -142,13 +142,13 @@ fn shared(frames: Vec<Frame>) -> Vec<Arc<Frame>> {
 }
 
 impl SessionManager {
-    pub fn new(sources: Sources, store: Arc<Store>, ring_bytes: usize) -> Result<Self, PackError> {
+    pub fn new(sources: SessionInputs, store: Arc<Store>, ring_bytes: usize) -> Result<Self, PackError> {
         Ok(Self {
             sources,
             store,
             state: State::default(),
             packer: Packer::new()?,
-            ring: Ring::new(ring_bytes),
+            ring: SessionRing::new(ring_bytes),
             pending: Vec::new(),
             framed: None,
             sectioned: None,
@@ -283,7 +283,7 @@ impl SessionManager {
             None => LivePhase::Recording(self.begin(&id, &request, None, now, wall)?),
         };
         tracing::info!(session = id, "{}", if request.trigger.is_some() { "waits for its condition" } else { "records" });
-        self.sessions.push(Live { id: id.clone(), request, phase });
+        self.sessions.push(RunningSession { id: id.clone(), request, phase });
         Ok(id)
     }
 
@@ -401,7 +401,7 @@ impl SessionManager {
             match session.phase {
                 LivePhase::Recording(mut recording) => {
                     recording.end = recording.end.min(now);
-                    self.sessions.push(Live { phase: LivePhase::Recording(recording), ..session });
+                    self.sessions.push(RunningSession { phase: LivePhase::Recording(recording), ..session });
                 }
                 LivePhase::Armed { .. } => self.store.fail(&session.id, now, "the agent ended".into()),
             }
@@ -410,7 +410,7 @@ impl SessionManager {
     }
 
     fn end(&mut self, now: BootNs, is_due: impl Fn(&State, &Recording) -> bool) {
-        let due = |state: &State, session: &Live| match &session.phase {
+        let due = |state: &State, session: &RunningSession| match &session.phase {
             LivePhase::Recording(recording) => is_due(state, recording),
             LivePhase::Armed { .. } => false,
         };

@@ -23,7 +23,7 @@ use std::path::{Path, PathBuf};
 use sampler_session::{ReadError, Session};
 use thiserror::Error;
 
-pub use self::recorder::{Recorder, RecorderView, Sources};
+pub use self::recorder::{Recorder, RecorderView, SessionInputs};
 pub use self::request::{MAX_DURATION_S, MAX_LOOKBACK_S, Request};
 pub use self::store::{Phase, Store, StoreError};
 

@@ -11,10 +11,10 @@ use anyhow::Context as _;
 use sampler_core::fact::{Fact, GpuFact};
 use tokio::sync::oneshot;
 
+pub use super::manager::SessionInputs;
 use super::manager::SessionManager;
-pub use super::manager::Sources;
 use super::request::Request;
-use super::store::{Phase, Status, Store, StoreError};
+use super::store::{Phase, SessionStatus, Store, StoreError};
 use crate::observe::clock::{boot_now, wall_now};
 
 /// How often conditions and ends are looked at.
@@ -22,7 +22,7 @@ const TURN_EVERY: Duration = Duration::from_millis(250);
 /// Facts that wait for the thread: seconds of a large node. Beyond it only those that change the state get through.
 const MAX_WAITING: usize = 1_000_000;
 
-enum Word {
+enum RecorderMessage {
     Facts(Vec<Fact>),
     Start(Box<Request>, oneshot::Sender<Result<String, StoreError>>),
     Stop(String, oneshot::Sender<Result<(), StoreError>>),
@@ -30,8 +30,8 @@ enum Word {
     Close(Sender<()>),
 }
 
-struct Shared {
-    to: Sender<Word>,
+struct RecorderShared {
+    to: Sender<RecorderMessage>,
     store: Arc<Store>,
     waiting: AtomicUsize,
     /// Facts that were left out since the thread last looked.
@@ -58,7 +58,7 @@ pub struct RecorderView {
 
 /// Whoever has it can record. The thread ends with the process.
 #[derive(Clone)]
-pub struct Recorder(Arc<Shared>);
+pub struct Recorder(Arc<RecorderShared>);
 
 /// What may be left out where facts come faster than they are encoded: the state must stay right.
 fn changes_state(fact: &Fact) -> bool {
@@ -70,9 +70,9 @@ fn changes_state(fact: &Fact) -> bool {
 }
 
 impl Recorder {
-    pub fn spawn(store: Arc<Store>, sources: Sources, ring_bytes: usize) -> anyhow::Result<Self> {
+    pub fn spawn(store: Arc<Store>, sources: SessionInputs, ring_bytes: usize) -> anyhow::Result<Self> {
         let (to, from) = channel();
-        let shared = Arc::new(Shared {
+        let shared = Arc::new(RecorderShared {
             to,
             store: Arc::clone(&store),
             waiting: AtomicUsize::new(0),
@@ -88,7 +88,7 @@ impl Recorder {
         Ok(Self(shared))
     }
 
-    fn send(&self, word: Word) {
+    fn send(&self, word: RecorderMessage) {
         // The thread ends only with the process.
         let _ended = self.0.to.send(word);
     }
@@ -102,7 +102,7 @@ impl Recorder {
         }
         if !facts.is_empty() {
             self.0.waiting.fetch_add(facts.len(), Ordering::Relaxed);
-            self.send(Word::Facts(facts));
+            self.send(RecorderMessage::Facts(facts));
         }
     }
 
@@ -110,21 +110,21 @@ impl Recorder {
     pub async fn start(&self, request: Request) -> Result<String, StoreError> {
         self.blocking(|store| store.prepare()).await?;
         let (answer, answered) = oneshot::channel();
-        self.send(Word::Start(Box::new(request), answer));
+        self.send(RecorderMessage::Start(Box::new(request), answer));
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
     pub async fn stop(&self, id: String) -> Result<(), StoreError> {
         let (answer, answered) = oneshot::channel();
-        self.send(Word::Stop(id, answer));
+        self.send(RecorderMessage::Stop(id, answer));
         answered.await.unwrap_or_else(|_| Err(ended()))
     }
 
-    pub fn list(&self) -> Vec<Status> {
+    pub fn list(&self) -> Vec<SessionStatus> {
         self.0.store.list(boot_now())
     }
 
-    pub fn status(&self, id: &str) -> Result<Status, StoreError> {
+    pub fn status(&self, id: &str) -> Result<SessionStatus, StoreError> {
         self.0.store.status(id, boot_now())
     }
 
@@ -164,7 +164,7 @@ impl Recorder {
     pub fn close(&self, at_most: Duration) {
         let begun = Instant::now();
         let (done, is_done) = channel();
-        self.send(Word::Close(done));
+        self.send(RecorderMessage::Close(done));
         // Closed without a word.
         let _closed = is_done.recv_timeout(at_most);
         while self.0.store.active() > 0 && begun.elapsed() < at_most {
@@ -177,18 +177,18 @@ fn ended() -> StoreError {
     StoreError::Conflict("the agent is stopping".into())
 }
 
-fn run(mut desk: SessionManager, from: &Receiver<Word>, shared: &Shared) {
+fn run(mut desk: SessionManager, from: &Receiver<RecorderMessage>, shared: &RecorderShared) {
     let mut turned = Instant::now();
     loop {
         match from.recv_timeout(TURN_EVERY.saturating_sub(turned.elapsed())) {
-            Ok(Word::Facts(facts)) => {
+            Ok(RecorderMessage::Facts(facts)) => {
                 shared.waiting.fetch_sub(facts.len(), Ordering::Relaxed);
                 desk.facts(&facts, boot_now());
             }
             // Whoever asked may have gone.
-            Ok(Word::Start(request, answer)) => drop(answer.send(desk.start(*request, boot_now(), wall_now()))),
-            Ok(Word::Stop(id, answer)) => drop(answer.send(desk.stop(&id, boot_now()))),
-            Ok(Word::Close(_done)) => desk.close(boot_now()),
+            Ok(RecorderMessage::Start(request, answer)) => drop(answer.send(desk.start(*request, boot_now(), wall_now()))),
+            Ok(RecorderMessage::Stop(id, answer)) => drop(answer.send(desk.stop(&id, boot_now()))),
+            Ok(RecorderMessage::Close(_done)) => desk.close(boot_now()),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }

@@ -26,7 +26,7 @@ struct Section {
 }
 
 #[derive(Debug)]
-pub struct Ring {
+pub struct SessionRing {
     sections: VecDeque<Section>,
     bytes: usize,
     max_bytes: usize,
@@ -41,7 +41,7 @@ pub enum Piece<T> {
     Lost,
 }
 
-impl Ring {
+impl SessionRing {
     pub fn new(max_bytes: usize) -> Self {
         Self { sections: VecDeque::new(), bytes: 0, max_bytes }
     }
@@ -104,7 +104,7 @@ mod tests {
     fn whole_sections_are_given_up() {
         let mut packer = Packer::new().unwrap();
         let state = Arc::new(packer.state(&[]).unwrap().remove(0));
-        let mut ring = Ring::new(9 * (state.bytes() + FRAME_COST));
+        let mut ring = SessionRing::new(9 * (state.bytes() + FRAME_COST));
         for second in 0..20 {
             let now = BootNs(second * 1_000_000_000);
             if second % 3 == 0 {

@@ -76,7 +76,7 @@ impl Phase {
 
 /// As the API tells it.
 #[derive(Clone, Debug, Serialize)]
-pub struct Status {
+pub struct SessionStatus {
     pub id: String,
     pub state: Phase,
     /// When what it counts begins: with the lookback. RFC 3339.
@@ -126,10 +126,10 @@ impl Entry {
         }
     }
 
-    fn status(&self, id: &str, now: BootNs) -> Status {
+    fn status(&self, id: &str, now: BootNs) -> SessionStatus {
         let seconds = |ns: u64| ns as f64 / 1e9;
         let so_far = || self.began.map_or(0, |began| now.saturating_since(began).min(self.duration_ns));
-        Status {
+        SessionStatus {
             id: id.to_owned(),
             state: self.phase,
             started: self.started.map(rfc3339),
@@ -300,11 +300,11 @@ impl Store {
         }
     }
 
-    pub fn list(&self, now: BootNs) -> Vec<Status> {
+    pub fn list(&self, now: BootNs) -> Vec<SessionStatus> {
         self.entries().iter().map(|(id, entry)| entry.status(id, now)).collect()
     }
 
-    pub fn status(&self, id: &str, now: BootNs) -> Result<Status, StoreError> {
+    pub fn status(&self, id: &str, now: BootNs) -> Result<SessionStatus, StoreError> {
         self.entries().get(id).map(|entry| entry.status(id, now)).ok_or_else(|| unknown(id))
     }
 

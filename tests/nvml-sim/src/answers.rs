@@ -24,14 +24,14 @@ pub struct Row {
 
 /// What GetSamples has rings of.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum RingKind {
     Utilization(usize),
     Power,
     Clock,
     MemoryClock,
 }
 
-impl Kind {
+impl RingKind {
     /// By nvmlSamplingType_t.
     pub fn of(number: u32) -> Option<Self> {
         Some(match number {
@@ -75,9 +75,9 @@ struct Piece {
 
 impl Driver {
     /// The device's own ring: (stamp, value) of every sample that is stamped later than `after_us`.
-    pub fn samples(&mut self, gpu: usize, kind: Kind, after_us: u64) -> anyhow::Result<Vec<(u64, u32)>> {
+    pub fn samples(&mut self, gpu: usize, kind: RingKind, after_us: u64) -> anyhow::Result<Vec<(u64, u32)>> {
         self.sync(gpu)?;
-        let dry = *self.world.idle_ring(gpu) == IdleRing::Dry && matches!(kind, Kind::Utilization(_));
+        let dry = *self.world.idle_ring(gpu) == IdleRing::Dry && matches!(kind, RingKind::Utilization(_));
         let ring = self.rings.get(gpu).into_iter().flatten();
         let shown = ring.filter(|t| !dry || t.util.iter().any(|u| *u > 0));
         let stamped = shown.map(|t| (self.stamp(gpu, t.at_us), kind.value(t)));

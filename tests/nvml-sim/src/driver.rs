@@ -198,7 +198,7 @@ impl Driver {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::answers::Kind;
+    use crate::answers::RingKind;
     use crate::processes::{List, NO_INSTANCE, Process};
 
     /// A world that began long ago and its log; the times are before now.
@@ -230,7 +230,7 @@ mod tests {
             let age = (before.saturating_sub(newest), loads::now_us() - newest);
             let period = driver.world.period_us;
             assert!(age.1 >= delay_us && age.0 <= delay_us + period, "{age:?} for {delay_us}");
-            assert_eq!(driver.samples(0, Kind::Utilization(0), 0).unwrap().len(), 9);
+            assert_eq!(driver.samples(0, RingKind::Utilization(0), 0).unwrap().len(), 9);
         }
     }
 

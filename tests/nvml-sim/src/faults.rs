@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
-pub enum Kind {
+pub enum FaultKind {
     /// The calls answer an NVML error.
     Error,
     /// The calls block until it ends.
@@ -36,7 +36,7 @@ pub struct Fault {
     pub from_us: u64,
     /// For ever when none.
     pub until_us: Option<u64>,
-    pub kind: Kind,
+    pub kind: FaultKind,
     /// Every call on the device when none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call: Option<String>,
@@ -69,7 +69,7 @@ pub struct Held {
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Clear {
     pub gpu: Option<usize>,
-    pub kind: Option<Kind>,
+    pub kind: Option<FaultKind>,
     pub at_us: u64,
 }
 
@@ -163,19 +163,19 @@ pub fn reasons(list: &str) -> Result<u64, String> {
 pub fn checked(fault: Fault) -> Result<Fault, String> {
     let wants = |given: bool, what: &str| if given { Ok(()) } else { Err(format!("kind {:?} wants {what}", fault.kind)) };
     match fault.kind {
-        Kind::Error => wants(fault.error != 0, "an error")?,
-        Kind::Slow => wants(fault.micros != 0, "micros")?,
-        Kind::Throttle => wants(fault.reasons != 0, "reasons")?,
+        FaultKind::Error => wants(fault.error != 0, "an error")?,
+        FaultKind::Slow => wants(fault.micros != 0, "micros")?,
+        FaultKind::Throttle => wants(fault.reasons != 0, "reasons")?,
         _ => {}
     }
-    let of_calls = matches!(fault.kind, Kind::Error | Kind::Stall | Kind::Slow);
+    let of_calls = matches!(fault.kind, FaultKind::Error | FaultKind::Stall | FaultKind::Slow);
     if fault.call.is_some() && !of_calls {
         return Err(format!("kind {:?} is of no single call", fault.kind));
     }
-    if fault.held != Held::default() && fault.kind != Kind::Throttle {
+    if fault.held != Held::default() && fault.kind != FaultKind::Throttle {
         return Err(format!("kind {:?} holds nothing down: mhz, watts and celsius are of throttle", fault.kind));
     }
-    if fault.kind == Kind::Reload && fault.gpu.is_some() {
+    if fault.kind == FaultKind::Reload && fault.gpu.is_some() {
         return Err("the driver is reloaded for every GPU: leave gpu out".into());
     }
     Ok(fault)
@@ -187,7 +187,7 @@ pub fn micros(duration: Duration) -> u64 {
 
 impl Fault {
     /// For ever, on every GPU, and as yet without what its kind wants.
-    pub fn of_kind(kind: Kind) -> Self {
+    pub fn of_kind(kind: FaultKind) -> Self {
         let (call, held) = (None, Held::default());
         Self { gpu: None, from_us: 0, until_us: None, kind, call, error: 0, micros: 0, reasons: 0, held }
     }
@@ -235,11 +235,11 @@ impl Faults {
                 None => fault.gpu.is_none() && named,
             };
             match fault.kind {
-                Kind::Error if met => effect.error = effect.error.or(Some(fault.error)),
-                Kind::Stall if met => effect.stalled = true,
-                Kind::Slow if met => effect.slow_us += fault.micros,
+                FaultKind::Error if met => effect.error = effect.error.or(Some(fault.error)),
+                FaultKind::Stall if met => effect.stalled = true,
+                FaultKind::Slow if met => effect.slow_us += fault.micros,
                 // An absent GPU that a client still holds is one that went away.
-                Kind::Lost | Kind::Absent if met => effect.error = Some(GPU_IS_LOST),
+                FaultKind::Lost | FaultKind::Absent if met => effect.error = Some(GPU_IS_LOST),
                 _ => {}
             }
         }
@@ -248,30 +248,32 @@ impl Faults {
 
     /// Nothing runs on it.
     pub fn down(&self, gpu: usize, at_us: u64) -> bool {
-        self.in_force(gpu, at_us).any(|f| matches!(f.kind, Kind::Lost | Kind::Reload | Kind::Absent))
+        self.in_force(gpu, at_us).any(|f| matches!(f.kind, FaultKind::Lost | FaultKind::Reload | FaultKind::Absent))
     }
 
     /// A sample of this time gets into the ring.
     pub fn recorded(&self, gpu: usize, at_us: u64) -> bool {
-        !self.in_force(gpu, at_us).any(|f| matches!(f.kind, Kind::Lost | Kind::Reload | Kind::Absent | Kind::Freeze))
+        !self
+            .in_force(gpu, at_us)
+            .any(|f| matches!(f.kind, FaultKind::Lost | FaultKind::Reload | FaultKind::Absent | FaultKind::Freeze))
     }
 
     pub fn absent(&self, gpu: usize, at_us: u64) -> bool {
-        self.in_force(gpu, at_us).any(|f| f.kind == Kind::Absent)
+        self.in_force(gpu, at_us).any(|f| f.kind == FaultKind::Absent)
     }
 
     pub fn lost(&self, gpu: usize, at_us: u64) -> bool {
-        self.in_force(gpu, at_us).any(|f| f.kind == Kind::Lost)
+        self.in_force(gpu, at_us).any(|f| f.kind == FaultKind::Lost)
     }
 
     pub fn reasons(&self, gpu: usize, at_us: u64) -> u64 {
-        self.in_force(gpu, at_us).filter(|f| f.kind == Kind::Throttle).fold(0, |bits, f| bits | f.reasons)
+        self.in_force(gpu, at_us).filter(|f| f.kind == FaultKind::Throttle).fold(0, |bits, f| bits | f.reasons)
     }
 
     /// Where several are in force, the one that holds down most.
     pub fn held(&self, gpu: usize, at_us: u64) -> Held {
         let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
-        let all = self.in_force(gpu, at_us).filter(|f| f.kind == Kind::Throttle).map(|f| f.held);
+        let all = self.in_force(gpu, at_us).filter(|f| f.kind == FaultKind::Throttle).map(|f| f.held);
         all.fold(Held::default(), |a, b| Held {
             mhz: least(a.mhz, b.mhz),
             watts: least(a.watts, b.watts),
@@ -280,24 +282,24 @@ impl Faults {
     }
 
     pub fn reloading(&self, at_us: u64) -> bool {
-        self.0.iter().any(|f| f.kind == Kind::Reload && f.at(at_us))
+        self.0.iter().any(|f| f.kind == FaultKind::Reload && f.at(at_us))
     }
 
     /// The driver is another than it was at `since_us`.
     pub fn reloaded(&self, since_us: u64, at_us: u64) -> bool {
-        self.0.iter().any(|f| f.kind == Kind::Reload && f.from_us > since_us && f.from_us <= at_us)
+        self.0.iter().any(|f| f.kind == FaultKind::Reload && f.from_us > since_us && f.from_us <= at_us)
     }
 
     /// The ring that is there at `at_us` holds nothing older.
     pub fn ring_begins(&self, gpu: usize, at_us: u64) -> u64 {
         let ends = |f: &Fault| f.until_us.map_or(at_us, |until| until.min(at_us));
-        let anew = |f: &&Fault| matches!(f.kind, Kind::Reload | Kind::Absent) && f.of(gpu) && f.from_us <= at_us;
+        let anew = |f: &&Fault| matches!(f.kind, FaultKind::Reload | FaultKind::Absent) && f.of(gpu) && f.from_us <= at_us;
         self.0.iter().filter(anew).map(ends).max().unwrap_or(0)
     }
 
     /// Between the answer and `to_us` lies recorded time of `span_us`, and the pauses in it.
     pub fn reaches_back(&self, gpu: usize, to_us: u64, span_us: u64) -> u64 {
-        let pauses = self.0.iter().filter(|f| f.of(gpu) && matches!(f.kind, Kind::Lost | Kind::Freeze));
+        let pauses = self.0.iter().filter(|f| f.of(gpu) && matches!(f.kind, FaultKind::Lost | FaultKind::Freeze));
         let mut pauses: Vec<(u64, u64)> = pauses.map(|f| (f.until_us.unwrap_or(to_us).min(to_us), f.from_us)).collect();
         pauses.sort_unstable_by(|a, b| b.cmp(a));
         let (mut from, mut passed) = (to_us.saturating_sub(span_us), to_us);
@@ -317,7 +319,7 @@ impl Faults {
 mod tests {
     use super::*;
 
-    fn fault(kind: Kind, gpu: Option<usize>, from_us: u64, until_us: Option<u64>) -> Fault {
+    fn fault(kind: FaultKind, gpu: Option<usize>, from_us: u64, until_us: Option<u64>) -> Fault {
         Fault { gpu, from_us, until_us, error: 6, micros: 9, reasons: 4, ..Fault::of_kind(kind) }
     }
 
@@ -329,34 +331,37 @@ mod tests {
         let check = |fault: Fault, call, gpu, at, expect| {
             assert_eq!(Faults::new(vec![fault.clone()]).effect(call, gpu, at), expect, "{fault:?} {call} {gpu:?} {at}");
         };
-        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 10, error(6));
-        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 20, none);
-        check(fault(Kind::Error, Some(1), 10, Some(20)), "a", Some(1), 9, none);
-        check(fault(Kind::Error, Some(1), 10, None), "a", Some(0), 10, none);
-        check(fault(Kind::Error, None, 10, None), "a", Some(0), 1 << 60, error(6));
+        check(fault(FaultKind::Error, Some(1), 10, Some(20)), "a", Some(1), 10, error(6));
+        check(fault(FaultKind::Error, Some(1), 10, Some(20)), "a", Some(1), 20, none);
+        check(fault(FaultKind::Error, Some(1), 10, Some(20)), "a", Some(1), 9, none);
+        check(fault(FaultKind::Error, Some(1), 10, None), "a", Some(0), 10, none);
+        check(fault(FaultKind::Error, None, 10, None), "a", Some(0), 1 << 60, error(6));
         // A call on the library meets only what names it.
-        check(fault(Kind::Error, None, 10, None), "a", None, 10, none);
-        check(named(Kind::Error, "a"), "a", None, 10, error(6));
-        check(named(Kind::Error, "a"), "b", Some(0), 10, none);
-        check(named(Kind::Slow, "a"), "a", Some(0), 10, Effect { slow_us: 9, ..none });
-        check(named(Kind::Stall, "a"), "a", Some(0), 10, Effect { stalled: true, ..none });
-        check(fault(Kind::Lost, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
-        check(fault(Kind::Absent, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
-        check(fault(Kind::Freeze, Some(0), 0, None), "a", Some(0), 10, none);
+        check(fault(FaultKind::Error, None, 10, None), "a", None, 10, none);
+        check(named(FaultKind::Error, "a"), "a", None, 10, error(6));
+        check(named(FaultKind::Error, "a"), "b", Some(0), 10, none);
+        check(named(FaultKind::Slow, "a"), "a", Some(0), 10, Effect { slow_us: 9, ..none });
+        check(named(FaultKind::Stall, "a"), "a", Some(0), 10, Effect { stalled: true, ..none });
+        check(fault(FaultKind::Lost, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
+        check(fault(FaultKind::Absent, Some(0), 0, None), "a", Some(0), 10, error(GPU_IS_LOST));
+        check(fault(FaultKind::Freeze, Some(0), 0, None), "a", Some(0), 10, none);
     }
 
     #[test]
     fn a_frozen_ring_reaches_further_back() {
-        let check = |faults: &[(Kind, u64, Option<u64>)], expect: u64| {
+        let check = |faults: &[(FaultKind, u64, Option<u64>)], expect: u64| {
             let faults = Faults::new(faults.iter().map(|(kind, from, until)| fault(*kind, None, *from, *until)).collect());
             assert_eq!(faults.reaches_back(0, 1000, 100), expect, "{faults:?}");
         };
         check(&[], 900);
-        check(&[(Kind::Freeze, 950, None)], 850);
-        check(&[(Kind::Freeze, 950, Some(980))], 870);
-        check(&[(Kind::Freeze, 950, Some(980)), (Kind::Lost, 800, Some(880))], 790);
-        check(&[(Kind::Freeze, 950, Some(980)), (Kind::Freeze, 940, Some(970)), (Kind::Freeze, 955, Some(960))], 860);
-        check(&[(Kind::Freeze, 100, Some(200)), (Kind::Throttle, 0, None)], 900);
+        check(&[(FaultKind::Freeze, 950, None)], 850);
+        check(&[(FaultKind::Freeze, 950, Some(980))], 870);
+        check(&[(FaultKind::Freeze, 950, Some(980)), (FaultKind::Lost, 800, Some(880))], 790);
+        check(
+            &[(FaultKind::Freeze, 950, Some(980)), (FaultKind::Freeze, 940, Some(970)), (FaultKind::Freeze, 955, Some(960))],
+            860,
+        );
+        check(&[(FaultKind::Freeze, 100, Some(200)), (FaultKind::Throttle, 0, None)], 900);
     }
 
     #[test]
@@ -366,18 +371,18 @@ mod tests {
         assert_eq!(reasons("sw_power_cap, hw_thermal"), Ok(0x44));
         assert!(reasons("heat").is_err_and(|e| e.contains("sw_thermal")));
         let wrong = |f: Fault| checked(f).unwrap_err();
-        assert!(wrong(Fault { error: 0, ..fault(Kind::Error, None, 0, None) }).contains("wants an error"));
-        assert!(wrong(Fault { micros: 0, ..fault(Kind::Slow, None, 0, None) }).contains("wants micros"));
-        assert!(wrong(Fault { reasons: 0, ..fault(Kind::Throttle, None, 0, None) }).contains("wants reasons"));
-        assert!(wrong(Fault { call: Some("a".into()), ..fault(Kind::Lost, None, 0, None) }).contains("no single call"));
-        assert!(wrong(fault(Kind::Reload, Some(0), 0, None)).contains("every GPU"));
+        assert!(wrong(Fault { error: 0, ..fault(FaultKind::Error, None, 0, None) }).contains("wants an error"));
+        assert!(wrong(Fault { micros: 0, ..fault(FaultKind::Slow, None, 0, None) }).contains("wants micros"));
+        assert!(wrong(Fault { reasons: 0, ..fault(FaultKind::Throttle, None, 0, None) }).contains("wants reasons"));
+        assert!(wrong(Fault { call: Some("a".into()), ..fault(FaultKind::Lost, None, 0, None) }).contains("no single call"));
+        assert!(wrong(fault(FaultKind::Reload, Some(0), 0, None)).contains("every GPU"));
     }
 
     #[test]
     fn several_throttles_hold_down_what_the_strictest_says() {
         let throttle = |from, until, mhz, watts, celsius| Fault {
             held: Held { mhz, watts, celsius },
-            ..fault(Kind::Throttle, Some(0), from, Some(until))
+            ..fault(FaultKind::Throttle, Some(0), from, Some(until))
         };
         let faults =
             Faults::new(vec![throttle(10, 30, Some(900), None, Some(88)), throttle(20, 40, Some(1000), Some(150), Some(70))]);
@@ -386,28 +391,29 @@ mod tests {
         check(25, Some(900), Some(150), Some(88));
         check(35, Some(1000), Some(150), Some(70));
         check(40, None, None, None);
-        let wrong = Fault { held: Held { mhz: Some(1), ..Held::default() }, ..fault(Kind::Slow, None, 0, None) };
+        let wrong = Fault { held: Held { mhz: Some(1), ..Held::default() }, ..fault(FaultKind::Slow, None, 0, None) };
         assert!(checked(wrong).unwrap_err().contains("holds nothing down"));
     }
 
     #[test]
     fn a_clear_ends_what_is_in_force_and_matches() {
         let mut faults = Faults::new(vec![
-            fault(Kind::Stall, Some(0), 10, None),
-            fault(Kind::Stall, Some(1), 10, None),
-            fault(Kind::Slow, Some(0), 10, Some(15)),
-            fault(Kind::Slow, Some(0), 30, None),
+            fault(FaultKind::Stall, Some(0), 10, None),
+            fault(FaultKind::Stall, Some(1), 10, None),
+            fault(FaultKind::Slow, Some(0), 10, Some(15)),
+            fault(FaultKind::Slow, Some(0), 30, None),
         ]);
         faults.clear(&Clear { gpu: Some(0), kind: None, at_us: 20 });
         let ends: Vec<_> = faults.0.iter().map(|f| f.until_us).collect();
         assert_eq!(ends, [Some(20), None, Some(15), None]);
-        faults.clear(&Clear { gpu: None, kind: Some(Kind::Stall), at_us: 25 });
+        faults.clear(&Clear { gpu: None, kind: Some(FaultKind::Stall), at_us: 25 });
         assert_eq!(faults.0[1].until_us, Some(25));
     }
 
     #[test]
     fn a_reload_and_an_arrival_begin_the_ring_anew() {
-        let faults = Faults::new(vec![fault(Kind::Reload, None, 10, Some(20)), fault(Kind::Absent, Some(1), 0, Some(50))]);
+        let faults =
+            Faults::new(vec![fault(FaultKind::Reload, None, 10, Some(20)), fault(FaultKind::Absent, Some(1), 0, Some(50))]);
         assert_eq!((faults.ring_begins(0, 5), faults.ring_begins(0, 15), faults.ring_begins(0, 90)), (0, 15, 20));
         assert_eq!(faults.ring_begins(1, 90), 50);
         assert!(faults.reloaded(5, 10) && !faults.reloaded(10, 90) && !faults.reloaded(5, 9));

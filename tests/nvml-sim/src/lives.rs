@@ -65,7 +65,7 @@ pub struct Lives {
 
 /// A life as it is told on stdout.
 #[derive(Serialize)]
-struct Told {
+struct Reported {
     pid: u32,
     start_time: u64,
     cgroup: String,
@@ -77,11 +77,11 @@ struct Told {
     gone_us: u64,
 }
 
-struct Life {
+struct Lifetime {
     child: Child,
     load_id: u64,
     due: Instant,
-    told: Told,
+    told: Reported,
 }
 
 struct Crowd<'a> {
@@ -92,8 +92,8 @@ struct Crowd<'a> {
     /// Device nodes that a process holds, by GPU.
     nodes: Vec<Vec<CString>>,
     log: Log,
-    alive: Vec<Life>,
-    gone: Vec<Told>,
+    alive: Vec<Lifetime>,
+    gone: Vec<Reported>,
 }
 
 /// Lets them live and prints them; what went wrong in between, or a signal, ends those that are there.
@@ -152,7 +152,7 @@ impl<'a> Crowd<'a> {
         Ok(())
     }
 
-    fn begin(&mut self, number: u64, pid: Option<u32>) -> anyhow::Result<Life> {
+    fn begin(&mut self, number: u64, pid: Option<u32>) -> anyhow::Result<Lifetime> {
         let draw = |what: u64, below: u64| mix(self.asked.seed, number, what) % below;
         let cgroup = &self.cgroups[draw(1, self.cgroups.len() as u64) as usize];
         let gpu = self.gpus[draw(2, self.gpus.len() as u64) as usize];
@@ -174,8 +174,8 @@ impl<'a> Crowd<'a> {
         let (memory_bytes, ways) = (self.asked.mem, self.ways.clone());
         let load = Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways };
         let (load_id, begin_us) = self.log.begin(load)?;
-        let told = Told { pid, start_time, cgroup: cgroup.name.clone(), gpu, demand, begin_us, end_us: 0, gone_us: 0 };
-        Ok(Life { child, load_id, due, told })
+        let told = Reported { pid, start_time, cgroup: cgroup.name.clone(), gpu, demand, begin_us, end_us: 0, gone_us: 0 };
+        Ok(Lifetime { child, load_id, due, told })
     }
 
     /// Until the next time is up; a life that something else ended is due then too.
@@ -184,7 +184,7 @@ impl<'a> Crowd<'a> {
         let left = self.alive.iter().map(|life| life.due.saturating_duration_since(now)).min().unwrap_or_default();
         let left = left.min(hold::LOOK_EVERY);
         let wait = libc::timespec { tv_sec: left.as_secs() as libc::time_t, tv_nsec: left.subsec_nanos().into() };
-        let poll = |life: &Life| libc::pollfd { fd: life.child.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
+        let poll = |life: &Lifetime| libc::pollfd { fd: life.child.pidfd.as_raw_fd(), events: libc::POLLIN, revents: 0 };
         let mut polls: Vec<libc::pollfd> = self.alive.iter().map(poll).collect();
         // SAFETY: as many valid pollfds as said, a valid timespec and no signal mask.
         if unsafe { libc::ppoll(polls.as_mut_ptr(), polls.len() as libc::nfds_t, &raw const wait, std::ptr::null()) } < 0 {
@@ -198,7 +198,7 @@ impl<'a> Crowd<'a> {
     }
 
     /// Ends those that are due: first every load, then its process.
-    fn end(&mut self, due: impl Fn(&Life) -> bool) -> anyhow::Result<()> {
+    fn end(&mut self, due: impl Fn(&Lifetime) -> bool) -> anyhow::Result<()> {
         for life in self.alive.iter_mut().filter(|life| due(life) && life.told.end_us == 0) {
             life.told.end_us = self.log.end(life.load_id)?;
             life.child.kill()?;
@@ -219,7 +219,7 @@ mod tests {
     use super::*;
 
     #[derive(clap::Parser)]
-    struct Cli {
+    struct LivesCli {
         #[command(flatten)]
         asked: Lives,
     }
@@ -230,7 +230,7 @@ mod tests {
         std::fs::write(dir.path().join("world.toml"), "[[gpus]]\n".repeat(gpus)).unwrap();
         std::fs::write(dir.path().join(loads::FILE), "").unwrap();
         let common = ["lives", "--dir", dir.path().to_str().unwrap()];
-        match Cli::try_parse_from(common.iter().chain(arguments)) {
+        match LivesCli::try_parse_from(common.iter().chain(arguments)) {
             Ok(cli) => Crowd::new(&cli.asked).map_or_else(|e| format!("{e:#}"), |crowd| format!("ok {:?}", crowd.gpus)),
             Err(error) => error.to_string(),
         }

@@ -300,7 +300,7 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "").unwrap();
         let mut log = Log::open(dir.path()).unwrap();
-        let kind = crate::faults::Kind::Stall;
+        let kind = crate::faults::FaultKind::Stall;
         let fault = Fault { gpu: Some(1), call: Some("a".into()), ..Fault::of_kind(kind) };
         let at = log.fault(fault, Some(5)).unwrap();
         log.clear(Clear { gpu: None, kind: Some(kind), at_us: 0 }).unwrap();

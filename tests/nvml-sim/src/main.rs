@@ -15,7 +15,7 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use arguments::{Steps, bytes, demand, steps};
 use clap::{Parser, Subcommand};
-use nvidia_ml_sim::faults::{self, Clear, Fault, Held, Kind, micros};
+use nvidia_ml_sim::faults::{self, Clear, Fault, FaultKind, Held, micros};
 use nvidia_ml_sim::{loads, symbols, time, world};
 
 #[derive(Parser)]
@@ -120,7 +120,7 @@ struct FaultArgs {
     #[arg(long)]
     gpu: Option<usize>,
     #[arg(long, required_unless_present = "clear")]
-    kind: Option<Kind>,
+    kind: Option<FaultKind>,
     /// Only this call, such as nvmlDeviceGetSamples; every call on the device when left out
     #[arg(long, value_name = "SYMBOL")]
     call: Option<String>,

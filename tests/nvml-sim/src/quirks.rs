@@ -2,7 +2,7 @@
 
 use std::fmt::Write as _;
 
-use crate::answers::{Kind, Row};
+use crate::answers::{RingKind, Row};
 use crate::driver::Driver;
 use crate::loads::{self, Load, Ways};
 use crate::model::Tick;
@@ -13,18 +13,18 @@ use crate::world::Unit;
 const BEGUN: u64 = 1_000_000_000_000;
 const NOW: u64 = BEGUN + 60_000_000;
 
-struct Sim {
+struct QuirkSim {
     driver: Driver,
     dir: tempfile::TempDir,
 }
 
 /// (pid, demand, end) from the world's begin on; the processes need not exist, because nobody looks for them.
-fn sim(keys: &str, loads: &[(u32, f64, Option<u64>)]) -> Sim {
+fn sim(keys: &str, loads: &[(u32, f64, Option<u64>)]) -> QuirkSim {
     let plain = loads.iter().map(|(pid, demand, end)| (*pid, *demand, *end, Ways::default()));
     with_ways(keys, &plain.collect::<Vec<_>>())
 }
 
-fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> Sim {
+fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> QuirkSim {
     let dir = tempfile::tempdir().unwrap();
     // The log is written with the time of this machine; it is put back to that of the world.
     let mut text = String::new();
@@ -41,12 +41,12 @@ fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> Sim {
     let mut driver = Driver::open(dir.path()).unwrap();
     driver.never_look_for_the_dead();
     driver.fixed_us = Some(NOW);
-    Sim { driver, dir }
+    QuirkSim { driver, dir }
 }
 
-impl Sim {
+impl QuirkSim {
     fn samples(&mut self, after: u64) -> Vec<(u64, u32)> {
-        self.driver.samples(0, Kind::Utilization(0), after).unwrap()
+        self.driver.samples(0, RingKind::Utilization(0), after).unwrap()
     }
 
     fn rows(&mut self, after: u64) -> Vec<Row> {
@@ -123,7 +123,7 @@ fn idle_samples_are_zero_or_not_there() {
     let busy: Vec<_> = zeros.iter().filter(|(_, util)| *util > 0).copied().collect();
     assert!(zeros.len() == 72 && busy.len() < 50 && dry == busy);
     assert!(sim("idle_ring = 'dry'", &[]).samples(0).is_empty());
-    assert_eq!(sim("idle_ring = 'dry'", &[]).driver.samples(0, Kind::Power, 0).unwrap().len(), 72);
+    assert_eq!(sim("idle_ring = 'dry'", &[]).driver.samples(0, RingKind::Power, 0).unwrap().len(), 72);
 }
 
 #[test]
@@ -254,7 +254,7 @@ fn sums_go_on_without_the_loads_behind_them() {
 
 #[test]
 fn pids_of_another_kernel_are_in_every_answer() {
-    let pids = |sim: &mut Sim| {
+    let pids = |sim: &mut QuirkSim| {
         let rows: std::collections::BTreeSet<u32> = sim.rows(0).iter().map(|row| row.pid).collect();
         let listed = sim.driver.processes(Unit::from(0), List::Compute).unwrap();
         let listed: std::collections::BTreeSet<u32> = listed.iter().map(|process| process.pid).collect();

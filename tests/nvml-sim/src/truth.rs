@@ -53,7 +53,7 @@ fn by_engine<T: Into<Value>>(values: [T; ENGINES]) -> Map<String, Value> {
     Engine::NAMES.iter().map(|name| (*name).to_owned()).zip(values.map(Into::into)).collect()
 }
 
-struct Process {
+struct ProcessTruth {
     pid: u32,
     start_time: u64,
     seconds: [f64; ENGINES],
@@ -62,12 +62,12 @@ struct Process {
 
 /// One GPU or MIG device.
 fn told(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
-    let mut processes: Vec<Process> = Vec::new();
+    let mut processes: Vec<ProcessTruth> = Vec::new();
     let mut places = HashMap::new();
     for spent in model.truth(from, to) {
         let (pid, start_time) = (spent.load.pid, spent.load.start_time);
         let place = *places.entry((pid, start_time)).or_insert_with(|| {
-            processes.push(Process { pid, start_time, seconds: [0.0; ENGINES], active: 0.0 });
+            processes.push(ProcessTruth { pid, start_time, seconds: [0.0; ENGINES], active: 0.0 });
             processes.len() - 1
         });
         let process = &mut processes[place];
@@ -75,7 +75,7 @@ fn told(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
         process.active += spent.active;
     }
     let busy = processes.iter().fold(0.0, |sum, p| sum + p.seconds[0]);
-    let process = |p: &Process| {
+    let process = |p: &ProcessTruth| {
         let engines = by_engine(p.seconds);
         let (seconds, active) = (p.seconds[0], p.active);
         json!({"pid": p.pid, "start_time": p.start_time, "gpu_seconds": seconds, "active_seconds": active, "engine_seconds": engines})

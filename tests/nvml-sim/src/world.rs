@@ -7,7 +7,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use serde::{Deserialize, Serialize};
 
-use crate::faults::{self, Fault, Faults, Held, Kind, Xid};
+use crate::faults::{self, Fault, FaultKind, Faults, Held, Xid};
 use crate::model::SERVED_AFTER_US;
 use crate::time;
 
@@ -154,7 +154,7 @@ pub struct FaultKey {
     pub gpu: Option<usize>,
     pub from: String,
     pub lasts: Option<String>,
-    pub kind: Kind,
+    pub kind: FaultKind,
     pub call: Option<String>,
     pub error: Option<String>,
     #[serde(default)]

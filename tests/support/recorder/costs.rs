@@ -43,8 +43,8 @@ pub struct Target<'a> {
     pub newest: u64,
 }
 
-type Answer = Result<usize, NvmlError>;
-type Made = fn(&Target<'_>, &mut Buffers) -> Answer;
+type CallResult = Result<usize, NvmlError>;
+type Made = fn(&Target<'_>, &mut Buffers) -> CallResult;
 
 /// A symbol, called with the device first.
 macro_rules! on_device {
@@ -56,19 +56,19 @@ macro_rules! on_device {
     }};
 }
 
-fn samples(target: &Target<'_>, buffers: &mut Buffers, kind: u32, after: u64) -> Answer {
+fn samples(target: &Target<'_>, buffers: &mut Buffers, kind: u32, after: u64) -> CallResult {
     let (mut value_type, mut count) = (0, ROOM as u32);
     on_device!(target, nvmlDeviceGetSamples, kind, after, &raw mut value_type, &raw mut count, buffers.samples.as_mut_ptr())?;
     Ok(count as usize)
 }
 
-fn rows(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> Answer {
+fn rows(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> CallResult {
     let mut count = ROOM as u32;
     on_device!(target, nvmlDeviceGetProcessUtilization, buffers.rows.as_mut_ptr(), &raw mut count, after)?;
     Ok(count as usize)
 }
 
-fn infos(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> Answer {
+fn infos(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> CallResult {
     let mut info = nvmlProcessesUtilizationInfo_t {
         version: versioned::<nvmlProcessesUtilizationInfo_t>(1),
         processSamplesCount: ROOM as u32,
@@ -100,7 +100,7 @@ macro_rules! value {
     };
 }
 
-fn fields(target: &Target<'_>, count: usize) -> Answer {
+fn fields(target: &Target<'_>, count: usize) -> CallResult {
     // SAFETY: numbers and a union of numbers, for which all-zero is a value.
     let mut fields: [nvmlFieldValue_t; THROTTLE_FIELDS.len()] = unsafe { std::mem::zeroed() };
     for (field, id) in fields.iter_mut().zip(THROTTLE_FIELDS) {
@@ -110,7 +110,7 @@ fn fields(target: &Target<'_>, count: usize) -> Answer {
     Ok(fields.iter().take(count).filter(|field| field.nvmlReturn == 0).count())
 }
 
-fn memory_v2(target: &Target<'_>, _: &mut Buffers) -> Answer {
+fn memory_v2(target: &Target<'_>, _: &mut Buffers) -> CallResult {
     // SAFETY: numbers, for which all-zero is a value.
     let mut memory: nvmlMemory_v2_t = unsafe { std::mem::zeroed() };
     memory.version = versioned::<nvmlMemory_v2_t>(2);
@@ -118,13 +118,13 @@ fn memory_v2(target: &Target<'_>, _: &mut Buffers) -> Answer {
     Ok(1)
 }
 
-fn mig_mode(target: &Target<'_>, _: &mut Buffers) -> Answer {
+fn mig_mode(target: &Target<'_>, _: &mut Buffers) -> CallResult {
     let (mut current, mut pending) = (0, 0);
     on_device!(target, nvmlDeviceGetMigMode, &raw mut current, &raw mut pending)?;
     Ok(1)
 }
 
-fn gpm(target: &Target<'_>, buffers: &mut Buffers) -> Answer {
+fn gpm(target: &Target<'_>, buffers: &mut Buffers) -> CallResult {
     if buffers.gpm.is_null() {
         let symbol = target.nvml.lib().nvmlGpmSampleAlloc.as_ref();
         let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;

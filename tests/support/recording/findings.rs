@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use super::{Fold, Gpu, Raw, Row, Sample, quantile as at, truth};
+use super::{Fold, Raw, RecordedGpu, RecordedProcess, RecordedSample, quantile as at, truth};
 
 /// One line of the table: what was looked at, what the product assumes, what was seen, and whether that agrees.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -15,9 +15,9 @@ pub struct Finding {
 }
 
 /// A sample and the compute row that names somebody for it.
-struct Tick {
-    sample: Sample,
-    row: Option<Row>,
+struct PairedSample {
+    sample: RecordedSample,
+    row: Option<RecordedProcess>,
 }
 
 /// Fewer ticks than this say nothing.
@@ -25,8 +25,8 @@ const ENOUGH: f64 = 10.0;
 /// Without a new sample for so long a ring is dry.
 pub const DRY_US: u64 = 1_500_000;
 
-pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
-    let mut samples: Vec<Sample> = all.samples().collect();
+pub fn of(gpu: &RecordedGpu, all: &Raw) -> Vec<Finding> {
+    let mut samples: Vec<RecordedSample> = all.samples().collect();
     samples.sort_by_key(|s| s.0);
     samples.dedup_by_key(|s| s.0);
     if samples.is_empty() {
@@ -56,19 +56,20 @@ pub fn of(gpu: &Gpu, all: &Raw) -> Vec<Finding> {
 }
 
 /// Samples as the loads' own slices are compared with them.
-pub fn truth_ticks(all: &Raw) -> Vec<truth::Tick> {
-    let mut samples: Vec<Sample> = all.samples().collect();
+pub fn truth_ticks(all: &Raw) -> Vec<truth::TrueSample> {
+    let mut samples: Vec<RecordedSample> = all.samples().collect();
     samples.sort_by_key(|s| s.0);
     samples.dedup_by_key(|s| s.0);
     let gaps = sorted(samples.windows(2).map(|pair| pair[1].0 - pair[0].0).collect());
-    let tick = |(before, tick): (&Sample, &Tick)| truth::Tick {
+    let tick = |(before, tick): (&RecordedSample, &PairedSample)| truth::TrueSample {
         stamp_ns: tick.sample.0 as i64 * 1_000,
         gap_ns: (tick.sample.0 - before.0) as i64 * 1_000,
         busy: f64::from(tick.sample.1) / 100.0,
         pid: tick.row.map(|row| row.1),
     };
     let ticks = ticks(&samples, all, at(&gaps, 0.5));
-    let before = |tick: &Tick| samples.partition_point(|s| s.0 < tick.sample.0).checked_sub(1).and_then(|n| samples.get(n));
+    let before =
+        |tick: &PairedSample| samples.partition_point(|s| s.0 < tick.sample.0).checked_sub(1).and_then(|n| samples.get(n));
     ticks.iter().filter_map(|of| Some(tick((before(of)?, of)))).collect()
 }
 
@@ -86,11 +87,11 @@ fn ms(us: u64) -> f64 {
 }
 
 /// The last few are left out: their rows may not have been served yet.
-fn ticks(samples: &[Sample], all: &Raw, period: u64) -> Vec<Tick> {
-    let rows: Vec<Row> = all.rows().filter(|row| row.2[0] > 0 && row.2[0] <= 100).collect();
+fn ticks(samples: &[RecordedSample], all: &Raw, period: u64) -> Vec<PairedSample> {
+    let rows: Vec<RecordedProcess> = all.rows().filter(|row| row.2[0] > 0 && row.2[0] <= 100).collect();
     let settled = &samples[..samples.len().saturating_sub(3)];
-    let near = |sample: &Sample| rows.iter().find(|row| row.0.abs_diff(sample.0) * 2 < period.max(1)).copied();
-    settled.iter().filter(|s| s.1 <= 100).map(|sample| Tick { sample: *sample, row: near(sample) }).collect()
+    let near = |sample: &RecordedSample| rows.iter().find(|row| row.0.abs_diff(sample.0) * 2 < period.max(1)).copied();
+    settled.iter().filter(|s| s.1 <= 100).map(|sample| PairedSample { sample: *sample, row: near(sample) }).collect()
 }
 
 fn grid(gaps: &[u64]) -> Finding {
@@ -101,9 +102,9 @@ fn grid(gaps: &[u64]) -> Finding {
 }
 
 /// Under the instant's rule a tick of 40 % names nobody in 60 % of the cases; under the period's rule never.
-fn pid_rule(ticks: &[Tick]) -> Finding {
-    let partly: Vec<&Tick> = ticks.iter().filter(|t| t.sample.1 > 0 && t.sample.1 < 100).collect();
-    let idle = |t: &&Tick| 1.0 - f64::from(t.sample.1) / 100.0;
+fn pid_rule(ticks: &[PairedSample]) -> Finding {
+    let partly: Vec<&PairedSample> = ticks.iter().filter(|t| t.sample.1 > 0 && t.sample.1 < 100).collect();
+    let idle = |t: &&PairedSample| 1.0 - f64::from(t.sample.1) / 100.0;
     let expected: f64 = partly.iter().map(idle).sum();
     let sigma = partly.iter().map(idle).map(|p| p * (1.0 - p)).sum::<f64>().sqrt();
     let nameless = partly.iter().filter(|t| t.row.is_none()).count() as f64;
@@ -125,7 +126,7 @@ fn pid_rule(ticks: &[Tick]) -> Finding {
 }
 
 /// The loads' kernels note by the GPU's timer when they ran; the agent is right under the first two rules.
-fn measured_rule(gpu: &Gpu) -> Finding {
+fn measured_rule(gpu: &RecordedGpu) -> Finding {
     let (about, assumed) = ("the rule, by the loads' own clock", "at the instant, or the last of the period");
     let Some(rules) = gpu.rules else {
         return finding(about, assumed, gpu.no_rules.clone().unwrap_or_else(|| truth::Unknown::NoLoads.to_string()), None);
@@ -145,13 +146,13 @@ fn measured_rule(gpu: &Gpu) -> Finding {
     finding(about, assumed, seen, (rules.ticks >= 30).then_some(best * 10 >= rules.ticks * 9 && best >= rules.resident))
 }
 
-fn ended(gpu: &Gpu) -> Finding {
+fn ended(gpu: &RecordedGpu) -> Finding {
     let (rows, dead) = gpu.ended;
     let seen = format!("{dead} of {rows} rows were returned after their process had ended");
     finding("rows of ended processes", "returned; exits are kept for 40 s", seen, None)
 }
 
-fn again(gpu: &Gpu) -> Finding {
+fn again(gpu: &RecordedGpu) -> Finding {
     let [(samples, again), (rows, rows_again)] = gpu.again;
     let seen = format!("{again} of {samples} answers of samples and {rows_again} of {rows} of rows had that stamp again");
     let agrees = (samples + rows > 0).then_some(again + rows_again == 0);
@@ -159,14 +160,14 @@ fn again(gpu: &Gpu) -> Finding {
 }
 
 /// Those that a poll makes; all of them are in the table below.
-fn costs(gpu: &Gpu) -> Finding {
+fn costs(gpu: &RecordedGpu) -> Finding {
     let p50 = |call: &str| gpu.costs.get(call).map_or((0.0, 0.0), |cost| (cost.idle.p50_us, cost.loaded.p50_us));
     let ((idle, loaded), (rows_idle, rows_loaded)) = (p50("GetSamples"), p50("GetProcessUtilization"));
     let seen = format!("idle {idle:.0} + {rows_idle:.0} us, loaded {loaded:.0} + {rows_loaded:.0} us, 50 %");
     finding("a poll: samples and rows", "any; the budget decides", seen, None)
 }
 
-fn layouts(gpu: &Gpu) -> Vec<Finding> {
+fn layouts(gpu: &RecordedGpu) -> Vec<Finding> {
     let layout = |(call, stride): (&String, &super::stride::Stride)| {
         let length = stride.length.map_or_else(|| "no length that is known".to_owned(), |length| format!("{length} bytes"));
         let (live, entries) = (stride.pids_live, stride.entries);
@@ -177,7 +178,7 @@ fn layouts(gpu: &Gpu) -> Vec<Finding> {
     gpu.strides.iter().map(layout).collect()
 }
 
-fn utilization(ticks: &[Tick]) -> Finding {
+fn utilization(ticks: &[PairedSample]) -> Finding {
     let named: Vec<(u32, u32)> = ticks.iter().filter_map(|t| Some((t.sample.1, t.row?.2[0]))).collect();
     let same = named.iter().filter(|(sample, row)| sample.abs_diff(*row) <= 1).count();
     let seen = format!("{same} of {} rows have the device's percentage", named.len());
@@ -185,9 +186,9 @@ fn utilization(ticks: &[Tick]) -> Finding {
     finding("a row's utilization", "the whole period's, whoever had it", seen, enough.then_some(same * 10 >= named.len() * 9))
 }
 
-fn stamps(samples: &[Sample], all: &Raw) -> Finding {
-    let rows: Vec<Row> = all.rows().filter(|row| row.2[0] <= 100).collect();
-    let distance = |row: &Row| {
+fn stamps(samples: &[RecordedSample], all: &Raw) -> Finding {
+    let rows: Vec<RecordedProcess> = all.rows().filter(|row| row.2[0] <= 100).collect();
+    let distance = |row: &RecordedProcess| {
         let next = samples.partition_point(|s| s.0 < row.0);
         let near = |n: usize| samples.get(n).map(|s| s.0.abs_diff(row.0));
         near(next).into_iter().chain(next.checked_sub(1).and_then(near)).min()
@@ -205,12 +206,12 @@ fn stamps(samples: &[Sample], all: &Raw) -> Finding {
 }
 
 /// Which of the ways to make one number of several samples the driver has.
-fn folding(samples: &[Sample], all: &Raw) -> Finding {
+fn folding(samples: &[RecordedSample], all: &Raw) -> Finding {
     let (mut rows, mut average, mut newest, mut whole) = (0, 0, 0, 0);
-    let single: Vec<Row> = all.rows().filter(|row| row.2[0] <= 100).collect();
+    let single: Vec<RecordedProcess> = all.rows().filter(|row| row.2[0] <= 100).collect();
     for Fold(after, until, answer) in &all.folds {
         let ticks = samples.iter().filter(|s| s.0 > *after && s.0 <= *until).count() as f64;
-        for Row(stamp, pid, percent) in answer.iter().filter(|row| row.2[0] <= 100) {
+        for RecordedProcess(stamp, pid, percent) in answer.iter().filter(|row| row.2[0] <= 100) {
             let mine: Vec<f64> =
                 single.iter().filter(|r| r.1 == *pid && r.0 > *after && r.0 <= *stamp).map(|r| f64::from(r.2[0])).collect();
             // Of one sample all ways are the same.
@@ -232,13 +233,13 @@ fn folding(samples: &[Sample], all: &Raw) -> Finding {
 }
 
 fn order(all: &Raw) -> Finding {
-    let several: Vec<&Vec<Row>> = all.folds.iter().map(|fold| &fold.2).filter(|rows| rows.len() > 1).collect();
+    let several: Vec<&Vec<RecordedProcess>> = all.folds.iter().map(|fold| &fold.2).filter(|rows| rows.len() > 1).collect();
     let ordered = several.iter().filter(|rows| rows.is_sorted_by_key(|row| row.0)).count();
     let seen = format!("{ordered} of {} answers with several rows are in the order of time", several.len());
     finding("order of rows", "none", seen, None)
 }
 
-fn idle(all: &Raw, samples: &[Sample]) -> Finding {
+fn idle(all: &Raw, samples: &[RecordedSample]) -> Finding {
     let zeros = samples.iter().filter(|s| s.1 == 0).count();
     let fed: Vec<u64> = all.polls.iter().filter(|poll| !poll.2.is_empty()).map(|poll| poll.0).collect();
     let end = all.polls.last().map_or(0, |poll| poll.0);
@@ -260,7 +261,7 @@ fn served(all: &Raw) -> Vec<(u64, u64)> {
     all.polls.iter().skip(1).filter_map(first).collect()
 }
 
-fn clock(gpu: &Gpu, all: &Raw) -> Finding {
+fn clock(gpu: &RecordedGpu, all: &Raw) -> Finding {
     let (wall, end) = gpu.wall_less_boot_us;
     let served = served(all);
     let Some((stamp, boot)) = served.first().copied() else {
@@ -284,7 +285,7 @@ fn clock(gpu: &Gpu, all: &Raw) -> Finding {
 }
 
 /// The clock's offset is not known, so only how much the age varies is.
-fn age(gpu: &Gpu, all: &Raw) -> Finding {
+fn age(gpu: &RecordedGpu, all: &Raw) -> Finding {
     let delays = sorted(served(all).iter().map(|(stamp, boot)| *boot as i64 - *stamp as i64).collect());
     let (Some(least), Some(most)) = (delays.first(), delays.last()) else {
         return finding("age of a sample when served", "up to a period", "no sample".into(), None);
@@ -300,15 +301,15 @@ fn age(gpu: &Gpu, all: &Raw) -> Finding {
     finding("age of a sample when served", "up to a period", seen, (delays.len() as f64 > ENOUGH).then_some(spread(0.95) < 200.0))
 }
 
-fn garbage(samples: &[Sample], all: &Raw) -> Finding {
-    let rows: Vec<Row> = all.rows().collect();
+fn garbage(samples: &[RecordedSample], all: &Raw) -> Finding {
+    let rows: Vec<RecordedProcess> = all.rows().collect();
     let above = rows.iter().filter(|row| row.2.iter().any(|p| *p > 100)).count() + samples.iter().filter(|s| s.1 > 100).count();
     let no_pid = rows.iter().filter(|row| row.1 == 0 || row.1 == u32::MAX).count();
     let seen = format!("{above} above 100 %, {no_pid} with no pid, of {} samples and {} rows", samples.len(), rows.len());
     finding("what cannot be", "counted and refused", seen, None)
 }
 
-fn process_list(gpu: &Gpu) -> Finding {
+fn process_list(gpu: &RecordedGpu) -> Finding {
     let list = gpu.calls.get("GetComputeRunningProcesses").copied().unwrap_or_default();
     let (most, unknown) = gpu.listed;
     let seen = format!(

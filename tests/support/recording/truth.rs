@@ -30,7 +30,7 @@ pub struct Load {
 
 /// A sample: its stamp, the one before it, the busy part, the process that it names.
 #[derive(Clone, Copy, Debug)]
-pub struct Tick {
+pub struct TrueSample {
     pub stamp_ns: i64,
     pub gap_ns: i64,
     pub busy: f64,
@@ -128,17 +128,17 @@ impl Load {
 }
 
 /// The ticks that lie within what the loads wrote down, if stamps are moved by so much.
-fn within(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Vec<Tick> {
+fn within(ticks: &[TrueSample], loads: &[Load], shift_ns: i64) -> Vec<TrueSample> {
     let begin = loads.iter().filter_map(|load| load.slices.first()).map(|(begin, _)| *begin).min().unwrap_or_default();
     let end = loads.iter().filter_map(|load| load.slices.last()).map(|(_, end)| *end).max().unwrap_or_default();
-    let moved = ticks.iter().map(|tick| Tick { stamp_ns: tick.stamp_ns + shift_ns, ..*tick });
+    let moved = ticks.iter().map(|tick| TrueSample { stamp_ns: tick.stamp_ns + shift_ns, ..*tick });
     moved.filter(|tick| tick.stamp_ns - tick.gap_ns >= begin && tick.stamp_ns <= end).collect()
 }
 
 /// Of utilization; `None` where too few ticks are left.
-fn mean_error(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Option<f64> {
+fn mean_error(ticks: &[TrueSample], loads: &[Load], shift_ns: i64) -> Option<f64> {
     let inside = within(ticks, loads, shift_ns);
-    let error = |tick: &Tick| {
+    let error = |tick: &TrueSample| {
         let busy: i64 = loads.iter().map(|load| load.busy(tick.stamp_ns - tick.gap_ns, tick.stamp_ns)).sum();
         (tick.busy - busy as f64 / tick.gap_ns.max(1) as f64).abs()
     };
@@ -146,14 +146,14 @@ fn mean_error(ticks: &[Tick], loads: &[Load], shift_ns: i64) -> Option<f64> {
     enough.then(|| inside.iter().map(error).sum::<f64>() / inside.len() as f64)
 }
 
-fn best(ticks: &[Tick], loads: &[Load], around: &[i64], (reach, step): (i64, i64)) -> Option<(i64, f64)> {
+fn best(ticks: &[TrueSample], loads: &[Load], around: &[i64], (reach, step): (i64, i64)) -> Option<(i64, f64)> {
     let tried = around.iter().flat_map(|base| (-reach / step..=reach / step).map(move |n| base + n * step));
     let errors = tried.filter_map(|shift| Some((shift, mean_error(ticks, loads, shift)?)));
     errors.min_by(|a, b| a.1.total_cmp(&b.1))
 }
 
 /// The rule that samples follow. `wall_less_boot_ns`: the wall clock less the clock since boot, for stamps that are of the latter.
-pub fn rules(ticks: &[Tick], loads: &[Load], wall_less_boot_ns: i64) -> Result<Rules, Unknown> {
+pub fn rules(ticks: &[TrueSample], loads: &[Load], wall_less_boot_ns: i64) -> Result<Rules, Unknown> {
     let ahead_of_wall_ns = loads.first().ok_or(Unknown::NoLoads)?.ahead_of_wall_ns;
     if ticks.len() < ENOUGH {
         return Err(Unknown::TooFewSamples);
@@ -192,7 +192,7 @@ mod tests {
     }
 
     /// Two loads that take turns with random pauses, and the samples that a driver with this rule takes of them.
-    fn world(rule: fn(&[Load], i64) -> Option<u32>, ahead: i64) -> (Vec<Load>, Vec<Tick>) {
+    fn world(rule: fn(&[Load], i64) -> Option<u32>, ahead: i64) -> (Vec<Load>, Vec<TrueSample>) {
         let (mut state, mut at) = (7, 1_000 * MS + AHEAD);
         let mut loads = [101, 102].map(|pid| Load { pid, ahead_of_wall_ns: AHEAD, slices: Vec::new() }).to_vec();
         while at < 61_000 * MS + AHEAD {
@@ -205,7 +205,7 @@ mod tests {
         let tick = |stamp: i64| {
             let busy: i64 = loads.iter().map(|load| load.busy(stamp - PERIOD, stamp)).sum();
             let percent = (busy as f64 / PERIOD as f64 * 100.0).round() / 100.0;
-            Tick { stamp_ns: stamp - ahead, gap_ns: PERIOD, busy: percent, pid: rule(&loads, stamp) }
+            TrueSample { stamp_ns: stamp - ahead, gap_ns: PERIOD, busy: percent, pid: rule(&loads, stamp) }
         };
         let ticks = stamps.map(tick).collect();
         (loads, ticks)

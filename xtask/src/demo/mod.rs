@@ -30,13 +30,13 @@ use workloads::{Place, SPECS, Spec, Workload};
 const DRIVER: &str = "/dev/nvidiactl";
 const SCRAPE_PERIOD: Duration = Duration::from_secs(1);
 
-struct Options {
+struct DemoOptions {
     lasts: Option<Duration>,
     /// None: what the machine has.
     real: Option<bool>,
 }
 
-impl Options {
+impl DemoOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let mut options = Self { lasts: None, real: None };
         let mut words = args.iter();
@@ -54,7 +54,7 @@ impl Options {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    let options = Options::parse(args)?;
+    let options = DemoOptions::parse(args)?;
     let driver = Path::new(DRIVER).exists();
     let real = options.real.unwrap_or(driver);
     if real && !driver {
@@ -211,7 +211,7 @@ mod tests {
 
     #[test]
     fn options() {
-        let parse = |words: &[&str]| Options::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
+        let parse = |words: &[&str]| DemoOptions::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
         assert_eq!(parse(&["--for", "5s", "--sim"]).unwrap().real, Some(false));
         assert_eq!(parse(&["--for=5s"]).unwrap().lasts, Some(Duration::from_secs(5)));
         assert!(parse(&["--sim", "--real"]).is_err());

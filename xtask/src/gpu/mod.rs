@@ -68,13 +68,13 @@ const fn spec(pod: &'static str, demand: &'static str) -> Spec {
     Spec { namespace: "gpu-recording", pod, container: "load", demand }
 }
 
-struct Options {
+struct GpuOptions {
     lasts: Duration,
     library: Option<PathBuf>,
     folder: PathBuf,
 }
 
-impl Options {
+impl GpuOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let folder = tools::target_dir()?.join("gpu");
         let mut options = Self { lasts: Duration::from_secs(60), library: None, folder };
@@ -113,7 +113,7 @@ enum Source {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    let options = Options::parse(args)?;
+    let options = GpuOptions::parse(args)?;
     look_for_a_driver(options.library.as_deref())?;
     if !sys::is_root() {
         bail!("the agent loads programs into the kernel: run as root");
@@ -271,7 +271,7 @@ fn problem(error: &anyhow::Error) -> Value {
     json!({"problem": format!("{error:#}")})
 }
 
-fn recorder_command(recorder: &Path, options: &Options, seconds: &str) -> Command {
+fn recorder_command(recorder: &Path, options: &GpuOptions, seconds: &str) -> Command {
     let mut command = Command::new(recorder);
     command.args(["--for", seconds]);
     if let Some(library) = &options.library {
@@ -289,7 +289,7 @@ struct Unprivileged {
 }
 
 impl Unprivileged {
-    fn start(recorder: &Path, options: &Options, tmp: &Path) -> Result<Self> {
+    fn start(recorder: &Path, options: &GpuOptions, tmp: &Path) -> Result<Self> {
         let (answers, log) = (tmp.join("unprivileged.json"), tmp.join("unprivileged.log"));
         let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
         command.args(["--unprivileged", "-o", "-"]).stdin(Stdio::null());
@@ -328,7 +328,7 @@ fn counts(answers: &Value) -> Value {
 }
 
 /// Starts the recorder and lets the processes have their turns. Only the recorder itself can fail it.
-fn record(recorder: &Path, tmp: &Path, options: &Options, source: &Source, cleanup: &mut Cleanup) -> Result<Meanwhile> {
+fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cleanup: &mut Cleanup) -> Result<Meanwhile> {
     let seconds = options.lasts.as_secs_f64();
     let mut command = recorder_command(recorder, options, &seconds.to_string());
     command.arg("-o").arg(tmp.join(RECORDING));
@@ -491,7 +491,7 @@ mod tests {
 
     #[test]
     fn options() {
-        let parse = |words: &[&str]| Options::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
+        let parse = |words: &[&str]| GpuOptions::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
         assert_eq!(parse(&[]).unwrap().lasts, Duration::from_secs(60));
         let all = parse(&["--for=20s", "--nvml-lib", "/l", "-o", "f"]).unwrap();
         assert_eq!((all.lasts, all.library, all.folder), (Duration::from_secs(20), Some("/l".into()), "f".into()));

@@ -38,7 +38,7 @@ const USAGE: &str = "usage: cargo xtask vm KERNEL [--append ARGS] [--suite SUITE
                      KERNEL is a version such as 7.3 or 6.1, or the name of a linux-image package";
 
 #[derive(Debug, PartialEq)]
-struct Options {
+struct VmOptions {
     kernel: String,
     append: String,
     suite: Option<String>,
@@ -54,7 +54,7 @@ fn usage(problem: impl std::fmt::Display) -> anyhow::Error {
     Usage(format!("{problem}\n{USAGE}")).into()
 }
 
-impl Options {
+impl VmOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let end = args.iter().position(|word| word == "--");
         let (ours, command) = args.split_at(end.unwrap_or(args.len()));
@@ -101,7 +101,7 @@ impl Options {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    let options = Options::parse(args)?;
+    let options = VmOptions::parse(args)?;
     if env::consts::ARCH != "x86_64" {
         bail!("virtual machines are made for x86_64 only, and this is {}", env::consts::ARCH);
     }
@@ -175,7 +175,7 @@ fn lock(vm: &Path) -> Result<fs::File> {
 }
 
 /// What the command finds on its PATH: the agent, the simulator, the tests' helpers, and the files named on the command line.
-fn files(options: &Options) -> Result<Vec<PathBuf>> {
+fn files(options: &VmOptions) -> Result<Vec<PathBuf>> {
     let helpers = ["actor", "storm-check"];
     let built = build::with_helpers(Profile::Release, &helpers)?;
     let helpers = helpers.map(|name| built.sampler.with_file_name(name));
@@ -192,8 +192,8 @@ fn files(options: &Options) -> Result<Vec<PathBuf>> {
 mod tests {
     use super::*;
 
-    fn parse(line: &str) -> Result<Options> {
-        Options::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
+    fn parse(line: &str) -> Result<VmOptions> {
+        VmOptions::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>())
     }
 
     #[test]

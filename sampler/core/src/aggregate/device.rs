@@ -11,7 +11,7 @@ use std::sync::Arc;
 use super::coactivity::Coactivity;
 use super::divide::{Presence, Sample, likeness, stands_for};
 use super::engine_account::{self, Booked, Credit, EngineAccount};
-use super::exits::{Left, Lifetimes, Named};
+use super::exits::{Left, Lifetimes, NamedUser};
 use super::holders::Holders;
 use super::settings::{Range, Settings, WINDOW_NS};
 use super::windows::Windows;
@@ -66,7 +66,7 @@ pub struct Duty {
 }
 
 #[derive(Debug)]
-pub struct Device {
+pub struct DeviceAccount {
     pub info: Arc<GpuInfo>,
     pub gone: Option<BootNs>,
     pub readings: DeviceReadings,
@@ -87,7 +87,7 @@ pub struct Device {
     variance_at: BootNs,
 }
 
-impl Device {
+impl DeviceAccount {
     pub fn new(info: Arc<GpuInfo>, at: BootNs, settings: Settings) -> Self {
         Self {
             info,
@@ -127,11 +127,11 @@ impl Device {
             GpuFact::Restarted => self.restart(),
             GpuFact::Tick(tick) => {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(Engine::Compute, sample, Named::of(&tick.rows), lifetimes);
+                self.sample(Engine::Compute, sample, NamedUser::of(&tick.rows), lifetimes);
             }
             GpuFact::EngineSample(engine, tick) => {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(*engine, sample, Named::of(&tick.rows), lifetimes);
+                self.sample(*engine, sample, NamedUser::of(&tick.rows), lifetimes);
             }
             GpuFact::Unqueried(engine, UnqueriedSample { ns, busy_percent, .. }) => {
                 self.sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);
@@ -182,7 +182,7 @@ impl Device {
         self.count(&booked);
     }
 
-    fn sample(&mut self, engine: Engine, sample: Sample, named: Option<Named>, lifetimes: &Lifetimes) {
+    fn sample(&mut self, engine: Engine, sample: Sample, named: Option<NamedUser>, lifetimes: &Lifetimes) {
         let compute = engine == Engine::Compute;
         if compute && self.range.has(sample.at) {
             self.idle_ns += sample.span_ns - sample.busy_ns;
@@ -196,7 +196,7 @@ impl Device {
         let otherwise = self.holders.sole_user();
         let presence = Presence { left: &self.left, lifetimes };
         if let Some(lane) = self.lanes.get_mut(engine as usize) {
-            lane.tick(engine_account::Tick { sample, named, otherwise }, presence, &mut booked);
+            lane.tick(engine_account::PendingSample { sample, named, otherwise }, presence, &mut booked);
         }
         if compute {
             self.count(&booked);

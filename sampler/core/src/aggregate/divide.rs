@@ -21,7 +21,7 @@
 
 use std::collections::VecDeque;
 
-use super::exits::{Left, Lifetimes, Named};
+use super::exits::{Left, Lifetimes, NamedUser};
 use crate::fact::User;
 use crate::units::BootNs;
 
@@ -48,13 +48,13 @@ const ALIKE_RATIO: f64 = 0.02;
 #[derive(Clone, Copy, Debug)]
 pub struct NamedSample {
     pub at: BootNs,
-    pub named: Named,
+    pub named: NamedUser,
     stands_for: f64,
     pub weight_ns: f64,
 }
 
 impl NamedSample {
-    pub fn new(at: BootNs, named: Named, busy_ratio: f64, weight_ns: f64) -> Self {
+    pub fn new(at: BootNs, named: NamedUser, busy_ratio: f64, weight_ns: f64) -> Self {
         Self { at, named, stands_for: stands_for(busy_ratio), weight_ns }
     }
 }
@@ -244,17 +244,17 @@ mod tests {
     const PERIOD: u64 = 167 * MS;
 
     #[derive(Default)]
-    struct World {
+    struct DivideWorld {
         neighbours: Neighbours,
         left: Left,
         lifetimes: Lifetimes,
     }
 
-    impl World {
+    impl DivideWorld {
         /// A queried sample that names a process of a container; the process exists in `lives`, milliseconds.
         fn named(&mut self, at_ms: u64, container: u64, busy_ratio: f64, lives: (u64, Option<u64>)) {
             let (pid, since) = (at_ms as u32, BootNs(lives.0 * MS));
-            let named = Named { user: User::Container(ContainerKey(container)), pid, since };
+            let named = NamedUser { user: User::Container(ContainerKey(container)), pid, since };
             let sample = sample(at_ms, busy_ratio, true);
             self.neighbours.add_queried(&sample);
             self.neighbours.add_named(NamedSample::new(sample.at, named, busy_ratio, sample.busy_ns));
@@ -285,7 +285,7 @@ mod tests {
 
     #[test]
     fn pidless_time_goes_to_processes_that_existed_in_its_period() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         // Lives of 100 ms: the first ended within the period of the sample at 1,167, the second began within it.
         world.named(1000, 1, 0.5, (940, Some(1040)));
         world.named(1334, 2, 0.5, (1150, None));
@@ -296,7 +296,7 @@ mod tests {
 
     #[test]
     fn a_container_of_short_lives_has_what_lies_between_them() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         world.named(1000, 1, 0.5, (950, Some(1001)));
         world.named(2000, 1, 0.5, (1950, Some(2001)));
         // It is not known to have existed.
@@ -313,7 +313,7 @@ mod tests {
 
     #[test]
     fn unqueried_time_follows_queried_samples_that_were_as_busy() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         for n in 0..8 {
             world.named(1000 + n * 334, 1, 1.0, (0, None));
             world.named(1167 + n * 334, 2, 0.1, (0, None));
@@ -327,7 +327,7 @@ mod tests {
 
     #[test]
     fn a_container_of_short_lives_keeps_its_part_next_to_a_long_life() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         world.lifetimes.created(ContainerKey(1), BootNs(0));
         for n in 0..8 {
             let at = 1000 + n * 1000;
@@ -346,7 +346,7 @@ mod tests {
 
     #[test]
     fn a_pidless_neighbour_stands_for_what_it_is_divided_over() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         world.named(1000, 1, 0.9, (0, None));
         world.pidless(1167, 0.2);
         world.named(1334, 2, 0.2, (0, None));
@@ -357,7 +357,7 @@ mod tests {
 
     #[test]
     fn without_a_named_sample_near_it_is_not_divided() {
-        let mut world = World::default();
+        let mut world = DivideWorld::default();
         assert_eq!(world.divide(&sample(1000, 1.0, true)), []);
         world.named(1000, 1, 0.5, (0, None));
         assert_eq!(world.divide(&sample(40_000, 1.0, true)), []);

@@ -10,7 +10,7 @@
 use std::collections::{HashMap, VecDeque};
 
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
-use super::exits::{Left, Named};
+use super::exits::{Left, NamedUser};
 use super::settings::Range;
 use super::standard_error::{Memory, Spread};
 use crate::device::Reason;
@@ -18,9 +18,9 @@ use crate::fact::User;
 use crate::units::BootNs;
 
 #[derive(Clone, Copy, Debug)]
-pub struct Tick {
+pub struct PendingSample {
     pub sample: Sample,
-    pub named: Option<Named>,
+    pub named: Option<NamedUser>,
     /// Whose it is if no process at all is named around it.
     pub otherwise: User,
 }
@@ -58,7 +58,7 @@ pub struct EngineAccount {
     /// By user; those of nobody are in `unattributed` too, host processes under [`Reason::Host`].
     credits: HashMap<User, Credit>,
     neighbours: Neighbours,
-    waiting: VecDeque<Tick>,
+    waiting: VecDeque<PendingSample>,
     memory: Memory,
     spreads: HashMap<User, Spread>,
     /// Number and sum of squared weights of the draws that are not in the variances yet.
@@ -89,7 +89,7 @@ impl EngineAccount {
     }
 
     /// Samples come in their order.
-    pub fn tick(&mut self, tick: Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+    pub fn tick(&mut self, tick: PendingSample, presence: Presence<'_>, booked: &mut Vec<Booked>) {
         if !tick.sample.queried {
             self.memory.unqueried(tick.sample.at);
         }
@@ -105,7 +105,7 @@ impl EngineAccount {
         self.neighbours.forget_before(tick.sample.at);
     }
 
-    fn credit_named(&mut self, sample: &Sample, named: Named, booked: &mut Vec<Booked>) {
+    fn credit_named(&mut self, sample: &Sample, named: NamedUser, booked: &mut Vec<Booked>) {
         self.book(sample.at, named.user, sample.busy_ns, 1, booked);
         if self.range.has(sample.at) {
             let drawn = self.drawn.entry(named.user).or_default();
@@ -127,7 +127,7 @@ impl EngineAccount {
         self.waiting.front().map(|tick| tick.sample.at.minus(tick.sample.span_ns as u64))
     }
 
-    fn divide(&mut self, tick: &Tick, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+    fn divide(&mut self, tick: &PendingSample, presence: Presence<'_>, booked: &mut Vec<Booked>) {
         let Sample { at, span_ns, busy_ns, .. } = tick.sample;
         let parts = self.neighbours.divide(&tick.sample, presence);
         if parts.is_empty() {
@@ -238,8 +238,8 @@ mod tests {
             for n in 0..100 {
                 let (at, queried) = (BootNs(n * 167_000_000), n % one_queried_in == 0);
                 let sample = Sample { at, span_ns: 167e6, busy_ns: 167e6, queried };
-                let named = queried.then_some(Named { user: seen, pid: 1, since: BootNs(0) });
-                lane.tick(Tick { sample, named, otherwise: seen }, presence, &mut Vec::new());
+                let named = queried.then_some(NamedUser { user: seen, pid: 1, since: BootNs(0) });
+                lane.tick(PendingSample { sample, named, otherwise: seen }, presence, &mut Vec::new());
             }
             lane.decide(BootNs(u64::MAX), presence, &mut Vec::new());
             lane.settle_variance(BootNs(100 * 167_000_000), &left, [seen, unseen].into_iter());

@@ -11,7 +11,7 @@ const KEEP_NS: u64 = 200_000_000_000;
 
 /// Whom a tick names.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Named {
+pub struct NamedUser {
     pub user: User,
     pub pid: u32,
     pub since: BootNs,
@@ -27,10 +27,11 @@ impl User {
     }
 }
 
-impl Named {
+impl NamedUser {
     /// Whom rows name. More than one user is more than the driver can tell: of those, who is known.
-    pub fn of(rows: &[Row]) -> Option<Named> {
-        let mut named: Vec<Named> = rows.iter().map(|row| Named { user: row.user, pid: row.pid, since: row.since }).collect();
+    pub fn of(rows: &[Row]) -> Option<NamedUser> {
+        let mut named: Vec<NamedUser> =
+            rows.iter().map(|row| NamedUser { user: row.user, pid: row.pid, since: row.since }).collect();
         if named.iter().any(|n| n.user.is_known()) {
             named.retain(|n| n.user.is_known());
         } else if named.iter().any(|n| n.user != User::Nobody(Reason::InvalidPid)) {
@@ -38,7 +39,7 @@ impl Named {
         }
         let first = *named.first()?;
         let one = named.iter().all(|n| n.user == first.user);
-        Some(if one { first } else { Named { user: User::Nobody(Reason::Ambiguous), ..first } })
+        Some(if one { first } else { NamedUser { user: User::Nobody(Reason::Ambiguous), ..first } })
     }
 }
 
@@ -56,7 +57,7 @@ impl Left {
     }
 
     /// The part of the span of `ns` that ends at `at` in which that process was this user's. Without knowledge of the process, all of it.
-    pub fn part(&self, named: &Named, at: BootNs, ns: f64) -> f64 {
+    pub fn part(&self, named: &NamedUser, at: BootNs, ns: f64) -> f64 {
         match named.user {
             User::Container(_) | User::Host(_) => {
                 let from = at.minus(ns as u64);
@@ -70,7 +71,7 @@ impl Left {
     }
 
     /// Whether that process was this user's at that time. Of whom nothing is known, nothing can be denied.
-    pub fn was(&self, named: &Named, at: BootNs) -> bool {
+    pub fn was(&self, named: &NamedUser, at: BootNs) -> bool {
         match named.user {
             User::Container(_) | User::Host(_) => {
                 named.since <= at && self.0.get(&(named.pid, named.since)).is_none_or(|left| at <= *left)

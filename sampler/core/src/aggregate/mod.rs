@@ -13,7 +13,7 @@ mod windows;
 use std::sync::Arc;
 
 pub use coactivity::{Part, QUERIED_RATIO, TOGETHER_NS, Window, is_user};
-pub use device::{Device, Duty};
+pub use device::{DeviceAccount, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;
 pub use holders::Held;
@@ -29,13 +29,13 @@ const KEEP_GONE_NS: u64 = 300_000_000_000;
 const SLOTS: usize = 4096;
 /// Whom a tick of these rows names.
 pub fn named(rows: &[Row]) -> Option<User> {
-    exits::Named::of(rows).map(|named| named.user)
+    exits::NamedUser::of(rows).map(|named| named.user)
 }
 
 #[derive(Debug, Default)]
 pub struct Aggregate {
     settings: Settings,
-    gpus: Vec<Option<Device>>,
+    gpus: Vec<Option<DeviceAccount>>,
     lifetimes: Lifetimes,
     pub now: BootNs,
     pub wall: WallTime,
@@ -78,7 +78,7 @@ impl Aggregate {
         let Some(place) = self.gpus.get_mut(slot) else { return };
         match (place, fact) {
             (Some(gpu), fact) => gpu.apply(at, fact, &self.lifetimes),
-            (place @ None, GpuFact::Opened(info)) => *place = Some(Device::new(Arc::clone(info), at, self.settings)),
+            (place @ None, GpuFact::Opened(info)) => *place = Some(DeviceAccount::new(Arc::clone(info), at, self.settings)),
             // Of a device that was never told of there is nothing to count.
             (None, _) => {}
         }
@@ -111,7 +111,7 @@ impl Aggregate {
     }
 
     /// By slot.
-    pub fn gpus(&self) -> impl Iterator<Item = (usize, &Device)> {
+    pub fn gpus(&self) -> impl Iterator<Item = (usize, &DeviceAccount)> {
         self.gpus.iter().enumerate().filter_map(|(slot, gpu)| Some((slot, gpu.as_ref()?)))
     }
 

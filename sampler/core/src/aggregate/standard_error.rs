@@ -9,7 +9,7 @@
 
 use std::collections::{HashMap, VecDeque};
 
-use super::exits::Named;
+use super::exits::NamedUser;
 use crate::fact::User;
 use crate::units::BootNs;
 
@@ -62,11 +62,11 @@ impl Spread {
 }
 
 /// The draws that named one user.
-struct Stay {
+struct NamedSamples {
     first: usize,
     last: usize,
     /// By pid.
-    processes: HashMap<u32, Named>,
+    processes: HashMap<u32, NamedUser>,
 }
 
 /// Processes of one user that follow each other; outlives what is cut off.
@@ -88,14 +88,14 @@ impl Succession {
 
 #[derive(Debug, Default)]
 pub struct Memory {
-    named: VecDeque<(BootNs, Named)>,
+    named: VecDeque<(BootNs, NamedUser)>,
     successions: HashMap<User, Succession>,
     /// The latest sample whose process was not queried: until that is long ago, a user may be there that no draw has named.
     unqueried: Option<BootNs>,
 }
 
 impl Memory {
-    pub fn name(&mut self, at: BootNs, named: Named) {
+    pub fn name(&mut self, at: BootNs, named: NamedUser) {
         if self.named.len() == MEMORY_TICKS {
             self.named.pop_front();
         }
@@ -122,13 +122,13 @@ impl Memory {
     /// Cuts off what is before a user came or went; the spreads before that, where there is something to cut. It came with the first of its
     /// processes that is named and went with the last; one whose processes follow each other has gone only when none was named for a
     /// while. `was`: whether the process was there at that time.
-    pub fn cut(&mut self, now: BootNs, was: impl Fn(&Named, BootNs) -> bool) -> HashMap<User, Spread> {
+    pub fn cut(&mut self, now: BootNs, was: impl Fn(&NamedUser, BootNs) -> bool) -> HashMap<User, Spread> {
         self.unqueried = self.unqueried.filter(|at| now.saturating_since(*at) <= MEMORY_NS);
         self.successions.retain(|_, succession| now.saturating_since(succession.last) <= MEMORY_NS);
         let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
-        let mut stays: HashMap<User, Stay> = HashMap::new();
+        let mut stays: HashMap<User, NamedSamples> = HashMap::new();
         for (n, (_, named)) in self.named.iter().enumerate() {
-            let stay = stays.entry(named.user).or_insert(Stay { first: n, last: n, processes: HashMap::new() });
+            let stay = stays.entry(named.user).or_insert(NamedSamples { first: n, last: n, processes: HashMap::new() });
             stay.last = n;
             stay.processes.entry(named.pid).or_insert(*named);
         }
@@ -264,7 +264,7 @@ mod tests {
         let user = User::Nobody(Reason::Host);
         let mut memory = Memory::default();
         for k in 0..19 {
-            memory.name(BootNs(k), Named { user, pid: 1, since: BootNs(0) });
+            memory.name(BootNs(k), NamedUser { user, pid: 1, since: BootNs(0) });
         }
         assert_eq!(memory.spreads()[&user].variance(), 0.0);
         memory.unqueried(BootNs(18));
@@ -278,7 +278,7 @@ mod tests {
     #[test]
     fn the_past_is_cut_at_births_and_ends() {
         let users = [User::Nobody(Reason::Host), User::Nobody(Reason::Lost)];
-        let named = |pid: u32| Named { user: users[pid as usize - 1], pid, since: BootNs(0) };
+        let named = |pid: u32| NamedUser { user: users[pid as usize - 1], pid, since: BootNs(0) };
         let mut memory = Memory::default();
         for k in 0..30 {
             memory.name(BootNs(k), named(if k < 10 { 1 } else { 2 }));
@@ -300,10 +300,10 @@ mod tests {
         let mut memory = Memory::default();
         for k in 0..30 {
             let (user, pid) = if k % 2 == 0 { (stayer, 1) } else { (short, 100 + k as u32) };
-            memory.name(BootNs(k), Named { user, pid, since: BootNs(if pid == 1 { 0 } else { k }) });
+            memory.name(BootNs(k), NamedUser { user, pid, since: BootNs(if pid == 1 { 0 } else { k }) });
         }
         // Each of the short ones lived for one draw.
-        let was = |named: &Named, at: BootNs| named.pid == 1 || named.since == at;
+        let was = |named: &NamedUser, at: BootNs| named.pid == 1 || named.since == at;
         memory.cut(BootNs(30), was);
         assert_eq!(memory.named.len(), 29, "from the first short one on");
         memory.cut(BootNs(30 + FOLLOWS_NS), was);

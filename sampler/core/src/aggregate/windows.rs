@@ -15,7 +15,7 @@ const PARTS: f64 = 1000.0;
 const OBSERVED: f64 = 0.95;
 
 #[derive(Debug, Default)]
-struct Window {
+struct OpenWindow {
     credited: HashMap<ContainerKey, f64>,
     observed_ns: f64,
 }
@@ -29,7 +29,7 @@ struct Shares {
 
 #[derive(Debug, Default)]
 pub struct Windows {
-    open: BTreeMap<u64, Window>,
+    open: BTreeMap<u64, OpenWindow>,
     shares: HashMap<ContainerKey, Shares>,
 }
 

@@ -46,7 +46,7 @@ pub struct DeviceView {
 }
 
 #[derive(Debug)]
-pub struct Device {
+pub struct DeviceAttribution {
     info: Arc<GpuInfo>,
     gone: bool,
     clock: GpuClock,
@@ -76,7 +76,7 @@ pub struct Device {
     clock_told: BootNs,
 }
 
-impl Device {
+impl DeviceAttribution {
     pub fn new(info: Arc<GpuInfo>, at: BootNs, told: &mut AttributedFacts) -> Self {
         told.push((at, GpuFact::Opened(Arc::clone(&info))));
         Self {

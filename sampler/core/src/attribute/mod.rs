@@ -11,4 +11,4 @@ mod device;
 mod process_attribution;
 mod timeline;
 
-pub use device::{Device, DeviceView};
+pub use device::{DeviceAttribution, DeviceView};

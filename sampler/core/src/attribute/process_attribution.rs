@@ -16,7 +16,7 @@ pub struct Owners {
     /// By pid and since when: when it was named last.
     named: HashMap<(u32, BootNs), BootNs>,
     /// By pid and the tick of the process's start. A driver names and lists some hundred pids; all else is forgotten in time.
-    sightings: HashMap<(u32, u64), Sighting>,
+    sightings: HashMap<(u32, u64), DeviceSighting>,
     /// Pids of the multi-process service and of its clients: a sample names any of them for all.
     mps: HashSet<u32>,
     mps_users: HashSet<User>,
@@ -24,7 +24,7 @@ pub struct Owners {
 
 /// A process on this device.
 #[derive(Clone, Copy, Debug)]
-struct Sighting {
+struct DeviceSighting {
     /// It had certainly been on it by then: what an exec after that ends may have been a GPU process.
     first: BootNs,
     last: BootNs,
@@ -58,9 +58,9 @@ impl Owners {
     }
 
     fn sighted(&mut self, process: (u32, u64), by: BootNs) {
-        let sighting = self.sightings.entry(process).or_insert(Sighting { first: by, last: by });
+        let sighting = self.sightings.entry(process).or_insert(DeviceSighting { first: by, last: by });
         // Samples of the other engines come later than those of compute.
-        *sighting = Sighting { first: sighting.first.min(by), last: sighting.last.max(by) };
+        *sighting = DeviceSighting { first: sighting.first.min(by), last: sighting.last.max(by) };
     }
 
     /// A list that was read between `began` and `ended`: whose each process is.

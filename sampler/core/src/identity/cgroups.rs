@@ -13,7 +13,7 @@ use std::collections::{BTreeSet, HashMap, VecDeque};
 use super::containers::{Container, ContainerChange, Containers};
 use super::table::Table;
 use crate::cgroup_path::{CgroupIdentity, Kind, parse};
-use crate::observation::{CgroupChange, CgroupFact, Place};
+use crate::observation::{CgroupChange, CgroupFact, CgroupMembership};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
 /// Removed cgroups stay resolvable this long: no sample is older.
@@ -257,7 +257,7 @@ impl Cgroups {
 
     /// The container of a process's place at a time: v2 first, then the followed v1 hierarchy (on a hybrid host v2 may say nothing).
     /// Host only when every hierarchy says so.
-    pub fn container_of(&self, place: &Place, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
+    pub fn container_of(&self, place: &CgroupMembership, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
         let mut answer = Err(UnknownCgroup);
         let mut unknown = false;
         for key in place.keys() {
@@ -281,7 +281,7 @@ impl Cgroups {
     }
 
     /// The path that says most about a place: the container's, else v2's, else v1's.
-    pub fn path_of(&self, place: &Place) -> Option<String> {
+    pub fn path_of(&self, place: &CgroupMembership) -> Option<String> {
         let in_container = |key: &CgroupKey| self.nodes.get(key).is_some_and(|n| n.container.is_some());
         let telling = |path: &String| path != "/";
         let paths = || place.keys().filter_map(|key| self.path(key));

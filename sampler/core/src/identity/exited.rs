@@ -5,9 +5,9 @@
 
 use std::collections::VecDeque;
 
-use super::processes::Run;
+use super::processes::ObservedInterval;
 use super::table::Table;
-use crate::observation::Place;
+use crate::observation::CgroupMembership;
 use crate::units::{BootNs, Tgid};
 
 /// Three times NVML's ring of ~10 s, and a little.
@@ -18,7 +18,7 @@ pub const EXITED_BYTES: usize = 40 << 20;
 const GROWTH: usize = 4;
 const SMALLEST: usize = 1024;
 /// What one entry takes: itself, the spare room of its queue, and two slots of an index that has just doubled.
-const ENTRY_BYTES: usize = size_of::<Entry>() + size_of::<Entry>() / GROWTH + 3 * (size_of::<(Tgid, u64)>() + 1);
+const ENTRY_BYTES: usize = size_of::<ExitedProcess>() + size_of::<ExitedProcess>() / GROWTH + 3 * (size_of::<(Tgid, u64)>() + 1);
 
 /// How an end came to be known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -30,30 +30,30 @@ pub(super) enum EndedBy {
 }
 
 #[derive(Clone, Debug)]
-struct Entry {
+struct ExitedProcess {
     start: BootNs,
     end: BootNs,
     tgid: Tgid,
     /// How many entries back in the queue the same pid's previous life is; 0 for none. The top bit: the end was only inferred.
     back: u32,
     /// The only place it ever had, unless there are more.
-    place: Place,
+    place: CgroupMembership,
     /// The last; 0 for none.
     exec: BootNs,
-    past: Option<Box<Past>>,
+    past: Option<Box<ExitedHistory>>,
 }
 
 /// Of one that moved, or called exec more than once: all places, and the execs before the last.
 #[derive(Clone, Debug)]
-struct Past {
-    runs: Box<[Run]>,
+struct ExitedHistory {
+    runs: Box<[ObservedInterval]>,
     execs: Box<[BootNs]>,
 }
 
-/// Top bit of [`Entry::back`]; a queue is far shorter than what is left.
+/// Top bit of [`ExitedProcess::back`]; a queue is far shorter than what is left.
 const INFERRED: u32 = 1 << 31;
 
-impl Entry {
+impl ExitedProcess {
     fn back(&self) -> u64 {
         u64::from(self.back & !INFERRED)
     }
@@ -63,7 +63,9 @@ impl Entry {
     }
 
     fn extra(&self) -> usize {
-        let bytes = |past: &Past| size_of_val(past) + size_of_val::<[Run]>(&past.runs) + size_of_val::<[BootNs]>(&past.execs);
+        let bytes = |past: &ExitedHistory| {
+            size_of_val(past) + size_of_val::<[ObservedInterval]>(&past.runs) + size_of_val::<[BootNs]>(&past.execs)
+        };
         // Each allocation has a head.
         self.past.as_deref().map_or(0, |past| bytes(past) + 3 * 16)
     }
@@ -71,14 +73,14 @@ impl Entry {
 
 #[derive(Debug, Default)]
 struct Queue {
-    entries: VecDeque<Entry>,
+    entries: VecDeque<ExitedProcess>,
     /// Sequence number of the front.
     first: u64,
     newest: Table<Tgid, u64>,
 }
 
 impl Queue {
-    fn push(&mut self, mut entry: Entry) {
+    fn push(&mut self, mut entry: ExitedProcess) {
         if self.entries.len() == self.entries.capacity() {
             self.entries.reserve_exact((self.entries.len() / GROWTH).max(SMALLEST));
         }
@@ -89,7 +91,7 @@ impl Queue {
         self.entries.push_back(entry);
     }
 
-    fn pop(&mut self) -> Option<Entry> {
+    fn pop(&mut self) -> Option<ExitedProcess> {
         let entry = self.entries.pop_front()?;
         if self.newest.get(&entry.tgid) == Some(&self.first) {
             self.newest.remove(&entry.tgid);
@@ -104,10 +106,10 @@ impl Queue {
     }
 
     /// The lives of a pid, newest first.
-    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &Entry> {
+    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
         let entry = |seq: u64| Some((seq, self.entries.get(usize::try_from(seq.checked_sub(self.first)?).ok()?)?));
         let newest = self.newest.get(&tgid).and_then(|seq| entry(*seq));
-        let before = move |(seq, found): &(u64, &Entry)| match found.back() {
+        let before = move |(seq, found): &(u64, &ExitedProcess)| match found.back() {
             0 => None,
             back => entry(seq.checked_sub(back)?),
         };
@@ -115,7 +117,7 @@ impl Queue {
     }
 
     fn bytes(&self) -> usize {
-        self.entries.capacity() * size_of::<Entry>() + buckets(self.newest.capacity()) * (size_of::<(Tgid, u64)>() + 1)
+        self.entries.capacity() * size_of::<ExitedProcess>() + buckets(self.newest.capacity()) * (size_of::<(Tgid, u64)>() + 1)
     }
 }
 
@@ -138,7 +140,7 @@ impl Exited {
         &mut self,
         tgid: Tgid,
         (start, end): (BootNs, BootNs),
-        runs: &[Run],
+        runs: &[ObservedInterval],
         execs: &[BootNs],
         ended_by: EndedBy,
         keep: bool,
@@ -147,9 +149,9 @@ impl Exited {
         let (exec, earlier) = execs.split_last().map_or((BootNs(0), &[][..]), |(last, earlier)| (*last, earlier));
         // A first place that begins with a move is not known before it.
         let simple = runs.len() == 1 && (!first.exact || first.first <= start) && earlier.is_empty();
-        let past = (!simple).then(|| Box::new(Past { runs: runs.into(), execs: earlier.into() }));
+        let past = (!simple).then(|| Box::new(ExitedHistory { runs: runs.into(), execs: earlier.into() }));
         let back = if ended_by == EndedBy::Event { 0 } else { INFERRED };
-        let entry = Entry { start, end: end.max(start), tgid, back, place: first.place, exec, past };
+        let entry = ExitedProcess { start, end: end.max(start), tgid, back, place: first.place, exec, past };
         self.extra_bytes += entry.extra();
         if keep {
             self.kept.push(entry)
@@ -163,7 +165,7 @@ impl Exited {
         }
     }
 
-    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &Entry> {
+    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
         self.kept.of(tgid).chain(self.others.of(tgid))
     }
 
@@ -173,9 +175,9 @@ impl Exited {
     }
 
     /// Gives start, end, places and execs of each life.
-    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[Run], Vec<BootNs>)) {
+    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[ObservedInterval], Vec<BootNs>)) {
         for entry in self.of(tgid) {
-            let only = [Run { place: entry.place, first: entry.start, last: entry.end, exact: false }];
+            let only = [ObservedInterval { place: entry.place, first: entry.start, last: entry.end, exact: false }];
             let runs = entry.past.as_ref().map_or(&only[..], |past| &past.runs);
             let earlier = entry.past.iter().flat_map(|past| past.execs.iter()).copied();
             let last = (entry.exec != BootNs(0)).then_some(entry.exec);

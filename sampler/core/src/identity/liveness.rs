@@ -27,14 +27,14 @@ const CONFIRM_AFTER_NS: u64 = 1_000_000_000;
 
 /// An entry of the table: the process that had the pid.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct PidEntry {
     pub tgid: Tgid,
     pub start: BootNs,
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Suspect {
-    entry: Entry,
+    entry: PidEntry,
     since: BootNs,
 }
 
@@ -50,16 +50,16 @@ pub struct Liveness {
 
 impl Liveness {
     /// The entries to check now; to be called once a second, after the rings were drained.
-    pub fn due(&mut self, now: BootNs, processes: &Processes) -> Vec<Entry> {
+    pub fn due(&mut self, now: BootNs, processes: &Processes) -> Vec<PidEntry> {
         if self.left.is_empty() {
             self.left.extend(processes.living().map(|(tgid, ..)| tgid));
             self.a_second = self.left.len().div_ceil(ROUND).min(MOST_A_SECOND);
         }
         let old = |suspect: &Suspect| now.saturating_since(suspect.since) >= CONFIRM_AFTER_NS;
         let again = self.suspects.iter().filter(|suspect| old(suspect)).map(|suspect| suspect.entry);
-        let mut due: Vec<Entry> = again.collect();
+        let mut due: Vec<PidEntry> = again.collect();
         let next = self.left.split_off(self.left.len().saturating_sub(self.a_second));
-        let entry = |tgid| processes.living_start(tgid).map(|start| Entry { tgid, start });
+        let entry = |tgid| processes.living_start(tgid).map(|start| PidEntry { tgid, start });
         let fresh = next.into_iter().filter_map(entry);
         due.extend(fresh.filter(|entry| !self.suspects.iter().any(|suspect| suspect.entry == *entry)));
         // Its end was reported in the meantime, or the table has the successor: nothing is left to check.
@@ -69,7 +69,7 @@ impl Liveness {
     }
 
     /// What a check of a due entry found at `now`. True when the process is dead beyond doubt.
-    pub fn checked(&mut self, entry: Entry, alive: bool, now: BootNs) -> bool {
+    pub fn checked(&mut self, entry: PidEntry, alive: bool, now: BootNs) -> bool {
         let suspected = self.suspects.iter().position(|suspect| suspect.entry == entry);
         match (alive, suspected) {
             (true, None) => false,
@@ -95,10 +95,10 @@ impl Liveness {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::observation::{Place, ProcessChange, ProcessFact};
+    use crate::observation::{CgroupMembership, ProcessChange, ProcessFact};
 
     const SECOND: u64 = 1_000_000_000;
-    const PLACE: Place = Place { v2_id: 1, v1_id: 0, v1_hierarchy: 0 };
+    const PLACE: CgroupMembership = CgroupMembership { v2_id: 1, v1_id: 0, v1_hierarchy: 0 };
 
     fn event(to: &mut Processes, change: ProcessChange, pid: u32, start: u64, at: u64) {
         let fact = ProcessFact { change, tgid: Tgid(pid), start: BootNs(start), at: BootNs(at), place: PLACE };
@@ -113,8 +113,8 @@ mod tests {
         processes
     }
 
-    fn entry(pid: u32) -> Entry {
-        Entry { tgid: Tgid(pid), start: BootNs(u64::from(pid)) }
+    fn entry(pid: u32) -> PidEntry {
+        PidEntry { tgid: Tgid(pid), start: BootNs(u64::from(pid)) }
     }
 
     #[test]
@@ -179,7 +179,7 @@ mod tests {
         let (mut processes, mut liveness) = (living(7..8), Liveness::default());
         assert!(!liveness.checked(entry(7), false, BootNs(0)));
         event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, 7, 30, 30);
-        let successor = Entry { tgid: Tgid(7), start: BootNs(30) };
+        let successor = PidEntry { tgid: Tgid(7), start: BootNs(30) };
         assert_eq!(liveness.due(BootNs(SECOND), &processes), [successor]);
         assert!(!liveness.checked(successor, false, BootNs(SECOND)));
     }

@@ -15,8 +15,8 @@ mod tests;
 pub use cgroups::{Cgroups, KEEP_REMOVED_NS, UnknownCgroup};
 pub use containers::{Container, ContainerChange, ContainerRecord, KEEP_GONE_NS};
 pub use exited::{EXITED_BYTES, KEEP_EXITED_NS};
-pub use liveness::{Entry, Liveness};
-pub use processes::{Candidate, LifeView, Processes, Run, Size, Stay};
+pub use liveness::{Liveness, PidEntry};
+pub use processes::{Candidate, ObservedInterval, ProcessHistory, Processes, Residency, Size};
 
 use std::collections::VecDeque;
 
@@ -39,7 +39,7 @@ pub enum Verdict {
 
 /// A process in the hands of one user.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct UserStay {
+pub struct UserResidency {
     /// Of the process.
     pub start: BootNs,
     /// Since it was this user's, or since the exec before which it cannot have used the GPU.
@@ -64,7 +64,7 @@ pub struct Identity {
 }
 
 /// Kept when memory is short: processes of containers, and those of which nobody knows yet.
-fn keep(cgroups: &Cgroups, runs: &[Run]) -> bool {
+fn keep(cgroups: &Cgroups, runs: &[ObservedInterval]) -> bool {
     runs.iter().any(|run| !matches!(cgroups.container_of(&run.place, run.last), Ok(None)))
 }
 
@@ -150,19 +150,19 @@ impl Identity {
 
     /// Of the process that [`Identity::resolve`] finds for the span, the last one if there were several: how long it was its user's
     /// without a break, as far as it can have used the GPU.
-    pub fn stay(&self, pid: Tgid, span: (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Option<UserStay> {
+    pub fn stay(&self, pid: Tgid, span: (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Option<UserResidency> {
         let candidates = self.processes.candidates(pid, span, seen);
         let Candidate { life, begun, covered } = candidates.first()?;
         let stay = self.unbroken(life, covered.end.checked_sub(1)?);
-        Some(UserStay { since: stay.since.max(*begun), ..stay })
+        Some(UserResidency { since: stay.since.max(*begun), ..stay })
     }
 
     /// When the stay that began then was over; `None` while it lasts, or where nothing is known of it.
     pub fn stay_since(&self, pid: Tgid, since: BootNs) -> Option<BootNs> {
         let lives = self.processes.lives(pid);
-        let lived = |life: &LifeView| life.end.is_none_or(|end| end >= since);
+        let lived = |life: &ProcessHistory| life.end.is_none_or(|end| end >= since);
         // A start that was known to the tick of /proc only may have become a little later.
-        let began = |life: &&LifeView| lived(life) && life.start.proc_tick() <= since.proc_tick();
+        let began = |life: &&ProcessHistory| lived(life) && life.start.proc_tick() <= since.proc_tick();
         let life = lives.iter().find(|life| lived(life) && life.start <= since).or_else(|| lives.iter().find(began))?;
         // It began with a stay, or with an exec within one.
         let stays = || life.stays.iter();
@@ -171,14 +171,14 @@ impl Identity {
     }
 
     /// The stays around the `n`th in which the process was the same user's.
-    fn unbroken(&self, life: &LifeView, n: usize) -> UserStay {
-        let user = |stay: &Stay| self.cgroups.container_of(&stay.place, stay.from).ok();
+    fn unbroken(&self, life: &ProcessHistory, n: usize) -> UserResidency {
+        let user = |stay: &Residency| self.cgroups.container_of(&stay.place, stay.from).ok();
         let of = life.stays.get(n).map(user);
-        let same = |stay: &&Stay| Some(user(stay)) == of;
+        let same = |stay: &&Residency| Some(user(stay)) == of;
         let (before, after) = life.stays.split_at(n.min(life.stays.len()));
         let since = before.iter().rev().take_while(same).last().or(after.first()).map_or(life.start, |stay| stay.from);
         let until = after.iter().take_while(same).last().map_or(life.end, |stay| stay.to);
-        UserStay { start: life.start, since, until }
+        UserResidency { start: life.start, since, until }
     }
 
     fn unknown(&self, from: BootNs, to: BootNs) -> Verdict {

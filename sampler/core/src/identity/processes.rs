@@ -19,18 +19,18 @@ use std::ops::Range;
 
 use super::exited::{EndedBy, Exited};
 use super::table::Table;
-use crate::observation::{Place, ProcessChange, ProcessFact, ProcessSeen};
+use crate::observation::{CgroupMembership, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 
 /// A process that is moved about remembers this many places.
-const MAX_RUNS: usize = 64;
+const MAX_INTERVALS: usize = 64;
 /// Execs before the last one that a process remembers.
 const MAX_EXECS: usize = 8;
 
 /// A stretch of time in which every look at a process found it in one place.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Run {
-    pub place: Place,
+pub struct ObservedInterval {
+    pub place: CgroupMembership,
     pub first: BootNs,
     pub last: BootNs,
     /// It began at `first`, not at some time before.
@@ -39,8 +39,8 @@ pub struct Run {
 
 /// `[from, to)` in one place; `certain_from` is later than `from` where the move itself was not seen.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Stay {
-    pub place: Place,
+pub struct Residency {
+    pub place: CgroupMembership,
     pub from: BootNs,
     pub certain_from: BootNs,
     /// `None` while it lasts.
@@ -49,10 +49,10 @@ pub struct Stay {
 
 /// One process and where it was, oldest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct LifeView {
+pub struct ProcessHistory {
     pub start: BootNs,
     pub end: Option<BootNs>,
-    pub stays: Vec<Stay>,
+    pub stays: Vec<Residency>,
     /// When it called exec, as far as events said so.
     pub execs: Vec<BootNs>,
 }
@@ -60,7 +60,7 @@ pub struct LifeView {
 /// A life in which a GPU's sample may have been taken.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    pub life: LifeView,
+    pub life: ProcessHistory,
     /// Its start, or the exec before which it cannot have used that GPU.
     pub begun: BootNs,
     /// Which of its stays the sample's span covers; at least one.
@@ -68,12 +68,12 @@ pub struct Candidate {
 }
 
 impl Candidate {
-    pub fn stays(&self) -> &[Stay] {
+    pub fn stays(&self) -> &[Residency] {
         self.life.stays.get(self.covered.clone()).unwrap_or_default()
     }
 }
 
-impl LifeView {
+impl ProcessHistory {
     /// What of it a sample of that span may mean. `seen`: when it had certainly been on the GPU first.
     ///
     /// The second part is true where another exec followed after the span, so that this image is out of question as well, if there is
@@ -87,7 +87,7 @@ impl LifeView {
         let superseded = self.execs.iter().any(|exec| *exec > to && supersedes(&exec));
         let after = from.max(begun);
         // The last stay includes the instant of the end.
-        let over = |stay: &Stay| stay.to.is_some_and(|until| until <= after && Some(until) != self.end);
+        let over = |stay: &Residency| stay.to.is_some_and(|until| until <= after && Some(until) != self.end);
         let first = self.stays.iter().position(|stay| !over(stay))?;
         let last = self.stays.iter().rposition(|stay| stay.from <= to)?;
         let candidate = Candidate { life: self, begun, covered: first..last + 1 };
@@ -96,13 +96,13 @@ impl LifeView {
 }
 
 /// The stays that runs stand for. The first reaches back to the start, unless it is a move out of a place nobody knows.
-pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[Run]) -> Vec<Stay> {
-    let from = |i: usize, run: &Run| match i.checked_sub(1).and_then(|before| runs.get(before)) {
+pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[ObservedInterval]) -> Vec<Residency> {
+    let from = |i: usize, run: &ObservedInterval| match i.checked_sub(1).and_then(|before| runs.get(before)) {
         _ if run.exact => run.first,
         Some(before) => before.last,
         None => start,
     };
-    let stay = |(i, run): (usize, &Run)| Stay {
+    let stay = |(i, run): (usize, &ObservedInterval)| Residency {
         place: run.place,
         from: from(i, run),
         certain_from: if run.exact { from(i, run) } else { run.first },
@@ -113,35 +113,35 @@ pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[Run]) -> Vec<Sta
 
 /// Where a process was before, and its execs before the last one. Most have neither.
 #[derive(Clone, Debug, Default)]
-struct Past {
-    runs: Vec<Run>,
+struct History {
+    runs: Vec<ObservedInterval>,
     execs: Vec<BootNs>,
 }
 
-impl Past {
+impl History {
     fn bytes(&self) -> usize {
-        let (runs, execs) = (self.runs.capacity() * size_of::<Run>(), self.execs.capacity() * size_of::<BootNs>());
+        let (runs, execs) = (self.runs.capacity() * size_of::<ObservedInterval>(), self.execs.capacity() * size_of::<BootNs>());
         size_of::<Self>() + runs + execs
     }
 }
 
 #[derive(Clone, Debug)]
-struct Life {
+struct ProcessRecord {
     start: BootNs,
-    now: Run,
+    now: ObservedInterval,
     /// The last that is known; 0 for none.
     exec: BootNs,
-    past: Option<Box<Past>>,
+    past: Option<Box<History>>,
     generation: u32,
     coarse: bool,
 }
 
-impl Life {
+impl ProcessRecord {
     fn is(&self, start: BootNs, coarse: bool) -> bool {
         same(self.start, self.coarse, start, coarse)
     }
 
-    fn add(&mut self, run: Run) {
+    fn add(&mut self, run: ObservedInterval) {
         let now = &mut self.now;
         if now.place == run.place {
             now.last = now.last.max(run.last);
@@ -153,19 +153,19 @@ impl Life {
             *now = run;
         } else if now.first < run.first {
             // Out of order by the time between two processors' clocks.
-            before.extend([Run { last: now.first, ..*now }, run]);
+            before.extend([ObservedInterval { last: now.first, ..*now }, run]);
             (now.first, now.exact) = (now.last, false);
         } else {
             let at = before.partition_point(|b| b.first <= run.first);
             before.insert(at, run);
         }
-        while before.len() >= MAX_RUNS {
+        while before.len() >= MAX_INTERVALS {
             before.remove(0);
         }
     }
 
     /// True when it contradicts what was known: an event must have been lost.
-    fn look(&mut self, place: Place, began: BootNs) -> bool {
+    fn look(&mut self, place: CgroupMembership, began: BootNs) -> bool {
         let news = self.now.last < began && self.now.place != place;
         if self.now.last < began {
             self.add(looked(place, began));
@@ -174,7 +174,7 @@ impl Life {
     }
 
     /// The child's place was read at the event, so what looks had shown until then was the parent's or nobody's.
-    fn forked(&mut self, run: Run) {
+    fn forked(&mut self, run: ObservedInterval) {
         if self.now.last <= run.last {
             (self.now, self.past) = (run, None);
         } else {
@@ -197,7 +197,7 @@ impl Life {
         }
     }
 
-    fn runs(&self) -> Vec<Run> {
+    fn runs(&self) -> Vec<ObservedInterval> {
         let before = self.past.iter().flat_map(|past| past.runs.iter());
         before.chain([&self.now]).copied().collect()
     }
@@ -208,8 +208,8 @@ impl Life {
     }
 }
 
-fn looked(place: Place, began: BootNs) -> Run {
-    Run { place, first: began, last: began, exact: false }
+fn looked(place: CgroupMembership, began: BootNs) -> ObservedInterval {
+    ObservedInterval { place, first: began, last: began, exact: false }
 }
 
 fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
@@ -218,21 +218,21 @@ fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
 
 #[derive(Debug, Default)]
 pub struct Processes {
-    living: Table<Tgid, Life>,
+    living: Table<Tgid, ProcessRecord>,
     exited: Exited,
     generation: u32,
 }
 
 impl Processes {
     /// `keep` is asked about the places of a process that ends: true for one worth keeping when memory is short.
-    pub fn apply(&mut self, fact: &ProcessFact, keep: impl Fn(&[Run]) -> bool) {
+    pub fn apply(&mut self, fact: &ProcessFact, keep: impl Fn(&[ObservedInterval]) -> bool) {
         let forked = matches!(fact.change, ProcessChange::Fork { .. });
         let first = if forked { fact.start } else { fact.at };
         let exact = forked || fact.change == ProcessChange::Attach;
-        let run = Run { place: fact.place, first, last: fact.at.max(first), exact };
+        let run = ObservedInterval { place: fact.place, first, last: fact.at.max(first), exact };
         let execed = fact.change == ProcessChange::Exec;
         let exec = if execed { fact.at } else { BootNs(0) };
-        let life = Life { start: fact.start, now: run, exec, past: None, generation: self.generation, coarse: false };
+        let life = ProcessRecord { start: fact.start, now: run, exec, past: None, generation: self.generation, coarse: false };
         match self.living.get_mut(&fact.tgid) {
             Some(known) if known.is(fact.start, false) => {
                 (known.start, known.coarse) = (fact.start, false);
@@ -254,13 +254,13 @@ impl Processes {
                 if let Some(successor) = successor {
                     // Its end is all that can still be told.
                     if fact.change == ProcessChange::Exit {
-                        self.bury(fact.tgid, &life, fact.at.min(successor), EndedBy::Event, &keep);
+                        self.retire(fact.tgid, &life, fact.at.min(successor), EndedBy::Event, &keep);
                     }
                     return;
                 }
                 // The kernel gives a pid to one process at a time: who had it has ended unseen.
                 if let Some(before) = self.living.insert(fact.tgid, life) {
-                    self.bury(fact.tgid, &before, fact.start, EndedBy::Inference, &keep);
+                    self.retire(fact.tgid, &before, fact.start, EndedBy::Inference, &keep);
                 }
             }
         }
@@ -270,7 +270,7 @@ impl Processes {
     }
 
     /// What a look at a process showed. True when it contradicts the table, so an event must have been lost.
-    pub fn seen(&mut self, seen: &ProcessSeen, keep: impl Fn(&[Run]) -> bool) -> bool {
+    pub fn seen(&mut self, seen: &ProcessSeen, keep: impl Fn(&[ObservedInterval]) -> bool) -> bool {
         let generation = self.generation;
         if let Some(life) = self.living.get_mut(&seen.tgid) {
             if life.is(seen.start, seen.coarse_start) {
@@ -291,12 +291,12 @@ impl Processes {
         let Some(place) = seen.place else { return false };
         let now = looked(place, seen.began);
         let (start, exec, coarse) = (seen.start, BootNs(0), seen.coarse_start);
-        self.living.insert(seen.tgid, Life { start, now, exec, past: None, generation, coarse });
+        self.living.insert(seen.tgid, ProcessRecord { start, now, exec, past: None, generation, coarse });
         true
     }
 
     /// A look that began then found nobody with that pid.
-    pub fn not_found(&mut self, tgid: Tgid, began: BootNs, keep: impl Fn(&[Run]) -> bool) {
+    pub fn not_found(&mut self, tgid: Tgid, began: BootNs, keep: impl Fn(&[ObservedInterval]) -> bool) {
         if self.living.get(&tgid).is_some_and(|life| life.now.last < began) {
             self.end(tgid, began, EndedBy::Inference, keep);
         }
@@ -308,8 +308,8 @@ impl Processes {
     }
 
     /// Ends what the scan that began at `began` did not find and no event has spoken of since. Returns how many.
-    pub fn sweep(&mut self, began: BootNs, keep: impl Fn(&[Run]) -> bool) -> u64 {
-        let stale = |life: &Life| life.generation != self.generation && life.now.last < began;
+    pub fn sweep(&mut self, began: BootNs, keep: impl Fn(&[ObservedInterval]) -> bool) -> u64 {
+        let stale = |life: &ProcessRecord| life.generation != self.generation && life.now.last < began;
         let gone: Vec<Tgid> = self.living.iter().filter(|(_, life)| stale(life)).map(|(tgid, _)| *tgid).collect();
         for tgid in &gone {
             self.end(*tgid, began, EndedBy::Inference, &keep);
@@ -317,13 +317,13 @@ impl Processes {
         gone.len() as u64
     }
 
-    fn end(&mut self, tgid: Tgid, at: BootNs, by: EndedBy, keep: impl Fn(&[Run]) -> bool) {
+    fn end(&mut self, tgid: Tgid, at: BootNs, by: EndedBy, keep: impl Fn(&[ObservedInterval]) -> bool) {
         if let Some(life) = self.living.remove(&tgid) {
-            self.bury(tgid, &life, at, by, keep);
+            self.retire(tgid, &life, at, by, keep);
         }
     }
 
-    fn bury(&mut self, tgid: Tgid, life: &Life, at: BootNs, by: EndedBy, keep: impl Fn(&[Run]) -> bool) {
+    fn retire(&mut self, tgid: Tgid, life: &ProcessRecord, at: BootNs, by: EndedBy, keep: impl Fn(&[ObservedInterval]) -> bool) {
         let (moved, again) = life.past.as_ref().map(|_| (life.runs(), life.execs())).unzip();
         let runs = moved.as_deref().unwrap_or(std::slice::from_ref(&life.now));
         let execs = again.as_deref().unwrap_or(std::slice::from_ref(&life.exec));
@@ -347,22 +347,22 @@ impl Processes {
     }
 
     /// Every known life of a pid, newest first.
-    pub fn lives(&self, tgid: Tgid) -> Vec<LifeView> {
+    pub fn lives(&self, tgid: Tgid) -> Vec<ProcessHistory> {
         let mut found = Vec::new();
         if let Some(life) = self.living.get(&tgid) {
             let stays = stays(life.start, None, &life.runs());
-            found.push(LifeView { start: life.start, end: None, stays, execs: life.execs() });
+            found.push(ProcessHistory { start: life.start, end: None, stays, execs: life.execs() });
         }
         self.exited.each(tgid, |start, end, runs, execs| {
             let stays = stays(start, Some(end), runs);
-            found.push(LifeView { start, end: Some(end), stays, execs });
+            found.push(ProcessHistory { start, end: Some(end), stays, execs });
         });
         found.sort_by_key(|life| std::cmp::Reverse(life.start));
         found
     }
 
     /// Living processes: pid, start, and where they are now.
-    pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, Place)> {
+    pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, CgroupMembership)> {
         self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.now.place))
     }
 
@@ -376,7 +376,7 @@ impl Processes {
     }
 
     pub fn size(&self) -> Size {
-        let life = size_of::<(Tgid, Life)>() + 1;
+        let life = size_of::<(Tgid, ProcessRecord)>() + 1;
         let moves: usize = self.living.values().map(|life| life.past.as_ref().map_or(0, |past| past.bytes())).sum();
         Size {
             living: self.living.len(),

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::aggregate::{Aggregate, Settings};
-use crate::attribute::{Device, DeviceView};
+use crate::attribute::{DeviceAttribution, DeviceView};
 use crate::fact::{ContainerFact, Fact, GpuFact, User};
 use crate::identity::{ContainerChange, ContainerRecord, Identity};
 use crate::observation::Observation;
@@ -13,7 +13,7 @@ use crate::units::{BootNs, ContainerKey};
 #[derive(Debug, Default)]
 pub struct Core {
     pub identity: Identity,
-    devices: Vec<Option<Device>>,
+    devices: Vec<Option<DeviceAttribution>>,
     aggregate: Aggregate,
     /// Since they were taken last.
     facts: Vec<Fact>,
@@ -51,7 +51,7 @@ impl Core {
                 }
                 match &mut self.devices[gpu] {
                     Some(known) => known.reopen(info, at, &mut told),
-                    empty => *empty = Some(Device::new(info, at, &mut told)),
+                    empty => *empty = Some(DeviceAttribution::new(info, at, &mut told)),
                 }
                 self.tell(gpu, told);
             }

@@ -17,8 +17,8 @@ use sampler_core::units::rfc3339;
 pub struct Comparison {
     /// The version of this shape.
     pub format: u32,
-    pub a: Side,
-    pub b: Side,
+    pub a: SessionSide,
+    pub b: SessionSide,
     pub gpus: Vec<GpuPair>,
     /// Users of both, the largest difference first.
     pub users: Vec<UserPair>,
@@ -30,7 +30,7 @@ pub struct Comparison {
 
 /// What to know of one of the sessions before believing numbers of it.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Side {
+pub struct SessionSide {
     pub node: String,
     pub start: String,
     pub duration_seconds: f64,
@@ -151,8 +151,8 @@ pub fn compare(a: &Report, b: &Report) -> Comparison {
     }
 }
 
-fn side(report: &Report) -> Side {
-    Side {
+fn side(report: &Report) -> SessionSide {
+    SessionSide {
         node: report.node.clone(),
         start: rfc3339(report.start),
         duration_seconds: report.duration_seconds,

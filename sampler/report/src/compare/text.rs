@@ -12,7 +12,7 @@ impl Comparison {
     /// Ends with a newline.
     pub fn text(&self, options: &TextOptions) -> String {
         let width = options.width.unwrap_or(100).clamp(40, 240);
-        let mut page = Page { width, ink: Ink(options.colour), unicode: options.unicode, lines: Vec::new() };
+        let mut page = ComparisonPage { width, ink: Ink(options.colour), unicode: options.unicode, lines: Vec::new() };
         page.heads(self);
         page.headline(self);
         page.gpus(self);
@@ -25,7 +25,7 @@ impl Comparison {
     }
 }
 
-struct Page {
+struct ComparisonPage {
     width: usize,
     ink: Ink,
     unicode: bool,
@@ -57,7 +57,7 @@ fn both(of: impl Fn(&Amount) -> Option<f64>, pair: &UsagePair) -> String {
     format!("{} → {}", ratio(of(&pair.a)), ratio(of(&pair.b)))
 }
 
-impl Page {
+impl ComparisonPage {
     fn wrap(&mut self, head: &str, text: &str) {
         self.lines.extend(wrapped(head, text, self.width, self.unicode));
     }

@@ -29,7 +29,7 @@ const PROBLEMS: usize = 50;
 const COLOURS: usize = 10;
 
 /// What every part of the page needs.
-struct Page<'a> {
+struct HtmlPage<'a> {
     report: &'a Report,
     names: Names,
     /// Of each of the report's users.
@@ -39,10 +39,10 @@ struct Page<'a> {
     out: String,
 }
 
-type Row<'a> = (usize, &'a UserReport, &'a Usage);
+type RankedUsage<'a> = (usize, &'a UserReport, &'a Usage);
 
 pub fn html(report: &Report) -> String {
-    let mut page = Page {
+    let mut page = HtmlPage {
         report,
         names: Names::new(report),
         colours: colours(&report.containers),
@@ -81,7 +81,7 @@ fn colours(users: &[UserReport]) -> Vec<usize> {
     users.iter().map(colour).collect()
 }
 
-impl<'a> Page<'a> {
+impl<'a> HtmlPage<'a> {
     fn add(&mut self, markup: &str) {
         self.out.push_str(markup);
         self.out.push('\n');
@@ -104,9 +104,9 @@ impl<'a> Page<'a> {
     }
 
     /// Users of one GPU, most GPU-seconds first.
-    fn users(&self, uuid: &str) -> Vec<Row<'a>> {
+    fn users(&self, uuid: &str) -> Vec<RankedUsage<'a>> {
         let all = self.report.containers.iter().enumerate();
-        let mut rows: Vec<Row<'a>> = all
+        let mut rows: Vec<RankedUsage<'a>> = all
             .flat_map(|(at, user)| user.gpus.iter().filter(|usage| usage.uuid == uuid).map(move |usage| (at, user, usage)))
             .collect();
         rows.sort_by(|(_, _, one), (_, _, other)| other.gpu_seconds.total_cmp(&one.gpu_seconds));
@@ -300,7 +300,7 @@ impl<'a> Page<'a> {
         self.add(&format!("<ul class=\"marks\">{all}</ul>"));
     }
 
-    fn usages(&mut self, users: &[Row<'_>]) {
+    fn usages(&mut self, users: &[RankedUsage<'_>]) {
         self.add("<h3>Users</h3>");
         let (shown, rest) = users.split_at(users.len().min(SHOWN));
         let table = self.usage_table(shown);
@@ -315,7 +315,7 @@ impl<'a> Page<'a> {
         }
     }
 
-    fn usage_table(&self, users: &[Row<'_>]) -> String {
+    fn usage_table(&self, users: &[RankedUsage<'_>]) -> String {
         let heads = ["User", "GPU-seconds", "Share of busy", "Active", "Coactive", "Contended", "Memory max"];
         let heads: String = heads
             .iter()

@@ -3,12 +3,12 @@
 use super::super::model::*;
 use super::super::words;
 use super::markup::{esc, sentence};
-use super::{Page, Row, SHOWN};
+use super::{HtmlPage, RankedUsage, SHOWN};
 
 /// Others that are told one by one for each user, besides those with more evidence than coactivity.
 const OTHERS: usize = 5;
 
-impl Page<'_> {
+impl HtmlPage<'_> {
     pub(super) fn findings(&mut self) {
         self.add("<section id=\"findings\"><h2>Findings</h2>");
         if self.report.findings.is_empty() {
@@ -63,13 +63,13 @@ impl Page<'_> {
     }
 
     /// Rows: those who were active; columns: what others got meanwhile, with the GPU saturated.
-    pub(super) fn matrix(&mut self, gpu: &GpuReport, users: &[Row<'_>]) {
-        let got = |row: &Row<'_>, other: &Row<'_>| {
+    pub(super) fn matrix(&mut self, gpu: &GpuReport, users: &[RankedUsage<'_>]) {
+        let got = |row: &RankedUsage<'_>, other: &RankedUsage<'_>| {
             row.2.contenders.iter().find(|one| one.id == other.1.id).map_or(0.0, |one| one.saturated_gpu_seconds)
         };
-        let all: Vec<&Row<'_>> = users.iter().take(SHOWN).collect();
-        let met = |one: &&&Row<'_>| all.iter().any(|other| got(one, other) > 0.0 || got(other, one) > 0.0);
-        let involved: Vec<&Row<'_>> = all.iter().filter(met).copied().collect();
+        let all: Vec<&RankedUsage<'_>> = users.iter().take(SHOWN).collect();
+        let met = |one: &&&RankedUsage<'_>| all.iter().any(|other| got(one, other) > 0.0 || got(other, one) > 0.0);
+        let involved: Vec<&RankedUsage<'_>> = all.iter().filter(met).copied().collect();
         if involved.len() < 2 {
             return;
         }
@@ -103,9 +103,9 @@ impl Page<'_> {
         }
     }
 
-    pub(super) fn victims(&mut self, users: &[Row<'_>]) {
+    pub(super) fn victims(&mut self, users: &[RankedUsage<'_>]) {
         let strongest = |usage: &Usage| usage.contenders.iter().map(|one| one.evidence).max();
-        let mut victims: Vec<&Row<'_>> = users.iter().filter(|(_, _, usage)| !usage.contenders.is_empty()).collect();
+        let mut victims: Vec<&RankedUsage<'_>> = users.iter().filter(|(_, _, usage)| !usage.contenders.is_empty()).collect();
         if victims.is_empty() {
             return;
         }

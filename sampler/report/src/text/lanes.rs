@@ -4,13 +4,13 @@ use super::super::bins;
 use super::super::layout::{columns, fit, left, right};
 use super::super::model::Timeline;
 use super::super::words;
-use super::{Page, Row, TOP};
+use super::{TOP, TextPage, UserUsage};
 
 const BLOCKS: [&str; 8] = ["▁", "▂", "▃", "▄", "▅", "▆", "▇", "█"];
 const ASCII: [&str; 8] = [".", ":", "-", "=", "+", "*", "%", "#"];
 
-impl Page<'_> {
-    pub(super) fn lanes(&mut self, timeline: &Timeline, users: &[Row<'_>]) {
+impl TextPage<'_> {
+    pub(super) fn lanes(&mut self, timeline: &Timeline, users: &[UserUsage<'_>]) {
         let windows = timeline.busy.len();
         if windows == 0 {
             return;
@@ -53,7 +53,7 @@ impl Page<'_> {
     }
 
     /// What all but the first users got together.
-    fn others(&self, timeline: &Timeline, users: &[Row<'_>]) -> Vec<Option<f32>> {
+    fn others(&self, timeline: &Timeline, users: &[UserUsage<'_>]) -> Vec<Option<f32>> {
         let shown: Vec<&str> = users.iter().take(TOP).map(|(user, _)| user.id.as_str()).collect();
         let is_other = |user: usize| self.report.containers.get(user).is_some_and(|one| !shown.contains(&one.id.as_str()));
         let others: Vec<_> = timeline.lanes.iter().filter(|lane| is_other(lane.user)).collect();

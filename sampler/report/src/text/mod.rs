@@ -22,7 +22,7 @@ pub struct TextOptions {
 }
 
 /// What every part of the page needs.
-struct Page<'a> {
+struct TextPage<'a> {
     report: &'a Report,
     names: Names,
     ink: Ink,
@@ -33,7 +33,7 @@ struct Page<'a> {
 
 /// Ends with a newline. Names of users are shown with what would steer a terminal escaped.
 pub fn text(report: &Report, options: &TextOptions) -> String {
-    let mut page = Page {
+    let mut page = TextPage {
         report,
         names: Names::new(report),
         ink: Ink(options.colour),
@@ -55,9 +55,9 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
 }
 
 /// A user with what it had of the GPU in question.
-type Row<'a> = (&'a UserReport, &'a Usage);
+type UserUsage<'a> = (&'a UserReport, &'a Usage);
 
-impl<'a> Page<'a> {
+impl<'a> TextPage<'a> {
     fn line(&mut self, line: impl Into<String>) {
         self.lines.push(line.into());
     }
@@ -73,8 +73,8 @@ impl<'a> Page<'a> {
     }
 
     /// Users of one GPU, most GPU-seconds first.
-    fn users(&self, uuid: &str) -> Vec<Row<'a>> {
-        let mut all: Vec<Row<'a>> =
+    fn users(&self, uuid: &str) -> Vec<UserUsage<'a>> {
+        let mut all: Vec<UserUsage<'a>> =
             self.report.containers.iter().flat_map(|user| user.gpus.iter().map(move |usage| (user, usage))).collect();
         all.retain(|(_, usage)| usage.uuid == uuid);
         all.sort_by(|(_, one), (_, other)| other.gpu_seconds.total_cmp(&one.gpu_seconds));
@@ -232,7 +232,7 @@ impl<'a> Page<'a> {
         }
     }
 
-    fn table(&mut self, users: &[Row<'_>]) {
+    fn table(&mut self, users: &[UserUsage<'_>]) {
         self.line("");
         let shown = || users.iter().take(TOP);
         let column = |head: &str, rank: u8, cell: &dyn Fn(&Usage) -> String| {

@@ -3,7 +3,7 @@
 use super::super::layout::{Column, Table, fit, right, safe};
 use super::super::model::*;
 use super::super::words;
-use super::{Page, Row, TOP};
+use super::{TOP, TextPage, UserUsage};
 
 /// Others that are told one by one for each user, besides those with more evidence than coactivity.
 const OTHERS: usize = 3;
@@ -16,14 +16,14 @@ fn letter(nth: usize) -> String {
     u8::try_from(nth).ok().filter(|n| *n < 26).map_or_else(|| (nth + 1).to_string(), |n| char::from(b'A' + n).to_string())
 }
 
-impl Page<'_> {
+impl TextPage<'_> {
     /// Rows: those who were active; columns: what others got meanwhile, with the GPU saturated.
-    pub(super) fn matrix(&mut self, users: &[Row<'_>]) {
-        let got = |row: &Row<'_>, other: &Row<'_>| {
+    pub(super) fn matrix(&mut self, users: &[UserUsage<'_>]) {
+        let got = |row: &UserUsage<'_>, other: &UserUsage<'_>| {
             row.1.contenders.iter().find(|one| one.id == other.0.id).map_or(0.0, |one| one.saturated_gpu_seconds)
         };
-        let involved: Vec<&Row<'_>> = {
-            let all: Vec<&Row<'_>> = users.iter().take(TOP).collect();
+        let involved: Vec<&UserUsage<'_>> = {
+            let all: Vec<&UserUsage<'_>> = users.iter().take(TOP).collect();
             all.iter().copied().filter(|one| all.iter().any(|other| got(one, other) > 0.0 || got(other, one) > 0.0)).collect()
         };
         if involved.len() < 2 {
@@ -33,23 +33,23 @@ impl Page<'_> {
         self.wrap("  ", "GPU-seconds that the column's user got while the row's was active and the GPU saturated");
         let nothing = if self.unicode { "·" } else { "." };
         let columns = involved.iter().enumerate().map(|(nth, other)| {
-            let cell = |row: &&Row<'_>| match got(row, other) {
+            let cell = |row: &&UserUsage<'_>| match got(row, other) {
                 _ if row.0.id == other.0.id => String::new(),
                 value if value > 0.0 => words::number(value),
                 _ => nothing.to_owned(),
             };
             Column::new(&letter(nth), u8::try_from(nth).unwrap_or(u8::MAX), involved.iter().map(cell).collect())
         });
-        let name = |(nth, row): (usize, &&Row<'_>)| format!("{}  {}", letter(nth), self.names.of(&row.0.id));
+        let name = |(nth, row): (usize, &&UserUsage<'_>)| format!("{}  {}", letter(nth), self.names.of(&row.0.id));
         let table =
             Table { name: Column::new("", 0, involved.iter().enumerate().map(name).collect()), values: columns.collect() };
         let lines = table.lines(2, self.width, self.unicode, self.ink);
         self.lines.extend(lines);
     }
 
-    pub(super) fn victims(&mut self, users: &[Row<'_>]) {
+    pub(super) fn victims(&mut self, users: &[UserUsage<'_>]) {
         let strongest = |usage: &Usage| usage.contenders.iter().map(|one| one.evidence).max();
-        let mut victims: Vec<&Row<'_>> =
+        let mut victims: Vec<&UserUsage<'_>> =
             users.iter().filter(|(_, usage)| !usage.contenders.is_empty() || !usage.causes.is_empty()).collect();
         victims.sort_by(|(_, one), (_, other)| {
             let waited = other.contended_seconds.total_cmp(&one.contended_seconds);

@@ -28,10 +28,10 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use self::model::{Asked, Model};
 use self::rows::Sort;
 use self::source::{AgentEvent, LIVE, REMEDY, nobody, too_old};
-use super::ask::{self, Answer};
+use super::ask::{self, AgentResponse};
 use crate::cli::output::{colours, print};
 use crate::config::Settings;
-use crate::export::live::Live;
+use crate::export::live::LiveDocument;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -111,11 +111,11 @@ impl Top {
 
     fn print(&self, agent: &str, token: Option<&str>) -> anyhow::Result<()> {
         let body = match ask::get(agent, LIVE, token, REMEDY)? {
-            Answer::Found(body) => body,
-            Answer::NotFound(_) => bail!("{}", too_old(agent)),
-            Answer::NoAgent(error) => return Err(error.context(nobody(agent))),
+            AgentResponse::Found(body) => body,
+            AgentResponse::NotFound(_) => bail!("{}", too_old(agent)),
+            AgentResponse::NoAgent(error) => return Err(error.context(nobody(agent))),
         };
-        let live: Live =
+        let live: LiveDocument =
             serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))?;
         if self.json {
             // As it came: also what an agent newer than this says.
@@ -147,7 +147,7 @@ fn show(terminal: &mut DefaultTerminal, mut model: Model, told: &Receiver<AgentE
         }
         loop {
             match told.try_recv() {
-                Ok(AgentEvent::Live(live)) => model.update(*live),
+                Ok(AgentEvent::LiveDocument(live)) => model.update(*live),
                 Ok(AgentEvent::Away(why)) => model.away(why),
                 Ok(AgentEvent::Terminate) => return Ok(()),
                 Err(TryRecvError::Empty) => break,

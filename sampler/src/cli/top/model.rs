@@ -6,9 +6,9 @@ use std::time::{Duration, UNIX_EPOCH};
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::history::{History, Point, SPAN};
-use super::rows::{Key, Row, Sort, arrange};
+use super::rows::{Key, Sort, TopRow, arrange};
 use super::words::{key_of_other, name_of_other};
-use crate::export::live::{Live, LiveUser};
+use crate::export::live::{LiveDocument, LiveUser};
 
 /// Less is noise.
 const LEAST_RATE: f64 = 0.005;
@@ -24,7 +24,7 @@ pub enum Asked {
 pub struct Model {
     pub agent: String,
     pub interval: Duration,
-    pub live: Option<Live>,
+    pub live: Option<LiveDocument>,
     /// Why there is no newer picture.
     pub away: Option<String>,
     pub sort: Sort,
@@ -33,7 +33,7 @@ pub struct Model {
     pub typing: Option<String>,
     pub paused: bool,
     pub help: bool,
-    pub rows: Vec<Row>,
+    pub rows: Vec<TopRow>,
     /// Before the filter.
     pub total: usize,
     /// The first row on the screen.
@@ -70,14 +70,14 @@ impl Model {
     }
 
     /// Histories go on while the picture stands still.
-    pub fn update(&mut self, live: Live) {
+    pub fn update(&mut self, live: LiveDocument) {
         self.away = None;
         let now = time_of(&live);
         for user in &live.users {
             let waited_for = user.contended_by.iter().map(|other| (key_of_other(other).to_owned(), other.seconds)).collect();
             let value = user.duty_cycle_percent.map(|percent| percent / 100.0);
             let point = Point { at: now, value, waited: user.contention_seconds, waited_for };
-            self.histories.entry(Row::new(user).key()).or_default().push(point);
+            self.histories.entry(TopRow::new(user).key()).or_default().push(point);
         }
         self.histories.retain(|_, history| !history.is_older_than(now.saturating_sub(SPAN)));
         if !self.paused {
@@ -86,8 +86,8 @@ impl Model {
         }
     }
 
-    fn row(&self, user: &LiveUser) -> Row {
-        let mut row = Row::new(user);
+    fn row(&self, user: &LiveUser) -> TopRow {
+        let mut row = TopRow::new(user);
         let history = self.histories.get(&row.key());
         row.waiting = history.and_then(|history| history.rate(|point| point.waited));
         let by = user.contended_by.iter().filter_map(|other| {
@@ -113,7 +113,7 @@ impl Model {
         self.live.as_ref().map(time_of).unwrap_or_default()
     }
 
-    pub fn spark(&self, row: &Row, width: usize) -> String {
+    pub fn spark(&self, row: &TopRow, width: usize) -> String {
         self.histories.get(&row.key()).map_or_else(|| " ".repeat(width), |history| history.spark(self.now(), width))
     }
 
@@ -125,7 +125,7 @@ impl Model {
 
     fn select(&mut self, index: usize) {
         let index = index.min(self.rows.len().saturating_sub(1));
-        self.selected = self.rows.get(index).map(Row::key);
+        self.selected = self.rows.get(index).map(TopRow::key);
         self.keep_in_sight();
     }
 
@@ -198,7 +198,7 @@ impl Model {
     }
 }
 
-fn time_of(live: &Live) -> Duration {
+fn time_of(live: &LiveDocument) -> Duration {
     let time = humantime::parse_rfc3339(&live.time).ok();
     time.and_then(|time| time.duration_since(UNIX_EPOCH).ok()).unwrap_or_default()
 }

@@ -1,9 +1,9 @@
 //! One table, for pipes, logs and who wants no more.
 
-use super::rows::{Row, Sort, arrange};
+use super::rows::{Sort, TopRow, arrange};
 use super::words::{DASH, bytes, fit, left, percent, right, share};
 use crate::cli::output::{harmless, wrapped};
-use crate::export::live::{Live, LiveGpu};
+use crate::export::live::{LiveDocument, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
 const HEADS: [&str; 7] = ["CONTAINER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
@@ -15,7 +15,7 @@ const GAP: usize = 2;
 /// A name is not cut below this.
 const LEAST_NAME: usize = 16;
 
-fn cells(row: &Row) -> [String; 7] {
+fn cells(row: &TopRow) -> [String; 7] {
     let waits = row.user.contention_seconds >= 0.05;
     let by: Vec<String> = row.by.iter().filter(|(_, s)| *s >= 0.05).map(|(name, s)| format!("{name} {s:.1}")).collect();
     [
@@ -46,8 +46,8 @@ fn gpu(gpu: &LiveGpu) -> String {
 }
 
 /// `width` is a terminal's; elsewhere nothing is cut.
-pub fn table(live: &Live, sort: Sort, filter: &str, width: Option<usize>, bold: bool) -> String {
-    let rows = arrange(live, live.users.iter().map(Row::new).collect(), sort, filter);
+pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>, bold: bool) -> String {
+    let rows = arrange(live, live.users.iter().map(TopRow::new).collect(), sort, filter);
     let cells: Vec<[String; 7]> = rows.iter().map(cells).collect();
     let mut widths = HEADS.map(str::width);
     for row in &cells {

@@ -1,7 +1,7 @@
 //! The rows of a picture: named, filtered, in order.
 
 use super::words::{name, name_of_other};
-use crate::export::live::{Live, LiveUser};
+use crate::export::live::{LiveDocument, LiveUser};
 use clap::ValueEnum;
 
 /// Sort order of rows.
@@ -21,7 +21,7 @@ pub enum Sort {
 }
 
 #[derive(Clone, Debug)]
-pub struct Row {
+pub struct TopRow {
     pub name: String,
     pub user: LiveUser,
     /// Seconds that others kept it waiting: per second over the last minute, or so far where there is no history.
@@ -30,7 +30,7 @@ pub struct Row {
     pub by: Vec<(String, f64)>,
 }
 
-impl Row {
+impl TopRow {
     /// With what it waited for so far.
     pub fn new(user: &LiveUser) -> Self {
         let by = user.contended_by.iter().map(|other| (name_of_other(other), other.seconds)).collect();
@@ -60,19 +60,19 @@ impl Row {
 pub type Key = (String, String, String);
 
 /// Those in which all words of the filter are, in order.
-pub fn arrange(live: &Live, mut rows: Vec<Row>, sort: Sort, filter: &str) -> Vec<Row> {
+pub fn arrange(live: &LiveDocument, mut rows: Vec<TopRow>, sort: Sort, filter: &str) -> Vec<TopRow> {
     let words: Vec<String> = filter.split_whitespace().map(str::to_lowercase).collect();
     let model = |uuid: &str| live.gpus.iter().find(|gpu| gpu.uuid == uuid).map_or("", |gpu| &*gpu.model);
     rows.retain(|row| row.has(&words, model(&row.user.uuid)));
     // As precise as they are shown. Unknown comes last.
-    let value = |row: &Row| match sort {
+    let value = |row: &TopRow| match sort {
         Sort::Share => row.user.duty_cycle_percent.map(|percent| (percent * 10.0).round()),
         Sort::Seconds => Some(row.user.gpu_seconds),
         Sort::Memory => row.user.memory_used_bytes.map(|bytes| bytes as f64),
         Sort::Waiting => row.waiting.map(|rate| (rate * 100.0).round()),
         Sort::Name => None,
     };
-    let value = |row: &Row| value(row).unwrap_or(-1.0);
+    let value = |row: &TopRow| value(row).unwrap_or(-1.0);
     rows.sort_by(|a, b| {
         let by_name = || a.name.cmp(&b.name).then_with(|| a.user.index.cmp(&b.user.index)).then_with(|| a.key().cmp(&b.key()));
         value(b).total_cmp(&value(a)).then_with(by_name)

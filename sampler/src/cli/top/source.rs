@@ -6,9 +6,9 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
-use crate::cli::ask::{self, Answer};
+use crate::cli::ask::{self, AgentResponse};
 use crate::error::display_chain;
-use crate::export::live::Live;
+use crate::export::live::LiveDocument;
 
 /// Of `/api/v1/live`.
 pub const LIVE: &str = "/api/v1/live";
@@ -16,7 +16,7 @@ pub const LIVE: &str = "/api/v1/live";
 pub const REMEDY: &str = "name the agent with --agent or --listen";
 
 pub enum AgentEvent {
-    Live(Box<Live>),
+    LiveDocument(Box<LiveDocument>),
     /// No picture could be had; why, with the remedy.
     Away(String),
     /// A signal asks to end.
@@ -47,7 +47,7 @@ async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<A
     loop {
         turn.tick().await;
         let told = match live(agent, token).await {
-            Ok(live) => AgentEvent::Live(Box::new(live)),
+            Ok(live) => AgentEvent::LiveDocument(Box::new(live)),
             Err(error) => AgentEvent::Away(display_chain(error.as_ref())),
         };
         if to.send(told).is_err() {
@@ -56,13 +56,13 @@ async fn follow(agent: &str, token: Option<&str>, every: Duration, to: &Sender<A
     }
 }
 
-async fn live(agent: &str, token: Option<&str>) -> anyhow::Result<Live> {
+async fn live(agent: &str, token: Option<&str>) -> anyhow::Result<LiveDocument> {
     match ask::get_within(agent, LIVE, token, REMEDY).await? {
-        Answer::Found(body) => {
+        AgentResponse::Found(body) => {
             serde_json::from_slice(&body).with_context(|| format!("what answers at {agent} is no gpu-sampler agent"))
         }
-        Answer::NotFound(_) => Err(anyhow::anyhow!(too_old(agent))),
-        Answer::NoAgent(error) => Err(error.context(nobody(agent))),
+        AgentResponse::NotFound(_) => Err(anyhow::anyhow!(too_old(agent))),
+        AgentResponse::NoAgent(error) => Err(error.context(nobody(agent))),
     }
 }
 

@@ -11,7 +11,7 @@ use ratatui::crossterm::event::{KeyCode, KeyModifiers};
 use super::super::model::Asked;
 use super::super::once;
 use super::*;
-use crate::export::live::{Degraded, Live, LiveOther, LiveUser};
+use crate::export::live::{Degraded, LiveDocument, LiveOther, LiveUser};
 
 fn check(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/top/golden").join(name);
@@ -68,7 +68,7 @@ fn user(n: u64, pod: &str, share: Option<f64>) -> LiveUser {
 }
 
 /// The second of a minute in which three share a GPU.
-fn picture(second: u32) -> Live {
+fn picture(second: u32) -> LiveDocument {
     let mut trainer = user(1, "trainer-0", Some(60.0));
     let (inference, mut bare) = (user(2, "inference-7c9d5b8f4-x2k4q", Some(30.0)), user(3, "", None));
     let other = LiveOther {
@@ -86,13 +86,13 @@ fn picture(second: u32) -> Live {
     // Not a pod, never sampled, and it steers terminals.
     (bare.namespace, bare.pod, bare.container) = (None, None, None);
     (bare.name, bare.memory_used_bytes, bare.gone) = (text("build\x1b[31m"), None, true);
-    Live {
+    LiveDocument {
         time: format!("2026-01-02T03:04:{second:02}Z"),
         version: "0.1.0".into(),
         node: text("node-1"),
         gpus: vec![gpu(0, Some(0.97)), gpu(1, None)],
         users: vec![bare, inference, trainer],
-        ..Live::default()
+        ..LiveDocument::default()
     }
 }
 

@@ -9,7 +9,7 @@ use ratatui::widgets::{Block, Clear, Paragraph, Widget as _, Wrap};
 use unicode_width::UnicodeWidthStr as _;
 
 use super::model::Model;
-use super::rows::{Row, Sort};
+use super::rows::{Sort, TopRow};
 use super::words::{DASH, bytes, fit, left, name_of_other, percent, right, share, short};
 use crate::cli::output::harmless;
 use crate::export::live::LiveGpu;
@@ -258,7 +258,7 @@ fn columns(width: usize) -> Vec<(Column, usize)> {
     all
 }
 
-fn cell(row: &Row, column: Column, width: usize, model: &Model) -> String {
+fn cell(row: &TopRow, column: Column, width: usize, model: &Model) -> String {
     match column {
         Column::Name => row.name.clone(),
         Column::Gpu => row.gpu(),

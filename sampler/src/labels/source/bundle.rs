@@ -12,7 +12,7 @@ use serde::Deserialize;
 
 use super::answer::Answer;
 use super::file;
-use crate::labels::discover::Places;
+use crate::labels::discover::HostPaths;
 use crate::labels::root::Root;
 
 const TASK_FOLDERS: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.runtime.v1.linux"];
@@ -25,7 +25,7 @@ pub struct Bundle {
     pub annotations: Option<Annotations>,
 }
 
-pub fn ask(root: &Root, places: &Places, id: &str) -> Answer {
+pub fn ask(root: &Root, places: &HostPaths, id: &str) -> Answer {
     Answer::first_of(&places.containerd_states, |state| Ok(look(&root.path(state), id)?.map(Answer::found)))
 }
 
@@ -79,7 +79,7 @@ mod tests {
         let path = "run/containerd/io.containerd.runtime.v2.task/k8s.io/c1/config.json";
         let row = |path: &str, text: &str, expect: &str| {
             let files = Files::new(&[(path, text)]);
-            check(&ask(&files.root(), &Places::default().with_defaults(), "c1"), expect);
+            check(&ask(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         row(path, CRI, "prod/p-0/c c1 i:1");
         row(&path.replace("containerd/io", "k3s/containerd/io"), CRI, "prod/p-0/c c1 i:1");

@@ -38,12 +38,12 @@ const SANDBOX_NAME: &str = "POD";
 pub struct Cri {
     socket: GrpcSocket,
     limit: Duration,
-    known: Mutex<Known>,
+    known: Mutex<ServerState>,
 }
 
 /// What was learnt of the server behind one socket.
 #[derive(Clone, Copy, Debug, Default)]
-struct Known {
+struct ServerState {
     generation: Option<Stamp>,
     /// The package that answered last, of [`PACKAGES`].
     package: usize,
@@ -58,7 +58,7 @@ struct Known {
 /// Which runtime a server is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RuntimeLookup {
-    Known(Option<Runtime>),
+    ServerState(Option<Runtime>),
     Pending,
 }
 
@@ -195,7 +195,7 @@ impl Cri {
     /// Asked once per socket. `Pending` while it may yet tell: a name made without knowing it would be another name later.
     async fn runtime(&self, hint: Option<Runtime>, until: Instant) -> RuntimeLookup {
         if let Some(runtime) = self.known().runtime {
-            return RuntimeLookup::Known(runtime);
+            return RuntimeLookup::ServerState(runtime);
         }
         let until = until.min(Instant::now() + VERSION_LIMIT);
         let runtime = match self.version_by(until).await {
@@ -206,17 +206,21 @@ impl Cri {
                 "docker" => Some(Runtime::Docker),
                 _ => None,
             },
-            Err(_) if hint.is_some() => return RuntimeLookup::Known(hint),
+            Err(_) if hint.is_some() => return RuntimeLookup::ServerState(hint),
             Err(GrpcError::Timeout { .. }) => {
                 let mut known = self.known();
                 known.late_versions += 1;
-                return if known.late_versions < LATE_VERSIONS { RuntimeLookup::Pending } else { RuntimeLookup::Known(None) };
+                return if known.late_versions < LATE_VERSIONS {
+                    RuntimeLookup::Pending
+                } else {
+                    RuntimeLookup::ServerState(None)
+                };
             }
             // It will not tell.
             Err(_) => None,
         };
         self.known().runtime = Some(runtime);
-        RuntimeLookup::Known(runtime)
+        RuntimeLookup::ServerState(runtime)
     }
 
     async fn version_by(&self, until: Instant) -> Result<CriVersion, GrpcError> {
@@ -263,7 +267,7 @@ impl Cri {
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, Known> {
+    fn known(&self) -> MutexGuard<'_, ServerState> {
         self.known.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -272,7 +276,7 @@ impl Cri {
         let generation = self.socket.generation();
         let mut known = self.known();
         if known.generation != generation {
-            *known = Known { generation, ..Known::default() };
+            *known = ServerState { generation, ..ServerState::default() };
         }
     }
 }
@@ -306,7 +310,7 @@ fn is(answered: &str, asked: &str) -> bool {
 
 /// The facts of a container, or of a sandbox where there is no name of one.
 fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: RuntimeLookup) -> Facts {
-    let runtime = if let RuntimeLookup::Known(runtime) = told { runtime } else { None };
+    let runtime = if let RuntimeLookup::ServerState(runtime) = told { runtime } else { None };
     // cri-dockerd answers for a sandbox as for any container.
     let sandbox = container.is_none_or(|name| name == SANDBOX_NAME);
     let long_names = matches!(runtime, Some(Runtime::Docker | Runtime::CriO));

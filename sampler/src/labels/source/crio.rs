@@ -12,7 +12,7 @@ use super::http;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
-struct Container {
+struct CrioContainer {
     name: Option<String>,
     image: Option<String>,
     labels: Option<HashMap<String, String>>,
@@ -20,13 +20,13 @@ struct Container {
 }
 
 pub async fn ask(socket: &Path, id: &str) -> Answer {
-    match http::record::<Container>(socket, &format!("/containers/{id}")).await {
+    match http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await {
         Ok(container) => Answer::found(facts(&container, id)),
         Err(answer) => answer,
     }
 }
 
-fn facts(container: &Container, id: &str) -> Facts {
+fn facts(container: &CrioContainer, id: &str) -> Facts {
     let mut facts = Facts { runtime: Some(Runtime::CriO), knows_pods: true, ..Facts::default() };
     facts.set(Label::Name, container.name.as_deref());
     facts.set(Label::Image, container.image.as_deref());

@@ -14,7 +14,7 @@ use tokio::sync::mpsc::Sender;
 use super::answer::Answer;
 use super::docker_file::DockerRecord;
 use super::http;
-use crate::labels::message::Word;
+use crate::labels::message::LabelMessage;
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 const RECONNECT_LAST: Duration = Duration::from_secs(30);
@@ -31,7 +31,7 @@ pub async fn ask(socket: &Path, runtime: Runtime, id: &str) -> Answer {
 }
 
 /// Follows the engine's events for the life of the process.
-pub async fn follow(socket: PathBuf, to: Sender<Word>) {
+pub async fn follow(socket: PathBuf, to: Sender<LabelMessage>) {
     let mut pause = RECONNECT_FIRST;
     loop {
         match events(&socket, &to).await {
@@ -48,7 +48,7 @@ pub async fn follow(socket: PathBuf, to: Sender<Word>) {
     }
 }
 
-async fn events(socket: &Path, to: &Sender<Word>) -> anyhow::Result<()> {
+async fn events(socket: &Path, to: &Sender<LabelMessage>) -> anyhow::Result<()> {
     // Nothing to connect to yet; looking is cheaper than failing, and not done on a thread that serves others.
     let path = socket.to_owned();
     if !tokio::task::spawn_blocking(move || path.exists()).await? {
@@ -59,7 +59,7 @@ async fn events(socket: &Path, to: &Sender<Word>) -> anyhow::Result<()> {
     let mut stream = docker.events(Some(EventsOptionsBuilder::new().filters(&filters).build()));
     while let Some(event) = stream.next().await {
         if let Some(id) = event?.actor.and_then(|actor| actor.id) {
-            to.send(Word::Hint(id)).await.map_err(|_| anyhow::anyhow!("the label service ended"))?;
+            to.send(LabelMessage::Hint(id)).await.map_err(|_| anyhow::anyhow!("the label service ended"))?;
         }
     }
     Ok(())

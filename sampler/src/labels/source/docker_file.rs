@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::answer::Answer;
 use super::file;
-use crate::labels::discover::Places;
+use crate::labels::discover::HostPaths;
 use crate::labels::root::Root;
 
 #[derive(Default, Deserialize)]
@@ -61,7 +61,7 @@ impl DockerRecord {
     }
 }
 
-pub fn ask(root: &Root, places: &Places, id: &str) -> Answer {
+pub fn ask(root: &Root, places: &HostPaths, id: &str) -> Answer {
     Answer::first_of(&places.docker_roots, |folder| {
         let record = file::read::<DockerRecord>(&root.path(&folder.join("containers").join(id).join("config.v2.json")))?;
         Ok(record.map(|record| record.answer(Runtime::Docker, id)))
@@ -77,7 +77,7 @@ mod tests {
     fn rows() {
         let row = |text: &str, expect: &str| {
             let files = Files::new(&[("var/lib/docker/containers/c1/config.v2.json", text)]);
-            check(&ask(&files.root(), &Places::default().with_defaults(), "c1"), expect);
+            check(&ask(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         row(r#"{"Name":"/web","Config":{"Image":"i","Labels":null},"State":{"Status":"new-word"}}"#, "-/-/- web i");
         row(r#"{"Name":"/k8s_c_p_n_uid_0","Config":{"Image":"i"}}"#, "n/p/c k8s_c_p_n_uid_0 i");

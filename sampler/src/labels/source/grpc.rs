@@ -180,7 +180,7 @@ impl Drop for EndOnDrop {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::grpc_server::{Reply, Server, field};
+    use crate::labels::source::grpc_server::{Server, ServerReply, field};
 
     #[derive(Clone, PartialEq, prost::Message)]
     struct Text {
@@ -194,7 +194,7 @@ mod tests {
     }
 
     fn echo() -> Server {
-        Server::start(|_, request| Reply::Message(request.to_vec()))
+        Server::start(|_, request| ServerReply::Message(request.to_vec()))
     }
 
     #[tokio::test]
@@ -216,7 +216,7 @@ mod tests {
         let folder = server.stop();
         // Its file is still there: refused.
         assert!(matches!(say(&socket, "a").await, Err(GrpcError::Connect { .. })));
-        let again = Server::start_in(folder, |_, _| Reply::Message(field(1, b"another")));
+        let again = Server::start_in(folder, |_, _| ServerReply::Message(field(1, b"another")));
         assert_eq!(say(&socket, "a").await.unwrap(), "another");
         assert_ne!(socket.generation(), before);
         let folder = again.stop();
@@ -228,7 +228,9 @@ mod tests {
 
     #[tokio::test]
     async fn a_hung_server_is_left_behind() {
-        let server = Server::start(|_, request| if request == field(1, b"hang") { Reply::Hang } else { Reply::Message(vec![]) });
+        let server = Server::start(
+            |_, request| if request == field(1, b"hang") { ServerReply::Hang } else { ServerReply::Message(vec![]) },
+        );
         let socket = GrpcSocket::new(&server.path);
         for _ in 0..5 {
             let asked = tokio::time::timeout(Duration::from_millis(20), say(&socket, "hang")).await;
@@ -241,11 +243,11 @@ mod tests {
     #[tokio::test]
     async fn nonsense_is_an_error() {
         for (reply, expect) in [
-            (Reply::Message(vec![0xff; 64]), "Internal"),
-            (Reply::Message(field(1, vec![b'x'; 5 << 20])), "OutOfRange"),
-            (Reply::CutOff, "http2 error: stream error"),
-            (Reply::NoTrailers, "missing grpc-status"),
-            (Reply::Status(5, "no".into()), "NotFound: no"),
+            (ServerReply::Message(vec![0xff; 64]), "Internal"),
+            (ServerReply::Message(field(1, vec![b'x'; 5 << 20])), "OutOfRange"),
+            (ServerReply::CutOff, "http2 error: stream error"),
+            (ServerReply::NoTrailers, "missing grpc-status"),
+            (ServerReply::Status(5, "no".into()), "NotFound: no"),
         ] {
             let shown = format!("{reply:?}");
             let server = Server::start(move |_, _| reply.clone());

@@ -18,7 +18,7 @@ use tokio::net::UnixListener;
 use tokio::task::JoinHandle;
 
 #[derive(Clone, Debug)]
-pub enum Reply {
+pub enum ServerReply {
     Message(Vec<u8>),
     /// A gRPC status, by number.
     Status(u32, String),
@@ -39,12 +39,12 @@ type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Server {
     /// `answer` is given the path (`/package.Service/Method`) and the request's message.
-    pub fn start(answer: impl Fn(&str, &[u8]) -> Reply + Clone + Send + Sync + 'static) -> Self {
+    pub fn start(answer: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
         Self::start_in(tempfile::tempdir().unwrap(), answer)
     }
 
     /// As [`Server::start`], in place of a server that was stopped.
-    pub fn start_in(folder: TempDir, answer: impl Fn(&str, &[u8]) -> Reply + Clone + Send + Sync + 'static) -> Self {
+    pub fn start_in(folder: TempDir, answer: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
         let (path, listener) = listen(&folder);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
@@ -97,7 +97,7 @@ fn listen(folder: &TempDir) -> (PathBuf, UnixListener) {
     (path, listener)
 }
 
-async fn respond(answer: impl Fn(&str, &[u8]) -> Reply, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn respond(answer: impl Fn(&str, &[u8]) -> ServerReply, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
     let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
     let reply = answer(&path, body.get(5..).unwrap_or_default());
@@ -108,11 +108,13 @@ async fn respond(answer: impl Fn(&str, &[u8]) -> Reply, request: Request<Incomin
         Frame::trailers(map)
     };
     let frames: Vec<Result<Frame<Bytes>, std::io::Error>> = match reply {
-        Reply::Message(message) => vec![Ok(framed(&message)), Ok(trailers(0, ""))],
-        Reply::Status(code, text) => vec![Ok(trailers(code, &text))],
-        Reply::Hang => std::future::pending().await,
-        Reply::CutOff => vec![Ok(Frame::data(Bytes::from_static(&[0, 0, 0, 1, 0, 7]))), Err(std::io::Error::other("cut off"))],
-        Reply::NoTrailers => vec![Ok(framed(&[]))],
+        ServerReply::Message(message) => vec![Ok(framed(&message)), Ok(trailers(0, ""))],
+        ServerReply::Status(code, text) => vec![Ok(trailers(code, &text))],
+        ServerReply::Hang => std::future::pending().await,
+        ServerReply::CutOff => {
+            vec![Ok(Frame::data(Bytes::from_static(&[0, 0, 0, 1, 0, 7]))), Err(std::io::Error::other("cut off"))]
+        }
+        ServerReply::NoTrailers => vec![Ok(framed(&[]))],
     };
     let body = StreamBody::new(stream::iter(frames).boxed()).boxed_unsync();
     Ok(Response::builder().header("content-type", "application/grpc").body(body).unwrap())

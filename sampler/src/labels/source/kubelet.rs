@@ -38,7 +38,7 @@ pub struct Kubelet {
 
 /// What could be learnt, and what stood in the way of more.
 #[derive(Debug, Default)]
-pub struct Assigned {
+pub struct AssignmentReport {
     pub assignments: Vec<Assignment>,
     /// Each names its endpoint or file. Empty also where there is no kubelet.
     pub problems: Vec<String>,
@@ -116,7 +116,7 @@ impl Kubelet {
     /// As a source of labels: a pod's namespace and name by its UID.
     pub async fn ask(&self, pod_uid: Option<&str>) -> Answer {
         let Some(uid) = pod_uid else { return Answer::not_asked("no pod is known to ask about") };
-        let Assigned { assignments, problems } = self.assigned().await;
+        let AssignmentReport { assignments, problems } = self.assigned().await;
         match (facts_for(uid, &assignments), problems.first()) {
             (Some(facts), _) => Answer::found(facts),
             (None, Some(problem)) => Answer::error(problem),
@@ -125,7 +125,7 @@ impl Kubelet {
     }
 
     /// Both lists as one. A list that is not there is no problem, one that cannot be read is.
-    pub async fn assigned(&self) -> Assigned {
+    pub async fn assigned(&self) -> AssignmentReport {
         let mut problems = Vec::new();
         let root = self.root.clone();
         let read = tokio::task::spawn_blocking(move || checkpoint(&root)).await;
@@ -148,7 +148,7 @@ impl Kubelet {
                 Vec::new()
             }
         };
-        Assigned { assignments: join(checkpoint, pod_resources), problems }
+        AssignmentReport { assignments: join(checkpoint, pod_resources), problems }
     }
 
     /// Every device of every container, by the names of its pod. Answers within two seconds.
@@ -248,7 +248,7 @@ mod tests {
     use std::fs;
 
     use super::*;
-    use crate::labels::source::grpc_server::{Reply, Server, field, number};
+    use crate::labels::source::grpc_server::{Server, ServerReply, field, number};
 
     fn show(list: &[Assignment]) -> Vec<String> {
         let or = |part: &Option<String>| part.clone().unwrap_or("-".into());
@@ -327,11 +327,11 @@ mod tests {
     }
 
     /// A kubelet whose server is at `root`'s socket, with one version of the service.
-    fn serve(root: &Path, package: &'static str, reply: Reply) -> Server {
+    fn serve(root: &Path, package: &'static str, reply: ServerReply) -> Server {
         let server =
             Server::start(move |path, _| match path.strip_prefix('/') == Some(&format!("{package}.PodResourcesLister/List")) {
                 true => reply.clone(),
-                false => Reply::Status(12, "unknown service".into()),
+                false => ServerReply::Status(12, "unknown service".into()),
             });
         let socket = root.join(POD_RESOURCES);
         fs::create_dir_all(socket.parent().unwrap()).unwrap();
@@ -343,7 +343,7 @@ mod tests {
     async fn pod_resources_in_both_versions() {
         for package in ["v1", "v1alpha1"] {
             let root = tempfile::tempdir().unwrap();
-            let _server = serve(root.path(), package, Reply::Message(pods()));
+            let _server = serve(root.path(), package, ServerReply::Message(pods()));
             let kubelet = Kubelet::new(root.path());
             for _ in 0..2 {
                 let list = kubelet.pod_resources().await.unwrap();
@@ -361,7 +361,7 @@ mod tests {
         let kubelet = Kubelet::new(root.path());
         let alone = kubelet.assigned().await;
         assert_eq!((show(&alone.assignments), alone.problems), (vec!["u1 -/-/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
-        let server = serve(root.path(), "v1", Reply::Message(pods()));
+        let server = serve(root.path(), "v1", ServerReply::Message(pods()));
         let both = kubelet.assigned().await;
         assert_eq!((show(&both.assignments), both.problems), (vec!["u1 n/p/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
         // Each failing leaves the other, and says so.
@@ -370,7 +370,7 @@ mod tests {
         assert_eq!((refused.assignments.len(), refused.problems.len()), (1, 1), "{:?}", refused.problems);
         assert!(refused.problems[0].contains("kubelet.sock: cannot connect: "), "{:?}", refused.problems);
         let root = folder(b"{");
-        let _server = serve(root.path(), "v1", Reply::Message(pods()));
+        let _server = serve(root.path(), "v1", ServerReply::Message(pods()));
         let broken = Kubelet::new(root.path()).assigned().await;
         assert_eq!(show(&broken.assignments), ["- n/p/c nvidia.com/gpu GPU-1,GPU-2"]);
         assert!(broken.problems[0].contains(CHECKPOINT), "{:?}", broken.problems);
@@ -382,10 +382,10 @@ mod tests {
         let none = Kubelet::new(root.path());
         assert!(matches!(none.pod_resources().await, Err(GrpcError::NoSocket { .. })));
         for (package, reply, expect) in [
-            ("v1", Reply::Message(vec![0xff; 9]), "/v1.PodResourcesLister/List: Internal"),
-            ("v1", Reply::Message(vec![b'x'; 5 << 20]), "/v1.PodResourcesLister/List: OutOfRange"),
-            ("v1", Reply::Status(8, "too many".into()), "/v1.PodResourcesLister/List: ResourceExhausted: too many"),
-            ("none", Reply::Hang, "/v1alpha1.PodResourcesLister/List: Unimplemented"),
+            ("v1", ServerReply::Message(vec![0xff; 9]), "/v1.PodResourcesLister/List: Internal"),
+            ("v1", ServerReply::Message(vec![b'x'; 5 << 20]), "/v1.PodResourcesLister/List: OutOfRange"),
+            ("v1", ServerReply::Status(8, "too many".into()), "/v1.PodResourcesLister/List: ResourceExhausted: too many"),
+            ("none", ServerReply::Hang, "/v1alpha1.PodResourcesLister/List: Unimplemented"),
         ] {
             let root = tempfile::tempdir().unwrap();
             let _server = serve(root.path(), package, reply);

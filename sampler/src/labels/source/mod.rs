@@ -30,7 +30,7 @@ use tokio::sync::Semaphore;
 use self::answer::{Answer, TIMEOUT};
 use self::cri::Cri;
 use self::kubelet::Kubelet;
-use super::discover::{Places, is_one_name};
+use super::discover::{HostPaths, is_one_name};
 use super::root::Root;
 use crate::error::display_chain;
 
@@ -45,21 +45,21 @@ enum Endpoint {
 }
 
 /// Everything that can be asked, and where.
-pub struct Sources {
+pub struct LabelSources {
     pub root: Root,
     pub procfs: PathBuf,
     /// Where the cgroup hierarchies are mounted.
     pub cgroups: Vec<PathBuf>,
-    pub places: ArcSwap<Places>,
+    pub places: ArcSwap<HostPaths>,
     /// By target.
     endpoints: RwLock<Vec<Endpoint>>,
     /// A read that hangs keeps its thread, whatever becomes of the question: so there are only so many of each source.
     reads: HashMap<Source, Arc<Semaphore>>,
 }
 
-impl Sources {
+impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
-        let places = ArcSwap::from_pointee(Places::default().with_defaults());
+        let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
         let files = Source::ASKED.into_iter().filter(|s| !s.is_socket());
         let reads = files.map(|source| (source, Arc::new(Semaphore::new(FILES_IN_FLIGHT)))).collect();
         Self { root, procfs, cgroups, places, endpoints: RwLock::default(), reads }
@@ -84,7 +84,7 @@ impl Sources {
 }
 
 /// Whether a socket answers at all: no question about a container.
-pub async fn probe(sources: Arc<Sources>, target: TargetId) -> Result<(), String> {
+pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), String> {
     let probe = async {
         match sources.endpoint(target) {
             Some(Endpoint::Docker(socket, _)) => http::answers(&socket, "/_ping").await,
@@ -102,7 +102,7 @@ pub async fn probe(sources: Arc<Sources>, target: TargetId) -> Result<(), String
 }
 
 /// Puts one question; ends within [`TIMEOUT`], whatever becomes of it.
-pub async fn put(sources: Arc<Sources>, ask: &Query) -> Answer {
+pub async fn put(sources: Arc<LabelSources>, ask: &Query) -> Answer {
     let Some(endpoint) = sources.endpoint(ask.target) else { return Answer::error("there is no such target") };
     let id = ask.container_id().to_owned();
     if !is_one_name(&id) {
@@ -130,7 +130,7 @@ pub async fn put(sources: Arc<Sources>, ask: &Query) -> Answer {
     tokio::time::timeout(TIMEOUT, answer).await.unwrap_or_else(|_| late())
 }
 
-fn files(sources: &Sources, source: Source, ask: &Query, id: &str) -> Answer {
+fn files(sources: &LabelSources, source: Source, ask: &Query, id: &str) -> Answer {
     let (root, places) = (&sources.root, sources.places.load());
     let answer = match source {
         Source::Logs => return pods::logs(root, id, ask.pod_uid.as_deref()),
@@ -148,7 +148,7 @@ fn files(sources: &Sources, source: Source, ask: &Query, id: &str) -> Answer {
         }
     }
     let Some(inner) = nested::root(&sources.procfs, &sources.cgroups, &ask.record) else { return answer };
-    match runtimes_files(source, &inner, &Places::default().with_defaults(), id) {
+    match runtimes_files(source, &inner, &HostPaths::default().with_defaults(), id) {
         nested if matches!(nested.outcome, Outcome::Found(_)) => nested,
         nested if nested.outcome == Outcome::NotFound => answer,
         // What is wrong in there is not wrong with the host's.
@@ -156,12 +156,12 @@ fn files(sources: &Sources, source: Source, ask: &Query, id: &str) -> Answer {
     }
 }
 
-fn mountinfo(sources: &Sources, ask: &Query) -> Answer {
+fn mountinfo(sources: &LabelSources, ask: &Query) -> Answer {
     let (path, uid) = (&ask.record.cgroup_path, ask.record.identity.pod_uid.as_deref());
     pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid)
 }
 
-fn runtimes_files(source: Source, root: &Root, places: &Places, id: &str) -> Answer {
+fn runtimes_files(source: Source, root: &Root, places: &HostPaths, id: &str) -> Answer {
     match source {
         Source::Bundle => bundle::ask(root, places, id),
         Source::DockerFile => docker_file::ask(root, places, id),

@@ -14,12 +14,12 @@ use serde_json::Value;
 use super::answer::{Answer, first_found};
 use super::bundle::{Annotations, Bundle};
 use super::file;
-use crate::labels::discover::Places;
+use crate::labels::discover::HostPaths;
 use crate::labels::root::Root;
 
 const LISTS: [&str; 2] = ["containers.json", "volatile-containers.json"];
 
-pub fn crio(root: &Root, places: &Places, id: &str) -> Answer {
+pub fn crio(root: &Root, places: &HostPaths, id: &str) -> Answer {
     first(root, places, |folder| {
         let bundle = file::read::<Bundle>(&folder.join(id).join("userdata/config.json"))?;
         // podman keeps bundles in the same place, without these annotations.
@@ -66,7 +66,7 @@ struct Metadata {
     pod_name: Option<String>,
 }
 
-pub fn podman(root: &Root, places: &Places, id: &str) -> Answer {
+pub fn podman(root: &Root, places: &HostPaths, id: &str) -> Answer {
     first(root, places, |folder| {
         let listed = first_found(LISTS.iter().map(|name| {
             let list = file::read::<Vec<Value>>(&folder.join(name))?;
@@ -91,7 +91,7 @@ fn podman_facts(listed: &Listed) -> Option<Facts> {
     Some(facts)
 }
 
-fn first(root: &Root, places: &Places, look: impl Fn(&Path) -> Result<Option<Facts>, String>) -> Answer {
+fn first(root: &Root, places: &HostPaths, look: impl Fn(&Path) -> Result<Option<Facts>, String>) -> Answer {
     Answer::first_of(&places.storages, |storage| {
         let found = first_found(folders(&root.path(storage))?.iter().map(|folder| look(folder)))?;
         Ok(found.map(Answer::found))
@@ -113,7 +113,7 @@ mod tests {
     fn crios_bundles() {
         let row = |text: &str, expect: &str| {
             let files = Files::new(&[("run/containers/storage/overlay-containers/c1/userdata/config.json", text)]);
-            check(&crio(&files.root(), &Places::default().with_defaults(), "c1"), expect);
+            check(&crio(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         row(
             r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"container","io.kubernetes.cri-o.Name":"k8s_c_p_n_u_0","io.kubernetes.pod.name":"p",
@@ -133,7 +133,7 @@ mod tests {
     fn podmans_lists() {
         let row = |file: &str, text: &str, expect: &str| {
             let files = Files::new(&[(file, text)]);
-            check(&podman(&files.root(), &Places::default().with_defaults(), "c1"), expect);
+            check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         let one = r#"[{"id":"c0"},{"id":"c1","names":["web"],"image":"f1","metadata":"{\"image-name\":\"i:1\",\"image-id\":\"f1\",\"name\":\"web\"}"}]"#;
         row("var/lib/containers/storage/overlay-containers/containers.json", one, "-/-/- web i:1");
@@ -152,7 +152,7 @@ mod tests {
             ("var/lib/containers/storage/overlay-containers/containers.json", "{"),
             ("var/lib/containers/storage/overlay-containers/volatile-containers.json", one),
         ]);
-        check(&podman(&files.root(), &Places::default().with_defaults(), "c1"), "-/-/- web i:1");
+        check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), "-/-/- web i:1");
         let crio = r#"[{"id":"c1","names":["x"],"metadata":"{\"pod-name\":\"p\"}"}]"#;
         row("var/lib/containers/storage/overlay-containers/containers.json", crio, "not-found");
         row("var/lib/containers/storage/overlay-containers/containers.json", "[]", "not-found");

@@ -36,7 +36,7 @@ const RECENT_NS: u64 = 30_000_000_000;
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Part {
     /// In MIG mode, when there is no ring: all that MIG devices are asked.
-    Ring,
+    SampleRing,
     Lists,
     Readings,
     /// In MIG mode, when they have no rings: which MIG devices there are.
@@ -124,7 +124,7 @@ pub enum Coverage {
 /// share of one half over 10 s.
 pub fn expected(limits: Limits, poll: Cost) -> (f64, f64) {
     let [cpu, wait] = poll.ns();
-    let allowed = |percent: f64, ns: f64| SHARES[Part::Ring as usize] * percent / 100.0 * 1e9 / ns.max(1.0);
+    let allowed = |percent: f64, ns: f64| SHARES[Part::SampleRing as usize] * percent / 100.0 * 1e9 / ns.max(1.0);
     let polls_a_second = allowed(limits.cpu_percent, cpu).min(allowed(limits.wait_percent, wait));
     let queried_ratio = (polls_a_second * USUAL_PERIOD_SECONDS).min(1.0);
     (queried_ratio, 0.5 / (10.0 / USUAL_PERIOD_SECONDS * queried_ratio).sqrt())
@@ -171,13 +171,13 @@ impl Budget {
 
     /// At least `wanted`, at most `half_ring`.
     pub fn ring_interval(&self, wanted: Duration, period: Duration, half_ring: Duration) -> (Duration, Coverage) {
-        let affordable = self.interval(Part::Ring, wanted);
+        let affordable = self.interval(Part::SampleRing, wanted);
         let coverage = match affordable {
             interval if interval > half_ring => Coverage::Over,
             interval if interval > period => Coverage::Part,
             _ => Coverage::Whole,
         };
-        (self.interval_of_ring(Part::Ring, wanted, half_ring), coverage)
+        (self.interval_of_ring(Part::SampleRing, wanted, half_ring), coverage)
     }
 
     /// At least `wanted`, and a minute at most: what is read says who uses the GPU.
@@ -208,7 +208,7 @@ impl Budget {
             account.until(now_ns);
             account.credit_ns.max(0.0) / took.max(1.0)
         };
-        let least = self.accounts[Part::Ring as usize].iter_mut().zip(took).map(affordable).fold(f64::INFINITY, f64::min);
+        let least = self.accounts[Part::SampleRing as usize].iter_mut().zip(took).map(affordable).fold(f64::INFINITY, f64::min);
         (1 + least as usize).min(MOST_ROW_CALLS)
     }
 
@@ -249,7 +249,7 @@ mod tests {
             let took = cost(polls);
             let begun = now;
             now += took;
-            budget.spend(Part::Ring, now, waited(took));
+            budget.spend(Part::SampleRing, now, waited(took));
             let (interval, coverage) = budget.ring_interval(HALF_PERIOD, PERIOD, HALF_RING);
             if begun > 60_000 * MS {
                 spent += took;
@@ -313,9 +313,9 @@ mod tests {
         // 30 ms are saved up.
         assert_eq!(budget.row_calls(0, Coverage::Whole), 12);
         assert_eq!(budget.row_calls(0, Coverage::Part), 1);
-        budget.spend(Part::Ring, 0, waited(29_800_000));
+        budget.spend(Part::SampleRing, 0, waited(29_800_000));
         assert_eq!(budget.row_calls(0, Coverage::Whole), 5);
-        budget.spend(Part::Ring, 0, waited(20 * MS));
+        budget.spend(Part::SampleRing, 0, waited(20 * MS));
         assert_eq!(budget.row_calls(0, Coverage::Whole), 1);
     }
 
@@ -355,7 +355,7 @@ mod tests {
     fn the_recent_share_forgets() {
         let mut budget = budget(1.0);
         for s in 0..60 {
-            budget.spend(Part::Ring, s * 1000 * MS, waited(10 * MS));
+            budget.spend(Part::SampleRing, s * 1000 * MS, waited(10 * MS));
         }
         assert!((budget.recent_ratios(60_000 * MS)[1] - 0.01).abs() < 0.0005);
         assert_eq!(budget.recent_ratios(120_000 * MS), [0.0; 2]);

@@ -9,7 +9,7 @@ use sampler_core::observation::{GpuBatch, Observation};
 
 use super::budget::Limits;
 use super::error::GpuError;
-use super::mig::Left;
+use super::mig::RetiredMigs;
 use super::pid_space::PidCheck;
 use super::slots::Slots;
 use crate::config::Config;
@@ -28,7 +28,7 @@ pub struct Context {
     pub stop: Arc<AtomicBool>,
     pub slots: Slots,
     /// MIG devices by GPU, from a thread that ended with its library to the next.
-    pub mig_left: Mutex<HashMap<Arc<str>, Left>>,
+    pub mig_left: Mutex<HashMap<Arc<str>, RetiredMigs>>,
     pub procfs: PathBuf,
     pub limits: Limits,
     pub pids: Arc<PidCheck>,

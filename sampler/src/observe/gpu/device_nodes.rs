@@ -14,7 +14,7 @@ use std::path::{Path, PathBuf};
 
 use rustix::fs::{AtFlags, CWD, FileType, Statx, StatxFlags, statx};
 use rustix::io::Errno;
-use sampler_core::pid_space::Sighting;
+use sampler_core::pid_space::PidSighting;
 
 use crate::config::Config;
 use crate::observe::kernel::proc;
@@ -28,7 +28,7 @@ const MOST: usize = 65_536;
 
 /// Where device nodes may be, and how to see who holds them.
 #[derive(Clone)]
-pub struct Places {
+pub struct DevicePaths {
     devfs: Vec<PathBuf>,
     procfs: PathBuf,
     module: PathBuf,
@@ -45,7 +45,7 @@ pub struct Nodes {
     pub module: bool,
 }
 
-impl Places {
+impl DevicePaths {
     pub fn new(config: &Config) -> Self {
         Self {
             devfs: config.devfs_candidates(),
@@ -73,25 +73,25 @@ impl Places {
     }
 
     /// What /proc shows of the pid; `None` when it changed while it was read.
-    pub fn sight(&self, nodes: &Nodes, pid: u32) -> Option<Sighting> {
+    pub fn sight(&self, nodes: &Nodes, pid: u32) -> Option<PidSighting> {
         let folder = self.procfs.join(pid.to_string());
         let living = match proc::living_thread(&folder) {
             Ok(living) => living,
-            Err(_) => return Some(Sighting::Unreadable),
+            Err(_) => return Some(PidSighting::Unreadable),
         };
         // A /proc with hidepid shows no trace of a process that exists; of one that is not reaped nothing can be seen.
-        let Some((thread, start)) = living else { return proc::is_free(pid).then_some(Sighting::Absent) };
+        let Some((thread, start)) = living else { return proc::is_free(pid).then_some(PidSighting::Absent) };
         let held = match nodes.open_in(&thread) {
             Ok(false) => nodes.mapped_in(&thread),
             known => known,
         };
         match held {
-            Ok(true) => Some(Sighting::Holder),
+            Ok(true) => Some(PidSighting::Holder),
             Ok(false) => {
                 let after = proc::living_thread(&folder).ok()??.1;
-                (after == start).then_some(Sighting::Bystander { start })
+                (after == start).then_some(PidSighting::Bystander { start })
             }
-            Err(error) if error.kind() == ErrorKind::PermissionDenied => Some(Sighting::Unreadable),
+            Err(error) if error.kind() == ErrorKind::PermissionDenied => Some(PidSighting::Unreadable),
             // It ended meanwhile, or has more descriptors or mappings than are looked at.
             Err(_) => None,
         }
@@ -187,8 +187,8 @@ fn node_range(line: &[u8]) -> Option<std::ffi::OsString> {
 mod tests {
     use super::*;
 
-    fn places(devfs: &Path) -> Places {
-        Places { devfs: vec![devfs.to_owned()], procfs: "/proc".into(), module: "/no/such/module".into() }
+    fn places(devfs: &Path) -> DevicePaths {
+        DevicePaths { devfs: vec![devfs.to_owned()], procfs: "/proc".into(), module: "/no/such/module".into() }
     }
 
     #[test]
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!((nodes.inodes.len(), nodes.majors.len(), nodes.module), (3, 0, false));
         let mut child = std::process::Command::new("sleep").arg("30").stdin(File::open(&node).unwrap()).spawn().unwrap();
         let mut other = std::process::Command::new("sleep").arg("30").stdin(File::open("/dev/null").unwrap()).spawn().unwrap();
-        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Holder));
+        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Holder));
         // A file of the same name elsewhere is none of them.
         let elsewhere = tempfile::tempdir().unwrap();
         fs::write(elsewhere.path().join("nvidia0"), "").unwrap();
@@ -254,18 +254,18 @@ mod tests {
         let mut same_name = std::process::Command::new("sleep").arg("30").stdin(stranger).spawn().unwrap();
         for process in [other.id(), same_name.id()] {
             let sighting = places.sight(&nodes, process);
-            assert!(matches!(sighting, Some(Sighting::Bystander { start }) if start.0 > 0), "{sighting:?}");
+            assert!(matches!(sighting, Some(PidSighting::Bystander { start }) if start.0 > 0), "{sighting:?}");
         }
         // It stays open when its name is taken away.
         fs::remove_file(&node).unwrap();
-        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Holder));
+        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Holder));
         for process in [&mut child, &mut other, &mut same_name] {
             process.kill().unwrap();
         }
         for process in [&mut child, &mut other, &mut same_name] {
             process.wait().unwrap();
         }
-        assert_eq!(places.sight(&nodes, child.id()), Some(Sighting::Absent));
-        assert_eq!(places.sight(&nodes, u32::MAX), Some(Sighting::Absent));
+        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Absent));
+        assert_eq!(places.sight(&nodes, u32::MAX), Some(PidSighting::Absent));
     }
 }

@@ -7,12 +7,12 @@ use std::time::{Duration, Instant};
 
 use sampler_core::aggregate::QUERIED_RATIO;
 use sampler_core::device::MigMode;
-use sampler_core::pid_space::{Evidence, Named};
+use sampler_core::pid_space::{Evidence, NamedPid};
 
 use super::budget::{Cost, Limits, expected};
 use super::calls::{Buffers, List};
 use super::context::limits;
-use super::device_nodes::{Nodes, Places};
+use super::device_nodes::{DevicePaths, Nodes};
 use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle, open};
 use super::nvml_caller::{NvmlCaller, cpu_now, error_name};
@@ -68,7 +68,7 @@ impl Turns {
 
 /// What all GPUs' processes say together.
 struct PidSpaces {
-    places: Places,
+    places: DevicePaths,
     nodes: Option<Nodes>,
     evidence: Mutex<Evidence>,
 }
@@ -104,7 +104,7 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
 
 impl PidSpaces {
     fn new(config: &Config) -> Self {
-        let places = Places::new(config);
+        let places = DevicePaths::new(config);
         let nodes = places.nodes();
         let evidence = Evidence::new(nodes.is_some(), nodes.as_ref().is_some_and(|nodes| nodes.module));
         Self { places, nodes, evidence: Mutex::new(evidence) }
@@ -130,7 +130,7 @@ impl PidSpaces {
             }
             for pid in &pids {
                 if let Some(sighting) = self.places.sight(nodes, *pid) {
-                    self.evidence().see(Named { pid: *pid, listed: true, at }, boot_now(), sighting);
+                    self.evidence().see(NamedPid { pid: *pid, listed: true, at }, boot_now(), sighting);
                 }
             }
             if again || pids.is_empty() || self.evidence().holder().is_some() {

@@ -34,7 +34,7 @@ struct MigDevice {
 }
 
 /// One look at what there is.
-struct Found {
+struct DiscoveredMig {
     uuid: String,
     handle: Handle,
     model: String,
@@ -42,12 +42,12 @@ struct Found {
 }
 
 /// (UUID, slot) of MIG devices that were read through a library that is gone.
-pub type Left = Vec<(String, usize)>;
+pub type RetiredMigs = Vec<(String, usize)>;
 
 #[derive(Default)]
 pub struct MigDevices {
     devices: Vec<MigDevice>,
-    before: Left,
+    before: RetiredMigs,
 }
 
 /// Whether the GPU is in MIG mode.
@@ -67,7 +67,7 @@ pub fn gone_from(context: &Context, uuid: &str, slot: usize) -> Result<(), Close
     context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() })
 }
 
-fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<Found>, NvmlError> {
+fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<DiscoveredMig>, NvmlError> {
     let places = driver.call(Call::GetMigDevices, || parent.device().mig_device_count())?;
     let mut all = Vec::new();
     for place in 0..places.min(MOST_DEVICES) {
@@ -80,19 +80,19 @@ fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<Found>, NvmlErro
         let Some((uuid, handle)) = found else { continue };
         let model = driver.call(Call::GetInfo, || handle.device().name()).unwrap_or_default();
         let instance = driver.call(Call::GetGpuInstanceId, || handle.gpu_instance()).ok();
-        all.push(Found { uuid, handle, model, instance });
+        all.push(DiscoveredMig { uuid, handle, model, instance });
     }
     Ok(all)
 }
 
 impl MigDevices {
     /// What [`MigDevices::left`] told of the same GPU.
-    pub fn after(before: Left) -> Self {
+    pub fn after(before: RetiredMigs) -> Self {
         Self { devices: Vec::new(), before }
     }
 
     /// Those that are there until another library says that they are not.
-    pub fn left(&mut self) -> Left {
+    pub fn left(&mut self) -> RetiredMigs {
         let before = std::mem::take(&mut self.before);
         before.into_iter().chain(self.devices.drain(..).map(|device| (device.uuid, device.slot))).collect()
     }

@@ -14,10 +14,10 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sampler_core::observation::{GpuBatch, Observation};
-use sampler_core::pid_space::{CONTRADICTIONS, Evidence, Named, PidSpace, Sighting};
+use sampler_core::pid_space::{CONTRADICTIONS, Evidence, NamedPid, PidSighting, PidSpace};
 use sampler_core::units::BootNs;
 
-use super::device_nodes::{Nodes, Places};
+use super::device_nodes::{DevicePaths, Nodes};
 use super::error::{GpuError, spawn};
 use crate::config::Config;
 use crate::health::Health;
@@ -48,11 +48,11 @@ struct State {
 
 /// Shared by all that read GPUs.
 pub struct PidCheck {
-    places: Places,
+    places: DevicePaths,
     core: CoreSender,
     health: Arc<Health>,
     state: Mutex<State>,
-    to: SyncSender<Vec<Named>>,
+    to: SyncSender<Vec<NamedPid>>,
     /// Nothing is looked at before.
     quiet_until: AtomicU64,
     /// Grows with each change of the verdict.
@@ -107,7 +107,7 @@ impl PidCheck {
     ) -> Result<Arc<Self>, GpuError> {
         let (to, named) = sync_channel(WAITING);
         let check = Arc::new(Self {
-            places: Places::new(config),
+            places: DevicePaths::new(config),
             core: core.clone(),
             health: Arc::clone(health),
             state: Mutex::new(State {
@@ -152,10 +152,10 @@ impl PidCheck {
         }
         let listed = batch.processes.iter().flatten().map(|process| (process.pid, true));
         let sampled = batch.rows.iter().map(|row| (row.pid, false));
-        let mut pids: Vec<Named> = Vec::new();
+        let mut pids: Vec<NamedPid> = Vec::new();
         for (pid, listed) in listed.chain(sampled).filter(|(pid, _)| !matches!(*pid, 0 | u32::MAX)) {
             if pids.len() < PIDS && pids.iter().all(|named| named.pid != pid) {
-                pids.push(Named { pid, listed, at: batch.began });
+                pids.push(NamedPid { pid, listed, at: batch.began });
             }
         }
         if !pids.is_empty() {
@@ -164,7 +164,7 @@ impl PidCheck {
         }
     }
 
-    fn run(&self, named: &Receiver<Vec<Named>>, stopping: impl Fn() -> bool) {
+    fn run(&self, named: &Receiver<Vec<NamedPid>>, stopping: impl Fn() -> bool) {
         let mut looked = HashMap::new();
         while !stopping() {
             match named.recv_timeout(NAP) {
@@ -176,7 +176,7 @@ impl PidCheck {
     }
 
     /// `looked`: when at each, as a list named it and as a sample did, which say different things.
-    fn look(&self, pids: &[Named], looked: &mut HashMap<(u32, bool), BootNs>) {
+    fn look(&self, pids: &[NamedPid], looked: &mut HashMap<(u32, bool), BootNs>) {
         let now = boot_now();
         looked.retain(|_, at| now.saturating_since(*at) < LOOK_EVERY_NS);
         let (opened, nodes) = {
@@ -195,7 +195,7 @@ impl PidCheck {
                 return;
             }
             state.evidence.see(*named, boot_now(), sighting);
-            if sighting == Sighting::Holder {
+            if sighting == PidSighting::Holder {
                 self.quiet_until.store(now.plus(CHECK_EVERY_NS).0, Ordering::Relaxed);
             }
             self.announce(&mut state);

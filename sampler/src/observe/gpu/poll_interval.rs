@@ -6,7 +6,7 @@ use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Coverage};
-use super::ring::Ring;
+use super::ring::SampleRing;
 
 /// Twice a period and a little more: at exactly half of it, polls would keep their place between two samples, and the best bound
 /// on the GPU's clock comes from a poll just after one.
@@ -54,7 +54,7 @@ impl Pace {
     }
 
     /// The interval from one poll to the next.
-    pub fn ring(&mut self, ring: &Ring, budget: &Budget) -> Duration {
+    pub fn ring(&mut self, ring: &SampleRing, budget: &Budget) -> Duration {
         let period = ring.period();
         let wanted = match (period, self.used.elapsed() < USED_FOR) {
             (None, true) => UNLEARNED,

@@ -23,7 +23,7 @@ use super::mig::{self, MigDevices};
 use super::nvml_caller::{DeviceFault, NvmlCaller, cpu_now, error_name};
 use super::poll_interval::{Pace, SLOW};
 use super::readings::{self, Engines, Processes};
-use super::ring::{Ring, Tools};
+use super::ring::{SampleRing, Tools};
 use crate::health::call_watchdog::Caller;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
@@ -69,7 +69,7 @@ pub struct Poller {
     buffers: Buffers,
     budget: Budget,
     pace: Pace,
-    ring: Ring,
+    ring: SampleRing,
     engines: Engines,
     processes: Processes,
     listed: Option<usize>,
@@ -111,7 +111,7 @@ impl Poller {
             buffers: Buffers::default(),
             budget: Budget::new(context.limits, boot_now().0),
             pace: Pace::new(),
-            ring: Ring::default(),
+            ring: SampleRing::default(),
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
             listed: None,
@@ -187,7 +187,7 @@ impl Poller {
         let listen = Listen { slot: self.start.slot, uuid: Arc::clone(&self.start.uuid), device: self.handle.raw() };
         self.handle.generation.listen.lock().unwrap_or_else(PoisonError::into_inner).push(listen);
         // Its ring and clock may be others.
-        (self.ring, self.engines, self.done) = (Ring::default(), Engines::default(), Done::default());
+        (self.ring, self.engines, self.done) = (SampleRing::default(), Engines::default(), Done::default());
         self.tell()
     }
 
@@ -263,15 +263,15 @@ impl Poller {
         }
         let spent = self.driver.take_spent();
         let own = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
-        self.budget.spend(Part::Ring, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
+        self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
         let interval = match answer {
-            Answer::Unsupported if self.in_mig_mode() => self.budget.interval(Part::Ring, gpm::EVERY),
+            Answer::Unsupported if self.in_mig_mode() => self.budget.interval(Part::SampleRing, gpm::EVERY),
             Answer::Unsupported => SLOW,
             Answer::Failed if self.told.fails() => SLOW,
             _ => self.pace.ring(&self.ring, &self.budget),
         };
         if let Some(coverage) = self.pace.changed() {
-            self.told.coverage(coverage, self.budget.binding(Part::Ring));
+            self.told.coverage(coverage, self.budget.binding(Part::SampleRing));
         }
         let ratios = self.budget.recent_ratios(boot_now().0);
         self.driver.set_pace(interval, ratios);
@@ -327,7 +327,7 @@ impl Poller {
         let mut changed = mode != self.info.mig_mode;
         if changed {
             Arc::make_mut(&mut self.info).mig_mode = mode;
-            self.ring = Ring::default();
+            self.ring = SampleRing::default();
         }
         if mode == MigMode::Enabled {
             changed |= self.mig.look(&self.handle, &self.info, &mut self.driver, &self.context)?;

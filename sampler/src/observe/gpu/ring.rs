@@ -30,7 +30,7 @@ const USUAL_PERIOD: Duration = Duration::from_millis(167);
 const HALF_RING_MOST: Duration = Duration::from_millis(6_500);
 
 #[derive(Default)]
-pub struct Ring {
+pub struct SampleRing {
     recovery: Recovery,
     /// Largest stamp that the ring had, in the device's microseconds.
     newest_us: u64,
@@ -57,7 +57,7 @@ pub struct Tools<'a> {
     pub budget: &'a mut Budget,
 }
 
-impl Ring {
+impl SampleRing {
     pub fn period(&self) -> Option<Duration> {
         self.recovery.period_ns().map(Duration::from_nanos)
     }

@@ -47,7 +47,7 @@ const NAP: Duration = Duration::from_millis(100);
 type Opened = Result<(Handle, String), NvmlError>;
 
 /// A GPU's thread.
-struct Worker {
+struct GpuWorker {
     slot: usize,
     index: Arc<AtomicU32>,
     end: Arc<AtomicBool>,
@@ -59,7 +59,7 @@ struct Watch {
     lib: Option<PathBuf>,
     context: Arc<Context>,
     caller: Caller,
-    workers: HashMap<Arc<str>, Worker>,
+    workers: HashMap<Arc<str>, GpuWorker>,
     /// Slots of GPUs that were read through the library before this one.
     before: HashMap<Arc<str>, usize>,
     /// Indices that could not be opened, and were told of.
@@ -276,7 +276,7 @@ impl Watch {
         match spawn(&name, move || poller.run()) {
             Ok(thread) => {
                 tracing::info!(gpu = index, uuid = &*uuid, "GPU found");
-                self.workers.insert(uuid, Worker { slot, index: at, end, thread, calls });
+                self.workers.insert(uuid, GpuWorker { slot, index: at, end, thread, calls });
             }
             Err(error) => {
                 let told = display_chain(&error);

@@ -12,7 +12,7 @@ use procfs::ProcError;
 use procfs::process::{Process, Stat};
 use rustix::io::Errno;
 use rustix::process::{Pid, test_kill_process};
-use sampler_core::observation::{Place, ProcessSeen};
+use sampler_core::observation::{CgroupMembership, ProcessSeen};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
 use super::layout::{Layout, ROOT_ID};
@@ -153,7 +153,7 @@ pub fn directory(mount: &Path, path: &[u8]) -> Option<PathBuf> {
     inside.then(|| if path.as_os_str().is_empty() { mount.to_path_buf() } else { mount.join(path) })
 }
 
-fn place(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Option<Place> {
+fn place(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Option<CgroupMembership> {
     let find = |hierarchy: u32, mount: &Path| {
         let (_, path) = lines.iter().find(|(id, _)| *id == hierarchy)?;
         let directory = directory(mount, path)?;
@@ -169,7 +169,7 @@ fn place(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Opti
         Some((_, id, mount)) => (*id, find(*id, mount)?),
         None => (0, 0),
     };
-    Some(Place { v2_id, v1_id, v1_hierarchy })
+    Some(CgroupMembership { v2_id, v1_id, v1_hierarchy })
 }
 
 #[cfg(test)]

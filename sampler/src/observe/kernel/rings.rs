@@ -2,7 +2,7 @@
 
 use aya::maps::{MapData, RingBuf};
 use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
-use sampler_core::observation::{CgroupChange, CgroupFact, Place, ProcessChange, ProcessFact};
+use sampler_core::observation::{CgroupChange, CgroupFact, CgroupMembership, ProcessChange, ProcessFact};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use std::mem::offset_of;
 use std::time::Duration;
@@ -106,11 +106,11 @@ pub struct Described {
     pub tgid: Tgid,
     pub start: BootNs,
     pub at: BootNs,
-    pub place: Place,
+    pub place: CgroupMembership,
 }
 
 pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<Described> {
-    let place = Place {
+    let place = CgroupMembership {
         v2_id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))?,
         v1_id: u64_at(bytes, offset_of!(ProcessEvent, v1_id))?,
         v1_hierarchy: v1_hierarchy.unwrap_or(0),

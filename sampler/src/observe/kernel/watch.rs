@@ -32,12 +32,12 @@ pub enum WatchError {
     NoCgroups,
 }
 
-struct Folder {
+struct WatchedFolder {
     path: PathBuf,
     key: CgroupKey,
 }
 
-struct Known {
+struct KnownCgroup {
     key: CgroupKey,
     /// `None` when it went before it could be watched.
     watch: Option<i32>,
@@ -45,16 +45,16 @@ struct Known {
 
 pub struct CgroupWatch {
     fd: OwnedFd,
-    watched: HashMap<i32, Folder>,
+    watched: HashMap<i32, WatchedFolder>,
     /// By path: a removed one cannot be asked for its inode number any more.
-    known: HashMap<PathBuf, Known>,
+    known: HashMap<PathBuf, KnownCgroup>,
     /// Made anew under the same path before the end of the first was read.
     displaced: Vec<CgroupKey>,
 }
 
 /// What reading the events came to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Read {
+pub enum EventsRead {
     Complete,
     /// Events were lost, or paths changed: watch and scan again.
     StartOver,
@@ -100,7 +100,7 @@ impl CgroupWatch {
 
     /// Known before it is watched, so that its removal is told whatever comes of the watch.
     fn add(&mut self, path: PathBuf, key: CgroupKey) -> io::Result<()> {
-        let before = self.known.insert(path.clone(), Known { key, watch: None });
+        let before = self.known.insert(path.clone(), KnownCgroup { key, watch: None });
         if let Some(before) = before.filter(|before| before.key != key) {
             self.unwatch(before.watch);
             self.displaced.push(before.key);
@@ -111,7 +111,7 @@ impl CgroupWatch {
                 if let Some(known) = self.known.get_mut(&path) {
                     known.watch = Some(wd);
                 }
-                self.watched.insert(wd, Folder { path, key });
+                self.watched.insert(wd, WatchedFolder { path, key });
                 Ok(())
             }
             // Removed meanwhile.
@@ -121,7 +121,7 @@ impl CgroupWatch {
     }
 
     /// Everything that has happened since the last call. An error means that something new is not watched; all else was given.
-    pub fn read(&mut self, give: &mut impl FnMut(CgroupFact)) -> Result<Read, WatchError> {
+    pub fn read(&mut self, give: &mut impl FnMut(CgroupFact)) -> Result<EventsRead, WatchError> {
         let mut events = Vec::new();
         let mut buffer = vec![MaybeUninit::<u8>::uninit(); BUFFER_BYTES];
         let mut reader = Reader::new(&self.fd, &mut buffer);
@@ -137,11 +137,11 @@ impl CgroupWatch {
             }
         }
         let at = boot_now();
-        let mut result = Ok(Read::Complete);
+        let mut result = Ok(EventsRead::Complete);
         for (wd, flags, name) in events {
             // The new path is below the old watches' paths.
             if flags.intersects(ReadFlags::QUEUE_OVERFLOW | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO) {
-                return Ok(Read::StartOver);
+                return Ok(EventsRead::StartOver);
             }
             if flags.contains(ReadFlags::IGNORED) {
                 self.watched.remove(&wd);
@@ -175,7 +175,7 @@ impl CgroupWatch {
 
     /// One that is there again under the same path was made anew before its predecessor's end was read; that one was never known.
     fn deleted(&mut self, path: &Path, name: &OsStr, parent: CgroupKey, at: BootNs, give: &mut impl FnMut(CgroupFact)) {
-        let Some(Known { key, .. }) = self.known.get(path) else { return };
+        let Some(KnownCgroup { key, .. }) = self.known.get(path) else { return };
         let key = *key;
         if fs::metadata(path).is_ok_and(|meta| meta.ino() == key.id) {
             return;

@@ -11,7 +11,7 @@ const MAX_BYTES: u64 = 8192;
 
 /// Which files a cgroup has, and in which units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Version {
+pub enum CgroupVersion {
     /// `cpu.stat` with `throttled_time` in ns, `cpu.cfs_quota_us`, `cpu.cfs_period_us` (kernel/sched/core.c, `cpu_legacy_files`).
     V1,
     /// `cpu.stat` with `throttled_usec`, `cpu.max` (the same file, `cpu_files`).
@@ -40,13 +40,13 @@ impl Outcome {
     }
 }
 
-pub type Counts = [u64; Outcome::ALL.len()];
+pub type OutcomeCounts = [u64; Outcome::ALL.len()];
 
 /// Reads files, counts what became of it and remembers the first problem.
 #[derive(Debug, Default)]
-pub struct Files {
+pub struct PressureFiles {
     text: Vec<u8>,
-    pub counts: Counts,
+    pub counts: OutcomeCounts,
     pub problem: Option<String>,
 }
 
@@ -69,10 +69,10 @@ fn some_total_ns(text: &str) -> Result<Option<u64>, ()> {
 }
 
 /// Periods, periods that were throttled, and for how long altogether.
-fn throttled(version: Version, text: &str) -> Result<Option<(u64, u64, u64)>, ()> {
+fn throttled(version: CgroupVersion, text: &str) -> Result<Option<(u64, u64, u64)>, ()> {
     let (time, ns) = match version {
-        Version::V1 => ("throttled_time", 1),
-        Version::V2 => ("throttled_usec", 1000),
+        CgroupVersion::V1 => ("throttled_time", 1),
+        CgroupVersion::V2 => ("throttled_usec", 1000),
     };
     let all = (field(text, "nr_periods")?, field(text, "nr_throttled")?, field(text, time)?);
     let (Some(periods), Some(throttled), Some(time)) = all else { return Ok(None) };
@@ -88,7 +88,7 @@ fn limit(quota: &str, period: &str, none: &str) -> Result<Limit, ()> {
     if quota.trim() == none { Ok(None) } else { Ok(Some((ns(quota)?, period))) }
 }
 
-impl Files {
+impl PressureFiles {
     fn count(&mut self, outcome: Outcome) {
         self.counts[outcome as usize] += 1;
     }
@@ -118,13 +118,13 @@ impl Files {
         found
     }
 
-    fn limit(&mut self, version: Version, cgroup: &Path) -> Option<Limit> {
+    fn limit(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<Limit> {
         match version {
-            Version::V1 => {
+            CgroupVersion::V1 => {
                 let period = self.parsed(&cgroup.join("cpu.cfs_period_us"), |text| Ok(Some(text.to_owned())))?;
                 self.parsed(&cgroup.join("cpu.cfs_quota_us"), |quota| limit(quota, &period, "-1").map(Some))
             }
-            Version::V2 => self.parsed(&cgroup.join("cpu.max"), |text| {
+            CgroupVersion::V2 => self.parsed(&cgroup.join("cpu.max"), |text| {
                 let (quota, period) = text.split_once(' ').ok_or(())?;
                 limit(quota, period, "max").map(Some)
             }),
@@ -132,7 +132,7 @@ impl Files {
     }
 
     /// `None` also where the cpu controller is not enabled: `cpu.stat` has no throttling fields there.
-    pub fn quota(&mut self, version: Version, cgroup: &Path) -> Option<CpuQuota> {
+    pub fn quota(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<CpuQuota> {
         let stat = cgroup.join("cpu.stat");
         let (periods, throttled_periods, throttled_ns) = self.parsed(&stat, |text| throttled(version, text))?;
         let limit_ns = self.limit(version, cgroup)?;
@@ -150,12 +150,12 @@ mod tests {
     use super::*;
 
     /// The quota that a cgroup with these files has, and whether one of them is a problem.
-    fn quota(version: Version, files: &[(&str, &str)]) -> (Option<CpuQuota>, bool) {
+    fn quota(version: CgroupVersion, files: &[(&str, &str)]) -> (Option<CpuQuota>, bool) {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        let mut files = Files::default();
+        let mut files = PressureFiles::default();
         let found = files.quota(version, dir.path());
         (found, files.problem.is_some())
     }
@@ -171,7 +171,7 @@ mod tests {
         let check = |stat: Option<&str>, quota_us: Option<&str>, period_us: Option<&str>, expect: (Option<CpuQuota>, bool)| {
             let files = [("cpu.stat", stat), ("cpu.cfs_quota_us", quota_us), ("cpu.cfs_period_us", period_us)];
             let files: Vec<_> = files.into_iter().filter_map(|(name, text)| Some((name, text?))).collect();
-            assert_eq!(quota(Version::V1, &files), expect, "{files:?}");
+            assert_eq!(quota(CgroupVersion::V1, &files), expect, "{files:?}");
         };
         check(Some(V1_STAT), Some("20000\n"), Some("100000\n"), (Some(LIMITED), false));
         check(Some(V1_STAT), Some("-1\n"), Some("100000\n"), (Some(UNLIMITED), false));
@@ -190,7 +190,7 @@ mod tests {
     fn v2() {
         let check = |stat: &str, max: Option<&str>, expect: (Option<CpuQuota>, bool)| {
             let files: Vec<_> = std::iter::once(("cpu.stat", stat)).chain(max.map(|max| ("cpu.max", max))).collect();
-            assert_eq!(quota(Version::V2, &files), expect, "{files:?}");
+            assert_eq!(quota(CgroupVersion::V2, &files), expect, "{files:?}");
         };
         check(V2_STAT, Some("20000 100000\n"), (Some(LIMITED), false));
         check(V2_STAT, Some("max 100000\n"), (Some(UNLIMITED), false));
@@ -210,7 +210,7 @@ mod tests {
             if let Some(text) = text {
                 std::fs::write(dir.path().join("io.pressure"), text).unwrap();
             }
-            let mut files = Files::default();
+            let mut files = PressureFiles::default();
             let found = files.some_ns(dir.path(), "io");
             let outcome = Outcome::ALL.into_iter().find(|o| files.counts[*o as usize] == 1).expect("one is counted");
             assert_eq!((found, outcome), expect, "{text:?}");
@@ -231,7 +231,7 @@ mod tests {
     fn a_folder_in_place_of_a_file_is_a_problem() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("cpu.pressure")).unwrap();
-        let mut files = Files::default();
+        let mut files = PressureFiles::default();
         assert_eq!(files.some_ns(dir.path(), "cpu"), None);
         assert!(files.problem.is_some_and(|p| p.contains("cpu.pressure")));
     }

@@ -27,11 +27,11 @@ use sampler_core::observation::PressureFact;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::ContainerKey;
 
-pub use self::files::{Counts, Outcome};
+pub use self::files::{Outcome, OutcomeCounts};
 
-use self::place::{Hierarchies, Place};
+use self::place::{Hierarchies, PressurePaths};
 use self::throttle::Throttle;
-use self::worker::{Look, Target, Worker};
+use self::worker::{Look, PressureWorker, Target};
 use crate::health::Health;
 use crate::inbox::{Closed, CoreSender};
 use crate::observe::kernel::layout::Layout;
@@ -51,33 +51,33 @@ const HEALTH_KEY: &str = "pressure";
 pub struct PressureView {
     /// The last of each container that is in the snapshot, gone or not.
     pub facts: HashMap<ContainerKey, PressureFact>,
-    pub reads: Counts,
+    pub reads: OutcomeCounts,
     /// Time spent on reading.
     pub took: Duration,
 }
 
 /// What is remembered of a container from look to look.
 #[derive(Default)]
-struct Known {
-    place: Option<Arc<Place>>,
+struct ContainerPressure {
+    place: Option<Arc<PressurePaths>>,
     found: Option<Instant>,
     throttle: Throttle,
 }
 
-struct Left {
-    worker: Worker,
+struct RetiredWorker {
+    worker: PressureWorker,
     record: Arc<ContainerRecord>,
 }
 
-type Read = Arc<dyn Fn(Target) -> Look + Send + Sync>;
+type ReadPressure = Arc<dyn Fn(Target) -> Look + Send + Sync>;
 
 struct Pressure {
     hierarchies: Arc<Hierarchies>,
-    read: Read,
+    read: ReadPressure,
     patience: Duration,
-    worker: Option<Worker>,
-    left: Vec<Left>,
-    known: HashMap<ContainerKey, Known>,
+    worker: Option<PressureWorker>,
+    left: Vec<RetiredWorker>,
+    known: HashMap<ContainerKey, ContainerPressure>,
     view: PressureView,
 }
 
@@ -135,7 +135,7 @@ impl Pressure {
         let read = Arc::clone(&self.read);
         let worker = match self.worker.take() {
             Some(worker) => worker,
-            None => Worker::start(move |target| read(target))?,
+            None => PressureWorker::start(move |target| read(target))?,
         };
         let known = self.known.entry(record.key).or_default();
         let place = known
@@ -153,7 +153,7 @@ impl Pressure {
         self.view.reads[Outcome::Timeout as usize] += 1;
         let mut worker = worker;
         worker.leave();
-        self.left.push(Left { worker, record: Arc::clone(record) });
+        self.left.push(RetiredWorker { worker, record: Arc::clone(record) });
         Ok(None)
     }
 
@@ -173,7 +173,7 @@ impl Pressure {
 }
 
 /// Where it is told.
-pub struct Told {
+pub struct WorkerContext {
     pub to: CoreSender,
     pub health: Arc<Health>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
@@ -181,7 +181,7 @@ pub struct Told {
 }
 
 /// Starts the thread. It ends with the agent, and nobody waits for it.
-pub fn start(layout: &Layout, procfs: &Path, told: Told) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
+pub fn start(layout: &Layout, procfs: &Path, told: WorkerContext) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
     let view = Arc::new(ArcSwap::from_pointee(PressureView::default()));
     let hierarchies = Hierarchies::new(layout, procfs);
     if hierarchies.none() {
@@ -195,7 +195,7 @@ pub fn start(layout: &Layout, procfs: &Path, told: Told) -> std::io::Result<Arc<
     Ok(view)
 }
 
-fn run(mut pressure: Pressure, told: &Told, view: &ArcSwap<PressureView>) -> Result<(), Closed> {
+fn run(mut pressure: Pressure, told: &WorkerContext, view: &ArcSwap<PressureView>) -> Result<(), Closed> {
     let mut next = Instant::now();
     while !told.stop.load(Ordering::Relaxed) {
         // After a round that took long the grid begins anew: two in a row tell nothing.

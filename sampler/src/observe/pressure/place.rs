@@ -11,7 +11,7 @@ use std::path::{Path, PathBuf};
 use sampler_core::cgroup_path::{CgroupIdentity, Kind, parse};
 use sampler_core::identity::ContainerRecord;
 
-use super::files::Version;
+use super::files::CgroupVersion;
 use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::proc::{directory, memberships};
 
@@ -31,7 +31,7 @@ struct Hierarchy {
 /// What there is to read, of every container.
 #[derive(Clone, Debug)]
 pub struct Hierarchies {
-    cpu: Option<(Version, Hierarchy)>,
+    cpu: Option<(CgroupVersion, Hierarchy)>,
     /// PSI of cgroups is v2's alone.
     v2: Option<Hierarchy>,
     /// Where containers were found, and so their processes.
@@ -41,8 +41,8 @@ pub struct Hierarchies {
 
 /// Of one container. Empty, or `None`, where there is no such cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
-    pub version: Version,
+pub struct PressurePaths {
+    pub version: CgroupVersion,
     /// Directories with its cpu quota, from its own up to its pod's.
     pub levels: Vec<PathBuf>,
     pub v2: Option<PathBuf>,
@@ -51,9 +51,9 @@ pub struct Place {
 impl Hierarchies {
     pub fn new(layout: &Layout, procfs: &Path) -> Self {
         let v2 = layout.v2.clone().map(|mount| Hierarchy { id: 0, mount });
-        let v1_cpu = layout.v1_cpu.clone().map(|(id, mount)| (Version::V1, Hierarchy { id, mount }));
+        let v1_cpu = layout.v1_cpu.clone().map(|(id, mount)| (CgroupVersion::V1, Hierarchy { id, mount }));
         // A controller is on one hierarchy; where v1 does not have it v2 may.
-        let cpu = v1_cpu.or_else(|| Some((Version::V2, v2.clone()?)));
+        let cpu = v1_cpu.or_else(|| Some((CgroupVersion::V2, v2.clone()?)));
         let followed = layout.mounts().map(|(_, mount)| mount.to_path_buf()).collect();
         Self { cpu, v2, followed, procfs: procfs.to_path_buf() }
     }
@@ -63,19 +63,19 @@ impl Hierarchies {
         self.cpu.is_none() && self.v2.is_none()
     }
 
-    pub fn find(&self, record: &ContainerRecord) -> Place {
+    pub fn find(&self, record: &ContainerRecord) -> PressurePaths {
         let mut pids = None;
         let cpu = self.cpu.as_ref().and_then(|(version, on)| Some((*version, on, self.path_on(on, record, &mut pids)?)));
         let (version, levels) = match &cpu {
             Some((version, on, path)) => (*version, levels(path).filter_map(|p| directory(&on.mount, p.as_bytes())).collect()),
-            None => (Version::V2, Vec::new()),
+            None => (CgroupVersion::V2, Vec::new()),
         };
         let v2 = self.v2.as_ref().and_then(|on| directory(&on.mount, self.path_on(on, record, &mut pids)?.as_bytes()));
-        Place { version, levels, v2 }
+        PressurePaths { version, levels, v2 }
     }
 
     /// Whether anything that could be there was not found.
-    pub fn lacks(&self, place: &Place) -> bool {
+    pub fn lacks(&self, place: &PressurePaths) -> bool {
         (self.cpu.is_some() && place.levels.is_empty()) || (self.v2.is_some() && place.v2.is_none())
     }
 
@@ -170,13 +170,13 @@ mod tests {
         let record = record(&path);
         fs::create_dir_all(at(&format!("v2{path}"))).unwrap();
         let place = hierarchies.find(&record);
-        assert_eq!(place, Place { version: Version::V2, levels: Vec::new(), v2: Some(at(&format!("v2{path}"))) });
+        assert_eq!(place, PressurePaths { version: CgroupVersion::V2, levels: Vec::new(), v2: Some(at(&format!("v2{path}"))) });
         assert!(hierarchies.lacks(&place));
         fs::create_dir_all(at(&format!("cpu{path}"))).unwrap();
         let place = hierarchies.find(&record);
         assert_eq!(
             (place.version, place.levels.clone()),
-            (Version::V1, vec![at(&format!("cpu{path}")), at(&format!("cpu{POD}"))])
+            (CgroupVersion::V1, vec![at(&format!("cpu{path}")), at(&format!("cpu{POD}"))])
         );
         assert!(!hierarchies.lacks(&place));
     }

@@ -9,27 +9,27 @@ use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::CpuQuota;
 use sampler_core::units::BootNs;
 
-use super::files::{Counts, Files};
-use super::place::{Hierarchies, Place};
+use super::files::{OutcomeCounts, PressureFiles};
+use super::place::{Hierarchies, PressurePaths};
 use crate::observe::clock::boot_now;
 
 /// A container to read; without a place, or where it is to be found again, it is looked for first.
 #[derive(Clone)]
 pub struct Target {
     pub record: Arc<ContainerRecord>,
-    pub place: Option<Arc<Place>>,
+    pub place: Option<Arc<PressurePaths>>,
 }
 
 /// One look at one container.
 pub struct Look {
-    pub place: Arc<Place>,
+    pub place: Arc<PressurePaths>,
     pub at: BootNs,
-    /// As [`Place::levels`].
+    /// As [`PressurePaths::levels`].
     pub quotas: Vec<Option<CpuQuota>>,
     pub cpu_some_ns: Option<u64>,
     pub memory_some_ns: Option<u64>,
     pub io_some_ns: Option<u64>,
-    pub counts: Counts,
+    pub counts: OutcomeCounts,
     pub problem: Option<String>,
     pub took: Duration,
 }
@@ -37,7 +37,7 @@ pub struct Look {
 pub fn look(hierarchies: &Hierarchies, target: Target) -> Look {
     let begun = Instant::now();
     let place = target.place.unwrap_or_else(|| Arc::new(hierarchies.find(&target.record)));
-    let mut files = Files::default();
+    let mut files = PressureFiles::default();
     let quotas = place.levels.iter().map(|level| files.quota(place.version, level)).collect();
     let mut some = |resource| place.v2.as_ref().and_then(|cgroup| files.some_ns(cgroup, resource));
     let (cpu_some_ns, memory_some_ns, io_some_ns) = (some("cpu"), some("memory"), some("io"));
@@ -45,13 +45,13 @@ pub fn look(hierarchies: &Hierarchies, target: Target) -> Look {
     Look { place, at, quotas, cpu_some_ns, memory_some_ns, io_some_ns, counts, problem, took: begun.elapsed() }
 }
 
-pub struct Worker {
+pub struct PressureWorker {
     targets: Option<Sender<Target>>,
     looks: Receiver<Look>,
     left: Arc<AtomicBool>,
 }
 
-impl Worker {
+impl PressureWorker {
     /// `read` is [`look`], but in tests.
     pub fn start(read: impl Fn(Target) -> Look + Send + 'static) -> std::io::Result<Self> {
         let (targets, to_do) = channel::<Target>();

@@ -70,7 +70,7 @@ impl Bench {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path().join("sessions"), max_bytes);
         store.prepare().unwrap();
-        let sources = Sources {
+        let sources = SessionInputs {
             labels: Box::new(|| Arc::new(LabelView::new())),
             snapshot: Arc::default(),
             procfs: dir.path().to_owned(),

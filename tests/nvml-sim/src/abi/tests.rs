@@ -16,7 +16,7 @@ use super::events::*;
 use super::mig::*;
 use super::system::*;
 use super::usage::*;
-use crate::faults::{Clear, Fault, Kind};
+use crate::faults::{Clear, Fault, FaultKind};
 use crate::loads::{self, Log};
 use crate::symbols::hide;
 use crate::{faults, world};
@@ -24,12 +24,12 @@ use crate::{faults, world};
 pub static DIR: Mutex<Option<PathBuf>> = Mutex::new(None);
 static ONE_AT_A_TIME: Mutex<()> = Mutex::new(());
 
-struct Sim {
+struct AbiSim {
     dir: tempfile::TempDir,
     _only: MutexGuard<'static, ()>,
 }
 
-impl Sim {
+impl AbiSim {
     /// A world that begins so long before now.
     fn new(began_us: u64, keys: &str) -> Self {
         let only = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
@@ -50,7 +50,7 @@ impl Sim {
         Log::open(self.dir.path()).unwrap()
     }
 
-    fn fault(&self, kind: Kind, gpu: Option<usize>, call: Option<&str>, lasts_ms: Option<u64>) {
+    fn fault(&self, kind: FaultKind, gpu: Option<usize>, call: Option<&str>, lasts_ms: Option<u64>) {
         let call = call.map(str::to_owned);
         let fault = Fault { gpu, call, error: 20, micros: 300_000, reasons: 4, ..Fault::of_kind(kind) };
         self.log().fault(fault, lasts_ms.map(|ms| ms * 1_000)).unwrap();
@@ -61,7 +61,7 @@ impl Sim {
     }
 }
 
-impl Drop for Sim {
+impl Drop for AbiSim {
     fn drop(&mut self) {
         while unsafe { nvmlShutdown() } == 0 {}
         *DIR.lock().unwrap() = None;
@@ -109,7 +109,7 @@ fn took(f: impl FnOnce()) -> Duration {
 #[test]
 fn the_size_query_tells_a_capacity_and_rows_may_grow() {
     let check = |keys: &str, reads: &[(u32, (u32, u32))]| {
-        let _sim = Sim::new(5_000_000, &format!("{keys}\n[[gpus]]"));
+        let _sim = AbiSim::new(5_000_000, &format!("{keys}\n[[gpus]]"));
         assert_eq!(init(), 0);
         for (room, expect) in reads {
             assert_eq!(rows(device(0).unwrap(), *room), *expect, "{keys} with room for {room}");
@@ -123,33 +123,33 @@ fn the_size_query_tells_a_capacity_and_rows_may_grow() {
 
 #[test]
 fn errors_meet_the_calls_that_they_are_of() {
-    let sim = Sim::new(5_000_000, "[[gpus]]\n[[gpus]]");
+    let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
     let (first, second) = (device(0).unwrap(), device(1).unwrap());
-    sim.fault(Kind::Error, Some(0), Some("nvmlDeviceGetPowerUsage"), None);
+    sim.fault(FaultKind::Error, Some(0), Some("nvmlDeviceGetPowerUsage"), None);
     assert_eq!((power(first), power(second), rows(first, 9).0), (20, 0, 0));
     sim.clear();
-    sim.fault(Kind::Error, Some(1), None, Some(900));
+    sim.fault(FaultKind::Error, Some(1), None, Some(900));
     assert_eq!((power(first), power(second), rows(second, 9).0), (0, 20, 20));
     std::thread::sleep(Duration::from_millis(920));
     assert_eq!(power(second), 0);
-    sim.fault(Kind::Error, None, Some("nvmlInit_v2"), None);
+    sim.fault(FaultKind::Error, None, Some("nvmlInit_v2"), None);
     assert_eq!((init(), power(first)), (20, 0));
     sim.clear();
-    sim.fault(Kind::Lost, Some(0), None, None);
+    sim.fault(FaultKind::Lost, Some(0), None, None);
     assert_eq!((power(first), device(0), device(1)), (faults::GPU_IS_LOST, Err(faults::GPU_IS_LOST), Ok(second)));
 }
 
 #[test]
 fn a_stall_holds_its_gpu_only_and_slow_calls_are_slow() {
-    let sim = Sim::new(5_000_000, "[[gpus]]\n[[gpus]]");
+    let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
     let (first, second) = (device(0).unwrap(), device(1).unwrap() as usize);
-    sim.fault(Kind::Stall, Some(0), None, Some(1_000));
+    sim.fault(FaultKind::Stall, Some(0), None, Some(1_000));
     let other = std::thread::spawn(move || took(|| assert_eq!(power(second as nvmlDevice_t), 0)));
     let stalled = took(|| assert_eq!(power(first), 0));
     assert!(stalled > Duration::from_millis(900) && other.join().unwrap() < Duration::from_millis(700), "{stalled:?}");
-    sim.fault(Kind::Slow, Some(0), None, None);
+    sim.fault(FaultKind::Slow, Some(0), None, None);
     assert!(took(|| assert_eq!(power(first), 0)) >= Duration::from_millis(300));
     sim.clear();
     assert!(took(|| assert_eq!(power(first), 0)) < Duration::from_millis(250));
@@ -157,7 +157,7 @@ fn a_stall_holds_its_gpu_only_and_slow_calls_are_slow() {
 
 #[test]
 fn a_list_is_as_slow_as_the_world_says_and_holds_nobody_up() {
-    let _sim = Sim::new(5_000_000, "list_us = 900000\n[[gpus]]");
+    let _sim = AbiSim::new(5_000_000, "list_us = 900000\n[[gpus]]");
     assert_eq!(init(), 0);
     let device = device(0).unwrap() as usize;
     let list = std::thread::spawn(move || {
@@ -176,10 +176,10 @@ fn a_list_is_as_slow_as_the_world_says_and_holds_nobody_up() {
 
 #[test]
 fn a_reloaded_driver_wants_a_new_instance() {
-    let sim = Sim::new(5_000_000, "[[gpus]]");
+    let sim = AbiSim::new(5_000_000, "[[gpus]]");
     assert_eq!(init(), 0);
     let first = device(0).unwrap();
-    sim.fault(Kind::Reload, None, None, Some(900));
+    sim.fault(FaultKind::Reload, None, None, Some(900));
     assert_eq!((power(first), init()), (18, 9));
     std::thread::sleep(Duration::from_millis(920));
     // The old instance stays what it is.
@@ -191,7 +191,7 @@ fn a_reloaded_driver_wants_a_new_instance() {
 #[test]
 fn the_list_of_devices_is_taken_at_each_init() {
     let keys = "[[gpus]]\n[[gpus]]\n[[gpus]]\n[[faults]]\nkind = 'absent'\ngpu = 1\nfrom = '0s'\nlasts = '5.9s'";
-    let sim = Sim::new(5_000_000, keys);
+    let sim = AbiSim::new(5_000_000, keys);
     assert_eq!((init(), count()), (0, 2));
     let last = device(1).unwrap();
     let mut index = 9;
@@ -200,14 +200,14 @@ fn the_list_of_devices_is_taken_at_each_init() {
     assert_eq!(count(), 2);
     // Handles stay valid, numbers do not.
     assert_eq!((init(), count(), device(2)), (0, 3, Ok(last)));
-    sim.fault(Kind::Absent, Some(2), None, None);
+    sim.fault(FaultKind::Absent, Some(2), None, None);
     assert_eq!((power(last), count()), (faults::GPU_IS_LOST, 3));
     assert_eq!((init(), count(), device(2)), (0, 2, Err(2)));
 }
 
 #[test]
 fn xids_reach_each_set_once_and_in_order() {
-    let sim = Sim::new(
+    let sim = AbiSim::new(
         5_000_000,
         "[[gpus]]\n[[gpus]]\n[[xids]]\ngpu = 0\nat = '1s'\nxid = 13\n[[xids]]\ngpu = 1\nat = '6s'\nxid = 31\ncount = 2",
     );
@@ -237,9 +237,9 @@ fn xids_reach_each_set_once_and_in_order() {
 
 #[test]
 fn a_throttled_gpu_says_why() {
-    let sim = Sim::new(5_000_000, "[[gpus]]\n[[gpus]]");
+    let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
-    sim.fault(Kind::Throttle, Some(0), None, None);
+    sim.fault(FaultKind::Throttle, Some(0), None, None);
     let reasons = |gpu| {
         let mut bits = 0;
         assert_eq!(unsafe { nvmlDeviceGetCurrentClocksEventReasons(device(gpu).unwrap(), &raw mut bits) }, 0);
@@ -250,7 +250,7 @@ fn a_throttled_gpu_says_why() {
 
 #[test]
 fn a_gpu_in_mig_mode_leaves_utilization_to_its_devices() {
-    let _sim = Sim::new(5_000_000, "[[gpus]]\n[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, ci = 2, slices = 3 }]");
+    let _sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, ci = 2, slices = 3 }]");
     assert_eq!(init(), 0);
     let gpu = device(1).unwrap();
     assert_eq!(rows(gpu, 9).0, 3);

@@ -11,7 +11,7 @@ use super::{
     Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED, failed, get, guard, nvml, put, put_all, struct_version,
     version_of,
 };
-use crate::answers::{Kind, MEMORY_CLOCK_MHZ, Row, clock_mhz, power_mw};
+use crate::answers::{MEMORY_CLOCK_MHZ, RingKind, Row, clock_mhz, power_mw};
 use crate::driver::Driver;
 use crate::model::Engine;
 use crate::world::Rates;
@@ -123,7 +123,7 @@ nvml! {
         to: *mut nvmlSample_t
     ) {
         call.on_whole(device, |d, gpu| {
-            let kind = Kind::of(kind).ok_or(NOT_SUPPORTED)?;
+            let kind = RingKind::of(kind).ok_or(NOT_SUPPORTED)?;
             put(value_type, VALUE_UNSIGNED_INT)?;
             let samples = d.samples(gpu, kind, last_seen).map_err(failed)?;
             let ring = *d.world.ring(gpu) as c_uint;

@@ -222,11 +222,11 @@ fn patterns_and_outages_are_in_the_truth() {
     let near = |(seconds, ticks): (f64, usize), want: f64, ticks_want: usize| {
         assert!((seconds - want).abs() < 0.1 && ticks.abs_diff(ticks_want) <= 1, "{seconds} {ticks}");
     };
-    use crate::faults::Kind;
+    use crate::faults::FaultKind;
     near(busy(&NONE), 24.0, 60);
-    near(busy(&fault(Kind::Lost)), 22.0, 30);
-    near(busy(&fault(Kind::Freeze)), 24.0, 30);
-    near(busy(&fault(Kind::Stall)), 24.0, 60);
+    near(busy(&fault(FaultKind::Lost)), 22.0, 30);
+    near(busy(&fault(FaultKind::Freeze)), 24.0, 30);
+    near(busy(&fault(FaultKind::Stall)), 24.0, 60);
 }
 
 #[test]

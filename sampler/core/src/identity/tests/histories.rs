@@ -95,7 +95,7 @@ enum Observed {
 
 /// A kernel with its rings, an agent with its tables.
 #[derive(Default)]
-struct World {
+struct HistoryWorld {
     now: u64,
     /// id -> (parent, name).
     cgroups: BTreeMap<u64, (u64, String)>,
@@ -114,9 +114,9 @@ struct World {
 
 const PIDS: usize = 5;
 
-impl World {
+impl HistoryWorld {
     fn new() -> Self {
-        let mut world = World { now: 10_000_000_000, next_id: 2, ..World::default() };
+        let mut world = HistoryWorld { now: 10_000_000_000, next_id: 2, ..HistoryWorld::default() };
         world.cgroups.insert(1, (0, String::new()));
         world
     }
@@ -385,7 +385,7 @@ proptest! {
     #[test]
     fn without_losses_every_order_tells_the_whole_past(steps in proptest::collection::vec(step(false), 1..120)) {
         // The agent attaches first: no event is older than it. Then it scans.
-        let mut world = World::new();
+        let mut world = HistoryWorld::new();
         world.goes_through(&steps)?;
         world.tells_the_past()?;
     }
@@ -395,7 +395,7 @@ proptest! {
         before in proptest::collection::vec(step(false), 1..60),
         steps in proptest::collection::vec(step(false), 1..60),
     ) {
-        let mut world = World::new();
+        let mut world = HistoryWorld::new();
         for step in before.iter().filter(|s| !matches!(s, Step::ScanBegins)) {
             world.step(step);
         }
@@ -412,7 +412,7 @@ proptest! {
 
     #[test]
     fn with_losses_a_resync_leads_back_to_the_truth(steps in proptest::collection::vec(step(true), 1..160)) {
-        let mut world = World::new();
+        let mut world = HistoryWorld::new();
         world.goes_through(&steps)?;
     }
 }

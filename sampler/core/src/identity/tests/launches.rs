@@ -99,16 +99,16 @@ impl Image {
     }
 }
 
-struct World {
+struct LaunchWorld {
     agent: Identity,
     images: Vec<Image>,
     /// What process lists say, by the life's start.
     seen: HashMap<u64, u64>,
 }
 
-impl World {
+impl LaunchWorld {
     fn new(launches: &[Launch]) -> Self {
-        let mut world = World { agent: Identity::default(), images: Vec::new(), seen: HashMap::new() };
+        let mut world = LaunchWorld { agent: Identity::default(), images: Vec::new(), seen: HashMap::new() };
         let name = |id: u64| if id.is_multiple_of(10) { format!("{id:064x}") } else { format!("below-{id}") };
         for (id, parent) in [(1, 0), (2, 1), (10, 1), (11, 10), (20, 1), (21, 20)] {
             world.agent.cgroup(&cgroup(CgroupChange::Seen, 0, id, parent, &name(id), 1));
@@ -222,24 +222,24 @@ proptest! {
 
     #[test]
     fn what_came_before_the_last_exec_makes_nothing_ambiguous(launch in clean(), (before, past) in span()) {
-        let world = World::new(&[launch]);
+        let world = LaunchWorld::new(&[launch]);
         prop_assert_eq!(world.every_sample_is_right(before, past)?, 0);
     }
 
     #[test]
     fn a_pid_that_is_launched_again_and_again(launches in proptest::collection::vec(clean(), 1..5), (before, past) in span()) {
-        World::new(&launches).every_sample_is_right(before, past)?;
+        LaunchWorld::new(&launches).every_sample_is_right(before, past)?;
     }
 
     #[test]
     fn moves_and_execs_while_at_work(launches in proptest::collection::vec(wild(), 1..4), (before, past) in span()) {
-        World::new(&launches).every_sample_is_right(before, past)?;
+        LaunchWorld::new(&launches).every_sample_is_right(before, past)?;
     }
 }
 
 #[test]
 fn a_launch_is_its_containers_unless_it_was_seen_before() {
-    let launch = |acts: &[(u64, Act)]| World::new(&[Launch { born: 0, acts: acts.to_vec(), gap: 0 }]);
+    let launch = |acts: &[(u64, Act)]| LaunchWorld::new(&[Launch { born: 0, acts: acts.to_vec(), gap: 0 }]);
     let start = 10_000 * MS;
     let span = (start, start + 300 * MS);
     use Act::{Exec, Move, Work};

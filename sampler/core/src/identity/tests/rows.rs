@@ -2,7 +2,7 @@
 
 use super::*;
 
-fn check(table: &Processes, pid: u32, from: u64, to: u64, expect: &[Place]) {
+fn check(table: &Processes, pid: u32, from: u64, to: u64, expect: &[CgroupMembership]) {
     assert_eq!(places(table, pid, from, to), expect, "{pid} in {from}..{to}");
 }
 
@@ -83,7 +83,7 @@ fn exited_processes_stay_within_their_bytes_and_those_of_containers_stay_longest
     let mut t = Processes::default();
     let second = 1_000_000_000;
     let mut largest = 0;
-    let in_container = |runs: &[Run]| runs.iter().any(|run| run.place == v2(2));
+    let in_container = |runs: &[ObservedInterval]| runs.iter().any(|run| run.place == v2(2));
     // 10,000 exits a second for 60 s, every tenth in a container, one in a hundred moved there; pids go round.
     for n in 0..600_000u64 {
         let (pid, at) = (300 + (n % 32_000) as u32, second + n * second / 10_000);
@@ -129,7 +129,7 @@ fn cgroup_paths_join_in_any_order_and_hierarchies_share_a_container() {
     ] {
         table.apply(&f);
     }
-    let at = |v2: u64, v1: u64| table.container_of(&Place { v2_id: v2, v1_id: v1, v1_hierarchy: 8 }, BootNs(50));
+    let at = |v2: u64, v1: u64| table.container_of(&CgroupMembership { v2_id: v2, v1_id: v1, v1_hierarchy: 8 }, BootNs(50));
     let by_v1 = at(1, 20).expect("known");
     assert!(by_v1.is_some());
     assert_eq!(by_v1, at(32, 1).expect("known"));
@@ -195,7 +195,7 @@ fn the_apps_of_a_rkt_pod_are_two_containers_in_any_number_of_hierarchies() {
             table.apply(&f);
         }
     }
-    let of = |v2_id, v1_id| table.container_of(&Place { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9)).expect("placed");
+    let of = |v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9)).expect("placed");
     assert_eq!((of(5, 1), of(6, 1)), (of(1, 5), of(1, 6)));
     // The pod itself, where its own services run, is the third.
     assert_eq!(table.containers().count(), 3);
@@ -212,7 +212,7 @@ fn a_renamed_cgroup_is_told_as_of_the_time() {
     }
     table.apply(&cgroup(Created, 8, 4, 3, "sub", 4));
     table.apply(&cgroup(Renamed, 8, 3, 2, &b, 100));
-    let place = Place { v2_id: 0, v1_id: 4, v1_hierarchy: 8 };
+    let place = CgroupMembership { v2_id: 0, v1_id: 4, v1_hierarchy: 8 };
     let id = |at| {
         let key = table.container_of(&place, BootNs(at)).ok()??;
         table.container(key)?.record.identity.container_id.clone()
@@ -268,7 +268,7 @@ fn unknown_is_not_the_hosts() {
     let mut table = Cgroups::default();
     table.apply(&cgroup(Seen, 0, 1, 0, "", 1));
     table.apply(&cgroup(Created, 0, 30, 29, "orphan", 2));
-    let of = |table: &Cgroups, v2_id, v1_id| table.container_of(&Place { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9));
+    let of = |table: &Cgroups, v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9));
     assert_eq!(of(&table, 1, 0), Ok(None));
     assert_eq!(of(&table, 1, 77), Err(UnknownCgroup), "v2 says the root, and v1 says nothing");
     assert_eq!(of(&table, 30, 0), Err(UnknownCgroup), "its parent's creation was lost");

@@ -95,7 +95,7 @@ fn the_error_of_a_short_life_is_stated() {
                 tgid: Tgid(100),
                 start: BootNs(5),
                 at: BootNs(taken(ended) - PERIOD / 2),
-                place: Place { v2_id: 10, ..Place::default() },
+                place: CgroupMembership { v2_id: 10, ..CgroupMembership::default() },
             }));
         }
     }
@@ -116,7 +116,7 @@ fn who_is_forgotten_is_credited_with_nothing_more() {
         tgid: Tgid(100),
         start: BootNs(5),
         at: BootNs(taken(2)),
-        place: Place { v2_id: 10, ..Place::default() },
+        place: CgroupMembership { v2_id: 10, ..CgroupMembership::default() },
     }));
     core.observe(Observation::Cgroup(CgroupFact {
         change: CgroupChange::Removed,

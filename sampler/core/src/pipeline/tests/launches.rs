@@ -19,7 +19,7 @@ fn recorded() -> Core {
 /// What the kernel says of the process that began then: each change, when, and where it is then.
 fn changes(core: &mut Core, start: u64, changes: &[(ProcessChange, u64, u64)]) {
     for (change, at, id) in changes {
-        let place = Place { v2_id: *id, ..Place::default() };
+        let place = CgroupMembership { v2_id: *id, ..CgroupMembership::default() };
         let (tgid, start, at, change) = (Tgid(PID), BootNs(start), BootNs(*at), *change);
         core.observe(Observation::Process(ProcessFact { change, tgid, start, at, place }));
     }

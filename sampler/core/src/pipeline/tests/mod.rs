@@ -9,7 +9,8 @@ use std::sync::Arc;
 use super::*;
 use crate::device::{GpuInfo, Reason};
 use crate::observation::{
-    Answer, CgroupChange, CgroupFact, DeviceSample, GpuBatch, Place, ProcessChange, ProcessFact, ProcessSample, ProcessSeen,
+    Answer, CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, ProcessChange, ProcessFact, ProcessSample,
+    ProcessSeen,
 };
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
@@ -42,7 +43,7 @@ fn prepare(core: &mut Core) {
     cgroup(10, Some(2), &"a".repeat(64));
     cgroup(11, Some(2), &"b".repeat(64));
     for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
-        let place = Place { v2_id: id, ..Place::default() };
+        let place = CgroupMembership { v2_id: id, ..CgroupMembership::default() };
         let (tgid, start) = (Tgid(tgid), BootNs(5));
         let seen = ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place: Some(place) };
         core.observe(Observation::ProcessSeen(seen));
@@ -149,7 +150,7 @@ fn a_pid_that_changes_hands_is_ambiguous_there_and_nowhere_wrong() {
         for since_tick in [1_000_000, 80_000_000, 160_000_000] {
             let mut core = core();
             let at = BootNs(taken(HANDED_ON) + since_tick);
-            let place = |id| Place { v2_id: id, ..Place::default() };
+            let place = |id| CgroupMembership { v2_id: id, ..CgroupMembership::default() };
             let (tgid, first) = (Tgid(100), BootNs(5));
             let mut tell = |change, start, at, place| {
                 core.observe(Observation::Process(ProcessFact { change, tgid, start, at, place }));

@@ -30,7 +30,7 @@ fn a_replay_is_what_was_live() {
         }
         if k == 300 {
             let exit = ProcessChange::Exit;
-            let (at, place) = (BootNs(taken(k)), Place { v2_id: 11, ..Place::default() });
+            let (at, place) = (BootNs(taken(k)), CgroupMembership { v2_id: 11, ..CgroupMembership::default() });
             core.observe(Observation::Process(ProcessFact { change: exit, tgid: Tgid(101), start: BootNs(5), at, place }));
         }
         core.observe(Observation::from(batch));

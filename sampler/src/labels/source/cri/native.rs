@@ -44,11 +44,11 @@ struct GetContainerRequest {
 #[derive(Clone, PartialEq, prost::Message)]
 struct GetContainerResponse {
     #[prost(message, optional, tag = "1")]
-    container: Option<Container>,
+    container: Option<NativeContainer>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct Container {
+struct NativeContainer {
     #[prost(map = "string, string", tag = "2")]
     labels: HashMap<String, String>,
     #[prost(string, tag = "3")]
@@ -74,7 +74,7 @@ pub async fn find(socket: &GrpcSocket, id: &str) -> Result<Option<Facts>, GrpcEr
     Ok(None)
 }
 
-fn facts(container: &Container, id: &str) -> Facts {
+fn facts(container: &NativeContainer, id: &str) -> Facts {
     // These clients know no pods.
     let mut facts = Facts { runtime: Some(Runtime::Containerd), knows_pods: true, ..Facts::default() };
     facts.set(Label::Name, Some(container.labels.get("nerdctl/name").map_or(id, String::as_str)));

@@ -6,7 +6,7 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use sampler_labels::Outcome;
 
 use super::*;
-use crate::labels::source::grpc_server::{Reply, Server, entry, field, number};
+use crate::labels::source::grpc_server::{Server, ServerReply, entry, field, number};
 
 const ID: &str = "73e1";
 const SANDBOX: &str = "5a00";
@@ -36,8 +36,8 @@ fn sandbox() -> Vec<u8> {
     field(1, [field(1, SANDBOX), field(2, metadata), number(3, 0)].concat())
 }
 
-fn not_found() -> Reply {
-    Reply::Status(5, "not found".into())
+fn not_found() -> ServerReply {
+    ServerReply::Status(5, "not found".into())
 }
 
 /// A server of one package; anything else is unimplemented, as grpc-go says it.
@@ -45,27 +45,27 @@ fn not_found() -> Reply {
 struct Node {
     package: &'static str,
     runtime: &'static str,
-    container: Reply,
-    sandbox: Reply,
-    list: Reply,
+    container: ServerReply,
+    sandbox: ServerReply,
+    list: ServerReply,
 }
 
 impl Node {
     fn new(package: &'static str, runtime: &'static str) -> Self {
-        let list = Reply::Message(field(1, [field(1, ID), field(2, SANDBOX)].concat()));
-        let container = Reply::Message(container(&labels()));
-        Self { package, runtime, container, sandbox: Reply::Message(sandbox()), list }
+        let list = ServerReply::Message(field(1, [field(1, ID), field(2, SANDBOX)].concat()));
+        let container = ServerReply::Message(container(&labels()));
+        Self { package, runtime, container, sandbox: ServerReply::Message(sandbox()), list }
     }
 
-    fn answer(&self, path: &str, request: &[u8]) -> Reply {
+    fn answer(&self, path: &str, request: &[u8]) -> ServerReply {
         let Some(method) = path.strip_prefix(&format!("/{}.RuntimeService/", self.package)) else {
-            return Reply::Status(12, format!("unknown service in {path}"));
+            return ServerReply::Status(12, format!("unknown service in {path}"));
         };
         match method {
-            "Version" if self.runtime.is_empty() => Reply::Status(2, "later".into()),
-            "Version" => {
-                Reply::Message([field(1, "0.1.0"), field(2, self.runtime), field(3, "dev"), field(4, self.package)].concat())
-            }
+            "Version" if self.runtime.is_empty() => ServerReply::Status(2, "later".into()),
+            "Version" => ServerReply::Message(
+                [field(1, "0.1.0"), field(2, self.runtime), field(3, "dev"), field(4, self.package)].concat(),
+            ),
             "ContainerStatus" if request == field(1, ID) => self.container.clone(),
             "PodSandboxStatus" if request == field(1, SANDBOX) => self.sandbox.clone(),
             "ListContainers" if request == field(1, field(1, ID)) => self.list.clone(),
@@ -112,7 +112,7 @@ async fn containers() {
     check(Node::new(V1, "containerd"), "other", "not-found").await;
     check(Node::new(V1, "containerd"), "", "not-found").await;
     // Answered by the beginning of an id: another container.
-    let other = Reply::Message(field(1, [field(1, "73e1ff"), labels()].concat()));
+    let other = ServerReply::Message(field(1, [field(1, "73e1ff"), labels()].concat()));
     check(Node { container: other, ..Node::new(V1, "containerd") }, ID, "not-found").await;
 }
 
@@ -123,10 +123,10 @@ async fn sandboxes() {
     // cri-dockerd answers for a sandbox as for a container.
     let names = [entry(12, "io.kubernetes.pod.name", "p"), entry(12, "io.kubernetes.pod.namespace", "n")].concat();
     let uid = entry(12, "io.kubernetes.pod.uid", "u-1");
-    let pod = Reply::Message(field(1, [field(1, ID), field(2, field(1, "POD")), names, uid].concat()));
+    let pod = ServerReply::Message(field(1, [field(1, ID), field(2, field(1, "POD")), names, uid].concat()));
     check(Node { container: pod, ..Node::new(ALPHA, "docker") }, ID, "n/p/POD k8s_POD_p_n_u-1_0 - u-1 docker sandbox").await;
     // The first years' way of not finding.
-    let words = Reply::Status(2, "container with ID starting with 5a00 not found: ID does not exist".into());
+    let words = ServerReply::Status(2, "container with ID starting with 5a00 not found: ID does not exist".into());
     let server = Server::start(move |path, request| match path.ends_with("/ContainerStatus") {
         true => words.clone(),
         false => Node::new(ALPHA, "cri-o").answer(path, request),
@@ -136,11 +136,11 @@ async fn sandboxes() {
 
 #[tokio::test]
 async fn labels_that_another_client_did_not_set() {
-    let bare = Node { container: Reply::Message(container(&[])), ..Node::new(V1, "containerd") };
+    let bare = Node { container: ServerReply::Message(container(&[])), ..Node::new(V1, "containerd") };
     check(bare.clone(), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
     let gone = Node { sandbox: not_found(), ..bare.clone() };
     check(gone, ID, "-/-/c 73e1 registry/i:1 - containerd no pods").await;
-    let failing = Node { list: Reply::Status(13, "busy".into()), runtime: "cri-o", ..bare };
+    let failing = Node { list: ServerReply::Status(13, "busy".into()), runtime: "cri-o", ..bare };
     let answer = check(failing, ID, "-/-/c - registry/i:1 - cri-o no pods").await;
     assert!(answer.detail.contains("/runtime.v1.RuntimeService/ListContainers"), "{}", answer.detail);
 }
@@ -159,7 +159,7 @@ async fn images() {
     ] {
         let spec = [field(1, image), field(18, user)].concat();
         let status = [field(1, ID), field(8, spec), field(9, reference), labels()].concat();
-        let node = Node { container: Reply::Message(field(1, status)), ..Node::new(V1, "containerd") };
+        let node = Node { container: ServerReply::Message(field(1, status)), ..Node::new(V1, "containerd") };
         check(node, ID, &format!("n/p/c 73e1 {expect} u-1 containerd")).await;
     }
 }
@@ -171,7 +171,7 @@ async fn what_is_not_known_is_skipped() {
     let mut status = container(&[labels(), more.clone()].concat());
     status.extend(more);
     check(
-        Node { container: Reply::Message(status), ..Node::new(V1, "containerd") },
+        Node { container: ServerReply::Message(status), ..Node::new(V1, "containerd") },
         ID,
         "n/p/c 73e1 registry/i:1 u-1 containerd",
     )
@@ -181,11 +181,11 @@ async fn what_is_not_known_is_skipped() {
 #[tokio::test]
 async fn failures_name_the_endpoint_and_the_call() {
     for (reply, expect) in [
-        (Reply::Message(vec![0xff; 40]), "error"),
-        (Reply::Message(vec![b'x'; 5 << 20]), "error"),
-        (Reply::CutOff, "error"),
-        (Reply::Status(13, "broken".into()), "error"),
-        (Reply::Hang, "timeout"),
+        (ServerReply::Message(vec![0xff; 40]), "error"),
+        (ServerReply::Message(vec![b'x'; 5 << 20]), "error"),
+        (ServerReply::CutOff, "error"),
+        (ServerReply::Status(13, "broken".into()), "error"),
+        (ServerReply::Hang, "timeout"),
     ] {
         let server = Node { container: reply, ..Node::new(V1, "containerd") }.start();
         let cri = Cri { limit: Duration::from_millis(100), ..Cri::new(&server.path) };
@@ -207,7 +207,7 @@ async fn failures_name_the_endpoint_and_the_call() {
 async fn a_hung_version_costs_only_the_name() {
     let node = Node::new(V1, "cri-o");
     let server = Server::start(move |path, request| match path.ends_with("/Version") {
-        true => Reply::Hang,
+        true => ServerReply::Hang,
         false => node.answer(path, request),
     });
     let cri = Cri::new(&server.path);
