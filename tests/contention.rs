@@ -1,8 +1,8 @@
-//! Who kept whom waiting, against the truth: scenarios with known users, played for real and recorded, and the report judged.
+//! Who kept whom waiting, against the truth: scenarios with known users, played for real and recorded, and the report verified.
 
-mod judge;
-mod scenario;
-mod stage;
+mod runner;
+mod scenarios;
+mod verify;
 
 use std::time::Duration;
 
@@ -10,9 +10,9 @@ use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::{Agent, told};
 use serde_json::{Value, json};
 
-use judge::{Judgement, Truth, judge};
-use scenario::{DURATION, Grade, Scenario};
-use stage::{Played, Runner, rfc3339};
+use runner::{Played, Runner, rfc3339};
+use scenarios::{DURATION, Grade, Scenario};
+use verify::{Truth, Verdicts, verify};
 
 /// To start some forty processes in, on a busy machine.
 const LEAD: Duration = Duration::from_secs(12);
@@ -38,20 +38,20 @@ fn played_as_declared(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Tr
 /// Everything runs at once, each scenario on a GPU of its own.
 #[test]
 fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
-    let scenarios = scenario::all();
-    let stage = Runner::new(scenarios.len(), LEAD)?;
-    let agent = Agent::start(Some(&stage.sim), &[])?;
+    let scenarios = scenarios::all();
+    let runner = Runner::new(scenarios.len(), LEAD)?;
+    let agent = Agent::start(Some(&runner.sim), &[])?;
     let (session, played) = std::thread::scope(|scope| {
         let session = scope.spawn(|| {
-            stage.wait_until(0.0);
+            runner.wait_until(0.0);
             agent.record(Duration::from_secs_f64(DURATION), Duration::ZERO)
         });
-        let played = stage.play(&scenarios);
+        let played = runner.play(&scenarios);
         (session.join().expect("asking does not panic"), played)
     });
     let played = played?;
-    let end = stage.begin + Duration::from_secs_f64(DURATION);
-    let truth = stage.sim.truth(&["--from", &rfc3339(stage.begin)?, "--to", &rfc3339(end)?])?;
+    let end = runner.begin + Duration::from_secs_f64(DURATION);
+    let truth = runner.sim.truth(&["--from", &rfc3339(runner.begin)?, "--to", &rfc3339(end)?])?;
     played_as_declared(&scenarios, &played, &Truth(&truth))?;
 
     let file = tempfile::NamedTempFile::new()?;
@@ -61,10 +61,10 @@ fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
     ensure!(code == Some(0), "gpu-sampler report: {err}");
     let report: Value = serde_json::from_str(&out).context("the report is JSON")?;
     let (from, to) = span(&report)?;
-    let truth = stage.sim.truth(&["--from", &from, "--to", &to])?;
-    let judgement = judge(&scenarios, &played, &Truth(&truth), &report)?;
-    println!("{}", judgement.table);
-    ensure!(judgement.wrong.is_empty(), "{} of the rows are wrong:\n{}", judgement.wrong.len(), judgement.wrong.join("\n"));
+    let truth = runner.sim.truth(&["--from", &from, "--to", &to])?;
+    let verdicts = verify(&scenarios, &played, &Truth(&truth), &report)?;
+    println!("{}", verdicts.table);
+    ensure!(verdicts.wrong.is_empty(), "{} of the rows are wrong:\n{}", verdicts.wrong.len(), verdicts.wrong.join("\n"));
     Ok(())
 }
 
@@ -117,7 +117,7 @@ fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
                 declared.acts.iter().map(|_| std::iter::once(pid).inspect(|_| pid += 1).collect()).collect();
             let each = declared.seconds / acts.len() as f64;
             processes.extend(acts.iter().flatten().map(|pid| json!({"pid": pid, "gpu_seconds": each})));
-            let cgroup = (declared.place != scenario::CgroupPlace::Host).then(|| format!("/x/{pid:064x}"));
+            let cgroup = (declared.place != scenarios::CgroupPlace::Host).then(|| format!("/x/{pid:064x}"));
             users.push(Played { name: declared.name, cgroup, acts });
         }
         gpus.push(json!({"uuid": format!("GPU-{gpu}"), "processes": processes}));
@@ -127,19 +127,19 @@ fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
 }
 
 #[test]
-fn the_judge_lets_a_right_report_pass_and_names_what_is_wrong() {
-    let scenarios = scenario::all();
+fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
+    let scenarios = scenarios::all();
     let (played, truth) = imagined(&scenarios);
     let truth = Truth(&truth);
     let right = perfect(&scenarios, &played, &truth);
-    let judged = |report: &Value| -> Judgement { judge(&scenarios, &played, &truth, report).unwrap() };
-    let Judgement { table, wrong } = judged(&right);
+    let verified = |report: &Value| -> Verdicts { verify(&scenarios, &played, &truth, report).unwrap() };
+    let Verdicts { table, wrong } = verified(&right);
     println!("{table}");
     assert_eq!(wrong, [""; 0]);
     let check = |change: &dyn Fn(&mut Value), expect: &[&str]| {
         let mut report = right.clone();
         change(&mut report);
-        let wrong = judged(&report).wrong;
+        let wrong = verified(&report).wrong;
         assert_eq!(wrong.len(), expect.len(), "{wrong:?}");
         wrong.iter().zip(expect).for_each(|(told, expect)| assert!(told.contains(expect), "{told:?}: {expect:?}"));
     };
@@ -174,7 +174,7 @@ fn the_judge_lets_a_right_report_pass_and_names_what_is_wrong() {
 
 #[test]
 fn the_parts_of_a_scenario_fit_each_other() {
-    for scenario in scenario::all() {
+    for scenario in scenarios::all() {
         let known = |name: &str| assert!(scenario.users.iter().any(|user| user.name == name), "{}: {name}", scenario.name);
         scenario.pairs.iter().for_each(|pair| [pair.victim, pair.aggressor].into_iter().for_each(known));
         scenario.causes.iter().for_each(|of| known(of.victim));

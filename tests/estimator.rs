@@ -142,12 +142,12 @@ fn poll(core: &mut Core, loads: &[Load], ended_us: u64, tick: Option<(u64, u32, 
     };
     core.observe(Observation::from(GpuBatch {
         wall: WallTime(1),
-        ticks: tick.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
-        rows: tick.filter(|_| queried).and_then(row).into_iter().collect(),
+        samples: tick.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
+        process_samples: tick.filter(|_| queried).and_then(row).into_iter().collect(),
         processes: Some(listed(loads, ended_us)),
         ..GpuBatch::new(0, ended, Answer::Samples)
     }));
-    core.observe(Observation::Tick { at: ended, wall: WallTime(1) });
+    core.observe(Observation::ClockAdvanced { at: ended, wall: WallTime(1) });
 }
 
 /// One world, run to its end.

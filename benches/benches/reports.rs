@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, LabelFact, Row, Tick, User};
+use sampler_core::fact::{AttributedProcess, ContainerFact, Fact, GpuFact, Holder, LabelFact, User, UtilizationSample};
 use sampler_core::observation::PressureFact;
 use sampler_core::observation::ProcessKind;
 
@@ -90,14 +90,14 @@ fn second(n: u64, random: &mut Random) -> Vec<Fact> {
         let pid = |k: u64| 10_000 + gpu * 1_000 + k as u32;
         for at in (from / PERIOD + 1..=to / PERIOD).map(|k| k * PERIOD) {
             let who = random.below(PROCESSES);
-            let row = Row { pid: pid(who), percent: 97, user: User::Container(key(gpu, who)), since: since(who) };
-            let tick = Tick {
+            let row = AttributedProcess { pid: pid(who), percent: 97, user: User::Container(key(gpu, who)), since: since(who) };
+            let tick = UtilizationSample {
                 stamp: GpuNs(at / 1000 * 1000 + 12_345_678),
                 ns: PERIOD,
                 busy_percent: 90 + random.below(11) as u8,
-                rows: vec![row],
+                processes: vec![row],
             };
-            all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Tick(tick) });
+            all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(tick) });
         }
         if n.is_multiple_of(2) {
             let holder = |k| Holder {

@@ -86,11 +86,11 @@ struct Turn {
     lost: Lost,
     counted: Instant,
     /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
-    repaired: Option<u64>,
-    attempted: u64,
+    last_repaired: Option<u64>,
+    attempted_until: u64,
     /// Up to here the tables are known to be right: a batch received by then may be attributed. Never later than the drain before the
     /// last read of the losses.
-    sound: BootNs,
+    clean_since: BootNs,
     published: Instant,
     /// The end of the last scan, and its duration.
     scanned: Instant,
@@ -118,7 +118,7 @@ struct Storm {
 impl Turn {
     /// A batch waits until losses up to its end were read.
     fn batch_waits(&self) -> bool {
-        matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.sound)
+        matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.clean_since)
     }
 
     /// From one resync to the next while events are lost.
@@ -143,7 +143,7 @@ impl Turn {
 
 impl CoreThread {
     pub fn run(mut self) {
-        let sound = boot_now();
+        let clean_since = boot_now();
         let counted = self.lost();
         let lost = counted.sum();
         let scan = self.scan();
@@ -159,9 +159,9 @@ impl CoreThread {
             questions,
             lost: counted,
             counted: now,
-            repaired: complete.then_some(lost),
-            attempted: lost,
-            sound,
+            last_repaired: complete.then_some(lost),
+            attempted_until: lost,
+            clean_since,
             published: now,
             scanned: now,
             scan_took: Duration::ZERO,
@@ -191,7 +191,7 @@ impl CoreThread {
         self.drain();
         self.resync(turn, before);
         while let Some(observation) =
-            turn.waiting.pop_front_if(|told| !matches!(told, Observation::Gpu(b) if b.ended > turn.sound))
+            turn.waiting.pop_front_if(|told| !matches!(told, Observation::Gpu(b) if b.ended > turn.clean_since))
         {
             if let Observation::Gpu(batch) = &observation {
                 self.sight(batch);
@@ -254,7 +254,7 @@ impl CoreThread {
         match &self.tracker {
             Tracker::RawTracepoint(_) => self.repair(turn, before),
             Tracker::Inotify(_) => {
-                turn.sound = before;
+                turn.clean_since = before;
                 if turn.scanned.elapsed() >= RESCAN_EVERY {
                     let living: Vec<u32> = self.core.identity.processes.living().map(|(tgid, ..)| tgid.0).collect();
                     self.look_at(living.into_iter());
@@ -271,7 +271,7 @@ impl CoreThread {
                 }
             }
             Tracker::Procfs => {
-                turn.sound = before;
+                turn.clean_since = before;
                 if self.config.kernel_mode != KernelMode::Procfs && turn.walked.elapsed() >= WATCH_AGAIN_EVERY {
                     self.watch_again();
                     turn.walked = Instant::now();
@@ -323,8 +323,8 @@ impl CoreThread {
         // Read after the drain, so that no loss up to `before` is missed, and before the scan: what is lost during it is for the next.
         (turn.lost, turn.counted) = (self.lost(), Instant::now());
         let lost = turn.lost.sum();
-        if turn.repaired == Some(lost) {
-            turn.sound = before;
+        if turn.last_repaired == Some(lost) {
+            turn.clean_since = before;
             if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
                 turn.storm = None;
                 let repairs = self.core.identity.repairs;
@@ -333,25 +333,25 @@ impl CoreThread {
             return;
         }
         // The last scan did what it could for these; what it could not read is tried again, and keeps nothing waiting.
-        let again = lost == turn.attempted;
+        let again = lost == turn.attempted_until;
         if again {
-            turn.sound = before;
+            turn.clean_since = before;
         }
         let spacing = if again { turn.resync_after } else { turn.spacing() };
         if turn.scanned.elapsed() < spacing {
             return;
         }
-        turn.attempted = lost;
+        turn.attempted_until = lost;
         self.health.resynced();
         let begun = Instant::now();
         let scan = self.scan();
         let (began, complete) = (scan.end.began, scan.complete());
-        self.merge(scan, Some(turn.sound));
+        self.merge(scan, Some(turn.clean_since));
         self.size();
         (turn.scanned, turn.scan_took) = (Instant::now(), begun.elapsed());
-        turn.sound = turn.sound.max(began);
+        turn.clean_since = turn.clean_since.max(began);
         if complete {
-            (turn.repaired, turn.resync_after) = (Some(lost), RESYNC_EVERY);
+            (turn.last_repaired, turn.resync_after) = (Some(lost), RESYNC_EVERY);
         } else {
             turn.resync_after = (turn.resync_after * 2).min(RESYNC_AT_LEAST_EVERY);
         }
@@ -424,7 +424,7 @@ impl CoreThread {
             return;
         }
         let listed = batch.processes.iter().flatten().map(|p| p.pid);
-        let named: HashSet<u32> = batch.rows.iter().map(|row| row.pid).chain(listed).collect();
+        let named: HashSet<u32> = batch.process_samples.iter().map(|s| s.pid).chain(listed).collect();
         self.look_at(named.into_iter());
     }
 
@@ -525,7 +525,7 @@ impl CoreThread {
 
     fn publish(&mut self, lost: &Lost) {
         self.health.watch_calls(boot_now());
-        self.core.observe(Observation::Tick { at: boot_now(), wall: wall_now() });
+        self.core.observe(Observation::ClockAdvanced { at: boot_now(), wall: wall_now() });
         // The only place where facts leave the core: they go to whoever records.
         self.recorder.tell(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {

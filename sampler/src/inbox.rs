@@ -26,12 +26,12 @@ pub enum Question {
 #[derive(Clone)]
 pub struct CoreSender {
     to: Sender<Message>,
-    bell: Arc<OwnedFd>,
+    wakeup: Arc<OwnedFd>,
 }
 
 pub struct Inbox {
     from: Receiver<Message>,
-    bell: Arc<OwnedFd>,
+    wakeup: Arc<OwnedFd>,
 }
 
 /// The core thread has ended.
@@ -39,16 +39,16 @@ pub struct Inbox {
 pub struct Closed;
 
 pub fn inbox() -> std::io::Result<(CoreSender, Inbox)> {
-    let bell = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
+    let wakeup = Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC)?);
     let (to, from) = channel();
-    Ok((CoreSender { to, bell: Arc::clone(&bell) }, Inbox { from, bell }))
+    Ok((CoreSender { to, wakeup: Arc::clone(&wakeup) }, Inbox { from, wakeup }))
 }
 
 impl CoreSender {
     pub fn send(&self, message: Message) -> Result<(), Closed> {
         self.to.send(message).map_err(|_| Closed)?;
         // Full means that it rings already.
-        let _rings = rustix::io::write(&*self.bell, &1u64.to_ne_bytes());
+        let _rings = rustix::io::write(&*self.wakeup, &1u64.to_ne_bytes());
         Ok(())
     }
 
@@ -79,7 +79,7 @@ impl CoreSender {
 
 impl Inbox {
     pub fn fd(&self) -> BorrowedFd<'_> {
-        self.bell.as_fd()
+        self.wakeup.as_fd()
     }
 
     /// The next message that is there.
@@ -90,6 +90,6 @@ impl Inbox {
     /// Before taking, so that what comes after rings again.
     pub fn silence(&self) {
         let mut count = [0u8; 8];
-        let _was = rustix::io::read(&*self.bell, &mut count);
+        let _was = rustix::io::read(&*self.wakeup, &mut count);
     }
 }

@@ -8,7 +8,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use anyhow::{Context as _, Result, ensure};
 use sampler_core::device::Engine;
 use sampler_core::observation::{DeviceSample, ProcessSample};
-use sampler_core::reconstruct::{RawRow, RawSample, Recovery};
+use sampler_core::reconstruct::{RawProcessSample, RawSample, Recovery};
 use sampler_core::units::BootNs;
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
@@ -228,13 +228,13 @@ pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
         let now = BootNs((raw.from_boot_us + now_us + 1) * 1000);
         let after = recovery.samples_after(now);
         recovery.samples(&driver.samples(after, now_us), now, now);
-        while let Some(after) = recovery.next_rows(calls) {
-            recovery.rows(after, &driver.rows(after, now_us));
+        while let Some(after) = recovery.next_process_query(calls) {
+            recovery.process_samples(after, &driver.rows(after, now_us));
         }
         let got = recovery.take();
         ensure!(!got.stepped, "the clock is said to have been set at {now_us} us");
-        ticks.extend(got.ticks);
-        rows.extend(got.rows);
+        ticks.extend(got.samples);
+        rows.extend(got.process_samples);
     }
     let told: HashMap<u64, u32> = driver.samples.iter().map(|(_, s)| (s.0 * 1000, s.1)).collect();
     let mut seen = HashSet::new();
@@ -286,7 +286,7 @@ impl RecordedDriver {
     }
 
     /// One row per pid: the time of its newest sample, the average of all.
-    fn rows(&self, after: u64, now_us: u64) -> Vec<RawRow> {
+    fn rows(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
         let mut folded: BTreeMap<u32, (u64, [u32; 4], u32)> = BTreeMap::new();
         for (_, RecordedProcess(at, pid, percent)) in self.rows.iter().filter(|(served, row)| *served <= now_us && row.0 > after)
         {
@@ -302,7 +302,7 @@ impl RecordedDriver {
             for (one, sum) in percent.iter_mut().zip(sums) {
                 *one = sum / n;
             }
-            RawRow { at_us, pid, percent }
+            RawProcessSample { at_us, pid, percent }
         };
         folded.into_iter().map(row).collect()
     }

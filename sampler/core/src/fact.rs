@@ -71,9 +71,9 @@ pub enum GpuFact {
     Gone,
     /// Its clock was set: for samples that wait nobody can be named any more.
     Restarted,
-    Tick(Tick),
+    Utilization(UtilizationSample),
     /// Of an engine that is not compute; not a part of wall time.
-    EngineSample(Engine, Tick),
+    EngineSample(Engine, UtilizationSample),
     Idle {
         ns: u64,
     },
@@ -118,18 +118,18 @@ pub struct UnqueriedSample {
 
 /// One sample of the driver: how busy the engine was in a span, and whom it names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
-pub struct Tick {
+pub struct UtilizationSample {
     /// The driver's own time stamp.
     pub stamp: GpuNs,
     pub ns: u64,
     pub busy_percent: u8,
     /// Rows that belong to it, as the driver gave them.
-    pub rows: Vec<Row>,
+    pub processes: Vec<AttributedProcess>,
 }
 
 /// A row of the driver's, and identity's answer for it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Row {
+pub struct AttributedProcess {
     pub pid: u32,
     /// Of the engine that the tick is of.
     pub percent: u8,
@@ -208,7 +208,7 @@ impl GpuFact {
     /// How much of the device's time it tells of; `None` where it is about something else.
     pub fn span_ns(&self) -> Option<u64> {
         match self {
-            GpuFact::Tick(Tick { ns, .. })
+            GpuFact::Utilization(UtilizationSample { ns, .. })
             | GpuFact::Idle { ns }
             | GpuFact::Unqueried(Engine::Compute, UnqueriedSample { ns, .. })
             | GpuFact::Unobserved { ns, .. }

@@ -152,9 +152,9 @@ pub struct GpuBatch {
     pub ended: BootNs,
     pub wall: WallTime,
     pub answer: Answer,
-    pub ticks: Vec<DeviceSample>,
-    pub engine_ticks: Vec<EngineSample>,
-    pub rows: Vec<ProcessSample>,
+    pub samples: Vec<DeviceSample>,
+    pub engine_samples: Vec<EngineSample>,
+    pub process_samples: Vec<ProcessSample>,
     /// Rows that break the model, indexed as [`Rejected::ALL`].
     pub rejected: [u32; Rejected::ALL.len()],
     /// The device's clock was set: what this batch holds is on the new one.
@@ -175,9 +175,9 @@ impl GpuBatch {
             ended: began,
             wall: WallTime::default(),
             answer,
-            ticks: Vec::new(),
-            engine_ticks: Vec::new(),
-            rows: Vec::new(),
+            samples: Vec::new(),
+            engine_samples: Vec::new(),
+            process_samples: Vec::new(),
             rejected: [0; Rejected::ALL.len()],
             stepped: false,
             gpm: None,
@@ -233,7 +233,7 @@ pub enum Observation {
     Pressure(PressureFact),
     /// Whether the driver's pids are this kernel's, from now on.
     PidSpace(PidSpace),
-    Tick {
+    ClockAdvanced {
         at: BootNs,
         wall: WallTime,
     },

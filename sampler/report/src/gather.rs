@@ -5,7 +5,9 @@ use std::sync::Arc;
 
 use sampler_core::aggregate::Range;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, UnobservedReason, User};
+use sampler_core::fact::{
+    AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
+};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
@@ -25,7 +27,7 @@ pub struct Life {
 pub struct GatheredGpu {
     pub info: Option<Arc<GpuInfo>>,
     /// Every tick in the range, its end, and the user that it names; in order.
-    pub ticks: Vec<(BootNs, Option<User>)>,
+    pub samples: Vec<(BootNs, Option<User>)>,
     /// Memory by user, whenever it was read.
     pub held: Vec<(BootNs, BTreeMap<User, Option<u64>>)>,
     pub readings: Vec<(BootNs, DeviceReadings)>,
@@ -121,15 +123,16 @@ impl Gathered {
         }
     }
 
-    fn tick(&self, tick: &Tick) -> Tick {
-        let rows = tick.rows.iter().map(|row| Row { user: self.user(row.user), ..*row }).collect();
-        Tick { rows, ..tick.clone() }
+    fn sample(&self, sample: &UtilizationSample) -> UtilizationSample {
+        let processes =
+            sample.processes.iter().map(|process| AttributedProcess { user: self.user(process.user), ..*process }).collect();
+        UtilizationSample { processes, ..sample.clone() }
     }
 
     fn renamed(&self, fact: &GpuFact) -> GpuFact {
         match fact {
-            GpuFact::Tick(tick) => GpuFact::Tick(self.tick(tick)),
-            GpuFact::EngineSample(engine, tick) => GpuFact::EngineSample(*engine, self.tick(tick)),
+            GpuFact::Utilization(sample) => GpuFact::Utilization(self.sample(sample)),
+            GpuFact::EngineSample(engine, sample) => GpuFact::EngineSample(*engine, self.sample(sample)),
             GpuFact::Held(Some(held)) => {
                 GpuFact::Held(Some(held.iter().map(|holder| Holder { user: self.user(holder.user), ..*holder }).collect()))
             }
@@ -153,20 +156,21 @@ impl GatheredGpu {
             // It was away: that time is in no state.
             GpuFact::Gone => self.until = None,
             GpuFact::Opened(info) => self.info = Some(Arc::clone(info)),
-            GpuFact::Tick(tick) => {
-                for row in &tick.rows {
-                    self.alive(row);
+            GpuFact::Utilization(sample) => {
+                for process in &sample.processes {
+                    self.alive(process);
                 }
                 if range.has(at) {
-                    let named = sampler_core::aggregate::named(&tick.rows).filter(|user| sampler_core::aggregate::is_user(*user));
-                    self.ticks.push((at, named));
+                    let named =
+                        sampler_core::aggregate::named(&sample.processes).filter(|user| sampler_core::aggregate::is_user(*user));
+                    self.samples.push((at, named));
                 }
             }
             GpuFact::Idle { ns } | GpuFact::Measured { ns, .. } => {
                 // As many as there would have been.
                 let ns = range.part(at, *ns);
                 let to = at.min(range.to);
-                self.ticks.extend((0..ns.div_ceil(TICK_NS)).rev().map(|n| (to.minus(n * TICK_NS), None)));
+                self.samples.extend((0..ns.div_ceil(TICK_NS)).rev().map(|n| (to.minus(n * TICK_NS), None)));
             }
             GpuFact::Unobserved { ns, why } => {
                 let (from, to) = (at.minus(*ns).max(range.after), at.min(range.to));
@@ -195,17 +199,17 @@ impl GatheredGpu {
         }
     }
 
-    fn alive(&mut self, row: &Row) {
-        if row.since == BootNs(0) || self.open.contains_key(&(row.pid, row.since)) {
+    fn alive(&mut self, process: &AttributedProcess) {
+        if process.since == BootNs(0) || self.open.contains_key(&(process.pid, process.since)) {
             return;
         }
-        let lives = self.lives.entry(row.user).or_default();
+        let lives = self.lives.entry(process.user).or_default();
         // A sample of a process whose end was told already.
-        if lives.iter().any(|life| life.since == row.since && life.until.is_some()) {
+        if lives.iter().any(|life| life.since == process.since && life.until.is_some()) {
             return;
         }
-        self.open.insert((row.pid, row.since), (row.user, lives.len()));
-        lives.push(Life { since: row.since, until: None });
+        self.open.insert((process.pid, process.since), (process.user, lives.len()));
+        lives.push(Life { since: process.since, until: None });
     }
 
     /// What was read last at that time.

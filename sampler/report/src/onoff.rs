@@ -136,15 +136,15 @@ enum Unjudged {
     VictimAway,
 }
 
-/// Spans of one user's samples. `ticks`: all ticks of the device in order, with whom they name.
+/// Spans of one user's samples. `samples`: all ticks of the device in order, with whom they name.
 fn clusters(gpu: &GatheredGpu, user: User) -> Vec<On> {
     let places: Vec<usize> =
-        gpu.ticks.iter().enumerate().filter(|(_, (_, named))| *named == Some(user)).map(|(n, _)| n).collect();
+        gpu.samples.iter().enumerate().filter(|(_, (_, named))| *named == Some(user)).map(|(n, _)| n).collect();
     let mut gaps: Vec<usize> = places.windows(2).map(|pair| pair[1] - pair[0]).collect();
     gaps.sort_unstable();
     let median = gaps.get(gaps.len() / 2).copied().unwrap_or(1);
     let longest = (GAP_MEDIANS * median).max(GAP_TICKS);
-    let at = |n: usize| gpu.ticks.get(n).map_or(BootNs(0), |(at, _)| *at);
+    let at = |n: usize| gpu.samples.get(n).map_or(BootNs(0), |(at, _)| *at);
     let mut on: Vec<(usize, usize, usize)> = Vec::new();
     for place in places {
         let same = |last: usize| {
@@ -187,7 +187,7 @@ impl<'a> Experiment<'a> {
         saturation_ratio: f64,
         pairs: usize,
     ) -> Self {
-        let mut users: Vec<User> = gpu.ticks.iter().filter_map(|(_, named)| *named).collect();
+        let mut users: Vec<User> = gpu.samples.iter().filter_map(|(_, named)| *named).collect();
         users.sort_unstable();
         users.dedup();
         let on: BTreeMap<User, Vec<On>> = users.into_iter().map(|user| (user, clusters(gpu, user))).collect();

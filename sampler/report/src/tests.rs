@@ -4,7 +4,9 @@ use std::sync::Arc;
 
 use super::*;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, Row, Tick, UnobservedReason, User};
+use sampler_core::fact::{
+    AttributedProcess, ContainerFact, Fact, GpuFact, HostProcess, UnobservedReason, User, UtilizationSample,
+};
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 use sampler_session::{Header, Session, View};
 
@@ -103,14 +105,15 @@ pub fn play(players: &[Player], seconds: u64, seed: u64) -> (Session, Vec<f64>) 
             draw -= share;
         }
         let busy_percent = (100.0 * got.iter().sum::<f64>()).round() as u8;
-        let row = |k: usize| Row {
+        let process = |k: usize| AttributedProcess {
             pid: 100 + k as u32,
             percent: busy_percent.max(1),
             user: players[k].user,
             since: BootNs(since[k].unwrap_or(START)),
         };
-        let tick = Tick { stamp: GpuNs(at), ns: PERIOD, busy_percent, rows: named.map(row).into_iter().collect() };
-        facts.push(gpu(at, GpuFact::Tick(tick)));
+        let sample =
+            UtilizationSample { stamp: GpuNs(at), ns: PERIOD, busy_percent, processes: named.map(process).into_iter().collect() };
+        facts.push(gpu(at, GpuFact::Utilization(sample)));
         if n % 6 == 0 {
             facts.push(Fact::Time { at: BootNs(at), wall: WallTime(at) });
         }
@@ -176,8 +179,8 @@ fn who_keeps_whom_waiting() {
     let late: fn(f64) -> bool = |t| t > 60.0;
     let early: fn(f64) -> bool = |t| t < 60.0;
     let jobs: fn(f64) -> bool = |t| on_for(10.0, 2.0, 1.0)(t);
-    type Row<'a> = (&'a str, Box<dyn Fn() -> Vec<Player>>, &'a str, std::ops::RangeInclusive<usize>);
-    let rows: Vec<Row<'_>> = vec![
+    type Case<'a> = (&'a str, Box<dyn Fn() -> Vec<Player>>, &'a str, std::ops::RangeInclusive<usize>);
+    let cases: Vec<Case<'_>> = vec![
         ("a fair pair", Box::new(move || vec![always(1, 1.0), always(2, 1.0)]), "/docker/2", 0..=0),
         ("nine to one", Box::new(move || vec![always(1, 0.1), always(2, 1.0)]), "/docker/2", 0..=0),
         ("processes come and go", Box::new(move || vec![always(1, 1.0), processes(2, 1.0, thrice)]), "/docker/2", 20..=20),
@@ -221,7 +224,7 @@ fn who_keeps_whom_waiting() {
         ),
     ];
     let mut wrong = Vec::new();
-    for (name, players, other, expect) in rows {
+    for (name, players, other, expect) in cases {
         let n = confirmed(&*players, "/docker/1", other);
         wrong.extend((!expect.contains(&n)).then(|| format!("{name}: confirmed in {n} of 20, expected {expect:?}")));
     }
@@ -308,10 +311,10 @@ fn numbers_that_cannot_be_are_survived() {
             if let Fact::Gpu { gpu, at, fact } = fact {
                 (*gpu, *at) = (wild(0) as u32, BootNs(wild(at.0)));
                 match fact {
-                    GpuFact::Tick(tick) => {
-                        (tick.ns, tick.busy_percent) = (wild(tick.ns), wild(100) as u8);
-                        for row in &mut tick.rows {
-                            row.since = BootNs(wild(row.since.0));
+                    GpuFact::Utilization(sample) => {
+                        (sample.ns, sample.busy_percent) = (wild(sample.ns), wild(100) as u8);
+                        for process in &mut sample.processes {
+                            process.since = BootNs(wild(process.since.0));
                         }
                         if wild(1) == 0 {
                             *fact = GpuFact::Idle { ns: wild(PERIOD) };

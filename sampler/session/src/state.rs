@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use sampler_core::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 use sampler_core::device::Engine;
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, Tick, User};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User, UtilizationSample};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey};
 
@@ -44,7 +44,7 @@ struct GpuState {
     /// Up to here its time is told.
     covered: BootNs,
     /// Its last busy samples.
-    ticks: VecDeque<(BootNs, Sampled)>,
+    samples: VecDeque<(BootNs, Sampled)>,
 }
 
 /// What a busy sample says of its process.
@@ -76,9 +76,9 @@ struct HostState {
 
 /// Whom a fact about a GPU names.
 fn users(fact: &GpuFact) -> Vec<User> {
-    let of = |tick: &Tick| tick.rows.iter().map(|row| row.user).collect();
+    let of = |sample: &UtilizationSample| sample.processes.iter().map(|process| process.user).collect();
     match fact {
-        GpuFact::Tick(tick) | GpuFact::EngineSample(_, tick) => of(tick),
+        GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => of(sample),
         GpuFact::Held(Some(holders)) => holders.iter().map(|holder| holder.user).collect(),
         _ => Vec::new(),
     }
@@ -100,16 +100,16 @@ impl GpuState {
 
     /// Whether the last sample of that kind up to `until` has the neighbours after it that it is divided over.
     fn is_divided(&self, until: BootNs, kind: Sampled, neighbours: usize, is_neighbour: impl Fn(Sampled) -> bool) -> bool {
-        let Some(last) = self.ticks.iter().rposition(|(at, sampled)| *sampled == kind && *at <= until) else { return true };
-        let later = self.ticks.range(last..).filter(|(_, sampled)| is_neighbour(*sampled)).count();
-        later >= neighbours || self.covered >= self.ticks[last].0.plus(WAIT_NS)
+        let Some(last) = self.samples.iter().rposition(|(at, sampled)| *sampled == kind && *at <= until) else { return true };
+        let later = self.samples.range(last..).filter(|(_, sampled)| is_neighbour(*sampled)).count();
+        later >= neighbours || self.covered >= self.samples[last].0.plus(WAIT_NS)
     }
 
     fn remember(&mut self, at: BootNs, sampled: Sampled) {
-        if self.ticks.len() >= MAX_TICKS {
-            self.ticks.pop_front();
+        if self.samples.len() >= MAX_TICKS {
+            self.samples.pop_front();
         }
-        self.ticks.push_back((at, sampled));
+        self.samples.push_back((at, sampled));
     }
 }
 
@@ -203,10 +203,10 @@ impl State {
             GpuFact::Held(_) => known.held = Some(fact.clone()),
             GpuFact::Readings(_) => known.readings = Some(fact.clone()),
             GpuFact::Clock(_) => known.clock = Some(fact.clone()),
-            GpuFact::Tick(tick) => {
+            GpuFact::Utilization(sample) => {
                 known.covered = known.covered.max(at);
-                if tick.busy_percent > 0 {
-                    known.remember(at, if tick.rows.is_empty() { Sampled::PidLess } else { Sampled::Named });
+                if sample.busy_percent > 0 {
+                    known.remember(at, if sample.processes.is_empty() { Sampled::PidLess } else { Sampled::Named });
                 }
             }
             GpuFact::Unqueried(Engine::Compute, _) => {

@@ -7,7 +7,9 @@ use std::time::UNIX_EPOCH;
 use anyhow::{Context as _, bail};
 use sampler_core::aggregate::{Aggregate, Range, Settings};
 use sampler_core::device::{GpuInfo, Reason};
-use sampler_core::fact::{Fact, GpuFact, Holder, HostProcess, LabelFact, Row, Tick, UnobservedReason, User};
+use sampler_core::fact::{
+    AttributedProcess, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
+};
 use sampler_core::observation::ProcessKind;
 use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
 use sampler_session::Session;
@@ -86,12 +88,12 @@ fn credited(session: &Session, gpu: u32, at: BootNs) -> Vec<(User, f64)> {
 
 fn sample(fact: &GpuFact, known: &UserNames<'_>, clock: &Clock<'_>) -> serde_json::Map<String, Value> {
     let value = match fact {
-        GpuFact::Tick(tick) => json!({
+        GpuFact::Utilization(sample) => json!({
             "state": "sample",
-            "busy_percent": tick.busy_percent,
-            "driver_stamp_ns": tick.stamp.0,
-            "rows": tick.rows.iter().map(|row| known.row(row, clock)).collect::<Vec<_>>(),
-            "went_to": went_to(tick),
+            "busy_percent": sample.busy_percent,
+            "driver_stamp_ns": sample.stamp.0,
+            "rows": sample.processes.iter().map(|process| known.process(process, clock)).collect::<Vec<_>>(),
+            "went_to": went_to(sample),
         }),
         GpuFact::Unqueried(_, sample) => json!({
             "state": "sample",
@@ -115,8 +117,8 @@ fn sample(fact: &GpuFact, known: &UserNames<'_>, clock: &Clock<'_>) -> serde_jso
     }
 }
 
-fn went_to(tick: &Tick) -> &'static str {
-    match (&tick.rows[..], tick.busy_percent) {
+fn went_to(sample: &UtilizationSample) -> &'static str {
+    match (&sample.processes[..], sample.busy_percent) {
         (_, 0) => "nobody: the device was idle",
         ([], _) => "its neighbours: the driver names nobody for it, so its busy time is divided over the samples around it",
         ([_], _) => "the process of its row",
@@ -269,9 +271,9 @@ impl<'a> UserNames<'a> {
         }
     }
 
-    fn row(&self, row: &Row, clock: &Clock<'_>) -> Value {
-        let since = (row.since.0 > 0).then(|| clock.words(row.since));
-        json!({ "pid": row.pid, "percent": row.percent, "user": self.user(row.user), "there_since": since })
+    fn process(&self, process: &AttributedProcess, clock: &Clock<'_>) -> Value {
+        let since = (process.since.0 > 0).then(|| clock.words(process.since));
+        json!({ "pid": process.pid, "percent": process.percent, "user": self.user(process.user), "there_since": since })
     }
 
     fn holder(&self, holder: &Holder) -> Value {
@@ -322,10 +324,10 @@ pub fn text(told: &Value) -> String {
     let stamp = told["driver_stamp_ns"].as_u64().map_or(String::new(), |stamp| format!(", stamped {stamp} ns by the driver"));
     line("state", &format!("{}{busy}{stamp}", word(&told["state"])));
     line("went to", &word(&told["went_to"]));
-    for row in told["rows"].as_array().into_iter().flatten() {
+    for process in told["rows"].as_array().into_iter().flatten() {
         let since =
-            row["there_since"].as_str().map_or("since when is not known".to_owned(), |since| format!("there since {since}"));
-        line("row", &format!("pid {}, {} %: {}   {since}", row["pid"], row["percent"], called(&row["user"])));
+            process["there_since"].as_str().map_or("since when is not known".to_owned(), |since| format!("there since {since}"));
+        line("row", &format!("pid {}, {} %: {}   {since}", process["pid"], process["percent"], called(&process["user"])));
     }
     for credit in told["credited"].as_array().into_iter().flatten() {
         let milliseconds = credit["seconds"].as_f64().unwrap_or_default() * 1e3;
@@ -364,13 +366,14 @@ mod tests {
         let info = GpuInfo { uuid: GpuUuid("GPU-abc".into()), index: 3, model: "Tesla V100".into(), ..GpuInfo::default() };
         let key = ContainerKey(1);
         let process = HostProcess { pid: 8, start: BootNs(1) };
-        let user = |pid, user| Row { pid, percent: 40, user, since: BootNs(95 * SECOND) };
-        let rows = vec![
+        let user = |pid, user| AttributedProcess { pid, percent: 40, user, since: BootNs(95 * SECOND) };
+        let processes = vec![
             user(7, User::Container(key)),
             user(8, User::Host(process)),
-            Row { since: BootNs(0), ..user(9, User::Nobody(Reason::PidUnknown)) },
+            AttributedProcess { since: BootNs(0), ..user(9, User::Nobody(Reason::PidUnknown)) },
         ];
-        let tick = |rows| GpuFact::Tick(Tick { stamp: GpuNs(5), ns: SECOND, busy_percent: 80, rows });
+        let sample =
+            |processes| GpuFact::Utilization(UtilizationSample { stamp: GpuNs(5), ns: SECOND, busy_percent: 80, processes });
         let holder = Holder { pid: 7, user: User::Container(key), kind: ProcessKind::Compute, memory_bytes: Some(3 << 20) };
         let gpu = |second: u64, fact| Fact::Gpu { gpu: 0, at: BootNs(second * SECOND), fact };
         let container = ContainerFact {
@@ -393,8 +396,8 @@ mod tests {
                 Fact::Labels(labels),
                 Fact::Comm { process, comm: "python3".into() },
                 gpu(100, GpuFact::Held(Some(Arc::new([holder])))),
-                gpu(101, tick(rows)),
-                gpu(102, tick(Vec::new())),
+                gpu(101, sample(processes)),
+                gpu(102, sample(Vec::new())),
                 gpu(104, GpuFact::Unobserved { ns: SECOND, why: UnobservedReason::NotAsked }),
                 gpu(105, GpuFact::Idle { ns: SECOND }),
             ],

@@ -125,13 +125,13 @@ impl DeviceAccount {
                 self.holders = Holders::default();
             }
             GpuFact::Restarted => self.restart(),
-            GpuFact::Tick(tick) => {
+            GpuFact::Utilization(tick) => {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(Engine::Compute, sample, NamedUser::of(&tick.rows), lifetimes);
+                self.sample(Engine::Compute, sample, NamedUser::of(&tick.processes), lifetimes);
             }
             GpuFact::EngineSample(engine, tick) => {
                 let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(*engine, sample, NamedUser::of(&tick.rows), lifetimes);
+                self.sample(*engine, sample, NamedUser::of(&tick.processes), lifetimes);
             }
             GpuFact::Unqueried(engine, UnqueriedSample { ns, busy_percent, .. }) => {
                 self.sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);

@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use crate::device::Reason;
-use crate::fact::{Row, User};
+use crate::fact::{AttributedProcess, User};
 use crate::units::{BootNs, ContainerKey};
 
 /// No tick that old is still to be divided, nor remembered for errors.
@@ -29,7 +29,7 @@ impl User {
 
 impl NamedUser {
     /// Whom rows name. More than one user is more than the driver can tell: of those, who is known.
-    pub fn of(rows: &[Row]) -> Option<NamedUser> {
+    pub fn of(rows: &[AttributedProcess]) -> Option<NamedUser> {
         let mut named: Vec<NamedUser> =
             rows.iter().map(|row| NamedUser { user: row.user, pid: row.pid, since: row.since }).collect();
         if named.iter().any(|n| n.user.is_known()) {

@@ -19,7 +19,7 @@ pub use engine_account::Credit;
 pub use holders::Held;
 pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
 
-use crate::fact::{Fact, GpuFact, Row, User};
+use crate::fact::{AttributedProcess, Fact, GpuFact, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
 use exits::Lifetimes;
 
@@ -28,7 +28,7 @@ const KEEP_GONE_NS: u64 = 300_000_000_000;
 /// Slots of devices: files come from anywhere, and a number in one must not decide how much memory is taken.
 const SLOTS: usize = 4096;
 /// Whom a tick of these rows names.
-pub fn named(rows: &[Row]) -> Option<User> {
+pub fn named(rows: &[AttributedProcess]) -> Option<User> {
     exits::NamedUser::of(rows).map(|named| named.user)
 }
 

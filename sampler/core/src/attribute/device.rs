@@ -8,7 +8,7 @@ use super::process_attribution::Owners;
 use super::timeline::Wall;
 use crate::device::ClockView;
 use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
-use crate::fact::{ClockFact, GpuFact, Holder, Row, Tick, UnobservedReason, UnqueriedSample, User};
+use crate::fact::{AttributedProcess, ClockFact, GpuFact, Holder, UnobservedReason, UnqueriedSample, User, UtilizationSample};
 use crate::identity::Identity;
 use crate::observation::Rejected;
 use crate::observation::{Answer, DeviceSample, EngineSample, GpmInterval, GpuBatch, ProcessSample};
@@ -18,7 +18,7 @@ use crate::units::{BootNs, GpuNs, WallTime};
 /// A tick waits this long for its process row, which another call brings, and two periods at least.
 const SETTLE_NS: u64 = 400_000_000;
 /// Rows wait for the ticks of engines that are read seconds later.
-const ROWS_NS: u64 = 5_000_000_000;
+const PROCESS_SAMPLES_NS: u64 = 5_000_000_000;
 /// A row belongs to a tick that is this many periods away at most.
 const NEAR_PERIODS: f64 = 0.5;
 /// What a driver's ring may still give: 72 samples of about 167 ms, and what is left for delays. Older time without an answer is unobserved.
@@ -60,8 +60,8 @@ pub struct DeviceAttribution {
     dry: bool,
     pending: VecDeque<DeviceSample>,
     engine_pending: VecDeque<EngineSample>,
-    rows: VecDeque<(ProcessSample, bool)>,
-    /// Stamps of the device samples of the last [`ROWS_NS`] whose process was queried: samples of other engines near them were, too.
+    process_samples: VecDeque<(ProcessSample, bool)>,
+    /// Stamps of the device samples of the last [`PROCESS_SAMPLES_NS`] whose process was queried: samples of other engines near them were, too.
     queried: VecDeque<GpuNs>,
     /// Samples attributed, and those of them whose process was queried.
     counts: SampleCounts,
@@ -91,7 +91,7 @@ impl DeviceAttribution {
             dry: false,
             pending: VecDeque::new(),
             engine_pending: VecDeque::new(),
-            rows: VecDeque::new(),
+            process_samples: VecDeque::new(),
             queried: VecDeque::new(),
             counts: SampleCounts::default(),
             gaps: 0,
@@ -123,7 +123,7 @@ impl DeviceAttribution {
         self.watermark = None;
         self.pending.clear();
         self.engine_pending.clear();
-        self.rows.clear();
+        self.process_samples.clear();
         self.queried.clear();
     }
 
@@ -214,10 +214,10 @@ impl DeviceAttribution {
             self.restart();
             told.push((batch.ended, GpuFact::Restarted));
         }
-        let newest = batch.ticks.iter().map(|t| t.at).max();
+        let newest = batch.samples.iter().map(|t| t.at).max();
         match newest {
             Some(newest) => {
-                let oldest = batch.ticks.iter().map(|t| t.at).min().unwrap_or(newest);
+                let oldest = batch.samples.iter().map(|t| t.at).min().unwrap_or(newest);
                 self.clock.polled((oldest, newest), batch.ring_began, batch.ended, self.grid.period_or_most_ns());
                 self.last_wall = Some(batch.wall);
             }
@@ -232,9 +232,9 @@ impl DeviceAttribution {
             return;
         }
         let known = self.pending.back().map(|t| t.at).or(self.watermark);
-        self.pending.extend(batch.ticks.iter().filter(|t| known.is_none_or(|known| t.at > known)));
-        self.engine_pending.extend(&batch.engine_ticks);
-        self.rows.extend(batch.rows.iter().map(|row| (*row, false)));
+        self.pending.extend(batch.samples.iter().filter(|t| known.is_none_or(|known| t.at > known)));
+        self.engine_pending.extend(&batch.engine_samples);
+        self.process_samples.extend(batch.process_samples.iter().map(|row| (*row, false)));
         self.settle(batch.ended, identity, told);
     }
 
@@ -274,8 +274,10 @@ impl DeviceAttribution {
         }
         self.settle_engines(now, patience, identity, told);
         let Some(newest) = self.watermark else { return };
-        while self.queried.pop_front_if(|at| newest.0.saturating_sub(at.0) > ROWS_NS).is_some() {}
-        while let Some((_, claimed)) = self.rows.pop_front_if(|(row, _)| newest.0.saturating_sub(row.at.0) > ROWS_NS) {
+        while self.queried.pop_front_if(|at| newest.0.saturating_sub(at.0) > PROCESS_SAMPLES_NS).is_some() {}
+        while let Some((_, claimed)) =
+            self.process_samples.pop_front_if(|(row, _)| newest.0.saturating_sub(row.at.0) > PROCESS_SAMPLES_NS)
+        {
             self.off_grid += u64::from(!claimed);
         }
     }
@@ -300,7 +302,7 @@ impl DeviceAttribution {
                 self.overruns += u64::from(now.saturating_since(at) > RING_NS / 2);
             }
         }
-        let rows = self.rows_of(tick.at);
+        let process_samples = self.process_samples_of(tick.at);
         self.counts.samples += 1;
         self.counts.queried += u64::from(tick.queried);
         if tick.queried {
@@ -309,8 +311,8 @@ impl DeviceAttribution {
             told.push((at, unqueried(Engine::Compute, tick.at, span.ns, tick.busy_percent)));
             return;
         }
-        let tick = self.told_tick(COMPUTE, tick.at, at, span.ns, tick.busy_percent, &rows, identity, told);
-        told.push((at, GpuFact::Tick(tick)));
+        let tick = self.utilization_sample(COMPUTE, tick.at, at, span.ns, tick.busy_percent, &process_samples, identity, told);
+        told.push((at, GpuFact::Utilization(tick)));
     }
 
     fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, told: &mut AttributedFacts) {
@@ -328,13 +330,22 @@ impl DeviceAttribution {
             }
             self.engine_pending.pop_front();
             let Some(at) = at else { continue };
-            let rows = self.rows_of(tick.at);
+            let process_samples = self.process_samples_of(tick.at);
             let engine = tick.engine;
             if tick.busy_percent > 0 && !self.was_queried(tick.at) {
                 told.push((at, unqueried(engine, tick.at, period, tick.busy_percent)));
                 continue;
             }
-            let tick = self.told_tick(engine as usize, tick.at, at, period, tick.busy_percent, &rows, identity, told);
+            let tick = self.utilization_sample(
+                engine as usize,
+                tick.at,
+                at,
+                period,
+                tick.busy_percent,
+                &process_samples,
+                identity,
+                told,
+            );
             told.push((at, GpuFact::EngineSample(engine, tick)));
         }
     }
@@ -345,34 +356,35 @@ impl DeviceAttribution {
     }
 
     /// Marks the rows of a tick.
-    fn rows_of(&mut self, at: GpuNs) -> Vec<ProcessSample> {
+    fn process_samples_of(&mut self, at: GpuNs) -> Vec<ProcessSample> {
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        let mut rows = Vec::new();
-        for (row, claimed) in self.rows.iter_mut().filter(|(row, _)| row.at.0.abs_diff(at.0) < near) {
+        let mut process_samples = Vec::new();
+        for (row, claimed) in self.process_samples.iter_mut().filter(|(row, _)| row.at.0.abs_diff(at.0) < near) {
             *claimed = true;
-            rows.push(*row);
+            process_samples.push(*row);
         }
-        rows
+        process_samples
     }
 
     /// With the rows that name somebody for that engine.
     #[expect(clippy::too_many_arguments, reason = "a tick's own parts, and what is needed to tell whose they are")]
-    fn told_tick(
+    fn utilization_sample(
         &mut self,
         engine: usize,
         stamp: GpuNs,
         at: BootNs,
         ns: u64,
         busy_percent: u32,
-        rows: &[ProcessSample],
+        process_samples: &[ProcessSample],
         identity: &Identity,
         told: &mut AttributedFacts,
-    ) -> Tick {
+    ) -> UtilizationSample {
         let within = self.clock.named_within(at, ns);
         let percent = |row: &ProcessSample| row.percent.get(engine).copied().unwrap_or_default();
-        let named = rows.iter().filter(|row| percent(row) > 0);
-        let rows: Vec<Row> = named.map(|row| self.owners.row((row.pid, percent(row)), within, identity, told)).collect();
-        Tick { stamp, ns, busy_percent: busy_percent.min(100) as u8, rows }
+        let named = process_samples.iter().filter(|row| percent(row) > 0);
+        let processes: Vec<AttributedProcess> =
+            named.map(|row| self.owners.row((row.pid, percent(row)), within, identity, told)).collect();
+        UtilizationSample { stamp, ns, busy_percent: busy_percent.min(100) as u8, processes }
     }
 
     /// GPM says how busy a MIG device was.

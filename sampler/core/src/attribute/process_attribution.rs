@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use crate::device::Reason;
-use crate::fact::{GpuFact, HostProcess, Row, User};
+use crate::fact::{AttributedProcess, GpuFact, HostProcess, User};
 use crate::identity::{Identity, Verdict};
 use crate::observation::{ProcessKind, RunningProcess};
 use crate::units::{BootNs, Tgid};
@@ -93,7 +93,7 @@ impl Owners {
         span: (BootNs, BootNs),
         identity: &Identity,
         told: &mut Vec<(BootNs, GpuFact)>,
-    ) -> Row {
+    ) -> AttributedProcess {
         let unknown = BootNs(0);
         if self.mps.contains(&pid) {
             let mut users = self.mps_users.iter();
@@ -101,13 +101,13 @@ impl Owners {
                 (Some(only), None) => *only,
                 _ => User::Nobody(Reason::Mps),
             };
-            return Row { pid, percent, user, since: unknown };
+            return AttributedProcess { pid, percent, user, since: unknown };
         }
         let (user, since) = self.owner(pid, span, identity);
         if matches!(user, User::Container(_) | User::Host(_)) && self.named.insert((pid, since), span.1).is_none() {
             self.left((pid, since), identity, told);
         }
-        Row { pid, percent, user, since }
+        AttributedProcess { pid, percent, user, since }
     }
 
     /// True when it has left, which is told.

@@ -87,7 +87,7 @@ impl Identity {
             | Observation::Xid { .. }
             | Observation::Gpu(_)
             | Observation::Pressure(_)
-            | Observation::Tick { .. } => {}
+            | Observation::ClockAdvanced { .. } => {}
         }
     }
 

@@ -71,7 +71,7 @@ impl Core {
             }
             Observation::Xid { gpu, xid, count } => self.tell(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
             Observation::Pressure(pressure) => self.fact(Fact::Pressure(pressure)),
-            Observation::Tick { at, wall } => {
+            Observation::ClockAdvanced { at, wall } => {
                 for slot in 0..self.devices.len() {
                     let mut told = Vec::new();
                     if let Some(Some(device)) = self.devices.get_mut(slot) {

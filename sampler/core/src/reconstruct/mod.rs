@@ -48,7 +48,7 @@ pub struct RawSample {
 
 /// A row of process utilization as the driver gives it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct RawRow {
+pub struct RawProcessSample {
     pub at_us: u64,
     pub pid: u32,
     /// Indexed as [`Engine::ALL`].
@@ -58,8 +58,8 @@ pub struct RawRow {
 /// What one poll has brought.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recovered {
-    pub ticks: Vec<DeviceSample>,
-    pub rows: Vec<ProcessSample>,
+    pub samples: Vec<DeviceSample>,
+    pub process_samples: Vec<ProcessSample>,
     pub rejected: [u32; Rejected::ALL.len()],
     pub stepped: bool,
 }
@@ -146,14 +146,14 @@ impl Recovery {
 
     /// What the ring held before the start is nobody's: it sets watermarks, and teaches the grid.
     fn first(&mut self, sane: &[RawSample]) -> Vec<DeviceSample> {
-        let mut stamps: Vec<u64> = sane.iter().map(|s| tick(s, true).at.0).collect();
+        let mut stamps: Vec<u64> = sane.iter().map(|s| sample(s, true).at.0).collect();
         stamps.sort_unstable();
         for pair in stamps.windows(2) {
             self.grid.gap(pair[1] - pair[0]);
         }
         let newest = sane.iter().max_by_key(|s| s.at_us);
-        self.row_mark = newest.map_or(GpuNs(0), |s| tick(s, true).at);
-        newest.map(|s| tick(s, true)).into_iter().collect()
+        self.row_mark = newest.map_or(GpuNs(0), |s| sample(s, true).at);
+        newest.map(|s| sample(s, true)).into_iter().collect()
     }
 
     fn fresh_of(&mut self, sane: &[RawSample], newest: GpuNs, ended: BootNs) -> Vec<DeviceSample> {
@@ -165,9 +165,9 @@ impl Recovery {
             let after = &after[after.len().saturating_sub(room)..];
             self.step();
             self.void.extend(sane[..from].iter().map(|s| s.at_us));
-            return after.iter().map(|s| tick(s, false)).collect();
+            return after.iter().map(|s| sample(s, false)).collect();
         }
-        let mut fresh: Vec<DeviceSample> = sane.iter().map(|s| tick(s, false)).filter(|t| t.at > newest).collect();
+        let mut fresh: Vec<DeviceSample> = sane.iter().map(|s| sample(s, false)).filter(|t| t.at > newest).collect();
         fresh.sort_by_key(|t| t.at);
         fresh.dedup_by_key(|t| t.at);
         // A longer gap than there was time for: the clock was set forward.
@@ -175,14 +175,14 @@ impl Recovery {
         let most = ended.saturating_since(self.unseen) + period + SLACK_NS;
         let mut last = newest;
         let mut stepped_at = None;
-        for (n, tick) in fresh.iter().enumerate() {
-            let gap = tick.at.0 - last.0;
+        for (n, sample) in fresh.iter().enumerate() {
+            let gap = sample.at.0 - last.0;
             match known || n > 0 {
                 true if gap > most => stepped_at = Some(n),
                 true => self.grid.gap(gap),
                 false => {}
             }
-            last = tick.at;
+            last = sample.at;
         }
         if let Some(n) = stepped_at {
             self.step();
@@ -220,7 +220,7 @@ impl Recovery {
     }
 
     /// `lastSeen` for the next question for rows, while one is open and `calls` of this poll are not used up.
-    pub fn next_rows(&mut self, calls: usize) -> Option<u64> {
+    pub fn next_process_query(&mut self, calls: usize) -> Option<u64> {
         // The first read names nobody.
         let first = self.fresh.first().is_some_and(|t| t.queried);
         if first || self.ahead || self.row_calls >= calls {
@@ -231,7 +231,7 @@ impl Recovery {
             (0, _) => return None,
             (k, asked) if asked < k => match (k - asked).checked_sub(2) {
                 Some(older) => self.fresh[older].at,
-                None => self.before_fresh_rows(),
+                None => self.before_fresh_samples(),
             },
             _ => return None,
         };
@@ -239,17 +239,17 @@ impl Recovery {
     }
 
     /// With one new sample, rows of the one before that were late come along.
-    fn before_fresh_rows(&self) -> GpuNs {
+    fn before_fresh_samples(&self) -> GpuNs {
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
         if self.out.stepped { GpuNs(self.fresh[0].at.0.saturating_sub(near)) } else { self.before_fresh }
     }
 
-    /// What came for [`Recovery::next_rows`]' question.
-    pub fn rows(&mut self, after_us: u64, answer: &[RawRow]) {
+    /// What came for [`Recovery::next_process_query`]' question.
+    pub fn process_samples(&mut self, after_us: u64, answer: &[RawProcessSample]) {
         self.row_calls += 1;
         let Some(newest) = self.newest else { return };
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        let mut rows = split_aggregated::Rows::new();
+        let mut process_samples = split_aggregated::Rows::new();
         let mut doubled = Vec::new();
         for row in answer {
             let at = GpuNs(row.at_us.saturating_mul(1000));
@@ -266,7 +266,7 @@ impl Recovery {
                     reject(Rejected::Pid);
                 }
                 let kept = ProcessSample { at, pid: row.pid, percent: row.percent.map(|p| p as u8) };
-                if let Some(other) = rows.insert(row.pid, kept) {
+                if let Some(other) = process_samples.insert(row.pid, kept) {
                     self.out.rejected[Rejected::Duplicate as usize] += 1;
                     // Both may be samples, at different times.
                     doubled.push(if other.at == kept.at { kept } else { other });
@@ -283,7 +283,7 @@ impl Recovery {
         for row in doubled {
             self.keep(row);
         }
-        self.answers.push(rows);
+        self.answers.push(process_samples);
     }
 
     fn keep(&mut self, row: ProcessSample) {
@@ -291,7 +291,7 @@ impl Recovery {
         if !known {
             self.seen.insert(row.pid, row.at);
             self.row_mark = self.row_mark.max(row.at);
-            self.out.rows.push(row);
+            self.out.process_samples.push(row);
         }
     }
 
@@ -304,25 +304,25 @@ impl Recovery {
                 self.keep(row);
             }
         } else {
-            let mut rows = split_aggregated::unfold(&mut fresh, &answers);
-            rows.sort_by_key(|row| row.at);
-            for row in rows {
+            let mut process_samples = split_aggregated::unfold(&mut fresh, &answers);
+            process_samples.sort_by_key(|row| row.at);
+            for row in process_samples {
                 self.keep(row);
             }
             self.late = true;
             // What was not told by now is not asked for again.
             self.row_mark = self.row_mark.max(self.before_fresh.min(fresh[0].at));
         }
-        self.out.rows.sort_by_key(|row| row.at);
+        self.out.process_samples.sort_by_key(|row| row.at);
         let newest = self.newest.map_or(0, |at| at.0);
         self.seen.retain(|_, at| newest.saturating_sub(at.0) < KEEP_PID_NS);
         self.void.retain(|stamp| stamp.saturating_mul(1000) > newest);
         (self.row_calls, self.ahead) = (0, false);
-        self.out.ticks = fresh;
+        self.out.samples = fresh;
         std::mem::take(&mut self.out)
     }
 }
 
-fn tick(sample: &RawSample, queried: bool) -> DeviceSample {
+fn sample(sample: &RawSample, queried: bool) -> DeviceSample {
     DeviceSample { at: GpuNs(sample.at_us.saturating_mul(1000)), busy_percent: sample.percent, queried }
 }

@@ -105,14 +105,18 @@ impl Node {
                 let rows = (0..random.below(self.rows + 1)).map(|_| {
                     let (pid, user, since) = self.user(gpu, random.below(u64::from(self.processes)) as u32);
                     let user = if random.below(200) == 0 { User::Nobody(Reason::Ambiguous) } else { user };
-                    Row { pid, percent: 1 + random.below(100) as u8, user, since }
+                    AttributedProcess { pid, percent: 1 + random.below(100) as u8, user, since }
                 });
-                let rows = rows.collect();
-                let tick =
-                    Tick { stamp: GpuNs(at / 1000 * 1000 + 1_234_567_000), ns, busy_percent: random.below(101) as u8, rows };
-                all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Tick(tick.clone()) });
+                let processes = rows.collect();
+                let tick = UtilizationSample {
+                    stamp: GpuNs(at / 1000 * 1000 + 1_234_567_000),
+                    ns,
+                    busy_percent: random.below(101) as u8,
+                    processes,
+                };
+                all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(tick.clone()) });
                 if n == 0 {
-                    let fact = GpuFact::EngineSample(Engine::Memory, Tick { rows: Vec::new(), ..tick });
+                    let fact = GpuFact::EngineSample(Engine::Memory, UtilizationSample { processes: Vec::new(), ..tick });
                     all.push(Fact::Gpu { gpu, at: BootNs(at), fact });
                 }
             }

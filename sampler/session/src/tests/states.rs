@@ -23,9 +23,9 @@ fn labels(key: u64, name: &str) -> Fact {
 }
 
 fn tick(second: u64, user: User) -> Fact {
-    let row = Row { pid: 7, percent: 9, user, since: BootNs(1) };
-    let tick = Tick { stamp: GpuNs(1), ns: SECOND, busy_percent: 9, rows: vec![row] };
-    Fact::Gpu { gpu: 0, at: BootNs(START + second * SECOND), fact: GpuFact::Tick(tick) }
+    let row = AttributedProcess { pid: 7, percent: 9, user, since: BootNs(1) };
+    let tick = UtilizationSample { stamp: GpuNs(1), ns: SECOND, busy_percent: 9, processes: vec![row] };
+    Fact::Gpu { gpu: 0, at: BootNs(START + second * SECOND), fact: GpuFact::Utilization(tick) }
 }
 
 fn follow(state: &mut State, facts: &[Fact]) -> Vec<Fact> {
@@ -82,8 +82,8 @@ fn when_the_end_is_told() {
     assert!(state.is_told(at(5)), "there is no GPU");
     node.begin().iter().for_each(|fact| state.apply(fact));
     let unnamed = |second| {
-        let tick = Tick { stamp: GpuNs(1), ns: SECOND, busy_percent: 9, rows: Vec::new() };
-        Fact::Gpu { gpu: 0, at: at(second), fact: GpuFact::Tick(tick) }
+        let tick = UtilizationSample { stamp: GpuNs(1), ns: SECOND, busy_percent: 9, processes: Vec::new() };
+        Fact::Gpu { gpu: 0, at: at(second), fact: GpuFact::Utilization(tick) }
     };
     state.apply(&tick(4, C1));
     assert!(!state.is_told(at(5)));
@@ -127,7 +127,7 @@ fn a_state_stands_for_what_was_before() {
     let mut other = State::default();
     facts.iter().chain(&facts).for_each(|fact| other.apply(fact));
     assert_eq!(other.facts(), facts);
-    let adds = |fact: &Fact| matches!(fact, Fact::Gpu { fact: GpuFact::Tick(_) | GpuFact::Idle { .. }, .. });
+    let adds = |fact: &Fact| matches!(fact, Fact::Gpu { fact: GpuFact::Utilization(_) | GpuFact::Idle { .. }, .. });
     assert!(!facts.iter().any(adds));
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::Gpu { gpu: 1, .. })), "it is gone");
 }

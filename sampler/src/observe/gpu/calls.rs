@@ -10,7 +10,7 @@ use nvml_wrapper_sys::bindings::{
     nvmlDevice_t, nvmlProcessInfo_v1_t, nvmlProcessInfo_v2_t, nvmlProcessUtilizationInfo_v1_t, nvmlProcessUtilizationSample_t,
     nvmlProcessesUtilizationInfo_t, nvmlReturn_t, nvmlSample_t,
 };
-use sampler_core::reconstruct::{RawRow, RawSample};
+use sampler_core::reconstruct::{RawProcessSample, RawSample};
 
 use super::library::{Handle, unsupported_argument, versioned};
 
@@ -42,7 +42,7 @@ type ListCall<T> = unsafe extern "C" fn(nvmlDevice_t, *mut c_uint, *mut T) -> nv
 #[derive(Default)]
 pub struct Buffers {
     samples: Vec<nvmlSample_t>,
-    rows: Vec<nvmlProcessUtilizationSample_t>,
+    process_samples: Vec<nvmlProcessUtilizationSample_t>,
     infos: Vec<nvmlProcessUtilizationInfo_v1_t>,
     processes: Vec<nvmlProcessInfo_v2_t>,
     old_processes: Vec<nvmlProcessInfo_v1_t>,
@@ -115,13 +115,13 @@ impl Buffers {
     }
 
     /// Rows newer than `after`, as every driver tells them.
-    pub fn rows(&mut self, of: &Handle, after: u64) -> Result<Vec<RawRow>, NvmlError> {
+    pub fn process_samples(&mut self, of: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
         let symbol = *nvml_sym(of.lib().nvmlDeviceGetProcessUtilization.as_ref())?;
-        let found = with_room(&mut self.rows, ROWS, |to, count| {
+        let found = with_room(&mut self.process_samples, ROWS, |to, count| {
             // SAFETY: the handle belongs to this open library, and the driver writes at most `count` rows, which there is room for.
             unsafe { symbol(of.pointer(), to, count, after) }
         })?;
-        let row = |r: &nvmlProcessUtilizationSample_t| RawRow {
+        let row = |r: &nvmlProcessUtilizationSample_t| RawProcessSample {
             at_us: r.timeStamp,
             pid: r.pid,
             percent: [r.smUtil, r.memUtil, r.encUtil, r.decUtil, 0, 0],
@@ -129,8 +129,8 @@ impl Buffers {
         Ok(found.iter().map(row).collect())
     }
 
-    /// As [`Buffers::rows`], with the engines that drivers since 550 tell too.
-    pub fn rows_of_all_engines(&mut self, of: &Handle, after: u64) -> Result<Vec<RawRow>, NvmlError> {
+    /// As [`Buffers::process_samples`], with the engines that drivers since 550 tell too.
+    pub fn process_samples_of_all_engines(&mut self, of: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
         let symbol = *nvml_sym(of.lib().nvmlDeviceGetProcessesUtilizationInfo.as_ref())?;
         let found = with_room(&mut self.infos, ROWS, |to, count| {
             let version = versioned::<nvmlProcessesUtilizationInfo_t>(1);
@@ -145,7 +145,7 @@ impl Buffers {
             *count = info.processSamplesCount;
             code
         });
-        let row = |r: &nvmlProcessUtilizationInfo_v1_t| RawRow {
+        let row = |r: &nvmlProcessUtilizationInfo_v1_t| RawProcessSample {
             at_us: r.timeStamp,
             pid: r.pid,
             percent: [r.smUtil, r.memUtil, r.encUtil, r.decUtil, r.jpgUtil, r.ofaUtil],

@@ -174,16 +174,17 @@ fn gpu(
         return (format!("{what}: MIG mode, {n} MIG devices, {gpm}"), None);
     }
     let samples = driver.call(Call::GetSamples, || buffers.samples(&handle, GPU_UTILIZATION, 0));
-    let mut rows = driver.call(Call::GetProcessesUtilizationInfo, || buffers.rows_of_all_engines(&handle, 0)).map(|_| ());
-    let newer = rows.is_ok();
+    let mut process_samples =
+        driver.call(Call::GetProcessesUtilizationInfo, || buffers.process_samples_of_all_engines(&handle, 0)).map(|_| ());
+    let newer = process_samples.is_ok();
     if !newer {
-        rows = driver.call(Call::GetProcessUtilization, || buffers.rows(&handle, 0)).map(|_| ());
+        process_samples = driver.call(Call::GetProcessUtilization, || buffers.process_samples(&handle, 0)).map(|_| ());
     }
     let of_samples = match &samples {
         Ok(samples) => format!("{} samples in its ring", samples.len()),
         Err(error) => format!("no samples ({})", error_name(error)),
     };
-    let of_rows = match &rows {
+    let of_rows = match &process_samples {
         Ok(()) if newer => "process utilization of all engines".to_owned(),
         Ok(()) => "process utilization".to_owned(),
         Err(error) => format!("no process utilization ({})", error_name(error)),
@@ -191,15 +192,15 @@ fn gpu(
     let turn = turns.take();
     let median = median(|| {
         let _answer = if newer {
-            buffers.rows_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
+            buffers.process_samples_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
         } else {
-            buffers.rows(&handle, u64::MAX / 2).map(|_| ())
+            buffers.process_samples(&handle, u64::MAX / 2).map(|_| ())
         };
         let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
     drop(turn);
     let us = median.wait.as_micros();
-    if samples.is_err() || rows.is_err() {
+    if samples.is_err() || process_samples.is_err() {
         return (format!("{what}: {of_samples}, {of_rows}, {us} us a poll"), Some(MIXED));
     }
     let (queried_ratio, stderr_ratio) = expected(limits, median);

@@ -151,7 +151,7 @@ impl PidCheck {
             return;
         }
         let listed = batch.processes.iter().flatten().map(|process| (process.pid, true));
-        let sampled = batch.rows.iter().map(|row| (row.pid, false));
+        let sampled = batch.process_samples.iter().map(|row| (row.pid, false));
         let mut pids: Vec<NamedPid> = Vec::new();
         for (pid, listed) in listed.chain(sampled).filter(|(pid, _)| !matches!(*pid, 0 | u32::MAX)) {
             if pids.len() < PIDS && pids.iter().all(|named| named.pid != pid) {

@@ -238,16 +238,16 @@ impl Poller {
             if recovered.stepped {
                 self.engines.stepped();
             }
-            if !recovered.rows.is_empty() || recovered.ticks.iter().any(|tick| tick.busy_percent > 0) {
+            if !recovered.process_samples.is_empty() || recovered.samples.iter().any(|tick| tick.busy_percent > 0) {
                 self.pace.used();
             }
             let news_every = self.budget.interval(Part::Lists, readings::NEWS_EVERY);
-            if self.processes.is_news(recovered.rows.iter().map(|row| row.pid), news_every) {
+            if self.processes.is_news(recovered.process_samples.iter().map(|row| row.pid), news_every) {
                 self.done.lists = None;
                 self.processes.want_all();
             }
             batch.answer = answer;
-            (batch.ticks, batch.rows) = (recovered.ticks, recovered.rows);
+            (batch.samples, batch.process_samples) = (recovered.samples, recovered.process_samples);
             (batch.rejected, batch.stepped) = (recovered.rejected, recovered.stepped);
             error = failed;
         }
@@ -300,7 +300,7 @@ impl Poller {
         let half_ring = self.ring.half();
         let engines_every = self.budget.interval_of_ring(Part::Engines, ENGINES_EVERY, half_ring);
         if !self.in_mig_mode() && due(&mut self.done.engines, engines_every) {
-            batch.engine_ticks = self.engines.read(&self.handle, &mut self.driver, &mut self.buffers);
+            batch.engine_samples = self.engines.read(&self.handle, &mut self.driver, &mut self.buffers);
             self.spent_in_calls(Part::Engines, cpu);
         }
         if due(&mut self.done.mig, self.budget.interval(Part::Engines, MIG_EVERY)) {

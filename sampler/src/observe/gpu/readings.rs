@@ -145,7 +145,7 @@ pub struct Engines {
 
 impl Engines {
     pub fn read(&mut self, of: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Vec<EngineSample> {
-        let mut ticks = Vec::new();
+        let mut fresh = Vec::new();
         for (n, (engine, kind, call)) in ENGINES.iter().enumerate() {
             let silent = self.fed[n].is_some_and(|at| at.elapsed() >= SILENT);
             let after = if silent { 0 } else { self.newest[n].unwrap_or(0) };
@@ -162,14 +162,14 @@ impl Engines {
                 // The first read, or the clock was set back: what the ring held before is not told.
                 continue;
             };
-            let fresh = samples.iter().filter(|s| s.at_us > known && s.percent <= 100);
-            ticks.extend(fresh.map(|s| EngineSample {
+            let new = samples.iter().filter(|s| s.at_us > known && s.percent <= 100);
+            fresh.extend(new.map(|s| EngineSample {
                 engine: *engine,
                 at: GpuNs(s.at_us.saturating_mul(1000)),
                 busy_percent: s.percent,
             }));
         }
-        ticks
+        fresh
     }
 
     /// The device's clock was set: stamps start anew.

@@ -2,7 +2,7 @@
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Answer;
-use sampler_core::reconstruct::{RawRow, Recovered, Recovery};
+use sampler_core::reconstruct::{RawProcessSample, Recovered, Recovery};
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Cost};
@@ -84,13 +84,13 @@ impl SampleRing {
             Err(error) if is_unsupported(&error) => return (Answer::Unsupported, Recovered::default(), None),
             Err(error) => return (Answer::Failed, self.recovery.take(), Some(error)),
         }
-        self.rows(tools, row_calls);
+        self.process_samples(tools, row_calls);
         // Another sample was taken in between: once, for the next poll takes what comes then.
         if self.recovery.is_ahead() && self.samples(tools).is_ok() {
-            self.rows(tools, 2 * row_calls);
+            self.process_samples(tools, 2 * row_calls);
         }
         let recovered = self.recovery.take();
-        if recovered.ticks.last().is_some_and(|tick| tick.busy_percent >= SURELY_BUSY_PERCENT) {
+        if recovered.samples.last().is_some_and(|tick| tick.busy_percent >= SURELY_BUSY_PERCENT) {
             self.doubt_rates(tools);
         }
         let answer = if self.recovery.is_dry(boot_now()) {
@@ -116,11 +116,11 @@ impl SampleRing {
         Ok(())
     }
 
-    fn rows(&mut self, tools: &mut Tools<'_>, at_most: usize) {
-        while let Some(after) = self.recovery.next_rows(at_most) {
+    fn process_samples(&mut self, tools: &mut Tools<'_>, at_most: usize) {
+        while let Some(after) = self.recovery.next_process_query(at_most) {
             // What was not returned stays marked as not queried.
-            let Some(rows) = ask_rows(tools, after) else { return };
-            self.recovery.rows(after, &rows);
+            let Some(process_samples) = query_process_samples(tools, after) else { return };
+            self.recovery.process_samples(after, &process_samples);
         }
     }
 
@@ -155,26 +155,30 @@ impl SampleRing {
         };
         // Somebody on an engine since the ring's last sample contradicts it.
         let newest = self.newest_us;
-        let idle = says_so && ask_rows(tools, newest).is_some_and(|rows| rows.iter().all(|row| row.at_us <= newest));
+        let idle = says_so
+            && query_process_samples(tools, newest)
+                .is_some_and(|process_samples| process_samples.iter().all(|row| row.at_us <= newest));
         self.idle = Some((Instant::now(), idle));
         idle
     }
 }
 
 /// Rows after this stamp; none where the device tells of no process at all. `None` when it did not answer.
-fn ask_rows(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawRow>> {
+fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawProcessSample>> {
     let before = tools.driver.spent();
-    let all = tools.driver.call(Call::GetProcessesUtilizationInfo, || tools.buffers.rows_of_all_engines(tools.handle, after));
-    let rows = match all {
+    let all = tools
+        .driver
+        .call(Call::GetProcessesUtilizationInfo, || tools.buffers.process_samples_of_all_engines(tools.handle, after));
+    let process_samples = match all {
         Err(error) if is_unsupported(&error) => {
-            tools.driver.call(Call::GetProcessUtilization, || tools.buffers.rows(tools.handle, after))
+            tools.driver.call(Call::GetProcessUtilization, || tools.buffers.process_samples(tools.handle, after))
         }
         all => all,
     };
     let after = tools.driver.spent();
     tools.budget.row_call(Cost { cpu: after.cpu.saturating_sub(before.cpu), wait: after.wall.saturating_sub(before.wall) });
-    match rows {
-        Ok(rows) => Some(rows),
+    match process_samples {
+        Ok(process_samples) => Some(process_samples),
         // Nobody can be named, ever: busy time is `no_pid`, and known all the same.
         Err(error) if is_unsupported(&error) => Some(Vec::new()),
         Err(_) => None,

@@ -5,7 +5,7 @@ use std::sync::mpsc::sync_channel;
 use std::time::{Duration, Instant};
 
 use sampler_core::device::GpuInfo;
-use sampler_core::fact::{ContainerFact, GpuFact, Row, Tick, User};
+use sampler_core::fact::{AttributedProcess, ContainerFact, GpuFact, User, UtilizationSample};
 use sampler_core::units::{ContainerKey, GpuNs, GpuUuid};
 use sampler_session::{FileBytes, Session, View, read};
 
@@ -50,16 +50,16 @@ fn container() -> Fact {
 }
 
 /// The tick that ends with `second`.
-fn tick(second: u64) -> Fact {
-    let row = Row { pid: 7, percent: 50, user: User::Container(ContainerKey(1)), since: boot(0) };
-    let tick = Tick { stamp: GpuNs(second), ns: SECOND_NS, busy_percent: 50, rows: vec![row] };
-    Fact::Gpu { gpu: 0, at: boot(second), fact: GpuFact::Tick(tick) }
+fn sample(second: u64) -> Fact {
+    let process = AttributedProcess { pid: 7, percent: 50, user: User::Container(ContainerKey(1)), since: boot(0) };
+    let sample = UtilizationSample { stamp: GpuNs(second), ns: SECOND_NS, busy_percent: 50, processes: vec![process] };
+    Fact::Gpu { gpu: 0, at: boot(second), fact: GpuFact::Utilization(sample) }
 }
 
 /// Seconds of the ticks that are in it.
-fn ticks(session: &Session) -> Vec<u64> {
+fn samples(session: &Session) -> Vec<u64> {
     let second = |fact: &Fact| match fact {
-        Fact::Gpu { fact: GpuFact::Tick(tick), .. } => Some(tick.stamp.0),
+        Fact::Gpu { fact: GpuFact::Utilization(sample), .. } => Some(sample.stamp.0),
         _ => None,
     };
     session.facts.iter().filter_map(second).collect()
@@ -86,7 +86,7 @@ impl Bench {
     fn until(&mut self, second: u64) {
         while self.second < second {
             self.second += 1;
-            self.desk.facts(&[tick(self.second - 1)], boot(self.second));
+            self.desk.facts(&[sample(self.second - 1)], boot(self.second));
             self.desk.turn(boot(self.second), wall(self.second));
             // The writers' threads are real, and would not keep up with a clock that runs.
             std::thread::sleep(Duration::from_millis(1));
@@ -140,11 +140,11 @@ fn a_session_with_its_lookback_its_context_and_its_tail() {
         (session.header.node.as_str(), &session.header.view),
         ("node", &View { gpus: vec!["0".into()], ..View::default() })
     );
-    let ticks = ticks(&session);
+    let samples = samples(&session);
     // From the section that holds what is 40 s before the start, to a second behind the end.
-    let first = ticks[0];
+    let first = samples[0];
     assert!((25..40).contains(&first), "{first}");
-    assert_eq!(ticks, (first..=111).collect::<Vec<_>>());
+    assert_eq!(samples, (first..=111).collect::<Vec<_>>());
     assert_eq!(session.facts.iter().filter(|fact| **fact == container()).count(), 1);
     let status = bench.store.status(&id, boot(500)).unwrap();
     assert_eq!((status.elapsed_seconds, status.lookback_seconds, status.dropped_frames), (10.0, 20.0, 0));
@@ -297,7 +297,7 @@ fn a_disk_that_hangs_and_comes_back() {
     assert!(status.dropped_frames > 20 && bench.desk.dropped_frames == status.dropped_frames, "{status:?}");
     let session = read(&file.bytes).unwrap();
     assert!(session.damage.iter().any(|words| words.contains("are missing before byte")), "{:?}", session.damage);
-    let had = ticks(&session);
+    let had = samples(&session);
     assert!(had.contains(&5) && !had.contains(&30) && had.contains(&55), "{had:?}");
     // The state was told again.
     assert_eq!(session.facts.iter().filter(|fact| **fact == opened()).count(), 2);
@@ -332,7 +332,7 @@ fn a_full_store_ends_a_session_and_leaves_what_is_there() {
     bench.wait(&id, Phase::Failed);
     assert!(bench.phase(&id).1.contains("session_dir_max_bytes (2000)"), "{:?}", bench.phase(&id));
     let session = bench.read(&id);
-    assert!(ticks(&session).len() > 5 && session.end.is_none());
+    assert!(samples(&session).len() > 5 && session.end.is_none());
     assert_eq!(session.damage, [""; 0], "it ends early, and all that is there is good");
     bench.until(61);
     assert!(bench.desk.sessions.is_empty());

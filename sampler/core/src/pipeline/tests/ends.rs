@@ -12,11 +12,11 @@ fn an_engines_sample_of_the_future_holds_up_none_that_follow() {
         let mut core = core();
         for k in 0..80usize {
             let mut batch = tick(k, 40, Some(100), 20_000_000);
-            let at = batch.ticks[0].at;
-            batch.rows[0].percent[Engine::Encoder as usize] = 50;
-            batch.engine_ticks.push(EngineSample { engine: Engine::Encoder, at, busy_percent: 50 });
+            let at = batch.samples[0].at;
+            batch.process_samples[0].percent[Engine::Encoder as usize] = 50;
+            batch.engine_samples.push(EngineSample { engine: Engine::Encoder, at, busy_percent: 50 });
             if k == 5 {
-                batch.engine_ticks.insert(0, EngineSample { engine: Engine::Encoder, at: GpuNs(garbage), busy_percent: 50 });
+                batch.engine_samples.insert(0, EngineSample { engine: Engine::Encoder, at: GpuNs(garbage), busy_percent: 50 });
             }
             core.observe(Observation::from(batch));
         }

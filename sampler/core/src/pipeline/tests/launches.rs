@@ -2,7 +2,7 @@
 
 use super::*;
 use crate::aggregate::Settings;
-use crate::fact::Row;
+use crate::fact::AttributedProcess;
 use crate::observation::{ProcessKind, RunningProcess};
 
 const PID: u32 = 200;
@@ -28,23 +28,23 @@ fn changes(core: &mut Core, start: u64, changes: &[(ProcessChange, u64, u64)]) {
 const FORK: ProcessChange = ProcessChange::Fork { parent: Tgid(1) };
 
 /// The rows of all samples, and the exits of the process: since when it was its user's, and its end.
-fn rows_and_exits(core: &mut Core) -> (Vec<Row>, Vec<(u64, BootNs)>) {
-    let (mut rows, mut left) = (Vec::new(), Vec::new());
+fn rows_and_exits(core: &mut Core) -> (Vec<AttributedProcess>, Vec<(u64, BootNs)>) {
+    let (mut processes, mut left) = (Vec::new(), Vec::new());
     for fact in core.take_facts() {
         match fact {
-            Fact::Gpu { fact: GpuFact::Tick(tick), .. } => rows.extend(tick.rows),
+            Fact::Gpu { fact: GpuFact::Utilization(tick), .. } => processes.extend(tick.processes),
             Fact::Gpu { fact: GpuFact::Left { since, pid: PID }, at, .. } => left.push((since.0, at)),
             _ => {}
         }
     }
     // A process that ended before it is named has one exit fact a row.
     left.dedup();
-    (rows, left)
+    (processes, left)
 }
 
 /// On the engine for these ticks of 100.
-fn works(core: &mut Core, ticks: std::ops::Range<u32>) {
-    feed(core, (0..100).map(|k| if ticks.contains(&k) { (90, Some(PID)) } else { (0, None) }));
+fn works(core: &mut Core, samples: std::ops::Range<u32>) {
+    feed(core, (0..100).map(|k| if samples.contains(&k) { (90, Some(PID)) } else { (0, None) }));
 }
 
 fn ambiguous(core: &Core) -> f64 {
@@ -62,9 +62,12 @@ fn a_launched_process_is_its_containers_from_its_exec_to_its_end() {
             let launch = [(FORK, start, HOST), (Attach, moved, CONTAINER), (Exec, exec, CONTAINER), (Exit, end, CONTAINER)];
             changes(&mut core, start, &launch);
             works(&mut core, 41..45);
-            let (rows, left) = rows_and_exits(&mut core);
-            assert_eq!(rows.len(), 4);
-            assert!(rows.iter().all(|row| row.user == User::Container(ContainerKey(1)) && row.since == BootNs(exec)), "{rows:?}");
+            let (process_samples, left) = rows_and_exits(&mut core);
+            assert_eq!(process_samples.len(), 4);
+            assert!(
+                process_samples.iter().all(|row| row.user == User::Container(ContainerKey(1)) && row.since == BootNs(exec)),
+                "{process_samples:?}"
+            );
             assert_eq!(left, [(exec, BootNs(end))]);
             assert_eq!(ambiguous(&core), 0.0);
         }
@@ -79,10 +82,10 @@ fn an_exec_while_it_works_in_its_container_changes_nothing() {
     changes(&mut core, exec - MS, &[(FORK, exec - MS, HOST), (Attach, exec - MS, CONTAINER), (Exec, exec, CONTAINER)]);
     changes(&mut core, exec - MS, &[(Exec, taken(40), CONTAINER), (Exec, taken(60) + 5 * MS, CONTAINER)]);
     works(&mut core, 21..80);
-    let (rows, left) = rows_and_exits(&mut core);
-    assert_eq!(rows.len(), 59);
+    let (process_samples, left) = rows_and_exits(&mut core);
+    assert_eq!(process_samples.len(), 59);
     // Of the first sample, nothing was seen before; so the others are of that process since then.
-    assert!(rows.iter().all(|row| row.since == BootNs(exec)), "{rows:?}");
+    assert!(process_samples.iter().all(|row| row.since == BootNs(exec)), "{process_samples:?}");
     assert_eq!((left.len(), ambiguous(&core)), (0, 0.0));
 }
 
@@ -95,9 +98,9 @@ fn what_was_on_the_gpu_before_the_exec_stays_in_question() {
     let mut core = recorded();
     changes(&mut core, start, &life);
     works(&mut core, 20..70);
-    let (rows, left) = rows_and_exits(&mut core);
-    let in_question = rows.iter().filter(|row| row.user == User::Nobody(Reason::Ambiguous)).count();
-    assert!((1..=4).contains(&in_question), "{rows:?}");
+    let (process_samples, left) = rows_and_exits(&mut core);
+    let in_question = process_samples.iter().filter(|row| row.user == User::Nobody(Reason::Ambiguous)).count();
+    assert!((1..=4).contains(&in_question), "{process_samples:?}");
     assert_eq!(left, [(start, BootNs(moved)), (moved, BootNs(taken(70)))]);
     // In a process list before.
     let mut core = recorded();

@@ -67,8 +67,8 @@ fn batch(ended: u64) -> GpuBatch {
 }
 
 /// Polls once per tick, `busy` percent and the pid on the engine.
-fn feed(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>) {
-    feed_late(core, ticks, 20_000_000);
+fn feed(core: &mut Core, samples: impl Iterator<Item = (u32, Option<u32>)>) {
+    feed_late(core, samples, 20_000_000);
 }
 
 /// Tick `k` is taken at this boot time.
@@ -82,18 +82,18 @@ fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessSample {
 
 fn tick(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
     let at = GpuNs(SKEW + taken(k));
-    let ticks = vec![DeviceSample { at, busy_percent: busy, queried: true }];
-    GpuBatch { ticks, rows: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
+    let samples = vec![DeviceSample { at, busy_percent: busy, queried: true }];
+    GpuBatch { samples, process_samples: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
 }
 
-fn feed_late(core: &mut Core, ticks: impl Iterator<Item = (u32, Option<u32>)>, late_ns: u64) {
-    for (k, (busy, pid)) in ticks.enumerate() {
+fn feed_late(core: &mut Core, samples: impl Iterator<Item = (u32, Option<u32>)>, late_ns: u64) {
+    for (k, (busy, pid)) in samples.enumerate() {
         core.observe(Observation::from(tick(k, busy, pid, late_ns)));
     }
 }
 
 fn passes(core: &mut Core, at: u64) {
-    core.observe(Observation::Tick { at: BootNs(at), wall: WallTime(1) });
+    core.observe(Observation::ClockAdvanced { at: BootNs(at), wall: WallTime(1) });
 }
 
 fn seconds(snapshot: &Snapshot) -> Vec<f64> {

@@ -16,10 +16,10 @@ fn a_replay_is_what_was_live() {
         let pid = [Some(100), None, Some(101), Some(102), Some(999), Some(100), None][k * 5 % 7];
         let mut batch = tick(k, 30 + (k * 13 % 70) as u32, pid, 20_000_000);
         match k % 50 {
-            7 => batch.ticks[0].queried = false,
+            7 => batch.samples[0].queried = false,
             13 => {
-                batch.ticks.clear();
-                batch.rows.clear();
+                batch.samples.clear();
+                batch.process_samples.clear();
             }
             20 => {
                 let process = |pid| RunningProcess { pid, memory_bytes: Some(5), kind: ProcessKind::Compute };

@@ -52,8 +52,8 @@ fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
     for k in 0..100 {
         let mut batch = tick(k, 80, Some(100), 20_000_000);
         if k % 4 != 0 {
-            batch.ticks[0].queried = false;
-            batch.rows.clear();
+            batch.samples[0].queried = false;
+            batch.process_samples.clear();
         }
         core.observe(Observation::from(batch));
     }
@@ -164,8 +164,8 @@ fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first(
     // The clock of the new driver began again.
     for k in 64..100usize {
         let at = GpuNs(PERIOD * (k as u64 - 60));
-        let ticks = vec![DeviceSample { at, busy_percent: 100, queried: true }];
-        core.observe(Observation::from(GpuBatch { ticks, rows: vec![row(at, 100, 100)], ..batch(taken(k)) }));
+        let samples = vec![DeviceSample { at, busy_percent: 100, queried: true }];
+        core.observe(Observation::from(GpuBatch { samples, process_samples: vec![row(at, 100, 100)], ..batch(taken(k)) }));
     }
     core.observe(Observation::from(batch(taken(110))));
     let after = time(&core);
@@ -232,9 +232,9 @@ fn drift_and_steps_of_a_clock_are_told() {
         let late = 10_000_000 + (k as u64 * 7 % 80) * 1_000_000;
         let base = if k < 900 { SKEW } else { SKEW - 3 * SECOND };
         let at = stamp(k, base);
-        let ticks = vec![DeviceSample { at, busy_percent: 100, queried: true }];
-        let rows = vec![row(at, 100, 100)];
-        core.observe(Observation::from(GpuBatch { ticks, rows, stepped: k == 900, ..batch(taken(k) + late) }));
+        let samples = vec![DeviceSample { at, busy_percent: 100, queried: true }];
+        let process_samples = vec![row(at, 100, 100)];
+        core.observe(Observation::from(GpuBatch { samples, process_samples, stepped: k == 900, ..batch(taken(k) + late) }));
         if k == 899 {
             let clock = core.snapshot().gpus[0].clock;
             assert!((clock.drift_ratio.unwrap() - 2e-4).abs() < 5e-5, "{clock:?}");

@@ -5,21 +5,21 @@ use crate::device::Engine;
 use crate::observation::{EngineSample, ProcessKind, RunningProcess};
 
 /// Ticks of 50 % with these rows: (pid, percent).
-fn ticks_with(core: &mut Core, rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
+fn ticks_with(core: &mut Core, process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
     let process = |(pid, kind): &(u32, ProcessKind)| RunningProcess { pid: *pid, memory_bytes: None, kind: *kind };
     for k in 0..150 {
         let mut batch = tick(k, 50, None, 20_000_000);
-        let at = batch.ticks[0].at;
-        batch.rows = rows.iter().map(|(pid, percent)| row(at, *pid, *percent)).collect();
+        let at = batch.samples[0].at;
+        batch.process_samples = process_samples.iter().map(|(pid, percent)| row(at, *pid, *percent)).collect();
         batch.processes = (k == 0).then(|| processes.iter().map(process).collect());
         core.observe(Observation::from(batch));
     }
 }
 
 /// Whose all of it was: 0 and 1 are the containers, or the reason.
-fn whose(rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize, Reason> {
+fn whose(process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize, Reason> {
     let mut core = core();
-    ticks_with(&mut core, rows, processes);
+    ticks_with(&mut core, process_samples, processes);
     let snapshot = core.snapshot();
     let busy = snapshot.gpus[0].time.busy;
     assert!(busy > 3.0, "{busy}");
@@ -31,11 +31,11 @@ fn whose(rows: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize,
 }
 
 #[test]
-fn rows() {
+fn process_samples() {
     use ProcessKind::{Compute, Mps, MpsServer};
     // 100 and 101 are in containers, 102 is the host's, 999 nobody knows.
-    let check = |rows: &[(u32, u32)], processes: &[(u32, ProcessKind)], expect| {
-        assert_eq!(whose(rows, processes), expect, "{rows:?} {processes:?}");
+    let check = |process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)], expect| {
+        assert_eq!(whose(process_samples, processes), expect, "{process_samples:?} {processes:?}");
     };
     check(&[(100, 50)], &[], Ok(0));
     // An exited one, a garbage pid, one that is on another engine only.
@@ -82,12 +82,12 @@ fn each_engine_has_its_own_pid() {
     let mut core = core();
     for k in 0..80usize {
         let mut batch = tick(k, 40, Some(100), 20_000_000);
-        let at = batch.ticks[0].at;
-        batch.rows.push(ProcessSample { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
+        let at = batch.samples[0].at;
+        batch.process_samples.push(ProcessSample { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
         // The encoder's ring is read every 2 s.
         if k % 12 == 11 {
             let tick = |k: usize| EngineSample { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
-            batch.engine_ticks = (k - 11..=k).map(tick).collect();
+            batch.engine_samples = (k - 11..=k).map(tick).collect();
         }
         core.observe(Observation::from(batch));
     }
@@ -109,7 +109,7 @@ fn rows_of_no_tick_are_counted() {
     for k in 0..100 {
         let mut batch = tick(k, 50, Some(100), 20_000_000);
         if k == 30 {
-            batch.rows[0].at = GpuNs(batch.rows[0].at.0 - PERIOD / 2 - 20_000_000 - 10 * PERIOD);
+            batch.process_samples[0].at = GpuNs(batch.process_samples[0].at.0 - PERIOD / 2 - 20_000_000 - 10 * PERIOD);
         }
         core.observe(Observation::from(batch));
     }

@@ -5,8 +5,8 @@ use std::fmt::Write as _;
 use anyhow::{Context as _, Result};
 use serde_json::Value;
 
-use super::scenario::{CauseOf, Grade, Pair, Scenario};
-use super::stage::Played;
+use super::runner::Played;
+use super::scenarios::{CauseOf, Grade, Pair, Scenario};
 
 /// What a report and the truth may differ by beside sampling: a tick at each end.
 pub const FLOOR: f64 = 2.0 * 0.167_139;
@@ -30,12 +30,12 @@ impl Truth<'_> {
 
 /// The table, and a line for each thing that is not as it should be.
 #[derive(Default)]
-pub struct Judgement {
+pub struct Verdicts {
     pub table: String,
     pub wrong: Vec<String>,
 }
 
-impl Judgement {
+impl Verdicts {
     fn row(&mut self, scenario: &str, what: &str, truth: &str, told: &str, problem: Option<String>) {
         let mark = if problem.is_some() { "WRONG" } else { "" };
         // A String takes all that is written to it.
@@ -68,29 +68,29 @@ fn number(value: &Value, key: &str) -> f64 {
     value[key].as_f64().unwrap_or(f64::NAN)
 }
 
-pub fn judge(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>, report: &Value) -> Result<Judgement> {
-    let mut judgement = Judgement::default();
-    judgement.row("scenario", "user, pair or cause", "truth, expected", "told", None);
+pub fn verify(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>, report: &Value) -> Result<Verdicts> {
+    let mut verdicts = Verdicts::default();
+    verdicts.row("scenario", "user, pair or cause", "truth, expected", "told", None);
     for (gpu, (scenario, users)) in scenarios.iter().zip(played).enumerate() {
         let uuid = truth.uuid(gpu)?;
         let device = report["gpus"].as_array().into_iter().flatten().find(|device| device["uuid"] == uuid);
         let unobserved = device.map_or(f64::NAN, |device| number(device, "unobserved_seconds"));
         for user in users {
-            seconds(&mut judgement, scenario, user, gpu, truth, report, unobserved)?;
+            seconds(&mut verdicts, scenario, user, gpu, truth, report, unobserved)?;
         }
         let user = |name: &str| users.iter().find(|user| user.name == name).context("a user of the scenario");
         for pair in &scenario.pairs {
-            grade(&mut judgement, scenario, pair, (user(pair.victim)?, user(pair.aggressor)?), uuid, report);
+            grade(&mut verdicts, scenario, pair, (user(pair.victim)?, user(pair.aggressor)?), uuid, report);
         }
         for of in &scenario.causes {
-            cause(&mut judgement, scenario, of, user(of.victim)?, uuid, report);
+            cause(&mut verdicts, scenario, of, user(of.victim)?, uuid, report);
         }
     }
-    Ok(judgement)
+    Ok(verdicts)
 }
 
 fn seconds(
-    to: &mut Judgement,
+    to: &mut Verdicts,
     scenario: &Scenario,
     user: &Played,
     gpu: usize,
@@ -126,7 +126,7 @@ fn seconds(
 }
 
 /// The grades by which the victim's entries know the other, and one of the contenders.
-fn grade(to: &mut Judgement, scenario: &Scenario, pair: &Pair, users: (&Played, &Played), uuid: &str, report: &Value) {
+fn grade(to: &mut Verdicts, scenario: &Scenario, pair: &Pair, users: (&Played, &Played), uuid: &str, report: &Value) {
     let (victim, aggressor) = users;
     let of = |entry| usage(entry, uuid)?["contenders"].as_array();
     let found: Vec<&Value> =
@@ -176,7 +176,7 @@ fn rates(grade: Grade, contender: &Value) -> Option<String> {
     (!right).then(|| format!("a drop of {told:.3}, within {bounds:.3?}, over {transitions} changes; it was {drop:.3}"))
 }
 
-fn cause(to: &mut Judgement, scenario: &Scenario, of: &CauseOf, victim: &Played, uuid: &str, report: &Value) {
+fn cause(to: &mut Verdicts, scenario: &Scenario, of: &CauseOf, victim: &Played, uuid: &str, report: &Value) {
     let usages = entries(report, victim).into_iter().filter_map(|entry| usage(entry, uuid));
     let found = usages.filter_map(|usage| usage["causes"].as_array()).flatten().find(|cause| cause["cause"] == of.cause);
     let verdict = found.and_then(|cause| cause["verdict"].as_str()).unwrap_or("nothing");

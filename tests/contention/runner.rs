@@ -8,7 +8,7 @@ use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, attach};
 use gpu_sampler_tests::{Running, Sim, wait_for};
 
-use super::scenario::{Act, CgroupPlace, Scenario, ScenarioUser};
+use super::scenarios::{Act, CgroupPlace, Scenario, ScenarioUser};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 const JOB: &str = "2500ms..2500ms";
