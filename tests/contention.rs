@@ -103,7 +103,7 @@ fn perfect(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) ->
             containers.push(json!({"kind": kind(user), "id": id(user), "gpus": [usage]}));
         }
     }
-    json!({"format": 1, "containers": containers, "gpus": gpus})
+    json!({"format": 2, "users": containers, "gpus": gpus})
 }
 
 /// As they would be played, and the truth of it.
@@ -144,29 +144,26 @@ fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
         wrong.iter().zip(expect).for_each(|(told, expect)| assert!(told.contains(expect), "{told:?}: {expect:?}"));
     };
     // The first user of the first scenario, and the victim of the third.
-    let first = |report: &mut Value| std::mem::take(&mut report["containers"][0]["gpus"][0]["gpu_seconds"]);
+    let first = |report: &mut Value| std::mem::take(&mut report["users"][0]["gpus"][0]["gpu_seconds"]);
     let victim = "comes and goes as processes, victim";
     check(&|r| drop(first(r)), &["fair pair, a: NaN"]);
-    check(&|r| r["containers"][0]["gpus"][0]["gpu_seconds"] = json!(46.2), &["fair pair, a: 46.2"]);
+    check(&|r| r["users"][0]["gpus"][0]["gpu_seconds"] = json!(46.2), &["fair pair, a: 46.2"]);
     check(&|r| r["gpus"][0]["unobserved_seconds"] = json!(1.0), &[]);
-    let of = |r: &mut Value, key: &str, value: Value| r["containers"][4]["gpus"][0]["contenders"][0][key] = value;
+    let of = |r: &mut Value, key: &str, value: Value| r["users"][4]["gpus"][0]["contenders"][0][key] = value;
     check(&|r| of(r, "evidence", json!("coactive")), &[&format!("{victim} <- comes: \"coactive\" instead of")]);
     check(&|r| of(r, "interval", json!([0.0, 0.1])), &[&format!("{victim} <- comes: a drop of 0.500")]);
     check(&|r| of(r, "interval", Value::Null), &[&format!("{victim} <- comes: a drop of 0.500")]);
     check(&|r| of(r, "id", json!("/somebody")), &[&format!("{victim} <- comes: it is no contender")]);
-    check(
-        &|r| r["containers"][0]["gpus"][0]["causes"][0]["verdict"] = json!("unknown"),
-        &["fair pair, a: gpu-clocks: unknown, not"],
-    );
-    check(&|r| r["containers"][0]["gpus"][0]["contenders"][0]["evidence"] = json!("on-off-confirmed"), &["fair pair, a <- b"]);
+    check(&|r| r["users"][0]["gpus"][0]["causes"][0]["verdict"] = json!("unknown"), &["fair pair, a: gpu-clocks: unknown, not"]);
+    check(&|r| r["users"][0]["gpus"][0]["contenders"][0]["evidence"] = json!("on-off-confirmed"), &["fair pair, a <- b"]);
     // A container whose lives are told apart, rightly and not.
-    let last = right["containers"].as_array().unwrap().len() - 2;
+    let last = right["users"].as_array().unwrap().len() - 2;
     let lives = |r: &mut Value, seconds: [f64; 2]| {
-        let mut second = r["containers"][last].clone();
+        let mut second = r["users"][last].clone();
         second["id"] = json!(format!("{}#2", second["id"].as_str().unwrap()));
         (second["gpus"][0]["gpu_seconds"], second["gpus"][0]["contenders"]) = (json!(seconds[1]), json!([]));
-        r["containers"][last]["gpus"][0]["gpu_seconds"] = json!(seconds[0]);
-        r["containers"].as_array_mut().unwrap().push(second);
+        r["users"][last]["gpus"][0]["gpu_seconds"] = json!(seconds[0]);
+        r["users"].as_array_mut().unwrap().push(second);
     };
     check(&|r| lives(r, [9.75, 9.75]), &[]);
     check(&|r| lives(r, [12.0, 7.5]), &["restarted in between, restarted's lives"]);

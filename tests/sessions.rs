@@ -87,7 +87,7 @@ impl SessionScene {
 
     /// What a report says of a container; `Null` if nothing.
     fn usage(&self, report: &Value, n: usize) -> Value {
-        let all = report["containers"].as_array().map_or(&[][..], Vec::as_slice);
+        let all = report["users"].as_array().map_or(&[][..], Vec::as_slice);
         all.iter().find(|c| c["id"] == self.paths[n]).map_or(Value::Null, |container| container["gpus"][0].clone())
     }
 }
@@ -289,7 +289,7 @@ fn a_session_of_an_agent_that_was_killed_is_readable_and_listed() -> Result<()> 
     let listed = next.sessions()?;
     assert_eq!((listed.len(), &listed[0]["id"], &listed[0]["state"]), (1, &json!(id), &json!("interrupted")));
     let served: Value = serde_json::from_str(&get(next.port, &format!("/api/v1/sessions/{id}/report?format=json"))?)?;
-    assert_eq!(served["containers"], told_of["containers"]);
+    assert_eq!(served["users"], told_of["users"]);
     assert_eq!(served["truncated"], json!(true));
     // Another one beside it.
     let second = next.record(Duration::from_secs(1), Duration::ZERO)?;

@@ -182,7 +182,7 @@ fn main() -> Result<()> {
     let of = |report: &sampler_report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
     let view = View::default();
     let made = sampler_report::build(&session, &view);
-    ensure!(made.containers.len() as u64 == u64::from(GPUS) * PROCESSES, "{} users", made.containers.len());
+    ensure!(made.users.len() as u64 == u64::from(GPUS) * PROCESSES, "{} users", made.users.len());
     ensure!(of(&made) > 0.9 * (u64::from(GPUS) * MINUTES * 60) as f64, "{} s busy", of(&made));
     row("8 GPUs, 64 processes each, 10 minutes", "measured".into(), "aim");
     row("file, MiB a minute", format!("{:.2}", bytes.len() as f64 / f64::from(1 << 20) / MINUTES as f64), "1");

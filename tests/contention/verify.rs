@@ -46,7 +46,7 @@ impl Verdicts {
 
 /// Entries of the report that are this user: more than one where it had several lives.
 fn entries<'r>(report: &'r Value, user: &Played) -> Vec<&'r Value> {
-    let all = report["containers"].as_array().map_or(&[][..], Vec::as_slice);
+    let all = report["users"].as_array().map_or(&[][..], Vec::as_slice);
     all.iter().filter(|entry| is(entry, user)).collect()
 }
 

@@ -33,7 +33,7 @@ cargo xtask VERB
   bench [FILTER..]                 speed and memory, each beside its aim (root)
   gpu [--for 60s] [-o FOLDER]      records what this machine's NVIDIA driver answers, for the tests to replay (root)
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
-  lint                             format, clippy, licences
+  lint [CHECK..]                   format, imports, words, clippy, licences, home-paths
   build [--debug]                  the kernel program, the agent, the simulator
   dist                             a release tarball in target/dist
 ";

@@ -63,6 +63,17 @@ pub fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
+/// The files that git tracks, as paths from the root; none, with a message, where this is not a checkout.
+pub fn tracked() -> Result<Vec<String>> {
+    let root = root();
+    let root = root.to_str().context("the path of this checkout is UTF-8")?;
+    let Some(list) = output("git", &["-C", root, "ls-files", "-z"]) else {
+        say("not a git checkout, so there are no tracked files to read");
+        return Ok(Vec::new());
+    };
+    Ok(list.split_terminator('\0').map(str::to_owned).collect())
+}
+
 /// Where cargo puts what it builds for this workspace.
 pub fn target_dir() -> Result<PathBuf> {
     Ok(match env::var_os("CARGO_TARGET_DIR") {

@@ -184,7 +184,7 @@ impl Builder<'_> {
             saturation_ratio: self.saturation_ratio,
             gaps: Vec::new(),
             gpus: Vec::new(),
-            containers: Vec::new(),
+            users: Vec::new(),
             findings: Vec::new(),
             timelines: Vec::new(),
         };
@@ -210,7 +210,7 @@ impl Builder<'_> {
         let seconds = |user: &UserReport| user.gpus.iter().map(|usage| usage.gpu_seconds).sum::<f64>();
         order.sort_by(|a, b| seconds(&b.1).total_cmp(&seconds(&a.1)).then_with(|| a.1.id.cmp(&b.1.id)));
         let place: HashMap<User, usize> = order.iter().enumerate().map(|(n, (user, _))| (*user, n)).collect();
-        report.containers = order.into_iter().map(|(_, user)| user).collect();
+        report.users = order.into_iter().map(|(_, user)| user).collect();
         for (mut timeline, lanes) in timelines {
             let of = lanes.into_iter().filter_map(|(user, lane)| Some(Lane { user: *place.get(&user)?, ..lane }));
             timeline.lanes = of.collect();

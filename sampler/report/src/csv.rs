@@ -21,11 +21,8 @@ pub fn csv(report: &Report) -> String {
     for timeline in &report.timelines {
         let index = report.gpu(&timeline.uuid).map(|gpu| gpu.index.to_string()).unwrap_or_default();
         let gpu = format!("{},{index}", label(&timeline.uuid));
-        let users: Vec<(String, Vec<Option<f32>>, &Lane)> = timeline
-            .lanes
-            .iter()
-            .map(|lane| (user(report.containers.get(lane.user)), known_shares(timeline, lane), lane))
-            .collect();
+        let users: Vec<(String, Vec<Option<f32>>, &Lane)> =
+            timeline.lanes.iter().map(|lane| (user(report.users.get(lane.user)), known_shares(timeline, lane), lane)).collect();
         for (at, busy) in timeline.busy.iter().enumerate() {
             let offset = timeline.first_second + at as f64 * timeline.window_seconds;
             let head = format!("{},{},{gpu}", rfc3339(words::after(report.start, offset)), ratio(Some(offset)));
@@ -125,7 +122,7 @@ mod tests {
         let rows = parse(&csv(&report));
         let mine = rows.iter().filter(|row| row[5] == sample::TRAINER);
         let sum: f64 = mine.map(|row| row[10].parse().unwrap_or(0.0)).sum();
-        assert!((sum - report.containers[0].gpus[0].gpu_seconds).abs() < 1e-3, "{sum}");
+        assert!((sum - report.users[0].gpus[0].gpu_seconds).abs() < 1e-3, "{sum}");
     }
 
     #[test]

@@ -62,7 +62,7 @@ pub fn findings(report: &Report) -> Vec<Finding> {
     let other_called = |id: &str| report.user(id).map_or_else(|| id.to_owned(), UserReport::called);
     for gpu in &report.gpus {
         let limited: Vec<String> = report
-            .containers
+            .users
             .iter()
             .flat_map(|user| &user.gpus)
             .find(|usage| usage.uuid == gpu.uuid && !usage.causes.is_empty())
@@ -86,7 +86,7 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             all.push((1, gpu.busy_seconds, Finding { uuid, victim, aggressor: None, evidence: None, text }));
         }
     }
-    for user in &report.containers {
+    for user in &report.users {
         for usage in &user.gpus {
             let finding = |aggressor: Option<&str>, evidence, text| Finding {
                 uuid: usage.uuid.clone(),

@@ -47,14 +47,14 @@ mod tests {
     #[test]
     fn has_the_keys_it_promises() {
         let report = parsed();
-        check(&report, "format:n start:s duration_seconds:n truncated:b gaps:l gpus:l containers:l findings:l damage:l node:s");
+        check(&report, "format:n start:s duration_seconds:n truncated:b gaps:l gpus:l users:l findings:l damage:l node:s");
         for gap in report["gaps"].as_array().unwrap() {
             check(gap, "uuid:s from:s to:s reason:s");
         }
         for gpu in report["gpus"].as_array().unwrap() {
             check(gpu, "uuid:s model:s busy_seconds:n idle_seconds:n unobserved_seconds:n unattributed_seconds:n unattributed:o");
         }
-        for user in report["containers"].as_array().unwrap() {
+        for user in report["users"].as_array().unwrap() {
             check(user, "kind:s id:s namespace:s pod:s container:s name:s image:s gpus:l");
             for usage in user["gpus"].as_array().unwrap() {
                 check(usage, "uuid:s gpu_seconds:n share_of_busy:n? share_stderr:n? samples:n active_seconds:n");
@@ -73,7 +73,7 @@ mod tests {
     #[test]
     fn names_of_enums_are_those_of_the_contract() {
         let report = parsed();
-        let user = &report["containers"][0];
+        let user = &report["users"][0];
         assert_eq!(user["kind"], "container");
         assert_eq!(user["gpus"][0]["contenders"][0]["evidence"], "on-off-confirmed");
         assert_eq!(user["gpus"][0]["causes"][0]["cause"], "gpu-clocks");

@@ -5,7 +5,7 @@ use serde::{Serialize, Serializer};
 use sampler_core::units::{WallTime, rfc3339};
 
 /// The version of the `json` format.
-pub const FORMAT: u32 = 1;
+pub const FORMAT: u32 = 2;
 
 #[expect(clippy::trivially_copy_pass_by_ref, reason = "serde passes a reference")]
 fn time<S: Serializer>(at: &WallTime, to: S) -> Result<S::Ok, S::Error> {
@@ -43,7 +43,7 @@ pub struct Report {
     pub gaps: Vec<Gap>,
     pub gpus: Vec<GpuReport>,
     /// Containers, host processes, and what could not be named: every user of these GPUs, by GPU-seconds, most first.
-    pub containers: Vec<UserReport>,
+    pub users: Vec<UserReport>,
     /// Strongest first.
     pub findings: Vec<Finding>,
     #[serde(skip)]
@@ -302,7 +302,7 @@ pub struct Lane {
 
 impl Report {
     pub fn user(&self, id: &str) -> Option<&UserReport> {
-        self.containers.iter().find(|user| user.id == id)
+        self.users.iter().find(|user| user.id == id)
     }
 
     pub fn gpu(&self, uuid: &str) -> Option<&GpuReport> {

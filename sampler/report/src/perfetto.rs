@@ -30,7 +30,7 @@ pub fn perfetto(report: &Report) -> String {
         "start": rfc3339(report.start), "node": report.node, "duration_seconds": report.duration_seconds,
         "truncated": report.truncated, "damage": report.damage, "agent_version": report.agent_version,
         // Once, and not with every slice.
-        "users": report.containers.iter().map(|user| json!({"name": names.of(&user.id), "id": user.id, "image": user.image})).collect::<Vec<_>>(),
+        "users": report.users.iter().map(|user| json!({"name": names.of(&user.id), "id": user.id, "image": user.image})).collect::<Vec<_>>(),
     });
     out += &about.to_string();
     out += ",\"traceEvents\":[\n";
@@ -82,7 +82,7 @@ impl Track<'_> {
     }
 
     fn user(&self, events: &mut Vec<Value>, tid: usize, lane: &Lane) {
-        let Some(user) = self.report.containers.get(lane.user) else { return };
+        let Some(user) = self.report.users.get(lane.user) else { return };
         let name = self.names.of(&user.id);
         self.name(events, "thread", tid, &name, tid);
         let shares = known_shares(self.timeline, lane);
@@ -201,7 +201,7 @@ mod tests {
         assert_eq!(spans.len(), 2);
         assert_eq!((spans[0]["ts"].as_i64(), spans[0]["dur"].as_i64()), (Some(15_000_000), Some(15_000_000)));
         let sum: f64 = spans.iter().filter_map(|span| span["args"]["gpu_seconds"].as_f64()).sum();
-        assert!((sum - report.containers[1].gpus[0].gpu_seconds).abs() < 0.01);
+        assert!((sum - report.users[1].gpus[0].gpu_seconds).abs() < 0.01);
     }
 
     #[test]

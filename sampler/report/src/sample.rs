@@ -186,10 +186,10 @@ fn gpu(index: u32, timeline: &Timeline) -> GpuReport {
 /// One minute of two GPUs: a trainer whose GPU a server shares twice, a notebook, Xorg, and a little that nobody can name.
 pub fn report() -> Report {
     let timelines = timelines();
-    let mut containers = users();
+    let mut users = users();
     for timeline in &timelines {
         for lane in &timeline.lanes {
-            containers[lane.user].gpus.push(usage(timeline, lane));
+            users[lane.user].gpus.push(usage(timeline, lane));
         }
     }
     let confirmed = Contender {
@@ -202,9 +202,9 @@ pub fn report() -> Report {
         why_not_confirmed: String::new(),
         ..contender(UserKind::Container, SERVER, 13.2, 28.0, 13.1)
     };
-    containers[0].gpus[0].contenders = vec![confirmed, contender(UserKind::Host, XORG, 0.1, 6.0, 0.06)];
-    containers[0].gpus[0].causes = causes();
-    containers[1].gpus[0].contenders = vec![contender(UserKind::Container, TRAINER, 13.5, 28.0, 13.4)];
+    users[0].gpus[0].contenders = vec![confirmed, contender(UserKind::Host, XORG, 0.1, 6.0, 0.06)];
+    users[0].gpus[0].causes = causes();
+    users[1].gpus[0].contenders = vec![contender(UserKind::Container, TRAINER, 13.5, 28.0, 13.4)];
     let findings = vec![Finding {
         uuid: GPUS[0].to_owned(),
         victim: TRAINER.to_owned(),
@@ -231,7 +231,7 @@ pub fn report() -> Report {
             reason: "the driver did not answer".to_owned(),
         }],
         gpus: timelines.iter().enumerate().map(|(index, timeline)| gpu(index as u32, timeline)).collect(),
-        containers,
+        users,
         findings,
         timelines,
     }
@@ -252,11 +252,11 @@ pub fn damaged() -> Report {
 pub fn hostile() -> Report {
     let mut report = report();
     let evil = "</script><script>alert(1)</script><!--\" onload='x' \x1b[2J\u{202e}";
-    let user = &mut report.containers[0];
+    let user = &mut report.users[0];
     (user.namespace, user.pod, user.container) = (evil.to_owned(), "=cmd|' /C calc'!A0".to_owned(), "日本語".repeat(40));
     (user.name, user.image) = (evil.to_owned(), evil.to_owned());
-    report.containers[1].gpus[0].contenders[0].why_not_confirmed = evil.to_owned();
-    report.containers[0].gpus[0].causes[0].detail = evil.to_owned();
+    report.users[1].gpus[0].contenders[0].why_not_confirmed = evil.to_owned();
+    report.users[0].gpus[0].causes[0].detail = evil.to_owned();
     report.node = evil.to_owned();
     report.findings[0].text = evil.to_owned();
     report.gaps[0].reason = evil.to_owned();
@@ -269,7 +269,7 @@ pub fn hostile() -> Report {
 /// `gpus` GPUs with `users` containers each, every share another one in every window, everybody contending with everybody.
 pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
     let mut report = Report { duration_seconds: windows as f64, findings: Vec::new(), gaps: Vec::new(), ..self::report() };
-    (report.gpus, report.containers, report.timelines) = Default::default();
+    (report.gpus, report.users, report.timelines) = Default::default();
     for gpu in 0..gpus {
         let uuid = format!("GPU-{gpu:08x}-1111-2222-3333-444444444444");
         let lanes: Vec<Lane> = (0..users)
@@ -298,7 +298,7 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
             usage.contenders = others.map(|other| contender(UserKind::Container, &id(other), 4.0, 90.0, 1.5)).collect();
             usage.causes = causes();
             one.gpus = vec![usage];
-            report.containers.push(one);
+            report.users.push(one);
         }
         report.gpus.push(self::gpu(gpu as u32, &timeline));
         report.timelines.push(timeline);

@@ -156,7 +156,7 @@ fn confirmed(players: &dyn Fn() -> Vec<Player>, victim: &str, other: &str) -> us
             );
         }
         let gpu = &report.gpus[0];
-        let sum: f64 = report.containers.iter().map(|user| user.gpus[0].gpu_seconds).sum();
+        let sum: f64 = report.users.iter().map(|user| user.gpus[0].gpu_seconds).sum();
         assert!((sum + gpu.unattributed_seconds - gpu.busy_seconds).abs() < 1e-6);
         let whole = gpu.busy_seconds + gpu.idle_seconds + gpu.unobserved_seconds;
         assert!((whole - report.duration_seconds).abs() < 0.4, "{whole} {}", report.duration_seconds);
@@ -245,7 +245,7 @@ fn among_many_nobody_is_confirmed_by_chance() {
     for seed in 0..8 {
         let players: Vec<Player> = (1..13).map(|n| container(n, wants(n))).collect();
         let report = build(&play(&players, 240, seed).0, &View::default());
-        let all = report.containers.iter().flat_map(|user| user.gpus[0].contenders.iter().map(|other| (&user.id, other)));
+        let all = report.users.iter().flat_map(|user| user.gpus[0].contenders.iter().map(|other| (&user.id, other)));
         let confirmed: Vec<(&String, &Contender)> = all.filter(|(_, other)| other.evidence == Evidence::OnOffConfirmed).collect();
         assert!(confirmed.is_empty(), "{seed}: {confirmed:#?}");
     }
@@ -267,7 +267,7 @@ fn what_is_asked_for_is_a_part_of_the_whole() {
     }
     assert!((first.duration_seconds - 50.0).abs() < 1e-9);
     let only = build(&session, &View { containers: vec!["/docker/2".into()], ..View::default() });
-    assert_eq!(only.containers.len(), 2);
+    assert_eq!(only.users.len(), 2);
     let (shown, beside) = (only.user("/docker/2").unwrap(), only.user("/docker/1").unwrap());
     assert_eq!(shown.gpus, whole.user("/docker/2").unwrap().gpus);
     assert!(beside.gpus[0].contenders.iter().all(|contender| contender.id == "/docker/2"));
@@ -357,7 +357,7 @@ fn a_device_that_was_limited_is_a_cause_and_one_that_was_not_is_ruled_out() {
         };
         session.facts = session.facts.iter().flat_map(|fact| [Some(fact.clone()), of(fact)]).flatten().collect();
         let report = build(&session, &View::default());
-        let causes = report.containers[0].gpus[0].causes.clone();
+        let causes = report.users[0].gpus[0].causes.clone();
         causes.into_iter().find(|one| one.cause == cause).unwrap().verdict
     };
     assert_eq!(verdict(Some(0x4), CauseKind::GpuPower), Verdict::Possible);

@@ -197,7 +197,7 @@ pub struct Names {
 impl Names {
     pub fn new(report: &Report) -> Names {
         let mut how_often: HashMap<String, usize> = HashMap::new();
-        for user in &report.containers {
+        for user in &report.users {
             *how_often.entry(user.called()).or_default() += 1;
         }
         let name = |user: &super::model::UserReport| {
@@ -207,7 +207,7 @@ impl Names {
             let mark = user.container_id.as_deref().unwrap_or(&user.id);
             if twin { format!("{called} [{}]", mark.chars().take(12).collect::<String>()) } else { called }
         };
-        Names { by_id: report.containers.iter().map(|user| (user.id.clone(), safe(&name(user)))).collect() }
+        Names { by_id: report.users.iter().map(|user| (user.id.clone(), safe(&name(user)))).collect() }
     }
 
     /// A user that a view left out is known by its id alone.
@@ -272,12 +272,12 @@ mod tests {
     #[test]
     fn two_lives_of_a_container_are_told_apart() {
         let mut report = sample::report();
-        let mut again = report.containers[0].clone();
+        let mut again = report.users[0].clone();
         again.id = "/kubepods/pod1/second".to_owned();
         again.container_id = Some("feedfacefeedface".to_owned());
-        report.containers.push(again);
+        report.users.push(again);
         let names = Names::new(&report);
         assert_eq!(names.of("/kubepods/pod1/second"), "ml/trainer-0/main [feedfacefeed]");
-        assert_ne!(names.of("/kubepods/pod1/second"), names.of(&report.containers[0].id));
+        assert_ne!(names.of("/kubepods/pod1/second"), names.of(&report.users[0].id));
     }
 }

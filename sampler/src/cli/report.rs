@@ -181,7 +181,7 @@ impl ReportArgs {
         let asked = [("--gpu", &self.gpu), ("--container", &self.container), ("--namespace", &self.namespace)];
         let asked: Vec<String> =
             asked.iter().flat_map(|(flag, all)| all.iter().map(move |one| format!("{flag} {one}"))).collect();
-        if !asked.is_empty() && (report.gpus.is_empty() || report.containers.is_empty() && self.gpu.is_empty()) {
+        if !asked.is_empty() && (report.gpus.is_empty() || report.users.is_empty() && self.gpu.is_empty()) {
             bail!("nothing in {} is meant by {}", file.display(), asked.join(" "));
         }
         Ok(report)

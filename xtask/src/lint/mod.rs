@@ -1,22 +1,35 @@
 //! `lint`: what a change must pass before it is tested. Runs every check, then fails if one did.
 
 mod imports;
+mod words;
 
-use crate::tools::{self, on_path, output, run, say};
-use anyhow::{Context, Result, bail};
+use crate::tools::{self, on_path, run, say};
+use anyhow::{Result, bail};
 use std::fs;
 
 type Check = fn() -> Result<()>;
 
+const CHECKS: [(&str, Check); 6] = [
+    ("format", format),
+    ("imports", imports::check),
+    ("words", words::check),
+    ("clippy", clippy),
+    ("licences", licences),
+    ("home-paths", home_paths),
+];
+
+/// All checks, or those that are named.
 pub fn verb(args: &[String]) -> Result<()> {
-    tools::no_arguments(args)?;
+    let known = |name: &String| CHECKS.iter().any(|(check, _)| check == name);
+    if let Some(unknown) = args.iter().find(|name| !known(name)) {
+        bail!("unknown check {unknown:?}; there are: {}", CHECKS.map(|(name, _)| name).join(", "));
+    }
+    let chosen = CHECKS.iter().filter(|(name, _)| args.is_empty() || args.iter().any(|arg| arg == name));
     let mut failed = Vec::new();
-    let checks: [(&str, Check); 5] =
-        [("format", format), ("imports", imports::check), ("clippy", clippy), ("licences", licences), ("home paths", home_paths)];
-    for (name, check) in checks {
+    for (name, check) in chosen {
         if let Err(problem) = check() {
             eprintln!("xtask lint: {problem:#}");
-            failed.push(name);
+            failed.push(*name);
         }
     }
     if !failed.is_empty() {
@@ -46,16 +59,10 @@ fn licences() -> Result<()> {
 /// Somebody's home directory in a tracked file is a path that works on one machine.
 fn home_paths() -> Result<()> {
     say("no tracked file names a home directory");
-    let root = tools::root();
-    let root = root.to_str().context("the path of this checkout is UTF-8")?;
-    let Some(list) = output("git", &["-C", root, "ls-files", "-z"]) else {
-        say("lint: not a git checkout, so there are no tracked files to look through");
-        return Ok(());
-    };
     let mut found = 0;
-    for name in list.split_terminator('\0') {
+    for name in tools::tracked()? {
         // A deleted file is still tracked; a binary one has no path to read.
-        let Ok(text) = fs::read_to_string(tools::root().join(name)) else { continue };
+        let Ok(text) = fs::read_to_string(tools::root().join(&name)) else { continue };
         for (number, line) in text.lines().enumerate().filter(|(_, line)| names_a_home(line)) {
             eprintln!("{name}:{}: {}", number + 1, line.trim());
             found += 1;

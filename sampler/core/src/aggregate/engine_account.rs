@@ -12,7 +12,7 @@ use std::collections::{HashMap, VecDeque};
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::exits::{Left, NamedUser};
 use super::settings::Range;
-use super::standard_error::{Memory, Spread};
+use super::standard_error::{Memory, StandardError};
 use crate::device::Reason;
 use crate::fact::User;
 use crate::units::BootNs;
@@ -60,7 +60,7 @@ pub struct EngineAccount {
     neighbours: Neighbours,
     waiting: VecDeque<PendingSample>,
     memory: Memory,
-    spreads: HashMap<User, Spread>,
+    spreads: HashMap<User, StandardError>,
     /// Number and sum of squared weights of the draws that are not in the variances yet.
     drawn: HashMap<User, (u64, f64)>,
 }
@@ -84,7 +84,7 @@ impl EngineAccount {
         &self.credits
     }
 
-    pub fn spread(&self, user: User) -> Option<Spread> {
+    pub fn spread(&self, user: User) -> Option<StandardError> {
         self.spreads.get(&user).copied()
     }
 
@@ -184,7 +184,7 @@ impl EngineAccount {
         if doubt > 0.0 {
             let all: f64 = self.drawn.values().map(|(_, squares)| squares).sum();
             for user in holders.filter(|user| !before.contains_key(user)) {
-                let spread = *self.spreads.entry(user).or_insert(Spread::unnamed(doubt));
+                let spread = *self.spreads.entry(user).or_insert(StandardError::unnamed(doubt));
                 if spread.share == 0.0 && all > 0.0 {
                     self.credits.entry(user).or_default().sum_of_variances += all * spread.variance();
                 }

@@ -35,7 +35,7 @@ const WINDOW_TICKS: f64 = 60.0;
 
 /// Of one user.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Spread {
+pub struct StandardError {
     /// Share of named ticks.
     pub share: f64,
     /// Variance of its sum over that of independent draws.
@@ -44,7 +44,7 @@ pub struct Spread {
     pub doubt: f64,
 }
 
-impl Spread {
+impl StandardError {
     /// Of a user that uses the device without any draw having named it.
     pub fn unnamed(doubt: f64) -> Self {
         Self { share: 0.0, factor: 1.0, doubt }
@@ -122,7 +122,7 @@ impl Memory {
     /// Cuts off what is before a user came or went; the spreads before that, where there is something to cut. It came with the first of its
     /// processes that is named and went with the last; one whose processes follow each other has gone only when none was named for a
     /// while. `was`: whether the process was there at that time.
-    pub fn cut(&mut self, now: BootNs, was: impl Fn(&NamedUser, BootNs) -> bool) -> HashMap<User, Spread> {
+    pub fn cut(&mut self, now: BootNs, was: impl Fn(&NamedUser, BootNs) -> bool) -> HashMap<User, StandardError> {
         self.unqueried = self.unqueried.filter(|at| now.saturating_since(*at) <= MEMORY_NS);
         self.successions.retain(|_, succession| now.saturating_since(succession.last) <= MEMORY_NS);
         let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
@@ -147,13 +147,13 @@ impl Memory {
         before
     }
 
-    pub fn spreads(&self) -> HashMap<User, Spread> {
+    pub fn spreads(&self) -> HashMap<User, StandardError> {
         let mut users: HashMap<User, Vec<usize>> = HashMap::new();
         for (n, (_, named)) in self.named.iter().enumerate() {
             users.entry(named.user).or_default().push(n);
         }
         let (n, doubt) = (self.named.len(), self.doubt());
-        users.into_iter().map(|(user, at)| (user, Spread { doubt, ..spread(&at, n) })).collect()
+        users.into_iter().map(|(user, at)| (user, StandardError { doubt, ..spread(&at, n) })).collect()
     }
 
     /// The share that a user may have without a single draw that names it.
@@ -163,11 +163,11 @@ impl Memory {
 }
 
 /// `at`: the places of a user's ticks among `n`.
-fn spread(at: &[usize], n: usize) -> Spread {
+fn spread(at: &[usize], n: usize) -> StandardError {
     let share = at.len() as f64 / n as f64;
     let one = share * (1.0 - share);
     if one <= 0.0 {
-        return Spread { share, factor: 1.0, doubt: 0.0 };
+        return StandardError { share, factor: 1.0, doubt: 0.0 };
     }
     let mut is = vec![0u32; n];
     for place in at {
@@ -192,7 +192,7 @@ fn spread(at: &[usize], n: usize) -> Spread {
         // So many phases are looked at and no other: the share is known to within a part of one.
         factor = factor.max(WINDOW_TICKS / (12.0 * (cycle * cycle) as f64) / one);
     }
-    Spread { share, factor, doubt: 0.0 }
+    StandardError { share, factor, doubt: 0.0 }
 }
 
 /// Variance of the means of all blocks of that size.
@@ -230,7 +230,7 @@ mod tests {
     use crate::device::Reason;
 
     /// One user named where `is` says so, another elsewhere.
-    fn spread_of(n: usize, is: impl Fn(usize) -> bool) -> Spread {
+    fn spread_of(n: usize, is: impl Fn(usize) -> bool) -> StandardError {
         spread(&(0..n).filter(|k| is(*k)).collect::<Vec<_>>(), n)
     }
 
@@ -270,7 +270,7 @@ mod tests {
         memory.unqueried(BootNs(18));
         assert!((memory.spreads()[&user].others() - 0.025).abs() < 1e-9);
         // What the one may have too much, the other may have too little.
-        assert_eq!(memory.spreads()[&user].variance(), Spread::unnamed(memory.doubt()).variance());
+        assert_eq!(memory.spreads()[&user].variance(), StandardError::unnamed(memory.doubt()).variance());
         memory.cut(BootNs(18 + MEMORY_NS + 1), |_, _| true);
         assert_eq!(memory.doubt(), 0.0, "every sample of the last minutes was queried");
     }

@@ -99,7 +99,7 @@ type Groups<'a> = BTreeMap<(UserKind, Vec<&'a str>), Vec<&'a UserReport>>;
 
 fn group<'a>(report: &'a Report, by: UserMatch, done: &HashSet<&str>) -> Groups<'a> {
     let mut groups = Groups::new();
-    for user in report.containers.iter().filter(|user| !done.contains(user.id.as_str())) {
+    for user in report.users.iter().filter(|user| !done.contains(user.id.as_str())) {
         if let Some(key) = by.key(user) {
             groups.entry((user.kind, key)).or_default().push(user);
         }

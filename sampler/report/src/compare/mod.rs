@@ -136,7 +136,7 @@ pub fn compare(a: &Report, b: &Report) -> Comparison {
         matched.pairs.iter().any(|pair| std::ptr::eq(side(pair), user))
     };
     let lone = |report: &Report, names: &Names, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
-        let alone = report.containers.iter().filter(|user| !is_in(user, side));
+        let alone = report.users.iter().filter(|user| !is_in(user, side));
         alone.map(|user| lone(user, names)).collect::<Vec<_>>()
     };
     Comparison {

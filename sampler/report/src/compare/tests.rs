@@ -10,15 +10,15 @@ fn later() -> Report {
     let mut report = sample::report();
     report.start.0 += 86_400_000_000_000;
     report.gaps.clear();
-    let server = &mut report.containers[1];
+    let server = &mut report.users[1];
     server.id = "/kubepods/burstable/podfeed/01".to_owned();
     server.pod = "llm-server-6d5f7c9b8-abcde".to_owned();
     server.gpus[0].gpu_seconds = 3.1;
-    let trainer = &mut report.containers[0].gpus[0];
+    let trainer = &mut report.users[0].gpus[0];
     trainer.gpu_seconds = 49.0;
     trainer.contenders[0].id = "/kubepods/burstable/podfeed/01".to_owned();
     trainer.contenders[0].evidence = Evidence::Coactive;
-    report.containers.remove(2);
+    report.users.remove(2);
     report
 }
 
@@ -33,7 +33,7 @@ fn golden() {
 fn a_report_beside_itself_differs_in_nothing() {
     let report = sample::report();
     let comparison = compare(&report, &report);
-    assert_eq!(comparison.users.len(), report.containers.len());
+    assert_eq!(comparison.users.len(), report.users.len());
     assert!(comparison.only_a.is_empty() && comparison.only_b.is_empty() && comparison.ambiguous.is_empty());
     assert!(comparison.users.iter().all(|user| user.matched_by == UserMatch::Id));
     assert!(
@@ -54,7 +54,7 @@ fn users_are_matched_by_what_is_surest() {
     let alone = |row: [&str; 5]| {
         let mut user = sample::pod(row[0], row[1], row[2], row[3], row[4]);
         user.name = format!("{} {}", row[1], row[2]).trim().to_owned();
-        Report { containers: vec![user], ..sample::report() }
+        Report { users: vec![user], ..sample::report() }
     };
     for (a, b, expect) in rows {
         let comparison = compare(&alone(a), &alone(b));
@@ -67,7 +67,7 @@ fn users_are_matched_by_what_is_surest() {
 fn replicas_that_look_alike_are_not_guessed() {
     let replicas = |from: usize, n: usize| {
         let pods = (from..from + n).map(|i| sample::pod(&format!("/{i}"), "ns", &format!("web-{i}"), "c", "i")).collect();
-        Report { containers: pods, ..sample::report() }
+        Report { users: pods, ..sample::report() }
     };
     let comparison = compare(&replicas(0, 2), &replicas(10, 3));
     assert!(comparison.users.is_empty());
@@ -81,7 +81,7 @@ fn a_gap_is_not_an_idle_gpu() {
     b.gpus[1].busy_seconds /= 2.0;
     b.gpus[1].idle_seconds /= 2.0;
     b.gpus[1].unobserved_seconds = 30.0;
-    b.containers[2].gpus[0].gpu_seconds /= 2.0;
+    b.users[2].gpus[0].gpu_seconds /= 2.0;
     let comparison = compare(&a, &b);
     let notebook = comparison.users.iter().find(|user| user.id_a == sample::NOTEBOOK).unwrap();
     assert!(notebook.gpus[0].difference.unwrap().abs() < 1e-9);

@@ -16,7 +16,7 @@ const WINDOWS: usize = 3600;
 
 /// JSON that may stand inside of a script element.
 pub fn embedded(report: &Report, names: &Names, colours: &[usize]) -> String {
-    let users = report.containers.iter().zip(colours).map(|(user, colour)| json!({"name": names.of(&user.id), "colour": colour}));
+    let users = report.users.iter().zip(colours).map(|(user, colour)| json!({"name": names.of(&user.id), "colour": colour}));
     let data = json!({
         "start": report.start.0 / 1_000_000,
         "saturation": report.saturation_ratio * 100.0,
@@ -31,7 +31,7 @@ fn one(report: &Report, timeline: &Timeline) -> Value {
     let n = timeline.busy.len().min(WINDOWS);
     let each = timeline.window_seconds * timeline.busy.len() as f64 / n.max(1) as f64;
     let usage = |lane: &Lane| {
-        let user = report.containers.get(lane.user)?;
+        let user = report.users.get(lane.user)?;
         user.gpus.iter().find(|usage| usage.uuid == timeline.uuid)
     };
     let mut lanes: Vec<(&Lane, f64)> =

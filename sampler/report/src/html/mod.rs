@@ -45,8 +45,8 @@ pub fn html(report: &Report) -> String {
     let mut page = HtmlPage {
         report,
         names: Names::new(report),
-        colours: colours(&report.containers),
-        places: report.containers.iter().enumerate().map(|(at, user)| (user.id.as_str(), at)).collect(),
+        colours: colours(&report.users),
+        places: report.users.iter().enumerate().map(|(at, user)| (user.id.as_str(), at)).collect(),
         out: String::new(),
     };
     page.head();
@@ -105,7 +105,7 @@ impl<'a> HtmlPage<'a> {
 
     /// Users of one GPU, most GPU-seconds first.
     fn users(&self, uuid: &str) -> Vec<RankedUsage<'a>> {
-        let all = self.report.containers.iter().enumerate();
+        let all = self.report.users.iter().enumerate();
         let mut rows: Vec<RankedUsage<'a>> = all
             .flat_map(|(at, user)| user.gpus.iter().filter(|usage| usage.uuid == uuid).map(move |usage| (at, user, usage)))
             .collect();
@@ -147,14 +147,14 @@ impl<'a> HtmlPage<'a> {
         let sum = |of: fn(&GpuReport) -> f64| gpus.iter().map(of).sum::<f64>();
         let (busy, idle, unseen) = (sum(|gpu| gpu.busy_seconds), sum(|gpu| gpu.idle_seconds), sum(|gpu| gpu.unobserved_seconds));
         let whole = busy + idle + unseen + sum(|gpu| gpu.unsupported_seconds);
-        let contended: f64 = self.report.containers.iter().flat_map(|user| &user.gpus).map(|usage| usage.contended_seconds).sum();
+        let contended: f64 = self.report.users.iter().flat_map(|user| &user.gpus).map(|usage| usage.contended_seconds).sum();
         let tile = |name: &str, value: &str, note: &str, class: &str| {
             format!("<div class=\"tile {class}\"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>")
         };
         let unseen_class = if unseen > 0.0 { "bad" } else { "" };
         let all = [
             tile("GPUs", &words::count(gpus.len()), "", ""),
-            tile("Users", &words::count(self.report.containers.len()), "", ""),
+            tile("Users", &words::count(self.report.users.len()), "", ""),
             tile("Busy", &words::part(busy, whole), &format!("{} GPU-seconds", words::number(busy)), ""),
             tile("Not observed", &words::part(unseen, whole), &words::span(unseen), unseen_class),
             tile("Contended", &words::span(contended), "summed over users", ""),

@@ -72,10 +72,10 @@ fn says_it_without_scripts_too() {
 #[test]
 fn users_have_colours_of_their_own_while_there_are_any() {
     let report = sample::report();
-    let all: std::collections::HashSet<usize> = colours(&report.containers).into_iter().collect();
-    assert_eq!(all.len(), report.containers.len());
-    let alone = colours(&report.containers[..1]);
-    assert_eq!(alone[0], colours(&report.containers)[0], "whoever else is there");
+    let all: std::collections::HashSet<usize> = colours(&report.users).into_iter().collect();
+    assert_eq!(all.len(), report.users.len());
+    let alone = colours(&report.users[..1]);
+    assert_eq!(alone[0], colours(&report.users)[0], "whoever else is there");
 }
 
 #[test]
@@ -88,7 +88,7 @@ fn the_largest_stays_below_5_mb() {
 #[ignore = "prints a page, to look at it: PAGE is report, damaged, hostile, big or empty"]
 fn prints_a_page() {
     let mut empty = sample::report();
-    (empty.gpus, empty.containers, empty.findings, empty.timelines, empty.gaps) = Default::default();
+    (empty.gpus, empty.users, empty.findings, empty.timelines, empty.gaps) = Default::default();
     let report = match std::env::var("PAGE").as_deref() {
         Ok("damaged") => sample::damaged(),
         Ok("hostile") => sample::hostile(),

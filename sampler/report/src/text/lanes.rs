@@ -35,8 +35,7 @@ impl TextPage<'_> {
         let busy = self.bar(&bins::means(&timeline.busy, bins), broad, 1.0);
         self.line(format!("  {}  {}", left("GPU busy", label), busy.trim_end()));
         for (nth, ((user, _), name)) in users.iter().zip(&names).enumerate() {
-            let lane =
-                timeline.lanes.iter().find(|lane| self.report.containers.get(lane.user).is_some_and(|one| one.id == user.id));
+            let lane = timeline.lanes.iter().find(|lane| self.report.users.get(lane.user).is_some_and(|one| one.id == user.id));
             let Some(lane) = lane else { continue };
             let bar = self.bar(&bins::means(&bins::known_shares(timeline, lane), bins), broad, full);
             let name = left(&fit(name, label, self.unicode), label);
@@ -55,7 +54,7 @@ impl TextPage<'_> {
     /// What all but the first users got together.
     fn others(&self, timeline: &Timeline, users: &[UserUsage<'_>]) -> Vec<Option<f32>> {
         let shown: Vec<&str> = users.iter().take(TOP).map(|(user, _)| user.id.as_str()).collect();
-        let is_other = |user: usize| self.report.containers.get(user).is_some_and(|one| !shown.contains(&one.id.as_str()));
+        let is_other = |user: usize| self.report.users.get(user).is_some_and(|one| !shown.contains(&one.id.as_str()));
         let others: Vec<_> = timeline.lanes.iter().filter(|lane| is_other(lane.user)).collect();
         let sum = |at: usize| others.iter().filter_map(|lane| lane.shares.get(at)).sum::<f32>();
         timeline.busy.iter().enumerate().map(|(at, busy)| busy.map(|_| sum(at))).collect()

@@ -75,7 +75,7 @@ impl<'a> TextPage<'a> {
     /// Users of one GPU, most GPU-seconds first.
     fn users(&self, uuid: &str) -> Vec<UserUsage<'a>> {
         let mut all: Vec<UserUsage<'a>> =
-            self.report.containers.iter().flat_map(|user| user.gpus.iter().map(move |usage| (user, usage))).collect();
+            self.report.users.iter().flat_map(|user| user.gpus.iter().map(move |usage| (user, usage))).collect();
         all.retain(|(_, usage)| usage.uuid == uuid);
         all.sort_by(|(_, one), (_, other)| other.gpu_seconds.total_cmp(&one.gpu_seconds));
         all
@@ -99,7 +99,7 @@ impl<'a> TextPage<'a> {
             words::date(report.start),
             words::span(report.duration_seconds),
             words::counted(report.gpus.len(), "GPU", "GPUs"),
-            words::counted(report.containers.len(), "user", "users")
+            words::counted(report.users.len(), "user", "users")
         );
         self.wrap("", &text);
     }
@@ -186,7 +186,7 @@ impl<'a> TextPage<'a> {
 
     /// What the words of the evidence mean, once.
     fn note(&mut self) {
-        let met = self.report.containers.iter().flat_map(|user| &user.gpus).any(|usage| !usage.contenders.is_empty());
+        let met = self.report.users.iter().flat_map(|user| &user.gpus).any(|usage| !usage.contenders.is_empty());
         if met {
             self.line("");
             for evidence in [Evidence::Coactive, Evidence::OnOffConfirmed] {

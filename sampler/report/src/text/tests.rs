@@ -52,7 +52,6 @@ fn nobody_is_said_to_be_slow() {
 
 #[test]
 fn an_empty_report_is_a_page_too() {
-    let empty =
-        Report { gpus: vec![], containers: vec![], findings: vec![], timelines: vec![], gaps: vec![], ..sample::report() };
+    let empty = Report { gpus: vec![], users: vec![], findings: vec![], timelines: vec![], gaps: vec![], ..sample::report() };
     insta::assert_snapshot!("empty", text(&empty, &WIDE));
 }
