@@ -1,4 +1,5 @@
-//! The estimator against the simulator's own record: exact timeline and recorded ticks, both pid rules, fixed seed.
+//! Accuracy of the estimator against the simulator's own record (exact timeline and recorded samples), for both pid rules, with a fixed
+//! seed.
 
 use std::time::Duration;
 
@@ -6,9 +7,9 @@ use anyhow::{Context as _, Result};
 use gpu_sampler_tests::{Agent, Docker, Sim, sum};
 
 const DEMANDS: [f64; 3] = [0.6, 0.3, 0.1];
-/// Per GPU: the pid rule, and from which container on they use it.
+/// Per GPU: the pid rule, and the index of the first container that uses the GPU.
 const GPUS: [(&str, usize); 6] = [("instant", 0), ("last", 0), ("instant", 1), ("last", 1), ("instant", 2), ("last", 2)];
-/// Integer percentages of ticks and the slices at both ends of a load, seconds.
+/// Rounding of samples to integer percent, and the partial slices at both ends of a load; seconds.
 const ROUNDING: f64 = 0.1;
 
 #[test]
@@ -27,46 +28,49 @@ fn credited_seconds_are_within_four_standard_errors_of_the_truth() -> Result<()>
     for load in &mut loads {
         assert!(load.0.wait()?.success());
     }
-    // The last window closes 10 s after it began at most, and samples settle within half a second.
+    // The last window closes at most 10 s after it began, and samples settle within half a second.
     std::thread::sleep(Duration::from_secs(12));
     agent.scrape()?;
     let page = agent.scrape()?;
     let truth = sim.truth(&[])?;
-    let ticks = sim.truth(&["--samples"])?;
+    let samples = sim.truth(&["--samples"])?;
     for (gpu, (rule, first)) in GPUS.iter().enumerate() {
         let true_gpu = &truth["gpus"][gpu];
         let uuid = true_gpu["uuid"].as_str().context("uuid")?;
-        let of =
+        let total =
             |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", uuid)], labels].concat()).unwrap_or_default();
-        let busy = of("gpu_time_seconds_total", &[("state", "busy")]);
-        let recorded: f64 = ticks
+        let busy = total("gpu_time_seconds_total", &[("state", "busy")]);
+        let recorded: f64 = samples
             .as_array()
-            .context("ticks")?
+            .context("samples")?
             .iter()
-            .filter(|t| t["gpu"] == gpu)
-            .map(|t| t["util"]["sm"].as_f64().unwrap_or_default())
+            .filter(|s| s["gpu"] == gpu)
+            .map(|s| s["util"]["sm"].as_f64().unwrap_or_default())
             .sum();
         let recorded = recorded / 100.0 * 0.167139;
-        let credited = of("container_gpu_seconds_total", &[]);
-        let unattributed = of("gpu_unattributed_seconds_total", &[]);
+        let credited = total("container_gpu_seconds_total", &[]);
+        let unattributed = total("gpu_unattributed_seconds_total", &[]);
         assert!((busy - recorded).abs() < 0.02, "GPU {gpu} {rule}: busy {busy}, recorded {recorded}");
         assert!((credited + unattributed - busy).abs() < 1e-6, "GPU {gpu} {rule}: {credited} + {unattributed} is not {busy}");
-        let n = of("container_gpu_samples_total", &[]);
+        let n = total("container_gpu_samples_total", &[]);
         for (i, (id, pid)) in pods.iter().enumerate().skip(*first) {
             let processes = true_gpu["processes"].as_array().context("processes")?;
-            let real =
-                processes.iter().find(|p| p["pid"] == *pid).and_then(|p| p["gpu_seconds"].as_f64()).context("a true process")?;
-            let got = of("container_gpu_seconds_total", &[("container_id", id)]);
-            let total = true_gpu["busy_seconds"].as_f64().context("busy")?;
-            let share = real / total;
-            let stderr = total * (share * (1.0 - share) / n).sqrt();
+            let real = processes
+                .iter()
+                .find(|p| p["pid"] == *pid)
+                .and_then(|p| p["gpu_seconds"].as_f64())
+                .context("the process in truth")?;
+            let got = total("container_gpu_seconds_total", &[("container_id", id)]);
+            let all = true_gpu["busy_seconds"].as_f64().context("busy")?;
+            let share = real / all;
+            let stderr = all * (share * (1.0 - share) / n).sqrt();
             println!(
-                "GPU {gpu} {rule} demand {}: {got:.3} s for {real:.3} s, standard error {stderr:.3} s, {n} samples",
+                "GPU {gpu} {rule} demand {}: estimated {got:.3} s, true {real:.3} s, standard error {stderr:.3} s, {n} samples",
                 DEMANDS[i]
             );
             assert!(
                 (got - real).abs() <= 4.0 * stderr + ROUNDING,
-                "GPU {gpu} {rule}, demand {}: {got} for {real}, {stderr}",
+                "GPU {gpu} {rule}, demand {}: estimated {got}, true {real}, standard error {stderr}",
                 DEMANDS[i]
             );
         }

@@ -1,4 +1,4 @@
-//! The privileged tests: the real agent on the real kernel, real Docker Engines, a real Prometheus, the simulated driver.
+//! Privileged tests: the real agent on the real kernel, with real Docker Engines, a real Prometheus and the simulated driver.
 
 mod accuracy;
 mod bad_input;
@@ -18,6 +18,7 @@ mod launches;
 mod lives;
 mod losses;
 mod matrix;
+mod metrics;
 mod modes;
 mod pid_space;
 mod places;

@@ -1,4 +1,4 @@
-//! Bad input: one clear error that names the thing and the remedy, or a degraded start that says so.
+//! Bad input: one clear error that names the cause and the remedy, or a degraded start that reports itself as degraded.
 
 use std::process::Command;
 use std::time::Duration;
@@ -6,40 +6,40 @@ use std::time::Duration;
 use anyhow::Result;
 use gpu_sampler_tests::{Agent, Sim, sum, var, wait_for};
 
-fn refused(args: &[&str], code: i32, says: &[&str]) -> Result<()> {
+fn assert_rejected(args: &[&str], code: i32, words: &[&str]) -> Result<()> {
     let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
-    let told = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert_eq!(output.status.code(), Some(code), "{args:?}: {told}");
-    for word in says {
-        assert!(told.contains(word), "{args:?} does not say {word:?}: {told}");
+    let stderr = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {stderr}");
+    for word in words {
+        assert!(stderr.contains(word), "{args:?}: stderr lacks {word:?}: {stderr}");
     }
     Ok(())
 }
 
 #[test]
-fn mistakes_are_named() -> Result<()> {
+fn errors_name_the_mistake_and_the_remedy() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let config = dir.path().join("c.toml");
     std::fs::write(&config, "lisen = '127.0.0.1:1'\n")?;
     let config = config.to_string_lossy().into_owned();
     let taken = std::net::TcpListener::bind("127.0.0.1:0")?;
     let address = taken.local_addr()?.to_string();
-    refused(&["run", "--config", &config], 1, &["lisen", &config, "gpu-sampler config --default"])?;
-    refused(&["config", "--check", &config], 1, &["lisen", "expected one of"])?;
-    refused(&["run", "--config", "/no/such.toml"], 1, &["/no/such.toml", "No such file"])?;
-    refused(&["run", "--nvml-lib", "/no/such.so"], 1, &["/no/such.so", "does not exist"])?;
-    refused(&["run", "--nvml-lib", "/bin/true", "--listen", "127.0.0.1:0"], 1, &["/bin/true", "--nvml-lib"])?;
-    refused(&["run", "--listen", &address], 1, &[&address, "--listen", "in use"])?;
-    refused(&["run", "--listen", "0.0.0.0:0"], 1, &["--token-file", "--open-metrics"])?;
-    refused(&["run", "--label-sources", "dokcer"], 1, &["dokcer", "docker-file"])?;
-    refused(&["run", "--lisen", "x"], 2, &["--lisen", "--listen"])?;
+    assert_rejected(&["run", "--config", &config], 1, &["lisen", &config, "gpu-sampler config --default"])?;
+    assert_rejected(&["config", "--check", &config], 1, &["lisen", "expected one of"])?;
+    assert_rejected(&["run", "--config", "/no/such.toml"], 1, &["/no/such.toml", "No such file"])?;
+    assert_rejected(&["run", "--nvml-lib", "/no/such.so"], 1, &["/no/such.so", "does not exist"])?;
+    assert_rejected(&["run", "--nvml-lib", "/bin/true", "--listen", "127.0.0.1:0"], 1, &["/bin/true", "--nvml-lib"])?;
+    assert_rejected(&["run", "--listen", &address], 1, &[&address, "--listen", "in use"])?;
+    assert_rejected(&["run", "--listen", "0.0.0.0:0"], 1, &["--token-file", "--open-metrics"])?;
+    assert_rejected(&["run", "--label-sources", "dokcer"], 1, &["dokcer", "docker-file"])?;
+    assert_rejected(&["run", "--lisen", "x"], 2, &["--lisen", "--listen"])?;
     let sysfs = dir.path().to_string_lossy().into_owned();
     let strict = ["run", "--listen", "127.0.0.1:0", "--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"];
-    refused(&strict, 1, &["BTF", "CONFIG_DEBUG_INFO_BTF", &sysfs])
+    assert_rejected(&strict, 1, &["BTF", "CONFIG_DEBUG_INFO_BTF", &sysfs])
 }
 
 #[test]
-fn without_btf_it_runs_degraded_and_says_so() -> Result<()> {
+fn without_btf_the_agent_starts_degraded_and_reports_it() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let empty = tempfile::tempdir()?;
     let agent = Agent::start(Some(&sim), &["--path-sysfs", &empty.path().to_string_lossy()])?;
@@ -50,10 +50,10 @@ fn without_btf_it_runs_degraded_and_says_so() -> Result<()> {
 }
 
 #[test]
-fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
+fn without_root_the_agent_starts_degraded_and_reports_it() -> Result<()> {
     use std::os::unix::process::CommandExt as _;
     let sim = Sim::new("[[gpus]]")?;
-    // The unprivileged user has to reach library and binary.
+    // The unprivileged user needs access to the library and the binary.
     let shared = tempfile::Builder::new().permissions(std::os::unix::fs::PermissionsExt::from_mode(0o755)).tempdir()?;
     let binary = shared.path().join("gpu-sampler");
     std::fs::copy(var("GPU_SAMPLER_BIN")?, &binary)?;
@@ -62,7 +62,8 @@ fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
     command.args(["run", "--listen", &format!("127.0.0.1:{port}")]).uid(65_534).gid(65_534).env_remove("NVML_SIM_DIR");
     command.stderr(std::process::Stdio::null());
     let _agent = gpu_sampler_tests::Running(command.spawn()?);
-    let page = wait_for("the agent answers", Duration::from_secs(20), || Ok(gpu_sampler_tests::get(port, "/metrics").ok()))?;
+    let page =
+        wait_for("the agent serves /metrics", Duration::from_secs(20), || Ok(gpu_sampler_tests::get(port, "/metrics").ok()))?;
     let page = gpu_sampler_tests::parse(&page);
     assert_eq!(sum(&page, "gpu_sampler_kernel_mode", &[("mode", "inotify")]), Some(1.0));
     assert_eq!(sum(&page, "gpu_sampler_source_up", &[("source", "nvml")]), Some(0.0));
@@ -71,7 +72,7 @@ fn without_root_it_runs_degraded_and_says_so() -> Result<()> {
 }
 
 #[test]
-fn requests_that_never_end_hold_nothing_up_and_are_hung_up_on() -> Result<()> {
+fn unfinished_requests_delay_no_scrape_and_are_disconnected() -> Result<()> {
     use std::io::{Read as _, Write as _};
     let sim = Sim::new("[[gpus]]")?;
     let agent = Agent::start(Some(&sim), &[])?;
@@ -85,8 +86,8 @@ fn requests_that_never_end_hold_nothing_up_and_are_hung_up_on() -> Result<()> {
     for stream in &mut unfinished {
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         let mut rest = Vec::new();
-        // Reset or closed, with or without a word.
-        let _hung_up =
+        // The connection is reset or closed, with or without a response.
+        let _disconnected =
             stream.read_to_end(&mut rest).or_else(|e| if e.kind() == std::io::ErrorKind::WouldBlock { Err(e) } else { Ok(0) })?;
     }
     Ok(())

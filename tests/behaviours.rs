@@ -1,5 +1,5 @@
-//! Every way in which a process can come to be where it is: each is known to the agent that watched it, to one that was started
-//! later and only scanned, and its samples are on its container; on the machine's layout and on cgroup v2 alone.
+//! Every way in which a process can enter a cgroup: the agent that observed it and an agent that was started later and only scanned both
+//! report its container, and its samples are credited to that container; on the machine's cgroup layout and on cgroup v2 alone.
 
 use std::process::{Command, Stdio};
 use std::time::Duration;
@@ -14,7 +14,7 @@ const GPUS: usize = 8;
 
 const DOCKER_EXEC: &str = "docker exec";
 
-/// A process, and the containers that it was in, in order.
+/// A process, and the containers it was in, in order.
 struct Case {
     name: &'static str,
     pid: u32,
@@ -22,11 +22,11 @@ struct Case {
 }
 
 fn check(agent: &Agent, case: &Case, scanned: bool) -> Result<()> {
-    // A scan sees where it is, not where it was.
+    // A scan shows only the current cgroup, not earlier ones.
     let want = if scanned { &case.containers[case.containers.len() - 1..] } else { &case.containers[..] };
-    let mut got = agent.stays(case.pid).with_context(|| case.name)?;
+    let mut got = agent.containers_of(case.pid).with_context(|| case.name)?;
     if case.name == DOCKER_EXEC && got.len() > 1 {
-        // Some runc start it outside and move it in, some straight inside.
+        // Some versions of runc start the process outside and move it in, others start it inside.
         got.retain(|id| !id.is_empty());
     }
     assert_eq!(got, want, "{}, pid {}, scanned: {scanned}: {:?}", case.name, case.pid, agent.explain(case.pid)?);
@@ -55,7 +55,7 @@ fn behaviours(layout: Layout) -> Result<()> {
     let mut actor = Actor::start(ACTOR, &["in", &from_dir.to_string_lossy(), "--", "sleep", "300"])?;
     let pid = actor.pid()?;
     actors.push(actor);
-    // It has been there for a while before it is moved, twice.
+    // It runs in its first cgroup for a while before it is moved to the second.
     std::thread::sleep(Duration::from_millis(300));
     attach(pid, &to_dir)?;
     cases.push(Case { name: "moved", pid, containers: vec![from, to] });
@@ -64,8 +64,8 @@ fn behaviours(layout: Layout) -> Result<()> {
     let mut actor = Actor::start(ACTOR, &["in", &dir.to_string_lossy(), "--", ACTOR, "thread-exec", "300"])?;
     let pid = actor.pid()?;
     actors.push(actor);
-    let comm = || Ok(std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("sleep").then_some(()));
-    wait_for("the thread has called exec", Duration::from_secs(10), comm)?;
+    let execed = || Ok(std::fs::read_to_string(format!("/proc/{pid}/comm"))?.starts_with("sleep").then_some(()));
+    wait_for("the thread has called exec", Duration::from_secs(10), execed)?;
     cases.push(Case { name: "exec by a thread that is not the leader", pid, containers: vec![id] });
 
     let (id, dir) = tree.container(5)?;
@@ -88,15 +88,15 @@ fn behaviours(layout: Layout) -> Result<()> {
     drop(dir);
 
     let (id, _) = tree.container(8)?;
-    // As long as a path may be that is named below the mount point.
+    // The longest path below the mount point that can still be opened by name.
     let room = 4090 - tree.make(&id)?.to_string_lossy().len();
     let long: Vec<String> = (0..room / 200).map(|n| format!("{n:0>199}")).collect();
     let long = tree.make(&format!("{id}/{}", long.join("/")))?;
     let mut actor = Actor::start(ACTOR, &["in", &long.to_string_lossy(), "--", "sleep", "300"])?;
     let pid = actor.pid()?;
     actors.push(actor);
-    let told = agent.explain(pid)?.context("known")?;
-    assert_eq!(told["cgroup"], tree.path_of(&long), "the path is whole");
+    let explained = agent.explain(pid)?.context("the process is known")?;
+    assert_eq!(explained["cgroup"], tree.path_of(&long), "the path is complete");
     assert!(tree.path_of(&long).len() > 3800, "{}", tree.path_of(&long).len());
     cases.push(Case { name: "a path of 4,000 characters", pid, containers: vec![id] });
 
@@ -113,18 +113,18 @@ fn behaviours(layout: Layout) -> Result<()> {
         assert!(load.0.wait()?.success());
     }
     zombie_has_ended(&agent, &cases[cases.len() - 1])?;
-    every_sample_is_on_its_container(&agent, &sim, &cases)?;
+    assert_samples_credited_to_containers(&agent, &sim, &cases)?;
 
     let later = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
     let (zombie, living) = cases.split_last().context("cases")?;
     for case in living.iter().chain([&leaderless]) {
         check(&later, case, true)?;
     }
-    assert!(later.explain(zombie.pid)?.is_none(), "a zombie is no living process to one who comes later");
+    assert!(later.explain(zombie.pid)?.is_none(), "an agent started later does not list a zombie as a living process");
     Ok(())
 }
 
-/// Its first thread has ended, and stays where it was when the others are moved.
+/// A process with a first thread that has ended and stays in its cgroup when the other threads are moved.
 fn leaderless(tree: &CgroupTree, actors: &mut Vec<Actor>) -> Result<Case> {
     let ((from, from_dir), (to, to_dir)) = (tree.container(9)?, tree.container(10)?);
     let mut actor = Actor::start(ACTOR, &["in", &from_dir.to_string_lossy(), "--", ACTOR, "leaderless", "300"])?;
@@ -143,19 +143,20 @@ fn zombie_has_ended(agent: &Agent, zombie: &Case) -> Result<()> {
         Ok(stat.rsplit(')').next().is_some_and(|rest| rest.trim_start().starts_with('Z')).then_some(()))
     };
     wait_for("it is a zombie", Duration::from_secs(20), is_zombie)?;
-    let told = agent.explain(zombie.pid)?.context("known although it has ended")?;
-    assert!(told["process"]["lives"][0]["end"].is_string(), "{told}");
+    let explained = agent.explain(zombie.pid)?.context("the ended process is known")?;
+    assert!(explained["process"]["lives"][0]["end"].is_string(), "{explained}");
     check(agent, zombie, false)
 }
 
-fn every_sample_is_on_its_container(agent: &Agent, sim: &Sim, cases: &[Case]) -> Result<()> {
+fn assert_samples_credited_to_containers(agent: &Agent, sim: &Sim, cases: &[Case]) -> Result<()> {
     std::thread::sleep(Duration::from_secs(3));
     agent.scrape()?;
     let got = credited(&agent.scrape()?);
-    let ticks = sim.ticks()?;
+
+    let samples = sim.samples()?;
     for (gpu, case) in cases.iter().enumerate() {
-        let recorded = ticks.iter().filter(|t| t.gpu == gpu).count() as u64;
-        let uuid = &ticks.iter().find(|t| t.gpu == gpu).context("recorded")?.uuid;
+        let recorded = samples.iter().filter(|s| s.gpu == gpu).count() as u64;
+        let uuid = &samples.iter().find(|s| s.gpu == gpu).context("a recorded sample")?.uuid;
         let on_gpu: Vec<_> = got.iter().filter(|((_, on), _)| on == uuid).map(|((id, _), n)| (id.clone(), *n)).collect();
         let want = vec![(case.containers[case.containers.len() - 1].clone(), recorded)];
         assert_eq!(on_gpu, want, "{}", case.name);
@@ -164,17 +165,17 @@ fn every_sample_is_on_its_container(agent: &Agent, sim: &Sim, cases: &[Case]) ->
 }
 
 #[test]
-fn all_are_right_on_the_machines_layout() -> Result<()> {
+fn all_behaviours_are_attributed_on_the_machines_layout() -> Result<()> {
     behaviours(Layout::Machine)
 }
 
 #[test]
-fn all_are_right_on_cgroup_v2_alone() -> Result<()> {
+fn all_behaviours_are_attributed_on_cgroup_v2_alone() -> Result<()> {
     behaviours(Layout::PureV2)
 }
 
 #[test]
-fn samples_before_and_after_a_move_are_told_apart() -> Result<()> {
+fn samples_before_and_after_a_move_go_to_different_containers() -> Result<()> {
     let sim = Sim::new("seed = 5\nperiod_us = 100000\npid_rule = 'last'\n[[gpus]]")?;
     let tree = CgroupTree::new("move")?;
     let agent = Agent::start(Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
@@ -191,18 +192,18 @@ fn samples_before_and_after_a_move_are_told_apart() -> Result<()> {
     std::thread::sleep(Duration::from_secs(3));
     agent.scrape()?;
     let got = credited(&agent.scrape()?);
-    let ticks = sim.ticks()?;
-    let (before, after): (Vec<_>, Vec<_>) = ticks.iter().partition(|t| t.at_us < moved_us);
-    let of = |id: &str| got.iter().filter(|((c, _), _)| c == id).map(|(_, n)| *n as usize).sum::<usize>();
-    // Within what the clocks leave open around the move, a sample is ambiguous.
+    let samples = sim.samples()?;
+    let (before, after): (Vec<_>, Vec<_>) = samples.iter().partition(|s| s.at_us < moved_us);
+    let count = |id: &str| got.iter().filter(|((c, _), _)| c == id).map(|(_, n)| *n as usize).sum::<usize>();
+    // Samples within the clocks' uncertainty around the move are ambiguous.
     for (id, recorded) in [(&from, before.len()), (&to, after.len())] {
-        assert!(of(id) <= recorded && of(id) + 3 >= recorded, "{id}: {} credited, {recorded} recorded", of(id));
+        assert!(count(id) <= recorded && count(id) + 3 >= recorded, "{id}: {} credited, {recorded} recorded", count(id));
     }
     drop(actor);
     Ok(())
 }
 
-/// v1 has no CLONE_INTO_CGROUP, and is where a cgroup can be renamed.
+/// v1 has no CLONE_INTO_CGROUP, but there cgroups can be renamed.
 fn on_v1(layout: Layout) -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let tree = CgroupTree::v1("v1")?;
@@ -219,23 +220,23 @@ fn on_v1(layout: Layout) -> Result<()> {
     let agent = Agent::start_in(layout, Some(&sim), &["--kernel-mode", "raw_tracepoint"])?;
     let (watched, watched_dir) = tree.container(2)?;
     let below = start(&tree.make(&format!("{watched}/init.scope"))?)?;
-    assert_eq!(agent.stays(before)?, [scanned]);
-    assert_eq!(agent.stays(below)?, ["".to_owned(), watched]);
+    assert_eq!(agent.containers_of(before)?, [scanned]);
+    assert_eq!(agent.containers_of(below)?, ["".to_owned(), watched]);
     let renamed = format!("{:064x}", 0xabc);
     std::fs::rename(&watched_dir, watched_dir.with_file_name(&renamed))?;
-    wait_for("the rename is known, below it too", Duration::from_secs(5), || {
-        Ok((agent.explain(below)?.context("known")?["container_id"] == renamed.as_str()).then_some(()))
+    wait_for("the rename is known, also for cgroups below", Duration::from_secs(5), || {
+        Ok((agent.explain(below)?.context("the process is known")?["container_id"] == renamed.as_str()).then_some(()))
     })?;
     drop(processes);
     Ok(())
 }
 
 #[test]
-fn v1_beside_v2_is_followed_renames_too() -> Result<()> {
+fn moves_and_renames_are_followed_on_v1_next_to_v2() -> Result<()> {
     on_v1(Layout::Machine)
 }
 
 #[test]
-fn v1_alone_is_followed_renames_too() -> Result<()> {
+fn moves_and_renames_are_followed_on_v1_alone() -> Result<()> {
     on_v1(Layout::PureV1)
 }

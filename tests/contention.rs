@@ -1,4 +1,4 @@
-//! Who kept whom waiting, against the truth: scenarios with known users, played for real and recorded, and the report verified.
+//! Contention analysis against the truth: scenarios with known users are run and recorded, and the report is verified.
 
 mod runner;
 mod scenarios;
@@ -7,19 +7,19 @@ mod verify;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::{Agent, told};
+use gpu_sampler_tests::{Agent, run_cli};
 use serde_json::{Value, json};
 
 use runner::{Played, Runner, rfc3339};
 use scenarios::{DURATION, Grade, Scenario};
 use verify::{Truth, Verdicts, verify};
 
-/// To start some forty processes in, on a busy machine.
+/// Time to start some forty processes in, on a busy machine.
 const LEAD: Duration = Duration::from_secs(12);
-/// What the demands alone say and what was drawn differ by less; processes come late by some tens of ms.
+/// The largest difference between the seconds that the demands imply and those that were simulated; processes start late by tens of ms.
 const NOMINAL: f64 = 1.5;
 
-/// The scenarios themselves are as declared: what is played gives each user what its row says.
+/// Fails unless each user got the GPU time that its scenario declares.
 fn played_as_declared(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) -> Result<()> {
     let mut wrong = Vec::new();
     for (gpu, (scenario, users)) in scenarios.iter().zip(played).enumerate() {
@@ -35,9 +35,9 @@ fn played_as_declared(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Tr
     Ok(())
 }
 
-/// Everything runs at once, each scenario on a GPU of its own.
+/// All scenarios run at once, each on a GPU of its own.
 #[test]
-fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
+fn the_report_names_contenders_as_the_scenarios_declare_them() -> Result<()> {
     let scenarios = scenarios::all();
     let runner = Runner::new(scenarios.len(), LEAD)?;
     let agent = Agent::start(Some(&runner.sim), &[])?;
@@ -47,7 +47,7 @@ fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
             agent.record(Duration::from_secs_f64(DURATION), Duration::ZERO)
         });
         let played = runner.play(&scenarios);
-        (session.join().expect("asking does not panic"), played)
+        (session.join().expect("the recording thread does not panic"), played)
     });
     let played = played?;
     let end = runner.begin + Duration::from_secs_f64(DURATION);
@@ -57,18 +57,18 @@ fn who_kept_whom_waiting_is_told_as_it_was() -> Result<()> {
     let file = tempfile::NamedTempFile::new()?;
     std::fs::write(file.path(), agent.session_file(&session?, Duration::from_secs(60))?)?;
     let path = file.path().to_string_lossy().into_owned();
-    let (code, out, err) = told(&["report", &path, "--format", "json"])?;
+    let (code, out, err) = run_cli(&["report", &path, "--format", "json"])?;
     ensure!(code == Some(0), "gpu-sampler report: {err}");
     let report: Value = serde_json::from_str(&out).context("the report is JSON")?;
     let (from, to) = span(&report)?;
     let truth = runner.sim.truth(&["--from", &from, "--to", &to])?;
     let verdicts = verify(&scenarios, &played, &Truth(&truth), &report)?;
     println!("{}", verdicts.table);
-    ensure!(verdicts.wrong.is_empty(), "{} of the rows are wrong:\n{}", verdicts.wrong.len(), verdicts.wrong.join("\n"));
+    ensure!(verdicts.wrong.is_empty(), "{} lines are wrong:\n{}", verdicts.wrong.len(), verdicts.wrong.join("\n"));
     Ok(())
 }
 
-/// Begin and end of what a report is about.
+/// Begin and end of the time that a report covers.
 fn span(report: &Value) -> Result<(String, String)> {
     let from = report["start"].as_str().context("start")?;
     let begun_us = nvidia_ml_sim::time::parse(from)?;
@@ -76,7 +76,7 @@ fn span(report: &Value) -> Result<(String, String)> {
     Ok((from.to_owned(), nvidia_ml_sim::time::format(begun_us + (lasted * 1e6) as u64)))
 }
 
-/// A report that says of every scenario what it should, made by hand.
+/// A report, made by hand, that is correct for every scenario.
 fn perfect(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) -> Value {
     let id = |user: &Played| user.cgroup.clone().unwrap_or_else(|| format!("pid:{}@1", user.pids()[0]));
     let kind = |user: &Played| if user.cgroup.is_some() { "container" } else { "host" };
@@ -86,18 +86,18 @@ fn perfect(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) ->
         gpus.push(json!({"uuid": uuid, "unobserved_seconds": 0.0}));
         for user in users {
             let pairs = scenario.pairs.iter().filter(|pair| pair.victim == user.name).map(|pair| {
-                let other = users.iter().find(|other| other.name == pair.aggressor).expect("the pair's");
-                let mut told = json!({"kind": kind(other), "id": id(other), "evidence": "coactive", "transitions": 0,
+                let other = users.iter().find(|other| other.name == pair.aggressor).expect("the aggressor of the pair");
+                let mut entry = json!({"kind": kind(other), "id": id(other), "evidence": "coactive", "transitions": 0,
                     "rate_before": null, "rate_after": null, "interval": null, "why_not_confirmed": "no change"});
                 if let Grade::Confirmed(before, after) = pair.grade {
-                    told["evidence"] = json!("on-off-confirmed");
-                    (told["rate_before"], told["rate_after"], told["transitions"]) = (json!(before), json!(after), json!(6));
-                    told["interval"] = json!([before - after - 0.1, before - after + 0.1]);
+                    entry["evidence"] = json!("on-off-confirmed");
+                    (entry["rate_before"], entry["rate_after"], entry["transitions"]) = (json!(before), json!(after), json!(6));
+                    entry["interval"] = json!([before - after - 0.1, before - after + 0.1]);
                 }
-                told
+                entry
             });
-            let causes = scenario.causes.iter().filter(|of| of.victim == user.name);
-            let causes = causes.map(|of| json!({"cause": of.cause, "verdict": of.verdict, "detail": "12.3 s of 90 s"}));
+            let causes = scenario.causes.iter().filter(|cause| cause.victim == user.name);
+            let causes = causes.map(|cause| json!({"cause": cause.cause, "verdict": cause.verdict, "detail": "12.3 s of 90 s"}));
             let usage = json!({"uuid": uuid, "gpu_seconds": truth.seconds(gpu, &user.pids()), "gpu_seconds_stderr": 0.2,
                 "contenders": pairs.collect::<Vec<_>>(), "causes": causes.collect::<Vec<_>>()});
             containers.push(json!({"kind": kind(user), "id": id(user), "gpus": [usage]}));
@@ -106,7 +106,7 @@ fn perfect(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>) ->
     json!({"format": 2, "users": containers, "gpus": gpus})
 }
 
-/// As they would be played, and the truth of it.
+/// Users and truth as if the scenarios had been run.
 fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
     let mut pid = 100;
     let (mut played, mut gpus) = (Vec::new(), Vec::new());
@@ -127,7 +127,7 @@ fn imagined(scenarios: &[Scenario]) -> (Vec<Vec<Played>>, Value) {
 }
 
 #[test]
-fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
+fn a_correct_report_passes_and_errors_are_named() {
     let scenarios = scenarios::all();
     let (played, truth) = imagined(&scenarios);
     let truth = Truth(&truth);
@@ -141,7 +141,7 @@ fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
         change(&mut report);
         let wrong = verified(&report).wrong;
         assert_eq!(wrong.len(), expect.len(), "{wrong:?}");
-        wrong.iter().zip(expect).for_each(|(told, expect)| assert!(told.contains(expect), "{told:?}: {expect:?}"));
+        wrong.iter().zip(expect).for_each(|(line, expect)| assert!(line.contains(expect), "{line:?}: {expect:?}"));
     };
     // The first user of the first scenario, and the victim of the third.
     let first = |report: &mut Value| std::mem::take(&mut report["users"][0]["gpus"][0]["gpu_seconds"]);
@@ -149,14 +149,14 @@ fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
     check(&|r| drop(first(r)), &["fair pair, a: NaN"]);
     check(&|r| r["users"][0]["gpus"][0]["gpu_seconds"] = json!(46.2), &["fair pair, a: 46.2"]);
     check(&|r| r["gpus"][0]["unobserved_seconds"] = json!(1.0), &[]);
-    let of = |r: &mut Value, key: &str, value: Value| r["users"][4]["gpus"][0]["contenders"][0][key] = value;
-    check(&|r| of(r, "evidence", json!("coactive")), &[&format!("{victim} <- comes: \"coactive\" instead of")]);
-    check(&|r| of(r, "interval", json!([0.0, 0.1])), &[&format!("{victim} <- comes: a drop of 0.500")]);
-    check(&|r| of(r, "interval", Value::Null), &[&format!("{victim} <- comes: a drop of 0.500")]);
-    check(&|r| of(r, "id", json!("/somebody")), &[&format!("{victim} <- comes: it is no contender")]);
+    let set = |r: &mut Value, key: &str, value: Value| r["users"][4]["gpus"][0]["contenders"][0][key] = value;
+    check(&|r| set(r, "evidence", json!("coactive")), &[&format!("{victim} <- comes: \"coactive\" instead of")]);
+    check(&|r| set(r, "interval", json!([0.0, 0.1])), &[&format!("{victim} <- comes: a drop of 0.500")]);
+    check(&|r| set(r, "interval", Value::Null), &[&format!("{victim} <- comes: a drop of 0.500")]);
+    check(&|r| set(r, "id", json!("/another")), &[&format!("{victim} <- comes: it is not listed as a contender")]);
     check(&|r| r["users"][0]["gpus"][0]["causes"][0]["verdict"] = json!("unknown"), &["fair pair, a: gpu-clocks: unknown, not"]);
     check(&|r| r["users"][0]["gpus"][0]["contenders"][0]["evidence"] = json!("on-off-confirmed"), &["fair pair, a <- b"]);
-    // A container whose lives are told apart, rightly and not.
+    // A container with two lifetimes that the report separates, correctly and not.
     let last = right["users"].as_array().unwrap().len() - 2;
     let lives = |r: &mut Value, seconds: [f64; 2]| {
         let mut second = r["users"][last].clone();
@@ -166,15 +166,15 @@ fn the_check_lets_a_right_report_pass_and_names_what_is_wrong() {
         r["users"].as_array_mut().unwrap().push(second);
     };
     check(&|r| lives(r, [9.75, 9.75]), &[]);
-    check(&|r| lives(r, [12.0, 7.5]), &["restarted in between, restarted's lives"]);
+    check(&|r| lives(r, [12.0, 7.5]), &["restarted in between, restarted's lifetimes"]);
 }
 
 #[test]
-fn the_parts_of_a_scenario_fit_each_other() {
+fn scenarios_refer_to_their_own_users_and_fit_their_duration() {
     for scenario in scenarios::all() {
         let known = |name: &str| assert!(scenario.users.iter().any(|user| user.name == name), "{}: {name}", scenario.name);
         scenario.pairs.iter().for_each(|pair| [pair.victim, pair.aggressor].into_iter().for_each(known));
-        scenario.causes.iter().for_each(|of| known(of.victim));
+        scenario.causes.iter().for_each(|cause| known(cause.victim));
         let seconds: f64 = scenario.users.iter().map(|user| user.seconds).sum();
         assert!(seconds > 0.0 && seconds <= DURATION + 1e-9, "{}: {seconds}", scenario.name);
     }

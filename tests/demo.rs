@@ -1,4 +1,4 @@
-//! The README's first command, as a newcomer runs it, and what it leaves behind when it is stopped or killed.
+//! The README's first command, run as a new user runs it, and a check that nothing is left when it is stopped or killed.
 
 use std::fs;
 use std::process::{Command, Stdio};
@@ -7,7 +7,7 @@ use std::time::Duration;
 use anyhow::{Result, ensure};
 use gpu_sampler_tests::{Running, var, wait_for};
 
-/// Everything a demo makes, by where it makes it.
+/// Everything that a demo creates, by location.
 fn made() -> Vec<String> {
     let mut found = Vec::new();
     for folder in [
@@ -41,21 +41,21 @@ fn demo(lasts: &str) -> Result<Command> {
 }
 
 #[test]
-fn every_workload_is_in_the_table() -> Result<()> {
+fn the_table_lists_every_workload() -> Result<()> {
     let before = made();
     let output = demo("12s")?.output()?;
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
     for row in [["default", "trainer-0", "train"], ["default", "notebook-7", "jupyter"], ["prod", "inference-2", "server"]] {
-        let is = |line: &str| line.split_whitespace().take(3).eq(row);
-        assert!(table.lines().any(is), "{row:?} is not in\n{table}");
+        let matches = |line: &str| line.split_whitespace().take(3).eq(row);
+        assert!(table.lines().any(matches), "{row:?} is not in\n{table}");
     }
     assert_eq!(made(), before);
     Ok(())
 }
 
 #[test]
-fn stopped_or_killed_it_leaves_nothing() -> Result<()> {
+fn a_stopped_or_killed_demo_leaves_nothing() -> Result<()> {
     let before = made();
     for signal in [libc::SIGINT, libc::SIGKILL] {
         let mut demo = Running(demo("120s")?.stdout(Stdio::null()).stderr(Stdio::null()).spawn()?);
@@ -63,7 +63,7 @@ fn stopped_or_killed_it_leaves_nothing() -> Result<()> {
             Ok((made().iter().filter(|m| m.contains("sleep")).count() >= 3).then_some(()))
         })?;
         assert!(!demo.ends_with(signal)?.success());
-        wait_for("everything is gone", Duration::from_secs(20), || Ok((made() == before).then_some(())))?;
+        wait_for("everything is removed", Duration::from_secs(20), || Ok((made() == before).then_some(())))?;
     }
     Ok(())
 }

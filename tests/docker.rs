@@ -1,4 +1,4 @@
-//! Labels of real Docker containers, and what the agent leaves behind.
+//! Labels of real Docker containers, and what the agent leaves behind when it is killed.
 
 use std::process::Command;
 use std::time::Duration;
@@ -10,7 +10,7 @@ const LABELS: [&str; 11] =
     ["acc_id", "make", "model", "id", "name", "image", "namespace", "pod", "pod_name", "container", "container_name"];
 
 #[test]
-fn containers_from_before_and_after_the_start_have_every_label() -> Result<()> {
+fn containers_started_before_and_after_the_agent_have_every_label() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let docker = Docker::new()?;
     let before = docker.pod("prod", "before-0", 120)?;
@@ -40,7 +40,7 @@ fn containers_from_before_and_after_the_start_have_every_label() -> Result<()> {
 }
 
 #[test]
-fn either_generation_of_pod_labels_alone() -> Result<()> {
+fn pod_labels_can_be_limited_to_either_generation() -> Result<()> {
     let (sim, docker) = (Sim::new("[[gpus]]")?, Docker::new()?);
     let (_, pid) = docker.pod("prod", "labelled", 120)?;
     let _load = sim.load(pid, 0, 0.3, &[])?;
@@ -49,7 +49,7 @@ fn either_generation_of_pod_labels_alone() -> Result<()> {
         ("new", ["pod", "container"], ["pod_name", "container_name"]),
     ] {
         let agent = Agent::start(Some(&sim), &["--pod-labels", which])?;
-        let found = wait_for("it has a series", Duration::from_secs(20), || {
+        let found = wait_for("the container has a series", Duration::from_secs(20), || {
             Ok(agent.scrape()?.into_iter().find(|s| s.name == "container_accelerator_duty_cycle"))
         })?;
         assert!(has.iter().all(|l| found.labels.get(*l).is_some_and(|v| !v.is_empty())), "{found:?}");
@@ -78,7 +78,7 @@ fn a_killed_agent_leaves_nothing_in_the_kernel() -> Result<()> {
     assert!(programs()?.len() >= before + 7, "the agent holds its programs");
     agent.process.ends_with(libc::SIGKILL)?;
     assert_eq!(programs()?.len(), before);
-    // Nothing is pinned, so nothing of it can be in the BPF file system.
+    // Nothing is pinned, so the BPF file system has no entry of the agent.
     let pinned = Command::new("find").args(["/sys/fs/bpf", "-name", "*sampler*"]).output()?;
     assert!(pinned.stdout.is_empty());
     Ok(())

@@ -1,5 +1,5 @@
-//! Labels from runtimes that are not packaged here: CRI-O by the files it leaves and over its protocols, and the devices that a kubelet
-//! assigned. The cgroups and processes are real; the daemons are doubles that speak the real protocols.
+//! Labels from runtimes that are not packaged here: CRI-O, by its files and over its protocols, and the devices that a kubelet assigned.
+//! The cgroups and processes are real; the daemons are doubles that implement the real protocols.
 
 use std::fs;
 use std::path::Path;
@@ -9,7 +9,7 @@ use anyhow::{Context as _, Result};
 use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
 use gpu_sampler_tests::kubelet::{Kubelet, pod};
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, each, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, label_fields, summary};
 use gpu_sampler_tests::{Agent, Running, Sample, Sim, wait_for};
 use serde_json::{Value, json};
 
@@ -21,7 +21,7 @@ fn id(digit: char) -> String {
 }
 
 #[test]
-fn crios_containers_from_its_files_and_over_both_of_its_protocols() -> Result<()> {
+fn crio_containers_are_resolved_from_files_and_over_both_protocols() -> Result<()> {
     let root = tempfile::tempdir()?;
     let crio = Crio::start(root.path())?;
     crio.add_pod(&Pod::new(&id('a'), "prod", "trainer-0", UID))?;
@@ -32,7 +32,7 @@ fn crios_containers_from_its_files_and_over_both_of_its_protocols() -> Result<()
     tree.make(&format!("{slice}/crio-{}", id('a')))?;
     tree.make(&format!("{slice}/crio-conmon-{}.scope", id('b')))?;
     let endpoint = format!("unix://{}", crio.socket().display());
-    // Storage and socket where CRI-O has them by default, below a root of its own.
+    // Storage and socket at CRI-O's default paths, below a root of its own.
     fs::create_dir_all(root.path().join("run/containers"))?;
     fs::create_dir_all(root.path().join("run/crio"))?;
     std::os::unix::fs::symlink("..", root.path().join("run/containers/storage"))?;
@@ -52,25 +52,26 @@ fn crios_containers_from_its_files_and_over_both_of_its_protocols() -> Result<()
             _ => args.extend(["--path-rootfs", &rootfs]),
         }
         let agent = Agent::start(None, &args)?;
-        let (told, _) = agent.complete(&id('b'), AT_ONCE).with_context(|| format!("{source} {speaks:?}"))?;
-        let sources = each(&told, "source");
-        assert!(sources.iter().all(|(label, from)| label == "id" || from == source), "{told:#}");
+        let (explained, _) = agent.complete(&id('b'), AT_ONCE).with_context(|| format!("{source} {speaks:?}"))?;
+        let sources = label_fields(&explained, "source");
+        assert!(sources.iter().all(|(label, from)| label == "id" || from == source), "{explained:#}");
         let name = format!("k8s_main_trainer-0_prod_{UID}_0");
-        assert_eq!(words(&told), format!("prod/trainer-0/main {name} registry.example/i:1"), "{source}");
-        assert_eq!((&told["runtime"], &told["kind"]), (&json!("cri-o"), &json!("container")));
-        let (told, _) = agent.complete(&id('a'), AT_ONCE)?;
-        assert_eq!(told["kind"], "sandbox");
-        assert!(words(&told).starts_with(&format!("prod/trainer-0/POD k8s_POD_trainer-0_prod_{UID}_0")), "{source}: {told:#}");
+        assert_eq!(summary(&explained), format!("prod/trainer-0/main {name} registry.example/i:1"), "{source}");
+        assert_eq!((&explained["runtime"], &explained["kind"]), (&json!("cri-o"), &json!("container")));
+        let (explained, _) = agent.complete(&id('a'), AT_ONCE)?;
+        assert_eq!(explained["kind"], "sandbox");
+        let expected = format!("prod/trainer-0/POD k8s_POD_trainer-0_prod_{UID}_0");
+        assert!(summary(&explained).starts_with(&expected), "{source}: {explained:#}");
     }
     Ok(())
 }
 
-/// A kubelet's checkpoint: who has which devices.
+/// Writes a kubelet's checkpoint: the devices of each container.
 fn checkpoint(folder: &Path, entries: &Value) -> Result<()> {
     let text = json!({"Data": {"PodDeviceEntries": entries, "RegisteredDevices": {}}, "Checksum": 1}).to_string();
     let folder = folder.join("device-plugins");
     fs::create_dir_all(&folder)?;
-    // As the kubelet does, so that nobody reads half of it.
+    // Renamed into place, as the kubelet does it, so that no reader gets a part of it.
     fs::write(folder.join("new"), text)?;
     Ok(fs::rename(folder.join("new"), folder.join("kubelet_internal_checkpoint"))?)
 }
@@ -114,27 +115,27 @@ fn assigned_gpus_have_series_whether_they_are_used_or_not() -> Result<()> {
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
     let expected =
         [format!("minor/main {GPU}"), format!("partition/main {MIG}"), format!("slice/main {GPU}"), format!("whole/main {GPU}")];
-    wait_for("the assigned have series", SOON, || {
+    wait_for("the containers with assigned GPUs have series", SOON, || {
         let page = agent.scrape()?;
         Ok((assigned(&page) == expected).then_some(()))
     })
     .with_context(|| format!("{:?}", agent.scrape().map(|page| assigned(&page))))?;
-    // Idle and observed is 0; what nobody has is absent.
-    wait_for("the idle have 0", SOON, || {
+    // Idle and observed is 0; a GPU that is not assigned has no series.
+    wait_for("the idle containers have 0", SOON, || {
         let page = agent.scrape()?;
-        let of = |name: &str, pod: &str| page.iter().find(|s| s.name == name && s.labels["pod"] == pod).map(|s| s.value);
-        assert_eq!(of("container_gpu_seconds_total", "none"), None);
+        let value = |name: &str, pod: &str| page.iter().find(|s| s.name == name && s.labels["pod"] == pod).map(|s| s.value);
+        assert_eq!(value("container_gpu_seconds_total", "none"), None);
         let zero = ["container_gpu_seconds_total", "container_accelerator_duty_cycle", "container_accelerator_memory_used_bytes"];
-        Ok(zero.iter().all(|name| of(name, "whole") == Some(0.0)).then_some(()))
+        Ok(zero.iter().all(|name| value(name, "whole") == Some(0.0)).then_some(()))
     })?;
-    // The kubelet takes one back.
+    // The kubelet withdraws the other assignments.
     checkpoint(&kubelet, &json!([entry(&uid(0), "main", "nvidia.com/gpu", &[GPU])]))?;
-    wait_for("the others are gone", SOON, || Ok((assigned(&agent.scrape()?) == [format!("whole/main {GPU}")]).then_some(())))?;
+    wait_for("the other series end", SOON, || Ok((assigned(&agent.scrape()?) == [format!("whole/main {GPU}")]).then_some(())))?;
     Ok(())
 }
 
 #[test]
-fn without_a_checkpoint_the_kubelet_is_asked_and_only_when_containers_come() -> Result<()> {
+fn without_a_checkpoint_the_kubelet_is_queried_only_when_containers_start() -> Result<()> {
     let world = format!("[[gpus]]\nuuid = '{GPU}'\n");
     let (sim, root) = (Sim::new(&world)?, tempfile::tempdir()?);
     let folder = root.path().join("var/lib/kubelet/pod-resources");
@@ -148,18 +149,18 @@ fn without_a_checkpoint_the_kubelet_is_asked_and_only_when_containers_come() -> 
     let rootfs = root.path().to_string_lossy().into_owned();
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
     let expected = [format!("trainer-0/main {GPU}")];
-    wait_for("the assigned has a series", SOON, || Ok((assigned(&agent.scrape()?) == expected).then_some(())))?;
-    // It may have been asked before the container was known, and after.
+    wait_for("the container has a series", SOON, || Ok((assigned(&agent.scrape()?) == expected).then_some(())))?;
+    // The kubelet may have been queried before the container was known, and after.
     std::thread::sleep(std::time::Duration::from_secs(3));
     let calls = kubelet.calls();
     std::thread::sleep(std::time::Duration::from_secs(4));
-    assert_eq!(kubelet.calls(), calls, "nobody came, nobody is asked");
-    // Used, it is one series still.
+    assert_eq!(kubelet.calls(), calls, "no container was started, so there is no query");
+    // When the GPU is used, there is still one series.
     let sleeper = Running(Command::new("sleep").arg("300").spawn()?);
     let pid = sleeper.0.id();
     attach(pid, &cgroup)?;
     let _load = sim.load(pid, 0, 0.8, &[])?;
-    wait_for("it has GPU time", SOON, || {
+    wait_for("the container has GPU time", SOON, || {
         let page = agent.scrape()?;
         let ours: Vec<&Sample> = page.iter().filter(|s| s.name == "container_gpu_seconds_total").collect();
         assert!(ours.len() <= 1, "{ours:?}");

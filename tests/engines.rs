@@ -1,4 +1,4 @@
-//! The engines and doubles of the tests do what the tests believe of them, and leave nothing behind.
+//! The engines and doubles of the tests behave as the tests assume, and leave nothing behind.
 
 use std::io::{Read as _, Write as _};
 use std::os::unix::fs::MetadataExt as _;
@@ -18,8 +18,8 @@ use gpu_sampler_tests::proxy::{Fault, HUGE, Proxy};
 use gpu_sampler_tests::wait_for;
 use serde_json::{Value, json};
 
-/// All that a GET of `path` brings within `patience`, as it comes.
-fn said(socket: &Path, path: &str, patience: Duration) -> Result<Vec<u8>> {
+/// All bytes that a GET of `path` returns within `patience`, unparsed.
+fn response(socket: &Path, path: &str, patience: Duration) -> Result<Vec<u8>> {
     let (mut stream, until) = (UnixStream::connect(socket)?, Instant::now() + patience);
     write!(stream, "GET {path} HTTP/1.1\r\nHost: localhost\r\n\r\n")?;
     let (mut bytes, mut buffer) = (Vec::new(), vec![0; 64 * 1024]);
@@ -33,7 +33,7 @@ fn said(socket: &Path, path: &str, patience: Duration) -> Result<Vec<u8>> {
     Ok(bytes)
 }
 
-/// A daemon with one answer, in chunks, and with events without end.
+/// A daemon with one response, in chunks, and an endless event stream.
 fn daemon(socket: &Path) -> Result<()> {
     let listener = UnixListener::bind(socket)?;
     std::thread::spawn(move || {
@@ -50,13 +50,13 @@ fn daemon(socket: &Path) -> Result<()> {
                     }
                 }
                 assert!(head.contains("Connection: close"), "{head}");
-                let answer = match head.contains("HTTP/1.0") {
+                let response_text = match head.contains("HTTP/1.0") {
                     true => "HTTP/1.0 200 OK\r\n\r\n{\"Version\":\"20.10\"}",
                     false => {
                         "HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n8\r\n{\"Versio\r\nb\r\nn\":\"20.10\"}\r\n0\r\n\r\n"
                     }
                 };
-                Ok(stream.write_all(answer.as_bytes())?)
+                Ok(stream.write_all(response_text.as_bytes())?)
             });
         }
     });
@@ -64,18 +64,18 @@ fn daemon(socket: &Path) -> Result<()> {
 }
 
 #[test]
-fn the_proxy_is_each_fault() -> Result<()> {
+fn the_proxy_produces_each_fault() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let (real, front, moved) = (dir.path().join("real"), dir.path().join("front"), dir.path().join("moved"));
     daemon(&real)?;
     let proxy = Proxy::start(&real, &front)?;
-    let ask = || said(&front, "/version", Duration::from_secs(5));
-    let text = || Ok::<_, anyhow::Error>(String::from_utf8_lossy(&ask()?).into_owned());
+    let version = || response(&front, "/version", Duration::from_secs(5));
+    let text = || Ok::<_, anyhow::Error>(String::from_utf8_lossy(&version()?).into_owned());
     let body = || Ok::<_, anyhow::Error>(serde_json::from_str::<Value>(text()?.rsplit("\r\n\r\n").next().unwrap_or_default())?);
 
     let whole = text()?;
     assert!(whole.ends_with("n\":\"20.10\"}\r\n0\r\n\r\n"), "{whole}");
-    let events = || said(&front, "/v1.41/events?x", Duration::from_millis(200));
+    let events = || response(&front, "/v1.41/events?x", Duration::from_millis(200));
     assert!(String::from_utf8_lossy(&events()?).matches("{\"e\":1").count() > 2);
     proxy.set(Fault::Rewrite(Box::new(|path, mut json| {
         assert_eq!(path, "/version");
@@ -87,9 +87,9 @@ fn the_proxy_is_each_fault() -> Result<()> {
     proxy.set(Fault::CloseHalfWay)?;
     assert!(whole.starts_with(&text()?) && text()?.len() == whole.len() / 2);
     proxy.set(Fault::Garbage)?;
-    assert!(ask()? != ask()?);
+    assert!(version()? != version()?);
     proxy.set(Fault::Huge)?;
-    let huge = ask()?;
+    let huge = version()?;
     assert!(huge.starts_with(b"HTTP/1.1 200 OK\r\n") && huge.len() > HUGE && huge.ends_with(b"\"}\r\n0\r\n\r\n"));
     proxy.set(Fault::Status(404))?;
     let mut kept = UnixStream::connect(&front)?;
@@ -103,12 +103,12 @@ fn the_proxy_is_each_fault() -> Result<()> {
     assert_eq!(proxy.paths().iter().filter(|p| *p == "/containers/x").count(), 2);
 
     proxy.set(Fault::Hang)?;
-    assert!(said(&front, "/version", Duration::from_millis(100))?.is_empty());
+    assert!(response(&front, "/version", Duration::from_millis(100))?.is_empty());
     let late = std::thread::spawn({
         let front = front.clone();
-        move || said(&front, "/version", Duration::from_secs(5))
+        move || response(&front, "/version", Duration::from_secs(5))
     });
-    wait_for("the request waits", Duration::from_secs(5), || Ok((proxy.paths().len() as u64 > 12).then_some(())))?;
+    wait_for("the request is pending", Duration::from_secs(5), || Ok((proxy.paths().len() as u64 > 12).then_some(())))?;
     proxy.set(Fault::Pass)?;
     assert_eq!(late.join().expect("no panic")?, whole.as_bytes());
 
@@ -126,20 +126,20 @@ fn the_proxy_is_each_fault() -> Result<()> {
     proxy.appear()?;
     assert_eq!(text()?, whole);
     proxy.move_to(&moved)?;
-    assert!(!front.exists() && said(&moved, "/version", Duration::from_secs(5))? == whole.as_bytes());
+    assert!(!front.exists() && response(&moved, "/version", Duration::from_secs(5))? == whole.as_bytes());
     drop(proxy);
     assert!(!moved.exists());
     Ok(())
 }
 
-/// The pids of its cgroup are the process's own in every hierarchy.
-fn is_in(pid: u32, cgroup: &str) -> Result<()> {
+/// Asserts that the process is in this cgroup in every hierarchy.
+fn assert_in_cgroup(pid: u32, cgroup: &str) -> Result<()> {
     let lines = std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?;
     assert!(lines.lines().all(|line| line.ends_with(&format!(":{cgroup}"))), "{pid} is not in {cgroup}: {lines}");
     Ok(())
 }
 
-fn nothing_is_left(dir: &Path, programs: &[&str], cgroup: &str) {
+fn assert_nothing_left(dir: &Path, programs: &[&str], cgroup: &str) {
     assert!(!dir.exists(), "{}", dir.display());
     assert_eq!(mounts_below(dir), Vec::<std::path::PathBuf>::new());
     assert_eq!(cgroups(cgroup), Vec::<std::path::PathBuf>::new());
@@ -159,7 +159,7 @@ fn pods(layout: Layout) -> Result<()> {
     let cgroup = format!("/kubepods/burstable/pod{}/{id}", spec.uid);
     match layout {
         Layout::PureV2 => assert!(std::fs::read_to_string(format!("/proc/{pid}/cgroup"))?.contains(&format!("0::{cgroup}\n"))),
-        _ => is_in(pid, &cgroup)?,
+        _ => assert_in_cgroup(pid, &cgroup)?,
     }
     let bundle = containerd.state().join(format!("io.containerd.runtime.v2.task/k8s.io/{id}/config.json"));
     let config: Value = serde_json::from_slice(&std::fs::read(bundle)?)?;
@@ -185,7 +185,7 @@ fn pods(layout: Layout) -> Result<()> {
     containerd.pause()?;
     let state = containerd.state();
     drop(containerd);
-    nothing_is_left(state.parent().context("a folder")?, &["containerd"], &spec.cgroup_parent);
+    assert_nothing_left(state.parent().context("a folder")?, &["containerd"], &spec.cgroup_parent);
     Ok(())
 }
 
@@ -195,41 +195,41 @@ fn containerd_runs_pods_and_leaves_nothing() -> Result<()> {
 }
 
 #[test]
-fn containerd_on_cgroup_v2_alone() -> Result<()> {
+fn containerd_runs_pods_on_cgroup_v2_alone() -> Result<()> {
     pods(Layout::PureV2)
 }
 
 #[test]
-fn what_a_dying_test_has_started_is_removed() -> Result<()> {
+fn what_a_panicking_test_started_is_removed() -> Result<()> {
     let spec = PodSpec::new("prod", "doomed", "5f0c1b3e-0000-4000-8000-000000000002");
-    let (doomed, (tell, told)) = (spec.clone(), std::sync::mpsc::channel());
+    let (doomed, (sender, receiver)) = (spec.clone(), std::sync::mpsc::channel());
     let dying = std::thread::spawn(move || -> Result<()> {
         let mut containerd = Containerd::start()?;
         containerd.run(&containerd.run_pod(&doomed)?, "main", 0, &["/bin/sleep", "300"])?;
-        tell.send(containerd.state())?;
+        sender.send(containerd.state())?;
         containerd.stop();
         panic!("on purpose");
     });
     assert!(dying.join().is_err(), "it panicked");
-    nothing_is_left(told.recv()?.parent().context("a folder")?, &["containerd"], &spec.cgroup_parent);
+    assert_nothing_left(receiver.recv()?.parent().context("a folder")?, &["containerd"], &spec.cgroup_parent);
     Ok(())
 }
 
 #[test]
-fn grpc_goes_through_the_proxy() -> Result<()> {
+fn grpc_passes_through_the_proxy() -> Result<()> {
     let containerd = Containerd::start()?;
     let dir = tempfile::tempdir()?;
     let proxy = Proxy::start(&containerd.address(), &dir.path().join("socket"))?;
     let client = Client::new(&dir.path().join("socket"))?;
-    let ask = || client.call::<_, VersionResponse>("runtime.v1.RuntimeService", "Version", VersionRequest::default());
-    assert_eq!(ask()?.runtime_name, "containerd");
-    ask()?;
+    let version = || client.call::<_, VersionResponse>("runtime.v1.RuntimeService", "Version", VersionRequest::default());
+    assert_eq!(version()?.runtime_name, "containerd");
+    version()?;
     assert_eq!((proxy.count(), proxy.paths().len()), (2, 0));
     for fault in [Fault::Garbage, Fault::CloseHalfWay, Fault::Refuse] {
         proxy.set(fault)?;
-        assert!(ask().is_err());
+        assert!(version().is_err());
         proxy.set(Fault::Pass)?;
-        wait_for("it works again", Duration::from_secs(5), || Ok(ask().ok()))?;
+        wait_for("calls succeed again", Duration::from_secs(5), || Ok(version().ok()))?;
     }
     proxy.set(Fault::Hang)?;
     std::thread::scope(|scope| {
@@ -253,10 +253,10 @@ fn grpc_goes_through_the_proxy() -> Result<()> {
 fn podman_runs_containers_and_leaves_nothing() -> Result<()> {
     let podman = Podman::start()?;
     let (id, pid) = podman.run("one", 300, &["team=vision"])?;
-    is_in(pid, &format!("{}/libpod-{id}", podman::PARENT))?;
+    assert_in_cgroup(pid, &format!("{}/libpod-{id}", podman::PARENT))?;
     let list: Value = serde_json::from_slice(&std::fs::read(podman.root().join("overlay-containers/containers.json"))?)?;
     assert_eq!((&list[0]["id"], &list[0]["names"][0]), (&Value::from(&*id), &"one".into()));
-    let inspected = said(&podman.socket(), &format!("/containers/{id}/json"), Duration::from_secs(1))?;
+    let inspected = response(&podman.socket(), &format!("/containers/{id}/json"), Duration::from_secs(1))?;
     assert!(String::from_utf8_lossy(&inspected).contains("\"team\":\"vision\""));
     let (other, _) = podman.run("two", 300, &[])?;
     podman.remove("one")?;
@@ -264,12 +264,12 @@ fn podman_runs_containers_and_leaves_nothing() -> Result<()> {
     let dir = podman.root();
     let dir = dir.parent().context("a folder")?;
     drop(podman);
-    nothing_is_left(dir, &["podman", "conmon"], &format!("{}/libpod-{other}", podman::PARENT));
+    assert_nothing_left(dir, &["podman", "conmon"], &format!("{}/libpod-{other}", podman::PARENT));
     Ok(())
 }
 
 #[test]
-fn crio_s_double_answers_in_both_ways_and_writes_files() -> Result<()> {
+fn the_crio_double_serves_both_protocols_and_writes_files() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let double = Crio::start(dir.path())?;
     let uid = "5f0c1b3e-0000-4000-8000-000000000003";
@@ -293,14 +293,14 @@ fn crio_s_double_answers_in_both_ways_and_writes_files() -> Result<()> {
     let pod: cri::PodSandboxStatusResponse = client.call(cri::V1, "PodSandboxStatus", request(&pod_id))?;
     assert_eq!(pod.status.and_then(|s| s.metadata).context("metadata")?.uid, uid);
     let missing = client.call::<_, cri::ContainerStatusResponse>(cri::V1, "ContainerStatus", request("x"));
-    assert_eq!(missing.expect_err("there is none").code(), tonic::Code::NotFound);
+    assert_eq!(missing.expect_err("the container does not exist").code(), tonic::Code::NotFound);
     for (speaks, refused) in [(Speaks::V1, cri::V1ALPHA2), (Speaks::V1Alpha2, cri::V1)] {
         double.set(speaks);
         let refusal = client.call::<_, cri::ListContainersResponse>(refused, "ListContainers", all.clone());
         assert_eq!(refusal.expect_err("refused").code(), tonic::Code::Unimplemented);
     }
 
-    let http = |path: &str| said(&double.socket(), path, Duration::from_millis(300));
+    let http = |path: &str| response(&double.socket(), path, Duration::from_millis(300));
     let json = |path: &str| {
         Ok::<_, anyhow::Error>(serde_json::from_slice::<Value>(
             http(path)?.split(|b| *b == b'\n').next_back().unwrap_or_default(),
@@ -327,7 +327,7 @@ fn crio_s_double_answers_in_both_ways_and_writes_files() -> Result<()> {
 }
 
 #[test]
-fn the_kubelet_s_double_lists_devices() -> Result<()> {
+fn the_kubelet_double_lists_devices() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("kubelet.sock");
     let double = Kubelet::start(&socket)?;

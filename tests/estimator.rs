@@ -1,6 +1,6 @@
-//! The estimator against the simulator's timeline, in the simulator's own time: thousands of windows in seconds. The samples are those
-//! that the simulated driver records; what is measured is the product's fold. The real agent on the real driver interface is in
-//! `accuracy`.
+//! The estimator against the simulator's timeline, in simulated time: thousands of windows in seconds. The samples are those that the
+//! simulated driver records; what is measured is the agent's own attribution and aggregation. `accuracy` tests the real agent on the
+//! real driver interface.
 
 use std::sync::Arc;
 
@@ -10,7 +10,7 @@ use nvidia_ml_sim::model::{Model, mix};
 use nvidia_ml_sim::world::World;
 use sampler_core::device::{Engine, GpuInfo};
 use sampler_core::observation::{
-    Answer, CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, Observation, ProcessChange, ProcessFact,
+    CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, Observation, PollStatus, ProcessChange, ProcessFact,
     ProcessKind, ProcessSample, ProcessSeen, RunningProcess,
 };
 use sampler_core::pipeline::Core;
@@ -19,11 +19,11 @@ use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const START_US: u64 = 1_000_000_000_000;
 const WINDOW_US: u64 = 10_000_000;
-/// Until every tick is settled.
+/// Until every sample is settled.
 const SETTLED_US: u64 = 1_000_000;
-/// Until no unqueried sample waits for neighbours.
+/// Until no unqueried sample waits for its neighbours.
 const UNQUERIED_US: u64 = 11_000_000;
-/// What the driver's rounding to a percent makes of a window, and its ends.
+/// Error of a window from the driver's rounding to a percent, and from the window's ends.
 const ROUNDING: f64 = 0.003;
 const FIRST_PID: u32 = 1_000;
 const PIDS_OF_USER: u32 = 10_000;
@@ -32,9 +32,9 @@ const PIDS_OF_USER: u32 = 10_000;
 #[derive(Clone, Copy)]
 struct EstimatorUser {
     demand: f64,
-    /// It wants its demand only in the first `on` of each `every`, microseconds.
+    /// The demand applies only in the first `on` of each `every`; microseconds.
     pattern: Option<(u64, u64)>,
-    /// One process follows the other, each living so long; microseconds.
+    /// Lifetime of each process; the next begins when one ends; microseconds.
     life_us: Option<u64>,
 }
 
@@ -54,7 +54,7 @@ fn user_of(pid: u32) -> usize {
     ((pid - FIRST_PID) / PIDS_OF_USER) as usize
 }
 
-/// The loads, and when their processes begin and end in boot time.
+/// The loads, with begin and end of their processes in boot time.
 fn loads(users: &[EstimatorUser], seconds: u64) -> Vec<Load> {
     let mut loads = Vec::new();
     let end = START_US + seconds * 1_000_000;
@@ -80,15 +80,15 @@ fn loads(users: &[EstimatorUser], seconds: u64) -> Vec<Load> {
     loads
 }
 
-/// Beginnings and ends of short lives, in their order: (when, what).
+/// Begins and ends of short-lived processes, with their times, in order.
 fn process_events(users: &[EstimatorUser], loads: &[Load]) -> Vec<(u64, Observation)> {
     let short = |load: &&Load| users[user_of(load.pid)].life_us.is_some();
     let events = |load: &Load| {
-        let place = CgroupMembership { v2_id: 10 + user_of(load.pid) as u64, ..CgroupMembership::default() };
+        let membership = CgroupMembership { v2_id: 10 + user_of(load.pid) as u64, ..CgroupMembership::default() };
         let (tgid, start) = (Tgid(load.pid), BootNs(load.begin_us * 1000));
         let end = load.end_us.unwrap_or_default();
-        let seen = ProcessSeen { tgid, start, coarse_start: false, began: start, place: Some(place) };
-        let exit = ProcessFact { change: ProcessChange::Exit, tgid, start, at: BootNs(end * 1000), place };
+        let seen = ProcessSeen { tgid, start, coarse_start: false, began: start, membership: Some(membership) };
+        let exit = ProcessFact { change: ProcessChange::Exit, tgid, start, at: BootNs(end * 1000), membership };
         [(load.begin_us, Observation::ProcessSeen(seen)), (end, Observation::Process(exit))]
     };
     let mut all: Vec<(u64, Observation)> = loads.iter().filter(short).flat_map(events).collect();
@@ -109,9 +109,9 @@ fn core(users: &[EstimatorUser]) -> Core {
         cgroup(10 + n, Some(2), format!("{n:064x}"));
     }
     for (n, _) in (0..).zip(users).filter(|(_, user)| user.life_us.is_none()) {
-        let place = Some(CgroupMembership { v2_id: 10 + n, ..CgroupMembership::default() });
+        let membership = Some(CgroupMembership { v2_id: 10 + n, ..CgroupMembership::default() });
         let (tgid, start) = (Tgid(FIRST_PID + n as u32 * PIDS_OF_USER), BootNs(5));
-        core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place }));
+        core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), membership }));
     }
     let info = GpuInfo {
         uuid: GpuUuid("GPU-0".into()),
@@ -124,7 +124,7 @@ fn core(users: &[EstimatorUser]) -> Core {
     core
 }
 
-/// As the driver lists them: short lives while they last, others also before and after.
+/// The driver's process list: short-lived processes while they run, the others also before and after.
 fn listed(loads: &[Load], at_us: u64) -> Vec<RunningProcess> {
     let short = |load: &Load| load.end_us.is_some_and(|end| end - load.begin_us < 1_000_000);
     let lives = |load: &&Load| !short(load) || load.begin_us <= at_us && Some(at_us) < load.end_us;
@@ -132,29 +132,29 @@ fn listed(loads: &[Load], at_us: u64) -> Vec<RunningProcess> {
     loads.iter().filter(lives).map(process).collect()
 }
 
-fn poll(core: &mut Core, loads: &[Load], ended_us: u64, tick: Option<(u64, u32, Option<u32>)>, queried: bool) {
+fn poll(core: &mut Core, loads: &[Load], ended_us: u64, sample: Option<(u64, u32, Option<u32>)>, queried: bool) {
     let at = |us: u64| GpuNs((us + 12_345_678) * 1000);
     let ended = BootNs(ended_us * 1000);
-    let row = |(us, util, pid): (u64, u32, Option<u32>)| {
+    let process_sample = |(us, util, pid): (u64, u32, Option<u32>)| {
         let mut percent = [0; Engine::ALL.len()];
         percent[0] = util as u8;
         pid.filter(|_| util > 0).map(|pid| ProcessSample { at: at(us), pid, percent })
     };
     core.observe(Observation::from(GpuBatch {
         wall: WallTime(1),
-        samples: tick.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
-        process_samples: tick.filter(|_| queried).and_then(row).into_iter().collect(),
+        samples: sample.into_iter().map(|(us, busy_percent, _)| DeviceSample { at: at(us), busy_percent, queried }).collect(),
+        process_samples: sample.filter(|_| queried).and_then(process_sample).into_iter().collect(),
         processes: Some(listed(loads, ended_us)),
-        ..GpuBatch::new(0, ended, Answer::Samples)
+        ..GpuBatch::new(0, ended, PollStatus::Samples)
     }));
     core.observe(Observation::ClockAdvanced { at: ended, wall: WallTime(1) });
 }
 
-/// One world, run to its end.
+/// One world, simulated to its end.
 struct Run {
-    /// Of each window and user: estimate less truth in parts of the GPU, and the stated standard error.
+    /// Per window and user: estimate less truth as a share of the GPU, and the stated standard error.
     windows: Vec<(f64, f64)>,
-    /// Of each user: estimated and true seconds, the stated standard error.
+    /// Per user: estimated seconds, true seconds, stated standard error.
     totals: Vec<(f64, f64, f64)>,
     last: Snapshot,
 }
@@ -163,7 +163,7 @@ fn pair(snapshot: &Snapshot, user: usize) -> Option<&ContainerGpu> {
     snapshot.containers.iter().find(|c| c.record.cgroup_path.ends_with(&format!("{user:064x}")))?.gpus.first()
 }
 
-/// `one_in`: of so many samples the process of one is queried, at random.
+/// `one_in`: the process of one in so many samples is queried, at random.
 fn run(toml: &str, users: &[EstimatorUser], seconds: u64, one_in: u64) -> Run {
     let world = World::parse(&format!("{toml}\n[[gpus]]")).expect("a world");
     let loads = loads(users, seconds);
@@ -187,13 +187,13 @@ fn run(toml: &str, users: &[EstimatorUser], seconds: u64, one_in: u64) -> Run {
         while let Some((_, event)) = events.next_if(|(when, _)| *when <= at + 20_000) {
             core.observe(event);
         }
-        let tick = model.tick(spans[k]);
+        let sample = model.sample(spans[k]);
         let queried = mix(world.seed, 17, k as u64).is_multiple_of(one_in);
-        poll(&mut core, &loads, at + 20_000, Some((*at, tick.util[0], tick.pid[0])), queried);
+        poll(&mut core, &loads, at + 20_000, Some((*at, sample.util[0], sample.pid[0])), queried);
         first.get_or_insert(*at);
         if *at >= window_ends && *at < START_US + seconds * 1_000_000 {
             window_ends += WINDOW_US;
-            // The fold is a function of what it was told: a copy would do, a pause does too.
+            // The result depends only on the input, so a poll at a later time serves as well as a copy of the core would.
             poll(&mut core, &loads, at + period - 1, None, true);
             let snapshot = core.snapshot();
             let settled = (at + period - 1).saturating_sub(400_000 + 20_000);
@@ -222,22 +222,22 @@ fn run(toml: &str, users: &[EstimatorUser], seconds: u64, one_in: u64) -> Run {
     Run { windows, totals, last }
 }
 
-/// What estimators do that credit each named sample with its own utilization.
+/// The estimate of a method that credits each named sample with its own utilization.
 fn naive(toml: &str, users: &[EstimatorUser], seconds: u64) -> f64 {
     let world = World::parse(&format!("{toml}\n[[gpus]]")).expect("a world");
     let loads = loads(users, seconds);
     let faults = Faults::default();
     let model = Model { world: &world, unit: 0.into(), loads: &loads, faults: &faults };
-    let ticks = model.grid(START_US, START_US + seconds * 1_000_000).map(|span| model.tick(span));
-    let named = ticks.filter(|t| t.pid[0] == Some(FIRST_PID));
-    named.map(|t| f64::from(t.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum()
+    let samples = model.grid(START_US, START_US + seconds * 1_000_000).map(|span| model.sample(span));
+    let named = samples.filter(|s| s.pid[0] == Some(FIRST_PID));
+    named.map(|s| f64::from(s.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum()
 }
 
 const RULES: [&str; 2] = ["instant", "last"];
 
-/// Runs a world under both rules and some seeds.
+/// Simulates a world under both rules with some seeds.
 fn runs(users: &[EstimatorUser], seeds: u64, seconds: u64, one_in: u64) -> Vec<Run> {
-    // Of one seed both rules would name the same user where one is always busy.
+    // With the same seed, both rules would name the same user where one is always busy.
     let worlds = (0..2 * seeds).zip(RULES.into_iter().cycle()).map(|(seed, rule)| format!("seed = {seed}\npid_rule = '{rule}'"));
     worlds.map(|toml| run(&toml, users, seconds, one_in)).collect()
 }
@@ -252,7 +252,7 @@ struct Coverage {
 fn coverage(name: &str, runs: &[Run]) -> Coverage {
     let all: Vec<(f64, f64)> = runs.iter().flat_map(|run| run.windows.iter().copied()).collect();
     let n = all.len() as f64;
-    let rms = |of: fn(&(f64, f64)) -> f64| (all.iter().map(|w| of(w).powi(2)).sum::<f64>() / n).sqrt();
+    let rms = |value: fn(&(f64, f64)) -> f64| (all.iter().map(|w| value(w).powi(2)).sum::<f64>() / n).sqrt();
     let within = [1.0, 2.0].map(|k| all.iter().filter(|w| w.0.abs() <= k * w.1 + ROUNDING).count() as f64 / n);
     let c = Coverage { windows: all.len(), rms: rms(|w| w.0), stated: rms(|w| w.1), within };
     println!(
@@ -263,15 +263,15 @@ fn coverage(name: &str, runs: &[Run]) -> Coverage {
 }
 
 #[test]
-fn stated_errors_of_windows_cover_what_they_should() {
+fn stated_errors_of_windows_cover_the_true_errors() {
     let steady_worlds = [
-        ("two that want all", vec![steady(1.0), steady(1.0)]),
+        ("two with full demand", vec![steady(1.0), steady(1.0)]),
         ("0.9 and 0.1", vec![steady(0.9), steady(0.1)]),
         ("0.3 and 0.1", vec![steady(0.3), steady(0.1)]),
         ("0.05, 0.05, 0.5", vec![steady(0.05), steady(0.05), steady(0.5)]),
         ("eight of 0.12", vec![steady(0.12); 8]),
     ];
-    // Beside one of 0.9, one whose period comes close to the grid's 167.139 ms, or to a simple part of it.
+    // Next to a user of 0.9, one with a period close to the grid's 167.139 ms, or to a simple fraction of it.
     let aliasing = [
         ("100 ms", periodic(1.0, 100_000, 60_000)),
         ("the grid and 1 %", periodic(1.0, 168_800, 80_000)),
@@ -291,7 +291,7 @@ fn stated_errors_of_windows_cover_what_they_should() {
         assert!((0.55..0.84).contains(&c.within[0]) && c.within[1] > 0.92, "{name}");
         assert!(c.stated < 1.3 * c.rms && c.rms < 1.3 * c.stated, "{name}");
     }
-    // One that comes and goes in earnest cannot be told from one that aliases: there the error is overstated, never understated.
+    // A user that really comes and goes cannot be distinguished from one that aliases: there the error is overstated, never understated.
     for (name, user) in coming_and_going {
         let c = coverage(name, &runs(&[user, steady(0.9)], 4, 200, 1));
         assert!(c.within[0] > 0.64 && c.within[1] > 0.93 && c.stated > c.rms, "{name}");
@@ -299,22 +299,26 @@ fn stated_errors_of_windows_cover_what_they_should() {
 }
 
 #[test]
-fn there_is_no_bias_at_any_duty_cycle() {
-    println!("{:>8} {:>10} {:>10} {:>9} {:>10} | crediting only named samples", "demand", "true", "estimated", "stated", "off");
+fn estimates_have_no_bias_at_any_duty_cycle() {
+    println!("{:>8} {:>10} {:>10} {:>9} {:>10} | from named samples only", "demand", "true", "estimated", "stated", "error");
     for demand in [0.02, 0.05, 0.1, 0.3, 0.5, 0.7, 0.9, 1.0] {
-        // Alone, beside a small one, beside one that wants all, and many that are the same.
+        // Alone, next to a small user, next to one with full demand, and many equal users.
         for others in [vec![], vec![steady(0.04)], vec![steady(1.0)], vec![steady(demand); 7]] {
             let users: Vec<EstimatorUser> = [vec![steady(demand)], others].concat();
             let runs = runs(&users, 5, 60, 1);
-            let sum = |of: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| of(&run.totals[0])).sum::<f64>();
+            let sum = |value: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| value(&run.totals[0])).sum::<f64>();
             let (estimated, real, stated) = (sum(|t| t.0), sum(|t| t.1), sum(|t| t.2 * t.2).sqrt());
             let of_named: f64 = naive("seed = 0", &users, 60) * runs.len() as f64;
             let off = estimated - real;
             println!("{demand:>8} {real:>10.2} {estimated:>10.2} {stated:>9.2} {off:>+10.2} | {of_named:>10.2}");
             // The driver rounds to a percent; one slice of 2 ms is 1.2 %, and rounded to 1.
             let rounding = 0.005 * 600.0 * f64::from(u8::from(demand < 0.2)) + 0.01 * real;
-            assert!(off.abs() <= 4.0 * stated + rounding, "{demand} beside {}: {estimated} for {real}", users.len() - 1);
-            assert!(demand > 0.35 || users.len() > 1 || of_named < 0.5 * real, "named samples alone would have done: {of_named}");
+            assert!(
+                off.abs() <= 4.0 * stated + rounding,
+                "{demand} and {} others: estimated {estimated}, true {real}",
+                users.len() - 1
+            );
+            assert!(demand > 0.35 || users.len() > 1 || of_named < 0.5 * real, "named samples alone suffice: {of_named}");
             for run in &runs {
                 check_sums(run);
             }
@@ -322,7 +326,7 @@ fn there_is_no_bias_at_any_duty_cycle() {
     }
 }
 
-/// Every second is in one state, and every busy one on a container or a reason.
+/// Every second is in one state, and every busy second is credited to a container or counted under a reason.
 fn check_sums(run: &Run) {
     let gpu = &run.last.gpus[0];
     let credited: f64 = run.last.containers.iter().flat_map(|c| &c.gpus).map(|g| g.seconds).sum();
@@ -337,8 +341,8 @@ fn check_sums(run: &Run) {
 }
 
 #[test]
-fn short_lives_keep_what_is_theirs() {
-    // Thirty in a row, each with 2 s of 0.2 beside one of 0.3 that stays: the sum of the short ones is theirs.
+fn short_lived_processes_are_credited_their_own_seconds() {
+    // Thirty in a row, each with 2 s of 0.2, next to a permanent one of 0.3: the sum of the short ones must be theirs.
     let (mut got, mut real, mut variance) = (0.0, 0.0, 0.0);
     for seed in 0..6 {
         let users: Vec<EstimatorUser> = [vec![steady(0.3)], vec![periodic(0.2, 4_000_000, 2_000_000)]].concat();
@@ -348,14 +352,14 @@ fn short_lives_keep_what_is_theirs() {
             (got, real, variance) = (got + g, real + r, variance + e * e);
         }
     }
-    assert!((got - real).abs() < 4.0 * variance.sqrt() + 0.02 * real, "{got} for {real}");
+    assert!((got - real).abs() < 4.0 * variance.sqrt() + 0.02 * real, "estimated {got}, true {real}");
 }
 
-/// Queries that slow driver calls leave out cost precision alone: no bias, and the stated error covers what it should.
+/// Skipping queries because driver calls are slow costs precision only: no bias, and the stated error covers the true error.
 #[test]
-fn unqueried_samples_cost_precision_and_no_seconds() {
+fn unqueried_samples_reduce_precision_without_bias() {
     let worlds = [
-        ("two that want all", vec![steady(1.0), steady(1.0)]),
+        ("two with full demand", vec![steady(1.0), steady(1.0)]),
         ("0.9 and 0.1", vec![steady(0.9), steady(0.1)]),
         ("0.3 and 0.1", vec![steady(0.3), steady(0.1)]),
         ("0.05, 0.05, 0.5", vec![steady(0.05), steady(0.05), steady(0.5)]),
@@ -363,13 +367,13 @@ fn unqueried_samples_cost_precision_and_no_seconds() {
         ("0.1, and 4 s of 8 s of 1.0", vec![periodic(1.0, 8_000_000, 4_000_000), steady(0.1)]),
         ("lives of 0.3 s, and one that stays", vec![lives(1.0, 300_000), steady(1.0)]),
     ];
-    println!("{:>6} {:<32} {:>9} {:>9} {:>8} {:>8}", "one in", "users", "true", "off", "stated", "in 1, 2");
+    println!("{:>6} {:<32} {:>9} {:>9} {:>8} {:>8}", "one in", "users", "true", "error", "stated", "in 1, 2");
     for one_in in [2, 4, 10, 20] {
         for (name, users) in &worlds {
             let runs = runs(users, 8, 200, one_in);
             let c = coverage(name, &runs);
             for user in 0..users.len() {
-                let sum = |of: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| of(&run.totals[user])).sum::<f64>();
+                let sum = |value: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| value(&run.totals[user])).sum::<f64>();
                 let (estimated, real, stated) = (sum(|t| t.0), sum(|t| t.1), sum(|t| t.2 * t.2).sqrt());
                 let off = estimated - real;
                 let runs_within =
@@ -380,12 +384,12 @@ fn unqueried_samples_cost_precision_and_no_seconds() {
                     runs_within(2.0),
                     runs.len()
                 );
-                assert!(off.abs() <= 3.0 * stated + 0.02 * real, "{name}, one in {one_in}: {estimated} for {real}");
+                assert!(off.abs() <= 3.0 * stated + 0.02 * real, "{name}, one in {one_in}: estimated {estimated}, true {real}");
             }
-            // Six queried samples in a window, or three: a user that none of them names is there all the same.
+            // Six queried samples in a window, or three: a user that none of them names is still active.
             let two = if one_in <= 4 { 0.9 } else { 0.7 };
             assert!(c.within[0] > 0.55 && c.within[1] > two, "{name}, one in {one_in}");
-            // One that comes and goes cannot be told from one in step with the grid.
+            // A user that comes and goes cannot be distinguished from one in step with the grid.
             assert!(name.contains(" s of ") || c.stated < 1.5 * c.rms, "{name}, one in {one_in}");
             for run in &runs {
                 assert!(run.last.gpus[0].time.unobserved < 0.4, "{name}: {:?}", run.last.gpus[0].time);

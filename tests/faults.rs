@@ -1,5 +1,6 @@
-//! The fault matrix: sockets that lie, fail, hang, vanish and come back, in front of real engines. Each row runs with all sources, where
-//! files carry the labels through, and with that socket alone, where they must be complete soon after the fault's end.
+//! The fault matrix: sockets that return wrong data, fail, hang, vanish and come back, in front of real engines. Each fault is tested
+//! with all sources, where files supply the labels meanwhile, and with that socket alone, where labels must be complete soon after the
+//! fault ends.
 
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -7,16 +8,16 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::containerd::{Containerd, PodSpec};
 use gpu_sampler_tests::kernel::Layout;
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, summary};
 use gpu_sampler_tests::podman::Podman;
 use gpu_sampler_tests::proxy::{Fault, Proxy};
 use gpu_sampler_tests::{Agent, Docker, Engine, Sim, sum, wait_for};
 use serde_json::{Value, json};
 
-/// How long a fault lasts.
+/// Duration of a fault.
 const FAULT: Duration = Duration::from_secs(5);
 
-/// A proxy in front of the engine, and an agent that knows nothing but the proxy.
+/// A proxy in front of the engine; its agents are given only the proxy's endpoint.
 struct Front {
     dir: tempfile::TempDir,
     proxy: Proxy,
@@ -36,9 +37,9 @@ impl Front {
     }
 }
 
-type Lie = fn(&str, Value) -> Value;
+type Change = fn(&str, Value) -> Value;
 
-/// Changes `/version` as an engine of that name would answer.
+/// Changes `/version` to the response of an engine of this version.
 fn version(name: &'static str, least_api: &'static str) -> impl Fn(&str, Value) -> Value + Send + Sync {
     move |path, mut json| {
         if path.ends_with("/version") {
@@ -67,29 +68,29 @@ fn bare_inspect(path: &str, json: Value) -> Value {
 }
 
 #[test]
-fn dockers_versions_and_unknown_words_change_nothing() -> Result<()> {
+fn dockers_version_and_unknown_fields_do_not_matter() -> Result<()> {
     let docker = Docker::new()?;
     let front = Front::new(docker.socket())?;
     let alone = front.agent(None, "--docker-endpoint", &["--label-sources", "docker"])?;
     let all = front.agent(None, "--docker-endpoint", &[])?;
-    let rows: [(&str, Fault); 7] = [
+    let faults: [(&str, Fault); 7] = [
         ("version dev", Fault::Rewrite(Box::new(version("dev", "1.12")))),
         ("version blank", Fault::Rewrite(Box::new(version("", "")))),
         ("version twice", Fault::Rewrite(Box::new(version("20.10.10sp+fluent1.7.0", "1.12")))),
-        ("a newer least API", Fault::Rewrite(Box::new(version("29.0.0", "9.99")))),
-        ("unknown state and fields", Fault::Rewrite(Box::new(strange_inspect as Lie))),
-        ("missing fields", Fault::Rewrite(Box::new(bare_inspect as Lie))),
+        ("a newer minimum API", Fault::Rewrite(Box::new(version("29.0.0", "9.99")))),
+        ("unknown state and fields", Fault::Rewrite(Box::new(strange_inspect as Change))),
+        ("missing fields", Fault::Rewrite(Box::new(bare_inspect as Change))),
         ("none", Fault::Pass),
     ];
-    for (n, (row, fault)) in rows.into_iter().enumerate() {
+    for (n, (case, fault)) in faults.into_iter().enumerate() {
         front.proxy.set(fault)?;
         let (id, _) = docker.pod("prod", &format!("word-{n}"), 300)?;
         for agent in [&alone, &all] {
-            let (told, _) = agent.complete(&id, AT_ONCE).context(row)?;
-            assert!(words(&told).starts_with(&format!("prod/word-{n}/main ")), "{row}: {told:#}");
+            let (explained, _) = agent.complete(&id, AT_ONCE).context(case)?;
+            assert!(summary(&explained).starts_with(&format!("prod/word-{n}/main ")), "{case}: {explained:#}");
         }
     }
-    // No version is asked for, and none is in any path: so no answer about one can matter.
+    // No version is requested, and no path contains one, so no version can matter.
     let paths = front.proxy.paths();
     assert!(paths.iter().all(|path| !path.starts_with("/v1") && !path.ends_with("/version")), "{paths:?}");
     assert!(paths.iter().any(|path| path.starts_with("/events")), "events are followed: {paths:?}");
@@ -97,29 +98,29 @@ fn dockers_versions_and_unknown_words_change_nothing() -> Result<()> {
 }
 
 #[test]
-fn what_docker_says_of_a_container_hurries_the_next_question() -> Result<()> {
+fn docker_events_about_a_container_trigger_the_next_query() -> Result<()> {
     let docker = Docker::new()?;
     let front = Front::new(docker.socket())?;
     let agent = front.agent(None, "--docker-endpoint", &["--label-sources", "docker"])?;
     let (id, _) = docker.run("hurried", &json!({}), "300")?;
     agent.complete(&id, AT_ONCE)?;
-    let questions = |id: &str| front.proxy.paths().iter().filter(|path| path.contains(id)).count();
-    // One that is not known yet: it is asked about less and less.
+    let queries = |id: &str| front.proxy.paths().iter().filter(|path| path.contains(id)).count();
+    // A container that Docker does not have yet is queried at growing intervals.
     front.proxy.set(Fault::Status(404))?;
     let (id, _) = docker.run("hurried-too", &json!({}), "300")?;
     std::thread::sleep(Duration::from_secs(20));
     for n in 0..4 {
-        let before = questions(&id);
+        let before = queries(&id);
         docker.rename(&id, &format!("hurried-{n}"))?;
-        wait_for("it is asked about at once", Duration::from_secs(2), || Ok((questions(&id) > before).then_some(())))?;
+        wait_for("the container is queried at once", Duration::from_secs(2), || Ok((queries(&id) > before).then_some(())))?;
     }
     front.proxy.set(Fault::Pass)?;
     agent.complete(&id, SOON)?;
     Ok(())
 }
 
-/// A fault and its end, with containers from before, within and after it.
-fn row(
+/// Tests one fault with containers from before, during and after it.
+fn assert_recovers(
     name: &str,
     proxy: &Proxy,
     fault: Fault,
@@ -129,16 +130,16 @@ fn row(
     let [all, alone] = agents;
     proxy.set(fault)?;
     let begun = Instant::now();
-    let within = start(name)?;
-    // Files carry it through.
-    all.complete(&within, AT_ONCE).with_context(|| format!("{name}: with files"))?;
+    let during = start(name)?;
+    // Files supply the labels meanwhile.
+    all.complete(&during, AT_ONCE).with_context(|| format!("{name}: with files"))?;
     std::thread::sleep(FAULT.saturating_sub(begun.elapsed()));
-    let told = alone.container(&within)?.context("a container is known by its path whatever its runtime says")?;
-    ensure!(told["labels"]["id"]["value"].as_str().is_some_and(|id| id.contains(&*within)), "{name}: {told:#}");
-    ensure!(told["missing"].as_array().is_some_and(|m| !m.is_empty()), "{name}: the fault has no effect: {told:#}");
-    ensure!(told["would_fill"]["name"].is_array(), "{name}: who would fill it is not said: {told:#}");
+    let explained = alone.container(&during)?.context("a container is known by its path, independent of its runtime")?;
+    ensure!(explained["labels"]["id"]["value"].as_str().is_some_and(|id| id.contains(&*during)), "{name}: {explained:#}");
+    ensure!(explained["missing"].as_array().is_some_and(|m| !m.is_empty()), "{name}: the fault has no effect: {explained:#}");
+    ensure!(explained["would_fill"]["name"].is_array(), "{name}: no source for the missing label is given: {explained:#}");
     proxy.set(Fault::Pass)?;
-    let (_, took) = alone.complete(&within, SOON).with_context(|| format!("{name}: after its end"))?;
+    let (_, took) = alone.complete(&during, SOON).with_context(|| format!("{name}: after its end"))?;
     let after = start(&format!("{name}-after"))?;
     alone.complete(&after, AT_ONCE).with_context(|| format!("{name}: a container from after it"))?;
     println!("{name:<22} complete {:>5} ms after the fault's end (aim 2000)", took.as_millis());
@@ -150,7 +151,7 @@ fn up(agent: &Agent, source: &str) -> Result<Option<f64>> {
 }
 
 #[test]
-fn dockers_socket_fails_in_every_way() -> Result<()> {
+fn labels_are_complete_after_every_fault_of_dockers_socket() -> Result<()> {
     let docker = Docker::new()?;
     let front = Front::new(docker.socket())?;
     let sim = Sim::new("[[gpus]]")?;
@@ -172,36 +173,36 @@ fn dockers_socket_fails_in_every_way() -> Result<()> {
         ("100-mb", Fault::Huge),
         ("closes-half-way", Fault::CloseHalfWay),
     ] {
-        row(name, &front.proxy, fault, [&all, &alone], &mut start)?;
+        assert_recovers(name, &front.proxy, fault, [&all, &alone], &mut start)?;
         assert_eq!(up(&alone, "docker")?, Some(1.0), "after {name}");
     }
     let seen = watch.end()?;
     println!("longest of {} scrapes: {} ms (aim 50)", seen.scrapes, seen.longest.as_millis());
     seen.check_speed()?;
-    // Whose files could be read: no series was ever blank.
+    // This agent could read the files: none of its series ever had a blank label.
     watch_all.end()?.check()
 }
 
 #[test]
-fn podmans_socket_fails() -> Result<()> {
+fn labels_are_complete_after_faults_of_podmans_socket() -> Result<()> {
     let podman = Podman::start()?;
     let front = Front::new(&podman.socket())?;
     let all = front.agent(None, "--podman-endpoint", &[])?;
     let alone = front.agent(None, "--podman-endpoint", &["--label-sources", "podman"])?;
     let mut start = |name: &str| Ok(podman.run(name, 300, &[])?.0);
     for (name, fault) in [("refuses", Fault::Refuse), ("500", Fault::Status(500))] {
-        row(name, &front.proxy, fault, [&all, &alone], &mut start)?;
+        assert_recovers(name, &front.proxy, fault, [&all, &alone], &mut start)?;
     }
     Ok(())
 }
 
 #[test]
-fn every_socket_refuses() -> Result<()> {
+fn every_source_is_reported_down_when_every_socket_refuses() -> Result<()> {
     let (docker, dir) = (Docker::new()?, tempfile::tempdir()?);
     let mut args = Vec::new();
     for flag in ["--docker-endpoint", "--podman-endpoint", "--cri-endpoint"] {
         let path = dir.path().join(flag);
-        // Its listener ends at once; its file stays.
+        // The listener is closed at once; the socket's file remains.
         drop(std::os::unix::net::UnixListener::bind(&path)?);
         args.extend([flag.to_owned(), format!("unix://{}", path.display())]);
     }
@@ -212,8 +213,8 @@ fn every_socket_refuses() -> Result<()> {
     let (id, _) = docker.pod("prod", "refused-0", 300)?;
     all.complete(&id, AT_ONCE)?;
     std::thread::sleep(FAULT);
-    let told = alone.container(&id)?.context("known by its path")?;
-    assert_eq!(told["missing"], json!(["name", "image"]), "{told:#}");
+    let explained = alone.container(&id)?.context("known by its path")?;
+    assert_eq!(explained["missing"], json!(["name", "image"]), "{explained:#}");
     let page = alone.scrape()?;
     for source in ["docker", "podman", "cri"] {
         assert_eq!(sum(&page, "gpu_sampler_source_up", &[("source", source)]), Some(0.0), "{source}");
@@ -223,7 +224,7 @@ fn every_socket_refuses() -> Result<()> {
 }
 
 #[test]
-fn containerds_socket_fails_in_every_way() -> Result<()> {
+fn labels_are_complete_after_every_fault_of_containerds_socket() -> Result<()> {
     let containerd = Containerd::start()?;
     let front = Front::new(&containerd.address())?;
     let sandbox = containerd.run_pod(&PodSpec::new("prod", "trainer-0", UID))?;
@@ -244,7 +245,7 @@ fn containerds_socket_fails_in_every_way() -> Result<()> {
         ("garbage", Fault::Garbage),
         ("closes-half-way", Fault::CloseHalfWay),
     ] {
-        row(name, &front.proxy, fault, [&all, &alone], &mut start)?;
+        assert_recovers(name, &front.proxy, fault, [&all, &alone], &mut start)?;
     }
     let seen = watch.end()?;
     println!("longest of {} scrapes: {} ms (aim 50)", seen.scrapes, seen.longest.as_millis());
@@ -253,12 +254,12 @@ fn containerds_socket_fails_in_every_way() -> Result<()> {
 }
 
 #[test]
-fn containerd_hangs_goes_and_comes_back() -> Result<()> {
+fn labels_are_complete_after_containerd_hangs_or_restarts() -> Result<()> {
     let mut containerd = Containerd::start()?;
     let sandbox = containerd.run_pod(&PodSpec::new("prod", "trainer-0", UID))?;
     let endpoint = format!("unix://{}", containerd.address().display());
     let agent = Agent::start(None, &["--label-sources", "cri", "--cri-endpoint", &endpoint])?;
-    // Started before the daemon stops; the late agents have never had an answer about it.
+    // The container starts before the daemon stops; agents started later never get a response about it.
     let (id, _) = containerd.run(&sandbox, "main", 0, &["/bin/sleep", "300"])?;
     agent.complete(&id, AT_ONCE)?;
     containerd.pause()?;
@@ -267,8 +268,8 @@ fn containerd_hangs_goes_and_comes_back() -> Result<()> {
     all.complete(&id, AT_ONCE).context("with files, while it is stopped")?;
     std::thread::sleep(FAULT);
     ensure!(
-        late.container(&id)?.is_some_and(|told| told["missing"] != json!([])),
-        "it was asked and answered while it was stopped"
+        late.container(&id)?.is_some_and(|explained| explained["missing"] != json!([])),
+        "a query succeeded while the daemon was stopped"
     );
     containerd.resume()?;
     let (_, took) = late.complete(&id, SOON)?;
@@ -276,18 +277,18 @@ fn containerd_hangs_goes_and_comes_back() -> Result<()> {
     containerd.stop();
     let late = Agent::start(None, &["--label-sources", "cri", "--cri-endpoint", &endpoint])?;
     std::thread::sleep(Duration::from_secs(2));
-    assert_eq!(up(&late, "cri")?, Some(0.0), "asked for and not there");
-    containerd.go_on()?;
+    assert_eq!(up(&late, "cri")?, Some(0.0), "configured and not present");
+    containerd.relaunch()?;
     let (_, took) = late.complete(&id, SOON)?;
-    println!("restarted: complete {} ms after it answers (aim 2000)", took.as_millis());
-    // And the one that had known it all the time.
+    println!("restarted: complete {} ms after it responds (aim 2000)", took.as_millis());
+    // The agent that was running all the time also resolves new containers.
     let (again, _) = containerd.run(&sandbox, "main", 1, &["/bin/sleep", "300"])?;
     agent.complete(&again, AT_ONCE)?;
     Ok(())
 }
 
 #[test]
-fn no_socket_at_all_and_one_that_appears_late() -> Result<()> {
+fn a_socket_that_appears_late_is_used() -> Result<()> {
     let docker = Docker::new()?;
     let dir = tempfile::tempdir()?;
     let front = dir.path().join("not/yet/there/docker.sock");
@@ -297,11 +298,11 @@ fn no_socket_at_all_and_one_that_appears_late() -> Result<()> {
     let watch = Watch::start(&alone);
     let (id, _) = docker.pod("prod", "late-0", 300)?;
     all.complete(&id, AT_ONCE)?;
-    // A minute, for which it must not have become less attentive.
+    // After a minute without a socket, the agent must still detect it quickly.
     std::thread::sleep(Duration::from_secs(60));
-    let told = alone.container(&id)?.context("known by its path")?;
-    assert_eq!(told["missing"], json!(["name", "image"]));
-    assert_eq!(alone.calls()?, 0.0, "nobody was there to be asked");
+    let explained = alone.container(&id)?.context("known by its path")?;
+    assert_eq!(explained["missing"], json!(["name", "image"]));
+    assert_eq!(alone.runtime_calls()?, 0.0, "there was no socket to query");
     assert!(sum(&alone.scrape()?, "gpu_sampler_label_missing", &[("label", "image")]).is_some_and(|n| n >= 1.0));
     std::fs::create_dir_all(front.parent().context("a folder")?)?;
     let _proxy = Proxy::start(docker.socket(), &front)?;
@@ -313,17 +314,17 @@ fn no_socket_at_all_and_one_that_appears_late() -> Result<()> {
 #[test]
 fn a_socket_that_moves_is_found_again() -> Result<()> {
     let mut engine = Engine::start(Layout::PureV2)?;
-    // Told nothing: it has to find the engine where it runs.
+    // No endpoint is configured: the agent has to find the running engine.
     let agent = Agent::start_in(Layout::PureV2, None, &["--label-sources", "docker", "--docker-endpoint", ""])?;
     let (before, _) = engine.docker.run("before", &json!({}), "300")?;
     agent.complete(&before, SOON)?;
     engine.stop()?;
-    // One that has never had an answer: its container is incomplete across the move.
+    // An agent that never got a response: its container lacks labels across the move.
     let late = Agent::start_in(Layout::PureV2, None, &["--label-sources", "docker", "--docker-endpoint", ""])?;
-    wait_for("it knows the container", AT_ONCE, || late.container(&before))?;
+    wait_for("the container is known", AT_ONCE, || late.container(&before))?;
     engine.move_socket()?;
     let (_, took) = late.complete(&before, SOON)?;
-    println!("moved: incomplete across it, complete {} ms after it answers (aim 2000)", took.as_millis());
+    println!("moved: incomplete across it, complete {} ms after it responds (aim 2000)", took.as_millis());
     let (after, _) = engine.docker.run("after", &json!({}), "300")?;
     let (_, took) = agent.complete(&after, SOON)?;
     println!("moved: complete {} ms after the container's start (aim 2000)", took.as_millis());
@@ -331,7 +332,7 @@ fn a_socket_that_moves_is_found_again() -> Result<()> {
 }
 
 #[test]
-fn dockerd_restarts_and_its_containers_live_on() -> Result<()> {
+fn labels_are_complete_after_dockerd_restarts_with_live_containers() -> Result<()> {
     let mut engine = Engine::start(Layout::PureV2)?;
     let endpoint = format!("unix://{}", engine.docker.socket().display());
     let agent = Agent::start_in(Layout::PureV2, None, &["--label-sources", "docker", "--docker-endpoint", &endpoint])?;
@@ -343,9 +344,9 @@ fn dockerd_restarts_and_its_containers_live_on() -> Result<()> {
     let late = Agent::start_in(Layout::PureV2, None, &["--label-sources", "docker", "--docker-endpoint", &endpoint])?;
     assert!(Path::new(&format!("/proc/{pid}")).exists(), "live-restore keeps containers");
     assert!(all.complete(&id, AT_ONCE)?.0["labels"]["name"]["source"] == "docker-file", "with files nothing changes");
-    engine.go_on()?;
+    engine.relaunch()?;
     let (_, took) = late.complete(&id, SOON)?;
-    println!("dockerd restarted: complete {} ms after it answers (aim 2000)", took.as_millis());
+    println!("dockerd restarted: complete {} ms after it responds (aim 2000)", took.as_millis());
     let (after, _) = engine.docker.run("after", &json!({}), "300")?;
     for agent in [&agent, &late] {
         agent.complete(&after, AT_ONCE)?;
@@ -354,11 +355,11 @@ fn dockerd_restarts_and_its_containers_live_on() -> Result<()> {
 }
 
 #[test]
-fn a_series_that_was_blank_is_never_filled_within_two_seconds() -> Result<()> {
+fn no_series_with_a_blank_label_is_filled_within_two_seconds() -> Result<()> {
     let (sim, docker) = (Sim::new("[[gpus]]")?, Docker::new()?);
     let front = Front::new(docker.socket())?;
     let endpoint = format!("unix://{}", front.dir.path().join("front.sock").display());
-    // The socket alone, the slowest of sources, and in trouble when the containers start.
+    // The socket alone, which is the slowest source, and with faults when the containers start.
     let agent = Agent::start(Some(&sim), &["--docker-endpoint", &endpoint, "--label-sources", "docker"])?;
     let watch = Watch::start(&agent);
     let mut loads = Vec::new();

@@ -1,4 +1,4 @@
-//! What `cargo xtask gpu` records is replayed: recordings of real GPUs, where there are any, and one made of the simulator each time.
+//! Replays what `cargo xtask gpu` records: files from real GPUs, where there are any, and one made from the simulator in each test.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -7,20 +7,20 @@ use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::recording::{self, MOST_BYTES, RecordedGpu, Recording};
 use gpu_sampler_tests::{Sim, var};
 
-/// Paces of polling below the grid, one above it that needs taking apart, and calls for rows that each poll may make.
+/// Poll intervals below the grid and one above it, where answers must be split, with the process queries that each poll may make.
 const PACES: [(u64, usize); 4] = [(20_000, 4), (50_000, 4), (80_000, 4), (400_000, 12)];
 
 fn replay(name: &str, gpu: &RecordedGpu) -> Result<()> {
     for (every_us, calls) in PACES {
-        let told = recording::replay(&gpu.raw, every_us, calls);
-        let told = told.with_context(|| format!("{name}, GPU {}, every {every_us} us", gpu.index))?;
-        println!("{name}, GPU {}, every {every_us} us: {told:?}", gpu.index);
+        let replayed = recording::replay(&gpu.raw, every_us, calls);
+        let replayed = replayed.with_context(|| format!("{name}, GPU {}, every {every_us} us", gpu.index))?;
+        println!("{name}, GPU {}, every {every_us} us: {replayed:?}", gpu.index);
     }
     Ok(())
 }
 
 #[test]
-fn recordings_of_real_gpus() -> Result<()> {
+fn recordings_of_real_gpus_replay_without_loss() -> Result<()> {
     let all = recording::all_in(&Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/gpu"))?;
     println!("{} recordings", all.len());
     for (name, recording) in all {
@@ -32,7 +32,7 @@ fn recordings_of_real_gpus() -> Result<()> {
 }
 
 #[test]
-fn a_folder_with_none_is_no_failure() -> Result<()> {
+fn a_folder_without_recordings_is_accepted() -> Result<()> {
     let folder = tempfile::tempdir()?;
     std::fs::write(folder.path().join("README.md"), "none")?;
     assert_eq!(recording::all_in(folder.path())?.len(), 0);
@@ -42,7 +42,7 @@ fn a_folder_with_none_is_no_failure() -> Result<()> {
     Ok(())
 }
 
-/// Records the simulated GPUs of a world by the verb; what it has written.
+/// Records the simulated GPUs of a world with `xtask gpu`. Returns the table and the file.
 fn record(world: &str, seconds: &str) -> Result<(String, Recording)> {
     let sim = Sim::new(world)?;
     let folder = tempfile::tempdir()?;
@@ -65,17 +65,17 @@ fn record(world: &str, seconds: &str) -> Result<(String, Recording)> {
     Ok((table, recording))
 }
 
-/// GPU 0 by one rule, GPU 1 by nobody; the verdicts have to be the world's.
+/// Records two GPUs, the first under load, the second idle; the findings have to match the world.
 fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
     let (table, recording) = record(&format!("driver_version = '550.54.14'\n{world}"), seconds)?;
     for gpu in &recording.gpus {
         replay("recorded now", gpu)?;
     }
     let gpu = recording.gpus.first().context("GPU 0")?;
-    ensure!(gpu.raw.rows().count() > 20, "{} rows", gpu.raw.rows().count());
+    ensure!(gpu.raw.process_samples().count() > 20, "{} process samples", gpu.raw.process_samples().count());
     for (about, seen) in expect {
         let finding = gpu.findings.iter().find(|finding| finding.about == *about).with_context(|| table.clone())?;
-        ensure!(finding.seen.contains(seen) && finding.agrees != Some(false), "{about}: wants {seen}\n{table}");
+        ensure!(finding.seen.contains(seen) && finding.agrees != Some(false), "{about}: expected {seen}\n{table}");
     }
     for (call, bytes) in
         [("GetComputeRunningProcesses_v3", 24), ("GetProcessUtilization", 32), ("GetProcessesUtilizationInfo", 40)]
@@ -84,8 +84,12 @@ fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
         ensure!(stride.length == Some(bytes) && stride.pids_live > 0, "{call}: {stride:?}");
     }
     costs(gpu).context(table)?;
-    ensure!(gpu.again.iter().all(|(asked, again)| *asked > 0 && *again == 0), "lastSeen is strict: {:?}", gpu.again);
-    ensure!(gpu.ended.0 > 20, "rows were looked up: {:?}", gpu.ended);
+    ensure!(
+        gpu.again.iter().all(|(queries, again)| *queries > 0 && *again == 0),
+        "lastSeen excludes its own stamp: {:?}",
+        gpu.again
+    );
+    ensure!(gpu.ended.0 > 20, "processes of samples were looked up: {:?}", gpu.ended);
     let unprivileged = &recording.unprivileged;
     ensure!(unprivileged["problem"].is_null() && unprivileged["rows"].as_u64() > Some(0), "{unprivileged}");
     ensure!(recording.load["kind"] == "simulated" && recording.load["problem"].is_null(), "{}", recording.load);
@@ -97,14 +101,14 @@ fn check(world: &str, seconds: &str, expect: &[(&str, &str)]) -> Result<()> {
     Ok(())
 }
 
-/// Every call that the agent makes was timed in both states of the GPU, and what this driver lacks is named.
+/// Asserts that every call of the agent was timed in both states of the GPU, and that calls this driver lacks are named.
 fn costs(gpu: &RecordedGpu) -> Result<()> {
     let lacking = ["GetTotalEnergyConsumption", "GpmSampleGet", "GetMigMode"];
     ensure!(gpu.costs.len() > 20, "{} calls", gpu.costs.len());
     for (call, cost) in gpu.costs.iter().filter(|(call, _)| !lacking.contains(&call.as_str())) {
-        for (state, of) in [("idle", cost.idle), ("loaded", cost.loaded)] {
-            let ordered = of.p50_us > 0.0 && of.p50_us <= of.p99_us && of.p99_us <= of.max_us;
-            ensure!(of.count >= 10 && ordered, "{call}, {state}: {of:?}, {:?}", cost.errors);
+        for (state, times) in [("idle", cost.idle), ("loaded", cost.loaded)] {
+            let ordered = times.p50_us > 0.0 && times.p50_us <= times.p99_us && times.p99_us <= times.max_us;
+            ensure!(times.count >= 10 && ordered, "{call}, {state}: {times:?}, {:?}", cost.errors);
         }
     }
     let energy = gpu.costs.get(lacking[0]).context("energy")?;
@@ -113,31 +117,31 @@ fn costs(gpu: &RecordedGpu) -> Result<()> {
 }
 
 #[test]
-fn the_simulator_is_recorded_and_replayed() -> Result<()> {
+fn a_default_world_is_recorded_and_replayed() -> Result<()> {
     check(
         "[[gpus]]\nname = 'Simulated card'\nclock_offset_us = 12000000\n[[gpus]]\nidle_ring = 'dry'",
         "20s",
         &[
             ("grid", "median 167.1 ms"),
-            ("whom a sample names", "who is there at the instant"),
-            ("a row's stamp", "distance 50 %, 95 %: 0.0, 0.0 ms"),
-            ("the stamps' clock", "since the epoch, 119"),
-            ("the ring of an idle GPU", "goes on"),
+            ("pid rule", "the process at the instant"),
+            ("stamp of a process sample", "distance 50 %, 95 %: 0.0, 0.0 ms"),
+            ("clock of the stamps", "since the epoch, 119"),
+            ("sample buffer of an idle GPU", "continues"),
         ],
     )
 }
 
 #[test]
-fn what_differs_is_recorded_as_it_is() -> Result<()> {
+fn a_world_with_other_rules_is_recorded_as_it_is() -> Result<()> {
     check(
         "[[gpus]]\nname = 'Simulated card'\npid_rule = 'last'\nperiod_us = 100000\nclock = 'boot'\nidle_ring = 'dry'\n\
          row_stamps = 'process'",
         "20s",
         &[
             ("grid", "median 100.0 ms"),
-            ("whom a sample names", "the last of the period"),
-            ("the stamps' clock", "since boot"),
-            ("the ring of an idle GPU", "dry for up to"),
+            ("pid rule", "the last process of the period"),
+            ("clock of the stamps", "since boot"),
+            ("sample buffer of an idle GPU", "dry for up to"),
         ],
     )
 }

@@ -1,5 +1,5 @@
-//! Processes launched as container runtimes do it (forked outside, moved into the container's cgroup, exec'd) and at work on their
-//! GPU from the exec on: every sample that names one is on its container, however short the life.
+//! Processes launched as container runtimes do it (forked outside, moved into the container's cgroup, exec'd) that use their GPU from the
+//! exec on: every sample that names one is credited to its container, however short the process runs.
 
 use std::path::Path;
 use std::time::Duration;
@@ -10,11 +10,11 @@ use gpu_sampler_tests::oci::Oci;
 use gpu_sampler_tests::record::{NamedSample, RecordedLife, Samples, assert_same, credited, expected};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
-/// Every sample is wanted, on a machine that is busy with other things.
+/// Every sample has to be queried, on a machine that is busy with other things.
 const ARGS: [&str; 4] = ["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"];
-/// What was seen on most boards, and the simulator's default.
+/// The period of most boards, and the simulator's default.
 const PERIOD_US: u64 = 167_139;
-/// How long each lives, how many at once, and how many in 20 s: one kind a GPU.
+/// Lifetime, concurrent processes, and processes in about 20 s; one kind per GPU.
 const KINDS: [(&str, &str, &str); 6] = [
     ("100ms..100ms", "1", "150"),
     ("100ms..100ms", "4", "400"),
@@ -23,12 +23,12 @@ const KINDS: [(&str, &str, &str); 6] = [
     ("2s..2s", "1", "10"),
     ("2s..2s", "4", "40"),
 ];
-/// Busy time that no process can be named for, at most.
+/// Largest share of busy time without a process that could be named.
 const NO_PID_RATIO: f64 = 0.02;
-/// On no container, and why.
+/// Reasons for time outside containers that must not occur.
 const REASONS: [&str; 6] = ["invalid_pid", "pid_unknown", "host", "mps", "ambiguous", "lost"];
 
-/// When everything recorded has been served, attributed and shown.
+/// Waits until everything recorded has been served, attributed and exported.
 fn final_page(agent: &Agent) -> Result<Vec<Sample>> {
     std::thread::sleep(Duration::from_secs(12));
     agent.scrape()?;
@@ -62,16 +62,16 @@ fn launches(layout: Layout, tree: &CgroupTree) -> Result<()> {
     }
     let page = final_page(&agent)?;
 
-    let ticks: Vec<NamedSample> = sim.ticks()?;
-    let (got, want) = (credited(&page), expected(&lives, &ticks, PERIOD_US)?);
+    let samples: Vec<NamedSample> = sim.samples()?;
+    let (got, want) = (credited(&page), expected(&lives, &samples, PERIOD_US)?);
     for (gpu, (lasting, at_once, _)) in KINDS.iter().enumerate() {
-        if let Some(tick) = ticks.iter().find(|tick| tick.gpu == gpu) {
-            print_credited(&format!("{layout:?}, {at_once} at once for {lasting}"), &tick.uuid, &got, &want);
-            let of = |name: &str, key: &str, value: &str| sum(&page, name, &[("uuid", &tick.uuid), (key, value)]);
-            let no_pid = of("gpu_unattributed_seconds_total", "reason", "no_pid").context("seconds of no_pid")?;
-            let busy = of("gpu_time_seconds_total", "state", "busy").context("busy seconds")?;
+        if let Some(sample) = samples.iter().find(|sample| sample.gpu == gpu) {
+            print_credited(&format!("{layout:?}, {at_once} at once for {lasting}"), &sample.uuid, &got, &want);
+            let value = |name: &str, key: &str, value: &str| sum(&page, name, &[("uuid", &sample.uuid), (key, value)]);
+            let no_pid = value("gpu_unattributed_seconds_total", "reason", "no_pid").context("seconds of no_pid")?;
+            let busy = value("gpu_time_seconds_total", "state", "busy").context("busy seconds")?;
             println!("  no_pid: {no_pid:.2} s of {busy:.2} s busy, {:.1} %", 100.0 * no_pid / busy);
-            assert!(no_pid <= NO_PID_RATIO * busy, "{no_pid} s of {busy} s are no_pid");
+            assert!(no_pid <= NO_PID_RATIO * busy, "no_pid: {no_pid} s of {busy} s busy");
         }
     }
     assert_all_credited(&page, &got, &want);
@@ -87,21 +87,21 @@ fn assert_all_credited(page: &[Sample], got: &Samples, want: &Samples) {
 }
 
 #[test]
-fn launched_lives_are_credited_from_their_exec_on() -> Result<()> {
+fn launched_processes_are_credited_from_their_exec_on() -> Result<()> {
     launches(Layout::Machine, &CgroupTree::new("launches")?)
 }
 
 #[test]
-fn launched_lives_are_credited_from_their_exec_on_with_cgroup_v2_alone() -> Result<()> {
+fn launched_processes_are_credited_from_their_exec_on_with_cgroup_v2_alone() -> Result<()> {
     launches(Layout::PureV2, &CgroupTree::new("launches-v2")?)
 }
 
 #[test]
-fn launched_lives_are_credited_from_their_exec_on_with_cgroup_v1() -> Result<()> {
+fn launched_processes_are_credited_from_their_exec_on_with_cgroup_v1() -> Result<()> {
     launches(Layout::Machine, &CgroupTree::v1("launches-v1")?)
 }
 
-/// Three ways in which engines have a runtime start a process, each on a GPU of its own, at the same time.
+/// Three ways in which engines let a runtime start a process, each on a GPU of its own, at the same time.
 fn runtimes(runtime: &str, layout: Layout) -> Result<()> {
     const LIVES: usize = 16;
     let sim = Sim::new(&format!("seed = 19\nperiod_us = {PERIOD_US}\n[[gpus]]\n[[gpus]]\n[[gpus]]\npid_rule = 'last'"))?;
@@ -116,19 +116,19 @@ fn runtimes(runtime: &str, layout: Layout) -> Result<()> {
     let ways: [&(dyn Fn(usize) -> Result<RecordedLife> + Sync); 3] = [&run, &start, &exec];
     let lives: Vec<RecordedLife> = std::thread::scope(|scope| {
         let threads = ways.map(|way| scope.spawn(move || (0..LIVES).map(way).collect::<Result<Vec<_>>>()));
-        let lived = threads.map(|thread| thread.join().expect("it does not panic"));
+        let lived = threads.map(|thread| thread.join().expect("the launching thread does not panic"));
         lived.into_iter().collect::<Result<Vec<_>>>().map(|lives| lives.concat())
     })?;
     oci.delete(&waits)?;
     let page = final_page(&agent)?;
 
-    let ticks = sim.ticks()?;
-    let (got, want) = (credited(&page), expected(&lives, &ticks, PERIOD_US)?);
+    let samples = sim.samples()?;
+    let (got, want) = (credited(&page), expected(&lives, &samples, PERIOD_US)?);
     for (gpu, way) in ["run", "create and start", "exec"].iter().enumerate() {
-        let tick = ticks.iter().find(|tick| tick.gpu == gpu).context("no sample was recorded")?;
-        print_credited(&format!("{runtime} {way}, {layout:?}"), &tick.uuid, &got, &want);
+        let sample = samples.iter().find(|sample| sample.gpu == gpu).context("no sample was recorded")?;
+        print_credited(&format!("{runtime} {way}, {layout:?}"), &sample.uuid, &got, &want);
     }
-    assert!(ticks.len() >= 2 * LIVES, "only {} samples were recorded", ticks.len());
+    assert!(samples.len() >= 2 * LIVES, "only {} samples were recorded", samples.len());
     assert_all_credited(&page, &got, &want);
     Ok(())
 }
@@ -138,7 +138,7 @@ fn containers_of_runc_are_credited_from_their_exec_on() -> Result<()> {
     [Layout::Machine, Layout::PureV1, Layout::PureV2].into_iter().try_for_each(|layout| runtimes("runc", layout))
 }
 
-/// crun refuses a v2 hierarchy with controllers beside v1.
+/// crun rejects a v2 hierarchy with controllers next to v1.
 #[test]
 fn containers_of_crun_are_credited_from_their_exec_on() -> Result<()> {
     [Layout::PureV1, Layout::PureV2].into_iter().try_for_each(|layout| runtimes("crun", layout))

@@ -1,5 +1,4 @@
-//! Processes that are gone before the driver reports them, and pids that are used again: every recorded sample against every
-//! credited one.
+//! Processes that have ended before the driver reports them, and PIDs that are reused: every recorded sample against every credited one.
 
 use std::path::Path;
 use std::time::Duration;
@@ -9,12 +8,12 @@ use gpu_sampler_tests::kernel::{CgroupTree, Layout};
 use gpu_sampler_tests::record::{NamedSample, RecordedLife, assert_same, credited, expected, id_of, owner};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 
-/// Every sample is wanted, on a machine that is busy with other things; the budget has a test of its own.
+/// Every sample has to be queried, on a machine that is busy with other things; the budget has a test of its own.
 const ARGS: [&str; 4] = ["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"];
 const PERIOD_US: u64 = 100_000;
-/// Longer than any process lives, so none is there any more when its sample is served.
+/// Longer than any process lives, so every process has ended when its sample is served.
 const DELAY_US: u64 = 60_000;
-/// Half of the GPUs name who was on the engine at the sample's instant, half who was last within its period.
+/// Half of the GPUs name the process on the engine at the sample's instant, half the last one within its period.
 const GPUS: usize = 8;
 
 fn world(seed: u64) -> Result<Sim> {
@@ -23,9 +22,9 @@ fn world(seed: u64) -> Result<Sim> {
     Sim::new(&format!("seed = {seed}\nperiod_us = {PERIOD_US}\ndelay_us = {DELAY_US}\n{gpus}"))
 }
 
-/// When everything recorded has been served, attributed and shown.
+/// Waits until everything recorded has been served, attributed and exported.
 fn final_page(agent: &Agent) -> Result<Vec<Sample>> {
-    // The last window of the ledger closes 10 s after it began at most.
+    // The last window closes at most 10 s after it began.
     std::thread::sleep(Duration::from_secs(12));
     agent.scrape()?;
     agent.scrape()
@@ -47,12 +46,12 @@ fn every_sample(layout: Layout) -> Result<()> {
     assert_eq!(lives.len(), 10_000);
     let page = final_page(&agent)?;
 
-    let ticks = sim.ticks()?;
+    let samples = sim.samples()?;
     let gone_before_served = |t: &&NamedSample| owner(&lives, t, PERIOD_US).is_some_and(|l| l.gone_us < t.at_us + DELAY_US);
-    let gone = ticks.iter().filter(gone_before_served).count();
-    println!("{layout:?}: {} samples recorded, {gone} of them of processes that were gone when they were served", ticks.len());
-    assert!(gone >= 200, "only {gone} of {} samples were of processes gone before the poll", ticks.len());
-    assert_same(&page, &credited(&page), &expected(&lives, &ticks, PERIOD_US)?);
+    let gone = samples.iter().filter(gone_before_served).count();
+    println!("{layout:?}: {} samples recorded, {gone} of them of processes that had ended when they were served", samples.len());
+    assert!(gone >= 200, "only {gone} of {} samples were of processes that ended before the poll", samples.len());
+    assert_same(&page, &credited(&page), &expected(&lives, &samples, PERIOD_US)?);
     for reason in ["invalid_pid", "pid_unknown", "host", "mps", "ambiguous", "lost"] {
         assert_eq!(unattributed(&page, reason), 0.0, "{reason}");
     }
@@ -60,17 +59,17 @@ fn every_sample(layout: Layout) -> Result<()> {
 }
 
 #[test]
-fn every_sample_of_ten_thousand_short_lives_is_on_its_container() -> Result<()> {
+fn every_sample_of_ten_thousand_short_processes_is_credited_to_its_container() -> Result<()> {
     every_sample(Layout::Machine)
 }
 
 #[test]
-fn every_sample_of_ten_thousand_short_lives_is_on_its_container_on_cgroup_v2_alone() -> Result<()> {
+fn every_sample_of_ten_thousand_short_processes_is_credited_on_cgroup_v2_alone() -> Result<()> {
     every_sample(Layout::PureV2)
 }
 
 #[test]
-fn a_pid_used_again_never_leads_to_the_wrong_owner() -> Result<()> {
+fn a_reused_pid_never_leads_to_the_wrong_user() -> Result<()> {
     let sim = world(11)?;
     let tree = CgroupTree::new("reuse")?;
     let containers = (0..50).map(|n| tree.container(n)).collect::<Result<Vec<_>>>()?;
@@ -81,13 +80,13 @@ fn a_pid_used_again_never_leads_to_the_wrong_owner() -> Result<()> {
     let handed_on =
         |pair: &&[RecordedLife]| pair[0].pid == pair[1].pid && pair[0].cgroup != pair[1].cgroup && pair[0].gpu != pair[1].gpu;
     let reuses = lives.windows(2).filter(handed_on).count();
-    assert!(reuses >= 20, "the host pid was used again by another container on another GPU only {reuses} times");
+    assert!(reuses >= 20, "the host pid was reused by another container on another GPU only {reuses} times");
     let page = final_page(&agent)?;
 
-    // Each GPU named the pid while one life was on it: a sample that went to the life before or after is on a pair of container
-    // and GPU that never was. Close to the change of owner, within what the clocks leave open, "ambiguous" is the right answer.
-    let ticks = sim.ticks()?;
-    let (got, want) = (credited(&page), expected(&lives, &ticks, PERIOD_US)?);
+    // Each GPU named the PID while one process was on it: a sample credited to the process before or after is on a pair of container
+    // and GPU that never existed. Close to the change of process, within the clocks' uncertainty, "ambiguous" is the right result.
+    let samples = sim.samples()?;
+    let (got, want) = (credited(&page), expected(&lives, &samples, PERIOD_US)?);
     for (pair, n) in &got {
         assert!(want.get(pair).is_some_and(|most| n <= most), "{pair:?}: {n} credited, {:?} recorded", want.get(pair));
     }
@@ -101,7 +100,7 @@ fn a_pid_used_again_never_leads_to_the_wrong_owner() -> Result<()> {
 }
 
 #[test]
-fn killed_and_restarted_under_load_it_attributes_again_and_counts_nothing_twice() -> Result<()> {
+fn a_killed_and_restarted_agent_attributes_again_and_credits_nothing_twice() -> Result<()> {
     let sim = world(13)?;
     let tree = CgroupTree::new("restart")?;
     let containers = (0..50).map(|n| tree.container(n)).collect::<Result<Vec<_>>>()?;
@@ -109,7 +108,7 @@ fn killed_and_restarted_under_load_it_attributes_again_and_counts_nothing_twice(
     let mut first = Agent::start(Some(&sim), &ARGS)?;
     std::thread::sleep(Duration::from_secs(1));
     let lives = sim.lives(&dirs, &["--count", "8000", "--at-once", "12", "--lasting", "5ms..50ms"])?;
-    // The last window of the ledger must have closed once.
+    // Until the last window has closed once.
     std::thread::sleep(Duration::from_secs(13));
     first.scrape()?;
     let before = credited(&first.scrape()?);
@@ -121,16 +120,16 @@ fn killed_and_restarted_under_load_it_attributes_again_and_counts_nothing_twice(
     let lives = lives.all()?;
     let page = final_page(&second)?;
 
-    let ticks = sim.ticks()?;
-    let (after, record) = (credited(&page), expected(&lives, &ticks, PERIOD_US)?);
+    let samples = sim.samples()?;
+    let (after, record) = (credited(&page), expected(&lives, &samples, PERIOD_US)?);
     for pair in before.keys().chain(after.keys()) {
         let both = before.get(pair).unwrap_or(&0) + after.get(pair).unwrap_or(&0);
         assert!(record.get(pair).is_some_and(|n| both <= *n), "{pair:?}: {both} credited, {:?} recorded", record.get(pair));
     }
-    // From a second after the start on, with what the driver holds back: nothing is missing.
-    let late: Vec<NamedSample> = ticks.into_iter().filter(|t| t.at_us >= started_us + 1_000_000).collect();
+    // From one second after the start on, allowing for what the driver holds back, nothing may be missing.
+    let late: Vec<NamedSample> = samples.into_iter().filter(|t| t.at_us >= started_us + 1_000_000).collect();
     let late = expected(&lives, &late, PERIOD_US)?;
-    assert!(late.values().sum::<u64>() >= 200, "the load ended too early to tell: {} samples", late.values().sum::<u64>());
+    assert!(late.values().sum::<u64>() >= 200, "the load ended too early to judge: {} samples", late.values().sum::<u64>());
     for (pair, n) in &late {
         assert!(after.get(pair).is_some_and(|got| got >= n), "{pair:?}: {n} since the restart, {:?} credited", after.get(pair));
     }

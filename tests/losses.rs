@@ -1,4 +1,4 @@
-//! A storm over rings made tiny: losses are counted, a resync repairs, the tables end up as a fresh scan would have them. And an entry
+//! A process storm over tiny rings: losses are counted, a resync repairs the tables, and they end up equal to a fresh scan. Also an entry
 //! that no event and no counter explains: the check against /proc removes it.
 
 use std::process::Command;
@@ -11,7 +11,7 @@ use gpu_sampler_tests::{Agent, Running, Sim, get, sum, var, wait_for};
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 
 #[test]
-fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -> Result<()> {
+fn after_twenty_thousand_processes_over_tiny_rings_the_tables_equal_a_fresh_scan() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let tree = CgroupTree::new("losses")?;
     let before: Vec<_> = (0..10).map(|n| tree.container(n)).collect::<Result<_>>()?;
@@ -20,7 +20,7 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
     let mut args = vec!["storm", "20000", "100"];
     args.extend(dirs.iter().map(String::as_str));
     let mut storm = Actor::start(ACTOR, &args)?;
-    // Containers come and go meanwhile.
+    // Containers are created and removed meanwhile.
     let made: Vec<_> = (10..310).map(|n| tree.container(n)).collect::<Result<_>>()?;
     for (_, dir) in &made[..150] {
         std::fs::remove_dir(dir)?;
@@ -50,22 +50,22 @@ fn after_twenty_thousand_lives_over_tiny_rings_the_tables_equal_a_fresh_scan() -
         all("gpu_sampler_resyncs_total"),
         all("gpu_sampler_resync_repairs_total")
     );
-    assert!(lost("fork") > 0.0 && lost("exit") > 0.0, "nothing was lost, so nothing is shown");
+    assert!(lost("fork") > 0.0 && lost("exit") > 0.0, "nothing was lost, so the test shows nothing");
     assert!(all("gpu_sampler_resyncs_total") > 0.0 && all("gpu_sampler_resync_repairs_total") > 0.0);
-    // Containers too: those that are there, and none that is gone.
+    // Also containers: those that exist are known, those removed are not.
     for (n, (id, dir)) in made.iter().enumerate() {
-        let told = get(agent.port, &format!("/api/v1/explain?cgroup={}", tree.path_of(dir)));
-        match told {
-            Ok(told) => assert!(n >= 150 && told.contains(id), "{n}: {told}"),
+        let response = get(agent.port, &format!("/api/v1/explain?cgroup={}", tree.path_of(dir)));
+        match response {
+            Ok(text) => assert!(n >= 150 && text.contains(id), "{n}: {text}"),
             Err(error) => assert!(n < 150 && error.to_string().contains(" 404 "), "{n}: {error:#}"),
         }
     }
     Ok(())
 }
 
-/// Covers a process's folder in /proc, in the mount namespace of another process only: by nothing, or by what /proc shows of a process
-/// that has ended.
-fn cover(pid: u64, by: &str, seen_by: u32) -> Result<()> {
+/// Covers a process's folder in /proc, in the mount namespace of another process only: with nothing, or with the content that /proc shows
+/// for a process that has ended.
+fn cover(pid: u64, content: &str, seen_by: u32) -> Result<()> {
     const SCRIPT: &str = r#"
         set -e
         stat=$(sed 's/) S /) Z /' "/proc/$1/stat")
@@ -75,13 +75,13 @@ fn cover(pid: u64, by: &str, seen_by: u32) -> Result<()> {
         echo "$stat" > "/proc/$1/stat"
         echo "$status" > "/proc/$1/status""#;
     let space = format!("--mount=/proc/{seen_by}/ns/mnt");
-    let covered = Command::new("nsenter").args([&space, "sh", "-c", SCRIPT, "sh", &pid.to_string(), by]).status()?;
+    let covered = Command::new("nsenter").args([&space, "sh", "-c", SCRIPT, "sh", &pid.to_string(), content]).status()?;
     anyhow::ensure!(covered.success(), "covering /proc/{pid} failed ({covered})");
     Ok(())
 }
 
-/// A process that /proc shows as ended is for the agent one whose end no event reported. One that /proc does not show at all, as with
-/// hidepid, lives as long as its pid is in use.
+/// For the agent, a process that /proc shows as ended is one with an end that no event reported. One that /proc does not show at all, as
+/// with hidepid, lives as long as its pid is in use.
 #[test]
 fn an_entry_that_proc_contradicts_is_removed_and_counted() -> Result<()> {
     let sleep = || Command::new("sleep").arg("600").spawn().map(Running);
@@ -91,23 +91,23 @@ fn an_entry_that_proc_contradicts_is_removed_and_counted() -> Result<()> {
     command.args(["--mount", "--propagation", "private", &var("GPU_SAMPLER_BIN")?, "run"]);
     let agent = Agent::start_as(Layout::Machine, command, &["--kernel-mode", "raw_tracepoint"])?;
     let has = |pid: u64| Ok::<_, anyhow::Error>(agent_table(&agent)?.iter().any(|(p, ..)| *p == pid));
-    assert!(has(pid)? && has(hidden_pid)?, "they run");
+    assert!(has(pid)? && has(hidden_pid)?, "both processes are known");
     cover(hidden_pid, "nothing", agent.process.0.id())?;
     cover(pid, "ended", agent.process.0.id())?;
 
     // A round of checks takes two minutes; this entry may just have been checked.
     wait_for("the entry is removed", Duration::from_secs(250), || Ok((!has(pid)?).then_some(())))?;
     assert!(ended.0.try_wait()?.is_none(), "no exit event removed it");
-    assert!(has(u64::from(std::process::id()))?, "what /proc shows stays");
-    // The check of a whole round is over, and of what was suspected in it.
+    assert!(has(u64::from(std::process::id()))?, "an entry that /proc shows is kept");
+    // By then a whole round of checks is over, with the second check of its suspects.
     std::thread::sleep(Duration::from_secs(125));
-    assert!(has(hidden_pid)?, "what /proc hides stays");
-    let repairs = wait_for("the page follows", Duration::from_secs(5), || {
+    assert!(has(hidden_pid)?, "an entry that /proc hides is kept");
+    let repairs = wait_for("the repair is exported", Duration::from_secs(5), || {
         let repairs = sum(&agent.scrape()?, "gpu_sampler_liveness_repairs_total", &[]).context("the family is exposed")?;
         Ok((repairs > 0.0).then_some(repairs))
     })?;
     assert_eq!(repairs, 1.0);
-    // Where tracepoint programs can be preempted, some of their runs are skipped at any time. The kernel is asked last.
+    // Where tracepoint programs can be preempted, the kernel may skip some runs at any time. Its count is read last.
     let lost = lost_events(&agent)?;
     let skipped = skipped_runs(agent.process.0.id())?.unwrap_or_default();
     assert!(lost.values().sum::<u64>() <= skipped, "{lost:?} lost, of which the kernel skipped {skipped}");

@@ -1,4 +1,4 @@
-//! Eight GPUs at once, each with quirks of its own and 1 to 64 processes, against the simulator's record of samples and its timeline.
+//! Eight GPUs at once, each with quirks of its own and 1 to 64 processes, against the simulator's recorded samples and its timeline.
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::Path;
@@ -10,12 +10,12 @@ use gpu_sampler_tests::record::{RecordedLife, credited, expected, id_of};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 use serde_json::Value;
 
-/// A GPU's keys, its processes, what each wants.
+/// A GPU's keys in the world file, its number of processes, their demand.
 struct MatrixGpu {
     keys: &'static str,
     processes: usize,
     demand: &'static str,
-    /// The clock is set in the run: samples are lost around it.
+    /// The clock is set during the run: samples are lost around it.
     stepped: bool,
 }
 
@@ -45,10 +45,10 @@ const GPUS: [MatrixGpu; 8] = [
 ];
 const LASTING: &str = "70s..70s";
 const PERIOD_S: f64 = 0.167;
-/// Of the ticks that name a process.
+/// Least share of the samples naming a process that must be credited.
 const RECOVERED: f64 = 0.995;
 
-fn of(page: &[Sample], uuid: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
+fn value(page: &[Sample], uuid: &str, name: &str, labels: &[(&str, &str)]) -> f64 {
     sum(page, name, &[&[("uuid", uuid)], labels].concat()).unwrap_or_default()
 }
 
@@ -57,11 +57,11 @@ fn now() -> f64 {
 }
 
 #[test]
-fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
+fn with_all_quirks_at_once_no_sample_is_lost_or_counted_twice() -> Result<()> {
     let gpus: String = GPUS.iter().map(|gpu| format!("[[gpus]]\n{}\n", gpu.keys)).collect();
     let sim = Sim::new(&format!("seed = 2024\n{gpus}"))?;
     let tree = CgroupTree::new("matrix")?;
-    // What is tested here is recovery, on a machine that is busy with other tests; the budget has a test of its own.
+    // This tests reconstruction, on a machine that is busy with other tests; the budget has a test of its own.
     let agent = Agent::start(Some(&sim), &["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"])?;
     // The first read of the driver's rings only sets the watermarks.
     std::thread::sleep(Duration::from_secs(1));
@@ -96,7 +96,7 @@ fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
         )?);
     }
     let lives: Vec<RecordedLife> = lives.into_iter().map(|lives| lives.all()).collect::<Result<Vec<_>>>()?.concat();
-    // What is settled late is settled within 10 s.
+    // What settles late settles within 10 s.
     std::thread::sleep(Duration::from_secs(13));
     let after = (agent.scrape()?, now());
     let page = agent.scrape()?;
@@ -110,19 +110,19 @@ fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
     println!("GPU processes  recorded recovered  busy s   of truth  credited unattributed unobserved idle");
     for (index, gpu) in GPUS.iter().enumerate() {
         let uuid = truth["gpus"][index]["uuid"].as_str().context("uuid")?;
-        let ticks: Vec<_> = sim.ticks()?.into_iter().filter(|t| t.gpu == index).collect();
-        let want = expected(&lives, &ticks, 250_000)?;
+        let samples: Vec<_> = sim.samples()?.into_iter().filter(|s| s.gpu == index).collect();
+        let want = expected(&lives, &samples, 250_000)?;
         let (mut recorded, mut recovered) = (0, 0);
         for (key, n) in &want {
             let mine = got.get(key).copied().unwrap_or_default();
             assert!(mine <= *n, "GPU {index}: {key:?} has {mine} samples of {n}");
             (recorded, recovered) = (recorded + n, recovered + mine);
         }
-        let state = |page: &[Sample], state: &str| of(page, uuid, "gpu_time_seconds_total", &[("state", state)]);
+        let state = |page: &[Sample], state: &str| value(page, uuid, "gpu_time_seconds_total", &[("state", state)]);
         let [busy, idle, unobserved] = ["busy", "idle", "unobserved"].map(|s| state(&page, s));
-        let credited = of(&page, uuid, "container_gpu_seconds_total", &[]);
-        let unattributed = of(&page, uuid, "gpu_unattributed_seconds_total", &[]);
-        let of_record: f64 = record_busy(&all, index)?;
+        let credited = value(&page, uuid, "container_gpu_seconds_total", &[]);
+        let unattributed = value(&page, uuid, "gpu_unattributed_seconds_total", &[]);
+        let recorded_busy: f64 = record_busy(&all, index)?;
         println!(
             "{index:>3} {:>9} {recorded:>9} {recovered:>9} {busy:>8.2} {:>9.2} {credited:>9.2} {unattributed:>12.2} {unobserved:>10.2} {idle:>6.2}",
             gpu.processes,
@@ -131,10 +131,10 @@ fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
         let least = if gpu.stepped { 0.97 } else { RECOVERED };
         assert!(recovered as f64 >= least * recorded as f64, "GPU {index}: {recovered} of {recorded}");
         assert!((credited + unattributed - busy).abs() < 1e-6, "GPU {index}: {credited} + {unattributed} is not {busy}");
-        assert!((busy - of_record).abs() < 0.01 * of_record + 0.1, "GPU {index}: busy {busy}, recorded {of_record}");
+        assert!((busy - recorded_busy).abs() < 0.01 * recorded_busy + 0.1, "GPU {index}: busy {busy}, recorded {recorded_busy}");
         assert!(unobserved < 2.5, "GPU {index}: {unobserved} s unobserved");
         // The states sum to wall time between any two scrapes.
-        let states = |page: &[Sample]| of(page, uuid, "gpu_time_seconds_total", &[]);
+        let states = |page: &[Sample]| value(page, uuid, "gpu_time_seconds_total", &[]);
         let (states, wall) = (states(&after.0) - states(&before.0), after.1 - before.1);
         assert!((states - wall).abs() < 1.0, "GPU {index}: states {states}, wall {wall}");
         errors.extend(shares(&page, &truth["gpus"][index], uuid, &owners)?);
@@ -146,21 +146,21 @@ fn every_quirk_at_once_loses_no_sample_and_doubles_none() -> Result<()> {
     Ok(())
 }
 
-/// Busy seconds as the ticks say.
+/// Busy seconds by the recorded samples.
 fn record_busy(all: &Value, gpu: usize) -> Result<f64> {
     let mut last: Option<u64> = None;
     let mut busy = 0.0;
-    for tick in all.as_array().context("ticks")?.iter().filter(|t| t["gpu"] == gpu) {
-        let at = tick["time_us"].as_u64().context("time_us")?;
+    for sample in all.as_array().context("samples")?.iter().filter(|s| s["gpu"] == gpu) {
+        let at = sample["time_us"].as_u64().context("time_us")?;
         if let Some(last) = last {
-            busy += tick["util"]["sm"].as_f64().context("util")? / 100.0 * (at - last) as f64 / 1e6;
+            busy += sample["util"]["sm"].as_f64().context("util")? / 100.0 * (at - last) as f64 / 1e6;
         }
         last = Some(at);
     }
     Ok(busy)
 }
 
-/// Of every container: credited less true seconds, and the stated standard error.
+/// Per container: credited less true seconds, and the stated standard error.
 fn shares(page: &[Sample], truth: &Value, uuid: &str, owners: &HashMap<u32, String>) -> Result<Vec<(f64, f64)>> {
     let mut containers: BTreeMap<&str, f64> = BTreeMap::new();
     for process in truth["processes"].as_array().context("processes")? {
@@ -169,11 +169,12 @@ fn shares(page: &[Sample], truth: &Value, uuid: &str, owners: &HashMap<u32, Stri
     }
     let mut errors = Vec::new();
     for (id, real) in containers {
-        let got = of(page, uuid, "container_gpu_seconds_total", &[("container_id", id)]);
-        let stderr = of(page, uuid, "container_gpu_seconds_stderr", &[("container_id", id)]);
-        // Where a handful of ticks is all there is, what they happened to be says little of the error; the truth does.
+        let got = value(page, uuid, "container_gpu_seconds_total", &[("container_id", id)]);
+        let stderr = value(page, uuid, "container_gpu_seconds_stderr", &[("container_id", id)]);
+        // With only a handful of samples, their spread is a poor estimate of the error; a bound from the truth is used then.
         let least = (real * PERIOD_S).sqrt();
-        assert!((got - real).abs() <= 4.5 * stderr.max(least) + 0.15, "{uuid} {id}: {got} for {real}, standard error {stderr}");
+        let bound = 4.5 * stderr.max(least) + 0.15;
+        assert!((got - real).abs() <= bound, "{uuid} {id}: estimated {got}, true {real}, standard error {stderr}");
         errors.push((got - real, stderr));
     }
     Ok(errors)

@@ -1,5 +1,5 @@
-//! Pids of another kernel's space are credited to no container, whichever local process has their number; pids of this machine are
-//! credited from the first sample on.
+//! PIDs of another kernel are credited to no container, whichever local process has the same number; PIDs of this machine are credited
+//! from the first sample on.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -8,13 +8,13 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, Layout};
 use gpu_sampler_tests::record::{credited, expected};
-use gpu_sampler_tests::{Agent, Running, Sim, get, sum, told, var, wait_for};
+use gpu_sampler_tests::{Agent, Running, Sim, get, run_cli, sum, var, wait_for};
 use serde_json::Value;
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 const GPUS: usize = 3;
 
-/// `nvml-sim run` of a process that does nothing else; it holds the device nodes of its GPU where the world has them.
+/// `nvml-sim run` of an idle process; it holds the device nodes of its GPU where the world has them.
 fn run(sim: &Sim, gpu: usize, args: &[&str]) -> Result<Running> {
     let mut command = Command::new(var("NVML_SIM_BIN")?);
     command.arg("run").arg("--dir").arg(sim.dir.path()).args(["--gpu", &gpu.to_string(), "--demand", "1", "--mem", "1GiB"]);
@@ -28,18 +28,18 @@ fn state(agent: &Agent) -> Result<String> {
     Ok(states[0].labels["state"].clone())
 }
 
-/// Of a condition that the agent reports: its message.
+/// The message of the agent's `pid-space` condition, if it holds.
 fn condition(agent: &Agent) -> Result<Option<String>> {
     let live: Value = serde_json::from_str(&get(agent.port, "/api/v1/live")?)?;
     let all = live["degraded"].as_array().context("degraded")?;
     Ok(all.iter().find(|c| c["what"] == "pid-space").and_then(|c| c["message"].as_str()).map(str::to_owned))
 }
 
-/// What `doctor` says of the driver's pids: status, all of it.
+/// The result of doctor's check of the driver's PIDs: status, and the whole check.
 fn doctor(sim: &Sim) -> Result<(String, String)> {
     let (library, devices) = (sim.library().display().to_string(), sim.devices().display().to_string());
     let args = ["doctor", "--json", "--listen", "127.0.0.1:0", "--nvml-lib", &library, "--path-devfs", &devices];
-    let (_, out, err) = told(&args)?;
+    let (_, out, err) = run_cli(&args)?;
     let report: Value = serde_json::from_str(&out).context(err)?;
     let checks = report["checks"].as_array().context("checks")?;
     let check = checks.iter().find(|c| c["name"] == "driver's pids").context("a check of the driver's pids")?;
@@ -50,7 +50,7 @@ fn unattributed(agent: &Agent, reason: &str) -> Result<f64> {
     Ok(sum(&agent.scrape()?, "gpu_unattributed_seconds_total", &[("reason", reason)]).unwrap_or_default())
 }
 
-/// One process in each of three containers, which use no GPU.
+/// One process in each of three containers, which do not use a GPU.
 fn bystanders(tree: &CgroupTree) -> Result<(Vec<u32>, Vec<Actor>)> {
     let (mut pids, mut actors) = (Vec::new(), Vec::new());
     for n in 0..GPUS {
@@ -62,7 +62,7 @@ fn bystanders(tree: &CgroupTree) -> Result<(Vec<u32>, Vec<Actor>)> {
     Ok((pids, actors))
 }
 
-/// Processes of another kernel have the numbers of local processes in containers.
+/// Processes of another kernel with the PIDs of local processes in containers.
 fn foreign(mode: &str) -> Result<()> {
     let sim = Sim::new(&format!("nodes = true\npid_rule = 'last'\nperiod_us = 100000\n{}", "[[gpus]]\n".repeat(GPUS)))?;
     let tree = CgroupTree::new("foreign")?;
@@ -73,12 +73,10 @@ fn foreign(mode: &str) -> Result<()> {
     }
     let agent = Agent::start(Some(&sim), &["--kernel-mode", mode])?;
     let from = Instant::now();
-    wait_for("it is known that the pids are another kernel's", Duration::from_secs(20), || {
-        Ok((state(&agent)? == "foreign").then_some(()))
-    })?;
+    wait_for("the PID space is foreign", Duration::from_secs(20), || Ok((state(&agent)? == "foreign").then_some(())))?;
     println!("{mode}: foreign after {:.1} s", from.elapsed().as_secs_f64());
     std::thread::sleep(Duration::from_secs(3));
-    let message = condition(&agent)?.context("a condition says so")?;
+    let message = condition(&agent)?.context("the condition is reported")?;
     assert!(message.contains("not this machine's") && message.contains("kernel has the NVIDIA module"), "{message}");
     let page = agent.scrape()?;
     let (busy, unknown) = (
@@ -86,7 +84,7 @@ fn foreign(mode: &str) -> Result<()> {
         sum(&page, "gpu_unattributed_seconds_total", &[("reason", "pid_unknown")]).context("pid_unknown")?,
     );
     assert!(busy > 3.0 && (busy - unknown).abs() < 1e-6, "{busy} s busy, {unknown} s pid_unknown");
-    // Neither seconds nor memory, at no time: not even a series.
+    // Neither seconds nor memory at any time: not even a series exists.
     let of_containers: Vec<_> = page.iter().filter(|s| s.name.starts_with("container_")).collect();
     assert!(of_containers.is_empty(), "{of_containers:?}");
     let (status, check) = doctor(&sim)?;
@@ -106,11 +104,11 @@ fn foreign_pids_credit_no_container_in_kernel_mode_procfs() -> Result<()> {
 }
 
 #[test]
-fn foreign_pids_without_a_local_process_are_foreign_too() -> Result<()> {
+fn foreign_pids_without_a_local_process_are_detected() -> Result<()> {
     let sim = Sim::new(&format!("nodes = true\nforeign_pids = true\n{}", "[[gpus]]\n".repeat(GPUS)))?;
     let loads = (0..GPUS).map(|gpu| run(&sim, gpu, &[])).collect::<Result<Vec<_>>>()?;
     let agent = Agent::start(Some(&sim), &[])?;
-    wait_for("foreign", Duration::from_secs(20), || Ok((state(&agent)? == "foreign").then_some(())))?;
+    wait_for("the PID space is foreign", Duration::from_secs(20), || Ok((state(&agent)? == "foreign").then_some(())))?;
     let (status, check) = doctor(&sim)?;
     assert!(status == "degraded" && check.contains("not this machine's"), "{check}");
     drop(loads);
@@ -118,25 +116,25 @@ fn foreign_pids_without_a_local_process_are_foreign_too() -> Result<()> {
 }
 
 #[test]
-fn one_that_collides_is_not_credited_and_a_true_one_settles_it() -> Result<()> {
+fn a_colliding_pid_is_not_credited_and_a_true_local_pid_settles_the_space() -> Result<()> {
     let sim = Sim::new("nodes = true\npid_rule = 'last'\n[[gpus]]\n[[gpus]]")?;
     let tree = CgroupTree::new("collides")?;
     let (pids, actors) = bystanders(&tree)?;
     let load = run(&sim, 0, &["--shown-as", &pids[0].to_string()])?;
     let agent = Agent::start(Some(&sim), &[])?;
-    wait_for("a condition names it", Duration::from_secs(20), || {
+    wait_for("a condition names the PID", Duration::from_secs(20), || {
         Ok(condition(&agent)?.filter(|message| message.contains(&format!("such as {}", pids[0]))))
     })?;
     assert_eq!(state(&agent)?, "unsettled");
-    wait_for("its time is counted as that of an unknown process", Duration::from_secs(10), || {
+    wait_for("its time is counted as pid_unknown", Duration::from_secs(10), || {
         Ok((unattributed(&agent, "pid_unknown")? > 1.0).then_some(()))
     })?;
     let page = agent.scrape()?;
-    assert!(page.iter().all(|s| !s.name.starts_with("container_")), "it is on no container");
+    assert!(page.iter().all(|s| !s.name.starts_with("container_")), "no container is credited");
     let (status, check) = doctor(&sim)?;
     assert!(status == "degraded" && check.contains("not settled") && check.contains(&pids[0].to_string()), "{check}");
     let local = run(&sim, 1, &[])?;
-    wait_for("a process that holds the nodes settles it", Duration::from_secs(10), || {
+    wait_for("a process that holds the nodes settles the space", Duration::from_secs(10), || {
         Ok((state(&agent)? == "local" && condition(&agent)?.is_none()).then_some(()))
     })?;
     let (status, check) = doctor(&sim)?;
@@ -145,13 +143,13 @@ fn one_that_collides_is_not_credited_and_a_true_one_settles_it() -> Result<()> {
     Ok(())
 }
 
-/// Lives in two containers, credited as the driver's record has them: the part of its samples that were.
+/// Runs processes in two containers and returns the share of the driver's recorded samples that were credited to them.
 fn credited_part(sim: &Sim, period_us: u64) -> Result<f64> {
     let tree = CgroupTree::new("local")?;
     let (_, first) = tree.container(1)?;
     let (_, second) = tree.container(2)?;
     let agent = Agent::start(Some(sim), &[])?;
-    // Settled on an idle GPU by nothing but the first life.
+    // The first process alone settles the space, on a GPU that was idle.
     std::thread::sleep(Duration::from_secs(1));
     let args = ["--count", "36", "--at-once", "6", "--lasting", "1500ms..2500ms", "--demand", "0.9"];
     let dirs: [&Path; 2] = [&first, &second];
@@ -159,14 +157,14 @@ fn credited_part(sim: &Sim, period_us: u64) -> Result<f64> {
     std::thread::sleep(Duration::from_secs(3));
     agent.scrape()?;
     let got = credited(&agent.scrape()?);
-    let want = expected(&lives, &sim.ticks()?, period_us)?;
+    let want = expected(&lives, &sim.samples()?, period_us)?;
     let all: u64 = want.values().sum();
     assert!(all > 200, "{all} samples");
     for reason in ["pid_unknown", "ambiguous", "no_pid"] {
         println!("{reason}: {:.2} s", unattributed(&agent, reason)?);
     }
-    for (of, n) in &got {
-        assert!(want.get(of).is_some_and(|most| n <= most), "{of:?}: {n} credited, {want:?}");
+    for (pair, n) in &got {
+        assert!(want.get(pair).is_some_and(|most| n <= most), "{pair:?}: {n} credited, {want:?}");
     }
     Ok(got.values().sum::<u64>() as f64 / all as f64)
 }
@@ -180,7 +178,7 @@ fn local_pids_are_credited_from_the_start() -> Result<()> {
         assert!(part >= 0.99, "{expect}: {part}");
         let agent = Agent::start_in(Layout::Machine, Some(&sim), &[])?;
         assert_eq!(state(&agent)?, if nodes { "unsettled" } else { "unverifiable" });
-        assert_eq!(condition(&agent)?, None, "an idle GPU is no reason to complain");
+        assert_eq!(condition(&agent)?, None, "an idle GPU is not a condition");
         let load = run(&sim, 0, &[])?;
         wait_for(expect, Duration::from_secs(10), || Ok((state(&agent)? == expect).then_some(())))?;
         assert_eq!(condition(&agent)?, None);

@@ -1,5 +1,5 @@
-//! Labels wherever the agent and its containers sit: other namespaces, other layouts of cgroups, other folders; and however many they are,
-//! and however short they live.
+//! Labels independent of where the agent and its containers run: other namespaces, other cgroup layouts, other folders; for many
+//! containers, and for short-lived ones.
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::CgroupTree;
-use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, bundle, each, words};
+use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, Watch, bundle, label_fields, summary};
 use gpu_sampler_tests::podman::Podman;
 use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, free_port, get, sum, var, wait_for};
 use serde_json::{Value, json};
@@ -18,7 +18,7 @@ fn id(n: usize) -> String {
 }
 
 #[test]
-fn a_private_cgroup_namespace() -> Result<()> {
+fn labels_are_complete_from_a_private_cgroup_namespace() -> Result<()> {
     let docker = Docker::new()?;
     let (id, _) = docker.pod("prod", "seen-from-aside", 300)?;
     // In a cgroup of its own and a cgroup namespace that begins there, /proc shows the others as /../..
@@ -30,15 +30,16 @@ fn a_private_cgroup_namespace() -> Result<()> {
     command.args(["-c", &script, "sh"]).arg(var("GPU_SAMPLER_BIN")?).args(["run", "--listen", &format!("127.0.0.1:{port}")]);
     command.args(["--docker-endpoint", &var("DOCKER_HOST")?]).stdin(Stdio::null()).stderr(Stdio::null());
     let _agent = Running(command.spawn()?);
-    let told = wait_for("its labels are complete", SOON, || {
-        let told = get(port, &format!("/api/v1/explain?container={id}")).ok().map(|text| serde_json::from_str::<Value>(&text));
-        Ok(told.transpose()?.filter(|told| told["missing"] == json!([])))
+    let explained = wait_for("its labels are complete", SOON, || {
+        let explained =
+            get(port, &format!("/api/v1/explain?container={id}")).ok().map(|text| serde_json::from_str::<Value>(&text));
+        Ok(explained.transpose()?.filter(|explained| explained["missing"] == json!([])))
     })?;
-    assert!(words(&told).starts_with("prod/seen-from-aside/main "), "{told:#}");
-    // What people paste from such a namespace's /proc is understood too.
+    assert!(summary(&explained).starts_with("prod/seen-from-aside/main "), "{explained:#}");
+    // A path copied from such a namespace's /proc is understood, too.
     let path = format!("/../../../docker/{id}");
-    let told = explain(&["--cgroup", &path, "--offline"])?;
-    assert_eq!((&told["kind"], &told["container_id"]), (&json!("container"), &json!(id)));
+    let explained = explain(&["--cgroup", &path, "--offline"])?;
+    assert_eq!((&explained["kind"], &explained["container_id"]), (&json!("container"), &json!(id)));
     Ok(())
 }
 
@@ -49,26 +50,27 @@ fn explain(args: &[&str]) -> Result<Value> {
 }
 
 #[test]
-fn an_agent_in_a_container_with_the_hosts_pids() -> Result<()> {
+fn labels_are_complete_from_a_container_with_the_hosts_pids() -> Result<()> {
     let docker = Docker::new()?;
     let (id, _) = docker.pod("prod", "seen-from-within", 300)?;
     let port = free_port()?;
     let program = fs::canonicalize(var("GPU_SAMPLER_BIN")?)?;
     let listen = format!("127.0.0.1:{port}");
-    // Its own file system has nothing but what its image has; the host's is at /host, where absolute symlinks lead astray.
+    // Its own file system contains only its image; the host's is at /host, where absolute symlinks lead astray.
     let args = ["run", "--listen", &listen, "--path-rootfs", "/host"];
     let _agent = docker.agent("agent", &program, &args)?;
-    let told = wait_for("its labels are complete", SOON, || {
-        let told = get(port, &format!("/api/v1/explain?container={id}")).ok().map(|text| serde_json::from_str::<Value>(&text));
-        Ok(told.transpose()?.filter(|told| told["missing"] == json!([])))
+    let explained = wait_for("its labels are complete", SOON, || {
+        let explained =
+            get(port, &format!("/api/v1/explain?container={id}")).ok().map(|text| serde_json::from_str::<Value>(&text));
+        Ok(explained.transpose()?.filter(|explained| explained["missing"] == json!([])))
     })?;
-    assert!(words(&told).starts_with("prod/seen-from-within/main "), "{told:#}");
-    assert_eq!(each(&told, "source")["name"], "docker-file");
+    assert!(summary(&explained).starts_with("prod/seen-from-within/main "), "{explained:#}");
+    assert_eq!(label_fields(&explained, "source")["name"], "docker-file");
     Ok(())
 }
 
 #[test]
-fn paths_of_every_shape_become_one_container_each() -> Result<()> {
+fn cgroup_paths_of_every_shape_become_one_container_each() -> Result<()> {
     let root = tempfile::tempdir()?;
     let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", "bundle"])?;
     let before = sum(&agent.scrape()?, "gpu_sampler_containers", &[]).unwrap_or_default();
@@ -89,23 +91,23 @@ fn paths_of_every_shape_become_one_container_each() -> Result<()> {
         let id = id(n);
         bundle(root.path(), &id, &format!("shape-{n}"), UID)?;
         tree.make(&shape.replace('H', &id))?;
-        let (told, _) = agent.complete(&id, AT_ONCE).context(*name)?;
-        assert!(words(&told).starts_with(&format!("prod/shape-{n}/main {id} ")), "{name}: {told:#}");
+        let (explained, _) = agent.complete(&id, AT_ONCE).context(*name)?;
+        assert!(summary(&explained).starts_with(&format!("prod/shape-{n}/main {id} ")), "{name}: {explained:#}");
         let outer = if *name == "a node in a container" { json!("f".repeat(64)) } else { Value::Null };
-        assert_eq!(told["outer_container_id"], outer, "{name}");
-        keys.push(told["labels"]["id"]["value"].as_str().context("id")?.to_owned());
+        assert_eq!(explained["outer_container_id"], outer, "{name}");
+        keys.push(explained["labels"]["id"]["value"].as_str().context("id")?.to_owned());
     }
     assert!(keys.iter().all(|id| !id.ends_with("/container") && !id.ends_with("init.scope")), "{keys:?}");
-    // One identity each: no sub-cgroup is a container of its own.
+    // One identity each: no sub-cgroup counts as a container.
     let known = || Ok::<_, anyhow::Error>(sum(&agent.scrape()?, "gpu_sampler_containers", &[]).unwrap_or_default());
     let expected = before + shapes.len() as f64 + 1.0;
-    wait_for("all are counted", AT_ONCE, || Ok((known()? >= expected).then_some(())))?;
+    wait_for("all containers are counted", AT_ONCE, || Ok((known()? >= expected).then_some(())))?;
     assert_eq!(known()?, expected, "one for each shape, and the node");
     Ok(())
 }
 
 #[test]
-fn podmans_containers_from_its_storage_and_from_its_socket() -> Result<()> {
+fn podman_containers_are_labelled_from_storage_and_from_the_socket() -> Result<()> {
     let podman = Podman::start()?;
     let (id, _) = podman.run("web", 300, &["team=vision"])?;
     for (source, endpoint) in [("podman-file", false), ("podman", true), ("podman", false)] {
@@ -115,18 +117,22 @@ fn podmans_containers_from_its_storage_and_from_its_socket() -> Result<()> {
             args.extend(["--podman-endpoint", &socket]);
         }
         let agent = Agent::start(None, &args)?;
-        let (told, _) = agent.complete(&id, SOON)?;
-        let sources = each(&told, "source");
-        assert!(sources.iter().all(|(label, from)| label == "id" || from == source), "{told:#}");
-        assert_eq!((&told["runtime"], &told["not_applicable"]), (&json!("podman"), &json!(["namespace", "pod", "container"])));
-        assert!(each(&told, "value")["name"].contains("web") && !each(&told, "value")["image"].is_empty(), "{told:#}");
+        let (explained, _) = agent.complete(&id, SOON)?;
+        let sources = label_fields(&explained, "source");
+        assert!(sources.iter().all(|(label, from)| label == "id" || from == source), "{explained:#}");
+        assert_eq!(
+            (&explained["runtime"], &explained["not_applicable"]),
+            (&json!("podman"), &json!(["namespace", "pod", "container"]))
+        );
+        let values = label_fields(&explained, "value");
+        assert!(values["name"].contains("web") && !values["image"].is_empty(), "{explained:#}");
     }
     Ok(())
 }
 
 #[test]
 fn a_container_of_fifty_milliseconds_has_its_labels_in_a_scrape() -> Result<()> {
-    // A tick every 20 ms: one falls into any life of 50.
+    // One sample every 20 ms: each lifetime of 50 ms contains one.
     let sim = Sim::new("period_us = 20000\n[[gpus]]")?;
     let root = tempfile::tempdir()?;
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", "bundle"])?;
@@ -140,22 +146,22 @@ fn a_container_of_fifty_milliseconds_has_its_labels_in_a_scrape() -> Result<()> 
         sim.lives(&[&cgroup], &lives)?.all()?;
         fs::remove_dir(&cgroup)?;
         fs::remove_dir_all(root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(&id))?;
-        let of = |page: &[Sample]| {
+        let series = |page: &[Sample]| {
             let ours = |s: &&Sample| s.name == "container_gpu_seconds_total" && s.labels["container_id"] == id;
             page.iter().find(ours).cloned()
         };
-        let shown = wait_for("it has a series", SOON, || Ok(of(&agent.scrape()?)))?;
+        let shown = wait_for("the container has a series", SOON, || Ok(series(&agent.scrape()?)))?;
         assert_eq!((&*shown.labels["pod"], &*shown.labels["namespace"]), (&*format!("short-{n}"), "prod"));
     }
     watch.end()?.check()
 }
 
 #[test]
-fn five_hundred_containers_within_seconds() -> Result<()> {
+fn five_hundred_containers_are_labelled_within_seconds() -> Result<()> {
     const MADE: usize = 480;
     const REAL: usize = 20;
     let (sim, docker, root) = (Sim::new("[[gpus]]")?, Docker::new()?, tempfile::tempdir()?);
-    // The bundles are below a root of their own, where Docker's files are not. Two agents, so that each has its own times.
+    // The bundles are below a root of their own, without Docker's files. Two agents, so that each has its own resolve times.
     let rootfs = root.path().to_string_lossy().into_owned();
     let files = Agent::start(None, &["--path-rootfs", &rootfs, "--label-sources", "bundle"])?;
     let socket = Agent::start(Some(&sim), &["--label-sources", "docker"])?;
@@ -194,15 +200,15 @@ fn five_hundred_containers_within_seconds() -> Result<()> {
 }
 
 #[test]
-fn a_pipe_in_the_place_of_a_file_holds_nobody_up() -> Result<()> {
+fn a_pipe_in_place_of_a_file_delays_no_other_container() -> Result<()> {
     let root = tempfile::tempdir()?;
     let path = root.path().join("var/log/pods");
     fs::create_dir_all(path.parent().context("a folder")?)?;
-    // A pipe that nobody writes to: whoever opens it waits for ever.
+    // A pipe without a writer: a process that opens it waits indefinitely.
     let pipe = root.path().join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id(0)).join("config.json");
     fs::create_dir_all(pipe.parent().context("a folder")?)?;
     ensure!(Command::new("mkfifo").arg(&pipe).status()?.success());
-    bundle(root.path(), &id(1), "beside-it", UID)?;
+    bundle(root.path(), &id(1), "next-to-it", UID)?;
     let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", "bundle,logs"])?;
     let watch = Watch::start(&agent);
     let tree = CgroupTree::new("stuck")?;
@@ -210,17 +216,17 @@ fn a_pipe_in_the_place_of_a_file_holds_nobody_up() -> Result<()> {
         tree.make(&format!("kubepods/pod{UID}/{}", id(n)))?;
     }
     agent.complete(&id(1), AT_ONCE)?;
-    let told = wait_for("it was looked for", AT_ONCE, || {
+    let explained = wait_for("the file was tried", AT_ONCE, || {
         Ok(agent.container(&id(0))?.filter(|t| t["tried"][0]["outcome"] != "not-tried"))
     })?;
-    let bundle = told["tried"].as_array().context("tried")?.iter().find(|t| t["source"] == "bundle").context("bundle")?;
-    assert_eq!(bundle["outcome"], "error", "{told:#}");
-    assert!(bundle["detail"].as_str().is_some_and(|d| d.contains("not a regular file")), "{told:#}");
+    let bundle = explained["tried"].as_array().context("tried")?.iter().find(|t| t["source"] == "bundle").context("bundle")?;
+    assert_eq!(bundle["outcome"], "error", "{explained:#}");
+    assert!(bundle["detail"].as_str().is_some_and(|d| d.contains("not a regular file")), "{explained:#}");
     watch.end()?.check_speed()
 }
 
-/// A process with a root of its own in the outer container's cgroup, and its child in the inner one's: a shim as kind and docker in
-/// docker have it. Prints the child's pid.
+/// A process with a root of its own in the outer container's cgroup, and its child in the inner container's: a shim as kind and
+/// docker-in-docker have it. Prints the child's pid.
 const SHIM: &str = "
 import os, sys, time
 root, outer, inner = sys.argv[1:]
@@ -237,10 +243,10 @@ time.sleep(300)
 ";
 
 #[test]
-fn a_runtime_in_a_container_has_its_files_in_there() -> Result<()> {
+fn a_runtime_in_a_container_is_read_from_its_own_root() -> Result<()> {
     let (tree, inside, empty) = (CgroupTree::new("nested")?, tempfile::tempdir()?, tempfile::tempdir()?);
     let (outer, inner) = ("e".repeat(64), "d".repeat(64));
-    // Below the outer one, and beside it, where only the parent of its processes tells.
+    // Below the outer container, and next to it, where only the parent of its processes identifies the outer one.
     for (n, path) in [format!("docker/{outer}/docker/{inner}"), format!("docker/{inner}")].iter().enumerate() {
         let folder = inside.path().join("var/lib/docker/containers").join(&inner);
         fs::create_dir_all(&folder)?;
@@ -251,18 +257,18 @@ fn a_runtime_in_a_container_has_its_files_in_there() -> Result<()> {
         shim.arg("-c").arg(SHIM).arg(inside.path()).arg(&outside).arg(&within).stdout(Stdio::piped());
         let mut shim = Running(shim.spawn().context("python3")?);
         let mut line = String::new();
-        BufReader::new(shim.0.stdout.take().context("a pipe was asked for")?).read_line(&mut line)?;
+        BufReader::new(shim.0.stdout.take().context("stdout is a pipe")?).read_line(&mut line)?;
         let agent = Agent::start(None, &["--path-rootfs", &empty.path().to_string_lossy(), "--label-sources", "docker-file"])?;
-        let (told, _) = agent.complete(&inner, AT_ONCE)?;
-        assert_eq!(words(&told), format!("-/-/- inner-{n} i:1"));
-        assert_eq!(told["outer_container_id"], if n == 0 { json!(outer) } else { Value::Null });
-        // A container is not its own witness: the outer one, which has that root, cannot name itself.
+        let (explained, _) = agent.complete(&inner, AT_ONCE)?;
+        assert_eq!(summary(&explained), format!("-/-/- inner-{n} i:1"));
+        assert_eq!(explained["outer_container_id"], if n == 0 { json!(outer) } else { Value::Null });
+        // A container must not identify itself: the outer one, which has that root, cannot set its own name.
         let own = inside.path().join("var/lib/docker/containers").join(&outer);
         fs::create_dir_all(&own)?;
         fs::write(own.join("config.v2.json"), json!({"Name": "/forged", "Config": {"Image": "i:1"}}).to_string())?;
         std::thread::sleep(Duration::from_secs(2));
-        let told = agent.container(&outer)?.context("known by its path")?;
-        assert_eq!(told["missing"], json!(["name", "image"]), "{told:#}");
+        let explained = agent.container(&outer)?.context("known by its path")?;
+        assert_eq!(explained["missing"], json!(["name", "image"]), "{explained:#}");
         let child: i32 = line.trim().parse()?;
         gpu_sampler_tests::leftovers::kill(child as u32, 9);
         drop(shim);

@@ -1,4 +1,4 @@
-//! What containers wait for beside the GPU, as their real cgroups tell it: a quota of their own, their pod's, none; and PSI.
+//! What containers wait for besides the GPU, from their real cgroups: a CPU quota of their own, of their pod, or none; and PSI.
 
 use std::path::Path;
 use std::process::{Command, Stdio};
@@ -10,11 +10,11 @@ use gpu_sampler_tests::{Agent, Running, Sample, Sim, sum};
 
 const THROTTLED: &str = "container_gpu_cpu_throttled_seconds_total";
 const PRESSURE: &str = "container_gpu_pressure_seconds_total";
-/// 3 % of a processor: less than it gets of one that is shared with all the tests.
+/// 3 % of a processor: less than its share of a processor that all tests use.
 const QUOTA_US: &str = "3000";
 const WATCHED: Duration = Duration::from_secs(4);
 
-/// A process that wants the first processor all the time.
+/// A process that always wants the first processor.
 fn busy() -> Result<Running> {
     let mut command = Command::new("taskset");
     command.args(["-c", "0", "sh", "-c", "while :; do :; done"]).stdin(Stdio::null());
@@ -25,7 +25,7 @@ fn value(page: &[Sample], family: &str, id: &str, more: &[(&str, &str)]) -> Opti
     sum(page, family, &[&[("container_id", id)], more].concat())
 }
 
-/// By how much a series grows while it is watched; `None` where there is none.
+/// Growth of a series between two pages; `None` where the series does not exist.
 fn growth(before: &[Sample], after: &[Sample], family: &str, id: &str, more: &[(&str, &str)]) -> Option<f64> {
     Some(value(after, family, id, more)? - value(before, family, id, more)?)
 }
@@ -34,9 +34,9 @@ fn limit(dir: &Path) -> Result<()> {
     std::fs::write(dir.join("cpu.cfs_quota_us"), QUOTA_US).with_context(|| dir.display().to_string())
 }
 
-/// Two looks at the page, far enough apart.
+/// Two scrapes, far enough apart.
 fn watched(agent: &Agent) -> Result<(Vec<Sample>, Vec<Sample>)> {
-    // A container is read from the second after its first sample on, and shown at 0 first.
+    // A container is read from the second after its first sample on, and its series begins at 0.
     std::thread::sleep(Duration::from_secs(4));
     agent.scrape()?;
     std::thread::sleep(Duration::from_secs(1));
@@ -46,7 +46,7 @@ fn watched(agent: &Agent) -> Result<(Vec<Sample>, Vec<Sample>)> {
 }
 
 #[test]
-fn throttling_by_the_container_s_quota_and_by_its_pod_s_is_told() -> Result<()> {
+fn throttling_by_a_containers_quota_or_its_pods_is_exported() -> Result<()> {
     const POD: &str = "kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
     let sim = Sim::new("[[gpus]]")?;
     let trees = [CgroupTree::new("pressure")?, CgroupTree::with_controller("cpu", "pressure")?];
@@ -55,7 +55,7 @@ fn throttling_by_the_container_s_quota_and_by_its_pod_s_is_told() -> Result<()> 
     let mut ids = Vec::new();
     for n in 1..=3 {
         let id = format!("{:08x}{n:056x}", std::process::id());
-        // The second one's pod has the quota.
+        // For the second container, the pod has the quota.
         let path = if n == 2 { format!("{POD}/{id}") } else { id.clone() };
         let dirs = trees.iter().map(|tree| tree.make(&path)).collect::<Result<Vec<_>>>()?;
         match n {
@@ -63,7 +63,7 @@ fn throttling_by_the_container_s_quota_and_by_its_pod_s_is_told() -> Result<()> 
             2 => limit(dirs[1].parent().context("a pod")?)?,
             _ => {}
         }
-        // Two in the last one, so that one of them waits for the processor.
+        // Two processes in the last one, so that one of them waits for the processor.
         for _ in 0..if n == 3 { 2 } else { 1 } {
             let process = busy()?;
             dirs.iter().try_for_each(|dir| attach(process.0.id(), dir))?;
@@ -80,7 +80,7 @@ fn throttling_by_the_container_s_quota_and_by_its_pod_s_is_told() -> Result<()> 
         "throttled in {WATCHED:?}: own quota {own:?}, the pod's {of_pod:?}, none {free:?}; waited for a processor {waited:?}"
     );
     for (which, got) in [("own", own), ("pod", of_pod)] {
-        // It is stopped for most of each period.
+        // The process is stopped for most of each period.
         let got = got.context(which)?;
         assert!((1.0..=WATCHED.as_secs_f64() + 1.5).contains(&got), "{which}: {got}");
     }
@@ -89,17 +89,17 @@ fn throttling_by_the_container_s_quota_and_by_its_pod_s_is_told() -> Result<()> 
     for resource in ["memory", "io"] {
         assert!(value(&after, PRESSURE, &ids[0], &[("resource", resource)]).is_some(), "{resource}");
     }
-    let cost = sum(&after, "gpu_sampler_pressure_read_seconds_total", &[]).context("the cost is told")?;
-    let files = sum(&after, "gpu_sampler_pressure_reads_total", &[]).context("the reads are told")?;
+    let cost = sum(&after, "gpu_sampler_pressure_read_seconds_total", &[]).context("the cost is exported")?;
+    let files = sum(&after, "gpu_sampler_pressure_reads_total", &[]).context("the reads are exported")?;
     println!("{files} files in {:.3} ms, {:.1} us each", cost * 1e3, cost / files * 1e6);
     assert_eq!(sum(&after, "gpu_sampler_pressure_reads_total", &[("outcome", "error")]), Some(0.0));
     drop(processes);
     Ok(())
 }
 
-/// Where v2 is all there is, and has the cpu controller, the same numbers come from v2; where it has not, they are not there.
+/// Where v2 is the only hierarchy and has the cpu controller, the same numbers come from v2; without the controller they are absent.
 #[test]
-fn what_v2_alone_does_not_tell_is_unknown() -> Result<()> {
+fn pressure_that_v2_alone_does_not_provide_is_absent() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let tree = CgroupTree::new("pressure2")?;
     let agent = Agent::start_in(Layout::PureV2, Some(&sim), &[])?;

@@ -17,7 +17,7 @@ struct PrometheusServer {
 }
 
 impl PrometheusServer {
-    /// The shipped settings, each second, with target labels of its own as a Kubernetes pod monitor adds them.
+    /// The shipped settings with a scrape every second, and target labels as a Kubernetes pod monitor adds them.
     fn start(agent: u16) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let target =
@@ -40,8 +40,8 @@ impl PrometheusServer {
 
     fn query(&self, query: &str) -> Result<Vec<Value>> {
         let escaped: String = query.bytes().map(|b| format!("%{b:02X}")).collect();
-        let answer: Value = serde_json::from_str(&get(self.port, &format!("/api/v1/query?query={escaped}"))?)?;
-        answer["data"]["result"].as_array().cloned().with_context(|| answer.to_string())
+        let response: Value = serde_json::from_str(&get(self.port, &format!("/api/v1/query?query={escaped}"))?)?;
+        response["data"]["result"].as_array().cloned().with_context(|| response.to_string())
     }
 
     fn number(&self, query: &str) -> Result<f64> {
@@ -52,12 +52,12 @@ impl PrometheusServer {
 }
 
 #[test]
-fn short_containers_are_counted_and_labels_are_the_workloads() -> Result<()> {
+fn short_containers_are_counted_and_labels_are_those_of_the_workloads() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let docker = Docker::new()?;
     let agent = Agent::start(Some(&sim), &[])?;
     let server = PrometheusServer::start(agent.port)?;
-    // One that is there before the range begins, so that every series of the sums is too.
+    // One container starts before the range begins, so that every series of the sums exists by then.
     let (_, first) = docker.pod("batch", "first", 5)?;
     let _first_load = sim.load(first, 0, 0.2, &[])?;
     wait_for("the namespace is in Prometheus", Duration::from_secs(30), || {

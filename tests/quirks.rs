@@ -1,5 +1,5 @@
-//! What other exporters get wrong, each in a test that fails when it is done their way. Watermarks, clocks and the order of rows are
-//! in `matrix`, processes that are gone in `lives`, drivers that fail in `survival`.
+//! Mistakes of other exporters, each in a test that fails for their method. Watermarks, clocks and the order of process samples are in
+//! `matrix`, processes that have ended in `lives`, drivers that fail in `survival`.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,7 +11,7 @@ use gpu_sampler_tests::{Agent, Running, Sample, Sim, sum, wait_for};
 
 const PLENTY: [&str; 4] = ["--kernel-mode", "raw_tracepoint", "--gpu-budget-percent", "50"];
 
-/// Containers that hold a GPU, and the page once all is settled.
+/// Containers that hold a GPU, and the page when everything has settled.
 struct QuirkStage {
     sim: Sim,
     tree: CgroupTree,
@@ -33,14 +33,14 @@ impl QuirkStage {
         self.tree.container(self.made)
     }
 
-    /// So many processes in a container, on a GPU, for 14 s.
+    /// Starts this number of processes in a container, on a GPU, for 14 s.
     fn hold(&mut self, dir: &Path, gpu: &str, count: &str, ways: &[&str]) -> Result<()> {
         let args = ["--count", count, "--at-once", count, "--lasting", "14s..14s", "--gpus", gpu, "--mem", "1GiB"];
         self.lives.push(self.sim.lives(&[dir], &[&args, ways].concat())?);
         Ok(())
     }
 
-    /// While they live.
+    /// The page while the processes run.
     fn page(&self) -> Result<Vec<Sample>> {
         std::thread::sleep(Duration::from_secs(10));
         // A series begins at 0.
@@ -55,12 +55,13 @@ impl QuirkStage {
 }
 
 fn uuid(page: &[Sample], index: usize) -> Result<String> {
-    let of = |s: &&Sample| s.name == "gpu_info" && s.labels["index"] == index.to_string() && !s.labels.contains_key("gpu_uuid");
-    Ok(page.iter().find(of).with_context(|| format!("GPU {index}"))?.labels["uuid"].clone())
+    let is_gpu =
+        |s: &&Sample| s.name == "gpu_info" && s.labels["index"] == index.to_string() && !s.labels.contains_key("gpu_uuid");
+    Ok(page.iter().find(is_gpu).with_context(|| format!("GPU {index}"))?.labels["uuid"].clone())
 }
 
 #[test]
-fn idle_failing_unsupported_host_mps_and_mig_are_six_things() -> Result<()> {
+fn idle_failing_unsupported_host_mps_and_mig_gpus_are_distinguished() -> Result<()> {
     let failing = "kind = 'error'\nfrom = '0s'";
     let world = format!(
         "{}[[gpus]]\ngpm = true\nmig = ['MIG-1', 'MIG-2']\n\
@@ -88,42 +89,42 @@ fn idle_failing_unsupported_host_mps_and_mig_are_six_things() -> Result<()> {
         |n: usize, gpu: &str| sum(&page, "container_gpu_memory_used_bytes", &[("container_id", &containers[n].0), ("uuid", gpu)]);
     let state = |gpu: &str, state: &str| sum(&page, "gpu_time_seconds_total", &[("uuid", gpu), ("state", state)]);
     let reason = |gpu: &str, reason: &str| sum(&page, "gpu_unattributed_seconds_total", &[("uuid", gpu), ("reason", reason)]);
-    let of = |name: &str, gpu: &str| sum(&page, name, &[("uuid", gpu)]);
+    let value = |name: &str, gpu: &str| sum(&page, name, &[("uuid", gpu)]);
     let gib = Some(f64::from(1u32 << 30));
 
-    // Idle: zero, and known to be.
+    // Idle: observed zero.
     assert_eq!((duty(0, &gpus[0]), memory(0, &gpus[0])), (Some(0.0), gib));
     assert!(state(&gpus[0], "idle") > Some(8.0));
-    // Its calls fail: nothing is known, and nothing is shown of it but what is.
+    // Its calls fail: its time is unknown; only what is known is exported.
     assert_eq!((duty(1, &gpus[1]), memory(1, &gpus[1])), (None, gib));
-    assert_eq!((of("gpu_utilization_ratio", &gpus[1]), state(&gpus[1], "idle")), (None, Some(0.0)));
-    assert!(of("gpu_sampler_nvml_errors_total", &gpus[1]) > Some(2.0));
-    // It has no samples at all.
+    assert_eq!((value("gpu_utilization_ratio", &gpus[1]), state(&gpus[1], "idle")), (None, Some(0.0)));
+    assert!(value("gpu_sampler_nvml_errors_total", &gpus[1]) > Some(2.0));
+    // The driver does not support samples of this GPU.
     assert_eq!((duty(2, &gpus[2]), memory(2, &gpus[2])), (None, gib));
     assert!(state(&gpus[2], "unsupported") > Some(8.0) && state(&gpus[2], "idle") == Some(0.0));
-    assert_eq!(of("gpu_sampler_nvml_errors_total", &gpus[2]), None);
-    // Busy for nobody's container.
-    assert!(reason(&gpus[3], "host") > Some(3.0) && of("container_gpu_seconds_total", &gpus[3]).is_none());
-    // Two clients of the multi-process service that no sample tells apart.
+    assert_eq!(value("gpu_sampler_nvml_errors_total", &gpus[2]), None);
+    // Busy for a process outside containers.
+    assert!(reason(&gpus[3], "host") > Some(3.0) && value("container_gpu_seconds_total", &gpus[3]).is_none());
+    // Two clients of the multi-process service, which no sample distinguishes.
     assert!(reason(&gpus[4], "mps") > Some(3.0), "{:?}", reason(&gpus[4], "mps"));
-    assert_eq!(of("container_gpu_seconds_total", &gpus[4]), Some(0.0));
-    assert_eq!(of("container_gpu_mps_clients", &gpus[4]), Some(2.0));
-    // MIG devices are devices; what holds them is on them alone, and counted once.
+    assert_eq!(value("container_gpu_seconds_total", &gpus[4]), Some(0.0));
+    assert_eq!(value("container_gpu_mps_clients", &gpus[4]), Some(2.0));
+    // MIG devices are devices; a container that holds one has series for it alone, and is counted once.
     let mig = duty(5, "MIG-1").context("the MIG device's container")?;
     assert!((mig - 0.5).abs() < 0.1, "{mig}");
     assert_eq!(memory(5, "MIG-1"), gib);
-    assert_eq!(of("gpu_utilization_ratio", "MIG-2"), Some(0.0));
-    assert_eq!(of("gpu_time_seconds_total", &gpus[5]), None);
+    assert_eq!(value("gpu_utilization_ratio", "MIG-2"), Some(0.0));
+    assert_eq!(value("gpu_time_seconds_total", &gpus[5]), None);
     let of_parent = sum(&page, "container_gpu_seconds_total", &[("gpu_uuid", &gpus[5])]);
-    assert!(of_parent > Some(4.0) && of_parent == of("container_gpu_seconds_total", "MIG-1"), "{of_parent:?}");
-    assert!(of("gpu_power_watts", &gpus[5]) > Some(10.0));
-    // An idle GPU's "not found" is no failure.
-    assert_eq!(of("gpu_sampler_nvml_errors_total", &gpus[0]), None);
+    assert!(of_parent > Some(4.0) && of_parent == value("container_gpu_seconds_total", "MIG-1"), "{of_parent:?}");
+    assert!(value("gpu_power_watts", &gpus[5]) > Some(10.0));
+    // "Not found" from an idle GPU is not a failure.
+    assert_eq!(value("gpu_sampler_nvml_errors_total", &gpus[0]), None);
     stage.end()
 }
 
 #[test]
-fn several_processes_of_a_container_are_one_sum_and_the_parts_make_the_whole() -> Result<()> {
+fn the_processes_of_a_container_are_summed_and_containers_sum_to_the_device() -> Result<()> {
     let mut stage = QuirkStage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;
     let (three, one) = (stage.container()?, stage.container()?);
     for gpu in ["0", "1"] {
@@ -133,62 +134,63 @@ fn several_processes_of_a_container_are_one_sum_and_the_parts_make_the_whole() -
     let page = stage.page()?;
     for index in 0..2 {
         let uuid = uuid(&page, index)?;
-        let of = |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &*uuid)], labels].concat());
-        let share = |id: &str| of("container_gpu_utilization_ratio", &[("container_id", id)]).context("a share");
-        let stderr = of("container_gpu_utilization_stderr_ratio", &[("container_id", &three.0)]).context("its error")?;
+        let value = |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &*uuid)], labels].concat());
+        let share = |id: &str| value("container_gpu_utilization_ratio", &[("container_id", id)]).context("a share");
+        let stderr = value("container_gpu_utilization_stderr_ratio", &[("container_id", &three.0)]).context("its error")?;
         let (all, single) = (share(&three.0)?, share(&one.0)?);
-        // The stated error comes from the same samples and errs with them. The binomial error of 60 independent samples bounds it
-        // from below. Four of these exclude 0.2, the share of one process.
+        // The stated error comes from the same samples and is wrong together with them. The binomial error of 60 independent samples
+        // bounds it from below. Four of these exclude 0.2, the share of one process.
         let of_sixty = 0.8 * (0.75_f64 * 0.25 / 60.0).sqrt();
         ensure!((all - 0.6).abs() < 4.0 * stderr.max(of_sixty), "three of 0.2 have {all}, standard error {stderr}");
-        // Only the containers', once each: they sum to the device's.
-        let device = of("gpu_utilization_ratio", &[]).context("the device's")?;
+        // Only the containers' shares, once each: they sum to the device's.
+        let device = value("gpu_utilization_ratio", &[]).context("the device's")?;
         ensure!((all + single - device).abs() < 1e-9, "{all} + {single} is not {device}");
         let duty = sum(&page, "container_accelerator_duty_cycle", &[("acc_id", &uuid)]).context("duty cycles")?;
         ensure!((duty / 100.0 - device).abs() < 1e-9, "{duty} is not {device}");
-        ensure!(of("container_gpu_memory_used_bytes", &[]) == Some(4.0 * f64::from(1u32 << 30)));
+        ensure!(value("container_gpu_memory_used_bytes", &[]) == Some(4.0 * f64::from(1u32 << 30)));
     }
     stage.end()
 }
 
 #[test]
-fn garbage_reaches_no_series() -> Result<()> {
+fn invalid_data_of_the_driver_reaches_no_series() -> Result<()> {
     let garbage = "garbage = ['util', 'pid_zero', 'pid_max', 'stale', 'exited', 'zombies']\ngarbage_every = 2";
     let quirks = "list_memory = 'unknown'\nutilization_rates = 'zero'\nrows_grow = true\nrow_order = 'shuffled'";
     let mut stage = QuirkStage::new("garbage", &format!("[[gpus]]\n{garbage}\n{quirks}"))?;
     let (id, dir) = stage.container()?;
     stage.hold(&dir, "0", "1", &["--demand", "0.9"])?;
     let page = stage.page()?;
-    let of = |name: &str, labels: &[(&str, &str)]| sum(&page, name, labels);
-    let share = of("container_gpu_utilization_ratio", &[("container_id", &id)]).context("its share")?;
-    // The device's own rates say 0.
+    let value = |name: &str, labels: &[(&str, &str)]| sum(&page, name, labels);
+    let share = value("container_gpu_utilization_ratio", &[("container_id", &id)]).context("its share")?;
+    // The device's own utilization rates are 0.
     ensure!((0.75..0.95).contains(&share), "{share}");
-    ensure!(of("container_gpu_memory_used_bytes", &[("container_id", &id)]).is_none(), "unknown memory is shown");
-    ensure!(page.iter().filter(|s| s.name == "container_gpu_samples_total").count() == 1, "somebody else is there");
+    ensure!(value("container_gpu_memory_used_bytes", &[("container_id", &id)]).is_none(), "unknown memory is shown");
+    ensure!(page.iter().filter(|s| s.name == "container_gpu_samples_total").count() == 1, "another container has a series");
     let wrong = |s: &&Sample| s.name.ends_with("_ratio") && s.value > 1.0 || s.name.ends_with("duty_cycle") && s.value > 100.0;
     ensure!(page.iter().find(wrong).is_none(), "{:?}", page.iter().find(wrong));
-    for why in ["utilization", "pid", "stale"] {
-        ensure!(of("gpu_sampler_rejected_samples_total", &[("reason", why)]) > Some(0.0), "nothing was rejected for {why}");
+    for reason in ["utilization", "pid", "stale"] {
+        let rejected = value("gpu_sampler_rejected_samples_total", &[("reason", reason)]);
+        ensure!(rejected > Some(0.0), "nothing was rejected for {reason}");
     }
-    // A sample that names nobody may have one of those rows.
-    let unattributed = of("gpu_unattributed_seconds_total", &[]).context("reasons")?;
-    ensure!(unattributed < 1.2, "{unattributed} s on nobody");
-    // One sample is one sample.
-    let recorded = stage.sim.ticks()?.len() as f64;
-    let samples = of("container_gpu_samples_total", &[]).context("samples")?;
+    // An unnamed sample may get one of the invalid process samples.
+    let unattributed = value("gpu_unattributed_seconds_total", &[]).context("reasons")?;
+    ensure!(unattributed < 1.2, "{unattributed} s unattributed");
+    // Each recorded sample is counted once.
+    let recorded = stage.sim.samples()?.len() as f64;
+    let samples = value("container_gpu_samples_total", &[]).context("samples")?;
     ensure!(samples <= recorded && samples > 0.9 * recorded - 5.0, "{samples} of {recorded}");
     stage.end()
 }
 
 #[test]
-fn engines_are_sampled_each_by_itself() -> Result<()> {
+fn every_engine_is_sampled_on_its_own() -> Result<()> {
     let mut stage = QuirkStage::new("engines", "driver_version = '550.54.14'\n[[gpus]]")?;
     let (computes, encodes) = (stage.container()?, stage.container()?);
     stage.hold(&computes.1, "0", "1", &["--demand", "0.5", "--jpeg", "0.2"])?;
     stage.hold(&encodes.1, "0", "1", &["--demand", "0.01", "--enc", "0.6", "--ofa", "0.1"])?;
-    let _young = stage.page()?;
+    let _early = stage.page()?;
     std::mem::take(&mut stage.lives).into_iter().try_for_each(|lives| lives.all().map(|_| ()))?;
-    // The rings of other engines are read every 2 s, and what they name nobody for waits for 10 s.
+    // The sample buffers of other engines are read every 2 s, and their unnamed samples wait for 10 s.
     std::thread::sleep(Duration::from_secs(13));
     let page = stage.agent.scrape()?;
     let engine =
@@ -198,18 +200,19 @@ fn engines_are_sampled_each_by_itself() -> Result<()> {
     ensure!(near(engine(&encodes.0, "ofa"), 1.4), "{:?}", engine(&encodes.0, "ofa"));
     ensure!(near(engine(&computes.0, "jpeg"), 2.8), "{:?}", engine(&computes.0, "jpeg"));
     ensure!(engine(&computes.0, "encoder").is_none(), "it never encoded");
-    // Hardly ever on the compute engine.
+    // It hardly uses the compute engine.
     let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id)]);
     ensure!(seconds(&encodes.0) < Some(1.0) && seconds(&computes.0) > Some(5.5), "{:?}", seconds(&encodes.0));
     let busy = sum(&page, "gpu_engine_seconds_total", &[("engine", "encoder")]).context("the encoder's")?;
-    let nobody = sum(&page, "gpu_engine_unattributed_seconds_total", &[("engine", "encoder")]).context("nobody's")?;
+    let unattributed = sum(&page, "gpu_engine_unattributed_seconds_total", &[("engine", "encoder")])
+        .context("the encoder's unattributed time")?;
     let credited = engine(&encodes.0, "encoder").unwrap_or_default();
-    ensure!((busy - nobody - credited).abs() < 1e-9, "{credited} + {nobody} is not {busy}");
+    ensure!((busy - unattributed - credited).abs() < 1e-9, "{credited} + {unattributed} is not {busy}");
     stage.end()
 }
 
 #[test]
-fn a_gpu_that_comes_late_is_one_of_several_all_the_same() -> Result<()> {
+fn a_gpu_that_appears_late_is_sampled_like_the_others() -> Result<()> {
     let mut stage =
         QuirkStage::new("late", "[[gpus]]\n[[gpus]]\n[[faults]]\ngpu = 1\nkind = 'absent'\nfrom = '0s'\nlasts = '2s'")?;
     let (id, dir) = stage.container()?;

@@ -1,4 +1,4 @@
-//! The simulated driver seen through clients that are not ours, unmodified: nvidia-ml-py, nvitop-exporter, all-smi.
+//! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter, all-smi.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
@@ -42,23 +42,23 @@ fn sleeper() -> Result<Running> {
 }
 
 #[test]
-fn nvidia_ml_py_reads_it() -> Result<()> {
+fn nvidia_ml_py_reads_the_simulated_driver() -> Result<()> {
     let bin = clients::venv(&["nvidia-ml-py==13.580.82"])?;
     let sim = Sim::new("[[gpus]]\n[[gpus]]")?;
     let process = sleeper()?;
     let _load = sim.load(process.0.id(), 0, 0.9, &[])?;
     std::thread::sleep(Duration::from_millis(300));
     let python = sim.client(&bin.join("python")).args(["-c", SCRIPT, &process.0.id().to_string()]).output()?;
-    let told = format!("{}{}", String::from_utf8_lossy(&python.stdout), String::from_utf8_lossy(&python.stderr));
-    ensure!(python.status.success() && told.contains("ok"), "{told}");
+    let output = format!("{}{}", String::from_utf8_lossy(&python.stdout), String::from_utf8_lossy(&python.stderr));
+    ensure!(python.status.success() && output.contains("ok"), "{output}");
     Ok(())
 }
 
-/// Two GPUs, one of them used; by an old driver and by a new one, which have other structs and symbols.
+/// Old and new drivers, which have different structs and symbols.
 const VERSIONS: [&str; 3] = ["470.256.02", "535.183.01", "550.54.14"];
 
-/// What a client's page must say within the time, and what it said last if it does not.
-fn told(port: u16, page: &str, expect: impl Fn(&[Sample]) -> bool) -> Result<()> {
+/// Waits until a client's page meets the expectation; an error contains the last page.
+fn wait_for_page(port: u16, page: &str, expect: impl Fn(&[Sample]) -> bool) -> Result<()> {
     let mut last = String::new();
     let found = wait_for("the client shows the GPUs and the process", Duration::from_secs(30), || {
         last = get(port, page).unwrap_or_default();
@@ -67,14 +67,14 @@ fn told(port: u16, page: &str, expect: impl Fn(&[Sample]) -> bool) -> Result<()>
     found.with_context(|| last.lines().filter(|l| l.contains("gpu") && !l.starts_with('#')).collect::<Vec<_>>().join("\n"))
 }
 
-/// The values of a family, by the label that tells GPUs apart.
+/// The values of a family, by the label that identifies the GPU.
 fn values(samples: &[Sample], family: &str, label: &str) -> Vec<(String, f64)> {
     let of_family = samples.iter().filter(|s| s.name == family);
     of_family.map(|s| (s.labels.get(label).cloned().unwrap_or_default(), s.value)).collect()
 }
 
 #[test]
-fn nvitop_exporter_reads_it() -> Result<()> {
+fn nvitop_exporter_reads_the_simulated_driver() -> Result<()> {
     let bin = clients::venv(&["nvitop-exporter==1.7.2", "nvitop==1.7.2", "nvidia-ml-py==13.580.82"])?;
     for version in VERSIONS {
         let sim = Sim::new(&format!("driver_version = '{version}'\n[[gpus]]\n[[gpus]]"))?;
@@ -84,7 +84,7 @@ fn nvitop_exporter_reads_it() -> Result<()> {
         let mut exporter = sim.client(&bin.join("python"));
         exporter.args(["-m", "nvitop_exporter", "--bind-address", "127.0.0.1", "--interval", "0.25", "--port"]);
         let _exporter = Running(exporter.arg(port.to_string()).spawn()?);
-        told(port, "/metrics", |page| {
+        wait_for_page(port, "/metrics", |page| {
             let of_process = |family: &str, expect: std::ops::RangeInclusive<f64>| {
                 sum(page, family, &[("pid", &pid), ("index", "0")]).is_some_and(|value| expect.contains(&value))
             };
@@ -102,12 +102,12 @@ fn nvitop_exporter_reads_it() -> Result<()> {
 }
 
 #[test]
-fn all_smi_reads_it() -> Result<()> {
+fn all_smi_reads_the_simulated_driver() -> Result<()> {
     let program = clients::all_smi()?;
     let sim = Sim::new("driver_version = '550.54.14'\n[[gpus]]\n[[gpus]]")?;
     let process = sleeper()?;
     let _load = sim.load(process.0.id(), 1, 0.7, &[])?;
-    // It looks for GPUs only where `nvidia-smi -L` lists one.
+    // all-smi searches for GPUs only where `nvidia-smi -L` lists one.
     let listing = sim.dir.path().join("bin/nvidia-smi");
     std::fs::create_dir(sim.dir.path().join("bin"))?;
     std::fs::write(&listing, "#!/bin/sh\necho 'GPU 0: Tesla V100'\n")?;
@@ -118,7 +118,7 @@ fn all_smi_reads_it() -> Result<()> {
     client.args(["api", "--interval", "1", "--processes", "--port", &port.to_string()]).stdout(Stdio::null());
     let _client = Running(client.env("PATH", format!("{}:{path}", sim.dir.path().join("bin").display())).spawn()?);
     let pid = process.0.id().to_string();
-    told(port, "/metrics", |page| {
+    wait_for_page(port, "/metrics", |page| {
         let gpus = values(page, "all_smi_gpu_utilization", "gpu_index");
         let used = |index: &str, percent: f64| (40.0..=95.0).contains(&percent) == (index == "1");
         let memory = sum(page, "all_smi_process_memory_used_bytes", &[("pid", &pid), ("gpu_index", "1")]);

@@ -1,4 +1,4 @@
-//! The page, as people use it: real Chromium on the real agent and simulated GPUs.
+//! The web page as users see it: a real Chromium, the real agent and simulated GPUs.
 
 use std::net::TcpStream;
 use std::time::Duration;
@@ -7,15 +7,15 @@ use anyhow::{Context as _, Result};
 use gpu_sampler_tests::browser::Browser;
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
 use gpu_sampler_tests::labels::{UID, bundle};
-use gpu_sampler_tests::{Agent, Running, Sim, free_port, get, told, wait_for};
+use gpu_sampler_tests::{Agent, Running, Sim, free_port, get, run_cli, wait_for};
 use serde_json::Value;
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
 const ROW: &str = "#users tbody tr";
 
-/// Two containers on one GPU, the first of a pod with a name that is markup.
+/// Two containers on one GPU; the first one's pod has a name that contains markup.
 struct WebScene {
-    // In the order in which they may end: a load is written into the simulator's folder, an actor is inside the tree.
+    // Dropped in this order: a load is written into the simulator's folder, an actor is inside the tree.
     _loads: Vec<Running>,
     _actors: Vec<Actor>,
     sim: Sim,
@@ -55,7 +55,7 @@ fn live(agent: &Agent) -> Result<Value> {
 }
 
 #[test]
-fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<()> {
+fn the_live_table_shows_the_load_and_reports_an_agent_that_is_away() -> Result<()> {
     let scene = WebScene::new("web-live")?;
     let mut agent = scene.agent()?;
     let browser = Browser::start(1280, 1000)?;
@@ -64,23 +64,23 @@ fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<
     assert_eq!(browser.script("return document.querySelectorAll('#users i').length")?, 0, "names are text");
     browser.shows("#gpus", &["GPU 0", "Tesla V100", "100 %"])?;
     browser.shows("#state", &["live"])?;
-    // Within a minute, both lines have a shape, and shares are near what each may have.
+    // After some seconds both lines have a shape.
     wait_for("the lines grow", Duration::from_secs(20), || {
         let longest = browser.script(
             "return Math.min(...[...document.querySelectorAll('#users path.line')].map((p) => p.getAttribute('d').length))",
         )?;
         Ok(longest.as_f64().filter(|length| *length > 60.0))
     })?;
-    // Together they want 1.3 of it.
+    // Their demands sum to 1.3.
     browser.shows("#users", &["s/s"])?;
-    // The same document, on a terminal's side.
+    // The same document, in the terminal.
     let url = format!("http://127.0.0.1:{}", agent.port);
-    let (code, out, err) = told(&["top", "--once", "--agent", &url])?;
+    let (code, out, err) = run_cli(&["top", "--once", "--agent", &url])?;
     assert!(code == Some(0) && out.contains("prod/inference/main") && out.contains("GPU 0 GPU-"), "{out}{err}");
-    let (_, out, _) = told(&["top", "--once", "--json", "--agent", &url])?;
+    let (_, out, _) = run_cli(&["top", "--once", "--json", "--agent", &url])?;
     let document: Value = serde_json::from_str(&out)?;
     assert!(document["users"].as_array().is_some_and(|users| users.len() >= 2), "{document}");
-    let (code, _, err) = told(&["top", "--agent", &url])?;
+    let (code, _, err) = run_cli(&["top", "--agent", &url])?;
     assert!(code == Some(1) && err.contains("--once"), "{err}");
 
     browser.enter("#filter", "inference")?;
@@ -88,23 +88,23 @@ fn the_live_table_shows_the_load_and_tells_of_an_agent_that_is_away() -> Result<
         Ok((browser.script(&format!("return document.querySelectorAll('{ROW}').length"))? == 1).then_some(()))
     })?;
     browser.enter("#filter", "no such words")?;
-    browser.shows("#users-empty", &["No container has these words"])?;
+    browser.shows("#users-empty", &["No container matches the filter"])?;
     browser.enter("#filter", "prod")?;
     browser.click("th[data-sort=name] button")?;
     browser.shows(ROW, &["prod/<i>trainer</i>"])?;
     assert_eq!(browser.script("return document.querySelector('th[data-sort=name]').getAttribute('aria-sort')")?, "ascending");
-    browser.is_content()?;
+    browser.assert_no_errors()?;
 
     agent.process.ends_with(libc::SIGTERM)?;
-    browser.shows("#banners", &["does not answer", "keeps asking"])?;
-    browser.shows("#state", &["away"])?;
-    let (code, _, err) = told(&["top", "--once", "--agent", &url])?;
+    browser.shows("#banners", &["does not respond", "This page retries"])?;
+    browser.shows("#state", &["unreachable"])?;
+    let (code, _, err) = run_cli(&["top", "--once", "--agent", &url])?;
     assert!(code == Some(1) && err.contains("start `gpu-sampler run`"), "{err}");
     Ok(())
 }
 
 #[test]
-fn a_narrow_window_has_no_sideways_scroll() -> Result<()> {
+fn a_narrow_window_does_not_scroll_sideways() -> Result<()> {
     let scene = WebScene::new("web-narrow")?;
     let agent = scene.agent()?;
     let browser = Browser::start(500, 900)?;
@@ -116,7 +116,7 @@ fn a_narrow_window_has_no_sideways_scroll() -> Result<()> {
 }
 
 #[test]
-fn beyond_loopback_it_asks_for_the_token() -> Result<()> {
+fn beyond_loopback_the_page_requires_the_token() -> Result<()> {
     let scene = WebScene::new("web-token")?;
     let file = scene.root.path().join("token");
     std::fs::write(&file, "open sesame\n")?;
@@ -124,30 +124,30 @@ fn beyond_loopback_it_asks_for_the_token() -> Result<()> {
     let mut command = Agent::command(Some(&scene.sim))?;
     command.args(["--listen", &format!("0.0.0.0:{port}"), "--token-file", &file.to_string_lossy()]).args(scene.args());
     let _agent = Running(command.stderr(std::process::Stdio::null()).spawn()?);
-    wait_for("it listens", Duration::from_secs(20), || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
-    // No data without it.
+    wait_for("the agent listens", Duration::from_secs(20), || Ok(TcpStream::connect(("127.0.0.1", port)).ok()))?;
+    // No data without the token.
     assert!(!get(port, "/")?.contains("prod"));
-    let refused = get(port, "/api/v1/live").err().context("refused")?;
+    let refused = get(port, "/api/v1/live").err().context("a request without the token")?;
     assert!(refused.to_string().contains("401"), "{refused}");
 
     let browser = Browser::start(1280, 1000)?;
     browser.open(&format!("http://127.0.0.1:{port}/"))?;
-    browser.shows("#login", &["This agent asks for a token"])?;
+    browser.shows("#login", &["This agent requires a token"])?;
     browser.enter("#token", "wrong")?;
     browser.click("#login button")?;
-    browser.shows("#login", &["does not know this token"])?;
+    browser.shows("#login", &["rejected this token"])?;
     browser.enter("#token", "open sesame")?;
     browser.click("#login button")?;
     browser.shows("#users", &["prod/inference/main"])?;
     assert!(!browser.is_visible("#login")?);
-    // It outlives a reload, not the tab.
+    // The token survives a reload, but not the end of the tab.
     browser.open(&format!("http://127.0.0.1:{port}/"))?;
     browser.shows("#users", &["prod/inference/main"])?;
     Ok(())
 }
 
 #[test]
-fn a_recording_is_started_watched_stopped_and_looked_at() -> Result<()> {
+fn a_session_can_be_started_watched_stopped_and_opened() -> Result<()> {
     let scene = WebScene::new("web-record")?;
     let dir = tempfile::tempdir()?;
     let args = scene.args();
@@ -158,9 +158,9 @@ fn a_recording_is_started_watched_stopped_and_looked_at() -> Result<()> {
     let browser = Browser::start(1280, 1200)?;
     browser.open(&format!("http://127.0.0.1:{}/", agent.port))?;
     browser.shows("#users", &["prod/inference/main"])?;
-    browser.shows("#sessions-empty", &["Nothing was recorded yet"])?;
+    browser.shows("#sessions-empty", &["No sessions yet"])?;
 
-    // What is wrong with a request is said in words.
+    // An invalid request is explained in text.
     browser.enter("#trigger", "nonsense>1")?;
     browser.click("#start")?;
     browser.shows("#record-problem", &["nonsense"])?;
@@ -172,14 +172,14 @@ fn a_recording_is_started_watched_stopped_and_looked_at() -> Result<()> {
     assert!(!browser.is_visible("#record-problem")?);
     let elapsed = || -> Result<f64> {
         let all: Value = serde_json::from_str(&get(agent.port, "/api/v1/sessions")?)?;
-        all[0]["elapsed_seconds"].as_f64().context("it counts")
+        all[0]["elapsed_seconds"].as_f64().context("elapsed_seconds")
     };
     let before = elapsed()?;
-    wait_for("it goes on", Duration::from_secs(20), || Ok((elapsed()? > before + 2.0).then_some(())))?;
+    wait_for("the session continues", Duration::from_secs(20), || Ok((elapsed()? > before + 2.0).then_some(())))?;
     let width = browser.script("return parseFloat(document.querySelector('#sessions .meter span').style.width)")?;
     assert!(width.as_f64().is_some_and(|width| width > 0.0 && width < 100.0), "{width}");
 
-    browser.click("#sessions .doing button")?;
+    browser.click("#sessions .actions button")?;
     let shown = browser.shows("#sessions", &["finished", "Report", "Download", "Delete"])?;
     assert!(!shown.contains("Stop"), "{shown}");
     let href = browser.script("return document.querySelector('#sessions a[download]').getAttribute('href')")?;
@@ -190,14 +190,14 @@ fn a_recording_is_started_watched_stopped_and_looked_at() -> Result<()> {
     let report = wait_for("the report is opened", Duration::from_secs(10), || {
         Ok(browser.windows()?.into_iter().find(|window| !first.contains(window)))
     })?;
-    browser.look_at(&report)?;
+    browser.switch_to(&report)?;
     browser.shows("body", &["inference"])?;
     assert!(live(&agent)?["users"].as_array().is_some_and(|users| users.len() >= scene.ids.len()));
-    browser.look_at(&first[0])?;
+    browser.switch_to(&first[0])?;
 
-    browser.click("#sessions .doing button:last-child")?;
-    browser.shows("#sessions .doing", &["Really?"])?;
-    browser.click("#sessions .doing button:last-child")?;
-    browser.shows("#sessions-empty", &["Nothing was recorded yet"])?;
+    browser.click("#sessions .actions button:last-child")?;
+    browser.shows("#sessions .actions", &["Confirm"])?;
+    browser.click("#sessions .actions button:last-child")?;
+    browser.shows("#sessions-empty", &["No sessions yet"])?;
     Ok(())
 }

@@ -3,10 +3,10 @@
 use criterion::{Criterion, criterion_group, criterion_main};
 use sampler_core::cgroup_path::parse;
 
-/// As long as a path gets; the aim for each of these is 2 us.
+/// The length of the longest paths; the target for each path is 2 us.
 const LONGEST: usize = 4096;
 
-/// `unit` again and again, up to the longest path.
+/// Repeats `unit` up to the length of the longest path.
 fn filled(unit: &str) -> String {
     unit.repeat(LONGEST / unit.len())
 }
@@ -22,7 +22,7 @@ fn paths(c: &mut Criterion) {
     let long = format!("/{}{short}", "a".repeat(LONGEST - short.len() - 1));
     let deep = format!("{short}{}", "/x".repeat((LONGEST - short.len()) / 2));
     let deep_above = format!("{}{short}", "/x".repeat((LONGEST - short.len()) / 2));
-    let rows: [(&str, String); 8] = [
+    let typical: [(&str, String); 8] = [
         ("short", short),
         ("systemd", systemd),
         ("nested", nested),
@@ -32,7 +32,7 @@ fn paths(c: &mut Criterion) {
         ("deep-above", deep_above),
         ("slashes", filled("/")),
     ];
-    // What a container might name its cgroups: as many as fit, each almost something.
+    // Paths that a container could create: as many almost matching parts as fit.
     let no_id = format!("/docker-{}g.scope", &id[1..]);
     let no_runtime = format!("/dockes-{id}.scope");
     let no_slice = format!("/kubepods:crio:{id}");
@@ -64,7 +64,7 @@ fn paths(c: &mut Criterion) {
         ("podman-pod", &podman_pod),
     ];
     let adversarial = adversarial.map(|(name, unit)| (format!("adversarial/{name}"), filled(unit)));
-    for (name, path) in rows.map(|(name, path)| (name.to_owned(), path)).into_iter().chain(adversarial) {
+    for (name, path) in typical.map(|(name, path)| (name.to_owned(), path)).into_iter().chain(adversarial) {
         c.bench_function(&format!("parse/{name}"), |b| b.iter(|| parse(std::hint::black_box(&path))));
     }
 }

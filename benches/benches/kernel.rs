@@ -1,4 +1,4 @@
-//! Kernel tracking as a whole: the real agent on the real kernel. Each section prints what it measured and how often.
+//! Kernel tracking as a whole: the real agent on the real kernel. Each section prints its measurements and their number.
 
 use std::os::unix::fs::FileExt as _;
 use std::path::Path;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use aya::programs::RawTracePoint;
-use gpu_sampler_benches::{Sysctl, at_most, bpf_use, line, of, quantile, wanted};
+use gpu_sampler_benches::{Sysctl, at_most, bpf_use, line, quantile, total, wanted};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
 use gpu_sampler_tests::record::credited;
 use gpu_sampler_tests::{Agent, Sample, Sim, get, sum, var};
@@ -40,20 +40,20 @@ fn sim() -> Result<Sim> {
     Sim::new("[[gpus]]")
 }
 
-/// Processes that stay, spread over cgroups; none of them is reaped before the actor ends.
-fn crowd(processes: u32, tree: &CgroupTree, cgroups: usize) -> Result<Actor> {
+/// Starts processes that stay, spread over cgroups; none is reaped before the actor ends.
+fn many_processes(processes: u32, tree: &CgroupTree, cgroups: usize) -> Result<Actor> {
     let dirs = (0..cgroups).map(|n| Ok(tree.container(n)?.1.to_string_lossy().into_owned())).collect::<Result<Vec<_>>>()?;
     let lives = processes.to_string();
     let args: Vec<&str> = ["storm", &lives, "1"].into_iter().chain(dirs.iter().take(1_000).map(String::as_str)).collect();
     let mut actor = Actor::start(&var("ACTOR_BIN")?, &args)?;
     let stayed = actor.line()?.split(' ').count();
-    ensure!(stayed == processes as usize, "only {stayed} of {processes} processes could be made");
+    ensure!(stayed == processes as usize, "only {stayed} of {processes} processes could be started");
     Ok(actor)
 }
 
 fn cold_start() -> Result<()> {
     let (sim, tree) = (sim()?, CgroupTree::new("bench-start")?);
-    let _crowd = crowd(5_000, &tree, 1_000)?;
+    let _crowd = many_processes(5_000, &tree, 1_000)?;
     let mut took = Vec::new();
     for _ in 0..10 {
         let port = gpu_sampler_tests::free_port()?;
@@ -91,8 +91,8 @@ fn mkdir_to_identified() -> Result<()> {
     Ok(())
 }
 
-/// fork or vfork, exec, exit; one after the other.
-fn short_lives(lives: u32) -> Result<()> {
+/// Runs short processes, one after the other: fork or vfork, exec, exit.
+fn short_processes(lives: u32) -> Result<()> {
     for _ in 0..lives {
         ensure!(Command::new("true").stdin(Stdio::null()).status()?.success());
     }
@@ -107,13 +107,13 @@ fn kernel_time_of_a_life() -> Result<()> {
     let pid = agent.process.0.id();
     std::thread::sleep(Duration::from_secs(1));
     let (kernel, page) = (bpf_use(pid)?, agent.scrape()?);
-    short_lives(LIVES)?;
+    short_processes(LIVES)?;
     std::thread::sleep(Duration::from_secs(1));
     let (kernel_after, page_after) = (bpf_use(pid)?, agent.scrape()?);
     let ns = (kernel_after.run_time_ns - kernel.run_time_ns) as f64;
     let runs = (kernel_after.runs - kernel.runs) as f64;
-    line("kernel time per life (fork, exec, exit)", ns / f64::from(LIVES) / 1e3, "us", Some(3.0));
-    line("    program runs per life", runs / f64::from(LIVES), "", None);
+    line("kernel time per process (fork, exec, exit)", ns / f64::from(LIVES) / 1e3, "us", Some(3.0));
+    line("    program runs per process", runs / f64::from(LIVES), "", None);
     drained("a trickle", &page, &page_after);
     let tree = CgroupTree::new("bench-life")?;
     let (_, dir) = tree.container(0)?;
@@ -124,7 +124,8 @@ fn kernel_time_of_a_life() -> Result<()> {
     Ok(())
 }
 
-/// What the agent reads ten times a second at most (the skip counters of its programs), and each second of /proc (entries to check).
+/// Costs of what the agent reads at most ten times a second (the skip counters of its programs) and every second from /proc (entries to
+/// check).
 fn loss_counters() -> Result<()> {
     const READS: u32 = 2_000;
     const READS_A_SECOND: f64 = 10.0;
@@ -134,9 +135,9 @@ fn loss_counters() -> Result<()> {
     let mut files = Vec::new();
     for entry in std::fs::read_dir(fdinfo)? {
         let path = entry?.path();
-        // Its process may close a descriptor meanwhile.
+        // The agent may close a descriptor meanwhile.
         let text = std::fs::read_to_string(&path).unwrap_or_default();
-        // Programs that are attached or were loaded for another use: the agent reads seven of these.
+        // Programs of this type that are attached, or were loaded for another use: the agent reads the counters of seven.
         if text.contains("prog_type:\t17") && files.len() < 7 {
             files.push(std::fs::File::open(path)?);
         }
@@ -152,7 +153,7 @@ fn loss_counters() -> Result<()> {
     Ok(())
 }
 
-/// Processor time of this thread for one of `n` calls.
+/// Processor time of this thread per call, over `n` calls.
 fn cpu_us(n: u32, mut call: impl FnMut() -> std::io::Result<()>) -> Result<f64> {
     let used = || -> Result<u64> {
         let text = std::fs::read_to_string("/proc/thread-self/schedstat")?;
@@ -166,7 +167,7 @@ fn cpu_us(n: u32, mut call: impl FnMut() -> std::io::Result<()>) -> Result<f64> 
 }
 
 fn drained(what: &str, before: &[Sample], after: &[Sample]) {
-    let grown = |name| of(after, name) - of(before, name);
+    let grown = |name| total(after, name) - total(before, name);
     let events = grown("gpu_sampler_kernel_events_total");
     let ns = grown("gpu_sampler_kernel_drain_seconds_total") * 1e9 / events;
     line(&format!("drain per event, tables included, {what} of {events} events"), ns, "ns", Some(150.0));
@@ -189,14 +190,14 @@ fn complete_after_restart() -> Result<()> {
     std::thread::sleep(Duration::from_secs(12));
     second.scrape()?;
     let got = credited(&second.scrape()?);
-    // What was credited are the last ticks of each GPU: the first of them tells since when.
-    let ticks = sim.ticks()?;
+    // The credited samples are the last ones of each GPU; their first one shows since when.
+    let samples = sim.samples()?;
     let mut since = Vec::new();
     for gpu in 0..8 {
-        let on_gpu: Vec<_> = ticks.iter().filter(|t| t.gpu == gpu).collect();
-        let uuid = &on_gpu.first().context("ticks")?.uuid;
+        let on_gpu: Vec<_> = samples.iter().filter(|s| s.gpu == gpu).collect();
+        let uuid = &on_gpu.first().context("recorded samples")?.uuid;
         let n: u64 = got.iter().filter(|((_, on), _)| on == uuid).map(|(_, n)| n).sum();
-        let first = on_gpu.get(on_gpu.len() - n as usize).context("credited ticks")?;
+        let first = on_gpu.get(on_gpu.len() - n as usize).context("credited samples")?;
         since.push((first.at_us as f64 - started_us) / 1e3);
     }
     since.sort_by(f64::total_cmp);
@@ -219,7 +220,7 @@ fn memory_at_65536() -> Result<()> {
     let pid = agent.process.0.id();
     std::thread::sleep(Duration::from_secs(1));
     let idle = resident_bytes(pid)?;
-    let crowd = crowd(65_536, &tree, 100)?;
+    let many_processes = many_processes(65_536, &tree, 100)?;
     std::thread::sleep(Duration::from_secs(2));
     let page = agent.scrape()?;
     let table = |name: &str, table: &str| sum(&page, name, &[("table", table)]).unwrap_or_default();
@@ -228,24 +229,24 @@ fn memory_at_65536() -> Result<()> {
     line("65,536 living processes: table", table("gpu_sampler_identity_bytes", "living") / MIB, "MiB", Some(16.0));
     line("    resident memory of the agent, grown by", (resident_bytes(pid)? as f64 - idle as f64) / MIB, "MiB", None);
     line("    resident memory of the agent", resident_bytes(pid)? as f64 / MIB, "MiB", None);
-    line("    kernel maps, whatever runs", bpf_use(pid)?.map_bytes as f64 / MIB, "MiB", Some(9.0));
-    drop(crowd);
+    line("    kernel maps, independent of the load", bpf_use(pid)?.map_bytes as f64 / MIB, "MiB", Some(9.0));
+    drop(many_processes);
     let mut exited: f64 = 0.0;
-    gpu_sampler_tests::wait_for("they have all ended", Duration::from_secs(120), || {
+    gpu_sampler_tests::wait_for("all processes have ended", Duration::from_secs(120), || {
         let page = agent.scrape()?;
         let table = |name: &str, table: &str| sum(&page, name, &[("table", table)]).unwrap_or_default();
         exited = exited.max(table("gpu_sampler_identity_bytes", "exited"));
         Ok((table("gpu_sampler_identity_entries", "living") < 1_000.0).then_some(()))
     })?;
-    line("    as they end, most held for the exited: table", exited / MIB, "MiB", Some(40.0));
+    line("    as they end, largest table of exited processes", exited / MIB, "MiB", Some(40.0));
     Ok(())
 }
 
-/// The same facts at exec and exit, kept in a kernel map until asked for, or told to user space.
+/// The same facts at exec and exit, kept in a kernel map until they are read, or sent to user space as events.
 fn map_or_events() -> Result<()> {
     const LIVES: u32 = 5_000;
     let _stats = Sysctl::set("kernel.bpf_stats_enabled", "1")?;
-    for (way, programs) in [("map", ["keep_exec", "keep_exit"]), ("events", ["tell_exec", "tell_exit"])] {
+    for (way, programs) in [("map", ["keep_exec", "keep_exit"]), ("events", ["report_exec", "report_exit"])] {
         let mut ebpf = aya::Ebpf::load_file(var("STORAGE_BENCH_OBJECT")?)?;
         for name in programs {
             let program: &mut RawTracePoint = ebpf.program_mut(name).context(name)?.try_into()?;
@@ -254,7 +255,7 @@ fn map_or_events() -> Result<()> {
         }
         let us = std::process::id();
         let before = bpf_use(us)?;
-        short_lives(LIVES)?;
+        short_processes(LIVES)?;
         let after = bpf_use(us)?;
         let (ns, runs) = ((after.run_time_ns - before.run_time_ns) as f64, (after.runs - before.runs) as f64);
         line(&format!("{way}: kernel time per exec or exit, {runs} of them"), ns / runs, "ns", None);
@@ -266,11 +267,13 @@ fn map_or_events() -> Result<()> {
             for key in &keys {
                 map.get(key, 0)?;
             }
-            line("map: user space asks for one process", from.elapsed().as_nanos() as f64 / keys.len() as f64, "ns", None);
+            line("map: user space reads one process", from.elapsed().as_nanos() as f64 / keys.len() as f64, "ns", None);
             let bytes = after.largest_map_bytes as f64;
             line("map: kernel memory, 65,536 living and 40 s of 10,000 exits/s", bytes / (1 << 20) as f64, "MiB", None);
         }
     }
-    println!("events: user space pays the drain per event above (life), and at most 40 MiB for exited processes (memory)");
+    println!(
+        "events: user space has the cost of draining per event above (life), and at most 40 MiB for exited processes (memory)"
+    );
     Ok(())
 }

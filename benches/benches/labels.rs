@@ -1,11 +1,11 @@
-//! The label pipeline as a whole: the real agent, many containers, and sockets in trouble.
+//! The label pipeline as a whole: the real agent, many containers, and failing sockets.
 
 use std::fs;
 use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_benches::{at_most, line, of, quantile, wanted};
+use gpu_sampler_benches::{at_most, line, quantile, total, wanted};
 use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod};
 use gpu_sampler_tests::kernel::CgroupTree;
 use gpu_sampler_tests::proxy::{Fault, Proxy};
@@ -13,7 +13,7 @@ use gpu_sampler_tests::{Agent, Docker, Sample, get, wait_for};
 use serde_json::{Value, json};
 
 type LabelSection = fn() -> Result<()>;
-/// A fault has no copies: each use makes its own.
+/// Faults cannot be cloned, so each use makes its own.
 type FaultRow = (&'static str, fn() -> Fault);
 
 const POD: &str = "kubepods/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
@@ -36,14 +36,14 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// As containerd leaves it before the cgroup is made.
+/// Writes a bundle as containerd does before it creates the cgroup.
 fn bundle(root: &Path, id: &str) -> Result<()> {
     let folder = root.join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id);
     fs::create_dir_all(&folder)?;
     let cri = |name: &str| format!("io.kubernetes.cri.{name}");
     let annotations = json!({cri("container-type"): "container", cri("container-name"): "main", cri("sandbox-name"): "p",
         cri("sandbox-namespace"): "n", cri("image-name"): "i:1"});
-    // The rest of a bundle has to be read too: mounts, capabilities, seccomp rules.
+    // The rest of a bundle is parsed, too: mounts, capabilities, seccomp rules.
     let rest: Vec<String> = (0..300).map(|n| format!("a system call or a mount of no interest, number {n}")).collect();
     Ok(fs::write(folder.join("config.json"), json!({"rest": rest, "annotations": annotations}).to_string())?)
 }
@@ -67,7 +67,7 @@ fn from_files() -> Result<()> {
     Ok(())
 }
 
-/// A double that speaks the protocol: no engine starts five hundred within seconds.
+/// With a double that implements the protocol, since no engine starts five hundred containers within seconds.
 fn from_a_socket() -> Result<()> {
     const N: usize = 500;
     let (dir, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-socket")?);
@@ -78,7 +78,7 @@ fn from_a_socket() -> Result<()> {
     let agent = Agent::start(None, &["--cri-endpoint", &endpoint, "--label-sources", "cri"])?;
     for n in 0..N {
         let id = format!("{n:064x}");
-        crio.know(&CrioContainer::new(&id, &pod, "main", "i:1", 1));
+        crio.serve(&CrioContainer::new(&id, &pod, "main", "i:1", 1));
         tree.make(&format!("{POD}/crio-{id}"))?;
     }
     let page = all_complete(&agent, N)?;
@@ -89,24 +89,24 @@ fn from_a_socket() -> Result<()> {
 
 fn all_complete(agent: &Agent, containers: usize) -> Result<Vec<Sample>> {
     let count = format!("{RESOLVE}_count");
-    wait_for("all are complete", Duration::from_secs(30), || {
+    wait_for("all containers are complete", Duration::from_secs(30), || {
         let page = agent.scrape()?;
-        Ok((of(&page, &count) >= containers as f64).then_some(page))
+        Ok((total(&page, &count) >= containers as f64).then_some(page))
     })
 }
 
-/// Processor time of a process so far, s.
+/// Processor time of a process so far, seconds.
 fn processor_time(pid: u32) -> Result<f64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("utime and stime");
-    Ok((ticks(11)? + ticks(12)?) / 100.0)
+    let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("utime and stime");
+    Ok((clock_ticks(11)? + clock_ticks(12)?) / 100.0)
 }
 
 fn unnamed_churn() -> Result<()> {
     const N: usize = 5_000;
     let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-churn")?);
-    for (what, sources) in [("no source", "manifest"), ("files that know none of them", "bundle,docker-file,crio-file")] {
+    for (what, sources) in [("no source", "manifest"), ("files without any of them", "bundle,docker-file,crio-file")] {
         let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", sources])?;
         let pid = agent.process.0.id();
         std::thread::sleep(Duration::from_secs(1));
@@ -116,10 +116,10 @@ fn unnamed_churn() -> Result<()> {
             std::thread::sleep(Duration::from_micros(500));
             fs::remove_dir(dir)?;
         }
-        // Until they are given up.
+        // Until the agent gives the containers up.
         std::thread::sleep(Duration::from_secs(12));
         let each = (processor_time(pid)? - before) / N as f64 * 1e6;
-        line(&format!("5,000 containers that nobody can name, {what}"), each, "us", None);
+        line(&format!("5,000 containers without a label source, {what}"), each, "us", None);
     }
     Ok(())
 }
@@ -158,7 +158,12 @@ fn after_faults() -> Result<()> {
             took.push(from.elapsed().as_secs_f64() * 1e3);
         }
         took.sort_by(f64::total_cmp);
-        line(&format!("Docker {name} for 5 s: complete after its end, max of 5"), quantile(&took, 1.0), "ms", Some(2_000.0));
+        line(
+            &format!("Docker fault '{name}' for 5 s: complete after its end, max of 5"),
+            quantile(&took, 1.0),
+            "ms",
+            Some(2_000.0),
+        );
     }
     Ok(())
 }
@@ -171,7 +176,7 @@ fn scrapes() -> Result<()> {
     let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-scrapes")?);
     let rootfs = root.path().to_string_lossy().into_owned();
     let agent = Agent::start(None, &["--docker-endpoint", &endpoint, "--path-rootfs", &rootfs])?;
-    let faults: [FaultRow; 3] = [("hangs", || Fault::Hang), ("answers 100 MB", || Fault::Huge), ("refuses", || Fault::Refuse)];
+    let faults: [FaultRow; 3] = [("hangs", || Fault::Hang), ("100 MB response", || Fault::Huge), ("refuses", || Fault::Refuse)];
     for n in 0..500 {
         tree.make(&format!("{POD}/{n:064x}"))?;
     }
@@ -185,7 +190,7 @@ fn scrapes() -> Result<()> {
             std::thread::sleep(Duration::from_millis(10));
         }
         took.sort_by(f64::total_cmp);
-        line(&format!("scrapes while Docker {name}, 500 unnamed: p50"), quantile(&took, 0.5), "ms", None);
+        line(&format!("scrapes during Docker fault '{name}', 500 unnamed: p50"), quantile(&took, 0.5), "ms", None);
         line("                                              max of 300", quantile(&took, 1.0), "ms", Some(50.0));
     }
     Ok(())

@@ -1,6 +1,7 @@
-//! Sessions at the size that is promised: 8 GPUs with 64 processes each, 10 minutes, beside 1,000 lives a second that use no GPU.
+//! Reports of sessions at the promised size: 8 GPUs with 64 processes each, 10 minutes, with 1,000 additional processes a second that do
+//! not use a GPU.
 //!
-//! Wall time on a shared machine: the best of five, beside its aim.
+//! Wall time on a shared machine: the best of five, with its target.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -20,7 +21,7 @@ const MINUTES: u64 = 10;
 const SECOND: u64 = 1_000_000_000;
 const START: u64 = 1_000_000 * SECOND;
 const PERIOD: u64 = 167_139_000;
-/// A state that a reader can begin with, this often.
+/// Interval of states at which a reader can begin, in seconds.
 const STATE_EVERY: u64 = 30;
 const TIMES: usize = 5;
 
@@ -34,7 +35,7 @@ impl Random {
     }
 }
 
-/// Each process in a container of its own.
+/// The container of a process; each process has its own.
 fn key(gpu: u32, n: u64) -> ContainerKey {
     ContainerKey(1 + u64::from(gpu) * PROCESSES + n)
 }
@@ -78,7 +79,7 @@ fn second(n: u64, random: &mut Random) -> Vec<Fact> {
     let (from, to) = (START + n * SECOND, START + (n + 1) * SECOND);
     let mut all: Vec<Fact> =
         (1..=4).map(|k| from + k * SECOND / 4).map(|at| Fact::Time { at: BootNs(at), wall: WallTime(at) }).collect();
-    // A thousand containers of one short process each, of no GPU.
+    // A thousand containers with one short process each, without a GPU.
     for k in 0..1_000 {
         let key = ContainerKey(1_000_000 + n * 1_000 + k);
         all.extend(container(key));
@@ -89,15 +90,16 @@ fn second(n: u64, random: &mut Random) -> Vec<Fact> {
         let since = |k: u64| BootNs(START - k * 7_654_321);
         let pid = |k: u64| 10_000 + gpu * 1_000 + k as u32;
         for at in (from / PERIOD + 1..=to / PERIOD).map(|k| k * PERIOD) {
-            let who = random.below(PROCESSES);
-            let row = AttributedProcess { pid: pid(who), percent: 97, user: User::Container(key(gpu, who)), since: since(who) };
-            let tick = UtilizationSample {
+            let chosen = random.below(PROCESSES);
+            let user = User::Container(key(gpu, chosen));
+            let process = AttributedProcess { pid: pid(chosen), percent: 97, user, since: since(chosen) };
+            let sample = UtilizationSample {
                 stamp: GpuNs(at / 1000 * 1000 + 12_345_678),
                 ns: PERIOD,
                 busy_percent: 90 + random.below(11) as u8,
-                processes: vec![row],
+                processes: vec![process],
             };
-            all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(tick) });
+            all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(sample) });
         }
         if n.is_multiple_of(2) {
             let holder = |k| Holder {
@@ -131,7 +133,7 @@ fn second(n: u64, random: &mut Random) -> Vec<Fact> {
     all
 }
 
-/// The file as the recorder writes it.
+/// The session file as the recorder writes it.
 fn file() -> Result<Vec<u8>> {
     let mut random = Random(1);
     let (mut packer, mut state, mut bytes) = (Packer::new()?, State::default(), FileBytes::default());
@@ -149,11 +151,11 @@ fn file() -> Result<Vec<u8>> {
                 bytes.put(&frame);
             }
         }
-        let mut told = Vec::new();
+        let mut written = Vec::new();
         for fact in second(n, &mut random) {
-            state.follow(&fact, &mut |fact| told.push(fact));
+            state.follow(&fact, &mut |fact| written.push(fact));
         }
-        for frame in packer.facts(&told)? {
+        for frame in packer.facts(&written)? {
             bytes.put(&frame);
         }
     }
@@ -171,21 +173,21 @@ fn best(mut run: impl FnMut() -> Result<()>) -> Result<Duration> {
     Ok(best)
 }
 
-fn row(what: &str, value: String, aim: &str) {
+fn print_row(what: &str, value: String, aim: &str) {
     println!("{what:<66} {value:>12} {aim:>12}");
 }
 
 fn main() -> Result<()> {
     let bytes = file()?;
     let session = read(&bytes)?;
-    ensure!(session.damage.is_empty() && session.end.is_some(), "the file is whole: {:?}", session.damage);
-    let of = |report: &sampler_report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
+    ensure!(session.damage.is_empty() && session.end.is_some(), "the file is complete: {:?}", session.damage);
+    let busy = |report: &sampler_report::Report| report.gpus.iter().map(|gpu| gpu.busy_seconds).sum::<f64>();
     let view = View::default();
     let made = sampler_report::build(&session, &view);
     ensure!(made.users.len() as u64 == u64::from(GPUS) * PROCESSES, "{} users", made.users.len());
-    ensure!(of(&made) > 0.9 * (u64::from(GPUS) * MINUTES * 60) as f64, "{} s busy", of(&made));
-    row("8 GPUs, 64 processes each, 10 minutes", "measured".into(), "aim");
-    row("file, MiB a minute", format!("{:.2}", bytes.len() as f64 / f64::from(1 << 20) / MINUTES as f64), "1");
+    ensure!(busy(&made) > 0.9 * (u64::from(GPUS) * MINUTES * 60) as f64, "{} s busy", busy(&made));
+    print_row("8 GPUs, 64 processes each, 10 minutes", "measured".into(), "aim");
+    print_row("file, MiB a minute", format!("{:.2}", bytes.len() as f64 / f64::from(1 << 20) / MINUTES as f64), "1");
     let text = sampler_report::TextOptions { width: Some(120), colour: false, unicode: true };
     let read_build_text = best(|| {
         let session = read(&bytes)?;
@@ -193,17 +195,20 @@ fn main() -> Result<()> {
         ensure!(text.len() > 1_000, "a page");
         Ok(())
     })?;
-    row("file to text: read, aggregate, judge every pair, write, s", format!("{:.2}", read_build_text.as_secs_f64()), "2");
+    print_row("file to text: read, aggregate, compare all pairs, write, s", format!("{:.2}", read_build_text.as_secs_f64()), "2");
     let html = sampler_report::html(&made);
     let whole = best(|| {
         let session = read(&bytes)?;
-        ensure!(sampler_report::html(&sampler_report::build(&session, &view)).len() == html.len(), "the same page again");
+        ensure!(
+            sampler_report::html(&sampler_report::build(&session, &view)).len() == html.len(),
+            "the page is the same each time"
+        );
         Ok(())
     })?;
-    row("file to html, s", format!("{:.2}", whole.as_secs_f64()), "2");
-    row("html, MB", format!("{:.2}", html.len() as f64 / 1e6), "5");
+    print_row("file to html, s", format!("{:.2}", whole.as_secs_f64()), "2");
+    print_row("html, MB", format!("{:.2}", html.len() as f64 / 1e6), "5");
     let perfetto = sampler_report::perfetto(&made);
     serde_json::from_str::<serde_json::Value>(&perfetto).context("perfetto is JSON")?;
-    row("perfetto, MB", format!("{:.2}", perfetto.len() as f64 / 1e6), "30");
+    print_row("perfetto, MB", format!("{:.2}", perfetto.len() as f64 / 1e6), "30");
     Ok(())
 }

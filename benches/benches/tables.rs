@@ -1,4 +1,4 @@
-//! The identity tables under a counting allocator: what they say they hold against what they really hold, and what a storm costs.
+//! The identity tables under a counting allocator: their own size figures against the allocated memory, and the cost of a storm.
 
 use std::alloc::{GlobalAlloc, Layout, System};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -14,12 +14,12 @@ struct Counting;
 static NOW: AtomicUsize = AtomicUsize::new(0);
 static MOST: AtomicUsize = AtomicUsize::new(0);
 
-// SAFETY: hands everything to the system's allocator; the counting touches no memory.
+// SAFETY: delegates everything to the system's allocator; the counting touches no memory.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {
         let now = NOW.fetch_add(layout.size(), Ordering::Relaxed) + layout.size();
         MOST.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's guarantee is passed on.
         unsafe { System.alloc(layout) }
     }
 
@@ -27,13 +27,13 @@ unsafe impl GlobalAlloc for Counting {
         let now = NOW.fetch_add(size, Ordering::Relaxed) + size - layout.size();
         NOW.fetch_sub(layout.size(), Ordering::Relaxed);
         MOST.fetch_max(now, Ordering::Relaxed);
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's guarantee is passed on.
         unsafe { System.realloc(pointer, layout, size) }
     }
 
     unsafe fn dealloc(&self, pointer: *mut u8, layout: Layout) {
         NOW.fetch_sub(layout.size(), Ordering::Relaxed);
-        // SAFETY: the caller's promise, handed on.
+        // SAFETY: the caller's guarantee is passed on.
         unsafe { System.dealloc(pointer, layout) }
     }
 }
@@ -45,8 +45,8 @@ const MIB: f64 = (1 << 20) as f64;
 const SECOND: u64 = 1_000_000_000;
 
 fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, v2_id: u64) -> ProcessFact {
-    let place = CgroupMembership { v2_id, ..CgroupMembership::default() };
-    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), place }
+    let membership = CgroupMembership { v2_id, ..CgroupMembership::default() };
+    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), membership }
 }
 
 /// 50 containers, ids 10 to 59; 1 is the root.
@@ -72,17 +72,17 @@ fn living() {
     }
     let held = NOW.load(Ordering::Relaxed) - before;
     let size = identity.processes.size();
-    line("65,536 living: said to hold", size.living_bytes as f64 / MIB, "MiB", Some(16.0));
-    line("    really allocated, cgroups included", held as f64 / MIB, "MiB", Some(16.0));
+    line("65,536 living: reported size", size.living_bytes as f64 / MIB, "MiB", Some(16.0));
+    line("    allocated, cgroups included", held as f64 / MIB, "MiB", Some(16.0));
 }
 
-/// 10,000 exits a second for 30 s and on, a tenth of them in containers.
+/// 10,000 exits a second for 60 s, a tenth of them in containers.
 fn exits() {
     let before = NOW.load(Ordering::Relaxed);
     let mut identity = identity();
     MOST.store(before, Ordering::Relaxed);
     let (lives, from) = (600_000u64, Instant::now());
-    let mut most_said = 0;
+    let mut most_reported = 0;
     for n in 0..lives {
         let (pid, at) = (300 + (n % 32_000) as u32, SECOND + n * SECOND / 10_000);
         let cgroup = if n % 10 == 0 { 10 + n % 50 } else { 1 };
@@ -91,13 +91,13 @@ fn exits() {
         identity.process(&fact(ProcessChange::Exit, pid, at, at + 1_000, cgroup));
         if n % 2_500 == 0 {
             identity.expire(BootNs(at), |_| false);
-            most_said = most_said.max(identity.processes.size().exited_bytes);
+            most_reported = most_reported.max(identity.processes.size().exited_bytes);
         }
     }
     let ns = from.elapsed().as_nanos() as f64 / (3 * lives) as f64;
     let bound = EXITED_BYTES as f64 / MIB;
-    line("10,000 exits/s for 60 s: most that exited are said to hold", most_said as f64 / MIB, "MiB", Some(bound));
-    line("    most really allocated by all tables", (MOST.load(Ordering::Relaxed) - before) as f64 / MIB, "MiB", None);
+    line("10,000 exits/s for 60 s: largest reported size of exited", most_reported as f64 / MIB, "MiB", Some(bound));
+    line("    most allocated by all tables", (MOST.load(Ordering::Relaxed) - before) as f64 / MIB, "MiB", None);
     line("    evicted before their time", identity.processes.size().evicted as f64, "", None);
     line("    per event", ns, "ns", Some(150.0));
 }

@@ -1,9 +1,10 @@
-//! The records that cross from the kernel program to user space, and the field offsets that go the other way.
+//! The records that the kernel program sends to user space, and the field offsets that user space passes to the kernel program.
 //!
-//! Both sides compile this file, with different compilers: `repr(C)`, no implicit padding, sizes and offsets asserted below.
+//! Both sides compile this file, with different compilers: the types are `repr(C)`, have no implicit padding, and their sizes and offsets
+//! are asserted below.
 #![no_std]
 
-/// What a [`ProcessEvent`] or [`CgroupEvent`] reports. Values are stable: they index the per-kind counters too.
+/// Kinds of [`ProcessEvent`] and [`CgroupEvent`]. The values are stable, because they also index the counters by kind.
 pub mod kind {
     pub const FORK: u32 = 0;
     pub const EXEC: u32 = 1;
@@ -13,54 +14,55 @@ pub mod kind {
     pub const RENAME: u32 = 5;
     pub const ATTACH: u32 = 6;
     pub const COUNT: u32 = 7;
-    /// A living process as the task iterator shows it; no event, so it is not counted.
+    /// A living process from the task iterator; not an event, so it is not counted.
     pub const SEEN: u32 = COUNT;
-    /// Names as in the `kind` label of `gpu_sampler_kernel_events_total`.
+    /// Values of the `kind` label of `gpu_sampler_kernel_events_total`.
     pub const NAMES: [&str; COUNT as usize] = ["fork", "exec", "exit", "mkdir", "rmdir", "rename", "attach"];
 }
 
-/// Longest cgroup directory name the kernel accepts (NAME_MAX), with room for its NUL.
+/// The longest cgroup directory name that the kernel accepts (NAME_MAX), plus its NUL.
 pub const NAME_BYTES: usize = 256;
 
-/// A cgroup appeared, went or was renamed. Parent id and leaf name, not a path: the tracepoint's own path stops silently at 1,023 bytes.
+/// A cgroup was created, removed or renamed. The record has the parent's id and the leaf name instead of a path, because the path of the
+/// tracepoint is silently truncated at 1,023 bytes.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct CgroupEvent {
     pub kind: u32,
     /// 0 is cgroup v2; ids are unique only within a hierarchy.
     pub hierarchy: u32,
-    /// The cgroup's id (its directory's inode number).
+    /// Id of the cgroup (inode number of its directory).
     pub id: u64,
-    /// 0 when it has no parent.
+    /// 0 if it has no parent.
     pub parent_id: u64,
     /// CLOCK_BOOTTIME.
     pub at_ns: u64,
-    /// Bytes of `name` before its NUL.
+    /// Length of `name` without its NUL.
     pub name_len: u32,
     pub pad: u32,
     pub name: [u8; NAME_BYTES],
 }
 
-/// A thread group was forked, called exec, ended, or was moved to another cgroup; or is there.
+/// A thread group was forked, called exec, ended, or was moved to another cgroup; or, with [`kind::SEEN`], exists.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct ProcessEvent {
     pub kind: u32,
-    /// Process id in the initial pid namespace.
+    /// Process id in the initial PID namespace.
     pub tgid: u32,
     /// `task_struct.start_boottime` of the group leader, ns.
     pub start_ns: u64,
     /// CLOCK_BOOTTIME.
     pub at_ns: u64,
-    /// The process's cgroup on v2, and on the v1 hierarchy chosen in [`Offsets`] (0 when there is none).
+    /// Cgroups of the process in v2, and in the v1 hierarchy selected in [`Offsets`] (0 for none).
     pub v2_id: u64,
     pub v1_id: u64,
-    /// For fork, the parent's tgid.
+    /// For fork: tgid of the parent.
     pub parent_tgid: u32,
     pub pad: u32,
 }
 
-/// Byte offsets of kernel fields, read from the running kernel's BTF.
+/// Byte offsets of kernel fields, from the BTF of the running kernel.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offsets {
@@ -83,11 +85,11 @@ pub struct Offsets {
     pub root_hierarchy_id: u32,
     /// Index into `css_set.subsys` of the v1 controller to follow; `u32::MAX` for none.
     pub v1_subsys_index: u32,
-    /// Its hierarchy's id; 0 for none.
+    /// Id of its hierarchy; 0 for none.
     pub v1_hierarchy: u32,
 }
 
-/// What the kernel program's self-check found; bits of the value it leaves in its map.
+/// Result of the kernel program's self-check: bits of the value in its map.
 pub mod self_check {
     pub const RAN: u32 = 1 << 31;
     pub const TGID: u32 = 1;
@@ -108,6 +110,6 @@ const _: () = {
 
 #[cfg(feature = "user")]
 mod user {
-    // SAFETY: plain integers and arrays of them, no padding (asserted above), every bit pattern is valid.
+    // SAFETY: only integers, no padding (asserted above), every bit pattern is valid.
     unsafe impl aya::Pod for super::Offsets {}
 }

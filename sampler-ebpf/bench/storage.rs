@@ -1,5 +1,5 @@
-//! Not the product: what it costs the kernel to keep a process in a map until somebody asks, against telling user space of it.
-//! Both sides do the same at exec and at exit, so their run times can be compared; `cargo xtask bench` does.
+//! Benchmark, not part of the product: the cost of keeping a process in a map of the kernel until it is looked up, compared with the cost
+//! of reporting it to user space. Both variants do the same work at exec and at exit, so `cargo xtask bench` can compare their run times.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "on the host it is only type-checked"))]
 
@@ -12,7 +12,7 @@ use aya_ebpf::{
 };
 use sampler_common::{ProcessEvent, kind};
 
-/// 65,536 living, and 40 s of 10,000 exits a second.
+/// 65,536 living processes, and 40 s of 10,000 exits a second.
 const ENTRIES: u32 = 65_536 + 400_000;
 
 #[repr(C)]
@@ -27,7 +27,7 @@ pub struct Kept {
 #[map]
 pub static KEPT: HashMap<u64, Kept> = HashMap::with_max_entries(ENTRIES, 0);
 #[map]
-pub static TOLD: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
+pub static REPORTED: RingBuf = RingBuf::with_byte_size(4 << 20, 0);
 
 #[inline(always)]
 fn current() -> (u64, u64, u64) {
@@ -46,16 +46,16 @@ pub fn keep_exec(_ctx: RawTracePointContext) -> i32 {
 pub fn keep_exit(_ctx: RawTracePointContext) -> i32 {
     let (pid, _, now) = current();
     if let Some(kept) = KEPT.get_ptr_mut(pid >> 32) {
-        // SAFETY: a live entry of a preallocated map.
+        // SAFETY: a valid entry of a preallocated map.
         unsafe { (*kept).end_ns = now }
     }
     0
 }
 
 #[inline(always)]
-fn tell(kind: u32) -> i32 {
+fn report(kind: u32) -> i32 {
     let (pid, v2_id, at_ns) = current();
-    if let Some(mut entry) = TOLD.reserve::<ProcessEvent>(0) {
+    if let Some(mut entry) = REPORTED.reserve::<ProcessEvent>(0) {
         let tgid = (pid >> 32) as u32;
         entry.write(ProcessEvent { kind, tgid, start_ns: at_ns, at_ns, v2_id, v1_id: 0, parent_tgid: 0, pad: 0 });
         entry.submit(u64::from(BPF_RB_NO_WAKEUP));
@@ -64,13 +64,13 @@ fn tell(kind: u32) -> i32 {
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_exec")]
-pub fn tell_exec(_ctx: RawTracePointContext) -> i32 {
-    tell(kind::EXEC)
+pub fn report_exec(_ctx: RawTracePointContext) -> i32 {
+    report(kind::EXEC)
 }
 
 #[raw_tracepoint(tracepoint = "sched_process_exit")]
-pub fn tell_exit(_ctx: RawTracePointContext) -> i32 {
-    tell(kind::EXIT)
+pub fn report_exit(_ctx: RawTracePointContext) -> i32 {
+    report(kind::EXIT)
 }
 
 #[cfg(target_arch = "bpf")]

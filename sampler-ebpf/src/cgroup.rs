@@ -1,4 +1,4 @@
-//! cgroup mkdir, rmdir and rename, on every hierarchy.
+//! Hooks of cgroup mkdir, rmdir and rename, in every hierarchy.
 
 use aya_ebpf::{
     helpers::{bpf_ktime_get_boot_ns, generated::bpf_probe_read_kernel_str},
@@ -28,7 +28,7 @@ fn try_report(kind: u32, cgroup: Kernel) -> Result<(), i32> {
     let name: Kernel = field(kn, o.kn_name)?;
     let root: Kernel = field(cgroup, o.cgroup_root)?;
     let hierarchy: u32 = field(root, o.root_hierarchy_id)?;
-    // `cgroup.self` is the first member of struct cgroup: its `parent` is the parent's css.
+    // `cgroup.self` is the first member of struct cgroup; its `parent` is the css of the parent.
     let parent_css: Kernel = field(cgroup, o.css_parent)?;
     let parent_id = if parent_css.is_null() { 0 } else { cgroup_id(field(parent_css, o.css_cgroup)?, &o)? };
     let Some(mut entry) = CGROUP_EVENTS.reserve::<CgroupEvent>(0) else {

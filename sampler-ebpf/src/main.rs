@@ -1,4 +1,5 @@
-//! The kernel side: who is born where, who moves, who ends. One file per hook; maps in one file.
+//! The kernel program: reports forks, execs, moves and exits of processes, and changes of cgroups. One file for each group of hooks; all
+//! maps are in one file.
 #![cfg_attr(target_arch = "bpf", no_std, no_main)]
 #![cfg_attr(target_arch = "bpf", feature(asm_experimental_arch))]
 #![cfg_attr(not(target_arch = "bpf"), allow(dead_code, reason = "on the host it is only type-checked"))]
@@ -16,7 +17,7 @@ fn panic(_: &core::panic::PanicInfo<'_>) -> ! {
     loop {}
 }
 
-/// `bpf_probe_read_kernel` is for GPL-compatible programs only.
+/// `bpf_probe_read_kernel` is available to GPL-compatible programs only.
 #[unsafe(link_section = "license")]
 #[unsafe(no_mangle)]
 static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";

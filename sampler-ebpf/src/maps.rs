@@ -1,4 +1,4 @@
-//! Every map of the program, and the two counters' arithmetic.
+//! All maps of the program, and the increment of the loss counter.
 
 use aya_ebpf::{
     Global,
@@ -7,13 +7,14 @@ use aya_ebpf::{
 };
 use sampler_common::{Offsets, kind};
 
-/// Sizes here are floors; user space sets them before loading. Two rings, so a fork storm cannot evict container events.
+/// Sizes here are minimums; user space sets the actual sizes before loading. There are two rings, so that a fork storm cannot displace
+/// container events.
 #[map]
 pub static CGROUP_EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 #[map]
 pub static PROCESS_EVENTS: RingBuf = RingBuf::with_byte_size(1 << 20, 0);
 
-/// Per kind: events that found their ring full or whose fields could not be read.
+/// By kind: number of events that were lost because the ring was full or a field could not be read.
 #[map]
 pub static LOST: PerCpuArray<u64> = PerCpuArray::with_max_entries(kind::COUNT, 0);
 
@@ -46,25 +47,25 @@ pub static OFFSETS: Global<Offsets> = Global::new(Offsets {
 #[inline(always)]
 pub fn lost(kind: u32) {
     if let Some(count) = LOST.get_ptr_mut(kind) {
-        // SAFETY: a slot of the map, aligned and alive for as long as the program.
+        // SAFETY: a slot of the map, aligned and valid for as long as the program.
         unsafe { increment(count) }
     }
 }
 
-/// Atomic, because where tracepoint programs can be preempted, two of them may be at the same processor's slot. The instruction set has
-/// such an addition, core for this target does not offer it.
+/// Atomic, because where tracepoint programs can be preempted, two of them may use the slot of the same processor. The instruction set has
+/// an atomic addition, but core does not provide it for this target.
 ///
 /// # Safety
 /// `count` must be valid and aligned.
 #[cfg(target_arch = "bpf")]
 #[inline(always)]
 unsafe fn increment(count: *mut u64) {
-    // SAFETY: adds 1 at a valid address and touches nothing else.
+    // SAFETY: adds 1 at a valid address and accesses no other memory.
     unsafe { core::arch::asm!("lock *(u64 *)({count} + 0) += {one}", count = in(reg) count, one = in(reg) 1u64) }
 }
 
 #[cfg(not(target_arch = "bpf"))]
 unsafe fn increment(count: *mut u64) {
-    // SAFETY: as the caller promises.
+    // SAFETY: guaranteed by the caller.
     unsafe { core::sync::atomic::AtomicU64::from_ptr(count) }.fetch_add(1, core::sync::atomic::Ordering::Relaxed);
 }

@@ -1,4 +1,4 @@
-//! fork, exec, exit and attach. Threads are dropped here: user space hears of thread groups only.
+//! Hooks of fork, exec, exit and attach. Events of threads are dropped here: user space receives events of thread groups only.
 
 use aya_ebpf::{
     bindings::{BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, BPF_RB_RING_SIZE},
@@ -13,10 +13,10 @@ use crate::{
     read::{Kernel, cgroup_id, field, task_cgroups},
 };
 
-/// What is known of a thread group; the place is `task`'s own, for a leader that has ended stays where it was.
+/// Describes a thread group. The cgroups are those of `task` itself, because a leader that has ended stays in its last cgroup.
 #[inline(always)]
 pub fn describe(kind: u32, task: Kernel, parent_tgid: u32, o: &Offsets) -> Result<ProcessEvent, i32> {
-    // Before the place is read: what moves it in between then comes later in time too.
+    // Before the cgroups are read: a move in between then has a later time too.
     // SAFETY: the helper takes no arguments.
     let at_ns = unsafe { bpf_ktime_get_boot_ns() };
     let tgid: u32 = field(task, o.task_tgid)?;
@@ -41,8 +41,8 @@ fn report(kind: u32, task: Kernel, parent_tgid: u32) -> Result<(), i32> {
     submit(describe(kind, task, parent_tgid, &OFFSETS.load())?)
 }
 
-/// Process events can wait, so user space is not woken for each: only when a quarter of the ring is full. It looks by itself every
-/// quarter of a second, and before it attributes anything.
+/// Process events can wait, so user space is not woken for each of them, but only when a quarter of the ring is full. User space reads the
+/// ring every quarter of a second, and before it attributes samples.
 #[inline(always)]
 fn wakeup() -> u64 {
     let full = PROCESS_EVENTS.query(u64::from(BPF_RB_AVAIL_DATA));
@@ -58,7 +58,7 @@ fn counted(kind: u32, result: Result<(), i32>) -> i32 {
     0
 }
 
-/// The child's own css_set, not the parent's: CLONE_INTO_CGROUP starts it elsewhere without an attach event.
+/// Reads the css_set of the child, not of the parent: CLONE_INTO_CGROUP starts the child in another cgroup without an attach event.
 #[raw_tracepoint(tracepoint = "sched_process_fork")]
 pub fn sched_process_fork(ctx: RawTracePointContext) -> i32 {
     counted(kind::FORK, try_fork(&ctx))
@@ -83,7 +83,7 @@ pub fn sched_process_exec(ctx: RawTracePointContext) -> i32 {
     counted(kind::EXEC, report(kind::EXEC, ctx.arg(0), 0))
 }
 
-/// The group has ended when no thread of it lives: true on kernels before and after 6.16, doubles are harmless.
+/// The group has ended when none of its threads is alive. This holds on kernels before and after 6.16; duplicate events are harmless.
 #[raw_tracepoint(tracepoint = "sched_process_exit")]
 pub fn sched_process_exit(ctx: RawTracePointContext) -> i32 {
     counted(kind::EXIT, try_exit(&ctx))
@@ -101,8 +101,8 @@ fn try_exit(ctx: &RawTracePointContext) -> Result<(), i32> {
     report(kind::EXIT, task, 0)
 }
 
-/// `(dst_cgroup, path, task, threadgroup)`. The place in the hierarchy of the move is what it was moved to: a leader that has
-/// ended is not moved itself, its threads are.
+/// `(dst_cgroup, path, task, threadgroup)`. The cgroup in the hierarchy of the move is the destination: a leader that has ended is not
+/// moved itself, but its threads are.
 #[raw_tracepoint(tracepoint = "cgroup_attach_task")]
 pub fn cgroup_attach_task(ctx: RawTracePointContext) -> i32 {
     counted(kind::ATTACH, try_attach(&ctx))

@@ -1,4 +1,4 @@
-//! Reading kernel structures through the offsets that user space resolved.
+//! Reads kernel structures through the offsets that user space resolved.
 
 use aya_ebpf::helpers::bpf_probe_read_kernel;
 use sampler_common::Offsets;
@@ -8,7 +8,7 @@ pub type Kernel = *const u8;
 
 #[inline(always)]
 pub fn field<T>(base: Kernel, offset: u32) -> Result<T, i32> {
-    // SAFETY: the helper checks the address itself and fails instead of faulting.
+    // SAFETY: the helper checks the address and fails instead of faulting.
     unsafe { bpf_probe_read_kernel(base.wrapping_add(offset as usize).cast::<T>()) }
 }
 
@@ -17,7 +17,7 @@ pub fn cgroup_id(cgroup: Kernel, o: &Offsets) -> Result<u64, i32> {
     field(field(cgroup, o.cgroup_kn)?, o.kn_id)
 }
 
-/// The task's cgroup ids on v2 and on the followed v1 hierarchy (0 for none).
+/// The task's cgroup ids in v2 and in the followed v1 hierarchy (0 for none).
 #[inline(always)]
 pub fn task_cgroups(task: Kernel, o: &Offsets) -> Result<(u64, u64), i32> {
     let css_set: Kernel = field(task, o.task_cgroups)?;

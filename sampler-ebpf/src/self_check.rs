@@ -1,5 +1,5 @@
-//! Never attached: run once through BPF_PROG_TEST_RUN before anything else is. A wrong offset reads plausible nonsense instead
-//! of failing, so what the offsets read about the current task is compared with what the helpers answer.
+//! Self-check of the offsets. It is never attached, but run once through BPF_PROG_TEST_RUN before all other programs. A read at a wrong
+//! offset returns plausible garbage instead of failing, so the fields of the current task are compared with the results of the helpers.
 
 use aya_ebpf::{
     helpers::{bpf_get_current_cgroup_id, bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
@@ -53,7 +53,7 @@ fn compare() -> Result<u32, i32> {
     if start == 0 || start > now {
         bad |= START;
     }
-    // The one who runs this is not exiting, and a process is a user's: PF_EXITING and PF_KTHREAD are both clear.
+    // The current task is a user process that is not exiting: PF_EXITING and PF_KTHREAD are both clear.
     let flags: u32 = field(task, o.task_flags)?;
     if flags & 0x0020_0004 != 0 {
         bad |= FLAGS;

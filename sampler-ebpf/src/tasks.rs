@@ -1,4 +1,5 @@
-//! Every living process, for scans: exact start times and places, and no file system in between. Run by reading the iterator.
+//! Task iterator for scans: every living process with exact start time and cgroups, independent of any file system. Reading the iterator
+//! runs the program.
 
 use core::ffi::c_void;
 
@@ -14,7 +15,7 @@ use crate::{
 /// `PF_EXITING` of `task_struct.flags`.
 const EXITING: u32 = 4;
 
-/// The kernel's `struct bpf_iter_meta`, as far as it is used.
+/// The used part of the kernel's `struct bpf_iter_meta`.
 #[repr(C)]
 pub struct Meta {
     seq: *mut seq_file,
@@ -30,20 +31,20 @@ pub struct Context {
 #[unsafe(no_mangle)]
 #[unsafe(link_section = "iter/task")]
 pub extern "C" fn tasks(ctx: *const Context) -> i32 {
-    // SAFETY: the kernel hands a valid context; `task` is null on the last call.
+    // SAFETY: the kernel passes a valid context; `task` is null in the last call.
     let (meta, task) = unsafe { ((*ctx).meta, (*ctx).task) };
     if task.is_null() {
         return 0;
     }
     if let Ok(Some(event)) = living(task.cast(), &OFFSETS.load()) {
-        // SAFETY: the sequence file is the context's own; the record is whole and on this stack. When it is full the kernel runs
-        // this task again.
+        // SAFETY: the sequence file is that of the context; the record is complete and on this stack. When the file is full, the kernel
+        // calls the program again for this task.
         unsafe { bpf_seq_write((*meta).seq, (&raw const event).cast_mut().cast(), size_of::<ProcessEvent>() as u32) };
     }
     0
 }
 
-/// One record a thread group: the leader's, or, when the leader has ended, one for each thread that lives.
+/// One record for each thread group: that of the leader, or, if the leader has ended, one for each living thread.
 #[inline(always)]
 fn living(task: Kernel, o: &Offsets) -> Result<Option<ProcessEvent>, i32> {
     let flags: u32 = field(task, o.task_flags)?;

@@ -1,7 +1,7 @@
-//! The only wiring: threads, channels, tasks, shutdown.
+//! Connects the parts of the agent: threads, channels, tasks, shutdown.
 //!
-//! The core thread owns identity, attribution and aggregation, and drains both kernel rings itself. GPU threads and people's
-//! questions reach it through its inbox.
+//! The core thread owns identity, attribution and aggregation, and drains both kernel rings itself. Observations of the GPU threads and
+//! queries reach it through its inbox.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -20,35 +20,36 @@ use crate::error::display_chain;
 use crate::export::http;
 use crate::export::state::AppState;
 use crate::health::Health;
+use crate::health::condition::Condition;
 use crate::inbox::inbox;
 use crate::labels::{self, LabelConfig, LabelService};
 use crate::observe::gpu;
-use crate::observe::kernel::layout::{Layout, REMEDY, layout};
+use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
 use crate::session::{Recorder, SessionInputs, Store};
 
-/// What IO tasks get to end in.
+/// Time limit for IO tasks to end.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
-/// The best way to follow processes that works here; says once what it gives up.
+/// Selects the best working kernel mode, and reports its limitations once.
 fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<Tracker> {
     if let Some(problem) = pid_namespace::problem() {
-        health.degraded("pid-namespace", &problem);
+        health.degraded(Condition::PidNamespace, &problem);
     }
     if let Some(problem) = layout.problem() {
-        health.degraded("cgroups", &format!("{problem}; {REMEDY}"));
+        health.degraded(Condition::Cgroups, &problem);
     }
     let Chosen { tracker, refused } = probe::choose(config.kernel_mode, layout, &config.btf(), config.kernel_ring_bytes)?;
     let mode = tracker.mode();
     health.set_kernel_mode(mode.name());
     if mode == Mode::RawTracepoint {
-        tracing::info!("kernel mode raw_tracepoint: every process and cgroup is followed as it changes");
+        tracing::info!("kernel mode raw_tracepoint: all changes of processes and cgroups are tracked");
     } else {
-        let why = refused.into_iter().map(|(mode, error)| format!("; no {}: {}", mode.name(), display_chain(&error)));
-        let why: String = why.collect();
-        health.degraded("kernel", &format!("kernel mode {}: {}{why}", mode.name(), mode.gives_up()));
+        let reasons = refused.into_iter().map(|(mode, error)| format!("; no {}: {}", mode.name(), display_chain(&error)));
+        let reasons: String = reasons.collect();
+        health.degraded(Condition::KernelMode, &format!("kernel mode {}: {}{reasons}", mode.name(), mode.limitations()));
     }
     Ok(tracker)
 }
@@ -75,34 +76,34 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .build()
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
-        // The port first: an agent that cannot be scraped should say so before it loads anything.
+        // The port is bound first, so that this error is reported before anything is loaded.
         let listener = http::bind(config.listen).await?;
         serve(Arc::new(config), listener, signalled()).await
     });
-    // A file read may hang in the kernel; it must not keep the agent.
+    // A file read may hang in the kernel and must not keep the agent from ending.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     result
 }
 
-/// Is the agent until `stop_asked`.
-pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// Runs the agent until `stop_requested`.
+pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: impl Future<Output = ()>) -> anyhow::Result<()> {
     let health = Arc::new(Health::default());
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
-    let (to_core, inbox) = inbox().context("cannot make an event descriptor")?;
+    let (to_core, inbox) = inbox().context("cannot create an event descriptor")?;
     let (to_labels, container_events) = tokio::sync::mpsc::unbounded_channel();
     let layout = layout(&config.path_procfs);
     let cgroup_layout = layout.name();
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
     gpu::start(config.nvml_lib.clone(), Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)?))?;
-    let pressure_told = pressure::WorkerContext {
+    let pressure_context = pressure::WorkerContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
         snapshot: Arc::clone(&snapshot),
         stop: Arc::clone(&stop),
     };
-    let pressure = pressure::start(&layout, &config.path_procfs, pressure_told).context("cannot start the thread pressure")?;
+    let pressure = pressure::start(&layout, &config.path_procfs, pressure_context).context("cannot start the thread pressure")?;
     let recorder = recorder(&config, &labels, &snapshot)?;
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };
@@ -119,20 +120,20 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
         start_over: false,
         recorder: recorder.clone(),
     };
-    // Dropped when the core thread ends, also by a panic: an agent without it must not go on serving what was once true.
-    let (core_lives, core_ended) = tokio::sync::oneshot::channel::<()>();
+    // Dropped when the core thread ends, also by a panic: without it the agent would serve outdated results.
+    let (core_alive, core_ended) = tokio::sync::oneshot::channel::<()>();
     let core = std::thread::Builder::new()
         .name("core".into())
         .spawn(move || {
-            let _lives = core_lives;
+            let _alive = core_alive;
             core.run();
         })
         .context("cannot start the core thread")?;
 
-    let looking = recorder.clone();
+    let listing = recorder.clone();
     tokio::spawn(async move {
-        if let Err(error) = looking.look().await {
-            tracing::warn!(error = display_chain(&error), "sessions of earlier runs cannot be listed");
+        if let Err(error) = listing.list_earlier().await {
+            tracing::warn!(error = display_chain(&error), "cannot list sessions of earlier runs");
         }
     });
     let state =
@@ -140,7 +141,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
     let served = http::serve(listener, state, async {
         tokio::select! {
-            () = stop_asked => {}
+            () = stop_requested => {}
             _ = core_ended => tracing::error!("the core thread ended"),
         }
     })
@@ -148,9 +149,9 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_asked: impl 
     stop.store(true, Ordering::Relaxed);
     // A poller may hang in a driver call: only the core thread is waited for.
     if core.join().is_err() {
-        anyhow::bail!("the core thread panicked; please report what the log shows above");
+        anyhow::bail!("the core thread panicked; please report the log above");
     }
-    // A disk may hang: sessions that do not end in time are interrupted.
+    // A disk may hang: sessions that do not end within the limit are interrupted.
     recorder.close(SHUTDOWN_GRACE);
     served.map_err(Into::into)
 }
@@ -163,7 +164,7 @@ async fn signalled() {
                 stream.recv().await;
             }
             Err(error) => {
-                tracing::warn!(%error, "SIGTERM cannot be listened to");
+                tracing::warn!(%error, "cannot handle SIGTERM");
                 std::future::pending::<()>().await;
             }
         }
@@ -172,7 +173,7 @@ async fn signalled() {
         () = terminate => {}
         result = tokio::signal::ctrl_c() => {
             if let Err(error) = result {
-                tracing::warn!(%error, "SIGINT cannot be listened to");
+                tracing::warn!(%error, "cannot handle SIGINT");
             }
         }
     }

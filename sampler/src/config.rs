@@ -1,5 +1,5 @@
-//! Flags, environment and file -> one validated [`Config`]. A flag beats its variable, which beats the file, which beats the
-//! default. Every error names the key and the remedy.
+//! Combines flags, environment and file into one validated [`Config`]. A flag overrides its variable, which overrides the file, which
+//! overrides the default. Every error names the key and the remedy.
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
@@ -15,27 +15,27 @@ pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
 const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
-/// Bytes per ring of kernel events. 4 MiB hold 70,000 process events: seconds of the worst storm seen.
+/// Bytes per ring of kernel events. 4 MiB hold 70,000 process events: several seconds at the highest rate observed.
 pub const DEFAULT_KERNEL_RING_BYTES: u32 = 4 << 20;
 pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
 
-/// How processes and cgroups are followed.
+/// How processes and cgroups are tracked.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum KernelMode {
-    /// The kernel program where it loads, else inotify, else /proc.
+    /// eBPF if the program loads, else inotify, else procfs.
     #[default]
     Auto,
-    /// The kernel program, or do not start.
+    /// eBPF; the agent does not start without it.
     RawTracepoint,
-    /// inotify on cgroup directories, /proc when the driver names a process.
+    /// inotify on cgroup directories, and /proc for processes that the driver reports.
     Inotify,
     /// /proc and cgroupfs once a second; short processes are missed.
     Procfs,
 }
 
-/// Which generation of pod labels the cAdvisor families carry: Kubernetes 1.14 and 1.15 had both.
+/// The generation of pod labels of the cAdvisor families: Kubernetes 1.14 and 1.15 had both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
@@ -43,78 +43,78 @@ pub enum PodLabels {
     /// pod and container, pod_name and container_name.
     #[default]
     Both,
-    /// pod_name and container_name, as before Kubernetes 1.16.
+    /// pod_name and container_name, used before Kubernetes 1.16.
     Old,
-    /// pod and container, as since Kubernetes 1.16.
+    /// pod and container, used since Kubernetes 1.16.
     New,
 }
 
-/// What can be set, as flags; every field also as `GPU_SAMPLER_<NAME>` and in the file.
+/// The settings, as flags; each can also be set as `GPU_SAMPLER_<NAME>` and in the file.
 #[derive(Args, Clone, Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Address to serve on; beyond loopback a token file is needed [default: 127.0.0.1:9836]
+    /// Listen address; other than loopback requires --token-file or --open-metrics [default: 127.0.0.1:9836]
     #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
     pub listen: Option<String>,
-    /// NVIDIA's driver library [default: libnvidia-ml.so.1 from the system]
+    /// Path of the NVIDIA driver library [default: libnvidia-ml.so.1 of the system]
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_NVML_LIB")]
     pub nvml_lib: Option<PathBuf>,
-    /// Where the host's /proc is [default: /proc]
+    /// Path of the host's /proc [default: /proc]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_PROCFS")]
     pub path_procfs: Option<PathBuf>,
-    /// Where the host's /sys is [default: /sys]
+    /// Path of the host's /sys [default: /sys]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_SYSFS")]
     pub path_sysfs: Option<PathBuf>,
-    /// Where the host's device nodes are, for the check that the driver's pids are this machine's
-    /// [default: dev below path_rootfs where NVIDIA's nodes are there, else /dev]
+    /// Path of the host's device nodes, for the check that the driver's PIDs are this machine's
+    /// [default: dev below path_rootfs if it contains NVIDIA device nodes, else /dev]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_DEVFS")]
     pub path_devfs: Option<PathBuf>,
-    /// Where the host's file system is: the files and sockets of runtimes and kubelet are looked up below it [default: /]
+    /// Path of the host's file system, which contains the files and sockets of runtimes and kubelet [default: /]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_PATH_ROOTFS")]
     pub path_rootfs: Option<PathBuf>,
-    /// Docker Engine's socket, instead of the ones found [default: those of running engines, and unix:///run/docker.sock]
+    /// Socket of Docker Engine, instead of discovered ones [default: those of running engines, and unix:///run/docker.sock]
     #[arg(long, value_name = "URL", env = "GPU_SAMPLER_DOCKER_ENDPOINT")]
     pub docker_endpoint: Option<String>,
-    /// A CRI socket (containerd, CRI-O, cri-dockerd), instead of the ones found; more than once, or with commas between
+    /// CRI socket (containerd, CRI-O, cri-dockerd), instead of discovered ones; repeatable or comma-separated
     #[arg(long, value_name = "URL", value_delimiter = ',', env = "GPU_SAMPLER_CRI_ENDPOINT")]
     pub cri_endpoint: Option<Vec<String>>,
-    /// podman's socket, instead of the ones found [default: unix:///run/podman/podman.sock]
+    /// Socket of Podman, instead of discovered ones [default: unix:///run/podman/podman.sock]
     #[arg(long, value_name = "URL", env = "GPU_SAMPLER_PODMAN_ENDPOINT")]
     pub podman_endpoint: Option<String>,
-    /// Label sources to use, such as bundle,docker,cri; `config --default` lists them [default: all]
+    /// Label sources, such as bundle,docker,cri; `config --default` lists all of them [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',', env = "GPU_SAMPLER_LABEL_SOURCES")]
     pub label_sources: Option<Vec<String>>,
     /// Pod labels of the container_accelerator families: pod and container, pod_name and container_name, or both [default: both]
     #[arg(long, value_name = "WHICH", env = "GPU_SAMPLER_POD_LABELS")]
     pub pod_labels: Option<PodLabels>,
-    /// How processes and cgroups are followed [default: auto]
+    /// How processes and cgroups are tracked [default: auto]
     #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
     pub kernel_mode: Option<KernelMode>,
-    /// Size of each of the two kernel event rings, a power of two from 4096 [default: 4194304]
+    /// Size of each of the two kernel event rings, a power of two, at least 4096 [default: 4194304]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_KERNEL_RING_BYTES")]
     pub kernel_ring_bytes: Option<u32>,
-    /// Processor time that reading one GPU may take, in percent of one processor; 0.01 to 100 [default: 1]
+    /// Processor time limit for reading one GPU, in percent of one processor; 0.01 to 100 [default: 1]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_BUDGET_PERCENT")]
     pub gpu_budget_percent: Option<f64>,
-    /// Time that reading one GPU may spend in driver calls, in percent of time; 0.01 to 100 [default: 2]
+    /// Limit for time spent in driver calls for one GPU, in percent of time; 0.01 to 100 [default: 2]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_WAIT_PERCENT")]
     pub gpu_wait_percent: Option<f64>,
-    /// A GPU that is busy for so much of a second is saturated in it, and sharing it is contention; 50 to 100 [default: 90]
+    /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
-    /// Where sessions are kept; made when the first one is recorded [default: /var/lib/gpu-sampler/sessions]
+    /// Directory for sessions; created for the first session [default: /var/lib/gpu-sampler/sessions]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_SESSION_DIR")]
     pub session_dir: Option<PathBuf>,
-    /// Size of all sessions together; the oldest that have ended are removed beyond it [default: 1073741824]
+    /// Maximum total size of sessions; above it the oldest ended sessions are removed [default: 1073741824]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_DIR_MAX_BYTES")]
     pub session_dir_max_bytes: Option<u64>,
-    /// Memory for the last minutes, which sessions can look back to [default: 8388608]
+    /// Memory for the last minutes, which is the maximum lookback of sessions [default: 8388608]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_RING_BYTES")]
     pub session_ring_bytes: Option<usize>,
-    /// File with the bearer token that clients beyond loopback must send
+    /// File with the bearer token required from clients other than loopback
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
-    /// Serve /metrics beyond loopback without a token
+    /// Serve /metrics without a token to clients other than loopback
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_OPEN_METRICS")]
     pub open_metrics: Option<bool>,
 }
@@ -125,10 +125,10 @@ pub struct Config {
     pub nvml_lib: Option<PathBuf>,
     pub path_procfs: PathBuf,
     pub path_sysfs: PathBuf,
-    /// Given by name; see [`Config::devfs_candidates`].
+    /// If configured; see [`Config::devfs_candidates`].
     pub path_devfs: Option<PathBuf>,
     pub path_rootfs: PathBuf,
-    /// Sockets given by name; a source that is among them is asked nowhere else.
+    /// Configured sockets; a source with a configured socket is not queried elsewhere.
     pub label_endpoints: Vec<(Source, PathBuf)>,
     pub label_sources: Vec<Source>,
     pub pod_labels: PodLabels,
@@ -146,36 +146,36 @@ pub struct Config {
 
 #[derive(Debug, Error)]
 pub enum ConfigError {
-    #[error("cannot read {what} {path}; give a file that exists and may be read", path = path.display())]
+    #[error("cannot read {what} {path}; it must exist and be readable", path = path.display())]
     Read { what: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("the configuration file {path} is wrong; `gpu-sampler config --default` prints every key", path = path.display())]
+    #[error("the configuration file {path} is invalid; `gpu-sampler config --default` prints every key", path = path.display())]
     File { path: PathBuf, source: Box<toml::de::Error> },
-    #[error("{key} = {value:?} is wrong: {remedy}")]
+    #[error("{key} = {value:?} is invalid: {remedy}")]
     Value { key: &'static str, value: String, remedy: String },
-    #[error("{key} = {path} does not exist; give the path of {what}", path = path.display())]
+    #[error("{key} = {path} does not exist; set it to the path of {what}", path = path.display())]
     NoSuchPath { key: &'static str, path: PathBuf, what: &'static str },
     #[error(
-        "listen = {0} is reachable from other machines and nobody could be let in: give --token-file, or --open-metrics to serve \
-         /metrics to everyone"
+        "listen = {0} accepts connections from other machines, but no token is configured: set --token-file, or --open-metrics to serve \
+         /metrics without a token"
     )]
-    Unreadable(SocketAddr),
+    NoToken(SocketAddr),
 }
 
 impl Config {
-    /// The running kernel's type information.
+    /// The type information of the running kernel.
     pub fn btf(&self) -> PathBuf {
         self.path_sysfs.join("kernel/btf/vmlinux")
     }
 
-    /// Folders that may hold NVIDIA's device nodes; the first that has them counts. A container often has them in its own /dev alone.
+    /// Folders that may contain NVIDIA device nodes; the first that does is used. A container often has them only in its own /dev.
     pub fn devfs_candidates(&self) -> Vec<PathBuf> {
         match &self.path_devfs {
-            Some(given) => vec![given.clone()],
+            Some(configured) => vec![configured.clone()],
             None => vec![self.path_rootfs.join("dev"), PathBuf::from("/dev")],
         }
     }
 
-    /// The machine, as it calls itself.
+    /// The host name of the machine.
     pub fn node(&self) -> Option<String> {
         let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
         Some(name.trim().to_owned()).filter(|name| !name.is_empty())
@@ -183,7 +183,7 @@ impl Config {
 }
 
 impl Settings {
-    /// `self` wins, field by field.
+    /// Merges two sets of settings; those of `self` take precedence.
     fn over(self, under: Settings) -> Settings {
         Settings {
             listen: self.listen.or(under.listen),
@@ -228,12 +228,12 @@ impl Settings {
         let listen: SocketAddr = listen.parse().map_err(|_| ConfigError::Value {
             key: "listen",
             value: listen,
-            remedy: "give ADDRESS:PORT, such as 127.0.0.1:9836 or [::]:9836".into(),
+            remedy: "expected ADDRESS:PORT, such as 127.0.0.1:9836 or [::]:9836".into(),
         })?;
         let token = s.token_file.map(|path| token(&path)).transpose()?;
         let open_metrics = s.open_metrics.unwrap_or(false);
         if !listen.ip().is_loopback() && token.is_none() && !open_metrics {
-            return Err(ConfigError::Unreadable(listen));
+            return Err(ConfigError::NoToken(listen));
         }
         Ok(Config {
             listen,
@@ -272,33 +272,38 @@ fn folder(key: &'static str, path: Option<PathBuf>, default: &str, what: &'stati
     path.map_or_else(|| Ok(PathBuf::from(default)), |path| existing(key, path, what))
 }
 
-/// It is used later, by whatever directory is the current one then.
+/// Makes the path absolute, because it is used later, possibly with another current directory.
 fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
     if !path.as_os_str().is_empty()
         && let Ok(path) = std::path::absolute(&path)
     {
         return Ok(path);
     }
-    let remedy = "give the path of a folder".into();
+    let remedy = "expected the path of a folder".into();
     Err(ConfigError::Value { key, value: path.display().to_string(), remedy })
 }
 
-fn size<T: PartialOrd + std::fmt::Display>(key: &'static str, given: Option<T>, default: T, least: T) -> Result<T, ConfigError> {
-    match given {
+fn size<T: PartialOrd + std::fmt::Display>(
+    key: &'static str,
+    configured: Option<T>,
+    default: T,
+    least: T,
+) -> Result<T, ConfigError> {
+    match configured {
         Some(bytes) if bytes < least => {
-            Err(ConfigError::Value { key, value: bytes.to_string(), remedy: format!("give {least} bytes or more") })
+            Err(ConfigError::Value { key, value: bytes.to_string(), remedy: format!("expected at least {least} bytes") })
         }
         Some(bytes) => Ok(bytes),
         None => Ok(default),
     }
 }
 
-/// Anything else would look like a machine on which nothing runs.
+/// Rejects other folders, which would look like a machine without processes.
 fn procfs(path: PathBuf) -> Result<PathBuf, ConfigError> {
     if path.join("stat").exists() && path.join("self").symlink_metadata().is_ok() {
         return Ok(path);
     }
-    let remedy = "there is no procfs; give the folder in which the host's /proc is mounted".into();
+    let remedy = "there is no procfs; set it to the folder where the host's /proc is mounted".into();
     Err(ConfigError::Value { key: "path_procfs", value: path.display().to_string(), remedy })
 }
 
@@ -311,7 +316,7 @@ fn endpoints(
     let all = docker.into_iter().map(|e| ("docker_endpoint", Source::Docker, e));
     let all = all.chain(cri.map(|e| ("cri_endpoint", Source::Cri, e)));
     let all = all.chain(podman.into_iter().map(|e| ("podman_endpoint", Source::Podman, e)));
-    // An empty one is none: so a variable can take back what a file gives.
+    // An empty endpoint counts as none, so that a variable can override the file.
     let all = all.filter(|(_, _, endpoint)| !endpoint.is_empty());
     all.map(|(key, source, endpoint)| Ok((source, socket(key, &endpoint)?))).collect()
 }
@@ -322,36 +327,36 @@ fn socket(key: &'static str, endpoint: &str) -> Result<PathBuf, ConfigError> {
         _ => Err(ConfigError::Value {
             key,
             value: endpoint.to_owned(),
-            remedy: "give a Unix socket with its whole path, such as unix:///run/docker.sock".into(),
+            remedy: "expected a Unix socket with an absolute path, such as unix:///run/docker.sock".into(),
         }),
     }
 }
 
-fn ring_bytes(given: Option<u32>) -> Result<u32, ConfigError> {
-    let bytes = given.unwrap_or(DEFAULT_KERNEL_RING_BYTES);
+fn ring_bytes(configured: Option<u32>) -> Result<u32, ConfigError> {
+    let bytes = configured.unwrap_or(DEFAULT_KERNEL_RING_BYTES);
     if bytes.is_power_of_two() && (4096..=1 << 30).contains(&bytes) {
         return Ok(bytes);
     }
-    let remedy = "give a power of two from 4096 to 1073741824".into();
+    let remedy = "expected a power of two from 4096 to 1073741824".into();
     Err(ConfigError::Value { key: "kernel_ring_bytes", value: bytes.to_string(), remedy })
 }
 
-fn budget(key: &'static str, given: Option<f64>, default: f64) -> Result<f64, ConfigError> {
-    let percent = given.unwrap_or(default);
+fn budget(key: &'static str, configured: Option<f64>, default: f64) -> Result<f64, ConfigError> {
+    let percent = configured.unwrap_or(default);
     if (0.01..=100.0).contains(&percent) {
         return Ok(percent);
     }
-    let remedy = format!("give a percentage from 0.01 to 100, such as {default}");
+    let remedy = format!("expected a percentage from 0.01 to 100, such as {default}");
     Err(ConfigError::Value { key, value: percent.to_string(), remedy })
 }
 
-/// Below a half, most of the GPU is idle, and nobody waits.
-fn saturation(given: Option<u8>) -> Result<u8, ConfigError> {
-    let percent = given.unwrap_or(DEFAULT_GPU_SATURATION_PERCENT);
+/// At least 50: below that, most of the GPU is idle, and its users do not wait for each other.
+fn saturation(configured: Option<u8>) -> Result<u8, ConfigError> {
+    let percent = configured.unwrap_or(DEFAULT_GPU_SATURATION_PERCENT);
     if (50..=100).contains(&percent) {
         return Ok(percent);
     }
-    let remedy = "give a whole percentage from 50 to 100, such as 90".into();
+    let remedy = "expected a whole percentage from 50 to 100, such as 90".into();
     Err(ConfigError::Value { key: "gpu_saturation_percent", value: percent.to_string(), remedy })
 }
 
@@ -365,22 +370,22 @@ fn token(path: &Path) -> Result<String, ConfigError> {
         "" => Err(ConfigError::Value {
             key: "token_file",
             value: path.display().to_string(),
-            remedy: "the file is empty; put one token in it".into(),
+            remedy: "the file is empty; write one token to it".into(),
         }),
         token => Ok(token.to_owned()),
     }
 }
 
 fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {
-    let Some(list) = list else { return Ok(Source::ASKED.to_vec()) };
+    let Some(list) = list else { return Ok(Source::QUERIED.to_vec()) };
     let mut chosen = Vec::new();
     for name in list {
-        let known = Source::ASKED.into_iter().find(|source| source.name() == name.trim());
+        let known = Source::QUERIED.into_iter().find(|source| source.name() == name.trim());
         match (name.trim(), known) {
-            ("all", _) => chosen.extend(Source::ASKED),
+            ("all", _) => chosen.extend(Source::QUERIED),
             (_, Some(source)) => chosen.push(source),
             (other, None) => {
-                let names: Vec<&str> = Source::ASKED.iter().map(|s| s.name()).collect();
+                let names: Vec<&str> = Source::QUERIED.iter().map(|s| s.name()).collect();
                 return Err(ConfigError::Value {
                     key: "label_sources",
                     value: other.to_owned(),
@@ -394,7 +399,7 @@ fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {
     Ok(chosen)
 }
 
-/// What `config --default` prints; a test reads it back.
+/// The output of `config --default`; a test parses it.
 pub const REFERENCE: &str = include_str!("../config.toml");
 
 #[cfg(test)]
@@ -402,38 +407,38 @@ mod tests {
     use super::*;
 
     fn check(toml: &str, expect: &str) {
-        let told = match toml::from_str::<Settings>(toml) {
+        let text = match toml::from_str::<Settings>(toml) {
             Err(error) => error.to_string(),
             Ok(settings) => settings.validate(None).map_or_else(|e| e.to_string(), |_| "ok".into()),
         };
-        assert!(told.contains(expect), "{toml}: {told}");
+        assert!(text.contains(expect), "{toml}: {text}");
     }
 
     #[test]
-    fn rows() {
+    fn invalid_settings_are_rejected_with_the_key_and_the_remedy() {
         check("", "ok");
         check("listen = '127.0.0.1:1'", "ok");
-        check("listen = 'here'", "listen = \"here\" is wrong: give ADDRESS:PORT");
+        check("listen = 'here'", "listen = \"here\" is invalid: expected ADDRESS:PORT");
         check("lisen = 'x'", "unknown field `lisen`");
-        check("listen = '0.0.0.0:1'", "give --token-file");
+        check("listen = '0.0.0.0:1'", "set --token-file");
         check("listen = '0.0.0.0:1'\nopen_metrics = true", "ok");
-        check("docker_endpoint = 'tcp://x'", "give a Unix socket");
-        check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is wrong: give a Unix socket");
-        check("label_sources = ['bundel']", "label_sources = \"bundel\" is wrong: choose from");
+        check("docker_endpoint = 'tcp://x'", "expected a Unix socket");
+        check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is invalid: expected a Unix socket");
+        check("label_sources = ['bundel']", "label_sources = \"bundel\" is invalid: choose from");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
-        check("path_devfs = '/no/such/dev'", "path_devfs = /no/such/dev does not exist; give the path of the host's /dev");
+        check("path_devfs = '/no/such/dev'", "path_devfs = /no/such/dev does not exist; set it to the path of the host's /dev");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
-        check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is wrong: give a power of two");
+        check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is invalid: expected a power of two");
         check("gpu_saturation_percent = 100", "ok");
-        check("gpu_saturation_percent = 49", "gpu_saturation_percent = \"49\" is wrong: give a whole percentage");
+        check("gpu_saturation_percent = 49", "gpu_saturation_percent = \"49\" is invalid: expected a whole percentage");
         check("gpu_budget_percent = 0.01", "ok");
-        check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is wrong: give a percentage");
-        check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is wrong: give a percentage");
-        check("session_dir = ''", "session_dir = \"\" is wrong: give the path");
-        check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is wrong: give 1048576 bytes or more");
-        check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is wrong: give 65536");
-        check("gpu_budget_percent = nan", "is wrong: give a percentage");
-        check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is wrong: give a percentage");
+        check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is invalid: expected a percentage");
+        check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is invalid: expected a percentage");
+        check("session_dir = ''", "session_dir = \"\" is invalid: expected the path");
+        check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is invalid: expected at least 1048576 bytes");
+        check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is invalid: expected at least 65536");
+        check("gpu_budget_percent = nan", "is invalid: expected a percentage");
+        check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is invalid: expected a percentage");
     }
 
     #[test]

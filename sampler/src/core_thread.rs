@@ -2,8 +2,8 @@
 //!
 //! ```text
 //!  poll(rings | inotify, inbox) -> drain -> lost events? -> resync (scan, drain, merge, sweep)
-//!                                        -> batches of samples, only after the rings were drained past them and nothing is lost
-//!                                        -> a few of people's questions
+//!                                        -> batches of samples, only after the rings were drained past them and no event is lost
+//!                                        -> a few queries
 //! ```
 
 use std::collections::{HashSet, VecDeque};
@@ -22,8 +22,9 @@ use tokio::sync::mpsc::UnboundedSender;
 
 use crate::config::{Config, KernelMode};
 use crate::error::display_chain;
+use crate::health::condition::Condition;
 use crate::health::{Health, Lost};
-use crate::inbox::{Inbox, Message, Question};
+use crate::inbox::{Inbox, Message, Query};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::layout::Layout;
@@ -36,30 +37,30 @@ use crate::query::{self, Subject};
 use crate::session::Recorder;
 
 const PUBLISH_EVERY: Duration = Duration::from_millis(250);
-/// Without kernel events, the processes that are followed are looked at this often; without inotify, all of them and all cgroups.
+/// How often the followed processes are read without kernel events; without inotify, all processes and all cgroups.
 const RESCAN_EVERY: Duration = Duration::from_secs(1);
-/// Between two resyncs, so that a storm that keeps losing events leaves time for anything else.
+/// Minimum time between two resyncs, so that continuing losses leave time for other work.
 const RESYNC_EVERY: Duration = Duration::from_millis(300);
-/// Losses may go on for ever, where the kernel skips programs: scans take an eighth of a processor then, as long as that repairs within
-/// a second.
+/// Losses may never stop if the kernel skips programs. Scans then take one eighth of a processor, as long as tables are still repaired
+/// within a second.
 const RESYNC_TIMES: u32 = 8;
 const RESYNC_RAREST: Duration = Duration::from_millis(600);
-/// Their sizes take a walk over the tables.
+/// How often the sizes of the tables are published, which requires a walk over them.
 const SIZE_EVERY: Duration = Duration::from_secs(1);
-/// After a fall to /proc alone for want of watches.
+/// How often inotify is tried again after a fallback to /proc for lack of watches.
 const WATCH_AGAIN_EVERY: Duration = Duration::from_secs(30);
-/// Least time between two reads of what the kernel lost. Samples wait for a read; each takes a system call per program and processor time
+/// Minimum time between two reads of the loss counters. Samples wait for a read; each takes a system call per program and processor time
 /// that grows with the number of processors (`cargo xtask bench counters`).
 const COUNT_EVERY: Duration = Duration::from_millis(100);
-/// So long without a loss ends a storm.
+/// A period of losses ends after this time without a loss.
 const CALM_AFTER: Duration = Duration::from_secs(10);
-/// A storm that goes on loses events many times a second.
-const TELL_EVERY: Duration = Duration::from_secs(60);
+/// How often continuing losses are logged: there may be many a second.
+const LOG_LOSSES_EVERY: Duration = Duration::from_secs(60);
 const RESYNC_AT_LEAST_EVERY: Duration = Duration::from_secs(30);
-/// With inotify, cgroups are walked this often, for what no event told.
+/// How often cgroups are walked with inotify, to find changes without an event.
 const WALK_EVERY: Duration = Duration::from_secs(10);
-/// People wait for samples, not samples for people.
-const QUESTIONS_A_TURN: usize = 8;
+/// Maximum number of queries per turn, so that samples do not wait for queries.
+const QUERIES_PER_TURN: usize = 8;
 
 pub struct CoreThread {
     pub core: Core,
@@ -72,56 +73,56 @@ pub struct CoreThread {
     pub containers: UnboundedSender<ContainerEvent>,
     pub stop: Arc<AtomicBool>,
     pub recorder: Recorder,
-    /// inotify has lost track: watch and scan anew.
+    /// inotify lost events: watches must be set up and cgroups scanned again.
     pub start_over: bool,
 }
 
-/// What the loop remembers from turn to turn.
+/// The state of the loop between turns.
 struct Turn {
-    /// What the GPU threads tell, in its order. Batches are attributed only once the tables are right up to their end: while events are
-    /// lost they wait for a resync: 300 ms and what a scan takes.
+    /// Observations of the GPU threads, in order. A batch is attributed only once the tables are correct up to its end: after a loss of
+    /// events it waits for a resync, which takes 300 ms and the duration of a scan.
     waiting: VecDeque<Observation>,
-    questions: VecDeque<Question>,
-    /// What the kernel lost, as last read, and when that was.
+    queries: VecDeque<Query>,
+    /// The loss counters, as last read, and when that was.
     lost: Lost,
     counted: Instant,
-    /// The count of lost events that is repaired, if any is, and the one that the last scan was for.
+    /// The count of lost events up to which the tables were repaired, if they were, and the count for which the last scan was made.
     last_repaired: Option<u64>,
     attempted_until: u64,
-    /// Up to here the tables are known to be right: a batch received by then may be attributed. Never later than the drain before the
-    /// last read of the losses.
+    /// The tables are known to be correct up to this time: a batch received by then may be attributed. Never later than the drain before
+    /// the last read of the loss counters.
     clean_since: BootNs,
     published: Instant,
     /// The end of the last scan, and its duration.
     scanned: Instant,
     scan_took: Duration,
     walked: Instant,
-    /// When the tables' sizes were last told.
+    /// When the sizes of the tables were last published.
     sized: Instant,
-    /// Grows while scans are incomplete: what cannot be read now may not be readable soon.
+    /// The back-off while scans are incomplete: unreadable processes may stay unreadable.
     resync_after: Duration,
-    /// While events are lost.
-    storm: Option<Storm>,
+    /// The present period of losses.
+    losses: Option<LossPeriod>,
     /// Checks entries against /proc for losses that no counter reports; the first repair is logged.
     liveness: Liveness,
     liveness_logged: bool,
 }
 
 #[derive(Clone, Copy)]
-struct Storm {
-    /// When it was last told of in the log.
-    told: Instant,
-    /// When events were last found lost.
+struct LossPeriod {
+    /// When it was last logged.
+    logged: Instant,
+    /// When a loss was last detected.
     last: Instant,
 }
 
 impl Turn {
-    /// A batch waits until losses up to its end were read.
+    /// Whether a batch waits until the losses up to its end were read.
     fn batch_waits(&self) -> bool {
         matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.clean_since)
     }
 
-    /// From one resync to the next while events are lost.
+    /// Time from one resync to the next while events are lost.
     fn spacing(&self) -> Duration {
         (RESYNC_TIMES * self.scan_took).clamp(RESYNC_EVERY, RESYNC_RAREST).max(self.scan_took)
     }
@@ -131,9 +132,9 @@ impl Turn {
         wanted && self.counted.elapsed() >= COUNT_EVERY
     }
 
-    /// How long there is nothing to do, if nothing comes.
+    /// The time until there is something to do, if nothing arrives.
     fn idle(&self) -> Duration {
-        if !self.questions.is_empty() {
+        if !self.queries.is_empty() {
             return Duration::ZERO;
         }
         let publish = PUBLISH_EVERY.saturating_sub(self.published.elapsed());
@@ -153,10 +154,10 @@ impl CoreThread {
         self.size();
         self.health.set_ready();
         let now = Instant::now();
-        let (waiting, questions) = (VecDeque::new(), VecDeque::new());
+        let (waiting, queries) = (VecDeque::new(), VecDeque::new());
         let mut turn = Turn {
             waiting,
-            questions,
+            queries,
             lost: counted,
             counted: now,
             last_repaired: complete.then_some(lost),
@@ -168,7 +169,7 @@ impl CoreThread {
             walked: now,
             sized: now,
             resync_after: RESYNC_EVERY,
-            storm: None,
+            losses: None,
             liveness: Liveness::default(),
             liveness_logged: false,
         };
@@ -179,27 +180,27 @@ impl CoreThread {
     }
 
     fn turn(&mut self, turn: &mut Turn) {
-        self.inbox.silence();
+        self.inbox.clear_wakeup();
         while let Some(message) = self.inbox.take() {
             match message {
                 Message::Observation(observation) => turn.waiting.push_back(observation),
-                Message::Question(question) => turn.questions.push_back(question),
+                Message::Query(query) => turn.queries.push_back(query),
             }
         }
-        // Every batch that waits was received before this.
+        // Every waiting batch was received before this time.
         let before = boot_now();
         self.drain();
         self.resync(turn, before);
         while let Some(observation) =
-            turn.waiting.pop_front_if(|told| !matches!(told, Observation::Gpu(b) if b.ended > turn.clean_since))
+            turn.waiting.pop_front_if(|next| !matches!(next, Observation::Gpu(b) if b.ended > turn.clean_since))
         {
             if let Observation::Gpu(batch) = &observation {
-                self.sight(batch);
+                self.read_processes_of(batch);
             }
             self.core.observe(observation);
         }
-        for question in turn.questions.drain(..turn.questions.len().min(QUESTIONS_A_TURN)) {
-            self.answer(question);
+        for query in turn.queries.drain(..turn.queries.len().min(QUERIES_PER_TURN)) {
+            self.reply(query);
         }
         if turn.published.elapsed() >= PUBLISH_EVERY {
             turn.published = Instant::now();
@@ -212,20 +213,20 @@ impl CoreThread {
         }
     }
 
-    fn answer(&mut self, question: Question) {
-        match question {
-            Question::Explain(subject, answer) => {
+    fn reply(&mut self, query: Query) {
+        match query {
+            Query::Explain(subject, reply) => {
                 if let Subject::Pid(pid) = subject {
-                    self.look_at(std::iter::once(pid));
+                    self.read_processes(std::iter::once(pid));
                 }
-                // Nobody waits any more: nothing to do.
-                let _sent = answer.send(query::known(&self.core.identity, &subject));
+                // Fails if the client no longer waits.
+                let _sent = reply.send(query::known(&self.core.identity, &subject));
             }
-            Question::Ids(begin, answer) => {
-                let _sent = answer.send(query::ids(&self.core.identity, &begin));
+            Query::Ids(prefix, reply) => {
+                let _sent = reply.send(query::ids(&self.core.identity, &prefix));
             }
-            Question::Processes(answer) => {
-                let _sent = answer.send(query::living(&self.core.identity));
+            Query::Processes(reply) => {
+                let _sent = reply.send(query::living(&self.core.identity));
             }
         }
     }
@@ -234,7 +235,7 @@ impl CoreThread {
         let mut fds = vec![PollFd::from_borrowed_fd(self.inbox.fd(), PollFlags::IN)];
         fds.extend(self.tracker.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
         let timeout = Timespec { tv_sec: 0, tv_nsec: at_most.subsec_nanos().into() };
-        // Interrupted is as good as ready: the turn looks at everything.
+        // An interruption is treated like readiness: the turn checks everything.
         let _ready = rustix::event::poll(&mut fds, Some(&timeout));
     }
 
@@ -242,14 +243,14 @@ impl CoreThread {
         let Tracker::RawTracepoint(program) = &self.tracker else { return Lost::default() };
         let (lost, unread) = program.lost();
         match unread {
-            Some(error) => self.health.degraded("loss-counters", &display_chain(&error)),
-            None => self.health.recovered("loss-counters", "the counters of lost kernel events can be read again"),
+            Some(error) => self.health.degraded(Condition::LossCounters, &display_chain(&error)),
+            None => self.health.recovered(Condition::LossCounters),
         }
         lost
     }
 
-    /// Repairs the tables after losses; without kernel events, looks again at what may have changed. `before`: the rings were
-    /// drained past it.
+    /// Repairs the tables after losses; without kernel events, reads again what may have changed. `before`: a time up to which the rings
+    /// were drained.
     fn resync(&mut self, turn: &mut Turn, before: BootNs) {
         match &self.tracker {
             Tracker::RawTracepoint(_) => self.repair(turn, before),
@@ -257,13 +258,13 @@ impl CoreThread {
                 turn.clean_since = before;
                 if turn.scanned.elapsed() >= RESCAN_EVERY {
                     let living: Vec<u32> = self.core.identity.processes.living().map(|(tgid, ..)| tgid.0).collect();
-                    self.look_at(living.into_iter());
+                    self.read_processes(living.into_iter());
                     turn.scanned = Instant::now();
                 }
                 let walk_every = if self.start_over { RESYNC_EVERY } else { WALK_EVERY };
                 if turn.walked.elapsed() >= walk_every {
                     if std::mem::take(&mut self.start_over) {
-                        self.watch_anew();
+                        self.rebuild_watches();
                     }
                     let scan = self.scan();
                     self.merge(scan, None);
@@ -273,7 +274,7 @@ impl CoreThread {
             Tracker::Procfs => {
                 turn.clean_since = before;
                 if self.config.kernel_mode != KernelMode::Procfs && turn.walked.elapsed() >= WATCH_AGAIN_EVERY {
-                    self.watch_again();
+                    self.retry_inotify();
                     turn.walked = Instant::now();
                 }
                 if turn.scanned.elapsed() >= RESCAN_EVERY {
@@ -285,8 +286,8 @@ impl CoreThread {
         }
     }
 
-    /// The old watches first give their room up.
-    fn watch_anew(&mut self) {
+    /// Drops the old watches first, to free their resources.
+    fn rebuild_watches(&mut self) {
         self.tracker = Tracker::Procfs;
         match CgroupWatch::new(&self.layout) {
             Ok(watch) => self.tracker = Tracker::Inotify(watch),
@@ -294,23 +295,23 @@ impl CoreThread {
         }
     }
 
-    /// The next mode needs no watches; every second it sees what a lost one would have told.
+    /// Falls back to mode procfs, which does not need watches and detects every second what events would have reported.
     fn without_watches(&mut self, error: &WatchError) {
         self.tracker = Tracker::Procfs;
         self.health.set_kernel_mode(Mode::Procfs.name());
-        let why = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.gives_up(), display_chain(error));
-        self.health.degraded("kernel", &why);
+        let message = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.limitations(), display_chain(error));
+        self.health.degraded(Condition::KernelMode, &message);
     }
 
-    /// Nothing that failed has failed for good: there may be room for watches again.
-    fn watch_again(&mut self) {
+    /// Tries inotify again: watches may be available by now.
+    fn retry_inotify(&mut self) {
         if let Ok(watch) = CgroupWatch::new(&self.layout) {
             self.tracker = Tracker::Inotify(watch);
             self.start_over = false;
             self.health.set_kernel_mode(Mode::Inotify.name());
-            self.health.degraded("kernel", &format!("kernel mode inotify again: {}", Mode::Inotify.gives_up()));
+            self.health.degraded(Condition::KernelMode, &format!("kernel mode inotify again: {}", Mode::Inotify.limitations()));
             let mut scan = self.scan();
-            // From here on only those that the driver names are followed.
+            // From here on only processes that the driver reports are followed.
             scan.end.all_processes = true;
             self.merge(scan, None);
         }
@@ -320,19 +321,19 @@ impl CoreThread {
         if !turn.count_is_due() {
             return;
         }
-        // Read after the drain, so that no loss up to `before` is missed, and before the scan: what is lost during it is for the next.
+        // Read after the drain, so that no loss up to `before` is missed, and before the scan: losses during it are left to the next scan.
         (turn.lost, turn.counted) = (self.lost(), Instant::now());
         let lost = turn.lost.sum();
         if turn.last_repaired == Some(lost) {
             turn.clean_since = before;
-            if turn.storm.is_some_and(|storm| storm.last.elapsed() >= CALM_AFTER) {
-                turn.storm = None;
+            if turn.losses.is_some_and(|losses| losses.last.elapsed() >= CALM_AFTER) {
+                turn.losses = None;
                 let repairs = self.core.identity.repairs;
-                tracing::info!(lost, repairs, "no kernel event was lost for a while: the tables are whole");
+                tracing::info!(lost, repairs, "kernel event loss stopped; the process table is consistent again");
             }
             return;
         }
-        // The last scan did what it could for these; what it could not read is tried again, and keeps nothing waiting.
+        // The last scan was made for these losses but was incomplete. It is repeated, but batches do not wait for that.
         let again = lost == turn.attempted_until;
         if again {
             turn.clean_since = before;
@@ -356,14 +357,14 @@ impl CoreThread {
             turn.resync_after = (turn.resync_after * 2).min(RESYNC_AT_LEAST_EVERY);
         }
         if !again {
-            self.tell_losses(turn, lost);
+            self.log_losses(turn, lost);
         }
     }
 
-    fn tell_losses(&self, turn: &mut Turn, lost: u64) {
+    fn log_losses(&self, turn: &mut Turn, lost: u64) {
         let now = Instant::now();
-        let told = turn.storm.map(|storm| storm.told).filter(|told| told.elapsed() < TELL_EVERY);
-        if told.is_none() {
+        let logged = turn.losses.map(|losses| losses.logged).filter(|logged| logged.elapsed() < LOG_LOSSES_EVERY);
+        if logged.is_none() {
             let (repairs, skipped) = (self.core.identity.repairs, turn.lost.skipped);
             if lost > skipped {
                 let ring_bytes = self.config.kernel_ring_bytes;
@@ -372,28 +373,28 @@ impl CoreThread {
                     skipped,
                     repairs,
                     ring_bytes,
-                    "kernel events are lost, the tables repaired by scans; raise kernel_ring_bytes"
+                    "kernel events were lost; scans repair the tables; raise kernel_ring_bytes"
                 );
             } else {
                 tracing::warn!(
                     skipped,
                     repairs,
-                    "the kernel skipped runs of the agent's programs that came while another was at work on the same processor; scans repair \
-                     the tables, nothing is to be done"
+                    "the kernel skipped eBPF programs of the agent because they were already running on the same processor; scans \
+                     repair the tables; no action is needed"
                 );
             }
         }
-        turn.storm = Some(Storm { told: told.unwrap_or(now), last: now });
+        turn.losses = Some(LossPeriod { logged: logged.unwrap_or(now), last: now });
     }
 
-    /// All that this mode can see now.
+    /// Scans everything that this mode can observe.
     fn scan(&mut self) -> Scan {
         match &mut self.tracker {
             Tracker::RawTracepoint(program) => {
                 let tasks = || program.tasks().map_err(|error| display_chain(&error));
                 scan::of_kernel(&self.config.path_procfs, &self.layout, tasks)
             }
-            // Processes are followed only once the driver has named them.
+            // Processes are followed only once the driver has reported them.
             Tracker::Inotify(_) => scan::of_cgroups(&self.layout),
             Tracker::Procfs => scan::of_proc(&self.config.path_procfs, &self.layout),
         }
@@ -402,10 +403,10 @@ impl CoreThread {
     fn merge(&mut self, mut scan: Scan, repairs_since: Option<BootNs>) {
         self.drain();
         match scan.problems.first() {
-            None => self.health.recovered("scan", "cgroups and processes can all be read again"),
-            Some(first) if !self.health.is_degraded("scan") => {
-                let n = scan.problems.len();
-                self.health.degraded("scan", &format!("{n} cgroups or processes cannot be read, such as {first}"));
+            None => self.health.recovered(Condition::Scan),
+            Some(first) if !self.health.is_degraded(Condition::Scan) => {
+                let message = format!("cannot read {} cgroups or processes, such as {first}", scan.problems.len());
+                self.health.degraded(Condition::Scan, &message);
             }
             Some(_) => {}
         }
@@ -415,31 +416,31 @@ impl CoreThread {
             self.core.observe(fact);
         }
         self.core.observe(Observation::ScanEnded(scan.end));
-        self.tell_containers();
+        self.send_container_changes();
     }
 
-    /// Without process events: who is it that the driver names? Each time, for a pid may be another's by now.
-    fn sight(&mut self, batch: &GpuBatch) {
+    /// Without process events: reads the processes that the driver reports, each time, because a PID may have been reused.
+    fn read_processes_of(&mut self, batch: &GpuBatch) {
         if self.tracker.mode() == Mode::RawTracepoint {
             return;
         }
         let listed = batch.processes.iter().flatten().map(|p| p.pid);
         let named: HashSet<u32> = batch.process_samples.iter().map(|s| s.pid).chain(listed).collect();
-        self.look_at(named.into_iter());
+        self.read_processes(named.into_iter());
     }
 
-    /// Without process events: looks into /proc.
-    fn look_at(&mut self, pids: impl Iterator<Item = u32>) {
+    /// Without process events: reads processes from /proc.
+    fn read_processes(&mut self, pids: impl Iterator<Item = u32>) {
         if self.tracker.mode() == Mode::RawTracepoint {
             return;
         }
-        for fact in scan::sight(&self.config.path_procfs, &self.layout, pids).facts {
+        for fact in scan::of_processes(&self.config.path_procfs, &self.layout, pids).facts {
             self.core.observe(fact);
         }
-        self.tell_containers();
+        self.send_container_changes();
     }
 
-    /// Checks some entries of the living against /proc. The rings were drained in this turn.
+    /// Checks some entries of living processes against /proc. The rings were drained in this turn.
     fn check_living(&mut self, turn: &mut Turn) {
         if self.tracker.mode() != Mode::RawTracepoint {
             return;
@@ -458,7 +459,7 @@ impl CoreThread {
                 let example = dead.first().map(|tgid| tgid.0);
                 tracing::warn!(
                     example,
-                    "dead processes were in the table though no loss was counted; removed, more are counted in \
+                    "removed dead processes from the table although no loss was counted; further ones are counted in \
                      gpu_sampler_liveness_repairs_total"
                 );
             }
@@ -469,13 +470,13 @@ impl CoreThread {
         for tgid in dead {
             self.core.observe(Observation::ProcessGone { tgid: *tgid, began });
         }
-        // Another process may have the pid by now.
+        // Another process may have the PID by now.
         let pids = dead.iter().map(|tgid| tgid.0);
-        for fact in scan::sight(&self.config.path_procfs, &self.layout, pids).facts {
+        for fact in scan::of_processes(&self.config.path_procfs, &self.layout, pids).facts {
             self.core.observe(fact);
         }
         self.health.liveness_repaired(dead.len());
-        self.tell_containers();
+        self.send_container_changes();
     }
 
     fn drain(&mut self) {
@@ -501,10 +502,10 @@ impl CoreThread {
         if let Some(error) = failed {
             self.without_watches(&error);
         }
-        self.tell_containers();
+        self.send_container_changes();
     }
 
-    fn tell_containers(&mut self) {
+    fn send_container_changes(&mut self) {
         for change in self.core.take_container_changes() {
             let event = match change {
                 ContainerChange::Appeared(record) => ContainerEvent::Appeared(record),
@@ -526,8 +527,8 @@ impl CoreThread {
     fn publish(&mut self, lost: &Lost) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::ClockAdvanced { at: boot_now(), wall: wall_now() });
-        // The only place where facts leave the core: they go to whoever records.
-        self.recorder.tell(self.core.take_facts());
+        // The only place where facts leave the core: they go to the recorder.
+        self.recorder.send_facts(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
             self.health.kernel_events(&program.rings.seen, lost, program.rings.drained);
         }

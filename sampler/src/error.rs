@@ -1,13 +1,13 @@
 //! Errors as text.
 
-/// The error and its sources, joined by colons. A source whose text the error already ends with is left out: some libraries repeat theirs.
+/// The error and its sources, joined by colons. A source is omitted if the text already ends with it: some libraries repeat their source.
 pub fn display_chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut source = error.source();
     while let Some(cause) = source {
-        let words = cause.to_string();
-        if !text.ends_with(&words) {
-            text = format!("{text}: {words}");
+        let cause_text = cause.to_string();
+        if !text.ends_with(&cause_text) {
+            text = format!("{text}: {cause_text}");
         }
         source = cause.source();
     }

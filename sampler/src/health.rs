@@ -1,8 +1,9 @@
-//! What the agent knows about itself: readiness, degraded modes, counts of events, calls and errors.
+//! The health of the agent: readiness, conditions, counts of events, calls and errors.
 //!
-//! A degraded state is logged once per key and message, and is on the page for as long as it lasts.
+//! A condition is logged once per message, and is exported for as long as it lasts.
 
 pub mod call_watchdog;
+pub mod condition;
 pub mod nvml_calls;
 
 use std::collections::HashMap;
@@ -17,13 +18,14 @@ use sampler_core::pid_space::PidSpace;
 use sampler_core::units::BootNs;
 
 use self::call_watchdog::Change;
+use self::condition::Condition;
 use self::nvml_calls::DriverHealth;
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
 /// Upper bounds of `gpu_sampler_identify_seconds`.
 pub const IDENTIFY_BOUNDS: [f64; 11] = [0.00002, 0.00003, 0.00005, 0.000075, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.01, 0.1];
-/// Longest driver call told apart; a longer one counts as this.
+/// Upper bound of recorded call durations; a longer call is recorded with this duration.
 const LONGEST_CALL_NS: u64 = 60_000_000_000;
 
 /// Kernel events that were not delivered.
@@ -31,7 +33,7 @@ const LONGEST_CALL_NS: u64 = 60_000_000_000;
 pub struct Lost {
     /// Indexed by [`kind`].
     pub of_kind: [u64; kind::COUNT as usize],
-    /// Of those: the kernel skipped the program.
+    /// Of these, events for which the kernel skipped the program.
     pub skipped: u64,
 }
 
@@ -41,12 +43,12 @@ impl Lost {
     }
 }
 
-/// A histogram ready to be exported.
+/// A histogram for export.
 #[derive(Clone, Debug, Default)]
 pub struct Times {
     pub count: u64,
     pub sum_seconds: f64,
-    /// Cumulative, one per bound.
+    /// Cumulative counts, one per bound.
     pub buckets: Vec<u64>,
 }
 
@@ -75,32 +77,34 @@ impl Calls {
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
-    /// Whether the driver's pids are this machine's.
+    /// Whether the driver's PIDs are this machine's.
     pub pid_space: PidSpace,
     pub events_seen: [u64; kind::COUNT as usize],
     pub events_lost: Lost,
-    /// Processor time the core thread spent on draining the kernel's rings.
+    /// Processor time that the core thread has spent on draining the kernel's rings.
     pub drained: Duration,
     pub resyncs: u64,
     pub repairs: u64,
     /// Dead processes that the check against /proc removed.
     pub liveness_repairs: u64,
     pub processes: Size,
-    /// (cgroups, bytes held by them, given up before their time).
+    /// (cgroups, their size in bytes, cgroups evicted early for lack of room).
     pub cgroups: (usize, usize, u64),
-    /// inotify watches held.
+    /// Number of inotify watches.
     pub watches: usize,
-    /// From a cgroup's creation in the kernel to its place in the tables.
+    /// Time from the creation of a cgroup in the kernel to its entry in the tables.
     pub identified: Times,
-    /// `None` before the driver was tried.
+    /// `None` before the first attempt to use the driver.
     pub nvml_up: Option<bool>,
-    pub degraded: Vec<(String, String)>,
+    /// The present conditions with their messages, sorted by key.
+    pub degraded: Vec<(Condition, String)>,
 }
 
 #[derive(Default)]
 struct HealthState {
     view: HealthView,
-    told: HashMap<String, String>,
+    /// The messages of the present conditions.
+    messages: HashMap<Condition, String>,
     identified: Option<Calls>,
 }
 
@@ -112,7 +116,7 @@ pub struct Health {
 }
 
 impl Health {
-    /// Counters stay usable after a panic elsewhere: each change is one assignment.
+    /// The state stays usable after a panic of another thread, because each change is one assignment.
     fn inner(&self) -> MutexGuard<'_, HealthState> {
         self.inner.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -125,21 +129,31 @@ impl Health {
         self.ready.load(Ordering::Relaxed)
     }
 
-    /// Logged when it is new or has changed.
-    pub fn degraded(&self, key: &str, message: &str) {
-        let before = self.inner().told.insert(key.to_owned(), message.to_owned());
-        if before.as_deref() != Some(message) {
-            tracing::warn!(what = key, "{message}");
+    /// Begins a condition or changes its message; logged if the message is new. The remedy of the condition is appended to the message.
+    pub fn degraded(&self, condition: Condition, message: &str) {
+        let message = match condition.remedy() {
+            Some(remedy) => format!("{message}; {remedy}"),
+            None => message.to_owned(),
+        };
+        let before = self.inner().messages.insert(condition, message.clone());
+        if before.as_ref() != Some(&message) {
+            tracing::warn!(what = &*condition.key(), severity = condition.severity().name(), "{message}");
         }
     }
 
-    pub fn is_degraded(&self, key: &str) -> bool {
-        self.inner().told.contains_key(key)
+    pub fn is_degraded(&self, condition: Condition) -> bool {
+        self.inner().messages.contains_key(&condition)
     }
 
-    pub fn recovered(&self, key: &str, message: &str) {
-        if self.inner().told.remove(key).is_some() {
-            tracing::info!(what = key, "{message}");
+    /// Ends a condition; logged if it was present.
+    pub fn recovered(&self, condition: Condition) {
+        self.recovered_with(condition, condition.recovery());
+    }
+
+    /// As [`Health::recovered`], with another message.
+    pub fn recovered_with(&self, condition: Condition, message: &str) {
+        if self.inner().messages.remove(&condition).is_some() {
+            tracing::info!(what = &*condition.key(), "{message}");
         }
     }
 
@@ -184,12 +198,12 @@ impl Health {
         self.inner().view.nvml_up = Some(up);
     }
 
-    /// Says which driver calls hang and which answer again.
+    /// Updates the conditions of driver calls that do not return and of those that have returned.
     pub fn watch_calls(&self, now: BootNs) {
         for change in self.driver.watch(now) {
             match change {
-                Change::Stalled { who, message } => self.degraded(&who, &message),
-                Change::Answers { who, message } => self.recovered(&who, &message),
+                Change::Stalled { condition, message } => self.degraded(condition, &message),
+                Change::Returned { condition } => self.recovered_with(condition, "the driver call has returned"),
             }
         }
     }
@@ -198,8 +212,8 @@ impl Health {
         let inner = self.inner();
         let mut view = inner.view.clone();
         view.identified = inner.identified.as_ref().map(|t| t.up_to(&IDENTIFY_BOUNDS)).unwrap_or_default();
-        view.degraded = inner.told.iter().map(|(key, message)| (key.clone(), message.clone())).collect();
-        view.degraded.sort();
+        view.degraded = inner.messages.iter().map(|(condition, message)| (*condition, message.clone())).collect();
+        view.degraded.sort_by_cached_key(|(condition, _)| condition.key());
         view
     }
 }
@@ -209,11 +223,24 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_degraded_state_ends() {
+    fn a_condition_begins_and_ends() {
         let health = Health::default();
-        health.degraded("nvml", "no driver");
-        assert_eq!(health.view().degraded, [("nvml".to_owned(), "no driver".to_owned())]);
-        health.recovered("nvml", "driver found");
+        health.degraded(Condition::Nvml, "no driver");
+        assert!(health.is_degraded(Condition::Nvml));
+        assert_eq!(health.view().degraded, [(Condition::Nvml, "no driver".to_owned())]);
+        health.recovered(Condition::Nvml);
         assert!(health.view().degraded.is_empty());
+    }
+
+    #[test]
+    fn conditions_are_sorted_by_key_and_have_their_remedy() {
+        let health = Health::default();
+        for condition in [Condition::Nvml, Condition::Gpu { slot: 1 }, Condition::Cgroups, Condition::GpuBudget { slot: 0 }] {
+            health.degraded(condition, "problem");
+        }
+        let degraded = health.view().degraded;
+        let keys: Vec<_> = degraded.iter().map(|(condition, _)| condition.key()).collect();
+        assert_eq!(keys, ["cgroups", "gpu-0-budget", "gpu-1", "nvml"]);
+        assert_eq!(degraded[0].1, format!("problem; {}", condition::CGROUPS_REMEDY));
     }
 }

@@ -1,5 +1,5 @@
-//! What the core thread waits for beside the kernel: observations from the GPU threads and questions from people. A channel with
-//! a descriptor, so that one `poll` waits for everything.
+//! The input of the core thread in addition to kernel events: observations from the GPU threads and queries. A channel with a
+//! descriptor, so that one `poll` waits for everything.
 
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
@@ -13,12 +13,12 @@ use crate::query::{KnownSubject, LivingProcess, Subject};
 
 pub enum Message {
     Observation(Observation),
-    Question(Question),
+    Query(Query),
 }
 
-pub enum Question {
+pub enum Query {
     Explain(Subject, oneshot::Sender<Option<KnownSubject>>),
-    /// Ids of containers that begin so.
+    /// Container ids with this prefix.
     Ids(String, oneshot::Sender<Vec<String>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
 }
@@ -47,8 +47,8 @@ pub fn inbox() -> std::io::Result<(CoreSender, Inbox)> {
 impl CoreSender {
     pub fn send(&self, message: Message) -> Result<(), Closed> {
         self.to.send(message).map_err(|_| Closed)?;
-        // Full means that it rings already.
-        let _rings = rustix::io::write(&*self.wakeup, &1u64.to_ne_bytes());
+        // Fails only if the counter is at its maximum, and then the descriptor is readable already.
+        let _written = rustix::io::write(&*self.wakeup, &1u64.to_ne_bytes());
         Ok(())
     }
 
@@ -57,23 +57,23 @@ impl CoreSender {
     }
 
     pub async fn explain(&self, subject: Subject) -> Option<KnownSubject> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Message::Question(Question::Explain(subject, answer))).ok()?;
-        answered.await.ok().flatten()
+        let (reply, replied) = oneshot::channel();
+        self.send(Message::Query(Query::Explain(subject, reply))).ok()?;
+        replied.await.ok().flatten()
     }
 
-    pub async fn ids(&self, begin: String) -> Vec<String> {
-        let (answer, answered) = oneshot::channel();
-        if self.send(Message::Question(Question::Ids(begin, answer))).is_err() {
+    pub async fn ids(&self, prefix: String) -> Vec<String> {
+        let (reply, replied) = oneshot::channel();
+        if self.send(Message::Query(Query::Ids(prefix, reply))).is_err() {
             return Vec::new();
         }
-        answered.await.unwrap_or_default()
+        replied.await.unwrap_or_default()
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {
-        let (answer, answered) = oneshot::channel();
-        self.send(Message::Question(Question::Processes(answer))).ok()?;
-        answered.await.ok()
+        let (reply, replied) = oneshot::channel();
+        self.send(Message::Query(Query::Processes(reply))).ok()?;
+        replied.await.ok()
     }
 }
 
@@ -82,14 +82,14 @@ impl Inbox {
         self.wakeup.as_fd()
     }
 
-    /// The next message that is there.
+    /// The next available message.
     pub fn take(&self) -> Option<Message> {
         self.from.try_recv().ok()
     }
 
-    /// Before taking, so that what comes after rings again.
-    pub fn silence(&self) {
+    /// Must be called before taking messages, so that a message sent afterwards makes the descriptor readable again.
+    pub fn clear_wakeup(&self) {
         let mut count = [0u8; 8];
-        let _was = rustix::io::read(&*self.wakeup, &mut count);
+        let _count = rustix::io::read(&*self.wakeup, &mut count);
     }
 }

@@ -1,4 +1,4 @@
-//! gpu-sampler: which container used which GPU, when. Parses, dispatches, prints the error chain.
+//! gpu-sampler attributes GPU time to containers. Parses the command line, runs the command, prints the error chain.
 
 mod agent;
 mod cli;

@@ -1,4 +1,4 @@
-//! Plays scenarios: real processes in real cgroups, whose loads the simulated driver is told.
+//! Runs scenarios: real processes in real cgroups, with loads declared to the simulated driver.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -17,16 +17,16 @@ pub struct Runner {
     pub sim: Sim,
     v2: CgroupTree,
     cpu: CgroupTree,
-    /// When the recording begins.
+    /// Start of the session.
     pub begin: SystemTime,
 }
 
-/// A user as it was played.
+/// A user as it was run.
 pub struct Played {
     pub name: &'static str,
-    /// Its cgroup's path; `None` for one of the host.
+    /// Path of its cgroup; `None` for a host process.
     pub cgroup: Option<String>,
-    /// By act: its processes.
+    /// Its processes, by act.
     pub acts: Vec<Vec<u32>>,
 }
 
@@ -41,22 +41,22 @@ pub fn rfc3339(at: SystemTime) -> Result<String> {
     Ok(nvidia_ml_sim::time::format(us))
 }
 
-/// Where a user's processes go.
+/// The cgroups of a user's processes; `None` outside any.
 struct Home {
     v2: Option<PathBuf>,
     cpu: Option<PathBuf>,
 }
 
-/// With what ends when it is dropped.
+/// A process, and the guard that ends it when dropped.
 struct Process {
     pid: u32,
     _ends: Ends,
 }
 
-#[expect(dead_code, reason = "they are there to be dropped")]
+#[expect(dead_code, reason = "held only to be dropped")]
 enum Ends {
     Host(Running),
-    /// The process is its child.
+    /// The process is the actor's child.
     Contained(Actor),
 }
 
@@ -75,7 +75,7 @@ impl Process {
 }
 
 impl Runner {
-    /// One GPU for each scenario; their pid rules take turns.
+    /// One GPU for each scenario, with alternating pid rules.
     pub fn new(gpus: usize, lead: Duration) -> Result<Self> {
         let rules = ["instant", "last"].into_iter().cycle();
         let gpus: String = rules.take(gpus).map(|rule| format!("[[gpus]]\npid_rule = '{rule}'\n")).collect();
@@ -105,7 +105,7 @@ impl Runner {
         Ok(Home { v2, cpu: Some(cpu) })
     }
 
-    /// All of them at once, in the real time that they take. The users come in the order of the scenarios.
+    /// Runs all scenarios at once, in real time. Returns the users of each, in the order of the scenarios.
     pub fn play(&self, scenarios: &[Scenario]) -> Result<Vec<Vec<Played>>> {
         let mut homes = Vec::new();
         for user in scenarios.iter().flat_map(|scenario| &scenario.users) {
@@ -129,7 +129,7 @@ impl Runner {
                         self.wait_until(*at);
                         let gpu = gpu.to_string();
                         let args: Vec<&str> = ["--gpu", &gpu].into_iter().chain(args.split(' ')).collect();
-                        self.sim.tell(verb, &args)
+                        self.sim.inject(verb, &args)
                     })
                 }));
             }
@@ -138,7 +138,7 @@ impl Runner {
                 let acts = acts.into_iter().map(|act| act.join().expect("no act panics")).collect::<Result<_>>()?;
                 all[gpu].push(self.played(user, home, acts));
             }
-            happening.into_iter().try_for_each(|one| one.join().expect("nothing that happens panics"))?;
+            happening.into_iter().try_for_each(|event| event.join().expect("no event panics"))?;
             Ok(all)
         })
     }
@@ -151,7 +151,7 @@ impl Runner {
         match act {
             Act::Process { from, to, load } => self.process(home, gpu, *from, *to, load),
             Act::Life { from, to, load } => {
-                let dir = home.v2.as_deref().context("only a container has lives")?;
+                let dir = home.v2.as_deref().context("only a container has lifetimes")?;
                 self.wait_until(*from - 0.5);
                 std::fs::create_dir_all(dir)?;
                 let pids = self.process(home, gpu, *from, *to, load)?;
@@ -159,7 +159,7 @@ impl Runner {
                 Ok(pids)
             }
             Act::Jobs { from, count } => {
-                let dir = home.v2.as_deref().context("jobs are a container's")?;
+                let dir = home.v2.as_deref().context("only a container runs jobs")?;
                 self.wait_until(*from);
                 let (gpu, count) = (gpu.to_string(), count.to_string());
                 let args = ["--count", &count, "--at-once", "1", "--lasting", JOB, "--demand", "1.0", "--gpus", &gpu];
@@ -184,13 +184,13 @@ impl Runner {
         let process = Process::start(home, 600)?;
         let pid = process.pid;
         let load = load.replace("SINCE", &rfc3339(self.begin)?);
-        let mut told = self.sim.loads(pid, gpu, &load.split(' ').collect::<Vec<_>>())?;
+        let mut loading = self.sim.loads(pid, gpu, &load.split(' ').collect::<Vec<_>>())?;
         self.wait_until(to);
-        if let Some(status) = told.0.try_wait()? {
+        if let Some(status) = loading.0.try_wait()? {
             ensure!(status.success(), "nvml-sim load {load}: {status}");
         }
         drop(process);
-        ensure!(told.0.wait()?.success(), "nvml-sim load {load} failed");
+        ensure!(loading.0.wait()?.success(), "nvml-sim load {load} failed");
         Ok(vec![pid])
     }
 }

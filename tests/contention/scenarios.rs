@@ -1,12 +1,12 @@
-//! What is played, as rows: who uses which GPU how, and what a report has to say of it.
+//! The scenarios, as a table: which user uses which GPU and how, and the findings that a report must contain.
 //!
-//! What makes the truth crisp, on a simulator that divides 2 ms slices by demand: phases of 12 s, in which a user has 70 samples;
-//! a GPU that is saturated where somebody is to be blamed (demands sum to 1 or more) and clearly not where nobody is (0.8 at most,
-//! while saturation begins at 0.9); schedules of living processes that count from the same instant.
+//! On a simulator that divides 2 ms slices by demand, these choices make the truth unambiguous: phases of 12 s, in which a user has 70
+//! samples; a GPU that is saturated where a user is to be blamed (demands sum to 1 or more) and clearly not saturated elsewhere (0.8 at
+//! most, while saturation begins at 0.9); schedules of living processes that count from the same instant.
 
-/// What is recorded, in seconds; times below count from its begin.
+/// Duration of the session in seconds; the times below count from its begin.
 pub const DURATION: f64 = 90.0;
-/// Who is there all the time comes before and leaves after.
+/// Users that are present throughout start before the session and end after it.
 const BEFORE: f64 = -3.0;
 const AFTER: f64 = DURATION + 2.0;
 
@@ -14,7 +14,7 @@ const AFTER: f64 = DURATION + 2.0;
 pub enum CgroupPlace {
     /// In a cgroup of its own on v2.
     Container,
-    /// On the hierarchy of the cpu controller, too; with a quota of so many microseconds in each 100 ms, if any.
+    /// Also on the hierarchy of the cpu controller; with a quota of so many microseconds in each 100 ms, if any.
     WithCpu(Option<u32>),
     /// Outside any container.
     Host,
@@ -22,13 +22,13 @@ pub enum CgroupPlace {
 
 #[derive(Clone, Debug)]
 pub enum Act {
-    /// A process that lives from then to then and is told to the simulator with these arguments. `SINCE` stands for the begin.
+    /// A process that runs from `from` to `to` with these arguments of `nvml-sim load`. `SINCE` stands for the begin of the session.
     Process { from: f64, to: f64, load: String },
-    /// As [`Act::Process`], in a cgroup that is made for it and removed with it.
+    /// As [`Act::Process`], in a cgroup that is created and removed with it.
     Life { from: f64, to: f64, load: String },
-    /// Processes one after the other, each of 2.5 s.
+    /// Consecutive processes of 2.5 s each.
     Jobs { from: f64, count: u32 },
-    /// A process that uses a processor and no GPU.
+    /// A process that uses a processor and does not use a GPU.
     Spin { from: f64, to: f64 },
 }
 
@@ -36,18 +36,18 @@ pub struct ScenarioUser {
     pub name: &'static str,
     pub place: CgroupPlace,
     pub acts: Vec<Act>,
-    /// GPU-seconds that it should have in all, by the demands alone.
+    /// Total GPU-seconds that the demands imply.
     pub seconds: f64,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Grade {
     Coactive,
-    /// With the victim's GPU-seconds per second without the other and with it.
+    /// With the victim's GPU-seconds per second without the other user and with it.
     Confirmed(f64, f64),
 }
 
-/// What is said about `victim` and the other user of its GPU.
+/// The expected finding for `victim` and another user of its GPU.
 pub struct Pair {
     pub victim: &'static str,
     pub aggressor: &'static str,
@@ -65,11 +65,11 @@ pub struct Scenario {
     pub users: Vec<ScenarioUser>,
     pub pairs: Vec<Pair>,
     pub causes: Vec<CauseOf>,
-    /// When, the verb of nvml-sim, and its arguments after the GPU.
+    /// Time, verb of nvml-sim, and its arguments after the GPU.
     pub happens: Vec<(f64, &'static str, &'static str)>,
 }
 
-/// One process for the whole time, with a schedule of demands.
+/// One process for the whole session, with a schedule of demands.
 fn steps(steps: &str) -> Act {
     Act::Process { from: BEFORE, to: AFTER, load: format!("--mem 1GiB --since SINCE --demands {steps}") }
 }
@@ -78,16 +78,16 @@ fn ways(ways: &str) -> Act {
     Act::Process { from: BEFORE, to: AFTER, load: format!("--mem 1GiB {ways}") }
 }
 
-/// On three times for 12 s, and off before, between and after.
+/// On three times for 12 s; off before, between and after.
 fn on_off(demand: &str) -> String {
     format!("0:12s,{demand}:12s,0:12s,{demand}:12s,0:12s,{demand}:12s,0")
 }
-/// The parts of the time that this is on and off.
+/// The seconds of the session in which [`on_off`] is on and off.
 const ON: f64 = 36.0;
 const OFF: f64 = DURATION - ON;
 const TIMES: [(f64, f64); 3] = [(12.0, 24.0), (36.0, 48.0), (60.0, 72.0)];
 
-/// Bursts of a demand of 0.4 and pauses, each of 0.2 to 1.5 s, drawn once for ever; with the seconds that they should have.
+/// Bursts of a demand of 0.4 and pauses, each of 0.2 to 1.5 s, fixed by the seed; with the GPU-seconds that they imply.
 fn bursts(mut seed: u64) -> (String, f64) {
     let mut draw = || {
         // Knuth's MMIX constants.
@@ -124,7 +124,7 @@ fn scenario(name: &'static str, users: Vec<ScenarioUser>, pairs: Vec<Pair>) -> S
     Scenario { name, users, pairs, causes: Vec::new(), happens: Vec::new() }
 }
 
-/// Each on a GPU of its own, in this order.
+/// All scenarios, in the order of their GPUs.
 pub fn all() -> Vec<Scenario> {
     [fair(), blamed(), innocent(), own_causes(), lives()].into_iter().flatten().collect()
 }
@@ -148,7 +148,7 @@ fn fair() -> Vec<Scenario> {
     vec![fair, unequal]
 }
 
-/// Somebody comes and goes, the GPU is saturated, and the victim has less meanwhile.
+/// A user comes and goes on a saturated GPU, and the victim gets less meanwhile.
 fn blamed() -> Vec<Scenario> {
     let victim = || user("victim", steps("1.0"), OFF + ON / 2.0);
     let process = |(from, to)| Act::Process { from, to, load: "--mem 1GiB --demand 1.0".into() };
@@ -156,7 +156,7 @@ fn blamed() -> Vec<Scenario> {
     let same = user("comes", steps(&on_off("1.0")), ON / 2.0);
     let pairs = || vec![confirmed("victim", "comes", 1.0, 0.5), coactive("comes", "victim")];
     let host = ScenarioUser { place: CgroupPlace::Host, ..user("comes", steps(&on_off("1.0")), ON / 2.0) };
-    // Three processes at once, so that the change is large beside what sampling leaves open.
+    // Three processes at once, so that the change is large compared to the sampling error.
     let three = ScenarioUser {
         acts: std::iter::repeat_with(|| steps(&on_off("1.0"))).take(3).collect(),
         ..user("comes", steps("1.0"), ON * 3.0 / 5.0)
@@ -179,7 +179,7 @@ fn blamed() -> Vec<Scenario> {
     ]
 }
 
-/// Nobody keeps anybody waiting, though it may look so.
+/// No user delays another, although it may appear so.
 fn innocent() -> Vec<Scenario> {
     let ((one, of_one), (two, of_two)) = (bursts(1), bursts(2));
     vec![
@@ -188,13 +188,13 @@ fn innocent() -> Vec<Scenario> {
             vec![user("a", steps("0.3"), DURATION * 0.3), user("b", steps(&on_off("0.3")), ON * 0.3)],
             vec![coactive("a", "b"), coactive("b", "a")],
         ),
-        // Its phase ends as the other begins, once, on a saturated GPU: one change tells nothing.
+        // The victim's phase ends as the other's begins, once, on a saturated GPU: one change proves nothing.
         scenario(
             "a phase ends as another begins",
             vec![user("victim", steps("1.0:45s,0.5"), 45.0 + 45.0 / 3.0), user("other", steps("0:45s,1.0"), 45.0 * 2.0 / 3.0)],
             vec![coactive("victim", "other"), coactive("other", "victim")],
         ),
-        // And again and again, where the GPU has room for both.
+        // The same repeatedly, where the GPU has room for both.
         scenario(
             "phases alternate, with room",
             vec![
@@ -208,7 +208,8 @@ fn innocent() -> Vec<Scenario> {
             vec![user("a", steps(&one), of_one), user("b", steps(&two), of_two)],
             vec![coactive("a", "b"), coactive("b", "a")],
         ),
-        // Periods that are in no simple ratio to the driver's grid of 167 ms: one that is, such as 130 ms (7 to 9), is met at few of its phases.
+        // Periods without a simple ratio to the driver's grid of 167 ms: one with such a ratio, such as 130 ms (7 to 9), would be sampled
+        // at few of its phases.
         scenario(
             "periods",
             vec![

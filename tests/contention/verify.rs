@@ -1,4 +1,4 @@
-//! What a report says, beside the truth and what the scenario expects: one table, and what is wrong with it.
+//! Compares a report with the truth and with what each scenario expects: one table, and a list of the errors.
 
 use std::fmt::Write as _;
 
@@ -8,12 +8,12 @@ use serde_json::Value;
 use super::runner::Played;
 use super::scenarios::{CauseOf, Grade, Pair, Scenario};
 
-/// What a report and the truth may differ by beside sampling: a tick at each end.
+/// Allowed difference between report and truth besides sampling error: one sample at each end.
 pub const FLOOR: f64 = 2.0 * 0.167_139;
-/// Stated standard errors.
+/// Allowed difference, in stated standard errors.
 const ERRORS: f64 = 4.0;
 
-/// The truth within the report's time.
+/// The truth for the time that the report covers.
 pub struct Truth<'a>(pub &'a Value);
 
 impl Truth<'_> {
@@ -23,12 +23,12 @@ impl Truth<'_> {
 
     pub fn seconds(&self, gpu: usize, pids: &[u32]) -> f64 {
         let processes = self.0["gpus"][gpu]["processes"].as_array().map_or(&[][..], Vec::as_slice);
-        let of = |p: &&Value| p["pid"].as_u64().is_some_and(|pid| pids.iter().any(|known| u64::from(*known) == pid));
-        processes.iter().filter(of).filter_map(|p| p["gpu_seconds"].as_f64()).sum()
+        let is_users = |p: &&Value| p["pid"].as_u64().is_some_and(|pid| pids.iter().any(|known| u64::from(*known) == pid));
+        processes.iter().filter(is_users).filter_map(|p| p["gpu_seconds"].as_f64()).sum()
     }
 }
 
-/// The table, and a line for each thing that is not as it should be.
+/// The table, and a line for each error.
 #[derive(Default)]
 pub struct Verdicts {
     pub table: String,
@@ -36,25 +36,25 @@ pub struct Verdicts {
 }
 
 impl Verdicts {
-    fn row(&mut self, scenario: &str, what: &str, truth: &str, told: &str, problem: Option<String>) {
+    fn row(&mut self, scenario: &str, what: &str, truth: &str, reported: &str, problem: Option<String>) {
         let mark = if problem.is_some() { "WRONG" } else { "" };
-        // A String takes all that is written to it.
-        let _written = writeln!(self.table, "{scenario:<37} {what:<24} {truth:<26} {told:<58} {mark}");
+        // Writing to a String cannot fail.
+        let _written = writeln!(self.table, "{scenario:<37} {what:<24} {truth:<26} {reported:<58} {mark}");
         self.wrong.extend(problem.map(|problem| format!("{scenario}, {what}: {problem}")));
     }
 }
 
-/// Entries of the report that are this user: more than one where it had several lives.
+/// Entries of the report for this user: more than one if it had several lifetimes.
 fn entries<'r>(report: &'r Value, user: &Played) -> Vec<&'r Value> {
     let all = report["users"].as_array().map_or(&[][..], Vec::as_slice);
-    all.iter().filter(|entry| is(entry, user)).collect()
+    all.iter().filter(|entry| is_entry_of(entry, user)).collect()
 }
 
 /// Whether an entry, or a contender, is this user.
-fn is(entry: &Value, user: &Played) -> bool {
+fn is_entry_of(entry: &Value, user: &Played) -> bool {
     let id = entry["id"].as_str().unwrap_or_default();
     match &user.cgroup {
-        // A later life may be told apart by what follows its path.
+        // A suffix of the path distinguishes later lifetimes.
         Some(cgroup) => entry["kind"] == "container" && id.strip_prefix(&**cgroup).is_some_and(|rest| !rest.starts_with('/')),
         None => entry["kind"] == "host" && user.pids().iter().any(|pid| id.starts_with(&format!("pid:{pid}@"))),
     }
@@ -70,7 +70,7 @@ fn number(value: &Value, key: &str) -> f64 {
 
 pub fn verify(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>, report: &Value) -> Result<Verdicts> {
     let mut verdicts = Verdicts::default();
-    verdicts.row("scenario", "user, pair or cause", "truth, expected", "told", None);
+    verdicts.row("scenario", "user, pair or cause", "truth, expected", "reported", None);
     for (gpu, (scenario, users)) in scenarios.iter().zip(played).enumerate() {
         let uuid = truth.uuid(gpu)?;
         let device = report["gpus"].as_array().into_iter().flatten().find(|device| device["uuid"] == uuid);
@@ -82,8 +82,8 @@ pub fn verify(scenarios: &[Scenario], played: &[Vec<Played>], truth: &Truth<'_>,
         for pair in &scenario.pairs {
             grade(&mut verdicts, scenario, pair, (user(pair.victim)?, user(pair.aggressor)?), uuid, report);
         }
-        for of in &scenario.causes {
-            cause(&mut verdicts, scenario, of, user(of.victim)?, uuid, report);
+        for expected in &scenario.causes {
+            cause(&mut verdicts, scenario, expected, user(expected.victim)?, uuid, report);
         }
     }
     Ok(verdicts)
@@ -104,33 +104,34 @@ fn seconds(
     let stderr = usages.iter().map(|usage| number(usage, "gpu_seconds_stderr").powi(2)).sum::<f64>().sqrt();
     let want = truth.seconds(gpu, &user.pids());
     let most = ERRORS * stderr + FLOOR + unobserved;
-    // NaN is a missing number, and never right.
+    // NaN is a missing number; it never compares as right.
     let right = !usages.is_empty() && (got - want).abs() <= most;
-    let told = format!("{got:.2} s, standard error {stderr:.2}, {:+.1} of it", (got - want) / stderr);
+    let reported = format!("{got:.2} s, standard error {stderr:.2}, {:+.1} of it", (got - want) / stderr);
     let problem =
-        (!right).then(|| format!("{got:.3} s told, {want:.3} s true, at most {most:.3} apart, {} entries", usages.len()));
-    to.row(scenario.name, user.name, &format!("{want:.2} s"), &told, problem);
-    // Lives that are told apart are each right.
+        (!right).then(|| format!("{got:.3} s reported, {want:.3} s true, at most {most:.3} apart, {} entries", usages.len()));
+    to.row(scenario.name, user.name, &format!("{want:.2} s"), &reported, problem);
+    // Where the report separates lifetimes, each must be right.
     if usages.len() > 1 {
         let mut lives: Vec<f64> = user.acts.iter().map(|pids| truth.seconds(gpu, pids)).collect();
-        let mut told: Vec<(f64, f64)> =
+        let mut reported: Vec<(f64, f64)> =
             usages.iter().map(|usage| (number(usage, "gpu_seconds"), number(usage, "gpu_seconds_stderr"))).collect();
         lives.sort_by(f64::total_cmp);
-        told.sort_by(|a, b| a.0.total_cmp(&b.0));
+        reported.sort_by(|a, b| a.0.total_cmp(&b.0));
         let near = |(want, (got, stderr)): (&f64, &(f64, f64))| (got - want).abs() <= ERRORS * stderr + FLOOR + unobserved;
-        let right = lives.len() == told.len() && lives.iter().zip(&told).all(near);
-        let problem = (!right).then(|| format!("lives of {told:?} s told, of {lives:?} s true"));
-        to.row(scenario.name, &format!("{}'s lives", user.name), &format!("{lives:.1?}"), &format!("{told:.1?}"), problem);
+        let right = lives.len() == reported.len() && lives.iter().zip(&reported).all(near);
+        let problem = (!right).then(|| format!("lifetimes of {reported:?} s reported, of {lives:?} s true"));
+        let name = format!("{}'s lifetimes", user.name);
+        to.row(scenario.name, &name, &format!("{lives:.1?}"), &format!("{reported:.1?}"), problem);
     }
     Ok(())
 }
 
-/// The grades by which the victim's entries know the other, and one of the contenders.
+/// Checks the grade that the victim's entries give the aggressor.
 fn grade(to: &mut Verdicts, scenario: &Scenario, pair: &Pair, users: (&Played, &Played), uuid: &str, report: &Value) {
     let (victim, aggressor) = users;
-    let of = |entry| usage(entry, uuid)?["contenders"].as_array();
-    let found: Vec<&Value> =
-        entries(report, victim).into_iter().filter_map(of).flatten().filter(|contender| is(contender, aggressor)).collect();
+    let contenders = |entry| usage(entry, uuid)?["contenders"].as_array();
+    let all = entries(report, victim).into_iter().filter_map(contenders).flatten();
+    let found: Vec<&Value> = all.filter(|contender| is_entry_of(contender, aggressor)).collect();
     let what = format!("{} <- {}", pair.victim, pair.aggressor);
     let (name, expected) = match pair.grade {
         Grade::Coactive => ("coactive", "coactive".to_owned()),
@@ -138,11 +139,11 @@ fn grade(to: &mut Verdicts, scenario: &Scenario, pair: &Pair, users: (&Played, &
     };
     let strongest = found.iter().max_by_key(|contender| contender["evidence"] != "coactive");
     let Some(contender) = strongest else {
-        to.row(scenario.name, &what, &expected, "", Some("it is no contender".into()));
+        to.row(scenario.name, &what, &expected, "", Some("it is not listed as a contender".into()));
         return;
     };
     let evidence = contender["evidence"].as_str().unwrap_or_default();
-    let told = format!(
+    let reported = format!(
         "{evidence}, {} to {}, {} changes, interval {}",
         short(&contender["rate_before"]),
         short(&contender["rate_after"]),
@@ -152,9 +153,9 @@ fn grade(to: &mut Verdicts, scenario: &Scenario, pair: &Pair, users: (&Played, &
     let problem = if evidence == name {
         rates(pair.grade, contender)
     } else {
-        Some(format!("{evidence:?} instead of {name:?}; {told}; {}", contender["why_not_confirmed"]))
+        Some(format!("{evidence:?} instead of {name:?}; {reported}; {}", contender["why_not_confirmed"]))
     };
-    to.row(scenario.name, &what, &expected, &told, problem);
+    to.row(scenario.name, &what, &expected, &reported, problem);
 }
 
 fn short(value: &Value) -> String {
@@ -164,30 +165,30 @@ fn short(value: &Value) -> String {
     }
 }
 
-/// The true drop is within twice the stated interval, which is about two standard errors wide to each side.
+/// The true drop must be within twice the stated interval, which extends about two standard errors to each side.
 fn rates(grade: Grade, contender: &Value) -> Option<String> {
     let Grade::Confirmed(before, after) = grade else { return None };
     let drop = before - after;
     let bounds = [0, 1].map(|n| contender["interval"][n].as_f64().unwrap_or(f64::NAN));
     let (middle, half) = ((bounds[0] + bounds[1]) / 2.0, (bounds[1] - bounds[0]) / 2.0);
-    let told = number(contender, "rate_before") - number(contender, "rate_after");
+    let reported = number(contender, "rate_before") - number(contender, "rate_after");
     let transitions = contender["transitions"].as_u64().unwrap_or_default();
-    let right = (middle - drop).abs() <= 2.0 * half && (told - drop).abs() <= 2.0 * half && transitions >= 2;
-    (!right).then(|| format!("a drop of {told:.3}, within {bounds:.3?}, over {transitions} changes; it was {drop:.3}"))
+    let right = (middle - drop).abs() <= 2.0 * half && (reported - drop).abs() <= 2.0 * half && transitions >= 2;
+    (!right).then(|| format!("a drop of {reported:.3}, within {bounds:.3?}, over {transitions} changes; it was {drop:.3}"))
 }
 
-fn cause(to: &mut Verdicts, scenario: &Scenario, of: &CauseOf, victim: &Played, uuid: &str, report: &Value) {
+fn cause(to: &mut Verdicts, scenario: &Scenario, expected: &CauseOf, victim: &Played, uuid: &str, report: &Value) {
     let usages = entries(report, victim).into_iter().filter_map(|entry| usage(entry, uuid));
-    let found = usages.filter_map(|usage| usage["causes"].as_array()).flatten().find(|cause| cause["cause"] == of.cause);
+    let found = usages.filter_map(|usage| usage["causes"].as_array()).flatten().find(|cause| cause["cause"] == expected.cause);
     let verdict = found.and_then(|cause| cause["verdict"].as_str()).unwrap_or("nothing");
     let detail = found.and_then(|cause| cause["detail"].as_str()).unwrap_or_default();
-    let problem = if verdict != of.verdict {
-        Some(format!("{verdict}, not {}: {detail:?}", of.verdict))
+    let problem = if verdict != expected.verdict {
+        Some(format!("{verdict}, not {}: {detail:?}", expected.verdict))
     } else if verdict == "possible" && !detail.contains(|c: char| c.is_ascii_digit()) {
-        Some(format!("possible, and without a number: {detail:?}"))
+        Some(format!("possible, without a number: {detail:?}"))
     } else {
         None
     };
-    let told: String = format!("{verdict}: {detail}").chars().take(58).collect();
-    to.row(scenario.name, &format!("{}: {}", of.victim, of.cause), of.verdict, &told, problem);
+    let reported: String = format!("{verdict}: {detail}").chars().take(58).collect();
+    to.row(scenario.name, &format!("{}: {}", expected.victim, expected.cause), expected.verdict, &reported, problem);
 }

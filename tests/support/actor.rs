@@ -1,12 +1,12 @@
-//! Processes that behave in every way that identity has to survive. Each verb is one behaviour; what it starts dies with it.
+//! Processes with every behaviour that identity tracking has to handle. Each verb is one behaviour; its processes end with it.
 //!
 //! ```text
-//! actor in CGROUP -- CMD ..          CMD straight inside the cgroup (CLONE_INTO_CGROUP); prints its pid
+//! actor in CGROUP -- CMD ..          CMD started inside the cgroup (CLONE_INTO_CGROUP); prints its pid
 //! actor thread-exec SECONDS          a thread that is not the leader execs `sleep SECONDS`; same pid
 //! actor vfork SECONDS                vfork and exec of `sleep SECONDS`; prints its pid
 //! actor zombie SECONDS               a child that lives SECONDS and is never reaped; prints its pid
-//! actor leaderless SECONDS           its first thread ends, another goes on for SECONDS
-//! actor storm LIVES EVERY CGROUP ..  forks as fast as it can; every EVERY-th stays, in one of the cgroups; prints their pids
+//! actor leaderless SECONDS           the first thread ends, another one runs for SECONDS
+//! actor storm LIVES EVERY CGROUP ..  forks as fast as possible; every EVERY-th child stays, in one of the cgroups; prints their pids
 //! ```
 
 use std::fs::File;
@@ -18,7 +18,7 @@ use std::time::Duration;
 
 const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 
-/// Forks straight into a cgroup v2 directory: 0 in the child.
+/// Forks a child that starts in a cgroup v2 directory; returns 0 in the child.
 fn fork_into(cgroup: &File) -> io::Result<i32> {
     // SAFETY: all zeroes is a valid clone_args.
     let mut args: libc::clone_args = unsafe { std::mem::zeroed() };
@@ -35,13 +35,13 @@ fn die_with_parent() {
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
 }
 
-fn say(line: impl std::fmt::Display) -> io::Result<()> {
+fn print(line: impl std::fmt::Display) -> io::Result<()> {
     let mut out = io::stdout().lock();
     writeln!(out, "{line}")?;
     out.flush()
 }
 
-fn rest() -> ! {
+fn wait_forever() -> ! {
     loop {
         std::thread::sleep(Duration::from_secs(3600));
     }
@@ -63,7 +63,7 @@ fn inside(cgroup: &str, command: &[String]) -> io::Result<()> {
         eprintln!("actor: {program}: {error}");
         std::process::exit(127);
     }
-    say(pid)?;
+    print(pid)?;
     let mut status = 0;
     // SAFETY: our own child, a valid place for its status.
     unsafe { libc::waitpid(pid, &raw mut status, 0) };
@@ -76,16 +76,16 @@ fn thread_exec(seconds: String) -> io::Result<()> {
 }
 
 fn vfork(seconds: &str) -> io::Result<()> {
-    // std uses posix_spawn where nothing has to be done between fork and exec: a vfork.
+    // std uses posix_spawn, which is a vfork, where nothing has to be done between fork and exec.
     let mut child = sleep(seconds).spawn()?;
-    say(child.id())?;
+    print(child.id())?;
     child.wait().map(|_| ())
 }
 
 fn zombie(seconds: &str) -> io::Result<()> {
     let child = sleep(seconds).spawn()?;
-    say(child.id())?;
-    rest()
+    print(child.id())?;
+    wait_forever()
 }
 
 fn leaderless(seconds: &str) -> io::Result<()> {
@@ -96,7 +96,7 @@ fn leaderless(seconds: &str) -> io::Result<()> {
     });
     // SAFETY: ends this thread alone, without unwinding; nothing of it is used by the other.
     unsafe { libc::syscall(libc::SYS_exit, 0) };
-    rest()
+    wait_forever()
 }
 
 fn storm(lives: u32, every: u32, cgroups: &[String]) -> io::Result<()> {
@@ -115,20 +115,20 @@ fn storm(lives: u32, every: u32, cgroups: &[String]) -> io::Result<()> {
         match pid {
             0 if stays => {
                 die_with_parent();
-                rest()
+                wait_forever()
             }
             // SAFETY: ends the child at once, nothing of the parent's is flushed twice.
             0 => unsafe { libc::_exit(0) },
             pid if pid < 0 => {
-                // The process limit: the dead are reaped in a moment.
+                // The process limit: ended children are reaped in a moment.
                 std::thread::sleep(Duration::from_millis(1));
             }
             pid if stays => stayed.push(pid.to_string()),
             _ => {}
         }
     }
-    say(stayed.join(" "))?;
-    rest()
+    print(stayed.join(" "))?;
+    wait_forever()
 }
 
 fn main() -> ExitCode {
@@ -145,7 +145,7 @@ fn main() -> ExitCode {
             let number = |word: &str| word.parse().map_err(io::Error::other);
             number(lives).and_then(|lives| storm(lives, number(every)?, &args[3..]))
         }
-        _ => Err(io::Error::other(format!("there is no such behaviour: {args:?}"))),
+        _ => Err(io::Error::other(format!("unknown verb {args:?}; actor.rs lists them"))),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

@@ -1,4 +1,4 @@
-//! A real Chromium, driven through chromedriver's WebDriver: as much of it as looking at a page and pressing its buttons takes.
+//! A real Chromium, driven through chromedriver's WebDriver: the calls that the tests of the page need.
 
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
@@ -10,12 +10,12 @@ use serde_json::{Value, json};
 
 use crate::{Running, free_port, http, wait_for};
 
-/// How WebDriver marks an element in its answers.
+/// The key of an element in WebDriver's responses.
 const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 /// For what a page does within a second.
 const PATIENCE: Duration = Duration::from_secs(20);
 
-/// One window; it ends with its owner, and so does what it stored.
+/// One browser with one session; both end when it is dropped, with all data that the browser stored.
 pub struct Browser {
     port: u16,
     session: String,
@@ -24,7 +24,7 @@ pub struct Browser {
     _profile: tempfile::TempDir,
 }
 
-/// chromedriver speaks HTTP/1.1 only, and keeps the connection: what is read ends with the body that its head announces.
+/// chromedriver supports HTTP/1.1 only and keeps connections open: a response ends with the body that its head announces.
 fn call(port: u16, method: &str, path: &str, body: &Value) -> Result<Value> {
     let mut stream = TcpStream::connect(("127.0.0.1", port))?;
     stream.set_read_timeout(Some(Duration::from_secs(60)))?;
@@ -33,25 +33,25 @@ fn call(port: u16, method: &str, path: &str, body: &Value) -> Result<Value> {
     let head =
         format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}");
     stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
-    let (mut answer, mut buffer) = (Vec::new(), [0; 16 * 1024]);
-    while !is_whole(&answer) {
+    let (mut response, mut buffer) = (Vec::new(), [0; 16 * 1024]);
+    while !is_whole(&response) {
         match stream.read(&mut buffer)? {
-            0 => bail!("{method} {path}: the answer is cut short"),
-            length => answer.extend_from_slice(&buffer[..length]),
+            0 => bail!("{method} {path}: the response is cut short"),
+            length => response.extend_from_slice(&buffer[..length]),
         }
     }
-    let (status, body) = http::split(&answer)?;
-    let mut answer: Value = serde_json::from_slice(body).with_context(|| format!("{method} {path}"))?;
-    let value = answer["value"].take();
+    let (status, body) = http::split(&response)?;
+    let mut json: Value = serde_json::from_slice(body).with_context(|| format!("{method} {path}"))?;
+    let value = json["value"].take();
     ensure!(status == 200, "{method} {path}: {status} {}: {}", value["error"], value["message"]);
     Ok(value)
 }
 
-fn is_whole(answer: &[u8]) -> bool {
-    let Some(end) = answer.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
-    let head = String::from_utf8_lossy(&answer[..end]).to_ascii_lowercase();
+fn is_whole(response: &[u8]) -> bool {
+    let Some(end) = response.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
+    let head = String::from_utf8_lossy(&response[..end]).to_ascii_lowercase();
     let length = head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
-    length.is_some_and(|length| answer.len() >= end + 4 + length)
+    length.is_some_and(|length| response.len() >= end + 4 + length)
 }
 
 impl Browser {
@@ -62,12 +62,12 @@ impl Browser {
             .stdout(Stdio::null())
             .stderr(Stdio::null())
             .spawn()
-            .context("chromedriver; `cargo xtask setup` brings it")?;
+            .context("chromedriver; `cargo xtask setup` installs it")?;
         let driver = Running(driver);
         wait_for("chromedriver is ready", PATIENCE, || {
             Ok(call(port, "GET", "/status", &Value::Null).ok().filter(|status| status["ready"] == true))
         })?;
-        // Tests run as root, whom Chromium gives no sandbox; it shows pages of ours only.
+        // Tests run as root, for which Chromium has no sandbox; it opens only the project's own pages.
         let args = [
             "--headless=new".into(),
             "--no-sandbox".into(),
@@ -82,91 +82,91 @@ impl Browser {
         Ok(Self { port, session, driver, _profile: profile })
     }
 
-    fn tell(&self, method: &str, what: &str, body: &Value) -> Result<Value> {
+    fn command(&self, method: &str, what: &str, body: &Value) -> Result<Value> {
         call(self.port, method, &format!("/session/{}/{what}", self.session), body)
     }
 
     pub fn open(&self, url: &str) -> Result<()> {
-        self.tell("POST", "url", &json!({"url": url}))?;
+        self.command("POST", "url", &json!({"url": url}))?;
         Ok(())
     }
 
-    /// Runs the body of a function in the page.
+    /// Runs the body of a JavaScript function in the page.
     pub fn script(&self, body: &str) -> Result<Value> {
-        self.tell("POST", "execute/sync", &json!({"script": body, "args": []}))
+        self.command("POST", "execute/sync", &json!({"script": body, "args": []}))
     }
 
     fn element(&self, css: &str) -> Result<String> {
-        let found = self.tell("POST", "element", &json!({"using": "css selector", "value": css}))?;
+        let found = self.command("POST", "element", &json!({"using": "css selector", "value": css}))?;
         Ok(found[ELEMENT].as_str().with_context(|| format!("{css}: {found}"))?.to_owned())
     }
 
-    /// As people do: it has to be visible, and nothing in front of it.
+    /// Clicks as a user does: the element has to be visible, with nothing in front of it.
     pub fn click(&self, css: &str) -> Result<()> {
         let id = self.element(css)?;
-        self.tell("POST", &format!("element/{id}/click"), &json!({})).with_context(|| css.to_owned())?;
+        self.command("POST", &format!("element/{id}/click"), &json!({})).with_context(|| css.to_owned())?;
         Ok(())
     }
 
-    /// In place of what is there.
+    /// Replaces the text of an input.
     pub fn enter(&self, css: &str, text: &str) -> Result<()> {
         let id = self.element(css)?;
-        self.tell("POST", &format!("element/{id}/clear"), &json!({}))?;
-        self.tell("POST", &format!("element/{id}/value"), &json!({"text": text}))?;
+        self.command("POST", &format!("element/{id}/clear"), &json!({}))?;
+        self.command("POST", &format!("element/{id}/value"), &json!({"text": text}))?;
         Ok(())
     }
 
-    /// Of what is visible.
+    /// The visible text of an element.
     pub fn text(&self, css: &str) -> Result<String> {
         let id = self.element(css)?;
-        let text = self.tell("GET", &format!("element/{id}/text"), &Value::Null)?;
+        let text = self.command("GET", &format!("element/{id}/text"), &Value::Null)?;
         Ok(text.as_str().unwrap_or_default().to_owned())
     }
 
     pub fn is_visible(&self, css: &str) -> Result<bool> {
         let id = self.element(css)?;
-        Ok(self.tell("GET", &format!("element/{id}/displayed"), &Value::Null)? == true)
+        Ok(self.command("GET", &format!("element/{id}/displayed"), &Value::Null)? == true)
     }
 
-    /// Waits until the visible text has these words.
+    /// Waits until the visible text contains these words. Returns the text.
     pub fn shows(&self, css: &str, words: &[&str]) -> Result<String> {
         let mut last = String::new();
-        let shown = wait_for("the page shows it", PATIENCE, || {
+        let shown = wait_for("the page shows the words", PATIENCE, || {
             last = self.text(css).unwrap_or_else(|error| format!("({error:#})"));
             Ok(words.iter().all(|word| last.contains(word)).then(|| last.clone()))
         });
-        shown.with_context(|| format!("{words:?} in {css}, which is\n{last}"))
+        shown.with_context(|| format!("{words:?} in {css}, which contains\n{last}"))
     }
 
     pub fn windows(&self) -> Result<Vec<String>> {
-        let all = self.tell("GET", "window/handles", &Value::Null)?;
+        let all = self.command("GET", "window/handles", &Value::Null)?;
         Ok(all.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
     }
 
-    pub fn look_at(&self, window: &str) -> Result<()> {
-        self.tell("POST", "window", &json!({"handle": window}))?;
+    pub fn switch_to(&self, window: &str) -> Result<()> {
+        self.command("POST", "window", &json!({"handle": window}))?;
         Ok(())
     }
 
-    /// What scripts, the network and the content policy complained of, since the last call.
-    pub fn complaints(&self) -> Result<Vec<String>> {
-        let all = self.tell("POST", "se/log", &json!({"type": "browser"}))?;
+    /// Errors of scripts, the network and the content policy since the last call.
+    pub fn console_errors(&self) -> Result<Vec<String>> {
+        let all = self.command("POST", "se/log", &json!({"type": "browser"}))?;
         let severe = all.as_array().into_iter().flatten().filter(|entry| entry["level"] == "SEVERE");
         Ok(severe.map(|entry| entry["message"].as_str().unwrap_or_default().to_owned()).collect())
     }
 
-    /// Fails where the page has complained.
-    pub fn is_content(&self) -> Result<()> {
-        match &self.complaints()?[..] {
+    /// Fails if the browser has logged errors.
+    pub fn assert_no_errors(&self) -> Result<()> {
+        match &self.console_errors()?[..] {
             [] => Ok(()),
-            some => bail!("the browser complains:\n{}", some.join("\n")),
+            some => bail!("the browser reports errors:\n{}", some.join("\n")),
         }
     }
 }
 
 impl Drop for Browser {
     fn drop(&mut self) {
-        // Its windows end with the session; then the driver may.
+        // Its windows end with the session; the driver can end afterwards.
         let _closed = call(self.port, "DELETE", &format!("/session/{}", self.session), &Value::Null);
         let _ended = self.driver.ends_with(libc::SIGTERM);
     }

@@ -1,4 +1,4 @@
-//! NVML clients that are not ours, in pinned versions, kept under `target/tools` between runs.
+//! Third-party NVML clients in pinned versions, kept under `target/tools` between runs.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -9,12 +9,12 @@ use crate::Sim;
 
 const ALL_SMI: &str = "0.22.0";
 
-/// Where the workspace keeps what its tasks build for themselves.
+/// The folder for programs that the workspace's tasks build.
 fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools")
 }
 
-/// A Python environment with exactly these packages.
+/// A Python environment with exactly these packages; its `bin` folder.
 pub fn venv(packages: &[&str]) -> Result<PathBuf> {
     let folder = tools().join("venvs").join(packages.join(","));
     let complete = folder.join("complete");
@@ -28,15 +28,15 @@ pub fn venv(packages: &[&str]) -> Result<PathBuf> {
     Ok(folder.join("bin"))
 }
 
-/// The executable; built from its sources when it is not there in that version, which takes minutes.
+/// The all-smi executable; it is built from source if this version is missing, which takes minutes.
 pub fn all_smi() -> Result<PathBuf> {
     let program = tools().join("bin/all-smi");
     let version = Command::new(&program).arg("--version").output();
-    if version.is_ok_and(|told| String::from_utf8_lossy(&told.stdout).trim_end().ends_with(ALL_SMI)) {
+    if version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim_end().ends_with(ALL_SMI)) {
         return Ok(program);
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-    // This test's own cargo must not speak to that one.
+    // Variables of the cargo that runs this test must not reach the new one.
     for (name, _) in std::env::vars_os() {
         let text = name.to_string_lossy();
         if text.starts_with("CARGO_") && text != "CARGO_HOME" || text.starts_with("RUSTFLAGS") {
@@ -45,12 +45,12 @@ pub fn all_smi() -> Result<PathBuf> {
     }
     cargo.env_remove("LD_LIBRARY_PATH").args(["install", "all-smi", "--version", ALL_SMI, "--locked", "--force", "--root"]);
     let built = cargo.arg(tools()).current_dir("/").status().context("cargo")?;
-    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask setup` brings the packages that it wants");
+    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask setup` installs the packages that it needs");
     Ok(program)
 }
 
 impl Sim {
-    /// A program that finds the simulated library where the loader looks first.
+    /// A command that loads the simulated library in place of the driver's.
     pub fn client(&self, program: &Path) -> Command {
         let mut command = Command::new(program);
         command.env("LD_LIBRARY_PATH", self.dir.path().join("lib")).env_remove("NVML_SIM_DIR");

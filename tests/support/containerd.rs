@@ -1,6 +1,6 @@
-//! A containerd of the test's own, with everything in one temporary folder, told what a kubelet would tell it.
+//! A containerd instance of the test's own, with everything in one temporary folder; it gets the requests that a kubelet would send.
 //!
-//! Pods are on the host's network, so no CNI is needed, and in the cgroups that a kubelet with the cgroupfs driver would give them.
+//! Pods use the host's network, so no CNI is needed, and the cgroups that a kubelet with the cgroupfs driver would assign.
 
 use std::cell::RefCell;
 use std::collections::BTreeMap;
@@ -18,10 +18,10 @@ use crate::kernel::Layout;
 use crate::leftovers::{self, kill, program};
 use crate::{Running, image, wait_for};
 
-/// The image of every container that is not asked for another.
+/// The image of every container that does not name another.
 pub const IMAGE: &str = "localhost/gpu-sampler-test/sleep:1";
 const SANDBOX_IMAGE: &str = "localhost/gpu-sampler-test/pause:1";
-/// containerd gives every sandbox a CPU share, which cannot be set where the cpu controller is a v1 hierarchy's.
+/// Wraps runc: containerd gives every sandbox a CPU share, which cannot be set where the cpu controller is on a v1 hierarchy.
 const RUNC: &str = r#"#!/bin/sh
 for word; do
     if [ "$before" = --bundle ]; then
@@ -33,7 +33,7 @@ exec runc "$@"
 "#;
 const START: Duration = Duration::from_secs(60);
 
-/// What the API server would have sent the kubelet.
+/// The facts about a pod that a kubelet gets from the API server.
 #[derive(Clone, Debug)]
 pub struct PodSpec {
     pub namespace: String,
@@ -41,7 +41,7 @@ pub struct PodSpec {
     pub uid: String,
     pub labels: BTreeMap<String, String>,
     pub annotations: BTreeMap<String, String>,
-    /// `/kubepods/burstable/pod<uid>` unless it is changed.
+    /// `/kubepods/burstable/pod<uid>` by default.
     pub cgroup_parent: String,
     /// In place of /var/log: `pods/` and `containers/` are filled as a kubelet does.
     pub log_root: Option<PathBuf>,
@@ -63,7 +63,7 @@ impl PodSpec {
         }
     }
 
-    /// By these the kubelet finds its own again.
+    /// The labels by which a kubelet identifies its own pods.
     fn identity(&self) -> [(String, String); 3] {
         [("name", &self.name), ("namespace", &self.namespace), ("uid", &self.uid)]
             .map(|(key, value)| (format!("io.kubernetes.pod.{key}"), value.clone()))
@@ -135,7 +135,7 @@ impl PodSpec {
         })
     }
 
-    /// The link that comes after the start, its name cut where a kubelet cuts it.
+    /// Makes the link that a kubelet makes after the start, its name truncated as a kubelet truncates it.
     fn link_log(&self, name: &str, attempt: u32, id: &str) -> Result<()> {
         let (Some(root), Some(pod)) = (&self.log_root, self.log_directory()) else { return Ok(()) };
         std::fs::create_dir_all(root.join("containers"))?;
@@ -159,11 +159,11 @@ impl Containerd {
         Self::start_in(Layout::Machine)
     }
 
-    /// With its state at the usual place below a folder of its own.
+    /// Starts containerd, with its state below a folder of its own.
     pub fn start_in(layout: Layout) -> Result<Self> {
         let dir = tempfile::tempdir()?;
         let at = |name: &str| dir.path().join(name).display().to_string();
-        // Lowering a process's OOM score takes a capability that root in a virtual machine may lack.
+        // Lowering a process's OOM score requires a capability that root in a virtual machine may lack.
         let mut config = format!(
             "version = 2\nroot = '{}'\nstate = '{}'\n[grpc]\naddress = '{}'\n\
             [plugins.'io.containerd.internal.v1.opt']\npath = '{}'\n\
@@ -186,16 +186,16 @@ impl Containerd {
         std::fs::write(at("config.toml"), config)?;
         let client = Client::new(&dir.path().join("containerd.sock"))?;
         let mut containerd = Self { process: None, client, layout, pods: RefCell::default(), dir };
-        containerd.go_on()?;
+        containerd.relaunch()?;
         for name in [IMAGE, SANDBOX_IMAGE] {
             let archive = image::archive(containerd.dir.path(), name)?;
             containerd.ctr(&["image", "import", &archive.to_string_lossy()])?;
         }
-        wait_for("containerd's CRI knows the images", START, || Ok(containerd.has_image()?.then_some(())))?;
+        wait_for("containerd's CRI lists the images", START, || Ok(containerd.has_image()?.then_some(())))?;
         Ok(containerd)
     }
 
-    /// Its socket.
+    /// Path of its socket.
     pub fn address(&self) -> PathBuf {
         self.dir.path().join("containerd.sock")
     }
@@ -213,7 +213,7 @@ impl Containerd {
         std::fs::read_to_string(self.dir.path().join("log")).unwrap_or_default()
     }
 
-    /// In the namespace of kubelets.
+    /// Runs ctr in the namespace of kubelets.
     pub fn ctr(&self, args: &[&str]) -> Result<String> {
         self.ctr_in("k8s.io", args)
     }
@@ -251,14 +251,14 @@ impl Containerd {
         Ok(true)
     }
 
-    /// A call of the runtime service.
+    /// Makes a call of the runtime service.
     pub fn call<Q: Message + 'static, A: Message + Default + 'static>(&self, method: &str, request: Q) -> Result<A> {
         self.client.call(cri::V1, method, request).with_context(|| format!("{method}; containerd's log:\n{}", self.log()))
     }
 
-    /// The sandbox's id.
+    /// Starts a pod. Returns the sandbox's id.
     pub fn run_pod(&self, spec: &PodSpec) -> Result<String> {
-        // Before anything is made, so that whatever is left of a failure is found.
+        // Recorded before anything is created, so that the remains of a failure are found.
         self.pods.borrow_mut().insert(format!("failed-{}", spec.uid), spec.clone());
         let request = cri::RunPodSandboxRequest { config: Some(spec.sandbox()?) };
         let made: cri::PodSandboxId = self.call("RunPodSandbox", request)?;
@@ -270,7 +270,7 @@ impl Containerd {
         self.pods.borrow().get(sandbox).cloned().with_context(|| format!("there is no pod {sandbox}"))
     }
 
-    /// A container that has a name and an id, and neither a process nor a cgroup yet.
+    /// Creates a container that has a name and an id, but neither a process nor a cgroup yet.
     pub fn create(&self, sandbox: &str, name: &str, image: &str, attempt: u32, command: &[&str]) -> Result<String> {
         let spec = self.spec(sandbox)?;
         let request = cri::CreateContainerRequest {
@@ -282,7 +282,7 @@ impl Containerd {
         Ok(made.container_id)
     }
 
-    /// The pid of its first process.
+    /// Starts a created container. Returns the pid of its first process.
     pub fn start_container(&self, sandbox: &str, name: &str, attempt: u32, id: &str) -> Result<u32> {
         let _: cri::Done = self.call("StartContainer", cri::ContainerId { container_id: id.into() })?;
         self.spec(sandbox)?.link_log(name, attempt, id)?;
@@ -291,7 +291,7 @@ impl Containerd {
         Ok(info["pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")? as u32)
     }
 
-    /// Creates and starts a container of [`IMAGE`]; its id and pid.
+    /// Creates and starts a container of [`IMAGE`]. Returns its id and pid.
     pub fn run(&self, sandbox: &str, name: &str, attempt: u32, command: &[&str]) -> Result<(String, u32)> {
         let id = self.create(sandbox, name, IMAGE, attempt, command)?;
         let pid = self.start_container(sandbox, name, attempt, &id)?;
@@ -302,7 +302,7 @@ impl Containerd {
         self.call("ContainerStatus", cri::StatusRequest { id: id.into(), verbose: true })
     }
 
-    /// Kills it; what is known of it stays.
+    /// Kills a container; its record stays.
     pub fn stop_container(&self, id: &str) -> Result<()> {
         self.call("StopContainer", cri::ContainerId { container_id: id.into() }).map(|_: cri::Done| ())
     }
@@ -315,18 +315,18 @@ impl Containerd {
         self.call("StopPodSandbox", cri::PodSandboxId { pod_sandbox_id: sandbox.into() }).map(|_: cri::Done| ())
     }
 
-    /// With its containers.
+    /// Removes a pod with its containers.
     pub fn remove_pod(&self, sandbox: &str) -> Result<()> {
         self.call("RemovePodSandbox", cri::PodSandboxId { pod_sandbox_id: sandbox.into() }).map(|_: cri::Done| ())
     }
 
-    /// Ends the daemon; containers go on.
+    /// Ends the daemon; containers keep running.
     pub fn stop(&mut self) {
         self.process = None;
     }
 
-    /// Starts the daemon on what it left.
-    pub fn go_on(&mut self) -> Result<()> {
+    /// Starts the daemon again on its existing data.
+    pub fn relaunch(&mut self) -> Result<()> {
         let log = std::fs::File::options().create(true).append(true).open(self.dir.path().join("log"))?;
         let mut command = Command::new(program("containerd")?);
         // For the shim and the OCI runtime.
@@ -336,7 +336,7 @@ impl Containerd {
         self.layout.enter(&mut command);
         let process = self.process.insert(Running(command.stdout(log.try_clone()?).stderr(log).spawn()?));
         let (client, log) = (&self.client, self.dir.path().join("log"));
-        wait_for("containerd answers", START, || {
+        wait_for("containerd responds", START, || {
             if let Some(status) = process.0.try_wait()? {
                 bail!("containerd ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
@@ -347,10 +347,10 @@ impl Containerd {
 
     pub fn restart(&mut self) -> Result<()> {
         self.stop();
-        self.go_on()
+        self.relaunch()
     }
 
-    /// From now on its socket takes connections and nothing is answered.
+    /// Stops the daemon's process: from now on its socket accepts connections but nothing responds.
     pub fn pause(&self) -> Result<()> {
         kill(self.pid()?, libc::SIGSTOP);
         Ok(())
@@ -363,7 +363,7 @@ impl Containerd {
 
     fn remove_pods(&mut self) -> Result<()> {
         if self.process.is_none() {
-            self.go_on()?;
+            self.relaunch()?;
         }
         self.resume()?;
         let pods: cri::ListPodSandboxResponse = self.call("ListPodSandbox", cri::ListPodSandboxRequest::default())?;

@@ -342,14 +342,14 @@ pub struct ContainerStatusResponse {
     pub info: Map,
 }
 
-/// The answer to requests that only do something.
+/// The response of calls that return nothing.
 #[derive(Clone, PartialEq, Message)]
 pub struct Done {}
 
 /// Longer than any call of a test takes; a daemon that hangs must not hang the test.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// Of whatever gRPC service listens on a Unix socket.
+/// A client of any gRPC service on a Unix socket.
 pub struct Client {
     runtime: tokio::runtime::Runtime,
     channel: Channel,
@@ -368,7 +368,7 @@ impl Client {
         Ok(Self { runtime, channel })
     }
 
-    /// One unary call, without parsing what is not asked for.
+    /// One unary call; fields that the messages do not declare are not parsed.
     pub fn call<Q, A>(&self, service: &str, method: &str, request: Q) -> Result<A, Status>
     where
         Q: Message + 'static,
@@ -380,7 +380,7 @@ impl Client {
             grpc.ready().await.map_err(|error| Status::unavailable(error.to_string()))?;
             grpc.unary(Request::new(request), path, tonic_prost::ProstCodec::<Q, A>::default()).await
         };
-        let late = |_| Err(Status::deadline_exceeded("no answer"));
+        let late = |_| Err(Status::deadline_exceeded("no response"));
         self.runtime.block_on(async { tokio::time::timeout(PATIENCE, call).await }).unwrap_or_else(late).map(|a| a.into_inner())
     }
 }

@@ -1,6 +1,6 @@
-//! A double of CRI-O, for which there may be no package: the files it leaves of its containers, and its socket.
+//! A double of CRI-O, for which there may be no package: the files of its containers, and its socket.
 //!
-//! The two can be told apart: [`Crio::write`] makes the files only, [`Crio::know`] the answers only. Names of annotations and of
+//! Both can be used separately: [`Crio::write`] makes only the files, [`Crio::serve`] only the responses. Names of annotations and of
 //! JSON fields: cri-o, `pkg/annotations/internal.go`, `internal/factory/container`, `server/sandbox_run_linux.go`, `pkg/types`.
 
 use std::collections::BTreeMap;
@@ -25,7 +25,7 @@ pub struct Pod {
     pub namespace: String,
     pub name: String,
     pub uid: String,
-    /// As the kubelet hands it over: `/kubepods/..` or `kubepods-...slice`.
+    /// As the kubelet passes it: `/kubepods/..` or `kubepods-...slice`.
     pub cgroup_parent: String,
     pub labels: BTreeMap<String, String>,
 }
@@ -37,7 +37,7 @@ pub struct CrioContainer {
     pub pod: String,
     pub name: String,
     pub attempt: u32,
-    /// As the pod's author wrote it.
+    /// As written in the pod's spec.
     pub image: String,
     pub pid: u32,
     pub state: i32,
@@ -102,7 +102,7 @@ impl Pod {
     }
 }
 
-/// Labels become annotations under their own names, beside CRI-O's.
+/// Labels become annotations under their own names, in addition to CRI-O's.
 fn with_labels(own: &[(&str, String)], labels: Map) -> Map {
     let own = own.iter().map(|(key, value)| (format!("io.kubernetes.cri-o.{key}"), value.clone()));
     own.chain(labels).chain([("io.container.manager".to_owned(), "cri-o".to_owned())]).collect()
@@ -114,7 +114,7 @@ fn spec(annotations: &Map, cgroup: &str, args: &[&str]) -> Value {
 }
 
 impl CrioContainer {
-    /// Runs, for the first time.
+    /// A running container, in its first attempt.
     pub fn new(id: &str, pod: &str, name: &str, image: &str, pid: u32) -> Self {
         let [id, pod, name, image] = [id, pod, name, image].map(str::to_owned);
         Self { id, pod, name, attempt: 0, image, pid, state: CONTAINER_RUNNING }
@@ -204,7 +204,7 @@ impl CrioContainer {
     }
 }
 
-/// By either of its cgroup managers.
+/// The container's cgroup, by either of CRI-O's cgroup managers.
 fn cgroup(pod: &Pod, id: &str) -> String {
     match pod.cgroup_parent.ends_with(".slice") {
         true => format!("{}:crio:{id}", pod.cgroup_parent),
@@ -212,7 +212,7 @@ fn cgroup(pod: &Pod, id: &str) -> String {
     }
 }
 
-/// What of the runtime service it speaks: old versions only the older, new ones only the newer.
+/// Versions of the runtime service that it supports: old releases only the older one, new ones only the newer.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum Speaks {
     #[default]
@@ -240,7 +240,7 @@ pub struct Crio {
 }
 
 impl Crio {
-    /// Everything lies in `dir`.
+    /// Everything is below `dir`.
     pub fn start(dir: &Path) -> Result<Self> {
         let daemon = Arc::new(Daemon { root: dir.join("lib"), known: Mutex::default() });
         Ok(Self { dir: dir.into(), server: GrpcServer::start(&dir.join("crio.sock"), daemon.clone())?, daemon })
@@ -260,7 +260,7 @@ impl Crio {
         self.dir.join("run")
     }
 
-    /// Paths that were asked for, gRPC's and HTTP's.
+    /// The requested paths, of gRPC and HTTP.
     pub fn calls(&self) -> Vec<String> {
         self.server.calls()
     }
@@ -278,19 +278,19 @@ impl Crio {
         Ok(())
     }
 
-    /// A pod, with files and answers.
+    /// Adds a pod, with files and responses.
     pub fn add_pod(&self, pod: &Pod) -> Result<()> {
         self.daemon.known().pods.insert(pod.id.clone(), pod.clone());
         self.write_config(&pod.id, &spec(&pod.annotations(), &cgroup(pod, &pod.id), &["/pause"]))
     }
 
-    /// A container of a pod that was added, with files and answers.
+    /// Adds a container of a pod that was added, with files and responses.
     pub fn add(&self, container: &CrioContainer) -> Result<()> {
-        self.know(container);
+        self.serve(container);
         self.write(container)
     }
 
-    /// Its files only.
+    /// Writes its files only.
     pub fn write(&self, container: &CrioContainer) -> Result<()> {
         let pod = self.daemon.known().pod(&container.pod)?.clone();
         self.write_config(
@@ -299,12 +299,12 @@ impl Crio {
         )
     }
 
-    /// The answers only.
-    pub fn know(&self, container: &CrioContainer) {
+    /// Adds its responses only.
+    pub fn serve(&self, container: &CrioContainer) {
         self.daemon.known().containers.insert(container.id.clone(), container.clone());
     }
 
-    /// Forgets a container or sandbox.
+    /// Removes a container or sandbox.
     pub fn remove(&self, id: &str) -> Result<()> {
         let mut known = self.daemon.known();
         known.pods.remove(id);
@@ -376,9 +376,9 @@ impl Known {
         Ok(cri::PodSandboxStatusResponse { status: Some(status), info: Map::new() })
     }
 
-    /// Of a container, or of a sandbox's own.
+    /// The inspect document of a container, or of a sandbox.
     fn inspected(&self, id: &str) -> Option<Value> {
-        let told = |name, pid, image: &str, image_ref, labels: Map, annotations: Map, own: Map, log, pod: &Pod| {
+        let document = |name, pid, image: &str, image_ref, labels: Map, annotations: Map, own: Map, log, pod: &Pod| {
             json!({"name": name, "pid": pid, "image": image, "image_ref": image_ref, "created_time": CREATED_NS,
                 "labels": labels, "annotations": annotations, "crio_annotations": own, "log_path": log,
                 "root": "/var/lib/containers/storage/overlay/x/merged", "sandbox": pod.id, "ip_addresses": ["10.85.0.7"]})
@@ -387,11 +387,11 @@ impl Known {
             let pod = self.pods.get(&c.pod)?;
             let (labels, own) = (pod.identity(&c.name), c.annotations(pod));
             let kube = c.kube_annotations();
-            return Some(told(c.full_name(pod), c.pid, &c.image, c.image_ref(), labels, kube, own, c.log_path(pod), pod));
+            return Some(document(c.full_name(pod), c.pid, &c.image, c.image_ref(), labels, kube, own, c.log_path(pod), pod));
         }
         let pod = self.pods.get(id)?;
         let (labels, own) = (pod.labels(), pod.annotations());
-        Some(told(pod.infra_name(), 0, "", String::new(), labels, Map::new(), own, String::new(), pod))
+        Some(document(pod.infra_name(), 0, "", String::new(), labels, Map::new(), own, String::new(), pod))
     }
 }
 
@@ -441,7 +441,7 @@ impl Service for Daemon {
         }
         let Some(id) = path.strip_prefix("/containers/") else { return (404, text, "404 page not found\n".into()) };
         match self.known().inspected(id) {
-            Some(told) => (200, "application/json", told.to_string()),
+            Some(document) => (200, "application/json", document.to_string()),
             None => (404, text, format!("can't find the container with id {id}\n")),
         }
     }

@@ -1,15 +1,15 @@
-//! Keeps a GPU busy for a part of the time and notes when it was on the engine:
-//! `cuda-load --gpu 0 --duty 0.6 --for 20 [--slices DIR]`. Ends with 3 where there is no CUDA driver.
+//! Keeps a GPU busy for a share of the time and records its time slices:
+//! `cuda-load --gpu 0 --duty 0.6 --for 20 [--slices DIR]`. Exits with 3 where there is no CUDA driver.
 //!
-//! One thread of one block reads the GPU's own timer again and again: all of the time the engine is busy, and next to no power is used.
-//! Two readings that are further apart than a moment mean that another context had the engine in between, so the kernel knows its own
-//! time slices; it ends when they sum to the wanted work. DIR/PID.csv gets a line `s,BEGIN,END` for each, in ns of that timer, and first
-//! `clock,NS`: by how much the timer is ahead of the wall clock.
+//! One thread of one block reads the GPU's timer continuously: the engine is busy all the time, at very low power. A larger gap between two
+//! readings means that another context had the engine in between, so the kernel detects its own time slices; it ends when they sum to the
+//! requested work. DIR/PID.csv gets a line `s,BEGIN,END` for each, in ns of that timer, and before them `clock,NS`, by which the timer is
+//! ahead of the wall clock.
 //!
-//! Pauses are random: a load of constant period is in step with a sampling grid of which that period is a divisor, and then every
-//! sample meets it at the same phase.
+//! Pauses are random: a load of constant period is in step with a sampling grid that is a multiple of that period, and then every sample
+//! meets it at the same phase.
 //!
-//! The driver's library is looked for at run time, so this builds everywhere.
+//! The driver's library is loaded at run time, so this builds everywhere.
 
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::fs::File;
@@ -20,19 +20,19 @@ use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
 use gpu_sampler_tests::random;
 
-/// Work and pause together, on average: far below the driver's sampling grid, far above what a launch takes.
+/// Work and pause together, on average: far below the driver's sampling grid, far above the duration of a launch.
 const PERIOD: Duration = Duration::from_millis(20);
-/// Between two readings of one slice there is at most this; a switch of contexts takes longer.
+/// Largest gap between two readings within one slice; a context switch takes longer.
 const APART_NS: u64 = 30_000;
-/// Slices that one kernel notes.
+/// Slices that one kernel records.
 const SLICES: usize = 256;
-/// Launches of an empty kernel between two readings of the wall clock; the tightest counts.
+/// Launches of an empty kernel between two readings of the wall clock; the shortest one counts.
 const CLOCK_READINGS: usize = 50;
 /// cuCtxSynchronize sleeps instead of spinning.
 const BLOCKING_SYNC: c_uint = 4;
 const NO_CUDA: u8 = 3;
 
-/// Languages and targets, the oldest first: newer drivers compile it for newer cards, until they give an old target up.
+/// PTX versions and targets, oldest first: newer drivers compile for newer cards, until they drop an old target.
 const TARGETS: [(&str, &str); 3] = [("5.0", "sm_50"), ("6.3", "sm_75"), ("7.8", "sm_90")];
 
 /// `notes`: the number of slices, then begin and end of each.
@@ -103,19 +103,19 @@ type Result<T> = std::result::Result<T, Failure>;
 
 impl From<std::io::Error> for Failure {
     fn from(error: std::io::Error) -> Self {
-        Self::Call(format!("the slices cannot be written: {error}"))
+        Self::Call(format!("cannot write the slices: {error}"))
     }
 }
 
-/// The driver API's library; it stays loaded until the process ends.
+/// The library of the driver API; it stays loaded until the process ends.
 struct Cuda(Handle);
 
 impl Cuda {
     fn load() -> Result<Self> {
-        // SAFETY: a NUL-terminated name; what the library does when it is loaded is the driver's.
+        // SAFETY: a NUL-terminated name; the library's own initialization is the driver's.
         let library = unsafe { libc::dlopen(c"libcuda.so.1".as_ptr(), libc::RTLD_NOW) };
         if library.is_null() {
-            return Err(Failure::NoDriver("libcuda.so.1 cannot be loaded".into()));
+            return Err(Failure::NoDriver("cannot load libcuda.so.1".into()));
         }
         Ok(Self(library))
     }
@@ -131,28 +131,28 @@ impl Cuda {
     }
 }
 
-/// A symbol as a function of that type, called; anything but CUDA_SUCCESS is a failure.
+/// Looks a symbol up as a function of that type and calls it; any result but CUDA_SUCCESS is a failure.
 macro_rules! cuda {
     ($library:expr, $name:literal: fn($($type:ty),*), $($arg:expr),*) => {{
         let symbol = $library.symbol($name)?;
         // SAFETY: cuda.h gives the symbol this signature.
         let function: unsafe extern "C" fn($($type),*) -> c_int = unsafe { std::mem::transmute(symbol) };
-        // SAFETY: every pointer is to a live local of the type that cuda.h wants.
+        // SAFETY: every pointer is to a live local of the type that cuda.h requires.
         match unsafe { function($($arg),*) } {
             0 => Ok(()),
-            // CUDA_ERROR_NO_DEVICE and what a driver says that does not work here.
-            code @ (100 | 34 | 803) => Err(Failure::NoDriver(format!("{} says {code}", $name.to_string_lossy()))),
-            code => Err(Failure::Call(format!("{} says {code}", $name.to_string_lossy()))),
+            // CUDA_ERROR_NO_DEVICE, and the codes of a driver that does not work here.
+            code @ (100 | 34 | 803) => Err(Failure::NoDriver(format!("{} returned {code}", $name.to_string_lossy()))),
+            code => Err(Failure::Call(format!("{} returned {code}", $name.to_string_lossy()))),
         }
     }};
 }
 
-/// The kernel, ready to be launched, and where it notes its slices.
+/// The kernel, ready to be launched, and the memory for its slices.
 struct Spinner {
     cuda: Cuda,
     launch: Launch,
     function: Handle,
-    /// Of memory that the GPU writes to and this process reads.
+    /// Memory that the GPU writes and this process reads.
     notes: *mut u64,
     apart_ns: u64,
 }
@@ -183,14 +183,14 @@ impl Spinner {
             let mut module = std::ptr::null_mut();
             match cuda!(cuda, c"cuModuleLoadData": fn(*mut Handle, *const c_char), &raw mut module, text.as_ptr()) {
                 Ok(()) => return Ok(module),
-                // The first reason is the one that counts.
+                // The first error is the relevant one.
                 Err(error) => refused = refused.and(Err(error)),
             }
         }
         refused.map(|()| std::ptr::null_mut())
     }
 
-    /// Works for so long on the engine; its slices.
+    /// Occupies the engine for this time. Returns its slices.
     fn spin(&self, mut work_ns: u64) -> Result<Vec<(u64, u64)>> {
         let (mut notes, mut apart, mut room) = (self.notes, self.apart_ns, SLICES as u64);
         let mut arguments =
@@ -199,7 +199,7 @@ impl Spinner {
         // SAFETY: a kernel of four parameters, which `arguments` points to; the driver copies them before it returns.
         let code = unsafe { (self.launch)(self.function, 1, 1, 1, 1, 1, 1, 0, none, arguments.as_mut_ptr(), none.cast()) };
         if code != 0 {
-            return Err(Failure::Call(format!("cuLaunchKernel says {code}")));
+            return Err(Failure::Call(format!("cuLaunchKernel returned {code}")));
         }
         cuda!(self.cuda, c"cuCtxSynchronize": fn(),)?;
         // SAFETY: the kernel has ended and nothing writes there; within what was allocated.
@@ -208,7 +208,7 @@ impl Spinner {
         Ok((0..count).map(|n| (note(1 + 2 * n), note(2 + 2 * n))).collect())
     }
 
-    /// The GPU's timer less the wall clock. Where its steps are coarse, they must not look like switches.
+    /// Returns the GPU's timer less the wall clock. Where the timer has coarse steps, the gap limit is raised above them.
     fn calibrate(&mut self) -> Result<i64> {
         let (mut tightest, mut ahead, mut step) = (u64::MAX, 0, u64::MAX);
         for _ in 0..CLOCK_READINGS {
@@ -234,7 +234,7 @@ fn wall_ns() -> u64 {
 }
 
 fn run(options: &LoadOptions) -> Result<()> {
-    // First, so that a load that is killed early leaves a file, too.
+    // Created first, so that a load that is killed early also leaves a file.
     let mut to = match &options.slices {
         Some(folder) => Some(BufWriter::new(File::create(folder.join(format!("{}.csv", std::process::id())))?)),
         None => None,
@@ -255,14 +255,14 @@ fn run(options: &LoadOptions) -> Result<()> {
             for (begin, end) in slices {
                 writeln!(to, "s,{begin},{end}")?;
             }
-            // It may be killed at any time.
+            // The process may be killed at any time.
             to.flush()?;
         }
-        // From nothing to twice the mean.
+        // A pause from zero to twice the mean.
         next += work + (PERIOD - work).mul_f64(2.0 * random(&mut state));
         match next.checked_duration_since(Instant::now()) {
             Some(rest) => std::thread::sleep(rest),
-            // Another has the engine: what was lost is not made up for.
+            // Another context had the engine: lost time is not made up for.
             None => next = Instant::now(),
         }
     }
@@ -294,16 +294,16 @@ fn main() -> ExitCode {
         eprintln!("cuda-load --gpu N --duty 0..1 --for SECONDS [--slices DIR]");
         return ExitCode::from(2);
     };
-    // SAFETY: takes no pointers; the load ends with whoever wanted it.
+    // SAFETY: takes no pointers; the load ends with its parent.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
-        Err(Failure::NoDriver(told)) => {
-            eprintln!("cuda-load: no CUDA here: {told}");
+        Err(Failure::NoDriver(error)) => {
+            eprintln!("cuda-load: CUDA is not available: {error}");
             ExitCode::from(NO_CUDA)
         }
-        Err(Failure::Call(told)) => {
-            eprintln!("cuda-load: {told}");
+        Err(Failure::Call(error)) => {
+            eprintln!("cuda-load: {error}");
             ExitCode::FAILURE
         }
     }

@@ -1,4 +1,4 @@
-//! A Docker Engine and what a test makes in it: containers as a kubelet would have them made.
+//! A Docker Engine and the containers that a test creates in it, labelled as a kubelet labels them.
 
 use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use crate::kernel::Layout;
 use crate::{Running, exchange, var};
 
-/// The engine behind DOCKER_HOST, and the containers a test made in it.
+/// The engine behind DOCKER_HOST, and the containers that a test created in it.
 pub struct Docker {
     socket: PathBuf,
     image: String,
@@ -19,10 +19,10 @@ pub struct Docker {
 }
 
 impl Docker {
-    /// Imports an image with nothing but `sleep`: there may be no registry to take one from.
+    /// Imports an image with nothing but `sleep`, since there may be no registry to pull one from.
     pub fn new() -> Result<Self> {
         let host = var("DOCKER_HOST")?;
-        Self::at(PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST is a Unix socket")?))
+        Self::at(PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST must be a Unix socket")?))
     }
 
     fn at(socket: PathBuf) -> Result<Self> {
@@ -31,17 +31,17 @@ impl Docker {
         let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;
         let image = "gpu-sampler-test:1".to_owned();
         let docker = Self { socket, image, made: Vec::new().into() };
-        docker.ask("POST", "/images/create?fromSrc=-&repo=gpu-sampler-test&tag=1", "application/x-tar", &tar.stdout)?;
+        docker.request("POST", "/images/create?fromSrc=-&repo=gpu-sampler-test&tag=1", "application/x-tar", &tar.stdout)?;
         Ok(docker)
     }
 
-    fn ask(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
+    fn request(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
         let stream = UnixStream::connect(&self.socket).with_context(|| self.socket.display().to_string())?;
         stream.set_read_timeout(Some(Duration::from_secs(60)))?;
         exchange(stream, method, path, kind, body)
     }
 
-    /// Starts `sleep seconds` as a pod's container; its id and the pid of its process.
+    /// Starts `sleep seconds` as a pod's container. Returns its id and the pid of its process.
     pub fn pod(&self, namespace: &str, pod: &str, seconds: u32) -> Result<(String, u32)> {
         let labels = json!({
             "io.kubernetes.pod.namespace": namespace, "io.kubernetes.pod.name": pod, "io.kubernetes.container.name": "main",
@@ -50,7 +50,7 @@ impl Docker {
         self.run(pod, &labels, &seconds.to_string())
     }
 
-    /// Starts `sleep duration` with these labels; its id and the pid of its process. Its name ends with `name`.
+    /// Starts `sleep duration` with these labels. Returns its id and the pid of its process. Its name ends with `name`.
     pub fn run(&self, name: &str, labels: &Value, duration: &str) -> Result<(String, u32)> {
         let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", duration], "Labels": labels,
             "HostConfig": {"NetworkMode": "none"}});
@@ -61,18 +61,18 @@ impl Docker {
         let name = format!("gpu-sampler-test-{}-{name}", std::process::id());
         self.made.borrow_mut().push(name.clone());
         let json = "application/json";
-        self.ask("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
-        self.ask("POST", &format!("/containers/{name}/start"), json, &[])?;
-        let inspected: Value = serde_json::from_slice(&self.ask("GET", &format!("/containers/{name}/json"), json, &[])?)?;
+        self.request("POST", &format!("/containers/create?name={name}"), json, body.to_string().as_bytes())?;
+        self.request("POST", &format!("/containers/{name}/start"), json, &[])?;
+        let inspected: Value = serde_json::from_slice(&self.request("GET", &format!("/containers/{name}/json"), json, &[])?)?;
         let pid = inspected["State"]["Pid"].as_u64().filter(|pid| *pid > 0).context("the container has a process")?;
         Ok((inspected["Id"].as_str().unwrap_or_default().to_owned(), pid as u32))
     }
 
-    /// Runs a program of the host as an agent in a container would run: with what capabilities it needs, the host's pids, network and
-    /// cgroups, and the host's file system at /host. Not with all capabilities, as some machines have not all to give.
+    /// Runs a program of the host as an agent in a container would run: with the capabilities that it needs, the host's pids, network and
+    /// cgroups, and the host's file system at /host. Not with all capabilities, since some machines cannot grant all.
     pub fn agent(&self, name: &str, program: &Path, args: &[&str]) -> Result<(String, u32)> {
         let program = format!("/host{}", program.display());
-        // Its libraries are the host's.
+        // The program's libraries are the host's.
         let binds = ["/:/host", "/lib:/lib:ro", "/lib64:/lib64:ro", "/usr/lib:/usr/lib:ro", "/sys/fs/cgroup:/sys/fs/cgroup:ro"];
         let binds: Vec<&str> =
             binds.into_iter().filter(|b| Path::new(b.split(':').next().unwrap_or_default()).exists()).collect();
@@ -83,11 +83,11 @@ impl Docker {
         self.start(name, &body)
     }
 
-    /// Its name ends with `name` then.
+    /// Renames a container; its new name ends with `name`.
     pub fn rename(&self, container: &str, name: &str) -> Result<()> {
         let name = format!("gpu-sampler-test-{}-{name}", std::process::id());
         self.made.borrow_mut().push(name.clone());
-        self.ask("POST", &format!("/containers/{container}/rename?name={name}"), "text/plain", &[]).map(drop)
+        self.request("POST", &format!("/containers/{container}/rename?name={name}"), "text/plain", &[]).map(drop)
     }
 
     pub fn socket(&self) -> &Path {
@@ -98,20 +98,20 @@ impl Docker {
         &self.image
     }
 
-    /// `docker exec` of `sleep seconds`; the pid of its process.
+    /// `docker exec` of `sleep seconds`. Returns the pid of its process.
     pub fn exec(&self, container: &str, seconds: u32) -> Result<u32> {
         let json = "application/json";
         let body = json!({"Cmd": ["/bin/sleep", seconds.to_string()]}).to_string();
         let made: Value =
-            serde_json::from_slice(&self.ask("POST", &format!("/containers/{container}/exec"), json, body.as_bytes())?)?;
+            serde_json::from_slice(&self.request("POST", &format!("/containers/{container}/exec"), json, body.as_bytes())?)?;
         let id = made["Id"].as_str().context("the exec's id")?;
-        self.ask("POST", &format!("/exec/{id}/start"), json, br#"{"Detach": true}"#)?;
-        let exec: Value = serde_json::from_slice(&self.ask("GET", &format!("/exec/{id}/json"), json, &[])?)?;
+        self.request("POST", &format!("/exec/{id}/start"), json, br#"{"Detach": true}"#)?;
+        let exec: Value = serde_json::from_slice(&self.request("GET", &format!("/exec/{id}/json"), json, &[])?)?;
         Ok(exec["Pid"].as_u64().filter(|pid| *pid > 0).context("the exec has a process")? as u32)
     }
 }
 
-/// An engine that sees this layout of cgroups: the tests' own, or one more in a mount namespace.
+/// An engine that sees this layout of cgroups: the shared one, or a second one in a mount namespace.
 pub struct Engine {
     pub docker: Docker,
     // Dropped in this order: the containers, the engine, its folder and cgroup.
@@ -125,12 +125,12 @@ struct Own {
     _common: CommonCgroup,
 }
 
-/// The engine leaves its cgroup of all containers behind.
+/// The engine leaves the common parent cgroup of its containers.
 struct CommonCgroup(PathBuf);
 
 impl Drop for CommonCgroup {
     fn drop(&mut self) {
-        // Only when nothing else is in it.
+        // Fails if another cgroup is in it.
         let _left = std::fs::remove_dir(&self.0);
     }
 }
@@ -143,36 +143,36 @@ impl Engine {
         let common = CommonCgroup(crate::kernel::cgroup2()?.join("docker"));
         let mut own = Own { process: None, layout, dir: tempfile::tempdir()?, _common: common };
         let socket = own.dir.path().join("socket");
-        own.go_on(&socket)?;
+        own.relaunch(&socket)?;
         Ok(Self { docker: Docker::at(socket)?, own: Some(own) })
     }
 
     fn own(&mut self) -> Result<&mut Own> {
-        self.own.as_mut().context("only an engine of the test's own is stopped")
+        self.own.as_mut().context("only an engine that the test started can be stopped")
     }
 
-    /// Ends the engine; its containers go on.
+    /// Ends the engine; its containers keep running.
     pub fn stop(&mut self) -> Result<()> {
         self.own()?.process = None;
         Ok(())
     }
 
-    /// Starts it on what it left.
-    pub fn go_on(&mut self) -> Result<()> {
+    /// Starts it again on its existing data.
+    pub fn relaunch(&mut self) -> Result<()> {
         let socket = self.docker.socket.clone();
-        self.own()?.go_on(&socket)
+        self.own()?.relaunch(&socket)
     }
 
-    /// Stops it, and starts it with its socket elsewhere.
+    /// Stops it, and starts it again with its socket at another path.
     pub fn move_socket(&mut self) -> Result<()> {
         self.stop()?;
         self.docker.socket.set_extension("moved");
-        self.go_on()
+        self.relaunch()
     }
 }
 
 impl Own {
-    fn go_on(&mut self, socket: &Path) -> Result<()> {
+    fn relaunch(&mut self, socket: &Path) -> Result<()> {
         let path = |name: &str| self.dir.path().join(name);
         let log = std::fs::File::options().create(true).append(true).open(path("log"))?;
         let mut command = Command::new("dockerd");
@@ -186,7 +186,7 @@ impl Own {
         self.layout.enter(&mut command);
         let process = self.process.insert(Running(command.stdout(log.try_clone()?).stderr(log).spawn()?));
         let log = self.dir.path().join("log");
-        crate::wait_for("a second Docker Engine answers", Duration::from_secs(60), || {
+        crate::wait_for("the second Docker Engine responds", Duration::from_secs(60), || {
             if let Some(status) = process.0.try_wait()? {
                 bail!("dockerd ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
@@ -200,11 +200,11 @@ impl Own {
 impl Drop for Docker {
     fn drop(&mut self) {
         for name in self.made.take() {
-            if let Err(error) = self.ask("DELETE", &format!("/containers/{name}?force=1"), "text/plain", &[]) {
+            if let Err(error) = self.request("DELETE", &format!("/containers/{name}?force=1"), "text/plain", &[]) {
                 eprintln!("{error:#}");
             }
         }
-        if let Err(error) = self.ask("DELETE", &format!("/images/{}?force=1", self.image), "text/plain", &[]) {
+        if let Err(error) = self.request("DELETE", &format!("/images/{}?force=1", self.image), "text/plain", &[]) {
             eprintln!("{error:#}");
         }
     }

@@ -1,4 +1,4 @@
-//! A server on one Unix socket: gRPC for whoever begins with HTTP/2, plain HTTP for the others. CRI-O's socket is such a one.
+//! A server on one Unix socket: gRPC for clients that begin with HTTP/2, plain HTTP for the others, as on CRI-O's socket.
 
 use std::convert::Infallible;
 use std::future::Future;
@@ -16,12 +16,12 @@ use hyper_util::rt::{TokioExecutor, TokioIo};
 use tokio::sync::oneshot;
 use tonic::Status;
 
-/// What the server says; both are asked from the server's thread.
+/// The responses of a server; both methods run on the server's thread.
 pub trait Service: Send + Sync + 'static {
-    /// The message that answers one call, both without framing.
+    /// The response message of one call; request and response are without framing.
     fn grpc(&self, service: &str, method: &str, request: &[u8]) -> Result<Vec<u8>, Status>;
 
-    /// Status, content type and body that answer a GET.
+    /// Status, content type and body of the response to a GET.
     fn http(&self, _path: &str) -> (u16, &'static str, String) {
         (404, "text/plain; charset=utf-8", "404 page not found\n".into())
     }
@@ -30,7 +30,7 @@ pub trait Service: Send + Sync + 'static {
 type GrpcResponse = Response<UnsyncBoxBody<Bytes, Infallible>>;
 type Calls = Arc<Mutex<Vec<String>>>;
 
-/// Removed with its socket when dropped.
+/// A running server; its socket is removed when it is dropped.
 pub struct GrpcServer {
     path: PathBuf,
     calls: Calls,
@@ -41,29 +41,29 @@ fn header(value: &str) -> HeaderValue {
     HeaderValue::from_str(value).unwrap_or_else(|_| HeaderValue::from_static("?"))
 }
 
-fn answer(status: u16, kind: &str, body: Bytes) -> GrpcResponse {
-    let mut answer = Response::new(Full::new(body).boxed_unsync());
-    *answer.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
-    answer.headers_mut().insert(CONTENT_TYPE, header(kind));
-    answer
+fn plain(status: u16, kind: &str, body: Bytes) -> GrpcResponse {
+    let mut response = Response::new(Full::new(body).boxed_unsync());
+    *response.status_mut() = StatusCode::from_u16(status).unwrap_or(StatusCode::INTERNAL_SERVER_ERROR);
+    response.headers_mut().insert(CONTENT_TYPE, header(kind));
+    response
 }
 
-/// A message behind its five bytes of framing, then the status as trailers; a failure is a status alone.
+/// A message after its five bytes of framing, then the status as trailers; a failure is a status alone.
 fn framed(result: Result<Vec<u8>, Status>) -> GrpcResponse {
     match result {
         Ok(message) => {
             let length = (message.len() as u32).to_be_bytes();
             let body = Full::new(Bytes::from([&[0][..], &length, &message].concat()));
             let trailers = HeaderMap::from_iter([(HeaderName::from_static("grpc-status"), header("0"))]);
-            let mut answer = Response::new(body.with_trailers(std::future::ready(Some(Ok(trailers)))).boxed_unsync());
-            answer.headers_mut().insert(CONTENT_TYPE, header("application/grpc"));
-            answer
+            let mut response = Response::new(body.with_trailers(std::future::ready(Some(Ok(trailers)))).boxed_unsync());
+            response.headers_mut().insert(CONTENT_TYPE, header("application/grpc"));
+            response
         }
         Err(status) => {
-            let mut answer = answer(200, "application/grpc", Bytes::new());
-            answer.headers_mut().insert("grpc-status", header(&(status.code() as i32).to_string()));
-            answer.headers_mut().insert("grpc-message", header(status.message()));
-            answer
+            let mut response = plain(200, "application/grpc", Bytes::new());
+            response.headers_mut().insert("grpc-status", header(&(status.code() as i32).to_string()));
+            response.headers_mut().insert("grpc-message", header(status.message()));
+            response
         }
     }
 }
@@ -74,7 +74,7 @@ async fn serve(service: Arc<dyn Service>, calls: Calls, request: Request<Incomin
     let grpc = request.headers().get(CONTENT_TYPE).is_some_and(|kind| kind.as_bytes().starts_with(b"application/grpc"));
     if !grpc {
         let (status, kind, body) = service.http(&path);
-        return Ok(answer(status, kind, body.into()));
+        return Ok(plain(status, kind, body.into()));
     }
     let body = request.into_body().collect().await?.to_bytes();
     let called = path.trim_start_matches('/').split_once('/').zip(body.get(5..));
@@ -96,7 +96,7 @@ async fn accept(
         tokio::spawn(async move {
             let respond = hyper::service::service_fn(move |request| serve(service.clone(), calls.clone(), request));
             let builder = hyper_util::server::conn::auto::Builder::new(TokioExecutor::new());
-            // Whoever goes away in the middle is the test's subject.
+            // A peer that disconnects in the middle is part of the test.
             let _ended = builder.serve_connection(TokioIo::new(stream), respond).await;
         });
     }
@@ -118,7 +118,7 @@ impl GrpcServer {
         Ok(Self { path: path.into(), calls, running: Some((stop, thread)) })
     }
 
-    /// The paths that were asked for, in order; of gRPC `/service/method`.
+    /// The requested paths, in order; for gRPC `/service/method`.
     pub fn calls(&self) -> Vec<String> {
         self.calls.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }

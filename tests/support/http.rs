@@ -1,19 +1,19 @@
-//! As much of HTTP as the doubles and the proxy need: a request's head, an answer, the frames of HTTP/2.
+//! The part of HTTP that the doubles and the proxy need: request heads, responses, HTTP/2 frames.
 
 use std::io::{Read, Write};
 use std::os::unix::net::UnixStream;
 
 use anyhow::{Context as _, Result, bail, ensure};
 
-/// What every HTTP/2 client says first.
+/// The first bytes of every HTTP/2 client.
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
-/// A bound for a request's head.
+/// Size limit of a request's head.
 const HEAD: usize = 64 * 1024;
 
 pub struct Request {
     pub method: String,
     pub path: String,
-    /// With everything that was read so far if it is HTTP/2.
+    /// With everything read so far if the request is HTTP/2.
     pub head: Vec<u8>,
     body: Vec<u8>,
 }
@@ -22,16 +22,16 @@ fn end_of_head(bytes: &[u8]) -> Option<usize> {
     bytes.windows(4).position(|w| w == b"\r\n\r\n").map(|at| at + 4)
 }
 
-/// The status and the body of a whole answer.
-pub fn split(answer: &[u8]) -> Result<(u16, &[u8])> {
-    let end = end_of_head(answer).context("no HTTP answer")?;
-    let head = String::from_utf8_lossy(&answer[..end]);
+/// The status and the body of a complete response.
+pub fn split(response: &[u8]) -> Result<(u16, &[u8])> {
+    let end = end_of_head(response).context("no HTTP response")?;
+    let head = String::from_utf8_lossy(&response[..end]);
     let status = head.split(' ').nth(1).and_then(|word| word.parse().ok()).context("no HTTP status")?;
-    Ok((status, &answer[end..]))
+    Ok((status, &response[end..]))
 }
 
-/// Writes a whole answer; `connection` is `close` or `keep-alive`.
-pub fn answer(mut to: &UnixStream, status: u16, connection: &str, kind: &str, body: &[u8]) -> Result<()> {
+/// Writes a complete response; `connection` is `close` or `keep-alive`.
+pub fn respond(mut to: &UnixStream, status: u16, connection: &str, kind: &str, body: &[u8]) -> Result<()> {
     let length = body.len();
     let head =
         format!("HTTP/1.1 {status} -\r\nConnection: {connection}\r\nContent-Type: {kind}\r\nContent-Length: {length}\r\n\r\n");
@@ -39,7 +39,7 @@ pub fn answer(mut to: &UnixStream, status: u16, connection: &str, kind: &str, bo
 }
 
 impl Request {
-    /// The next one; `read` keeps what came with it. None at the end.
+    /// Reads the next request; `read` keeps bytes that follow it. `None` at the end.
     pub fn read(from: &mut impl Read, read: &mut Vec<u8>) -> Result<Option<Self>> {
         let mut more = |read: &mut Vec<u8>| -> Result<bool> {
             let mut buffer = [0; 4096];
@@ -54,7 +54,7 @@ impl Request {
             if let Some(end) = end_of_head(read).filter(|_| !PREFACE.starts_with(read)) {
                 break end;
             }
-            ensure!(read.len() < HEAD, "a request's head without end");
+            ensure!(read.len() < HEAD, "a request's head is too long");
             if !more(read)? {
                 return Ok(None);
             }
@@ -80,7 +80,7 @@ impl Request {
         self.method == "PRI"
     }
 
-    /// As it came, in this version of HTTP, for a connection that ends with the answer.
+    /// The request in this version of HTTP, for a connection that is closed after the response.
     pub fn forwarded(&self, version: &str) -> Vec<u8> {
         let head = String::from_utf8_lossy(&self.head);
         let kept = head.lines().skip(1).filter(|line| !line.is_empty());
@@ -94,7 +94,7 @@ impl Request {
     }
 }
 
-/// Counts what a client of HTTP/2 asks: each request begins with one HEADERS frame.
+/// Counts the requests of an HTTP/2 client: each begins with one HEADERS frame.
 #[derive(Default)]
 pub struct Frames {
     head: Vec<u8>,
@@ -102,7 +102,7 @@ pub struct Frames {
 }
 
 impl Frames {
-    /// In the bytes that follow those seen before.
+    /// The number of requests in the bytes that follow those of earlier calls.
     pub fn requests(&mut self, mut bytes: &[u8]) -> u64 {
         const HEADERS: u8 = 1;
         let mut seen = 0;

@@ -1,4 +1,4 @@
-//! A container image made by hand: there may be no registry to take one from.
+//! A container image built by hand, since there may be no registry to pull one from.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -6,7 +6,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result, ensure};
 use serde_json::json;
 
-/// `sleep` and its libraries, as a container's file system.
+/// Copies `sleep` and its libraries to a folder, as a container's file system.
 pub fn root(dir: &Path) -> Result<()> {
     let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
     let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
@@ -24,7 +24,7 @@ fn output(command: &mut Command) -> Result<Vec<u8>> {
     Ok(output.stdout)
 }
 
-/// The archive, in `dir`, that `docker save` would make of an image that sleeps. Another name makes another image.
+/// Writes to `dir` the archive that `docker save` would make of an image that sleeps. Different names give different images.
 pub fn archive(dir: &Path, name: &str) -> Result<PathBuf> {
     let made = tempfile::tempdir()?;
     root(&made.path().join("root"))?;

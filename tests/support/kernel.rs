@@ -1,4 +1,4 @@
-//! Cgroups and processes for the tests of kernel tracking, on the machine's own layout or on cgroup v2 alone.
+//! Cgroups and processes for the tests of kernel tracking, on the machine's own layout or on one hierarchy alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{BufRead as _, BufReader, Write as _};
@@ -12,11 +12,11 @@ use serde_json::Value;
 
 use crate::{Agent, Running, get, sum, wait_for};
 
-/// What the agent sees mounted. The hierarchies are the kernel's, so actors need not be in the same mount namespace.
+/// The hierarchies that the agent sees mounted. They are the kernel's, so actors may be in another mount namespace.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Layout {
     Machine,
-    /// In a mount namespace with nothing but cgroup2 on /sys/fs/cgroup.
+    /// In a mount namespace with only cgroup2 on /sys/fs/cgroup.
     PureV2,
     /// In a mount namespace without the machine's cgroup2.
     PureV1,
@@ -55,12 +55,12 @@ fn mounted(kind: &str, option: &str) -> Result<PathBuf> {
     mount.with_context(|| format!("no {kind} with the option {option} is mounted; mount it to test"))
 }
 
-/// Where cgroup2 is mounted on this machine.
+/// Mount point of cgroup2 on this machine.
 pub fn cgroup2() -> Result<PathBuf> {
     mounted("cgroup2", "rw")
 }
 
-/// A cgroup directory with all that is made below it; removed with its processes when dropped.
+/// A cgroup directory with all that is made below it; it is removed with its processes when dropped.
 pub struct CgroupTree {
     mount: PathBuf,
     root: PathBuf,
@@ -88,20 +88,20 @@ impl CgroupTree {
         Ok(Self { mount, root })
     }
 
-    /// Makes a directory, and those above it, below the root.
+    /// Creates a directory below the root, with its parents.
     pub fn make(&self, path: &str) -> Result<PathBuf> {
         let path = self.root.join(path);
         std::fs::create_dir_all(&path).with_context(|| path.display().to_string())?;
         Ok(path)
     }
 
-    /// A container's root as runtimes name it, numbered.
+    /// Creates a cgroup named as runtimes name a container's root. Returns the container's id and the directory.
     pub fn container(&self, n: usize) -> Result<(String, PathBuf)> {
         let id = format!("{:08x}{n:056x}", std::process::id());
         Ok((id.clone(), self.make(&id)?))
     }
 
-    /// As `/proc/<pid>/cgroup` names it.
+    /// The path of a directory as `/proc/<pid>/cgroup` shows it.
     pub fn path_of(&self, dir: &Path) -> String {
         format!("/{}", dir.strip_prefix(&self.mount).unwrap_or(dir).display())
     }
@@ -116,7 +116,7 @@ fn remove(dir: &Path) -> std::io::Result<()> {
 
 impl Drop for CgroupTree {
     fn drop(&mut self) {
-        // v1 has no such file; there the actors have to be gone.
+        // v1 has no such file; there the actors must have ended.
         let _v2_only = std::fs::write(self.root.join("cgroup.kill"), "1");
         if let Err(error) = wait_for("the cgroups are removed", Duration::from_secs(10), || Ok(remove(&self.root).ok())) {
             eprintln!("{}: {error:#}", self.root.display());
@@ -124,7 +124,7 @@ impl Drop for CgroupTree {
     }
 }
 
-/// A running actor; its verbs are in `actor.rs`.
+/// A running actor; `actor.rs` documents its verbs.
 pub struct Actor {
     pub process: Running,
     out: BufReader<ChildStdout>,
@@ -133,18 +133,18 @@ pub struct Actor {
 impl Actor {
     pub fn start(program: &str, args: &[&str]) -> Result<Self> {
         let mut child = Command::new(program).args(args).stdin(Stdio::null()).stdout(Stdio::piped()).spawn()?;
-        let out = BufReader::new(child.stdout.take().context("a pipe was asked for")?);
+        let out = BufReader::new(child.stdout.take().context("stdout is a pipe")?);
         Ok(Self { process: Running(child), out })
     }
 
     pub fn line(&mut self) -> Result<String> {
         let mut line = String::new();
-        ensure!(self.out.read_line(&mut line)? > 0, "the actor ended without a word");
+        ensure!(self.out.read_line(&mut line)? > 0, "the actor ended without output");
         Ok(line.trim().to_owned())
     }
 
     pub fn pid(&mut self) -> Result<u32> {
-        self.line()?.parse().context("the actor names a pid")
+        self.line()?.parse().context("the actor prints a pid")
     }
 }
 
@@ -154,7 +154,7 @@ pub fn attach(pid: u32, cgroup: &Path) -> Result<()> {
 }
 
 impl Agent {
-    /// `/api/v1/explain?pid=`; `None` when it knows no such process.
+    /// `/api/v1/explain?pid=`; `None` if the process is unknown.
     pub fn explain(&self, pid: u32) -> Result<Option<Value>> {
         match get(self.port, &format!("/api/v1/explain?pid={pid}")) {
             Ok(text) => Ok(Some(serde_json::from_str(&text)?)),
@@ -163,10 +163,10 @@ impl Agent {
         }
     }
 
-    /// The container ids that a process was in, in order; blank for none. Moves within one container are none.
-    pub fn stays(&self, pid: u32) -> Result<Vec<String>> {
-        let told = self.explain(pid)?.with_context(|| format!("pid {pid} is unknown"))?;
-        let stays = told["process"]["lives"][0]["stays"].as_array().context("stays")?;
+    /// Ids of the containers that a process was in, in order; blank for none. Moves within one container do not count.
+    pub fn containers_of(&self, pid: u32) -> Result<Vec<String>> {
+        let explained = self.explain(pid)?.with_context(|| format!("pid {pid} is unknown"))?;
+        let stays = explained["process"]["lives"][0]["stays"].as_array().context("stays")?;
         let mut ids: Vec<String> = stays.iter().map(|s| s["container_id"].as_str().unwrap_or_default().to_owned()).collect();
         ids.dedup();
         Ok(ids)
@@ -176,21 +176,21 @@ impl Agent {
 /// Kinds of kernel events, as `gpu_sampler_kernel_events_lost_total` names them.
 pub const KINDS: [&str; 7] = ["fork", "exec", "exit", "attach", "mkdir", "rmdir", "rename"];
 
-/// Kernel events that the agent has counted as lost, for whatever cause.
+/// Kernel events that the agent has counted as lost, for any cause.
 pub fn lost_events(agent: &Agent) -> Result<BTreeMap<&'static str, u64>> {
     let page = agent.scrape()?;
-    let of = |kind| {
-        let count = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
-        Ok((kind, count.with_context(|| format!("no count of lost {kind} events"))? as u64))
+    let count = |kind| {
+        let lost = sum(&page, "gpu_sampler_kernel_events_lost_total", &[("kind", kind)]);
+        Ok((kind, lost.with_context(|| format!("no count of lost {kind} events"))? as u64))
     };
-    KINDS.into_iter().map(of).collect()
+    KINDS.into_iter().map(count).collect()
 }
 
-/// Runs of all eBPF programs of this process that the kernel skipped; `None` if the kernel does not count them.
+/// Runs of this process's eBPF programs that the kernel skipped; `None` if the kernel does not count them.
 pub fn skipped_runs(pid: u32) -> Result<Option<u64>> {
     let mut sum = None;
     for entry in std::fs::read_dir(format!("/proc/{pid}/fdinfo"))? {
-        // A descriptor may be closed meanwhile; those of programs stay open.
+        // A descriptor may be closed meanwhile; those of the programs stay open.
         let Ok(text) = std::fs::read_to_string(entry?.path()) else { continue };
         let skipped = text.lines().find_map(|line| line.strip_prefix("recursion_misses:"));
         if let Some(skipped) = skipped {
@@ -203,14 +203,14 @@ pub fn skipped_runs(pid: u32) -> Result<Option<u64>> {
 /// pid, start time in clock ticks, inode of its v2 cgroup.
 pub type ProcessTable = BTreeSet<(u64, u64, u64)>;
 
-/// Living processes in the agent's tables.
+/// The living processes in the agent's tables.
 pub fn agent_table(agent: &Agent) -> Result<ProcessTable> {
     let list: Value = serde_json::from_str(&get(agent.port, "/api/v1/processes")?)?;
-    let one = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
-    list.as_array().context("a list")?.iter().map(|p| one(p).context("a process")).collect()
+    let process = |p: &Value| Some((p["pid"].as_u64()?, p["start_ns"].as_u64()? / 10_000_000, p["v2_id"].as_u64()?));
+    list.as_array().context("a list")?.iter().map(|p| process(p).context("a process")).collect()
 }
 
-/// Living processes in /proc, with the inode of their directory below `mount`, where cgroup2 is mounted.
+/// The living processes in /proc, with the inode of their cgroup directory below `mount`, where cgroup2 is mounted.
 pub fn proc_table(mount: &Path) -> Result<ProcessTable> {
     let mut table = ProcessTable::new();
     for entry in std::fs::read_dir("/proc")?.flatten() {

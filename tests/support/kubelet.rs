@@ -1,4 +1,4 @@
-//! A double of the kubelet's pod-resources service: which devices it gave to which container.
+//! A double of the kubelet's pod-resources service, which lists the devices of each container.
 //!
 //! Field numbers: kubernetes, `staging/src/k8s.io/kubelet/pkg/apis/podresources/v1/api.proto`.
 
@@ -46,7 +46,7 @@ pub struct ContainerResources {
 
 #[derive(Clone, PartialEq, Message)]
 pub struct ContainerDevices {
-    /// `nvidia.com/gpu`, or what sharing makes of it.
+    /// `nvidia.com/gpu`, or the name that device sharing gives it.
     #[prost(string, tag = "1")]
     pub resource_name: String,
     #[prost(string, repeated, tag = "2")]
@@ -67,7 +67,7 @@ pub struct NumaNode {
     pub id: i64,
 }
 
-/// Of a claim instead of a device plugin.
+/// A device that comes from a resource claim instead of a device plugin.
 #[derive(Clone, PartialEq, Message)]
 pub struct DynamicResource {
     #[prost(string, tag = "2")]
@@ -120,7 +120,7 @@ pub struct Kubelet {
 }
 
 impl Kubelet {
-    /// On `socket`, which in a cluster is /var/lib/kubelet/pod-resources/kubelet.sock.
+    /// Listens on `socket`, which in a cluster is /var/lib/kubelet/pod-resources/kubelet.sock.
     pub fn start(socket: &Path) -> Result<Self> {
         let pods = Arc::<Pods>::default();
         Ok(Self { server: GrpcServer::start(socket, pods.clone())?, pods })
@@ -130,7 +130,7 @@ impl Kubelet {
         *self.pods.0.lock().unwrap_or_else(PoisonError::into_inner) = pods;
     }
 
-    /// What was asked so far.
+    /// The calls so far.
     pub fn calls(&self) -> Vec<String> {
         self.server.calls()
     }

@@ -1,4 +1,4 @@
-//! What the agent says of a container's labels, asked the way people ask.
+//! A container's labels as the agent reports them through `/api/v1/explain`.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::Path;
@@ -12,14 +12,14 @@ use serde_json::{Value, json};
 
 use crate::{Agent, Sample, get, parse, sum, wait_for};
 
-/// Ten times the aim: machines are shared and noisy. The aims themselves are benches.
+/// Ten times the target, since machines are shared and noisy. Benches measure the targets themselves.
 pub const AT_ONCE: Duration = Duration::from_secs(5);
 pub const SOON: Duration = Duration::from_secs(20);
 
-/// A pod's.
+/// UID of the tests' pods.
 pub const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
 
-/// The bundle that containerd would leave of a pod's container `main`, below a root of its own.
+/// Writes the bundle that containerd would leave for a pod's container `main`, below a root of its own.
 pub fn bundle(root: &Path, id: &str, pod: &str, uid: &str) -> Result<()> {
     let folder = root.join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id);
     std::fs::create_dir_all(&folder)?;
@@ -33,7 +33,7 @@ pub fn bundle(root: &Path, id: &str, pod: &str, uid: &str) -> Result<()> {
 pub type Labels = BTreeMap<String, String>;
 
 impl Agent {
-    /// `/api/v1/explain?container=`; `None` when it knows no such container.
+    /// `/api/v1/explain?container=`; `None` if the container is unknown.
     pub fn container(&self, id: &str) -> Result<Option<Value>> {
         match get(self.port, &format!("/api/v1/explain?container={id}")) {
             Ok(text) => Ok(Some(serde_json::from_str(&text)?)),
@@ -42,37 +42,39 @@ impl Agent {
         }
     }
 
-    /// Waits until no label is missing; what `explain` says then, and how long that took.
+    /// Waits until no label is missing. Returns the explanation and the time that took.
     pub fn complete(&self, id: &str, patience: Duration) -> Result<(Value, Duration)> {
         let (from, mut last) = (Instant::now(), None);
-        let told = wait_for("its labels are complete", patience, || {
+        let complete = |explained: &Value| explained["missing"].as_array().is_some_and(Vec::is_empty);
+        let explained = wait_for("its labels are complete", patience, || {
             last = self.container(id)?;
-            Ok(last.clone().filter(|told| told["missing"].as_array().is_some_and(Vec::is_empty)))
+            Ok(last.clone().filter(complete))
         });
-        let told = told.with_context(|| format!("{id}: {}", last.map_or("unknown".into(), |told| format!("{told:#}"))))?;
-        Ok((told, from.elapsed()))
+        let explained = explained
+            .with_context(|| format!("{id}: {}", last.map_or("unknown".into(), |explained| format!("{explained:#}"))))?;
+        Ok((explained, from.elapsed()))
     }
 
-    /// The sum of what runtimes were asked.
-    pub fn calls(&self) -> Result<f64> {
+    /// The number of queries to runtimes.
+    pub fn runtime_calls(&self) -> Result<f64> {
         Ok(sum(&self.scrape()?, "gpu_sampler_runtime_calls_total", &[]).unwrap_or_default())
     }
 }
 
-/// The values, or the sources, of what `explain` told.
-pub fn each(told: &Value, what: &str) -> Labels {
-    let all = told["labels"].as_object().into_iter().flatten();
-    all.map(|(name, label)| (name.clone(), label[what].as_str().unwrap_or_default().to_owned())).collect()
+/// One field of every label in an explanation: `value` or `source`.
+pub fn label_fields(explained: &Value, field: &str) -> Labels {
+    let all = explained["labels"].as_object().into_iter().flatten();
+    all.map(|(name, label)| (name.clone(), label[field].as_str().unwrap_or_default().to_owned())).collect()
 }
 
-/// `namespace/pod/container name image`, `-` for what is not there.
-pub fn words(told: &Value) -> String {
-    let labels = each(told, "value");
+/// `namespace/pod/container name image`, with `-` for an empty label.
+pub fn summary(explained: &Value) -> String {
+    let labels = label_fields(explained, "value");
     let label = |name: &str| labels.get(name).filter(|v| !v.is_empty()).map_or("-", String::as_str);
     format!("{}/{}/{} {} {}", label("namespace"), label("pod"), label("container"), label("name"), label("image"))
 }
 
-/// Scrapes all the time, and remembers what was wrong with any of them.
+/// Scrapes continuously and records blank labels and the longest scrape.
 pub struct Watch {
     stop: Arc<AtomicBool>,
     thread: Option<JoinHandle<Result<Seen>>>,
@@ -82,7 +84,7 @@ pub struct Watch {
 pub struct Seen {
     pub scrapes: usize,
     pub longest: Duration,
-    /// Containers whose series had a blank label that a later scrape filled.
+    /// Containers with a series that had a blank label, which a later scrape filled.
     pub filled: BTreeSet<String>,
     /// Containers that had a series.
     pub shown: BTreeMap<String, Labels>,
@@ -100,7 +102,7 @@ impl Watch {
                 seen.longest = seen.longest.max(from.elapsed());
                 seen.scrapes += 1;
                 for sample in parse(&page) {
-                    seen.look(&sample);
+                    seen.record(&sample);
                 }
                 std::thread::sleep(Duration::from_millis(20));
             }
@@ -111,7 +113,7 @@ impl Watch {
 
     pub fn end(mut self) -> Result<Seen> {
         self.stop.store(true, Ordering::Relaxed);
-        let thread = self.thread.take().context("it ends once")?;
+        let thread = self.thread.take().context("the watch is ended once")?;
         thread.join().map_err(|_| anyhow::anyhow!("the watching thread panicked"))?
     }
 }
@@ -123,7 +125,7 @@ impl Drop for Watch {
 }
 
 impl Seen {
-    fn look(&mut self, sample: &Sample) {
+    fn record(&mut self, sample: &Sample) {
         let key = match sample.name.as_str() {
             "container_accelerator_duty_cycle" => "id",
             "container_gpu_seconds_total" | "container_gpu_info" => "container_id",
@@ -137,17 +139,17 @@ impl Seen {
         known.clone_from(&sample.labels);
     }
 
-    /// No series that a later scrape filled, and no scrape that took long.
+    /// Fails if a later scrape filled a blank label, or if a scrape took long.
     pub fn check(&self) -> Result<()> {
         ensure!(!self.shown.is_empty(), "no container had a series, so none could be blank");
         ensure!(self.filled.is_empty(), "blank labels were filled later: {:?}", self.filled);
         self.check_speed()
     }
 
-    /// No scrape that took long.
+    /// Fails if a scrape took long.
     pub fn check_speed(&self) -> Result<()> {
         ensure!(self.scrapes > 0, "nothing was scraped");
-        // Ten times the aim.
+        // Ten times the target.
         ensure!(self.longest < Duration::from_millis(500), "a scrape took {:?}", self.longest);
         Ok(())
     }

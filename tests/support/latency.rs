@@ -1,4 +1,4 @@
-//! An agent on simulated GPUs with slow driver calls: what is observed, and how far shares are off, against the simulator's truth.
+//! An agent on simulated GPUs with slow driver calls: the share of time that is observed, and the errors of shares against the truth.
 
 use std::fmt::Write as _;
 use std::time::{Duration, Instant};
@@ -8,43 +8,43 @@ use anyhow::{Context as _, Result};
 use crate::kernel::{CgroupTree, attach};
 use crate::{Agent, Running, Sample, Sim, sum};
 
-/// The wants of the containers on each GPU; the last two kinds of GPU have one alone, and two that want all.
+/// Demands of the containers on each GPU; a GPU of the third kind has one container, of the last kind two with full demand.
 const DEMANDS: [&[f64]; 4] = [&[0.6, 0.3], &[0.9, 0.1], &[0.3], &[1.0, 1.0]];
-/// Until every sample is settled and what waits for neighbours is divided.
+/// Until every sample is settled and the time that waits for neighbours is divided.
 const SETTLED: Duration = Duration::from_secs(14);
 
-/// One world.
+/// The parameters of one world.
 #[derive(Clone, Copy, Debug)]
 pub struct Cell {
     pub call_us: u64,
     pub gpus: usize,
-    /// One lock for the calls of all GPUs.
+    /// The calls of all GPUs share one lock.
     pub one_lock: bool,
     pub seconds: u64,
     pub seed: u64,
 }
 
-/// What came of it, over all GPUs.
+/// The results over all GPUs.
 #[derive(Clone, Debug, Default)]
 pub struct Outcome {
-    /// Of the time from before the loads until all is settled.
+    /// Share of the time from before the loads until everything is settled.
     pub unobserved_ratio: f64,
-    /// Of samples.
+    /// Share of samples.
     pub queried_ratio: f64,
-    /// Busy time that is on no container.
+    /// Share of busy time that no container is credited with.
     pub unattributed_ratio: f64,
-    /// Busy time less the driver's own, of the latter.
+    /// Busy time less the driver's own, as a share of the latter.
     pub busy_off_ratio: f64,
-    /// Of the greater of the two users of each shared GPU; the other's are the same with the other sign.
+    /// Error of the greater of the two users of each shared GPU; the other's has the opposite sign.
     pub errors: Vec<ShareError>,
     pub calls_a_second: f64,
-    /// Of one processor, for all GPUs: the agent as a whole, with the simulated driver, which runs in its process.
+    /// Share of one processor, for all GPUs: the whole agent, including the simulated driver, which runs in its process.
     pub cpu_ratio: f64,
-    /// Time in calls, the mean of the GPUs.
+    /// Share of time in calls, the mean of the GPUs.
     pub wait_ratio: f64,
 }
 
-/// Of one user's seconds.
+/// Error of one user's seconds.
 #[derive(Clone, Copy, Debug)]
 pub struct ShareError {
     /// Estimated less true.
@@ -55,15 +55,15 @@ pub struct ShareError {
 }
 
 impl ShareError {
-    /// Within so many stated errors; the driver's rounding to whole percents is not in them.
+    /// Whether the error is within `k` stated errors, which do not include the driver's rounding to whole percents.
     pub fn is_within(&self, k: f64) -> bool {
         self.off.abs() <= k * self.stated + 0.05
     }
 }
 
-/// The square root of the mean square.
-pub fn rms(errors: &[ShareError], of: impl Fn(&ShareError) -> f64) -> f64 {
-    (errors.iter().map(|one| of(one).powi(2)).sum::<f64>() / errors.len().max(1) as f64).sqrt()
+/// The root mean square.
+pub fn rms(errors: &[ShareError], value: impl Fn(&ShareError) -> f64) -> f64 {
+    (errors.iter().map(|error| value(error).powi(2)).sum::<f64>() / errors.len().max(1) as f64).sqrt()
 }
 
 fn world(cell: &Cell) -> String {
@@ -77,16 +77,16 @@ fn world(cell: &Cell) -> String {
     toml
 }
 
-/// Processor time of a process so far, seconds.
+/// Processor time of a process so far, in seconds.
 fn cpu_seconds(pid: u32) -> Result<f64> {
     let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
     let fields: Vec<&str> = stat.rsplit(')').next().context("stat")?.split_whitespace().collect();
-    let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
-    // utime and stime, in ticks of 10 ms.
-    Ok((ticks(11) + ticks(12)) / 100.0)
+    let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
+    // utime and stime, in clock ticks of 10 ms.
+    Ok((clock_ticks(11) + clock_ticks(12)) / 100.0)
 }
 
-/// Runs one world with the budgets that `args` give.
+/// Runs one world; `args` set the agent's budgets.
 pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
     let sim = Sim::new(&world(&cell))?;
     let tree = CgroupTree::new(&format!("latency-{}-{}", cell.call_us, cell.gpus))?;
@@ -120,8 +120,8 @@ pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
     let page = agent.scrape()?;
     let mut outcome = compare(&sim, &page, &users)?;
     let grown = |page: &[Sample], name: &str, labels: &[(&str, &str)]| {
-        let of = |page: &[Sample]| sum(page, name, labels).with_context(|| format!("no series {name} {labels:?}"));
-        anyhow::Ok(of(page)? - of(&before)?)
+        let value = |page: &[Sample]| sum(page, name, labels).with_context(|| format!("no series {name} {labels:?}"));
+        anyhow::Ok(value(page)? - value(&before)?)
     };
     let unobserved = grown(&page, "gpu_time_seconds_total", &[("state", "unobserved")])?;
     outcome.unobserved_ratio = unobserved / (over + SETTLED.as_secs_f64()) / cell.gpus as f64;
@@ -137,14 +137,14 @@ fn compare(sim: &Sim, page: &[Sample], users: &[(usize, f64, String, Running)]) 
     let truth = sim.truth(&[])?;
     let (mut outcome, mut busy, mut real_busy, mut unattributed) = (Outcome::default(), 0.0, 0.0, 0.0);
     for (gpu, demands) in (0..).zip(DEMANDS.iter().cycle().take(truth["gpus"].as_array().context("gpus")?.len())) {
-        let of_gpu = &truth["gpus"][gpu];
-        let uuid = of_gpu["uuid"].as_str().context("uuid")?;
-        real_busy += of_gpu["busy_seconds"].as_f64().context("busy")?;
+        let true_gpu = &truth["gpus"][gpu];
+        let uuid = true_gpu["uuid"].as_str().context("uuid")?;
+        real_busy += true_gpu["busy_seconds"].as_f64().context("busy")?;
         busy += sum(page, "gpu_time_seconds_total", &[("uuid", uuid), ("state", "busy")]).unwrap_or_default();
         unattributed += sum(page, "gpu_unattributed_seconds_total", &[("uuid", uuid)]).unwrap_or_default();
         for (_, _, id, process) in users.iter().filter(|(on, ..)| *on == gpu).take(1).filter(|_| demands.len() > 1) {
             let pid = process.0.id();
-            let own = of_gpu["processes"].as_array().context("processes")?.iter().find(|p| p["pid"] == pid);
+            let own = true_gpu["processes"].as_array().context("processes")?.iter().find(|p| p["pid"] == pid);
             let real = own.and_then(|p| p["gpu_seconds"].as_f64()).context("true seconds of a load")?;
             let labels = [("uuid", uuid), ("container_id", id.as_str())];
             let got = sum(page, "container_gpu_seconds_total", &labels).unwrap_or_default();

@@ -1,4 +1,4 @@
-//! What an engine can leave on the machine when it could not end in order: processes, mounts, cgroups; found and removed.
+//! Finds and removes what an engine that did not end orderly leaves on the machine: processes, mounts, cgroups.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -7,7 +7,7 @@ use anyhow::{Context as _, Result};
 
 use crate::wait_for;
 
-/// The installed program of that name; daemons' folders may be missing on PATH.
+/// The path of an installed program; daemons' folders may be missing on PATH.
 pub fn program(name: &str) -> Result<PathBuf> {
     let path = search_path();
     let found = std::env::split_paths(&path).map(|dir| dir.join(name)).find(|file| file.is_file());
@@ -18,7 +18,7 @@ pub fn search_path() -> String {
     format!("{}:/usr/local/sbin:/usr/sbin:/sbin", std::env::var("PATH").unwrap_or_default())
 }
 
-/// Running programs whose name begins like this and whose command line names the folder.
+/// Pids of programs with a name that begins like this and with the folder on their command line.
 pub fn processes(program: &str, dir: &Path) -> Vec<u32> {
     let dir = dir.to_string_lossy();
     let ours = |pid: &u32| {
@@ -32,14 +32,14 @@ pub fn processes(program: &str, dir: &Path) -> Vec<u32> {
 }
 
 pub fn kill(pid: u32, signal: i32) {
-    // 0 would be our own group.
+    // Pid 0 would be the own process group.
     if pid != 0 {
         // SAFETY: plain integers.
         unsafe { libc::kill(pid as i32, signal) };
     }
 }
 
-/// Mount points and the kind of file system, the latest last.
+/// Mount points and their kinds of file system, in the order of mounting.
 fn mounts() -> Vec<(PathBuf, String)> {
     let text = std::fs::read_to_string("/proc/self/mounts").unwrap_or_default();
     let mount = |line: &str| {
@@ -61,7 +61,7 @@ pub fn unmount_below(dir: &Path) {
     }
 }
 
-/// This cgroup's directories, in every hierarchy that has it.
+/// The directories of this cgroup, in every hierarchy that has it.
 pub fn cgroups(path: &str) -> Vec<PathBuf> {
     let points = mounts().into_iter().filter(|(_, kind)| kind == "cgroup" || kind == "cgroup2");
     points.map(|(point, _)| point.join(path.trim_start_matches('/'))).filter(|dir| dir.is_dir()).collect()
@@ -77,7 +77,7 @@ fn end(dir: &Path) -> std::io::Result<()> {
     std::fs::remove_dir(dir)
 }
 
-/// Ends what runs in the cgroup and removes it everywhere, and those above it that are empty.
+/// Kills the processes of the cgroup and removes it in every hierarchy, with empty cgroups above it.
 pub fn remove_cgroup(path: &str) {
     let gone = wait_for(path, Duration::from_secs(10), || {
         Ok(cgroups(path).iter().all(|dir| end(dir).is_ok() || !dir.exists()).then_some(()))

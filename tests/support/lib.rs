@@ -1,5 +1,5 @@
-//! What the privileged tests share: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` says where they
-//! are; a test that cannot have them fails.
+//! Shared parts of the privileged tests: the real agent, the simulated driver, a real Docker Engine. `cargo xtask test` passes their
+//! paths; a test that lacks one fails.
 
 pub mod browser;
 pub mod clients;
@@ -38,25 +38,25 @@ pub fn var(name: &str) -> Result<String> {
     std::env::var(name).with_context(|| format!("{name} is not set; run the tests with `cargo xtask test`"))
 }
 
-/// Runs a verb of the agent: exit code, standard output, standard error.
-pub fn told(args: &[&str]) -> Result<(Option<i32>, String, String)> {
+/// Runs a verb of the agent. Returns its exit code, standard output and standard error.
+pub fn run_cli(args: &[&str]) -> Result<(Option<i32>, String, String)> {
     let output = Command::new(var("GPU_SAMPLER_BIN")?).args(args).output()?;
     let text = |bytes: Vec<u8>| String::from_utf8_lossy(&bytes).into_owned();
     Ok((output.status.code(), text(output.stdout), text(output.stderr)))
 }
 
-pub fn wait_for<T>(what: &str, patience: Duration, mut look: impl FnMut() -> Result<Option<T>>) -> Result<T> {
+pub fn wait_for<T>(what: &str, patience: Duration, mut poll: impl FnMut() -> Result<Option<T>>) -> Result<T> {
     let from = Instant::now();
     loop {
-        if let Some(found) = look()? {
+        if let Some(found) = poll()? {
             return Ok(found);
         }
-        ensure!(from.elapsed() < patience, "{what}: not within {patience:?}");
+        ensure!(from.elapsed() < patience, "not within {patience:?}: {what}");
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// The next number from 0 to 1 of a linear congruential generator; the same for the same state.
+/// The next number from 0 to 1 of a linear congruential generator; equal states give equal numbers.
 pub fn random(state: &mut u64) -> f64 {
     *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
     (*state >> 11) as f64 / (1u64 << 53) as f64
@@ -66,7 +66,7 @@ pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }
 
-/// A child that ends with its owner.
+/// A child process that is ended when the value is dropped.
 pub struct Running(pub Child);
 
 impl Running {
@@ -98,11 +98,11 @@ pub(crate) fn exchange(
         body.len()
     )?;
     stream.write_all(body)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    let end = answer.windows(4).position(|w| w == b"\r\n\r\n").context("no HTTP answer")?;
-    let head = String::from_utf8_lossy(&answer[..end]).into_owned();
-    let body = answer[end + 4..].to_vec();
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response)?;
+    let end = response.windows(4).position(|w| w == b"\r\n\r\n").context("no HTTP response")?;
+    let head = String::from_utf8_lossy(&response[..end]).into_owned();
+    let body = response[end + 4..].to_vec();
     let status = head.split(' ').nth(1).unwrap_or_default();
     ensure!(status.starts_with('2'), "{method} {path}: {status} {}", String::from_utf8_lossy(&body).trim());
     Ok(body)
@@ -114,7 +114,7 @@ pub fn get(port: u16, path: &str) -> Result<String> {
     Ok(String::from_utf8(exchange(stream, "GET", path, "text/plain", &[])?)?)
 }
 
-/// One line of an exposition.
+/// One sample line of an exposition.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
     pub name: String,
@@ -122,7 +122,7 @@ pub struct Sample {
     pub value: f64,
 }
 
-/// Names and values without escapes, which is all the tests use.
+/// Parses names, labels and values without escapes, which is all that the tests use.
 pub fn parse(page: &str) -> Vec<Sample> {
     let line = |line: &str| {
         let (series, value) = line.rsplit_once(' ')?;
@@ -134,7 +134,7 @@ pub fn parse(page: &str) -> Vec<Sample> {
     page.lines().filter(|l| !l.starts_with('#')).filter_map(line).collect()
 }
 
-/// The sum of a family's series with these labels; `None` when there is none.
+/// The sum of a family's series with these labels; `None` if there is none.
 pub fn sum(samples: &[Sample], name: &str, labels: &[(&str, &str)]) -> Option<f64> {
     let wanted = |s: &&Sample| s.name == name && labels.iter().all(|(k, v)| s.labels.get(*k).map(String::as_str) == Some(*v));
     samples.iter().filter(wanted).map(|s| s.value).reduce(|a, b| a + b)
@@ -160,7 +160,7 @@ impl Sim {
         self.dir.path().join("lib/libnvidia-ml.so.1")
     }
 
-    /// Stand-ins of the device nodes, in a world that has them.
+    /// Stand-ins for the device nodes, in a world that has them.
     pub fn devices(&self) -> PathBuf {
         self.dir.path().join("dev")
     }
@@ -172,15 +172,15 @@ impl Sim {
         Ok(Running(command.spawn()?))
     }
 
-    /// Declares a load with these arguments of `nvml-sim load`.
+    /// Declares a load with these arguments to `nvml-sim load`.
     pub fn loads(&self, pid: u32, gpu: usize, args: &[&str]) -> Result<Running> {
         let mut command = Command::new(var("NVML_SIM_BIN")?);
         command.args(["load", "--pid", &pid.to_string(), "--gpu", &gpu.to_string(), "--dir"]).arg(self.dir.path()).args(args);
         Ok(Running(command.spawn()?))
     }
 
-    /// Lets something go wrong: the verbs `fault` and `xid` of nvml-sim.
-    pub fn tell(&self, verb: &str, args: &[&str]) -> Result<()> {
+    /// Injects a fault: the verbs `fault` and `xid` of nvml-sim.
+    pub fn inject(&self, verb: &str, args: &[&str]) -> Result<()> {
         let output = Command::new(var("NVML_SIM_BIN")?).arg(verb).arg("--dir").arg(self.dir.path()).args(args).output()?;
         ensure!(output.status.success(), "nvml-sim {verb} {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(())
@@ -193,7 +193,7 @@ impl Sim {
     }
 }
 
-/// The agent, ready.
+/// A running agent that has reported itself ready.
 pub struct Agent {
     pub port: u16,
     pub process: Running,
@@ -206,7 +206,7 @@ impl Agent {
         command.arg("run").stdin(Stdio::null());
         if let Some(sim) = sim {
             command.arg("--nvml-lib").arg(sim.library()).env("NVML_SIM_DIR", sim.dir.path());
-            // The machine's own device nodes are not this driver's.
+            // The machine's own device nodes do not belong to this driver.
             command.env("GPU_SAMPLER_PATH_DEVFS", sim.devices());
         }
         Ok(command)
@@ -220,11 +220,11 @@ impl Agent {
         Self::start_as(layout, Self::command(sim)?, args)
     }
 
-    /// As [`Agent::start`], of a command with an environment of its own.
+    /// As [`Agent::start`], with a prepared command.
     pub fn start_as(layout: kernel::Layout, mut command: Command, args: &[&str]) -> Result<Self> {
         let port = free_port()?;
         command.args(["--listen", &format!("127.0.0.1:{port}")]).args(args);
-        // What a poll takes on a machine that is busy with tests says nothing; the budgets have tests of their own.
+        // On a machine busy with tests, the duration of a poll is meaningless; the budgets have tests of their own.
         for budget in ["--gpu-budget-percent", "--gpu-wait-percent"] {
             if !args.contains(&budget) {
                 command.args([budget, "50"]);
@@ -245,7 +245,7 @@ impl Agent {
         Ok(agent)
     }
 
-    /// What it has logged so far.
+    /// The log so far.
     pub fn log(&self) -> Result<String> {
         Ok(std::fs::read_to_string(self.log.path())?)
     }
@@ -261,7 +261,7 @@ impl Agent {
 
 impl Drop for Agent {
     fn drop(&mut self) {
-        // Beside the failure, the tester wants to know what the agent said.
+        // With a failure, the agent's log is printed.
         if std::thread::panicking()
             && let Ok(log) = self.log()
         {

@@ -1,4 +1,4 @@
-//! Containers of a low-level runtime alone: bundles made by hand, run by runc or crun, at work on a simulated GPU from their start.
+//! Containers of a low-level runtime alone: bundles made by hand, run by runc or crun, with a load on a simulated GPU from their start.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
@@ -14,7 +14,7 @@ use crate::{Sim, var, wait_for};
 
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// One runtime on one layout of cgroups. Its containers share a parent cgroup, and none of their namespaces is of pids.
+/// One runtime on one layout of cgroups. Its containers share a parent cgroup and use the host's pid namespace.
 pub struct Oci<'a> {
     sim: &'a Sim,
     layout: Layout,
@@ -29,24 +29,24 @@ impl<'a> Oci<'a> {
         Ok(Self { sim, layout, program: program(runtime)?, dir: tempfile::tempdir()?, parent })
     }
 
-    /// A container's id, which is its cgroup's name.
+    /// A container's id, which is also the name of its cgroup.
     pub fn id(&self, n: usize) -> String {
         format!("{:08x}{n:056x}", std::process::id())
     }
 
-    /// Loads this GPU from the first instant of the program that it execs, and ends after so long.
+    /// A script that loads this GPU from the first instant of the program that it execs, and ends after this time.
     pub fn work(&self, gpu: usize, lasts: &str) -> Result<String> {
         let (sim, dir) = (var("NVML_SIM_BIN")?, self.sim.dir.path().display());
         Ok(format!("exec {sim} load --pid $$ --dir {dir} --gpu {gpu} --demand 0.9 --for {lasts}"))
     }
 
-    /// `run`: it ends with its container.
+    /// Uses the runtime's `run`, which returns when the container ends.
     pub fn run(&self, n: usize, gpu: usize, script: &str) -> Result<RecordedLife> {
         let (id, bundle) = (self.id(n), self.bundle(n, script)?);
         self.life(&id, gpu, |pid_file| self.runtime(&["run", "--pid-file", pid_file, "--bundle", &bundle, &id]))
     }
 
-    /// `create` and `start`, as containerd and CRI-O do it.
+    /// Uses `create` and `start`, as containerd and CRI-O do.
     pub fn create_and_start(&self, n: usize, gpu: usize, script: &str) -> Result<RecordedLife> {
         let (id, bundle) = (self.id(n), self.bundle(n, script)?);
         let life = self.life(&id, gpu, |pid_file| {
@@ -59,7 +59,7 @@ impl<'a> Oci<'a> {
         Ok(life)
     }
 
-    /// A container that only waits, for [`Oci::exec`].
+    /// Starts a container that only waits, for [`Oci::exec`].
     pub fn wait(&self, n: usize) -> Result<String> {
         let (id, bundle) = (self.id(n), self.bundle(n, "exec sleep 300")?);
         self.runtime(&["run", "--detach", "--bundle", &bundle, &id])?;
@@ -74,11 +74,11 @@ impl<'a> Oci<'a> {
         self.runtime(&["delete", "--force", id])
     }
 
-    fn life(&self, id: &str, gpu: usize, lives: impl FnOnce(&str) -> Result<()>) -> Result<RecordedLife> {
+    fn life(&self, id: &str, gpu: usize, run: impl FnOnce(&str) -> Result<()>) -> Result<RecordedLife> {
         let file = self.dir.path().join(format!("{id}-{gpu}.pid"));
         let file = file.to_string_lossy();
         let begin_us = now_us();
-        lives(&file)?;
+        run(&file)?;
         let end_us = now_us();
         Ok(RecordedLife { pid: read_pid(&file)?, cgroup: id.to_owned(), gpu, begin_us, end_us, gone_us: end_us })
     }
@@ -89,16 +89,16 @@ impl<'a> Oci<'a> {
         self.layout.enter(&mut command);
         let log = tempfile::NamedTempFile::new()?;
         let status = command.stdin(Stdio::null()).stdout(log.reopen()?).stderr(log.reopen()?).status()?;
-        let said = std::fs::read_to_string(log.path())?;
-        ensure!(status.success(), "{} {args:?}: {status}: {said}", self.program.display());
+        let output = std::fs::read_to_string(log.path())?;
+        ensure!(status.success(), "{} {args:?}: {status}: {output}", self.program.display());
         Ok(())
     }
 
-    /// The machine's own programs as its file system, with the simulator's folders.
+    /// Makes a bundle with the machine's own programs as its file system, and with the simulator's folders.
     fn bundle(&self, n: usize, script: &str) -> Result<String> {
         let bundle = self.dir.path().join(format!("bundle-{n}"));
         let root = bundle.join("rootfs");
-        // crun does not make it.
+        // crun does not create this folder.
         std::fs::create_dir_all(root.join("dev"))?;
         let sim = PathBuf::from(var("NVML_SIM_BIN")?);
         let mut mounts = vec![json!({"destination": "/proc", "type": "proc", "source": "proc"})];

@@ -1,4 +1,4 @@
-//! A podman of the test's own: storage, state and the service's socket in one temporary folder, cgroups made by itself.
+//! A podman instance of the test's own: storage, state and the service's socket in one temporary folder, with its own cgroup manager.
 
 use std::cell::RefCell;
 use std::os::unix::net::UnixStream;
@@ -12,9 +12,9 @@ use crate::leftovers::{self, kill, program};
 use crate::{Running, exchange, image, wait_for};
 
 pub const IMAGE: &str = "localhost/gpu-sampler-test/sleep:1";
-/// Below this podman's own cgroup manager puts every container, as `libpod-<id>`, and their monitors, in `conmon`.
+/// Podman's cgroup manager puts every container below this cgroup, as `libpod-<id>`, and their monitors below `conmon`.
 pub const PARENT: &str = "/libpod_parent";
-/// What podman keeps of images outside its folders, whatever it is told.
+/// File that podman keeps about images outside its folders, independent of its options.
 const CACHE: &str = "/var/lib/containers/cache/blob-info-cache-v1.boltdb";
 const START: Duration = Duration::from_secs(60);
 
@@ -25,7 +25,7 @@ pub struct Podman {
     dir: tempfile::TempDir,
 }
 
-/// A file outside, with the folders it needs, that is removed if it was not there before.
+/// A file outside the temporary folder, with its parent folders; what did not exist before is removed.
 struct NewFile(Vec<PathBuf>);
 
 impl NewFile {
@@ -59,14 +59,14 @@ impl Podman {
         let log = std::fs::File::create(podman.dir.path().join("log"))?;
         let mut command = podman.command(&["system", "service", "--time=0", &format!("unix://{}", podman.socket().display())])?;
         podman.service = Some(Running(command.stdout(log.try_clone()?).stderr(log).spawn()?));
-        podman.answers()?;
+        podman.wait_until_ready()?;
         Ok(podman)
     }
 
-    fn answers(&mut self) -> Result<()> {
+    fn wait_until_ready(&mut self) -> Result<()> {
         let (socket, log) = (self.socket(), self.dir.path().join("log"));
         let service = self.service.as_mut().context("the service was started")?;
-        wait_for("podman's service answers", START, || {
+        wait_for("podman's service responds", START, || {
             if let Some(status) = service.0.try_wait()? {
                 bail!("podman's service ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
@@ -75,12 +75,12 @@ impl Podman {
         Ok(())
     }
 
-    /// Of its service, which speaks Docker's API and its own.
+    /// Socket of the service, which serves Docker's API and its own.
     pub fn socket(&self) -> PathBuf {
         self.dir.path().join("podman.sock")
     }
 
-    /// In place of /var/lib/containers/storage: `overlay-containers/containers.json` names every container.
+    /// In place of /var/lib/containers/storage: `overlay-containers/containers.json` lists every container.
     pub fn root(&self) -> PathBuf {
         self.dir.path().join("root")
     }
@@ -98,14 +98,14 @@ impl Podman {
         Ok(command)
     }
 
-    /// What the command says.
+    /// Runs a podman command. Returns its standard output.
     pub fn podman(&self, args: &[&str]) -> Result<String> {
         let output = self.command(args)?.output()?;
         ensure!(output.status.success(), "podman {args:?}: {}", String::from_utf8_lossy(&output.stderr));
         Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
     }
 
-    /// Starts `sleep seconds`; the container's id and the pid of its process.
+    /// Starts `sleep seconds`. Returns the container's id and the pid of its process.
     pub fn run(&self, name: &str, seconds: u32, labels: &[&str]) -> Result<(String, u32)> {
         self.made.borrow_mut().push(name.into());
         let labels: Vec<&str> = labels.iter().flat_map(|label| ["--label", label]).collect();
@@ -116,7 +116,7 @@ impl Podman {
         Ok((id, pid.parse().ok().filter(|pid| *pid > 0).context("the container has a process")?))
     }
 
-    /// Kills it first.
+    /// Kills and removes a container.
     pub fn remove(&self, name: &str) -> Result<()> {
         self.podman(&["rm", "--force", "--time=0", name])?;
         self.made.borrow_mut().retain(|made| made != name);
@@ -126,16 +126,16 @@ impl Podman {
 
 impl Drop for Podman {
     fn drop(&mut self) {
-        // One by one: with a name that is unknown the command removes none.
+        // One by one: with an unknown name the command removes none.
         for name in self.made.take() {
             if let Err(error) = self.podman(&["rm", "--force", "--time=0", &name]) {
                 eprintln!("{error:#}");
             }
         }
         self.service = None;
-        // What a monitor starts at its container's end is over with it.
-        let over = |program: &str| leftovers::processes(program, self.dir.path()).is_empty().then_some(());
-        if let Err(error) = wait_for("podman's monitors end", START, || Ok(over("conmon").and(over("podman")))) {
+        // A monitor starts processes when its container ends; waits for them, too.
+        let ended = |program: &str| leftovers::processes(program, self.dir.path()).is_empty().then_some(());
+        if let Err(error) = wait_for("podman's monitors end", START, || Ok(ended("conmon").and(ended("podman")))) {
             eprintln!("{error:#}");
             for left in ["conmon", "podman"].into_iter().flat_map(|name| leftovers::processes(name, self.dir.path())) {
                 kill(left, libc::SIGKILL);

@@ -1,7 +1,7 @@
-//! A daemon's socket with a fault in front of it: the client connects here, and gets what the daemon would say, or less, or worse.
+//! A proxy in front of a daemon's socket that injects faults: a client gets the daemon's responses, or less, or garbage.
 //!
-//! HTTP/1 is understood request by request, each on an upstream connection of its own. What begins as HTTP/2 does (gRPC) is bytes:
-//! there only [`Fault::Pass`], `Refuse`, `Hang`, `Garbage` and `CloseHalfWay` mean something, and the others pass.
+//! HTTP/1 is parsed request by request, each on an upstream connection of its own. A connection that begins as HTTP/2 (gRPC) is passed as
+//! bytes: there only [`Fault::Pass`], `Refuse`, `Hang`, `Garbage` and `CloseHalfWay` have an effect, and the others pass.
 
 use std::io::{ErrorKind, Read as _, Write as _};
 use std::net::Shutdown;
@@ -17,31 +17,31 @@ use serde_json::Value;
 
 use crate::http::{self, Request};
 
-/// What a request's path and the JSON of its answer are turned into.
+/// Changes the JSON of a response; it gets the request's path.
 pub type Change = Box<dyn Fn(&str, Value) -> Value + Send + Sync>;
 
 pub enum Fault {
     Pass,
-    /// The socket's file stays, nobody listens, and open connections end: a daemon that died.
+    /// The socket's file stays, nothing listens, and open connections end: a daemon that died.
     Refuse,
-    /// Connects and reads, says nothing: a stopped daemon. What waits is served as the next fault wants it.
+    /// Connects and reads, but does not respond: a stopped daemon. Pending requests are served according to the next fault.
     Hang,
     /// Every request gets this status, on a connection that stays open.
     Status(u16),
     /// Random bytes, then the end.
     Garbage,
-    /// 200 with JSON of [`HUGE`] bytes whose length is not said beforehand.
+    /// 200 with JSON of [`HUGE`] bytes, without a length in the header.
     Huge,
-    /// The first half of what the daemon says.
+    /// The first half of the daemon's response.
     CloseHalfWay,
-    /// Bodies that are JSON changed; `/events`, which has no end, passes.
+    /// JSON bodies are changed; `/events`, which is endless, passes.
     Rewrite(Change),
 }
 
 pub const HUGE: usize = 100_000_000;
 const GARBAGE: usize = 4096;
-/// An answer that is not over by then has no end.
-const WHOLE_ANSWER: Duration = Duration::from_millis(500);
+/// A response that is not complete by then is endless.
+const RESPONSE_TIMEOUT: Duration = Duration::from_millis(500);
 
 pub struct Proxy {
     shared: Arc<Shared>,
@@ -68,13 +68,13 @@ struct ProxyState {
     connections: Vec<Weak<UnixStream>>,
 }
 
-/// A thread that panicked has failed its connection, not the state.
+/// A thread that panicked has failed its connection; the state is still valid.
 fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 impl Proxy {
-    /// Listens on `path`, which must not exist, and passes everything on.
+    /// Listens on `path`, which must not exist, and passes everything.
     pub fn start(upstream: &Path, path: &Path) -> Result<Self> {
         let state = ProxyState { fault: Arc::new(Fault::Pass), over: false, seen: 0, paths: Vec::new(), connections: Vec::new() };
         let shared = Shared { upstream: upstream.into(), state: Mutex::new(state), changed: Condvar::new() };
@@ -84,7 +84,7 @@ impl Proxy {
         Ok(proxy)
     }
 
-    /// From now on; also for connections that are open.
+    /// Sets the fault from now on, also for open connections.
     pub fn set(&self, fault: Fault) -> Result<()> {
         let refuse = matches!(fault, Fault::Refuse);
         lock(&self.shared.state).fault = Arc::new(fault);
@@ -99,7 +99,7 @@ impl Proxy {
         Ok(())
     }
 
-    /// Requests so far, of either protocol.
+    /// Requests so far, of both protocols.
     pub fn count(&self) -> u64 {
         lock(&self.shared.state).seen
     }
@@ -109,7 +109,7 @@ impl Proxy {
         lock(&self.shared.state).paths.clone()
     }
 
-    /// Takes the socket away, with its connections.
+    /// Removes the socket, with its connections.
     pub fn disappear(&self) -> Result<()> {
         let mut place = lock(&self.place);
         place.wanted = false;
@@ -118,7 +118,7 @@ impl Proxy {
         Ok(())
     }
 
-    /// Puts a new socket where the old one was.
+    /// Creates a new socket at the old path.
     pub fn appear(&self) -> Result<()> {
         let mut place = lock(&self.place);
         place.wanted = true;
@@ -142,7 +142,7 @@ impl Proxy {
                 let (client, shared) = (Arc::new(client), shared.clone());
                 shared.remember(&client);
                 std::thread::spawn(move || {
-                    // Whoever goes away in the middle is the test's subject.
+                    // A peer that disconnects in the middle is part of the test.
                     let _ended = shared.serve(&client);
                     let _closed = client.shutdown(Shutdown::Both);
                 });
@@ -212,7 +212,7 @@ impl Shared {
         lock(&self.state).fault.clone()
     }
 
-    /// The fault, once it is not `Hang`. None when the proxy is over.
+    /// Waits until the fault is not `Hang`, and returns it; `None` when the proxy ends.
     fn no_hang(&self) -> Option<Arc<Fault>> {
         let hangs = |state: &mut ProxyState| !state.over && matches!(*state.fault, Fault::Hang);
         let state = self.changed.wait_while(lock(&self.state), hangs).unwrap_or_else(PoisonError::into_inner);
@@ -242,20 +242,20 @@ impl Shared {
                 state.seen += 1;
                 state.paths.push(request.path.clone());
             }
-            if !self.answer(client, &request)? {
+            if !self.respond(client, &request)? {
                 break;
             }
         }
         Ok(())
     }
 
-    /// Whether the connection goes on.
-    fn answer(&self, client: &UnixStream, request: &Request) -> Result<bool> {
+    /// Responds to a request; returns whether the connection stays open.
+    fn respond(&self, client: &UnixStream, request: &Request) -> Result<bool> {
         let Some(fault) = self.no_hang() else { return Ok(false) };
         match &*fault {
             Fault::Refuse => {}
             Fault::Status(status) => {
-                http::answer(client, *status, "keep-alive", "application/json", br#"{"message":"a fault of the tests"}"#)?;
+                http::respond(client, *status, "keep-alive", "application/json", br#"{"message":"a fault of the tests"}"#)?;
                 return Ok(true);
             }
             Fault::Garbage => garbage(client)?,
@@ -274,11 +274,11 @@ impl Shared {
         Ok(false)
     }
 
-    /// What the daemon says, to its end or for as long as an answer may take.
+    /// The daemon's response, to its end or for as long as a response may take.
     fn whole(&self, request: &[u8]) -> Result<Vec<u8>> {
         let upstream = self.connect()?;
         (&mut &*upstream).write_all(request)?;
-        upstream.set_read_timeout(Some(WHOLE_ANSWER))?;
+        upstream.set_read_timeout(Some(RESPONSE_TIMEOUT))?;
         let mut whole = Vec::new();
         match (&mut &*upstream).read_to_end(&mut whole) {
             Err(error) if error.kind() != ErrorKind::WouldBlock => Err(error.into()),
@@ -287,19 +287,19 @@ impl Shared {
     }
 
     fn rewrite(&self, mut client: &UnixStream, request: &Request, change: &Change) -> Result<()> {
-        // 1.0 has no chunks.
+        // HTTP/1.0 has no chunks.
         let whole = self.whole(&request.forwarded("HTTP/1.0"))?;
         let (status, body) = http::split(&whole)?;
         match serde_json::from_slice(body) {
             Ok(json) => {
                 let body = change(&request.path, json).to_string();
-                http::answer(client, status, "close", "application/json", body.as_bytes())
+                http::respond(client, status, "close", "application/json", body.as_bytes())
             }
             Err(_) => Ok(client.write_all(&whole)?),
         }
     }
 
-    /// Copies until either side ends or a fault comes. `watch` sees the bytes.
+    /// Copies until either side ends or a fault ends the connection. `watch` gets the bytes.
     fn pump(&self, mut from: &UnixStream, mut to: &UnixStream, client: &UnixStream, mut watch: impl FnMut(&[u8])) -> Result<()> {
         let to_client = std::ptr::eq(to, client);
         let mut buffer = vec![0; 64 * 1024];

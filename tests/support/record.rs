@@ -1,4 +1,4 @@
-//! The simulator's record of who was on which GPU, against what the agent credited.
+//! The simulator's record of which process used which GPU, compared with what the agent credited.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -9,10 +9,10 @@ use serde_json::Value;
 
 use crate::{Running, Sample, Sim, sum, var};
 
-/// Whoever is on the engine when a slice begins has all of it.
+/// A slice belongs entirely to the process that is on the engine at its begin.
 const SLICE_US: u64 = 2_000;
 
-/// One tick that names a process and is busy, as the driver recorded it.
+/// A busy sample that names a process, as the driver recorded it.
 #[derive(Clone, Debug)]
 pub struct NamedSample {
     pub gpu: usize,
@@ -29,14 +29,14 @@ pub struct RecordedLife {
     pub gpu: usize,
     pub begin_us: u64,
     pub end_us: u64,
-    /// When it had been reaped.
+    /// When the process had been reaped.
     pub gone_us: u64,
 }
 
 /// Samples per (container id, GPU uuid).
 pub type Samples = BTreeMap<(String, String), u64>;
 
-/// What the agent says it credited.
+/// Samples that the agent credited, from its metrics page.
 pub fn credited(page: &[Sample]) -> Samples {
     let ours = page.iter().filter(|s| s.name == "container_gpu_samples_total" && s.value > 0.0);
     ours.map(|s| ((s.labels["container_id"].clone(), s.labels["uuid"].clone()), s.value as u64)).collect()
@@ -47,19 +47,19 @@ pub fn id_of(cgroup: &str) -> String {
 }
 
 impl Sim {
-    /// Ticks that the driver turns into process rows.
-    pub fn ticks(&self) -> Result<Vec<NamedSample>> {
+    /// Recorded samples from which the driver makes process samples.
+    pub fn samples(&self) -> Result<Vec<NamedSample>> {
         let all = self.truth(&["--samples"])?;
-        let tick = |t: &Value| {
-            let pid = t["pid"]["sm"].as_u64()? as u32;
-            let busy = t["util"]["sm"].as_u64()? > 0;
-            let uuid = t["uuid"].as_str()?.to_owned();
-            busy.then_some(NamedSample { gpu: t["gpu"].as_u64()? as usize, uuid, pid, at_us: t["time_us"].as_u64()? })
+        let named = |s: &Value| {
+            let pid = s["pid"]["sm"].as_u64()? as u32;
+            let busy = s["util"]["sm"].as_u64()? > 0;
+            let uuid = s["uuid"].as_str()?.to_owned();
+            busy.then_some(NamedSample { gpu: s["gpu"].as_u64()? as usize, uuid, pid, at_us: s["time_us"].as_u64()? })
         };
-        Ok(all.as_array().context("an array of ticks")?.iter().filter_map(tick).collect())
+        Ok(all.as_array().context("an array of samples")?.iter().filter_map(named).collect())
     }
 
-    /// `nvml-sim lives` in the background: many processes, each loaded from its first instant.
+    /// `nvml-sim lives` in the background: many processes, each with a load from its first instant.
     pub fn lives(&self, cgroups: &[&Path], args: &[&str]) -> Result<Lives> {
         let mut command = Command::new(var("NVML_SIM_BIN")?);
         command.arg("lives").arg("--dir").arg(self.dir.path()).args(args);
@@ -74,10 +74,10 @@ impl Sim {
 pub struct Lives(Running);
 
 impl Lives {
-    /// Waits for the last of them.
+    /// Waits until all processes have ended.
     pub fn all(mut self) -> Result<Vec<RecordedLife>> {
         let mut stdout = Vec::new();
-        let mut pipe = self.0.0.stdout.take().context("a pipe was asked for")?;
+        let mut pipe = self.0.0.stdout.take().context("stdout is a pipe")?;
         std::io::Read::read_to_end(&mut pipe, &mut stdout)?;
         let output = Output { status: self.0.0.wait()?, stdout, stderr: Vec::new() };
         ensure!(output.status.success(), "nvml-sim lives failed");
@@ -99,29 +99,29 @@ impl Lives {
     }
 }
 
-/// Whose tick it is: the life that was on that GPU within the period before it.
-pub fn owner<'a>(lives: &'a [RecordedLife], tick: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
-    let within = |l: &&RecordedLife| l.begin_us <= tick.at_us && l.end_us + period_us + SLICE_US >= tick.at_us;
-    lives.iter().filter(|l| l.pid == tick.pid && l.gpu == tick.gpu).filter(within).max_by_key(|l| l.begin_us)
+/// The process that a sample belongs to: the one that was on that GPU within the period before it.
+pub fn owner<'a>(lives: &'a [RecordedLife], sample: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
+    let within = |l: &&RecordedLife| l.begin_us <= sample.at_us && l.end_us + period_us + SLICE_US >= sample.at_us;
+    lives.iter().filter(|l| l.pid == sample.pid && l.gpu == sample.gpu).filter(within).max_by_key(|l| l.begin_us)
 }
 
-/// What should be credited, when every tick names one of these lives.
-pub fn expected(lives: &[RecordedLife], ticks: &[NamedSample], period_us: u64) -> Result<Samples> {
-    let mut samples = Samples::new();
-    for tick in ticks {
-        let life = owner(lives, tick, period_us).with_context(|| format!("{tick:?} is of no recorded life"))?;
-        *samples.entry((id_of(&life.cgroup), tick.uuid.clone())).or_default() += 1;
+/// The samples to be credited, when each one names one of these processes.
+pub fn expected(lives: &[RecordedLife], samples: &[NamedSample], period_us: u64) -> Result<Samples> {
+    let mut counts = Samples::new();
+    for sample in samples {
+        let life = owner(lives, sample, period_us).with_context(|| format!("no recorded process for {sample:?}"))?;
+        *counts.entry((id_of(&life.cgroup), sample.uuid.clone())).or_default() += 1;
     }
-    Ok(samples)
+    Ok(counts)
 }
 
-/// That each pair of container and GPU was credited what it should be: no sample too many, and as few less as a late poll left without a
-/// query of their process.
+/// Asserts that each pair of container and GPU was credited the expected samples: none too many, and at most as many missing as a late
+/// poll left without a query of their process.
 pub fn assert_same(page: &[Sample], got: &Samples, want: &Samples) {
     let keys: std::collections::BTreeSet<_> = got.keys().chain(want.keys()).collect();
-    let of = |samples: &Samples, key: &(String, String)| samples.get(key).copied().unwrap_or_default();
-    let differ = |key: &&&(String, String)| of(got, key) != of(want, key);
-    let wrong: Vec<_> = keys.iter().filter(differ).map(|key| (key, of(got, key), of(want, key))).collect();
+    let count = |samples: &Samples, key: &(String, String)| samples.get(key).copied().unwrap_or_default();
+    let differ = |key: &&&(String, String)| count(got, key) != count(want, key);
+    let wrong: Vec<_> = keys.iter().filter(differ).map(|key| (key, count(got, key), count(want, key))).collect();
     let (too_many, missing) =
         (wrong.iter().any(|(_, got, want)| got > want), wrong.iter().map(|(_, got, want)| want.saturating_sub(*got)));
     let total = |name: &str| sum(page, name, &[]).unwrap_or_default() as u64;

@@ -1,9 +1,8 @@
-//! Records what the driver answers, as raw as it comes: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] [--slices DIR] [--unprivileged]
+//! Records the raw responses of the driver: `gpu-recorder [--nvml-lib PATH] [--for SECONDS] [--slices DIR] [--unprivileged]
 //! -o FILE`, or `-o -`.
 //!
-//! It reads only; no setting of a card is touched. One thread per GPU, which asks every 20 ms, so that an answer has one new sample at
-//! most. Between two polls it makes a few of the agent's other calls and times them. In DIR are the time slices that CUDA loads on GPU 0
-//! have noted.
+//! It only reads; it changes no setting of a card. One thread per GPU polls every 20 ms, so that a response has at most one new sample.
+//! Between two polls it makes and times a few of the agent's other calls. DIR contains the time slices that CUDA loads on GPU 0 recorded.
 
 #[path = "recorder/costs.rs"]
 mod costs;
@@ -27,24 +26,24 @@ use nvml_wrapper_sys::bindings::{nvmlProcessUtilizationSample_t, nvmlSample_t};
 
 use self::costs::{Costs, Target};
 
-/// Far below every grid that is known.
+/// Far below every known sampling period.
 const EVERY: Duration = Duration::from_millis(20);
 const LIST_EVERY: Duration = Duration::from_secs(2);
 const FOLD_EVERY: Duration = Duration::from_secs(1);
 const SIZE_EVERY: Duration = Duration::from_secs(5);
-/// So many samples are folded into one answer now and then, to see how.
+/// From time to time this many samples are folded into one response, to see how the driver folds them.
 const FOLDED: usize = 9;
 const ROOM: usize = 4096;
-/// Longer than every grid that is known.
+/// Longer than every known sampling period.
 const UNKNOWN_PERIOD: Duration = Duration::from_millis(500);
 /// NVML_GPU_UTILIZATION_SAMPLES.
 const GPU_UTILIZATION: u32 = 1;
 const GET_SAMPLES: &str = "GetSamples";
-const GET_ROWS: &str = "GetProcessUtilization";
+const GET_PROCESSES: &str = "GetProcessUtilization";
 const GET_LIST: &str = "GetComputeRunningProcesses";
 
 const NO_SAMPLE: nvmlSample_t = nvmlSample_t { timeStamp: 0, sampleValue: nvml_wrapper_sys::bindings::nvmlValue_t { ullVal: 0 } };
-const NO_ROW: nvmlProcessUtilizationSample_t =
+const NO_PROCESS: nvmlProcessUtilizationSample_t =
     nvmlProcessUtilizationSample_t { pid: 0, timeStamp: 0, smUtil: 0, memUtil: 0, encUtil: 0, decUtil: 0 };
 
 fn boot_us() -> u64 {
@@ -54,14 +53,14 @@ fn boot_us() -> u64 {
     t.tv_sec as u64 * 1_000_000 + t.tv_nsec as u64 / 1_000
 }
 
-/// The boot clock is read on both sides, for the least doubt.
+/// The wall clock less the boot clock. The boot clock is read before and after, for the smallest uncertainty.
 fn wall_less_boot_us() -> u64 {
     let before = boot_us();
     let wall = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64;
     wall.saturating_sub(u64::midpoint(before, boot_us()))
 }
 
-/// NVML's word for a struct's layout: its size and version.
+/// The version field of an NVML struct: its size and version.
 fn versioned<T>(version: u32) -> u32 {
     size_of::<T>() as u32 | version << 24
 }
@@ -70,14 +69,14 @@ fn error_name(error: &NvmlError) -> String {
     format!("{error:?}").split(['(', ' ', '{']).next().unwrap_or_default().to_owned()
 }
 
-fn lives(pid: u32) -> bool {
+fn is_alive(pid: u32) -> bool {
     std::path::Path::new("/proc").join(pid.to_string()).exists()
 }
 
-/// What shows whether the GPU works.
+/// The facts that show whether the GPU is busy.
 #[derive(Default)]
 struct RecorderState {
-    /// When the newest sample was read, and whether it and those read with it say that the GPU works; `None` if they differ.
+    /// When the newest sample was read, and whether all samples of that read show a busy GPU; `None` if they differ.
     sampled: Option<(Instant, Option<bool>)>,
     /// Compute processes at the last call that listed them.
     listed: Option<usize>,
@@ -86,12 +85,12 @@ struct RecorderState {
 impl RecorderState {
     fn sample(&mut self, samples: &[RecordedSample]) {
         let Some(newest) = samples.last() else { return };
-        let works = newest.1 > 0;
-        let agreed = samples.iter().all(|sample| (sample.1 > 0) == works);
-        self.sampled = Some((Instant::now(), agreed.then_some(works)));
+        let busy = newest.1 > 0;
+        let agreed = samples.iter().all(|sample| (sample.1 > 0) == busy);
+        self.sampled = Some((Instant::now(), agreed.then_some(busy)));
     }
 
-    /// A ring that has run dry says nothing any more; then a GPU without processes is idle, and of another nothing is known.
+    /// A dry sample buffer gives no information; then a GPU without processes is idle, and the state of any other is unknown.
     fn loaded(&self) -> Option<bool> {
         let dry = Duration::from_micros(findings::DRY_US);
         match self.sampled {
@@ -101,7 +100,7 @@ impl RecorderState {
     }
 }
 
-/// The median distance of these stamps.
+/// The median distance of these time stamps.
 fn period(stamps: &[u64]) -> Duration {
     let mut gaps: Vec<u64> = stamps.windows(2).map(|pair| pair[1].saturating_sub(pair[0])).collect();
     gaps.sort_unstable();
@@ -112,7 +111,7 @@ struct Recorder<'a> {
     nvml: &'a Nvml,
     device: Device<'a>,
     samples: Vec<nvmlSample_t>,
-    rows: Vec<nvmlProcessUtilizationSample_t>,
+    process_samples: Vec<nvmlProcessUtilizationSample_t>,
     took: BTreeMap<String, Vec<u64>>,
     errors: BTreeMap<String, BTreeMap<String, u64>>,
     sizes: BTreeMap<String, Vec<String>>,
@@ -124,18 +123,19 @@ struct Recorder<'a> {
 impl<'a> Recorder<'a> {
     fn new(nvml: &'a Nvml, index: u32) -> Result<Self> {
         let device = nvml.device_by_index(index).with_context(|| format!("GPU {index}"))?;
-        let (samples, rows) = (vec![NO_SAMPLE; ROOM], vec![NO_ROW; ROOM]);
+        let (samples, process_samples) = (vec![NO_SAMPLE; ROOM], vec![NO_PROCESS; ROOM]);
         let (took, errors, sizes, strides) = (BTreeMap::new(), BTreeMap::new(), BTreeMap::new(), BTreeMap::new());
-        Ok(Self { nvml, device, samples, rows, took, errors, sizes, strides, ended: (0, 0), again: [(0, 0); 2] })
+        let (ended, again) = ((0, 0), [(0, 0); 2]);
+        Ok(Self { nvml, device, samples, process_samples, took, errors, sizes, strides, ended, again })
     }
 
-    /// Times a call and counts its error; NOT_FOUND is an empty answer.
+    /// Times a call and counts its error; NOT_FOUND is an empty response.
     fn call<T: Default>(&mut self, name: &str, f: impl FnOnce(&mut Self) -> Result<T, NvmlError>) -> T {
         let begun = Instant::now();
-        let told = f(self);
+        let result = f(self);
         self.took.entry(name.to_owned()).or_default().push(begun.elapsed().as_micros() as u64);
-        match told {
-            Ok(answer) => answer,
+        match result {
+            Ok(value) => value,
             Err(NvmlError::NotFound) => T::default(),
             Err(error) => {
                 *self.errors.entry(name.to_owned()).or_default().entry(error_name(&error)).or_default() += 1;
@@ -152,62 +152,62 @@ impl<'a> Recorder<'a> {
         // SAFETY: a live library's handle, and room for `count` samples, which is as many as the driver writes at most.
         nvml_try(unsafe { symbol(self.device.handle(), GPU_UTILIZATION, after, &raw mut kind, &raw mut count, to) })?;
         let value = |s: &nvmlSample_t| match kind {
-            // SAFETY: the driver said that the values are doubles.
+            // SAFETY: the driver reported that the values are doubles.
             0 => unsafe { s.sampleValue.dVal as u32 },
-            // SAFETY: every other kind is an integer, whose low half is its value on little-endian machines.
+            // SAFETY: every other kind is an integer; on little-endian machines its low half is its value.
             _ => unsafe { s.sampleValue.uiVal },
         };
         Ok(self.samples.iter().take(count as usize).map(|s| RecordedSample(s.timeStamp, value(s))).collect())
     }
 
-    fn rows(&mut self, after: u64) -> Result<Vec<RecordedProcess>, NvmlError> {
+    fn process_samples(&mut self, after: u64) -> Result<Vec<RecordedProcess>, NvmlError> {
         let symbol = self.nvml.lib().nvmlDeviceGetProcessUtilization.as_ref();
         let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
         let mut count = ROOM as u32;
-        // SAFETY: a live library's handle, and room for `count` rows, which is as many as the driver writes at most.
-        nvml_try(unsafe { symbol(self.device.handle(), self.rows.as_mut_ptr(), &raw mut count, after) })?;
-        let row =
+        // SAFETY: a live library's handle, and room for `count` entries, which is as many as the driver writes at most.
+        nvml_try(unsafe { symbol(self.device.handle(), self.process_samples.as_mut_ptr(), &raw mut count, after) })?;
+        let process =
             |r: &nvmlProcessUtilizationSample_t| RecordedProcess(r.timeStamp, r.pid, [r.smUtil, r.memUtil, r.encUtil, r.decUtil]);
-        Ok(self.rows.iter().take(count as usize).map(row).collect())
+        Ok(self.process_samples.iter().take(count as usize).map(process).collect())
     }
 
-    /// What the driver says without a buffer.
-    fn ask_sizes(&mut self) {
+    /// Records the driver's responses to calls without a buffer.
+    fn record_sizes(&mut self) {
         let lib = self.nvml.lib();
-        let (mut kind, mut samples, mut rows) = (0, 0, 0);
+        let (mut kind, mut samples, mut processes) = (0, 0, 0);
         // SAFETY: the handle does not leave the life of the library.
         let handle = unsafe { self.device.handle() };
-        let told = |code: u32, count: u32| match nvml_try(code) {
+        let result = |code: u32, count: u32| match nvml_try(code) {
             Ok(()) => format!("success, {count}"),
             Err(error) => format!("{error:?}, {count}"),
         };
         let none = std::ptr::null_mut();
-        let of_samples = lib.nvmlDeviceGetSamples.as_ref().ok().map(|symbol| {
+        let sample_size = lib.nvmlDeviceGetSamples.as_ref().ok().map(|symbol| {
             // SAFETY: without a buffer the driver writes the kind and the count only.
             let code = unsafe { symbol(handle, GPU_UTILIZATION, 0, &raw mut kind, &raw mut samples, none) };
-            told(code, samples)
+            result(code, samples)
         });
-        let of_rows = lib.nvmlDeviceGetProcessUtilization.as_ref().ok().map(|symbol| {
-            // SAFETY: without a buffer, of which the count says that it has no room, the driver writes the count only.
-            let code = unsafe { symbol(handle, std::ptr::null_mut(), &raw mut rows, 0) };
-            told(code, rows)
+        let process_size = lib.nvmlDeviceGetProcessUtilization.as_ref().ok().map(|symbol| {
+            // SAFETY: without a buffer and with a count of 0, the driver writes the count only.
+            let code = unsafe { symbol(handle, std::ptr::null_mut(), &raw mut processes, 0) };
+            result(code, processes)
         });
-        for (name, answer) in [(GET_SAMPLES, of_samples), (GET_ROWS, of_rows)] {
+        for (name, response) in [(GET_SAMPLES, sample_size), (GET_PROCESSES, process_size)] {
             let known = self.sizes.entry(name.to_owned()).or_default();
-            // Each once; a handful says all.
-            if let Some(answer) = answer.filter(|answer| !known.contains(answer) && known.len() < 8) {
-                known.push(answer);
+            // Each response once, and at most eight.
+            if let Some(response) = response.filter(|response| !known.contains(response) && known.len() < 8) {
+                known.push(response);
             }
         }
     }
 
-    /// Whether `lastSeen` leaves out the stamp itself: of a sample and of a row that the ring still has.
-    fn ask_again(&mut self, stamp: u64, row_stamp: u64) {
+    /// Records whether `lastSeen` excludes the stamp itself, for a sample and a process sample that the buffer still has.
+    fn check_last_seen(&mut self, stamp: u64, process_stamp: u64) {
         let samples = self.samples(stamp).unwrap_or_default();
-        let rows = self.rows(row_stamp).unwrap_or_default();
+        let processes = self.process_samples(process_stamp).unwrap_or_default();
         for (sum, there, again) in [
             (0, stamp, samples.iter().any(|sample| sample.0 == stamp)),
-            (1, row_stamp, rows.iter().any(|row| row.0 == row_stamp)),
+            (1, process_stamp, processes.iter().any(|process| process.0 == process_stamp)),
         ] {
             if there > 0 {
                 self.again[sum].0 += 1;
@@ -216,12 +216,12 @@ impl<'a> Recorder<'a> {
         }
     }
 
-    /// What is learned once in a while between polls.
-    fn look_around(&mut self, stamp: u64, row_stamp: u64) {
-        self.ask_sizes();
-        self.ask_again(stamp, row_stamp);
+    /// Records what is needed only from time to time, between polls.
+    fn record_details(&mut self, stamp: u64, process_stamp: u64) {
+        self.record_sizes();
+        self.check_last_seen(stamp, process_stamp);
         // SAFETY: the handle does not leave the life of the library.
-        layouts::look(self.nvml, unsafe { self.device.handle() }, &mut self.strides);
+        layouts::measure_all(self.nvml, unsafe { self.device.handle() }, &mut self.strides);
     }
 
     fn record(mut self, index: u32, lasts: Duration, slices: Option<&Path>) -> Result<RecordedGpu> {
@@ -229,7 +229,7 @@ impl<'a> Recorder<'a> {
         let (mut list_most, mut unknown) = (0, 0);
         let clocks = wall_less_boot_us();
         let mut all = Raw { from_boot_us: boot_us(), ..Raw::default() };
-        let (mut newest_sample, mut newest_row) = (0, 0);
+        let (mut newest_sample, mut newest_process) = (0, 0);
         let mut recent: Vec<u64> = Vec::new();
         let mut ring = None;
         let (mut costs, mut state) = (Costs::new(), RecorderState::default());
@@ -237,29 +237,29 @@ impl<'a> Recorder<'a> {
             let began = boot_us();
             let turn = Instant::now();
             let samples = self.call(GET_SAMPLES, |r| r.samples(newest_sample));
-            let rows = self.call(GET_ROWS, |r| r.rows(newest_row));
+            let processes = self.call(GET_PROCESSES, |r| r.process_samples(newest_process));
             let took = boot_us() - began;
             if ring.is_none() {
                 let (first, last) = (samples.iter().map(|s| s.0).min(), samples.iter().map(|s| s.0).max());
                 ring = Some((samples.len(), last.zip(first).map_or(0, |(last, first)| last - first)));
             }
-            // A stamp that cannot be must not blind the rest of the recording.
+            // An invalid stamp must not hide the samples of the rest of the recording.
             let sane = |r: &&RecordedProcess| r.2.iter().all(|p| *p <= 100);
             newest_sample = samples.iter().map(|s| s.0).fold(newest_sample, u64::max);
-            newest_row = rows.iter().filter(sane).map(|r| r.0).fold(newest_row, u64::max);
-            let fresh = rows.iter().filter(|row| row.1 != 0 && row.1 != u32::MAX);
-            for row in fresh.filter(|_| !all.polls.is_empty()) {
+            newest_process = processes.iter().filter(sane).map(|r| r.0).fold(newest_process, u64::max);
+            let fresh = processes.iter().filter(|process| process.1 != 0 && process.1 != u32::MAX);
+            for process in fresh.filter(|_| !all.polls.is_empty()) {
                 self.ended.0 += 1;
-                self.ended.1 += u64::from(!lives(row.1));
+                self.ended.1 += u64::from(!is_alive(process.1));
             }
             state.sample(&samples);
             recent.extend(samples.iter().map(|s| s.0));
             recent.drain(..recent.len().saturating_sub(FOLDED + 1));
-            all.polls.push(Poll(began - all.from_boot_us, took, samples, rows));
+            all.polls.push(Poll(began - all.from_boot_us, took, samples, processes));
             if folded.elapsed() >= FOLD_EVERY && recent.len() > FOLDED {
                 folded = Instant::now();
-                let answer = self.call("GetProcessUtilization (folded)", |r| r.rows(recent[0]));
-                all.folds.push(Fold(recent[0], newest_sample, answer));
+                let response = self.call("GetProcessUtilization (folded)", |r| r.process_samples(recent[0]));
+                all.folds.push(Fold(recent[0], newest_sample, response));
             }
             if listed.is_none_or(|at: Instant| at.elapsed() >= LIST_EVERY) {
                 listed = Some(Instant::now());
@@ -271,7 +271,7 @@ impl<'a> Recorder<'a> {
             }
             if sized.is_none_or(|at: Instant| at.elapsed() >= SIZE_EVERY) {
                 sized = Some(Instant::now());
-                self.look_around(newest_sample, newest_row);
+                self.record_details(newest_sample, newest_process);
             }
             // SAFETY: the handle does not leave the life of the library.
             let target = Target { nvml: self.nvml, device: unsafe { self.device.handle() }, newest: newest_sample };
@@ -308,7 +308,7 @@ impl<'a> Recorder<'a> {
     }
 }
 
-/// The rule that samples follow, by the loads' time slices; whatever is wrong with those must not lose the recording.
+/// Adds the rule that samples follow, from the loads' time slices; an error in those must not lose the recording.
 fn note_rules(gpu: &mut RecordedGpu, all: &Raw, folder: &Path) {
     let loads = match truth::Load::all_in(folder) {
         Ok(loads) => loads,
@@ -319,7 +319,7 @@ fn note_rules(gpu: &mut RecordedGpu, all: &Raw, folder: &Path) {
     };
     gpu.slices = loads.iter().map(|load| (load.pid, load.seconds())).collect();
     let wall_less_boot_ns = i64::try_from(gpu.wall_less_boot_us.0 * 1_000).unwrap_or_default();
-    match truth::rules(&findings::truth_ticks(all), &loads, wall_less_boot_ns) {
+    match truth::rules(&findings::true_samples(all), &loads, wall_less_boot_ns) {
         Ok(rules) => gpu.rules = Some(rules),
         Err(unknown) => gpu.no_rules = Some(unknown.to_string()),
     }
@@ -343,26 +343,26 @@ fn options() -> Result<RecorderOptions> {
             options.unprivileged = true;
             continue;
         }
-        let value = words.next().with_context(|| format!("{word} wants a value"))?;
+        let value = words.next().with_context(|| format!("{word} needs a value"))?;
         match word.as_str() {
             "--nvml-lib" => options.lib = value,
             "--for" => options.lasts = Duration::try_from_secs_f64(value.parse()?)?,
             "--slices" => options.slices = Some(value.into()),
             "-o" => options.to = value,
-            _ => bail!("'{word}' is not understood"),
+            _ => bail!("unknown argument {word:?}"),
         }
     }
-    ensure!(!options.to.is_empty(), "-o FILE is wanted");
+    ensure!(!options.to.is_empty(), "-o FILE is required");
     Ok(options)
 }
 
-/// From here on as a user without any privilege, who may get other answers.
+/// Continues as a user without privileges, which may get other responses.
 fn drop_privileges() -> Result<()> {
     const USER: u32 = 65_534;
     // SAFETY: numbers, and no groups; this process has one thread.
     let refused = unsafe { libc::setgroups(0, std::ptr::null()) != 0 || libc::setgid(USER) != 0 || libc::setuid(USER) != 0 };
     ensure!(!refused, "cannot become user {USER}: {}; run as root", std::io::Error::last_os_error());
-    // Changing users has cleared what the parent had set.
+    // The change of user has cleared the setting that the parent had made.
     // SAFETY: takes no pointers.
     unsafe { libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL) };
     Ok(())

@@ -1,7 +1,7 @@
-//! What a driver really answers, recorded: the file that `cargo xtask gpu` writes and the tests replay.
+//! Recorded responses of a real driver: the file that `cargo xtask gpu` writes and the tests replay.
 //!
-//! A recording names the driver and the card and nothing else of its machine: no UUID, no process's name. Stamps are the driver's own;
-//! the times of calls are the machine's boot clock, in microseconds.
+//! A recording contains the driver's version and the card's name and nothing else of its machine: no UUID, no process name. Time stamps
+//! are the driver's own; call times are on the machine's boot clock, in microseconds.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 
@@ -18,9 +18,9 @@ pub mod stride;
 pub mod truth;
 
 pub const FORMAT: u32 = 2;
-/// Small enough to lie in the repository.
+/// Small enough for the repository.
 pub const MOST_BYTES: usize = 200 << 10;
-/// The driver's ring, as far as it is known.
+/// Known size of the driver's sample buffer.
 const RING: usize = 72;
 
 #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -32,12 +32,12 @@ pub struct Recording {
     pub seconds: f64,
     pub poll_us: u64,
     pub gpus: Vec<RecordedGpu>,
-    /// What loaded the GPUs, and what the agent made of it; `cargo xtask gpu` adds them.
+    /// The loads on the GPUs, and what the agent measured meanwhile; `cargo xtask gpu` adds both.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub load: Value,
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub agent: Value,
-    /// What a user without privileges gets at the same time.
+    /// Responses to a user without privileges, of the same time.
     #[serde(default, skip_serializing_if = "Value::is_null")]
     pub unprivileged: Value,
 }
@@ -47,31 +47,32 @@ pub struct RecordedGpu {
     pub index: u32,
     pub name: String,
     pub mig: bool,
-    /// Samples and their span when the whole ring was first read.
+    /// Number of samples and their span when the whole sample buffer was first read.
     pub ring: (usize, u64),
     pub calls: BTreeMap<String, Durations>,
-    /// What each call costs that the agent makes.
+    /// Durations of each call that the agent makes.
     pub costs: BTreeMap<String, Cost>,
-    /// How long the entries of answers are.
+    /// Lengths of the entries in responses.
     pub strides: BTreeMap<String, stride::Stride>,
-    /// Rows that were returned for the first time; of these, the ones of processes that had ended by then.
+    /// Process samples returned for the first time; of these, those of processes that had ended by then.
     pub ended: (u64, u64),
-    /// Answers of samples, and of rows, since the stamp of one that is in the ring; of these, the ones that had it again.
+    /// Responses with samples, and with process samples, newer than the stamp of one in the buffer; of these, those that contained it
+    /// again.
     pub again: [(u64, u64); 2],
-    /// By which rule samples name processes, from what CUDA loads measured themselves.
+    /// The rule by which samples name processes, from the CUDA loads' own measurements.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub rules: Option<truth::Rules>,
-    /// Why no rule is known, if loads were to note their time slices.
+    /// Why no rule is known, if loads were to record their time slices.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub no_rules: Option<String>,
-    /// By pid of a CUDA load, the sum of the time slices that it noted, in seconds.
+    /// By pid of a CUDA load, the sum of its time slices, in seconds.
     #[serde(default, skip_serializing_if = "BTreeMap::is_empty")]
     pub slices: BTreeMap<u32, f64>,
-    /// Per call, how often each error came; NOT_FOUND is none.
+    /// Per call, the number of each error; NOT_FOUND does not count.
     pub errors: BTreeMap<String, BTreeMap<String, u64>>,
-    /// What a question without a buffer was answered, each answer once.
+    /// Responses to calls without a buffer, each once.
     pub sizes: BTreeMap<String, Vec<String>>,
-    /// Processes listed, at most; and how often one's memory was all ones.
+    /// Largest number of listed processes, and how often the memory of one was all ones.
     pub listed: (usize, u64),
     /// Wall clock less boot clock, at the begin and at the end.
     pub wall_less_boot_us: (u64, u64),
@@ -87,12 +88,12 @@ pub struct Durations {
     pub max_us: u64,
 }
 
-/// One call, while the GPU was idle and while it worked.
+/// Durations of one call, while the GPU was idle and while it was busy.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Cost {
     pub idle: Quantiles,
     pub loaded: Quantiles,
-    /// In one answer, at most.
+    /// Most entries in one response.
     pub entries: usize,
     pub errors: BTreeMap<String, u64>,
 }
@@ -105,7 +106,7 @@ pub struct Quantiles {
     pub max_us: f64,
 }
 
-/// Answers in full, of as many seconds as there is room for.
+/// Complete responses, of as many seconds as fit.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Raw {
     pub from_boot_us: u64,
@@ -113,7 +114,7 @@ pub struct Raw {
     pub folds: Vec<Fold>,
 }
 
-/// One poll: when it began after `from_boot_us`, how long it took, the samples and rows that were newer than all before.
+/// One poll: begin after `from_boot_us`, duration, and the samples and process samples newer than all before.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Poll(pub u64, pub u64, pub Vec<RecordedSample>, pub Vec<RecordedProcess>);
 
@@ -125,16 +126,16 @@ pub struct RecordedSample(pub u64, pub u32);
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct RecordedProcess(pub u64, pub u32, pub [u32; 4]);
 
-/// Rows asked for across several samples at once: `lastSeen`, the newest sample then known, the answer.
+/// Process samples requested across several samples at once: `lastSeen`, the newest sample known then, the response.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fold(pub u64, pub u64, pub Vec<RecordedProcess>);
 
-/// The value below which `part` of the values lie; the default if there is none.
+/// The value below which the share `part` of the values lies; the default if there are no values.
 fn quantile<T: Copy + Default>(sorted: &[T], part: f64) -> T {
     sorted.get(((sorted.len() as f64 - 1.0) * part).round() as usize).copied().unwrap_or_default()
 }
 
-/// How many values there are, and of these the median, the 99th percentile and the largest.
+/// The number of values, and of these the median, the 99th percentile and the largest.
 fn summary(mut values: Vec<u64>) -> (usize, [u64; 3]) {
     values.sort_unstable();
     (values.len(), [0.5, 0.99, 1.0].map(|part| quantile(&values, part)))
@@ -161,11 +162,11 @@ impl Raw {
         self.polls.iter().flat_map(|poll| poll.2.iter().copied())
     }
 
-    pub fn rows(&self) -> impl Iterator<Item = RecordedProcess> {
+    pub fn process_samples(&self) -> impl Iterator<Item = RecordedProcess> {
         self.polls.iter().flat_map(|poll| poll.3.iter().copied())
     }
 
-    /// So many seconds, from just before the first row on: that is where it gets interesting.
+    /// The given number of seconds, from one second before the first process sample on.
     pub fn cut(&self, seconds: f64) -> Self {
         let first = self.polls.iter().find(|poll| !poll.3.is_empty()).map_or(0, |poll| poll.0.saturating_sub(1_000_000));
         let last = self.polls.last().map_or(0, |poll| poll.0);
@@ -175,13 +176,13 @@ impl Raw {
         let begun = kept.first().map_or(0, |poll| poll.0);
         let stamps: HashSet<u64> = kept.iter().flat_map(|p| p.2.iter().map(|s| s.0)).collect();
         let folds = self.folds.iter().filter(|fold| stamps.contains(&fold.0) && stamps.contains(&fold.1)).cloned().collect();
-        let polls = kept.into_iter().map(|Poll(at, took, samples, rows)| Poll(at - begun, took, samples, rows)).collect();
+        let polls = kept.into_iter().map(|Poll(at, took, samples, rest)| Poll(at - begun, took, samples, rest)).collect();
         Self { from_boot_us: self.from_boot_us + begun, polls, folds }
     }
 }
 
 impl Recording {
-    /// As JSON within the bound: fewer seconds in full where many GPUs want room.
+    /// As JSON within the size limit: with many GPUs, fewer seconds are kept completely.
     pub fn encode(&self) -> Result<String> {
         let mut seconds = 12.0;
         loop {
@@ -190,12 +191,12 @@ impl Recording {
                 gpu.raw = gpu.raw.cut(seconds);
             }
             let text = serde_json::to_string(&small)?;
-            // What is added later fits too.
+            // Leaves room for what is added later.
             if text.len() + 8_192 <= MOST_BYTES {
                 return Ok(text);
             }
             seconds *= 0.8;
-            ensure!(seconds > 0.2, "{} bytes, however few answers are kept", text.len());
+            ensure!(seconds > 0.2, "{} bytes, even with few responses", text.len());
         }
     }
 
@@ -206,63 +207,64 @@ impl Recording {
     }
 }
 
-/// What a replay has shown.
+/// Result of a replay.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Replayed {
-    pub ticks: usize,
+    pub samples: usize,
     pub queried: usize,
-    pub rows: usize,
+    pub process_samples: usize,
 }
 
-/// Plays a driver that has the recorded samples at the recorded times, and recovers them at that pace. Every sample has to come out
-/// once, no tuple twice, and none that was not recorded.
+/// Replays a driver with the recorded samples at the recorded times, and reconstructs them at this pace. Fails unless every sample is
+/// reconstructed exactly once, no process sample twice, and none that was not recorded.
 pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
     let driver = RecordedDriver::new(raw);
     let (Some(first), Some(last)) = (raw.polls.first(), raw.polls.last()) else { return Ok(Replayed::default()) };
     let mut recovery = Recovery::default();
-    let (mut ticks, mut rows): (Vec<DeviceSample>, Vec<ProcessSample>) = (Vec::new(), Vec::new());
-    // The first read sets the watermark; one poll more than there is to see, for what is late.
+    let (mut samples, mut processes): (Vec<DeviceSample>, Vec<ProcessSample>) = (Vec::new(), Vec::new());
+    // The first read sets the watermark; two polls follow the end, for late samples.
     let begin = first.0 + first.1;
     for now_us in (begin..=last.0 + last.1 + 2 * every_us).step_by(every_us as usize) {
-        // Boot time 0 is none.
+        // Boot time 0 means none.
         let now = BootNs((raw.from_boot_us + now_us + 1) * 1000);
         let after = recovery.samples_after(now);
         recovery.samples(&driver.samples(after, now_us), now, now);
         while let Some(after) = recovery.next_process_query(calls) {
-            recovery.process_samples(after, &driver.rows(after, now_us));
+            recovery.process_samples(after, &driver.process_samples(after, now_us));
         }
         let got = recovery.take();
-        ensure!(!got.stepped, "the clock is said to have been set at {now_us} us");
-        ticks.extend(got.samples);
-        rows.extend(got.process_samples);
+        ensure!(!got.stepped, "a clock change was detected at {now_us} us");
+        samples.extend(got.samples);
+        processes.extend(got.process_samples);
     }
-    let told: HashMap<u64, u32> = driver.samples.iter().map(|(_, s)| (s.0 * 1000, s.1)).collect();
+    let recorded: HashMap<u64, u32> = driver.samples.iter().map(|(_, s)| (s.0 * 1000, s.1)).collect();
     let mut seen = HashSet::new();
-    for tick in &ticks {
-        ensure!(seen.insert(tick.at), "{tick:?} twice");
-        ensure!(told.get(&tick.at.0) == Some(&tick.busy_percent), "{tick:?} was not recorded so");
+    for sample in &samples {
+        ensure!(seen.insert(sample.at), "{sample:?} twice");
+        ensure!(recorded.get(&sample.at.0) == Some(&sample.busy_percent), "{sample:?} was not recorded so");
     }
-    // The ring's first read is one tick, its newest.
-    let start = ticks.first().map_or(0, |tick| tick.at.0);
-    let wanted = told.keys().filter(|at| **at >= start).count();
-    ensure!(ticks.len() == wanted, "{} samples recovered of {wanted}", ticks.len());
-    let named: HashSet<(u64, u32)> = driver.rows.iter().map(|(_, row)| (row.0 * 1000, row.1)).collect();
-    let stamps: HashSet<u64> = told.keys().copied().collect();
+    // The first read of the sample buffer gives one sample, its newest.
+    let start = samples.first().map_or(0, |sample| sample.at.0);
+    let wanted = recorded.keys().filter(|at| **at >= start).count();
+    ensure!(samples.len() == wanted, "{} samples reconstructed of {wanted}", samples.len());
+    let named: HashSet<(u64, u32)> = driver.process_samples.iter().map(|(_, process)| (process.0 * 1000, process.1)).collect();
+    let stamps: HashSet<u64> = recorded.keys().copied().collect();
     let mut once = HashSet::new();
-    for row in &rows {
-        ensure!(once.insert((row.at, row.pid)), "{row:?} twice");
-        // One that was folded stands at its tick's stamp, which is its own only where rows have their samples' stamps.
-        let recorded = named.contains(&(row.at.0, row.pid)) || stamps.contains(&row.at.0);
-        ensure!(recorded, "{row:?} was not recorded");
+    for process in &processes {
+        ensure!(once.insert((process.at, process.pid)), "{process:?} twice");
+        // A folded process sample has its sample's stamp, which equals its own only where the driver gives both the same stamp.
+        let is_recorded = named.contains(&(process.at.0, process.pid)) || stamps.contains(&process.at.0);
+        ensure!(is_recorded, "{process:?} was not recorded");
     }
-    Ok(Replayed { ticks: ticks.len(), queried: ticks.iter().filter(|tick| tick.queried).count(), rows: rows.len() })
+    let queried = samples.iter().filter(|sample| sample.queried).count();
+    Ok(Replayed { samples: samples.len(), queried, process_samples: processes.len() })
 }
 
-/// Answers as recorded, to questions that were not asked then.
+/// Responds as recorded, also to queries that were not made then.
 struct RecordedDriver {
-    /// From when on they were served.
+    /// With the time from which on they were served.
     samples: Vec<(u64, RecordedSample)>,
-    rows: Vec<(u64, RecordedProcess)>,
+    process_samples: Vec<(u64, RecordedProcess)>,
 }
 
 impl RecordedDriver {
@@ -273,42 +275,42 @@ impl RecordedDriver {
         let mut once = HashSet::new();
         samples.retain(|(_, sample)| once.insert(sample.0));
         let mut once = HashSet::new();
-        let mut rows: Vec<(u64, RecordedProcess)> =
+        let mut process_samples: Vec<(u64, RecordedProcess)> =
             raw.polls.iter().flat_map(|p| p.3.iter().map(move |r| (served(p), *r))).collect();
-        rows.retain(|(_, row)| once.insert((row.0, row.1)));
-        Self { samples, rows }
+        process_samples.retain(|(_, process)| once.insert((process.0, process.1)));
+        Self { samples, process_samples }
     }
 
     fn samples(&self, after: u64, now_us: u64) -> Vec<RawSample> {
-        let there: Vec<&RecordedSample> = self.samples.iter().filter(|(served, _)| *served <= now_us).map(|(_, s)| s).collect();
-        let held = &there[there.len().saturating_sub(RING)..];
+        let known: Vec<&RecordedSample> = self.samples.iter().filter(|(served, _)| *served <= now_us).map(|(_, s)| s).collect();
+        let held = &known[known.len().saturating_sub(RING)..];
         held.iter().filter(|s| s.0 > after).map(|s| RawSample { at_us: s.0, percent: s.1 }).collect()
     }
 
-    /// One row per pid: the time of its newest sample, the average of all.
-    fn rows(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
+    /// One process sample per pid: the time of its newest one, the average of all.
+    fn process_samples(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
         let mut folded: BTreeMap<u32, (u64, [u32; 4], u32)> = BTreeMap::new();
-        for (_, RecordedProcess(at, pid, percent)) in self.rows.iter().filter(|(served, row)| *served <= now_us && row.0 > after)
-        {
-            let row = folded.entry(*pid).or_insert((0, [0; 4], 0));
-            row.0 = row.0.max(*at);
-            for (sum, one) in row.1.iter_mut().zip(percent) {
+        let served = self.process_samples.iter().filter(|(served, process)| *served <= now_us && process.0 > after);
+        for (_, RecordedProcess(at, pid, percent)) in served {
+            let entry = folded.entry(*pid).or_insert((0, [0; 4], 0));
+            entry.0 = entry.0.max(*at);
+            for (sum, one) in entry.1.iter_mut().zip(percent) {
                 *sum = sum.saturating_add(*one);
             }
-            row.2 += 1;
+            entry.2 += 1;
         }
-        let row = |(pid, (at_us, sums, n)): (u32, (u64, [u32; 4], u32))| {
+        let average = |(pid, (at_us, sums, n)): (u32, (u64, [u32; 4], u32))| {
             let mut percent = [0; Engine::ALL.len()];
             for (one, sum) in percent.iter_mut().zip(sums) {
                 *one = sum / n;
             }
             RawProcessSample { at_us, pid, percent }
         };
-        folded.into_iter().map(row).collect()
+        folded.into_iter().map(average).collect()
     }
 }
 
-/// Every recording in a folder, by name; none where there is no folder.
+/// Every recording in a folder, by name; none if the folder does not exist.
 pub fn all_in(folder: &std::path::Path) -> Result<Vec<(String, Recording)>> {
     let mut found = Vec::new();
     for entry in std::fs::read_dir(folder).into_iter().flatten() {

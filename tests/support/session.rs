@@ -9,47 +9,47 @@ use serde_json::{Value, json};
 use crate::{Agent, exchange, wait_for};
 
 impl Agent {
-    fn ask(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>> {
+    fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>> {
         let stream = TcpStream::connect(("127.0.0.1", self.port))?;
         stream.set_read_timeout(Some(Duration::from_secs(30)))?;
         exchange(stream, method, path, "application/json", body)
     }
 
-    /// Begins a session as it is described; its id.
-    pub fn record_as(&self, wanted: &Value) -> Result<String> {
-        let answer = self.ask("POST", "/api/v1/sessions", wanted.to_string().as_bytes())?;
-        let answer: Value = serde_json::from_slice(&answer)?;
-        Ok(answer["id"].as_str().context("the session's id")?.to_owned())
+    /// Starts a session with this request. Returns its id.
+    pub fn record_as(&self, request: &Value) -> Result<String> {
+        let response = self.request("POST", "/api/v1/sessions", request.to_string().as_bytes())?;
+        let session: Value = serde_json::from_slice(&response)?;
+        Ok(session["id"].as_str().context("the session's id")?.to_owned())
     }
 
-    /// Begins a session now; its id.
+    /// Starts a session now. Returns its id.
     pub fn record(&self, duration: Duration, lookback: Duration) -> Result<String> {
         self.record_as(&json!({"duration_seconds": duration.as_secs_f64(), "lookback_seconds": lookback.as_secs_f64()}))
     }
 
     pub fn stop(&self, id: &str) -> Result<()> {
-        self.ask("POST", &format!("/api/v1/sessions/{id}/stop"), &[]).map(|_| ())
+        self.request("POST", &format!("/api/v1/sessions/{id}/stop"), &[]).map(|_| ())
     }
 
     pub fn sessions(&self) -> Result<Vec<Value>> {
-        Ok(serde_json::from_slice(&self.ask("GET", "/api/v1/sessions", &[])?)?)
+        Ok(serde_json::from_slice(&self.request("GET", "/api/v1/sessions", &[])?)?)
     }
 
     pub fn session(&self, id: &str) -> Result<Value> {
-        Ok(serde_json::from_slice(&self.ask("GET", &format!("/api/v1/sessions/{id}"), &[])?)?)
+        Ok(serde_json::from_slice(&self.request("GET", &format!("/api/v1/sessions/{id}"), &[])?)?)
     }
 
-    /// Waits until it is so; its status.
+    /// Waits until the session has this state. Returns its status.
     pub fn session_is(&self, id: &str, state: &str, patience: Duration) -> Result<Value> {
         wait_for(&format!("the session is {state}"), patience, || Ok(Some(self.session(id)?).filter(|s| s["state"] == state)))
     }
 
-    /// The file of a session, once nothing more is written to it.
+    /// The file of a session, once it is complete.
     pub fn session_file(&self, id: &str, patience: Duration) -> Result<Vec<u8>> {
-        wait_for("the session's file is whole", patience, || {
+        wait_for("the session's file is complete", patience, || {
             let state = self.session(id)?["state"].clone();
             Ok((state != "armed" && state != "recording").then_some(()))
         })?;
-        self.ask("GET", &format!("/api/v1/sessions/{id}/file"), &[]).context("the session's file")
+        self.request("GET", &format!("/api/v1/sessions/{id}/file"), &[]).context("the session's file")
     }
 }

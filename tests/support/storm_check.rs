@@ -1,12 +1,12 @@
-//! Process storms against a running agent: after each, its table of living processes must equal /proc, and the losses that it counts must
-//! be at least the kernel's skips; what it counts besides is printed.
+//! Process storms against a running agent: after each, its table of living processes must equal /proc, and its counted losses must be at
+//! least the kernel's skips; other losses are printed.
 //!
 //! ```text
 //! storm-check [--agent FILE] [--storms 10] [--lives 4000] [--parents 4] [--within 1]
 //! ```
-//! One storm: PARENTS processes fork LIVES children between them, as fast as they can; every other child calls exec before it ends. Then
+//! One storm: PARENTS processes together fork LIVES children, as fast as possible; every other child calls exec before it ends. Then
 //! the agent's table must equal /proc within WITHIN seconds. The kernel's count is read from the agent's own descriptors, so an agent that
-//! does not count fails here, too. Prints a line per storm and ends with 1 where a check failed. Needs root.
+//! does not count fails here, too. Prints a line per storm and exits with 1 if a check failed. Needs root.
 
 use std::collections::BTreeMap;
 use std::io;
@@ -18,13 +18,12 @@ use anyhow::{Context as _, Result, bail, ensure};
 use gpu_sampler_tests::kernel::{ProcessTable, agent_table, cgroup2, lost_events, proc_table, skipped_runs};
 use gpu_sampler_tests::{Agent, Running, sum};
 
-/// Children of one parent at a time.
+/// Concurrent children of one parent.
 const AT_ONCE: u32 = 32;
-/// How long a table that differs is watched, to show what stays.
+/// How long a differing table is polled, to show which differences stay.
 const PATIENCE: Duration = Duration::from_secs(10);
-/// Between two reads of the counts the agent lets pass 0.1 s at least and 0.35 s at most, and it publishes every 0.25 s; an emulated
-/// processor takes longer.
-const PAGE_FOLLOWS: Duration = Duration::from_secs(3);
+/// The agent reads the counts 0.1 s to 0.35 s apart, and publishes them every 0.25 s; an emulated processor takes longer.
+const PUBLISHED_WITHIN: Duration = Duration::from_secs(3);
 
 struct StormOptions {
     agent: Option<String>,
@@ -46,15 +45,15 @@ impl StormOptions {
                 "--lives" => options.lives = value.parse()?,
                 "--parents" => options.parents = value.parse()?,
                 "--within" => options.within = Duration::from_secs_f64(value.parse()?),
-                _ => bail!("{name} is not an option; those of storm-check are in its header"),
+                _ => bail!("unknown option {name}; the header of storm_check.rs lists them"),
             }
         }
-        ensure!(options.parents > 0, "--parents must be 1 at least");
+        ensure!(options.parents > 0, "--parents must be at least 1");
         Ok(options)
     }
 }
 
-/// One parent of a storm; `lives` children in all, [`AT_ONCE`] at a time.
+/// One parent of a storm; it forks `lives` children, [`AT_ONCE`] at a time.
 fn parent(lives: u32) -> Result<()> {
     let mut running = 0;
     for n in 0..lives {
@@ -81,14 +80,14 @@ fn parent(lives: u32) -> Result<()> {
 
 fn reap() -> Result<()> {
     let mut status = 0;
-    // SAFETY: any child of ours, a valid place for its status.
+    // SAFETY: any child of this process, a valid place for its status.
     let pid = unsafe { libc::waitpid(-1, &raw mut status, 0) };
     ensure!(pid > 0, "waitpid: {}", io::Error::last_os_error());
     ensure!(libc::WIFEXITED(status) && libc::WEXITSTATUS(status) == 0, "a child ended with status {status:#x}");
     Ok(())
 }
 
-/// Returns the duration of the storm.
+/// Runs one storm. Returns its duration.
 fn storm(options: &StormOptions) -> Result<Duration> {
     let begun = Instant::now();
     let share = |n| options.lives / options.parents + u32::from(n < options.lives % options.parents);
@@ -101,20 +100,20 @@ fn storm(options: &StormOptions) -> Result<Duration> {
     Ok(begun.elapsed())
 }
 
-/// Losses by the agent's count and skips by the kernel's, once both are equal or the page had time to follow. The agent counts skips and
-/// events that found their ring full together.
+/// The agent's losses and the kernel's skips, once both are equal or the agent had time to publish. The agent counts skips and events lost
+/// to a full ring together.
 fn counts(agent: &Agent) -> Result<(BTreeMap<&'static str, u64>, Option<u64>)> {
     let from = Instant::now();
     loop {
         let (lost, skips) = (lost_events(agent)?, skipped_runs(agent.process.0.id())?);
-        if skips.is_none_or(|skips| skips == lost.values().sum::<u64>()) || from.elapsed() > PAGE_FOLLOWS {
+        if skips.is_none_or(|skips| skips == lost.values().sum::<u64>()) || from.elapsed() > PUBLISHED_WITHIN {
             return Ok((lost, skips));
         }
         std::thread::sleep(Duration::from_millis(50));
     }
 }
 
-/// The kernel's skips, and what the agent lost besides; the difference is exact while no event comes.
+/// The kernel's skips and the agent's other losses; the difference is exact while no event occurs.
 fn causes(counted: u64, skips: Option<u64>) -> String {
     let Some(skips) = skips else { return "skips are not counted by this kernel".to_owned() };
     match counted.checked_sub(skips) {
@@ -123,7 +122,7 @@ fn causes(counted: u64, skips: Option<u64>) -> String {
     }
 }
 
-/// When the agent's table equalled /proc, if it did; else what it holds that /proc does not, and the reverse.
+/// The time after which the agent's table equalled /proc; if it did not, the entries of the agent alone, and those of /proc alone.
 fn settled(agent: &Agent) -> Result<Result<Duration, (ProcessTable, ProcessTable)>> {
     let (mount, from) = (cgroup2()?, Instant::now());
     loop {
@@ -138,19 +137,21 @@ fn settled(agent: &Agent) -> Result<Result<Duration, (ProcessTable, ProcessTable
     }
 }
 
-/// The line of one storm, and whether its checks hold.
-fn one(n: u32, agent: &Agent, options: &StormOptions) -> Result<bool> {
+/// Runs one storm and prints its line. Returns whether its checks passed.
+fn run_one(n: u32, agent: &Agent, options: &StormOptions) -> Result<bool> {
     let took = storm(options)?;
     let settled = settled(agent)?;
     let (lost, skips) = counts(agent)?;
     let counted: u64 = lost.values().sum();
     let table = match &settled {
         Ok(after) => format!("table equals /proc after {:.2} s", after.as_secs_f64()),
-        Err((dead, unknown)) => format!("table differs from /proc: {} dead stay, {} are unknown", dead.len(), unknown.len()),
+        Err((dead, unknown)) => {
+            format!("table differs from /proc: {} ended processes remain, {} are missing", dead.len(), unknown.len())
+        }
     };
     let kinds: Vec<String> = lost.iter().filter(|(_, n)| **n > 0).map(|(kind, n)| format!("{kind} {n}")).collect();
     println!(
-        "storm {n}: {} lives in {:.1} s; {table}; lost so far: {counted} ({}); {}",
+        "storm {n}: {} processes in {:.1} s; {table}; lost so far: {counted} ({}); {}",
         options.lives,
         took.as_secs_f64(),
         kinds.join(", "),
@@ -169,8 +170,8 @@ fn check(options: &StormOptions) -> Result<bool> {
     let agent = Agent::start(None, &[&["--kernel-mode", "raw_tracepoint"][..], &none].concat())?;
     let begun = Instant::now();
     let quiet =
-        settled(&agent)?.map_err(|(dead, unknown)| anyhow::anyhow!("before any storm: {dead:?} dead, {unknown:?} unknown"))?;
-    // What times after a storm are to be read against, where a processor is emulated.
+        settled(&agent)?.map_err(|(dead, unknown)| anyhow::anyhow!("before any storm: {dead:?} ended, {unknown:?} missing"))?;
+    // The reference for the times after a storm, where a processor is emulated.
     println!(
         "before: table equals /proc after {:.2} s, compared in {:.2} s",
         quiet.as_secs_f64(),
@@ -178,7 +179,7 @@ fn check(options: &StormOptions) -> Result<bool> {
     );
     let mut good = 0;
     for n in 1..=options.storms {
-        good += u32::from(one(n, &agent, options)?);
+        good += u32::from(run_one(n, &agent, options)?);
     }
     let page = agent.scrape()?;
     let total = |name| sum(&page, name, &[]).unwrap_or_default();

@@ -1,8 +1,8 @@
-//! Starts the agent for the verbs that show it.
+//! Starts the agent for verbs that show its results.
 
 use crate::{
     http, sys,
-    tools::{self, Running, say, tail},
+    tools::{self, Running, progress, tail},
 };
 use anyhow::{Result, bail};
 use std::{
@@ -14,12 +14,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// From its start to the first merged scan; usually under a second.
+/// Limit from the start to the first merged scan; usually it takes less than a second.
 const READY_PATIENCE: Duration = Duration::from_secs(30);
 
-/// Waits for the first merged scan.
+/// Starts the agent and waits for its first merged scan.
 pub fn start(verb: &str, mut command: Command, tmp: &Path) -> Result<(Running, SocketAddr, PathBuf)> {
-    // Free a moment ago; should another take it in between, the agent says so and the demo fails.
+    // The port was free a moment ago; if another process takes it meanwhile, the agent reports that and ends.
     let server = TcpListener::bind("127.0.0.1:0")?.local_addr()?;
     let log = tmp.join("agent.log");
     command
@@ -27,7 +27,7 @@ pub fn start(verb: &str, mut command: Command, tmp: &Path) -> Result<(Running, S
         .stdin(Stdio::null())
         .stdout(fs::File::create(&log)?)
         .stderr(fs::OpenOptions::new().append(true).open(&log)?);
-    // Out of the terminal's group: on Ctrl-C it has to answer once more.
+    // Outside the terminal's process group: after Ctrl-C it is scraped once more.
     sys::own_session(&mut command);
     let mut agent = Running::start("the agent", tools::forget_cargo(&mut command))?;
     let from = Instant::now();
@@ -35,7 +35,7 @@ pub fn start(verb: &str, mut command: Command, tmp: &Path) -> Result<(Running, S
         if let Some(status) = agent.ended()? {
             bail!("the agent ended ({status}):\n{}", tail(&log));
         }
-        if http::get(server, "/readyz").is_ok_and(|answer| answer.status == 200) {
+        if http::get(server, "/readyz").is_ok_and(|response| response.status == 200) {
             break;
         }
         if let Some(signal) = sys::interrupted() {
@@ -46,6 +46,6 @@ pub fn start(verb: &str, mut command: Command, tmp: &Path) -> Result<(Running, S
         }
         thread::sleep(Duration::from_millis(20));
     }
-    say(format_args!("{verb}: the agent is ready after {} ms", from.elapsed().as_millis()));
+    progress(format_args!("{verb}: the agent is ready after {} ms", from.elapsed().as_millis()));
     Ok((agent, server, log))
 }

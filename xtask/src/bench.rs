@@ -1,5 +1,6 @@
-//! `bench`: speed and memory, as tables; each number beside its aim. Not part of `test`: machines are shared and noisy. `bench peers`
-//! compares with what others run and fetches them first, `bench latency` runs worlds of slow drivers for half an hour; both only when named.
+//! `bench`: measures speed and memory and prints them as tables, with targets. Not part of `test`, since machines are shared and noisy.
+//! `bench peers` compares with other exporters, which it downloads first; `bench latency` runs worlds with slow drivers for half an hour.
+//! Both run only when they are named.
 
 use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
 use anyhow::Result;
@@ -24,14 +25,14 @@ pub fn verb(filters: &[String]) -> Result<()> {
         [] => &["core", "kernel", "labels", "reports", "tables"],
         [_] if peers => &[PEERS],
         [_] if latency => &[LATENCY],
-        // The pure core's are criterion's, which takes one filter at most.
+        // The bench of the pure core uses criterion, which takes at most one filter.
         _ if latency => &["kernel", "labels", "reports", "tables", LATENCY],
         _ if peers => &["kernel", "labels", "reports", "tables", PEERS],
         _ => &["kernel", "labels", "reports", "tables"],
     };
     benches.args(chosen.iter().flat_map(|name| ["--bench", name]));
     if filters.is_empty() {
-        tools::say("bench: `peers` and `latency` are left out: they run only when named");
+        tools::progress("bench: `peers` and `latency` are skipped: they run only when named");
     } else {
         benches.arg("--").args(filters);
     }

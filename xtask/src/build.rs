@@ -1,13 +1,13 @@
-//! `build`: the kernel program, then the agent that carries it and the simulator.
+//! `build`: builds the kernel program, then the agent that embeds it, and the simulator.
 
 use crate::{ebpf, tools};
 use anyhow::Result;
 use std::path::PathBuf;
 
-/// The package of the programs that tests, benches and recordings need.
+/// The package of the helper programs of tests, benches and recordings.
 const HELPERS: &str = "gpu-sampler-tests";
 
-/// Absolute paths of what was built.
+/// Absolute paths of the build results.
 pub struct Built {
     pub sampler: PathBuf,
     pub sim: PathBuf,
@@ -37,8 +37,8 @@ pub fn everything(profile: Profile) -> Result<Built> {
     with_helpers(profile, &[])
 }
 
-/// Also builds these programs of the tests' package, which lie in the folder of the agent then. In one call of cargo: a second call
-/// for other packages enables other features of common dependencies and compiles them again.
+/// Also builds these programs of the tests' package, into the agent's folder. A single call of cargo does it: a second call for other
+/// packages would enable other features of common dependencies and compile them again.
 pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
     ebpf::build()?;
     let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler", "--package", "nvml-sim"])?;
@@ -46,7 +46,7 @@ pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
         cargo.args(["--package", HELPERS, "--lib"]);
         cargo.args(["gpu-sampler", "nvml-sim"].iter().chain(helpers).flat_map(|name| ["--bin", name]));
     }
-    // Named explicitly, so that an agent without its kernel program is an error here and no warning.
+    // Named explicitly, so that a missing kernel program is an error here, not a warning.
     cargo.env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
     if profile == Profile::Release {
         cargo.arg("--release");

@@ -1,4 +1,4 @@
-//! The mirror of Debian that this machine's apt is configured with.
+//! The Debian mirror in this machine's apt configuration.
 
 use crate::tools::output;
 use anyhow::{Context, Result};
@@ -8,7 +8,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 #[derive(Debug, PartialEq)]
 pub struct Mirror {
     pub url: String,
-    /// Of the suite that this machine has from it.
+    /// The suite that this machine uses from it.
     pub codename: String,
 }
 
@@ -22,12 +22,11 @@ impl Mirror {
 pub fn mirror() -> Result<Mirror> {
     let format = "$(ORIGIN)|$(LABEL)|$(CODENAME)|$(REPO_URI)";
     let listed = output("apt-get", &["indextargets", "--format", format, "Created-By: Packages"]);
-    let listed = listed.context("`apt-get indextargets` failed; apt is needed, with a mirror of Debian configured")?;
-    parse(&listed)
-        .context("this machine's apt has no mirror of Debian; add one to /etc/apt/sources.list.d and run `apt-get update`")
+    let listed = listed.context("`apt-get indextargets` failed; apt with a configured Debian mirror is required")?;
+    parse(&listed).context("apt has no Debian mirror configured; add one to /etc/apt/sources.list.d and run `apt-get update`")
 }
 
-/// The first suite of Debian itself. Updates and backports have a hyphen in their codenames.
+/// The first suite of Debian itself. Codenames of updates and backports contain a hyphen.
 fn parse(listed: &str) -> Option<Mirror> {
     let own = |line: &str| {
         let (codename, url) = line.strip_prefix("Debian|Debian|")?.split_once('|')?;
@@ -42,7 +41,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_suite_itself_is_taken() {
+    fn the_main_suite_is_chosen() {
         let listed = "Docker|Docker CE|bookworm|https://example.org/docker/\n\
                       Debian|Debian Backports|bookworm-backports|http://example.org/backports/\n\
                       Debian|Debian|bookworm-updates|http://example.org/debian/\n\

@@ -1,4 +1,4 @@
-//! `dist`: a tarball with the agent and what goes with it.
+//! `dist`: builds a tarball with the agent, its licences, README and deployment files.
 
 use crate::{
     build::{self, Profile},
@@ -8,8 +8,8 @@ use crate::{
 use anyhow::{Context, Result};
 use std::{env, fs, path::Path, process::Command};
 
-/// Beside the binary, where present. Folders go whole.
-const BESIDE: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0", "README.md", "deploy"];
+/// Files and folders that go next to the binary, where present.
+const EXTRAS: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0", "README.md", "deploy"];
 
 pub fn verb(args: &[String]) -> Result<()> {
     tools::no_arguments(args)?;
@@ -23,14 +23,14 @@ pub fn verb(args: &[String]) -> Result<()> {
     }
     fs::create_dir_all(&folder)?;
     copy(&built.sampler, &folder.join("gpu-sampler"))?;
-    for beside in BESIDE {
-        let from = tools::root().join(beside);
+    for extra in EXTRAS {
+        let from = tools::root().join(extra);
         if from.exists() {
-            copy(&from, &folder.join(beside))?;
+            copy(&from, &folder.join(extra))?;
         }
     }
     let archive = out.join(format!("{name}.tar.gz"));
-    // The same content gives the same bytes.
+    // Equal content gives equal bytes.
     run(Command::new("tar")
         .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-czf"])
         .arg(&archive)

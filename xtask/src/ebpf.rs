@@ -1,9 +1,9 @@
 //! Builds the kernel program into `target/ebpf-object/sampler-ebpf.o`.
 //!
-//! It needs core's sources, because no compiled core exists for BPF, and a linker whose LLVM is at least as new as the
-//! compiler's. Any toolchain that has the sources serves: rustup's with rust-src, or a distribution's.
+//! It needs core's sources, because there is no compiled core for BPF, and a linker with an LLVM at least as new as the compiler's. Any
+//! toolchain with the sources works: rustup's with rust-src, or a distribution's.
 
-use crate::tools::{self, forget_cargo, output, say};
+use crate::tools::{self, forget_cargo, output, progress};
 use anyhow::{Context, Result, bail};
 use std::{
     env, fs,
@@ -13,7 +13,7 @@ use std::{
 
 pub struct Toolchain {
     pub prefix: PathBuf,
-    /// Major version of the LLVM inside.
+    /// Major version of its LLVM.
     pub llvm: u32,
 }
 
@@ -26,7 +26,7 @@ pub fn linker() -> PathBuf {
     tools::root().join("target/tools/bin/bpf-linker")
 }
 
-/// Major version of the LLVM that the installed linker was linked with; none when it is absent or cannot start.
+/// Major version of the LLVM that the installed linker was built with; `None` if it is missing or cannot start.
 pub fn linker_llvm() -> Option<u32> {
     let linker = linker();
     output(&linker, &["--version"])?;
@@ -45,7 +45,7 @@ fn field<'a>(text: &'a str, key: &str) -> Option<&'a str> {
     text.lines().find_map(|line| line.strip_prefix(key)).map(str::trim)
 }
 
-/// (major, minor) of "1.95.0-nightly".
+/// (major, minor) of a version such as "1.95.0-nightly".
 fn release(text: &str) -> Option<(u32, u32)> {
     let mut parts = text.split('.').map(leading_number);
     Some((parts.next()??, parts.next()??))
@@ -65,7 +65,7 @@ fn probe(prefix: &Path) -> Option<Toolchain> {
     prefix.join("bin/cargo").exists().then(|| Toolchain { prefix: prefix.to_path_buf(), llvm })
 }
 
-/// Every toolchain here that can compile for BPF, the preferred first.
+/// Every installed toolchain that can compile for BPF, the preferred one first.
 pub fn toolchains() -> Vec<Toolchain> {
     let rustup = env::var_os("RUSTUP_HOME").map(PathBuf::from);
     let rustup = rustup.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".rustup")));
@@ -76,7 +76,7 @@ pub fn toolchains() -> Vec<Toolchain> {
     prefixes.iter().filter_map(|prefix| probe(prefix)).collect()
 }
 
-/// The toolchain that goes with the installed linker.
+/// The toolchain that works with the installed linker.
 pub fn usable() -> Option<Toolchain> {
     let newest = linker_llvm()?;
     toolchains().into_iter().find(|toolchain| toolchain.llvm <= newest)
@@ -86,7 +86,7 @@ pub fn build() -> Result<()> {
     build_program("sampler-ebpf", &tools::ebpf_object())
 }
 
-/// What the benches compare the product's way of storing with.
+/// Builds the program with which the benches compare ways of storing process facts.
 pub fn build_storage_bench() -> Result<PathBuf> {
     let object = tools::root().join("target/ebpf-bench/storage.o");
     build_program("storage", &object)?;
@@ -94,9 +94,9 @@ pub fn build_storage_bench() -> Result<PathBuf> {
 }
 
 fn build_program(name: &str, to: &Path) -> Result<()> {
-    let toolchain = usable().context("the kernel program cannot be built yet: run `cargo xtask setup`")?;
+    let toolchain = usable().context("a toolchain or linker for the kernel program is missing: run `cargo xtask setup`")?;
     let prefix = &toolchain.prefix;
-    say(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
+    progress(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
     let target_dir = tools::root().join("target/bpf");
     let mut cargo = Command::new(prefix.join("bin/cargo"));
     forget_cargo(&mut cargo);
@@ -112,7 +112,7 @@ fn build_program(name: &str, to: &Path) -> Result<()> {
     ] {
         cargo.env_remove(name);
     }
-    // The flags replace those of any configuration; \x1f is cargo's separator.
+    // The flags replace those of any cargo configuration; \x1f is cargo's separator.
     let arch = env::consts::ARCH;
     let flags = format!("--cfg=bpf_target_arch=\"{arch}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf");
     cargo
@@ -125,24 +125,24 @@ fn build_program(name: &str, to: &Path) -> Result<()> {
         .args(["--target", "bpfel-unknown-none", "-Zbuild-std=core", "--target-dir"])
         .arg(&target_dir);
     if !cargo.status().with_context(|| prefix.display().to_string())?.success() {
-        bail!("the kernel program did not build");
+        bail!("building the kernel program failed");
     }
     publish(&target_dir.join("bpfel-unknown-none/ebpf").join(name), to)
 }
 
-/// Copies only what changed, whole or not at all, so that nothing behind it is built again for nothing.
+/// Copies the object only if it changed, atomically, so that packages that embed it are not rebuilt without need.
 fn publish(from: &Path, to: &Path) -> Result<()> {
     let new = fs::read(from).with_context(|| from.display().to_string())?;
     if fs::read(to).ok().as_ref() == Some(&new) {
         return Ok(());
     }
-    let folder = to.parent().context("an object lies in a folder")?;
+    let folder = to.parent().context("the object is in a folder")?;
     fs::create_dir_all(folder)?;
-    // Beside the folder, not in it: the agent's build script watches the folder.
+    // Next to the folder, not in it: the agent's build script watches the folder.
     let unfinished = folder.with_extension(format!("tmp{}", std::process::id()));
     fs::write(&unfinished, &new)?;
     fs::rename(&unfinished, to).with_context(|| to.display().to_string())?;
-    say(format_args!("kernel program: {} bytes in {}", new.len(), to.display()));
+    progress(format_args!("kernel program: {} bytes in {}", new.len(), to.display()));
     Ok(())
 }
 
@@ -151,7 +151,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions() {
+    fn versions_are_parsed_and_compared() {
         assert_eq!(release("1.97.0-nightly"), Some((1, 97)));
         assert_eq!(release("1.95"), Some((1, 95)));
         assert!(release("1.100.0") > release("1.95.0"));

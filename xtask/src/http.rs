@@ -1,4 +1,4 @@
-//! One HTTP/1.0 request at a time, over TCP or a Unix socket: enough for /metrics and for Docker's API.
+//! Single HTTP/1.0 requests over TCP or a Unix socket: enough for /metrics and for Docker's API.
 
 use anyhow::{Context, Result, bail};
 use std::{
@@ -9,17 +9,17 @@ use std::{
     time::Duration,
 };
 
-/// Longer than any answer takes; a server that is silent for this long is stuck.
+/// Longer than any response takes; a server that is silent for this long is stuck.
 const PATIENCE: Duration = Duration::from_secs(30);
-/// What asks "is anyone there" waits no longer.
+/// Limit for connecting, also for checks whether a server exists.
 const CONNECT: Duration = Duration::from_secs(2);
 
-pub struct Answer {
+pub struct HttpResponse {
     pub status: u16,
     pub body: Vec<u8>,
 }
 
-impl Answer {
+impl HttpResponse {
     pub fn ok(self) -> Result<Vec<u8>> {
         match self.status {
             200..=299 => Ok(self.body),
@@ -28,36 +28,43 @@ impl Answer {
     }
 }
 
-pub fn get(server: SocketAddr, path: &str) -> Result<Answer> {
+pub fn get(server: SocketAddr, path: &str) -> Result<HttpResponse> {
     let stream = TcpStream::connect_timeout(&server, CONNECT).with_context(|| server.to_string())?;
     stream.set_read_timeout(Some(PATIENCE))?;
     exchange(stream, &server.to_string(), "GET", path, "text/plain", &[])
 }
 
 /// A request to an engine behind a Unix socket.
-pub fn unix(socket: &Path, method: &str, path: &str, body_type: &str, body: &[u8]) -> Result<Answer> {
+pub fn unix(socket: &Path, method: &str, path: &str, body_type: &str, body: &[u8]) -> Result<HttpResponse> {
     let stream = UnixStream::connect(socket).with_context(|| socket.display().to_string())?;
     stream.set_read_timeout(Some(PATIENCE))?;
     exchange(stream, "localhost", method, path, body_type, body).with_context(|| format!("{method} {path}"))
 }
 
-fn exchange(mut stream: impl Read + Write, host: &str, method: &str, path: &str, body_type: &str, body: &[u8]) -> Result<Answer> {
+fn exchange(
+    mut stream: impl Read + Write,
+    host: &str,
+    method: &str,
+    path: &str,
+    body_type: &str,
+    body: &[u8],
+) -> Result<HttpResponse> {
     write!(stream, "{method} {path} HTTP/1.0\r\nHost: {host}\r\n")?;
     if !body.is_empty() {
         write!(stream, "Content-Type: {body_type}\r\nContent-Length: {}\r\n", body.len())?;
     }
     write!(stream, "\r\n")?;
     stream.write_all(body)?;
-    let mut answer = Vec::new();
-    stream.read_to_end(&mut answer)?;
-    parse(&answer).context("not an HTTP answer")
+    let mut response = Vec::new();
+    stream.read_to_end(&mut response)?;
+    parse(&response).context("not an HTTP response")
 }
 
-fn parse(answer: &[u8]) -> Option<Answer> {
-    let end = answer.windows(4).position(|window| window == b"\r\n\r\n")?;
-    let head = std::str::from_utf8(answer.get(..end)?).ok()?;
+fn parse(response: &[u8]) -> Option<HttpResponse> {
+    let end = response.windows(4).position(|window| window == b"\r\n\r\n")?;
+    let head = std::str::from_utf8(response.get(..end)?).ok()?;
     let status = head.strip_prefix("HTTP/1.")?.split(' ').nth(1)?.parse().ok()?;
-    Some(Answer { status, body: answer.get(end + 4..)?.to_vec() })
+    Some(HttpResponse { status, body: response.get(end + 4..)?.to_vec() })
 }
 
 #[cfg(test)]
@@ -65,9 +72,9 @@ mod tests {
     use super::parse;
 
     #[test]
-    fn answers() {
-        let answer = parse(b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nbody").unwrap();
-        assert_eq!((answer.status, answer.body.as_slice()), (200, &b"body"[..]));
+    fn responses_are_parsed_and_other_protocols_rejected() {
+        let response = parse(b"HTTP/1.0 200 OK\r\nA: b\r\n\r\nbody").unwrap();
+        assert_eq!((response.status, response.body.as_slice()), (200, &b"body"[..]));
         assert_eq!(parse(b"HTTP/1.1 404 Not Found\r\n\r\n").unwrap().status, 404);
         assert!(parse(b"").is_none());
         assert!(parse(b"SSH-2.0\r\n\r\n").is_none());

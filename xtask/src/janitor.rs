@@ -1,18 +1,18 @@
-//! Removes what a verb made, whatever becomes of the verb: an error, a panic, Ctrl-C, even SIGKILL.
+//! Removes what a verb created, however the verb ends: with success, an error, a panic, Ctrl-C, even SIGKILL.
 //!
-//! Another process of this same binary, in a session of its own, is told of each thing **before** it is made. When the
-//! pipe to it closes, for whatever reason, it removes everything in reverse order. So there is one way to clean up, and
-//! it is the same after success. It removes only what it was told, and a shared folder only when it is empty.
+//! Another process of this binary, in a session of its own, gets the name of each thing **before** it is created. When the pipe to that
+//! process closes, for any reason, it removes everything in reverse order. So there is one way of cleaning up, also after success. It
+//! removes only what was named, and a shared folder only if it is empty.
 //!
 //! ```text
 //!   verb --- "cgroup /sys/fs/cgroup/.." ---> janitor
 //!        --- "tree /tmp/.." --------------->
-//!        --- (end of file) ---------------->  tree, cgroup --> exit 0, or 1 with what is left on stderr
+//!        --- (end of file) ---------------->  tree, cgroup --> exit 0, or 1 with the remaining things on stderr
 //! ```
 
 use crate::{
     http, sys,
-    tools::{say, wait_until},
+    tools::{progress, wait_until},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -33,13 +33,13 @@ const ENGINE_PATIENCE: Duration = Duration::from_secs(30);
 /// One thing to remove.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub enum Leftover {
-    /// A cgroup of ours, with the processes in it.
+    /// A cgroup that the verb created, with the processes in it.
     Cgroup(PathBuf),
-    /// The cgroups of tests whose process has ended, of whichever run.
+    /// Cgroups of tests of any run that has ended.
     TestCgroups,
-    /// A folder that others may have come to use: removed only when empty.
+    /// A folder that other processes may use by then: removed only if it is empty.
     Folder(PathBuf),
-    /// A folder of ours, with all that is in it or mounted below it.
+    /// A folder that the verb created, with its contents and all mounts below it.
     Tree(PathBuf),
     Container {
         socket: PathBuf,
@@ -54,7 +54,7 @@ pub enum Leftover {
         pid: u32,
         start: u64,
     },
-    /// A dockerd whose data and state lie in `dir`.
+    /// A dockerd with data and state in `dir`.
     Engine {
         pid: u32,
         start: u64,
@@ -101,8 +101,8 @@ impl Leftover {
             Self::Cgroup(dir) => remove_cgroup(dir),
             Self::TestCgroups => remove_test_cgroups(),
             Self::Folder(dir) => {
-                // Not empty or busy: someone else's by now.
-                let _theirs = fs::remove_dir(dir);
+                // Not empty or busy: in use by another process.
+                let _in_use = fs::remove_dir(dir);
                 Ok(())
             }
             Self::Tree(dir) => remove_tree(dir),
@@ -119,7 +119,7 @@ impl Leftover {
     }
 }
 
-/// The verb's end of the pipe. Dropping it has everything removed.
+/// The verb's end of the pipe. Dropping it removes everything.
 pub struct Cleanup {
     janitor: Child,
     pipe: Option<ChildStdin>,
@@ -134,25 +134,25 @@ impl Cleanup {
         Ok(Self { janitor, pipe })
     }
 
-    /// To be called before the thing is made.
+    /// Must be called before the thing is created.
     pub fn will_remove(&mut self, what: &Leftover) -> Result<()> {
         let mut pipe = self.pipe.as_ref().context("the janitor's pipe is open until the end")?;
-        // One write, so that a line is never half there.
-        pipe.write_all(format!("{}\n", what.encode()?).as_bytes()).context("the janitor is gone")
+        // One write, so that no line is ever incomplete.
+        pipe.write_all(format!("{}\n", what.encode()?).as_bytes()).context("the janitor has ended")
     }
 
     /// A new empty folder below the system's temporary one.
     pub fn temporary(&mut self, name: &str) -> Result<PathBuf> {
         let dir = env::temp_dir().join(format!("{name}-{}", std::process::id()));
         if dir.exists() {
-            bail!("{} is in the way: remove it", dir.display());
+            bail!("{} already exists: remove it", dir.display());
         }
         self.will_remove(&Leftover::Tree(dir.clone()))?;
         fs::create_dir(&dir).with_context(|| dir.display().to_string())?;
         Ok(dir)
     }
 
-    /// Makes `dir` and the parents that are missing, each to be removed when empty.
+    /// Creates `dir` and its missing parents, each to be removed if it is empty.
     pub fn folders(&mut self, dir: &Path) -> Result<()> {
         let missing: Vec<&Path> = dir.ancestors().take_while(|dir| !dir.exists()).collect();
         for dir in missing.into_iter().rev() {
@@ -173,8 +173,8 @@ impl Drop for Cleanup {
         self.pipe = None;
         match self.janitor.wait() {
             Ok(status) if status.success() => {}
-            Ok(status) => say(format_args!("something could not be removed ({status})")),
-            Err(error) => say(format_args!("the janitor: {error}")),
+            Ok(status) => progress(format_args!("not everything could be removed ({status})")),
+            Err(error) => progress(format_args!("the janitor: {error}")),
         }
     }
 }
@@ -184,7 +184,7 @@ pub fn verb() -> Result<()> {
     let lines: Vec<String> = io::stdin().lock().lines().map_while(Result::ok).collect();
     let mut left = 0;
     for line in lines.iter().rev() {
-        let removed = Leftover::decode(line).context("not understood").and_then(|leftover| leftover.remove());
+        let removed = Leftover::decode(line).context("invalid line").and_then(|leftover| leftover.remove());
         if let Err(problem) = removed {
             eprintln!("xtask: left behind: {}: {problem:#}", line.replace('\t', " "));
             left += 1;
@@ -196,7 +196,7 @@ pub fn verb() -> Result<()> {
     Ok(())
 }
 
-fn gone_or(result: io::Result<()>) -> io::Result<()> {
+fn not_found_is_ok(result: io::Result<()>) -> io::Result<()> {
     match result {
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(()),
         other => other,
@@ -207,21 +207,21 @@ fn remove_cgroup(dir: &Path) -> Result<()> {
     let mut last = Ok(());
     wait_until(CGROUP_PATIENCE, || {
         for pid in fs::read_to_string(dir.join("cgroup.procs")).unwrap_or_default().lines() {
-            // 0 is a process of another pid namespace, and means our own group to kill.
+            // 0 is a process of another pid namespace; kill(0) would hit the own group.
             if let Ok(pid @ 1..) = pid.parse() {
                 sys::kill(pid, libc::SIGKILL);
             }
         }
-        last = gone_or(fs::remove_dir(dir));
+        last = not_found_is_ok(fs::remove_dir(dir));
         last.is_ok()
     });
     last.with_context(|| dir.display().to_string())
 }
 
-/// What the tests' own `CgroupTree` is called; the pid of the test process follows.
+/// Prefix of the cgroups of the tests' `CgroupTree`; the pid of the test process follows.
 const TEST_CGROUP: &str = "gpu-sampler-test-";
 
-/// A test run that was killed leaves containers that nobody can name, and the next run would meet them.
+/// A killed test run leaves containers without a source of names, which would disturb the next run.
 pub fn remove_test_cgroups() -> Result<()> {
     for mount in mounts().into_iter().filter(Mount::is_cgroup) {
         for dir in cgroups_named(&mount.point, TEST_CGROUP, 0) {
@@ -235,7 +235,7 @@ pub fn remove_test_cgroups() -> Result<()> {
     Ok(())
 }
 
-/// With those below it.
+/// Removes a cgroup with those below it.
 fn remove_cgroups(dir: &Path) -> Result<()> {
     for entry in fs::read_dir(dir).into_iter().flatten().flatten() {
         if entry.file_type().is_ok_and(|kind| kind.is_dir()) {
@@ -250,31 +250,31 @@ fn remove_tree(dir: &Path) -> Result<()> {
         sys::unmount(&mount.point).with_context(|| mount.point.display().to_string())?;
     }
     let mut last = Ok(());
-    // Someone who was killed a moment ago can still write a file.
+    // A process that was killed a moment ago may still write a file.
     wait_until(CGROUP_PATIENCE, || {
-        last = gone_or(fs::remove_dir_all(dir));
+        last = not_found_is_ok(fs::remove_dir_all(dir));
         last.is_ok()
     });
     last.with_context(|| dir.display().to_string())
 }
 
 fn delete(socket: &Path, path: &str) -> Result<()> {
-    let answer = http::unix(socket, "DELETE", path, "", &[])?;
-    if answer.status != 404 {
-        answer.ok()?;
+    let response = http::unix(socket, "DELETE", path, "", &[])?;
+    if response.status != 404 {
+        response.ok()?;
     }
     Ok(())
 }
 
 fn remove_engine(pid: u32, start: u64, dir: &Path) -> Result<()> {
-    let lives = || start_time(pid) == Some(start);
-    if lives() {
+    let is_alive = || start_time(pid) == Some(start);
+    if is_alive() {
         sys::kill(pid as i32, libc::SIGTERM);
-        if !wait_until(ENGINE_PATIENCE, || !lives()) {
+        if !wait_until(ENGINE_PATIENCE, || !is_alive()) {
             sys::kill(pid as i32, libc::SIGKILL);
         }
     }
-    // What follows finds something only where dockerd had no chance to stop its containers.
+    // The rest finds something only if dockerd could not stop its containers.
     for stray in processes_naming(dir) {
         sys::kill(stray, libc::SIGKILL);
     }
@@ -308,7 +308,7 @@ fn cgroups_named(dir: &Path, part: &str, depth: usize) -> Vec<PathBuf> {
     found
 }
 
-/// containerd and its shims carry the folder on their command lines.
+/// Processes with the folder on their command line, as containerd and its shims have it.
 fn processes_naming(dir: &Path) -> Vec<i32> {
     let Some(dir) = dir.to_str() else { return Vec::new() };
     let own = std::process::id() as i32;
@@ -319,10 +319,10 @@ fn processes_naming(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// In clock ticks since boot: with the pid, the identity of a process. None for a zombie too.
+/// In clock ticks since boot: with the pid, the identity of a process. `None` also for a zombie.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before the last bracket can hold anything.
+    // The name before the last bracket may contain anything.
     let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
     if matches!(fields.first(), Some(&"Z" | &"X")) {
         return None;
@@ -333,7 +333,7 @@ pub fn start_time(pid: u32) -> Option<u64> {
 pub struct Mount {
     pub point: PathBuf,
     pub kind: String,
-    /// The superblock's; on cgroup v1 the controllers.
+    /// The superblock's options; on cgroup v1 the controllers.
     pub options: String,
 }
 
@@ -343,7 +343,7 @@ impl Mount {
     }
 }
 
-/// As mounted, the latest last.
+/// In the order of mounting.
 pub fn mounts() -> Vec<Mount> {
     let text = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     text.lines().filter_map(mount).collect()
@@ -364,7 +364,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines_come_back() {
+    fn encoded_lines_decode_to_the_same() {
         for leftover in [
             Leftover::Cgroup("/sys/fs/cgroup/a".into()),
             Leftover::Folder("/run/x y".into()),
@@ -381,7 +381,7 @@ mod tests {
     }
 
     #[test]
-    fn mount_lines() {
+    fn mount_lines_are_parsed() {
         let mount = mount("36 25 0:31 / /sys/fs/cgroup/pids rw,nosuid shared:9 - cgroup cgroup rw,pids").unwrap();
         assert_eq!(mount.point, Path::new("/sys/fs/cgroup/pids"));
         assert_eq!((mount.kind.as_str(), mount.options.as_str()), ("cgroup", "rw,pids"));
@@ -389,7 +389,7 @@ mod tests {
     }
 
     #[test]
-    fn our_own_start_time_is_known() {
+    fn the_own_start_time_is_known() {
         assert!(start_time(std::process::id()).is_some());
     }
 }

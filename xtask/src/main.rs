@@ -1,6 +1,6 @@
-//! The developer's one tool: `cargo xtask VERB`. This file only chooses the verb.
+//! The developer's tool: `cargo xtask VERB`. This file only dispatches to the verb.
 //!
-//! Few dependencies, because on a bare machine this is compiled before anything else.
+//! It has few dependencies, because on a bare machine it is compiled before anything else.
 #![deny(unsafe_code)]
 
 mod agent;
@@ -10,13 +10,14 @@ mod debian;
 mod demo;
 mod dist;
 mod dockerd;
+mod docs;
 mod ebpf;
 mod gpu;
 mod http;
 mod janitor;
 mod lint;
 mod setup;
-#[expect(unsafe_code, reason = "the few calls that std does not offer: signals, prctl")]
+#[expect(unsafe_code, reason = "system calls that std does not offer: signals, prctl")]
 mod sys;
 mod test;
 mod tools;
@@ -27,15 +28,16 @@ use std::process::ExitCode;
 const HELP: &str = "\
 cargo xtask VERB
 
-  setup [--check] [--yes]          what is missing to build the kernel program and to run the tests
-  demo [--for 30s] [--sim|--real]  containers on a GPU, the agent, and a live table of who uses how much
-  test [FILTER..]                  everything, on real engines and the real kernel (root)
-  bench [FILTER..]                 speed and memory, each beside its aim (root)
-  gpu [--for 60s] [-o FOLDER]      records what this machine's NVIDIA driver answers, for the tests to replay (root)
+  setup [--check] [--yes]          install what the kernel program's build and the tests need
+  demo [--for 30s] [--sim|--real]  run containers on a GPU, the agent, and a live table of GPU use
+  test [FILTER..]                  run all tests, on real engines and the real kernel (root)
+  bench [FILTER..]                 measure speed and memory against their targets (root)
+  gpu [--for 60s] [-o FOLDER]      record this machine's NVIDIA driver for the tests to replay (root)
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
-  lint [CHECK..]                   format, imports, words, clippy, licences, home-paths
-  build [--debug]                  the kernel program, the agent, the simulator
-  dist                             a release tarball in target/dist
+  lint [CHECK..]                   check format, imports, families, words, clippy, licences, home-paths
+  build [--debug]                  build the kernel program, the agent, the simulator
+  docs                             rewrite docs/metrics.md from the metric catalogue
+  dist                             build a release tarball in target/dist
 ";
 
 fn main() -> ExitCode {
@@ -54,13 +56,14 @@ fn main() -> ExitCode {
         "lint" => lint::verb(rest),
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),
+        "docs" => docs::verb(rest),
         "dist" => dist::verb(rest),
         janitor::VERB => janitor::verb(),
         "help" | "--help" | "-h" => {
             print!("{HELP}");
             Ok(())
         }
-        other => Err(tools::Usage(format!("there is no verb '{other}'\n\n{HELP}")).into()),
+        other => Err(tools::Usage(format!("unknown verb '{other}'\n\n{HELP}")).into()),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,

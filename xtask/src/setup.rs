@@ -1,11 +1,11 @@
-//! `setup`: what is missing to build the kernel program and to run the tests, and its installation.
+//! `setup`: finds what is missing to build the kernel program and to run the tests, and installs it.
 //!
-//! On Debian and its kin, as root, it installs; elsewhere it names exactly what to install. Nothing outside the
-//! package manager and `target/tools` is touched.
+//! On Debian and its derivatives it installs as root; elsewhere it prints exactly what to install. It changes nothing outside the package
+//! manager and `target/tools`.
 
 use crate::{
     debian, ebpf, sys,
-    tools::{self, on_path, output, run, say},
+    tools::{self, on_path, output, progress, run},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -24,16 +24,16 @@ const DEBIAN_LLVM: u32 = 22;
 
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub enum Scope {
-    /// To build the kernel program.
+    /// Requirements to build the kernel program.
     Ebpf,
-    /// That, and the engines that the tests talk to.
+    /// The same, and the engines that the tests use.
     Tests,
-    /// To make and boot virtual machines.
+    /// Requirements to make and boot virtual machines.
     Vm,
 }
 
 enum Missing {
-    /// Debian packages, and what to look for elsewhere.
+    /// Debian packages, and what they provide.
     Packages {
         what: String,
         packages: Vec<String>,
@@ -70,57 +70,57 @@ pub fn verb(args: &[String]) -> Result<()> {
     }
     let missing = missing(Scope::Tests);
     if missing.is_empty() {
-        say("setup: nothing is missing");
+        progress("setup: nothing is missing");
         return Ok(());
     }
-    for one in &missing {
-        println!("{one}");
+    for item in &missing {
+        println!("{item}");
     }
     bail!("{} missing; `cargo xtask setup` installs them", missing.len());
 }
 
-/// Installs what is missing for `scope`; nothing to do is the usual case and silent enough.
+/// Installs what is missing for `scope`; usually that is nothing.
 pub fn ensure(scope: Scope, yes: bool) -> Result<()> {
     let lacking = missing(scope);
     if lacking.is_empty() {
-        say("setup: nothing is missing");
+        progress("setup: nothing is missing");
         return Ok(());
     }
-    say("setup: to be installed:");
-    for one in &lacking {
-        eprintln!("  {one}");
+    progress("setup: to be installed:");
+    for item in &lacking {
+        eprintln!("  {item}");
     }
     let packages = packages_of(&lacking);
     if !packages.is_empty() {
         if on_path("apt-get").is_none() || !Path::new("/etc/debian_version").exists() {
-            bail!("this system's packages are not known here: install the above (Debian's names) by hand, then repeat");
+            bail!("cannot install packages on this system: install the above (Debian package names) by hand, then repeat");
         }
         if !sys::is_root() {
-            bail!("only root can install packages: run `apt-get install {}`, then repeat", packages.join(" "));
+            bail!("installing packages requires root: run `apt-get install {}`, then repeat", packages.join(" "));
         }
     }
-    if !yes && io::stdin().is_terminal() && !agreed()? {
+    if !yes && io::stdin().is_terminal() && !confirm()? {
         bail!("nothing was installed");
     }
     if !packages.is_empty() {
         install_packages(&packages)?;
     }
-    // What a package brought decides which linker is wanted.
-    for one in missing(scope) {
-        match one {
+    // The installed packages decide which linker is needed.
+    for item in missing(scope) {
+        match item {
             Missing::Linker { llvm } => install_linker(llvm)?,
-            Missing::Packages { .. } => bail!("still missing after the installation: {one}"),
+            Missing::Packages { .. } => bail!("still missing after the installation: {item}"),
         }
     }
     let still = missing(scope);
-    if let Some(one) = still.first() {
-        bail!("still missing after the installation: {one}");
+    if let Some(item) = still.first() {
+        bail!("still missing after the installation: {item}");
     }
-    say("setup: complete");
+    progress("setup: complete");
     Ok(())
 }
 
-fn agreed() -> Result<bool> {
+fn confirm() -> Result<bool> {
     eprint!("Install these now? [Y/n] ");
     io::stderr().flush()?;
     let mut answer = String::new();
@@ -130,8 +130,8 @@ fn agreed() -> Result<bool> {
 
 fn packages_of(missing: &[Missing]) -> Vec<String> {
     let mut names = BTreeSet::new();
-    for one in missing {
-        if let Missing::Packages { packages, .. } = one {
+    for item in missing {
+        if let Missing::Packages { packages, .. } = item {
             names.extend(packages.iter().cloned());
         }
     }
@@ -164,20 +164,20 @@ fn missing_for_ebpf() -> Vec<Missing> {
         return Vec::new();
     }
     let mut missing = Vec::new();
-    // The C++ standard library, which LLVM's C interface needs.
+    // The compiler brings the C++ standard library, which LLVM's C interface needs.
     if on_path("c++").or_else(|| on_path("g++")).is_none() {
         missing.push(packages("a C++ compiler to build bpf-linker with", &["g++"]));
     }
     let toolchains = ebpf::toolchains();
     let wanted: Vec<u32> = toolchains.iter().map(|t| t.llvm.max(*LINKER_LLVMS.start())).collect();
-    let here = wanted.iter().find_map(|llvm| (*llvm..=*LINKER_LLVMS.end()).find(|n| llvm_prefix(*n).is_some()));
-    if let Some(llvm) = here {
+    let installed = wanted.iter().find_map(|llvm| (*llvm..=*LINKER_LLVMS.end()).find(|n| llvm_prefix(*n).is_some()));
+    if let Some(llvm) = installed {
         missing.push(Missing::Linker { llvm });
         return missing;
     }
-    // Outside Debian nothing can be asked: name what goes with the toolchain that is there.
-    let can_get = |llvm: &u32| on_path("apt-cache").is_none() || offered(&format!("llvm-{llvm}-dev"));
-    let known = wanted.into_iter().filter(|llvm| LINKER_LLVMS.contains(llvm)).find(can_get);
+    // Outside Debian the available packages are unknown: the version that fits the installed toolchain is named.
+    let is_available = |llvm: &u32| on_path("apt-cache").is_none() || offered(&format!("llvm-{llvm}-dev"));
+    let known = wanted.into_iter().filter(|llvm| LINKER_LLVMS.contains(llvm)).find(is_available);
     if known.is_none() {
         let version = env!("CARGO_PKG_RUST_VERSION");
         let what = format!("a Rust toolchain, {version} or newer, with the library sources (or `rustup component add rust-src`)");
@@ -191,18 +191,18 @@ fn missing_for_ebpf() -> Vec<Missing> {
     missing
 }
 
-/// What it is, its command, its package.
+/// Description, command, package.
 type Wanted = (&'static str, &'static str, &'static str);
 
 const QEMU: &str = "qemu-system-x86";
 const FOR_VM: [Wanted; 7] = [
     ("the emulator", "qemu-system-x86_64", QEMU),
-    ("what makes a root file system", "debootstrap", "debootstrap"),
-    ("ext4's tools", "mkfs.ext4", "e2fsprogs"),
-    ("the tools of kernel modules", "depmod", "kmod"),
-    ("xz, which modules are compressed with", "xz", "xz-utils"),
-    ("zstd, which modules are compressed with", "zstd", "zstd"),
-    ("namespaces for debootstrap", "unshare", "util-linux"),
+    ("debootstrap, to make root file systems", "debootstrap", "debootstrap"),
+    ("the ext4 tools", "mkfs.ext4", "e2fsprogs"),
+    ("the kernel module tools", "depmod", "kmod"),
+    ("xz, to decompress modules", "xz", "xz-utils"),
+    ("zstd, to decompress modules", "zstd", "zstd"),
+    ("unshare, for debootstrap's namespaces", "unshare", "util-linux"),
 ];
 
 fn missing_commands(wanted: &[Wanted]) -> Vec<Missing> {
@@ -220,7 +220,7 @@ fn missing_for_tests() -> Vec<Missing> {
         ("crun", "crun", "crun"),
         ("podman", "podman", "podman"),
         ("podman's monitor", "conmon", "conmon"),
-        ("iptables, which dockerd asks for", "iptables", "iptables"),
+        ("iptables, which dockerd requires", "iptables", "iptables"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),
         ("Chromium", "chromium", "chromium"),
@@ -234,7 +234,7 @@ fn missing_for_tests() -> Vec<Missing> {
     ];
     let lacking = headers.iter().filter(|(_, header, _)| !Path::new("/usr/include").join(header).exists());
     missing.extend(lacking.map(|(what, _, package)| packages(*what, &[package])));
-    // A venv takes its pip from ensurepip, which Debian ships apart.
+    // A venv takes its pip from ensurepip, which Debian packages separately.
     if output("python3", &["-c", "import ensurepip, venv"]).is_none() {
         missing.push(packages("Python with venv", &["python3", "python3-venv"]));
     }
@@ -245,7 +245,7 @@ fn debian_llvm(llvm: u32) -> PathBuf {
     PathBuf::from(format!("/usr/lib/llvm-{llvm}"))
 }
 
-/// Where LLVM of that major lies with all that building a linker wants.
+/// The prefix of an LLVM of that major version with all that is needed to build a linker.
 fn llvm_prefix(llvm: u32) -> Option<PathBuf> {
     let debian = debian_llvm(llvm);
     if debian.join("bin/llvm-config").exists() {
@@ -261,7 +261,7 @@ fn llvm_prefix(llvm: u32) -> Option<PathBuf> {
     prefix.join("include/llvm-c/Core.h").exists().then_some(prefix)
 }
 
-/// Whether the package manager has a version of it to install.
+/// Whether the package manager has an installable version of the package.
 fn offered(package: &str) -> bool {
     output("apt-cache", &["policy", package])
         .is_some_and(|text| text.lines().any(|line| line.contains("Candidate:") && !line.contains("(none)")))
@@ -282,14 +282,15 @@ fn install_packages(packages: &[String]) -> Result<()> {
     run(apt_get(&plain).args(packages))
 }
 
-/// Whether the packages can be installed and nothing has to go for them.
+/// Whether the packages can be installed without removing others.
 fn fits(packages: &[String]) -> bool {
     let names = packages.iter().map(String::as_str);
     let args: Vec<&str> = ["install", "--simulate", "--no-install-recommends"].into_iter().chain(names).collect();
     output("apt-get", &args).is_some_and(|plan| !plan.lines().any(|line| line.starts_with("Remv ")))
 }
 
-/// Where newer parts of qemu are installed, the suite's own emulator does not go with them, and that of its backports does.
+/// Installs from the backports: with newer parts of qemu installed, the suite's own emulator is not installable, but that of the
+/// backports is.
 fn install_from_backports(packages: &[String]) -> Result<()> {
     let mirror = debian::mirror().with_context(|| format!("{} cannot be installed", packages.join(" ")))?;
     let dir = tools::target_dir()?.join("vm/backports");
@@ -322,14 +323,14 @@ fn linker_args(llvm: u32) -> Vec<String> {
 }
 
 fn install_linker(llvm: u32) -> Result<()> {
-    let prefix = llvm_prefix(llvm).with_context(|| format!("LLVM {llvm} is not there"))?;
-    say("setup: bpf-linker is built from its sources; that takes a minute or two");
+    let prefix = llvm_prefix(llvm).with_context(|| format!("LLVM {llvm} is not installed"))?;
+    progress("setup: building bpf-linker from source, which takes a minute or two");
     let mut cargo = tools::cargo(&[])?;
     for name in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
         cargo.env_remove(name);
     }
     cargo.env("LLVM_PREFIX", prefix).args(linker_args(llvm));
-    // One that is there but cannot start, or is too old, has to be replaced.
+    // An installed linker that cannot start, or is too old, has to be replaced.
     if ebpf::linker().exists() {
         cargo.arg("--force");
     }

@@ -1,4 +1,4 @@
-//! The few system calls that std does not offer. The only unsafe code of this tool.
+//! System calls that std does not offer. The only unsafe code of this tool.
 
 use std::{
     io,
@@ -18,7 +18,7 @@ fn on(signal: libc::c_int, handler: libc::sighandler_t) {
     unsafe { libc::signal(signal, handler) };
 }
 
-/// From here on SIGINT, SIGTERM and SIGHUP only set what [`interrupted`] answers.
+/// From here on SIGINT, SIGTERM and SIGHUP only set the value of [`interrupted`].
 pub fn catch_signals() {
     let handler = remember as extern "C" fn(libc::c_int) as libc::sighandler_t;
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
@@ -26,14 +26,14 @@ pub fn catch_signals() {
     }
 }
 
-/// For a process that has to outlive the terminal's Ctrl-C.
+/// For a process that must survive the terminal's Ctrl-C.
 pub fn ignore_signals() {
     for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP, libc::SIGPIPE] {
         on(signal, libc::SIG_IGN);
     }
 }
 
-/// The signal that asked this process to end, once one has come.
+/// The signal that asked this process to end, if one has arrived.
 pub fn interrupted() -> Option<u8> {
     u8::try_from(CAUGHT.load(Ordering::Relaxed)).ok().filter(|signal| *signal != 0)
 }
@@ -43,13 +43,13 @@ pub fn is_root() -> bool {
     unsafe { libc::geteuid() == 0 }
 }
 
-/// `pid` below zero means the process group.
+/// A negative `pid` is a process group.
 pub fn kill(pid: i32, signal: libc::c_int) -> bool {
     // SAFETY: plain integers.
     unsafe { libc::kill(pid, signal) == 0 }
 }
 
-/// Detaches every mount at `path`, one layer at a call.
+/// Detaches the topmost mount at `path`.
 pub fn unmount(path: &std::path::Path) -> io::Result<()> {
     use std::os::unix::ffi::OsStrExt as _;
     let path = std::ffi::CString::new(path.as_os_str().as_bytes())?;
@@ -60,7 +60,7 @@ pub fn unmount(path: &std::path::Path) -> io::Result<()> {
     }
 }
 
-/// The child gets `signal` when this thread ends, however it ends.
+/// The child gets `signal` when this thread ends, for any reason.
 pub fn dies_with_us(command: &mut Command, signal: libc::c_int) -> &mut Command {
     let parent = std::process::id();
     // SAFETY: the closure calls prctl, getppid and raise only, all async-signal-safe.

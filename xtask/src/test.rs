@@ -1,11 +1,11 @@
-//! `test`: everything, in one go: unit tests, then the privileged tests on the real kernel and real engines.
+//! `test`: runs everything: unit tests, then the privileged tests on the real kernel and real engines.
 
 use crate::{
     build::{self, Profile},
     dockerd,
     janitor::{self, Cleanup, Leftover, start_time},
     setup, sys,
-    tools::{self, say, shown},
+    tools::{self, progress, shown},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -15,18 +15,18 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// The package whose tests need root, a kernel and engines.
+/// The package of the tests that need root, a kernel and engines.
 const PRIVILEGED: &str = "gpu-sampler-tests";
-/// Between asking the test runner to end and insisting.
+/// Time between asking the test runner to end and killing it.
 const GRACE: Duration = Duration::from_secs(10);
 
-/// What has to hold before the kernel and engines are used, by tests or benches.
+/// Checks the preconditions of tests and benches that use the kernel and engines.
 pub fn prepare(filters: &[String]) -> Result<()> {
     if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
         return Err(tools::unknown(option));
     }
     if !sys::is_root() {
-        bail!("programs are loaded into the kernel and containers started: run as root");
+        bail!("loading programs into the kernel and starting containers requires root");
     }
     setup::ensure(setup::Scope::Tests, true)
 }
@@ -43,7 +43,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     unit.args(filters).env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
     let unit = run(unit, &mut cleanup);
     if let Err(problem) = &unit {
-        say(format_args!("{problem:#}; the other tests follow"));
+        progress(format_args!("{problem:#}; continuing with the privileged tests"));
     }
     if let Some(signal) = sys::interrupted() {
         bail!("interrupted by signal {signal}");
@@ -67,15 +67,15 @@ pub fn verb(filters: &[String]) -> Result<()> {
     privileged.and(unit)
 }
 
-/// The runner in a process group of its own, so that it can be ended whole.
+/// Runs the command in a process group of its own, so that the whole group can be ended.
 pub fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
-    say(shown(&command));
+    progress(shown(&command));
     command.stdin(Stdio::null());
     sys::own_session(sys::dies_with_us(&mut command, libc::SIGKILL));
     let mut child = command.spawn().with_context(|| shown(&command))?;
     let pid = child.id();
     cleanup.will_remove(&Leftover::Group { pid, start: start_time(pid).unwrap_or_default() })?;
-    let mut asked: Option<Instant> = None;
+    let mut ending_since: Option<Instant> = None;
     loop {
         if let Some(status) = child.try_wait()? {
             if let Some(signal) = sys::interrupted() {
@@ -86,10 +86,10 @@ pub fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
             }
             return Ok(());
         }
-        match asked {
+        match ending_since {
             None if sys::interrupted().is_some() => {
                 sys::kill(-(pid as i32), libc::SIGTERM);
-                asked = Some(Instant::now());
+                ending_since = Some(Instant::now());
             }
             Some(when) if when.elapsed() > GRACE => {
                 sys::kill(-(pid as i32), libc::SIGKILL);

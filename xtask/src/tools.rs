@@ -1,4 +1,4 @@
-//! What several verbs need: where things lie, running a command, saying what is done.
+//! Shared by several verbs: paths, running commands, progress messages.
 
 use crate::sys;
 use anyhow::{Context, Result, bail};
@@ -13,10 +13,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// May be missing in PATH.
+/// Folders that may be missing in PATH.
 const DAEMONS: [&str; 3] = ["/usr/local/sbin", "/usr/sbin", "/sbin"];
 
-/// Wrong words on the command line: exit code 2.
+/// An error in the command line: exit code 2.
 #[derive(Debug)]
 pub struct Usage(pub String);
 
@@ -28,7 +28,7 @@ impl std::fmt::Display for Usage {
 
 impl std::error::Error for Usage {}
 
-/// A command that this tool ran for its caller has failed: its status is this tool's.
+/// A command that this tool ran for its caller failed: this tool exits with its status.
 #[derive(Debug)]
 pub struct Ended {
     pub what: String,
@@ -44,7 +44,7 @@ impl std::fmt::Display for Ended {
 impl std::error::Error for Ended {}
 
 pub fn unknown(word: &str) -> anyhow::Error {
-    Usage(format!("'{word}' is not understood here; `cargo xtask help` lists what is")).into()
+    Usage(format!("unexpected argument '{word}'; see `cargo xtask help`")).into()
 }
 
 pub fn no_arguments(args: &[String]) -> Result<()> {
@@ -54,7 +54,7 @@ pub fn no_arguments(args: &[String]) -> Result<()> {
     }
 }
 
-pub fn say(what: impl std::fmt::Display) {
+pub fn progress(what: impl std::fmt::Display) {
     eprintln!("xtask: {what}");
 }
 
@@ -63,18 +63,18 @@ pub fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
-/// The files that git tracks, as paths from the root; none, with a message, where this is not a checkout.
+/// The files that git tracks, as paths from the root; none, with a message, outside a checkout.
 pub fn tracked() -> Result<Vec<String>> {
     let root = root();
     let root = root.to_str().context("the path of this checkout is UTF-8")?;
     let Some(list) = output("git", &["-C", root, "ls-files", "-z"]) else {
-        say("not a git checkout, so there are no tracked files to read");
+        progress("not a git checkout, so there are no tracked files to read");
         return Ok(Vec::new());
     };
     Ok(list.split_terminator('\0').map(str::to_owned).collect())
 }
 
-/// Where cargo puts what it builds for this workspace.
+/// Cargo's target folder of this workspace.
 pub fn target_dir() -> Result<PathBuf> {
     Ok(match env::var_os("CARGO_TARGET_DIR") {
         Some(dir) => env::current_dir()?.join(dir),
@@ -82,12 +82,12 @@ pub fn target_dir() -> Result<PathBuf> {
     })
 }
 
-/// The folder is fixed, whatever CARGO_TARGET_DIR says: the agent's build script looks here too.
+/// The path is fixed, independent of CARGO_TARGET_DIR: the agent's build script uses it, too.
 pub fn ebpf_object() -> PathBuf {
     root().join("target/ebpf-object/sampler-ebpf.o")
 }
 
-/// Variables by which one cargo speaks to what it starts; a second cargo must not hear them.
+/// Removes the variables that a cargo sets for its children; a second cargo must not get them.
 pub fn forget_cargo(command: &mut Command) -> &mut Command {
     const NAMES: [&str; 4] = ["CARGO", "LD_LIBRARY_PATH", "RUST_RECURSION_COUNT", "OUT_DIR"];
     for (name, _) in env::vars_os() {
@@ -107,16 +107,16 @@ pub fn cargo(args: &[&str]) -> Result<Command> {
     Ok(command)
 }
 
-/// As typed, for the eye.
+/// The command as typed, for messages.
 pub fn shown(command: &Command) -> String {
     let name = Path::new(command.get_program()).file_name().unwrap_or_default();
     let words = std::iter::once(name).chain(command.get_args());
     words.map(|word| word.to_string_lossy()).collect::<Vec<_>>().join(" ")
 }
 
-/// Runs to the end, says what it runs, fails when it fails.
+/// Prints and runs a command; its failure is an error.
 pub fn run(command: &mut Command) -> Result<()> {
-    say(shown(command));
+    progress(shown(command));
     let status = command.status().with_context(|| shown(command))?;
     if !status.success() {
         bail!("`{}` failed ({status})", shown(command));
@@ -124,7 +124,7 @@ pub fn run(command: &mut Command) -> Result<()> {
     Ok(())
 }
 
-/// What the command prints, if it can be run and ends well.
+/// Standard output of a command, if it can be run and succeeds.
 pub fn output(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Option<String> {
     let output = Command::new(program).args(args).env("LC_ALL", "C").output().ok()?;
     if !output.status.success() {
@@ -133,7 +133,7 @@ pub fn output(program: impl AsRef<std::ffi::OsStr>, args: &[&str]) -> Option<Str
     String::from_utf8(output.stdout).ok()
 }
 
-/// The first executable of that name on PATH or where daemons are kept.
+/// The first executable of that name on PATH or in the folders of daemons.
 pub fn on_path(name: &str) -> Option<PathBuf> {
     let path = env::var_os("PATH").unwrap_or_default();
     env::split_paths(&path)
@@ -142,14 +142,14 @@ pub fn on_path(name: &str) -> Option<PathBuf> {
         .find(|file| fs::metadata(file).is_ok_and(|m| m.is_file() && m.permissions().mode() & 0o111 != 0))
 }
 
-/// PATH, and where daemons and tools of administrators are kept.
+/// PATH, with the folders of daemons and administrators' tools.
 pub fn path_with_daemons() -> OsString {
     let mut path = env::var_os("PATH").unwrap_or_default();
     path.push(format!(":{}", DAEMONS.join(":")));
     path
 }
 
-/// A command by the full path of its program; the program finds its own helpers in the same folders.
+/// A command with the full path of its program; the program finds its own helpers in the same folders.
 pub fn program(name: &str) -> Result<Command> {
     let file = on_path(name).with_context(|| format!("{name} is not installed"))?;
     let mut command = Command::new(file);
@@ -165,7 +165,7 @@ pub fn tail(log: &Path) -> String {
     lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
-/// A length of time as people type it; bare numbers are seconds.
+/// Parses a duration; a bare number is seconds.
 pub fn duration(text: &str) -> Result<Duration> {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     let (number, unit) = text.split_at(end);
@@ -178,17 +178,17 @@ pub fn duration(text: &str) -> Result<Duration> {
     };
     let seconds = number.parse::<f64>().map_or(f64::NAN, |number| number * factor);
     let parsed = Duration::try_from_secs_f64(seconds).ok().filter(|duration| !duration.is_zero());
-    parsed.ok_or_else(|| Usage(format!("'{text}' is no duration; 30s, 5m or 1500ms are")).into())
+    parsed.ok_or_else(|| Usage(format!("'{text}' is not a duration, such as 30s, 5m or 1500ms")).into())
 }
 
-/// A child that is ended, and reaped, when this goes out of scope.
+/// A child that is ended and reaped when this is dropped.
 pub struct Running {
     pub name: String,
     child: Child,
 }
 
 impl Running {
-    /// Starts it so that it dies with this process in any case.
+    /// Starts the child so that it dies with this process in any case.
     pub fn start(name: impl Into<String>, command: &mut Command) -> Result<Self> {
         let child = sys::dies_with_us(command, libc::SIGKILL).spawn();
         let child = child.with_context(|| format!("starting `{}`", shown(command)))?;
@@ -199,7 +199,7 @@ impl Running {
         self.child.id()
     }
 
-    /// How it ended, if it did.
+    /// The exit status, if the child has ended.
     pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
         self.child.try_wait().with_context(|| self.name.clone())
     }
@@ -207,20 +207,20 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
-        // An id that has not been waited for cannot be anyone else's.
+        // The child has not been waited for, so its id cannot have been reused.
         if let Ok(None) = self.child.try_wait() {
             sys::kill(self.child.id() as i32, libc::SIGTERM);
             let patience = Duration::from_secs(3);
             let child = &mut self.child;
             if !wait_until(patience, || !matches!(child.try_wait(), Ok(None))) {
-                let _gone_already = child.kill();
+                let _already_ended = child.kill();
             }
             let _reaped = child.wait();
         }
     }
 }
 
-/// Polls until `done` or the time is over; the last answer.
+/// Polls until `done` or the time is over. Returns the last result.
 pub fn wait_until(patience: Duration, mut done: impl FnMut() -> bool) -> bool {
     let from = Instant::now();
     loop {
@@ -239,7 +239,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn durations() {
+    fn durations_have_units_and_bare_numbers_are_seconds() {
         for (text, expect) in [
             ("30s", Some(30_000)),
             ("1.5m", Some(90_000)),

@@ -1,4 +1,4 @@
-//! Who reads: programs as their authors publish them, with the settings their authors recommend, and the agent.
+//! The clients: other exporters as published, with the settings that their authors recommend, and the agent.
 
 use std::os::unix::fs::PermissionsExt as _;
 use std::path::PathBuf;
@@ -10,24 +10,24 @@ use gpu_sampler_tests::{Agent, Running, Sample, clients, free_port, get, wait_fo
 
 use crate::world::Scene;
 
-/// A folder for what clients print, and for the last page of each; to look into what a table says.
+/// Environment variable with a folder for the clients' output and the last page of each, to examine the results in a table.
 pub const LOG: &str = "PEERS_LOG";
 
-/// How to find a client's numbers; utilizations are in percent.
-pub struct Dialect {
+/// Where a client's page has its numbers; utilizations are in percent.
+pub struct Naming {
     /// Utilization of a device.
     pub device: &'static str,
-    /// Utilization of a process; none where it has none.
+    /// Utilization of a process; `None` if the client has none.
     pub process: Option<&'static str>,
     pub process_memory: &'static str,
-    /// The label with the GPU's number.
+    /// The label with the GPU's index.
     pub index: &'static str,
 }
 
 pub struct Client {
     pub name: &'static str,
     pub port: u16,
-    pub dialect: Option<Dialect>,
+    pub naming: Option<Naming>,
     process: Process,
 }
 
@@ -40,7 +40,7 @@ impl Client {
     pub fn all(scene: &Scene) -> Result<Vec<Self>> {
         let others = [Self::nvitop(scene)?, Self::all_smi(scene)?];
         let agent = Agent::start(Some(&scene.sim), &["--path-rootfs", &scene.root.path().to_string_lossy()])?;
-        let agent = Self { name: "gpu-sampler", port: agent.port, dialect: None, process: Process::Agent(agent) };
+        let agent = Self { name: "gpu-sampler", port: agent.port, naming: None, process: Process::Agent(agent) };
         Ok([agent].into_iter().chain(others).collect())
     }
 
@@ -49,18 +49,18 @@ impl Client {
         let port = free_port()?;
         let mut command = scene.sim.client(&bin.join("python"));
         command.args(["-m", "nvitop_exporter", "--interval", "1", "--port", &port.to_string()]);
-        let dialect = Dialect {
+        let naming = Naming {
             device: "gpu_utilization_Percentage",
             process: Some("process_gpu_sm_utilization_Percentage"),
             process_memory: "process_gpu_memory_MiB",
             index: "index",
         };
-        Self::start("nvitop-exporter 1.7.2", port, command, dialect)
+        Self::start("nvitop-exporter 1.7.2", port, command, naming)
     }
 
     fn all_smi(scene: &Scene) -> Result<Self> {
         let program = clients::all_smi()?;
-        // It looks for GPUs only where `nvidia-smi -L` lists one.
+        // all-smi searches for GPUs only where `nvidia-smi -L` lists one.
         let folder: PathBuf = scene.sim.dir.path().join("bin");
         std::fs::create_dir_all(&folder)?;
         let listing = folder.join("nvidia-smi");
@@ -70,16 +70,16 @@ impl Client {
         let mut command = scene.sim.client(&program);
         command.env("PATH", format!("{}:{}", folder.display(), std::env::var("PATH")?));
         command.args(["api", "--interval", "1", "--processes", "--port", &port.to_string()]);
-        let dialect = Dialect {
+        let naming = Naming {
             device: "all_smi_gpu_utilization",
             process: None,
             process_memory: "all_smi_process_memory_used_bytes",
             index: "gpu_index",
         };
-        Self::start("all-smi 0.22.0", port, command, dialect)
+        Self::start("all-smi 0.22.0", port, command, naming)
     }
 
-    fn start(name: &'static str, port: u16, mut command: Command, dialect: Dialect) -> Result<Self> {
+    fn start(name: &'static str, port: u16, mut command: Command, naming: Naming) -> Result<Self> {
         let log = std::env::var_os(LOG);
         let quiet = |command: &mut Command| -> Result<()> {
             command.stdin(Stdio::null()).stdout(Stdio::null());
@@ -94,9 +94,9 @@ impl Client {
         wait_for(name, Duration::from_secs(60), || {
             let ended = process.0.try_wait()?;
             anyhow::ensure!(ended.is_none(), "{name} ended: {ended:?}");
-            Ok(get(port, "/metrics").ok().filter(|page| page.contains(dialect.device)))
+            Ok(get(port, "/metrics").ok().filter(|page| page.contains(naming.device)))
         })?;
-        Ok(Self { name, port, dialect: Some(dialect), process: Process::Other(process) })
+        Ok(Self { name, port, naming: Some(naming), process: Process::Other(process) })
     }
 
     pub fn pid(&self) -> u32 {
@@ -106,12 +106,12 @@ impl Client {
         }
     }
 
-    /// Of the process and of its children that have ended.
+    /// Of the process and of its ended children.
     pub fn processor_seconds(&self) -> Result<f64> {
         let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
         let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("times of a process");
-        Ok((ticks(11)? + ticks(12)? + ticks(13)? + ticks(14)?) / 100.0)
+        let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("times of a process");
+        Ok((clock_ticks(11)? + clock_ticks(12)? + clock_ticks(13)? + clock_ticks(14)?) / 100.0)
     }
 
     pub fn resident_bytes(&self) -> Result<f64> {
@@ -120,8 +120,8 @@ impl Client {
         Ok(line.trim().trim_end_matches(" kB").parse::<f64>()? * 1024.0)
     }
 
-    /// On which addresses it answers, as /proc has them: `00000000` is every one.
-    pub fn everywhere(&self) -> Result<bool> {
+    /// Whether it listens on every address, which /proc shows as `00000000`.
+    pub fn listens_everywhere(&self) -> Result<bool> {
         let mut tables = String::new();
         for file in ["tcp", "tcp6"] {
             tables += &std::fs::read_to_string(format!("/proc/net/{file}")).unwrap_or_default();
@@ -137,13 +137,13 @@ impl Client {
     }
 }
 
-/// The families of a page by type.
+/// The names of a page's families of this type.
 pub fn families(page: &str, kind: &str) -> Vec<String> {
     let typed = page.lines().filter_map(|line| line.strip_prefix("# TYPE ")?.split_once(' '));
-    typed.filter(|(_, of)| of.trim() == kind).map(|(name, _)| name.to_owned()).collect()
+    typed.filter(|(_, found)| found.trim() == kind).map(|(name, _)| name.to_owned()).collect()
 }
 
-/// Labels without the values.
+/// The label names of a family.
 pub fn labels(samples: &[Sample], family: &str) -> Vec<String> {
     samples.iter().find(|s| s.name == family).map(|s| s.labels.keys().cloned().collect()).unwrap_or_default()
 }

@@ -1,7 +1,7 @@
-//! The same simulated GPUs, read at once by the agent and by what others run: what each shows, beside the simulator's own record.
+//! The same simulated GPUs, read at the same time by the agent and by other exporters: what each reports, next to the simulator's record.
 //!
-//! Only `cargo xtask bench peers` runs it, because it may have to fetch the others first. Every client has the library that the others
-//! have, is read once a second, and is told nothing. The table is Markdown; `docs/peers.md` keeps one.
+//! Only `cargo xtask bench peers` runs it, because it may have to download the others first. Every client uses the same library, is read
+//! once a second, and has no other information. The table is Markdown; `docs/peers.md` has one.
 
 mod clients;
 mod read;
@@ -15,17 +15,17 @@ use clients::Client;
 use read::Reader;
 use world::Scene;
 
-/// The workloads' time.
+/// Duration of the workloads.
 const LASTS: Duration = Duration::from_secs(60);
-/// Until every client has read a few times.
+/// Time in which every client is read a few times before the workloads.
 const WARM: Duration = Duration::from_secs(6);
-/// Until the agent has closed its last window, and who reads once in 15 s has read once more.
+/// Until the agent has closed its last window, and a reader with an interval of 15 s has read once more.
 const SETTLED: Duration = Duration::from_secs(17);
 
 fn main() -> Result<()> {
     let named = std::env::args().skip(1).any(|word| word == "peers");
     if !named {
-        println!("peers: left out, it runs only when it is named: `cargo xtask bench peers`");
+        println!("peers: skipped; it runs only when it is named: `cargo xtask bench peers`");
         return Ok(());
     }
     println!("\npeers");

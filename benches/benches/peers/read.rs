@@ -1,4 +1,4 @@
-//! Reads every client's page once a second, as a scraper would, and keeps all of it.
+//! Reads every client's page once a second, as Prometheus would, and keeps all pages.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,14 +11,14 @@ use crate::clients::Client;
 
 pub const EVERY: Duration = Duration::from_secs(1);
 
-/// One page: when it was asked for after the first, and what it was; none where it could not be had.
+/// One page: when it was requested, in seconds after the first, and its contents; empty if the request failed.
 pub struct Page {
     pub at_s: f64,
     pub text: String,
     pub samples: Vec<Sample>,
 }
 
-/// Per client, in the order of clients.
+/// Pages per client, in the order of the clients.
 pub type Seen = Vec<Vec<Page>>;
 
 pub struct Reader {

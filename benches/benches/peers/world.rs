@@ -1,4 +1,4 @@
-//! What there is to see: eight simulated GPUs, and containers that use them in the ways that people have asked about.
+//! The setup: eight simulated GPUs, and containers that use them in ways that users have reported.
 
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
@@ -38,15 +38,15 @@ garbage_every = 7
 clock_offset_us = -12000000
 ";
 
-/// A container's processes on one GPU, from the begin to the end.
+/// A container's processes on one GPU, for the whole run.
 pub struct Role {
     pub pod: &'static str,
     pub gpu: usize,
-    /// One process each.
+    /// Demands, of one process each.
     pub demands: &'static [f64],
 }
 
-/// So little that it is never on the engine; it only holds memory.
+/// Small enough never to be on the engine; the process only holds memory.
 const NOTHING: f64 = 1e-9;
 
 pub const ROLES: [Role; 7] = [
@@ -54,17 +54,17 @@ pub const ROLES: [Role; 7] = [
     Role { pod: "notebook", gpu: SHARED, demands: &[0.3] },
     Role { pod: "resident", gpu: RESIDENT, demands: &[NOTHING] },
     Role { pod: "two-processes", gpu: AHEAD, demands: &[0.3, 0.2] },
-    Role { pod: "beside-garbage", gpu: GARBAGE, demands: &[0.5] },
+    Role { pod: "next-to-garbage", gpu: GARBAGE, demands: &[0.5] },
     Role { pod: "on-a-failing-gpu", gpu: FAILING, demands: &[0.5] },
     Role { pod: "clock-behind", gpu: BEHIND, demands: &[0.5] },
 ];
 
-/// Lives that begin and end between two reads that are 15 s apart.
+/// Processes that begin and end between two reads that are 15 s apart.
 pub const BRIEF_POD: &str = "brief";
 const BRIEF_AT: [f64; 3] = [17.0, 32.0, 47.0];
 pub const BRIEF_LASTS: f64 = 1.5;
 const BRIEF_DEMAND: &str = "0.8";
-/// The calls of a GPU fail from then on, for so long.
+/// The calls of a GPU fail from this time on, for this duration; seconds.
 const FAILS_AT: f64 = 20.0;
 const FAILS_FOR: f64 = 15.0;
 
@@ -73,13 +73,13 @@ pub struct Scene {
     pub root: tempfile::TempDir,
     /// Pids by pod, with the GPU.
     pub pids: Vec<(&'static str, usize, u32)>,
-    /// From when until when calls failed, as the reader counts.
+    /// When calls failed: from and until, in the reader's time.
     pub failed: (f64, f64),
     begun_us: u64,
     actors: Vec<Actor>,
     briefs: Vec<(PathBuf, Option<Running>)>,
     containers: Vec<(&'static str, PathBuf)>,
-    // After the actors: a cgroup goes when its processes have gone.
+    // Dropped after the actors: a cgroup can be removed when its processes have ended.
     _tree: CgroupTree,
 }
 
@@ -88,7 +88,7 @@ fn now_us() -> u64 {
 }
 
 impl Scene {
-    /// The containers exist and sleep before anyone looks.
+    /// The containers exist and sleep before any client reads.
     pub fn new() -> Result<Self> {
         let (sim, root) = (Sim::new(WORLD)?, tempfile::tempdir()?);
         let tree = CgroupTree::new("bench-peers")?;
@@ -109,7 +109,7 @@ impl Scene {
         Ok(Self { sim, root, pids, failed, begun_us: 0, actors, briefs, containers, _tree: tree })
     }
 
-    /// Loads the GPUs for so long, with what happens meanwhile.
+    /// Loads the GPUs for this duration, with the short processes and the fault.
     pub fn play(&mut self, reader: &mut Reader, lasts: Duration) -> Result<()> {
         self.begun_us = now_us();
         let begun = Instant::now();
@@ -150,7 +150,7 @@ impl Scene {
         Ok(())
     }
 
-    /// Straight inside its container, on the GPU from its first instant.
+    /// Starts a process inside its container, with a load from its first instant.
     fn brief(&mut self) -> Result<()> {
         let cgroup = self.containers.iter().find(|(pod, _)| *pod == BRIEF_POD).context("the brief container")?.1.clone();
         let sim = var("NVML_SIM_BIN")?;
@@ -162,15 +162,15 @@ impl Scene {
         Ok(())
     }
 
-    /// From the begin of the loads on.
+    /// The truth from the begin of the loads on.
     pub fn truth(&self) -> Result<Truth> {
         let from = nvidia_ml_sim::time::format(self.begun_us);
         let gpus = self.sim.truth(&["--from", &from])?["gpus"].as_array().context("gpus")?.clone();
         Ok(Truth { gpus })
     }
 
-    pub fn of_pod(&self, pod: &str) -> Vec<u32> {
-        self.pids.iter().filter(|(of, ..)| *of == pod).map(|(.., pid)| *pid).collect()
+    pub fn pids_of(&self, pod: &str) -> Vec<u32> {
+        self.pids.iter().filter(|(name, ..)| *name == pod).map(|(.., pid)| *pid).collect()
     }
 
     pub fn living(&self) -> usize {
@@ -187,10 +187,10 @@ impl Truth {
         self.gpus.get(gpu).and_then(|g| g["busy_seconds"].as_f64()).unwrap_or_default()
     }
 
-    /// Of those processes; of all but those where `of` is empty.
-    pub fn processes(&self, gpu: usize, of: &[u32]) -> f64 {
+    /// GPU-seconds of these processes; of all processes if `pids` is empty.
+    pub fn processes(&self, gpu: usize, pids: &[u32]) -> f64 {
         let all = self.gpus.get(gpu).and_then(|g| g["processes"].as_array());
-        let wanted = |p: &&Value| of.is_empty() || p["pid"].as_u64().is_some_and(|pid| of.contains(&(pid as u32)));
+        let wanted = |p: &&Value| pids.is_empty() || p["pid"].as_u64().is_some_and(|pid| pids.contains(&(pid as u32)));
         all.into_iter().flatten().filter(wanted).filter_map(|p| p["gpu_seconds"].as_f64()).sum()
     }
 }

@@ -1,10 +1,10 @@
-//! GPUs: engines, static information, readings, and why busy time has no container.
+//! GPUs: engines, static information, readings, and the reasons of unattributed time.
 
 use serde::{Deserialize, Serialize};
 
 use crate::units::GpuUuid;
 
-/// An engine of a GPU that the driver samples by itself. The names are the `engine` label.
+/// An engine of a GPU that the driver samples separately. The names are the values of the `engine` label.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
 pub enum Engine {
     Compute,
@@ -30,7 +30,8 @@ impl Engine {
     }
 }
 
-/// Why busy time is on no container. Order and names are the `reason` label of `gpu_unattributed_seconds_total`.
+/// Why busy time is not attributed to a container. The names, in this order, are the values of the `reason` label of
+/// `gpu_unattributed_seconds_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum Reason {
     NoPid,
@@ -78,7 +79,7 @@ impl MigMode {
     }
 }
 
-/// What does not change about a GPU while it is there.
+/// Properties of a GPU that do not change while it is present.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct GpuInfo {
     pub uuid: GpuUuid,
@@ -87,7 +88,7 @@ pub struct GpuInfo {
     pub minor: Option<u32>,
     /// UUIDs of its MIG devices, `MIG-...`.
     pub mig_uuids: Vec<String>,
-    /// Of a MIG device: the GPU that it is a part of.
+    /// The parent GPU of a MIG device.
     pub parent: Option<GpuUuid>,
     pub model: String,
     pub pci_bus_id: String,
@@ -96,13 +97,13 @@ pub struct GpuInfo {
 }
 
 impl GpuInfo {
-    /// Whether seconds and memory are counted here: a GPU in MIG mode leaves that to its MIG devices.
+    /// Whether seconds and memory are counted for this device. For a GPU in MIG mode they are counted for its MIG devices instead.
     pub fn is_leaf(&self) -> bool {
         self.parent.is_some() || self.mig_mode != MigMode::Enabled
     }
 }
 
-/// Device-level readings; `None` is "the driver does not say", never zero.
+/// Device-level readings; `None` means that the driver does not report the value, never zero.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct DeviceReadings {
     pub memory_used_bytes: Option<u64>,
@@ -111,11 +112,11 @@ pub struct DeviceReadings {
     pub energy_joules: Option<f64>,
     pub temperature_celsius: Option<f64>,
     pub sm_clock_hertz: Option<f64>,
-    /// NVML's clocks event reasons, a bit each.
+    /// NVML's clocks event reasons, one bit each.
     pub throttle_reasons: Option<u64>,
 }
 
-/// NVML's clocks event (once: throttle) reasons: bit and the `reason` label of `gpu_throttle_seconds_total`.
+/// NVML's clocks event reasons (formerly: throttle reasons): the bit, and the `reason` label of `gpu_throttle_seconds_total`.
 pub const THROTTLE_REASONS: [(u64, &str); 9] = [
     (0x1, "gpu_idle"),
     (0x2, "applications_clocks_setting"),
@@ -131,11 +132,11 @@ pub const THROTTLE_REASONS: [(u64, &str); 9] = [
 /// A GPU's clock, as polls bound it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ClockView {
-    /// The GPU's clock less boot time; the true one is within `uncertainty_seconds` below it.
+    /// The GPU's clock minus boot time; the true offset is at most `uncertainty_seconds` below it.
     pub ahead_of_boot_seconds: Option<f64>,
-    /// Width of what the true offset is in.
+    /// Width of the interval that contains the true offset.
     pub uncertainty_seconds: Option<f64>,
-    /// Seconds that the GPU's clock gains per second; known after a minute.
+    /// Seconds that the GPU's clock gains per second; available after a minute.
     pub drift_ratio: Option<f64>,
     pub steps: u64,
 }
@@ -143,8 +144,8 @@ pub struct ClockView {
 /// Samples of the compute engine since the start.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct SampleCounts {
-    /// Whose time was booked.
+    /// Samples with booked time.
     pub samples: u64,
-    /// Those of them whose process was queried.
+    /// Those of `samples` that had their process queried.
     pub queried: u64,
 }

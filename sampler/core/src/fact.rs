@@ -1,13 +1,13 @@
-//! What is known once samples are attributed: the one stream that is aggregated live, recorded in sessions and replayed from them.
+//! Facts: the output stream of attribution. The same stream is aggregated live, recorded in sessions and replayed from them.
 //!
 //! ```text
 //!  Observation -> identity, attribute -> Fact -> aggregate -> Snapshot
 //!                                         |
 //!                                         +---> session file -> Fact -> aggregate -> Report
 //! ```
-//! Aggregation sees nothing else, so a replay gives what live gave. The order of variants and fields is the session format's (see
-//! docs/session-format.md): append, do not change. Times are of boot unless their type says otherwise; `at` of a fact about GPU time
-//! is the end of the span that it covers.
+//! Aggregation has no other input, so a replay gives the same result as live use. The order of variants and fields is part of the session
+//! format (see docs/session-format.md): append, do not reorder. Times are boot times unless their type is another; `at` of a fact about
+//! GPU time is the end of the span that it covers.
 
 use std::sync::Arc;
 
@@ -24,23 +24,23 @@ pub struct HostProcess {
     pub start: BootNs,
 }
 
-/// Whose busy time is: somebody's, or nobody's for a named reason.
+/// What busy time is credited to: a container, a host process, or a reason why there is neither.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum User {
     Container(ContainerKey),
-    /// Counted under [`Reason::Host`] where processes are not told apart.
+    /// Counted under [`Reason::Host`] where processes are not distinguished.
     Host(HostProcess),
-    Nobody(Reason),
+    Unattributed(Reason),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum Fact {
-    /// The two clocks at one moment, a few times a second.
+    /// Both clocks at one instant, a few times a second.
     Time {
         at: BootNs,
         wall: WallTime,
     },
-    /// `gpu` is the slot of the device; slots are used again only by the same device.
+    /// `gpu` is the slot of the device; a slot is reused only by the same device.
     Gpu {
         gpu: u32,
         at: BootNs,
@@ -51,11 +51,11 @@ pub enum Fact {
         key: ContainerKey,
         at: BootNs,
     },
-    /// Nothing of it is remembered any more.
+    /// The container was dropped from all tables.
     ContainerForgotten {
         key: ContainerKey,
     },
-    /// All labels that are known of it; told again when one changes.
+    /// All known labels of a container; repeated when one changes.
     Labels(LabelFact),
     Comm {
         process: HostProcess,
@@ -66,13 +66,13 @@ pub enum Fact {
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub enum GpuFact {
-    /// Found, or found again: its ring and its clock may be others than before.
+    /// Found, or found again: its sample buffer and its clock may be new.
     Opened(Arc<GpuInfo>),
     Gone,
-    /// Its clock was set: for samples that wait nobody can be named any more.
+    /// Its clock was set: waiting samples can no longer be attributed to a process.
     Restarted,
     Utilization(UtilizationSample),
-    /// Of an engine that is not compute; not a part of wall time.
+    /// A sample of an engine other than compute; not a part of wall time.
     EngineSample(Engine, UtilizationSample),
     Idle {
         ns: u64,
@@ -84,74 +84,74 @@ pub enum GpuFact {
     Unsupported {
         ns: u64,
     },
-    /// Busy for a part of the span as GPM measures it, with nobody named.
+    /// Busy share of the span as measured by GPM, which names no process.
     Measured {
         ns: u64,
         busy_ratio: f64,
     },
-    /// Who holds the device; `None` when that is not known any more.
+    /// The holders of the device; `None` when they are no longer known.
     Held(Option<Arc<[Holder]>>),
     Readings(DeviceReadings),
     Xid {
         xid: u64,
         count: u64,
     },
-    /// The process that rows named as `pid` has ended or moved since, at the fact's time. `since` is that of its rows.
+    /// The process that samples named as `pid` ended or moved at the fact's time. `since` is that of its [`AttributedProcess`]es.
     Left {
         pid: u32,
         since: BootNs,
     },
     Clock(ClockFact),
-    /// A sample of an engine that was busy and whose process was not queried: driver calls are too slow to query each. Its time is
-    /// attributed in the proportions of the queried samples around it. Only compute is a part of wall time.
+    /// A busy sample of an engine with an unqueried process, because driver calls are too slow to query each. Its time is attributed in
+    /// the proportions of the queried samples around it. Only compute is a part of wall time.
     Unqueried(Engine, UnqueriedSample),
 }
 
-/// How busy an engine was in a span; which process the driver names for it is not known.
+/// Utilization of an engine in a span; the process that the driver names for it is not known.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct UnqueriedSample {
-    /// The driver's own time stamp.
+    /// The driver's own timestamp.
     pub stamp: GpuNs,
     pub ns: u64,
     pub busy_percent: u8,
 }
 
-/// One sample of the driver: how busy the engine was in a span, and whom it names.
+/// One sample of the driver: the utilization of the engine in a span, and the processes that it names.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct UtilizationSample {
-    /// The driver's own time stamp.
+    /// The driver's own timestamp.
     pub stamp: GpuNs,
     pub ns: u64,
     pub busy_percent: u8,
-    /// Rows that belong to it, as the driver gave them.
+    /// Its process samples, in the driver's order.
     pub processes: Vec<AttributedProcess>,
 }
 
-/// A row of the driver's, and identity's answer for it.
+/// A process sample of the driver, and the user that its pid was resolved to.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct AttributedProcess {
     pub pid: u32,
-    /// Of the engine that the tick is of.
+    /// Of the engine of the sample.
     pub percent: u8,
     pub user: User,
-    /// Since when this process was this user's; 0 where that is not known.
+    /// Since when this process has belonged to this user; 0 where that is not known.
     pub since: BootNs,
 }
 
 /// Why time is unobserved.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub enum UnobservedReason {
-    /// Samples are missing: the driver's ring went round, or never had them.
+    /// Samples are missing: the driver's sample buffer wrapped, or never contained them.
     Missing,
-    /// Written by agents before session format 1.1, which did not attribute samples whose process was not queried.
+    /// Written by agents before session format 1.1, which did not attribute samples with an unqueried process.
     NotAsked,
-    /// The driver had no samples, and did not say that the device was idle.
+    /// The driver had no samples, and did not report that the device was idle.
     NoSamples,
-    /// No answer for longer than the driver's ring holds.
+    /// No response for longer than the driver's sample buffer holds.
     NoAnswer,
     /// The agent had just started, or the device was opened again.
     Start,
-    /// Facts about it were there, and cannot be read any more; only found while reading.
+    /// Facts about it were recorded but cannot be read any more. Only produced by readers of sessions.
     Unread,
 }
 
@@ -163,7 +163,7 @@ pub struct Holder {
     pub memory_bytes: Option<u64>,
 }
 
-/// The device's clock as polls bound it, and what was rejected so far.
+/// The device's clock as polls bound it.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct ClockFact {
     pub ahead_of_boot_seconds: Option<f64>,
@@ -180,11 +180,11 @@ pub struct ContainerFact {
     pub runtime: Option<String>,
     pub pod_uid: Option<String>,
     pub created: BootNs,
-    /// False where `created` is only when it was first seen.
+    /// False where `created` is only the time of the first sighting.
     pub creation_seen: bool,
 }
 
-/// Blank where a label is not known or does not apply.
+/// A label is empty where it is not known or does not apply.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct LabelFact {
     pub key: ContainerKey,
@@ -199,13 +199,13 @@ impl User {
     pub fn container(self) -> Option<ContainerKey> {
         match self {
             User::Container(key) => Some(key),
-            User::Host(_) | User::Nobody(_) => None,
+            User::Host(_) | User::Unattributed(_) => None,
         }
     }
 }
 
 impl GpuFact {
-    /// How much of the device's time it tells of; `None` where it is about something else.
+    /// Length of the device time that the fact covers; `None` where it does not cover time.
     pub fn span_ns(&self) -> Option<u64> {
         match self {
             GpuFact::Utilization(UtilizationSample { ns, .. })

@@ -1,4 +1,4 @@
-//! The pure half of gpu-sampler: no IO, no clock, no threads, no unsafe. Time arrives inside observations.
+//! The pure part of gpu-sampler: no IO, no clock, no threads, no unsafe code. Time arrives inside observations.
 #![forbid(unsafe_code)]
 
 pub mod aggregate;

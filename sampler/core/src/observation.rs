@@ -1,4 +1,4 @@
-//! Everything that reaches the core, as one closed enum. Time passes only through these.
+//! Observations: all inputs of the core, as one closed enum. They are also its only source of time.
 
 use std::sync::Arc;
 
@@ -8,7 +8,7 @@ use crate::device::{DeviceReadings, Engine, GpuInfo};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
-/// The cgroups a process is in: on v2, and on the one v1 hierarchy that is followed. Ids are inode numbers; 0 is none.
+/// The cgroups of a process: in v2, and in the one v1 hierarchy that is followed. Ids are inode numbers; 0 means none.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash)]
 pub struct CgroupMembership {
     pub v2_id: u64,
@@ -33,7 +33,7 @@ pub enum ProcessChange {
     Attach,
 }
 
-/// The kernel's word about one process, in the order it happened.
+/// One kernel event about a process. Events are in the kernel's order.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessFact {
     pub change: ProcessChange,
@@ -41,19 +41,19 @@ pub struct ProcessFact {
     /// Start of the thread group, ns.
     pub start: BootNs,
     pub at: BootNs,
-    pub place: CgroupMembership,
+    pub membership: CgroupMembership,
 }
 
-/// A living process as a look at it showed it, at some moment after `began`.
+/// A sighting: a living process as it was read at some instant after `began`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessSeen {
     pub tgid: Tgid,
     pub start: BootNs,
-    /// `start` is rounded down to 10 ms, as /proc gives it.
+    /// `start` is rounded down to 10 ms, as in /proc.
     pub coarse_start: bool,
     pub began: BootNs,
-    /// `None` when it lives and where could not be read.
-    pub place: Option<CgroupMembership>,
+    /// `None` when the process lives but its cgroups could not be read.
+    pub membership: Option<CgroupMembership>,
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -75,17 +75,17 @@ pub struct CgroupFact {
     pub at: BootNs,
 }
 
-/// One entry of the device's own utilization ring: busy share of the period that ends at `at`.
+/// One entry of the device's utilization buffer: busy share of the period that ends at `at`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct DeviceSample {
     pub at: GpuNs,
     pub busy_percent: u32,
-    /// Which process it names was queried, and the answer is exact. False where samples came together and the driver had averaged
-    /// them, or where the budgets did not allow a query: its time is observed, and attributed by the queried samples around it.
+    /// The process that it names was queried, and the result is exact. False where the driver had averaged several samples, or where the
+    /// call budget did not allow a query: its time is observed, and attributed by the queried samples around it.
     pub queried: bool,
 }
 
-/// As [`DeviceSample`], of another engine; read once in a while, because the driver keeps seconds of them.
+/// As [`DeviceSample`], of another engine. Read less often than compute, because the driver keeps some seconds of them.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct EngineSample {
     pub engine: Engine,
@@ -93,16 +93,16 @@ pub struct EngineSample {
     pub busy_percent: u32,
 }
 
-/// One row of the per-process ring: who was on an engine when the sample at `at` was taken.
+/// One entry of the per-process utilization buffer: the process that was on an engine when the sample at `at` was taken.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ProcessSample {
     pub at: GpuNs,
     pub pid: u32,
-    /// Indexed as [`Engine::ALL`]; above 0 where the row names the pid for that engine.
+    /// Indexed as [`Engine::ALL`]; above 0 where the driver names the pid for that engine.
     pub percent: [u8; Engine::ALL.len()],
 }
 
-/// The list of a device's processes that it was in.
+/// The driver's process list that contains the process.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub enum ProcessKind {
     Compute,
@@ -120,20 +120,21 @@ pub struct RunningProcess {
     pub kind: ProcessKind,
 }
 
-/// What came of asking for a device's samples.
+/// Result of reading a device's samples.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Answer {
-    /// The driver answered, with samples or with none.
+pub enum PollStatus {
+    /// The call succeeded, with or without samples.
     Samples,
-    /// It answered, and has had no sample for a while: the ring runs dry when a device is idle. `idle`: the device says so elsewhere too.
+    /// The call succeeded, and there has been no sample for a while: the buffer of an idle device becomes empty. `idle`: another reading
+    /// also shows that the device is idle.
     Dry { idle: bool },
-    /// This device has no utilization ring at all.
+    /// This device has no utilization buffer.
     Unsupported,
-    /// An error, or not asked: nothing is known.
+    /// The call failed or was not made: nothing is known.
     Failed,
 }
 
-/// Busy share of a MIG device between two looks, as GPM measures it.
+/// Busy share of a MIG device between two readings, as measured by GPM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GpmInterval {
     pub from: BootNs,
@@ -144,37 +145,37 @@ pub struct GpmInterval {
 /// One poll of one GPU. `began`/`ended` bracket the driver calls.
 #[derive(Clone, Debug)]
 pub struct GpuBatch {
-    /// The slot that [`Observation::GpuFound`] gave it.
+    /// The slot that [`Observation::GpuFound`] assigned.
     pub gpu: usize,
     pub began: BootNs,
-    /// When the read of the samples began, which is the last part of a poll.
+    /// Start of the reading of samples, which is the last part of a poll.
     pub ring_began: BootNs,
     pub ended: BootNs,
     pub wall: WallTime,
-    pub answer: Answer,
+    pub status: PollStatus,
     pub samples: Vec<DeviceSample>,
     pub engine_samples: Vec<EngineSample>,
     pub process_samples: Vec<ProcessSample>,
-    /// Rows that break the model, indexed as [`Rejected::ALL`].
+    /// Number of rejected samples, indexed as [`Rejected::ALL`].
     pub rejected: [u32; Rejected::ALL.len()],
-    /// The device's clock was set: what this batch holds is on the new one.
+    /// The device's clock was set: the samples of this batch are on the new clock.
     pub stepped: bool,
     pub gpm: Option<GpmInterval>,
-    /// `None` when this poll did not ask (the call is slow) or the driver did not answer.
+    /// `None` when this poll did not read the list (the call is slow) or the call failed.
     pub processes: Option<Vec<RunningProcess>>,
     pub readings: Option<DeviceReadings>,
 }
 
 impl GpuBatch {
-    /// Empty, and as yet without an end.
-    pub fn new(gpu: usize, began: BootNs, answer: Answer) -> Self {
+    /// An empty batch; `ended` is `began` until it is set.
+    pub fn new(gpu: usize, began: BootNs, status: PollStatus) -> Self {
         Self {
             gpu,
             began,
             ring_began: began,
             ended: began,
             wall: WallTime::default(),
-            answer,
+            status,
             samples: Vec::new(),
             engine_samples: Vec::new(),
             process_samples: Vec::new(),
@@ -187,16 +188,16 @@ impl GpuBatch {
     }
 }
 
-/// A scan of cgroupfs and /proc is over. What it could not have missed and did not find is gone.
+/// The end of a scan of cgroupfs and /proc. What it could not have missed and did not find is gone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScanEnd {
     pub began: BootNs,
     pub ended: BootNs,
-    /// Every cgroup was looked at.
+    /// Every cgroup was read.
     pub all_cgroups: bool,
-    /// Every process was looked at.
+    /// Every process was read.
     pub all_processes: bool,
-    /// Set when it followed lost kernel events: what it changes is a repair.
+    /// Set when the scan followed a loss of kernel events: its changes count as repairs.
     pub repairs_since: Option<BootNs>,
 }
 
@@ -204,7 +205,7 @@ pub struct ScanEnd {
 pub enum Observation {
     Process(ProcessFact),
     ProcessSeen(ProcessSeen),
-    /// A look for this pid, begun at `began`, found no living process.
+    /// A check of this pid that began at `began` found no living process.
     ProcessGone {
         tgid: Tgid,
         began: BootNs,
@@ -212,26 +213,26 @@ pub enum Observation {
     Cgroup(CgroupFact),
     ScanBegan,
     ScanEnded(ScanEnd),
-    /// A device, for the first time or opened again: its ring and its clock may be others than before.
+    /// A device was opened, for the first time or again: its sample buffer and its clock may be new.
     GpuFound {
         gpu: usize,
         info: Arc<GpuInfo>,
         at: BootNs,
     },
-    /// It is not there any more: removed, or a MIG device that was destroyed.
+    /// A device disappeared: it was removed, or it is a MIG device that was destroyed.
     GpuGone {
         gpu: usize,
         at: BootNs,
     },
     Gpu(Box<GpuBatch>),
-    /// XID errors, in one go when there are many.
+    /// XID errors; several of one kind may be combined.
     Xid {
         gpu: usize,
         xid: u64,
         count: u64,
     },
     Pressure(PressureFact),
-    /// Whether the driver's pids are this kernel's, from now on.
+    /// From now on: whether the driver's pids are pids of this kernel.
     PidSpace(PidSpace),
     ClockAdvanced {
         at: BootNs,
@@ -245,18 +246,18 @@ impl From<GpuBatch> for Observation {
     }
 }
 
-/// How an answer can break the model.
+/// Why a sample was rejected, or counted as implausible.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Rejected {
     /// Above 100 %.
     Utilization,
-    /// Pid 0 or all ones. Such a row is kept, as `invalid_pid`.
+    /// Pid 0 or all ones. Such a sample is kept, as `invalid_pid`.
     Pid,
-    /// Not newer than what was asked for.
+    /// Not newer than the requested time.
     Stale,
     /// Newer than every sample of the device.
     Future,
-    /// A pid twice in one answer.
+    /// The same pid twice in one response.
     Duplicate,
 }
 
@@ -274,7 +275,7 @@ impl Rejected {
     }
 }
 
-/// What a container's cgroups say of its waiting, cumulative since they were created. `None`: there is no such file or field.
+/// Stall times and CPU quota of a container's cgroups, cumulative since their creation. `None`: the file or field does not exist.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct PressureFact {
     pub key: ContainerKey,
@@ -289,7 +290,7 @@ pub struct PressureFact {
 /// From `cpu.stat` of the hierarchy that has the cpu controller.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct CpuQuota {
-    /// The quota and its period; `None` for no limit.
+    /// Quota and period; `None` without a limit.
     pub limit_ns: Option<(u64, u64)>,
     pub periods: u64,
     pub throttled_periods: u64,

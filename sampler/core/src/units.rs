@@ -1,14 +1,14 @@
-//! Newtypes for what must not be mixed up: three clocks, a process id, a GPU.
+//! Newtypes for values that must not be confused: three clocks, a process id, a GPU.
 //!
-//! `BootNs` is CLOCK_BOOTTIME, the kernel events' clock. `GpuNs` is a GPU's own timestamp, which nothing ties to any other
-//! clock but a measured offset. `WallTime` is only ever shown to people and to Prometheus.
+//! `BootNs` is CLOCK_BOOTTIME, the clock of kernel events. `GpuNs` is a GPU's own timestamp; only a measured offset relates it to
+//! another clock. `WallTime` is only used for output, to users and to Prometheus.
 
 use std::fmt;
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-/// /proc start times are ticks of 10 ms (USER_HZ is 100 on every architecture that has NVIDIA drivers), rounded down.
+/// /proc start times are in clock ticks of 10 ms (USER_HZ is 100 on every architecture with NVIDIA drivers), rounded down.
 const PROC_TICK_NS: u64 = 10_000_000;
 
 /// Nanoseconds of CLOCK_BOOTTIME.
@@ -33,7 +33,7 @@ impl BootNs {
     pub fn minus(self, ns: u64) -> BootNs {
         BootNs(self.0.saturating_sub(ns))
     }
-    /// The tick of /proc that it is in: one process may be known by its start to the nanosecond or to the tick.
+    /// The /proc clock tick that contains it: the start of a process may be known to the nanosecond or only to the tick.
     pub fn proc_tick(self) -> u64 {
         self.0 / PROC_TICK_NS
     }
@@ -72,7 +72,7 @@ pub struct CgroupKey {
     pub id: u64,
 }
 
-/// One container as this agent knows it. Never reused, so a late answer about a dead one cannot reach its successor.
+/// Identifies a container within this agent. Never reused, so a late query result for a removed container cannot reach its successor.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct ContainerKey(pub u64);
 

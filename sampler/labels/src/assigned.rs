@@ -1,16 +1,16 @@
-//! Which GPUs the kubelet assigned to which container: two lists of it joined, and device ids read.
+//! GPU assignments of the kubelet: joins its two lists and parses device ids.
 //!
-//! The device checkpoint knows pods by UID, pod-resources knows them by namespace and name, and neither knows container ids. What
-//! links them is the devices: two entries with the same container name, resource and device ids are one, if no other entry has
-//! them too. Nothing is guessed: an entry without a counterpart keeps what its own list says.
+//! The device checkpoint has pods by UID, pod-resources has them by namespace and name, and neither has container ids. The devices link
+//! them: two entries with the same container name, resource and device ids are merged if no other entry has the same three. Nothing is
+//! guessed: an entry without a counterpart is kept as its own list has it.
 //!
-//! A pure module, no IO. It does not know which devices exist: an index or a minor number is for the caller to resolve.
+//! This module does no IO and has no list of existing devices: the caller resolves an index or a minor number.
 
 use std::collections::{BTreeMap, BTreeSet};
 
 use super::values::{Facts, Label};
 
-/// Devices of one resource that one container was given.
+/// Devices of one resource that were assigned to one container.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Assignment {
     pub pod_uid: Option<String>,
@@ -23,23 +23,23 @@ pub struct Assignment {
     pub device_ids: Vec<String>,
 }
 
-/// The physical GPU behind a device id. Time slices and replicas are those of their GPU.
+/// The physical GPU that a device id refers to. Time slices and replicas refer to their GPU.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Device {
-    /// `GPU-..`, as NVML has it.
+    /// `GPU-..`, the UUID in NVML's form.
     Uuid(String),
     /// NVML's index.
     Index(u32),
-    /// The number in `/dev/nvidia<N>`, which need not be NVML's index.
+    /// The number in `/dev/nvidia<N>`, which may differ from NVML's index.
     Minor(u32),
-    /// `MIG-<uuid>`: whose partition it is only NVML can tell.
+    /// `MIG-<uuid>`: only NVML has the GPU that the partition belongs to.
     Mig(String),
-    /// As it was.
+    /// The unchanged id.
     Unknown(String),
 }
 
 impl Assignment {
-    /// The GPUs behind its ids. A bare number is an index only where the resource is a GPU: other resources number other things.
+    /// The GPUs of its device ids. A bare number is an index only if the resource is a GPU: other resources number other things.
     pub fn devices(&self) -> impl Iterator<Item = Device> + '_ {
         let name = self.resource.strip_prefix("nvidia.com/").unwrap_or_default();
         let numbered = ["gpu", "mig-", "shared-gpu"].iter().any(|start| name.starts_with(start));
@@ -49,13 +49,13 @@ impl Assignment {
         })
     }
 
-    /// Other vendors' resources are of no interest, unless they hand out NVIDIA's devices under names of their own.
+    /// Whether this is a resource of NVIDIA, or another vendor's resource with NVIDIA devices.
     fn is_gpu(&self) -> bool {
-        let named = |id: &String| {
+        let is_nvidia_device = |id: &String| {
             let uuid_of = |prefix: &str| id.strip_prefix(prefix).and_then(uuid);
             ["GPU-", "MIG-", "MIG-GPU-"].into_iter().find_map(uuid_of).is_some() || matches!(device(id), Device::Minor(_))
         };
-        self.resource.starts_with("nvidia.com/") || self.device_ids.iter().any(named)
+        self.resource.starts_with("nvidia.com/") || self.device_ids.iter().any(is_nvidia_device)
     }
 
     fn names(&self) -> Option<Names> {
@@ -66,7 +66,7 @@ impl Assignment {
 /// Namespace and name of a pod.
 type Names = (String, String);
 
-/// Reads a device id of the NVIDIA, GKE and CDI kinds, and of plugins that append to a UUID.
+/// Parses a device id of the NVIDIA, GKE and CDI forms, and of plugins that append a suffix to a UUID.
 pub fn device(id: &str) -> Device {
     read(id.trim()).unwrap_or_else(|| Device::Unknown(id.to_owned()))
 }
@@ -77,15 +77,15 @@ fn read(id: &str) -> Option<Device> {
         Some((kind, name)) if kind.contains('/') => name,
         _ => id,
     };
-    // A replica (time slicing, MPS) is its device.
+    // A replica (time slicing, MPS) refers to its device.
     let id = match id.split_once("::") {
         Some((device, replica)) if is_number(replica) => device,
         _ => id,
     };
-    // NVML promises no form of what follows `GPU-` and `MIG-`: where it is no UUID, all of it is meant.
+    // NVML does not guarantee a form after `GPU-` and `MIG-`: if it is not a UUID, the whole text is used.
     let named = |prefix: &str, rest: &str| (!rest.is_empty()).then(|| format!("{prefix}{}", uuid(rest).unwrap_or(rest)));
     if let Some(rest) = id.strip_prefix("MIG-") {
-        // Before driver 470 a partition was `MIG-GPU-<uuid>/<gi>/<ci>`.
+        // Before driver 470 the id of a partition was `MIG-GPU-<uuid>/<gi>/<ci>`.
         return match rest.strip_prefix("GPU-") {
             Some(gpu) => named("GPU-", gpu.split('/').next()?).map(Device::Uuid),
             None => named("MIG-", rest).map(Device::Mig),
@@ -111,7 +111,7 @@ fn read(id: &str) -> Option<Device> {
     parse(index).map(Device::Index)
 }
 
-/// The UUID at the beginning. Some plugins append a replica to it: `<uuid>-3`, `<uuid>-_-3`, `<uuid>/3`.
+/// The UUID at the beginning of the text. Some plugins append a replica: `<uuid>-3`, `<uuid>-_-3`, `<uuid>/3`.
 fn uuid(text: &str) -> Option<&str> {
     const GROUPS: [usize; 5] = [8, 4, 4, 4, 12];
     const LEN: usize = 36;
@@ -129,12 +129,12 @@ fn parse(text: &str) -> Option<u32> {
     is_number(text).then(|| text.parse().ok()).flatten()
 }
 
-/// Joins the checkpoint's entries with those of pod-resources; only NVIDIA's stay, sorted.
+/// Joins the entries of the checkpoint and of pod-resources; returns those with NVIDIA devices, sorted.
 pub fn join(checkpoint: Vec<Assignment>, pod_resources: Vec<Assignment>) -> Vec<Assignment> {
     let (checkpoint, pod_resources) = (merged(checkpoint), merged(pod_resources));
     let by_devices = unique(pod_resources.iter().filter_map(|a| Some((key(a)?, a.names()?))));
     let uids = unique(checkpoint.iter().filter_map(|a| Some((key(a)?, a.pod_uid.clone()?))));
-    // One container tells the names of its whole pod.
+    // One matched container provides the names for its whole pod.
     let pairs = || uids.iter().filter_map(|(key, uid)| Some((uid.clone(), by_devices.get(key)?.clone())));
     let names_of = unique(pairs().collect::<BTreeSet<_>>());
     let uid_of = unique(pairs().map(|(uid, names)| (names, uid)).collect::<BTreeSet<_>>());
@@ -154,21 +154,21 @@ pub fn join(checkpoint: Vec<Assignment>, pod_resources: Vec<Assignment>) -> Vec<
     all.into_iter().collect()
 }
 
-/// What the kubelet says of a pod. Nothing about its container: the cgroup asked about may be the sandbox's, or another's.
+/// The labels of a pod from the kubelet's lists. The container label is not set: the cgroup may be the sandbox's, or another container's.
 pub fn facts_for(pod_uid: &str, assignments: &[Assignment]) -> Option<Facts> {
     let (namespace, pod) = assignments.iter().filter(|a| a.pod_uid.as_deref() == Some(pod_uid)).find_map(Assignment::names)?;
-    let mut facts = Facts { pod_uid: Some(pod_uid.to_owned()), knows_pods: true, ..Facts::default() };
+    let mut facts = Facts { pod_uid: Some(pod_uid.to_owned()), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Namespace, Some(&namespace));
     facts.set(Label::Pod, Some(&pod));
     Some(facts)
 }
 
-/// One entry per container and resource: both lists have one per NUMA node as well. Ids are sorted.
+/// Merges entries to one per container and resource, since both lists may have one per NUMA node. Ids are sorted.
 fn merged(list: Vec<Assignment>) -> Vec<Assignment> {
     let mut ids: BTreeMap<Assignment, BTreeSet<String>> = BTreeMap::new();
     for mut entry in list.into_iter().filter(Assignment::is_gpu) {
-        let of_entry = std::mem::take(&mut entry.device_ids);
-        ids.entry(entry).or_default().extend(of_entry);
+        let entry_ids = std::mem::take(&mut entry.device_ids);
+        ids.entry(entry).or_default().extend(entry_ids);
     }
     ids.into_iter().map(|(entry, ids)| Assignment { device_ids: ids.into_iter().collect(), ..entry }).collect()
 }
@@ -195,7 +195,7 @@ mod tests {
     const U: &str = "8f1f4a33-bb7c-4c8e-9a51-d3a1c2d2e6f0";
 
     #[test]
-    fn devices() {
+    fn device_ids_of_every_known_form_parse() {
         let check = |id: &str, expect: Device| assert_eq!(device(&id.replace("UU", U)), expect, "{id}");
         let gpu = || Device::Uuid(format!("GPU-{U}"));
         let mig = || Device::Mig(format!("MIG-{U}"));
@@ -232,20 +232,20 @@ mod tests {
     }
 
     #[test]
-    fn a_number_is_an_index_of_gpus_only() {
-        let of = |resource: &str| {
+    fn a_bare_number_is_an_index_of_gpu_resources_only() {
+        let first_device = |resource: &str| {
             let (resource, device_ids) = (resource.to_owned(), vec!["1".to_owned()]);
             Assignment { resource, device_ids, ..Assignment::default() }.devices().next()
         };
         for resource in ["nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-1g.5gb"] {
-            assert_eq!(of(resource), Some(Device::Index(1)), "{resource}");
+            assert_eq!(first_device(resource), Some(Device::Index(1)), "{resource}");
         }
         for resource in ["nvidia.com/hostdev", "nvidia.com/TU104GL_Tesla_T4", "rdma/hca"] {
-            assert_eq!(of(resource), Some(Device::Unknown("1".into())), "{resource}");
+            assert_eq!(first_device(resource), Some(Device::Unknown("1".into())), "{resource}");
         }
     }
 
-    /// `uid|namespace/pod|container resource id,id`; `-` is nothing.
+    /// Parses `uid|namespace/pod|container resource id,id`; `-` is an absent value.
     fn entry(text: &str) -> Assignment {
         let (owner, rest) = text.split_once(' ').unwrap();
         let (resource, ids) = rest.split_once(' ').unwrap();
@@ -263,48 +263,56 @@ mod tests {
     }
 
     fn check(checkpoint: &[&str], pod_resources: &[&str], expect: &[&str]) {
-        let list = |rows: &[&str]| rows.iter().map(|row| entry(row)).collect::<Vec<_>>();
+        let list = |texts: &[&str]| texts.iter().map(|text| entry(text)).collect::<Vec<_>>();
         let joined: Vec<String> = join(list(checkpoint), list(pod_resources)).iter().map(show).collect();
         assert_eq!(joined, expect, "{checkpoint:?} {pod_resources:?}");
     }
 
     #[test]
-    fn joined_by_devices() {
-        let gpu = "nvidia.com/gpu";
-        let row = |owner: &str, ids: &str| format!("{owner} {gpu} {ids}");
-        // The ids in another order, and split by NUMA node.
+    fn entries_with_the_same_devices_are_joined() {
+        let gpu_entry = |owner: &str, ids: &str| format!("{owner} nvidia.com/gpu {ids}");
+        // Ids in another order, and split by NUMA node.
         check(
-            &[&row("u1|-|c", "GPU-b,GPU-a"), &row("u2|-|c", "GPU-c")],
-            &[&row("-|n/p|c", "GPU-a"), &row("-|n/p|c", "GPU-b"), &row("-|n/q|c", "GPU-c")],
-            &[&row("u1|n/p|c", "GPU-a,GPU-b"), &row("u2|n/q|c", "GPU-c")],
+            &[&gpu_entry("u1|-|c", "GPU-b,GPU-a"), &gpu_entry("u2|-|c", "GPU-c")],
+            &[&gpu_entry("-|n/p|c", "GPU-a"), &gpu_entry("-|n/p|c", "GPU-b"), &gpu_entry("-|n/q|c", "GPU-c")],
+            &[&gpu_entry("u1|n/p|c", "GPU-a,GPU-b"), &gpu_entry("u2|n/q|c", "GPU-c")],
         );
-        // Each list alone.
-        check(&[&row("u1|-|c", "GPU-a")], &[], &[&row("u1|-|c", "GPU-a")]);
-        check(&[], &[&row("-|n/p|c", "GPU-a")], &[&row("-|n/p|c", "GPU-a")]);
-        // Another container name, or other devices: not the same.
-        check(&[&row("u1|-|c", "GPU-a")], &[&row("-|n/p|d", "GPU-a")], &[&row("-|n/p|d", "GPU-a"), &row("u1|-|c", "GPU-a")]);
-        // A pod of before still in the checkpoint: nobody can tell whose it is.
+        // Only one of the lists.
+        check(&[&gpu_entry("u1|-|c", "GPU-a")], &[], &[&gpu_entry("u1|-|c", "GPU-a")]);
+        check(&[], &[&gpu_entry("-|n/p|c", "GPU-a")], &[&gpu_entry("-|n/p|c", "GPU-a")]);
+        // A different container name is not joined.
         check(
-            &[&row("u1|-|c", "GPU-a"), &row("u2|-|c", "GPU-a")],
-            &[&row("-|n/p|c", "GPU-a")],
-            &[&row("-|n/p|c", "GPU-a"), &row("u1|-|c", "GPU-a"), &row("u2|-|c", "GPU-a")],
+            &[&gpu_entry("u1|-|c", "GPU-a")],
+            &[&gpu_entry("-|n/p|d", "GPU-a")],
+            &[&gpu_entry("-|n/p|d", "GPU-a"), &gpu_entry("u1|-|c", "GPU-a")],
         );
-        // One container tells of its pod, also for a container whose own devices are ambiguous.
+        // An ended pod is still in the checkpoint: the match is ambiguous.
         check(
-            &[&row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b"), &row("u0|-|d", "GPU-b")],
-            &[&row("-|n/p|c", "GPU-a"), &row("-|n/p|d", "GPU-b")],
-            &[&row("u0|-|d", "GPU-b"), &row("u1|n/p|c", "GPU-a"), &row("u1|n/p|d", "GPU-b")],
+            &[&gpu_entry("u1|-|c", "GPU-a"), &gpu_entry("u2|-|c", "GPU-a")],
+            &[&gpu_entry("-|n/p|c", "GPU-a")],
+            &[&gpu_entry("-|n/p|c", "GPU-a"), &gpu_entry("u1|-|c", "GPU-a"), &gpu_entry("u2|-|c", "GPU-a")],
+        );
+        // One matched container names its pod, also for another container with ambiguous devices.
+        check(
+            &[&gpu_entry("u1|-|c", "GPU-a"), &gpu_entry("u1|-|d", "GPU-b"), &gpu_entry("u0|-|d", "GPU-b")],
+            &[&gpu_entry("-|n/p|c", "GPU-a"), &gpu_entry("-|n/p|d", "GPU-b")],
+            &[&gpu_entry("u0|-|d", "GPU-b"), &gpu_entry("u1|n/p|c", "GPU-a"), &gpu_entry("u1|n/p|d", "GPU-b")],
         );
         // One UID with two names is a contradiction.
         check(
-            &[&row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b")],
-            &[&row("-|n/p|c", "GPU-a"), &row("-|n/q|d", "GPU-b")],
-            &[&row("-|n/p|c", "GPU-a"), &row("-|n/q|d", "GPU-b"), &row("u1|-|c", "GPU-a"), &row("u1|-|d", "GPU-b")],
+            &[&gpu_entry("u1|-|c", "GPU-a"), &gpu_entry("u1|-|d", "GPU-b")],
+            &[&gpu_entry("-|n/p|c", "GPU-a"), &gpu_entry("-|n/q|d", "GPU-b")],
+            &[
+                &gpu_entry("-|n/p|c", "GPU-a"),
+                &gpu_entry("-|n/q|d", "GPU-b"),
+                &gpu_entry("u1|-|c", "GPU-a"),
+                &gpu_entry("u1|-|d", "GPU-b"),
+            ],
         );
     }
 
     #[test]
-    fn only_nvidias_devices() {
+    fn only_nvidia_devices_are_kept() {
         let uuid = format!("GPU-{U}-_-3");
         let lent = format!("u1|-|c aliyun.com/gpu-mem {uuid}");
         let bare = format!("u1|-|c example.com/disk {U}");
@@ -313,37 +321,37 @@ mod tests {
     }
 
     #[test]
-    fn facts_of_a_pod() {
+    fn facts_of_a_pod_have_its_names_and_no_container() {
         let joined = [entry("u1|-|c nvidia.com/gpu a"), entry("u1|n/p|c nvidia.com/gpu b")];
         let facts = facts_for("u1", &joined).unwrap();
         assert_eq!(
             (facts.labels[Label::Namespace as usize].as_deref(), facts.labels[Label::Pod as usize].as_deref()),
             (Some("n"), Some("p"))
         );
-        assert_eq!((facts.labels[Label::Container as usize].as_deref(), facts.knows_pods), (None, true));
+        assert_eq!((facts.labels[Label::Container as usize].as_deref(), facts.pod_status_known), (None, true));
         assert_eq!(facts_for("u2", &joined), None);
     }
 
     proptest! {
         #[test]
-        fn any_id_is_something(id in "\\PC*") {
+        fn any_text_parses(id in "\\PC*") {
             device(&id);
         }
 
         #[test]
-        fn near_ids_are_something(id in "(MIG-|GPU-|nvidia|gpu|nvidia.com/gpu=)?(GPU-)?([0-9a-fé-]{0,40})((::|/|:)[0-9a-z]{0,3})?") {
+        fn malformed_ids_parse(id in "(MIG-|GPU-|nvidia|gpu|nvidia.com/gpu=)?(GPU-)?([0-9a-fé-]{0,40})((::|/|:)[0-9a-z]{0,3})?") {
             device(&id);
         }
 
-        /// No entry is lost, and what a list said of one stays so.
+        /// No entry is lost, and its own values are unchanged.
         #[test]
         fn joining_keeps_everything(
             left in prop::collection::vec((0..4u8, 0..3u8, prop::collection::vec(0..4u8, 0..3)), 0..8),
             right in prop::collection::vec((0..4u8, 0..3u8, prop::collection::vec(0..4u8, 0..3)), 0..8),
         ) {
             let ids = |ids: &[u8]| ids.iter().map(|i| format!("nvidia{i}")).collect::<Vec<_>>().join(",");
-            let list = |rows: &[(u8, u8, Vec<u8>)], row: &dyn Fn(u8, u8) -> String| -> Vec<Assignment> {
-                rows.iter().map(|(pod, c, devices)| entry(&format!("{} nvidia.com/gpu {}", row(*pod, *c), ids(devices)))).collect()
+            let list = |entries: &[(u8, u8, Vec<u8>)], owner: &dyn Fn(u8, u8) -> String| -> Vec<Assignment> {
+                entries.iter().map(|(pod, c, devices)| entry(&format!("{} nvidia.com/gpu {}", owner(*pod, *c), ids(devices)))).collect()
             };
             let checkpoint = list(&left, &|pod, c| format!("u{pod}|-|c{c}"));
             let pod_resources = list(&right, &|pod, c| format!("-|n/p{pod}|c{c}"));

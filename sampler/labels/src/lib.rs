@@ -1,4 +1,4 @@
-//! From a cgroup path to labels: what the path says, what sources answer, and when to ask which.
+//! Labels of containers: values from the cgroup path and from label sources, and the schedule of queries to these sources.
 #![forbid(unsafe_code)]
 
 mod assigned;
@@ -7,6 +7,6 @@ mod values;
 
 pub use assigned::{Assignment, Device, device, facts_for, join};
 pub use resolver::{
-    ABSENT, FILES_IN_FLIGHT, LabelResolver, Outcome, Query, QueryAttempt, QueryOutcome, TargetId, can_know, is_likely,
+    ABSENT, FILES_IN_FLIGHT, LabelResolver, Outcome, Query, QueryAttempt, QueryOutcome, TargetId, can_resolve, is_likely,
 };
 pub use values::{ContainerLabels, Facts, Label, LabelValue, Source};

@@ -1,16 +1,16 @@
-//! Label values, each with the source that gave it.
+//! Label values, each with its source.
 
 use std::sync::Arc;
 
 use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 
-/// Longer values are cut here: they end up in every sample of a series. Kubernetes' own names end at 253 bytes.
+/// Longer values are truncated, since they are part of every sample of a series. Kubernetes limits its own names to 253 bytes.
 const MAX_VALUE_BYTES: usize = 1024;
 /// A UID has 36 characters, a static pod's 32.
 const MAX_UID_BYTES: usize = 64;
 
-/// Where a label came from; names as in the `source` label and in `explain`.
+/// The source of a label, with the name used in the `source` label and in `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub enum Source {
     Cgroup,
@@ -29,8 +29,8 @@ pub enum Source {
 }
 
 impl Source {
-    /// Those that are asked; the path is only read.
-    pub const ASKED: [Source; 12] = [
+    /// The sources that are queried: all except the cgroup path, which is parsed.
+    pub const QUERIED: [Source; 12] = [
         Source::Bundle,
         Source::DockerFile,
         Source::CrioFile,
@@ -63,13 +63,13 @@ impl Source {
         }
     }
 
-    /// A socket races the container's creation and may hang; a file does neither.
+    /// Whether queries go to a socket. Unlike a file, a socket may hang, and may not know a new container yet.
     pub fn is_socket(self) -> bool {
         matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
     }
 
-    /// Whether this label can come from it at all.
-    pub fn gives(self, label: Label) -> bool {
+    /// Whether the source can provide this label.
+    pub fn provides(self, label: Label) -> bool {
         match self {
             Source::Cgroup => label == Label::Name,
             Source::Logs => matches!(label, Label::Namespace | Label::Pod | Label::Container),
@@ -79,7 +79,7 @@ impl Source {
         }
     }
 
-    /// A higher one may overwrite: the runtime's own record, then the pods' API, then names found in paths.
+    /// A higher authority may overwrite a lower one. In descending order: the runtime's own record, the pods' API, names found in paths.
     pub fn authority(self) -> u8 {
         match self {
             Source::Cgroup | Source::Logs | Source::Mountinfo => 1,
@@ -125,7 +125,7 @@ pub struct LabelValue {
     pub source: Source,
 }
 
-/// What one source says about one container. Absent and empty are the same: neither overwrites anything.
+/// The values that one source provides for one container. An absent value and an empty one are equivalent: neither overwrites a value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
     /// Indexed like [`Label::ALL`].
@@ -133,8 +133,8 @@ pub struct Facts {
     pub pod_uid: Option<String>,
     pub runtime: Option<Runtime>,
     pub sandbox: bool,
-    /// The source would have known of a pod: without one there is none.
-    pub knows_pods: bool,
+    /// The source knows whether the container is in a pod: if it reports no pod, there is none.
+    pub pod_status_known: bool,
 }
 
 impl Facts {
@@ -144,15 +144,15 @@ impl Facts {
         }
     }
 
-    /// From the labels that a kubelet gives to what it makes.
-    pub fn from_kubelets_labels<'a>(&mut self, get: impl Fn(&str) -> Option<&'a str>) {
+    /// Reads the labels that the kubelet sets on its containers.
+    pub fn from_kubelet_labels<'a>(&mut self, get: impl Fn(&str) -> Option<&'a str>) {
         self.set(Label::Namespace, get("io.kubernetes.pod.namespace"));
         self.set(Label::Pod, get("io.kubernetes.pod.name"));
         self.set(Label::Container, get("io.kubernetes.container.name"));
         self.pod_uid = get("io.kubernetes.pod.uid").filter(|uid| !uid.is_empty()).map(str::to_owned);
     }
 
-    /// Fills what is still empty from dockershim's `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
+    /// Fills empty values from dockershim's name `k8s_<container>_<pod>_<namespace>_<uid>_<attempt>`.
     pub fn from_dockershim_name(&mut self, name: &str) {
         let parts: Vec<&str> = name.split('_').collect();
         if let ["k8s", container, pod, namespace, uid, _attempt] = parts[..] {
@@ -167,24 +167,24 @@ impl Facts {
     }
 }
 
-/// A container's labels at one instant.
+/// The labels of a container at one time.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ContainerLabels {
-    /// The cgroup path of the container's root; never blank.
+    /// The path of the container's root cgroup; never empty.
     pub id: Arc<str>,
     pub container_id: Arc<str>,
-    /// It is inside another container.
+    /// The container is inside another container.
     pub is_nested: bool,
     pub kind: Kind,
     pub runtime: Option<Runtime>,
     pub pod_uid: Option<String>,
     /// Indexed like [`Label::ALL`].
     values: [Option<LabelValue>; Label::ALL.len()],
-    /// Whether a source has answered that would have known of a pod.
-    pods_known: bool,
-    /// Complete, or old enough to be shown with what is known.
+    /// A source that knows whether the container is in a pod has been read.
+    pod_status_known: bool,
+    /// The labels are complete, or the container is old enough to be exported with incomplete labels.
     pub settled: bool,
-    /// From the cgroup's creation to complete; `None` until then, or when the creation was not seen.
+    /// Time from the cgroup's creation until the labels were complete; `None` before that, or if the creation was not observed.
     pub resolved_after_ns: Option<u64>,
 }
 
@@ -199,12 +199,12 @@ impl ContainerLabels {
             runtime: identity.runtime,
             pod_uid: identity.pod_uid.clone(),
             values: Default::default(),
-            pods_known: false,
+            pod_status_known: false,
             settled: false,
             resolved_after_ns: None,
         };
         let mut facts = Facts::default();
-        // Where there is nobody to ask, the id is what people call it.
+        // These runtimes have no label source; their containers are known by id.
         let unnamed = matches!(identity.runtime, Some(Runtime::Garden | Runtime::Mesos));
         facts.set(Label::Name, identity.name.as_deref().or(identity.container_id.as_deref().filter(|_| unnamed)));
         labels.merge(Source::Cgroup, &facts);
@@ -215,7 +215,7 @@ impl ContainerLabels {
         self.values[label as usize].as_ref()
     }
 
-    /// How much is known, as the `state` label of `gpu_sampler_containers` says it.
+    /// The value of the `state` label of `gpu_sampler_containers`.
     pub fn state(&self) -> &'static str {
         match (self.complete(), self.values.iter().any(Option::is_some)) {
             (true, _) => "complete",
@@ -224,25 +224,26 @@ impl ContainerLabels {
         }
     }
 
-    /// The value as exported: blank when unknown.
+    /// The value as exported: empty if unknown.
     pub fn text(&self, label: Label) -> &str {
         self.get(label).map_or("", |v| &v.value)
     }
 
-    /// Takes what a source says, label by label: an empty value changes nothing, a lesser authority does not overwrite, and among
-    /// equals the first stays, or two runtimes that word an image differently would make the series flip. Whether anything changed.
+    /// Merges the values of a source, label by label. An empty value changes nothing, a lower authority does not overwrite, and at equal
+    /// authority the first source wins, since otherwise a series would alternate between two spellings of an image. Returns whether
+    /// anything changed.
     pub fn merge(&mut self, source: Source, facts: &Facts) -> bool {
         let mut changed = false;
-        // The runtime knows of no pod: what somebody has mounted or logged does not make it one.
+        // The runtime reports that there is no pod: mounts or log files that suggest one are ignored.
         let overruled = |label: Label| {
-            let of_pods = matches!(label, Label::Namespace | Label::Pod | Label::Container);
-            of_pods && self.pods_known && !self.in_pod() && source.authority() < 3
+            let is_pod_label = matches!(label, Label::Namespace | Label::Pod | Label::Container);
+            is_pod_label && self.pod_status_known && !self.in_pod() && source.authority() < 3
         };
         let overruled = Label::ALL.map(overruled);
         for ((slot, value), _) in self.values.iter_mut().zip(&facts.labels).zip(overruled).filter(|(_, overruled)| !overruled) {
             let Some(value) = value.as_deref().map(bounded).filter(|v| !v.is_empty()) else { continue };
-            let wins = slot.as_ref().is_none_or(|known| {
-                source.authority() > known.source.authority() || (source == known.source && *known.value != *value)
+            let wins = slot.as_ref().is_none_or(|current| {
+                source.authority() > current.source.authority() || (source == current.source && *current.value != *value)
             });
             if wins {
                 *slot = Some(LabelValue { value: value.into(), source });
@@ -258,36 +259,36 @@ impl ContainerLabels {
         if facts.sandbox && self.kind != Kind::Sandbox {
             (self.kind, changed) = (Kind::Sandbox, true);
         }
-        if facts.knows_pods && !self.pods_known {
-            (self.pods_known, changed) = (true, true);
+        if facts.pod_status_known && !self.pod_status_known {
+            (self.pod_status_known, changed) = (true, true);
         }
         changed
     }
 
-    /// Whether it is known to be in a pod.
+    /// Whether the container is known to be in a pod.
     pub fn in_pod(&self) -> bool {
         self.pod_uid.is_some() || [Label::Namespace, Label::Pod].iter().any(|l| self.get(*l).is_some())
     }
 
-    /// Whether this kind of container can have the label; `None` while nobody has said.
+    /// Whether this kind of container can have the label; `None` while that is unknown.
     fn applies(&self, label: Label) -> Option<bool> {
         use Runtime::{Containerd, CriO, Docker, Ecs, Garden, Lxc, Mesos, Nspawn, Podman, Rkt};
         match label {
             Label::Image | Label::Container if self.kind == Kind::Sandbox => Some(false),
-            // They run file systems, not images.
+            // These run file systems, not images.
             Label::Image if matches!(self.runtime, Some(Lxc | Nspawn | Garden | Mesos)) => Some(false),
             Label::Name | Label::Image => Some(true),
-            Label::Namespace | Label::Pod | Label::Container => match (self.in_pod(), self.pods_known, self.runtime) {
+            Label::Namespace | Label::Pod | Label::Container => match (self.in_pod(), self.pod_status_known, self.runtime) {
                 (true, _, _) => Some(true),
                 (false, true, _) => Some(false),
-                // A kubelet places what it has made of these below a pod's cgroup.
+                // The kubelet's containers of these runtimes are below a pod's cgroup.
                 (false, false, Some(Docker | Podman | Ecs | Lxc | Nspawn | Garden | Mesos)) => Some(false),
                 (false, false, None | Some(Containerd | CriO | Rkt)) => None,
             },
         }
     }
 
-    /// Labels that a container of this kind should have, or may have for all that is known, and this one lacks.
+    /// Labels that this container lacks although a container of its kind has them, or may have them.
     pub fn missing(&self) -> impl Iterator<Item = Label> + '_ {
         Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) != Some(false))
     }

@@ -1,16 +1,16 @@
-//! Windows taken together, so that any number of them fits a drawing.
+//! Merges windows into bins, so that a timeline of any length fits a drawing.
 
 use super::model::{Lane, Timeline};
 
-/// A lane's shares, with `None` where nothing is known. A share credited in a window of which little was observed is known.
+/// The shares of a lane; `None` where the GPU was not observed. A share credited in a window that was mostly unobserved is known.
 pub fn known_shares(timeline: &Timeline, lane: &Lane) -> Vec<Option<f32>> {
-    let observed = |at: usize| timeline.busy.get(at).copied().flatten().is_some();
-    lane.shares.iter().enumerate().map(|(at, share)| (*share > 0.0 || observed(at)).then_some(*share)).collect()
+    let is_observed = |at: usize| timeline.busy.get(at).copied().flatten().is_some();
+    lane.shares.iter().enumerate().map(|(at, share)| (*share > 0.0 || is_observed(at)).then_some(*share)).collect()
 }
 
-/// The mean of each of `bins` equal parts; unknown where less than half of the part is known. No more than there are.
+/// The mean of each of `bins` equal parts; `None` where less than half of the part is known. Never more bins than values.
 pub fn means(values: &[Option<f32>], bins: usize) -> Vec<Option<f32>> {
-    parts(values.len(), bins)
+    equal_parts(values.len(), bins)
         .map(|part| {
             let part = values.get(part).unwrap_or_default();
             let known: Vec<f32> = part.iter().copied().flatten().collect();
@@ -19,12 +19,12 @@ pub fn means(values: &[Option<f32>], bins: usize) -> Vec<Option<f32>> {
         .collect()
 }
 
-/// The most of each of `bins` equal parts: what matters of memory is its peak.
+/// The maximum of each of `bins` equal parts, for memory, of which the peak matters.
 pub fn peaks(values: &[Option<u64>], bins: usize) -> Vec<Option<u64>> {
-    parts(values.len(), bins).map(|part| values.get(part).unwrap_or_default().iter().copied().flatten().max()).collect()
+    equal_parts(values.len(), bins).map(|part| values.get(part).unwrap_or_default().iter().copied().flatten().max()).collect()
 }
 
-fn parts(n: usize, bins: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
+fn equal_parts(n: usize, bins: usize) -> impl Iterator<Item = std::ops::Range<usize>> {
     let bins = bins.min(n);
     (0..bins).map(move |bin| bin * n / bins..(bin + 1) * n / bins)
 }
@@ -34,7 +34,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn means_keep_the_sum_and_do_not_invent() {
+    fn means_of_mostly_unknown_parts_are_unknown() {
         let values = [Some(1.0), Some(0.0), None, None, Some(0.5), None, Some(1.0)];
         assert_eq!(means(&values, 100), values);
         assert_eq!(means(&values[..6], 3), [Some(0.5), None, Some(0.5)]);

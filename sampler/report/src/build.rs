@@ -1,4 +1,4 @@
-//! From a session's facts to its report, by the code that aggregates live.
+//! Builds the report of a session from its facts, with the aggregation code of the live agent.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -8,17 +8,19 @@ use super::gather::{Gathered, GatheredGpu};
 use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
 use super::onoff::{Experiment, LEVEL};
 use super::selection::{narrow, selects_gpu};
-use sampler_core::aggregate::{Aggregate, DeviceAccount, Range, SATURATION_RATIO, Settings, TOGETHER_NS, Window, is_user};
+use sampler_core::aggregate::{
+    Aggregate, COACTIVITY_WINDOW_NS, DeviceAccount, Range, SATURATION_RATIO, Settings, Window, is_user,
+};
 use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::fact::{UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
 use sampler_session::{Session, View};
 
-/// Shorter gaps are counted and not listed.
+/// Shorter gaps are counted, but not listed.
 const GAP_NS: u64 = 500_000_000;
-/// Spans this close follow each other.
+/// Spans that are closer than this are one gap.
 const TOUCHING_NS: u64 = 20_000_000;
-/// No session is longer; a file that says so must not decide how much memory is taken.
+/// Upper bound of the duration of a report: a file must not determine how much memory is allocated.
 const LONGEST_NS: u64 = 2 * 86_400 * 1_000_000_000;
 const S: f64 = 1e-9;
 
@@ -45,9 +47,9 @@ pub fn build(session: &Session, view: &View) -> Report {
     let mut aggregate = Aggregate::new(Settings { saturation_ratio, keep_history: true, range });
     let mut gathered = Gathered::default();
     for fact in &session.facts {
-        // Where all was read there are none: a device's clock alone may move its spans apart.
-        let hole = gathered.hole(fact).filter(|_| !session.damage.is_empty());
-        for fact in hole.into_iter().chain([fact.clone()]) {
+        // An undamaged file has no unread spans: there, only drift of the device clock separates consecutive spans.
+        let unread = gathered.unread_span(fact).filter(|_| !session.damage.is_empty());
+        for fact in unread.into_iter().chain([fact.clone()]) {
             aggregate.apply(&gathered.take(&fact, range));
         }
     }
@@ -62,12 +64,12 @@ fn id(user: User, gathered: &Gathered) -> String {
             gathered.containers.get(&key).map_or_else(|| format!("container {}", key.0), |c| c.cgroup_path.clone())
         }
         User::Host(process) => format!("pid:{}@{}", process.pid, process.start.0),
-        User::Nobody(reason) => reason.name().into(),
+        User::Unattributed(reason) => reason.name().into(),
     }
 }
 
-fn described(user: User, gathered: &Gathered) -> UserReport {
-    let mut told = UserReport {
+fn describe(user: User, gathered: &Gathered) -> UserReport {
+    let mut user_report = UserReport {
         kind: UserKind::Unknown,
         id: id(user, gathered),
         container_id: None,
@@ -82,77 +84,79 @@ fn described(user: User, gathered: &Gathered) -> UserReport {
     };
     match user {
         User::Container(key) => {
-            told.kind = UserKind::Container;
-            told.container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
+            user_report.kind = UserKind::Container;
+            user_report.container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
             if let Some(labels) = gathered.labels.get(&key) {
-                told.namespace.clone_from(&labels.namespace);
-                told.pod.clone_from(&labels.pod);
-                told.container.clone_from(&labels.container);
-                told.name.clone_from(&labels.name);
-                told.image.clone_from(&labels.image);
+                user_report.namespace.clone_from(&labels.namespace);
+                user_report.pod.clone_from(&labels.pod);
+                user_report.container.clone_from(&labels.container);
+                user_report.name.clone_from(&labels.name);
+                user_report.image.clone_from(&labels.image);
             }
         }
         User::Host(process) => {
-            told.kind = UserKind::Host;
-            told.pid = Some(process.pid);
-            told.comm = gathered.comms.get(&process).cloned();
+            user_report.kind = UserKind::Host;
+            user_report.pid = Some(process.pid);
+            user_report.comm = gathered.comms.get(&process).cloned();
         }
-        User::Nobody(_) => {}
+        User::Unattributed(_) => {}
     }
-    told
+    user_report
 }
 
-fn why(unseen: UnobservedReason) -> &'static str {
-    match unseen {
+fn gap_reason(reason: UnobservedReason) -> &'static str {
+    match reason {
         UnobservedReason::Missing => "samples are missing",
-        UnobservedReason::NotAsked => "samples whose process was not queried, by an agent that did not attribute them",
-        UnobservedReason::NoSamples => "the driver had no samples and did not say that the GPU was idle",
-        UnobservedReason::NoAnswer => "the driver did not answer",
-        UnobservedReason::Unread => "the session's file is damaged there",
-        UnobservedReason::Start => "the agent had just started, or the GPU was opened anew",
+        UnobservedReason::NotAsked => {
+            "the processes of the samples were not queried, and the agent version that recorded them did not attribute them"
+        }
+        UnobservedReason::NoSamples => "the driver returned no samples and did not report the GPU as idle",
+        UnobservedReason::NoAnswer => "the driver did not respond",
+        UnobservedReason::Unread => "the session file is damaged in this span",
+        UnobservedReason::Start => "the agent had just started, or the GPU was reopened",
     }
 }
 
-/// What each user of a window had, users of nobody left out.
-fn users(window: &Window) -> impl Iterator<Item = (User, f64, bool)> {
+/// GPU time of each user of a window, and whether a sample names it; without time that is attributed to no user.
+fn window_users(window: &Window) -> impl Iterator<Item = (User, f64, bool)> {
     window.users.iter().filter(|(user, _)| is_user(**user)).map(|(user, part)| (*user, part.ns, part.samples > 0))
 }
 
-/// Sums of a user's windows.
+/// Sums over the windows in which a user was active.
 #[derive(Default)]
-struct Sums {
+struct UserSums {
     active: f64,
     coactive: f64,
     contended: f64,
-    others: BTreeMap<User, Beside>,
+    contenders: BTreeMap<User, ContenderSums>,
 }
 
 #[derive(Default)]
-struct Beside {
+struct ContenderSums {
     ns: f64,
     saturated_ns: f64,
     coactive: f64,
 }
 
-fn sums(windows: &Windows, saturation_ratio: f64) -> BTreeMap<User, Sums> {
-    let mut all: BTreeMap<User, Sums> = BTreeMap::new();
+fn sums(windows: &Windows, saturation_ratio: f64) -> BTreeMap<User, UserSums> {
+    let mut all: BTreeMap<User, UserSums> = BTreeMap::new();
     for window in windows.values() {
         let (saturated, seconds) = (window.saturated(saturation_ratio), window.seconds());
-        for (user, _, active) in users(window) {
+        for (user, _, active) in window_users(window) {
             let sums = all.entry(user).or_default();
             if !active {
                 continue;
             }
             sums.active += seconds;
-            let mut together = false;
-            for (other, ns, also) in users(window).filter(|(other, ..)| *other != user) {
-                let beside = sums.others.entry(other).or_default();
-                beside.ns += ns;
-                beside.saturated_ns += if saturated { ns } else { 0.0 };
-                beside.coactive += if also { seconds } else { 0.0 };
-                together |= also;
+            let mut coactive = false;
+            for (other, ns, other_active) in window_users(window).filter(|(other, ..)| *other != user) {
+                let contender_sums = sums.contenders.entry(other).or_default();
+                contender_sums.ns += ns;
+                contender_sums.saturated_ns += if saturated { ns } else { 0.0 };
+                contender_sums.coactive += if other_active { seconds } else { 0.0 };
+                coactive |= other_active;
             }
-            if together {
+            if coactive {
                 sums.coactive += seconds;
                 sums.contended += if saturated { seconds } else { 0.0 };
             }
@@ -180,7 +184,7 @@ impl Builder<'_> {
             damage: self.session.damage.clone(),
             node: header.node.clone(),
             agent_version: header.agent_version.clone(),
-            window_seconds: TOGETHER_NS as f64 * S,
+            window_seconds: COACTIVITY_WINDOW_NS as f64 * S,
             saturation_ratio: self.saturation_ratio,
             gaps: Vec::new(),
             gpus: Vec::new(),
@@ -192,28 +196,28 @@ impl Builder<'_> {
         let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
         for (slot, device) in self.aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
             let empty = GatheredGpu::default();
-            let of = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
+            let gpu_facts = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
             if !selects_gpu(view, &device.info.uuid.0, device.info.index) {
                 continue;
             }
             let none = Windows::new();
-            let windows = device.together.history.as_ref().unwrap_or(&none);
-            report.gpus.push(self.gpu(device, of, windows));
-            report.gaps.extend(self.gaps(device, of));
-            for (user, usage) in self.usages(device, of, windows) {
-                users.entry(user).or_insert_with(|| described(user, &self.gathered)).gpus.push(usage);
+            let windows = device.coactivity.history.as_ref().unwrap_or(&none);
+            report.gpus.push(self.gpu(device, gpu_facts, windows));
+            report.gaps.extend(self.gaps(device, gpu_facts));
+            for (user, usage) in self.usages(device, gpu_facts, windows) {
+                users.entry(user).or_insert_with(|| describe(user, &self.gathered)).gpus.push(usage);
             }
-            timelines.push(self.timeline(device, of, windows));
+            timelines.push(self.timeline(device, gpu_facts, windows));
         }
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
         let seconds = |user: &UserReport| user.gpus.iter().map(|usage| usage.gpu_seconds).sum::<f64>();
         order.sort_by(|a, b| seconds(&b.1).total_cmp(&seconds(&a.1)).then_with(|| a.1.id.cmp(&b.1.id)));
-        let place: HashMap<User, usize> = order.iter().enumerate().map(|(n, (user, _))| (*user, n)).collect();
+        let positions: HashMap<User, usize> = order.iter().enumerate().map(|(n, (user, _))| (*user, n)).collect();
         report.users = order.into_iter().map(|(_, user)| user).collect();
         for (mut timeline, lanes) in timelines {
-            let of = lanes.into_iter().filter_map(|(user, lane)| Some(Lane { user: *place.get(&user)?, ..lane }));
-            timeline.lanes = of.collect();
+            let listed = lanes.into_iter().filter_map(|(user, lane)| Some(Lane { user: *positions.get(&user)?, ..lane }));
+            timeline.lanes = listed.collect();
             timeline.lanes.sort_by_key(|lane| lane.user);
             report.timelines.push(timeline);
         }
@@ -225,20 +229,20 @@ impl Builder<'_> {
         report
     }
 
-    fn gpu(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> GpuReport {
+    fn gpu(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu, windows: &Windows) -> GpuReport {
         let (time, by_reason) = (device.time(), device.unattributed());
-        // The others are users, and listed as such.
-        let nobody = |reason: &Reason| !is_user(User::Nobody(*reason));
-        let unattributed = Reason::ALL.into_iter().zip(by_reason).filter(|(reason, _)| nobody(reason));
+        // The other reasons count as users, and are listed as such.
+        let is_unattributed = |reason: &Reason| !is_user(User::Unattributed(*reason));
+        let unattributed = Reason::ALL.into_iter().zip(by_reason).filter(|(reason, _)| is_unattributed(reason));
         let unattributed: Vec<Named> = unattributed.map(|(reason, value)| Named { name: reason.name().into(), value }).collect();
         let saturated = windows
             .values()
             .filter(|window| window.saturated(self.saturation_ratio))
             .map(Window::seconds)
             .fold(0.0, |sum, seconds| sum + seconds);
-        let within = of.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
+        let readings = gpu_facts.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
         let mut xids: BTreeMap<u64, u64> = BTreeMap::new();
-        for (_, xid, n) in &of.xids {
+        for (_, xid, n) in &gpu_facts.xids {
             let sum = xids.entry(*xid).or_default();
             *sum = sum.saturating_add(*n);
         }
@@ -251,42 +255,42 @@ impl Builder<'_> {
             idle_seconds: time.idle,
             unobserved_seconds: time.unobserved,
             unsupported_seconds: time.unsupported,
-            unattributed_seconds: unattributed.iter().map(|one| one.value).sum(),
+            unattributed_seconds: unattributed.iter().map(|named| named.value).sum(),
             unattributed,
             saturated_seconds: saturated,
-            memory_total_bytes: within.clone().filter_map(|(_, r)| r.memory_total_bytes).max(),
-            memory_used_max_bytes: within.filter_map(|(_, r)| r.memory_used_bytes).max(),
-            throttle_seconds: throttle_seconds(of, self.range),
+            memory_total_bytes: readings.clone().filter_map(|(_, r)| r.memory_total_bytes).max(),
+            memory_used_max_bytes: readings.filter_map(|(_, r)| r.memory_used_bytes).max(),
+            throttle_seconds: throttle_seconds(gpu_facts, self.range),
             xids: xids.into_iter().map(|(xid, n)| Named { name: xid.to_string(), value: n as f64 }).collect(),
         }
     }
 
-    fn gaps(&self, device: &DeviceAccount, of: &GatheredGpu) -> Vec<Gap> {
+    fn gaps(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu) -> Vec<Gap> {
         let mut spans: Vec<(BootNs, BootNs, UnobservedReason)> = Vec::new();
-        for (from, to, why) in &of.unseen {
+        for (from, to, reason) in &gpu_facts.unobserved {
             match spans.last_mut() {
-                Some((_, until, before)) if before == why && from.saturating_since(*until) < TOUCHING_NS => *until = *to,
-                _ => spans.push((*from, *to, *why)),
+                Some((_, until, before)) if before == reason && from.saturating_since(*until) < TOUCHING_NS => *until = *to,
+                _ => spans.push((*from, *to, *reason)),
             }
         }
         let long = spans.into_iter().filter(|(from, to, _)| to.saturating_since(*from) >= GAP_NS);
-        let gap = |(from, to, unseen): (BootNs, BootNs, UnobservedReason)| Gap {
+        let gap = |(from, to, reason): (BootNs, BootNs, UnobservedReason)| Gap {
             uuid: device.info.uuid.to_string(),
             from: self.wall(from),
             to: self.wall(to),
-            reason: why(unseen).into(),
+            reason: gap_reason(reason).into(),
         };
         long.map(gap).collect()
     }
 
-    fn called(&self, user: User) -> String {
-        described(user, &self.gathered).called()
+    fn display_name(&self, user: User) -> String {
+        describe(user, &self.gathered).display_name()
     }
 
-    fn usages(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> Vec<(User, Usage)> {
+    fn usages(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu, windows: &Windows) -> Vec<(User, Usage)> {
         let time = device.time();
         let sums = sums(windows, self.saturation_ratio);
-        let held = of.held.iter().filter(|(at, _)| *at <= self.range.1);
+        let held = gpu_facts.held.iter().filter(|(at, _)| *at <= self.range.1);
         let mut memory: BTreeMap<User, Option<u64>> = BTreeMap::new();
         for (user, bytes) in held.flat_map(|(_, held)| held) {
             let most = memory.entry(*user).or_insert(*bytes);
@@ -295,22 +299,23 @@ impl Builder<'_> {
         let credited = device.credits().keys().copied().filter(|user| is_user(*user));
         let all: BTreeSet<User> =
             credited.chain(sums.keys().copied()).chain(memory.keys().copied()).filter(|u| is_user(*u)).collect();
-        let pairs = sums.values().map(|sums| sums.others.len()).sum();
-        let experiment = Experiment::new(of, windows, self.range, self.saturation_ratio, pairs);
-        let none = Sums::default();
+        let pairs = sums.values().map(|sums| sums.contenders.len()).sum();
+        let experiment = Experiment::new(gpu_facts, windows, self.range, self.saturation_ratio, pairs);
+        let none = UserSums::default();
         let usage = |user: User| {
             let sums = sums.get(&user).unwrap_or(&none);
             let credit = device.credits().get(&user).copied().unwrap_or_default();
             let (seconds, stderr) = (credit.ns * S, credit.variance().sqrt() * S);
             let mut contenders: Vec<Contender> = sums
-                .others
+                .contenders
                 .iter()
-                .filter(|(_, beside)| beside.ns > 0.0)
-                .map(|(other, beside)| self.contender(device, &experiment, user, *other, beside))
+                .filter(|(_, contender_sums)| contender_sums.ns > 0.0)
+                .map(|(other, contender_sums)| self.contender(device, &experiment, user, *other, contender_sums))
                 .collect();
             contenders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds).then_with(|| a.id.cmp(&b.id)));
-            let asked = !contenders.is_empty() || user.container().is_some();
-            let causes = asked.then(|| causes(&self.gathered, of, user.container(), self.range, &|user| self.called(user)));
+            let needs_causes = !contenders.is_empty() || user.container().is_some();
+            let causes = needs_causes
+                .then(|| causes(&self.gathered, gpu_facts, user.container(), self.range, &|user| self.display_name(user)));
             let of_busy = |value: f64| (time.busy > 0.0).then(|| value / time.busy);
             let usage = Usage {
                 uuid: device.info.uuid.to_string(),
@@ -337,67 +342,67 @@ impl Builder<'_> {
         experiment: &Experiment<'_>,
         user: User,
         other: User,
-        beside: &Beside,
+        contender_sums: &ContenderSums,
     ) -> Contender {
         let credit = device.credits().get(&other).copied().unwrap_or_default();
-        // The same part of its variance as of its seconds.
-        let part = if credit.ns > 0.0 { (beside.ns / credit.ns).min(1.0) } else { 0.0 };
-        let judged = experiment.judge(user, other);
-        let told = described(other, &self.gathered);
+        // The variance is scaled by the same fraction as the seconds.
+        let part = if credit.ns > 0.0 { (contender_sums.ns / credit.ns).min(1.0) } else { 0.0 };
+        let result = experiment.evaluate(user, other);
+        let user_report = describe(other, &self.gathered);
         Contender {
-            kind: told.kind,
-            id: told.id,
-            gpu_seconds: beside.ns * S,
+            kind: user_report.kind,
+            id: user_report.id,
+            gpu_seconds: contender_sums.ns * S,
             gpu_seconds_stderr: (credit.variance() * part).sqrt() * S,
-            saturated_gpu_seconds: beside.saturated_ns * S,
-            coactive_seconds: beside.coactive,
-            evidence: if judged.confirmed { Evidence::OnOffConfirmed } else { Evidence::Coactive },
-            rate_before: judged.rate_before,
-            rate_after: judged.rate_after,
-            transitions: judged.transitions,
-            interval: judged.interval,
-            interval_level: judged.interval.map(|_| LEVEL),
-            why_not_confirmed: judged.why_not,
+            saturated_gpu_seconds: contender_sums.saturated_ns * S,
+            coactive_seconds: contender_sums.coactive,
+            evidence: if result.confirmed { Evidence::OnOffConfirmed } else { Evidence::Coactive },
+            rate_before: result.rate_before,
+            rate_after: result.rate_after,
+            transitions: result.transitions,
+            interval: result.interval,
+            interval_level: result.interval.map(|_| LEVEL),
+            why_not_confirmed: result.why_not,
         }
     }
 
-    fn timeline(&self, device: &DeviceAccount, of: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
-        let (first, last) = (self.range.0.0 / TOGETHER_NS, self.range.1.0.saturating_sub(1) / TOGETHER_NS);
-        let ends = |n: u64| BootNs((n + 1).saturating_mul(TOGETHER_NS));
+    fn timeline(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
+        let (first, last) = (self.range.0.0 / COACTIVITY_WINDOW_NS, self.range.1.0.saturating_sub(1) / COACTIVITY_WINDOW_NS);
+        let ends = |n: u64| BootNs((n + 1).saturating_mul(COACTIVITY_WINDOW_NS));
         let seconds = |at: BootNs| (at.0 as f64 - self.range.0.0 as f64) * S;
         let busy = |n: u64| {
-            // The first and the last may be cut.
-            let (from, to) = (BootNs(n.saturating_mul(TOGETHER_NS)).max(self.range.0), ends(n).min(self.range.1));
+            // The first and the last window may be partial.
+            let (from, to) = (BootNs(n.saturating_mul(COACTIVITY_WINDOW_NS)).max(self.range.0), ends(n).min(self.range.1));
             let window = windows.get(&n).filter(|window| window.observed_ns >= to.saturating_since(from) / 2)?;
             Some((window.busy_ns / window.observed_ns as f64) as f32)
         };
         let numbers = || first..=last.max(first);
         let mut timeline = Timeline {
             uuid: device.info.uuid.to_string(),
-            first_second: seconds(BootNs(first.saturating_mul(TOGETHER_NS))),
-            window_seconds: TOGETHER_NS as f64 * S,
+            first_second: seconds(BootNs(first.saturating_mul(COACTIVITY_WINDOW_NS))),
+            window_seconds: COACTIVITY_WINDOW_NS as f64 * S,
             busy: numbers().map(busy).collect(),
-            memory: numbers().map(|n| of.readings_at(ends(n)).and_then(|r| r.memory_used_bytes)).collect(),
+            memory: numbers().map(|n| gpu_facts.readings_at(ends(n)).and_then(|r| r.memory_used_bytes)).collect(),
             lanes: Vec::new(),
-            marks: of.xids.iter().map(|(at, xid, n)| (seconds(*at), format!("XID {xid}, {n} times"))).collect(),
+            marks: gpu_facts.xids.iter().map(|(at, xid, n)| (seconds(*at), format!("XID {xid}, {n} times"))).collect(),
         };
-        for (key, at) in &self.gathered.gone {
+        for (key, at) in &self.gathered.ended {
             if *at > self.range.0 && *at <= self.range.1 && device.credits_any(*key) {
-                timeline.marks.push((seconds(*at), format!("{} ended", self.called(User::Container(*key)))));
+                timeline.marks.push((seconds(*at), format!("{} ended", self.display_name(User::Container(*key)))));
             }
         }
         timeline.marks.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut lanes: BTreeMap<User, Lane> = BTreeMap::new();
         let n_windows = timeline.busy.len();
         let new = || Lane { user: 0, shares: vec![0.0; n_windows], memory: vec![None; n_windows] };
-        for (place, n) in numbers().enumerate() {
+        for (position, n) in numbers().enumerate() {
             for (user, part) in windows.get(&n).into_iter().flat_map(|window| &window.users).filter(|(user, _)| is_user(**user)) {
-                if let Some(share) = lanes.entry(*user).or_insert_with(new).shares.get_mut(place) {
-                    *share = (part.ns / TOGETHER_NS as f64) as f32;
+                if let Some(share) = lanes.entry(*user).or_insert_with(new).shares.get_mut(position) {
+                    *share = (part.ns / COACTIVITY_WINDOW_NS as f64) as f32;
                 }
             }
-            for (user, bytes) in of.held_at(ends(n)).into_iter().flatten().filter(|(user, _)| is_user(**user)) {
-                if let Some(memory) = lanes.entry(*user).or_insert_with(new).memory.get_mut(place) {
+            for (user, bytes) in gpu_facts.held_at(ends(n)).into_iter().flatten().filter(|(user, _)| is_user(**user)) {
+                if let Some(memory) = lanes.entry(*user).or_insert_with(new).memory.get_mut(position) {
                     *memory = *bytes;
                 }
             }
@@ -406,11 +411,11 @@ impl Builder<'_> {
     }
 }
 
-/// Seconds by reason within the range; `None` where the driver never told.
-fn throttle_seconds(of: &GatheredGpu, range: (BootNs, BootNs)) -> Option<Vec<Named>> {
-    of.readings.iter().find(|(_, readings)| readings.throttle_reasons.is_some())?;
+/// Seconds by reason within the range; `None` if the driver never reported the reasons.
+fn throttle_seconds(gpu_facts: &GatheredGpu, range: (BootNs, BootNs)) -> Option<Vec<Named>> {
+    gpu_facts.readings.iter().find(|(_, readings)| readings.throttle_reasons.is_some())?;
     let named = |(bit, name): (u64, &str)| {
-        let value = super::causes::throttled(of, bit, range).0;
+        let value = super::causes::throttled(gpu_facts, bit, range).0;
         (value > 0.0).then(|| Named { name: name.into(), value })
     };
     Some(THROTTLE_REASONS.into_iter().filter_map(named).collect())

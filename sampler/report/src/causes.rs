@@ -1,4 +1,4 @@
-//! What else could explain that a container waited: each cause with its numbers, ruled out or not.
+//! Causes other than contention that may explain why a container waited, each with its numbers and a verdict.
 
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{Cause, CauseKind, Verdict};
@@ -6,31 +6,31 @@ use sampler_core::fact::User;
 use sampler_core::observation::{CpuQuota, PressureFact};
 use sampler_core::units::{BootNs, ContainerKey};
 
-/// NVML's clocks event reasons, by what they are a sign of.
+/// NVML's clocks event reasons, by what they indicate.
 const POWER: u64 = 0x4 | 0x80;
 const THERMAL: u64 = 0x20 | 0x40;
 const CLOCKS: u64 = 0x2 | 0x8 | 0x10 | 0x100;
 /// XIDs about memory errors (ECC, page retirement, row remapping).
 const ECC_XIDS: [u64; 6] = [48, 63, 64, 92, 94, 95];
 
-/// A part of the time above which a cause is possible.
+/// Fractions of the time above which a cause is possible.
 const THROTTLED_RATIO: f64 = 0.01;
 const QUOTA_RATIO: f64 = 0.01;
 const CPU_RATIO: f64 = 0.10;
 const MEMORY_RATIO: f64 = 0.01;
 const IO_RATIO: f64 = 0.10;
-/// Of the GPU's memory.
+/// Fraction of the GPU's memory in use from which a lack of memory is possible.
 const FULL_RATIO: f64 = 0.95;
-/// What is known of less than this part of the time rules nothing out.
+/// Readings that cover less than this fraction of the time rule nothing out.
 const KNOWN_RATIO: f64 = 0.8;
-/// Readings further apart say nothing about the time between.
+/// Readings that are further apart do not cover the time between them.
 const READINGS_NS: u64 = 10_000_000_000;
 
 fn cause(cause: CauseKind, verdict: Verdict, detail: String) -> Cause {
     Cause { cause, verdict, detail }
 }
 
-/// Seconds for which some of the bits were set, and for which they were known.
+/// Seconds in which any of the bits was set, and seconds in which the bits were known.
 pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64, f64) {
     let (mut set, mut known) = (0u64, 0u64);
     for pair in gpu.readings.windows(2) {
@@ -45,7 +45,7 @@ pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64,
     (set as f64 * 1e-9, known as f64 * 1e-9)
 }
 
-fn of_clocks(gpu: &GatheredGpu, kind: CauseKind, bits: u64, range: (BootNs, BootNs)) -> Cause {
+fn clocks(gpu: &GatheredGpu, kind: CauseKind, bits: u64, range: (BootNs, BootNs)) -> Cause {
     let whole = range.1.saturating_since(range.0) as f64 * 1e-9;
     let (set, known) = throttled(gpu, bits, range);
     let names = sampler_core::device::THROTTLE_REASONS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
@@ -54,15 +54,15 @@ fn of_clocks(gpu: &GatheredGpu, kind: CauseKind, bits: u64, range: (BootNs, Boot
         return cause(kind, Verdict::Possible, format!("{} for {set:.1} of {whole:.1} s", names.join(" or ")));
     }
     if known < KNOWN_RATIO * whole {
-        return cause(kind, Verdict::Unknown, "the driver did not tell its clocks' event reasons".into());
+        return cause(kind, Verdict::Unknown, "the driver did not report clocks event reasons for enough of the time".into());
     }
     cause(kind, Verdict::RuledOut, format!("no {} in {known:.1} s", names.join(", ")))
 }
 
-fn of_errors(gpu: &GatheredGpu) -> Cause {
+fn errors(gpu: &GatheredGpu) -> Cause {
     if gpu.xids.is_empty() {
         if gpu.readings.iter().all(|(_, readings)| *readings == Default::default()) {
-            return cause(CauseKind::GpuError, Verdict::Unknown, "the device told nothing".into());
+            return cause(CauseKind::GpuError, Verdict::Unknown, "the device reported no readings".into());
         }
         return cause(CauseKind::GpuError, Verdict::RuledOut, "no XID was reported".into());
     }
@@ -80,102 +80,104 @@ fn of_errors(gpu: &GatheredGpu) -> Cause {
     cause(CauseKind::GpuError, Verdict::Possible, counts.iter().map(word).collect::<Vec<_>>().join(", "))
 }
 
-/// `called`: what a user is called.
-fn of_memory(gpu: &GatheredGpu, range: (BootNs, BootNs), called: &dyn Fn(User) -> String) -> Cause {
+/// `display_name`: the name of a user in the report.
+fn gpu_memory(gpu: &GatheredGpu, range: (BootNs, BootNs), display_name: &dyn Fn(User) -> String) -> Cause {
     let kind = CauseKind::GpuMemory;
-    let within = gpu.readings.iter().filter(|(at, _)| *at >= range.0 && *at <= range.1);
-    let used = within.filter_map(|(at, r)| Some((*at, r.memory_used_bytes?, r.memory_total_bytes.filter(|total| *total > 0)?)));
+    let readings = gpu.readings.iter().filter(|(at, _)| *at >= range.0 && *at <= range.1);
+    let used = readings.filter_map(|(at, r)| Some((*at, r.memory_used_bytes?, r.memory_total_bytes.filter(|total| *total > 0)?)));
     let Some((at, used, total)) = used.max_by_key(|(_, used, _)| *used) else {
-        return cause(kind, Verdict::Unknown, "the driver did not tell its memory".into());
+        return cause(kind, Verdict::Unknown, "the driver did not report memory usage".into());
     };
     let ratio = used as f64 / total as f64;
     let gib = |bytes: u64| bytes as f64 / f64::from(1 << 30);
-    let told = format!("at most {:.1} of {:.1} GiB in use ({:.0} %)", gib(used), gib(total), 100.0 * ratio);
+    let detail = format!("at most {:.1} of {:.1} GiB in use ({:.0} %)", gib(used), gib(total), 100.0 * ratio);
     if ratio < FULL_RATIO {
-        return cause(kind, Verdict::RuledOut, told);
+        return cause(kind, Verdict::RuledOut, detail);
     }
     let held = gpu.held_at(at.plus(1)).into_iter().flatten();
     let mut held: Vec<(u64, User)> = held.filter_map(|(user, bytes)| Some(((*bytes)?, *user))).collect();
     held.sort_unstable_by(|a, b| b.cmp(a));
-    let who = held.iter().take(3).map(|(bytes, user)| format!("{} {:.1} GiB", called(*user), gib(*bytes)));
-    let who = who.collect::<Vec<_>>().join(", ");
-    cause(kind, Verdict::Possible, if who.is_empty() { told } else { format!("{told}: {who}") })
+    let holders = held.iter().take(3).map(|(bytes, user)| format!("{} {:.1} GiB", display_name(*user), gib(*bytes)));
+    let holders = holders.collect::<Vec<_>>().join(", ");
+    cause(kind, Verdict::Possible, if holders.is_empty() { detail } else { format!("{detail}: {holders}") })
 }
 
-/// How much a cumulative number grew in the range, and over how many seconds.
-fn grew(facts: &[PressureFact], range: (BootNs, BootNs), of: impl Fn(&PressureFact) -> Option<u64>) -> Option<(u64, f64)> {
-    let mut grown = 0u64;
+/// Growth of a cumulative counter within the range, and the seconds that it covers; `None` without two values.
+fn growth(facts: &[PressureFact], range: (BootNs, BootNs), counter: impl Fn(&PressureFact) -> Option<u64>) -> Option<(u64, f64)> {
+    let mut total = 0u64;
     let mut seconds = 0.0;
     for pair in facts.windows(2) {
         let [a, b] = pair else { continue };
         if a.at < range.0 || b.at > range.1 {
             continue;
         }
-        let (Some(before), Some(after)) = (of(a), of(b)) else { continue };
-        // A container that was started again counts from zero.
-        grown = u64::saturating_add(grown, after.checked_sub(before).unwrap_or(after));
+        let (Some(before), Some(after)) = (counter(a), counter(b)) else { continue };
+        // The counters of a restarted container begin at zero.
+        total = u64::saturating_add(total, after.checked_sub(before).unwrap_or(after));
         seconds += b.at.saturating_since(a.at) as f64 * 1e-9;
     }
-    (seconds > 0.0).then_some((grown, seconds))
+    (seconds > 0.0).then_some((total, seconds))
 }
 
-fn of_quota(facts: &[PressureFact], range: (BootNs, BootNs)) -> Cause {
+fn cpu_quota(facts: &[PressureFact], range: (BootNs, BootNs)) -> Cause {
     let kind = CauseKind::CpuQuota;
-    let quota = |of: fn(&CpuQuota) -> u64| move |fact: &PressureFact| fact.cpu.as_ref().map(of);
-    let Some((ns, seconds)) = grew(facts, range, quota(|cpu| cpu.throttled_ns)) else {
-        return cause(kind, Verdict::Unknown, "its cgroup does not tell of throttling".into());
+    let quota = |field: fn(&CpuQuota) -> u64| move |fact: &PressureFact| fact.cpu.as_ref().map(field);
+    let Some((ns, seconds)) = growth(facts, range, quota(|cpu| cpu.throttled_ns)) else {
+        return cause(kind, Verdict::Unknown, "the cgroup does not report CPU throttling".into());
     };
     let limit = facts.iter().rev().find_map(|fact| fact.cpu?.limit_ns);
     let limit =
         limit.map_or("no limit".to_owned(), |(quota, period)| format!("limit {:.2} CPUs", quota as f64 / (period.max(1)) as f64));
-    let periods = grew(facts, range, quota(|cpu| cpu.periods)).map_or(0, |(n, _)| n);
-    let throttled = grew(facts, range, quota(|cpu| cpu.throttled_periods)).map_or(0, |(n, _)| n);
+    let periods = growth(facts, range, quota(|cpu| cpu.periods)).map_or(0, |(n, _)| n);
+    let throttled = growth(facts, range, quota(|cpu| cpu.throttled_periods)).map_or(0, |(n, _)| n);
     let part = ns as f64 * 1e-9 / seconds;
-    let told = format!("throttled {:.1} of {seconds:.0} s, in {throttled} of {periods} periods; {limit}", ns as f64 * 1e-9);
+    let detail = format!("throttled for {:.1} of {seconds:.0} s, in {throttled} of {periods} periods; {limit}", ns as f64 * 1e-9);
     let verdict = if part > QUOTA_RATIO { Verdict::Possible } else { Verdict::RuledOut };
-    cause(kind, verdict, told)
+    cause(kind, verdict, detail)
 }
 
-fn of_pressure(
+fn pressure(
     kind: CauseKind,
     facts: &[PressureFact],
     range: (BootNs, BootNs),
-    above: f64,
-    of: impl Fn(&PressureFact) -> Option<u64>,
+    threshold: f64,
+    counter: impl Fn(&PressureFact) -> Option<u64>,
 ) -> Cause {
-    let Some((ns, seconds)) = grew(facts, range, of) else {
-        return cause(kind, Verdict::Unknown, "its cgroup has no pressure file".into());
+    let Some((ns, seconds)) = growth(facts, range, counter) else {
+        return cause(kind, Verdict::Unknown, "the cgroup has no pressure file".into());
     };
     let part = ns as f64 * 1e-9 / seconds;
-    let told = format!("some of its tasks stalled for {:.1} % of {seconds:.0} s", 100.0 * part);
-    cause(kind, if part > above { Verdict::Possible } else { Verdict::RuledOut }, told)
+    let detail = format!("at least one task stalled for {:.1} % of {seconds:.0} s", 100.0 * part);
+    cause(kind, if part > threshold { Verdict::Possible } else { Verdict::RuledOut }, detail)
 }
 
-/// Of a user of that GPU, in that range.
+/// All causes for a user of the GPU within the range; `container` is `None` for users that are not containers.
 pub fn causes(
     gathered: &Gathered,
     gpu: &GatheredGpu,
     container: Option<ContainerKey>,
     range: (BootNs, BootNs),
-    called: &dyn Fn(User) -> String,
+    display_name: &dyn Fn(User) -> String,
 ) -> Vec<Cause> {
     let mut all = vec![
-        of_clocks(gpu, CauseKind::GpuClocks, CLOCKS, range),
-        of_clocks(gpu, CauseKind::GpuPower, POWER, range),
-        of_clocks(gpu, CauseKind::GpuThermal, THERMAL, range),
-        of_errors(gpu),
-        of_memory(gpu, range, called),
+        clocks(gpu, CauseKind::GpuClocks, CLOCKS, range),
+        clocks(gpu, CauseKind::GpuPower, POWER, range),
+        clocks(gpu, CauseKind::GpuThermal, THERMAL, range),
+        errors(gpu),
+        gpu_memory(gpu, range, display_name),
     ];
     let Some(key) = container else {
         let own = [CauseKind::CpuQuota, CauseKind::CpuPressure, CauseKind::MemoryPressure, CauseKind::IoPressure];
-        all.extend(own.map(|kind| cause(kind, Verdict::Unknown, "not in a container: no cgroup of its own is followed".into())));
+        all.extend(
+            own.map(|kind| cause(kind, Verdict::Unknown, "not a container: the agent does not measure its cgroup".into())),
+        );
         return all;
     };
     let none = Vec::new();
     let facts = gathered.pressures.get(&key).unwrap_or(&none);
-    all.push(of_quota(facts, range));
-    all.push(of_pressure(CauseKind::CpuPressure, facts, range, CPU_RATIO, |fact| fact.cpu_some_ns));
-    all.push(of_pressure(CauseKind::MemoryPressure, facts, range, MEMORY_RATIO, |fact| fact.memory_some_ns));
-    all.push(of_pressure(CauseKind::IoPressure, facts, range, IO_RATIO, |fact| fact.io_some_ns));
+    all.push(cpu_quota(facts, range));
+    all.push(pressure(CauseKind::CpuPressure, facts, range, CPU_RATIO, |fact| fact.cpu_some_ns));
+    all.push(pressure(CauseKind::MemoryPressure, facts, range, MEMORY_RATIO, |fact| fact.memory_some_ns));
+    all.push(pressure(CauseKind::IoPressure, facts, range, IO_RATIO, |fact| fact.io_some_ns));
     all
 }

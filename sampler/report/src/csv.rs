@@ -1,82 +1,101 @@
-//! The timelines as one long table, for who computes with them.
+//! The timelines as one long table, for analysis by programs.
 //!
-//! One row for each window, GPU and user: what pandas calls long format. RFC 4180: CRLF, a header, quotes where they are needed.
-//! A field of what is not known is empty, never 0. A GPU that nobody used has its windows too, with the user's fields empty.
+//! One row per window, GPU and user, which is the long format of pandas. RFC 4180 with CRLF and a header. The field of an unknown value
+//! is empty, never 0. A GPU without users has rows as well, with empty user fields.
 //!
-//! Spreadsheets run text that begins with `= + - @` (or a tab or line break before it) as a formula, and names come from tenants. Such text,
-//! and text that begins with an apostrophe itself, gets an apostrophe in front: `column.str.removeprefix("'")` gives it back exactly.
+//! Spreadsheets evaluate text that begins with `= + - @` (or with a tab or line break before it) as a formula, and tenants choose the
+//! names. Such text, and text that begins with an apostrophe, is prefixed with an apostrophe; `column.str.removeprefix("'")` restores it.
 
 use std::fmt::Write as _;
+
+use csv::{Terminator, Writer, WriterBuilder};
 
 use super::bins::known_shares;
 use super::model::*;
 use super::words;
 use sampler_core::units::rfc3339;
 
-const HEADER: &str =
-    "time,offset_seconds,uuid,gpu_index,kind,id,namespace,pod,container,name,gpu_seconds,share,memory_bytes,gpu_busy_ratio";
+const HEADER: [&str; 14] = [
+    "time",
+    "offset_seconds",
+    "uuid",
+    "gpu_index",
+    "kind",
+    "id",
+    "namespace",
+    "pod",
+    "container",
+    "name",
+    "gpu_seconds",
+    "share",
+    "memory_bytes",
+    "gpu_busy_ratio",
+];
+
+type LaneRows<'a> = ([String; 6], Vec<Option<f32>>, &'a Lane);
 
 pub fn csv(report: &Report) -> String {
-    let mut out = format!("{HEADER}\r\n");
+    let mut writer = WriterBuilder::new().terminator(Terminator::CRLF).from_writer(Vec::new());
+    write_row(&mut writer, HEADER);
     for timeline in &report.timelines {
         let index = report.gpu(&timeline.uuid).map(|gpu| gpu.index.to_string()).unwrap_or_default();
-        let gpu = format!("{},{index}", label(&timeline.uuid));
-        let users: Vec<(String, Vec<Option<f32>>, &Lane)> =
-            timeline.lanes.iter().map(|lane| (user(report.users.get(lane.user)), known_shares(timeline, lane), lane)).collect();
+        let uuid = without_formula(&timeline.uuid);
+        let lanes: Vec<LaneRows<'_>> = timeline
+            .lanes
+            .iter()
+            .map(|lane| (user_fields(report.users.get(lane.user)), known_shares(timeline, lane), lane))
+            .collect();
         for (at, busy) in timeline.busy.iter().enumerate() {
             let offset = timeline.first_second + at as f64 * timeline.window_seconds;
-            let head = format!("{},{},{gpu}", rfc3339(words::after(report.start, offset)), ratio(Some(offset)));
-            let busy = ratio(busy.map(f64::from));
-            for (user, shares, lane) in &users {
+            let (time, seconds) = (rfc3339(words::after(report.start, offset)), decimal(Some(offset)));
+            let window = [time.as_str(), &seconds, &uuid, &index];
+            let busy = decimal(busy.map(f64::from));
+            for (user, shares, lane) in &lanes {
                 let share = shares.get(at).copied().flatten().map(f64::from);
-                let seconds = ratio(share.map(|share| share * timeline.window_seconds));
+                let gpu_seconds = decimal(share.map(|share| share * timeline.window_seconds));
                 let memory = lane.memory.get(at).copied().flatten().map(|bytes| bytes.to_string()).unwrap_or_default();
-                row(&mut out, &[&head, user, &seconds, &ratio(share), &memory, &busy]);
+                let values = [gpu_seconds, decimal(share), memory];
+                let cells = user.iter().chain(&values).chain([&busy]).map(String::as_str);
+                write_row(&mut writer, window.into_iter().chain(cells));
             }
-            if users.is_empty() {
-                row(&mut out, &[&head, &user(None), "", "", "", &busy]);
+            if lanes.is_empty() {
+                write_row(&mut writer, window.into_iter().chain([""; 9]).chain([busy.as_str()]));
             }
         }
     }
-    out
+    let bytes = writer.into_inner().expect("writing to memory does not fail");
+    String::from_utf8(bytes).expect("all fields are UTF-8")
 }
 
-fn row(out: &mut String, parts: &[&str]) {
-    for (nth, part) in parts.iter().enumerate() {
-        if nth > 0 {
-            out.push(',');
-        }
-        out.push_str(part);
-    }
-    out.push_str("\r\n");
+fn write_row<'a>(writer: &mut Writer<Vec<u8>>, fields: impl IntoIterator<Item = &'a str>) {
+    writer.write_record(fields).expect("writing to memory does not fail, and all rows have the fields of the header");
 }
 
 /// Kind, id, namespace, pod, container, name.
-fn user(user: Option<&UserReport>) -> String {
-    let Some(user) = user else { return ",,,,,".to_owned() };
+fn user_fields(user: Option<&UserReport>) -> [String; 6] {
+    let Some(user) = user else { return Default::default() };
     let kind = match user.kind {
         UserKind::Container => "container",
         UserKind::Host => "host",
         UserKind::Unknown => "unknown",
     };
-    // A host process has no name but the one it gave itself.
+    // The only name of a host process is its command name.
     let name = user.comm.as_deref().unwrap_or(&user.name);
-    let labels = [&user.id, &user.namespace, &user.pod, &user.container, name].map(label);
-    format!("{kind},{}", labels.join(","))
+    [kind, &user.id, &user.namespace, &user.pod, &user.container, name].map(without_formula)
 }
 
-/// To the millionth: more than was measured, and no noise of binary fractions.
-fn ratio(value: Option<f64>) -> String {
+/// Six decimals: more than the precision of the measurement, and without the noise of binary fractions.
+fn decimal(value: Option<f64>) -> String {
     let Some(value) = value.filter(|value| value.is_finite()) else { return String::new() };
     let mut text = String::new();
     let _ = write!(text, "{value:.6}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
-fn label(text: &str) -> String {
-    let runs = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '\'', '＝', '＋', '－', '＠']);
-    let text = if runs { format!("'{text}") } else { text.to_owned() };
-    if text.contains([',', '"', '\r', '\n']) { format!("\"{}\"", text.replace('"', "\"\"")) } else { text }
+/// Prefixes text that a spreadsheet would evaluate with an apostrophe.
+fn without_formula(text: &str) -> String {
+    let is_formula = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '\'', '＝', '＋', '－', '＠']);
+    if is_formula { format!("'{text}") } else { text.to_owned() }
 }
 
 #[cfg(test)]
@@ -84,49 +103,36 @@ mod tests {
     use super::*;
     use crate::sample;
 
-    /// Reads RFC 4180 back, quotes and line breaks in fields included.
+    /// All rows, with the header.
     fn parse(text: &str) -> Vec<Vec<String>> {
-        let (mut rows, mut fields, mut field, mut quoted) = (Vec::new(), Vec::new(), String::new(), false);
-        let mut rest = text.chars().peekable();
-        while let Some(c) = rest.next() {
-            match c {
-                '"' if quoted && rest.peek() == Some(&'"') => field.push(rest.next().unwrap()),
-                '"' => quoted = !quoted,
-                ',' if !quoted => fields.push(std::mem::take(&mut field)),
-                '\r' if !quoted => {
-                    assert_eq!(rest.next(), Some('\n'));
-                    fields.push(std::mem::take(&mut field));
-                    rows.push(std::mem::take(&mut fields));
-                }
-                c => field.push(c),
-            }
-        }
-        assert!(field.is_empty() && fields.is_empty() && !quoted);
-        rows
+        let mut reader = csv::ReaderBuilder::new().has_headers(false).from_reader(text.as_bytes());
+        reader.deserialize().collect::<Result<_, _>>().unwrap()
     }
 
     #[test]
-    fn is_read_back_with_as_many_fields_in_every_row() {
+    fn every_row_is_read_back_with_all_fields() {
         for report in [sample::report(), sample::hostile(), sample::big(2, 8, 30)] {
-            let rows = parse(&csv(&report));
-            assert_eq!(rows[0].join(","), HEADER);
-            let expect: usize = report.timelines.iter().map(|one| one.lanes.len() * one.busy.len()).sum();
+            let text = csv(&report);
+            assert!(text.ends_with("\r\n"));
+            let rows = parse(&text);
+            assert_eq!(rows[0], HEADER);
+            let expect: usize = report.timelines.iter().map(|timeline| timeline.lanes.len() * timeline.busy.len()).sum();
             assert_eq!(rows.len(), expect + 1);
-            assert!(rows.iter().all(|row| row.len() == 14));
+            assert!(rows.iter().all(|row| row.len() == HEADER.len()));
         }
     }
 
     #[test]
-    fn sums_are_the_report_s() {
+    fn rows_of_a_user_sum_to_its_gpu_seconds() {
         let report = sample::report();
         let rows = parse(&csv(&report));
-        let mine = rows.iter().filter(|row| row[5] == sample::TRAINER);
-        let sum: f64 = mine.map(|row| row[10].parse().unwrap_or(0.0)).sum();
+        let of_trainer = rows.iter().filter(|row| row[5] == sample::TRAINER);
+        let sum: f64 = of_trainer.map(|row| row[10].parse().unwrap_or(0.0)).sum();
         assert!((sum - report.users[0].gpus[0].gpu_seconds).abs() < 1e-3, "{sum}");
     }
 
     #[test]
-    fn unknown_is_empty() {
+    fn unknown_values_are_empty() {
         let rows = parse(&csv(&sample::report()));
         let gap = rows.iter().find(|row| row[1] == "34" && row[5] == sample::TRAINER).unwrap();
         assert_eq!(gap[10..], ["", "", "", ""]);
@@ -136,7 +142,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_without_users_is_there() {
+    fn a_gpu_without_users_has_rows() {
         let mut report = sample::report();
         report.timelines[1].lanes.clear();
         let rows = parse(&csv(&report));
@@ -146,8 +152,8 @@ mod tests {
     }
 
     #[test]
-    fn no_label_is_a_formula() {
-        let rows = [
+    fn names_are_quoted_and_never_formulas() {
+        let cases = [
             ("plain", "plain"),
             ("=1+1", "'=1+1"),
             ("@x", "'@x"),
@@ -158,8 +164,11 @@ mod tests {
             ("=\"a\"", "\"'=\"\"a\"\"\""),
             ("a\r\nb", "\"a\r\nb\""),
         ];
-        for (from, expect) in rows {
-            assert_eq!(label(from), expect);
+        for (name, expect) in cases {
+            let mut report = sample::report();
+            report.users[0].name = name.to_owned();
+            let text = csv(&report);
+            assert!(text.contains(&format!(",trainer-0,main,{expect},")), "{name:?}");
         }
     }
 }

@@ -1,4 +1,4 @@
-//! What a report needs of a session's facts beside their sums: who is who, and what was read when.
+//! What a report needs from the facts of a session in addition to the sums: identities and labels of users, and readings over time.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -11,14 +11,14 @@ use sampler_core::fact::{
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
-/// A driver's usual period, for spans without ticks.
-const TICK_NS: u64 = 167_000_000;
-/// Spans of a device follow each other; its clock may differ from boot time by less than this.
-const HOLE_NS: u64 = 500_000_000;
+/// The usual sample period of the driver, for spans without samples.
+const SAMPLE_PERIOD_NS: u64 = 167_000_000;
+/// Spans of a device are contiguous; a shorter distance between two of them may be drift of the device clock against boot time.
+const UNREAD_NS: u64 = 500_000_000;
 
-/// One process in the hands of one user, as far as the facts tell.
+/// The lifetime of one process of one user, as far as the facts contain it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Life {
+pub struct Lifetime {
     pub since: BootNs,
     pub until: Option<BootNs>,
 }
@@ -26,17 +26,17 @@ pub struct Life {
 #[derive(Debug, Default)]
 pub struct GatheredGpu {
     pub info: Option<Arc<GpuInfo>>,
-    /// Every tick in the range, its end, and the user that it names; in order.
+    /// Every sample in the range: its end and the user that it names; in order.
     pub samples: Vec<(BootNs, Option<User>)>,
-    /// Memory by user, whenever it was read.
+    /// Memory by user, with the time of the reading.
     pub held: Vec<(BootNs, BTreeMap<User, Option<u64>>)>,
     pub readings: Vec<(BootNs, DeviceReadings)>,
-    /// (from, to, why), in order.
-    pub unseen: Vec<(BootNs, BootNs, UnobservedReason)>,
+    /// (from, to, reason), in order.
+    pub unobserved: Vec<(BootNs, BootNs, UnobservedReason)>,
     pub xids: Vec<(BootNs, u64, u64)>,
-    pub lives: HashMap<User, Vec<Life>>,
+    pub lifetimes: HashMap<User, Vec<Lifetime>>,
     open: HashMap<(u32, BootNs), (User, usize)>,
-    /// The end of its last span.
+    /// End of the last span.
     until: Option<BootNs>,
 }
 
@@ -47,53 +47,53 @@ pub struct Gathered {
     pub labels: HashMap<ContainerKey, LabelFact>,
     pub comms: HashMap<HostProcess, String>,
     pub pressures: HashMap<ContainerKey, Vec<PressureFact>>,
-    /// Ends of containers' lives.
-    pub gone: Vec<(ContainerKey, BootNs)>,
-    /// The last moment that any fact tells of.
+    /// Containers that ended, with the time.
+    pub ended: Vec<(ContainerKey, BootNs)>,
+    /// The latest time of any fact.
     pub last: BootNs,
     clocks: Option<(BootNs, WallTime)>,
-    /// Lives of one container, by its cgroup's path, are one.
-    same: HashMap<ContainerKey, ContainerKey>,
+    /// Restarts of a container with the same cgroup path are one container: its first key.
+    first_keys: HashMap<ContainerKey, ContainerKey>,
     by_path: HashMap<String, ContainerKey>,
-    told: HashSet<ContainerKey>,
+    known: HashSet<ContainerKey>,
 }
 
 impl Gathered {
-    /// Time that no fact tells of before this one, as a fact: spans of a device follow each other, unless some could not be read.
-    pub fn hole(&self, fact: &Fact) -> Option<Fact> {
-        let Fact::Gpu { gpu, at, fact: of } = fact else { return None };
+    /// The time before this fact that no fact covers, as a fact: spans of a device are contiguous unless some could not be read.
+    pub fn unread_span(&self, fact: &Fact) -> Option<Fact> {
+        let Fact::Gpu { gpu, at, fact: gpu_fact } = fact else { return None };
         let until = self.gpus.get(gpu)?.until?;
-        let ns = at.minus(of.span_ns()?).saturating_since(until);
-        let hole = GpuFact::Unobserved { ns, why: UnobservedReason::Unread };
-        (ns > HOLE_NS).then(|| Fact::Gpu { gpu: *gpu, at: until.plus(ns), fact: hole })
+        let ns = at.minus(gpu_fact.span_ns()?).saturating_since(until);
+        let unread = GpuFact::Unobserved { ns, why: UnobservedReason::Unread };
+        (ns > UNREAD_NS).then(|| Fact::Gpu { gpu: *gpu, at: until.plus(ns), fact: unread })
     }
 
-    /// Takes a fact in; the fact as the fold is to see it.
+    /// Records a fact. Returns it as the aggregation has to receive it: with the first key of a restarted container.
     pub fn take(&mut self, fact: &Fact, range: Range) -> Fact {
         match fact {
             Fact::Time { at, wall } => {
                 self.last = self.last.max(*at);
                 self.clocks.get_or_insert((*at, *wall));
             }
-            Fact::Gpu { gpu, at, fact: of } => {
-                let of = self.renamed(of);
-                self.gpus.entry(*gpu).or_default().take(*at, &of, range);
-                if !matches!(of, GpuFact::Left { .. }) {
+            Fact::Gpu { gpu, at, fact: gpu_fact } => {
+                let gpu_fact = self.with_first_keys(gpu_fact);
+                self.gpus.entry(*gpu).or_default().take(*at, &gpu_fact, range);
+                if !matches!(gpu_fact, GpuFact::Left { .. }) {
                     self.last = self.last.max(*at);
                 }
-                return Fact::Gpu { gpu: *gpu, at: *at, fact: of };
+                return Fact::Gpu { gpu: *gpu, at: *at, fact: gpu_fact };
             }
             Fact::Container(container) => {
                 let first = *self.by_path.entry(container.cgroup_path.clone()).or_insert(container.key);
-                self.same.insert(container.key, first);
-                if self.told.insert(first) {
+                self.first_keys.insert(container.key, first);
+                if self.known.insert(first) {
                     self.containers.insert(first, ContainerFact { key: first, ..container.clone() });
                 }
                 return Fact::Container(ContainerFact { key: first, ..container.clone() });
             }
             Fact::ContainerGone { key, at } => {
                 let key = self.key(*key);
-                self.gone.push((key, *at));
+                self.ended.push((key, *at));
                 return Fact::ContainerGone { key, at: *at };
             }
             Fact::ContainerForgotten { key } => return Fact::ContainerForgotten { key: self.key(*key) },
@@ -113,7 +113,7 @@ impl Gathered {
     }
 
     fn key(&self, key: ContainerKey) -> ContainerKey {
-        self.same.get(&key).copied().unwrap_or(key)
+        self.first_keys.get(&key).copied().unwrap_or(key)
     }
 
     fn user(&self, user: User) -> User {
@@ -129,7 +129,7 @@ impl Gathered {
         UtilizationSample { processes, ..sample.clone() }
     }
 
-    fn renamed(&self, fact: &GpuFact) -> GpuFact {
+    fn with_first_keys(&self, fact: &GpuFact) -> GpuFact {
         match fact {
             GpuFact::Utilization(sample) => GpuFact::Utilization(self.sample(sample)),
             GpuFact::EngineSample(engine, sample) => GpuFact::EngineSample(*engine, self.sample(sample)),
@@ -140,7 +140,7 @@ impl Gathered {
         }
     }
 
-    /// Boot time in the session's wall time: by the first moment at which both are known, so that differences stay what they are.
+    /// Converts boot time to wall time by the first time at which both are known, so that differences are preserved.
     pub fn wall(&self, at: BootNs, start: (BootNs, WallTime)) -> WallTime {
         let (boot, wall) = if start.1.0 > 0 { start } else { self.clocks.unwrap_or(start) };
         WallTime((wall.0 as i128 + i128::from(at.0) - i128::from(boot.0)).max(0) as u64)
@@ -153,12 +153,12 @@ impl GatheredGpu {
             self.until = Some(at);
         }
         match fact {
-            // It was away: that time is in no state.
+            // The device was absent: that time is in no state.
             GpuFact::Gone => self.until = None,
             GpuFact::Opened(info) => self.info = Some(Arc::clone(info)),
             GpuFact::Utilization(sample) => {
                 for process in &sample.processes {
-                    self.alive(process);
+                    self.record_alive(process);
                 }
                 if range.has(at) {
                     let named =
@@ -167,15 +167,15 @@ impl GatheredGpu {
                 }
             }
             GpuFact::Idle { ns } | GpuFact::Measured { ns, .. } => {
-                // As many as there would have been.
+                // As many samples as the driver would have taken.
                 let ns = range.part(at, *ns);
                 let to = at.min(range.to);
-                self.samples.extend((0..ns.div_ceil(TICK_NS)).rev().map(|n| (to.minus(n * TICK_NS), None)));
+                self.samples.extend((0..ns.div_ceil(SAMPLE_PERIOD_NS)).rev().map(|n| (to.minus(n * SAMPLE_PERIOD_NS), None)));
             }
             GpuFact::Unobserved { ns, why } => {
                 let (from, to) = (at.minus(*ns).max(range.after), at.min(range.to));
                 if from < to {
-                    self.unseen.push((from, to, *why));
+                    self.unobserved.push((from, to, *why));
                 }
             }
             GpuFact::Held(held) if range.has(at) || at <= range.after => {
@@ -190,29 +190,29 @@ impl GatheredGpu {
             GpuFact::Xid { xid, count } if range.has(at) => self.xids.push((at, *xid, *count)),
             GpuFact::Left { pid, since } => {
                 if let Some((user, n)) = self.open.remove(&(*pid, *since))
-                    && let Some(life) = self.lives.get_mut(&user).and_then(|lives| lives.get_mut(n))
+                    && let Some(lifetime) = self.lifetimes.get_mut(&user).and_then(|lifetimes| lifetimes.get_mut(n))
                 {
-                    life.until = Some(at);
+                    lifetime.until = Some(at);
                 }
             }
             _ => {}
         }
     }
 
-    fn alive(&mut self, process: &AttributedProcess) {
+    fn record_alive(&mut self, process: &AttributedProcess) {
         if process.since == BootNs(0) || self.open.contains_key(&(process.pid, process.since)) {
             return;
         }
-        let lives = self.lives.entry(process.user).or_default();
-        // A sample of a process whose end was told already.
-        if lives.iter().any(|life| life.since == process.since && life.until.is_some()) {
+        let lifetimes = self.lifetimes.entry(process.user).or_default();
+        // A sample of a process that is already recorded as ended.
+        if lifetimes.iter().any(|lifetime| lifetime.since == process.since && lifetime.until.is_some()) {
             return;
         }
-        self.open.insert((process.pid, process.since), (process.user, lives.len()));
-        lives.push(Life { since: process.since, until: None });
+        self.open.insert((process.pid, process.since), (process.user, lifetimes.len()));
+        lifetimes.push(Lifetime { since: process.since, until: None });
     }
 
-    /// What was read last at that time.
+    /// The last readings at or before that time.
     pub fn readings_at(&self, at: BootNs) -> Option<&DeviceReadings> {
         let n = self.readings.partition_point(|(then, _)| *then <= at);
         self.readings.get(n.checked_sub(1)?).map(|(_, readings)| readings)
@@ -223,11 +223,13 @@ impl GatheredGpu {
         self.held.get(n.checked_sub(1)?).map(|(_, held)| held)
     }
 
-    /// Whether some process of the user was there at some moment of the span; true where nothing is known.
+    /// Whether a process of the user existed at any time of the span; true if nothing is known.
     pub fn may_live(&self, user: User, from: BootNs, to: BootNs) -> bool {
-        match self.lives.get(&user) {
+        match self.lifetimes.get(&user) {
             None => true,
-            Some(lives) => lives.iter().any(|life| life.since <= to && life.until.is_none_or(|until| until >= from)),
+            Some(lifetimes) => {
+                lifetimes.iter().any(|lifetime| lifetime.since <= to && lifetime.until.is_none_or(|until| until >= from))
+            }
         }
     }
 }

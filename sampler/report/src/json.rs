@@ -1,4 +1,4 @@
-//! The report for programs. Its shape is the model's serialization, which only grows.
+//! The `json` format: the serialization of the model, to which fields are only added.
 
 use super::model::Report;
 
@@ -7,8 +7,8 @@ pub fn json(report: &Report) -> String {
     pretty(report)
 }
 
-pub(super) fn pretty(what: &impl serde::Serialize) -> String {
-    let mut text = serde_json::to_string_pretty(what).expect("every key is a string, and nothing else can fail in memory");
+pub(super) fn pretty(value: &impl serde::Serialize) -> String {
+    let mut text = serde_json::to_string_pretty(value).expect("all keys are strings, and writing to memory does not fail");
     text.push('\n');
     text
 }
@@ -20,33 +20,33 @@ mod tests {
     use super::*;
     use crate::sample;
 
-    fn parsed() -> Value {
+    fn sample_report() -> Value {
         let text = json(&sample::report());
         assert!(text.ends_with("}\n"));
         serde_json::from_str(&text).unwrap()
     }
 
-    /// Every key of the contract, with its type: s(tring), n(umber), b(ool), l(ist), o(bject), p(air of numbers); `?` if it may be null.
+    /// Checks that each of the keys has its type: s(tring), n(umber), b(ool), l(ist), o(bject), p(air of numbers); `?` if it may be null.
     fn check(value: &Value, keys: &str) {
         for key in keys.split_whitespace() {
             let (name, kind) = key.split_once(':').unwrap();
-            let one = value.get(name).unwrap_or_else(|| panic!("no {name} in {value}"));
-            let good = match kind.trim_end_matches('?') {
-                "s" => one.is_string(),
-                "n" => one.is_number(),
-                "b" => one.is_boolean(),
-                "l" => one.is_array(),
-                "o" => one.is_object(),
-                "p" => one.as_array().is_some_and(|pair| pair.len() == 2 && pair.iter().all(Value::is_number)),
+            let field = value.get(name).unwrap_or_else(|| panic!("no {name} in {value}"));
+            let matches = match kind.trim_end_matches('?') {
+                "s" => field.is_string(),
+                "n" => field.is_number(),
+                "b" => field.is_boolean(),
+                "l" => field.is_array(),
+                "o" => field.is_object(),
+                "p" => field.as_array().is_some_and(|pair| pair.len() == 2 && pair.iter().all(Value::is_number)),
                 other => panic!("{other}"),
             };
-            assert!(good || (kind.ends_with('?') && one.is_null()), "{name}: {one}");
+            assert!(matches || (kind.ends_with('?') && field.is_null()), "{name}: {field}");
         }
     }
 
     #[test]
-    fn has_the_keys_it_promises() {
-        let report = parsed();
+    fn json_has_the_documented_keys_and_types() {
+        let report = sample_report();
         check(&report, "format:n start:s duration_seconds:n truncated:b gaps:l gpus:l users:l findings:l damage:l node:s");
         for gap in report["gaps"].as_array().unwrap() {
             check(gap, "uuid:s from:s to:s reason:s");
@@ -71,8 +71,8 @@ mod tests {
     }
 
     #[test]
-    fn names_of_enums_are_those_of_the_contract() {
-        let report = parsed();
+    fn enums_are_serialized_by_their_documented_names() {
+        let report = sample_report();
         let user = &report["users"][0];
         assert_eq!(user["kind"], "container");
         assert_eq!(user["gpus"][0]["contenders"][0]["evidence"], "on-off-confirmed");

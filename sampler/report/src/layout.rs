@@ -1,34 +1,34 @@
-//! Text in columns: what of a foreign string may reach a terminal, how wide it is there, and tables that fit.
+//! Text for terminals: escaping, width, wrapping, colours, and tables that fit.
 
 use unicode_width::UnicodeWidthChar as _;
 
-/// Between columns.
+/// Spaces between columns.
 const GUTTER: usize = 2;
 
-/// With what would steer a terminal, or turn the direction of what follows, shown instead of sent: names are chosen by tenants.
-pub fn safe(text: &str) -> String {
+/// Escapes characters that control a terminal or change the direction of text: tenants choose the names.
+pub fn terminal_safe(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
-        if c.is_control() || steers(c) { out.extend(c.escape_default()) } else { out.push(c) }
+        if c.is_control() || is_invisible(c) { out.extend(c.escape_default()) } else { out.push(c) }
     }
     out
 }
 
-/// Marks of direction, separators of lines, and characters nobody sees.
-fn steers(c: char) -> bool {
+/// Direction marks, line separators and invisible characters.
+fn is_invisible(c: char) -> bool {
     matches!(c,
-        '\u{200b}' | '\u{200e}' | '\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
+        '\u{200b}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2060}'..='\u{206f}' | '\u{feff}'
         | '\u{fff9}'..='\u{fffb}' | '\u{e0000}'..='\u{e007f}')
 }
 
-/// How many columns of a terminal a text takes.
+/// The width of a text in terminal columns.
 pub fn columns(text: &str) -> usize {
     text.chars().map(|c| c.width().unwrap_or(0)).sum()
 }
 
-/// Cut in the middle to what fits: pods differ in their ends as often as in their beginnings.
+/// Shortens a text in the middle to `room` columns: names of pods differ at the end as often as at the beginning.
 pub fn fit(text: &str, room: usize, unicode: bool) -> String {
-    // Marks without a width of their own could pile up without end.
+    // Combining marks have no width and could accumulate without limit.
     let crowded = text.chars().count() > room.saturating_mul(4);
     if columns(text) <= room && !crowded {
         return text.to_owned();
@@ -37,9 +37,9 @@ pub fn fit(text: &str, room: usize, unicode: bool) -> String {
     let left = room.saturating_sub(columns(dots));
     let head = taken(text.chars(), left.div_ceil(2));
     let tail: String = taken(text.chars().rev(), left - left.div_ceil(2)).chars().rev().collect();
-    // What is narrower than its dots is cut without them.
-    let whole = format!("{head}{dots}{tail}");
-    if columns(&whole) <= room { whole } else { taken(text.chars(), room) }
+    // Without dots if there is no room for them.
+    let shortened = format!("{head}{dots}{tail}");
+    if columns(&shortened) <= room { shortened } else { taken(text.chars(), room) }
 }
 
 fn taken(from: impl Iterator<Item = char>, room: usize) -> String {
@@ -63,18 +63,18 @@ pub fn right(text: &str, room: usize) -> String {
     format!("{:1$}{text}", "", room.saturating_sub(columns(text)))
 }
 
-/// With what is drawn of words' own characters: plain spaces in any case, and ASCII where blocks cannot be drawn either.
+/// Replaces non-breaking spaces by plain ones and, without `unicode`, the symbols of this package by ASCII.
 pub fn drawn(text: &str, unicode: bool) -> String {
     let text = text.replace('\u{a0}', " ");
     if unicode { text } else { text.replace(" ± ", " +- ").replace('→', "->") }
 }
 
-/// `head`, then the text, broken between words; further lines begin below the text's first.
+/// `head`, followed by the text broken between words; further lines are indented by the width of `head`.
 pub fn wrapped(head: &str, text: &str, width: usize, unicode: bool) -> Vec<String> {
-    // Spaces between a number and its unit become plain ones once the lines are broken; the ASCII for ± is as long as it is told to be.
+    // Symbols are replaced before wrapping because their ASCII is wider; non-breaking spaces after it.
     let text = if unicode { text.to_owned() } else { text.replace('±', "+-").replace('→', "->") };
     let indent = columns(head);
-    // Narrower than this, every word would be a line.
+    // In less room, each word would be a line.
     let room = width.saturating_sub(indent).max(20);
     let (mut lines, mut line) = (Vec::new(), String::new());
     for word in text.split(' ').flat_map(|word| pieces(word, room)) {
@@ -90,7 +90,7 @@ pub fn wrapped(head: &str, text: &str, width: usize, unicode: bool) -> Vec<Strin
     lines.enumerate().map(|(i, line)| if i == 0 { format!("{head}{line}") } else { format!("{:indent$}{line}", "") }).collect()
 }
 
-/// A word that no line can hold is broken inside.
+/// Breaks a word that is longer than a line.
 fn pieces(word: &str, room: usize) -> Vec<String> {
     if columns(word) <= room {
         return vec![word.to_owned()];
@@ -104,7 +104,7 @@ fn pieces(word: &str, room: usize) -> Vec<String> {
     out
 }
 
-/// Colours of a terminal, or none of them.
+/// Terminal colours; none if false.
 #[derive(Clone, Copy)]
 pub struct Ink(pub bool);
 
@@ -127,13 +127,13 @@ impl Ink {
     pub fn good(self, text: &str) -> String {
         self.paint("32", text)
     }
-    /// One of six for the `n`th of several; red and green are not both among them.
+    /// One of six colours for the `n`th item; red and green are not among them.
     pub fn nth(self, n: usize, text: &str) -> String {
         self.paint(["36", "33", "35", "34", "96", "93"][n % 6], text)
     }
 }
 
-/// A table: one column of names, which gives way, and columns of values, the least important of which go first.
+/// A table of one column of names, which is shortened first, and columns of values, of which the least important are dropped.
 pub struct Table {
     pub name: Column,
     pub values: Vec<Column>,
@@ -141,7 +141,7 @@ pub struct Table {
 
 pub struct Column {
     pub head: String,
-    /// Of several columns that do not fit, the one with the highest goes first.
+    /// If columns do not fit, the one with the highest rank is dropped first.
     pub rank: u8,
     pub cells: Vec<String>,
 }
@@ -158,7 +158,7 @@ impl Column {
 
 impl Table {
     pub fn lines(mut self, indent: usize, width: usize, unicode: bool, ink: Ink) -> Vec<String> {
-        /// Names are cut to this before a column goes.
+        /// Names are shortened to this width before a column is dropped.
         const NAME: usize = 18;
         for cell in self.values.iter_mut().flat_map(|column| &mut column.cells) {
             *cell = drawn(cell, unicode);
@@ -193,8 +193,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn nothing_steers_the_terminal() {
-        let rows = [
+    fn control_and_invisible_characters_are_escaped() {
+        let cases = [
             ("plain-name_1.2", "plain-name_1.2"),
             ("a\x1b[2Jb", "a\\u{1b}[2Jb"),
             ("a\r\nb\t", "a\\r\\nb\\t"),
@@ -202,13 +202,13 @@ mod tests {
             ("abc\u{202e}fed", "abc\\u{202e}fed"),
             ("日本語", "日本語"),
         ];
-        for (from, expect) in rows {
-            assert_eq!(safe(from), expect);
+        for (from, expect) in cases {
+            assert_eq!(terminal_safe(from), expect);
         }
     }
 
     #[test]
-    fn what_is_cut_keeps_both_ends_and_its_width() {
+    fn a_shortened_text_keeps_both_ends_and_fits() {
         assert_eq!(fit("namespace/pod-abcdef/main", 13, true), "namesp…f/main");
         assert_eq!(fit("namespace/pod-abcdef/main", 13, false), "namesp../main");
         assert_eq!(fit("日本語日本語", 7, true), "日…語");
@@ -216,12 +216,12 @@ mod tests {
             assert!(columns(&fit("日本語日本語日本語", room, true)) <= room);
             assert!(columns(&fit("namespace/pod", room, false)) <= room);
         }
-        let piled = format!("a{}", "\u{301}".repeat(10_000));
-        assert!(fit(&piled, 10, true).chars().count() < 100);
+        let crowded = format!("a{}", "\u{301}".repeat(10_000));
+        assert!(fit(&crowded, 10, true).chars().count() < 100);
     }
 
     #[test]
-    fn long_words_are_broken() {
+    fn words_longer_than_a_line_are_broken() {
         let lines = wrapped("* ", &"x".repeat(50), 22, true);
         assert_eq!(lines, [format!("* {}", "x".repeat(20)), format!("  {}", "x".repeat(20)), format!("  {}", "x".repeat(10))]);
         assert_eq!(wrapped("a ", "b c", 80, true), ["a b c"]);

@@ -1,7 +1,7 @@
-//! What a session says: who used which GPU, with whom, and whom that kept waiting, with the evidence.
+//! The analysis of a session: which users used which GPU at the same time, which of them had to wait, and the evidence for it.
 //!
-//! [`Report`] is the one model; every format (`text`, `json`, `html`, `perfetto`, `csv`) is a function of it. Its serialization is the
-//! `json` format, so fields are added and not changed.
+//! [`Report`] is the only model; every format (`text`, `json`, `html`, `perfetto`, `csv`) is a function of it. Its serialization is the
+//! `json` format, so fields are added and never changed.
 #![forbid(unsafe_code)]
 
 mod bins;
@@ -10,27 +10,36 @@ mod causes;
 mod compare;
 mod csv;
 mod findings;
+mod format;
 mod gather;
 mod html;
 mod json;
 mod layout;
 mod model;
 mod onoff;
+mod page;
 mod perfetto;
+mod ranking;
 #[cfg(test)]
 mod sample;
 mod selection;
 mod text;
+mod user_name;
 mod words;
 
+pub use self::csv::csv;
 pub use build::build;
 pub use compare::{Comparison, compare};
-pub use csv::csv;
+pub use format::Format;
 pub use html::html;
+pub use html::html_escape;
 pub use json::json;
+pub use layout::terminal_safe;
 pub use model::*;
+pub use page::TextOptions;
 pub use perfetto::perfetto;
-pub use text::{TextOptions, text};
+pub use text::text;
+pub use user_name::{UserName, short_id};
 
 #[cfg(test)]
 mod tests;

@@ -1,5 +1,6 @@
-//! The model that every format is made of. Field names are those of `report --format json`.
+//! The model behind every format. Field names are the keys of `report --format json`.
 
+use super::user_name::UserName;
 use serde::{Serialize, Serializer};
 
 use sampler_core::units::{WallTime, rfc3339};
@@ -13,7 +14,7 @@ fn time<S: Serializer>(at: &WallTime, to: S) -> Result<S::Ok, S::Error> {
 }
 
 fn map<S: Serializer>(all: &[Named], to: S) -> Result<S::Ok, S::Error> {
-    to.collect_map(all.iter().map(|one| (&one.name, one.value)))
+    to.collect_map(all.iter().map(|named| (&named.name, named.value)))
 }
 
 fn maybe_map<S: Serializer>(all: &Option<Vec<Named>>, to: S) -> Result<S::Ok, S::Error> {
@@ -29,20 +30,20 @@ pub struct Report {
     #[serde(serialize_with = "time")]
     pub start: WallTime,
     pub duration_seconds: f64,
-    /// The file ends before the session did, or parts of it cannot be read: what is here is of what could be.
+    /// The file ends before the session did, or parts of it cannot be read: the report covers the readable parts.
     pub truncated: bool,
-    /// In words: what of the file could not be read, and why.
+    /// Descriptions of the parts of the file that could not be read, and why.
     pub damage: Vec<String>,
-    /// The machine, as it calls itself.
+    /// Host name of the machine.
     pub node: String,
     pub agent_version: String,
-    /// Width of the windows in which users count as active together.
+    /// Length of the windows in which users count as coactive.
     pub window_seconds: f64,
-    /// A GPU that was busy for this part of a window is saturated in it.
+    /// A GPU that was busy for at least this fraction of a window is saturated in it.
     pub saturation_ratio: f64,
     pub gaps: Vec<Gap>,
     pub gpus: Vec<GpuReport>,
-    /// Containers, host processes, and what could not be named: every user of these GPUs, by GPU-seconds, most first.
+    /// All users of these GPUs: containers, host processes and unidentified ones; by GPU-seconds, descending.
     pub users: Vec<UserReport>,
     /// Strongest first.
     pub findings: Vec<Finding>,
@@ -50,7 +51,7 @@ pub struct Report {
     pub timelines: Vec<Timeline>,
 }
 
-/// Time of which nothing is known.
+/// Unobserved time.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Gap {
     pub uuid: String,
@@ -66,24 +67,24 @@ pub struct GpuReport {
     pub uuid: String,
     pub index: u32,
     pub model: String,
-    /// Of a MIG device: its GPU.
+    /// UUID of the parent GPU; `None` if this is not a MIG device.
     pub gpu_uuid: Option<String>,
     pub busy_seconds: f64,
     pub idle_seconds: f64,
     pub unobserved_seconds: f64,
     pub unsupported_seconds: f64,
     pub unattributed_seconds: f64,
-    /// Reason to seconds; `host` processes are among `containers`, with kind `host`.
+    /// Seconds by reason. Host processes are not unattributed: they are among `users`, with kind `host`.
     #[serde(serialize_with = "map")]
     pub unattributed: Vec<Named>,
-    /// Of windows in which it was busy for `saturation_ratio` at least.
+    /// Seconds of windows in which the GPU was busy for at least `saturation_ratio`.
     pub saturated_seconds: f64,
     pub memory_total_bytes: Option<u64>,
     pub memory_used_max_bytes: Option<u64>,
-    /// Seconds by clocks event reason; `None` where the driver does not say.
+    /// Seconds by clocks event reason; `None` if the driver does not report them.
     #[serde(serialize_with = "maybe_map")]
     pub throttle_seconds: Option<Vec<Named>>,
-    /// XID to how often.
+    /// Number of XID errors by XID.
     #[serde(serialize_with = "map")]
     pub xids: Vec<Named>,
 }
@@ -101,14 +102,14 @@ pub enum UserKind {
     Container,
     /// A process outside any container.
     Host,
-    /// GPU time whose user could not be named; `id` is the reason.
+    /// GPU time of an unidentified user; `id` is the reason.
     Unknown,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct UserReport {
     pub kind: UserKind,
-    /// A container's cgroup path; `pid:PID@START` of a host process; the reason of what is unknown. Unique within the report.
+    /// Cgroup path of a container; `pid:PID@START` of a host process; the reason if the user is unknown. Unique within the report.
     pub id: String,
     pub container_id: Option<String>,
     pub namespace: String,
@@ -116,45 +117,45 @@ pub struct UserReport {
     pub container: String,
     pub name: String,
     pub image: String,
-    /// Of a host process.
+    /// Only of a host process.
     pub pid: Option<u32>,
     pub comm: Option<String>,
     pub gpus: Vec<Usage>,
 }
 
-/// What a user had of one GPU.
+/// The usage of one GPU by one user.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Usage {
     pub uuid: String,
-    /// Engine-busy time credited.
+    /// Busy time of the engine that is attributed to the user.
     pub gpu_seconds: f64,
-    /// One standard error, of sampling alone.
+    /// One standard error, of sampling only.
     pub gpu_seconds_stderr: f64,
     pub share_of_busy: Option<f64>,
     pub share_stderr: Option<f64>,
-    /// Driver samples that named it.
+    /// Driver samples that name the user.
     pub samples: u64,
-    /// Of windows in which it had a sample.
+    /// Seconds of windows in which the user had a sample.
     pub active_seconds: f64,
-    /// Of those in which somebody else had one, too.
+    /// The part of `active_seconds` in which another user had a sample as well.
     pub coactive_seconds: f64,
-    /// Of those in which the GPU was saturated besides.
+    /// The part of `coactive_seconds` in which the GPU was saturated.
     pub contended_seconds: f64,
     pub memory_max_bytes: Option<u64>,
-    /// By what they got, most first.
+    /// By GPU-seconds, descending.
     pub contenders: Vec<Contender>,
-    /// What else could explain waiting; for users with contenders or with a finding.
+    /// Other causes that may explain waiting; for containers and for users with contenders.
     pub causes: Vec<Cause>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Evidence {
-    /// Both were active in the same windows. That one kept the other waiting is possible, not shown.
+    /// Both users were active in the same windows. That one of them had to wait for the other is possible, but not shown.
     Coactive,
-    /// The victim's GPU-seconds per second dropped while the other was on and the GPU saturated, over two changes or more.
+    /// The victim's GPU-seconds per second dropped while the contender was on and the GPU saturated, over at least two changes.
     OnOffConfirmed,
-    /// Reserved: a probe in the application told of its waiting.
+    /// Reserved: a probe in the application reported that it was waiting.
     DemandConfirmed,
 }
 
@@ -168,28 +169,28 @@ impl Evidence {
     }
 }
 
-/// Another user of the GPU, in the windows in which this one was active.
+/// Another user of the GPU, in the windows in which the user in question was active.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Contender {
     pub kind: UserKind,
     pub id: String,
-    /// What the other got in them.
+    /// GPU time of the contender in those windows.
     pub gpu_seconds: f64,
     pub gpu_seconds_stderr: f64,
-    /// The part of it in windows in which the GPU was saturated.
+    /// The part of `gpu_seconds` in windows in which the GPU was saturated.
     pub saturated_gpu_seconds: f64,
-    /// Windows in which both had a sample.
+    /// Seconds of windows in which both had a sample.
     pub coactive_seconds: f64,
     pub evidence: Evidence,
-    /// The victim's GPU-seconds per second while the other was off, and on; `None` without a change to judge by.
+    /// The victim's GPU-seconds per second while the contender was off (before) and on (after); `None` without a change to compare.
     pub rate_before: Option<f64>,
     pub rate_after: Option<f64>,
-    /// Times that the other came or went, as far as they could be judged.
+    /// Starts and stops of the contender that could be evaluated.
     pub transitions: u32,
-    /// Of `rate_before - rate_after`.
+    /// Confidence interval of `rate_before - rate_after`.
     pub interval: Option<[f64; 2]>,
     pub interval_level: Option<f64>,
-    /// Why it is not more than coactive, in words; blank when it is.
+    /// Why the evidence is not stronger than coactive, as text; empty if it is.
     pub why_not_confirmed: String,
 }
 
@@ -240,7 +241,7 @@ impl CauseKind {
 pub enum Verdict {
     RuledOut,
     Possible,
-    /// What it would take to tell is not there.
+    /// The data that a verdict requires is not available.
     Unknown,
 }
 
@@ -258,44 +259,44 @@ impl Verdict {
 pub struct Cause {
     pub cause: CauseKind,
     pub verdict: Verdict,
-    /// With its numbers.
+    /// Explanation with numbers.
     pub detail: String,
 }
 
-/// What a reader should know first, in plain words. The numbers behind it are those of the victim's usage.
+/// A conclusion of the report, as text. Its numbers are in the usage of the victim.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct Finding {
     pub uuid: String,
-    /// `id`s of users.
+    /// `id` of a user, as is `aggressor`; empty if the finding is about the GPU itself.
     pub victim: String,
-    /// `None` where the victim's own causes are the finding.
+    /// `None` if the finding is about causes other than contention.
     pub aggressor: Option<String>,
     pub evidence: Option<Evidence>,
     pub text: String,
 }
 
-/// One GPU by windows, for drawing.
+/// One GPU by windows, for timelines.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Timeline {
     pub uuid: String,
-    /// Of the first window, in seconds since the report's start; negative where it began before.
+    /// Start of the first window, in seconds since the start of the report; negative if it began earlier.
     pub first_second: f64,
     pub window_seconds: f64,
-    /// Busy share (0-1) by window; `None` where less than half of it was observed.
+    /// Busy share (0-1) by window; `None` if less than half of the window was observed.
     pub busy: Vec<Option<f32>>,
-    /// Memory used on the GPU, bytes.
+    /// Memory used on the GPU, in bytes, by window.
     pub memory: Vec<Option<u64>>,
     pub lanes: Vec<Lane>,
-    /// Moments to mark, in seconds since the report's start.
+    /// Events to mark: seconds since the start of the report, and text.
     pub marks: Vec<(f64, String)>,
 }
 
-/// One user of it; `shares` and `memory` have an entry for each window.
+/// One user of the GPU of a timeline; `shares` and `memory` have an entry for each window.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Lane {
-    /// Index into [`Report::containers`].
+    /// Index into [`Report::users`].
     pub user: usize,
-    /// Credited share (0-1) of the window.
+    /// Share (0-1) of the window that is attributed to the user.
     pub shares: Vec<f32>,
     pub memory: Vec<Option<u64>>,
 }
@@ -311,8 +312,8 @@ impl Report {
 }
 
 impl UserReport {
-    /// What people call it: namespace/pod/container, a plain container's name, a process's name and pid.
-    pub fn called(&self) -> String {
+    /// Name for people: namespace/pod/container, the name of a container without a pod, or the name and PID of a process.
+    pub fn display_name(&self) -> String {
         match self.kind {
             UserKind::Host => match (&self.comm, self.pid) {
                 (Some(comm), Some(pid)) => format!("{comm} (host, pid {pid})"),
@@ -321,17 +322,9 @@ impl UserReport {
             },
             UserKind::Unknown => format!("unknown ({})", self.id),
             UserKind::Container => {
-                let parts = [&self.namespace, &self.pod, &self.container];
-                let named: Vec<&str> = parts.into_iter().map(String::as_str).filter(|part| !part.is_empty()).collect();
-                if !self.pod.is_empty() {
-                    named.join("/")
-                } else if !self.name.is_empty() {
-                    self.name.clone()
-                } else if let Some(id) = &self.container_id {
-                    id.chars().take(12).collect()
-                } else {
-                    self.id.clone()
-                }
+                let (namespace, pod, container, name) = (&*self.namespace, &*self.pod, &*self.container, &*self.name);
+                let container_id = self.container_id.as_deref().unwrap_or_default();
+                UserName { namespace, pod, container, name, container_id, id: &self.id }.to_string()
             }
         }
     }

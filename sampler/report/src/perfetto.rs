@@ -1,10 +1,10 @@
 //! Trace events (the JSON format of Chrome's tracing), which ui.perfetto.dev opens.
 //!
-//! A process for each GPU; in it counters of how busy it is and of its memory, a thread for each user with a slice for each span in
-//! which it was active, and a counter of its share. Time is in microseconds since the report's start, whose wall time is in `otherData`.
+//! Each GPU is a process with counters of its busy share and memory. Each of its users is a thread with a slice for each span of activity,
+//! and a counter of its share. Times are in microseconds since the start of the report; `otherData` has the wall time of the start.
 //!
-//! A counter keeps its value until the next one: the format has no "unknown". Where nothing was observed, no values are written, and the
-//! first thread of the GPU has a slice that says so.
+//! A counter keeps its value until the next event: the format has no "unknown". In unobserved time, no values are written, and the first
+//! thread of the GPU has a slice `not observed`.
 
 use serde_json::{Value, json};
 
@@ -13,28 +13,28 @@ use super::model::*;
 use super::words::Names;
 use sampler_core::units::rfc3339;
 
-/// The thread of what concerns the GPU alone; users follow.
+/// The thread for events of the GPU itself; the threads of users follow.
 const GPU_THREAD: usize = 0;
-/// Of a name, in the counter's: it is repeated in each of its events.
+/// Length of user names in counter names, which are repeated in each event.
 const COUNTER_NAME: usize = 32;
 
 pub fn perfetto(report: &Report) -> String {
     let names = Names::new(report);
     let mut events = Vec::new();
     for (nth, timeline) in report.timelines.iter().enumerate() {
-        // Process 0 is the idle task's to trace viewers.
+        // Trace viewers treat process 0 as the idle task.
         Track { report, names: &names, timeline, pid: nth + 1 }.write(&mut events);
     }
     let mut out = String::from("{\"displayTimeUnit\":\"ms\",\"otherData\":");
     let about = json!({
         "start": rfc3339(report.start), "node": report.node, "duration_seconds": report.duration_seconds,
         "truncated": report.truncated, "damage": report.damage, "agent_version": report.agent_version,
-        // Once, and not with every slice.
-        "users": report.users.iter().map(|user| json!({"name": names.of(&user.id), "id": user.id, "image": user.image})).collect::<Vec<_>>(),
+        // Once, not in each slice.
+        "users": report.users.iter().map(|user| json!({"name": names.get(&user.id), "id": user.id, "image": user.image})).collect::<Vec<_>>(),
     });
     out += &about.to_string();
     out += ",\"traceEvents\":[\n";
-    // A line for each: so a broken copy can be repaired, and looked at.
+    // One line per event, so that a damaged copy can be read and repaired.
     out += &events.iter().map(Value::to_string).collect::<Vec<_>>().join(",\n");
     out += "\n]}\n";
     out
@@ -75,15 +75,15 @@ impl Track<'_> {
         }
     }
 
-    fn name(&self, events: &mut Vec<Value>, what: &str, tid: usize, name: &str, place: usize) {
+    fn name(&self, events: &mut Vec<Value>, kind: &str, tid: usize, name: &str, position: usize) {
         let event = |key: String, args: Value| json!({"ph": "M", "pid": self.pid, "tid": tid, "name": key, "args": args});
-        events.push(event(format!("{what}_name"), json!({"name": name})));
-        events.push(event(format!("{what}_sort_index"), json!({"sort_index": place})));
+        events.push(event(format!("{kind}_name"), json!({"name": name})));
+        events.push(event(format!("{kind}_sort_index"), json!({"sort_index": position})));
     }
 
     fn user(&self, events: &mut Vec<Value>, tid: usize, lane: &Lane) {
         let Some(user) = self.report.users.get(lane.user) else { return };
-        let name = self.names.of(&user.id);
+        let name = self.names.get(&user.id);
         self.name(events, "thread", tid, &name, tid);
         let shares = known_shares(self.timeline, lane);
         for (from, to) in spans(&shares, |share| share.is_some_and(|share| share > 0.0)) {
@@ -99,7 +99,7 @@ impl Track<'_> {
         }
         let percents: Vec<Option<i64>> = shares.iter().map(|share| share.map(hundredths)).collect();
         let short: String = name.chars().take(COUNTER_NAME).collect();
-        // With its number: two names may begin alike, and counters of a process are told apart by name alone.
+        // With the thread number: names may have the same beginning, and counters of a process are distinguished only by name.
         self.counter(events, &format!("{tid} {short}"), "share %", &percents);
     }
 
@@ -112,7 +112,7 @@ impl Track<'_> {
         events.push(json!({"ph": "X", "pid": self.pid, "tid": tid, "ts": ts, "dur": end - ts, "name": name, "args": args}));
     }
 
-    /// An event where the value changes. Viewers call the track by its name and its unit.
+    /// Writes an event where the value changes. Viewers name the track by name and unit.
     fn counter(&self, events: &mut Vec<Value>, name: &str, unit: &str, values: &[Option<i64>]) {
         let event =
             |at: usize, value: i64| json!({"ph": "C", "pid": self.pid, "ts": self.at(at), "name": name, "args": {unit: value}});
@@ -123,7 +123,7 @@ impl Track<'_> {
                 last = Some(value);
             }
         }
-        // So that the last value ends with the report.
+        // Ends the last value at the end of the report.
         if let Some(last) = last {
             events.push(event(values.len(), last));
         }
@@ -134,16 +134,16 @@ fn hundredths(share: f32) -> i64 {
     (share * 100.0).round() as i64
 }
 
-/// Not below zero: viewers drop what comes before their time begins.
+/// Clamped at zero: viewers drop events with a negative time.
 fn micros(offset: f64) -> i64 {
     (offset.max(0.0) * 1e6).round() as i64
 }
 
-/// Runs of windows for which `is` holds, each with its end.
-fn spans<T>(values: &[T], is: impl Fn(&T) -> bool) -> Vec<(usize, usize)> {
+/// Runs of values for which `matches` holds, as (start, end).
+fn spans<T>(values: &[T], matches: impl Fn(&T) -> bool) -> Vec<(usize, usize)> {
     let (mut out, mut from) = (Vec::new(), None);
     for (at, value) in values.iter().enumerate() {
-        match (is(value), from) {
+        match (matches(value), from) {
             (true, None) => from = Some(at),
             (false, Some(start)) => {
                 out.push((start, at));
@@ -168,13 +168,13 @@ mod tests {
     }
 
     #[test]
-    fn spans_are_runs() {
+    fn spans_are_runs_of_matching_values() {
         assert_eq!(spans(&[0, 1, 1, 0, 1], |n| *n == 1), [(1, 3), (4, 5)]);
         assert_eq!(spans(&[1], |n| *n == 0), []);
     }
 
     #[test]
-    fn every_event_is_one_that_viewers_know() {
+    fn every_event_has_a_type_and_fields_that_viewers_support() {
         for event in events(&sample::hostile()) {
             assert!(event["pid"].as_u64().is_some_and(|pid| pid > 0), "{event}");
             match event["ph"].as_str().unwrap() {
@@ -194,10 +194,11 @@ mod tests {
     }
 
     #[test]
-    fn a_user_s_spans_have_its_seconds() {
+    fn the_slices_of_a_user_sum_to_its_gpu_seconds() {
         let report = sample::report();
-        let mine = |event: &Value| event["ph"] == "X" && event["name"].as_str().is_some_and(|name| name.starts_with("serving/"));
-        let spans: Vec<_> = events(&report).into_iter().filter(mine).collect();
+        let of_server =
+            |event: &Value| event["ph"] == "X" && event["name"].as_str().is_some_and(|name| name.starts_with("serving/"));
+        let spans: Vec<_> = events(&report).into_iter().filter(of_server).collect();
         assert_eq!(spans.len(), 2);
         assert_eq!((spans[0]["ts"].as_i64(), spans[0]["dur"].as_i64()), (Some(15_000_000), Some(15_000_000)));
         let sum: f64 = spans.iter().filter_map(|span| span["args"]["gpu_seconds"].as_f64()).sum();
@@ -215,7 +216,7 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_stays_below_30_mb() {
+    fn the_largest_trace_is_below_30_mb() {
         let size = perfetto(&sample::big(8, 64, 600)).len();
         assert!(size < 30_000_000, "{size}");
     }

@@ -1,4 +1,4 @@
-//! Reports for tests: one such as a real node gives, one as large as they get, and names that mean harm.
+//! Reports for tests: one of a typical node, one of the largest size, and one with hostile names.
 
 use super::model::*;
 use super::words;
@@ -61,8 +61,8 @@ fn on(at: f64, spans: &[(f64, f64)]) -> bool {
     spans.iter().any(|(from, to)| (*from..*to).contains(&at))
 }
 
-/// Something between -1 and 1 that looks like noise and is always the same.
-fn wobble(at: usize, seed: usize) -> f32 {
+/// Deterministic noise between -1 and 1.
+fn noise(at: usize, seed: usize) -> f32 {
     let mixed = (at as u64 * 2_654_435_761 + seed as u64 * 40_503).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 40;
     (mixed % 2001) as f32 / 1000.0 - 1.0
 }
@@ -70,14 +70,14 @@ fn wobble(at: usize, seed: usize) -> f32 {
 const SERVER_ON: [(f64, f64); 2] = [(15.0, 30.0), (42.0, 55.0)];
 
 fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usize, f64, usize) -> f32) -> Timeline {
-    let unseen = |at: usize| on(at as f64, gaps);
+    let unobserved = |at: usize| on(at as f64, gaps);
     let lanes: Vec<Lane> = lanes
         .iter()
         .map(|&user| Lane {
             user,
-            shares: (0..60).map(|at| if unseen(at) { 0.0 } else { share(user, at as f64, at).clamp(0.0, 1.0) }).collect(),
+            shares: (0..60).map(|at| if unobserved(at) { 0.0 } else { share(user, at as f64, at).clamp(0.0, 1.0) }).collect(),
             memory: (0..60)
-                .map(|at| (user < 3 && !unseen(at)).then_some((18 + 7 * user as u64 + (at as u64 / 20)) * GIB))
+                .map(|at| (user < 3 && !unobserved(at)).then_some((18 + 7 * user as u64 + (at as u64 / 20)) * GIB))
                 .collect(),
         })
         .collect();
@@ -86,8 +86,8 @@ fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usi
         uuid: GPUS[gpu].to_owned(),
         first_second: 0.0,
         window_seconds: 1.0,
-        busy: (0..60).map(|at| (!unseen(at)).then(|| sum(at).min(1.0))).collect(),
-        memory: (0..60).map(|at| (!unseen(at)).then(|| lanes.iter().filter_map(|lane| lane.memory[at]).sum())).collect(),
+        busy: (0..60).map(|at| (!unobserved(at)).then(|| sum(at).min(1.0))).collect(),
+        memory: (0..60).map(|at| (!unobserved(at)).then(|| lanes.iter().filter_map(|lane| lane.memory[at]).sum())).collect(),
         lanes,
         marks: Vec::new(),
     }
@@ -95,30 +95,30 @@ fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usi
 
 fn timelines() -> Vec<Timeline> {
     let mut first = timeline(0, &[0, 1, 3, 4], &[(33.0, 37.0)], |user, at, n| match (user, on(at, &SERVER_ON)) {
-        (0, true) => 0.48 + 0.04 * wobble(n, 1),
-        (0, false) if at >= 3.0 => 0.92 + 0.03 * wobble(n, 2),
-        (1, true) => 0.47 + 0.03 * wobble(n, 3),
+        (0, true) => 0.48 + 0.04 * noise(n, 1),
+        (0, false) if at >= 3.0 => 0.92 + 0.03 * noise(n, 2),
+        (1, true) => 0.47 + 0.03 * noise(n, 3),
         (3, _) if n % 9 == 4 => 0.02,
         (4, _) if (48.0..51.0).contains(&at) => 0.03,
         _ => 0.0,
     });
     first.marks =
-        vec![(15.0, "serving/llm-server-6d5f7c9b8-x2x7q/server came".to_owned()), (49.0, "power cap reached".to_owned())];
+        vec![(15.0, "serving/llm-server-6d5f7c9b8-x2x7q/server started".to_owned()), (49.0, "power cap reached".to_owned())];
     let second =
-        timeline(1, &[2], &[], |_, at, n| if (at as u32 / 10).is_multiple_of(2) { 0.3 + 0.25 * wobble(n, 4) } else { 0.0 });
+        timeline(1, &[2], &[], |_, at, n| if (at as u32 / 10).is_multiple_of(2) { 0.3 + 0.25 * noise(n, 4) } else { 0.0 });
     vec![first, second]
 }
 
 fn causes() -> Vec<Cause> {
-    let rows = [
+    let causes = [
         (CauseKind::GpuClocks, Verdict::RuledOut, "SM clock 1,410 MHz throughout, as before"),
-        (CauseKind::GpuPower, Verdict::Possible, "at its power cap for 3.0 s of the 28.0 s in which the other was on"),
+        (CauseKind::GpuPower, Verdict::Possible, "at the power cap for 3.0 s of the 28.0 s in which the contender was on"),
         (CauseKind::GpuThermal, Verdict::RuledOut, "64 degrees at most; the limit is 85"),
         (CauseKind::GpuError, Verdict::RuledOut, "no XID"),
         (CauseKind::CpuQuota, Verdict::RuledOut, "throttled for 0.0 s of 60.0 s"),
-        (CauseKind::CpuPressure, Verdict::Unknown, "this kernel does not tell pressure by cgroup"),
+        (CauseKind::CpuPressure, Verdict::Unknown, "the kernel does not report pressure by cgroup"),
     ];
-    rows.into_iter().map(|(cause, verdict, detail)| Cause { cause, verdict, detail: detail.to_owned() }).collect()
+    causes.into_iter().map(|(cause, verdict, detail)| Cause { cause, verdict, detail: detail.to_owned() }).collect()
 }
 
 pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f64, saturated: f64) -> Contender {
@@ -135,16 +135,17 @@ pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f
         transitions: 0,
         interval: None,
         interval_level: None,
-        why_not_confirmed: "it was on throughout, or never while the GPU was saturated: no change to judge by".to_owned(),
+        why_not_confirmed: "the contender was on throughout, or never while the GPU was saturated: no change to compare"
+            .to_owned(),
     }
 }
 
-/// What the timelines say a user had of a GPU.
+/// The usage of a GPU by a user, from its timeline.
 fn usage(timeline: &Timeline, lane: &Lane) -> Usage {
     let busy: f64 = timeline.busy.iter().flatten().map(|share| f64::from(*share)).sum();
     let active = |lane: &Lane, at: usize| lane.shares.get(at).is_some_and(|share| *share > 0.0);
     let own: Vec<usize> = (0..lane.shares.len()).filter(|at| active(lane, *at)).collect();
-    let together = |at: &&usize| timeline.lanes.iter().filter(|other| active(other, **at)).count() > 1;
+    let coactive = |at: &&usize| timeline.lanes.iter().filter(|other| active(other, **at)).count() > 1;
     let saturated = |at: &&usize| timeline.busy[**at].is_some_and(|busy| busy >= 0.9);
     let gpu_seconds: f64 = lane.shares.iter().map(|share| f64::from(*share)).sum();
     Usage {
@@ -155,8 +156,8 @@ fn usage(timeline: &Timeline, lane: &Lane) -> Usage {
         share_stderr: Some(gpu_seconds.sqrt() * 0.08 / busy),
         samples: own.len() as u64 * 6,
         active_seconds: own.len() as f64,
-        coactive_seconds: own.iter().filter(together).count() as f64,
-        contended_seconds: own.iter().filter(together).filter(saturated).count() as f64,
+        coactive_seconds: own.iter().filter(coactive).count() as f64,
+        contended_seconds: own.iter().filter(coactive).filter(saturated).count() as f64,
         memory_max_bytes: lane.memory.iter().flatten().max().copied(),
         contenders: Vec::new(),
         causes: Vec::new(),
@@ -183,7 +184,7 @@ fn gpu(index: u32, timeline: &Timeline) -> GpuReport {
     }
 }
 
-/// One minute of two GPUs: a trainer whose GPU a server shares twice, a notebook, Xorg, and a little that nobody can name.
+/// One minute of two GPUs: a trainer and a server that shares its GPU twice, a notebook, Xorg, and a little time of an unknown user.
 pub fn report() -> Report {
     let timelines = timelines();
     let mut users = users();
@@ -210,7 +211,7 @@ pub fn report() -> Report {
         victim: TRAINER.to_owned(),
         aggressor: Some(SERVER.to_owned()),
         evidence: Some(Evidence::OnOffConfirmed),
-        text: "ml/trainer-0/main got less GPU time while serving/llm-server-6d5f7c9b8-x2x7q/server was on: 0.48 instead of 0.92 \
+        text: "ml/trainer-0/main received less GPU time while serving/llm-server-6d5f7c9b8-x2x7q/server was on: 0.48 instead of 0.92 \
                GPU-seconds per second, over 4 changes."
             .to_owned(),
     }];
@@ -228,7 +229,7 @@ pub fn report() -> Report {
             uuid: GPUS[0].to_owned(),
             from: words::after(START, 33.0),
             to: words::after(START, 37.0),
-            reason: "the driver did not answer".to_owned(),
+            reason: "the driver did not respond".to_owned(),
         }],
         gpus: timelines.iter().enumerate().map(|(index, timeline)| gpu(index as u32, timeline)).collect(),
         users,
@@ -248,25 +249,25 @@ pub fn damaged() -> Report {
     }
 }
 
-/// Names, images and reasons from somebody who would like to be more than a tenant.
+/// Names, images and reasons that try to inject scripts, formulas and control sequences.
 pub fn hostile() -> Report {
     let mut report = report();
-    let evil = "</script><script>alert(1)</script><!--\" onload='x' \x1b[2J\u{202e}";
+    let hostile = "</script><script>alert(1)</script><!--\" onload='x' \x1b[2J\u{202e}";
     let user = &mut report.users[0];
-    (user.namespace, user.pod, user.container) = (evil.to_owned(), "=cmd|' /C calc'!A0".to_owned(), "日本語".repeat(40));
-    (user.name, user.image) = (evil.to_owned(), evil.to_owned());
-    report.users[1].gpus[0].contenders[0].why_not_confirmed = evil.to_owned();
-    report.users[0].gpus[0].causes[0].detail = evil.to_owned();
-    report.node = evil.to_owned();
-    report.findings[0].text = evil.to_owned();
-    report.gaps[0].reason = evil.to_owned();
-    report.damage = vec![evil.to_owned()];
-    report.gpus[0].model = evil.to_owned();
-    report.timelines[0].marks[0].1 = evil.to_owned();
+    (user.namespace, user.pod, user.container) = (hostile.to_owned(), "=cmd|' /C calc'!A0".to_owned(), "日本語".repeat(40));
+    (user.name, user.image) = (hostile.to_owned(), hostile.to_owned());
+    report.users[1].gpus[0].contenders[0].why_not_confirmed = hostile.to_owned();
+    report.users[0].gpus[0].causes[0].detail = hostile.to_owned();
+    report.node = hostile.to_owned();
+    report.findings[0].text = hostile.to_owned();
+    report.gaps[0].reason = hostile.to_owned();
+    report.damage = vec![hostile.to_owned()];
+    report.gpus[0].model = hostile.to_owned();
+    report.timelines[0].marks[0].1 = hostile.to_owned();
     report
 }
 
-/// `gpus` GPUs with `users` containers each, every share another one in every window, everybody contending with everybody.
+/// `gpus` GPUs with `users` containers each; all shares change in every window, and every user is a contender of every other.
 pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
     let mut report = Report { duration_seconds: windows as f64, findings: Vec::new(), gaps: Vec::new(), ..self::report() };
     (report.gpus, report.users, report.timelines) = Default::default();
@@ -275,7 +276,7 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
         let lanes: Vec<Lane> = (0..users)
             .map(|user| Lane {
                 user: gpu * users + user,
-                shares: (0..windows).map(|at| (wobble(at, gpu * 1000 + user) / (6.0 + user as f32 / 4.0)).max(0.0)).collect(),
+                shares: (0..windows).map(|at| (noise(at, gpu * 1000 + user) / (6.0 + user as f32 / 4.0)).max(0.0)).collect(),
                 memory: (0..windows).map(|at| Some(GIB + (at as u64 / 7 + user as u64) * 3_000_000)).collect(),
             })
             .collect();
@@ -292,13 +293,14 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
             |user: usize| format!("/kubepods/burstable/pod{gpu:04}{user:04}-de9a-11e9-84e7-f8f21e04010c/{gpu:06x}{user:06x}");
         for (user, lane) in timeline.lanes.iter().enumerate() {
             let pod_name = format!("job-{gpu}-{user}-7c9b8d6f5-x2x7q");
-            let mut one = pod(&id(user), &format!("team-{}", user % 7), &pod_name, "worker", "registry.example.com/job:1");
+            let mut report_user =
+                pod(&id(user), &format!("team-{}", user % 7), &pod_name, "worker", "registry.example.com/job:1");
             let mut usage = usage(&timeline, lane);
             let others = (0..users).filter(|other| *other != user);
             usage.contenders = others.map(|other| contender(UserKind::Container, &id(other), 4.0, 90.0, 1.5)).collect();
             usage.causes = causes();
-            one.gpus = vec![usage];
-            report.users.push(one);
+            report_user.gpus = vec![usage];
+            report.users.push(report_user);
         }
         report.gpus.push(self::gpu(gpu as u32, &timeline));
         report.timelines.push(timeline);

@@ -1,4 +1,4 @@
-//! What a report shows of a session.
+//! Selects the GPUs and users that a report shows.
 
 use std::collections::BTreeSet;
 
@@ -13,25 +13,25 @@ pub fn selects_gpu(view: &View, uuid: &str, index: u32) -> bool {
 
 fn selects(view: &View, user: &UserReport) -> bool {
     let matches = |wanted: &String| {
-        let whole = [&user.pod, &user.container, &user.name, &user.id];
+        let names = [&user.pod, &user.container, &user.name, &user.id];
         let id = user.container_id.as_deref().unwrap_or_default();
-        whole.into_iter().any(|text| text == wanted) || (wanted.len() >= 4 && id.starts_with(wanted.as_str()))
+        names.into_iter().any(|text| text == wanted) || (wanted.len() >= 4 && id.starts_with(wanted.as_str()))
     };
     (view.containers.is_empty() || view.containers.iter().any(matches))
         && (view.namespaces.is_empty() || view.namespaces.contains(&user.namespace))
 }
 
-/// Leaves the selected users, and those that were active with them.
+/// Keeps the selected users and their contenders.
 pub fn narrow(view: &View, users: &mut Vec<(User, UserReport)>) {
     if view.containers.is_empty() && view.namespaces.is_empty() {
         return;
     }
     let selected: BTreeSet<String> =
         users.iter().filter(|(_, user)| selects(view, user)).map(|(_, user)| user.id.clone()).collect();
-    let with = |usage: &Usage| usage.contenders.iter().any(|contender| selected.contains(&contender.id));
-    users.retain(|(_, user)| selected.contains(&user.id) || user.gpus.iter().any(with));
+    let contends = |usage: &Usage| usage.contenders.iter().any(|contender| selected.contains(&contender.id));
+    users.retain(|(_, user)| selected.contains(&user.id) || user.gpus.iter().any(contends));
     for (_, user) in users.iter_mut().filter(|(_, user)| !selected.contains(&user.id)) {
-        user.gpus.retain(with);
+        user.gpus.retain(contends);
         for usage in &mut user.gpus {
             usage.contenders.retain(|contender| selected.contains(&contender.id));
         }

@@ -1,20 +1,20 @@
-//! The wording that all formats share: numbers with their units and errors, times, and what evidence means.
+//! The wording that all formats share: numbers with units and errors, times, names, and explanations of evidence.
 //!
-//! Nothing here says that anybody was slowed down: how much of a GPU a user got is measured, how fast its work went is not.
+//! No text claims a slowdown: the GPU time of a user is measured, the progress of its work is not.
 
 use std::collections::HashMap;
 
-use super::layout::safe;
+use super::layout::terminal_safe;
 use super::model::{CauseKind, Contender, Evidence, Report, Verdict};
 use sampler_core::units::{WallTime, rfc3339};
 
-/// Between a number and its unit or its error: no line ends there. [`super::layout`] makes spaces of it, which terminals copy as such.
+/// Separates a number from its unit or error, so that no line breaks there. [`super::layout`] replaces it by a plain space after wrapping.
 pub const NB: char = '\u{a0}';
 
-/// What stands where a value is not known.
+/// Placeholder of an unknown value.
 pub const UNKNOWN: &str = "-";
 
-/// `1234.56` as `1,234.6`: with one decimal, and two below 1, where one would leave nothing.
+/// `1234.56` as `1,234.6`: one decimal; two below 1.
 pub fn number(value: f64) -> String {
     if !value.is_finite() {
         return UNKNOWN.to_owned();
@@ -40,7 +40,7 @@ pub fn count(n: usize) -> String {
     grouped(&n.to_string())
 }
 
-/// `1 GPU`, `2 GPUs`.
+/// A count with its noun: `1 GPU`, `2 GPUs`.
 pub fn counted(n: usize, one: &str, many: &str) -> String {
     format!("{} {}", count(n), if n == 1 { one } else { many })
 }
@@ -49,7 +49,7 @@ pub fn seconds(value: f64) -> String {
     format!("{}{NB}s", number(value))
 }
 
-/// A length of time as people say it: `42.5 s`, `1 min 30 s`, `2 h 05 min`.
+/// A duration: `42.5 s`, `2 min 05 s`, `2 h 05 min`.
 pub fn span(value: f64) -> String {
     let whole = value.round().max(0.0) as u64;
     match whole {
@@ -64,7 +64,7 @@ pub fn with_error(value: f64, stderr: f64) -> String {
     format!("{}{NB}±{NB}{}", number(value), number(stderr))
 }
 
-/// A ratio in percent: whole from 10 on, with a decimal below; what is more than none is never `0 %`.
+/// A ratio in percent: one decimal below 10 %, none above. A ratio above zero is never shown as `0 %`.
 pub fn percent(ratio: f64) -> String {
     format!("{}{NB}%", percent_number(ratio))
 }
@@ -89,7 +89,7 @@ pub fn percent_with_error(ratio: Option<f64>, stderr: Option<f64>) -> String {
     }
 }
 
-/// A part of a whole, in percent; nothing can be said of a whole that is none.
+/// A part of a whole, in percent; unknown if the whole is zero.
 pub fn part(part: f64, whole: f64) -> String {
     if whole > 0.0 { percent(part / whole) } else { UNKNOWN.to_owned() }
 }
@@ -110,7 +110,7 @@ pub fn maybe_bytes(value: Option<u64>) -> String {
     value.map_or_else(|| UNKNOWN.to_owned(), bytes)
 }
 
-/// A moment, by its distance from another in seconds.
+/// The time `offset` seconds after `start`, or before it if negative.
 pub fn after(start: WallTime, offset: f64) -> WallTime {
     let ns = (offset.abs() * 1e9).round() as u64;
     WallTime(if offset < 0.0 { start.0.saturating_sub(ns) } else { start.0.saturating_add(ns) })
@@ -132,19 +132,28 @@ pub fn date(at: WallTime) -> String {
     format!("{} {} UTC", text.get(..10).unwrap_or_default(), clock(at))
 }
 
-/// `GPU-5a1c0000`: enough of a UUID to tell GPUs of a machine apart.
+/// `GPU-5a1c0000`: the part of a UUID that distinguishes the GPUs of a machine.
 pub fn short_uuid(uuid: &str) -> String {
     let head: String = uuid.chars().take(12).collect();
-    safe(&head)
+    terminal_safe(&head)
 }
 
-/// The machine, by what it calls itself.
+/// `GPU 0`, or `MIG MIG-5a1c0000` of a MIG device; the short UUID of a device that the report lacks.
+pub fn gpu_name(report: &Report, uuid: &str) -> String {
+    match report.gpu(uuid) {
+        Some(gpu) if gpu.gpu_uuid.is_some() => format!("MIG {}", short_uuid(uuid)),
+        Some(gpu) => format!("GPU {}", gpu.index),
+        None => short_uuid(uuid),
+    }
+}
+
+/// Host name of the machine, escaped.
 pub fn node(name: &str) -> String {
-    if name.is_empty() { "an unnamed node".to_owned() } else { safe(name) }
+    if name.is_empty() { "an unnamed node".to_owned() } else { terminal_safe(name) }
 }
 
-/// In place of findings, where there are none.
-pub const NO_FINDINGS: &str = "Nobody was seen to get less GPU time while somebody else was on.";
+/// Shown if there are no findings.
+pub const NO_FINDINGS: &str = "No user was observed to receive less GPU time while another user was on.";
 
 pub fn verdict(verdict: Verdict) -> &'static str {
     match verdict {
@@ -168,19 +177,23 @@ pub fn cause(cause: CauseKind) -> &'static str {
     }
 }
 
-/// What a level of evidence means, in a sentence of its own.
+/// The meaning of a grade of evidence, as a clause.
 pub fn meaning(evidence: Evidence) -> &'static str {
     match evidence {
-        Evidence::Coactive => "both were active in the same windows; that one kept the other waiting is possible, not shown",
-        Evidence::OnOffConfirmed => "it got less GPU time while the other was on and the GPU saturated, over repeated changes",
-        Evidence::DemandConfirmed => "the application itself told that it was waiting for the GPU meanwhile",
+        Evidence::Coactive => {
+            "both users were active in the same windows; that one had to wait for the other is possible, but not shown"
+        }
+        Evidence::OnOffConfirmed => {
+            "the user received less GPU time while the contender was on and the GPU saturated, over repeated changes"
+        }
+        Evidence::DemandConfirmed => "the application itself reported that it was waiting for the GPU in that time",
     }
 }
 
-/// What happened between a user and one contender, `other`, in numbers.
+/// The rates of a user with and without one contender; `None` if no change could be compared.
 pub fn rates(contender: &Contender) -> Option<String> {
     let (before, after) = (contender.rate_before?, contender.rate_after?);
-    let mut text = format!("{before:.2} GPU-seconds per second while it was off, {after:.2} while it was on");
+    let mut text = format!("{before:.2} GPU-seconds per second while the contender was off, {after:.2} while it was on");
     if let Some([low, high]) = contender.interval {
         let level = contender.interval_level.map(|level| format!("{} ", percent(level))).unwrap_or_default();
         text += &format!("; difference {:.2}, {level}interval {low:.2} to {high:.2}", before - after);
@@ -189,30 +202,30 @@ pub fn rates(contender: &Contender) -> Option<String> {
     Some(text)
 }
 
-/// What users are called, so that no two are called the same, and no name steers a terminal.
+/// The names of users: unique, and without characters that control a terminal.
 pub struct Names {
     by_id: HashMap<String, String>,
 }
 
 impl Names {
     pub fn new(report: &Report) -> Names {
-        let mut how_often: HashMap<String, usize> = HashMap::new();
+        let mut counts: HashMap<String, usize> = HashMap::new();
         for user in &report.users {
-            *how_often.entry(user.called()).or_default() += 1;
+            *counts.entry(user.display_name()).or_default() += 1;
         }
         let name = |user: &super::model::UserReport| {
-            let called = user.called();
-            let twin = how_often.get(&called).is_some_and(|n| *n > 1);
-            // Of a restarted container, both lives have one name; the beginning of the container's id tells them apart.
-            let mark = user.container_id.as_deref().unwrap_or(&user.id);
-            if twin { format!("{called} [{}]", mark.chars().take(12).collect::<String>()) } else { called }
+            let display_name = user.display_name();
+            let duplicate = counts.get(&display_name).is_some_and(|n| *n > 1);
+            // A restarted container has the same name; the beginning of the container id distinguishes the two.
+            let suffix = user.container_id.as_deref().unwrap_or(&user.id);
+            if duplicate { format!("{display_name} [{}]", suffix.chars().take(12).collect::<String>()) } else { display_name }
         };
-        Names { by_id: report.users.iter().map(|user| (user.id.clone(), safe(&name(user)))).collect() }
+        Names { by_id: report.users.iter().map(|user| (user.id.clone(), terminal_safe(&name(user)))).collect() }
     }
 
-    /// A user that a view left out is known by its id alone.
-    pub fn of(&self, id: &str) -> String {
-        self.by_id.get(id).cloned().unwrap_or_else(|| safe(id))
+    /// The name of the user with this id; the escaped id if the view excludes the user.
+    pub fn get(&self, id: &str) -> String {
+        self.by_id.get(id).cloned().unwrap_or_else(|| terminal_safe(id))
     }
 }
 
@@ -226,19 +239,19 @@ mod tests {
     }
 
     #[test]
-    fn numbers_have_what_precision_they_need() {
-        let rows =
+    fn numbers_have_one_decimal_and_two_below_one() {
+        let cases =
             [(0.0, "0.0"), (0.034, "0.03"), (0.999, "1.0"), (41.23, "41.2"), (1_234_567.0, "1,234,567.0"), (-1234.0, "-1,234.0")];
-        for (value, expect) in rows {
+        for (value, expect) in cases {
             assert_eq!(number(value), expect);
         }
         assert_eq!(number(f64::NAN), "-");
     }
 
     #[test]
-    fn little_is_not_nothing() {
-        let rows = [(0.0, "0 %"), (0.0001, "<0.1 %"), (0.034, "3.4 %"), (0.4949, "49 %"), (1.0, "100 %")];
-        for (ratio, expect) in rows {
+    fn a_small_ratio_is_not_zero_percent() {
+        let cases = [(0.0, "0 %"), (0.0001, "<0.1 %"), (0.034, "3.4 %"), (0.4949, "49 %"), (1.0, "100 %")];
+        for (ratio, expect) in cases {
             assert_eq!(plain(percent(ratio)), expect);
         }
         assert_eq!(plain(percent_with_error(Some(0.49), Some(0.03))), "49 ± 3.0 %");
@@ -246,23 +259,23 @@ mod tests {
     }
 
     #[test]
-    fn lengths_of_time_read_as_people_say_them() {
-        let rows = [(0.0, "0.0 s"), (42.5, "42.5 s"), (125.0, "2 min 05 s"), (3725.0, "62 min 05 s"), (7500.0, "2 h 05 min")];
-        for (value, expect) in rows {
+    fn durations_have_the_units_of_their_size() {
+        let cases = [(0.0, "0.0 s"), (42.5, "42.5 s"), (125.0, "2 min 05 s"), (3725.0, "62 min 05 s"), (7500.0, "2 h 05 min")];
+        for (value, expect) in cases {
             assert_eq!(plain(span(value)), expect);
         }
     }
 
     #[test]
-    fn bytes_are_binary() {
-        let rows = [(0, "0"), (900, "900 B"), (512 << 20, "512 MiB"), (20 << 30, "20.0 GiB")];
-        for (value, expect) in rows {
+    fn bytes_have_binary_units() {
+        let cases = [(0, "0"), (900, "900 B"), (512 << 20, "512 MiB"), (20 << 30, "20.0 GiB")];
+        for (value, expect) in cases {
             assert_eq!(plain(bytes(value)), expect);
         }
     }
 
     #[test]
-    fn times_before_the_start_are_told_too() {
+    fn times_before_the_start_are_formatted() {
         let start = WallTime(1_777_888_800_000_000_000);
         assert_eq!(date(start), "2026-05-04 10:00:00 UTC");
         assert_eq!(clock(after(start, -1.0)), "09:59:59");
@@ -270,14 +283,14 @@ mod tests {
     }
 
     #[test]
-    fn two_lives_of_a_container_are_told_apart() {
+    fn a_restarted_container_has_a_name_of_its_own() {
         let mut report = sample::report();
-        let mut again = report.users[0].clone();
-        again.id = "/kubepods/pod1/second".to_owned();
-        again.container_id = Some("feedfacefeedface".to_owned());
-        report.users.push(again);
+        let mut restarted = report.users[0].clone();
+        restarted.id = "/kubepods/pod1/second".to_owned();
+        restarted.container_id = Some("feedfacefeedface".to_owned());
+        report.users.push(restarted);
         let names = Names::new(&report);
-        assert_eq!(names.of("/kubepods/pod1/second"), "ml/trainer-0/main [feedfacefeed]");
-        assert_ne!(names.of("/kubepods/pod1/second"), names.of(&report.users[0].id));
+        assert_eq!(names.get("/kubepods/pod1/second"), "ml/trainer-0/main [feedfacefeed]");
+        assert_ne!(names.get("/kubepods/pod1/second"), names.get(&report.users[0].id));
     }
 }

@@ -1,30 +1,30 @@
-//! A frame: the unit that is checked, skipped when it is damaged, and counted when it is missing.
+//! Frames: the units that are checksummed, skipped if damaged, and counted if missing.
 //!
 //! ```text
-//!  0  marker (8)   where to go on after damage; the first one is the file's magic
+//!  0  marker (8)   reading resumes here after damage; the first one is the file's magic
 //!  8  major (1)    minor (1)    kind (1)    0 (1)
-//! 12  sequence (4)           from 0, one more each frame: a jump is a loss
-//! 16  packed length (4)      of the payload as it is here
-//! 20  raw length (4)         of the payload once decompressed
+//! 12  sequence (4)           from 0, incremented by one each frame: a gap is a loss
+//! 16  packed length (4)      of the payload in the file
+//! 20  raw length (4)         of the payload after decompression
 //! 24  crc32 (4)              of bytes 8 to 24 and the payload
-//! 28  payload                zstd; records, each behind its length as a varint
+//! 28  payload                zstd; records, each preceded by its length as a varint
 //! ```
-//! All numbers are little-endian. docs/session-format.md is this in prose.
+//! All numbers are little-endian. docs/session-format.md describes the format in prose.
 
 use std::io;
 
-/// As PNG's: a byte that is no text, a line end that text modes change, an end of file for DOS.
+/// Like PNG's: a byte that is not text, a line end that text-mode transfers change, and DOS's end-of-file character.
 pub const MARKER: [u8; 8] = *b"\x89GPUS\r\n\x1a";
-/// Files of another one cannot be read. Their frames' heads are laid out as here.
+/// Files of another major version cannot be read. Their frame heads have the layout described here.
 pub const MAJOR: u8 = 1;
-/// Later ones may have kinds of frames and facts that are not known here, and more at the end of a record.
+/// Later minor versions may add kinds of frames, kinds of facts, and fields at the end of a record.
 pub const MINOR: u8 = 1;
 pub const HEAD_BYTES: usize = 28;
-/// Of one payload, decompressed: what a reader must be ready to hold, whatever a file claims.
+/// Longest decompressed payload: bounds the memory of a reader, whatever length a file states.
 pub const MAX_RAW_BYTES: usize = 16 << 20;
-/// Of one payload in the file: zstd makes what cannot be compressed a little longer.
+/// Longest payload in the file: zstd makes incompressible data slightly longer.
 pub const MAX_PACKED_BYTES: usize = MAX_RAW_BYTES + (MAX_RAW_BYTES >> 7) + 1024;
-/// Level 3 is zstd's own default; frames are small, higher ones gain a few percent.
+/// Zstd's default level; frames are small, and higher levels gain a few percent.
 const LEVEL: i32 = 3;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,12 +37,12 @@ pub enum Kind {
 }
 
 impl Kind {
-    pub fn of(byte: u8) -> Option<Kind> {
+    pub fn from_byte(byte: u8) -> Option<Kind> {
         [Kind::Header, Kind::State, Kind::Facts, Kind::End].into_iter().find(|kind| *kind as u8 == byte)
     }
 }
 
-/// A payload, compressed, without a place in a file yet: one frame goes into many.
+/// A compressed payload without a position in a file: the same frame is written to several files.
 #[derive(Clone, Debug)]
 pub struct Frame {
     pub kind: Kind,
@@ -50,7 +50,7 @@ pub struct Frame {
     packed: Box<[u8]>,
 }
 
-/// What the head of a frame says, once its checksum is right.
+/// The head of a frame with a valid checksum.
 #[derive(Clone, Copy, Debug)]
 pub struct Head {
     pub major: u8,
@@ -61,22 +61,22 @@ pub struct Head {
     pub raw_bytes: usize,
 }
 
-/// Why there is no frame at some place.
+/// The reason why there is no valid frame at an offset.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Flaw {
     NoMarker,
-    /// The file ends before the frame does.
+    /// The file ends before the end of the frame.
     Cut,
     TooLong,
     Checksum,
 }
 
 impl Flaw {
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
-            Flaw::NoMarker => "no frame begins there",
-            Flaw::Cut => "the file ends within the frame that begins there, or its length is wrong",
-            Flaw::TooLong => "the frame says to be longer than frames may be",
+            Flaw::NoMarker => "no frame marker at this offset",
+            Flaw::Cut => "the file ends within the frame, or the frame's length is wrong",
+            Flaw::TooLong => "the length in the frame head exceeds the limit",
             Flaw::Checksum => "the frame's checksum is wrong",
         }
     }
@@ -93,7 +93,7 @@ impl Frame {
     /// `raw` is at most [`MAX_RAW_BYTES`].
     pub(super) fn pack(kind: Kind, raw: &[u8], with: &mut zstd::bulk::Compressor<'static>) -> io::Result<Frame> {
         let raw_bytes = u32::try_from(raw.len()).ok().filter(|n| *n as usize <= MAX_RAW_BYTES);
-        let raw_bytes = raw_bytes.ok_or_else(|| io::Error::other("a payload longer than frames may have"))?;
+        let raw_bytes = raw_bytes.ok_or_else(|| io::Error::other("the payload exceeds the limit of a frame"))?;
         Ok(Frame { kind, raw_bytes, packed: with.compress(raw)?.into_boxed_slice() })
     }
 
@@ -101,18 +101,18 @@ impl Frame {
         zstd::bulk::Compressor::new(LEVEL)
     }
 
-    /// In a file.
+    /// The frame's length in a file.
     pub fn bytes(&self) -> usize {
         HEAD_BYTES + self.packed.len()
     }
 
-    /// Adds it to a file as its frame number `sequence`.
+    /// Appends the frame to a file with the given sequence number.
     pub fn put(&self, sequence: u32, to: &mut Vec<u8>) {
         let mut head = [0; HEAD_BYTES];
         head[..8].copy_from_slice(&MARKER);
         head[8..12].copy_from_slice(&[MAJOR, MINOR, self.kind as u8, 0]);
         head[12..16].copy_from_slice(&sequence.to_le_bytes());
-        // `pack` saw to it that lengths fit.
+        // `pack` ensures that lengths fit.
         head[16..20].copy_from_slice(&(self.packed.len() as u32).to_le_bytes());
         head[20..24].copy_from_slice(&self.raw_bytes.to_le_bytes());
         let crc = crc(&head[8..24], &self.packed);
@@ -126,9 +126,10 @@ fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     Some(u32::from_le_bytes(bytes.get(at..at + 4)?.try_into().ok()?))
 }
 
-/// The frame that begins at `at`, and its payload as it is in the file. Flaws come with the number of bytes that were summed.
-pub fn at(file: &[u8], at: usize) -> Result<(Head, &[u8]), (Flaw, usize)> {
-    let rest = file.get(at..).unwrap_or_default();
+/// Parses the frame at `offset`; returns its head and its payload, still compressed. A flaw comes with the number of bytes over which a
+/// checksum was computed.
+pub fn parse_at(file: &[u8], offset: usize) -> Result<(Head, &[u8]), (Flaw, usize)> {
+    let rest = file.get(offset..).unwrap_or_default();
     if !rest.starts_with(&MARKER) {
         let begun = !rest.is_empty() && MARKER.starts_with(&rest[..rest.len().min(MARKER.len())]);
         return Err((if begun { Flaw::Cut } else { Flaw::NoMarker }, 0));
@@ -154,16 +155,16 @@ pub fn at(file: &[u8], at: usize) -> Result<(Head, &[u8]), (Flaw, usize)> {
     Ok((Head { major, minor, kind, sequence, packed_bytes, raw_bytes }, payload))
 }
 
-/// Decompresses a payload; never more than it said, which is never more than [`MAX_RAW_BYTES`].
+/// Decompresses a payload, to at most the length that its head states, which is at most [`MAX_RAW_BYTES`].
 pub fn unpack(head: &Head, payload: &[u8], with: &mut zstd::bulk::Decompressor<'static>) -> io::Result<Vec<u8>> {
     let raw = with.decompress(payload, head.raw_bytes)?;
     if raw.len() != head.raw_bytes {
-        return Err(io::Error::other("shorter than it says"));
+        return Err(io::Error::other("the payload is shorter than its head states"));
     }
     Ok(raw)
 }
 
-/// Splits a length-delimited record off; `None` when what is there is no record.
+/// Splits off a length-delimited record; `None` if the bytes are not a valid record.
 pub fn record<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     let (mut length, mut used) = (0usize, 0);
     loop {
@@ -173,7 +174,7 @@ pub fn record<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
         if byte < 0x80 {
             break;
         }
-        // Four groups of seven bits hold every length below the bound.
+        // Four groups of seven bits encode every length below the bound.
         if used == 4 {
             return None;
         }
@@ -183,7 +184,7 @@ pub fn record<'a>(rest: &mut &'a [u8]) -> Option<&'a [u8]> {
     Some(record)
 }
 
-/// The opposite of [`record`].
+/// The inverse of [`record`].
 pub fn put_record(record: &[u8], to: &mut Vec<u8>) {
     let mut length = record.len();
     while length >= 0x80 {

@@ -1,11 +1,23 @@
-//! A recorded session: a header and the facts of a span of time, as read back from a file or from memory.
+//! The session file format: a header and the facts of a span of time, written to and read from frames.
 //!
 //! ```text
 //!  facts -> State (what belongs in a file) -> Packer -> Frame -> any number of files, each with its own sequence
 //!                                                        file -> read -> Session
 //! ```
-//! No clock and no IO: when a frame is closed and where it goes is the recorder's business (sampler/src/session). The format is
+//! No clock and no IO: the recorder (sampler/src/session) decides when a frame is closed and where it is written. The format is
 //! described in docs/session-format.md.
+//!
+//! ```
+//! use sampler_core::fact::Fact;
+//!
+//! let file = include_bytes!("../tests/fixtures/version-1.gpus");
+//! let session = sampler_session::read(file)?;
+//! assert_eq!(session.header.node, "node-1");
+//! assert!(session.damage.is_empty() && session.end.is_some());
+//! let containers = session.facts.iter().filter(|fact| matches!(fact, Fact::Container(_)));
+//! assert_eq!(containers.count(), 8);
+//! # Ok::<(), sampler_session::ReadError>(())
+//! ```
 #![forbid(unsafe_code)]
 
 mod frame;
@@ -26,29 +38,29 @@ pub use self::read::{MAX_FACTS, ReadError, end, header, read};
 pub use self::state::State;
 pub use self::write::{FileBytes, PackError, Packer};
 
-/// What a session file says of itself, first of all.
+/// The description of a session, at the beginning of its file.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Header {
-    /// The machine, as it calls itself.
+    /// Host name of the machine.
     pub node: String,
     pub agent_version: String,
-    /// When the session begins; facts from before it are there so that what follows can be told: they are not counted.
+    /// When the session begins. Earlier facts are in the file as context for the later ones; they are not counted.
     pub start: BootNs,
     pub start_wall: WallTime,
-    /// In words: the condition that began it.
+    /// The condition that started the session, as text.
     pub trigger: Option<String>,
-    /// The view that was asked for when it was recorded; the file keeps every user of its GPUs.
+    /// The view that was requested for the session; the file has all users of its GPUs nevertheless.
     pub view: View,
-    /// A GPU that is busy for so much of a window is saturated; 0 for the default.
+    /// The busy share of a window from which a GPU counts as saturated; 0 for the default.
     pub saturation_percent: u8,
 }
 
-/// Narrows what a report shows. Empty lists: everything.
+/// Limits what a report shows. An empty list does not limit.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct View {
-    /// UUIDs, or their beginnings, or indices.
+    /// UUIDs, prefixes of UUIDs, or indices.
     pub gpus: Vec<String>,
-    /// Ids or their beginnings, names, pods.
+    /// Container ids, prefixes of ids, names, or pods.
     pub containers: Vec<String>,
     pub namespaces: Vec<String>,
     /// Offsets from the session's start.
@@ -56,22 +68,22 @@ pub struct View {
     pub to_ns: Option<u64>,
 }
 
-/// The last thing in a file, when it was stopped in order.
+/// The last record of a file; present if the session was stopped in order.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct End {
-    /// When the session ends; facts from after it are there so that what was before can be told: they are not counted.
+    /// When the session ends. Later facts are in the file as context for the earlier ones; they are not counted.
     pub at: BootNs,
-    /// Frames that were left out because the disk did not keep up.
+    /// Frames that were dropped because the disk did not keep up.
     pub dropped_frames: u64,
 }
 
-/// A session as far as it could be read.
+/// The readable part of a session.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Session {
     pub header: Header,
     pub facts: Vec<Fact>,
-    /// When it was stopped in order; `None` where the file ends before.
+    /// The end of a session that was stopped in order; `None` if the file has no End frame.
     pub end: Option<BootNs>,
-    /// In words, with positions: what could not be read, and why. That there is no end is none: all that is there is good.
+    /// Descriptions, with positions, of what could not be read, and why. A missing End frame is not damage: everything before it is valid.
     pub damage: Vec<String>,
 }

@@ -1,12 +1,12 @@
-//! What a reader must know before the facts that come next: the state that a State frame restores.
+//! The state that a reader needs before it can interpret further facts; State frames store it.
 //!
-//! It follows the facts and passes on what of them belongs in a file: a node may start a thousand containers a second that never touch a
-//! GPU, so a container is in the file only from the first GPU fact that names it, with what was known of it until then put before.
+//! It also filters the facts for a file: a node may start a thousand containers a second that never use a GPU, so a container is written
+//! only when a GPU fact names it for the first time, with its earlier facts before that fact.
 //!
-//! A State frame may hold `Time`; of a GPU that is there `Opened`, and the latest `Held`, `Readings` and `Clock`; of users that were named
-//! lately `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`. All of these say what is, not what was added: told twice they
-//! say the same, and each has the time at which it was first told. Facts that are added up (ticks, idle and unobserved time,
-//! XIDs, `Left`, `Restarted`) are never among them.
+//! A State frame may contain `Time`; for each present GPU `Opened` and the latest `Held`, `Readings` and `Clock`; for recently named
+//! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`. All of these state a current value, so reading one twice has no
+//! effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle and unobserved time,
+//! XIDs, `Left`, `Restarted`) are never in a State frame.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -16,13 +16,13 @@ use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, U
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey};
 
-/// A user is in State frames for so long after it was last named; named again, it is told again.
-const NAMED_LATELY_NS: u64 = 60_000_000_000;
-/// Busy samples remembered to tell that: 10 s of a driver that samples twice as often as any that is known.
-const MAX_TICKS: usize = 128;
-/// Containers remembered; identity forgets them sooner.
+/// A user stays in State frames for this long after it was last named; if it is named later, its facts are written again.
+const RECENTLY_NAMED_NS: u64 = 60_000_000_000;
+/// Busy samples kept per GPU for [`State::is_complete`]: 10 s of a driver with twice the highest known sample rate.
+const MAX_SAMPLES: usize = 128;
+/// Containers kept; identity forgets them sooner.
 const MAX_CONTAINERS: usize = 131_072;
-/// Processes outside containers remembered, and devices.
+/// Processes outside containers that are kept.
 const MAX_HOSTS: usize = 4096;
 const MAX_GPUS: usize = 4096;
 
@@ -41,17 +41,17 @@ struct GpuState {
     held: Option<Fact>,
     readings: Option<Fact>,
     clock: Option<Fact>,
-    /// Up to here its time is told.
+    /// Facts cover its time up to here.
     covered: BootNs,
-    /// Its last busy samples.
+    /// Its latest busy samples.
     samples: VecDeque<(BootNs, Sampled)>,
 }
 
-/// What a busy sample says of its process.
+/// Which process information a busy sample has.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Sampled {
     Named,
-    /// Queried, and the driver named none.
+    /// Queried; the driver reported no process.
     PidLess,
     Unqueried,
 }
@@ -62,29 +62,29 @@ struct ContainerState {
     labels: Option<LabelFact>,
     pressure: Option<PressureFact>,
     gone: Option<BootNs>,
-    named: Option<BootNs>,
-    /// It is in the file since the last State frame, or in that.
-    told: bool,
+    last_named: Option<BootNs>,
+    /// Its facts are in the latest State frame or in a Facts frame after it.
+    written: bool,
 }
 
 #[derive(Debug, Default)]
 struct HostState {
     comm: Option<String>,
-    named: BootNs,
-    told: bool,
+    last_named: BootNs,
+    written: bool,
 }
 
-/// Whom a fact about a GPU names.
+/// The users that a GPU fact names.
 fn users(fact: &GpuFact) -> Vec<User> {
-    let of = |sample: &UtilizationSample| sample.processes.iter().map(|process| process.user).collect();
+    let sample_users = |sample: &UtilizationSample| sample.processes.iter().map(|process| process.user).collect();
     match fact {
-        GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => of(sample),
+        GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => sample_users(sample),
         GpuFact::Held(Some(holders)) => holders.iter().map(|holder| holder.user).collect(),
         _ => Vec::new(),
     }
 }
 
-fn at(fact: &Fact) -> Option<BootNs> {
+fn time_of(fact: &Fact) -> Option<BootNs> {
     match fact {
         Fact::Time { at, .. } | Fact::Gpu { at, .. } | Fact::ContainerGone { at, .. } => Some(*at),
         Fact::Pressure(pressure) => Some(pressure.at),
@@ -93,12 +93,12 @@ fn at(fact: &Fact) -> Option<BootNs> {
 }
 
 impl GpuState {
-    fn are_neighbours_told(&self, until: BootNs) -> bool {
+    fn has_neighbours(&self, until: BootNs) -> bool {
         self.is_divided(until, Sampled::PidLess, NAMED_NEIGHBOURS, |later| later == Sampled::Named)
             && self.is_divided(until, Sampled::Unqueried, QUERIED_NEIGHBOURS, |later| later != Sampled::Unqueried)
     }
 
-    /// Whether the last sample of that kind up to `until` has the neighbours after it that it is divided over.
+    /// Whether the last sample of this kind up to `until` is followed by all neighbours over which its time is divided.
     fn is_divided(&self, until: BootNs, kind: Sampled, neighbours: usize, is_neighbour: impl Fn(Sampled) -> bool) -> bool {
         let Some(last) = self.samples.iter().rposition(|(at, sampled)| *sampled == kind && *at <= until) else { return true };
         let later = self.samples.range(last..).filter(|(_, sampled)| is_neighbour(*sampled)).count();
@@ -106,7 +106,7 @@ impl GpuState {
     }
 
     fn remember(&mut self, at: BootNs, sampled: Sampled) {
-        if self.samples.len() >= MAX_TICKS {
+        if self.samples.len() >= MAX_SAMPLES {
             self.samples.pop_front();
         }
         self.samples.push_back((at, sampled));
@@ -114,7 +114,7 @@ impl GpuState {
 }
 
 impl ContainerState {
-    /// All that is known of it.
+    /// The facts known about the container.
     fn facts(&self, key: ContainerKey) -> impl Iterator<Item = Fact> {
         let gone = self.gone.map(|at| Fact::ContainerGone { key, at });
         let all = [
@@ -128,66 +128,66 @@ impl ContainerState {
 }
 
 impl State {
-    /// Follows a fact.
+    /// Applies a fact.
     pub fn apply(&mut self, fact: &Fact) {
         self.follow(fact, &mut |_| {});
     }
 
-    /// Follows a fact; `tell` gets what of it belongs in a file, behind what it takes to understand it.
-    pub fn follow(&mut self, fact: &Fact, tell: &mut impl FnMut(Fact)) {
-        self.now = self.now.max(at(fact).unwrap_or_default());
+    /// Applies a fact; passes it to `emit` if it belongs in a file, after the facts that a reader needs to interpret it.
+    pub fn follow(&mut self, fact: &Fact, emit: &mut impl FnMut(Fact)) {
+        self.now = self.now.max(time_of(fact).unwrap_or_default());
         match fact {
             Fact::Time { .. } => self.time = Some(fact.clone()),
             Fact::Gpu { gpu, at, fact: of_gpu } => {
                 self.gpu(*gpu, *at, of_gpu, fact);
                 for user in users(of_gpu) {
-                    self.named(user, tell);
+                    self.record_named(user, emit);
                 }
             }
             Fact::Container(container) => {
                 let known = self.container(container.key);
                 known.fact = Some(container.clone());
-                // Named before it was told: that happens where facts were left out.
-                known.told = known.named.is_some();
-                if !known.told {
+                // Named before its container fact arrived: this happens if facts were dropped.
+                known.written = known.last_named.is_some();
+                if !known.written {
                     return;
                 }
             }
             Fact::Labels(labels) => {
                 let known = self.container(labels.key);
                 known.labels = Some(labels.clone());
-                if !known.told {
+                if !known.written {
                     return;
                 }
             }
             Fact::Pressure(pressure) => {
                 let known = self.container(pressure.key);
                 known.pressure = Some(*pressure);
-                if !known.told {
+                if !known.written {
                     return;
                 }
             }
             Fact::ContainerGone { key, at } => {
                 let known = self.container(*key);
                 known.gone = Some(*at);
-                if !known.told {
+                if !known.written {
                     return;
                 }
             }
             Fact::ContainerForgotten { key } => {
-                if !self.containers.remove(key).is_some_and(|known| known.told) {
+                if !self.containers.remove(key).is_some_and(|known| known.written) {
                     return;
                 }
             }
             Fact::Comm { process, comm } => {
                 let known = self.host(*process);
                 known.comm = Some(comm.clone());
-                if !known.told {
+                if !known.written {
                     return;
                 }
             }
         }
-        tell(fact.clone());
+        emit(fact.clone());
     }
 
     fn gpu(&mut self, gpu: u32, at: BootNs, of_gpu: &GpuFact, fact: &Fact) {
@@ -226,7 +226,7 @@ impl State {
 
     fn container(&mut self, key: ContainerKey) -> &mut ContainerState {
         if self.containers.len() >= MAX_CONTAINERS && !self.containers.contains_key(&key) {
-            // Keys grow: the oldest.
+            // Keys ascend, so the first is the oldest.
             self.containers.pop_first();
         }
         self.containers.entry(key).or_default()
@@ -234,37 +234,37 @@ impl State {
 
     fn host(&mut self, process: HostProcess) -> &mut HostState {
         if self.hosts.len() >= MAX_HOSTS && !self.hosts.contains_key(&process) {
-            let oldest = self.hosts.iter().min_by_key(|(_, known)| known.named).map(|(process, _)| *process);
+            let oldest = self.hosts.iter().min_by_key(|(_, known)| known.last_named).map(|(process, _)| *process);
             oldest.and_then(|process| self.hosts.remove(&process));
         }
         self.hosts.entry(process).or_default()
     }
 
-    fn named(&mut self, user: User, tell: &mut impl FnMut(Fact)) {
+    fn record_named(&mut self, user: User, emit: &mut impl FnMut(Fact)) {
         let now = self.now;
         match user {
             User::Container(key) => {
                 let known = self.container(key);
-                known.named = Some(now);
-                if !known.told && known.fact.is_some() {
-                    known.told = true;
-                    known.facts(key).for_each(tell);
+                known.last_named = Some(now);
+                if !known.written && known.fact.is_some() {
+                    known.written = true;
+                    known.facts(key).for_each(emit);
                 }
             }
             User::Host(process) => {
                 let known = self.host(process);
-                known.named = now;
-                if !std::mem::replace(&mut known.told, true)
+                known.last_named = now;
+                if !std::mem::replace(&mut known.written, true)
                     && let Some(comm) = known.comm.clone()
                 {
-                    tell(Fact::Comm { process, comm });
+                    emit(Fact::Comm { process, comm });
                 }
             }
-            User::Nobody(_) => {}
+            User::Unattributed(_) => {}
         }
     }
 
-    /// What a State frame holds now. From here on whoever is not in it is told again when it is named.
+    /// The content of a State frame at this time. The facts of users that are not in it are written again when the user is next named.
     pub fn facts(&mut self) -> Vec<Fact> {
         let held: BTreeSet<User> = self
             .gpus
@@ -275,19 +275,19 @@ impl State {
             })
             .flatten()
             .collect();
-        let lately = self.now.minus(NAMED_LATELY_NS);
+        let recent = self.now.minus(RECENTLY_NAMED_NS);
         let mut all: Vec<Fact> = self.time.clone().into_iter().collect();
         all.extend(self.gpus.values().filter_map(|gpu| gpu.opened.clone()));
         for (key, known) in &mut self.containers {
-            let wanted = held.contains(&User::Container(*key)) || known.named.is_some_and(|named| named >= lately);
-            known.told = wanted && known.fact.is_some();
-            if known.told {
+            let wanted = held.contains(&User::Container(*key)) || known.last_named.is_some_and(|last_named| last_named >= recent);
+            known.written = wanted && known.fact.is_some();
+            if known.written {
                 all.extend(known.facts(*key));
             }
         }
-        self.hosts.retain(|process, known| held.contains(&User::Host(*process)) || known.named >= lately);
+        self.hosts.retain(|process, known| held.contains(&User::Host(*process)) || known.last_named >= recent);
         for (process, known) in &mut self.hosts {
-            known.told = true;
+            known.written = true;
             all.extend(known.comm.clone().map(|comm| Fact::Comm { process: *process, comm }));
         }
         let latest = |gpu: &GpuState| [gpu.clock.clone(), gpu.readings.clone(), gpu.held.clone()];
@@ -295,26 +295,26 @@ impl State {
         all
     }
 
-    /// Containers in the file, with the labels that are there.
+    /// Containers in the file, with their labels where known.
     pub fn labelled(&self) -> impl Iterator<Item = (ContainerKey, Option<&LabelFact>)> {
-        self.containers.iter().filter(|(_, known)| known.told).map(|(key, known)| (*key, known.labels.as_ref()))
+        self.containers.iter().filter(|(_, known)| known.written).map(|(key, known)| (*key, known.labels.as_ref()))
     }
 
-    /// Processes outside containers whose name is not known.
-    pub fn nameless(&self) -> impl Iterator<Item = HostProcess> {
+    /// Processes outside containers without a known name.
+    pub fn unnamed_processes(&self) -> impl Iterator<Item = HostProcess> {
         self.hosts.iter().filter(|(_, known)| known.comm.is_none()).map(|(process, _)| *process)
     }
 
-    /// The time of the last fact that had one.
+    /// The latest time of all facts.
     pub fn now(&self) -> BootNs {
         self.now
     }
 
-    /// Whether the time of every GPU is told up to here, with the later samples that it takes to say whose it was.
-    pub fn is_told(&self, until: BootNs) -> bool {
-        // One that is divided into MIG devices has no time of its own.
+    /// Whether facts cover the time of every GPU up to `until`, including the later samples that attribution of that time needs.
+    pub fn is_complete(&self, until: BootNs) -> bool {
+        // A GPU that is divided into MIG devices has no time of its own.
         let has_time = |opened: &Fact| matches!(opened, Fact::Gpu { fact: GpuFact::Opened(info), .. } if info.is_leaf());
         let mut all = self.gpus.values().filter(|gpu| gpu.opened.as_ref().is_some_and(has_time));
-        all.all(|gpu| gpu.covered >= until && gpu.are_neighbours_told(until))
+        all.all(|gpu| gpu.covered >= until && gpu.has_neighbours(until))
     }
 }

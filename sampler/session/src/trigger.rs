@@ -1,9 +1,9 @@
-//! What a session that is armed waits for: `coactive>0.5`, `temperature>85:gpu=0 for 5s`.
+//! Trigger conditions of armed sessions, such as `coactive>0.5` or `temperature>85:gpu=0 for 5s`.
 //!
 //! ```text
-//!  NAME > NUMBER [:gpu=INDEX or beginning of a UUID] [ for DURATION]
+//!  NAME > NUMBER [:gpu=INDEX or prefix of a UUID] [ for DURATION]
 //! ```
-//! Evaluated on snapshots. What is not known is not above anything.
+//! Conditions are evaluated on snapshots. An unknown value never meets a condition.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::fmt;
@@ -13,31 +13,31 @@ use thiserror::Error;
 use sampler_core::snapshot::{GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 
-/// Contention is looked at over so long, like utilization.
+/// Contention is computed over this window, as is utilization.
 const WINDOW_NS: u64 = 10_000_000_000;
-/// Snapshots in that window that are remembered; they come four times a second.
-const MAX_LOOKS: usize = 64;
-/// The clocks event reasons that mean slower than asked for: power, heat, brakes.
-const SLOWED: u64 = 0x4 | 0x8 | 0x20 | 0x40 | 0x80;
-/// Longer conditions are mistakes.
+/// Snapshots kept of that window; four arrive each second.
+const MAX_SNAPSHOTS: usize = 64;
+/// The clocks event reasons for clocks below the requested ones: power, temperature, brakes.
+const SLOWDOWN_REASONS: u64 = 0x4 | 0x8 | 0x20 | 0x40 | 0x80;
+/// Longer conditions are rejected.
 const MAX_TEXT_BYTES: usize = 200;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Measure {
-    /// Part of the last 10 s in which two users or more had samples.
+    /// Share of the last 10 s in which two or more users had samples.
     Coactive,
-    /// Busy part of the last 10 s.
+    /// Busy share of the last 10 s.
     Busy,
-    /// GPU-seconds per second, over the last 10 s, that others got while one container was active and the GPU saturated; of the container
-    /// for which it is most.
+    /// GPU-seconds per second, over the last 10 s, that others received while one container was active and the GPU saturated; of the
+    /// container with the highest value.
     Contention,
-    /// Used part of the memory.
+    /// Used share of the memory.
     Memory,
     /// Degrees Celsius.
     Temperature,
     /// Watts.
     Power,
-    /// Number of reasons that hold the clocks down now.
+    /// Number of reasons that currently reduce the clocks.
     Throttled,
 }
 
@@ -69,23 +69,23 @@ impl Measure {
 pub struct Trigger {
     pub measure: Measure,
     pub above: f64,
-    /// Index, or a UUID's beginning; any GPU without one.
+    /// Index or prefix of a UUID; `None` for any GPU.
     pub gpu: Option<String>,
-    /// It must hold for so long.
+    /// How long the condition must hold.
     pub for_ns: u64,
 }
 
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum TriggerError {
-    #[error("{0:?} is no condition: give NAME>NUMBER, such as coactive>0.5, and :gpu=INDEX or ` for 5s` behind it if wanted")]
+    #[error("invalid condition {0:?}: expected NAME>NUMBER[:gpu=INDEX][ for DURATION], such as coactive>0.5")]
     Shape(String),
-    #[error("{0:?} is nothing to watch: choose from {names}", names = names())]
+    #[error("unknown measure {0:?}: choose from {names}", names = names())]
     Name(String),
-    #[error("{0:?} is no number to compare with")]
+    #[error("invalid threshold {0:?}: expected a number")]
     Number(String),
-    #[error("{0:?} is no qualifier: `gpu=` with an index or a UUID is one")]
+    #[error("invalid qualifier {0:?}: expected gpu=INDEX or gpu=UUID")]
     Qualifier(String),
-    #[error("{0:?} is no duration; give one such as 5s")]
+    #[error("invalid duration {0:?}: expected a duration such as 5s")]
     Duration(String),
 }
 
@@ -118,13 +118,13 @@ impl std::str::FromStr for Trigger {
         let gpu = match qualifier.map(|q| (q, q.strip_prefix("gpu=").filter(|gpu| !gpu.is_empty()))) {
             None => None,
             Some((_, Some(gpu))) => Some(gpu.to_owned()),
-            Some((other, None)) => return Err(TriggerError::Qualifier(other.to_owned())),
+            Some((invalid, None)) => return Err(TriggerError::Qualifier(invalid.to_owned())),
         };
         let for_ns = match duration {
             None => 0,
-            Some(words) => {
-                let parsed = humantime::parse_duration(words).ok().and_then(|d| u64::try_from(d.as_nanos()).ok());
-                parsed.ok_or_else(|| TriggerError::Duration(words.to_owned()))?
+            Some(duration) => {
+                let parsed = humantime::parse_duration(duration).ok().and_then(|d| u64::try_from(d.as_nanos()).ok());
+                parsed.ok_or_else(|| TriggerError::Duration(duration.to_owned()))?
             }
         };
         Ok(Trigger { measure, above, gpu, for_ns })
@@ -145,42 +145,42 @@ impl fmt::Display for Trigger {
     }
 }
 
-/// That a trigger's condition was met.
+/// A met condition.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Fired {
     pub gpu: GpuUuid,
     pub value: f64,
-    /// Since when it held.
+    /// The time from which it held without interruption.
     pub since: BootNs,
 }
 
-/// Contention so far, by GPU and container.
+/// Cumulative contention by GPU and container, in GPU-seconds.
 type Contended = BTreeMap<(GpuUuid, ContainerKey), f64>;
 
-/// Watches one trigger.
+/// Evaluates one trigger.
 #[derive(Debug)]
 pub struct Watch {
     trigger: Trigger,
-    /// By GPU, since when the condition holds.
-    held: BTreeMap<GpuUuid, BootNs>,
-    /// Oldest first; kept for [`Measure::Contention`] only.
-    looks: VecDeque<(BootNs, Contended)>,
+    /// By GPU, the time from which the condition holds.
+    held_since: BTreeMap<GpuUuid, BootNs>,
+    /// Oldest first; only for [`Measure::Contention`].
+    snapshots: VecDeque<(BootNs, Contended)>,
     last: BootNs,
 }
 
 impl Watch {
     pub fn new(trigger: Trigger) -> Self {
-        Self { trigger, held: BTreeMap::new(), looks: VecDeque::new(), last: BootNs(0) }
+        Self { trigger, held_since: BTreeMap::new(), snapshots: VecDeque::new(), last: BootNs(0) }
     }
 
-    /// Looks at a snapshot; one that was looked at before changes nothing.
-    pub fn see(&mut self, snapshot: &Snapshot) -> Option<Fired> {
+    /// Evaluates a snapshot; a repeated one is ignored.
+    pub fn evaluate(&mut self, snapshot: &Snapshot) -> Option<Fired> {
         if snapshot.at <= self.last {
             return None;
         }
         self.last = snapshot.at;
         let contended = if self.trigger.measure == Measure::Contention { self.contention(snapshot) } else { BTreeMap::new() };
-        let mut held = BTreeMap::new();
+        let mut held_since = BTreeMap::new();
         let mut fired = None;
         for gpu in snapshot.gpus.iter().filter(|gpu| gpu.gone.is_none() && self.concerns(gpu)) {
             let uuid = &gpu.info.uuid;
@@ -191,16 +191,16 @@ impl Watch {
                 Measure::Memory => memory(gpu),
                 Measure::Temperature => gpu.readings.temperature_celsius,
                 Measure::Power => gpu.readings.power_watts,
-                Measure::Throttled => gpu.readings.throttle_reasons.map(|bits| f64::from((bits & SLOWED).count_ones())),
+                Measure::Throttled => gpu.readings.throttle_reasons.map(|bits| f64::from((bits & SLOWDOWN_REASONS).count_ones())),
             };
             let Some(value) = value.filter(|value| *value > self.trigger.above) else { continue };
-            let since = self.held.get(uuid).copied().unwrap_or(snapshot.at);
-            held.insert(uuid.clone(), since);
+            let since = self.held_since.get(uuid).copied().unwrap_or(snapshot.at);
+            held_since.insert(uuid.clone(), since);
             if snapshot.at.saturating_since(since) >= self.trigger.for_ns && fired.is_none() {
                 fired = Some(Fired { gpu: uuid.clone(), value, since });
             }
         }
-        self.held = held;
+        self.held_since = held_since;
         fired
     }
 
@@ -212,7 +212,7 @@ impl Watch {
         }
     }
 
-    /// Of each GPU: what others got per second, for the container for which it is most.
+    /// By GPU: the GPU-seconds per second that others received, of the container with the highest value.
     fn contention(&mut self, snapshot: &Snapshot) -> BTreeMap<GpuUuid, f64> {
         let mut now = Contended::new();
         for container in &snapshot.containers {
@@ -222,19 +222,21 @@ impl Watch {
                 now.insert((gpu.info.uuid.clone(), container.record.key), seconds);
             }
         }
-        while self.looks.len() >= MAX_LOOKS || self.looks.front().is_some_and(|(at, _)| at.plus(WINDOW_NS) < snapshot.at) {
-            self.looks.pop_front();
+        while self.snapshots.len() >= MAX_SNAPSHOTS
+            || self.snapshots.front().is_some_and(|(at, _)| at.plus(WINDOW_NS) < snapshot.at)
+        {
+            self.snapshots.pop_front();
         }
         let mut most = BTreeMap::new();
-        if let Some((_, then)) = self.looks.front() {
+        if let Some((_, then)) = self.snapshots.front() {
             for (pair, total) in &now {
-                // By the whole window also while less of it was seen: time is booked in lumps.
+                // Divided by the whole window also while snapshots cover less of it: time is credited in bursts.
                 let rate = (total - then.get(pair).copied().unwrap_or(0.0)).max(0.0) / (WINDOW_NS as f64 / 1e9);
                 let most: &mut f64 = most.entry(pair.0.clone()).or_default();
                 *most = most.max(rate);
             }
         }
-        self.looks.push_back((snapshot.at, now));
+        self.snapshots.push_back((snapshot.at, now));
         most
     }
 }

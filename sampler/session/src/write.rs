@@ -1,4 +1,4 @@
-//! From facts to frames. Where frames go, and when, is the recorder's business.
+//! Packs facts into frames. The recorder decides where and when frames are written.
 
 use std::io;
 
@@ -9,22 +9,22 @@ use super::frame::{Frame, Kind, put_record};
 use super::{End, Header};
 use sampler_core::fact::Fact;
 
-/// A frame's payload is closed once it is as long as this, uncompressed; one record more may fit.
+/// A frame's payload is closed once its uncompressed length reaches this; the last record may exceed it.
 const FULL_BYTES: usize = 1 << 20;
-/// A fact of this length is none that aggregation makes; it would not fit a frame.
+/// Aggregation makes no fact of this length, and it would not fit into a frame.
 const MAX_RECORD_BYTES: usize = 4 << 20;
 
 #[derive(Debug, Error)]
 pub enum PackError {
     #[error("a record cannot be encoded")]
     Encode(#[from] postcard::Error),
-    #[error("a record of {0} bytes is longer than records may be")]
+    #[error("a record of {0} bytes exceeds the limit of {MAX_RECORD_BYTES} bytes")]
     TooLong(usize),
     #[error("a frame cannot be compressed")]
     Compress(#[from] io::Error),
 }
 
-/// Makes frames; keeps zstd's tables between them.
+/// Packs frames; keeps zstd's tables from one frame to the next.
 pub struct Packer {
     zstd: zstd::bulk::Compressor<'static>,
     raw: Vec<u8>,
@@ -37,30 +37,30 @@ impl Packer {
     }
 
     pub fn header(&mut self, header: &Header) -> Result<Frame, PackError> {
-        self.one(Kind::Header, header)
+        self.single(Kind::Header, header)
     }
 
     pub fn end(&mut self, end: &End) -> Result<Frame, PackError> {
-        self.one(Kind::End, end)
+        self.single(Kind::End, end)
     }
 
-    /// What [`super::State::facts`] holds: a frame, or several when it is much.
+    /// Packs the facts of [`super::State::facts`] into one frame, or several if they exceed the length of one.
     pub fn state(&mut self, facts: &[Fact]) -> Result<Vec<Frame>, PackError> {
-        self.many(Kind::State, facts)
+        self.fact_frames(Kind::State, facts)
     }
 
-    /// Nothing for no facts.
+    /// Returns no frame if there are no facts.
     pub fn facts(&mut self, facts: &[Fact]) -> Result<Vec<Frame>, PackError> {
-        if facts.is_empty() { Ok(Vec::new()) } else { self.many(Kind::Facts, facts) }
+        if facts.is_empty() { Ok(Vec::new()) } else { self.fact_frames(Kind::Facts, facts) }
     }
 
-    fn one(&mut self, kind: Kind, what: &impl Serialize) -> Result<Frame, PackError> {
+    fn single(&mut self, kind: Kind, value: &impl Serialize) -> Result<Frame, PackError> {
         self.raw.clear();
-        self.put(what)?;
+        self.put(value)?;
         Ok(Frame::pack(kind, &self.raw, &mut self.zstd)?)
     }
 
-    fn many(&mut self, kind: Kind, facts: &[Fact]) -> Result<Vec<Frame>, PackError> {
+    fn fact_frames(&mut self, kind: Kind, facts: &[Fact]) -> Result<Vec<Frame>, PackError> {
         let mut frames = Vec::new();
         self.raw.clear();
         for fact in facts {
@@ -76,10 +76,10 @@ impl Packer {
         Ok(frames)
     }
 
-    fn put(&mut self, what: &impl Serialize) -> Result<(), PackError> {
+    fn put(&mut self, value: &impl Serialize) -> Result<(), PackError> {
         let mut record = std::mem::take(&mut self.record);
         record.clear();
-        let record = postcard::to_extend(what, record)?;
+        let record = postcard::to_extend(value, record)?;
         if record.len() > MAX_RECORD_BYTES {
             return Err(PackError::TooLong(record.len()));
         }
@@ -89,7 +89,7 @@ impl Packer {
     }
 }
 
-/// A whole file in memory, for tests and for who has all facts at once.
+/// A complete file in memory, for tests and for callers that have all facts at once.
 #[derive(Default)]
 pub struct FileBytes {
     pub bytes: Vec<u8>,

@@ -1,5 +1,6 @@
-//! Requests to a running agent.
+//! HTTP client for a running agent.
 
+use std::net::{Ipv4Addr, SocketAddr};
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -10,11 +11,21 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
 
-/// For an answer to begin.
+use super::text::terminal_safe;
+
+/// For the response to begin, and for a whole body.
 pub const TIMEOUT: Duration = Duration::from_secs(5);
 const MAX_BODY_BYTES: usize = 64 << 20;
-/// What answers may be anything; a page of it is no message.
-const MAX_WORDS: usize = 400;
+/// Characters of an error message: the server may be any program, and an HTML page is not a message.
+const MAX_MESSAGE_CHARS: usize = 400;
+
+/// The URL of the agent that listens at this address; one that listens on all addresses is reachable on loopback.
+pub fn agent_at(mut listen: SocketAddr) -> String {
+    if listen.ip().is_unspecified() {
+        listen.set_ip(Ipv4Addr::LOCALHOST.into());
+    }
+    format!("http://{listen}")
+}
 
 #[derive(Clone)]
 pub struct Client {
@@ -23,7 +34,7 @@ pub struct Client {
     token: Option<String>,
 }
 
-/// An answer; its body comes as long as this lives.
+/// A response; dropping it closes the connection and ends the body.
 pub struct HttpReply {
     response: Response<Incoming>,
     connection: JoinHandle<hyper::Result<()>>,
@@ -44,12 +55,12 @@ impl Client {
         Ok(Self { agent: agent.to_owned(), authority: authority.to_owned(), token: token.map(str::to_owned) })
     }
 
-    /// `Err` within `Ok`: nobody listens there.
+    /// `Err` within `Ok`: the connection failed, no process listens at the address.
     pub async fn send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
         match tokio::time::timeout(TIMEOUT, self.try_send(method, path, body)).await {
-            Ok(answer) => answer.with_context(|| format!("asking the agent at {}", self.agent)),
+            Ok(reply) => reply.with_context(|| format!("querying the agent at {}", self.agent)),
             Err(_) => bail!(
-                "the agent at {} did not answer within {} s: it hangs, or something else listens there",
+                "the agent at {} did not respond within {} s: it hangs, or another program listens there",
                 self.agent,
                 TIMEOUT.as_secs()
             ),
@@ -80,8 +91,8 @@ impl HttpReply {
         self.response.status()
     }
 
-    /// Whether an agent has answered, and not anybody else.
-    pub fn is_ours(&self) -> bool {
+    /// Whether the server is a gpu-sampler agent.
+    pub fn is_agent(&self) -> bool {
         self.response.headers().get("Server").is_some_and(|s| s.as_bytes().starts_with(b"gpu-sampler"))
     }
 
@@ -89,7 +100,7 @@ impl HttpReply {
         self.response.headers().get("Content-Length")?.to_str().ok()?.parse().ok()
     }
 
-    /// The next piece of a body that may be long.
+    /// The next chunk of the body; `None` at its end.
     pub async fn chunk(&mut self) -> anyhow::Result<Option<Bytes>> {
         while let Some(frame) = self.response.frame().await {
             if let Ok(bytes) = frame?.into_data() {
@@ -101,30 +112,36 @@ impl HttpReply {
 
     pub async fn body(&mut self) -> anyhow::Result<Vec<u8>> {
         let body = Limited::new(self.response.body_mut(), MAX_BODY_BYTES).collect();
-        let body = tokio::time::timeout(TIMEOUT, body).await.context("the answer broke off")?;
+        let body = tokio::time::timeout(TIMEOUT, body).await.context("the response did not complete in time")?;
         Ok(body.map_err(|error| anyhow!(error))?.to_bytes().to_vec())
     }
 
-    /// The body of a success; else what the agent says was wrong.
+    /// The body of a successful response, or the agent's error message.
     pub async fn success(&mut self) -> anyhow::Result<Vec<u8>> {
-        let (status, ours) = (self.status(), self.is_ours());
+        let (status, is_agent) = (self.status(), self.is_agent());
         let body = self.body().await?;
-        if !ours {
-            bail!("HTTP {status}: that is no gpu-sampler agent; name one with --agent or --listen");
+        if !is_agent {
+            bail!("HTTP {status}: the server is not a gpu-sampler agent; name one with --agent or --listen");
         }
         if !status.is_success() {
-            let words = words(&body);
-            // An agent of another version, perhaps, that has no such thing.
-            bail!("{}", if words.is_empty() { format!("HTTP {status}") } else { words });
+            let message = error_message(&body);
+            // No message: perhaps an agent of another version without this endpoint.
+            bail!("{}", if message.is_empty() { format!("HTTP {status}") } else { message });
         }
         Ok(body)
     }
 }
 
-/// The first line of an answer, or its `error`.
-pub fn words(body: &[u8]) -> String {
-    let told = serde_json::from_slice::<serde_json::Value>(body).ok();
-    let error = told.as_ref().and_then(|told| told["error"].as_str()).map(str::to_owned);
-    let text = error.unwrap_or_else(|| String::from_utf8_lossy(body).into_owned());
-    text.trim().lines().next().unwrap_or_default().chars().take(MAX_WORDS).collect()
+/// The `error` of a JSON body, or the body's first line; safe to display.
+pub fn error_message(body: &[u8]) -> String {
+    #[derive(serde::Deserialize)]
+    struct Failure {
+        error: String,
+    }
+    let text = match serde_json::from_slice::<Failure>(body) {
+        Ok(failure) => failure.error,
+        Err(_) => String::from_utf8_lossy(body).into_owned(),
+    };
+    let line: String = text.trim().lines().next().unwrap_or_default().chars().take(MAX_MESSAGE_CHARS).collect();
+    terminal_safe(&line)
 }

@@ -1,5 +1,5 @@
-//! `doctor`: tries what the agent would try, and says what came of it. It leaves nothing behind: programs are loaded, attached
-//! and dropped again.
+//! `doctor`: runs the agent's own startup steps as checks and reports the results. It leaves nothing behind: eBPF programs are loaded,
+//! attached and dropped again.
 
 use std::io::IsTerminal as _;
 use std::path::{Path, PathBuf};
@@ -9,26 +9,30 @@ use clap::Args;
 use sampler_core::units::BootNs;
 use serde::Serialize;
 
-use super::ask::{self, AgentResponse};
+use super::client::agent_at;
+use super::request::{self, AgentResponse, LIVE, document};
 use super::runtimes;
-use crate::cli::output::{print, wrapped};
+use crate::cli::output::{self, print};
+use crate::cli::text::{use_colours, wrapped};
 use crate::config::{Config, KernelMode, Settings};
 use crate::error::display_chain;
+use crate::export::live::LiveDocument;
+use crate::health::condition::{CGROUPS_REMEDY, PID_NAMESPACE_REMEDY};
 use crate::observe::gpu;
-use crate::observe::kernel::layout::{Layout, REMEDY, layout};
+use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen};
 use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, pid_namespace, scan};
 
-/// The agent takes two; others on the machine take some.
-const FEWEST_INSTANCES: u64 = 16;
-/// One for each where eBPF cannot be had, and room for those to come.
-const WATCHES_A_CGROUP: u64 = 2;
-/// Where details begin.
+/// The agent needs two; other programs on the machine need some.
+const LEAST_INSTANCES: u64 = 16;
+/// One is needed where eBPF is unavailable; the other is reserve for cgroups that are created later.
+const WATCHES_PER_CGROUP: u64 = 2;
+/// Column at which details begin.
 const INDENT: usize = 25;
 
 #[derive(Args)]
 pub struct Doctor {
-    /// Configuration file (TOML) that the agent would be started with
+    /// Configuration file (TOML) of the agent
     #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -42,11 +46,11 @@ pub struct Doctor {
 #[serde(rename_all = "lowercase")]
 pub enum CheckStatus {
     Ok,
-    /// Not about the agent; somebody else has trouble with it, or will.
+    /// The agent is not affected, but another program is, or will be.
     Warning,
-    /// The agent runs, and knows less.
+    /// The agent runs, but measures less than it could.
     Degraded,
-    /// The agent does not start, or has nothing to do.
+    /// The agent does not start, or has nothing to measure.
     Failed,
 }
 
@@ -72,7 +76,7 @@ impl Check {
 #[derive(Serialize)]
 struct Report {
     can_run: bool,
-    /// As in `gpu_sampler_kernel_mode`; null when the agent does not start.
+    /// As in `gpu_sampler_kernel_mode`; null if the agent would not start.
     kernel_mode: Option<&'static str>,
     checks: Vec<Check>,
 }
@@ -81,16 +85,15 @@ impl Doctor {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let report = match self.settings.validate(self.config.as_deref()) {
             Ok(config) => examine(&config),
-            // Who reads JSON wants this as JSON too.
+            // With --json, a configuration error is reported as JSON, too.
             Err(error) if self.json => {
-                let remedy = "`gpu-sampler config --default` prints every key";
+                let remedy = "correct the key or flag; `gpu-sampler config --default` prints all of them";
                 let checks = vec![Check::bad("configuration", CheckStatus::Failed, display_chain(&error), remedy)];
                 Report { can_run: false, kernel_mode: None, checks }
             }
             Err(error) => return Err(error.into()),
         };
-        let out = if self.json { format!("{}\n", serde_json::to_string_pretty(&report)?) } else { text(&report) };
-        print(&out)?;
+        print(&if self.json { output::json(&report)? } else { text(&report) })?;
         Ok(if report.can_run { ExitCode::SUCCESS } else { ExitCode::FAILURE })
     }
 }
@@ -117,7 +120,7 @@ fn kernel_version(config: &Config) -> Check {
         (Ok(release), Ok(pid_max)) => Check::ok("kernel", format!("Linux {}, pids up to {}", release.trim(), pid_max.trim())),
         (Err(error), _) | (_, Err(error)) => {
             let path = config.path_procfs.display();
-            Check::bad("kernel", CheckStatus::Failed, format!("{path}: {error}"), "give the host's /proc with --path-procfs")
+            Check::bad("kernel", CheckStatus::Failed, format!("{path}: {error}"), "set --path-procfs to the host's /proc")
         }
     }
 }
@@ -125,8 +128,8 @@ fn kernel_version(config: &Config) -> Check {
 fn pid_namespace() -> Check {
     match pid_namespace::problem() {
         None => Check::ok("pid namespace", "the host's"),
-        // It would start, and attribute nothing.
-        Some(problem) => Check::bad("pid namespace", CheckStatus::Failed, problem, "nothing else helps"),
+        // The agent would start, but attribute nothing.
+        Some(problem) => Check::bad("pid namespace", CheckStatus::Failed, problem, PID_NAMESPACE_REMEDY),
     }
 }
 
@@ -139,10 +142,10 @@ fn cgroups(layout: &Layout, mode: Option<Mode>) -> Check {
         })
         .collect();
     if let Some(problem) = layout.problem() {
-        // Kernel events carry ids; without them everything hangs on paths.
+        // Kernel events carry cgroup ids; the other modes depend on paths.
         let usable = !mounts.is_empty() && mode == Some(Mode::RawTracepoint);
         let status = if usable { CheckStatus::Degraded } else { CheckStatus::Failed };
-        return Check::bad("cgroups", status, problem, REMEDY);
+        return Check::bad("cgroups", status, problem, CGROUPS_REMEDY);
     }
     Check::ok("cgroups", format!("{}: {}", layout.name(), mounts.join(", ")))
 }
@@ -150,8 +153,8 @@ fn cgroups(layout: &Layout, mode: Option<Mode>) -> Check {
 fn count_cgroups(layout: &Layout) -> usize {
     let mut count = 0;
     for (hierarchy, mount) in layout.mounts() {
-        // Those that cannot be seen are told of by other checks.
-        let _all = cgroupfs::walk(hierarchy, mount, BootNs(0), &mut |_, _| {}, &mut |_, _| count += 1);
+        // Other checks report cgroups that cannot be read.
+        let _complete = cgroupfs::walk(hierarchy, mount, BootNs(0), &mut |_, _| {}, &mut |_, _| count += 1);
     }
     count
 }
@@ -163,14 +166,14 @@ fn processes(config: &Config, layout: &Layout) -> Check {
     let cgroups = count(|f| matches!(f, sampler_core::observation::Observation::Cgroup(_)));
     let ms = found.end.ended.saturating_since(found.end.began) / 1_000_000;
     if processes == 0 {
-        return Check::bad("processes", CheckStatus::Failed, "none can be seen", "give the host's /proc with --path-procfs");
+        return Check::bad("processes", CheckStatus::Failed, "no process is visible", "set --path-procfs to the host's /proc");
     }
     let summary = format!("{processes} processes and {cgroups} cgroups scanned in {ms} ms");
     match found.problems.as_slice() {
         [] => Check::ok("processes", summary),
         [first, ..] => {
-            let detail = format!("{summary}; {} could not be read, such as {first}", found.problems.len());
-            let remedy = "where permission is denied: run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
+            let detail = format!("{summary}; {} could not be read, for example {first}", found.problems.len());
+            let remedy = "if permission is denied, run as root or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
             Check::bad("processes", CheckStatus::Degraded, detail, remedy)
         }
     }
@@ -181,7 +184,7 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
     let Chosen { tracker, refused } = match chosen {
         Ok(chosen) => chosen,
         Err(error) => {
-            let remedy = "mend that, or set kernel_mode to auto";
+            let remedy = "correct the cause, or set kernel_mode to auto";
             return vec![Check::bad(NAME, CheckStatus::Failed, display_chain(&error), remedy)];
         }
     };
@@ -190,38 +193,43 @@ fn kernel(chosen: Result<Chosen, KernelError>, wanted: KernelMode) -> Vec<Check>
         .into_iter()
         .map(|(mode, error)| {
             let name = if mode == Mode::RawTracepoint { "eBPF" } else { "inotify" };
-            Check::bad(name, CheckStatus::Degraded, display_chain(&error), "until then the next best mode is used")
+            Check::bad(
+                name,
+                CheckStatus::Degraded,
+                display_chain(&error),
+                "correct the cause; until then the next best mode is used",
+            )
         })
         .collect();
     checks.push(match tracker {
         Tracker::RawTracepoint(_) => {
-            let detail = "mode raw_tracepoint: the eBPF programs load, their self-check agrees, they attach";
-            Check::ok(NAME, detail)
+            Check::ok(NAME, "mode raw_tracepoint: the eBPF programs load, pass their self-check and attach")
         }
         _ => {
-            let detail = format!("mode {}: {}", mode.name(), mode.gives_up());
-            let remedy = if wanted == KernelMode::Auto { "make eBPF work, as said above" } else { "leave kernel_mode out" };
-            Check::bad(NAME, CheckStatus::Degraded, detail, format!("{remedy}: mode raw_tracepoint knows all of it"))
+            let detail = format!("mode {}: {}", mode.name(), mode.limitations());
+            let remedy =
+                if wanted == KernelMode::Auto { "correct the eBPF problem reported above" } else { "remove kernel_mode" };
+            Check::bad(NAME, CheckStatus::Degraded, detail, format!("{remedy}: mode raw_tracepoint has none of these limits"))
         }
     });
     checks
 }
 
-/// Limits on what the agent watches with.
+/// The inotify limits of the machine.
 fn inotify(procfs: &Path, cgroups: usize) -> Check {
     let read = |name: &str| -> Option<u64> {
         let path: PathBuf = procfs.join("sys/fs/inotify").join(name);
         std::fs::read_to_string(path).ok()?.trim().parse().ok()
     };
     let (Some(instances), Some(watches)) = (read("max_user_instances"), read("max_user_watches")) else {
-        let remedy = "give the host's /proc with --path-procfs";
-        return Check::bad("inotify", CheckStatus::Degraded, "its limits cannot be read", remedy);
+        let remedy = "set --path-procfs to the host's /proc";
+        return Check::bad("inotify", CheckStatus::Degraded, "the limits cannot be read", remedy);
     };
-    let detail = format!("{instances} instances and {watches} watches a user");
-    // One for sockets, one for cgroups where eBPF cannot be had; room for those to come.
-    if instances < FEWEST_INSTANCES || watches < WATCHES_A_CGROUP * cgroups as u64 {
+    let detail = format!("{instances} instances and {watches} watches per user");
+    // One instance is for sockets, one for cgroups where eBPF is unavailable.
+    if instances < LEAST_INSTANCES || watches < WATCHES_PER_CGROUP * cgroups as u64 {
         let remedy = "raise fs.inotify.max_user_instances and fs.inotify.max_user_watches";
-        return Check::bad("inotify", CheckStatus::Degraded, format!("{detail}, and there are {cgroups} cgroups"), remedy);
+        return Check::bad("inotify", CheckStatus::Degraded, format!("{detail}, with {cgroups} cgroups"), remedy);
     }
     Check::ok("inotify", detail)
 }
@@ -230,11 +238,12 @@ fn driver(config: &Config) -> Vec<Check> {
     const NAME: &str = "NVIDIA driver";
     let inspected = match gpu::inspect(config) {
         Ok(inspected) => inspected,
-        // A library named on purpose and unusable keeps the agent from starting; a missing one is waited for.
+        // The agent does not start with an unusable library that is configured; it waits for a missing default library.
         Err(error) => {
             let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
             let status = if failed { CheckStatus::Failed } else { CheckStatus::Degraded };
-            let remedy = if failed { "mend the path, or leave --nvml-lib out" } else { "nothing is sampled until then" };
+            let remedy =
+                if failed { "correct the path, or omit --nvml-lib" } else { "correct the cause; nothing is sampled until then" };
             return vec![Check::bad(NAME, status, display_chain(&error), remedy)];
         }
     };
@@ -243,18 +252,16 @@ fn driver(config: &Config) -> Vec<Check> {
         n => format!("{n} GPUs"),
     };
     let mut checks = vec![Check::ok(NAME, format!("version {}, {}", inspected.version, gpus))];
-    checks.extend(inspected.gpus.into_iter().map(|(what, remedy)| match remedy {
-        None => Check::ok("GPU", what),
-        Some(remedy) => Check::bad("GPU", CheckStatus::Degraded, what, remedy),
-    }));
-    checks.push(match inspected.pid_space {
-        (what, None) => Check::ok("driver's pids", what),
-        (what, Some(remedy)) => Check::bad("driver's pids", CheckStatus::Degraded, what, remedy),
-    });
+    let check = |name, (detail, remedy)| match remedy {
+        None => Check::ok(name, detail),
+        Some(remedy) => Check::bad(name, CheckStatus::Degraded, detail, remedy),
+    };
+    checks.extend(inspected.gpus.into_iter().map(|gpu| check("GPU", gpu)));
+    checks.push(check("driver's pids", inspected.pid_space));
     checks
 }
 
-/// Free, or an agent's already.
+/// The listen address is free, or in use by an agent.
 fn address(config: &Config) -> Check {
     let listen = config.listen;
     let error = match std::net::TcpListener::bind(listen) {
@@ -263,35 +270,26 @@ fn address(config: &Config) -> Check {
     };
     let agent = (error.kind() == std::io::ErrorKind::AddrInUse).then(|| running(config)).flatten();
     match agent {
-        Some(said) => Check::ok("address", format!("an agent serves at {listen} already: {said}")),
+        Some(state) => Check::ok("address", format!("an agent serves at {listen} already: {state}")),
         None => {
-            let remedy = "a hung agent, or somebody else: `ss -ltnp` shows who listens there; or choose a free one with --listen";
+            let remedy =
+                "find the program that listens there with `ss -ltnp` (perhaps a hung agent), or set --listen to a free address";
             Check::bad("address", CheckStatus::Failed, format!("{listen}: {error}"), remedy)
         }
     }
 }
 
-/// What a running agent says of itself.
+/// Kernel mode and event loss of a running agent.
 fn running(config: &Config) -> Option<String> {
-    let mut at = config.listen;
-    if at.ip().is_unspecified() {
-        at.set_ip(std::net::Ipv4Addr::LOCALHOST.into());
-    }
-    let Ok(AgentResponse::Found(page)) = ask::get(&format!("http://{at}"), "/metrics", config.token.as_deref(), "") else {
-        return None;
-    };
-    let page = String::from_utf8_lossy(&page).into_owned();
-    let mode = page.lines().find_map(|line| line.strip_prefix("gpu_sampler_kernel_mode{mode=\"")?.split('"').next())?;
-    let total = |family: &str| {
-        let ours = page.lines().filter(|line| line.starts_with(family));
-        ours.filter_map(|line| line.rsplit(' ').next()?.parse::<f64>().ok()).sum::<f64>()
-    };
-    let (lost, resyncs) = (total("gpu_sampler_kernel_events_lost_total"), total("gpu_sampler_resyncs_total"));
+    let agent = agent_at(config.listen);
+    let Ok(AgentResponse::Found(body)) = request::get(&agent, LIVE, config.token.as_deref(), "") else { return None };
+    let live: LiveDocument = document(&agent, &body).ok()?;
+    let (mode, lost, resyncs) = (live.kernel_mode, live.kernel_events_lost, live.resyncs);
     Some(format!("mode {mode}, {lost} kernel events lost, {resyncs} resyncs"))
 }
 
 fn text(report: &Report) -> String {
-    let colours = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none_or(|v| v.is_empty());
+    let colours = use_colours(std::io::stdout().is_terminal());
     let paint = |status: CheckStatus| {
         let (word, colour) = match status {
             CheckStatus::Ok => ("ok      ", 32),
@@ -311,8 +309,8 @@ fn text(report: &Report) -> String {
     let degraded = report.checks.iter().any(|c| c.status == CheckStatus::Degraded);
     out += match (report.can_run, degraded) {
         (true, false) => "\nThe agent can run here.\n",
-        (true, true) => "\nThe agent can run here, with less than it could know.\n",
-        (false, _) => "\nThe agent cannot do its work here.\n",
+        (true, true) => "\nThe agent can run here, but is degraded.\n",
+        (false, _) => "\nThe agent cannot run here.\n",
     };
     out
 }

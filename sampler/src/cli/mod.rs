@@ -1,14 +1,15 @@
-//! The verbs. Exit codes: 0 done, 1 failed, 2 usage (clap's own).
+//! The commands. Exit codes: 0 success, 1 failure, 2 usage error (as clap has it).
 
-mod ask;
 mod client;
 mod doctor;
 mod explain;
 mod output;
 mod record;
 mod report;
+mod request;
 mod runtimes;
 mod sample;
+mod text;
 mod top;
 
 use std::path::PathBuf;
@@ -20,35 +21,35 @@ use self::output::{log, print};
 use crate::agent;
 use crate::config::{REFERENCE, Settings};
 
-/// Which container used which GPU, when, and whom did it keep waiting
+/// Attribute GPU time to containers and export it as Prometheus metrics
 #[derive(Parser)]
 #[command(name = "gpu-sampler", version, about, arg_required_else_help = true)]
 pub struct Cli {
     #[command(subcommand)]
-    verb: Verb,
+    command: Command,
 }
 
 #[derive(Subcommand)]
-enum Verb {
-    /// The node agent: follows containers, samples the GPUs, serves /metrics
+enum Command {
+    /// Run the node agent: track containers, sample GPUs, serve /metrics
     Run(Run),
-    /// Records a session: who uses which GPU, for a while, with what was before
+    /// Record a session of GPU usage, optionally including the time before the command
     Record(Box<record::Record>),
-    /// What a recorded session says: who used which GPU, with whom, and whom that kept waiting; two sessions are compared
+    /// Report the GPU usage and contention of a recorded session, or compare two sessions
     Report(report::ReportArgs),
-    /// Who uses which GPU now, how much, and whom that keeps waiting: a live view of a running agent
+    /// Show live GPU usage and contention of a running agent
     Top(top::Top),
-    /// Which container a process or a cgroup belongs to, and how that is known
+    /// Explain which container a process, cgroup or sample belongs to, and where its labels come from
     Explain(explain::Explain),
-    /// What works on this machine, what does not, and the remedy; exit 1 when the agent cannot do its work
+    /// Check kernel, driver, runtimes and permissions, with remedies; exit 1 if the agent cannot run
     Doctor(doctor::Doctor),
-    /// Prints the commented reference of the configuration, or checks a file
+    /// Print the commented configuration reference, or validate a file
     Config(Config),
 }
 
 #[derive(Args)]
 struct Run {
-    /// Configuration file (TOML); `gpu-sampler config --default` prints one
+    /// Configuration file (TOML); print one with `gpu-sampler config --default`
     #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
     config: Option<PathBuf>,
     #[command(flatten)]
@@ -58,36 +59,46 @@ struct Run {
 #[derive(Args)]
 #[group(required = true, multiple = false)]
 struct Config {
-    /// Print every key with its default
+    /// Print all keys with their defaults
     #[arg(long)]
     default: bool,
-    /// Validate a file; exit 1 and the reason when it is wrong
+    /// Validate a file; if it is invalid, print the reason and exit 1
     #[arg(long, value_name = "FILE")]
     check: Option<PathBuf>,
 }
 
 impl Cli {
-    /// The exit code, where it is not an error's.
+    /// The exit code, unless the command fails with an error.
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        match self.verb {
-            Verb::Run(run) => {
+        match self.command {
+            Command::Run(run) => {
                 log("info");
                 agent::run(run.settings.validate(run.config.as_deref())?)?;
             }
-            Verb::Record(record) => return record.run(),
-            Verb::Report(report) => return report.run(),
-            Verb::Top(top) => top.run()?,
-            Verb::Explain(explain) => explain.run()?,
-            Verb::Doctor(doctor) => {
+            Command::Record(record) => return record.run(),
+            Command::Report(report) => return report.run(),
+            Command::Top(top) => top.run()?,
+            Command::Explain(explain) => explain.run()?,
+            Command::Doctor(doctor) => {
                 log("error");
                 return doctor.run();
             }
-            Verb::Config(Config { check: Some(file), .. }) => {
+            Command::Config(Config { check: Some(file), .. }) => {
                 Settings::default().validate(Some(&file))?;
                 print(&format!("{}: valid\n", file.display()))?;
             }
-            Verb::Config(_) => print(REFERENCE)?,
+            Command::Config(_) => print(REFERENCE)?,
         }
         Ok(ExitCode::SUCCESS)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        super::Cli::command().debug_assert();
     }
 }

@@ -1,8 +1,8 @@
-//! `record`: has a running agent record a session, and fetches it; where none runs, is the agent itself for as long.
+//! `record`: requests a session from a running agent and fetches its file. Without an agent, runs one in this process for the duration.
 //!
 //! ```text
-//!  POST sessions -> GET sessions/ID each half second -> GET sessions/ID/file -> FILE -> DELETE sessions/ID
-//!                        Ctrl-C: POST sessions/ID/stop --^    a second one: gives up
+//!  POST sessions -> GET sessions/ID every 500 ms -> GET sessions/ID/file -> FILE -> DELETE sessions/ID
+//!                    Ctrl-C: POST sessions/ID/stop --^    second Ctrl-C: exit
 //! ```
 
 use std::io::{IsTerminal as _, Write as _};
@@ -16,60 +16,64 @@ use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use hyper::Method;
 use sampler_session::trigger::Trigger;
-use serde_json::{Value, json};
+
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::client::{Client, TIMEOUT};
+use super::client::{Client, TIMEOUT, agent_at};
+use super::request::{LIVE, document};
 use crate::agent;
 use crate::cli::output::{log, print};
+use crate::cli::text::{bytes, terminal_safe};
 use crate::config::{Config, Settings};
 use crate::export::http;
-use crate::session;
+use crate::export::live::LiveDocument;
+use crate::export::sessions::{SessionBody, StartedSession};
+use crate::session::{self, Phase, SessionStatus};
 
 const EXAMPLES: &str = "\
 Examples:
   gpu-sampler record --duration 5m -o slow-training.gpus
-  gpu-sampler record --lookback 2m --duration 10s       what has just happened
+  gpu-sampler record --lookback 2m --duration 10s       what just happened
   gpu-sampler record --trigger 'coactive>0.5 for 5s' --lookback 30s
   gpu-sampler report slow-training.gpus";
 
-const LOOK_EVERY: Duration = Duration::from_millis(500);
-/// An agent that does not answer so often in a row is given up.
-const MAX_SILENT: u32 = 10;
-/// For a piece of the file.
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// Consecutive polls without a response after which the agent counts as lost.
+const MAX_FAILED_POLLS: u32 = 10;
+/// For one chunk of the file.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
-/// For an agent of one's own to be ready, and for it to have found GPUs.
+/// For the agent of this process to be ready, and for it to find GPUs.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const GPUS_TIMEOUT: Duration = Duration::from_secs(5);
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Record {
-    /// How long to record, from now or from when the condition is met
+    /// Duration, from now or from when the trigger's condition is met
     #[arg(long, value_name = "TIME", default_value = "60s", value_parser = humantime::parse_duration)]
     duration: Duration,
-    /// What has been before belongs to it, too: a running agent keeps the last minutes in memory
+    /// Include this much of the time before the start; a running agent keeps the last minutes in memory
     #[arg(long, value_name = "TIME", default_value = "0s", value_parser = humantime::parse_duration)]
     lookback: Duration,
-    /// Where the session goes [default: gpu-sampler-NODE-TIME.gpus here]
+    /// Session file to write [default: gpu-sampler-NODE-TIME.gpus in the current directory]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Reports are to show this GPU, by index or UUID; more than once if wanted
+    /// Limit reports of the session to this GPU, by index or UUID; may be repeated
     #[arg(long, value_name = "GPU")]
     gpu: Vec<String>,
-    /// Reports are to show this container, by id, name or pod; more than once if wanted
+    /// Limit reports of the session to this container, by id, name or pod; may be repeated
     #[arg(long, value_name = "CONTAINER")]
     container: Vec<String>,
-    /// Reports are to show this namespace; more than once if wanted
+    /// Limit reports of the session to this namespace; may be repeated
     #[arg(long, value_name = "NAMESPACE")]
     namespace: Vec<String>,
-    /// Wait until this holds, such as coactive>0.5, temperature>85:gpu=0, 'busy>0.9 for 5s'
+    /// Wait for a condition such as coactive>0.5, temperature>85:gpu=0 or 'busy>0.9 for 5s'
     #[arg(long, value_name = "CONDITION")]
     trigger: Option<Trigger>,
-    /// The agent to ask [default: the one at --listen if it runs; else GPUs are sampled from here, as `run` does]
+    /// Agent to query [default: the one at --listen if it runs, else sample in this process, as `run` does]
     #[arg(long, value_name = "URL")]
     agent: Option<String>,
-    /// Leave the session with the agent, too
+    /// Keep the session on the agent after fetching it
     #[arg(long)]
     keep: bool,
     /// Configuration file (TOML) of the agent
@@ -79,12 +83,12 @@ pub struct Record {
     settings: Settings,
 }
 
-/// A folder that is gone with this.
+/// A folder that is removed on drop.
 struct TempFolder(PathBuf);
 
 impl Drop for TempFolder {
     fn drop(&mut self) {
-        // What cannot be removed is in nobody's way.
+        // A folder that cannot be removed does no harm.
         let _removed = std::fs::remove_dir_all(&self.0);
     }
 }
@@ -93,10 +97,10 @@ impl Record {
     pub fn run(self) -> anyhow::Result<ExitCode> {
         let folder = self.folder();
         if !folder.is_dir() {
-            bail!("{} is no folder to write to; give another file with --output", folder.display());
+            bail!("{} is not a directory; set --output to a file in an existing one", folder.display());
         }
         let mut settings = self.settings.clone();
-        // Whom the agent lets in is its own business.
+        // This command does not serve other machines: a listen address without a token is valid here.
         settings.open_metrics.get_or_insert(true);
         let config = settings.validate(self.config.as_deref())?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -110,146 +114,152 @@ impl Record {
         result
     }
 
-    /// Where the file goes.
+    /// The folder of the session file.
     fn folder(&self) -> PathBuf {
         let parent = self.output.as_deref().and_then(Path::parent).filter(|parent| !parent.as_os_str().is_empty());
         parent.unwrap_or(Path::new(".")).to_owned()
     }
 
     async fn record(&self, config: Config) -> anyhow::Result<ExitCode> {
-        let mut listen = config.listen;
-        if listen.ip().is_unspecified() {
-            listen.set_ip(Ipv4Addr::LOCALHOST.into());
-        }
-        let agent = self.agent.clone().unwrap_or_else(|| format!("http://{listen}"));
+        let agent = self.agent.clone().unwrap_or_else(|| agent_at(config.listen));
         let client = Client::new(&agent, config.token.as_deref())?;
         let mut signals = Signals::new()?;
         match client.send(Method::GET, "/readyz", Vec::new()).await? {
-            Ok(_) => self.with(&client, &mut signals, false).await,
+            Ok(_) => self.record_with(&client, &mut signals, false).await,
             Err(error) if self.agent.is_some() => {
                 let error = anyhow::Error::from(error);
-                Err(error.context(format!("no agent answers at {agent}; start `gpu-sampler run`, or leave --agent out")))
+                Err(error.context(format!("no agent is reachable at {agent}; start `gpu-sampler run`, or omit --agent")))
             }
-            Err(_) => self.alone(config, &mut signals).await,
+            Err(_) => self.record_in_process(config, &mut signals).await,
         }
     }
 
-    /// Is the agent itself.
-    async fn alone(&self, mut config: Config, signals: &mut Signals) -> anyhow::Result<ExitCode> {
+    /// Runs an agent in this process and records with it.
+    async fn record_in_process(&self, mut config: Config, signals: &mut Signals) -> anyhow::Result<ExitCode> {
         log("warn");
-        eprintln!("No agent runs at {}: sampling from here.", config.listen);
+        eprintln!("No agent runs at {}; sampling in this process.", config.listen);
         if !self.lookback.is_zero() {
-            eprintln!("Nothing was sampled before now: --lookback has nothing to look back to.");
+            eprintln!("--lookback has no effect: there are no samples from before this command.");
         }
         let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
-        config.session_dir = std::path::absolute(&folder.0).context("there is no current folder")?;
+        config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
         config.token = None;
         let listener = http::bind(config.listen).await?;
-        let client = Client::new(&format!("http://{}", listener.local_addr().context("a socket without an address")?), None)?;
-        let (end, ended) = tokio::sync::oneshot::channel::<()>();
+        let client =
+            Client::new(&format!("http://{}", listener.local_addr().context("cannot read the address of the socket")?), None)?;
+        let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
         let serving = agent::serve(Arc::new(config), listener, async {
-            // Dropped or sent: both mean the end.
-            let _either = ended.await;
+            // The sender is dropped to stop the agent.
+            let _dropped = stopped.await;
         });
         let recording = async {
-            ready(&client).await?;
-            self.with(&client, signals, true).await
+            wait_until_ready(&client).await?;
+            self.record_with(&client, signals, true).await
         };
         tokio::pin!(serving);
         let result = tokio::select! {
             served = &mut serving => {
                 served?;
-                bail!("the agent ended");
+                bail!("the agent in this process stopped before the session ended");
             }
             result = recording => result,
         };
-        drop(end);
+        drop(stop);
         serving.await?;
         result
     }
 
-    /// `alone`: it was said already that there is nothing to look back to.
-    async fn with(&self, client: &Client, signals: &mut Signals, alone: bool) -> anyhow::Result<ExitCode> {
-        let wanted = json!({
-            "duration_seconds": self.duration.as_secs_f64(),
-            "lookback_seconds": self.lookback.as_secs_f64(),
-            "trigger": self.trigger.as_ref().map(ToString::to_string),
-            "gpus": self.gpu, "containers": self.container, "namespaces": self.namespace,
-        });
-        let begun: Value = call(client, Method::POST, "/api/v1/sessions", &wanted.to_string()).await?;
-        let id = begun["id"].as_str().context("the agent did not say which session it began")?;
+    /// Starts a session on the agent, follows it and fetches its file. With `in_process`, no warning about a short lookback is printed:
+    /// [`Record::record_in_process`] has done that.
+    async fn record_with(&self, client: &Client, signals: &mut Signals, in_process: bool) -> anyhow::Result<ExitCode> {
+        let request = SessionBody {
+            duration_seconds: self.duration.as_secs_f64(),
+            lookback_seconds: self.lookback.as_secs_f64(),
+            trigger: self.trigger.as_ref().map(ToString::to_string),
+            gpus: self.gpu.clone(),
+            containers: self.container.clone(),
+            namespaces: self.namespace.clone(),
+        };
+        let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
+        let StartedSession { id } = document(&client.agent, &body)?;
         let session = format!("/api/v1/sessions/{id}");
         let status = self.follow(client, &session, signals).await?;
-        let failure = status["error"].as_str().map(str::to_owned);
         let fetched = tokio::select! {
             fetched = self.fetch(client, &session) => fetched,
-            () = signals.next() => Err(anyhow!("interrupted; the session {id} stays with the agent")),
+            () = signals.next() => Err(anyhow!("interrupted; the session {id} remains on the agent")),
         };
-        let file = match (fetched, &failure) {
+        let file = match (fetched, &status.error) {
             (Ok(file), _) => file,
-            // There may be no file: what went wrong is said first.
-            (Err(_), Some(failure)) => bail!("session {id} is {}: {failure}", status["state"].as_str().unwrap_or("lost")),
+            // A failed session may have no file: its own failure is the cause.
+            (Err(_), Some(failure)) => bail!("session {id} is {}: {failure}", status.state.name()),
             (Err(error), None) => return Err(error),
         };
         if !self.keep {
-            call(client, Method::DELETE, &session, "").await.context("the session is fetched, but stays with the agent")?;
+            let deleted = call(client, Method::DELETE, &session, Vec::new()).await;
+            deleted.context("the session was fetched, but cannot be deleted on the agent")?;
         }
-        let looked_back = status["lookback_seconds"].as_f64().unwrap_or_default();
-        if looked_back + 0.5 < self.lookback.as_secs_f64() && !alone {
-            eprintln!("The agent had {looked_back:.1} s to look back to, not {}.", humantime::format_duration(self.lookback));
+        let lookback = status.lookback_seconds;
+        if lookback + 0.5 < self.lookback.as_secs_f64() && !in_process {
+            eprintln!(
+                "The agent had samples of the last {lookback:.1} s only, not of {}.",
+                humantime::format_duration(self.lookback)
+            );
         }
-        let told = session::read(&file)?;
-        for words in &told.damage {
-            eprintln!("gpu-sampler: {}: {words}", file.display());
+        let recorded = session::read(&file)?;
+        for damage in &recorded.damage {
+            eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
         }
-        if told.end.is_none() && failure.is_none() {
-            eprintln!("gpu-sampler: {} ends before its session did", file.display());
+        if recorded.end.is_none() && status.error.is_none() {
+            eprintln!("gpu-sampler: {} is incomplete: the file ends before the session did", file.display());
         }
-        let seconds = status["elapsed_seconds"].as_f64().unwrap_or_default() + looked_back;
-        let size = size(status["size_bytes"].as_u64().unwrap_or_default());
+        let seconds = status.elapsed_seconds + lookback;
+        let size = bytes(status.size_bytes);
         let name = quoted(&file.display().to_string());
         print(&format!("{}: {seconds:.1} s, {size}\nNext: gpu-sampler report {name}\n", file.display()))?;
-        match failure {
-            Some(failure) => bail!("{failure}; {} holds what was recorded up to there", file.display()),
+        match status.error {
+            Some(failure) => bail!("{failure}; {} has what was recorded until then", file.display()),
             None => Ok(ExitCode::SUCCESS),
         }
     }
 
-    /// Until it has ended; its last status.
-    async fn follow(&self, client: &Client, session: &str, signals: &mut Signals) -> anyhow::Result<Value> {
+    /// Polls the session until it ends; returns its last status.
+    async fn follow(&self, client: &Client, session: &str, signals: &mut Signals) -> anyhow::Result<SessionStatus> {
         let mut progress = RecordProgress::new();
-        let (mut silent, mut stopped) = (0, false);
+        let (mut failed_polls, mut stopped) = (0, false);
         loop {
-            match call(client, Method::GET, session, "").await {
+            let polled = call(client, Method::GET, session, Vec::new()).await;
+            match polled.and_then(|body| document::<SessionStatus>(&client.agent, &body)) {
                 Ok(status) => {
-                    silent = 0;
+                    failed_polls = 0;
                     progress.show(&status);
-                    if !matches!(status["state"].as_str(), Some("armed" | "recording")) {
+                    if !status.state.is_active() {
                         return Ok(status);
                     }
                 }
-                Err(error) if silent >= MAX_SILENT => {
-                    return Err(error.context("the agent is lost; once it runs again, its sessions are at /api/v1/sessions"));
+                Err(error) if failed_polls >= MAX_FAILED_POLLS => {
+                    return Err(
+                        error.context("the agent does not respond; when it runs again, find its sessions at /api/v1/sessions")
+                    );
                 }
-                Err(_) => silent += 1,
+                Err(_) => failed_polls += 1,
             }
             tokio::select! {
-                () = tokio::time::sleep(LOOK_EVERY) => {}
+                () = tokio::time::sleep(POLL_INTERVAL) => {}
                 () = signals.next() => {
                     if stopped {
-                        bail!("interrupted; what was recorded stays with the agent at {}", client.agent);
+                        bail!("interrupted; the session remains on the agent at {}", client.agent);
                     }
                     stopped = true;
                     progress.clear();
-                    eprintln!("Stopping; once more gives up.");
-                    call(client, Method::POST, &format!("{session}/stop"), "").await?;
+                    eprintln!("Stopping the session; press Ctrl-C again to exit at once.");
+                    call(client, Method::POST, &format!("{session}/stop"), Vec::new()).await?;
                 }
             }
         }
     }
 
-    /// Fetches the file under another name, then gives it its own.
+    /// Fetches the file under a temporary name, then renames it.
     async fn fetch(&self, client: &Client, session: &str) -> anyhow::Result<PathBuf> {
         let mut reply = client.send(Method::GET, &format!("{session}/file"), Vec::new()).await??;
         if !reply.status().is_success() {
@@ -274,28 +284,28 @@ impl Record {
 
 async fn save(reply: &mut super::client::HttpReply, part: &Path) -> anyhow::Result<()> {
     let mut file = std::fs::File::create(part)?;
-    let mut left = reply.length().context("the agent does not say how long the file is")?;
-    while let Some(bytes) = tokio::time::timeout(CHUNK_TIMEOUT, reply.chunk()).await.context("the agent hangs")?? {
+    let mut left = reply.length().context("the agent's response has no length")?;
+    while let Some(bytes) = tokio::time::timeout(CHUNK_TIMEOUT, reply.chunk()).await.context("the agent stopped sending")?? {
         file.write_all(&bytes)?;
         left = left.saturating_sub(bytes.len() as u64);
     }
     if left > 0 {
-        bail!("{left} bytes are missing");
+        bail!("the agent closed the connection {left} bytes before the end of the file");
     }
     Ok(file.sync_all()?)
 }
 
 fn default_name(file: &Path) -> anyhow::Result<PathBuf> {
     let header = session::read(file)?.header;
-    let safe = |c: char| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' };
-    let node: String = header.node.chars().map(safe).take(100).collect();
+    let plain = |c: char| if c.is_ascii_alphanumeric() || "-.".contains(c) { c } else { '_' };
+    let node: String = header.node.chars().map(plain).take(100).collect();
     let time: String = sampler_core::units::rfc3339(header.start_wall).chars().take(19).filter(|c| !"-:".contains(*c)).collect();
     Ok(PathBuf::from(format!("gpu-sampler-{node}-{time}.gpus")))
 }
 
-/// The agent of one's own is ready, and has looked for GPUs.
-async fn ready(client: &Client) -> anyhow::Result<()> {
-    let waited = tokio::time::timeout(READY_TIMEOUT, async {
+/// Waits until the agent of this process is ready and has found a GPU, or for [`GPUS_TIMEOUT`].
+async fn wait_until_ready(client: &Client) -> anyhow::Result<()> {
+    let ready = tokio::time::timeout(READY_TIMEOUT, async {
         loop {
             match client.send(Method::GET, "/readyz", Vec::new()).await {
                 Ok(Ok(reply)) if reply.status().is_success() => return,
@@ -303,30 +313,25 @@ async fn ready(client: &Client) -> anyhow::Result<()> {
             }
         }
     });
-    waited.await.context("the first scan takes too long")?;
+    ready.await.with_context(|| format!("the first scan of processes took more than {} s", READY_TIMEOUT.as_secs()))?;
     let gpus = tokio::time::timeout(GPUS_TIMEOUT, async {
         loop {
-            if let Ok(Ok(mut reply)) = client.send(Method::GET, "/metrics", Vec::new()).await
-                && reply.body().await.is_ok_and(|page| String::from_utf8_lossy(&page).contains("\ngpu_info{"))
-            {
+            let body = call(client, Method::GET, LIVE, Vec::new()).await;
+            if body.is_ok_and(|body| document::<LiveDocument>(&client.agent, &body).is_ok_and(|live| !live.gpus.is_empty())) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
         }
     });
     if gpus.await.is_err() {
-        eprintln!("No GPU was found so far; `gpu-sampler doctor` says why. Recording anyway: one may appear.");
+        eprintln!("No GPU was found so far; run `gpu-sampler doctor` for the reason. Recording continues, since one may appear.");
     }
     Ok(())
 }
 
-async fn call(client: &Client, method: Method, path: &str, body: &str) -> anyhow::Result<Value> {
-    let mut reply = client.send(method, path, body.as_bytes().to_vec()).await??;
-    let body = reply.success().await.with_context(|| format!("the agent at {} refuses", client.agent))?;
-    if body.is_empty() {
-        return Ok(Value::Null);
-    }
-    serde_json::from_slice(&body).with_context(|| format!("what answers at {} is no gpu-sampler agent", client.agent))
+async fn call(client: &Client, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Vec<u8>> {
+    let mut reply = client.send(method, path, body).await??;
+    reply.success().await.with_context(|| format!("the agent at {} rejected the request", client.agent))
 }
 
 /// SIGINT and SIGTERM.
@@ -334,8 +339,8 @@ struct Signals(Signal, Signal);
 
 impl Signals {
     fn new() -> anyhow::Result<Self> {
-        let listen = |kind| signal(kind).context("signals cannot be listened to");
-        Ok(Self(listen(SignalKind::interrupt())?, listen(SignalKind::terminate())?))
+        let handler = |kind| signal(kind).context("cannot install a signal handler");
+        Ok(Self(handler(SignalKind::interrupt())?, handler(SignalKind::terminate())?))
     }
 
     async fn next(&mut self) {
@@ -346,7 +351,7 @@ impl Signals {
     }
 }
 
-/// One line on a terminal, nothing elsewhere.
+/// One progress line if stderr is a terminal, else nothing.
 struct RecordProgress {
     shown: usize,
     terminal: bool,
@@ -357,15 +362,15 @@ impl RecordProgress {
         Self { shown: 0, terminal: std::io::stderr().is_terminal() }
     }
 
-    fn show(&mut self, status: &Value) {
+    fn show(&mut self, status: &SessionStatus) {
         if !self.terminal {
             return;
         }
-        let line = line(status);
+        let line = progress_line(status);
         let width = line.chars().count();
         eprint!("\r{line}{:1$}", "", self.shown.saturating_sub(width));
         self.shown = width;
-        if !matches!(status["state"].as_str(), Some("armed" | "recording")) {
+        if !status.state.is_active() {
             self.clear();
         }
     }
@@ -383,35 +388,26 @@ impl Drop for RecordProgress {
     }
 }
 
-fn line(status: &Value) -> String {
-    let state = status["state"].as_str().unwrap_or("unknown");
-    if state == "armed" {
-        return format!("waiting for {}", status["trigger"].as_str().unwrap_or("its condition"));
+fn progress_line(status: &SessionStatus) -> String {
+    let (elapsed, duration) = (status.elapsed_seconds, status.duration_seconds);
+    match status.state {
+        Phase::Armed => return format!("waiting for {}", status.trigger.as_deref().unwrap_or("the condition")),
+        Phase::Recording if elapsed >= duration => {
+            return "finishing: waiting for samples that the driver reports late".to_owned();
+        }
+        _ => {}
     }
-    let seconds = |key: &str| status[key].as_f64().unwrap_or_default();
-    let (elapsed, all) = (seconds("elapsed_seconds"), seconds("duration_seconds"));
-    let dropped = match status["dropped_frames"].as_u64() {
-        None | Some(0) => String::new(),
-        Some(frames) => format!(", {frames} frames left out: the agent's disk is slow"),
+    let dropped = match status.dropped_frames {
+        0 => String::new(),
+        frames => format!(", {frames} frames dropped: the agent's disk is slow"),
     };
-    if state == "recording" && elapsed >= all {
-        return "finishing: waits for samples that are told late".to_owned();
-    }
-    format!("{state} {elapsed:.0} of {all:.0} s, {}{dropped}", size(status["size_bytes"].as_u64().unwrap_or_default()))
+    format!("{} {elapsed:.0} of {duration:.0} s, {}{dropped}", status.state.name(), bytes(status.size_bytes))
 }
 
-fn size(bytes: u64) -> String {
-    match bytes {
-        0..1024 => format!("{bytes} bytes"),
-        1024..1_048_576 => format!("{:.1} KiB", bytes as f64 / 1024.0),
-        _ => format!("{:.1} MiB", bytes as f64 / 1_048_576.0),
-    }
-}
-
-/// As a shell takes it.
+/// Quoted for a shell where needed.
 fn quoted(word: &str) -> String {
-    let plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&b);
-    if word.bytes().all(plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
+    let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&b);
+    if word.bytes().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }
 
 #[cfg(test)]
@@ -419,17 +415,30 @@ mod tests {
     use super::*;
 
     #[test]
-    fn lines() {
-        let recording = json!({"state": "recording", "elapsed_seconds": 12.3, "duration_seconds": 60.0, "size_bytes": 34_816});
-        assert_eq!(line(&recording), "recording 12 of 60 s, 34.0 KiB");
-        let armed = json!({"state": "armed", "trigger": "busy>0.9"});
-        assert_eq!(line(&armed), "waiting for busy>0.9");
-        let slow = json!({"state": "recording", "duration_seconds": 1.0, "dropped_frames": 3, "size_bytes": 3_000_000});
-        assert!(line(&slow).ends_with("2.9 MiB, 3 frames left out: the agent's disk is slow"));
+    fn progress_shows_state_time_size_and_dropped_frames() {
+        let recording = SessionStatus {
+            id: "1".into(),
+            state: Phase::Recording,
+            started: None,
+            duration_seconds: 60.0,
+            elapsed_seconds: 12.3,
+            lookback_seconds: 0.0,
+            size_bytes: 34_816,
+            trigger: None,
+            error: None,
+            dropped_frames: 0,
+        };
+        assert_eq!(progress_line(&recording), "recording 12 of 60 s, 34.0 KiB");
+        let armed = SessionStatus { state: Phase::Armed, trigger: Some("busy>0.9".into()), ..recording.clone() };
+        assert_eq!(progress_line(&armed), "waiting for busy>0.9");
+        let late = SessionStatus { elapsed_seconds: 60.0, ..recording.clone() };
+        assert!(progress_line(&late).starts_with("finishing"));
+        let slow = SessionStatus { dropped_frames: 3, size_bytes: 3_000_000, ..recording };
+        assert!(progress_line(&slow).ends_with("2.9 MiB, 3 frames dropped: the agent's disk is slow"));
     }
 
     #[test]
-    fn commands_to_type() {
+    fn file_names_are_quoted_for_a_shell() {
         assert_eq!((quoted("a/b.gpus"), quoted("it's a.gpus")), ("a/b.gpus".into(), "'it'\\''s a.gpus'".into()));
     }
 }

@@ -1,4 +1,4 @@
-//! `report`: what a session file says, in one of the formats; two files are compared.
+//! `report`: renders a session file in one of the formats, or compares two.
 
 use std::ffi::OsStr;
 use std::io::{IsTerminal as _, Write as _};
@@ -8,11 +8,15 @@ use std::sync::mpsc::{RecvTimeoutError, Sender, channel};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant, SystemTime};
 
-use crate::cli::output::print;
 use anyhow::{Context as _, bail};
-use clap::{Args, ValueEnum};
-use sampler_report::{Report, TextOptions};
+use clap::Args;
+use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
+use sampler_report::{Format, Report, TextOptions};
 use sampler_session::{Session, View};
+use strum::VariantArray as _;
+
+use crate::cli::output::print;
+use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 
 const EXAMPLES: &str = "\
 Examples:
@@ -25,63 +29,50 @@ Examples:
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ReportArgs {
-    /// A recorded session; with a second one, the two are compared
+    /// Session file; with a second one, compare the two
     #[arg(value_name = "FILE", num_args = 1..=2, required = true)]
     files: Vec<PathBuf>,
-    /// What to write [default: what the name of -o ends in, else text]
-    #[arg(long, value_enum)]
+    /// Output format [default: by the extension of -o, else text]
+    #[arg(long, value_parser = format_parser())]
     format: Option<Format>,
-    /// Where to write it: a new file takes the old one's place once it is whole [default: standard output]
+    /// File to write; an existing file is replaced atomically [default: standard output]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
-    /// Leave out what was before: so long after the start (10s, 1m30s), or a time (RFC 3339)
+    /// Start of the reported range: an offset from the session's start (10s, 1m30s) or a time (RFC 3339)
     #[arg(long, value_name = "WHEN", value_parser = moment)]
     from: Option<Moment>,
-    /// Leave out what was after
+    /// End of the reported range, as --from
     #[arg(long, value_name = "WHEN", value_parser = moment)]
     to: Option<Moment>,
-    /// These GPUs alone: UUID, its beginning, or index; may be repeated
+    /// Report only this GPU, by UUID, its prefix, or index; may be repeated
     #[arg(long, value_name = "GPU")]
     gpu: Vec<String>,
-    /// These containers alone: id, its beginning, name, or pod; may be repeated
+    /// Report only this container, by id, its prefix, name or pod; may be repeated
     #[arg(long, value_name = "CONTAINER")]
     container: Vec<String>,
-    /// Containers of these namespaces alone; may be repeated
+    /// Report only containers of this namespace; may be repeated
     #[arg(long, value_name = "NAMESPACE")]
     namespace: Vec<String>,
-    /// Show everything, also what was left out by the flags it was recorded with
+    /// Report all users, ignoring the --gpu, --container and --namespace of the recording
     #[arg(long, conflicts_with_all = ["gpu", "container", "namespace"])]
     all: bool,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
-enum Format {
-    /// For a terminal
-    Text,
-    /// For programs
-    Json,
-    /// One page that needs nothing else
-    Html,
-    /// A trace for ui.perfetto.dev
-    Perfetto,
-    /// One row for each window, GPU and user
-    Csv,
+/// A parser of `--format` with help for each format.
+fn format_parser() -> impl TypedValueParser<Value = Format> {
+    let values = Format::VARIANTS.iter().map(|format| PossibleValue::new(format.name()).help(format.description()));
+    PossibleValuesParser::new(values).try_map(|name| name.parse::<Format>())
 }
 
-impl Format {
-    fn of_name(path: &Path) -> Option<Format> {
-        let end = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
-        Some(match end.as_str() {
-            "json" => Format::Json,
-            "html" | "htm" => Format::Html,
-            "csv" => Format::Csv,
-            "perfetto" => Format::Perfetto,
-            _ => return None,
-        })
+fn from_extension(path: &Path) -> Option<Format> {
+    let extension = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
+    match extension.as_str() {
+        "htm" => Some(Format::Html),
+        name => name.parse().ok(),
     }
 }
 
-/// As it was given on the command line.
+/// A time as given on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Moment {
     AfterStart(Duration),
@@ -93,10 +84,10 @@ fn moment(text: &str) -> Result<Moment, String> {
         return Ok(Moment::AfterStart(offset));
     }
     let time = humantime::parse_rfc3339(text).map(Moment::At);
-    time.map_err(|_| "neither a time since the start, such as 10s or 1m30s, nor one such as 2026-05-04T10:00:31Z".to_owned())
+    time.map_err(|_| "expected an offset from the start, such as 10s or 1m30s, or a time such as 2026-05-04T10:00:31Z".to_owned())
 }
 
-/// Nanoseconds since the session's start; none before it.
+/// Nanoseconds since the session's start; 0 for times before it.
 fn offset(moment: Moment, session: &Session) -> u64 {
     let nanos = |length: Duration| u64::try_from(length.as_nanos()).unwrap_or(u64::MAX);
     match moment {
@@ -110,34 +101,28 @@ fn offset(moment: Moment, session: &Session) -> u64 {
 
 impl ReportArgs {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let format = self.format.or_else(|| self.output.as_deref().and_then(Format::of_name)).unwrap_or(Format::Text);
-        if let Some(words) = self.misuse(format) {
-            eprintln!("error: {words}\n\nFor more information, try 'gpu-sampler report --help'.");
+        let format = self.format.or_else(|| self.output.as_deref().and_then(from_extension)).unwrap_or(Format::Text);
+        if let Some(problem) = self.usage_error(format) {
+            eprintln!("error: {problem}\n\nFor more information, try 'gpu-sampler report --help'.");
             return Ok(ExitCode::from(2));
         }
         for file in &self.files {
-            self.keep(file)?;
+            self.check_not_output(file)?;
         }
         let progress = ReportProgress::start();
         let mut reports = Vec::new();
         for file in &self.files {
-            progress.tell(format!("reading {}", file.display()));
+            progress.show(format!("reading {}", file.display()));
             reports.push(self.read(file)?);
         }
-        progress.tell("writing the report".to_owned());
+        progress.show("writing the report".to_owned());
         let page = match reports.as_slice() {
             [a, b] => {
                 let comparison = sampler_report::compare(a, b);
                 if format == Format::Json { comparison.json() } else { comparison.text(&self.options()) }
             }
-            [one] => match format {
-                Format::Text => sampler_report::text(one, &self.options()),
-                Format::Json => sampler_report::json(one),
-                Format::Html => sampler_report::html(one),
-                Format::Perfetto => sampler_report::perfetto(one),
-                Format::Csv => sampler_report::csv(one),
-            },
-            _ => bail!("one file or two are read"),
+            [report] => format.render(report, &self.options()),
+            _ => bail!("expected one or two session files"),
         };
         let written = self.output.as_deref().map(|path| write(path, &page));
         drop(progress);
@@ -151,22 +136,24 @@ impl ReportArgs {
         Ok(ExitCode::SUCCESS)
     }
 
-    /// What is asked for and does not go together, in words.
-    fn misuse(&self, format: Format) -> Option<String> {
-        let name = format.to_possible_value().map(|value| value.get_name().to_owned()).unwrap_or_default();
+    /// The reason why the arguments cannot be combined.
+    fn usage_error(&self, format: Format) -> Option<String> {
+        let name = format.name();
         if self.files.len() == 2 && !matches!(format, Format::Text | Format::Json) {
-            return Some(format!("two sessions are compared as text or json; there is no {name} of two"));
+            return Some(format!("a comparison of two sessions is available as text or json, not as {name}"));
         }
         let to_terminal = self.output.is_none() && std::io::stdout().is_terminal();
         (to_terminal && matches!(format, Format::Html | Format::Perfetto))
-            .then(|| format!("{name} is not for a terminal; use -o FILE, or a pipe"))
+            .then(|| format!("{name} cannot be shown on a terminal; use -o FILE or a pipe"))
     }
 
-    /// A report in the place of its own session would be the end of it.
-    fn keep(&self, file: &Path) -> anyhow::Result<()> {
-        let whole = |path: &Path| path.canonicalize().ok();
-        match self.output.as_deref().and_then(whole) {
-            Some(output) if whole(file) == Some(output.clone()) => bail!("-o {} is the session itself", output.display()),
+    /// The report must not overwrite the session.
+    fn check_not_output(&self, file: &Path) -> anyhow::Result<()> {
+        let canonical = |path: &Path| path.canonicalize().ok();
+        match self.output.as_deref().and_then(canonical) {
+            Some(output) if canonical(file) == Some(output.clone()) => {
+                bail!("-o {} is the session file itself; give another file", output.display())
+            }
             _ => Ok(()),
         }
     }
@@ -175,47 +162,44 @@ impl ReportArgs {
         let session = crate::session::read(file)?;
         let view = self.view(&session);
         if view.to_ns.is_some_and(|to| view.from_ns.unwrap_or(0) >= to) {
-            bail!("nothing of {} is between --from and --to", file.display());
+            bail!("--from is not before --to, so there is nothing to report of {}", file.display());
         }
         let report = sampler_report::build(&session, &view);
-        let asked = [("--gpu", &self.gpu), ("--container", &self.container), ("--namespace", &self.namespace)];
-        let asked: Vec<String> =
-            asked.iter().flat_map(|(flag, all)| all.iter().map(move |one| format!("{flag} {one}"))).collect();
-        if !asked.is_empty() && (report.gpus.is_empty() || report.users.is_empty() && self.gpu.is_empty()) {
-            bail!("nothing in {} is meant by {}", file.display(), asked.join(" "));
+        let filters = [("--gpu", &self.gpu), ("--container", &self.container), ("--namespace", &self.namespace)];
+        let filters: Vec<String> =
+            filters.iter().flat_map(|(flag, values)| values.iter().map(move |value| format!("{flag} {value}"))).collect();
+        if !filters.is_empty() && (report.gpus.is_empty() || report.users.is_empty() && self.gpu.is_empty()) {
+            bail!("nothing in {} matches {}", file.display(), filters.join(" "));
         }
         Ok(report)
     }
 
-    /// What was asked for now, or else when it was recorded.
+    /// The view of the flags, or else the one that the session was recorded with.
     fn view(&self, session: &Session) -> View {
-        let now = View {
+        let flags = View {
             gpus: self.gpu.clone(),
             containers: self.container.clone(),
             namespaces: self.namespace.clone(),
             ..View::default()
         };
-        let narrowed = !(now.gpus.is_empty() && now.containers.is_empty() && now.namespaces.is_empty());
-        let view = if self.all || narrowed { now } else { session.header.view.clone() };
+        let is_filtered = !(flags.gpus.is_empty() && flags.containers.is_empty() && flags.namespaces.is_empty());
+        let view = if self.all || is_filtered { flags } else { session.header.view.clone() };
         let ns = |moment: Option<Moment>| moment.map(|moment| offset(moment, session));
         View { from_ns: ns(self.from).or(view.from_ns), to_ns: ns(self.to).or(view.to_ns), ..view }
     }
 
     fn options(&self) -> TextOptions {
-        let terminal = self.output.is_none() && std::io::stdout().is_terminal();
-        let set = |name: &str| std::env::var_os(name).is_some_and(|value| !value.is_empty());
-        let dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
-        let width = terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| usize::from(width.0));
+        let to_terminal = self.output.is_none() && std::io::stdout().is_terminal();
         TextOptions {
-            width: width.filter(|_| terminal),
-            colour: terminal && !set("NO_COLOR") && !dumb,
-            unicode: blocks_are_shown(),
+            width: terminal_width().filter(|_| to_terminal),
+            colour: use_colours(to_terminal),
+            unicode: locale_is_utf8(),
         }
     }
 }
 
-/// Unless the locale says otherwise: in a container none is set, and the terminal outside shows them.
-fn blocks_are_shown() -> bool {
+/// Whether the terminal can show Unicode. True without a locale: a container has none, while the terminal outside shows Unicode.
+fn locale_is_utf8() -> bool {
     let set = ["LC_ALL", "LC_CTYPE", "LANG"].iter().filter_map(std::env::var_os).find(|value| !value.is_empty());
     set.is_none_or(|locale| {
         let locale = locale.to_string_lossy().to_ascii_lowercase();
@@ -223,40 +207,42 @@ fn blocks_are_shown() -> bool {
     })
 }
 
-/// Whole or not at all: into a file beside it, which then takes its place. What is no file, as /dev/stdout, is written to.
+/// Writes atomically: to a temporary file in the same folder, which is then renamed. A path that is not a regular file, such as
+/// /dev/stdout, is written to directly.
 fn write(path: &Path, page: &str) -> anyhow::Result<()> {
     let cannot = || format!("cannot write {}", path.display());
     if path.metadata().is_ok_and(|meta| !meta.is_file()) {
         return std::fs::write(path, page).with_context(cannot);
     }
-    // Where it is a link, the file that it leads to is replaced, not the link.
+    // Of a symbolic link the target is replaced, not the link.
     let target = path.canonicalize().unwrap_or_else(|_| path.to_owned());
-    let mut name = target.file_name().with_context(|| format!("{} names no file", path.display()))?.to_owned();
+    let mut name = target.file_name().with_context(|| format!("{} has no file name", path.display()))?.to_owned();
     name.push(format!(".{}.part", std::process::id()));
     let part = target.with_file_name(name);
     let written = std::fs::File::create(&part)
         .and_then(|mut file| file.write_all(page.as_bytes()).and_then(|()| file.sync_all()))
         .and_then(|()| std::fs::rename(&part, &target));
     if written.is_err() {
-        // It may never have been there.
+        // It may not exist.
         let _ = std::fs::remove_file(&part);
     }
     written.with_context(cannot)
 }
 
-/// The report says so itself, but whoever reads only its numbers should know, too.
+/// Repeats on stderr what the report states about damage, for readers of only its numbers.
 fn warn(file: &Path, report: &Report) {
     if report.truncated && report.damage.is_empty() {
-        eprintln!("gpu-sampler: {} ends before its session did; the report is of what was recorded until then", file.display());
+        eprintln!(
+            "gpu-sampler: {} is incomplete: the file ends before the session did; the report covers what was recorded until then",
+            file.display()
+        );
     }
-    for words in &report.damage {
-        let shown: String =
-            words.chars().flat_map(|c| if c.is_control() { c.escape_default().collect() } else { vec![c] }).collect();
-        eprintln!("gpu-sampler: {} is damaged: {shown}", file.display());
+    for damage in &report.damage {
+        eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
     }
 }
 
-/// A line on stderr while it takes longer than a moment; none where nobody watches.
+/// A progress line on stderr after 500 ms; none if stderr is not a terminal.
 struct ReportProgress {
     stages: Option<Sender<String>>,
     thread: Option<JoinHandle<()>>,
@@ -267,15 +253,15 @@ impl ReportProgress {
         if !std::io::stderr().is_terminal() {
             return ReportProgress { stages: None, thread: None };
         }
-        let (stages, told) = channel::<String>();
+        let (stages, stage_changes) = channel::<String>();
         let show = move || {
             let (begin, mut stage, mut shown) = (Instant::now(), String::new(), false);
             loop {
-                match told.recv_timeout(Duration::from_millis(500)) {
+                match stage_changes.recv_timeout(Duration::from_millis(500)) {
                     Ok(next) => stage = next,
                     Err(RecvTimeoutError::Timeout) => {
                         shown = true;
-                        eprint!("\r\x1b[K{} ({} s)", stage.escape_default(), begin.elapsed().as_secs());
+                        eprint!("\r\x1b[K{} ({} s)", terminal_safe(&stage), begin.elapsed().as_secs());
                     }
                     Err(RecvTimeoutError::Disconnected) => break,
                 }
@@ -284,14 +270,14 @@ impl ReportProgress {
                 eprint!("\r\x1b[K");
             }
         };
-        // Without a thread there is no line, and all the rest.
+        // Without a thread there is no progress line; the report is not affected.
         let thread = std::thread::Builder::new().name("progress".to_owned()).spawn(show).ok();
         ReportProgress { stages: Some(stages), thread }
     }
 
-    fn tell(&self, stage: String) {
+    fn show(&self, stage: String) {
         if let Some(stages) = &self.stages {
-            // Nobody listens where the thread could not be had.
+            // There is no receiver if the thread could not be started.
             let _ = stages.send(stage);
         }
     }
@@ -301,7 +287,7 @@ impl Drop for ReportProgress {
     fn drop(&mut self) {
         self.stages = None;
         if let Some(thread) = self.thread.take() {
-            // It only prints.
+            // A panic of the thread affects the progress line only.
             let _ = thread.join();
         }
     }
@@ -315,13 +301,13 @@ mod tests {
     use super::*;
 
     #[derive(clap::Parser)]
-    struct Alone {
+    struct ReportCommand {
         #[command(flatten)]
         args: ReportArgs,
     }
 
     fn parsed(line: &str) -> ReportArgs {
-        Alone::try_parse_from(["report"].into_iter().chain(line.split_whitespace())).unwrap().args
+        ReportCommand::try_parse_from(["report"].into_iter().chain(line.split_whitespace())).unwrap().args
     }
 
     fn session() -> Session {
@@ -333,7 +319,7 @@ mod tests {
 
     #[test]
     fn moments_are_offsets_or_times() {
-        let rows = [
+        let cases = [
             ("10s", Some(10)),
             ("1m30s", Some(90)),
             ("0s", Some(0)),
@@ -342,20 +328,20 @@ mod tests {
             ("10", None),
             ("soon", None),
         ];
-        for (text, expect) in rows {
+        for (text, expect) in cases {
             let found = moment(text).ok().map(|moment| offset(moment, &session()) / 1_000_000_000);
             assert_eq!(found, expect, "{text}");
         }
     }
 
     #[test]
-    fn views_are_those_asked_for_or_recorded() {
-        let rows = [("f", vec![], vec!["ml"]), ("f --gpu 0 --gpu 1", vec!["0", "1"], vec![]), ("f --all", vec![], vec![])];
-        for (line, gpus, namespaces) in rows {
+    fn the_view_is_that_of_the_flags_or_the_recorded_one() {
+        let cases = [("f", vec![], vec!["ml"]), ("f --gpu 0 --gpu 1", vec!["0", "1"], vec![]), ("f --all", vec![], vec![])];
+        for (line, gpus, namespaces) in cases {
             let view = parsed(line).view(&session());
             assert_eq!(
                 (view.gpus, view.namespaces),
-                (gpus.iter().map(|&one| one.into()).collect(), namespaces.iter().map(|&one| one.into()).collect()),
+                (gpus.iter().map(|&gpu| gpu.into()).collect(), namespaces.iter().map(|&name| name.into()).collect()),
                 "{line}"
             );
         }
@@ -363,26 +349,26 @@ mod tests {
     }
 
     #[test]
-    fn what_does_not_go_together_is_told() {
-        let rows = [("a b", Format::Html, true), ("a b", Format::Json, false), ("a -o x", Format::Html, false)];
-        for (line, format, expect) in rows {
-            assert_eq!(parsed(line).misuse(format).is_some(), expect, "{line} {format:?}");
+    fn arguments_that_cannot_be_combined_are_rejected() {
+        let cases = [("a b", Format::Html, true), ("a b", Format::Json, false), ("a -o x", Format::Html, false)];
+        for (line, format, expect) in cases {
+            assert_eq!(parsed(line).usage_error(format).is_some(), expect, "{line} {format:?}");
         }
-        assert!(Alone::try_parse_from(["report", "a", "b", "c"]).is_err());
-        assert!(Alone::try_parse_from(["report"]).is_err());
+        assert!(ReportCommand::try_parse_from(["report", "a", "b", "c"]).is_err());
+        assert!(ReportCommand::try_parse_from(["report"]).is_err());
     }
 
     #[test]
-    fn names_tell_formats() {
-        let rows =
+    fn the_extension_selects_the_format() {
+        let cases =
             [("a.html", Some(Format::Html)), ("a.b.CSV", Some(Format::Csv)), ("a.json", Some(Format::Json)), ("html", None)];
-        for (name, expect) in rows {
-            assert_eq!(Format::of_name(Path::new(name)), expect);
+        for (name, expect) in cases {
+            assert_eq!(from_extension(Path::new(name)), expect);
         }
     }
 
     #[test]
-    fn files_are_replaced_whole() {
+    fn files_are_replaced_atomically_and_links_stay() {
         let dir = tempfile::tempdir().unwrap();
         let (file, link) = (dir.path().join("report.txt"), dir.path().join("link"));
         std::fs::write(&file, "old").unwrap();

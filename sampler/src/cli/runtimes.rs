@@ -1,5 +1,5 @@
-//! `doctor` on runtimes: which answer, as what, and where a kubelet's own cAdvisor would give up on them. The agent does not: it reads no
-//! version to decide anything; but that cAdvisor's other metrics stay blank, and people want to know why.
+//! `doctor`'s checks of container runtimes: which respond, their versions, and whether the cAdvisor of a kubelet could use them. The agent
+//! itself does not depend on any version; but where cAdvisor fails, its other metrics are missing, and this check shows the reason.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -16,16 +16,16 @@ use crate::labels::source::kubelet::{Kubelet, checkpoint};
 use crate::labels::{Discovery, LabelConfig, Root};
 use crate::observe::kernel::layout::Layout;
 
-/// A runtime that takes longer is stuck.
-const PATIENCE: Duration = Duration::from_secs(2);
-/// The newest version of Docker's API that a kubelet's Docker client speaks (cAdvisor issue 3749).
-const CADVISORS_DOCKER_API: (u32, u32) = (1, 41);
-/// Where cAdvisor looks, and nowhere else.
-const CADVISORS_DOCKER: [&str; 2] = ["/var/run/docker.sock", "/run/docker.sock"];
-const CADVISORS_CONTAINERD: &str = "/run/containerd/containerd.sock";
-const CADVISORS_CRIO: [&str; 2] = ["/var/run/crio/crio.sock", "/run/crio/crio.sock"];
+/// A runtime that takes longer counts as hanging.
+const TIMEOUT: Duration = Duration::from_secs(2);
+/// The newest version of Docker's API that a kubelet's Docker client supports (cAdvisor issue 3749).
+const CADVISOR_DOCKER_API: (u32, u32) = (1, 41);
+/// The only socket paths that cAdvisor tries.
+const CADVISOR_DOCKER: [&str; 2] = ["/var/run/docker.sock", "/run/docker.sock"];
+const CADVISOR_CONTAINERD: &str = "/run/containerd/containerd.sock";
+const CADVISOR_CRIO: [&str; 2] = ["/var/run/crio/crio.sock", "/run/crio/crio.sock"];
 
-/// Docker's and podman's answer to `/version`; any of it may be missing.
+/// Docker's and podman's response to `/version`; any field may be missing.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct EngineVersion {
@@ -37,7 +37,7 @@ struct EngineVersion {
     least_api: String,
 }
 
-/// CRI-O's answer to `/info`.
+/// CRI-O's response to `/info`.
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct CrioInfo {
@@ -46,58 +46,58 @@ struct CrioInfo {
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
-    let Discovery { places, sockets } = Discovery::look(&LabelConfig::new(config, layout));
+    let Discovery { places, sockets } = Discovery::search(&LabelConfig::new(config, layout));
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
-        let remedy = "see the limits on descriptors and threads";
-        return vec![Check::bad("runtimes", CheckStatus::Degraded, "the IO runtime cannot be started", remedy)];
+        let remedy = "raise the limits on file descriptors and threads";
+        return vec![Check::bad("runtimes", CheckStatus::Degraded, "cannot start the IO runtime", remedy)];
     };
     let root = &Root::new(&config.path_rootfs);
     let mut all = checkpoints(root, &places.kubelet_roots);
     if sockets.iter().all(|socket| socket.seen.is_none()) {
         let detail = match config.label_sources.iter().any(|source| source.is_socket()) {
-            true => "no runtime's socket is there: labels come from files and from cgroup paths",
-            false => "label_sources has no source with a socket: labels come from files and from cgroup paths",
+            true => "no runtime socket exists: labels come from files and cgroup paths",
+            false => "label_sources has no source with a socket: labels come from files and cgroup paths",
         };
         all.push(Check::ok("runtimes", detail));
     }
     let checks = sockets.into_iter().map(|socket| async move {
         let (source, path) = (socket.source, socket.path);
         if socket.seen.is_some() {
-            return one(source, &path, root).await;
+            return socket_checks(source, &path, root).await;
         }
         if !config.label_endpoints.contains(&(source, path.clone())) {
             return Vec::new();
         }
-        let detail = format!("there is nothing at {}, which was given by name", path.display());
-        vec![Check::bad(source.name(), CheckStatus::Degraded, detail, "start that runtime, or mend the path")]
+        let detail = format!("the configured endpoint {} does not exist", path.display());
+        vec![Check::bad(source.name(), CheckStatus::Degraded, detail, "start the runtime, or correct the path")]
     });
-    // At once: one that hangs costs its patience, and two no more than that.
+    // Concurrently, so that several hanging runtimes cost one timeout.
     all.extend(runtime.block_on(futures_util::future::join_all(checks)).into_iter().flatten());
     all
 }
 
-/// The kubelet's record of devices, where there is one.
+/// The kubelet's device checkpoints, where they exist.
 fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
-    let one = |folder: &PathBuf| match checkpoint(&root.path(folder)) {
+    let check = |folder: &PathBuf| match checkpoint(&root.path(folder)) {
         Ok(None) => None,
         Ok(Some(list)) => {
-            Some(Check::ok("kubelet", format!("{} entries of devices in its checkpoint, {}", list.len(), folder.display())))
+            Some(Check::ok("kubelet", format!("device checkpoint with {} entries, in {}", list.len(), folder.display())))
         }
         Err(error) => {
-            let remedy = "GPUs are not shown as assigned until it can be read; the kubelet writes it anew when it starts";
+            let remedy = "restart the kubelet, which rewrites the file; until it can be read, assigned GPUs are not shown";
             Some(Check::bad("kubelet", CheckStatus::Degraded, display_chain(&error), remedy))
         }
     };
-    folders.iter().filter_map(one).collect()
+    folders.iter().filter_map(check).collect()
 }
 
-/// Whether this path is one of the host's.
+/// Whether the path is one of `known`, which are paths on the host.
 fn is_at(root: &Root, path: &Path, known: &[&str]) -> bool {
     known.iter().any(|known| Path::new(known) == path || root.path(Path::new(known)) == path)
 }
 
-async fn one(source: Source, path: &Path, root: &Root) -> Vec<Check> {
-    let checked = tokio::time::timeout(PATIENCE, async {
+async fn socket_checks(source: Source, path: &Path, root: &Root) -> Vec<Check> {
+    let checked = tokio::time::timeout(TIMEOUT, async {
         match source {
             Source::Docker | Source::Podman => docker(source, path, root).await,
             Source::Cri => cri(path, root).await,
@@ -109,7 +109,7 @@ async fn one(source: Source, path: &Path, root: &Root) -> Vec<Check> {
         Ok(Ok(checks)) => return checks,
         Ok(Err(detail)) if detail.contains("unix://") => detail,
         Ok(Err(detail)) => format!("{}: {detail}", path.display()),
-        Err(_) => format!("{}: no answer within {} s", path.display(), PATIENCE.as_secs()),
+        Err(_) => format!("{}: no response within {} s", path.display(), TIMEOUT.as_secs()),
     };
     let remedy = remedy(&detail);
     vec![Check::bad(source.name(), CheckStatus::Degraded, detail, remedy)]
@@ -117,64 +117,67 @@ async fn one(source: Source, path: &Path, root: &Root) -> Vec<Check> {
 
 async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, String> {
     let version: EngineVersion = http::record(path, "/version").await.map_err(|answer| answer.detail)?;
-    let shown = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
+    let or_none = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
-        shown(&version.version),
-        shown(&version.least_api),
-        shown(&version.api),
+        or_none(&version.version),
+        or_none(&version.least_api),
+        or_none(&version.api),
         path.display()
     );
     let mut checks = vec![Check::ok(source.name(), detail)];
     if source == Source::Docker {
-        checks.extend(cadvisor_on_docker(&version, path, root).into_iter().map(|(problem, remedy)| gives_up(&problem, remedy)));
+        let problems = cadvisor_on_docker(&version, path, root).into_iter();
+        checks.extend(problems.map(|(problem, remedy)| cadvisor_warning(&problem, remedy)));
     }
     Ok(checks)
 }
 
-/// What mends it, as far as its words tell. Until then labels come from files and other sources, and the agent keeps trying.
+/// The remedy, by the error message. Until then labels come from files and other sources, and the agent retries.
 fn remedy(detail: &str) -> &'static str {
     match detail {
         d if d.contains("ermission denied") => "run as root, or with access to the socket",
-        d if d.contains("refused") => "nobody listens on this socket: start the runtime",
-        d if d.contains("no answer within") => "the runtime hangs: see its log, such as `journalctl -u docker`, and restart it",
-        d if d.contains("HTTP 5") => "the runtime is in trouble: see its log, such as `journalctl -u docker`",
-        _ => "is it the socket of another runtime? see --docker-endpoint, --podman-endpoint and --cri-endpoint",
+        d if d.contains("refused") => "no process listens on this socket: start the runtime",
+        // As the timeouts here and in the label sources are worded: "no response within 2 s".
+        d if d.contains(" within ") => "the runtime hangs: check its log, such as `journalctl -u docker`, and restart it",
+        d if d.contains("HTTP 5") => "the runtime fails: check its log, such as `journalctl -u docker`",
+        _ => "if this is the socket of another runtime, correct --docker-endpoint, --podman-endpoint or --cri-endpoint",
     }
 }
 
-fn gives_up(problem: &str, remedy: &str) -> Check {
-    Check::bad("cAdvisor", CheckStatus::Warning, format!("a kubelet's cAdvisor gives up here: {problem}"), remedy)
+fn cadvisor_warning(problem: &str, remedy: &str) -> Check {
+    Check::bad("cAdvisor", CheckStatus::Warning, format!("the cAdvisor of a kubelet cannot use this runtime: {problem}"), remedy)
 }
 
 fn cadvisor_on_docker(version: &EngineVersion, path: &Path, root: &Root) -> Vec<(String, &'static str)> {
     let mut problems = Vec::new();
     let matches = versions_in(&version.version);
     if matches != 1 {
-        let problem = format!("it wants one X.Y.Z in Docker's version, and finds {matches} in {:?}", version.version);
-        problems.push((problem, "install a Docker whose version is X.Y.Z, or take container labels from this agent"));
+        let problem = format!("it expects one X.Y.Z in Docker's version, and finds {matches} in {:?}", version.version);
+        problems.push((problem, "install a Docker with a version of the form X.Y.Z, or use the container labels of this agent"));
     }
     let least = version.least_api.split_once('.').and_then(|(major, minor)| Some((major.parse().ok()?, minor.parse().ok()?)));
-    if let Some(least) = least.filter(|least: &(u32, u32)| *least > CADVISORS_DOCKER_API) {
-        let (major, minor) = CADVISORS_DOCKER_API;
-        let problem = format!("its client speaks API {major}.{minor} at most, and this engine wants {}.{}", least.0, least.1);
+    if let Some(least) = least.filter(|least: &(u32, u32)| *least > CADVISOR_DOCKER_API) {
+        let (major, minor) = CADVISOR_DOCKER_API;
+        let problem =
+            format!("its client supports API {major}.{minor} at most, and this engine requires {}.{}", least.0, least.1);
         problems.push((problem, "set \"min-api-version\": \"1.24\" in daemon.json, or use a newer kubelet"));
     }
-    if !is_at(root, path, &CADVISORS_DOCKER) {
-        let problem = format!("it looks for {}, and the engine is at {}", CADVISORS_DOCKER[0], path.display());
-        problems.push((problem, "make a symlink there, or give the kubelet's cAdvisor --docker"));
+    if !is_at(root, path, &CADVISOR_DOCKER) {
+        let problem = format!("it connects to {}, and the engine is at {}", CADVISOR_DOCKER[0], path.display());
+        problems.push((problem, "create a symlink there, or set --docker of the kubelet's cAdvisor"));
     }
     problems
 }
 
-/// How often `\d+\.\d+\.\d+` matches, one after the other.
+/// The number of matches of `\d+\.\d+\.\d+` without overlap.
 fn versions_in(text: &str) -> usize {
     let (mut count, mut rest) = (0, text);
     while let Some(at) = rest.find(|c: char| c.is_ascii_digit()) {
         rest = &rest[at..];
         match after_version(rest) {
             Some(after) => (count, rest) = (count + 1, after),
-            // Not here; a match may begin behind these digits.
+            // No match begins here, but one may begin after these digits.
             None => rest = rest.trim_start_matches(|c: char| c.is_ascii_digit()),
         }
     }
@@ -196,9 +199,9 @@ fn after_version(text: &str) -> Option<&str> {
 async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
     let version = match Cri::new(path).version().await {
         Ok(version) => version,
-        // containerd as Docker ships it.
+        // As in containerd as Docker ships it.
         Err(error) if error.is_unimplemented() => {
-            return Ok(vec![Check::ok("cri", format!("{} answers, and its CRI is disabled", path.display()))]);
+            return Ok(vec![Check::ok("cri", format!("{} responds, but its CRI is disabled", path.display()))]);
         }
         Err(error) => return Err(display_chain(&error)),
     };
@@ -206,13 +209,14 @@ async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
     let mut checks =
         vec![Check::ok("cri", format!("{name} {number}, API {} ({package}), at {}", version.api_version, path.display()))];
     let expected: &[&str] = match name.as_str() {
-        "containerd" => &[CADVISORS_CONTAINERD],
-        "cri-o" => &CADVISORS_CRIO,
+        "containerd" => &[CADVISOR_CONTAINERD],
+        "cri-o" => &CADVISOR_CRIO,
         _ => &[],
     };
     if let Some(first) = expected.first().filter(|_| !is_at(root, path, expected)) {
-        let problem = format!("it looks for {name} at {first} only, and this one is at {}", path.display());
-        checks.push(gives_up(&problem, "make a symlink there, or start the kubelet with --containerd where it has that flag"));
+        let problem = format!("it connects to {name} at {first} only, and this one is at {}", path.display());
+        let remedy = "create a symlink there, or set --containerd of the kubelet, if it has that flag";
+        checks.push(cadvisor_warning(&problem, remedy));
     }
     Ok(checks)
 }
@@ -233,7 +237,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn versions_as_cadvisor_counts_them() {
+    fn versions_are_counted_as_cadvisor_does() {
         for (text, expect) in [
             ("20.10.24", 1),
             ("dev", 0),
@@ -250,7 +254,7 @@ mod tests {
     }
 
     #[test]
-    fn where_cadvisor_gives_up() {
+    fn versions_and_paths_that_cadvisor_does_not_support_are_problems() {
         let problems = |version: &str, least: &str, path: &str| {
             let version = EngineVersion { version: version.into(), api: "1.52".into(), least_api: least.into() };
             cadvisor_on_docker(&version, Path::new(path), &Root::new(Path::new("/"))).len()

@@ -1,74 +1,51 @@
-//! Numbers and names as `top` writes them. What is not known is a dash, never 0.
+//! Text for terminals: width, wrapping, numbers and colours. An unknown value is a dash, never 0.
 
+pub use sampler_report::terminal_safe;
 use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
-use crate::cli::output::harmless;
-use crate::export::live::{LiveOther, LiveUser};
-
 pub const DASH: &str = "–";
-/// Of an id, as `docker ps` prints it.
-const SHORT_ID: usize = 12;
+/// In less, every word would be on a line of its own.
+const LEAST_WIDTH: usize = 24;
 
-pub fn short(id: &str) -> String {
-    harmless(id).chars().take(SHORT_ID).collect()
+/// The width of the terminal on stdout; `None` elsewhere.
+pub fn terminal_width() -> Option<usize> {
+    terminal_size::terminal_size_of(std::io::stdout()).map(|(width, _)| usize::from(width.0))
 }
 
-fn path(namespace: Option<&str>, pod: Option<&str>, container: Option<&str>) -> Option<String> {
-    let parts: Vec<&str> = [namespace, pod, container].into_iter().flatten().collect();
-    (namespace.is_some() || pod.is_some()).then(|| harmless(&parts.join("/")))
+/// Whether to use colours on a stream: it is a terminal and not a dumb one, and NO_COLOR is not set.
+pub fn use_colours(is_terminal: bool) -> bool {
+    let is_dumb = std::env::var_os("TERM").is_some_and(|term| term == "dumb");
+    is_terminal && !is_dumb && std::env::var_os("NO_COLOR").is_none_or(|value| value.is_empty())
 }
 
-/// As people call it: namespace, pod and container; else its name; else the beginning of its id.
-pub fn name(user: &LiveUser) -> String {
-    path(user.namespace.as_deref(), user.pod.as_deref(), user.container.as_deref())
-        .or_else(|| user.name.as_deref().map(harmless))
-        .unwrap_or_else(|| if user.container_id.is_empty() { harmless(&user.id) } else { short(&user.container_id) })
+/// `head`, which is `indent` columns wide, then the text: wrapped on a terminal, a single line elsewhere. Safe to display.
+pub fn wrapped(head: &str, indent: usize, text: &str) -> String {
+    let width = terminal_width().map_or(usize::MAX, |width| width.saturating_sub(indent).max(LEAST_WIDTH));
+    let lines = wrap(&terminal_safe(text), width, usize::MAX);
+    format!("{head}{}\n", lines.join(&format!("\n{:indent$}", "")))
 }
 
-pub fn name_of_other(other: &LiveOther) -> String {
-    match other.kind.as_str() {
-        "host" => "the host".into(),
-        "unknown" => "unknown".into(),
-        "_other" => "others".into(),
-        _ => path(other.namespace.as_deref(), other.pod.as_deref(), other.container.as_deref())
-            .or_else(|| other.name.as_deref().map(harmless))
-            .unwrap_or_else(|| short(other.container_id.as_deref().unwrap_or("?"))),
-    }
-}
-
-/// What tells one contender from another.
-pub fn key_of_other(other: &LiveOther) -> &str {
-    other.container_id.as_deref().unwrap_or(&other.kind)
-}
-
-pub fn bytes(value: Option<u64>) -> String {
-    let Some(value) = value else { return DASH.into() };
-    let mut value = value as f64;
-    let mut unit = "B";
-    for larger in ["KiB", "MiB", "GiB", "TiB"] {
-        if value < 1024.0 {
-            break;
+/// At most `most` lines, wrapped at spaces. A word is not broken: ids and paths stay whole, for copying.
+pub fn wrap(text: &str, width: usize, most: usize) -> Vec<String> {
+    let (mut lines, mut line) = (Vec::new(), String::new());
+    let mut column = 0;
+    for word in text.split(' ') {
+        let columns = word.width();
+        if column > 0 && column + 1 + columns > width && lines.len() + 1 < most {
+            lines.push(std::mem::take(&mut line));
+            column = 0;
+        } else if column > 0 {
+            line.push(' ');
+            column += 1;
         }
-        (value, unit) = (value / 1024.0, larger);
+        line += word;
+        column += columns;
     }
-    let digits = usize::from(unit != "B" && value < 100.0);
-    format!("{value:.digits$} {unit}")
+    lines.push(line);
+    lines
 }
 
-pub fn percent(ratio: Option<f64>) -> String {
-    ratio.map_or(DASH.into(), |ratio| format!("{:.0} %", ratio * 100.0))
-}
-
-/// Percent with its standard error.
-pub fn share(user: &LiveUser) -> String {
-    match (user.duty_cycle_percent, user.duty_cycle_stderr) {
-        (Some(share), Some(error)) => format!("{share:.1} ±{error:.1}"),
-        (Some(share), None) => format!("{share:.1}"),
-        (None, _) => DASH.into(),
-    }
-}
-
-/// At most `width` columns; a cut is told by its last one.
+/// At most `width` columns; a truncated text ends with an ellipsis.
 pub fn fit(text: &str, width: usize) -> String {
     if text.width() <= width {
         return text.to_owned();
@@ -95,10 +72,33 @@ pub fn left(text: &str, width: usize) -> String {
     format!("{text}{:pad$}", "")
 }
 
+/// Exactly `width` columns.
 pub fn right(text: &str, width: usize) -> String {
     let text = fit(text, width);
     let pad = width.saturating_sub(text.width());
     format!("{:pad$}{text}", "")
+}
+
+/// In the largest binary unit that keeps the number at 1 or more.
+pub fn bytes(value: u64) -> String {
+    let mut value = value as f64;
+    let mut unit = "B";
+    for larger in ["KiB", "MiB", "GiB", "TiB"] {
+        if value < 1024.0 {
+            break;
+        }
+        (value, unit) = (value / 1024.0, larger);
+    }
+    let digits = usize::from(unit != "B" && value < 100.0);
+    format!("{value:.digits$} {unit}")
+}
+
+pub fn bytes_or_dash(value: Option<u64>) -> String {
+    value.map_or(DASH.into(), bytes)
+}
+
+pub fn percent_or_dash(ratio: Option<f64>) -> String {
+    ratio.map_or(DASH.into(), |ratio| format!("{:.0} %", ratio * 100.0))
 }
 
 #[cfg(test)]
@@ -106,17 +106,17 @@ mod tests {
     use super::*;
 
     #[test]
-    fn numbers() {
+    fn unknown_numbers_are_dashes_and_bytes_are_binary() {
         for (value, expect) in
             [(None, "–"), (Some(0), "0 B"), (Some(1536), "1.5 KiB"), (Some(16 << 30), "16.0 GiB"), (Some(600 << 20), "600 MiB")]
         {
-            assert_eq!(bytes(value), expect);
+            assert_eq!(bytes_or_dash(value), expect);
         }
-        assert_eq!((percent(None), percent(Some(0.994))), ("–".into(), "99 %".into()));
+        assert_eq!((percent_or_dash(None), percent_or_dash(Some(0.994))), ("–".into(), "99 %".into()));
     }
 
     #[test]
-    fn columns() {
+    fn texts_are_truncated_and_padded_to_the_width() {
         for (text, width, expect) in [("abc", 5, "abc  "), ("abcdef", 4, "abc…"), ("データ", 4, "デ… "), ("x", 0, "")] {
             assert_eq!(left(text, width), expect);
         }
@@ -124,12 +124,11 @@ mod tests {
     }
 
     #[test]
-    fn names() {
-        let text = |s: &str| Some(s.to_owned());
-        let docker = LiveUser { name: text("web\x1b[2J"), container_id: "a".repeat(64), ..LiveUser::default() };
-        assert_eq!(name(&docker), "web\\u{1b}[2J");
-        assert_eq!(name(&LiveUser { name: None, ..docker.clone() }), "a".repeat(12));
-        let pod = LiveUser { namespace: text("prod"), pod: text("p"), container: text("c"), ..docker };
-        assert_eq!(name(&pod), "prod/p/c");
+    fn lines_break_at_spaces_only_and_the_last_one_takes_the_rest() {
+        assert_eq!(wrap("one two  three", 7, usize::MAX), ["one two", "three"]);
+        assert_eq!(wrap("a   b", 7, usize::MAX), ["a   b"]);
+        assert_eq!(wrap("one two three", 7, 1), ["one two three"]);
+        assert_eq!(wrap("a 0123456789 b", 4, usize::MAX), ["a", "0123456789", "b"]);
+        assert_eq!(wrap("", 4, usize::MAX), [""]);
     }
 }

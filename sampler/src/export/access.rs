@@ -1,4 +1,4 @@
-//! Which requests are accepted, by their headers.
+//! Access control by request headers.
 
 use std::net::IpAddr;
 
@@ -15,28 +15,30 @@ pub fn authorized(headers: &HeaderMap, token: Option<&str>) -> bool {
     }
 }
 
-/// Why a request to an agent on loopback is refused by its Host or Origin.
+/// The rejection of a request to an agent on loopback because of its Host or Origin; `None` if it is accepted.
 pub fn foreign(headers: &HeaderMap, listen: IpAddr) -> Option<(StatusCode, String)> {
     for (name, what) in [(header::HOST, "Host"), (header::ORIGIN, "Origin")] {
         let Some(value) = headers.get(&name) else { continue };
         let text = value.to_str().unwrap_or("(not text)");
         let authority = text.split_once("://").map_or(text, |(_, rest)| rest);
-        let ours = host(authority).is_some_and(|h| h == "localhost" || h.parse() == Ok(listen) || is_loopback(h));
-        if !ours {
-            let said = format!("{what} {text:?} is not this machine's loopback; ask for http://localhost, or listen elsewhere\n");
-            return Some((StatusCode::FORBIDDEN, said));
+        let is_local = host(authority).is_some_and(|h| h == "localhost" || h.parse() == Ok(listen) || is_loopback(h));
+        if !is_local {
+            let message = format!(
+                "request rejected: {what} {text:?} is not the loopback of this machine; use http://localhost, or another --listen address\n"
+            );
+            return Some((StatusCode::FORBIDDEN, message));
         }
     }
     None
 }
 
-/// Browsers send the Origin of a page with whatever that page changes.
+/// Browsers send the Origin of the page with requests that change something.
 pub fn from_another_page(method: &Method, headers: &HeaderMap) -> Option<(StatusCode, String)> {
     let origin = headers.get(header::ORIGIN).filter(|_| !method.is_safe())?.as_bytes();
     let host = headers.get(header::HOST).map(HeaderValue::as_bytes).unwrap_or_default();
-    let ours = origin.strip_prefix(b"http://").is_some_and(|authority| authority == host);
-    let said = format!("{method} from the page of another server ({}) is refused\n", String::from_utf8_lossy(origin));
-    (!ours).then_some((StatusCode::FORBIDDEN, said))
+    let is_own = origin.strip_prefix(b"http://").is_some_and(|authority| authority == host);
+    let message = format!("request rejected: {method} from a page of another server ({})\n", String::from_utf8_lossy(origin));
+    (!is_own).then_some((StatusCode::FORBIDDEN, message))
 }
 
 fn is_loopback(host: &str) -> bool {
@@ -56,27 +58,31 @@ mod tests {
     use super::*;
 
     #[test]
-    fn hosts() {
-        let refused = |name: header::HeaderName, value: &str| {
+    fn requests_for_other_hosts_are_rejected() {
+        let is_rejected = |name: header::HeaderName, value: &str| {
             let headers = HeaderMap::from_iter([(name, value.parse().unwrap())]);
             foreign(&headers, "127.0.0.1".parse().unwrap()).is_some()
         };
         for (value, expect) in
             [("localhost:9836", false), ("127.0.0.1", false), ("[::1]:9836", false), ("evil.example:9836", true)]
         {
-            assert_eq!(refused(header::HOST, value), expect, "{value}");
+            assert_eq!(is_rejected(header::HOST, value), expect, "{value}");
         }
         for (value, expect) in [("http://localhost:9836", false), ("https://evil.example", true), ("null", true)] {
-            assert_eq!(refused(header::ORIGIN, value), expect, "{value}");
+            assert_eq!(is_rejected(header::ORIGIN, value), expect, "{value}");
         }
     }
 
     #[test]
-    fn tokens() {
-        let ok = |sent: &str, token| authorized(&HeaderMap::from_iter([(header::AUTHORIZATION, sent.parse().unwrap())]), token);
-        assert!(ok("Bearer abc", Some("abc")));
+    fn only_the_configured_token_is_accepted() {
+        let is_accepted =
+            |sent: &str, token| authorized(&HeaderMap::from_iter([(header::AUTHORIZATION, sent.parse().unwrap())]), token);
+        assert!(is_accepted("Bearer abc", Some("abc")));
         assert!(
-            !ok("Bearer abd", Some("abc")) && !ok("Bearer ab", Some("abc")) && !ok("abc", Some("abc")) && !ok("Bearer ", None)
+            !is_accepted("Bearer abd", Some("abc"))
+                && !is_accepted("Bearer ab", Some("abc"))
+                && !is_accepted("abc", Some("abc"))
+                && !is_accepted("Bearer ", None)
         );
     }
 }

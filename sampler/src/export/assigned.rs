@@ -1,4 +1,4 @@
-//! Whose the assigned GPUs are: the kubelet's list, by container and by index of the GPU.
+//! The GPUs that the kubelet has assigned, by container and by index of the GPU.
 
 use std::collections::{BTreeSet, HashMap};
 
@@ -16,19 +16,19 @@ pub struct AssignedGpus {
 impl AssignedGpus {
     pub fn new(assignments: &[Assignment], snapshot: &Snapshot) -> Self {
         let mut all = Self::default();
-        for one in assignments {
-            let gpus: BTreeSet<usize> = one.devices().filter_map(|device| gpu(&device, snapshot)).collect();
-            if let Some(uid) = &one.pod_uid {
-                all.by_uid.entry((uid.clone(), one.container.clone())).or_default().extend(&gpus);
+        for assignment in assignments {
+            let gpus: BTreeSet<usize> = assignment.devices().filter_map(|device| gpu(&device, snapshot)).collect();
+            if let Some(uid) = &assignment.pod_uid {
+                all.by_uid.entry((uid.clone(), assignment.container.clone())).or_default().extend(&gpus);
             }
-            if let (Some(namespace), Some(pod)) = (&one.namespace, &one.pod) {
-                all.by_name.entry((namespace.clone(), pod.clone(), one.container.clone())).or_default().extend(&gpus);
+            if let (Some(namespace), Some(pod)) = (&assignment.namespace, &assignment.pod) {
+                all.by_name.entry((namespace.clone(), pod.clone(), assignment.container.clone())).or_default().extend(&gpus);
             }
         }
         all
     }
 
-    /// Indices into the snapshot's GPUs. A container whose name in its pod is unknown has none that could be told.
+    /// Indices into the snapshot's GPUs. Empty if the name of the container within its pod is unknown.
     pub fn gpus_of(&self, labels: &ContainerLabels) -> Vec<usize> {
         let text = |label| labels.text(label).to_owned();
         let container = text(Label::Container);
@@ -41,14 +41,14 @@ impl AssignedGpus {
     }
 }
 
-/// A MIG device is a device; where it could not be opened as one, it is on its GPU.
+/// A MIG device that could not be opened as a device resolves to its GPU.
 fn gpu(device: &Device, snapshot: &Snapshot) -> Option<usize> {
-    let whole = |info: &GpuInfo| info.parent.is_none();
-    let find = |is: &dyn Fn(&GpuInfo) -> bool| snapshot.gpus.iter().position(|gpu| is(&gpu.info));
+    let is_whole = |info: &GpuInfo| info.parent.is_none();
+    let find = |is_device: &dyn Fn(&GpuInfo) -> bool| snapshot.gpus.iter().position(|gpu| is_device(&gpu.info));
     match device {
         Device::Uuid(uuid) => find(&|info| *info.uuid.0 == **uuid),
-        Device::Index(index) => find(&|info| whole(info) && info.index == *index),
-        Device::Minor(minor) => find(&|info| whole(info) && info.minor == Some(*minor)),
+        Device::Index(index) => find(&|info| is_whole(info) && info.index == *index),
+        Device::Minor(minor) => find(&|info| is_whole(info) && info.minor == Some(*minor)),
         Device::Mig(uuid) => find(&|info| *info.uuid.0 == **uuid).or_else(|| find(&|info| info.mig_uuids.contains(uuid))),
         Device::Unknown(_) => None,
     }

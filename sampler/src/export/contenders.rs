@@ -1,30 +1,30 @@
-//! Who kept a container waiting, by name. A contender may be gone, and its labels forgotten, long before the container that
-//! it stood in the way of: so its labels are kept here for as long as somebody's seconds name it.
+//! The contenders of a container, with labels. A contender may be gone, and its labels dropped, long before the container: so its
+//! labels are kept here for as long as the contention of any container refers to it.
 
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
-use sampler_core::snapshot::{ContainerGpu, Other, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, Contention, Other, Snapshot};
 use sampler_core::units::ContainerKey;
 use sampler_labels::{ContainerLabels, Label};
 
 use super::ledger::labels_of;
 use crate::labels::LabelView;
 
-/// Another user of a container's GPU, and what it got there while that one was active and the GPU saturated.
+/// Another user of a container's GPU, and the GPU time that it received while the container was active and the GPU was saturated.
 #[derive(Clone, Debug)]
-pub struct ContenderRow {
+pub struct ExportedContender {
     pub other: Other,
-    /// Of a container.
+    /// Only for a container.
     labels: Option<Arc<ContainerLabels>>,
-    /// As exported; for who is no container its kind.
+    /// As exported; the kind if it is not a container.
     pub container_id: Arc<str>,
     /// GPU-seconds.
     pub seconds: f64,
 }
 
-impl ContenderRow {
-    /// `_other` is all those beyond the first few.
+impl ExportedContender {
+    /// `_other` stands for all users beyond the first few.
     pub fn kind(&self) -> &'static str {
         match self.other {
             Other::Container(_) => "container",
@@ -37,25 +37,25 @@ impl ContenderRow {
     pub fn text(&self, label: Label) -> &str {
         match (&self.labels, label) {
             (Some(labels), _) => labels.text(label),
-            // So that a legend by this label alone is not blank.
+            // A legend by this label alone is then not blank.
             (None, Label::Container) => self.kind(),
             (None, _) => "",
         }
     }
 
-    fn is_series_of(&self, other: &ContenderRow) -> bool {
+    fn has_series_of(&self, other: &ExportedContender) -> bool {
         let labels = [Label::Namespace, Label::Pod, Label::Container];
         self.container_id == other.container_id && labels.into_iter().all(|label| self.text(label) == other.text(label))
     }
 }
 
 #[derive(Debug, Default)]
-pub struct Others(HashMap<ContainerKey, Arc<ContainerLabels>>);
+pub struct ContenderLabels(HashMap<ContainerKey, Arc<ContainerLabels>>);
 
-impl Others {
+impl ContenderLabels {
     pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
-        let pairs = snapshot.containers.iter().flat_map(|container| &container.gpus);
-        let named = pairs.flat_map(|pair| &pair.contention).filter_map(|contention| match contention.other {
+        let usages = snapshot.containers.iter().flat_map(|container| &container.gpus);
+        let named = usages.flat_map(|usage| &usage.contention).filter_map(|contention| match contention.other {
             Other::Container(key) => Some(key),
             Other::Host | Other::Unknown | Other::Rest => None,
         });
@@ -68,38 +68,38 @@ impl Others {
         }
     }
 
-    /// Those of one pair. Whose labels are not settled waits, as its own series do.
-    pub fn of(&self, pair: &ContainerGpu) -> Vec<ContenderRow> {
-        let row = |contention: &sampler_core::snapshot::Contention| {
+    /// The contenders of one pair. One without settled labels is left out, as its own series are.
+    pub fn contenders(&self, usage: &ContainerGpu) -> Vec<ExportedContender> {
+        let contender = |contention: &Contention| {
             let labels = match contention.other {
                 Other::Container(key) => Some(Arc::clone(self.0.get(&key)?)),
                 Other::Host | Other::Unknown | Other::Rest => None,
             };
             let container_id = labels.as_ref().map(|labels| Arc::clone(&labels.container_id)).unwrap_or_default();
-            let mut row = ContenderRow { other: contention.other, labels, container_id, seconds: contention.seconds };
-            if row.labels.is_none() {
-                row.container_id = row.kind().into();
+            let mut contender = ExportedContender { other: contention.other, labels, container_id, seconds: contention.seconds };
+            if contender.labels.is_none() {
+                contender.container_id = contender.kind().into();
             }
-            Some(row)
+            Some(contender)
         };
-        pair.contention.iter().filter_map(row).collect()
+        usage.contention.iter().filter_map(contender).collect()
     }
 }
 
-/// One row for each series: the lives of a restarted container are one to whoever waited for it. `called` are containers that are
-/// exported under another id than their own.
-pub fn one_series_each(others: &mut Vec<ContenderRow>, called: &HashMap<ContainerKey, Arc<str>>) {
-    let mut all: Vec<ContenderRow> = Vec::with_capacity(others.len());
-    for mut other in others.drain(..) {
-        if let Other::Container(key) = other.other
-            && let Some(id) = called.get(&key)
+/// Leaves one contender per series: the runs of a restarted container are one contender. `paths` has the containers that are exported
+/// under their path instead of their id.
+pub fn merge_series(contenders: &mut Vec<ExportedContender>, paths: &HashMap<ContainerKey, Arc<str>>) {
+    let mut merged: Vec<ExportedContender> = Vec::with_capacity(contenders.len());
+    for mut contender in contenders.drain(..) {
+        if let Other::Container(key) = contender.other
+            && let Some(path) = paths.get(&key)
         {
-            other.container_id = Arc::clone(id);
+            contender.container_id = Arc::clone(path);
         }
-        match all.iter_mut().find(|known| known.is_series_of(&other)) {
-            Some(known) => known.seconds += other.seconds,
-            None => all.push(other),
+        match merged.iter_mut().find(|known| known.has_series_of(&contender)) {
+            Some(known) => known.seconds += contender.seconds,
+            None => merged.push(contender),
         }
     }
-    *others = all;
+    *contenders = merged;
 }

@@ -1,68 +1,85 @@
-//! Metric families from plain rows, and their text.
+//! Families of the [catalogue](super::catalogue) with their series, as text.
 
 use prometheus::TextEncoder;
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
+use super::catalogue::Family;
+use super::series_starts::{SeriesId, SeriesOwner, SeriesStarts};
+
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
-/// Families in the order they were begun; one without samples is left out.
-#[derive(Default)]
-pub struct Families(Vec<MetricFamily>);
-
-pub struct Family<'a> {
-    family: &'a mut MetricFamily,
-    kind: MetricType,
+/// Families in the order in which they were begun. A family without series is left out.
+pub struct Families<'a> {
+    families: Vec<MetricFamily>,
+    starts: &'a mut SeriesStarts,
 }
 
-impl Families {
-    fn begin(&mut self, kind: MetricType, name: &str, help: &str) -> Family<'_> {
-        let mut family = MetricFamily::default();
-        family.set_name(name.to_owned());
-        family.set_help(help.to_owned());
-        family.set_field_type(kind);
-        self.0.push(family);
-        let family = self.0.last_mut().expect("one was just pushed");
-        Family { family, kind }
+pub struct FamilyWriter<'a> {
+    family: &'static Family,
+    series: &'a mut MetricFamily,
+    starts: &'a mut SeriesStarts,
+}
+
+/// A histogram's state: `cumulative` has a count for each of `bounds`.
+#[derive(Clone, Copy)]
+pub struct HistogramValue<'a> {
+    pub bounds: &'a [f64],
+    pub cumulative: &'a [u64],
+    pub sum: f64,
+    pub count: u64,
+}
+
+impl<'a> Families<'a> {
+    pub fn new(starts: &'a mut SeriesStarts) -> Self {
+        Self { families: Vec::new(), starts }
     }
 
-    pub fn gauge(&mut self, name: &str, help: &str) -> Family<'_> {
-        self.begin(MetricType::GAUGE, name, help)
+    pub fn family(&mut self, family: &'static Family) -> FamilyWriter<'_> {
+        let mut series = MetricFamily::default();
+        series.set_name(family.name.to_owned());
+        series.set_help(family.full_help());
+        series.set_field_type(family.kind);
+        self.families.push(series);
+        let series = self.families.last_mut().expect("one was just pushed");
+        FamilyWriter { family, series, starts: self.starts }
     }
 
-    pub fn counter(&mut self, name: &str, help: &str) -> Family<'_> {
-        self.begin(MetricType::COUNTER, name, help)
+    /// See [`SeriesStarts::retain`].
+    pub fn retain_starts(&mut self, is_kept: impl Fn(&SeriesOwner) -> bool) {
+        self.starts.retain(is_kept);
     }
 
-    pub fn histogram(&mut self, name: &str, help: &str) -> Family<'_> {
-        self.begin(MetricType::HISTOGRAM, name, help)
-    }
-
+    /// Ends the scrape.
     pub fn text(mut self) -> Result<String, prometheus::Error> {
-        self.0.retain(|family| !family.get_metric().is_empty());
-        TextEncoder::new().encode_to_string(&self.0)
+        self.starts.finish_scrape();
+        self.families.retain(|family| !family.get_metric().is_empty());
+        TextEncoder::new().encode_to_string(&self.families)
     }
 }
 
-fn metric(labels: Labels<'_>) -> Metric {
-    let pair = |(name, value): &(&str, &str)| {
-        let mut pair = LabelPair::default();
-        pair.set_name((*name).to_owned());
-        pair.set_value((*value).to_owned());
-        pair
-    };
-    Metric::from_label(labels.iter().map(pair).collect())
-}
+impl FamilyWriter<'_> {
+    fn metric(&self, labels: Labels<'_>) -> Metric {
+        let undeclared = labels.iter().find(|(name, _)| !self.family.labels.contains(name));
+        debug_assert_eq!(undeclared, None, "{} does not declare this label", self.family.name);
+        let pair = |(name, value): &(&str, &str)| {
+            let mut pair = LabelPair::default();
+            pair.set_name((*name).to_owned());
+            pair.set_value((*value).to_owned());
+            pair
+        };
+        Metric::from_label(labels.iter().map(pair).collect())
+    }
 
-impl Family<'_> {
     fn push(&mut self, metric: Metric) {
-        let mut all = self.family.take_metric();
+        let mut all = self.series.take_metric();
         all.push(metric);
-        self.family.set_metric(all);
+        self.series.set_metric(all);
     }
 
-    pub fn add(&mut self, labels: Labels<'_>, value: f64) {
-        let mut metric = metric(labels);
-        if self.kind == MetricType::COUNTER {
+    fn push_value(&mut self, labels: Labels<'_>, value: f64) {
+        let mut metric = self.metric(labels);
+        debug_assert_ne!(self.family.kind, MetricType::HISTOGRAM, "{}", self.family.name);
+        if self.family.kind == MetricType::COUNTER {
             let mut counter = Counter::default();
             counter.set_value(value);
             metric.set_counter(counter);
@@ -74,14 +91,9 @@ impl Family<'_> {
         self.push(metric);
     }
 
-    /// Nothing at all where the value is unknown: missing is not zero.
-    pub fn add_known(&mut self, labels: Labels<'_>, value: Option<f64>) {
-        if let Some(value) = value {
-            self.add(labels, value);
-        }
-    }
-
-    pub fn add_histogram(&mut self, labels: Labels<'_>, bounds: &[f64], cumulative: &[u64], sum: f64, count: u64) {
+    fn push_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
+        let mut metric = self.metric(labels);
+        debug_assert_eq!(self.family.kind, MetricType::HISTOGRAM, "{}", self.family.name);
         let bucket = |(bound, count): (&f64, &u64)| {
             let mut bucket = Bucket::default();
             bucket.set_upper_bound(*bound);
@@ -89,11 +101,84 @@ impl Family<'_> {
             bucket
         };
         let mut histogram = Histogram::default();
-        histogram.set_bucket(bounds.iter().zip(cumulative).map(bucket).collect());
-        histogram.set_sample_sum(sum);
-        histogram.set_sample_count(count);
-        let mut metric = metric(labels);
+        histogram.set_bucket(value.bounds.iter().zip(value.cumulative).map(bucket).collect());
+        histogram.set_sample_sum(value.sum);
+        histogram.set_sample_count(value.count);
         metric.set_histogram(histogram);
         self.push(metric);
+    }
+
+    fn is_start(&mut self, series: SeriesId<'_>) -> bool {
+        debug_assert!(self.family.starts_at_zero, "{} does not start at zero", self.family.name);
+        self.starts.is_start(self.family.name, series)
+    }
+
+    pub fn add(&mut self, labels: Labels<'_>, value: f64) {
+        debug_assert!(!self.family.starts_at_zero, "{} starts at zero", self.family.name);
+        self.push_value(labels, value);
+    }
+
+    /// Adds no series if the value is unknown: missing is not zero.
+    pub fn add_known(&mut self, labels: Labels<'_>, value: Option<f64>) {
+        if let Some(value) = value {
+            self.add(labels, value);
+        }
+    }
+
+    /// 0 in the first exposition of the series.
+    pub fn add_from_zero(&mut self, series: SeriesId<'_>, labels: Labels<'_>, value: f64) {
+        let value = if self.is_start(series) { 0.0 } else { value };
+        self.push_value(labels, value);
+    }
+
+    pub fn add_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
+        debug_assert!(!self.family.starts_at_zero, "{} starts at zero", self.family.name);
+        self.push_histogram(labels, value);
+    }
+
+    /// Empty in the first exposition of the series.
+    pub fn add_histogram_from_zero(&mut self, series: SeriesId<'_>, labels: Labels<'_>, value: HistogramValue<'_>) {
+        if self.is_start(series) {
+            let zeros = vec![0; value.cumulative.len()];
+            self.push_histogram(labels, HistogramValue { cumulative: &zeros, sum: 0.0, count: 0, ..value });
+        } else {
+            self.push_histogram(labels, value);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::catalogue::{agent, containers};
+    use super::*;
+
+    #[test]
+    fn a_family_without_series_is_left_out() {
+        let mut starts = SeriesStarts::default();
+        let mut all = Families::new(&mut starts);
+        all.family(&agent::RESYNCS);
+        all.family(&agent::CONTAINERS).add(&[("state", "settled"), ("runtime", "docker")], 2.0);
+        let text = all.text().unwrap();
+        assert!(text.starts_with("# HELP gpu_sampler_containers Number of "), "{text}");
+        assert!(
+            text.ends_with(
+                "# TYPE gpu_sampler_containers gauge\ngpu_sampler_containers{state=\"settled\",runtime=\"docker\"} 2\n"
+            )
+        );
+    }
+
+    /// In release builds the label is exported; a scrape does not fail because of it.
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "gpu_sampler_resyncs_total does not declare this label")]
+    fn a_label_that_the_catalogue_does_not_declare_is_rejected() {
+        Families::new(&mut SeriesStarts::default()).family(&agent::RESYNCS).add(&[("uuid", "GPU-1")], 1.0);
+    }
+
+    #[test]
+    #[cfg(debug_assertions)]
+    #[should_panic(expected = "container_gpu_seconds_total starts at zero")]
+    fn a_series_that_starts_at_zero_is_not_added_without_its_identity() {
+        Families::new(&mut SeriesStarts::default()).family(&containers::SECONDS).add(&[], 1.0);
     }
 }

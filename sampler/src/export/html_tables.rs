@@ -1,10 +1,11 @@
-//! The rows as tables in HTML, and as JSON.
+//! The exposition as HTML tables, and the pairs as JSON.
 
 use sampler_core::device::{GpuInfo, Reason};
 use sampler_labels::Label;
+use sampler_report::html_escape;
 use serde::Serialize;
 
-use super::ledger::{Exposition, PairRow};
+use super::ledger::{ExportedPair, Exposition};
 use crate::health::HealthView;
 
 #[derive(Serialize)]
@@ -28,89 +29,83 @@ pub struct ContainerJson<'a> {
     memory_used_bytes: Option<u64>,
 }
 
-pub fn json(row: &PairRow) -> ContainerJson<'_> {
-    let l = &row.labels;
+pub fn json(pair: &ExportedPair) -> ContainerJson<'_> {
+    let (l, usage) = (&pair.labels, &pair.usage);
     ContainerJson {
         namespace: l.text(Label::Namespace),
         pod: l.text(Label::Pod),
         container: l.text(Label::Container),
         name: l.text(Label::Name),
         image: l.text(Label::Image),
-        container_id: &row.container_id,
+        container_id: &pair.container_id,
         id: &l.id,
         runtime: l.runtime.map(|r| r.name()),
         pod_uid: l.pod_uid.as_deref(),
-        uuid: &row.gpu.0,
-        gpu_uuid: row.parent.as_ref().map(|parent| &*parent.0),
-        gpu_seconds: row.pair.seconds,
-        gpu_seconds_stderr: row.pair.seconds_stderr,
-        samples: row.pair.samples,
-        duty_cycle_percent: row.pair.duty_cycle_percent,
-        duty_cycle_stderr: row.pair.duty_cycle_stderr,
-        memory_used_bytes: row.pair.memory_used_bytes,
+        uuid: &pair.gpu.0,
+        gpu_uuid: pair.parent.as_ref().map(|parent| &*parent.0),
+        gpu_seconds: usage.seconds,
+        gpu_seconds_stderr: usage.seconds_stderr,
+        samples: usage.samples,
+        duty_cycle_percent: usage.duty_cycle_percent,
+        duty_cycle_stderr: usage.duty_cycle_stderr,
+        memory_used_bytes: usage.memory_used_bytes,
     }
 }
 
-fn escape(text: &str) -> String {
-    text.replace('&', "&amp;").replace('<', "&lt;").replace('>', "&gt;").replace('"', "&quot;")
-}
-
-/// Longer cells are cut for the eye; the whole is their tooltip.
+/// Longer cells are truncated; the whole text is their tooltip.
 const CELL_CHARS: usize = 40;
 
 fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
     let cell = |text: &String| {
-        let whole = escape(text);
+        let full = html_escape(text);
         match text.char_indices().nth(CELL_CHARS) {
-            Some((end, _)) => format!("<{tag} title=\"{whole}\">{}…</{tag}>", escape(&text[..end])),
-            None => format!("<{tag}>{whole}</{tag}>"),
+            Some((end, _)) => format!("<{tag} title=\"{full}\">{}…</{tag}>", html_escape(&text[..end])),
+            None => format!("<{tag}>{full}</{tag}>"),
         }
     };
     format!("<tr>{}</tr>\n", cells.iter().map(cell).collect::<String>())
 }
 
-fn index_of(page: &Exposition, row: &PairRow) -> String {
-    let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == row.gpu);
-    gpu.map_or_else(|| row.gpu.to_string(), |gpu| called(&gpu.view.info))
+fn gpu_name(page: &Exposition, pair: &ExportedPair) -> String {
+    let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == pair.gpu);
+    gpu.map_or_else(|| pair.gpu.to_string(), |gpu| device_name(&gpu.view.info))
 }
 
-/// A GPU by its index, a MIG device by its GPU's and its own name.
-fn called(info: &GpuInfo) -> String {
+/// A GPU by its index, a MIG device by the index of its GPU and its own UUID.
+fn device_name(info: &GpuInfo) -> String {
     match info.parent {
         None => info.index.to_string(),
         Some(_) => format!("{} {}", info.index, info.uuid),
     }
 }
 
-/// For browsers that run no scripts, and for curl.
+/// For browsers without scripts, and for curl.
 pub fn tables(page: &Exposition, health: &HealthView) -> String {
     let mut body = String::new();
-    for (key, message) in &health.degraded {
-        body += &format!("<p class=bad><b>{}</b>: {}</p>\n", escape(key), escape(message));
+    for (condition, message) in &health.degraded {
+        body += &format!("<p class=bad><b>{}</b>: {}</p>\n", html_escape(&condition.key()), html_escape(message));
     }
     body += "<h2>Containers</h2>\n<table>\n";
     body +=
-        &cells("th", ["Namespace", "Pod", "Container", "Name", "GPU", "Busy %", "GPU-seconds", "Memory MiB"].map(String::from));
-    for row in &page.rows {
-        let l = &row.labels;
+        &cells("th", ["Namespace", "Pod", "Container", "Name", "GPU", "Share %", "GPU-seconds", "Memory MiB"].map(String::from));
+    for pair in &page.pairs {
+        let (l, usage) = (&pair.labels, &pair.usage);
         let [namespace, pod, container, name] =
             [Label::Namespace, Label::Pod, Label::Container, Label::Name].map(|x| l.text(x).to_owned());
-        let duty = match (row.pair.duty_cycle_percent, row.pair.duty_cycle_stderr) {
+        let duty = match (usage.duty_cycle_percent, usage.duty_cycle_stderr) {
             (Some(percent), Some(error)) => format!("{percent:.1} ± {error:.1}"),
             (Some(percent), None) => format!("{percent:.1}"),
             _ => "–".into(),
         };
-        let memory = row.pair.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
-        body += &cells(
-            "td",
-            [namespace, pod, container, name, index_of(page, row), duty, format!("{:.2}", row.pair.seconds), memory],
-        );
+        let memory = usage.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
+        body +=
+            &cells("td", [namespace, pod, container, name, gpu_name(page, pair), duty, format!("{:.2}", usage.seconds), memory]);
     }
-    if page.rows.is_empty() {
+    if page.pairs.is_empty() {
         body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";
     }
     body += "</table>\n<h2>GPUs</h2>\n<table>\n";
-    let head = ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unobserved s", "On no container s", "Why"];
+    let head = ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unobserved s", "Unattributed s", "Reasons"];
     body += &cells("th", head.map(String::from));
     for gpu in page.gpus.iter().filter(|gpu| gpu.view.info.is_leaf()) {
         let (view, i) = (&gpu.view, &gpu.view.info);
@@ -118,11 +113,10 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
         let unobserved = view.time.unobserved + view.time.unsupported;
         let seconds = [gpu.busy_seconds, view.time.idle, unobserved, unattributed].map(|s| format!("{s:.2}"));
         let [busy, idle, unobserved, unattributed] = seconds;
-        let why = Reason::ALL.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
-        let why: Vec<String> = why.map(|(reason, s)| format!("{} {s:.2}", reason.name())).collect();
-        let name = [called(i), i.uuid.to_string(), i.model.clone()];
-        let [index, uuid, model] = name;
-        body += &cells("td", [index, uuid, model, busy, idle, unobserved, unattributed, why.join(", ")]);
+        let reasons = Reason::ALL.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
+        let reasons: Vec<String> = reasons.map(|(reason, s)| format!("{} {s:.2}", reason.name())).collect();
+        let (name, uuid, model) = (device_name(i), i.uuid.to_string(), i.model.clone());
+        body += &cells("td", [name, uuid, model, busy, idle, unobserved, unattributed, reasons.join(", ")]);
     }
     body
 }

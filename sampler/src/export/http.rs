@@ -1,8 +1,8 @@
-//! HTTP: who may ask, and what is answered.
+//! The HTTP server: access rules and routes.
 //!
-//! On loopback a foreign Host or Origin is refused, so that a web page cannot read the metrics through the browser, and what
-//! changes something is refused from any other page than ours, also from one that another server on this machine serves.
-//! Beyond loopback everything but health, the files of our page (and, if so configured, /metrics) needs a bearer token.
+//! On loopback a request with a foreign Host or Origin is rejected, so that a web page cannot read the metrics through the browser. A
+//! request that changes something is rejected if its Origin is any other page, including a page of another server on this machine.
+//! Beyond loopback every route requires a bearer token, except health, the files of the web page and, if configured, /metrics.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
@@ -24,29 +24,32 @@ use tokio::sync::Semaphore;
 
 use super::access::{authorized, foreign, from_another_page};
 use super::encode::Families;
+use super::series_starts::SeriesStarts;
 use super::state::AppState;
 use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
 
 /// The version of the text format that `prometheus` writes.
 const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
-/// Of every answer.
+/// The `Server` header of every response.
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
-/// The ledger takes credits in this often, scraped or not.
+/// Interval at which the ledger adds credits, with or without scrapes.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
-/// To send a request's head in, and between two requests.
+/// Time limit for the head of a request, also between two requests of a connection.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// More wait in the kernel's queue.
+/// Further connections wait in the kernel's queue.
 const MAX_CONNECTIONS: usize = 512;
-/// After an accept that failed, for want of descriptors most likely.
+/// Pause after a failed accept; the likely cause is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Answers in flight get this long when the agent ends.
+/// Time limit for responses in flight when the agent stops.
 const GRACE: Duration = Duration::from_secs(2);
+
+const UNAUTHORIZED: &str = "unauthorized: send `Authorization: Bearer TOKEN` with the token of --token-file\n";
 
 #[derive(Debug, Error)]
 pub enum HttpError {
     #[error("cannot listen on {listen}; choose a free address of this machine with --listen")]
     Bind { listen: SocketAddr, source: std::io::Error },
-    #[error("serving HTTP failed")]
+    #[error("the HTTP server failed")]
     Serve(#[source] std::io::Error),
 }
 
@@ -63,9 +66,9 @@ pub fn router(state: &Arc<AppState>) -> Router {
         .route("/", get(web::index))
         .route("/app.js", get(web::script))
         .route("/style.css", get(web::style))
-        .route("/api/v1/live", get(live::answer))
+        .route("/api/v1/live", get(live::live))
         .route("/api/v1/containers", get(containers))
-        .route("/api/v1/explain", get(explain::answer))
+        .route("/api/v1/explain", get(explain::explain))
         .route("/api/v1/processes", get(processes))
         .merge(sessions::router())
         .layer(from_fn_with_state(Arc::clone(state), guard))
@@ -76,22 +79,22 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
     let router = router(&state);
     let (end, ended) = tokio::sync::oneshot::channel::<()>();
     let graceful = async {
-        // Dropped or sent: both mean the end.
+        // Sent or dropped: both mean stop.
         let _either = ended.await;
     };
     let served = tokio::spawn(accept(listener, router, graceful));
-    let keeping = tokio::spawn(async move {
-        let mut every = tokio::time::interval(LEDGER_EVERY);
+    let ledger_updates = tokio::spawn(async move {
+        let mut interval = tokio::time::interval(LEDGER_EVERY);
         loop {
-            every.tick().await;
+            interval.tick().await;
             let (snapshot, labels) = (state.snapshot.load_full(), state.labels.view());
             state.ledger().update(&snapshot, &labels);
         }
     });
     stop.await;
     drop(end);
-    keeping.abort();
-    // A client that keeps its connection open must not keep the agent.
+    ledger_updates.abort();
+    // A client that keeps its connection open must not keep the agent running.
     match tokio::time::timeout(GRACE, served).await {
         Ok(Ok(())) => Ok(()),
         Ok(Err(join)) => Err(HttpError::Serve(std::io::Error::other(join))),
@@ -99,16 +102,16 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
     }
 }
 
-/// Serves every connection in a task of its own until `ended`, then lets answers in flight finish.
+/// Serves each connection in its own task until `ended`, then waits for responses in flight.
 async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output = ()>) {
     let mut server = http1::Builder::new();
-    // A client that never finishes its request must not hold a descriptor for ever.
+    // A client that never completes its request must not hold a file descriptor forever.
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-    let (room, connections) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
+    let (slots, connections) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
     tokio::pin!(ended);
     let next = || async {
-        // The semaphore is never closed; without a permit there is none to give back.
-        let permit = Arc::clone(&room).acquire_owned().await.ok();
+        // The semaphore is never closed, so acquiring does not fail.
+        let permit = Arc::clone(&slots).acquire_owned().await.ok();
         (permit, listener.accept().await)
     };
     loop {
@@ -122,13 +125,13 @@ async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output
                 let connection = connections.watch(server.serve_connection(TokioIo::new(stream), service));
                 tokio::spawn(async move {
                     if let Err(error) = connection.await {
-                        tracing::debug!(%error, "a connection broke off");
+                        tracing::debug!(%error, "HTTP connection failed");
                     }
                     drop(permit);
                 });
             }
             Err(error) => {
-                tracing::warn!(%error, "a connection cannot be accepted");
+                tracing::warn!(%error, "cannot accept an HTTP connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
             }
         }
@@ -138,68 +141,75 @@ async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output
 
 async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let refusal = if state.config.listen.ip().is_loopback() {
+    let rejection = if state.config.listen.ip().is_loopback() {
         let headers = request.headers();
         foreign(headers, state.config.listen.ip()).or_else(|| from_another_page(request.method(), headers))
     } else {
-        let health = path == "/healthz" || path == "/readyz";
-        let open = health || web::is_file(path) || (state.config.open_metrics && path.starts_with("/metrics"));
-        (!open && !authorized(request.headers(), state.config.token.as_deref()))
-            .then(|| (StatusCode::UNAUTHORIZED, "send `Authorization: Bearer TOKEN` with the token of --token-file\n".to_owned()))
+        let is_health = path == "/healthz" || path == "/readyz";
+        let is_open = is_health || web::is_file(path) || (state.config.open_metrics && path.starts_with("/metrics"));
+        (!is_open && !authorized(request.headers(), state.config.token.as_deref()))
+            .then(|| (StatusCode::UNAUTHORIZED, UNAUTHORIZED.to_owned()))
     };
-    let mut response = match refusal {
-        Some(refusal) => refusal.into_response(),
+    let mut response = match rejection {
+        Some(rejection) => rejection.into_response(),
         None => next.run(request).await,
     };
-    // So that `explain` knows an agent's "not found" from anybody else's.
+    // `explain` distinguishes the "not found" of an agent from that of another server by this header.
     response.headers_mut().insert(header::SERVER, HeaderValue::from_static(SERVER));
     response
 }
 
-fn text(families: Families) -> Response {
+fn text(families: Families<'_>) -> Response {
     match families.text() {
         Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("the metrics cannot be encoded: {error}\n")).into_response(),
+        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot encode the metrics: {error}\n")).into_response(),
     }
 }
 
 async fn metrics(State(state): State<Arc<AppState>>) -> Response {
-    let page = state.scrape();
-    let mut all = Families::default();
-    families::cadvisor(&page, state.config.pod_labels, &mut all);
-    families::containers(&page, &mut all);
-    let view = state.pressure.load();
-    state.waits().add(&page, &view, &mut all);
-    pressure::reads(&view, &mut all);
-    gpus::gpus(&page, &mut all);
-    let nvml = state.config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
-    families::agent(&page, &state.health.view(), &state.labels.stats(), &nvml, &mut all);
-    nvml_families::calls(&state.health.driver.view(), [state.config.gpu_budget_percent, state.config.gpu_wait_percent], &mut all);
-    sessions::metrics(&state.recorder.view(), &mut all);
-    text(all)
+    let (config, pressure) = (&state.config, state.pressure.load());
+    let (health, label_stats) = (state.health.view(), state.labels.stats());
+    let (devices, recorder) = (state.health.driver.view(), state.recorder.view());
+    let nvml = config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
+    state.scrape(|page, starts| {
+        let mut all = Families::new(starts);
+        families::cadvisor(page, config.pod_labels, &mut all);
+        families::containers(page, &mut all);
+        pressure::containers(page, &pressure, &mut all);
+        pressure::reads(&pressure, &mut all);
+        gpus::gpus(page, &mut all);
+        families::agent(page, &health, &label_stats, &nvml, &mut all);
+        nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut all);
+        sessions::metrics(&recorder, &mut all);
+        text(all)
+    })
 }
 
 async fn cadvisor(State(state): State<Arc<AppState>>) -> Response {
-    let mut all = Families::default();
-    families::cadvisor(&state.scrape(), state.config.pod_labels, &mut all);
-    text(all)
+    state.scrape(|page, _| {
+        // None of these families starts at zero.
+        let mut starts = SeriesStarts::default();
+        let mut all = Families::new(&mut starts);
+        families::cadvisor(page, state.config.pod_labels, &mut all);
+        text(all)
+    })
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {
     if state.health.ready() {
         return "ready\n".into_response();
     }
-    (StatusCode::SERVICE_UNAVAILABLE, "the first scan is not merged yet\n").into_response()
+    (StatusCode::SERVICE_UNAVAILABLE, "not ready: the first scan of processes and cgroups is not complete yet\n").into_response()
 }
 
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
     let (view, _) = state.view();
-    Json(view.rows.iter().map(html_tables::json).collect::<Vec<_>>()).into_response()
+    Json(view.pairs.iter().map(html_tables::json).collect::<Vec<_>>()).into_response()
 }
 
 async fn processes(State(state): State<Arc<AppState>>) -> Response {
     match state.core.processes().await {
-        Some(list) => Json(list).into_response(),
+        Some(processes) => Json(processes).into_response(),
         None => (StatusCode::SERVICE_UNAVAILABLE, "the agent is stopping\n").into_response(),
     }
 }
@@ -208,7 +218,7 @@ async fn processes(State(state): State<Arc<AppState>>) -> Response {
 mod tests {
     use super::*;
 
-    /// The status of one request to an agent that listens there.
+    /// The status of one request to an agent with this listen address.
     async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
@@ -219,13 +229,13 @@ mod tests {
 
         let mut token = tempfile::NamedTempFile::new().unwrap();
         std::io::Write::write_all(&mut token, b"secret").unwrap();
-        let wanted = Settings {
+        let settings = Settings {
             listen: Some(listen.into()),
             token_file: Some(token.path().into()),
             label_sources: Some(vec!["bundle".into()]),
             ..Settings::default()
         };
-        let config = Arc::new(wanted.validate(None).unwrap());
+        let config = Arc::new(settings.validate(None).unwrap());
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
@@ -247,20 +257,20 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn who_may_ask_what() {
+    async fn access_depends_on_listen_address_host_origin_and_token() {
         let local = ("Host", "localhost:9836");
         for (method, path, headers, expect) in [
             ("GET", "/", &[local][..], 200),
             ("GET", "/api/v1/live", &[local], 200),
             ("GET", "/api/v1/live", &[local, ("Origin", "http://localhost:9836")], 200),
             ("GET", "/api/v1/live", &[local, ("Origin", "https://evil.example")], 403),
-            // Let through to where no such thing is: 405.
+            // Accepted, but the route has no such method: 405.
             ("POST", "/api/v1/live", &[local], 405),
             ("POST", "/api/v1/live", &[local, ("Origin", "http://localhost:9836")], 405),
             ("POST", "/api/v1/live", &[local, ("Origin", "https://evil.example")], 403),
             ("POST", "/api/v1/sessions", &[("Host", "evil.example")], 403),
             ("POST", "/api/v1/sessions", &[local, ("Origin", "null")], 403),
-            // A notebook's server on the same machine, say.
+            // For example a notebook server on the same machine.
             ("POST", "/api/v1/sessions", &[local, ("Origin", "http://localhost:8888")], 403),
             ("DELETE", "/api/v1/sessions/x", &[local, ("Origin", "http://127.0.0.1:9836")], 403),
         ] {

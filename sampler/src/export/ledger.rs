@@ -1,13 +1,12 @@
-//! Joins the snapshot with labels and decides what is shown: the only stateful part of the export.
+//! Joins the snapshot with labels and decides what is exposed. It holds all state of the export.
 //!
-//! Promises:
-//! - A container's series wait until its labels are settled; its seconds wait with them, so at every instant what is credited
-//!   plus what is unattributed equals the busy time shown.
-//! - What was credited to a namespace stays credited to it, whatever happens to the container or its labels.
-//! - A counter that appears after the first scrape begins at 0, so `increase()` sees all of it. At the first scrape of all,
-//!   counters show what they hold: the time before it belongs to no interval of that Prometheus.
-//! - Series of a container that is gone stay for [`STAY_NS`] and until its final value was scraped twice, [`STAY_AT_MOST_NS`]
-//!   at most.
+//! Guarantees:
+//! - A container's series wait until its labels are settled, and its seconds wait with them. So at every instant the credited plus the
+//!   unattributed time equals the exposed busy time.
+//! - Time credited to a namespace stays credited to it, whatever happens to the container or its labels.
+//! - A counter that appears after the first scrape starts at 0, so `increase()` covers all of it: see [`SeriesStarts`].
+//! - Series of a container that is gone stay for [`STAY_NS`] and until its final value was scraped twice, but no longer than
+//!   [`STAY_AT_MOST_NS`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -18,30 +17,31 @@ use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
-use super::contenders::{ContenderRow, Others, one_series_each};
+use super::contenders::{ContenderLabels, ExportedContender, merge_series};
+use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
 const STAY_AT_MOST_NS: u64 = 300_000_000_000;
 const FINAL_SCRAPES: u32 = 2;
-/// A container that the label service has never heard of is shown by its path after this long.
+/// A container without a record in the label service is exposed by its path after this long.
 const UNLABELLED_NS: u64 = 5_000_000_000;
 
-/// One (container, GPU) pair as shown.
+/// One (container, GPU) pair as exposed.
 #[derive(Clone, Debug)]
-pub struct PairRow {
+pub struct ExportedPair {
     pub key: ContainerKey,
-    /// As exported: the container's, unless another container shown has the same.
+    /// The container's own id, unless another exposed container has the same one.
     pub container_id: Arc<str>,
     pub labels: Arc<ContainerLabels>,
     pub gpu: GpuUuid,
-    /// Of a MIG device: its GPU.
+    /// The GPU of a MIG device.
     pub parent: Option<GpuUuid>,
     pub model: String,
     pub memory_total_bytes: Option<u64>,
-    pub pair: ContainerGpu,
-    /// Of `pair.contention`, those that may be shown.
-    pub others: Vec<ContenderRow>,
+    pub usage: ContainerGpu,
+    /// Those of `usage.contention` that may be exposed.
+    pub contenders: Vec<ExportedContender>,
     /// Its last cgroup was removed.
     pub gone: bool,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
@@ -49,9 +49,9 @@ pub struct PairRow {
 }
 
 #[derive(Clone, Debug)]
-pub struct GpuRow {
+pub struct ExportedGpu {
     pub view: GpuView,
-    /// Busy seconds less those that wait for labels.
+    /// Busy seconds minus those that wait for labels.
     pub busy_seconds: f64,
     /// Namespace -> seconds; blank for containers without one.
     pub credited: BTreeMap<String, f64>,
@@ -59,8 +59,8 @@ pub struct GpuRow {
 
 #[derive(Clone, Debug, Default)]
 pub struct Exposition {
-    pub gpus: Vec<GpuRow>,
-    pub rows: Vec<PairRow>,
+    pub gpus: Vec<ExportedGpu>,
+    pub pairs: Vec<ExportedPair>,
     /// (state, runtime) -> containers.
     pub containers: BTreeMap<(&'static str, &'static str), u64>,
     /// Label -> live containers that lack it.
@@ -69,69 +69,62 @@ pub struct Exposition {
 
 type Pair = (ContainerKey, GpuUuid);
 
+/// The last value of a pair that was scraped, and how often.
 #[derive(Debug, Default)]
-struct Shown {
+struct Delivered {
     seconds: f64,
     scrapes: u32,
-    engines: HashSet<&'static str>,
-    others: HashSet<Arc<str>>,
-    windows: bool,
-}
-
-/// The series of a GPU that were shown.
-#[derive(Debug, Default)]
-struct ShownGpu {
-    namespaces: HashSet<String>,
-    xids: HashSet<u64>,
-    engines: HashSet<&'static str>,
-    throttled: bool,
 }
 
 #[derive(Debug, Default)]
 pub struct Ledger {
     counted: HashMap<Pair, f64>,
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
-    shown: HashMap<Pair, Shown>,
-    gpus: HashMap<GpuUuid, ShownGpu>,
-    others: Others,
+    delivered: HashMap<Pair, Delivered>,
+    contender_labels: ContenderLabels,
+    starts: SeriesStarts,
     scraped: bool,
 }
 
 impl Ledger {
-    /// Takes in what was credited since the last call. Call it at least once within the time that gone containers are kept.
+    /// Adds what was credited since the last call. Must be called at least once within the time for which gone containers are kept.
     pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
         let mut living = HashSet::new();
         for container in &snapshot.containers {
             let settled = labels_of(&container.record, labels, snapshot.at);
-            for pair in &container.gpus {
-                let Some(gpu) = snapshot.gpus.get(pair.gpu) else { continue };
+            for usage in &container.gpus {
+                let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
                 let key = (container.record.key, gpu.info.uuid.clone());
                 living.insert(key.clone());
                 if let Some(labels) = &settled {
                     let namespace = labels.text(Label::Namespace).to_owned();
                     let counted = self.counted.entry(key).or_default();
                     let credited = self.credited.entry(gpu.info.uuid.clone()).or_default().entry(namespace).or_default();
-                    *credited += pair.seconds - *counted;
-                    *counted = pair.seconds;
+                    *credited += usage.seconds - *counted;
+                    *counted = usage.seconds;
                 }
             }
         }
         self.counted.retain(|key, _| living.contains(key));
-        self.shown.retain(|key, _| living.contains(key));
-        // One that comes back after that counts from 0, and so does what is credited of it.
+        self.delivered.retain(|key, _| living.contains(key));
+        // A GPU that comes back after that counts from 0, and so does the time credited on it.
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
         self.credited.retain(|gpu, _| gpus.contains(gpu));
-        self.gpus.retain(|gpu, _| gpus.contains(gpu));
-        self.others.update(snapshot, labels);
+        self.starts.retain(|owner| match owner {
+            SeriesOwner::ContainerGpu(key, gpu) => living.contains(&(*key, gpu.clone())),
+            SeriesOwner::Gpu(gpu) => gpus.contains(gpu),
+            SeriesOwner::Container(_) => true,
+        });
+        self.contender_labels.update(snapshot, labels);
     }
 
-    fn stays(&self, key: &Pair, pair: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
-        let Some(gone) = gone.map(|at| now.saturating_since(at)) else { return true };
-        let scraped = self.shown.get(key).map_or(0, |s| if s.seconds == pair.seconds { s.scrapes } else { 0 });
-        gone < STAY_NS || (scraped < FINAL_SCRAPES && gone < STAY_AT_MOST_NS)
+    fn stays(&self, key: &Pair, usage: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
+        let Some(gone_ns) = gone.map(|at| now.saturating_since(at)) else { return true };
+        let scrapes = self.delivered.get(key).map_or(0, |d| if d.seconds == usage.seconds { d.scrapes } else { 0 });
+        gone_ns < STAY_NS || (scrapes < FINAL_SCRAPES && gone_ns < STAY_AT_MOST_NS)
     }
 
-    /// What there is to show now, counters at their true values.
+    /// The present exposition.
     pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
         let mut page = Exposition::default();
         let mut waiting = vec![0.0; snapshot.gpus.len()];
@@ -139,7 +132,7 @@ impl Ledger {
             let record = &container.record;
             let known = labels.get(&record.key);
             if container.gone.is_none() {
-                // One that the label service has not heard of yet is known by its path.
+                // Without a record in the label service yet, the container is known by its path.
                 let state = known.map_or("identified", |labels| labels.state());
                 let runtime = known.and_then(|l| l.runtime).or(record.identity.runtime).map_or("unknown", |r| r.name());
                 *page.containers.entry((state, runtime)).or_default() += 1;
@@ -148,25 +141,25 @@ impl Ledger {
                 }
             }
             let settled = labels_of(record, labels, snapshot.at);
-            for pair in &container.gpus {
-                let Some(gpu) = snapshot.gpus.get(pair.gpu) else { continue };
+            for usage in &container.gpus {
+                let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
                 let key = (record.key, gpu.info.uuid.clone());
-                waiting[pair.gpu] += pair.seconds - self.counted.get(&key).copied().unwrap_or_default();
-                if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, pair, container.gone, snapshot.at)) {
-                    let (others, gone) = (self.others.of(pair), container.gone.is_some());
-                    page.rows.push(PairRow { others, gone, ..row(record.key, labels, gpu, pair) });
+                waiting[usage.gpu] += usage.seconds - self.counted.get(&key).copied().unwrap_or_default();
+                if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, usage, container.gone, snapshot.at)) {
+                    let (contenders, gone) = (self.contender_labels.contenders(usage), container.gone.is_some());
+                    page.pairs.push(ExportedPair { contenders, gone, ..exported_pair(record.key, labels, gpu, usage) });
                 }
             }
             if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
                 page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
             }
         }
-        page.one_series_each();
+        page.merge_series();
         page.gpus = snapshot
             .gpus
             .iter()
             .zip(waiting)
-            .map(|(view, waiting)| GpuRow {
+            .map(|(view, waiting)| ExportedGpu {
                 view: view.clone(),
                 busy_seconds: (view.time.busy - waiting).max(0.0),
                 credited: self.credited.get(&view.info.uuid).cloned().unwrap_or_default(),
@@ -175,134 +168,91 @@ impl Ledger {
         page
     }
 
-    /// What a scraper gets: as [`Ledger::view`], with new counters at 0, and remembered.
+    /// As [`Ledger::view`] for a scrape: the values count as delivered.
     pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
         self.update(snapshot, labels);
-        let mut page = self.view(snapshot, labels, assigned);
-        let first = !std::mem::replace(&mut self.scraped, true);
-        for row in &mut page.rows {
-            let mut is_new = false;
-            let shown = self.shown.entry((row.key, row.gpu.clone())).or_insert_with(|| {
-                is_new = true;
-                Shown::default()
-            });
-            let pair = &mut row.pair;
-            // These begin later than the others: with the first use of an engine, the first whole window, a contender.
-            for (engine, seconds) in &mut pair.engines {
-                if shown.engines.insert(engine.name()) && !first {
-                    *seconds = 0.0;
-                }
+        let page = self.view(snapshot, labels, assigned);
+        let is_first = !std::mem::replace(&mut self.scraped, true);
+        for pair in &page.pairs {
+            let key = (pair.key, pair.gpu.clone());
+            let is_new = !self.delivered.contains_key(&key);
+            let delivered = self.delivered.entry(key).or_default();
+            // Series of a new pair start at 0 in this scrape: the value is not delivered yet.
+            if is_new && !is_first {
+                continue;
             }
-            for other in &mut row.others {
-                if shown.others.insert(Arc::clone(&other.container_id)) && !first {
-                    other.seconds = 0.0;
-                }
-            }
-            if pair.window_shares.is_some() && !std::mem::replace(&mut shown.windows, true) && !first {
-                pair.window_shares = Some(Arc::default());
-            }
-            if is_new && !first {
-                pair.begin_at_zero();
-            } else if shown.seconds == pair.seconds {
-                shown.scrapes += 1;
+            if delivered.seconds == pair.usage.seconds {
+                delivered.scrapes += 1;
             } else {
-                (shown.seconds, shown.scrapes) = (pair.seconds, 1);
-            }
-        }
-        for gpu in &mut page.gpus {
-            let mut is_new = false;
-            let shown = self.gpus.entry(gpu.view.info.uuid.clone()).or_insert_with(|| {
-                is_new = true;
-                ShownGpu::default()
-            });
-            for (namespace, seconds) in &mut gpu.credited {
-                if shown.namespaces.insert(namespace.clone()) && !first {
-                    *seconds = 0.0;
-                }
-            }
-            for (xid, count) in &mut gpu.view.xids {
-                if shown.xids.insert(*xid) && !first {
-                    *count = 0;
-                }
-            }
-            for engine in &mut gpu.view.engines {
-                if shown.engines.insert(engine.engine.name()) && !first {
-                    (engine.busy, engine.unattributed) = (0.0, Default::default());
-                }
-            }
-            if let Some(seconds) = &mut gpu.view.throttle_seconds
-                && !std::mem::replace(&mut shown.throttled, true)
-                && !first
-            {
-                *seconds = Default::default();
-            }
-            if is_new && !first {
-                gpu.busy_seconds = 0.0;
-                gpu.view.begin_at_zero();
+                *delivered = Delivered { seconds: pair.usage.seconds, scrapes: 1 };
             }
         }
         page
     }
+
+    pub fn starts(&mut self) -> &mut SeriesStarts {
+        &mut self.starts
+    }
 }
 
 impl Exposition {
-    /// No two rows of a GPU have the same container id. A restarted container keeps its id and its cgroup's path: its series are
-    /// those of its present life, and their reset is a counter's reset. Where different cgroups have one id (a container's inside
-    /// another, two namespaces of containerd, the apps of a rkt pod), the one that is not inside another keeps it, and
-    /// among equals the first by its path, whoever comes or restarts; the others are called by their paths.
-    fn one_series_each(&mut self) {
+    /// Leaves no two pairs with the same GPU and container id. A restarted container keeps its id and the path of its cgroup: its series
+    /// are those of its present run, and the reset is a counter reset. Different cgroups may have one id: a container inside another, two
+    /// namespaces of containerd, the apps of a rkt pod. The cgroup that is not inside another then keeps the id, and among equals the
+    /// first by path, whichever starts or restarts; the id of the others is their path.
+    fn merge_series(&mut self) {
         let mut newest: HashMap<(Arc<str>, GpuUuid), ContainerKey> = HashMap::new();
         let mut owner: HashMap<Arc<str>, (bool, Arc<str>)> = HashMap::new();
-        for row in &self.rows {
-            let key = newest.entry((Arc::clone(&row.labels.id), row.gpu.clone())).or_insert(row.key);
-            *key = row.key.max(*key);
+        for pair in &self.pairs {
+            let key = newest.entry((Arc::clone(&pair.labels.id), pair.gpu.clone())).or_insert(pair.key);
+            *key = pair.key.max(*key);
         }
-        self.rows.retain(|row| newest.get(&(Arc::clone(&row.labels.id), row.gpu.clone())) == Some(&row.key));
-        for row in &self.rows {
-            let rank = (row.labels.is_nested, Arc::clone(&row.labels.id));
-            let first = owner.entry(Arc::clone(&row.labels.container_id)).or_insert_with(|| rank.clone());
+        self.pairs.retain(|pair| newest.get(&(Arc::clone(&pair.labels.id), pair.gpu.clone())) == Some(&pair.key));
+        for pair in &self.pairs {
+            let rank = (pair.labels.is_nested, Arc::clone(&pair.labels.id));
+            let first = owner.entry(Arc::clone(&pair.labels.container_id)).or_insert_with(|| rank.clone());
             if rank < *first {
                 *first = rank;
             }
         }
-        for row in &mut self.rows {
-            if owner.get(&row.labels.container_id).is_some_and(|(_, path)| *path != row.labels.id) {
-                row.container_id = Arc::clone(&row.labels.id);
+        for pair in &mut self.pairs {
+            if owner.get(&pair.labels.container_id).is_some_and(|(_, path)| *path != pair.labels.id) {
+                pair.container_id = Arc::clone(&pair.labels.id);
             }
         }
-        let by_path = self.rows.iter().filter(|row| row.container_id != row.labels.container_id);
-        let called: HashMap<ContainerKey, Arc<str>> = by_path.map(|row| (row.key, Arc::clone(&row.container_id))).collect();
-        for row in &mut self.rows {
-            one_series_each(&mut row.others, &called);
+        let by_path = self.pairs.iter().filter(|pair| pair.container_id != pair.labels.container_id);
+        let paths: HashMap<ContainerKey, Arc<str>> = by_path.map(|pair| (pair.key, Arc::clone(&pair.container_id))).collect();
+        for pair in &mut self.pairs {
+            merge_series(&mut pair.contenders, &paths);
         }
     }
 
-    /// Marks the rows of what is assigned; a GPU that is assigned and was not used yet has a row of its own.
+    /// Marks the pairs of assigned GPUs. Adds a pair for a GPU that is assigned but was not used yet.
     fn add_assigned(&mut self, key: ContainerKey, labels: &Arc<ContainerLabels>, gpus: &[usize], snapshot: &Snapshot) {
         for n in gpus {
             let Some(gpu) = snapshot.gpus.get(*n) else { continue };
-            // Rows of one container follow each other.
-            let known = self.rows.iter_mut().rev().take_while(|row| row.key == key).find(|row| row.gpu == gpu.info.uuid);
-            if let Some(row) = known {
-                row.assigned = true;
+            // The pairs of one container are adjacent.
+            let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| pair.gpu == gpu.info.uuid);
+            if let Some(pair) = known {
+                pair.assigned = true;
                 continue;
             }
-            // Nothing of it was sampled: idle, as far as the GPU was observed.
-            let observed = gpu.utilization_ratio.is_some();
-            let none = ContainerGpu {
+            // There is no sample of it: idle, as far as the GPU was observed.
+            let is_observed = gpu.utilization_ratio.is_some();
+            let unused = ContainerGpu {
                 gpu: *n,
-                duty_cycle_percent: observed.then_some(0.0),
-                duty_cycle_stderr: observed.then_some(0.0),
+                duty_cycle_percent: is_observed.then_some(0.0),
+                duty_cycle_stderr: is_observed.then_some(0.0),
                 memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
                 ..ContainerGpu::default()
             };
-            self.rows.push(PairRow { assigned: true, ..row(key, labels, gpu, &none) });
+            self.pairs.push(ExportedPair { assigned: true, ..exported_pair(key, labels, gpu, &unused) });
         }
     }
 }
 
-fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &ContainerGpu) -> PairRow {
-    PairRow {
+fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, usage: &ContainerGpu) -> ExportedPair {
+    ExportedPair {
         key,
         container_id: Arc::clone(&labels.container_id),
         labels: Arc::clone(labels),
@@ -310,14 +260,14 @@ fn row(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, pair: &C
         parent: gpu.info.parent.clone(),
         model: gpu.info.model.clone(),
         memory_total_bytes: gpu.readings.memory_total_bytes,
-        pair: pair.clone(),
-        others: Vec::new(),
+        usage: usage.clone(),
+        contenders: Vec::new(),
         gone: false,
         assigned: false,
     }
 }
 
-/// The labels to show, once they may be shown.
+/// The labels to export; `None` while they are not settled.
 pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
     match labels.get(&record.key) {
         Some(labels) => labels.settled.then(|| Arc::clone(labels)),
@@ -328,6 +278,8 @@ pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootN
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::export::encode::Families;
+    use crate::export::{families, gpus};
     use sampler_core::cgroup_path::parse;
     use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
@@ -338,7 +290,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
 
     fn labels(record: &ContainerRecord, settled: bool) -> LabelView {
-        let mut facts = Facts { knows_pods: true, ..Facts::default() };
+        let mut facts = Facts { pod_status_known: true, ..Facts::default() };
         facts.set(Label::Namespace, Some("prod"));
         let mut labels = ContainerLabels::from_path(record);
         labels.merge(Source::Docker, &facts);
@@ -384,15 +336,31 @@ mod tests {
         Snapshot { at: BootNs(at_s * SECOND), wall: WallTime(0), gpus: vec![gpu], containers: vec![container] }
     }
 
-    /// Scrapes; (seconds shown, credited, busy). The balance is checked wherever credited is not in its first scrape.
+    /// The text of the families of containers and devices.
+    fn text(ledger: &mut Ledger, page: &Exposition) -> String {
+        let mut all = Families::new(ledger.starts());
+        families::containers(page, &mut all);
+        gpus::gpus(page, &mut all);
+        all.text().unwrap()
+    }
+
+    /// The value of the first series of the family that has all of these `name="value"` labels.
+    fn value(text: &str, family: &str, labels: &[&str]) -> Option<f64> {
+        let is_wanted = |line: &&str| line.starts_with(&format!("{family}{{")) && labels.iter().all(|label| line.contains(label));
+        text.lines().find(is_wanted).map(|line| line.rsplit(' ').next().unwrap().parse().unwrap())
+    }
+
+    /// Scrapes: the container's exposed seconds, the credited and the busy seconds of the first GPU.
     fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
         let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &AssignedGpus::default());
-        let gpu = &page.gpus[0];
-        (page.rows.first().map(|r| r.pair.seconds), gpu.credited.get("prod").copied(), gpu.busy_seconds)
+        let text = text(ledger, &page);
+        let seconds = value(&text, "container_gpu_seconds_total", &[]);
+        let credited = value(&text, "gpu_credited_seconds_total", &["namespace=\"prod\""]);
+        (seconds, credited, value(&text, "gpu_time_seconds_total", &["state=\"busy\""]).unwrap())
     }
 
     #[test]
-    fn seconds_wait_for_labels_and_counters_begin_at_zero() {
+    fn seconds_wait_for_labels_and_counters_start_at_zero() {
         let mut ledger = Ledger::default();
         assert_eq!(scrape(&mut ledger, &snapshot(1, 2.0, None), false), (None, None, 1.0));
         assert_eq!(scrape(&mut ledger, &snapshot(2, 3.0, None), true), (Some(0.0), Some(0.0), 4.0));
@@ -400,12 +368,12 @@ mod tests {
     }
 
     #[test]
-    fn the_first_scrape_of_all_shows_what_there_is() {
+    fn the_first_scrape_exposes_true_values() {
         assert_eq!(scrape(&mut Ledger::default(), &snapshot(9, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
     }
 
     #[test]
-    fn series_that_begin_later_begin_at_zero_too() {
+    fn series_that_appear_later_start_at_zero() {
         use sampler_core::device::Engine;
         use sampler_core::snapshot::{EngineTime, WindowShares};
         let mut ledger = Ledger::default();
@@ -420,18 +388,25 @@ mod tests {
         (late.sample_gaps, late.time.idle) = (7, 8.0);
         all.gpus.push(late);
         let view = labels(&all.containers[0].record, true);
-        let mut told = || {
+        let mut exposed = || {
             let page = ledger.scrape(&all, &view, &AssignedGpus::default());
-            let (pair, gpu, late) = (&page.rows[0].pair, &page.gpus[0].view, &page.gpus[1]);
-            let windows = pair.window_shares.as_ref().map_or(9, |w| w.count);
-            let of_late = late.busy_seconds + late.view.time.idle + late.view.unattributed[0] + late.view.sample_gaps as f64;
-            (pair.seconds, pair.engines[0].1, windows, gpu.engines[0].busy, gpu.throttle_seconds.map(|s| s[0]), of_late)
+            let text = text(&mut ledger, &page);
+            let (first, late) = ("uuid=\"GPU-1\"", "uuid=\"MIG-1\"");
+            let value = |family, labels: &[&str]| value(&text, family, labels).unwrap();
+            let of_late = value("gpu_time_seconds_total", &[late, "busy"])
+                + value("gpu_time_seconds_total", &[late, "idle"])
+                + value("gpu_unattributed_seconds_total", &[late, "no_pid"])
+                + value("gpu_sampler_sample_gaps_total", &[late]);
+            let of_first = ["gpu_engine_seconds_total", "gpu_throttle_seconds_total"].map(|family| value(family, &[first]));
+            let of_container =
+                ["container_gpu_seconds_total", "container_gpu_engine_seconds_total", "container_gpu_window_share_ratio_count"];
+            (of_container.map(|family| value(family, &[])), of_first, of_late)
         };
-        assert_eq!(told(), (3.0, 0.0, 0, 0.0, Some(0.0), 0.0));
-        assert_eq!(told(), (3.0, 4.0, 3, 5.0, Some(6.0), 20.0));
+        assert_eq!(exposed(), ([3.0, 0.0, 0.0], [0.0, 0.0], 0.0));
+        assert_eq!(exposed(), ([3.0, 4.0, 3.0], [5.0, 6.0], 20.0));
     }
 
-    /// The one container, and another that was in its way beside the host and unnamed others.
+    /// The one container, with a second container, the host and unnamed others as contenders.
     fn contended(at_s: u64, seconds: f64) -> (Snapshot, LabelView) {
         use sampler_core::snapshot::{Contention, Other};
         let mut all = snapshot(at_s, 9.0, None);
@@ -448,34 +423,36 @@ mod tests {
         (all, view)
     }
 
-    fn of_others(page: &Exposition) -> Vec<(String, f64)> {
-        page.rows[0].others.iter().map(|other| (other.container_id.to_string(), other.seconds)).collect()
+    fn contenders(page: &Exposition) -> Vec<(String, f64)> {
+        page.pairs[0].contenders.iter().map(|contender| (contender.container_id.to_string(), contender.seconds)).collect()
     }
 
     #[test]
-    fn contenders_begin_at_zero_and_keep_their_names() {
+    fn contenders_start_at_zero_and_keep_their_names() {
         let mut ledger = Ledger::default();
         scrape(&mut ledger, &snapshot(1, 2.0, None), true);
         let id = format!("{:064x}", 2);
-        let named = |seconds: f64| ["host", "_other"].map(|kind| (kind.to_owned(), seconds));
-        for (at, seconds, shown) in [(2, 3.0, 0.0), (3, 4.0, 4.0)] {
+        for (at, seconds, expected) in [(2, 3.0, 0.0), (3, 4.0, 4.0)] {
             let (all, view) = contended(at, seconds);
             let page = ledger.scrape(&all, &view, &AssignedGpus::default());
-            let [host, rest] = named(shown);
-            assert_eq!(of_others(&page), [(id.clone(), shown), host, rest]);
-            assert_eq!(page.rows[0].pair.coactive_seconds, 4.0);
+            let text = text(&mut ledger, &page);
+            for contender in [&id, "host", "_other"] {
+                let labels = [&*format!("other_container_id=\"{contender}\"")];
+                assert_eq!(value(&text, "container_gpu_contention_seconds_total", &labels), Some(expected), "{contender}");
+            }
+            assert_eq!(value(&text, "container_gpu_coactive_seconds_total", &[]), Some(4.0));
         }
-        // It is gone, and nobody knows its labels any more.
+        // The contender is gone, and its labels are not known any more.
         let (mut all, mut view) = contended(4, 5.0);
         all.containers.pop();
         view.remove(&ContainerKey(2));
         let page = ledger.scrape(&all, &view, &AssignedGpus::default());
-        assert_eq!(of_others(&page)[0], (id, 5.0));
-        assert_eq!(page.rows[0].others[0].text(Label::Namespace), "prod");
+        assert_eq!(contenders(&page)[0], (id, 5.0));
+        assert_eq!(page.pairs[0].contenders[0].text(Label::Namespace), "prod");
     }
 
     #[test]
-    fn a_contender_waits_for_its_labels_and_its_lives_are_one() {
+    fn a_contender_waits_for_its_labels_and_its_restarts_are_merged() {
         use sampler_core::snapshot::{Contention, Other};
         let (mut all, mut view) = contended(1, 3.0);
         let second = all.containers[1].record.key;
@@ -483,28 +460,26 @@ mod tests {
         let settled = view.insert(second, Arc::clone(&unsettled[&second])).unwrap();
         let mut ledger = Ledger::default();
         let page = ledger.scrape(&all, &view, &AssignedGpus::default());
-        assert_eq!(of_others(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
+        assert_eq!(contenders(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
         view.insert(second, settled);
-        // Restarted: another life of the same container.
+        // The same container after a restart.
         let again = ContainerRecord { key: ContainerKey(3), ..ContainerRecord::clone(&all.containers[1].record) };
         view.extend(labels(&again, true));
         all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
         all.containers[0].gpus[0].contention.push(Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 });
         ledger.update(&all, &view);
         let page = ledger.view(&all, &view, &AssignedGpus::default());
-        assert_eq!(of_others(&page)[0], (format!("{:064x}", 2), 5.0));
+        assert_eq!(contenders(&page)[0], (format!("{:064x}", 2), 5.0));
     }
 
     #[test]
-    fn contention_as_metrics_and_live() {
-        use crate::export::encode::Families;
-        use crate::export::{families, live::LiveDocument};
+    fn contention_in_metrics_and_in_the_live_document() {
+        use crate::export::live::LiveDocument;
         use crate::health::HealthView;
         let (all, view) = contended(1, 3.0);
-        let page = Ledger::default().scrape(&all, &view, &AssignedGpus::default());
-        let mut metrics = Families::default();
-        families::containers(&page, &mut metrics);
-        let text = metrics.text().unwrap();
+        let mut ledger = Ledger::default();
+        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+        let text = text(&mut ledger, &page);
         let own = format!("uuid=\"GPU-1\",namespace=\"prod\",pod=\"\",container=\"\",container_id=\"{:064x}\"", 1);
         for (name, others, value) in [
             ("coactive", String::new(), 4),
@@ -524,14 +499,14 @@ mod tests {
             assert!(text.contains(&line), "{line} is not in\n{text}");
         }
         let live = LiveDocument::new(&page, &HealthView::default(), Some("node-1"), WallTime(1_700_000_000_250_000_000));
-        let told = serde_json::to_value(&live).unwrap();
-        assert_eq!((&told["time"], &told["node"]), (&"2023-11-14T22:13:20.250Z".into(), &"node-1".into()));
-        let user = &told["users"][0];
+        let document = serde_json::to_value(&live).unwrap();
+        assert_eq!((&document["time"], &document["node"]), (&"2023-11-14T22:13:20.250Z".into(), &"node-1".into()));
+        let user = &document["users"][0];
         assert_eq!(
             (&user["namespace"], &user["contention_seconds"], &user["coactive_seconds"]),
             (&"prod".into(), &9.0.into(), &4.0.into())
         );
-        // Not known is null.
+        // Unknown values are null.
         for key in ["pod", "memory_used_bytes", "duty_cycle_percent"] {
             assert!(user[key].is_null(), "{key}: {user}");
         }
@@ -540,25 +515,25 @@ mod tests {
             serde_json::json!({"kind": "host", "namespace": null, "pod": null,
             "container": null, "name": null, "container_id": null, "seconds": 3.0})
         );
-        let gpu = &told["gpus"][0];
+        let gpu = &document["gpus"][0];
         assert_eq!((&gpu["utilization_ratio"], &gpu["unattributed_seconds"]["no_pid"]), (&serde_json::Value::Null, &1.0.into()));
-        assert!(serde_json::from_value::<LiveDocument>(told).is_ok());
+        assert!(serde_json::from_value::<LiveDocument>(document).is_ok());
     }
 
     #[test]
-    fn a_gpu_that_was_away_for_long_counts_from_zero_in_all() {
+    fn a_gpu_that_returns_after_a_long_absence_counts_from_zero() {
         let mut ledger = Ledger::default();
         scrape(&mut ledger, &snapshot(1, 5.0, None), true);
         let mut away = snapshot(400, 0.0, None);
         (away.gpus, away.containers[0].gpus) = (Vec::new(), Vec::new());
         ledger.update(&away, &labels(&away.containers[0].record, true));
         scrape(&mut ledger, &snapshot(500, 1.0, None), true);
-        // Busy is what is credited and the second on nobody.
+        // The busy time is the credited time plus the unattributed second.
         assert_eq!(scrape(&mut ledger, &snapshot(501, 2.0, None), true), (Some(2.0), Some(2.0), 3.0));
     }
 
     #[test]
-    fn containers_of_one_id_are_told_apart_and_lives_of_one_container_are_not() {
+    fn containers_with_one_id_are_distinguished_and_restarts_of_one_container_are_not() {
         let mut all = snapshot(1, 2.0, None);
         let id = "a".repeat(64);
         let paths = [format!("/docker/{}/docker-{id}.scope", "b".repeat(64)), format!("/docker/{id}"), format!("/docker/{id}")];
@@ -572,20 +547,20 @@ mod tests {
             all.containers.push(ContainerView { record, ..first.clone() });
         }
         let page = Ledger::default().scrape(&all, &view, &AssignedGpus::default());
-        let mut ids: Vec<(u64, &str)> = page.rows.iter().map(|row| (row.key.0, &*row.container_id)).collect();
+        let mut ids: Vec<(u64, &str)> = page.pairs.iter().map(|pair| (pair.key.0, &*pair.container_id)).collect();
         ids.sort_unstable();
-        // The one inside another is called by its path; of the other two, lives of one container, the newer is shown.
+        // The one inside another has its path as id. The other two are restarts of one container: the newer one is exposed.
         assert_eq!(ids, [(1, &*paths[0]), (3, &*id)]);
     }
 
     #[test]
-    fn a_gone_container_stays_a_minute_and_two_final_scrapes() {
+    fn a_gone_container_stays_for_a_minute_and_two_final_scrapes() {
         let mut ledger = Ledger::default();
-        let shown = |l: &mut Ledger, at, seconds| scrape(l, &snapshot(at, seconds, Some(10)), true).0.is_some();
-        assert!(shown(&mut ledger, 11, 1.0) && shown(&mut ledger, 69, 1.0));
-        assert!(!shown(&mut ledger, 71, 1.0));
+        let is_exposed = |l: &mut Ledger, at, seconds| scrape(l, &snapshot(at, seconds, Some(10)), true).0.is_some();
+        assert!(is_exposed(&mut ledger, 11, 1.0) && is_exposed(&mut ledger, 69, 1.0));
+        assert!(!is_exposed(&mut ledger, 71, 1.0));
         let mut ledger = Ledger::default();
-        assert!(shown(&mut ledger, 100, 1.0) && shown(&mut ledger, 101, 1.0) && !shown(&mut ledger, 102, 1.0));
-        assert!(!shown(&mut Ledger::default(), 311, 1.0));
+        assert!(is_exposed(&mut ledger, 100, 1.0) && is_exposed(&mut ledger, 101, 1.0) && !is_exposed(&mut ledger, 102, 1.0));
+        assert!(!is_exposed(&mut Ledger::default(), 311, 1.0));
     }
 }

@@ -1,6 +1,6 @@
-//! `/api/v1/live`: everything that `top` and the page show, in one document, with the values that `/metrics` has at that instant.
+//! `/api/v1/live`: one document with everything that `top` and the web page show, with the values of `/metrics` at that instant.
 //!
-//! What is not known is null, never 0; counters are at their true values, as they are for whoever does not compute increases.
+//! Unknown values are null, never 0. Counters have their true values: they do not start at 0 as in `/metrics`.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
@@ -12,32 +12,37 @@ use sampler_core::units::{WallTime, rfc3339};
 use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
 
-use super::contenders::ContenderRow;
-use super::ledger::{Exposition, GpuRow, PairRow};
+use super::contenders::ExportedContender;
+use super::ledger::{ExportedGpu, ExportedPair, Exposition};
 use super::state::AppState;
 use crate::health::HealthView;
+use crate::health::condition::Condition;
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LiveDocument {
-    /// RFC 3339; when the agent took this picture.
+    /// Time of the snapshot, RFC 3339.
     pub time: String,
     pub version: String,
-    /// The machine, as it calls itself.
+    /// Host name of the machine.
     pub node: Option<String>,
     pub kernel_mode: String,
-    /// Whether the driver's pids are this machine's: local, foreign, unsettled or unverifiable.
+    /// Whether the PIDs that the driver reports are PIDs of this machine: local, foreign, unsettled or unverifiable.
     #[serde(default)]
     pub pid_space: String,
+    #[serde(default)]
+    pub kernel_events_lost: u64,
+    #[serde(default)]
+    pub resyncs: u64,
     pub degraded: Vec<Degraded>,
     pub gpus: Vec<LiveGpu>,
-    /// A row for each container and GPU.
+    /// One entry for each pair of container and GPU.
     pub users: Vec<LiveUser>,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Degraded {
     pub what: String,
-    /// With its remedy.
+    /// Includes the remedy.
     pub message: String,
 }
 
@@ -46,24 +51,24 @@ pub struct LiveGpu {
     pub uuid: String,
     pub index: u32,
     pub model: String,
-    /// Of a MIG device: its GPU.
+    /// UUID of the GPU of a MIG device.
     pub gpu_uuid: Option<String>,
-    /// False for a GPU in MIG mode: time and memory are its MIG devices'.
+    /// False for a GPU in MIG mode: its MIG devices have the time and memory.
     pub is_leaf: bool,
     pub gone: bool,
-    /// Of the last 10 s.
+    /// Busy share of the past 10 s.
     pub utilization_ratio: Option<f64>,
-    /// Part of the last 10 s in which two users or more were active.
+    /// Share of the past 10 s in which two or more users were active.
     pub coactive_ratio: Option<f64>,
-    /// Standard error of a share of one half over the last 10 s, at the present rate of process queries; null while the GPU is idle.
+    /// Standard error of a share of one half over the past 10 s, at the present rate of process queries; null while the GPU is idle.
     pub share_stderr_ratio: Option<f64>,
     pub memory_used_bytes: Option<u64>,
     pub memory_total_bytes: Option<u64>,
     pub power_watts: Option<f64>,
     pub temperature_celsius: Option<f64>,
-    /// Seconds by state; null where they are the MIG devices'.
+    /// Seconds by state; null for a GPU in MIG mode.
     pub time_seconds: Option<BTreeMap<String, f64>>,
-    /// Busy seconds that are on no container, by reason.
+    /// Busy seconds that are not credited to a container, by reason; null for a GPU in MIG mode.
     pub unattributed_seconds: Option<BTreeMap<String, f64>>,
     /// RFC 3339.
     pub last_sample: Option<String>,
@@ -77,13 +82,13 @@ pub struct LiveUser {
     pub name: Option<String>,
     pub image: Option<String>,
     pub container_id: String,
-    /// The cgroup's path.
+    /// Path of the cgroup.
     pub id: String,
     pub runtime: Option<String>,
     pub uuid: String,
-    /// Of the GPU, or of the GPU that the MIG device is a part of.
+    /// Index of the GPU, also for a MIG device.
     pub index: Option<u32>,
-    /// Of the last 10 s.
+    /// Share of the past 10 s in which the container kept the GPU busy.
     pub duty_cycle_percent: Option<f64>,
     pub duty_cycle_stderr: Option<f64>,
     pub gpu_seconds: f64,
@@ -94,16 +99,16 @@ pub struct LiveUser {
     pub coactive_seconds: f64,
     /// Sum of `contended_by`.
     pub contention_seconds: f64,
-    /// The longest first.
+    /// Longest first.
     pub contended_by: Vec<LiveOther>,
     pub assigned: bool,
-    /// Its last cgroup was removed; the row stays for a while.
+    /// Its last cgroup was removed; the entry stays for a while.
     pub gone: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LiveOther {
-    /// container, host, unknown, or `_other` for all those beyond the first eight.
+    /// container, host, unknown, or `_other` for all beyond the first eight.
     pub kind: String,
     pub namespace: Option<String>,
     pub pod: Option<String>,
@@ -117,11 +122,11 @@ fn known(text: &str) -> Option<String> {
     (!text.is_empty()).then(|| text.to_owned())
 }
 
-fn gpu(row: &GpuRow) -> LiveGpu {
-    let (view, info) = (&row.view, &row.view.info);
+fn live_gpu(gpu: &ExportedGpu) -> LiveGpu {
+    let (view, info) = (&gpu.view, &gpu.view.info);
     let is_leaf = info.is_leaf();
     let t = view.time;
-    let states = [("busy", row.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)];
+    let states = [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)];
     let reasons = Reason::ALL.iter().zip(view.unattributed);
     LiveGpu {
         uuid: info.uuid.to_string(),
@@ -143,24 +148,24 @@ fn gpu(row: &GpuRow) -> LiveGpu {
     }
 }
 
-fn other(row: &ContenderRow) -> LiveOther {
-    let is_container = row.kind() == "container";
-    let text = |label| known(row.text(label)).filter(|_| is_container);
+fn live_contender(contender: &ExportedContender) -> LiveOther {
+    let is_container = contender.kind() == "container";
+    let text = |label| known(contender.text(label)).filter(|_| is_container);
     LiveOther {
-        kind: row.kind().to_owned(),
+        kind: contender.kind().to_owned(),
         namespace: text(Label::Namespace),
         pod: text(Label::Pod),
         container: text(Label::Container),
         name: text(Label::Name),
-        container_id: known(&row.container_id).filter(|_| is_container),
-        seconds: row.seconds,
+        container_id: known(&contender.container_id).filter(|_| is_container),
+        seconds: contender.seconds,
     }
 }
 
-fn user(row: &PairRow, page: &Exposition) -> LiveUser {
-    let (labels, pair) = (&row.labels, &row.pair);
+fn live_user(pair: &ExportedPair, page: &Exposition) -> LiveUser {
+    let (labels, usage) = (&pair.labels, &pair.usage);
     let text = |label| known(labels.text(label));
-    let mut contended_by: Vec<LiveOther> = row.others.iter().map(other).collect();
+    let mut contended_by: Vec<LiveOther> = pair.contenders.iter().map(live_contender).collect();
     contended_by.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     LiveUser {
         namespace: text(Label::Namespace),
@@ -168,43 +173,48 @@ fn user(row: &PairRow, page: &Exposition) -> LiveUser {
         container: text(Label::Container),
         name: text(Label::Name),
         image: text(Label::Image),
-        container_id: row.container_id.to_string(),
+        container_id: pair.container_id.to_string(),
         id: labels.id.to_string(),
         runtime: labels.runtime.map(|runtime| runtime.name().to_owned()),
-        uuid: row.gpu.to_string(),
-        index: page.gpus.iter().find(|gpu| gpu.view.info.uuid == row.gpu).map(|gpu| gpu.view.info.index),
-        duty_cycle_percent: pair.duty_cycle_percent,
-        duty_cycle_stderr: pair.duty_cycle_stderr,
-        gpu_seconds: pair.seconds,
-        gpu_seconds_stderr: pair.seconds_stderr,
-        samples: pair.samples,
-        memory_used_bytes: pair.memory_used_bytes,
-        active_seconds: pair.active_seconds,
-        coactive_seconds: pair.coactive_seconds,
-        contention_seconds: contended_by.iter().fold(0.0, |sum, other| sum + other.seconds),
+        uuid: pair.gpu.to_string(),
+        index: page.gpus.iter().find(|gpu| gpu.view.info.uuid == pair.gpu).map(|gpu| gpu.view.info.index),
+        duty_cycle_percent: usage.duty_cycle_percent,
+        duty_cycle_stderr: usage.duty_cycle_stderr,
+        gpu_seconds: usage.seconds,
+        gpu_seconds_stderr: usage.seconds_stderr,
+        samples: usage.samples,
+        memory_used_bytes: usage.memory_used_bytes,
+        active_seconds: usage.active_seconds,
+        coactive_seconds: usage.coactive_seconds,
+        contention_seconds: contended_by.iter().fold(0.0, |sum, contender| sum + contender.seconds),
         contended_by,
-        assigned: row.assigned,
-        gone: row.gone,
+        assigned: pair.assigned,
+        gone: pair.gone,
     }
 }
 
 impl LiveDocument {
     pub fn new(page: &Exposition, health: &HealthView, node: Option<&str>, wall: WallTime) -> Self {
-        let degraded = |(what, message): &(String, String)| Degraded { what: what.clone(), message: message.clone() };
+        let degraded = |(condition, message): &(Condition, String)| Degraded {
+            what: condition.key().into_owned(),
+            message: message.clone(),
+        };
         Self {
             time: rfc3339(wall),
             version: env!("CARGO_PKG_VERSION").to_owned(),
             node: node.map(str::to_owned),
             kernel_mode: health.kernel_mode.to_owned(),
             pid_space: health.pid_space.name().to_owned(),
+            kernel_events_lost: health.events_lost.sum(),
+            resyncs: health.resyncs,
             degraded: health.degraded.iter().map(degraded).collect(),
-            gpus: page.gpus.iter().map(gpu).collect(),
-            users: page.rows.iter().map(|row| user(row, page)).collect(),
+            gpus: page.gpus.iter().map(live_gpu).collect(),
+            users: page.pairs.iter().map(|pair| live_user(pair, page)).collect(),
         }
     }
 }
 
-pub async fn answer(State(state): State<Arc<AppState>>) -> Json<LiveDocument> {
+pub async fn live(State(state): State<Arc<AppState>>) -> Json<LiveDocument> {
     let (page, wall) = state.view();
     Json(LiveDocument::new(&page, &state.health.view(), state.node.as_deref(), wall))
 }

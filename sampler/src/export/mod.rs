@@ -1,7 +1,8 @@
-//! What people and Prometheus get: the ledger joins GPU time with labels, families encode it, http serves it.
+//! HTTP interface: the ledger joins GPU time with labels, the families of the catalogue encode it, http serves it.
 
 mod access;
 mod assigned;
+mod catalogue;
 mod contenders;
 mod encode;
 mod explain;
@@ -13,6 +14,10 @@ mod ledger;
 pub mod live;
 mod nvml_families;
 mod pressure;
-mod sessions;
+mod series_starts;
+pub mod sessions;
 pub mod state;
 mod web;
+
+#[cfg(test)]
+mod tests;

@@ -1,4 +1,4 @@
-//! What request handlers share.
+//! State that request handlers share.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -8,7 +8,7 @@ use sampler_core::units::WallTime;
 
 use super::assigned::AssignedGpus;
 use super::ledger::{Exposition, Ledger};
-use super::pressure::Waits;
+use super::series_starts::SeriesStarts;
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::CoreSender;
@@ -23,7 +23,6 @@ pub struct AppState {
     pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
     ledger: Mutex<Ledger>,
-    waits: Mutex<Waits>,
     pub core: CoreSender,
     pub recorder: Recorder,
     /// Host name of the machine.
@@ -41,19 +40,14 @@ impl AppState {
         recorder: Recorder,
     ) -> Self {
         let node = config.node();
-        let (ledger, waits) = (Mutex::default(), Mutex::default());
-        Self { config, snapshot, labels, pressure, health, ledger, waits, core, recorder, node }
+        Self { config, snapshot, labels, pressure, health, ledger: Mutex::default(), core, recorder, node }
     }
 
     pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    pub fn waits(&self) -> MutexGuard<'_, Waits> {
-        self.waits.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// All series, and the time of the snapshot that they are of.
+    /// The present exposition, and the time of its snapshot.
     pub fn view(&self) -> (Exposition, WallTime) {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
@@ -62,10 +56,12 @@ impl AppState {
         (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
     }
 
-    /// All series for a scrape, which counts: new counters start at 0, and final values count as delivered.
-    pub fn scrape(&self) -> Exposition {
+    /// The exposition for a scrape: its values count as delivered. `encode` writes it, with the ledger locked.
+    pub fn scrape<T>(&self, encode: impl FnOnce(&Exposition, &mut SeriesStarts) -> T) -> T {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
-        self.ledger().scrape(&snapshot, &labels, &assigned)
+        let mut ledger = self.ledger();
+        let page = ledger.scrape(&snapshot, &labels, &assigned);
+        encode(&page, ledger.starts())
     }
 }

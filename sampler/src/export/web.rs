@@ -1,8 +1,8 @@
-//! The page at `/`: three files without a build step, which ask for nothing beyond this agent.
+//! The web page at `/`: three files without a build step that request nothing beyond this agent.
 //!
-//! The files hold no data, so they are served without a token: beyond loopback the page asks for one and sends it with what it
-//! fetches. Whoever may see the data without asking (on loopback, or with the token in the request) finds it in the page as
-//! well, as tables for browsers that run no scripts.
+//! The files hold no data, so they are served without a token. Beyond loopback the page prompts for the token and sends it with each
+//! request. Where the request itself is authorized (on loopback, or with the token), the page also contains the data as tables, for
+//! browsers that do not run scripts.
 
 use std::sync::Arc;
 
@@ -17,11 +17,10 @@ use super::state::AppState;
 const INDEX: &str = include_str!("web/index.html");
 const SCRIPT: &str = include_str!("web/app.js");
 const STYLE: &str = include_str!("web/style.css");
-/// Where the tables go.
+/// Placeholder of the tables.
 const TABLES: &str = "<!--tables-->";
 
-/// Names, images and cgroups are chosen by whoever runs containers: even if one of them became markup, nothing of it would run,
-/// load or send.
+/// Tenants choose names, images and cgroups. Even if one of them became markup, it could not run, load or send anything.
 const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src data:; \
                       base-uri 'none'; form-action 'none'; frame-ancestors 'none'";
 const FILES: [&str; 3] = ["/", "/app.js", "/style.css"];
@@ -36,7 +35,7 @@ fn file(kind: &'static str, text: impl Into<String>) -> impl IntoResponse {
         (header::CONTENT_SECURITY_POLICY, POLICY),
         (header::X_CONTENT_TYPE_OPTIONS, "nosniff"),
         (header::REFERRER_POLICY, "no-referrer"),
-        // An agent that was replaced must not be shown by the page of the one before.
+        // After an upgrade the page of the previous agent must not show data of the new one.
         (header::CACHE_CONTROL, "no-cache"),
     ];
     (headers, text.into())
@@ -44,11 +43,11 @@ fn file(kind: &'static str, text: impl Into<String>) -> impl IntoResponse {
 
 pub async fn index(State(state): State<Arc<AppState>>, headers: HeaderMap) -> impl IntoResponse {
     let config = &state.config;
-    let open = config.listen.ip().is_loopback() || authorized(&headers, config.token.as_deref());
-    let tables = if open {
+    let is_authorized = config.listen.ip().is_loopback() || authorized(&headers, config.token.as_deref());
+    let tables = if is_authorized {
         html_tables::tables(&state.view().0, &state.health.view())
     } else {
-        "<p>Without scripts this page shows data only to requests with <code>Authorization: Bearer TOKEN</code>.</p>".to_owned()
+        "<p>Without scripts this page shows data only if the request has <code>Authorization: Bearer TOKEN</code>.</p>".to_owned()
     };
     file("text/html; charset=utf-8", INDEX.replacen(TABLES, &tables, 1))
 }
@@ -65,16 +64,16 @@ pub async fn style() -> impl IntoResponse {
 mod tests {
     use super::*;
 
-    /// What the policy forbids would be silently without effect.
+    /// Inline styles and scripts would silently have no effect, because the policy forbids them.
     #[test]
-    fn the_page_has_a_place_for_tables_and_nothing_inline() {
+    fn the_page_has_a_placeholder_for_tables_and_nothing_inline() {
         assert_eq!(INDEX.matches(TABLES).count(), 1);
         for inline in ["<style", " style=", "javascript:", " onclick", "http://", "https://"] {
             assert!(!INDEX.contains(inline), "{inline}");
         }
         assert_eq!(INDEX.matches("<script").count(), INDEX.matches("<script src=").count());
-        for unsafe_way in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
-            assert!(!SCRIPT.contains(unsafe_way), "{unsafe_way}");
+        for sink in ["innerHTML", "outerHTML", "insertAdjacentHTML", "document.write", "eval("] {
+            assert!(!SCRIPT.contains(sink), "{sink}");
         }
     }
 }

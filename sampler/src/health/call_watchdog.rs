@@ -1,7 +1,7 @@
-//! Which threads are in which driver call since when. The core thread looks four times a second; nothing here waits.
+//! Tracks the present driver call of each thread. The core thread checks four times a second; nothing here waits.
 //!
 //! ```text
-//!  idle --enter--> in a call --2 s--> stalled (said once, again at 10 s, 1 min, 10 min) --leave--> idle (said)
+//!  idle --enter--> in a call --2 s--> stalled (reported once, and at 10 s, 1 min, 10 min) --leave--> idle (reported)
 //! ```
 
 use std::sync::Arc;
@@ -9,32 +9,33 @@ use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use sampler_core::units::BootNs;
 
+use super::condition::Condition;
 use super::nvml_calls::Call;
 
-/// A call this long is a stall; said again at each further age, so that what is said stays the same in between.
+/// Ages in seconds at which a stalled call is reported; the message does not change in between.
 const AGES: [(u64, &str); 4] = [(2, "2 s"), (10, "10 s"), (60, "a minute"), (600, "ten minutes")];
 
 /// One thread that calls the driver.
 pub struct CallSlot {
-    who: String,
+    condition: Condition,
     pub(super) uuid: Option<Arc<str>>,
-    /// Boot time at which the call under way began; 0 is none.
+    /// Boot time at which the present call began; 0 if there is none.
     since: AtomicU64,
     call: AtomicU8,
-    /// How many of [`AGES`] were said.
-    said: AtomicU8,
+    /// How many of [`AGES`] were reported.
+    reported: AtomicU8,
     over: AtomicBool,
 }
 
-/// The thread's own end of its slot.
+/// The side of a slot that the calling thread uses.
 pub struct Caller {
     slot: Arc<CallSlot>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
 pub(super) enum Change {
-    Stalled { who: String, message: String },
-    Answers { who: String, message: String },
+    Stalled { condition: Condition, message: String },
+    Returned { condition: Condition },
 }
 
 impl Caller {
@@ -64,12 +65,12 @@ impl Drop for Caller {
 }
 
 impl CallSlot {
-    pub(super) fn new(who: String, uuid: Option<Arc<str>>) -> Self {
-        let (since, call, said) = (AtomicU64::new(0), AtomicU8::new(0), AtomicU8::new(0));
-        Self { who, uuid, since, call, said, over: AtomicBool::new(false) }
+    pub(super) fn new(condition: Condition, uuid: Option<Arc<str>>) -> Self {
+        let (since, call, reported) = (AtomicU64::new(0), AtomicU8::new(0), AtomicU8::new(0));
+        Self { condition, uuid, since, call, reported, over: AtomicBool::new(false) }
     }
 
-    /// Nobody waits for this thread any more: another has its work.
+    /// The thread was abandoned: another one has taken over its work.
     pub fn end(&self) {
         self.over.store(true, Ordering::Relaxed);
     }
@@ -79,30 +80,30 @@ impl CallSlot {
     }
 
     pub(super) fn is_stalled(&self) -> bool {
-        self.said.load(Ordering::Relaxed) > 0
+        self.reported.load(Ordering::Relaxed) > 0
     }
 
     pub(super) fn watch(&self, now: BootNs) -> Option<Change> {
         let since = self.since.load(Ordering::Acquire);
         let age = if since == 0 || self.is_over() { 0 } else { now.0.saturating_sub(since) / 1_000_000_000 };
         let reached = AGES.iter().filter(|(seconds, _)| age >= *seconds).count();
-        let before = self.said.swap(reached as u8, Ordering::Relaxed);
+        let before = self.reported.swap(reached as u8, Ordering::Relaxed);
         if reached == usize::from(before) {
             return None;
         }
-        let who = self.who.clone();
-        let Some((_, for_long)) = reached.checked_sub(1).map(|n| AGES[n]) else {
-            return Some(Change::Answers { who, message: "the driver answers again".into() });
+        let condition = self.condition;
+        let Some((_, duration)) = reached.checked_sub(1).map(|n| AGES[n]) else {
+            return Some(Change::Returned { condition });
         };
         let call = Call::ALL.get(usize::from(self.call.load(Ordering::Relaxed))).map_or("", |call| call.name());
-        let what = match &self.uuid {
+        let effect = match &self.uuid {
             Some(uuid) => {
-                format!("samples of {uuid} are missing meanwhile, all else goes on; see dmesg for Xid lines, a reset may help")
+                format!("until it returns, only samples of {uuid} are missing; check dmesg for Xid lines, a reset may help")
             }
-            None => "what it would tell is missing meanwhile, all else goes on".into(),
+            None => "until it returns, only its results are missing".into(),
         };
-        let message = format!("the driver has not answered {call} for {for_long}; {what}");
-        Some(Change::Stalled { who, message })
+        let message = format!("the driver call {call} has not returned for {duration}; {effect}");
+        Some(Change::Stalled { condition, message })
     }
 }
 
@@ -111,35 +112,41 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_stall_is_said_once_an_age_and_so_is_its_end() {
-        let slot = Arc::new(CallSlot::new("gpu-3".into(), Some("GPU-x".into())));
+    fn a_stall_is_reported_once_per_age_and_so_is_its_end() {
+        let condition = Condition::Gpu { slot: 3 };
+        let slot = Arc::new(CallSlot::new(condition, Some("GPU-x".into())));
         let caller = Caller::new(Arc::clone(&slot));
-        let at = |ms: u64| BootNs(1_000_000_000 + ms * 1_000_000);
-        caller.enter(Call::GetSamples, at(0));
-        assert_eq!(slot.watch(at(1_900)), None);
-        let said = |ms| match slot.watch(at(ms)) {
-            Some(Change::Stalled { who, message }) => format!("{who}: {message}"),
+        let time = |ms: u64| BootNs(1_000_000_000 + ms * 1_000_000);
+        caller.enter(Call::GetSamples, time(0));
+        assert_eq!(slot.watch(time(1_900)), None);
+        let reported = |ms| match slot.watch(time(ms)) {
+            Some(Change::Stalled { condition, message }) => format!("{}: {message}", condition.key()),
             other => format!("{other:?}"),
         };
-        assert!(said(2_000).starts_with("gpu-3: the driver has not answered GetSamples for 2 s; samples of GPU-x are missing"));
+        let text = reported(2_000);
+        assert!(
+            text.starts_with(
+                "gpu-3: the driver call GetSamples has not returned for 2 s; until it returns, only samples of GPU-x"
+            )
+        );
         assert!(slot.is_stalled());
-        assert_eq!(slot.watch(at(9_000)), None);
-        assert!(said(10_000).contains("for 10 s"));
+        assert_eq!(slot.watch(time(9_000)), None);
+        assert!(reported(10_000).contains("for 10 s"));
         caller.leave();
-        assert!(matches!(slot.watch(at(10_100)), Some(Change::Answers { .. })));
+        assert_eq!(slot.watch(time(10_100)), Some(Change::Returned { condition }));
         assert!(!slot.is_stalled());
-        assert_eq!(slot.watch(at(20_000)), None);
+        assert_eq!(slot.watch(time(20_000)), None);
     }
 
     #[test]
-    fn a_thread_that_was_given_up_is_not_spoken_of() {
-        let slot = Arc::new(CallSlot::new("gpu-3".into(), None));
+    fn an_abandoned_thread_is_not_reported() {
+        let slot = Arc::new(CallSlot::new(Condition::Gpu { slot: 3 }, None));
         let caller = Caller::new(Arc::clone(&slot));
         caller.enter(Call::GetSamples, BootNs(1));
         let late = BootNs(5_000_000_000);
         assert!(matches!(slot.watch(late), Some(Change::Stalled { .. })));
         slot.end();
-        assert!(matches!(slot.watch(late), Some(Change::Answers { .. })));
+        assert!(matches!(slot.watch(late), Some(Change::Returned { .. })));
         assert_eq!(slot.watch(late), None);
     }
 }

@@ -1,5 +1,5 @@
-//! Driver calls by device: how long they took, how they failed, which are supported. A device has its own lock, taken for
-//! microseconds after a call has ended and never across one: neither other GPUs nor a scrape wait for a call.
+//! Driver calls by device: durations, errors, support. Each device has its own lock, which is held for microseconds after a call and
+//! never during one, so that neither other GPUs nor a scrape wait for a call.
 
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
@@ -7,10 +7,11 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::call_watchdog::{CallSlot, Caller, Change};
+use super::condition::Condition;
 use super::{CALL_BOUNDS, Calls, Times};
 use sampler_core::units::BootNs;
 
-/// What is asked of the driver; each can be missing on its own.
+/// The driver calls; each can be unsupported independently.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Call {
     Init,
@@ -87,7 +88,7 @@ impl Call {
         Call::EventSetWait,
     ];
 
-    /// The `call` label: NVML's name without `nvmlDevice` or `nvml`. The rings that GetSamples serves are told apart.
+    /// The `call` label: the name in NVML without `nvmlDevice` or `nvml`. The rings read by GetSamples are distinguished.
     pub fn name(self) -> &'static str {
         match self {
             Call::Init => "Init",
@@ -128,7 +129,7 @@ impl Call {
     }
 }
 
-/// Of a call that was not tried yet.
+/// The state of a call that was not tried yet.
 const UNTRIED: u8 = 2;
 
 #[derive(Default)]
@@ -137,18 +138,18 @@ struct CallCounts {
     errors: BTreeMap<(Call, String), u64>,
 }
 
-/// One device's calls.
+/// The calls of one device.
 pub struct DeviceCalls {
     pub uuid: Arc<str>,
     counts: Mutex<CallCounts>,
     supported: [AtomicU8; Call::ALL.len()],
-    /// 0 is not known.
+    /// 0 if unknown.
     poll_interval_ns: AtomicU64,
-    /// Bits of the recent shares of time: on a processor, and in driver calls.
+    /// Bits of the recent shares of time: processor time, and time in driver calls.
     recent_ratios: [AtomicU64; 2],
 }
 
-/// One device's calls, ready to be exported.
+/// The calls of one device, for export.
 #[derive(Clone, Debug, Default)]
 pub struct DeviceView {
     pub uuid: String,
@@ -159,7 +160,7 @@ pub struct DeviceView {
     pub poll_interval_seconds: Option<f64>,
     pub busy_ratio: Option<f64>,
     pub cpu_ratio: Option<f64>,
-    /// A call has not returned for seconds; `None` where no thread belongs to it.
+    /// Whether a call has not returned for seconds; `None` if no thread reads the device.
     pub stalled: Option<bool>,
 }
 
@@ -190,16 +191,16 @@ impl DeviceCalls {
         self.supported[call as usize].store(supported.into(), Ordering::Relaxed);
     }
 
-    /// `recent_ratios`: processor time and time in driver calls, of the past 30 s; NaN where they are not known.
+    /// `recent_ratios`: shares of processor time and of time in driver calls over the past 30 s; NaN if unknown.
     pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
         self.poll_interval_ns.store(u64::try_from(poll_interval.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
-        for (to, ratio) in self.recent_ratios.iter().zip(recent_ratios) {
-            to.store(ratio.to_bits(), Ordering::Relaxed);
+        for (stored, ratio) in self.recent_ratios.iter().zip(recent_ratios) {
+            stored.store(ratio.to_bits(), Ordering::Relaxed);
         }
     }
 
     fn view(&self, stalled: Option<bool>) -> DeviceView {
-        let supported = Call::ALL.iter().zip(&self.supported).map(|(call, is)| (call.name(), is.load(Ordering::Relaxed)));
+        let supported = Call::ALL.iter().zip(&self.supported).map(|(call, state)| (call.name(), state.load(Ordering::Relaxed)));
         let interval = self.poll_interval_ns.load(Ordering::Relaxed);
         let [cpu, busy] = [0, 1].map(|n| f64::from_bits(self.recent_ratios[n].load(Ordering::Relaxed)));
         let counts = self.counts();
@@ -207,9 +208,9 @@ impl DeviceCalls {
             uuid: self.uuid.to_string(),
             calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
             errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
-            supported: supported.filter(|(_, is)| *is != UNTRIED).map(|(name, is)| (name, is == 1)).collect(),
+            supported: supported.filter(|(_, state)| *state != UNTRIED).map(|(name, state)| (name, state == 1)).collect(),
             poll_interval_seconds: (interval > 0).then_some(interval as f64 * 1e-9),
-            // A thread that hangs cannot tell: all its time is in the call.
+            // A thread that hangs cannot update the ratio; all its time is spent in the call.
             busy_ratio: if stalled == Some(true) { Some(1.0) } else { (!busy.is_nan()).then_some(busy) },
             cpu_ratio: (!cpu.is_nan()).then_some(cpu),
             stalled,
@@ -233,7 +234,7 @@ impl DriverHealth {
         self.slots.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The counts of a device go on when it is opened again.
+    /// The calls of a device. Counts continue when it is opened again.
     pub fn device(&self, uuid: &str) -> Arc<DeviceCalls> {
         let mut devices = self.devices();
         if let Some(known) = devices.iter().find(|device| &*device.uuid == uuid) {
@@ -248,9 +249,9 @@ impl DriverHealth {
         self.devices().retain(|device| &*device.uuid != uuid);
     }
 
-    /// `who` is the key of what it says when its calls hang; `uuid` the GPU that is then not sampled.
-    pub fn caller(&self, who: String, uuid: Option<&str>) -> Caller {
-        let slot = Arc::new(CallSlot::new(who, uuid.map(Into::into)));
+    /// `condition` holds while a call does not return; `uuid` is the GPU that is not sampled during that time.
+    pub fn caller(&self, condition: Condition, uuid: Option<&str>) -> Caller {
+        let slot = Arc::new(CallSlot::new(condition, uuid.map(Into::into)));
         self.slots().push(Arc::clone(&slot));
         Caller::new(slot)
     }
@@ -265,11 +266,11 @@ impl DriverHealth {
     }
 
     pub fn view(&self) -> Vec<DeviceView> {
-        let stalled: Vec<(Arc<str>, bool)> =
+        let slots: Vec<(Arc<str>, bool)> =
             self.slots().iter().filter(|s| !s.is_over()).filter_map(|s| Some((s.uuid.clone()?, s.is_stalled()))).collect();
         let devices: Vec<Arc<DeviceCalls>> = self.devices().clone();
-        let of = |uuid: &str| stalled.iter().filter(|(u, _)| &**u == uuid).map(|(_, is)| *is).reduce(|a, b| a || b);
-        devices.iter().map(|device| device.view(of(&device.uuid))).collect()
+        let stalled = |uuid: &str| slots.iter().filter(|(u, _)| &**u == uuid).map(|(_, stalled)| *stalled).reduce(|a, b| a || b);
+        devices.iter().map(|device| device.view(stalled(&device.uuid))).collect()
     }
 }
 
@@ -298,14 +299,14 @@ mod tests {
     }
 
     #[test]
-    fn every_call_is_in_its_place() {
+    fn all_lists_every_call_in_order() {
         for (n, call) in Call::ALL.iter().enumerate() {
             assert_eq!(*call as usize, n);
         }
     }
 
     #[test]
-    fn a_device_opened_again_goes_on_counting() {
+    fn counts_continue_when_a_device_is_opened_again() {
         let health = DriverHealth::default();
         health.device("GPU-1").record(Call::GetSamples, Duration::from_micros(1), None);
         health.device("GPU-1").record(Call::GetSamples, Duration::from_micros(1), None);

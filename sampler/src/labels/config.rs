@@ -1,4 +1,4 @@
-//! What the label service needs of the configuration.
+//! The configuration of the label service.
 
 use std::path::PathBuf;
 
@@ -6,7 +6,7 @@ use sampler_labels::{ContainerLabels, QueryAttempt, QueryOutcome, Source, is_lik
 
 use super::discover::HostPaths;
 use super::root::Root;
-use super::view::TriedView;
+use super::view::AttemptView;
 use crate::config::Config;
 use crate::observe::kernel::layout::Layout;
 
@@ -15,10 +15,10 @@ pub struct LabelConfig {
     /// The host's file system.
     pub rootfs: PathBuf,
     pub procfs: PathBuf,
-    /// Where the cgroup hierarchies are mounted.
+    /// Mounts of the cgroup hierarchies.
     pub cgroups: Vec<PathBuf>,
     pub sources: Vec<Source>,
-    /// Sockets given by the operator. A source that is among them is asked nowhere else.
+    /// Configured sockets. A source with a configured socket is not queried at discovered ones.
     pub endpoints: Vec<(Source, PathBuf)>,
 }
 
@@ -33,27 +33,28 @@ impl LabelConfig {
         }
     }
 
-    fn gives(&self, source: Source) -> bool {
+    fn has_endpoint(&self, source: Source) -> bool {
         self.endpoints.iter().any(|(s, _)| *s == source)
     }
 
-    /// Sources that could know such a container, and are not to be asked.
-    pub fn left_out(&self, labels: &ContainerLabels) -> Vec<TriedView> {
-        let out = Source::ASKED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
-        let tried = QueryAttempt { told: QueryOutcome::NotTried, at: None, detail: "left out by label_sources".into() };
-        out.map(|source| TriedView::new(source, "", &tried)).collect()
+    /// Sources that are likely to know the container but are not enabled.
+    pub fn excluded_sources(&self, labels: &ContainerLabels) -> Vec<AttemptView> {
+        let excluded = Source::QUERIED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
+        let attempt = QueryAttempt { status: QueryOutcome::NotTried, at: None, detail: "excluded by label_sources".into() };
+        excluded.map(|source| AttemptView::new(source, "", &attempt)).collect()
     }
 
-    /// The sockets to ask, with their paths here: what was given, else what was found.
+    /// The sockets to query, with their paths in this mount namespace: the configured ones, and the discovered ones of other sources.
     pub fn sockets(&self, places: &HostPaths, root: &Root) -> Vec<(Source, PathBuf)> {
-        let given = self.endpoints.iter().cloned();
-        let found = places.sockets.iter().filter(|(source, _)| !self.gives(*source)).map(|(s, path)| (*s, root.path(path)));
-        let mut all: Vec<(Source, PathBuf)> = Vec::new();
-        for one in given.chain(found).filter(|(source, _)| self.sources.contains(source)) {
-            if !all.contains(&one) {
-                all.push(one);
+        let configured = self.endpoints.iter().cloned();
+        let discovered =
+            places.sockets.iter().filter(|(source, _)| !self.has_endpoint(*source)).map(|(s, path)| (*s, root.path(path)));
+        let mut sockets: Vec<(Source, PathBuf)> = Vec::new();
+        for socket in configured.chain(discovered).filter(|(source, _)| self.sources.contains(source)) {
+            if !sockets.contains(&socket) {
+                sockets.push(socket);
             }
         }
-        all
+        sockets
     }
 }

@@ -1,8 +1,9 @@
-//! Where the runtimes of this machine keep things: told by the ones that run, then by default.
+//! Paths and sockets of the runtimes on this machine: from running processes, then the defaults.
 //!
-//! containerd's shims name its socket and stand in their bundle; conmon names its bundle; dockerd and containerd have
-//! their folders on their command lines or in their configuration, crio, podman and kubelet on their command lines. Anybody can call his program `dockerd`, so only processes of
-//! root outside containers are believed; those of another user only about containers below that user's slice, and no socket of theirs.
+//! containerd's shims name its socket and run in their bundle; conmon names its bundle; dockerd and containerd have their folders on the
+//! command line or in their configuration; crio, podman and kubelet have them on the command line. Any user can name a program
+//! `dockerd`, so only root's processes outside containers are trusted. Paths of another user's processes apply only to containers below
+//! that user's slice, and their sockets are ignored.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -16,9 +17,9 @@ use super::root::Root;
 use super::source::file;
 use crate::observe::kernel::proc::{memberships, pids};
 
-/// More of a kind are not looked at; a machine has a handful.
-const MAX_PLACES: usize = 16;
-/// Command lines and configuration files longer than this are cut.
+/// Limit per kind of path; a machine has a handful.
+const MAX_PATHS: usize = 16;
+/// Longer command lines and configuration files are truncated.
 const MAX_TEXT_BYTES: u64 = 256 << 10;
 const MAX_USERS: usize = 64;
 
@@ -39,10 +40,10 @@ const SOCKETS: [(Source, &str); 9] = [
     (Source::Crio, "/run/crio/crio.sock"),
 ];
 
-/// Paths of the host, the likeliest first.
+/// Paths of the host, the most likely first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostPaths {
-    /// What other users' engines have, by uid.
+    /// Paths of other users' engines, by uid.
     pub users: BTreeMap<u32, HostPaths>,
     /// containerd's state folders: `<state>/io.containerd.runtime.v2.task/<namespace>/<id>/config.json`.
     pub containerd_states: Vec<PathBuf>,
@@ -54,45 +55,45 @@ pub struct HostPaths {
     pub sockets: Vec<(Source, PathBuf)>,
 }
 
-/// Of what was found; the defaults are few, and always there.
-fn add<T: PartialEq>(to: &mut Vec<T>, one: T) {
-    if to.len() < MAX_PLACES {
-        add_default(to, one);
+/// Adds a discovered path, up to the limit. Defaults are few and are always added.
+fn add<T: PartialEq>(to: &mut Vec<T>, item: T) {
+    if to.len() < MAX_PATHS {
+        add_default(to, item);
     }
 }
 
-fn add_default<T: PartialEq>(to: &mut Vec<T>, one: T) {
-    if !to.contains(&one) {
-        to.push(one);
+fn add_default<T: PartialEq>(to: &mut Vec<T>, item: T) {
+    if !to.contains(&item) {
+        to.push(item);
     }
 }
 
 impl HostPaths {
-    /// Looks at every process. Takes a while where there are thousands; not for the sampling path.
+    /// Inspects every process. Slow if there are thousands; not for the sampling path.
     pub fn find(procfs: &Path, root: &Root) -> Self {
         let mut found = Self::default();
-        // Nothing can be seen of processes: the defaults remain.
+        // If processes cannot be listed, the defaults remain.
         for pid in pids(procfs).unwrap_or_default() {
-            found.look(procfs, pid, root);
+            found.inspect(procfs, pid, root);
         }
         found.with_defaults()
     }
 
-    /// A runtime that has stopped leaves its files where they were, and its containers may live on.
-    pub fn keep(&mut self, old: &HostPaths) {
+    /// Keeps the paths of runtimes that have stopped: their files remain, and their containers may still run.
+    pub fn keep_from(&mut self, old: &HostPaths) {
         old.containerd_states.iter().for_each(|p| add(&mut self.containerd_states, p.clone()));
         old.storages.iter().for_each(|p| add(&mut self.storages, p.clone()));
         old.docker_roots.iter().for_each(|p| add(&mut self.docker_roots, p.clone()));
         old.kubelet_roots.iter().for_each(|p| add(&mut self.kubelet_roots, p.clone()));
     }
 
-    /// What engines of the user have in whose slice the cgroup is.
-    pub fn of_user(&self, cgroup: &str) -> Option<&HostPaths> {
+    /// Paths of the engines of the user that owns the slice of the cgroup.
+    pub fn for_user(&self, cgroup: &str) -> Option<&HostPaths> {
         let slice = |segment: &str| segment.strip_prefix("user-")?.strip_suffix(".slice")?.parse().ok();
         self.users.get(&cgroup.split('/').find_map(slice)?)
     }
 
-    /// Where things are unless somebody has moved them.
+    /// Adds the default paths.
     pub fn with_defaults(mut self) -> Self {
         CONTAINERD_STATES.iter().for_each(|p| add_default(&mut self.containerd_states, p.into()));
         STORAGES.iter().for_each(|p| add_default(&mut self.storages, p.into()));
@@ -105,44 +106,44 @@ impl HostPaths {
         self
     }
 
-    fn look(&mut self, procfs: &Path, pid: u32, root: &Root) {
+    fn inspect(&mut self, procfs: &Path, pid: u32, root: &Root) {
         let folder = procfs.join(pid.to_string());
-        // A process may end while it is looked at: then it tells nothing.
+        // A process that ends meanwhile is skipped.
         let Ok(comm) = fs::read_to_string(folder.join("comm")) else { return };
-        let known = ["containerd-shim", "conmon", "dockerd", "containerd", "crio", "kubelet", "podman"];
-        if !known.iter().any(|name| comm.starts_with(name)) || in_a_container(&folder) {
+        let names = ["containerd-shim", "conmon", "dockerd", "containerd", "crio", "kubelet", "podman"];
+        if !names.iter().any(|name| comm.starts_with(name)) || in_a_container(&folder) {
             return;
         }
         match uid(&folder) {
-            Some(0) if in_the_hosts_namespaces(procfs, &folder) => self.believe(&folder, comm.trim(), root),
+            Some(0) if in_host_namespaces(procfs, &folder) => self.add_from_process(&folder, comm.trim(), root),
             Some(uid @ 1..) if self.users.len() < MAX_USERS || self.users.contains_key(&uid) => {
-                let mut theirs = self.users.remove(&uid).unwrap_or_default();
-                theirs.believe(&folder, comm.trim(), root);
-                theirs.sockets.clear();
-                if theirs != Self::default() {
-                    self.users.insert(uid, theirs);
+                let mut user_paths = self.users.remove(&uid).unwrap_or_default();
+                user_paths.add_from_process(&folder, comm.trim(), root);
+                user_paths.sockets.clear();
+                if user_paths != Self::default() {
+                    self.users.insert(uid, user_paths);
                 }
             }
             _ => {}
         }
     }
 
-    fn believe(&mut self, folder: &Path, comm: &str, root: &Root) {
+    fn add_from_process(&mut self, folder: &Path, comm: &str, root: &Root) {
         let Ok(line) = file::beginning(&folder.join("cmdline"), MAX_TEXT_BYTES) else { return };
-        let words: Vec<String> = line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
-        let words: Vec<&str> = words.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
+        let args: Vec<String> = line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
+        let args: Vec<&str> = args.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
         match comm {
             comm if comm.starts_with("containerd-shim") => {
                 let bundle = fs::read_link(folder.join("cwd")).ok();
-                self.shim(&words, bundle.as_deref());
+                self.shim(&args, bundle.as_deref());
             }
-            comm if comm.starts_with("conmon") => self.conmon(&words),
-            "dockerd" => self.dockerd(&words, root),
-            "containerd" => self.containerd(&words, root),
-            "crio" => self.crio(&words),
-            "podman" => self.podman(&words),
+            comm if comm.starts_with("conmon") => self.conmon(&args),
+            "dockerd" => self.dockerd(&args, root),
+            "containerd" => self.containerd(&args, root),
+            "crio" => self.crio(&args),
+            "podman" => self.podman(&args),
             comm if comm.starts_with("kubelet") => {
-                if let Some(path) = option(&words, &["--root-dir"]) {
+                if let Some(path) = option(&args, &["--root-dir"]) {
                     add(&mut self.kubelet_roots, path.into());
                 }
             }
@@ -150,10 +151,10 @@ impl HostPaths {
         }
     }
 
-    fn shim(&mut self, words: &[&str], bundle: Option<&Path>) {
-        let docker = option(words, &["-namespace"]) == Some("moby");
-        if let Some(address) = option(words, &["-address"]).filter(|a| a.starts_with('/') && !docker) {
-            add(&mut self.sockets, (Source::Cri, real_run(address)));
+    fn shim(&mut self, args: &[&str], bundle: Option<&Path>) {
+        let docker = option(args, &["-namespace"]) == Some("moby");
+        if let Some(address) = option(args, &["-address"]).filter(|a| a.starts_with('/') && !docker) {
+            add(&mut self.sockets, (Source::Cri, canonical_run(address)));
         }
         // <state>/io.containerd.runtime.v2.task/<namespace>/<id>
         let state = bundle.and_then(|b| b.ancestors().nth(3));
@@ -166,80 +167,80 @@ impl HostPaths {
     }
 
     /// `-b <storage>/<driver>-containers/<id>/userdata`, of CRI-O and podman alike.
-    fn conmon(&mut self, words: &[&str]) {
-        let bundle = option(words, &["-b", "--bundle"]).map(Path::new);
+    fn conmon(&mut self, args: &[&str]) {
+        let bundle = option(args, &["-b", "--bundle"]).map(Path::new);
         if let Some(storage) = bundle.and_then(|b| b.ancestors().nth(3)).filter(|p| p.components().count() > 1) {
             add(&mut self.storages, storage.to_owned());
         }
-        // What podman is to be called with when the container ends names both of its roots.
-        let mut given = words.iter().skip_while(|w| **w != "--exit-command");
-        while let Some(word) = given.next() {
-            if *word == "--exit-command-arg" && matches!(given.next(), Some(&"--root" | &"--runroot")) {
-                given.next();
-                if let Some(path) = given.next().filter(|p| p.starts_with('/')) {
+        // The podman command that runs when the container ends has both of its roots.
+        let mut exit_args = args.iter().skip_while(|w| **w != "--exit-command");
+        while let Some(arg) = exit_args.next() {
+            if *arg == "--exit-command-arg" && matches!(exit_args.next(), Some(&"--root" | &"--runroot")) {
+                exit_args.next();
+                if let Some(path) = exit_args.next().filter(|p| p.starts_with('/')) {
                     add(&mut self.storages, path.into());
                 }
             }
         }
     }
 
-    fn podman(&mut self, words: &[&str]) {
+    fn podman(&mut self, args: &[&str]) {
         for name in ["--root", "--runroot"] {
-            if let Some(path) = option(words, &[name]) {
+            if let Some(path) = option(args, &[name]) {
                 add(&mut self.storages, path.into());
             }
         }
-        if let Some(path) = words.iter().find_map(|w| w.strip_prefix("unix://")).filter(|p| p.starts_with('/')) {
-            add(&mut self.sockets, (Source::Podman, real_run(path)));
+        if let Some(path) = args.iter().find_map(|w| w.strip_prefix("unix://")).filter(|p| p.starts_with('/')) {
+            add(&mut self.sockets, (Source::Podman, canonical_run(path)));
         }
     }
 
-    fn crio(&mut self, words: &[&str]) {
+    fn crio(&mut self, args: &[&str]) {
         for name in ["--root", "-r", "--runroot"] {
-            if let Some(path) = option(words, &[name]) {
+            if let Some(path) = option(args, &[name]) {
                 add(&mut self.storages, path.into());
             }
         }
-        if let Some(path) = option(words, &["--listen"]).map(|p| p.trim_start_matches("unix://")) {
-            add(&mut self.sockets, (Source::Cri, real_run(path)));
-            add(&mut self.sockets, (Source::Crio, real_run(path)));
+        if let Some(path) = option(args, &["--listen"]).map(|p| p.trim_start_matches("unix://")) {
+            add(&mut self.sockets, (Source::Cri, canonical_run(path)));
+            add(&mut self.sockets, (Source::Crio, canonical_run(path)));
         }
     }
 
-    fn dockerd(&mut self, words: &[&str], root: &Root) {
-        let file = option(words, &["--config-file"]).unwrap_or("/etc/docker/daemon.json");
+    fn dockerd(&mut self, args: &[&str], root: &Root) {
+        let file = option(args, &["--config-file"]).unwrap_or("/etc/docker/daemon.json");
         let daemon: DaemonJson = read(root, file).and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
-        let given = option(words, &["--data-root", "-g", "--graph"]).map(str::to_owned);
-        for path in given.into_iter().chain(daemon.data_root).chain(daemon.graph) {
+        let data_root = option(args, &["--data-root", "-g", "--graph"]).map(str::to_owned);
+        for path in data_root.into_iter().chain(daemon.data_root).chain(daemon.graph) {
             add(&mut self.docker_roots, path.into());
         }
-        let hosts = options(words, &["--host", "-H"]).map(str::to_owned).chain(daemon.hosts.into_iter().flatten());
+        let hosts = options(args, &["--host", "-H"]).map(str::to_owned).chain(daemon.hosts.into_iter().flatten());
         for host in hosts.collect::<BTreeSet<_>>() {
             if let Some(path) = host.strip_prefix("unix://") {
-                add(&mut self.sockets, (Source::Docker, real_run(path)));
+                add(&mut self.sockets, (Source::Docker, canonical_run(path)));
             }
         }
     }
 
-    fn containerd(&mut self, words: &[&str], root: &Root) {
-        let file = option(words, &["--config", "-c"]).unwrap_or("/etc/containerd/config.toml");
+    fn containerd(&mut self, args: &[&str], root: &Root) {
+        let file = option(args, &["--config", "-c"]).unwrap_or("/etc/containerd/config.toml");
         let text = read(root, file).unwrap_or_default();
         let file: ContainerdToml = toml::from_str(&String::from_utf8_lossy(&text)).unwrap_or_default();
-        let state = option(words, &["--state"]).map(str::to_owned).or(file.state);
-        let address = option(words, &["--address", "-a"]).map(str::to_owned).or(file.grpc.and_then(|g| g.address));
+        let state = option(args, &["--state"]).map(str::to_owned).or(file.state);
+        let address = option(args, &["--address", "-a"]).map(str::to_owned).or(file.grpc.and_then(|g| g.address));
         if let Some(state) = &state {
             add(&mut self.containerd_states, state.into());
         }
-        // dockerd's own has no CRI to ask.
-        let dockers = words.iter().any(|w| w.contains("/docker/containerd/"));
-        if let Some(address) = address.filter(|a| a.starts_with('/') && !dockers) {
-            add(&mut self.sockets, (Source::Cri, real_run(&address)));
+        // dockerd's own containerd serves no CRI.
+        let is_dockerds = args.iter().any(|w| w.contains("/docker/containerd/"));
+        if let Some(address) = address.filter(|a| a.starts_with('/') && !is_dockerds) {
+            add(&mut self.sockets, (Source::Cri, canonical_run(&address)));
         }
     }
 }
 
-/// `/var/run` is `/run` on every machine with systemd: one socket should not be two endpoints.
-fn real_run(path: &str) -> PathBuf {
+/// Replaces `/var/run` by `/run`, which is the same on every machine with systemd, so that one socket is not two endpoints.
+fn canonical_run(path: &str) -> PathBuf {
     match path.strip_prefix("/var/run/") {
         Some(rest) => Path::new("/run").join(rest),
         None => PathBuf::from(path),
@@ -269,37 +270,37 @@ struct ContainerdGrpc {
 }
 
 fn read(root: &Root, host: &str) -> Option<Vec<u8>> {
-    // Without the file there are the defaults.
+    // Without the file the defaults apply.
     file::beginning(&root.path(Path::new(host)), MAX_TEXT_BYTES).ok()
 }
 
-/// The effective one, as `status` says it: `/proc/<pid>` itself is root's for whoever is not dumpable.
+/// The effective uid, from `status`: `/proc/<pid>` itself belongs to root if the process is not dumpable.
 fn uid(folder: &Path) -> Option<u32> {
     let status = fs::read_to_string(folder.join("status")).ok()?;
     status.lines().find_map(|line| line.strip_prefix("Uid:"))?.split_whitespace().nth(1)?.parse().ok()
 }
 
-/// Root of a user namespace is anybody. Where the host's cannot be seen, there is nothing to compare with.
-fn in_the_hosts_namespaces(procfs: &Path, folder: &Path) -> bool {
+/// Whether a process is in the host's namespaces: any user can be root of a user namespace. True if the host's namespaces cannot be read.
+fn in_host_namespaces(procfs: &Path, folder: &Path) -> bool {
     ["ns/user", "ns/pid"].iter().all(|ns| {
         let host = fs::read_link(procfs.join("1").join(ns)).ok();
         host.is_none() || fs::read_link(folder.join(ns)).ok() == host
     })
 }
 
-/// `NAME VALUE` or `NAME=VALUE`.
-fn options<'a>(words: &'a [&'a str], names: &'a [&'a str]) -> impl Iterator<Item = &'a str> {
-    words.iter().enumerate().filter_map(move |(n, word)| {
-        let inline = word.split_once('=').filter(|(name, _)| names.contains(name)).map(|(_, value)| value);
-        inline.or_else(|| if names.contains(word) { words.get(n + 1).copied() } else { None })
+/// The values of options in the forms `NAME VALUE` and `NAME=VALUE`.
+fn options<'a>(args: &'a [&'a str], names: &'a [&'a str]) -> impl Iterator<Item = &'a str> {
+    args.iter().enumerate().filter_map(move |(n, arg)| {
+        let inline = arg.split_once('=').filter(|(name, _)| names.contains(name)).map(|(_, value)| value);
+        inline.or_else(|| if names.contains(arg) { args.get(n + 1).copied() } else { None })
     })
 }
 
-fn option<'a>(words: &'a [&'a str], names: &'a [&'a str]) -> Option<&'a str> {
-    options(words, names).next()
+fn option<'a>(args: &'a [&'a str], names: &'a [&'a str]) -> Option<&'a str> {
+    options(args, names).next()
 }
 
-/// By any hierarchy; what cannot be read is not believed.
+/// Whether the process is in a container by any cgroup hierarchy; true if its memberships cannot be read, since it is then not trusted.
 fn in_a_container(folder: &Path) -> bool {
     let Ok(lines) = memberships(folder) else { return true };
     lines
@@ -308,8 +309,8 @@ fn in_a_container(folder: &Path) -> bool {
         .any(|identity| !matches!(identity.kind, Kind::NotContainer | Kind::Monitor) || identity.outer_container_id.is_some())
 }
 
-/// Whether a path could lead out of the folder it is joined to.
-pub fn is_one_name(id: &str) -> bool {
+/// Whether an id is a single path component, which cannot lead out of the folder that it is joined to.
+pub fn is_single_name(id: &str) -> bool {
     let mut parts = Path::new(id).components();
     matches!(parts.next(), Some(Component::Normal(_))) && parts.next().is_none() && !id.contains('/')
 }
@@ -318,14 +319,14 @@ pub fn is_one_name(id: &str) -> bool {
 mod tests {
     use super::*;
 
-    fn told(look: impl Fn(&mut HostPaths)) -> HostPaths {
+    fn paths_from(inspect: impl Fn(&mut HostPaths)) -> HostPaths {
         let mut places = HostPaths::default();
-        look(&mut places);
+        inspect(&mut places);
         places
     }
 
     #[test]
-    fn command_lines() {
+    fn command_lines_of_runtimes_name_their_paths() {
         let shim = [
             "/usr/bin/containerd-shim-runc-v2",
             "-namespace",
@@ -336,11 +337,11 @@ mod tests {
             "/run/k3s/containerd/containerd.sock",
         ];
         let bundle = Path::new("/run/k3s/containerd/io.containerd.runtime.v2.task/k8s.io/a");
-        let places = told(|p| p.shim(&shim, Some(bundle)));
+        let places = paths_from(|p| p.shim(&shim, Some(bundle)));
         assert_eq!(places.containerd_states, [Path::new("/run/k3s/containerd")]);
         assert_eq!(places.sockets, [(Source::Cri, "/run/k3s/containerd/containerd.sock".into())]);
         let moby = ["shim", "-namespace", "moby", "-address", "/var/run/docker/containerd/containerd.sock"];
-        assert_eq!(told(|p| p.shim(&moby, Some(Path::new("/")))), HostPaths::default());
+        assert_eq!(paths_from(|p| p.shim(&moby, Some(Path::new("/")))), HostPaths::default());
         let conmon = [
             "conmon",
             "-c",
@@ -358,19 +359,19 @@ mod tests {
             "--exit-command-arg",
             "/data/run",
         ];
-        assert_eq!(told(|p| p.conmon(&conmon)).storages, [Path::new("/data/storage"), Path::new("/data/run")]);
+        assert_eq!(paths_from(|p| p.conmon(&conmon)).storages, [Path::new("/data/storage"), Path::new("/data/run")]);
         let dockerd = ["dockerd", "--data-root=/data/docker", "-H", "unix:///var/run/other.sock", "-H", "tcp://0.0.0.0:1"];
-        let places = told(|p| p.dockerd(&dockerd, &Root::new(Path::new("/no/such/root"))));
+        let places = paths_from(|p| p.dockerd(&dockerd, &Root::new(Path::new("/no/such/root"))));
         assert_eq!(
             (places.docker_roots, places.sockets),
             (vec!["/data/docker".into()], vec![(Source::Docker, "/run/other.sock".into())])
         );
         let podman = ["podman", "--root", "/r", "system", "service", "unix:///run/p.sock"];
-        assert_eq!(told(|p| p.podman(&podman)).sockets, [(Source::Podman, "/run/p.sock".into())]);
+        assert_eq!(paths_from(|p| p.podman(&podman)).sockets, [(Source::Podman, "/run/p.sock".into())]);
     }
 
     #[test]
-    fn configuration_files() {
+    fn configuration_files_name_paths() {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("etc/containerd")).unwrap();
         fs::create_dir_all(dir.path().join("etc/docker")).unwrap();
@@ -379,26 +380,26 @@ mod tests {
         fs::write(dir.path().join("etc/docker/daemon.json"), r#"{"data-root": "/d", "hosts": ["unix:///h.sock"], "x": {}}"#)
             .unwrap();
         let root = Root::new(dir.path());
-        let places = told(|p| p.containerd(&["containerd"], &root));
+        let places = paths_from(|p| p.containerd(&["containerd"], &root));
         assert_eq!((places.containerd_states, places.sockets), (vec!["/s".into()], vec![(Source::Cri, "/a.sock".into())]));
-        let places = told(|p| p.dockerd(&["dockerd"], &root));
+        let places = paths_from(|p| p.dockerd(&["dockerd"], &root));
         assert_eq!((places.docker_roots, places.sockets), (vec!["/d".into()], vec![(Source::Docker, "/h.sock".into())]));
     }
 
     #[test]
-    fn users_engines_are_for_their_own() {
+    fn paths_of_a_user_apply_to_that_users_slice() {
         let mut places = HostPaths::default();
         places.users.insert(1000, HostPaths { storages: vec!["/u".into()], ..HostPaths::default() });
-        let of = |path| places.of_user(path).map(|p| p.storages.len());
-        assert_eq!(of("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-a.scope"), Some(1));
-        assert_eq!((of("/user.slice/user-1001.slice/x"), of("/docker/a")), (None, None));
+        let storages_for = |path| places.for_user(path).map(|p| p.storages.len());
+        assert_eq!(storages_for("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-a.scope"), Some(1));
+        assert_eq!((storages_for("/user.slice/user-1001.slice/x"), storages_for("/docker/a")), (None, None));
     }
 
     #[test]
-    fn an_id_is_one_name() {
+    fn an_id_is_a_single_path_component() {
         for (id, expect) in [("a", true), ("", false), ("..", false), ("a/b", false), ("/a", false), ("a/", false), (".", false)]
         {
-            assert_eq!(is_one_name(id), expect, "{id:?}");
+            assert_eq!(is_single_name(id), expect, "{id:?}");
         }
     }
 }

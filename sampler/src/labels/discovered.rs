@@ -1,4 +1,4 @@
-//! What a search for runtimes found.
+//! The result of a search for runtimes.
 
 use std::path::PathBuf;
 
@@ -9,7 +9,7 @@ use super::discover::HostPaths;
 use super::root::Root;
 use super::stamp::{Stamp, stamp};
 
-/// What a search found, as it stood then.
+/// Paths and sockets at the time of the search.
 pub struct Discovery {
     pub places: HostPaths,
     pub sockets: Vec<FoundSocket>,
@@ -17,19 +17,19 @@ pub struct Discovery {
 
 pub struct FoundSocket {
     pub source: Source,
-    /// Here, not on the host.
+    /// In this mount namespace, not the host's.
     pub path: PathBuf,
     pub seen: Option<Stamp>,
 }
 
 impl Discovery {
-    /// Without a look at who runs.
-    pub fn usual(config: &LabelConfig) -> Self {
+    /// The default and configured paths, without a search of processes.
+    pub fn defaults(config: &LabelConfig) -> Self {
         Self::at(config, HostPaths::default().with_defaults())
     }
 
-    /// Looks at processes and files: not for a thread that serves others.
-    pub fn look(config: &LabelConfig) -> Self {
+    /// Searches processes and files. Blocking.
+    pub fn search(config: &LabelConfig) -> Self {
         Self::at(config, HostPaths::find(&config.procfs, &Root::new(&config.rootfs)))
     }
 

@@ -1,4 +1,4 @@
-//! Messages to the task that drives the ladder.
+//! Messages to the task that owns the resolver.
 
 use std::sync::Arc;
 
@@ -8,8 +8,8 @@ use sampler_labels::{Query, TargetId};
 use tokio::sync::oneshot;
 
 use super::discovered::{Discovery, FoundSocket};
-use super::source::answer::Answer;
-use super::view::TriedView;
+use super::source::reply::SourceReply;
+use super::view::AttemptView;
 
 #[derive(Clone)]
 pub enum ContainerEvent {
@@ -18,17 +18,17 @@ pub enum ContainerEvent {
     Evicted(ContainerKey),
 }
 
-/// What reaches the driver beside containers.
+/// Messages other than container events.
 pub enum LabelMessage {
-    Answered(Query, Answer),
-    /// A runtime spoke of this container.
+    QueryFinished(Query, SourceReply),
+    /// A runtime reported an event of the container with this id.
     Hint(String),
-    /// Something appeared at this endpoint, or was replaced.
-    Back(TargetId),
-    Absent(TargetId),
+    /// The endpoint appeared or was replaced.
+    EndpointPresent(TargetId),
+    EndpointAbsent(TargetId),
     Discovery(Discovery),
-    Usual(Vec<FoundSocket>),
-    /// What is wrong with a socket that nobody was asked about.
+    DefaultSockets(Vec<FoundSocket>),
+    /// Whether a socket responded to a probe.
     Probed(TargetId, Result<(), String>),
-    Attempts(ContainerKey, oneshot::Sender<Vec<TriedView>>),
+    Attempts(ContainerKey, oneshot::Sender<Vec<AttemptView>>),
 }

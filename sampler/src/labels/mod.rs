@@ -1,9 +1,9 @@
-//! The label service: one task drives the ladder, and each question is a task of its own, so no source waits for another.
+//! The label service: one task owns the resolver, and each query runs in its own task, so no source waits for another.
 //!
 //! ```text
-//!  core thread --containers--> driver (ladder) --questions--> sources (files, sockets)
-//!  sockets appear, go, are replaced --^   ^-- answers, hints, where the runtimes keep things
-//!                                     driver --view--> whoever exports
+//!  core thread --containers--> task (resolver) --queries--> sources (files, sockets)
+//!  sockets appear, disappear --^   ^-- replies, hints, discovered paths of runtimes
+//!                              task --view--> exporter
 //! ```
 
 mod assigned;
@@ -33,17 +33,17 @@ pub use self::assigned::AssignedView;
 pub use self::config::LabelConfig;
 pub use self::discovered::Discovery;
 pub use self::message::{ContainerEvent, LabelMessage};
-pub use self::one_shot::once;
+pub use self::one_shot::resolve_once;
 pub use self::root::Root;
 use self::shared::SharedLabels;
 use self::source::LabelSources;
 use self::stats::Stats;
 pub use self::stats::{LabelStats, RESOLVE_BOUNDS};
 use self::task::LabelTask;
-pub use self::view::{FILES, LabelView, TriedView};
+pub use self::view::{AttemptView, FILES, LabelView};
 
-/// Answers and hints that wait for the driver; their senders wait with them.
-const WORDS: usize = 1024;
+/// Capacity of the task's inbox; senders wait while it is full.
+const MAX_PENDING_MESSAGES: usize = 1024;
 
 #[derive(Clone)]
 pub struct LabelService(Arc<SharedLabels>);
@@ -53,7 +53,7 @@ impl LabelService {
         self.0.view.load_full()
     }
 
-    /// Devices that the kubelet assigned.
+    /// The kubelet's GPU assignments.
     pub fn assigned(&self) -> Arc<AssignedView> {
         self.0.assigned.load_full()
     }
@@ -62,33 +62,33 @@ impl LabelService {
         self.0.stats.view()
     }
 
-    /// Every source for one container; empty when it is unknown.
-    pub async fn tried(&self, key: ContainerKey) -> Vec<TriedView> {
-        let (answer, answered) = oneshot::channel();
-        // The driver ends only with the process.
-        let _ended = self.0.words.send(LabelMessage::Attempts(key, answer)).await;
-        answered.await.unwrap_or_default()
+    /// The last result of every source for one container; empty if the container is unknown.
+    pub async fn attempts(&self, key: ContainerKey) -> Vec<AttemptView> {
+        let (sender, receiver) = oneshot::channel();
+        // The task ends only with the process.
+        let _ended = self.0.messages.send(LabelMessage::Attempts(key, sender)).await;
+        receiver.await.unwrap_or_default()
     }
 }
 
-/// Starts the service; it ends when `events` is closed. Call it inside the IO runtime.
+/// Starts the service; it ends when `events` is closed. Must be called inside the IO runtime.
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
-    let (words, inbox) = channel(WORDS);
-    let (watched, wanted) = std::sync::mpsc::channel();
+    let (messages, inbox) = channel(MAX_PENDING_MESSAGES);
+    let (watched, new_sockets) = std::sync::mpsc::channel();
     let shared = Arc::new(SharedLabels {
         view: ArcSwap::default(),
         stats: Stats::default(),
-        words: words.clone(),
+        messages: messages.clone(),
         assigned: ArcSwap::default(),
     });
     let service = LabelService(Arc::clone(&shared));
     let root = Root::new(&config.rootfs);
     let sources = Arc::new(LabelSources::new(root, config.procfs.clone(), config.cgroups.clone()));
-    std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&wanted, &words))?;
+    std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&new_sockets, &messages))?;
     if config.sources.contains(&Source::Kubelet) {
         tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
     }
-    let driver = LabelTask::new(config, sources, shared, watched);
-    tokio::spawn(driver.run(events, inbox));
+    let task = LabelTask::new(config, sources, shared, watched);
+    tokio::spawn(task.run(events, inbox));
     Ok(service)
 }

@@ -1,28 +1,28 @@
-//! Without an agent: everybody is asked about one container, once, now.
+//! Label resolution without an agent: every source is queried once for one container.
 
 use std::path::Path;
 use std::sync::Arc;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_labels::{ABSENT, ContainerLabels, Outcome, Query, Source, TargetId, can_know};
+use sampler_labels::{ABSENT, ContainerLabels, Outcome, Query, Source, TargetId, can_resolve};
 
 use super::config::LabelConfig;
 use super::discovered::Discovery;
 use super::root::Root;
-use super::source::answer::Answer;
+use super::source::reply::SourceReply;
 use super::source::{self, LabelSources};
-use super::view::{FILES, TriedView};
+use super::view::{AttemptView, FILES};
 
-pub struct Once {
+pub struct OneShotLabels {
     pub labels: ContainerLabels,
-    pub tried: Vec<TriedView>,
+    pub attempts: Vec<AttemptView>,
 }
 
-/// Asks every source that may know it, also when others have told everything: the question is who can tell what.
-pub async fn once(config: &LabelConfig, record: Arc<ContainerRecord>) -> Once {
+/// Queries every source that may know the container, also if other sources provide all labels: the output lists the result of each.
+pub async fn resolve_once(config: &LabelConfig, record: Arc<ContainerRecord>) -> OneShotLabels {
     let root = Root::new(&config.rootfs);
     let sources = LabelSources::new(root, config.procfs.clone(), config.cgroups.clone());
-    let Discovery { places, sockets } = Discovery::look(config);
+    let Discovery { places, sockets } = Discovery::search(config);
     sources.places.store(Arc::new(places));
     let mut targets: Vec<(Source, String, bool)> = Vec::new();
     for source in config.sources.iter().filter(|s| !s.is_socket()) {
@@ -35,32 +35,32 @@ pub async fn once(config: &LabelConfig, record: Arc<ContainerRecord>) -> Once {
     }
     let sources = Arc::new(sources);
     let mut labels = ContainerLabels::from_path(&record);
-    let mut tried;
-    // Again for those who need a pod's UID that another one told.
+    let mut attempts;
+    // Repeated for sources that need the pod's UID, if another source provided it.
     loop {
         let before = labels.pod_uid.clone();
-        let mut questions = Vec::new();
-        for (n, (source, endpoint, present)) in targets.iter().enumerate().filter(|(_, t)| can_know(t.0, &labels)) {
-            let ask = Query::once(Arc::clone(&record), TargetId(n as u16), *source, before.clone());
+        let mut queries = Vec::new();
+        for (n, (source, endpoint, present)) in targets.iter().enumerate().filter(|(_, t)| can_resolve(t.0, &labels)) {
+            let query = Query::unscheduled(Arc::clone(&record), TargetId(n as u16), *source, before.clone());
             let sources = Arc::clone(&sources);
-            let question = present.then(|| tokio::spawn(async move { source::put(sources, &ask).await }));
-            questions.push((*source, endpoint, question));
+            let task = present.then(|| tokio::spawn(async move { source::execute(sources, &query).await }));
+            queries.push((*source, endpoint, task));
         }
-        tried = Vec::new();
-        for (source, endpoint, question) in questions {
-            let answer = match question {
-                Some(question) => question.await.unwrap_or_else(Answer::error),
-                None => Answer::not_asked(ABSENT),
+        attempts = Vec::new();
+        for (source, endpoint, task) in queries {
+            let reply = match task {
+                Some(task) => task.await.unwrap_or_else(SourceReply::error),
+                None => SourceReply::not_queried(ABSENT),
             };
-            if let Outcome::Found(facts) = &answer.outcome {
+            if let Outcome::Found(facts) = &reply.outcome {
                 labels.merge(source, facts);
             }
-            tried.push(TriedView::new(source, endpoint, &answer.tried()));
+            attempts.push(AttemptView::new(source, endpoint, &reply.to_attempt()));
         }
         if labels.pod_uid == before {
             break;
         }
     }
-    tried.extend(config.left_out(&labels));
-    Once { labels, tried }
+    attempts.extend(config.excluded_sources(&labels));
+    OneShotLabels { labels, attempts }
 }

@@ -1,13 +1,13 @@
-//! The host's file system as seen from here: `/` on the host itself, `/host` or the like in a container.
+//! The host's file system: at `/` on the host itself, at a mount such as `/host` in a container.
 //!
-//! Symlinks are followed as the host would follow them: below a mounted root, an absolute one would otherwise lead into the agent's
-//! own files (`/var/run -> /run`, `/var/lib/docker -> /data/docker`).
+//! Symlinks are resolved as on the host: below a mounted root, an absolute symlink would otherwise lead to the agent's own files
+//! (`/var/run -> /run`, `/var/lib/docker -> /data/docker`).
 
 use std::ffi::OsString;
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-/// As many as the kernel follows.
+/// The kernel's limit.
 const MAX_LINKS: usize = 40;
 
 #[derive(Clone, Debug)]
@@ -18,7 +18,7 @@ impl Root {
         Self(root.to_owned())
     }
 
-    /// Where this path of the host is here. What does not exist is taken as it stands.
+    /// Translates a path of the host to this mount namespace. Components that do not exist are kept.
     pub fn path(&self, host: &Path) -> PathBuf {
         if self.0.parent().is_none() {
             return host.to_owned();
@@ -33,7 +33,7 @@ impl Root {
             }
             done.push(name);
             let here: PathBuf = self.0.components().map(Component::as_os_str).chain(done.iter().map(|n| n.as_os_str())).collect();
-            // Not a link, or nothing at all: what is behind it decides later.
+            // Not a symlink, or absent.
             let Ok(target) = fs::read_link(&here) else { continue };
             links += 1;
             if links > MAX_LINKS {
@@ -50,10 +50,11 @@ impl Root {
     }
 }
 
-/// The names of a path, last first; `..` is kept.
+/// The components of a path, last first; `..` is kept.
 fn names(path: &Path) -> Vec<OsString> {
-    let wanted = |c: Component<'_>| matches!(c, Component::Normal(_) | Component::ParentDir).then(|| c.as_os_str().to_owned());
-    let mut names: Vec<OsString> = path.components().filter_map(wanted).collect();
+    let new_sockets =
+        |c: Component<'_>| matches!(c, Component::Normal(_) | Component::ParentDir).then(|| c.as_os_str().to_owned());
+    let mut names: Vec<OsString> = path.components().filter_map(new_sockets).collect();
     names.reverse();
     names
 }

@@ -1,4 +1,4 @@
-//! What the tasks of the label service share.
+//! State that the tasks of the label service share.
 
 use arc_swap::ArcSwap;
 use tokio::sync::mpsc::Sender;
@@ -11,6 +11,6 @@ use super::view::LabelView;
 pub struct SharedLabels {
     pub view: ArcSwap<LabelView>,
     pub stats: Stats,
-    pub words: Sender<LabelMessage>,
+    pub messages: Sender<LabelMessage>,
     pub assigned: ArcSwap<AssignedView>,
 }

@@ -1,5 +1,5 @@
-//! Which runtime sockets are there, and when one appears, goes or is replaced: inotify on their directories, and a look every
-//! half second where a directory is not there yet or cannot be watched.
+//! Detects when a runtime socket appears, disappears or is replaced: inotify on the directories, and a check every half second for
+//! directories that do not exist yet or cannot be watched.
 
 use std::collections::HashSet;
 use std::mem::MaybeUninit;
@@ -16,30 +16,30 @@ use tokio::sync::mpsc::Sender;
 use super::message::LabelMessage;
 use super::stamp::{Stamp, stamp};
 
-/// Below a second.
-const LOOK_EVERY: Duration = Duration::from_millis(500);
+/// Keeps the detection delay below a second.
+const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// A socket to watch, as it was last seen.
+/// A socket to watch, with its last known identity.
 pub struct WatchedSocket {
     pub target: TargetId,
     pub path: PathBuf,
     pub seen: Option<Stamp>,
 }
 
-/// Tells of changes until the service ends; `wanted` brings more sockets. A thread of its own: it sleeps in `poll`.
-pub fn watch(wanted: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
+/// Sends changes until the service ends; `new_sockets` adds sockets. Needs its own thread, since it blocks in `poll`.
+pub fn watch(new_sockets: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
     let fd = match inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC) {
         Ok(fd) => Some(fd),
         Err(error) => {
-            tracing::warn!(%error, "no inotify: sockets are only looked at now and then; raise fs.inotify.max_user_instances");
+            tracing::warn!(%error, "inotify is not available, sockets are polled; raise fs.inotify.max_user_instances");
             None
         }
     };
-    let (mut sockets, mut told) = (Vec::<WatchedSocket>::new(), HashSet::new());
+    let (mut sockets, mut warned) = (Vec::<WatchedSocket>::new(), HashSet::new());
     loop {
         loop {
-            match wanted.try_recv() {
+            match new_sockets.try_recv() {
                 Ok(new) => sockets.push(new),
                 Err(TryRecvError::Empty) => break,
                 Err(TryRecvError::Disconnected) => return,
@@ -51,38 +51,42 @@ pub fn watch(wanted: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
                 continue;
             }
             socket.seen = now;
-            let word = if now.is_some() { LabelMessage::Back(socket.target) } else { LabelMessage::Absent(socket.target) };
-            if to.blocking_send(word).is_err() {
+            let message = if now.is_some() {
+                LabelMessage::EndpointPresent(socket.target)
+            } else {
+                LabelMessage::EndpointAbsent(socket.target)
+            };
+            if to.blocking_send(message).is_err() {
                 return;
             }
         }
         match &fd {
             Some(fd) => {
-                sockets.iter().for_each(|s| watch_parent(fd, &s.path, &mut told));
+                sockets.iter().for_each(|s| watch_parent(fd, &s.path, &mut warned));
                 wait(fd);
             }
-            None => std::thread::sleep(LOOK_EVERY),
+            None => std::thread::sleep(CHECK_INTERVAL),
         }
     }
 }
 
-/// The directory of the socket, or the nearest one above it that is there.
-fn watch_parent(fd: &OwnedFd, socket: &Path, told: &mut HashSet<PathBuf>) {
+/// Watches the directory of the socket, or its nearest existing ancestor.
+fn watch_parent(fd: &OwnedFd, socket: &Path, warned: &mut HashSet<PathBuf>) {
     let Some(folder) = socket.ancestors().skip(1).find(|folder| folder.is_dir()) else { return };
     let flags = WatchFlags::CREATE | WatchFlags::DELETE | WatchFlags::MOVED_FROM | WatchFlags::MOVED_TO | WatchFlags::ATTRIB;
-    // The same directory again gives the same watch.
+    // Adding the same directory again returns the same watch.
     if let Err(error) = inotify::add_watch(fd, folder, flags | WatchFlags::ONLYDIR)
-        && told.insert(folder.to_owned())
+        && warned.insert(folder.to_owned())
     {
-        tracing::warn!(%error, folder = %folder.display(), "cannot be watched for sockets; it is looked at now and then");
+        tracing::warn!(%error, folder = %folder.display(), "cannot watch the directory of a socket, it is polled");
     }
 }
 
-/// For an event or the next look, and takes all events that are there.
+/// Waits for an event or the next check, then drains all events.
 fn wait(fd: &OwnedFd) {
-    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(LOOK_EVERY.subsec_nanos()) };
-    // Interrupted or not: what follows is a look.
-    let _why = poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout));
+    let timeout = Timespec { tv_sec: 0, tv_nsec: i64::from(CHECK_INTERVAL.subsec_nanos()) };
+    // A check follows in any case.
+    let _interrupted = poll(&mut [PollFd::new(fd, PollFlags::IN)], Some(&timeout));
     let mut buffer = [const { MaybeUninit::uninit() }; BUFFER_BYTES];
     let mut events = Reader::new(fd, &mut buffer);
     while events.next().is_ok() {}

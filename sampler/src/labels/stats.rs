@@ -1,4 +1,4 @@
-//! What the label service says of itself: which sources answer, how often they are asked, how long labels take.
+//! Statistics of the label service: the state of sources, counts of queries, and the time until labels are complete.
 
 use std::collections::BTreeMap;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -6,19 +6,19 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use hdrhistogram::Histogram;
 use sampler_labels::{Outcome, QueryOutcome, Source};
 
-use super::source::answer::Answer;
+use super::source::reply::SourceReply;
 use super::view::FILES;
 
 /// Upper bounds of `gpu_sampler_resolve_seconds`.
 pub const RESOLVE_BOUNDS: [f64; 12] = [0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 1.5, 5.0, 30.0];
-/// Longest resolution told apart.
+/// Longest recorded time; a longer one counts as this.
 const LONGEST_RESOLVE_NS: u64 = 3_600_000_000_000;
 
 #[derive(Clone, Debug, Default)]
 pub struct LabelStats {
-    /// Sources seen: whether the last answer was one, with their endpoint.
+    /// Whether the last query of a source succeeded, by source and endpoint.
     pub up: BTreeMap<(&'static str, String), bool>,
-    /// Questions put to sockets, by source and outcome.
+    /// Queries to sockets, by source and outcome.
     pub calls: BTreeMap<(&'static str, &'static str), u64>,
     /// Reads of files, by source and outcome.
     pub reads: BTreeMap<(&'static str, &'static str), u64>,
@@ -43,7 +43,7 @@ impl Default for Stats {
 }
 
 impl Stats {
-    /// Counters stay usable after a panic elsewhere: each change is one assignment.
+    /// Ignores poisoning: each change is one assignment, so counters are consistent after a panic elsewhere.
     fn inner(&self) -> MutexGuard<'_, StatsState> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,58 +62,57 @@ impl Stats {
         inner.stats.resolve_sum += after_ns as f64 / 1e9;
     }
 
-    /// The endpoint is not spoken of any more.
+    /// Removes the endpoint from the output.
     pub fn retired(&self, source: Source, endpoint: &str) {
         self.inner().stats.up.remove(&(source.name(), endpoint.to_owned()));
     }
 
-    /// Nothing is at the endpoint. It counts as failing where it was there before, or was asked for.
-    pub fn absent(&self, source: Source, endpoint: &str, given: bool) {
+    /// The endpoint does not exist. It counts as failing if it existed before or is configured.
+    pub fn absent(&self, source: Source, endpoint: &str, configured: bool) {
         let key = (source.name(), endpoint.to_owned());
         let known = self.inner().stats.up.contains_key(&key);
-        if given || known {
-            self.probed(source, endpoint, Some("there is nothing at this endpoint; it is waited for"));
+        if configured || known {
+            self.probed(source, endpoint, Some("there is nothing at this endpoint; waiting for it to appear"));
         }
     }
 
-    pub fn answered(&self, source: Source, endpoint: &str, answer: &Answer) {
-        // Nobody was asked.
-        if answer.outcome == Outcome::NotAsked {
+    pub fn record_outcome(&self, source: Source, endpoint: &str, reply: &SourceReply) {
+        if reply.outcome == Outcome::NotQueried {
             return;
         }
         let mut inner = self.inner();
         let counts = if source.is_socket() { &mut inner.stats.calls } else { &mut inner.stats.reads };
-        *counts.entry((source.name(), answer.told.name())).or_default() += 1;
-        // That a file is not there says nothing about whoever writes such files.
-        if !source.is_socket() && answer.outcome == Outcome::NotFound {
+        *counts.entry((source.name(), reply.status.name())).or_default() += 1;
+        // An absent file says nothing about the state of the source.
+        if !source.is_socket() && reply.outcome == Outcome::NotFound {
             return;
         }
-        let endpoint = match (&answer.at, source) {
-            // One process or pod each: not an endpoint.
+        let endpoint = match (&reply.at, source) {
+            // The path belongs to one process or pod: it is not an endpoint.
             (_, Source::Mountinfo | Source::Manifest) | (None, _) => endpoint.to_owned(),
             (Some(at), _) => at.display().to_string(),
         };
-        let up = answer.outcome != Outcome::Failed;
-        // A failure that had no place is over when a place answers.
+        let up = reply.outcome != Outcome::Failed;
+        // A success at any path ends a failure that was reported without a path.
         if up && !source.is_socket() {
             inner.stats.up.remove(&(source.name(), FILES.to_owned()));
         }
         let before = inner.stats.up.insert((source.name(), endpoint.clone()), up);
         drop(inner);
-        tell(source, &endpoint, up, before, &answer.detail);
+        log_change(source, &endpoint, up, before, &reply.detail);
     }
 
-    /// A question that was not about one container.
-    pub fn asked(&self, source: Source, endpoint: &str, problem: Option<&str>) {
-        let told = if problem.is_none() { QueryOutcome::Ok } else { QueryOutcome::Error };
-        *self.inner().stats.calls.entry((source.name(), told.name())).or_default() += 1;
+    /// Records a query that was not about one container.
+    pub fn queried(&self, source: Source, endpoint: &str, problem: Option<&str>) {
+        let outcome = if problem.is_none() { QueryOutcome::Ok } else { QueryOutcome::Error };
+        *self.inner().stats.calls.entry((source.name(), outcome.name())).or_default() += 1;
         self.probed(source, endpoint, problem);
     }
 
-    /// Whether it answers, without a question.
+    /// Records whether the endpoint responds, without counting a query.
     pub fn probed(&self, source: Source, endpoint: &str, problem: Option<&str>) {
         let before = self.inner().stats.up.insert((source.name(), endpoint.to_owned()), problem.is_none());
-        tell(source, endpoint, problem.is_none(), before, problem.unwrap_or_default());
+        log_change(source, endpoint, problem.is_none(), before, problem.unwrap_or_default());
     }
 
     pub fn is_down(&self, source: Source, endpoint: &str) -> bool {
@@ -121,13 +120,13 @@ impl Stats {
     }
 }
 
-/// In the log, when it changed.
-fn tell(source: Source, endpoint: &str, up: bool, before: Option<bool>, detail: &str) {
+/// Logs a change of the state of an endpoint.
+fn log_change(source: Source, endpoint: &str, up: bool, before: Option<bool>, detail: &str) {
     let source = source.name();
     match (up, before) {
         (false, None | Some(true)) => tracing::warn!("labels: {source} at {endpoint}: {detail:?}"),
         (false, Some(false)) => tracing::debug!("labels: {source} at {endpoint}: {detail:?}"),
-        (true, Some(false)) => tracing::info!("labels: {source} at {endpoint} answers again"),
+        (true, Some(false)) => tracing::info!("labels: {source} at {endpoint} responds again"),
         _ => {}
     }
 }

@@ -1,4 +1,4 @@
-//! The one task that owns the ladder: puts what is due, takes answers, publishes, and looks for runtimes.
+//! The task that owns the resolver: it executes due queries, records their outcomes, publishes labels, and searches for runtimes.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
@@ -16,54 +16,54 @@ use super::discovered::{Discovery, FoundSocket};
 use super::message::{ContainerEvent, LabelMessage};
 use super::shared::SharedLabels;
 use super::sockets::WatchedSocket;
-use super::source::answer::Answer;
+use super::source::reply::SourceReply;
 use super::source::{self, LabelSources};
-use super::view::{FILES, LabelView, TriedView};
+use super::view::{AttemptView, FILES, LabelView};
 use crate::observe::clock::boot_now;
 
-/// The driver looks at the ladder at most this often.
+/// Minimum interval between two steps of the task.
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
-/// And at least this often.
+/// Maximum interval between two steps.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
-/// A view is a copy of a table of all containers: not for each of a thousand answers.
+/// A view is a copy of the table of all containers, so it is not published for each of many replies.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
-/// Where runtimes keep things is looked for again while containers lack labels: this often, and less and less.
-const FIND_FIRST: Duration = Duration::from_secs(1);
-const FIND_LAST: Duration = Duration::from_secs(60);
-const SEARCHES: usize = 2;
-/// A socket that was found and is gone for so long has moved, or its runtime is no more.
+/// While containers lack labels, the search for runtimes is repeated at this interval, which doubles up to the maximum.
+const MIN_SEARCH_PAUSE: Duration = Duration::from_secs(1);
+const MAX_SEARCH_PAUSE: Duration = Duration::from_secs(60);
+const MAX_SEARCHES: usize = 2;
+/// A discovered socket that is absent for this long has moved, or its runtime was removed.
 const RETIRE_AFTER: Duration = Duration::from_secs(60);
-/// Endpoints that fail and that nobody has to be asked about.
+/// Interval of probes to failing endpoints.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
-/// A machine has a handful; discovery must not add them without end.
+/// Bounds the targets that discovery adds; a machine has a handful.
 const MAX_TARGETS: usize = 64;
 
 pub(super) struct LabelTask {
     config: LabelConfig,
     sources: Arc<LabelSources>,
-    ladder: LabelResolver,
+    resolver: LabelResolver,
     shared: Arc<SharedLabels>,
-    /// What the next view is a copy of.
+    /// The source of the next published view.
     view: LabelView,
     published: Instant,
     unpublished: bool,
     watched: mpsc::Sender<WatchedSocket>,
-    /// Of engines' events.
+    /// Tasks that follow the events of engines.
     followers: HashMap<TargetId, AbortHandle>,
-    /// When failing endpoints were last looked at.
+    /// When failing endpoints were last probed.
     probed: Instant,
-    /// Since when nothing is at an endpoint that was found, not given.
+    /// Absent endpoints, with the time from which they are absent.
     absent: HashMap<TargetId, Instant>,
-    /// Source and endpoint of every socket that the last search found.
-    wanted: HashSet<(Source, String)>,
-    /// A search that hangs in a file system keeps its thread: there are two at most.
-    searches: Arc<Semaphore>,
-    finding: bool,
-    /// Something happened while a search ran, or that makes one worth it though nobody lacks a label.
-    find_again: bool,
-    /// When runtimes are looked for next.
-    find_at: Option<Instant>,
-    find_pause: Duration,
+    /// Source and endpoint of every socket of the last search.
+    discovered_sockets: HashSet<(Source, String)>,
+    /// A search that hangs in a file system keeps its thread; the permits limit them to two.
+    search_permits: Arc<Semaphore>,
+    searching: bool,
+    /// Requests another search: after an event during a search, or after one that needs a search although no container lacks labels.
+    search_again: bool,
+    /// Time of the next search.
+    search_at: Option<Instant>,
+    search_pause: Duration,
 }
 
 impl LabelTask {
@@ -76,7 +76,7 @@ impl LabelTask {
         Self {
             config,
             sources,
-            ladder: LabelResolver::default(),
+            resolver: LabelResolver::default(),
             shared,
             view: LabelView::new(),
             published: Instant::now(),
@@ -85,12 +85,12 @@ impl LabelTask {
             followers: HashMap::new(),
             probed: Instant::now(),
             absent: HashMap::new(),
-            wanted: HashSet::new(),
-            searches: Arc::new(Semaphore::new(SEARCHES)),
-            finding: false,
-            find_again: false,
-            find_at: None,
-            find_pause: FIND_FIRST,
+            discovered_sockets: HashSet::new(),
+            search_permits: Arc::new(Semaphore::new(MAX_SEARCHES)),
+            searching: false,
+            search_again: false,
+            search_at: None,
+            search_pause: MIN_SEARCH_PAUSE,
         }
     }
 
@@ -98,26 +98,26 @@ impl LabelTask {
         let files = self.config.sources.clone();
         for source in files.into_iter().filter(|s| !s.is_socket()) {
             self.sources.add(source, Path::new(""));
-            self.ladder.add_target(source, FILES, true, boot_now());
+            self.resolver.add_target(source, FILES, true, boot_now());
         }
-        self.take_usual();
-        self.find();
+        self.add_default_sockets();
+        self.search();
         loop {
             let pause = self.step();
             tokio::select! {
                 event = events.recv() => match event {
                     Some(event) => {
-                        self.container(event);
+                        self.apply_container_event(event);
                         while let Ok(event) = events.try_recv() {
-                            self.container(event);
+                            self.apply_container_event(event);
                         }
                     }
                     None => return,
                 },
-                Some(word) = inbox.recv() => {
-                    self.word(word);
-                    while let Ok(word) = inbox.try_recv() {
-                        self.word(word);
+                Some(handle_message) = inbox.recv() => {
+                    self.handle_message(handle_message);
+                    while let Ok(handle_message) = inbox.try_recv() {
+                        self.handle_message(handle_message);
                     }
                 }
                 () = tokio::time::sleep(pause) => {}
@@ -125,31 +125,31 @@ impl LabelTask {
         }
     }
 
-    /// Those that are new are asked from now on; those that nobody has any more are not spoken of.
-    fn take_sockets(&mut self, found: Vec<FoundSocket>) {
-        let known: Vec<(Source, String)> = self.ladder.targets().map(|(_, s, e)| (s, e.to_owned())).collect();
-        for socket in found {
+    /// Adds targets for new sockets, and revives retired ones.
+    fn add_sockets(&mut self, sockets: Vec<FoundSocket>) {
+        let known: Vec<(Source, String)> = self.resolver.targets().map(|(_, s, e)| (s, e.to_owned())).collect();
+        for socket in sockets {
             let endpoint = socket.endpoint();
             let is_known = known.iter().any(|(s, e)| *s == socket.source && *e == endpoint);
-            self.wanted.insert((socket.source, endpoint.clone()));
-            if is_known || self.ladder.targets().count() >= MAX_TARGETS {
+            self.discovered_sockets.insert((socket.source, endpoint.clone()));
+            if is_known || self.resolver.targets().count() >= MAX_TARGETS {
                 continue;
             }
             let (present, now) = (socket.seen.is_some(), boot_now());
-            let retired = self.ladder.retired(socket.source, &endpoint);
+            let retired = self.resolver.retired(socket.source, &endpoint);
             let id = match retired {
                 Some(id) => {
-                    self.ladder.revive(id, present, now);
+                    self.resolver.revive(id, present, now);
                     id
                 }
                 None => {
                     self.sources.add(socket.source, &socket.path);
-                    self.ladder.add_target(socket.source, &endpoint, present, now)
+                    self.resolver.add_target(socket.source, &endpoint, present, now)
                 }
             };
-            let given = self.config.endpoints.contains(&(socket.source, socket.path.clone()));
+            let configured = self.config.endpoints.contains(&(socket.source, socket.path.clone()));
             match socket.seen {
-                None if given => self.shared.stats.absent(socket.source, &endpoint, true),
+                None if configured => self.shared.stats.absent(socket.source, &endpoint, true),
                 None => {}
                 Some(_) => {
                     tracing::info!("labels: {} at {endpoint}", socket.source.name());
@@ -157,7 +157,7 @@ impl LabelTask {
                 }
             }
             if matches!(socket.source, Source::Docker | Source::Podman) {
-                let follower = tokio::spawn(source::docker::follow(socket.path.clone(), self.shared.words.clone()));
+                let follower = tokio::spawn(source::docker::follow_events(socket.path.clone(), self.shared.messages.clone()));
                 self.followers.insert(id, follower.abort_handle());
             }
             if retired.is_some() {
@@ -168,54 +168,54 @@ impl LabelTask {
         }
     }
 
-    /// What was given, and what is usual, before the processes have been looked at.
-    fn take_usual(&mut self) {
-        let (config, words) = (self.config.clone(), self.shared.words.clone());
+    /// Adds configured and default sockets, before the first search of processes.
+    fn add_default_sockets(&mut self) {
+        let (config, messages) = (self.config.clone(), self.shared.messages.clone());
         tokio::task::spawn_blocking(move || {
-            // The driver ends only with the process.
-            let _ended = words.blocking_send(LabelMessage::Usual(Discovery::usual(&config).sockets));
+            // The task ends only with the process.
+            let _ended = messages.blocking_send(LabelMessage::DefaultSockets(Discovery::defaults(&config).sockets));
         });
     }
 
-    /// Should the search never answer, because it hangs in a file system, one more follows, much later.
-    fn find(&mut self) {
-        self.find_at = Some(Instant::now() + FIND_LAST);
-        let Ok(permit) = Arc::clone(&self.searches).try_acquire_owned() else { return };
-        (self.finding, self.find_again) = (true, false);
-        let (config, words) = (self.config.clone(), self.shared.words.clone());
+    /// Starts a search. If it hangs in a file system, another one follows after the maximum interval.
+    fn search(&mut self) {
+        self.search_at = Some(Instant::now() + MAX_SEARCH_PAUSE);
+        let Ok(permit) = Arc::clone(&self.search_permits).try_acquire_owned() else { return };
+        (self.searching, self.search_again) = (true, false);
+        let (config, messages) = (self.config.clone(), self.shared.messages.clone());
         tokio::task::spawn_blocking(move || {
             let _held = permit;
-            // The driver ends only with the process.
-            let _ended = words.blocking_send(LabelMessage::Discovery(Discovery::look(&config)));
+            // The task ends only with the process.
+            let _ended = messages.blocking_send(LabelMessage::Discovery(Discovery::search(&config)));
         });
     }
 
-    fn find_soon(&mut self) {
-        self.find_pause = FIND_FIRST;
-        if self.finding {
-            self.find_again = true;
+    fn search_soon(&mut self) {
+        self.search_pause = MIN_SEARCH_PAUSE;
+        if self.searching {
+            self.search_again = true;
         } else {
-            self.find_at = self.find_at.map(|at| at.min(Instant::now() + FIND_FIRST));
+            self.search_at = self.search_at.map(|at| at.min(Instant::now() + MIN_SEARCH_PAUSE));
         }
     }
 
-    /// Also when nobody lacks a label.
-    fn find_now(&mut self) {
-        self.find_soon();
-        self.find_again = true;
+    /// Requests a search even if no container lacks labels.
+    fn search_now(&mut self) {
+        self.search_soon();
+        self.search_again = true;
     }
 
-    /// Those that have been gone for long, and that nobody has any more, are not spoken of.
+    /// Retires targets that have been absent for long and that the last search did not find.
     fn retire(&mut self) {
         let long_gone = self.absent.iter().filter(|(_, since)| since.elapsed() >= RETIRE_AFTER).map(|(id, _)| *id);
         for id in long_gone.collect::<Vec<_>>() {
             let Some(source) = self.source(id) else { continue };
             let endpoint = self.endpoint(id);
-            if self.wanted.contains(&(source, endpoint.clone())) {
+            if self.discovered_sockets.contains(&(source, endpoint.clone())) {
                 continue;
             }
             self.absent.remove(&id);
-            self.ladder.retire(id);
+            self.resolver.retire(id);
             self.shared.stats.retired(source, &endpoint);
             if let Some(follower) = self.followers.remove(&id) {
                 follower.abort();
@@ -223,54 +223,55 @@ impl LabelTask {
         }
     }
 
-    fn found(&mut self, found: Discovery) {
+    fn take_discovery(&mut self, discovery: Discovery) {
         let before = self.sources.places.load_full();
-        let mut places = found.places;
-        places.keep(&before);
-        // Sockets are taken as they were found: those of a stopped runtime are nobody's.
+        let mut places = discovery.places;
+        places.keep_from(&before);
+        // Sockets are not kept: those of a stopped runtime are unused.
         let changed = *before != places;
-        self.finding = false;
-        self.find_pause = if changed || self.find_again { FIND_FIRST } else { (self.find_pause * 2).min(FIND_LAST) };
-        self.find_at = Some(Instant::now() + self.find_pause);
-        // Also when the places are the same: a link on the way to one may be new.
-        self.wanted.clear();
-        self.take_sockets(found.sockets);
+        self.searching = false;
+        self.search_pause =
+            if changed || self.search_again { MIN_SEARCH_PAUSE } else { (self.search_pause * 2).min(MAX_SEARCH_PAUSE) };
+        self.search_at = Some(Instant::now() + self.search_pause);
+        // Also if the paths are unchanged, since a symlink in one of them may have changed.
+        self.discovered_sockets.clear();
+        self.add_sockets(discovery.sockets);
         if changed {
             self.sources.places.store(Arc::new(places));
-            let files: Vec<TargetId> = self.ladder.targets().filter(|(_, s, _)| !s.is_socket()).map(|(id, ..)| id).collect();
-            files.into_iter().for_each(|id| self.ladder.endpoint_back(id, boot_now()));
+            let files: Vec<TargetId> = self.resolver.targets().filter(|(_, s, _)| !s.is_socket()).map(|(id, ..)| id).collect();
+            files.into_iter().for_each(|id| self.resolver.endpoint_present(id, boot_now()));
         }
     }
 
-    /// Asks what is due, publishes, and says how long nothing more is.
+    /// Executes due queries and publishes; returns the time until the next step.
     fn step(&mut self) -> Duration {
         let now = boot_now();
-        for ask in self.ladder.due(now) {
-            let (sources, words) = (Arc::clone(&self.sources), self.shared.words.clone());
+        for query in self.resolver.due(now) {
+            let (sources, messages) = (Arc::clone(&self.sources), self.shared.messages.clone());
             tokio::spawn(async move {
-                // In a task of its own: should it panic, its place is not held for ever.
-                let asked = ask.clone();
-                let answer = tokio::spawn(async move { source::put(sources, &asked).await }).await;
-                let answer = answer.unwrap_or_else(Answer::error);
-                // The driver ends only with the process.
-                let _ended = words.send(LabelMessage::Answered(ask, answer)).await;
+                // In its own task, so that a panic does not leave the query pending forever.
+                let task_query = query.clone();
+                let reply = tokio::spawn(async move { source::execute(sources, &task_query).await }).await;
+                let reply = reply.unwrap_or_else(SourceReply::error);
+                // The task ends only with the process.
+                let _ended = messages.send(LabelMessage::QueryFinished(query, reply)).await;
             });
         }
         self.retire();
-        if self.find_at.is_some_and(|at| at <= Instant::now()) && (self.find_again || self.ladder.is_asking(now)) {
-            self.find();
+        if self.search_at.is_some_and(|at| at <= Instant::now()) && (self.search_again || self.resolver.has_unresolved(now)) {
+            self.search();
         }
-        self.probe_the_failing();
+        self.probe_failing();
         let unpublished = self.publish();
-        let wait = self.ladder.next_due(now).map_or(u64::MAX, |next| next.saturating_since(boot_now()));
+        let wait = self.resolver.next_due(now).map_or(u64::MAX, |next| next.saturating_since(boot_now()));
         Duration::from_nanos(wait).min(unpublished).clamp(SHORTEST_PAUSE, IDLE_PAUSE)
     }
 
-    /// Until when something waits to be published.
+    /// Publishes the view if it changed and the interval has passed; returns the time until the next publication.
     fn publish(&mut self) -> Duration {
-        for key in self.ladder.take_changed() {
+        for key in self.resolver.take_changed() {
             self.unpublished = true;
-            match self.ladder.labels(key) {
+            match self.resolver.labels(key) {
                 Some(labels) => drop(self.view.insert(key, Arc::new(labels.clone()))),
                 None => drop(self.view.remove(&key)),
             }
@@ -287,104 +288,107 @@ impl LabelTask {
         Duration::MAX
     }
 
-    fn container(&mut self, event: ContainerEvent) {
+    fn apply_container_event(&mut self, event: ContainerEvent) {
         let now = boot_now();
         match event {
             ContainerEvent::Appeared(record) => {
                 let key = record.key;
-                // One that nobody knew before may have come with a runtime that nobody knew before.
-                self.find_soon();
-                if self.ladder.appeared(record, now) {
+                // A new container may belong to a new runtime.
+                self.search_soon();
+                if self.resolver.appeared(record, now) {
                     self.resolved(key);
                 }
             }
-            ContainerEvent::Gone(key, at) => self.ladder.gone(key, at, now),
-            ContainerEvent::Evicted(key) => self.ladder.evicted(key),
+            ContainerEvent::Gone(key, at) => self.resolver.gone(key, at, now),
+            ContainerEvent::Evicted(key) => self.resolver.evicted(key),
         }
     }
 
     fn resolved(&self, key: ContainerKey) {
-        if let Some(ns) = self.ladder.labels(key).and_then(|l| l.resolved_after_ns) {
+        if let Some(ns) = self.resolver.labels(key).and_then(|l| l.resolved_after_ns) {
             self.shared.stats.resolved(ns);
         }
     }
 
-    fn word(&mut self, word: LabelMessage) {
+    fn handle_message(&mut self, handle_message: LabelMessage) {
         let now = boot_now();
-        match word {
-            LabelMessage::Answered(ask, answer) => {
-                if self.ladder.answered(&ask, &answer.outcome, answer.tried(), now) {
-                    self.resolved(ask.key);
+        match handle_message {
+            LabelMessage::QueryFinished(query, reply) => {
+                if self.resolver.record_outcome(&query, &reply.outcome, reply.to_attempt(), now) {
+                    self.resolved(query.key);
                 }
-                // A late answer of one that is not spoken of any more says nothing.
-                if self.source(ask.target).is_some() {
-                    self.shared.stats.answered(ask.source, &self.endpoint(ask.target), &answer);
+                // Late replies of retired targets are not counted.
+                if self.source(query.target).is_some() {
+                    self.shared.stats.record_outcome(query.source, &self.endpoint(query.target), &reply);
                 }
             }
-            LabelMessage::Hint(id) => self.ladder.hint(&id, now),
-            // One that was given up as nobody's: the next search sees whose it is.
-            LabelMessage::Back(target) | LabelMessage::Absent(target) if self.source(target).is_none() => self.find_now(),
-            LabelMessage::Back(target) => {
+            LabelMessage::Hint(id) => self.resolver.hint(&id, now),
+            // The socket of a retired target changed: a search finds its current runtime.
+            LabelMessage::EndpointPresent(target) | LabelMessage::EndpointAbsent(target) if self.source(target).is_none() => {
+                self.search_now()
+            }
+            LabelMessage::EndpointPresent(target) => {
                 tracing::info!("labels: {} appeared or was replaced", self.endpoint(target));
                 self.absent.remove(&target);
-                self.ladder.endpoint_back(target, now);
+                self.resolver.endpoint_present(target, now);
                 self.probe(target);
             }
-            LabelMessage::Absent(target) => {
+            LabelMessage::EndpointAbsent(target) => {
                 let endpoint = self.endpoint(target);
                 if let Some(source) = self.source(target) {
                     self.shared.stats.absent(source, &endpoint, false);
                 }
                 tracing::info!("labels: {endpoint} is gone");
-                self.ladder.endpoint_absent(target);
+                self.resolver.endpoint_absent(target);
                 self.absent.insert(target, Instant::now());
-                // It may have moved.
-                self.find_now();
+                // The socket may have moved.
+                self.search_now();
             }
-            LabelMessage::Discovery(found) => self.found(found),
-            LabelMessage::Usual(sockets) => self.take_sockets(sockets),
-            LabelMessage::Probed(target, told) => {
-                let source = self.source(target).filter(|_| self.ladder.is_present(target));
+            LabelMessage::Discovery(discovery) => self.take_discovery(discovery),
+            LabelMessage::DefaultSockets(sockets) => self.add_sockets(sockets),
+            LabelMessage::Probed(target, result) => {
+                let source = self.source(target).filter(|_| self.resolver.is_present(target));
                 if let Some(source) = source {
-                    self.shared.stats.probed(source, &self.endpoint(target), told.err().as_deref());
+                    self.shared.stats.probed(source, &self.endpoint(target), result.err().as_deref());
                 }
             }
             LabelMessage::Attempts(key, to) => {
-                let all = self.ladder.tried(key, now);
-                let view = all.iter().map(|(source, endpoint, tried)| TriedView::new(*source, endpoint, tried));
-                let left_out = self.ladder.labels(key).into_iter().flat_map(|labels| self.config.left_out(labels));
-                let view = view.chain(left_out).collect();
-                // Whoever asked may have gone.
+                let all = self.resolver.attempts(key, now);
+                let view = all.iter().map(|(source, endpoint, attempt)| AttemptView::new(*source, endpoint, attempt));
+                let excluded_sources =
+                    self.resolver.labels(key).into_iter().flat_map(|labels| self.config.excluded_sources(labels));
+                let view = view.chain(excluded_sources).collect();
+                // The requester may have gone.
                 let _gone = to.send(view);
             }
         }
     }
 
     fn probe(&self, target: TargetId) {
-        let (sources, words) = (Arc::clone(&self.sources), self.shared.words.clone());
+        let (sources, messages) = (Arc::clone(&self.sources), self.shared.messages.clone());
         tokio::spawn(async move {
-            let told = source::probe(sources, target).await;
-            // The driver ends only with the process.
-            let _ended = words.send(LabelMessage::Probed(target, told)).await;
+            let result = source::probe(sources, target).await;
+            // The task ends only with the process.
+            let _ended = messages.send(LabelMessage::Probed(target, result)).await;
         });
     }
 
-    /// An endpoint that failed when it was last asked would be called failing for as long as nobody has to be asked.
-    fn probe_the_failing(&mut self) {
+    /// Probes failing endpoints, since without a query due their state would not be updated.
+    fn probe_failing(&mut self) {
         if self.probed.elapsed() < PROBE_EVERY {
             return;
         }
         self.probed = Instant::now();
-        let present = self.ladder.targets().filter(|(id, source, _)| source.is_socket() && self.ladder.is_present(*id));
+        let present = self.resolver.targets().filter(|(id, source, _)| source.is_socket() && self.resolver.is_present(*id));
         let failing = present.filter(|(_, source, endpoint)| self.shared.stats.is_down(*source, endpoint)).map(|(id, ..)| id);
         failing.collect::<Vec<_>>().into_iter().for_each(|id| self.probe(id));
     }
 
     fn source(&self, target: TargetId) -> Option<Source> {
-        self.ladder.targets().find(|(id, ..)| *id == target).map(|(_, source, _)| source)
+        self.resolver.targets().find(|(id, ..)| *id == target).map(|(_, source, _)| source)
     }
 
     fn endpoint(&self, target: TargetId) -> String {
-        self.ladder.targets().find(|(id, ..)| *id == target).map(|(.., e)| e.to_owned()).unwrap_or_default()
+        self.resolver.targets().find(|(id, ..)| *id == target).map(|(.., e)| e.to_owned()).unwrap_or_default()
     }
 }

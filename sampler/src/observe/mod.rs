@@ -1,4 +1,4 @@
-//! IO only: what the kernel and the NVIDIA driver say, with the times it was asked and answered.
+//! IO only: reads the kernel and the NVIDIA driver, and records when each reading was started and completed.
 
 pub mod clock;
 pub mod gpu;

@@ -1,4 +1,4 @@
-//! What joins the facts on their way into files: labels of containers, names of processes outside them.
+//! Adds labels of containers and names of host processes to the recorded facts.
 
 use std::collections::HashSet;
 use std::path::Path;
@@ -10,11 +10,11 @@ use sampler_session::State;
 
 use crate::labels::LabelView;
 
-/// A clock tick of /proc/PID/stat: USER_HZ is 100 on every Linux that runs GPUs.
-const TICK_NS: u64 = 10_000_000;
-/// Names read in one go; more processes than this do not appear on GPUs within a second.
-const MOST_READS: usize = 64;
-/// The kernel's own names have 15 bytes, kernel threads' up to 63.
+/// The unit of start times in /proc/PID/stat: USER_HZ is 100 on every Linux system with GPUs.
+const CLOCK_TICK_NS: u64 = 10_000_000;
+/// Maximum number of names read at once; fewer processes than this appear on GPUs within a second.
+const MAX_READS: usize = 64;
+/// Process names in the kernel have up to 15 bytes, names of kernel threads up to 63.
 const MAX_COMM_BYTES: usize = 64;
 
 fn label_fact(key: ContainerKey, labels: &ContainerLabels) -> LabelFact {
@@ -29,7 +29,7 @@ fn label_fact(key: ContainerKey, labels: &ContainerLabels) -> LabelFact {
     }
 }
 
-/// Labels that are not in the file as they are now.
+/// The labels that differ from those in the file.
 pub fn labels(state: &State, view: &LabelView) -> Vec<Fact> {
     let changed = |(key, known): (ContainerKey, Option<&LabelFact>)| {
         let now = label_fact(key, view.get(&key)?);
@@ -38,40 +38,40 @@ pub fn labels(state: &State, view: &LabelView) -> Vec<Fact> {
     state.labelled().filter_map(changed).collect()
 }
 
-/// Reads names of processes that have none yet.
+/// Reads the names of processes that do not have one yet.
 #[derive(Debug, Default)]
 pub struct Comms {
-    /// Looked at already, with or without success.
-    asked: HashSet<HostProcess>,
+    /// Processes of which the name was read or could not be read.
+    tried: HashSet<HostProcess>,
 }
 
 impl Comms {
     pub fn read(&mut self, state: &State, procfs: &Path) -> Vec<Fact> {
-        let nameless: HashSet<HostProcess> = state.nameless().collect();
-        self.asked.retain(|process| nameless.contains(process));
+        let unnamed_processes: HashSet<HostProcess> = state.unnamed_processes().collect();
+        self.tried.retain(|process| unnamed_processes.contains(process));
         let new: Vec<HostProcess> =
-            nameless.into_iter().filter(|process| !self.asked.contains(process)).take(MOST_READS).collect();
+            unnamed_processes.into_iter().filter(|process| !self.tried.contains(process)).take(MAX_READS).collect();
         let mut all = Vec::new();
         for process in new {
-            self.asked.insert(process);
+            self.tried.insert(process);
             all.extend(comm(procfs, process).map(|comm| Fact::Comm { process, comm }));
         }
         all
     }
 }
 
-/// `None` when it has ended, or the pid is another's by now.
+/// `None` if the process has ended or its PID was reused.
 fn comm(procfs: &Path, process: HostProcess) -> Option<String> {
-    // Bytes: a process may have given itself any name, parentheses in it.
+    // Bytes, because a process can set any name for itself, including parentheses.
     let stat = std::fs::read(procfs.join(process.pid.to_string()).join("stat")).ok()?;
     let open = stat.iter().position(|b| *b == b'(')?;
     let close = stat.iter().rposition(|b| *b == b')')?;
     let comm = String::from_utf8_lossy(stat.get(open + 1..close.min(open + 1 + MAX_COMM_BYTES))?).into_owned();
-    // Field 22; the first one behind the name is the third.
+    // Field 22; the first field after the name is field 3.
     let rest = std::str::from_utf8(stat.get(close + 1..)?).ok()?;
-    let start_ns = rest.split_ascii_whitespace().nth(19)?.parse::<u64>().ok()?.saturating_mul(TICK_NS);
-    // Rounded down there; the kernel's events have it exactly.
-    (start_ns.abs_diff(process.start.0) <= TICK_NS).then_some(comm)
+    let start_ns = rest.split_ascii_whitespace().nth(19)?.parse::<u64>().ok()?.saturating_mul(CLOCK_TICK_NS);
+    // /proc rounds the start time down; kernel events have the exact time.
+    (start_ns.abs_diff(process.start.0) <= CLOCK_TICK_NS).then_some(comm)
 }
 
 #[cfg(test)]
@@ -80,7 +80,7 @@ mod tests {
     use sampler_core::units::BootNs;
 
     #[test]
-    fn names_of_processes() {
+    fn a_name_is_read_only_for_the_same_start_time() {
         let proc = tempfile::tempdir().unwrap();
         let folder = proc.path().join("7");
         std::fs::create_dir(&folder).unwrap();

@@ -1,15 +1,15 @@
-//! What the recorder's thread does, without the thread: facts become frames, frames go to the ring and to whoever records.
+//! The work of the recorder thread, without the thread: packs facts into frames, and passes frames to the ring and to recording sessions.
 //!
 //! ```text
 //!  facts -> State -> pending --each second--> Facts frame --+--> ring
-//!                    labels, names join --^                 +--> sessions that record
+//!                    labels, names ----^                    +--> recording sessions
 //!  each 15 s, and after losses: a State frame begins a section
 //! ```
-//! A session is armed, records, then waits until what it counts is told whole, then ends:
+//! A session is armed, records, waits until the facts of the counted span are complete, then ends:
 //!
 //! ```text
-//!  start --with a condition--> Armed --met--> Recording --its end has come--> (tail) --told, or 12 s--> End frame
-//!        \--without------------------------/            \--stop: its end is now--/
+//!  start --with a trigger--> Armed --fires--> Recording --end reached--> (tail) --complete, or 25 s--> End frame
+//!        \--without-------------------------/            \--stop: end is now--/
 //! ```
 
 #[cfg(test)]
@@ -35,28 +35,29 @@ use crate::error::display_chain;
 use crate::labels::LabelView;
 
 const SECOND_NS: u64 = 1_000_000_000;
-/// A frame's worth of facts: what a crash may lose.
+/// The time span of a frame, which is the loss in a crash.
 const FRAME_NS: u64 = SECOND_NS;
 const SECTION_NS: u64 = 15 * SECOND_NS;
-/// Facts in one frame, if they come so fast.
+/// Maximum number of facts in one frame.
 const MAX_PENDING: usize = 50_000;
-/// Time is told late: samples wait for their rows. A little more than what is counted, for clocks that agree only roughly.
+/// Facts arrive late, because samples wait for their process samples. This much beyond the counted span is recorded, because clocks agree
+/// only roughly.
 const TAIL_NS: u64 = SECOND_NS / 2;
-/// Samples that name no process wait 10 s for later ones, which come up to 13 s late where driver calls are slow; nothing may ever come of
-/// a GPU that hangs.
+/// Samples without a process wait 10 s for later ones, which arrive up to 13 s late if driver calls are slow; facts of a hanging GPU may
+/// never arrive.
 const MAX_TAIL_NS: u64 = 25 * SECOND_NS;
-/// Those that wait for a condition, too.
+/// Includes sessions that wait for a trigger.
 const MAX_ACTIVE: usize = 8;
-/// A condition that is not met for so long is given up.
+/// A session of which the trigger does not fire for this time fails.
 const MAX_ARMED_NS: u64 = 86_400 * SECOND_NS;
 
-/// Where the recorder looks at what is not told by facts.
+/// Inputs of the recorder that are not facts.
 pub struct SessionInputs {
     pub labels: Box<dyn Fn() -> Arc<LabelView> + Send>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub procfs: PathBuf,
     pub node: String,
-    /// What the agent counts contention with.
+    /// The saturation threshold of contention in the agent.
     pub saturation_percent: u8,
 }
 
@@ -88,18 +89,18 @@ enum LivePhase {
 
 struct Recording {
     to: SyncSender<Item>,
-    /// Repeated before each State.
+    /// Written again before each State.
     header: Arc<Frame>,
     began: BootNs,
     end: BootNs,
     sequence: u32,
     dropped: u64,
-    /// Frames are missing: the next one to go in is a State.
+    /// Frames are missing: the next frame must be a State.
     broken: bool,
 }
 
 impl Recording {
-    /// False where there is no room.
+    /// Returns false if the queue is full.
     fn send(&mut self, frame: &Arc<Frame>, ends_after_ns: Option<u64>) -> bool {
         let item = Item { sequence: self.sequence, frame: Arc::clone(frame), ends_after_ns };
         match self.to.try_send(item) {
@@ -107,13 +108,13 @@ impl Recording {
                 self.sequence = self.sequence.wrapping_add(1);
                 true
             }
-            // The writer has said why it ended; the session is removed in this turn.
+            // The writer has stored its error; the session is removed in this turn.
             Err(TrySendError::Disconnected(_)) => true,
             Err(TrySendError::Full(_)) => false,
         }
     }
 
-    /// Its number stays unused: so that a reader sees that it is missing.
+    /// The sequence number stays unused, so that a reader detects the gap.
     fn drop_frame(&mut self) {
         self.sequence = self.sequence.wrapping_add(1);
         self.dropped += 1;
@@ -130,7 +131,7 @@ impl Recording {
             Piece::Lost => self.drop_frame(),
             Piece::State(frames) => {
                 let header = Arc::clone(&self.header);
-                // A section without its State is of no use, and its facts are dropped as long.
+                // A section without its State is unusable; its facts are dropped until the next State.
                 self.broken = !(self.send(&header, None) && frames.iter().all(|frame| self.send(frame, None)));
             }
         }
@@ -172,7 +173,7 @@ impl SessionManager {
 
     /// Facts did not reach the recorder.
     pub fn lost(&mut self, facts: u64, now: BootNs) {
-        tracing::warn!(facts, "the recorder did not keep up: sessions miss them");
+        tracing::warn!(facts, "the recorder did not keep up: these facts are missing from sessions");
         self.frame(now);
         self.give(&Piece::Lost, now);
         self.section(now);
@@ -189,10 +190,10 @@ impl SessionManager {
             if due || self.ring.is_section_full() {
                 self.section(now);
             }
-            self.mend();
+            self.repair();
         }
-        self.look_for_conditions(now, wall);
-        self.end_those_due(now);
+        self.check_triggers(now, wall);
+        self.end_due(now);
     }
 
     /// Closes a frame.
@@ -212,20 +213,20 @@ impl SessionManager {
                 }
             }
             Err(error) => {
-                tracing::error!(error = display_chain(&error), "facts cannot be recorded");
+                tracing::error!(error = display_chain(&error), "cannot record facts");
                 self.give(&Piece::Lost, now);
                 self.sectioned = None;
             }
         }
     }
 
-    /// Begins a section; nothing is pending.
+    /// Begins a section. There must be no pending facts.
     fn section(&mut self, now: BootNs) {
         self.sectioned = Some(now);
         let facts = self.state.facts();
         match self.packer.state(&facts) {
             Ok(frames) => self.give(&Piece::State(shared(frames)), now),
-            Err(error) => tracing::error!(error = display_chain(&error), "the state cannot be recorded"),
+            Err(error) => tracing::error!(error = display_chain(&error), "cannot record the state"),
         }
     }
 
@@ -245,7 +246,7 @@ impl SessionManager {
                     let (first, all) = (before == 0, recording.dropped);
                     self.store.change(&session.id, |entry| entry.dropped_frames = all);
                     if first {
-                        tracing::warn!(session = session.id, "its disk does not keep up: frames are left out");
+                        tracing::warn!(session = session.id, "the disk does not keep up: frames are dropped");
                     }
                 }
             }
@@ -253,13 +254,13 @@ impl SessionManager {
         self.dropped_frames += dropped;
     }
 
-    /// A State for who misses frames and has room again.
-    fn mend(&mut self) {
+    /// Sends a State to sessions that miss frames and have room again.
+    fn repair(&mut self) {
         let mut state = None;
         for session in &mut self.sessions {
             let LivePhase::Recording(recording) = &mut session.phase else { continue };
             let header = Arc::clone(&recording.header);
-            // The state is made only where there is room for its header.
+            // The state is packed only if there is room for the header.
             if !recording.broken || !recording.send(&header, None) {
                 continue;
             }
@@ -273,21 +274,25 @@ impl SessionManager {
 
     pub fn start(&mut self, request: Request, now: BootNs, wall: WallTime) -> Result<String, StoreError> {
         if self.sessions.len() >= MAX_ACTIVE {
-            return Err(StoreError::Conflict(format!("{MAX_ACTIVE} sessions are being recorded or waited for; stop one first")));
+            return Err(StoreError::Conflict(format!("{MAX_ACTIVE} sessions are active; stop one first")));
         }
         let phase = if request.trigger.is_some() { Phase::Armed } else { Phase::Recording };
-        let words = request.trigger.as_ref().map(ToString::to_string);
-        let id = self.store.add(wall, Entry::new(phase, request.duration_ns, request.lookback_ns, words));
+        let trigger = request.trigger.as_ref().map(ToString::to_string);
+        let id = self.store.add(wall, Entry::new(phase, request.duration_ns, request.lookback_ns, trigger));
         let phase = match &request.trigger {
             Some(trigger) => LivePhase::Armed { watch: Box::new(Watch::new(trigger.clone())), until: now.plus(MAX_ARMED_NS) },
             None => LivePhase::Recording(self.begin(&id, &request, None, now, wall)?),
         };
-        tracing::info!(session = id, "{}", if request.trigger.is_some() { "waits for its condition" } else { "records" });
+        tracing::info!(
+            session = id,
+            "{}",
+            if request.trigger.is_some() { "session waits for its trigger" } else { "session started" }
+        );
         self.sessions.push(RunningSession { id: id.clone(), request, phase });
         Ok(id)
     }
 
-    /// Begins to record, from the lookback on.
+    /// Begins recording, starting with the lookback.
     fn begin(
         &mut self,
         id: &str,
@@ -299,22 +304,22 @@ impl SessionManager {
         if self.sectioned.is_none() {
             self.section(now);
         }
-        // What is pending belongs before it.
+        // Pending facts belong before the session.
         self.frame(now);
         let start = now.minus(request.lookback_ns).max(self.ring.since().unwrap_or(now));
-        let looks_back_ns = now.saturating_since(start);
+        let lookback_ns = now.saturating_since(start);
         let header = Header {
             node: self.sources.node.clone(),
             agent_version: env!("CARGO_PKG_VERSION").to_owned(),
             start,
-            start_wall: WallTime(wall.0.saturating_sub(looks_back_ns)),
+            start_wall: WallTime(wall.0.saturating_sub(lookback_ns)),
             trigger,
             view: request.view.clone(),
             saturation_percent: self.sources.saturation_percent,
         };
-        let failed = |why: String| {
-            self.store.fail(id, now, why.clone());
-            StoreError::Conflict(why)
+        let failed = |message: String| {
+            self.store.fail(id, now, message.clone());
+            StoreError::Conflict(message)
         };
         let header_frame = self.packer.header(&header).map_err(|error| failed(display_chain(&error)))?;
         let header_frame = Arc::new(header_frame);
@@ -323,7 +328,7 @@ impl SessionManager {
             let frames = match piece {
                 Piece::State(frames) => [vec![Arc::clone(&header_frame)], frames].concat(),
                 Piece::Facts(frame) => vec![frame],
-                // Its number stays unused: so that a reader sees that it is missing.
+                // The sequence number stays unused, so that a reader detects the gap.
                 Piece::Lost => {
                     (sequence, dropped) = (sequence + 1, dropped + 1);
                     continue;
@@ -336,15 +341,15 @@ impl SessionManager {
         }
         self.store.change(id, |entry| {
             (entry.phase, entry.began, entry.started) = (Phase::Recording, Some(now), Some(header.start_wall));
-            (entry.lookback_ns, entry.dropped_frames) = (looks_back_ns, dropped);
+            (entry.lookback_ns, entry.dropped_frames) = (lookback_ns, dropped);
         });
         let to = writer::spawn(Arc::clone(&self.store), id.to_owned(), items)
-            .map_err(|error| failed(format!("no thread to write it: {error}")))?;
+            .map_err(|error| failed(format!("cannot start the thread that writes the file: {error}")))?;
         let end = now.plus(request.duration_ns);
         Ok(Recording { to, header: header_frame, began: now, end, sequence, dropped, broken: false })
     }
 
-    /// Ends it as soon as what it counts is told. One that waits for its condition has no file.
+    /// Ends a session as soon as the facts of the counted span are complete. A session that waits for its trigger has no file.
     pub fn stop(&mut self, id: &str, now: BootNs) -> Result<(), StoreError> {
         let Some(n) = self.sessions.iter().position(|session| session.id == id) else {
             let status = self.store.status(id, now)?;
@@ -360,7 +365,7 @@ impl SessionManager {
         Ok(())
     }
 
-    fn look_for_conditions(&mut self, now: BootNs, wall: WallTime) {
+    fn check_triggers(&mut self, now: BootNs, wall: WallTime) {
         if !self.sessions.iter().any(|session| matches!(session.phase, LivePhase::Armed { .. })) {
             return;
         }
@@ -371,11 +376,11 @@ impl SessionManager {
                 kept.push(session);
                 continue;
             };
-            if let Some(Fired { gpu, value, .. }) = watch.see(&snapshot) {
+            if let Some(Fired { gpu, value, .. }) = watch.evaluate(&snapshot) {
                 let condition = session.request.trigger.as_ref().map(ToString::to_string).unwrap_or_default();
-                let words = format!("{condition}: {value:.2} on {gpu}");
-                tracing::info!(session = session.id, "{words}: records");
-                let Ok(recording) = self.begin(&session.id, &session.request, Some(words), now, wall) else { continue };
+                let trigger = format!("{condition}: {value:.2} on {gpu}");
+                tracing::info!(session = session.id, "{trigger}: session started");
+                let Ok(recording) = self.begin(&session.id, &session.request, Some(trigger), now, wall) else { continue };
                 session.phase = LivePhase::Recording(recording);
             } else if now >= *until {
                 let hours = MAX_ARMED_NS / SECOND_NS / 3600;
@@ -387,15 +392,15 @@ impl SessionManager {
         self.sessions = kept;
     }
 
-    fn end_those_due(&mut self, now: BootNs) {
+    fn end_due(&mut self, now: BootNs) {
         let is_due = |state: &State, recording: &Recording| {
-            let told = || state.is_told(recording.end.plus(TAIL_NS));
-            now >= recording.end && (now >= recording.end.plus(MAX_TAIL_NS) || told())
+            let is_complete = || state.is_complete(recording.end.plus(TAIL_NS));
+            now >= recording.end && (now >= recording.end.plus(MAX_TAIL_NS) || is_complete())
         };
         self.end(now, is_due);
     }
 
-    /// Ends all, as far as they are.
+    /// Ends all sessions in their present state.
     pub fn close(&mut self, now: BootNs) {
         for session in std::mem::take(&mut self.sessions) {
             match session.phase {
@@ -423,7 +428,7 @@ impl SessionManager {
             let ends = due(state, session);
             let LivePhase::Recording(recording) = &mut session.phase else { return true };
             if !store.status(&session.id, now).is_ok_and(|status| status.state == Phase::Recording) {
-                // Its writer has failed, and has said why.
+                // The writer has failed and has stored its error.
                 return false;
             }
             if !ends {
@@ -431,7 +436,7 @@ impl SessionManager {
             }
             let end = End { at: recording.end, dropped_frames: recording.dropped };
             let Ok(frame) = packer.end(&end) else { return false };
-            // Without room it is tried again in the next turn: a disk may come back.
+            // If the queue is full, this is tried again in the next turn: a disk may recover.
             !recording.send(&Arc::new(frame), Some(recording.end.saturating_since(recording.began)))
         });
     }

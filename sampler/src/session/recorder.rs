@@ -1,4 +1,4 @@
-//! The recorder's thread, and the handle that everybody else has of it.
+//! The recorder thread, and the handle to it.
 
 use std::fs::File;
 use std::path::PathBuf;
@@ -17,16 +17,16 @@ use super::request::Request;
 use super::store::{Phase, SessionStatus, Store, StoreError};
 use crate::observe::clock::{boot_now, wall_now};
 
-/// How often conditions and ends are looked at.
+/// How often triggers and ends of sessions are checked.
 const TURN_EVERY: Duration = Duration::from_millis(250);
-/// Facts that wait for the thread: seconds of a large node. Beyond it only those that change the state get through.
+/// Maximum number of facts that wait for the thread: several seconds on a large node. Above it only facts that change the state are kept.
 const MAX_WAITING: usize = 1_000_000;
 
 enum RecorderMessage {
     Facts(Vec<Fact>),
     Start(Box<Request>, oneshot::Sender<Result<String, StoreError>>),
     Stop(String, oneshot::Sender<Result<(), StoreError>>),
-    /// Answered by being dropped.
+    /// Completed when the sender is dropped.
     Close(Sender<()>),
 }
 
@@ -34,7 +34,7 @@ struct RecorderShared {
     to: Sender<RecorderMessage>,
     store: Arc<Store>,
     waiting: AtomicUsize,
-    /// Facts that were left out since the thread last looked.
+    /// Facts dropped since the thread last checked.
     lost: AtomicU64,
     gauges: Gauges,
 }
@@ -46,21 +46,21 @@ struct Gauges {
     dropped_frames: AtomicU64,
 }
 
-/// About itself, for metrics.
+/// The state of the recorder, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RecorderView {
-    /// Indexed as [`Phase::ALL`].
+    /// Indexed like [`Phase::ALL`].
     pub sessions: [u64; Phase::ALL.len()],
     pub dropped_frames: u64,
     pub ring_bytes: u64,
     pub ring_seconds: f64,
 }
 
-/// Whoever has it can record. The thread ends with the process.
+/// A handle to the recorder thread, which ends with the process.
 #[derive(Clone)]
 pub struct Recorder(Arc<RecorderShared>);
 
-/// What may be left out where facts come faster than they are encoded: the state must stay right.
+/// Whether a fact must be kept even if facts arrive faster than they are encoded: the state must stay correct.
 fn changes_state(fact: &Fact) -> bool {
     match fact {
         Fact::Time { .. } | Fact::Pressure(_) => false,
@@ -79,26 +79,26 @@ impl Recorder {
             lost: AtomicU64::new(0),
             gauges: Gauges::default(),
         });
-        let desk = SessionManager::new(sources, store, ring_bytes).context("cannot set compression up")?;
-        let of_thread = Arc::clone(&shared);
+        let manager = SessionManager::new(sources, store, ring_bytes).context("cannot initialize compression")?;
+        let thread_shared = Arc::clone(&shared);
         std::thread::Builder::new()
             .name("recorder".into())
-            .spawn(move || run(desk, &from, &of_thread))
+            .spawn(move || run(manager, &from, &thread_shared))
             .context("cannot start the recorder thread")?;
         Ok(Self(shared))
     }
 
-    fn send(&self, word: RecorderMessage) {
+    fn send(&self, message: RecorderMessage) {
         // The thread ends only with the process.
-        let _ended = self.0.to.send(word);
+        let _ended = self.0.to.send(message);
     }
 
-    /// Takes facts, in their order. Never waits for the recorder or for a disk.
-    pub fn tell(&self, mut facts: Vec<Fact>) {
-        let told = facts.len();
+    /// Sends facts to the recorder, in order. Never waits for the recorder or for a disk.
+    pub fn send_facts(&self, mut facts: Vec<Fact>) {
+        let count = facts.len();
         if self.0.waiting.load(Ordering::Relaxed) > MAX_WAITING {
             facts.retain(changes_state);
-            self.0.lost.fetch_add((told - facts.len()) as u64, Ordering::Relaxed);
+            self.0.lost.fetch_add((count - facts.len()) as u64, Ordering::Relaxed);
         }
         if !facts.is_empty() {
             self.0.waiting.fetch_add(facts.len(), Ordering::Relaxed);
@@ -106,18 +106,18 @@ impl Recorder {
         }
     }
 
-    /// The id of a session that records now, or waits for its condition.
+    /// Starts a session, which records or waits for its trigger; returns its id.
     pub async fn start(&self, request: Request) -> Result<String, StoreError> {
         self.blocking(|store| store.prepare()).await?;
-        let (answer, answered) = oneshot::channel();
-        self.send(RecorderMessage::Start(Box::new(request), answer));
-        answered.await.unwrap_or_else(|_| Err(ended()))
+        let (reply, replied) = oneshot::channel();
+        self.send(RecorderMessage::Start(Box::new(request), reply));
+        replied.await.unwrap_or_else(|_| Err(ended()))
     }
 
     pub async fn stop(&self, id: String) -> Result<(), StoreError> {
-        let (answer, answered) = oneshot::channel();
-        self.send(RecorderMessage::Stop(id, answer));
-        answered.await.unwrap_or_else(|_| Err(ended()))
+        let (reply, replied) = oneshot::channel();
+        self.send(RecorderMessage::Stop(id, reply));
+        replied.await.unwrap_or_else(|_| Err(ended()))
     }
 
     pub fn list(&self) -> Vec<SessionStatus> {
@@ -136,18 +136,18 @@ impl Recorder {
         self.blocking(move |store| store.remove(&id)).await
     }
 
-    /// Lists what earlier runs left.
-    pub async fn look(&self) -> Result<(), StoreError> {
-        self.blocking(|store| store.look()).await
+    /// Lists the sessions of earlier runs.
+    pub async fn list_earlier(&self) -> Result<(), StoreError> {
+        self.blocking(|store| store.list_earlier()).await
     }
 
-    /// A disk may hang: not on the threads that serve.
+    /// Runs on a separate thread, because a disk may hang.
     async fn blocking<T: Send + 'static>(
         &self,
-        what: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
+        operation: impl FnOnce(&Store) -> Result<T, StoreError> + Send + 'static,
     ) -> Result<T, StoreError> {
         let store = Arc::clone(&self.0.store);
-        tokio::task::spawn_blocking(move || what(&store)).await.unwrap_or_else(|_| Err(ended()))
+        tokio::task::spawn_blocking(move || operation(&store)).await.unwrap_or_else(|_| Err(ended()))
     }
 
     pub fn view(&self) -> RecorderView {
@@ -160,12 +160,12 @@ impl Recorder {
         }
     }
 
-    /// Ends all sessions in order, as far as that takes no longer than `at_most`. Blocks.
+    /// Ends all sessions, waiting for at most `at_most`. Blocks.
     pub fn close(&self, at_most: Duration) {
         let begun = Instant::now();
         let (done, is_done) = channel();
         self.send(RecorderMessage::Close(done));
-        // Closed without a word.
+        // The sender is dropped without a message.
         let _closed = is_done.recv_timeout(at_most);
         while self.0.store.active() > 0 && begun.elapsed() < at_most {
             std::thread::sleep(Duration::from_millis(10));
@@ -177,18 +177,18 @@ fn ended() -> StoreError {
     StoreError::Conflict("the agent is stopping".into())
 }
 
-fn run(mut desk: SessionManager, from: &Receiver<RecorderMessage>, shared: &RecorderShared) {
+fn run(mut manager: SessionManager, from: &Receiver<RecorderMessage>, shared: &RecorderShared) {
     let mut turned = Instant::now();
     loop {
         match from.recv_timeout(TURN_EVERY.saturating_sub(turned.elapsed())) {
             Ok(RecorderMessage::Facts(facts)) => {
                 shared.waiting.fetch_sub(facts.len(), Ordering::Relaxed);
-                desk.facts(&facts, boot_now());
+                manager.facts(&facts, boot_now());
             }
-            // Whoever asked may have gone.
-            Ok(RecorderMessage::Start(request, answer)) => drop(answer.send(desk.start(*request, boot_now(), wall_now()))),
-            Ok(RecorderMessage::Stop(id, answer)) => drop(answer.send(desk.stop(&id, boot_now()))),
-            Ok(RecorderMessage::Close(_done)) => desk.close(boot_now()),
+            // The client may no longer wait for the reply.
+            Ok(RecorderMessage::Start(request, reply)) => drop(reply.send(manager.start(*request, boot_now(), wall_now()))),
+            Ok(RecorderMessage::Stop(id, reply)) => drop(reply.send(manager.stop(&id, boot_now()))),
+            Ok(RecorderMessage::Close(_done)) => manager.close(boot_now()),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,
         }
@@ -197,14 +197,14 @@ fn run(mut desk: SessionManager, from: &Receiver<RecorderMessage>, shared: &Reco
             let now = boot_now();
             let lost = shared.lost.swap(0, Ordering::Relaxed);
             if lost > 0 {
-                desk.lost(lost, now);
+                manager.lost(lost, now);
             }
-            desk.turn(now, wall_now());
+            manager.turn(now, wall_now());
             let gauges = &shared.gauges;
-            gauges.ring_bytes.store(desk.ring.bytes() as u64, Ordering::Relaxed);
-            let ring_ns = desk.ring.since().map_or(0, |since| now.saturating_since(since));
+            gauges.ring_bytes.store(manager.ring.bytes() as u64, Ordering::Relaxed);
+            let ring_ns = manager.ring.since().map_or(0, |since| now.saturating_since(since));
             gauges.ring_ns.store(ring_ns, Ordering::Relaxed);
-            gauges.dropped_frames.store(desk.dropped_frames, Ordering::Relaxed);
+            gauges.dropped_frames.store(manager.dropped_frames, Ordering::Relaxed);
         }
     }
 }

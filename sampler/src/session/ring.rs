@@ -1,4 +1,4 @@
-//! The last minutes in memory, as frames: what a session that looks back begins with.
+//! Keeps the last minutes in memory, as frames. A session with a lookback begins with them.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
@@ -8,19 +8,20 @@ use sampler_session::Frame;
 
 use super::request::MAX_LOOKBACK_S;
 
-/// Files begin so long before what they count: samples that name nobody are divided by their neighbours, and errors by the last minutes.
+/// Files begin this long before the counted span: samples without a process are divided according to their neighbours, and standard
+/// errors depend on the last minutes.
 pub const CONTEXT_NS: u64 = 40_000_000_000;
-/// Older ones are given up although there would be room: nobody looks back so far.
+/// Older sections are dropped even if there is room: no session looks back further.
 const MAX_AGE_NS: u64 = MAX_LOOKBACK_S as u64 * 1_000_000_000 + CONTEXT_NS + 60_000_000_000;
-/// A frame's own cost, beside its bytes.
+/// Memory overhead of a frame.
 const FRAME_COST: usize = 64;
 
-/// From one State to the next.
+/// The frames from one State to the next.
 #[derive(Debug)]
 struct Section {
     from: BootNs,
     state: Vec<Arc<Frame>>,
-    /// `None` for facts that are lost.
+    /// `None` for lost facts.
     facts: Vec<Option<Arc<Frame>>>,
     bytes: usize,
 }
@@ -32,10 +33,10 @@ pub struct SessionRing {
     max_bytes: usize,
 }
 
-/// What a file takes over from the ring.
+/// A part of the ring that a file takes over.
 #[derive(Debug, PartialEq)]
 pub enum Piece<T> {
-    /// A new section: the header belongs before it.
+    /// A new section, preceded by the header.
     State(Vec<T>),
     Facts(T),
     Lost,
@@ -46,7 +47,7 @@ impl SessionRing {
         Self { sections: VecDeque::new(), bytes: 0, max_bytes }
     }
 
-    /// A section so long ought to end, or giving it up would give up all there is.
+    /// Whether the last section is so large that it should end, because whole sections are dropped.
     pub fn is_section_full(&self) -> bool {
         self.sections.back().is_some_and(|last| last.bytes >= self.max_bytes / 8)
     }
@@ -58,7 +59,7 @@ impl SessionRing {
         self.shrink(now);
     }
 
-    /// Facts, or `None` where some are lost.
+    /// Adds facts, or `None` if some were lost.
     pub fn push(&mut self, now: BootNs, facts: Option<Arc<Frame>>) {
         let Some(last) = self.sections.back_mut() else { return };
         let bytes = FRAME_COST + facts.as_ref().map_or(0, |frame| frame.bytes());
@@ -69,14 +70,14 @@ impl SessionRing {
     }
 
     fn shrink(&mut self, now: BootNs) {
-        // A section's facts reach up to where the next one begins.
+        // The facts of a section extend to the beginning of the next one.
         let too_old = |sections: &VecDeque<Section>| sections.get(1).is_some_and(|next| next.from.plus(MAX_AGE_NS) < now);
         while self.sections.len() > 1 && (self.bytes > self.max_bytes || too_old(&self.sections)) {
             self.bytes -= self.sections.pop_front().map_or(0, |oldest| oldest.bytes);
         }
     }
 
-    /// Since when there are facts.
+    /// The time of the oldest facts.
     pub fn since(&self) -> Option<BootNs> {
         self.sections.front().map(|first| first.from)
     }
@@ -85,7 +86,7 @@ impl SessionRing {
         self.bytes
     }
 
-    /// From the last section that begins at `from` or before, else from the first.
+    /// The parts from the last section that begins at or before `from`, or else from the first section.
     pub fn from(&self, from: BootNs) -> impl Iterator<Item = Piece<Arc<Frame>>> {
         let begin = self.sections.partition_point(|section| section.from <= from).saturating_sub(1);
         self.sections.iter().skip(begin).flat_map(|section| {
@@ -101,7 +102,7 @@ mod tests {
     use sampler_session::Packer;
 
     #[test]
-    fn whole_sections_are_given_up() {
+    fn whole_sections_are_dropped() {
         let mut packer = Packer::new().unwrap();
         let state = Arc::new(packer.state(&[]).unwrap().remove(0));
         let mut ring = SessionRing::new(9 * (state.bytes() + FRAME_COST));
@@ -119,6 +120,6 @@ mod tests {
         assert_eq!(ring.from(BootNs(15_500_000_000)).count(), 2 + 3 + 2);
         assert_eq!(ring.from(BootNs(u64::MAX)).count(), 1 + 2);
         ring.push(BootNs(MAX_AGE_NS + 100_000_000_000), None);
-        assert_eq!(ring.since(), Some(BootNs(18_000_000_000)), "the last one stays");
+        assert_eq!(ring.since(), Some(BootNs(18_000_000_000)), "the last section stays");
     }
 }

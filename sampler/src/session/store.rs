@@ -1,11 +1,11 @@
-//! The sessions there are: those of this run, and the files of earlier ones.
+//! The sessions of this run, and the session files of earlier runs.
 //!
 //! ```text
-//!  armed --condition met--> recording --end, stop--> finished
-//!    \--stop, too long--> failed   \--disk--> failed      interrupted: an agent ended before it did
+//!  armed --trigger fires--> recording --end, stop--> finished
+//!    \--stop, timeout--> failed   \--disk--> failed      interrupted: the agent ended during the session
 //! ```
-//! Two locks: the table of entries, which the recorder takes and under which nothing is read or written; and the folder, under which
-//! files are listed. Ids are looked up in the table; no request's id ever becomes a path.
+//! Two locks: that of the entry table, which the recorder takes and which is never held during IO; and that of the folder, which is held
+//! while files are listed. Ids are looked up in the table; an id from a request never becomes a path.
 
 use std::collections::BTreeMap;
 use std::fs::{self, DirBuilder, File};
@@ -15,26 +15,26 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sampler_core::units::{BootNs, WallTime, rfc3339};
-use serde::Serialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
-/// Sessions listed; beyond it the oldest that have ended are forgotten, and their files removed.
+/// Maximum number of sessions; above it the oldest ended sessions and their files are removed.
 const MAX_ENTRIES: usize = 1000;
-/// A header is far shorter, an end is some 40 bytes.
+/// Bytes read at the beginning and at the end of a file. A header is much shorter, an end has about 40 bytes.
 const BEGINNING_BYTES: u64 = 256 << 10;
 const LAST_BYTES: u64 = 4096;
-/// Less room than this on the disk and nothing is begun.
+/// With less free space on the disk, no session is started.
 const MIN_FREE_BYTES: u64 = 1 << 20;
 const FINISHED: &str = ".gpus";
 const PART: &str = ".gpus.part";
 
 #[derive(Debug, Error)]
 pub enum StoreError {
-    #[error("cannot make the folder {path} for sessions; give one that can be written with --session-dir", path = path.display())]
+    #[error("cannot create the session folder {path}; set --session-dir to a writable folder", path = path.display())]
     Make { path: PathBuf, source: io::Error },
-    #[error("cannot use the folder {path} for sessions; give another with --session-dir", path = path.display())]
+    #[error("cannot use the session folder {path}; set --session-dir to another folder", path = path.display())]
     Use { path: PathBuf, source: io::Error },
-    #[error("the folder {path} is in use by another agent; give another with --session-dir", path = path.display())]
+    #[error("the session folder {path} is in use by another agent; set --session-dir to another folder", path = path.display())]
     InUse { path: PathBuf },
     #[error("there is no room left on the disk of {path}", path = path.display())]
     Full { path: PathBuf },
@@ -46,7 +46,7 @@ pub enum StoreError {
     File { path: PathBuf, source: io::Error },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum Phase {
     Armed,
@@ -74,17 +74,17 @@ impl Phase {
     }
 }
 
-/// As the API tells it.
-#[derive(Clone, Debug, Serialize)]
+/// The status of a session in the API.
+#[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct SessionStatus {
     pub id: String,
     pub state: Phase,
-    /// When what it counts begins: with the lookback. RFC 3339.
+    /// The beginning of the counted span, including the lookback. RFC 3339.
     pub started: Option<String>,
     /// Without the lookback.
     pub duration_seconds: f64,
     pub elapsed_seconds: f64,
-    /// As far as there was something to look back to.
+    /// The available part of the requested lookback.
     pub lookback_seconds: f64,
     pub size_bytes: u64,
     pub trigger: Option<String>,
@@ -96,10 +96,10 @@ pub struct SessionStatus {
 pub struct Entry {
     pub phase: Phase,
     pub started: Option<WallTime>,
-    /// When recording began, in this run.
+    /// When recording began, if in this run.
     pub began: Option<BootNs>,
     pub duration_ns: u64,
-    /// Once it has ended.
+    /// Set when it has ended.
     pub elapsed_ns: Option<u64>,
     pub lookback_ns: u64,
     pub size_bytes: u64,
@@ -149,11 +149,11 @@ pub struct Store {
     dir: PathBuf,
     max_bytes: u64,
     entries: Mutex<BTreeMap<String, Entry>>,
-    /// Holds the folder for this agent, once it is used.
+    /// The lock file of the folder, once the folder is used.
     lock: Mutex<Option<File>>,
 }
 
-/// `20261125-222013-00`: begins with the time, so that names sort.
+/// Such as `20261125-222013-00`: begins with the time, so that names sort chronologically.
 fn is_id(text: &str) -> bool {
     let parts: Vec<&str> = text.split('-').collect();
     let digits = |part: &&str| part.bytes().all(|b| b.is_ascii_digit());
@@ -161,25 +161,25 @@ fn is_id(text: &str) -> bool {
 }
 
 impl Store {
-    /// Touches nothing yet.
+    /// Does not access the folder.
     pub fn new(dir: PathBuf, max_bytes: u64) -> Arc<Self> {
         Arc::new(Self { dir, max_bytes, entries: Mutex::default(), lock: Mutex::default() })
     }
 
     fn entries(&self) -> MutexGuard<'_, BTreeMap<String, Entry>> {
-        // Each change is whole: the table stays usable after a panic elsewhere.
+        // Each change is complete, so the table stays usable after a panic of another thread.
         self.entries.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Lists what earlier runs left, if there is anything. Blocks.
-    pub fn look(&self) -> Result<(), StoreError> {
+    /// Lists the sessions of earlier runs, if the folder exists. Blocks.
+    pub fn list_earlier(&self) -> Result<(), StoreError> {
         if self.dir.is_dir() { self.claim() } else { Ok(()) }
     }
 
-    /// Makes the folder and sees to it that something can be recorded there. Blocks.
+    /// Creates the folder, and checks that there is room for a session. Blocks.
     pub fn prepare(&self) -> Result<(), StoreError> {
-        let make = |source| StoreError::Make { path: self.dir.clone(), source };
-        DirBuilder::new().recursive(true).mode(0o750).create(&self.dir).map_err(make)?;
+        let failed = |source| StoreError::Make { path: self.dir.clone(), source };
+        DirBuilder::new().recursive(true).mode(0o750).create(&self.dir).map_err(failed)?;
         self.claim()?;
         self.make_room(0);
         match rustix::fs::statvfs(&self.dir) {
@@ -203,7 +203,7 @@ impl Store {
             Err(fs::TryLockError::Error(source)) => return Err(fail(source)),
         }
         let found = self.list_files().map_err(fail)?;
-        // Nothing of this run is among them: it could not begin before.
+        // No session of this run is among them, because none could start before.
         self.entries().extend(found);
         *lock = Some(file);
         Ok(())
@@ -227,7 +227,7 @@ impl Store {
         Ok(found)
     }
 
-    /// Adds a session that begins now.
+    /// Adds a session that starts now; returns its id.
     pub fn add(&self, wall: WallTime, entry: Entry) -> String {
         let mut entries = self.entries();
         let second: String = rfc3339(wall).chars().take(19).filter(|c| !"-:".contains(*c)).collect();
@@ -251,34 +251,34 @@ impl Store {
         });
     }
 
-    /// Where its file is while it is written.
+    /// The path of the file while it is written.
     pub fn begin_file(&self, id: &str) -> PathBuf {
         let path = self.dir.join(format!("{id}{PART}"));
         self.change(id, |entry| entry.path = Some(path.clone()));
         path
     }
 
-    /// Gives a file that is whole its name. Blocks.
+    /// Renames a complete file to its final name. Blocks.
     pub fn finish_file(&self, id: &str, elapsed_ns: u64) -> io::Result<()> {
         let path = self.dir.join(format!("{id}{FINISHED}"));
         fs::rename(self.dir.join(format!("{id}{PART}")), &path)?;
         self.change(id, |entry| {
             (entry.phase, entry.path, entry.elapsed_ns) = (Phase::Finished, Some(path), Some(elapsed_ns));
         });
-        // The name is to survive a loss of power, too.
+        // The rename must also survive a loss of power.
         File::open(&self.dir)?.sync_all()
     }
 
-    /// A file has grown to `bytes`: older ones give way. Blocks.
+    /// A file has grown to `bytes`: older ones are removed if necessary. Blocks.
     pub fn grew(&self, id: &str, bytes: u64) -> Result<(), String> {
         self.change(id, |entry| entry.size_bytes = bytes);
         if self.make_room(0) {
             return Ok(());
         }
-        Err(format!("the sessions being recorded have reached session_dir_max_bytes ({}) together", self.max_bytes))
+        Err(format!("the active sessions together have reached session_dir_max_bytes ({})", self.max_bytes))
     }
 
-    /// Removes the oldest that have ended until all are within the bounds, `more` bytes included; whether that could be had.
+    /// Removes the oldest ended sessions until all sessions and `more` bytes are within the bounds; returns whether this succeeded.
     fn make_room(&self, more: u64) -> bool {
         loop {
             let oldest = {
@@ -291,11 +291,11 @@ impl Store {
                 oldest.and_then(|id| entries.remove_entry(&id))
             };
             let Some((id, entry)) = oldest else { return false };
-            tracing::info!(session = id, bytes = entry.size_bytes, "removed, to make room for newer sessions");
+            tracing::info!(session = id, bytes = entry.size_bytes, "session removed to make room for newer ones");
             if let Some(Err(error)) = entry.path.as_ref().map(fs::remove_file)
                 && error.kind() != io::ErrorKind::NotFound
             {
-                tracing::warn!(session = id, %error, "cannot be removed");
+                tracing::warn!(session = id, %error, "cannot remove the file of a session");
             }
         }
     }
@@ -308,7 +308,7 @@ impl Store {
         self.entries().get(id).map(|entry| entry.status(id, now)).ok_or_else(|| unknown(id))
     }
 
-    /// How many there are by [`Phase::ALL`].
+    /// Number of sessions, indexed like [`Phase::ALL`].
     pub fn counts(&self) -> [u64; Phase::ALL.len()] {
         let mut counts = [0; Phase::ALL.len()];
         for entry in self.entries().values() {
@@ -321,17 +321,17 @@ impl Store {
         self.entries().values().filter(|entry| entry.phase.is_active()).count()
     }
 
-    /// Opens its file, as long as it is now. Blocks.
+    /// Opens the file of a session, which may still grow. Blocks.
     pub fn open(&self, id: &str) -> Result<(File, PathBuf), StoreError> {
         let path = || {
             let entries = self.entries();
             let entry = entries.get(id).ok_or_else(|| unknown(id))?;
-            let none = || StoreError::Conflict(format!("session {id} has no file: it has not begun to record"));
+            let none = || StoreError::Conflict(format!("session {id} has no file: recording has not begun"));
             entry.path.clone().ok_or_else(none)
         };
         let first = path()?;
         match File::open(&first) {
-            // It was given its name in between.
+            // The file was renamed in between.
             Err(error) if error.kind() == io::ErrorKind::NotFound => {
                 let path = path()?;
                 File::open(&path).map(|file| (file, path.clone())).map_err(|source| StoreError::File { path, source })
@@ -341,7 +341,7 @@ impl Store {
         }
     }
 
-    /// Removes one that has ended. Blocks.
+    /// Removes an ended session. Blocks.
     pub fn remove(&self, id: &str) -> Result<(), StoreError> {
         let entry = {
             let mut entries = self.entries();
@@ -362,7 +362,7 @@ fn unknown(id: &str) -> StoreError {
     StoreError::Unknown(id.chars().take(40).collect())
 }
 
-/// What a file of an earlier run says of itself.
+/// The entry for a file of an earlier run.
 fn listed(path: &Path, part: bool) -> Entry {
     let mut entry = Entry::new(if part { Phase::Interrupted } else { Phase::Finished }, 0, 0, None);
     entry.path = Some(path.to_owned());
@@ -377,19 +377,19 @@ fn listed(path: &Path, part: bool) -> Entry {
                     (entry.duration_ns, entry.elapsed_ns) = (counted.unwrap_or_default(), Some(counted.unwrap_or_default()));
                     entry.trigger = header.trigger;
                 }
-                None => entry.error = Some("its header cannot be read".into()),
+                None => entry.error = Some("cannot read its header".into()),
             }
             match end {
                 Some(end) => (entry.phase, entry.dropped_frames) = (Phase::Finished, end.dropped_frames),
                 None => entry.phase = Phase::Interrupted,
             }
         }
-        Err(error) => entry.error = Some(format!("cannot be read: {error}")),
+        Err(error) => entry.error = Some(format!("cannot read the file: {error}")),
     }
     entry
 }
 
-/// Size, beginning and last bytes.
+/// Size, first bytes and last bytes.
 fn peek(path: &Path) -> io::Result<(u64, Vec<u8>, Vec<u8>)> {
     let mut file = File::open(path)?;
     let bytes = file.metadata()?.len();
@@ -405,7 +405,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn ids() {
+    fn ids_have_a_fixed_form() {
         for (text, expect) in [
             ("20261125-222013-00", true),
             ("20261125-222013-1234", true),
@@ -419,11 +419,11 @@ mod tests {
     }
 
     #[test]
-    fn one_agent_a_folder() {
+    fn a_folder_is_used_by_one_agent_only() {
         let dir = tempfile::tempdir().unwrap();
         let new = || Store::new(dir.path().join("a/b"), 1 << 20);
         let first = new();
-        assert!(first.look().is_ok() && !dir.path().join("a").exists(), "looking makes nothing");
+        assert!(first.list_earlier().is_ok() && !dir.path().join("a").exists(), "listing creates nothing");
         first.prepare().unwrap();
         assert!(matches!(new().prepare(), Err(StoreError::InUse { .. })));
         drop(first);
@@ -434,7 +434,7 @@ mod tests {
     }
 
     #[test]
-    fn the_oldest_that_ended_give_way() {
+    fn the_oldest_ended_sessions_are_removed_first() {
         let dir = tempfile::tempdir().unwrap();
         let store = Store::new(dir.path().to_owned(), 100);
         store.prepare().unwrap();

@@ -1,4 +1,4 @@
-//! One thread writes one session's file: whatever the disk does happens to it alone.
+//! The thread that writes the file of one session, so that a slow or failing disk affects only that session.
 
 use std::fs::File;
 use std::io::{self, Write as _};
@@ -13,19 +13,19 @@ use sampler_session::Frame;
 use super::store::{Phase, Store};
 use crate::observe::clock::boot_now;
 
-/// Frames that wait for the disk: a minute of them.
+/// Maximum number of frames that wait for the disk: a minute of them.
 pub const QUEUE: usize = 64;
-/// A loss of power loses no more than this.
+/// Maximum time span that is lost with a loss of power.
 const SYNC_EVERY: Duration = Duration::from_secs(5);
 
 pub struct Item {
     pub sequence: u32,
     pub frame: Arc<Frame>,
-    /// Of the last one: how long was recorded.
+    /// For the last item: the recorded duration.
     pub ends_after_ns: Option<u64>,
 }
 
-/// Begins a file with `first`. It ends with the item that says so, or when the sender is dropped: then it counts as interrupted.
+/// Begins a file with `first`. It ends with an item that has `ends_after_ns`, or as interrupted when the sender is dropped.
 pub fn spawn(store: Arc<Store>, id: String, first: Vec<Item>) -> io::Result<SyncSender<Item>> {
     let (to, from) = sync_channel(QUEUE);
     std::thread::Builder::new().name("session".into()).spawn(move || {
@@ -48,9 +48,9 @@ struct Writer<'a> {
 
 impl Writer<'_> {
     fn run(&mut self, path: &Path, first: Vec<Item>, from: &Receiver<Item>) -> Result<(), String> {
-        let words = |error: io::Error| format!("cannot make {}: {error}", path.display());
-        // A link that somebody has put there is not followed.
-        let mut file = File::options().write(true).create_new(true).mode(0o640).open(path).map_err(words)?;
+        let message = |error: io::Error| format!("cannot create {}: {error}", path.display());
+        // `create_new` does not follow a link at this path.
+        let mut file = File::options().write(true).create_new(true).mode(0o640).open(path).map_err(message)?;
         for item in first {
             if self.take(&mut file, item)? {
                 return Ok(());
@@ -73,21 +73,21 @@ impl Writer<'_> {
         }
     }
 
-    /// Writes a frame; whether it was the last.
+    /// Writes a frame; returns whether it was the last.
     fn take(&mut self, file: &mut File, item: Item) -> Result<bool, String> {
         let mut bytes = Vec::with_capacity(item.frame.bytes());
         item.frame.put(item.sequence, &mut bytes);
         if let Err(error) = file.write_all(&bytes) {
-            // Half a frame would only be read as damage.
-            let _half = file.set_len(self.written).and_then(|()| file.sync_all());
-            return Err(format!("cannot write: {error}; what was recorded up to there can be read"));
+            // A partial frame would be read as damage.
+            let _truncated = file.set_len(self.written).and_then(|()| file.sync_all());
+            return Err(format!("cannot write: {error}; the part recorded until then can be read"));
         }
         self.unsynced = true;
         self.written += bytes.len() as u64;
         self.store.grew(self.id, self.written)?;
         if let Some(elapsed_ns) = item.ends_after_ns {
             self.sync(file)?;
-            self.store.finish_file(self.id, elapsed_ns).map_err(|error| format!("cannot give the file its name: {error}"))?;
+            self.store.finish_file(self.id, elapsed_ns).map_err(|error| format!("cannot rename the file: {error}"))?;
             return Ok(true);
         }
         if self.synced.elapsed() >= SYNC_EVERY {
@@ -98,7 +98,7 @@ impl Writer<'_> {
 
     fn sync(&mut self, file: &File) -> Result<(), String> {
         if std::mem::take(&mut self.unsynced) {
-            file.sync_data().map_err(|error| format!("cannot be brought to the disk: {error}"))?;
+            file.sync_data().map_err(|error| format!("cannot sync the file to the disk: {error}"))?;
         }
         self.synced = Instant::now();
         Ok(())
@@ -111,14 +111,14 @@ mod tests {
     use sampler_session::Packer;
 
     #[test]
-    fn a_full_disk_in_words() {
+    fn a_full_disk_is_reported_with_its_consequence() {
         let store = Store::new("/nowhere".into(), 1 << 20);
         let frame = Arc::new(Packer::new().unwrap().facts(&[]).unwrap().pop());
-        assert!(frame.is_none(), "no frame for no facts");
+        assert!(frame.is_none(), "without facts there is no frame");
         let frame = Arc::new(Packer::new().unwrap().state(&[]).unwrap().remove(0));
         let mut writer = Writer { store: &store, id: "x", written: 0, synced: Instant::now(), unsynced: false };
         let mut full = File::options().write(true).open("/dev/full").unwrap();
-        let told = writer.take(&mut full, Item { sequence: 0, frame, ends_after_ns: None }).unwrap_err();
-        assert!(told.contains("No space left on device") && told.contains("can be read"), "{told}");
+        let error = writer.take(&mut full, Item { sequence: 0, frame, ends_after_ns: None }).unwrap_err();
+        assert!(error.contains("No space left on device") && error.contains("can be read"), "{error}");
     }
 }

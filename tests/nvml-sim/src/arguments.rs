@@ -6,15 +6,15 @@ use nvidia_ml_sim::faults::micros;
 use nvidia_ml_sim::{loads, time};
 
 pub fn demand(text: &str) -> Result<f64, String> {
-    text.parse().ok().filter(|d| *d > 0.0 && *d <= 1.0).ok_or_else(|| "a demand is above 0 and at most 1".into())
+    text.parse().ok().filter(|d| *d > 0.0 && *d <= 1.0).ok_or_else(|| "a demand must be above 0 and at most 1".into())
 }
 
-/// A schedule of demands as given.
+/// A schedule of demands, as on the command line.
 #[derive(Clone, Debug)]
 pub struct Steps(pub Vec<loads::Step>);
 
 pub fn steps(text: &str) -> Result<Steps, String> {
-    let wrong = || "give demands from 0 to 1 with their durations, such as 1.0:20s,0:10s; the last may have none".to_owned();
+    let wrong = || "expected demands from 0 to 1 with their durations, such as 1.0:20s,0:10s; the last may have none".to_owned();
     let step = |text: &str| {
         let (demand, lasts) = text.split_once(':').map_or((text, None), |(demand, lasts)| (demand, Some(lasts)));
         let demand = demand.parse().ok().filter(|d| (0.0..=1.0).contains(d)).ok_or_else(wrong)?;
@@ -36,20 +36,20 @@ pub fn bytes(text: &str) -> Result<u64, String> {
         _ => None,
     };
     let bytes = time::number(text).0.zip(shift).map(|(n, shift)| n * f64::from(1u32 << shift));
-    bytes.map(|b| b as u64).ok_or_else(|| "give bytes, or a number with KiB, MiB or GiB".into())
+    bytes.map(|b| b as u64).ok_or_else(|| "expected bytes, or a number with KiB, MiB or GiB".into())
 }
 
-/// One demand, or two between which it is drawn: 0.01..0.4
+/// One demand, or a range from which it is drawn: 0.01..0.4
 pub fn demands(text: &str) -> Result<(f64, f64), String> {
     let (from, to) = text.split_once("..").unwrap_or((text, text));
     let (from, to) = (demand(from)?, demand(to)?);
-    if from > to { Err("give it from the smaller to the larger, such as 0.01..0.4".into()) } else { Ok((from, to)) }
+    if from > to { Err("expected smaller..larger, such as 0.01..0.4".into()) } else { Ok((from, to)) }
 }
 
 pub fn durations(text: &str) -> Result<(Duration, Duration), String> {
-    let (from, to) = text.split_once("..").ok_or("give two durations such as 5ms..50ms")?;
+    let (from, to) = text.split_once("..").ok_or("expected two durations such as 5ms..50ms")?;
     let (from, to) = (time::span(from)?, time::span(to)?);
-    if from > to { Err("give it from the shorter to the longer, such as 5ms..50ms".into()) } else { Ok((from, to)) }
+    if from > to { Err("expected shorter..longer, such as 5ms..50ms".into()) } else { Ok((from, to)) }
 }
 
 #[cfg(test)]
@@ -57,7 +57,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn units() {
+    fn units_ranges_and_schedules_are_parsed() {
         assert_eq!(bytes("2GiB"), Ok(2 << 30));
         assert_eq!(bytes("1.5MiB"), Ok(3 << 19));
         assert_eq!(bytes("17"), Ok(17));
@@ -70,11 +70,11 @@ mod tests {
         for wrong in ["", "5ms", "..", "5ms..", "..5ms", "5..50ms", "5ms...50ms", "5ms..50ms..60ms"] {
             assert!(durations(wrong).is_err(), "{wrong}");
         }
-        assert!(durations("50ms..5ms").is_err_and(|e| e.contains("from the shorter to the longer")));
+        assert!(durations("50ms..5ms").is_err_and(|e| e.contains("shorter..longer")));
         assert!(demand("0").is_err() && demand("1.1").is_err() && demand("x").is_err());
-        let told = |text| steps(text).map(|s| s.0.iter().map(|s| (s.demand, s.lasts_us)).collect::<Vec<_>>());
-        assert_eq!(told("1.0:20s,0:500ms"), Ok(vec![(1.0, Some(20_000_000)), (0.0, Some(500_000))]));
-        assert_eq!(told("0.5:1s,0"), Ok(vec![(0.5, Some(1_000_000)), (0.0, None)]));
+        let parsed = |text| steps(text).map(|s| s.0.iter().map(|s| (s.demand, s.lasts_us)).collect::<Vec<_>>());
+        assert_eq!(parsed("1.0:20s,0:500ms"), Ok(vec![(1.0, Some(20_000_000)), (0.0, Some(500_000))]));
+        assert_eq!(parsed("0.5:1s,0"), Ok(vec![(0.5, Some(1_000_000)), (0.0, None)]));
         for wrong in ["", "1,0:1s", "0", "0:1s", "1.1:1s", "-1:1s", "1:0s", "1:5", "1:1s,", "x:1s"] {
             assert!(steps(wrong).is_err(), "{wrong}");
         }

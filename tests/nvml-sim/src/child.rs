@@ -1,4 +1,4 @@
-//! A child that does nothing but wait to be killed: born inside a cgroup, or launched into one as container runtimes do.
+//! A child that only waits to be killed: started inside a cgroup, or launched into one as container runtimes do.
 
 use std::ffi::CString;
 use std::fs;
@@ -15,24 +15,24 @@ const CLONE_INTO_CGROUP: u64 = 0x2_0000_0000;
 const NS_LAST_PID: &str = "/proc/sys/kernel/ns_last_pid";
 const PID_TRIES: u32 = 1000;
 
-/// The verb that a launched child runs.
+/// The hidden verb that a launched child runs.
 pub const REST: &std::ffi::CStr = c"rest";
 
-/// A directory on cgroup2, or, where processes are moved to it, on a hierarchy of cgroup v1.
+/// A directory on cgroup2, or, if processes are moved to it, on a cgroup v1 hierarchy.
 pub struct Cgroup {
     pub name: String,
     directory: fs::File,
 }
 
 impl Cgroup {
-    /// `v1`: a directory on cgroup v1 will do.
+    /// `v1`: whether a directory on cgroup v1 is accepted, too.
     pub fn open(path: &Path, v1: bool) -> anyhow::Result<Self> {
         let name = path.display().to_string();
         let directory = fs::OpenOptions::new()
             .read(true)
             .custom_flags(libc::O_DIRECTORY)
             .open(path)
-            .with_context(|| format!("--cgroup {name}: it must be a directory on cgroup2; make it with mkdir"))?;
+            .with_context(|| format!("--cgroup {name}: it must be a directory on cgroup2; create it with mkdir"))?;
         // SAFETY: all-zero is a valid statfs, and the descriptor is open.
         let kind = unsafe {
             let mut stat: libc::statfs = std::mem::zeroed();
@@ -42,7 +42,7 @@ impl Cgroup {
         if !kind.is_some_and(fits) {
             bail!(
                 "--cgroup {name}: it must be a directory on cgroup2, or with --launch on cgroup v1; \
-                 `findmnt -t cgroup2,cgroup` says where these are mounted"
+                 `findmnt -t cgroup2,cgroup` lists their mount points"
             );
         }
         Ok(Self { name, directory })
@@ -54,7 +54,7 @@ impl Cgroup {
     }
 }
 
-/// A process that only waits to be killed, which is done at the latest when this is dropped.
+/// A process that only waits to be killed; it is killed at the latest when this is dropped.
 pub struct Child {
     pub pid: u32,
     pub pidfd: OwnedFd,
@@ -62,21 +62,22 @@ pub struct Child {
 }
 
 impl Child {
-    /// It holds these files open.
+    /// Starts a process inside the cgroup that holds these files open.
     pub fn start(cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
         let child = Self::fork(Some(cgroup)).with_context(|| format!("cannot start a process in {}", cgroup.name))?;
         Ok(child.unwrap_or_else(|| wait_for_the_end(parent, holds)))
     }
 
-    /// As container runtimes do: forked in the cgroup of this program, moved to `cgroup` by writing `cgroup.procs`, then exec'd.
-    /// `held` passes between fork and exec, half of it before the move. The process has called exec when this returns.
+    /// Launches as container runtimes do: forks in this program's cgroup, moves the child to `cgroup` by writing `cgroup.procs`, then
+    /// execs. `held` passes between fork and exec, half of it before the move. The child has called exec when this returns.
     pub fn launch(cgroup: &Cgroup, held: Duration, holds: &[CString]) -> anyhow::Result<Self> {
         let parent = std::process::id() as libc::pid_t;
         let (gate, mut open) = io::pipe()?;
         let (mut status, report) = io::pipe()?;
         let (gate_fd, report_fd) = (gate.as_raw_fd(), report.as_raw_fd());
-        let child = Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_let(parent, gate_fd, report_fd, holds));
+        let child =
+            Self::fork(None).context("cannot fork")?.unwrap_or_else(|| exec_when_released(parent, gate_fd, report_fd, holds));
         drop(report);
         std::thread::sleep(held / 2);
         cgroup.attach(child.pid)?;
@@ -91,7 +92,7 @@ impl Child {
         Ok(child)
     }
 
-    /// `None` in the child. That is a copy of this one thread: from here on only async-signal-safe calls, and nothing is allocated.
+    /// Returns `None` in the child. The child is a copy of this one thread: it makes only async-signal-safe calls and does not allocate.
     fn fork(cgroup: Option<&Cgroup>) -> io::Result<Option<Self>> {
         let mut pidfd: libc::c_int = -1;
         // SAFETY: integers: all-zero is valid.
@@ -103,27 +104,30 @@ impl Child {
             how.flags |= CLONE_INTO_CGROUP;
             how.cgroup = cgroup.directory.as_raw_fd() as u64;
         }
-        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread does as said above.
+        // SAFETY: no memory is shared and the stack is copied, as by fork; the child of this one thread behaves as described above.
         let pid = unsafe { libc::syscall(libc::SYS_clone3, &raw mut how, size_of::<libc::clone_args>()) };
         match pid {
             0 => Ok(None),
-            // SAFETY: a new descriptor that nobody else owns.
+            // SAFETY: a new descriptor without another owner.
             1.. => Ok(Some(Self { pid: pid as u32, pidfd: unsafe { OwnedFd::from_raw_fd(pidfd) }, reaped: false })),
             _ => Err(io::Error::last_os_error()),
         }
     }
 
-    /// With this pid, which must be free. A child that got another one is killed and reaped at once.
+    /// Starts a process with this pid, which must be free. A child that got another pid is killed and reaped at once.
     pub fn start_as(pid: u32, cgroup: &Cgroup, holds: &[CString]) -> anyhow::Result<Self> {
         for _ in 0..PID_TRIES {
-            fs::write(NS_LAST_PID, (pid - 1).to_string())
-                .with_context(|| format!("--reuse-pid: {NS_LAST_PID}: be root, on a kernel with CONFIG_CHECKPOINT_RESTORE"))?;
+            fs::write(NS_LAST_PID, (pid - 1).to_string()).with_context(|| {
+                format!("--reuse-pid: {NS_LAST_PID}: requires root and a kernel with CONFIG_CHECKPOINT_RESTORE")
+            })?;
             let child = Child::start(cgroup, holds)?;
             if child.pid == pid {
                 return Ok(child);
             }
         }
-        bail!("--reuse-pid: in {PID_TRIES} tries no process got pid {pid}, another one must have it; run it again");
+        bail!(
+            "--reuse-pid: in {PID_TRIES} tries no process got pid {pid}, another process probably uses it; run the command again"
+        );
     }
 
     pub fn kill(&self) -> io::Result<()> {
@@ -157,27 +161,27 @@ impl Drop for Child {
     }
 }
 
-/// The end of the parent ends it, also after an exec.
+/// The process dies with its parent, also after an exec.
 fn die_with(parent: libc::pid_t) {
     // SAFETY: system calls on numbers only.
     unsafe {
         libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL as libc::c_ulong);
-        // Who died before that sends no signal.
+        // A parent that died before sends no signal.
         if libc::getppid() != parent {
             libc::_exit(0);
         }
     }
 }
 
-/// Opens these files for good, an exec included.
+/// Opens these files for the life of the process, also across an exec.
 fn hold(files: &[CString]) {
     for file in files {
-        // SAFETY: a string that was made before the fork.
+        // SAFETY: a string that was allocated before the fork.
         unsafe { libc::open(file.as_ptr(), libc::O_RDONLY) };
     }
 }
 
-/// A child from its first instant to its end.
+/// The body of a child.
 fn wait_for_the_end(parent: libc::pid_t, holds: &[CString]) -> ! {
     die_with(parent);
     // SAFETY: a system call on numbers only. The parent's pipes must end with the parent.
@@ -194,8 +198,8 @@ pub fn rest() -> ! {
     }
 }
 
-/// Waits for a byte at the gate and becomes this program's verb [`REST`]. Reports a byte where that fails.
-fn exec_when_let(parent: libc::pid_t, gate: libc::c_int, report: libc::c_int, holds: &[CString]) -> ! {
+/// Waits for a byte at the gate, then execs this program's verb [`REST`]. Writes a byte to `report` if that fails.
+fn exec_when_released(parent: libc::pid_t, gate: libc::c_int, report: libc::c_int, holds: &[CString]) -> ! {
     die_with(parent);
     let mut byte = 0u8;
     // SAFETY: system calls on open descriptors and numbers. The parent's pipes must end with the parent.

@@ -1,4 +1,4 @@
-//! A GPU's own clock: what its stamps say at a time of the model.
+//! A GPU's own clock: the stamp that it gives to a time of the model.
 
 use crate::world::{Clock, World};
 
@@ -20,7 +20,7 @@ impl GpuClock {
         Ok(Self { zero_us, begun_us: world.begun_us, offset_us, drift_ppm, steps: world.clock_steps_us(gpu)? })
     }
 
-    /// What the driver stamps at this time; the drift grows from the world's begin.
+    /// The driver's stamp for this time; the drift grows from the world's begin.
     pub fn stamp(&self, at_us: u64) -> u64 {
         let drift = (at_us as f64 - self.begun_us as f64) * self.drift_ppm / 1e6;
         let steps: i64 = self.steps.iter().filter(|(at, _)| *at <= at_us).map(|(_, by)| by).sum();
@@ -33,7 +33,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows() {
+    fn stamps_follow_zero_offset_drift_and_steps() {
         let check = |keys: &str, at_us: u64, expect: u64| {
             let world = World { begun_us: 1_000_000, booted_us: 400_000, ..World::parse(keys).unwrap() };
             assert_eq!(GpuClock::new(&world, 0).unwrap().stamp(at_us), expect, "{keys} at {at_us}");
@@ -48,7 +48,7 @@ mod tests {
         check(stepped, 20_999_999, 20_999_999);
         check(stepped, 21_000_000, 18_000_000);
         check(stepped, 31_000_000, 28_000_005);
-        // A clock before its zero stands still.
+        // A stamp before the clock's zero is 0.
         check("clock_offset_us = -12000000", 5_000_000, 0);
     }
 }

@@ -1,6 +1,6 @@
-//! What the driver knows at one moment: its sample rings, its faults, the processes with memory on a GPU. Plain data, no C.
+//! The driver's state at one moment: its sample buffers, its faults, the processes with memory on a GPU. Plain data, no C.
 //!
-//! [`crate::answers`] and [`crate::processes`] make of it what calls are told.
+//! [`crate::answers`] and [`crate::processes`] derive the results of calls from it.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::path::{Path, PathBuf};
@@ -9,28 +9,28 @@ use crate::clock::GpuClock;
 use crate::faults::{Effect, Held};
 use crate::follow::Follower;
 use crate::loads;
-use crate::model::{Model, Tick};
+use crate::model::{DriverSample, Model};
 use crate::tally::Tally;
 use crate::world::{Unit, World};
 
-/// What the driver itself holds of every GPU's memory.
+/// The driver's own part of every GPU's memory.
 pub const RESERVED_BYTES: u64 = 300 << 20;
 
-/// Distance between the pids of two kernels, for a world of which the driver's kernel is another: no pid of Linux is as large.
+/// Distance between the pids of two kernels, in a world with foreign pids: no pid of Linux is as large.
 const FOREIGN_PIDS: u32 = 5_000_000;
 
-/// How often the log's dead are looked for.
-const LOOK_EVERY_US: u64 = 1_000_000;
+/// Interval of checks for ended processes in the log.
+const CHECK_EVERY_US: u64 = 1_000_000;
 
 pub struct Driver {
     pub world: World,
     dir: PathBuf,
     pub(crate) log: Follower,
     clocks: Vec<GpuClock>,
-    pub(crate) rings: Vec<VecDeque<Tick>>,
+    pub(crate) rings: Vec<VecDeque<DriverSample>>,
     pub(crate) tallies: BTreeMap<Unit, Tally>,
-    looked_us: u64,
-    /// Instead of the time, for tests.
+    checked_us: u64,
+    /// Replaces the time, for tests.
     #[cfg(test)]
     pub(crate) fixed_us: Option<u64>,
 }
@@ -45,9 +45,9 @@ impl Driver {
         let tallies = counted.map(|u| (u, Tally::from(world.begun_us))).collect();
         let dir = dir.to_owned();
         #[cfg(test)]
-        return Ok(Self { world, dir, log, clocks, rings, tallies, looked_us: 0, fixed_us: None });
+        return Ok(Self { world, dir, log, clocks, rings, tallies, checked_us: 0, fixed_us: None });
         #[cfg(not(test))]
-        Ok(Self { world, dir, log, clocks, rings, tallies, looked_us: 0 })
+        Ok(Self { world, dir, log, clocks, rings, tallies, checked_us: 0 })
     }
 
     #[cfg(test)]
@@ -56,8 +56,8 @@ impl Driver {
     }
 
     #[cfg(test)]
-    pub fn never_look_for_the_dead(&mut self) {
-        self.looked_us = u64::MAX;
+    pub fn never_check_for_ended_processes(&mut self) {
+        self.checked_us = u64::MAX;
     }
 
     #[cfg(not(test))]
@@ -71,19 +71,19 @@ impl Driver {
         self.log.loads.shown(pid).unwrap_or(other)
     }
 
-    /// Takes in the log; the time that was taken before: what is served is older than both.
-    pub fn look(&mut self) -> anyhow::Result<u64> {
+    /// Reads the log. Returns the time taken before that; only samples older than both are served.
+    pub fn read_log(&mut self) -> anyhow::Result<u64> {
         let now = self.now();
         self.log.read()?;
         Ok(now)
     }
 
-    /// Also notices the dead, every second; up to when samples are served.
+    /// Reads the log and closes loads of ended processes, every second. Returns the time up to which samples are served.
     pub(crate) fn settle(&mut self) -> anyhow::Result<u64> {
-        let now = self.look()?;
+        let now = self.read_log()?;
         let served = now.saturating_sub(self.world.delay_us);
-        if now.saturating_sub(self.looked_us) > LOOK_EVERY_US {
-            self.looked_us = now;
+        if now.saturating_sub(self.checked_us) > CHECK_EVERY_US {
+            self.checked_us = now;
             if loads::close_dead(&self.dir, self.log.loads.iter())? > 0 {
                 self.log.read()?;
             }
@@ -99,7 +99,7 @@ impl Driver {
         Model { world: &self.world, unit, loads: self.log.loads.of(unit), faults: &self.log.faults }
     }
 
-    /// Takes in the log and the time.
+    /// Advances the GPU's sample buffer to the current time. Returns the time up to which samples are served.
     pub(crate) fn sync(&mut self, gpu: usize) -> anyhow::Result<u64> {
         let served = self.settle()?;
         let from = self.recorded_us(gpu, served);
@@ -108,7 +108,7 @@ impl Driver {
         let model = Model { world: &self.world, unit, loads: self.log.loads.of(unit), faults: &self.log.faults };
         let Some(ring) = self.rings.get_mut(gpu) else { return Ok(served) };
         for span in model.grid(from, served) {
-            ring.push_back(model.tick(span));
+            ring.push_back(model.sample(span));
             if ring.len() > depth {
                 ring.pop_front();
             }
@@ -119,7 +119,7 @@ impl Driver {
         Ok(served)
     }
 
-    /// The ring holds what is newer.
+    /// The sample buffer contains nothing older than this.
     fn oldest_us(&self, gpu: usize, served_us: u64) -> u64 {
         let ring_us = self.world.period_us(gpu) * *self.world.ring(gpu) as u64;
         let faults = &self.log.faults;
@@ -127,17 +127,17 @@ impl Driver {
         reaches.max(begins).max(self.world.begun_us)
     }
 
-    /// Up to here every tick is in the ring or too old for it.
+    /// Up to this time every sample is in the sample buffer or too old for it.
     fn recorded_us(&self, gpu: usize, served_us: u64) -> u64 {
         let oldest = self.oldest_us(gpu, served_us);
-        self.rings.get(gpu).and_then(|ring| ring.back()).map_or(oldest, |tick| tick.at_us.max(oldest))
+        self.rings.get(gpu).and_then(|ring| ring.back()).map_or(oldest, |sample| sample.at_us.max(oldest))
     }
 
-    /// Drops the loads that can be in no tick or sum that is still to be made.
+    /// Drops loads that can be in no sample or sum that is still to be computed.
     fn forget(&mut self, served_us: u64) {
         for unit in self.world.units() {
             let until = match unit.mig {
-                // Its last period is looked at, no ring is kept.
+                // Only its last period is read; it has no sample buffer.
                 Some(_) => self.model(unit).needless_until(served_us),
                 None => self.model(unit).needless_until(self.recorded_us(unit.gpu, served_us)),
             };
@@ -146,43 +146,43 @@ impl Driver {
         }
     }
 
-    /// What a call meets now.
+    /// The effect of faults on a call now.
     pub fn effect(&mut self, call: &str, gpu: Option<usize>) -> anyhow::Result<Effect> {
-        let now = self.look()?;
+        let now = self.read_log()?;
         Ok(self.log.faults.effect(call, gpu, now))
     }
 
-    /// The GPUs that are there, by which NVML numbers them.
+    /// The GPUs that exist, in the order of NVML's indices.
     pub fn present(&mut self) -> anyhow::Result<Vec<usize>> {
-        let now = self.look()?;
+        let now = self.read_log()?;
         Ok((0..self.world.gpus.len()).filter(|gpu| !self.log.faults.absent(*gpu, now)).collect())
     }
 
-    /// What the GPU's clock says at a time of the model.
+    /// The stamp of the GPU's clock for a time of the model.
     pub fn stamp(&self, gpu: usize, at_us: u64) -> u64 {
         self.clocks.get(gpu).map_or(at_us, |clock| clock.stamp(at_us))
     }
 
-    pub fn latest(&mut self, gpu: usize) -> anyhow::Result<Option<Tick>> {
+    pub fn latest(&mut self, gpu: usize) -> anyhow::Result<Option<DriverSample>> {
         self.sync(gpu)?;
         Ok(self.rings.get(gpu).and_then(|r| r.back()).copied())
     }
 
-    /// Busy share now, 0 to 1; in MIG mode that of its devices, each as large as its slices.
+    /// Busy share now, 0 to 1; in MIG mode that of its devices, each weighted by its slices.
     pub fn busy(&mut self, gpu: usize) -> anyhow::Result<f64> {
         if self.world.gpus.get(gpu).is_none_or(|g| g.mig.is_empty()) {
             return Ok(self.latest(gpu)?.map_or(0.0, |t| f64::from(t.util[0]) / 100.0));
         }
         let served = self.settle()?;
         let from = served.saturating_sub(*self.world.period_us(gpu));
-        let of = |unit: Unit| {
+        let share = |unit: Unit| {
             let seconds: f64 = self.model(unit).truth(from, served).iter().map(|s| s.seconds[0]).sum();
             seconds * 1e6 / (served - from).max(1) as f64 * self.part(unit)
         };
-        Ok(self.world.units().into_iter().filter(|u| u.gpu == gpu && u.mig.is_some()).map(of).sum())
+        Ok(self.world.units().into_iter().filter(|u| u.gpu == gpu && u.mig.is_some()).map(share).sum())
     }
 
-    /// What a throttle that is in force leaves of power, the SM clock and temperature.
+    /// Limits of the throttles in force on power, the SM clock and temperature.
     pub fn held(&self, gpu: usize) -> Held {
         self.log.faults.held(gpu, self.now())
     }
@@ -201,7 +201,7 @@ mod tests {
     use crate::answers::RingKind;
     use crate::processes::{List, NO_INSTANCE, Process};
 
-    /// A world that began long ago and its log; the times are before now.
+    /// A world that began long ago, and its log; loads begin and end before now.
     fn driver(toml: &str, loads: &[(u64, Option<u64>)]) -> (tempfile::TempDir, Driver) {
         let dir = tempfile::tempdir().unwrap();
         let own = loads::start_time(std::process::id()).unwrap();
@@ -222,7 +222,7 @@ mod tests {
     }
 
     #[test]
-    fn samples_are_served_when_they_are_as_old_as_the_delay() {
+    fn samples_are_served_once_they_are_as_old_as_the_delay() {
         for delay_us in [20_000, 3_000_000] {
             let (_dir, mut driver) = driver(&format!("delay_us = {delay_us}\nring = 9\n"), &[]);
             let before = loads::now_us();
@@ -235,9 +235,9 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_is_in_no_tick_nor_listed() {
+    fn forgotten_loads_are_in_no_sample_and_no_list() {
         let now = loads::now_us();
-        // One every 10 ms of the last minute, 30 to 330 ms long; two of them do not end.
+        // One load every 10 ms of the last minute, 30 to 330 ms long; two of them do not end.
         let ends = |n: u64, begin: u64| (n < 5_998).then_some(begin + 30_000 + n % 11 * 30_000);
         let loads: Vec<_> =
             (0..6_000).map(|n| (now - 61_000_000 + n * 10_000, n)).map(|(begin, n)| (begin, ends(n, begin))).collect();
@@ -247,19 +247,19 @@ mod tests {
         for _ in 0..2 {
             for gpu in 0..2 {
                 driver.sync(gpu).unwrap();
-                let ticks: Vec<Tick> = driver.rings[gpu].iter().copied().collect();
+                let samples: Vec<DriverSample> = driver.rings[gpu].iter().copied().collect();
                 let model =
                     Model { world: &driver.world, unit: gpu.into(), loads: all.loads.of(gpu.into()), faults: &all.faults };
-                assert_eq!(ticks.len(), 72);
-                let spans: Vec<_> = model.grid(ticks[0].at_us - 1, ticks[71].at_us).collect();
-                assert!(ticks.iter().zip(spans).all(|(tick, span)| *tick == model.tick(span)));
+                assert_eq!(samples.len(), 72);
+                let spans: Vec<_> = model.grid(samples[0].at_us - 1, samples[71].at_us).collect();
+                assert!(samples.iter().zip(spans).all(|(sample, span)| *sample == model.sample(span)));
                 let process = Process { pid: std::process::id(), bytes: 5, gi: NO_INSTANCE, ci: NO_INSTANCE };
                 assert_eq!(driver.processes(gpu.into(), List::Compute).unwrap(), [process]);
             }
-            // Of the first GPU the ring is full by the second time, of the other what a ring can need stayed too.
+            // By the second round the first GPU's buffer is full; for the other one, what its buffer may need was kept, too.
             let kept = driver.log.loads.iter().count();
             assert!((2..3_000).contains(&kept), "{kept}");
-            driver.looked_us = 0;
+            driver.checked_us = 0;
         }
         assert_eq!(driver.log.loads.iter().count(), 2);
     }

@@ -1,7 +1,7 @@
-//! What goes wrong, and when: faults and XIDs, from the world file and from the log.
+//! Faults and XIDs with their times, from the world file and from the log.
 //!
-//! Like loads they lie on the timeline, so every process sees the same faults and the truth knows them too: while a GPU is absent, lost
-//! or without its driver nothing runs on it and nothing is recorded; while its ring is frozen nothing is recorded.
+//! Like loads they are on the timeline, so every process gets the same faults, and the truth includes them: while a GPU is absent, lost or
+//! without its driver, nothing runs on it and nothing is recorded; while its sample buffer is frozen, nothing is recorded.
 
 use std::time::Duration;
 
@@ -10,34 +10,34 @@ use serde::{Deserialize, Serialize};
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, clap::ValueEnum)]
 #[serde(rename_all = "lowercase")]
 pub enum FaultKind {
-    /// The calls answer an NVML error.
+    /// The calls return an NVML error.
     Error,
-    /// The calls block until it ends.
+    /// The calls block until the fault ends.
     Stall,
     /// The calls take longer.
     Slow,
     /// The GPU fell off the bus.
     Lost,
-    /// The ring stops advancing while calls succeed.
+    /// The sample buffer stops advancing while calls succeed.
     Freeze,
-    /// Clocks are held down, for reasons.
+    /// Clocks are throttled, with reasons.
     Throttle,
-    /// The driver is unloaded and comes back another.
+    /// The driver is unloaded and replaced by a new instance.
     Reload,
-    /// The GPU is not there.
+    /// The GPU does not exist.
     Absent,
 }
 
-/// As the log has it: times in microseconds since the epoch.
+/// In the form of the log: times in microseconds since the epoch.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Fault {
-    /// All when none.
+    /// `None`: all GPUs.
     pub gpu: Option<usize>,
     pub from_us: u64,
-    /// For ever when none.
+    /// `None`: never.
     pub until_us: Option<u64>,
     pub kind: FaultKind,
-    /// Every call on the device when none.
+    /// `None`: every call on the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub call: Option<String>,
     #[serde(default)]
@@ -51,21 +51,21 @@ pub struct Fault {
     pub held: Held,
 }
 
-/// What the device shows while its clocks are held down; what is left out stays as it is.
+/// Limits of a throttled device; absent ones do not apply.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Held {
-    /// The SM clock is at most this.
+    /// Upper limit of the SM clock.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mhz: Option<u32>,
-    /// The power limit, and power is at most this.
+    /// The power limit, and upper limit of the power.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub watts: Option<u32>,
-    /// The temperature is at least this.
+    /// Lower limit of the temperature.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub celsius: Option<u32>,
 }
 
-/// Ends the faults that are in force and match.
+/// Ends the matching faults that are in force.
 #[derive(Clone, Debug, Serialize, Deserialize)]
 pub struct Clear {
     pub gpu: Option<usize>,
@@ -81,7 +81,7 @@ pub struct Xid {
     pub count: u64,
 }
 
-/// What a call meets at one moment.
+/// The effect of faults on a call at one moment.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Effect {
     pub slow_us: u64,
@@ -89,7 +89,7 @@ pub struct Effect {
     pub error: Option<u32>,
 }
 
-/// Codes and names of nvmlReturn_t, without NVML_ERROR_, with what nvmlErrorString says.
+/// Codes and names of nvmlReturn_t, without NVML_ERROR_, with the text of nvmlErrorString.
 pub const ERRORS: [(u32, &str, &std::ffi::CStr); 32] = [
     (0, "SUCCESS", c"Success"),
     (1, "UNINITIALIZED", c"Uninitialized"),
@@ -144,39 +144,39 @@ pub fn error(name: &str) -> Result<u32, String> {
     let known = ERRORS.iter().find(|(code, known, _)| *code != 0 && *known == name);
     known.map(|(code, ..)| *code).ok_or_else(|| {
         let names: Vec<&str> = ERRORS[1..].iter().map(|(_, name, _)| *name).collect();
-        format!("{name:?} is no NVML error; there are {}", names.join(", "))
+        format!("{name:?} is not an NVML error; choose from {}", names.join(", "))
     })
 }
 
-/// Bits of a list such as `sw_power_cap,hw_thermal`.
+/// Parses a list such as `sw_power_cap,hw_thermal` into bits.
 pub fn reasons(list: &str) -> Result<u64, String> {
     list.split(',').map(str::trim).filter(|name| !name.is_empty()).try_fold(0, |bits, name| {
         let bit = REASONS.iter().find(|(known, _)| *known == name).map(|(_, bit)| bit);
         bit.map(|bit| bits | bit).ok_or_else(|| {
             let names: Vec<&str> = REASONS.iter().map(|(name, _)| *name).collect();
-            format!("{name:?} is no reason; there are {}", names.join(", "))
+            format!("{name:?} is not a reason; choose from {}", names.join(", "))
         })
     })
 }
 
-/// A fault as people write it, without its times: what is missing for its kind, or senseless with it, is named.
-pub fn checked(fault: Fault) -> Result<Fault, String> {
-    let wants = |given: bool, what: &str| if given { Ok(()) } else { Err(format!("kind {:?} wants {what}", fault.kind)) };
+/// Validates a fault without its times: options that its kind lacks, or does not take, are errors.
+pub fn validated(fault: Fault) -> Result<Fault, String> {
+    let require = |given: bool, what: &str| if given { Ok(()) } else { Err(format!("kind {:?} requires {what}", fault.kind)) };
     match fault.kind {
-        FaultKind::Error => wants(fault.error != 0, "an error")?,
-        FaultKind::Slow => wants(fault.micros != 0, "micros")?,
-        FaultKind::Throttle => wants(fault.reasons != 0, "reasons")?,
+        FaultKind::Error => require(fault.error != 0, "an error")?,
+        FaultKind::Slow => require(fault.micros != 0, "micros")?,
+        FaultKind::Throttle => require(fault.reasons != 0, "reasons")?,
         _ => {}
     }
     let of_calls = matches!(fault.kind, FaultKind::Error | FaultKind::Stall | FaultKind::Slow);
     if fault.call.is_some() && !of_calls {
-        return Err(format!("kind {:?} is of no single call", fault.kind));
+        return Err(format!("kind {:?} does not apply to a single call", fault.kind));
     }
     if fault.held != Held::default() && fault.kind != FaultKind::Throttle {
-        return Err(format!("kind {:?} holds nothing down: mhz, watts and celsius are of throttle", fault.kind));
+        return Err(format!("kind {:?} has no limits: mhz, watts and celsius require kind throttle", fault.kind));
     }
     if fault.kind == FaultKind::Reload && fault.gpu.is_some() {
-        return Err("the driver is reloaded for every GPU: leave gpu out".into());
+        return Err("the driver is reloaded for every GPU: omit gpu".into());
     }
     Ok(fault)
 }
@@ -186,7 +186,7 @@ pub fn micros(duration: Duration) -> u64 {
 }
 
 impl Fault {
-    /// For ever, on every GPU, and as yet without what its kind wants.
+    /// A fault without end, on every GPU, and without the options that its kind requires.
     pub fn of_kind(kind: FaultKind) -> Self {
         let (call, held) = (None, Held::default());
         Self { gpu: None, from_us: 0, until_us: None, kind, call, error: 0, micros: 0, reasons: 0, held }
@@ -201,7 +201,7 @@ impl Fault {
     }
 }
 
-/// In the order in which they were declared.
+/// Faults in the order in which they were declared.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Faults(Vec<Fault>);
 
@@ -225,7 +225,7 @@ impl Faults {
         self.0.iter().filter(move |f| f.of(gpu) && f.at(at_us))
     }
 
-    /// A call on a device, or with no GPU one on the library: that one meets only what names it and no GPU.
+    /// The effect on a call on a device; with `gpu` `None`, on the library: only faults that name that call and no GPU apply there.
     pub fn effect(&self, call: &str, gpu: Option<usize>, at_us: u64) -> Effect {
         let mut effect = Effect::default();
         for fault in self.0.iter().filter(|f| f.at(at_us)) {
@@ -238,7 +238,7 @@ impl Faults {
                 FaultKind::Error if met => effect.error = effect.error.or(Some(fault.error)),
                 FaultKind::Stall if met => effect.stalled = true,
                 FaultKind::Slow if met => effect.slow_us += fault.micros,
-                // An absent GPU that a client still holds is one that went away.
+                // An absent GPU that a client still holds counts as lost.
                 FaultKind::Lost | FaultKind::Absent if met => effect.error = Some(GPU_IS_LOST),
                 _ => {}
             }
@@ -246,12 +246,12 @@ impl Faults {
         effect
     }
 
-    /// Nothing runs on it.
+    /// Whether nothing runs on the GPU.
     pub fn down(&self, gpu: usize, at_us: u64) -> bool {
         self.in_force(gpu, at_us).any(|f| matches!(f.kind, FaultKind::Lost | FaultKind::Reload | FaultKind::Absent))
     }
 
-    /// A sample of this time gets into the ring.
+    /// Whether a sample of this time gets into the sample buffer.
     pub fn recorded(&self, gpu: usize, at_us: u64) -> bool {
         !self
             .in_force(gpu, at_us)
@@ -270,7 +270,7 @@ impl Faults {
         self.in_force(gpu, at_us).filter(|f| f.kind == FaultKind::Throttle).fold(0, |bits, f| bits | f.reasons)
     }
 
-    /// Where several are in force, the one that holds down most.
+    /// The limits in force; of several faults, the strictest.
     pub fn held(&self, gpu: usize, at_us: u64) -> Held {
         let least = |a: Option<u32>, b: Option<u32>| a.into_iter().chain(b).min();
         let all = self.in_force(gpu, at_us).filter(|f| f.kind == FaultKind::Throttle).map(|f| f.held);
@@ -285,26 +285,26 @@ impl Faults {
         self.0.iter().any(|f| f.kind == FaultKind::Reload && f.at(at_us))
     }
 
-    /// The driver is another than it was at `since_us`.
+    /// Whether the driver was replaced after `since_us`.
     pub fn reloaded(&self, since_us: u64, at_us: u64) -> bool {
         self.0.iter().any(|f| f.kind == FaultKind::Reload && f.from_us > since_us && f.from_us <= at_us)
     }
 
-    /// The ring that is there at `at_us` holds nothing older.
+    /// The sample buffer that exists at `at_us` contains nothing older than the returned time.
     pub fn ring_begins(&self, gpu: usize, at_us: u64) -> u64 {
         let ends = |f: &Fault| f.until_us.map_or(at_us, |until| until.min(at_us));
-        let anew = |f: &&Fault| matches!(f.kind, FaultKind::Reload | FaultKind::Absent) && f.of(gpu) && f.from_us <= at_us;
-        self.0.iter().filter(anew).map(ends).max().unwrap_or(0)
+        let restarts = |f: &&Fault| matches!(f.kind, FaultKind::Reload | FaultKind::Absent) && f.of(gpu) && f.from_us <= at_us;
+        self.0.iter().filter(restarts).map(ends).max().unwrap_or(0)
     }
 
-    /// Between the answer and `to_us` lies recorded time of `span_us`, and the pauses in it.
+    /// The time from which on `span_us` of recorded time lie before `to_us`, allowing for pauses.
     pub fn reaches_back(&self, gpu: usize, to_us: u64, span_us: u64) -> u64 {
         let pauses = self.0.iter().filter(|f| f.of(gpu) && matches!(f.kind, FaultKind::Lost | FaultKind::Freeze));
         let mut pauses: Vec<(u64, u64)> = pauses.map(|f| (f.until_us.unwrap_or(to_us).min(to_us), f.from_us)).collect();
         pauses.sort_unstable_by(|a, b| b.cmp(a));
         let (mut from, mut passed) = (to_us.saturating_sub(span_us), to_us);
         for (ends, begins) in pauses {
-            // Pauses may overlap; what is passed counts once.
+            // Pauses may overlap; overlapping time counts once.
             let ends = ends.min(passed);
             if ends > from && begins < ends {
                 from = from.saturating_sub(ends - begins);
@@ -324,7 +324,7 @@ mod tests {
     }
 
     #[test]
-    fn what_calls_meet() {
+    fn faults_affect_the_calls_that_they_name() {
         let named = |kind, call: &str| Fault { call: Some(call.into()), ..fault(kind, None, 0, None) };
         let none = Effect::default();
         let error = |code| Effect { error: Some(code), ..none };
@@ -336,7 +336,7 @@ mod tests {
         check(fault(FaultKind::Error, Some(1), 10, Some(20)), "a", Some(1), 9, none);
         check(fault(FaultKind::Error, Some(1), 10, None), "a", Some(0), 10, none);
         check(fault(FaultKind::Error, None, 10, None), "a", Some(0), 1 << 60, error(6));
-        // A call on the library meets only what names it.
+        // A call on the library is affected only by faults that name it.
         check(fault(FaultKind::Error, None, 10, None), "a", None, 10, none);
         check(named(FaultKind::Error, "a"), "a", None, 10, error(6));
         check(named(FaultKind::Error, "a"), "b", Some(0), 10, none);
@@ -348,7 +348,7 @@ mod tests {
     }
 
     #[test]
-    fn a_frozen_ring_reaches_further_back() {
+    fn a_frozen_sample_buffer_reaches_further_back() {
         let check = |faults: &[(FaultKind, u64, Option<u64>)], expect: u64| {
             let faults = Faults::new(faults.iter().map(|(kind, from, until)| fault(*kind, None, *from, *until)).collect());
             assert_eq!(faults.reaches_back(0, 1000, 100), expect, "{faults:?}");
@@ -365,21 +365,24 @@ mod tests {
     }
 
     #[test]
-    fn names_and_what_a_kind_wants() {
+    fn names_are_parsed_and_required_options_checked() {
         assert_eq!((error("GPU_IS_LOST"), error("NVML_ERROR_UNKNOWN")), (Ok(15), Ok(999)));
         assert!(error("SUCCESS").is_err() && error("LOST").is_err_and(|e| e.contains("GPU_IS_LOST")));
         assert_eq!(reasons("sw_power_cap, hw_thermal"), Ok(0x44));
         assert!(reasons("heat").is_err_and(|e| e.contains("sw_thermal")));
-        let wrong = |f: Fault| checked(f).unwrap_err();
-        assert!(wrong(Fault { error: 0, ..fault(FaultKind::Error, None, 0, None) }).contains("wants an error"));
-        assert!(wrong(Fault { micros: 0, ..fault(FaultKind::Slow, None, 0, None) }).contains("wants micros"));
-        assert!(wrong(Fault { reasons: 0, ..fault(FaultKind::Throttle, None, 0, None) }).contains("wants reasons"));
-        assert!(wrong(Fault { call: Some("a".into()), ..fault(FaultKind::Lost, None, 0, None) }).contains("no single call"));
+        let wrong = |f: Fault| validated(f).unwrap_err();
+        assert!(wrong(Fault { error: 0, ..fault(FaultKind::Error, None, 0, None) }).contains("requires an error"));
+        assert!(wrong(Fault { micros: 0, ..fault(FaultKind::Slow, None, 0, None) }).contains("requires micros"));
+        assert!(wrong(Fault { reasons: 0, ..fault(FaultKind::Throttle, None, 0, None) }).contains("requires reasons"));
+        assert!(
+            wrong(Fault { call: Some("a".into()), ..fault(FaultKind::Lost, None, 0, None) })
+                .contains("not apply to a single call")
+        );
         assert!(wrong(fault(FaultKind::Reload, Some(0), 0, None)).contains("every GPU"));
     }
 
     #[test]
-    fn several_throttles_hold_down_what_the_strictest_says() {
+    fn of_several_throttles_the_strictest_limits_apply() {
         let throttle = |from, until, mhz, watts, celsius| Fault {
             held: Held { mhz, watts, celsius },
             ..fault(FaultKind::Throttle, Some(0), from, Some(until))
@@ -392,11 +395,11 @@ mod tests {
         check(35, Some(1000), Some(150), Some(70));
         check(40, None, None, None);
         let wrong = Fault { held: Held { mhz: Some(1), ..Held::default() }, ..fault(FaultKind::Slow, None, 0, None) };
-        assert!(checked(wrong).unwrap_err().contains("holds nothing down"));
+        assert!(validated(wrong).unwrap_err().contains("has no limits"));
     }
 
     #[test]
-    fn a_clear_ends_what_is_in_force_and_matches() {
+    fn a_clear_ends_matching_faults_in_force() {
         let mut faults = Faults::new(vec![
             fault(FaultKind::Stall, Some(0), 10, None),
             fault(FaultKind::Stall, Some(1), 10, None),
@@ -411,7 +414,7 @@ mod tests {
     }
 
     #[test]
-    fn a_reload_and_an_arrival_begin_the_ring_anew() {
+    fn a_reload_and_an_arrival_restart_the_sample_buffer() {
         let faults =
             Faults::new(vec![fault(FaultKind::Reload, None, 10, Some(20)), fault(FaultKind::Absent, Some(1), 0, Some(50))]);
         assert_eq!((faults.ring_begins(0, 5), faults.ring_begins(0, 15), faults.ring_begins(0, 90)), (0, 15, 20));

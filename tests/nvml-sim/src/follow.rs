@@ -1,4 +1,4 @@
-//! Follows the log of loads, faults and XIDs: parses only what is new; a torn last line waits for its rest.
+//! Follows the log of loads, faults and XIDs: parses only new lines; an incomplete last line is parsed once it is complete.
 
 use std::collections::{BTreeMap, HashMap};
 use std::fs;
@@ -11,13 +11,13 @@ use crate::faults::{Faults, Xid};
 use crate::loads::{FILE, Line, Load};
 use crate::world::{Unit, World};
 
-/// The loads as far as the log was read: of each unit in the order of their begin lines.
+/// The loads of the log as far as it was read: for each unit in the order of their begin lines.
 #[derive(Default)]
 pub struct Loads {
     units: BTreeMap<Unit, Vec<Load>>,
-    /// Where the load with this id lies.
-    places: HashMap<u64, (Unit, usize)>,
-    /// Pids by which the driver names processes, where these are not their own; also of those that have ended.
+    /// Unit and index of the load with this id.
+    positions: HashMap<u64, (Unit, usize)>,
+    /// Pids by which the driver names processes, where they differ from the processes' own; also of ended processes.
     shown: HashMap<u32, u32>,
 }
 
@@ -30,7 +30,7 @@ impl Loads {
         self.units.values().flatten()
     }
 
-    /// The pid by which the driver names the process, where it is not its own.
+    /// The pid by which the driver names the process, if it differs from its own.
     pub fn shown(&self, pid: u32) -> Option<u32> {
         self.shown.get(&pid).copied()
     }
@@ -42,14 +42,14 @@ impl Loads {
         };
         let unit = load.unit();
         let loads = self.units.entry(unit).or_default();
-        self.places.entry(load.id).or_insert((unit, loads.len()));
+        self.positions.entry(load.id).or_insert((unit, loads.len()));
         loads.push(load);
     }
 
     fn end(&mut self, id: u64, end_us: u64) {
-        // The first end counts: later ones are of readers that noticed the same death.
-        let place = self.places.get(&id);
-        if let Some(load) = place.and_then(|(unit, at)| self.units.get_mut(unit)?.get_mut(*at)) {
+        // The first end counts; later ones are of other readers that noticed the same end.
+        let position = self.positions.get(&id);
+        if let Some(load) = position.and_then(|(unit, at)| self.units.get_mut(unit)?.get_mut(*at)) {
             load.end_us.get_or_insert(end_us);
         }
     }
@@ -57,26 +57,26 @@ impl Loads {
     /// Drops the unit's loads that ended at `until_us` or before.
     pub fn forget(&mut self, unit: Unit, until_us: u64) {
         let Some(loads) = self.units.get_mut(&unit) else { return };
-        let places = &mut self.places;
+        let positions = &mut self.positions;
         loads.retain(|load| {
-            let stays = load.end_us.is_none_or(|end| end > until_us);
-            if !stays {
-                places.remove(&load.id);
+            let kept = load.end_us.is_none_or(|end| end > until_us);
+            if !kept {
+                positions.remove(&load.id);
             }
-            stays
+            kept
         });
         for (at, load) in loads.iter().enumerate() {
-            places.insert(load.id, (unit, at));
+            positions.insert(load.id, (unit, at));
         }
     }
 }
 
 pub struct Follower {
     path: PathBuf,
-    /// Where the first line begins that was not whole.
+    /// Offset of the first line that was not complete.
     offset: u64,
     pub loads: Loads,
-    /// The world's come first.
+    /// The world's faults come first.
     pub faults: Faults,
     pub xids: Vec<Xid>,
     world: (Faults, Vec<Xid>),
@@ -89,7 +89,7 @@ impl Follower {
         Ok(Self { path: dir.join(FILE), offset: 0, loads: Loads::default(), faults, xids, world })
     }
 
-    /// Takes in the whole lines that were added.
+    /// Reads the complete lines that were added.
     pub fn read(&mut self) -> anyhow::Result<()> {
         self.read_new().with_context(|| self.path.display().to_string())
     }
@@ -97,7 +97,7 @@ impl Follower {
     fn read_new(&mut self) -> std::io::Result<()> {
         let bytes = fs::metadata(&self.path)?.len();
         if bytes < self.offset {
-            // It only grows, so this is another log.
+            // The log only grows, so a smaller file is another log.
             (self.offset, self.loads) = (0, Loads::default());
             (self.faults, self.xids) = self.world.clone();
         }
@@ -123,7 +123,7 @@ impl Follower {
             Ok(Line::Fault { fault }) => self.faults.add(fault),
             Ok(Line::Clear { clear }) => self.faults.clear(&clear),
             Ok(Line::Xid { xid }) => self.xids.push(xid),
-            // Only this program writes here; a foreign line is nobody's load.
+            // Only this program writes the log; an unknown line is ignored.
             Err(_) => {}
         }
     }
@@ -160,10 +160,10 @@ mod tests {
     }
 
     #[test]
-    fn however_the_log_is_cut_the_loads_are_the_same() {
+    fn loads_do_not_depend_on_how_the_log_is_cut() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
-        // An end before its begin, a second end, ends of nobody, foreign lines, begins that are not in the order of their times.
+        // An end before its begin, a second end, ends of unknown loads, foreign lines, begins that are not in the order of their times.
         let text = [
             &end(5, 50)[..],
             &begin(5, 0),
@@ -196,7 +196,7 @@ mod tests {
     }
 
     #[test]
-    fn a_torn_line_waits_and_only_it_is_read_again() {
+    fn an_incomplete_line_waits_and_only_it_is_read_again() {
         let dir = tempfile::tempdir().unwrap();
         let path = dir.path().join(FILE);
         let (first, last) = (begin(1, 0), end(1, 5));
@@ -209,7 +209,7 @@ mod tests {
         fs::write(&path, format!("{first}{last}")).unwrap();
         follower.read().unwrap();
         assert_eq!(seen(&follower.loads, 0), [(1, Some(5))]);
-        // Another log in its place.
+        // Another log at the same path.
         fs::write(&path, begin(2, 0)).unwrap();
         follower.read().unwrap();
         assert_eq!(seen(&follower.loads, 0), [(2, None)]);
@@ -218,7 +218,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_forgotten_leaves_the_rest_in_place() {
+    fn forgetting_loads_keeps_the_others_addressable() {
         let mut follower = Follower::new(Path::new("/"), &World::default()).unwrap();
         let lines = [begin(1, 0), begin(2, 0), begin(3, 1), begin(4, 0), begin(5, 0), end(1, 10), end(3, 10), end(4, 11)];
         lines.iter().for_each(|line| follower.take(line.trim_end().as_bytes()));

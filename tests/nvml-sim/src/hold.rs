@@ -1,4 +1,4 @@
-//! Loads held in the foreground: the process is watched through a pidfd, so its end is recorded when it happens.
+//! Loads held in the foreground: the process is watched through a pidfd, so its end is recorded as it happens.
 
 use std::io;
 use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd};
@@ -12,8 +12,8 @@ use anyhow::Context as _;
 use nvidia_ml_sim::loads::{self, Load};
 use nvidia_ml_sim::world::World;
 
-/// A signal that comes just before the wait is noticed this late at most.
-pub const LOOK_EVERY: Duration = Duration::from_millis(100);
+/// A signal that arrives just before a wait is noticed after this time at most.
+pub const CHECK_EVERY: Duration = Duration::from_millis(100);
 
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
@@ -21,7 +21,7 @@ extern "C" fn note(signal: libc::c_int) {
     SIGNAL.store(signal, Ordering::Relaxed);
 }
 
-/// From here on SIGINT and SIGTERM are noted instead of ending this process.
+/// From here on SIGINT and SIGTERM set a flag instead of ending this process.
 pub fn catch_signals() {
     for signal in [libc::SIGINT, libc::SIGTERM] {
         // SAFETY: the handler only stores to an atomic.
@@ -39,11 +39,11 @@ fn pidfd(pid: u32) -> io::Result<OwnedFd> {
     if fd < 0 {
         return Err(io::Error::last_os_error());
     }
-    // SAFETY: a new descriptor that nobody else owns.
+    // SAFETY: a new descriptor without another owner.
     Ok(unsafe { OwnedFd::from_raw_fd(fd as i32) })
 }
 
-/// Until the process has ended; false when `wait` passed or a signal came first.
+/// Waits until the process has ended; false if `wait` passed or a signal arrived first.
 fn ended_within(process: &OwnedFd, wait: Duration) -> bool {
     let mut poll = libc::pollfd { fd: process.as_raw_fd(), events: libc::POLLIN, revents: 0 };
     let ms = wait.as_millis().try_into().unwrap_or(i32::MAX);
@@ -51,15 +51,15 @@ fn ended_within(process: &OwnedFd, wait: Duration) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, ms) > 0 }
 }
 
-/// Records the load until the process ends, `lasts` passes or a signal asks to stop.
+/// Records the load until the process ends, `lasts` passes or a signal arrives.
 pub fn load(dir: &Path, load: Load, lasts: Option<Duration>) -> anyhow::Result<()> {
     catch_signals();
     let pid = load.pid;
-    let process = pidfd(pid).with_context(|| format!("--pid {pid}: the process cannot be watched"))?;
+    let process = pidfd(pid).with_context(|| format!("--pid {pid}: cannot watch the process"))?;
     let (id, _) = loads::begin(dir, load)?;
     let from = Instant::now();
     while !signalled() {
-        let left = lasts.map_or(LOOK_EVERY, |lasts| lasts.saturating_sub(from.elapsed()).min(LOOK_EVERY));
+        let left = lasts.map_or(CHECK_EVERY, |lasts| lasts.saturating_sub(from.elapsed()).min(CHECK_EVERY));
         if left.is_zero() || ended_within(&process, left) {
             break;
         }
@@ -67,7 +67,7 @@ pub fn load(dir: &Path, load: Load, lasts: Option<Duration>) -> anyhow::Result<(
     loads::end(dir, id).map(|_| ())
 }
 
-/// Starts the command stopped at its exec, records its load, lets it go; its exit code, or 128 and the signal.
+/// Starts the command stopped at its exec, records its load, and lets it continue. Returns its exit code, or 128 and the signal.
 pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
     catch_signals();
     let [program, arguments @ ..] = command else { anyhow::bail!("a command is missing after --") };
@@ -89,16 +89,16 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
             Ok(())
         });
     }
-    // spawn returns only after the exec, so it waits in a thread while this one records the load of the child.
-    let (told, tell) = std::sync::mpsc::channel();
-    let spawning = std::thread::spawn(move || told.send(child.spawn()));
+    // spawn returns only after the exec, so it runs in a thread while this one records the child's load.
+    let (sender, receiver) = std::sync::mpsc::channel();
+    let spawning = std::thread::spawn(move || sender.send(child.spawn()));
     let recorded = (|| {
         let pid = first_child()?;
         let process = pidfd(pid)?;
         Ok::<_, anyhow::Error>((loads::begin(&load.dir, super::declared(load, pid)?)?.0, process))
     })();
     drop(release);
-    let spawned = tell.recv().context("the spawning thread ended")?;
+    let spawned = receiver.recv().context("the spawning thread ended")?;
     drop(spawning);
     drop(gate);
     let mut child = match spawned {
@@ -111,7 +111,7 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
         }
     };
     let (id, process) = recorded?;
-    while !ended_within(&process, LOOK_EVERY) {
+    while !ended_within(&process, CHECK_EVERY) {
         let signal = SIGNAL.swap(0, Ordering::Relaxed);
         if signal != 0 {
             // SAFETY: the child has not been waited for, so its pid is still its own.
@@ -123,7 +123,7 @@ pub fn run(load: &super::Demand, command: &[String]) -> anyhow::Result<u8> {
     Ok(status.code().or_else(|| status.signal().map(|s| 128 + s)).unwrap_or(1) as u8)
 }
 
-/// What the command has open from its first instant, as a process that uses the GPU has.
+/// The device nodes that the command has open from its first instant, as a process that uses the GPU has.
 fn nodes(dir: &Path, gpu: usize) -> anyhow::Result<Vec<std::fs::File>> {
     let open = |path: std::path::PathBuf| std::fs::File::open(&path).with_context(|| path.display().to_string());
     World::read(dir)?.nodes(dir, Some(gpu)).into_iter().map(open).collect()

@@ -1,10 +1,9 @@
-//! The log of declared loads: one line when a load begins, one when it ends, whole lines by single appends.
+//! The log of declared loads: one line when a load begins, one when it ends; each line is written by a single append.
 //!
-//! A load is in force from its begin line's time up to its end line's. Both times are taken just before the line is appended,
-//! under a lock on the file, and readers serve nothing younger than [`crate::model::SERVED_AFTER_US`]: what was served stays true
-//! as long as taking the time and appending take less than that. A load without an end line whose process is gone counts as
-//! ended when a reader first notices, who then writes the line; `load` itself must have been killed for that to happen.
-//! [`crate::follow`] reads it.
+//! A load is in force from the time of its begin line to that of its end line. Both times are taken just before the line is appended,
+//! under a lock on the file, and readers serve nothing younger than [`crate::model::SERVED_AFTER_US`]: what was served stays true if
+//! taking the time and appending take less than that. A load without an end line counts as ended once a reader notices that its process
+//! has ended; that reader writes the line. This happens only if `load` itself was killed. [`crate::follow`] reads the log.
 
 use std::collections::HashMap;
 use std::fs;
@@ -37,11 +36,11 @@ pub struct Load {
     pub ways: Ways,
 }
 
-/// How a load uses its GPU, where that is not the plain way.
+/// Options of how a load uses its GPU.
 #[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(default)]
 pub struct Ways {
-    /// Of the memory interface; half of what it gets of the compute engine, and at the same time, when none.
+    /// Demand for the memory interface; by default half of its compute share is used, at the same time.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub memory: Option<f64>,
     pub enc: f64,
@@ -50,10 +49,10 @@ pub struct Ways {
     pub ofa: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,
-    /// Demands for compute that follow each other from the load's begin on, in place of one; the load's own is the largest of them.
+    /// Schedule of compute demands from the load's begin, in place of one; the load's own demand is the largest of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
-    /// From when the steps count instead; until then the first of them is wanted.
+    /// Start of the schedule instead of the load's begin; until then the first demand applies.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub steps_from_us: Option<u64>,
     /// Number of the MIG device on the GPU.
@@ -61,12 +60,12 @@ pub struct Ways {
     pub mig: Option<usize>,
     pub mps: bool,
     pub graphics: bool,
-    /// The pid by which the driver names it.
+    /// The pid by which the driver names the process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shown_as: Option<u32>,
 }
 
-/// It wants something only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.
+/// The demands apply only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Pattern {
     pub every_us: u64,
@@ -74,7 +73,7 @@ pub struct Pattern {
     pub phase_us: u64,
 }
 
-/// Of a schedule. Only the last may have no end; where it has one, the schedule begins anew after it.
+/// A step of a schedule. Only the last one may have no end; if it has one, the schedule repeats.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Step {
     pub demand: f64,
@@ -97,7 +96,7 @@ impl Load {
         self.end_us.is_some_and(|end| end <= us)
     }
 
-    /// In force, and wanting something, at this time.
+    /// Whether the load is in force and has a demand at this time.
     pub fn wants_at(&self, us: u64) -> bool {
         let on = |p: &Pattern| (us + p.every_us - p.phase_us % p.every_us) % p.every_us < p.on_us;
         self.begin_us <= us && !self.ended_by(us) && self.ways.pattern.as_ref().is_none_or(on)
@@ -105,7 +104,7 @@ impl Load {
 }
 
 impl Load {
-    /// What it wants of the compute engine then, while it is in force.
+    /// The demand for the compute engine at this time, while the load is in force.
     pub fn demand_at(&self, us: u64) -> f64 {
         let Some(last) = self.ways.steps.last() else { return self.demand };
         let round_us: u64 = self.ways.steps.iter().filter_map(|step| step.lasts_us).sum();
@@ -150,7 +149,7 @@ impl Log {
         Ok(Self { path, file })
     }
 
-    /// The id and the begin that the line has.
+    /// Declares a load. Returns the id and the begin in its line.
     pub fn begin(&mut self, mut load: Load) -> anyhow::Result<(u64, u64)> {
         let mut id = 0;
         let now = self.append(|now| {
@@ -162,12 +161,12 @@ impl Log {
         Ok((id, now))
     }
 
-    /// The end that the line has.
+    /// Ends a load. Returns the end in its line.
     pub fn end(&mut self, id: u64) -> anyhow::Result<u64> {
         self.append(|now| Line::End { end: id, end_us: now })
     }
 
-    /// From now on, for as long as said.
+    /// Declares a fault from now on, for this duration or without end.
     pub fn fault(&mut self, mut fault: Fault, lasts_us: Option<u64>) -> anyhow::Result<u64> {
         self.append(|now| {
             (fault.from_us, fault.until_us) = (now, lasts_us.map(|us| now + us));
@@ -186,11 +185,11 @@ impl Log {
         self.append(|now| Line::Xid { xid: Xid { gpu, at_us: now, xid, count } })
     }
 
-    /// Appends the line that `line` makes of the present time.
+    /// Appends the line that `line` makes for the current time.
     fn append(&mut self, line: impl FnOnce(u64) -> Line) -> anyhow::Result<u64> {
         self.lock(libc::LOCK_EX)?;
         let written = self.write(line);
-        // Not left to the close: the file may stay open, and children may share it.
+        // Explicit, since the file may stay open and children may share it.
         self.lock(libc::LOCK_UN)?;
         written
     }
@@ -223,9 +222,9 @@ pub fn end(dir: &Path, id: u64) -> anyhow::Result<u64> {
     Log::open(dir)?.end(id)
 }
 
-/// Ends the loads whose process is gone and whose `load` command, having been killed, did not say so; how many.
+/// Ends the loads of ended processes that their killed `load` command did not end. Returns their number.
 pub fn close_dead<'a>(dir: &Path, loads: impl Iterator<Item = &'a Load>) -> anyhow::Result<usize> {
-    // By pid, what has it now; a reused pid has another start time than the load.
+    // Start times by pid; a reused pid has another start time than the load.
     let mut now: HashMap<u32, Option<u64>> = HashMap::new();
     let dead = |l: &&Load| *now.entry(l.pid).or_insert_with(|| start_time(l.pid)) != Some(l.start_time);
     let dead: Vec<u64> = loads.filter(|l| l.end_us.is_none()).filter(dead).map(|l| l.id).collect();
@@ -239,7 +238,7 @@ pub fn close_dead<'a>(dir: &Path, loads: impl Iterator<Item = &'a Load>) -> anyh
     Ok(dead.len())
 }
 
-/// Start time of a process, clock ticks; `None` when it does not exist or is a zombie.
+/// Start time of a process in clock ticks; `None` if it does not exist or is a zombie.
 pub fn start_time(pid: u32) -> Option<u64> {
     let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
     let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
@@ -263,15 +262,15 @@ mod tests {
             let ways = Ways { pattern: Some(Pattern { every_us, on_us, phase_us }), ..Ways::default() };
             Load { ways, ..load(1, 1) }.wants_at(at)
         };
-        let row = |every, long, phase| (0..20).filter(|at| on(every, long, phase, *at)).collect::<Vec<u64>>();
-        assert_eq!(row(10, 3, 0), [0, 1, 2, 10, 11, 12]);
-        assert_eq!(row(10, 3, 4), [4, 5, 6, 14, 15, 16]);
-        assert_eq!(row(10, 3, 18), [0, 8, 9, 10, 18, 19]);
-        assert_eq!(row(10, 10, 7).len(), 20);
+        let wanted_at = |every, long, phase| (0..20).filter(|at| on(every, long, phase, *at)).collect::<Vec<u64>>();
+        assert_eq!(wanted_at(10, 3, 0), [0, 1, 2, 10, 11, 12]);
+        assert_eq!(wanted_at(10, 3, 4), [4, 5, 6, 14, 15, 16]);
+        assert_eq!(wanted_at(10, 3, 18), [0, 8, 9, 10, 18, 19]);
+        assert_eq!(wanted_at(10, 10, 7).len(), 20);
     }
 
     #[test]
-    fn steps_count_from_the_load_s_begin() {
+    fn steps_count_from_the_loads_begin() {
         let check = |steps: &[(f64, Option<u64>)], expect: &[(u64, f64)]| {
             let steps = steps.iter().map(|(demand, lasts_us)| Step { demand: *demand, lasts_us: *lasts_us }).collect();
             let load = Load { begin_us: 1_000, ways: Ways { steps, ..Ways::default() }, ..load(1, 1) };
@@ -290,7 +289,7 @@ mod tests {
     }
 
     #[test]
-    fn the_ways_of_a_load_and_faults_survive_the_log() {
+    fn options_of_loads_and_faults_survive_the_log() {
         let pattern = Some(Pattern { every_us: 167_000, on_us: 80_000, phase_us: 20_000 });
         let steps = vec![Step { demand: 0.5, lasts_us: Some(9) }, Step { demand: 0.0, lasts_us: None }];
         let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, steps, mig: Some(1), mps: true, ..Ways::default() };
@@ -313,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn what_is_handed_back_is_what_the_log_says() {
+    fn returned_ids_and_times_equal_those_in_the_log() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "").unwrap();
         let (id, begin_us) = begin(dir.path(), load(7, 9)).unwrap();
@@ -328,7 +327,7 @@ mod tests {
     }
 
     #[test]
-    fn the_dead_are_closed_and_who_reused_their_pid_is_not() {
+    fn loads_of_ended_processes_are_closed_but_not_those_of_living_ones() {
         let dir = tempfile::tempdir().unwrap();
         fs::write(dir.path().join(FILE), "").unwrap();
         let (pid, born) = (std::process::id(), start_time(std::process::id()).unwrap());
@@ -342,7 +341,7 @@ mod tests {
     }
 
     #[test]
-    fn we_have_a_start_time() {
+    fn the_own_process_has_a_start_time() {
         assert!(start_time(std::process::id()).is_some_and(|t| t > 0));
         assert_eq!(start_time(u32::MAX), None);
     }

@@ -1,4 +1,4 @@
-//! The simulator's command: makes worlds, declares loads, faults and XIDs, lets short processes live, tells the truth.
+//! The simulator's command: creates worlds, declares loads, faults and XIDs, runs short-lived processes, prints the truth.
 
 mod arguments;
 mod child;
@@ -27,14 +27,14 @@ struct Cli {
 
 #[derive(Subcommand)]
 enum Verb {
-    /// Make simulated GPUs in a folder
+    /// Create simulated GPUs in a folder
     Init {
         #[arg(long)]
         dir: PathBuf,
-        /// How many GPUs; with --world only when the file names none
+        /// Number of GPUs; with --world only if the file has none
         #[arg(long)]
         gpus: Option<usize>,
-        /// Settings (TOML); README.md of this package lists the keys
+        /// Settings (TOML); README.md of this package documents the keys
         #[arg(long)]
         world: Option<PathBuf>,
     },
@@ -48,21 +48,21 @@ enum Verb {
         #[arg(long = "for", value_parser = time::span)]
         lasts: Option<Duration>,
     },
-    /// Start a process and load the GPU with it from its first instant
+    /// Start a process with a load from its first instant
     Run {
         #[command(flatten)]
         load: Demand,
         #[arg(last = true, required = true)]
         command: Vec<String>,
     },
-    /// Let many short processes live in cgroups, each loading a GPU from its first instant; prints them as JSON lines
+    /// Run many short-lived processes in cgroups, each with a load from its first instant, and print them as JSON lines
     Lives(lives::Lives),
-    /// Wait to be killed: what `lives --launch` runs in its processes
+    /// Wait to be killed: the program of processes that `lives --launch` starts
     #[command(hide = true)]
     Rest,
-    /// Let something go wrong from now on
+    /// Inject a fault from now on
     Fault(FaultArgs),
-    /// Let a GPU report an XID now
+    /// Report an XID of a GPU now
     Xid {
         #[arg(long)]
         dir: PathBuf,
@@ -70,7 +70,7 @@ enum Verb {
         gpu: usize,
         #[arg(long)]
         xid: u64,
-        /// How often at once
+        /// Number of events
         #[arg(long, default_value_t = 1)]
         count: u64,
     },
@@ -78,12 +78,12 @@ enum Verb {
     Truth {
         #[arg(long)]
         dir: PathBuf,
-        /// RFC 3339; from the world's begin when left out
+        /// RFC 3339; default: the world's begin
         #[arg(long, value_parser = time::parse)]
         from: Option<u64>,
         #[arg(long, value_parser = time::parse)]
         to: Option<u64>,
-        /// Every sample the driver recorded, instead of the timeline's sums
+        /// Print every sample that the driver recorded instead of the sums
         #[arg(long)]
         samples: bool,
     },
@@ -96,16 +96,16 @@ struct Demand {
     /// Index of the GPU
     #[arg(long)]
     gpu: usize,
-    /// Part of the GPU it wants, above 0 and up to 1; may be left out when it wants another engine, or memory alone
+    /// Demand for the compute engine, above 0 and up to 1; optional with a demand for another engine, or with --mem
     #[arg(long, value_parser = demand)]
     demand: Option<f64>,
-    /// Demands that follow each other from its begin on, such as 1.0:20s,0:10s; begun anew at the end, unless the last has no duration
+    /// Schedule of demands from the load's begin, such as 1.0:20s,0:10s; repeated, unless the last has no duration
     #[arg(long, value_name = "DEMAND:FOR,..", value_parser = steps, conflicts_with = "demand")]
     demands: Option<Steps>,
-    /// The demands count from then on, instead of from the load's begin; until then it wants the first. RFC 3339
+    /// Start of the schedule instead of the load's begin; until then the first demand applies. RFC 3339
     #[arg(long, value_parser = time::parse, requires = "demands")]
     since: Option<u64>,
-    /// GPU memory it holds, such as 2GiB or 512MiB
+    /// GPU memory that the load holds, such as 2GiB or 512MiB
     #[arg(long, value_parser = bytes, default_value = "0")]
     mem: u64,
     #[command(flatten)]
@@ -116,36 +116,36 @@ struct Demand {
 struct FaultArgs {
     #[arg(long)]
     dir: PathBuf,
-    /// Index of the GPU; all when left out
+    /// Index of the GPU; default: all
     #[arg(long)]
     gpu: Option<usize>,
     #[arg(long, required_unless_present = "clear")]
     kind: Option<FaultKind>,
-    /// Only this call, such as nvmlDeviceGetSamples; every call on the device when left out
+    /// Only this call, such as nvmlDeviceGetSamples; default: every call on the device
     #[arg(long, value_name = "SYMBOL")]
     call: Option<String>,
-    /// What the calls answer, such as GPU_IS_LOST
+    /// Error that the calls return, such as GPU_IS_LOST
     #[arg(long, value_parser = faults::error)]
     error: Option<u32>,
-    /// By how much the calls are slower
+    /// Additional latency of the calls, microseconds
     #[arg(long, default_value_t = 0)]
     micros: u64,
-    /// Why clocks are held down: sw_power_cap, hw_thermal and others, with commas between
+    /// Reasons for throttled clocks: sw_power_cap, hw_thermal and others, separated by commas
     #[arg(long, value_parser = faults::reasons)]
     reasons: Option<u64>,
-    /// With reasons: the SM clock is at most this
+    /// With reasons: upper limit of the SM clock
     #[arg(long)]
     mhz: Option<u32>,
-    /// With reasons: the power limit, and power is at most this
+    /// With reasons: the power limit, and upper limit of the power
     #[arg(long)]
     watts: Option<u32>,
-    /// With reasons: the temperature is at least this
+    /// With reasons: lower limit of the temperature
     #[arg(long)]
     celsius: Option<u32>,
-    /// End after this long, such as 5s; for ever when left out
+    /// End after this long, such as 5s; default: never
     #[arg(long = "for", value_parser = time::span)]
     lasts: Option<Duration>,
-    /// End what is in force, on this GPU and of this kind where given
+    /// End faults in force, of this GPU and this kind where given
     #[arg(long, conflicts_with_all = ["call", "error", "micros", "reasons", "mhz", "watts", "celsius", "lasts"])]
     clear: bool,
 }
@@ -171,11 +171,11 @@ fn run(verb: Verb) -> anyhow::Result<u8> {
             check(&load)?;
             hold::run(&load, &command)
         }
-        Verb::Lives(asked) => lives::run(&asked).map(|()| 0),
+        Verb::Lives(options) => lives::run(&options).map(|()| 0),
         Verb::Rest => child::rest(),
-        Verb::Fault(asked) => fault(asked).map(|()| 0),
+        Verb::Fault(options) => fault(options).map(|()| 0),
         Verb::Xid { dir, gpu, xid, count } => {
-            known(&dir, gpu)?;
+            check_gpu(&dir, gpu)?;
             loads::Log::open(&dir)?.xid(gpu, xid, count).map(|_| 0)
         }
         Verb::Truth { dir, from, to, samples } => truth::print(&dir, from, to, samples).map(|()| 0),
@@ -195,7 +195,7 @@ fn declared(load: &Demand, pid: u32) -> anyhow::Result<loads::Load> {
     Ok(loads::Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways })
 }
 
-fn known(dir: &Path, gpu: usize) -> anyhow::Result<()> {
+fn check_gpu(dir: &Path, gpu: usize) -> anyhow::Result<()> {
     let gpus = world::World::read(dir)?.gpus.len();
     if gpu >= gpus {
         bail!("--gpu {gpu}: {} has {gpus} GPUs, numbered from 0", dir.display());
@@ -203,19 +203,19 @@ fn known(dir: &Path, gpu: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn fault(asked: FaultArgs) -> anyhow::Result<()> {
-    asked.gpu.map_or(Ok(()), |gpu| known(&asked.dir, gpu))?;
-    let mut log = loads::Log::open(&asked.dir)?;
-    if asked.clear {
-        return log.clear(Clear { gpu: asked.gpu, kind: asked.kind, at_us: 0 }).map(|_| ());
+fn fault(options: FaultArgs) -> anyhow::Result<()> {
+    options.gpu.map_or(Ok(()), |gpu| check_gpu(&options.dir, gpu))?;
+    let mut log = loads::Log::open(&options.dir)?;
+    if options.clear {
+        return log.clear(Clear { gpu: options.gpu, kind: options.kind, at_us: 0 }).map(|_| ());
     }
-    let kind = asked.kind.context("--kind is missing")?;
-    let (error, reasons) = (asked.error.unwrap_or(0), asked.reasons.unwrap_or(0));
-    let (gpu, call, micros_) = (asked.gpu, asked.call, asked.micros);
-    let held = Held { mhz: asked.mhz, watts: asked.watts, celsius: asked.celsius };
+    let kind = options.kind.context("--kind is missing")?;
+    let (error, reasons) = (options.error.unwrap_or(0), options.reasons.unwrap_or(0));
+    let (gpu, call, micros_) = (options.gpu, options.call, options.micros);
+    let held = Held { mhz: options.mhz, watts: options.watts, celsius: options.celsius };
     let fault = Fault { gpu, call, error, micros: micros_, reasons, held, ..Fault::of_kind(kind) };
-    let fault = faults::checked(fault).map_err(anyhow::Error::msg)?;
-    log.fault(fault, asked.lasts.map(micros)).map(|_| ())
+    let fault = faults::validated(fault).map_err(anyhow::Error::msg)?;
+    log.fault(fault, options.lasts.map(micros)).map(|_| ())
 }
 
 fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<()> {
@@ -228,7 +228,7 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
         world.gpus = vec![world::Gpu::default(); gpus.unwrap_or(1)];
         world = world::World::parse(&toml::to_string(&world)?)?;
     } else if gpus.is_some_and(|n| n != world.gpus.len()) {
-        bail!("--gpus differs from the {} GPUs that the --world file names; leave it out", world.gpus.len());
+        bail!("--gpus differs from the {} GPUs of the --world file; omit it", world.gpus.len());
     }
     world.begun_us = loads::now_us();
     world.booted_us = world.begun_us.saturating_sub(up_us());
@@ -248,21 +248,21 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
     fs::write(dir.join(world::FILE), toml::to_string(&world)?).with_context(|| dir.display().to_string())
 }
 
-/// How long the machine has been up.
+/// The machine's uptime.
 fn up_us() -> u64 {
     let up = fs::read_to_string("/proc/uptime").unwrap_or_default();
     let seconds = up.split_whitespace().next().and_then(|s| s.parse::<f64>().ok()).unwrap_or(0.0);
     (seconds * 1e6) as u64
 }
 
-/// What NVML_SIM_LIBRARY names, or what cargo put beside this program.
+/// The path in NVML_SIM_LIBRARY, or the library that cargo built next to this program.
 fn library() -> anyhow::Result<PathBuf> {
     let path = match std::env::var_os("NVML_SIM_LIBRARY") {
         Some(path) => PathBuf::from(path),
         None => std::env::current_exe()?.with_file_name("libnvidia_ml_sim.so"),
     };
     if !path.exists() {
-        bail!("{} is not there; build it with `cargo build -p nvml-sim`", path.display());
+        bail!("{} does not exist; build it with `cargo build -p nvml-sim`", path.display());
     }
     Ok(path)
 }

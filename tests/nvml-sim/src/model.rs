@@ -1,21 +1,21 @@
-//! The truth: who is on which engine in each 2 ms slice. And what the driver makes of it: one sample per period, with one pid.
+//! The truth: which process is on which engine in each 2 ms slice. And what the driver records of it: one sample per period, with one pid.
 //!
-//! Stateless. A slice draws one number in [0,1) from (seed, unit, engine, slice); the loads that want that engine own adjoining parts of
-//! that interval as wide as their demands (scaled down when they want more than the whole), the rest is idle. So every client, at any
-//! time, in any process, sees the same past. Loads under MPS are one owner together, and several of them run in a slice of theirs.
+//! Stateless. Each slice has one random number in [0,1) from (seed, unit, engine, slice). The loads with a demand for that engine own
+//! adjoining parts of that interval, as wide as their demands (scaled down when these sum above 1); the rest is idle. So every client, at
+//! any time, in any process, gets the same past. Loads under MPS are one owner together, and several of them run in one of its slices.
 
 use crate::faults::Faults;
 use crate::loads::Load;
 use crate::world::{PidRule, Unit, World};
 
 pub const SLICE_US: u64 = 2_000;
-/// No sample is served younger than this: a load that begins or ends must be in the log by then.
+/// No sample is served younger than this: by then a load's begin or end must be in the log.
 pub const SERVED_AFTER_US: u64 = 20_000;
 
-/// The timeline is walked in parts of this many slices, each with the few loads that overlap it.
+/// The timeline is processed in parts of this many slices, each with the few loads that overlap it.
 const CHUNK: u64 = 1_000_000 / SLICE_US;
 
-/// Draws until some member of the MPS group runs; with demands in sight of 1 the first or second does.
+/// Random draws until some member of the MPS group runs; with demands that are not tiny the first or second succeeds.
 const MPS_DRAWS: u64 = 64;
 
 pub const ENGINES: usize = 6;
@@ -34,7 +34,7 @@ impl Engine {
     pub const ALL: [Engine; ENGINES] = [Self::Sm, Self::Mem, Self::Enc, Self::Dec, Self::Jpg, Self::Ofa];
     pub const NAMES: [&str; ENGINES] = ["sm", "mem", "enc", "dec", "jpg", "ofa"];
 
-    /// What a load wants of it then. The memory's default part follows the compute engine and wants nothing of its own.
+    /// A load's demand for this engine at a time. The default use of the memory follows the compute engine and is not a demand.
     fn demand(self, load: &Load, at_us: u64) -> f64 {
         match self {
             Self::Sm => load.demand_at(at_us),
@@ -42,7 +42,7 @@ impl Engine {
         }
     }
 
-    /// The most that a load ever wants of it.
+    /// A load's largest demand for this engine.
     fn most(self, load: &Load) -> f64 {
         match self {
             Self::Sm => load.demand,
@@ -55,7 +55,7 @@ impl Engine {
     }
 }
 
-/// One number from three, well mixed (splitmix64).
+/// Mixes three numbers into one (splitmix64).
 pub fn mix(a: u64, b: u64, c: u64) -> u64 {
     let mut z =
         a.wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ b.wrapping_mul(0xbf58_476d_1ce4_e5b9) ^ c.wrapping_mul(0x94d0_49bb_1331_11eb);
@@ -67,12 +67,12 @@ pub fn mix(a: u64, b: u64, c: u64) -> u64 {
     z
 }
 
-/// In [0,1).
+/// Maps to [0,1).
 fn unit_interval(mixed: u64) -> f64 {
     (mixed >> 11) as f64 / (1u64 << 53) as f64
 }
 
-/// What a sample is about: the time from the one before to its own.
+/// The time that a sample covers: from the one before to its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     pub from_us: u64,
@@ -81,20 +81,20 @@ pub struct Span {
 
 /// One sample as the driver records it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Tick {
+pub struct DriverSample {
     pub at_us: u64,
-    /// Per engine, busy share of the time since the sample before, percent.
+    /// Per engine, the busy share of the time since the sample before, in percent.
     pub util: [u32; ENGINES],
     pub pid: [Option<u32>; ENGINES],
 }
 
-/// What a load had of its engines.
+/// The time that a load had on the engines.
 #[derive(Clone, Debug)]
 pub struct Spent<'a> {
     pub load: &'a Load,
-    /// On each engine; where several run at once under MPS, its part of that time.
+    /// Seconds on each engine; where several loads run at once under MPS, its part of them.
     pub seconds: [f64; ENGINES],
-    /// On the compute engine, alone or not.
+    /// Seconds on the compute engine, alone or not.
     pub active: f64,
 }
 
@@ -102,32 +102,31 @@ pub struct Spent<'a> {
 pub struct Model<'a> {
     pub world: &'a World,
     pub unit: Unit,
-    /// Of any unit; others are skipped.
+    /// Loads of any unit; those of other units are skipped.
     pub loads: &'a [Load],
     pub faults: &'a Faults,
 }
 
-/// A load with its place among all.
-type Placed<'a> = (usize, &'a Load);
+/// A load with its index among all loads.
+type Indexed<'a> = (usize, &'a Load);
 
 impl<'a> Model<'a> {
     /// The unit's loads that are in force in a slice of `first..=last`.
-    fn overlapping(&self, first: u64, last: u64) -> Vec<Placed<'a>> {
+    fn overlapping(&self, first: u64, last: u64) -> Vec<Indexed<'a>> {
         let (first, last) = (first * SLICE_US, last * SLICE_US);
         let overlaps = |l: &Load| l.unit() == self.unit && l.begin_us <= last && l.end_us.is_none_or(|end| first < end);
         self.loads.iter().enumerate().filter(|(_, l)| overlaps(l)).collect()
     }
 
-    /// GPUs, MIG devices and engines draw each for themselves.
+    /// The slice's random number; GPUs, MIG devices and engines have independent ones.
     fn draw(&self, engine: Engine, slice: u64) -> f64 {
         let mig = self.unit.mig.map_or(0, |mig| mig as u64 + 1);
         let unit = (mig << 16) + self.unit.gpu as u64 + 1;
         unit_interval(mix(self.world.seed, unit | (engine as u64) << 32, slice))
     }
 
-    /// Those of the overlapping loads that are on the engine in the slice: one, or more under MPS. Their order decides who owns which
-    /// part.
-    fn owners(&self, engine: Engine, overlapping: &[Placed<'a>], slice: u64, owners: &mut Vec<Placed<'a>>) {
+    /// The overlapping loads that are on the engine in the slice: one, or several under MPS. Their order decides which part each owns.
+    fn owners(&self, engine: Engine, overlapping: &[Indexed<'a>], slice: u64, owners: &mut Vec<Indexed<'a>>) {
         owners.clear();
         let at = slice * SLICE_US;
         let live = || overlapping.iter().filter(move |(_, l)| l.wants_at(at));
@@ -158,17 +157,17 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Each member runs with the chance of its demand, given that one runs at all: so each has of the time what it wants.
-    fn mps_owners<'l, I>(&self, live: impl Fn() -> I, slice: u64, owners: &mut Vec<Placed<'a>>)
+    /// Each member runs with the probability of its demand, given that one runs at all: so each gets the share of time that it demands.
+    fn mps_owners<'l, I>(&self, live: impl Fn() -> I, slice: u64, owners: &mut Vec<Indexed<'a>>)
     where
-        I: Iterator<Item = &'l Placed<'a>>,
+        I: Iterator<Item = &'l Indexed<'a>>,
         'a: 'l,
     {
         let at = slice * SLICE_US;
         for round in 0..MPS_DRAWS {
-            for (place, load) in live().filter(|(_, l)| l.ways.mps && l.demand > 0.0) {
+            for (index, load) in live().filter(|(_, l)| l.ways.mps && l.demand > 0.0) {
                 if unit_interval(mix(self.world.seed ^ load.id, slice, round)) < load.demand_at(at) {
-                    owners.push((*place, *load));
+                    owners.push((*index, *load));
                 }
             }
             if !owners.is_empty() {
@@ -177,13 +176,13 @@ impl<'a> Model<'a> {
         }
     }
 
-    /// Whom a sample at this slice names, of those that are on the engine.
-    fn named(&self, owners: &[Placed<'a>], slice: u64) -> Option<u32> {
+    /// The pid that a sample in this slice names, of the loads on the engine.
+    fn named(&self, owners: &[Indexed<'a>], slice: u64) -> Option<u32> {
         let pick = mix(self.world.seed, 11, slice) as usize % owners.len().max(1);
         owners.get(pick).map(|(_, l)| l.pid)
     }
 
-    /// When the driver takes the sample of this number.
+    /// The time at which the driver takes the sample with this number.
     fn sampled_us(&self, number: u64) -> u64 {
         let (seed, gpu) = (self.world.seed, self.unit.gpu);
         let (period, jitter) = (*self.world.period_us(gpu), *self.world.jitter_us(gpu));
@@ -205,22 +204,22 @@ impl<'a> Model<'a> {
         spans.filter(move |s| self.faults.recorded(self.unit.gpu, s.at_us))
     }
 
-    pub fn tick(&self, span: Span) -> Tick {
+    pub fn sample(&self, span: Span) -> DriverSample {
         let (first, last) = (span.from_us / SLICE_US, span.at_us / SLICE_US);
         let loads = self.overlapping(first, last);
-        let mut tick = Tick { at_us: span.at_us, util: [0; ENGINES], pid: [None; ENGINES] };
+        let mut sample = DriverSample { at_us: span.at_us, util: [0; ENGINES], pid: [None; ENGINES] };
         for engine in Engine::ALL.into_iter().filter(|e| loads.iter().any(|(_, l)| e.most(l) > 0.0)) {
-            (tick.util[engine as usize], tick.pid[engine as usize]) = self.sample(engine, &loads, span);
+            (sample.util[engine as usize], sample.pid[engine as usize]) = self.engine_sample(engine, &loads, span);
         }
-        if tick.util[Engine::Mem as usize] == 0 && loads.iter().all(|(_, l)| l.ways.memory.is_none()) {
-            tick.util[Engine::Mem as usize] = tick.util[Engine::Sm as usize] / 2;
-            tick.pid[Engine::Mem as usize] = tick.pid[Engine::Sm as usize];
+        if sample.util[Engine::Mem as usize] == 0 && loads.iter().all(|(_, l)| l.ways.memory.is_none()) {
+            sample.util[Engine::Mem as usize] = sample.util[Engine::Sm as usize] / 2;
+            sample.pid[Engine::Mem as usize] = sample.pid[Engine::Sm as usize];
         }
-        tick
+        sample
     }
 
     /// Utilization and pid of one engine.
-    fn sample(&self, engine: Engine, loads: &[Placed<'a>], span: Span) -> (u32, Option<u32>) {
+    fn engine_sample(&self, engine: Engine, loads: &[Indexed<'a>], span: Span) -> (u32, Option<u32>) {
         let (first, last_slice) = (span.from_us / SLICE_US, span.at_us / SLICE_US);
         let mut owners = Vec::new();
         let (mut busy_us, mut last) = (0.0, None);
@@ -246,9 +245,9 @@ impl<'a> Model<'a> {
         ((busy_us * 100.0 / (span.at_us - span.from_us).max(1) as f64).round() as u32, pid)
     }
 
-    /// Which part of the engine is used in the slice, and by whom. Loads that say nothing of the memory use half of it while they compute,
-    /// unless one that does is on it.
-    fn on(&self, engine: Engine, loads: &[Placed<'a>], slice: u64, owners: &mut Vec<Placed<'a>>) -> f64 {
+    /// The part of the engine that is used in the slice, and its owners. Loads without a demand for the memory use half of it while they
+    /// compute, unless a load with such a demand is on it.
+    fn on(&self, engine: Engine, loads: &[Indexed<'a>], slice: u64, owners: &mut Vec<Indexed<'a>>) -> f64 {
         self.owners(engine, loads, slice, owners);
         if engine == Engine::Mem && owners.is_empty() {
             self.owners(Engine::Sm, loads, slice, owners);
@@ -258,13 +257,13 @@ impl<'a> Model<'a> {
         if owners.is_empty() { 0.0 } else { 1.0 }
     }
 
-    /// A load that ended then or before is in none of the ticks after `after_us`.
+    /// A load that ended at the returned time or before is in no sample after `after_us`.
     pub fn needless_until(&self, after_us: u64) -> u64 {
         let (period, jitter) = (self.world.period_us(self.unit.gpu), self.world.jitter_us(self.unit.gpu));
         after_us.saturating_sub(period + 2 * jitter) / SLICE_US * SLICE_US
     }
 
-    /// What each load had in [from, to).
+    /// The time that each load had in [from, to).
     pub fn truth(&self, from_us: u64, to_us: u64) -> Vec<Spent<'a>> {
         let mut us = vec![([0.0; ENGINES], 0.0); self.loads.len()];
         let to_slice = to_us.div_ceil(SLICE_US);

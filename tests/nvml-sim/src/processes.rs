@@ -1,4 +1,4 @@
-//! Who has memory on a GPU or a MIG device, and in which of NVML's lists.
+//! The processes with memory on a GPU or a MIG device, in NVML's lists.
 
 use crate::driver::{Driver, RESERVED_BYTES};
 use crate::loads::Load;
@@ -11,7 +11,7 @@ pub enum List {
     Mps,
 }
 
-/// A value that NVML does not have: all ones.
+/// NVML's value for an unknown size: all ones.
 pub const UNKNOWN_BYTES: u64 = u64::MAX;
 pub const NO_INSTANCE: u32 = u32::MAX;
 
@@ -39,13 +39,13 @@ fn is_in(list: List, load: &Load) -> bool {
 }
 
 impl Driver {
-    /// The unit itself and, of a GPU, its MIG devices.
+    /// The unit itself and, for a GPU, its MIG devices.
     fn parts(&self, unit: Unit) -> Vec<Unit> {
         let within = |u: &Unit| *u == unit || unit.mig.is_none() && u.gpu == unit.gpu;
         self.world.units().into_iter().filter(within).collect()
     }
 
-    /// Processes that are there now; a GPU's list shows those of its MIG devices too.
+    /// The current processes; a GPU's list includes those of its MIG devices.
     pub fn processes(&mut self, unit: Unit, list: List) -> anyhow::Result<Vec<Process>> {
         self.settle()?;
         let unknown = *self.world.list_memory(unit.gpu) == ListMemory::Unknown;
@@ -70,7 +70,7 @@ impl Driver {
         let total = self.world.memory_bytes(unit);
         let loads = self.parts(unit).into_iter().flat_map(|part| self.log.loads.of(part));
         let held: u64 = loads.filter(|l| l.end_us.is_none()).map(|l| l.memory_bytes).sum();
-        // The driver's own part is the GPU's, not that of one of its devices.
+        // The driver's own part belongs to the GPU, not to one of its devices.
         let reserved = if unit.mig.is_some() { 0 } else { RESERVED_BYTES.min(total) };
         Ok(Memory { total, reserved, used: held.min(total - reserved) })
     }

@@ -1,15 +1,15 @@
-//! Rows: what the driver answers in a world with this or that quirk.
+//! Tests of the driver's results in worlds with quirks.
 
 use std::fmt::Write as _;
 
-use crate::answers::{RingKind, Row};
+use crate::answers::{ProcessSample, RingKind};
 use crate::driver::Driver;
 use crate::loads::{self, Load, Ways};
-use crate::model::Tick;
+use crate::model::DriverSample;
 use crate::processes::{List, NO_INSTANCE, UNKNOWN_BYTES};
 use crate::world::Unit;
 
-/// When the worlds of these tests began, and what time it is in them.
+/// Begin of these tests' worlds, and their current time.
 const BEGUN: u64 = 1_000_000_000_000;
 const NOW: u64 = BEGUN + 60_000_000;
 
@@ -18,7 +18,7 @@ struct QuirkSim {
     dir: tempfile::TempDir,
 }
 
-/// (pid, demand, end) from the world's begin on; the processes need not exist, because nobody looks for them.
+/// Loads as (pid, demand, end) from the world's begin on; the processes need not exist, since the driver does not check for them.
 fn sim(keys: &str, loads: &[(u32, f64, Option<u64>)]) -> QuirkSim {
     let plain = loads.iter().map(|(pid, demand, end)| (*pid, *demand, *end, Ways::default()));
     with_ways(keys, &plain.collect::<Vec<_>>())
@@ -26,7 +26,7 @@ fn sim(keys: &str, loads: &[(u32, f64, Option<u64>)]) -> QuirkSim {
 
 fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> QuirkSim {
     let dir = tempfile::tempdir().unwrap();
-    // The log is written with the time of this machine; it is put back to that of the world.
+    // Times in the log are those of the world, not of this machine.
     let mut text = String::new();
     for (n, (pid, demand, end_us, ways)) in loads.iter().enumerate() {
         let (gpu, begin_us, ways) = (0, BEGUN, ways.clone());
@@ -39,7 +39,7 @@ fn with_ways(keys: &str, loads: &[(u32, f64, Option<u64>, Ways)]) -> QuirkSim {
     let world = format!("begun_us = {BEGUN}\nbooted_us = {}\n{keys}", BEGUN - 7_000_000);
     std::fs::write(dir.path().join(crate::world::FILE), world).unwrap();
     let mut driver = Driver::open(dir.path()).unwrap();
-    driver.never_look_for_the_dead();
+    driver.never_check_for_ended_processes();
     driver.fixed_us = Some(NOW);
     QuirkSim { driver, dir }
 }
@@ -49,11 +49,11 @@ impl QuirkSim {
         self.driver.samples(0, RingKind::Utilization(0), after).unwrap()
     }
 
-    fn rows(&mut self, after: u64) -> Vec<Row> {
-        self.driver.rows(0, after).unwrap()
+    fn process_samples(&mut self, after: u64) -> Vec<ProcessSample> {
+        self.driver.process_samples(0, after).unwrap()
     }
 
-    fn ticks(&mut self) -> Vec<Tick> {
+    fn recorded(&mut self) -> Vec<DriverSample> {
         self.driver.sync(0).unwrap();
         self.driver.rings[0].iter().copied().collect()
     }
@@ -64,38 +64,40 @@ impl QuirkSim {
 }
 
 #[test]
-fn a_row_is_the_mean_of_its_samples_and_has_the_stamp_of_the_newest() {
+fn a_process_sample_is_the_mean_of_its_samples_with_the_newest_stamp() {
     let mut sim = with_ways("", &[(7, 0.5, None, Ways { enc: 0.5, ..Ways::default() }), (8, 0.3, None, Ways::default())]);
-    let ticks = sim.ticks();
-    for after in [0, ticks[40].at_us, ticks[71].at_us] {
-        let rows = sim.rows(after);
+    let recorded = sim.recorded();
+    for after in [0, recorded[40].at_us, recorded[71].at_us] {
+        let folded = sim.process_samples(after);
         for pid in [7, 8] {
-            let on =
-                |engine: usize| ticks.iter().filter(move |t| t.at_us > after && t.pid[engine] == Some(pid) && t.util[engine] > 0);
+            let on = |engine: usize| {
+                recorded.iter().filter(move |t| t.at_us > after && t.pid[engine] == Some(pid) && t.util[engine] > 0)
+            };
             let mean = |engine: usize| {
                 let n = on(engine).count() as u32;
                 on(engine).map(|t| t.util[engine]).sum::<u32>() / n.max(1)
             };
             let newest = (0..6).flat_map(on).map(|t| t.at_us).max();
-            let row = rows.iter().find(|r| r.pid == pid);
-            assert_eq!(row.map(|r| r.stamp_us), newest, "pid {pid} after {after}");
-            if let Some(row) = row {
-                assert_eq!(row.util[..3], [mean(0), mean(1), mean(2)]);
+            let sample = folded.iter().find(|r| r.pid == pid);
+            assert_eq!(sample.map(|r| r.stamp_us), newest, "pid {pid} after {after}");
+            if let Some(sample) = sample {
+                assert_eq!(sample.util[..3], [mean(0), mean(1), mean(2)]);
             }
         }
-        assert!(rows.windows(2).all(|w| w[0].stamp_us <= w[1].stamp_us));
+        assert!(folded.windows(2).all(|w| w[0].stamp_us <= w[1].stamp_us));
     }
 }
 
 #[test]
-fn stamps_are_the_gpu_s_own() {
+fn stamps_are_on_the_gpus_own_clock() {
     let check = |keys: &str, by: i64| {
         let (mut plain, mut other) = (sim("", &[(7, 0.9, None)]), sim(keys, &[(7, 0.9, None)]));
         let shifted: Vec<u64> = plain.samples(0).iter().map(|(at, _)| at.wrapping_add_signed(by)).collect();
         let stamps: Vec<u64> = other.samples(0).iter().map(|(at, _)| *at).collect();
         assert_eq!(stamps, shifted, "{keys}");
-        assert_eq!(other.rows(0)[0].stamp_us, plain.rows(0)[0].stamp_us.wrapping_add_signed(by), "{keys}");
-        // lastSeen is of the same clock.
+        let (shifted, plain) = (other.process_samples(0)[0].stamp_us, plain.process_samples(0)[0].stamp_us);
+        assert_eq!(shifted, plain.wrapping_add_signed(by), "{keys}");
+        // lastSeen is on the same clock.
         assert_eq!(other.samples(stamps[70]).len(), 1, "{keys}");
     };
     check("", 0);
@@ -105,19 +107,19 @@ fn stamps_are_the_gpu_s_own() {
 }
 
 #[test]
-fn after_a_step_back_last_seen_hides_what_is_newer() {
+fn after_a_clock_step_back_last_seen_hides_newer_samples() {
     let mut sim = sim("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3000000", &[(7, 0.9, None)]);
     sim.now(20_000_000);
     let newest = sim.samples(0).last().unwrap().0;
     sim.now(22_000_000);
     assert!(sim.samples(newest).is_empty() && sim.samples(0).windows(2).any(|w| w[1].0 < w[0].0));
-    // Once the clock has caught up with where it was, samples are newer again.
+    // Once the clock has caught up, samples count as newer again.
     sim.now(24_000_000);
     assert!(!sim.samples(newest).is_empty());
 }
 
 #[test]
-fn idle_samples_are_zero_or_not_there() {
+fn idle_samples_are_zero_or_absent() {
     let loads = [(7, 1.0, Some(NOW - 6_000_000))];
     let (zeros, dry) = (sim("", &loads).samples(0), sim("idle_ring = 'dry'", &loads).samples(0));
     let busy: Vec<_> = zeros.iter().filter(|(_, util)| *util > 0).copied().collect();
@@ -127,27 +129,28 @@ fn idle_samples_are_zero_or_not_there() {
 }
 
 #[test]
-fn a_process_s_stamps_lie_before_its_samples() {
+fn process_stamps_lie_before_their_samples_stamps() {
     let loads = [(7, 0.5, None), (8, 0.5, None)];
     let (mut device, mut process) = (sim("", &loads), sim("row_stamps = 'process'", &loads));
-    for (row, early) in device.rows(0).iter().zip(process.rows(0)) {
-        assert!(row.pid == early.pid && row.util == early.util && (0..5_000).contains(&(row.stamp_us - early.stamp_us)));
+    for (sample, early) in device.process_samples(0).iter().zip(process.process_samples(0)) {
+        let distance = sample.stamp_us - early.stamp_us;
+        assert!(sample.pid == early.pid && sample.util == early.util && (0..5_000).contains(&distance));
     }
-    // Who has seen the largest stamp of the rows sees none of them again.
-    let seen = process.rows(0).iter().map(|r| r.stamp_us).max().unwrap();
-    assert!(process.rows(seen).is_empty());
+    // A client that has seen the largest stamp gets none of these samples again.
+    let seen = process.process_samples(0).iter().map(|r| r.stamp_us).max().unwrap();
+    assert!(process.process_samples(seen).is_empty());
 }
 
 #[test]
-fn garbage_comes_beside_the_rows() {
+fn garbage_comes_in_addition_to_valid_process_samples() {
     let gone = NOW - 4_000_000;
-    let check = |kinds: &str, expect: fn(&[Row], u64) -> bool| {
+    let check = |kinds: &str, expect: fn(&[ProcessSample], u64) -> bool| {
         let loads = [(7, 0.9, None), (8, 0.9, Some(gone))];
         let seen = NOW - 2_000_000;
-        let plain = sim("", &loads).rows(seen);
-        let rows = sim(&format!("garbage = [{kinds}]"), &loads).rows(seen);
-        assert_eq!(rows[..plain.len()], plain, "{kinds}");
-        assert!(expect(&rows[plain.len()..], seen), "{kinds}: {rows:?}");
+        let plain = sim("", &loads).process_samples(seen);
+        let all = sim(&format!("garbage = [{kinds}]"), &loads).process_samples(seen);
+        assert_eq!(all[..plain.len()], plain, "{kinds}");
+        assert!(expect(&all[plain.len()..], seen), "{kinds}: {all:?}");
     };
     check("", |more, _| more.is_empty());
     check("'util'", |more, _| more.len() == 1 && more[0].pid == 7 && more[0].util[0] == 808_334_905);
@@ -159,40 +162,45 @@ fn garbage_comes_beside_the_rows() {
     let with: usize = (0..400)
         .filter(|n| {
             some.now(30_000_000 + n * 1_000);
-            some.rows(0).len() > 1
+            some.process_samples(0).len() > 1
         })
         .count();
-    assert!((70..130).contains(&with), "{with} of 400 answers have garbage");
+    assert!((70..130).contains(&with), "{with} of 400 results contain garbage");
 }
 
 #[test]
-fn shuffled_rows_are_the_same_rows() {
+fn shuffled_process_samples_are_the_same_samples() {
     let loads: Vec<_> = (1..=9).map(|pid| (pid, 0.11, None)).collect();
-    let sorted = |mut rows: Vec<Row>| {
-        rows.sort_by_key(|r| r.pid);
-        rows
+    let sorted = |mut samples: Vec<ProcessSample>| {
+        samples.sort_by_key(|r| r.pid);
+        samples
     };
-    let (plain, shuffled) = (sim("", &loads).rows(0), sim("row_order = 'shuffled'", &loads).rows(0));
+    let (mut plain, mut shuffled) = (sim("", &loads), sim("row_order = 'shuffled'", &loads));
+    let (plain, shuffled) = (plain.process_samples(0), shuffled.process_samples(0));
     assert!(plain != shuffled && sorted(plain) == sorted(shuffled));
 }
 
 #[test]
-fn a_frozen_ring_keeps_what_it_has_and_a_reload_empties_it() {
+fn a_frozen_sample_buffer_keeps_its_samples_and_a_reload_empties_it() {
     let fault = |kind: &str| format!("[[gpus]]\n[[faults]]\nkind = '{kind}'\nfrom = '30s'\nlasts = '20s'");
     let check = |kind: &str, at_s: u64, len: usize, newest_s: f64| {
         let mut sim = sim(&fault(kind), &[(7, 0.9, None)]);
         sim.now(at_s * 1_000_000);
-        let ticks = sim.ticks();
-        let newest = ticks.last().map_or(0.0, |t| (t.at_us - BEGUN) as f64 / 1e6);
-        assert!(ticks.len() == len && (newest - newest_s).abs() < 0.2, "{kind} at {at_s} s: {} until {newest}", ticks.len());
-        // A driver that was there all the time has the same.
+        let recorded = sim.recorded();
+        let newest = recorded.last().map_or(0.0, |t| (t.at_us - BEGUN) as f64 / 1e6);
+        assert!(
+            recorded.len() == len && (newest - newest_s).abs() < 0.2,
+            "{kind} at {at_s} s: {} until {newest}",
+            recorded.len()
+        );
+        // A driver that ran all the time has the same.
         sim.now(20_000_000);
         sim.driver.rings[0].clear();
         for second in 20..=at_s {
             sim.now(second * 1_000_000);
-            sim.ticks();
+            sim.recorded();
         }
-        assert_eq!(sim.ticks(), ticks, "{kind}");
+        assert_eq!(sim.recorded(), recorded, "{kind}");
     };
     check("freeze", 45, 72, 30.0);
     check("freeze", 51, 72, 51.0);
@@ -204,7 +212,7 @@ fn a_frozen_ring_keeps_what_it_has_and_a_reload_empties_it() {
 }
 
 #[test]
-fn lists_name_processes_where_they_belong() {
+fn each_process_is_in_the_list_of_its_kind() {
     let mps = Ways { mps: true, ..Ways::default() };
     let graphics = Ways { graphics: true, ..Ways::default() };
     let loads =
@@ -221,7 +229,7 @@ fn lists_name_processes_where_they_belong() {
 }
 
 #[test]
-fn mig_devices_have_their_own_lists_and_the_gpu_has_all() {
+fn mig_devices_have_their_own_lists_and_the_gpus_list_has_all() {
     let on = |mig| Ways { mig: Some(mig), ..Ways::default() };
     let keys = "[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, ci = 3 }]";
     let mut sim = with_ways(keys, &[(7, 0.1, None, on(0)), (8, 0.1, None, on(1))]);
@@ -235,7 +243,7 @@ fn mig_devices_have_their_own_lists_and_the_gpu_has_all() {
 }
 
 #[test]
-fn sums_go_on_without_the_loads_behind_them() {
+fn sums_continue_after_their_loads_are_forgotten() {
     let loads = [(7, 0.6, Some(BEGUN + 10_000_000)), (8, 0.2, None)];
     let mut sim = sim("energy = true\naccounting = true\ngpm = true", &loads);
     sim.now(20_020_000);
@@ -253,21 +261,21 @@ fn sums_go_on_without_the_loads_behind_them() {
 }
 
 #[test]
-fn pids_of_another_kernel_are_in_every_answer() {
+fn pids_of_another_kernel_are_in_every_result() {
     let pids = |sim: &mut QuirkSim| {
-        let rows: std::collections::BTreeSet<u32> = sim.rows(0).iter().map(|row| row.pid).collect();
+        let sampled: std::collections::BTreeSet<u32> = sim.process_samples(0).iter().map(|sample| sample.pid).collect();
         let listed = sim.driver.processes(Unit::from(0), List::Compute).unwrap();
         let listed: std::collections::BTreeSet<u32> = listed.iter().map(|process| process.pid).collect();
-        assert_eq!(rows, listed);
-        rows.into_iter().collect::<Vec<_>>()
+        assert_eq!(sampled, listed);
+        sampled.into_iter().collect::<Vec<_>>()
     };
     let loads = || [(7, 0.5, None, Ways::default()), (8, 0.4, None, Ways { shown_as: Some(99), ..Ways::default() })];
     assert_eq!(pids(&mut with_ways("", &loads())), [7, 99]);
     assert_eq!(pids(&mut with_ways("foreign_pids = true", &loads())), [99, 5_000_007]);
-    // The truth has their own.
+    // The truth has the processes' own pids.
     let mut sim = with_ways("foreign_pids = true", &loads());
-    assert!(sim.ticks().iter().filter_map(|tick| tick.pid[0]).all(|pid| matches!(pid, 7 | 8)));
-    // A later process of that pid has its own number.
+    assert!(sim.recorded().iter().filter_map(|sample| sample.pid[0]).all(|pid| matches!(pid, 7 | 8)));
+    // A later process with that pid is shown with its own pid.
     let reused = [(7, 0.5, Some(BEGUN + 1), Ways { shown_as: Some(99), ..Ways::default() }), (7, 0.5, None, Ways::default())];
     assert_eq!(pids(&mut with_ways("", &reused)), [7]);
 }

@@ -1,11 +1,11 @@
-//! Which symbols a driver of the world's version has, and how the others are hidden: their names in the copied library's string
-//! table are changed, so that dlsym finds nothing under the old ones.
+//! The symbols of a driver of the world's version. The others are hidden: their names in the copied library's string table are changed,
+//! so that dlsym does not find them.
 
 use anyhow::{Context as _, bail};
 
 use crate::world::World;
 
-/// The first major version that has them.
+/// Symbols by the first major version that has them.
 const SINCE: [(u32, &[&str]); 5] = [
     (
         510,
@@ -39,14 +39,14 @@ const SINCE: [(u32, &[&str]); 5] = [
     ),
 ];
 
-/// From the presence of one without the other nvitop takes it that process lists have another layout.
+/// nvitop infers another layout of process lists from the presence of one without the other.
 const TOGETHER: [&str; 2] = ["nvmlDeviceGetRunningProcessDetailList", "nvmlDeviceGetConfComputeMemSizeInfo"];
 
-/// What the world's driver does not have: by its version, and by what the world says.
+/// The symbols that the world's driver lacks: by its version, and by the world's `missing`.
 pub fn missing(world: &World) -> anyhow::Result<Vec<String>> {
     let listed = |name: &&str| world.missing.iter().any(|missing| missing == name);
     if TOGETHER.iter().filter(|name| listed(name)).count() == 1 {
-        bail!("missing: {} and {} are there together or not at all; name both", TOGETHER[0], TOGETHER[1]);
+        bail!("missing: {} and {} must both be missing or both be present; list both", TOGETHER[0], TOGETHER[1]);
     }
     let major = world.driver_major().unwrap_or(0);
     let later = SINCE.iter().filter(|(since, _)| major < *since).flat_map(|(_, names)| *names);
@@ -62,7 +62,7 @@ fn number(image: &[u8], at: usize, bytes: usize) -> Option<usize> {
     usize::try_from(u64::from_le_bytes(number)).ok()
 }
 
-/// A section as (offset, size), by its type; of a table also the section that its link names.
+/// A section as (offset, size), with its type; for a table also the section of its link.
 struct Section {
     kind: usize,
     at: usize,
@@ -81,7 +81,7 @@ fn sections(image: &[u8]) -> Option<Vec<Section>> {
     (0..count).map(section).collect()
 }
 
-/// Where the first bytes of the names of the dynamic symbols lie.
+/// Offsets of the names of the dynamic symbols.
 fn dynamic_names(image: &[u8]) -> Option<Vec<usize>> {
     const DYNSYM: usize = 11;
     const SYMBOL_BYTES: usize = 24;
@@ -91,15 +91,15 @@ fn dynamic_names(image: &[u8]) -> Option<Vec<usize>> {
     (0..symbols.size / SYMBOL_BYTES).map(|n| Some(strings.at + number(image, symbols.at + n * SYMBOL_BYTES, 4)?)).collect()
 }
 
-/// Makes the names unfindable; one that is not there is an error.
+/// Hides symbols; a missing symbol is an error.
 pub fn hide(image: &mut [u8], names: &[String]) -> anyhow::Result<()> {
-    let places = dynamic_names(image).context("the library is no 64-bit ELF file with sections")?;
+    let offsets = dynamic_names(image).context("the library is not a 64-bit ELF file with sections")?;
     for name in names {
         let wanted = [name.as_bytes(), b"\0"].concat();
-        let place = places.iter().find(|at| image.get(**at..**at + wanted.len()) == Some(&wanted));
-        let place = *place.with_context(|| format!("missing: the library has no symbol {name} that could be taken away"))?;
-        // The hash table still leads here from the old name, but the comparison fails.
-        image[place] = b'_';
+        let offset = offsets.iter().find(|at| image.get(**at..**at + wanted.len()) == Some(&wanted));
+        let offset = *offset.with_context(|| format!("missing: the library has no symbol {name} that could be removed"))?;
+        // The hash of the old name still leads here, but the comparison of names fails.
+        image[offset] = b'_';
     }
     Ok(())
 }
@@ -113,9 +113,9 @@ mod tests {
     }
 
     #[test]
-    fn a_version_has_what_its_drivers_have() {
-        let check = |keys: &str, name: &str, there: bool| {
-            assert_eq!(!missing(&world(keys)).unwrap().contains(&name.to_owned()), there, "{keys}: {name}");
+    fn a_version_has_the_symbols_of_its_drivers() {
+        let check = |keys: &str, name: &str, present: bool| {
+            assert_eq!(!missing(&world(keys)).unwrap().contains(&name.to_owned()), present, "{keys}: {name}");
         };
         for (version, v3, gpm, info) in [
             ("470.1", false, false, false),
@@ -134,6 +134,6 @@ mod tests {
         }
         check("missing = ['nvmlDeviceGetSamples']", "nvmlDeviceGetSamples", false);
         let one = missing(&world("missing = ['nvmlDeviceGetConfComputeMemSizeInfo']")).unwrap_err();
-        assert!(one.to_string().contains("name both"));
+        assert!(one.to_string().contains("list both"));
     }
 }

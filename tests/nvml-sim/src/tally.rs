@@ -1,5 +1,5 @@
-//! Sums over a unit's whole timeline, for what counts without end: energy, accounting, GPM. They are advanced with the time, so that
-//! the loads behind them can be forgotten.
+//! Sums over a unit's whole timeline, for cumulative values: energy, accounting, GPM. They are advanced with the time, so that loads that
+//! are already counted can be dropped.
 
 use std::collections::BTreeMap;
 
@@ -17,7 +17,7 @@ pub struct Tally {
     pub accounts: BTreeMap<(u32, u64), Account>,
 }
 
-/// What accounting knows of a process.
+/// The accounting of a process.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Account {
     pub seconds: [f64; ENGINES],
@@ -26,7 +26,7 @@ pub struct Account {
     pub memory_bytes: u64,
 }
 
-/// The engines' seconds at one time, to be compared with another's.
+/// The engines' seconds at one time; two readings can be compared.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Reading {
     pub at_us: u64,
@@ -40,7 +40,7 @@ impl Tally {
 }
 
 impl Driver {
-    /// Which part of its GPU the unit is.
+    /// The unit's share of its GPU.
     pub fn part(&self, unit: Unit) -> f64 {
         self.world.mig(unit).map_or(1.0, |mig| f64::from(mig.slices) / f64::from(MIG_SLICES))
     }
@@ -73,14 +73,14 @@ impl Driver {
         Ok(Reading { at_us: tally.upto_us, seconds: tally.seconds })
     }
 
-    /// Readings of the GPU, or of one GPU instance, with their parts of the GPU.
+    /// Readings of the GPU, or of one GPU instance, with their shares of the GPU.
     pub fn readings(&mut self, gpu: usize, gi: Option<u32>) -> anyhow::Result<Vec<(f64, Reading)>> {
-        let of = |u: &Unit| u.gpu == gpu && gi.is_none_or(|gi| self.world.mig(*u).is_some_and(|mig| mig.gi == gi));
-        let units: Vec<Unit> = self.world.units().into_iter().filter(of).collect();
+        let wanted = |u: &Unit| u.gpu == gpu && gi.is_none_or(|gi| self.world.mig(*u).is_some_and(|mig| mig.gi == gi));
+        let units: Vec<Unit> = self.world.units().into_iter().filter(wanted).collect();
         units.into_iter().map(|unit| Ok((self.part(unit), self.reading(unit)?))).collect()
     }
 
-    /// Since the world's begin, millijoules.
+    /// Energy since the world's begin, millijoules.
     pub fn energy_mj(&mut self, gpu: usize) -> anyhow::Result<u64> {
         let readings = self.readings(gpu, None)?;
         let busy: f64 = readings.iter().map(|(part, reading)| part * reading.seconds[0]).sum();

@@ -28,7 +28,7 @@ pub fn format(us: u64) -> String {
 }
 
 pub fn parse(text: &str) -> anyhow::Result<u64> {
-    let wrong = || format!("{text:?} is no RFC 3339 time, such as 2026-01-31T12:00:00Z or 2026-01-31T13:00:00.5+01:00");
+    let wrong = || format!("{text:?} is not an RFC 3339 time such as 2026-01-31T12:00:00Z or 2026-01-31T13:00:00.5+01:00");
     let (date, clock) = text.split_once(['T', 't', ' ']).with_context(wrong)?;
     let (clock, offset_s) = match clock.find(['Z', 'z', '+', '-']) {
         Some(at) if clock[at..].eq_ignore_ascii_case("z") => (&clock[..at], 0),
@@ -54,7 +54,7 @@ pub fn parse(text: &str) -> anyhow::Result<u64> {
     }
 }
 
-/// The number that the text begins with, and the rest.
+/// The number at the begin of the text, and the rest.
 pub fn number(text: &str) -> (Option<f64>, &str) {
     let end = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
     (text[..end].parse().ok(), &text[end..])
@@ -70,7 +70,7 @@ pub fn span(text: &str) -> Result<Duration, String> {
         _ => None,
     };
     let seconds = number(text).0.zip(factor).map(|(n, factor)| n * factor);
-    seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "give a duration such as 5s, 500ms or 1m".into())
+    seconds.and_then(|s| Duration::try_from_secs_f64(s).ok()).ok_or_else(|| "expected a duration such as 5s, 500ms or 1m".into())
 }
 
 #[cfg(test)]
@@ -78,7 +78,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn rows() {
+    fn rfc_3339_times_round_trip_and_invalid_ones_are_rejected() {
         for (text, us) in [
             ("1970-01-01T00:00:00.000000Z", 0),
             ("2000-02-29T23:59:59.999999Z", 951_868_799_999_999),

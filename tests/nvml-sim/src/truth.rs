@@ -1,4 +1,4 @@
-//! What really happened, for scoring estimators.
+//! Prints what really happened, as a reference for estimators.
 
 use std::collections::HashMap;
 use std::io::Write as _;
@@ -16,7 +16,7 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> a
     let mut log = Follower::new(dir, &world)?;
     log.read()?;
     loads::close_dead(dir, log.loads.iter())?;
-    // What is younger can still change.
+    // Younger events may still be added to the log.
     let settled = loads::now_us() - SERVED_AFTER_US;
     log.read()?;
     let from = from.unwrap_or(world.begun_us).max(world.begun_us);
@@ -30,21 +30,21 @@ pub fn print(dir: &Path, from: Option<u64>, to: Option<u64>, samples: bool) -> a
         for gpu in (0..world.gpus.len()).filter(|gpu| world.gpus[*gpu].mig.is_empty()) {
             let (model, clock) = (model(gpu.into()), GpuClock::new(&world, gpu)?);
             for span in model.grid(from, to) {
-                let tick = model.tick(span);
-                let (at, stamp) = (tick.at_us, clock.stamp(tick.at_us));
-                let row = json!({
+                let sample = model.sample(span);
+                let (at, stamp) = (sample.at_us, clock.stamp(sample.at_us));
+                let entry = json!({
                     "gpu": gpu, "uuid": world.gpus[gpu].uuid, "time": time::format(at), "time_us": at, "gpu_time_us": stamp,
-                    "util": by_engine(tick.util), "pid": by_engine(tick.pid),
+                    "util": by_engine(sample.util), "pid": by_engine(sample.pid),
                 });
-                write!(out, "{comma}\n{row}")?;
+                write!(out, "{comma}\n{entry}")?;
                 comma = ",";
             }
         }
         writeln!(out, "\n]")?;
     } else {
-        let gpus: Vec<_> = world.units().into_iter().map(|unit| told(&world, model(unit), from, to)).collect();
-        let answer = json!({"from": time::format(from), "to": time::format(to), "gpus": gpus});
-        writeln!(out, "{}", serde_json::to_string_pretty(&answer)?)?;
+        let gpus: Vec<_> = world.units().into_iter().map(|unit| unit_truth(&world, model(unit), from, to)).collect();
+        let truth = json!({"from": time::format(from), "to": time::format(to), "gpus": gpus});
+        writeln!(out, "{}", serde_json::to_string_pretty(&truth)?)?;
     }
     Ok(out.flush()?)
 }
@@ -60,17 +60,17 @@ struct ProcessTruth {
     active: f64,
 }
 
-/// One GPU or MIG device.
-fn told(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
+/// The truth of one GPU or MIG device.
+fn unit_truth(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
     let mut processes: Vec<ProcessTruth> = Vec::new();
-    let mut places = HashMap::new();
+    let mut indices = HashMap::new();
     for spent in model.truth(from, to) {
         let (pid, start_time) = (spent.load.pid, spent.load.start_time);
-        let place = *places.entry((pid, start_time)).or_insert_with(|| {
+        let index = *indices.entry((pid, start_time)).or_insert_with(|| {
             processes.push(ProcessTruth { pid, start_time, seconds: [0.0; ENGINES], active: 0.0 });
             processes.len() - 1
         });
-        let process = &mut processes[place];
+        let process = &mut processes[index];
         process.seconds.iter_mut().zip(spent.seconds).for_each(|(all, seconds)| *all += seconds);
         process.active += spent.active;
     }
@@ -81,9 +81,9 @@ fn told(world: &World, model: Model<'_>, from: u64, to: u64) -> Value {
         json!({"pid": p.pid, "start_time": p.start_time, "gpu_seconds": seconds, "active_seconds": active, "engine_seconds": engines})
     };
     let list: Vec<_> = processes.iter().map(process).collect();
-    let mut told = json!({"uuid": world.uuid(model.unit), "busy_seconds": busy, "processes": list});
+    let mut truth = json!({"uuid": world.uuid(model.unit), "busy_seconds": busy, "processes": list});
     if let Unit { gpu, mig: Some(_) } = model.unit {
-        told["gpu_uuid"] = json!(world.gpus[gpu].uuid);
+        truth["gpu_uuid"] = json!(world.gpus[gpu].uuid);
     }
-    told
+    truth
 }

@@ -1,4 +1,4 @@
-//! Options of load, run and lives: how they use their GPU, where that is not the plain way.
+//! Options of load, run and lives about how a load uses its GPU.
 
 use std::path::Path;
 use std::time::Duration;
@@ -13,50 +13,50 @@ use crate::arguments::demand;
 
 #[derive(clap::Args)]
 pub struct Options {
-    /// Part of the memory interface it wants; half of its compute, at the same time, when left out
+    /// Demand for the memory interface; by default half of it is used while the load computes
     #[arg(long, value_parser = demand)]
     memory: Option<f64>,
-    /// Part of the encoder it wants
+    /// Demand for the encoder
     #[arg(long, value_parser = demand)]
     enc: Option<f64>,
-    /// Part of the decoder
+    /// Demand for the decoder
     #[arg(long, value_parser = demand)]
     dec: Option<f64>,
-    /// Part of the JPEG engine
+    /// Demand for the JPEG engine
     #[arg(long, value_parser = demand)]
     jpeg: Option<f64>,
-    /// Part of the optical flow engine
+    /// Demand for the optical flow engine
     #[arg(long, value_parser = demand)]
     ofa: Option<f64>,
-    /// It wants all this only at times: with --on, for so long in every such time
+    /// With --on: period of a load that is on for a part of each period only
     #[arg(long, value_parser = time::span, requires = "on")]
     every: Option<Duration>,
     #[arg(long, value_parser = time::span, requires = "every")]
     on: Option<Duration>,
-    /// When these times begin, counted from the epoch
+    /// Begin of the periods, counted from the epoch
     #[arg(long, value_parser = time::span, requires = "every", default_value = "0s")]
     phase: Duration,
     /// Number of the MIG device on the GPU, from 0
     #[arg(long)]
     mig: Option<usize>,
-    /// It runs under MPS, beside others that do
+    /// Run under MPS, together with other loads that do
     #[arg(long)]
     mps: bool,
-    /// It is listed among the graphics processes
+    /// List the process as a graphics process
     #[arg(long)]
     graphics: bool,
-    /// Pid by which the driver names it, as if it were another kernel's process
+    /// Pid by which the driver names the process, as if it were another kernel's process
     #[arg(long, value_name = "PID", value_parser = clap::value_parser!(u32).range(1..))]
     shown_as: Option<u32>,
 }
 
 impl Options {
-    /// What the log says. `wants`: it computes, or holds memory.
-    pub fn ways(&self, wants: bool) -> anyhow::Result<Ways> {
+    /// The form of the options in the log. `used`: there is a demand for the compute engine, or memory.
+    pub fn ways(&self, used: bool) -> anyhow::Result<Ways> {
         let (enc, dec) = (self.enc.unwrap_or(0.0), self.dec.unwrap_or(0.0));
         let (jpeg, ofa) = (self.jpeg.unwrap_or(0.0), self.ofa.unwrap_or(0.0));
-        if !wants && self.memory.is_none() && enc + dec + jpeg + ofa == 0.0 {
-            bail!("give --demand, or what it wants of another engine, or --mem");
+        if !used && self.memory.is_none() && enc + dec + jpeg + ofa == 0.0 {
+            bail!("one of --demand, --memory, --enc, --dec, --jpeg, --ofa or --mem is required");
         }
         let pattern = match (self.every, self.on) {
             (Some(every), Some(on)) => {
@@ -73,14 +73,14 @@ impl Options {
         Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, mig, mps, graphics, shown_as, ..Ways::default() })
     }
 
-    /// That the GPU is there and, in MIG mode, the device on it.
+    /// Fails unless the GPU exists and, in MIG mode, the device on it.
     pub fn check(&self, dir: &Path, world: &World, gpu: usize, option: &str) -> anyhow::Result<()> {
         let Some(known) = world.gpus.get(gpu) else {
             bail!("{option} {gpu}: {} has {} GPUs, numbered from 0", dir.display(), world.gpus.len());
         };
         match self.mig {
             None if known.mig.is_empty() => Ok(()),
-            None => bail!("{option} {gpu} is in MIG mode: give --mig 0 to {}", known.mig.len() - 1),
+            None => bail!("{option} {gpu} is in MIG mode: --mig 0 to {} is required", known.mig.len() - 1),
             Some(mig) if mig < known.mig.len() => Ok(()),
             Some(mig) => bail!("--mig {mig}: GPU {gpu} has {} MIG devices, numbered from 0", known.mig.len()),
         }

@@ -1,5 +1,5 @@
-//! The simulated machine: which GPUs, on what grid they sample, by which rule, and with which of the quirks that drivers show.
-//! Written once by `init`, then only read. README.md of this package explains every key.
+//! The simulated machine: its GPUs, their sampling grids and pid rules, and which quirks of real drivers they have.
+//! `init` writes it once; after that it is only read. README.md of this package documents every key.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -23,23 +23,23 @@ macro_rules! words {
 }
 
 words! {
-    /// Whom the driver names in a sample: whoever is on the engine at its instant, or whoever was last within its period.
+    /// The process that a sample names: the one on the engine at its instant, or the last one within its period.
     PidRule { #[default] Instant Last }
-    /// What stamps count from.
+    /// The zero of stamps.
     Clock { #[default] Epoch Boot }
     RowOrder { #[default] Time Shuffled }
-    /// Whether a row's stamp is its sample's, or a few ms earlier, as if taken process by process.
+    /// Whether a process sample has its sample's stamp, or one a few ms earlier, as if taken process by process.
     RowStamps { #[default] Device Process }
-    /// Whether idle samples are in GetSamples.
+    /// Whether GetSamples returns idle samples.
     IdleRing { #[default] Zeros Dry }
-    /// What GetUtilizationRates tells.
+    /// What GetUtilizationRates returns.
     Rates { #[default] Ring Zero }
     ListMemory { #[default] Known Unknown }
-    /// What an answer may have beside the rows it should have.
+    /// Invalid process samples that a result may contain in addition.
     Garbage { #[default] Util PidZero PidMax Stale Exited Zombies }
 }
 
-/// The clock is set by so much, at a time since the world's begin.
+/// At a time since the world's begin the clock is set by this much.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct ClockStep {
@@ -47,7 +47,7 @@ pub struct ClockStep {
     pub by_us: i64,
 }
 
-/// Keys that the world has for all GPUs and a GPU may have for itself.
+/// Keys of the world for all GPUs that a GPU may override.
 macro_rules! world {
     ($($(#[$doc:meta])* $name:ident: $type:ty = $default:expr;)*) => {
         #[derive(Clone, Debug, Serialize, Deserialize)]
@@ -55,21 +55,21 @@ macro_rules! world {
         pub struct World {
             pub seed: u64,
             pub driver_version: String,
-            /// How old a sample is when the driver first serves it, microseconds.
+            /// Age of a sample when the driver first serves it, microseconds.
             pub delay_us: u64,
-            /// When this world began, and when its machine was booted, microseconds since the epoch; `init` fills them in.
+            /// Begin of this world, and boot of its machine, in microseconds since the epoch; `init` sets them.
             pub begun_us: u64,
             pub booted_us: u64,
             /// Latency of process lists, and of every other call.
             pub list_us: u64,
             pub call_us: u64,
-            /// Whether calls of one process wait for each other, as behind one lock of the driver.
+            /// Whether calls of one process wait for each other, as with one lock in the driver.
             pub one_lock: bool,
             /// Symbols that the library does not have.
             pub missing: Vec<String>,
-            /// Pids in answers are of another kernel's pid space.
+            /// Whether the driver's pids are of another kernel's pid space.
             pub foreign_pids: bool,
-            /// There are stand-ins of the device nodes, which processes hold.
+            /// Whether there are stand-ins for the device nodes, which processes hold open.
             pub nodes: bool,
             $($(#[$doc])* pub $name: $type,)*
             pub faults: Vec<FaultKey>,
@@ -84,10 +84,10 @@ macro_rules! world {
             pub uuid: String,
             pub pci_bus_id: String,
             pub memory_bytes: u64,
-            /// `/dev/nvidia<minor>`; the index, unless it is given.
+            /// `/dev/nvidia<minor>`; by default the index.
             pub minor: Option<u32>,
             $($(#[$doc])* pub $name: Option<$type>,)*
-            /// Its MIG devices; with any, it is in MIG mode.
+            /// Its MIG devices; if there are any, the GPU is in MIG mode.
             pub mig: Vec<Mig>,
         }
 
@@ -123,17 +123,17 @@ macro_rules! world {
 
 world! {
     pid_rule: PidRule = PidRule::Instant;
-    /// The sampling grid, microseconds. As measured on real boards: 167.1-169.8 ms.
+    /// Period of the sampling grid, microseconds. Measured on real boards: 167.1 to 169.8 ms.
     period_us: u64 = 167_139;
-    /// How far a sample may be from its point on the grid.
+    /// Largest distance of a sample from its point on the grid, microseconds.
     jitter_us: u64 = 0;
-    /// Samples the driver keeps.
+    /// Number of samples that the driver keeps.
     ring: usize = 72;
     clock: Clock = Clock::Epoch;
     clock_offset_us: i64 = 0;
     clock_drift_ppm: f64 = 0.0;
     row_order: RowOrder = RowOrder::Time;
-    /// What the size query answers: a capacity, not a count.
+    /// The result of the size query: a capacity, not a count.
     row_probe: u32 = 100;
     rows_grow: bool = false;
     row_stamps: RowStamps = RowStamps::Device;
@@ -179,7 +179,7 @@ fn one() -> u64 {
     1
 }
 
-/// One MIG device. What is 0 or empty is filled in.
+/// One MIG device. Values that are 0 or empty get defaults.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(from = "MigKey")]
 pub struct Mig {
@@ -187,7 +187,7 @@ pub struct Mig {
     pub gi: u32,
     pub ci: u32,
     pub memory_bytes: u64,
-    /// Of the seven that a GPU has.
+    /// Number of the GPU's seven slices that it has.
     pub slices: u32,
 }
 
@@ -221,10 +221,10 @@ impl From<MigKey> for Mig {
     }
 }
 
-/// Slices of a GPU that is cut up whole.
+/// Slices of a GPU that is divided completely.
 pub const MIG_SLICES: u32 = 7;
 
-/// What has engines of its own: a GPU, or one of its MIG devices.
+/// A unit with engines of its own: a GPU, or one of its MIG devices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Unit {
     pub gpu: usize,
@@ -241,11 +241,11 @@ fn span_us(key: &str, text: &str) -> anyhow::Result<u64> {
     time::span(text).map(faults::micros).map_err(|problem| anyhow::anyhow!("{key} = {text:?}: {problem}"))
 }
 
-/// Folder of the device nodes' stand-ins.
+/// Folder of the stand-ins for device nodes.
 pub const DEVICES: &str = "dev";
 
 impl World {
-    /// Stand-ins of the device nodes that a process holds which uses that GPU, or of all; none in a world without.
+    /// Stand-ins for the device nodes that a process using that GPU holds, or of all GPUs; none in a world without nodes.
     pub fn nodes(&self, dir: &Path, gpu: Option<usize>) -> Vec<PathBuf> {
         if !self.nodes {
             return Vec::new();
@@ -259,11 +259,11 @@ impl World {
     pub fn read(dir: &Path) -> anyhow::Result<World> {
         let path = dir.join(FILE);
         let text = fs::read_to_string(&path)
-            .with_context(|| format!("{}: make a world with `nvml-sim init --dir {}`", path.display(), dir.display()))?;
+            .with_context(|| format!("{}: create a world with `nvml-sim init --dir {}`", path.display(), dir.display()))?;
         Self::parse(&text).with_context(|| path.display().to_string())
     }
 
-    /// Fills in names and checks what is given.
+    /// Sets defaults and validates the values.
     pub fn parse(text: &str) -> anyhow::Result<World> {
         let mut world: World = toml::from_str(text)?;
         for index in 0..world.gpus.len() {
@@ -297,7 +297,7 @@ impl World {
             bail!("ring = {ring} is outside 1..4096");
         }
         if *self.garbage_every(index) == 0 || *self.row_probe(index) == 0 {
-            bail!("garbage_every and row_probe begin at 1");
+            bail!("garbage_every and row_probe must be at least 1");
         }
         let drift = *self.clock_drift_ppm(index);
         if !(-100_000.0..=100_000.0).contains(&drift) {
@@ -317,7 +317,7 @@ impl World {
     /// The `[[faults]]`, in microseconds since the epoch.
     pub fn faults(&self) -> anyhow::Result<Faults> {
         let fault = |(n, key): (usize, &FaultKey)| {
-            let problem = |told: String| anyhow::anyhow!("faults[{n}]: {told}");
+            let problem = |text: String| anyhow::anyhow!("faults[{n}]: {text}");
             let from_us = self.begun_us + span_us("from", &key.from)?;
             let lasts = key.lasts.as_ref().map(|text| span_us("lasts", text)).transpose()?;
             let error = key.error.as_ref().map_or(Ok(0), |name| faults::error(name)).map_err(problem)?;
@@ -326,7 +326,7 @@ impl World {
             let until_us = lasts.map(|us| from_us.saturating_add(us));
             let held = Held { mhz: key.mhz, watts: key.watts, celsius: key.celsius };
             let fault = Fault { gpu, from_us, until_us, kind, call, error, micros, reasons, held };
-            let fault = faults::checked(fault).map_err(problem)?;
+            let fault = faults::validated(fault).map_err(problem)?;
             match gpu.filter(|gpu| *gpu >= self.gpus.len() && !self.gpus.is_empty()) {
                 Some(gpu) => Err(problem(format!("gpu = {gpu}: there are {}, numbered from 0", self.gpus.len()))),
                 None => Ok(fault),
@@ -342,7 +342,7 @@ impl World {
         self.xids.iter().map(xid).collect()
     }
 
-    /// When, in microseconds since the epoch, and by how much.
+    /// Times in microseconds since the epoch, with the steps.
     pub fn clock_steps_us(&self, gpu: usize) -> anyhow::Result<Vec<(u64, i64)>> {
         let step = |step: &ClockStep| Ok((self.begun_us + span_us("at", &step.at)?, step.by_us));
         self.clock_steps(gpu).iter().map(step).collect()
@@ -352,7 +352,7 @@ impl World {
         self.driver_version.split_once('.')?.0.parse().ok()
     }
 
-    /// All that has engines: GPUs first, in their order, then the MIG devices.
+    /// All units: GPUs first, in their order, then the MIG devices.
     pub fn units(&self) -> Vec<Unit> {
         let migs = |(gpu, g): (usize, &Gpu)| (0..g.mig.len()).map(move |mig| Unit { gpu, mig: Some(mig) }).collect::<Vec<_>>();
         (0..self.gpus.len()).map(Unit::from).chain(self.gpus.iter().enumerate().flat_map(migs)).collect()
@@ -394,7 +394,7 @@ impl Gpu {
                 mig.gi = number as u32 + 1;
             }
             if mig.memory_bytes == 0 {
-                // An eighth of the memory goes with each of the seven slices.
+                // Each of the seven slices has an eighth of the memory.
                 mig.memory_bytes = self.memory_bytes / 8 * u64::from(mig.slices);
             }
         }
@@ -415,15 +415,15 @@ mod tests {
     }
 
     #[test]
-    fn the_delay_is_the_floor_when_left_out() {
+    fn the_default_delay_is_the_minimum() {
         assert_eq!(World::parse("").unwrap().delay_us, 20_000);
     }
 
     #[test]
-    fn rows() {
+    fn valid_worlds_parse_and_errors_name_the_key() {
         let check = |toml: &str, expect: &str| {
-            let told = World::parse(toml).map_or_else(|e| format!("{e:#}"), |w| format!("ok {}", w.gpus.len()));
-            assert!(told.contains(expect), "{toml}: {told}");
+            let result = World::parse(toml).map_or_else(|e| format!("{e:#}"), |w| format!("ok {}", w.gpus.len()));
+            assert!(result.contains(expect), "{toml}: {result}");
         };
         check("", "ok 0");
         check("[[gpus]]\n[[gpus]]\npid_rule = 'last'", "ok 2");
@@ -440,12 +440,12 @@ mod tests {
         check("jitter_us = 42000", "jitter_us = 42000 is more than a quarter");
         check("clock_drift_ppm = 1e9", "clock_drift_ppm = 1000000000 is outside");
         check("driver_version = 'x'", "must begin with a number");
-        check("garbage = ['zombies', 'pid_max']\ngarbage_every = 0", "begin at 1");
+        check("garbage = ['zombies', 'pid_max']\ngarbage_every = 0", "must be at least 1");
         check("garbage = ['dust']", "unknown variant `dust`");
         check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3", "ok 1");
-        check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20'\nby_us = -3", "at = \"20\": give a duration");
+        check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20'\nby_us = -3", "at = \"20\": expected a duration");
         check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GPU_IS_LOST'", "ok 0");
-        check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GONE'", "faults[0]: \"GONE\" is no NVML error");
+        check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GONE'", "faults[0]: \"GONE\" is not an NVML error");
         check("[[gpus]]\n[[faults]]\ngpu = 1\nfrom = '1s'\nkind = 'lost'", "faults[0]: gpu = 1: there are 1");
         check("[[faults]]\nfrom = '1s'\nkind = 'throttle'\nreasons = 'sw_thermal'\nmhz = 900\ncelsius = 88", "ok 0");
         check("[[xids]]\ngpu = 0\nat = '1s'\nxid = 79", "ok 0");
@@ -454,7 +454,7 @@ mod tests {
     }
 
     #[test]
-    fn a_gpu_s_own_keys_come_first_and_all_survive_being_written() {
+    fn a_gpus_own_keys_take_precedence_and_all_keys_survive_writing() {
         let text = "jitter_us = 9\nring = 5\ngarbage = ['util']\n[[faults]]\nfrom = '1s'\nlasts = '2s'\nkind = 'freeze'\n\
                     [[gpus]]\nring = 7\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, slices = 3 }]\n[[gpus]]\nclock = 'boot'\n\
                     [[gpus.clock_steps]]\nat = '20s'\nby_us = -3\n";

@@ -1,5 +1,5 @@
-//! What each call costs that the agent makes, while the GPU is idle and while it works. A few calls are made between two polls, so the
-//! recording has no gap for them.
+//! Durations of the calls that the agent makes, while the GPU is idle and while it is busy. A few calls are made between two polls, so
+//! the recording has no gap for them.
 
 use std::collections::{BTreeMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -15,11 +15,11 @@ use nvml_wrapper_sys::bindings::{
 
 use super::versioned;
 
-/// Between two polls, at most.
+/// Calls between two polls, at most.
 const AT_ONCE: usize = 8;
-/// Of one call in one state, kept.
+/// Durations kept for one call in one state.
 const KEPT: usize = 20_000;
-/// A call that is refused so often is not made again.
+/// A call that was rejected this often is not made again.
 const REFUSED: u64 = 3;
 const ROOM: usize = 4_096;
 /// NVML_FI_DEV_PERF_POLICY_*: time that power, synchronization, temperature and the board held clocks down, nanoseconds.
@@ -27,16 +27,16 @@ const THROTTLE_FIELDS: [u32; 5] = [74, 76, 269, 270, 271];
 const TEMPERATURE_GPU: u32 = 0;
 const CLOCK_SM: u32 = 1;
 
-/// Answers are written here.
+/// Buffers for the responses.
 pub struct Buffers {
     samples: Vec<nvmlSample_t>,
-    rows: Vec<nvmlProcessUtilizationSample_t>,
+    process_samples: Vec<nvmlProcessUtilizationSample_t>,
     infos: Vec<nvmlProcessUtilizationInfo_v1_t>,
     list: Vec<nvmlProcessInfo_t>,
     gpm: nvmlGpmSample_t,
 }
 
-/// A GPU, and the newest stamp that is known of it.
+/// A GPU, and its newest known time stamp.
 pub struct Target<'a> {
     pub nvml: &'a Nvml,
     pub device: nvmlDevice_t,
@@ -46,12 +46,12 @@ pub struct Target<'a> {
 type CallResult = Result<usize, NvmlError>;
 type Made = fn(&Target<'_>, &mut Buffers) -> CallResult;
 
-/// A symbol, called with the device first.
+/// Calls a symbol with the device as the first argument.
 macro_rules! on_device {
     ($target:expr, $name:ident, $($argument:expr),*) => {{
         let symbol = $target.nvml.lib().$name.as_ref();
         let symbol = symbol.map_err(|error| NvmlError::FailedToLoadSymbol(error.to_string()))?;
-        // SAFETY: a live library's handle, and pointers to live values of the types that nvml.h wants, with the room that is said.
+        // SAFETY: a live library's handle, and pointers to live values of the types that nvml.h requires, with the room that is passed.
         nvml_try(unsafe { symbol($target.device, $($argument),*) })
     }};
 }
@@ -62,9 +62,9 @@ fn samples(target: &Target<'_>, buffers: &mut Buffers, kind: u32, after: u64) ->
     Ok(count as usize)
 }
 
-fn rows(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> CallResult {
+fn process_samples(target: &Target<'_>, buffers: &mut Buffers, after: u64) -> CallResult {
     let mut count = ROOM as u32;
-    on_device!(target, nvmlDeviceGetProcessUtilization, buffers.rows.as_mut_ptr(), &raw mut count, after)?;
+    on_device!(target, nvmlDeviceGetProcessUtilization, buffers.process_samples.as_mut_ptr(), &raw mut count, after)?;
     Ok(count as usize)
 }
 
@@ -89,7 +89,7 @@ macro_rules! list {
     };
 }
 
-/// One number.
+/// A call that returns one number.
 macro_rules! value {
     ($name:ident, $zero:expr $(, $argument:expr)*) => {
         |target, _| {
@@ -135,7 +135,7 @@ fn gpm(target: &Target<'_>, buffers: &mut Buffers) -> CallResult {
     Ok(1)
 }
 
-/// By the agent's names; "whole" answers are what the agent asks for after a start.
+/// By the agent's names for calls; "whole" responses are those that the agent requests after a start.
 const CALLS: [(&str, Made); 27] = [
     ("GetSamples", |t, b| samples(t, b, 1, t.newest)),
     ("GetSamples whole", |t, b| samples(t, b, 1, 0)),
@@ -144,8 +144,8 @@ const CALLS: [(&str, Made); 27] = [
     ("GetSamples:decoder", |t, b| samples(t, b, 4, t.newest)),
     ("GetSamples:jpeg", |t, b| samples(t, b, 8, t.newest)),
     ("GetSamples:ofa", |t, b| samples(t, b, 9, t.newest)),
-    ("GetProcessUtilization", |t, b| rows(t, b, t.newest)),
-    ("GetProcessUtilization whole", |t, b| rows(t, b, 0)),
+    ("GetProcessUtilization", |t, b| process_samples(t, b, t.newest)),
+    ("GetProcessUtilization whole", |t, b| process_samples(t, b, 0)),
     ("GetProcessesUtilizationInfo", |t, b| infos(t, b, t.newest)),
     ("GetProcessesUtilizationInfo whole", |t, b| infos(t, b, 0)),
     ("GetUtilizationRates", value!(nvmlDeviceGetUtilizationRates, nvmlUtilization_t { gpu: 0, memory: 0 })),
@@ -174,7 +174,7 @@ struct Measured {
     errors: BTreeMap<String, u64>,
 }
 
-/// A call that was made, until it is known that the state of the GPU was the same before and after it.
+/// A call that was made; it is pending until the state of the GPU is known to be the same before and after it.
 struct Pending {
     at: Instant,
     call: usize,
@@ -185,7 +185,7 @@ pub struct Costs {
     buffers: Buffers,
     made: Vec<Measured>,
     next: usize,
-    /// Whether the GPU works, where that is known, and since when.
+    /// Whether the GPU is busy, if known, and since when.
     loaded: Option<bool>,
     since: Instant,
     pending: VecDeque<Pending>,
@@ -197,7 +197,7 @@ impl Costs {
         let buffers = unsafe {
             Buffers {
                 samples: vec![std::mem::zeroed(); ROOM],
-                rows: vec![std::mem::zeroed(); ROOM],
+                process_samples: vec![std::mem::zeroed(); ROOM],
                 infos: vec![std::mem::zeroed(); ROOM],
                 list: vec![std::mem::zeroed(); ROOM],
                 gpm: std::ptr::null_mut(),
@@ -207,7 +207,7 @@ impl Costs {
         Self { buffers, made, next: 0, loaded: None, since: Instant::now(), pending: VecDeque::new() }
     }
 
-    /// The state of the GPU as it is known now. A sample shows a change up to a period late, and the period of the change is of neither
+    /// Sets the current state of the GPU. A sample shows a change up to a period late, and the period of the change belongs to neither
     /// state: calls within a period of a change are dropped.
     pub fn set_loaded(&mut self, loaded: Option<bool>, period: Duration) {
         let now = Instant::now();
@@ -227,7 +227,7 @@ impl Costs {
         }
     }
 
-    /// The next few, until `until`: one that hangs late delays a poll, which is seen.
+    /// Makes the next few calls until `until`; one that hangs late delays a poll, which the recording shows.
     pub fn measure(&mut self, target: &Target<'_>, until: Instant) {
         if self.loaded.is_none() {
             return;
@@ -242,9 +242,9 @@ impl Costs {
             if made.entries == 0 && made.errors.values().any(|count| *count >= REFUSED) {
                 continue;
             }
-            let answer = (CALLS[n].1)(target, &mut self.buffers);
+            let result = (CALLS[n].1)(target, &mut self.buffers);
             let took = began.elapsed();
-            match answer {
+            match result {
                 Ok(entries) => made.entries = made.entries.max(entries),
                 Err(NvmlError::NotFound | NvmlError::NoData) => {}
                 Err(error) => {
@@ -266,7 +266,7 @@ impl Costs {
     }
 }
 
-/// What is left of the time between two polls for calls that are measured.
+/// The part of the time between two polls that is left for measured calls.
 pub fn share(every: Duration) -> Duration {
     every / 2
 }

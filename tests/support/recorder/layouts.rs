@@ -1,5 +1,5 @@
-//! How far the entries of an answer are apart: the buffer is filled with a pattern first, and what the driver wrote shows it. Room is
-//! left for entries several times as large as any that is known.
+//! Measures the length of entries in responses: the buffer is filled with a pattern first, and the bytes that the driver wrote show it.
+//! There is room for entries several times as long as any known.
 
 use std::collections::BTreeMap;
 use std::ffi::{c_uint, c_void};
@@ -8,15 +8,15 @@ use gpu_sampler_tests::recording::stride::{PATTERN, Stride};
 use nvml_wrapper::Nvml;
 use nvml_wrapper_sys::bindings::{nvmlDevice_t, nvmlProcessesUtilizationInfo_t, nvmlReturn_t};
 
-use super::{lives, versioned};
+use super::{is_alive, versioned};
 
-/// Entries asked for, and bytes of room for each.
+/// Entries requested, and bytes of room for each.
 const ENTRIES: usize = 1_024;
 const ROOM_EACH: usize = 256;
 
-/// An answer that was written over the pattern, and how many entries the driver says that it has.
+/// A response that was written over the pattern, and the driver's count of its entries.
 fn written(call: impl FnOnce(*mut c_void, &mut c_uint) -> nvmlReturn_t) -> Option<(Vec<u8>, usize)> {
-    // Words, for the alignment that entries want.
+    // Words, for the alignment that entries need.
     let mut room = vec![u64::from_ne_bytes([PATTERN; 8]); ENTRIES * ROOM_EACH / 8];
     let mut count = ENTRIES as c_uint;
     if call(room.as_mut_ptr().cast(), &mut count) != 0 || count == 0 {
@@ -26,7 +26,7 @@ fn written(call: impl FnOnce(*mut c_void, &mut c_uint) -> nvmlReturn_t) -> Optio
     Some((bytes, (count as usize).min(ENTRIES)))
 }
 
-/// Where the pid is in an entry, and how long the agent takes entries to be.
+/// Takes the offset of the pid in an entry, and the length of entries that the agent assumes.
 fn measure(
     to: &mut BTreeMap<String, Stride>,
     name: &str,
@@ -34,20 +34,20 @@ fn measure(
     call: impl FnOnce(*mut c_void, &mut c_uint) -> nvmlReturn_t,
 ) {
     let Some((bytes, entries)) = written(call) else { return };
-    // More entries leave fewer lengths that fit.
+    // More entries leave fewer possible lengths.
     if to.get(name).is_none_or(|known| entries > known.entries) {
-        to.insert(name.to_owned(), Stride::of(&bytes, entries, pid_at, assumed, lives));
+        to.insert(name.to_owned(), Stride::of(&bytes, entries, pid_at, assumed, is_alive));
     }
 }
 
-/// Asks each of the calls whose layout the agent relies on.
-pub fn look(nvml: &Nvml, device: nvmlDevice_t, to: &mut BTreeMap<String, Stride>) {
+/// Measures each call with a layout that the agent relies on.
+pub fn measure_all(nvml: &Nvml, device: nvmlDevice_t, to: &mut BTreeMap<String, Stride>) {
     let lib = nvml.lib();
     macro_rules! list {
         ($($name:ident $assumed:literal)*) => {$(
             if let Ok(symbol) = &lib.$name {
                 measure(to, stringify!($name), (0, $assumed), |room, count| {
-                    // SAFETY: a live library's handle, and room for `count` entries of any length that is known, and of several times it.
+                    // SAFETY: a live library's handle, and room for `count` entries of several times any known length.
                     unsafe { symbol(device, count, room.cast()) }
                 });
             }
@@ -74,7 +74,7 @@ pub fn look(nvml: &Nvml, device: nvmlDevice_t, to: &mut BTreeMap<String, Stride>
                 lastSeenTimeStamp: 0,
                 procUtilArray: room.cast(),
             };
-            // SAFETY: as above; `info` says its own version.
+            // SAFETY: as above; `info` contains its own version.
             let code = unsafe { symbol(device, &raw mut info) };
             *count = info.processSamplesCount;
             code

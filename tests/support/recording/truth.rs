@@ -1,8 +1,8 @@
-//! By which rule a sample names a process, from what the loads measured themselves: the time slices in which their kernels ran, by the
-//! GPU's own timer.
+//! The rule by which a sample names a process, from the loads' own measurements: the time slices in which their kernels ran, by the GPU's
+//! timer.
 //!
-//! The stamps of samples may be of that timer or of the machine's clock. Which it is, and by how much they are off, is found by the
-//! utilization: it has to be the busy part of the time before the stamp.
+//! The stamps of samples may be on that timer or on the machine's clock. The clock and its offset are found by the utilization, which must
+//! equal the busy part of the time before the stamp.
 
 use std::fmt;
 use std::path::Path;
@@ -11,14 +11,14 @@ use anyhow::Context as _;
 use serde::{Deserialize, Serialize};
 
 const MS: i64 = 1_000_000;
-/// The search for the shift, around each clock: so far in coarse steps, then around the best in fine ones.
+/// Search for the shift around each clock: range and step, first coarse, then fine around the best.
 const COARSE: (i64, i64) = (3_000 * MS, 10 * MS);
 const FINE: (i64, i64) = (10 * MS, MS);
 
-/// Fewer samples than this say nothing.
+/// Fewer samples than this give no result.
 const ENOUGH: usize = 10;
 
-/// What one load wrote down.
+/// The record of one load.
 #[derive(Clone, Debug, Default)]
 pub struct Load {
     pub pid: u32,
@@ -28,7 +28,7 @@ pub struct Load {
     pub slices: Vec<(i64, i64)>,
 }
 
-/// A sample: its stamp, the one before it, the busy part, the process that it names.
+/// A sample: its stamp, the distance to the one before it, the busy part, the process that it names.
 #[derive(Clone, Copy, Debug)]
 pub struct TrueSample {
     pub stamp_ns: i64,
@@ -40,16 +40,17 @@ pub struct TrueSample {
 /// How many samples each rule explains.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
 pub struct Rules {
-    pub ticks: usize,
-    /// Whoever was on the engine at the stamp.
+    #[serde(rename = "ticks")]
+    pub samples: usize,
+    /// The process on the engine at the stamp.
     pub instant: usize,
-    /// Whoever was on it last between two stamps.
+    /// The last process on the engine between two stamps.
     pub period: usize,
-    /// Whoever was on it last, ever.
+    /// The last process on the engine at any time before.
     pub resident: usize,
-    /// Added to stamps, they are of the GPU's timer.
+    /// Added to stamps, it gives times of the GPU's timer.
     pub shift_ns: i64,
-    /// Of utilization, then.
+    /// Mean error of the utilization with that shift.
     pub mean_error: f64,
 }
 
@@ -64,15 +65,15 @@ pub enum Unknown {
 impl fmt::Display for Unknown {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(match self {
-            Self::NoLoads => "no CUDA load noted its time slices",
+            Self::NoLoads => "no CUDA load recorded its time slices",
             Self::TooFewSamples => "too few samples to compare with the loads' time slices",
-            Self::NoClock => "the samples' stamps fit neither the GPU's timer nor the wall clock nor the clock since boot",
+            Self::NoClock => "the samples' stamps match neither the GPU's timer nor the wall clock nor the clock since boot",
         })
     }
 }
 
 impl Load {
-    /// Of lines `clock,NS` and `s,BEGIN,END`; a last line that is cut off is left out.
+    /// Parses lines `clock,NS` and `s,BEGIN,END`; a last line that is cut off is ignored.
     pub fn parse(pid: u32, text: &str) -> Self {
         let mut load = Self { pid, ..Self::default() };
         for line in text.split_inclusive('\n').filter_map(|line| line.strip_suffix('\n')) {
@@ -87,7 +88,7 @@ impl Load {
         load
     }
 
-    /// Of every file `PID.csv` in a folder.
+    /// Reads every file `PID.csv` in a folder.
     pub fn all_in(folder: &Path) -> anyhow::Result<Vec<Self>> {
         let mut loads = Vec::new();
         for entry in std::fs::read_dir(folder).with_context(|| folder.display().to_string())? {
@@ -106,7 +107,7 @@ impl Load {
         self.slices.iter().map(|(begin, end)| (end - begin) as f64 * 1e-9).sum()
     }
 
-    /// The slices that may reach into a time.
+    /// The slices that may overlap a time.
     fn around(&self, from: i64, to: i64) -> &[(i64, i64)] {
         let first = self.slices.partition_point(|(_, end)| *end <= from);
         let last = self.slices.partition_point(|(begin, _)| *begin < to);
@@ -127,50 +128,50 @@ impl Load {
     }
 }
 
-/// The ticks that lie within what the loads wrote down, if stamps are moved by so much.
-fn within(ticks: &[TrueSample], loads: &[Load], shift_ns: i64) -> Vec<TrueSample> {
+/// The samples within the loads' records, with stamps shifted by `shift_ns`.
+fn within(samples: &[TrueSample], loads: &[Load], shift_ns: i64) -> Vec<TrueSample> {
     let begin = loads.iter().filter_map(|load| load.slices.first()).map(|(begin, _)| *begin).min().unwrap_or_default();
     let end = loads.iter().filter_map(|load| load.slices.last()).map(|(_, end)| *end).max().unwrap_or_default();
-    let moved = ticks.iter().map(|tick| TrueSample { stamp_ns: tick.stamp_ns + shift_ns, ..*tick });
-    moved.filter(|tick| tick.stamp_ns - tick.gap_ns >= begin && tick.stamp_ns <= end).collect()
+    let moved = samples.iter().map(|sample| TrueSample { stamp_ns: sample.stamp_ns + shift_ns, ..*sample });
+    moved.filter(|sample| sample.stamp_ns - sample.gap_ns >= begin && sample.stamp_ns <= end).collect()
 }
 
-/// Of utilization; `None` where too few ticks are left.
-fn mean_error(ticks: &[TrueSample], loads: &[Load], shift_ns: i64) -> Option<f64> {
-    let inside = within(ticks, loads, shift_ns);
-    let error = |tick: &TrueSample| {
-        let busy: i64 = loads.iter().map(|load| load.busy(tick.stamp_ns - tick.gap_ns, tick.stamp_ns)).sum();
-        (tick.busy - busy as f64 / tick.gap_ns.max(1) as f64).abs()
+/// Mean error of the utilization; `None` where too few samples are left.
+fn mean_error(samples: &[TrueSample], loads: &[Load], shift_ns: i64) -> Option<f64> {
+    let inside = within(samples, loads, shift_ns);
+    let error = |sample: &TrueSample| {
+        let busy: i64 = loads.iter().map(|load| load.busy(sample.stamp_ns - sample.gap_ns, sample.stamp_ns)).sum();
+        (sample.busy - busy as f64 / sample.gap_ns.max(1) as f64).abs()
     };
-    let enough = inside.len() >= ENOUGH && inside.len() * 4 >= ticks.iter().filter(|tick| tick.busy > 0.0).count();
+    let enough = inside.len() >= ENOUGH && inside.len() * 4 >= samples.iter().filter(|sample| sample.busy > 0.0).count();
     enough.then(|| inside.iter().map(error).sum::<f64>() / inside.len() as f64)
 }
 
-fn best(ticks: &[TrueSample], loads: &[Load], around: &[i64], (reach, step): (i64, i64)) -> Option<(i64, f64)> {
+fn best(samples: &[TrueSample], loads: &[Load], around: &[i64], (reach, step): (i64, i64)) -> Option<(i64, f64)> {
     let tried = around.iter().flat_map(|base| (-reach / step..=reach / step).map(move |n| base + n * step));
-    let errors = tried.filter_map(|shift| Some((shift, mean_error(ticks, loads, shift)?)));
+    let errors = tried.filter_map(|shift| Some((shift, mean_error(samples, loads, shift)?)));
     errors.min_by(|a, b| a.1.total_cmp(&b.1))
 }
 
-/// The rule that samples follow. `wall_less_boot_ns`: the wall clock less the clock since boot, for stamps that are of the latter.
-pub fn rules(ticks: &[TrueSample], loads: &[Load], wall_less_boot_ns: i64) -> Result<Rules, Unknown> {
+/// The rule that samples follow. `wall_less_boot_ns`: the wall clock less the boot clock, for stamps of the latter.
+pub fn rules(samples: &[TrueSample], loads: &[Load], wall_less_boot_ns: i64) -> Result<Rules, Unknown> {
     let ahead_of_wall_ns = loads.first().ok_or(Unknown::NoLoads)?.ahead_of_wall_ns;
-    if ticks.len() < ENOUGH {
+    if samples.len() < ENOUGH {
         return Err(Unknown::TooFewSamples);
     }
     let clocks = [0, ahead_of_wall_ns, ahead_of_wall_ns.saturating_add(wall_less_boot_ns)];
-    let (coarse, _) = best(ticks, loads, &clocks, COARSE).ok_or(Unknown::NoClock)?;
-    let (shift_ns, mean_error) = best(ticks, loads, &[coarse], FINE).ok_or(Unknown::NoClock)?;
-    let inside = within(ticks, loads, shift_ns);
+    let (coarse, _) = best(samples, loads, &clocks, COARSE).ok_or(Unknown::NoClock)?;
+    let (shift_ns, mean_error) = best(samples, loads, &[coarse], FINE).ok_or(Unknown::NoClock)?;
+    let inside = within(samples, loads, shift_ns);
     let last = |at: i64| loads.iter().filter_map(|load| Some((load.last_on(at)?, load.pid))).max();
-    let mut rules = Rules { ticks: inside.len(), shift_ns, mean_error, ..Rules::default() };
-    for tick in &inside {
-        let at = tick.stamp_ns;
+    let mut rules = Rules { samples: inside.len(), shift_ns, mean_error, ..Rules::default() };
+    for sample in &inside {
+        let at = sample.stamp_ns;
         let instant = loads.iter().find(|load| load.is_on(at)).map(|load| load.pid);
-        let period = last(at).filter(|(end, _)| *end > at - tick.gap_ns).map(|(_, pid)| pid);
-        rules.instant += usize::from(tick.pid == instant);
-        rules.period += usize::from(tick.pid == period);
-        rules.resident += usize::from(tick.pid == last(at).map(|(_, pid)| pid));
+        let period = last(at).filter(|(end, _)| *end > at - sample.gap_ns).map(|(_, pid)| pid);
+        rules.instant += usize::from(sample.pid == instant);
+        rules.period += usize::from(sample.pid == period);
+        rules.resident += usize::from(sample.pid == last(at).map(|(_, pid)| pid));
     }
     Ok(rules)
 }
@@ -180,13 +181,13 @@ mod tests {
     use super::*;
 
     const PERIOD: i64 = 167 * MS;
-    /// The GPU's timer is so far ahead of the wall clock, of which the stamps are.
+    /// The GPU's timer is this far ahead of the wall clock.
     const AHEAD: i64 = 12_000 * MS;
 
-    /// The wall clock less the clock since boot.
+    /// The wall clock less the boot clock.
     const BOOT: i64 = 90_000_000 * MS;
 
-    /// Below `limit`.
+    /// A random number below `limit`.
     fn random(state: &mut u64, limit: i64) -> i64 {
         (crate::random(state) * limit as f64) as i64
     }
@@ -202,13 +203,13 @@ mod tests {
             at += lasts + random(&mut state, 40 * MS);
         }
         let stamps = (0..350).map(|n| 2_000 * MS + AHEAD + n * PERIOD);
-        let tick = |stamp: i64| {
+        let sample = |stamp: i64| {
             let busy: i64 = loads.iter().map(|load| load.busy(stamp - PERIOD, stamp)).sum();
             let percent = (busy as f64 / PERIOD as f64 * 100.0).round() / 100.0;
             TrueSample { stamp_ns: stamp - ahead, gap_ns: PERIOD, busy: percent, pid: rule(&loads, stamp) }
         };
-        let ticks = stamps.map(tick).collect();
-        (loads, ticks)
+        let samples = stamps.map(sample).collect();
+        (loads, samples)
     }
 
     fn instant(loads: &[Load], at: i64) -> Option<u32> {
@@ -222,29 +223,29 @@ mod tests {
     #[test]
     fn the_rule_and_the_clock_are_found() {
         for ahead in [0, AHEAD, AHEAD + BOOT] {
-            let (loads, ticks) = world(instant, ahead);
-            let rules = rules(&ticks, &loads, BOOT).unwrap();
+            let (loads, samples) = world(instant, ahead);
+            let rules = rules(&samples, &loads, BOOT).unwrap();
             assert!((rules.shift_ns - ahead).abs() <= 2 * MS && rules.mean_error < 0.01, "{rules:?}");
-            assert!(rules.ticks > 300 && rules.instant * 100 >= rules.ticks * 95, "{rules:?}");
-            assert!(rules.period * 100 < rules.ticks * 70, "{rules:?}");
+            assert!(rules.samples > 300 && rules.instant * 100 >= rules.samples * 95, "{rules:?}");
+            assert!(rules.period * 100 < rules.samples * 70, "{rules:?}");
         }
-        let (loads, ticks) = world(resident, 0);
-        let rules = rules(&ticks, &loads, BOOT).unwrap();
-        assert!(rules.resident * 100 >= rules.ticks * 95 && rules.instant * 100 < rules.ticks * 60, "{rules:?}");
+        let (loads, samples) = world(resident, 0);
+        let rules = rules(&samples, &loads, BOOT).unwrap();
+        assert!(rules.resident * 100 >= rules.samples * 95 && rules.instant * 100 < rules.samples * 60, "{rules:?}");
     }
 
     #[test]
-    fn too_little_says_nothing() {
-        let (loads, ticks) = world(instant, 0);
-        assert_eq!(rules(&ticks[..5], &loads, BOOT), Err(Unknown::TooFewSamples));
-        assert_eq!(rules(&ticks, &[], BOOT), Err(Unknown::NoLoads));
+    fn too_little_data_gives_an_error() {
+        let (loads, samples) = world(instant, 0);
+        assert_eq!(rules(&samples[..5], &loads, BOOT), Err(Unknown::TooFewSamples));
+        assert_eq!(rules(&samples, &[], BOOT), Err(Unknown::NoLoads));
         assert_eq!(rules(&[], &loads, BOOT), Err(Unknown::TooFewSamples));
-        let (loads, ticks) = world(instant, AHEAD + BOOT / 2);
-        assert_eq!(rules(&ticks, &loads, BOOT), Err(Unknown::NoClock));
+        let (loads, samples) = world(instant, AHEAD + BOOT / 2);
+        assert_eq!(rules(&samples, &loads, BOOT), Err(Unknown::NoClock));
     }
 
     #[test]
-    fn what_a_load_wrote_is_read_up_to_where_it_was_cut_off() {
+    fn a_load_file_is_read_up_to_where_it_is_cut_off() {
         let load = Load::parse(7, "clock,-5\ns,30,40\ns,10,20\nnonsense\ns,50,6");
         assert_eq!((load.ahead_of_wall_ns, &load.slices[..]), (-5, &[(10, 20), (30, 40)][..]));
         assert!((load.seconds() - 20e-9).abs() < 1e-15);

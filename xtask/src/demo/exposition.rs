@@ -1,4 +1,4 @@
-//! Reads a page of metrics: the text format's sample lines and nothing else.
+//! Parses a metrics page: the sample lines of the text format.
 
 use std::collections::BTreeMap;
 
@@ -10,13 +10,13 @@ pub struct Sample {
 }
 
 impl Sample {
-    /// Empty where the label is absent, as the data model has it.
+    /// Empty if the label is absent, as in Prometheus' data model.
     pub fn label(&self, name: &str) -> &str {
         self.labels.get(name).map_or("", String::as_str)
     }
 }
 
-/// Lines that are no samples are left out.
+/// Lines that are not samples are ignored.
 pub fn parse(page: &str) -> Vec<Sample> {
     page.lines().filter_map(sample).collect()
 }
@@ -80,7 +80,7 @@ mod tests {
     }
 
     #[test]
-    fn sample_lines() {
+    fn sample_lines_are_parsed() {
         check("up 1", Some(("up", &[], 1.0)));
         check("x_total{a=\"b\",c=\"\"} 2.5e3 1700000000", Some(("x_total", &[("a", "b"), ("c", "")], 2500.0)));
         check("x{a=\"q\\\"{},=\\\\\\n\"} 1", Some(("x", &[("a", "q\"{},=\\\n")], 1.0)));

@@ -1,7 +1,7 @@
-//! `demo`: a few containers on a GPU, the agent, and a table of who uses how much.
+//! `demo`: runs a few containers on a GPU, the agent, and a table of GPU use.
 //!
-//! Everything in it is real but the GPU, and that too where the machine has one. Nothing is left behind: processes die
-//! with this one, and the janitor removes the rest.
+//! Everything except the GPU is real, and the GPU as well if the machine has one. Nothing is left behind: processes die with this one,
+//! and the janitor removes the rest.
 
 pub mod exposition;
 mod table;
@@ -13,7 +13,7 @@ use crate::{
     http,
     janitor::Cleanup,
     setup, sys,
-    tools::{self, Running, run, say, tail},
+    tools::{self, Running, progress, run, tail},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -25,14 +25,14 @@ use std::{
     time::{Duration, Instant},
 };
 use table::{Screen, View};
-use workloads::{Place, SPECS, Spec, Workload};
+use workloads::{ContainerHost, SPECS, Spec, Workload};
 
 const DRIVER: &str = "/dev/nvidiactl";
 const SCRAPE_PERIOD: Duration = Duration::from_secs(1);
 
 struct DemoOptions {
     lasts: Option<Duration>,
-    /// None: what the machine has.
+    /// `None`: real if the machine has a driver.
     real: Option<bool>,
 }
 
@@ -58,10 +58,10 @@ pub fn verb(args: &[String]) -> Result<()> {
     let driver = Path::new(DRIVER).exists();
     let real = options.real.unwrap_or(driver);
     if real && !driver {
-        bail!("--real needs NVIDIA's driver, and {DRIVER} does not exist; --sim shows the same on a simulated GPU");
+        bail!("--real requires NVIDIA's driver, but {DRIVER} does not exist; --sim uses a simulated GPU");
     }
     if !sys::is_root() {
-        bail!("the demo loads programs into the kernel and makes containers: run as root");
+        bail!("the demo loads programs into the kernel and creates containers, which requires root");
     }
     setup::ensure(setup::Scope::Ebpf, false)?;
     let built = build::everything(if real { Profile::Release } else { Profile::Debug })?;
@@ -70,25 +70,25 @@ pub fn verb(args: &[String]) -> Result<()> {
     // Declared first, so dropped last: the processes end before their cgroups are removed.
     let mut cleanup = Cleanup::start()?;
     let tmp = cleanup.temporary("gpu-sampler-demo")?;
-    let mut stage = if real { Stage::real(&built, &tmp)? } else { Stage::simulated(&built, &tmp, &mut cleanup)? };
+    let mut demo = if real { RunningDemo::real(&built, &tmp)? } else { RunningDemo::simulated(&built, &tmp, &mut cleanup)? };
     let from = Instant::now();
-    stage.watch(options.lasts, from)?;
-    let view = stage.scrape()?;
+    demo.watch(options.lasts, from)?;
+    let view = demo.scrape()?;
     if !io::stdout().is_terminal() {
-        for line in view.lines(&stage.page()) {
+        for line in view.lines(&demo.page()) {
             println!("{line}");
         }
     }
     if options.lasts.is_some()
         && let Some(signal) = sys::interrupted()
     {
-        bail!("interrupted by signal {signal} before its time was over");
+        bail!("interrupted by signal {signal} before the time was over");
     }
-    stage.verdict(&view)
+    demo.verdict(&view)
 }
 
-/// All that runs.
-struct Stage {
+/// Everything that the demo runs.
+struct RunningDemo {
     workloads: Vec<Workload>,
     loads: Vec<Running>,
     agent: Running,
@@ -97,30 +97,30 @@ struct Stage {
     expected: &'static [Spec],
 }
 
-impl Stage {
+impl RunningDemo {
     fn simulated(built: &Built, tmp: &Path, cleanup: &mut Cleanup) -> Result<Self> {
         let dir = tmp.join("nvml");
         run(Command::new(&built.sim)
             .args(["init", "--gpus", "1", "--dir"])
             .arg(&dir)
             .env("NVML_SIM_LIBRARY", &built.sim_library))?;
-        let place = Place::choose(cleanup, tmp)?;
+        let host = ContainerHost::choose(cleanup, tmp)?;
         let (mut workloads, mut loads) = (Vec::new(), Vec::new());
         let mut begin = |spec: &Spec| -> Result<()> {
-            let workload = place.start(spec, cleanup)?;
+            let workload = host.start(spec, cleanup)?;
             loads.push(workloads::load(&workload, spec, &built.sim, &dir)?);
-            say(format_args!("demo: {} as pid {}, {} of GPU 0", workload.name, workload.pid, spec.demand));
+            progress(format_args!("demo: {} as pid {}, {} of GPU 0", workload.name, workload.pid, spec.demand));
             workloads.push(workload);
             Ok(())
         };
-        // Some are there before the agent, one comes while it runs: it has to know both kinds.
+        // Some containers start before the agent, one while it runs: it has to attribute both kinds.
         let (last, before) = SPECS.split_last().context("there are workloads")?;
         for spec in before {
             begin(spec)?;
         }
         let mut agent = Command::new(&built.sampler);
         agent.env("NVML_SIM_DIR", &dir).arg("run").arg("--nvml-lib").arg(dir.join("lib/libnvidia-ml.so.1"));
-        // The machine's own device nodes are not the simulator's.
+        // The machine's own device nodes do not belong to the simulator.
         agent.arg("--path-devfs").arg(dir.join("dev"));
         let (agent, server, log) = agent::start("demo", agent, tmp)?;
         begin(last)?;
@@ -128,24 +128,26 @@ impl Stage {
     }
 
     fn real(built: &Built, tmp: &Path) -> Result<Self> {
-        say("demo: on the machine's NVIDIA driver; it starts no CUDA work, so the table has what others run, and the devices");
+        progress(
+            "demo: using the machine's NVIDIA driver; it starts no CUDA work, so the table shows existing users and the devices",
+        );
         let mut agent = Command::new(&built.sampler);
         agent.arg("run");
         let (agent, server, log) = agent::start("demo", agent, tmp)?;
         Ok(Self { workloads: Vec::new(), loads: Vec::new(), agent, log, server, expected: &[] })
     }
 
-    /// Until its time is over or a signal comes; an error when something that has to run has ended.
+    /// Runs until the time is over or a signal arrives; it is an error if a process that has to run ends.
     fn watch(&mut self, lasts: Option<Duration>, from: Instant) -> Result<()> {
         let live = io::stdout().is_terminal();
         let mut screen = Screen::default();
-        say(match lasts {
-            Some(lasts) => format!("demo: runs for {lasts:?}; {}", self.page()),
-            None => format!("demo: runs until Ctrl-C; {}", self.page()),
+        progress(match lasts {
+            Some(lasts) => format!("demo: running for {lasts:?}; {}", self.page()),
+            None => format!("demo: running until Ctrl-C; {}", self.page()),
         });
         let mut drawn: Option<Instant> = None;
         while sys::interrupted().is_none() && lasts.is_none_or(|lasts| from.elapsed() < lasts) {
-            self.all_live()?;
+            self.check_processes()?;
             if drawn.is_none_or(|drawn| drawn.elapsed() >= SCRAPE_PERIOD) {
                 drawn = Some(Instant::now());
                 let view = self.scrape()?;
@@ -158,12 +160,12 @@ impl Stage {
         Ok(())
     }
 
-    fn all_live(&mut self) -> Result<()> {
+    fn check_processes(&mut self) -> Result<()> {
         if let Some(status) = self.agent.ended()? {
             bail!("the agent ended ({status}):\n{}", tail(&self.log));
         }
         for workload in &mut self.workloads {
-            if !workload.lives()? {
+            if !workload.is_alive()? {
                 bail!("the workload {} (pid {}) ended", workload.name, workload.pid);
             }
         }
@@ -176,12 +178,12 @@ impl Stage {
     }
 
     fn scrape(&mut self) -> Result<View> {
-        let page = http::get(self.server, "/metrics").and_then(http::Answer::ok);
+        let page = http::get(self.server, "/metrics").and_then(http::HttpResponse::ok);
         let page = match page {
             Ok(page) => page,
             Err(problem) => {
-                // The reason is more telling than "connection refused".
-                self.all_live()?;
+                // An ended process is a better explanation than "connection refused".
+                self.check_processes()?;
                 return Err(problem.context("reading /metrics"));
             }
         };
@@ -198,7 +200,7 @@ impl Stage {
         }
         let missing = view.missing(self.expected);
         if missing.is_empty() {
-            say(format_args!("demo: {} workloads, all attributed with namespace, pod and container", self.expected.len()));
+            progress(format_args!("demo: {} workloads, all attributed with namespace, pod and container", self.expected.len()));
             return Ok(());
         }
         bail!("not every workload was attributed:\n  {}", missing.join("\n  "));
@@ -210,7 +212,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn options() {
+    fn options_are_parsed_and_validated() {
         let parse = |words: &[&str]| DemoOptions::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
         assert_eq!(parse(&["--for", "5s", "--sim"]).unwrap().real, Some(false));
         assert_eq!(parse(&["--for=5s"]).unwrap().lasts, Some(Duration::from_secs(5)));

@@ -1,4 +1,4 @@
-//! From a page of metrics to the table on the screen, and the verdict at the end.
+//! Makes the table on the screen from a metrics page, and checks the result at the end.
 
 use super::{exposition::Sample, workloads::Spec};
 use std::{
@@ -6,7 +6,7 @@ use std::{
     io::{self, Write as _},
 };
 
-/// Container x GPU.
+/// One container on one GPU.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
 struct Key {
     namespace: String,
@@ -31,7 +31,7 @@ struct Device {
     reasons: Vec<(String, f64)>,
 }
 
-/// What one page says.
+/// The contents of one page.
 #[derive(Debug, Default)]
 pub struct View {
     rows: BTreeMap<Key, Row>,
@@ -46,7 +46,7 @@ impl View {
                 "container_accelerator_duty_cycle" => view.row(sample, "acc_id").duty_percent = Some(sample.value),
                 "container_accelerator_memory_used_bytes" => view.row(sample, "acc_id").memory_bytes = Some(sample.value),
                 "container_gpu_seconds_total" => {
-                    // A container that was started anew has several ids and is one row.
+                    // A restarted container has several ids and one row.
                     *view.row(sample, "uuid").gpu_seconds.get_or_insert(0.0) += sample.value;
                 }
                 "gpu_info" => view.device(sample).index = sample.label("index").to_owned(),
@@ -82,9 +82,9 @@ impl View {
         self.devices.values().any(|device| device.busy_s + device.idle_s > 0.0)
     }
 
-    /// One line for each expected workload that is not there with its labels and its GPU time.
+    /// One line for each expected workload that lacks its labels or its GPU time.
     pub fn missing(&self, expected: &[Spec]) -> Vec<String> {
-        let about = |spec: &Spec| {
+        let problem = |spec: &Spec| {
             let mut rows = self
                 .rows
                 .iter()
@@ -98,7 +98,7 @@ impl View {
                 Some(_) => None,
             }
         };
-        expected.iter().filter_map(about).collect()
+        expected.iter().filter_map(problem).collect()
     }
 
     pub fn lines(&self, page: &str) -> Vec<String> {
@@ -152,7 +152,7 @@ fn size(bytes: f64) -> String {
     if bytes >= 1024.0 * MIB { format!("{:.1} GiB", bytes / 1024.0 / MIB) } else { format!("{:.0} MiB", bytes / MIB) }
 }
 
-/// Draws over what it drew last.
+/// A table that is drawn over the previous one.
 #[derive(Default)]
 pub struct Screen {
     drawn: usize,
@@ -164,7 +164,7 @@ impl Screen {
         if self.drawn > 0 {
             write!(out, "\x1b[{}A\x1b[J", self.drawn)?;
         }
-        // A line that wraps would be two, so a narrow terminal cuts it.
+        // Lines are cut in a narrow terminal: a wrapped line would take two rows.
         write!(out, "\x1b[?7l")?;
         for line in lines {
             writeln!(out, "{line}")?;
@@ -197,7 +197,7 @@ gpu_unattributed_seconds_total{uuid="GPU-1",reason="lost"} 0
     }
 
     #[test]
-    fn a_page_becomes_a_table() {
+    fn a_page_is_rendered_as_a_table() {
         let lines = View::new(&parse(PAGE)).lines("metrics: http://x");
         assert_eq!(
             lines,
@@ -213,7 +213,7 @@ gpu_unattributed_seconds_total{uuid="GPU-1",reason="lost"} 0
     }
 
     #[test]
-    fn the_verdict_names_what_is_missing() {
+    fn missing_workloads_are_named() {
         let view = View::new(&parse(PAGE));
         assert!(view.missing(&[spec("p-0")]).is_empty());
         assert_eq!(view.missing(&[spec("p-1")]), ["prod/p-1/c: has its labels but no GPU-seconds"]);

@@ -1,10 +1,10 @@
-//! The demo's workloads: real processes in real containers of Docker, or, where no engine answers, in cgroups laid out
-//! as a kubelet and containerd lay them out, with the OCI bundles that containerd would leave.
+//! The demo's workloads: real processes in real Docker containers or, without an engine, in cgroups laid out as by a kubelet and
+//! containerd, with the OCI bundles that containerd would write.
 
 use crate::{
     dockerd, http,
     janitor::{Cleanup, Leftover, Mount, mounts},
-    tools::{self, Running, on_path, output, run, say},
+    tools::{self, Running, on_path, output, progress, run},
 };
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ pub struct Spec {
     pub namespace: &'static str,
     pub pod: &'static str,
     pub container: &'static str,
-    /// Of one GPU, as `nvml-sim load` takes it.
+    /// Demand for one GPU, as an argument of `nvml-sim load`.
     pub demand: &'static str,
 }
 
@@ -30,26 +30,26 @@ pub const SPECS: [Spec; 3] = [
     Spec { namespace: "prod", pod: "inference-2", container: "server", demand: "0.1" },
 ];
 
-/// Where containerd's kubelet plugin keeps its bundles.
+/// Folder of the bundles that containerd's CRI plugin writes.
 const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
-/// Longer than anyone watches.
+/// Longer than any demo.
 const SLEEP_SECONDS: &str = "1000000";
 
 /// One process in one container.
 pub struct Workload {
     pub name: String,
     pub pid: u32,
-    /// Absent where an engine is its parent.
+    /// `None` if an engine is its parent.
     process: Option<Running>,
 }
 
 impl Workload {
-    /// How it ended, where it is a child of ours and has.
+    /// The exit status, if it is a child of this process and has ended.
     pub fn ended(&mut self) -> Result<Option<std::process::ExitStatus>> {
         self.process.as_mut().map_or(Ok(None), Running::ended)
     }
 
-    pub fn lives(&mut self) -> Result<bool> {
+    pub fn is_alive(&mut self) -> Result<bool> {
         Ok(match &mut self.process {
             Some(process) => process.ended()?.is_none(),
             None => crate::janitor::start_time(self.pid).is_some(),
@@ -57,21 +57,21 @@ impl Workload {
     }
 }
 
-pub enum Place {
+pub enum ContainerHost {
     Docker { socket: PathBuf, image: String },
     Cgroups { root: PathBuf },
 }
 
-impl Place {
+impl ContainerHost {
     pub fn choose(cleanup: &mut Cleanup, tmp: &Path) -> Result<Self> {
         let socket = PathBuf::from(dockerd::SYSTEM_SOCKET);
-        if dockerd::answers(&socket) {
+        if dockerd::responds(&socket) {
             let image = import_image(&socket, cleanup, tmp)?;
-            say(format_args!("demo: containers of the Docker Engine behind {}", socket.display()));
+            progress(format_args!("demo: containers of the Docker Engine behind {}", socket.display()));
             return Ok(Self::Docker { socket, image });
         }
         let root = cgroup_root(&mounts())?;
-        say(format_args!("demo: no Docker Engine answers; containers are cgroups below {}/kubepods", root.display()));
+        progress(format_args!("demo: no Docker Engine responds; using cgroups as containers, below {}/kubepods", root.display()));
         Ok(Self::Cgroups { root })
     }
 
@@ -86,15 +86,15 @@ impl Place {
     }
 }
 
-/// The command as a container's process, without any engine.
+/// Starts the command as a container's process, without an engine.
 pub fn start_command(spec: &Spec, command: Command, cleanup: &mut Cleanup) -> Result<Workload> {
     let (pid, process) = start_in_cgroup(spec, &cgroup_root(&mounts())?, command, cleanup)?;
     Ok(Workload { name: format!("{}/{}/{}", spec.namespace, spec.pod, spec.container), pid, process })
 }
 
-/// For longer than anyone watches.
+/// Sleeps longer than any demo runs.
 pub fn sleep() -> Result<Command> {
-    let mut command = Command::new(on_path("sleep").context("there is no `sleep` here")?);
+    let mut command = Command::new(on_path("sleep").context("`sleep` is not installed")?);
     command.arg(SLEEP_SECONDS).stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null());
     Ok(command)
 }
@@ -136,7 +136,7 @@ fn bundle_config(spec: &Spec, id: &str, uid: &str, sandbox: &str) -> Value {
     })
 }
 
-/// The pids hierarchy of cgroup v1, or else v2: any process may be moved there, and it changes nothing for the process.
+/// The pids hierarchy of cgroup v1, or else v2: any process may be moved there, without an effect on the process.
 fn cgroup_root(mounts: &[Mount]) -> Result<PathBuf> {
     let pids = |mount: &&Mount| mount.kind == "cgroup" && mount.options.split(',').any(|option| option == "pids");
     let v2 = |mount: &&Mount| mount.kind == "cgroup2";
@@ -144,10 +144,10 @@ fn cgroup_root(mounts: &[Mount]) -> Result<PathBuf> {
     Ok(found.context("no cgroup hierarchy is mounted (neither v1's pids nor v2)")?.point.clone())
 }
 
-/// `sleep` with the libraries it wants, as an image: there may be no registry to take one from.
+/// Imports `sleep` and its libraries as an image, since there may be no registry to pull one from.
 fn import_image(socket: &Path, cleanup: &mut Cleanup, tmp: &Path) -> Result<String> {
     let rootfs = tmp.join("rootfs");
-    let sleep = on_path("sleep").context("there is no `sleep` here")?;
+    let sleep = on_path("sleep").context("`sleep` is not installed")?;
     let libraries = output("ldd", &[sleep.to_str().context("a path that is not UTF-8")?]).unwrap_or_default();
     let mut files = vec![(sleep, rootfs.join("bin/sleep"))];
     for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
@@ -163,11 +163,11 @@ fn import_image(socket: &Path, cleanup: &mut Cleanup, tmp: &Path) -> Result<Stri
     let image = format!("{repository}:{tag}");
     cleanup.will_remove(&Leftover::Image { socket: socket.into(), name: image.clone() })?;
     let path = format!("/images/create?fromSrc=-&repo={repository}&tag={tag}");
-    let said = http::unix(socket, "POST", &path, "application/x-tar", &fs::read(&archive)?)?.ok()?;
-    // The status is sent before the work is done.
-    let said = String::from_utf8_lossy(&said);
-    if said.contains("\"error\"") {
-        bail!("Docker did not import the image: {}", said.trim());
+    let output = http::unix(socket, "POST", &path, "application/x-tar", &fs::read(&archive)?)?.ok()?;
+    // The status is sent before the import is done.
+    let output = String::from_utf8_lossy(&output);
+    if output.contains("\"error\"") {
+        bail!("Docker did not import the image: {}", output.trim());
     }
     Ok(image)
 }
@@ -213,7 +213,7 @@ fn uuid() -> Result<String> {
     Ok(uuid.trim().to_owned())
 }
 
-/// The simulator's word for "this process wants so much of GPU 0".
+/// Declares the workload's demand for GPU 0 to the simulator.
 pub fn load(workload: &Workload, spec: &Spec, sim: &Path, dir: &Path) -> Result<Running> {
     let mut command = Command::new(sim);
     command.args(["load", "--gpu", "0", "--mem", "2GiB", "--demand", spec.demand, "--pid", &workload.pid.to_string(), "--dir"]);
@@ -230,7 +230,7 @@ mod tests {
     }
 
     #[test]
-    fn the_pids_hierarchy_comes_before_v2() {
+    fn the_pids_hierarchy_is_preferred_to_v2() {
         let v2 = || mount("cgroup2", "/u", "rw");
         let root = |mounts: &[Mount]| cgroup_root(mounts).ok();
         assert_eq!(root(&[v2(), mount("cgroup", "/p", "rw,pids")]), Some("/p".into()));
@@ -239,7 +239,7 @@ mod tests {
     }
 
     #[test]
-    fn ids_are_whole() {
+    fn random_ids_have_the_requested_length() {
         assert_eq!(random_hex(64).unwrap().len(), 64);
         assert_eq!(uuid().unwrap().len(), 36);
     }

@@ -1,15 +1,15 @@
-//! `gpu`: what this machine's NVIDIA driver answers, recorded for the tests to replay, and held against what the product assumes.
+//! `gpu`: records what this machine's NVIDIA driver returns, for the tests to replay, and compares it with the agent's assumptions.
 //!
 //! It reads the driver and changes no setting of a card. Meanwhile two processes keep GPU 0 busy, each in a container of its own, and the
-//! agent runs beside them: what it credits is in the file too.
+//! agent runs in addition: what it credits is in the file, too.
 //!
 //! ```text
 //!   idle | 0.6          | 0.3         | 0.3 and 0.6 | idle
 //!   0    0.1            0.4           0.65          0.9   1   of the time
 //! ```
-//! While both work, a user without privileges asks too. CUDA loads note their own time slices: the truth by which the driver's rule and
-//! the agent's seconds are judged. The raw sample ring and the context-switch trace below NVML are not read: whether a driver gives them
-//! is not known before a first run on a GPU.
+//! While both run, a user without privileges queries the driver, too. CUDA loads record their own time slices: the truth by which the
+//! driver's rule and the agent's seconds are judged. The raw sample buffer and the context-switch trace below NVML are not read: whether a
+//! driver provides them is unknown until a first run on a GPU.
 
 mod report;
 
@@ -23,7 +23,7 @@ use crate::{
     http,
     janitor::Cleanup,
     setup, sys,
-    tools::{self, Running, Usage, say},
+    tools::{self, Running, Usage, progress},
 };
 use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
@@ -36,22 +36,22 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Both stand for a loaded kernel driver: Linux's own, and that of WSL.
+/// Either one shows a loaded kernel driver: Linux's own, or that of WSL.
 const DRIVERS: [&str; 2] = ["/dev/nvidiactl", "/dev/dxg"];
 const LIBRARY: &str = "libnvidia-ml.so.1";
-/// Less than the ring of a driver is nothing to learn from.
+/// A recording shorter than the driver's sample buffer shows too little.
 const SHORTEST: Duration = Duration::from_secs(12);
-/// Until the agent has settled every sample and closed the last window.
+/// Time in which the agent settles every sample and closes the last window.
 const SETTLED: Duration = Duration::from_secs(12);
-/// When a user without privileges asks, and for how long.
+/// When a user without privileges queries the driver (share of the time), and for how long (seconds).
 const UNPRIVILEGED_AT: f64 = 0.75;
 const UNPRIVILEGED_FOR: &str = "1.5";
 /// The recorder's file, in a temporary folder.
 const RECORDING: &str = "recording.json";
-/// `cuda-load` has found no CUDA.
+/// Exit code of `cuda-load` without CUDA.
 const NO_CUDA: i32 = 3;
 
-/// One process's turn: parts of the recording's time.
+/// One process's turn, as shares of the recording's time.
 struct Turn {
     spec: Spec,
     from: f64,
@@ -90,18 +90,18 @@ impl GpuOptions {
             }
         }
         if options.lasts < SHORTEST {
-            return Err(Usage(format!("--for is {SHORTEST:?} at least: shorter says nothing")).into());
+            return Err(Usage(format!("--for must be at least {SHORTEST:?}: a shorter recording shows too little")).into());
         }
         if options.folder.as_os_str().is_empty() {
-            return Err(Usage("-o wants a folder".into()).into());
+            return Err(Usage("-o requires a folder".into()).into());
         }
         Ok(options)
     }
 }
 
-/// Where the load comes from.
+/// The origin of the load.
 enum Source {
-    /// `slices`: where the loads note when they ran.
+    /// `slices`: the folder in which the loads record their time slices.
     Cuda {
         program: PathBuf,
         slices: PathBuf,
@@ -114,9 +114,9 @@ enum Source {
 
 pub fn verb(args: &[String]) -> Result<()> {
     let options = GpuOptions::parse(args)?;
-    look_for_a_driver(options.library.as_deref())?;
+    check_driver(options.library.as_deref())?;
     if !sys::is_root() {
-        bail!("the agent loads programs into the kernel: run as root");
+        bail!("the agent loads programs into the kernel, which requires root");
     }
     setup::ensure(setup::Scope::Ebpf, false)?;
     let simulated = options.library.as_deref().and_then(world);
@@ -146,41 +146,41 @@ pub fn verb(args: &[String]) -> Result<()> {
     if let Some(devices) = &devices {
         command.arg("--path-devfs").arg(devices);
     }
-    // A folder that cannot be written to is an error before the recording.
+    // An unwritable folder must be an error before the recording.
     fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
     let (agent, server, _) = agent::start("gpu", command, &tmp)?;
     let meanwhile = record(&recorder, &tmp, &options, &source, &mut cleanup)?;
     let mut recording: Value = serde_json::from_slice(&fs::read(tmp.join(RECORDING))?)?;
     let file = options.folder.join(name(&recording));
-    // Written before anything else can fail, and once more when the rest is known.
+    // Written before anything else can fail, and again when the rest is known.
     let write = |recording: &Value| fs::write(&file, recording.to_string()).with_context(|| file.display().to_string());
     write(&recording)?;
     recording["load"] = meanwhile.load(&source, &recording);
     recording["unprivileged"] = meanwhile.unprivileged;
     if let Some(problem) = recording["load"]["problem"].as_str() {
-        say(format_args!("gpu: {problem}"));
+        progress(format_args!("gpu: {problem}"));
     }
     write(&recording)?;
     if let Some(signal) = sys::interrupted() {
-        bail!("interrupted by signal {signal}; {} lacks what the agent saw", file.display());
+        bail!("interrupted by signal {signal}; {} lacks the agent's results", file.display());
     }
-    say(format_args!("gpu: the agent settles its last samples, {SETTLED:?}"));
+    progress(format_args!("gpu: waiting {SETTLED:?} for the agent to settle its last samples"));
     thread::sleep(SETTLED);
-    recording["agent"] = seen_by_the_agent(server).unwrap_or_else(|error| problem(&error));
+    recording["agent"] = agent_results(server).unwrap_or_else(|error| problem(&error));
     drop(agent);
 
     write(&recording)?;
     for line in report::lines(&recording) {
         println!("{line}");
     }
-    say(format_args!("gpu: {} bytes in {}", fs::metadata(&file)?.len(), file.display()));
+    progress(format_args!("gpu: {} bytes in {}", fs::metadata(&file)?.len(), file.display()));
     Ok(())
 }
 
-/// Before anything is built: without a driver there is nothing to record.
-fn look_for_a_driver(library: Option<&Path>) -> Result<()> {
-    const REMEDY: &str = "install NVIDIA's driver and load it (`nvidia-smi` must list a GPU), or name a library with --nvml-lib; the \
-                          project itself needs no GPU: `cargo xtask demo --sim` and `cargo xtask test` simulate one";
+/// Runs before anything is built: without a driver there is nothing to record.
+fn check_driver(library: Option<&Path>) -> Result<()> {
+    const REMEDY: &str = "install and load NVIDIA's driver (`nvidia-smi` must list a GPU), or set --nvml-lib; the project itself needs no \
+                          GPU: `cargo xtask demo --sim` and `cargo xtask test` simulate one";
     if let Some(library) = library {
         if !library.exists() {
             bail!("{} does not exist", library.display());
@@ -188,17 +188,17 @@ fn look_for_a_driver(library: Option<&Path>) -> Result<()> {
         return Ok(());
     }
     if !DRIVERS.iter().any(|device| Path::new(device).exists()) {
-        bail!("there is no GPU with NVIDIA's driver here: {} does not exist\n  -> {REMEDY}", DRIVERS[0]);
+        bail!("no GPU with NVIDIA's driver found: {} does not exist\n  -> {REMEDY}", DRIVERS[0]);
     }
     let known = tools::on_path("ldconfig").and_then(|ldconfig| tools::output(ldconfig, &["-p"]));
-    // Where nobody can tell, the recorder tries.
+    // If the library cannot be checked, the recorder tries to load it.
     if known.is_some_and(|known| !known.contains(LIBRARY)) && std::env::var_os("LD_LIBRARY_PATH").is_none() {
-        bail!("the kernel driver is there, its library {LIBRARY} is not\n  -> {REMEDY}");
+        bail!("the kernel driver is loaded, but its library {LIBRARY} is missing\n  -> {REMEDY}");
     }
     Ok(())
 }
 
-/// DIR of a simulated library, DIR/lib/libnvidia-ml.so.1.
+/// The folder DIR of a simulated library DIR/lib/libnvidia-ml.so.1.
 fn world(library: &Path) -> Option<PathBuf> {
     let dir = library.parent()?.parent()?;
     dir.join("world.toml").exists().then(|| dir.to_owned())
@@ -215,7 +215,7 @@ fn programs(built: &Built, profile: Profile) -> Result<[PathBuf; 2]> {
     Ok(names.map(|name| built.sampler.with_file_name(name)))
 }
 
-/// Its own words, and on failure its own remedies.
+/// Runs doctor; its output has the remedies of a failure.
 fn doctor(built: &Built, library: Option<&Path>, devices: Option<&Path>) -> Result<()> {
     let mut doctor = Command::new(&built.sampler);
     doctor.arg("doctor");
@@ -228,16 +228,16 @@ fn doctor(built: &Built, library: Option<&Path>, devices: Option<&Path>) -> Resu
     tools::run(&mut doctor).context("the agent cannot run here")
 }
 
-/// What went on during the recording.
+/// Results of what ran during the recording.
 struct Meanwhile {
-    /// In their order, the pid of each load and what it was to do.
+    /// The pid of each load and its task, in the order of the turns.
     turns: Vec<(u32, Value)>,
     problem: Option<String>,
     unprivileged: Value,
 }
 
 impl Meanwhile {
-    /// The turns, with the seconds for which each load was on the engine by the recorder's sum of the time slices that it noted.
+    /// The turns, with each load's seconds on the engine: the sum of the time slices that it recorded.
     fn load(&self, source: &Source, recording: &Value) -> Value {
         let mut problem = self.problem.clone();
         let (mut turns, mut measured) = (Vec::new(), false);
@@ -247,7 +247,7 @@ impl Meanwhile {
                 let seconds = &recording["gpus"][0]["slices"][pid.to_string()];
                 measured |= seconds.is_number();
                 if seconds.is_null() && problem.is_none() {
-                    problem = Some(format!("the load {} noted no time slices", turn["pod"]));
+                    problem = Some(format!("the load {} recorded no time slices", turn["pod"]));
                 }
                 turn["measured_seconds"] = seconds.clone();
             }
@@ -260,13 +260,13 @@ impl Meanwhile {
         };
         if kind == "none" {
             turns.clear();
-            problem = problem.map(|problem| format!("{problem}; the GPU was recorded without our load"));
+            problem = problem.map(|problem| format!("{problem}; the GPU was recorded without a load"));
         }
         json!({"kind": kind, "turns": turns, "problem": problem})
     }
 }
 
-/// In place of what could not be had.
+/// Takes the place of results that could not be obtained.
 fn problem(error: &anyhow::Error) -> Value {
     json!({"problem": format!("{error:#}")})
 }
@@ -281,23 +281,23 @@ fn recorder_command(recorder: &Path, options: &GpuOptions, seconds: &str) -> Com
     command
 }
 
-/// The recorder as a user without privileges, for a moment.
+/// The recorder as a user without privileges, for a short time.
 struct Unprivileged {
     process: Running,
-    answers: PathBuf,
+    responses: PathBuf,
     log: PathBuf,
 }
 
 impl Unprivileged {
     fn start(recorder: &Path, options: &GpuOptions, tmp: &Path) -> Result<Self> {
-        let (answers, log) = (tmp.join("unprivileged.json"), tmp.join("unprivileged.log"));
+        let (responses, log) = (tmp.join("unprivileged.json"), tmp.join("unprivileged.log"));
         let mut command = recorder_command(recorder, options, UNPRIVILEGED_FOR);
         command.args(["--unprivileged", "-o", "-"]).stdin(Stdio::null());
-        command.stdout(fs::File::create(&answers)?).stderr(fs::File::create(&log)?);
-        Ok(Self { process: Running::start("the recorder without privileges", &mut command)?, answers, log })
+        command.stdout(fs::File::create(&responses)?).stderr(fs::File::create(&log)?);
+        Ok(Self { process: Running::start("the recorder without privileges", &mut command)?, responses, log })
     }
 
-    /// Counts of what it got, once it has ended; or why it got nothing.
+    /// Counts of its results, once it has ended; or its error.
     fn poll(&mut self) -> Option<Value> {
         let ended = self.process.ended().transpose()?;
         Some(ended.and_then(|status| self.counts(status)).unwrap_or_else(|error| problem(&error)))
@@ -307,27 +307,27 @@ impl Unprivileged {
         if !status.success() {
             bail!("{} ({status})", fs::read_to_string(&self.log)?.trim());
         }
-        Ok(counts(&serde_json::from_slice(&fs::read(&self.answers)?).context("the recorder's answers")?))
+        Ok(counts(&serde_json::from_slice(&fs::read(&self.responses)?).context("the recorder's results")?))
     }
 }
 
-/// What a user without privileges gets, in numbers.
-fn counts(answers: &Value) -> Value {
-    let gpu = &answers["gpus"][0];
+/// Counts of the samples and processes that a user without privileges gets.
+fn counts(recording: &Value) -> Value {
+    let gpu = &recording["gpus"][0];
     let polls = gpu["raw"]["polls"].as_array().into_iter().flatten();
-    let (mut samples, mut rows, mut named) = (0, 0, 0);
+    let (mut samples, mut process_samples, mut named) = (0, 0, 0);
     for poll in polls {
         samples += poll[2].as_array().map_or(0, Vec::len);
-        let of = poll[3].as_array().into_iter().flatten();
-        for row in of {
-            rows += 1;
-            named += u32::from(row[1].as_u64().is_some_and(|pid| pid != 0 && pid != u64::from(u32::MAX)));
+        for process in poll[3].as_array().into_iter().flatten() {
+            process_samples += 1;
+            named += u32::from(process[1].as_u64().is_some_and(|pid| pid != 0 && pid != u64::from(u32::MAX)));
         }
     }
-    json!({"samples": samples, "rows": rows, "rows_with_pid": named, "listed": gpu["listed"][0], "errors": gpu["errors"]})
+    let (listed, errors) = (&gpu["listed"][0], &gpu["errors"]);
+    json!({"samples": samples, "rows": process_samples, "rows_with_pid": named, "listed": listed, "errors": errors})
 }
 
-/// Starts the recorder and lets the processes have their turns. Only the recorder itself can fail it.
+/// Runs the recorder and, meanwhile, the processes in their turns. Only a failure of the recorder itself is an error.
 fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cleanup: &mut Cleanup) -> Result<Meanwhile> {
     let seconds = options.lasts.as_secs_f64();
     let mut command = recorder_command(recorder, options, &seconds.to_string());
@@ -335,15 +335,15 @@ fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cl
     if let Source::Cuda { slices, .. } = source {
         command.arg("--slices").arg(slices);
     }
-    say(format_args!("gpu: records for {:?}", options.lasts));
+    progress(format_args!("gpu: recording for {:?}", options.lasts));
     let mut recording = Running::start("the recorder", &mut command)?;
     let begun = Instant::now();
     let mut waiting: Vec<&Turn> = TURNS.iter().collect();
     let mut running: Vec<(&Turn, Load)> = Vec::new();
-    let (mut turns, mut trouble) = (Vec::new(), None);
+    let (mut turns, mut load_problem) = (Vec::new(), None);
     let (mut reader, mut unprivileged) = (None, None);
     let mut is_recorded = false;
-    // A driver that hangs keeps both readers for ever.
+    // A driver that hangs blocks both readers without limit.
     let patience = options.lasts + Duration::from_secs(60);
     loop {
         if let Some(status) = recording.ended()?.filter(|_| !is_recorded) {
@@ -365,11 +365,11 @@ fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cl
             if !is_recorded {
                 bail!("the recorder has not ended after {patience:?}: a call to the driver hangs");
             }
-            unprivileged = Some(json!({"problem": format!("no answer within {patience:?}: a call to the driver hangs")}));
+            unprivileged = Some(json!({"problem": format!("no result within {patience:?}: a call to the driver hangs")}));
             break;
         }
         let now = begun.elapsed().as_secs_f64() / seconds;
-        if let Some(n) = waiting.iter().position(|turn| turn.from <= now && trouble.is_none()) {
+        if let Some(n) = waiting.iter().position(|turn| turn.from <= now && load_problem.is_none()) {
             let turn = waiting.remove(n);
             let wanted = (turn.to - now) * seconds;
             match Load::start(turn, wanted, source, cleanup) {
@@ -378,7 +378,7 @@ fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cl
                     turns.push((load.workload.pid, what));
                     running.push((turn, load));
                 }
-                Err(error) => trouble = Some(format!("{error:#}")),
+                Err(error) => load_problem = Some(format!("{error:#}")),
             }
         }
         if reader.is_none() && unprivileged.is_none() && now >= UNPRIVILEGED_AT {
@@ -389,24 +389,24 @@ fn record(recorder: &Path, tmp: &Path, options: &GpuOptions, source: &Source, cl
         }
         unprivileged = unprivileged.or_else(|| reader.as_mut()?.poll());
         for (_, load) in &mut running {
-            trouble = trouble.or_else(|| load.problem());
+            load_problem = load_problem.or_else(|| load.problem());
         }
         running.retain(|(turn, _)| turn.to > now);
         thread::sleep(Duration::from_millis(20));
     }
-    Ok(Meanwhile { turns, problem: trouble, unprivileged: unprivileged.unwrap_or_default() })
+    Ok(Meanwhile { turns, problem: load_problem, unprivileged: unprivileged.unwrap_or_default() })
 }
 
 /// A process in its container that keeps GPU 0 busy.
 struct Load {
     workload: Workload,
-    /// It only sleeps; this says that it does more.
+    /// For a simulated GPU, the process that declares the load; the workload itself only sleeps.
     simulated: Option<Running>,
 }
 
 impl Load {
     fn start(turn: &Turn, seconds: f64, source: &Source, cleanup: &mut Cleanup) -> Result<Self> {
-        say(format_args!("gpu: {} keeps GPU 0 busy for {} of {seconds:.0} s", turn.spec.pod, turn.spec.demand));
+        progress(format_args!("gpu: {} keeps GPU 0 busy for {} of {seconds:.0} s", turn.spec.pod, turn.spec.demand));
         match source {
             Source::Simulated { sim, dir } => {
                 let workload = workloads::start_command(&turn.spec, workloads::sleep()?, cleanup)?;
@@ -416,23 +416,21 @@ impl Load {
             Source::Cuda { program, slices } => {
                 let mut command = Command::new(program);
                 command.args(["--gpu", "0", "--duty", turn.spec.demand, "--for", &seconds.to_string(), "--slices"]).arg(slices);
-                // The driver's order, which is NVML's.
+                // PCI bus order, which is NVML's order.
                 command.env("CUDA_DEVICE_ORDER", "PCI_BUS_ID");
                 Ok(Self { workload: workloads::start_command(&turn.spec, command, cleanup)?, simulated: None })
             }
         }
     }
 
-    /// Why there is no load, if there is none.
+    /// Why there is no load, if it failed.
     fn problem(&mut self) -> Option<String> {
         let simulated = self.simulated.as_mut().and_then(|simulated| {
             let status = simulated.ended().transpose()?;
             Some(status.map_or_else(|error| format!("{error:#}"), |status| format!("{} ended ({status})", simulated.name)))
         });
         simulated.or_else(|| match self.workload.ended() {
-            Ok(Some(status)) if status.code() == Some(NO_CUDA) => {
-                Some("there is no CUDA driver library (libcuda.so.1) here".into())
-            }
+            Ok(Some(status)) if status.code() == Some(NO_CUDA) => Some("the CUDA driver library libcuda.so.1 is missing".into()),
             Ok(Some(status)) if !status.success() => Some(format!("the CUDA load ended ({status})")),
             Ok(_) => None,
             Err(error) => Some(format!("{error:#}")),
@@ -440,22 +438,23 @@ impl Load {
     }
 }
 
-/// How it followed the kernel, and whose the seconds are; of the recording's own containers by name.
-fn seen_by_the_agent(server: SocketAddr) -> Result<Value> {
-    let page = http::get(server, "/metrics").and_then(http::Answer::ok)?;
+/// The agent's kernel mode and credited seconds; the recording's own containers by name.
+fn agent_results(server: SocketAddr) -> Result<Value> {
+    let page = http::get(server, "/metrics").and_then(http::HttpResponse::ok)?;
     let samples = exposition::parse(&String::from_utf8_lossy(&page));
-    let of = |name: &'static str| samples.iter().filter(move |sample| sample.name == name);
-    let mode = of("gpu_sampler_kernel_mode").next().map(|sample| sample.label("mode").to_owned());
-    let index =
-        |uuid: &str| of("gpu_info").find(|sample| sample.label("uuid") == uuid).map(|sample| sample.label("index").to_owned());
+    let family = |name: &'static str| samples.iter().filter(move |sample| sample.name == name);
+    let mode = family("gpu_sampler_kernel_mode").next().map(|sample| sample.label("mode").to_owned());
+    let index = |uuid: &str| {
+        family("gpu_info").find(|sample| sample.label("uuid") == uuid).map(|sample| sample.label("index").to_owned())
+    };
     let mut containers = Vec::new();
-    for sample in of("container_gpu_seconds_total") {
+    for sample in family("container_gpu_seconds_total") {
         let ours = sample.label("namespace") == TURNS[0].spec.namespace;
         let pod = if ours { sample.label("pod") } else { "others" };
         containers.push(json!({"gpu": index(sample.label("uuid")), "pod": pod, "seconds": sample.value}));
     }
     let seconds = |name: &'static str, label: &str| -> Vec<Value> {
-        of(name)
+        family(name)
             .filter(|sample| sample.value >= 0.005)
             .map(|sample| json!({"gpu": index(sample.label("uuid")), label: sample.label(label), "seconds": sample.value}))
             .collect()
@@ -490,7 +489,7 @@ mod tests {
     }
 
     #[test]
-    fn options() {
+    fn options_are_parsed_and_validated() {
         let parse = |words: &[&str]| GpuOptions::parse(&words.iter().map(|word| word.to_string()).collect::<Vec<_>>());
         assert_eq!(parse(&[]).unwrap().lasts, Duration::from_secs(60));
         let all = parse(&["--for=20s", "--nvml-lib", "/l", "-o", "f"]).unwrap();
@@ -501,7 +500,7 @@ mod tests {
     }
 
     #[test]
-    fn a_load_without_slices_leaves_the_others() {
+    fn a_load_without_slices_does_not_affect_the_others() {
         let turn = |pid, pod: &str| (pid, json!({"pod": pod, "seconds": 5.0}));
         let all = |problem: Option<&str>| Meanwhile {
             turns: vec![turn(7, "a"), turn(8, "b")],
@@ -521,14 +520,14 @@ mod tests {
     }
 
     #[test]
-    fn answers_are_counted() {
+    fn samples_and_processes_are_counted() {
         let gpu = json!({"raw": {"polls": [[0, 9, [[1, 50]], [[1, 7, [5]], [1, 0, [0]]]]]}, "listed": [2, 0], "errors": {}});
         let expect = json!({"samples": 1, "rows": 2, "rows_with_pid": 1, "listed": 2, "errors": {}});
         assert_eq!(counts(&json!({"gpus": [gpu]})), expect);
     }
 
     #[test]
-    fn without_a_library_it_says_so() {
-        assert!(look_for_a_driver(Some(Path::new("/nowhere/libnvidia-ml.so.1"))).is_err());
+    fn a_missing_library_is_an_error() {
+        assert!(check_driver(Some(Path::new("/nowhere/libnvidia-ml.so.1"))).is_err());
     }
 }

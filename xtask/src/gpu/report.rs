@@ -1,8 +1,8 @@
-//! The recording as a table: what was seen, beside what is assumed.
+//! The recording as a table: each observation next to the assumption.
 
 use serde_json::Value;
 
-/// Where details begin.
+/// Column in which details begin.
 const INDENT: usize = 44;
 
 pub fn lines(recording: &Value) -> Vec<String> {
@@ -38,9 +38,9 @@ pub fn lines(recording: &Value) -> Vec<String> {
         for (call, cost) in gpu["costs"].as_object().into_iter().flatten() {
             lines.push(format!("{:8}{call:<36}{}", "", cost_words(cost)));
         }
-        for (call, answers) in gpu["sizes"].as_object().into_iter().flatten() {
-            let answers: Vec<String> = items(answers).map(text).collect();
-            lines.push(format!("{:8}{:<36}{}", "", format!("{call} without room"), answers.join("; ")));
+        for (call, responses) in gpu["sizes"].as_object().into_iter().flatten() {
+            let responses: Vec<String> = items(responses).map(text).collect();
+            lines.push(format!("{:8}{:<36}{}", "", format!("{call} without room"), responses.join("; ")));
         }
     }
     let agent = &recording["agent"];
@@ -54,27 +54,27 @@ pub fn lines(recording: &Value) -> Vec<String> {
         None => lines.push(format!("the agent: {loaded}, kernel mode {}", text(&agent["kernel_mode"]))),
     }
     for (what, key) in [("containers", "pod"), ("unattributed", "reason"), ("time", "state")] {
-        for one in items(&agent[what]) {
-            let seconds = one["seconds"].as_f64().unwrap_or_default();
-            let turn = items(&recording["load"]["turns"]).find(|turn| what == "containers" && turn["pod"] == one["pod"]);
-            let wanted = turn.and_then(|turn| Some(turn["duty"].as_str()?.parse::<f64>().ok()? * turn["seconds"].as_f64()?));
-            let wanted = wanted.map_or(String::new(), |wanted| format!("; the load wanted {wanted:.1} s"));
+        for entry in items(&agent[what]) {
+            let seconds = entry["seconds"].as_f64().unwrap_or_default();
+            let turn = items(&recording["load"]["turns"]).find(|turn| what == "containers" && turn["pod"] == entry["pod"]);
+            let demand = turn.and_then(|turn| Some(turn["duty"].as_str()?.parse::<f64>().ok()? * turn["seconds"].as_f64()?));
+            let demand = demand.map_or(String::new(), |demand| format!("; the load's demand was {demand:.1} s"));
             let measured = turn.and_then(|turn| turn["measured_seconds"].as_f64());
-            let wanted = measured.map_or(wanted, |measured| format!("; the load measured {measured:.2} s"));
-            let who = format!("GPU {} {what} {}", text(&one["gpu"]), text(&one[key]));
-            lines.push(format!("{:8}{who:<36}{seconds:.2} s{wanted}", ""));
+            let truth = measured.map_or(demand, |measured| format!("; the load measured {measured:.2} s"));
+            let name = format!("GPU {} {what} {}", text(&entry["gpu"]), text(&entry[key]));
+            lines.push(format!("{:8}{name:<36}{seconds:.2} s{truth}", ""));
         }
     }
     lines.push(format!("without privileges: {}", unprivileged(&recording["unprivileged"])));
     lines
 }
 
-/// Microseconds of a call in both states of the GPU, or its errors.
+/// The durations of a call in both states of the GPU, in microseconds, or its errors.
 fn cost_words(cost: &Value) -> String {
-    let number = |of: &Value, key: &str| of[key].as_f64().unwrap_or_default();
+    let number = |state: &Value, key: &str| state[key].as_f64().unwrap_or_default();
     let state = |name: &str| {
-        let of = &cost[name];
-        let (p50, p99, count) = (number(of, "p50_us"), number(of, "p99_us"), number(of, "count"));
+        let cost = &cost[name];
+        let (p50, p99, count) = (number(cost, "p50_us"), number(cost, "p99_us"), number(cost, "count"));
         (count > 0.0).then(|| format!("{name} 50 % {p50:.1}, 99 % {p99:.1} us of {count}"))
     };
     let states: Vec<String> = ["idle", "loaded"].into_iter().filter_map(state).collect();
@@ -86,22 +86,22 @@ fn errors(counts: &Value) -> impl Iterator<Item = String> {
     counts.as_object().into_iter().flatten().map(|(error, n)| format!("{n} {error}"))
 }
 
-fn unprivileged(answers: &Value) -> String {
-    if let Some(problem) = answers["problem"].as_str() {
+fn unprivileged(counts: &Value) -> String {
+    if let Some(problem) = counts["problem"].as_str() {
         return problem.to_owned();
     }
-    if answers.is_null() {
-        return "not asked".to_owned();
+    if counts.is_null() {
+        return "not recorded".to_owned();
     }
-    let count = |key: &str| answers[key].as_u64().unwrap_or_default();
+    let count = |key: &str| counts[key].as_u64().unwrap_or_default();
     let mut parts = vec![
         format!("{} samples", count("samples")),
-        format!("{} rows", count("rows")),
+        format!("{} process samples", count("rows")),
         format!("{} of them with a pid", count("rows_with_pid")),
         format!("{} listed", count("listed")),
     ];
-    for (call, counts) in answers["errors"].as_object().into_iter().flatten() {
-        parts.extend(errors(counts).map(|error| format!("{call}: {error}")));
+    for (call, errors_of_call) in counts["errors"].as_object().into_iter().flatten() {
+        parts.extend(errors(errors_of_call).map(|error| format!("{call}: {error}")));
     }
     parts.join(", ")
 }
@@ -116,31 +116,31 @@ mod tests {
     use serde_json::json;
 
     #[test]
-    fn a_difference_is_beside_what_was_assumed() {
+    fn a_difference_is_printed_with_the_assumption() {
         let finding = |agrees: Value| json!({"about": "grid", "assumed": "learned", "seen": "none", "agrees": agrees});
         let gpu =
             json!({"index": 0, "name": "V100", "findings": [finding(json!(false)), finding(json!(true)), finding(json!(null))]});
-        let told = lines(&json!({"gpus": [gpu]})).join("\n");
-        assert_eq!(told.matches("assumed: learned").count(), 1, "{told}");
-        assert_eq!((told.matches("DIFFERS").count(), told.matches("agrees").count()), (1, 1), "{told}");
+        let table = lines(&json!({"gpus": [gpu]})).join("\n");
+        assert_eq!(table.matches("assumed: learned").count(), 1, "{table}");
+        assert_eq!((table.matches("DIFFERS").count(), table.matches("agrees").count()), (1, 1), "{table}");
     }
 
     #[test]
-    fn costs_are_in_words_for_both_states() {
+    fn costs_are_printed_for_both_states() {
         let cost =
             json!({"idle": {"count": 5, "p50_us": 1.0, "p99_us": 2.0}, "loaded": {"count": 0}, "errors": {"NotSupported": 3}});
         assert_eq!(cost_words(&cost), "idle 50 % 1.0, 99 % 2.0 us of 5; 3 NotSupported");
         assert_eq!(cost_words(&json!({})), "");
-        assert_eq!(unprivileged(&Value::Null), "not asked");
+        assert_eq!(unprivileged(&Value::Null), "not recorded");
         assert_eq!(unprivileged(&json!({"problem": "refused"})), "refused");
         assert_eq!(
             unprivileged(&json!({"samples": 3, "errors": {"GetProcessUtilization": {"NoPermission": 9}}})),
-            "3 samples, 0 rows, 0 of them with a pid, 0 listed, GetProcessUtilization: 9 NoPermission"
+            "3 samples, 0 process samples, 0 of them with a pid, 0 listed, GetProcessUtilization: 9 NoPermission"
         );
     }
 
     #[test]
-    fn an_empty_recording_is_no_panic() {
+    fn an_empty_recording_does_not_panic() {
         assert!(lines(&json!({})).iter().any(|line| line.contains("eBPF not loaded")));
     }
 }

@@ -1,6 +1,6 @@
-//! Imports between the files of a package: no circle of many files, and none against the flow.
+//! Checks the imports between the files of a package: no circle of many files, and none against the flow.
 //!
-//! A file imports another if it names something of it, in `use` or in a path. What is only there for tests does not count.
+//! A file imports another if it names an item of it, in `use` or in a path. Code that is only for tests does not count.
 
 use crate::tools;
 use anyhow::{Context as _, Result, bail};
@@ -11,11 +11,11 @@ use std::{
 };
 use syn::visit::{self, Visit};
 
-/// Files that depend on each other, at most.
+/// The largest number of files that may depend on each other.
 const CIRCLE_MOST: usize = 3;
 
-/// The source folder of a package, with its modules in the order of the flow: each imports only from its own line and from lines before it.
-/// A package without an order is checked for circles.
+/// The source folder of a package, with its modules in the order of the flow: a module may import from its own line and from lines before
+/// it. Packages without an order are checked for circles only.
 const PACKAGES: [(&str, &[&[&str]]); 11] = [
     (
         "sampler/src",
@@ -86,17 +86,17 @@ fn shown(module: &Module) -> String {
 }
 
 fn against_the_flow(graph: &Graph, order: &[&[&str]]) -> Vec<String> {
-    let place = |module: &Module| {
+    let position = |module: &Module| {
         let top = module.first().map_or("main", String::as_str);
         order.iter().position(|line| line.contains(&top))
     };
     let mut problems = Vec::new();
     for (module, imports) in graph.iter().filter(|(module, _)| !order.is_empty() && !module.is_empty()) {
-        let Some(own) = place(module) else {
-            problems.push(format!("{} has no place in the flow; add it in xtask/src/lint/imports.rs", shown(module)));
+        let Some(own) = position(module) else {
+            problems.push(format!("{} is missing in the flow; add it in xtask/src/lint/imports.rs", shown(module)));
             continue;
         };
-        for import in imports.iter().filter(|import| place(import).is_some_and(|place| place > own)) {
+        for import in imports.iter().filter(|import| position(import).is_some_and(|position| position > own)) {
             problems.push(format!("{} imports from {}, against the flow", shown(module), shown(import)));
         }
     }
@@ -119,7 +119,7 @@ fn graph(folder: &Path) -> Result<Graph> {
     Ok(graph)
 }
 
-/// Source files by module; those of tests are left out.
+/// Source files by module, without those of tests.
 fn collect(folder: &Path, module: &mut Module, files: &mut BTreeMap<Module, PathBuf>) -> Result<()> {
     for entry in fs::read_dir(folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
@@ -150,7 +150,7 @@ struct Finder<'a> {
 }
 
 impl Finder<'_> {
-    /// The file that has what the path names: the longest part of it that is a module.
+    /// Records the file with the item that the path names: the longest prefix of the path that is a module.
     fn name(&mut self, path: &[String]) {
         let Some((first, rest)) = path.split_first() else { return };
         let (mut at, mut rest) = match first.as_str() {
@@ -234,7 +234,7 @@ impl<'ast> Visit<'ast> for Finder<'_> {
     }
 }
 
-/// Files that can reach each other (strongly connected components), by reachability: packages have some hundred files.
+/// Files that can reach each other (strongly connected components). Plain reachability suffices for packages of some hundred files.
 fn circles(graph: &Graph) -> Vec<BTreeSet<Module>> {
     let reach: BTreeMap<&Module, BTreeSet<&Module>> = graph.keys().map(|module| (module, reachable(graph, module))).collect();
     let mut circles: Vec<BTreeSet<Module>> = Vec::new();
@@ -267,7 +267,7 @@ fn reachable<'a>(graph: &'a Graph, from: &'a Module) -> BTreeSet<&'a Module> {
 mod tests {
     use super::*;
 
-    fn of(files: &[(&str, &str)]) -> Graph {
+    fn graph_of(files: &[(&str, &str)]) -> Graph {
         let folder = std::env::temp_dir().join(format!("imports-{}-{}", std::process::id(), files.len()));
         for (name, text) in files {
             let path = folder.join(name);
@@ -280,8 +280,8 @@ mod tests {
     }
 
     #[test]
-    fn uses_and_paths_are_imports_and_those_of_tests_are_not() {
-        let graph = of(&[
+    fn uses_and_paths_count_as_imports_except_in_tests() {
+        let graph = graph_of(&[
             ("main.rs", "mod a; mod b; mod c;"),
             ("a.rs", "use crate::b::{self, X as Y}; fn f() { crate::c::d::g(); }"),
             ("b.rs", "#[cfg(test)] mod tests { use crate::a::Z; }"),
@@ -300,12 +300,13 @@ mod tests {
 
     #[test]
     fn circles_and_imports_against_the_flow_are_found() {
-        let graph = of(&[("a.rs", "use crate::b::X;"), ("b.rs", "use crate::c::X;"), ("c.rs", "use crate::a::X;"), ("d.rs", "")]);
+        let graph =
+            graph_of(&[("a.rs", "use crate::b::X;"), ("b.rs", "use crate::c::X;"), ("c.rs", "use crate::a::X;"), ("d.rs", "")]);
         assert_eq!(circles(&graph).iter().map(BTreeSet::len).collect::<Vec<_>>(), [3]);
         let problems = against_the_flow(&graph, &[&["c"], &["b"], &["a"]]);
         assert_eq!(
             problems,
-            ["c imports from a, against the flow", "d has no place in the flow; add it in xtask/src/lint/imports.rs"]
+            ["c imports from a, against the flow", "d is missing in the flow; add it in xtask/src/lint/imports.rs"]
         );
     }
 }

@@ -1,28 +1,30 @@
-//! `lint`: what a change must pass before it is tested. Runs every check, then fails if one did.
+//! `lint`: the checks that a change must pass before it is tested. Runs every check, then fails if one failed.
 
+mod families;
 mod imports;
 mod words;
 
-use crate::tools::{self, on_path, run, say};
+use crate::tools::{self, on_path, progress, run};
 use anyhow::{Result, bail};
 use std::fs;
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 6] = [
+const CHECKS: [(&str, Check); 7] = [
     ("format", format),
     ("imports", imports::check),
+    ("families", families::check),
     ("words", words::check),
     ("clippy", clippy),
     ("licences", licences),
     ("home-paths", home_paths),
 ];
 
-/// All checks, or those that are named.
+/// Runs all checks, or those that are named.
 pub fn verb(args: &[String]) -> Result<()> {
     let known = |name: &String| CHECKS.iter().any(|(check, _)| check == name);
     if let Some(unknown) = args.iter().find(|name| !known(name)) {
-        bail!("unknown check {unknown:?}; there are: {}", CHECKS.map(|(name, _)| name).join(", "));
+        bail!("unknown check {unknown:?}; choose from {}", CHECKS.map(|(name, _)| name).join(", "));
     }
     let chosen = CHECKS.iter().filter(|(name, _)| args.is_empty() || args.iter().any(|arg| arg == name));
     let mut failed = Vec::new();
@@ -35,7 +37,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     if !failed.is_empty() {
         bail!("failed: {}", failed.join(", "));
     }
-    say("lint: passed");
+    progress("lint: passed");
     Ok(())
 }
 
@@ -49,19 +51,19 @@ fn clippy() -> Result<()> {
 
 fn licences() -> Result<()> {
     if on_path("cargo-deny").is_none() {
-        say("lint: cargo-deny is not installed, so licences and sources are not checked (`cargo install cargo-deny`)");
+        progress("lint: cargo-deny is not installed, so licences and sources are not checked (`cargo install cargo-deny`)");
         return Ok(());
     }
-    // Without `advisories`: their database is not within reach everywhere.
+    // Without `advisories`, which needs a database that is not reachable everywhere.
     run(&mut tools::cargo(&["deny", "--locked", "check", "licenses", "bans", "sources"])?)
 }
 
-/// Somebody's home directory in a tracked file is a path that works on one machine.
+/// A home directory in a tracked file is a path that exists on one machine only.
 fn home_paths() -> Result<()> {
-    say("no tracked file names a home directory");
+    progress("home directories in tracked files");
     let mut found = 0;
     for name in tools::tracked()? {
-        // A deleted file is still tracked; a binary one has no path to read.
+        // A deleted file is still tracked; a binary file is skipped.
         let Ok(text) = fs::read_to_string(tools::root().join(&name)) else { continue };
         for (number, line) in text.lines().enumerate().filter(|(_, line)| names_a_home(line)) {
             eprintln!("{name}:{}: {}", number + 1, line.trim());
@@ -81,7 +83,7 @@ fn names_a_home(line: &str) -> bool {
         line.match_indices(start).any(|(at, _)| {
             let before = line[..at].chars().next_back();
             let after = line[at + start.len()..].chars().next();
-            // `/proc/1/root/.x` and `{dir}/home/` go on from something else.
+            // `/proc/1/root/.x` and `{dir}/home/` are parts of longer paths.
             let begins = before.is_none_or(|c| !c.is_alphanumeric() && !"}/.-_*>".contains(c));
             begins && after.is_some_and(char::is_alphanumeric)
         })
@@ -93,7 +95,7 @@ mod tests {
     use super::names_a_home;
 
     #[test]
-    fn homes() {
+    fn only_absolute_paths_into_a_home_are_found() {
         let home = concat!("/ho", "me");
         for (line, expect) in [
             (format!("let x = \"{home}/kim/x\""), true),

@@ -1,4 +1,4 @@
-//! The language of the project: words that docs/glossary.md and CONTRIBUTING.md replace by the field's own terms. Also checks that the
+//! Checks the language of the project: words that docs/glossary.md and CONTRIBUTING.md replace with the field's terms. Also checks that the
 //! glossary names types that exist.
 
 use crate::tools;
@@ -32,10 +32,10 @@ const BANNED: [(&str, &str); 24] = [
     ("is no", "is not a, is not"),
     ("are no", "are not"),
 ];
-/// "There is no such file" and "is no longer" are plain English.
+/// "There is no such file" and "is no longer" are plain English; `no_pid` is a name.
 const NEGATIONS: [&str; 2] = ["is no", "are no"];
 const BEFORE_NEGATION: [&str; 3] = ["there", "here", "where"];
-const AFTER_NEGATION: [&str; 5] = ["longer", "more", "less", "later", "earlier"];
+const AFTER_NEGATION: [&str; 6] = ["longer", "more", "less", "later", "earlier", "pid"];
 
 const READ: [&str; 9] = [".rs", ".md", ".html", ".js", ".css", ".toml", ".yml", ".yaml", ".sh"];
 /// Recorded from elsewhere, or this list itself.
@@ -44,7 +44,7 @@ const GLOSSARY: &str = "docs/glossary.md";
 const TYPES_IN: &str = "sampler";
 
 pub fn check() -> Result<()> {
-    tools::say("plain language, and a glossary that names types");
+    tools::progress("plain language, and a glossary that names types");
     let mut found = 0;
     let mut types = String::new();
     for name in tools::tracked()? {

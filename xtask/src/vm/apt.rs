@@ -1,8 +1,8 @@
-//! Debian packages of several suites, from the mirror that this machine's apt uses, without touching its own lists.
+//! Debian packages of several suites, from the mirror in this machine's apt configuration, without changes to its own lists.
 
 use crate::{
     debian, sys,
-    tools::{self, say},
+    tools::{self, progress},
 };
 use anyhow::{Context, Result, anyhow, bail};
 use std::{
@@ -13,11 +13,11 @@ use std::{
     time::Duration,
 };
 
-/// Kernels from 5.10 on. The backports come with newer kernels than the suite they are made for.
+/// Kernels from 5.10 on. Backports have newer kernels than the suite they are made for.
 const SUITES: [&str; 5] = ["bullseye", "bookworm", "bookworm-backports", "trixie", "trixie-backports"];
-/// Package lists younger than this are taken as they are.
+/// Package lists younger than this are not refreshed.
 const FRESH: Duration = Duration::from_secs(24 * 60 * 60);
-/// The flavour without drivers of hardware; small, and with all that a virtual machine needs.
+/// The flavour without hardware drivers; it is small and has all that a virtual machine needs.
 const FLAVOUR: &str = "-cloud-amd64";
 const IMAGE: &str = "linux-image-";
 
@@ -25,12 +25,12 @@ pub struct Apt {
     /// Sources, lists and packages.
     dir: PathBuf,
     config: PathBuf,
-    /// Suites whose lists could not be refreshed just now.
+    /// Suites with lists that could not be refreshed just now.
     stale: Vec<&'static str>,
 }
 
 impl Apt {
-    /// Configures apt for [`SUITES`] and refreshes its lists when they are old.
+    /// Configures apt for [`SUITES`] and refreshes its lists if they are old.
     pub fn prepare(vm: &Path) -> Result<Self> {
         let mirror = debian::mirror()?;
         let dir = vm.join("apt");
@@ -61,19 +61,19 @@ impl Apt {
         Ok(apt)
     }
 
-    /// One suite at a time: a mirror that lacks one suite must not keep the others from being refreshed.
+    /// Refreshes one suite: a mirror that lacks one suite must not keep the others from being refreshed.
     fn update(&mut self, suite: &'static str, source: &str) -> Result<()> {
         let list = self.dir.join("suite.list");
         fs::write(&list, source).with_context(|| list.display().to_string())?;
         let mut command = self.command("apt-get");
-        // Without this option apt-get only warns of a mirror that cannot be reached.
+        // Without this option apt-get only warns about an unreachable mirror.
         command.args(["--quiet", "-o", "APT::Update::Error-Mode=any", "-o"]);
         command.arg(format!("Dir::Etc::sourcelist={}", list.display())).arg("update");
         if let Err(problem) = tools::run(&mut command) {
             if let Some(signal) = sys::interrupted() {
                 bail!("interrupted by signal {signal}");
             }
-            say(format_args!("vm: warning: the package lists of {suite} could not be refreshed: {problem:#}"));
+            progress(format_args!("vm: warning: the package lists of {suite} could not be refreshed: {problem:#}"));
             self.stale.push(suite);
         }
         Ok(())
@@ -85,13 +85,13 @@ impl Apt {
         command
     }
 
-    /// Packages whose names begin so.
+    /// Names of packages with this prefix.
     fn names(&self, begin: &str) -> Result<Vec<String>> {
         let listed = self.command("apt-cache").args(["pkgnames", begin]).output().context("apt-cache")?;
         Ok(String::from_utf8_lossy(&listed.stdout).lines().map(str::to_owned).collect())
     }
 
-    /// The kernel release that `wanted` stands for.
+    /// The kernel release that `wanted` selects.
     pub fn kernel(&self, wanted: &str) -> Result<String> {
         let names = self.names(&format!("{IMAGE}{}", wanted.strip_prefix(IMAGE).unwrap_or(wanted)))?;
         let releases = names.iter().filter_map(|name| name.strip_prefix(IMAGE));
@@ -101,37 +101,38 @@ impl Apt {
     fn unknown(&self, wanted: &str) -> anyhow::Error {
         if !self.stale.is_empty() {
             let stale = self.stale.join(", ");
-            return anyhow!("no cloud kernel '{wanted}' is known, and the package lists of {stale} could not be refreshed");
+            return anyhow!(
+                "no cloud kernel '{wanted}' in the package lists, and the package lists of {stale} could not be refreshed"
+            );
         }
         let suites = SUITES.join(", ");
-        let problem =
-            format!("Debian has no cloud kernel '{wanted}' in {suites}; `cargo xtask vm 6.1` and 7.3 are two that it has");
+        let problem = format!("Debian has no cloud kernel '{wanted}' in {suites}; available versions include 6.1 and 7.3");
         tools::Usage(problem).into()
     }
 
-    /// Downloads those of these packages that exist; at least one must.
+    /// Downloads these packages as far as they exist; at least one must.
     pub fn download(&self, names: &[String]) -> Result<Vec<PathBuf>> {
-        let mut there = Vec::new();
+        let mut available = Vec::new();
         for name in names {
             if self.names(name)?.contains(name) {
-                there.push(name);
+                available.push(name);
             }
         }
-        let Some(first) = there.first() else { bail!("there is no package {}", names.join(", ")) };
-        say(format_args!("vm: packages {first} and {} more", there.len() - 1));
-        let printed = self.command("apt-get").args(["download", "--print-uris"]).args(&there).output().context("apt-get")?;
+        let Some(first) = available.first() else { bail!("there is no package {}", names.join(", ")) };
+        progress(format_args!("vm: packages {first} and {} more", available.len() - 1));
+        let printed = self.command("apt-get").args(["download", "--print-uris"]).args(&available).output().context("apt-get")?;
         if !printed.status.success() {
             bail!("apt-get download {first}: {}", String::from_utf8_lossy(&printed.stderr).trim());
         }
-        tools::run(self.command("apt-get").args(["--quiet", "download"]).args(&there))?;
+        tools::run(self.command("apt-get").args(["--quiet", "download"]).args(&available))?;
         // 'URL' FILE SIZE HASH
         let text = String::from_utf8_lossy(&printed.stdout).into_owned();
         let files = text.lines().filter_map(|line| line.split(' ').nth(1)).map(|file| self.dir.join("packages").join(file));
-        files.map(|file| if file.exists() { Ok(file) } else { bail!("apt-get did not leave {}", file.display()) }).collect()
+        files.map(|file| if file.exists() { Ok(file) } else { bail!("apt-get did not download {}", file.display()) }).collect()
     }
 }
 
-/// The kernel release that a word of the command line stands for among `releases`: that of a package, or the newest of a version.
+/// The kernel release that `wanted` selects among `releases`: the named package's, or the newest of a version.
 pub fn choose<'a>(wanted: &str, mut releases: impl Iterator<Item = &'a str>) -> Option<&'a str> {
     match wanted.strip_prefix(IMAGE) {
         Some(named) => releases.find(|release| *release == named),
@@ -148,7 +149,7 @@ fn newest<'a>(version: &str, releases: impl Iterator<Item = &'a str>) -> Option<
     releases.filter(is_of_version).max_by(|a, b| natural(a, b))
 }
 
-/// Numbers within names count as numbers.
+/// Compares names with numbers in them by value.
 fn natural(a: &str, b: &str) -> Ordering {
     let parts = |text: &str| {
         let mut parts: Vec<(u64, String)> = Vec::new();
@@ -172,7 +173,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn the_newest_of_a_version_is_taken() {
+    fn the_newest_release_of_a_version_is_chosen() {
         let releases = [
             "6.1.0-9-cloud-amd64",
             "6.1.0-50-cloud-amd64",

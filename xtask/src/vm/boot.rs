@@ -1,9 +1,9 @@
-//! One run of a machine: its disks, qemu, what comes back.
+//! One run of a machine: its disks, qemu, its results.
 
 use super::kernel::Kernel;
 use crate::{
     sys,
-    tools::{self, Running, say, tail},
+    tools::{self, Running, progress, tail},
 };
 use anyhow::{Context, Result, bail};
 use std::{
@@ -15,14 +15,14 @@ use std::{
 };
 
 const QEMU: &str = "qemu-system-x86_64";
-/// A kernel that runs at all says so within this time.
+/// A kernel that boots with KVM prints its message within this time.
 const PROBE: Duration = Duration::from_secs(20);
-/// Room for what a command leaves in $RESULTS. Sparse.
+/// Size of the disk for $RESULTS. Sparse.
 const RESULTS_BYTES: u64 = 1 << 30;
 const CPUS: &str = "2";
-/// In the folder of the run.
+/// File name in the folder of the run.
 const INITRD: &str = "initrd";
-/// What the machine's unit runs.
+/// The script that the machine's unit runs.
 const GUEST: &str = include_str!("guest.sh");
 
 pub struct Machine<'a> {
@@ -48,7 +48,7 @@ impl Accelerator {
 }
 
 impl Machine<'_> {
-    /// Boots, runs the command with `files` on its PATH, and returns its exit status. What it left in `$RESULTS` is in `results` then.
+    /// Boots, runs the command with `files` on its PATH, and returns its exit status. Afterwards `results` has the contents of `$RESULTS`.
     pub fn run(&self, run: &Path, results: &Path, files: &[PathBuf], command: &[String], timeout: Duration) -> Result<u8> {
         let input = run.join("input.tar");
         pack(run, &input, files, command)?;
@@ -65,12 +65,12 @@ impl Machine<'_> {
         qemu.args(["-drive", &disk(&self.kernel.modules(), ",readonly=on")]);
         let log = results.join("output.txt");
         qemu.args(["-chardev", &format!("stdio,id=out,signal=off,logfile={}", log.display()), "-serial", "chardev:out"]);
-        say(format_args!("vm: {}", tools::shown(&qemu)));
+        progress(format_args!("vm: {}", tools::shown(&qemu)));
         let begun = Instant::now();
         let ended = wait(Running::start("the machine", &mut qemu)?, timeout)?;
-        say(format_args!("vm: ran {:.0} s", begun.elapsed().as_secs_f64()));
+        progress(format_args!("vm: ran {:.0} s", begun.elapsed().as_secs_f64()));
         let traces = || {
-            // systemd queries the terminal there, and the queries must not reach the terminal here.
+            // systemd queries the terminal on the console; the queries must not reach this terminal.
             let end: String = tail(&console).chars().filter(|c| *c == '\n' || !c.is_control()).collect();
             let (console, log) = (console.display(), log.display());
             format!("the console is in {console}, the command's output in {log}; the console ends with:\n{end}")
@@ -79,20 +79,20 @@ impl Machine<'_> {
             bail!("the machine was still running after {timeout:?} (--timeout) and was stopped; {}", traces());
         }
         if let Err(problem) = unpack(&output, results) {
-            bail!("the machine's results cannot be unpacked: {problem:#}; {}", traces());
+            bail!("cannot unpack the machine's results: {problem:#}; {}", traces());
         }
         let status = results.join("exit-status");
-        // The disk of results is all zeros until the command has ended, and that is an empty archive.
+        // The results disk is all zeros until the command has ended, and that is an empty archive.
         let Ok(text) = fs::read_to_string(&status) else {
             bail!("the machine powered off before the command had ended; {}", traces());
         };
         text.trim().parse().with_context(|| format!("{}: {text:?}", status.display()))
     }
 
-    /// All but the disks and the second serial line.
+    /// The command line except for the disks and the second serial line.
     fn qemu(&self, run: &Path, accelerator: Accelerator, console: &Path, more: &str) -> Command {
         let mut qemu = Command::new(QEMU);
-        // Its snapshots of disks go there.
+        // For its snapshots of disks.
         qemu.env("TMPDIR", run).stdin(Stdio::null());
         qemu.args(["-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-nic", "none", "-smp", CPUS]);
         qemu.args(accelerator.args()).args(["-m", &self.memory_mib.to_string()]);
@@ -102,10 +102,10 @@ impl Machine<'_> {
         qemu
     }
 
-    /// KVM where it boots this kernel. Some offer /dev/kvm and run only kernels made for them, so it is tried.
+    /// KVM if it boots this kernel. Some machines offer /dev/kvm for special kernels only, so it is tried.
     fn accelerator(&self, run: &Path) -> Result<Accelerator> {
         if !Path::new("/dev/kvm").exists() {
-            say("vm: no /dev/kvm, so the processor is emulated");
+            progress("vm: no /dev/kvm; emulating the processor");
             return Ok(Accelerator::Emulation);
         }
         let console = run.join("probe.txt");
@@ -116,12 +116,12 @@ impl Machine<'_> {
         if String::from_utf8_lossy(&text).contains("vm: this accelerator boots this kernel") {
             return Ok(Accelerator::Kvm);
         }
-        say(format_args!("vm: KVM did not boot this kernel within {PROBE:?}, so the processor is emulated"));
+        progress(format_args!("vm: KVM did not boot this kernel within {PROBE:?}; emulating the processor"));
         Ok(Accelerator::Emulation)
     }
 }
 
-/// Whether it ended by itself in time.
+/// Whether the machine ended by itself in time.
 fn wait(mut machine: Running, timeout: Duration) -> Result<bool> {
     let begun = Instant::now();
     while machine.ended()?.is_none() {
@@ -145,7 +145,7 @@ fn pack(run: &Path, input: &Path, files: &[PathBuf], command: &[String]) -> Resu
     tar.args(["--create", "--dereference", "--file"]).arg(input);
     for file in files.iter().chain([&wrapper, &script]) {
         let file = fs::canonicalize(file).with_context(|| file.display().to_string())?;
-        let (folder, name) = (file.parent().context("a file lies in a folder")?, file.file_name().context("a file has a name")?);
+        let (folder, name) = (file.parent().context("a file is in a folder")?, file.file_name().context("a file has a name")?);
         tar.arg("--directory").arg(folder).arg(name);
     }
     tools::run(&mut tar)
@@ -155,7 +155,7 @@ fn unpack(image: &Path, results: &Path) -> Result<()> {
     tools::run(Command::new("tar").args(["--extract", "--no-same-owner", "--file"]).arg(image).arg("--directory").arg(results))
 }
 
-/// As one word of a shell.
+/// Quotes a word for a shell.
 fn quoted(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
 }
@@ -165,10 +165,10 @@ mod tests {
     use super::*;
 
     #[test]
-    fn words_stay_words() {
+    fn quoted_words_survive_a_shell() {
         for word in ["plain", "two words", "it's", "$HOME `x` \"y\"", ""] {
-            let said = Command::new("sh").args(["-c", &format!("printf %s {}", quoted(word))]).output().unwrap();
-            assert_eq!(String::from_utf8(said.stdout).unwrap(), word);
+            let output = Command::new("sh").args(["-c", &format!("printf %s {}", quoted(word))]).output().unwrap();
+            assert_eq!(String::from_utf8(output.stdout).unwrap(), word);
         }
     }
 }

@@ -1,4 +1,4 @@
-//! Writes the archive that a kernel unpacks as its first root file system: cpio, "newc" format.
+//! Writes the archive that a kernel unpacks as its initial root file system: cpio, "newc" format.
 //!
 //! Format: `Documentation/driver-api/early-userspace/buffer-format.rst` of the kernel.
 

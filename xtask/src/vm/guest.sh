@@ -1,5 +1,5 @@
 #!/bin/sh
-# Runs the command that came with it on the second disk, leaves its results on the third, switches the machine off.
+# Runs the command from the second disk, writes its results to the third, and powers the machine off.
 stty -F /dev/ttyS1 raw -echo
 exec >/dev/ttyS1 2>&1 </dev/null
 mkdir -p /results

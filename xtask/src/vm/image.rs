@@ -1,9 +1,9 @@
-//! A Debian root file system with systemd and container engines, made once per suite.
+//! A Debian root file system with systemd and container engines, built once per suite.
 
 use crate::{
     debian,
     janitor::{Cleanup, Leftover},
-    tools::{self, on_path, program, say},
+    tools::{self, on_path, program, progress},
 };
 use anyhow::{Context, Result};
 use std::{
@@ -11,14 +11,14 @@ use std::{
     path::{Path, PathBuf},
 };
 
-/// To be raised with every change of how an image is made that the other parts of the digest do not show, such as one of [`configure`].
+/// To be raised with every change of how an image is built that the other parts of the digest do not cover, such as one of [`configure`].
 const RECIPE: &str = "2";
-/// systemd, what tests use, and engines with their helpers. All exist in bookworm and in trixie.
+/// systemd, tools of the tests, and engines with their helpers. All exist in bookworm and in trixie.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,iproute2,procps,python3,docker.io,containerd,\
                         podman,crun,runc,uidmap,slirp4netns,fuse-overlayfs,iptables,busybox-static,ca-certificates,strace";
-/// Those that trixie splits off.
+/// Packages that trixie splits off.
 const TRIXIE_PACKAGES: &str = ",docker-cli,passt,aardvark-dns";
-/// Engines are started by who needs them; timers and services that only disturb.
+/// Units to disable: engines are started by the tests that need them, and the timers and services only disturb.
 const QUIET: [&str; 12] = [
     "docker.service",
     "docker.socket",
@@ -33,20 +33,20 @@ const QUIET: [&str; 12] = [
     "e2scrub_all.timer",
     "e2scrub_reap.service",
 ];
-/// Of the file system. Sparse: only what is written takes room here.
+/// Size of the file system. Sparse: only written blocks take space.
 const IMAGE_BYTES: u64 = 6 << 30;
 const UNIT: &str = include_str!("guest.service");
-/// Takes the place of systemd's unit of that name.
+/// Replaces systemd's unit of that name.
 const EMERGENCY: &str = include_str!("emergency.service");
-/// Without features that kernels of 5.10 lack.
+/// Without features that 5.10 kernels lack.
 pub const MKFS_OPTIONS: [&str; 4] = ["-q", "-F", "-O", "^metadata_csum,^orphan_file"];
 
-/// The suite whose user space goes with a kernel.
+/// The suite of the user space for a kernel.
 pub fn suite_of(release: &str) -> &'static str {
     if release.contains("deb13") { "trixie" } else { "bookworm" }
 }
 
-/// The image of a suite, made when it is missing. Its name has a digest of the recipe, so a changed recipe makes a new one.
+/// The image of a suite, built if it is missing. Its name contains a digest of the recipe, so a changed recipe builds a new one.
 pub fn ensure(vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> {
     let packages = if suite == "trixie" { format!("{PACKAGES}{TRIXIE_PACKAGES}") } else { PACKAGES.to_owned() };
     let (quiet, bytes, options) = (QUIET.join(" "), IMAGE_BYTES.to_string(), MKFS_OPTIONS.join(" "));
@@ -55,13 +55,13 @@ pub fn ensure(vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> 
     if image.exists() {
         return Ok(image);
     }
-    say(format_args!("vm: a root file system of {suite} is made once; that takes some minutes"));
+    progress(format_args!("vm: building a root file system of {suite}, once; this takes some minutes"));
     let mirror = debian::mirror()?;
     let work = vm.join(format!("new-root-{}", std::process::id()));
     cleanup.will_remove(&Leftover::Tree(work.clone()))?;
     fs::create_dir(&work).with_context(|| work.display().to_string())?;
     let (tree, unfinished) = (work.join("tree"), work.join("root.ext4"));
-    // In namespaces of its own, so that its mounts and processes end with it in any case.
+    // In namespaces of its own, so that its mounts and processes always end with it.
     let mut debootstrap = program("unshare")?;
     debootstrap.args(["--mount", "--propagation", "private", "--pid", "--fork", "--kill-child"]);
     debootstrap.arg(on_path("debootstrap").context("debootstrap is not installed")?);
@@ -75,13 +75,13 @@ pub fn ensure(vm: &Path, suite: &str, cleanup: &mut Cleanup) -> Result<PathBuf> 
     Ok(image)
 }
 
-/// Removes what other recipes have made: `BEGIN-DIGEST` and, of before names had a digest, `BEGIN`, both with that end.
+/// Removes the results of other recipes: `BEGIN-DIGEST` and, from before names had a digest, `BEGIN`, both followed by `END`.
 pub fn remove_older(vm: &Path, kept: &Path, begin: &str, end: &str) -> Result<()> {
     for entry in fs::read_dir(vm).with_context(|| vm.display().to_string())? {
         let path = entry?.path();
         let name = path.file_name().unwrap_or_default().to_string_lossy();
         if path != kept && is_made_by_a_recipe(&name, begin, end) {
-            say(format_args!("vm: removes {}, which an older recipe made", path.display()));
+            progress(format_args!("vm: removing {}, built by an older recipe", path.display()));
             let removed = if path.is_dir() { fs::remove_dir_all(&path) } else { fs::remove_file(&path) };
             removed.with_context(|| path.display().to_string())?;
         }
@@ -102,7 +102,7 @@ fn configure(tree: &Path) -> Result<()> {
     write(units.join("guest.service"), UNIT)?;
     write(units.join("emergency.service"), EMERGENCY)?;
     fs::create_dir_all(units.join("multi-user.target.wants"))?;
-    // As `systemctl enable`, `disable` and `set-default` do; the one in the tree wants /proc mounted there.
+    // Equivalent to `systemctl enable`, `disable` and `set-default`; the systemctl in the tree requires a mounted /proc.
     link(Path::new("../guest.service"), &units.join("multi-user.target.wants/guest.service"))?;
     link(Path::new("/lib/systemd/system/multi-user.target"), &units.join("default.target"))?;
     for entry in fs::read_dir(&units).with_context(|| units.display().to_string())? {
@@ -132,7 +132,7 @@ pub fn make_ext4(tree: &Path, image: &Path, bytes: u64) -> Result<()> {
     tools::run(program("mkfs.ext4")?.args(MKFS_OPTIONS).arg("-d").arg(tree).arg(image))
 }
 
-/// FNV-1a, 32 bits; a byte that no text has ends each.
+/// FNV-1a, 32 bits; each text is followed by a byte that no text contains.
 pub fn digest(texts: &[&str]) -> u32 {
     let bytes = texts.iter().flat_map(|text| text.bytes().chain([0xff]));
     bytes.fold(0x811c_9dc5, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193))
@@ -143,7 +143,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn suites_of_kernels() {
+    fn each_kernel_has_the_suite_of_its_package() {
         for (release, suite) in [
             ("7.3.4+deb13-cloud-amd64", "trixie"),
             ("6.12.95+deb12-cloud-amd64", "bookworm"),

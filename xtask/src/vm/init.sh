@@ -1,5 +1,5 @@
 #!/bin/busybox sh
-# Finds the root file system on the first disk, mounts the kernel's modules from the fourth into it, and hands over.
+# Finds the root file system on the first disk, mounts the kernel's modules from the fourth disk into it, and starts its init.
 /bin/busybox --install -s /bin
 mount -t devtmpfs dev /dev
 mount -t proc proc /proc

@@ -1,4 +1,4 @@
-//! A kernel unpacked from its packages: the image, an initial file system that finds the root, and its modules as a disk.
+//! A kernel unpacked from its packages: the image, an initial file system that finds the root, and a disk with its modules.
 
 use super::{
     apt::{self, Apt},
@@ -16,9 +16,9 @@ use std::{
     process::Command,
 };
 
-/// To be raised with every change of [`unpack`] that the other parts of the digest do not show.
+/// To be raised with every change of [`unpack`] that the other parts of the digest do not cover.
 const RECIPE: &str = "2";
-/// What finds the root file system, with what they depend on; a kernel may have them built in.
+/// Modules that are needed to find the root file system, without their dependencies; a kernel may have them built in.
 const MODULES: [&str; 3] = ["virtio_pci", "virtio_blk", "ext4"];
 const INIT: &str = include_str!("init.sh");
 const MODULES_BYTES: u64 = 512 << 20;
@@ -29,7 +29,7 @@ pub struct Kernel {
     dir: PathBuf,
 }
 
-/// The kernel that `wanted` stands for among those that are unpacked.
+/// The unpacked kernel that `wanted` selects.
 pub fn cached(vm: &Path, wanted: &str) -> Result<Option<String>> {
     let digest = digest();
     let mut releases = Vec::new();
@@ -41,7 +41,7 @@ pub fn cached(vm: &Path, wanted: &str) -> Result<Option<String>> {
     Ok(apt::choose(wanted, releases.iter().map(String::as_str)).map(str::to_owned))
 }
 
-/// The kernel of that release, unpacked when it is missing. `apt` is given where its lists were needed before.
+/// The kernel of that release, unpacked if it is missing. `apt` is given if its lists were needed before.
 pub fn ensure(apt: Option<Apt>, vm: &Path, release: &str, cleanup: &mut Cleanup) -> Result<Kernel> {
     let dir = vm.join(format!("{FOLDER}{release}-{}", digest()));
     if !dir.exists() {
@@ -69,7 +69,7 @@ impl Kernel {
         self.dir.join("modules.ext4")
     }
 
-    /// Made for each run: it takes a moment and follows changes of the script.
+    /// Built for each run: it takes a moment and follows changes of the script.
     pub fn initrd(&self) -> Result<Vec<u8>> {
         initrd(&self.dir)
     }
@@ -78,7 +78,7 @@ impl Kernel {
 fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
     let done = tree.join("done");
     fs::create_dir_all(done.join("initrd.d")).with_context(|| tree.display().to_string())?;
-    // Newer packages are split; which parts there are differs.
+    // Newer packages are split; which parts exist differs.
     let mut names: Vec<String> = ["image", "binary", "modules", "base"].map(|part| format!("linux-{part}-{release}")).into();
     names.push("busybox-static".into());
     for package in apt.download(&names)? {
@@ -105,7 +105,7 @@ fn unpack(apt: &Apt, release: &str, tree: &Path) -> Result<()> {
     make_ext4(&tree.join("lib/modules"), &done.join("modules.ext4"), MODULES_BYTES)
 }
 
-/// Module files in the order in which they can be loaded.
+/// Module files in their load order.
 fn needed(tree: &Path, release: &str) -> Result<Vec<PathBuf>> {
     let mut files: Vec<PathBuf> = Vec::new();
     for module in MODULES {
@@ -113,7 +113,7 @@ fn needed(tree: &Path, release: &str) -> Result<Vec<PathBuf>> {
         modprobe.env("LC_ALL", "C").arg("--dirname").arg(tree).args(["--set-version", release, "--show-depends", module]);
         let output = modprobe.output().with_context(|| tools::shown(&modprobe))?;
         let problem = String::from_utf8_lossy(&output.stderr);
-        // A module that is not found may be built in. If it is missing instead, the machine does not find its root.
+        // A module that is not found may be built in. If it is missing instead, the machine will not find its root.
         if !output.status.success() && !problem.contains("not found") {
             bail!("`{}` failed ({}): {}", tools::shown(&modprobe), output.status, problem.trim());
         }
@@ -133,7 +133,7 @@ fn uncompressed(module: &Path) -> Result<Vec<u8>> {
         Some("ko") => return fs::read(module).with_context(|| module.display().to_string()),
         Some("xz") => "xz",
         Some("zst") => "zstd",
-        _ => bail!("{}: how is it compressed?", module.display()),
+        _ => bail!("{}: unknown compression", module.display()),
     };
     let output = Command::new(program).args(["-d", "-c"]).arg(module).output().with_context(|| program.to_owned())?;
     if !output.status.success() {

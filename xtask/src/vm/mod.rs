@@ -1,15 +1,15 @@
-//! `vm`: runs a command in a virtual machine with a kernel of choice, with what this repository builds at hand.
+//! `vm`: runs a command in a virtual machine with a chosen kernel and with what this repository builds.
 //!
-//! Everything in the machine comes from Debian packages by name and is kept in `target/vm`: root file systems by debootstrap, kernels
-//! unpacked from their packages. A run changes neither, leaves no process and no mount behind, and is bounded in time.
+//! Everything in the machine comes from Debian packages and is kept in `target/vm`: root file systems from debootstrap, kernels unpacked
+//! from their packages. A run changes neither, leaves no process and no mount behind, and is bounded in time.
 //!
 //! ```text
 //!   target/vm/apt                packages of several suites           (apt.rs)
-//!            /root-SUITE-DIGEST.ext4    user space, with systemd      (image.rs)   vda, changes are thrown away
+//!            /root-SUITE-DIGEST.ext4    user space, with systemd      (image.rs)   vda, changes are discarded
 //!            /kernel-RELEASE-DIGEST/    vmlinuz, modules.ext4         (kernel.rs)  vdd, mounted on /lib/modules
-//!            /lock               held while one of these is made      (mod.rs)
+//!            /lock               held while one of these is built     (mod.rs)
 //!            /run-PID/           initrd, input.tar, results.img       (boot.rs)    vdb, vdc
-//!            /results/RELEASE-TIME/   what the command left in $RESULTS, output.txt, console.txt, journal.txt
+//!            /results/RELEASE-TIME/   contents of $RESULTS, output.txt, console.txt, journal.txt
 //! ```
 
 mod apt;
@@ -22,7 +22,7 @@ use crate::{
     build::{self, Profile},
     janitor::{Cleanup, Leftover},
     setup, sys,
-    tools::{self, Usage, say},
+    tools::{self, Usage, progress},
 };
 use anyhow::{Context, Result, bail};
 use apt::Apt;
@@ -103,10 +103,10 @@ impl VmOptions {
 pub fn verb(args: &[String]) -> Result<()> {
     let options = VmOptions::parse(args)?;
     if env::consts::ARCH != "x86_64" {
-        bail!("virtual machines are made for x86_64 only, and this is {}", env::consts::ARCH);
+        bail!("virtual machines are supported on x86_64 only, not on {}", env::consts::ARCH);
     }
     if !sys::is_root() {
-        bail!("debootstrap makes a root file system with its owners: run as root");
+        bail!("debootstrap requires root");
     }
     if let Some(file) = options.with.iter().find(|file| !file.is_file()) {
         bail!("--with {}: no such file", file.display());
@@ -134,25 +134,25 @@ pub fn verb(args: &[String]) -> Result<()> {
     fs::create_dir_all(&results).with_context(|| results.display().to_string())?;
     let machine = boot::Machine { kernel, root, memory_mib: options.memory_mib, append: &options.append };
     let status = machine.run(&run, &results, &files, &options.command, options.timeout);
-    say(format_args!("vm: results in {}", results.display()));
+    progress(format_args!("vm: results in {}", results.display()));
     match status? {
         0 => Ok(()),
         status => Err(tools::Ended { what: options.command.join(" "), status }.into()),
     }
 }
 
-/// The kernel release that `wanted` stands for. Package lists are needed only for a kernel that is not unpacked yet.
+/// The kernel release that `wanted` selects. Package lists are needed only for a kernel that is not unpacked yet.
 fn resolve(vm: &Path, wanted: &str) -> Result<(String, Option<Apt>)> {
     let _lock = lock(vm)?;
     if let Some(release) = kernel::cached(vm, wanted)? {
-        say(format_args!("vm: Linux {release}, which is in {}", vm.display()));
+        progress(format_args!("vm: Linux {release}, cached in {}", vm.display()));
         return Ok((release, None));
     }
     let apt = Apt::prepare(vm)?;
     Ok((apt.kernel(wanted)?, Some(apt)))
 }
 
-/// Until the returned file is closed, no other run makes anything in `target/vm`: two first runs at once would make the same things.
+/// Until the returned file is closed, no other run builds anything in `target/vm`: two concurrent first runs would build the same things.
 fn lock(vm: &Path) -> Result<fs::File> {
     let path = vm.join("lock");
     let file = fs::File::create(&path).with_context(|| path.display().to_string())?;
@@ -164,7 +164,7 @@ fn lock(vm: &Path) -> Result<fs::File> {
             Err(fs::TryLockError::Error(error)) => return Err(error).with_context(|| path.display().to_string()),
         }
         if !waits {
-            say(format_args!("vm: another run holds {}; waits for it", path.display()));
+            progress(format_args!("vm: another run holds {}; waiting for it", path.display()));
             waits = true;
         }
         if let Some(signal) = sys::interrupted() {
@@ -174,7 +174,7 @@ fn lock(vm: &Path) -> Result<fs::File> {
     }
 }
 
-/// What the command finds on its PATH: the agent, the simulator, the tests' helpers, and the files named on the command line.
+/// Files on the PATH of the command: the agent, the simulator, the tests' helpers, and the files named on the command line.
 fn files(options: &VmOptions) -> Result<Vec<PathBuf>> {
     let helpers = ["actor", "storm-check"];
     let built = build::with_helpers(Profile::Release, &helpers)?;
@@ -197,7 +197,7 @@ mod tests {
     }
 
     #[test]
-    fn a_command_line_is_read() {
+    fn a_command_line_is_parsed() {
         let options = parse("7.3 --append lockdown=integrity --with=a --with b --timeout 5m -- storm-check --storms 1").unwrap();
         assert_eq!(options.kernel, "7.3");
         assert_eq!(options.append, "lockdown=integrity");
@@ -207,7 +207,7 @@ mod tests {
     }
 
     #[test]
-    fn wrong_words_are_usage_errors() {
+    fn invalid_arguments_are_usage_errors() {
         for line in
             ["", "7.3", "7.3 --", "-- true", "7.3 6.1 -- true", "7.3 --no -- true", "7.3 --memory x -- true", "7.3 --append"]
         {

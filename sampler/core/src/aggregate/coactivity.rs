@@ -1,11 +1,12 @@
-//! Who was active when, and with whom: windows of a second, the ground of all that is said about contention.
+//! Coactivity: which users were active in the same windows of one second. It is the basis of the contention analysis.
 //!
 //! ```text
-//!  tick, booked seconds -> open windows -> closed once nothing in them can change -> sums, and for a report all of them
+//!  samples, booked seconds -> open windows -> closed once they cannot change any more -> sums, and for a report all windows
 //! ```
-//! A user is *active* in a window in which a sample named it; *co-active* if another was, too; the GPU is *saturated* in it if it was
-//! busy for a given part of what was observed. What others got in windows in which a user was active and the GPU saturated is
-//! its contention. A user whose share is small is named in few windows: the number of samples is told with every sum.
+//! A user is *active* in a window in which a sample named it, and *co-active* if another user was active too. The GPU is *saturated* in a
+//! window if it was busy for a given part of the observed time. The contention of a user is the time that others received in windows in
+//! which the user was active and the GPU was saturated. A user with a small share is named in few windows, so the number of samples is
+//! reported with every sum.
 
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
@@ -14,15 +15,15 @@ use crate::fact::User;
 use crate::snapshot::{Contention, MAX_OTHERS, Other};
 use crate::units::{BootNs, ContainerKey};
 
-pub const TOGETHER_NS: u64 = 1_000_000_000;
-/// A window of which less was observed says nothing about saturation.
-const OBSERVED_NS: u64 = TOGETHER_NS / 2;
-/// Windows of which the live share of co-activity is told.
+pub const COACTIVITY_WINDOW_NS: u64 = 1_000_000_000;
+/// A window with less observed time than this does not count as saturated.
+const OBSERVED_NS: u64 = COACTIVITY_WINDOW_NS / 2;
+/// Number of windows behind the live share of coactivity.
 const RECENT: u64 = 10;
-/// Of a window's busy time, the part whose process must have been queried for it to show who was active together.
+/// Minimum part of a window's busy time with queried processes, for the window to show which users were active together.
 pub const QUERIED_RATIO: f64 = 0.8;
 
-/// What a user had of a window.
+/// The part of one user in a window.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Part {
     pub ns: f64,
@@ -34,14 +35,14 @@ pub struct Part {
 pub struct Window {
     pub observed_ns: u64,
     pub busy_ns: f64,
-    /// Of `busy_ns`, that of samples whose process was not queried.
+    /// The part of `busy_ns` from samples with unqueried processes.
     pub unqueried_ns: f64,
     pub users: BTreeMap<User, Part>,
 }
 
-/// Who counts as a user of a window. Time that one of several had (ambiguous), or that nobody had, is no further one's.
+/// Whether it counts as a user of a window. Time that is ambiguous, or without a valid pid, does not belong to an additional user.
 pub fn is_user(user: User) -> bool {
-    !matches!(user, User::Nobody(Reason::NoPid | Reason::InvalidPid | Reason::Ambiguous))
+    !matches!(user, User::Unattributed(Reason::NoPid | Reason::InvalidPid | Reason::Ambiguous))
 }
 
 impl Window {
@@ -49,7 +50,7 @@ impl Window {
         self.users.iter().filter(|(user, part)| part.samples > 0 && is_user(**user)).map(|(user, _)| *user)
     }
 
-    /// Whether enough of it was queried to show who was active together.
+    /// Whether enough of it was queried to show which users were active together.
     pub fn shows_users(&self) -> bool {
         self.unqueried_ns <= (1.0 - QUERIED_RATIO) * self.busy_ns
     }
@@ -59,11 +60,11 @@ impl Window {
     }
 
     pub fn seconds(&self) -> f64 {
-        self.observed_ns.min(TOGETHER_NS) as f64 * 1e-9
+        self.observed_ns.min(COACTIVITY_WINDOW_NS) as f64 * 1e-9
     }
 }
 
-/// Of one container.
+/// The sums of one container.
 #[derive(Clone, Debug, Default)]
 pub struct Sums {
     pub active: f64,
@@ -81,8 +82,8 @@ impl Sums {
             known.seconds += seconds;
             return;
         }
-        let told_apart = self.others.iter().filter(|known| known.other != Other::Rest).count();
-        if told_apart < MAX_OTHERS {
+        let distinguished = self.others.iter().filter(|known| known.other != Other::Rest).count();
+        if distinguished < MAX_OTHERS {
             self.others.push(Contention { other, seconds });
         } else if let Some(rest) = self.others.iter_mut().find(|known| known.other == Other::Rest) {
             rest.seconds += seconds;
@@ -96,7 +97,7 @@ fn other(user: User) -> Other {
     match user {
         User::Container(key) => Other::Container(key),
         User::Host(_) => Other::Host,
-        User::Nobody(_) => Other::Unknown,
+        User::Unattributed(_) => Other::Unknown,
     }
 }
 
@@ -105,12 +106,12 @@ pub struct Coactivity {
     saturation_ratio: f64,
     open: BTreeMap<u64, Window>,
     sums: HashMap<ContainerKey, Sums>,
-    /// All that were closed, by their number; only kept for reports.
+    /// All closed windows, by number; only kept for reports.
     pub history: Option<BTreeMap<u64, Window>>,
 }
 
 fn number(at: BootNs) -> u64 {
-    at.0 / TOGETHER_NS
+    at.0 / COACTIVITY_WINDOW_NS
 }
 
 impl Coactivity {
@@ -118,16 +119,16 @@ impl Coactivity {
         Self { saturation_ratio, open: BTreeMap::new(), sums: HashMap::new(), history: keep_history.then(BTreeMap::new) }
     }
 
-    fn at(&mut self, at: BootNs) -> &mut Window {
+    fn window_at(&mut self, at: BootNs) -> &mut Window {
         self.open.entry(number(at)).or_default()
     }
 
     pub fn unqueried(&mut self, at: BootNs, busy_ns: f64) {
-        self.at(at).unqueried_ns += busy_ns;
+        self.window_at(at).unqueried_ns += busy_ns;
     }
 
     pub fn observed(&mut self, at: BootNs, ns: u64, busy_ns: f64, named: Option<User>) {
-        let window = self.at(at);
+        let window = self.window_at(at);
         window.observed_ns = window.observed_ns.saturating_add(ns);
         window.busy_ns += busy_ns;
         if let Some(user) = named {
@@ -136,13 +137,13 @@ impl Coactivity {
     }
 
     pub fn credited(&mut self, at: BootNs, user: User, ns: f64) {
-        self.at(at).users.entry(user).or_default().ns += ns;
+        self.window_at(at).users.entry(user).or_default().ns += ns;
     }
 
-    /// Counts the windows that end by then, in which nothing can change any more.
+    /// Counts the windows that end by `complete_until`, which cannot change any more.
     pub fn close(&mut self, complete_until: BootNs) {
         while let Some(first) = self.open.first_entry() {
-            let ends = (first.key() + 1).saturating_mul(TOGETHER_NS);
+            let ends = (first.key() + 1).saturating_mul(COACTIVITY_WINDOW_NS);
             if complete_until.0 < ends {
                 return;
             }
@@ -151,7 +152,7 @@ impl Coactivity {
         }
     }
 
-    /// All of them: nothing more will come.
+    /// Counts all open windows, at the end of the input.
     pub fn close_all(&mut self) {
         for (number, window) in std::mem::take(&mut self.open) {
             self.count(number, window);
@@ -179,14 +180,14 @@ impl Coactivity {
         }
     }
 
-    pub fn of(&self, key: ContainerKey) -> Option<&Sums> {
+    pub fn sums_of(&self, key: ContainerKey) -> Option<&Sums> {
         self.sums.get(&key)
     }
 
-    /// Part of the last windows in which two users or more were active; `None` when nothing of them was observed, or too few of their
-    /// samples had their process queried.
+    /// Share of the last windows in which two or more users were active; `None` when none of them was observed, or too few of their samples
+    /// had their process queried.
     pub fn coactive_ratio(&self) -> Option<f64> {
-        // The newest is not over.
+        // The newest window is not complete.
         let (newest, _) = self.open.last_key_value()?;
         let recent =
             self.open.range(newest.saturating_sub(RECENT)..*newest).map(|(_, window)| window).filter(|w| w.shows_users());
@@ -214,73 +215,73 @@ mod tests {
     const B: User = User::Container(ContainerKey(2));
     const HOST: User = User::Host(HostProcess { pid: 7, start: BootNs(1) });
 
-    fn window(together: &mut Coactivity, n: u64, busy: f64, users: &[(User, u32, f64)]) {
-        let at = BootNs(n * TOGETHER_NS + 500_000_000);
-        together.observed(at, TOGETHER_NS, busy * TOGETHER_NS as f64, None);
+    fn window(coactivity: &mut Coactivity, n: u64, busy: f64, users: &[(User, u32, f64)]) {
+        let at = BootNs(n * COACTIVITY_WINDOW_NS + 500_000_000);
+        coactivity.observed(at, COACTIVITY_WINDOW_NS, busy * COACTIVITY_WINDOW_NS as f64, None);
         for (user, samples, share) in users {
             for _ in 0..*samples {
-                together.observed(at, 0, 0.0, Some(*user));
+                coactivity.observed(at, 0, 0.0, Some(*user));
             }
-            together.credited(at, *user, share * TOGETHER_NS as f64);
+            coactivity.credited(at, *user, share * COACTIVITY_WINDOW_NS as f64);
         }
     }
 
     #[test]
-    fn active_together_and_saturated_are_three_things() {
-        let mut together = Coactivity::new(0.9, false);
-        window(&mut together, 0, 1.0, &[(A, 3, 0.6), (B, 2, 0.4)]);
+    fn active_coactive_and_contended_time_are_distinct() {
+        let mut coactivity = Coactivity::new(0.9, false);
+        window(&mut coactivity, 0, 1.0, &[(A, 3, 0.6), (B, 2, 0.4)]);
         // Not saturated.
-        window(&mut together, 1, 0.6, &[(A, 2, 0.3), (B, 2, 0.3)]);
-        // The other got something, and no sample named it.
-        window(&mut together, 2, 1.0, &[(A, 5, 0.9), (HOST, 0, 0.1)]);
-        // Nobody in particular is no other user.
-        window(&mut together, 3, 1.0, &[(A, 5, 0.9), (User::Nobody(Reason::Ambiguous), 1, 0.1)]);
-        together.close(BootNs(TOGETHER_NS - 1));
-        assert!(together.of(ContainerKey(1)).is_none(), "the first is not complete");
-        together.close(BootNs(4 * TOGETHER_NS - 1));
-        let of = |together: &Coactivity, user: User| {
-            let sums = together.of(user.container().unwrap()).unwrap();
+        window(&mut coactivity, 1, 0.6, &[(A, 2, 0.3), (B, 2, 0.3)]);
+        // The other user received time, and no sample named it.
+        window(&mut coactivity, 2, 1.0, &[(A, 5, 0.9), (HOST, 0, 0.1)]);
+        // Ambiguous time is not another user.
+        window(&mut coactivity, 3, 1.0, &[(A, 5, 0.9), (User::Unattributed(Reason::Ambiguous), 1, 0.1)]);
+        coactivity.close(BootNs(COACTIVITY_WINDOW_NS - 1));
+        assert!(coactivity.sums_of(ContainerKey(1)).is_none(), "the first is not complete");
+        coactivity.close(BootNs(4 * COACTIVITY_WINDOW_NS - 1));
+        let values = |coactivity: &Coactivity, user: User| {
+            let sums = coactivity.sums_of(user.container().unwrap()).unwrap();
             (sums.active, sums.coactive, sums.others().iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())
         };
         let b = Other::Container(ContainerKey(2));
-        assert_eq!(of(&together, A), (3.0, 2.0, vec![(b, 4.0), (Other::Host, 1.0)]));
-        assert_eq!(of(&together, B), (2.0, 2.0, vec![(Other::Container(ContainerKey(1)), 6.0)]));
-        together.close_all();
-        assert_eq!(of(&together, A).0, 4.0);
+        assert_eq!(values(&coactivity, A), (3.0, 2.0, vec![(b, 4.0), (Other::Host, 1.0)]));
+        assert_eq!(values(&coactivity, B), (2.0, 2.0, vec![(Other::Container(ContainerKey(1)), 6.0)]));
+        coactivity.close_all();
+        assert_eq!(values(&coactivity, A).0, 4.0);
     }
 
     #[test]
-    fn beyond_eight_others_the_rest_are_one() {
-        let mut together = Coactivity::new(0.9, false);
+    fn users_beyond_the_limit_are_combined() {
+        let mut coactivity = Coactivity::new(0.9, false);
         let others: Vec<(User, u32, f64)> = (2..14).map(|n| (User::Container(ContainerKey(n)), 1, 0.05)).collect();
-        window(&mut together, 0, 1.0, &[&[(A, 1, 0.4)], &others[..]].concat());
-        // Nobody is put into another's place later on.
-        window(&mut together, 1, 1.0, &[(A, 1, 0.5), others[11]]);
-        together.close_all();
-        let sums = together.of(ContainerKey(1)).unwrap();
+        window(&mut coactivity, 0, 1.0, &[&[(A, 1, 0.4)], &others[..]].concat());
+        // A later user does not replace an earlier one.
+        window(&mut coactivity, 1, 1.0, &[(A, 1, 0.5), others[11]]);
+        coactivity.close_all();
+        let sums = coactivity.sums_of(ContainerKey(1)).unwrap();
         assert_eq!(sums.others().len(), MAX_OTHERS + 1);
         let rest = sums.others().last().unwrap();
         assert_eq!((rest.other, (rest.seconds * 100.0).round()), (Other::Rest, 25.0));
     }
 
     #[test]
-    fn how_much_of_the_last_ten_seconds_was_shared() {
-        let mut together = Coactivity::new(0.9, false);
-        assert_eq!(together.coactive_ratio(), None);
+    fn the_coactive_ratio_covers_the_last_ten_seconds() {
+        let mut coactivity = Coactivity::new(0.9, false);
+        assert_eq!(coactivity.coactive_ratio(), None);
         for n in 0..20 {
             let users = [(A, 1, 0.5), (B, u32::from(n % 2 == 0), 0.5)];
-            window(&mut together, n, 1.0, &users);
+            window(&mut coactivity, n, 1.0, &users);
         }
-        assert_eq!(together.coactive_ratio(), Some(0.5));
-        // Of most samples in a window the process is not known.
-        let named_often = |together: &mut Coactivity, unqueried: f64| {
+        assert_eq!(coactivity.coactive_ratio(), Some(0.5));
+        // Most samples of a window have an unqueried process.
+        let ratio_with_unqueried = |coactivity: &mut Coactivity, unqueried: f64| {
             for n in 20..40 {
-                window(together, n, 1.0, &[(A, 1, 0.5)]);
-                together.unqueried(BootNs(n * TOGETHER_NS), unqueried * TOGETHER_NS as f64);
+                window(coactivity, n, 1.0, &[(A, 1, 0.5)]);
+                coactivity.unqueried(BootNs(n * COACTIVITY_WINDOW_NS), unqueried * COACTIVITY_WINDOW_NS as f64);
             }
-            together.coactive_ratio()
+            coactivity.coactive_ratio()
         };
-        assert_eq!(named_often(&mut together, 0.1), Some(0.0));
-        assert_eq!(named_often(&mut together, 0.5), None);
+        assert_eq!(ratio_with_unqueried(&mut coactivity, 0.1), Some(0.0));
+        assert_eq!(ratio_with_unqueried(&mut coactivity, 0.5), None);
     }
 }

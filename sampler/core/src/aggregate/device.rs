@@ -1,17 +1,17 @@
-//! One device's ledger: facts in, seconds out.
+//! The account of one device: facts in, seconds out.
 //!
 //! ```text
-//!  sample with its rows -> lane of its engine (whose) and windows (shares, who was active together)
-//!  spans              -> idle, unobserved, unsupported
+//!  sample with its processes -> account of its engine (seconds by user) and windows (shares, coactivity)
+//!  spans                     -> idle, unobserved, unsupported
 //! ```
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
-use super::coactivity::Coactivity;
+use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
 use super::divide::{Presence, Sample, likeness, stands_for};
 use super::engine_account::{self, Booked, Credit, EngineAccount};
-use super::exits::{Left, Lifetimes, NamedUser};
+use super::exits::{Exits, Lifetimes, NamedUser};
 use super::holders::Holders;
 use super::settings::{Range, Settings, WINDOW_NS};
 use super::windows::Windows;
@@ -20,22 +20,22 @@ use crate::fact::{GpuFact, UnqueriedSample, User};
 use crate::snapshot::{EngineTime, GpuTime, WindowShares};
 use crate::units::{BootNs, ContainerKey};
 
-/// Nothing was observed for so long: rates of the last window are not known. Where driver calls are slow, half a ring of samples comes
-/// at once, every 6 s.
+/// If nothing was observed for this long, rates of the last window are not known. Where driver calls are slow, half a buffer of samples
+/// arrives at once, every 6 s.
 const STALE_NS: u64 = 8_000_000_000;
-/// Variances are added up once in a while: it takes a look at the last minutes.
+/// Interval at which variances are added up; each time the last minutes are examined.
 const VARIANCE_NS: u64 = 2_000_000_000;
-/// Readings further apart say nothing about the time between. Where driver calls take 10 ms each they are some 35 s apart.
+/// Readings that are further apart do not count for the time between. Where driver calls take 10 ms each, they are some 35 s apart.
 const READINGS_NS: u64 = 60_000_000_000;
-/// A sample arrives this late at most.
+/// Maximum delay of a sample.
 const ARRIVED_NS: u64 = 11_000_000_000;
-/// No driver's period comes near it.
-const TICK_MOST_NS: u64 = 10_000_000_000;
-/// Kinds of XID errors kept apart; there are about 150.
+/// Maximum span of a sample; far above the period of any driver.
+const MAX_SAMPLE_NS: u64 = 10_000_000_000;
+/// Maximum number of XID codes that are distinguished; there are about 150.
 const XIDS: usize = 256;
 const COMPUTE: usize = Engine::Compute as usize;
 
-/// A stretch of the last window.
+/// A span of the last window.
 #[derive(Clone, Copy, Debug)]
 struct Recent {
     at: BootNs,
@@ -43,7 +43,7 @@ struct Recent {
     busy_ns: f64,
     user: Option<User>,
     queried: bool,
-    /// Measured by counters of the device, not drawn by samples.
+    /// Measured by counters of the device, not sampled.
     measured: bool,
 }
 
@@ -52,7 +52,7 @@ impl Recent {
         self.busy_ns / self.span_ns.max(1.0)
     }
 
-    /// What a named sample stands for where pid-less time is divided.
+    /// What a named sample stands for when pid-less time is divided.
     fn stands_for(&self) -> f64 {
         stands_for(self.busy_ratio())
     }
@@ -70,15 +70,15 @@ pub struct DeviceAccount {
     pub info: Arc<GpuInfo>,
     pub gone: Option<BootNs>,
     pub readings: DeviceReadings,
-    pub together: Coactivity,
+    pub coactivity: Coactivity,
     keep_history: bool,
     range: Range,
     idle_ns: f64,
     unobserved_ns: u64,
     unsupported_ns: u64,
     holders: Holders,
-    left: Left,
-    lanes: Vec<EngineAccount>,
+    exits: Exits,
+    accounts: Vec<EngineAccount>,
     sampled: [bool; Engine::ALL.len()],
     recent: VecDeque<Recent>,
     windows: Windows,
@@ -93,15 +93,15 @@ impl DeviceAccount {
             info,
             gone: None,
             readings: DeviceReadings::default(),
-            together: Coactivity::new(settings.saturation_ratio, settings.keep_history),
+            coactivity: Coactivity::new(settings.saturation_ratio, settings.keep_history),
             keep_history: settings.keep_history,
             range: settings.range,
             idle_ns: 0.0,
             unobserved_ns: 0,
             unsupported_ns: 0,
             holders: Holders::default(),
-            left: Left::default(),
-            lanes: Engine::ALL.iter().map(|_| EngineAccount::new(settings.range)).collect(),
+            exits: Exits::default(),
+            accounts: Engine::ALL.iter().map(|_| EngineAccount::new(settings.range)).collect(),
             sampled: [false; Engine::ALL.len()],
             recent: VecDeque::new(),
             windows: Windows::default(),
@@ -125,16 +125,16 @@ impl DeviceAccount {
                 self.holders = Holders::default();
             }
             GpuFact::Restarted => self.restart(),
-            GpuFact::Utilization(tick) => {
-                let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(Engine::Compute, sample, NamedUser::of(&tick.processes), lifetimes);
+            GpuFact::Utilization(utilization) => {
+                let sample = sample(at, utilization.ns, utilization.busy_percent, true);
+                self.add_sample(Engine::Compute, sample, NamedUser::from_processes(&utilization.processes), lifetimes);
             }
-            GpuFact::EngineSample(engine, tick) => {
-                let sample = sample(at, tick.ns, tick.busy_percent, true);
-                self.sample(*engine, sample, NamedUser::of(&tick.processes), lifetimes);
+            GpuFact::EngineSample(engine, utilization) => {
+                let sample = sample(at, utilization.ns, utilization.busy_percent, true);
+                self.add_sample(*engine, sample, NamedUser::from_processes(&utilization.processes), lifetimes);
             }
             GpuFact::Unqueried(engine, UnqueriedSample { ns, busy_percent, .. }) => {
-                self.sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);
+                self.add_sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);
             }
             GpuFact::Idle { ns } => {
                 let ns = self.range.part(at, *ns) as f64;
@@ -149,7 +149,7 @@ impl DeviceAccount {
             }
             GpuFact::Unsupported { ns } => {
                 self.unsupported_ns = self.unsupported_ns.saturating_add(self.range.part(at, *ns));
-                // No more ticks come for what waits.
+                // No more neighbours arrive for waiting samples.
                 self.decide(at, lifetimes);
             }
             GpuFact::Measured { ns, busy_ratio } => {
@@ -164,25 +164,25 @@ impl DeviceAccount {
                     *sum = sum.saturating_add(*count);
                 }
             }
-            GpuFact::Left { pid, since } => self.left.leave(*pid, *since, at),
+            GpuFact::Left { pid, since } => self.exits.record(*pid, *since, at),
             GpuFact::Clock(_) => {}
         }
     }
 
-    /// What is waiting belongs to a ring or a clock that is no more.
+    /// Books waiting samples: they belong to a sample buffer or a clock that no longer exists.
     fn restart(&mut self) {
         let mut booked = Vec::new();
-        for (engine, lane) in self.lanes.iter_mut().enumerate() {
-            let mut of_lane = Vec::new();
-            lane.restart(&mut of_lane);
+        for (engine, account) in self.accounts.iter_mut().enumerate() {
+            let mut engine_booked = Vec::new();
+            account.restart(&mut engine_booked);
             if engine == COMPUTE {
-                booked = of_lane;
+                booked = engine_booked;
             }
         }
         self.count(&booked);
     }
 
-    fn sample(&mut self, engine: Engine, sample: Sample, named: Option<NamedUser>, lifetimes: &Lifetimes) {
+    fn add_sample(&mut self, engine: Engine, sample: Sample, named: Option<NamedUser>, lifetimes: &Lifetimes) {
         let compute = engine == Engine::Compute;
         if compute && self.range.has(sample.at) {
             self.idle_ns += sample.span_ns - sample.busy_ns;
@@ -194,9 +194,9 @@ impl DeviceAccount {
         }
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
-        let presence = Presence { left: &self.left, lifetimes };
-        if let Some(lane) = self.lanes.get_mut(engine as usize) {
-            lane.tick(engine_account::PendingSample { sample, named, otherwise }, presence, &mut booked);
+        let presence = Presence { exits: &self.exits, lifetimes };
+        if let Some(account) = self.accounts.get_mut(engine as usize) {
+            account.add_sample(engine_account::PendingSample { sample, named, otherwise }, presence, &mut booked);
         }
         if compute {
             self.count(&booked);
@@ -207,12 +207,12 @@ impl DeviceAccount {
     fn settle_variance(&mut self, at: BootNs) {
         if at.saturating_since(self.variance_at) > VARIANCE_NS {
             self.variance_at = at;
-            for (engine, lane) in self.lanes.iter_mut().enumerate() {
-                // Lists say who holds the device, not which other engines it uses.
+            for (engine, account) in self.accounts.iter_mut().enumerate() {
+                // Process lists contain the holders of the device, but not the engines that they use.
                 let holders = self.holders.containers().filter(|_| engine == COMPUTE);
-                lane.settle_variance(at, &self.left, holders.map(User::Container));
+                account.settle_variance(at, &self.exits, holders.map(User::Container));
             }
-            self.left.forget(at);
+            self.exits.forget(at);
         }
     }
 
@@ -221,43 +221,42 @@ impl DeviceAccount {
             return;
         }
         self.windows.observed(recent.at, recent.span_ns);
-        self.observe_together(recent);
+        self.observe_coactivity(recent);
         self.recent.push_back(recent);
         while self.recent.front().is_some_and(|r| recent.at.saturating_since(r.at) >= WINDOW_NS) {
             self.recent.pop_front();
         }
     }
 
-    /// A tick belongs to the window in which it ends; a long span to all that it covers.
-    fn observe_together(&mut self, recent: Recent) {
-        const TICK_NS: u64 = super::coactivity::TOGETHER_NS;
+    /// A sample belongs to the window in which it ends, a long span to all windows that it covers.
+    fn observe_coactivity(&mut self, recent: Recent) {
         let (mut left_ns, mut at) = (recent.span_ns as u64, recent.at);
         if !recent.queried {
-            self.together.unqueried(at, recent.busy_ns);
+            self.coactivity.unqueried(at, recent.busy_ns);
         }
-        if left_ns <= TICK_NS {
-            self.together.observed(at, left_ns, recent.busy_ns, recent.user);
+        if left_ns <= COACTIVITY_WINDOW_NS {
+            self.coactivity.observed(at, left_ns, recent.busy_ns, recent.user);
             return;
         }
         let busy_ratio = recent.busy_ns / recent.span_ns;
         while left_ns > 0 {
-            // To the beginning of the window that `at` is the end of.
-            let part = left_ns.min((at.0.saturating_sub(1)) % TICK_NS + 1);
-            self.together.observed(at.minus(1), part, part as f64 * busy_ratio, None);
+            // Up to the start of the window that contains the end of the rest.
+            let part = left_ns.min((at.0.saturating_sub(1)) % COACTIVITY_WINDOW_NS + 1);
+            self.coactivity.observed(at.minus(1), part, part as f64 * busy_ratio, None);
             (left_ns, at) = (left_ns - part, at.minus(part));
         }
     }
 
     fn count(&mut self, booked: &[Booked]) {
-        for one in booked {
-            if let User::Container(key) = one.user {
-                self.windows.credited(one.at, key, one.ns);
+        for credit in booked {
+            if let User::Container(key) = credit.user {
+                self.windows.credited(credit.at, key, credit.ns);
             }
-            self.together.credited(one.at, one.user, one.ns);
+            self.coactivity.credited(credit.at, credit.user, credit.ns);
         }
     }
 
-    /// Whose that was, only who holds it says.
+    /// Books measured time. Only the holders of the device indicate its user.
     fn measured(&mut self, at: BootNs, span_ns: f64, busy_ratio: f64) {
         let busy_ns = span_ns * busy_ratio;
         let user = self.holders.only_user();
@@ -266,8 +265,8 @@ impl DeviceAccount {
             self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true, measured: true });
         }
         let mut booked = Vec::new();
-        if let Some(lane) = self.lanes.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
-            lane.book(at, user, busy_ns, 1, &mut booked);
+        if let Some(account) = self.accounts.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
+            account.book(at, user, busy_ns, 1, &mut booked);
         }
         self.count(&booked);
     }
@@ -286,47 +285,47 @@ impl DeviceAccount {
         self.readings = readings;
     }
 
-    /// Time has passed. `living`: whether a container is not gone.
-    pub fn passed(&mut self, now: BootNs, living: impl Fn(ContainerKey) -> bool) {
+    /// Advances time. `living`: whether a container is not gone.
+    pub fn advance(&mut self, now: BootNs, living: impl Fn(ContainerKey) -> bool) {
         if self.gone.is_some() || !self.info.is_leaf() {
             return;
         }
         let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
-        let complete_until = complete_until(now, self.lane(Engine::Compute).and_then(EngineAccount::waits_since));
+        let complete_until = complete_until(now, self.account(Engine::Compute).and_then(EngineAccount::waits_since));
         self.windows.close(complete_until, &there);
-        self.together.close(complete_until);
+        self.coactivity.close(complete_until);
         if !self.keep_history {
-            // Live, the reason they are counted under is enough.
-            let left = &self.left;
-            for lane in &mut self.lanes {
-                lane.forget(|user| matches!(user, User::Host(process) if left.has_left(process.pid)));
+            // Without a history, host processes that have exited only count under their reason.
+            let exits = &self.exits;
+            for account in &mut self.accounts {
+                account.forget(|user| matches!(user, User::Host(process) if exits.has_exited(process.pid)));
             }
         }
     }
 
-    /// Nothing more will come.
+    /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
-        for (engine, lane) in self.lanes.iter_mut().enumerate() {
-            let mut of_lane = Vec::new();
-            lane.decide(BootNs(u64::MAX), Presence { left: &self.left, lifetimes }, &mut of_lane);
+        for (engine, account) in self.accounts.iter_mut().enumerate() {
+            let mut engine_booked = Vec::new();
+            account.decide(BootNs(u64::MAX), Presence { exits: &self.exits, lifetimes }, &mut engine_booked);
             if engine == COMPUTE {
-                booked = of_lane;
+                booked = engine_booked;
             }
         }
         self.count(&booked);
-        self.together.close_all();
+        self.coactivity.close_all();
     }
 
     fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
-        if let Some(lane) = self.lanes.get_mut(COMPUTE) {
-            lane.decide(now, Presence { left: &self.left, lifetimes }, &mut booked);
+        if let Some(account) = self.accounts.get_mut(COMPUTE) {
+            account.decide(now, Presence { exits: &self.exits, lifetimes }, &mut booked);
         }
         self.count(&booked);
     }
 
-    /// Duty cycle of the last window per container, and the device's; `None` when nothing of it was observed.
+    /// Duty cycle of the last window by container, and that of the device; `None` when none of the window was observed.
     pub fn duties(&self, now: BootNs) -> (HashMap<ContainerKey, Duty>, Option<f64>) {
         let observed = self.recent.back().is_some_and(|r| now.saturating_since(r.at) < STALE_NS);
         let span: f64 = self.recent.iter().map(|r| r.span_ns).sum();
@@ -349,57 +348,55 @@ impl DeviceAccount {
                 *seconds.entry(key).or_default() += shares.unnamed_ns * share;
             }
         }
-        // Who was not seen in this window may still have been there.
-        if let Some(lane) = self.lanes.get(COMPUTE) {
-            let there = |user: &&User| lane.spread(**user).is_some();
-            for key in lane.credits().keys().filter(there).filter_map(|user| user.container()) {
+        // A container without a sample in this window may still have been present.
+        if let Some(account) = self.accounts.get(COMPUTE) {
+            let there = |user: &&User| account.standard_error(**user).is_some();
+            for key in account.credits().keys().filter(there).filter_map(|user| user.container()) {
                 seconds.entry(key).or_default();
             }
         }
         let duty = |(key, ns): (ContainerKey, f64)| {
-            let variance = self.lanes.get(COMPUTE).map_or(0.0, |lane| lane.variance_of(User::Container(key), squares));
+            let variance = self.accounts.get(COMPUTE).map_or(0.0, |account| account.variance_of(User::Container(key), squares));
             (key, Duty { percent: 100.0 * ns / span, stderr: 100.0 * variance.sqrt() / span })
         };
         (seconds.into_iter().map(duty).collect(), Some(busy / span))
     }
 
-    /// Of busy time in a window in which no sample names a process: what the last minutes say, or the only user that the driver lists.
+    /// Shares of the busy time in a window in which no sample names a process: those of the last minutes, or all for the only listed user.
     fn usual_shares(&self) -> Vec<(ContainerKey, f64)> {
         if let User::Container(key) = self.holders.sole_user() {
             return vec![(key, 1.0)];
         }
-        let Some(lane) = self.lanes.get(COMPUTE) else { return Vec::new() };
-        let known = lane.credits().keys().filter_map(|user| Some((user.container()?, lane.spread(*user)?.share)));
+        let Some(account) = self.accounts.get(COMPUTE) else { return Vec::new() };
+        let known = account.credits().keys().filter_map(|user| Some((user.container()?, account.standard_error(*user)?.share)));
         known.collect()
     }
 
-    /// One standard error of a share of one half over the last window; `None` where the device was not busy, or where no samples are
-    /// drawn.
+    /// One standard error of a share of one half over the last window; `None` where the device was not busy, or is not sampled.
     pub fn expected_stderr(&self) -> Option<f64> {
         let busy = || self.recent.iter().filter(|r| r.busy_ns > 0.0 && !r.measured);
         let queried = busy().filter(|r| r.queried).count();
-        // Without a single one, anything between nothing and all is as likely.
+        // Without any queried sample, all shares between 0 and 1 are equally likely.
         busy().next().map(|_| 0.5 / (queried.max(1) as f64).sqrt())
     }
 
-    fn lane(&self, engine: Engine) -> Option<&EngineAccount> {
-        self.lanes.get(engine as usize)
+    fn account(&self, engine: Engine) -> Option<&EngineAccount> {
+        self.accounts.get(engine as usize)
     }
 
-    /// Of compute, by user.
+    /// Credits of the compute engine, by user.
     pub fn credits(&self) -> &HashMap<User, Credit> {
-        // Every device has a lane for each engine.
-        self.lanes.first().expect("a lane per engine").credits()
+        self.accounts.first().expect("an account for each engine").credits()
     }
 
-    /// It has seconds here, of any engine.
+    /// Whether the container has seconds on any engine of the device.
     pub fn credits_any(&self, key: ContainerKey) -> bool {
-        self.lanes.iter().any(|lane| lane.credits().contains_key(&User::Container(key)))
+        self.accounts.iter().any(|account| account.credits().contains_key(&User::Container(key)))
     }
 
-    /// Containers with seconds here, or processes.
+    /// Containers with seconds or with processes on the device.
     pub fn containers(&self) -> Vec<ContainerKey> {
-        let engines = self.lanes.iter().flat_map(|lane| lane.credits().keys().filter_map(|user| user.container()));
+        let engines = self.accounts.iter().flat_map(|account| account.credits().keys().filter_map(|user| user.container()));
         let mut keys: Vec<ContainerKey> = engines.chain(self.holders.containers()).collect();
         keys.sort_unstable();
         keys.dedup();
@@ -411,28 +408,28 @@ impl DeviceAccount {
     }
 
     pub fn window_shares(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
-        self.windows.of(key)
+        self.windows.shares_of(key)
     }
 
-    /// Seconds of the engines beside compute in which the container ever was.
+    /// Seconds of the engines other than compute that the container ever used.
     pub fn engine_seconds(&self, key: ContainerKey) -> Vec<(Engine, f64)> {
         let others = Engine::ALL.into_iter().filter(|engine| *engine != Engine::Compute);
-        let of = |engine| Some((engine, self.lane(engine)?.credits().get(&User::Container(key))?.ns * 1e-9));
-        others.filter_map(of).collect()
+        let seconds = |engine| Some((engine, self.account(engine)?.credits().get(&User::Container(key))?.ns * 1e-9));
+        others.filter_map(seconds).collect()
     }
 
     pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
         let user = |user: &User| user.container().is_some_and(|key| gone(&key));
-        for lane in &mut self.lanes {
-            lane.forget(user);
+        for account in &mut self.accounts {
+            account.forget(user);
         }
         self.windows.forget(&gone);
-        self.together.forget(&gone);
+        self.coactivity.forget(&gone);
         self.holders.forget(user);
     }
 
     pub fn time(&self) -> GpuTime {
-        let busy_ns = self.lane(Engine::Compute).map_or(0.0, |lane| lane.busy_ns);
+        let busy_ns = self.account(Engine::Compute).map_or(0.0, |account| account.busy_ns);
         let s = 1e-9;
         GpuTime {
             busy: busy_ns * s,
@@ -443,15 +440,15 @@ impl DeviceAccount {
     }
 
     pub fn unattributed(&self) -> [f64; Reason::ALL.len()] {
-        self.lane(Engine::Compute).map_or([0.0; Reason::ALL.len()], |lane| lane.unattributed.map(|ns| ns * 1e-9))
+        self.account(Engine::Compute).map_or([0.0; Reason::ALL.len()], |account| account.unattributed.map(|ns| ns * 1e-9))
     }
 
-    /// Engines beside compute that the driver samples.
+    /// Engines other than compute that the driver samples.
     pub fn engines(&self) -> Vec<EngineTime> {
         let sampled = Engine::ALL.into_iter().zip(self.sampled).filter(|(_, sampled)| *sampled);
         let engine = |(engine, _): (Engine, bool)| {
-            let lane = self.lane(engine)?;
-            Some(EngineTime { engine, busy: lane.busy_ns * 1e-9, unattributed: lane.unattributed.map(|ns| ns * 1e-9) })
+            let account = self.account(engine)?;
+            Some(EngineTime { engine, busy: account.busy_ns * 1e-9, unattributed: account.unattributed.map(|ns| ns * 1e-9) })
         };
         sampled.filter_map(engine).collect()
     }
@@ -460,28 +457,28 @@ impl DeviceAccount {
         self.throttled.map(|(_, seconds)| seconds)
     }
 
-    /// (XID, how often), by XID.
+    /// (XID, count), by XID.
     pub fn xids(&self) -> Vec<(u64, u64)> {
         self.xids.iter().map(|(xid, n)| (*xid, *n)).collect()
     }
 }
 
-/// Time up to which all samples have arrived and no busy time waits to be divided.
+/// The time up to which all samples have arrived and no busy time waits to be divided.
 fn complete_until(now: BootNs, waits_since: Option<BootNs>) -> BootNs {
     let arrived = now.minus(ARRIVED_NS);
     waits_since.map_or(arrived, |waits_since| arrived.min(waits_since))
 }
 
 fn sample(at: BootNs, ns: u64, busy_percent: u8, queried: bool) -> Sample {
-    let span_ns = ns.min(TICK_MOST_NS) as f64;
+    let span_ns = ns.min(MAX_SAMPLE_NS) as f64;
     Sample { at, span_ns, busy_ns: span_ns * f64::from(busy_percent) / 100.0, queried }
 }
 
-/// What each sample of the last window stands for, with the busy time of those that name no process divided over it.
+/// The busy time that each sample of the last window represents, including the divided time of samples that name no process.
 struct WindowWeights {
-    /// By sample; 0 for those that name none.
+    /// By sample; 0 for samples that name no process.
     weights: Vec<f64>,
-    /// Busy time in a window in which no sample names a process.
+    /// The busy time, if no sample of the window names a process.
     unnamed_ns: f64,
 }
 
@@ -519,7 +516,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_are_complete_once_samples_arrived_and_are_divided() {
+    fn windows_are_complete_once_samples_have_arrived_and_are_divided() {
         let now = BootNs(20 * ARRIVED_NS);
         assert_eq!(complete_until(now, None), BootNs(19 * ARRIVED_NS));
         assert_eq!(complete_until(now, Some(now)), BootNs(19 * ARRIVED_NS));

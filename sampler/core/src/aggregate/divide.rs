@@ -1,50 +1,50 @@
-//! Whose busy time is that no sample names a process for: the weights by which it is divided over samples that do.
+//! Division of the busy time of samples that name no process: the weights by which it is divided over samples that name one.
 //!
 //! ```text
 //!  pid-less sample   queried, the driver named no process: over the 4 nearest named samples on each side, by `1 - busy` of each
-//!  unqueried sample  the driver was not asked: over the 8 nearest queried busy samples on each side, those most that were as busy
-//!  either            only over processes that existed in the sample's own period, by the part of it in which they did;
-//!                    without any, over containers that existed in it and were named close to it
-//!  unqueried         also over containers that existed in it and are named on both sides, or close to it by processes that follow
-//!                    each other, whichever of their processes that were
+//!  unqueried sample  not queried: over the 8 nearest queried busy samples on each side, weighted by similarity of utilization
+//!  both              only over processes that existed in the sample's own period, by the part of it in which they existed;
+//!                    if there are none, over containers that existed in the period and were named close to it
+//!  unqueried sample  also over containers that existed in the period and are named on both sides, or close to it by successive
+//!                    processes, regardless of which processes these were
 //! ```
-//! **Pid-less.** The pid is that of the process on the engine at one instant, the utilization is of the whole period. A user that keeps
-//! the engine busy for a part `b` of its periods is named in `b` of them, so each of its named samples stands for `1 - b` of a period
-//! in which it is not. Dividing by the number of named samples alone would take from users with low duty cycles.
+//! **Pid-less samples.** The pid is that of the process on the engine at one instant, but the utilization is that of the whole period. A
+//! user that keeps the engine busy for a part `b` of its periods is named in `b` of them, so each of its named samples stands for `1 - b`
+//! of a period in which it is not named. A division by the number of named samples alone would disadvantage users with low duty cycles.
 //!
-//! **Unqueried.** Queries are made at times that do not depend on the load, so queried samples are a random subset, and what they are
-//! credited with (named ones to their process, pid-less ones as above) is an unbiased estimate for the others. How busy an unqueried
-//! sample was says more than its place: a user that saturates the engine and one that uses a tenth of it are told apart by it. So
-//! neighbours are weighted by how close their utilization is; by nearness in time alone, a user of 10 % that alternates with one of
-//! 100 % would get a fifth too much (test `estimator`). A container that runs one short process after the other is named by processes
-//! that are not there in the sample's period; if those did not count, one long process next to it would get all.
+//! **Unqueried samples.** Queries are made at times that do not depend on the load, so queried samples are a random subset, and their
+//! credits (named samples to their process, pid-less ones as above) are an unbiased estimate for the others. The utilization of an
+//! unqueried sample is more significant than its position: it distinguishes a user that saturates the engine from one that uses a tenth of
+//! it. So neighbours are weighted by the similarity of their utilization. By distance in time alone, a user of 10 % that alternates with
+//! one of 100 % would receive a fifth too much (test `estimator`). A container that runs successive short processes is named by processes
+//! that do not exist in the sample's period; if those did not count, one long process next to it would receive all of the time.
 
 use std::collections::VecDeque;
 
-use super::exits::{Left, Lifetimes, NamedUser};
+use super::exits::{Exits, Lifetimes, NamedUser};
 use crate::fact::User;
 use crate::units::BootNs;
 
-/// Named samples on each side over which a pid-less one is divided.
+/// Number of named samples on each side over which a pid-less sample is divided.
 pub const NAMED_NEIGHBOURS: usize = 4;
-/// Queried busy samples on each side over which an unqueried one is divided.
+/// Number of queried busy samples on each side over which an unqueried sample is divided.
 pub const QUERIED_NEIGHBOURS: usize = 8;
-/// A sample waits at most this long for neighbours after it.
+/// Maximum time that a sample waits for later neighbours.
 pub const WAIT_NS: u64 = 10_000_000_000;
-/// Neighbours before it count for this long.
+/// Maximum age of earlier neighbours.
 const LOOK_BACK_NS: u64 = 30_000_000_000;
-/// A container counts without a process of its own for so long before or after a sample that names it: one of its processes may have
-/// lived between two queried samples. Also for as long as the next queried sample is away.
+/// A container without an existing process counts for this long before or after a sample that names it, or up to the next queried sample if
+/// that is further away: one of its processes may have existed between two queried samples.
 const SIBLING_NS: u64 = 1_000_000_000;
-/// Processes that follow each other go on for so many of the usual gaps between those that are named. Twice the mean gap is exceeded by
-/// chance in one of seven.
+/// A succession of processes is assumed to continue for this many mean gaps between the named ones. Twice the mean gap is exceeded by
+/// chance in one of seven cases.
 const FOLLOWS_GAPS: u64 = 2;
-/// Utilization is rounded to a percent: a sample of 100 % may be half of one less.
+/// Utilization is rounded to a percent: a sample of 100 % may be half a percent lower.
 const ROUNDING_RATIO: f64 = 0.005;
-/// Differences in utilization below this are none: rounding, and the chance of what falls into one period.
+/// Differences in utilization below this are insignificant: they result from rounding, and from the random content of one period.
 const ALIKE_RATIO: f64 = 0.02;
 
-/// A sample that names a process; `weight_ns` is all that was credited by it.
+/// A sample that names a process; `weight_ns` is all time that was credited because of it.
 #[derive(Clone, Copy, Debug)]
 pub struct NamedSample {
     pub at: BootNs,
@@ -59,7 +59,7 @@ impl NamedSample {
     }
 }
 
-/// What is to be divided: the busy time of the span of `span_ns` that ends at `at`.
+/// A sample: the busy time of the span of `span_ns` that ends at `at`.
 #[derive(Clone, Copy, Debug)]
 pub struct Sample {
     pub at: BootNs,
@@ -79,23 +79,23 @@ pub fn stands_for(busy_ratio: f64) -> f64 {
     1.0 - busy_ratio + ROUNDING_RATIO
 }
 
-/// How much a queried neighbour says about an unqueried sample.
+/// The weight of a queried neighbour for an unqueried sample, by their utilization.
 pub fn likeness(one_ratio: f64, other_ratio: f64) -> f64 {
     (ALIKE_RATIO + (one_ratio - other_ratio).abs()).powi(-2)
 }
 
-/// Busy samples of one engine whose process was queried, in their order.
+/// Busy samples of one engine with queried processes, in order.
 #[derive(Debug, Default)]
 pub struct Neighbours {
     named: VecDeque<NamedSample>,
-    /// (time, busy ratio) of named and pid-less ones.
+    /// (time, busy ratio) of named and pid-less samples.
     queried: VecDeque<(BootNs, f64)>,
 }
 
-/// What existed when.
+/// When processes and containers existed.
 #[derive(Clone, Copy)]
 pub struct Presence<'a> {
-    pub left: &'a Left,
+    pub exits: &'a Exits,
     pub lifetimes: &'a Lifetimes,
 }
 
@@ -123,7 +123,7 @@ impl Neighbours {
         self.named.get_mut(n)
     }
 
-    /// Whether waiting longer would bring nothing more, at a time up to which all samples are known.
+    /// Whether no further neighbour is to be waited for at `now`, a time up to which all samples are known.
     pub fn is_decided(&self, sample: &Sample, now: BootNs) -> bool {
         let enough = if sample.queried {
             self.named.len() - self.named.partition_point(|n| n.at <= sample.at) >= NAMED_NEIGHBOURS
@@ -133,7 +133,7 @@ impl Neighbours {
         enough || now.saturating_since(sample.at) >= WAIT_NS
     }
 
-    /// Indices of named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user can have had it.
+    /// Indices of named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user qualifies.
     pub fn divide(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
         let mut weights = if sample.queried {
             self.of_pidless(sample.at, &|n| self.part(n, sample, presence))
@@ -157,10 +157,10 @@ impl Neighbours {
 
     /// The part of the sample's period in which the named sample's process existed.
     fn part(&self, n: usize, sample: &Sample, presence: Presence<'_>) -> f64 {
-        self.named.get(n).map_or(0.0, |n| presence.left.part(&n.named, sample.at, sample.span_ns))
+        self.named.get(n).map_or(0.0, |n| presence.exits.part(&n.named, sample.at, sample.span_ns))
     }
 
-    /// The nearest named samples on each side that `part` admits; each weighs what it stands for.
+    /// The nearest named samples on each side with a positive `part`, weighted by what they stand for.
     fn of_pidless(&self, at: BootNs, part: &impl Fn(usize) -> f64) -> Vec<(usize, f64)> {
         let after = self.named.partition_point(|n| n.at <= at);
         let near = |n: &usize| self.named.get(*n).is_some_and(|n| is_near(n.at, at));
@@ -188,7 +188,7 @@ impl Neighbours {
             if let Some(n) = self.named_at(*at) {
                 weights.push((n, like * part(n)));
             } else {
-                // A pid-less one stands for what it is divided over.
+                // A pid-less neighbour stands for the samples that it is divided over.
                 let over = self.of_pidless(*at, &part);
                 let whole: f64 = over.iter().map(|(_, weight)| weight).sum();
                 weights.extend(over.into_iter().map(|(n, weight)| (n, like * weight / whole)));
@@ -198,7 +198,7 @@ impl Neighbours {
         weights
     }
 
-    /// Containers that existed in the sample's period, of the nearest named samples on each side.
+    /// The nearest named sample on each side, if its container existed in the sample's period.
     fn of_siblings(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
         let after = self.named.partition_point(|n| n.at <= sample.at);
         let at = self.queried.partition_point(|(at, _)| *at <= sample.at);
@@ -215,8 +215,8 @@ impl Neighbours {
     }
 }
 
-/// Whether a user is named on both sides, or is on one side by processes that follow each other, and not long ago for how often that is.
-/// `sides`: named neighbours before and after, nearest first.
+/// Whether a user is named on both sides, or on one side by successive processes and recently in relation to their mean gap. `sides`: named
+/// neighbours before and after, nearest first.
 fn is_between(sides: &[Vec<&NamedSample>; 2], user: User, at: BootNs) -> bool {
     let [before, after] = sides.each_ref().map(|side| side.iter().filter(|n| n.named.user == user).collect::<Vec<_>>());
     let one_side = match (before.first(), after.first()) {
@@ -230,7 +230,7 @@ fn is_between(sides: &[Vec<&NamedSample>; 2], user: User, at: BootNs) -> bool {
     follow && nearest.at.0.abs_diff(at.0) <= FOLLOWS_GAPS * gap_ns
 }
 
-/// A neighbour of a sample: not too long before, and not later than is waited for.
+/// Whether a neighbour is within [`LOOK_BACK_NS`] before or [`WAIT_NS`] after a sample.
 fn is_near(neighbour: BootNs, at: BootNs) -> bool {
     if neighbour <= at { at.saturating_since(neighbour) <= LOOK_BACK_NS } else { neighbour.saturating_since(at) <= WAIT_NS }
 }
@@ -246,20 +246,20 @@ mod tests {
     #[derive(Default)]
     struct DivideWorld {
         neighbours: Neighbours,
-        left: Left,
+        exits: Exits,
         lifetimes: Lifetimes,
     }
 
     impl DivideWorld {
-        /// A queried sample that names a process of a container; the process exists in `lives`, milliseconds.
-        fn named(&mut self, at_ms: u64, container: u64, busy_ratio: f64, lives: (u64, Option<u64>)) {
-            let (pid, since) = (at_ms as u32, BootNs(lives.0 * MS));
+        /// Adds a queried sample that names a process of a container; the process exists in `existence`, in milliseconds.
+        fn named(&mut self, at_ms: u64, container: u64, busy_ratio: f64, existence: (u64, Option<u64>)) {
+            let (pid, since) = (at_ms as u32, BootNs(existence.0 * MS));
             let named = NamedUser { user: User::Container(ContainerKey(container)), pid, since };
             let sample = sample(at_ms, busy_ratio, true);
             self.neighbours.add_queried(&sample);
             self.neighbours.add_named(NamedSample::new(sample.at, named, busy_ratio, sample.busy_ns));
-            if let Some(until) = lives.1 {
-                self.left.leave(pid, since, BootNs(until * MS));
+            if let Some(until) = existence.1 {
+                self.exits.record(pid, since, BootNs(until * MS));
             }
         }
 
@@ -270,7 +270,7 @@ mod tests {
         /// Parts by container, in thousandths.
         fn divide(&self, sample: &Sample) -> Vec<(u64, u64)> {
             let mut parts = std::collections::BTreeMap::new();
-            let presence = Presence { left: &self.left, lifetimes: &self.lifetimes };
+            let presence = Presence { exits: &self.exits, lifetimes: &self.lifetimes };
             for (n, part) in self.neighbours.divide(sample, presence) {
                 let User::Container(key) = self.neighbours.named[n].named.user else { panic!("only containers here") };
                 *parts.entry(key.0).or_insert(0.0) += part;
@@ -286,16 +286,16 @@ mod tests {
     #[test]
     fn pidless_time_goes_to_processes_that_existed_in_its_period() {
         let mut world = DivideWorld::default();
-        // Lives of 100 ms: the first ended within the period of the sample at 1,167, the second began within it.
+        // The first process, of 100 ms, ended within the period of the sample at 1,167; the second began within it.
         world.named(1000, 1, 0.5, (940, Some(1040)));
         world.named(1334, 2, 0.5, (1150, None));
         assert_eq!(world.divide(&sample(1167, 0.5, true)), [(1, 702), (2, 298)]);
-        // Nothing of the first is left a period later.
+        // The first does not exist a period later.
         assert_eq!(world.divide(&sample(1300, 0.5, true)), [(2, 1000)]);
     }
 
     #[test]
-    fn a_container_of_short_lives_has_what_lies_between_them() {
+    fn a_container_is_credited_between_its_short_processes() {
         let mut world = DivideWorld::default();
         world.named(1000, 1, 0.5, (950, Some(1001)));
         world.named(2000, 1, 0.5, (1950, Some(2001)));
@@ -304,7 +304,7 @@ mod tests {
         world.lifetimes.created(ContainerKey(1), BootNs(100 * MS));
         assert_eq!(world.divide(&sample(1500, 0.5, true)), [(1, 1000)]);
         assert_eq!(world.divide(&sample(1500, 0.5, false)), [(1, 1000)]);
-        // Long after its last process, with queried samples in between, it is only a container.
+        // Long after its last process, with queried samples in between, its existence is not sufficient.
         world.pidless(3800, 0.5);
         assert_eq!(world.divide(&sample(4000, 0.5, true)), []);
         world.lifetimes.gone(ContainerKey(1), BootNs(1200 * MS));
@@ -312,7 +312,7 @@ mod tests {
     }
 
     #[test]
-    fn unqueried_time_follows_queried_samples_that_were_as_busy() {
+    fn unqueried_time_follows_queried_samples_of_similar_utilization() {
         let mut world = DivideWorld::default();
         for n in 0..8 {
             world.named(1000 + n * 334, 1, 1.0, (0, None));
@@ -321,12 +321,12 @@ mod tests {
         let part = |busy: f64| world.divide(&sample(2050, busy, false));
         assert!(part(1.0)[0].1 > 990, "{:?}", part(1.0));
         assert!(part(0.1)[1].1 > 990, "{:?}", part(0.1));
-        // Whichever it was, the two are equally far.
+        // Both are equally distant.
         assert!(part(0.55)[0].1.abs_diff(500) < 60, "{:?}", part(0.55));
     }
 
     #[test]
-    fn a_container_of_short_lives_keeps_its_part_next_to_a_long_life() {
+    fn a_container_of_short_processes_keeps_its_part_next_to_a_long_process() {
         let mut world = DivideWorld::default();
         world.lifetimes.created(ContainerKey(1), BootNs(0));
         for n in 0..8 {
@@ -336,7 +336,7 @@ mod tests {
         }
         let parts = world.divide(&sample(4700, 1.0, false));
         assert!(parts[0].1.abs_diff(500) < 60, "{parts:?}");
-        // Some time after its last life it has nothing any more, though it exists.
+        // Some time after its last process it receives nothing any more, although it exists.
         for n in 8..16 {
             world.named(1000 + n * 1000, 2, 1.0, (0, None));
         }
@@ -350,13 +350,13 @@ mod tests {
         world.named(1000, 1, 0.9, (0, None));
         world.pidless(1167, 0.2);
         world.named(1334, 2, 0.2, (0, None));
-        // Of the pid-less sample the second user, which is named in a fifth of its periods, has most.
+        // Most of the pid-less sample goes to the second user, which is named in a fifth of its periods.
         let parts = world.divide(&sample(1200, 0.2, false));
         assert!(parts[1].1 > 930, "{parts:?}");
     }
 
     #[test]
-    fn without_a_named_sample_near_it_is_not_divided() {
+    fn a_sample_without_near_named_samples_is_not_divided() {
         let mut world = DivideWorld::default();
         assert_eq!(world.divide(&sample(1000, 1.0, true)), []);
         world.named(1000, 1, 0.5, (0, None));

@@ -1,4 +1,4 @@
-//! Who holds a device: the processes that the driver lists, as users.
+//! Holders of a device: the users of the processes that the driver lists.
 
 use std::collections::{BTreeMap, HashSet};
 
@@ -7,10 +7,10 @@ use crate::fact::{Holder, User};
 use crate::observation::ProcessKind;
 use crate::units::ContainerKey;
 
-/// Of one user.
+/// What one user holds.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Held {
-    /// `None` where the driver does not say it of every process: a part would look like the whole.
+    /// `None` where the driver does not report it for every process: an incomplete sum would look complete.
     pub memory_bytes: Option<u64>,
     pub mps_clients: u32,
 }
@@ -22,7 +22,7 @@ pub struct Holders {
     /// A list was read.
     known: bool,
     held: BTreeMap<User, Held>,
-    /// Of the last two lists: who is in one of them may have been there in between.
+    /// The users of the last two lists: a user in either may have been present between them.
     users: [HashSet<User>; 2],
 }
 
@@ -40,26 +40,26 @@ impl Holders {
         }
     }
 
-    /// Whose a device's busy time is where no sample names anybody: of the only one who holds it.
+    /// The user of busy time for which no sample names a process: the only holder of the device.
     pub fn only_user(&self) -> User {
         let mut users = self.users[0].union(&self.users[1]);
         match (users.next(), users.next()) {
-            (None, _) => User::Nobody(Reason::NoPid),
+            (None, _) => User::Unattributed(Reason::NoPid),
             (Some(only), None) => *only,
-            _ => User::Nobody(Reason::Ambiguous),
+            _ => User::Unattributed(Reason::Ambiguous),
         }
     }
 
-    /// As [`Holders::only_user`], for time that no sample says anything about: several are as good as none.
+    /// As [`Holders::only_user`], for samples without any named neighbour: several holders count as none.
     pub fn sole_user(&self) -> User {
         match self.only_user() {
-            User::Nobody(Reason::Ambiguous) => User::Nobody(Reason::NoPid),
+            User::Unattributed(Reason::Ambiguous) => User::Unattributed(Reason::NoPid),
             user => user,
         }
     }
 
-    /// Who is not listed holds nothing, once a list was read.
-    pub fn of(&self, user: User) -> Option<Held> {
+    /// What a user holds. Once a list was read, a user that is not listed holds nothing.
+    pub fn held_by(&self, user: User) -> Option<Held> {
         self.held.get(&user).copied().or(self.known.then_some(NOTHING))
     }
 
@@ -69,7 +69,7 @@ impl Holders {
 
     pub fn forget(&mut self, gone: impl Fn(&User) -> bool) {
         self.held.retain(|user, _| !gone(user));
-        // Where lists have failed since, these are of long ago.
+        // These may be old, if lists could not be read since.
         for users in &mut self.users {
             users.retain(|user| !gone(user));
         }

@@ -1,4 +1,4 @@
-//! The pure fold: facts in, sums out. It sees nothing but facts, so a replay of a session gives what live gave.
+//! Aggregation: a pure fold of facts into sums. Facts are its only input, so a replay of a session gives the same result as live use.
 
 mod coactivity;
 mod device;
@@ -12,7 +12,7 @@ mod windows;
 
 use std::sync::Arc;
 
-pub use coactivity::{Part, QUERIED_RATIO, TOGETHER_NS, Window, is_user};
+pub use coactivity::{COACTIVITY_WINDOW_NS, Part, QUERIED_RATIO, Window, is_user};
 pub use device::{DeviceAccount, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;
@@ -23,13 +23,14 @@ use crate::fact::{AttributedProcess, Fact, GpuFact, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
 use exits::Lifetimes;
 
-/// A device that is gone stays for who scrapes its last values.
+/// A device that is gone is kept for this long, so that its last values can be scraped.
 const KEEP_GONE_NS: u64 = 300_000_000_000;
-/// Slots of devices: files come from anywhere, and a number in one must not decide how much memory is taken.
+/// Maximum number of device slots: session files are untrusted, and a number in one must not determine the memory use.
 const SLOTS: usize = 4096;
-/// Whom a tick of these rows names.
-pub fn named(rows: &[AttributedProcess]) -> Option<User> {
-    exits::NamedUser::of(rows).map(|named| named.user)
+
+/// The user that a sample with these processes names.
+pub fn named(processes: &[AttributedProcess]) -> Option<User> {
+    exits::NamedUser::from_processes(processes).map(|named| named.user)
 }
 
 #[derive(Debug, Default)]
@@ -48,7 +49,7 @@ impl Aggregate {
 
     pub fn apply(&mut self, fact: &Fact) {
         match fact {
-            Fact::Time { at, wall } => self.passed(*at, *wall),
+            Fact::Time { at, wall } => self.advance(*at, *wall),
             Fact::Gpu { gpu, at, fact } => self.gpu_fact(*gpu as usize, *at, fact),
             Fact::Container(container) => {
                 self.lifetimes.created(container.key, container.created);
@@ -75,38 +76,38 @@ impl Aggregate {
         if self.gpus.len() <= slot {
             self.gpus.resize_with(slot + 1, || None);
         }
-        let Some(place) = self.gpus.get_mut(slot) else { return };
-        match (place, fact) {
+        let Some(account) = self.gpus.get_mut(slot) else { return };
+        match (account, fact) {
             (Some(gpu), fact) => gpu.apply(at, fact, &self.lifetimes),
-            (place @ None, GpuFact::Opened(info)) => *place = Some(DeviceAccount::new(Arc::clone(info), at, self.settings)),
-            // Of a device that was never told of there is nothing to count.
+            (account @ None, GpuFact::Opened(info)) => *account = Some(DeviceAccount::new(Arc::clone(info), at, self.settings)),
+            // Facts about a device that was never opened are ignored.
             (None, _) => {}
         }
     }
 
-    fn passed(&mut self, at: BootNs, wall: WallTime) {
+    fn advance(&mut self, at: BootNs, wall: WallTime) {
         self.now = self.now.max(at);
         self.wall = wall;
         let (now, lifetimes) = (self.now, &self.lifetimes);
         for slot in &mut self.gpus {
-            let left = slot.as_ref().and_then(|gpu| gpu.gone).is_some_and(|at| now.saturating_since(at) > KEEP_GONE_NS);
-            if left && !self.settings.keep_history {
+            let expired = slot.as_ref().and_then(|gpu| gpu.gone).is_some_and(|at| now.saturating_since(at) > KEEP_GONE_NS);
+            if expired && !self.settings.keep_history {
                 *slot = None;
             }
         }
         for gpu in self.gpus.iter_mut().flatten() {
-            gpu.passed(now, |key| !lifetimes.is_gone(key));
+            gpu.advance(now, |key| !lifetimes.is_gone(key));
         }
     }
 
-    /// Nothing more will come: what waits is divided, windows are closed.
+    /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self) {
         for gpu in self.gpus.iter_mut().flatten() {
             gpu.finish(&self.lifetimes);
         }
     }
 
-    pub fn knows(&self, slot: usize) -> bool {
+    pub fn has_gpu(&self, slot: usize) -> bool {
         self.gpus.get(slot).is_some_and(Option::is_some)
     }
 
@@ -115,7 +116,7 @@ impl Aggregate {
         self.gpus.iter().enumerate().filter_map(|(slot, gpu)| Some((slot, gpu.as_ref()?)))
     }
 
-    /// GPUs whose credits are of it.
+    /// Whether the container has credits on any GPU.
     pub fn credits(&self, key: ContainerKey) -> bool {
         self.gpus.iter().flatten().any(|gpu| gpu.credits_any(key))
     }

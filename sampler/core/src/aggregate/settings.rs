@@ -1,22 +1,22 @@
-//! What is counted, and how.
+//! Settings of aggregation.
 
 use crate::units::BootNs;
 
 /// Width of the window of duty cycles and shares.
 pub const WINDOW_NS: u64 = 10_000_000_000;
-/// A GPU that is busy for so much of a window is saturated.
+/// A GPU that is busy for at least this part of a window is saturated.
 pub const SATURATION_RATIO: f64 = 0.9;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     pub saturation_ratio: f64,
-    /// Every window and every sum is kept: for a report, not for an agent that runs for years.
+    /// Keep every window and every sum: for a report, not for an agent that runs for years.
     pub keep_history: bool,
-    /// What is counted; what lies outside only helps to tell whose it is.
+    /// The range that is counted. Samples outside it only serve as neighbours for attribution.
     pub range: Range,
 }
 
-/// Later than the one and not later than the other.
+/// The half-open range `(after, to]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Range {
     pub after: BootNs,
@@ -30,7 +30,7 @@ impl Range {
         self.after < at && at <= self.to
     }
 
-    /// How much of the span that ends at `at` is in it.
+    /// Length of the part of the span of `ns` that ends at `at` and is in the range.
     pub fn part(&self, at: BootNs, ns: u64) -> u64 {
         at.min(self.to).saturating_since(at.minus(ns).max(self.after))
     }

@@ -1,4 +1,4 @@
-//! Credited share of wall time over windows of 10 s, per container.
+//! Credited share of wall time over windows of 10 s, for each container.
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
@@ -9,9 +9,9 @@ use super::settings::WINDOW_NS;
 use crate::snapshot::WindowShares;
 use crate::units::{BootNs, ContainerKey};
 
-/// Shares are counted in parts of a thousand.
+/// Resolution of shares: parts of a thousand.
 const PARTS: f64 = 1000.0;
-/// A window is counted when so much of it was observed.
+/// A window is counted if at least this part of it was observed.
 const OBSERVED: f64 = 0.95;
 
 #[derive(Debug, Default)]
@@ -42,8 +42,8 @@ impl Windows {
         *self.open.entry(at.0 / WINDOW_NS).or_default().credited.entry(key).or_default() += ns;
     }
 
-    /// Counts the windows that end by then, in which nothing can change any more. `there`: who has the GPU, used or not.
-    pub fn close(&mut self, complete_until: BootNs, there: &HashSet<ContainerKey>) {
+    /// Counts the windows that end by `complete_until`, which cannot change any more. `holders`: containers that have the GPU, used or not.
+    pub fn close(&mut self, complete_until: BootNs, holders: &HashSet<ContainerKey>) {
         while let Some(first) = self.open.first_entry() {
             let ends = (first.key() + 1).saturating_mul(WINDOW_NS);
             if complete_until.0 < ends {
@@ -53,7 +53,7 @@ impl Windows {
             if window.observed_ns < OBSERVED * WINDOW_NS as f64 {
                 continue;
             }
-            let keys: HashSet<ContainerKey> = window.credited.keys().chain(there).copied().collect();
+            let keys: HashSet<ContainerKey> = window.credited.keys().chain(holders).copied().collect();
             for key in keys {
                 let share = window.credited.get(&key).copied().unwrap_or_default() / WINDOW_NS as f64;
                 self.shares.entry(key).or_insert_with(Shares::new).record(share);
@@ -61,7 +61,7 @@ impl Windows {
         }
     }
 
-    pub fn of(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
+    pub fn shares_of(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
         self.shares.get(&key).map(|shares| Arc::clone(&shares.view))
     }
 
@@ -90,7 +90,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn windows_that_were_observed_are_counted_for_who_was_there() {
+    fn observed_windows_are_counted_for_users_and_holders() {
         let (a, b) = (ContainerKey(1), ContainerKey(2));
         let mut windows = Windows::default();
         for (n, observed) in [(0, 1.0), (1, 0.5), (2, 1.0)] {
@@ -98,12 +98,12 @@ mod tests {
             windows.observed(at, observed * WINDOW_NS as f64);
             windows.credited(at, a, 0.3 * WINDOW_NS as f64);
         }
-        let there = HashSet::from([b]);
-        windows.close(BootNs(WINDOW_NS - 1), &there);
-        assert_eq!(windows.of(a), None);
-        windows.close(BootNs(3 * WINDOW_NS), &there);
-        let of = |key| windows.of(key).map(|w| (w.buckets.clone(), w.count, (w.sum * 10.0).round()));
-        assert_eq!(of(a), Some((vec![0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
-        assert_eq!(of(b), Some((vec![2; 10], 2, 0.0)));
+        let holders = HashSet::from([b]);
+        windows.close(BootNs(WINDOW_NS - 1), &holders);
+        assert_eq!(windows.shares_of(a), None);
+        windows.close(BootNs(3 * WINDOW_NS), &holders);
+        let view = |key| windows.shares_of(key).map(|w| (w.buckets.clone(), w.count, (w.sum * 10.0).round()));
+        assert_eq!(view(a), Some((vec![0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
+        assert_eq!(view(b), Some((vec![2; 10], 2, 0.0)));
     }
 }

@@ -1,38 +1,39 @@
-//! One device: its samples in, facts out.
+//! Attribution of one device: turns its samples into facts.
 
 use std::collections::VecDeque;
 use std::sync::Arc;
 
 use super::clock::GpuClock;
-use super::process_attribution::Owners;
-use super::timeline::Wall;
+use super::process_attribution::ProcessAttribution;
+use super::timeline::Timeline;
 use crate::device::ClockView;
 use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
 use crate::fact::{AttributedProcess, ClockFact, GpuFact, Holder, UnobservedReason, UnqueriedSample, User, UtilizationSample};
 use crate::identity::Identity;
 use crate::observation::Rejected;
-use crate::observation::{Answer, DeviceSample, EngineSample, GpmInterval, GpuBatch, ProcessSample};
+use crate::observation::{DeviceSample, EngineSample, GpmInterval, GpuBatch, PollStatus, ProcessSample};
 use crate::reconstruct::Grid;
 use crate::units::{BootNs, GpuNs, WallTime};
 
-/// A tick waits this long for its process row, which another call brings, and two periods at least.
+/// A device sample waits this long, and at least two periods, for its process sample, which another call returns.
 const SETTLE_NS: u64 = 400_000_000;
-/// Rows wait for the ticks of engines that are read seconds later.
+/// Process samples are kept this long for the samples of other engines, which are read seconds later.
 const PROCESS_SAMPLES_NS: u64 = 5_000_000_000;
-/// A row belongs to a tick that is this many periods away at most.
+/// A process sample belongs to a device sample that is at most this many periods away.
 const NEAR_PERIODS: f64 = 0.5;
-/// What a driver's ring may still give: 72 samples of about 167 ms, and what is left for delays. Older time without an answer is unobserved.
+/// What a driver's sample buffer may still return: 72 samples of about 167 ms, plus a margin for delays. Older time without a response is
+/// unobserved.
 const RING_NS: u64 = 15_000_000_000;
-/// Ticks of other engines that wait, at most: what their rings hold, twice.
-const ENGINE_TICKS: usize = 2 * 72 * Engine::ALL.len();
-/// The clock is told of so often.
+/// Maximum number of waiting samples of other engines: twice what their buffers hold.
+const MAX_ENGINE_SAMPLES: usize = 2 * 72 * Engine::ALL.len();
+/// Interval of clock facts.
 const CLOCK_NS: u64 = 10_000_000_000;
 
 const COMPUTE: usize = Engine::Compute as usize;
 
 type AttributedFacts = Vec<(BootNs, GpuFact)>;
 
-/// What is known of how a device is read.
+/// Statistics of how a device is read.
 #[derive(Clone, Copy, Debug)]
 pub struct DeviceView {
     pub sample_gaps: u64,
@@ -51,19 +52,21 @@ pub struct DeviceAttribution {
     gone: bool,
     clock: GpuClock,
     grid: Grid,
-    wall: Wall,
-    owners: Owners,
-    /// The first read sets watermarks only.
+    timeline: Timeline,
+    attribution: ProcessAttribution,
+    /// The first read only sets watermarks.
     first_read: bool,
     watermark: Option<GpuNs>,
-    /// The ring is dry, because the device is idle.
+    /// The sample buffer is empty because the device is idle.
     dry: bool,
     pending: VecDeque<DeviceSample>,
     engine_pending: VecDeque<EngineSample>,
+    /// Each with whether a device sample claimed it.
     process_samples: VecDeque<(ProcessSample, bool)>,
-    /// Stamps of the device samples of the last [`PROCESS_SAMPLES_NS`] whose process was queried: samples of other engines near them were, too.
+    /// Stamps of the device samples of the last [`PROCESS_SAMPLES_NS`] with a queried process. Samples of other engines near them were
+    /// queried too.
     queried: VecDeque<GpuNs>,
-    /// Samples attributed, and those of them whose process was queried.
+    /// Attributed samples, and how many of them had their process queried.
     counts: SampleCounts,
     gaps: u64,
     overruns: u64,
@@ -71,21 +74,21 @@ pub struct DeviceAttribution {
     off_grid: u64,
     last_wall: Option<WallTime>,
     last_batch: BootNs,
-    /// No answer for so long that its readings and lists are told to be unknown.
+    /// The driver has not responded for so long that the readings and process lists were reported as unknown.
     silent: bool,
-    clock_told: BootNs,
+    clock_reported: BootNs,
 }
 
 impl DeviceAttribution {
-    pub fn new(info: Arc<GpuInfo>, at: BootNs, told: &mut AttributedFacts) -> Self {
-        told.push((at, GpuFact::Opened(Arc::clone(&info))));
+    pub fn new(info: Arc<GpuInfo>, at: BootNs, facts: &mut AttributedFacts) -> Self {
+        facts.push((at, GpuFact::Opened(Arc::clone(&info))));
         Self {
             info,
             gone: false,
             clock: GpuClock::default(),
             grid: Grid::default(),
-            wall: Wall::new(at),
-            owners: Owners::default(),
+            timeline: Timeline::new(at),
+            attribution: ProcessAttribution::default(),
             first_read: true,
             watermark: None,
             dry: false,
@@ -101,16 +104,16 @@ impl DeviceAttribution {
             last_wall: None,
             last_batch: at,
             silent: false,
-            clock_told: BootNs(0),
+            clock_reported: BootNs(0),
         }
     }
 
-    /// Found again: its ring is another, its clock may be.
-    pub fn reopen(&mut self, info: Arc<GpuInfo>, at: BootNs, told: &mut AttributedFacts) {
+    /// The device was found again: its sample buffer is new, and its clock may be.
+    pub fn reopen(&mut self, info: Arc<GpuInfo>, at: BootNs, facts: &mut AttributedFacts) {
         if std::mem::take(&mut self.gone) {
-            self.wall.resume(at);
+            self.timeline.resume(at);
         }
-        told.push((at, GpuFact::Opened(Arc::clone(&info))));
+        facts.push((at, GpuFact::Opened(Arc::clone(&info))));
         self.info = info;
         (self.first_read, self.dry) = (true, false);
         self.grid = Grid::default();
@@ -118,7 +121,7 @@ impl DeviceAttribution {
         self.restart();
     }
 
-    /// What is waiting belongs to a ring or a clock that is no more.
+    /// Drops waiting samples: they belong to a sample buffer or a clock that no longer exists.
     fn restart(&mut self) {
         self.watermark = None;
         self.pending.clear();
@@ -127,40 +130,40 @@ impl DeviceAttribution {
         self.queried.clear();
     }
 
-    pub fn gone(&mut self, at: BootNs, told: &mut AttributedFacts) {
+    pub fn gone(&mut self, at: BootNs, facts: &mut AttributedFacts) {
         self.gone = true;
-        self.unobserved_until(at, UnobservedReason::NoAnswer, told);
+        self.unobserved_until(at, UnobservedReason::NoAnswer, facts);
         self.restart();
-        self.owners.forget_lists();
-        told.push((at, GpuFact::Gone));
+        self.attribution.forget_lists();
+        facts.push((at, GpuFact::Gone));
     }
 
-    fn unobserved_until(&mut self, at: BootNs, why: UnobservedReason, told: &mut AttributedFacts) {
-        let ns = self.wall.up_to(at);
+    fn unobserved_until(&mut self, at: BootNs, reason: UnobservedReason, facts: &mut AttributedFacts) {
+        let ns = self.timeline.advance_to(at);
         if ns > 0 {
-            told.push((at, GpuFact::Unobserved { ns, why }));
+            facts.push((at, GpuFact::Unobserved { ns, why: reason }));
         }
     }
 
-    fn idle_until(&mut self, at: BootNs, told: &mut AttributedFacts) {
-        let ns = self.wall.up_to(at);
+    fn idle_until(&mut self, at: BootNs, facts: &mut AttributedFacts) {
+        let ns = self.timeline.advance_to(at);
         if ns > 0 {
-            told.push((at, GpuFact::Idle { ns }));
+            facts.push((at, GpuFact::Idle { ns }));
         }
     }
 
-    pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
-        // A call was under way when it went.
+    pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, facts: &mut AttributedFacts) {
+        // A driver call was in progress when the device disappeared.
         if self.gone {
             return;
         }
         self.silent = false;
         if let Some(readings) = batch.readings {
-            told.push((batch.ended, GpuFact::Readings(readings)));
+            facts.push((batch.ended, GpuFact::Readings(readings)));
         }
-        let tells_nothing = batch.answer == Answer::Failed && batch.readings == Some(DeviceReadings::default());
+        let failed_entirely = batch.status == PollStatus::Failed && batch.readings == Some(DeviceReadings::default());
         if let Some(processes) = &batch.processes {
-            let users = self.owners.listed(processes, batch.began, batch.ended, identity);
+            let users = self.attribution.attribute_list(processes, batch.began, batch.ended, identity);
             let holder = |(process, user): (&crate::observation::RunningProcess, User)| Holder {
                 pid: process.pid,
                 user,
@@ -168,35 +171,35 @@ impl DeviceAttribution {
                 memory_bytes: process.memory_bytes,
             };
             let held = processes.iter().zip(users).map(holder).collect();
-            told.push((batch.ended, GpuFact::Held(Some(held))));
-        } else if tells_nothing {
-            // Then it does not tell who holds it either.
-            self.owners.forget_lists();
-            told.push((batch.ended, GpuFact::Held(None)));
+            facts.push((batch.ended, GpuFact::Held(Some(held))));
+        } else if failed_entirely {
+            // The list of holders is not current either.
+            self.attribution.forget_lists();
+            facts.push((batch.ended, GpuFact::Held(None)));
         }
         for (sum, n) in self.rejected.iter_mut().zip(batch.rejected) {
             *sum += u64::from(n);
         }
         if let Some(gpm) = batch.gpm {
-            self.measured(gpm, batch.wall, told);
+            self.measured(gpm, batch.wall, facts);
         } else {
-            match batch.answer {
-                Answer::Samples => self.samples(batch, identity, told),
-                Answer::Dry { idle } => self.dry(idle, batch, identity, told),
-                // A MIG device is measured in intervals: the next may follow.
-                Answer::Unsupported => {
-                    self.settle(batch.ended, identity, told);
-                    let ns = self.wall.up_to(batch.ended);
-                    told.push((batch.ended, GpuFact::Unsupported { ns }));
+            match batch.status {
+                PollStatus::Samples => self.read_samples(batch, identity, facts),
+                PollStatus::Dry { idle } => self.dry(idle, batch, identity, facts),
+                // A MIG device is measured in intervals; the next one may follow.
+                PollStatus::Unsupported => {
+                    self.settle_samples(batch.ended, identity, facts);
+                    let ns = self.timeline.advance_to(batch.ended);
+                    facts.push((batch.ended, GpuFact::Unsupported { ns }));
                 }
-                Answer::Failed => self.settle(batch.ended, identity, told),
+                PollStatus::Failed => self.settle_samples(batch.ended, identity, facts),
             }
         }
         self.last_batch = batch.ended;
-        if batch.ended.saturating_since(self.clock_told) > CLOCK_NS && self.clock.is_known() {
-            self.clock_told = batch.ended;
+        if batch.ended.saturating_since(self.clock_reported) > CLOCK_NS && self.clock.is_known() {
+            self.clock_reported = batch.ended;
             let clock = self.clock.view();
-            told.push((
+            facts.push((
                 batch.ended,
                 GpuFact::Clock(ClockFact {
                     ahead_of_boot_seconds: clock.ahead_of_boot_seconds,
@@ -208,11 +211,11 @@ impl DeviceAttribution {
         }
     }
 
-    fn samples(&mut self, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
+    fn read_samples(&mut self, batch: &GpuBatch, identity: &Identity, facts: &mut AttributedFacts) {
         if batch.stepped {
             self.clock.stepped();
             self.restart();
-            told.push((batch.ended, GpuFact::Restarted));
+            facts.push((batch.ended, GpuFact::Restarted));
         }
         let newest = batch.samples.iter().map(|t| t.at).max();
         match newest {
@@ -224,129 +227,137 @@ impl DeviceAttribution {
             None => self.clock.silent(batch.ring_began),
         }
         if std::mem::take(&mut self.first_read) {
-            // What the ring held before the start is nobody's: it only sets the watermarks.
+            // What the buffer held before the start is not attributed: it only sets the watermarks.
             self.watermark = newest;
             if let Some(at) = newest.and_then(|newest| self.clock.boot(newest)) {
-                self.unobserved_until(at, UnobservedReason::Start, told);
+                self.unobserved_until(at, UnobservedReason::Start, facts);
             }
             return;
         }
         let known = self.pending.back().map(|t| t.at).or(self.watermark);
         self.pending.extend(batch.samples.iter().filter(|t| known.is_none_or(|known| t.at > known)));
         self.engine_pending.extend(&batch.engine_samples);
-        self.process_samples.extend(batch.process_samples.iter().map(|row| (*row, false)));
-        self.settle(batch.ended, identity, told);
+        self.process_samples.extend(batch.process_samples.iter().map(|sample| (*sample, false)));
+        self.settle_samples(batch.ended, identity, facts);
     }
 
-    /// The ring runs dry on an idle device.
-    fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, told: &mut AttributedFacts) {
+    /// Handles an empty sample buffer, as an idle device has it.
+    fn dry(&mut self, idle: bool, batch: &GpuBatch, identity: &Identity, facts: &mut AttributedFacts) {
         self.clock.silent(batch.ring_began);
-        self.settle(batch.ended, identity, told);
+        self.settle_samples(batch.ended, identity, facts);
         self.first_read = false;
         if !self.pending.is_empty() {
             return;
         }
-        // A sample that comes after all is not older than a period and what it takes to serve it.
+        // A sample that still arrives is not older than a period plus the time that the driver takes to serve it.
         let until = batch.ended.minus(2 * self.grid.period_or_most_ns() + SETTLE_NS);
-        if until <= self.wall.until() {
+        if until <= self.timeline.until() {
             return;
         }
         self.watermark = None;
         self.dry = idle;
         if idle {
-            self.idle_until(until, told);
+            self.idle_until(until, facts);
         } else {
-            self.unobserved_until(until, UnobservedReason::NoSamples, told);
+            self.unobserved_until(until, UnobservedReason::NoSamples, facts);
         }
     }
 
-    /// Tells every tick old enough that its process row, if it has one, has been read.
-    fn settle(&mut self, now: BootNs, identity: &Identity, told: &mut AttributedFacts) {
-        self.owners.follow(now, identity, told);
+    /// Attributes every sample that is old enough for its process sample, if it has one, to have been read.
+    fn settle_samples(&mut self, now: BootNs, identity: &Identity, facts: &mut AttributedFacts) {
+        self.attribution.report_departures(now, identity, facts);
         let patience = SETTLE_NS.max(2 * self.grid.period_or_most_ns());
-        while let Some(&tick) = self.pending.front() {
-            let Some(at) = self.clock.boot(tick.at) else { return };
+        while let Some(&sample) = self.pending.front() {
+            let Some(at) = self.clock.boot(sample.at) else { return };
             if now.saturating_since(at) < patience {
                 break;
             }
             self.pending.pop_front();
-            self.tick(tick, at, now, identity, told);
+            self.attribute_sample(sample, at, now, identity, facts);
         }
-        self.settle_engines(now, patience, identity, told);
+        self.settle_engines(now, patience, identity, facts);
         let Some(newest) = self.watermark else { return };
         while self.queried.pop_front_if(|at| newest.0.saturating_sub(at.0) > PROCESS_SAMPLES_NS).is_some() {}
         while let Some((_, claimed)) =
-            self.process_samples.pop_front_if(|(row, _)| newest.0.saturating_sub(row.at.0) > PROCESS_SAMPLES_NS)
+            self.process_samples.pop_front_if(|(sample, _)| newest.0.saturating_sub(sample.at.0) > PROCESS_SAMPLES_NS)
         {
             self.off_grid += u64::from(!claimed);
         }
     }
 
-    fn tick(&mut self, tick: DeviceSample, at: BootNs, now: BootNs, identity: &Identity, told: &mut AttributedFacts) {
-        let gap_ns = self.watermark.map(|last| tick.at.0.saturating_sub(last.0));
+    fn attribute_sample(
+        &mut self,
+        sample: DeviceSample,
+        at: BootNs,
+        now: BootNs,
+        identity: &Identity,
+        facts: &mut AttributedFacts,
+    ) {
+        let gap_ns = self.watermark.map(|last| sample.at.0.saturating_sub(last.0));
         let period = self.grid.period_or_most_ns();
-        self.watermark = Some(tick.at);
+        self.watermark = Some(sample.at);
         if let Some(gap_ns) = gap_ns {
             self.grid.gap(gap_ns);
         }
         if std::mem::take(&mut self.dry) {
-            // The first sample after idleness: up to its own period there was none to take.
-            self.idle_until(at.minus(period), told);
+            // The first sample after an idle span: before its own period there was nothing to sample.
+            self.idle_until(at.minus(period), facts);
         }
-        let Some(span) = self.wall.tick(at, gap_ns, period) else { return };
+        let Some(span) = self.timeline.advance_by_sample(at, gap_ns, period) else { return };
         if span.missing_ns > 0 {
-            told.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: UnobservedReason::Missing }));
+            facts.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: UnobservedReason::Missing }));
             if gap_ns.is_some() {
                 self.gaps += 1;
-                // Nobody looked for so long that the ring went round.
+                // The buffer was not read for so long that it wrapped.
                 self.overruns += u64::from(now.saturating_since(at) > RING_NS / 2);
             }
         }
-        let process_samples = self.process_samples_of(tick.at);
+        let process_samples = self.process_samples_of(sample.at);
         self.counts.samples += 1;
-        self.counts.queried += u64::from(tick.queried);
-        if tick.queried {
-            self.queried.push_back(tick.at);
-        } else if tick.busy_percent > 0 {
-            told.push((at, unqueried(Engine::Compute, tick.at, span.ns, tick.busy_percent)));
+        self.counts.queried += u64::from(sample.queried);
+        if sample.queried {
+            self.queried.push_back(sample.at);
+        } else if sample.busy_percent > 0 {
+            facts.push((at, unqueried(Engine::Compute, sample.at, span.ns, sample.busy_percent)));
             return;
         }
-        let tick = self.utilization_sample(COMPUTE, tick.at, at, span.ns, tick.busy_percent, &process_samples, identity, told);
-        told.push((at, GpuFact::Utilization(tick)));
+        let sample =
+            self.utilization_sample(COMPUTE, sample.at, at, span.ns, sample.busy_percent, &process_samples, identity, facts);
+        facts.push((at, GpuFact::Utilization(sample)));
     }
 
-    fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, told: &mut AttributedFacts) {
+    fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, facts: &mut AttributedFacts) {
         let period = self.grid.period_or_most_ns();
-        // While nothing ties their clock to this one they wait, but not for ever.
-        self.engine_pending.drain(..self.engine_pending.len().saturating_sub(ENGINE_TICKS));
+        // Samples wait while the offset of their clock is unknown, but their number is bounded.
+        self.engine_pending.drain(..self.engine_pending.len().saturating_sub(MAX_ENGINE_SAMPLES));
         if !self.clock.is_known() {
             return;
         }
-        while let Some(&tick) = self.engine_pending.front() {
-            // One of the future, or of no time at all, would hold up all that follow.
-            let at = self.clock.boot(tick.at).filter(|at| *at <= now.plus(RING_NS));
+        while let Some(&sample) = self.engine_pending.front() {
+            // A sample with a time in the future, or without a valid time, would block all that follow.
+            let at = self.clock.boot(sample.at).filter(|at| *at <= now.plus(RING_NS));
             if at.is_some_and(|at| now.saturating_since(at) < patience) {
                 return;
             }
             self.engine_pending.pop_front();
             let Some(at) = at else { continue };
-            let process_samples = self.process_samples_of(tick.at);
-            let engine = tick.engine;
-            if tick.busy_percent > 0 && !self.was_queried(tick.at) {
-                told.push((at, unqueried(engine, tick.at, period, tick.busy_percent)));
+            let process_samples = self.process_samples_of(sample.at);
+            let engine = sample.engine;
+            if sample.busy_percent > 0 && !self.was_queried(sample.at) {
+                facts.push((at, unqueried(engine, sample.at, period, sample.busy_percent)));
                 continue;
             }
-            let tick = self.utilization_sample(
+            let sample = self.utilization_sample(
                 engine as usize,
-                tick.at,
+                sample.at,
                 at,
                 period,
-                tick.busy_percent,
+                sample.busy_percent,
                 &process_samples,
                 identity,
-                told,
+                facts,
             );
-            told.push((at, GpuFact::EngineSample(engine, tick)));
+            facts.push((at, GpuFact::EngineSample(engine, sample)));
         }
     }
 
@@ -355,19 +366,19 @@ impl DeviceAttribution {
         self.queried.iter().any(|queried| queried.0.abs_diff(at.0) < near)
     }
 
-    /// Marks the rows of a tick.
+    /// Returns the process samples of a device sample and marks them as claimed.
     fn process_samples_of(&mut self, at: GpuNs) -> Vec<ProcessSample> {
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
         let mut process_samples = Vec::new();
-        for (row, claimed) in self.process_samples.iter_mut().filter(|(row, _)| row.at.0.abs_diff(at.0) < near) {
+        for (sample, claimed) in self.process_samples.iter_mut().filter(|(sample, _)| sample.at.0.abs_diff(at.0) < near) {
             *claimed = true;
-            process_samples.push(*row);
+            process_samples.push(*sample);
         }
         process_samples
     }
 
-    /// With the rows that name somebody for that engine.
-    #[expect(clippy::too_many_arguments, reason = "a tick's own parts, and what is needed to tell whose they are")]
+    /// A sample with the process samples that name a process for that engine.
+    #[expect(clippy::too_many_arguments, reason = "the parts of a sample, and what is needed to attribute them")]
     fn utilization_sample(
         &mut self,
         engine: usize,
@@ -377,41 +388,41 @@ impl DeviceAttribution {
         busy_percent: u32,
         process_samples: &[ProcessSample],
         identity: &Identity,
-        told: &mut AttributedFacts,
+        facts: &mut AttributedFacts,
     ) -> UtilizationSample {
         let within = self.clock.named_within(at, ns);
-        let percent = |row: &ProcessSample| row.percent.get(engine).copied().unwrap_or_default();
-        let named = process_samples.iter().filter(|row| percent(row) > 0);
+        let percent = |sample: &ProcessSample| sample.percent.get(engine).copied().unwrap_or_default();
+        let named = process_samples.iter().filter(|sample| percent(sample) > 0);
         let processes: Vec<AttributedProcess> =
-            named.map(|row| self.owners.row((row.pid, percent(row)), within, identity, told)).collect();
+            named.map(|sample| self.attribution.attribute((sample.pid, percent(sample)), within, identity, facts)).collect();
         UtilizationSample { stamp, ns, busy_percent: busy_percent.min(100) as u8, processes }
     }
 
-    /// GPM says how busy a MIG device was.
-    fn measured(&mut self, gpm: GpmInterval, wall: WallTime, told: &mut AttributedFacts) {
-        self.unobserved_until(gpm.from, UnobservedReason::Missing, told);
-        let ns = self.wall.up_to(gpm.to);
+    /// Books what GPM measured of a MIG device.
+    fn measured(&mut self, gpm: GpmInterval, wall: WallTime, facts: &mut AttributedFacts) {
+        self.unobserved_until(gpm.from, UnobservedReason::Missing, facts);
+        let ns = self.timeline.advance_to(gpm.to);
         self.last_wall = Some(wall);
-        told.push((gpm.to, GpuFact::Measured { ns, busy_ratio: gpm.busy_ratio.clamp(0.0, 1.0) }));
+        facts.push((gpm.to, GpuFact::Measured { ns, busy_ratio: gpm.busy_ratio.clamp(0.0, 1.0) }));
     }
 
-    /// Time passes, also where no driver answers.
-    pub fn passed(&mut self, now: BootNs, told: &mut AttributedFacts) {
+    /// Advances time, also where the driver does not respond.
+    pub fn advance(&mut self, now: BootNs, facts: &mut AttributedFacts) {
         if self.gone {
             return;
         }
         if now.saturating_since(self.last_batch) > RING_NS && !std::mem::replace(&mut self.silent, true) {
-            self.owners.forget_lists();
-            told.push((now, GpuFact::Readings(DeviceReadings::default())));
-            told.push((now, GpuFact::Held(None)));
+            self.attribution.forget_lists();
+            facts.push((now, GpuFact::Readings(DeviceReadings::default())));
+            facts.push((now, GpuFact::Held(None)));
         }
         if !self.info.is_leaf() {
             return;
         }
         let lost = now.minus(RING_NS);
-        if lost > self.wall.until() {
-            self.unobserved_until(lost, UnobservedReason::NoAnswer, told);
-            // What the ring still gives from before is told.
+        if lost > self.timeline.until() {
+            self.unobserved_until(lost, UnobservedReason::NoAnswer, facts);
+            // Time before `lost` is booked: samples that the buffer still returns from it do not count.
             self.watermark = None;
         }
     }

@@ -1,10 +1,11 @@
-//! Whose each sample is: observations of GPUs in, [`Fact`](crate::fact::Fact)s out.
+//! Attribution of samples to users: observations of GPUs in, [`Fact`](crate::fact::Fact)s out.
 //!
 //! ```text
-//!  poll -> ticks and rows wait until late rows are there -> tick + its rows -> identity, as of their time -> Fact
-//!  no poll for longer than the driver's ring holds       -> unobserved
+//!  poll -> samples wait until late process samples are read -> sample + its process samples -> identity as of its time -> Fact
+//!  no poll for longer than the driver's sample buffer holds -> unobserved
 //! ```
-//! Nothing here knows what becomes of the facts, and nothing behind it needs identity: aggregation is the same live and in a replay.
+//! Attribution does not depend on how facts are used, and nothing downstream of it needs identity: aggregation is the same live and in a
+//! replay.
 
 mod clock;
 mod device;

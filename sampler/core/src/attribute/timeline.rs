@@ -1,33 +1,33 @@
-//! A walk along boot time: everything before [`Wall::until`] has been told as a span, nothing twice.
+//! Divides boot time into spans: everything before [`Timeline::until`] has been reported as a span, and nothing is reported twice.
 //!
-//! Ticks advance it by the GPU's own clock, so that their shares are what the driver recorded; where the two clocks drift apart it
-//! is led back slowly, and what no tick covers is a gap before the tick.
+//! A sample advances the timeline by the GPU's own clock, so that shares are what the driver recorded. Where the two clocks drift apart,
+//! the timeline is corrected slowly. Time that no sample covers is a gap before the next sample.
 
 use crate::units::BootNs;
 
-/// A gap above this many periods holds lost ticks.
+/// A gap of more than this many periods contains lost samples.
 const GAP_PERIODS: f64 = 1.5;
-/// The two clocks may differ by this much: what is known of the offset is no better.
+/// The two clocks may differ by this much: the offset is not known more accurately.
 const DIFFER_NS: u64 = 150_000_000;
-/// Beyond it a tick's span is stretched or shrunk by this part,
+/// Beyond [`DIFFER_NS`] the span of a sample is stretched or shrunk by this ratio.
 const SLEW: f64 = 0.002;
-/// and beyond this it is not drift: time has passed that the GPU's clock does not show.
+/// A larger difference is not drift: time has passed that the GPU's clock does not show.
 const JUMP_NS: u64 = 1_000_000_000;
 
-/// What a tick covers, and what is missing before it.
+/// The span that a sample covers, and the gap before it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Span {
     pub ns: u64,
-    /// Ticks are missing for so long before it.
+    /// Length of the gap before it.
     pub missing_ns: u64,
 }
 
 #[derive(Debug)]
-pub struct Wall {
+pub struct Timeline {
     until: BootNs,
 }
 
-impl Wall {
+impl Timeline {
     pub fn new(from: BootNs) -> Self {
         Self { until: from }
     }
@@ -36,13 +36,14 @@ impl Wall {
         self.until
     }
 
-    /// The device was away: that time is in no state.
+    /// The device was absent: that time is in no state.
     pub fn resume(&mut self, at: BootNs) {
         self.until = self.until.max(at);
     }
 
-    /// A tick at `at`, `gap_ns` after the one before by the GPU's clock, if there is one before. `None` when its time is told already.
-    pub fn tick(&mut self, at: BootNs, gap_ns: Option<u64>, period_ns: u64) -> Option<Span> {
+    /// Adds a sample at `at`, `gap_ns` after the previous one by the GPU's clock, if there is a previous one. `None` when its time has
+    /// already been reported.
+    pub fn advance_by_sample(&mut self, at: BootNs, gap_ns: Option<u64>, period_ns: u64) -> Option<Span> {
         let ahead = at.0 as i64 - self.until.0 as i64;
         let ns = match gap_ns {
             None => ahead,
@@ -52,8 +53,8 @@ impl Wall {
                 if differ.unsigned_abs() <= DIFFER_NS {
                     gap
                 } else if differ.unsigned_abs() <= JUMP_NS {
-                    let led = (gap as f64 * SLEW).round() as i64;
-                    gap + differ.signum() * led.min(differ.abs())
+                    let correction = (gap as f64 * SLEW).round() as i64;
+                    gap + differ.signum() * correction.min(differ.abs())
                 } else {
                     ahead
                 }
@@ -67,8 +68,8 @@ impl Wall {
         Some(Span { ns, missing_ns: 0 })
     }
 
-    /// Everything up to there; how long that is.
-    pub fn up_to(&mut self, at: BootNs) -> u64 {
+    /// Advances to `at` and returns the length of the time up to it.
+    pub fn advance_to(&mut self, at: BootNs) -> u64 {
         let ns = at.saturating_since(self.until);
         self.until = self.until.max(at);
         ns
@@ -81,22 +82,23 @@ mod tests {
 
     const PERIOD: u64 = 167_000_000;
 
-    /// `n` ticks of a GPU whose clock is so much off per second: what ticks cover, what is missing, where it ends, where it should.
+    /// `n` samples of a GPU with a clock that deviates by `drift` seconds per second. Returns the covered and the missing time, the end of
+    /// the timeline, and its expected end, in seconds.
     fn walk(n: u64, drift: f64, lost: impl Fn(u64) -> bool) -> (f64, f64, f64, f64) {
-        let mut wall = Wall::new(BootNs(0));
+        let mut timeline = Timeline::new(BootNs(0));
         let (mut covered, mut missing, mut last) = (0, 0, 0u64);
         for k in (1..=n).filter(|k| !lost(*k)) {
             let boot = BootNs((k as f64 * PERIOD as f64 * (1.0 + drift)) as u64);
-            let span = wall.tick(boot, Some((k - last) * PERIOD), PERIOD).unwrap();
+            let span = timeline.advance_by_sample(boot, Some((k - last) * PERIOD), PERIOD).unwrap();
             (covered, missing, last) = (covered + span.ns, missing + span.missing_ns, k);
         }
-        assert_eq!(covered + missing, wall.until().0);
+        assert_eq!(covered + missing, timeline.until().0);
         let end = n as f64 * PERIOD as f64 * (1.0 + drift) * 1e-9;
-        (covered as f64 * 1e-9, missing as f64 * 1e-9, wall.until().0 as f64 * 1e-9, end)
+        (covered as f64 * 1e-9, missing as f64 * 1e-9, timeline.until().0 as f64 * 1e-9, end)
     }
 
     #[test]
-    fn spans_sum_to_boot_time_whatever_the_gpus_clock_does() {
+    fn spans_sum_to_boot_time_for_any_gpu_clock_drift() {
         for drift in [0.0, 2e-4, -2e-4, 1e-3, -1e-3] {
             let (_, missing, sum, end) = walk(6_000, drift, |_| false);
             assert!((sum - end).abs() < 0.2, "{drift}: {sum} {end}");
@@ -105,7 +107,7 @@ mod tests {
     }
 
     #[test]
-    fn what_no_tick_covers_is_missing() {
+    fn time_without_a_sample_is_missing() {
         let (covered, missing, sum, end) = walk(600, 0.0, |k| k % 10 == 4 || (100..130).contains(&k));
         assert!((sum - end).abs() < 1e-6, "{sum} {end}");
         assert!((missing - 87.0 * 0.167).abs() < 1e-6, "{missing}");
@@ -113,15 +115,15 @@ mod tests {
     }
 
     #[test]
-    fn nothing_is_told_twice() {
-        let mut wall = Wall::new(BootNs(0));
-        assert_eq!(wall.up_to(BootNs(10 * PERIOD)), 10 * PERIOD);
-        // Ticks from before come out of the ring after all.
-        assert_eq!(wall.tick(BootNs(4 * PERIOD), None, PERIOD), None);
-        assert_eq!(wall.tick(BootNs(10 * PERIOD), None, PERIOD), None);
-        assert_eq!(wall.tick(BootNs(11 * PERIOD), None, PERIOD), Some(Span { ns: PERIOD, missing_ns: 0 }));
+    fn nothing_is_reported_twice() {
+        let mut timeline = Timeline::new(BootNs(0));
+        assert_eq!(timeline.advance_to(BootNs(10 * PERIOD)), 10 * PERIOD);
+        // The buffer returns samples from before after all.
+        assert_eq!(timeline.advance_by_sample(BootNs(4 * PERIOD), None, PERIOD), None);
+        assert_eq!(timeline.advance_by_sample(BootNs(10 * PERIOD), None, PERIOD), None);
+        assert_eq!(timeline.advance_by_sample(BootNs(11 * PERIOD), None, PERIOD), Some(Span { ns: PERIOD, missing_ns: 0 }));
         // The GPU's clock stood still for 5 s.
-        let span = wall.tick(BootNs(12 * PERIOD + 5_000_000_000), Some(PERIOD), PERIOD);
+        let span = timeline.advance_by_sample(BootNs(12 * PERIOD + 5_000_000_000), Some(PERIOD), PERIOD);
         assert_eq!(span, Some(Span { ns: PERIOD, missing_ns: 5_000_000_000 }));
     }
 }

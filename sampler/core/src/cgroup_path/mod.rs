@@ -1,16 +1,32 @@
-//! What a cgroup path says about its container: a pure parser, no IO.
+//! A pure parser, without IO, of the container identity in a cgroup path.
 //!
 //! ```text
-//!  scan     leaf to root, the segments that may say something, all others passed over many at a time
-//!  segment  what one of them says, seen at its place: a container's root, a monitor, a pod
-//!  parse    the innermost is the answer, the next container around it the outer one
+//!  scan     from leaf to root: visits the segments that may be relevant, skips all others many at a time
+//!  segment  classifies one of them by its name and its position: root of a container, monitor, pod
+//!  parse    the innermost container is the result, the next container around it is the outer one
 //! ```
-//! Promises: any text is accepted, in linear time (the bench `core` has the worst cases); one identity per container root, so a
-//! sub-cgroup, whatever its name, is the container it is in; the root's own path gives the same identity; ids are whole.
+//! Guarantees: any text is accepted, in linear time (the bench `core` has the worst cases). There is one identity for each container root:
+//! a sub-cgroup of any name belongs to the container that it is in, and the path of the root gives the same identity. Ids are complete.
 //!
-//! Deliberately does not guess: where no runtime would have made the path, it is not a container. "64 hex digits somewhere" is
-//! not enough (services, monitors), nor is a name that anybody may give to a cgroup. It does not say whether what it names still
-//! exists, and it does not know containers that share the cgroup of their sandbox (gVisor) or have none on the host (Kata).
+//! The parser does not guess: a path that no runtime would create is not a container. 64 hex digits somewhere in the path are not
+//! sufficient (services, monitors), and neither is a name that any user may give to a cgroup. It does not check whether the container still
+//! exists, and it does not detect containers that share the cgroup of their sandbox (gVisor) or have no cgroup on the host (Kata).
+//!
+//! ```
+//! use sampler_core::cgroup_path::{Kind, Runtime, parse};
+//!
+//! let id = "4f1c0a".repeat(10) + "beef";
+//! let pod = "kubepods-burstable-pod8bb25662_de9a_11e9_84e7_f8f21e04010c.slice";
+//! let root = format!("/kubepods.slice/kubepods-burstable.slice/{pod}/cri-containerd-{id}.scope");
+//! let identity = parse(&format!("{root}/init.scope"));
+//!
+//! assert_eq!((identity.kind, identity.runtime), (Kind::Container, Some(Runtime::Containerd)));
+//! assert_eq!(identity.container_id, Some(id));
+//! assert_eq!(identity.pod_uid.as_deref(), Some("8bb25662-de9a-11e9-84e7-f8f21e04010c"));
+//! // `/init.scope` is a sub-cgroup of the container.
+//! assert_eq!(identity.root_len, root.len());
+//! assert_eq!(parse("/system.slice/ssh.service").kind, Kind::NotContainer);
+//! ```
 
 mod scan;
 mod segment;
@@ -76,21 +92,21 @@ impl Kind {
     }
 }
 
-/// The parser's answer for one path.
+/// The identity in one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupIdentity {
     pub kind: Kind,
-    /// `None` where the path cannot tell (plain `kubepods/.../<id>`).
+    /// `None` where the path does not determine it (plain `kubepods/.../<id>`).
     pub runtime: Option<Runtime>,
-    /// Of a container or sandbox, and of nothing else.
+    /// Set for a container or sandbox only.
     pub container_id: Option<String>,
-    /// What people call it, where the path itself says so: lxc, nspawn, and the app of a rkt pod.
+    /// The name that users see, where the path contains it: lxc, nspawn, and the app of a rkt pod.
     pub name: Option<String>,
-    /// Of the innermost container. Dashed where it is a UUID.
+    /// The pod of the innermost container. With dashes if it is a UUID.
     pub pod_uid: Option<String>,
     /// The nearest container around the innermost one.
     pub outer_container_id: Option<String>,
-    /// Bytes of the path that name the container's root: everything behind it is a sub-cgroup of the same container.
+    /// Length, in bytes, of the path of the container's root: everything after it is a sub-cgroup of the same container.
     pub root_len: usize,
 }
 
@@ -105,12 +121,12 @@ pub fn parse(path: &str) -> CgroupIdentity {
     reading.identity()
 }
 
-/// What the segments so far, leaf to root, have said.
+/// The result of the segments so far, from leaf to root.
 #[derive(Default)]
 struct Reading<'a> {
     inner: Option<Member<'a>>,
     outer: Option<Member<'a>>,
-    /// As the path writes it.
+    /// As in the path.
     pod_uid: Option<&'a str>,
 }
 
@@ -120,30 +136,30 @@ impl<'a> Reading<'a> {
         let member = segment.member();
         if let Some(member) = member {
             match &self.inner {
-                // A parent that names its child's runtime (`lxc/N`) may say again what the child has said itself.
+                // A parent that names the runtime of its child (`lxc/N`) may yield the same root as the child itself.
                 Some(inner) if member.root_len < inner.root_len => {
                     if member.is_container() {
                         self.outer = Some(member);
-                        // A pod out here is the outer container's.
+                        // A pod further out belongs to the outer container.
                         return ControlFlow::Break(());
                     }
                 }
-                _ => self.root(member),
+                _ => self.set_inner(member),
             }
         }
         if self.pod_uid.is_none() {
             self.pod_uid = segment.pod_uid(member.is_some());
             if self.pod_uid.is_some() {
-                self.root(Member::of(Kind::Pod, None, end));
+                self.set_inner(Member::of(Kind::Pod, None, end));
             }
         }
         ControlFlow::Continue(())
     }
 
-    /// The innermost, if there is none yet. A monitor's bare name says less than anything else about the same cgroup.
-    fn root(&mut self, member: Member<'a>) {
-        let open = |inner: Member<'_>| inner.kind == Kind::Monitor && inner.root_len == member.root_len;
-        if self.inner.is_none_or(open) {
+    /// Sets the innermost member, if there is none yet. Anything else about the same cgroup replaces a monitor that has only a name.
+    fn set_inner(&mut self, member: Member<'a>) {
+        let replaceable = |inner: Member<'_>| inner.kind == Kind::Monitor && inner.root_len == member.root_len;
+        if self.inner.is_none_or(replaceable) {
             self.inner = Some(member);
         }
     }
@@ -155,7 +171,7 @@ impl<'a> Reading<'a> {
             runtime: inner.runtime,
             container_id: inner.id.map(|id| inner.text(id)),
             name: inner.name.map(|name| inner.text(name)),
-            // systemd's names have `_` for `-`.
+            // Names of systemd units have `_` instead of `-`.
             pod_uid: self.pod_uid.map(|uid| uid.replace('_', "-")),
             outer_container_id: self.outer.and_then(|outer| Some(outer.text(outer.id?))),
             root_len: inner.root_len,

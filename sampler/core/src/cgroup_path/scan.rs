@@ -1,20 +1,20 @@
-//! The segments of a path that may say something, leaf to root.
+//! Finds the segments of a path that may be relevant, from leaf to root.
 //!
-//! A path may have thousands of segments, all but a few of which say nothing, and a container chooses the names of its own. So
-//! 64 bytes are looked at together, as one bit a byte: where the slashes are tells how long each segment is, and only those of a
-//! telling length are looked at one by one. No segment that [`super::segment`] knows is passed over; some that it does not know
+//! A path may have thousands of segments, most of them irrelevant, and a container chooses the names of its own cgroups. So 64 bytes are
+//! examined at once, as one bit for each byte: the positions of the slashes determine the length of each segment, and only segments of a
+//! relevant length are examined individually. No segment that [`super::segment`] recognizes is skipped; some that it does not recognize
 //! are visited.
 
 use std::ops::ControlFlow;
 
 const BLOCK: usize = 64;
 
-/// Calls `visit` with the bounds of each segment that may say something, until it breaks. The path begins with a slash.
+/// Calls `visit` with the bounds of each segment that may be relevant, until it breaks. The path begins with a slash.
 pub(super) fn leaf_to_root(path: &[u8], mut visit: impl FnMut(usize, usize) -> ControlFlow<()>) {
     let (blocks, rest) = path.as_chunks::<BLOCK>();
     let mut last = [0; BLOCK];
     last[..rest.len()].copy_from_slice(rest);
-    // The first slash behind the block; the path's end ends a segment like one.
+    // The first slash after the block; the end of the path ends a segment like a slash.
     let mut next = path.len();
     for index in (0..=blocks.len()).rev() {
         let slashes = slashes_in(blocks.get(index).unwrap_or(&last));
@@ -22,7 +22,7 @@ pub(super) fn leaf_to_root(path: &[u8], mut visit: impl FnMut(usize, usize) -> C
             continue;
         }
         let base = index * BLOCK;
-        let mut due = telling(path, base, slashes, next);
+        let mut due = relevant(path, base, slashes, next);
         while due != 0 {
             let bit = due.ilog2();
             due ^= 1 << bit;
@@ -37,22 +37,22 @@ pub(super) fn leaf_to_root(path: &[u8], mut visit: impl FnMut(usize, usize) -> C
     }
 }
 
-/// The slashes in front of telling segments, one bit a byte.
+/// The slashes before relevant segments, one bit for each byte.
 #[inline]
-fn telling(path: &[u8], base: usize, slashes: u64, next: usize) -> u64 {
-    // The segment that goes on behind the block.
+fn relevant(path: &[u8], base: usize, slashes: u64, next: usize) -> u64 {
+    // The segment that extends beyond the block.
     let top = slashes.ilog2();
     let at = base + top as usize;
-    let mut telling = u64::from(is_telling(path, at, next - at - 1)) << top;
+    let mut relevant = u64::from(is_relevant(path, at, next - at - 1)) << top;
 
-    // The others. Bit i: at least n bytes follow before the next slash.
+    // The other segments. Bit i: at least n bytes follow before the next slash.
     let at_least_1 = !slashes >> 1;
     let at_least_2 = at_least_1 & at_least_1 >> 1;
     let at_least_4 = at_least_2 & at_least_2 >> 2;
     let at_least_8 = at_least_4 & at_least_4 >> 4;
     let at_least_3 = slashes & at_least_2 & at_least_1 >> 2;
     if at_least_3 == 0 {
-        return telling;
+        return relevant;
     }
     let at_least_5 = slashes & at_least_4 & at_least_1 >> 4;
     let at_least_6 = slashes & at_least_4 & at_least_2 >> 4;
@@ -60,16 +60,16 @@ fn telling(path: &[u8], base: usize, slashes: u64, next: usize) -> u64 {
     let at_least_11 = slashes & at_least_8 & at_least_4 >> 7;
     let at_least_13 = at_least_11 & at_least_2 >> 11;
     let at_least_24 = at_least_13 & at_least_8 >> 13 & at_least_4 >> 20;
-    // Parents must have a child; that of the block's last byte is not seen here.
+    // Parents must have a child; a child after the last byte of the block is not visible here.
     let parents = |length: u32, at_least: u64| at_least & slashes >> (length + 1) & !(slashes >> (length + 2));
-    telling |= at_least_24
+    relevant |= at_least_24
         | chosen::<3>(path, base, parents(3, at_least_3))
         | chosen::<5>(path, base, parents(5, at_least_5))
         | chosen::<6>(path, base, parents(6, at_least_6))
         | chosen::<7>(path, base, parents(7, at_least_7))
         | chosen::<11>(path, base, parents(11, at_least_11))
         | chosen::<13>(path, base, at_least_13 & !at_least_24 & !(1 << top));
-    telling
+    relevant
 }
 
 #[inline]
@@ -78,17 +78,17 @@ fn chosen<const LENGTH: usize>(path: &[u8], base: usize, mut among: u64) -> u64 
     while among != 0 {
         let lowest = among & among.wrapping_neg();
         among ^= lowest;
-        if is_telling(path, base + lowest.trailing_zeros() as usize, LENGTH) {
+        if is_relevant(path, base + lowest.trailing_zeros() as usize, LENGTH) {
             chosen |= lowest;
         }
     }
     chosen
 }
 
-/// Whether the segment behind a slash may say something. Those of 13 to 23 bytes are told by their beginning, shorter ones by their
-/// whole name; `systemd-nspawn@N.service` is the shortest of the others.
+/// Whether the segment after a slash may be relevant. Segments of 13 to 23 bytes are recognized by their prefix, shorter ones by their
+/// whole name; `systemd-nspawn@N.service` is the shortest of the longer ones.
 #[inline]
-fn is_telling(path: &[u8], slash: usize, length: usize) -> bool {
+fn is_relevant(path: &[u8], slash: usize, length: usize) -> bool {
     let (above, rest) = path.split_at_checked(slash).unwrap_or_default();
     match length {
         24.. => true,
@@ -98,7 +98,7 @@ fn is_telling(path: &[u8], slash: usize, length: usize) -> bool {
         }
         11 => rest.starts_with(b"/lxc.payload"),
         7 => rest.starts_with(b"/default") && is_top(above),
-        // With the slash behind it is one comparison of eight bytes.
+        // Including the following slash it is one comparison of eight bytes.
         6 => {
             let childless = || rest.starts_with(b"/garden/good//") || rest.starts_with(b"/garden/bad//");
             (rest.starts_with(b"/garden/") && !childless()) || (rest.starts_with(b"/k8s.io/") && is_top(above))
@@ -112,12 +112,12 @@ fn is_telling(path: &[u8], slash: usize, length: usize) -> bool {
     }
 }
 
-/// The top, or as near to it as a private cgroup namespace shows.
+/// Whether it is the top, or the outermost part that a private cgroup namespace shows.
 pub(super) fn is_top(above: &[u8]) -> bool {
     above.is_empty() || above.ends_with(b"/..")
 }
 
-/// One bit a byte. Each byte becomes a bit of its own if it is a slash, else 0, and a multiplication adds up eight of them.
+/// The slashes of a block, one bit for each byte. Each byte becomes its own bit if it is a slash, else 0; a multiplication combines eight.
 #[inline]
 fn slashes_in(block: &[u8; BLOCK]) -> u64 {
     let mut bits = [0; BLOCK];

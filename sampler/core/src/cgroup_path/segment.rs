@@ -1,28 +1,28 @@
-//! What one segment of a cgroup path says, seen at its place.
+//! Classifies one segment of a cgroup path, by its name and its position.
 //!
-//! A segment is refused on bytes, by its length, its ends and its parent's end, before anything is searched or copied: a
-//! container chooses the names of its own sub-cgroups and may choose thousands that almost match.
+//! A segment is rejected on bytes, by its length, its ends and the end of its parent, before anything is searched or copied: a container
+//! chooses the names of its own sub-cgroups and may choose thousands that almost match.
 
 use super::scan::is_top;
 use super::{Kind, Runtime};
 
-/// The hex digits of an id of docker, containerd, CRI-O or podman.
+/// Number of hex digits of an id of docker, containerd, CRI-O or podman.
 const ID: usize = 64;
-/// BuildKit's ids, base 36.
+/// Length of BuildKit's ids, in base 36.
 const BUILD_ID: usize = 25;
-/// `pod` and 32 digits.
+/// Length of `pod` and 32 digits.
 const SHORTEST_POD: usize = 35;
-/// containerd's bound.
+/// Limit of containerd.
 const MAX_CONTAINERD_ID: usize = 76;
 
-/// A container, or what is none although it looks like one. Id and name are as the path writes them.
+/// A container, or something similar that is not a container. Id and name are as in the path.
 #[derive(Clone, Copy)]
 pub(super) struct Member<'a> {
     pub kind: Kind,
     pub runtime: Option<Runtime>,
     pub id: Option<&'a str>,
     pub name: Option<&'a str>,
-    /// Both are parts of a unit's name, see [`unescape`].
+    /// Both are parts of the name of a unit, see [`unescape`].
     pub escaped: bool,
     pub root_len: usize,
 }
@@ -36,7 +36,7 @@ impl<'a> Member<'a> {
         Self { id: Some(id), ..Self::of(Kind::Container, runtime, root_len) }
     }
 
-    /// Its runtime knows it by name.
+    /// A container that its runtime identifies by name.
     fn named(runtime: Runtime, name: &'a str, root_len: usize) -> Self {
         Self { name: Some(name), ..Self::container(Some(runtime), name, root_len) }
     }
@@ -50,7 +50,7 @@ impl<'a> Member<'a> {
     }
 }
 
-/// `path[start..end]`, without its slashes.
+/// The segment `path[start..end]`, without its slashes.
 pub(super) struct Segment<'a> {
     path: &'a str,
     start: usize,
@@ -72,7 +72,7 @@ impl<'a> Segment<'a> {
         self.path.get(self.start..self.end).unwrap_or_default()
     }
 
-    /// The path above, without the slash; empty at the top.
+    /// The path of the parent, without a trailing slash; empty at the top.
     fn above(&self) -> &'a [u8] {
         self.path.as_bytes().get(..self.start.saturating_sub(1)).unwrap_or_default()
     }
@@ -102,10 +102,10 @@ impl<'a> Segment<'a> {
         Some(Segment::new(self.path, start, end))
     }
 
-    /// A monitor that is told by no id: it has no sub-cgroups, so only a path's last segment is asked.
+    /// A monitor without an id. It has no sub-cgroups, so only the last segment of a path is checked.
     pub fn monitor(&self) -> Option<Member<'a>> {
         let runtime = if self.bytes == b"conmon" {
-            // podman's with the cgroupfs manager, one for all containers of a parent.
+            // podman with the cgroupfs manager: one monitor for all containers of a parent.
             self.is_below("libpod_parent").then_some(Runtime::Podman)
         } else if self.bytes.starts_with(b"lxc.monitor.") || (self.is_below("lxc.monitor") && !self.bytes.is_empty()) {
             Some(Runtime::Lxc)
@@ -115,10 +115,10 @@ impl<'a> Segment<'a> {
         Some(Member::of(Kind::Monitor, runtime, self.end))
     }
 
-    /// The container (or sandbox, monitor, build step) that this segment is the root of, or that its child is.
+    /// The container (or sandbox, monitor, build step) with this segment, or its child, as its root.
     #[inline]
     pub fn member(&self) -> Option<Member<'a>> {
-        // The lengths first: that leaves one or two comparisons of whole words.
+        // By length first: then one or two comparisons of whole words are sufficient.
         match self.bytes.len() {
             3 if self.bytes == b"lxc" => self.lxc_parent(),
             5 if self.bytes == b"mesos" => self.mesos(),
@@ -134,7 +134,7 @@ impl<'a> Segment<'a> {
         }
     }
 
-    /// Before LXC 4.0 the name was a segment of its own.
+    /// Before LXC 4.0 the name was a separate segment.
     fn lxc_parent(&self) -> Option<Member<'a>> {
         self.child().map(|c| Member::named(Runtime::Lxc, c.text(), c.end))
     }
@@ -144,14 +144,14 @@ impl<'a> Segment<'a> {
     }
 
     fn mesos(&self) -> Option<Member<'a>> {
-        // Where Mesos keeps itself.
+        // Cgroups of Mesos itself.
         let child = self.child().filter(|child| child.bytes != b"agent" && child.bytes != b"slave")?;
         Some(Member::container(Some(Runtime::Mesos), child.text(), child.end))
     }
 
     fn garden(&self) -> Option<Member<'a>> {
         let below = self.path.as_bytes().get(self.end..).unwrap_or_default();
-        // Between these two it moves containers that use less or more CPU time than their share.
+        // Garden moves containers between these two, depending on whether they use less or more CPU time than their share.
         let between =
             ["/good", "/bad"].iter().find(|name| below.starts_with(name.as_bytes()) && below.get(name.len()) == Some(&b'/'));
         let between = between.map_or(0, |name| name.len());
@@ -159,8 +159,8 @@ impl<'a> Segment<'a> {
         Some(Member::container(Some(Runtime::Garden), child.text(), child.end))
     }
 
-    /// `/<namespace>/<id>` of nerdctl and ctr. Anybody may choose both, so only namespaces known by name count, and only at the
-    /// top, where neither systemd nor users make such a cgroup.
+    /// `/<namespace>/<id>` of nerdctl and ctr. Any user may choose both, so only well-known namespaces count, and only at the top, where
+    /// neither systemd nor users create such a cgroup.
     fn containerd(&self) -> Option<Member<'a>> {
         let child = self.child().filter(|_| is_top(self.above()))?;
         let id = child.text();
@@ -171,17 +171,17 @@ impl<'a> Segment<'a> {
         (valid && !unit).then(|| Member::container(Some(Runtime::Containerd), id, child.end))
     }
 
-    /// machined's scopes: `machine.slice/machine-NAME.scope`. libvirt registers its machines there too, virtual ones among them.
+    /// Scopes of machined: `machine.slice/machine-NAME.scope`. libvirt registers its machines there too, including virtual machines.
     #[inline]
     fn machine(&self) -> Option<Member<'a>> {
-        // Most that are not have another parent.
+        // Most segments that are not machines have another parent.
         if self.above().ends_with(b".slice") && self.bytes.ends_with(b".scope") { self.machine_in_slice() } else { None }
     }
 
     #[inline]
     fn machine_in_slice(&self) -> Option<Member<'a>> {
         let name = self.text().strip_prefix("machine-")?.strip_suffix(".scope").filter(|name| !name.is_empty())?;
-        // libvirt's names: driver, number, domain.
+        // Names of libvirt: driver, number, domain.
         let domain = |driver: &str| {
             let rest = after_dash(name, driver)?;
             let number = rest.bytes().take_while(u8::is_ascii_digit).count();
@@ -198,13 +198,13 @@ impl<'a> Segment<'a> {
         Some(Member { name: Some(short), escaped: true, ..Member::container(Some(runtime), name, self.end) })
     }
 
-    /// A rkt pod is a machine that runs a systemd, each app is a service of that. An app is what others call a container, but it
-    /// has no id of its own.
+    /// A rkt pod is a machine that runs systemd; each app is a service in it. An app corresponds to a container of other runtimes, but has
+    /// no id of its own.
     fn rkt(&self, uuid: &'a str) -> Member<'a> {
         let services = self.child().filter(|child| child.bytes == b"system.slice");
         let app = services.and_then(|services| services.child()).and_then(|service| {
             let name = service.text().strip_suffix(".service")?;
-            // The pod's own services.
+            // Services of the pod itself.
             let own = name.starts_with("systemd-") || name.contains('@') || name.is_empty();
             (!own).then_some((name, service.end))
         });
@@ -217,7 +217,7 @@ impl<'a> Segment<'a> {
         Some(Member { escaped: true, ..Member::named(Runtime::Nspawn, name, self.end) })
     }
 
-    /// Those that are known by the id at their end.
+    /// Members that are identified by the id at the end of the name.
     #[inline]
     fn oci(&self) -> Option<Member<'a>> {
         let (bare, scope) = self.bytes.strip_suffix(b".scope").map_or((self.bytes, false), |bare| (bare, true));
@@ -227,7 +227,7 @@ impl<'a> Segment<'a> {
                 if is_hex(id) { self.with_id(prefix.len(), scope) } else { None }
             }
             BUILD_ID if !scope && self.is_below("buildkit") && is_base36(bare) => self.build(),
-            // A build step under systemd; `/docker/buildkit/ID` without.
+            // A build step under systemd; without systemd it is `/docker/buildkit/ID`.
             32 if scope && bare.strip_prefix(b"docker-").is_some_and(is_base36) => {
                 Some(Member::of(Kind::Build, Some(Runtime::Docker), self.end))
             }
@@ -248,25 +248,25 @@ impl<'a> Segment<'a> {
             "" => self.bare_id(id),
             "crio-conmon-" => Some(Member::of(Kind::Monitor, Some(Runtime::CriO), self.end)),
             "libpod-conmon-" => Some(Member::of(Kind::Monitor, Some(Runtime::Podman), self.end)),
-            // Under systemd CRI-O's sandbox is the one that is no unit.
+            // Under systemd, the sandbox of CRI-O is the cgroup that is not a unit.
             "crio-" if !scope && self.above().ends_with(b".slice") => {
                 Some(Member { kind: Kind::Sandbox, ..Member::container(Some(Runtime::CriO), id, self.end) })
             }
             _ => match prefix.strip_suffix('-') {
                 Some(runtime) => container(Some(prefix_runtime(runtime)?)),
-                // A path meant for systemd, taken by a runtime that uses the file system: `X.slice:cri-containerd:ID`.
+                // A path intended for systemd, used by a runtime that uses the file system: `X.slice:cri-containerd:ID`.
                 None => {
                     let (slice, runtime) = prefix.strip_suffix(':')?.rsplit_once(':')?;
-                    let meant = !scope && (slice.is_empty() || slice.ends_with(".slice"));
-                    if meant { container(prefix_runtime(runtime)) } else { None }
+                    let for_systemd = !scope && (slice.is_empty() || slice.ends_with(".slice"));
+                    if for_systemd { container(prefix_runtime(runtime)) } else { None }
                 }
             },
         }
     }
 
-    /// An id and nothing else: at most its parent tells whose it is, because docker, for one, takes any parent.
+    /// An id and nothing else: only the parent may determine the runtime, and not always, because docker, for example, accepts any parent.
     fn bare_id(&self, id: &'a str) -> Option<Member<'a>> {
-        // A podman pod, whose containers have a prefix.
+        // A podman pod; its containers have a prefix.
         if self.is_below("libpod_parent") {
             return None;
         }
@@ -275,37 +275,37 @@ impl<'a> Segment<'a> {
         }
         let container = |runtime| Some(Member::container(runtime, id, self.end));
         match self.parent().bytes {
-            // The parent says it all.
+            // The parent itself is the member.
             b"lxc" | b"lxc.payload" | b"mesos" | b"garden" => None,
             // `actions_job`: the `--cgroup-parent` of GitHub's hosted runners.
             b"docker" | b"actions_job" => container(Some(Runtime::Docker)),
             b"default" | b"k8s.io" => container(Some(Runtime::Containerd)),
-            // What Kata runs for a sandbox outside its pod.
+            // The processes that Kata runs for a sandbox outside its pod.
             b"kata_overhead" => Some(Member { kind: Kind::Sandbox, ..Member::container(None, id, self.end) }),
             _ => container(self.is_ecs().then_some(Runtime::Ecs)),
         }
     }
 
-    /// Docker's BuildKit or one that runs on its own.
+    /// A build step of docker's BuildKit, or of a separate BuildKit.
     fn build(&self) -> Option<Member<'a>> {
         Some(Member::of(Kind::Build, self.is_below("docker/buildkit").then_some(Runtime::Docker), self.end))
     }
 
-    /// `/ecs/<task>/ID`, or with a cluster's name before the task.
+    /// `/ecs/<task>/ID`, or with the name of a cluster before the task.
     fn is_ecs(&self) -> bool {
         let task = self.parent();
         task.is_below("ecs") || (is_task(task.bytes) && task.parent().is_below("ecs"))
     }
 
-    /// The same for `/ecs/<task>` alone, at once: any number of segments may ask.
+    /// The same for `/ecs/<task>` only, in constant time: any number of segments may need this check.
     fn is_below_task(&self) -> bool {
         let above = self.above();
         let task = |length: usize| above.split_at_checked(above.len().checked_sub(length)?);
         [32, 36].into_iter().filter_map(task).any(|(above, task)| above.ends_with(b"/ecs/") && is_task(task))
     }
 
-    /// The pod that this segment is the cgroup of: `podU`, `[...-]kubepods[-<qos>]-podU.slice`, or the latter before the
-    /// colon of a segment that is a member. U is a UUID or the 32 hex digits of a static pod.
+    /// The pod with this segment as its cgroup: `podU`, `[...-]kubepods[-<qos>]-podU.slice`, or the latter before the colon of a segment
+    /// that is a member. U is a UUID or the 32 hex digits of a static pod.
     #[inline]
     pub fn pod_uid(&self, is_member: bool) -> Option<&'a str> {
         if self.bytes.len() < SHORTEST_POD {
@@ -347,14 +347,14 @@ fn prefix_runtime(prefix: &str) -> Option<Runtime> {
     }
 }
 
-/// What follows a word and a dash, escaped or not.
+/// The text after a word and a dash, which may be escaped.
 #[inline]
 fn after_dash<'a>(text: &'a str, word: &str) -> Option<&'a str> {
     let rest = text.strip_prefix(word)?;
     rest.strip_prefix("\\x2d").or_else(|| rest.strip_prefix('-'))
 }
 
-// These work on arrays and have no branches on a byte's value, so that they compile to a few vector instructions.
+// The following functions work on arrays and do not branch on the value of a byte, so that they compile to a few vector instructions.
 
 /// Lower case, as every runtime writes ids.
 fn is_hex_digit(byte: u8) -> bool {
@@ -371,7 +371,7 @@ fn is_base36(text: &[u8]) -> bool {
     text.iter().fold(true, |all, b| all & (b.is_ascii_digit() | b.is_ascii_lowercase()))
 }
 
-/// `8-4-4-4-` and the rest.
+/// `8-4-4-4-` and any number of further digits.
 #[inline]
 fn is_dashed<const N: usize>(text: &[u8; N], dash: u8) -> bool {
     let mut digits = [b'0'; 48];
@@ -385,7 +385,7 @@ fn is_uuid(text: &[u8], dash: u8) -> bool {
     text.as_array::<36>().is_some_and(|text| is_dashed(text, dash))
 }
 
-/// Garden's `8-4-4-4-4`.
+/// Ids of Garden: `8-4-4-4-4`.
 #[inline]
 fn is_garden(text: &[u8]) -> bool {
     text.as_array::<28>().is_some_and(|text| is_dashed(text, b'-'))
@@ -399,12 +399,12 @@ fn is_pod_uid(text: &[u8]) -> bool {
     }
 }
 
-/// ECS names a task by 32 hex digits, formerly by a UUID.
+/// Ids of ECS tasks: 32 hex digits, formerly a UUID.
 fn is_task(text: &[u8]) -> bool {
     is_uuid(text, b'-') || text.as_array::<32>().is_some_and(is_hex)
 }
 
-/// Fargate's `<32 hex>-<digits>`.
+/// Ids of Fargate: `<32 hex>-<digits>`.
 #[inline]
 fn is_fargate(text: &[u8]) -> bool {
     match text.split_first_chunk::<32>() {
@@ -413,7 +413,7 @@ fn is_fargate(text: &[u8]) -> bool {
     }
 }
 
-/// Undoes systemd's `\xNN`. What does not give text stays as it is.
+/// Decodes systemd's `\xNN`. A name that does not decode to UTF-8 is returned unchanged.
 fn unescape(text: &str) -> String {
     let mut bytes = Vec::with_capacity(text.len());
     let mut rest = text.as_bytes();

@@ -8,11 +8,11 @@ use super::*;
 const H: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const O: &str = "fedcba9876543210fedcba9876543210fedcba9876543210fedcba9876543210";
 const U: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
-/// A static pod's.
+/// Uid of a static pod.
 const S: &str = "0123456789abcdef0123456789abcdef";
-/// BuildKit's.
+/// Id of BuildKit.
 const B: &str = "0123456789abcdefghijklmno";
-/// Garden's.
+/// Id of Garden.
 const G: &str = "6f265890-5165-7fab-6b52-18d1";
 
 fn filled(text: &str) -> String {
@@ -24,7 +24,7 @@ fn filled(text: &str) -> String {
 }
 
 /// `kind runtime id [pod UID] [in OUTER] [name NAME]`, `-` for none.
-fn told(identity: &CgroupIdentity) -> String {
+fn summary(identity: &CgroupIdentity) -> String {
     let mut text = identity.kind.name().to_owned();
     for word in [identity.runtime.map(Runtime::name), identity.container_id.as_deref()] {
         text += " ";
@@ -38,13 +38,13 @@ fn told(identity: &CgroupIdentity) -> String {
     text
 }
 
-/// A `|` in the path ends the root; without one the whole path is it, or nothing is. `<H>` and so on stand for ids, `<V>` and `<X>`
-/// for U as systemd writes it.
+/// A `|` in the path marks the end of the root; without it the root is the whole path, or empty. `<H>` and so on are placeholders for ids,
+/// `<V>` and `<X>` for U in the notation of systemd.
 fn check(path: &str, expect: &str) {
     let (root, path) = (path.split('|').next().unwrap_or_default(), path.replace('|', ""));
     let (root, path, expect) = (filled(root), filled(&path), filled(expect));
     let got = parse(&path);
-    assert_eq!(told(&got), expect, "{path}");
+    assert_eq!(summary(&got), expect, "{path}");
     let root = if got.kind == Kind::NotContainer { "" } else { &root };
     assert_eq!(&path[..got.root_len], root, "{path}");
     assert_eq!(parse(root), got, "the root of {path}");
@@ -71,7 +71,7 @@ fn docker() {
     check("/actions_job/<H>", "container docker <H>");
     check("/batch.slice/batch-gpu.slice/docker-<H>.scope", "container docker <H>");
     check("/system.slice:docker:<H>", "container docker <H>");
-    // Any `--cgroup-parent` with the cgroupfs driver: containerd's namespaces look the same.
+    // Any `--cgroup-parent` with the cgroupfs driver; namespaces of containerd look the same.
     check("/batch/gpu/<H>", "container - <H>");
     check("/system.slice/slurmd.service/<H>", "container - <H>");
 }
@@ -106,7 +106,7 @@ fn kubernetes() {
     );
     check("/system.slice/containerd.service/kubelet-kubepods-pod<V>.slice:docker:<H>", "container docker <H> pod <U>");
     check("/kubepods/burstable/pod<U>/crio-conmon-<H>", "monitor cri-o - pod <U>");
-    // All that gVisor and Kata have on the host.
+    // The only cgroups of gVisor and Kata on the host.
     check("/kubepods/burstable/pod<U>", "pod - - pod <U>");
     check("/kubepods/burstable/pod<U>|/kata_<H>", "pod - - pod <U>");
     check("/kata_overhead/<H>", "sandbox - <H>");
@@ -147,7 +147,7 @@ fn containerd() {
     check("/k8s.io/<H>|/init.scope", "container containerd <H>");
     check("/default/redis-server_7.2|/sub", "container containerd redis-server_7.2");
     check("/k8s.io/web", "container containerd web");
-    // Only at the top, only ids, and only namespaces that are known by name.
+    // Only at the top, only ids, and only well-known namespaces.
     for other in ["/default", "/default/", "/default/web.service", "/default/a b", "/user.slice/default/web", "/mine/web"] {
         check(other, "not-container - -");
     }
@@ -176,12 +176,12 @@ fn nested() {
     check("/docker/<O>/libpod_parent/conmon", "monitor podman - in <O>");
     check("/docker/<O>|/system.slice/<H>.service", "container docker <O>");
     check("/docker/<O>|/system.slice/containerd.service", "container docker <O>");
-    // The pod is the outer container's.
+    // The pod belongs to the outer container.
     check("/kubepods/pod<U>/<O>/docker/<H>", "container docker <H> in <O>");
     check("/lxc/100/ns/docker/<H>", "container docker <H> in 100");
     check("/lxc.payload.ci/lxc.payload.job", "container lxc job in ci name job");
     check(r"/machine.slice/machine-dev\x2dbox.scope/payload/system.slice/docker-<H>.scope", "container docker <H> in dev-box");
-    // The nearest one around it.
+    // The nearest container around it.
     check("/lxc/100/docker/<O>/docker/<H>", "container docker <H> in <O>");
 }
 
@@ -211,7 +211,7 @@ fn machines() {
     check(r"/machine.slice/machine-rkt\x2d<X>.scope|/init.scope", "container rkt <U>");
     check(r"/machine.slice/machine-rkt\x2d<X>.scope|/system.slice/systemd-journald.service", "container rkt <U>");
     check(r"/machine.slice/machine-rkt\x2d<X>.scope/system.slice/web.service|/sub", "container rkt <U> name web");
-    // What does not give text is left as it is.
+    // A name that does not decode to UTF-8 is not changed.
     check(r"/machine.slice/machine-a\xffb.scope", r"container nspawn a\xffb name a\xffb");
     for other in [
         r"/machine.slice/machine-qemu\x2d1\x2dweb.scope/libvirt/emulator",
@@ -233,7 +233,7 @@ fn others() {
     check("/ecs/<U>/<H>|/sub", "container ecs <H>");
     check("/ecs/cluster/<S>/<H>", "container ecs <H>");
     check("/ecs/<S>/<S>-1234567890|/sub", "container ecs <S>-1234567890");
-    // Docker's, which knows more about it than ECS has put into the path.
+    // A container of docker: its path has more information than that of ECS.
     check("/ecstasks.slice/ecstasks-<S>.slice/docker-<H>.scope", "container docker <H>");
     check("/garden/<G>", "container garden <G>");
     check("/garden/<U>|/sub", "container garden <U>");
@@ -282,7 +282,7 @@ fn not_containers() {
     check(&format!("/docker/0{H}"), "not-container - -");
 }
 
-/// Ids, and paths that hold one container (or pod) each: (path, runtime, id, pod).
+/// A path with one container (or pod): (path, runtime, id, pod).
 #[derive(Clone, Debug)]
 struct Layer(String, Option<Runtime>, String, Option<String>);
 
@@ -311,7 +311,7 @@ fn layer() -> impl Strategy<Value = Layer> {
     })
 }
 
-/// Paths of words that mean something, almost mean something or mean nothing, of any length.
+/// Paths of words that are relevant, almost relevant or irrelevant, of any length.
 fn words() -> impl Strategy<Value = String> {
     let known = [
         "lxc",
@@ -367,7 +367,7 @@ fn words() -> impl Strategy<Value = String> {
     proptest::collection::vec(word, 0..12).prop_map(|words| words.iter().map(|word| format!("/{word}")).collect())
 }
 
-fn holds(path: &str) -> Result<(), TestCaseError> {
+fn check_invariants(path: &str) -> Result<(), TestCaseError> {
     let got = parse(path);
     let root = path.get(..got.root_len);
     prop_assert!(root.is_some());
@@ -383,16 +383,16 @@ fn holds(path: &str) -> Result<(), TestCaseError> {
 proptest! {
     #[test]
     fn any_text_is_parsed(path in "(/|\\PC)*") {
-        holds(&path)?;
+        check_invariants(&path)?;
     }
 
     #[test]
     fn any_words_are_parsed(path in words()) {
-        holds(&path)?;
+        check_invariants(&path)?;
     }
 
     #[test]
-    fn valid_paths_are_understood(layers in proptest::collection::vec(layer(), 1..4), sub in "(/[a-b]{1,9}){0,3}") {
+    fn valid_paths_are_parsed_correctly(layers in proptest::collection::vec(layer(), 1..4), sub in "(/[a-b]{1,9}){0,3}") {
         let root: String = layers.iter().map(|layer| layer.0.as_str()).collect();
         let inner = &layers[layers.len() - 1];
         let name = matches!(inner.1, Some(Runtime::Lxc | Runtime::Nspawn)).then(|| inner.2.clone());
@@ -409,9 +409,9 @@ proptest! {
         prop_assert_eq!(parse(&format!("{root}{sub}")), expect);
     }
 
-    /// Looking at many segments at once finds what looking at each would.
+    /// The scan of many segments at once visits every segment that an individual check recognizes.
     #[test]
-    fn no_telling_segment_is_passed_over(path in words()) {
+    fn no_relevant_segment_is_skipped(path in words()) {
         let mut visited = Vec::new();
         scan::leaf_to_root(path.as_bytes(), |start, end| {
             visited.push((start, end));
@@ -422,8 +422,8 @@ proptest! {
         for text in path.split('/').skip(1) {
             let end = start + text.len();
             let segment = Segment::new(&path, start, end);
-            let telling = segment.member().is_some() || segment.pod_uid(false).is_some();
-            prop_assert!(!telling || visited.contains(&(start, end)), "{path}: {text}");
+            let relevant = segment.member().is_some() || segment.pod_uid(false).is_some();
+            prop_assert!(!relevant || visited.contains(&(start, end)), "{path}: {text}");
             start = end + 1;
         }
     }

@@ -1,12 +1,12 @@
-//! The tree of cgroups per hierarchy, and which container each belongs to.
+//! The tree of cgroups of each hierarchy, and the container of each cgroup.
 //!
 //! ```text
 //!            parent known up to the root             removed, or not found by a scan          60 s, or too many
 //!  unplaced ----------------------------> placed ----------------------------------> removed ------------------> forgotten
 //! ```
-//! Promises: one identity per container, over all hierarchies and sub-cgroups; a removed cgroup still resolves for
-//! [`KEEP_REMOVED_NS`], a renamed one as of the time asked about; a cgroup that is not placed is unknown, not the host's. Paths are
-//! joined here from parent and name, so they are never cut.
+//! Guarantees: one identity for each container, over all hierarchies and sub-cgroups; a removed cgroup still resolves for
+//! [`KEEP_REMOVED_NS`]; a renamed cgroup resolves as of the requested time; a cgroup that is not placed is unknown and does not count as
+//! the host. Paths are joined here from parents and names, so they are never truncated.
 
 use std::collections::{BTreeSet, HashMap, VecDeque};
 
@@ -16,14 +16,14 @@ use crate::cgroup_path::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, CgroupMembership};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
-/// Removed cgroups stay resolvable this long: no sample is older.
+/// Removed cgroups can be resolved for this long: no sample is older.
 pub const KEEP_REMOVED_NS: u64 = 60_000_000_000;
-/// More removed cgroups than this are given up, oldest first, and counted: a minute of 500 containers a second.
+/// Maximum number of removed cgroups (a minute of 500 containers a second). Beyond it the oldest are dropped and counted.
 const MAX_REMOVED: usize = 65_536;
-/// Deeper trees than this are not placed; a path that a process can name is far shorter.
+/// Cgroups deeper than this are not placed; a path that a process can use is far shorter.
 const MAX_DEPTH: usize = 4096;
-/// Former containers that a cgroup renamed again and again remembers.
-const MAX_WAS: usize = 16;
+/// Maximum number of former containers kept for a cgroup that is renamed repeatedly.
+const MAX_FORMER: usize = 16;
 
 #[derive(Clone, Debug)]
 struct Node {
@@ -34,22 +34,22 @@ struct Node {
     created: BootNs,
     creation_seen: bool,
     removed: Option<Removed>,
-    /// Every ancestor is placed, so `container` is the answer.
+    /// Every ancestor is placed, so `container` is valid.
     placed: bool,
     container: Option<ContainerKey>,
-    /// What it was before it, or an ancestor, was renamed, oldest first.
+    /// Its containers before it, or an ancestor, was renamed, oldest first.
     #[expect(clippy::box_collection, reason = "a rename is rare, and every cgroup pays for this field")]
-    was: Option<Box<Vec<Was>>>,
+    former: Option<Box<Vec<FormerContainer>>>,
     generation: u32,
 }
 
 /// `(until, container)`.
-type Was = (BootNs, Option<ContainerKey>);
+type FormerContainer = (BootNs, Option<ContainerKey>);
 
 #[derive(Clone, Copy, Debug)]
 struct Removed {
     at: BootNs,
-    /// By an event, not because a scan did not find it.
+    /// An event reported the removal; otherwise a scan did not find the cgroup.
     observed: bool,
 }
 
@@ -60,19 +60,19 @@ pub struct Cgroups {
     children: BTreeSet<(CgroupKey, CgroupKey)>,
     containers: Containers,
     removed: VecDeque<(BootNs, CgroupKey)>,
-    /// Those that wait for their parent to be placed.
+    /// Cgroups that wait for their parent to be placed, by parent.
     orphans: HashMap<CgroupKey, Vec<CgroupKey>>,
     generation: u32,
-    /// Removed cgroups given up before their time.
+    /// Removed cgroups and gone containers that were dropped before their time.
     pub evicted: u64,
 }
 
 impl Cgroups {
-    /// True when a scan's word contradicts the table, so an event must have been lost.
+    /// Returns true when the finding of a scan contradicts the table, so an event must have been lost.
     pub fn apply(&mut self, fact: &CgroupFact) -> bool {
         match fact.change {
             CgroupChange::Removed => {
-                // Not known yet: remembered as gone, so that a scan that still saw it does not bring it back.
+                // Unknown cgroups are inserted as removed, so that a scan that still found them does not add them again.
                 self.insert(fact);
                 self.remove(fact.key, fact.at, true);
             }
@@ -93,7 +93,7 @@ impl Cgroups {
             return true;
         };
         match node.removed {
-            // The scan saw the directory just before it went.
+            // The scan found the directory just before it was removed.
             Some(Removed { observed: true, .. }) => false,
             Some(Removed { observed: false, .. }) => {
                 self.forget(fact.key);
@@ -103,7 +103,7 @@ impl Cgroups {
             }
             None => {
                 node.generation = generation;
-                // An event that is newer than the scan has the last word.
+                // An event that is newer than the scan takes precedence.
                 let renamed = *node.name != *fact.name && node.named < fact.at;
                 if renamed {
                     self.rename(fact);
@@ -126,7 +126,7 @@ impl Cgroups {
             removed: None,
             placed: false,
             container: None,
-            was: None,
+            former: None,
             generation: self.generation,
         };
         self.nodes.insert(fact.key, node);
@@ -136,7 +136,7 @@ impl Cgroups {
         self.identify(fact.key);
     }
 
-    /// Places a cgroup whose parent is, and then those that waited for it.
+    /// Places a cgroup if its parent is placed, and then those that waited for it.
     fn identify(&mut self, key: CgroupKey) {
         let mut due = vec![key];
         while let Some(key) = due.pop() {
@@ -156,23 +156,23 @@ impl Cgroups {
         let identity = parse(&path);
         let container = match identity.kind {
             Kind::Container | Kind::Sandbox if identity.container_id.is_some() => self.container_for(key, &path, identity),
-            // A monitor, a build step or a pod's own cgroup inside a container is of that container.
+            // A monitor, a build step or a pod's own cgroup inside a container belongs to that container.
             _ if identity.outer_container_id.is_some() => self.parent_container(key),
             _ => None,
         };
         let Some(node) = self.nodes.get_mut(&key) else { return };
         (node.container, node.placed) = (container, true);
-        // Gone before it could be placed: its container must not wait for a removal that was told already.
+        // Removed before it could be placed: its container must not wait for a removal that was already reported.
         if let (Some(container), Some(removed)) = (container, node.removed) {
-            self.containers.leave(container, key, removed.at);
+            self.containers.remove_root(container, key, removed.at);
         }
     }
 
-    /// Below a container's root it is the root's container, whatever other hierarchies know by the same id.
+    /// A cgroup below a container's root belongs to the root's container, even if another hierarchy has a container with the same id.
     fn container_for(&mut self, key: CgroupKey, path: &str, identity: CgroupIdentity) -> Option<ContainerKey> {
         if path.len() == identity.root_len {
             let node = self.nodes.get(&key)?;
-            return Some(self.containers.at_root(key, path, identity, node.created, node.creation_seen));
+            return Some(self.containers.add_root(key, path, identity, node.created, node.creation_seen));
         }
         let up = path.get(identity.root_len..)?.split('/').filter(|name| !name.is_empty()).count();
         let root = std::iter::successors(Some(key), |key| self.nodes.get(key)?.parent).nth(up)?;
@@ -191,11 +191,11 @@ impl Cgroups {
         node.removed = Some(Removed { at, observed });
         self.removed.push_back((at, key));
         if let Some(container) = node.container {
-            self.containers.leave(container, key, at);
+            self.containers.remove_root(container, key, at);
         }
     }
 
-    /// Only v1 can do it. Everything below changes its path too.
+    /// Only v1 supports renames. The paths of all descendants change too.
     fn rename(&mut self, fact: &CgroupFact) {
         let Some(node) = self.nodes.get_mut(&fact.key) else { return };
         (node.name, node.named) = (fact.name.as_str().into(), fact.at);
@@ -208,14 +208,14 @@ impl Cgroups {
             if node.container == before {
                 continue;
             }
-            let was = node.was.get_or_insert_default();
-            was.retain(|(until, _)| fact.at.saturating_since(*until) < KEEP_REMOVED_NS);
-            if was.len() >= MAX_WAS {
-                was.remove(0);
+            let former = node.former.get_or_insert_default();
+            former.retain(|(until, _)| fact.at.saturating_since(*until) < KEEP_REMOVED_NS);
+            if former.len() >= MAX_FORMER {
+                former.remove(0);
             }
-            was.push((fact.at, before));
+            former.push((fact.at, before));
             if let Some(container) = before {
-                self.containers.leave(container, key, fact.at);
+                self.containers.remove_root(container, key, fact.at);
             }
         }
     }
@@ -225,7 +225,7 @@ impl Cgroups {
         self.children.range((parent, first)..=(parent, last)).map(|(_, child)| *child)
     }
 
-    /// The whole path within its hierarchy; `None` while an ancestor is unknown.
+    /// The full path within its hierarchy; `None` while an ancestor is unknown.
     pub fn path(&self, key: CgroupKey) -> Option<String> {
         let mut names = Vec::new();
         let mut at = key;
@@ -245,51 +245,52 @@ impl Cgroups {
         None
     }
 
-    /// The cgroup that is at a path now, v2 first.
+    /// The cgroup that currently has this path, v2 first.
     pub fn at_path(&self, path: &str) -> Option<CgroupKey> {
         let mut roots: Vec<CgroupKey> = self.nodes.iter().filter(|(_, n)| n.parent.is_none()).map(|(key, _)| *key).collect();
         roots.sort_unstable();
-        let is = |key: &CgroupKey, name: &str| self.nodes.get(key).is_some_and(|n| n.removed.is_none() && *n.name == *name);
+        let has_name = |key: &CgroupKey, name: &str| self.nodes.get(key).is_some_and(|n| n.removed.is_none() && *n.name == *name);
         let names: Vec<&str> = path.split('/').filter(|name| !name.is_empty()).collect();
-        let down = |root: CgroupKey| names.iter().try_fold(root, |at, name| self.children_of(at).find(|child| is(child, name)));
-        roots.into_iter().find_map(down)
+        let child = |at, name: &str| self.children_of(at).find(|child| has_name(child, name));
+        let descend = |root: CgroupKey| names.iter().try_fold(root, |at, name| child(at, name));
+        roots.into_iter().find_map(descend)
     }
 
-    /// The container of a process's place at a time: v2 first, then the followed v1 hierarchy (on a hybrid host v2 may say nothing).
-    /// Host only when every hierarchy says so.
-    pub fn container_of(&self, place: &CgroupMembership, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
-        let mut answer = Err(UnknownCgroup);
+    /// The container of a membership at a time: by v2, then by the followed v1 hierarchy (on a hybrid host processes may be in v2's root).
+    /// `None`, which means the host, only if no hierarchy has a container and none is unknown.
+    pub fn container_of(&self, membership: &CgroupMembership, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
+        let mut result = Err(UnknownCgroup);
         let mut unknown = false;
-        for key in place.keys() {
+        for key in membership.keys() {
             let Some(node) = self.nodes.get(&key).filter(|node| node.placed) else {
                 unknown = true;
                 continue;
             };
-            let was = node.was.iter().flat_map(|was| was.iter()).find(|(until, _)| at < *until);
-            let container = was.map_or(node.container, |(_, container)| *container);
+            let former = node.former.iter().flat_map(|all| all.iter()).find(|(until, _)| at < *until);
+            let container = former.map_or(node.container, |(_, container)| *container);
             if container.is_some() {
                 return Ok(container);
             }
-            answer = Ok(None);
+            result = Ok(None);
         }
-        if unknown { Err(UnknownCgroup) } else { answer }
+        if unknown { Err(UnknownCgroup) } else { result }
     }
 
-    /// The container that a cgroup belongs to now.
+    /// The current container of a cgroup.
     pub fn container_at(&self, key: CgroupKey) -> Option<ContainerKey> {
         self.nodes.get(&key)?.container
     }
 
-    /// The path that says most about a place: the container's, else v2's, else v1's.
-    pub fn path_of(&self, place: &CgroupMembership) -> Option<String> {
+    /// The most informative path of a membership: the one in a container, else the first of v2 and v1 that is not the root, else any.
+    pub fn path_of(&self, membership: &CgroupMembership) -> Option<String> {
         let in_container = |key: &CgroupKey| self.nodes.get(key).is_some_and(|n| n.container.is_some());
-        let telling = |path: &String| path != "/";
-        let paths = || place.keys().filter_map(|key| self.path(key));
-        place
+        let is_below_root = |path: &String| path != "/";
+        let paths = || membership.keys().filter_map(|key| self.path(key));
+        membership
             .keys()
             .find(in_container)
             .and_then(|key| self.path(key))
-            .or_else(|| paths().find(telling))
+            .or_else(|| paths().find(is_below_root))
             .or_else(|| paths().next())
     }
 
@@ -301,13 +302,13 @@ impl Cgroups {
         self.containers.get(key)
     }
 
-    /// Keys and names of the cgroups that are there.
+    /// Keys and names of the existing cgroups.
     #[cfg(test)]
     pub fn living(&self) -> impl Iterator<Item = (CgroupKey, &str)> {
         self.nodes.iter().filter(|(_, n)| n.removed.is_none()).map(|(key, n)| (*key, &*n.name))
     }
 
-    /// (nodes, bytes held by them).
+    /// Number of nodes, and their size in bytes.
     pub fn size(&self) -> (usize, usize) {
         let names: usize = self.nodes.values().map(|n| n.name.len() + 16).sum();
         let buckets = super::exited::buckets(self.nodes.capacity());
@@ -323,7 +324,7 @@ impl Cgroups {
         self.generation = self.generation.wrapping_add(1);
     }
 
-    /// Removes what the scan that began at `began` did not find, unless it was made since. Returns how many.
+    /// Removes cgroups that the scan that began at `began` did not find, unless they were created later. Returns their number.
     pub fn sweep(&mut self, began: BootNs) -> u64 {
         let stale = |n: &Node| n.removed.is_none() && n.generation != self.generation && n.created < began;
         let gone: Vec<CgroupKey> = self.nodes.iter().filter(|(_, n)| stale(n)).map(|(key, _)| *key).collect();
@@ -339,7 +340,7 @@ impl Cgroups {
         }
     }
 
-    /// `used`: containers with GPU time, whose series outlive them.
+    /// `used`: whether a container has GPU time; its series outlive it.
     pub fn expire(&mut self, now: BootNs, used: impl Fn(ContainerKey) -> bool) {
         let mut forgotten = false;
         while let Some(&(at, key)) = self.removed.front() {
@@ -363,6 +364,6 @@ impl Cgroups {
     }
 }
 
-/// A process's cgroup that no event and no scan has named, or whose ancestors none has.
+/// The cgroup of a process, or one of its ancestors, was not reported by any event or scan.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct UnknownCgroup;

@@ -1,7 +1,7 @@
-//! Containers as their root cgroups tell them: one per container over all hierarchies.
+//! Containers, derived from their root cgroups: one entry for each container over all hierarchies.
 //!
-//! The same id in two hierarchies is one container; in one hierarchy it is two, unless the first is gone: a container can name
-//! a cgroup of its own after another container, and must not be taken for it.
+//! The same id in two hierarchies is one container. Twice in one hierarchy it is two containers, unless the first is gone: a container can
+//! name one of its own cgroups after another container, and must not be mistaken for it.
 
 use std::collections::{HashMap, HashSet, VecDeque};
 use std::sync::Arc;
@@ -11,22 +11,22 @@ use super::table::Table;
 use crate::cgroup_path::CgroupIdentity;
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
-/// A container as its cgroups tell it. Never changes; labels live elsewhere.
+/// A container as derived from its cgroups. Immutable; labels are stored elsewhere.
 #[derive(Clone, Debug)]
 pub struct ContainerRecord {
     pub key: ContainerKey,
-    /// The `id` label: the container root's cgroup path. Never blank.
+    /// The `id` label: the cgroup path of the container's root. Never empty.
     pub cgroup_path: String,
     pub identity: CgroupIdentity,
     /// When its cgroup was created, or first seen by the startup scan.
     pub created: BootNs,
-    /// False when it was there before the agent, so `created` is only "first seen".
+    /// False when the container is older than the agent, so that `created` is only the time of the first sighting.
     pub creation_seen: bool,
 }
 
-/// Containers with GPU time outlive their cgroups this long, because their series do; others no longer than the cgroups.
+/// Containers with GPU time are kept for this long after their cgroups are gone, because their series are; others as long as the cgroups.
 pub const KEEP_GONE_NS: u64 = 330_000_000_000;
-/// More that are gone than this are given up, oldest first, those without GPU time before others, and counted.
+/// Maximum number of containers that are gone. Beyond it they are dropped and counted, oldest first, those without GPU time before others.
 const MAX_GONE: usize = 16_384;
 
 #[derive(Clone, Debug)]
@@ -37,22 +37,22 @@ pub struct Container {
     pub gone: Option<BootNs>,
 }
 
-/// What changed for the label pipeline.
+/// A change of the set of containers, for the label pipeline.
 #[derive(Clone, Debug)]
 pub enum ContainerChange {
     Appeared(Arc<ContainerRecord>),
     Gone(ContainerKey, BootNs),
-    /// Forgotten: nothing will ask about it any more.
+    /// Dropped: it will not be looked up any more.
     Evicted(ContainerKey),
 }
 
-/// Ids of the outer container, where there is one, and of the container; the name, because the apps of a rkt pod share an id.
+/// Id of the outer container, if there is one; id of the container; and its name, because the apps of a rkt pod share an id.
 type Name = (Option<String>, String, Option<String>);
 
 #[derive(Debug, Default)]
 pub(super) struct Containers {
     all: Table<ContainerKey, Container>,
-    /// The living one of that name that was found first.
+    /// The living container of that name that was found first.
     by_name: HashMap<Name, ContainerKey>,
     /// In the order of their end.
     gone: VecDeque<ContainerKey>,
@@ -61,8 +61,8 @@ pub(super) struct Containers {
 }
 
 impl Containers {
-    /// The container whose root this cgroup is.
-    pub fn at_root(
+    /// The container with this root cgroup.
+    pub fn add_root(
         &mut self,
         root: CgroupKey,
         path: &str,
@@ -92,8 +92,8 @@ impl Containers {
         key
     }
 
-    /// A container whose last root is gone is gone.
-    pub fn leave(&mut self, key: ContainerKey, root: CgroupKey, at: BootNs) {
+    /// Removes a root. A container without roots is gone.
+    pub fn remove_root(&mut self, key: ContainerKey, root: CgroupKey, at: BootNs) {
         if let Some(container) = self.all.get_mut(&key)
             && container.roots.remove(&root)
             && container.roots.is_empty()
@@ -102,7 +102,7 @@ impl Containers {
             container.gone = Some(at);
             self.gone.push_back(key);
             self.changes.push(ContainerChange::Gone(key, at));
-            // Its id may come back (a restarted docker container): that is a new container with a new key.
+            // Its id may reappear (a restarted docker container): that is a new container with a new key.
             if self.by_name.get(&container.name) == Some(&key) {
                 self.by_name.remove(&container.name);
             }
@@ -121,7 +121,7 @@ impl Containers {
         std::mem::take(&mut self.changes)
     }
 
-    /// Returns how many were given up before their time.
+    /// Returns the number of containers dropped before their time.
     pub fn expire(&mut self, now: BootNs, used: impl Fn(ContainerKey) -> bool) -> u64 {
         let over = self.gone.len().saturating_sub(MAX_GONE);
         let unused = if over == 0 { 0 } else { self.gone.iter().filter(|key| !used(**key)).count().min(over) };

@@ -1,7 +1,8 @@
-//! Processes that have ended, for as long as samples may still name them.
+//! Processes that have ended, kept for as long as samples may still name them.
 //!
-//! Two queues in the order of ending, one for processes of containers, one for all others: when [`EXITED_BYTES`] are reached the
-//! others go first. Per queue an index to the newest life of a pid; each entry knows how far back the one before it stands.
+//! Two queues in the order of ending, one for processes of containers, one for all others: when [`EXITED_BYTES`] is reached, the others are
+//! dropped first. Each queue has an index to the newest process of a pid; each entry stores the distance to the previous process of its
+//! pid.
 
 use std::collections::VecDeque;
 
@@ -10,22 +11,22 @@ use super::table::Table;
 use crate::observation::CgroupMembership;
 use crate::units::{BootNs, Tgid};
 
-/// Three times NVML's ring of ~10 s, and a little.
+/// Three times the length of NVML's sample buffer (about 10 s), plus a margin.
 pub const KEEP_EXITED_NS: u64 = 40_000_000_000;
-/// All that exited processes may take, spare capacity included: 30 s of 10,000 exits a second.
+/// Memory limit of exited processes, including spare capacity: 30 s of 10,000 exits a second.
 pub const EXITED_BYTES: usize = 40 << 20;
-/// A queue grows by a quarter, so at most that much of it is spare.
+/// A queue grows by a quarter, so at most a quarter of it is spare.
 const GROWTH: usize = 4;
 const SMALLEST: usize = 1024;
-/// What one entry takes: itself, the spare room of its queue, and two slots of an index that has just doubled.
+/// Memory of one entry: itself, its part of the spare capacity of the queue, and its slots in an index that has just doubled.
 const ENTRY_BYTES: usize = size_of::<ExitedProcess>() + size_of::<ExitedProcess>() / GROWTH + 3 * (size_of::<(Tgid, u64)>() + 1);
 
-/// How an end came to be known.
+/// How the end of a process was detected.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum EndedBy {
-    /// The kernel said so; nothing that is seen later can be the same life.
+    /// By a kernel event; no later sighting can be the same process.
     Event,
-    /// It was not found, or another took its pid: it may turn out to live.
+    /// It was not found, or its pid was reused: it may turn out to be alive.
     Inference,
 }
 
@@ -34,23 +35,24 @@ struct ExitedProcess {
     start: BootNs,
     end: BootNs,
     tgid: Tgid,
-    /// How many entries back in the queue the same pid's previous life is; 0 for none. The top bit: the end was only inferred.
+    /// Distance, in entries of the queue, to the previous process with the same pid; 0 for none. The top bit is set if the end was
+    /// inferred.
     back: u32,
-    /// The only place it ever had, unless there are more.
-    place: CgroupMembership,
-    /// The last; 0 for none.
+    /// Its only membership, unless `past` has several.
+    membership: CgroupMembership,
+    /// The last exec; 0 for none.
     exec: BootNs,
     past: Option<Box<ExitedHistory>>,
 }
 
-/// Of one that moved, or called exec more than once: all places, and the execs before the last.
+/// For a process that moved or called exec more than once: all intervals, and the execs before the last one.
 #[derive(Clone, Debug)]
 struct ExitedHistory {
-    runs: Box<[ObservedInterval]>,
+    intervals: Box<[ObservedInterval]>,
     execs: Box<[BootNs]>,
 }
 
-/// Top bit of [`ExitedProcess::back`]; a queue is far shorter than what is left.
+/// Top bit of [`ExitedProcess::back`]; a queue is far shorter than the remaining bits can count.
 const INFERRED: u32 = 1 << 31;
 
 impl ExitedProcess {
@@ -64,9 +66,9 @@ impl ExitedProcess {
 
     fn extra(&self) -> usize {
         let bytes = |past: &ExitedHistory| {
-            size_of_val(past) + size_of_val::<[ObservedInterval]>(&past.runs) + size_of_val::<[BootNs]>(&past.execs)
+            size_of_val(past) + size_of_val::<[ObservedInterval]>(&past.intervals) + size_of_val::<[BootNs]>(&past.execs)
         };
-        // Each allocation has a head.
+        // Each allocation has a header.
         self.past.as_deref().map_or(0, |past| bytes(past) + 3 * 16)
     }
 }
@@ -97,7 +99,7 @@ impl Queue {
             self.newest.remove(&entry.tgid);
         }
         self.first += 1;
-        // Emptied while the other queue fills, it must give its room up; growing again costs no more than having shrunk.
+        // A queue that empties while the other one fills must release its memory; growing again costs no more than shrinking did.
         if self.entries.len() < self.entries.capacity() / 2 && self.entries.capacity() > 4 * SMALLEST {
             self.entries.shrink_to(self.entries.len() + self.entries.len() / GROWTH);
             self.newest.shrink_to(self.newest.len());
@@ -105,8 +107,8 @@ impl Queue {
         Some(entry)
     }
 
-    /// The lives of a pid, newest first.
-    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
+    /// The processes with that pid, newest first.
+    fn with_pid(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
         let entry = |seq: u64| Some((seq, self.entries.get(usize::try_from(seq.checked_sub(self.first)?).ok()?)?));
         let newest = self.newest.get(&tgid).and_then(|seq| entry(*seq));
         let before = move |(seq, found): &(u64, &ExitedProcess)| match found.back() {
@@ -121,7 +123,7 @@ impl Queue {
     }
 }
 
-/// Slots of a hash table that offers this capacity: it fills seven eighths.
+/// Number of slots of a hash table with this capacity: seven eighths of the slots are usable.
 pub(super) fn buckets(capacity: usize) -> usize {
     if capacity == 0 { 0 } else { (capacity * 8 / 7).next_power_of_two() }
 }
@@ -135,23 +137,23 @@ pub(super) struct Exited {
 }
 
 impl Exited {
-    /// `runs` and `execs`: all of them, oldest first.
+    /// `intervals` and `execs`: all of them, oldest first.
     pub fn push(
         &mut self,
         tgid: Tgid,
         (start, end): (BootNs, BootNs),
-        runs: &[ObservedInterval],
+        intervals: &[ObservedInterval],
         execs: &[BootNs],
         ended_by: EndedBy,
         keep: bool,
     ) {
-        let Some(first) = runs.first() else { return };
+        let Some(first) = intervals.first() else { return };
         let (exec, earlier) = execs.split_last().map_or((BootNs(0), &[][..]), |(last, earlier)| (*last, earlier));
-        // A first place that begins with a move is not known before it.
-        let simple = runs.len() == 1 && (!first.exact || first.first <= start) && earlier.is_empty();
-        let past = (!simple).then(|| Box::new(ExitedHistory { runs: runs.into(), execs: earlier.into() }));
+        // If the first interval begins with a move, the membership before it is not known.
+        let simple = intervals.len() == 1 && (!first.exact || first.first <= start) && earlier.is_empty();
+        let past = (!simple).then(|| Box::new(ExitedHistory { intervals: intervals.into(), execs: earlier.into() }));
         let back = if ended_by == EndedBy::Event { 0 } else { INFERRED };
-        let entry = ExitedProcess { start, end: end.max(start), tgid, back, place: first.place, exec, past };
+        let entry = ExitedProcess { start, end: end.max(start), tgid, back, membership: first.membership, exec, past };
         self.extra_bytes += entry.extra();
         if keep {
             self.kept.push(entry)
@@ -165,23 +167,23 @@ impl Exited {
         }
     }
 
-    fn of(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
-        self.kept.of(tgid).chain(self.others.of(tgid))
+    fn with_pid(&self, tgid: Tgid) -> impl Iterator<Item = &ExitedProcess> {
+        self.kept.with_pid(tgid).chain(self.others.with_pid(tgid))
     }
 
-    /// Whether a life of that pid has ended like this.
+    /// Whether a process with that pid matches, by its start and the way its end was detected.
     pub fn has(&self, tgid: Tgid, wanted: impl Fn(BootNs, EndedBy) -> bool) -> bool {
-        self.of(tgid).any(|entry| wanted(entry.start, entry.ended_by()))
+        self.with_pid(tgid).any(|entry| wanted(entry.start, entry.ended_by()))
     }
 
-    /// Gives start, end, places and execs of each life.
-    pub fn each(&self, tgid: Tgid, mut give: impl FnMut(BootNs, BootNs, &[ObservedInterval], Vec<BootNs>)) {
-        for entry in self.of(tgid) {
-            let only = [ObservedInterval { place: entry.place, first: entry.start, last: entry.end, exact: false }];
-            let runs = entry.past.as_ref().map_or(&only[..], |past| &past.runs);
+    /// Calls `visit` with start, end, intervals and execs of each process with that pid.
+    pub fn each(&self, tgid: Tgid, mut visit: impl FnMut(BootNs, BootNs, &[ObservedInterval], Vec<BootNs>)) {
+        for entry in self.with_pid(tgid) {
+            let only = [ObservedInterval { membership: entry.membership, first: entry.start, last: entry.end, exact: false }];
+            let intervals = entry.past.as_ref().map_or(&only[..], |past| &past.intervals);
             let earlier = entry.past.iter().flat_map(|past| past.execs.iter()).copied();
             let last = (entry.exec != BootNs(0)).then_some(entry.exec);
-            give(entry.start, entry.end, runs, earlier.chain(last).collect());
+            visit(entry.start, entry.end, intervals, earlier.chain(last).collect());
         }
     }
 

@@ -1,17 +1,17 @@
-//! Which entries of the living to check against /proc, and when one of them counts as dead.
+//! Liveness checks: which living processes of the table to check against /proc, and when one of them counts as dead.
 //!
 //! ```text
-//!            checked, alive                       checked again a second later, still not there
-//!  unsuspected ----------> unsuspected    suspected -------------------------------------------> dead
-//!            checked, not there                   checked again, alive: the look was wrong
-//!  unsuspected ----------> suspected      suspected -------------------------------------------> unsuspected
+//!            checked, alive                       checked again a second later, still absent
+//!  unsuspected ----------> unsuspected    suspected -----------------------------------------> dead
+//!            checked, absent                      checked again, alive: the first check was wrong
+//!  unsuspected ----------> suspected      suspected -----------------------------------------> unsuspected
 //! ```
-//! Events keep the table right, and counted losses lead to a scan. This check is for losses that no counter reports. It must not take
-//! a process for dead whose exit event is still on its way, hence two checks, each after the rings were drained.
+//! Events keep the table correct, and counted losses cause a scan. This check detects losses that no counter reports. A process with an
+//! exit event that is still in a ring must not count as dead, hence two checks, each after the rings were drained.
 //!
-//! Promises: a round takes [`ROUND`] unless that is more than [`MOST_A_SECOND`] entries a second; then it takes longer.
+//! Bounds: a round takes [`ROUND`] seconds, or longer if that would be more than [`MOST_A_SECOND`] entries a second.
 //!
-//! Not here: looking into /proc, and what becomes of the entry.
+//! Reading /proc and ending the entry are the caller's tasks.
 
 use std::collections::VecDeque;
 
@@ -22,10 +22,10 @@ use crate::units::{BootNs, Tgid};
 pub const ROUND: usize = 120;
 /// A check takes some 15 us of processor time, so this many take 0.15 % of a core (`cargo xtask bench counters`).
 pub const MOST_A_SECOND: usize = 100;
-/// An exit event is read long before this; a program that is preempted at the wrong moment still delivers it.
+/// An exit event is read long before this time, even if the BPF program was preempted before it submitted the event.
 const CONFIRM_AFTER_NS: u64 = 1_000_000_000;
 
-/// An entry of the table: the process that had the pid.
+/// An entry of the table: a process identified by pid and start.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PidEntry {
     pub tgid: Tgid,
@@ -38,18 +38,18 @@ struct Suspect {
     since: BootNs,
 }
 
-/// The round and who is suspected.
+/// State of the current round, and the suspects.
 #[derive(Debug, Default)]
 pub struct Liveness {
     /// Still to be checked in this round.
     left: Vec<Tgid>,
     a_second: usize,
-    /// Longest suspected first. As many as are checked in a few seconds at most.
+    /// Longest suspected first. At most as many as are checked in a few seconds.
     suspects: VecDeque<Suspect>,
 }
 
 impl Liveness {
-    /// The entries to check now; to be called once a second, after the rings were drained.
+    /// The entries to check now. Call it once a second, after the rings were drained.
     pub fn due(&mut self, now: BootNs, processes: &Processes) -> Vec<PidEntry> {
         if self.left.is_empty() {
             self.left.extend(processes.living().map(|(tgid, ..)| tgid));
@@ -62,13 +62,13 @@ impl Liveness {
         let entry = |tgid| processes.living_start(tgid).map(|start| PidEntry { tgid, start });
         let fresh = next.into_iter().filter_map(entry);
         due.extend(fresh.filter(|entry| !self.suspects.iter().any(|suspect| suspect.entry == *entry)));
-        // Its end was reported in the meantime, or the table has the successor: nothing is left to check.
+        // Entries with an end that was reported in the meantime, or that a successor has replaced, need no check.
         due.retain(|entry| processes.living_start(entry.tgid) == Some(entry.start));
         self.suspects.retain(|suspect| processes.living_start(suspect.entry.tgid) == Some(suspect.entry.start));
         due
     }
 
-    /// What a check of a due entry found at `now`. True when the process is dead beyond doubt.
+    /// Records the result of a check of a due entry at `now`. Returns true when the process is certainly dead.
     pub fn checked(&mut self, entry: PidEntry, alive: bool, now: BootNs) -> bool {
         let suspected = self.suspects.iter().position(|suspect| suspect.entry == entry);
         match (alive, suspected) {
@@ -98,17 +98,17 @@ mod tests {
     use crate::observation::{CgroupMembership, ProcessChange, ProcessFact};
 
     const SECOND: u64 = 1_000_000_000;
-    const PLACE: CgroupMembership = CgroupMembership { v2_id: 1, v1_id: 0, v1_hierarchy: 0 };
+    const MEMBERSHIP: CgroupMembership = CgroupMembership { v2_id: 1, v1_id: 0, v1_hierarchy: 0 };
 
-    fn event(to: &mut Processes, change: ProcessChange, pid: u32, start: u64, at: u64) {
-        let fact = ProcessFact { change, tgid: Tgid(pid), start: BootNs(start), at: BootNs(at), place: PLACE };
-        to.apply(&fact, |_| true);
+    fn apply_event(processes: &mut Processes, change: ProcessChange, pid: u32, start: u64, at: u64) {
+        let fact = ProcessFact { change, tgid: Tgid(pid), start: BootNs(start), at: BootNs(at), membership: MEMBERSHIP };
+        processes.apply(&fact, |_| true);
     }
 
     fn living(pids: std::ops::Range<u32>) -> Processes {
         let mut processes = Processes::default();
         for pid in pids {
-            event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, pid, u64::from(pid), u64::from(pid));
+            apply_event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, pid, u64::from(pid), u64::from(pid));
         }
         processes
     }
@@ -118,7 +118,7 @@ mod tests {
     }
 
     #[test]
-    fn a_round_covers_the_table_in_two_minutes_evenly() {
+    fn a_round_covers_the_table_evenly_in_two_minutes() {
         let check = |n: u32, seconds: usize, most: usize| {
             let (processes, mut liveness) = (living(1..n + 1), Liveness::default());
             let mut seen = Vec::new();
@@ -143,12 +143,12 @@ mod tests {
     }
 
     #[test]
-    fn dead_only_at_a_second_check_a_second_later() {
+    fn a_process_is_dead_only_after_two_checks_a_second_apart() {
         let (processes, mut liveness) = (living(7..8), Liveness::default());
         let at = BootNs(10 * SECOND);
         assert_eq!(liveness.due(at, &processes), [entry(7)]);
         assert!(!liveness.checked(entry(7), false, at));
-        // The next round has it, too, but too early.
+        // The next round contains it too, but too early.
         assert_eq!(liveness.due(BootNs(at.0 + SECOND / 2), &processes), []);
         assert!(!liveness.checked(entry(7), false, BootNs(at.0 + SECOND / 2)), "half a second is too early");
         assert_eq!(liveness.due(BootNs(at.0 + SECOND), &processes), [entry(7)]);
@@ -156,7 +156,7 @@ mod tests {
     }
 
     #[test]
-    fn one_that_is_found_again_is_suspected_afresh() {
+    fn a_process_that_is_found_again_starts_unsuspected() {
         let (processes, mut liveness) = (living(7..8), Liveness::default());
         assert!(!liveness.checked(entry(7), false, BootNs(0)));
         assert!(!liveness.checked(entry(7), true, BootNs(SECOND)));
@@ -166,10 +166,10 @@ mod tests {
     }
 
     #[test]
-    fn an_exit_event_that_comes_late_ends_the_suspicion() {
+    fn a_late_exit_event_ends_the_suspicion() {
         let (mut processes, mut liveness) = (living(7..8), Liveness::default());
         assert!(!liveness.checked(entry(7), false, BootNs(0)));
-        event(&mut processes, ProcessChange::Exit, 7, 7, 20);
+        apply_event(&mut processes, ProcessChange::Exit, 7, 7, 20);
         assert_eq!(liveness.due(BootNs(SECOND), &processes), []);
         assert!(liveness.suspects.is_empty());
     }
@@ -178,7 +178,7 @@ mod tests {
     fn a_successor_with_the_same_pid_is_not_suspected_for_its_predecessor() {
         let (mut processes, mut liveness) = (living(7..8), Liveness::default());
         assert!(!liveness.checked(entry(7), false, BootNs(0)));
-        event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, 7, 30, 30);
+        apply_event(&mut processes, ProcessChange::Fork { parent: Tgid(1) }, 7, 30, 30);
         let successor = PidEntry { tgid: Tgid(7), start: BootNs(30) };
         assert_eq!(liveness.due(BootNs(SECOND), &processes), [successor]);
         assert!(!liveness.checked(successor, false, BootNs(SECOND)));

@@ -1,19 +1,19 @@
-//! Processes as intervals: where each (tgid, start time) was, and when.
+//! The process table: the cgroup memberships of each (tgid, start time) over time.
 //!
 //! ```text
 //!            fork, exec, attach, seen            exit, swept, pid taken by another
 //!  unknown ---------------------------> living ------------------------------------> exited --40 s, or the byte bound--> unknown
 //! ```
-//! Promises:
-//! - A lookup is answered as of the time asked about, also for a process that has exited, moved, or whose pid was reused.
-//! - Events come in the kernel's order. What a scan saw is given after the events up to then were, and an event beats it.
-//! - An end that was told is final; one that was only inferred is taken back when the process turns out to live.
-//! - Where a place was only found out later (its attach was lost), the time between is answered with both places.
-//! - What a process was before an exec is out of question for GPU time, unless it had been seen on the GPU by then
+//! Guarantees:
+//! - A lookup returns the state at the requested time, also for a process that has exited or moved, or with a pid that was reused.
+//! - Events arrive in the kernel's order. Sightings of a scan arrive after the events up to then, and an event takes precedence over them.
+//! - An end that an event reported is final. An inferred end is revoked when the process turns out to be alive.
+//! - Where a membership was detected late (its attach event was lost), the time between is uncertain and has both memberships.
+//! - The image of a process before an exec is not a candidate for GPU time, unless it had been seen on the GPU by then
 //!   ([`Processes::candidates`]).
-//! - Living processes are bounded by the kernel's own pid limit, exited ones by [`EXITED_BYTES`].
+//! - Living processes are bounded by the kernel's pid limit, exited ones by [`super::EXITED_BYTES`].
 //!
-//! Not here: what a cgroup means.
+//! The meaning of a cgroup is not determined here.
 
 use std::ops::Range;
 
@@ -22,62 +22,62 @@ use super::table::Table;
 use crate::observation::{CgroupMembership, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 
-/// A process that is moved about remembers this many places.
+/// Maximum number of intervals kept for a process.
 const MAX_INTERVALS: usize = 64;
-/// Execs before the last one that a process remembers.
+/// Maximum number of execs kept for a process, in addition to the last one.
 const MAX_EXECS: usize = 8;
 
-/// A stretch of time in which every look at a process found it in one place.
+/// A span in which every sighting of a process found the same membership.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ObservedInterval {
-    pub place: CgroupMembership,
+    pub membership: CgroupMembership,
     pub first: BootNs,
     pub last: BootNs,
-    /// It began at `first`, not at some time before.
+    /// It began exactly at `first`, not at some earlier time.
     pub exact: bool,
 }
 
-/// `[from, to)` in one place; `certain_from` is later than `from` where the move itself was not seen.
+/// `[from, to)` with one membership; `certain_from` is later than `from` where the move itself was not observed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Residency {
-    pub place: CgroupMembership,
+    pub membership: CgroupMembership,
     pub from: BootNs,
     pub certain_from: BootNs,
     /// `None` while it lasts.
     pub to: Option<BootNs>,
 }
 
-/// One process and where it was, oldest first.
+/// One process with its residencies and execs, oldest first.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct ProcessHistory {
     pub start: BootNs,
     pub end: Option<BootNs>,
-    pub stays: Vec<Residency>,
-    /// When it called exec, as far as events said so.
+    pub residencies: Vec<Residency>,
+    /// Times of its execs, as far as events reported them.
     pub execs: Vec<BootNs>,
 }
 
-/// A life in which a GPU's sample may have been taken.
+/// A process that a GPU's sample may mean.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Candidate {
-    pub life: ProcessHistory,
+    pub history: ProcessHistory,
     /// Its start, or the exec before which it cannot have used that GPU.
     pub begun: BootNs,
-    /// Which of its stays the sample's span covers; at least one.
+    /// Its residencies that the sample's span covers; at least one.
     pub covered: Range<usize>,
 }
 
 impl Candidate {
-    pub fn stays(&self) -> &[Residency] {
-        self.life.stays.get(self.covered.clone()).unwrap_or_default()
+    pub fn residencies(&self) -> &[Residency] {
+        self.history.residencies.get(self.covered.clone()).unwrap_or_default()
     }
 }
 
 impl ProcessHistory {
-    /// What of it a sample of that span may mean. `seen`: when it had certainly been on the GPU first.
+    /// The part of the history that a sample of that span may mean. `seen`: the first time at which it had certainly used the GPU.
     ///
-    /// The second part is true where another exec followed after the span, so that this image is out of question as well, if there is
-    /// any other.
+    /// The second value is true where another exec followed after the span. Then this image is superseded: it is a candidate only if there
+    /// are not any others.
     fn candidate(self, from: BootNs, to: BootNs, seen: Option<BootNs>) -> Option<(Candidate, bool)> {
         if self.start > to || self.end.is_some_and(|end| end < from) {
             return None;
@@ -86,42 +86,44 @@ impl ProcessHistory {
         let begun = self.execs.iter().filter(supersedes).rfind(|exec| **exec <= to).map_or(self.start, |exec| *exec);
         let superseded = self.execs.iter().any(|exec| *exec > to && supersedes(&exec));
         let after = from.max(begun);
-        // The last stay includes the instant of the end.
-        let over = |stay: &Residency| stay.to.is_some_and(|until| until <= after && Some(until) != self.end);
-        let first = self.stays.iter().position(|stay| !over(stay))?;
-        let last = self.stays.iter().rposition(|stay| stay.from <= to)?;
-        let candidate = Candidate { life: self, begun, covered: first..last + 1 };
+        // The last residency includes the instant of the end.
+        let over = |residency: &Residency| residency.to.is_some_and(|until| until <= after && Some(until) != self.end);
+        let first = self.residencies.iter().position(|residency| !over(residency))?;
+        let last = self.residencies.iter().rposition(|residency| residency.from <= to)?;
+        let candidate = Candidate { history: self, begun, covered: first..last + 1 };
         (first <= last).then_some((candidate, superseded))
     }
 }
 
-/// The stays that runs stand for. The first reaches back to the start, unless it is a move out of a place nobody knows.
-pub(super) fn stays(start: BootNs, end: Option<BootNs>, runs: &[ObservedInterval]) -> Vec<Residency> {
-    let from = |i: usize, run: &ObservedInterval| match i.checked_sub(1).and_then(|before| runs.get(before)) {
-        _ if run.exact => run.first,
+/// The residencies that follow from observed intervals. The first begins at the start of the process, unless it began with a move from an
+/// unknown membership.
+pub(super) fn residencies(start: BootNs, end: Option<BootNs>, intervals: &[ObservedInterval]) -> Vec<Residency> {
+    let from = |i: usize, interval: &ObservedInterval| match i.checked_sub(1).and_then(|before| intervals.get(before)) {
+        _ if interval.exact => interval.first,
         Some(before) => before.last,
         None => start,
     };
-    let stay = |(i, run): (usize, &ObservedInterval)| Residency {
-        place: run.place,
-        from: from(i, run),
-        certain_from: if run.exact { from(i, run) } else { run.first },
-        to: runs.get(i + 1).map(|next| next.first).or(end),
+    let residency = |(i, interval): (usize, &ObservedInterval)| Residency {
+        membership: interval.membership,
+        from: from(i, interval),
+        certain_from: if interval.exact { from(i, interval) } else { interval.first },
+        to: intervals.get(i + 1).map(|next| next.first).or(end),
     };
-    runs.iter().enumerate().map(stay).collect()
+    intervals.iter().enumerate().map(residency).collect()
 }
 
-/// Where a process was before, and its execs before the last one. Most have neither.
+/// Earlier intervals of a process, and its execs before the last one. Most processes have neither.
 #[derive(Clone, Debug, Default)]
-struct History {
-    runs: Vec<ObservedInterval>,
+struct EarlierHistory {
+    intervals: Vec<ObservedInterval>,
     execs: Vec<BootNs>,
 }
 
-impl History {
+impl EarlierHistory {
     fn bytes(&self) -> usize {
-        let (runs, execs) = (self.runs.capacity() * size_of::<ObservedInterval>(), self.execs.capacity() * size_of::<BootNs>());
-        size_of::<Self>() + runs + execs
+        let (intervals, execs) =
+            (self.intervals.capacity() * size_of::<ObservedInterval>(), self.execs.capacity() * size_of::<BootNs>());
+        size_of::<Self>() + intervals + execs
     }
 }
 
@@ -129,67 +131,67 @@ impl History {
 struct ProcessRecord {
     start: BootNs,
     now: ObservedInterval,
-    /// The last that is known; 0 for none.
+    /// The last known exec; 0 for none.
     exec: BootNs,
-    past: Option<Box<History>>,
+    past: Option<Box<EarlierHistory>>,
     generation: u32,
     coarse: bool,
 }
 
 impl ProcessRecord {
-    fn is(&self, start: BootNs, coarse: bool) -> bool {
-        same(self.start, self.coarse, start, coarse)
+    fn is_same(&self, start: BootNs, coarse: bool) -> bool {
+        same_start(self.start, self.coarse, start, coarse)
     }
 
-    fn add(&mut self, run: ObservedInterval) {
+    fn add(&mut self, interval: ObservedInterval) {
         let now = &mut self.now;
-        if now.place == run.place {
-            now.last = now.last.max(run.last);
+        if now.membership == interval.membership {
+            now.last = now.last.max(interval.last);
             return;
         }
-        let before = &mut self.past.get_or_insert_default().runs;
-        if run.first >= now.last {
+        let before = &mut self.past.get_or_insert_default().intervals;
+        if interval.first >= now.last {
             before.push(*now);
-            *now = run;
-        } else if now.first < run.first {
-            // Out of order by the time between two processors' clocks.
-            before.extend([ObservedInterval { last: now.first, ..*now }, run]);
+            *now = interval;
+        } else if now.first < interval.first {
+            // Out of order by the offset between the clocks of two processors.
+            before.extend([ObservedInterval { last: now.first, ..*now }, interval]);
             (now.first, now.exact) = (now.last, false);
         } else {
-            let at = before.partition_point(|b| b.first <= run.first);
-            before.insert(at, run);
+            let at = before.partition_point(|b| b.first <= interval.first);
+            before.insert(at, interval);
         }
         while before.len() >= MAX_INTERVALS {
             before.remove(0);
         }
     }
 
-    /// True when it contradicts what was known: an event must have been lost.
-    fn look(&mut self, place: CgroupMembership, began: BootNs) -> bool {
-        let news = self.now.last < began && self.now.place != place;
+    /// Returns true when the sighting contradicts the record: an event must have been lost.
+    fn record_sighting(&mut self, membership: CgroupMembership, began: BootNs) -> bool {
+        let contradicts = self.now.last < began && self.now.membership != membership;
         if self.now.last < began {
-            self.add(looked(place, began));
+            self.add(sighting(membership, began));
         }
-        news
+        contradicts
     }
 
-    /// The child's place was read at the event, so what looks had shown until then was the parent's or nobody's.
-    fn forked(&mut self, run: ObservedInterval) {
-        if self.now.last <= run.last {
-            (self.now, self.past) = (run, None);
+    /// The child's membership was read at the event, so sightings before it showed the parent's membership or none.
+    fn record_fork(&mut self, interval: ObservedInterval) {
+        if self.now.last <= interval.last {
+            (self.now, self.past) = (interval, None);
         } else {
-            self.add(run);
+            self.add(interval);
         }
     }
 
-    fn execed(&mut self, at: BootNs) {
+    fn record_exec(&mut self, at: BootNs) {
         let last = self.exec;
         self.exec = last.max(at);
         if last == BootNs(0) || last == at {
             return;
         }
         let execs = &mut self.past.get_or_insert_default().execs;
-        // Out of order by the time between two processors' clocks.
+        // Out of order by the offset between the clocks of two processors.
         let earlier = last.min(at);
         execs.insert(execs.partition_point(|exec| *exec < earlier), earlier);
         while execs.len() > MAX_EXECS {
@@ -197,8 +199,8 @@ impl ProcessRecord {
         }
     }
 
-    fn runs(&self) -> Vec<ObservedInterval> {
-        let before = self.past.iter().flat_map(|past| past.runs.iter());
+    fn intervals(&self) -> Vec<ObservedInterval> {
+        let before = self.past.iter().flat_map(|past| past.intervals.iter());
         before.chain([&self.now]).copied().collect()
     }
 
@@ -208,11 +210,11 @@ impl ProcessRecord {
     }
 }
 
-fn looked(place: CgroupMembership, began: BootNs) -> ObservedInterval {
-    ObservedInterval { place, first: began, last: began, exact: false }
+fn sighting(membership: CgroupMembership, began: BootNs) -> ObservedInterval {
+    ObservedInterval { membership, first: began, last: began, exact: false }
 }
 
-fn same(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
+fn same_start(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
     if a_coarse || b_coarse { a.proc_tick() == b.proc_tick() } else { a == b }
 }
 
@@ -224,42 +226,43 @@ pub struct Processes {
 }
 
 impl Processes {
-    /// `keep` is asked about the places of a process that ends: true for one worth keeping when memory is short.
+    /// `keep` decides by the intervals of a process that ends whether it is kept in preference to others when memory is short.
     pub fn apply(&mut self, fact: &ProcessFact, keep: impl Fn(&[ObservedInterval]) -> bool) {
         let forked = matches!(fact.change, ProcessChange::Fork { .. });
         let first = if forked { fact.start } else { fact.at };
         let exact = forked || fact.change == ProcessChange::Attach;
-        let run = ObservedInterval { place: fact.place, first, last: fact.at.max(first), exact };
+        let interval = ObservedInterval { membership: fact.membership, first, last: fact.at.max(first), exact };
         let execed = fact.change == ProcessChange::Exec;
         let exec = if execed { fact.at } else { BootNs(0) };
-        let life = ProcessRecord { start: fact.start, now: run, exec, past: None, generation: self.generation, coarse: false };
+        let record =
+            ProcessRecord { start: fact.start, now: interval, exec, past: None, generation: self.generation, coarse: false };
         match self.living.get_mut(&fact.tgid) {
-            Some(known) if known.is(fact.start, false) => {
+            Some(known) if known.is_same(fact.start, false) => {
                 (known.start, known.coarse) = (fact.start, false);
                 if forked {
-                    known.forked(run)
+                    known.record_fork(interval)
                 } else {
-                    known.add(run)
+                    known.add(interval)
                 }
                 if execed {
-                    known.execed(fact.at);
+                    known.record_exec(fact.at);
                 }
             }
             known => {
-                // One that was taken for dead and is not lives on.
+                // An inferred end is revoked; one that an event reported is final.
                 if self.exited.has(fact.tgid, |start, by| start == fact.start && by == EndedBy::Event) {
                     return;
                 }
                 let successor = known.map(|known| known.start).filter(|start| *start > fact.start);
                 if let Some(successor) = successor {
-                    // Its end is all that can still be told.
+                    // Only its end is still of use.
                     if fact.change == ProcessChange::Exit {
-                        self.retire(fact.tgid, &life, fact.at.min(successor), EndedBy::Event, &keep);
+                        self.retire(fact.tgid, &record, fact.at.min(successor), EndedBy::Event, &keep);
                     }
                     return;
                 }
-                // The kernel gives a pid to one process at a time: who had it has ended unseen.
-                if let Some(before) = self.living.insert(fact.tgid, life) {
+                // The kernel assigns a pid to one process at a time: the previous process has ended unobserved.
+                if let Some(before) = self.living.insert(fact.tgid, record) {
                     self.retire(fact.tgid, &before, fact.start, EndedBy::Inference, &keep);
                 }
             }
@@ -269,48 +272,48 @@ impl Processes {
         }
     }
 
-    /// What a look at a process showed. True when it contradicts the table, so an event must have been lost.
-    pub fn seen(&mut self, seen: &ProcessSeen, keep: impl Fn(&[ObservedInterval]) -> bool) -> bool {
+    /// Applies a sighting. Returns true when it contradicts the table, so an event must have been lost.
+    pub fn record_sighting(&mut self, seen: &ProcessSeen, keep: impl Fn(&[ObservedInterval]) -> bool) -> bool {
         let generation = self.generation;
-        if let Some(life) = self.living.get_mut(&seen.tgid) {
-            if life.is(seen.start, seen.coarse_start) {
-                life.generation = generation;
-                return seen.place.is_some_and(|place| life.look(place, seen.began));
+        if let Some(record) = self.living.get_mut(&seen.tgid) {
+            if record.is_same(seen.start, seen.coarse_start) {
+                record.generation = generation;
+                return seen.membership.is_some_and(|membership| record.record_sighting(membership, seen.began));
             }
-            // It has been followed by another since it was looked at.
-            if life.start > seen.start {
+            // It has been followed by another process since the sighting.
+            if record.start > seen.start {
                 return false;
             }
             self.end(seen.tgid, seen.start, EndedBy::Inference, &keep);
         }
-        // Not fully gone, but its end was told.
-        let same = |start| same(start, false, seen.start, seen.coarse_start);
-        if self.exited.has(seen.tgid, |start, by| same(start) && by == EndedBy::Event) {
+        // Not fully gone, but its end was reported.
+        let is_same = |start| same_start(start, false, seen.start, seen.coarse_start);
+        if self.exited.has(seen.tgid, |start, by| is_same(start) && by == EndedBy::Event) {
             return false;
         }
-        let Some(place) = seen.place else { return false };
-        let now = looked(place, seen.began);
+        let Some(membership) = seen.membership else { return false };
+        let now = sighting(membership, seen.began);
         let (start, exec, coarse) = (seen.start, BootNs(0), seen.coarse_start);
         self.living.insert(seen.tgid, ProcessRecord { start, now, exec, past: None, generation, coarse });
         true
     }
 
-    /// A look that began then found nobody with that pid.
+    /// A check that began at `began` found no process with that pid.
     pub fn not_found(&mut self, tgid: Tgid, began: BootNs, keep: impl Fn(&[ObservedInterval]) -> bool) {
-        if self.living.get(&tgid).is_some_and(|life| life.now.last < began) {
+        if self.living.get(&tgid).is_some_and(|record| record.now.last < began) {
             self.end(tgid, began, EndedBy::Inference, keep);
         }
     }
 
-    /// From here on [`Processes::seen`] marks; [`Processes::sweep`] ends what stays unmarked.
+    /// Begins a scan: [`Processes::record_sighting`] marks processes; [`Processes::sweep`] ends those that are not marked.
     pub fn begin_scan(&mut self) {
         self.generation = self.generation.wrapping_add(1);
     }
 
-    /// Ends what the scan that began at `began` did not find and no event has spoken of since. Returns how many.
+    /// Ends processes that the scan that began at `began` did not find and that no later event reported. Returns their number.
     pub fn sweep(&mut self, began: BootNs, keep: impl Fn(&[ObservedInterval]) -> bool) -> u64 {
-        let stale = |life: &ProcessRecord| life.generation != self.generation && life.now.last < began;
-        let gone: Vec<Tgid> = self.living.iter().filter(|(_, life)| stale(life)).map(|(tgid, _)| *tgid).collect();
+        let stale = |record: &ProcessRecord| record.generation != self.generation && record.now.last < began;
+        let gone: Vec<Tgid> = self.living.iter().filter(|(_, record)| stale(record)).map(|(tgid, _)| *tgid).collect();
         for tgid in &gone {
             self.end(*tgid, began, EndedBy::Inference, &keep);
         }
@@ -318,57 +321,63 @@ impl Processes {
     }
 
     fn end(&mut self, tgid: Tgid, at: BootNs, by: EndedBy, keep: impl Fn(&[ObservedInterval]) -> bool) {
-        if let Some(life) = self.living.remove(&tgid) {
-            self.retire(tgid, &life, at, by, keep);
+        if let Some(record) = self.living.remove(&tgid) {
+            self.retire(tgid, &record, at, by, keep);
         }
     }
 
-    fn retire(&mut self, tgid: Tgid, life: &ProcessRecord, at: BootNs, by: EndedBy, keep: impl Fn(&[ObservedInterval]) -> bool) {
-        let (moved, again) = life.past.as_ref().map(|_| (life.runs(), life.execs())).unzip();
-        let runs = moved.as_deref().unwrap_or(std::slice::from_ref(&life.now));
-        let execs = again.as_deref().unwrap_or(std::slice::from_ref(&life.exec));
-        self.exited.push(tgid, (life.start, at), runs, execs, by, keep(runs));
+    fn retire(
+        &mut self,
+        tgid: Tgid,
+        record: &ProcessRecord,
+        at: BootNs,
+        by: EndedBy,
+        keep: impl Fn(&[ObservedInterval]) -> bool,
+    ) {
+        let (moved, again) = record.past.as_ref().map(|_| (record.intervals(), record.execs())).unzip();
+        let intervals = moved.as_deref().unwrap_or(std::slice::from_ref(&record.now));
+        let execs = again.as_deref().unwrap_or(std::slice::from_ref(&record.exec));
+        self.exited.push(tgid, (record.start, at), intervals, execs, by, keep(intervals));
     }
 
-    /// The lives that a GPU's sample of that span may mean, newest first. `seen` says when a life, by its start, had certainly been
-    /// seen on that GPU first: an exec after that is no reason to leave out what was before it.
+    /// The processes that a GPU's sample of that span may mean, newest first. `seen` returns, by the start of a process, the first time at
+    /// which it had certainly used that GPU: an exec after that time does not exclude the image before it.
     ///
-    /// A GPU context does not survive exec, and runtimes fork, move and then exec: so the image that is the last one counts before
-    /// those that an exec has ended, also within the lives of a pid that was used again.
+    /// A GPU context does not survive exec, and runtimes fork, move and then exec. So the last image takes precedence over those that an
+    /// exec has replaced, also among the processes of a reused pid.
     pub fn candidates(&self, pid: Tgid, (from, to): (BootNs, BootNs), seen: impl Fn(BootNs) -> Option<BootNs>) -> Vec<Candidate> {
-        let lives = self.lives(pid).into_iter();
-        let all = lives.filter_map(|life| {
-            let seen = seen(life.start);
-            life.candidate(from, to, seen)
+        let all = self.histories(pid).into_iter().filter_map(|history| {
+            let seen = seen(history.start);
+            history.candidate(from, to, seen)
         });
         let (superseded, last): (Vec<_>, Vec<_>) = all.partition(|(_, superseded)| *superseded);
         let best = if last.is_empty() { superseded } else { last };
         best.into_iter().map(|(candidate, _)| candidate).collect()
     }
 
-    /// Every known life of a pid, newest first.
-    pub fn lives(&self, tgid: Tgid) -> Vec<ProcessHistory> {
+    /// Every known process with that pid, newest first.
+    pub fn histories(&self, tgid: Tgid) -> Vec<ProcessHistory> {
         let mut found = Vec::new();
-        if let Some(life) = self.living.get(&tgid) {
-            let stays = stays(life.start, None, &life.runs());
-            found.push(ProcessHistory { start: life.start, end: None, stays, execs: life.execs() });
+        if let Some(record) = self.living.get(&tgid) {
+            let residencies = residencies(record.start, None, &record.intervals());
+            found.push(ProcessHistory { start: record.start, end: None, residencies, execs: record.execs() });
         }
-        self.exited.each(tgid, |start, end, runs, execs| {
-            let stays = stays(start, Some(end), runs);
-            found.push(ProcessHistory { start, end: Some(end), stays, execs });
+        self.exited.each(tgid, |start, end, intervals, execs| {
+            let residencies = residencies(start, Some(end), intervals);
+            found.push(ProcessHistory { start, end: Some(end), residencies, execs });
         });
-        found.sort_by_key(|life| std::cmp::Reverse(life.start));
+        found.sort_by_key(|history| std::cmp::Reverse(history.start));
         found
     }
 
-    /// Living processes: pid, start, and where they are now.
+    /// Living processes: pid, start, and current membership.
     pub fn living(&self) -> impl Iterator<Item = (Tgid, BootNs, CgroupMembership)> {
-        self.living.iter().map(|(tgid, life)| (*tgid, life.start, life.now.place))
+        self.living.iter().map(|(tgid, record)| (*tgid, record.start, record.now.membership))
     }
 
-    /// When the process that has this pid now started.
+    /// Start of the process that currently has this pid.
     pub fn living_start(&self, tgid: Tgid) -> Option<BootNs> {
-        self.living.get(&tgid).map(|life| life.start)
+        self.living.get(&tgid).map(|record| record.start)
     }
 
     pub fn expire(&mut self, now: BootNs) {
@@ -376,24 +385,24 @@ impl Processes {
     }
 
     pub fn size(&self) -> Size {
-        let life = size_of::<(Tgid, ProcessRecord)>() + 1;
-        let moves: usize = self.living.values().map(|life| life.past.as_ref().map_or(0, |past| past.bytes())).sum();
+        let record_bytes = size_of::<(Tgid, ProcessRecord)>() + 1;
+        let moves: usize = self.living.values().map(|record| record.past.as_ref().map_or(0, |past| past.bytes())).sum();
         Size {
             living: self.living.len(),
             exited: self.exited.len(),
             evicted: self.exited.evicted,
-            living_bytes: super::exited::buckets(self.living.capacity()) * life + moves,
+            living_bytes: super::exited::buckets(self.living.capacity()) * record_bytes + moves,
             exited_bytes: self.exited.bytes(),
         }
     }
 }
 
-/// What the table holds.
+/// Size of the table.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Size {
     pub living: usize,
     pub exited: usize,
-    /// Exited processes given up before their time, since the start.
+    /// Exited processes dropped before their time, since the start.
     pub evicted: u64,
     pub living_bytes: usize,
     pub exited_bytes: usize,

@@ -1,6 +1,7 @@
-//! The map of the identity tables.
+//! The map type of the identity tables.
 
 use std::collections::HashMap;
 
-/// Keyed by the kernel's own numbers, several look-ups an event: a fast hash, which nobody outside can aim at.
+/// Keyed by numbers that the kernel assigns, with several lookups for each event: a fast hash, which tenants cannot attack with chosen
+/// keys.
 pub(crate) type Table<K, V> = HashMap<K, V, foldhash::fast::RandomState>;

@@ -1,4 +1,42 @@
-//! Observations in, facts and snapshots out: identity, attribution and aggregation, in the hands of one thread.
+//! The pipeline: observations in, facts and snapshots out. It combines identity, attribution and aggregation, and is driven by one thread.
+//!
+//! ```
+//! use std::sync::Arc;
+//!
+//! use sampler_core::device::GpuInfo;
+//! use sampler_core::observation::{
+//!     CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, Observation, PollStatus, ProcessSample, ProcessSeen,
+//! };
+//! use sampler_core::pipeline::Core;
+//! use sampler_core::units::{BootNs, CgroupKey, GpuNs, Tgid, WallTime};
+//!
+//! let mut core = Core::default();
+//! // A process in the cgroup of a container.
+//! let key = |id| CgroupKey { hierarchy: 0, id };
+//! for (id, parent, name) in [(1, None, String::new()), (2, Some(1), "docker".into()), (3, Some(2), "a".repeat(64))] {
+//!     let (parent, at) = (parent.map(key), BootNs(1));
+//!     core.observe(Observation::Cgroup(CgroupFact { change: CgroupChange::Seen, key: key(id), parent, name, at }));
+//! }
+//! let membership = Some(CgroupMembership { v2_id: 3, ..CgroupMembership::default() });
+//! let (tgid, start, began) = (Tgid(100), BootNs(5), BootNs(6));
+//! core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began, membership }));
+//!
+//! // A GPU that is 60 % busy. The driver samples it every 100 ms and names that process.
+//! core.observe(Observation::GpuFound { gpu: 0, info: Arc::new(GpuInfo::default()), at: BootNs(1_000_000_000) });
+//! for n in 11..41 {
+//!     let (at, read) = (GpuNs(n * 100_000_000), BootNs(n * 100_000_000 + 5_000_000));
+//!     let mut batch = GpuBatch::new(0, read, PollStatus::Samples);
+//!     batch.samples = vec![DeviceSample { at, busy_percent: 60, queried: true }];
+//!     batch.process_samples = vec![ProcessSample { at, pid: 100, percent: [60, 0, 0, 0, 0, 0] }];
+//!     core.observe(Observation::from(batch));
+//! }
+//! core.observe(Observation::ClockAdvanced { at: BootNs(4_100_000_000), wall: WallTime(0) });
+//!
+//! let snapshot = core.snapshot();
+//! let busy = snapshot.gpus[0].time.busy;
+//! assert!(busy > 1.4);
+//! assert!((snapshot.containers[0].gpus[0].seconds - busy).abs() < 1e-9);
+//! ```
 
 use std::collections::HashMap;
 
@@ -15,7 +53,7 @@ pub struct Core {
     pub identity: Identity,
     devices: Vec<Option<DeviceAttribution>>,
     aggregate: Aggregate,
-    /// Since they were taken last.
+    /// Facts since [`Core::take_facts`] was last called.
     facts: Vec<Fact>,
     changes: Vec<ContainerChange>,
     keep_facts: bool,
@@ -37,55 +75,55 @@ impl From<&ContainerRecord> for ContainerFact {
 }
 
 impl Core {
-    /// `keep_facts`: they will be taken.
+    /// `keep_facts`: keep facts until [`Core::take_facts`] is called; otherwise they are only aggregated.
     pub fn new(settings: Settings, keep_facts: bool) -> Self {
         Self { aggregate: Aggregate::new(settings), keep_facts, ..Self::default() }
     }
 
     pub fn observe(&mut self, observation: Observation) {
-        let mut told = Vec::new();
+        let mut facts = Vec::new();
         match observation {
             Observation::GpuFound { gpu, info, at } => {
                 if self.devices.len() <= gpu {
                     self.devices.resize_with(gpu + 1, || None);
                 }
                 match &mut self.devices[gpu] {
-                    Some(known) => known.reopen(info, at, &mut told),
-                    empty => *empty = Some(DeviceAttribution::new(info, at, &mut told)),
+                    Some(known) => known.reopen(info, at, &mut facts),
+                    empty => *empty = Some(DeviceAttribution::new(info, at, &mut facts)),
                 }
-                self.tell(gpu, told);
+                self.push_facts(gpu, facts);
             }
             Observation::GpuGone { gpu, at } => {
                 if let Some(Some(device)) = self.devices.get_mut(gpu) {
-                    device.gone(at, &mut told);
+                    device.gone(at, &mut facts);
                 }
-                self.tell(gpu, told);
+                self.push_facts(gpu, facts);
             }
             Observation::Gpu(batch) => {
                 self.take_changes();
                 if let Some(Some(device)) = self.devices.get_mut(batch.gpu) {
-                    device.apply(&batch, &self.identity, &mut told);
+                    device.apply(&batch, &self.identity, &mut facts);
                 }
                 self.aggregate.now = self.aggregate.now.max(batch.ended);
-                self.tell(batch.gpu, told);
+                self.push_facts(batch.gpu, facts);
             }
-            Observation::Xid { gpu, xid, count } => self.tell(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
-            Observation::Pressure(pressure) => self.fact(Fact::Pressure(pressure)),
+            Observation::Xid { gpu, xid, count } => self.push_facts(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
+            Observation::Pressure(pressure) => self.push_fact(Fact::Pressure(pressure)),
             Observation::ClockAdvanced { at, wall } => {
                 for slot in 0..self.devices.len() {
-                    let mut told = Vec::new();
+                    let mut facts = Vec::new();
                     if let Some(Some(device)) = self.devices.get_mut(slot) {
-                        device.passed(at, &mut told);
+                        device.advance(at, &mut facts);
                     }
-                    self.tell(slot, told);
+                    self.push_facts(slot, facts);
                 }
                 let aggregate = &self.aggregate;
                 self.identity.expire(at, |key| aggregate.credits(key));
                 self.take_changes();
-                self.fact(Fact::Time { at, wall });
-                // What was gone for long is forgotten as a whole.
+                self.push_fact(Fact::Time { at, wall });
+                // Devices that aggregation has dropped are dropped here too.
                 for (slot, device) in self.devices.iter_mut().enumerate() {
-                    if !self.aggregate.knows(slot) {
+                    if !self.aggregate.has_gpu(slot) {
                         *device = None;
                     }
                 }
@@ -94,27 +132,27 @@ impl Core {
         }
     }
 
-    fn fact(&mut self, fact: Fact) {
+    fn push_fact(&mut self, fact: Fact) {
         self.aggregate.apply(&fact);
         if self.keep_facts {
             self.facts.push(fact);
         }
     }
 
-    fn tell(&mut self, gpu: usize, told: Vec<(BootNs, GpuFact)>) {
+    fn push_facts(&mut self, gpu: usize, facts: Vec<(BootNs, GpuFact)>) {
         let Ok(gpu) = u32::try_from(gpu) else { return };
-        for (at, fact) in told {
-            self.fact(Fact::Gpu { gpu, at, fact });
+        for (at, fact) in facts {
+            self.push_fact(Fact::Gpu { gpu, at, fact });
         }
     }
 
-    /// Facts about a container come before those that name it.
+    /// Emits the facts about containers, before the facts that name them.
     fn take_changes(&mut self) {
         for change in self.identity.cgroups.take_changes() {
             match &change {
-                ContainerChange::Appeared(record) => self.fact(Fact::Container(ContainerFact::from(&**record))),
-                ContainerChange::Gone(key, at) => self.fact(Fact::ContainerGone { key: *key, at: *at }),
-                ContainerChange::Evicted(key) => self.fact(Fact::ContainerForgotten { key: *key }),
+                ContainerChange::Appeared(record) => self.push_fact(Fact::Container(ContainerFact::from(&**record))),
+                ContainerChange::Gone(key, at) => self.push_fact(Fact::ContainerGone { key: *key, at: *at }),
+                ContainerChange::Evicted(key) => self.push_fact(Fact::ContainerForgotten { key: *key }),
             }
             self.changes.push(change);
         }
@@ -125,7 +163,7 @@ impl Core {
         std::mem::take(&mut self.changes)
     }
 
-    /// Those since the last time, in their order.
+    /// The facts since the last call, in order.
     pub fn take_facts(&mut self) -> Vec<Fact> {
         std::mem::take(&mut self.facts)
     }
@@ -137,7 +175,7 @@ impl Core {
     pub fn snapshot(&self) -> Snapshot {
         let now = self.aggregate.now;
         let mut gpus = Vec::new();
-        let mut of: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::new();
+        let mut by_container: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::new();
         for (slot, gpu) in self.aggregate.gpus() {
             let Some(device) = self.device(slot) else { continue };
             let (duties, utilization) = gpu.duties(now);
@@ -148,7 +186,7 @@ impl Core {
                 time: gpu.time(),
                 unattributed: gpu.unattributed(),
                 utilization_ratio: utilization,
-                coactive_ratio: gpu.together.coactive_ratio(),
+                coactive_ratio: gpu.coactivity.coactive_ratio(),
                 last_sample: device.last_sample,
                 sample_period_seconds: device.period_ns.map(|ns| ns as f64 * 1e-9),
                 sample_gaps: device.sample_gaps,
@@ -166,20 +204,20 @@ impl Core {
             for key in gpu.containers().into_iter().filter(|_| gpu.info.is_leaf()) {
                 let credit = gpu.credits().get(&User::Container(key)).copied().unwrap_or_default();
                 let duty = duties.get(&key);
-                // Observed and idle is 0; not observed is absent.
+                // 0 if observed and idle, absent if not observed.
                 let observed = utilization.map(|_| 0.0);
-                let held = gpu.holders().of(User::Container(key));
-                let together = gpu.together.of(key);
-                of.entry(key).or_default().push(ContainerGpu {
+                let held = gpu.holders().held_by(User::Container(key));
+                let coactivity = gpu.coactivity.sums_of(key);
+                by_container.entry(key).or_default().push(ContainerGpu {
                     gpu: index,
                     seconds: credit.ns * 1e-9,
                     seconds_stderr: credit.variance().sqrt() * 1e-9,
                     samples: credit.samples,
                     engines: gpu.engine_seconds(key),
                     window_shares: gpu.window_shares(key),
-                    active_seconds: together.map_or(0.0, |sums| sums.active),
-                    coactive_seconds: together.map_or(0.0, |sums| sums.coactive),
-                    contention: together.map_or_else(Vec::new, |sums| sums.others().to_vec()),
+                    active_seconds: coactivity.map_or(0.0, |sums| sums.active),
+                    coactive_seconds: coactivity.map_or(0.0, |sums| sums.coactive),
+                    contention: coactivity.map_or_else(Vec::new, |sums| sums.others().to_vec()),
                     mps_clients: held.map_or(0, |held| held.mps_clients),
                     duty_cycle_percent: duty.map(|d| d.percent).or(observed),
                     duty_cycle_stderr: duty.map(|d| d.stderr).or(observed),
@@ -192,7 +230,7 @@ impl Core {
             .cgroups
             .containers()
             .filter_map(|c| {
-                let gpus = of.remove(&c.record.key).unwrap_or_default();
+                let gpus = by_container.remove(&c.record.key).unwrap_or_default();
                 let shown = c.gone.is_none() || !gpus.is_empty();
                 shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus })
             })

@@ -1,15 +1,15 @@
-//! The grid on which a driver samples, learned from the samples' times.
+//! The grid of a driver's samples, learned from their times.
 
 use std::collections::VecDeque;
 
-/// Gaps remembered.
+/// Number of gaps remembered.
 const REMEMBERED_GAPS: usize = 64;
-/// Fewer say nothing.
+/// With fewer gaps the period is not known.
 const LEARNED_GAPS: usize = 3;
-/// No driver samples more often: stamps this close are no two samples.
+/// No driver samples more often: stamps closer than this are not two samples.
 const LEAST_GAP_NS: u64 = 10_000_000;
-/// So many gaps, half of them this much alike, are the grid of this device. What is longer after that are samples that were lost,
-/// or not kept.
+/// With this many gaps, the middle half of them within the ratio [`ALIKE`], the grid of the device is certain. Longer gaps after that are
+/// samples that were lost, or that the driver did not keep.
 const SURE_GAPS: usize = 16;
 const ALIKE: f64 = 1.5;
 
@@ -21,7 +21,7 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// The grid while it is not learned: longer than any that was seen (167 to 170 ms).
+    /// Assumed period until it is learned: longer than any observed one (167 to 170 ms).
     pub const PERIOD_AT_MOST_NS: u64 = 200_000_000;
 
     /// The time between two consecutive samples.
@@ -36,11 +36,11 @@ impl Grid {
         if self.gaps.len() >= LEARNED_GAPS {
             let mut sorted: Vec<u64> = self.gaps.iter().copied().collect();
             sorted.sort_unstable();
-            // The median: a lost sample makes a long gap, which must not move it.
+            // The median: a lost sample causes a long gap, which must not change the period.
             self.period_ns = sorted.get(sorted.len() / 2).copied();
-            let of = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied();
+            let quartile = |quarter: usize| sorted.get(sorted.len() * quarter / 4).copied();
             if sorted.len() >= SURE_GAPS
-                && let (Some(low), Some(high)) = (of(1), of(3))
+                && let (Some(low), Some(high)) = (quartile(1), quartile(3))
                 && high as f64 <= ALIKE * low as f64
             {
                 self.sure_ns = self.period_ns;

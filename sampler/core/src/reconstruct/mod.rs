@@ -1,17 +1,17 @@
-//! From the driver's answers to the raw (time, pid, utilization) tuples: what to ask for next, and what the answers tell. No IO: the
-//! poller asks, this decides.
+//! Reconstruction of the raw (time, pid, utilization) tuples from the driver's responses: decides what to query next and interprets the
+//! responses. No IO: the poller makes the calls.
 //!
 //! ```text
-//!  samples_after() -> ask the device's ring -> samples() --ahead?--> ask the ring again
-//!      next_rows()  -> ask the process rows  -> rows()  -> next_rows() .. None -> take()
+//!  samples_after()      -> read the device samples  -> samples() --is_ahead?--> read the device samples again
+//!  next_process_query() -> read the process samples -> process_samples() -> next_process_query() .. None -> take()
 //! ```
-//! The driver keeps one sample a period and folds those newer than `lastSeen` into one row per pid: the time of its newest, the
-//! average of all. While one sample at most is new, a row is the sample. Where more are, asking once for each, from the newest
-//! back, takes them apart again ([`unfold`]): a pid that is in an answer for the first time is in the oldest sample of that answer.
-//! What cannot be told apart is marked as not looked at, never guessed.
+//! The driver keeps one sample for each period. For a query it aggregates the samples that are newer than `lastSeen` into one entry for
+//! each pid: the time of its newest sample, and the average of all. If at most one sample is new, the entry is that sample. If more are
+//! new, one query for each of them, from the newest back, separates them again (`split_aggregated`): a pid that is in a response for the
+//! first time is in the oldest sample of that response. Samples that cannot be separated are marked as not queried, never guessed.
 //!
-//! The largest stamp returned is `lastSeen`, never any other clock. Stamps that go back mean that the clock was set: then the whole
-//! ring is read again, or the device would look idle until its clock had caught up.
+//! `lastSeen` is the largest returned stamp, never a time of another clock. Stamps that go back mean that the clock was set. Then the whole
+//! buffer is read again; otherwise the device would look idle until its clock had caught up.
 
 mod grid;
 mod split_aggregated;
@@ -26,27 +26,28 @@ use crate::device::Engine;
 use crate::observation::{DeviceSample, ProcessSample, Rejected};
 use crate::units::{BootNs, GpuNs};
 
-/// Without a new sample for so many periods the whole ring is asked for, in case the clock went back.
+/// Without a new sample for this many periods the whole buffer is requested, in case the clock went back.
 const SILENT_PERIODS: u64 = 3;
-/// Without a new sample for so long a ring is dry.
+/// Without a new sample for this long a buffer counts as empty.
 const DRY_NS: u64 = 1_500_000_000;
-/// A row belongs to a sample that is this many periods away at most.
+/// A process sample belongs to a device sample that is at most this many periods away.
 const NEAR_PERIODS: f64 = 0.5;
-/// What scheduling may add between a call and the time that was noted.
+/// Maximum scheduling delay between a call and the recorded time.
 const SLACK_NS: u64 = 400_000_000;
-/// Stamps remembered, to tell a clock that went back from a ring that is not told oldest first: more than any ring holds.
+/// Number of stamps remembered, to distinguish a clock that went back from a buffer that is not returned oldest first: more than any
+/// buffer holds.
 const STAMPS: usize = 256;
-/// Watermarks of pids that were not named for so long are forgotten: no ring holds samples that old.
+/// Watermarks of pids that were not named for this long are dropped: no buffer holds samples that old.
 const KEEP_PID_NS: u64 = 60_000_000_000;
 
-/// A sample of the device's ring as the driver gives it.
+/// A device sample as the driver returns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawSample {
     pub at_us: u64,
     pub percent: u32,
 }
 
-/// A row of process utilization as the driver gives it.
+/// An entry of process utilization as the driver returns it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct RawProcessSample {
     pub at_us: u64,
@@ -55,7 +56,7 @@ pub struct RawProcessSample {
     pub percent: [u32; Engine::ALL.len()],
 }
 
-/// What one poll has brought.
+/// The result of one poll.
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Recovered {
     pub samples: Vec<DeviceSample>,
@@ -69,23 +70,23 @@ pub struct Recovery {
     grid: Grid,
     newest: Option<GpuNs>,
     stamps: VecDeque<u64>,
-    /// The newest sample was not there yet when this poll began.
-    unseen: BootNs,
+    /// Start of the last poll that did not return the newest sample yet.
+    before_newest: BootNs,
     polled: BootNs,
-    /// When a new sample was last read.
-    fed: BootNs,
-    /// Up to here rows are known, or were given up.
-    row_mark: GpuNs,
+    /// Time at which a new sample was last read.
+    last_fresh: BootNs,
+    /// Process samples up to this time are known, or are not requested any more.
+    process_mark: GpuNs,
     seen: HashMap<u32, GpuNs>,
-    /// Stamps that the ring has from before its clock was set back: they are newer than the newest, and were read.
-    void: HashSet<u64>,
-    asked_all: bool,
-    /// The poll before this one brought samples: their rows may be late.
+    /// Stamps in the buffer from before its clock was set back: they are newer than the newest sample, and were already read.
+    stale_stamps: HashSet<u64>,
+    whole_buffer: bool,
+    /// The previous poll returned samples: their process samples may be late.
     late: bool,
     fresh: Vec<DeviceSample>,
     before_fresh: GpuNs,
-    answers: Vec<split_aggregated::Rows>,
-    row_calls: usize,
+    responses: Vec<split_aggregated::SamplesByPid>,
+    process_calls: usize,
     ahead: bool,
     out: Recovered,
 }
@@ -95,23 +96,23 @@ impl Recovery {
         self.grid.period_ns()
     }
 
-    /// `lastSeen` for the device's ring; 0 asks for all of it.
+    /// `lastSeen` for the query of device samples; 0 requests the whole buffer.
     pub fn samples_after(&mut self, now: BootNs) -> u64 {
         let Some(newest) = self.newest else { return 0 };
-        self.asked_all = now.saturating_since(self.fed) > SILENT_PERIODS * self.grid.period_or_most_ns();
-        if self.asked_all { 0 } else { newest.0 / 1000 }
+        self.whole_buffer = now.saturating_since(self.last_fresh) > SILENT_PERIODS * self.grid.period_or_most_ns();
+        if self.whole_buffer { 0 } else { newest.0 / 1000 }
     }
 
-    /// No sample was new for a while.
+    /// Whether there was no new sample for [`DRY_NS`].
     pub fn is_dry(&self, now: BootNs) -> bool {
-        now.saturating_since(self.fed) > DRY_NS
+        now.saturating_since(self.last_fresh) > DRY_NS
     }
 
-    /// What the device's ring answered to a call between `began` and `ended`.
-    pub fn samples(&mut self, answer: &[RawSample], began: BootNs, ended: BootNs) {
-        let mut sane: Vec<RawSample> = answer.iter().copied().filter(|s| s.percent <= 100 && s.at_us > 0).collect();
-        self.out.rejected[Rejected::Utilization as usize] += (answer.len() - sane.len()) as u32;
-        sane.retain(|s| !self.void.contains(&s.at_us));
+    /// Takes the device samples that a call between `began` and `ended` returned.
+    pub fn samples(&mut self, response: &[RawSample], began: BootNs, ended: BootNs) {
+        let mut sane: Vec<RawSample> = response.iter().copied().filter(|s| s.percent <= 100 && s.at_us > 0).collect();
+        self.out.rejected[Rejected::Utilization as usize] += (response.len() - sane.len()) as u32;
+        sane.retain(|s| !self.stale_stamps.contains(&s.at_us));
         let fresh = match self.newest {
             None => {
                 self.stamps.extend(sane.iter().rev().take(STAMPS).map(|s| s.at_us));
@@ -126,9 +127,9 @@ impl Recovery {
         let not_yet = std::mem::replace(&mut self.polled, began);
         let Some(last) = fresh.last() else {
             if self.newest.is_none() {
-                // An empty ring: whatever comes is newer than the start.
+                // An empty buffer: all later samples are newer than the start.
                 self.newest = Some(GpuNs(0));
-                self.fed = began;
+                self.last_fresh = began;
             }
             return;
         };
@@ -136,15 +137,15 @@ impl Recovery {
             self.before_fresh = self.newest.unwrap_or(last.at);
         }
         self.newest = Some(last.at);
-        self.unseen = if not_yet.0 == 0 { began } else { not_yet };
-        self.fed = ended;
+        self.before_newest = if not_yet.0 == 0 { began } else { not_yet };
+        self.last_fresh = ended;
         self.fresh.extend(fresh);
-        // The rows are asked for anew, with these.
-        self.answers.clear();
+        // The process samples are requested again, including those of the fresh samples.
+        self.responses.clear();
         self.ahead = false;
     }
 
-    /// What the ring held before the start is nobody's: it sets watermarks, and teaches the grid.
+    /// Samples from before the start are not attributed: they set watermarks, and the grid learns from them.
     fn first(&mut self, sane: &[RawSample]) -> Vec<DeviceSample> {
         let mut stamps: Vec<u64> = sane.iter().map(|s| sample(s, true).at.0).collect();
         stamps.sort_unstable();
@@ -152,27 +153,27 @@ impl Recovery {
             self.grid.gap(pair[1] - pair[0]);
         }
         let newest = sane.iter().max_by_key(|s| s.at_us);
-        self.row_mark = newest.map_or(GpuNs(0), |s| sample(s, true).at);
+        self.process_mark = newest.map_or(GpuNs(0), |s| sample(s, true).at);
         newest.map(|s| sample(s, true)).into_iter().collect()
     }
 
     fn fresh_of(&mut self, sane: &[RawSample], newest: GpuNs, ended: BootNs) -> Vec<DeviceSample> {
         let period = self.grid.period_or_most_ns();
         if let Some(from) = self.went_back(sane, newest) {
-            // As many as time can have brought since the last.
-            let room = (ended.saturating_since(self.unseen) / period + 2) as usize;
+            // At most as many as can have been taken since the last one.
+            let room = (ended.saturating_since(self.before_newest) / period + 2) as usize;
             let after = &sane[from..];
             let after = &after[after.len().saturating_sub(room)..];
             self.step();
-            self.void.extend(sane[..from].iter().map(|s| s.at_us));
+            self.stale_stamps.extend(sane[..from].iter().map(|s| s.at_us));
             return after.iter().map(|s| sample(s, false)).collect();
         }
         let mut fresh: Vec<DeviceSample> = sane.iter().map(|s| sample(s, false)).filter(|t| t.at > newest).collect();
         fresh.sort_by_key(|t| t.at);
         fresh.dedup_by_key(|t| t.at);
-        // A longer gap than there was time for: the clock was set forward.
+        // A gap longer than the elapsed time: the clock was set forward.
         let known = newest.0 > 0;
-        let most = ended.saturating_since(self.unseen) + period + SLACK_NS;
+        let most = ended.saturating_since(self.before_newest) + period + SLACK_NS;
         let mut last = newest;
         let mut stepped_at = None;
         for (n, sample) in fresh.iter().enumerate() {
@@ -191,45 +192,46 @@ impl Recovery {
         fresh
     }
 
-    /// Where the samples on the new clock begin, if it went back. The ring is in the order in which samples were taken.
+    /// Index of the first sample on the new clock, if the clock went back. The buffer is in the order in which samples were taken.
     fn went_back(&self, sane: &[RawSample], newest: GpuNs) -> Option<usize> {
-        if !self.asked_all || sane.last().is_none_or(|s| s.at_us >= newest.0 / 1000 || self.stamps.contains(&s.at_us)) {
+        if !self.whole_buffer || sane.last().is_none_or(|s| s.at_us >= newest.0 / 1000 || self.stamps.contains(&s.at_us)) {
             return None;
         }
         let mut descents = (1..sane.len()).filter(|n| sane[*n].at_us < sane[n - 1].at_us);
         match (descents.next(), descents.next()) {
-            // None of the old clock is left in the ring.
+            // No sample of the old clock is left in the buffer.
             (None, _) => Some(0),
             (Some(at), None) => Some(at),
-            // Unordered: no clock does that.
+            // Unordered: not the effect of a clock that was set.
             _ => None,
         }
     }
 
     fn step(&mut self) {
         self.out.stepped = true;
-        self.row_mark = GpuNs(0);
-        self.void.clear();
+        self.process_mark = GpuNs(0);
+        self.stale_stamps.clear();
         self.seen.clear();
         self.fresh.clear();
     }
 
-    /// A row is newer than the newest sample: another was taken between the two calls, and is wanted before rows are asked for again.
+    /// Whether a process sample is newer than the newest device sample: another sample was taken between the two calls, and must be read
+    /// before process samples are requested again.
     pub fn is_ahead(&self) -> bool {
         self.ahead
     }
 
-    /// `lastSeen` for the next question for rows, while one is open and `calls` of this poll are not used up.
+    /// `lastSeen` for the next query of process samples, while one is due and fewer than `calls` were made in this poll.
     pub fn next_process_query(&mut self, calls: usize) -> Option<u64> {
-        // The first read names nobody.
+        // The first read does not query processes.
         let first = self.fresh.first().is_some_and(|t| t.queried);
-        if first || self.ahead || self.row_calls >= calls {
+        if first || self.ahead || self.process_calls >= calls {
             return None;
         }
-        let after = match (self.fresh.len(), self.answers.len()) {
-            (0, 0) if self.late => self.row_mark,
+        let after = match (self.fresh.len(), self.responses.len()) {
+            (0, 0) if self.late => self.process_mark,
             (0, _) => return None,
-            (k, asked) if asked < k => match (k - asked).checked_sub(2) {
+            (k, received) if received < k => match (k - received).checked_sub(2) {
                 Some(older) => self.fresh[older].at,
                 None => self.before_fresh_samples(),
             },
@@ -238,86 +240,86 @@ impl Recovery {
         Some(after.0 / 1000)
     }
 
-    /// With one new sample, rows of the one before that were late come along.
+    /// With one new sample, the query also returns late process samples of the sample before.
     fn before_fresh_samples(&self) -> GpuNs {
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
         if self.out.stepped { GpuNs(self.fresh[0].at.0.saturating_sub(near)) } else { self.before_fresh }
     }
 
-    /// What came for [`Recovery::next_process_query`]' question.
-    pub fn process_samples(&mut self, after_us: u64, answer: &[RawProcessSample]) {
-        self.row_calls += 1;
+    /// Takes the response to the query of [`Recovery::next_process_query`].
+    pub fn process_samples(&mut self, after_us: u64, response: &[RawProcessSample]) {
+        self.process_calls += 1;
         let Some(newest) = self.newest else { return };
         let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        let mut process_samples = split_aggregated::Rows::new();
+        let mut process_samples = split_aggregated::SamplesByPid::new();
         let mut doubled = Vec::new();
-        for row in answer {
-            let at = GpuNs(row.at_us.saturating_mul(1000));
-            let mut reject = |why: Rejected| self.out.rejected[why as usize] += 1;
-            if row.percent.iter().any(|p| *p > 100) {
+        for sample in response {
+            let at = GpuNs(sample.at_us.saturating_mul(1000));
+            let mut reject = |reason: Rejected| self.out.rejected[reason as usize] += 1;
+            if sample.percent.iter().any(|p| *p > 100) {
                 reject(Rejected::Utilization);
-            } else if row.at_us <= after_us || self.void.contains(&row.at_us) {
+            } else if sample.at_us <= after_us || self.stale_stamps.contains(&sample.at_us) {
                 reject(Rejected::Stale);
             } else if at.0 > newest.0.saturating_add(near) {
-                // One sample later is one that was taken in between; later than that is none.
+                // One period later is a sample that was taken in between; anything later is implausible.
                 if at.0 <= newest.0.saturating_add(4 * near) { self.ahead = true } else { reject(Rejected::Future) }
             } else {
-                if row.pid == 0 || row.pid == u32::MAX {
+                if sample.pid == 0 || sample.pid == u32::MAX {
                     reject(Rejected::Pid);
                 }
-                let kept = ProcessSample { at, pid: row.pid, percent: row.percent.map(|p| p as u8) };
-                if let Some(other) = process_samples.insert(row.pid, kept) {
+                let kept = ProcessSample { at, pid: sample.pid, percent: sample.percent.map(|p| p as u8) };
+                if let Some(other) = process_samples.insert(sample.pid, kept) {
                     self.out.rejected[Rejected::Duplicate as usize] += 1;
-                    // Both may be samples, at different times.
+                    // Both may be samples of different times.
                     doubled.push(if other.at == kept.at { kept } else { other });
                 }
             }
         }
         if self.ahead {
-            self.answers.clear();
+            self.responses.clear();
             return;
         }
         if self.fresh.is_empty() {
             self.late = false;
         }
-        for row in doubled {
-            self.keep(row);
+        for sample in doubled {
+            self.keep(sample);
         }
-        self.answers.push(process_samples);
+        self.responses.push(process_samples);
     }
 
-    fn keep(&mut self, row: ProcessSample) {
-        let known = self.seen.get(&row.pid).is_some_and(|at| *at >= row.at);
+    fn keep(&mut self, sample: ProcessSample) {
+        let known = self.seen.get(&sample.pid).is_some_and(|at| *at >= sample.at);
         if !known {
-            self.seen.insert(row.pid, row.at);
-            self.row_mark = self.row_mark.max(row.at);
-            self.out.process_samples.push(row);
+            self.seen.insert(sample.pid, sample.at);
+            self.process_mark = self.process_mark.max(sample.at);
+            self.out.process_samples.push(sample);
         }
     }
 
-    /// The tuples of this poll. What was not asked for is marked.
+    /// The tuples of this poll. Samples that were not queried are marked.
     pub fn take(&mut self) -> Recovered {
-        let answers = std::mem::take(&mut self.answers);
+        let responses = std::mem::take(&mut self.responses);
         let mut fresh = std::mem::take(&mut self.fresh);
         if fresh.is_empty() {
-            for row in answers.into_iter().flat_map(split_aggregated::Rows::into_values) {
-                self.keep(row);
+            for sample in responses.into_iter().flat_map(split_aggregated::SamplesByPid::into_values) {
+                self.keep(sample);
             }
         } else {
-            let mut process_samples = split_aggregated::unfold(&mut fresh, &answers);
-            process_samples.sort_by_key(|row| row.at);
-            for row in process_samples {
-                self.keep(row);
+            let mut process_samples = split_aggregated::separate(&mut fresh, &responses);
+            process_samples.sort_by_key(|sample| sample.at);
+            for sample in process_samples {
+                self.keep(sample);
             }
             self.late = true;
-            // What was not told by now is not asked for again.
-            self.row_mark = self.row_mark.max(self.before_fresh.min(fresh[0].at));
+            // Process samples that were not returned by now are not requested again.
+            self.process_mark = self.process_mark.max(self.before_fresh.min(fresh[0].at));
         }
-        self.out.process_samples.sort_by_key(|row| row.at);
+        self.out.process_samples.sort_by_key(|sample| sample.at);
         let newest = self.newest.map_or(0, |at| at.0);
         self.seen.retain(|_, at| newest.saturating_sub(at.0) < KEEP_PID_NS);
-        self.void.retain(|stamp| stamp.saturating_mul(1000) > newest);
-        (self.row_calls, self.ahead) = (0, false);
+        self.stale_stamps.retain(|stamp| stamp.saturating_mul(1000) > newest);
+        (self.process_calls, self.ahead) = (0, false);
         self.out.samples = fresh;
         std::mem::take(&mut self.out)
     }

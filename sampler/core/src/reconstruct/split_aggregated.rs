@@ -1,30 +1,30 @@
-//! Takes apart what the driver folded: several samples, one row per pid.
+//! Separates what the driver aggregated: several samples, one entry for each pid.
 
 use std::collections::HashMap;
 
 use crate::device::Engine;
 use crate::observation::{DeviceSample, ProcessSample};
 
-/// One answer, by pid.
-pub type Rows = HashMap<u32, ProcessSample>;
+/// One response, by pid.
+pub type SamplesByPid = HashMap<u32, ProcessSample>;
 
 const COMPUTE: usize = Engine::Compute as usize;
-/// A tick without an idle instant names somebody, whatever the rule of the driver.
+/// A sample without an idle instant names a process under any rule of the driver.
 const SURELY_NAMED_PERCENT: u32 = 100;
 
-/// What is known of a pid from the newer ticks.
+/// What is known of a pid from the newer samples.
 #[derive(Clone, Copy, Default)]
 struct Known {
     sum: u32,
     samples: u32,
-    /// It may have been in a tick that could not be told.
-    unsure: bool,
+    /// It may have been in a sample that could not be separated.
+    uncertain: bool,
 }
 
-/// `answers[0]` is about the newest tick alone, each further one reaches back one tick more. Marks the ticks whose pid, or absence of
-/// one, is told; the rows are the tuples.
-pub fn unfold(samples: &mut [DeviceSample], answers: &[Rows]) -> Vec<ProcessSample> {
-    let none = Rows::new();
+/// `responses[0]` covers only the newest sample, each further one also the sample before. Marks the samples of which the pid, or its
+/// absence, is known, and returns the tuples.
+pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid]) -> Vec<ProcessSample> {
+    let none = SamplesByPid::new();
     let mut out = Vec::new();
     let mut known: HashMap<u32, Known> = HashMap::new();
     let learn = |known: &mut HashMap<u32, Known>, pid: u32, percent: u32| {
@@ -32,33 +32,37 @@ pub fn unfold(samples: &mut [DeviceSample], answers: &[Rows]) -> Vec<ProcessSamp
         (k.sum, k.samples) = (k.sum + percent, k.samples + 1);
     };
     for (n, sample) in samples.iter_mut().rev().enumerate() {
-        let Some(answer) = answers.get(n) else { return out };
-        let newer = if n == 0 { &none } else { &answers[n - 1] };
+        let Some(response) = responses.get(n) else { return out };
+        let newer = if n == 0 { &none } else { &responses[n - 1] };
         let mut compute = None;
-        for row in answer.values().filter(|row| !newer.contains_key(&row.pid)) {
-            out.push(*row);
-            if row.percent[COMPUTE] > 0 {
-                compute = Some(row.pid);
-                learn(&mut known, row.pid, sample.busy_percent);
+        for process in response.values().filter(|process| !newer.contains_key(&process.pid)) {
+            out.push(*process);
+            if process.percent[COMPUTE] > 0 {
+                compute = Some(process.pid);
+                learn(&mut known, process.pid, sample.busy_percent);
             }
         }
-        // An average that moved has had a sample added.
-        let moved =
-            |row: &&ProcessSample| newer.get(&row.pid).is_some_and(|before| before.percent[COMPUTE] != row.percent[COMPUTE]);
+        // An average that changed includes one more sample.
+        let moved = |process: &&ProcessSample| {
+            newer.get(&process.pid).is_some_and(|before| before.percent[COMPUTE] != process.percent[COMPUTE])
+        };
         if compute.is_none()
-            && let Some(row) = answer.values().find(moved)
+            && let Some(process) = response.values().find(moved)
         {
-            compute = Some(row.pid);
+            compute = Some(process.pid);
         } else if compute.is_none() && sample.busy_percent > 0 {
-            // One that did not move hides a sample only where it would not have moved it.
-            let hidden: Vec<u32> =
-                answer.values().filter(|row| hides(row, &known, sample.busy_percent)).map(|row| row.pid).collect();
+            // An unchanged average hides a sample only if the sample would not have changed it.
+            let hidden: Vec<u32> = response
+                .values()
+                .filter(|process| hides(process, &known, sample.busy_percent))
+                .map(|process| process.pid)
+                .collect();
             match hidden[..] {
                 [] => {}
                 [pid] if sample.busy_percent >= SURELY_NAMED_PERCENT => compute = Some(pid),
                 _ => {
                     for pid in hidden {
-                        known.entry(pid).or_default().unsure = true;
+                        known.entry(pid).or_default().uncertain = true;
                     }
                     continue;
                 }
@@ -75,12 +79,12 @@ pub fn unfold(samples: &mut [DeviceSample], answers: &[Rows]) -> Vec<ProcessSamp
     out
 }
 
-/// Whether a sample of `percent` could be in this row's average unseen.
-fn hides(row: &ProcessSample, known: &HashMap<u32, Known>, percent: u32) -> bool {
-    let Some(k) = known.get(&row.pid) else { return false };
-    if k.unsure {
+/// Whether a sample of `percent` could be part of this average without changing it.
+fn hides(process: &ProcessSample, known: &HashMap<u32, Known>, percent: u32) -> bool {
+    let Some(k) = known.get(&process.pid) else { return false };
+    if k.uncertain {
         return true;
     }
     let average = f64::from(k.sum + percent) / f64::from(k.samples + 1);
-    (average - f64::from(row.percent[COMPUTE])).abs() < 1.0
+    (average - f64::from(process.percent[COMPUTE])).abs() < 1.0
 }

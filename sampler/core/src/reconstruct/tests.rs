@@ -1,4 +1,4 @@
-//! Against a driver that folds as the real one does, polled at any pace.
+//! Reconstruction against a simulated driver that aggregates like the real one, polled at any rate.
 
 use std::collections::{HashMap, HashSet};
 
@@ -9,7 +9,7 @@ use super::*;
 const PERIOD_US: u64 = 167_000;
 const COMPUTE: usize = Engine::Compute as usize;
 
-/// (stamp, percent, pid) of each sample, in the order of their taking, and when it was taken.
+/// (stamp, percent, pid) of each sample, in the order in which they were taken, and the time at which each was taken.
 #[derive(Clone, Debug)]
 struct Ring {
     samples: Vec<(u64, u32, Option<u32>)>,
@@ -34,24 +34,24 @@ impl Ring {
         newer.map(|(at_us, percent, _)| RawSample { at_us: *at_us, percent: *percent }).collect()
     }
 
-    /// One row per pid: the time of its newest sample, the average of all.
+    /// One entry for each pid: the time of its newest sample, the average of all.
     fn process_samples(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
         let mut process_samples: HashMap<u32, (u64, u32, u32)> = HashMap::new();
         for (at, util, pid) in self.held(now_us).iter().filter(|(at, util, _)| *at > after && *util > 0) {
             let Some(pid) = pid else { continue };
-            let row = process_samples.entry(*pid).or_insert((0, 0, 0));
-            *row = (*at, row.1 + util, row.2 + 1);
+            let process_sample = process_samples.entry(*pid).or_insert((0, 0, 0));
+            *process_sample = (*at, process_sample.1 + util, process_sample.2 + 1);
         }
-        let row = |(pid, (at_us, sum, n)): (u32, (u64, u32, u32))| {
+        let process_sample = |(pid, (at_us, sum, n)): (u32, (u64, u32, u32))| {
             let mut percent = [0; Engine::ALL.len()];
             percent[COMPUTE] = sum / n;
             RawProcessSample { at_us, pid, percent }
         };
-        process_samples.into_iter().map(row).collect()
+        process_samples.into_iter().map(process_sample).collect()
     }
 }
 
-/// Polls at those times with so many calls for rows a poll.
+/// Polls at those times with at most `calls` process queries for each poll.
 fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<DeviceSample>, Vec<ProcessSample>, bool) {
     let mut recovery = Recovery::default();
     let (mut samples, mut process_samples, mut stepped) = (Vec::new(), Vec::new(), false);
@@ -70,31 +70,31 @@ fn poll(ring: &Ring, polls_us: impl Iterator<Item = u64>, calls: usize) -> (Vec<
     (samples, process_samples, stepped)
 }
 
-/// Checks every tuple against the ring; the parts of the ticks that were recovered, and looked at.
+/// Checks every tuple against the ring; returns the number of samples that were recovered, and of those that were queried.
 fn check(ring: &Ring, samples: &[DeviceSample], process_samples: &[ProcessSample]) -> Result<(usize, usize), TestCaseError> {
     let truth: HashMap<u64, (u32, Option<u32>)> = ring.samples.iter().map(|(at, util, pid)| (at * 1000, (*util, *pid))).collect();
     let mut seen = HashSet::new();
-    let mut looked = 0;
+    let mut queried = 0;
     for sample in samples {
         prop_assert!(seen.insert(sample.at), "{sample:?} twice");
         let (util, pid) = truth[&sample.at.0];
         prop_assert_eq!(util, sample.busy_percent);
         if sample.queried && sample.at != samples[0].at {
-            looked += 1;
-            let named: Vec<u32> = process_samples.iter().filter(|row| row.at == sample.at).map(|row| row.pid).collect();
+            queried += 1;
+            let named: Vec<u32> = process_samples.iter().filter(|p| p.at == sample.at).map(|p| p.pid).collect();
             let expected: Vec<u32> = pid.filter(|_| util > 0).into_iter().collect();
             prop_assert_eq!(named, expected, "at {:?}", sample);
         }
     }
     let mut once = HashSet::new();
-    for row in process_samples {
-        prop_assert!(once.insert((row.at, row.pid)), "{:?} twice", row);
-        prop_assert_eq!(truth[&row.at.0].1, Some(row.pid), "{:?} names another", row);
+    for process_sample in process_samples {
+        prop_assert!(once.insert((process_sample.at, process_sample.pid)), "{:?} twice", process_sample);
+        prop_assert_eq!(truth[&process_sample.at.0].1, Some(process_sample.pid), "{:?} names another", process_sample);
     }
-    Ok((seen.len(), looked))
+    Ok((seen.len(), queried))
 }
 
-/// Under the instant rule: busy shares as the engine's, the pid there with that probability.
+/// Samples by the instant rule: a pid is named with the probability of the busy share.
 fn samples() -> impl Strategy<Value = Vec<(u32, Option<u32>)>> {
     let sample = (0u32..=100, 0u32..100, 1u32..5, prop::bool::weighted(0.3));
     let sample = sample.prop_map(|(util, draw, pid, full)| {
@@ -115,17 +115,17 @@ proptest! {
     }
 
     #[test]
-    fn polled_late_nothing_is_wrong_and_most_is_taken_apart(
+    fn with_late_polls_no_tuple_is_wrong_and_most_are_separated(
         samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13
     ) {
         let ring = Ring::new(&samples);
         let mut now = 1_000_001;
         let polls: Vec<u64> = waits.iter().map(|wait| { now += wait; now }).collect();
         let (got, process_samples, _) = poll(&ring, polls.into_iter(), calls);
-        let (recovered, looked) = check(&ring, &got, &process_samples)?;
-        // All but those that were there before the first poll.
+        let (recovered, queried) = check(&ring, &got, &process_samples)?;
+        // All but those from before the first poll.
         prop_assert!(recovered + 10 >= samples.len());
-        prop_assert!(calls < 12 || looked * 10 >= (recovered - 1) * 6, "{} of {}", looked, recovered);
+        prop_assert!(calls < 12 || queried * 10 >= (recovered - 1) * 6, "{} of {}", queried, recovered);
     }
 
     #[test]
@@ -141,19 +141,19 @@ proptest! {
         prop_assert!((117..=120).contains(&got.len()), "{}", got.len());
         let once: HashSet<_> = got.iter().map(|sample| sample.at).collect();
         prop_assert_eq!(once.len(), got.len());
-        // Of the ring with two clocks rows may hide each other: nothing wrong, and soon nothing missing.
+        // In a ring with two clocks samples may hide each other: none is wrong, and soon none is missing.
         let named: HashMap<u64, u32> = ring.samples.iter().map(|(at, _, pid)| (at * 1000, pid.unwrap())).collect();
-        prop_assert!(process_samples.iter().all(|row| named[&row.at.0] == row.pid));
+        prop_assert!(process_samples.iter().all(|p| named[&p.at.0] == p.pid));
         prop_assert!(process_samples.len() >= 110, "{}", process_samples.len());
     }
 }
 
 #[test]
-fn what_breaks_the_model_is_counted_and_harmless() {
+fn implausible_samples_are_counted_and_harmless() {
     let mut recovery = Recovery::default();
     let now = |n: u64| BootNs(n * 80_000_000);
     let sample = |n: u64| RawSample { at_us: 1_000_000 + n * PERIOD_US, percent: 50 };
-    let row = |at_us, pid, percent| RawProcessSample { at_us, pid, percent: [percent, 0, 0, 0, 0, 0] };
+    let process_sample = |at_us, pid, percent| RawProcessSample { at_us, pid, percent: [percent, 0, 0, 0, 0, 0] };
     recovery.samples(&[sample(0), sample(1), sample(2), sample(3)], now(1), now(1));
     recovery.take();
     recovery.samples(&[sample(4), RawSample { at_us: 9, percent: 808_334_905 }], now(2), now(2));
@@ -162,29 +162,29 @@ fn what_breaks_the_model_is_counted_and_harmless() {
     recovery.process_samples(
         after,
         &[
-            row(at, 7, 50),
-            row(at, 8, 808_334_905),
-            row(at, 0, 50),
-            row(after, 9, 50),
-            row(at + 3_000_000, 10, 50),
-            row(at, 7, 50),
+            process_sample(at, 7, 50),
+            process_sample(at, 8, 808_334_905),
+            process_sample(at, 0, 50),
+            process_sample(after, 9, 50),
+            process_sample(at + 3_000_000, 10, 50),
+            process_sample(at, 7, 50),
         ],
     );
     assert_eq!(recovery.next_process_query(12), None);
     let got = recovery.take();
     assert_eq!(got.samples, [DeviceSample { at: GpuNs(at * 1000), busy_percent: 50, queried: true }]);
-    let mut pids: Vec<u32> = got.process_samples.iter().map(|row| row.pid).collect();
+    let mut pids: Vec<u32> = got.process_samples.iter().map(|p| p.pid).collect();
     pids.sort_unstable();
     assert_eq!(pids, [0, 7]);
-    // One of the device's samples and one row; one pid 0; one old, one of the future, one twice.
+    // One device sample and one process sample; one pid 0; one old, one of the future, one duplicate.
     assert_eq!(got.rejected, [2, 1, 1, 1, 1]);
-    // The row of the future has not moved the watermark.
+    // The process sample of the future has not moved the watermark.
     recovery.samples(&[sample(5)], now(4), now(4));
     assert_eq!(recovery.next_process_query(12), Some(at));
 }
 
 #[test]
-fn a_sample_between_the_two_calls_is_fetched_before_rows_are_believed() {
+fn a_sample_between_the_two_calls_is_read_before_process_samples_are_used() {
     let ring = Ring::new(&[(60, Some(1)), (60, Some(1)), (60, Some(1)), (60, Some(1)), (60, Some(1)), (40, Some(1))]);
     let mut recovery = Recovery::default();
     let now = |us: u64| BootNs(us * 1000);
@@ -194,7 +194,7 @@ fn a_sample_between_the_two_calls_is_fetched_before_rows_are_believed() {
     let after = recovery.samples_after(now(fourth + 1));
     recovery.samples(&ring.samples(after, fourth + 1), now(fourth + 1), now(fourth + 1));
     let after = recovery.next_process_query(12).unwrap();
-    // By now the next is there.
+    // By now the next sample has been taken.
     recovery.process_samples(after, &ring.process_samples(after, fourth + PERIOD_US));
     assert!(recovery.is_ahead());
     assert_eq!(recovery.next_process_query(12), None);
@@ -211,14 +211,14 @@ fn a_sample_between_the_two_calls_is_fetched_before_rows_are_believed() {
 }
 
 #[test]
-fn stamps_that_no_clock_gives_stop_nothing() {
+fn invalid_stamps_do_not_stop_the_reconstruction() {
     let sample = |at_us| RawSample { at_us, percent: 50 };
     let now = |n: u64| BootNs(n * 80_000_000);
-    // In the first read, later, and the same one many times.
+    // In the first read, later, and the same stamp many times.
     for garbage in [vec![u64::MAX], vec![u64::MAX / 1000], vec![7, 8, 9, 10, 11, 12], vec![5; 72]] {
         for first in [true, false] {
             let mut recovery = Recovery::default();
-            let mut told = 0;
+            let mut reported = 0;
             for n in 1..200u64 {
                 let newest = n * 80_000 / PERIOD_US;
                 let mut ring: Vec<RawSample> =
@@ -227,22 +227,22 @@ fn stamps_that_no_clock_gives_stop_nothing() {
                     ring.splice(0..0, garbage.iter().map(|at| sample(*at)));
                 }
                 let after = recovery.samples_after(now(n));
-                let answer: Vec<RawSample> = ring.into_iter().filter(|s| s.at_us > after).collect();
-                recovery.samples(&answer, now(n), now(n));
+                let response: Vec<RawSample> = ring.into_iter().filter(|s| s.at_us > after).collect();
+                recovery.samples(&response, now(n), now(n));
                 while let Some(after) = recovery.next_process_query(12) {
                     recovery.process_samples(after, &[]);
                 }
-                told += recovery.take().samples.len();
+                reported += recovery.take().samples.len();
                 assert!(recovery.period_ns().is_none_or(|ns| ns > 10_000_000), "{garbage:?} {:?}", recovery.period_ns());
             }
-            assert!((70..110).contains(&told), "{garbage:?} {first}: {told}");
+            assert!((70..110).contains(&reported), "{garbage:?} {first}: {reported}");
         }
     }
 }
 
-/// An idle device's ring, whatever order it is told in: nothing new is in it, and no clock was set.
+/// The ring of an idle device, returned in any order: it contains nothing new, and no clock was set.
 #[test]
-fn a_ring_told_from_its_middle_is_not_a_clock_that_was_set() {
+fn a_ring_returned_from_its_middle_is_not_a_clock_that_was_set() {
     let mut recovery = Recovery::default();
     let sample = |k: u64| RawSample { at_us: 1_000_000 + k * PERIOD_US, percent: 50 };
     let now = |k: u64| BootNs((1_000_000 + k * PERIOD_US) * 1000);
@@ -251,8 +251,8 @@ fn a_ring_told_from_its_middle_is_not_a_clock_that_was_set() {
     recovery.take();
     for k in 73..100 {
         let after = recovery.samples_after(now(k));
-        let answer: Vec<RawSample> = turned.iter().copied().filter(|s| s.at_us > after).collect();
-        recovery.samples(&answer, now(k), now(k));
+        let response: Vec<RawSample> = turned.iter().copied().filter(|s| s.at_us > after).collect();
+        recovery.samples(&response, now(k), now(k));
         let got = recovery.take();
         assert!(got.samples.is_empty() && !got.stepped, "{k}: {got:?}");
     }

@@ -1,27 +1,27 @@
-//! One container on the ladder, and what it has to do with each target.
+//! The state of one container in the resolver, and its schedule at each target.
 
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use super::target::OVERDUE;
-use super::{ASKED_ON_AFTER_END, BACK_OFF_LAST, MS, TargetId, jittered};
+use super::{MAX_BACK_OFF, MS, QUERIED_AFTER_END, TargetId, jittered};
 use crate::values::{ContainerLabels, Source};
 use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
-const FILE_STEPS: [u64; 5] = [0, 10 * MS, 30 * MS, 100 * MS, 300 * MS];
-pub(super) const SOCKET_AFTER: u64 = 250 * MS;
-/// What reads more than one small file waits for what reads one.
-const WIDE_AFTER: u64 = 30 * MS;
-/// A path may mislead: those whom it does not suggest come later.
-const UNLIKELY_AFTER: u64 = 5_000 * MS;
-const BACK_OFF_FIRST: u64 = 500 * MS;
-/// The back-off is this part of the time since the asking began, so what began to answer after a fault is asked within a quarter
+const FILE_DELAYS: [u64; 5] = [0, 10 * MS, 30 * MS, 100 * MS, 300 * MS];
+pub(super) const SOCKET_DELAY: u64 = 250 * MS;
+/// Sources that read more than one small file are queried after those that read one.
+const MULTI_FILE_DELAY: u64 = 30 * MS;
+/// A path may mislead, so sources that it does not suggest are queried as well, but later.
+const UNLIKELY_DELAY: u64 = 5_000 * MS;
+const MIN_BACK_OFF: u64 = 500 * MS;
+/// The back-off is the time since the first query divided by this, so an endpoint that recovers from a fault is queried within a quarter
 /// of the fault's length.
-const BACK_OFF_PART: u64 = 4;
+const BACK_OFF_DIVISOR: u64 = 4;
 
-/// What came of a question, as `explain` says it.
+/// The result of a query, with the name used in `explain`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum QueryOutcome {
     Ok,
@@ -45,8 +45,8 @@ impl QueryOutcome {
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct QueryAttempt {
-    pub told: QueryOutcome,
-    /// Where it was found, when that is not the endpoint itself.
+    pub status: QueryOutcome,
+    /// Where the result was found, if not at the endpoint itself.
     pub at: Option<Arc<str>>,
     pub detail: Arc<str>,
 }
@@ -58,7 +58,7 @@ pub(super) struct Entry {
     pub seen: BootNs,
     pub slots: BTreeMap<TargetId, Slot>,
     pub gone: Option<BootNs>,
-    /// It has another container's id: nobody is asked about it.
+    /// The container uses another container's id: it is not queried.
     pub forged: bool,
 }
 
@@ -68,33 +68,34 @@ impl Entry {
         Self { record, labels, seen, slots: BTreeMap::new(), gone: None, forged: false }
     }
 
-    /// When it is to be asked first; `None` for what this source can know nothing about.
+    /// Adds a target. Returns the time of the first query; `None` if the source cannot know the container.
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
-        let after = first_after(source, &self.labels)?;
+        let after = initial_delay(source, &self.labels)?;
         let next = self.seen.plus(after).max(now);
         let slot = Slot {
             is_socket: source.is_socket(),
-            began: self.seen,
+            started: self.seen,
             attempts: 0,
-            put: now,
-            flights: 0,
+            last_sent: now,
+            pending: 0,
             next,
-            looked: false,
-            tried: None,
+            has_result: false,
+            last_attempt: None,
         };
         self.slots.insert(id, slot);
-        self.is_asked_for(id, now).then_some(next)
+        self.needs_query_to(id, now).then_some(next)
     }
 
-    /// Whether anybody is still asked about it.
-    pub fn is_asked_about(&self, now: BootNs) -> bool {
-        !self.forged && !self.labels.complete() && self.gone.is_none_or(|at| now.saturating_since(at) < ASKED_ON_AFTER_END)
+    /// Whether any source still has to be queried for the container.
+    pub fn needs_queries(&self, now: BootNs) -> bool {
+        !self.forged && !self.labels.complete() && self.gone.is_none_or(|at| now.saturating_since(at) < QUERIED_AFTER_END)
     }
 
-    /// Files come before their container and go with it: of one that is gone they are looked for once.
-    pub fn is_asked_for(&self, id: TargetId, now: BootNs) -> bool {
-        let looked_for = |slot: &Slot| slot.is_socket || self.gone.is_none() || !slot.looked;
-        self.is_asked_about(now) && self.slots.get(&id).is_some_and(looked_for)
+    /// Whether this target still has to be queried. Files exist before their container and are removed with it, so one result is enough
+    /// for a container that is gone.
+    pub fn needs_query_to(&self, id: TargetId, now: BootNs) -> bool {
+        let is_unresolved = |slot: &Slot| slot.is_socket || self.gone.is_none() || !slot.has_result;
+        self.needs_queries(now) && self.slots.get(&id).is_some_and(is_unresolved)
     }
 
     pub fn complete(&mut self, now: BootNs) {
@@ -104,112 +105,115 @@ impl Entry {
     }
 }
 
-/// Whether this source can know anything of such a container.
-pub fn can_know(source: Source, labels: &ContainerLabels) -> bool {
-    first_after(source, labels).is_some()
+/// Whether this source can provide labels of such a container.
+pub fn can_resolve(source: Source, labels: &ContainerLabels) -> bool {
+    initial_delay(source, labels).is_some()
 }
 
-/// Whether what is known of such a container suggests this source.
+/// Whether the known labels of the container suggest this source.
 pub fn is_likely(source: Source, labels: &ContainerLabels) -> bool {
-    first_after(source, labels).is_some_and(|after| after < UNLIKELY_AFTER)
+    initial_delay(source, labels).is_some_and(|after| after < UNLIKELY_DELAY)
 }
 
-/// From seeing a container to the first question to this source, by what is known of the container.
-fn first_after(source: Source, labels: &ContainerLabels) -> Option<u64> {
+/// Delay from the container's appearance to the first query of this source, by the known labels of the container.
+fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
     use Runtime::{Containerd, CriO, Docker, Ecs, Nspawn, Podman, Rkt};
-    // These engines complete names and beginnings of ids: asked about anything else they would answer about another container.
-    let engines = matches!(
+    // These engines also match names and prefixes of ids: for anything but a full id they might return another container.
+    let is_engine = matches!(
         source,
         Source::DockerFile | Source::Docker | Source::PodmanFile | Source::Podman | Source::CrioFile | Source::Crio
     );
-    if engines && !is_engines_id(&labels.container_id) {
+    if is_engine && !is_full_id(&labels.container_id) {
         return None;
     }
     let (runtime, in_pod) = (labels.runtime, labels.in_pod());
-    let one_of = |wanted: &[Runtime]| runtime.is_none_or(|r| wanted.contains(&r));
-    let pods = in_pod || one_of(&[Containerd, CriO]);
+    let runtime_in = |candidates: &[Runtime]| runtime.is_none_or(|r| candidates.contains(&r));
+    let pods = in_pod || runtime_in(&[Containerd, CriO]);
     let likely = match source {
         Source::Cgroup => return None,
-        // Pods' manifests are all there is of these, and nothing to the others.
+        // For these runtimes pod manifests are the only source; the other runtimes have none.
         Source::Manifest if labels.kind == Kind::Container && matches!(runtime, Some(Rkt | Nspawn)) => true,
         Source::Manifest => return None,
-        Source::Bundle => one_of(&[Containerd]),
-        Source::DockerFile | Source::Docker => one_of(&[Docker, Ecs]),
-        Source::CrioFile | Source::Crio => one_of(&[CriO]),
-        Source::PodmanFile | Source::Podman => one_of(&[Podman]) && !in_pod,
-        Source::Cri => one_of(&[Containerd, CriO]) || in_pod,
+        Source::Bundle => runtime_in(&[Containerd]),
+        Source::DockerFile | Source::Docker => runtime_in(&[Docker, Ecs]),
+        Source::CrioFile | Source::Crio => runtime_in(&[CriO]),
+        Source::PodmanFile | Source::Podman => runtime_in(&[Podman]) && !in_pod,
+        Source::Cri => runtime_in(&[Containerd, CriO]) || in_pod,
         Source::Logs | Source::Mountinfo | Source::Kubelet => pods,
     };
-    let wide = matches!(source, Source::Logs | Source::Mountinfo | Source::PodmanFile);
+    let reads_many_files = matches!(source, Source::Logs | Source::Mountinfo | Source::PodmanFile);
     Some(match (likely, source.is_socket()) {
-        (false, _) => UNLIKELY_AFTER,
-        (true, true) => SOCKET_AFTER,
-        (true, false) if wide => WIDE_AFTER,
+        (false, _) => UNLIKELY_DELAY,
+        (true, true) => SOCKET_DELAY,
+        (true, false) if reads_many_files => MULTI_FILE_DELAY,
         (true, false) => 0,
     })
 }
 
-fn is_engines_id(id: &str) -> bool {
+fn is_full_id(id: &str) -> bool {
     id.len() == 64 && id.bytes().all(|b| b.is_ascii_hexdigit())
 }
 
-/// One container at one target.
+/// The schedule of one container at one target.
 #[derive(Clone, Debug)]
 pub(super) struct Slot {
     pub is_socket: bool,
-    /// When the asking began, or began anew.
-    began: BootNs,
+    /// When the back-off started or was last restarted.
+    started: BootNs,
     attempts: u32,
-    /// When it was last asked, and how many answers are outstanding.
-    put: BootNs,
-    flights: u32,
+    last_sent: BootNs,
+    /// Queries without an outcome.
+    pending: u32,
     pub next: BootNs,
-    /// It has answered; a failure is no answer.
-    pub looked: bool,
-    pub tried: Option<QueryAttempt>,
+    /// A query returned a result other than a failure.
+    pub has_result: bool,
+    pub last_attempt: Option<QueryAttempt>,
 }
 
 impl Slot {
-    /// While an answer is outstanding, the earliest time to ask beside it; files are not asked twice at once.
+    /// While a query is pending, the earliest time to repeat it; file reads are not repeated while pending.
     pub fn busy_until(&self, now: BootNs) -> Option<BootNs> {
-        let overdue = self.put.plus(OVERDUE);
-        (self.flights > 0 && (!self.is_socket || now < overdue)).then_some(overdue)
+        let overdue = self.last_sent.plus(OVERDUE);
+        (self.pending > 0 && (!self.is_socket || now < overdue)).then_some(overdue)
     }
 
-    /// What to say of a question that has no answer yet.
-    pub fn unanswered(&self, now: BootNs) -> Option<QueryAttempt> {
-        let since = now.saturating_since(self.put);
-        let (told, detail) = match (self.flights, since) {
+    /// The state of a pending query; `None` if there is none, or if an earlier result is more informative.
+    pub fn pending_attempt(&self, now: BootNs) -> Option<QueryAttempt> {
+        let since = now.saturating_since(self.last_sent);
+        let (status, detail) = match (self.pending, since) {
             (0, _) => return None,
-            (_, ..OVERDUE) => (QueryOutcome::NotTried, "it is being asked".into()),
-            _ => (QueryOutcome::Timeout, format!("asked {:.1} s ago, no answer yet", since as f64 / 1e9).into()),
+            (_, ..OVERDUE) => (QueryOutcome::NotTried, "query in progress".into()),
+            _ => (QueryOutcome::Timeout, format!("queried {:.1} s ago, no response yet", since as f64 / 1e9).into()),
         };
-        // What it said before says more than that it is asked again.
-        let known = told == QueryOutcome::NotTried && self.tried.is_some();
-        (!known).then_some(QueryAttempt { told, at: None, detail })
+        // An earlier result says more than that the query is repeated.
+        let has_earlier = status == QueryOutcome::NotTried && self.last_attempt.is_some();
+        (!has_earlier).then_some(QueryAttempt { status, at: None, detail })
     }
 
-    pub fn put(&mut self, now: BootNs) {
-        self.put = now;
-        self.flights += 1;
+    pub fn record_sent(&mut self, now: BootNs) {
+        self.last_sent = now;
+        self.pending += 1;
     }
 
-    /// `paced`: the endpoint answers, so this container's own back-off sets the pace; else the breaker does.
-    pub fn answered(&mut self, key: ContainerKey, paced: bool, tried: QueryAttempt, now: BootNs) {
-        self.flights = self.flights.saturating_sub(1);
+    /// `endpoint_healthy`: the endpoint responds, so this container's own back-off sets the next time; otherwise the breaker does.
+    pub fn record_outcome(&mut self, key: ContainerKey, endpoint_healthy: bool, attempt: QueryAttempt, now: BootNs) {
+        self.pending = self.pending.saturating_sub(1);
         self.attempts += 1;
-        self.looked |= !matches!(tried.told, QueryOutcome::Error | QueryOutcome::Timeout);
-        self.tried = Some(tried);
-        let step = FILE_STEPS.iter().map(|after| self.began.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
-        let age = now.saturating_since(self.began);
-        let full =
-            if paced || !self.is_socket { (age / BACK_OFF_PART).clamp(BACK_OFF_FIRST, BACK_OFF_LAST) } else { BACK_OFF_FIRST };
+        self.has_result |= !matches!(attempt.status, QueryOutcome::Error | QueryOutcome::Timeout);
+        self.last_attempt = Some(attempt);
+        let step = FILE_DELAYS.iter().map(|after| self.started.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
+        let age = now.saturating_since(self.started);
+        let full = if endpoint_healthy || !self.is_socket {
+            (age / BACK_OFF_DIVISOR).clamp(MIN_BACK_OFF, MAX_BACK_OFF)
+        } else {
+            MIN_BACK_OFF
+        };
         self.next = step.unwrap_or_else(|| now.plus(jittered(full, key, self.attempts)));
     }
 
-    /// At `at`, or before it where that was planned; the back-off begins anew.
-    pub fn again(&mut self, at: BootNs, now: BootNs) {
-        self.began = now;
+    /// Restarts the back-off; the next query is at `at`, or earlier if it was scheduled earlier.
+    pub fn restart(&mut self, at: BootNs, now: BootNs) {
+        self.started = now;
         self.next = self.next.min(at).max(now);
     }
 }

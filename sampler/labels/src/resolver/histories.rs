@@ -1,26 +1,26 @@
 //! Generated histories: containers come and go, endpoints fail, hang, vanish and come back in any order.
 //!
-//! After the last fault every living container that any one source can name is complete, and at no time a bound was passed, a
-//! label went blank, or a complete container was asked about.
+//! After the last fault, every running container that one source knows is complete. At no time a bound was exceeded, a label became
+//! empty, or a complete container was queried.
 
 use std::collections::BTreeMap;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
 
-use super::target::{FILES_IN_FLIGHT, OPEN_AT_MOST, SOCKET_IN_FLIGHT};
-use super::tests::{all_labels, docker, pod, tried};
+use super::target::{FILES_IN_FLIGHT, MAX_OPEN, SOCKET_IN_FLIGHT};
+use super::tests::{all_labels, attempt, docker, pod};
 use super::*;
 use crate::Label;
 
-/// The caller gives a question up after this long.
+/// The caller's timeout of a query.
 const TIMEOUT: u64 = 5_000 * MS;
 const STEP: u64 = 10 * MS;
 const FAULTS_END: u64 = 20_000 * MS;
 
 #[derive(Clone, Copy, Debug)]
-enum Mood {
-    Answers,
+enum EndpointState {
+    Responds,
     Fails,
     Hangs,
     Empty,
@@ -33,128 +33,134 @@ enum Event {
     Gone(usize),
     Evict(usize),
     Hint(usize),
-    Mood(usize, Mood),
+    EndpointState(usize, EndpointState),
 }
 
 const SOURCES: [Source; 5] = [Source::Bundle, Source::Logs, Source::Docker, Source::Cri, Source::Podman];
 
-fn mood() -> impl Strategy<Value = Mood> {
-    prop_oneof![Just(Mood::Answers), Just(Mood::Fails), Just(Mood::Hangs), Just(Mood::Empty), Just(Mood::Absent)]
+fn endpoint_state() -> impl Strategy<Value = EndpointState> {
+    prop_oneof![
+        Just(EndpointState::Responds),
+        Just(EndpointState::Fails),
+        Just(EndpointState::Hangs),
+        Just(EndpointState::Empty),
+        Just(EndpointState::Absent)
+    ]
 }
 
 fn event() -> impl Strategy<Value = (u64, Event)> {
-    let what = prop_oneof![
+    let event = prop_oneof![
         4 => Just(Event::Appear),
         1 => (0..40usize).prop_map(Event::Gone),
         1 => (0..40usize).prop_map(Event::Evict),
         2 => (0..40usize).prop_map(Event::Hint),
-        4 => (0..SOURCES.len(), mood()).prop_map(|(n, m)| Event::Mood(n, m)),
+        4 => (0..SOURCES.len(), endpoint_state()).prop_map(|(n, m)| Event::EndpointState(n, m)),
     ];
-    (0..FAULTS_END / STEP, what)
+    (0..FAULTS_END / STEP, event)
 }
 
 struct World {
-    ladder: LabelResolver,
-    moods: Vec<Mood>,
-    /// Which source can name a container, by (key, target).
-    namer: BTreeMap<u64, usize>,
-    living: Vec<u64>,
+    resolver: LabelResolver,
+    states: Vec<EndpointState>,
+    /// The target that knows the container, by key.
+    known_by: BTreeMap<u64, usize>,
+    live: Vec<u64>,
     open: Vec<(BootNs, Query)>,
     labels: BTreeMap<u64, [bool; Label::ALL.len()]>,
 }
 
 impl World {
-    fn happen(&mut self, event: &Event, namers: &[usize], now: BootNs) {
-        let pick = |living: &[u64], n: usize| (!living.is_empty()).then(|| living[n % living.len()]);
+    fn apply(&mut self, event: &Event, knowing_sources: &[usize], now: BootNs) {
+        let pick = |live: &[u64], n: usize| (!live.is_empty()).then(|| live[n % live.len()]);
         match event {
             Event::Appear => {
-                let key = self.namer.len() as u64 + 1;
-                self.namer.insert(key, namers[key as usize % namers.len()]);
-                self.living.push(key);
-                self.ladder.appeared(if key.is_multiple_of(2) { docker(key) } else { pod(key) }, now);
+                let key = self.known_by.len() as u64 + 1;
+                self.known_by.insert(key, knowing_sources[key as usize % knowing_sources.len()]);
+                self.live.push(key);
+                self.resolver.appeared(if key.is_multiple_of(2) { docker(key) } else { pod(key) }, now);
             }
             Event::Gone(n) => {
-                if let Some(key) = pick(&self.living, *n) {
-                    self.living.retain(|k| *k != key);
-                    self.ladder.gone(ContainerKey(key), now, now);
+                if let Some(key) = pick(&self.live, *n) {
+                    self.live.retain(|k| *k != key);
+                    self.resolver.gone(ContainerKey(key), now, now);
                 }
             }
             Event::Evict(n) => {
-                if let Some(key) = pick(&self.living, *n) {
-                    self.living.retain(|k| *k != key);
+                if let Some(key) = pick(&self.live, *n) {
+                    self.live.retain(|k| *k != key);
                     self.labels.remove(&key);
-                    self.ladder.evicted(ContainerKey(key));
+                    self.resolver.evicted(ContainerKey(key));
                 }
             }
             Event::Hint(n) => {
-                if let Some(key) = pick(&self.living, *n) {
-                    self.ladder.hint(&format!("{key:064x}"), now);
+                if let Some(key) = pick(&self.live, *n) {
+                    self.resolver.hint(&format!("{key:064x}"), now);
                 }
             }
-            Event::Mood(n, mood) => self.turn(*n, *mood, now),
+            Event::EndpointState(n, endpoint_state) => self.set_state(*n, *endpoint_state, now),
         }
     }
 
-    fn turn(&mut self, n: usize, mood: Mood, now: BootNs) {
+    fn set_state(&mut self, n: usize, endpoint_state: EndpointState, now: BootNs) {
         let id = TargetId(n as u16);
-        match (self.moods[n], mood) {
-            (_, Mood::Absent) => self.ladder.endpoint_absent(id),
-            (Mood::Absent, _) => self.ladder.endpoint_back(id, now),
+        match (self.states[n], endpoint_state) {
+            (_, EndpointState::Absent) => self.resolver.endpoint_absent(id),
+            (EndpointState::Absent, _) => self.resolver.endpoint_present(id, now),
             _ => {}
         }
-        self.moods[n] = mood;
+        self.states[n] = endpoint_state;
     }
 
-    fn answer(&self, ask: &Query) -> Option<Outcome> {
-        let knows = self.namer[&ask.key.0] == usize::from(ask.target.0);
-        match self.moods[usize::from(ask.target.0)] {
-            Mood::Answers if knows => Some(Outcome::Found(all_labels())),
-            Mood::Answers | Mood::Empty => Some(Outcome::NotFound),
-            Mood::Fails | Mood::Absent => Some(Outcome::Failed),
-            Mood::Hangs => None,
+    fn outcome_of(&self, query: &Query) -> Option<Outcome> {
+        let is_known = self.known_by[&query.key.0] == usize::from(query.target.0);
+        match self.states[usize::from(query.target.0)] {
+            EndpointState::Responds if is_known => Some(Outcome::Found(all_labels())),
+            EndpointState::Responds | EndpointState::Empty => Some(Outcome::NotFound),
+            EndpointState::Fails | EndpointState::Absent => Some(Outcome::Failed),
+            EndpointState::Hangs => None,
         }
     }
 
     fn step(&mut self, now: BootNs) {
-        let late = |(put, _): &(BootNs, Query)| now.saturating_since(*put) >= TIMEOUT;
-        for (_, ask) in self.open.extract_if(.., |q| late(q)).collect::<Vec<_>>() {
-            self.ladder.answered(&ask, &Outcome::Failed, tried(&Outcome::Failed), now);
+        let late = |(sent, _): &(BootNs, Query)| now.saturating_since(*sent) >= TIMEOUT;
+        for (_, query) in self.open.extract_if(.., |q| late(q)).collect::<Vec<_>>() {
+            self.resolver.record_outcome(&query, &Outcome::Failed, attempt(&Outcome::Failed), now);
         }
-        // An answer may make room for the next question.
+        // An outcome may make room for the next query.
         loop {
-            let asks = self.ladder.due(now);
-            if asks.is_empty() {
+            let queries = self.resolver.due(now);
+            if queries.is_empty() {
                 break;
             }
-            for ask in asks {
-                assert!(self.ladder.labels(ask.key).is_some_and(|l| !l.complete()), "a complete container was asked about");
-                self.open.push((now, ask));
+            for query in queries {
+                assert!(self.resolver.labels(query.key).is_some_and(|l| !l.complete()), "a complete container was queried");
+                self.open.push((now, query));
             }
-            self.bounds();
-            for (put, ask) in std::mem::take(&mut self.open) {
-                match self.answer(&ask).filter(|_| put == now) {
+            self.check_bounds();
+            for (sent, query) in std::mem::take(&mut self.open) {
+                match self.outcome_of(&query).filter(|_| sent == now) {
                     Some(outcome) => {
-                        self.ladder.answered(&ask, &outcome, tried(&outcome), now);
+                        self.resolver.record_outcome(&query, &outcome, attempt(&outcome), now);
                     }
-                    None => self.open.push((put, ask)),
+                    None => self.open.push((sent, query)),
                 }
             }
         }
-        for key in self.ladder.take_changed() {
-            let Some(labels) = self.ladder.labels(key) else { continue };
+        for key in self.resolver.take_changed() {
+            let Some(labels) = self.resolver.labels(key) else { continue };
             let filled = Label::ALL.map(|l| labels.get(l).is_some());
             let before = self.labels.insert(key.0, filled).unwrap_or_default();
-            assert!(before.iter().zip(filled).all(|(was, is)| !was || is), "a label went blank");
+            assert!(before.iter().zip(filled).all(|(was_filled, now_filled)| !was_filled || now_filled), "a label became empty");
         }
     }
 
-    fn bounds(&self) {
+    fn check_bounds(&self) {
         for (n, source) in SOURCES.iter().enumerate() {
             let all = self.open.iter().filter(|(_, a)| usize::from(a.target.0) == n).count();
-            let (young, known) = self.ladder.targets[n].open_questions();
+            let (not_overdue, known) = self.resolver.targets[n].open_queries();
             assert_eq!(all, known);
-            let most = if source.is_socket() { OPEN_AT_MOST } else { FILES_IN_FLIGHT };
-            assert!(all <= most && (!source.is_socket() || young <= SOCKET_IN_FLIGHT), "{source:?}: {young} {all}");
+            let most = if source.is_socket() { MAX_OPEN } else { FILES_IN_FLIGHT };
+            assert!(all <= most && (!source.is_socket() || not_overdue <= SOCKET_IN_FLIGHT), "{source:?}: {not_overdue} {all}");
         }
     }
 }
@@ -163,20 +169,20 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(200))]
 
     #[test]
-    fn whom_any_one_source_can_name_becomes_complete(
+    fn every_container_that_one_source_knows_becomes_complete(
         events in vec(event(), 1..60),
-        namers in vec(0..SOURCES.len(), 1..7),
+        knowing_sources in vec(0..SOURCES.len(), 1..7),
     ) {
         let mut world = World {
-            ladder: LabelResolver::default(),
-            moods: vec![Mood::Answers; SOURCES.len()],
-            namer: BTreeMap::new(),
-            living: Vec::new(),
+            resolver: LabelResolver::default(),
+            states: vec![EndpointState::Responds; SOURCES.len()],
+            known_by: BTreeMap::new(),
+            live: Vec::new(),
             open: Vec::new(),
             labels: BTreeMap::new(),
         };
         for source in SOURCES {
-            world.ladder.add_target(source, source.name(), true, BootNs(0));
+            world.resolver.add_target(source, source.name(), true, BootNs(0));
         }
         let mut events = events;
         events.sort_by_key(|(at, _)| *at);
@@ -184,23 +190,23 @@ proptest! {
         let mut now = BootNs(0);
         while now.0 < FAULTS_END {
             while let Some((_, event)) = events.next_if(|(at, _)| at * STEP <= now.0) {
-                world.happen(&event, &namers, now);
+                world.apply(&event, &knowing_sources, now);
             }
             world.step(now);
             now = now.plus(STEP);
         }
         for n in 0..SOURCES.len() {
-            world.turn(n, Mood::Answers, now);
+            world.set_state(n, EndpointState::Responds, now);
         }
-        // A file that hung is read again once its read has timed out; the path's unlikely sources come after 5 s.
+        // A file that hung is read again after its read has timed out; sources that the path does not suggest are queried after 5 s.
         while now.0 < FAULTS_END + 17_000 * MS {
             world.step(now);
             now = now.plus(STEP);
         }
-        for key in &world.living {
-            let labels = world.ladder.labels(ContainerKey(*key)).unwrap();
-            prop_assert!(labels.complete() && labels.settled, "{key}: {labels:?} {:?}", world.ladder.tried(ContainerKey(*key), now));
+        for key in &world.live {
+            let labels = world.resolver.labels(ContainerKey(*key)).unwrap();
+            prop_assert!(labels.complete() && labels.settled, "{key}: {labels:?} {:?}", world.resolver.attempts(ContainerKey(*key), now));
         }
-        prop_assert!(world.ladder.queue.len() <= world.namer.len() * SOURCES.len() * 2);
+        prop_assert!(world.resolver.queue.len() <= world.known_by.len() * SOURCES.len() * 2);
     }
 }

@@ -1,18 +1,19 @@
-//! When to ask whom: sans-IO. It says what it wants asked, is told the answers, and never gives a living container up.
+//! The schedule of label queries, without IO: the resolver returns the queries that are due, receives their outcomes, and never gives up
+//! a running container.
 //!
 //! ```text
-//!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (asked on for 10 s) -> evicted with its record
+//!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried for 10 s) -> evicted with its record
 //!  per (container, target):
-//!      file    0, 10, 30, 100, 300 ms after it was seen, then 0.5 s, growing with its age to 30 s
-//!      socket  250 ms after it was seen (asking earlier races its creation), then the same back-off
+//!      file    0, 10, 30, 100, 300 ms after it appeared, then 0.5 s, growing with its age to 30 s
+//!      socket  250 ms after it appeared (an earlier query races its creation), then the same back-off
 //!  per socket:     absent -> closed --5 transport errors--> open --a probe every second, later every 30 s--> closed
 //! ```
-//! A target is a source at an endpoint; there may be several of one source. What the path says of the runtime orders whom to ask, and
-//! excludes nobody. "Not found" is an answer, not an error. A question without an answer after a second is taken for an
-//! error, does not count against the bound of open questions any more, and may be put again beside itself: a runtime that hangs
-//! and recovers is noticed within a second, and one that is slow is still listened to.
+//! A target is a source at an endpoint; a source may have several. The runtime that the path suggests sets the order of the sources and
+//! excludes none. "Not found" is a result, not an error. A query without a result after a second counts as an error, no longer counts
+//! against the limit of queries in flight, and may be repeated while it is pending: the recovery of a runtime that hung is detected
+//! within a second, and the result of a slow one is still used.
 //!
-//! Deliberately not here: how long a question may take at most, and what an endpoint is; the caller knows.
+//! Not part of this module: the timeout of a query, and what an endpoint is. The caller provides both.
 
 mod entry;
 #[cfg(test)]
@@ -25,7 +26,7 @@ use std::collections::{BTreeSet, HashMap, HashSet};
 use std::sync::Arc;
 
 use self::entry::{Entry, Slot};
-pub use self::entry::{QueryAttempt, QueryOutcome, can_know, is_likely};
+pub use self::entry::{QueryAttempt, QueryOutcome, can_resolve, is_likely};
 use self::target::Target;
 pub use self::target::{ABSENT, FILES_IN_FLIGHT};
 use super::values::{ContainerLabels, Facts, Source};
@@ -33,36 +34,36 @@ use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
 const MS: u64 = 1_000_000;
-const BACK_OFF_LAST: u64 = 30_000 * MS;
-/// A container this old is shown with what is known.
-const SHOWN_AFTER: u64 = 2_000 * MS;
-/// A runtime may know a container for a while after its cgroup.
-const ASKED_ON_AFTER_END: u64 = 10_000 * MS;
+const MAX_BACK_OFF: u64 = 30_000 * MS;
+/// A container of this age is exported with the labels it has.
+const SETTLED_AFTER: u64 = 2_000 * MS;
+/// A runtime may have the record of a container for some time after its cgroup was removed.
+const QUERIED_AFTER_END: u64 = 10_000 * MS;
 
-/// A source at one endpoint, in the order in which they were added.
+/// Index of a target (a source at one endpoint), in the order of addition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct TargetId(pub u16);
 
-/// One question to put.
+/// One query to execute.
 #[derive(Clone, Debug)]
 pub struct Query {
     pub key: ContainerKey,
     pub target: TargetId,
     pub source: Source,
     pub record: Arc<ContainerRecord>,
-    /// As far as it is known by now.
+    /// `None` if not known yet.
     pub pod_uid: Option<String>,
-    /// Tells two questions about the same thing apart.
+    /// Distinguishes two queries for the same container and target.
     number: u64,
 }
 
 impl Query {
-    /// A question outside the ladder.
-    pub fn once(record: Arc<ContainerRecord>, target: TargetId, source: Source, pod_uid: Option<String>) -> Self {
+    /// A query that is not scheduled by the resolver.
+    pub fn unscheduled(record: Arc<ContainerRecord>, target: TargetId, source: Source, pod_uid: Option<String>) -> Self {
         Self { key: record.key, target, source, record, pod_uid, number: 0 }
     }
 
-    /// As runtimes know it; blank where the path told none.
+    /// The id that runtimes use; empty if the path has none.
     pub fn container_id(&self) -> &str {
         self.record.identity.container_id.as_deref().unwrap_or_default()
     }
@@ -72,9 +73,9 @@ impl Query {
 pub enum Outcome {
     Found(Facts),
     NotFound,
-    /// There was nothing to ask, or nobody: it says nothing about the endpoint.
-    NotAsked,
-    /// Transport error, timeout, or an answer that makes no sense.
+    /// Nothing was queried, for lack of an endpoint or of a valid id; the state of the endpoint is unknown.
+    NotQueried,
+    /// Transport error, timeout, or invalid response.
     Failed,
 }
 
@@ -83,16 +84,16 @@ pub struct LabelResolver {
     targets: Vec<Target>,
     entries: HashMap<ContainerKey, Entry>,
     by_id: HashMap<Arc<str>, Vec<ContainerKey>>,
-    /// When which question falls due. Entries that no longer hold are skipped when their time comes.
+    /// Due times of queries. Outdated entries are skipped when they become due.
     queue: BTreeSet<(BootNs, ContainerKey, TargetId)>,
-    /// When a container is shown with what is known.
-    shown: BTreeSet<(BootNs, ContainerKey)>,
+    /// Times at which containers settle with incomplete labels.
+    settling: BTreeSet<(BootNs, ContainerKey)>,
     changed: HashSet<ContainerKey>,
-    asked: u64,
+    sent_count: u64,
 }
 
 impl LabelResolver {
-    /// `present`: whether there is anything at the endpoint. What is absent is not asked.
+    /// `present`: whether the endpoint exists. An absent endpoint is not queried.
     pub fn add_target(&mut self, source: Source, endpoint: &str, present: bool, now: BootNs) -> TargetId {
         let id = TargetId(u16::try_from(self.targets.len()).unwrap_or(u16::MAX));
         self.targets.push(Target::new(source, endpoint.into(), present));
@@ -113,12 +114,12 @@ impl LabelResolver {
         all.map(|(n, t)| (TargetId(n as u16), t.source, &*t.endpoint))
     }
 
-    /// Whether it is complete by its path alone.
+    /// Adds a container. Returns whether its path alone makes its labels complete.
     pub fn appeared(&mut self, record: Arc<ContainerRecord>, now: BootNs) -> bool {
         let key = record.key;
         let mut entry = Entry::new(record, now);
         entry.forged = self.is_forged(&entry);
-        self.expose_forgeries(&entry);
+        self.revoke_forged_labels(&entry);
         for (n, target) in self.targets.iter().enumerate().filter(|(_, t)| !t.retired) {
             let id = TargetId(n as u16);
             if let Some(at) = entry.add_slot(id, target.source, now) {
@@ -129,7 +130,7 @@ impl LabelResolver {
         if complete {
             entry.complete(now);
         } else {
-            self.shown.insert((now.plus(SHOWN_AFTER), key));
+            self.settling.insert((now.plus(SETTLED_AFTER), key));
         }
         self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
         self.entries.insert(key, entry);
@@ -137,17 +138,18 @@ impl LabelResolver {
         complete
     }
 
-    /// Who may make cgroups in a container can give one the name of somebody else's: that one must not get his labels. Where a
-    /// container of the same id is not inside another, it is the one that runtimes know.
+    /// Whether a nested cgroup uses the id of another container. A tenant that can create cgroups inside its container can name one after
+    /// another tenant's container, and must not receive that container's labels. If a container with the same id is not nested, runtimes
+    /// mean that one.
     fn is_forged(&self, entry: &Entry) -> bool {
-        let outer = |record: &ContainerRecord| record.identity.outer_container_id.is_some();
-        let same = self.by_id.get(&entry.labels.container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
-        // Also of one that is gone: runtimes know it for longer.
-        outer(&entry.record) && same.into_iter().any(|other| !outer(&other.record))
+        let is_nested = |record: &ContainerRecord| record.identity.outer_container_id.is_some();
+        let same_id = self.by_id.get(&entry.labels.container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
+        // Includes containers that are gone, since runtimes keep their records for longer.
+        is_nested(&entry.record) && same_id.into_iter().any(|other| !is_nested(&other.record))
     }
 
-    /// The other order: what the nested one has been given is taken back.
-    fn expose_forgeries(&mut self, genuine: &Entry) {
+    /// Removes the labels of nested containers that appeared before the genuine one with their id.
+    fn revoke_forged_labels(&mut self, genuine: &Entry) {
         if genuine.record.identity.outer_container_id.is_some() {
             return;
         }
@@ -162,7 +164,7 @@ impl LabelResolver {
         }
     }
 
-    /// Its cgroup was removed. Whoever may still know it is asked at once, and for a few seconds.
+    /// The container's cgroup was removed. Sources that may still know it are queried immediately, and for a few seconds.
     pub fn gone(&mut self, key: ContainerKey, at: BootNs, now: BootNs) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.gone = Some(at);
@@ -170,7 +172,7 @@ impl LabelResolver {
         }
     }
 
-    /// Identity has forgotten it.
+    /// Identity has evicted the container.
     pub fn evicted(&mut self, key: ContainerKey) {
         let Some(entry) = self.entries.remove(&key) else { return };
         if let Some(keys) = self.by_id.get_mut(&entry.labels.container_id) {
@@ -185,11 +187,11 @@ impl LabelResolver {
         for (id, slot) in &entry.slots {
             self.queue.remove(&(slot.next, key, *id));
         }
-        self.shown.remove(&(entry.seen.plus(SHOWN_AFTER), key));
+        self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), key));
         self.changed.insert(key);
     }
 
-    /// A runtime spoke of this container: ask now instead of waiting for the back-off.
+    /// A runtime reported an event of this container: its queries become due without waiting for the back-off.
     pub fn hint(&mut self, container_id: &str, now: BootNs) {
         for key in self.by_id.get(container_id).into_iter().flatten() {
             if let Some(entry) = self.entries.get_mut(key) {
@@ -198,14 +200,14 @@ impl LabelResolver {
         }
     }
 
-    /// Something appeared at the endpoint, or took the place of what was there.
-    pub fn endpoint_back(&mut self, id: TargetId, now: BootNs) {
+    /// The endpoint appeared or was replaced.
+    pub fn endpoint_present(&mut self, id: TargetId, now: BootNs) {
         if let Some(target) = self.targets.get_mut(usize::from(id.0)) {
-            target.back();
+            target.reset();
             for entry in self.entries.values_mut() {
-                // What was looked for elsewhere may be here.
+                // Results from before do not apply to what is there now.
                 if let Some(slot) = entry.slots.get_mut(&id) {
-                    slot.looked = false;
+                    slot.has_result = false;
                 }
                 requeue(&mut self.queue, entry, now, |target| target == id);
             }
@@ -216,22 +218,22 @@ impl LabelResolver {
         self.targets.get(usize::from(id.0)).is_some_and(|t| t.present)
     }
 
-    /// One that was retired, should it be wanted again.
+    /// Finds a retired target, to revive it.
     pub fn retired(&self, source: Source, endpoint: &str) -> Option<TargetId> {
-        let is = |t: &Target| t.retired && t.source == source && *t.endpoint == *endpoint;
-        self.targets.iter().position(is).map(|n| TargetId(n as u16))
+        let matches = |t: &Target| t.retired && t.source == source && *t.endpoint == *endpoint;
+        self.targets.iter().position(matches).map(|n| TargetId(n as u16))
     }
 
     pub fn revive(&mut self, id: TargetId, present: bool, now: BootNs) {
         let Some(target) = self.targets.get_mut(usize::from(id.0)).filter(|t| t.retired) else { return };
         target.retired = false;
-        target.back();
+        target.reset();
         target.present = present;
         let source = target.source;
         self.add_slots(id, source, now);
     }
 
-    /// Nobody will be at the endpoint again: it is not spoken of any more.
+    /// Excludes a target from queries and from the output; its endpoint is gone permanently.
     pub fn retire(&mut self, id: TargetId) {
         let Some(target) = self.targets.get_mut(usize::from(id.0)) else { return };
         target.retire();
@@ -242,17 +244,17 @@ impl LabelResolver {
         }
     }
 
-    /// There is nothing at the endpoint any more.
+    /// The endpoint disappeared.
     pub fn endpoint_absent(&mut self, id: TargetId) {
         if let Some(target) = self.targets.get_mut(usize::from(id.0)) {
             target.present = false;
         }
     }
 
-    /// What to ask now; each is being asked until [`LabelResolver::answered`].
+    /// The queries that are due; each is pending until [`LabelResolver::record_outcome`].
     pub fn due(&mut self, now: BootNs) -> Vec<Query> {
-        while let Some((at, key)) = self.shown.first().copied().filter(|(at, _)| *at <= now) {
-            self.shown.remove(&(at, key));
+        while let Some((at, key)) = self.settling.first().copied().filter(|(at, _)| *at <= now) {
+            self.settling.remove(&(at, key));
             if let Some(entry) = self.entries.get_mut(&key).filter(|e| !e.labels.settled) {
                 entry.labels.settled = true;
                 self.changed.insert(key);
@@ -261,144 +263,144 @@ impl LabelResolver {
         while let Some((at, key, id)) = self.queue.first().copied().filter(|(at, ..)| *at <= now) {
             self.queue.remove(&(at, key, id));
             let Some(target) = self.targets.get_mut(usize::from(id.0)) else { continue };
-            let Some(entry) = self.entries.get_mut(&key).filter(|e| e.is_asked_for(id, now)) else { continue };
+            let Some(entry) = self.entries.get_mut(&key).filter(|e| e.needs_query_to(id, now)) else { continue };
             let Some(slot) = entry.slots.get_mut(&id).filter(|s| s.next == at) else { continue };
             match (slot.busy_until(now), slot.is_socket) {
                 (Some(until), true) => {
                     slot.next = until;
                     self.queue.insert((until, key, id));
                 }
-                // Its answer sets the next time.
+                // The pending query's outcome sets the next time.
                 (Some(_), false) => {}
-                (None, _) => target.wait(at, key),
+                (None, _) => target.enqueue(at, key),
             }
         }
-        let mut asks = Vec::new();
+        let mut queries = Vec::new();
         for (n, target) in self.targets.iter_mut().enumerate() {
             let id = TargetId(n as u16);
-            target.overdue(now);
+            target.expire(now);
             while target.has_room(now)
-                && let Some(key) = target.next_waiting()
+                && let Some(key) = target.pop_waiting()
             {
-                let Some(entry) = self.entries.get_mut(&key).filter(|e| e.is_asked_for(id, now)) else { continue };
+                let Some(entry) = self.entries.get_mut(&key).filter(|e| e.needs_query_to(id, now)) else { continue };
                 let Some(slot) = entry.slots.get_mut(&id) else { continue };
-                self.asked += 1;
-                target.put(self.asked, key, now);
-                slot.put(now);
-                // Should the answer not come, it is asked again beside this question.
+                self.sent_count += 1;
+                target.record_sent(self.sent_count, key, now);
+                slot.record_sent(now);
+                // Without an outcome by then, the query is repeated while this one is pending.
                 if target.source.is_socket() {
                     slot.next = now.plus(target::OVERDUE);
                     self.queue.insert((slot.next, key, id));
                 }
                 let (record, pod_uid) = (Arc::clone(&entry.record), entry.labels.pod_uid.clone());
-                asks.push(Query { key, target: id, source: target.source, record, pod_uid, number: self.asked });
+                queries.push(Query { key, target: id, source: target.source, record, pod_uid, number: self.sent_count });
             }
         }
-        asks
+        queries
     }
 
-    /// Whether it is complete only now; then [`ContainerLabels::resolved_after_ns`] has been set.
-    pub fn answered(&mut self, ask: &Query, outcome: &Outcome, tried: QueryAttempt, now: BootNs) -> bool {
-        let Some(target) = self.targets.get_mut(usize::from(ask.target.0)) else { return false };
+    /// Returns whether the outcome completed the labels for the first time; then [`ContainerLabels::resolved_after_ns`] is set.
+    pub fn record_outcome(&mut self, query: &Query, outcome: &Outcome, attempt: QueryAttempt, now: BootNs) -> bool {
+        let Some(target) = self.targets.get_mut(usize::from(query.target.0)) else { return false };
         let was_open = target.is_open();
-        let healthy = target.answered(ask.number, outcome, now);
+        let healthy = target.record_outcome(query.number, outcome, now);
         let closed = was_open && !target.is_open();
         let (mut completed, mut reopened) = (false, false);
-        if let Some(entry) = self.entries.get_mut(&ask.key) {
-            // A question may have been under way when it was found to be forged.
+        if let Some(entry) = self.entries.get_mut(&query.key) {
+            // The container may have been found to be forged while the query was pending.
             if let (Outcome::Found(facts), false) = (outcome, entry.forged) {
                 let before = entry.labels.complete();
-                if entry.labels.merge(ask.source, facts) {
-                    self.changed.insert(ask.key);
+                if entry.labels.merge(query.source, facts) {
+                    self.changed.insert(query.key);
                 }
-                // A pod may be told of when everything else was known: then there is more to know.
+                // If the pod is learned last, its labels are missing and complete labels become incomplete.
                 reopened = before && !entry.labels.complete();
                 if !before && entry.labels.complete() {
                     completed = entry.labels.resolved_after_ns.is_none();
                     entry.complete(now);
-                    self.shown.remove(&(entry.seen.plus(SHOWN_AFTER), ask.key));
+                    self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), query.key));
                 }
             }
-            if let Some(slot) = entry.slots.get_mut(&ask.target) {
-                self.queue.remove(&(slot.next, ask.key, ask.target));
-                slot.answered(ask.key, *outcome != Outcome::Failed || healthy, tried, now);
-                if entry.is_asked_for(ask.target, now) {
-                    self.queue.insert((entry.slots[&ask.target].next, ask.key, ask.target));
+            if let Some(slot) = entry.slots.get_mut(&query.target) {
+                self.queue.remove(&(slot.next, query.key, query.target));
+                slot.record_outcome(query.key, *outcome != Outcome::Failed || healthy, attempt, now);
+                if entry.needs_query_to(query.target, now) {
+                    self.queue.insert((entry.slots[&query.target].next, query.key, query.target));
                 }
             }
         }
-        if let Some(entry) = self.entries.get_mut(&ask.key).filter(|_| reopened) {
+        if let Some(entry) = self.entries.get_mut(&query.key).filter(|_| reopened) {
             requeue(&mut self.queue, entry, now, |_| true);
         }
         if closed {
-            // It answers again: whoever waited for it is asked about now.
+            // The endpoint responds again: queries that were delayed by its failure are due now.
             for entry in self.entries.values_mut() {
-                requeue(&mut self.queue, entry, now, |target| target == ask.target);
+                requeue(&mut self.queue, entry, now, |target| target == query.target);
             }
         }
         completed
     }
 
-    /// When [`LabelResolver::due`] may have something new; answers may bring it forward.
+    /// When [`LabelResolver::due`] may return something new; outcomes may bring this time forward.
     pub fn next_due(&self, now: BootNs) -> Option<BootNs> {
-        let of_targets = self.targets.iter().filter_map(|t| t.next_room(now));
+        let targets_due = self.targets.iter().filter_map(|t| t.next_room(now));
         let queue = self.queue.first().map(|(at, ..)| *at);
-        let shown = self.shown.first().map(|(at, _)| *at);
-        of_targets.chain(queue).chain(shown).min()
+        let settling = self.settling.first().map(|(at, _)| *at);
+        targets_due.chain(queue).chain(settling).min()
     }
 
     pub fn labels(&self, key: ContainerKey) -> Option<&ContainerLabels> {
         self.entries.get(&key).map(|e| &e.labels)
     }
 
-    /// Those whose labels changed, or that were evicted, since the last call.
+    /// Containers with changed labels, or evicted, since the last call.
     pub fn take_changed(&mut self) -> Vec<ContainerKey> {
         self.changed.drain().collect()
     }
 
-    /// What came of every target, in the order of the targets.
-    pub fn tried(&self, key: ContainerKey, now: BootNs) -> Vec<(Source, Arc<str>, QueryAttempt)> {
+    /// The last result of every target for a container, in the order of the targets.
+    pub fn attempts(&self, key: ContainerKey, now: BootNs) -> Vec<(Source, Arc<str>, QueryAttempt)> {
         let Some(entry) = self.entries.get(&key) else { return Vec::new() };
-        let one = |(id, slot): (&TargetId, &Slot)| {
+        let attempt_at = |(id, slot): (&TargetId, &Slot)| {
             let target = self.targets.get(usize::from(id.0))?;
-            let settled = target.present || slot.tried.as_ref().is_some_and(|t| t.told == QueryOutcome::Ok);
-            let tried = slot.unanswered(now).or_else(|| slot.tried.clone()).filter(|_| settled);
+            let is_current = target.present || slot.last_attempt.as_ref().is_some_and(|t| t.status == QueryOutcome::Ok);
+            let attempt = slot.pending_attempt(now).or_else(|| slot.last_attempt.clone()).filter(|_| is_current);
             Some((
                 target.source,
                 Arc::clone(&target.endpoint),
-                tried.unwrap_or_else(|| target.not_tried(entry.labels.complete())),
+                attempt.unwrap_or_else(|| target.not_queried(entry.labels.complete())),
             ))
         };
-        entry.slots.iter().filter_map(one).collect()
+        entry.slots.iter().filter_map(attempt_at).collect()
     }
 
-    /// Whether anybody is still asked about.
-    pub fn is_asking(&self, now: BootNs) -> bool {
-        self.entries.values().any(|e| e.is_asked_about(now))
+    /// Whether any container still needs queries.
+    pub fn has_unresolved(&self, now: BootNs) -> bool {
+        self.entries.values().any(|e| e.needs_queries(now))
     }
 }
 
-/// Brings forward what is scheduled for later, and begins the back-off anew.
+/// Brings forward the scheduled queries of a container, and restarts their back-off.
 fn requeue(
     queue: &mut BTreeSet<(BootNs, ContainerKey, TargetId)>,
     entry: &mut Entry,
     now: BootNs,
-    which: impl Fn(TargetId) -> bool,
+    selects: impl Fn(TargetId) -> bool,
 ) {
-    if !entry.is_asked_about(now) {
+    if !entry.needs_queries(now) {
         return;
     }
     let key = entry.record.key;
     let (seen, gone) = (entry.seen, entry.gone.is_some());
-    for (id, slot) in entry.slots.iter_mut().filter(|(id, slot)| (slot.is_socket || !gone || !slot.looked) && which(**id)) {
-        let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_AFTER) } else { now };
+    for (id, slot) in entry.slots.iter_mut().filter(|(id, slot)| (slot.is_socket || !gone || !slot.has_result) && selects(**id)) {
+        let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
         queue.remove(&(slot.next, key, *id));
-        slot.again(floor.max(now), now);
+        slot.restart(floor.max(now), now);
         queue.insert((slot.next, key, *id));
     }
 }
 
-/// Less up to a quarter that depends on container and attempt: many containers must not ask as one.
+/// Subtracts up to a quarter, depending on container and attempt, so that the queries of many containers spread out.
 fn jittered(full: u64, key: ContainerKey, attempt: u32) -> u64 {
     let mixed = (key.0 ^ u64::from(attempt) << 32).wrapping_mul(0x9e37_79b9_7f4a_7c15) >> 54;
     full - full / 4 * mixed / 1024

@@ -1,35 +1,35 @@
-//! Who of one session is who of the other. What cannot be told is not guessed: users that look alike stay unmatched, and are named.
+//! Matches GPUs and users of two sessions. Ambiguous matches are not guessed: indistinguishable users stay unmatched and are listed.
 
 use std::collections::{BTreeMap, HashSet};
 
 use serde::Serialize;
 
-use super::super::layout::safe;
+use super::super::layout::terminal_safe;
 use super::super::model::*;
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum GpuMatch {
     Uuid,
-    /// Another GPU in the same place.
+    /// A different GPU with the same index.
     Index,
 }
 
-/// Surest first; a later one is tried with those that the earlier ones left.
+/// In the order of certainty; each is applied to the users that the previous ones did not match.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub enum UserMatch {
     Id,
-    /// Namespace, pod and container: a container that was started again.
+    /// Namespace, pod and container: a restarted container.
     Pod,
-    /// Namespace, container and image: another pod of the same work.
+    /// Namespace, container and image: another pod of the same workload.
     Image,
-    /// A container's name, or a host process's.
+    /// The name of a container or of a host process.
     Name,
 }
 
 impl UserMatch {
-    pub fn words(self) -> &'static str {
+    pub fn description(self) -> &'static str {
         match self {
             UserMatch::Id => "same id",
             UserMatch::Pod => "same pod and container",
@@ -38,7 +38,7 @@ impl UserMatch {
         }
     }
 
-    /// What must be equal; `None` of a user that does not have it.
+    /// The fields that must be equal; `None` if the user lacks one of them.
     fn key(self, user: &UserReport) -> Option<Vec<&str>> {
         let parts: Vec<&str> = match (self, user.kind) {
             (UserMatch::Id, _) => vec![&user.id],
@@ -47,7 +47,7 @@ impl UserMatch {
             (_, UserKind::Host) => return None,
             (UserMatch::Pod, _) => vec![&user.namespace, &user.pod, &user.container],
             (UserMatch::Image, _) => vec![&user.namespace, &user.container, &user.image],
-            // A pod's container has its pod's name in its own.
+            // The name of a container in a pod contains the name of the pod.
             (UserMatch::Name, _) => vec![&user.name],
         };
         parts.iter().all(|part| !part.is_empty()).then_some(parts)
@@ -63,12 +63,12 @@ pub struct Matched<'a> {
 
 pub fn gpu_pairs<'a>(a: &'a Report, b: &'a Report) -> Vec<(&'a GpuReport, &'a GpuReport, GpuMatch)> {
     let mut pairs: Vec<(&GpuReport, &GpuReport, GpuMatch)> =
-        a.gpus.iter().filter_map(|one| b.gpu(&one.uuid).map(|other| (one, other, GpuMatch::Uuid))).collect();
-    // A MIG device's index is its parent's: it says nothing of which device it is.
+        a.gpus.iter().filter_map(|gpu| b.gpu(&gpu.uuid).map(|other| (gpu, other, GpuMatch::Uuid))).collect();
+    // The index of a MIG device is that of its parent and does not identify the device.
     let whole = |gpu: &&GpuReport| gpu.gpu_uuid.is_none();
-    for one in a.gpus.iter().filter(whole).filter(|one| b.gpu(&one.uuid).is_none()) {
-        let twin = b.gpus.iter().filter(whole).find(|other| other.index == one.index && a.gpu(&other.uuid).is_none());
-        pairs.extend(twin.map(|other| (one, other, GpuMatch::Index)));
+    for gpu in a.gpus.iter().filter(whole).filter(|gpu| b.gpu(&gpu.uuid).is_none()) {
+        let counterpart = b.gpus.iter().filter(whole).find(|other| other.index == gpu.index && a.gpu(&other.uuid).is_none());
+        pairs.extend(counterpart.map(|other| (gpu, other, GpuMatch::Index)));
     }
     pairs.sort_by_key(|(_, other, _)| other.index);
     pairs
@@ -76,19 +76,21 @@ pub fn gpu_pairs<'a>(a: &'a Report, b: &'a Report) -> Vec<(&'a GpuReport, &'a Gp
 
 pub fn user_pairs<'a>(a: &'a Report, b: &'a Report) -> Matched<'a> {
     let mut matched = Matched { pairs: Vec::new(), ambiguous: Vec::new() };
-    let (mut done_a, mut done_b): (HashSet<&str>, HashSet<&str>) = Default::default();
+    let (mut matched_a, mut matched_b): (HashSet<&str>, HashSet<&str>) = Default::default();
     for by in [UserMatch::Id, UserMatch::Pod, UserMatch::Image, UserMatch::Name] {
-        let (left_a, left_b) = (group(a, by, &done_a), group(b, by, &done_b));
-        for (key, ours) in &left_a {
-            let Some(theirs) = left_b.get(key) else { continue };
-            if let ([one], [other]) = (ours.as_slice(), theirs.as_slice()) {
-                matched.pairs.push((one, other, by));
-                done_a.insert(&one.id);
-                done_b.insert(&other.id);
+        let (groups_a, groups_b) = (group(a, by, &matched_a), group(b, by, &matched_b));
+        for (key, users_a) in &groups_a {
+            let Some(users_b) = groups_b.get(key) else { continue };
+            if let ([in_a], [in_b]) = (users_a.as_slice(), users_b.as_slice()) {
+                matched.pairs.push((in_a, in_b, by));
+                matched_a.insert(&in_a.id);
+                matched_b.insert(&in_b.id);
             } else {
-                let (n, m) = (ours.len(), theirs.len());
-                let name = safe(&key.1.join(" "));
-                matched.ambiguous.push(format!("{name}: {n} in A and {m} in B look alike ({}); not matched", by.words()));
+                let (n, m, by) = (users_a.len(), users_b.len(), by.description());
+                let name = terminal_safe(&key.1.join(" "));
+                matched
+                    .ambiguous
+                    .push(format!("{name}: {n} users in A and {m} in B are indistinguishable ({by}), so none is matched"));
             }
         }
     }
@@ -97,9 +99,9 @@ pub fn user_pairs<'a>(a: &'a Report, b: &'a Report) -> Matched<'a> {
 
 type Groups<'a> = BTreeMap<(UserKind, Vec<&'a str>), Vec<&'a UserReport>>;
 
-fn group<'a>(report: &'a Report, by: UserMatch, done: &HashSet<&str>) -> Groups<'a> {
+fn group<'a>(report: &'a Report, by: UserMatch, matched: &HashSet<&str>) -> Groups<'a> {
     let mut groups = Groups::new();
-    for user in report.users.iter().filter(|user| !done.contains(user.id.as_str())) {
+    for user in report.users.iter().filter(|user| !matched.contains(user.id.as_str())) {
         if let Some(key) = by.key(user) {
             groups.entry((user.kind, key)).or_default().push(user);
         }

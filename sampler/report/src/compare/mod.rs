@@ -1,6 +1,6 @@
-//! Two sessions beside each other: what each user got per second of observed time, and whether the difference is more than sampling.
+//! Compares two sessions: GPU time of each user per second of observed time, and whether the difference exceeds the sampling error.
 //!
-//! It compares utilization alone. That a user got less in B says nothing of why: it may have asked for less.
+//! Only utilization is compared. That a user received less in B does not show why: it may have requested less.
 
 mod matching;
 mod text;
@@ -20,15 +20,15 @@ pub struct Comparison {
     pub a: SessionSide,
     pub b: SessionSide,
     pub gpus: Vec<GpuPair>,
-    /// Users of both, the largest difference first.
+    /// Users in both sessions, by difference, descending.
     pub users: Vec<UserPair>,
-    pub only_a: Vec<Lone>,
-    pub only_b: Vec<Lone>,
-    /// In words: users who look alike and were not matched, because which is whose cannot be told.
+    pub only_a: Vec<UnmatchedUser>,
+    pub only_b: Vec<UnmatchedUser>,
+    /// Descriptions of users that were not matched because they are indistinguishable.
     pub ambiguous: Vec<String>,
 }
 
-/// What to know of one of the sessions before believing numbers of it.
+/// One of the sessions, with the conditions that limit its numbers.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct SessionSide {
     pub node: String,
@@ -45,7 +45,7 @@ pub struct GpuPair {
     pub uuid_a: String,
     pub uuid_b: String,
     pub index: u32,
-    /// Of observed time; `None` where none was observed.
+    /// Fraction of the observed time; `None` if no time was observed.
     pub busy_ratio_a: Option<f64>,
     pub busy_ratio_b: Option<f64>,
     pub saturated_ratio_a: Option<f64>,
@@ -72,7 +72,7 @@ pub struct UsagePair {
     pub b: Amount,
     /// B less A, in GPU-seconds per second.
     pub difference: Option<f64>,
-    /// One standard error of it, of sampling alone: workloads vary besides.
+    /// One standard error of the difference, of sampling only: variation of the workloads is not included.
     pub difference_stderr: Option<f64>,
     pub exceeds_two_errors: bool,
     pub evidence: Vec<EvidencePair>,
@@ -84,13 +84,13 @@ pub struct Amount {
     pub rate: Option<f64>,
     pub rate_stderr: Option<f64>,
     pub share_of_busy: Option<f64>,
-    /// Of the seconds in which it was active.
+    /// Fraction of the seconds in which the user was active.
     pub coactive_ratio: Option<f64>,
     pub contended_ratio: Option<f64>,
     pub memory_max_bytes: Option<u64>,
 }
 
-/// What is known about one other user having kept this one waiting; `None`: the two did not meet.
+/// The evidence of contention with one other user in both sessions; `None` if the other user is not a contender there.
 #[derive(Clone, Debug, PartialEq, Serialize)]
 pub struct EvidencePair {
     pub other: String,
@@ -98,9 +98,9 @@ pub struct EvidencePair {
     pub b: Option<Evidence>,
 }
 
-/// A user of one session alone.
+/// A user that is in only one of the sessions.
 #[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Lone {
+pub struct UnmatchedUser {
     pub kind: UserKind,
     pub id: String,
     pub name: String,
@@ -115,14 +115,14 @@ impl Comparison {
 }
 
 impl UsagePair {
-    fn size(&self) -> f64 {
+    fn magnitude(&self) -> f64 {
         self.difference.map_or(0.0, f64::abs)
     }
 }
 
 impl UserPair {
-    fn size(&self) -> f64 {
-        self.gpus.iter().map(UsagePair::size).fold(0.0, f64::max)
+    fn magnitude(&self) -> f64 {
+        self.gpus.iter().map(UsagePair::magnitude).fold(0.0, f64::max)
     }
 }
 
@@ -130,22 +130,22 @@ pub fn compare(a: &Report, b: &Report) -> Comparison {
     let gpus = gpu_pairs(a, b);
     let matched = user_pairs(a, b);
     let both = Both { names_a: Names::new(a), names_b: Names::new(b), users: &matched.pairs };
-    let mut users: Vec<UserPair> = matched.pairs.iter().map(|(one, other, by)| both.user(one, other, *by, &gpus)).collect();
-    users.sort_by(|one, other| other.size().total_cmp(&one.size()).then_with(|| one.name.cmp(&other.name)));
-    let is_in = |user: &UserReport, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
+    let mut users: Vec<UserPair> = matched.pairs.iter().map(|(in_a, in_b, by)| both.user(in_a, in_b, *by, &gpus)).collect();
+    users.sort_by(|one, other| other.magnitude().total_cmp(&one.magnitude()).then_with(|| one.name.cmp(&other.name)));
+    let is_matched = |user: &UserReport, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
         matched.pairs.iter().any(|pair| std::ptr::eq(side(pair), user))
     };
-    let lone = |report: &Report, names: &Names, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
-        let alone = report.users.iter().filter(|user| !is_in(user, side));
-        alone.map(|user| lone(user, names)).collect::<Vec<_>>()
+    let unmatched = |report: &Report, names: &Names, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
+        let users = report.users.iter().filter(|user| !is_matched(user, side));
+        users.map(|user| unmatched_user(user, names)).collect::<Vec<_>>()
     };
     Comparison {
         format: FORMAT,
         a: side(a),
         b: side(b),
-        gpus: gpus.iter().map(|(one, other, by)| gpu_pair(one, other, *by)).collect(),
-        only_a: lone(a, &both.names_a, |pair| std::ptr::from_ref(pair.0)),
-        only_b: lone(b, &both.names_b, |pair| std::ptr::from_ref(pair.1)),
+        gpus: gpus.iter().map(|(in_a, in_b, by)| gpu_pair(in_a, in_b, *by)).collect(),
+        only_a: unmatched(a, &both.names_a, |pair| std::ptr::from_ref(pair.0)),
+        only_b: unmatched(b, &both.names_b, |pair| std::ptr::from_ref(pair.1)),
         users,
         ambiguous: matched.ambiguous,
     }
@@ -162,17 +162,17 @@ fn side(report: &Report) -> SessionSide {
     }
 }
 
-fn lone(user: &UserReport, names: &Names) -> Lone {
+fn unmatched_user(user: &UserReport, names: &Names) -> UnmatchedUser {
     let gpu_seconds = user.gpus.iter().map(|usage| usage.gpu_seconds).sum();
-    Lone { kind: user.kind, id: user.id.clone(), name: names.of(&user.id), gpu_seconds }
+    UnmatchedUser { kind: user.kind, id: user.id.clone(), name: names.get(&user.id), gpu_seconds }
 }
 
-/// Time of which it is known what the GPU did: rates are of that, so that a gap is not an idle GPU.
-fn observed(gpu: &GpuReport) -> f64 {
+/// Observed time of the GPU. Rates refer to it, so that a gap does not count as idle.
+fn observed_seconds(gpu: &GpuReport) -> f64 {
     gpu.busy_seconds + gpu.idle_seconds
 }
 
-fn over(part: f64, whole: f64) -> Option<f64> {
+fn ratio(part: f64, whole: f64) -> Option<f64> {
     (whole > 0.0).then(|| part / whole)
 }
 
@@ -182,23 +182,23 @@ fn gpu_pair(a: &GpuReport, b: &GpuReport, matched_by: GpuMatch) -> GpuPair {
         uuid_a: a.uuid.clone(),
         uuid_b: b.uuid.clone(),
         index: b.index,
-        busy_ratio_a: over(a.busy_seconds, observed(a)),
-        busy_ratio_b: over(b.busy_seconds, observed(b)),
-        saturated_ratio_a: over(a.saturated_seconds, observed(a)),
-        saturated_ratio_b: over(b.saturated_seconds, observed(b)),
+        busy_ratio_a: ratio(a.busy_seconds, observed_seconds(a)),
+        busy_ratio_b: ratio(b.busy_seconds, observed_seconds(b)),
+        saturated_ratio_a: ratio(a.saturated_seconds, observed_seconds(a)),
+        saturated_ratio_b: ratio(b.saturated_seconds, observed_seconds(b)),
     }
 }
 
-/// On a GPU that was observed and that it did not use, a user got nothing: that is known.
+/// The usage of an observed GPU by a user without samples on it is zero, not unknown.
 fn amount(usage: Option<&Usage>, gpu: &GpuReport) -> Amount {
-    let whole = observed(gpu);
+    let whole = observed_seconds(gpu);
     let (seconds, stderr) = usage.map_or((0.0, 0.0), |usage| (usage.gpu_seconds, usage.gpu_seconds_stderr));
     Amount {
-        rate: over(seconds, whole),
-        rate_stderr: over(stderr, whole),
+        rate: ratio(seconds, whole),
+        rate_stderr: ratio(stderr, whole),
         share_of_busy: usage.and_then(|usage| usage.share_of_busy),
-        coactive_ratio: usage.and_then(|usage| over(usage.coactive_seconds, usage.active_seconds)),
-        contended_ratio: usage.and_then(|usage| over(usage.contended_seconds, usage.active_seconds)),
+        coactive_ratio: usage.and_then(|usage| ratio(usage.coactive_seconds, usage.active_seconds)),
+        contended_ratio: usage.and_then(|usage| ratio(usage.contended_seconds, usage.active_seconds)),
         memory_max_bytes: usage.and_then(|usage| usage.memory_max_bytes),
     }
 }
@@ -225,7 +225,7 @@ impl Both<'_> {
         UserPair {
             matched_by,
             kind: b.kind,
-            name: self.names_b.of(&b.id),
+            name: self.names_b.get(&b.id),
             id_a: a.id.clone(),
             id_b: b.id.clone(),
             gpus: pairs.collect(),
@@ -249,21 +249,23 @@ impl Both<'_> {
         }
     }
 
-    /// Of everybody that this user met with more than coactivity in A or B, or in one of them alone.
+    /// The contenders with more than coactivity in A or B, or with different evidence in A and B.
     fn evidence(&self, in_a: Option<&Usage>, in_b: Option<&Usage>) -> Vec<EvidencePair> {
-        let of = |usage: Option<&Usage>, id: &str| {
-            usage.and_then(|usage| usage.contenders.iter().find(|one| one.id == id)).map(|one| one.evidence)
+        let evidence_of = |usage: Option<&Usage>, id: &str| {
+            usage
+                .and_then(|usage| usage.contenders.iter().find(|contender| contender.id == id))
+                .map(|contender| contender.evidence)
         };
         let mut all = Vec::new();
         for contender in in_a.into_iter().flat_map(|usage| &usage.contenders) {
-            let twin = self.users.iter().find(|(a, ..)| a.id == contender.id).map(|(_, b, _)| b.id.as_str());
-            let other = twin.map_or_else(|| self.names_a.of(&contender.id), |id| self.names_b.of(id));
-            all.push(EvidencePair { other, a: Some(contender.evidence), b: twin.and_then(|id| of(in_b, id)) });
+            let id_b = self.users.iter().find(|(a, ..)| a.id == contender.id).map(|(_, b, _)| b.id.as_str());
+            let other = id_b.map_or_else(|| self.names_a.get(&contender.id), |id| self.names_b.get(id));
+            all.push(EvidencePair { other, a: Some(contender.evidence), b: id_b.and_then(|id| evidence_of(in_b, id)) });
         }
         for contender in in_b.into_iter().flat_map(|usage| &usage.contenders) {
-            let twin = self.users.iter().find(|(_, b, _)| b.id == contender.id).map(|(a, ..)| a.id.as_str());
-            if twin.and_then(|id| of(in_a, id)).is_none() {
-                all.push(EvidencePair { other: self.names_b.of(&contender.id), a: None, b: Some(contender.evidence) });
+            let id_a = self.users.iter().find(|(_, b, _)| b.id == contender.id).map(|(a, ..)| a.id.as_str());
+            if id_a.and_then(|id| evidence_of(in_a, id)).is_none() {
+                all.push(EvidencePair { other: self.names_b.get(&contender.id), a: None, b: Some(contender.evidence) });
             }
         }
         all.retain(|pair| pair.a != pair.b || pair.a > Some(Evidence::Coactive));

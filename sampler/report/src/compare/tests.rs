@@ -1,12 +1,12 @@
 use super::super::layout::columns;
+use super::super::page::TextOptions;
 use super::super::sample;
-use super::super::text::TextOptions;
 use super::*;
 
 const WIDE: TextOptions = TextOptions { width: None, colour: false, unicode: true };
 
-/// The session of another day: the server's pod is a new one, the notebook is gone, and the trainer is alone most of the time.
-fn later() -> Report {
+/// The session of the next day: the server has a new pod, the notebook is absent, and the trainer is mostly alone.
+fn next_day() -> Report {
     let mut report = sample::report();
     report.start.0 += 86_400_000_000_000;
     report.gaps.clear();
@@ -23,14 +23,14 @@ fn later() -> Report {
 }
 
 #[test]
-fn golden() {
-    let comparison = compare(&sample::report(), &later());
+fn comparison_texts_match_the_golden_files() {
+    let comparison = compare(&sample::report(), &next_day());
     insta::assert_snapshot!("compare", comparison.text(&WIDE));
     insta::assert_snapshot!("compare_narrow", comparison.text(&TextOptions { width: Some(60), unicode: false, ..WIDE }));
 }
 
 #[test]
-fn a_report_beside_itself_differs_in_nothing() {
+fn a_report_does_not_differ_from_itself() {
     let report = sample::report();
     let comparison = compare(&report, &report);
     assert_eq!(comparison.users.len(), report.users.len());
@@ -42,8 +42,8 @@ fn a_report_beside_itself_differs_in_nothing() {
 }
 
 #[test]
-fn users_are_matched_by_what_is_surest() {
-    let rows = [
+fn users_are_matched_by_the_most_certain_key() {
+    let cases = [
         // (id, namespace, pod, container, image) in A and in B.
         (["/1", "ns", "p-1", "c", "i"], ["/1", "", "", "", ""], Some(UserMatch::Id)),
         (["/1", "ns", "p-1", "c", "i"], ["/2", "ns", "p-1", "c", "j"], Some(UserMatch::Pod)),
@@ -51,20 +51,20 @@ fn users_are_matched_by_what_is_surest() {
         (["/1", "ns", "p-1", "c", "i"], ["/2", "other", "p-1", "c", "i"], None),
         (["/1", "", "", "", ""], ["/2", "", "", "", ""], None),
     ];
-    let alone = |row: [&str; 5]| {
-        let mut user = sample::pod(row[0], row[1], row[2], row[3], row[4]);
-        user.name = format!("{} {}", row[1], row[2]).trim().to_owned();
+    let report_of = |[id, namespace, pod, container, image]: [&str; 5]| {
+        let mut user = sample::pod(id, namespace, pod, container, image);
+        user.name = format!("{namespace} {pod}").trim().to_owned();
         Report { users: vec![user], ..sample::report() }
     };
-    for (a, b, expect) in rows {
-        let comparison = compare(&alone(a), &alone(b));
+    for (a, b, expect) in cases {
+        let comparison = compare(&report_of(a), &report_of(b));
         assert_eq!(comparison.users.first().map(|user| user.matched_by), expect, "{a:?} {b:?}");
         assert_eq!(comparison.only_a.len(), usize::from(expect.is_none()));
     }
 }
 
 #[test]
-fn replicas_that_look_alike_are_not_guessed() {
+fn indistinguishable_replicas_are_not_matched() {
     let replicas = |from: usize, n: usize| {
         let pods = (from..from + n).map(|i| sample::pod(&format!("/{i}"), "ns", &format!("web-{i}"), "c", "i")).collect();
         Report { users: pods, ..sample::report() }
@@ -75,9 +75,9 @@ fn replicas_that_look_alike_are_not_guessed() {
 }
 
 #[test]
-fn a_gap_is_not_an_idle_gpu() {
+fn a_gap_does_not_change_the_rate() {
     let (a, mut b) = (sample::report(), sample::report());
-    // Half of it unobserved, and half of everything in it: the rate is the same.
+    // Half of the time is unobserved, and all amounts are half: the rate is the same.
     b.gpus[1].busy_seconds /= 2.0;
     b.gpus[1].idle_seconds /= 2.0;
     b.gpus[1].unobserved_seconds = 30.0;
@@ -88,7 +88,7 @@ fn a_gap_is_not_an_idle_gpu() {
 }
 
 #[test]
-fn another_card_in_the_same_place_is_compared() {
+fn a_different_gpu_with_the_same_index_is_compared() {
     let mut b = sample::report();
     b.gpus[0].uuid = "GPU-other".to_owned();
     let comparison = compare(&sample::report(), &b);
@@ -97,10 +97,10 @@ fn another_card_in_the_same_place_is_compared() {
 }
 
 #[test]
-fn json_and_narrow_pages_hold_with_hostile_names() {
-    let comparison = compare(&sample::hostile(), &later());
+fn json_and_text_are_valid_with_hostile_names() {
+    let comparison = compare(&sample::hostile(), &next_day());
     let value: serde_json::Value = serde_json::from_str(&comparison.json()).unwrap();
-    assert_eq!(value["format"], 1);
+    assert_eq!(value["format"], FORMAT);
     assert!(value["users"].is_array() && value["only_a"].is_array());
     for width in [40, 60, 100] {
         let page = comparison.text(&TextOptions { width: Some(width), ..WIDE });

@@ -1,33 +1,33 @@
-//! What the script draws from: shares in percent and memory in MiB, each series one string of runs.
+//! The data of the script: shares in percent and memory in MiB, each series one string of runs.
 //!
-//! `-x3 0x12 49 48 .4`: three windows unknown, twelve of 0, one of 49, one of 48, one of more than nothing that would round to 0.
+//! `-x3 0x12 49 48 .4`: three unknown windows, twelve of 0, one of 49, one of 48, and one above zero that would round to 0.
 
 use std::fmt::Write as _;
 
 use serde_json::{Value, json};
 
 use super::super::bins;
-use super::super::layout::safe;
+use super::super::layout::terminal_safe;
 use super::super::model::*;
 use super::super::words::{self, Names};
 
-/// Of one GPU, at most: more than a screen has columns.
+/// Maximum number of windows per GPU: more than a screen has columns.
 const WINDOWS: usize = 3600;
 
-/// JSON that may stand inside of a script element.
+/// JSON that is safe inside a script element.
 pub fn embedded(report: &Report, names: &Names, colours: &[usize]) -> String {
-    let users = report.users.iter().zip(colours).map(|(user, colour)| json!({"name": names.of(&user.id), "colour": colour}));
+    let users = report.users.iter().zip(colours).map(|(user, colour)| json!({"name": names.get(&user.id), "colour": colour}));
     let data = json!({
         "start": report.start.0 / 1_000_000,
         "saturation": report.saturation_ratio * 100.0,
         "users": users.collect::<Vec<_>>(),
-        "timelines": report.timelines.iter().map(|timeline| one(report, timeline)).collect::<Vec<_>>(),
+        "timelines": report.timelines.iter().map(|timeline| timeline_data(report, timeline)).collect::<Vec<_>>(),
     });
-    // `<` is in strings alone; without it no element can end here, and none begin.
+    // `<` occurs only in strings; without it, no element can begin or end here.
     data.to_string().replace('<', "\\u003c")
 }
 
-fn one(report: &Report, timeline: &Timeline) -> Value {
+fn timeline_data(report: &Report, timeline: &Timeline) -> Value {
     let n = timeline.busy.len().min(WINDOWS);
     let each = timeline.window_seconds * timeline.busy.len() as f64 / n.max(1) as f64;
     let usage = |lane: &Lane| {
@@ -44,16 +44,15 @@ fn one(report: &Report, timeline: &Timeline) -> Value {
             "memory": memory(&bins::peaks(&lane.memory, n)),
         })
     });
-    let gpu = report.gpu(&timeline.uuid);
     let peak = timeline.lanes.iter().flat_map(|lane| &lane.shares).copied().fold(0.0, f32::max);
     json!({
-        "name": gpu.map_or_else(|| words::short_uuid(&timeline.uuid), |gpu| format!("GPU {}", gpu.index)),
+        "name": words::gpu_name(report, &timeline.uuid),
         "first": timeline.first_second, "window": each, "n": n,
         "busy": shares(&bins::means(&timeline.busy, n)),
         "memory": memory(&bins::peaks(&timeline.memory, n)),
         "peak": peak * 100.0,
         "lanes": lanes.collect::<Vec<_>>(),
-        "marks": timeline.marks.iter().map(|(offset, words)| json!([offset, safe(words)])).collect::<Vec<_>>(),
+        "marks": timeline.marks.iter().map(|(offset, mark)| json!([offset, terminal_safe(mark)])).collect::<Vec<_>>(),
     })
 }
 
@@ -95,7 +94,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn series_are_runs() {
+    fn series_are_encoded_as_runs() {
         let values = [None, None, Some(0.0), Some(0.001), Some(0.486), Some(0.489), Some(1.0)];
         assert_eq!(shares(&values), "-x2 0 .4 49x2 100");
         assert_eq!(shares(&[]), "");

@@ -1,11 +1,11 @@
-//! The smallest parts of the page.
+//! Small parts of the page.
 
-use super::super::layout::safe;
+use super::super::layout::terminal_safe;
 
-/// Text for an element or a quoted attribute. What would turn the direction of the text is shown, as on a terminal.
-pub fn esc(text: &str) -> String {
+/// Escapes text for an element or a quoted attribute. Characters that change the text direction are shown, as on a terminal.
+pub fn html_escape(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
-    for c in safe(text).chars() {
+    for c in terminal_safe(text).chars() {
         match c {
             '&' => out.push_str("&amp;"),
             '<' => out.push_str("&lt;"),
@@ -22,7 +22,7 @@ pub fn swatch(colour: Option<usize>) -> String {
     colour.map(|colour| format!("<i class=\"key c{colour}\"></i>")).unwrap_or_default()
 }
 
-/// A bar for a ratio, and what to say beside it.
+/// A bar for a ratio, with a label next to it.
 pub fn bar(ratio: f64, colour: Option<usize>, label: &str) -> String {
     let width = if ratio.is_finite() { (ratio * 100.0).clamp(0.0, 100.0) } else { 0.0 };
     let class = colour.map_or_else(|| "busy".to_owned(), |colour| format!("c{colour}"));
@@ -32,7 +32,7 @@ pub fn bar(ratio: f64, colour: Option<usize>, label: &str) -> String {
     )
 }
 
-/// With a capital.
+/// Capitalizes the first letter.
 pub fn sentence(text: &str) -> String {
     let mut rest = text.chars();
     rest.next().map_or_else(String::new, |first| first.to_uppercase().chain(rest).collect())

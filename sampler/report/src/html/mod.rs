@@ -1,52 +1,52 @@
-//! The report as one page that needs nothing else: no network, no other file.
+//! The report as one self-contained page: no network, no other file.
 //!
-//! What it says is in the markup, and readable without scripts. A script draws the timelines from data that is embedded compactly; where
-//! a session is long, windows are taken together. Every string is escaped, and a policy in the page forbids all but its own script and
-//! style, by their digests: names of containers come from tenants.
+//! All statements are in the markup and readable without scripts. A script draws the timelines from compact embedded data; in long
+//! sessions, windows are merged. Tenants choose the names of containers, so all strings are escaped, and a content security policy allows
+//! only the script and the style of the page, by their digests.
 
+mod contention;
 mod data;
 mod digest;
 mod markup;
-mod waiting;
 
 use std::collections::HashMap;
 
 use super::model::*;
+use super::ranking::{UserUsage, users_of};
 use super::words::{self, Names};
-use markup::{bar, esc, swatch};
+pub use markup::html_escape;
+use markup::{bar, swatch};
 use sampler_core::units::rfc3339;
 
 const STYLE: &str = include_str!("report.css");
 const SCRIPT: &str = include_str!("report.js");
-/// How time that was not observed is drawn in bars.
+/// The fill pattern of unobserved time in bars.
 const HATCH: &str = "<svg class=\"defs\" aria-hidden=\"true\"><pattern id=\"hatch\" width=\"5\" height=\"5\" \
                      patternUnits=\"userSpaceOnUse\" patternTransform=\"rotate(45)\"><line class=\"hatch\" y2=\"5\"/></pattern></svg>";
-/// Users of a GPU that are shown at once; the others are folded away.
+/// Users of a GPU that are visible initially; the others are collapsed.
 const SHOWN: usize = 20;
-/// Damages and gaps that are told one by one.
+/// Damaged parts and gaps that are listed; the others are counted.
 const PROBLEMS: usize = 50;
-/// Colours there are for users; names tell them apart in any case.
+/// Number of user colours. Users with the same colour are distinguished by name.
 const COLOURS: usize = 10;
 
-/// What every part of the page needs.
+/// The page with the state that all of its parts share.
 struct HtmlPage<'a> {
     report: &'a Report,
     names: Names,
-    /// Of each of the report's users.
+    /// Colour by user, in the order of the report.
     colours: Vec<usize>,
-    /// Their places by id.
-    places: HashMap<&'a str, usize>,
+    /// Position in the report by user id.
+    positions: HashMap<&'a str, usize>,
     out: String,
 }
-
-type RankedUsage<'a> = (usize, &'a UserReport, &'a Usage);
 
 pub fn html(report: &Report) -> String {
     let mut page = HtmlPage {
         report,
         names: Names::new(report),
         colours: colours(&report.users),
-        places: report.users.iter().enumerate().map(|(at, user)| (user.id.as_str(), at)).collect(),
+        positions: report.users.iter().enumerate().map(|(at, user)| (user.id.as_str(), at)).collect(),
         out: String::new(),
     };
     page.head();
@@ -57,19 +57,19 @@ pub fn html(report: &Report) -> String {
         page.gpu(nth, gpu);
     }
     if report.gpus.is_empty() {
-        page.add("<p class=\"card quiet\">No GPU is in it.</p>");
+        page.add("<p class=\"card quiet\">The report has no GPU.</p>");
     }
     page.foot();
     page.out
 }
 
-/// A user's colour follows from its name, so that it is the same on every GPU and, mostly, in every report; of two that would have one
-/// colour, the one with fewer GPU-seconds gives way while there are others.
+/// The colour of a user depends on its name, so that it is the same on every GPU and usually in every report. If two users would have the
+/// same colour, the one with fewer GPU-seconds gets another while there are unused ones.
 fn colours(users: &[UserReport]) -> Vec<usize> {
     let mut taken = [0_usize; COLOURS];
     let colour = |user: &UserReport| {
         let hash = user
-            .called()
+            .display_name()
             .bytes()
             .fold(0xcbf2_9ce4_8422_2325_u64, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3));
         let first = (hash >> 32) as usize % COLOURS;
@@ -81,41 +81,23 @@ fn colours(users: &[UserReport]) -> Vec<usize> {
     users.iter().map(colour).collect()
 }
 
-impl<'a> HtmlPage<'a> {
+impl HtmlPage<'_> {
     fn add(&mut self, markup: &str) {
         self.out.push_str(markup);
         self.out.push('\n');
     }
 
     fn user(&self, id: &str) -> String {
-        format!("{}<bdi>{}</bdi>", swatch(self.colour_of(id)), esc(&self.names.of(id)))
+        format!("{}<bdi>{}</bdi>", swatch(self.colour_of(id)), html_escape(&self.names.get(id)))
     }
 
     fn colour_of(&self, id: &str) -> Option<usize> {
-        self.places.get(id).and_then(|at| self.colours.get(*at)).copied()
-    }
-
-    fn gpu_name(&self, uuid: &str) -> String {
-        match self.report.gpu(uuid) {
-            Some(gpu) if gpu.gpu_uuid.is_some() => format!("MIG {}", words::short_uuid(uuid)),
-            Some(gpu) => format!("GPU {}", gpu.index),
-            None => words::short_uuid(uuid),
-        }
-    }
-
-    /// Users of one GPU, most GPU-seconds first.
-    fn users(&self, uuid: &str) -> Vec<RankedUsage<'a>> {
-        let all = self.report.users.iter().enumerate();
-        let mut rows: Vec<RankedUsage<'a>> = all
-            .flat_map(|(at, user)| user.gpus.iter().filter(|usage| usage.uuid == uuid).map(move |usage| (at, user, usage)))
-            .collect();
-        rows.sort_by(|(_, _, one), (_, _, other)| other.gpu_seconds.total_cmp(&one.gpu_seconds));
-        rows
+        self.positions.get(id).and_then(|at| self.colours.get(*at)).copied()
     }
 
     fn head(&mut self) {
         let report = self.report;
-        let node = esc(&words::node(&report.node));
+        let node = html_escape(&words::node(&report.node));
         let policy = format!(
             "default-src 'none'; script-src 'sha256-{}'; style-src 'sha256-{}'; base-uri 'none'; form-action 'none'",
             digest::sha256_base64(SCRIPT.as_bytes()),
@@ -144,25 +126,26 @@ impl<'a> HtmlPage<'a> {
 
     fn tiles(&mut self) {
         let gpus = &self.report.gpus;
-        let sum = |of: fn(&GpuReport) -> f64| gpus.iter().map(of).sum::<f64>();
-        let (busy, idle, unseen) = (sum(|gpu| gpu.busy_seconds), sum(|gpu| gpu.idle_seconds), sum(|gpu| gpu.unobserved_seconds));
-        let whole = busy + idle + unseen + sum(|gpu| gpu.unsupported_seconds);
+        let sum = |seconds: fn(&GpuReport) -> f64| gpus.iter().map(seconds).sum::<f64>();
+        let (busy, idle, unobserved) =
+            (sum(|gpu| gpu.busy_seconds), sum(|gpu| gpu.idle_seconds), sum(|gpu| gpu.unobserved_seconds));
+        let whole = busy + idle + unobserved + sum(|gpu| gpu.unsupported_seconds);
         let contended: f64 = self.report.users.iter().flat_map(|user| &user.gpus).map(|usage| usage.contended_seconds).sum();
         let tile = |name: &str, value: &str, note: &str, class: &str| {
             format!("<div class=\"tile {class}\"><dt>{name}</dt><dd>{value}<small>{note}</small></dd></div>")
         };
-        let unseen_class = if unseen > 0.0 { "bad" } else { "" };
+        let unseen_class = if unobserved > 0.0 { "bad" } else { "" };
         let all = [
             tile("GPUs", &words::count(gpus.len()), "", ""),
             tile("Users", &words::count(self.report.users.len()), "", ""),
             tile("Busy", &words::part(busy, whole), &format!("{} GPU-seconds", words::number(busy)), ""),
-            tile("Not observed", &words::part(unseen, whole), &words::span(unseen), unseen_class),
+            tile("Not observed", &words::part(unobserved, whole), &words::span(unobserved), unseen_class),
             tile("Contended", &words::span(contended), "summed over users", ""),
         ];
         self.add(&format!("<dl class=\"tiles\">{}</dl>", all.concat()));
     }
 
-    /// Before everything else, because every number is only of what is left.
+    /// Before everything else, because all numbers refer to the remaining data only.
     fn problems(&mut self) {
         let report = self.report;
         let list = |all: Vec<String>, n: usize| {
@@ -170,14 +153,14 @@ impl<'a> HtmlPage<'a> {
             format!("<ul>{}{more}</ul>", all.concat())
         };
         if report.truncated || !report.damage.is_empty() {
-            let (title, words) = if report.damage.is_empty() {
-                ("Incomplete", "The file ends before the session did. This is what was recorded until then.")
+            let (title, text) = if report.damage.is_empty() {
+                ("Incomplete", "The file ends before the session did. The report covers what was recorded until then.")
             } else {
-                ("Damaged", "Parts of the file cannot be read. Everything below is of what could be.")
+                ("Damaged", "Parts of the file cannot be read. The report covers the readable parts.")
             };
-            let all = report.damage.iter().take(PROBLEMS).map(|one| format!("<li>{}</li>", esc(one))).collect();
+            let all = report.damage.iter().take(PROBLEMS).map(|damage| format!("<li>{}</li>", html_escape(damage))).collect();
             self.add(&format!(
-                "<aside class=\"alarm\" role=\"note\"><h2>{title}</h2><p>{words}</p>{}</aside>",
+                "<aside class=\"alarm\" role=\"note\"><h2>{title}</h2><p>{text}</p>{}</aside>",
                 list(all, report.damage.len())
             ));
         }
@@ -185,13 +168,17 @@ impl<'a> HtmlPage<'a> {
             let lost: f64 = report.gaps.iter().map(|gap| (gap.to.seconds() - gap.from.seconds()).max(0.0)).sum();
             let item = |gap: &Gap| {
                 let (from, to) = (words::clock_millis(gap.from), words::clock_millis(gap.to));
-                format!("<li><b>{}</b> {from} to {to}: {}</li>", self.gpu_name(&gap.uuid), esc(&gap.reason))
+                format!(
+                    "<li><b>{}</b> {from} to {to}: {}</li>",
+                    words::gpu_name(self.report, &gap.uuid),
+                    html_escape(&gap.reason)
+                )
             };
             let all = report.gaps.iter().take(PROBLEMS).map(item).collect();
             let title = words::counted(report.gaps.len(), "gap", "gaps");
             let markup = format!(
-                "<aside class=\"alarm gaps\" role=\"note\"><h2>{title}</h2><p>Nothing is known of {}. It is hatched in the timelines \
-                 and not counted as idle.</p>{}</aside>",
+                "<aside class=\"alarm gaps\" role=\"note\"><h2>{title}</h2><p>{} not observed: hatched in the timelines and not \
+                 counted as idle.</p>{}</aside>",
                 words::span(lost),
                 list(all, report.gaps.len())
             );
@@ -199,7 +186,7 @@ impl<'a> HtmlPage<'a> {
         }
     }
 
-    /// One line for each GPU, with links.
+    /// A table of all GPUs, with links.
     fn overview(&mut self) {
         if self.report.gpus.len() < 2 {
             return;
@@ -209,16 +196,17 @@ impl<'a> HtmlPage<'a> {
         self.add("<th scope=\"col\">Not observed</th><th scope=\"col\">Memory max</th><th scope=\"col\">Users</th></tr></thead><tbody>");
         for (nth, gpu) in self.report.gpus.iter().enumerate() {
             let whole = gpu.busy_seconds + gpu.idle_seconds + gpu.unobserved_seconds + gpu.unsupported_seconds;
-            let unseen = if gpu.unobserved_seconds > 0.0 { words::seconds(gpu.unobserved_seconds) } else { "none".to_owned() };
+            let unobserved =
+                if gpu.unobserved_seconds > 0.0 { words::seconds(gpu.unobserved_seconds) } else { "none".to_owned() };
             let row = format!(
                 "<tr><th scope=\"row\"><a href=\"#gpu-{nth}\">{}</a></th><td class=\"text\">{}</td><td class=\"wide\">{}</td>\
-                 <td>{}</td><td>{unseen}</td><td>{}</td><td>{}</td></tr>",
-                self.gpu_name(&gpu.uuid),
-                esc(&gpu.model),
+                 <td>{}</td><td>{unobserved}</td><td>{}</td><td>{}</td></tr>",
+                words::gpu_name(self.report, &gpu.uuid),
+                html_escape(&gpu.model),
                 bar(gpu.busy_seconds / whole, None, &words::part(gpu.busy_seconds, whole)),
                 words::part(gpu.saturated_seconds, whole),
                 words::maybe_bytes(gpu.memory_used_max_bytes),
-                self.users(&gpu.uuid).len()
+                users_of(self.report, &gpu.uuid).len()
             );
             self.add(&row);
         }
@@ -226,25 +214,23 @@ impl<'a> HtmlPage<'a> {
     }
 
     fn gpu(&mut self, nth: usize, gpu: &GpuReport) {
-        let users = self.users(&gpu.uuid);
-        let parent = gpu.gpu_uuid.as_deref().map(|uuid| format!(" of {}", esc(uuid))).unwrap_or_default();
+        let users = users_of(self.report, &gpu.uuid);
+        let parent = gpu.gpu_uuid.as_deref().map(|uuid| format!(" of {}", html_escape(uuid))).unwrap_or_default();
         let head = format!(
             "<section class=\"card gpu\" id=\"gpu-{nth}\"><h2>{} <small>{} <span class=\"uuid\">{}{parent}</span></small></h2>",
-            self.gpu_name(&gpu.uuid),
-            esc(&gpu.model),
-            esc(&gpu.uuid)
+            words::gpu_name(self.report, &gpu.uuid),
+            html_escape(&gpu.model),
+            html_escape(&gpu.uuid)
         );
         self.add(&head);
         self.states(gpu);
         if let Some(at) = self.report.timelines.iter().position(|timeline| timeline.uuid == gpu.uuid) {
             self.add(&format!("<div class=\"chart\" data-timeline=\"{at}\"></div>"));
-            self.add(
-                "<noscript><p class=\"note\">The timeline is drawn by a script; the tables below hold without it.</p></noscript>",
-            );
+            self.add("<noscript><p class=\"note\">The timeline requires JavaScript; the tables below do not.</p></noscript>");
             self.marks(&self.report.timelines[at]);
         }
         if users.is_empty() {
-            self.add("<p class=\"note\">Nobody used it.</p>");
+            self.add("<p class=\"note\">No users.</p>");
         } else {
             self.usages(&users);
             self.matrix(gpu, &users);
@@ -271,17 +257,21 @@ impl<'a> HtmlPage<'a> {
         }
         legend += &format!("<li>saturated <b>{}</b></li>", words::seconds(gpu.saturated_seconds));
         if let Some(used) = gpu.memory_used_max_bytes {
-            let of = gpu.memory_total_bytes.map(|total| format!(" of {}", words::bytes(total))).unwrap_or_default();
-            legend += &format!("<li>memory up to <b>{}</b>{of}</li>", words::bytes(used));
+            let total = gpu.memory_total_bytes.map(|total| format!(" of {}", words::bytes(total))).unwrap_or_default();
+            legend += &format!("<li>memory up to <b>{}</b>{total}</li>", words::bytes(used));
         }
-        for one in gpu.throttle_seconds.iter().flatten().filter(|one| one.value > 0.0) {
-            legend += &format!("<li>clocks held down by {} <b>{}</b></li>", esc(&one.name), words::seconds(one.value));
+        for limit in gpu.throttle_seconds.iter().flatten().filter(|limit| limit.value > 0.0) {
+            legend += &format!("<li>clocks limited by {} <b>{}</b></li>", html_escape(&limit.name), words::seconds(limit.value));
         }
-        for one in gpu.unattributed.iter().filter(|one| one.value > 0.0) {
-            legend += &format!("<li>nobody's ({}) <b>{}</b></li>", esc(&one.name), words::seconds(one.value));
+        for reason in gpu.unattributed.iter().filter(|reason| reason.value > 0.0) {
+            legend += &format!("<li>unattributed ({}) <b>{}</b></li>", html_escape(&reason.name), words::seconds(reason.value));
         }
-        for one in &gpu.xids {
-            legend += &format!("<li class=\"bad\">XID {} <b>{} times</b></li>", esc(&one.name), words::number(one.value));
+        for xid in &gpu.xids {
+            legend += &format!(
+                "<li class=\"bad\">XID {} <b>{} times</b></li>",
+                html_escape(&xid.name),
+                words::count(xid.value as usize)
+            );
         }
         self.add(&format!(
             "<svg class=\"states\" viewBox=\"0 0 1000 10\" preserveAspectRatio=\"none\" aria-hidden=\"true\">{bar}</svg>\
@@ -293,20 +283,20 @@ impl<'a> HtmlPage<'a> {
         if timeline.marks.is_empty() {
             return;
         }
-        let item = |(offset, words): &(f64, String)| {
-            format!("<li><time>{}</time> {}</li>", words::clock(words::after(self.report.start, *offset)), esc(words))
+        let item = |(offset, mark): &(f64, String)| {
+            format!("<li><time>{}</time> {}</li>", words::clock(words::after(self.report.start, *offset)), html_escape(mark))
         };
         let all: String = timeline.marks.iter().take(PROBLEMS).map(item).collect();
         self.add(&format!("<ul class=\"marks\">{all}</ul>"));
     }
 
-    fn usages(&mut self, users: &[RankedUsage<'_>]) {
+    fn usages(&mut self, users: &[UserUsage<'_>]) {
         self.add("<h3>Users</h3>");
         let (shown, rest) = users.split_at(users.len().min(SHOWN));
         let table = self.usage_table(shown);
         self.add(&table);
         if !rest.is_empty() {
-            let sum = words::number(rest.iter().map(|(_, _, usage)| usage.gpu_seconds).sum());
+            let sum = words::number(rest.iter().map(|(_, usage)| usage.gpu_seconds).sum());
             let table = self.usage_table(rest);
             self.add(&format!(
                 "<details><summary>{} more: {sum} GPU-seconds</summary>{table}</details>",
@@ -315,7 +305,7 @@ impl<'a> HtmlPage<'a> {
         }
     }
 
-    fn usage_table(&self, users: &[RankedUsage<'_>]) -> String {
+    fn usage_table(&self, users: &[UserUsage<'_>]) -> String {
         let heads = ["User", "GPU-seconds", "Share of busy", "Active", "Coactive", "Contended", "Memory max"];
         let heads: String = heads
             .iter()
@@ -323,10 +313,11 @@ impl<'a> HtmlPage<'a> {
             .map(|(at, head)| format!("<th scope=\"col\"{}>{head}</th>", if at == 2 { " class=\"wide\"" } else { "" }))
             .collect();
         let mut out = format!("<div class=\"scroll\"><table class=\"numbers\"><thead><tr>{heads}</tr></thead><tbody>\n");
-        for (at, user, usage) in users {
-            let image = if user.image.is_empty() { String::new() } else { format!("<small>{}</small>", esc(&user.image)) };
+        for (user, usage) in users {
+            let image =
+                if user.image.is_empty() { String::new() } else { format!("<small>{}</small>", html_escape(&user.image)) };
             let share = words::percent_with_error(usage.share_of_busy, usage.share_stderr);
-            let share = bar(usage.share_of_busy.unwrap_or(0.0), self.colours.get(*at).copied(), &share);
+            let share = bar(usage.share_of_busy.unwrap_or(0.0), self.colour_of(&user.id), &share);
             out += &format!(
                 "<tr><th scope=\"row\">{}{image}</th><td>{}</td><td class=\"wide\">{share}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>\n",
                 self.user(&user.id),
@@ -345,15 +336,16 @@ impl<'a> HtmlPage<'a> {
         let (window, saturated) = (words::seconds(report.window_seconds), words::percent(report.saturation_ratio));
         self.add(&format!(
             "</main>\n<footer><dl>\
-             <dt>GPU-seconds</dt><dd>Time for which a user kept the GPU's engines busy. The error is one standard error, of sampling alone.</dd>\
-             <dt>Active, coactive, contended</dt><dd>Seconds of windows of {window} in which a user had a sample; in which another one had \
-             one, too; and in which the GPU was saturated besides, which is to say {saturated} busy.</dd>\
+             <dt>GPU-seconds</dt><dd>Time for which a user kept the engines of the GPU busy. The error is one standard error, of \
+             sampling only.</dd>\
+             <dt>Active, coactive, contended</dt><dd>Seconds of windows of {window} in which a user had a sample (active), in which \
+             another user had one as well (coactive), and in which the GPU was also saturated, that is, at least {saturated} busy (contended).</dd>\
              <dt>coactive</dt><dd>{}.</dd><dt>on-off-confirmed</dt><dd>{}.</dd>\
-             <dt>What this cannot tell</dt><dd>How fast anybody's work went. It is about GPU time alone.</dd></dl>\
+             <dt>Not measured</dt><dd>The progress of workloads. The report covers GPU time only.</dd></dl>\
              <p>gpu-sampler {}</p></footer>",
             markup::sentence(words::meaning(Evidence::Coactive)),
             markup::sentence(words::meaning(Evidence::OnOffConfirmed)),
-            esc(&report.agent_version)
+            html_escape(&report.agent_version)
         ));
         let data = data::embedded(report, &self.names, &self.colours);
         self.add(&format!(

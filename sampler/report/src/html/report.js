@@ -1,11 +1,11 @@
-// Draws the timelines. All text is set as text, never as markup.
+// Draws the timelines. All text is inserted as text, never as markup.
 "use strict";
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const SHOWN = 20;
   const STACKED = 9;
 
-  // "-x3 0x12 49": runs; "-" is unknown.
+  // Decodes runs such as "-x3 0x12 49"; "-" is unknown.
   const series = (runs) => {
     const out = [];
     if (!runs) return out;
@@ -18,24 +18,24 @@
   };
 
   const make = (parent, name, className, text) => {
-    const one = document.createElement(name);
-    if (className) one.className = className;
-    if (text !== undefined) one.textContent = text;
-    if (parent) parent.append(one);
-    return one;
+    const element = document.createElement(name);
+    if (className) element.className = className;
+    if (text !== undefined) element.textContent = text;
+    if (parent) parent.append(element);
+    return element;
   };
   const shape = (parent, name, attributes) => {
-    const one = document.createElementNS("http://www.w3.org/2000/svg", name);
-    for (const key in attributes) one.setAttribute(key, attributes[key]);
-    parent.append(one);
-    return one;
+    const element = document.createElementNS("http://www.w3.org/2000/svg", name);
+    for (const key in attributes) element.setAttribute(key, attributes[key]);
+    parent.append(element);
+    return element;
   };
 
   const percent = (value) => (value === null || value === undefined ? "not observed" : value > 0 && value < 0.5 ? "<0.5 %" : `${value} %`);
   const memory = (mib) => (mib === null || mib === undefined ? "-" : mib >= 1024 ? `${(mib / 1024).toFixed(1)} GiB` : `${mib} MiB`);
   const clock = (seconds, parts) => new Date(data.start + seconds * 1000).toISOString().slice(11, parts);
 
-  // The area between two series, in steps; nothing where either is unknown.
+  // The stepped area between two series; empty where the upper one is unknown.
   const area = (low, high, n) => {
     let path = "";
     for (let from = 0; from < n; from++) {
@@ -55,7 +55,7 @@
   const ticks = (timeline, most) => {
     const length = timeline.n * timeline.window;
     const steps = [1, 2, 5, 10, 15, 30, 60, 120, 300, 600, 900, 1800, 3600, 7200, 10800, 21600, 43200, 86400];
-    const step = steps.find((one) => length / one <= most) || 86400;
+    const step = steps.find((seconds) => length / seconds <= most) || 86400;
     const all = [];
     const first = data.start / 1000 + timeline.first;
     for (let at = Math.ceil(first / step) * step; at <= first + length + 1e-6; at += step) {
@@ -74,11 +74,11 @@
       if (!this.n) return;
       this.busy = series(timeline.busy);
       this.memory = series(timeline.memory);
-      // Lanes that are folded away are not decoded before they are shown.
+      // Collapsed lanes are decoded when they are shown.
       this.lanes = timeline.lanes.map((lane) => ({ ...lane, ...data.users[lane.user] }));
       this.rows = [];
-      // Of many users none has much; one scale for all lanes, so that they can be compared.
-      this.full = [5, 10, 25, 50, 100].find((one) => timeline.peak <= one) || 100;
+      // With many users, each share is small; one scale for all lanes keeps them comparable.
+      this.full = [5, 10, 25, 50, 100].find((percent) => timeline.peak <= percent) || 100;
       root.tabIndex = 0;
       root.setAttribute("role", "group");
       root.setAttribute("aria-label", `Timeline of ${timeline.name}. Arrow keys move through time and users.`);
@@ -99,23 +99,23 @@
       return lane;
     }
 
-    row(parent, className, who, total) {
+    row(parent, className, label, total) {
       const row = make(parent, "div", `row ${className}`);
-      row.append(who);
+      row.append(label);
       const svg = shape(row, "svg", { viewBox: `0 0 ${this.n} 100`, preserveAspectRatio: "none", "aria-hidden": "true" });
       make(row, "span", "total", total);
       return [row, svg];
     }
 
-    // The GPU, with what its first users had of it on top of each other.
+    // The lane of the GPU, with the stacked shares of its first users.
     whole() {
-      const who = make(null, "span", "who");
-      make(who, "span", "", "GPU busy");
-      const scale = make(who, "span", "scale");
+      const label = make(null, "span", "label");
+      make(label, "span", "", "GPU busy");
+      const scale = make(label, "span", "scale");
       for (const text of ["100 %", "50", "0"]) make(scale, "span", "", text);
       const known = this.busy.filter((value) => value !== null);
       const mean = known.length ? known.reduce((a, b) => a + b, 0) / known.length : 0;
-      const [row, svg] = this.row(this.root, "whole", who, known.length ? `${mean.toFixed(0)} % busy` : "");
+      const [row, svg] = this.row(this.root, "whole", label, known.length ? `${mean.toFixed(0)} % busy` : "");
       let low = new Array(this.n).fill(0);
       for (const lane of this.lanes.slice(0, STACKED)) {
         const shares = this.decode(lane).share;
@@ -131,10 +131,10 @@
 
     show(count) {
       for (const lane of this.lanes.slice(this.rows.length - 1, count)) {
-        const who = make(null, "span", "who");
-        make(who, "i", `key c${lane.colour}`);
-        make(who, "bdi", "", lane.name).title = lane.name;
-        const [row, svg] = this.row(this.body, "", who, lane.total);
+        const label = make(null, "span", "label");
+        make(label, "i", `key c${lane.colour}`);
+        make(label, "bdi", "", lane.name).title = lane.name;
+        const [row, svg] = this.row(this.body, "", label, lane.total);
         const low = new Array(this.n).fill(0);
         const high = this.decode(lane).share.map((value) => (value === null ? null : (value / this.full) * 100));
         shape(svg, "path", { d: area(low, high, this.n), class: `c${lane.colour}` });
@@ -154,10 +154,10 @@
     overlay() {
       const layer = make(this.root, "div", "layer");
       const put = (className, from, to) => {
-        const one = make(layer, "div", className);
-        one.style.left = `${(from / this.n) * 100}%`;
-        if (to !== undefined) one.style.width = `${((to - from) / this.n) * 100}%`;
-        return one;
+        const element = make(layer, "div", className);
+        element.style.left = `${(from / this.n) * 100}%`;
+        if (to !== undefined) element.style.width = `${((to - from) / this.n) * 100}%`;
+        return element;
       };
       for (const [left] of this.ticks) if (left > 0.5 && left < 99.5) put("grid", (left / 100) * this.n);
       for (let from = 0; from < this.n; from++) {
@@ -176,7 +176,7 @@
       this.size();
     }
 
-    // The layer ends where the axis begins.
+    // The layer ends at the axis.
     size() {
       this.layer.style.bottom = "auto";
       this.layer.style.height = `${this.foot.offsetTop - 8}px`;
@@ -208,8 +208,8 @@
       const box = this.layer.getBoundingClientRect();
       const x = (event.clientX - box.left) / box.width;
       const at = this.rows.findIndex(({ row }) => {
-        const one = row.getBoundingClientRect();
-        return event.clientY >= one.top && event.clientY < one.bottom;
+        const bounds = row.getBoundingClientRect();
+        return event.clientY >= bounds.top && event.clientY < bounds.bottom;
       });
       if (x < 0 || x >= 1 || at < 0) return this.hide();
       this.go(Math.floor(x * this.n), at);
@@ -240,7 +240,7 @@
       if (lane) row.classList.add("at");
       this.cursor.hidden = false;
       this.cursor.style.left = `${((window + 0.5) / this.n) * 100}%`;
-      this.tell(window, lane);
+      this.fillTooltip(window, lane);
       const left = this.layer.offsetLeft + ((window + 0.5) / this.n) * this.layer.offsetWidth;
       const right = left > this.root.offsetWidth / 2;
       this.tip.style.left = right ? "auto" : `${left + 14}px`;
@@ -248,16 +248,16 @@
       this.tip.style.top = `${row.offsetTop + (lane ? 30 : 12)}px`;
     }
 
-    tell(window, lane) {
+    fillTooltip(window, lane) {
       const tip = this.tip;
       tip.textContent = "";
       tip.hidden = false;
       const line = (name, value, className, colour) => {
-        const one = make(tip, "p", className);
-        const head = make(one, "span");
+        const paragraph = make(tip, "p", className);
+        const head = make(paragraph, "span");
         if (colour !== undefined) make(head, "i", `key c${colour}`);
         make(head, "bdi", "", name);
-        make(one, "span", "", value);
+        make(paragraph, "span", "", value);
       };
       const seconds = this.timeline.first + window * this.timeline.window;
       line(`${clock(seconds, this.timeline.window % 1 ? 23 : 19)} UTC`, `+${seconds.toFixed(this.timeline.window % 1 ? 1 : 0)} s`, "time");
@@ -267,11 +267,11 @@
       }
       if (lane) {
         line(lane.name, percent(lane.share[window]), "", lane.colour);
-        if (lane.used.length) line("its memory", memory(lane.used[window]), "time");
+        if (lane.used.length) line("user memory", memory(lane.used[window]), "time");
       } else {
-        const active = this.rows.filter((one) => one.lane && one.lane.share[window] > 0).map((one) => one.lane);
+        const active = this.rows.filter(({ lane }) => lane && lane.share[window] > 0).map(({ lane }) => lane);
         active.sort((a, b) => b.share[window] - a.share[window]);
-        for (const one of active.slice(0, 6)) line(one.name, percent(one.share[window]), "", one.colour);
+        for (const user of active.slice(0, 6)) line(user.name, percent(user.share[window]), "", user.colour);
         if (active.length > 6) make(tip, "p", "time", `and ${active.length - 6} more`);
         if (!active.length) make(tip, "p", "", "Idle");
       }
@@ -288,16 +288,16 @@
 
   for (const root of document.querySelectorAll(".chart")) new Chart(root);
 
-  // Names of the matrix' rows and columns, where the pointer is.
+  // Tooltips of the matrix, with the names of row and column.
   for (const table of document.querySelectorAll(".matrix")) {
     const names = [...table.querySelectorAll("tbody th bdi")].map((one) => one.textContent);
     for (const cell of table.querySelectorAll("td[data-row]")) {
-      cell.title = `${names[cell.dataset.column]} got ${cell.textContent} GPU-seconds while ${names[cell.dataset.row]} was active and the GPU saturated`;
+      cell.title = `${names[cell.dataset.column]} received ${cell.textContent} GPU-seconds while ${names[cell.dataset.row]} was active and the GPU saturated`;
     }
     table.querySelectorAll("thead th").forEach((one, at) => (one.title = names[at]));
   }
 
-  // On paper nothing can be unfolded.
+  // Collapsed sections are expanded for printing.
   let opened = [];
   addEventListener("beforeprint", () => {
     opened = [...document.querySelectorAll("details:not([open])")];

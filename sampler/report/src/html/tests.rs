@@ -2,10 +2,10 @@ use super::super::sample;
 use super::*;
 
 #[test]
-fn needs_nothing_from_elsewhere() {
+fn the_page_has_no_external_references() {
     for report in [sample::report(), sample::damaged()] {
         let page = html(&report);
-        // The name of SVG's vocabulary, which nobody fetches, and a part of the page itself.
+        // The SVG namespace, which is not fetched, and a reference within the page.
         let page = page.replace("http://www.w3.org/2000/svg", "").replace("url(#hatch)", "");
         for word in ["http://", "https://", "src=", "@import", "url(", "<link", "<iframe", "fetch(", "XMLHttpRequest"] {
             assert!(!page.contains(word), "{word}");
@@ -14,10 +14,10 @@ fn needs_nothing_from_elsewhere() {
 }
 
 #[test]
-fn names_are_harmless() {
+fn names_of_tenants_are_escaped() {
     let page = html(&sample::hostile());
     let quiet = html(&sample::report());
-    // Elements that begin scripts: the data, the page's own, and none of a tenant's.
+    // Script elements are only the data and the script of the page, and none from a name.
     for word in ["<script", "</script", "<!--", "<img", "<a "] {
         assert_eq!(page.matches(word).count(), quiet.matches(word).count(), "{word}");
     }
@@ -26,7 +26,7 @@ fn names_are_harmless() {
 }
 
 #[test]
-fn the_policy_names_the_script_and_the_style() {
+fn the_policy_allows_only_the_script_and_the_style_of_the_page() {
     let page = html(&sample::report());
     let between = |from: &str, to: &str| page.split_once(from).unwrap().1.split_once(to).unwrap().0.to_owned();
     let script = page.rsplit_once("<script>").unwrap().1.split_once("</script>").unwrap().0;
@@ -34,12 +34,12 @@ fn the_policy_names_the_script_and_the_style() {
     assert!(policy.starts_with("default-src 'none'") && !policy.contains("unsafe"));
     assert!(policy.contains(&digest::sha256_base64(script.as_bytes())));
     assert!(policy.contains(&digest::sha256_base64(between("<style>", "</style>").as_bytes())));
-    // Which forbids these.
+    // The policy forbids these.
     assert!(!page.contains(" style=\"") && !page.contains("javascript:"));
 }
 
 #[test]
-fn the_data_is_json_with_every_lane() {
+fn the_embedded_data_is_json_with_all_lanes() {
     let report = sample::hostile();
     let page = html(&report);
     let data = page.split_once("id=\"data\">").unwrap().1.split_once("</script>").unwrap().0;
@@ -53,39 +53,39 @@ fn the_data_is_json_with_every_lane() {
 }
 
 #[test]
-fn says_it_without_scripts_too() {
+fn all_statements_are_in_the_markup() {
     let page = html(&sample::damaged());
-    for words in [
+    for text in [
         "Damaged",
         "its checksum differs",
         "1 gap",
-        "the driver did not answer",
-        "got less GPU time while",
+        "the driver did not respond",
+        "received less GPU time while",
         "0.41 to 0.47",
         "ruled out",
     ] {
-        assert!(page.contains(words), "{words}");
+        assert!(page.contains(text), "{text}");
     }
     assert!(!page.contains("slowed down"));
 }
 
 #[test]
-fn users_have_colours_of_their_own_while_there_are_any() {
+fn colours_are_unique_while_there_are_enough() {
     let report = sample::report();
     let all: std::collections::HashSet<usize> = colours(&report.users).into_iter().collect();
     assert_eq!(all.len(), report.users.len());
     let alone = colours(&report.users[..1]);
-    assert_eq!(alone[0], colours(&report.users)[0], "whoever else is there");
+    assert_eq!(alone[0], colours(&report.users)[0], "the colour depends on the name only");
 }
 
 #[test]
-fn the_largest_stays_below_5_mb() {
+fn the_largest_page_is_below_5_mb() {
     let size = html(&sample::big(8, 64, 600)).len();
     assert!(size < 5_000_000, "{size}");
 }
 
 #[test]
-#[ignore = "prints a page, to look at it: PAGE is report, damaged, hostile, big or empty"]
+#[ignore = "prints a page for inspection: PAGE is report, damaged, hostile, big or empty"]
 fn prints_a_page() {
     let mut empty = sample::report();
     (empty.gpus, empty.users, empty.findings, empty.timelines, empty.gaps) = Default::default();

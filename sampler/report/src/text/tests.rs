@@ -7,7 +7,7 @@ const NARROW: TextOptions = TextOptions { width: Some(60), colour: false, unicod
 const ASCII: TextOptions = TextOptions { width: Some(80), colour: false, unicode: false };
 
 #[test]
-fn goldens() {
+fn report_texts_match_the_golden_files() {
     insta::assert_snapshot!("wide", text(&sample::report(), &WIDE));
     insta::assert_snapshot!("narrow", text(&sample::report(), &NARROW));
     insta::assert_snapshot!("ascii_damaged", text(&sample::damaged(), &ASCII));
@@ -16,7 +16,7 @@ fn goldens() {
 }
 
 #[test]
-fn no_line_is_wider_than_asked() {
+fn no_line_exceeds_the_requested_width() {
     for report in [sample::report(), sample::damaged(), sample::hostile(), sample::big(2, 64, 600)] {
         for width in [40, 60, 80, 100, 200] {
             for unicode in [true, false] {
@@ -30,7 +30,7 @@ fn no_line_is_wider_than_asked() {
 }
 
 #[test]
-fn only_own_colours_steer_the_terminal() {
+fn no_name_contributes_a_control_sequence() {
     let plain = text(&sample::hostile(), &WIDE);
     assert!(plain.chars().all(|c| c == '\n' || !c.is_control()));
     let coloured = text(&sample::hostile(), &TextOptions { colour: true, ..WIDE });
@@ -39,19 +39,19 @@ fn only_own_colours_steer_the_terminal() {
 }
 
 #[test]
-fn ascii_draws_with_ascii() {
+fn without_unicode_the_page_is_ascii() {
     assert!(text(&sample::report(), &ASCII).is_ascii(), "{}", text(&sample::report(), &ASCII));
 }
 
 #[test]
-fn nobody_is_said_to_be_slow() {
+fn no_slowdown_is_claimed() {
     for report in [sample::report(), sample::big(1, 20, 60)] {
         assert!(!text(&report, &WIDE).contains("slowed down"));
     }
 }
 
 #[test]
-fn an_empty_report_is_a_page_too() {
+fn an_empty_report_matches_the_golden_file() {
     let empty = Report { gpus: vec![], users: vec![], findings: vec![], timelines: vec![], gaps: vec![], ..sample::report() };
     insta::assert_snapshot!("empty", text(&empty, &WIDE));
 }

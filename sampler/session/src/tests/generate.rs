@@ -1,4 +1,4 @@
-//! Facts as a busy node makes them, from a seed.
+//! Pseudo-random facts of a busy node.
 
 use std::sync::Arc;
 
@@ -11,10 +11,10 @@ use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 pub const SECOND: u64 = 1_000_000_000;
 /// When the facts begin.
 pub const START: u64 = 1_000_000 * SECOND;
-/// Ticks per second of each GPU, as a V100 has them.
-const TICKS: u64 = 6;
+/// Samples per second of each GPU, as on a V100.
+const SAMPLES_PER_SECOND: u64 = 6;
 
-/// xorshift64*: the same everywhere, for ever.
+/// xorshift64*, which returns the same numbers on every machine and with every dependency version.
 pub struct Random(pub u64);
 
 impl Random {
@@ -33,10 +33,10 @@ impl Random {
 #[derive(Clone, Copy)]
 pub struct Node {
     pub gpus: u32,
-    /// On each GPU, each in a container of its own but every eighth, which is outside.
+    /// Processes on each GPU, each in its own container except every eighth, which is outside containers.
     pub processes: u32,
-    /// Most processes that one tick names.
-    pub rows: u64,
+    /// Most processes that one sample names.
+    pub max_processes: u64,
 }
 
 impl Node {
@@ -44,12 +44,12 @@ impl Node {
         let pid = 10_000 + gpu * 1000 + n * 7;
         let since = BootNs(START - u64::from(pid) * 7_654_321);
         let host = User::Host(HostProcess { pid, start: since });
-        // A container may use several GPUs: keys are by process.
+        // Keys do not depend on the GPU, so that a container uses several GPUs.
         let user = if n % 8 == 7 { host } else { User::Container(ContainerKey(u64::from(n) + 1)) };
         (pid, user, since)
     }
 
-    /// What is there before anything happens.
+    /// The facts of the time before the first sample.
     pub fn begin(self) -> Vec<Fact> {
         let mut all = vec![Fact::Time { at: BootNs(START), wall: WallTime(1_700_000_000 * SECOND) }];
         for n in 0..self.processes {
@@ -88,7 +88,7 @@ impl Node {
         all
     }
 
-    /// What happens in a second of number `second`.
+    /// The facts of the second with number `second`.
     pub fn second(self, second: u64, random: &mut Random) -> Vec<Fact> {
         let mut all = Vec::new();
         let begins = START + second * SECOND;
@@ -98,25 +98,25 @@ impl Node {
             all.push(Fact::Time { at: BootNs(at), wall });
         }
         for gpu in 0..self.gpus {
-            for n in 0..TICKS {
-                // The driver's grid, with its jitter in microseconds.
-                let at = begins + n * SECOND / TICKS + random.below(2000) * 1000;
-                let ns = SECOND / TICKS + random.below(2000) * 1000;
-                let rows = (0..random.below(self.rows + 1)).map(|_| {
+            for n in 0..SAMPLES_PER_SECOND {
+                // The driver's sampling grid, with jitter in microseconds.
+                let at = begins + n * SECOND / SAMPLES_PER_SECOND + random.below(2000) * 1000;
+                let ns = SECOND / SAMPLES_PER_SECOND + random.below(2000) * 1000;
+                let processes = (0..random.below(self.max_processes + 1)).map(|_| {
                     let (pid, user, since) = self.user(gpu, random.below(u64::from(self.processes)) as u32);
-                    let user = if random.below(200) == 0 { User::Nobody(Reason::Ambiguous) } else { user };
+                    let user = if random.below(200) == 0 { User::Unattributed(Reason::Ambiguous) } else { user };
                     AttributedProcess { pid, percent: 1 + random.below(100) as u8, user, since }
                 });
-                let processes = rows.collect();
-                let tick = UtilizationSample {
+                let processes = processes.collect();
+                let sample = UtilizationSample {
                     stamp: GpuNs(at / 1000 * 1000 + 1_234_567_000),
                     ns,
                     busy_percent: random.below(101) as u8,
                     processes,
                 };
-                all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(tick.clone()) });
+                all.push(Fact::Gpu { gpu, at: BootNs(at), fact: GpuFact::Utilization(sample.clone()) });
                 if n == 0 {
-                    let fact = GpuFact::EngineSample(Engine::Memory, UtilizationSample { processes: Vec::new(), ..tick });
+                    let fact = GpuFact::EngineSample(Engine::Memory, UtilizationSample { processes: Vec::new(), ..sample });
                     all.push(Fact::Gpu { gpu, at: BootNs(at), fact });
                 }
             }
@@ -145,7 +145,7 @@ impl Node {
     fn readings(self, gpu: u32, begins: u64, random: &mut Random) -> Vec<Fact> {
         let holder = |n| {
             let (pid, user, _) = self.user(gpu, n);
-            // Memory of some changes.
+            // The memory of every fourth process changes.
             let more = if n % 4 == 0 { random.below(1024) << 20 } else { 0 };
             Holder { pid, user, kind: ProcessKind::Compute, memory_bytes: Some((u64::from(n) << 20) + more) }
         };
@@ -162,7 +162,7 @@ impl Node {
         let clock = ClockFact {
             ahead_of_boot_seconds: Some(1.234_567 + random.below(1000) as f64 * 1e-6),
             uncertainty_seconds: Some(0.01),
-            period_ns: Some(SECOND / TICKS),
+            period_ns: Some(SECOND / SAMPLES_PER_SECOND),
             steps: 0,
         };
         let all = [GpuFact::Held(Some(held)), GpuFact::Readings(readings), GpuFact::Clock(clock)];

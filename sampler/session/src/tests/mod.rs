@@ -7,16 +7,16 @@ use super::frame::MAX_RAW_BYTES;
 use super::*;
 use sampler_core::fact::GpuFact;
 
-/// A file, where its frames end, and the facts that are in it, in its order.
+/// A file, the end offsets of its frames, and its facts in the order of the file.
 struct Written {
     bytes: Vec<u8>,
     ends: Vec<usize>,
     facts: Vec<Fact>,
-    /// Those of Facts frames, and of the first State.
+    /// The facts of Facts frames and of the first State.
     once: Vec<Fact>,
 }
 
-/// Sections of `every` seconds, Facts frames of one.
+/// Writes sections of `every` seconds and Facts frames of one second.
 fn write(node: Node, seconds: u64, every: u64) -> Written {
     let (mut state, mut packer, mut file) = (State::default(), Packer::new().unwrap(), FileBytes::default());
     let (mut ends, mut all, mut once) = (Vec::new(), Vec::new(), Vec::new());
@@ -48,7 +48,7 @@ fn write(node: Node, seconds: u64, every: u64) -> Written {
     Written { bytes: file.bytes, ends, facts: all, once }
 }
 
-const SMALL: Node = Node { gpus: 2, processes: 9, rows: 2 };
+const SMALL: Node = Node { gpus: 2, processes: 9, max_processes: 2 };
 
 fn is_subsequence(some: &[Fact], all: &[Fact]) -> bool {
     let mut all = all.iter();
@@ -56,7 +56,7 @@ fn is_subsequence(some: &[Fact], all: &[Fact]) -> bool {
 }
 
 #[test]
-fn what_is_written_is_read() {
+fn a_written_file_reads_back() {
     let written = write(SMALL, 12, 5);
     let session = read(&written.bytes).unwrap();
     assert_eq!(session.damage, [""; 0]);
@@ -72,14 +72,14 @@ fn check(written: &Written, bytes: &[u8], what: &str) {
         Ok(session) => {
             assert!(is_subsequence(&session.facts, &written.facts), "{what}: facts that were not written");
             let whole = session.facts == written.once && session.end.is_some() && session.header == header();
-            assert!(whole || session.end.is_none() || !session.damage.is_empty(), "{what}: a loss that is not told");
+            assert!(whole || session.end.is_none() || !session.damage.is_empty(), "{what}: an unreported loss");
         }
         Err(error) => assert!(bytes.len() < written.ends[0] || error != ReadError::NotASession, "{what}: {error}"),
     }
 }
 
 #[test]
-fn cut_anywhere() {
+fn a_file_cut_anywhere_reads_up_to_the_cut() {
     let written = write(SMALL, 12, 5);
     let mut random = Random(7);
     let ends = written.ends.iter().copied();
@@ -93,7 +93,7 @@ fn cut_anywhere() {
 }
 
 #[test]
-fn a_byte_wrong_anywhere() {
+fn one_wrong_byte_is_reported_and_costs_less_than_half() {
     let written = write(SMALL, 12, 5);
     let mut random = Random(11);
     for _ in 0..1000 {
@@ -102,12 +102,15 @@ fn a_byte_wrong_anywhere() {
         bytes[at] ^= 1 + random.below(255) as u8;
         check(&written, &bytes, &format!("byte {at} flipped"));
         let session = read(&bytes).unwrap();
-        assert!(!session.damage.is_empty() && session.facts.len() * 2 > written.once.len(), "byte {at}: more lost than need be");
+        assert!(
+            !session.damage.is_empty() && session.facts.len() * 2 > written.once.len(),
+            "byte {at}: unreported, or more than half of the facts lost"
+        );
     }
 }
 
 #[test]
-fn pieces_cut_out_swapped_and_repeated() {
+fn no_loss_goes_unreported_after_cuts_swaps_and_repeats() {
     let written = write(SMALL, 12, 5);
     let mut random = Random(13);
     for n in 0..300 {
@@ -121,17 +124,17 @@ fn pieces_cut_out_swapped_and_repeated() {
 }
 
 #[test]
-fn after_damage_the_next_state_is_taken() {
+fn the_next_state_is_read_after_damage() {
     let written = write(SMALL, 12, 5);
     let mut bytes = written.bytes.clone();
-    // The first State frame: without it nothing is known of GPUs and containers until the next.
+    // Damages the first State frame: without it, GPUs and containers are unknown until the next State.
     bytes[written.ends[0] + 40] ^= 1;
     let session = read(&bytes).unwrap();
     let opened = |fact: &&Fact| matches!(fact, Fact::Gpu { fact: GpuFact::Opened(_), .. });
     assert_eq!(session.facts.iter().filter(opened).count(), 2, "{:?}", session.damage);
     assert!(session.damage[0].contains("the frame's checksum is wrong"), "{:?}", session.damage);
     assert!(session.damage[0].starts_with(&format!("bytes {} to {} ", written.ends[0], written.ends[1])));
-    // Of a section whose State comes in two frames, half a State is none.
+    // A State of two frames is not used if one of them is missing.
     let facts = read(&written.bytes).unwrap().facts;
     let (mut packer, mut file) = (Packer::new().unwrap(), FileBytes::default());
     file.put(&packer.header(&header()).unwrap());
@@ -142,14 +145,14 @@ fn after_damage_the_next_state_is_taken() {
 }
 
 #[test]
-fn missing_frames_are_told() {
+fn missing_frames_are_reported() {
     let written = write(SMALL, 12, 5);
     let without: Vec<u8> = [&written.bytes[..written.ends[3]], &written.bytes[written.ends[5]..]].concat();
     let session = read(&without).unwrap();
     assert_eq!(session.damage, [format!("frames 4 to 5 are missing before byte {}", written.ends[3])]);
 }
 
-/// Frames that nobody writes but who means harm.
+/// Builds frames that the packer never writes.
 fn crafted(raw_bytes: u32, packed: &[u8], version: (u8, u8), kind: u8, sequence: u32) -> Vec<u8> {
     let mut head = MARKER.to_vec();
     head.extend([version.0, version.1, kind, 0]);
@@ -163,32 +166,32 @@ fn crafted(raw_bytes: u32, packed: &[u8], version: (u8, u8), kind: u8, sequence:
 }
 
 #[test]
-fn bombs_and_nonsense() {
-    let told = |bytes: &[u8]| read(bytes).map(|session| session.damage.join("; ")).unwrap_or_else(|error| error.to_string());
+fn hostile_files_are_rejected_with_bounded_work() {
+    let outcome = |bytes: &[u8]| read(bytes).map(|session| session.damage.join("; ")).unwrap_or_else(|error| error.to_string());
     let zeros = zstd::bulk::compress(&vec![0; MAX_RAW_BYTES + 1], 19).unwrap();
-    assert!(told(&crafted(MAX_RAW_BYTES as u32 + 1, &zeros, (1, 0), 3, 0)).contains("no session file"));
-    assert!(told(&crafted(10, &zeros, (1, 0), 3, 0)).contains("cannot be decompressed"));
-    assert!(told(&crafted(10, b"no zstd", (1, 0), 3, 0)).contains("cannot be decompressed"));
-    assert!(told(&crafted(10, b"", (2, 0), 9, 0)).contains("version 2"));
+    assert!(outcome(&crafted(MAX_RAW_BYTES as u32 + 1, &zeros, (1, 0), 3, 0)).contains("not a session file"));
+    assert!(outcome(&crafted(10, &zeros, (1, 0), 3, 0)).contains("cannot be decompressed"));
+    assert!(outcome(&crafted(10, b"no zstd", (1, 0), 3, 0)).contains("cannot be decompressed"));
+    assert!(outcome(&crafted(10, b"", (2, 0), 9, 0)).contains("version 2"));
     assert_eq!(read(b"").unwrap_err(), ReadError::NotASession);
     assert_eq!(read(&[0; 10_000]).unwrap_err(), ReadError::NotASession);
-    // All of it looks like beginnings of frames that are long: bounded work.
+    // A file of nothing but heads of long frames: the work is bounded.
     let mut long = MARKER.to_vec();
     long.extend([1, 0, 3, 0]);
     [0u32, 1 << 20, 1 << 20, 0].iter().for_each(|number| long.extend(number.to_le_bytes()));
     assert_eq!(read(&long.repeat(100_000)).unwrap_err(), ReadError::NotASession);
-    // A record that says to be longer than its frame.
+    // A record with a length beyond the end of its frame.
     let whole = write(SMALL, 1, 5);
     let raw = [0xff, 0xff, 0x7f, 0];
     let frame = crafted(4, &zstd::bulk::compress(&raw, 3).unwrap(), (1, 0), 3, whole.ends.len() as u32);
-    assert!(told(&[&whole.bytes[..], &frame].concat()).contains("cannot be told apart"));
+    assert!(outcome(&[&whole.bytes[..], &frame].concat()).contains("invalid record length"));
 }
 
 #[test]
-fn later_minor_versions() {
+fn unknown_kinds_of_a_later_minor_version_are_skipped() {
     let whole = write(SMALL, 1, 5);
     let (mut raw, n) = (Vec::new(), whole.ends.len() as u32);
-    // A kind of fact that is not known, one that has more at its end, and a whole kind of frame.
+    // An unknown kind of fact, a known one with additional bytes at its end, and an unknown kind of frame.
     frame::put_record(&[77, 1, 2, 3], &mut raw);
     let mut longer = postcard::to_allocvec(&Fact::ContainerForgotten { key: sampler_core::units::ContainerKey(3) }).unwrap();
     longer.extend([1, 2]);
@@ -200,23 +203,23 @@ fn later_minor_versions() {
     assert_eq!(session.facts.len(), whole.once.len() + 1);
     assert_eq!(session.damage.len(), 1);
     assert!(session.damage[0].contains("newer version (1.4): 1 frames and 1 records"), "{:?}", session.damage);
-    // The same in a file of this version is damage.
+    // In a file of this version the same bytes are damage.
     let facts = crafted(raw.len() as u32, &packed, (1, 0), 3, n);
     let session = read(&[&whole.bytes[..], &facts].concat()).unwrap();
     assert!(session.damage[0].contains("2 records of the frame"), "{:?}", session.damage);
 }
 
 #[test]
-fn size_of_a_minute() {
-    for (rows, bound) in [(3, 512 << 10), (64, 1 << 20)] {
-        let node = Node { gpus: 8, processes: 64, rows };
+fn a_minute_of_a_busy_node_fits_the_size_bound() {
+    for (max_processes, bound) in [(3, 512 << 10), (64, 1 << 20)] {
+        let node = Node { gpus: 8, processes: 64, max_processes };
         let written = write(node, 60, 15);
-        println!("8 GPUs, 64 processes each, up to {rows} rows a tick: {} bytes a minute", written.bytes.len());
-        assert!(written.bytes.len() < bound, "{rows} rows: {} bytes", written.bytes.len());
+        println!("8 GPUs, 64 processes each, up to {max_processes} processes a sample: {} bytes a minute", written.bytes.len());
+        assert!(written.bytes.len() < bound, "{max_processes} processes a sample: {} bytes", written.bytes.len());
     }
 }
 
-/// Version 1 as it was first written; it stays readable.
+/// A file of the first release of version 1, which must stay readable.
 const FIXTURE: &str = "tests/fixtures/version-1.gpus";
 
 #[test]
@@ -225,14 +228,14 @@ fn version_1_stays_readable() {
     let session = read(bytes).unwrap();
     assert_eq!(session.damage, [""; 0]);
     assert_eq!(session.header, header());
-    assert!(session.facts == every_kind().once, "{FIXTURE} reads as other facts");
+    assert!(session.facts == every_kind().once, "{FIXTURE} is read as different facts");
 }
 
-/// Each kind of fact that version 1.0 has.
+/// A file with every kind of fact of version 1.0.
 fn every_kind() -> Written {
     use sampler_core::fact::{HostProcess, UnobservedReason};
     use sampler_core::units::ContainerKey;
-    let node = Node { gpus: 1, processes: 8, rows: 2 };
+    let node = Node { gpus: 1, processes: 8, max_processes: 2 };
     let mut facts = node.begin();
     facts.extend(node.second(0, &mut Random(1)));
     let at = BootNs(START + SECOND);
@@ -261,7 +264,7 @@ fn every_kind() -> Written {
     Written { bytes: file.bytes, ends: Vec::new(), facts: facts.clone(), once: facts }
 }
 
-/// For a new major version only: what readers have is not to be rewritten.
+/// Only for a new major version: an existing fixture must not be rewritten.
 #[test]
 #[ignore = "writes the fixture"]
 #[expect(clippy::disallowed_methods, reason = "the fixture is written by hand, once")]

@@ -1,33 +1,34 @@
-//! The last minute of one row or GPU: what sparklines and rates are made of.
+//! The last minute of one row: the values of its sparkline and its rates.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::Duration;
 
-/// How far back lines and rates reach.
+/// The span of sparklines and rates.
 pub const SPAN: Duration = Duration::from_secs(60);
-/// Less says nothing of a rate.
-const LEAST: Duration = Duration::from_secs(2);
+/// A rate is computed from no shorter span.
+const LEAST_SPAN: Duration = Duration::from_secs(2);
 const LEVELS: [char; 8] = ['▁', '▂', '▃', '▄', '▅', '▆', '▇', '█'];
 
 #[derive(Clone, Debug, Default)]
 pub struct Point {
     /// Since the Unix epoch, by the agent's clock.
     pub at: Duration,
-    /// 0 to 1.
+    /// Share of the GPU, 0 to 1.
     pub value: Option<f64>,
-    /// Seconds that others kept it waiting so far: in all, and by whom.
-    pub waited: f64,
-    pub waited_for: HashMap<String, f64>,
+    /// Contention seconds so far.
+    pub contention: f64,
+    /// Contention seconds so far, by contender.
+    pub contention_with: HashMap<String, f64>,
 }
 
-/// Bounded by [`SPAN`] and the least interval of asking.
+/// Bounded by [`SPAN`] and the least poll interval.
 #[derive(Clone, Debug, Default)]
 pub struct History(VecDeque<Point>);
 
 impl History {
     pub fn push(&mut self, point: Point) {
-        // A counter that fell is another life, a clock that was set back another time.
-        if self.0.back().is_some_and(|last| last.at > point.at || last.waited > point.waited) {
+        // A counter that fell was reset, and a clock that was set back makes the older points useless.
+        if self.0.back().is_some_and(|last| last.at > point.at || last.contention > point.contention) {
             self.0.clear();
         }
         if self.0.back().is_some_and(|last| last.at == point.at) {
@@ -44,14 +45,14 @@ impl History {
         self.0.back().is_none_or(|last| last.at < at)
     }
 
-    /// What a counter gained per second, once it was seen for long enough.
-    pub fn rate(&self, of: impl Fn(&Point) -> f64) -> Option<f64> {
+    /// The increase of a counter per second; `None` until the points span [`LEAST_SPAN`].
+    pub fn rate(&self, counter: impl Fn(&Point) -> f64) -> Option<f64> {
         let (first, last) = (self.0.front()?, self.0.back()?);
         let span = last.at.saturating_sub(first.at);
-        (span >= LEAST).then(|| (of(last) - of(first)).max(0.0) / span.as_secs_f64())
+        (span >= LEAST_SPAN).then(|| (counter(last) - counter(first)).max(0.0) / span.as_secs_f64())
     }
 
-    /// The last minute in `width` characters, the present to the right; a blank where nothing is known.
+    /// The last minute in `width` characters, newest to the right; a space where the value is unknown.
     pub fn spark(&self, now: Duration, width: usize) -> String {
         let mut columns: Vec<Option<f64>> = vec![None; width];
         for point in &self.0 {
@@ -70,12 +71,12 @@ impl History {
 mod tests {
     use super::*;
 
-    fn point(second: u64, value: f64, waited: f64) -> Point {
-        Point { at: Duration::from_secs(second), value: Some(value), waited, waited_for: HashMap::new() }
+    fn point(second: u64, value: f64, contention: f64) -> Point {
+        Point { at: Duration::from_secs(second), value: Some(value), contention, contention_with: HashMap::new() }
     }
 
     #[test]
-    fn a_minute_in_characters() {
+    fn a_sparkline_shows_the_last_minute() {
         let mut history = History::default();
         assert_eq!(history.spark(Duration::from_secs(100), 4), "    ");
         for (second, value) in [(70, 0.0), (86, 0.5), (100, 1.0)] {
@@ -85,11 +86,11 @@ mod tests {
     }
 
     #[test]
-    fn rates_are_of_one_life_and_of_the_last_minute() {
+    fn rates_cover_the_last_minute_and_begin_again_after_a_reset() {
         let mut history = History::default();
-        let mut rate = |second, waited| {
-            history.push(point(second, 0.0, waited));
-            history.rate(|point| point.waited)
+        let mut rate = |second, contention| {
+            history.push(point(second, 0.0, contention));
+            history.rate(|point| point.contention)
         };
         assert_eq!((rate(10, 5.0), rate(11, 5.5), rate(12, 6.0)), (None, None, Some(0.5)));
         assert_eq!(rate(100, 6.0), None);

@@ -1,23 +1,24 @@
-//! What `top` knows and what keys change in it. No terminal, clock or network: pictures and keys come in, the view reads.
+//! The state of `top` and the effects of keys on it. Without terminal, clock or network: documents and keys come in, the view reads.
 
 use std::collections::HashMap;
 use std::time::{Duration, UNIX_EPOCH};
 
+use clap::ValueEnum as _;
 use ratatui::crossterm::event::{KeyCode, KeyEvent, KeyModifiers};
 
 use super::history::{History, Point, SPAN};
+use super::names::{contender_key, contender_name};
 use super::rows::{Key, Sort, TopRow, arrange};
-use super::words::{key_of_other, name_of_other};
 use crate::export::live::{LiveDocument, LiveUser};
 
-/// Less is noise.
-const LEAST_RATE: f64 = 0.005;
-/// A longer filter is a paste that went astray.
+/// Contention in seconds per second; a lower rate is noise.
+pub const LEAST_RATE: f64 = 0.005;
+/// Bound of the filter, against pasted text.
 const MAX_FILTER_CHARS: usize = 200;
 
-/// What a key asks of the loop.
+/// The effect of a key on the event loop.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Asked {
+pub enum Action {
     Quit,
 }
 
@@ -25,20 +26,20 @@ pub struct Model {
     pub agent: String,
     pub interval: Duration,
     pub live: Option<LiveDocument>,
-    /// Why there is no newer picture.
-    pub away: Option<String>,
+    /// Why there is no newer document.
+    pub disconnected: Option<String>,
     pub sort: Sort,
     pub filter: String,
-    /// What the filter was before it is being typed.
+    /// While a filter is being typed: the previous one.
     pub typing: Option<String>,
     pub paused: bool,
     pub help: bool,
     pub rows: Vec<TopRow>,
-    /// Before the filter.
+    /// Rows before the filter.
     pub total: usize,
-    /// The first row on the screen.
+    /// Index of the first row on the screen.
     pub first: usize,
-    /// Rows that fit, as last drawn.
+    /// Rows that fit on the screen, as last drawn.
     page: usize,
     selected: Option<Key>,
     histories: HashMap<Key, History>,
@@ -50,7 +51,7 @@ impl Model {
             agent: agent.to_owned(),
             interval,
             live: None,
-            away: None,
+            disconnected: None,
             sort,
             filter: filter.to_owned(),
             typing: None,
@@ -65,18 +66,19 @@ impl Model {
         }
     }
 
-    pub fn away(&mut self, why: String) {
-        self.away = Some(why);
+    pub fn disconnect(&mut self, error: String) {
+        self.disconnected = Some(error);
     }
 
-    /// Histories go on while the picture stands still.
+    /// Takes a new document. While the display is paused, only the histories are updated.
     pub fn update(&mut self, live: LiveDocument) {
-        self.away = None;
+        self.disconnected = None;
         let now = time_of(&live);
         for user in &live.users {
-            let waited_for = user.contended_by.iter().map(|other| (key_of_other(other).to_owned(), other.seconds)).collect();
+            let contenders = user.contended_by.iter();
+            let contention_with = contenders.map(|other| (contender_key(other).to_owned(), other.seconds)).collect();
             let value = user.duty_cycle_percent.map(|percent| percent / 100.0);
-            let point = Point { at: now, value, waited: user.contention_seconds, waited_for };
+            let point = Point { at: now, value, contention: user.contention_seconds, contention_with };
             self.histories.entry(TopRow::new(user).key()).or_default().push(point);
         }
         self.histories.retain(|_, history| !history.is_older_than(now.saturating_sub(SPAN)));
@@ -89,14 +91,14 @@ impl Model {
     fn row(&self, user: &LiveUser) -> TopRow {
         let mut row = TopRow::new(user);
         let history = self.histories.get(&row.key());
-        row.waiting = history.and_then(|history| history.rate(|point| point.waited));
-        let by = user.contended_by.iter().filter_map(|other| {
-            let key = key_of_other(other);
-            let rate = history?.rate(|point| point.waited_for.get(key).copied().unwrap_or_default())?;
-            (rate >= LEAST_RATE).then(|| (name_of_other(other), rate))
+        row.contention = history.and_then(|history| history.rate(|point| point.contention));
+        let contenders = user.contended_by.iter().filter_map(|other| {
+            let key = contender_key(other);
+            let rate = history?.rate(|point| point.contention_with.get(key).copied().unwrap_or_default())?;
+            (rate >= LEAST_RATE).then(|| (contender_name(other), rate))
         });
-        row.by = by.collect();
-        row.by.sort_by(|a, b| b.1.total_cmp(&a.1));
+        row.contenders = contenders.collect();
+        row.contenders.sort_by(|a, b| b.1.total_cmp(&a.1));
         row
     }
 
@@ -105,10 +107,10 @@ impl Model {
         let rows = live.users.iter().map(|user| self.row(user)).collect();
         self.total = live.users.len();
         self.rows = arrange(live, rows, self.sort, &self.filter);
-        self.keep_in_sight();
+        self.keep_selected_visible();
     }
 
-    /// The time of the picture that is shown.
+    /// The time of the displayed document.
     pub fn now(&self) -> Duration {
         self.live.as_ref().map(time_of).unwrap_or_default()
     }
@@ -117,25 +119,25 @@ impl Model {
         self.histories.get(&row.key()).map_or_else(|| " ".repeat(width), |history| history.spark(self.now(), width))
     }
 
-    /// Index of the row that is looked at; it stays the same container, wherever its row moves.
+    /// Index of the selected row; the selection follows the container when the row moves.
     pub fn selected(&self) -> usize {
-        let known = self.selected.as_ref().and_then(|key| self.rows.iter().position(|row| row.key() == *key));
-        known.unwrap_or(self.first).min(self.rows.len().saturating_sub(1))
+        let index = self.selected.as_ref().and_then(|key| self.rows.iter().position(|row| row.key() == *key));
+        index.unwrap_or(self.first).min(self.rows.len().saturating_sub(1))
     }
 
     fn select(&mut self, index: usize) {
         let index = index.min(self.rows.len().saturating_sub(1));
         self.selected = self.rows.get(index).map(TopRow::key);
-        self.keep_in_sight();
+        self.keep_selected_visible();
     }
 
-    /// Tells how many rows fit.
-    pub fn fits(&mut self, rows: usize) {
+    /// Sets the number of rows that fit on the screen.
+    pub fn set_page(&mut self, rows: usize) {
         self.page = rows.max(1);
-        self.keep_in_sight();
+        self.keep_selected_visible();
     }
 
-    fn keep_in_sight(&mut self) {
+    fn keep_selected_visible(&mut self) {
         self.first = self.first.min(self.rows.len().saturating_sub(self.page));
         if self.selected.is_some() {
             let selected = self.selected();
@@ -143,10 +145,10 @@ impl Model {
         }
     }
 
-    pub fn key(&mut self, key: KeyEvent) -> Option<Asked> {
+    pub fn handle_key(&mut self, key: KeyEvent) -> Option<Action> {
         let control = key.modifiers.contains(KeyModifiers::CONTROL);
         if control && matches!(key.code, KeyCode::Char('c')) {
-            return Some(Asked::Quit);
+            return Some(Action::Quit);
         }
         if self.typing.is_some() {
             self.type_filter(key.code);
@@ -156,26 +158,21 @@ impl Model {
             self.help = false;
             return None;
         }
-        let (at, page) = (self.selected(), self.page);
+        let (selected, page) = (self.selected(), self.page);
         match key.code {
-            KeyCode::Char('q') | KeyCode::Esc => return Some(Asked::Quit),
+            KeyCode::Char('q') | KeyCode::Esc => return Some(Action::Quit),
             KeyCode::Char('s') => {
-                self.sort = match self.sort {
-                    Sort::Share => Sort::Seconds,
-                    Sort::Seconds => Sort::Memory,
-                    Sort::Memory => Sort::Waiting,
-                    Sort::Waiting => Sort::Name,
-                    Sort::Name => Sort::Share,
-                };
+                let mut columns = Sort::value_variants().iter().cycle().skip_while(|sort| **sort != self.sort);
+                self.sort = columns.nth(1).copied().unwrap_or_default();
                 self.arrange();
             }
             KeyCode::Char('/') => self.typing = Some(self.filter.clone()),
             KeyCode::Char('p') | KeyCode::Char(' ') => self.paused = !self.paused,
             KeyCode::Char('?') | KeyCode::Char('h') => self.help = true,
-            KeyCode::Up | KeyCode::Char('k') => self.select(at.saturating_sub(1)),
-            KeyCode::Down | KeyCode::Char('j') => self.select(at + 1),
-            KeyCode::PageUp => self.select(at.saturating_sub(page)),
-            KeyCode::PageDown => self.select(at + page),
+            KeyCode::Up | KeyCode::Char('k') => self.select(selected.saturating_sub(1)),
+            KeyCode::Down | KeyCode::Char('j') => self.select(selected + 1),
+            KeyCode::PageUp => self.select(selected.saturating_sub(page)),
+            KeyCode::PageDown => self.select(selected + page),
             KeyCode::Home => self.select(0),
             KeyCode::End => self.select(usize::MAX),
             _ => {}
@@ -186,7 +183,7 @@ impl Model {
     fn type_filter(&mut self, code: KeyCode) {
         match code {
             KeyCode::Enter => self.typing = None,
-            // As it was.
+            // Restores the previous filter.
             KeyCode::Esc => self.filter = self.typing.take().unwrap_or_default(),
             KeyCode::Backspace => {
                 self.filter.pop();

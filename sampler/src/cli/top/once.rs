@@ -1,51 +1,53 @@
-//! One table, for pipes, logs and who wants no more.
+//! A single table, for pipes and logs.
 
+use super::names::share;
 use super::rows::{Sort, TopRow, arrange};
-use super::words::{DASH, bytes, fit, left, percent, right, share};
-use crate::cli::output::{harmless, wrapped};
+use crate::cli::text::{DASH, bytes_or_dash, fit, left, percent_or_dash, right, terminal_safe, wrapped};
 use crate::export::live::{LiveDocument, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
 const HEADS: [&str; 7] = ["CONTAINER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
-/// Those whose cells are words; numbers stand to the right.
-const WORDS: [usize; 3] = [0, 1, 6];
-/// The order in which columns are given up where there is no room for all.
+/// Columns of text; the others are numbers, which are aligned to the right.
+const TEXT_COLUMNS: [usize; 3] = [0, 1, 6];
+/// The order in which columns are omitted if the terminal is too narrow.
 const DISPENSABLE: [usize; 4] = [6, 4, 3, 5];
 const GAP: usize = 2;
-/// A name is not cut below this.
+/// Least width of a name.
 const LEAST_NAME: usize = 16;
 
 fn cells(row: &TopRow) -> [String; 7] {
-    let waits = row.user.contention_seconds >= 0.05;
-    let by: Vec<String> = row.by.iter().filter(|(_, s)| *s >= 0.05).map(|(name, s)| format!("{name} {s:.1}")).collect();
+    // Less is displayed as 0.0.
+    let is_shown = |seconds: f64| seconds >= 0.05;
+    let contenders = row.contenders.iter().filter(|(_, seconds)| is_shown(*seconds));
+    let contenders: Vec<String> = contenders.map(|(name, seconds)| format!("{name} {seconds:.1}")).collect();
     [
         if row.user.gone { format!("{} (ended)", row.name) } else { row.name.clone() },
         row.gpu(),
         share(&row.user),
         format!("{:.2}", row.user.gpu_seconds),
-        bytes(row.user.memory_used_bytes),
+        bytes_or_dash(row.user.memory_used_bytes),
         format!("{:.1}", row.user.contention_seconds),
-        if waits { by.join(", ") } else { DASH.into() },
+        if is_shown(row.user.contention_seconds) { contenders.join(", ") } else { DASH.into() },
     ]
 }
 
-fn gpu(gpu: &LiveGpu) -> String {
+fn gpu_line(gpu: &LiveGpu) -> String {
     let sum =
         |all: &Option<std::collections::BTreeMap<String, f64>>| all.as_ref().map(|all| all.values().fold(0.0, |a, b| a + b));
     let watts = gpu.power_watts.map(|watts| format!(", {watts:.0} W"));
     let celsius = gpu.temperature_celsius.map(|celsius| format!(", {celsius:.0} °C"));
-    let nobody = sum(&gpu.unattributed_seconds).map(|seconds| format!(", {seconds:.2} s on no container"));
-    let more: String = [watts, celsius, nobody].into_iter().flatten().collect();
-    let what = if gpu.gpu_uuid.is_some() { "MIG device of GPU" } else { "GPU" };
+    let unattributed = sum(&gpu.unattributed_seconds).map(|seconds| format!(", {seconds:.2} s on no container"));
+    let details: String = [watts, celsius, unattributed].into_iter().flatten().collect();
+    let kind = if gpu.gpu_uuid.is_some() { "MIG device of GPU" } else { "GPU" };
     if !gpu.is_leaf {
-        return format!("{what} {} {}: divided into MIG devices{more}", gpu.index, harmless(&gpu.uuid));
+        return format!("{kind} {} {}: divided into MIG devices{details}", gpu.index, terminal_safe(&gpu.uuid));
     }
-    let memory = format!("{} of {}", bytes(gpu.memory_used_bytes), bytes(gpu.memory_total_bytes));
-    let (busy, shared) = (percent(gpu.utilization_ratio), percent(gpu.coactive_ratio));
-    format!("{what} {} {}: busy {busy}, shared {shared}, memory {memory}{more}", gpu.index, harmless(&gpu.uuid))
+    let memory = format!("{} of {}", bytes_or_dash(gpu.memory_used_bytes), bytes_or_dash(gpu.memory_total_bytes));
+    let (busy, shared) = (percent_or_dash(gpu.utilization_ratio), percent_or_dash(gpu.coactive_ratio));
+    format!("{kind} {} {}: busy {busy}, shared {shared}, memory {memory}{details}", gpu.index, terminal_safe(&gpu.uuid))
 }
 
-/// `width` is a terminal's; elsewhere nothing is cut.
+/// `width` is that of the terminal; without one, nothing is truncated.
 pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>, bold: bool) -> String {
     let rows = arrange(live, live.users.iter().map(TopRow::new).collect(), sort, filter);
     let cells: Vec<[String; 7]> = rows.iter().map(cells).collect();
@@ -61,7 +63,7 @@ pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>
         for last in DISPENSABLE {
             let mut least = widths;
             least[0] = least[0].min(LEAST_NAME);
-            // Whom it waited for is cut before it is left out.
+            // The list of contenders is truncated before it is omitted.
             least[6] = least[6].min(LEAST_NAME);
             if taken(&columns, &least) > room {
                 columns.retain(|n| *n != last);
@@ -75,8 +77,10 @@ pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>
         }
     }
     let line = |cells: &[String]| {
-        let one = |n: &usize| if WORDS.contains(n) { left(&cells[*n], widths[*n]) } else { right(&cells[*n], widths[*n]) };
-        columns.iter().map(one).collect::<Vec<_>>().join("  ").trim_end().to_owned()
+        let cell = |n: &usize| {
+            if TEXT_COLUMNS.contains(n) { left(&cells[*n], widths[*n]) } else { right(&cells[*n], widths[*n]) }
+        };
+        columns.iter().map(cell).collect::<Vec<_>>().join("  ").trim_end().to_owned()
     };
     let head = line(&HEADS.map(str::to_owned));
     let mut out = if bold { format!("\x1b[1m{head}\x1b[0m\n") } else { format!("{head}\n") };
@@ -88,19 +92,19 @@ pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>
         out += if live.users.is_empty() {
             "No container has used a GPU since the agent started.\n"
         } else {
-            "No row has these words.\n"
+            "No row matches the filter.\n"
         };
     }
-    let whole = |text: &str| width.map_or_else(|| text.to_owned(), |width| fit(text, width));
+    let fitted = |text: &str| width.map_or_else(|| text.to_owned(), |width| fit(text, width));
     out.push('\n');
-    for one in live.gpus.iter().filter(|gpu| !gpu.gone) {
-        out += &format!("{}\n", whole(&gpu(one)));
+    for gpu in live.gpus.iter().filter(|gpu| !gpu.gone) {
+        out += &format!("{}\n", fitted(&gpu_line(gpu)));
     }
     if live.gpus.is_empty() {
-        out += "No GPU is seen; `gpu-sampler doctor` says why.\n";
+        out += "No GPU is visible; run `gpu-sampler doctor` for the reason.\n";
     }
-    for one in &live.degraded {
-        out += &wrapped("", 0, &format!("degraded: {}: {}", one.what, one.message));
+    for condition in &live.degraded {
+        out += &wrapped("", 0, &format!("degraded: {}: {}", condition.what, condition.message));
     }
     out
 }

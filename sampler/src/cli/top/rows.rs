@@ -1,20 +1,20 @@
-//! The rows of a picture: named, filtered, in order.
+//! The rows of the table: named, filtered and sorted.
 
-use super::words::{name, name_of_other};
+use super::names::{contender_name, name};
 use crate::export::live::{LiveDocument, LiveUser};
 use clap::ValueEnum;
 
 /// Sort order of rows.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Sort {
-    /// Share of the last 10 s
+    /// GPU share over the last 10 s
     #[default]
     Share,
-    /// GPU-seconds so far
+    /// GPU-seconds in total
     Seconds,
-    /// GPU memory held
+    /// GPU memory in use
     Memory,
-    /// How much others kept it waiting
+    /// Contention with other users
     Waiting,
     /// Namespace, pod and container
     Name,
@@ -24,31 +24,31 @@ pub enum Sort {
 pub struct TopRow {
     pub name: String,
     pub user: LiveUser,
-    /// Seconds that others kept it waiting: per second over the last minute, or so far where there is no history.
-    pub waiting: Option<f64>,
-    /// By whom, the longest first.
-    pub by: Vec<(String, f64)>,
+    /// Contention seconds: per second over the last minute in the live view, total in the single table.
+    pub contention: Option<f64>,
+    /// Contenders with their part of it, the largest first.
+    pub contenders: Vec<(String, f64)>,
 }
 
 impl TopRow {
-    /// With what it waited for so far.
+    /// With total contention.
     pub fn new(user: &LiveUser) -> Self {
-        let by = user.contended_by.iter().map(|other| (name_of_other(other), other.seconds)).collect();
-        Self { name: name(user), user: user.clone(), waiting: Some(user.contention_seconds), by }
+        let contenders = user.contended_by.iter().map(|other| (contender_name(other), other.seconds)).collect();
+        Self { name: name(user), user: user.clone(), contention: Some(user.contention_seconds), contenders }
     }
 
-    /// What tells one row from another, over pictures.
+    /// Identifies the row across documents.
     pub fn key(&self) -> Key {
         (self.user.container_id.clone(), self.user.id.clone(), self.user.uuid.clone())
     }
 
-    /// GPU by index; a MIG device is told by an `m`.
+    /// Index of the GPU; a MIG device has the suffix `m`.
     pub fn gpu(&self) -> String {
         let index = self.user.index.map_or("?".into(), |index| index.to_string());
         if self.user.uuid.starts_with("MIG") { format!("{index}m") } else { index }
     }
 
-    fn has(&self, words: &[String], model: &str) -> bool {
+    fn contains(&self, words: &[String], model: &str) -> bool {
         let u = &self.user;
         let texts = [u.name.as_deref(), u.image.as_deref(), u.runtime.as_deref()].into_iter().flatten();
         let texts = texts.chain([&*self.name, &u.container_id, &u.id, &u.uuid, model]);
@@ -59,17 +59,17 @@ impl TopRow {
 
 pub type Key = (String, String, String);
 
-/// Those in which all words of the filter are, in order.
+/// The rows that contain all words of the filter, sorted.
 pub fn arrange(live: &LiveDocument, mut rows: Vec<TopRow>, sort: Sort, filter: &str) -> Vec<TopRow> {
     let words: Vec<String> = filter.split_whitespace().map(str::to_lowercase).collect();
     let model = |uuid: &str| live.gpus.iter().find(|gpu| gpu.uuid == uuid).map_or("", |gpu| &*gpu.model);
-    rows.retain(|row| row.has(&words, model(&row.user.uuid)));
-    // As precise as they are shown. Unknown comes last.
+    rows.retain(|row| row.contains(&words, model(&row.user.uuid)));
+    // Rounded as displayed, so that invisible differences do not reorder rows. Unknown values come last.
     let value = |row: &TopRow| match sort {
         Sort::Share => row.user.duty_cycle_percent.map(|percent| (percent * 10.0).round()),
         Sort::Seconds => Some(row.user.gpu_seconds),
         Sort::Memory => row.user.memory_used_bytes.map(|bytes| bytes as f64),
-        Sort::Waiting => row.waiting.map(|rate| (rate * 100.0).round()),
+        Sort::Waiting => row.contention.map(|rate| (rate * 100.0).round()),
         Sort::Name => None,
     };
     let value = |row: &TopRow| value(row).unwrap_or(-1.0);

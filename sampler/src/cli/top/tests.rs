@@ -1,4 +1,4 @@
-//! Whole screens, as goldens; `GOLDEN=write cargo test` writes them anew.
+//! Whole screens as golden files; `GOLDEN=write cargo test` rewrites them.
 
 use std::collections::BTreeMap;
 use std::path::Path;
@@ -8,7 +8,7 @@ use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyModifiers};
 
-use super::super::model::Asked;
+use super::super::model::Action;
 use super::super::once;
 use super::*;
 use crate::export::live::{Degraded, LiveDocument, LiveOther, LiveUser};
@@ -19,7 +19,7 @@ fn check(name: &str, text: &str) {
         std::fs::write(&path, text).unwrap();
     }
     let expect = std::fs::read_to_string(&path).unwrap_or_default();
-    assert!(text == expect, "{name} is not its golden (GOLDEN=write writes it anew); now it is\n{text}");
+    assert!(text == expect, "{name} differs from its golden file (GOLDEN=write rewrites it); it is now\n{text}");
 }
 
 fn text(s: &str) -> Option<String> {
@@ -67,8 +67,8 @@ fn user(n: u64, pod: &str, share: Option<f64>) -> LiveUser {
     }
 }
 
-/// The second of a minute in which three share a GPU.
-fn picture(second: u32) -> LiveDocument {
+/// The document of one second of a minute in which three users share a GPU.
+fn document(second: u32) -> LiveDocument {
     let mut trainer = user(1, "trainer-0", Some(60.0));
     let (inference, mut bare) = (user(2, "inference-7c9d5b8f4-x2k4q", Some(30.0)), user(3, "", None));
     let other = LiveOther {
@@ -83,7 +83,7 @@ fn picture(second: u32) -> LiveDocument {
     let host = LiveOther { kind: "host".into(), seconds: f64::from(second) * 0.05, ..LiveOther::default() };
     trainer.contended_by = vec![other, host];
     trainer.contention_seconds = f64::from(second) * 0.3;
-    // Not a pod, never sampled, and it steers terminals.
+    // Not a pod, never sampled, and with terminal control characters in its name.
     (bare.namespace, bare.pod, bare.container) = (None, None, None);
     (bare.name, bare.memory_used_bytes, bare.gone) = (text("build\x1b[31m"), None, true);
     LiveDocument {
@@ -103,7 +103,7 @@ fn model() -> Model {
 fn after_a_minute() -> Model {
     let mut model = model();
     for second in 0..60 {
-        let mut live = picture(second);
+        let mut live = document(second);
         live.users[1].duty_cycle_percent = Some(f64::from(second) / 59.0 * 30.0);
         model.update(live);
     }
@@ -120,43 +120,44 @@ fn screen(model: &mut Model, width: u16, height: u16) -> String {
 
 fn press(model: &mut Model, codes: &[KeyCode]) {
     for code in codes {
-        assert_eq!(model.key((*code).into()), None);
+        assert_eq!(model.handle_key((*code).into()), None);
     }
 }
 
 #[test]
-fn three_on_a_gpu() {
+fn three_users_of_a_gpu_are_drawn_wide_and_narrow() {
     check("wide.txt", &screen(&mut after_a_minute(), 120, 30));
     check("narrow.txt", &screen(&mut after_a_minute(), 60, 20));
 }
 
 #[test]
-fn nothing_to_show() {
-    let mut empty = picture(0);
+fn an_empty_document_is_explained() {
+    let mut empty = document(0);
     (empty.gpus, empty.users) = (Vec::new(), Vec::new());
     empty.degraded = vec![Degraded { what: "nvml".into(), message: "no library; install the NVIDIA driver".into() }];
     let mut model = model();
-    assert!(screen(&mut model, 80, 10).contains("asking http://127.0.0.1:9836"));
+    assert!(screen(&mut model, 80, 10).contains("connecting to http://127.0.0.1:9836"));
     model.update(empty);
     check("empty.txt", &screen(&mut model, 80, 12));
 }
 
 #[test]
-fn an_agent_that_is_away() {
-    let why = "no agent answers at http://127.0.0.1:9836; start `gpu-sampler run`, or name one with --agent: Connection refused";
+fn an_unreachable_agent_is_reported_and_the_last_document_stays() {
+    let error = "no agent is reachable at http://127.0.0.1:9836; start `gpu-sampler run`, or name an agent with --agent: \
+                 Connection refused";
     let mut model = model();
-    model.away(why.into());
-    check("away.txt", &screen(&mut model, 80, 12));
-    model.update(picture(1));
-    assert!(!screen(&mut model, 80, 12).contains("AWAY"));
-    model.away(why.into());
+    model.disconnect(error.into());
+    check("disconnected.txt", &screen(&mut model, 80, 12));
+    model.update(document(1));
+    assert!(!screen(&mut model, 80, 12).contains("DISCONNECTED"));
+    model.disconnect(error.into());
     let last = screen(&mut model, 80, 20);
-    assert!(last.contains("AWAY") && last.contains("trainer-0"), "{last}");
+    assert!(last.contains("DISCONNECTED") && last.contains("trainer-0"), "{last}");
 }
 
 #[test]
-fn six_hundred_rows_and_keys() {
-    let mut live = picture(1);
+fn keys_scroll_select_sort_and_filter_six_hundred_rows() {
+    let mut live = document(1);
     live.users = (0..600).map(|n| user(n, &format!("pod-{n:03}"), Some(50.0))).collect();
     live.gpus = (0..16).map(|n| gpu(n, Some(0.5))).collect();
     let mut model = model();
@@ -166,16 +167,16 @@ fn six_hundred_rows_and_keys() {
     assert!(screen(&mut model, 120, 30).contains("pod-599"));
     press(&mut model, &[KeyCode::PageUp, KeyCode::Up, KeyCode::Home, KeyCode::Down, KeyCode::Down]);
     assert_eq!(model.selected(), 2);
-    // The same container, wherever its row moves.
-    let looked_at = model.rows[model.selected()].key();
+    // The selection follows the container when its row moves.
+    let selected = model.rows[model.selected()].key();
     press(&mut model, &[KeyCode::Char('s')]);
-    assert_eq!((model.sort, model.rows[model.selected()].key()), (Sort::Seconds, looked_at));
+    assert_eq!((model.sort, model.rows[model.selected()].key()), (Sort::Seconds, selected));
     press(&mut model, &[KeyCode::Char('/'), KeyCode::Char('P'), KeyCode::Char('D'), KeyCode::Backspace]);
     press(&mut model, &"od-59 gpu 0".chars().map(KeyCode::Char).collect::<Vec<_>>());
     press(&mut model, &[KeyCode::Enter]);
     assert_eq!((model.rows.len(), &*model.filter), (10, "Pod-59 gpu 0"));
     press(&mut model, &[KeyCode::Char('/'), KeyCode::Char('x')]);
-    assert!(screen(&mut model, 80, 20).contains("No row has these words"));
+    assert!(screen(&mut model, 80, 20).contains("No row matches the filter"));
     press(&mut model, &[KeyCode::Esc]);
     assert_eq!(model.rows.len(), 10);
     press(&mut model, &[KeyCode::Char('p')]);
@@ -186,13 +187,13 @@ fn six_hundred_rows_and_keys() {
     press(&mut model, &[KeyCode::Char('?')]);
     check("help.txt", &screen(&mut model, 80, 30));
     press(&mut model, &[KeyCode::Char('q')]);
-    assert_eq!(model.key(KeyCode::Char('q').into()), Some(Asked::Quit));
+    assert_eq!(model.handle_key(KeyCode::Char('q').into()), Some(Action::Quit));
     let interrupt = ratatui::crossterm::event::KeyEvent::new(KeyCode::Char('c'), KeyModifiers::CONTROL);
-    assert_eq!(model.key(interrupt), Some(Asked::Quit));
+    assert_eq!(model.handle_key(interrupt), Some(Action::Quit));
 }
 
 #[test]
-fn every_size_is_drawn() {
+fn every_terminal_size_is_drawn_without_a_panic() {
     let mut model = after_a_minute();
     for (width, height) in (1..140).flat_map(|width| (1..40).step_by(3).map(move |height| (width, height))) {
         screen(&mut model, width, height);
@@ -202,14 +203,14 @@ fn every_size_is_drawn() {
 }
 
 #[test]
-fn one_table() {
-    let live = picture(40);
-    let of = |sort, filter: &str, width| once::table(&live, sort, filter, width, false);
-    check("once.txt", &of(Sort::Share, "", None));
+fn the_single_table_fits_the_width_and_obeys_sort_and_filter() {
+    let live = document(40);
+    let table = |sort, filter: &str, width| once::table(&live, sort, filter, width, false);
+    check("once.txt", &table(Sort::Share, "", None));
     for width in 20..130 {
-        let table = of(Sort::Waiting, "", Some(width));
-        assert!(table.lines().all(|line| line.width() <= width.max(45)), "{width}\n{table}");
+        let shown = table(Sort::Waiting, "", Some(width));
+        assert!(shown.lines().all(|line| line.width() <= width.max(45)), "{width}\n{shown}");
     }
-    check("once-60.txt", &of(Sort::Waiting, "", Some(60)));
-    assert!(of(Sort::Share, "no such", None).contains("No row has these words."));
+    check("once-60.txt", &table(Sort::Waiting, "", Some(60)));
+    assert!(table(Sort::Share, "no such", None).contains("No row matches the filter."));
 }

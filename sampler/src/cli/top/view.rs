@@ -1,4 +1,4 @@
-//! Draws the model. What has no room is left out, the least needed first; without colours nothing is lost.
+//! Draws the model. Parts that do not fit are omitted, the least important first; colours carry no information of their own.
 
 use ratatui::Frame;
 use ratatui::buffer::Buffer;
@@ -8,49 +8,52 @@ use ratatui::text::{Line, Span};
 use ratatui::widgets::{Block, Clear, Paragraph, Widget as _, Wrap};
 use unicode_width::UnicodeWidthStr as _;
 
-use super::model::Model;
+use super::model::{LEAST_RATE, Model};
+use super::names::{contender_name, share, short};
 use super::rows::{Sort, TopRow};
-use super::words::{DASH, bytes, fit, left, name_of_other, percent, right, share, short};
-use crate::cli::output::harmless;
+use crate::cli::text::{DASH, bytes_or_dash, fit, left, percent_or_dash, right, terminal_safe, wrap};
 use crate::export::live::LiveGpu;
 
-/// Below this there is no table to speak of.
-const LEAST: (u16, u16) = (24, 6);
-/// With less, the row that is looked at is not told in whole.
-const DETAIL_FROM: u16 = 18;
+/// Least width and height; a smaller terminal has no room for a table.
+const LEAST_SIZE: (u16, u16) = (24, 6);
+/// Least height at which the details of the selected row are shown.
+const DETAIL_HEIGHT: u16 = 18;
 const GAP: usize = 2;
 const HELP: [(&str, &str); 8] = [
     ("q, Esc", "quit"),
     ("s", "sort by the next column"),
-    ("/", "filter: words that a row must have; Enter keeps it, Esc undoes it"),
-    ("p, space", "stop the picture; the agent is still asked"),
-    ("arrows, PgUp, PgDn, Home, End", "look at another row"),
-    ("SHARE %", "of the last 10 s, ± one standard error"),
-    ("CONTENTION", "GPU-seconds per second, over the last minute, that others got while it was active and the GPU saturated"),
-    ("shared", "part of the last 10 s in which two users or more were active"),
+    ("/", "filter: show only rows that contain all words; Enter applies it, Esc restores the previous one"),
+    ("p, space", "pause the display; polling continues"),
+    ("arrows, PgUp, PgDn, Home, End", "select another row"),
+    ("SHARE %", "GPU share over the last 10 s, ± one standard error"),
+    (
+        "CONTENTION",
+        "GPU-seconds per second, over the last minute, that others received while it was active and the GPU was saturated",
+    ),
+    ("shared", "part of the last 10 s in which at least two users were active"),
 ];
 
 #[derive(Clone, Copy)]
 struct Paint(bool);
 
 impl Paint {
-    fn of(self, colour: Color) -> Style {
+    fn colour(self, colour: Color) -> Style {
         if self.0 { Style::new().fg(colour) } else { Style::new() }
     }
 
     fn accent(self) -> Style {
-        self.of(Color::Cyan)
+        self.colour(Color::Cyan)
     }
 
-    fn waits(self) -> Style {
-        self.of(Color::Yellow)
+    fn warning(self) -> Style {
+        self.colour(Color::Yellow)
     }
 
-    fn bad(self) -> Style {
-        self.of(Color::Red).add_modifier(Modifier::BOLD)
+    fn error(self) -> Style {
+        self.colour(Color::Red).add_modifier(Modifier::BOLD)
     }
 
-    fn soft(self) -> Style {
+    fn dim(self) -> Style {
         Style::new().add_modifier(Modifier::DIM)
     }
 }
@@ -60,12 +63,12 @@ const BOLD: Style = Style::new().add_modifier(Modifier::BOLD);
 pub fn draw(frame: &mut Frame<'_>, model: &mut Model, colours: bool) {
     let (area, paint) = (frame.area(), Paint(colours));
     let buf = frame.buffer_mut();
-    if area.width < LEAST.0 || area.height < LEAST.1 {
-        Paragraph::new("too small; q quits").render(area, buf);
+    if area.width < LEAST_SIZE.0 || area.height < LEAST_SIZE.1 {
+        Paragraph::new("terminal too small; q quits").render(area, buf);
         return;
     }
     let mut top = lines(buf, area, 0, head(model, area, paint));
-    let detail = if area.height >= DETAIL_FROM && !model.rows.is_empty() { 3 } else { 0 };
+    let detail = if area.height >= DETAIL_HEIGHT && !model.rows.is_empty() { 3 } else { 0 };
     let bottom = area.height - 1 - detail;
     table(buf, Rect { y: top, height: bottom.saturating_sub(top), ..area }, model, paint);
     if detail > 0 {
@@ -88,23 +91,24 @@ fn lines(buf: &mut Buffer, area: Rect, mut y: u16, all: Vec<Line<'_>>) -> u16 {
     y
 }
 
-/// Title, what is wrong, and a line for each GPU, in a third of the screen at most.
+/// Title, problems, and a line for each GPU, in at most a third of the screen.
 fn head(model: &Model, area: Rect, paint: Paint) -> Vec<Line<'static>> {
     let width = usize::from(area.width);
     let mut all = vec![title(model, width, paint)];
     let most = usize::from(area.height / 3).max(2);
-    if let Some(why) = &model.away {
-        let words = format!("AWAY: {}; this keeps trying", harmless(why));
-        all.extend(wrap(&words, width, 4).into_iter().map(|line| Line::styled(line, paint.bad())));
+    if let Some(error) = &model.disconnected {
+        let text = format!("DISCONNECTED: {}; retrying", terminal_safe(error));
+        all.extend(wrap_fit(&text, width, 4).map(|line| Line::styled(line, paint.error())));
     }
     let Some(live) = &model.live else { return all };
-    let wrong = live.degraded.len();
-    for one in live.degraded.iter().take(2) {
-        let words = format!("degraded: {}: {}", harmless(&one.what), harmless(&one.message));
-        all.extend(wrap(&words, width, 2).into_iter().map(|line| Line::styled(line, paint.waits())));
+    let conditions = live.degraded.len();
+    for condition in live.degraded.iter().take(2) {
+        let text = format!("degraded: {}: {}", terminal_safe(&condition.what), terminal_safe(&condition.message));
+        all.extend(wrap_fit(&text, width, 2).map(|line| Line::styled(line, paint.warning())));
     }
-    if wrong > 2 {
-        all.push(Line::styled(format!("and {} more that do not work: see the agent's page or log", wrong - 2), paint.waits()));
+    if conditions > 2 {
+        let text = format!("and {} more conditions: see the agent's page or log", conditions - 2);
+        all.push(Line::styled(text, paint.warning()));
     }
     let gpus: Vec<&LiveGpu> = live.gpus.iter().filter(|gpu| !gpu.gone).collect();
     let room = most.saturating_sub(all.len()).max(1);
@@ -113,56 +117,48 @@ fn head(model: &Model, area: Rect, paint: Paint) -> Vec<Line<'static>> {
         all.push(gauge(gpu, model, width, paint));
     }
     if gpus.len() > shown {
-        all.push(Line::styled(format!("and {} more GPUs", gpus.len() - shown), paint.soft()));
+        all.push(Line::styled(format!("and {} more GPUs", gpus.len() - shown), paint.dim()));
     }
     if gpus.is_empty() {
-        let words = if wrong > 0 { "No GPU is seen." } else { "No GPU is seen; `gpu-sampler doctor` says why." };
-        all.push(Line::raw(words));
+        let text = match conditions {
+            0 => "No GPU is visible; run `gpu-sampler doctor` for the reason.",
+            _ => "No GPU is visible.",
+        };
+        all.push(Line::raw(text));
     }
     all
 }
 
-/// Broken at blanks; what does not fit into `most` lines is cut.
-fn wrap(text: &str, width: usize, most: usize) -> Vec<String> {
-    let (mut all, mut line) = (Vec::new(), String::new());
-    for word in text.split(' ') {
-        if !line.is_empty() && line.width() + 1 + word.width() > width && all.len() + 1 < most {
-            all.push(std::mem::take(&mut line));
-        }
-        if !line.is_empty() {
-            line.push(' ');
-        }
-        line += word;
-    }
-    all.push(line);
-    all.iter().map(|line| fit(line, width)).collect()
+/// Wrapped; text beyond `most` lines is truncated.
+fn wrap_fit(text: &str, width: usize, most: usize) -> impl Iterator<Item = String> {
+    wrap(text, width, most).into_iter().map(move |line| fit(&line, width))
 }
 
 fn title(model: &Model, width: usize, paint: Paint) -> Line<'static> {
     let mut spans = vec![Span::styled("gpu-sampler top", BOLD)];
-    let mut say = |text: String, style: Style| {
+    let mut add = |text: String, style: Style| {
         let taken: usize = spans.iter().map(|span| span.content.width()).sum();
         if taken + 2 + text.width() <= width {
             spans.push(Span::styled(format!("  {text}"), style));
         }
     };
     if model.paused {
-        say("PAUSED".into(), paint.waits().add_modifier(Modifier::BOLD));
+        add("PAUSED".into(), paint.warning().add_modifier(Modifier::BOLD));
     }
     if let Some(live) = &model.live {
-        say(harmless(live.node.as_deref().unwrap_or(&model.agent)), Style::new());
-        // RFC 3339, of which the time of the day is enough.
-        say(live.time.get(11..19).map(|time| format!("{time} UTC")).unwrap_or_default(), Style::new());
+        add(terminal_safe(live.node.as_deref().unwrap_or(&model.agent)), Style::new());
+        // The time of day of an RFC 3339 time.
+        add(live.time.get(11..19).map(|time| format!("{time} UTC")).unwrap_or_default(), Style::new());
         let rows = if model.rows.len() < model.total {
             format!("{} of {} rows", model.rows.len(), model.total)
         } else {
             format!("{} rows", model.total)
         };
-        say(rows, Style::new());
-        say(format!("agent {}", harmless(&live.version)), paint.soft());
-        say(format!("every {}", humantime::format_duration(model.interval)), paint.soft());
-    } else if model.away.is_none() {
-        say(format!("asking {}", harmless(&model.agent)), paint.soft());
+        add(rows, Style::new());
+        add(format!("agent {}", terminal_safe(&live.version)), paint.dim());
+        add(format!("every {}", humantime::format_duration(model.interval)), paint.dim());
+    } else if model.disconnected.is_none() {
+        add(format!("connecting to {}", terminal_safe(&model.agent)), paint.dim());
     }
     Line::from(spans)
 }
@@ -179,24 +175,24 @@ fn gauge(gpu: &LiveGpu, model: &Model, width: usize, paint: Paint) -> Line<'stat
     if gpu.is_leaf {
         let (full, rest) = bar(gpu.utilization_ratio, if width >= 100 { 20 } else { 10 });
         taken += full.width() + rest.width();
-        spans.extend([Span::styled(full, paint.accent()), Span::styled(rest, paint.soft())]);
-        let busy = right(&percent(gpu.utilization_ratio), 6);
+        spans.extend([Span::styled(full, paint.accent()), Span::styled(rest, paint.dim())]);
+        let busy = right(&percent_or_dash(gpu.utilization_ratio), 6);
         taken += busy.width();
         spans.push(Span::styled(busy, BOLD));
     }
-    let memory = format!("{} / {}", bytes(gpu.memory_used_bytes), bytes(gpu.memory_total_bytes));
-    // What is busy and in no row: of the host, of nobody known, or waiting for labels.
+    let memory = format!("{} / {}", bytes_or_dash(gpu.memory_used_bytes), bytes_or_dash(gpu.memory_total_bytes));
+    // Busy time in no row: of host processes, of unknown processes, or of containers with pending labels.
     let credited = model.live.iter().flat_map(|live| &live.users).filter(|user| user.uuid == gpu.uuid);
     let credited: f64 = credited.filter_map(|user| user.duty_cycle_percent).sum();
-    let nobody = gpu.utilization_ratio.map(|ratio| (ratio - credited / 100.0).max(0.0)).filter(|ratio| *ratio >= 0.01);
-    let model_name = harmless(&gpu.model);
+    let unattributed = gpu.utilization_ratio.map(|ratio| (ratio - credited / 100.0).max(0.0)).filter(|ratio| *ratio >= 0.01);
+    let model_name = terminal_safe(&gpu.model);
     let all = [
         gpu.is_leaf.then_some((memory, Style::new())),
         Some((gpu.power_watts.map_or(DASH.into(), |watts| format!("{watts:.0} W")), Style::new())),
         Some((gpu.temperature_celsius.map_or(DASH.into(), |celsius| format!("{celsius:.0} °C")), Style::new())),
-        gpu.coactive_ratio.map(|ratio| (format!("shared {}", percent(Some(ratio))), Style::new())),
-        nobody.map(|ratio| (format!("no container {}", percent(Some(ratio))), paint.waits())),
-        Some((model_name, paint.soft())),
+        gpu.coactive_ratio.map(|ratio| (format!("shared {}", percent_or_dash(Some(ratio))), Style::new())),
+        unattributed.map(|ratio| (format!("no container {}", percent_or_dash(Some(ratio))), paint.warning())),
+        Some((model_name, paint.dim())),
     ];
     for (text, style) in all.into_iter().flatten() {
         if taken + GAP + text.width() > width {
@@ -216,8 +212,8 @@ enum Column {
     Minute,
     Seconds,
     Memory,
-    Waited,
-    By,
+    Contention,
+    With,
 }
 
 impl Column {
@@ -229,32 +225,32 @@ impl Column {
             Column::Minute => ("LAST MINUTE", None),
             Column::Seconds => ("GPU-SECONDS", Some(Sort::Seconds)),
             Column::Memory => ("MEMORY", Some(Sort::Memory)),
-            Column::Waited => ("CONTENTION", Some(Sort::Waiting)),
-            Column::By => ("WITH", None),
+            Column::Contention => ("CONTENTION", Some(Sort::Waiting)),
+            Column::With => ("WITH", None),
         }
     }
 
     fn is_number(self) -> bool {
-        matches!(self, Column::Share | Column::Seconds | Column::Memory | Column::Waited)
+        matches!(self, Column::Share | Column::Seconds | Column::Memory | Column::Contention)
     }
 }
 
-/// Columns with their widths: what this much room is used for.
+/// The columns that fit into `width`, with their widths.
 fn columns(width: usize) -> Vec<(Column, usize)> {
-    use Column::{By, Gpu, Memory, Minute, Name, Seconds, Share, Waited};
+    use Column::{Contention, Gpu, Memory, Minute, Name, Seconds, Share, With};
     let fixed: &[(Column, usize)] = match width {
-        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Waited, 10)],
-        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Waited, 10)],
-        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Waited, 10)],
-        56.. => &[(Gpu, 3), (Share, 11), (Minute, 6), (Waited, 10)],
+        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Contention, 10)],
+        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Contention, 10)],
+        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Contention, 10)],
+        56.. => &[(Gpu, 3), (Share, 11), (Minute, 6), (Contention, 10)],
         _ => &[(Gpu, 3), (Share, 11)],
     };
     let taken: usize = fixed.iter().map(|(_, width)| width + GAP).sum();
     let rest = width.saturating_sub(taken);
-    let by = if width >= 90 { (rest - GAP) * 2 / 5 } else { 0 };
-    let mut all = vec![(Name, rest.saturating_sub(if by > 0 { by + GAP } else { 0 }))];
+    let with = if width >= 90 { (rest - GAP) * 2 / 5 } else { 0 };
+    let mut all = vec![(Name, rest.saturating_sub(if with > 0 { with + GAP } else { 0 }))];
     all.extend(fixed);
-    all.extend((by > 0).then_some((By, by)));
+    all.extend((with > 0).then_some((With, with)));
     all
 }
 
@@ -265,9 +261,9 @@ fn cell(row: &TopRow, column: Column, width: usize, model: &Model) -> String {
         Column::Share => share(&row.user),
         Column::Minute => model.spark(row, width),
         Column::Seconds => format!("{:.1}", row.user.gpu_seconds),
-        Column::Memory => bytes(row.user.memory_used_bytes),
-        Column::Waited => row.waiting.map_or(DASH.into(), |rate| format!("{rate:.2}")),
-        Column::By => match &row.by[..] {
+        Column::Memory => bytes_or_dash(row.user.memory_used_bytes),
+        Column::Contention => row.contention.map_or(DASH.into(), |rate| format!("{rate:.2}")),
+        Column::With => match &row.contenders[..] {
             [] => String::new(),
             [(name, _)] => name.clone(),
             [(name, _), more @ ..] => {
@@ -283,7 +279,7 @@ fn table(buf: &mut Buffer, area: Rect, model: &mut Model, paint: Paint) {
         return;
     }
     let columns = columns(usize::from(area.width));
-    model.fits(usize::from(area.height - 1));
+    model.set_page(usize::from(area.height - 1));
     let head = columns.iter().map(|(column, width)| {
         let (name, sort) = column.head();
         let name = if name.len() > *width { name.rsplit(' ').next().unwrap_or(name) } else { name };
@@ -297,7 +293,7 @@ fn table(buf: &mut Buffer, area: Rect, model: &mut Model, paint: Paint) {
     });
     buf.set_line(area.x, area.y, &Line::from(head.flatten().collect::<Vec<_>>()), area.width);
     if model.rows.is_empty() {
-        return nothing(buf, Rect { y: area.y + 1, height: area.height - 1, ..area }, model);
+        return empty_table(buf, Rect { y: area.y + 1, height: area.height - 1, ..area }, model);
     }
     let selected = model.selected();
     let rows = model.rows.iter().enumerate().skip(model.first).take(usize::from(area.height - 1));
@@ -305,12 +301,12 @@ fn table(buf: &mut Buffer, area: Rect, model: &mut Model, paint: Paint) {
         let spans = columns.iter().map(|(column, width)| {
             let text = cell(row, *column, *width, model);
             let text = if column.is_number() { right(&text, *width) } else { left(&text, *width) };
-            let waits = row.waiting.is_some_and(|rate| rate >= 0.005);
+            let is_contended = row.contention.is_some_and(|rate| rate >= LEAST_RATE);
             let style = match column {
-                _ if row.user.gone => paint.soft(),
+                _ if row.user.gone => paint.dim(),
                 Column::Minute => paint.accent(),
-                Column::Waited | Column::By if waits => paint.waits(),
-                Column::Waited => paint.soft(),
+                Column::Contention | Column::With if is_contended => paint.warning(),
+                Column::Contention => paint.dim(),
                 _ => Style::new(),
             };
             [Span::styled(text, style), Span::raw("  ")]
@@ -323,69 +319,72 @@ fn table(buf: &mut Buffer, area: Rect, model: &mut Model, paint: Paint) {
     }
 }
 
-fn nothing(buf: &mut Buffer, area: Rect, model: &Model) {
-    let words = match (&model.live, &model.away) {
+fn empty_table(buf: &mut Buffer, area: Rect, model: &Model) {
+    let text = match (&model.live, &model.disconnected) {
         (None, None) => "",
-        (None, Some(_)) => "Nothing to show yet.",
-        (Some(_), _) if model.total > 0 => "No row has these words; / changes the filter.",
+        (None, Some(_)) => "No data yet.",
+        (Some(_), _) if model.total > 0 => "No row matches the filter; press / to change it.",
         (Some(_), _) => {
-            "No container has used a GPU since the agent started. One appears here when the driver first names one of its \
+            "No container has used a GPU since the agent started. A container appears here when the driver first reports one of its \
              processes, or when the kubelet assigns a GPU to it."
         }
     };
-    Paragraph::new(words).wrap(Wrap { trim: true }).render(area, buf);
+    Paragraph::new(text).wrap(Wrap { trim: true }).render(area, buf);
 }
 
-/// The row that is looked at, with what had no room in it.
+/// The selected row, with the values that have no column.
 fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
     let Some(row) = model.rows.get(model.selected()) else { return Vec::new() };
     let u = &row.user;
-    let text = |name: &str, value: &Option<String>| value.as_deref().map(|value| format!("{name} {}", harmless(value)));
+    let text = |name: &str, value: &Option<String>| value.as_deref().map(|value| format!("{name} {}", terminal_safe(value)));
     let ended = u.gone.then(|| "ended".to_owned());
     let assigned = u.assigned.then(|| "assigned".to_owned());
     let id = Some(format!("id {}", short(&u.container_id))).filter(|_| !u.container_id.is_empty());
-    let who = [Some(row.name.clone()), text("image", &u.image), id, ended, assigned];
-    let who = who.into_iter().flatten().collect::<Vec<_>>().join("  ");
-    let share = if u.active_seconds > 0.0 {
+    let identity = [Some(row.name.clone()), text("image", &u.image), id, ended, assigned];
+    let identity = identity.into_iter().flatten().collect::<Vec<_>>().join("  ");
+    let coactive = if u.active_seconds > 0.0 {
         format!(
-            ", {} of its active {:.1} s beside others",
-            percent(Some(u.coactive_seconds / u.active_seconds)),
-            u.active_seconds
+            ", active {:.1} s, {} of it with others",
+            u.active_seconds,
+            percent_or_dash(Some(u.coactive_seconds / u.active_seconds))
         )
     } else {
         String::new()
     };
-    let on = format!(
-        "on {}: {:.2} ±{:.2} GPU-seconds from {} samples{share}",
-        harmless(&u.uuid),
+    let usage = format!(
+        "on {}: {:.2} ±{:.2} GPU-seconds from {} samples{coactive}",
+        terminal_safe(&u.uuid),
         u.gpu_seconds,
         u.gpu_seconds_stderr,
         u.samples
     );
-    let by: Vec<String> = u.contended_by.iter().map(|other| format!("{} {:.1} s", name_of_other(other), other.seconds)).collect();
-    let waited =
-        if by.is_empty() { "no contention so far".to_owned() } else { format!("contention so far with {}", by.join(", ")) };
-    let lines = [(who, BOLD), (on, Style::new()), (waited, if by.is_empty() { paint.soft() } else { paint.waits() })];
+    let contenders: Vec<String> =
+        u.contended_by.iter().map(|other| format!("{} {:.1} s", contender_name(other), other.seconds)).collect();
+    let contention = match contenders.is_empty() {
+        true => ("no contention so far".to_owned(), paint.dim()),
+        false => (format!("contention so far with {}", contenders.join(", ")), paint.warning()),
+    };
+    let lines = [(identity, BOLD), (usage, Style::new()), contention];
     lines.into_iter().map(|(text, style)| Line::styled(fit(&text, width), style)).collect()
 }
 
 fn foot(model: &Model, width: usize, paint: Paint) -> Line<'static> {
     if model.typing.is_some() {
         return Line::styled(
-            fit(&format!("filter: {}▏  Enter keeps it, Esc undoes it", harmless(&model.filter)), width),
+            fit(&format!("filter: {}▏  Enter applies it, Esc restores the previous one", terminal_safe(&model.filter)), width),
             paint.accent(),
         );
     }
-    let filter = if model.filter.is_empty() { String::new() } else { format!(" [{}]", harmless(&model.filter)) };
+    let filter = if model.filter.is_empty() { String::new() } else { format!(" [{}]", terminal_safe(&model.filter)) };
     let sort = match model.sort {
         Sort::Share => "share",
         Sort::Seconds => "GPU-seconds",
         Sort::Memory => "memory",
-        Sort::Waiting => "waited",
+        Sort::Waiting => "contention",
         Sort::Name => "name",
     };
-    let keys = format!("q quit  s sort [{sort}]  / filter{filter}  p {}  ? help", if model.paused { "go on" } else { "pause" });
-    Line::styled(fit(&keys, width), paint.soft())
+    let keys = format!("q quit  s sort [{sort}]  / filter{filter}  p {}  ? help", if model.paused { "resume" } else { "pause" });
+    Line::styled(fit(&keys, width), paint.dim())
 }
 
 fn help(buf: &mut Buffer, area: Rect) {
@@ -393,19 +392,19 @@ fn help(buf: &mut Buffer, area: Rect) {
     let inside = usize::from(width.saturating_sub(4));
     let text: Vec<Line<'_>> = HELP
         .iter()
-        .flat_map(|(key, what)| {
-            let told = wrap(what, inside.saturating_sub(2), 4).into_iter().map(|line| Line::raw(format!("  {line}")));
-            std::iter::once(Line::styled(*key, BOLD)).chain(told)
+        .flat_map(|(key, meaning)| {
+            let meaning = wrap_fit(meaning, inside.saturating_sub(2), 4).map(|line| Line::raw(format!("  {line}")));
+            std::iter::once(Line::styled(*key, BOLD)).chain(meaning)
         })
         .collect();
     let height = (text.len() as u16 + 2).min(area.height);
-    let at = Rect { x: area.x + (area.width - width) / 2, y: area.y + (area.height - height) / 2, width, height };
-    Clear.render(at, buf);
+    let window = Rect { x: area.x + (area.width - width) / 2, y: area.y + (area.height - height) / 2, width, height };
+    Clear.render(window, buf);
     let block = Block::bordered()
         .title(" keys and columns ")
         .title_alignment(Alignment::Center)
         .padding(ratatui::widgets::Padding::horizontal(1));
-    Paragraph::new(text).block(block).render(at, buf);
+    Paragraph::new(text).block(block).render(window, buf);
 }
 
 #[cfg(test)]

@@ -1,16 +1,16 @@
-// The live page. It asks this agent and nobody else; whatever tenants chose (names, images, ids) becomes text, never markup.
+// The live page. It sends requests only to this agent. Values that tenants choose (names, images, ids) become text, never markup.
 "use strict";
 
 const POLL_MS = 1000;
 const HISTORY_MS = 60000;
-// A longer silence than this is a gap in a line, not a slope.
+// A longer time without data is a gap in a chart, not a slope.
 const GAP_MS = 5000;
 const TOKEN = "gpu-sampler-token";
 
 const $ = (id) => document.getElementById(id);
 const ui = { live: null, paused: false, sort: "share", down: true, filter: "", shown: false };
 
-// ---- small tools ----
+// ---- helpers ----
 
 function el(tag, props, ...children) {
   const node = document.createElement(tag);
@@ -45,59 +45,60 @@ function seconds(value) {
   return value < 360000 ? `${(value / 3600).toFixed(1)}\u00a0h` : `${Math.round(value / 3600)}\u00a0h`;
 }
 
-// A container as people call it, and what else there is to say of it.
+// The display name of a container or another user.
 function nameOf(user) {
   if (user.pod || user.namespace) return [user.namespace, user.pod, user.container].filter(Boolean).join("/");
-  if (user.kind === "host") return "processes of the host";
+  if (user.kind === "host") return "host processes";
   if (user.kind === "unknown") return "unknown processes";
   if (user.kind === "_other") return "others";
   return user.name || user.container || (user.container_id || user.id || "?").slice(0, 12);
 }
 
-// ---- asking the agent ----
+// ---- requests ----
 
 const token = () => sessionStorage.getItem(TOKEN);
 
-class Refused extends Error {
+class RequestError extends Error {
   constructor(status, message) {
     super(message);
     this.status = status;
   }
 }
 
-async function ask(path, options = {}) {
+async function request(path, options = {}) {
   const headers = { ...options.headers };
   if (token()) headers.Authorization = `Bearer ${token()}`;
-  const answer = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(10000), ...options, headers });
-  if (answer.ok) return answer;
-  const text = (await answer.text()).trim();
-  let words = text.slice(0, 300);
+  const response = await fetch(path, { cache: "no-store", signal: AbortSignal.timeout(10000), ...options, headers });
+  if (response.ok) return response;
+  const text = (await response.text()).trim();
+  let message = text.slice(0, 300);
   try {
-    words = JSON.parse(text).error || words;
+    message = JSON.parse(text).error || message;
   } catch {
-    // The agent's plain words, then.
+    // The error is plain text.
   }
-  throw new Refused(answer.status, words || `HTTP ${answer.status}`);
+  throw new RequestError(response.status, message || `HTTP ${response.status}`);
 }
 
 const post = (path, body) =>
-  ask(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body || {}) });
+  request(path, { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body || {}) });
 
-// What needs the token is fetched, then saved. A report is saved as well: shown from here, it would be under this page's policy, and blank.
+// A link cannot send the token, so the file is fetched and then saved. This includes reports: displayed from here, a report would be
+// subject to the policy of this page, and blank.
 async function save(path, name) {
-  const answer = await ask(path, { signal: AbortSignal.timeout(600000) });
-  const url = URL.createObjectURL(await answer.blob());
+  const response = await request(path, { signal: AbortSignal.timeout(600000) });
+  const url = URL.createObjectURL(await response.blob());
   el("a", { href: url, download: name }).click();
   setTimeout(() => URL.revokeObjectURL(url), 60000);
 }
 
-// ---- history of the last minute ----
+// ---- history of the past minute ----
 
 const histories = new Map();
 
 function remember(key, time, value) {
   let history = histories.get(key);
-  // A counter that fell is another life, a clock that was set back another time: lines begin anew.
+  // A counter that decreased belongs to a restarted container. After that, and after a clock was set back, the chart starts again.
   const last = history && history[history.length - 1];
   if (!history || last.time > time || (value.total !== undefined && value.total < last.total)) {
     history = [];
@@ -116,13 +117,13 @@ function forget(time) {
 
 const SVG = "http://www.w3.org/2000/svg";
 
-function spark(what) {
+function spark(label) {
   const svg = document.createElementNS(SVG, "svg");
   svg.setAttribute("class", "spark");
   svg.setAttribute("viewBox", "0 0 100 24");
   svg.setAttribute("preserveAspectRatio", "none");
   svg.setAttribute("role", "img");
-  svg.setAttribute("aria-label", what);
+  svg.setAttribute("aria-label", label);
   for (const kind of ["area", "line"]) {
     const path = document.createElementNS(SVG, "path");
     path.setAttribute("class", kind);
@@ -131,7 +132,7 @@ function spark(what) {
   return svg;
 }
 
-// Time runs to the right edge; the height is 0 to 1.
+// The right edge is now; the height is 0 to 1.
 function draw(svg, history, now) {
   let [line, area, run] = ["", "", []];
   const flush = () => {
@@ -154,11 +155,11 @@ function draw(svg, history, now) {
   svg.children[1].setAttribute("d", line);
 }
 
-// What a counter gained per second over the last minute; nothing before it was seen for two seconds.
-function rate(history, of = (point) => point.total) {
+// Increase of a counter per second over the past minute; null until it was observed for two seconds.
+function rate(history, value = (point) => point.total) {
   const [first, last] = [history[0], history[history.length - 1]];
   const span = (last.time - first.time) / 1000;
-  return span >= 2 ? Math.max(0, of(last) - of(first)) / span : null;
+  return span >= 2 ? Math.max(0, value(last) - value(first)) / span : null;
 }
 
 // ---- GPUs ----
@@ -166,18 +167,18 @@ function rate(history, of = (point) => point.total) {
 const cards = new Map();
 
 function card() {
-  const part = { busy: el("b"), spark: spark("busy, last minute"), model: el("span"), title: document.createTextNode("") };
-  const rows = {};
+  const part = { busy: el("b"), spark: spark("utilization, past minute"), model: el("span"), title: document.createTextNode("") };
+  const fields = {};
   const list = el("dl");
   for (const [key, name] of [
-    ["memory", "memory"], ["power", "power"], ["coactive", "shared"], ["nobody", "on no container"],
+    ["memory", "memory"], ["power", "power"], ["coactive", "shared"], ["unattributed", "unattributed"],
   ]) {
-    rows[key] = el("dd");
-    list.append(el("dt", { textContent: name }), rows[key]);
+    fields[key] = el("dd");
+    list.append(el("dt", { textContent: name }), fields[key]);
   }
   part.fill = el("span");
   part.uuid = el("p", { className: "uuid" });
-  part.rows = rows;
+  part.fields = fields;
   part.node = el("article", { className: "card gpu" },
     el("h3", {}, part.title, part.model),
     el("div", { className: "busy" }, part.busy, part.spark),
@@ -185,7 +186,7 @@ function card() {
   return part;
 }
 
-function whyNobody(gpu) {
+function unattributedReasons(gpu) {
   if (!gpu.unattributed_seconds) return DASH;
   const all = Object.entries(gpu.unattributed_seconds).filter(([, s]) => s >= 0.05).sort((a, b) => b[1] - a[1]);
   return all.length ? all.map(([reason, s]) => `${reason.replaceAll("_", " ")} ${seconds(s)}`).join(", ") : "0 s";
@@ -210,13 +211,13 @@ function showGpus(live, now) {
       ? `standard error of a share of one half over 10 s: ${(gpu.share_stderr_ratio * 100).toFixed(1)} points` : "";
     part.fill.style.width = `${(gpu.utilization_ratio || 0) * 100}%`;
     draw(part.spark, history, now);
-    const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "its MIG devices'";
-    setText(part.rows.memory, memory);
+    const memory = gpu.is_leaf ? `${bytes(gpu.memory_used_bytes)} of ${bytes(gpu.memory_total_bytes)}` : "see its MIG devices";
+    setText(part.fields.memory, memory);
     const watts = known(gpu.power_watts) ? `${gpu.power_watts.toFixed(0)} W` : DASH;
     const celsius = known(gpu.temperature_celsius) ? `${gpu.temperature_celsius.toFixed(0)} °C` : DASH;
-    setText(part.rows.power, `${watts}, ${celsius}`);
-    setText(part.rows.coactive, percent(gpu.coactive_ratio));
-    setText(part.rows.nobody, whyNobody(gpu));
+    setText(part.fields.power, `${watts}, ${celsius}`);
+    setText(part.fields.coactive, percent(gpu.coactive_ratio));
+    setText(part.fields.unattributed, unattributedReasons(gpu));
     setText(part.uuid, gpu.uuid);
     part.uuid.title = gpu.uuid;
   }
@@ -228,8 +229,8 @@ function showGpus(live, now) {
   const empty = $("gpus-empty");
   empty.hidden = live.gpus.length > 0;
   setText(empty, live.degraded.length
-    ? "No GPU is seen; what is wrong stands above."
-    : "No GPU is seen yet. gpu-sampler doctor says what the driver answers.");
+    ? "No GPU is detected; see the problems above."
+    : "No GPU is detected yet. gpu-sampler doctor reports the state of the driver.");
 }
 
 // ---- containers ----
@@ -240,23 +241,23 @@ function line() {
   const part = { name: el("b"), more: el("small"), gpu: el("td", { "data-label": "GPU" }), fill: el("span") };
   part.share = document.createTextNode("");
   part.error = el("small");
-  part.spark = spark("share, last minute");
+  part.spark = spark("share, past minute");
   part.seconds = el("td", { className: "number", "data-label": "GPU-seconds" });
   part.memory = el("td", { className: "number", "data-label": "Memory" });
   part.rate = el("b");
   part.by = el("small");
   part.node = el("tr", {},
-    el("td", { className: "who" }, part.name, part.more),
+    el("td", { className: "name" }, part.name, part.more),
     part.gpu,
-    el("td", { className: "number share", "data-label": "Share of the last 10 s" }, part.share, part.error,
+    el("td", { className: "number share", "data-label": "Share of the past 10 s" }, part.share, part.error,
       el("div", { className: "meter" }, part.fill)),
-    el("td", { className: "spark", "data-label": "Last minute" }, part.spark),
+    el("td", { className: "spark", "data-label": "Past minute" }, part.spark),
     part.seconds, part.memory,
     el("td", { className: "by", "data-label": "Contention with" }, part.rate, part.by));
   return part;
 }
 
-function waiting(user, history) {
+function contention(user, history) {
   const all = rate(history);
   if (all === null || all < 0.005) return { all, by: [] };
   const by = user.contended_by.map((other, n) => ({
@@ -271,11 +272,11 @@ function waiting(user, history) {
 const ORDER = {
   name: (row) => row.name,
   gpu: (row) => `${String(row.user.index).padStart(4, "0")} ${row.user.uuid}`,
-  // As precise as it is shown.
+  // At the displayed precision.
   share: (row) => Math.round((known(row.user.duty_cycle_percent) ? row.user.duty_cycle_percent : -1) * 10),
   seconds: (row) => row.user.gpu_seconds,
   memory: (row) => (known(row.user.memory_used_bytes) ? row.user.memory_used_bytes : -1),
-  waiting: (row) => Math.round((row.waiting.all || 0) * 100),
+  waiting: (row) => Math.round((row.contention.all || 0) * 100),
 };
 
 function sorted(rows) {
@@ -310,14 +311,14 @@ function showLine(part, row, now) {
   setText(part.seconds, seconds(user.gpu_seconds));
   part.seconds.title = `± ${user.gpu_seconds_stderr.toFixed(2)} s, from ${user.samples} samples`;
   setText(part.memory, bytes(user.memory_used_bytes));
-  const { all, by } = row.waiting;
-  const waits = known(all) && all >= 0.005;
-  setText(part.rate, waits ? `${all.toFixed(2)} s/s` : "");
+  const { all, by } = row.contention;
+  const isContended = known(all) && all >= 0.005;
+  setText(part.rate, isContended ? `${all.toFixed(2)} s/s` : "");
   const names = by.slice(0, 3).map((other) => (by.length > 1 ? `${other.name} ${other.rate.toFixed(2)}` : other.name));
   if (by.length > 3) names.push(`${by.length - 3} more`);
-  setText(part.by, waits ? names.join(", ") : known(all) ? "nobody" : DASH);
+  setText(part.by, isContended ? names.join(", ") : known(all) ? "none" : DASH);
   const sum = user.contended_by.map((other) => `${nameOf(other)} ${seconds(other.seconds)}`);
-  part.by.title = sum.length ? `so far: ${sum.join(", ")}` : "";
+  part.by.title = sum.length ? `since the agent started: ${sum.join(", ")}` : "";
 }
 
 function showUsers(live, now) {
@@ -326,7 +327,7 @@ function showUsers(live, now) {
     const by = new Map(user.contended_by.map((other) => [other.container_id || other.kind, other.seconds]));
     const value = known(user.duty_cycle_percent) ? user.duty_cycle_percent / 100 : null;
     const history = remember(`user ${key}`, now, { value, total: user.contention_seconds, by });
-    return { key, user, history, name: nameOf(user), waiting: waiting(user, history) };
+    return { key, user, history, name: nameOf(user), contention: contention(user, history) };
   });
   const rows = sorted(all.filter(matches));
   const body = $("users").tBodies[0];
@@ -351,9 +352,9 @@ function showUsers(live, now) {
   const empty = $("users-empty");
   empty.hidden = rows.length > 0;
   setText(empty, all.length
-    ? "No container has these words; clear the filter to see all."
-    : "No container has used a GPU since the agent started. One appears here when the driver first names one of its processes, " +
-      "or when the kubelet assigns a GPU to it.");
+    ? "No container matches the filter; clear the filter to see all."
+    : "No container has used a GPU since the agent started. A container appears here when the driver first reports " +
+      "one of its processes, or when the kubelet assigns a GPU to it.");
 }
 
 function showSort() {
@@ -363,12 +364,12 @@ function showSort() {
   }
 }
 
-// ---- what is wrong, and where things stand ----
+// ---- problems and connection state ----
 
 function banners(list) {
   const box = $("banners");
   const text = JSON.stringify(list);
-  // Only what changed: whoever reads or listens is not to be interrupted each second.
+  // Updated only on changes: otherwise a screen reader would be interrupted each second.
   if (box.dataset.shown === text) return;
   box.dataset.shown = text;
   box.replaceChildren(...list.map(({ what, message, bad }) =>
@@ -382,7 +383,7 @@ function pill(text, kind) {
   setText(node, text);
 }
 
-const say = (text) => setText($("said"), text);
+const announce = (text) => setText($("announcement"), text);
 
 function show(live) {
   const now = Date.parse(live.time);
@@ -395,16 +396,16 @@ function show(live) {
   showUsers(live, now);
 }
 
-let away = false;
+let isUnreachable = false;
 
 function failed(error) {
-  if (error.status === 401) return login(token() ? "The agent does not know this token." : "");
-  const words = error.status ? `${error.message}` : "nobody listens there, or the network is down";
-  const what = `The agent at ${location.host} does not answer`;
-  banners([{ what, message: `${words}. This page keeps asking; gpu-sampler doctor, on that machine, says what is wrong.`, bad: true }]);
-  pill("away", "away");
-  if (!away) say(what);
-  away = true;
+  if (error.status === 401) return login(token() ? "The agent rejected this token." : "");
+  const reason = error.status ? `${error.message}` : "it is not running, or the network is down";
+  const what = `The agent at ${location.host} does not respond`;
+  banners([{ what, message: `${reason}. This page retries; run gpu-sampler doctor on that machine for the cause.`, bad: true }]);
+  pill("unreachable", "unreachable");
+  if (!isUnreachable) announce(what);
+  isUnreachable = true;
 }
 
 function login(problem) {
@@ -421,9 +422,9 @@ function login(problem) {
 async function poll() {
   if (ui.paused || document.hidden || !$("login").hidden) return;
   try {
-    const live = await (await ask("/api/v1/live")).json();
-    if (away) say("The agent answers again");
-    away = false;
+    const live = await (await request("/api/v1/live")).json();
+    if (isUnreachable) announce("The agent responds again");
+    isUnreachable = false;
     $("app").hidden = false;
     // A link cannot carry the token.
     $("links").hidden = Boolean(token());
@@ -444,14 +445,14 @@ async function every(pause, work) {
   }
 }
 
-// ---- recordings ----
+// ---- sessions ----
 
-const recordings = new Map();
+const sessionLines = new Map();
 const isRunning = (session) => session.state === "armed" || session.state === "recording";
 
-function recording(id) {
+function sessionLine(id) {
   const path = `/api/v1/sessions/${encodeURIComponent(id)}`;
-  const part = { id, title: el("b"), more: el("small"), state: el("span"), fill: el("span"), told: el("small"), size: el("td", { className: "number", "data-label": "Size" }) };
+  const part = { id, title: el("b"), more: el("small"), state: el("span"), fill: el("span"), progress: el("small"), size: el("td", { className: "number", "data-label": "Size" }) };
   const link = (text, href, name, newTab) => {
     const node = el("a", { href, textContent: text });
     if (newTab) [node.target, node.rel] = ["_blank", "noopener"];
@@ -470,26 +471,26 @@ function recording(id) {
     try {
       await post(`${path}/stop`);
       problem(null);
-      say("The recording was stopped");
+      announce("The session was stopped");
     } catch (error) {
       problem(error);
     }
     part.stop.disabled = false;
     await sessions();
   });
-  // Deleting takes two presses, so that one beside another button does no harm.
+  // Deleting takes two clicks, so that a misplaced click does no harm.
   part.remove = el("button", { type: "button", textContent: "Delete" });
   part.remove.addEventListener("click", async () => {
-    if (!part.sure) {
-      part.sure = setTimeout(() => sure(part, false), 4000);
-      sure(part, true);
+    if (!part.confirmation) {
+      part.confirmation = setTimeout(() => setConfirming(part, false), 4000);
+      setConfirming(part, true);
       return;
     }
-    sure(part, false);
+    setConfirming(part, false);
     try {
-      await ask(path, { method: "DELETE" });
+      await request(path, { method: "DELETE" });
       problem(null);
-      say("The recording was deleted");
+      announce("The session was deleted");
     } catch (error) {
       problem(error);
     }
@@ -497,42 +498,42 @@ function recording(id) {
   });
   part.report = link("Report", `${path}/report?format=html`, `gpu-session-${id}.html`, true);
   part.file = link("Download", `${path}/file`, `gpu-session-${id}.gpus`, false);
-  for (const node of [part.stop, part.report, part.file, part.remove]) node.setAttribute("aria-label", `${node.textContent}: recording ${id}`);
+  for (const node of [part.stop, part.report, part.file, part.remove]) node.setAttribute("aria-label", `${node.textContent}: session ${id}`);
   part.node = el("tr", {},
-    el("td", { className: "who" }, part.title, part.more),
+    el("td", { className: "name" }, part.title, part.more),
     el("td", { "data-label": "State" }, part.state),
-    el("td", { className: "progress", "data-label": "Progress" }, part.told, el("div", { className: "meter" }, part.fill)),
+    el("td", { className: "progress", "data-label": "Progress" }, part.progress, el("div", { className: "meter" }, part.fill)),
     part.size,
-    el("td", { className: "doing" }, el("div", {}, part.stop, part.report, part.file, part.remove)));
+    el("td", { className: "actions" }, el("div", {}, part.stop, part.report, part.file, part.remove)));
   return part;
 }
 
-function showRecording(part, session) {
+function showSession(part, session) {
   const { state, duration_seconds: lasts, elapsed_seconds: elapsed } = session;
-  setText(part.title, session.started ? new Date(session.started).toLocaleString() : "Not begun");
-  const more = [session.id, session.trigger && `once ${session.trigger}`, session.error];
+  setText(part.title, session.started ? new Date(session.started).toLocaleString() : "Not started");
+  const more = [session.id, session.trigger && `condition ${session.trigger}`, session.error];
   setText(part.more, more.filter(Boolean).join(" · "));
   part.state.className = `state ${state}`;
   part.node.classList.toggle("failed", state === "failed");
   setText(part.state, state);
   const ratio = state === "finished" ? 1 : known(elapsed) && lasts ? Math.min(1, elapsed / lasts) : 0;
   part.fill.style.width = `${ratio * 100}%`;
-  const told = { armed: "waits for its condition", finished: seconds(elapsed), failed: DASH };
-  setText(part.told, told[state] || `${seconds(elapsed)} of ${seconds(lasts)}`);
+  const progress = { armed: "waiting for its condition", finished: seconds(elapsed), failed: DASH };
+  setText(part.progress, progress[state] || `${seconds(elapsed)} of ${seconds(lasts)}`);
   setText(part.size, bytes(session.size_bytes));
   part.stop.hidden = !isRunning(session);
   part.report.hidden = part.file.hidden = !known(session.started);
   part.remove.hidden = isRunning(session);
 }
 
-function sure(part, asked) {
-  if (!asked) {
-    clearTimeout(part.sure);
-    part.sure = 0;
+function setConfirming(part, isConfirming) {
+  if (!isConfirming) {
+    clearTimeout(part.confirmation);
+    part.confirmation = 0;
   }
-  setText(part.remove, asked ? "Really?" : "Delete");
-  part.remove.setAttribute("aria-label", `${asked ? "Really delete" : "Delete"}: recording ${part.id}`);
-  part.remove.classList.toggle("sure", asked);
+  setText(part.remove, isConfirming ? "Confirm" : "Delete");
+  part.remove.setAttribute("aria-label", `${isConfirming ? "Confirm deletion" : "Delete"}: session ${part.id}`);
+  part.remove.classList.toggle("confirm", isConfirming);
 }
 
 function problem(error) {
@@ -545,39 +546,39 @@ async function sessions() {
   if (document.hidden || $("app").hidden) return;
   const empty = $("sessions-empty");
   try {
-    const all = await (await ask("/api/v1/sessions")).json();
-    // The newest first; those that have not begun above them.
+    const all = await (await request("/api/v1/sessions")).json();
+    // Newest first, after the sessions that have not started.
     all.sort((a, b) => Number(known(a.started)) - Number(known(b.started)) || String(b.started).localeCompare(String(a.started)));
     const body = $("sessions").tBodies[0];
     const kept = new Set(all.map((session) => session.id));
-    for (const [id, part] of recordings) {
+    for (const [id, part] of sessionLines) {
       if (kept.has(id)) continue;
       part.node.remove();
-      recordings.delete(id);
+      sessionLines.delete(id);
     }
     all.forEach((session, n) => {
-      const part = recordings.get(session.id) || recording(session.id);
-      recordings.set(session.id, part);
-      if (part.was && part.was !== session.state) say(`Recording ${session.id}: ${session.state}`);
-      part.was = session.state;
-      showRecording(part, session);
+      const part = sessionLines.get(session.id) || sessionLine(session.id);
+      sessionLines.set(session.id, part);
+      if (part.lastState && part.lastState !== session.state) announce(`Session ${session.id}: ${session.state}`);
+      part.lastState = session.state;
+      showSession(part, session);
       if (body.rows[n] !== part.node) body.insertBefore(part.node, body.rows[n] || null);
     });
-    ui.recording = all.some(isRunning);
+    ui.isRecording = all.some(isRunning);
     $("record").hidden = false;
-    setText(empty, "Nothing was recorded yet. A recording keeps who used each GPU, sample by sample, with the time before it began.");
+    setText(empty, "No sessions yet. A session records every sample of every GPU with its users, including a lookback before the start.");
     empty.hidden = all.length > 0;
     $("sessions").classList.toggle("bare", all.length === 0);
   } catch (error) {
-    ui.recording = false;
+    ui.isRecording = false;
     if (error.status === 404) {
-      ui.noRecordings = true;
+      ui.isSessionApiMissing = true;
       $("record").hidden = true;
-      setText(empty, "This agent keeps no recordings.");
+      setText(empty, "This agent does not record sessions.");
       $("sessions").classList.add("bare");
       empty.hidden = false;
     }
-    // Whatever else it is, the live table tells it.
+    // Any other failure also affects the live table, which reports it.
   }
 }
 
@@ -590,7 +591,7 @@ async function start(event) {
   try {
     await post("/api/v1/sessions", body);
     problem(null);
-    say(trigger ? "The recording waits for its condition" : "The recording has begun");
+    announce(trigger ? "The session is waiting for its condition" : "The session has started");
   } catch (error) {
     problem(error);
   }
@@ -598,7 +599,7 @@ async function start(event) {
   await sessions();
 }
 
-// ---- what people do ----
+// ---- user input ----
 
 document.addEventListener("DOMContentLoaded", () => {
   const redraw = () => ui.live && show(ui.live);
@@ -616,14 +617,14 @@ document.addEventListener("DOMContentLoaded", () => {
   $("pause").addEventListener("click", () => {
     ui.paused = !ui.paused;
     $("pause").setAttribute("aria-pressed", String(ui.paused));
-    setText($("pause"), ui.paused ? "Go on" : "Pause");
+    setText($("pause"), ui.paused ? "Resume" : "Pause");
     if (ui.paused) pill("paused", "paused");
     else poll();
   });
   for (const head of document.querySelectorAll("th[data-sort]")) {
     head.firstElementChild.addEventListener("click", () => {
       const sort = head.dataset.sort;
-      // Names are read from A, numbers from the largest.
+      // Names sort from A, numbers from the largest.
       ui.down = ui.sort === sort ? !ui.down : sort !== "name" && sort !== "gpu";
       ui.sort = sort;
       showSort();
@@ -634,5 +635,5 @@ document.addEventListener("DOMContentLoaded", () => {
   document.addEventListener("visibilitychange", poll);
   showSort();
   every(() => POLL_MS, poll);
-  every(() => (ui.noRecordings ? 60000 : ui.recording || $("app").hidden ? POLL_MS : 4000), sessions);
+  every(() => (ui.isSessionApiMissing ? 60000 : ui.isRecording || $("app").hidden ? POLL_MS : 4000), sessions);
 });

@@ -1,4 +1,4 @@
-//! containerd's OCI bundles: written before the cgroup exists, so all labels of a pod's container are there at once.
+//! containerd's OCI bundles. They are written before the cgroup is created, so all labels of a pod's container are available at once.
 //!
 //! `<state>/io.containerd.runtime.v2.task/<namespace>/<id>/config.json`; names of annotations as containerd's CRI plugin writes them
 //! (`sandbox-uid` since 1.6.11, `container-name` since 1.4, `sandbox-name` since 1.5).
@@ -10,8 +10,8 @@ use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::answer::Answer;
 use super::file;
+use super::reply::SourceReply;
 use crate::labels::discover::HostPaths;
 use crate::labels::root::Root;
 
@@ -25,11 +25,11 @@ pub struct Bundle {
     pub annotations: Option<Annotations>,
 }
 
-pub fn ask(root: &Root, places: &HostPaths, id: &str) -> Answer {
-    Answer::first_of(&places.containerd_states, |state| Ok(look(&root.path(state), id)?.map(Answer::found)))
+pub fn query(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
+    SourceReply::first_of(&places.containerd_states, |state| Ok(read_bundle(&root.path(state), id)?.map(SourceReply::found)))
 }
 
-fn look(state: &Path, id: &str) -> Result<Option<Facts>, String> {
+fn read_bundle(state: &Path, id: &str) -> Result<Option<Facts>, String> {
     for (namespace, path) in candidates(state, id)? {
         if let Some(bundle) = file::read::<Bundle>(&path)? {
             return Ok(Some(facts(&bundle.annotations.unwrap_or_default(), id, &namespace)));
@@ -38,7 +38,7 @@ fn look(state: &Path, id: &str) -> Result<Option<Facts>, String> {
     Ok(None)
 }
 
-/// Where the bundle may be, with containerd's namespace.
+/// Possible paths of the bundle, with containerd's namespace.
 fn candidates(state: &Path, id: &str) -> Result<Vec<(String, PathBuf)>, String> {
     let mut found = Vec::new();
     for tasks in TASK_FOLDERS {
@@ -50,12 +50,12 @@ fn candidates(state: &Path, id: &str) -> Result<Vec<(String, PathBuf)>, String> 
 
 fn facts(annotations: &Annotations, id: &str, namespace: &str) -> Facts {
     let get = |key: &str| annotations.get(key).map(String::as_str);
-    // Docker's containers: the bundle says nothing about them, Docker does.
+    // The bundles of Docker's containers have no labels; the Docker sources have them.
     if namespace == "moby" {
         return Facts { runtime: Some(Runtime::Docker), ..Facts::default() };
     }
     let cri = |name: &str| get(&format!("io.kubernetes.cri.{name}"));
-    let mut facts = Facts { runtime: Some(Runtime::Containerd), knows_pods: true, ..Facts::default() };
+    let mut facts = Facts { runtime: Some(Runtime::Containerd), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Name, get("nerdctl/name").or(Some(id)));
     facts.set(Label::Image, cri("image-name"));
     facts.set(Label::Namespace, cri("sandbox-namespace"));
@@ -75,26 +75,26 @@ mod tests {
         "io.kubernetes.cri.container-name":"c","io.kubernetes.cri.image-name":"i:1"}}"#;
 
     #[test]
-    fn rows() {
+    fn bundles_of_containerd_have_all_labels_of_a_pod() {
         let path = "run/containerd/io.containerd.runtime.v2.task/k8s.io/c1/config.json";
-        let row = |path: &str, text: &str, expect: &str| {
+        let case = |path: &str, text: &str, expect: &str| {
             let files = Files::new(&[(path, text)]);
-            check(&ask(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
+            check(&query(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
-        row(path, CRI, "prod/p-0/c c1 i:1");
-        row(&path.replace("containerd/io", "k3s/containerd/io"), CRI, "prod/p-0/c c1 i:1");
-        row(&path.replace("run/containerd", "var/snap/microk8s/common/run/containerd"), CRI, "prod/p-0/c c1 i:1");
-        row(&path.replace("run/containerd", "run/k0s/containerd"), CRI, "prod/p-0/c c1 i:1");
-        row(&path.replace("k8s.io", "moby"), "{}", "-/-/- - -");
-        row(&path.replace("k8s.io", "default"), r#"{"annotations":{"nerdctl/name":"web"}}"#, "-/-/- web -");
-        row(&path.replace("c1/", "c2/"), CRI, "not-found");
-        row(path, r#"{"annotations":null}"#, "-/-/- c1 -");
-        row(
+        case(path, CRI, "prod/p-0/c c1 i:1");
+        case(&path.replace("containerd/io", "k3s/containerd/io"), CRI, "prod/p-0/c c1 i:1");
+        case(&path.replace("run/containerd", "var/snap/microk8s/common/run/containerd"), CRI, "prod/p-0/c c1 i:1");
+        case(&path.replace("run/containerd", "run/k0s/containerd"), CRI, "prod/p-0/c c1 i:1");
+        case(&path.replace("k8s.io", "moby"), "{}", "-/-/- - -");
+        case(&path.replace("k8s.io", "default"), r#"{"annotations":{"nerdctl/name":"web"}}"#, "-/-/- web -");
+        case(&path.replace("c1/", "c2/"), CRI, "not-found");
+        case(path, r#"{"annotations":null}"#, "-/-/- c1 -");
+        case(
             path,
             r#"{"annotations":{"io.kubernetes.cri.container-type":"sandbox","io.kubernetes.cri.sandbox-name":"p"}}"#,
             "sandbox -/p/- c1 -",
         );
-        row(path, "{\"annotations\":", "not-found");
-        row(path, "{\"annotations\":]", "error");
+        case(path, "{\"annotations\":", "not-found");
+        case(path, "{\"annotations\":]", "error");
     }
 }

@@ -1,10 +1,10 @@
 //! The Container Runtime Interface: containerd, CRI-O and cri-dockerd, in both versions of the protocol.
 //!
-//! `runtime.v1` and `runtime.v1alpha2` are the same bytes under two names, so a version is nothing but which name the server
-//! knows: that is tried and remembered, and no version string is read to decide anything. A remembered name or runtime holds
-//! for one socket; a socket that was replaced is asked anew.
+//! `runtime.v1` and `runtime.v1alpha2` have the same encoding under two package names. The client tries both names and caches the one
+//! that the server implements; it does not evaluate version strings. The cached name and runtime are valid for one socket and are
+//! discarded when the socket is replaced.
 //!
-//! It promises an answer within [`LIMIT`], whatever the server does. It does not list, watch, or change anything.
+//! Every query ends within [`TIMEOUT`], whatever the server does. The client does not watch or change anything.
 
 mod messages;
 mod native;
@@ -20,17 +20,17 @@ use sampler_labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;
-use super::answer::Answer;
 use super::grpc::{GrpcError, GrpcSocket};
+use super::reply::SourceReply;
 use crate::labels::stamp::Stamp;
 
-const LIMIT: Duration = super::answer::TIMEOUT;
-/// The runtime's name only shapes the `name` label: it must not use up the time of the labels.
-const VERSION_LIMIT: Duration = Duration::from_millis(500);
-/// After so many of them the labels do without.
-const LATE_VERSIONS: u32 = 5;
+const TIMEOUT: Duration = super::reply::TIMEOUT;
+/// The runtime's name affects only the `name` label, so it must not use up the time of the query.
+const VERSION_TIMEOUT: Duration = Duration::from_millis(500);
+/// After this many timeouts of the version call, labels are built without the runtime's name.
+const MAX_LATE_VERSIONS: u32 = 5;
 const PACKAGES: [&str; 2] = ["runtime.v1", "runtime.v1alpha2"];
-/// What docker and CRI-O call a pod's sandbox. Kubernetes' own container names are lower case.
+/// The name of a pod's sandbox in docker and CRI-O. Kubernetes' own container names are lower case.
 const SANDBOX_NAME: &str = "POD";
 
 /// One endpoint.
@@ -38,31 +38,31 @@ const SANDBOX_NAME: &str = "POD";
 pub struct Cri {
     socket: GrpcSocket,
     limit: Duration,
-    known: Mutex<ServerState>,
+    state: Mutex<ServerState>,
 }
 
-/// What was learnt of the server behind one socket.
+/// Cached properties of the server behind one socket.
 #[derive(Clone, Copy, Debug, Default)]
 struct ServerState {
     generation: Option<Stamp>,
-    /// The package that answered last, of [`PACKAGES`].
+    /// Index in [`PACKAGES`] of the package that the server implements, as far as known.
     package: usize,
-    /// `Some(None)`: it has a name that is no runtime known here.
+    /// `Some(None)`: the runtime's name is unknown to this program.
     runtime: Option<Option<Runtime>>,
-    /// How often it did not say in time which runtime it is.
+    /// Number of version calls that timed out.
     late_versions: u32,
-    /// It has none of containerd's own API.
+    /// The server does not implement containerd's own API.
     no_native: bool,
 }
 
-/// Which runtime a server is.
+/// The runtime of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RuntimeLookup {
-    ServerState(Option<Runtime>),
+    Resolved(Option<Runtime>),
     Pending,
 }
 
-/// What a server says of itself.
+/// The version information of a server.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CriVersion {
     pub runtime_name: String,
@@ -81,7 +81,7 @@ struct Pod {
 
 impl Cri {
     pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { socket: GrpcSocket::new(path), limit: LIMIT, known: Mutex::default() }
+        Self { socket: GrpcSocket::new(path), limit: TIMEOUT, state: Mutex::default() }
     }
 
     pub fn path(&self) -> &Path {
@@ -93,66 +93,66 @@ impl Cri {
         self.version_by(Instant::now() + self.limit).await
     }
 
-    /// Labels of a container or a sandbox, by its whole id. `hint`: its runtime, where its path names it.
-    pub async fn ask(&self, id: &str, hint: Option<Runtime>) -> Answer {
-        // An empty filter would list everything, and an id is never empty.
+    /// Queries the labels of a container or sandbox by its full id. `hint`: the runtime that its path names, if any.
+    pub async fn query(&self, id: &str, hint: Option<Runtime>) -> SourceReply {
+        // An empty filter would match every container.
         if id.is_empty() {
-            return Answer::not_found();
+            return SourceReply::not_found();
         }
         self.refresh();
         let until = Instant::now() + self.limit;
-        let answer = self.by_cri(id, hint, until).await;
-        if answer.outcome != Outcome::NotFound {
-            return answer;
+        let reply = self.by_cri(id, hint, until).await;
+        if reply.outcome != Outcome::NotFound {
+            return reply;
         }
-        self.by_native(id, until).await.unwrap_or(answer)
+        self.by_native(id, until).await.unwrap_or(reply)
     }
 
-    /// Where the CRI does not know it, containerd itself may.
-    async fn by_native(&self, id: &str, until: Instant) -> Option<Answer> {
-        if self.known().no_native {
+    /// Queries containerd's own API for a container that its CRI does not have.
+    async fn by_native(&self, id: &str, until: Instant) -> Option<SourceReply> {
+        if self.state().no_native {
             return None;
         }
         match tokio::time::timeout_at(until, native::find(&self.socket, id)).await {
-            Ok(Ok(facts)) => facts.map(Answer::found),
+            Ok(Ok(facts)) => facts.map(SourceReply::found),
             Ok(Err(error)) if error.is_unimplemented() => {
-                self.known().no_native = true;
+                self.state().no_native = true;
                 None
             }
-            // The CRI has answered: that this has not is told, and is no failure of the endpoint.
-            Ok(Err(error)) => Some(Answer::not_found_because(format!("{:#}", anyhow::Error::from(error)))),
-            Err(_) => Some(Answer::not_found_because("its own API did not answer in time")),
+            // The CRI call succeeded, so this error is reported as a detail, not as a failure of the endpoint.
+            Ok(Err(error)) => Some(SourceReply::not_found_because(format!("{:#}", anyhow::Error::from(error)))),
+            Err(_) => Some(SourceReply::not_found_because("containerd's own API timed out")),
         }
     }
 
-    async fn by_cri(&self, id: &str, hint: Option<Runtime>, until: Instant) -> Answer {
+    async fn by_cri(&self, id: &str, hint: Option<Runtime>, until: Instant) -> SourceReply {
         match self.find(id, hint, until).await {
-            Ok(answer) => answer,
-            Err(error @ GrpcError::NoSocket { .. }) => Answer::not_asked(error),
-            // containerd as Docker ships it runs without the CRI: a server, but none of ours.
-            Err(error) if error.is_unimplemented() => Answer::not_found_because("it serves no CRI"),
-            Err(error @ GrpcError::Timeout { .. }) => Answer::timeout(error),
-            Err(error) => Answer::error(format!("{:#}", anyhow::Error::from(error))),
+            Ok(reply) => reply,
+            Err(error @ GrpcError::NoSocket { .. }) => SourceReply::not_queried(error),
+            // Docker's containerd runs without the CRI plugin.
+            Err(error) if error.is_unimplemented() => SourceReply::not_found_because("the server does not implement the CRI"),
+            Err(error @ GrpcError::Timeout { .. }) => SourceReply::timeout(error),
+            Err(error) => SourceReply::error(format!("{:#}", anyhow::Error::from(error))),
         }
     }
 
-    async fn find(&self, id: &str, hint: Option<Runtime>, until: Instant) -> Result<Answer, GrpcError> {
+    async fn find(&self, id: &str, hint: Option<Runtime>, until: Instant) -> Result<SourceReply, GrpcError> {
         let request = ContainerStatusRequest { container_id: id.to_owned() };
-        let answer = self.call::<_, ContainerStatusResponse>("ContainerStatus", request, until).await;
-        // Servers complete the beginning of an id: an answer about another container is none about this.
-        let status = not_found_is_none(answer)?.and_then(|a| a.status).filter(|s| is(&s.id, id));
+        let reply = self.call::<_, ContainerStatusResponse>("ContainerStatus", request, until).await;
+        // Servers match prefixes of ids: a response about another container counts as not found.
+        let status = none_if_not_found(reply)?.and_then(|a| a.status).filter(|s| ids_match(&s.id, id));
         if let Some(status) = status {
             return Ok(self.container(id, hint, &status, until).await);
         }
-        let Some(status) = self.sandbox(id, until).await? else { return Ok(Answer::not_found()) };
+        let Some(status) = self.sandbox(id, until).await? else { return Ok(SourceReply::not_found()) };
         let metadata = status.metadata.unwrap_or_default();
         let attempt = metadata.attempt;
         let pod = Pod { namespace: metadata.namespace, name: metadata.name, uid: metadata.uid };
         let runtime = self.runtime(hint, until).await;
-        Ok(Answer::found(facts(id, None, attempt, &pod, runtime)))
+        Ok(SourceReply::found(facts(id, None, attempt, &pod, runtime)))
     }
 
-    async fn container(&self, id: &str, hint: Option<Runtime>, status: &ContainerStatus, until: Instant) -> Answer {
+    async fn container(&self, id: &str, hint: Option<Runtime>, status: &ContainerStatus, until: Instant) -> SourceReply {
         let label = |key: &str| status.labels.get(key).cloned().unwrap_or_default();
         let metadata = status.metadata.clone().unwrap_or_default();
         let name = Some(label("io.kubernetes.container.name")).filter(|n| !n.is_empty()).unwrap_or(metadata.name);
@@ -162,23 +162,23 @@ impl Cri {
             uid: label("io.kubernetes.pod.uid"),
         };
         let mut detail = String::new();
-        if !pod.is_whole() {
-            // The labels are the kubelet's; other clients set none, but every container is in a sandbox.
+        if !pod.is_complete() {
+            // The kubelet sets these labels; other clients may not, but every container belongs to a sandbox.
             match self.pod_of(id, until).await {
                 Ok(found) => pod.fill(found.unwrap_or_default()),
-                Err(error) => detail = format!("the pod is not known: {:#}", anyhow::Error::from(error)),
+                Err(error) => detail = format!("cannot query the pod: {:#}", anyhow::Error::from(error)),
             }
         }
         let runtime = self.runtime(hint, until).await;
         let mut facts = facts(id, Some(&name), metadata.attempt, &pod, runtime);
         facts.set(Label::Image, image(status));
-        Answer { detail, ..Answer::found(facts) }
+        SourceReply { detail, ..SourceReply::found(facts) }
     }
 
     async fn pod_of(&self, id: &str, until: Instant) -> Result<Option<Pod>, GrpcError> {
         let request = ListContainersRequest { filter: Some(ContainerFilter { id: id.to_owned() }) };
         let list = self.call::<_, ListContainersResponse>("ListContainers", request, until).await?;
-        let Some(container) = list.containers.into_iter().find(|c| is(&c.id, id)) else { return Ok(None) };
+        let Some(container) = list.containers.into_iter().find(|c| ids_match(&c.id, id)) else { return Ok(None) };
         if container.pod_sandbox_id.is_empty() {
             return Ok(None);
         }
@@ -188,71 +188,72 @@ impl Cri {
 
     async fn sandbox(&self, id: &str, until: Instant) -> Result<Option<PodSandboxStatus>, GrpcError> {
         let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned() };
-        let answer = self.call::<_, PodSandboxStatusResponse>("PodSandboxStatus", request, until).await;
-        Ok(not_found_is_none(answer)?.and_then(|a| a.status).filter(|s| is(&s.id, id)))
+        let reply = self.call::<_, PodSandboxStatusResponse>("PodSandboxStatus", request, until).await;
+        Ok(none_if_not_found(reply)?.and_then(|a| a.status).filter(|s| ids_match(&s.id, id)))
     }
 
-    /// Asked once per socket. `Pending` while it may yet tell: a name made without knowing it would be another name later.
+    /// Queries the runtime once per socket. `Pending` while a later call may still return it: the `name` label depends on it and would
+    /// change.
     async fn runtime(&self, hint: Option<Runtime>, until: Instant) -> RuntimeLookup {
-        if let Some(runtime) = self.known().runtime {
-            return RuntimeLookup::ServerState(runtime);
+        if let Some(runtime) = self.state().runtime {
+            return RuntimeLookup::Resolved(runtime);
         }
-        let until = until.min(Instant::now() + VERSION_LIMIT);
+        let until = until.min(Instant::now() + VERSION_TIMEOUT);
         let runtime = match self.version_by(until).await {
             Ok(version) => match version.runtime_name.to_ascii_lowercase().as_str() {
                 "containerd" => Some(Runtime::Containerd),
                 "cri-o" => Some(Runtime::CriO),
-                // cri-dockerd says what it stands for.
+                // cri-dockerd returns the name of its engine.
                 "docker" => Some(Runtime::Docker),
                 _ => None,
             },
-            Err(_) if hint.is_some() => return RuntimeLookup::ServerState(hint),
+            Err(_) if hint.is_some() => return RuntimeLookup::Resolved(hint),
             Err(GrpcError::Timeout { .. }) => {
-                let mut known = self.known();
-                known.late_versions += 1;
-                return if known.late_versions < LATE_VERSIONS {
+                let mut state = self.state();
+                state.late_versions += 1;
+                return if state.late_versions < MAX_LATE_VERSIONS {
                     RuntimeLookup::Pending
                 } else {
-                    RuntimeLookup::ServerState(None)
+                    RuntimeLookup::Resolved(None)
                 };
             }
-            // It will not tell.
+            // The server does not return its name.
             Err(_) => None,
         };
-        self.known().runtime = Some(runtime);
-        RuntimeLookup::ServerState(runtime)
+        self.state().runtime = Some(runtime);
+        RuntimeLookup::Resolved(runtime)
     }
 
     async fn version_by(&self, until: Instant) -> Result<CriVersion, GrpcError> {
-        // The number is the kubelet's; it never changed, and no server compares it.
+        // The kubelet sends the same constant; servers ignore it.
         let request = VersionRequest { version: "0.1.0".to_owned() };
-        let answer = self.call::<_, VersionResponse>("Version", request, until).await?;
+        let reply = self.call::<_, VersionResponse>("Version", request, until).await?;
         Ok(CriVersion {
-            runtime_name: answer.runtime_name,
-            runtime_version: answer.runtime_version,
-            api_version: answer.runtime_api_version,
-            package: PACKAGES[self.known().package],
+            runtime_name: reply.runtime_name,
+            runtime_version: reply.runtime_version,
+            api_version: reply.runtime_api_version,
+            package: PACKAGES[self.state().package],
         })
     }
 
-    /// Calls by the name that answered last, then by the other.
+    /// Calls the package that the server implements as far as known, then the other one.
     async fn call<Q, A>(&self, method: &str, request: Q, until: Instant) -> Result<A, GrpcError>
     where
         Q: prost::Message + Clone + 'static,
         A: prost::Message + Default + 'static,
     {
-        let first = self.known().package;
+        let first = self.state().package;
         match self.call_as(first, method, request.clone(), until).await {
             Err(error) if error.is_unimplemented() => {}
-            answer => return answer,
+            reply => return reply,
         }
         let other = 1 - first;
-        let answer = self.call_as(other, method, request, until).await;
-        // Whatever it says, it is the server's word about the request and not about the name.
-        if answer.as_ref().map_or_else(|e| e.code().is_some() && !e.is_unimplemented(), |_| true) {
-            self.known().package = other;
+        let reply = self.call_as(other, method, request, until).await;
+        // Any response other than `Unimplemented` is about the request, so the server implements this package.
+        if reply.as_ref().map_or_else(|e| e.code().is_some() && !e.is_unimplemented(), |_| true) {
+            self.state().package = other;
         }
-        answer
+        reply
     }
 
     async fn call_as<Q, A>(&self, package: usize, method: &str, request: Q, until: Instant) -> Result<A, GrpcError>
@@ -262,27 +263,27 @@ impl Cri {
     {
         let method = format!("/{}.RuntimeService/{method}", PACKAGES[package]);
         match tokio::time::timeout_at(until, self.socket.call(&method, request)).await {
-            Ok(answer) => answer,
+            Ok(reply) => reply,
             Err(_) => Err(GrpcError::Timeout { path: self.path().to_owned(), method, after: self.limit }),
         }
     }
 
-    fn known(&self) -> MutexGuard<'_, ServerState> {
-        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    fn state(&self) -> MutexGuard<'_, ServerState> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Forgets the server of a socket that was replaced.
+    /// Discards the cached properties if the socket was replaced.
     fn refresh(&self) {
         let generation = self.socket.generation();
-        let mut known = self.known();
-        if known.generation != generation {
-            *known = ServerState { generation, ..ServerState::default() };
+        let mut state = self.state();
+        if state.generation != generation {
+            *state = ServerState { generation, ..ServerState::default() };
         }
     }
 }
 
 impl Pod {
-    fn is_whole(&self) -> bool {
+    fn is_complete(&self) -> bool {
         [&self.namespace, &self.name, &self.uid].iter().all(|part| !part.is_empty())
     }
 
@@ -295,23 +296,23 @@ impl Pod {
     }
 }
 
-fn not_found_is_none<A>(answer: Result<A, GrpcError>) -> Result<Option<A>, GrpcError> {
-    match answer {
-        Ok(answer) => Ok(Some(answer)),
+fn none_if_not_found<A>(reply: Result<A, GrpcError>) -> Result<Option<A>, GrpcError> {
+    match reply {
+        Ok(reply) => Ok(Some(reply)),
         Err(error) if error.is_not_found() => Ok(None),
         Err(error) => Err(error),
     }
 }
 
-/// A server that repeats no id is believed.
-fn is(answered: &str, asked: &str) -> bool {
-    answered.is_empty() || answered == asked
+/// Whether the returned id is the requested one; a response without an id is accepted.
+fn ids_match(returned: &str, requested: &str) -> bool {
+    returned.is_empty() || returned == requested
 }
 
-/// The facts of a container, or of a sandbox where there is no name of one.
-fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: RuntimeLookup) -> Facts {
-    let runtime = if let RuntimeLookup::ServerState(runtime) = told { runtime } else { None };
-    // cri-dockerd answers for a sandbox as for any container.
+/// The facts of a container, or of a sandbox if `container` is `None`.
+fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, lookup: RuntimeLookup) -> Facts {
+    let runtime = if let RuntimeLookup::Resolved(runtime) = lookup { runtime } else { None };
+    // cri-dockerd returns a sandbox like any container.
     let sandbox = container.is_none_or(|name| name == SANDBOX_NAME);
     let long_names = matches!(runtime, Some(Runtime::Docker | Runtime::CriO));
     let container = container.unwrap_or(if long_names { SANDBOX_NAME } else { "" });
@@ -320,22 +321,22 @@ fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, told: Runti
     facts.set(Label::Pod, Some(&pod.name));
     facts.set(Label::Container, Some(container));
     facts.pod_uid = Some(pod.uid.clone()).filter(|uid| !uid.is_empty());
-    // Every container of the CRI is in a pod: that one was not found does not mean that there is none.
-    facts.knows_pods = pod.is_whole();
-    if told == RuntimeLookup::Pending {
+    // Every container of the CRI is in a pod, so a missing pod does not mean that there is none.
+    facts.pod_status_known = pod.is_complete();
+    if lookup == RuntimeLookup::Pending {
         return facts;
     }
     if !long_names {
         facts.set(Label::Name, Some(id));
-    } else if pod.is_whole() && !container.is_empty() {
-        // As both runtimes call it, and as cAdvisor shows it.
+    } else if pod.is_complete() && !container.is_empty() {
+        // The name in both runtimes and in cAdvisor.
         let Pod { namespace, name, uid } = pod;
         facts.set(Label::Name, Some(&format!("k8s_{container}_{name}_{namespace}_{uid}_{attempt}")));
     }
     facts
 }
 
-/// The image's name; a digest that names nothing only where there is no better.
+/// The image's name; a bare digest only if there is no name.
 fn image(status: &ContainerStatus) -> Option<&str> {
     let spec = status.image.as_ref();
     let all = [spec.map(|s| s.image.as_str()), spec.map(|s| s.user_specified_image.as_str()), Some(status.image_ref.as_str())];

@@ -1,4 +1,4 @@
-//! CRI-O's own HTTP, on the same socket as its CRI: `GET /containers/<id>`.
+//! CRI-O's own HTTP API, on the same socket as its CRI: `GET /containers/<id>`.
 
 use std::collections::HashMap;
 use std::path::Path;
@@ -7,8 +7,8 @@ use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::answer::Answer;
 use super::http;
+use super::reply::SourceReply;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -19,19 +19,19 @@ struct CrioContainer {
     sandbox: Option<String>,
 }
 
-pub async fn ask(socket: &Path, id: &str) -> Answer {
+pub async fn query(socket: &Path, id: &str) -> SourceReply {
     match http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await {
-        Ok(container) => Answer::found(facts(&container, id)),
-        Err(answer) => answer,
+        Ok(container) => SourceReply::found(facts(&container, id)),
+        Err(reply) => reply,
     }
 }
 
 fn facts(container: &CrioContainer, id: &str) -> Facts {
-    let mut facts = Facts { runtime: Some(Runtime::CriO), knows_pods: true, ..Facts::default() };
+    let mut facts = Facts { runtime: Some(Runtime::CriO), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Name, container.name.as_deref());
     facts.set(Label::Image, container.image.as_deref());
     let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
-    facts.from_kubelets_labels(get);
+    facts.from_kubelet_labels(get);
     facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
     if let Some(name) = &container.name {
         facts.from_dockershim_name(name);
@@ -45,15 +45,15 @@ mod tests {
     use crate::labels::source::tests::check;
 
     #[test]
-    fn rows() {
-        let row = |text: &str, expect: &str| {
-            check(&Answer::found(facts(&serde_json::from_str(text).unwrap(), "c1")), expect);
+    fn containers_of_crio_have_all_labels() {
+        let case = |text: &str, expect: &str| {
+            check(&SourceReply::found(facts(&serde_json::from_str(text).unwrap(), "c1")), expect);
         };
-        row(
+        case(
             r#"{"name":"k8s_c_p_n_u_0","pid":1,"image":"i","labels":{"io.kubernetes.pod.name":"p"},"new":[1]}"#,
             "n/p/c k8s_c_p_n_u_0 i",
         );
-        row(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
-        row("{}", "-/-/- - -");
+        case(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
+        case("{}", "-/-/- - -");
     }
 }

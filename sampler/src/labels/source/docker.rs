@@ -1,7 +1,7 @@
-//! Docker Engine, and podman through the same API: one plain inspect per question, and events through bollard.
+//! Docker Engine, and podman through the same API: one inspect request per query, and events through bollard.
 //!
-//! The inspect goes without bollard and without a version in its path: bollard fails the whole answer on one unknown enum value
-//! and cannot be constructed while the socket is absent. Its events are only hints, so losing them costs nothing but time.
+//! The inspect request does not use bollard and has no version in its path: bollard rejects a whole response with one unknown enum value,
+//! and it cannot be constructed while the socket is absent. Events are only hints, so a lost event causes a delay and nothing else.
 
 use std::path::{Path, PathBuf};
 use std::time::Duration;
@@ -11,33 +11,33 @@ use futures_util::StreamExt as _;
 use sampler_core::cgroup_path::Runtime;
 use tokio::sync::mpsc::Sender;
 
-use super::answer::Answer;
 use super::docker_file::DockerRecord;
 use super::http;
+use super::reply::SourceReply;
 use crate::labels::message::LabelMessage;
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);
 const RECONNECT_LAST: Duration = Duration::from_secs(30);
-/// bollard's own limit for one request; events last longer on purpose.
+/// bollard's timeout of one request; it does not apply to event streams.
 const BOLLARD_SECONDS: u64 = 10;
-/// What is done to containers of which labels could be new.
+/// Actions after which a container may have new labels.
 const ACTIONS: [&str; 4] = ["create", "start", "rename", "restart"];
 
-pub async fn ask(socket: &Path, runtime: Runtime, id: &str) -> Answer {
+pub async fn query(socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
     match http::record::<DockerRecord>(socket, &format!("/containers/{id}/json")).await {
-        Ok(record) => record.answer(runtime, id),
-        Err(answer) => answer,
+        Ok(record) => record.reply(runtime, id),
+        Err(reply) => reply,
     }
 }
 
 /// Follows the engine's events for the life of the process.
-pub async fn follow(socket: PathBuf, to: Sender<LabelMessage>) {
+pub async fn follow_events(socket: PathBuf, to: Sender<LabelMessage>) {
     let mut pause = RECONNECT_FIRST;
     loop {
         match events(&socket, &to).await {
             Ok(()) => pause = RECONNECT_FIRST,
             Err(error) => {
-                tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "events cannot be followed");
+                tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "cannot follow engine events");
                 pause = (pause * 2).min(RECONNECT_LAST);
             }
         }
@@ -49,7 +49,7 @@ pub async fn follow(socket: PathBuf, to: Sender<LabelMessage>) {
 }
 
 async fn events(socket: &Path, to: &Sender<LabelMessage>) -> anyhow::Result<()> {
-    // Nothing to connect to yet; looking is cheaper than failing, and not done on a thread that serves others.
+    // Checks for the socket first, which is cheaper than a failed connection; on a blocking thread, since a file system may hang.
     let path = socket.to_owned();
     if !tokio::task::spawn_blocking(move || path.exists()).await? {
         return Ok(());

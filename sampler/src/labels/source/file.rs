@@ -1,4 +1,4 @@
-//! Reading what runtimes leave in files: bounded, lenient, and a missing file is "not found".
+//! Reads files of runtimes: with size limits, and a missing file is "not found".
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
@@ -8,14 +8,14 @@ use std::time::Duration;
 
 use serde::de::DeserializeOwned;
 
-/// Bundles are tens of KiB, lists of a thousand containers a few MiB; anything far beyond is neither.
+/// Bundles are tens of KiB, lists of a thousand containers a few MiB.
 const MAX_FILE_BYTES: u64 = 32 << 20;
-/// An incomplete file that was modified within this time is being written.
+/// An incomplete file that was modified within this time counts as being written.
 const WRITTEN_WITHIN: Duration = Duration::from_secs(2);
-/// A directory with more entries than this is not read to its end.
+/// Entries beyond this number are not read.
 const MAX_ENTRIES: usize = 65_536;
 
-/// Opens what is a file and nothing else: a pipe would wait for a writer.
+/// Opens a regular file only: a pipe would block until it has a writer.
 pub fn open(path: &Path) -> io::Result<File> {
     let file = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(path)?;
     if !file.metadata()?.is_file() {
@@ -24,52 +24,52 @@ pub fn open(path: &Path) -> io::Result<File> {
     Ok(file)
 }
 
-/// At most the first `bytes` of it.
+/// Reads at most the first `bytes` bytes.
 pub fn beginning(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
     let mut text = Vec::new();
     open(path)?.take(bytes).read_to_end(&mut text)?;
     Ok(text)
 }
 
-/// `Ok(None)` when there is no such file, or it is being written.
+/// Reads and decodes a file. `Ok(None)` if it does not exist or is being written.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
-    let told = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
+    let describe = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let file = match open(path) {
         Ok(file) => file,
         Err(error) if is_absent(&error) => return Ok(None),
-        Err(error) => return Err(told(&error)),
+        Err(error) => return Err(describe(&error)),
     };
     let mut text = Vec::new();
-    (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| told(&error))?;
+    (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| describe(&error))?;
     if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(told(&format_args!("larger than {MAX_FILE_BYTES} bytes")));
+        return Err(describe(&format_args!("larger than {MAX_FILE_BYTES} bytes")));
     }
     match serde_json::from_slice(&text) {
         Ok(value) => Ok(Some(value)),
         Err(error) if error.is_eof() && is_being_written(&file) => Ok(None),
-        Err(error) => Err(told(&error)),
+        Err(error) => Err(describe(&error)),
     }
 }
 
-/// A runtime creates a file and fills it: until then it is incomplete, which is no failure.
+/// Whether a runtime is still writing the file: then its being incomplete is not an error.
 fn is_being_written(file: &File) -> bool {
     let modified = file.metadata().and_then(|meta| meta.modified()).ok();
     modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age < WRITTEN_WITHIN)
 }
 
-/// Names and paths in a folder; none where there is no such folder.
+/// Names and paths in a folder; empty if the folder does not exist.
 pub fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>, String> {
     match fs::read_dir(folder) {
         Ok(entries) => {
-            let one = |e: fs::DirEntry| (e.file_name().to_string_lossy().into_owned(), e.path());
-            Ok(entries.flatten().take(MAX_ENTRIES).map(one).collect())
+            let name_and_path = |e: fs::DirEntry| (e.file_name().to_string_lossy().into_owned(), e.path());
+            Ok(entries.flatten().take(MAX_ENTRIES).map(name_and_path).collect())
         }
         Err(error) if is_absent(&error) => Ok(Vec::new()),
         Err(error) => Err(format!("{}: {error}", folder.display())),
     }
 }
 
-/// There is no such file or socket, which is no failure of anybody.
+/// Whether the file or socket does not exist, which is not a failure.
 pub fn is_absent(error: &io::Error) -> bool {
     matches!(error.kind(), io::ErrorKind::NotFound | io::ErrorKind::NotADirectory)
 }
@@ -81,7 +81,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_file_that_is_being_written_is_not_there_yet() {
+    fn a_file_that_is_being_written_counts_as_absent() {
         let folder = tempfile::tempdir().unwrap();
         let path = folder.path().join("config.json");
         let read = || read::<serde_json::Value>(&path);
@@ -90,7 +90,7 @@ mod tests {
             fs::write(&path, text).unwrap();
             assert_eq!(read(), Ok(None), "{text:?}");
         }
-        // Long after it was written it is a broken file, and so is one that is wrong before its end.
+        // An incomplete file that was not modified for long is an error, and so is one that is invalid before its end.
         File::options().append(true).open(&path).unwrap().set_modified(SystemTime::now() - 2 * WRITTEN_WITHIN).unwrap();
         assert!(read().is_err_and(|error| error.contains("EOF")));
         fs::write(&path, "{]").unwrap();

@@ -1,11 +1,10 @@
-//! gRPC over a Unix socket: one unary call, each on a connection of its own.
+//! Unary gRPC calls over a Unix socket, each on its own connection.
 //!
-//! Nothing is opened at construction, so an endpoint may appear, restart or move at any time. A shared HTTP/2 connection would
-//! tie every later question to a server that hung once; a fresh one costs the kernel a connect and two small frames, and
-//! questions are put once per container, not per sample. The connection's tasks end with the call, also when its future is
-//! dropped half way: a caller's timeout leaves nothing behind.
+//! Nothing is opened at construction, so an endpoint may appear, restart or move at any time. On a shared HTTP/2 connection a server that
+//! hung once would block all later calls; a new connection costs a connect and two small frames, and calls happen once per container,
+//! not per sample. The connection's tasks end with the call, also if its future is dropped, so a caller's timeout leaves no task behind.
 //!
-//! It sets no time limit (the caller does), retries nothing, and does not stream.
+//! The caller sets the timeout. There are no retries and no streams.
 
 use std::error::Error as _;
 use std::future::Future;
@@ -23,27 +22,27 @@ use tonic::Code;
 use super::file::is_absent;
 use crate::labels::stamp::{Stamp, stamp};
 
-/// The kubelet lists every pod of the node in one answer, some hundred bytes each; anything far beyond is not an answer.
-const MAX_ANSWER_BYTES: usize = 4 << 20;
+/// The longest expected response is the kubelet's list of all pods of the node, some hundred bytes each.
+const MAX_RESPONSE_BYTES: usize = 4 << 20;
 
-/// A server at the end of a Unix socket.
+/// A server behind a Unix socket.
 #[derive(Debug)]
 pub struct GrpcSocket {
     path: PathBuf,
 }
 
-/// Why a call has no answer. Each names the endpoint, and the call where one was made.
+/// The failure of a call. Each message names the endpoint, and the method if a call was made.
 #[derive(Debug, thiserror::Error)]
 pub enum GrpcError {
-    /// Nobody there: no failure of a server.
+    /// The socket does not exist; not a failure of a server.
     #[error("unix://{}: no such socket", path.display())]
     NoSocket { path: PathBuf },
-    /// Refused, or not ours to open: a socket without a server is a failing one.
+    /// Connection refused or permission denied. A socket without a server counts as failing.
     #[error("unix://{}: cannot connect", path.display())]
     Connect { path: PathBuf, source: io::Error },
-    #[error("unix://{} {method}: no answer within {} ms", path.display(), after.as_millis())]
+    #[error("unix://{} {method}: no response within {} ms", path.display(), after.as_millis())]
     Timeout { path: PathBuf, method: String, after: Duration },
-    #[error("unix://{} {method}: {:?}: {}", path.display(), status.code(), reason(status))]
+    #[error("unix://{} {method}: {:?}: {}", path.display(), status.code(), status_text(status))]
     Status { path: PathBuf, method: String, status: Box<tonic::Status> },
 }
 
@@ -55,29 +54,29 @@ impl GrpcError {
         }
     }
 
-    /// The server has no such service or method.
+    /// The server does not implement the service or method.
     pub fn is_unimplemented(&self) -> bool {
         self.code() == Some(Code::Unimplemented)
     }
 
-    /// The server does not know the thing asked about. Servers of the CRI's first years said so in words only.
+    /// The server does not have the requested object. Early CRI servers report this only in the text of the message.
     pub fn is_not_found(&self) -> bool {
         let GrpcError::Status { status, .. } = self else { return false };
-        let in_words = || {
+        let in_message = || {
             let message = status.message().to_ascii_lowercase();
-            ["not found", "does not exist", "no such container"].iter().any(|words| message.contains(words))
+            ["not found", "does not exist", "no such container"].iter().any(|text| message.contains(text))
         };
         match status.code() {
             Code::NotFound => true,
-            // With a cause below it, the words are the transport's.
-            Code::Unknown => status.source().is_none() && in_words(),
+            // With an error as its source, the message is the transport's.
+            Code::Unknown => status.source().is_none() && in_message(),
             _ => false,
         }
     }
 }
 
-/// The status's message, and what lies below an error of the transport: "http2 error" alone helps nobody.
-fn reason(status: &tonic::Status) -> String {
+/// The status's message with the causes of a transport error, since "http2 error" alone is not useful.
+fn status_text(status: &tonic::Status) -> String {
     let mut text = status.message().to_owned();
     let mut cause = status.source().and_then(|error| error.source());
     while let Some(error) = cause {
@@ -96,7 +95,7 @@ impl GrpcSocket {
         &self.path
     }
 
-    /// Which socket the path names at the moment: another one after the server was restarted. `None` where there is none.
+    /// Identity of the current socket at the path; it changes when the server restarts. `None` if there is no socket.
     pub fn generation(&self) -> Option<Stamp> {
         stamp(&self.path)
     }
@@ -110,7 +109,7 @@ impl GrpcSocket {
         self.call_with(method, request, None).await
     }
 
-    /// With one header of metadata; a value that cannot be sent in one is an error of the call.
+    /// Calls `method` with one metadata header; an invalid header value is an error of the call.
     pub async fn call_with<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
     where
         Q: prost::Message + 'static,
@@ -128,7 +127,7 @@ impl GrpcSocket {
         let _end = EndOnDrop(tasks.clone());
         let handshake = hyper::client::conn::http2::handshake(tasks.clone(), TokioIo::new(stream));
         let (sender, connection) = handshake.await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
-        // Its end is seen by the call, as an error of the request.
+        // An error of the connection is reported by the request.
         tasks.spawn(async { drop(connection.await) });
         let service = tower::service_fn(move |request: Request<tonic::body::Body>| {
             let mut sender = sender.clone();
@@ -138,7 +137,7 @@ impl GrpcSocket {
             }
         });
         let mut client = tonic::client::Grpc::with_origin(service, Uri::from_static("http://localhost"))
-            .max_decoding_message_size(MAX_ANSWER_BYTES);
+            .max_decoding_message_size(MAX_RESPONSE_BYTES);
         let path = method.parse().map_err(|error| failed(tonic::Status::internal(format!("{error}"))))?;
         client.ready().await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
         let codec = tonic_prost::ProstCodec::<Q, A>::default();
@@ -147,12 +146,12 @@ impl GrpcSocket {
             let value = value.parse().map_err(|error| failed(tonic::Status::invalid_argument(format!("{name}: {error}"))))?;
             request.metadata_mut().insert(name, value);
         }
-        let answer = client.unary(request, path, codec).await.map_err(failed)?;
-        Ok(answer.into_inner())
+        let response = client.unary(request, path, codec).await.map_err(failed)?;
+        Ok(response.into_inner())
     }
 }
 
-/// What hyper spawns for one connection.
+/// The tasks that hyper spawns for one connection.
 #[derive(Clone, Default)]
 struct Tasks(Arc<Mutex<JoinSet<()>>>);
 
@@ -168,7 +167,7 @@ impl<F: Future<Output = ()> + Send + 'static> hyper::rt::Executor<F> for Tasks {
     }
 }
 
-/// The tasks hold the set they are in, so dropping the set alone would end none of them.
+/// Aborts the tasks on drop: they hold a reference to their own set, so dropping the set would not end them.
 struct EndOnDrop(Tasks);
 
 impl Drop for EndOnDrop {
@@ -188,82 +187,82 @@ mod tests {
         text: String,
     }
 
-    async fn say(socket: &GrpcSocket, text: &str) -> Result<String, GrpcError> {
-        let answer: Text = socket.call("/test.Echo/Say", Text { text: text.to_owned() }).await?;
-        Ok(answer.text)
+    async fn echo_call(socket: &GrpcSocket, text: &str) -> Result<String, GrpcError> {
+        let response: Text = socket.call("/test.Echo/Say", Text { text: text.to_owned() }).await?;
+        Ok(response.text)
     }
 
-    fn echo() -> Server {
+    fn echo_server() -> Server {
         Server::start(|_, request| ServerReply::Message(request.to_vec()))
     }
 
     #[tokio::test]
-    async fn answers_and_leaves_no_task() {
-        let server = echo();
+    async fn calls_return_and_leave_no_task() {
+        let server = echo_server();
         let socket = GrpcSocket::new(&server.path);
         for n in 0..20 {
-            assert_eq!(say(&socket, &format!("{n}")).await.unwrap(), format!("{n}"));
+            assert_eq!(echo_call(&socket, &format!("{n}")).await.unwrap(), format!("{n}"));
         }
         server.settle().await;
     }
 
     #[tokio::test]
-    async fn a_socket_may_be_missing_refused_and_replaced() {
-        let server = echo();
+    async fn a_socket_may_be_absent_refuse_or_be_replaced() {
+        let server = echo_server();
         let socket = GrpcSocket::new(&server.path);
-        say(&socket, "a").await.unwrap();
+        echo_call(&socket, "a").await.unwrap();
         let before = socket.generation();
         let folder = server.stop();
-        // Its file is still there: refused.
-        assert!(matches!(say(&socket, "a").await, Err(GrpcError::Connect { .. })));
+        // The socket's file still exists: the connection is refused.
+        assert!(matches!(echo_call(&socket, "a").await, Err(GrpcError::Connect { .. })));
         let again = Server::start_in(folder, |_, _| ServerReply::Message(field(1, b"another")));
-        assert_eq!(say(&socket, "a").await.unwrap(), "another");
+        assert_eq!(echo_call(&socket, "a").await.unwrap(), "another");
         assert_ne!(socket.generation(), before);
         let folder = again.stop();
         std::fs::remove_file(&socket.path).unwrap();
-        assert!(matches!(say(&socket, "a").await, Err(GrpcError::NoSocket { .. })));
+        assert!(matches!(echo_call(&socket, "a").await, Err(GrpcError::NoSocket { .. })));
         assert_eq!(socket.generation(), None);
         drop(folder);
     }
 
     #[tokio::test]
-    async fn a_hung_server_is_left_behind() {
+    async fn a_hung_server_does_not_block_later_calls() {
         let server = Server::start(
             |_, request| if request == field(1, b"hang") { ServerReply::Hang } else { ServerReply::Message(vec![]) },
         );
         let socket = GrpcSocket::new(&server.path);
         for _ in 0..5 {
-            let asked = tokio::time::timeout(Duration::from_millis(20), say(&socket, "hang")).await;
-            assert!(asked.is_err());
+            let result = tokio::time::timeout(Duration::from_millis(20), echo_call(&socket, "hang")).await;
+            assert!(result.is_err());
         }
-        assert_eq!(say(&socket, "go on").await.unwrap(), "");
+        assert_eq!(echo_call(&socket, "go on").await.unwrap(), "");
         server.settle().await;
     }
 
     #[tokio::test]
-    async fn nonsense_is_an_error() {
-        for (reply, expect) in [
+    async fn invalid_responses_are_errors() {
+        for (response, expect) in [
             (ServerReply::Message(vec![0xff; 64]), "Internal"),
             (ServerReply::Message(field(1, vec![b'x'; 5 << 20])), "OutOfRange"),
             (ServerReply::CutOff, "http2 error: stream error"),
             (ServerReply::NoTrailers, "missing grpc-status"),
             (ServerReply::Status(5, "no".into()), "NotFound: no"),
         ] {
-            let shown = format!("{reply:?}");
-            let server = Server::start(move |_, _| reply.clone());
-            let error = say(&GrpcSocket::new(&server.path), "a").await.unwrap_err().to_string();
+            let shown = format!("{response:?}");
+            let server = Server::start(move |_, _| response.clone());
+            let error = echo_call(&GrpcSocket::new(&server.path), "a").await.unwrap_err().to_string();
             let shown = &shown[..shown.len().min(40)];
             assert!(error.contains(expect) && error.contains("/test.Echo/Say"), "{shown}: {error}");
         }
         for bytes in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"", &[0x5a; 4096], b"\0\0\0\x04\0\0\0\0\0"] {
             let server = Server::raw(bytes);
-            let error = say(&GrpcSocket::new(&server.path), "a").await.unwrap_err();
+            let error = echo_call(&GrpcSocket::new(&server.path), "a").await.unwrap_err();
             assert!(matches!(error, GrpcError::Status { .. }), "{error}");
         }
     }
 
     #[test]
-    fn not_found_in_codes_and_words() {
+    fn not_found_is_detected_by_code_and_text() {
         let error = |code, text: &str| {
             let status = Box::new(tonic::Status::new(code, text));
             GrpcError::Status { path: "/s".into(), method: "/m".into(), status }.is_not_found()

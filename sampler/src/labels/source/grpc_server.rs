@@ -1,6 +1,6 @@
-//! A small gRPC server for tests: real HTTP/2 and real protobuf over a Unix socket, with every way of going wrong.
+//! A small gRPC server for tests: HTTP/2 and protobuf over a Unix socket, with all kinds of failures.
 //!
-//! Messages are built from field numbers by hand, so that a number written wrongly in a client is not written wrongly here too.
+//! Messages are built from field numbers by hand, so that a wrong number in a client is not repeated here.
 
 use std::convert::Infallible;
 use std::path::PathBuf;
@@ -23,9 +23,9 @@ pub enum ServerReply {
     /// A gRPC status, by number.
     Status(u32, String),
     Hang,
-    /// Announces a message and closes in the midst of it.
+    /// Announces a message and closes the stream within it.
     CutOff,
-    /// A whole message, and no word about its outcome.
+    /// A complete message without a status.
     NoTrailers,
 }
 
@@ -38,18 +38,18 @@ pub struct Server {
 type Body = UnsyncBoxBody<Bytes, std::io::Error>;
 
 impl Server {
-    /// `answer` is given the path (`/package.Service/Method`) and the request's message.
-    pub fn start(answer: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
-        Self::start_in(tempfile::tempdir().unwrap(), answer)
+    /// `reply` receives the path (`/package.Service/Method`) and the request's message.
+    pub fn start(reply: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
+        Self::start_in(tempfile::tempdir().unwrap(), reply)
     }
 
     /// As [`Server::start`], in place of a server that was stopped.
-    pub fn start_in(folder: TempDir, answer: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
+    pub fn start_in(folder: TempDir, reply: impl Fn(&str, &[u8]) -> ServerReply + Clone + Send + Sync + 'static) -> Self {
         let (path, listener) = listen(&folder);
         let accepting = tokio::spawn(async move {
             while let Ok((stream, _)) = listener.accept().await {
-                let answer = answer.clone();
-                let service = hyper::service::service_fn(move |request| respond(answer.clone(), request));
+                let reply = reply.clone();
+                let service = hyper::service::service_fn(move |request| respond(reply.clone(), request));
                 let server = hyper::server::conn::http2::Builder::new(TokioExecutor::new());
                 tokio::spawn(server.serve_connection(TokioIo::new(stream), service));
             }
@@ -57,28 +57,28 @@ impl Server {
         Self { path, folder, accepting }
     }
 
-    /// Sends these bytes to whoever connects, and closes.
+    /// Sends these bytes to every client, and closes the connection.
     pub fn raw(bytes: &[u8]) -> Self {
         let folder = tempfile::tempdir().unwrap();
         let (path, listener) = listen(&folder);
         let bytes = bytes.to_vec();
         let accepting = tokio::spawn(async move {
             while let Ok((mut stream, _)) = listener.accept().await {
-                // What the client says first is taken, or closing would be a reset that hides the bytes.
-                let _said = stream.read(&mut [0; 4096]).await;
+                // Reads the client's first bytes: otherwise closing would reset the connection and discard the bytes sent.
+                let _received = stream.read(&mut [0; 4096]).await;
                 let _sent = stream.write_all(&bytes).await;
             }
         });
         Self { path, folder, accepting }
     }
 
-    /// The socket's file stays, as after a crash.
+    /// Stops the server; the socket's file remains, as after a crash.
     pub fn stop(self) -> TempDir {
         self.accepting.abort();
         self.folder
     }
 
-    /// Waits until nothing but the accepting runs: connections that the clients left must end by themselves.
+    /// Waits until only the accepting task runs: connections of finished clients must end without help.
     pub async fn settle(&self) {
         for _ in 0..200 {
             if tokio::runtime::Handle::current().metrics().num_alive_tasks() == 1 {
@@ -97,10 +97,10 @@ fn listen(folder: &TempDir) -> (PathBuf, UnixListener) {
     (path, listener)
 }
 
-async fn respond(answer: impl Fn(&str, &[u8]) -> ServerReply, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
+async fn respond(reply: impl Fn(&str, &[u8]) -> ServerReply, request: Request<Incoming>) -> Result<Response<Body>, Infallible> {
     let path = request.uri().path().to_owned();
     let body = request.into_body().collect().await.map(|b| b.to_bytes()).unwrap_or_default();
-    let reply = answer(&path, body.get(5..).unwrap_or_default());
+    let reply = reply(&path, body.get(5..).unwrap_or_default());
     let trailers = |code: u32, text: &str| {
         let mut map = HeaderMap::new();
         map.insert("grpc-status", code.into());
@@ -135,7 +135,7 @@ fn varint(mut value: u64, to: &mut Vec<u8>) {
     to.push(value as u8);
 }
 
-/// One length-delimited field: a string, bytes, or a message.
+/// A length-delimited field: a string, bytes, or a message.
 pub fn field(number: u64, value: impl AsRef<[u8]>) -> Vec<u8> {
     let value = value.as_ref();
     let mut bytes = Vec::new();
@@ -145,7 +145,7 @@ pub fn field(number: u64, value: impl AsRef<[u8]>) -> Vec<u8> {
     bytes
 }
 
-/// One number: an integer or an enum's.
+/// A varint field: an integer or an enum.
 pub fn number(number: u64, value: u64) -> Vec<u8> {
     let mut bytes = Vec::new();
     varint(number << 3, &mut bytes);
@@ -153,7 +153,7 @@ pub fn number(number: u64, value: u64) -> Vec<u8> {
     bytes
 }
 
-/// One entry of a `map<string, string>`.
+/// An entry of a `map<string, string>`.
 pub fn entry(number: u64, key: &str, value: &str) -> Vec<u8> {
     field(number, [field(1, key), field(2, value)].concat())
 }

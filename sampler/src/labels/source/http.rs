@@ -1,4 +1,4 @@
-//! One GET over a Unix socket: a fresh connection each, so that a runtime that hung or was replaced leaves nothing behind.
+//! HTTP GET over a Unix socket, each on a new connection, so that a runtime that hung or was replaced does not affect later requests.
 
 use std::io;
 use std::path::Path;
@@ -10,15 +10,15 @@ use sampler_labels::ABSENT;
 use serde::de::DeserializeOwned;
 use tokio::net::UnixStream;
 
-use super::answer::Answer;
 use super::file::is_absent;
+use super::reply::SourceReply;
 
-/// An inspect of a container with a thousand labels is 100 KiB; anything far beyond is none.
+/// The inspect record of a container with a thousand labels is 100 KiB.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
-/// As much of an error's text as people want to read.
-const MAX_WORDS: usize = 200;
+/// Longer texts of errors are truncated.
+const MAX_ERROR_CHARS: usize = 200;
 
-/// Ends the connection with the question, also when the question is given up.
+/// Ends the connection's task on drop, also if the request is cancelled.
 struct Connection(tokio::task::JoinHandle<hyper::Result<()>>);
 
 impl Drop for Connection {
@@ -27,7 +27,7 @@ impl Drop for Connection {
     }
 }
 
-/// Status and body.
+/// Returns status and body.
 pub async fn get(socket: &Path, path: &str) -> anyhow::Result<(u16, Bytes)> {
     let stream = UnixStream::connect(socket).await?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
@@ -40,25 +40,25 @@ pub async fn get(socket: &Path, path: &str) -> anyhow::Result<(u16, Bytes)> {
     Ok((status, body.to_bytes()))
 }
 
-/// GETs and decodes a record; 404 is "not found", whatever makes no sense is an error.
-pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, Answer> {
+/// Gets and decodes a record. Status 404 is "not found"; any other status, and an invalid record, is an error.
+pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, SourceReply> {
     match get(socket, path).await {
         Ok((200, body)) => {
-            serde_json::from_slice(&body).map_err(|error| Answer::error(format!("what it answers is no such record: {error}")))
+            serde_json::from_slice(&body).map_err(|error| SourceReply::error(format!("invalid record in the response: {error}")))
         }
-        Ok((404, _)) => Err(Answer::not_found()),
+        Ok((404, _)) => Err(SourceReply::not_found()),
         Ok((status, body)) => {
-            let words: String = String::from_utf8_lossy(&body).trim().chars().take(MAX_WORDS).collect();
-            Err(Answer::error(format!("HTTP {status} {words}")))
+            let text: String = String::from_utf8_lossy(&body).trim().chars().take(MAX_ERROR_CHARS).collect();
+            Err(SourceReply::error(format!("HTTP {status} {text}")))
         }
-        // It went between its being seen and its being asked.
-        Err(error) if error.downcast_ref::<io::Error>().is_some_and(is_absent) => Err(Answer::not_asked(ABSENT)),
-        Err(error) => Err(Answer::error(format!("{error:#}"))),
+        // The socket was removed since it was last seen.
+        Err(error) if error.downcast_ref::<io::Error>().is_some_and(is_absent) => Err(SourceReply::not_queried(ABSENT)),
+        Err(error) => Err(SourceReply::error(format!("{error:#}"))),
     }
 }
 
-/// Whether it answers without an error of its own.
-pub async fn answers(socket: &Path, path: &str) -> Result<(), String> {
+/// Checks that the server responds with a status other than 5xx.
+pub async fn check_responds(socket: &Path, path: &str) -> Result<(), String> {
     match get(socket, path).await {
         Ok((status, _)) if status < 500 => Ok(()),
         Ok((status, _)) => Err(format!("HTTP {status}")),

@@ -1,11 +1,11 @@
-//! What the kubelet knows of assigned devices: its pod-resources service, and the checkpoint of its device manager.
+//! The kubelet's device assignments, from its pod-resources service and from the checkpoint of its device manager.
 //!
-//! The first names pods, the second has their UIDs; `sampler_labels::join` makes one list of both. Each may be missing: a
-//! kubelet without device plugins writes no checkpoint, and pod-resources came with 1.13. Neither knows container ids, so
-//! neither says which container a cgroup is.
+//! The service has the names of pods, the checkpoint has their UIDs; `sampler_labels::join` merges both lists. Each may be missing: a
+//! kubelet without device plugins writes no checkpoint, and pod-resources exists since 1.13. Neither has container ids, so neither
+//! identifies the container of a cgroup.
 //!
-//! It does not read claims of dynamic resource allocation: their device names are the driver's own and changed meaning with its
-//! versions.
+//! Claims of dynamic resource allocation are not read: their device names are specific to the driver, and their meaning changed between
+//! its versions.
 
 use std::io::{self, Read as _};
 use std::path::{Path, PathBuf};
@@ -16,15 +16,15 @@ use sampler_labels::{Assignment, facts_for, join};
 use serde_json::Value;
 use tokio::time::Instant;
 
-use super::answer::Answer;
 use super::file;
 use super::grpc::{GrpcError, GrpcSocket};
+use super::reply::SourceReply;
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
 pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
-/// A few hundred bytes per container with devices, and what its plugin answered.
+/// An entry is a few hundred bytes per container with devices, plus the response of its plugin.
 const MAX_CHECKPOINT_BYTES: u64 = 4 << 20;
-const LIMIT: Duration = Duration::from_secs(2);
+const TIMEOUT: Duration = Duration::from_secs(2);
 const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourcesLister/List"];
 
 /// The kubelet of this node.
@@ -32,27 +32,27 @@ const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourc
 pub struct Kubelet {
     root: PathBuf,
     socket: GrpcSocket,
-    /// The method that answered last, of [`METHODS`].
+    /// Index in [`METHODS`] of the method that last succeeded.
     method: AtomicUsize,
 }
 
-/// What could be learnt, and what stood in the way of more.
+/// The assignments that could be read, and the problems.
 #[derive(Debug, Default)]
 pub struct AssignmentReport {
     pub assignments: Vec<Assignment>,
-    /// Each names its endpoint or file. Empty also where there is no kubelet.
+    /// Each names its endpoint or file. Also empty if there is no kubelet.
     pub problems: Vec<String>,
 }
 
 #[derive(Debug, thiserror::Error)]
 pub enum CheckpointError {
-    #[error("{}: cannot be read", path.display())]
+    #[error("cannot read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
     #[error("{}: larger than {MAX_CHECKPOINT_BYTES} bytes", path.display())]
     TooLarge { path: PathBuf },
     #[error("{}: not JSON", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
-    #[error("{}: no entries of pods in it", path.display())]
+    #[error("{}: no pod entries", path.display())]
     Shape { path: PathBuf },
 }
 
@@ -100,7 +100,7 @@ impl Kubelet {
         Self { socket: GrpcSocket::new(root.join(POD_RESOURCES)), root, method: AtomicUsize::new(0) }
     }
 
-    /// The one whose pod-resources socket this is.
+    /// The kubelet with this pod-resources socket.
     pub fn at(socket: &Path) -> Self {
         Self::new(socket.ancestors().nth(2).unwrap_or(socket))
     }
@@ -113,18 +113,18 @@ impl Kubelet {
         self.socket.path()
     }
 
-    /// As a source of labels: a pod's namespace and name by its UID.
-    pub async fn ask(&self, pod_uid: Option<&str>) -> Answer {
-        let Some(uid) = pod_uid else { return Answer::not_asked("no pod is known to ask about") };
+    /// Queries the namespace and name of a pod by its UID.
+    pub async fn query(&self, pod_uid: Option<&str>) -> SourceReply {
+        let Some(uid) = pod_uid else { return SourceReply::not_queried("the pod UID is not known") };
         let AssignmentReport { assignments, problems } = self.assigned().await;
         match (facts_for(uid, &assignments), problems.first()) {
-            (Some(facts), _) => Answer::found(facts),
-            (None, Some(problem)) => Answer::error(problem),
-            (None, None) => Answer::not_found_because("no device is assigned to this pod"),
+            (Some(facts), _) => SourceReply::found(facts),
+            (None, Some(problem)) => SourceReply::error(problem),
+            (None, None) => SourceReply::not_found_because("no device is assigned to this pod"),
         }
     }
 
-    /// Both lists as one. A list that is not there is no problem, one that cannot be read is.
+    /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
         let mut problems = Vec::new();
         let root = self.root.clone();
@@ -151,33 +151,33 @@ impl Kubelet {
         AssignmentReport { assignments: join(checkpoint, pod_resources), problems }
     }
 
-    /// Every device of every container, by the names of its pod. Answers within two seconds.
+    /// Lists every device of every container, by the names of its pod. Returns within two seconds.
     pub async fn pod_resources(&self) -> Result<Vec<Assignment>, GrpcError> {
-        let until = Instant::now() + LIMIT;
+        let until = Instant::now() + TIMEOUT;
         let first = self.method.load(Ordering::Relaxed);
-        let answer = match self.list(first, until).await {
+        let reply = match self.list(first, until).await {
             Err(error) if error.is_unimplemented() => {
-                let answer = self.list(1 - first, until).await;
-                if answer.is_ok() {
+                let reply = self.list(1 - first, until).await;
+                if reply.is_ok() {
                     self.method.store(1 - first, Ordering::Relaxed);
                 }
-                answer?
+                reply?
             }
-            answer => answer?,
+            reply => reply?,
         };
-        Ok(answer.pods.into_iter().flat_map(of_pod).collect())
+        Ok(reply.pods.into_iter().flat_map(pod_assignments).collect())
     }
 
     async fn list(&self, method: usize, until: Instant) -> Result<ListResponse, GrpcError> {
         let method = METHODS[method];
-        let timeout = |_| GrpcError::Timeout { path: self.socket.path().to_owned(), method: method.to_owned(), after: LIMIT };
+        let timeout = |_| GrpcError::Timeout { path: self.socket.path().to_owned(), method: method.to_owned(), after: TIMEOUT };
         tokio::time::timeout_at(until, self.socket.call(method, ListRequest {})).await.map_err(timeout)?
     }
 }
 
-fn of_pod(pod: PodResources) -> impl Iterator<Item = Assignment> {
-    let known = |part: String| Some(part).filter(|p| !p.is_empty());
-    let (namespace, name) = (known(pod.namespace), known(pod.name));
+fn pod_assignments(pod: PodResources) -> impl Iterator<Item = Assignment> {
+    let non_empty = |part: String| Some(part).filter(|p| !p.is_empty());
+    let (namespace, name) = (non_empty(pod.namespace), non_empty(pod.name));
     pod.containers.into_iter().flat_map(move |container| {
         let (namespace, pod) = (namespace.clone(), name.clone());
         container.devices.into_iter().map(move |devices| Assignment {
@@ -191,10 +191,10 @@ fn of_pod(pod: PodResources) -> impl Iterator<Item = Assignment> {
     })
 }
 
-/// The device manager's checkpoint, by pod UIDs; `None` where there is none. Blocking.
+/// Reads the device manager's checkpoint, by pod UIDs; `None` if there is none. Blocking.
 ///
-/// Its checksum is not verified: it is a hash over how Go prints the structs of the kubelet that wrote it, different for every
-/// layout, and meant to catch layouts. Half a file is no concern, as the kubelet renames a whole one into place.
+/// Its checksum is not verified: it is a hash over Go's printed form of the structs of the kubelet that wrote it, which differs for every
+/// layout, and its purpose is to detect other layouts. The kubelet renames a complete file into place, so it is never partial.
 pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointError> {
     let path = root.join(CHECKPOINT);
     let file = match file::open(&path) {
@@ -215,20 +215,20 @@ pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointErro
     }
 }
 
-/// Entries of every layout: `Entries` (1.8), `PodDeviceEntries` (1.9), those within `Data` (1.11, with a checksum), and those
-/// whose device ids are by NUMA node (1.20). One that cannot be read does not hide the others.
+/// Parses every layout: `Entries` (1.8), `PodDeviceEntries` (1.9), the latter within `Data` (1.11, with a checksum), and device ids
+/// by NUMA node (1.20). Invalid entries are skipped.
 fn entries(value: &Value) -> Option<Vec<Assignment>> {
     let data = value.get("Data").unwrap_or(value);
     let list = match data.get("PodDeviceEntries").or_else(|| data.get("Entries"))? {
         Value::Array(list) => list.as_slice(),
-        // An empty list of Go's.
+        // Go encodes an empty list as null.
         Value::Null => &[],
         _ => return None,
     };
-    Some(list.iter().filter_map(of_entry).collect())
+    Some(list.iter().filter_map(parse_entry).collect())
 }
 
-fn of_entry(entry: &Value) -> Option<Assignment> {
+fn parse_entry(entry: &Value) -> Option<Assignment> {
     let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|t| !t.is_empty()).map(str::to_owned);
     let device_ids = match entry.get("DeviceIDs") {
         Some(Value::Array(ids)) => texts(ids),
@@ -252,14 +252,14 @@ mod tests {
 
     fn show(list: &[Assignment]) -> Vec<String> {
         let or = |part: &Option<String>| part.clone().unwrap_or("-".into());
-        let row = |a: &Assignment| {
+        let line = |a: &Assignment| {
             let (uid, namespace, pod) = (or(&a.pod_uid), or(&a.namespace), or(&a.pod));
             format!("{uid} {namespace}/{pod}/{} {} {}", a.container, a.resource, a.device_ids.join(","))
         };
-        list.iter().map(row).collect()
+        list.iter().map(line).collect()
     }
 
-    /// A kubelet's folder with this checkpoint.
+    /// A kubelet folder with this checkpoint.
     fn folder(text: &[u8]) -> tempfile::TempDir {
         let root = tempfile::tempdir().unwrap();
         fs::create_dir(root.path().join("device-plugins")).unwrap();
@@ -268,7 +268,7 @@ mod tests {
     }
 
     #[test]
-    fn checkpoints_of_every_age() {
+    fn checkpoints_of_every_layout_parse() {
         let check = |text: &str, expect: &[&str]| {
             let list = checkpoint(folder(text.as_bytes()).path()).unwrap().unwrap();
             assert_eq!(show(&list), expect, "{text}");
@@ -296,7 +296,7 @@ mod tests {
     }
 
     #[test]
-    fn checkpoints_that_are_none() {
+    fn invalid_checkpoints_are_errors() {
         let check = |text: &[u8], expect: &str| {
             let root = folder(text);
             let error = checkpoint(root.path()).unwrap_err().to_string();
@@ -306,10 +306,10 @@ mod tests {
         check(b"{\"Data\":{\"PodDeviceEntries\":[", "not JSON");
         check(&[0xff; 10], "not JSON");
         check(&[b'['; 100_000], "not JSON");
-        check(b"{}", "no entries of pods in it");
-        check(b"[]", "no entries of pods in it");
-        check(br#"{"Data":"text"}"#, "no entries of pods in it");
-        check(br#"{"Data":{"PodDeviceEntries":{}}}"#, "no entries of pods in it");
+        check(b"{}", "no pod entries");
+        check(b"[]", "no pod entries");
+        check(br#"{"Data":"text"}"#, "no pod entries");
+        check(br#"{"Data":{"PodDeviceEntries":{}}}"#, "no pod entries");
         check(&vec![b' '; MAX_CHECKPOINT_BYTES as usize + 1], "larger than 4194304 bytes");
         assert!(checkpoint(Path::new("/nowhere")).unwrap().is_none());
         let root = folder(b"{}");
@@ -326,7 +326,7 @@ mod tests {
         field(1, [field(1, "p"), field(2, "n"), container, plain].concat())
     }
 
-    /// A kubelet whose server is at `root`'s socket, with one version of the service.
+    /// Starts a server with one version of the service at the socket below `root`.
     fn serve(root: &Path, package: &'static str, reply: ServerReply) -> Server {
         let server =
             Server::start(move |path, _| match path.strip_prefix('/') == Some(&format!("{package}.PodResourcesLister/List")) {
@@ -353,18 +353,18 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn both_lists_are_one() {
+    async fn both_lists_are_joined() {
         let checkpoint = br#"{"Data":{"PodDeviceEntries":[{"PodUID":"u1","ContainerName":"c","ResourceName":"nvidia.com/gpu",
             "DeviceIDs":{"0":["GPU-1"],"1":["GPU-2"]}}]},"Checksum":1}"#;
         let root = folder(checkpoint);
-        // No server: the checkpoint alone, and no problem.
+        // Without a server: only the checkpoint, and no problem.
         let kubelet = Kubelet::new(root.path());
         let alone = kubelet.assigned().await;
         assert_eq!((show(&alone.assignments), alone.problems), (vec!["u1 -/-/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
         let server = serve(root.path(), "v1", ServerReply::Message(pods()));
         let both = kubelet.assigned().await;
         assert_eq!((show(&both.assignments), both.problems), (vec!["u1 n/p/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
-        // Each failing leaves the other, and says so.
+        // If one fails, the other is used and the problem is reported.
         let _folder = server.stop();
         let refused = kubelet.assigned().await;
         assert_eq!((refused.assignments.len(), refused.problems.len()), (1, 1), "{:?}", refused.problems);
@@ -377,7 +377,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn pod_resources_fail_in_words() {
+    async fn failures_of_pod_resources_name_the_call() {
         let root = tempfile::tempdir().unwrap();
         let none = Kubelet::new(root.path());
         assert!(matches!(none.pod_resources().await, Err(GrpcError::NoSocket { .. })));

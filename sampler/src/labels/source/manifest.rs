@@ -1,6 +1,6 @@
 //! Pod manifests on disk: rkt's (`/var/lib/rkt/pods/<state>/<uuid>/pod`, the App Container schema).
 //!
-//! systemd-nspawn keeps no manifest: its machines are named by their cgroup alone.
+//! systemd-nspawn has no manifests: its machines are named by their cgroup alone.
 
 use std::path::{Path, PathBuf};
 
@@ -8,12 +8,12 @@ use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::answer::Answer;
 use super::file;
+use super::reply::SourceReply;
 use crate::labels::root::Root;
 
 const RKT_PODS: &str = "/var/lib/rkt/pods";
-/// Folders of pods in the order of their lives.
+/// Folders of pods by state; the most current first.
 const STATES: [&str; 4] = ["run", "exited-garbage", "prepared", "garbage"];
 
 #[derive(Default, Deserialize)]
@@ -50,29 +50,29 @@ fn get<'a>(list: &'a [Annotation], names: &[&str]) -> Option<&'a str> {
     names.iter().find_map(|name| list.iter().find(|a| a.name == *name)).map(|a| a.value.as_str()).filter(|v| !v.is_empty())
 }
 
-/// `app`: the one app of the pod that the cgroup names, where it names one.
-pub fn ask(root: &Root, uuid: &str, app: Option<&str>) -> Answer {
+/// `app`: the app of the pod that the cgroup names, if any.
+pub fn query(root: &Root, uuid: &str, app: Option<&str>) -> SourceReply {
     let paths: Vec<PathBuf> = STATES.iter().map(|state| Path::new(RKT_PODS).join(state).join(uuid).join("pod")).collect();
     for path in &paths {
         match file::read::<Manifest>(&root.path(path)) {
-            Ok(Some(manifest)) => return Answer::found(facts(&manifest, uuid, app)).at(path),
+            Ok(Some(manifest)) => return SourceReply::found(facts(&manifest, uuid, app)).at(path),
             Ok(None) => {}
-            Err(detail) => return Answer::error(detail).at(path),
+            Err(detail) => return SourceReply::error(detail).at(path),
         }
     }
-    Answer::not_in(&paths)
+    SourceReply::not_in(&paths)
 }
 
 fn facts(manifest: &Manifest, uuid: &str, app: Option<&str>) -> Facts {
-    let mut facts = Facts { runtime: Some(Runtime::Rkt), knows_pods: true, ..Facts::default() };
-    // A kubelet's names, of either of its two generations.
+    let mut facts = Facts { runtime: Some(Runtime::Rkt), pod_status_known: true, ..Facts::default() };
+    // The kubelet's annotations, in both of their forms.
     let pod = &manifest.annotations;
     facts.set(Label::Namespace, get(pod, &["io.kubernetes.pod.namespace", "rkt.kubernetes.io/namespace"]));
     facts.set(Label::Pod, get(pod, &["io.kubernetes.pod.name", "rkt.kubernetes.io/name"]));
     facts.pod_uid = get(pod, &["io.kubernetes.pod.uid", "rkt.kubernetes.io/uid"]).map(str::to_owned);
     let named = manifest.apps.iter().find(|a| Some(a.name.as_str()) == app);
     let only = (manifest.apps.len() == 1).then(|| manifest.apps.first()).flatten();
-    // An app is called by its own name, which the path has told.
+    // The name of an app comes from the path.
     facts.set(Label::Name, Some(uuid).filter(|_| app.is_none()));
     if let Some(app) = named.or(only) {
         let managed = facts.pod_uid.is_some() || facts.labels[Label::Pod as usize].is_some();
@@ -91,17 +91,17 @@ mod tests {
     use crate::labels::source::tests::{Files, check};
 
     #[test]
-    fn rows() {
-        let row = |text: &str, app: Option<&str>, expect: &str| {
+    fn manifests_of_rkt_name_pod_and_image() {
+        let case = |text: &str, app: Option<&str>, expect: &str| {
             let files = Files::new(&[("var/lib/rkt/pods/run/u1/pod", text)]);
-            check(&ask(&files.root(), "u1", app), expect);
+            check(&query(&files.root(), "u1", app), expect);
         };
         let one = r#"{"acKind":"PodManifest","apps":[{"name":"train","image":{"name":"e.org/i","id":"sha512-1","labels":[{"name":"version","value":"2"}]}}],
             "annotations":[{"name":"rkt.kubernetes.io/name","value":"p"},{"name":"rkt.kubernetes.io/namespace","value":"n"}]}"#;
-        row(one, None, "n/p/train u1 e.org/i:2");
+        case(one, None, "n/p/train u1 e.org/i:2");
         let two = r#"{"apps":[{"name":"a","image":{"id":"sha512-1"}},{"name":"b","image":{"id":"sha512-2"}}]}"#;
-        row(two, Some("b"), "-/-/- - sha512-2");
-        row(two, None, "-/-/- u1 -");
-        row("x", None, "error");
+        case(two, Some("b"), "-/-/- - sha512-2");
+        case(two, None, "-/-/- u1 -");
+        case("x", None, "error");
     }
 }

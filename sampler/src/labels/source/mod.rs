@@ -1,6 +1,5 @@
-//! The sources of labels: each may fail alone, each has a hard limit in time and size, none is on the sampling path.
+//! The label sources. Each fails independently, each has a hard limit of time and size, and none is on the sampling path.
 
-pub mod answer;
 mod bundle;
 pub mod cri;
 mod crio;
@@ -15,6 +14,7 @@ pub mod kubelet;
 mod manifest;
 mod nested;
 mod pods;
+pub mod reply;
 mod storage;
 
 use std::collections::HashMap;
@@ -27,14 +27,14 @@ use sampler_labels::{FILES_IN_FLIGHT, Outcome, Query, Source, TargetId};
 
 use tokio::sync::Semaphore;
 
-use self::answer::{Answer, TIMEOUT};
 use self::cri::Cri;
 use self::kubelet::Kubelet;
-use super::discover::{HostPaths, is_one_name};
+use self::reply::{SourceReply, TIMEOUT};
+use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
 use crate::error::display_chain;
 
-/// Whom a target stands for.
+/// The endpoint of a target.
 #[derive(Clone)]
 enum Endpoint {
     Files(Source),
@@ -44,7 +44,7 @@ enum Endpoint {
     Kubelet(Arc<Kubelet>),
 }
 
-/// Everything that can be asked, and where.
+/// All sources and their endpoints.
 pub struct LabelSources {
     pub root: Root,
     pub procfs: PathBuf,
@@ -53,19 +53,19 @@ pub struct LabelSources {
     pub places: ArcSwap<HostPaths>,
     /// By target.
     endpoints: RwLock<Vec<Endpoint>>,
-    /// A read that hangs keeps its thread, whatever becomes of the question: so there are only so many of each source.
+    /// A read that hangs keeps its thread even after its query timed out; these permits bound the threads of each source.
     reads: HashMap<Source, Arc<Semaphore>>,
 }
 
 impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
-        let files = Source::ASKED.into_iter().filter(|s| !s.is_socket());
+        let files = Source::QUERIED.into_iter().filter(|s| !s.is_socket());
         let reads = files.map(|source| (source, Arc::new(Semaphore::new(FILES_IN_FLIGHT)))).collect();
         Self { root, procfs, cgroups, places, endpoints: RwLock::default(), reads }
     }
 
-    /// `socket`: its path here. Targets are numbered as the ladder numbers them: one after the other.
+    /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
     pub fn add(&self, source: Source, socket: &Path) {
         let endpoint = match source {
             Source::Docker => Endpoint::Docker(socket.to_owned(), Runtime::Docker),
@@ -83,12 +83,12 @@ impl LabelSources {
     }
 }
 
-/// Whether a socket answers at all: no question about a container.
+/// Checks whether a socket responds, without a query about a container.
 pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), String> {
     let probe = async {
         match sources.endpoint(target) {
-            Some(Endpoint::Docker(socket, _)) => http::answers(&socket, "/_ping").await,
-            Some(Endpoint::Crio(socket)) => http::answers(&socket, "/info").await,
+            Some(Endpoint::Docker(socket, _)) => http::check_responds(&socket, "/_ping").await,
+            Some(Endpoint::Crio(socket)) => http::check_responds(&socket, "/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
                 Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
@@ -97,77 +97,77 @@ pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), S
             Some(Endpoint::Files(_)) | None => Ok(()),
         }
     };
-    let late = || Err(format!("no answer within {} s", TIMEOUT.as_secs()));
-    tokio::time::timeout(TIMEOUT, probe).await.unwrap_or_else(|_| late())
+    let timed_out = || Err(format!("no response within {} s", TIMEOUT.as_secs()));
+    tokio::time::timeout(TIMEOUT, probe).await.unwrap_or_else(|_| timed_out())
 }
 
-/// Puts one question; ends within [`TIMEOUT`], whatever becomes of it.
-pub async fn put(sources: Arc<LabelSources>, ask: &Query) -> Answer {
-    let Some(endpoint) = sources.endpoint(ask.target) else { return Answer::error("there is no such target") };
-    let id = ask.container_id().to_owned();
-    if !is_one_name(&id) {
-        return Answer::not_asked("it has no id that a runtime would know");
+/// Executes one query; ends within [`TIMEOUT`] in any case.
+pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
+    let Some(endpoint) = sources.endpoint(query.target) else { return SourceReply::error("no such target") };
+    let id = query.container_id().to_owned();
+    if !is_single_name(&id) {
+        return SourceReply::not_queried("the container has no valid id");
     }
-    let answer = async {
+    let reply = async {
         match endpoint {
-            Endpoint::Docker(socket, runtime) => docker::ask(&socket, runtime, &id).await,
-            Endpoint::Cri(cri) => cri.ask(&id, ask.record.identity.runtime).await,
-            Endpoint::Crio(socket) => crio::ask(&socket, &id).await,
-            Endpoint::Kubelet(kubelet) => kubelet.ask(ask.pod_uid.as_deref()).await,
+            Endpoint::Docker(socket, runtime) => docker::query(&socket, runtime, &id).await,
+            Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
+            Endpoint::Crio(socket) => crio::query(&socket, &id).await,
+            Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
             Endpoint::Files(source) => {
-                let (sources, ask) = (Arc::clone(&sources), ask.clone());
+                let (sources, query) = (Arc::clone(&sources), query.clone());
                 let permit = sources.reads.get(&source).map(|reads| Arc::clone(reads).try_acquire_owned());
-                let Some(Ok(permit)) = permit else { return Answer::error("earlier reads of its files still hang") };
+                let Some(Ok(permit)) = permit else { return SourceReply::error("earlier reads of this source still hang") };
                 let read = tokio::task::spawn_blocking(move || {
                     let _held = permit;
-                    files(&sources, source, &ask, &id)
+                    files(&sources, source, &query, &id)
                 });
-                read.await.unwrap_or_else(Answer::error)
+                read.await.unwrap_or_else(SourceReply::error)
             }
         }
     };
-    let late = || Answer::timeout(format!("no answer within {} s", TIMEOUT.as_secs()));
-    tokio::time::timeout(TIMEOUT, answer).await.unwrap_or_else(|_| late())
+    let timed_out = || SourceReply::timeout(format!("no response within {} s", TIMEOUT.as_secs()));
+    tokio::time::timeout(TIMEOUT, reply).await.unwrap_or_else(|_| timed_out())
 }
 
-fn files(sources: &LabelSources, source: Source, ask: &Query, id: &str) -> Answer {
+fn files(sources: &LabelSources, source: Source, query: &Query, id: &str) -> SourceReply {
     let (root, places) = (&sources.root, sources.places.load());
-    let answer = match source {
-        Source::Logs => return pods::logs(root, id, ask.pod_uid.as_deref()),
-        Source::Mountinfo => return mountinfo(sources, ask),
-        Source::Manifest => return manifest::ask(root, id, ask.record.identity.name.as_deref()),
-        source => runtimes_files(source, root, &places, id),
+    let reply = match source {
+        Source::Logs => return pods::logs(root, id, query.pod_uid.as_deref()),
+        Source::Mountinfo => return mountinfo(sources, query),
+        Source::Manifest => return manifest::query(root, id, query.record.identity.name.as_deref()),
+        source => runtime_files(source, root, &places, id),
     };
-    if answer.outcome != Outcome::NotFound {
-        return answer;
+    if reply.outcome != Outcome::NotFound {
+        return reply;
     }
-    if let Some(theirs) = places.of_user(&ask.record.cgroup_path) {
-        let answer = runtimes_files(source, root, theirs, id);
-        if answer.outcome != Outcome::NotFound {
-            return answer;
+    if let Some(user_paths) = places.for_user(&query.record.cgroup_path) {
+        let reply = runtime_files(source, root, user_paths, id);
+        if reply.outcome != Outcome::NotFound {
+            return reply;
         }
     }
-    let Some(inner) = nested::root(&sources.procfs, &sources.cgroups, &ask.record) else { return answer };
-    match runtimes_files(source, &inner, &HostPaths::default().with_defaults(), id) {
-        nested if matches!(nested.outcome, Outcome::Found(_)) => nested,
-        nested if nested.outcome == Outcome::NotFound => answer,
-        // What is wrong in there is not wrong with the host's.
-        nested => Answer::not_found_because(nested.detail),
+    let Some(inner_root) = nested::root(&sources.procfs, &sources.cgroups, &query.record) else { return reply };
+    match runtime_files(source, &inner_root, &HostPaths::default().with_defaults(), id) {
+        inner if matches!(inner.outcome, Outcome::Found(_)) => inner,
+        inner if inner.outcome == Outcome::NotFound => reply,
+        // An error inside the container is not an error of the host's files.
+        inner => SourceReply::not_found_because(inner.detail),
     }
 }
 
-fn mountinfo(sources: &LabelSources, ask: &Query) -> Answer {
-    let (path, uid) = (&ask.record.cgroup_path, ask.record.identity.pod_uid.as_deref());
+fn mountinfo(sources: &LabelSources, query: &Query) -> SourceReply {
+    let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
     pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid)
 }
 
-fn runtimes_files(source: Source, root: &Root, places: &HostPaths, id: &str) -> Answer {
+fn runtime_files(source: Source, root: &Root, places: &HostPaths, id: &str) -> SourceReply {
     match source {
-        Source::Bundle => bundle::ask(root, places, id),
-        Source::DockerFile => docker_file::ask(root, places, id),
+        Source::Bundle => bundle::query(root, places, id),
+        Source::DockerFile => docker_file::query(root, places, id),
         Source::CrioFile => storage::crio(root, places, id),
         Source::PodmanFile => storage::podman(root, places, id),
-        other => Answer::error(format!("{} is no file", other.name())),
+        other => SourceReply::error(format!("{} does not read files", other.name())),
     }
 }
 
@@ -179,7 +179,7 @@ pub mod tests {
 
     use super::*;
 
-    /// A host's file system.
+    /// A temporary root file system.
     pub struct Files(tempfile::TempDir);
 
     impl Files {
@@ -209,16 +209,16 @@ pub mod tests {
     }
 
     /// `[sandbox ]namespace/pod/container name image`, or the outcome's name.
-    pub fn check(answer: &Answer, expect: &str) {
-        let told = match &answer.outcome {
+    pub fn check(reply: &SourceReply, expect: &str) {
+        let text = match &reply.outcome {
             Outcome::Found(facts) => {
                 let label = |l: Label| facts.labels[l as usize].clone().unwrap_or("-".into());
                 let pod = [Label::Namespace, Label::Pod, Label::Container].map(label).join("/");
                 let sandbox = if facts.sandbox { "sandbox " } else { "" };
                 format!("{sandbox}{pod} {} {}", label(Label::Name), label(Label::Image))
             }
-            _ => answer.told.name().to_owned(),
+            _ => reply.status.name().to_owned(),
         };
-        assert_eq!(told, expect, "{}", answer.detail);
+        assert_eq!(text, expect, "{}", reply.detail);
     }
 }

@@ -1,8 +1,8 @@
-//! Containers whose runtime runs in a container itself (kind, docker in docker): what their runtime leaves in files is below the root of
-//! their shim, the parent of their processes.
+//! Containers of a runtime that itself runs in a container (kind, docker in docker): the runtime's files are below the root of the shim,
+//! which is the parent of the container's processes.
 //!
-//! A tenant owns that root and can write what he likes there; so it is believed only about containers of which a process in another
-//! container is the parent, and a container is never its own witness.
+//! A tenant controls the content of that root. So it is used only for containers with a parent process in another container, and never
+//! for the container that the root belongs to.
 
 use std::fs;
 use std::path::{Path, PathBuf};
@@ -14,13 +14,13 @@ use super::pods::pids_of;
 use crate::labels::root::Root;
 use crate::observe::kernel::proc::memberships;
 
-/// Any of its processes has the shim for a parent, or an ancestor of its own; the first is the likeliest.
-const PIDS_LOOKED_AT: usize = 4;
+/// Processes of the container to try: the parent of the first is most likely the shim.
+const MAX_PIDS: usize = 4;
 
-/// `None` for a container whose runtime runs on the host, which is the usual case.
+/// The root of the container's runtime; `None` if the runtime runs on the host, which is the usual case.
 pub fn root(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Option<Root> {
     let id = record.identity.container_id.as_deref()?;
-    for pid in pids_of(cgroups, &record.cgroup_path).iter().take(PIDS_LOOKED_AT) {
+    for pid in pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS) {
         let Some(parent) = parent(&procfs.join(pid)) else { continue };
         let folder = procfs.join(parent);
         let lines = memberships(&folder).unwrap_or_default();
@@ -33,7 +33,7 @@ pub fn root(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Opt
     None
 }
 
-/// Field 4 of `stat`, behind a name that may hold anything.
+/// Field 4 of `stat`, after the name, which may contain any characters.
 fn parent(folder: &Path) -> Option<String> {
     let stat = fs::read_to_string(folder.join("stat")).ok()?;
     let parent = stat.rsplit(')').next()?.split_whitespace().nth(1)?;

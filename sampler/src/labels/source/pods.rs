@@ -1,30 +1,30 @@
-//! What a kubelet leaves about its pods, whatever the runtime: log folders and links, and the mounts of a pod's processes.
+//! Files of the kubelet about its pods, for any runtime: log folders and links, and the mounts of a pod's processes.
 //!
-//! Names found in paths have the least authority. A pod's log folder names its containers, but not which of them is which, so the
-//! container's name comes only from a link with its id or from its own mounts.
+//! Names found in paths have the lowest authority. A pod's log folder has the names of its containers but not their ids, so the name of
+//! a container comes only from a link with its id or from its own mounts.
 
 use std::fs;
 use std::path::{Path, PathBuf};
 
 use sampler_labels::{Facts, Label};
 
-use super::answer::Answer;
 use super::file;
+use super::reply::SourceReply;
 use crate::labels::root::Root;
 
 const POD_LOGS: &str = "/var/log/pods";
 const CONTAINER_LOGS: &str = "/var/log/containers";
-/// The longest file name there is: a longer link's name was cut, at its end, where the id is.
+/// The longest file name: the name of a longer link is truncated at its end, where the id is.
 const NAME_MAX: usize = 255;
-/// Fewer digits of a cut id could be another container's.
-const FEWEST_DIGITS: usize = 12;
-/// A container's processes; any of them shows its mounts.
-const PIDS_LOOKED_AT: usize = 4;
-/// A process with more mounts than fit here is not read to the end.
+/// Fewer digits of a truncated id could match another container.
+const MIN_ID_DIGITS: usize = 12;
+/// Processes of a container to try; any of them shows its mounts.
+const MAX_PIDS: usize = 4;
+/// A longer list of mounts is truncated.
 const MAX_MOUNTINFO_BYTES: u64 = 4 << 20;
 
 /// `/var/log/pods/<namespace>_<pod>_<uid>/`, and `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
-pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> Answer {
+pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> SourceReply {
     let mut facts = Facts::default();
     let pods = match pod_uid {
         Some(uid) => pod_folder(root, uid, &mut facts),
@@ -32,18 +32,20 @@ pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> Answer {
     };
     let links = container_link(root, id, &mut facts);
     match (facts == Facts::default(), pods.and(links)) {
-        (true, Err(detail)) => Answer::error(detail).at(Path::new(POD_LOGS)),
-        (true, Ok(())) => Answer::not_in(&[PathBuf::from(POD_LOGS), PathBuf::from(CONTAINER_LOGS)]),
-        // What one of the two said counts, whatever became of the other.
-        (false, _) if facts.labels[Label::Container as usize].is_some() => Answer::found(facts).at(Path::new(CONTAINER_LOGS)),
-        (false, _) => Answer::found(facts).at(Path::new(POD_LOGS)),
+        (true, Err(detail)) => SourceReply::error(detail).at(Path::new(POD_LOGS)),
+        (true, Ok(())) => SourceReply::not_in(&[PathBuf::from(POD_LOGS), PathBuf::from(CONTAINER_LOGS)]),
+        // A result of one of the two is used even if the other failed.
+        (false, _) if facts.labels[Label::Container as usize].is_some() => {
+            SourceReply::found(facts).at(Path::new(CONTAINER_LOGS))
+        }
+        (false, _) => SourceReply::found(facts).at(Path::new(POD_LOGS)),
     }
 }
 
 fn pod_folder(root: &Root, uid: &str, facts: &mut Facts) -> Result<(), String> {
     let named = file::list(&root.path(Path::new(POD_LOGS)))?;
-    let ours = named.iter().find_map(|(name, _)| name.strip_suffix(uid)?.strip_suffix('_')?.split_once('_'));
-    if let Some((namespace, pod)) = ours {
+    let matching = named.iter().find_map(|(name, _)| name.strip_suffix(uid)?.strip_suffix('_')?.split_once('_'));
+    if let Some((namespace, pod)) = matching {
         facts.set(Label::Namespace, Some(namespace));
         facts.set(Label::Pod, Some(pod));
         facts.pod_uid = Some(uid.to_owned());
@@ -54,13 +56,13 @@ fn pod_folder(root: &Root, uid: &str, facts: &mut Facts) -> Result<(), String> {
 fn container_link(root: &Root, id: &str, facts: &mut Facts) -> Result<(), String> {
     for (name, path) in file::list(&root.path(Path::new(CONTAINER_LOGS)))? {
         let Some(stem) = name.strip_suffix(".log") else { continue };
-        let Some((who, digits)) = stem.rsplit_once('-') else { continue };
-        let cut = name.len() == NAME_MAX && digits.len() >= FEWEST_DIGITS && id.starts_with(digits);
+        let Some((names, digits)) = stem.rsplit_once('-') else { continue };
+        let cut = name.len() == NAME_MAX && digits.len() >= MIN_ID_DIGITS && id.starts_with(digits);
         if digits != id && !cut {
             continue;
         }
-        let [pod, namespace, container] = who.split('_').collect::<Vec<_>>()[..] else { continue };
-        // Of a name that was cut, what looks like an id may be the end of a container's name; where it leads is whole.
+        let [pod, namespace, container] = names.split('_').collect::<Vec<_>>()[..] else { continue };
+        // In a truncated name, apparent digits of the id may be the end of the container's name; the link's target is complete.
         let target =
             if cut { fs::read_link(&path).map_err(|error| format!("{}: {error}", path.display()))? } else { PathBuf::new() };
         if cut && target.parent().and_then(Path::file_name).is_none_or(|folder| folder != container) {
@@ -76,36 +78,36 @@ fn container_link(root: &Root, id: &str, facts: &mut Facts) -> Result<(), String
 
 /// The kubelet mounts `<kubelet root>/pods/<uid>/containers/<name>/<hash>` as the termination log of each container.
 ///
-/// A tenant can make mounts that look so. They count only for a container whose cgroup names the pod, and only for that pod.
-pub fn mountinfo(procfs: &Path, mounts: &[PathBuf], cgroup: &str, pod_uid: Option<&str>) -> Answer {
-    let Some(uid) = pod_uid else { return Answer::not_asked("its cgroup names no pod") };
-    let pids = pids_of(mounts, cgroup);
+/// A tenant can create such mounts. So they are used only if the cgroup of the container names the pod, and only for that pod.
+pub fn mountinfo(procfs: &Path, mount_points: &[PathBuf], cgroup: &str, pod_uid: Option<&str>) -> SourceReply {
+    let Some(uid) = pod_uid else { return SourceReply::not_queried("the cgroup path has no pod UID") };
+    let pids = pids_of(mount_points, cgroup);
     let mut problem = None;
-    for pid in pids.iter().take(PIDS_LOOKED_AT) {
+    for pid in pids.iter().take(MAX_PIDS) {
         let path = procfs.join(pid).join("mountinfo");
         match file::beginning(&path, MAX_MOUNTINFO_BYTES) {
             Ok(text) => {
                 if let Some(facts) = mount_facts(&String::from_utf8_lossy(&text), uid) {
-                    return Answer::found(facts).at(&path);
+                    return SourceReply::found(facts).at(&path);
                 }
             }
-            // It ended; another one may live.
+            // The process ended; another one may still run.
             Err(error) if file::is_absent(&error) || error.raw_os_error() == Some(libc::ESRCH) => {}
-            Err(error) => problem = Some(Answer::error(format!("{}: {error}", path.display())).at(&path)),
+            Err(error) => problem = Some(SourceReply::error(format!("{}: {error}", path.display())).at(&path)),
         }
     }
     problem.unwrap_or_else(|| {
-        Answer::not_found_because(if pids.is_empty() { "no process of it lives" } else { "none of its mounts is a pod's" })
+        SourceReply::not_found_because(if pids.is_empty() { "it has no running process" } else { "it has no mount of its pod" })
     })
 }
 
-/// Of the cgroup, or of those right below it, as crun and systemd place them.
-pub fn pids_of(mounts: &[PathBuf], cgroup: &str) -> Vec<String> {
+/// The processes of the cgroup, or, if it has none, of its direct children, where crun and systemd place them.
+pub fn pids_of(mount_points: &[PathBuf], cgroup: &str) -> Vec<String> {
     let read = |folder: &Path| -> Vec<String> {
         let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
         text.lines().filter(|pid| *pid != "0").map(str::to_owned).collect()
     };
-    for mount in mounts {
+    for mount in mount_points {
         let folder = mount.join(cgroup.trim_start_matches('/'));
         let mut pids = read(&folder);
         if pids.is_empty() {
@@ -122,9 +124,9 @@ fn mount_facts(text: &str, uid: &str) -> Option<Facts> {
     // 36 35 98:0 /root/within/its/file/system /mount/point ...
     for root in text.lines().filter_map(|line| line.split(' ').nth(3)) {
         let Some((_, rest)) = root.split_once("/pods/") else { continue };
-        // The kubelet's come before those that the container asked for.
-        if let [of, "containers", name, _hash] = rest.split('/').collect::<Vec<_>>()[..]
-            && of == uid
+        // The kubelet's mounts precede those that the container requests.
+        if let [pod, "containers", name, _hash] = rest.split('/').collect::<Vec<_>>()[..]
+            && pod == uid
         {
             let mut facts = Facts::default();
             facts.set(Label::Container, Some(name));
@@ -142,7 +144,7 @@ mod tests {
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
     #[test]
-    fn log_folders_and_links() {
+    fn log_folders_and_links_name_the_pod() {
         let files = Files::new(&[("var/log/pods/prod_trainer-0_uid-1/train/0.log", "")]);
         check(&logs(&files.root(), ID, Some("uid-1")), "prod/trainer-0/- - -");
         check(&logs(&files.root(), ID, Some("uid-2")), "not-found");
@@ -154,13 +156,13 @@ mod tests {
     }
 
     #[test]
-    fn a_link_whose_name_was_cut() {
+    fn a_truncated_link_name_is_matched_by_its_target() {
         let (pod, namespace) = ("p".repeat(150), "n".repeat(63));
         let name: String = format!("{pod}_{namespace}_c-{ID}").chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
         files.link(&format!("var/log/containers/{name}.log"), &format!("/var/log/pods/{namespace}_{pod}_u/c/0.log"));
         check(&logs(&files.root(), ID, None), &format!("{namespace}/{pod}/c - -"));
-        // A container whose name ends as another's id begins.
+        // The name of this container ends with the first digits of another container's id.
         let name: String = format!("{pod}_{namespace}_{}-{ID}", "x".repeat(24)).chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
         files.link(
@@ -171,7 +173,7 @@ mod tests {
     }
 
     #[test]
-    fn mounts() {
+    fn only_the_first_matching_mount_of_the_pod_counts() {
         let text = "1 2 0:1 / / rw\n3 4 8:1 /var/lib/kubelet/pods/8bb25662-de9a-11e9-84e7-f8f21e04010c/containers/train/1f2e /dev/termination-log rw\n";
         let uid = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
         let facts = mount_facts(text, uid).unwrap();

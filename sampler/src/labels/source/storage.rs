@@ -1,8 +1,8 @@
 //! containers/storage, as CRI-O and podman use it: `<storage>/<driver>-containers/`.
 //!
 //! CRI-O's copy of the bundle has annotations with every label. podman's bundle has none, but the storage's list of containers
-//! (`containers.json`, and since 4.4 `volatile-containers.json` of those that do not outlive a boot) has names and images. Podman's
-//! database is not opened: it belongs to podman.
+//! (`containers.json`, and since 4.4 `volatile-containers.json` for containers that do not outlive a boot) has names and images.
+//! podman's database is private to podman and is not opened.
 
 use std::path::{Path, PathBuf};
 
@@ -11,18 +11,18 @@ use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::answer::{Answer, first_found};
 use super::bundle::{Annotations, Bundle};
 use super::file;
+use super::reply::{SourceReply, first_found};
 use crate::labels::discover::HostPaths;
 use crate::labels::root::Root;
 
 const LISTS: [&str; 2] = ["containers.json", "volatile-containers.json"];
 
-pub fn crio(root: &Root, places: &HostPaths, id: &str) -> Answer {
+pub fn crio(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
     first(root, places, |folder| {
         let bundle = file::read::<Bundle>(&folder.join(id).join("userdata/config.json"))?;
-        // podman keeps bundles in the same place, without these annotations.
+        // podman's bundles are in the same folder, without these annotations.
         let annotations = bundle.and_then(|b| b.annotations).filter(|a| a.contains_key("io.kubernetes.cri-o.ContainerType"));
         Ok(annotations.map(|a| crio_facts(&a)))
     })
@@ -30,17 +30,17 @@ pub fn crio(root: &Root, places: &HostPaths, id: &str) -> Answer {
 
 fn crio_facts(annotations: &Annotations) -> Facts {
     let get = |key: &str| annotations.get(key).map(String::as_str).filter(|v| !v.is_empty());
-    let own = |name: &str| get(&format!("io.kubernetes.cri-o.{name}"));
-    let mut facts = Facts { runtime: Some(Runtime::CriO), knows_pods: true, ..Facts::default() };
-    facts.sandbox = own("ContainerType") == Some("sandbox");
-    // A sandbox has a name as a pod, and one as the container that it is.
-    let name = own("ContainerName").filter(|_| facts.sandbox).or(own("Name"));
+    let crio_key = |name: &str| get(&format!("io.kubernetes.cri-o.{name}"));
+    let mut facts = Facts { runtime: Some(Runtime::CriO), pod_status_known: true, ..Facts::default() };
+    facts.sandbox = crio_key("ContainerType") == Some("sandbox");
+    // A sandbox has the pod's name, and its own name as a container.
+    let name = crio_key("ContainerName").filter(|_| facts.sandbox).or(crio_key("Name"));
     facts.set(Label::Name, name);
-    facts.set(Label::Image, own("ImageName").or(own("UserRequestedImage")).or(own("Image")));
-    facts.set(Label::Namespace, own("Namespace"));
-    facts.set(Label::Pod, own("KubeName"));
-    // Where they are, they win.
-    facts.from_kubelets_labels(get);
+    facts.set(Label::Image, crio_key("ImageName").or(crio_key("UserRequestedImage")).or(crio_key("Image")));
+    facts.set(Label::Namespace, crio_key("Namespace"));
+    facts.set(Label::Pod, crio_key("KubeName"));
+    // The kubelet's labels take precedence if present.
+    facts.from_kubelet_labels(get);
     if let Some(name) = name {
         facts.from_dockershim_name(name);
     }
@@ -62,11 +62,11 @@ struct Metadata {
     image_name: Option<String>,
     image_id: Option<String>,
     name: Option<String>,
-    /// Set by CRI-O, whose containers the list has too.
+    /// Set by CRI-O; its containers are in the same list.
     pod_name: Option<String>,
 }
 
-pub fn podman(root: &Root, places: &HostPaths, id: &str) -> Answer {
+pub fn podman(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
     first(root, places, |folder| {
         let listed = first_found(LISTS.iter().map(|name| {
             let list = file::read::<Vec<Value>>(&folder.join(name))?;
@@ -79,26 +79,26 @@ pub fn podman(root: &Root, places: &HostPaths, id: &str) -> Answer {
 
 fn podman_facts(listed: &Listed) -> Option<Facts> {
     let text = listed.metadata.as_deref().unwrap_or("{}");
-    // The name stands beside it, should this be something else one day.
+    // The name is also outside of the metadata, in case the metadata's form changes.
     let metadata: Metadata = serde_json::from_str(text).unwrap_or_default();
     if metadata.pod_name.is_some() {
         return None;
     }
-    let mut facts = Facts { runtime: Some(Runtime::Podman), knows_pods: true, ..Facts::default() };
+    let mut facts = Facts { runtime: Some(Runtime::Podman), pod_status_known: true, ..Facts::default() };
     let names = listed.names.as_deref().unwrap_or_default();
     facts.set(Label::Name, names.first().map(String::as_str).or(metadata.name.as_deref()));
     facts.set(Label::Image, metadata.image_name.as_deref().filter(|i| !i.is_empty()).or(metadata.image_id.as_deref()));
     Some(facts)
 }
 
-fn first(root: &Root, places: &HostPaths, look: impl Fn(&Path) -> Result<Option<Facts>, String>) -> Answer {
-    Answer::first_of(&places.storages, |storage| {
-        let found = first_found(folders(&root.path(storage))?.iter().map(|folder| look(folder)))?;
-        Ok(found.map(Answer::found))
+fn first(root: &Root, places: &HostPaths, read: impl Fn(&Path) -> Result<Option<Facts>, String>) -> SourceReply {
+    SourceReply::first_of(&places.storages, |storage| {
+        let found = first_found(folders(&root.path(storage))?.iter().map(|folder| read(folder)))?;
+        Ok(found.map(SourceReply::found))
     })
 }
 
-/// One for each storage driver in use, `overlay-containers` most often.
+/// The container folders, one for each storage driver in use; usually `overlay-containers`.
 fn folders(storage: &Path) -> Result<Vec<PathBuf>, String> {
     let all = file::list(storage)?.into_iter();
     Ok(all.filter(|(name, _)| name.ends_with("-containers")).map(|(_, path)| path).collect())
@@ -110,40 +110,40 @@ mod tests {
     use crate::labels::source::tests::{Files, check};
 
     #[test]
-    fn crios_bundles() {
-        let row = |text: &str, expect: &str| {
+    fn bundles_of_crio_have_all_labels() {
+        let case = |text: &str, expect: &str| {
             let files = Files::new(&[("run/containers/storage/overlay-containers/c1/userdata/config.json", text)]);
             check(&crio(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
-        row(
+        case(
             r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"container","io.kubernetes.cri-o.Name":"k8s_c_p_n_u_0","io.kubernetes.pod.name":"p",
             "io.kubernetes.pod.namespace":"n","io.kubernetes.container.name":"c","io.kubernetes.cri-o.ImageName":"i"}}"#,
             "n/p/c k8s_c_p_n_u_0 i",
         );
-        row(
+        case(
             r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"sandbox","io.kubernetes.cri-o.Name":"k8s_POD_p_n_u_0"}}"#,
             "sandbox n/p/POD k8s_POD_p_n_u_0 -",
         );
-        row(r#"{"annotations":{"io.container.manager":"libpod"}}"#, "not-found");
-        row("{", "not-found");
-        row("{]", "error");
+        case(r#"{"annotations":{"io.container.manager":"libpod"}}"#, "not-found");
+        case("{", "not-found");
+        case("{]", "error");
     }
 
     #[test]
-    fn podmans_lists() {
-        let row = |file: &str, text: &str, expect: &str| {
+    fn lists_of_podman_have_name_and_image() {
+        let case = |file: &str, text: &str, expect: &str| {
             let files = Files::new(&[(file, text)]);
             check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         let one = r#"[{"id":"c0"},{"id":"c1","names":["web"],"image":"f1","metadata":"{\"image-name\":\"i:1\",\"image-id\":\"f1\",\"name\":\"web\"}"}]"#;
-        row("var/lib/containers/storage/overlay-containers/containers.json", one, "-/-/- web i:1");
-        row("var/lib/containers/storage/vfs-containers/volatile-containers.json", one, "-/-/- web i:1");
-        row(
+        case("var/lib/containers/storage/overlay-containers/containers.json", one, "-/-/- web i:1");
+        case("var/lib/containers/storage/vfs-containers/volatile-containers.json", one, "-/-/- web i:1");
+        case(
             "var/lib/containers/storage/overlay-containers/containers.json",
             r#"[{"id":"c1","names":["x"],"metadata":"?"}]"#,
             "-/-/- x -",
         );
-        row(
+        case(
             "var/lib/containers/storage/overlay-containers/containers.json",
             r#"[7,{"id":"c0","names":7},{"id":"c1","names":["x"]}]"#,
             "-/-/- x -",
@@ -154,7 +154,7 @@ mod tests {
         ]);
         check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), "-/-/- web i:1");
         let crio = r#"[{"id":"c1","names":["x"],"metadata":"{\"pod-name\":\"p\"}"}]"#;
-        row("var/lib/containers/storage/overlay-containers/containers.json", crio, "not-found");
-        row("var/lib/containers/storage/overlay-containers/containers.json", "[]", "not-found");
+        case("var/lib/containers/storage/overlay-containers/containers.json", crio, "not-found");
+        case("var/lib/containers/storage/overlay-containers/containers.json", "[]", "not-found");
     }
 }

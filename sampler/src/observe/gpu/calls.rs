@@ -1,7 +1,7 @@
-//! The driver calls that nvml-wrapper does not make the way the poller needs them: with buffers that are there already, and with what
-//! older and newer drivers have instead.
+//! Driver calls that nvml-wrapper does not offer in the form that the poller needs: with preallocated buffers, and with the variants of
+//! older and newer drivers.
 //!
-//! NOT_FOUND and NO_DATA mean "nothing new" and are an empty answer, never an error.
+//! NOT_FOUND and NO_DATA mean "nothing new" and yield an empty result, never an error.
 
 use std::ffi::c_uint;
 
@@ -14,13 +14,14 @@ use sampler_core::reconstruct::{RawProcessSample, RawSample};
 
 use super::library::{Handle, unsupported_argument, versioned};
 
-/// The size query answers a capacity (100 or 4096), not a count, and rows grow between calls: ask once with room for all.
-const ROWS: usize = 4096;
-/// The driver lists 950 processes at most.
+/// The size query returns a capacity (100 or 4096), not a count, and the number of samples grows between calls: one call with room for
+/// all is made instead.
+const PROCESS_SAMPLES: usize = 4096;
+/// The driver lists at most 950 processes.
 const PROCESSES: usize = 1024;
 /// The driver's ring has 72 samples.
 const SAMPLES: usize = 128;
-/// No buffer grows beyond this many entries, whatever the driver says that it needs.
+/// Maximum number of entries of a buffer, whatever size the driver requests.
 const MOST: usize = 1 << 16;
 /// nvmlValueType_t.
 const DOUBLE: c_uint = 0;
@@ -28,7 +29,7 @@ const UNSIGNED_LONG: c_uint = 2;
 const UNSIGNED_LONG_LONG: c_uint = 3;
 const SIGNED_LONG_LONG: c_uint = 4;
 
-/// The lists of a device's processes.
+/// The process lists of a device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum List {
     Compute,
@@ -38,7 +39,7 @@ pub enum List {
 
 type ListCall<T> = unsafe extern "C" fn(nvmlDevice_t, *mut c_uint, *mut T) -> nvmlReturn_t;
 
-/// Answers are written here; grows when the driver has more.
+/// Receive results of calls; grow when the driver has more.
 #[derive(Default)]
 pub struct Buffers {
     samples: Vec<nvmlSample_t>,
@@ -48,18 +49,18 @@ pub struct Buffers {
     old_processes: Vec<nvmlProcessInfo_v1_t>,
 }
 
-// SAFETY: plain numbers and the pointers in no answer: nothing in it belongs to a thread.
+// SAFETY: consists of plain numbers; pointers are never part of a result, and nothing is bound to a thread.
 unsafe impl Send for Buffers {}
 
-/// Asks with the room that is there, and with more while the driver says that it is not enough. `call(pointer, count)` leaves in
-/// `count` what there is, or what is needed.
+/// Calls with the present buffer, and with a larger one while the driver reports that it is too small. `call(pointer, count)` sets
+/// `count` to the number of entries, or to the number needed.
 fn with_room<T: Copy>(
     buffer: &mut Vec<T>,
     room: usize,
     mut call: impl FnMut(*mut T, &mut c_uint) -> nvmlReturn_t,
 ) -> Result<&[T], NvmlError> {
     if buffer.is_empty() {
-        // SAFETY: rows of plain numbers and unions of them, for which all-zero is a value.
+        // SAFETY: entries consist of plain numbers and unions of them, for which all-zero bytes are valid.
         buffer.resize(room, unsafe { std::mem::zeroed() });
     }
     loop {
@@ -78,29 +79,30 @@ fn with_room<T: Copy>(
 }
 
 impl Buffers {
-    /// How many samples the driver may answer with at once.
-    pub fn capacity(of: &Handle, kind: u32) -> Result<usize, NvmlError> {
-        let symbol = *nvml_sym(of.lib().nvmlDeviceGetSamples.as_ref())?;
+    /// Maximum number of samples that the driver returns at once.
+    pub fn capacity(handle: &Handle, kind: u32) -> Result<usize, NvmlError> {
+        let symbol = *nvml_sym(handle.lib().nvmlDeviceGetSamples.as_ref())?;
         let (mut value_type, mut count) = (1, 0);
-        // SAFETY: the handle belongs to this open library; without a buffer the driver only says how large it would be.
-        let asked = nvml_try(unsafe { symbol(of.pointer(), kind, 0, &raw mut value_type, &raw mut count, std::ptr::null_mut()) });
-        match asked {
+        // SAFETY: the handle belongs to this open library; without a buffer the driver only returns the size.
+        let result =
+            nvml_try(unsafe { symbol(handle.pointer(), kind, 0, &raw mut value_type, &raw mut count, std::ptr::null_mut()) });
+        match result {
             Ok(()) | Err(NvmlError::InsufficientSize(_)) => Ok(count as usize),
             Err(error) => Err(error),
         }
     }
 
     /// Every sample of one of the device's rings that is newer than `after`, in the driver's order.
-    pub fn samples(&mut self, of: &Handle, kind: u32, after: u64) -> Result<Vec<RawSample>, NvmlError> {
-        let symbol = *nvml_sym(of.lib().nvmlDeviceGetSamples.as_ref())?;
+    pub fn samples(&mut self, handle: &Handle, kind: u32, after: u64) -> Result<Vec<RawSample>, NvmlError> {
+        let symbol = *nvml_sym(handle.lib().nvmlDeviceGetSamples.as_ref())?;
         let mut value_type = 1;
         let found = with_room(&mut self.samples, SAMPLES, |to, count| {
-            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` samples, which there is room for.
-            unsafe { symbol(of.pointer(), kind, after, &raw mut value_type, count, to) }
+            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` samples, for which there is room.
+            unsafe { symbol(handle.pointer(), kind, after, &raw mut value_type, count, to) }
         })?;
         let percent = |sample: &nvmlSample_t| {
             let value = sample.sampleValue;
-            // SAFETY: a union of numbers, read as what the driver says that it wrote.
+            // SAFETY: a union of numbers, read as the type that the driver reports.
             unsafe {
                 match value_type {
                     DOUBLE => value.dVal as u32,
@@ -114,25 +116,25 @@ impl Buffers {
         Ok(found.iter().map(|sample| RawSample { at_us: sample.timeStamp, percent: percent(sample) }).collect())
     }
 
-    /// Rows newer than `after`, as every driver tells them.
-    pub fn process_samples(&mut self, of: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
-        let symbol = *nvml_sym(of.lib().nvmlDeviceGetProcessUtilization.as_ref())?;
-        let found = with_room(&mut self.process_samples, ROWS, |to, count| {
-            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` rows, which there is room for.
-            unsafe { symbol(of.pointer(), to, count, after) }
+    /// Process samples newer than `after`, in the form that every driver supports.
+    pub fn process_samples(&mut self, handle: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
+        let symbol = *nvml_sym(handle.lib().nvmlDeviceGetProcessUtilization.as_ref())?;
+        let found = with_room(&mut self.process_samples, PROCESS_SAMPLES, |to, count| {
+            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` samples, for which there is room.
+            unsafe { symbol(handle.pointer(), to, count, after) }
         })?;
-        let row = |r: &nvmlProcessUtilizationSample_t| RawProcessSample {
-            at_us: r.timeStamp,
-            pid: r.pid,
-            percent: [r.smUtil, r.memUtil, r.encUtil, r.decUtil, 0, 0],
+        let sample = |s: &nvmlProcessUtilizationSample_t| RawProcessSample {
+            at_us: s.timeStamp,
+            pid: s.pid,
+            percent: [s.smUtil, s.memUtil, s.encUtil, s.decUtil, 0, 0],
         };
-        Ok(found.iter().map(row).collect())
+        Ok(found.iter().map(sample).collect())
     }
 
-    /// As [`Buffers::process_samples`], with the engines that drivers since 550 tell too.
-    pub fn process_samples_of_all_engines(&mut self, of: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
-        let symbol = *nvml_sym(of.lib().nvmlDeviceGetProcessesUtilizationInfo.as_ref())?;
-        let found = with_room(&mut self.infos, ROWS, |to, count| {
+    /// As [`Buffers::process_samples`], with all engines, which drivers since 550 report.
+    pub fn process_samples_of_all_engines(&mut self, handle: &Handle, after: u64) -> Result<Vec<RawProcessSample>, NvmlError> {
+        let symbol = *nvml_sym(handle.lib().nvmlDeviceGetProcessesUtilizationInfo.as_ref())?;
+        let found = with_room(&mut self.infos, PROCESS_SAMPLES, |to, count| {
             let version = versioned::<nvmlProcessesUtilizationInfo_t>(1);
             let mut info = nvmlProcessesUtilizationInfo_t {
                 version,
@@ -140,22 +142,22 @@ impl Buffers {
                 lastSeenTimeStamp: after,
                 procUtilArray: to,
             };
-            // SAFETY: the handle belongs to this open library, `info` says its own version, and there is room for as many rows as it says.
-            let code = unsafe { symbol(of.pointer(), &raw mut info) };
+            // SAFETY: the handle belongs to this open library, `info` contains its version, and the buffer has the stated room.
+            let code = unsafe { symbol(handle.pointer(), &raw mut info) };
             *count = info.processSamplesCount;
             code
         });
-        let row = |r: &nvmlProcessUtilizationInfo_v1_t| RawProcessSample {
-            at_us: r.timeStamp,
-            pid: r.pid,
-            percent: [r.smUtil, r.memUtil, r.encUtil, r.decUtil, r.jpgUtil, r.ofaUtil],
+        let sample = |s: &nvmlProcessUtilizationInfo_v1_t| RawProcessSample {
+            at_us: s.timeStamp,
+            pid: s.pid,
+            percent: [s.smUtil, s.memUtil, s.encUtil, s.decUtil, s.jpgUtil, s.ofaUtil],
         };
-        Ok(unsupported_argument(found)?.iter().map(row).collect())
+        Ok(unsupported_argument(found)?.iter().map(sample).collect())
     }
 
-    /// (pid, bytes of GPU memory where the driver knows them).
-    pub fn processes(&mut self, of: &Handle, list: List) -> Result<Vec<(u32, Option<u64>)>, NvmlError> {
-        let lib = of.lib();
+    /// (PID, bytes of GPU memory if the driver reports them).
+    pub fn processes(&mut self, handle: &Handle, list: List) -> Result<Vec<(u32, Option<u64>)>, NvmlError> {
+        let lib = handle.lib();
         let (third, second, first) = match list {
             List::Compute => (
                 lib.nvmlDeviceGetComputeRunningProcesses_v3.as_ref(),
@@ -173,13 +175,13 @@ impl Buffers {
                 lib.nvmlDeviceGetMPSComputeRunningProcesses.as_ref(),
             ),
         };
-        // All ones is "cannot tell", never a size.
+        // All ones means "unknown".
         let known = |bytes: u64| (bytes != u64::MAX).then_some(bytes);
         let newer: [Option<ListCall<nvmlProcessInfo_v2_t>>; 2] = [third.ok().copied(), second.ok().copied()];
         for symbol in newer.into_iter().flatten() {
             let found = with_room(&mut self.processes, PROCESSES, |to, count| {
-                // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, which there is room for.
-                unsafe { symbol(of.pointer(), count, to) }
+                // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, for which there is room.
+                unsafe { symbol(handle.pointer(), count, to) }
             });
             match found {
                 Err(NvmlError::FunctionNotFound) => {}
@@ -188,8 +190,8 @@ impl Buffers {
         }
         let symbol: ListCall<nvmlProcessInfo_v1_t> = *nvml_sym(first)?;
         let found = with_room(&mut self.old_processes, PROCESSES, |to, count| {
-            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, which there is room for.
-            unsafe { symbol(of.pointer(), count, to) }
+            // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, for which there is room.
+            unsafe { symbol(handle.pointer(), count, to) }
         })?;
         Ok(found.iter().map(|p| (p.pid, known(p.usedGpuMemory))).collect())
     }

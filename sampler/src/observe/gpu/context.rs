@@ -1,4 +1,4 @@
-//! What the threads that read GPUs share.
+//! The state shared by the threads that read GPUs.
 
 use std::collections::HashMap;
 use std::path::PathBuf;
@@ -16,18 +16,18 @@ use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::{Closed, CoreSender};
 
-/// What reading one GPU may take.
+/// The limits for reading one GPU.
 pub fn limits(config: &Config) -> Limits {
     Limits { cpu_percent: config.gpu_budget_percent, wait_percent: config.gpu_wait_percent }
 }
 
-/// What every thread here has.
+/// The shared state.
 pub struct Context {
     pub to: CoreSender,
     pub health: Arc<Health>,
     pub stop: Arc<AtomicBool>,
     pub slots: Slots,
-    /// MIG devices by GPU, from a thread that ended with its library to the next.
+    /// MIG devices by GPU, passed from a thread that ended with its library to its successor.
     pub mig_left: Mutex<HashMap<Arc<str>, RetiredMigs>>,
     pub procfs: PathBuf,
     pub limits: Limits,
@@ -50,9 +50,9 @@ impl Context {
         })
     }
 
-    /// A poll's batch: the pids that it names are checked, and it goes to the core.
+    /// Sends the batch of a poll to the core and its PIDs to the PID check.
     pub fn polled(&self, batch: GpuBatch) -> Result<(), Closed> {
-        self.pids.names(&batch);
+        self.pids.check(&batch);
         self.to.observe(Observation::from(batch))
     }
 

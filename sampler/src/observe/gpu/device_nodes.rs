@@ -1,8 +1,8 @@
-//! Which processes hold NVIDIA's device nodes, by /proc. A process that uses a GPU has them open: `/dev/nvidiactl`, `/dev/nvidia0` and
-//! its siblings, `/dev/nvidia-uvm`.
+//! Determines from /proc which processes hold NVIDIA device nodes. A process that uses a GPU has them open: `/dev/nvidiactl`,
+//! `/dev/nvidia0` and its siblings, `/dev/nvidia-uvm`.
 //!
-//! Reads links of descriptors and, where those hold none, mappings. Reading mappings waits for the process's own memory lock, so it is
-//! done by a thread that only does this, or by `doctor` with its patience.
+//! Reads descriptor links and, if none names a node, mappings. Reading mappings waits for the memory lock of the process, so it is done
+//! by a dedicated thread, or by `doctor` with a timeout.
 
 use std::collections::HashSet;
 use std::ffi::OsStr;
@@ -19,14 +19,14 @@ use sampler_core::pid_space::PidSighting;
 use crate::config::Config;
 use crate::observe::kernel::proc;
 
-/// Of nvidiactl and nvidia0 to nvidia254, registered with the kernel (LANANA).
+/// Major number of nvidiactl and nvidia0 to nvidia254, registered with the kernel (LANANA).
 const NVIDIA_MAJOR: u32 = 195;
 const CONTROL: &str = "nvidiactl";
 const MEMORY: &str = "nvidia-uvm";
-/// Descriptors and mappings looked at of one process. CUDA opens its own early.
+/// Maximum number of descriptors and of mappings read of one process. CUDA opens the nodes early.
 const MOST: usize = 65_536;
 
-/// Where device nodes may be, and how to see who holds them.
+/// The paths of device nodes and of /proc.
 #[derive(Clone)]
 pub struct DevicePaths {
     devfs: Vec<PathBuf>,
@@ -34,14 +34,14 @@ pub struct DevicePaths {
     module: PathBuf,
 }
 
-/// The nodes that are there now.
+/// The existing device nodes.
 #[derive(Clone, Debug, Default)]
 pub struct Nodes {
-    /// Device and inode of each that could be read.
+    /// Device and inode of each readable node.
     inodes: HashSet<(u64, u64)>,
-    /// Of character devices that are NVIDIA's; none where the nodes are stand-ins.
+    /// Major numbers of NVIDIA character devices; empty if the nodes are regular files in a simulation.
     majors: HashSet<u32>,
-    /// The NVIDIA module is loaded in this kernel and the nodes are its.
+    /// Whether the NVIDIA module is loaded in this kernel and provides the nodes.
     pub module: bool,
 }
 
@@ -54,7 +54,7 @@ impl DevicePaths {
         }
     }
 
-    /// `None` where there is nothing to hold: a simulated driver without nodes, WSL, no driver.
+    /// `None` if there are no nodes: a simulated driver without nodes, WSL, no driver.
     pub fn nodes(&self) -> Option<Nodes> {
         let (folder, control) = self.devfs.iter().find_map(|folder| Some((folder, fs::metadata(folder.join(CONTROL)).ok()?)))?;
         let mut nodes = Nodes::default();
@@ -72,14 +72,14 @@ impl DevicePaths {
         Some(nodes)
     }
 
-    /// What /proc shows of the pid; `None` when it changed while it was read.
-    pub fn sight(&self, nodes: &Nodes, pid: u32) -> Option<PidSighting> {
+    /// What /proc shows of the PID; `None` if it changed during reading.
+    pub fn sighting(&self, nodes: &Nodes, pid: u32) -> Option<PidSighting> {
         let folder = self.procfs.join(pid.to_string());
         let living = match proc::living_thread(&folder) {
             Ok(living) => living,
             Err(_) => return Some(PidSighting::Unreadable),
         };
-        // A /proc with hidepid shows no trace of a process that exists; of one that is not reaped nothing can be seen.
+        // A /proc with hidepid hides existing processes, and a zombie shows no descriptors.
         let Some((thread, start)) = living else { return proc::is_free(pid).then_some(PidSighting::Absent) };
         let held = match nodes.open_in(&thread) {
             Ok(false) => nodes.mapped_in(&thread),
@@ -92,24 +92,24 @@ impl DevicePaths {
                 (after == start).then_some(PidSighting::Bystander { start })
             }
             Err(error) if error.kind() == ErrorKind::PermissionDenied => Some(PidSighting::Unreadable),
-            // It ended meanwhile, or has more descriptors or mappings than are looked at.
+            // The process exited during reading, or has more descriptors or mappings than are read.
             Err(_) => None,
         }
     }
 }
 
-/// The number that the kernel gave to nvidia-uvm, in the text of /proc/devices.
+/// The major number that the kernel assigned to nvidia-uvm, from the text of /proc/devices.
 fn memory_major(devices: &str) -> Option<u32> {
     devices.lines().find_map(|line| line.trim().strip_suffix(MEMORY)?.trim().parse().ok())
 }
 
-/// nvidiactl, nvidia-uvm, or nvidia and a number.
+/// Accepts nvidiactl, nvidia-uvm, and nvidia followed by a number.
 fn is_node_name(name: &[u8]) -> bool {
     let number = name.strip_prefix(b"nvidia").filter(|rest| !rest.is_empty());
     name == CONTROL.as_bytes() || name == MEMORY.as_bytes() || number.is_some_and(|n| n.iter().all(u8::is_ascii_digit))
 }
 
-/// The last component of a link, which in another mount namespace may begin differently and end with a remark.
+/// Checks the last component of a link: the target may be in another mount namespace, and " (deleted)" may follow.
 fn names_node(link: &OsStr) -> bool {
     let link = link.as_bytes();
     let link = link.strip_suffix(b" (deleted)").unwrap_or(link);
@@ -123,7 +123,7 @@ impl Nodes {
         is_device && self.majors.contains(&file.stx_rdev_major) || self.inodes.contains(&(number, file.stx_ino))
     }
 
-    /// Follows links of one folder of /proc that name a node.
+    /// Follows those links in one folder of /proc that name a node.
     fn any(&self, folder: &Path, names: impl Iterator<Item = io::Result<std::ffi::OsString>>) -> io::Result<bool> {
         for (n, name) in names.enumerate() {
             if n >= MOST {
@@ -132,18 +132,18 @@ impl Nodes {
             let path = folder.join(name?);
             let link = match fs::read_link(&path) {
                 Ok(link) => link,
-                // Closed meanwhile.
+                // Closed in the meantime.
                 Err(error) if error.kind() == ErrorKind::NotFound => continue,
                 Err(error) => return Err(error),
             };
-            // Only those: a file of a server that is dead may not answer.
+            // Other links are not followed: a file on an unreachable network server may block.
             if !names_node(link.as_os_str()) {
                 continue;
             }
             match statx(CWD, &path, AtFlags::STATX_DONT_SYNC, StatxFlags::BASIC_STATS) {
                 Ok(file) if self.is_node(&file) => return Ok(true),
                 Err(Errno::ACCESS | Errno::PERM) => return Err(ErrorKind::PermissionDenied.into()),
-                // Another file of that name, or closed meanwhile.
+                // Another file of that name, or closed in the meantime.
                 Ok(_) | Err(_) => {}
             }
         }
@@ -170,16 +170,16 @@ impl Nodes {
     }
 }
 
-/// The name in map_files of a line of maps that names a node.
+/// The name in map_files for a line of maps that names a node.
 fn node_range(line: &[u8]) -> Option<std::ffi::OsString> {
     let path = line.iter().position(|byte| *byte == b'/')?;
     let range = line.split(|byte| *byte == b' ').next()?;
     names_node(OsStr::from_bytes(line.get(path..)?)).then(|| {
-        // maps pads addresses with zeroes, map_files does not.
-        let bare = |part: &str| u64::from_str_radix(part, 16).map(|at| format!("{at:x}"));
+        // maps pads addresses with zeros, map_files does not.
+        let unpadded = |part: &str| u64::from_str_radix(part, 16).map(|at| format!("{at:x}"));
         let range = std::str::from_utf8(range).ok()?;
         let (from, to) = range.split_once('-')?;
-        Some(format!("{}-{}", bare(from).ok()?, bare(to).ok()?).into())
+        Some(format!("{}-{}", unpadded(from).ok()?, unpadded(to).ok()?).into())
     })?
 }
 
@@ -192,7 +192,7 @@ mod tests {
     }
 
     #[test]
-    fn names() {
+    fn only_nvidia_device_nodes_are_recognized_by_name() {
         let check = |link: &str, expect| assert_eq!(names_node(OsStr::new(link)), expect, "{link}");
         check("/dev/nvidia0", true);
         check("/dev/nvidia17", true);
@@ -211,7 +211,7 @@ mod tests {
     }
 
     #[test]
-    fn the_memory_major_is_the_kernel_s_own() {
+    fn the_uvm_major_is_read_from_proc_devices() {
         let devices =
             "Character devices:\n  1 mem\n195 nvidia-frontend\n508 nvidia-uvm\n509 nvidia-caps\n\nBlock devices:\n  7 loop\n";
         assert_eq!(memory_major(devices), Some(508));
@@ -219,7 +219,7 @@ mod tests {
     }
 
     #[test]
-    fn ranges_of_mappings() {
+    fn mappings_of_nodes_yield_their_map_files_names() {
         let line = b"7f10c8000000-7f10c8200000 rw-s 00000000 00:06 523                        /dev/nvidia0";
         assert_eq!(node_range(line), Some("7f10c8000000-7f10c8200000".into()));
         assert_eq!(node_range(b"00400000-00401000 r--p 00000000 08:01 5  /dev/nvidiactl"), Some("400000-401000".into()));
@@ -229,13 +229,13 @@ mod tests {
     }
 
     #[test]
-    fn a_folder_without_nodes_has_nothing_to_hold() {
+    fn a_folder_without_nodes_yields_none() {
         let dir = tempfile::tempdir().unwrap();
         assert!(places(dir.path()).nodes().is_none());
     }
 
     #[test]
-    fn who_holds_a_stand_in_is_seen() {
+    fn a_process_that_holds_a_node_is_detected_and_others_are_not() {
         let dir = tempfile::tempdir().unwrap();
         let node = dir.path().join("nvidia0");
         for name in [CONTROL, "nvidia0", MEMORY, "other"] {
@@ -246,26 +246,26 @@ mod tests {
         assert_eq!((nodes.inodes.len(), nodes.majors.len(), nodes.module), (3, 0, false));
         let mut child = std::process::Command::new("sleep").arg("30").stdin(File::open(&node).unwrap()).spawn().unwrap();
         let mut other = std::process::Command::new("sleep").arg("30").stdin(File::open("/dev/null").unwrap()).spawn().unwrap();
-        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Holder));
-        // A file of the same name elsewhere is none of them.
+        assert_eq!(places.sighting(&nodes, child.id()), Some(PidSighting::Holder));
+        // A file of the same name in another folder is not a node.
         let elsewhere = tempfile::tempdir().unwrap();
         fs::write(elsewhere.path().join("nvidia0"), "").unwrap();
         let stranger = File::open(elsewhere.path().join("nvidia0")).unwrap();
         let mut same_name = std::process::Command::new("sleep").arg("30").stdin(stranger).spawn().unwrap();
         for process in [other.id(), same_name.id()] {
-            let sighting = places.sight(&nodes, process);
+            let sighting = places.sighting(&nodes, process);
             assert!(matches!(sighting, Some(PidSighting::Bystander { start }) if start.0 > 0), "{sighting:?}");
         }
-        // It stays open when its name is taken away.
+        // A removed node stays open.
         fs::remove_file(&node).unwrap();
-        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Holder));
+        assert_eq!(places.sighting(&nodes, child.id()), Some(PidSighting::Holder));
         for process in [&mut child, &mut other, &mut same_name] {
             process.kill().unwrap();
         }
         for process in [&mut child, &mut other, &mut same_name] {
             process.wait().unwrap();
         }
-        assert_eq!(places.sight(&nodes, child.id()), Some(PidSighting::Absent));
-        assert_eq!(places.sight(&nodes, u32::MAX), Some(PidSighting::Absent));
+        assert_eq!(places.sighting(&nodes, child.id()), Some(PidSighting::Absent));
+        assert_eq!(places.sighting(&nodes, u32::MAX), Some(PidSighting::Absent));
     }
 }

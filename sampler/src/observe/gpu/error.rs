@@ -1,4 +1,4 @@
-//! Errors of reading GPUs, and threads, whose start may fail.
+//! Errors of GPU access, and a function that starts threads.
 
 use nvml_wrapper::error::NvmlError;
 use thiserror::Error;
@@ -6,13 +6,13 @@ use thiserror::Error;
 #[derive(Debug, Error)]
 pub enum GpuError {
     #[error(
-        "cannot use the NVIDIA driver library {path}: {error}; install the NVIDIA driver, or name its libnvidia-ml.so.1 with --nvml-lib"
+        "cannot use the NVIDIA driver library {path}: {error}; install the NVIDIA driver, or set --nvml-lib to its libnvidia-ml.so.1"
     )]
-    // Not a `source`: nvml-wrapper's message already repeats its own.
+    // Not a `source`: the message of nvml-wrapper already contains its source.
     Init { path: String, error: NvmlError },
-    #[error("the NVIDIA driver does not list its GPUs")]
+    #[error("the NVIDIA driver cannot list its GPUs")]
     List(#[source] NvmlError),
-    #[error("the NVIDIA driver library does not answer")]
+    #[error("a call of the NVIDIA driver library does not return")]
     Hangs,
     #[error("cannot start the thread {name}")]
     Thread { name: String, source: std::io::Error },

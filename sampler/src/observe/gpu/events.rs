@@ -1,4 +1,4 @@
-//! XID errors, as the driver reports them. Reported in one go when there are many: a GPU that dies reports thousands.
+//! XID errors from the driver. Errors in quick succession are passed on together: a failing GPU reports thousands.
 
 use std::collections::{BTreeMap, HashMap};
 use std::sync::{Arc, PoisonError};
@@ -9,20 +9,21 @@ use sampler_core::observation::Observation;
 
 use super::context::Context;
 use super::library::{Generation, Listen};
-use super::nvml_caller::{DeviceFault, is_unsupported, trouble};
+use super::nvml_caller::{DeviceFault, fault, is_unsupported};
 use super::xids::Xids;
 use crate::health::call_watchdog::Caller;
+use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::boot_now;
 
-/// One wait, at most: a new device is listened to after this.
+/// Maximum duration of one wait: new devices are registered after it.
 const WAIT: Duration = Duration::from_secs(1);
-/// What comes within is told together.
+/// Errors within this time are reported together.
 const TOGETHER: Duration = Duration::from_millis(100);
-/// More than this many in that time wait in the driver, so that a storm costs little.
+/// Maximum number of errors read in that time; more stay in the driver, so that many errors cost little.
 const MOST_TOGETHER: u64 = 1000;
-/// The same error of a GPU is logged once in this long.
+/// The same error of a GPU is logged at most once in this time.
 const LOG_EVERY: Duration = Duration::from_secs(60);
 
 pub struct Events {
@@ -35,7 +36,7 @@ pub struct Events {
 
 impl Events {
     pub fn new(generation: Arc<Generation>, context: Arc<Context>) -> Self {
-        let caller = context.health.driver.caller("gpu-events".into(), None);
+        let caller = context.health.driver.caller(Condition::XidEvents, None);
         Self { generation, context, caller, listening: Vec::new(), logged: HashMap::new() }
     }
 
@@ -51,7 +52,7 @@ impl Events {
     fn serve(&mut self) -> Result<(), Closed> {
         let generation = Arc::clone(&self.generation);
         let Ok(xids) = Xids::new(&generation) else {
-            tracing::info!("this driver reports no XID errors");
+            tracing::info!("this driver does not support XID error events");
             return Ok(());
         };
         while !self.is_over() {
@@ -62,8 +63,8 @@ impl Events {
                 continue;
             }
             match self.collect(&xids, &mut seen) {
-                Err(error) if trouble(&error) == Some(DeviceFault::Dead) => self.generation.kill(),
-                // One lost GPU must not make a loop that spins.
+                Err(error) if fault(&error) == Some(DeviceFault::Dead) => self.generation.kill(),
+                // One lost GPU must not cause a busy loop.
                 Err(_) => std::thread::sleep(WAIT),
                 Ok(()) => {}
             }
@@ -75,7 +76,7 @@ impl Events {
         Ok(())
     }
 
-    /// Registers the devices that were opened since.
+    /// Registers the devices that were opened since the last call.
     fn listen(&mut self, xids: &Xids<'_>) {
         let new = std::mem::take(&mut *self.generation.listen.lock().unwrap_or_else(PoisonError::into_inner));
         for device in new {
@@ -89,7 +90,7 @@ impl Events {
             calls.set_supported(Call::RegisterEvents, result.is_ok());
             if let Err(error) = result {
                 if !is_unsupported(&error) {
-                    tracing::info!(uuid = &*device.uuid, %error, "its XID errors cannot be listened to");
+                    tracing::info!(uuid = &*device.uuid, %error, "cannot receive XID errors of this GPU");
                 }
                 continue;
             }
@@ -106,7 +107,7 @@ impl Events {
         Ok(self.listening.iter().find(|known| known.device == device).map(|known| (known.slot, xid)))
     }
 
-    /// Waits for one, then takes what comes shortly after it.
+    /// Waits for one error, then reads those that follow shortly after it.
     fn collect(&self, xids: &Xids<'_>, seen: &mut BTreeMap<(usize, u64), u64>) -> Result<(), NvmlError> {
         let Some(first) = self.wait(xids, WAIT)? else { return Ok(()) };
         seen.insert(first, 1);
@@ -131,6 +132,11 @@ impl Events {
         }
         self.logged.insert((gpu, xid), Instant::now());
         let uuid = self.listening.iter().find(|known| known.slot == gpu).map_or("", |known| &*known.uuid);
-        tracing::warn!(uuid, xid, count, "the driver reports an XID error; dmesg says more; not said again for a minute");
+        tracing::warn!(
+            uuid,
+            xid,
+            count,
+            "the driver reports an XID error; see dmesg for details; the same error is not logged again for a minute"
+        );
     }
 }

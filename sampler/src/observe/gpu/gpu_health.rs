@@ -1,101 +1,108 @@
-//! What is said of one GPU when it is lost, fails, or takes more than its budget; each once, and its end.
+//! The conditions of one GPU: it is lost, it fails, or reading it exceeds the budget. Each is reported once, and so is its end.
 
 use std::sync::Arc;
 
 use super::budget::Coverage;
 use crate::health::Health;
+use crate::health::condition::Condition;
 
-/// So many failures in a row are said, and then asked less often.
+/// Consecutive failures after which the GPU is reported as degraded and polled less often.
 const FAILURES: u32 = 3;
 
 pub struct GpuHealth {
-    key: String,
+    slot: usize,
     uuid: Arc<str>,
     health: Arc<Health>,
     failures: u32,
-    /// The thread before this one may have left something said.
-    anew: bool,
+    /// No poll has succeeded yet, and the previous thread may have left a condition.
+    is_new: bool,
 }
 
 impl GpuHealth {
-    pub fn new(key: String, uuid: Arc<str>, health: Arc<Health>) -> Self {
-        Self { key, uuid, health, failures: 0, anew: true }
+    pub fn new(slot: usize, uuid: Arc<str>, health: Arc<Health>) -> Self {
+        Self { slot, uuid, health, failures: 0, is_new: true }
     }
 
-    fn budget_key(&self) -> String {
-        format!("{}-budget", self.key)
+    fn degraded(&self, message: &str) {
+        self.health.degraded(Condition::Gpu { slot: self.slot }, message);
     }
 
-    /// It is opened by a new thread, of which nothing is known that could be said.
+    fn recovered(&self, message: &str) {
+        self.health.recovered_with(Condition::Gpu { slot: self.slot }, message);
+    }
+
+    /// A new thread has opened the GPU: the budget condition of the previous one no longer holds.
     pub fn opened(&self) {
-        self.health.recovered(&self.budget_key(), &format!("{}: its driver was opened anew", self.uuid));
+        let message = format!("{}: the driver library was opened again", self.uuid);
+        self.health.recovered_with(Condition::GpuBudget { slot: self.slot }, &message);
     }
 
-    /// It has failed a few times in a row.
+    /// Whether several consecutive polls have failed.
     pub fn fails(&self) -> bool {
         self.failures >= FAILURES
     }
 
-    /// What came of asking for its samples.
-    pub fn answered(&mut self, error: Option<&str>) {
+    /// Records the result of a poll.
+    pub fn polled(&mut self, error: Option<&str>) {
         let uuid = &self.uuid;
         match error {
-            None if self.fails() || self.anew => {
-                (self.failures, self.anew) = (0, false);
-                self.health.recovered(&self.key, &format!("{uuid} answers again"));
+            None if self.fails() || self.is_new => {
+                (self.failures, self.is_new) = (0, false);
+                self.recovered(&format!("{} can be read again", self.uuid));
             }
             None => self.failures = 0,
             Some(error) => {
                 self.failures = self.failures.saturating_add(1);
                 if self.fails() {
-                    let message = format!(
-                        "{uuid} does not give its samples ({error}), they are missing meanwhile; see dmesg, and whether nvidia-smi works"
-                    );
-                    self.health.degraded(&self.key, &message);
+                    self.degraded(&format!(
+                        "cannot read the samples of {uuid} ({error}); they are missing until this succeeds; check dmesg, and whether \
+                         nvidia-smi works"
+                    ));
                 }
             }
         }
     }
 
     pub fn lost(&self) {
-        let message = format!(
-            "{} is lost, its samples are missing until it is back; see dmesg for Xid lines, then reset it (nvidia-smi --gpu-reset) or \
+        self.degraded(&format!(
+            "{} is lost, its samples are missing until it is back; check dmesg for Xid lines, then reset it (nvidia-smi --gpu-reset) or \
              restart the machine",
             self.uuid
-        );
-        self.health.degraded(&self.key, &message);
+        ));
     }
 
     pub fn back(&mut self) {
         self.failures = 0;
-        self.health.recovered(&self.key, &format!("{} is back", self.uuid));
+        self.recovered(&format!("{} is back", self.uuid));
     }
 
     pub fn gone(&self) {
-        self.health.recovered(&self.key, "the GPU is gone");
-        self.health.recovered(&self.budget_key(), "the GPU is gone");
+        let message = format!("{} was removed", self.uuid);
+        self.recovered(&message);
+        self.health.recovered_with(Condition::GpuBudget { slot: self.slot }, &message);
     }
 
-    /// `setting`: the one that limits it.
+    /// `setting`: the configuration key that limits the coverage.
     pub fn coverage(&self, coverage: Coverage, setting: &str) {
         let uuid = &self.uuid;
+        let condition = Condition::GpuBudget { slot: self.slot };
         match coverage {
             Coverage::Whole => {
-                self.health.recovered(&self.budget_key(), &format!("{uuid}: the process of every sample is queried again"));
+                self.health.recovered_with(condition, &format!("{uuid}: the process of every sample is queried again"));
             }
             Coverage::Part => {
                 let message = format!(
                     "{uuid}: driver calls are slow: within {setting} the process of only some samples is queried; all GPU time is still \
-                     observed, but shares have a larger standard error; raise {setting} for more"
+                     observed, but shares have a larger standard error; raise {setting} to query more"
                 );
-                self.health.degraded(&self.budget_key(), &message);
+                self.health.degraded(condition, &message);
             }
             Coverage::Over => {
                 let message = format!(
-                    "{uuid}: driver calls are so slow that one read in half a ring of samples takes more than {setting}; it is made all the \
-                     same, so GPU time is still observed; find out what holds the driver up"
+                    "{uuid}: driver calls are so slow that one read in half a ring of samples exceeds {setting}; it is made anyway, so GPU \
+                     time is still observed; find what delays driver calls"
                 );
-                self.health.degraded(&self.budget_key(), &message);
+                self.health.degraded(condition, &message);
             }
         }
     }

@@ -1,4 +1,4 @@
-//! What `doctor` says of each GPU: one look, no sampling.
+//! The GPU checks of `doctor`: one inspection of each GPU, without sampling.
 
 use std::path::Path;
 use std::sync::mpsc::{channel, sync_channel};
@@ -19,40 +19,41 @@ use super::nvml_caller::{NvmlCaller, cpu_now, error_name};
 use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
+use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
-/// The driver may hang.
+/// Maximum duration of the inspection, because the driver may hang.
 const PATIENCE: Duration = Duration::from_secs(10);
-const SILENT: &str = "look into dmesg for Xid lines; a reset may help. The other GPUs do not wait for it";
-const CLOSED: &str = "it is not sampled until it can be opened; see dmesg for Xid lines";
-const MIXED: &str = "its time cannot be told apart by process here; MIG, WSL and some boards do not offer it";
-const SLOW: &str = "driver calls are slow: shares have a larger error, and who was active together is not known; raise gpu_wait_percent and \
-                    gpu_budget_percent, or find out what holds the driver up";
-/// A GPU waits so long for its turn to be timed.
+const SILENT: &str = "check dmesg for Xid lines; a reset may help. Sampling of the other GPUs is not affected";
+const CLOSED: &str = "it is not sampled until it can be opened; check dmesg for Xid lines";
+const MIXED: &str = "its time cannot be attributed to processes; MIG, WSL and some boards do not support this";
+const SLOW: &str = "driver calls are slow: shares have a larger error, and coactivity is not known; raise gpu_wait_percent and \
+                    gpu_budget_percent, or find what delays driver calls";
+/// Maximum time that a GPU waits to be timed.
 const TURN: Duration = Duration::from_secs(3);
-/// Calls timed, of which the median is told.
+/// Number of timed calls, of which the median is reported.
 const TIMED: usize = 5;
-/// Between the two lists that may name a process of another pid space: what is seen once says nothing.
+/// Time between the two lists that may name a process of another PID space: a single sighting is not conclusive.
 const LIST_AGAIN_AFTER: Duration = Duration::from_millis(1_100);
 /// nvmlSamplingType_t: GPU utilization.
 const GPU_UTILIZATION: u32 = 1;
 
-/// The driver and its GPUs, in words.
+/// The driver and its GPUs, as text.
 pub struct Inspected {
     pub version: String,
-    /// (what it is, what to do where the agent cannot attribute its time to processes).
+    /// (description, remedy if its time cannot be attributed to processes).
     pub gpus: Vec<(String, Option<&'static str>)>,
-    /// Whether its pids are this machine's, and what to do where that keeps time from being attributed.
+    /// Whether the driver's PIDs are this machine's, and a remedy if time cannot be attributed.
     pub pid_space: (String, Option<&'static str>),
 }
 
-/// One GPU's calls are timed at a time: a driver with one lock for all of them would make each wait for the others.
+/// Lets one GPU at a time measure its calls: with a global driver lock, concurrent calls would wait for each other.
 #[derive(Default)]
 struct Turns(Mutex<()>);
 
 impl Turns {
-    /// Waits for a turn, but not long for a GPU that hangs.
+    /// Waits for a turn, with a timeout in case a GPU hangs.
     fn take(&self) -> Option<std::sync::MutexGuard<'_, ()>> {
         let until = Instant::now() + TURN;
         loop {
@@ -66,24 +67,24 @@ impl Turns {
     }
 }
 
-/// What all GPUs' processes say together.
+/// The evidence about the PID space from the processes of all GPUs.
 struct PidSpaces {
     places: DevicePaths,
     nodes: Option<Nodes>,
     evidence: Mutex<Evidence>,
 }
 
-/// Each GPU in a thread of its own, because it may hang.
+/// Inspects each GPU in a separate thread, because it may hang.
 pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let until = Instant::now() + PATIENCE;
     let (done, opened) = sync_channel(1);
     let lib = config.nvml_lib.clone();
     spawn("gpu-inspect", move || {
-        let _waited_for = done.send(look(lib.as_deref()));
+        let _waited_for = done.send(open_driver(lib.as_deref()));
     })?;
     let (generation, version, count) = opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
     let (done, inspected) = channel();
-    let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not answer"), Some(SILENT))).collect();
+    let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not respond"), Some(SILENT))).collect();
     let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), limits(config));
     let turns = Arc::new(Turns::default());
     for index in 0..count {
@@ -93,12 +94,12 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
             let _waited_for = done.send((index, gpu(&generation, index, limits, &pid_spaces, &turns)));
         })?;
     }
-    // The last thread that ends closes it.
+    // The last thread to end closes the channel.
     drop(done);
     while let Ok((index, gpu)) = inspected.recv_timeout(until.saturating_duration_since(Instant::now())) {
         gpus[index as usize] = gpu;
     }
-    let pid_space = pid_space::words(&pid_spaces.evidence(), boot_now());
+    let pid_space = pid_space::verdict_text(&pid_spaces.evidence(), boot_now());
     Ok(Inspected { version, gpus, pid_space })
 }
 
@@ -114,8 +115,8 @@ impl PidSpaces {
         self.evidence.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Looks at the processes that the driver lists; twice, where the first time shows none that holds a device node.
-    fn look(&self, handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) {
+    /// Checks the processes that the driver lists; a second time if none of them holds a device node.
+    fn check(&self, handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) {
         let Some(nodes) = &self.nodes else { return };
         for again in [false, true] {
             let at = boot_now();
@@ -129,8 +130,8 @@ impl PidSpaces {
                 pids.extend(listed.into_iter().map(|(pid, _)| pid).filter(|pid| !matches!(pid, 0 | &u32::MAX)));
             }
             for pid in &pids {
-                if let Some(sighting) = self.places.sight(nodes, *pid) {
-                    self.evidence().see(NamedPid { pid: *pid, listed: true, at }, boot_now(), sighting);
+                if let Some(sighting) = self.places.sighting(nodes, *pid) {
+                    self.evidence().record(NamedPid { pid: *pid, listed: true, at }, boot_now(), sighting);
                 }
             }
             if again || pids.is_empty() || self.evidence().holder().is_some() {
@@ -141,7 +142,7 @@ impl PidSpaces {
     }
 }
 
-fn look(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> {
+fn open_driver(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> {
     let generation = Arc::new(Generation::new(open(lib)?));
     let version = generation.nvml().sys_driver_version().unwrap_or_else(|_| "unknown".into());
     let count = generation.nvml().device_count().map_err(GpuError::List)?;
@@ -162,16 +163,20 @@ fn gpu(
     let uuid = handle.device().uuid().unwrap_or_else(|_| "no UUID".into());
     let name = handle.device().name().unwrap_or_else(|_| "no name".into());
     let health = Health::default();
-    let caller = Arc::new(health.driver.caller(String::new(), None));
+    let caller = Arc::new(health.driver.caller(Condition::GpuUnopened { index }, None));
     let mut driver = NvmlCaller::new(&uuid, &caller, &health);
-    let what = format!("GPU {index} {name} {uuid}");
+    let title = format!("GPU {index} {name} {uuid}");
     let mut buffers = Buffers::default();
-    pid_spaces.look(&handle, &mut driver, &mut buffers);
+    pid_spaces.check(&handle, &mut driver, &mut buffers);
     if let Ok(MigMode::Enabled) = mig::mode(&handle, &mut driver) {
-        let places = handle.device().mig_device_count().unwrap_or_default();
-        let n = (0..places).filter(|place| handle.mig(*place).is_ok()).count();
-        let gpm = if gpm::is_supported(&handle, &mut driver) { "their time by GPM" } else { "no GPM: their time is unsupported" };
-        return (format!("{what}: MIG mode, {n} MIG devices, {gpm}"), None);
+        let count = handle.device().mig_device_count().unwrap_or_default();
+        let n = (0..count).filter(|index| handle.mig(*index).is_ok()).count();
+        let gpm = if gpm::is_supported(&handle, &mut driver) {
+            "utilization from GPM"
+        } else {
+            "no GPM: their utilization is unsupported"
+        };
+        return (format!("{title}: MIG mode, {n} MIG devices, {gpm}"), None);
     }
     let samples = driver.call(Call::GetSamples, || buffers.samples(&handle, GPU_UTILIZATION, 0));
     let mut process_samples =
@@ -180,36 +185,37 @@ fn gpu(
     if !newer {
         process_samples = driver.call(Call::GetProcessUtilization, || buffers.process_samples(&handle, 0)).map(|_| ());
     }
-    let of_samples = match &samples {
-        Ok(samples) => format!("{} samples in its ring", samples.len()),
+    let samples_text = match &samples {
+        Ok(samples) => format!("{} samples in the sample buffer", samples.len()),
         Err(error) => format!("no samples ({})", error_name(error)),
     };
-    let of_rows = match &process_samples {
+    let processes_text = match &process_samples {
         Ok(()) if newer => "process utilization of all engines".to_owned(),
         Ok(()) => "process utilization".to_owned(),
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
     let turn = turns.take();
     let median = median(|| {
-        let _answer = if newer {
+        let _result = if newer {
             buffers.process_samples_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
         } else {
             buffers.process_samples(&handle, u64::MAX / 2).map(|_| ())
         };
-        let _answer = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
+        let _result = buffers.samples(&handle, GPU_UTILIZATION, u64::MAX / 2);
     });
     drop(turn);
     let us = median.wait.as_micros();
     if samples.is_err() || process_samples.is_err() {
-        return (format!("{what}: {of_samples}, {of_rows}, {us} us a poll"), Some(MIXED));
+        return (format!("{title}: {samples_text}, {processes_text}, {us} us per poll"), Some(MIXED));
     }
     let (queried_ratio, stderr_ratio) = expected(limits, median);
-    let took = format!(
-        "{us} us a poll: the process of {:.0} % of samples can be queried, a share of one half over 10 s is known to {:.1} points",
+    let cost = format!(
+        "{us} us per poll: the processes of {:.0} % of samples can be queried, the standard error of a share of one half over 10 s is \
+         {:.1} points",
         queried_ratio * 100.0,
         stderr_ratio * 100.0
     );
-    (format!("{what}: {of_samples}, {of_rows}, {took}"), (queried_ratio < QUERIED_RATIO).then_some(SLOW))
+    (format!("{title}: {samples_text}, {processes_text}, {cost}"), (queried_ratio < QUERIED_RATIO).then_some(SLOW))
 }
 
 fn median(mut f: impl FnMut()) -> Cost {

@@ -1,5 +1,5 @@
-//! An opened library and handles that keep it open, with the calls of one value that differ between drivers. Unsafe is here, in `calls`,
-//! `gpm` and `xids`.
+//! An opened library, handles that keep it open, and scalar calls that differ between drivers. Unsafe code is here, in `calls`, `gpm`
+//! and `xids`.
 
 use std::path::Path;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -11,7 +11,7 @@ use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlMemory_t, nvmlMemory
 
 use super::error::GpuError;
 
-/// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper has no name for.
+/// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper does not define.
 const VERSION_MISMATCH: nvmlReturn_t = 25;
 
 /// Loads the library. May hang in the driver.
@@ -21,11 +21,11 @@ pub fn open(lib: Option<&Path>) -> Result<Nvml, GpuError> {
     Nvml::builder().lib_path(path).init().map_err(|error| GpuError::Init { path: path.to_string_lossy().into_owned(), error })
 }
 
-/// One opened library. Whoever holds it keeps it open; the last one shuts it down and closes it.
+/// One opened library. Every reference keeps it open; dropping the last one shuts it down and closes it.
 pub struct Generation {
     nvml: Option<Nvml>,
     dead: AtomicBool,
-    /// Devices whose errors the events thread is to listen to.
+    /// Devices to be registered by the events thread.
     pub listen: Mutex<Vec<Listen>>,
 }
 
@@ -35,14 +35,14 @@ impl Generation {
     }
 
     pub fn nvml(&self) -> &Nvml {
-        self.nvml.as_ref().expect("it is taken only by drop")
+        self.nvml.as_ref().expect("only drop takes it")
     }
 
     pub fn lib(&self) -> &NvmlLib {
         self.nvml().lib()
     }
 
-    /// It cannot be used any more: everyone lets go of it.
+    /// Marks the library as unusable: every thread releases it.
     pub fn kill(&self) {
         self.dead.store(true, Ordering::Relaxed);
     }
@@ -51,12 +51,12 @@ impl Generation {
         self.dead.load(Ordering::Relaxed)
     }
 
-    /// Initializes once more and takes that back: the driver then looks for GPUs that were added.
+    /// Initializes and shuts down once more, which makes the driver detect added GPUs.
     pub fn refresh(&self) -> Result<(), NvmlError> {
         let (init, shutdown) = (nvml_sym(self.lib().nvmlInit_v2.as_ref())?, nvml_sym(self.lib().nvmlShutdown.as_ref())?);
-        // SAFETY: no arguments; calls are counted, so that the one that `nvml` made stays.
+        // SAFETY: no arguments; the library counts initializations, so that of `nvml` stays in effect.
         nvml_try(unsafe { init() })?;
-        // SAFETY: as above; it pairs with the call before.
+        // SAFETY: as above; it pairs with the preceding call.
         nvml_try(unsafe { shutdown() })
     }
 }
@@ -66,24 +66,24 @@ impl Drop for Generation {
         if let Some(nvml) = self.nvml.take()
             && nvml.lib().nvmlShutdown.is_err()
         {
-            // Its own drop would panic.
+            // The drop of `Nvml` would panic.
             std::mem::forget(nvml);
         }
     }
 }
 
-/// A device to listen to.
+/// A device to be registered for XID errors.
 pub struct Listen {
     pub slot: usize,
     pub uuid: Arc<str>,
     pub device: RawDevice,
 }
 
-/// A device's handle without its library; used only beside the generation that it is of.
+/// A device handle without its library; used only together with its generation.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub struct RawDevice(pub(super) nvmlDevice_t);
 
-// SAFETY: NVML is thread-safe, and the pointer is only ever handed back to it.
+// SAFETY: NVML is thread-safe, and the pointer is only passed back to it.
 unsafe impl Send for RawDevice {}
 // SAFETY: as for Send.
 unsafe impl Sync for RawDevice {}
@@ -96,9 +96,9 @@ pub struct Handle {
 }
 
 impl Handle {
-    /// `device` is of `generation`.
+    /// `device` belongs to `generation`.
     fn new(generation: &Arc<Generation>, device: &Device<'_>) -> Self {
-        // SAFETY: the pointer is used only beside the library that it is of.
+        // SAFETY: the pointer is used only while its library is open.
         let device = RawDevice(unsafe { device.handle() });
         Self { generation: Arc::clone(generation), device }
     }
@@ -111,9 +111,9 @@ impl Handle {
         Ok(Self::new(generation, &generation.nvml().device_by_uuid(uuid)?))
     }
 
-    /// The MIG device at this place; NOT_FOUND where the place is empty.
-    pub fn mig(&self, place: u32) -> Result<Self, NvmlError> {
-        Ok(Self::new(&self.generation, &self.device().mig_device_by_index(place)?))
+    /// The MIG device at this index; NOT_FOUND if there is none.
+    pub fn mig(&self, index: u32) -> Result<Self, NvmlError> {
+        Ok(Self::new(&self.generation, &self.device().mig_device_by_index(index)?))
     }
 
     pub fn device(&self) -> Device<'_> {
@@ -133,12 +133,12 @@ impl Handle {
         self.generation.lib()
     }
 
-    /// (used, total), the driver's own reserve not counted as used.
+    /// (used, total); memory reserved by the driver does not count as used.
     pub fn memory_v2(&self) -> Result<(u64, u64), NvmlError> {
         let symbol = nvml_sym(self.lib().nvmlDeviceGetMemoryInfo_v2.as_ref())?;
         let version = versioned::<nvmlMemory_v2_t>(2);
         let mut info = nvmlMemory_v2_t { version, total: 0, reserved: 0, free: 0, used: 0 };
-        // SAFETY: the handle belongs to this open library, and `info` says its own version.
+        // SAFETY: the handle belongs to this open library, and `info` contains its version.
         unsupported_argument(nvml_try(unsafe { symbol(self.device.0, &raw mut info) }))?;
         Ok((info.used, info.total))
     }
@@ -146,27 +146,27 @@ impl Handle {
     pub fn memory_v1(&self) -> Result<(u64, u64), NvmlError> {
         let symbol = nvml_sym(self.lib().nvmlDeviceGetMemoryInfo.as_ref())?;
         let mut info = nvmlMemory_t { total: 0, free: 0, used: 0 };
-        // SAFETY: the handle belongs to this open library, `info` is what the call fills.
+        // SAFETY: the handle belongs to this open library, `info` is the output argument of the call.
         nvml_try(unsafe { symbol(self.device.0, &raw mut info) })?;
         Ok((info.used, info.total))
     }
 
-    /// Why clocks are what they are, a bit each; drivers before 535 know it by another name.
+    /// Bit mask of the reasons for the current clocks; drivers before 535 export the call under another name.
     pub fn clocks_event_reasons(&self) -> Result<u64, NvmlError> {
         let lib = self.lib();
         let newer = lib.nvmlDeviceGetCurrentClocksEventReasons.as_ref();
         let symbol = nvml_sym(newer.or(lib.nvmlDeviceGetCurrentClocksThrottleReasons.as_ref()))?;
         let mut reasons = 0;
-        // SAFETY: the handle belongs to this open library, `reasons` is what the call fills.
+        // SAFETY: the handle belongs to this open library, `reasons` is the output argument of the call.
         nvml_try(unsafe { symbol(self.device.0, &raw mut reasons) })?;
         Ok(reasons)
     }
 
-    /// Of a MIG device: the GPU instance that it is in.
+    /// The GPU instance of a MIG device.
     pub fn gpu_instance(&self) -> Result<u32, NvmlError> {
         let symbol = nvml_sym(self.lib().nvmlDeviceGetGpuInstanceId.as_ref())?;
         let mut id = 0;
-        // SAFETY: the handle belongs to this open library, `id` is what the call fills.
+        // SAFETY: the handle belongs to this open library, `id` is the output argument of the call.
         nvml_try(unsafe { symbol(self.device.0, &raw mut id) })?;
         Ok(id)
     }
@@ -176,7 +176,7 @@ pub(super) fn versioned<T>(version: u32) -> u32 {
     size_of::<T>() as u32 | version << 24
 }
 
-/// Of calls with a versioned struct: a driver that does not know the version does not support the call.
+/// For calls with a versioned struct: a driver that rejects the version does not support the call.
 pub(super) fn unsupported_argument<T>(result: Result<T, NvmlError>) -> Result<T, NvmlError> {
     match result {
         Err(NvmlError::InvalidArg | NvmlError::UnexpectedVariant(VERSION_MISMATCH) | NvmlError::FunctionNotFound) => {

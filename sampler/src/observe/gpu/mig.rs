@@ -1,5 +1,5 @@
-//! The MIG devices of one GPU, read by the GPU's own thread: the driver has neither samples nor rows for them, but lists of processes,
-//! memory, and, from Hopper on, counters of each GPU instance.
+//! The MIG devices of one GPU, read by the thread of that GPU. For MIG devices the driver has no device samples and no process samples,
+//! but process lists, memory, and, since Hopper, GPM counters of each GPU instance.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -7,7 +7,7 @@ use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
-use sampler_core::observation::{Answer, GpmInterval, GpuBatch, Observation};
+use sampler_core::observation::{GpmInterval, GpuBatch, Observation, PollStatus};
 use sampler_core::units::GpuUuid;
 
 use super::calls::Buffers;
@@ -20,7 +20,7 @@ use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::{boot_now, wall_now};
 
-/// NVML has this many MIG devices a GPU at most; a driver that claims more is not followed there.
+/// Maximum number of MIG devices per GPU in NVML; a larger count from a driver is cut to this.
 const MOST_DEVICES: u32 = 64;
 
 struct MigDevice {
@@ -33,7 +33,7 @@ struct MigDevice {
     listed: Option<Instant>,
 }
 
-/// One look at what there is.
+/// A MIG device found by listing.
 struct DiscoveredMig {
     uuid: String,
     handle: Handle,
@@ -41,7 +41,7 @@ struct DiscoveredMig {
     instance: Option<u32>,
 }
 
-/// (UUID, slot) of MIG devices that were read through a library that is gone.
+/// (UUID, slot) of MIG devices that were read through a library that is no longer used.
 pub type RetiredMigs = Vec<(String, usize)>;
 
 #[derive(Default)]
@@ -51,8 +51,8 @@ pub struct MigDevices {
 }
 
 /// Whether the GPU is in MIG mode.
-pub fn mode(of: &Handle, driver: &mut NvmlCaller) -> Result<MigMode, NvmlError> {
-    match driver.call(Call::GetMigMode, || of.device().mig_mode()) {
+pub fn mode(handle: &Handle, driver: &mut NvmlCaller) -> Result<MigMode, NvmlError> {
+    match driver.call(Call::GetMigMode, || handle.device().mig_mode()) {
         Ok(mode) if mode.current == 1 => Ok(MigMode::Enabled),
         Ok(_) => Ok(MigMode::Disabled),
         Err(error) if super::nvml_caller::is_unsupported(&error) => Ok(MigMode::Unsupported),
@@ -60,7 +60,7 @@ pub fn mode(of: &Handle, driver: &mut NvmlCaller) -> Result<MigMode, NvmlError> 
     }
 }
 
-pub fn gone_from(context: &Context, uuid: &str, slot: usize) -> Result<(), Closed> {
+pub fn report_gone(context: &Context, uuid: &str, slot: usize) -> Result<(), Closed> {
     context.slots.gone(uuid);
     context.health.driver.forget(uuid);
     tracing::info!(uuid, "MIG device gone");
@@ -68,11 +68,11 @@ pub fn gone_from(context: &Context, uuid: &str, slot: usize) -> Result<(), Close
 }
 
 fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<DiscoveredMig>, NvmlError> {
-    let places = driver.call(Call::GetMigDevices, || parent.device().mig_device_count())?;
+    let count = driver.call(Call::GetMigDevices, || parent.device().mig_device_count())?;
     let mut all = Vec::new();
-    for place in 0..places.min(MOST_DEVICES) {
-        // A place may be empty.
-        let found = driver.call(Call::GetMigDevices, || match parent.mig(place) {
+    for index in 0..count.min(MOST_DEVICES) {
+        // There may be no device at an index.
+        let found = driver.call(Call::GetMigDevices, || match parent.mig(index) {
             Ok(handle) => Ok(Some((handle.device().uuid()?, handle))),
             Err(NvmlError::NotFound | NvmlError::InvalidArg) => Ok(None),
             Err(error) => Err(error),
@@ -86,12 +86,12 @@ fn find(parent: &Handle, driver: &mut NvmlCaller) -> Result<Vec<DiscoveredMig>, 
 }
 
 impl MigDevices {
-    /// What [`MigDevices::left`] told of the same GPU.
+    /// `before`: the result of [`MigDevices::left`] for the same GPU.
     pub fn after(before: RetiredMigs) -> Self {
         Self { devices: Vec::new(), before }
     }
 
-    /// Those that are there until another library says that they are not.
+    /// The devices, which continue to exist until a later list does not contain them.
     pub fn left(&mut self) -> RetiredMigs {
         let before = std::mem::take(&mut self.before);
         before.into_iter().chain(self.devices.drain(..).map(|device| (device.uuid, device.slot))).collect()
@@ -101,9 +101,15 @@ impl MigDevices {
         self.devices.iter().map(|device| device.uuid.clone()).collect()
     }
 
-    /// Looks which there are; tells of those that came and went, and whether any did.
-    pub fn look(&mut self, parent: &Handle, info: &GpuInfo, driver: &mut NvmlCaller, context: &Context) -> Result<bool, Closed> {
-        // What could not be read is not gone.
+    /// Lists the MIG devices and reports added and removed ones; returns whether there were any.
+    pub fn update(
+        &mut self,
+        parent: &Handle,
+        info: &GpuInfo,
+        driver: &mut NvmlCaller,
+        context: &Context,
+    ) -> Result<bool, Closed> {
+        // A failed list does not mean that devices were removed.
         let Ok(found) = find(parent, driver) else { return Ok(false) };
         let before = self.uuids();
         let (kept, gone): (Vec<_>, Vec<_>) =
@@ -113,7 +119,7 @@ impl MigDevices {
             device.end(context)?;
         }
         for (uuid, slot) in self.before.drain(..).filter(|(uuid, _)| !found.iter().any(|f| f.uuid == *uuid)) {
-            gone_from(context, &uuid, slot)?;
+            report_gone(context, &uuid, slot)?;
         }
         let mut sharing: HashMap<u32, usize> = HashMap::new();
         for instance in found.iter().filter_map(|f| f.instance) {
@@ -123,7 +129,7 @@ impl MigDevices {
             if self.devices.iter().any(|d| d.uuid == found.uuid) {
                 continue;
             }
-            // The counters are the instance's: where several devices share it, whose time it was cannot be told.
+            // The counters belong to the instance: if several devices share it, its time cannot be assigned to one of them.
             let alone = found.instance.filter(|instance| sharing[instance] == 1);
             let gpm = alone.filter(|_| gpm::is_supported(parent, driver)).and_then(|instance| Gpm::new(parent, instance).ok());
             let slot = context.slots.take(&found.uuid);
@@ -138,7 +144,7 @@ impl MigDevices {
             context.to.observe(Observation::GpuFound { gpu: slot, info: Arc::new(info), at: boot_now() })?;
             self.devices.push(MigDevice {
                 slot,
-                driver: driver.beside(&found.uuid, &context.health),
+                driver: driver.for_device(&found.uuid, &context.health),
                 uuid: found.uuid,
                 handle: found.handle,
                 processes: Processes::new(context.procfs.clone()),
@@ -149,7 +155,7 @@ impl MigDevices {
         Ok(self.uuids() != before)
     }
 
-    /// Reads all of them.
+    /// Reads all MIG devices.
     pub fn read(
         &mut self,
         lists_every: Duration,
@@ -160,21 +166,21 @@ impl MigDevices {
         for device in &mut self.devices {
             let batch = device.read(lists_every, buffers);
             driver.add_spent(device.driver.take_spent());
-            // A MIG device that is lost or destroyed is found out when the GPU is looked at.
-            device.driver.clear_trouble();
+            // A lost or destroyed MIG device is detected through its GPU.
+            device.driver.clear_fault();
             context.polled(batch)?;
         }
         Ok(())
     }
 
     pub fn end(&mut self, context: &Context) -> Result<(), Closed> {
-        self.left().into_iter().try_for_each(|(uuid, slot)| gone_from(context, &uuid, slot))
+        self.left().into_iter().try_for_each(|(uuid, slot)| report_gone(context, &uuid, slot))
     }
 }
 
 impl MigDevice {
     fn end(self, context: &Context) -> Result<(), Closed> {
-        gone_from(context, &self.uuid, self.slot)
+        report_gone(context, &self.uuid, self.slot)
     }
 
     fn read(&mut self, lists_every: Duration, buffers: &mut Buffers) -> GpuBatch {
@@ -191,17 +197,17 @@ impl MigDevice {
                 ..DeviceReadings::default()
             });
         }
-        let (answer, gpm) = self.look();
+        let (status, gpm) = self.utilization();
         let (ended, wall) = (boot_now(), wall_now());
-        GpuBatch { processes, readings, gpm, ended, wall, ..GpuBatch::new(self.slot, began, answer) }
+        GpuBatch { processes, readings, gpm, ended, wall, ..GpuBatch::new(self.slot, began, status) }
     }
 
-    fn look(&mut self) -> (Answer, Option<GpmInterval>) {
-        let Some(gpm) = &mut self.gpm else { return (Answer::Unsupported, None) };
-        match gpm.look(&mut self.driver) {
-            Ok(interval) => (Answer::Samples, interval),
-            Err(error) if super::nvml_caller::is_unsupported(&error) => (Answer::Unsupported, None),
-            Err(_) => (Answer::Failed, None),
+    fn utilization(&mut self) -> (PollStatus, Option<GpmInterval>) {
+        let Some(gpm) = &mut self.gpm else { return (PollStatus::Unsupported, None) };
+        match gpm.sample(&mut self.driver) {
+            Ok(interval) => (PollStatus::Samples, interval),
+            Err(error) if super::nvml_caller::is_unsupported(&error) => (PollStatus::Unsupported, None),
+            Err(_) => (PollStatus::Failed, None),
         }
     }
 }

@@ -1,13 +1,13 @@
-//! NVML: one thread per GPU, because a driver call may block for long; a hung GPU stalls its own samples and nothing else.
+//! NVML access with one thread per GPU, because a driver call may block for long. A GPU that hangs stalls only its own samples.
 //!
 //! ```text
-//!  gpu-watch   opens the library (a generation), lists GPUs every 5 s, starts and ends pollers, opens anew when the driver was replaced
-//!  gpu-open    opens GPUs for gpu-watch, which leaves it behind where it hangs
-//!  gpu-N       one GPU and its MIG devices: rings, rows, lists, readings, as its budget allows
+//!  gpu-watch   opens the library (a generation), lists GPUs every 5 s, starts and ends pollers, reopens the library after a driver change
+//!  gpu-open    opens GPUs for gpu-watch, which abandons it if it hangs
+//!  gpu-N       one GPU and its MIG devices: sample rings, process samples, process lists, readings, within its budget
 //!  gpu-events  XID errors of all GPUs
-//!  gpu-pids    settles whether the driver's pids are this machine's
+//!  gpu-pids    determines whether the driver's PIDs are this machine's
 //! ```
-//! A generation lives as long as anyone uses it. Threads that hang keep theirs, and are waited for by nobody.
+//! A generation stays open while any thread uses it. Threads that hang keep theirs; no other thread waits for them.
 
 mod budget;
 mod calls;

@@ -1,5 +1,5 @@
-//! Every call for one device goes through here: it is timed, watched and counted, and one that the device does not serve is not made
-//! again for a while. No version decides what is tried.
+//! Makes all driver calls for one device. Each call is timed, watched and counted; a call that the device does not support is not
+//! repeated for some time. Support is determined by trying, not by driver version.
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -12,33 +12,34 @@ use crate::health::call_watchdog::Caller;
 use crate::health::nvml_calls::{Call, DeviceCalls};
 use crate::observe::clock::boot_now;
 
-/// What is not supported is tried again this often: a driver may be told to allow it.
+/// Unsupported calls are retried after this time: the configuration of the driver may change.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
-/// What an error says beyond its own call.
+/// The consequence of an error beyond the failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum DeviceFault {
-    /// This GPU does not answer until it is reset or comes back.
+    /// The GPU cannot be used until it is reset or returns.
     Lost,
-    /// The driver has gone or was replaced: the library must be opened anew.
+    /// The driver was unloaded or replaced: the library must be opened again.
     Dead,
 }
 
-/// What calls took since it was last asked for.
+/// Time spent in calls since the last [`NvmlCaller::take_spent`].
 #[derive(Clone, Copy, Debug, Default)]
 pub struct Spent {
     pub wall: Duration,
-    /// Processor time within.
+    /// Processor time.
     pub cpu: Duration,
 }
 
 pub struct NvmlCaller {
     calls: Arc<DeviceCalls>,
     caller: Arc<Caller>,
-    off: [Option<Instant>; Call::ALL.len()],
-    shown: [Option<bool>; Call::ALL.len()],
+    /// When the call was last found to be unsupported.
+    unsupported_since: [Option<Instant>; Call::ALL.len()],
+    reported_support: [Option<bool>; Call::ALL.len()],
     spent: Spent,
-    trouble: Option<DeviceFault>,
+    fault: Option<DeviceFault>,
 }
 
 /// Processor time of this thread.
@@ -51,7 +52,7 @@ pub fn is_unsupported(error: &NvmlError) -> bool {
     matches!(error, NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_) | NvmlError::FunctionNotFound)
 }
 
-pub fn trouble(error: &NvmlError) -> Option<DeviceFault> {
+pub fn fault(error: &NvmlError) -> Option<DeviceFault> {
     match error {
         NvmlError::GpuLost | NvmlError::ResetRequired => Some(DeviceFault::Lost),
         NvmlError::Uninitialized | NvmlError::DriverNotLoaded | NvmlError::LibRmVersionMismatch => Some(DeviceFault::Dead),
@@ -59,7 +60,7 @@ pub fn trouble(error: &NvmlError) -> Option<DeviceFault> {
     }
 }
 
-/// A bounded label value: the variant's name.
+/// The name of the variant, as a label value with a bounded number of values.
 pub fn error_name(error: &NvmlError) -> String {
     let debug = format!("{error:?}");
     debug.split(['(', ' ', '{']).next().unwrap_or("Unknown").to_owned()
@@ -70,22 +71,22 @@ impl NvmlCaller {
         Self {
             calls: health.driver.device(uuid),
             caller: Arc::clone(caller),
-            off: [None; Call::ALL.len()],
-            shown: [None; Call::ALL.len()],
+            unsupported_since: [None; Call::ALL.len()],
+            reported_support: [None; Call::ALL.len()],
             spent: Spent::default(),
-            trouble: None,
+            fault: None,
         }
     }
 
-    /// For another device that is read by the same thread.
-    pub fn beside(&self, uuid: &str, health: &Health) -> Self {
+    /// A caller for another device that the same thread reads.
+    pub fn for_device(&self, uuid: &str, health: &Health) -> Self {
         Self::new(uuid, &self.caller, health)
     }
 
-    /// A call that the device is known not to serve is not made, and answers `NotSupported`.
+    /// Makes a call. One that is known to be unsupported is not made and returns `NotSupported`.
     pub fn call<T>(&mut self, call: Call, f: impl FnOnce() -> Result<T, NvmlError>) -> Result<T, NvmlError> {
         let n = call as usize;
-        if self.off[n].is_some_and(|since| since.elapsed() < TRY_AGAIN_AFTER) {
+        if self.unsupported_since[n].is_some_and(|since| since.elapsed() < TRY_AGAIN_AFTER) {
             return Err(NvmlError::NotSupported);
         }
         self.caller.enter(call, boot_now());
@@ -96,15 +97,15 @@ impl NvmlCaller {
         self.spent.cpu += cpu_now().saturating_sub(cpu);
         self.spent.wall += took;
         let unsupported = result.as_ref().is_err_and(is_unsupported);
-        self.off[n] = unsupported.then(Instant::now);
-        // An error says nothing about whether it is served.
-        if (unsupported || result.is_ok()) && self.shown[n] != Some(!unsupported) {
-            self.shown[n] = Some(!unsupported);
+        self.unsupported_since[n] = unsupported.then(Instant::now);
+        // Other errors do not show whether the call is supported.
+        if (unsupported || result.is_ok()) && self.reported_support[n] != Some(!unsupported) {
+            self.reported_support[n] = Some(!unsupported);
             self.calls.set_supported(call, !unsupported);
         }
         let error = result.as_ref().err().filter(|_| !unsupported);
-        if let Some(trouble) = error.and_then(trouble) {
-            self.trouble = Some(trouble);
+        if let Some(fault) = error.and_then(fault) {
+            self.fault = Some(fault);
         }
         self.calls.record(call, took, error.map(error_name));
         result
@@ -118,67 +119,68 @@ impl NvmlCaller {
         std::mem::take(&mut self.spent)
     }
 
-    pub fn add_spent(&mut self, of: Spent) {
-        self.spent.wall += of.wall;
-        self.spent.cpu += of.cpu;
+    pub fn add_spent(&mut self, spent: Spent) {
+        self.spent.wall += spent.wall;
+        self.spent.cpu += spent.cpu;
     }
 
-    pub fn trouble(&self) -> Option<DeviceFault> {
-        self.trouble
+    pub fn fault(&self) -> Option<DeviceFault> {
+        self.fault
     }
 
     pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
         self.calls.set_pace(poll_interval, recent_ratios);
     }
 
-    /// The device was opened again: nothing that was found out about the old one holds.
+    /// Discards what was learned about the device, after it was opened again.
     pub fn reset(&mut self) {
-        self.off = [None; Call::ALL.len()];
-        self.trouble = None;
+        self.unsupported_since = [None; Call::ALL.len()];
+        self.fault = None;
     }
 
     pub fn set_lost(&mut self) {
-        self.trouble = Some(DeviceFault::Lost);
+        self.fault = Some(DeviceFault::Lost);
     }
 
-    pub fn clear_trouble(&mut self) {
-        self.trouble = None;
+    pub fn clear_fault(&mut self) {
+        self.fault = None;
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::health::condition::Condition;
 
     #[test]
-    fn what_is_not_supported_is_asked_once_and_again_after_a_reset() {
+    fn an_unsupported_call_is_made_once_and_again_after_a_reset() {
         let health = Health::default();
-        let caller = Arc::new(health.driver.caller("gpu-0".into(), Some("GPU-0")));
+        let caller = Arc::new(health.driver.caller(Condition::Gpu { slot: 0 }, Some("GPU-0")));
         let mut driver = NvmlCaller::new("GPU-0", &caller, &health);
         let mut made = 0;
-        let mut ask = |driver: &mut NvmlCaller, answer: Result<u32, NvmlError>| {
+        let mut call = |driver: &mut NvmlCaller, reply: Result<u32, NvmlError>| {
             let result = driver.call(Call::GetPowerUsage, || {
                 made += 1;
-                answer
+                reply
             });
             (result.ok(), made)
         };
-        assert_eq!(ask(&mut driver, Ok(1)), (Some(1), 1));
-        assert_eq!(ask(&mut driver, Err(NvmlError::NotSupported)), (None, 2));
-        assert_eq!(ask(&mut driver, Ok(1)), (None, 2));
+        assert_eq!(call(&mut driver, Ok(1)), (Some(1), 1));
+        assert_eq!(call(&mut driver, Err(NvmlError::NotSupported)), (None, 2));
+        assert_eq!(call(&mut driver, Ok(1)), (None, 2));
         let view = &health.driver.view()[0];
         assert_eq!(view.supported, [("GetPowerUsage", false)]);
-        // It is no failure.
+        // An unsupported call is not a failure.
         assert!(view.errors.is_empty());
         driver.reset();
-        assert_eq!(ask(&mut driver, Ok(1)), (Some(1), 3));
+        assert_eq!(call(&mut driver, Ok(1)), (Some(1), 3));
         assert_eq!(health.driver.view()[0].supported, [("GetPowerUsage", true)]);
-        assert_eq!(ask(&mut driver, Err(NvmlError::Unknown)), (None, 4));
+        assert_eq!(call(&mut driver, Err(NvmlError::Unknown)), (None, 4));
         let view = &health.driver.view()[0];
         assert_eq!(view.supported, [("GetPowerUsage", true)]);
         assert_eq!(view.errors, [("GetPowerUsage", "Unknown".to_owned(), 1)]);
-        assert_eq!(driver.trouble(), None);
-        ask(&mut driver, Err(NvmlError::GpuLost));
-        assert_eq!(driver.trouble(), Some(DeviceFault::Lost));
+        assert_eq!(driver.fault(), None);
+        call(&mut driver, Err(NvmlError::GpuLost));
+        assert_eq!(driver.fault(), Some(DeviceFault::Lost));
     }
 }

@@ -1,11 +1,11 @@
-//! Settles whether the driver's pids are this machine's, from the processes that its answers name; the rules are
-//! [`sampler_core::pid_space`]'s.
+//! Determines whether the driver's PIDs are this machine's, from the processes that it reports. The rules are in
+//! [`sampler_core::pid_space`].
 //!
 //! ```text
-//!  gpu-N --pids of an answer, unless local is settled--> gpu-pids: /proc --> verdict --> core, health, gpu-N (reads its lists again)
+//!  gpu-N --PIDs of a reply, unless settled as local--> gpu-pids: /proc --> verdict --> core, health, gpu-N (reads its lists again)
 //! ```
-//! A thread of its own reads /proc: a poller never waits for another process. Settled pids cost a poller one atomic load; they are
-//! checked again once a minute.
+//! A separate thread reads /proc, so that a poller never waits for another process. Once settled, the check costs a poller one atomic
+//! load; it is repeated once a minute.
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, Ordering};
@@ -21,76 +21,79 @@ use super::device_nodes::{DevicePaths, Nodes};
 use super::error::{GpuError, spawn};
 use crate::config::Config;
 use crate::health::Health;
+use crate::health::condition::Condition;
 use crate::inbox::CoreSender;
 use crate::observe::clock::boot_now;
 
-/// What a verdict against local pids comes with.
-pub const REMEDY: &str = "run the agent on the machine whose kernel has the NVIDIA module, in its pid namespace";
-/// `local` is checked again so often.
+/// The remedy for a verdict against local PIDs.
+pub const REMEDY: &str = "run the agent on the machine of which the kernel has the NVIDIA module, in its PID namespace";
+/// How often the verdict `local` is checked again.
 const CHECK_EVERY_NS: u64 = 60_000_000_000;
-/// One process is looked at so often, named by lists, and by samples.
-const LOOK_EVERY_NS: u64 = 1_000_000_000;
-/// Answers that wait to be looked at; beyond it they are left out, and the next ones say the same.
+/// How often one process is checked, separately for lists and for samples.
+const PROCESS_CHECK_EVERY_NS: u64 = 1_000_000_000;
+/// Maximum number of replies that wait for the check; more are dropped, and later replies repeat their PIDs.
 const WAITING: usize = 64;
-/// Pids of one answer that are looked at.
+/// Maximum number of checked PIDs per reply.
 const PIDS: usize = 256;
-/// Whether it shall end is looked at this often.
+/// How often the thread checks whether it should end.
 const NAP: Duration = Duration::from_millis(500);
-const KEY: &str = "pid-space";
 
 struct State {
-    /// Grows when a driver is opened.
+    /// Incremented when a driver is opened.
     opened: u64,
     evidence: Evidence,
     nodes: Nodes,
     announced: PidSpace,
 }
 
-/// Shared by all that read GPUs.
+/// Shared by all threads that read GPUs.
 pub struct PidCheck {
     places: DevicePaths,
     core: CoreSender,
     health: Arc<Health>,
     state: Mutex<State>,
     to: SyncSender<Vec<NamedPid>>,
-    /// Nothing is looked at before.
+    /// No process is checked before this time.
     quiet_until: AtomicU64,
-    /// Grows with each change of the verdict.
+    /// Incremented with each change of the verdict.
     changes: AtomicU64,
 }
 
-/// In words: what the verdict rests on.
+/// The reason for the verdict, as text.
 fn reason(evidence: &Evidence, now: BootNs) -> String {
-    let holds_none = |pid: u32| format!("such as {pid}, which has no NVIDIA device node open here or does not exist");
-    match (evidence.verdict(), evidence.holder(), evidence.against(), evidence.unreadable()) {
-        (PidSpace::Local, Some(pid), ..) => format!("process {pid}, which the driver names, has an NVIDIA device node open here"),
+    let example = |pid: u32| format!("such as {pid}, which has no NVIDIA device node open here or does not exist");
+    match (evidence.verdict(), evidence.holder(), evidence.contradictions(), evidence.unreadable()) {
+        (PidSpace::Local, Some(pid), ..) => {
+            format!("process {pid}, which the driver reports, has an NVIDIA device node open here")
+        }
         (PidSpace::Local, None, ..) => "the NVIDIA module is loaded in this kernel".into(),
         (PidSpace::Foreign, _, Some((_, pid)), _) => {
-            format!("the driver names processes that are not this machine's, {}", holds_none(pid))
+            format!("the driver reports processes that are not this machine's, {}", example(pid))
         }
         (PidSpace::Unsettled, _, Some((n, pid)), _) => {
             format!(
-                "not settled whether the driver's pids are this machine's: {n} of {CONTRADICTIONS} say no, {}",
-                holds_none(pid)
+                "not settled whether the driver's PIDs are this machine's: {n} of the {CONTRADICTIONS} contradictions needed, {}",
+                example(pid)
             )
         }
         (PidSpace::Unsettled, .., Some(pid)) => {
-            format!("cannot check whether the driver's pids are this machine's: descriptors of process {pid} cannot be read")
+            format!("cannot check whether the driver's PIDs are this machine's: cannot read the descriptors of process {pid}")
         }
         (PidSpace::Unsettled, ..) if evidence.is_unchecked(now) => {
-            "not settled whether the driver's pids are this machine's: all that it names end too soon or do not exist here".into()
+            "not settled whether the driver's PIDs are this machine's: all reported processes end too soon or do not exist here"
+                .into()
         }
         (PidSpace::Unverifiable, ..) => "cannot be checked: there is no NVIDIA device node here".into(),
-        _ => "not settled before the driver names a living process: none uses a GPU now".into(),
+        _ => "not settled until the driver reports a living process: none uses a GPU now".into(),
     }
 }
 
-/// A verdict with its reason, and what to do where attribution suffers.
-pub fn words(evidence: &Evidence, now: BootNs) -> (String, Option<&'static str>) {
+/// The reason for the verdict, and a remedy if attribution is impaired.
+pub fn verdict_text(evidence: &Evidence, now: BootNs) -> (String, Option<&'static str>) {
     const MAY_NOT_READ: &str = "run as root, or with CAP_SYS_PTRACE and CAP_DAC_READ_SEARCH";
     let remedy = match evidence.verdict() {
         PidSpace::Foreign => Some(REMEDY),
-        PidSpace::Unsettled if evidence.against().is_some() => Some(REMEDY),
+        PidSpace::Unsettled if evidence.contradictions().is_some() => Some(REMEDY),
         PidSpace::Unsettled if evidence.unreadable().is_some() => Some(MAY_NOT_READ),
         PidSpace::Unsettled => evidence.is_unchecked(now).then_some(REMEDY),
         PidSpace::Local | PidSpace::Unverifiable => None,
@@ -129,7 +132,7 @@ impl PidCheck {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// A driver was opened: what was known of the one before holds no longer. Comes before its GPUs are read.
+    /// A driver was opened: discards the evidence about the previous one. Must be called before its GPUs are read.
     pub fn opened(&self) {
         let nodes = self.places.nodes();
         let mut state = self.state();
@@ -140,18 +143,18 @@ impl PidCheck {
         self.announce(&mut state);
     }
 
-    /// Verdicts so far: lists that were read before the last one are read again.
+    /// Number of changes of the verdict so far: lists that were read before the last change are read again.
     pub fn changes(&self) -> u64 {
         self.changes.load(Ordering::Relaxed)
     }
 
-    /// Before a batch goes to the core.
-    pub fn names(&self, batch: &GpuBatch) {
+    /// Checks the PIDs of a batch. Must be called before the batch is sent to the core.
+    pub fn check(&self, batch: &GpuBatch) {
         if batch.ended.0 < self.quiet_until.load(Ordering::Relaxed) {
             return;
         }
         let listed = batch.processes.iter().flatten().map(|process| (process.pid, true));
-        let sampled = batch.process_samples.iter().map(|row| (row.pid, false));
+        let sampled = batch.process_samples.iter().map(|sample| (sample.pid, false));
         let mut pids: Vec<NamedPid> = Vec::new();
         for (pid, listed) in listed.chain(sampled).filter(|(pid, _)| !matches!(*pid, 0 | u32::MAX)) {
             if pids.len() < PIDS && pids.iter().all(|named| named.pid != pid) {
@@ -159,42 +162,42 @@ impl PidCheck {
             }
         }
         if !pids.is_empty() {
-            // Full: the thread is behind, and later answers name them again.
-            let _left_out = self.to.try_send(pids);
+            // Full: the thread is behind, and later replies repeat the PIDs.
+            let _dropped = self.to.try_send(pids);
         }
     }
 
     fn run(&self, named: &Receiver<Vec<NamedPid>>, stopping: impl Fn() -> bool) {
-        let mut looked = HashMap::new();
+        let mut checked = HashMap::new();
         while !stopping() {
             match named.recv_timeout(NAP) {
-                Ok(pids) => self.look(&pids, &mut looked),
+                Ok(pids) => self.check_processes(&pids, &mut checked),
                 Err(RecvTimeoutError::Timeout) => {}
                 Err(RecvTimeoutError::Disconnected) => return,
             }
         }
     }
 
-    /// `looked`: when at each, as a list named it and as a sample did, which say different things.
-    fn look(&self, pids: &[NamedPid], looked: &mut HashMap<(u32, bool), BootNs>) {
+    /// `checked`: when each process was checked, separately for PIDs from lists and from samples, which have different meanings.
+    fn check_processes(&self, pids: &[NamedPid], checked: &mut HashMap<(u32, bool), BootNs>) {
         let now = boot_now();
-        looked.retain(|_, at| now.saturating_since(*at) < LOOK_EVERY_NS);
+        checked.retain(|_, at| now.saturating_since(*at) < PROCESS_CHECK_EVERY_NS);
         let (opened, nodes) = {
             let state = self.state();
             (state.opened, state.nodes.clone())
         };
         for named in pids {
-            if now.0 < self.quiet_until.load(Ordering::Relaxed) || looked.contains_key(&(named.pid, named.listed)) {
+            if now.0 < self.quiet_until.load(Ordering::Relaxed) || checked.contains_key(&(named.pid, named.listed)) {
                 continue;
             }
-            looked.insert((named.pid, named.listed), now);
-            let Some(sighting) = self.places.sight(&nodes, named.pid) else { continue };
+            checked.insert((named.pid, named.listed), now);
+            let Some(sighting) = self.places.sighting(&nodes, named.pid) else { continue };
             let mut state = self.state();
-            // Another driver since: its nodes and its pids may be others.
+            // Another driver was opened in the meantime: its nodes and PIDs may differ.
             if state.opened != opened {
                 return;
             }
-            state.evidence.see(*named, boot_now(), sighting);
+            state.evidence.record(*named, boot_now(), sighting);
             if sighting == PidSighting::Holder {
                 self.quiet_until.store(now.plus(CHECK_EVERY_NS).0, Ordering::Relaxed);
             }
@@ -202,16 +205,19 @@ impl PidCheck {
         }
     }
 
-    /// Under the lock, so that verdicts reach the core in their order.
+    /// Called with the lock held, so that verdicts reach the core in order.
     fn announce(&self, state: &mut State) {
-        let (verdict, (reason, remedy)) = (state.evidence.verdict(), words(&state.evidence, boot_now()));
+        let (verdict, (reason, remedy)) = (state.evidence.verdict(), verdict_text(&state.evidence, boot_now()));
         self.health.set_pid_space(verdict);
         match remedy {
-            Some(remedy) => self.health.degraded(KEY, &format!("{reason}; GPU time is pid_unknown meanwhile; {remedy}")),
-            None => self.health.recovered(KEY, &reason),
+            Some(remedy) => {
+                let message = format!("{reason}; until it is settled as local, GPU time is pid_unknown; {remedy}");
+                self.health.degraded(Condition::PidSpace, &message);
+            }
+            None => self.health.recovered_with(Condition::PidSpace, &reason),
         }
         if std::mem::replace(&mut state.announced, verdict) != verdict {
-            tracing::info!(state = verdict.name(), reason, "pid space of the driver");
+            tracing::info!(state = verdict.name(), reason, "PID space of the driver");
             // Closed: the core has ended, and with it the agent.
             let _sent = self.core.observe(Observation::PidSpace(verdict));
             self.changes.fetch_add(1, Ordering::Relaxed);

@@ -1,6 +1,6 @@
-//! When to poll: twice a period while the GPU is in use, so that each reply holds one new sample at most; a little more often than
-//! once a period while it is not. Slower where the budgets say so, and then at random times: of the samples between two polls one has its
-//! process queried, and which one it is must not depend on what the GPU does.
+//! The poll interval. While the GPU is in use it is polled a little more than twice per sample period, so that each reply contains at
+//! most one new sample; otherwise a little more than once. Within tight budgets polls are rarer, and then at random times: only one of
+//! the samples between two polls has its process queried, and the choice must not depend on GPU activity.
 
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
@@ -8,20 +8,20 @@ use std::time::{Duration, Instant};
 use super::budget::{Budget, Coverage};
 use super::ring::SampleRing;
 
-/// Twice a period and a little more: at exactly half of it, polls would keep their place between two samples, and the best bound
-/// on the GPU's clock comes from a poll just after one.
+/// Interval in periods. At exactly half a period, polls would keep a fixed phase between two samples; the best bound on the GPU's clock
+/// comes from a poll shortly after a sample.
 const USED_PERIODS: f64 = 0.45;
-/// Until the period is known: below half of the finest grid seen on real drivers (~167 ms) and of a 100 ms one.
+/// Interval until the period is known: at most half of 100 ms, and below half of the shortest period seen on real drivers (~167 ms).
 const UNLEARNED: Duration = Duration::from_millis(50);
-/// As much for a GPU that nobody uses: a ring that is dry teaches no period.
+/// The same for an unused GPU: a dry sample ring does not reveal the period.
 const UNLEARNED_UNUSED: Duration = Duration::from_millis(90);
-/// Devices without a ring, and those that fail or are lost.
+/// Interval for devices without a sample ring, and for devices that fail or are lost.
 pub const SLOW: Duration = Duration::from_secs(1);
-/// A GPU counts as used for so long after something was seen of it.
+/// A GPU counts as used for this time after its last activity.
 const USED_FOR: Duration = Duration::from_secs(10);
-/// Polls that are rarer than samples come this much earlier or later than their mean, at most.
+/// Maximum relative deviation of an interval from its mean, for polls that are rarer than samples.
 const JITTER: f64 = 0.25;
-/// Coverage that has changed for so long is reported.
+/// A change of coverage is reported after it has lasted this long.
 const SETTLED: Duration = Duration::from_secs(10);
 
 pub struct Pace {
@@ -30,8 +30,8 @@ pub struct Pace {
     pub coverage: Coverage,
     random: RandomState,
     polls: u64,
-    /// What is reported, and since when it has not been so.
-    said: Coverage,
+    /// The reported coverage, and when the actual one began to differ.
+    reported: Coverage,
     differs: Option<Instant>,
 }
 
@@ -44,7 +44,7 @@ impl Pace {
             coverage: Coverage::Whole,
             random: RandomState::new(),
             polls: 0,
-            said: Coverage::Whole,
+            reported: Coverage::Whole,
             differs: None,
         }
     }
@@ -53,7 +53,7 @@ impl Pace {
         self.used = Instant::now();
     }
 
-    /// The interval from one poll to the next.
+    /// The interval to the next poll.
     pub fn ring(&mut self, ring: &SampleRing, budget: &Budget) -> Duration {
         let period = ring.period();
         let wanted = match (period, self.used.elapsed() < USED_FOR) {
@@ -64,29 +64,30 @@ impl Pace {
         };
         let (interval, coverage) = budget.ring_interval(wanted, ring.period_or_usual(), ring.half());
         self.coverage = coverage;
-        if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.around_one()).min(ring.half()) }
+        if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.jitter()).min(ring.half()) }
     }
 
-    fn around_one(&mut self) -> f64 {
+    /// A random factor with mean 1.
+    fn jitter(&mut self) -> f64 {
         self.polls += 1;
-        let drawn = self.random.hash_one(self.polls) as f64 / u64::MAX as f64;
-        1.0 + JITTER * (2.0 * drawn - 1.0)
+        let uniform = self.random.hash_one(self.polls) as f64 / u64::MAX as f64;
+        1.0 + JITTER * (2.0 * uniform - 1.0)
     }
 
-    /// What is to be said of the coverage now, when that has changed.
+    /// The coverage, if it has changed and the change is to be reported now.
     pub fn changed(&mut self) -> Option<Coverage> {
-        if self.coverage == self.said {
+        if self.coverage == self.reported {
             self.differs = None;
             return None;
         }
         if self.differs.get_or_insert_with(Instant::now).elapsed() < SETTLED {
             return None;
         }
-        self.said = self.coverage;
-        Some(self.said)
+        self.reported = self.coverage;
+        Some(self.reported)
     }
 
-    /// When the next poll is due. Late ones are not caught up with.
+    /// The time of the next poll. Missed polls are not made up for.
     pub fn next(&mut self, interval: Duration) -> Instant {
         self.deadline = (self.deadline + interval).max(Instant::now());
         self.deadline

@@ -1,8 +1,8 @@
-//! One GPU's thread: opens it, polls it, finds it again when it was lost.
+//! The thread of one GPU: opens it, polls it, and reopens it after it was lost.
 //!
 //! ```text
-//!  open --> polling --GPU_IS_LOST, RESET_REQUIRED--> lost --answers again--> open
-//!              \--the driver went or was replaced--> ends; gpu-watch opens the library anew
+//!  open --> polling --GPU_IS_LOST, RESET_REQUIRED--> lost --calls succeed again--> open
+//!              \--the driver was unloaded or replaced--> ends; gpu-watch reopens the library
 //! ```
 
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
-use sampler_core::observation::{Answer, GpuBatch, Observation};
+use sampler_core::observation::{GpuBatch, Observation, PollStatus};
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};
@@ -29,29 +29,29 @@ use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::{boot_now, wall_now};
 
-/// The process list holds a global driver lock for milliseconds: rarely.
+/// The process list holds a global driver lock for milliseconds, so it is read rarely.
 const LISTS_EVERY: Duration = Duration::from_secs(2);
 const READINGS_EVERY: Duration = Duration::from_secs(1);
 const ENGINES_EVERY: Duration = Duration::from_secs(2);
-/// MIG mode and MIG devices are changed by people.
+/// MIG mode and MIG devices are changed manually.
 const MIG_EVERY: Duration = Duration::from_secs(5);
-/// Whether it shall end is looked at this often.
+/// How often the thread checks whether it should end.
 const NAP: Duration = Duration::from_millis(200);
-/// As `nice` has it; of this thread alone.
+/// Nice value of this thread.
 const PRIORITY: i32 = -10;
 
-/// What a poller is started with.
+/// The inputs of a poller.
 pub struct Start {
     pub handle: Handle,
     pub uuid: Arc<str>,
     /// May change when GPUs come or go.
     pub index: Arc<AtomicU32>,
     pub slot: usize,
-    /// Set when the GPU is gone.
+    /// Set when the GPU was removed.
     pub end: Arc<AtomicBool>,
 }
 
-/// When each kind of extra work was last done.
+/// When each kind of additional work was last done.
 #[derive(Default)]
 struct Done {
     lists: Option<Instant>,
@@ -75,17 +75,17 @@ pub struct Poller {
     listed: Option<usize>,
     mig: MigDevices,
     done: Done,
-    told: GpuHealth,
-    /// Of the verdict on the driver's pids, when the lists were read last.
+    health: GpuHealth,
+    /// Changes of the PID space verdict, when the lists were last read.
     pid_space_changes: u64,
 }
 
 fn due(last: &mut Option<Instant>, every: Duration) -> bool {
-    let is = last.is_none_or(|at| at.elapsed() >= every);
-    if is {
+    let is_due = last.is_none_or(|at| at.elapsed() >= every);
+    if is_due {
         *last = Some(Instant::now());
     }
-    is
+    is_due
 }
 
 impl Poller {
@@ -104,7 +104,7 @@ impl Poller {
         };
         Self {
             context: Arc::clone(context),
-            told: GpuHealth::new(format!("gpu-{}", start.slot), Arc::clone(&uuid), Arc::clone(&context.health)),
+            health: GpuHealth::new(start.slot, Arc::clone(&uuid), Arc::clone(&context.health)),
             info: Arc::new(info),
             handle: start.handle.clone(),
             driver: NvmlCaller::new(&uuid, &Arc::new(caller), &context.health),
@@ -125,29 +125,29 @@ impl Poller {
     }
 
     pub fn run(mut self) {
-        // GPU nodes keep their processors busy, and a late poll is a sample that may not be told apart. What it takes is budgeted.
-        // Not allowed: it is polled all the same.
+        // The processors of GPU nodes are busy, and a late poll may make samples indistinguishable. The cost is budgeted. Without the
+        // permission, polling continues at normal priority.
         let _nice = rustix::process::setpriority_process(None, PRIORITY);
         // Closed: the core has ended, and with it the agent.
         let _closed = self.serve();
     }
 
-    /// Nobody wants what this thread would tell.
+    /// Whether the results of this thread are no longer needed.
     fn is_over(&self) -> bool {
         self.context.stopping() || self.start.end.load(Ordering::Relaxed) || self.handle.generation.is_dead()
     }
 
     fn serve(&mut self) -> Result<(), Closed> {
-        self.told.opened();
+        self.health.opened();
         self.open()?;
         while !self.is_over() {
             let cpu = cpu_now();
-            let interval = match self.driver.trouble() {
+            let interval = match self.driver.fault() {
                 Some(DeviceFault::Dead) => {
                     self.handle.generation.kill();
                     break;
                 }
-                Some(DeviceFault::Lost) => self.find_again()?,
+                Some(DeviceFault::Lost) => self.reopen()?,
                 None => self.poll(cpu)?,
             };
             let until = self.pace.next(interval);
@@ -160,7 +160,7 @@ impl Poller {
         }
         if self.start.end.load(Ordering::Relaxed) {
             self.mig.end(&self.context)?;
-            self.told.gone();
+            self.health.gone();
         } else {
             let left = (Arc::clone(&self.start.uuid), self.mig.left());
             self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).extend([left]);
@@ -168,7 +168,7 @@ impl Poller {
         Ok(())
     }
 
-    /// Reads what the device is and tells of it.
+    /// Reads the properties of the device and reports it to the core.
     fn open(&mut self) -> Result<(), Closed> {
         let device = self.handle.device();
         let model = self.driver.call(Call::GetInfo, || device.name()).ok();
@@ -186,12 +186,12 @@ impl Poller {
         });
         let listen = Listen { slot: self.start.slot, uuid: Arc::clone(&self.start.uuid), device: self.handle.raw() };
         self.handle.generation.listen.lock().unwrap_or_else(PoisonError::into_inner).push(listen);
-        // Its ring and clock may be others.
+        // The ring and the clock of the device may have changed.
         (self.ring, self.engines, self.done) = (SampleRing::default(), Engines::default(), Done::default());
-        self.tell()
+        self.announce()
     }
 
-    fn tell(&self) -> Result<(), Closed> {
+    fn announce(&self) -> Result<(), Closed> {
         if self.is_over() {
             return Ok(());
         }
@@ -199,86 +199,86 @@ impl Poller {
         self.context.to.observe(Observation::GpuFound { gpu, info, at: boot_now() })
     }
 
-    /// Another GPU came or went before it.
-    fn look_at_index(&mut self) -> Result<(), Closed> {
+    /// The index changes when a GPU with a lower index is added or removed.
+    fn update_index(&mut self) -> Result<(), Closed> {
         let index = self.start.index.load(Ordering::Relaxed);
         if index == self.info.index {
             return Ok(());
         }
         Arc::make_mut(&mut self.info).index = index;
-        self.tell()
+        self.announce()
     }
 
     fn in_mig_mode(&self) -> bool {
         self.info.mig_mode == MigMode::Enabled
     }
 
-    /// Takes what calls took since the last time out of this part's budget.
+    /// Charges the cost of calls since the last charge to the budget of this part.
     fn spend(&mut self, part: Part, own: Duration) {
         let spent = self.driver.take_spent();
         self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
     }
 
-    /// One poll; until the next.
+    /// Polls once; returns the interval to the next poll.
     fn poll(&mut self, cpu: Duration) -> Result<Duration, Closed> {
         let mut in_calls = Duration::ZERO;
-        // What opening took is a reading.
+        // The cost of opening is charged to readings.
         self.spent_in_calls(Part::Readings, &mut in_calls);
-        self.look_at_index()?;
-        let mut batch = GpuBatch::new(self.start.slot, boot_now(), Answer::Unsupported);
+        self.update_index()?;
+        let mut batch = GpuBatch::new(self.start.slot, boot_now(), PollStatus::Unsupported);
         // The ring comes last: the end of the batch bounds the age of its newest sample.
         self.extras(&mut batch, &mut in_calls);
         let mut error = None;
         batch.ring_began = boot_now();
         if !self.in_mig_mode() {
-            let row_calls = self.budget.row_calls(boot_now().0, self.pace.coverage);
+            let process_queries = self.budget.process_queries(boot_now().0, self.pace.coverage);
             let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
             let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
-            let (answer, recovered, failed) = self.ring.poll(&mut tools, row_calls, self.listed);
+            let (status, recovered, failed) = self.ring.poll(&mut tools, process_queries, self.listed);
             if recovered.stepped {
                 self.engines.stepped();
             }
-            if !recovered.process_samples.is_empty() || recovered.samples.iter().any(|tick| tick.busy_percent > 0) {
+            if !recovered.process_samples.is_empty() || recovered.samples.iter().any(|sample| sample.busy_percent > 0) {
                 self.pace.used();
             }
-            let news_every = self.budget.interval(Part::Lists, readings::NEWS_EVERY);
-            if self.processes.is_news(recovered.process_samples.iter().map(|row| row.pid), news_every) {
+            let early_every = self.budget.interval(Part::Lists, readings::EARLY_LISTS_EVERY);
+            if self.processes.has_unlisted(recovered.process_samples.iter().map(|sample| sample.pid), early_every) {
                 self.done.lists = None;
                 self.processes.want_all();
             }
-            batch.answer = answer;
+            batch.status = status;
             (batch.samples, batch.process_samples) = (recovered.samples, recovered.process_samples);
             (batch.rejected, batch.stepped) = (recovered.rejected, recovered.stepped);
             error = failed;
         }
         (batch.ended, batch.wall) = (boot_now(), wall_now());
-        let answer = batch.answer;
+        let status = batch.status;
         if self.is_over() {
             return Ok(Duration::ZERO);
         }
         self.context.polled(batch)?;
-        // A GPU that is lost is told of as such.
-        if self.driver.trouble().is_none() {
-            self.told.answered(error.map(|error| error_name(&error)).as_deref());
+        // A lost GPU is reported separately.
+        if self.driver.fault().is_none() {
+            self.health.polled(error.map(|error| error_name(&error)).as_deref());
         }
         let spent = self.driver.take_spent();
         let own = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
         self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
-        let interval = match answer {
-            Answer::Unsupported if self.in_mig_mode() => self.budget.interval(Part::SampleRing, gpm::EVERY),
-            Answer::Unsupported => SLOW,
-            Answer::Failed if self.told.fails() => SLOW,
+        let interval = match status {
+            PollStatus::Unsupported if self.in_mig_mode() => self.budget.interval(Part::SampleRing, gpm::EVERY),
+            PollStatus::Unsupported => SLOW,
+            PollStatus::Failed if self.health.fails() => SLOW,
             _ => self.pace.ring(&self.ring, &self.budget),
         };
         if let Some(coverage) = self.pace.changed() {
-            self.told.coverage(coverage, self.budget.binding(Part::SampleRing));
+            self.health.coverage(coverage, self.budget.binding(Part::SampleRing));
         }
         let ratios = self.budget.recent_ratios(boot_now().0);
         self.driver.set_pace(interval, ratios);
         Ok(interval)
     }
 
-    /// Lists, readings, engines and MIG devices, each when it is due and affordable.
+    /// Reads lists, readings, engines and MIG devices, each when it is due and within its budget.
     fn extras(&mut self, batch: &mut GpuBatch, cpu: &mut Duration) {
         let lists = self.budget.interval(Part::Lists, LISTS_EVERY);
         let changes = self.context.pids.changes();
@@ -304,11 +304,11 @@ impl Poller {
             self.spent_in_calls(Part::Engines, cpu);
         }
         if due(&mut self.done.mig, self.budget.interval(Part::Engines, MIG_EVERY)) {
-            let _closed = self.look_at_mig();
+            let _closed = self.update_mig();
             self.spent_in_calls(Part::Engines, cpu);
         }
         if self.in_mig_mode() {
-            // In place of the ring, and out of its budget.
+            // Instead of the ring, and charged to its budget.
             let _closed = self.mig.read(LISTS_EVERY, &mut self.driver, &mut self.buffers, &self.context);
         }
     }
@@ -322,7 +322,7 @@ impl Poller {
         self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu, wait: spent.wall });
     }
 
-    fn look_at_mig(&mut self) -> Result<(), Closed> {
+    fn update_mig(&mut self) -> Result<(), Closed> {
         let Ok(mode) = mig::mode(&self.handle, &mut self.driver) else { return Ok(()) };
         let mut changed = mode != self.info.mig_mode;
         if changed {
@@ -330,39 +330,39 @@ impl Poller {
             self.ring = SampleRing::default();
         }
         if mode == MigMode::Enabled {
-            changed |= self.mig.look(&self.handle, &self.info, &mut self.driver, &self.context)?;
+            changed |= self.mig.update(&self.handle, &self.info, &mut self.driver, &self.context)?;
         } else {
             self.mig.end(&self.context)?;
         }
         if changed {
             Arc::make_mut(&mut self.info).mig_uuids = self.mig.uuids();
-            self.tell()?;
+            self.announce()?;
         }
         Ok(())
     }
 
-    /// A GPU that was lost: tries it with a fresh handle.
-    fn find_again(&mut self) -> Result<Duration, Closed> {
+    /// Tries to use a lost GPU through a new handle.
+    fn reopen(&mut self) -> Result<Duration, Closed> {
         let uuid = Arc::clone(&self.start.uuid);
-        self.told.lost();
+        self.health.lost();
         let (ended, wall) = (boot_now(), wall_now());
-        // What was read before it was lost is not so any more.
+        // The readings from before the loss are outdated.
         let readings = Some(DeviceReadings::default());
-        let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, Answer::Failed) };
+        let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
         self.context.to.observe(Observation::from(lost))?;
         self.driver.reset();
         let generation = Arc::clone(&self.handle.generation);
         match self.driver.call(Call::GetHandleByUuid, || Handle::by_uuid(&generation, &uuid)) {
             Ok(handle) => {
                 self.handle = handle;
-                // A handle is had even of a device that does not answer.
+                // The driver returns a handle even for a device that is not usable, so a call is made.
                 let _memory = readings::memory(&self.handle, &mut self.driver);
             }
-            Err(_) if self.driver.trouble().is_none() => self.driver.set_lost(),
+            Err(_) if self.driver.fault().is_none() => self.driver.set_lost(),
             Err(_) => {}
         }
-        if self.driver.trouble().is_none() {
-            self.told.back();
+        if self.driver.fault().is_none() {
+            self.health.back();
             self.open()?;
         }
         self.spend(Part::Readings, Duration::ZERO);

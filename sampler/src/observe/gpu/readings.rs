@@ -1,4 +1,4 @@
-//! What a device says of itself beside its samples: memory, power, temperature, clocks, and who has memory on it.
+//! Readings of a device other than samples: memory, power, temperature, clocks, and the processes that use its memory.
 
 use std::collections::{HashMap, HashSet};
 use std::path::PathBuf;
@@ -15,16 +15,17 @@ use super::library::Handle;
 use super::nvml_caller::NvmlCaller;
 use crate::health::nvml_calls::Call;
 
-/// The graphics and MPS lists change less, and each holds a lock of the driver's for as long as the first.
+/// The graphics and MPS lists change less often, and each query holds a driver lock as long as the query of the compute list.
 const OTHER_LISTS_EVERY: Duration = Duration::from_secs(5);
-/// They are read before their time for a process that was not in them, at most so often and as the budget allows: it may never be.
-pub const NEWS_EVERY: Duration = Duration::from_millis(500);
-/// Without a new sample of an engine for so long its whole ring is asked for, in case the device's clock went back.
+/// The lists are read early if a sample names a process that is not in them, but at most this often and within the budget, because the
+/// process may never appear in them.
+pub const EARLY_LISTS_EVERY: Duration = Duration::from_millis(500);
+/// If an engine has no new sample for this long, its whole ring is read, in case the device's clock went back.
 const SILENT: Duration = Duration::from_secs(8);
-/// `comm` of the multi-process service's processes, which the kernel cuts at 15 bytes.
+/// `comm` of the processes of the multi-process service, which the kernel truncates to 15 bytes.
 const MPS_COMM: &str = "nvidia-cuda-mps";
 
-/// nvmlSamplingType_t of the engines that have rings of their own.
+/// nvmlSamplingType_t of the engines with separate sample rings.
 const ENGINES: [(Engine, u32, Call); 5] = [
     (Engine::Memory, 2, Call::GetMemorySamples),
     (Engine::Encoder, 3, Call::GetEncoderSamples),
@@ -33,24 +34,24 @@ const ENGINES: [(Engine, u32, Call); 5] = [
     (Engine::Ofa, 9, Call::GetOfaSamples),
 ];
 
-pub fn memory(of: &Handle, driver: &mut NvmlCaller) -> Option<(u64, u64)> {
-    match driver.call(Call::GetMemoryInfoV2, || of.memory_v2()) {
+pub fn memory(handle: &Handle, driver: &mut NvmlCaller) -> Option<(u64, u64)> {
+    match driver.call(Call::GetMemoryInfoV2, || handle.memory_v2()) {
         Ok(memory) => Some(memory),
         Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
-            driver.call(Call::GetMemoryInfo, || of.memory_v1()).ok()
+            driver.call(Call::GetMemoryInfo, || handle.memory_v1()).ok()
         }
         Err(_) => None,
     }
 }
 
-pub fn readings(of: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
-    let device = of.device();
-    let memory = memory(of, driver);
+pub fn readings(handle: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
+    let device = handle.device();
+    let memory = memory(handle, driver);
     let power = driver.call(Call::GetPowerUsage, || device.power_usage());
     let energy = driver.call(Call::GetTotalEnergyConsumption, || device.total_energy_consumption());
     let temperature = driver.call(Call::GetTemperature, || device.temperature(TemperatureSensor::Gpu));
     let clock = driver.call(Call::GetClockInfo, || device.clock_info(Clock::SM));
-    let reasons = driver.call(Call::GetClocksEventReasons, || of.clocks_event_reasons());
+    let reasons = driver.call(Call::GetClocksEventReasons, || handle.clocks_event_reasons());
     DeviceReadings {
         memory_used_bytes: memory.map(|(used, _)| used),
         memory_total_bytes: memory.map(|(_, total)| total),
@@ -65,44 +66,44 @@ pub fn readings(of: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
 /// The processes of one device.
 pub struct Processes {
     procfs: PathBuf,
-    /// In the last lists.
+    /// The processes in the last lists.
     listed: HashSet<u32>,
     last: Option<Instant>,
     others: HashMap<u32, RunningProcess>,
-    others_asked: Option<Instant>,
+    others_read: Option<Instant>,
 }
 
 impl Processes {
     pub fn new(procfs: PathBuf) -> Self {
-        Self { procfs, listed: HashSet::new(), last: None, others: HashMap::new(), others_asked: None }
+        Self { procfs, listed: HashSet::new(), last: None, others: HashMap::new(), others_read: None }
     }
 
-    /// A sample names a process that no list had: who holds the device has changed, and the lists of before may mislead.
-    pub fn is_news(&self, mut pids: impl Iterator<Item = u32>, at_most_every: Duration) -> bool {
+    /// Whether a sample names a process that was not in the last lists, so that these are outdated.
+    pub fn has_unlisted(&self, mut pids: impl Iterator<Item = u32>, at_most_every: Duration) -> bool {
         self.last.is_none_or(|at| at.elapsed() >= at_most_every) && pids.any(|pid| !self.listed.contains(&pid))
     }
 
-    /// All lists, whenever they were read last.
+    /// Makes the next [`Processes::list`] read all lists, however recently they were read.
     pub fn want_all(&mut self) {
-        self.others_asked = None;
+        self.others_read = None;
     }
 
-    /// `None` when the driver did not tell.
-    pub fn list(&mut self, of: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Option<Vec<RunningProcess>> {
-        if self.others_asked.is_none_or(|at| at.elapsed() >= OTHER_LISTS_EVERY) {
-            self.others_asked = Some(Instant::now());
+    /// `None` if the driver did not return the compute list.
+    pub fn list(&mut self, handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Option<Vec<RunningProcess>> {
+        if self.others_read.is_none_or(|at| at.elapsed() >= OTHER_LISTS_EVERY) {
+            self.others_read = Some(Instant::now());
             self.others.clear();
             let lists = [
                 (List::Graphics, Call::GetGraphicsRunningProcesses, ProcessKind::Graphics),
                 (List::Mps, Call::GetMpsComputeRunningProcesses, ProcessKind::Mps),
             ];
             for (list, call, kind) in lists {
-                for (pid, memory_bytes) in driver.call(call, || buffers.processes(of, list)).unwrap_or_default() {
+                for (pid, memory_bytes) in driver.call(call, || buffers.processes(handle, list)).unwrap_or_default() {
                     merge(&mut self.others, RunningProcess { pid, memory_bytes, kind });
                 }
             }
         }
-        let compute = driver.call(Call::GetComputeRunningProcesses, || buffers.processes(of, List::Compute)).ok()?;
+        let compute = driver.call(Call::GetComputeRunningProcesses, || buffers.processes(handle, List::Compute)).ok()?;
         let mut all = self.others.clone();
         for (pid, memory_bytes) in compute {
             let kind = if self.is_mps_server(pid) { ProcessKind::MpsServer } else { ProcessKind::Compute };
@@ -113,14 +114,14 @@ impl Processes {
         Some(all.into_values().collect())
     }
 
-    /// The driver lists the service among the compute processes and does not say what it is.
+    /// The driver lists the service among the compute processes without marking it.
     fn is_mps_server(&self, pid: u32) -> bool {
         let comm = std::fs::read_to_string(self.procfs.join(pid.to_string()).join("comm"));
         comm.is_ok_and(|comm| comm.trim_end() == MPS_COMM)
     }
 }
 
-/// One entry a process: lists overlap, and its memory is its whole memory in each.
+/// Keeps one entry per process: lists overlap, and each states the whole memory of the process.
 fn merge(all: &mut HashMap<u32, RunningProcess>, other: RunningProcess) {
     let rank = |kind| match kind {
         ProcessKind::Graphics => 0,
@@ -135,21 +136,22 @@ fn merge(all: &mut HashMap<u32, RunningProcess>, other: RunningProcess) {
     }
 }
 
-/// Rings of the engines beside compute. The driver keeps seconds of them, so they are read once in a while.
+/// Sample rings of the engines other than compute. The driver keeps several seconds of samples, so they are read rarely.
 #[derive(Default)]
 pub struct Engines {
-    /// Newest stamp of each, in microseconds; `None` before the first read, which only sets it.
+    /// Newest timestamp of each ring, in microseconds; `None` before the first read, which only sets it.
     newest: [Option<u64>; ENGINES.len()],
-    fed: [Option<Instant>; ENGINES.len()],
+    /// When a ring last had a new sample.
+    updated: [Option<Instant>; ENGINES.len()],
 }
 
 impl Engines {
-    pub fn read(&mut self, of: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Vec<EngineSample> {
+    pub fn read(&mut self, handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers) -> Vec<EngineSample> {
         let mut fresh = Vec::new();
         for (n, (engine, kind, call)) in ENGINES.iter().enumerate() {
-            let silent = self.fed[n].is_some_and(|at| at.elapsed() >= SILENT);
+            let silent = self.updated[n].is_some_and(|at| at.elapsed() >= SILENT);
             let after = if silent { 0 } else { self.newest[n].unwrap_or(0) };
-            let Ok(samples) = driver.call(*call, || buffers.samples(of, *kind, after)) else { continue };
+            let Ok(samples) = driver.call(*call, || buffers.samples(handle, *kind, after)) else { continue };
             let Some(newest) = samples.iter().map(|s| s.at_us).max() else {
                 self.newest[n] = self.newest[n].or(Some(0));
                 continue;
@@ -157,9 +159,9 @@ impl Engines {
             if self.newest[n] == Some(newest) {
                 continue;
             }
-            self.fed[n] = Some(Instant::now());
+            self.updated[n] = Some(Instant::now());
             let Some(known) = self.newest[n].replace(newest).filter(|known| newest > *known) else {
-                // The first read, or the clock was set back: what the ring held before is not told.
+                // The first read, or the clock was set back: earlier samples of the ring are not reported.
                 continue;
             };
             let new = samples.iter().filter(|s| s.at_us > known && s.percent <= 100);
@@ -172,7 +174,7 @@ impl Engines {
         fresh
     }
 
-    /// The device's clock was set: stamps start anew.
+    /// The device's clock was set: discards the known timestamps.
     pub fn stepped(&mut self) {
         *self = Self::default();
     }
@@ -183,7 +185,7 @@ mod tests {
     use super::*;
 
     #[test]
-    fn a_process_in_two_lists_is_one_with_its_memory_once() {
+    fn a_process_in_several_lists_is_merged_into_one_entry() {
         let mut all = HashMap::new();
         for (kind, memory_bytes) in [(ProcessKind::Graphics, Some(5)), (ProcessKind::Mps, None), (ProcessKind::Compute, Some(7))]
         {

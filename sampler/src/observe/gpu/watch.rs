@@ -1,8 +1,8 @@
-//! `gpu-watch`: opens the library, follows which GPUs there are, opens the library anew when the driver was replaced.
+//! `gpu-watch`: opens the library, tracks the list of GPUs, and reopens the library after the driver was replaced.
 //!
 //! ```text
-//!  closed --opened--> listing every 5 s --the driver is gone--> its threads end, or are given up after 3 s --> closed
-//!     \--cannot be opened: again after 1 s, 2 s .. 10 s--/
+//!  closed --opened--> listing every 5 s --driver unloaded--> its threads end, or are abandoned after 3 s --> closed
+//!     \--cannot be opened: retried after 1 s, 2 s .. 10 s--/
 //! ```
 
 use std::collections::{HashMap, VecDeque};
@@ -21,32 +21,33 @@ use super::error::{GpuError, spawn};
 use super::events::Events;
 use super::library::{Generation, Handle, open};
 use super::mig;
-use super::nvml_caller::{DeviceFault, trouble};
+use super::nvml_caller::{DeviceFault, fault};
 use super::poller::{Poller, Start};
 use crate::error::display_chain;
 use crate::health::call_watchdog::{CallSlot, Caller};
+use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::boot_now;
 
-/// How often to look again for a driver library that was missing; sooner at first, for a driver that is being replaced.
+/// Back-off for opening a missing driver library; short at first, for a driver that is being replaced.
 const RETRY_AT_FIRST: Duration = Duration::from_secs(1);
 const RETRY: Duration = Duration::from_secs(10);
-/// How often to look which GPUs there are; rarer where that takes long.
+/// How often GPUs are listed; rarer if a list takes long.
 const LIST_EVERY: Duration = Duration::from_secs(5);
 const LIST_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
 /// Initialization may hang in the driver; the agent starts without it.
 const START_PATIENCE: Duration = Duration::from_secs(5);
-/// What opening one GPU may take; the others do not wait longer for it.
+/// Time limit for opening one GPU, so that the other GPUs do not wait longer.
 const OPEN_PATIENCE: Duration = Duration::from_secs(2);
-/// Threads that hang in an old library are given up after this.
+/// Threads that hang in an old library are abandoned after this time.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(3);
-/// Between two looks at whether there is something to do.
+/// Interval of the checks during a sleep.
 const NAP: Duration = Duration::from_millis(100);
 
 type Opened = Result<(Handle, String), NvmlError>;
 
-/// A GPU's thread.
+/// The thread of a GPU.
 struct GpuWorker {
     slot: usize,
     index: Arc<AtomicU32>,
@@ -60,19 +61,19 @@ struct Watch {
     context: Arc<Context>,
     caller: Caller,
     workers: HashMap<Arc<str>, GpuWorker>,
-    /// Slots of GPUs that were read through the library before this one.
+    /// Slots of GPUs that were read through the previous library.
     before: HashMap<Arc<str>, usize>,
-    /// Indices that could not be opened, and were told of.
+    /// Indices that could not be opened and are reported.
     unopened: Vec<u32>,
-    /// Indices at which a thread hangs that was to open them.
+    /// Indices of GPUs for which the opening thread hangs.
     hanging: HashMap<u32, Receiver<(u32, Opened)>>,
 }
 
-/// Starts it all. A library named on purpose and unusable is an error; one that hangs, or is missing, is waited for.
+/// Starts GPU sampling. An unusable library is an error if it is configured by name; otherwise, and if it hangs, opening is retried.
 pub fn start(lib: Option<PathBuf>, context: Arc<Context>) -> Result<(), GpuError> {
     let (opened, first) = sync_channel(1);
     let named = lib.is_some();
-    let caller = context.health.driver.caller("gpu-watch".into(), None);
+    let caller = context.health.driver.caller(Condition::GpuList, None);
     let (workers, before, unopened, hanging) = (HashMap::new(), HashMap::new(), Vec::new(), HashMap::new());
     let watch = Watch { lib, context: Arc::clone(&context), caller, workers, before, unopened, hanging };
     spawn("gpu-watch", move || watch.run(&opened))?;
@@ -80,15 +81,15 @@ pub fn start(lib: Option<PathBuf>, context: Arc<Context>) -> Result<(), GpuError
         Ok(Err(error)) if named => Err(error),
         Ok(Ok(()) | Err(_)) => Ok(()),
         Err(_) => {
-            context
-                .health
-                .degraded("nvml", "the NVIDIA driver has not answered for 5 s; no GPU is sampled until it does; see dmesg");
+            let message =
+                "the initialization of the NVIDIA driver has not returned for 5 s; no GPU is sampled until it does; check dmesg";
+            context.health.degraded(Condition::Nvml, message);
             Ok(())
         }
     }
 }
 
-/// A thread that opens these GPUs. Its channel has no room: once nobody listens it goes no further.
+/// Starts a thread that opens these GPUs. Its channel has no capacity, so that it stops once the receiver is dropped.
 fn opener(generation: &Arc<Generation>, indices: Vec<u32>) -> Result<Receiver<(u32, Opened)>, GpuError> {
     let (to, opened) = sync_channel(0);
     let generation = Arc::clone(generation);
@@ -104,7 +105,7 @@ fn opener(generation: &Arc<Generation>, indices: Vec<u32>) -> Result<Receiver<(u
 }
 
 impl Watch {
-    /// `opened`: what came of the first try.
+    /// `opened` receives the result of the first attempt.
     fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
         let mut retry = RETRY_AT_FIRST;
         while !self.context.stopping() {
@@ -116,13 +117,13 @@ impl Watch {
                     if self.serve(generation, opened).is_err() {
                         return;
                     }
-                    // One that dies at once is not opened in a loop.
+                    // A library that becomes unusable at once is not reopened in a loop.
                     retry = if was.elapsed() > RETRY { RETRY_AT_FIRST } else { retry };
                 }
                 Err(error) => {
                     self.context.health.set_nvml(false);
-                    let told = display_chain(&error);
-                    self.context.health.degraded("nvml", &format!("no GPU can be read, it is tried again: {told}"));
+                    let message = format!("no GPU can be read, retrying: {}", display_chain(&error));
+                    self.context.health.degraded(Condition::Nvml, &message);
                     let _waited_for = opened.try_send(Err(error));
                 }
             }
@@ -149,7 +150,7 @@ impl Watch {
         self.call(Call::Init, || open(self.lib.as_deref())).map(|nvml| Arc::new(Generation::new(nvml)))
     }
 
-    /// As long as this library can be used.
+    /// Lists GPUs until the library can no longer be used.
     fn serve(&mut self, generation: Arc<Generation>, opened: &SyncSender<Result<(), GpuError>>) -> Result<(), Closed> {
         let mut events = None;
         while !self.context.stopping() && !generation.is_dead() {
@@ -157,7 +158,7 @@ impl Watch {
             match self.list(&generation) {
                 Ok(gpus) => {
                     self.context.health.set_nvml(true);
-                    self.context.health.recovered("nvml", "the NVIDIA driver answers");
+                    self.context.health.recovered(Condition::Nvml);
                     if events.is_none() {
                         tracing::info!(gpus, "sampling");
                         let listener = Events::new(Arc::clone(&generation), Arc::clone(&self.context));
@@ -166,24 +167,24 @@ impl Watch {
                     let _waited_for = opened.try_send(Ok(()));
                 }
                 Err(error) => {
-                    if trouble(&error) == Some(DeviceFault::Dead) {
+                    if fault(&error) == Some(DeviceFault::Dead) {
                         generation.kill();
                     }
-                    self.context.health.degraded("nvml", &format!("the NVIDIA driver does not list its GPUs: {error}"));
+                    self.context.health.degraded(Condition::Nvml, &format!("the NVIDIA driver cannot list its GPUs: {error}"));
                     let _waited_for = opened.try_send(Err(GpuError::List(error)));
                 }
             }
-            // A look may wait for the driver, and then others wait too; not for what hangs.
+            // Listing may wait in the driver and delay other users, so its share of time is limited. Time in hanging calls does not count.
             let share = self.context.limits.wait_percent / 100.0;
             let hung = OPEN_PATIENCE.saturating_mul(u32::try_from(self.hanging.len()).unwrap_or(u32::MAX));
             let every = begun.elapsed().saturating_sub(hung).div_f64(share).clamp(LIST_EVERY, LIST_AT_LEAST_EVERY);
             self.sleep(every, || generation.is_dead() || self.workers.values().any(|w| w.thread.is_finished()));
         }
-        self.let_go(generation, events);
+        self.release(generation, events);
         Ok(())
     }
 
-    /// Every GPU gets a thread; one that is not there any more loses it.
+    /// Starts a thread for every new GPU and ends the threads of removed GPUs.
     fn list(&mut self, generation: &Arc<Generation>) -> Result<u32, NvmlError> {
         self.call(Call::Init, || generation.refresh())?;
         let count = self.call(Call::GetCount, || generation.nvml().device_count())?;
@@ -193,34 +194,35 @@ impl Watch {
         for (index, opened) in self.open_all(generation, count) {
             match opened {
                 Some(Ok((_, uuid))) if seen.iter().any(|known| **known == *uuid) => {
-                    unopened.push((index, format!("its UUID {uuid} is another GPU's too; the driver or the board is broken")));
+                    unopened
+                        .push((index, format!("its UUID {uuid} is also that of another GPU; the driver or the board is broken")));
                 }
                 Some(Ok((handle, uuid))) => {
                     let uuid: Arc<str> = uuid.into();
                     seen.push(Arc::clone(&uuid));
-                    // All slots before any thread: MIG devices, which the threads find, come after the GPUs.
+                    // Slots are taken before threads start, so that MIG devices, which the threads find, come after the GPUs.
                     let slot = self.context.slots.take(&uuid);
                     found.push((handle, uuid, index, slot));
                 }
-                Some(Err(error)) if trouble(&error) == Some(DeviceFault::Dead) => return Err(error),
+                Some(Err(error)) if fault(&error) == Some(DeviceFault::Dead) => return Err(error),
                 Some(Err(error)) => unopened.push((index, error.to_string())),
-                None => unopened.push((index, "the driver does not answer; see dmesg for Xid lines".into())),
+                None => unopened.push((index, "the driver call does not return; check dmesg for Xid lines".into())),
             }
         }
         for (handle, uuid, index, slot) in found {
             self.start_poller(handle, uuid, index, slot);
         }
-        // Those that have a thread are spoken of by it.
+        // GPUs with a thread are reported by that thread.
         let unseen = self.workers.keys().filter(|uuid| !seen.contains(uuid)).count();
         for (index, error) in unopened.iter().filter(|_| unopened.len() > unseen) {
-            let message = format!("GPU {index} cannot be opened and is tried again: {error}");
-            self.context.health.degraded(&format!("gpu-index-{index}"), &message);
+            let message = format!("GPU {index} cannot be opened, retrying: {error}");
+            self.context.health.degraded(Condition::GpuUnopened { index: *index }, &message);
         }
         let unopened: Vec<u32> = unopened.into_iter().map(|(index, _)| index).collect();
         for index in self.unopened.iter().filter(|index| !unopened.contains(index)) {
-            self.context.health.recovered(&format!("gpu-index-{index}"), "it can be opened, or is gone");
+            self.context.health.recovered(Condition::GpuUnopened { index: *index });
         }
-        // One that cannot be opened may be any of those that were not seen.
+        // A GPU that cannot be opened may be any of those that were not seen.
         if unopened.is_empty() {
             self.end_gone(&seen);
         }
@@ -228,7 +230,7 @@ impl Watch {
         Ok(count)
     }
 
-    /// Opens them all, in a thread that is left behind where it hangs; `None` for those that do not answer.
+    /// Opens all GPUs, in a thread that is abandoned if it hangs; `None` for GPUs of which the calls do not return.
     fn open_all(&mut self, generation: &Arc<Generation>, count: u32) -> Vec<(u32, Option<Opened>)> {
         self.hanging.retain(|_, thread| matches!(thread.try_recv(), Err(TryRecvError::Empty)));
         let (mut all, mut left) = (Vec::new(), VecDeque::new());
@@ -243,9 +245,9 @@ impl Watch {
             let Ok(opened) = opener(generation, left.iter().copied().collect()) else { break };
             let hangs = loop {
                 match opened.recv_timeout(OPEN_PATIENCE) {
-                    Ok((index, answer)) => {
+                    Ok((index, result)) => {
                         left.pop_front();
-                        all.push((index, Some(answer)));
+                        all.push((index, Some(result)));
                     }
                     Err(RecvTimeoutError::Timeout) => break left.pop_front(),
                     Err(RecvTimeoutError::Disconnected) => break None,
@@ -255,7 +257,7 @@ impl Watch {
             all.push((index, None));
             self.hanging.insert(index, opened);
         }
-        // No thread could be had.
+        // No thread could be started.
         all.extend(left.into_iter().map(|index| (index, None)));
         all.sort_unstable_by_key(|(index, _)| *index);
         all
@@ -266,23 +268,21 @@ impl Watch {
             worker.index.store(index, Ordering::Relaxed);
             return;
         }
-        // By slot: an index may be another GPU's later.
+        // By slot, because an index may later belong to another GPU.
         let name = format!("gpu-{slot}");
-        let caller = self.context.health.driver.caller(name.clone(), Some(&uuid));
+        let caller = self.context.health.driver.caller(Condition::Gpu { slot }, Some(&uuid));
         let (end, calls) = (Arc::new(AtomicBool::new(false)), caller.slot());
-        let at = Arc::new(AtomicU32::new(index));
-        let start = Start { handle, uuid: Arc::clone(&uuid), index: Arc::clone(&at), slot, end: Arc::clone(&end) };
+        let shared_index = Arc::new(AtomicU32::new(index));
+        let start = Start { handle, uuid: Arc::clone(&uuid), index: Arc::clone(&shared_index), slot, end: Arc::clone(&end) };
         let poller = Poller::new(&self.context, start, caller);
         match spawn(&name, move || poller.run()) {
             Ok(thread) => {
                 tracing::info!(gpu = index, uuid = &*uuid, "GPU found");
-                self.workers.insert(uuid, GpuWorker { slot, index: at, end, thread, calls });
+                self.workers.insert(uuid, GpuWorker { slot, index: shared_index, end, thread, calls });
             }
             Err(error) => {
-                let told = display_chain(&error);
-                self.context
-                    .health
-                    .degraded(&format!("gpu-{slot}"), &format!("{uuid} is not sampled, it is tried again: {told}"));
+                let message = format!("{uuid} is not sampled, retrying: {}", display_chain(&error));
+                self.context.health.degraded(Condition::Gpu { slot }, &message);
             }
         }
     }
@@ -298,29 +298,29 @@ impl Watch {
             self.context.health.driver.forget(&uuid);
             let left = self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
             for (uuid, slot) in left.into_iter().flatten() {
-                let _sent = mig::gone_from(&self.context, &uuid, slot);
+                let _sent = mig::report_gone(&self.context, &uuid, slot);
             }
             tracing::info!(uuid = &*uuid, "GPU gone");
-            // The core's end is found out by the next list.
+            // If the core has ended, the next list detects it.
             let _sent = self.context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() });
         }
     }
 
-    /// The driver was unloaded or replaced. Threads that hang in it keep the old library; a new one does not wait for them.
-    fn let_go(&mut self, generation: Arc<Generation>, events: Option<JoinHandle<()>>) {
+    /// The driver was unloaded or replaced. Threads that hang in it keep the old library open; opening a new one does not wait for them.
+    fn release(&mut self, generation: Arc<Generation>, events: Option<JoinHandle<()>>) {
         generation.kill();
         if self.context.stopping() {
             return;
         }
         self.context.health.set_nvml(false);
-        self.context.health.degraded("nvml", "the NVIDIA driver has gone or was replaced; its library is opened anew");
+        self.context.health.degraded(Condition::Nvml, "the NVIDIA driver was unloaded or replaced; reopening its library");
         let ended = |watch: &Self| {
             watch.workers.values().all(|w| w.thread.is_finished()) && events.as_ref().is_none_or(JoinHandle::is_finished)
         };
         self.sleep(GIVE_UP_AFTER, || ended(self));
         for (uuid, worker) in self.workers.drain() {
             worker.calls.end();
-            // How it is read holds no longer, and is not told by its next thread before its first poll.
+            // The poll interval no longer applies, and the next thread sets it only with its first poll.
             self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, [f64::NAN; 2]);
             self.before.insert(uuid, worker.slot);
         }

@@ -1,24 +1,24 @@
-//! Field offsets and enum values from the kernel's own BTF: std only, no unsafe, every read bounds-checked.
+//! Field offsets and enum values from the kernel's BTF: std only, no unsafe, every read bounds-checked.
 //!
-//! Rust has no CO-RE relocations, so user space resolves the offsets and passes them to the program. Format: the kernel's
-//! Documentation/bpf/btf.rst.
+//! Rust has no CO-RE relocations, so user space resolves the offsets and passes them to the program. The format is described in
+//! Documentation/bpf/btf.rst of the kernel.
 
 use thiserror::Error;
 
 #[derive(Debug, Error)]
 pub enum BtfError {
-    #[error("{}: this kernel has no readable BTF (CONFIG_DEBUG_INFO_BTF)", path.display())]
+    #[error("cannot read the kernel's BTF from {} (CONFIG_DEBUG_INFO_BTF)", path.display())]
     Read { path: std::path::PathBuf, source: std::io::Error },
     #[error("the kernel's BTF is malformed: {0}")]
     Malformed(&'static str),
-    #[error("the kernel's BTF has no `{0}`")]
+    #[error("the kernel's BTF does not contain `{0}`")]
     Missing(String),
 }
 
 const STRUCT: u32 = 4;
 const UNION: u32 = 5;
 const ENUM: u32 = 6;
-/// Anonymous structs within structs nest this deep at most.
+/// Maximum nesting of anonymous structs.
 const MAX_NESTING: u32 = 8;
 
 pub struct Btf<'a> {
@@ -115,7 +115,7 @@ impl<'a> Btf<'a> {
         })
     }
 
-    /// Byte offset of a member, looking through anonymous structs and unions.
+    /// Byte offset of a member, including members of anonymous structs and unions.
     pub fn offset(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
         let id = self.find(STRUCT, structure)?;
         self.member(id, member.as_bytes(), 0).ok_or_else(|| BtfError::Missing(format!("{structure}.{member}")))

@@ -1,4 +1,4 @@
-//! Walks a cgroup file system: a directory's inode number is the cgroup's id.
+//! Walks a cgroup file system. The inode number of a directory is the id of its cgroup.
 
 use std::fs;
 use std::io;
@@ -12,13 +12,13 @@ pub fn fact(key: CgroupKey, parent: Option<CgroupKey>, name: &std::ffi::OsStr, a
     CgroupFact { change: CgroupChange::Seen, key, parent, name: name.to_string_lossy().into_owned(), at }
 }
 
-/// A cgroup that is removed while we look: its removal is reported on its own.
+/// Whether the cgroup was removed during the walk; its removal is reported separately.
 fn vanished(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || error.raw_os_error() == Some(libc::ENODEV)
 }
 
-/// Every cgroup of a hierarchy, parents first. `enter` is called before a directory is listed, so a watch set there misses nothing;
-/// `give` gets each one's directory. An error means that some were not seen.
+/// Walks every cgroup of a hierarchy, parents first. `enter` is called before a directory is listed, so that a watch set there misses
+/// nothing; `give` receives each cgroup with its directory. An error means that some cgroups were not found.
 pub fn walk(
     hierarchy: u32,
     mount: &Path,
@@ -31,7 +31,7 @@ pub fn walk(
     below(mount.to_path_buf(), key, at, enter, give)
 }
 
-/// Every cgroup below one. Goes on after an error and returns the first.
+/// Walks every cgroup below the given one. Continues after an error and returns the first error.
 pub fn below(
     folder: PathBuf,
     key: CgroupKey,

@@ -1,4 +1,4 @@
-//! Which cgroup hierarchies there are, and where they can be walked.
+//! The cgroup hierarchies of the host and their mount points.
 
 use std::fs;
 use std::os::unix::fs::MetadataExt as _;
@@ -6,20 +6,20 @@ use std::path::{Path, PathBuf};
 
 use procfs::process::{MountInfo, MountInfos, Process};
 
-/// v1 controllers worth following on a hybrid or v1 host, best first: every runtime puts its containers in these.
+/// v1 controllers to follow on a hybrid or v1 host, in order of preference: every runtime creates its cgroups in these.
 const V1_CONTROLLERS: [&str; 3] = ["pids", "memory", "cpu"];
 /// The root cgroup of every hierarchy has this inode number.
 pub const ROOT_ID: u64 = 1;
-/// The initial cgroup namespace has this inode (PROC_CGROUP_INIT_INO): in any other, paths are relative to somewhere.
+/// The inode of the initial cgroup namespace (PROC_CGROUP_INIT_INO). In any other namespace, paths are relative to another root.
 const INIT_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
-/// The cgroup hierarchies to follow and where they are mounted.
+/// The cgroup hierarchies to follow and their mount points.
 #[derive(Clone, Debug, Default)]
 pub struct Layout {
     pub v2: Option<PathBuf>,
     /// Controller name, hierarchy id, mount point.
     pub v1: Option<(&'static str, u32, PathBuf)>,
-    /// Hierarchy id and mount point of v1's cpu controller, followed or not. Where there is none, v2 may have the controller.
+    /// Hierarchy id and mount point of the v1 cpu controller, whether it is followed or not. If it is absent, v2 may have the controller.
     pub v1_cpu: Option<(u32, PathBuf)>,
 }
 
@@ -33,30 +33,27 @@ impl Layout {
         }
     }
 
-    /// Hierarchy and mount point of each that is followed.
+    /// Id and mount point of each followed hierarchy.
     pub fn mounts(&self) -> impl Iterator<Item = (u32, &Path)> {
         let v2 = self.v2.as_deref().map(|mount| (0, mount));
         v2.into_iter().chain(self.v1.as_ref().map(|(_, id, mount)| (*id, mount.as_path())))
     }
 
-    /// What keeps cgroups from being told apart; `None` where everything is right.
+    /// Why cgroups cannot be identified; `None` if they can. The remedy is that of the condition `cgroups`.
     pub fn problem(&self) -> Option<String> {
         if self.v2.is_none() && self.v1.is_none() {
-            return Some("no cgroup hierarchy is mounted here with its root: no process can be told to be a container's".into());
+            return Some("no cgroup hierarchy is mounted here with its root: processes cannot be matched to containers".into());
         }
         match fs::read_link("/proc/self/ns/cgroup") {
             Ok(link) if link.as_os_str() == INIT_CGROUP_NAMESPACE => None,
-            Ok(_) => Some("in a cgroup namespace of its own: /proc shows every cgroup's path as seen from there".into()),
-            Err(error) => Some(format!("cannot tell the cgroup namespace: /proc/self/ns/cgroup: {error}")),
+            Ok(_) => Some("in a private cgroup namespace: /proc shows cgroup paths relative to its root".into()),
+            Err(error) => Some(format!("cannot determine the cgroup namespace: /proc/self/ns/cgroup: {error}")),
         }
     }
 }
 
-/// What to do about [`Layout::problem`].
-pub const REMEDY: &str = "mount cgroup2 on /sys/fs/cgroup; in a container, mount the host's /sys/fs/cgroup and run in its cgroup namespace (--cgroupns=host)";
-
-/// Shows the whole hierarchy: not covered by another mount, and not a part of it, as a container is given.
-fn whole(mount: &MountInfo) -> bool {
+/// Whether the mount shows the whole hierarchy: not covered by another mount, and not a subtree, as in a container.
+fn shows_all(mount: &MountInfo) -> bool {
     let Ok(meta) = fs::metadata(&mount.mount_point) else { return false };
     let device = meta.dev();
     meta.ino() == ROOT_ID && mount.majmin == format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
@@ -66,18 +63,18 @@ pub fn layout(procfs_root: &Path) -> Layout {
     let mounts: MountInfos = match Process::new_with_root(procfs_root.join("self")).and_then(|p| p.mountinfo()) {
         Ok(mounts) => mounts,
         Err(error) => {
-            tracing::warn!(%error, "cannot read the mount table: no cgroup can be scanned");
+            tracing::warn!(%error, "cannot read the mount table; cgroups cannot be scanned");
             return Layout::default();
         }
     };
     let controllers = fs::read_to_string(procfs_root.join("cgroups")).unwrap_or_default();
-    let v2 = mounts.0.iter().find(|m| m.fs_type == "cgroup2" && whole(m)).map(|m| m.mount_point.clone());
+    let v2 = mounts.0.iter().find(|m| m.fs_type == "cgroup2" && shows_all(m)).map(|m| m.mount_point.clone());
     let of_controller = |name: &str| {
         let hierarchy: u32 = controllers.lines().find_map(|line| {
             let mut words = line.split_whitespace();
             (words.next() == Some(name)).then(|| words.next())??.parse().ok()
         })?;
-        let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(name) && whole(m);
+        let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(name) && shows_all(m);
         let mount = mounts.0.iter().find(wanted)?;
         (hierarchy != 0).then(|| (hierarchy, mount.mount_point.clone()))
     };

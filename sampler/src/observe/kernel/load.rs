@@ -1,5 +1,5 @@
-//! Loads the program, proves its offsets, attaches. Nothing is pinned: when the agent ends, however it ends, the kernel
-//! drops programs and maps with its file descriptors.
+//! Loads the eBPF program, verifies its offsets and attaches it. Nothing is pinned: however the agent ends, the kernel drops programs
+//! and maps with its file descriptors.
 
 use std::os::fd::{AsFd as _, BorrowedFd};
 use std::path::Path;
@@ -17,7 +17,7 @@ use super::tasks::TasksError;
 use super::{KernelError, OBJECT, tasks};
 use crate::health::Lost;
 
-/// Programs, named like their tracepoints, each with the kind of event that it reports.
+/// Programs, named after their tracepoints, each with the kind of event that it reports.
 const PROGRAMS: [(&str, u32); kind::COUNT as usize] = [
     ("cgroup_mkdir", kind::MKDIR),
     ("cgroup_rmdir", kind::RMDIR),
@@ -38,13 +38,13 @@ pub struct Program {
 }
 
 impl Program {
-    /// Every living process, as the kernel has them.
+    /// Every living process, from the task iterator.
     pub fn tasks(&mut self) -> Result<Vec<ProcessSeen>, TasksError> {
         tasks::read(&mut self.ebpf, self.v1_hierarchy)
     }
 
-    /// Events that were not delivered so far, per kind: the ring was full, a field could not be read, or the kernel skipped the program.
-    /// Where the skips cannot be read, the rest and why.
+    /// Events not delivered so far, per kind: the ring was full, a field could not be read, or the kernel skipped the program. If the
+    /// skip counts cannot be read, returns the other losses and the error.
     pub fn lost(&self) -> (Lost, Option<MissesError>) {
         let counted = |k| self.lost.get(&(k as u32), 0).map_or(0, |per_cpu| per_cpu.iter().sum());
         let mut lost = Lost { of_kind: std::array::from_fn(counted), skipped: 0 };
@@ -101,7 +101,7 @@ fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawT
     Ok(program)
 }
 
-/// `v1`: the v1 hierarchy to follow beside v2, by controller name, and its hierarchy id. Each ring gets `ring_bytes`.
+/// `v1`: the controller name and id of the v1 hierarchy to follow in addition to v2. Each ring has `ring_bytes`.
 pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Program, KernelError> {
     let object = OBJECT.ok_or(KernelError::NoObject)?;
     let offsets = offsets(v1, btf)?;
@@ -129,7 +129,7 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
     let misses = misses(&ebpf)?;
     drop(types);
-    // The kernel's BTF, parsed, was by far the most that this process needs; give it back.
+    // The parsed BTF is by far the largest allocation of this process; return its memory to the system.
     // SAFETY: malloc_trim takes no pointers.
     unsafe { libc::malloc_trim(0) };
     Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost, misses })
@@ -138,22 +138,22 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
 fn misses(ebpf: &Ebpf) -> Result<Misses, KernelError> {
     let fd = |(name, kind): (&'static str, u32)| -> Result<(u32, BorrowedFd<'_>), KernelError> {
         let program = ebpf.program(name).ok_or(KernelError::Inconsistent(name))?;
-        Ok((kind, program.fd().map_err(refused(format!("name the descriptor of the eBPF program `{name}`")))?.as_fd()))
+        Ok((kind, program.fd().map_err(refused(format!("provide the descriptor of the eBPF program `{name}`")))?.as_fd()))
     };
     let programs = PROGRAMS.into_iter().map(fd).collect::<Result<Vec<_>, _>>()?;
     let misses = Misses::open(programs.into_iter())?;
     if !misses.counted()? {
-        tracing::info!("this kernel does not count skipped eBPF programs (Linux 5.12 and newer do)");
+        tracing::info!("this kernel does not count skipped eBPF programs; Linux 5.12 and newer do");
     }
     Ok(misses)
 }
 
-/// Runs the self-check program once in this process; aya-log says the outcome in words, a map says it in bits.
+/// Runs the self-check program once in this process. aya-log reports the result as text, a map as bits.
 fn check(ebpf: &mut Ebpf) -> Result<(), KernelError> {
     let mut logger = aya_log::EbpfLogger::init(ebpf).map_err(refused("open the log ring"))?;
     tracepoint(ebpf, "self_check")?
         .test_run(RawTracePointRunOptions::new())
-        .map_err(refused("run the self-check (Linux 5.10 and newer can)"))?;
+        .map_err(refused("run the self-check, which requires Linux 5.10"))?;
     logger.flush();
     let map = ebpf.map("SELF_CHECK").ok_or(KernelError::Inconsistent("SELF_CHECK"))?;
     let map: Array<_, u32> = Array::try_from(map).map_err(refused("open the map SELF_CHECK"))?;

@@ -1,10 +1,10 @@
-//! Events that the kernel dropped before a program could see them.
+//! Events for which the kernel did not run the program.
 //!
-//! A raw tracepoint program is skipped while another task on the same processor is inside it, which happens where tracepoint
-//! programs can be preempted. The kernel counts a skip in `bpf_prog_info.recursion_misses` of that program (Linux 5.12 and newer) and
-//! shows it in the descriptor's `/proc/self/fdinfo` file, which stays open here: a read at offset 0 makes the kernel print it again.
+//! A raw tracepoint program is skipped while another task on the same processor runs it, which happens where tracepoint programs can
+//! be preempted. The kernel counts skips in `bpf_prog_info.recursion_misses` of the program (Linux 5.12 and newer) and prints the
+//! count in the `/proc/self/fdinfo` file of the descriptor. That file stays open; each read at offset 0 returns the current count.
 //!
-//! Not here: what a skip means for the tables. A skipped run may have been one for a thread, which the program would have dropped.
+//! What a skip means for the tables is decided elsewhere. A skipped run may have been for a thread, which the program would have dropped.
 
 use std::fs::File;
 use std::io;
@@ -15,12 +15,12 @@ use std::path::PathBuf;
 use sampler_common::kind;
 use thiserror::Error;
 
-/// The kernel prints some 300 bytes; more than this would be another kind of file.
+/// Bytes read of an fdinfo file; the kernel prints about 300.
 const FDINFO_BYTES: usize = 4096;
 
 #[derive(Debug, Error)]
 #[error(
-    "cannot read how often the kernel skipped a program from {path}; mount /proc for the agent, otherwise such losses are not counted"
+    "cannot read the count of skipped eBPF programs from {path}; mount /proc for the agent, otherwise these losses are not counted"
 )]
 pub struct MissesError {
     path: PathBuf,
@@ -40,7 +40,7 @@ pub struct Misses {
 }
 
 impl Misses {
-    /// Opens the counters of these programs. The descriptors must stay open for as long as the counters are read.
+    /// Opens the counters of these programs. The descriptors must stay open while the counters are read.
     pub fn open<'a>(programs: impl Iterator<Item = (u32, BorrowedFd<'a>)>) -> Result<Self, MissesError> {
         let open = |(kind, fd): (u32, BorrowedFd<'_>)| {
             let path = PathBuf::from(format!("/proc/self/fdinfo/{}", fd.as_raw_fd()));
@@ -52,7 +52,7 @@ impl Misses {
         programs.map(open).collect::<Result<_, _>>().map(|counters| Self { counters })
     }
 
-    /// Skipped runs so far, per kind of event; 0 where the kernel does not count them.
+    /// Skipped runs so far, per event kind; 0 if the kernel does not count them.
     pub fn read(&self) -> Result<[u64; kind::COUNT as usize], MissesError> {
         let mut missed = [0; kind::COUNT as usize];
         for counter in &self.counters {
@@ -79,7 +79,7 @@ impl Counter {
     }
 }
 
-/// The count in a program's fdinfo; `None` where the kernel has no such line.
+/// The count in the fdinfo of a program; `None` if the kernel does not print it.
 fn recursion_misses(fdinfo: &[u8]) -> Option<u64> {
     let value = fdinfo.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(b"recursion_misses:"))?;
     std::str::from_utf8(value).ok()?.trim().parse().ok()
@@ -99,7 +99,7 @@ mod tests {
                        prog_tag:\t2bcf1fcb4a04b8b4\nmemlock:\t4096\nprog_id:\t9\nrun_time_ns:\t0\nrun_cnt:\t0\n";
 
     #[test]
-    fn the_line_is_found_in_the_fdinfo_of_every_kernel() {
+    fn the_skip_count_is_parsed_from_fdinfo_of_old_and_new_kernels() {
         let check = |text: &str, expect: Option<u64>| assert_eq!(recursion_misses(text.as_bytes()), expect, "{text:?}");
         check(NEW, Some(135));
         check(OLD, None);
@@ -111,7 +111,7 @@ mod tests {
     }
 
     #[test]
-    fn a_descriptor_that_is_not_a_program_counts_nothing() {
+    fn a_descriptor_that_is_not_a_program_has_no_count() {
         let file = File::open("/proc/self/stat").unwrap();
         let misses = Misses::open([(kind::EXIT, file.as_fd())].into_iter()).unwrap();
         assert_eq!(misses.read().unwrap(), [0; kind::COUNT as usize]);

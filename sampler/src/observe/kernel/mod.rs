@@ -1,4 +1,4 @@
-//! The kernel's side: offsets, load and attach, ring readers, scans, and what to do where kernel programs cannot run.
+//! Kernel tracking: field offsets, loading and attaching, ring readers, scans, and fallbacks where eBPF programs cannot run.
 
 mod btf;
 pub mod cgroupfs;
@@ -24,20 +24,20 @@ use std::os::fd::{AsFd as _, BorrowedFd};
 
 use thiserror::Error;
 
-/// Why kernel tracking is not there. Each names its remedy; the agent then runs degraded and says so.
+/// Why kernel tracking is not available. Each message names the remedy; the agent then runs degraded and reports it.
 #[derive(Debug, Error)]
 pub enum KernelError {
-    #[error("this build carries no kernel program; build it with `cargo xtask build`")]
+    #[error("this build does not contain the eBPF program; build it with `cargo xtask build`")]
     NoObject,
     #[error("cannot resolve kernel field offsets; use a kernel built with CONFIG_DEBUG_INFO_BTF")]
     Btf(#[from] btf::BtfError),
     #[error("the kernel refused to {what}; run as root or with CAP_BPF and CAP_PERFMON (CAP_SYS_ADMIN before 5.8)")]
     Refused { what: String, source: Box<dyn std::error::Error + Send + Sync> },
     #[error(
-        "the kernel program's self-check failed (mask {0:#x}): its offsets do not fit this kernel; please report the kernel version"
+        "the self-check of the eBPF program failed (mask {0:#x}): its offsets do not match this kernel; please report the kernel version"
     )]
     SelfCheck(u32),
-    #[error("the kernel program lacks `{0}`: the build is inconsistent, run `cargo xtask build`")]
+    #[error("the eBPF program does not contain `{0}`: the build is inconsistent, run `cargo xtask build`")]
     Inconsistent(&'static str),
     #[error(transparent)]
     Misses(#[from] misses::MissesError),
@@ -45,7 +45,7 @@ pub enum KernelError {
     Watch(watch::WatchError),
 }
 
-/// How processes and cgroups are followed; names as in `gpu_sampler_kernel_mode`.
+/// How processes and cgroups are tracked; names as in `gpu_sampler_kernel_mode`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mode {
     RawTracepoint,
@@ -66,24 +66,24 @@ impl Mode {
         }
     }
 
-    /// What this mode cannot know; blank for the one that knows everything.
-    pub fn gives_up(self) -> &'static str {
+    /// What this mode cannot observe; empty for the mode without limitations.
+    pub fn limitations(self) -> &'static str {
         match self {
             Mode::RawTracepoint => "",
             Mode::Inotify => {
-                "processes are looked up in /proc when the driver names them: one that has ended by then is unattributed \
-                 (pid_unknown), and a move to another cgroup before that is not seen"
+                "processes are looked up in /proc when the driver reports them: a process that has exited by then is unattributed \
+                 (pid_unknown), and an earlier move to another cgroup is not detected"
             }
             Mode::Procfs => {
-                "cgroups and processes are looked at once a second and when the driver names them: a container that lives shorter \
-                 may never be seen, a process that has ended by then is unattributed (pid_unknown), and a move to another cgroup \
-                 before that is not seen"
+                "cgroups and processes are scanned once a second and when the driver reports them: a container with a shorter \
+                 lifetime may not be detected, a process that has exited by then is unattributed (pid_unknown), and an earlier move \
+                 to another cgroup is not detected"
             }
         }
     }
 }
 
-/// The mode that runs, with what it runs on.
+/// The active mode, with its resources.
 pub enum Tracker {
     RawTracepoint(Box<Program>),
     Inotify(watch::CgroupWatch),
@@ -99,7 +99,7 @@ impl Tracker {
         }
     }
 
-    /// What to wait for.
+    /// The descriptors to wait for.
     pub fn fds(&self) -> impl Iterator<Item = BorrowedFd<'_>> {
         let fds = match self {
             Tracker::RawTracepoint(program) => [Some(program.rings.cgroups.as_fd()), Some(program.rings.processes.as_fd())],

@@ -1,9 +1,9 @@
-//! Which mode runs here: the best that works, found by trying it, not by asking versions.
+//! Selects the kernel mode: the best that works, determined by trying it, not by comparing versions.
 //!
 //! ```text
 //!  raw_tracepoint  --refused-->  inotify  --refused-->  procfs
 //! ```
-//! A mode that was asked for by name is the only one tried: when it does not work the agent does not start.
+//! A mode configured by name is the only one tried: if it does not work, the agent does not start.
 
 use std::path::Path;
 
@@ -11,7 +11,7 @@ use super::layout::Layout;
 use super::{KernelError, Mode, Tracker, load, watch};
 use crate::config::KernelMode;
 
-/// The mode that runs, and why those above it do not.
+/// The selected mode, and the reasons why better modes were refused.
 pub struct Chosen {
     pub tracker: Tracker,
     pub refused: Vec<(Mode, KernelError)>,

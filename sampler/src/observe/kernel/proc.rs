@@ -1,4 +1,4 @@
-//! Looks at processes in /proc, where the kernel cannot be asked: start times to 10 ms, places by path.
+//! Reads processes from /proc, where the task iterator is not available: start times to 10 ms, cgroups by path.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -18,12 +18,12 @@ use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use super::layout::{Layout, ROOT_ID};
 use crate::observe::clock::boot_now;
 
-/// /proc counts start times in these.
+/// The unit of start times in /proc.
 const CLOCK_TICK_NS: u64 = 10_000_000;
-/// `PF_EXITING` of /proc/<pid>/stat's flags.
+/// `PF_EXITING` in the flags of /proc/<pid>/stat.
 const EXITING: u32 = 0x4;
 
-/// A cgroup's directory to its id, as far as a walk has found them.
+/// The cgroup id of each directory that a walk has found.
 pub type Directories = HashMap<PathBuf, CgroupKey>;
 
 pub fn pids(procfs_root: &Path) -> io::Result<Vec<u32>> {
@@ -34,7 +34,7 @@ pub fn pids(procfs_root: &Path) -> io::Result<Vec<u32>> {
     Ok(pids)
 }
 
-/// It ended between listing and reading.
+/// Whether the process exited between listing and reading.
 fn gone(error: &ProcError) -> bool {
     match error {
         ProcError::NotFound(_) => true,
@@ -59,14 +59,14 @@ fn stat(folder: &Path) -> Result<Option<Stat>, String> {
     }
 }
 
-/// The folder of a thread that lives: the leader's, or, when the leader has ended, another's. With the group's start.
+/// The folder of a living thread, with the start time of the thread group: the leader, or another thread if the leader has exited.
 pub fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
     let Some(leader) = stat(folder)? else { return Ok(None) };
     let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
     if !exiting(&leader) {
         return Ok(Some((folder.to_path_buf(), start)));
     }
-    // As long as other threads run, the group lives.
+    // The group is alive while any other thread runs.
     let tasks = folder.join("task");
     for thread in pids(&tasks).unwrap_or_default() {
         let folder = tasks.join(thread.to_string());
@@ -77,9 +77,9 @@ pub fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String>
     Ok(None)
 }
 
-/// When the process started, as /proc shows it, if any thread of it has not ended: unlike for [`look`], one that is still on its way out
-/// counts as there, because its exit event may be to come.
-pub fn started(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
+/// The start time of the process in /proc, if any of its threads has not ended. Unlike in [`read_process`], an exiting process counts as
+/// alive, because its exit event may still be delivered.
+pub fn start_time(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
     let folder = procfs_root.join(pid.to_string());
     let Some(leader) = stat(&folder)? else { return Ok(None) };
     let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
@@ -95,47 +95,48 @@ pub fn started(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
     Ok(None)
 }
 
-/// Whether that process has not ended. One that /proc does not show, because it may not (hidepid) or cannot, has ended only if its pid
-/// is free.
+/// Whether this process has not ended. A process that /proc does not show (hidepid, or a read error) has ended only if its PID is
+/// free.
 pub fn is_alive(procfs_root: &Path, tgid: Tgid, start: BootNs) -> bool {
-    match started(procfs_root, tgid.0) {
+    match start_time(procfs_root, tgid.0) {
         Ok(Some(now)) => now.0 / CLOCK_TICK_NS == start.0 / CLOCK_TICK_NS,
         Ok(None) | Err(_) => !is_free(tgid.0) && !is_zombie(procfs_root, tgid.0),
     }
 }
 
-/// Whether no process has the pid, ended ones that are not reaped included.
+/// Whether no process has the PID; a zombie counts as a process.
 pub fn is_free(pid: u32) -> bool {
     let pid = i32::try_from(pid).ok().and_then(Pid::from_raw);
     pid.is_none_or(|pid| test_kill_process(pid) == Err(Errno::SRCH))
 }
 
-/// A field of `/proc/<pid>/status`, by its name with the colon. Bytes: a process may have given itself any name.
+/// A field of `/proc/<pid>/status`, by its name with the colon. Read as bytes, because a process can set any name for itself.
 fn status(procfs_root: &Path, pid: u32, field: &str) -> Option<String> {
     let status = fs::read(procfs_root.join(pid.to_string()).join("status")).ok()?;
     let value = status.split(|b| *b == b'\n').find_map(|line| line.strip_prefix(field.as_bytes()))?;
     Some(String::from_utf8_lossy(value).trim().to_owned())
 }
 
-/// The process that a thread belongs to: /proc can be asked for threads too, though it does not list them.
-pub fn group(procfs_root: &Path, pid: u32) -> Option<u32> {
+/// The process that a thread belongs to. /proc does not list threads but serves their folders.
+pub fn thread_group(procfs_root: &Path, pid: u32) -> Option<u32> {
     status(procfs_root, pid, "Tgid:")?.parse().ok()
 }
 
-/// Ended, and not yet reaped.
+/// Whether the process has ended and is not yet reaped.
 pub fn is_zombie(procfs_root: &Path, pid: u32) -> bool {
     status(procfs_root, pid, "State:").is_some_and(|state| state.starts_with(['Z', 'X']))
 }
 
-/// `None` when it does not exist or has ended. What is there and cannot be read in full has no place, and the reason is a problem.
-pub fn look(procfs_root: &Path, pid: u32, layout: &Layout, known: &Directories) -> Result<Option<ProcessSeen>, String> {
+/// `None` if the process does not exist or has ended. A process without readable cgroups has no membership; other read failures are
+/// errors.
+pub fn read_process(procfs_root: &Path, pid: u32, layout: &Layout, known: &Directories) -> Result<Option<ProcessSeen>, String> {
     let began = boot_now();
     let Some((folder, start)) = living_thread(&procfs_root.join(pid.to_string()))? else { return Ok(None) };
-    let place = memberships(&folder).ok().and_then(|lines| place(&lines, layout, known));
-    Ok(Some(ProcessSeen { tgid: Tgid(pid), start, coarse_start: true, began, place }))
+    let membership = memberships(&folder).ok().and_then(|lines| membership(&lines, layout, known));
+    Ok(Some(ProcessSeen { tgid: Tgid(pid), start, coarse_start: true, began, membership }))
 }
 
-/// Hierarchy and path of each line. Bytes: a cgroup's name need not be UTF-8.
+/// Hierarchy and path of each line. Paths are bytes, because the name of a cgroup need not be UTF-8.
 pub fn memberships(folder: &Path) -> io::Result<Vec<(u32, Vec<u8>)>> {
     let text = fs::read(folder.join("cgroup"))?;
     let line = |line: &[u8]| {
@@ -146,23 +147,23 @@ pub fn memberships(folder: &Path) -> io::Result<Vec<(u32, Vec<u8>)>> {
     Ok(text.split(|b| *b == b'\n').filter_map(line).collect())
 }
 
-/// The directory of a path that `/proc/<pid>/cgroup` names; `None` for one outside what this cgroup namespace shows.
+/// The directory of a path in `/proc/<pid>/cgroup`; `None` for a path outside this cgroup namespace.
 pub fn directory(mount: &Path, path: &[u8]) -> Option<PathBuf> {
     let path = Path::new(OsStr::from_bytes(path.strip_prefix(b"/")?));
     let inside = path.components().all(|part| matches!(part, std::path::Component::Normal(_)));
     inside.then(|| if path.as_os_str().is_empty() { mount.to_path_buf() } else { mount.join(path) })
 }
 
-fn place(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Option<CgroupMembership> {
+fn membership(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) -> Option<CgroupMembership> {
     let find = |hierarchy: u32, mount: &Path| {
         let (_, path) = lines.iter().find(|(id, _)| *id == hierarchy)?;
         let directory = directory(mount, path)?;
-        // Made since the walk: its directory says the id.
+        // Created after the walk: the id is the inode number of the directory.
         known.get(&directory).map(|key| key.id).or_else(|| fs::metadata(&directory).ok().map(|meta| meta.ino()))
     };
     let v2_id = match &layout.v2 {
         Some(mount) => find(0, mount)?,
-        // Everybody is in the root of a v2 that is mounted nowhere.
+        // Where v2 is not mounted, every process is in its root.
         None => ROOT_ID,
     };
     let (v1_hierarchy, v1_id) = match &layout.v1 {
@@ -190,24 +191,27 @@ mod tests {
     }
 
     #[test]
-    fn we_are_there_and_nobody_is_not() {
+    fn the_own_process_is_found_and_an_unused_pid_is_not() {
         let layout = super::super::layout::layout(Path::new("/proc"));
-        let us = look(Path::new("/proc"), std::process::id(), &layout, &Directories::new()).unwrap().unwrap();
+        let us = read_process(Path::new("/proc"), std::process::id(), &layout, &Directories::new()).unwrap().unwrap();
         assert_eq!(us.tgid.0, std::process::id());
         assert!(us.coarse_start && us.start.0 > 0 && us.start.0 <= us.began.0);
-        assert_eq!(look(Path::new("/proc"), u32::MAX, &layout, &Directories::new()), Ok(None));
+        assert_eq!(read_process(Path::new("/proc"), u32::MAX, &layout, &Directories::new()), Ok(None));
     }
 
     #[test]
-    fn alive_means_that_process_and_not_a_later_one() {
+    fn a_reused_pid_is_not_alive() {
         let proc = Path::new("/proc");
         let us = Tgid(std::process::id());
-        let start = started(proc, us.0).unwrap().expect("we run");
+        let start = start_time(proc, us.0).unwrap().expect("this process runs");
         assert!(is_alive(proc, us, start));
-        assert!(is_alive(proc, us, BootNs(start.0 + CLOCK_TICK_NS - 1)), "the kernel's start is finer than /proc's");
-        assert!(!is_alive(proc, us, BootNs(start.0 - CLOCK_TICK_NS)), "a predecessor with our pid");
+        assert!(
+            is_alive(proc, us, BootNs(start.0 + CLOCK_TICK_NS - 1)),
+            "start times of the kernel are finer than those of /proc"
+        );
+        assert!(!is_alive(proc, us, BootNs(start.0 - CLOCK_TICK_NS)), "an earlier process with the same PID");
         let hides_all = tempfile::tempdir().unwrap();
-        assert!(is_alive(hides_all.path(), us, start), "a /proc that does not show it says nothing");
+        assert!(is_alive(hides_all.path(), us, start), "a process that /proc does not show may be alive");
         let mut child = std::process::Command::new("true").spawn().unwrap();
         let pid = child.id();
         let mut zombie = false;
@@ -219,8 +223,8 @@ mod tests {
             std::thread::sleep(std::time::Duration::from_millis(10));
         }
         assert!(zombie, "`true` ends within 5 s");
-        assert_eq!(started(proc, pid), Ok(None), "a zombie has ended");
-        assert!(!is_alive(proc, Tgid(pid), start), "and is not alive");
+        assert_eq!(start_time(proc, pid), Ok(None), "a zombie has ended");
+        assert!(!is_alive(proc, Tgid(pid), start), "a zombie is not alive");
         child.wait().unwrap();
         assert!(!is_alive(proc, Tgid(pid), start));
         assert!(!is_alive(hides_all.path(), Tgid(pid), start));

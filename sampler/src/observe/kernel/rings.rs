@@ -1,4 +1,4 @@
-//! Drains the two rings into observations. Records are decoded field by field from their bytes, so no unsafe is needed here.
+//! Drains the two ring buffers into observations. Records are decoded field by field from their bytes, without unsafe.
 
 use aya::maps::{MapData, RingBuf};
 use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
@@ -7,7 +7,7 @@ use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use std::mem::offset_of;
 use std::time::Duration;
 
-/// What an event says. Smaller than an observation, for there may be a hundred thousand a second.
+/// The content of an event. Smaller than an observation, because there may be 100,000 events a second.
 pub enum KernelFact {
     Process(ProcessFact),
     Cgroup(CgroupFact),
@@ -19,7 +19,7 @@ pub struct Rings {
     v1_hierarchy: Option<u32>,
     /// Events read so far, per kind.
     pub seen: [u64; kind::COUNT as usize],
-    /// Processor time spent on draining, the tables' work included.
+    /// Processor time spent on draining, including the updates of the tables.
     pub drained: Duration,
 }
 
@@ -36,14 +36,14 @@ impl Rings {
         Self { cgroups, processes, v1_hierarchy, seen: [0; kind::COUNT as usize], drained: Duration::ZERO }
     }
 
-    /// Up to `until` at least, and not for ever when events come faster than they are read. Cgroups first: a process may name one
-    /// whose mkdir waits in the other ring.
+    /// Reads at least the events up to `until` and stops at the first later event of each ring, so that it ends even if events arrive
+    /// faster than they are read. Cgroups first: a process may be in a cgroup of which the mkdir event is still in the other ring.
     pub fn drain(&mut self, until: BootNs, mut give: impl FnMut(KernelFact)) {
         let begun = cpu_time();
         while let Some(item) = self.cgroups.next() {
             if let Some((kind, fact)) = cgroup(&item) {
                 count(&mut self.seen, kind);
-                // A container has a cgroup in every v1 hierarchy; only the scanned ones lead up to a known root.
+                // A container has a cgroup in every v1 hierarchy; only scanned hierarchies have a known root.
                 let over = fact.at > until;
                 if fact.key.hierarchy == 0 || Some(fact.key.hierarchy) == self.v1_hierarchy {
                     give(KernelFact::Cgroup(fact));
@@ -67,7 +67,7 @@ impl Rings {
     }
 }
 
-/// Of this thread: on a busy node it waits for a processor, which is no cost of draining.
+/// Processor time of this thread. On a busy node the thread waits for a processor, and that wait is not a cost of draining.
 fn cpu_time() -> Duration {
     let at = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
     Duration::try_from(at).unwrap_or_default()
@@ -101,16 +101,16 @@ fn cgroup(bytes: &[u8]) -> Option<(u32, CgroupFact)> {
     Some((kind, fact))
 }
 
-/// What a record says of a process, whether an event or the task iterator made it.
+/// The process described by a record of an event or of the task iterator.
 pub struct Described {
     pub tgid: Tgid,
     pub start: BootNs,
     pub at: BootNs,
-    pub place: CgroupMembership,
+    pub membership: CgroupMembership,
 }
 
 pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<Described> {
-    let place = CgroupMembership {
+    let membership = CgroupMembership {
         v2_id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))?,
         v1_id: u64_at(bytes, offset_of!(ProcessEvent, v1_id))?,
         v1_hierarchy: v1_hierarchy.unwrap_or(0),
@@ -119,7 +119,7 @@ pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<Described> {
         tgid: Tgid(u32_at(bytes, offset_of!(ProcessEvent, tgid))?),
         start: BootNs(u64_at(bytes, offset_of!(ProcessEvent, start_ns))?),
         at: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
-        place,
+        membership,
     })
 }
 
@@ -132,6 +132,6 @@ fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)
         kind::ATTACH => ProcessChange::Attach,
         _ => return None,
     };
-    let Described { tgid, start, at, place } = describe(bytes, v1_hierarchy)?;
-    Some((kind, ProcessFact { change, tgid, start, at, place }))
+    let Described { tgid, start, at, membership } = describe(bytes, v1_hierarchy)?;
+    Some((kind, ProcessFact { change, tgid, start, at, membership }))
 }

@@ -1,7 +1,7 @@
-//! What is there now: cgroupfs, and processes from the kernel's task iterator or from /proc.
+//! Scans the current state: cgroupfs, and processes from the kernel's task iterator or from /proc.
 //!
-//! Attach first, scan, drain the rings, then merge: events then beat the scan, and nothing falls between the two. The same scan
-//! repairs the tables after lost events, and is all there is where kernel events cannot be had.
+//! The order is attach, scan, drain the rings, merge. Events then take precedence over the scan, and nothing is missed between the two.
+//! The same scan repairs the tables after lost events, and is the only source where kernel events are not available.
 
 use std::collections::HashSet;
 use std::fs;
@@ -13,19 +13,19 @@ use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
 use super::cgroupfs::{fact, walk};
 use super::layout::{Layout, ROOT_ID};
-use super::proc::{Directories, directory, group, look, memberships, pids};
+use super::proc::{Directories, directory, memberships, pids, read_process, thread_group};
 use crate::observe::clock::boot_now;
 
-/// What a scan found. Merge it only after the rings were drained past `end.ended`.
+/// The result of a scan. Merge it only after the rings have been drained past `end.ended`.
 pub struct Scan {
     pub facts: Vec<Observation>,
     pub end: ScanEnd,
-    /// What could not be read; what vanished meanwhile is no problem.
+    /// Read failures; a process or cgroup that vanished during the scan is not a problem.
     pub problems: Vec<String>,
 }
 
 impl Scan {
-    /// Everything was looked at, so what was not found is gone.
+    /// Whether everything was read, so that what was not found no longer exists.
     pub fn complete(&self) -> bool {
         self.end.all_cgroups && self.end.all_processes && self.problems.is_empty()
     }
@@ -45,7 +45,7 @@ impl Scan {
         let at = self.end.began;
         let mut directories = Directories::new();
         if layout.v2.is_none() {
-            // Everybody is in the root of a v2 that is mounted nowhere.
+            // Where v2 is not mounted, every process is in its root.
             let key = CgroupKey { hierarchy: 0, id: ROOT_ID };
             self.facts.push(Observation::Cgroup(fact(key, None, "".as_ref(), at)));
         }
@@ -64,7 +64,7 @@ impl Scan {
         directories
     }
 
-    /// Those in /proc that are not known.
+    /// Adds the processes in /proc that are not in `known`.
     fn processes(&mut self, procfs_root: &Path, layout: &Layout, directories: &Directories, known: &HashSet<u32>) {
         let pids = match pids(procfs_root) {
             Ok(pids) => pids,
@@ -75,11 +75,11 @@ impl Scan {
         };
         self.end.all_processes = true;
         for pid in pids.into_iter().filter(|pid| !known.contains(pid)) {
-            match look(procfs_root, pid, layout, directories) {
+            match read_process(procfs_root, pid, layout, directories) {
                 Ok(found) => self.facts.extend(found.map(Observation::ProcessSeen)),
                 Err(problem) => {
                     self.problems.push(problem);
-                    // There, whatever it is: it must not be taken for gone.
+                    // The process exists and must not be treated as exited.
                     self.end.all_processes = false;
                 }
             }
@@ -87,7 +87,7 @@ impl Scan {
     }
 }
 
-/// Every cgroup, then every process in /proc.
+/// Scans every cgroup, then every process in /proc.
 pub fn of_proc(procfs_root: &Path, layout: &Layout) -> Scan {
     let mut scan = Scan::begin();
     let directories = scan.cgroups(layout);
@@ -95,8 +95,8 @@ pub fn of_proc(procfs_root: &Path, layout: &Layout) -> Scan {
     scan.ended()
 }
 
-/// Every cgroup, then every process as the kernel lists them; /proc is looked at for those that the kernel keeps to itself (some
-/// hide the init process from programs) or that came meanwhile.
+/// Scans every cgroup, then every process from the task iterator. /proc is read for processes that the iterator does not list (some
+/// kernels hide the init process from programs) and for those that started during the scan.
 pub fn of_kernel(procfs_root: &Path, layout: &Layout, tasks: impl FnOnce() -> Result<Vec<ProcessSeen>, String>) -> Scan {
     let mut scan = Scan::begin();
     let directories = scan.cgroups(layout);
@@ -110,25 +110,25 @@ pub fn of_kernel(procfs_root: &Path, layout: &Layout, tasks: impl FnOnce() -> Re
     scan.ended()
 }
 
-/// Every cgroup and no process.
+/// Scans every cgroup and no process.
 pub fn of_cgroups(layout: &Layout) -> Scan {
     let mut scan = Scan::begin();
     scan.cgroups(layout);
     scan.ended()
 }
 
-/// Looks at these processes only, each with the cgroups that it is in. One that is not found has ended.
-pub fn sight(procfs_root: &Path, layout: &Layout, pids: impl Iterator<Item = u32>) -> Scan {
+/// Scans only these processes, each with its cgroups. A process that is not found has exited.
+pub fn of_processes(procfs_root: &Path, layout: &Layout, pids: impl Iterator<Item = u32>) -> Scan {
     let mut scan = Scan::begin();
     let mut known = HashSet::new();
     for pid in pids {
         let began = boot_now();
-        if group(procfs_root, pid).is_some_and(|group| group != pid) {
+        if thread_group(procfs_root, pid).is_some_and(|thread_group| thread_group != pid) {
             continue;
         }
-        match look(procfs_root, pid, layout, &Directories::new()) {
+        match read_process(procfs_root, pid, layout, &Directories::new()) {
             Ok(Some(seen)) => {
-                above(procfs_root, pid, layout, began, &mut known, &mut scan.facts);
+                add_cgroups(procfs_root, pid, layout, began, &mut known, &mut scan.facts);
                 scan.facts.push(Observation::ProcessSeen(seen));
             }
             Ok(None) => scan.facts.push(Observation::ProcessGone { tgid: Tgid(pid), began }),
@@ -138,8 +138,8 @@ pub fn sight(procfs_root: &Path, layout: &Layout, pids: impl Iterator<Item = u32
     scan.ended()
 }
 
-/// The cgroups from the root down to where a process is: they may be newer than the last walk.
-fn above(procfs: &Path, pid: u32, layout: &Layout, at: BootNs, known: &mut HashSet<CgroupKey>, to: &mut Vec<Observation>) {
+/// Adds the cgroups from the root down to that of a process: they may be newer than the last walk.
+fn add_cgroups(procfs: &Path, pid: u32, layout: &Layout, at: BootNs, known: &mut HashSet<CgroupKey>, to: &mut Vec<Observation>) {
     let Ok(lines) = memberships(&procfs.join(pid.to_string())) else { return };
     for (hierarchy, mount) in layout.mounts() {
         let path = lines.iter().find(|(id, _)| *id == hierarchy).and_then(|(_, path)| directory(mount, path));

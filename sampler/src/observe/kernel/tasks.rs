@@ -1,4 +1,4 @@
-//! The kernel's own list of living processes, by the program's task iterator: start times to the nanosecond and places by id.
+//! The kernel's list of living processes, from the eBPF task iterator: start times to the nanosecond and cgroups by id.
 
 use std::io::Read as _;
 
@@ -10,19 +10,19 @@ use thiserror::Error;
 
 use super::rings::{Described, describe};
 
-/// The kernel fills this much at a time.
+/// Bytes per read of the iterator.
 const CHUNK_BYTES: usize = 64 << 10;
 const PROGRAM: &str = "tasks";
 
 #[derive(Debug, Error)]
 pub enum TasksError {
-    #[error("the program `{PROGRAM}` is missing")]
+    #[error("the eBPF program `{PROGRAM}` is missing")]
     Missing,
-    #[error("the task iterator cannot be used")]
+    #[error("cannot use the task iterator")]
     Program(#[from] ProgramError),
-    #[error("the task iterator cannot be opened")]
+    #[error("cannot open the task iterator")]
     Link(#[from] aya::programs::links::LinkError),
-    #[error("the task iterator cannot be read")]
+    #[error("cannot read the task iterator")]
     Read(#[from] std::io::Error),
 }
 
@@ -47,9 +47,9 @@ pub fn read(ebpf: &mut Ebpf, v1_hierarchy: Option<u32>) -> Result<Vec<ProcessSee
             n => bytes.extend_from_slice(&chunk[..n]),
         }
     }
-    let one = |record: &[u8]| {
-        let Described { tgid, start, at, place } = describe(record, v1_hierarchy)?;
-        Some(ProcessSeen { tgid, start, coarse_start: false, began: at, place: Some(place) })
+    let process = |record: &[u8]| {
+        let Described { tgid, start, at, membership } = describe(record, v1_hierarchy)?;
+        Some(ProcessSeen { tgid, start, coarse_start: false, began: at, membership: Some(membership) })
     };
-    Ok(bytes.chunks_exact(size_of::<ProcessEvent>()).filter_map(one).collect())
+    Ok(bytes.chunks_exact(size_of::<ProcessEvent>()).filter_map(process).collect())
 }

@@ -1,5 +1,5 @@
-//! Where kernel programs cannot be loaded: inotify on every cgroup directory tells of creations, removals and renames as they
-//! happen. Processes are not told; they are looked up when the driver names them.
+//! The fallback where eBPF programs cannot be loaded: inotify on every cgroup directory reports creations, removals and renames as
+//! they happen. It does not report processes; they are looked up when the driver reports them.
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
@@ -21,7 +21,7 @@ use super::layout::Layout;
 use crate::observe::clock::boot_now;
 
 const BUFFER_BYTES: usize = 64 << 10;
-/// What one call reads at most, so that it ends; the rest is there for the next.
+/// Maximum number of events per call, so that the call ends; the next call reads the rest.
 const MAX_EVENTS: usize = 16_384;
 
 #[derive(Debug, Error)]
@@ -39,20 +39,20 @@ struct WatchedFolder {
 
 struct KnownCgroup {
     key: CgroupKey,
-    /// `None` when it went before it could be watched.
+    /// `None` if the cgroup was removed before it could be watched.
     watch: Option<i32>,
 }
 
 pub struct CgroupWatch {
     fd: OwnedFd,
     watched: HashMap<i32, WatchedFolder>,
-    /// By path: a removed one cannot be asked for its inode number any more.
+    /// By path, because the inode number of a removed cgroup can no longer be read.
     known: HashMap<PathBuf, KnownCgroup>,
-    /// Made anew under the same path before the end of the first was read.
+    /// Cgroups that were recreated under the same path before the removal event of the first was read.
     displaced: Vec<CgroupKey>,
 }
 
-/// What reading the events came to.
+/// The result of reading events.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum EventsRead {
     Complete,
@@ -61,7 +61,7 @@ pub enum EventsRead {
 }
 
 impl CgroupWatch {
-    /// Watches everything that is there. What exists already is for a scan to find, after this.
+    /// Watches every existing cgroup. A scan after this call reports the cgroups that already exist.
     pub fn new(layout: &Layout) -> Result<Self, WatchError> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| WatchError::Watch(e.into()))?;
         let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new(), displaced: Vec::new() };
@@ -89,7 +89,7 @@ impl CgroupWatch {
         }
     }
 
-    /// Watches held.
+    /// Number of watches held.
     pub fn len(&self) -> usize {
         self.watched.len()
     }
@@ -98,7 +98,7 @@ impl CgroupWatch {
         self.fd.as_fd()
     }
 
-    /// Known before it is watched, so that its removal is told whatever comes of the watch.
+    /// Adds the cgroup to `known` before it is watched, so that its removal is reported even if the watch fails.
     fn add(&mut self, path: PathBuf, key: CgroupKey) -> io::Result<()> {
         let before = self.known.insert(path.clone(), KnownCgroup { key, watch: None });
         if let Some(before) = before.filter(|before| before.key != key) {
@@ -114,13 +114,13 @@ impl CgroupWatch {
                 self.watched.insert(wd, WatchedFolder { path, key });
                 Ok(())
             }
-            // Removed meanwhile.
+            // Removed in the meantime.
             Err(rustix::io::Errno::NOENT) => Ok(()),
             Err(error) => Err(error.into()),
         }
     }
 
-    /// Everything that has happened since the last call. An error means that something new is not watched; all else was given.
+    /// Reads the events since the last call. An error means that a new cgroup is not watched; all other events were passed on.
     pub fn read(&mut self, give: &mut impl FnMut(CgroupFact)) -> Result<EventsRead, WatchError> {
         let mut events = Vec::new();
         let mut buffer = vec![MaybeUninit::<u8>::uninit(); BUFFER_BYTES];
@@ -139,7 +139,7 @@ impl CgroupWatch {
         let at = boot_now();
         let mut result = Ok(EventsRead::Complete);
         for (wd, flags, name) in events {
-            // The new path is below the old watches' paths.
+            // After a move, the paths of the existing watches below it are wrong.
             if flags.intersects(ReadFlags::QUEUE_OVERFLOW | ReadFlags::MOVED_FROM | ReadFlags::MOVED_TO) {
                 return Ok(EventsRead::StartOver);
             }
@@ -164,16 +164,17 @@ impl CgroupWatch {
         result
     }
 
-    /// cgroupfs keeps the watch of a directory that is gone.
+    /// cgroupfs keeps the watch of a removed directory.
     fn unwatch(&mut self, watch: Option<i32>) {
         if let Some(wd) = watch {
             self.watched.remove(&wd);
-            // Where the kernel has dropped it, there is nothing to drop.
+            // Fails if the kernel has already dropped the watch.
             let _dropped_already = inotify::remove_watch(&self.fd, wd);
         }
     }
 
-    /// One that is there again under the same path was made anew before its predecessor's end was read; that one was never known.
+    /// A known cgroup that still exists under this path was recreated before the removal event of its predecessor was read, and the
+    /// predecessor was never known.
     fn deleted(&mut self, path: &Path, name: &OsStr, parent: CgroupKey, at: BootNs, give: &mut impl FnMut(CgroupFact)) {
         let Some(KnownCgroup { key, .. }) = self.known.get(path) else { return };
         let key = *key;
@@ -195,13 +196,13 @@ impl CgroupWatch {
     ) -> Result<(), WatchError> {
         let Ok(meta) = fs::metadata(&path) else { return Ok(()) };
         let key = CgroupKey { hierarchy: parent.hierarchy, id: meta.ino() };
-        // Found, with all below it, by the walk that followed its parent's creation; the event only comes after.
+        // The walk after the creation of its parent already found it, with everything below; the event arrives later.
         if self.known.get(&path).is_some_and(|known| known.key == key) {
             return Ok(());
         }
         give(CgroupFact { change: CgroupChange::Created, ..fact(key, Some(parent), name, at) });
         let mut failed = None;
-        // What was made in it before the watch stood.
+        // Cgroups created in it before it was watched.
         let walked = below(
             path,
             key,

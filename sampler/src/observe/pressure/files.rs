@@ -1,4 +1,4 @@
-//! What the files of one cgroup say. What is absent, or has no such field, is unknown and never 0.
+//! Reads the pressure and quota files of one cgroup. A missing file or field is unknown, never 0.
 
 use std::fs::File;
 use std::io::{self, Read as _};
@@ -6,10 +6,10 @@ use std::path::Path;
 
 use sampler_core::observation::CpuQuota;
 
-/// Of a file; the longest known (cpu.stat of v1 and v2) has under 500 bytes.
+/// Maximum bytes read of a file; the longest known (cpu.stat of v1 and v2) has less than 500.
 const MAX_BYTES: u64 = 8192;
 
-/// Which files a cgroup has, and in which units.
+/// Determines the files of a cgroup and their units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum CgroupVersion {
     /// `cpu.stat` with `throttled_time` in ns, `cpu.cfs_quota_us`, `cpu.cfs_period_us` (kernel/sched/core.c, `cpu_legacy_files`).
@@ -18,7 +18,7 @@ pub enum CgroupVersion {
     V2,
 }
 
-/// What became of looking for a file. The names are the `outcome` label of `gpu_sampler_pressure_reads_total`.
+/// The outcome of reading a file. The names are the `outcome` label of `gpu_sampler_pressure_reads_total`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     Ok,
@@ -42,7 +42,7 @@ impl Outcome {
 
 pub type OutcomeCounts = [u64; Outcome::ALL.len()];
 
-/// Reads files, counts what became of it and remembers the first problem.
+/// Reads files, counts outcomes and keeps the first problem.
 #[derive(Debug, Default)]
 pub struct PressureFiles {
     text: Vec<u8>,
@@ -50,12 +50,12 @@ pub struct PressureFiles {
     pub problem: Option<String>,
 }
 
-/// Not there, or not here any more: the cgroup was removed between open and read, or the kernel was booted with psi=0.
+/// Whether the file does not exist, or no longer: the cgroup was removed between open and read, or the kernel was booted with psi=0.
 fn absent(error: &io::Error) -> bool {
     error.kind() == io::ErrorKind::NotFound || matches!(error.raw_os_error(), Some(libc::ENODEV | libc::EOPNOTSUPP))
 }
 
-/// The value of a field; an error where it is there and not a number.
+/// The value of a field; an error if it is not a number.
 fn field(text: &str, name: &str) -> Result<Option<u64>, ()> {
     let value = text.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix(' '));
     value.map(|value| value.trim().parse().map_err(|_| ())).transpose()
@@ -68,7 +68,7 @@ fn some_total_ns(text: &str) -> Result<Option<u64>, ()> {
     total.parse::<u64>().ok().and_then(|us| us.checked_mul(1000)).map(Some).ok_or(())
 }
 
-/// Periods, periods that were throttled, and for how long altogether.
+/// Periods, throttled periods, and total throttled time in ns.
 fn throttled(version: CgroupVersion, text: &str) -> Result<Option<(u64, u64, u64)>, ()> {
     let (time, ns) = match version {
         CgroupVersion::V1 => ("throttled_time", 1),
@@ -79,7 +79,7 @@ fn throttled(version: CgroupVersion, text: &str) -> Result<Option<(u64, u64, u64
     Ok(Some((periods, throttled, time.checked_mul(ns).ok_or(())?)))
 }
 
-/// Quota and period in ns; no limit is `None` within.
+/// Quota and period in ns; `None` if there is no limit.
 type Limit = Option<(u64, u64)>;
 
 fn limit(quota: &str, period: &str, none: &str) -> Result<Limit, ()> {
@@ -93,12 +93,12 @@ impl PressureFiles {
         self.counts[outcome as usize] += 1;
     }
 
-    fn wrong(&mut self, path: &Path, what: &dyn std::fmt::Display) {
+    fn failed(&mut self, path: &Path, error: &dyn std::fmt::Display) {
         self.count(Outcome::Error);
-        self.problem.get_or_insert_with(|| format!("{}: {what}", path.display()));
+        self.problem.get_or_insert_with(|| format!("{}: {error}", path.display()));
     }
 
-    /// What `parse` makes of a file.
+    /// Reads a file and parses its content.
     fn parsed<T>(&mut self, path: &Path, parse: impl FnOnce(&str) -> Result<Option<T>, ()>) -> Option<T> {
         self.text.clear();
         let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut self.text));
@@ -106,12 +106,12 @@ impl PressureFiles {
             if absent(&error) {
                 self.count(Outcome::Absent);
             } else {
-                self.wrong(path, &error);
+                self.failed(path, &error);
             }
             return None;
         }
         let Ok(found) = std::str::from_utf8(&self.text).map_err(drop).and_then(parse) else {
-            self.wrong(path, &"not as the kernel writes it");
+            self.failed(path, &"unexpected format");
             return None;
         };
         self.count(if found.is_some() { Outcome::Ok } else { Outcome::Absent });
@@ -131,7 +131,7 @@ impl PressureFiles {
         }
     }
 
-    /// `None` also where the cpu controller is not enabled: `cpu.stat` has no throttling fields there.
+    /// `None` also if the cpu controller is not enabled: `cpu.stat` then has no throttling fields.
     pub fn quota(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<CpuQuota> {
         let stat = cgroup.join("cpu.stat");
         let (periods, throttled_periods, throttled_ns) = self.parsed(&stat, |text| throttled(version, text))?;
@@ -139,7 +139,7 @@ impl PressureFiles {
         Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns })
     }
 
-    /// PSI's `some` of a resource, ns.
+    /// The PSI `some` total of a resource, in ns.
     pub fn some_ns(&mut self, cgroup: &Path, resource: &str) -> Option<u64> {
         self.parsed(&cgroup.join(format!("{resource}.pressure")), some_total_ns)
     }
@@ -149,7 +149,7 @@ impl PressureFiles {
 mod tests {
     use super::*;
 
-    /// The quota that a cgroup with these files has, and whether one of them is a problem.
+    /// The quota of a cgroup with these files, and whether there was a problem.
     fn quota(version: CgroupVersion, files: &[(&str, &str)]) -> (Option<CpuQuota>, bool) {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
@@ -167,7 +167,7 @@ mod tests {
     const UNLIMITED: CpuQuota = CpuQuota { limit_ns: None, ..LIMITED };
 
     #[test]
-    fn v1() {
+    fn quotas_of_cgroup_v1_files() {
         let check = |stat: Option<&str>, quota_us: Option<&str>, period_us: Option<&str>, expect: (Option<CpuQuota>, bool)| {
             let files = [("cpu.stat", stat), ("cpu.cfs_quota_us", quota_us), ("cpu.cfs_period_us", period_us)];
             let files: Vec<_> = files.into_iter().filter_map(|(name, text)| Some((name, text?))).collect();
@@ -182,12 +182,12 @@ mod tests {
         check(Some(V1_STAT), Some("-2\n"), Some("100000\n"), (None, true));
         check(Some(V1_STAT), Some("20000\n"), Some("0\n"), (None, true));
         check(Some("nr_periods x\n"), Some("-1\n"), Some("100000\n"), (None, true));
-        // v2's field has another unit.
+        // The field of v2 has another unit.
         check(Some(V2_STAT), Some("-1\n"), Some("100000\n"), (None, false));
     }
 
     #[test]
-    fn v2() {
+    fn quotas_of_cgroup_v2_files() {
         let check = |stat: &str, max: Option<&str>, expect: (Option<CpuQuota>, bool)| {
             let files: Vec<_> = std::iter::once(("cpu.stat", stat)).chain(max.map(|max| ("cpu.max", max))).collect();
             assert_eq!(quota(CgroupVersion::V2, &files), expect, "{files:?}");
@@ -195,7 +195,7 @@ mod tests {
         check(V2_STAT, Some("20000 100000\n"), (Some(LIMITED), false));
         check(V2_STAT, Some("max 100000\n"), (Some(UNLIMITED), false));
         check(V2_STAT, None, (None, false));
-        // Without the controller, and as of v2 beside a v1 that has it.
+        // Without the controller, as in v2 on a hybrid host where v1 has it.
         check("usage_usec 9\nuser_usec 8\nsystem_usec 1\n", Some("max 100000\n"), (None, false));
         check(V2_STAT, Some("max\n"), (None, true));
         check(V2_STAT, Some("-1 100000\n"), (None, true));
@@ -204,7 +204,7 @@ mod tests {
     }
 
     #[test]
-    fn pressure() {
+    fn pressure_files_are_parsed_or_counted_as_absent_or_error() {
         let check = |text: Option<&[u8]>, expect: (Option<u64>, Outcome)| {
             let dir = tempfile::tempdir().unwrap();
             if let Some(text) = text {
@@ -212,7 +212,7 @@ mod tests {
             }
             let mut files = PressureFiles::default();
             let found = files.some_ns(dir.path(), "io");
-            let outcome = Outcome::ALL.into_iter().find(|o| files.counts[*o as usize] == 1).expect("one is counted");
+            let outcome = Outcome::ALL.into_iter().find(|o| files.counts[*o as usize] == 1).expect("one outcome is counted");
             assert_eq!((found, outcome), expect, "{text:?}");
             assert_eq!(files.problem.is_some(), outcome == Outcome::Error);
         };

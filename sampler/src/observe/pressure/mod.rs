@@ -1,13 +1,14 @@
-//! How long containers with GPUs waited for something else: their CPU quota, a processor, memory, IO. Once a second, from their cgroups.
+//! Reads the time that containers with GPUs waited for other resources: their CPU quota, a processor, memory, IO. Once a second, from
+//! their cgroups.
 //!
 //! ```text
-//!  pressure        every second: who is there (the snapshot) -> asks the reader for one after the other -> facts
-//!  pressure-read   reads the files; left behind where a read takes longer than 2 s, and that container not asked about until it returns
+//!  pressure        every second: for each container of the snapshot, requests a reading -> facts
+//!  pressure-read   reads the files; abandoned if a read takes longer than 2 s, and that container is skipped until the read returns
 //! ```
-//! Promises: what a file does not say is unknown, never 0; a read that fails or hangs is counted and told, and costs no other
-//! container more than that one wait of 2 s. Reads nothing while no container has a GPU.
+//! Guarantees: a missing value is unknown, never 0. A read that fails or hangs is counted and reported, and delays other containers by
+//! at most that one wait of 2 s. Nothing is read while no container has a GPU.
 //!
-//! Deliberately only read, not watched: PSI triggers would have to be kept for every cgroup, and a report wants sums.
+//! The files are polled, not watched: PSI triggers would have to be maintained for every cgroup, and reports need sums.
 
 mod files;
 mod place;
@@ -31,57 +32,56 @@ pub use self::files::{Outcome, OutcomeCounts};
 
 use self::place::{Hierarchies, PressurePaths};
 use self::throttle::Throttle;
-use self::worker::{Look, PressureWorker, Target};
+use self::worker::{PressureReading, PressureWorker, Target};
 use crate::health::Health;
+use crate::health::condition::Condition;
 use crate::inbox::{Closed, CoreSender};
 use crate::observe::kernel::layout::Layout;
 
 const EVERY: Duration = Duration::from_secs(1);
 /// A file of cgroupfs is read in microseconds; one that takes this long is stuck in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
-/// Threads that hang. With so many, it is not one container's fault, and nothing is read until one returns.
-const MAX_LEFT: usize = 4;
-/// A container whose cgroups were not all found is looked for this often.
+/// Maximum number of hanging threads. With this many, the cause is not a single container, and nothing is read until one returns.
+const MAX_ABANDONED: usize = 4;
+/// How often missing cgroups of a container are searched for.
 const FIND_EVERY: Duration = Duration::from_secs(10);
 
-const HEALTH_KEY: &str = "pressure";
-
-/// What was read so far, for who shows it.
+/// The results so far, for export.
 #[derive(Clone, Debug, Default)]
 pub struct PressureView {
-    /// The last of each container that is in the snapshot, gone or not.
+    /// The last fact of each container in the snapshot, including removed containers.
     pub facts: HashMap<ContainerKey, PressureFact>,
     pub reads: OutcomeCounts,
     /// Time spent on reading.
     pub took: Duration,
 }
 
-/// What is remembered of a container from look to look.
+/// The state of a container between readings.
 #[derive(Default)]
 struct ContainerPressure {
-    place: Option<Arc<PressurePaths>>,
+    paths: Option<Arc<PressurePaths>>,
     found: Option<Instant>,
     throttle: Throttle,
 }
 
-struct RetiredWorker {
+struct AbandonedWorker {
     worker: PressureWorker,
     record: Arc<ContainerRecord>,
 }
 
-type ReadPressure = Arc<dyn Fn(Target) -> Look + Send + Sync>;
+type ReadPressure = Arc<dyn Fn(Target) -> PressureReading + Send + Sync>;
 
 struct Pressure {
     hierarchies: Arc<Hierarchies>,
     read: ReadPressure,
     patience: Duration,
     worker: Option<PressureWorker>,
-    left: Vec<RetiredWorker>,
+    abandoned: Vec<AbandonedWorker>,
     known: HashMap<ContainerKey, ContainerPressure>,
     view: PressureView,
 }
 
-/// Those to read: they live and have a GPU.
+/// The containers to read: those that exist and have a GPU.
 fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<ContainerRecord>> {
     snapshot.containers.iter().filter(|c| c.gone.is_none() && !c.gpus.is_empty()).map(|c| &c.record)
 }
@@ -92,87 +92,86 @@ impl Pressure {
         let reading = Arc::clone(&hierarchies);
         Self {
             hierarchies,
-            read: Arc::new(move |target| worker::look(&reading, target)),
+            read: Arc::new(move |target| worker::read(&reading, target)),
             patience: PATIENCE,
             worker: None,
-            left: Vec::new(),
+            abandoned: Vec::new(),
             known: HashMap::new(),
             view: PressureView::default(),
         }
     }
 
-    /// One round: a fact for each container that could be read, and what was wrong.
+    /// One round: sends a fact for each readable container and returns the problems.
     fn round(
         &mut self,
         snapshot: &Snapshot,
-        tell: &mut dyn FnMut(PressureFact) -> Result<(), Closed>,
+        send: &mut dyn FnMut(PressureFact) -> Result<(), Closed>,
     ) -> Result<Vec<String>, Closed> {
-        self.left.retain(|left| !left.worker.has_returned());
+        self.abandoned.retain(|abandoned| !abandoned.worker.has_returned());
         let mut problems: Vec<String> = Vec::new();
-        let there: HashMap<ContainerKey, bool> = snapshot.containers.iter().map(|c| (c.record.key, c.gone.is_none())).collect();
-        self.view.facts.retain(|key, _| there.contains_key(key));
-        self.known.retain(|key, _| there.get(key).is_some_and(|lives| *lives));
-        for record in wanted(snapshot).filter(|r| self.left.iter().all(|left| left.record.key != r.key)).collect::<Vec<_>>() {
-            if self.left.len() >= MAX_LEFT {
+        let exists: HashMap<ContainerKey, bool> = snapshot.containers.iter().map(|c| (c.record.key, c.gone.is_none())).collect();
+        self.view.facts.retain(|key, _| exists.contains_key(key));
+        self.known.retain(|key, _| exists.get(key).is_some_and(|exists| *exists));
+        let hangs = |r: &&Arc<ContainerRecord>| self.abandoned.iter().any(|abandoned| abandoned.record.key == r.key);
+        for record in wanted(snapshot).filter(|r| !hangs(r)).collect::<Vec<_>>() {
+            if self.abandoned.len() >= MAX_ABANDONED {
                 break;
             }
-            match self.look_at(record) {
-                Ok(Some(look)) => {
-                    problems.extend(look.problem.clone());
-                    let fact = self.take(record, look);
-                    tell(fact)?;
+            match self.read(record) {
+                Ok(Some(reading)) => {
+                    problems.extend(reading.problem.clone());
+                    let fact = self.take(record, reading);
+                    send(fact)?;
                 }
                 Ok(None) => {}
                 Err(error) => problems.push(format!("cannot start the thread pressure-read: {error}")),
             }
         }
-        problems.extend(self.left.iter().map(|left| format!("{}: reading it hangs", left.record.cgroup_path)));
+        problems.extend(self.abandoned.iter().map(|abandoned| format!("{}: reading it hangs", abandoned.record.cgroup_path)));
         Ok(problems)
     }
 
-    /// `None` where it hangs.
-    fn look_at(&mut self, record: &Arc<ContainerRecord>) -> std::io::Result<Option<Look>> {
+    /// `None` if the read hangs.
+    fn read(&mut self, record: &Arc<ContainerRecord>) -> std::io::Result<Option<PressureReading>> {
         let read = Arc::clone(&self.read);
         let worker = match self.worker.take() {
             Some(worker) => worker,
             None => PressureWorker::start(move |target| read(target))?,
         };
         let known = self.known.entry(record.key).or_default();
-        let place = known
-            .place
-            .clone()
-            .filter(|place| !self.hierarchies.lacks(place) || known.found.is_some_and(|found| found.elapsed() < FIND_EVERY));
-        if place.is_none() {
+        let recent = known.found.is_some_and(|found| found.elapsed() < FIND_EVERY);
+        let paths = known.paths.clone().filter(|paths| recent || !self.hierarchies.is_incomplete(paths));
+        if paths.is_none() {
             known.found = Some(Instant::now());
         }
-        worker.ask(Target { record: Arc::clone(record), place });
-        if let Ok(look) = worker.next(self.patience) {
+        worker.request(Target { record: Arc::clone(record), paths });
+        if let Ok(reading) = worker.next(self.patience) {
             self.worker = Some(worker);
-            return Ok(Some(look));
+            return Ok(Some(reading));
         }
         self.view.reads[Outcome::Timeout as usize] += 1;
         let mut worker = worker;
-        worker.leave();
-        self.left.push(RetiredWorker { worker, record: Arc::clone(record) });
+        worker.abandon();
+        self.abandoned.push(AbandonedWorker { worker, record: Arc::clone(record) });
         Ok(None)
     }
 
-    fn take(&mut self, record: &ContainerRecord, look: Look) -> PressureFact {
-        for (all, new) in self.view.reads.iter_mut().zip(look.counts) {
+    fn take(&mut self, record: &ContainerRecord, reading: PressureReading) -> PressureFact {
+        for (all, new) in self.view.reads.iter_mut().zip(reading.counts) {
             *all += new;
         }
-        self.view.took += look.took;
+        self.view.took += reading.took;
         let known = self.known.entry(record.key).or_default();
-        let cpu = known.throttle.add(&look.quotas);
-        known.place = Some(look.place);
-        let (memory_some_ns, io_some_ns) = (look.memory_some_ns, look.io_some_ns);
-        let fact = PressureFact { key: record.key, at: look.at, cpu, cpu_some_ns: look.cpu_some_ns, memory_some_ns, io_some_ns };
+        let cpu = known.throttle.add(&reading.quotas);
+        known.paths = Some(reading.paths);
+        let PressureReading { at, cpu_some_ns, memory_some_ns, io_some_ns, .. } = reading;
+        let fact = PressureFact { key: record.key, at, cpu, cpu_some_ns, memory_some_ns, io_some_ns };
         self.view.facts.insert(record.key, fact);
         fact
     }
 }
 
-/// Where it is told.
+/// The connections of the thread.
 pub struct WorkerContext {
     pub to: CoreSender,
     pub health: Arc<Health>,
@@ -180,35 +179,34 @@ pub struct WorkerContext {
     pub stop: Arc<AtomicBool>,
 }
 
-/// Starts the thread. It ends with the agent, and nobody waits for it.
-pub fn start(layout: &Layout, procfs: &Path, told: WorkerContext) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
+/// Starts the thread. It ends with the agent, which does not wait for it.
+pub fn start(layout: &Layout, procfs: &Path, context: WorkerContext) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
     let view = Arc::new(ArcSwap::from_pointee(PressureView::default()));
     let hierarchies = Hierarchies::new(layout, procfs);
     if hierarchies.none() {
         return Ok(view);
     }
-    let shown = Arc::clone(&view);
+    let published = Arc::clone(&view);
     std::thread::Builder::new().name("pressure".into()).spawn(move || {
         // Closed: the core has ended, and with it the agent.
-        let _closed = run(Pressure::new(hierarchies), &told, &shown);
+        let _closed = run(Pressure::new(hierarchies), &context, &published);
     })?;
     Ok(view)
 }
 
-fn run(mut pressure: Pressure, told: &WorkerContext, view: &ArcSwap<PressureView>) -> Result<(), Closed> {
+fn run(mut pressure: Pressure, context: &WorkerContext, view: &ArcSwap<PressureView>) -> Result<(), Closed> {
     let mut next = Instant::now();
-    while !told.stop.load(Ordering::Relaxed) {
-        // After a round that took long the grid begins anew: two in a row tell nothing.
+    while !context.stop.load(Ordering::Relaxed) {
+        // After a long round the schedule restarts from now: two rounds in quick succession would yield nothing.
         let now = Instant::now();
         next = if now < next + EVERY { next + EVERY } else { now + EVERY };
-        let snapshot = told.snapshot.load_full();
-        let problems = pressure.round(&snapshot, &mut |fact| told.to.observe(Observation::Pressure(fact)))?;
+        let snapshot = context.snapshot.load_full();
+        let problems = pressure.round(&snapshot, &mut |fact| context.to.observe(Observation::Pressure(fact)))?;
         match problems.first() {
-            None => told.health.recovered(HEALTH_KEY, "what containers wait for can be read again"),
-            Some(first) if !told.health.is_degraded(HEALTH_KEY) => {
-                let n = problems.len();
-                told.health
-                    .degraded(HEALTH_KEY, &format!("what containers wait for cannot be read in {n} places, such as {first}"));
+            None => context.health.recovered(Condition::Pressure),
+            Some(first) if !context.health.is_degraded(Condition::Pressure) => {
+                let message = format!("cannot read the pressure of containers in {} places, such as {first}", problems.len());
+                context.health.degraded(Condition::Pressure, &message);
             }
             Some(_) => {}
         }

@@ -1,8 +1,8 @@
-//! Where a container's cgroups are on the hierarchies that are read here, which need not be the ones that are followed.
+//! Locates the cgroups of a container in the hierarchies that are read here, which need not be the followed ones.
 //!
-//! A runtime gives a container the same path on every hierarchy that it puts it on, so that path is tried first. Where nothing is
-//! there, the container's processes say where they are. What they name counts only if it is, by its path, the same container: one
-//! that was never put on a hierarchy is in somebody else's cgroup there, whose waiting is not its own.
+//! A runtime uses the same path for a container in every hierarchy, so that path is tried first. If it does not exist, the cgroups of
+//! the container's processes are used, but only if their path belongs to the same container: in a hierarchy where the container has no
+//! cgroup, its processes are in the cgroup of another user, and the waiting time there is not that of the container.
 
 use std::collections::VecDeque;
 use std::fs;
@@ -15,10 +15,10 @@ use super::files::CgroupVersion;
 use crate::observe::kernel::layout::Layout;
 use crate::observe::kernel::proc::{directory, memberships};
 
-/// A container's own cgroup and those around it whose quota is looked at: pod, sandbox, outer containers. Deeper nesting is a
-/// tenant's choice and not to cost more.
+/// Maximum number of cgroups of which the quota is read: that of the container and its ancestors (pod, sandbox, outer containers).
+/// Tenants control the nesting depth, and deeper nesting must not cost more.
 pub const MAX_LEVELS: usize = 4;
-/// Looked at for a container's processes, when its path is missing on a hierarchy.
+/// Limits of the search for processes of a container, when its path is missing in a hierarchy.
 const MAX_FOLDERS: usize = 16;
 const MAX_PIDS: usize = 8;
 
@@ -28,22 +28,22 @@ struct Hierarchy {
     mount: PathBuf,
 }
 
-/// What there is to read, of every container.
+/// The hierarchies that are read for every container.
 #[derive(Clone, Debug)]
 pub struct Hierarchies {
     cpu: Option<(CgroupVersion, Hierarchy)>,
-    /// PSI of cgroups is v2's alone.
+    /// Only v2 has PSI of cgroups.
     v2: Option<Hierarchy>,
-    /// Where containers were found, and so their processes.
+    /// Mount points of the followed hierarchies, where containers and their processes are found.
     followed: Vec<PathBuf>,
     procfs: PathBuf,
 }
 
-/// Of one container. Empty, or `None`, where there is no such cgroup.
+/// The cgroups of one container. Empty or `None` if there is no such cgroup.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct PressurePaths {
     pub version: CgroupVersion,
-    /// Directories with its cpu quota, from its own up to its pod's.
+    /// Directories with a cpu quota, from that of the container up to that of its pod.
     pub levels: Vec<PathBuf>,
     pub v2: Option<PathBuf>,
 }
@@ -52,13 +52,13 @@ impl Hierarchies {
     pub fn new(layout: &Layout, procfs: &Path) -> Self {
         let v2 = layout.v2.clone().map(|mount| Hierarchy { id: 0, mount });
         let v1_cpu = layout.v1_cpu.clone().map(|(id, mount)| (CgroupVersion::V1, Hierarchy { id, mount }));
-        // A controller is on one hierarchy; where v1 does not have it v2 may.
+        // A controller is in one hierarchy; if v1 does not have it, v2 may.
         let cpu = v1_cpu.or_else(|| Some((CgroupVersion::V2, v2.clone()?)));
         let followed = layout.mounts().map(|(_, mount)| mount.to_path_buf()).collect();
         Self { cpu, v2, followed, procfs: procfs.to_path_buf() }
     }
 
-    /// There is nothing that could be read.
+    /// Whether there is nothing to read.
     pub fn none(&self) -> bool {
         self.cpu.is_none() && self.v2.is_none()
     }
@@ -74,15 +74,15 @@ impl Hierarchies {
         PressurePaths { version, levels, v2 }
     }
 
-    /// Whether anything that could be there was not found.
-    pub fn lacks(&self, place: &PressurePaths) -> bool {
-        (self.cpu.is_some() && place.levels.is_empty()) || (self.v2.is_some() && place.v2.is_none())
+    /// Whether a cgroup that may exist was not found.
+    pub fn is_incomplete(&self, paths: &PressurePaths) -> bool {
+        (self.cpu.is_some() && paths.levels.is_empty()) || (self.v2.is_some() && paths.v2.is_none())
     }
 
-    /// `pids`: its processes, once they were looked for.
+    /// `pids`: the processes of the container, once they were read.
     fn path_on(&self, on: &Hierarchy, record: &ContainerRecord, pids: &mut Option<Vec<u32>>) -> Option<String> {
-        let usual = directory(&on.mount, record.cgroup_path.as_bytes())?;
-        if usual.is_dir() {
+        let same_path = directory(&on.mount, record.cgroup_path.as_bytes())?;
+        if same_path.is_dir() {
             return Some(record.cgroup_path.clone());
         }
         pids.get_or_insert_with(|| self.processes(record)).iter().find_map(|pid| {
@@ -121,7 +121,7 @@ fn parent(path: &str) -> Option<&str> {
     path.rsplit_once('/').map(|(parent, _)| parent).filter(|parent| !parent.is_empty())
 }
 
-/// A container's path, and those above it that are a pod's or a container's.
+/// The path of a container, and the paths above it that belong to a pod or a container.
 fn levels(path: &str) -> impl Iterator<Item = &str> {
     let bounds = |path: &&str| matches!(parse(path).kind, Kind::Container | Kind::Sandbox | Kind::Pod);
     let above = std::iter::successors(parent(path), |path| parent(path)).take_while(bounds);
@@ -142,10 +142,10 @@ mod tests {
     }
 
     #[test]
-    fn quotas_are_those_up_to_the_pod() {
+    fn quota_levels_end_at_the_pod() {
         let check = |path: &str, expect: &[&str]| assert_eq!(levels(path).collect::<Vec<_>>(), expect, "{path}");
-        let of_pod = format!("{POD}/{ID}");
-        check(&of_pod, &[&of_pod, POD]);
+        let in_pod = format!("{POD}/{ID}");
+        check(&in_pod, &[&in_pod, POD]);
         check(&format!("/docker/{ID}"), &[&format!("/docker/{ID}")]);
         check("/", &["/"]);
         let outer = format!("/docker/{}", ID.replace('7', "8"));
@@ -162,41 +162,42 @@ mod tests {
     }
 
     #[test]
-    fn a_container_is_found_where_it_is() {
+    fn cgroups_of_a_container_are_located_by_its_path() {
         let dir = tempfile::tempdir().unwrap();
-        let at = |path: &str| dir.path().join(path.trim_start_matches('/'));
+        let absolute = |path: &str| dir.path().join(path.trim_start_matches('/'));
         let hierarchies = host(dir.path());
         let path = format!("{POD}/{ID}");
         let record = record(&path);
-        fs::create_dir_all(at(&format!("v2{path}"))).unwrap();
-        let place = hierarchies.find(&record);
-        assert_eq!(place, PressurePaths { version: CgroupVersion::V2, levels: Vec::new(), v2: Some(at(&format!("v2{path}"))) });
-        assert!(hierarchies.lacks(&place));
-        fs::create_dir_all(at(&format!("cpu{path}"))).unwrap();
-        let place = hierarchies.find(&record);
+        fs::create_dir_all(absolute(&format!("v2{path}"))).unwrap();
+        let paths = hierarchies.find(&record);
+        let v2 = Some(absolute(&format!("v2{path}")));
+        assert_eq!(paths, PressurePaths { version: CgroupVersion::V2, levels: Vec::new(), v2 });
+        assert!(hierarchies.is_incomplete(&paths));
+        fs::create_dir_all(absolute(&format!("cpu{path}"))).unwrap();
+        let paths = hierarchies.find(&record);
         assert_eq!(
-            (place.version, place.levels.clone()),
-            (CgroupVersion::V1, vec![at(&format!("cpu{path}")), at(&format!("cpu{POD}"))])
+            (paths.version, paths.levels.clone()),
+            (CgroupVersion::V1, vec![absolute(&format!("cpu{path}")), absolute(&format!("cpu{POD}"))])
         );
-        assert!(!hierarchies.lacks(&place));
+        assert!(!hierarchies.is_incomplete(&paths));
     }
 
     #[test]
-    fn its_processes_say_where_its_path_does_not_lead() {
+    fn cgroups_are_located_through_processes_if_the_path_is_missing() {
         let dir = tempfile::tempdir().unwrap();
-        let at = |path: &str| dir.path().join(path.trim_start_matches('/'));
+        let absolute = |path: &str| dir.path().join(path.trim_start_matches('/'));
         let check = |memberships: &str, expect: &[&str]| {
             let write = |path: &str, text: &str| {
-                let path = at(path);
+                let path = absolute(path);
                 fs::create_dir_all(path.parent().unwrap()).unwrap();
                 fs::write(path, text).unwrap();
             };
-            // Its process is in a cgroup below its own.
+            // The process is in a cgroup below that of the container.
             write(&format!("v2/docker/{ID}/cgroup.procs"), "");
             write(&format!("v2/docker/{ID}/init/cgroup.procs"), "77\n");
             write("proc/77/cgroup", memberships);
             let found = host(dir.path()).find(&record(&format!("/docker/{ID}"))).levels;
-            assert_eq!(found, expect.iter().map(|path| at(path)).collect::<Vec<_>>(), "{memberships}");
+            assert_eq!(found, expect.iter().map(|path| absolute(path)).collect::<Vec<_>>(), "{memberships}");
         };
         let elsewhere = format!("/system.slice/docker-{ID}.scope");
         check(&format!("3:cpu:{elsewhere}/init\n0::/docker/{ID}/init\n"), &[&format!("cpu{elsewhere}")]);

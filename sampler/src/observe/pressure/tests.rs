@@ -23,7 +23,7 @@ fn snapshot(containers: Vec<ContainerView>) -> Snapshot {
     Snapshot { containers, ..Snapshot::default() }
 }
 
-/// A hybrid host in a folder.
+/// A simulated hybrid host in a folder.
 struct Host(tempfile::TempDir);
 
 impl Host {
@@ -65,7 +65,7 @@ fn round(pressure: &mut Pressure, snapshot: &Snapshot) -> (Vec<PressureFact>, Ve
 }
 
 #[test]
-fn who_lives_and_has_a_gpu_is_read_of_both_hierarchies() {
+fn containers_with_gpus_are_read_in_both_hierarchies() {
     let host = Host::new();
     let path = record(1).cgroup_path.clone();
     let pod = path.rsplit_once('/').unwrap().0.to_owned();
@@ -80,12 +80,12 @@ fn who_lives_and_has_a_gpu_is_read_of_both_hierarchies() {
     let cpu = facts[0].cpu.unwrap();
     assert_eq!((facts[0].key, cpu.throttled_ns, cpu.limit_ns), (ContainerKey(1), 9_000, Some((50_000_000, 100_000_000))));
     assert_eq!((facts[0].cpu_some_ns, facts[0].memory_some_ns, facts[0].io_some_ns), (None, Some(7_000), None));
-    // Now it is the container that is throttled.
+    // Now the container is throttled.
     host.throttled(&path, 3_000);
     assert_eq!(round(&mut pressure, &all).0[0].cpu.unwrap().throttled_ns, 11_000);
-    // Three files of the container, three of its pod; cpu and io have no pressure.
+    // Three files of the container, three of its pod; cpu and io have no pressure files.
     assert_eq!(pressure.view.reads, [14, 4, 0, 0]);
-    // Its last stays while it is known.
+    // Its last fact is kept while it is in the snapshot.
     assert!(round(&mut pressure, &snapshot(vec![view(1, 2, Some(BootNs(1)))])).0.is_empty());
     assert_eq!(pressure.view.facts.len(), 1);
     round(&mut pressure, &snapshot(Vec::new()));
@@ -93,7 +93,7 @@ fn who_lives_and_has_a_gpu_is_read_of_both_hierarchies() {
 }
 
 #[test]
-fn garbage_is_a_problem_and_no_number() {
+fn an_unreadable_quota_is_unknown_and_a_problem() {
     let host = Host::new();
     let path = record(1).cgroup_path.clone();
     host.throttled(&path, 1);
@@ -119,7 +119,7 @@ fn hanging(pressure: &mut Pressure, keys: std::ops::Range<u64>) -> std::sync::mp
 }
 
 #[test]
-fn a_read_that_hangs_is_left_behind_and_the_others_are_read() {
+fn a_hanging_read_is_abandoned_and_the_others_are_read() {
     let host = Host::new();
     let mut pressure = host.pressure();
     let end = hanging(&mut pressure, 2..3);
@@ -129,25 +129,25 @@ fn a_read_that_hangs_is_left_behind_and_the_others_are_read() {
         assert_eq!(facts.iter().map(|fact| fact.key.0).collect::<Vec<_>>(), [1, 3, 4]);
         assert!(problems.len() == 1 && problems[0].contains("hangs"), "{problems:?}");
     }
-    assert_eq!(pressure.view.reads[Outcome::Timeout as usize], 1, "it is not asked again");
+    assert_eq!(pressure.view.reads[Outcome::Timeout as usize], 1, "it is not read again");
     drop(end);
     let from = Instant::now();
     while round(&mut pressure, &all).0.len() < 4 {
-        assert!(from.elapsed() < Duration::from_secs(10), "it is read again once its read has returned");
+        assert!(from.elapsed() < Duration::from_secs(10), "it is read again after its read has returned");
         std::thread::sleep(Duration::from_millis(5));
     }
-    assert!(pressure.left.is_empty());
+    assert!(pressure.abandoned.is_empty());
 }
 
 #[test]
-fn when_everything_hangs_few_threads_are_left_behind() {
+fn few_threads_are_abandoned_if_every_read_hangs() {
     let host = Host::new();
     let mut pressure = host.pressure();
     let end = hanging(&mut pressure, 0..100);
     let all = snapshot((1..50).map(|n| view(n, 1, None)).collect());
     for _ in 0..2 {
         assert!(round(&mut pressure, &all).0.is_empty());
-        assert_eq!(pressure.left.len(), MAX_LEFT);
+        assert_eq!(pressure.abandoned.len(), MAX_ABANDONED);
     }
     drop(end);
 }

@@ -1,20 +1,20 @@
-//! One count of throttling out of those of several cgroups: the container's own and the ones around it whose quota it shares.
+//! Combines the throttling counters of several cgroups into one: that of the container and those of its ancestors with a shared quota.
 //!
 //! A process is stopped as soon as any cgroup above it has used up its quota. Stops of two levels may overlap, so their sum would be
-//! too much; in each interval the wait was at least that of the level that was throttled most, and that is what is added. The most
-//! throttled since creation would not do: a pod that was throttled for long before hides what its container suffers now.
+//! too large. In each interval the wait was at least that of the most throttled level, and that amount is added. The most throttled
+//! level since creation would be wrong: a pod that was throttled for a long time before hides the present throttling of its container.
 
 use sampler_core::observation::CpuQuota;
 
-/// Of one container, over the agent's life.
+/// The counter of one container, over the run time of the agent.
 #[derive(Clone, Debug, Default)]
 pub struct Throttle {
-    /// By level, from the container up; `None` where it was never told.
+    /// By level, from the container up; `None` if never read.
     last: Vec<Option<CpuQuota>>,
     sum: Option<CpuQuota>,
 }
 
-/// What came to pass between two looks at a level.
+/// The change of a level between two readings.
 struct Step {
     now: CpuQuota,
     periods: u64,
@@ -23,7 +23,7 @@ struct Step {
 }
 
 fn step(before: CpuQuota, now: CpuQuota) -> Step {
-    // Smaller numbers are of another cgroup of the same name.
+    // Smaller numbers belong to another cgroup of the same name.
     let since = |before: u64, now: u64| now.saturating_sub(before);
     Step {
         now,
@@ -33,14 +33,14 @@ fn step(before: CpuQuota, now: CpuQuota) -> Step {
     }
 }
 
-/// Processors that it may use; more than any machine has where there is no limit.
+/// The number of processors that the quota allows; infinite without a limit.
 fn processors(quota: &CpuQuota) -> f64 {
     quota.limit_ns.map_or(f64::INFINITY, |(quota, period)| quota as f64 / period.max(1) as f64)
 }
 
 impl Throttle {
-    /// Takes in what each level says now. Counts begin with those of the level that was throttled most until then; the limit is
-    /// that of the level that was throttled most since the last look, or, where none was, the tightest.
+    /// Adds the present counters of each level. Counts begin with those of the level that was throttled most until then. The limit is
+    /// that of the level that was throttled most since the last reading, or the tightest if none was throttled.
     pub fn add(&mut self, levels: &[Option<CpuQuota>]) -> Option<CpuQuota> {
         self.last.resize(levels.len().max(self.last.len()), None);
         let mut steps = Vec::new();
@@ -49,7 +49,7 @@ impl Throttle {
             steps.push(step(before.unwrap_or(now), now));
             *before = Some(now);
         }
-        // The first among equals: the innermost.
+        // Among equals the innermost level.
         let most = steps.into_iter().rev().max_by(|a, b| {
             let by_limit = || processors(&b.now).total_cmp(&processors(&a.now));
             a.throttled_ns.cmp(&b.throttled_ns).then_with(by_limit)
@@ -79,12 +79,12 @@ mod tests {
         Some(CpuQuota { limit_ns, periods, throttled_periods: throttled, throttled_ns: ns })
     }
 
-    /// Limit in ms of each 100, periods, throttled periods and ns after the last of the looks.
-    fn check(looks: &[&[Option<CpuQuota>]], expect: Option<(Option<u64>, u64, u64, u64)>) {
+    /// Expects the limit in ms per 100 ms, periods, throttled periods and ns after the last reading.
+    fn check(readings: &[&[Option<CpuQuota>]], expect: Option<(Option<u64>, u64, u64, u64)>) {
         let mut throttle = Throttle::default();
-        let told = looks.iter().map(|levels| throttle.add(levels)).last().flatten();
-        let told = told.map(|q| (q.limit_ns.map(|(quota, _)| quota / 1_000_000), q.periods, q.throttled_periods, q.throttled_ns));
-        assert_eq!(told, expect, "{looks:?}");
+        let sum = readings.iter().map(|levels| throttle.add(levels)).last().flatten();
+        let sum = sum.map(|q| (q.limit_ns.map(|(quota, _)| quota / 1_000_000), q.periods, q.throttled_periods, q.throttled_ns));
+        assert_eq!(sum, expect, "{readings:?}");
     }
 
     #[test]
@@ -93,7 +93,7 @@ mod tests {
         check(&[&[None, None]], None);
         check(&[&[level(Some(20), 5, 3, 300)]], Some((Some(20), 5, 3, 300)));
         check(&[&[level(Some(20), 5, 3, 300)], &[level(Some(20), 15, 9, 900)]], Some((Some(20), 15, 9, 900)));
-        // The pod was throttled for long before; then the container is.
+        // The pod was throttled for a long time before; then the container is.
         let (pod, own) = (level(Some(50), 100, 90, 90_000), level(Some(20), 5, 3, 300));
         check(&[&[own, pod], &[level(Some(20), 15, 9, 900), pod]], Some((Some(20), 110, 96, 90_600)));
         // Both at once: not their sum.
@@ -105,13 +105,13 @@ mod tests {
     }
 
     #[test]
-    fn where_nothing_is_throttled_the_tightest_limit_is_told() {
+    fn without_throttling_the_tightest_limit_is_reported() {
         check(&[&[level(Some(80), 1, 0, 0), level(Some(40), 1, 0, 0)]], Some((Some(40), 1, 0, 0)));
         check(&[&[level(None, 0, 0, 0), None]], Some((None, 0, 0, 0)));
     }
 
     #[test]
-    fn a_level_that_is_away_for_a_look_or_begins_anew_makes_no_jump() {
+    fn a_level_that_is_missing_once_or_restarts_causes_no_jump() {
         let own = |ns| level(Some(20), ns, ns, ns);
         check(&[&[own(10)], &[None], &[own(15)]], Some((Some(20), 15, 15, 15)));
         check(&[&[own(10)], &[own(2)], &[own(5)]], Some((Some(20), 13, 13, 13)));

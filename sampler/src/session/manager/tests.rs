@@ -1,4 +1,4 @@
-//! Facts in, files out, with a clock that the test turns.
+//! Tests from facts to files, with a simulated clock.
 
 use std::path::Path;
 use std::sync::mpsc::sync_channel;
@@ -19,7 +19,7 @@ const WALL: u64 = 1_700_000_000;
 struct Bench {
     dir: tempfile::TempDir,
     store: Arc<Store>,
-    desk: SessionManager,
+    manager: SessionManager,
     /// Seconds since the start.
     second: u64,
 }
@@ -49,14 +49,14 @@ fn container() -> Fact {
     })
 }
 
-/// The tick that ends with `second`.
+/// The sample that ends with `second`.
 fn sample(second: u64) -> Fact {
     let process = AttributedProcess { pid: 7, percent: 50, user: User::Container(ContainerKey(1)), since: boot(0) };
     let sample = UtilizationSample { stamp: GpuNs(second), ns: SECOND_NS, busy_percent: 50, processes: vec![process] };
     Fact::Gpu { gpu: 0, at: boot(second), fact: GpuFact::Utilization(sample) }
 }
 
-/// Seconds of the ticks that are in it.
+/// The seconds of the samples in a session.
 fn samples(session: &Session) -> Vec<u64> {
     let second = |fact: &Fact| match fact {
         Fact::Gpu { fact: GpuFact::Utilization(sample), .. } => Some(sample.stamp.0),
@@ -77,24 +77,24 @@ impl Bench {
             node: "node".into(),
             saturation_percent: 90,
         };
-        let mut desk = SessionManager::new(sources, Arc::clone(&store), ring_bytes).unwrap();
-        desk.facts(&[opened(), container()], boot(0));
-        Self { dir, store, desk, second: 0 }
+        let mut manager = SessionManager::new(sources, Arc::clone(&store), ring_bytes).unwrap();
+        manager.facts(&[opened(), container()], boot(0));
+        Self { dir, store, manager, second: 0 }
     }
 
-    /// Up to `second`, with a tick for each that is told a second late.
+    /// Advances to `second`, with a sample for each second that arrives a second late.
     fn until(&mut self, second: u64) {
         while self.second < second {
             self.second += 1;
-            self.desk.facts(&[sample(self.second - 1)], boot(self.second));
-            self.desk.turn(boot(self.second), wall(self.second));
-            // The writers' threads are real, and would not keep up with a clock that runs.
+            self.manager.facts(&[sample(self.second - 1)], boot(self.second));
+            self.manager.turn(boot(self.second), wall(self.second));
+            // The writer threads are real and would not keep up with a simulated clock without pauses.
             std::thread::sleep(Duration::from_millis(1));
         }
     }
 
     fn start(&mut self, request: &Request) -> String {
-        self.desk.start(request.clone(), boot(self.second), wall(self.second)).unwrap()
+        self.manager.start(request.clone(), boot(self.second), wall(self.second)).unwrap()
     }
 
     fn phase(&self, id: &str) -> (Phase, String) {
@@ -102,7 +102,7 @@ impl Bench {
         (status.state, status.error.unwrap_or_default())
     }
 
-    /// The writer has a thread of its own.
+    /// Waits for the writer thread.
     fn wait(&self, id: &str, phase: Phase) {
         let begun = Instant::now();
         while self.phase(id).0 != phase {
@@ -122,14 +122,14 @@ fn request(duration: u64, lookback: u64) -> Request {
 }
 
 #[test]
-fn a_session_with_its_lookback_its_context_and_its_tail() {
+fn a_session_contains_its_lookback_its_context_and_its_tail() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     bench.until(100);
     let mut wanted = request(10, 20);
     wanted.view.gpus = vec!["0".into()];
     let id = bench.start(&wanted);
     bench.until(111);
-    assert_eq!(bench.phase(&id).0, Phase::Recording, "the last seconds are not told yet");
+    assert_eq!(bench.phase(&id).0, Phase::Recording, "the last seconds are not complete yet");
     bench.until(113);
     bench.wait(&id, Phase::Finished);
     let session = bench.read(&id);
@@ -141,7 +141,7 @@ fn a_session_with_its_lookback_its_context_and_its_tail() {
         ("node", &View { gpus: vec!["0".into()], ..View::default() })
     );
     let samples = samples(&session);
-    // From the section that holds what is 40 s before the start, to a second behind the end.
+    // From the section that contains the time 40 s before the start, to a second after the end.
     let first = samples[0];
     assert!((25..40).contains(&first), "{first}");
     assert_eq!(samples, (first..=111).collect::<Vec<_>>());
@@ -152,7 +152,7 @@ fn a_session_with_its_lookback_its_context_and_its_tail() {
 }
 
 #[test]
-fn what_the_ring_has_is_what_there_is_to_look_back_to() {
+fn the_lookback_is_limited_by_the_ring() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     bench.until(5);
     let id = bench.start(&request(2, 60));
@@ -160,52 +160,52 @@ fn what_the_ring_has_is_what_there_is_to_look_back_to() {
     bench.wait(&id, Phase::Finished);
     assert_eq!(bench.read(&id).header.start, boot(0));
     assert_eq!(bench.store.status(&id, boot(9)).unwrap().lookback_seconds, 5.0);
-    // A ring that is small has less, and never more than it may.
+    // A small ring has less, and stays within its size.
     let mut small = Bench::new(1 << 20, 20_000);
     small.until(300);
-    assert!(small.desk.ring.bytes() <= 20_000);
-    let since = small.desk.ring.since().unwrap();
+    assert!(small.manager.ring.bytes() <= 20_000);
+    let since = small.manager.ring.since().unwrap();
     assert!(since > boot(100) && since < boot(280), "{since:?}");
 }
 
 #[test]
-fn stopped_and_stopped_again() {
+fn a_stopped_session_cannot_be_stopped_again() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     bench.until(5);
     let id = bench.start(&request(1000, 0));
     bench.until(10);
-    bench.desk.stop(&id, boot(10)).unwrap();
+    bench.manager.stop(&id, boot(10)).unwrap();
     bench.until(12);
     bench.wait(&id, Phase::Finished);
     assert_eq!(bench.read(&id).end, Some(boot(10)));
-    assert!(bench.desk.stop(&id, boot(12)).unwrap_err().to_string().contains("is finished already"));
-    assert!(matches!(bench.desk.stop("x", boot(12)), Err(StoreError::Unknown(_))));
+    assert!(bench.manager.stop(&id, boot(12)).unwrap_err().to_string().contains("is finished already"));
+    assert!(matches!(bench.manager.stop("x", boot(12)), Err(StoreError::Unknown(_))));
 }
 
 #[test]
-fn no_more_at_a_time_than_a_few() {
+fn the_number_of_active_sessions_is_limited_and_a_later_run_lists_their_files() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     let ids: Vec<String> = (0..MAX_ACTIVE).map(|_| bench.start(&request(1000, 0))).collect();
-    let refused = bench.desk.start(request(1, 0), boot(0), wall(0)).unwrap_err();
+    let refused = bench.manager.start(request(1, 0), boot(0), wall(0)).unwrap_err();
     assert!(refused.to_string().contains("stop one first"));
     bench.until(3);
-    bench.desk.close(boot(3));
+    bench.manager.close(boot(3));
     for id in &ids {
         bench.wait(id, Phase::Finished);
     }
-    // Another run finds them, and what it cannot read, too.
+    // Another run lists them, and also the files that it cannot read.
     let path = bench.dir.path().join("sessions");
     std::fs::write(path.join("20260101-000000-00.gpus"), "nonsense").unwrap();
     std::fs::rename(path.join(format!("{}.gpus", ids[0])), path.join("20260101-000000-01.gpus.part")).unwrap();
     let cut = &std::fs::read(path.join(format!("{}.gpus", ids[1]))).unwrap()[..400];
     std::fs::write(path.join("20260101-000000-02.gpus.part"), cut).unwrap();
     std::fs::write(path.join("../20260101-000000-02.gpus"), "").unwrap();
-    drop(bench.desk);
+    drop(bench.manager);
     drop(bench.store);
     let next = Store::new(path, 1 << 20);
-    // The writers' threads may still be on their way out.
+    // The writer threads may not have ended yet.
     let begun = Instant::now();
-    while next.look().is_err() && begun.elapsed() < Duration::from_secs(5) {
+    while next.list_earlier().is_err() && begun.elapsed() < Duration::from_secs(5) {
         std::thread::sleep(Duration::from_millis(5));
     }
     let all = next.list(boot(0));
@@ -213,25 +213,25 @@ fn no_more_at_a_time_than_a_few() {
     assert_eq!(all.len(), MAX_ACTIVE - 1 + 3);
     assert!(phases[..MAX_ACTIVE - 1].iter().all(|phase| *phase == Phase::Finished));
     let [nonsense, whole, part] = &all[MAX_ACTIVE - 1..] else { panic!() };
-    assert_eq!((nonsense.state, nonsense.error.as_deref()), (Phase::Interrupted, Some("its header cannot be read")));
+    assert_eq!((nonsense.state, nonsense.error.as_deref()), (Phase::Interrupted, Some("cannot read its header")));
     assert_eq!((whole.state, whole.elapsed_seconds), (Phase::Finished, 3.0));
     assert_eq!((part.state, part.started.as_deref()), (Phase::Interrupted, Some("2023-11-14T22:13:20.000Z")));
 }
 
 #[test]
-fn a_condition_is_waited_for() {
+fn an_armed_session_waits_for_its_trigger() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     let armed = Request { trigger: Some("busy>0.5".parse().unwrap()), ..request(5, 10) };
     let (id, stopped, never) = (bench.start(&armed), bench.start(&armed), bench.start(&armed));
-    bench.desk.stop(&stopped, boot(0)).unwrap();
-    assert!(bench.store.open(&id).unwrap_err().to_string().contains("has not begun"));
+    bench.manager.stop(&stopped, boot(0)).unwrap();
+    assert!(bench.store.open(&id).unwrap_err().to_string().contains("recording has not begun"));
     bench.until(50);
     assert_eq!((bench.phase(&id).0, bench.phase(&stopped).0), (Phase::Armed, Phase::Failed));
-    let LivePhase::Armed { until, .. } = &mut bench.desk.sessions[1].phase else { panic!() };
+    let LivePhase::Armed { until, .. } = &mut bench.manager.sessions[1].phase else { panic!() };
     *until = boot(51);
     bench.until(52);
     assert_eq!(bench.phase(&never), (Phase::Failed, "its condition was not met within 24 hours".into()));
-    bench.desk.sources.snapshot.store(Arc::new(busy_snapshot()));
+    bench.manager.sources.snapshot.store(Arc::new(busy_snapshot()));
     bench.until(60);
     bench.wait(&id, Phase::Finished);
     let header = bench.read(&id).header;
@@ -264,18 +264,18 @@ fn busy_snapshot() -> Snapshot {
     Snapshot { at: boot(1), gpus: vec![gpu], ..Snapshot::default() }
 }
 
-/// A disk that hangs: nobody takes what is written. Neither the recorder nor another session waits for it.
+/// The disk hangs: written frames are not received. Neither the recorder nor another session waits for it.
 #[test]
-fn a_disk_that_hangs_and_comes_back() {
+fn a_hanging_disk_affects_only_its_session_which_recovers() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     let other = bench.start(&request(1000, 0));
     let id = bench.start(&request(1000, 0));
     let (to, from) = sync_channel(4);
-    let LivePhase::Recording(recording) = &mut bench.desk.sessions[1].phase else { panic!() };
-    // Its own writer waits as long.
+    let LivePhase::Recording(recording) = &mut bench.manager.sessions[1].phase else { panic!() };
+    // The real writer waits.
     let _kept = std::mem::replace(&mut recording.to, to);
     recording.sequence = 0;
-    // Its file begins here.
+    // The file begins here.
     recording.broken = true;
     let mut file = FileBytes::default();
     let drain = |file: &mut FileBytes| {
@@ -294,25 +294,25 @@ fn a_disk_that_hangs_and_comes_back() {
         drain(&mut file);
     }
     let status = bench.store.status(&id, boot(60)).unwrap();
-    assert!(status.dropped_frames > 20 && bench.desk.dropped_frames == status.dropped_frames, "{status:?}");
+    assert!(status.dropped_frames > 20 && bench.manager.dropped_frames == status.dropped_frames, "{status:?}");
     let session = read(&file.bytes).unwrap();
     assert!(session.damage.iter().any(|words| words.contains("are missing before byte")), "{:?}", session.damage);
     let had = samples(&session);
     assert!(had.contains(&5) && !had.contains(&30) && had.contains(&55), "{had:?}");
-    // The state was told again.
+    // The state was written again.
     assert_eq!(session.facts.iter().filter(|fact| **fact == opened()).count(), 2);
-    bench.desk.stop(&other, boot(59)).unwrap();
+    bench.manager.stop(&other, boot(59)).unwrap();
     bench.until(62);
     bench.wait(&other, Phase::Finished);
     assert_eq!(bench.read(&other).damage, [""; 0]);
 }
 
 #[test]
-fn facts_that_did_not_reach_it_are_told() {
+fn lost_facts_are_reported_as_damage() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     let id = bench.start(&request(20, 0));
     bench.until(10);
-    bench.desk.lost(5, boot(10));
+    bench.manager.lost(5, boot(10));
     bench.until(25);
     bench.wait(&id, Phase::Finished);
     let late = bench.start(&request(1, 20));
@@ -320,12 +320,12 @@ fn facts_that_did_not_reach_it_are_told() {
     bench.wait(&late, Phase::Finished);
     for id in [&id, &late] {
         let damage = bench.read(id).damage.join("; ");
-        assert!(damage.contains("is missing before byte") && damage.contains("leave 1 frames out"), "{damage}");
+        assert!(damage.contains("is missing before byte") && damage.contains("the agent dropped 1 frames"), "{damage}");
     }
 }
 
 #[test]
-fn a_full_store_ends_a_session_and_leaves_what_is_there() {
+fn a_full_store_ends_a_session_and_keeps_its_file() {
     let mut bench = Bench::new(2000, 1 << 20);
     let id = bench.start(&request(1000, 0));
     bench.until(60);
@@ -333,19 +333,19 @@ fn a_full_store_ends_a_session_and_leaves_what_is_there() {
     assert!(bench.phase(&id).1.contains("session_dir_max_bytes (2000)"), "{:?}", bench.phase(&id));
     let session = bench.read(&id);
     assert!(samples(&session).len() > 5 && session.end.is_none());
-    assert_eq!(session.damage, [""; 0], "it ends early, and all that is there is good");
+    assert_eq!(session.damage, [""; 0], "it ends early, and its content is intact");
     bench.until(61);
-    assert!(bench.desk.sessions.is_empty());
+    assert!(bench.manager.sessions.is_empty());
     bench.store.remove(&id).unwrap();
-    assert_eq!(std::fs::read_dir(bench.dir.path().join("sessions")).unwrap().count(), 1, "the lock alone");
+    assert_eq!(std::fs::read_dir(bench.dir.path().join("sessions")).unwrap().count(), 1, "only the lock");
 }
 
 #[test]
-fn a_folder_that_is_gone() {
+fn a_removed_folder_fails_the_session() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     std::fs::remove_dir_all(bench.dir.path().join("sessions")).unwrap();
     let id = bench.start(&request(10, 0));
     bench.wait(&id, Phase::Failed);
-    assert!(bench.phase(&id).1.contains("cannot make"), "{:?}", bench.phase(&id));
+    assert!(bench.phase(&id).1.contains("cannot create"), "{:?}", bench.phase(&id));
     assert!(!Path::new("sessions").exists());
 }

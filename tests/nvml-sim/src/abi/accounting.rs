@@ -1,4 +1,4 @@
-//! Accounting: what each process had of the GPU while it lived.
+//! Accounting: the GPU use of each process during its lifetime.
 
 use std::ffi::c_uint;
 
@@ -8,7 +8,7 @@ use super::{Call, NO_PERMISSION, NOT_FOUND, NOT_SUPPORTED, failed, guard, nvml, 
 use crate::driver::Driver;
 use crate::tally::Account;
 
-/// As a driver keeps them.
+/// Number of processes that a driver keeps accounts of.
 const BUFFER: c_uint = 4_000;
 
 fn on(
@@ -26,7 +26,7 @@ fn stats(account: &Account, now_us: u64) -> nvmlAccountingStats_t {
         gpuUtilization: percent(account.seconds[0]),
         memoryUtilization: percent(account.seconds[1]),
         maxMemoryUsage: account.memory_bytes,
-        // Milliseconds, 0 as long as it runs.
+        // Milliseconds; 0 while the process runs.
         time: account.end_us.map_or(0, |_| lived_us / 1_000),
         startTime: account.begin_us,
         isRunning: c_uint::from(account.end_us.is_none()),
@@ -51,7 +51,7 @@ nvml! {
     }
     fn nvmlDeviceGetAccountingStats(call, device: nvmlDevice_t, pid: c_uint, to: *mut nvmlAccountingStats_t) {
         on(call, device, |d, gpu| {
-            // The last one that had this pid.
+            // The last process that had this pid.
             let accounts = d.accounts(gpu).map_err(failed)?;
             let account = accounts.iter().rfind(|((p, _), _)| d.shown(*p) == pid).ok_or(NOT_FOUND)?;
             put(to, stats(&account.1, d.now()))

@@ -1,4 +1,4 @@
-//! What a GPU is: names, numbers, limits. Mostly those of a V100.
+//! Properties of a GPU: names, numbers, limits. Mostly those of a V100.
 
 use std::ffi::{c_char, c_int, c_uint, c_ulonglong};
 
@@ -66,7 +66,7 @@ nvml! {
             put(to, nvmlBAR1Memory_t { bar1Total, bar1Free: bar1Total - (2 << 20), bar1Used: 2 << 20 })
         })
     }
-    // Nothing is protected.
+    // No memory is protected.
     fn nvmlDeviceGetConfComputeMemSizeInfo(call, device: nvmlDevice_t, to: *mut nvmlConfComputeMemSizeInfo_t) {
         call.on(device, |d, gpu| {
             let unprotectedMemSizeKib = d.world.gpus[gpu].memory_bytes >> 10;

@@ -1,5 +1,5 @@
-//! GPM: busy shares between two samples that the client takes, from the exact timeline. A sample is of the time up to which the driver
-//! serves, as all else here.
+//! GPM: busy shares between two samples that the client takes, from the exact timeline. As with all other calls, a sample is of the time
+//! up to which the driver serves.
 
 use std::ffi::c_uint;
 
@@ -11,14 +11,14 @@ use super::{Call, INVALID_ARGUMENT, NOT_SUPPORTED, State, failed, get, guard, nv
 use crate::model::Engine;
 use crate::tally::Reading;
 
-/// Of the unit's parts: how much of the GPU each is, and its sums.
+/// The readings of the unit's parts, each with its share of the GPU.
 pub type Sample = Vec<(f64, Reading)>;
 
 const VERSION: c_uint = 1;
 const GRAPHICS_UTIL: c_uint = 1;
 const SM_UTIL: c_uint = 2;
 const DRAM_UTIL: c_uint = 10;
-/// More than any nvml.h has.
+/// More than the metrics of any nvml.h.
 const METRICS_MAX: c_uint = 1_024;
 
 fn take(call: Call, device: nvmlDevice_t, gi: Option<c_uint>, sample: nvmlGpmSample_t) -> Result<(), nvmlReturn_t> {
@@ -35,7 +35,7 @@ fn take(call: Call, device: nvmlDevice_t, gi: Option<c_uint>, sample: nvmlGpmSam
     })
 }
 
-/// Percent between the two, the larger parts weighing more.
+/// Percent between two samples, weighted by the size of the parts.
 fn percent(before: &Sample, after: &Sample, engine: Engine) -> f64 {
     let (mut busy, mut whole) = (0.0, 0.0);
     for ((part, before), (_, after)) in before.iter().zip(after) {
@@ -74,7 +74,7 @@ nvml! {
     fn nvmlGpmMetricsGet(call, metrics: *mut nvmlGpmMetricsGet_t) {
         version_of(metrics.cast(), VERSION)?;
         call.on_library(|s| {
-            // Not the whole struct: how many metrics follow differs between versions of nvml.h.
+            // Only these fields: the number of metrics that follow differs between versions of nvml.h.
             // SAFETY: version_of found it not NULL, and the fields before the metrics are the caller's.
             let (count, first, second) = unsafe { ((*metrics).numMetrics, (*metrics).sample1, (*metrics).sample2) };
             let (before, after) = (sample(s, first)?, sample(s, second)?);

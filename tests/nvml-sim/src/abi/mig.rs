@@ -7,7 +7,7 @@ use nvml_wrapper_sys::bindings::{nvmlDevice_t, nvmlDeviceAttributes_t, nvmlRetur
 use super::{Call, NOT_FOUND, NOT_SUPPORTED, guard, handle, nvml, put};
 use crate::world::{Mig, Unit};
 
-/// Of an A100's slice.
+/// Multiprocessors of an A100's slice.
 const SLICE_MULTIPROCESSORS: c_uint = 14;
 
 /// A call that only MIG devices support.

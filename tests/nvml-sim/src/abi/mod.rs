@@ -1,7 +1,7 @@
-//! The C ABI: the symbols that NVML clients look up. No panic crosses it; every pointer is checked for NULL.
+//! The C ABI: the symbols that NVML clients use. No panic crosses it; every pointer is checked for NULL.
 //!
-//! The signatures are nvml.h's; layouts come from nvml-wrapper-sys. What a V100 does not have answers NOT_SUPPORTED.
-//! Whatever a call waits for, it waits without the lock: a stalled GPU must not stop the calls on another.
+//! The signatures are nvml.h's; layouts come from nvml-wrapper-sys. Functions that a V100 lacks return NOT_SUPPORTED.
+//! Every wait is without the lock: a stalled GPU must not stop calls on another.
 
 mod accounting;
 mod device;
@@ -40,21 +40,21 @@ const LIB_RM_VERSION_MISMATCH: nvmlReturn_t = 18;
 const ARGUMENT_VERSION_MISMATCH: nvmlReturn_t = 25;
 const UNKNOWN: nvmlReturn_t = 999;
 
-/// How often a stalled call looks whether it may go on.
-const STALL_LOOKS: Duration = Duration::from_millis(10);
+/// Interval at which a stalled call checks whether it may continue.
+const STALL_CHECKS: Duration = Duration::from_millis(10);
 
-type Answer = Result<(), nvmlReturn_t>;
+type CallResult = Result<(), nvmlReturn_t>;
 
 struct State {
     references: u64,
     driver: Driver,
     /// When the first init opened the driver.
     opened_us: u64,
-    /// The GPUs as NVML numbers them, taken at each init.
+    /// The indices of the GPUs that exist, in NVML's order; determined at each init.
     present: Vec<usize>,
     sets: HashMap<usize, events::Set>,
     samples: HashMap<usize, Option<gpm::Sample>>,
-    /// The last handle that was given to a set or a sample.
+    /// The newest handle of a set or a sample.
     last_handle: usize,
 }
 
@@ -66,19 +66,19 @@ impl State {
         self.last_handle
     }
 
-    /// An instance from before a reload is of another driver.
-    fn still_loaded(&self) -> Answer {
+    /// Fails for an instance from before a reload.
+    fn still_loaded(&self) -> CallResult {
         let reloaded = self.driver.log.faults.reloaded(self.opened_us, self.driver.now());
         if reloaded { Err(LIB_RM_VERSION_MISMATCH) } else { Ok(()) }
     }
 
-    /// Its position in NVML's numbering.
+    /// The GPU's index in NVML.
     fn index(&self, gpu: usize) -> Option<usize> {
         self.present.iter().position(|present| *present == gpu)
     }
 }
 
-fn guard(f: impl FnOnce() -> Answer) -> nvmlReturn_t {
+fn guard(f: impl FnOnce() -> CallResult) -> nvmlReturn_t {
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(())) => 0,
         Ok(Err(code)) => code,
@@ -91,14 +91,14 @@ fn locked<T>(f: impl FnOnce(&mut State) -> Result<T, nvmlReturn_t>) -> Result<T,
     f(state.as_mut().ok_or(UNINITIALIZED)?)
 }
 
-/// Handles of GPUs are below it, those of MIG devices above: their number plus one above their GPU's.
+/// Handles of GPUs are at most this; those of MIG devices are above: their number plus one, followed by their GPU's handle.
 const MIG_HANDLE_BELOW: usize = 0xffff;
 
 fn handle(unit: Unit) -> nvmlDevice_t {
     ((unit.gpu + 1) + unit.mig.map_or(0, |mig| (mig + 1) * (MIG_HANDLE_BELOW + 1))) as nvmlDevice_t
 }
 
-/// Handles are the index in the world plus one, so NULL is none.
+/// Handles are the index in the world plus one, so NULL is not a handle.
 fn unit(device: nvmlDevice_t) -> Result<Unit, nvmlReturn_t> {
     let (gpu, mig) = (device as usize & MIG_HANDLE_BELOW, device as usize / (MIG_HANDLE_BELOW + 1));
     let gpu = gpu.checked_sub(1).ok_or(INVALID_ARGUMENT)?;
@@ -107,16 +107,16 @@ fn unit(device: nvmlDevice_t) -> Result<Unit, nvmlReturn_t> {
     if known { Ok(unit) } else { Err(INVALID_ARGUMENT) }
 }
 
-/// Held for a call's latency in a world with `one_lock`.
+/// Locked for a call's latency in a world with `one_lock`.
 static DRIVER_LOCK: Mutex<()> = Mutex::new(());
 
-/// The call that is being answered, by its symbol.
+/// A call in progress, by its symbol.
 #[derive(Clone, Copy)]
 struct Call(&'static str);
 
 impl Call {
-    /// Waits as long as latency and faults make it; what they answer.
-    fn enter(self, gpu: Option<usize>) -> Answer {
+    /// Waits for the latency and for faults. Returns the faults' error.
+    fn enter(self, gpu: Option<usize>) -> CallResult {
         let mut slept = false;
         loop {
             let (effect, latency, one_lock) = locked(|s| {
@@ -133,7 +133,7 @@ impl Call {
                 std::thread::sleep(Duration::from_micros(wait_us));
                 slept = true;
             } else if effect.stalled {
-                std::thread::sleep(STALL_LOOKS);
+                std::thread::sleep(STALL_CHECKS);
             } else {
                 return effect.error.map_or(Ok(()), Err);
             }
@@ -179,7 +179,7 @@ impl Call {
     }
 }
 
-fn put<T>(to: *mut T, value: T) -> Answer {
+fn put<T>(to: *mut T, value: T) -> CallResult {
     if to.is_null() {
         return Err(INVALID_ARGUMENT);
     }
@@ -196,8 +196,8 @@ fn get<T: Copy>(from: *const T) -> Result<T, nvmlReturn_t> {
     Ok(unsafe { from.read() })
 }
 
-/// Refuses a struct whose first word is not its version: in nvml.h the size and the number.
-fn version_of(from: *const c_uint, version: c_uint) -> Answer {
+/// Rejects a struct unless its first field is this version, which in nvml.h consists of the size and a number.
+fn version_of(from: *const c_uint, version: c_uint) -> CallResult {
     if get(from)? == version { Ok(()) } else { Err(ARGUMENT_VERSION_MISMATCH) }
 }
 
@@ -205,8 +205,8 @@ const fn struct_version<T>(number: c_uint) -> c_uint {
     size_of::<T>() as c_uint | number << 24
 }
 
-/// A NUL-terminated string into a caller's buffer of `room` bytes.
-fn put_text(to: *mut c_char, room: c_uint, text: &str) -> Answer {
+/// Writes a NUL-terminated string to a caller's buffer of `room` bytes.
+fn put_text(to: *mut c_char, room: c_uint, text: &str) -> CallResult {
     if to.is_null() {
         return Err(INVALID_ARGUMENT);
     }
@@ -228,7 +228,7 @@ fn text<'a>(from: *const c_char) -> Result<&'a str, nvmlReturn_t> {
     unsafe { CStr::from_ptr(from) }.to_str().map_err(|_| INVALID_ARGUMENT)
 }
 
-fn put_all<T: Copy>(to: *mut T, count: *mut c_uint, items: &[T], when_small: c_uint) -> Answer {
+fn put_all<T: Copy>(to: *mut T, count: *mut c_uint, items: &[T], when_small: c_uint) -> CallResult {
     if to.is_null() || (get(count)? as usize) < items.len() {
         put(count, when_small)?;
         return Err(INSUFFICIENT_SIZE);
@@ -245,7 +245,7 @@ fn failed(error: anyhow::Error) -> nvmlReturn_t {
     UNKNOWN
 }
 
-/// NVML_SIM_DIR, or where this library lies: DIR/lib/libnvidia-ml.so.1.
+/// NVML_SIM_DIR, or the folder of this library: DIR/lib/libnvidia-ml.so.1.
 fn dir() -> Option<PathBuf> {
     #[cfg(test)]
     if let Some(dir) = tests::DIR.lock().unwrap_or_else(PoisonError::into_inner).clone() {
@@ -272,8 +272,8 @@ fn open() -> Result<Driver, nvmlReturn_t> {
     })
 }
 
-/// What an init meets at one moment.
-struct Welcome {
+/// Conditions of an init at one moment.
+struct InitConditions {
     effect: Effect,
     reloading: bool,
     now_us: u64,
@@ -281,38 +281,38 @@ struct Welcome {
     present: Vec<usize>,
 }
 
-fn welcome(call: Call, driver: &mut Driver) -> Result<Welcome, nvmlReturn_t> {
+fn init_conditions(call: Call, driver: &mut Driver) -> Result<InitConditions, nvmlReturn_t> {
     let effect = driver.effect(call.0, None).map_err(failed)?;
     let (now_us, present) = (driver.now(), driver.present().map_err(failed)?);
     let (reloading, latency_us) = (driver.log.faults.reloading(now_us), driver.world.call_us);
-    Ok(Welcome { effect, reloading, now_us, latency_us, present })
+    Ok(InitConditions { effect, reloading, now_us, latency_us, present })
 }
 
-/// Opens the driver, or takes the list of devices anew; a driver that is being reloaded is not there.
-fn init(call: Call) -> Answer {
-    // The first init waits for faults before there is a state; what it opens becomes that, unless another was faster.
+/// Opens the driver, or updates the list of devices; fails while the driver is being reloaded.
+fn init(call: Call) -> CallResult {
+    // The first init waits for faults before there is a state; the driver it opens becomes the state, unless another init was faster.
     let mut opened = None;
-    let welcome = loop {
-        let welcomed = match locked(|s| welcome(call, &mut s.driver)) {
+    let conditions = loop {
+        let current = match locked(|s| init_conditions(call, &mut s.driver)) {
             Err(UNINITIALIZED) => {
                 let driver = opened.take().map_or_else(open, Ok)?;
-                welcome(call, opened.insert(driver))?
+                init_conditions(call, opened.insert(driver))?
             }
             other => other?,
         };
-        match welcomed.effect {
-            _ if welcomed.reloading => return Err(DRIVER_NOT_LOADED),
-            effect if effect.stalled => std::thread::sleep(STALL_LOOKS),
+        match current.effect {
+            _ if current.reloading => return Err(DRIVER_NOT_LOADED),
+            effect if effect.stalled => std::thread::sleep(STALL_CHECKS),
             effect => {
-                std::thread::sleep(Duration::from_micros(effect.slow_us + welcomed.latency_us));
+                std::thread::sleep(Duration::from_micros(effect.slow_us + current.latency_us));
                 match effect.error {
                     Some(code) => return Err(code),
-                    None => break welcomed,
+                    None => break current,
                 }
             }
         }
     };
-    let (opened_us, present) = (welcome.now_us, welcome.present);
+    let (opened_us, present) = (conditions.now_us, conditions.present);
     let mut state = STATE.lock().unwrap_or_else(PoisonError::into_inner);
     match &mut *state {
         Some(state) => (state.references, state.present) = (state.references + 1, present),
@@ -325,7 +325,7 @@ fn init(call: Call) -> Answer {
     Ok(())
 }
 
-fn shutdown() -> Answer {
+fn shutdown() -> CallResult {
     let mut held = STATE.lock().unwrap_or_else(PoisonError::into_inner);
     let state = held.as_mut().ok_or(UNINITIALIZED)?;
     state.references -= 1;
@@ -335,8 +335,8 @@ fn shutdown() -> Answer {
     Ok(())
 }
 
-/// The handle of the first present unit that is the one wanted; one that is lost has none.
-fn find(call: Call, to: *mut nvmlDevice_t, which: impl Fn(&State, Unit) -> bool) -> Answer {
+/// The handle of the first matching unit that exists; GPU_IS_LOST for a lost GPU.
+fn find(call: Call, to: *mut nvmlDevice_t, which: impl Fn(&State, Unit) -> bool) -> CallResult {
     let unit = call.on_library(|s| {
         let units = s.driver.world.units().into_iter().filter(|u| s.index(u.gpu).is_some());
         let unit = units.into_iter().find(|unit| which(s, *unit)).ok_or(NOT_FOUND)?;
@@ -349,12 +349,12 @@ fn find(call: Call, to: *mut nvmlDevice_t, which: impl Fn(&State, Unit) -> bool)
     put(to, handle(unit))
 }
 
-/// Each function's first word is the name by which its body speaks of the call.
+/// The first word of each function is the name of its call in the body.
 macro_rules! nvml {
     ($(fn $name:ident($call:ident $(, $arg:ident: $type:ty)*) $body:block)*) => {$(
         /// As in nvml.h.
         /// # Safety
-        /// Pointers are NULL or point to what nvml.h says.
+        /// Pointers are NULL or point to what nvml.h requires.
         #[unsafe(no_mangle)]
         pub unsafe extern "C" fn $name($($arg: $type),*) -> nvmlReturn_t {
             let $call = Call(stringify!($name));

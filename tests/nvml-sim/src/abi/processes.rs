@@ -1,4 +1,4 @@
-//! Memory, and the processes that hold it.
+//! Memory, and the processes that use it.
 
 use std::ffi::c_uint;
 
@@ -10,7 +10,7 @@ use nvml_wrapper_sys::bindings::{
 use super::{Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, failed, get, guard, nvml, put, put_all, struct_version, version_of};
 use crate::processes::{List, Process};
 
-/// A list in the layout that `make` gives its entries.
+/// A process list, with entries in the layout that `make` gives them.
 fn list<T: Copy>(
     call: Call,
     device: nvmlDevice_t,
@@ -60,29 +60,29 @@ nvml! {
     fn nvmlDeviceGetRunningProcessDetailList(call, device: nvmlDevice_t, list: *mut nvmlProcessDetailList_v1_t) {
         version_of(list.cast(), struct_version::<nvmlProcessDetailList_v1_t>(1))?;
         call.on_unit(device, |s, unit| {
-            let mut told = get(list)?;
-            let which = [List::Compute, List::Graphics, List::Mps].get(told.mode as usize).ok_or(INVALID_ARGUMENT)?;
+            let mut detail = get(list)?;
+            let which = [List::Compute, List::Graphics, List::Mps].get(detail.mode as usize).ok_or(INVALID_ARGUMENT)?;
             let found: Vec<_> = s.driver.processes(unit, *which).map_err(failed)?.into_iter().map(|p| nvmlProcessDetail_v1_t {
                 pid: p.pid, usedGpuMemory: p.bytes, gpuInstanceId: p.gi, computeInstanceId: p.ci,
                 usedGpuCcProtectedMemory: 0,
             }).collect();
-            let (room, to) = (told.numProcArrayEntries as usize, told.procArray);
+            let (room, to) = (detail.numProcArrayEntries as usize, detail.procArray);
             if !found.is_empty() && (to.is_null() || room < found.len()) {
-                told.numProcArrayEntries = found.len() as c_uint;
-                return put(list, told).and(Err(INSUFFICIENT_SIZE));
+                detail.numProcArrayEntries = found.len() as c_uint;
+                return put(list, detail).and(Err(INSUFFICIENT_SIZE));
             }
             if found.is_empty() {
-                told.numProcArrayEntries = 0;
+                detail.numProcArrayEntries = 0;
             } else {
-                put_all(to, &raw mut told.numProcArrayEntries, &found, found.len() as c_uint)?;
+                put_all(to, &raw mut detail.numProcArrayEntries, &found, found.len() as c_uint)?;
             }
-            put(list, told)
+            put(list, detail)
         })
     }
     fn nvmlDeviceGetMemoryInfo(call, device: nvmlDevice_t, to: *mut nvmlMemory_t) {
         call.on_unit(device, |s, unit| {
             let memory = s.driver.memory(unit).map_err(failed)?;
-            // What the driver holds counts as used here.
+            // The driver's own memory counts as used here.
             let used = memory.reserved + memory.used;
             put(to, nvmlMemory_t { total: memory.total, free: memory.total - used, used })
         })

@@ -18,7 +18,7 @@ fn by_pci(call: Call, id: *const c_char, to: *mut nvmlDevice_t) -> nvmlResult {
     find(call, to, |s, Unit { gpu, mig }| mig.is_none() && s.driver.world.gpus[gpu].pci_bus_id.eq_ignore_ascii_case(id))
 }
 
-#[expect(non_camel_case_types, reason = "beside nvmlReturn_t")]
+#[expect(non_camel_case_types, reason = "named like nvmlReturn_t")]
 type nvmlResult = Result<(), nvmlReturn_t>;
 
 nvml! {

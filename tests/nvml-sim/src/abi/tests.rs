@@ -1,6 +1,6 @@
-//! The symbols as clients call them, where more than one call, or time, is involved. One instance, so one test at a time.
+//! Tests of the symbols as clients call them, where several calls, or time, are involved. There is one instance, so one test at a time.
 
-#![expect(clippy::undocumented_unsafe_blocks, reason = "all pass NULL or what lives on the stack of the test")]
+#![expect(clippy::undocumented_unsafe_blocks, reason = "all pass NULL or values on the stack of the test")]
 
 use std::ffi::{CStr, CString, c_char, c_uint, c_void};
 use std::os::unix::ffi::OsStrExt as _;
@@ -30,7 +30,7 @@ struct AbiSim {
 }
 
 impl AbiSim {
-    /// A world that begins so long before now.
+    /// A world that began this long before now.
     fn new(began_us: u64, keys: &str) -> Self {
         let only = ONE_AT_A_TIME.lock().unwrap_or_else(PoisonError::into_inner);
         let dir = tempfile::tempdir().unwrap();
@@ -89,14 +89,14 @@ fn power(device: nvmlDevice_t) -> u32 {
     unsafe { nvmlDeviceGetPowerUsage(device, &raw mut mw) }
 }
 
-/// Code, rows and count of a read with so much room.
-fn rows(device: nvmlDevice_t, room: u32) -> (u32, u32) {
-    let mut rows = vec![
+/// Result code and count of a read of process samples with this room.
+fn process_samples(device: nvmlDevice_t, room: u32) -> (u32, u32) {
+    let mut samples = vec![
         nvmlProcessUtilizationSample_t { pid: 0, timeStamp: 0, smUtil: 0, memUtil: 0, encUtil: 0, decUtil: 0 };
         room as usize
     ];
     let mut count = room;
-    let code = unsafe { nvmlDeviceGetProcessUtilization(device, rows.as_mut_ptr(), &raw mut count, 0) };
+    let code = unsafe { nvmlDeviceGetProcessUtilization(device, samples.as_mut_ptr(), &raw mut count, 0) };
     (code, count)
 }
 
@@ -107,12 +107,12 @@ fn took(f: impl FnOnce()) -> Duration {
 }
 
 #[test]
-fn the_size_query_tells_a_capacity_and_rows_may_grow() {
+fn the_size_query_returns_a_capacity_and_answers_may_grow() {
     let check = |keys: &str, reads: &[(u32, (u32, u32))]| {
         let _sim = AbiSim::new(5_000_000, &format!("{keys}\n[[gpus]]"));
         assert_eq!(init(), 0);
         for (room, expect) in reads {
-            assert_eq!(rows(device(0).unwrap(), *room), *expect, "{keys} with room for {room}");
+            assert_eq!(process_samples(device(0).unwrap(), *room), *expect, "{keys} with room for {room}");
         }
     };
     check("", &[(0, (7, 100)), (1, (0, 1)), (100, (0, 1))]);
@@ -122,15 +122,15 @@ fn the_size_query_tells_a_capacity_and_rows_may_grow() {
 }
 
 #[test]
-fn errors_meet_the_calls_that_they_are_of() {
+fn errors_affect_the_calls_that_they_name() {
     let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
     let (first, second) = (device(0).unwrap(), device(1).unwrap());
     sim.fault(FaultKind::Error, Some(0), Some("nvmlDeviceGetPowerUsage"), None);
-    assert_eq!((power(first), power(second), rows(first, 9).0), (20, 0, 0));
+    assert_eq!((power(first), power(second), process_samples(first, 9).0), (20, 0, 0));
     sim.clear();
     sim.fault(FaultKind::Error, Some(1), None, Some(900));
-    assert_eq!((power(first), power(second), rows(second, 9).0), (0, 20, 20));
+    assert_eq!((power(first), power(second), process_samples(second, 9).0), (0, 20, 20));
     std::thread::sleep(Duration::from_millis(920));
     assert_eq!(power(second), 0);
     sim.fault(FaultKind::Error, None, Some("nvmlInit_v2"), None);
@@ -141,7 +141,7 @@ fn errors_meet_the_calls_that_they_are_of() {
 }
 
 #[test]
-fn a_stall_holds_its_gpu_only_and_slow_calls_are_slow() {
+fn a_stall_blocks_only_its_gpu_and_slow_calls_are_slow() {
     let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
     let (first, second) = (device(0).unwrap(), device(1).unwrap() as usize);
@@ -156,7 +156,7 @@ fn a_stall_holds_its_gpu_only_and_slow_calls_are_slow() {
 }
 
 #[test]
-fn a_list_is_as_slow_as_the_world_says_and_holds_nobody_up() {
+fn process_lists_take_the_worlds_latency_and_block_no_other_call() {
     let _sim = AbiSim::new(5_000_000, "list_us = 900000\n[[gpus]]");
     assert_eq!(init(), 0);
     let device = device(0).unwrap() as usize;
@@ -175,21 +175,21 @@ fn a_list_is_as_slow_as_the_world_says_and_holds_nobody_up() {
 }
 
 #[test]
-fn a_reloaded_driver_wants_a_new_instance() {
+fn a_reloaded_driver_requires_a_new_instance() {
     let sim = AbiSim::new(5_000_000, "[[gpus]]");
     assert_eq!(init(), 0);
     let first = device(0).unwrap();
     sim.fault(FaultKind::Reload, None, None, Some(900));
     assert_eq!((power(first), init()), (18, 9));
     std::thread::sleep(Duration::from_millis(920));
-    // The old instance stays what it is.
+    // The old instance stays invalid.
     assert_eq!((init(), power(first)), (0, 18));
     unsafe { (nvmlShutdown(), nvmlShutdown()) };
     assert_eq!((power(first), init(), power(first)), (1, 0, 0));
 }
 
 #[test]
-fn the_list_of_devices_is_taken_at_each_init() {
+fn the_list_of_devices_is_updated_at_each_init() {
     let keys = "[[gpus]]\n[[gpus]]\n[[gpus]]\n[[faults]]\nkind = 'absent'\ngpu = 1\nfrom = '0s'\nlasts = '5.9s'";
     let sim = AbiSim::new(5_000_000, keys);
     assert_eq!((init(), count()), (0, 2));
@@ -198,7 +198,7 @@ fn the_list_of_devices_is_taken_at_each_init() {
     assert_eq!((unsafe { nvmlDeviceGetIndex(last, &raw mut index) }, index), (0, 1));
     std::thread::sleep(Duration::from_millis(950));
     assert_eq!(count(), 2);
-    // Handles stay valid, numbers do not.
+    // Handles stay valid, indices do not.
     assert_eq!((init(), count(), device(2)), (0, 3, Ok(last)));
     sim.fault(FaultKind::Absent, Some(2), None, None);
     assert_eq!((power(last), count()), (faults::GPU_IS_LOST, 3));
@@ -236,7 +236,7 @@ fn xids_reach_each_set_once_and_in_order() {
 }
 
 #[test]
-fn a_throttled_gpu_says_why() {
+fn a_throttled_gpu_returns_its_reasons() {
     let sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]");
     assert_eq!(init(), 0);
     sim.fault(FaultKind::Throttle, Some(0), None, None);
@@ -249,11 +249,11 @@ fn a_throttled_gpu_says_why() {
 }
 
 #[test]
-fn a_gpu_in_mig_mode_leaves_utilization_to_its_devices() {
+fn a_gpu_in_mig_mode_has_no_utilization_but_its_devices_have_identities() {
     let _sim = AbiSim::new(5_000_000, "[[gpus]]\n[[gpus]]\nmig = ['MIG-a', { uuid = 'MIG-b', gi = 9, ci = 2, slices = 3 }]");
     assert_eq!(init(), 0);
     let gpu = device(1).unwrap();
-    assert_eq!(rows(gpu, 9).0, 3);
+    assert_eq!(process_samples(gpu, 9).0, 3);
     let mut mig: nvmlDevice_t = null_mut();
     assert_eq!(unsafe { nvmlDeviceGetHandleByUUID(c"MIG-b".as_ptr(), &raw mut mig) }, 0);
     let number = |f: unsafe extern "C" fn(nvmlDevice_t, *mut c_uint) -> u32, device| {
@@ -264,7 +264,7 @@ fn a_gpu_in_mig_mode_leaves_utilization_to_its_devices() {
     assert_eq!((number(nvmlDeviceIsMigDeviceHandle, mig), number(nvmlDeviceIsMigDeviceHandle, gpu)), (Ok(1), Ok(0)));
     assert_eq!((number(nvmlDeviceGetGpuInstanceId, mig), number(nvmlDeviceGetGpuInstanceId, gpu)), (Ok(9), Err(3)));
     assert_eq!((number(nvmlDeviceGetComputeInstanceId, mig), number(nvmlDeviceGetIndex, mig)), (Ok(2), Ok(1)));
-    assert_eq!((rows(mig, 9).0, number(nvmlDeviceGetMinorNumber, mig)), (3, Err(3)));
+    assert_eq!((process_samples(mig, 9).0, number(nvmlDeviceGetMinorNumber, mig)), (3, Err(3)));
     let mut parent: nvmlDevice_t = null_mut();
     assert_eq!((unsafe { nvmlDeviceGetDeviceHandleFromMigDeviceHandle(mig, &raw mut parent) }, parent), (0, gpu));
     let mut name = [0 as c_char; 96];
@@ -273,8 +273,8 @@ fn a_gpu_in_mig_mode_leaves_utilization_to_its_devices() {
 }
 
 #[test]
-fn what_is_hidden_is_not_found_and_its_neighbours_are() {
-    // Cargo puts the library beside the tests.
+fn hidden_symbols_are_not_found_and_their_neighbours_are() {
+    // Cargo puts the library next to the tests.
     let built = std::env::current_exe().unwrap().with_file_name("libnvidia_ml_sim.so");
     let mut image = std::fs::read(&built).unwrap();
     let hidden = ["nvmlDeviceGetComputeRunningProcesses", "nvmlDeviceGetSamples"].map(str::to_owned);

@@ -1,4 +1,4 @@
-//! What the GPU did lately: utilization, samples, power, clocks and what holds them down.
+//! Recent activity of the GPU: utilization, samples, power, clocks and throttle reasons.
 
 use std::ffi::{c_longlong, c_uint, c_ulong, c_ulonglong};
 
@@ -11,7 +11,7 @@ use super::{
     Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED, failed, get, guard, nvml, put, put_all, struct_version,
     version_of,
 };
-use crate::answers::{MEMORY_CLOCK_MHZ, RingKind, Row, clock_mhz, power_mw};
+use crate::answers::{MEMORY_CLOCK_MHZ, ProcessSample, RingKind, clock_mhz, power_mw};
 use crate::driver::Driver;
 use crate::model::Engine;
 use crate::world::Rates;
@@ -21,25 +21,31 @@ const VALUE_UNSIGNED_INT: c_uint = 1;
 const FIELD_ENERGY: c_uint = 83;
 const VALUE_UNSIGNED_LONG_LONG: c_uint = 3;
 const MEMORY_CLOCK: c_uint = 2;
-/// All that nvml.h names.
+/// All reasons of nvml.h.
 const ALL_REASONS: c_ulonglong = 0x1ff;
 
-/// What a row answer's read is given, or the code and the count for the caller.
-fn rows(driver: &mut Driver, gpu: usize, after: u64, room: usize, no_buffer: bool) -> Result<Vec<Row>, (nvmlReturn_t, c_uint)> {
+/// The process samples for a read, or the result code and the count for the caller.
+fn process_samples(
+    driver: &mut Driver,
+    gpu: usize,
+    after: u64,
+    room: usize,
+    no_buffer: bool,
+) -> Result<Vec<ProcessSample>, (nvmlReturn_t, c_uint)> {
     let probe = *driver.world.row_probe(gpu);
     if room == 0 || no_buffer {
         return Err((INSUFFICIENT_SIZE, probe));
     }
-    let rows = driver.rows(gpu, after).map_err(|error| (failed(error), 0))?;
-    if rows.is_empty() {
+    let samples = driver.process_samples(gpu, after).map_err(|error| (failed(error), 0))?;
+    if samples.is_empty() {
         return Err((NOT_FOUND, 0));
     }
-    // One more than the size query told: who left no headroom has to ask again.
-    let wanted = rows.len().max(if *driver.world.rows_grow(gpu) { probe as usize + 1 } else { 0 });
-    if room < wanted { Err((INSUFFICIENT_SIZE, probe.max(wanted as c_uint))) } else { Ok(rows) }
+    // One more than the size query returned: a client without headroom has to query again.
+    let wanted = samples.len().max(if *driver.world.rows_grow(gpu) { probe as usize + 1 } else { 0 });
+    if room < wanted { Err((INSUFFICIENT_SIZE, probe.max(wanted as c_uint))) } else { Ok(samples) }
 }
 
-/// Utilization of one engine and how long the driver looks at it.
+/// Utilization of one engine, and the driver's period.
 fn engine(call: Call, device: nvmlDevice_t, engine: Engine, to: *mut c_uint, period: *mut c_uint) -> Result<(), nvmlReturn_t> {
     call.on_whole(device, |d, gpu| {
         let util = d.latest(gpu).map_err(failed)?.map_or(0, |t| t.util[engine as usize]);
@@ -87,33 +93,33 @@ nvml! {
         call, device: nvmlDevice_t, to: *mut nvmlProcessUtilizationSample_t, count: *mut c_uint, last_seen: c_ulonglong
     ) {
         call.on_whole(device, |d, gpu| {
-            let rows = match rows(d, gpu, last_seen, get(count)? as usize, to.is_null()) {
-                Ok(rows) => rows,
+            let samples = match process_samples(d, gpu, last_seen, get(count)? as usize, to.is_null()) {
+                Ok(samples) => samples,
                 Err((code, n)) => return put(count, n).and(Err(code)),
             };
-            let rows: Vec<_> = rows.iter().map(|r| nvmlProcessUtilizationSample_t {
+            let entries: Vec<_> = samples.iter().map(|r| nvmlProcessUtilizationSample_t {
                 pid: r.pid, timeStamp: r.stamp_us, smUtil: r.util[0], memUtil: r.util[1], encUtil: r.util[2], decUtil: r.util[3],
             }).collect();
-            put_all(to, count, &rows, rows.len() as c_uint)
+            put_all(to, count, &entries, entries.len() as c_uint)
         })
     }
     fn nvmlDeviceGetProcessesUtilizationInfo(call, device: nvmlDevice_t, info: *mut nvmlProcessesUtilizationInfo_v1_t) {
         version_of(info.cast(), struct_version::<nvmlProcessesUtilizationInfo_v1_t>(1))?;
         call.on_whole(device, |d, gpu| {
-            let mut told = get(info)?;
-            let (room, to) = (told.processSamplesCount as usize, told.procUtilArray);
-            match rows(d, gpu, told.lastSeenTimeStamp, room, to.is_null()) {
-                Ok(rows) => {
-                    let rows: Vec<_> = rows.iter().map(|r| nvmlProcessUtilizationInfo_v1_t {
+            let mut answer = get(info)?;
+            let (room, to) = (answer.processSamplesCount as usize, answer.procUtilArray);
+            match process_samples(d, gpu, answer.lastSeenTimeStamp, room, to.is_null()) {
+                Ok(samples) => {
+                    let entries: Vec<_> = samples.iter().map(|r| nvmlProcessUtilizationInfo_v1_t {
                         timeStamp: r.stamp_us, pid: r.pid, smUtil: r.util[0], memUtil: r.util[1], encUtil: r.util[2],
                         decUtil: r.util[3], jpgUtil: r.util[4], ofaUtil: r.util[5],
                     }).collect();
-                    put_all(to, &raw mut told.processSamplesCount, &rows, rows.len() as c_uint)?;
-                    put(info, told)
+                    put_all(to, &raw mut answer.processSamplesCount, &entries, entries.len() as c_uint)?;
+                    put(info, answer)
                 }
                 Err((code, n)) => {
-                    told.processSamplesCount = n;
-                    put(info, told).and(Err(code))
+                    answer.processSamplesCount = n;
+                    put(info, answer).and(Err(code))
                 }
             }
         })
@@ -165,7 +171,7 @@ nvml! {
         })
     }
     fn nvmlDeviceGetClockInfo(call, device: nvmlDevice_t, kind: c_uint, to: *mut c_uint) { clock(call, device, kind, to) }
-    // Whether current, applications or default: they are the same here.
+    // Current, applications and default clocks are the same here.
     fn nvmlDeviceGetClock(call, device: nvmlDevice_t, kind: c_uint, _which: c_uint, to: *mut c_uint) {
         clock(call, device, kind, to)
     }

@@ -33,7 +33,7 @@ fn model<'a>(world: &'a World, gpu: usize, loads: &'a [Load]) -> Model<'a> {
 }
 
 #[test]
-fn a_living_process_s_demand_comes_and_goes_and_ticks_and_truth_agree() {
+fn scheduled_demands_agree_in_samples_and_truth() {
     use crate::loads::Step;
     let world = world(PidRule::Last);
     let mut all = loads(&[1.0, 1.0]);
@@ -48,7 +48,7 @@ fn a_living_process_s_demand_comes_and_goes_and_ticks_and_truth_agree() {
         assert!((one + two - 10.0).abs() < 1e-6 && (two - 10.0 * share).abs() < 0.5, "{from_s}: {one} {two}");
         assert!(share > 0.0 || two < 0.002 + 1e-9, "{from_s}: {two}");
         let pid = all[1].pid;
-        let named = model.grid(from + 200_000, to).filter(|span| model.tick(*span).pid[0] == Some(pid)).count();
+        let named = model.grid(from + 200_000, to).filter(|span| model.sample(*span).pid[0] == Some(pid)).count();
         assert_eq!(named > 10, share > 0.0, "{from_s}: named {named} times");
     }
 }
@@ -58,32 +58,32 @@ fn demands_are_met_over_a_minute() {
     for (demands, expect) in [(&[0.6, 0.3, 0.1][..], &[36.0, 18.0, 6.0][..]), (&[0.1], &[6.0]), (&[1.0, 1.0], &[30.0, 30.0])] {
         let (world, loads) = (world(PidRule::Instant), loads(demands));
         let model = model(&world, 0, &loads);
-        // Beyond their end they own nothing.
+        // After their end the loads own nothing.
         for (spent, want) in model.truth(START, START + 2 * MINUTE).iter().zip(expect) {
             let got = spent.seconds[0];
-            assert!((got - want).abs() < 1.0, "{demands:?}: {got} for {want}");
+            assert!((got - want).abs() < 1.0, "{demands:?}: {got} s instead of {want} s");
             assert_eq!((got, got / 2.0), (spent.active, spent.seconds[1]));
         }
     }
 }
 
 #[test]
-fn ticks_add_up_to_the_truth_and_name_only_who_was_there() {
+fn samples_sum_to_the_truth_and_name_only_processes_on_the_engine() {
     for rule in [PidRule::Instant, PidRule::Last] {
         let (world, loads) = (world(rule), loads(&[0.3, 0.1]));
         let model = model(&world, 0, &loads);
-        let ticks: Vec<Tick> = model.grid(START + 10_000_000, START + 50_000_000).map(|at| model.tick(at)).collect();
-        assert!(ticks.windows(2).all(|w| w[1].at_us - w[0].at_us == world.period_us));
-        let busy: f64 = ticks.iter().map(|t| f64::from(t.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum();
-        let (from, to) = (ticks[0].at_us - world.period_us, ticks[ticks.len() - 1].at_us);
+        let samples: Vec<DriverSample> = model.grid(START + 10_000_000, START + 50_000_000).map(|at| model.sample(at)).collect();
+        assert!(samples.windows(2).all(|w| w[1].at_us - w[0].at_us == world.period_us));
+        let busy: f64 = samples.iter().map(|t| f64::from(t.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum();
+        let (from, to) = (samples[0].at_us - world.period_us, samples[samples.len() - 1].at_us);
         let truth: f64 = model.truth(from, to).iter().map(|s| s.seconds[0]).sum();
-        assert!((busy - truth).abs() < 0.1, "{busy} for {truth}");
-        let named = ticks.iter().filter(|t| t.pid[0].is_some()).count() as f64 / ticks.len() as f64;
+        assert!((busy - truth).abs() < 0.1, "{busy} s instead of {truth} s");
+        let named = samples.iter().filter(|t| t.pid[0].is_some()).count() as f64 / samples.len() as f64;
         assert!(if rule == PidRule::Last { named > 0.95 } else { (named - 0.4).abs() < 0.15 }, "{rule:?} {named}");
     }
 }
 
-/// As the definition says it, with every load looked at in every slice.
+/// The definition of ownership, evaluated with every load in every slice.
 fn naive_owner<'a>(model: &Model<'a>, slice: u64) -> Option<&'a Load> {
     let at = slice * SLICE_US;
     let in_force = |l: &&Load| l.gpu == model.unit.gpu && l.begin_us <= at && l.end_us.is_none_or(|end| at < end);
@@ -97,7 +97,7 @@ fn naive_owner<'a>(model: &Model<'a>, slice: u64) -> Option<&'a Load> {
     })
 }
 
-fn naive_tick(model: &Model<'_>, at_us: u64) -> Tick {
+fn naive_sample(model: &Model<'_>, at_us: u64) -> DriverSample {
     let from = at_us - model.world.period_us(model.unit.gpu);
     let (mut busy_us, mut last) = (0, None);
     // Owners change at slices only.
@@ -109,11 +109,11 @@ fn naive_tick(model: &Model<'_>, at_us: u64) -> Tick {
     let instant = naive_owner(model, at_us / SLICE_US).map(|l| l.pid);
     let util = (busy_us as f64 * 100.0 / (at_us - from) as f64).round() as u32;
     let pid = if *model.world.pid_rule(model.unit.gpu) == PidRule::Last { last } else { instant };
-    Tick { at_us, util: [util, util / 2, 0, 0, 0, 0], pid: [pid, pid, None, None, None, None] }
+    DriverSample { at_us, util: [util, util / 2, 0, 0, 0, 0], pid: [pid, pid, None, None, None, None] }
 }
 
-/// Some 300 loads of two GPUs over 4 s, of all lengths from less than a slice, their begins out of order, some without end.
-fn crowd(seed: u64) -> Vec<Load> {
+/// 300 loads on two GPUs over 4 s, of all lengths from less than a slice, with begins out of order, some without end.
+fn many_loads(seed: u64) -> Vec<Load> {
     let load = |id: u64| {
         let draw = |what, below| mix(seed, id, what) % below;
         let begin_us = START + id / 2 * 25_000 + draw(1, 60_000);
@@ -125,21 +125,21 @@ fn crowd(seed: u64) -> Vec<Load> {
 }
 
 #[test]
-fn narrowed_to_what_overlaps_nothing_changes() {
+fn results_do_not_depend_on_skipping_loads_that_do_not_overlap() {
     for (rule, seed) in [(PidRule::Instant, 1), (PidRule::Last, 2)] {
         let world = World { pid_rule: rule, seed, ..World::parse("[[gpus]]\n[[gpus]]\nperiod_us = 20001").unwrap() };
-        let loads = crowd(seed);
+        let loads = many_loads(seed);
         for gpu in 0..2 {
             let model = model(&world, gpu, &loads);
             let (from, to) = (START + 150_001, START + 3_700_777);
             for span in model.grid(from, to) {
                 let at = span.at_us;
-                assert_eq!(model.tick(span), naive_tick(&model, at));
-                // Nor without the loads that are said to be needless.
+                assert_eq!(model.sample(span), naive_sample(&model, at));
+                // The same without the loads that are reported as not needed.
                 let until = model.needless_until(at - 1);
                 let needed: Vec<Load> = loads.iter().filter(|l| l.end_us.is_none_or(|end| end > until)).cloned().collect();
                 assert!(at < START + 1_000_000 || needed.len() < loads.len());
-                assert_eq!(model.tick(span), Model { loads: &needed, ..model }.tick(span));
+                assert_eq!(model.sample(span), Model { loads: &needed, ..model }.sample(span));
             }
             let mut us: Vec<u64> = vec![0; loads.len()];
             for slice in from / SLICE_US..to.div_ceil(SLICE_US) {
@@ -157,7 +157,7 @@ fn narrowed_to_what_overlaps_nothing_changes() {
 }
 
 #[test]
-fn jitter_keeps_the_order_and_the_spans_adjoin() {
+fn with_jitter_samples_stay_in_order_and_spans_adjoin() {
     let world = World::parse("jitter_us = 40000\n[[gpus]]").unwrap();
     let loads = loads(&[0.5]);
     let spans: Vec<Span> = model(&world, 0, &loads).grid(START, START + MINUTE).collect();
@@ -165,7 +165,7 @@ fn jitter_keeps_the_order_and_the_spans_adjoin() {
     assert!(spans.windows(2).all(|w| w[0].at_us == w[1].from_us && w[1].at_us - w[1].from_us >= world.period_us / 2));
     let gaps: Vec<u64> = spans.iter().map(|s| s.at_us - s.from_us).collect();
     assert!(*gaps.iter().max().unwrap() > 200_000 && *gaps.iter().min().unwrap() < 130_000);
-    // Wherever the walk begins, the samples are the same.
+    // The samples do not depend on where the iteration begins.
     for from in (START..START + 1_000_000).step_by(7_777) {
         let late: Vec<Span> = model(&world, 0, &loads).grid(from, START + 2_000_000).collect();
         assert!(late[0].at_us > from && late.iter().all(|s| spans.contains(s)));
@@ -173,25 +173,25 @@ fn jitter_keeps_the_order_and_the_spans_adjoin() {
 }
 
 #[test]
-fn engines_draw_for_themselves() {
+fn engines_have_independent_owners() {
     let world = world(PidRule::Instant);
     let mut loads = loads(&[0.5, 0.2]);
     loads[0].ways = Ways { enc: 0.3, ofa: 0.05, memory: Some(0.1), ..Ways::default() };
     loads[1].ways = Ways { enc: 0.2, dec: 0.7, jpeg: 0.4, ..Ways::default() };
     let model = model(&world, 0, &loads);
     let spent = model.truth(START, START + MINUTE);
-    // The second uses half of the memory while it computes, when the first is not on it.
+    // The second load uses half of the memory while it computes, when the first is not on it.
     let expect = [[30.0, 6.0, 18.0, 0.0, 0.0, 3.0], [12.0, 5.4, 12.0, 42.0, 24.0, 0.0]];
     for (spent, expect) in spent.iter().zip(expect) {
         assert!(spent.seconds.iter().zip(expect).all(|(got, want)| (got - want).abs() < 1.0), "{:?}", spent.seconds);
     }
-    let ticks: Vec<Tick> = model.grid(START + 1_000_000, START + 21_000_000).map(|s| model.tick(s)).collect();
-    let both = ticks.iter().filter(|t| t.pid[0].zip(t.pid[2]).is_some_and(|(sm, enc)| sm != enc)).count();
-    assert!(both > 5, "{both} ticks name different processes");
+    let samples: Vec<DriverSample> = model.grid(START + 1_000_000, START + 21_000_000).map(|s| model.sample(s)).collect();
+    let both = samples.iter().filter(|t| t.pid[0].zip(t.pid[2]).is_some_and(|(sm, enc)| sm != enc)).count();
+    assert!(both > 5, "{both} samples name different processes");
 }
 
 #[test]
-fn under_mps_several_run_at_once_and_one_is_named() {
+fn under_mps_several_loads_run_at_once_and_one_is_named() {
     let world = world(PidRule::Instant);
     let mut loads = loads(&[0.6, 0.5, 0.2]);
     loads[0].ways.mps = true;
@@ -199,28 +199,28 @@ fn under_mps_several_run_at_once_and_one_is_named() {
     let model = model(&world, 0, &loads);
     let spent = model.truth(START, START + MINUTE);
     let busy: f64 = spent.iter().map(|s| s.seconds[0]).sum();
-    // The two want 1 - 0.4 * 0.5 = 0.8 of the GPU together.
+    // The combined demand of the two is 1 - 0.4 * 0.5 = 0.8 of the GPU.
     assert!((busy - 60.0).abs() < 0.5 && (spent[0].active - 36.0).abs() < 1.0 && (spent[1].active - 30.0).abs() < 1.0);
     assert!((spent[2].seconds[0] - 12.0).abs() < 1.0 && spent[0].seconds[0] < spent[0].active - 5.0);
-    assert!(model.grid(START + 1_000_000, START + 9_000_000).all(|s| model.tick(s).pid[0].is_some()));
+    assert!(model.grid(START + 1_000_000, START + 9_000_000).all(|s| model.sample(s).pid[0].is_some()));
 }
 
 #[test]
-fn patterns_and_outages_are_in_the_truth() {
+fn the_truth_includes_patterns_and_outages() {
     let world = world(PidRule::Instant);
     let mut loads = loads(&[1.0]);
     loads[0].ways.pattern = Some(Pattern { every_us: 100_000, on_us: 40_000, phase_us: 10_000 });
     let busy = |faults: &Faults| {
         let model = Model { faults, ..model(&world, 0, &loads) };
-        let ticks = model.grid(START + 1_000_000, START + 11_000_000).count();
-        (model.truth(START, START + MINUTE)[0].seconds[0], ticks)
+        let samples = model.grid(START + 1_000_000, START + 11_000_000).count();
+        (model.truth(START, START + MINUTE)[0].seconds[0], samples)
     };
     let fault = |kind| {
         let (from_us, until_us) = (START + 2_000_000, Some(START + 7_000_000));
         Faults::new(vec![crate::faults::Fault { from_us, until_us, ..crate::faults::Fault::of_kind(kind) }])
     };
-    let near = |(seconds, ticks): (f64, usize), want: f64, ticks_want: usize| {
-        assert!((seconds - want).abs() < 0.1 && ticks.abs_diff(ticks_want) <= 1, "{seconds} {ticks}");
+    let near = |(seconds, samples): (f64, usize), want: f64, wanted_samples: usize| {
+        assert!((seconds - want).abs() < 0.1 && samples.abs_diff(wanted_samples) <= 1, "{seconds} {samples}");
     };
     use crate::faults::FaultKind;
     near(busy(&NONE), 24.0, 60);
@@ -230,12 +230,12 @@ fn patterns_and_outages_are_in_the_truth() {
 }
 
 #[test]
-fn mig_devices_draw_for_themselves() {
+fn mig_devices_have_independent_owners() {
     let world = World::parse("[[gpus]]\nmig = ['MIG-a', 'MIG-b']").unwrap();
     let mut loads = loads(&[0.5, 0.5]);
     (loads[0].ways.mig, loads[1].ways.mig) = (Some(0), Some(1));
-    let of = |mig| Model { unit: Unit { gpu: 0, mig }, ..model(&world, 0, &loads) };
-    let seconds = |mig| of(mig).truth(START, START + MINUTE).iter().map(|s| (s.load.pid, s.seconds[0])).collect::<Vec<_>>();
+    let model_of = |mig| Model { unit: Unit { gpu: 0, mig }, ..model(&world, 0, &loads) };
+    let seconds = |mig| model_of(mig).truth(START, START + MINUTE).iter().map(|s| (s.load.pid, s.seconds[0])).collect::<Vec<_>>();
     assert!(seconds(None).is_empty());
     let (a, b) = (seconds(Some(0)), seconds(Some(1)));
     assert!(a.len() == 1 && b.len() == 1 && a[0].0 != b[0].0 && a[0].1 != b[0].1 && (a[0].1 - 30.0).abs() < 1.0);

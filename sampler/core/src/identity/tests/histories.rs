@@ -1,5 +1,5 @@
-//! Generated histories: whatever the order of events, scans, losses and resyncs, the tables end up with the truth, and without
-//! losses they answer for every instant of the past.
+//! Generated histories: after any order of events, scans, losses and resyncs the tables end with the true state, and without losses
+//! lookups are correct for every instant of the past.
 
 use std::collections::{BTreeMap, HashMap, VecDeque};
 
@@ -7,7 +7,7 @@ use proptest::prelude::*;
 
 use super::*;
 
-/// What a kernel does next; indices are taken modulo what there is.
+/// The next step of the simulated kernel or agent; indices are taken modulo the number of items.
 #[derive(Clone, Debug)]
 enum Step {
     Mkdir {
@@ -21,11 +21,11 @@ enum Step {
     },
     Fork {
         pid: usize,
-        place: usize,
+        cgroup: usize,
     },
     Attach {
         which: usize,
-        place: usize,
+        cgroup: usize,
     },
     Exec {
         which: usize,
@@ -45,11 +45,11 @@ enum Step {
         n: usize,
     },
     ScanBegins,
-    /// The scan looks at this many more cgroups or processes.
-    Look {
+    /// The scan reads this many more cgroups or processes.
+    Scan {
         n: usize,
     },
-    /// The rings are drained, then the scan's findings are merged.
+    /// The rings are drained, then the findings of the scan are applied.
     ScanMerges,
 }
 
@@ -59,24 +59,25 @@ fn step(losses: bool) -> impl Strategy<Value = Step> {
         3 => n.clone().prop_map(|parent| Step::Mkdir { parent }),
         1 => n.clone().prop_map(|which| Step::Rmdir { which }),
         1 => n.clone().prop_map(|which| Step::Rename { which }),
-        6 => (n.clone(), n.clone()).prop_map(|(pid, place)| Step::Fork { pid, place }),
-        3 => (n.clone(), n.clone()).prop_map(|(which, place)| Step::Attach { which, place }),
+        6 => (n.clone(), n.clone()).prop_map(|(pid, cgroup)| Step::Fork { pid, cgroup }),
+        3 => (n.clone(), n.clone()).prop_map(|(which, cgroup)| Step::Attach { which, cgroup }),
         2 => n.clone().prop_map(|which| Step::Exec { which }),
         5 => n.clone().prop_map(|which| Step::Exit { which }),
         3 => (1..6usize).prop_map(|n| Step::DrainCgroups { n }),
         3 => (1..6usize).prop_map(|n| Step::DrainProcesses { n }),
         1 => (1..5usize).prop_map(move |n| Step::Lose { n: if losses { n } else { 0 } }),
         1 => Just(Step::ScanBegins),
-        4 => (1..8usize).prop_map(|n| Step::Look { n }),
+        4 => (1..8usize).prop_map(|n| Step::Scan { n }),
         1 => Just(Step::ScanMerges),
     ]
 }
 
+/// The true history of a process.
 #[derive(Clone, Debug)]
-struct True {
+struct TrueHistory {
     start: u64,
     end: Option<u64>,
-    stays: Vec<(u64, u64)>,
+    residencies: Vec<(u64, u64)>,
 }
 
 #[derive(Default)]
@@ -100,15 +101,15 @@ struct HistoryWorld {
     /// id -> (parent, name).
     cgroups: BTreeMap<u64, (u64, String)>,
     next_id: u64,
-    lives: HashMap<u32, Vec<True>>,
+    histories: HashMap<u32, Vec<TrueHistory>>,
     cgroup_ring: VecDeque<CgroupFact>,
     process_ring: VecDeque<ProcessFact>,
     lose: usize,
     scan: Option<Scan>,
     agent: Identity,
-    /// A process that can be seen and whose fork event is not yet there.
+    /// A process that is visible before its fork event.
     forking: Option<u32>,
-    /// From here on the tables answer for the past.
+    /// From this time on, lookups in the past are correct.
     known_from: Option<u64>,
 }
 
@@ -123,16 +124,16 @@ impl HistoryWorld {
 
     fn alive(&self) -> Vec<u32> {
         let mut pids: Vec<u32> =
-            self.lives.iter().filter(|(_, l)| l.last().is_some_and(|l| l.end.is_none())).map(|(pid, _)| *pid).collect();
+            self.histories.iter().filter(|(_, l)| l.last().is_some_and(|l| l.end.is_none())).map(|(pid, _)| *pid).collect();
         pids.sort_unstable();
         pids
     }
 
-    fn place(&self, pid: u32) -> u64 {
-        self.lives[&pid].last().unwrap().stays.last().unwrap().1
+    fn cgroup_of(&self, pid: u32) -> u64 {
+        self.histories[&pid].last().unwrap().residencies.last().unwrap().1
     }
 
-    fn tell_cgroup(&mut self, change: CgroupChange, id: u64) {
+    fn report_cgroup(&mut self, change: CgroupChange, id: u64) {
         let (parent, name) = self.cgroups[&id].clone();
         if self.lose > 0 {
             self.lose -= 1;
@@ -141,13 +142,13 @@ impl HistoryWorld {
         }
     }
 
-    fn tell(&mut self, change: ProcessChange, pid: u32) {
-        let start = self.lives[&pid].last().unwrap().start;
-        let place = v2(self.place(pid));
+    fn report(&mut self, change: ProcessChange, pid: u32) {
+        let start = self.histories[&pid].last().unwrap().start;
+        let membership = v2(self.cgroup_of(pid));
         if self.lose > 0 {
             self.lose -= 1;
         } else {
-            self.process_ring.push_back(fact(change, pid, start, self.now, place));
+            self.process_ring.push_back(fact(change, pid, start, self.now, membership));
         }
     }
 
@@ -169,7 +170,7 @@ impl HistoryWorld {
         }
     }
 
-    fn look(&mut self, n: usize) {
+    fn scan_next(&mut self, n: usize) {
         for _ in 0..n {
             let Some(scan) = &mut self.scan else { return };
             if let Some(id) = scan.cgroups.pop_front() {
@@ -179,17 +180,17 @@ impl HistoryWorld {
                 continue;
             }
             let Some(pid) = scan.pids.pop_front() else { return };
-            if let Some(life) = self.lives.get(&pid).and_then(|l| l.last()).filter(|l| l.end.is_none()) {
-                // Before it is in its cgroup it shows the root's.
-                let place = v2(if self.forking == Some(pid) { 1 } else { life.stays.last().unwrap().1 });
-                let start = life.start / 10_000_000 * 10_000_000;
-                scan.found.push(Observed::Process(seen(pid, start, self.now - 1, place)));
+            if let Some(history) = self.histories.get(&pid).and_then(|l| l.last()).filter(|l| l.end.is_none()) {
+                // Until it is in its cgroup, it shows the root cgroup.
+                let membership = v2(if self.forking == Some(pid) { 1 } else { history.residencies.last().unwrap().1 });
+                let start = history.start / 10_000_000 * 10_000_000;
+                scan.found.push(Observed::Process(seen(pid, start, self.now - 1, membership)));
             }
         }
     }
 
     fn merge(&mut self) {
-        self.look(usize::MAX);
+        self.scan_next(usize::MAX);
         let Some(scan) = self.scan.take() else { return };
         self.drain_cgroups(usize::MAX);
         self.drain_processes(usize::MAX);
@@ -215,10 +216,10 @@ impl HistoryWorld {
     }
 
     fn step(&mut self, step: &Step) {
-        // Several steps to a tick of /proc.
+        // Several steps for each clock tick of /proc.
         self.now += 3_000_000;
-        if !matches!(step, Step::Look { .. } | Step::ScanBegins | Step::ScanMerges) {
-            self.fork_is_told();
+        if !matches!(step, Step::Scan { .. } | Step::ScanBegins | Step::ScanMerges) {
+            self.report_fork();
         }
         let cgroups: Vec<u64> = self.cgroups.keys().copied().collect();
         let alive = self.alive();
@@ -229,15 +230,15 @@ impl HistoryWorld {
                 self.next_id += 1;
                 let name = if id.is_multiple_of(2) { format!("{id:064x}") } else { format!("group-{id}") };
                 self.cgroups.insert(id, (parent, name));
-                self.tell_cgroup(CgroupChange::Created, id);
+                self.report_cgroup(CgroupChange::Created, id);
             }
             Step::Rmdir { which } => {
                 let used = |id: &u64| {
-                    self.cgroups.values().any(|(parent, _)| parent == id) || alive.iter().any(|pid| self.place(*pid) == *id)
+                    self.cgroups.values().any(|(parent, _)| parent == id) || alive.iter().any(|pid| self.cgroup_of(*pid) == *id)
                 };
                 let free: Vec<u64> = cgroups.iter().copied().filter(|id| *id != 1 && !used(id)).collect();
                 if let Some(id) = Self::pick(&free, *which) {
-                    self.tell_cgroup(CgroupChange::Removed, id);
+                    self.report_cgroup(CgroupChange::Removed, id);
                     self.cgroups.remove(&id);
                 }
             }
@@ -246,53 +247,57 @@ impl HistoryWorld {
                 if id != 1 {
                     let now = self.now;
                     self.cgroups.get_mut(&id).unwrap().1 = format!("{:064x}", now);
-                    self.tell_cgroup(CgroupChange::Renamed, id);
+                    self.report_cgroup(CgroupChange::Renamed, id);
                 }
             }
-            Step::Fork { pid, place } => {
+            Step::Fork { pid, cgroup } => {
                 let pid = 100 + (pid % PIDS) as u32;
                 if !alive.contains(&pid) {
-                    let life = True { start: self.now, end: None, stays: vec![(self.now, cgroups[place % cgroups.len()])] };
-                    self.lives.entry(pid).or_default().push(life);
+                    let history = TrueHistory {
+                        start: self.now,
+                        end: None,
+                        residencies: vec![(self.now, cgroups[cgroup % cgroups.len()])],
+                    };
+                    self.histories.entry(pid).or_default().push(history);
                     self.forking = Some(pid);
                 }
             }
-            Step::Attach { which, place } => {
+            Step::Attach { which, cgroup } => {
                 if let Some(pid) = Self::pick(&alive, *which) {
-                    let stay = (self.now, cgroups[place % cgroups.len()]);
-                    self.lives.get_mut(&pid).unwrap().last_mut().unwrap().stays.push(stay);
-                    self.tell(ProcessChange::Attach, pid);
+                    let residency = (self.now, cgroups[cgroup % cgroups.len()]);
+                    self.histories.get_mut(&pid).unwrap().last_mut().unwrap().residencies.push(residency);
+                    self.report(ProcessChange::Attach, pid);
                 }
             }
             Step::Exec { which } => {
                 if let Some(pid) = Self::pick(&alive, *which) {
-                    self.tell(ProcessChange::Exec, pid);
+                    self.report(ProcessChange::Exec, pid);
                 }
             }
             Step::Exit { which } => {
                 if let Some(pid) = Self::pick(&alive, *which) {
-                    self.tell(ProcessChange::Exit, pid);
-                    self.lives.get_mut(&pid).unwrap().last_mut().unwrap().end = Some(self.now);
+                    self.report(ProcessChange::Exit, pid);
+                    self.histories.get_mut(&pid).unwrap().last_mut().unwrap().end = Some(self.now);
                 }
             }
             Step::DrainCgroups { n } => self.drain_cgroups(*n),
             Step::DrainProcesses { n } => self.drain_processes(*n),
             Step::Lose { n } => self.lose = *n,
             Step::ScanBegins => self.begin_scan(),
-            Step::Look { n } => self.look(*n),
+            Step::Scan { n } => self.scan_next(*n),
             Step::ScanMerges => self.merge(),
         }
     }
 
-    fn fork_is_told(&mut self) {
+    fn report_fork(&mut self) {
         if let Some(pid) = self.forking.take() {
-            self.tell(ProcessChange::Fork { parent: Tgid(1) }, pid);
+            self.report(ProcessChange::Fork { parent: Tgid(1) }, pid);
         }
     }
 
-    /// All is quiet, nothing is lost any more, one whole scan.
+    /// No more steps and losses, then one complete scan.
     fn resync(&mut self) {
-        self.fork_is_told();
+        self.report_fork();
         self.lose = 0;
         self.merge();
         self.now += 20_000_000;
@@ -301,27 +306,27 @@ impl HistoryWorld {
         self.merge();
     }
 
-    /// Whatever happens, one scan in quiet leads to what a fresh scan would show.
-    fn goes_through(&mut self, steps: &[Step]) -> Result<(), TestCaseError> {
+    /// After any steps, one undisturbed scan leads to the same state as a fresh agent's scan.
+    fn run_and_check(&mut self, steps: &[Step]) -> Result<(), TestCaseError> {
         for step in steps {
             self.step(step);
         }
         self.resync();
-        self.equals_a_fresh_scan()
+        self.check_equals_a_fresh_scan()
     }
 
-    fn equals_a_fresh_scan(&self) -> Result<(), TestCaseError> {
-        let mut got: Vec<(u32, u64)> = self.agent.processes.living().map(|(t, _, place)| (t.0, place.v2_id)).collect();
+    fn check_equals_a_fresh_scan(&self) -> Result<(), TestCaseError> {
+        let mut got: Vec<(u32, u64)> = self.agent.processes.living().map(|(t, _, membership)| (t.0, membership.v2_id)).collect();
         got.sort_unstable();
-        let want: Vec<(u32, u64)> = self.alive().into_iter().map(|pid| (pid, self.place(pid))).collect();
+        let want: Vec<(u32, u64)> = self.alive().into_iter().map(|pid| (pid, self.cgroup_of(pid))).collect();
         prop_assert_eq!(got, want);
         let mut got: Vec<(u64, String)> = self.agent.cgroups.living().map(|(key, name)| (key.id, name.to_owned())).collect();
         got.sort_unstable();
         let want: Vec<(u64, String)> = self.cgroups.iter().map(|(id, (_, name))| (*id, name.clone())).collect();
         prop_assert_eq!(got, want);
-        self.containers_are_those_of_a_fresh_scan()?;
+        self.check_containers_equal_a_fresh_scan()?;
         for pid in self.alive() {
-            let key = CgroupKey { hierarchy: 0, id: self.place(pid) };
+            let key = CgroupKey { hierarchy: 0, id: self.cgroup_of(pid) };
             let mut want = Vec::new();
             let mut at = key.id;
             while let Some((parent, name)) = self.cgroups.get(&at).filter(|(parent, _)| *parent != 0) {
@@ -333,7 +338,7 @@ impl HistoryWorld {
         Ok(())
     }
 
-    fn containers_are_those_of_a_fresh_scan(&self) -> Result<(), TestCaseError> {
+    fn check_containers_equal_a_fresh_scan(&self) -> Result<(), TestCaseError> {
         let mut fresh = Identity::default();
         for (id, (parent, name)) in &self.cgroups {
             fresh.cgroup(&cgroup(CgroupChange::Seen, 0, *id, *parent, name, self.now));
@@ -350,28 +355,28 @@ impl HistoryWorld {
         };
         prop_assert_eq!(living(&self.agent), living(&fresh));
         for id in self.cgroups.keys() {
-            let of = |identity: &Identity| {
+            let container_id = |identity: &Identity| {
                 let container = identity.cgroups.container_of(&v2(*id), BootNs(self.now)).expect("placed")?;
                 identity.cgroups.container(container)?.record.identity.container_id.clone()
             };
-            prop_assert_eq!(of(&self.agent), of(&fresh));
+            prop_assert_eq!(container_id(&self.agent), container_id(&fresh));
         }
         Ok(())
     }
 
-    /// Every instant since the first scan was merged, for processes of then and later.
-    fn tells_the_past(&self) -> Result<(), TestCaseError> {
+    /// Checks lookups at every instant since the first scan was merged.
+    fn check_the_past(&self) -> Result<(), TestCaseError> {
         let from = self.known_from.unwrap_or(self.now);
         let mut at = from;
         while at < self.now {
             for pid in (0..PIDS as u32).map(|n| 100 + n) {
-                let lives = self.lives.get(&pid).map_or(&[][..], |l| l);
-                let life = lives.iter().find(|l| l.start <= at && l.end.is_none_or(|end| at <= end));
-                let want = life.map(|l| l.stays.iter().rev().find(|(since, _)| *since <= at).unwrap().1);
-                let places = places(&self.agent.processes, pid, at, at);
-                prop_assert!(places.len() <= 1, "{} at {}: {:?}", pid, at, self.agent.processes.lives(Tgid(pid)));
-                let got = places.first().map(|place| place.v2_id);
-                prop_assert_eq!(got, want, "{} at {}: {:?}", pid, at, self.agent.processes.lives(Tgid(pid)));
+                let histories = self.histories.get(&pid).map_or(&[][..], |l| l);
+                let history = histories.iter().find(|l| l.start <= at && l.end.is_none_or(|end| at <= end));
+                let want = history.map(|l| l.residencies.iter().rev().find(|(since, _)| *since <= at).unwrap().1);
+                let memberships = memberships(&self.agent.processes, pid, at, at);
+                prop_assert!(memberships.len() <= 1, "{} at {}: {:?}", pid, at, self.agent.processes.histories(Tgid(pid)));
+                let got = memberships.first().map(|membership| membership.v2_id);
+                prop_assert_eq!(got, want, "{} at {}: {:?}", pid, at, self.agent.processes.histories(Tgid(pid)));
             }
             at += 1_000_000;
         }
@@ -383,11 +388,11 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(400))]
 
     #[test]
-    fn without_losses_every_order_tells_the_whole_past(steps in proptest::collection::vec(step(false), 1..120)) {
-        // The agent attaches first: no event is older than it. Then it scans.
+    fn without_losses_the_whole_past_is_correct_in_any_order(steps in proptest::collection::vec(step(false), 1..120)) {
+        // The agent attaches before any event, then it scans.
         let mut world = HistoryWorld::new();
-        world.goes_through(&steps)?;
-        world.tells_the_past()?;
+        world.run_and_check(&steps)?;
+        world.check_the_past()?;
     }
 
     #[test]
@@ -399,20 +404,20 @@ proptest! {
         for step in before.iter().filter(|s| !matches!(s, Step::ScanBegins)) {
             world.step(step);
         }
-        // Nobody listened so far.
-        world.fork_is_told();
+        // No agent was running so far.
+        world.report_fork();
         world.cgroup_ring.clear();
         world.process_ring.clear();
         world.agent = Identity::default();
         world.known_from = None;
         world.begin_scan();
-        world.goes_through(&steps)?;
-        world.tells_the_past()?;
+        world.run_and_check(&steps)?;
+        world.check_the_past()?;
     }
 
     #[test]
-    fn with_losses_a_resync_leads_back_to_the_truth(steps in proptest::collection::vec(step(true), 1..160)) {
+    fn with_losses_a_resync_restores_the_true_state(steps in proptest::collection::vec(step(true), 1..160)) {
         let mut world = HistoryWorld::new();
-        world.goes_through(&steps)?;
+        world.run_and_check(&steps)?;
     }
 }

@@ -1,5 +1,6 @@
 //! Generated launches: forks, moves and execs as runtimes and schedulers do them, with GPU work at known instants. A sample is never
-//! another's, is ambiguous only where two images that can have used the GPU are in its span, and is its user's everywhere else.
+//! attributed to a wrong user, it is ambiguous only where its span contains two images that can have used the GPU, and it is attributed
+//! correctly everywhere else.
 
 use std::collections::HashMap;
 
@@ -9,28 +10,29 @@ use super::*;
 
 const MS: u64 = 1_000_000;
 const PID: u32 = 100;
-/// Cgroups: the root, a slice of the host's, two containers, each with a cgroup below it.
-const PLACES: [u64; 6] = [1, 2, 10, 11, 20, 21];
-/// The user of each: 0 is the host.
+/// Cgroups: the root, a slice of the host, two containers, each with a cgroup below it.
+const CGROUPS: [u64; 6] = [1, 2, 10, 11, 20, 21];
+/// The user of each cgroup; 0 is the host.
 const USERS: [usize; 6] = [0, 0, 1, 1, 2, 2];
 
-/// What a process does next, after so long.
+/// The next action of a process.
 #[derive(Clone, Copy, Debug, PartialEq)]
 enum Act {
-    /// Into this of [`PLACES`].
+    /// A move to this index of [`CGROUPS`].
     Move(usize),
-    /// By its leader, by another thread, or after vfork: the kernel's word is the same.
+    /// By its leader, by another thread, or after vfork: the kernel event is the same.
     Exec,
-    /// It is on the GPU for an instant.
+    /// Use of the GPU for an instant.
     Work,
 }
 
 #[derive(Clone, Debug)]
 struct Launch {
-    /// Where it is forked, or born by CLONE_INTO_CGROUP.
+    /// Cgroup of the fork, or of CLONE_INTO_CGROUP.
     born: usize,
+    /// Actions, each with the time since the previous one.
     acts: Vec<(u64, Act)>,
-    /// From its end to the next process with this pid.
+    /// Time from its end to the next process with this pid.
     gap: u64,
 }
 
@@ -42,31 +44,35 @@ fn work(most: usize) -> impl Strategy<Value = Vec<(u64, Act)>> {
     proptest::collection::vec((after(), Just(Act::Work)), 0..most)
 }
 
-fn place() -> impl Strategy<Value = usize> {
-    0..PLACES.len()
+fn any_cgroup() -> impl Strategy<Value = usize> {
+    0..CGROUPS.len()
 }
 
 fn moves(most: usize) -> impl Strategy<Value = Vec<(u64, Act)>> {
-    proptest::collection::vec((after(), place().prop_map(Act::Move)), 0..most)
+    proptest::collection::vec((after(), any_cgroup().prop_map(Act::Move)), 0..most)
 }
 
 /// No GPU work before the last exec, and no move after it.
 fn clean() -> impl Strategy<Value = Launch> {
     let exec = || after().prop_map(|after| (after, Act::Exec));
-    let runtime = (place(), moves(4), proptest::collection::vec(exec(), 1..4), work(6));
+    let runtime = (any_cgroup(), moves(4), proptest::collection::vec(exec(), 1..4), work(6));
     let runtime = runtime.prop_map(|(born, moves, execs, work)| (born, [moves, execs, work].concat()));
-    // `runc init`: an exec of its own before it is moved. slurmstepd: job, step and task one after the other.
-    let init = (place(), exec(), moves(5), exec(), work(6));
+    // `runc init`: an exec before it is moved. slurmstepd: moves to job, step and task in sequence.
+    let init = (any_cgroup(), exec(), moves(5), exec(), work(6));
     let init = init.prop_map(|(born, first, moves, last, work)| (born, [vec![first], moves, vec![last], work].concat()));
-    // Forked and at work without an exec; `docker exec` straight inside; `unshare`, which execs where it is.
-    let forked = (place(), work(6));
+    // Forked and working without an exec; `docker exec` directly inside; `unshare`, which execs without a move.
+    let forked = (any_cgroup(), work(6));
     (prop_oneof![4 => runtime, 2 => init, 1 => forked], after()).prop_map(|((born, acts), gap)| Launch { born, acts, gap })
 }
 
 /// Anything in any order.
 fn wild() -> impl Strategy<Value = Launch> {
-    let act = prop_oneof![2 => place().prop_map(Act::Move), 2 => Just(Act::Exec), 4 => Just(Act::Work)];
-    (place(), proptest::collection::vec((after(), act), 0..12), after()).prop_map(|(born, acts, gap)| Launch { born, acts, gap })
+    let act = prop_oneof![2 => any_cgroup().prop_map(Act::Move), 2 => Just(Act::Exec), 4 => Just(Act::Work)];
+    (any_cgroup(), proptest::collection::vec((after(), act), 0..12), after()).prop_map(|(born, acts, gap)| Launch {
+        born,
+        acts,
+        gap,
+    })
 }
 
 /// A process between two execs.
@@ -74,24 +80,24 @@ fn wild() -> impl Strategy<Value = Launch> {
 struct Image {
     from: u64,
     to: u64,
-    /// When it came where.
-    places: Vec<(u64, usize)>,
+    /// Its cgroups, each with the time of the move.
+    cgroups: Vec<(u64, usize)>,
     work: Vec<u64>,
     last: bool,
-    /// It, or what it was before, had been seen on the GPU by then.
+    /// The process, with this or an earlier image, had been seen on the GPU by then.
     seen: Option<u64>,
 }
 
 impl Image {
     fn user_at(&self, at: u64) -> usize {
-        self.places.iter().rev().find(|(since, _)| *since <= at).map_or(0, |(_, place)| USERS[*place])
+        self.cgroups.iter().rev().find(|(since, _)| *since <= at).map_or(0, |(_, cgroup)| USERS[*cgroup])
     }
 
-    /// Every user that it had in a span.
+    /// Every user of the image in a span.
     fn users(&self, from: u64, to: u64) -> Vec<usize> {
-        let until = |n: usize| self.places.get(n + 1).map_or(self.to, |(next, _)| *next);
+        let until = |n: usize| self.cgroups.get(n + 1).map_or(self.to, |(next, _)| *next);
         let within = |(n, (since, _)): &(usize, &(u64, usize))| *since <= to && until(*n) >= from;
-        self.places.iter().enumerate().filter(within).map(|(_, (_, place))| USERS[*place]).collect()
+        self.cgroups.iter().enumerate().filter(within).map(|(_, (_, cgroup))| USERS[*cgroup]).collect()
     }
 
     fn can_have_used_the_gpu(&self) -> bool {
@@ -102,7 +108,7 @@ impl Image {
 struct LaunchWorld {
     agent: Identity,
     images: Vec<Image>,
-    /// What process lists say, by the life's start.
+    /// First time in a process list, by the start of the process.
     seen: HashMap<u64, u64>,
 }
 
@@ -115,39 +121,39 @@ impl LaunchWorld {
         }
         let mut now = 10_000 * MS;
         for launch in launches {
-            now = world.live(launch, now + launch.gap);
+            now = world.run(launch, now + launch.gap);
         }
         world
     }
 
-    /// Returns when it has ended.
-    fn live(&mut self, launch: &Launch, start: u64) -> u64 {
-        let (mut now, mut place) = (start, launch.born);
-        self.agent.process(&fork(PID, start, v2(PLACES[place])));
-        let image = |from, place| Image { from, to: from, places: vec![(from, place)], work: vec![], last: false, seen: None };
-        let mut images = vec![image(start, place)];
+    /// Runs a process, and returns the time of its end.
+    fn run(&mut self, launch: &Launch, start: u64) -> u64 {
+        let (mut now, mut cgroup) = (start, launch.born);
+        self.agent.process(&fork(PID, start, v2(CGROUPS[cgroup])));
+        let image = |from, cgroup| Image { from, to: from, cgroups: vec![(from, cgroup)], work: vec![], last: false, seen: None };
+        let mut images = vec![image(start, cgroup)];
         for (after, act) in &launch.acts {
             now += after.max(&20_000);
             let image_now = images.last_mut().expect("one at least");
             match act {
                 Act::Move(to) => {
-                    place = *to;
-                    image_now.places.push((now, place));
-                    self.apply(ProcessChange::Attach, start, now, place);
+                    cgroup = *to;
+                    image_now.cgroups.push((now, cgroup));
+                    self.apply(ProcessChange::Attach, start, now, cgroup);
                 }
                 Act::Exec => {
                     image_now.to = now;
-                    images.push(image(now, place));
-                    self.apply(ProcessChange::Exec, start, now, place);
+                    images.push(image(now, cgroup));
+                    self.apply(ProcessChange::Exec, start, now, cgroup);
                 }
                 Act::Work => image_now.work.push(now),
             }
         }
         now += 50_000;
-        self.apply(ProcessChange::Exit, start, now, place);
+        self.apply(ProcessChange::Exit, start, now, cgroup);
         let last = images.last_mut().expect("one at least");
         (last.to, last.last) = (now, true);
-        // A process list is read while the first image that works does so.
+        // A process list is read during the first work.
         let seen = images.iter().find_map(|image| image.work.first()).map(|first| first + 10_000);
         for image in &mut images {
             image.seen = seen;
@@ -157,8 +163,8 @@ impl LaunchWorld {
         now
     }
 
-    fn apply(&mut self, change: ProcessChange, start: u64, at: u64, place: usize) {
-        self.agent.process(&fact(change, PID, start, at, v2(PLACES[place])));
+    fn apply(&mut self, change: ProcessChange, start: u64, at: u64, cgroup: usize) {
+        self.agent.process(&fact(change, PID, start, at, v2(CGROUPS[cgroup])));
     }
 
     fn verdict(&self, (from, to): (u64, u64)) -> Option<usize> {
@@ -174,8 +180,8 @@ impl LaunchWorld {
         }
     }
 
-    /// Samples are taken within `before` and `past` of the work that they name. Returns how many are ambiguous.
-    fn every_sample_is_right(&self, before: u64, past: u64) -> Result<usize, TestCaseError> {
+    /// Checks every sample; its span reaches from `before` the work that it names to `past` it. Returns the number of ambiguous samples.
+    fn check_every_sample(&self, before: u64, past: u64) -> Result<usize, TestCaseError> {
         let mut ambiguous = 0;
         for image in &self.images {
             for at in &image.work {
@@ -192,27 +198,27 @@ impl LaunchWorld {
                 prop_assert!(got.is_none_or(|got| got == truth), "{got:?}, not {truth}, at {at} in {span:?}: {:?}", self.images);
                 prop_assert!(got.is_some() || users.len() > 1, "ambiguous at {at} in {span:?}: {:?}", self.images);
                 ambiguous += usize::from(got.is_none());
-                self.its_stay_is_of_its_image(image, span, got)?;
+                self.check_residency(image, span, got)?;
             }
         }
         Ok(ambiguous)
     }
 
-    /// `since` is not before the image, unless one before it had been seen; and it leads to the end.
-    fn its_stay_is_of_its_image(&self, image: &Image, span: (u64, u64), got: Option<usize>) -> Result<(), TestCaseError> {
+    /// `since` is not before the image, unless an earlier image had been seen; and it leads to the end of the residency.
+    fn check_residency(&self, image: &Image, span: (u64, u64), got: Option<usize>) -> Result<(), TestCaseError> {
         let seen = |start: BootNs| self.seen.get(&start.0).copied().map(BootNs);
-        let stay = self.agent.stay(Tgid(PID), (BootNs(span.0), BootNs(span.1)), seen).expect("it has been found");
-        let end = self.agent.stay_since(Tgid(PID), stay.since);
-        prop_assert_eq!(end, stay.until, "since {:?}: {:?}", stay, self.images);
+        let residency = self.agent.residency(Tgid(PID), (BootNs(span.0), BootNs(span.1)), seen).expect("it has been found");
+        let end = self.agent.residency_end(Tgid(PID), residency.since);
+        prop_assert_eq!(end, residency.until, "since {:?}: {:?}", residency, self.images);
         let only = self.images.iter().filter(|other| other.from <= span.1 && other.to >= span.0).count() == 1;
         if got.is_some() && only && image.seen.is_none_or(|seen| seen > image.from) {
-            prop_assert!(stay.since.0 >= image.from, "{stay:?}: {:?}", self.images);
+            prop_assert!(residency.since.0 >= image.from, "{residency:?}: {:?}", self.images);
         }
         Ok(())
     }
 }
 
-/// How far a sample's span reaches before and past the work: a period, what the clock leaves open, and the slack.
+/// How far the span of a sample reaches before and past the work: a period, the uncertainty of the clock, and the slack.
 fn span() -> impl Strategy<Value = (u64, u64)> {
     (0..400 * MS, 0..180 * MS)
 }
@@ -221,24 +227,24 @@ proptest! {
     #![proptest_config(ProptestConfig::with_cases(600))]
 
     #[test]
-    fn what_came_before_the_last_exec_makes_nothing_ambiguous(launch in clean(), (before, past) in span()) {
+    fn images_before_the_last_exec_do_not_make_samples_ambiguous(launch in clean(), (before, past) in span()) {
         let world = LaunchWorld::new(&[launch]);
-        prop_assert_eq!(world.every_sample_is_right(before, past)?, 0);
+        prop_assert_eq!(world.check_every_sample(before, past)?, 0);
     }
 
     #[test]
-    fn a_pid_that_is_launched_again_and_again(launches in proptest::collection::vec(clean(), 1..5), (before, past) in span()) {
-        LaunchWorld::new(&launches).every_sample_is_right(before, past)?;
+    fn a_pid_that_is_reused_repeatedly_is_never_misattributed(launches in proptest::collection::vec(clean(), 1..5), (before, past) in span()) {
+        LaunchWorld::new(&launches).check_every_sample(before, past)?;
     }
 
     #[test]
-    fn moves_and_execs_while_at_work(launches in proptest::collection::vec(wild(), 1..4), (before, past) in span()) {
-        LaunchWorld::new(&launches).every_sample_is_right(before, past)?;
+    fn moves_and_execs_during_work_are_never_misattributed(launches in proptest::collection::vec(wild(), 1..4), (before, past) in span()) {
+        LaunchWorld::new(&launches).check_every_sample(before, past)?;
     }
 }
 
 #[test]
-fn a_launch_is_its_containers_unless_it_was_seen_before() {
+fn a_launch_is_attributed_to_its_container_unless_it_was_seen_before() {
     let launch = |acts: &[(u64, Act)]| LaunchWorld::new(&[Launch { born: 0, acts: acts.to_vec(), gap: 0 }]);
     let start = 10_000 * MS;
     let span = (start, start + 300 * MS);
@@ -246,50 +252,50 @@ fn a_launch_is_its_containers_unless_it_was_seen_before() {
     let check = |acts: &[(u64, Act)], expect: Option<usize>| assert_eq!(launch(acts).verdict(span), expect, "{acts:?}");
     check(&[(MS, Move(2)), (MS, Exec), (MS, Work)], Some(1));
     check(&[(MS, Move(2)), (MS, Exec), (MS, Exec), (MS, Work)], Some(1));
-    // Moved on after its exec, or without one.
+    // Moved after its exec, or without one.
     check(&[(MS, Exec), (MS, Work), (MS, Move(2))], None);
     check(&[(MS, Move(2)), (MS, Work)], None);
-    // At work before it was moved and execs.
+    // Working before it is moved and execs.
     check(&[(MS, Work), (MS, Move(2)), (MS, Exec), (MS, Work)], None);
-    // Only what was seen after the exec.
+    // Seen only after the exec.
     check(&[(MS, Exec), (MS, Move(2)), (MS, Exec), (MS, Work)], Some(1));
 }
 
 #[test]
 fn execs_of_exited_processes_are_kept_and_bounded() {
     let mut table = Processes::default();
-    table.apply(&fork(7, 100, v2(1)), yes);
+    table.apply(&fork(7, 100, v2(1)), keep_all);
     for n in 0..50 {
-        table.apply(&fact(ProcessChange::Exec, 7, 100, 1_000 + n, v2(1)), yes);
+        table.apply(&fact(ProcessChange::Exec, 7, 100, 1_000 + n, v2(1)), keep_all);
     }
-    // Told twice, and late.
-    table.apply(&fact(ProcessChange::Exec, 7, 100, 1_049, v2(1)), yes);
-    table.apply(&fact(ProcessChange::Exec, 7, 100, 1_047, v2(1)), yes);
-    let living = table.lives(Tgid(7))[0].execs.clone();
+    // Duplicate and late events.
+    table.apply(&fact(ProcessChange::Exec, 7, 100, 1_049, v2(1)), keep_all);
+    table.apply(&fact(ProcessChange::Exec, 7, 100, 1_047, v2(1)), keep_all);
+    let living = table.histories(Tgid(7))[0].execs.clone();
     assert!(living.len() < 12 && living.is_sorted() && living.last() == Some(&BootNs(1_049)), "{living:?}");
-    table.apply(&fact(ProcessChange::Exit, 7, 100, 2_000, v2(1)), yes);
-    assert_eq!(table.lives(Tgid(7))[0].execs, living);
-    // One exec is no memory of its own.
-    let one = |exec: bool| {
+    table.apply(&fact(ProcessChange::Exit, 7, 100, 2_000, v2(1)), keep_all);
+    assert_eq!(table.histories(Tgid(7))[0].execs, living);
+    // A single exec takes no additional memory.
+    let exited = |exec: bool| {
         let mut table = Processes::default();
-        table.apply(&fork(8, 100, v2(1)), yes);
+        table.apply(&fork(8, 100, v2(1)), keep_all);
         if exec {
-            table.apply(&fact(ProcessChange::Exec, 8, 100, 300, v2(1)), yes);
+            table.apply(&fact(ProcessChange::Exec, 8, 100, 300, v2(1)), keep_all);
         }
-        table.apply(&fact(ProcessChange::Exit, 8, 100, 400, v2(1)), yes);
-        (table.lives(Tgid(8))[0].execs.clone(), table.size().exited_bytes)
+        table.apply(&fact(ProcessChange::Exit, 8, 100, 400, v2(1)), keep_all);
+        (table.histories(Tgid(8))[0].execs.clone(), table.size().exited_bytes)
     };
-    assert_eq!((one(true).0, one(false).0), (vec![BootNs(300)], vec![]));
-    assert_eq!(one(true).1, one(false).1);
+    assert_eq!((exited(true).0, exited(false).0), (vec![BootNs(300)], vec![]));
+    assert_eq!(exited(true).1, exited(false).1);
 }
 
 #[test]
-fn a_process_found_by_a_scan_is_as_uncertain_as_before() {
+fn a_move_of_a_process_found_by_a_scan_is_uncertain_until_its_exec() {
     let mut table = Processes::default();
-    table.seen(&seen(7, 100_000_000, 200_000_000, v2(1)), yes);
-    table.apply(&fact(ProcessChange::Attach, 7, 100_000_007, 300_000_000, v2(2)), yes);
-    let in_span = |table: &Processes| places(table, 7, 250_000_000, 400_000_000);
+    table.record_sighting(&seen(7, 100_000_000, 200_000_000, v2(1)), keep_all);
+    table.apply(&fact(ProcessChange::Attach, 7, 100_000_007, 300_000_000, v2(2)), keep_all);
+    let in_span = |table: &Processes| memberships(table, 7, 250_000_000, 400_000_000);
     assert_eq!(in_span(&table), [v2(1), v2(2)]);
-    table.apply(&fact(ProcessChange::Exec, 7, 100_000_007, 310_000_000, v2(2)), yes);
+    table.apply(&fact(ProcessChange::Exec, 7, 100_000_007, 310_000_000, v2(2)), keep_all);
     assert_eq!(in_span(&table), [v2(2)]);
 }

@@ -1,21 +1,21 @@
-//! What the tables answer, case by case.
+//! Lookups in the process and cgroup tables, case by case.
 
 use super::*;
 
 fn check(table: &Processes, pid: u32, from: u64, to: u64, expect: &[CgroupMembership]) {
-    assert_eq!(places(table, pid, from, to), expect, "{pid} in {from}..{to}");
+    assert_eq!(memberships(table, pid, from, to), expect, "{pid} in {from}..{to}");
 }
 
 fn table(facts: &[ProcessFact]) -> Processes {
     let mut table = Processes::default();
     for fact in facts {
-        table.apply(fact, yes);
+        table.apply(fact, keep_all);
     }
     table
 }
 
 #[test]
-fn lookups_are_as_of_their_time() {
+fn lookups_return_the_state_at_their_time() {
     use ProcessChange::{Attach, Exec, Exit};
     let reuse = table(&[fork(7, 100, v2(1)), fact(Exit, 7, 100, 200, v2(1)), fork(7, 300, v2(2))]);
     check(&reuse, 7, 150, 160, &[v2(1)]);
@@ -27,50 +27,50 @@ fn lookups_are_as_of_their_time() {
     check(&moved, 9, 200, 300, &[v2(1)]);
     check(&moved, 9, 550, 700, &[v2(3)]);
     check(&moved, 9, 400, 599, &[v2(1), v2(3)]);
-    // What was before the exec is out of question where what came after it is not.
+    // The image before the exec is not a candidate where the image after it is one.
     check(&moved, 9, 400, 600, &[v2(3)]);
-    // An exit seen without its fork still says where it was; a move without its fork does not say where from.
+    // An exit without its fork event still has the membership; a move without its fork event does not have the former one.
     check(&table(&[fact(Exit, 5, 100, 200, v2(4))]), 5, 120, 130, &[v2(4)]);
     check(&table(&[fact(Attach, 5, 100, 200, v2(4))]), 5, 120, 130, &[]);
     check(&table(&[fact(Attach, 5, 100, 200, v2(4)), fact(Exit, 5, 100, 300, v2(4))]), 5, 120, 130, &[]);
-    // A fork whose predecessor's exit was lost ends it. Doubled and late events change nothing.
+    // A fork ends a predecessor of which the exit event was lost. Duplicate and late events change nothing.
     check(&table(&[fork(6, 100, v2(1)), fork(6, 400, v2(2))]), 6, 450, 460, &[v2(2)]);
     let doubled = table(&[fork(6, 100, v2(1)), fact(Exit, 6, 100, 200, v2(1)), fact(Exit, 6, 100, 220, v2(1))]);
     check(&doubled, 6, 210, 215, &[]);
-    assert_eq!(doubled.lives(Tgid(6)).len(), 1);
+    assert_eq!(doubled.histories(Tgid(6)).len(), 1);
 }
 
 #[test]
-fn a_move_that_was_lost_is_answered_with_both_places() {
+fn a_lost_move_yields_both_memberships() {
     let mut t = table(&[fork(7, 100, v2(1)), fact(ProcessChange::Exec, 7, 100, 200, v2(1))]);
-    assert!(t.seen(&seen(7, 100, 1_000, v2(2)), yes));
+    assert!(t.record_sighting(&seen(7, 100, 1_000, v2(2)), keep_all));
     check(&t, 7, 150, 160, &[v2(1)]);
     check(&t, 7, 500, 510, &[v2(1), v2(2)]);
     check(&t, 7, 1_000, 1_010, &[v2(2)]);
-    assert!(!t.seen(&seen(7, 100, 2_000, v2(2)), yes));
+    assert!(!t.record_sighting(&seen(7, 100, 2_000, v2(2)), keep_all));
 }
 
 #[test]
-fn an_event_beats_the_scan() {
+fn an_event_takes_precedence_over_a_scan() {
     let mut t = table(&[fork(7, 100, v2(1))]);
-    t.seen(&seen(7, 100, 1_000, v2(1)), yes);
-    t.apply(&fact(ProcessChange::Attach, 7, 100, 1_050, v2(2)), yes);
+    t.record_sighting(&seen(7, 100, 1_000, v2(1)), keep_all);
+    t.apply(&fact(ProcessChange::Attach, 7, 100, 1_050, v2(2)), keep_all);
     check(&t, 7, 1_040, 1_040, &[v2(1)]);
     check(&t, 7, 1_060, 1_060, &[v2(2)]);
-    // Looked at before the move whose event came first.
-    assert!(!t.seen(&seen(7, 100, 1_000, v2(1)), yes));
+    // Sighted before the move, and applied after its event.
+    assert!(!t.record_sighting(&seen(7, 100, 1_000, v2(1)), keep_all));
     check(&t, 7, 1_060, 1_060, &[v2(2)]);
-    // Ended since it was looked at.
-    t.apply(&fact(ProcessChange::Exit, 7, 100, 1_200, v2(2)), yes);
-    assert!(!t.seen(&seen(7, 100, 1_150, v2(2)), yes));
+    // Ended since the sighting.
+    t.apply(&fact(ProcessChange::Exit, 7, 100, 1_200, v2(2)), keep_all);
+    assert!(!t.record_sighting(&seen(7, 100, 1_150, v2(2)), keep_all));
     assert_eq!(t.size().living, 0);
 }
 
 #[test]
-fn start_times_of_proc_and_kernel_are_one_process() {
+fn start_times_from_proc_and_from_the_kernel_identify_one_process() {
     let mut t = Processes::default();
-    assert!(t.seen(&seen(3, 1_230_000_000, 2_000_000_000, v2(1)), yes));
-    t.apply(&fact(ProcessChange::Exit, 3, 1_234_567_890, 3_000_000_000, v2(1)), yes);
+    assert!(t.record_sighting(&seen(3, 1_230_000_000, 2_000_000_000, v2(1)), keep_all));
+    t.apply(&fact(ProcessChange::Exit, 3, 1_234_567_890, 3_000_000_000, v2(1)), keep_all);
     assert_eq!((t.size().living, t.size().exited), (0, 1));
     check(&t, 3, 2_500_000_000, 2_500_000_000, &[v2(1)]);
     check(&t, 3, 3_500_000_000, 3_600_000_000, &[]);
@@ -83,16 +83,16 @@ fn exited_processes_stay_within_their_bytes_and_those_of_containers_stay_longest
     let mut t = Processes::default();
     let second = 1_000_000_000;
     let mut largest = 0;
-    let in_container = |runs: &[ObservedInterval]| runs.iter().any(|run| run.place == v2(2));
-    // 10,000 exits a second for 60 s, every tenth in a container, one in a hundred moved there; pids go round.
+    let in_container = |intervals: &[ObservedInterval]| intervals.iter().any(|interval| interval.membership == v2(2));
+    // 10,000 exits a second for 60 s, every tenth in a container, one in a hundred moved there; pids wrap.
     for n in 0..600_000u64 {
         let (pid, at) = (300 + (n % 32_000) as u32, second + n * second / 10_000);
-        let place = v2(1 + u64::from(n % 10 == 0));
-        t.apply(&fork(pid, at, place), in_container);
+        let membership = v2(1 + u64::from(n % 10 == 0));
+        t.apply(&fork(pid, at, membership), in_container);
         if n % 100 == 1 {
             t.apply(&fact(ProcessChange::Attach, pid, at, at + 10, v2(2)), in_container);
         }
-        t.apply(&fact(ProcessChange::Exit, pid, at, at + 1000, place), in_container);
+        t.apply(&fact(ProcessChange::Exit, pid, at, at + 1000, membership), in_container);
         if n % 1000 == 0 {
             t.expire(BootNs(at));
             largest = largest.max(t.size().exited_bytes);
@@ -102,12 +102,12 @@ fn exited_processes_stay_within_their_bytes_and_those_of_containers_stay_longest
     assert!(largest <= EXITED_BYTES, "{largest} bytes");
     assert!(largest > EXITED_BYTES / 2, "the bound was not reached: {largest} bytes");
     assert!(t.size().evicted > 0);
-    // Of a container, 35 s ago: there. Not of a container, just as long ago: given up.
+    // Of a container, 35 s ago: kept. Not of a container, equally long ago: dropped.
     let n = 600_000 - 350_000;
     let at = |n: u64| second + n * second / 10_000;
     check(&t, 300 + (n % 32_000) as u32, at(n), at(n) + 500, &[v2(2)]);
     check(&t, 300 + ((n + 5) % 32_000) as u32, at(n + 5), at(n + 5) + 500, &[]);
-    // What is not needed is given back.
+    // Memory that is not needed is released.
     t.expire(BootNs(end + KEEP_EXITED_NS + second));
     assert_eq!(t.size().exited, 0);
     assert!(t.size().exited_bytes < EXITED_BYTES / 64, "{} bytes", t.size().exited_bytes);
@@ -129,12 +129,13 @@ fn cgroup_paths_join_in_any_order_and_hierarchies_share_a_container() {
     ] {
         table.apply(&f);
     }
-    let at = |v2: u64, v1: u64| table.container_of(&CgroupMembership { v2_id: v2, v1_id: v1, v1_hierarchy: 8 }, BootNs(50));
-    let by_v1 = at(1, 20).expect("known");
+    let container_at =
+        |v2: u64, v1: u64| table.container_of(&CgroupMembership { v2_id: v2, v1_id: v1, v1_hierarchy: 8 }, BootNs(50));
+    let by_v1 = container_at(1, 20).expect("known");
     assert!(by_v1.is_some());
-    assert_eq!(by_v1, at(32, 1).expect("known"));
-    assert_eq!(at(1, 1), Ok(None));
-    assert_eq!(at(77, 78), Err(UnknownCgroup));
+    assert_eq!(by_v1, container_at(32, 1).expect("known"));
+    assert_eq!(container_at(1, 1), Ok(None));
+    assert_eq!(container_at(77, 78), Err(UnknownCgroup));
     assert_eq!(table.path(CgroupKey { hierarchy: 0, id: 32 }), Some(format!("/docker/{id}/init.scope")));
     let appeared = table.take_changes();
     assert!(
@@ -145,14 +146,14 @@ fn cgroup_paths_join_in_any_order_and_hierarchies_share_a_container() {
     table.apply(&cgroup(Removed, 0, 31, 30, &id, 99));
     assert!(matches!(table.take_changes()[..], [ContainerChange::Gone(_, BootNs(99))]));
     assert!(table.container_of(&v2(32), BootNs(50)).is_ok_and(|c| c.is_some()));
-    // A removal that comes before the scan's word about it.
+    // A removal that is applied before the scan's finding.
     table.apply(&cgroup(Removed, 0, 40, 30, &"b".repeat(64), 100));
     assert!(!table.apply(&cgroup(Seen, 0, 40, 30, &"b".repeat(64), 90)));
     assert!(!table.living().any(|(key, _)| key.id == 40));
 }
 
 #[test]
-fn monitors_builds_and_pods_inside_a_container_are_of_it() {
+fn monitors_builds_and_pods_inside_a_container_belong_to_it() {
     use CgroupChange::{Created, Seen};
     let id = "a".repeat(64);
     let mut table = Cgroups::default();
@@ -169,12 +170,12 @@ fn monitors_builds_and_pods_inside_a_container_are_of_it() {
     ] {
         table.apply(&f);
     }
-    let of = |id| table.container_of(&v2(id), BootNs(10));
-    assert!(of(2).is_ok_and(|c| c.is_some()));
+    let container_of = |id| table.container_of(&v2(id), BootNs(10));
+    assert!(container_of(2).is_ok_and(|c| c.is_some()));
     for inside in [4, 6, 7, 8] {
-        assert_eq!(of(inside), of(2), "{inside}");
+        assert_eq!(container_of(inside), container_of(2), "{inside}");
     }
-    assert_eq!(of(9), Ok(None));
+    assert_eq!(container_of(9), Ok(None));
     assert_eq!(table.containers().count(), 1);
 }
 
@@ -195,15 +196,16 @@ fn the_apps_of_a_rkt_pod_are_two_containers_in_any_number_of_hierarchies() {
             table.apply(&f);
         }
     }
-    let of = |v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9)).expect("placed");
-    assert_eq!((of(5, 1), of(6, 1)), (of(1, 5), of(1, 6)));
-    // The pod itself, where its own services run, is the third.
+    let container_of =
+        |v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9)).expect("placed");
+    assert_eq!((container_of(5, 1), container_of(6, 1)), (container_of(1, 5), container_of(1, 6)));
+    // The pod itself, in which its own services run, is the third.
     assert_eq!(table.containers().count(), 3);
-    assert!(of(5, 1) != of(6, 1) && of(5, 1) != of(4, 1));
+    assert!(container_of(5, 1) != container_of(6, 1) && container_of(5, 1) != container_of(4, 1));
 }
 
 #[test]
-fn a_renamed_cgroup_is_told_as_of_the_time() {
+fn a_renamed_cgroup_resolves_as_of_the_requested_time() {
     use CgroupChange::{Created, Renamed, Seen};
     let (a, b) = ("a".repeat(64), "b".repeat(64));
     let mut table = Cgroups::default();
@@ -212,9 +214,9 @@ fn a_renamed_cgroup_is_told_as_of_the_time() {
     }
     table.apply(&cgroup(Created, 8, 4, 3, "sub", 4));
     table.apply(&cgroup(Renamed, 8, 3, 2, &b, 100));
-    let place = CgroupMembership { v2_id: 0, v1_id: 4, v1_hierarchy: 8 };
+    let membership = CgroupMembership { v2_id: 0, v1_id: 4, v1_hierarchy: 8 };
     let id = |at| {
-        let key = table.container_of(&place, BootNs(at)).ok()??;
+        let key = table.container_of(&membership, BootNs(at)).ok()??;
         table.container(key)?.record.identity.container_id.clone()
     };
     assert_eq!((id(50), id(150)), (Some(a), Some(b)));
@@ -236,48 +238,49 @@ fn a_thousand_nested_cgroups_and_a_path_of_4000_characters() {
 }
 
 #[test]
-fn what_was_taken_for_dead_and_lives_is_taken_back_and_the_dead_stay_dead() {
-    let place = ProcessChange::Attach;
-    // A scan did not find it, an event then speaks of it.
+fn inferred_ends_are_revoked_and_reported_ends_are_final() {
+    let attach = ProcessChange::Attach;
+    // A scan did not find it; then an event reports it.
     let mut t = table(&[fork(7, 100, v2(1))]);
     t.begin_scan();
-    assert_eq!(t.sweep(BootNs(1_000), yes), 1);
-    t.apply(&fact(place, 7, 100, 2_000, v2(2)), yes);
+    assert_eq!(t.sweep(BootNs(1_000), keep_all), 1);
+    t.apply(&fact(attach, 7, 100, 2_000, v2(2)), keep_all);
     check(&t, 7, 2_500, 2_500, &[v2(2)]);
     assert_eq!(t.size().living, 1);
-    // It lives, but where could not be read: marked, not moved, not swept.
+    // It is alive, but its cgroups could not be read: marked, not moved, not swept.
     t.begin_scan();
-    assert!(!t.seen(&ProcessSeen { place: None, ..seen(7, 100, 3_000, v2(9)) }, yes));
-    assert_eq!(t.sweep(BootNs(3_000), yes), 0);
+    assert!(!t.record_sighting(&ProcessSeen { membership: None, ..seen(7, 100, 3_000, v2(9)) }, keep_all));
+    assert_eq!(t.sweep(BootNs(3_000), keep_all), 0);
     check(&t, 7, 3_500, 3_500, &[v2(2)]);
-    // Its end was told: what a scan still sees of it (a thread in the driver's teardown) is no new life.
-    t.apply(&fact(ProcessChange::Exit, 7, 100, 4_000, v2(2)), yes);
-    assert!(!t.seen(&seen(7, 100, 5_000, v2(2)), yes));
+    // Its end was reported: what a scan still finds of it (a thread in the driver's teardown) is not a new process.
+    t.apply(&fact(ProcessChange::Exit, 7, 100, 4_000, v2(2)), keep_all);
+    assert!(!t.record_sighting(&seen(7, 100, 5_000, v2(2)), keep_all));
     assert_eq!(t.size().living, 0);
-    // A look for one process that finds none ends it, unless something newer is known of it.
-    let mut t = table(&[fork(8, 100, v2(1)), fact(place, 8, 100, 500, v2(2))]);
-    t.not_found(Tgid(8), BootNs(400), yes);
+    // A check that does not find the process ends it, unless something newer is known of it.
+    let mut t = table(&[fork(8, 100, v2(1)), fact(attach, 8, 100, 500, v2(2))]);
+    t.not_found(Tgid(8), BootNs(400), keep_all);
     assert_eq!(t.size().living, 1);
-    t.not_found(Tgid(8), BootNs(600), yes);
+    t.not_found(Tgid(8), BootNs(600), keep_all);
     assert_eq!(t.size().living, 0);
 }
 
 #[test]
-fn unknown_is_not_the_hosts() {
+fn an_unknown_cgroup_is_not_the_host() {
     use CgroupChange::{Created, Seen};
     let mut table = Cgroups::default();
     table.apply(&cgroup(Seen, 0, 1, 0, "", 1));
     table.apply(&cgroup(Created, 0, 30, 29, "orphan", 2));
-    let of = |table: &Cgroups, v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9));
-    assert_eq!(of(&table, 1, 0), Ok(None));
-    assert_eq!(of(&table, 1, 77), Err(UnknownCgroup), "v2 says the root, and v1 says nothing");
-    assert_eq!(of(&table, 30, 0), Err(UnknownCgroup), "its parent's creation was lost");
+    let container_of =
+        |table: &Cgroups, v2_id, v1_id| table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9));
+    assert_eq!(container_of(&table, 1, 0), Ok(None));
+    assert_eq!(container_of(&table, 1, 77), Err(UnknownCgroup), "v2 is the root, and v1 is unknown");
+    assert_eq!(container_of(&table, 30, 0), Err(UnknownCgroup), "its parent's creation was lost");
     table.apply(&cgroup(Seen, 0, 29, 1, &"a".repeat(64), 3));
-    assert!(of(&table, 30, 0).is_ok_and(|c| c.is_some()));
+    assert!(container_of(&table, 30, 0).is_ok_and(|c| c.is_some()));
 }
 
 #[test]
-fn a_container_ends_with_its_cgroup_in_whatever_order_that_is_told() {
+fn a_container_ends_with_its_cgroup_in_any_order_of_events() {
     use CgroupChange::{Removed, Renamed, Seen};
     let id = "a".repeat(64);
     // Removed during the first scan, before anything above it is known.
@@ -286,7 +289,7 @@ fn a_container_ends_with_its_cgroup_in_whatever_order_that_is_told() {
     table.apply(&cgroup(Seen, 0, 1, 0, "", 10));
     table.apply(&cgroup(Seen, 0, 2, 1, "docker", 10));
     assert!(table.containers().all(|c| c.gone == Some(BootNs(50))), "{:?}", table.take_changes());
-    // Something above it is renamed after it has gone.
+    // An ancestor is renamed after the container is gone.
     table.apply(&cgroup(Renamed, 0, 2, 1, "other", 60));
     assert!(table.containers().all(|c| c.gone.is_some()));
 }
@@ -306,16 +309,16 @@ fn a_cgroup_named_after_another_container_is_not_that_container() {
     ] {
         table.apply(&f);
     }
-    let of = |table: &Cgroups, id| table.container_of(&v2(id), BootNs(9)).expect("placed").expect("a container");
-    let owners: std::collections::HashSet<ContainerKey> = [10, 11, 12, 13].map(|id| of(&table, id)).into();
+    let container_of = |table: &Cgroups, id| table.container_of(&v2(id), BootNs(9)).expect("placed").expect("a container");
+    let owners: std::collections::HashSet<ContainerKey> = [10, 11, 12, 13].map(|id| container_of(&table, id)).into();
     assert_eq!(owners.len(), 4);
     table.apply(&cgroup(Removed, 0, 10, 2, &a, 20));
-    let gone = |table: &Cgroups, id| table.container(of(table, id)).is_some_and(|c| c.gone.is_some());
+    let gone = |table: &Cgroups, id| table.container(container_of(table, id)).is_some_and(|c| c.gone.is_some());
     assert!(gone(&table, 10) && !gone(&table, 12) && !gone(&table, 13));
 }
 
 #[test]
-fn an_event_beats_the_scan_for_names_too_and_nothing_grows_without_bound() {
+fn an_event_takes_precedence_for_names_too_and_tables_are_bounded() {
     use CgroupChange::{Created, Removed, Renamed, Seen};
     let mut table = Cgroups::default();
     table.apply(&cgroup(Seen, 0, 1, 0, "", 1));
@@ -323,7 +326,7 @@ fn an_event_beats_the_scan_for_names_too_and_nothing_grows_without_bound() {
     table.apply(&cgroup(Renamed, 0, 2, 1, "new", 100));
     assert!(!table.apply(&cgroup(Seen, 0, 2, 1, "old", 50)));
     assert_eq!(table.at_path("/new"), Some(CgroupKey { hierarchy: 0, id: 2 }));
-    // One whose creation was lost.
+    // A cgroup of which the creation event was lost.
     table.apply(&cgroup(Renamed, 0, 3, 1, "renamed", 100));
     assert_eq!(table.at_path("/renamed"), Some(CgroupKey { hierarchy: 0, id: 3 }));
     assert_eq!(table.at_path("/renamed/more"), None);

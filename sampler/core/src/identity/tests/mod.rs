@@ -1,8 +1,8 @@
-//! Rows for the tables, and generated histories.
+//! Lookups in the tables, case by case, and generated histories.
 
 mod histories;
 mod launches;
-mod rows;
+mod lookups;
 
 use super::*;
 use crate::observation::{CgroupChange, CgroupMembership, ProcessChange};
@@ -12,33 +12,33 @@ const fn v2(id: u64) -> CgroupMembership {
     CgroupMembership { v2_id: id, v1_id: 0, v1_hierarchy: 0 }
 }
 
-fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, place: CgroupMembership) -> ProcessFact {
-    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), place }
+fn fact(change: ProcessChange, tgid: u32, start: u64, at: u64, membership: CgroupMembership) -> ProcessFact {
+    ProcessFact { change, tgid: Tgid(tgid), start: BootNs(start), at: BootNs(at), membership }
 }
 
-/// The event comes a little after the start time was set.
-fn fork(tgid: u32, start: u64, place: CgroupMembership) -> ProcessFact {
-    fact(ProcessChange::Fork { parent: Tgid(1) }, tgid, start, start + 5, place)
+/// The event is slightly later than the start time.
+fn fork(tgid: u32, start: u64, membership: CgroupMembership) -> ProcessFact {
+    fact(ProcessChange::Fork { parent: Tgid(1) }, tgid, start, start + 5, membership)
 }
 
-fn seen(tgid: u32, start: u64, began: u64, place: CgroupMembership) -> ProcessSeen {
-    ProcessSeen { tgid: Tgid(tgid), start: BootNs(start), coarse_start: true, began: BootNs(began), place: Some(place) }
+fn seen(tgid: u32, start: u64, began: u64, membership: CgroupMembership) -> ProcessSeen {
+    ProcessSeen { tgid: Tgid(tgid), start: BootNs(start), coarse_start: true, began: BootNs(began), membership: Some(membership) }
 }
 
-fn yes(_: &[ObservedInterval]) -> bool {
+fn keep_all(_: &[ObservedInterval]) -> bool {
     true
 }
 
-/// Every place that who had the pid in the span had then, the newest life first, without doubles.
-fn places(table: &Processes, pid: u32, from: u64, to: u64) -> Vec<CgroupMembership> {
+/// Every membership of the processes that had the pid in the span, newest process first, without duplicates.
+fn memberships(table: &Processes, pid: u32, from: u64, to: u64) -> Vec<CgroupMembership> {
     let candidates = table.candidates(Tgid(pid), (BootNs(from), BootNs(to)), |_| None);
-    let mut places = Vec::new();
-    for stay in candidates.iter().flat_map(Candidate::stays) {
-        if !places.contains(&stay.place) {
-            places.push(stay.place);
+    let mut memberships = Vec::new();
+    for residency in candidates.iter().flat_map(Candidate::residencies) {
+        if !memberships.contains(&residency.membership) {
+            memberships.push(residency.membership);
         }
     }
-    places
+    memberships
 }
 
 fn cgroup(change: CgroupChange, hierarchy: u32, id: u64, parent: u64, name: &str, at: u64) -> CgroupFact {

@@ -1,25 +1,25 @@
-//! Whom a tick names, where more than one answer is there.
+//! The user of a sample, where the driver's process samples or lists are ambiguous.
 
 use super::*;
 use crate::device::Engine;
 use crate::observation::{EngineSample, ProcessKind, RunningProcess};
 
-/// Ticks of 50 % with these rows: (pid, percent).
-fn ticks_with(core: &mut Core, process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
+/// Samples of 50 % with these process samples: (pid, percent).
+fn feed_with(core: &mut Core, process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) {
     let process = |(pid, kind): &(u32, ProcessKind)| RunningProcess { pid: *pid, memory_bytes: None, kind: *kind };
     for k in 0..150 {
-        let mut batch = tick(k, 50, None, 20_000_000);
+        let mut batch = sample_batch(k, 50, None, 20_000_000);
         let at = batch.samples[0].at;
-        batch.process_samples = process_samples.iter().map(|(pid, percent)| row(at, *pid, *percent)).collect();
+        batch.process_samples = process_samples.iter().map(|(pid, percent)| process_sample(at, *pid, *percent)).collect();
         batch.processes = (k == 0).then(|| processes.iter().map(process).collect());
         core.observe(Observation::from(batch));
     }
 }
 
-/// Whose all of it was: 0 and 1 are the containers, or the reason.
-fn whose(process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize, Reason> {
+/// The user of all busy time: container 0 or 1, or the reason why it has no container.
+fn sole_user(process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Result<usize, Reason> {
     let mut core = core();
-    ticks_with(&mut core, process_samples, processes);
+    feed_with(&mut core, process_samples, processes);
     let snapshot = core.snapshot();
     let busy = snapshot.gpus[0].time.busy;
     assert!(busy > 3.0, "{busy}");
@@ -27,24 +27,24 @@ fn whose(process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -> Re
         return Ok(n);
     }
     let reason = Reason::ALL.into_iter().find(|r| (snapshot.gpus[0].unattributed[*r as usize] - busy).abs() < 1e-9);
-    Err(reason.expect("all of it is in one place"))
+    Err(reason.expect("all busy time has one user or reason"))
 }
 
 #[test]
-fn process_samples() {
+fn ambiguous_process_samples_are_resolved_or_have_a_reason() {
     use ProcessKind::{Compute, Mps, MpsServer};
-    // 100 and 101 are in containers, 102 is the host's, 999 nobody knows.
+    // 100 and 101 are in containers, 102 is a host process, 999 does not exist.
     let check = |process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)], expect| {
-        assert_eq!(whose(process_samples, processes), expect, "{process_samples:?} {processes:?}");
+        assert_eq!(sole_user(process_samples, processes), expect, "{process_samples:?} {processes:?}");
     };
     check(&[(100, 50)], &[], Ok(0));
-    // An exited one, a garbage pid, one that is on another engine only.
+    // An exited process, an invalid pid, a process on another engine only.
     check(&[(999, 50), (100, 50)], &[], Ok(0));
     check(&[(0, 50), (101, 50), (u32::MAX, 50)], &[], Ok(1));
     check(&[(0, 50), (999, 50)], &[], Err(Reason::PidUnknown));
     check(&[(u32::MAX, 50)], &[], Err(Reason::InvalidPid));
     check(&[(100, 0), (101, 50)], &[], Ok(1));
-    // Two that are known: the driver names one per engine, so this is no answer.
+    // Two known processes: the driver names one per engine, so this is ambiguous.
     check(&[(100, 50), (101, 50)], &[], Err(Reason::Ambiguous));
     check(&[(102, 50)], &[], Err(Reason::Host));
     // Clients of the multi-process service: one is named for all.
@@ -53,14 +53,14 @@ fn process_samples() {
     check(&[(102, 50)], &[(102, MpsServer), (100, Mps)], Ok(0));
     check(&[(102, 50)], &[(102, MpsServer), (100, Mps), (101, Mps)], Err(Reason::Mps));
     check(&[(101, 50)], &[(100, Mps), (101, Compute)], Ok(1));
-    // Nobody is named: the only one who holds the device, if there is one.
+    // No process is named: the only holder of the device, if there is exactly one.
     check(&[], &[(100, Compute)], Ok(0));
     check(&[], &[(102, Compute)], Err(Reason::Host));
     check(&[], &[(100, Compute), (101, Compute)], Err(Reason::NoPid));
 }
 
 #[test]
-fn listed_clients_are_marked_and_a_part_of_memory_is_not_the_whole() {
+fn listed_mps_clients_are_counted_and_incomplete_memory_is_not_reported() {
     let mut core = core();
     let process = |pid, memory_bytes, kind| RunningProcess { pid, memory_bytes, kind };
     let processes = vec![
@@ -70,9 +70,9 @@ fn listed_clients_are_marked_and_a_part_of_memory_is_not_the_whole() {
     ];
     core.observe(Observation::from(GpuBatch { processes: Some(processes), ..batch(taken(1)) }));
     let pairs: Vec<_> = core.snapshot().containers.iter().flat_map(|c| c.gpus.clone()).collect();
-    let told: Vec<_> = pairs.iter().map(|p| (p.mps_clients, p.memory_used_bytes)).collect();
-    assert_eq!(told, [(1, Some(5)), (0, None)]);
-    // They have ended.
+    let reported: Vec<_> = pairs.iter().map(|p| (p.mps_clients, p.memory_used_bytes)).collect();
+    assert_eq!(reported, [(1, Some(5)), (0, None)]);
+    // The processes have ended.
     core.observe(Observation::from(GpuBatch { processes: Some(Vec::new()), ..batch(taken(2)) }));
     assert!(core.snapshot().containers.iter().all(|c| c.gpus.is_empty()));
 }
@@ -81,33 +81,34 @@ fn listed_clients_are_marked_and_a_part_of_memory_is_not_the_whole() {
 fn each_engine_has_its_own_pid() {
     let mut core = core();
     for k in 0..80usize {
-        let mut batch = tick(k, 40, Some(100), 20_000_000);
+        let mut batch = sample_batch(k, 40, Some(100), 20_000_000);
         let at = batch.samples[0].at;
         batch.process_samples.push(ProcessSample { at, pid: 101, percent: [0, 0, 70, 0, 0, 0] });
-        // The encoder's ring is read every 2 s.
+        // The encoder's buffer is read every 2 s.
         if k % 12 == 11 {
-            let tick = |k: usize| EngineSample { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
-            batch.engine_samples = (k - 11..=k).map(tick).collect();
+            let encoder_sample =
+                |k: usize| EngineSample { engine: Engine::Encoder, at: GpuNs(SKEW + taken(k)), busy_percent: 70 };
+            batch.engine_samples = (k - 11..=k).map(encoder_sample).collect();
         }
         core.observe(Observation::from(batch));
     }
     let snapshot = core.snapshot();
     let engines: Vec<_> = snapshot.gpus[0].engines.iter().map(|e| (e.engine, e.unattributed.iter().sum::<f64>())).collect();
     assert_eq!(engines, [(Engine::Encoder, 0.0)]);
-    let of = |n: usize| snapshot.containers[n].gpus[0].engines.clone();
-    assert!(of(0).is_empty());
-    let [(Engine::Encoder, seconds)] = of(1)[..] else { panic!("{:?}", of(1)) };
+    let engines_of = |n: usize| snapshot.containers[n].gpus[0].engines.clone();
+    assert!(engines_of(0).is_empty());
+    let [(Engine::Encoder, seconds)] = engines_of(1)[..] else { panic!("{:?}", engines_of(1)) };
     assert!((seconds - snapshot.gpus[0].engines[0].busy).abs() < 1e-9);
     assert!((seconds - 72.0 * 0.167 * 0.7).abs() < 0.5, "{seconds}");
-    // It never was on the compute engine.
+    // It was never on the compute engine.
     assert_eq!(snapshot.containers[1].gpus[0].seconds, 0.0);
 }
 
 #[test]
-fn rows_of_no_tick_are_counted() {
+fn process_samples_that_match_no_device_sample_are_counted() {
     let mut core = core();
     for k in 0..100 {
-        let mut batch = tick(k, 50, Some(100), 20_000_000);
+        let mut batch = sample_batch(k, 50, Some(100), 20_000_000);
         if k == 30 {
             batch.process_samples[0].at = GpuNs(batch.process_samples[0].at.0 - PERIOD / 2 - 20_000_000 - 10 * PERIOD);
         }
@@ -117,12 +118,12 @@ fn rows_of_no_tick_are_counted() {
 }
 
 #[test]
-fn pids_of_another_space_are_on_no_container() {
+fn pids_of_another_space_are_not_attributed_to_containers() {
     use crate::pid_space::PidSpace;
     for space in PidSpace::ALL {
         let mut core = core();
         core.observe(Observation::PidSpace(space));
-        ticks_with(&mut core, &[(100, 50)], &[(100, ProcessKind::Compute)]);
+        feed_with(&mut core, &[(100, 50)], &[(100, ProcessKind::Compute)]);
         let snapshot = core.snapshot();
         let (gpu, unknown) = (&snapshot.gpus[0], snapshot.gpus[0].unattributed[Reason::PidUnknown as usize]);
         if space.is_trusted() {
@@ -132,14 +133,14 @@ fn pids_of_another_space_are_on_no_container() {
             assert!(snapshot.containers.iter().all(|c| c.gpus.is_empty()), "no seconds and no memory: {space:?}");
         }
     }
-    // A verdict holds for samples that wait: from the first batch after it.
+    // A change of the pid space applies to waiting samples, from the first batch after it.
     let mut core = core();
     core.observe(Observation::PidSpace(PidSpace::Unsettled));
-    core.observe(Observation::from(tick(0, 50, Some(100), 20_000_000)));
-    core.observe(Observation::from(tick(1, 50, Some(100), 20_000_000)));
+    core.observe(Observation::from(sample_batch(0, 50, Some(100), 20_000_000)));
+    core.observe(Observation::from(sample_batch(1, 50, Some(100), 20_000_000)));
     core.observe(Observation::PidSpace(PidSpace::Local));
     for k in 2..150 {
-        core.observe(Observation::from(tick(k, 50, Some(100), 20_000_000)));
+        core.observe(Observation::from(sample_batch(k, 50, Some(100), 20_000_000)));
     }
     assert_eq!(core.snapshot().gpus[0].unattributed[Reason::PidUnknown as usize], 0.0);
 }

@@ -1,21 +1,21 @@
+mod ambiguity;
 mod ends;
 mod launches;
 mod replay;
 mod states;
-mod who;
 
 use std::sync::Arc;
 
 use super::*;
 use crate::device::{GpuInfo, Reason};
 use crate::observation::{
-    Answer, CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, ProcessChange, ProcessFact, ProcessSample,
+    CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, PollStatus, ProcessChange, ProcessFact, ProcessSample,
     ProcessSeen,
 };
 use crate::units::{CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
 const PERIOD: u64 = 167_000_000;
-/// The GPU's clock is 12 s and a bit ahead of boot time.
+/// How far the GPU's clock is ahead of boot time.
 const SKEW: u64 = 12_345_678_901;
 
 fn v2(id: u64) -> CgroupKey {
@@ -43,9 +43,9 @@ fn prepare(core: &mut Core) {
     cgroup(10, Some(2), &"a".repeat(64));
     cgroup(11, Some(2), &"b".repeat(64));
     for (tgid, id) in [(100, 10), (101, 11), (102, 1)] {
-        let place = CgroupMembership { v2_id: id, ..CgroupMembership::default() };
+        let membership = CgroupMembership { v2_id: id, ..CgroupMembership::default() };
         let (tgid, start) = (Tgid(tgid), BootNs(5));
-        let seen = ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), place: Some(place) };
+        let seen = ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), membership: Some(membership) };
         core.observe(Observation::ProcessSeen(seen));
     }
     core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(0)) });
@@ -61,38 +61,43 @@ fn info() -> Arc<GpuInfo> {
     })
 }
 
-/// An answer without anything in it.
+/// An empty batch.
 fn batch(ended: u64) -> GpuBatch {
-    GpuBatch { wall: WallTime(1), ..GpuBatch::new(0, BootNs(ended), Answer::Samples) }
+    GpuBatch { wall: WallTime(1), ..GpuBatch::new(0, BootNs(ended), PollStatus::Samples) }
 }
 
-/// Polls once per tick, `busy` percent and the pid on the engine.
+/// Polls once per sample; a sample is a busy percentage and the pid on the engine.
 fn feed(core: &mut Core, samples: impl Iterator<Item = (u32, Option<u32>)>) {
     feed_late(core, samples, 20_000_000);
 }
 
-/// Tick `k` is taken at this boot time.
+/// Boot time at which sample `k` is taken.
 fn taken(k: usize) -> u64 {
     1_000_000_000 + PERIOD * k as u64
 }
 
-fn row(at: GpuNs, pid: u32, percent: u32) -> ProcessSample {
+fn process_sample(at: GpuNs, pid: u32, percent: u32) -> ProcessSample {
     ProcessSample { at, pid, percent: [percent as u8, 0, 0, 0, 0, 0] }
 }
 
-fn tick(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
+/// Batch with sample `k`, polled `late_ns` after it was taken.
+fn sample_batch(k: usize, busy: u32, pid: Option<u32>, late_ns: u64) -> GpuBatch {
     let at = GpuNs(SKEW + taken(k));
     let samples = vec![DeviceSample { at, busy_percent: busy, queried: true }];
-    GpuBatch { samples, process_samples: pid.map(|pid| row(at, pid, busy)).into_iter().collect(), ..batch(taken(k) + late_ns) }
+    GpuBatch {
+        samples,
+        process_samples: pid.map(|pid| process_sample(at, pid, busy)).into_iter().collect(),
+        ..batch(taken(k) + late_ns)
+    }
 }
 
 fn feed_late(core: &mut Core, samples: impl Iterator<Item = (u32, Option<u32>)>, late_ns: u64) {
     for (k, (busy, pid)) in samples.enumerate() {
-        core.observe(Observation::from(tick(k, busy, pid, late_ns)));
+        core.observe(Observation::from(sample_batch(k, busy, pid, late_ns)));
     }
 }
 
-fn passes(core: &mut Core, at: u64) {
+fn advance_time(core: &mut Core, at: u64) {
     core.observe(Observation::ClockAdvanced { at: BootNs(at), wall: WallTime(1) });
 }
 
@@ -101,9 +106,9 @@ fn seconds(snapshot: &Snapshot) -> Vec<f64> {
 }
 
 #[test]
-fn pidless_busy_time_is_divided_by_the_windows_pid_ticks() {
+fn pidless_busy_time_is_divided_by_the_named_samples_around_it() {
     let mut core = core();
-    // 40 % busy; of each 10 ticks three name the first container, one the second, six nobody.
+    // 40 % busy; of each 10 samples three name the first container, one the second, six no process.
     let pid = |k: u32| match k % 10 {
         0 | 3 | 6 => Some(100),
         5 => Some(101),
@@ -122,7 +127,7 @@ fn pidless_busy_time_is_divided_by_the_windows_pid_ticks() {
 }
 
 #[test]
-fn what_is_on_no_container_has_a_reason() {
+fn time_without_a_container_has_a_reason() {
     for (pid, reason) in
         [(Some(102), Reason::Host), (Some(999), Reason::PidUnknown), (Some(0), Reason::InvalidPid), (None, Reason::NoPid)]
     {
@@ -144,26 +149,27 @@ fn the_first_read_credits_nothing() {
 }
 
 #[test]
-fn a_pid_that_changes_hands_is_ambiguous_there_and_nowhere_wrong() {
-    const HANDED_ON: usize = 40;
+fn a_reused_pid_is_ambiguous_at_the_change_and_never_misattributed() {
+    const REUSED_AT: usize = 40;
     for late_ns in [0, 20_000_000, 90_000_000, 160_000_000] {
-        for since_tick in [1_000_000, 80_000_000, 160_000_000] {
+        for since_sample in [1_000_000, 80_000_000, 160_000_000] {
             let mut core = core();
-            let at = BootNs(taken(HANDED_ON) + since_tick);
-            let place = |id| CgroupMembership { v2_id: id, ..CgroupMembership::default() };
+            let at = BootNs(taken(REUSED_AT) + since_sample);
+            let membership = |id| CgroupMembership { v2_id: id, ..CgroupMembership::default() };
             let (tgid, first) = (Tgid(100), BootNs(5));
-            let mut tell = |change, start, at, place| {
-                core.observe(Observation::Process(ProcessFact { change, tgid, start, at, place }));
+            let mut send = |change, start, at, membership| {
+                core.observe(Observation::Process(ProcessFact { change, tgid, start, at, membership }));
             };
-            tell(ProcessChange::Exit, first, at, place(10));
-            tell(ProcessChange::Fork { parent: Tgid(1) }, at, at, place(11));
+            send(ProcessChange::Exit, first, at, membership(10));
+            send(ProcessChange::Fork { parent: Tgid(1) }, at, at, membership(11));
             feed_late(&mut core, (0..100).map(|_| (100, Some(100))), late_ns);
             let samples: Vec<u64> = core.snapshot().containers.iter().map(|c| c.gpus.iter().map(|g| g.samples).sum()).collect();
-            // The first tick sets the watermark, the last two are not settled yet. Up to and including tick 40 it was the first's.
+            // The first sample sets the watermark, the last two are not settled yet. Up to and including sample 40 the pid belonged to the
+            // first container.
             let [a, b] = samples[..] else { panic!("two containers") };
-            let (of_a, of_b) = (HANDED_ON as u64, 100 - HANDED_ON as u64 - 1);
-            assert!(a <= of_a && a + 2 >= of_a, "{late_ns} {since_tick}: {a} of {of_a}");
-            assert!(b <= of_b && b + 7 >= of_b, "{late_ns} {since_tick}: {b} of {of_b}");
+            let (of_a, of_b) = (REUSED_AT as u64, 100 - REUSED_AT as u64 - 1);
+            assert!(a <= of_a && a + 2 >= of_a, "{late_ns} {since_sample}: {a} of {of_a}");
+            assert!(b <= of_b && b + 7 >= of_b, "{late_ns} {since_sample}: {b} of {of_b}");
             assert!(core.snapshot().gpus[0].unattributed[Reason::Ambiguous as usize] > 0.1);
         }
     }

@@ -1,4 +1,4 @@
-//! A replay of the facts gives what live gave, to the last bit.
+//! A replay of the facts gives exactly the same results as live use, to the last bit.
 
 use super::*;
 use crate::aggregate::Aggregate;
@@ -7,14 +7,14 @@ use crate::fact::User;
 use crate::observation::{ProcessKind, RunningProcess};
 
 #[test]
-fn a_replay_is_what_was_live() {
+fn a_replay_equals_live_use() {
     let mut core = Core::new(Settings::default(), true);
     prepare(&mut core);
     let mut last = None;
     let mut facts = Vec::new();
     for k in 0..900 {
         let pid = [Some(100), None, Some(101), Some(102), Some(999), Some(100), None][k * 5 % 7];
-        let mut batch = tick(k, 30 + (k * 13 % 70) as u32, pid, 20_000_000);
+        let mut batch = sample_batch(k, 30 + (k * 13 % 70) as u32, pid, 20_000_000);
         match k % 50 {
             7 => batch.samples[0].queried = false,
             13 => {
@@ -30,12 +30,12 @@ fn a_replay_is_what_was_live() {
         }
         if k == 300 {
             let exit = ProcessChange::Exit;
-            let (at, place) = (BootNs(taken(k)), CgroupMembership { v2_id: 11, ..CgroupMembership::default() });
-            core.observe(Observation::Process(ProcessFact { change: exit, tgid: Tgid(101), start: BootNs(5), at, place }));
+            let (at, membership) = (BootNs(taken(k)), CgroupMembership { v2_id: 11, ..CgroupMembership::default() });
+            core.observe(Observation::Process(ProcessFact { change: exit, tgid: Tgid(101), start: BootNs(5), at, membership }));
         }
         core.observe(Observation::from(batch));
         if k % 2 == 0 {
-            passes(&mut core, taken(k) + 30_000_000);
+            advance_time(&mut core, taken(k) + 30_000_000);
         }
         if k == 500 {
             core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(k)) });
@@ -48,10 +48,10 @@ fn a_replay_is_what_was_live() {
         replay.apply(fact);
     }
     let (_, gpu) = replay.gpus().next().unwrap();
-    let of = &live.gpus[0];
-    assert!(of.time.busy > 30.0 && of.time.unobserved > 1.0, "{:?}", of.time);
-    assert_eq!((gpu.time(), gpu.unattributed()), (of.time, of.unattributed));
-    assert_eq!((gpu.throttle_seconds(), gpu.together.coactive_ratio()), (of.throttle_seconds, of.coactive_ratio));
+    let expected = &live.gpus[0];
+    assert!(expected.time.busy > 30.0 && expected.time.unobserved > 1.0, "{:?}", expected.time);
+    assert_eq!((gpu.time(), gpu.unattributed()), (expected.time, expected.unattributed));
+    assert_eq!((gpu.throttle_seconds(), gpu.coactivity.coactive_ratio()), (expected.throttle_seconds, expected.coactive_ratio));
     for container in &live.containers {
         let (key, pair) = (container.record.key, &container.gpus[0]);
         let credit = gpu.credits()[&User::Container(key)];
@@ -59,8 +59,8 @@ fn a_replay_is_what_was_live() {
             (credit.ns * 1e-9, credit.variance().sqrt() * 1e-9, credit.samples),
             (pair.seconds, pair.seconds_stderr, pair.samples)
         );
-        let together = gpu.together.of(key).unwrap();
+        let coactivity = gpu.coactivity.sums_of(key).unwrap();
         assert!(pair.coactive_seconds > 1.0, "{pair:?}");
-        assert_eq!((together.active, together.coactive), (pair.active_seconds, pair.coactive_seconds));
+        assert_eq!((coactivity.active, coactivity.coactive), (pair.active_seconds, pair.coactive_seconds));
     }
 }

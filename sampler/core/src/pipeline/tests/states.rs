@@ -1,4 +1,4 @@
-//! Busy, idle, unobserved, unsupported: what is not known is never idle.
+//! States of device time: busy, idle, unobserved, unsupported. Time of unknown state is never idle.
 
 use super::*;
 use crate::device::DeviceReadings;
@@ -20,28 +20,28 @@ fn near(value: f64, expect: f64) -> bool {
 }
 
 #[test]
-fn a_driver_that_does_not_answer_is_unobserved_and_its_rates_are_unknown() {
+fn time_without_a_driver_response_is_unobserved_and_its_rates_are_unknown() {
     let mut core = core();
     feed(&mut core, (0..60).map(|_| (50, Some(100))));
     assert!(core.snapshot().gpus[0].utilization_ratio.is_some());
     let stalled = taken(60);
-    passes(&mut core, stalled + 9 * SECOND);
+    advance_time(&mut core, stalled + 9 * SECOND);
     let snapshot = core.snapshot();
     assert_eq!(snapshot.gpus[0].utilization_ratio, None);
     assert!(snapshot.containers.iter().flat_map(|c| &c.gpus).all(|g| g.duty_cycle_percent.is_none()));
-    // As long as its ring may still give what is missing, it is in no state.
+    // Time is in no state while the driver's buffer may still return its samples.
     assert!(near(time(&core).unobserved, 0.0));
     let before = time(&core);
-    passes(&mut core, stalled + 60 * SECOND);
+    advance_time(&mut core, stalled + 60 * SECOND);
     let after = time(&core);
     assert_eq!((after.busy, after.idle), (before.busy, before.idle));
     assert!((44.0..46.0).contains(&after.unobserved), "{after:?}");
-    // It comes back with a full ring: what was booked as unobserved stays so, and nothing is booked twice.
+    // The driver responds again with a full buffer: time booked as unobserved stays so, and nothing is booked twice.
     for k in 360..432 {
-        core.observe(Observation::from(tick(k, 100, Some(100), (432 - k) as u64 * PERIOD)));
+        core.observe(Observation::from(sample_batch(k, 100, Some(100), (432 - k) as u64 * PERIOD)));
     }
     core.observe(Observation::from(batch(taken(432) + SECOND)));
-    passes(&mut core, taken(432) + SECOND);
+    advance_time(&mut core, taken(432) + SECOND);
     let end = (taken(431) - taken(0)) as f64 * 1e-9;
     assert!((sum(time(&core)) - end).abs() < 0.2, "{:?} {end}", time(&core));
 }
@@ -50,7 +50,7 @@ fn a_driver_that_does_not_answer_is_unobserved_and_its_rates_are_unknown() {
 fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
     let mut core = core();
     for k in 0..100 {
-        let mut batch = tick(k, 80, Some(100), 20_000_000);
+        let mut batch = sample_batch(k, 80, Some(100), 20_000_000);
         if k % 4 != 0 {
             batch.samples[0].queried = false;
             batch.process_samples.clear();
@@ -58,8 +58,8 @@ fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
         core.observe(Observation::from(batch));
     }
     assert!(time(&core).unobserved < 0.03, "{:?}", time(&core));
-    // Nothing comes any more: what waits for neighbours is divided.
-    passes(&mut core, taken(100) + 30 * SECOND);
+    // No more samples arrive: samples that wait for neighbours are divided.
+    advance_time(&mut core, taken(100) + 30 * SECOND);
     let t = time(&core);
     assert!((14.0..16.0).contains(&t.unobserved), "{t:?}");
     assert!((t.busy / (t.busy + t.idle) - 0.8).abs() < 1e-6, "{t:?}");
@@ -71,16 +71,16 @@ fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
 }
 
 #[test]
-fn a_ring_that_runs_dry_is_idle_only_where_the_device_says_so() {
+fn an_empty_buffer_means_idle_only_if_the_device_reports_idle() {
     for idle in [true, false] {
         let mut core = core();
         feed(&mut core, (0..30).map(|_| (100, Some(100))));
         for k in 31..90 {
-            let answer = if k < 41 { Answer::Samples } else { Answer::Dry { idle } };
-            core.observe(Observation::from(GpuBatch { answer, ..batch(taken(k)) }));
+            let status = if k < 41 { PollStatus::Samples } else { PollStatus::Dry { idle } };
+            core.observe(Observation::from(GpuBatch { status, ..batch(taken(k)) }));
         }
         for k in 90..120 {
-            core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+            core.observe(Observation::from(sample_batch(k, 100, Some(100), 20_000_000)));
         }
         let t = time(&core);
         let (dry, other) = if idle { (t.idle, t.unobserved) } else { (t.unobserved, t.idle) };
@@ -92,13 +92,13 @@ fn a_ring_that_runs_dry_is_idle_only_where_the_device_says_so() {
 }
 
 #[test]
-fn a_dry_ring_from_the_start_loses_nothing_of_what_comes() {
+fn no_sample_is_lost_after_an_initially_empty_buffer() {
     let mut core = core();
     for k in 0..20 {
-        core.observe(Observation::from(GpuBatch { answer: Answer::Dry { idle: true }, ..batch(taken(k)) }));
+        core.observe(Observation::from(GpuBatch { status: PollStatus::Dry { idle: true }, ..batch(taken(k)) }));
     }
     for k in 20..60 {
-        core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+        core.observe(Observation::from(sample_batch(k, 100, Some(100), 20_000_000)));
     }
     core.observe(Observation::from(batch(taken(70))));
     let t = time(&core);
@@ -107,10 +107,10 @@ fn a_dry_ring_from_the_start_loses_nothing_of_what_comes() {
 }
 
 #[test]
-fn lost_ticks_are_a_gap_and_unobserved() {
+fn lost_samples_are_a_gap_and_unobserved() {
     let mut core = core();
     for k in (0..100).filter(|k| !(40..50).contains(k)) {
-        core.observe(Observation::from(tick(k, 100, Some(100), 20_000_000)));
+        core.observe(Observation::from(sample_batch(k, 100, Some(100), 20_000_000)));
     }
     let snapshot = core.snapshot();
     assert_eq!((snapshot.gpus[0].sample_gaps, snapshot.gpus[0].ring_overruns), (1, 0));
@@ -118,10 +118,10 @@ fn lost_ticks_are_a_gap_and_unobserved() {
 }
 
 #[test]
-fn a_device_without_a_ring_is_unsupported() {
+fn a_device_without_a_sample_buffer_is_unsupported() {
     let mut core = core();
     for k in 0..60 {
-        core.observe(Observation::from(GpuBatch { answer: Answer::Unsupported, ..batch(taken(k)) }));
+        core.observe(Observation::from(GpuBatch { status: PollStatus::Unsupported, ..batch(taken(k)) }));
     }
     let t = time(&core);
     assert!(near(t.unsupported, 59.0 * 0.167) && near(sum(t), t.unsupported), "{t:?}");
@@ -129,7 +129,7 @@ fn a_device_without_a_ring_is_unsupported() {
 }
 
 #[test]
-fn a_mig_device_is_measured_and_its_only_holder_has_it() {
+fn a_mig_device_is_measured_and_credited_to_its_only_holder() {
     use crate::observation::{ProcessKind, RunningProcess};
     let process = |pid| RunningProcess { pid, memory_bytes: Some(7), kind: ProcessKind::Compute };
     for (pids, reason) in [(vec![100], None), (vec![100, 101], Some(Reason::Ambiguous)), (vec![], Some(Reason::NoPid))] {
@@ -138,8 +138,8 @@ fn a_mig_device_is_measured_and_its_only_holder_has_it() {
             let at = |k: u64| BootNs(taken(0) + k * SECOND);
             let gpm = GpmInterval { from: at(k - 1), to: at(k), busy_ratio: 0.25 };
             let processes = Some(pids.iter().copied().map(process).collect());
-            let answer = Answer::Unsupported;
-            core.observe(Observation::from(GpuBatch { gpm: Some(gpm), processes, answer, ..batch(at(k).0) }));
+            let status = PollStatus::Unsupported;
+            core.observe(Observation::from(GpuBatch { gpm: Some(gpm), processes, status, ..batch(at(k).0) }));
         }
         let snapshot = core.snapshot();
         let gpu = &snapshot.gpus[0];
@@ -156,16 +156,20 @@ fn a_mig_device_is_measured_and_its_only_holder_has_it() {
 }
 
 #[test]
-fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first() {
+fn a_reopened_device_keeps_its_seconds_and_credits_nothing_from_the_first_read() {
     let mut core = core();
     feed(&mut core, (0..60).map(|_| (100, Some(100))));
     core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(taken(63)) });
     let before = time(&core);
-    // The clock of the new driver began again.
+    // The clock of the new driver starts again.
     for k in 64..100usize {
         let at = GpuNs(PERIOD * (k as u64 - 60));
         let samples = vec![DeviceSample { at, busy_percent: 100, queried: true }];
-        core.observe(Observation::from(GpuBatch { samples, process_samples: vec![row(at, 100, 100)], ..batch(taken(k)) }));
+        core.observe(Observation::from(GpuBatch {
+            samples,
+            process_samples: vec![process_sample(at, 100, 100)],
+            ..batch(taken(k))
+        }));
     }
     core.observe(Observation::from(batch(taken(110))));
     let after = time(&core);
@@ -174,33 +178,33 @@ fn a_device_that_is_opened_again_keeps_its_seconds_and_credits_nothing_at_first(
 }
 
 #[test]
-fn a_device_that_goes_keeps_its_last_values_for_a_while() {
+fn a_device_that_disappears_keeps_its_last_values_for_a_while() {
     let mut core = core();
     feed(&mut core, (0..60).map(|_| (100, Some(100))));
     core.observe(Observation::GpuGone { gpu: 0, at: BootNs(taken(60)) });
     let busy = time(&core).busy;
-    passes(&mut core, taken(60) + 200 * SECOND);
+    advance_time(&mut core, taken(60) + 200 * SECOND);
     let snapshot = core.snapshot();
     assert_eq!((snapshot.gpus[0].time.busy, snapshot.gpus[0].gone), (busy, Some(BootNs(taken(60)))));
-    passes(&mut core, taken(60) + 400 * SECOND);
+    advance_time(&mut core, taken(60) + 400 * SECOND);
     assert!(core.snapshot().gpus.is_empty());
 }
 
 #[test]
-fn a_device_that_tells_nothing_keeps_no_readings_and_no_holders() {
+fn a_device_that_stops_responding_loses_its_readings_and_holders() {
     let mut core = core();
     feed(&mut core, (0..60).map(|_| (100, Some(100))));
     let processes = vec![RunningProcess { pid: 100, memory_bytes: Some(7), kind: ProcessKind::Compute }];
     let readings = DeviceReadings { temperature_celsius: Some(60.0), ..DeviceReadings::default() };
-    let told = GpuBatch { readings: Some(readings), processes: Some(processes), ..batch(taken(61)) };
-    core.observe(Observation::from(told));
+    let full = GpuBatch { readings: Some(readings), processes: Some(processes), ..batch(taken(61)) };
+    core.observe(Observation::from(full));
     let memory = |core: &Core| {
         let all = core.snapshot().containers;
         all.iter().flat_map(|c| &c.gpus).map(|g| g.memory_used_bytes).collect::<Vec<_>>()
     };
     assert_eq!(memory(&core), [Some(7)]);
-    let silent = GpuBatch { answer: Answer::Failed, readings: Some(DeviceReadings::default()), ..batch(taken(62)) };
-    core.observe(Observation::from(silent));
+    let failed = GpuBatch { status: PollStatus::Failed, readings: Some(DeviceReadings::default()), ..batch(taken(62)) };
+    core.observe(Observation::from(failed));
     assert_eq!((memory(&core), core.snapshot().gpus[0].readings), (vec![None], DeviceReadings::default()));
 }
 
@@ -223,17 +227,17 @@ fn throttling_is_summed_by_reason_and_xids_are_counted() {
 }
 
 #[test]
-fn drift_and_steps_of_a_clock_are_told() {
+fn drift_and_steps_of_a_clock_are_reported() {
     let mut core = core();
-    // The GPU's clock gains 200 parts in a million.
+    // The GPU's clock gains 200 parts per million.
     let stamp = |k: usize, base: u64| GpuNs(base + taken(k) + taken(k) / 5_000);
     for k in 0..1_200 {
-        // Polls come at any moment after a sample.
+        // Polls happen at varying times after a sample.
         let late = 10_000_000 + (k as u64 * 7 % 80) * 1_000_000;
         let base = if k < 900 { SKEW } else { SKEW - 3 * SECOND };
         let at = stamp(k, base);
         let samples = vec![DeviceSample { at, busy_percent: 100, queried: true }];
-        let process_samples = vec![row(at, 100, 100)];
+        let process_samples = vec![process_sample(at, 100, 100)];
         core.observe(Observation::from(GpuBatch { samples, process_samples, stepped: k == 900, ..batch(taken(k) + late) }));
         if k == 899 {
             let clock = core.snapshot().gpus[0].clock;

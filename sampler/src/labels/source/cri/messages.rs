@@ -1,6 +1,6 @@
-//! The CRI's messages, as far as they are read; field numbers from `runtime.v1`'s `api.proto`.
+//! The fields of the CRI's messages that are used; field numbers from `runtime.v1`'s `api.proto`.
 //!
-//! `runtime.v1alpha2` has the same fields under the same numbers. What is not named here, and any value of an enum, is skipped.
+//! `runtime.v1alpha2` has the same fields under the same numbers. All other fields, and all enums, are skipped.
 
 use std::collections::HashMap;
 

@@ -1,7 +1,7 @@
-//! containerd's own API, on the same socket as its CRI: for containers that no kubelet made (nerdctl, ctr), which the CRI does not know
-//! and of which no file tells the image.
+//! containerd's own API, on the same socket as its CRI: for containers of other clients than the kubelet (nerdctl, ctr), which the CRI
+//! does not return and of which no file has the image.
 //!
-//! Field numbers from containerd's `containers.proto` and `namespaces.proto`. `moby`'s containers are Docker's to name.
+//! Field numbers from containerd's `containers.proto` and `namespaces.proto`. Containers in `moby` are left to the Docker source.
 
 use std::collections::HashMap;
 
@@ -12,13 +12,13 @@ use crate::labels::source::grpc::{GrpcError, GrpcSocket};
 
 const NAMESPACES: &str = "/containerd.services.namespaces.v1.Namespaces/List";
 const GET: &str = "/containerd.services.containers.v1.Containers/Get";
-/// In which namespace a request is meant.
-const HEADER: &str = "containerd-namespace";
-const DOCKERS: &str = "moby";
-/// The CRI's own containers have it.
-const CRIS: &str = "io.cri-containerd.kind";
+/// Metadata header with the namespace of a request.
+const NAMESPACE_HEADER: &str = "containerd-namespace";
+const DOCKER_NAMESPACE: &str = "moby";
+/// Label of the CRI's own containers.
+const CRI_LABEL: &str = "io.cri-containerd.kind";
 /// A machine has a handful.
-const MOST_NAMESPACES: usize = 16;
+const MAX_NAMESPACES: usize = 16;
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct ListNamespacesRequest {}
@@ -55,16 +55,16 @@ struct NativeContainer {
     image: String,
 }
 
-/// `None` when no namespace has it. A server without this API answers that it is unimplemented.
+/// Finds a container in all namespaces; `None` if none has it. A server without this API returns `Unimplemented`.
 pub async fn find(socket: &GrpcSocket, id: &str) -> Result<Option<Facts>, GrpcError> {
     let all: ListNamespacesResponse = socket.call(NAMESPACES, ListNamespacesRequest {}).await?;
-    let names = all.namespaces.into_iter().map(|n| n.name).filter(|name| name != DOCKERS);
-    for name in names.take(MOST_NAMESPACES) {
+    let names = all.namespaces.into_iter().map(|n| n.name).filter(|name| name != DOCKER_NAMESPACE);
+    for name in names.take(MAX_NAMESPACES) {
         let request = GetContainerRequest { id: id.to_owned() };
-        match socket.call_with::<_, GetContainerResponse>(GET, request, Some((HEADER, &name))).await {
-            Ok(answer) => {
-                // One of the CRI's, which the CRI does not know (any more): it is not ours to name.
-                let container = answer.container.filter(|container| !container.labels.contains_key(CRIS));
+        match socket.call_with::<_, GetContainerResponse>(GET, request, Some((NAMESPACE_HEADER, &name))).await {
+            Ok(reply) => {
+                // A container of the CRI that the CRI no longer returns is not named here.
+                let container = reply.container.filter(|container| !container.labels.contains_key(CRI_LABEL));
                 return Ok(container.map(|container| facts(&container, id)));
             }
             Err(error) if error.is_not_found() => {}
@@ -75,8 +75,8 @@ pub async fn find(socket: &GrpcSocket, id: &str) -> Result<Option<Facts>, GrpcEr
 }
 
 fn facts(container: &NativeContainer, id: &str) -> Facts {
-    // These clients know no pods.
-    let mut facts = Facts { runtime: Some(Runtime::Containerd), knows_pods: true, ..Facts::default() };
+    // These clients have no pods.
+    let mut facts = Facts { runtime: Some(Runtime::Containerd), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Name, Some(container.labels.get("nerdctl/name").map_or(id, String::as_str)));
     facts.set(Label::Image, Some(&container.image));
     facts

@@ -1,4 +1,4 @@
-//! The CRI client against a server that speaks the protocol, whole and broken.
+//! The CRI client against a test server with valid and invalid responses.
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -40,7 +40,7 @@ fn not_found() -> ServerReply {
     ServerReply::Status(5, "not found".into())
 }
 
-/// A server of one package; anything else is unimplemented, as grpc-go says it.
+/// A server of one package; other calls return `Unimplemented`, as with grpc-go.
 #[derive(Clone)]
 struct Node {
     package: &'static str,
@@ -57,7 +57,7 @@ impl Node {
         Self { package, runtime, container, sandbox: ServerReply::Message(sandbox()), list }
     }
 
-    fn answer(&self, path: &str, request: &[u8]) -> ServerReply {
+    fn reply(&self, path: &str, request: &[u8]) -> ServerReply {
         let Some(method) = path.strip_prefix(&format!("/{}.RuntimeService/", self.package)) else {
             return ServerReply::Status(12, format!("unknown service in {path}"));
         };
@@ -75,34 +75,34 @@ impl Node {
 
     fn start(&self) -> Server {
         let node = self.clone();
-        Server::start(move |path, request| node.answer(path, request))
+        Server::start(move |path, request| node.reply(path, request))
     }
 }
 
-/// `namespace/pod/container name image uid runtime`, with `sandbox` and `no pods` where so; or the outcome's name.
-fn told(answer: &Answer) -> String {
-    let Outcome::Found(facts) = &answer.outcome else { return answer.told.name().to_owned() };
+/// `namespace/pod/container name image uid runtime`, followed by `sandbox` and `no pods` if they apply; or the outcome's name.
+fn summary(reply: &SourceReply) -> String {
+    let Outcome::Found(facts) = &reply.outcome else { return reply.status.name().to_owned() };
     let label = |l: Label| facts.labels[l as usize].as_deref().unwrap_or("-");
     let pod = [Label::Namespace, Label::Pod, Label::Container].map(label).join("/");
     let (name, image, uid) = (label(Label::Name), label(Label::Image), facts.pod_uid.as_deref().unwrap_or("-"));
     let runtime = facts.runtime.map_or("-", Runtime::name);
     let sandbox = if facts.sandbox { " sandbox" } else { "" };
-    let pods = if facts.knows_pods { "" } else { " no pods" };
+    let pods = if facts.pod_status_known { "" } else { " no pods" };
     format!("{pod} {name} {image} {uid} {runtime}{sandbox}{pods}")
 }
 
-async fn check(node: Node, id: &str, expect: &str) -> Answer {
+async fn check(node: Node, id: &str, expect: &str) -> SourceReply {
     let server = node.start();
-    let answer = Cri::new(&server.path).ask(id, None).await;
-    assert_eq!(told(&answer), expect, "{}", answer.detail);
-    answer
+    let reply = Cri::new(&server.path).query(id, None).await;
+    assert_eq!(summary(&reply), expect, "{}", reply.detail);
+    reply
 }
 
 const V1: &str = "runtime.v1";
 const ALPHA: &str = "runtime.v1alpha2";
 
 #[tokio::test]
-async fn containers() {
+async fn containers_have_the_labels_of_their_pod() {
     check(Node::new(V1, "containerd"), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
     check(Node::new(ALPHA, "containerd"), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
     check(Node::new(V1, "cri-o"), ID, "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 cri-o").await;
@@ -111,42 +111,42 @@ async fn containers() {
     check(Node::new(V1, ""), ID, "n/p/c 73e1 registry/i:1 u-1 -").await;
     check(Node::new(V1, "containerd"), "other", "not-found").await;
     check(Node::new(V1, "containerd"), "", "not-found").await;
-    // Answered by the beginning of an id: another container.
+    // A response by the prefix of an id: another container.
     let other = ServerReply::Message(field(1, [field(1, "73e1ff"), labels()].concat()));
     check(Node { container: other, ..Node::new(V1, "containerd") }, ID, "not-found").await;
 }
 
 #[tokio::test]
-async fn sandboxes() {
+async fn sandboxes_are_found_with_every_runtime() {
     check(Node::new(V1, "containerd"), SANDBOX, "n/p/- 5a00 - u-1 containerd sandbox").await;
     check(Node::new(V1, "cri-o"), SANDBOX, "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox").await;
-    // cri-dockerd answers for a sandbox as for a container.
+    // cri-dockerd returns a sandbox like a container.
     let names = [entry(12, "io.kubernetes.pod.name", "p"), entry(12, "io.kubernetes.pod.namespace", "n")].concat();
     let uid = entry(12, "io.kubernetes.pod.uid", "u-1");
     let pod = ServerReply::Message(field(1, [field(1, ID), field(2, field(1, "POD")), names, uid].concat()));
     check(Node { container: pod, ..Node::new(ALPHA, "docker") }, ID, "n/p/POD k8s_POD_p_n_u-1_0 - u-1 docker sandbox").await;
-    // The first years' way of not finding.
-    let words = ServerReply::Status(2, "container with ID starting with 5a00 not found: ID does not exist".into());
+    // Early servers report "not found" in the message only.
+    let old_not_found = ServerReply::Status(2, "container with ID starting with 5a00 not found: ID does not exist".into());
     let server = Server::start(move |path, request| match path.ends_with("/ContainerStatus") {
-        true => words.clone(),
-        false => Node::new(ALPHA, "cri-o").answer(path, request),
+        true => old_not_found.clone(),
+        false => Node::new(ALPHA, "cri-o").reply(path, request),
     });
-    assert_eq!(told(&Cri::new(&server.path).ask(SANDBOX, None).await), "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox");
+    assert_eq!(summary(&Cri::new(&server.path).query(SANDBOX, None).await), "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox");
 }
 
 #[tokio::test]
-async fn labels_that_another_client_did_not_set() {
+async fn missing_kubelet_labels_come_from_the_sandbox() {
     let bare = Node { container: ServerReply::Message(container(&[])), ..Node::new(V1, "containerd") };
     check(bare.clone(), ID, "n/p/c 73e1 registry/i:1 u-1 containerd").await;
     let gone = Node { sandbox: not_found(), ..bare.clone() };
     check(gone, ID, "-/-/c 73e1 registry/i:1 - containerd no pods").await;
     let failing = Node { list: ServerReply::Status(13, "busy".into()), runtime: "cri-o", ..bare };
-    let answer = check(failing, ID, "-/-/c - registry/i:1 - cri-o no pods").await;
-    assert!(answer.detail.contains("/runtime.v1.RuntimeService/ListContainers"), "{}", answer.detail);
+    let reply = check(failing, ID, "-/-/c - registry/i:1 - cri-o no pods").await;
+    assert!(reply.detail.contains("/runtime.v1.RuntimeService/ListContainers"), "{}", reply.detail);
 }
 
 #[tokio::test]
-async fn images() {
+async fn the_best_name_of_an_image_is_used() {
     for (image, user, reference, expect) in [
         ("i:1", "u:1", "r@sha256:1", "i:1"),
         ("", "u:1", "r@sha256:1", "u:1"),
@@ -165,7 +165,7 @@ async fn images() {
 }
 
 #[tokio::test]
-async fn what_is_not_known_is_skipped() {
+async fn unknown_fields_are_skipped() {
     // A state 99, a signal 200, fields 40 (text), 41 (a message) and 42 (a number), at every level.
     let more = [number(3, 99), number(19, 200), field(40, "new"), field(41, field(1, "x")), number(42, u64::MAX)].concat();
     let mut status = container(&[labels(), more.clone()].concat());
@@ -189,54 +189,54 @@ async fn failures_name_the_endpoint_and_the_call() {
     ] {
         let server = Node { container: reply, ..Node::new(V1, "containerd") }.start();
         let cri = Cri { limit: Duration::from_millis(100), ..Cri::new(&server.path) };
-        let answer = cri.ask(ID, None).await;
-        assert_eq!(told(&answer), expect, "{}", answer.detail);
+        let reply = cri.query(ID, None).await;
+        assert_eq!(summary(&reply), expect, "{}", reply.detail);
         let call = format!("unix://{} /runtime.v1.RuntimeService/ContainerStatus", server.path.display());
-        assert!(answer.detail.contains(&call), "{}", answer.detail);
+        assert!(reply.detail.contains(&call), "{}", reply.detail);
     }
     let server = Server::raw(&[0x5a; 9000]);
-    assert_eq!(told(&Cri::new(&server.path).ask(ID, None).await), "error");
+    assert_eq!(summary(&Cri::new(&server.path).query(ID, None).await), "error");
     let server = Node::new("none", "").start();
-    let answer = Cri::new(&server.path).ask(ID, None).await;
-    assert_eq!((told(&answer).as_str(), answer.detail.as_str()), ("not-found", "it serves no CRI"));
-    let answer = Cri::new("/nowhere/s.sock").ask(ID, None).await;
-    assert_eq!((told(&answer), answer.detail), ("not-tried".into(), "unix:///nowhere/s.sock: no such socket".into()));
+    let reply = Cri::new(&server.path).query(ID, None).await;
+    assert_eq!((summary(&reply).as_str(), reply.detail.as_str()), ("not-found", "the server does not implement the CRI"));
+    let reply = Cri::new("/nowhere/s.sock").query(ID, None).await;
+    assert_eq!((summary(&reply), reply.detail), ("not-tried".into(), "unix:///nowhere/s.sock: no such socket".into()));
 }
 
 #[tokio::test]
-async fn a_hung_version_costs_only_the_name() {
+async fn a_hung_version_call_costs_only_the_name() {
     let node = Node::new(V1, "cri-o");
     let server = Server::start(move |path, request| match path.ends_with("/Version") {
         true => ServerReply::Hang,
-        false => node.answer(path, request),
+        false => node.reply(path, request),
     });
     let cri = Cri::new(&server.path);
-    for _ in 1..LATE_VERSIONS {
-        assert_eq!(told(&cri.ask(ID, None).await), "n/p/c - registry/i:1 u-1 -", "a name that would be another later");
+    for _ in 1..MAX_LATE_VERSIONS {
+        assert_eq!(summary(&cri.query(ID, None).await), "n/p/c - registry/i:1 u-1 -", "a name that would change later");
     }
-    assert_eq!(told(&cri.ask(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 -");
-    assert_eq!(told(&cri.ask(ID, Some(Runtime::CriO)).await), "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 cri-o");
+    assert_eq!(summary(&cri.query(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 -");
+    assert_eq!(summary(&cri.query(ID, Some(Runtime::CriO)).await), "n/p/c k8s_c_p_n_u-1_3 registry/i:1 u-1 cri-o");
 }
 
 #[tokio::test]
-async fn versions_and_the_runtime_are_remembered_for_one_socket() {
+async fn version_and_runtime_are_cached_per_socket() {
     let (calls, node) = (Arc::new(AtomicUsize::new(0)), Node::new(ALPHA, "cri-o"));
     let counted = Arc::clone(&calls);
     let server = Server::start(move |path, request| {
         counted.fetch_add(1, Ordering::Relaxed);
-        node.answer(path, request)
+        node.reply(path, request)
     });
     let cri = Cri::new(&server.path);
     for (n, expect) in [3, 1, 1].into_iter().enumerate() {
         calls.store(0, Ordering::Relaxed);
-        assert!(told(&cri.ask(ID, None).await).ends_with("cri-o"));
-        assert_eq!(calls.load(Ordering::Relaxed), expect, "question {n}");
+        assert!(summary(&cri.query(ID, None).await).ends_with("cri-o"));
+        assert_eq!(calls.load(Ordering::Relaxed), expect, "query {n}");
     }
     assert_eq!(cri.version().await.unwrap().package, ALPHA);
-    // Replaced by another runtime with the other version.
+    // The socket is replaced by another runtime with the other version.
     let node = Node::new(V1, "containerd");
-    let _server = Server::start_in(server.stop(), move |path, request| node.answer(path, request));
-    assert_eq!(told(&cri.ask(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 containerd");
+    let _server = Server::start_in(server.stop(), move |path, request| node.reply(path, request));
+    assert_eq!(summary(&cri.query(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 containerd");
     let version = cri.version().await.unwrap();
     assert_eq!((version.runtime_version.as_str(), version.package), ("dev", V1));
 }

@@ -1,11 +1,12 @@
-//! Findings, the matrix of who got what meanwhile, and the evidence.
+//! Findings, the matrix of GPU time received by contenders, and the evidence.
 
 use super::super::model::*;
+use super::super::ranking::{UserUsage, involved, received, sort_victims, split_contenders, strongest};
 use super::super::words;
-use super::markup::{esc, sentence};
-use super::{HtmlPage, RankedUsage, SHOWN};
+use super::markup::{html_escape, sentence};
+use super::{HtmlPage, SHOWN};
 
-/// Others that are told one by one for each user, besides those with more evidence than coactivity.
+/// Contenders that are listed for each user, in addition to those with stronger evidence than coactivity.
 const OTHERS: usize = 5;
 
 impl HtmlPage<'_> {
@@ -17,14 +18,15 @@ impl HtmlPage<'_> {
         for finding in &self.report.findings {
             let usage =
                 self.report.user(&finding.victim).and_then(|user| user.gpus.iter().find(|usage| usage.uuid == finding.uuid));
-            let contender =
-                usage.zip(finding.aggressor.as_deref()).and_then(|(usage, id)| usage.contenders.iter().find(|one| one.id == id));
+            let contender = usage
+                .zip(finding.aggressor.as_deref())
+                .and_then(|(usage, id)| usage.contenders.iter().find(|contender| contender.id == id));
             let mut markup = format!(
                 "<article class=\"card finding {}\"><p class=\"tags\">{}<span class=\"tag\">{}</span></p><p class=\"lead\">{}</p>",
                 finding.evidence.map_or("own", Evidence::name),
                 finding.evidence.map(badge).unwrap_or_default(),
-                self.gpu_name(&finding.uuid),
-                esc(&finding.text)
+                words::gpu_name(self.report, &finding.uuid),
+                html_escape(&finding.text)
             );
             markup += &contender.map(|contender| self.rates(&finding.victim, contender)).unwrap_or_default();
             markup += &usage.map(|usage| causes(&usage.causes)).unwrap_or_default();
@@ -34,7 +36,7 @@ impl HtmlPage<'_> {
         self.add("</section>");
     }
 
-    /// The victim's rate while the other was off and on, as two bars.
+    /// The victim's rate while the contender was off and on, as two bars.
     fn rates(&self, victim: &str, contender: &Contender) -> String {
         let (Some(before), Some(after)) = (contender.rate_before, contender.rate_after) else { return String::new() };
         let class = self.colour_of(victim).map_or_else(|| "busy".to_owned(), |colour| format!("c{colour}"));
@@ -52,7 +54,7 @@ impl HtmlPage<'_> {
             facts.push(format!("{level}interval <b>{low:.2} to {high:.2}</b>"));
         }
         facts.push(format!("<b>{}</b>", words::counted(contender.transitions as usize, "change", "changes")));
-        facts.push(format!("together for <b>{}</b>", words::seconds(contender.coactive_seconds)));
+        facts.push(format!("coactive for <b>{}</b>", words::seconds(contender.coactive_seconds)));
         format!(
             "<table class=\"rates\"><caption>GPU-seconds per second of {}</caption>{}{}</table><p class=\"facts\">{}</p>",
             self.user(victim),
@@ -62,26 +64,24 @@ impl HtmlPage<'_> {
         )
     }
 
-    /// Rows: those who were active; columns: what others got meanwhile, with the GPU saturated.
-    pub(super) fn matrix(&mut self, gpu: &GpuReport, users: &[RankedUsage<'_>]) {
-        let got = |row: &RankedUsage<'_>, other: &RankedUsage<'_>| {
-            row.2.contenders.iter().find(|one| one.id == other.1.id).map_or(0.0, |one| one.saturated_gpu_seconds)
-        };
-        let all: Vec<&RankedUsage<'_>> = users.iter().take(SHOWN).collect();
-        let met = |one: &&&RankedUsage<'_>| all.iter().any(|other| got(one, other) > 0.0 || got(other, one) > 0.0);
-        let involved: Vec<&RankedUsage<'_>> = all.iter().filter(met).copied().collect();
+    /// Rows: the active user; columns: GPU time of other users in the same windows while the GPU was saturated.
+    pub(super) fn matrix(&mut self, gpu: &GpuReport, users: &[UserUsage<'_>]) {
+        let involved = involved(users.get(..SHOWN).unwrap_or(users));
         if involved.len() < 2 {
             return;
         }
-        let most = involved.iter().flat_map(|row| involved.iter().map(|other| got(row, other))).fold(0.0, f64::max);
-        self.add("<h3>Who got what meanwhile</h3><p class=\"note\">GPU-seconds that the column's user got while the row's was active and");
-        self.add("the GPU saturated.</p><div class=\"scroll\"><table class=\"matrix\"><thead><tr><td></td>");
+        let most = involved.iter().flat_map(|row| involved.iter().map(|other| received(row, other))).fold(0.0, f64::max);
+        self.add(
+            "<h3>GPU time received by contenders</h3><p class=\"note\">GPU-seconds that the user of the column received while",
+        );
+        self.add("the user of the row was active and the GPU saturated.</p>");
+        self.add("<div class=\"scroll\"><table class=\"matrix\"><thead><tr><td></td>");
         let heads: String = (1..=involved.len()).map(|nth| format!("<th scope=\"col\">{nth}</th>")).collect();
         self.add(&format!("{heads}</tr></thead><tbody>"));
         for (nth, row) in involved.iter().enumerate() {
-            let mut line = format!("<tr><th scope=\"row\"><span class=\"nth\">{}</span> {}</th>", nth + 1, self.user(&row.1.id));
+            let mut line = format!("<tr><th scope=\"row\"><span class=\"nth\">{}</span> {}</th>", nth + 1, self.user(&row.0.id));
             for (column, other) in involved.iter().enumerate() {
-                let value = got(row, other);
+                let value = received(row, other);
                 line += &match value {
                     _ if nth == column => "<td class=\"self\"></td>".to_owned(),
                     0.0 => "<td class=\"none\">·</td>".to_owned(),
@@ -98,23 +98,23 @@ impl HtmlPage<'_> {
         }
         self.add("</tbody></table></div>");
         if users.len() > SHOWN {
-            let note = format!("The first {SHOWN} users of {}; the others are in the json format.", self.gpu_name(&gpu.uuid));
+            let note = format!(
+                "The first {SHOWN} users of {}; the others are in the json format.",
+                words::gpu_name(self.report, &gpu.uuid)
+            );
             self.add(&format!("<p class=\"note\">{note}</p>"));
         }
     }
 
-    pub(super) fn victims(&mut self, users: &[RankedUsage<'_>]) {
-        let strongest = |usage: &Usage| usage.contenders.iter().map(|one| one.evidence).max();
-        let mut victims: Vec<&RankedUsage<'_>> = users.iter().filter(|(_, _, usage)| !usage.contenders.is_empty()).collect();
+    pub(super) fn victims(&mut self, users: &[UserUsage<'_>]) {
+        let mut victims: Vec<UserUsage<'_>> = users.to_vec();
+        victims.retain(|(_, usage)| !usage.contenders.is_empty());
         if victims.is_empty() {
             return;
         }
-        victims.sort_by(|(_, _, one), (_, _, other)| {
-            let waited = other.contended_seconds.total_cmp(&one.contended_seconds);
-            strongest(other).cmp(&strongest(one)).then(waited)
-        });
+        sort_victims(&mut victims);
         self.add("<h3>Evidence</h3><div class=\"victims\">");
-        for (_, user, usage) in victims.iter().take(SHOWN) {
+        for (user, usage) in victims.iter().take(SHOWN) {
             let mut markup = format!(
                 "<details><summary>{} {}<span class=\"aside\">{} contended of {} active</span></summary>",
                 self.user(&user.id),
@@ -122,31 +122,32 @@ impl HtmlPage<'_> {
                 words::seconds(usage.contended_seconds),
                 words::seconds(usage.active_seconds)
             );
-            let told =
-                usage.contenders.iter().enumerate().filter(|(nth, one)| *nth < OTHERS || one.evidence > Evidence::Coactive);
-            let told: Vec<&Contender> = told.map(|(_, one)| one).collect();
-            markup += &told.iter().map(|one| self.contender(one)).collect::<String>();
-            let left = usage.contenders.len() - told.len();
-            if left > 0 {
-                markup += &format!("<p class=\"note\">{} more, who got less, are in the json format.</p>", words::count(left));
+            let (listed, others) = split_contenders(usage, OTHERS);
+            markup += &listed.iter().map(|contender| self.contender(contender)).collect::<String>();
+            if !others.is_empty() {
+                let n = words::count(others.len());
+                markup += &format!("<p class=\"note\">{n} more contenders with less GPU time are in the json format.</p>");
             }
             self.add(&(markup + &causes(&usage.causes) + "</details>"));
         }
         self.add("</div>");
         if victims.len() > SHOWN {
-            self.add(&format!("<p class=\"note\">{} more are in the json format.</p>", words::count(victims.len() - SHOWN)));
+            self.add(&format!(
+                "<p class=\"note\">{} more users are in the json format.</p>",
+                words::count(victims.len() - SHOWN)
+            ));
         }
     }
 
     fn contender(&self, contender: &Contender) -> String {
-        let why = &contender.why_not_confirmed;
+        let reason = &contender.why_not_confirmed;
         let parts = [
             words::rates(contender).map(|rates| format!("{rates}.")),
-            (!why.is_empty()).then(|| format!("Not confirmed: {}.", esc(why).trim_end_matches('.'))),
+            (!reason.is_empty()).then(|| format!("Not confirmed: {}.", html_escape(reason).trim_end_matches('.'))),
         ];
         format!(
-            "<div class=\"contender\"><p>{} {}got <b>{}</b> GPU-seconds meanwhile, <b>{}</b> of them with the GPU saturated; together for \
-             <b>{}</b>.</p><p class=\"note\">{}</p></div>",
+            "<div class=\"contender\"><p>{} {}received <b>{}</b> GPU-seconds in the same windows, <b>{}</b> of them while the \
+             GPU was saturated; coactive for <b>{}</b>.</p><p class=\"note\">{}</p></div>",
             self.user(&contender.id),
             if contender.evidence > Evidence::Coactive { badge(contender.evidence) } else { String::new() },
             words::with_error(contender.gpu_seconds, contender.gpu_seconds_stderr),
@@ -161,12 +162,12 @@ fn badge(evidence: Evidence) -> String {
     format!("<span class=\"tag {0}\" title=\"{1}\">{0}</span> ", evidence.name(), sentence(words::meaning(evidence)))
 }
 
-/// What else could explain it, the open questions first.
+/// Other causes: possible ones first, then unknown ones.
 fn causes(all: &[Cause]) -> String {
     if all.is_empty() {
         return String::new();
     }
-    let mut out = "<h4>What else could explain it</h4><ul class=\"causes\">".to_owned();
+    let mut out = "<h4>Other causes</h4><ul class=\"causes\">".to_owned();
     for verdict in [Verdict::Possible, Verdict::Unknown, Verdict::RuledOut] {
         for cause in all.iter().filter(|cause| cause.verdict == verdict) {
             out += &format!(
@@ -174,7 +175,7 @@ fn causes(all: &[Cause]) -> String {
                 verdict.name(),
                 words::verdict(verdict),
                 words::cause(cause.cause),
-                esc(&cause.detail)
+                html_escape(&cause.detail)
             );
         }
     }

@@ -1,0 +1,69 @@
+//! Names and shares of users, as `top` shows them.
+
+use sampler_report::{UserName, short_id};
+
+use crate::cli::text::{DASH, terminal_safe};
+use crate::export::live::{LiveOther, LiveUser};
+
+fn text(value: &Option<String>) -> &str {
+    value.as_deref().unwrap_or_default()
+}
+
+pub fn name(user: &LiveUser) -> String {
+    let name = UserName {
+        namespace: text(&user.namespace),
+        pod: text(&user.pod),
+        container: text(&user.container),
+        name: text(&user.name),
+        container_id: &user.container_id,
+        id: &user.id,
+    };
+    terminal_safe(&name.to_string())
+}
+
+pub fn contender_name(other: &LiveOther) -> String {
+    match other.kind.as_str() {
+        "host" => return "the host".into(),
+        "unknown" => return "unknown".into(),
+        "_other" => return "others".into(),
+        _ => {}
+    }
+    let name = UserName {
+        namespace: text(&other.namespace),
+        pod: text(&other.pod),
+        container: text(&other.container),
+        name: text(&other.name),
+        container_id: text(&other.container_id),
+        id: "?",
+    };
+    terminal_safe(&name.to_string())
+}
+
+/// Identifies a contender.
+pub fn contender_key(other: &LiveOther) -> &str {
+    other.container_id.as_deref().unwrap_or(&other.kind)
+}
+
+pub fn short(id: &str) -> String {
+    terminal_safe(short_id(id))
+}
+
+/// Percent with its standard error.
+pub fn share(user: &LiveUser) -> String {
+    match (user.duty_cycle_percent, user.duty_cycle_stderr) {
+        (Some(share), Some(error)) => format!("{share:.1} ±{error:.1}"),
+        (Some(share), None) => format!("{share:.1}"),
+        (None, _) => DASH.into(),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_of_tenants_are_safe_to_display() {
+        let user = LiveUser { name: Some("web\x1b[2J".to_owned()), ..LiveUser::default() };
+        assert_eq!(name(&user), "web\\u{1b}[2J");
+    }
+}

@@ -1,0 +1,72 @@
+//! GPU time, memory and contention of containers.
+
+use super::{Family, families};
+
+/// Of a container and a GPU.
+const LABELS: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id"];
+const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id", "engine"];
+const WITH_CONTENDER: &[&str] = &[
+    "uuid",
+    "gpu_uuid",
+    "namespace",
+    "pod",
+    "container",
+    "container_id",
+    "other_namespace",
+    "other_pod",
+    "other_container",
+    "other_container_id",
+];
+
+families! {
+    SECONDS: Family::counter("container_gpu_seconds_total", "seconds", LABELS)
+        .help("GPU time credited to the container, in seconds.")
+        .absent("until the labels of the container are settled")
+        .starts_at_zero();
+    SECONDS_STDERR: Family::gauge("container_gpu_seconds_stderr", "seconds", LABELS)
+        .help("One standard error of container_gpu_seconds_total, in seconds.")
+        .absent("if container_gpu_seconds_total is")
+        .starts_at_zero();
+    SAMPLES: Family::counter("container_gpu_samples_total", "samples", LABELS)
+        .help("Number of driver samples behind container_gpu_seconds_total.")
+        .absent("if container_gpu_seconds_total is")
+        .starts_at_zero();
+    UTILIZATION: Family::gauge("container_gpu_utilization_ratio", "ratio", LABELS)
+        .help("Share of the past 10 seconds in which the container kept the GPU busy, from 0 to 1.")
+        .absent("if nothing of these 10 seconds was observed");
+    UTILIZATION_STDERR: Family::gauge("container_gpu_utilization_stderr_ratio", "ratio", LABELS)
+        .help("One standard error of container_gpu_utilization_ratio, in the same unit.")
+        .absent("if container_gpu_utilization_ratio is");
+    WINDOW_SHARE: Family::histogram("container_gpu_window_share_ratio", "ratio", LABELS)
+        .help("Share of wall time that is credited to the container, from 0 to 1, observed once per window of 10 seconds.")
+        .absent("before the first complete window")
+        .starts_at_zero();
+    ENGINE_SECONDS: Family::counter("container_gpu_engine_seconds_total", "seconds", WITH_ENGINE)
+        .help("Time of the engines other than compute that is credited to the container, in seconds. \
+               The driver samples each engine separately.")
+        .absent("until the container uses the engine")
+        .starts_at_zero();
+    COACTIVE_SECONDS: Family::counter("container_gpu_coactive_seconds_total", "seconds", LABELS)
+        .help("Time in which the container and another user were active on the same GPU, in seconds. Too small where \
+               gpu_sampler_queried_samples_total grows much slower than gpu_sampler_samples_total.")
+        .absent("if container_gpu_seconds_total is")
+        .starts_at_zero();
+    CONTENTION_SECONDS: Family::counter("container_gpu_contention_seconds_total", "seconds", WITH_CONTENDER)
+        .help("GPU time that another user received while the container was active and the GPU was saturated, in seconds. Too small \
+               where gpu_sampler_queried_samples_total grows much slower than gpu_sampler_samples_total.")
+        .absent("until there is a contender with settled labels")
+        .starts_at_zero();
+    MEMORY_USED: Family::gauge("container_gpu_memory_used_bytes", "bytes", LABELS)
+        .help("GPU memory held by the processes of the container, in bytes.")
+        .absent("if the driver does not report it");
+    MPS_CLIENTS: Family::gauge("container_gpu_mps_clients", "processes", LABELS)
+        .help("Number of processes of the container that share the GPU through the multi-process service (MPS); samples do not \
+               distinguish them.")
+        .absent("if there are none");
+    ASSIGNED: Family::gauge("container_gpu_assigned", "none", LABELS)
+        .help("Whether the kubelet has assigned this GPU, or a part of it, to the container; value is always 1.")
+        .absent("if it has not");
+    INFO: Family::gauge("container_gpu_info", "none", &["container_id", "image", "name", "runtime", "pod_uid", "id"])
+        .help("Image, name, runtime, pod UID and cgroup path of the container with this container_id; value is always 1.")
+        .absent("until the labels of the container are settled");
+}

@@ -1,0 +1,14 @@
+//! Sessions and the ring for their lookback.
+
+use super::{Family, families};
+
+families! {
+    SESSIONS: Family::gauge("gpu_sampler_sessions", "sessions", &["state"])
+        .help("Number of sessions by state, including those of earlier runs.");
+    DROPPED_FRAMES: Family::counter("gpu_sampler_session_dropped_frames_total", "frames", &[])
+        .help("Number of frames missing in session files because the disk or the recorder was too slow.");
+    RING_BYTES: Family::gauge("gpu_sampler_session_ring_bytes", "bytes", &[])
+        .help("Size of the facts kept in memory for the lookback of sessions, in bytes.");
+    RING_SECONDS: Family::gauge("gpu_sampler_session_ring_seconds", "seconds", &[])
+        .help("Longest lookback that is available now, in seconds.");
+}

@@ -1,0 +1,290 @@
+//! An exposition with every family, compared with `golden/metrics.txt` and with the catalogue.
+
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::path::Path;
+use std::sync::Arc;
+use std::time::Duration;
+
+use sampler_core::cgroup_path::parse;
+use sampler_core::device::{ClockView, DeviceReadings, Engine, GpuInfo, MigMode, Reason, SampleCounts, THROTTLE_REASONS};
+use sampler_core::identity::ContainerRecord;
+use sampler_core::observation::{CpuQuota, PressureFact, Rejected};
+use sampler_core::snapshot::{
+    ContainerGpu, ContainerView, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, WindowShares,
+};
+use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
+use sampler_labels::{ContainerLabels, Facts, Label, Source};
+
+use super::assigned::AssignedGpus;
+use super::catalogue::{Family, reference};
+use super::encode::Families;
+use super::ledger::Ledger;
+use super::{families, gpus, nvml_families, pressure, sessions};
+use crate::config::PodLabels;
+use crate::health::nvml_calls::DeviceView;
+use crate::health::{CALL_BOUNDS, HealthView, IDENTIFY_BOUNDS, Times};
+use crate::labels::{LabelStats, LabelView, RESOLVE_BOUNDS};
+use crate::observe::pressure::PressureView;
+use crate::session::RecorderView;
+
+fn container(n: u64, is_settled: bool) -> (ContainerRecord, LabelView) {
+    let cgroup_path = format!("/docker/{n:064x}");
+    let identity = parse(&cgroup_path);
+    let key = ContainerKey(n);
+    let record = ContainerRecord { key, cgroup_path, identity, created: BootNs(0), creation_seen: true };
+    let mut facts = Facts { pod_status_known: true, ..Facts::default() };
+    for (label, text) in [(Label::Namespace, "prod"), (Label::Pod, "trainer"), (Label::Container, "main")] {
+        facts.set(label, Some(text));
+    }
+    let mut labels = ContainerLabels::from_path(&record);
+    labels.merge(Source::Docker, &facts);
+    labels.settled = is_settled;
+    (record, HashMap::from([(key, Arc::new(labels))]))
+}
+
+fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
+    let count = scale as u64;
+    let info = GpuInfo {
+        uuid: GpuUuid(uuid.into()),
+        parent: parent.map(|uuid| GpuUuid(uuid.into())),
+        model: "Tesla \"V100\"".into(),
+        pci_bus_id: "00000000:3B:00.0".into(),
+        driver_version: "570.1".into(),
+        mig_mode: if uuid == "GPU-mig" { MigMode::Enabled } else { MigMode::Disabled },
+        ..GpuInfo::default()
+    };
+    GpuView {
+        info: Arc::new(info),
+        readings: DeviceReadings {
+            memory_used_bytes: Some(1 << 30),
+            memory_total_bytes: Some(16 << 30),
+            power_watts: Some(123.5),
+            energy_joules: Some(1000.0 * scale),
+            temperature_celsius: Some(55.0),
+            sm_clock_hertz: Some(1.5e9),
+            throttle_reasons: None,
+        },
+        time: GpuTime { busy: 10.0 * scale, idle: 5.0 * scale, unobserved: 0.5 * scale, unsupported: 0.25 * scale },
+        unattributed: std::array::from_fn::<f64, { Reason::ALL.len() }, _>(|n| n as f64 * 0.125 * scale),
+        utilization_ratio: Some(0.75),
+        coactive_ratio: Some(0.5),
+        last_sample: Some(WallTime(1_700_000_000_250_000_000)),
+        sample_period_seconds: Some(0.02),
+        sample_gaps: 2 * count,
+        counts: SampleCounts { samples: 100 * count, queried: 50 * count },
+        expected_stderr_ratio: Some(0.03),
+        ring_overruns: count,
+        rejected: std::array::from_fn::<u64, { Rejected::ALL.len() }, _>(|n| n as u64 * count),
+        off_grid: 3 * count,
+        clock: ClockView {
+            ahead_of_boot_seconds: Some(0.001),
+            uncertainty_seconds: Some(0.0005),
+            drift_ratio: Some(1e-6),
+            steps: count,
+        },
+        engines: vec![EngineTime { engine: Engine::Encoder, busy: 4.0 * scale, unattributed: [0.5 * scale; Reason::ALL.len()] }],
+        throttle_seconds: Some(std::array::from_fn::<f64, { THROTTLE_REASONS.len() }, _>(|n| n as f64 * scale)),
+        xids: vec![(79, count)],
+        gone: None,
+    }
+}
+
+fn used(gpu: usize, scale: f64) -> ContainerGpu {
+    let count = scale as u64;
+    let others = [Other::Container(ContainerKey(2)), Other::Host, Other::Unknown, Other::Rest];
+    ContainerGpu {
+        gpu,
+        seconds: 3.0 * scale,
+        seconds_stderr: 0.125 * scale,
+        samples: 30 * count,
+        engines: vec![(Engine::Encoder, 2.0 * scale)],
+        window_shares: Some(Arc::new(WindowShares { count, sum: 0.3 * scale, buckets: vec![count; WindowShares::BOUNDS.len()] })),
+        active_seconds: 2.0 * scale,
+        coactive_seconds: 1.5 * scale,
+        contention: others.map(|other| Contention { other, seconds: 0.5 * scale }).into(),
+        mps_clients: 2,
+        duty_cycle_percent: Some(33.0),
+        duty_cycle_stderr: Some(1.5),
+        memory_used_bytes: Some(512 << 20),
+    }
+}
+
+/// A node on which every family has a series; `scale` multiplies what counts.
+struct Node {
+    snapshot: Snapshot,
+    labels: LabelView,
+    pressure: PressureView,
+}
+
+impl Node {
+    fn new(at_s: u64, scale: f64) -> Self {
+        let (first, mut labels) = container(1, true);
+        let (second, of_second) = container(2, true);
+        let (unsettled, of_unsettled) = container(3, false);
+        labels.extend(of_second);
+        labels.extend(of_unsettled);
+        let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus };
+        let containers = vec![
+            view(first, vec![used(0, scale), used(2, scale)]),
+            view(second, vec![used(0, scale)]),
+            view(unsettled, vec![used(0, 1.0)]),
+        ];
+        let gpus = vec![gpu("GPU-1", None, scale), gpu("GPU-mig", None, scale), gpu("MIG-1", Some("GPU-mig"), scale)];
+        let fact = |key| PressureFact {
+            key: ContainerKey(key),
+            cpu: Some(CpuQuota { throttled_ns: scale as u64 * 2_500_000_000, ..CpuQuota::default() }),
+            cpu_some_ns: Some(scale as u64 * 1_000_000_000),
+            memory_some_ns: Some(0),
+            io_some_ns: (scale > 1.0).then_some(scale as u64 * 1_500_000_000),
+            ..PressureFact::default()
+        };
+        let facts = HashMap::from([1, 2].map(|key| (ContainerKey(key), fact(key))));
+        let pressure = PressureView { facts, took: Duration::from_millis(250), ..PressureView::default() };
+        let snapshot = Snapshot { at: BootNs(at_s * 1_000_000_000), wall: WallTime(0), gpus, containers };
+        Self { snapshot, labels, pressure }
+    }
+
+    /// Before anything was used: one GPU without engines, one container.
+    fn quiet() -> Self {
+        let mut node = Self::new(1, 1.0);
+        node.snapshot.gpus.truncate(1);
+        let gpu = &mut node.snapshot.gpus[0];
+        (gpu.engines, gpu.throttle_seconds, gpu.xids) = (Vec::new(), None, Vec::new());
+        node.snapshot.containers.truncate(1);
+        let pairs = &mut node.snapshot.containers[0].gpus;
+        pairs.truncate(1);
+        (pairs[0].engines, pairs[0].window_shares, pairs[0].contention) = (Vec::new(), None, Vec::new());
+        node.pressure.facts.remove(&ContainerKey(2));
+        node
+    }
+}
+
+fn times(bounds: &[f64]) -> Times {
+    Times { count: 3, sum_seconds: 0.75, buckets: vec![2; bounds.len()] }
+}
+
+fn devices() -> Vec<DeviceView> {
+    vec![DeviceView {
+        uuid: "GPU-1".into(),
+        calls: vec![("get_samples", times(&CALL_BOUNDS))],
+        errors: vec![("get_samples", "not_found".into(), 4)],
+        supported: vec![("get_samples", true)],
+        poll_interval_seconds: Some(1.0),
+        busy_ratio: Some(0.01),
+        cpu_ratio: Some(0.02),
+        stalled: Some(false),
+    }]
+}
+
+fn label_stats() -> LabelStats {
+    LabelStats {
+        up: BTreeMap::from([(("docker", "/run/docker.sock".to_owned()), true)]),
+        calls: BTreeMap::from([(("docker", "ok"), 5)]),
+        reads: BTreeMap::from([(("bundle", "absent"), 6)]),
+        resolve_count: 2,
+        resolve_sum: 0.5,
+        resolve_buckets: vec![1; RESOLVE_BOUNDS.len()],
+    }
+}
+
+#[derive(Default)]
+struct Exporter(Ledger);
+
+impl Exporter {
+    fn scrape(&mut self, node: &Node, pods: PodLabels) -> String {
+        let mut page = self.0.scrape(&node.snapshot, &node.labels, &AssignedGpus::default());
+        page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
+        let mut all = Families::new(self.0.starts());
+        families::cadvisor(&page, pods, &mut all);
+        families::containers(&page, &mut all);
+        pressure::containers(&page, &node.pressure, &mut all);
+        pressure::reads(&node.pressure, &mut all);
+        gpus::gpus(&page, &mut all);
+        let health = HealthView {
+            kernel_mode: "ebpf",
+            identified: times(&IDENTIFY_BOUNDS),
+            nvml_up: Some(true),
+            degraded: vec![(crate::health::condition::Condition::Nvml, "no driver".into())],
+            ..HealthView::default()
+        };
+        families::agent(&page, &health, &label_stats(), "libnvidia-ml.so.1", &mut all);
+        nvml_families::calls(&devices(), [1.0, 2.0], &mut all);
+        sessions::metrics(&RecorderView::default(), &mut all);
+        all.text().unwrap()
+    }
+}
+
+/// Four scrapes: before anything is used, the first and the second exposition of all other series, then with the newer pod labels only.
+fn expositions() -> [String; 4] {
+    let mut exporter = Exporter::default();
+    let [first, second, third] =
+        [Node::quiet(), Node::new(2, 2.0), Node::new(3, 3.0)].map(|node| exporter.scrape(&node, PodLabels::Both));
+    [first, second, third, exporter.scrape(&Node::new(4, 4.0), PodLabels::New)]
+}
+
+/// Compares a file of the repository, by its path from this package. With `UPDATE=1` in the environment writes it instead.
+pub(super) fn check_file(path: &str, expected: &str) {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join(path);
+    if std::env::var_os("UPDATE").is_some() {
+        std::fs::write(&path, expected).unwrap();
+    }
+    let text = std::fs::read_to_string(&path).unwrap_or_default();
+    let differing = text.lines().zip(expected.lines()).find(|(is, expected)| is != expected);
+    assert!(text == expected, "{} is not current: run `cargo xtask docs`; first difference: {differing:?}", path.display());
+}
+
+#[test]
+fn the_exposition_equals_the_golden_text() {
+    let [_, second, third, _] = expositions();
+    let is_stable = |line: &&str| !line.starts_with("gpu_sampler_build_info{");
+    check_file(
+        "src/export/golden/metrics.txt",
+        &third.lines().filter(is_stable).map(|line| format!("{line}\n")).collect::<String>(),
+    );
+    // Both have the same series.
+    let series = |text: &str| -> Vec<String> {
+        text.lines().filter(|line| !line.starts_with('#')).map(|line| line.rsplit_once(' ').unwrap().0.to_owned()).collect()
+    };
+    assert_eq!(series(&second), series(&third));
+}
+
+#[test]
+fn every_family_of_the_catalogue_is_exposed_with_all_its_labels_and_no_others() {
+    let mut exposed: BTreeMap<String, (String, BTreeSet<String>)> = BTreeMap::new();
+    for text in expositions() {
+        let mut family = String::new();
+        for line in text.lines() {
+            if let Some((name, kind)) = line.strip_prefix("# TYPE ").and_then(|rest| rest.split_once(' ')) {
+                name.clone_into(&mut family);
+                exposed.entry(family.clone()).or_default().0 = kind.to_owned();
+            }
+            let labels = line.split(['{', ',']).filter_map(|part| part.split_once("=\"")).map(|(label, _)| label.to_owned());
+            if !line.starts_with('#') {
+                exposed.get_mut(&family).unwrap().1.extend(labels.filter(|label| label != "le"));
+            }
+        }
+    }
+    let declared = |family: &Family| {
+        let labels = family.labels.iter().map(|label| (*label).to_owned()).collect();
+        (family.name.to_owned(), (format!("{:?}", family.kind).to_lowercase(), labels))
+    };
+    assert_eq!(exposed, reference::all().map(declared).collect());
+}
+
+#[test]
+fn a_series_that_appears_after_the_first_scrape_is_zero_once() {
+    let [first, second, third, _] = expositions();
+    let value = |text: &str, series: &str| -> Option<f64> {
+        let line = text.lines().find(|line| line.rsplit_once(' ').is_some_and(|(start, _)| start == series))?;
+        line.rsplit(' ').next().unwrap().parse().ok()
+    };
+    for family in reference::all().filter(|family| family.starts_at_zero) {
+        for line in second.lines().filter(|line| line.strip_prefix(family.name).is_some_and(|rest| rest.starts_with(['{', '_'])))
+        {
+            let series = line.rsplit_once(' ').unwrap().0;
+            let is_new = value(&first, series).is_none();
+            assert!(!is_new || value(&second, series) == Some(0.0), "{line}");
+            assert!(value(&third, series).is_some(), "{line}");
+        }
+    }
+}
