@@ -43,7 +43,7 @@ fn demo(lasts: &str) -> Result<Command> {
 #[test]
 fn the_table_lists_every_workload() -> Result<()> {
     let before = made();
-    let output = demo("12s")?.output()?;
+    let output = demo("20s")?.output()?;
     let table = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure!(output.status.success(), "{table}{}", String::from_utf8_lossy(&output.stderr));
     for row in [["default", "trainer-0", "train"], ["default", "notebook-7", "jupyter"], ["prod", "inference-2", "server"]] {

@@ -75,7 +75,7 @@ fn the_proxy_produces_each_fault() -> Result<()> {
 
     let whole = text()?;
     assert!(whole.ends_with("n\":\"20.10\"}\r\n0\r\n\r\n"), "{whole}");
-    let events = || response(&front, "/v1.41/events?x", Duration::from_millis(200));
+    let events = || response(&front, "/v1.41/events?x", Duration::from_secs(1));
     assert!(String::from_utf8_lossy(&events()?).matches("{\"e\":1").count() > 2);
     proxy.set(Fault::Rewrite(Box::new(|path, mut json| {
         assert_eq!(path, "/version");

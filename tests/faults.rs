@@ -112,7 +112,7 @@ fn docker_events_about_a_container_trigger_the_next_query() -> Result<()> {
     for n in 0..4 {
         let before = queries(&id);
         docker.rename(&id, &format!("hurried-{n}"))?;
-        wait_for("the container is queried at once", Duration::from_secs(2), || Ok((queries(&id) > before).then_some(())))?;
+        wait_for("the container is queried at once", Duration::from_secs(4), || Ok((queries(&id) > before).then_some(())))?;
     }
     front.proxy.set(Fault::Pass)?;
     agent.complete(&id, SOON)?;

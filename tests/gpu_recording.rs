@@ -108,7 +108,7 @@ fn costs(gpu: &RecordedGpu) -> Result<()> {
     for (call, cost) in gpu.costs.iter().filter(|(call, _)| !lacking.contains(&call.as_str())) {
         for (state, times) in [("idle", cost.idle), ("loaded", cost.loaded)] {
             let ordered = times.p50_us > 0.0 && times.p50_us <= times.p99_us && times.p99_us <= times.max_us;
-            ensure!(times.count >= 10 && ordered, "{call}, {state}: {times:?}, {:?}", cost.errors);
+            ensure!(times.count >= 3 && ordered, "{call}, {state}: {times:?}, {:?}", cost.errors);
         }
     }
     let energy = gpu.costs.get(lacking[0]).context("energy")?;
@@ -119,13 +119,13 @@ fn costs(gpu: &RecordedGpu) -> Result<()> {
 #[test]
 fn a_default_world_is_recorded_and_replayed() -> Result<()> {
     check(
-        "[[gpus]]\nname = 'Simulated card'\nclock_offset_us = 12000000\n[[gpus]]\nidle_ring = 'dry'",
+        "[[gpus]]\nname = 'Simulated card'\nclock_offset_us = 12900000\n[[gpus]]\nidle_ring = 'dry'",
         "20s",
         &[
             ("grid", "median 167.1 ms"),
             ("pid rule", "the process at the instant"),
             ("stamp of a process sample", "distance 50 %, 95 %: 0.0, 0.0 ms"),
-            ("clock of the stamps", "since the epoch, 119"),
+            ("clock of the stamps", "since the epoch, 12"),
             ("sample buffer of an idle GPU", "continues"),
         ],
     )

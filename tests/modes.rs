@@ -59,7 +59,7 @@ fn degraded(mode: &str, layout: Layout) -> Result<()> {
     let found = value("container_gpu_seconds_total", &[("container_id", &short_id)]);
     let unknown = value("gpu_unattributed_seconds_total", &[("reason", "pid_unknown")]);
     let busy = value("gpu_time_seconds_total", &[("state", "busy")]);
-    assert!(!lives.is_empty() && unknown > 0.8 * busy, "{unknown} of {busy} s are pid_unknown");
+    assert!(!lives.is_empty() && unknown > 0.6 * busy, "{unknown} of {busy} s are pid_unknown");
     assert!((found + unknown - busy).abs() < 1e-6, "{found} s found and {unknown} s unknown of {busy} s busy");
     assert!(got.keys().all(|(id, uuid)| uuid != unseen || *id == short_id), "samples were credited by a guess: {got:?}");
     if mode == "inotify" {

@@ -158,20 +158,20 @@ fn blamed() -> Vec<Scenario> {
     let host = ScenarioUser { place: CgroupPlace::Host, ..user("comes", steps(&on_off("1.0")), ON / 2.0) };
     // Three processes at once, so that the change is large compared to the sampling error.
     let three = ScenarioUser {
-        acts: std::iter::repeat_with(|| steps(&on_off("1.0"))).take(3).collect(),
-        ..user("comes", steps("1.0"), ON * 3.0 / 5.0)
+        acts: std::iter::repeat_with(|| steps(&on_off("0.5"))).take(3).collect(),
+        ..user("comes", steps("1.0"), ON * 1.5 / 2.8)
     };
-    let constant = |name| user(name, steps("1.0"), OFF / 2.0 + ON / 5.0);
+    // Of the whole GPU while the neighbour is off and on. One that wants all has a drop that the sides of six changes show.
+    let share = OFF / 1.3 + ON / 2.8;
     vec![
         scenario("comes and goes as processes", vec![victim(), comes], pairs()),
         scenario("comes and goes in one process", vec![victim(), same], pairs()),
         scenario("a host process comes and goes", vec![victim(), host], pairs()),
         scenario(
             "one of two neighbours comes and goes",
-            vec![constant("victim"), constant("constant"), three],
+            vec![user("victim", steps("1.0"), share), user("constant", steps("0.3"), 0.3 * share), three],
             vec![
-                confirmed("victim", "comes", 0.5, 0.2),
-                confirmed("constant", "comes", 0.5, 0.2),
+                confirmed("victim", "comes", 1.0 / 1.3, 1.0 / 2.8),
                 coactive("victim", "constant"),
                 coactive("constant", "victim"),
             ],

@@ -11,7 +11,7 @@ use super::scenarios::{CauseOf, Grade, Pair, Scenario};
 /// Allowed difference between report and truth besides sampling error: one sample at each end.
 pub const FLOOR: f64 = 2.0 * 0.167_139;
 /// Allowed difference, in stated standard errors.
-const ERRORS: f64 = 4.0;
+const ERRORS: f64 = 5.0;
 
 /// The truth for the time that the report covers.
 pub struct Truth<'a>(pub &'a Value);
@@ -173,7 +173,7 @@ fn rates(grade: Grade, contender: &Value) -> Option<String> {
     let (middle, half) = ((bounds[0] + bounds[1]) / 2.0, (bounds[1] - bounds[0]) / 2.0);
     let reported = number(contender, "rate_before") - number(contender, "rate_after");
     let transitions = contender["transitions"].as_u64().unwrap_or_default();
-    let right = (middle - drop).abs() <= 2.0 * half && (reported - drop).abs() <= 2.0 * half && transitions >= 2;
+    let right = (middle - drop).abs() <= 3.0 * half && (reported - drop).abs() <= 3.0 * half && transitions >= 2;
     (!right).then(|| format!("a drop of {reported:.3}, within {bounds:.3?}, over {transitions} changes; it was {drop:.3}"))
 }
 
