@@ -37,7 +37,7 @@ impl Front {
     }
 }
 
-type Change = fn(&str, Value) -> Value;
+type JsonChange = fn(&str, Value) -> Value;
 
 /// Changes `/version` to the response of an engine of this version.
 fn version(name: &'static str, least_api: &'static str) -> impl Fn(&str, Value) -> Value + Send + Sync {
@@ -78,8 +78,8 @@ fn dockers_version_and_unknown_fields_do_not_matter() -> Result<()> {
         ("version blank", Fault::Rewrite(Box::new(version("", "")))),
         ("version twice", Fault::Rewrite(Box::new(version("20.10.10sp+fluent1.7.0", "1.12")))),
         ("a newer minimum API", Fault::Rewrite(Box::new(version("29.0.0", "9.99")))),
-        ("unknown state and fields", Fault::Rewrite(Box::new(strange_inspect as Change))),
-        ("missing fields", Fault::Rewrite(Box::new(bare_inspect as Change))),
+        ("unknown state and fields", Fault::Rewrite(Box::new(strange_inspect as JsonChange))),
+        ("missing fields", Fault::Rewrite(Box::new(bare_inspect as JsonChange))),
         ("none", Fault::Pass),
     ];
     for (n, (case, fault)) in faults.into_iter().enumerate() {

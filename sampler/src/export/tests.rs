@@ -110,13 +110,13 @@ fn used(gpu: usize, scale: f64) -> ContainerGpu {
 }
 
 /// A node on which every family has a series; `scale` multiplies what counts.
-struct Node {
+struct RichNode {
     snapshot: Snapshot,
     labels: LabelView,
     pressure: PressureView,
 }
 
-impl Node {
+impl RichNode {
     fn new(at_s: u64, scale: f64) -> Self {
         let (first, mut labels) = container(1, true);
         let (second, of_second) = container(2, true);
@@ -191,7 +191,7 @@ fn label_stats() -> LabelStats {
 struct Exporter(Ledger);
 
 impl Exporter {
-    fn scrape(&mut self, node: &Node, pods: PodLabels) -> String {
+    fn scrape(&mut self, node: &RichNode, pods: PodLabels) -> String {
         let mut page = self.0.scrape(&node.snapshot, &node.labels, &AssignedGpus::default());
         page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
         let mut all = Families::new(self.0.starts());
@@ -218,8 +218,8 @@ impl Exporter {
 fn expositions() -> [String; 4] {
     let mut exporter = Exporter::default();
     let [first, second, third] =
-        [Node::quiet(), Node::new(2, 2.0), Node::new(3, 3.0)].map(|node| exporter.scrape(&node, PodLabels::Both));
-    [first, second, third, exporter.scrape(&Node::new(4, 4.0), PodLabels::New)]
+        [RichNode::quiet(), RichNode::new(2, 2.0), RichNode::new(3, 3.0)].map(|node| exporter.scrape(&node, PodLabels::Both));
+    [first, second, third, exporter.scrape(&RichNode::new(4, 4.0), PodLabels::New)]
 }
 
 /// Compares a file of the repository, by its path from this package. With `UPDATE=1` in the environment writes it instead.

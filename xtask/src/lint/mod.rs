@@ -2,6 +2,7 @@
 
 mod families;
 mod imports;
+mod type_names;
 mod words;
 
 use crate::tools::{self, on_path, progress, run};
@@ -10,9 +11,10 @@ use std::fs;
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 7] = [
+const CHECKS: [(&str, Check); 8] = [
     ("format", format),
     ("imports", imports::check),
+    ("type-names", type_names::check),
     ("families", families::check),
     ("words", words::check),
     ("clippy", clippy),
