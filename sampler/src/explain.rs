@@ -12,6 +12,7 @@ use sampler_core::identity::{ContainerRecord, KEEP_EXITED_NS, KEEP_REMOVED_NS, P
 use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{ContainerLabels, Label, Source, is_likely};
 use serde::{Deserialize, Serialize};
+use strum::VariantArray as _;
 
 use crate::health::condition::CGROUPS_REMEDY;
 use crate::labels::{AttemptView, FILES};
@@ -242,7 +243,7 @@ impl Explanation {
             exists: None,
             labels: BTreeMap::from([("id".into(), LabelValue { value: id, source: "cgroup".into() })]),
             missing: Vec::new(),
-            not_applicable: names(Label::ALL.into_iter()),
+            not_applicable: names(Label::VARIANTS.iter().copied()),
             tried: Vec::new(),
             would_fill: BTreeMap::new(),
             answered_by: Origin::Path,
@@ -258,7 +259,7 @@ impl Explanation {
         self.kind = labels.kind.name().into();
         self.runtime = labels.runtime.map(|r| r.name().into());
         self.pod_uid.clone_from(&labels.pod_uid);
-        for label in Label::ALL {
+        for &label in Label::VARIANTS {
             if let Some(known) = labels.get(label) {
                 let value = LabelValue { value: known.value.to_string(), source: known.source.name().into() };
                 self.labels.insert(label.name().into(), value);
