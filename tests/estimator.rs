@@ -8,7 +8,7 @@ use nvidia_ml_sim::faults::Faults;
 use nvidia_ml_sim::loads::{Load, Pattern, Ways};
 use nvidia_ml_sim::model::{Model, mix};
 use nvidia_ml_sim::world::World;
-use sampler_core::device::{Engine, GpuInfo};
+use sampler_core::device::GpuInfo;
 use sampler_core::observation::{
     CgroupChange, CgroupFact, CgroupMembership, DeviceSample, GpuBatch, Observation, PollStatus, ProcessChange, ProcessFact,
     ProcessKind, ProcessSample, ProcessSeen, RunningProcess,
@@ -136,7 +136,7 @@ fn poll(core: &mut Core, loads: &[Load], ended_us: u64, sample: Option<(u64, u32
     let at = |us: u64| GpuNs((us + 12_345_678) * 1000);
     let ended = BootNs(ended_us * 1000);
     let process_sample = |(us, util, pid): (u64, u32, Option<u32>)| {
-        let mut percent = [0; Engine::ALL.len()];
+        let mut percent = [0; _];
         percent[0] = util as u8;
         pid.filter(|_| util > 0).map(|pid| ProcessSample { at: at(us), pid, percent })
     };

@@ -1,11 +1,13 @@
 //! GPUs: engines, static information, readings, and the reasons of unattributed time.
 
 use serde::{Deserialize, Serialize};
+use strum::{EnumCount, IntoStaticStr, VariantArray};
 
 use crate::units::GpuUuid;
 
 /// An engine of a GPU that the driver samples separately. The names are the values of the `engine` label.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize, EnumCount, IntoStaticStr, VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Engine {
     Compute,
     Memory,
@@ -16,23 +18,17 @@ pub enum Engine {
 }
 
 impl Engine {
-    pub const ALL: [Engine; 6] = [Engine::Compute, Engine::Memory, Engine::Encoder, Engine::Decoder, Engine::Jpeg, Engine::Ofa];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Engine::Compute => "compute",
-            Engine::Memory => "memory",
-            Engine::Encoder => "encoder",
-            Engine::Decoder => "decoder",
-            Engine::Jpeg => "jpeg",
-            Engine::Ofa => "ofa",
-        }
+        self.into()
     }
 }
 
 /// Why busy time is not attributed to a container. The names, in this order, are the values of the `reason` label of
 /// `gpu_unattributed_seconds_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, EnumCount, IntoStaticStr, VariantArray,
+)]
+#[strum(serialize_all = "snake_case")]
 pub enum Reason {
     NoPid,
     InvalidPid,
@@ -44,24 +40,14 @@ pub enum Reason {
 }
 
 impl Reason {
-    pub const ALL: [Reason; 7] =
-        [Reason::NoPid, Reason::InvalidPid, Reason::PidUnknown, Reason::Host, Reason::Mps, Reason::Ambiguous, Reason::Lost];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Reason::NoPid => "no_pid",
-            Reason::InvalidPid => "invalid_pid",
-            Reason::PidUnknown => "pid_unknown",
-            Reason::Host => "host",
-            Reason::Mps => "mps",
-            Reason::Ambiguous => "ambiguous",
-            Reason::Lost => "lost",
-        }
+        self.into()
     }
 }
 
 /// Whether a GPU is divided into MIG devices.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum MigMode {
     Enabled,
     Disabled,
@@ -71,11 +57,7 @@ pub enum MigMode {
 
 impl MigMode {
     pub fn name(self) -> &'static str {
-        match self {
-            MigMode::Enabled => "enabled",
-            MigMode::Disabled => "disabled",
-            MigMode::Unsupported => "unsupported",
-        }
+        self.into()
     }
 }
 

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
+use strum::EnumCount as _;
 
 use crate::device::{DeviceReadings, Engine, GpuInfo};
 use crate::pid_space::PidSpace;
@@ -98,8 +99,8 @@ pub struct EngineSample {
 pub struct ProcessSample {
     pub at: GpuNs,
     pub pid: u32,
-    /// Indexed as [`Engine::ALL`]; above 0 where the driver names the pid for that engine.
-    pub percent: [u8; Engine::ALL.len()],
+    /// Indexed as [`Engine`]; above 0 where the driver names the pid for that engine.
+    pub percent: [u8; Engine::COUNT],
 }
 
 /// The driver's process list that contains the process.
@@ -156,8 +157,8 @@ pub struct GpuBatch {
     pub samples: Vec<DeviceSample>,
     pub engine_samples: Vec<EngineSample>,
     pub process_samples: Vec<ProcessSample>,
-    /// Number of rejected samples, indexed as [`Rejected::ALL`].
-    pub rejected: [u32; Rejected::ALL.len()],
+    /// Number of rejected samples, indexed as [`Rejected`].
+    pub rejected: [u32; Rejected::COUNT],
     /// The device's clock was set: the samples of this batch are on the new clock.
     pub stepped: bool,
     pub gpm: Option<GpmInterval>,
@@ -179,7 +180,7 @@ impl GpuBatch {
             samples: Vec::new(),
             engine_samples: Vec::new(),
             process_samples: Vec::new(),
-            rejected: [0; Rejected::ALL.len()],
+            rejected: [0; Rejected::COUNT],
             stepped: false,
             gpm: None,
             processes: None,
@@ -247,7 +248,8 @@ impl From<GpuBatch> for Observation {
 }
 
 /// Why a sample was rejected, or counted as implausible.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Rejected {
     /// Above 100 %.
     Utilization,
@@ -262,16 +264,8 @@ pub enum Rejected {
 }
 
 impl Rejected {
-    pub const ALL: [Rejected; 5] = [Rejected::Utilization, Rejected::Pid, Rejected::Stale, Rejected::Future, Rejected::Duplicate];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Rejected::Utilization => "utilization",
-            Rejected::Pid => "pid",
-            Rejected::Stale => "stale",
-            Rejected::Future => "future",
-            Rejected::Duplicate => "duplicate",
-        }
+        self.into()
     }
 }
 

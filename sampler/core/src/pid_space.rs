@@ -43,7 +43,8 @@ const UNCHECKED_NS: u64 = 30_000_000_000;
 const MOST: usize = 256;
 
 /// The space of the driver's pids.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum PidSpace {
     Local,
     Foreign,
@@ -54,16 +55,9 @@ pub enum PidSpace {
 }
 
 impl PidSpace {
-    pub const ALL: [PidSpace; 4] = [PidSpace::Local, PidSpace::Foreign, PidSpace::Unsettled, PidSpace::Unverifiable];
-
     /// The `state` label.
     pub fn name(self) -> &'static str {
-        match self {
-            PidSpace::Local => "local",
-            PidSpace::Foreign => "foreign",
-            PidSpace::Unsettled => "unsettled",
-            PidSpace::Unverifiable => "unverifiable",
-        }
+        self.into()
     }
 
     /// Whether a pid of the driver may be resolved to a local process.

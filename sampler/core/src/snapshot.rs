@@ -3,6 +3,8 @@
 
 use std::sync::Arc;
 
+use strum::EnumCount as _;
+
 use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, Reason, SampleCounts, THROTTLE_REASONS};
 use crate::identity::ContainerRecord;
 use crate::observation::Rejected;
@@ -22,8 +24,8 @@ pub struct GpuTime {
 pub struct EngineTime {
     pub engine: Engine,
     pub busy: f64,
-    /// Indexed as [`Reason::ALL`].
-    pub unattributed: [f64; Reason::ALL.len()],
+    /// Indexed as [`Reason`].
+    pub unattributed: [f64; Reason::COUNT],
 }
 
 #[derive(Clone, Debug)]
@@ -31,8 +33,8 @@ pub struct GpuView {
     pub info: Arc<GpuInfo>,
     pub readings: DeviceReadings,
     pub time: GpuTime,
-    /// Seconds, indexed as [`Reason::ALL`].
-    pub unattributed: [f64; Reason::ALL.len()],
+    /// Seconds, indexed as [`Reason`].
+    pub unattributed: [f64; Reason::COUNT],
     /// Busy share of the last 10 s; absent when none of it was observed.
     pub utilization_ratio: Option<f64>,
     /// Share of the last 10 s, by windows of one second, in which two or more users had a sample.
@@ -46,8 +48,8 @@ pub struct GpuView {
     pub expected_stderr_ratio: Option<f64>,
     /// How often the driver's sample buffer wrapped before it was read.
     pub ring_overruns: u64,
-    /// Indexed as [`Rejected::ALL`].
-    pub rejected: [u64; Rejected::ALL.len()],
+    /// Indexed as [`Rejected`].
+    pub rejected: [u64; Rejected::COUNT],
     /// Process samples that match no sample of the device.
     pub off_grid: u64,
     pub clock: ClockView,

@@ -4,6 +4,7 @@ use std::sync::Arc;
 
 use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
+use strum::{EnumCount as _, VariantArray as _};
 
 /// Longer values are truncated, since they are part of every sample of a series. Kubernetes limits its own names to 253 bytes.
 const MAX_VALUE_BYTES: usize = 1024;
@@ -11,7 +12,8 @@ const MAX_VALUE_BYTES: usize = 1024;
 const MAX_UID_BYTES: usize = 64;
 
 /// The source of a label, with the name used in the `source` label and in `explain`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Source {
     Cgroup,
     Bundle,
@@ -46,21 +48,7 @@ impl Source {
     ];
 
     pub fn name(self) -> &'static str {
-        match self {
-            Source::Cgroup => "cgroup",
-            Source::Bundle => "bundle",
-            Source::DockerFile => "docker-file",
-            Source::CrioFile => "crio-file",
-            Source::PodmanFile => "podman-file",
-            Source::Logs => "logs",
-            Source::Mountinfo => "mountinfo",
-            Source::Manifest => "manifest",
-            Source::Kubelet => "kubelet",
-            Source::Docker => "docker",
-            Source::Podman => "podman",
-            Source::Cri => "cri",
-            Source::Crio => "crio",
-        }
+        self.into()
     }
 
     /// Whether queries go to a socket. Unlike a file, a socket may hang, and may not know a new container yet.
@@ -96,7 +84,8 @@ impl Source {
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::EnumCount, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Label {
     Name,
     Image,
@@ -106,16 +95,8 @@ pub enum Label {
 }
 
 impl Label {
-    pub const ALL: [Label; 5] = [Label::Name, Label::Image, Label::Namespace, Label::Pod, Label::Container];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Label::Name => "name",
-            Label::Image => "image",
-            Label::Namespace => "namespace",
-            Label::Pod => "pod",
-            Label::Container => "container",
-        }
+        self.into()
     }
 }
 
@@ -128,8 +109,8 @@ pub struct LabelValue {
 /// The values that one source provides for one container. An absent value and an empty one are equivalent: neither overwrites a value.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Facts {
-    /// Indexed like [`Label::ALL`].
-    pub labels: [Option<String>; Label::ALL.len()],
+    /// Indexed like [`Label`].
+    pub labels: [Option<String>; Label::COUNT],
     pub pod_uid: Option<String>,
     pub runtime: Option<Runtime>,
     pub sandbox: bool,
@@ -178,8 +159,8 @@ pub struct ContainerLabels {
     pub kind: Kind,
     pub runtime: Option<Runtime>,
     pub pod_uid: Option<String>,
-    /// Indexed like [`Label::ALL`].
-    values: [Option<LabelValue>; Label::ALL.len()],
+    /// Indexed like [`Label`].
+    values: [Option<LabelValue>; Label::COUNT],
     /// A source that knows whether the container is in a pod has been read.
     pod_status_known: bool,
     /// The labels are complete, or the container is old enough to be exported with incomplete labels.
@@ -239,7 +220,7 @@ impl ContainerLabels {
             let is_pod_label = matches!(label, Label::Namespace | Label::Pod | Label::Container);
             is_pod_label && self.pod_status_known && !self.in_pod() && source.authority() < 3
         };
-        let overruled = Label::ALL.map(overruled);
+        let overruled: [bool; Label::COUNT] = std::array::from_fn(|n| overruled(Label::VARIANTS[n]));
         for ((slot, value), _) in self.values.iter_mut().zip(&facts.labels).zip(overruled).filter(|(_, overruled)| !overruled) {
             let Some(value) = value.as_deref().map(bounded).filter(|v| !v.is_empty()) else { continue };
             let wins = slot.as_ref().is_none_or(|current| {
@@ -290,12 +271,12 @@ impl ContainerLabels {
 
     /// Labels that this container lacks although a container of its kind has them, or may have them.
     pub fn missing(&self) -> impl Iterator<Item = Label> + '_ {
-        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) != Some(false))
+        Label::VARIANTS.iter().copied().filter(|l| self.get(*l).is_none() && self.applies(*l) != Some(false))
     }
 
     /// Labels that a container of this kind cannot have.
     pub fn not_applicable(&self) -> impl Iterator<Item = Label> + '_ {
-        Label::ALL.into_iter().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(false))
+        Label::VARIANTS.iter().copied().filter(|l| self.get(*l).is_none() && self.applies(*l) == Some(false))
     }
 
     pub fn complete(&self) -> bool {

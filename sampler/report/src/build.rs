@@ -15,6 +15,7 @@ use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::fact::{UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
 use sampler_session::{Session, View};
+use strum::VariantArray as _;
 
 /// Shorter gaps are counted, but not listed.
 const GAP_NS: u64 = 500_000_000;
@@ -233,7 +234,7 @@ impl Builder<'_> {
         let (time, by_reason) = (device.time(), device.unattributed());
         // The other reasons count as users, and are listed as such.
         let is_unattributed = |reason: &Reason| !is_user(User::Unattributed(*reason));
-        let unattributed = Reason::ALL.into_iter().zip(by_reason).filter(|(reason, _)| is_unattributed(reason));
+        let unattributed = Reason::VARIANTS.iter().copied().zip(by_reason).filter(|(reason, _)| is_unattributed(reason));
         let unattributed: Vec<Named> = unattributed.map(|(reason, value)| Named { name: reason.name().into(), value }).collect();
         let saturated = windows
             .values()

@@ -148,8 +148,9 @@ pub struct Usage {
     pub causes: Vec<Cause>,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Evidence {
     /// Both users were active in the same windows. That one of them had to wait for the other is possible, but not shown.
     Coactive,
@@ -161,11 +162,7 @@ pub enum Evidence {
 
 impl Evidence {
     pub fn name(self) -> &'static str {
-        match self {
-            Evidence::Coactive => "coactive",
-            Evidence::OnOffConfirmed => "on-off-confirmed",
-            Evidence::DemandConfirmed => "demand-confirmed",
-        }
+        self.into()
     }
 }
 
@@ -194,8 +191,9 @@ pub struct Contender {
     pub why_not_confirmed: String,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum CauseKind {
     GpuClocks,
     GpuPower,
@@ -209,35 +207,14 @@ pub enum CauseKind {
 }
 
 impl CauseKind {
-    pub const ALL: [CauseKind; 9] = [
-        CauseKind::GpuClocks,
-        CauseKind::GpuPower,
-        CauseKind::GpuThermal,
-        CauseKind::GpuError,
-        CauseKind::GpuMemory,
-        CauseKind::CpuQuota,
-        CauseKind::CpuPressure,
-        CauseKind::MemoryPressure,
-        CauseKind::IoPressure,
-    ];
-
     pub fn name(self) -> &'static str {
-        match self {
-            CauseKind::GpuClocks => "gpu-clocks",
-            CauseKind::GpuPower => "gpu-power",
-            CauseKind::GpuThermal => "gpu-thermal",
-            CauseKind::GpuError => "gpu-error",
-            CauseKind::GpuMemory => "gpu-memory",
-            CauseKind::CpuQuota => "cpu-quota",
-            CauseKind::CpuPressure => "cpu-pressure",
-            CauseKind::MemoryPressure => "memory-pressure",
-            CauseKind::IoPressure => "io-pressure",
-        }
+        self.into()
     }
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum Verdict {
     RuledOut,
     Possible,
@@ -247,11 +224,7 @@ pub enum Verdict {
 
 impl Verdict {
     pub fn name(self) -> &'static str {
-        match self {
-            Verdict::RuledOut => "ruled-out",
-            Verdict::Possible => "possible",
-            Verdict::Unknown => "unknown",
-        }
+        self.into()
     }
 }
 

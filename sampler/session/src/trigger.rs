@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use sampler_core::snapshot::{GpuView, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+use strum::VariantArray as _;
 
 /// Contention is computed over this window, as is utilization.
 const WINDOW_NS: u64 = 10_000_000_000;
@@ -22,7 +23,8 @@ const SLOWDOWN_REASONS: u64 = 0x4 | 0x8 | 0x20 | 0x40 | 0x80;
 /// Longer conditions are rejected.
 const MAX_TEXT_BYTES: usize = 200;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Measure {
     /// Share of the last 10 s in which two or more users had samples.
     Coactive,
@@ -42,26 +44,8 @@ pub enum Measure {
 }
 
 impl Measure {
-    pub const ALL: [Measure; 7] = [
-        Measure::Coactive,
-        Measure::Busy,
-        Measure::Contention,
-        Measure::Memory,
-        Measure::Temperature,
-        Measure::Power,
-        Measure::Throttled,
-    ];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Measure::Coactive => "coactive",
-            Measure::Busy => "busy",
-            Measure::Contention => "contention",
-            Measure::Memory => "memory",
-            Measure::Temperature => "temperature",
-            Measure::Power => "power",
-            Measure::Throttled => "throttled",
-        }
+        self.into()
     }
 }
 
@@ -90,7 +74,8 @@ pub enum TriggerError {
 }
 
 fn names() -> String {
-    Measure::ALL.map(Measure::name).join(", ")
+    let names: Vec<&str> = Measure::VARIANTS.iter().map(|measure| measure.name()).collect();
+    names.join(", ")
 }
 
 impl std::str::FromStr for Trigger {
@@ -111,8 +96,7 @@ impl std::str::FromStr for Trigger {
         };
         let (name, number) = condition.split_once('>').ok_or_else(shape)?;
         let (name, number) = (name.trim(), number.trim());
-        let measure = Measure::ALL.into_iter().find(|measure| measure.name() == name);
-        let measure = measure.ok_or_else(|| TriggerError::Name(name.to_owned()))?;
+        let measure = name.parse().map_err(|_| TriggerError::Name(name.to_owned()))?;
         let above = number.parse().ok().filter(|number: &f64| number.is_finite());
         let above = above.ok_or_else(|| TriggerError::Number(number.to_owned()))?;
         let gpu = match qualifier.map(|q| (q, q.strip_prefix("gpu=").filter(|gpu| !gpu.is_empty()))) {

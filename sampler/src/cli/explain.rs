@@ -1,16 +1,10 @@
-//! `explain`: queries a running agent, which has process history and labels. Without an agent it reads /proc, which has living
-//! processes only, and queries every label source itself.
+//! `explain`: its arguments, and explanations as text. Queries a running agent, which has process history and labels. Without an agent,
+//! living processes are read from /proc and every label source is queried.
 
-use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::path::PathBuf;
 
-use anyhow::{Context as _, bail};
+use anyhow::bail;
 use clap::{ArgGroup, Args};
-use sampler_core::cgroup_path::Kind;
-use sampler_core::identity::Identity;
-use sampler_core::observation::CgroupFact;
-use sampler_core::units::BootNs;
-use sampler_report::short_id;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -20,14 +14,9 @@ use super::sample;
 use crate::cli::output::{json, print};
 use crate::cli::text::wrapped;
 use crate::config::{Config, Settings};
-use crate::explain::{
-    Explanation, IncompleteContainers, Origin, ProcessJson, Providers, ResidencyJson, no_container, plain_id, record_of,
-    why_unknown,
-};
-use crate::labels::{FILES, LabelConfig, resolve_once};
-use crate::observe::kernel::layout::{Layout, layout};
-use crate::observe::kernel::{cgroupfs, scan};
-use crate::query::{KnownSubject, Subject, known};
+use crate::explain::{Explanation, IncompleteContainers, Origin, ProcessJson, Providers, ResidencyJson, from_sources, plain_id};
+use crate::labels::FILES;
+use crate::query::Subject;
 
 const UNKNOWN: &str = "unknown";
 
@@ -128,13 +117,13 @@ impl Explain {
     }
 
     fn find<T: DeserializeOwned>(&self, subject: &Subject) -> anyhow::Result<T> {
-        let own = |explanation: Explanation| anyhow::Ok(serde_json::from_value(serde_json::to_value(explanation)?)?);
+        let decoded = |explanation: Explanation| anyhow::Ok(serde_json::from_value(serde_json::to_value(explanation)?)?);
         if let (true, Subject::Cgroup(path)) = (self.offline, subject) {
-            return own(Explanation::of_path(path));
+            return decoded(Explanation::of_path(path));
         }
         let (config, agent) = self.agent()?;
         if self.no_agent {
-            return own(without_agent(&config, subject)?);
+            return decoded(from_sources(&config, subject)?);
         }
         let query = match subject {
             Subject::Pid(pid) => format!("/api/v1/explain?pid={pid}"),
@@ -148,89 +137,14 @@ impl Explain {
             (AgentResponse::NotFound(_), Subject::Cgroup(path)) => {
                 let mut explanation = Explanation::of_path(path);
                 explanation.exists = Some(false);
-                own(explanation)
+                decoded(explanation)
             }
             (AgentResponse::NoAgent(error), _) if self.agent.is_some() => {
                 Err(error.context(format!("no agent is reachable at {agent}; start `gpu-sampler run`, or omit --agent")))
             }
-            (AgentResponse::NoAgent(_), _) => own(without_agent(&config, subject)?),
+            (AgentResponse::NoAgent(_), _) => decoded(from_sources(&config, subject)?),
         }
     }
-}
-
-/// An explanation from the present content of /proc and cgroupfs, and from one query to every label source.
-fn without_agent(config: &Config, subject: &Subject) -> anyhow::Result<Explanation> {
-    let layout = layout(&config.path_procfs);
-    let known = match subject {
-        Subject::Pid(pid) => process_in_proc(config, *pid)?,
-        Subject::Cgroup(path) => KnownSubject { path: path.clone(), container: None, gone: None, histories: Vec::new() },
-        Subject::Container(id) => {
-            let mut found = containers(&layout, id);
-            if found.iter().any(|(known, _)| known == id) {
-                found.retain(|(known, _)| known == id);
-            }
-            let mut ids: Vec<&str> = found.iter().map(|(id, _)| id.as_str()).collect();
-            ids.sort_unstable();
-            ids.dedup();
-            let (&[_], Some((_, path))) = (&ids[..], found.first()) else {
-                let short_ids: Vec<String> = ids.iter().map(|id| short_id(id).to_owned()).collect();
-                bail!("{}", no_container(id, &short_ids));
-            };
-            KnownSubject { path: path.clone(), container: None, gone: None, histories: Vec::new() }
-        }
-    };
-    let record = Arc::new(record_of(&known.path));
-    let is_container = matches!(record.identity.kind, Kind::Container | Kind::Sandbox);
-    let is_under = |(_, mount): (u32, &Path)| mount.join(known.path.trim_start_matches('/')).is_dir();
-    let exists = layout.mounts().any(is_under);
-    // A container without a cgroup is queried, too: its files and its runtime's record may still exist.
-    let resolved = if is_container {
-        let runtime =
-            tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
-        let resolved = runtime.block_on(resolve_once(&LabelConfig::new(config, &layout), record));
-        // A file read that hangs in the kernel must not delay the output.
-        runtime.shutdown_background();
-        Some(resolved)
-    } else {
-        None
-    };
-    let (labels, tried) = resolved.map(|resolved| (resolved.labels, resolved.attempts)).unzip();
-    let mut explanation = Explanation::new(subject, &known, labels.as_ref(), tried.unwrap_or_default(), &config.path_procfs);
-    explanation.answered_by = if is_container { Origin::Sources } else { Origin::Path };
-    explanation.exists = Some(exists);
-    Ok(explanation)
-}
-
-fn process_in_proc(config: &Config, pid: u32) -> anyhow::Result<KnownSubject> {
-    let procfs = &config.path_procfs;
-    let scanned = scan::of_processes(procfs, &layout(procfs), std::iter::once(pid));
-    if let Some(problem) = scanned.problems.first() {
-        bail!("{problem}");
-    }
-    let mut identity = Identity::default();
-    for fact in scanned.facts {
-        identity.observe(fact);
-    }
-    match known(&identity, &Subject::Pid(pid)) {
-        Some(known) => Ok(known),
-        None => bail!("{}", why_unknown(procfs, pid, None)),
-    }
-}
-
-/// Containers with this prefix of an id: their ids, with the paths of their cgroups.
-fn containers(layout: &Layout, wanted: &str) -> Vec<(String, String)> {
-    let mut found = Vec::new();
-    for (hierarchy, mount) in layout.mounts() {
-        let mut collect = |folder: &Path, _: CgroupFact| {
-            let path = format!("/{}", folder.strip_prefix(mount).unwrap_or(folder).display());
-            let record = record_of(&path);
-            let id = record.identity.container_id.filter(|id| record.cgroup_path == path && id.starts_with(wanted));
-            found.extend(id.map(|id| (id, path)));
-        };
-        // A cgroup that cannot be read is missing from the result; the caller then reports that no container was found.
-        let _complete = cgroupfs::walk(hierarchy, mount, BootNs(0), &mut |_, _| {}, &mut collect);
-    }
-    found
 }
 
 /// Each source with all the labels that it could provide.

@@ -1,6 +1,7 @@
 //! `doctor`'s checks of container runtimes: which respond, their versions, and whether the cAdvisor of a kubelet could use them. The agent
 //! itself does not depend on any version; but where cAdvisor fails, its other metrics are missing, and this check shows the reason.
 
+use std::io;
 use std::path::{Path, PathBuf};
 use std::time::Duration;
 
@@ -11,8 +12,10 @@ use super::doctor::{Check, CheckStatus};
 use crate::config::Config;
 use crate::error::display_chain;
 use crate::labels::source::cri::Cri;
-use crate::labels::source::http;
+use crate::labels::source::grpc::GrpcError;
+use crate::labels::source::http::{self, HttpError};
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
+use crate::labels::source::reply::SourceReply;
 use crate::labels::{Discovery, LabelConfig, Root};
 use crate::observe::kernel::layout::Layout;
 
@@ -43,6 +46,53 @@ struct EngineVersion {
 struct CrioInfo {
     storage_driver: String,
     storage_root: String,
+}
+
+const HANGS: &str = "the runtime hangs: check its log, such as `journalctl -u docker`, and restart it";
+const ANOTHER_RUNTIME: &str =
+    "if this is the socket of another runtime, correct --docker-endpoint, --podman-endpoint or --cri-endpoint";
+
+/// Why a runtime cannot be queried. Until its remedy is applied, labels come from files and other sources, and the agent retries.
+enum Failure {
+    Http(HttpError),
+    /// Names the endpoint.
+    Grpc(GrpcError),
+}
+
+impl From<HttpError> for Failure {
+    fn from(error: HttpError) -> Self {
+        Self::Http(error)
+    }
+}
+
+impl From<GrpcError> for Failure {
+    fn from(error: GrpcError) -> Self {
+        Self::Grpc(error)
+    }
+}
+
+impl Failure {
+    fn detail_and_remedy(self, endpoint: &std::path::Display<'_>) -> (String, &'static str) {
+        let remedy = match &self {
+            Failure::Http(HttpError::Connect(error)) | Failure::Grpc(GrpcError::Connect { source: error, .. }) => {
+                match error.kind() {
+                    io::ErrorKind::PermissionDenied => "run as root, or with access to the socket",
+                    io::ErrorKind::ConnectionRefused => "no process listens on this socket: start the runtime",
+                    _ => ANOTHER_RUNTIME,
+                }
+            }
+            Failure::Grpc(GrpcError::Timeout { .. }) => HANGS,
+            Failure::Http(HttpError::Status { status: 500..=599, .. }) => {
+                "the runtime fails: check its log, such as `journalctl -u docker`"
+            }
+            _ => ANOTHER_RUNTIME,
+        };
+        let detail = match self {
+            Failure::Http(error) => format!("{endpoint}: {}", SourceReply::from(error).detail),
+            Failure::Grpc(error) => display_chain(&error),
+        };
+        (detail, remedy)
+    }
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
@@ -105,18 +155,17 @@ async fn socket_checks(source: Source, path: &Path, root: &Root) -> Vec<Check> {
             _ => kubelet(path).await,
         }
     });
-    let detail = match checked.await {
+    let path = path.display();
+    let (detail, remedy) = match checked.await {
         Ok(Ok(checks)) => return checks,
-        Ok(Err(detail)) if detail.contains("unix://") => detail,
-        Ok(Err(detail)) => format!("{}: {detail}", path.display()),
-        Err(_) => format!("{}: no response within {} s", path.display(), TIMEOUT.as_secs()),
+        Ok(Err(error)) => error.detail_and_remedy(&path),
+        Err(_) => (format!("{path}: no response within {} s", TIMEOUT.as_secs()), HANGS),
     };
-    let remedy = remedy(&detail);
     vec![Check::bad(source.name(), CheckStatus::Degraded, detail, remedy)]
 }
 
-async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, String> {
-    let version: EngineVersion = http::record(path, "/version").await.map_err(|answer| answer.detail)?;
+async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
+    let version: EngineVersion = http::record(path, "/version").await?;
     let or_none = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
@@ -131,18 +180,6 @@ async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, 
         checks.extend(problems.map(|(problem, remedy)| cadvisor_warning(&problem, remedy)));
     }
     Ok(checks)
-}
-
-/// The remedy, by the error message. Until then labels come from files and other sources, and the agent retries.
-fn remedy(detail: &str) -> &'static str {
-    match detail {
-        d if d.contains("ermission denied") => "run as root, or with access to the socket",
-        d if d.contains("refused") => "no process listens on this socket: start the runtime",
-        // As the timeouts here and in the label sources are worded: "no response within 2 s".
-        d if d.contains(" within ") => "the runtime hangs: check its log, such as `journalctl -u docker`, and restart it",
-        d if d.contains("HTTP 5") => "the runtime fails: check its log, such as `journalctl -u docker`",
-        _ => "if this is the socket of another runtime, correct --docker-endpoint, --podman-endpoint or --cri-endpoint",
-    }
 }
 
 fn cadvisor_warning(problem: &str, remedy: &str) -> Check {
@@ -196,14 +233,14 @@ fn after_version(text: &str) -> Option<&str> {
     Some(rest)
 }
 
-async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
+async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
     let version = match Cri::new(path).version().await {
         Ok(version) => version,
         // As in containerd as Docker ships it.
         Err(error) if error.is_unimplemented() => {
             return Ok(vec![Check::ok("cri", format!("{} responds, but its CRI is disabled", path.display()))]);
         }
-        Err(error) => return Err(display_chain(&error)),
+        Err(error) => return Err(error.into()),
     };
     let (name, number, package) = (&version.runtime_name, &version.runtime_version, version.package);
     let mut checks =
@@ -221,14 +258,14 @@ async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, String> {
     Ok(checks)
 }
 
-async fn crio(path: &Path) -> Result<Vec<Check>, String> {
-    let info: CrioInfo = http::record(path, "/info").await.map_err(|answer| answer.detail)?;
+async fn crio(path: &Path) -> Result<Vec<Check>, Failure> {
+    let info: CrioInfo = http::record(path, "/info").await?;
     let CrioInfo { storage_driver, storage_root } = info;
     Ok(vec![Check::ok("crio", format!("storage {storage_driver} in {storage_root}, at {}", path.display()))])
 }
 
-async fn kubelet(path: &Path) -> Result<Vec<Check>, String> {
-    let list = Kubelet::at(path).pod_resources().await.map_err(|error| display_chain(&error))?;
+async fn kubelet(path: &Path) -> Result<Vec<Check>, Failure> {
+    let list = Kubelet::at(path).pod_resources().await?;
     Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
 }
 

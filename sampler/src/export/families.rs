@@ -3,6 +3,7 @@
 use sampler_common::kind;
 use sampler_core::snapshot::WindowShares;
 use sampler_labels::{ContainerLabels, Label};
+use strum::VariantArray as _;
 
 use super::catalogue::{Family, agent as agent_families, cadvisor as cadvisor_families, containers as container_families};
 use super::encode::{Families, FamilyWriter, HistogramValue, Labels};
@@ -147,7 +148,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
         containers.add(&[("state", state), ("runtime", runtime)], *n as f64);
     }
     let mut missing = to.family(&agent_families::LABEL_MISSING);
-    for label in Label::ALL {
+    for &label in Label::VARIANTS {
         missing.add(&[("label", label.name())], page.missing.get(label.name()).copied().unwrap_or_default() as f64);
     }
     let resolved = HistogramValue {

@@ -3,6 +3,7 @@
 use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::observation::Rejected;
 use sampler_core::snapshot::GpuView;
+use strum::VariantArray as _;
 
 use super::catalogue::{Family, gpus as families, samples as sample_families};
 use super::encode::{Families, Labels};
@@ -101,7 +102,7 @@ fn time(page: &Exposition, to: &mut Families<'_>) {
         gpu.credited.iter().map(|(namespace, seconds)| (namespace, *seconds))
     });
     parts(to, &families::UNATTRIBUTED_SECONDS, leaves(page), "reason", |gpu| {
-        Reason::ALL.map(Reason::name).into_iter().zip(gpu.view.unattributed)
+        Reason::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.unattributed)
     });
 }
 
@@ -144,7 +145,7 @@ fn samples(page: &Exposition, to: &mut Families<'_>) {
     count(to, &sample_families::SAMPLE_GAPS, page, |v| v.sample_gaps);
     count(to, &sample_families::RING_OVERRUNS, page, |v| v.ring_overruns);
     parts(to, &sample_families::REJECTED_SAMPLES, leaves(page), "reason", |gpu| {
-        let counts = Rejected::ALL.map(Rejected::name).into_iter().zip(gpu.view.rejected);
+        let counts = Rejected::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.rejected);
         counts.chain([("off_grid", gpu.view.off_grid)]).map(|(reason, count)| (reason, count as f64))
     });
 }

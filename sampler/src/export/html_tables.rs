@@ -4,6 +4,7 @@ use sampler_core::device::{GpuInfo, Reason};
 use sampler_labels::Label;
 use sampler_report::html_escape;
 use serde::Serialize;
+use strum::VariantArray as _;
 
 use super::ledger::{ExportedPair, Exposition};
 use crate::health::HealthView;
@@ -113,7 +114,7 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
         let unobserved = view.time.unobserved + view.time.unsupported;
         let seconds = [gpu.busy_seconds, view.time.idle, unobserved, unattributed].map(|s| format!("{s:.2}"));
         let [busy, idle, unobserved, unattributed] = seconds;
-        let reasons = Reason::ALL.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
+        let reasons = Reason::VARIANTS.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
         let reasons: Vec<String> = reasons.map(|(reason, s)| format!("{} {s:.2}", reason.name())).collect();
         let (name, uuid, model) = (device_name(i), i.uuid.to_string(), i.model.clone());
         body += &cells("td", [name, uuid, model, busy, idle, unobserved, unattributed, reasons.join(", ")]);

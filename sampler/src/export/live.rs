@@ -11,6 +11,7 @@ use sampler_core::device::Reason;
 use sampler_core::units::{WallTime, rfc3339};
 use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
+use strum::VariantArray as _;
 
 use super::contenders::ExportedContender;
 use super::ledger::{ExportedGpu, ExportedPair, Exposition};
@@ -127,7 +128,7 @@ fn live_gpu(gpu: &ExportedGpu) -> LiveGpu {
     let is_leaf = info.is_leaf();
     let t = view.time;
     let states = [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)];
-    let reasons = Reason::ALL.iter().zip(view.unattributed);
+    let reasons = Reason::VARIANTS.iter().zip(view.unattributed);
     LiveGpu {
         uuid: info.uuid.to_string(),
         index: info.index,

@@ -4,6 +4,7 @@ use std::collections::HashSet;
 
 use sampler_core::observation::PressureFact;
 use sampler_labels::Label;
+use strum::VariantArray as _;
 
 use super::catalogue::pressure as families;
 use super::encode::{Families, FamilyWriter};
@@ -60,7 +61,7 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Families<'_>)
 /// The cost of reading these values.
 pub fn reads(view: &PressureView, to: &mut Families<'_>) {
     let mut family = to.family(&families::READS);
-    for outcome in Outcome::ALL {
+    for &outcome in Outcome::VARIANTS {
         family.add(&[("outcome", outcome.name())], view.reads[outcome as usize] as f64);
     }
     to.family(&families::READ_SECONDS).add(&[], view.took.as_secs_f64());

@@ -291,7 +291,7 @@ async fn make_report(
 
 pub fn metrics(view: &RecorderView, to: &mut Families<'_>) {
     let mut sessions = to.family(&families::SESSIONS);
-    for (phase, n) in crate::session::Phase::ALL.iter().zip(view.sessions) {
+    for (phase, n) in crate::session::Phase::VARIANTS.iter().zip(view.sessions) {
         sessions.add(&[("state", phase.name())], n as f64);
     }
     to.family(&families::DROPPED_FRAMES).add(&[], view.dropped_frames as f64);

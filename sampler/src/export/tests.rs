@@ -14,6 +14,7 @@ use sampler_core::snapshot::{
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Facts, Label, Source};
+use strum::EnumCount as _;
 
 use super::assigned::AssignedGpus;
 use super::catalogue::{Family, reference};
@@ -65,7 +66,7 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
             throttle_reasons: None,
         },
         time: GpuTime { busy: 10.0 * scale, idle: 5.0 * scale, unobserved: 0.5 * scale, unsupported: 0.25 * scale },
-        unattributed: std::array::from_fn::<f64, { Reason::ALL.len() }, _>(|n| n as f64 * 0.125 * scale),
+        unattributed: std::array::from_fn::<f64, { Reason::COUNT }, _>(|n| n as f64 * 0.125 * scale),
         utilization_ratio: Some(0.75),
         coactive_ratio: Some(0.5),
         last_sample: Some(WallTime(1_700_000_000_250_000_000)),
@@ -74,7 +75,7 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
         counts: SampleCounts { samples: 100 * count, queried: 50 * count },
         expected_stderr_ratio: Some(0.03),
         ring_overruns: count,
-        rejected: std::array::from_fn::<u64, { Rejected::ALL.len() }, _>(|n| n as u64 * count),
+        rejected: std::array::from_fn::<u64, { Rejected::COUNT }, _>(|n| n as u64 * count),
         off_grid: 3 * count,
         clock: ClockView {
             ahead_of_boot_seconds: Some(0.001),
@@ -82,7 +83,7 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
             drift_ratio: Some(1e-6),
             steps: count,
         },
-        engines: vec![EngineTime { engine: Engine::Encoder, busy: 4.0 * scale, unattributed: [0.5 * scale; Reason::ALL.len()] }],
+        engines: vec![EngineTime { engine: Engine::Encoder, busy: 4.0 * scale, unattributed: [0.5 * scale; Reason::COUNT] }],
         throttle_seconds: Some(std::array::from_fn::<f64, { THROTTLE_REASONS.len() }, _>(|n| n as f64 * scale)),
         xids: vec![(79, count)],
         gone: None,

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU8, AtomicU64, Ordering};
 
 use sampler_core::units::BootNs;
+use strum::VariantArray as _;
 
 use super::condition::Condition;
 use super::nvml_calls::Call;
@@ -95,7 +96,7 @@ impl CallSlot {
         let Some((_, duration)) = reached.checked_sub(1).map(|n| AGES[n]) else {
             return Some(Change::Returned { condition });
         };
-        let call = Call::ALL.get(usize::from(self.call.load(Ordering::Relaxed))).map_or("", |call| call.name());
+        let call = Call::VARIANTS.get(usize::from(self.call.load(Ordering::Relaxed))).map_or("", |call| call.name());
         let effect = match &self.uuid {
             Some(uuid) => {
                 format!("until it returns, only samples of {uuid} are missing; check dmesg for Xid lines, a reset may help")

@@ -10,7 +10,8 @@ pub const CGROUPS_REMEDY: &str = "mount cgroup2 on /sys/fs/cgroup; in a containe
                                   namespace (--cgroupns=host)";
 
 /// The effect of a condition on the results.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
 pub enum Severity {
     /// Results are complete but less precise, or a diagnostic is missing.
     Reduced,
@@ -20,10 +21,7 @@ pub enum Severity {
 
 impl Severity {
     pub fn name(self) -> &'static str {
-        match self {
-            Severity::Reduced => "reduced",
-            Severity::Missing => "missing",
-        }
+        self.into()
     }
 }
 

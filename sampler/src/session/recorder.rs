@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
 use sampler_core::fact::{Fact, GpuFact};
+use strum::EnumCount as _;
 use tokio::sync::oneshot;
 
 pub use super::manager::SessionInputs;
@@ -49,8 +50,8 @@ struct Gauges {
 /// The state of the recorder, for metrics.
 #[derive(Clone, Copy, Debug, Default)]
 pub struct RecorderView {
-    /// Indexed like [`Phase::ALL`].
-    pub sessions: [u64; Phase::ALL.len()],
+    /// Indexed like [`Phase`].
+    pub sessions: [u64; Phase::COUNT],
     pub dropped_frames: u64,
     pub ring_bytes: u64,
     pub ring_seconds: f64,

@@ -16,6 +16,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use sampler_core::units::{BootNs, WallTime, rfc3339};
 use serde::{Deserialize, Serialize};
+use strum::{EnumCount, IntoStaticStr, VariantArray};
 use thiserror::Error;
 
 /// Maximum number of sessions; above it the oldest ended sessions and their files are removed.
@@ -46,8 +47,9 @@ pub enum StoreError {
     File { path: PathBuf, source: io::Error },
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, EnumCount, IntoStaticStr, VariantArray)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "lowercase")]
 pub enum Phase {
     Armed,
     Recording,
@@ -57,16 +59,8 @@ pub enum Phase {
 }
 
 impl Phase {
-    pub const ALL: [Phase; 5] = [Phase::Armed, Phase::Recording, Phase::Finished, Phase::Interrupted, Phase::Failed];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Phase::Armed => "armed",
-            Phase::Recording => "recording",
-            Phase::Finished => "finished",
-            Phase::Interrupted => "interrupted",
-            Phase::Failed => "failed",
-        }
+        self.into()
     }
 
     pub fn is_active(self) -> bool {
@@ -308,9 +302,9 @@ impl Store {
         self.entries().get(id).map(|entry| entry.status(id, now)).ok_or_else(|| unknown(id))
     }
 
-    /// Number of sessions, indexed like [`Phase::ALL`].
-    pub fn counts(&self) -> [u64; Phase::ALL.len()] {
-        let mut counts = [0; Phase::ALL.len()];
+    /// Number of sessions, indexed like [`Phase`].
+    pub fn counts(&self) -> [u64; Phase::COUNT] {
+        let mut counts = [0; Phase::COUNT];
         for entry in self.entries().values() {
             counts[entry.phase as usize] += 1;
         }

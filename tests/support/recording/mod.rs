@@ -6,7 +6,6 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 
 use anyhow::{Context as _, Result, ensure};
-use sampler_core::device::Engine;
 use sampler_core::observation::{DeviceSample, ProcessSample};
 use sampler_core::reconstruct::{RawProcessSample, RawSample, Recovery};
 use sampler_core::units::BootNs;
@@ -300,7 +299,7 @@ impl RecordedDriver {
             entry.2 += 1;
         }
         let average = |(pid, (at_us, sums, n)): (u32, (u64, [u32; 4], u32))| {
-            let mut percent = [0; Engine::ALL.len()];
+            let mut percent = [0; _];
             for (one, sum) in percent.iter_mut().zip(sums) {
                 *one = sum / n;
             }

@@ -8,6 +8,8 @@
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::sync::Arc;
 
+use strum::{EnumCount as _, VariantArray as _};
+
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
 use super::divide::{Presence, Sample, likeness, stands_for};
 use super::engine_account::{self, Booked, Credit, EngineAccount};
@@ -79,7 +81,7 @@ pub struct DeviceAccount {
     holders: Holders,
     exits: Exits,
     accounts: Vec<EngineAccount>,
-    sampled: [bool; Engine::ALL.len()],
+    sampled: [bool; Engine::COUNT],
     recent: VecDeque<Recent>,
     windows: Windows,
     throttled: Option<(BootNs, [f64; THROTTLE_REASONS.len()])>,
@@ -101,8 +103,8 @@ impl DeviceAccount {
             unsupported_ns: 0,
             holders: Holders::default(),
             exits: Exits::default(),
-            accounts: Engine::ALL.iter().map(|_| EngineAccount::new(settings.range)).collect(),
-            sampled: [false; Engine::ALL.len()],
+            accounts: Engine::VARIANTS.iter().map(|_| EngineAccount::new(settings.range)).collect(),
+            sampled: [false; Engine::COUNT],
             recent: VecDeque::new(),
             windows: Windows::default(),
             throttled: None,
@@ -413,7 +415,7 @@ impl DeviceAccount {
 
     /// Seconds of the engines other than compute that the container ever used.
     pub fn engine_seconds(&self, key: ContainerKey) -> Vec<(Engine, f64)> {
-        let others = Engine::ALL.into_iter().filter(|engine| *engine != Engine::Compute);
+        let others = Engine::VARIANTS.iter().copied().filter(|engine| *engine != Engine::Compute);
         let seconds = |engine| Some((engine, self.account(engine)?.credits().get(&User::Container(key))?.ns * 1e-9));
         others.filter_map(seconds).collect()
     }
@@ -439,13 +441,13 @@ impl DeviceAccount {
         }
     }
 
-    pub fn unattributed(&self) -> [f64; Reason::ALL.len()] {
-        self.account(Engine::Compute).map_or([0.0; Reason::ALL.len()], |account| account.unattributed.map(|ns| ns * 1e-9))
+    pub fn unattributed(&self) -> [f64; Reason::COUNT] {
+        self.account(Engine::Compute).map_or([0.0; Reason::COUNT], |account| account.unattributed.map(|ns| ns * 1e-9))
     }
 
     /// Engines other than compute that the driver samples.
     pub fn engines(&self) -> Vec<EngineTime> {
-        let sampled = Engine::ALL.into_iter().zip(self.sampled).filter(|(_, sampled)| *sampled);
+        let sampled = Engine::VARIANTS.iter().copied().zip(self.sampled).filter(|(_, sampled)| *sampled);
         let engine = |(engine, _): (Engine, bool)| {
             let account = self.account(engine)?;
             Some(EngineTime { engine, busy: account.busy_ns * 1e-9, unattributed: account.unattributed.map(|ns| ns * 1e-9) })

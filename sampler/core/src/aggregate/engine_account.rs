@@ -9,6 +9,8 @@
 
 use std::collections::{HashMap, VecDeque};
 
+use strum::EnumCount as _;
+
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::exits::{Exits, NamedUser};
 use super::settings::Range;
@@ -54,7 +56,7 @@ pub struct Booked {
 pub struct EngineAccount {
     range: Range,
     pub busy_ns: f64,
-    pub unattributed: [f64; Reason::ALL.len()],
+    pub unattributed: [f64; Reason::COUNT],
     /// By user. Time without a container is also in `unattributed`, that of host processes under [`Reason::Host`].
     credits: HashMap<User, Credit>,
     neighbours: Neighbours,

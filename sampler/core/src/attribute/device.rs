@@ -3,6 +3,8 @@
 use std::collections::VecDeque;
 use std::sync::Arc;
 
+use strum::EnumCount as _;
+
 use super::clock::GpuClock;
 use super::process_attribution::ProcessAttribution;
 use super::timeline::Timeline;
@@ -25,7 +27,7 @@ const NEAR_PERIODS: f64 = 0.5;
 /// unobserved.
 const RING_NS: u64 = 15_000_000_000;
 /// Maximum number of waiting samples of other engines: twice what their buffers hold.
-const MAX_ENGINE_SAMPLES: usize = 2 * 72 * Engine::ALL.len();
+const MAX_ENGINE_SAMPLES: usize = 2 * 72 * Engine::COUNT;
 /// Interval of clock facts.
 const CLOCK_NS: u64 = 10_000_000_000;
 
@@ -38,7 +40,7 @@ type AttributedFacts = Vec<(BootNs, GpuFact)>;
 pub struct DeviceView {
     pub sample_gaps: u64,
     pub ring_overruns: u64,
-    pub rejected: [u64; Rejected::ALL.len()],
+    pub rejected: [u64; Rejected::COUNT],
     pub off_grid: u64,
     pub clock: ClockView,
     pub period_ns: Option<u64>,
@@ -70,7 +72,7 @@ pub struct DeviceAttribution {
     counts: SampleCounts,
     gaps: u64,
     overruns: u64,
-    rejected: [u64; Rejected::ALL.len()],
+    rejected: [u64; Rejected::COUNT],
     off_grid: u64,
     last_wall: Option<WallTime>,
     last_batch: BootNs,
@@ -99,7 +101,7 @@ impl DeviceAttribution {
             counts: SampleCounts::default(),
             gaps: 0,
             overruns: 0,
-            rejected: [0; Rejected::ALL.len()],
+            rejected: [0; Rejected::COUNT],
             off_grid: 0,
             last_wall: None,
             last_batch: at,

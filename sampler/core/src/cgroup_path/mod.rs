@@ -37,7 +37,8 @@ use std::ops::ControlFlow;
 
 use segment::{Member, Segment};
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Kind {
     Container,
     Sandbox,
@@ -47,7 +48,8 @@ pub enum Kind {
     NotContainer,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Runtime {
     Docker,
     Containerd,
@@ -64,31 +66,13 @@ pub enum Runtime {
 impl Runtime {
     /// The value of the `runtime` label.
     pub fn name(self) -> &'static str {
-        match self {
-            Runtime::Docker => "docker",
-            Runtime::Containerd => "containerd",
-            Runtime::CriO => "cri-o",
-            Runtime::Podman => "podman",
-            Runtime::Rkt => "rkt",
-            Runtime::Lxc => "lxc",
-            Runtime::Nspawn => "nspawn",
-            Runtime::Garden => "garden",
-            Runtime::Mesos => "mesos",
-            Runtime::Ecs => "ecs",
-        }
+        self.into()
     }
 }
 
 impl Kind {
     pub fn name(self) -> &'static str {
-        match self {
-            Kind::Container => "container",
-            Kind::Sandbox => "sandbox",
-            Kind::Pod => "pod",
-            Kind::Monitor => "monitor",
-            Kind::Build => "build",
-            Kind::NotContainer => "not-container",
-        }
+        self.into()
     }
 }
 

@@ -22,6 +22,8 @@ use std::collections::{HashMap, HashSet, VecDeque};
 
 pub use grid::Grid;
 
+use strum::EnumCount as _;
+
 use crate::device::Engine;
 use crate::observation::{DeviceSample, ProcessSample, Rejected};
 use crate::units::{BootNs, GpuNs};
@@ -52,8 +54,8 @@ pub struct RawSample {
 pub struct RawProcessSample {
     pub at_us: u64,
     pub pid: u32,
-    /// Indexed as [`Engine::ALL`].
-    pub percent: [u32; Engine::ALL.len()],
+    /// Indexed as [`Engine`].
+    pub percent: [u32; Engine::COUNT],
 }
 
 /// The result of one poll.
@@ -61,7 +63,7 @@ pub struct RawProcessSample {
 pub struct Recovered {
     pub samples: Vec<DeviceSample>,
     pub process_samples: Vec<ProcessSample>,
-    pub rejected: [u32; Rejected::ALL.len()],
+    pub rejected: [u32; Rejected::COUNT],
     pub stepped: bool,
 }
 

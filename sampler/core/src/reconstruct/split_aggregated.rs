@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use strum::EnumCount as _;
+
 use crate::device::Engine;
 use crate::observation::{DeviceSample, ProcessSample};
 
@@ -70,7 +72,7 @@ pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid]) -> Vec
         }
         sample.queried = true;
         if let Some(pid) = compute.filter(|pid| newer.contains_key(pid)) {
-            let mut percent = [0; Engine::ALL.len()];
+            let mut percent = [0; Engine::COUNT];
             percent[COMPUTE] = sample.busy_percent.min(100) as u8;
             out.push(ProcessSample { at: sample.at, pid, percent });
             learn(&mut known, pid, sample.busy_percent);

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 
 use proptest::prelude::*;
+use strum::EnumCount as _;
 
 use super::*;
 
@@ -43,7 +44,7 @@ impl Ring {
             *process_sample = (*at, process_sample.1 + util, process_sample.2 + 1);
         }
         let process_sample = |(pid, (at_us, sum, n)): (u32, (u64, u32, u32))| {
-            let mut percent = [0; Engine::ALL.len()];
+            let mut percent = [0; Engine::COUNT];
             percent[COMPUTE] = sum / n;
             RawProcessSample { at_us, pid, percent }
         };

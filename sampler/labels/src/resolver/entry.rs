@@ -22,7 +22,8 @@ const MIN_BACK_OFF: u64 = 500 * MS;
 const BACK_OFF_DIVISOR: u64 = 4;
 
 /// The result of a query, with the name used in `explain`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
 pub enum QueryOutcome {
     Ok,
     NotFound,
@@ -33,13 +34,7 @@ pub enum QueryOutcome {
 
 impl QueryOutcome {
     pub fn name(self) -> &'static str {
-        match self {
-            QueryOutcome::Ok => "ok",
-            QueryOutcome::NotFound => "not-found",
-            QueryOutcome::Error => "error",
-            QueryOutcome::Timeout => "timeout",
-            QueryOutcome::NotTried => "not-tried",
-        }
+        self.into()
     }
 }
 

@@ -7,6 +7,7 @@ use std::collections::BTreeMap;
 
 use proptest::collection::vec;
 use proptest::prelude::*;
+use strum::{EnumCount as _, VariantArray as _};
 
 use super::target::{FILES_IN_FLIGHT, MAX_OPEN, SOCKET_IN_FLIGHT};
 use super::tests::{all_labels, attempt, docker, pod};
@@ -66,7 +67,7 @@ struct World {
     known_by: BTreeMap<u64, usize>,
     live: Vec<u64>,
     open: Vec<(BootNs, Query)>,
-    labels: BTreeMap<u64, [bool; Label::ALL.len()]>,
+    labels: BTreeMap<u64, [bool; Label::COUNT]>,
 }
 
 impl World {
@@ -148,7 +149,7 @@ impl World {
         }
         for key in self.resolver.take_changed() {
             let Some(labels) = self.resolver.labels(key) else { continue };
-            let filled = Label::ALL.map(|l| labels.get(l).is_some());
+            let filled = std::array::from_fn(|n| labels.get(Label::VARIANTS[n]).is_some());
             let before = self.labels.insert(key.0, filled).unwrap_or_default();
             assert!(before.iter().zip(filled).all(|(was_filled, now_filled)| !was_filled || now_filled), "a label became empty");
         }

@@ -4,6 +4,7 @@ use super::target::{BREAKER_ERRORS, SOCKET_IN_FLIGHT};
 use super::*;
 use crate::Label;
 use sampler_core::cgroup_path::parse;
+use strum::VariantArray as _;
 
 pub(super) fn record(key: u64, path: &str) -> Arc<ContainerRecord> {
     let identity = parse(path);
@@ -32,7 +33,7 @@ pub(super) fn attempt(outcome: &Outcome) -> QueryAttempt {
 /// All labels that a container in a pod can have.
 pub(super) fn all_labels() -> Facts {
     let mut facts = Facts { pod_status_known: true, ..Facts::default() };
-    for label in Label::ALL {
+    for &label in Label::VARIANTS {
         facts.set(label, Some(label.name()));
     }
     facts

@@ -247,10 +247,10 @@ fn columns(width: usize) -> Vec<(Column, usize)> {
     };
     let taken: usize = fixed.iter().map(|(_, width)| width + GAP).sum();
     let rest = width.saturating_sub(taken);
-    let with = if width >= 90 { (rest - GAP) * 2 / 5 } else { 0 };
-    let mut all = vec![(Name, rest.saturating_sub(if with > 0 { with + GAP } else { 0 }))];
+    let with_width = if width >= 90 { (rest - GAP) * 2 / 5 } else { 0 };
+    let mut all = vec![(Name, rest.saturating_sub(if with_width > 0 { with_width + GAP } else { 0 }))];
     all.extend(fixed);
-    all.extend((with > 0).then_some((With, with)));
+    all.extend((with_width > 0).then_some((With, with_width)));
     all
 }
 

@@ -22,7 +22,7 @@ struct CrioContainer {
 pub async fn query(socket: &Path, id: &str) -> SourceReply {
     match http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await {
         Ok(container) => SourceReply::found(facts(&container, id)),
-        Err(reply) => reply,
+        Err(error) => error.into(),
     }
 }
 

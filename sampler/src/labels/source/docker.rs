@@ -26,7 +26,7 @@ const ACTIONS: [&str; 4] = ["create", "start", "rename", "restart"];
 pub async fn query(socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
     match http::record::<DockerRecord>(socket, &format!("/containers/{id}/json")).await {
         Ok(record) => record.reply(runtime, id),
-        Err(reply) => reply,
+        Err(error) => error.into(),
     }
 }
 

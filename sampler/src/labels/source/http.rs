@@ -1,5 +1,6 @@
 //! HTTP GET over a Unix socket, each on a new connection, so that a runtime that hung or was replaced does not affect later requests.
 
+use std::error::Error;
 use std::io;
 use std::path::Path;
 
@@ -8,10 +9,12 @@ use hyper::body::Bytes;
 use hyper_util::rt::TokioIo;
 use sampler_labels::ABSENT;
 use serde::de::DeserializeOwned;
+use thiserror::Error;
 use tokio::net::UnixStream;
 
 use super::file::is_absent;
 use super::reply::SourceReply;
+use crate::error::display_chain;
 
 /// The inspect record of a container with a thousand labels is 100 KiB.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
@@ -27,33 +30,66 @@ impl Drop for Connection {
     }
 }
 
+/// The failure of a request.
+#[derive(Debug, Error)]
+pub enum HttpError {
+    /// The socket does not exist, or was removed since it was last seen; not a failure of a server.
+    #[error(transparent)]
+    NoSocket(io::Error),
+    /// Connection refused or permission denied.
+    #[error(transparent)]
+    Connect(io::Error),
+    /// The connection failed during the request, or the response is invalid or too large.
+    #[error(transparent)]
+    Exchange(Box<dyn Error + Send + Sync>),
+    #[error("no such object")]
+    NotFound,
+    #[error("HTTP {status} {text}")]
+    Status { status: u16, text: String },
+    #[error("invalid record in the response")]
+    Record(#[source] serde_json::Error),
+}
+
+impl From<hyper::Error> for HttpError {
+    fn from(error: hyper::Error) -> Self {
+        Self::Exchange(error.into())
+    }
+}
+
+impl From<HttpError> for SourceReply {
+    fn from(error: HttpError) -> Self {
+        match error {
+            HttpError::NoSocket(_) => SourceReply::not_queried(ABSENT),
+            HttpError::NotFound => SourceReply::not_found(),
+            error => SourceReply::error(display_chain(&error)),
+        }
+    }
+}
+
 /// Returns status and body.
-pub async fn get(socket: &Path, path: &str) -> anyhow::Result<(u16, Bytes)> {
-    let stream = UnixStream::connect(socket).await?;
+async fn get(socket: &Path, path: &str) -> Result<(u16, Bytes), HttpError> {
+    let connected = UnixStream::connect(socket).await;
+    let stream =
+        connected.map_err(|error| if is_absent(&error) { HttpError::NoSocket(error) } else { HttpError::Connect(error) })?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let _connection = Connection(tokio::spawn(connection));
-    let request =
-        hyper::Request::get(path).header("Host", "localhost").header("Connection", "close").body(Empty::<Bytes>::new())?;
+    let request = hyper::Request::get(path).header("Host", "localhost").header("Connection", "close");
+    let request = request.body(Empty::<Bytes>::new()).map_err(|error| HttpError::Exchange(error.into()))?;
     let response = sender.send_request(request).await?;
     let status = response.status().as_u16();
-    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(|error| anyhow::anyhow!(error))?;
+    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(HttpError::Exchange)?;
     Ok((status, body.to_bytes()))
 }
 
-/// Gets and decodes a record. Status 404 is "not found"; any other status, and an invalid record, is an error.
-pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, SourceReply> {
-    match get(socket, path).await {
-        Ok((200, body)) => {
-            serde_json::from_slice(&body).map_err(|error| SourceReply::error(format!("invalid record in the response: {error}")))
+/// Gets and decodes a record. Any status other than 200, and an invalid record, is an error.
+pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, HttpError> {
+    match get(socket, path).await? {
+        (200, body) => serde_json::from_slice(&body).map_err(HttpError::Record),
+        (404, _) => Err(HttpError::NotFound),
+        (status, body) => {
+            let text = String::from_utf8_lossy(&body).trim().chars().take(MAX_ERROR_CHARS).collect();
+            Err(HttpError::Status { status, text })
         }
-        Ok((404, _)) => Err(SourceReply::not_found()),
-        Ok((status, body)) => {
-            let text: String = String::from_utf8_lossy(&body).trim().chars().take(MAX_ERROR_CHARS).collect();
-            Err(SourceReply::error(format!("HTTP {status} {text}")))
-        }
-        // The socket was removed since it was last seen.
-        Err(error) if error.downcast_ref::<io::Error>().is_some_and(is_absent) => Err(SourceReply::not_queried(ABSENT)),
-        Err(error) => Err(SourceReply::error(format!("{error:#}"))),
     }
 }
 
@@ -62,6 +98,6 @@ pub async fn check_responds(socket: &Path, path: &str) -> Result<(), String> {
     match get(socket, path).await {
         Ok((status, _)) if status < 500 => Ok(()),
         Ok((status, _)) => Err(format!("HTTP {status}")),
-        Err(error) => Err(format!("{error:#}")),
+        Err(error) => Err(display_chain(&error)),
     }
 }

@@ -6,6 +6,7 @@ use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use rustix::time::{ClockId, clock_gettime};
+use strum::EnumCount as _;
 
 use crate::health::Health;
 use crate::health::call_watchdog::Caller;
@@ -36,8 +37,8 @@ pub struct NvmlCaller {
     calls: Arc<DeviceCalls>,
     caller: Arc<Caller>,
     /// When the call was last found to be unsupported.
-    unsupported_since: [Option<Instant>; Call::ALL.len()],
-    reported_support: [Option<bool>; Call::ALL.len()],
+    unsupported_since: [Option<Instant>; Call::COUNT],
+    reported_support: [Option<bool>; Call::COUNT],
     spent: Spent,
     fault: Option<DeviceFault>,
 }
@@ -71,8 +72,8 @@ impl NvmlCaller {
         Self {
             calls: health.driver.device(uuid),
             caller: Arc::clone(caller),
-            unsupported_since: [None; Call::ALL.len()],
-            reported_support: [None; Call::ALL.len()],
+            unsupported_since: [None; Call::COUNT],
+            reported_support: [None; Call::COUNT],
             spent: Spent::default(),
             fault: None,
         }
@@ -134,7 +135,7 @@ impl NvmlCaller {
 
     /// Discards what was learned about the device, after it was opened again.
     pub fn reset(&mut self) {
-        self.unsupported_since = [None; Call::ALL.len()];
+        self.unsupported_since = [None; Call::COUNT];
         self.fault = None;
     }
 

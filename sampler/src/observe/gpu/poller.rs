@@ -214,9 +214,9 @@ impl Poller {
     }
 
     /// Charges the cost of calls since the last charge to the budget of this part.
-    fn spend(&mut self, part: Part, own: Duration) {
+    fn spend(&mut self, part: Part, own_cpu: Duration) {
         let spent = self.driver.take_spent();
-        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
+        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu + own_cpu, wait: spent.wall });
     }
 
     /// Polls once; returns the interval to the next poll.
@@ -262,8 +262,8 @@ impl Poller {
             self.health.polled(error.map(|error| error_name(&error)).as_deref());
         }
         let spent = self.driver.take_spent();
-        let own = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
-        self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own, wait: spent.wall });
+        let own_cpu = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
+        self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own_cpu, wait: spent.wall });
         let interval = match status {
             PollStatus::Unsupported if self.in_mig_mode() => self.budget.interval(Part::SampleRing, gpm::EVERY),
             PollStatus::Unsupported => SLOW,

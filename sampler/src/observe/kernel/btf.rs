@@ -29,7 +29,7 @@ pub struct Btf<'a> {
 }
 
 struct Head {
-    at: usize,
+    position: usize,
     name: u32,
     kind: u32,
     vlen: usize,
@@ -55,12 +55,12 @@ impl<'a> Btf<'a> {
         let types = section(header(8)?, header(12)?).ok_or(BtfError::Malformed("type section"))?;
         let strings = section(header(16)?, header(20)?).ok_or(BtfError::Malformed("string section"))?;
         let mut positions = vec![u32::MAX];
-        let mut at = 0;
-        while at < types.len() {
-            let info = word(types, at + 4).ok_or(BtfError::Malformed("type"))?;
+        let mut position = 0;
+        while position < types.len() {
+            let info = word(types, position + 4).ok_or(BtfError::Malformed("type"))?;
             let (kind, vlen) = ((info >> 24) & 0x1f, (info & 0xffff) as usize);
-            positions.push(at as u32);
-            at += 12
+            positions.push(position as u32);
+            position += 12
                 + match kind {
                     1 | 14 | 17 => 4,
                     3 => 12,
@@ -78,11 +78,11 @@ impl<'a> Btf<'a> {
     }
 
     fn head(&self, id: u32) -> Option<Head> {
-        let at = *self.positions.get(id as usize)? as usize;
-        let info = word(self.types, at.checked_add(4)?)?;
+        let position = *self.positions.get(id as usize)? as usize;
+        let info = word(self.types, position.checked_add(4)?)?;
         Some(Head {
-            at,
-            name: word(self.types, at)?,
+            position,
+            name: word(self.types, position)?,
             kind: (info >> 24) & 0x1f,
             vlen: (info & 0xffff) as usize,
             bitfields: info >> 31 == 1,
@@ -101,9 +101,9 @@ impl<'a> Btf<'a> {
             return None;
         }
         (0..head.vlen).find_map(|i| {
-            let at = head.at + 12 + 12 * i;
+            let member = head.position + 12 + 12 * i;
             let (label, of_type, offset) =
-                (self.name(word(self.types, at)?), word(self.types, at + 4)?, word(self.types, at + 8)?);
+                (self.name(word(self.types, member)?), word(self.types, member + 4)?, word(self.types, member + 8)?);
             let bits = if head.bitfields { offset & 0xff_ffff } else { offset };
             if label == name {
                 Some(bits / 8)
@@ -125,9 +125,9 @@ impl<'a> Btf<'a> {
         let missing = || BtfError::Missing(format!("{name}.{variant}"));
         let head = self.head(self.find(ENUM, name)?).ok_or_else(missing)?;
         (0..head.vlen)
-            .map(|i| head.at + 12 + 8 * i)
-            .find(|at| word(self.types, *at).is_some_and(|n| self.name(n) == variant.as_bytes()))
-            .and_then(|at| word(self.types, at + 4))
+            .map(|i| head.position + 12 + 8 * i)
+            .find(|value| word(self.types, *value).is_some_and(|n| self.name(n) == variant.as_bytes()))
+            .and_then(|value| word(self.types, value + 4))
             .ok_or_else(missing)
     }
 }

@@ -46,7 +46,8 @@ pub enum KernelError {
 }
 
 /// How processes and cgroups are tracked; names as in `gpu_sampler_kernel_mode`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumString, strum::IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
 pub enum Mode {
     RawTracepoint,
     Inotify,
@@ -55,15 +56,11 @@ pub enum Mode {
 
 impl Mode {
     pub fn named(name: &str) -> Option<Mode> {
-        [Mode::RawTracepoint, Mode::Inotify, Mode::Procfs].into_iter().find(|mode| mode.name() == name)
+        name.parse().ok()
     }
 
     pub fn name(self) -> &'static str {
-        match self {
-            Mode::RawTracepoint => "raw_tracepoint",
-            Mode::Inotify => "inotify",
-            Mode::Procfs => "procfs",
-        }
+        self.into()
     }
 
     /// What this mode cannot observe; empty for the mode without limitations.

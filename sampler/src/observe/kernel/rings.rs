@@ -69,8 +69,8 @@ impl Rings {
 
 /// Processor time of this thread. On a busy node the thread waits for a processor, and that wait is not a cost of draining.
 fn cpu_time() -> Duration {
-    let at = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::try_from(at).unwrap_or_default()
+    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
+    Duration::try_from(used).unwrap_or_default()
 }
 
 fn count(seen: &mut [u64], kind: u32) {

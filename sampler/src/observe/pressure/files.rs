@@ -5,6 +5,7 @@ use std::io::{self, Read as _};
 use std::path::Path;
 
 use sampler_core::observation::CpuQuota;
+use strum::EnumCount as _;
 
 /// Maximum bytes read of a file; the longest known (cpu.stat of v1 and v2) has less than 500.
 const MAX_BYTES: u64 = 8192;
@@ -19,7 +20,8 @@ pub enum CgroupVersion {
 }
 
 /// The outcome of reading a file. The names are the `outcome` label of `gpu_sampler_pressure_reads_total`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::EnumCount, strum::IntoStaticStr, strum::VariantArray)]
+#[strum(serialize_all = "lowercase")]
 pub enum Outcome {
     Ok,
     Absent,
@@ -28,19 +30,12 @@ pub enum Outcome {
 }
 
 impl Outcome {
-    pub const ALL: [Outcome; 4] = [Outcome::Ok, Outcome::Absent, Outcome::Error, Outcome::Timeout];
-
     pub fn name(self) -> &'static str {
-        match self {
-            Outcome::Ok => "ok",
-            Outcome::Absent => "absent",
-            Outcome::Error => "error",
-            Outcome::Timeout => "timeout",
-        }
+        self.into()
     }
 }
 
-pub type OutcomeCounts = [u64; Outcome::ALL.len()];
+pub type OutcomeCounts = [u64; Outcome::COUNT];
 
 /// Reads files, counts outcomes and keeps the first problem.
 #[derive(Debug, Default)]
@@ -147,6 +142,8 @@ impl PressureFiles {
 
 #[cfg(test)]
 mod tests {
+    use strum::VariantArray as _;
+
     use super::*;
 
     /// The quota of a cgroup with these files, and whether there was a problem.
@@ -212,7 +209,8 @@ mod tests {
             }
             let mut files = PressureFiles::default();
             let found = files.some_ns(dir.path(), "io");
-            let outcome = Outcome::ALL.into_iter().find(|o| files.counts[*o as usize] == 1).expect("one outcome is counted");
+            let outcome =
+                Outcome::VARIANTS.iter().copied().find(|o| files.counts[*o as usize] == 1).expect("one outcome is counted");
             assert_eq!((found, outcome), expect, "{text:?}");
             assert_eq!(files.problem.is_some(), outcome == Outcome::Error);
         };

@@ -1,5 +1,7 @@
 //! The user of a sample, where the driver's process samples or lists are ambiguous.
 
+use strum::VariantArray as _;
+
 use super::*;
 use crate::device::Engine;
 use crate::observation::{EngineSample, ProcessKind, RunningProcess};
@@ -26,7 +28,7 @@ fn sole_user(process_samples: &[(u32, u32)], processes: &[(u32, ProcessKind)]) -
     if let Some(n) = seconds(&snapshot).iter().position(|s| (s - busy).abs() < 1e-9) {
         return Ok(n);
     }
-    let reason = Reason::ALL.into_iter().find(|r| (snapshot.gpus[0].unattributed[*r as usize] - busy).abs() < 1e-9);
+    let reason = Reason::VARIANTS.iter().copied().find(|r| (snapshot.gpus[0].unattributed[*r as usize] - busy).abs() < 1e-9);
     Err(reason.expect("all busy time has one user or reason"))
 }
 
@@ -120,7 +122,7 @@ fn process_samples_that_match_no_device_sample_are_counted() {
 #[test]
 fn pids_of_another_space_are_not_attributed_to_containers() {
     use crate::pid_space::PidSpace;
-    for space in PidSpace::ALL {
+    for &space in PidSpace::VARIANTS {
         let mut core = core();
         core.observe(Observation::PidSpace(space));
         feed_with(&mut core, &[(100, 50)], &[(100, ProcessKind::Compute)]);

@@ -1,5 +1,7 @@
 //! States of device time: busy, idle, unobserved, unsupported. Time of unknown state is never idle.
 
+use strum::EnumCount as _;
+
 use super::*;
 use crate::device::DeviceReadings;
 use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
@@ -66,7 +68,7 @@ fn unqueried_samples_are_observed_and_attributed_by_the_queried_ones() {
     let snapshot = core.snapshot();
     let gpu = &snapshot.gpus[0];
     let credited: f64 = snapshot.containers.iter().flat_map(|c| &c.gpus).map(|g| g.seconds).sum();
-    assert!((credited - t.busy).abs() < 1e-6 && gpu.unattributed == [0.0; Reason::ALL.len()], "{credited} of {t:?}");
+    assert!((credited - t.busy).abs() < 1e-6 && gpu.unattributed == [0.0; Reason::COUNT], "{credited} of {t:?}");
     assert!((gpu.counts.queried * 4).abs_diff(gpu.counts.samples) < 4, "{:?}", gpu.counts);
 }
 
