@@ -147,7 +147,7 @@ fn a_correct_report_passes_and_errors_are_named() {
     let first = |report: &mut Value| std::mem::take(&mut report["users"][0]["gpus"][0]["gpu_seconds"]);
     let victim = "comes and goes as processes, victim";
     check(&|r| drop(first(r)), &["fair pair, a: NaN"]);
-    check(&|r| r["users"][0]["gpus"][0]["gpu_seconds"] = json!(46.2), &["fair pair, a: 46.2"]);
+    check(&|r| r["users"][0]["gpus"][0]["gpu_seconds"] = json!(46.8), &["fair pair, a: 46.8"]);
     check(&|r| r["gpus"][0]["unobserved_seconds"] = json!(1.0), &[]);
     let set = |r: &mut Value, key: &str, value: Value| r["users"][4]["gpus"][0]["contenders"][0][key] = value;
     check(&|r| set(r, "evidence", json!("coactive")), &[&format!("{victim} <- comes: \"coactive\" instead of")]);

@@ -165,7 +165,7 @@ fn short(value: &Value) -> String {
     }
 }
 
-/// The true drop must be within twice the stated interval, which extends about two standard errors to each side.
+/// The true drop must be within three times the stated interval, which extends about two standard errors to each side.
 fn rates(grade: Grade, contender: &Value) -> Option<String> {
     let Grade::Confirmed(before, after) = grade else { return None };
     let drop = before - after;
