@@ -13,7 +13,7 @@ use crate::config::Config;
 use crate::error::display_chain;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::grpc::GrpcError;
-use crate::labels::source::http::{self, HttpError};
+use crate::labels::source::http::{self, HttpClientError};
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
 use crate::labels::source::reply::SourceReply;
 use crate::labels::{Discovery, LabelConfig, Root};
@@ -54,13 +54,13 @@ const ANOTHER_RUNTIME: &str =
 
 /// Why a runtime cannot be queried. Until its remedy is applied, labels come from files and other sources, and the agent retries.
 enum Failure {
-    Http(HttpError),
+    Http(HttpClientError),
     /// Names the endpoint.
     Grpc(GrpcError),
 }
 
-impl From<HttpError> for Failure {
-    fn from(error: HttpError) -> Self {
+impl From<HttpClientError> for Failure {
+    fn from(error: HttpClientError) -> Self {
         Self::Http(error)
     }
 }
@@ -74,7 +74,7 @@ impl From<GrpcError> for Failure {
 impl Failure {
     fn detail_and_remedy(self, endpoint: &std::path::Display<'_>) -> (String, &'static str) {
         let remedy = match &self {
-            Failure::Http(HttpError::Connect(error)) | Failure::Grpc(GrpcError::Connect { source: error, .. }) => {
+            Failure::Http(HttpClientError::Connect(error)) | Failure::Grpc(GrpcError::Connect { source: error, .. }) => {
                 match error.kind() {
                     io::ErrorKind::PermissionDenied => "run as root, or with access to the socket",
                     io::ErrorKind::ConnectionRefused => "no process listens on this socket: start the runtime",
@@ -82,7 +82,7 @@ impl Failure {
                 }
             }
             Failure::Grpc(GrpcError::Timeout { .. }) => HANGS,
-            Failure::Http(HttpError::Status { status: 500..=599, .. }) => {
+            Failure::Http(HttpClientError::Status { status: 500..=599, .. }) => {
                 "the runtime fails: check its log, such as `journalctl -u docker`"
             }
             _ => ANOTHER_RUNTIME,

@@ -32,7 +32,7 @@ impl Drop for Connection {
 
 /// The failure of a request.
 #[derive(Debug, Error)]
-pub enum HttpError {
+pub enum HttpClientError {
     /// The socket does not exist, or was removed since it was last seen; not a failure of a server.
     #[error(transparent)]
     NoSocket(io::Error),
@@ -50,45 +50,45 @@ pub enum HttpError {
     Record(#[source] serde_json::Error),
 }
 
-impl From<hyper::Error> for HttpError {
+impl From<hyper::Error> for HttpClientError {
     fn from(error: hyper::Error) -> Self {
         Self::Exchange(error.into())
     }
 }
 
-impl From<HttpError> for SourceReply {
-    fn from(error: HttpError) -> Self {
+impl From<HttpClientError> for SourceReply {
+    fn from(error: HttpClientError) -> Self {
         match error {
-            HttpError::NoSocket(_) => SourceReply::not_queried(ABSENT),
-            HttpError::NotFound => SourceReply::not_found(),
+            HttpClientError::NoSocket(_) => SourceReply::not_queried(ABSENT),
+            HttpClientError::NotFound => SourceReply::not_found(),
             error => SourceReply::error(display_chain(&error)),
         }
     }
 }
 
 /// Returns status and body.
-async fn get(socket: &Path, path: &str) -> Result<(u16, Bytes), HttpError> {
+async fn get(socket: &Path, path: &str) -> Result<(u16, Bytes), HttpClientError> {
     let connected = UnixStream::connect(socket).await;
-    let stream =
-        connected.map_err(|error| if is_absent(&error) { HttpError::NoSocket(error) } else { HttpError::Connect(error) })?;
+    let stream = connected
+        .map_err(|error| if is_absent(&error) { HttpClientError::NoSocket(error) } else { HttpClientError::Connect(error) })?;
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
     let _connection = Connection(tokio::spawn(connection));
     let request = hyper::Request::get(path).header("Host", "localhost").header("Connection", "close");
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| HttpError::Exchange(error.into()))?;
+    let request = request.body(Empty::<Bytes>::new()).map_err(|error| HttpClientError::Exchange(error.into()))?;
     let response = sender.send_request(request).await?;
     let status = response.status().as_u16();
-    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(HttpError::Exchange)?;
+    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(HttpClientError::Exchange)?;
     Ok((status, body.to_bytes()))
 }
 
 /// Gets and decodes a record. Any status other than 200, and an invalid record, is an error.
-pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, HttpError> {
+pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, HttpClientError> {
     match get(socket, path).await? {
-        (200, body) => serde_json::from_slice(&body).map_err(HttpError::Record),
-        (404, _) => Err(HttpError::NotFound),
+        (200, body) => serde_json::from_slice(&body).map_err(HttpClientError::Record),
+        (404, _) => Err(HttpClientError::NotFound),
         (status, body) => {
             let text = String::from_utf8_lossy(&body).trim().chars().take(MAX_ERROR_CHARS).collect();
-            Err(HttpError::Status { status, text })
+            Err(HttpClientError::Status { status, text })
         }
     }
 }
