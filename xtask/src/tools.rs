@@ -63,15 +63,17 @@ pub fn root() -> PathBuf {
     here.parent().unwrap_or(here).to_path_buf()
 }
 
-/// The files that git tracks, as paths from the root; none, with a message, outside a checkout.
-pub fn tracked() -> Result<Vec<String>> {
+/// The files that git tracks, as paths from the root, with their texts; none, with a message, outside a checkout. A deleted file is
+/// still tracked, and a binary file has no text: both are skipped.
+pub fn tracked_texts() -> Result<Vec<(String, String)>> {
     let root = root();
-    let root = root.to_str().context("the path of this checkout is UTF-8")?;
-    let Some(list) = output("git", &["-C", root, "ls-files", "-z"]) else {
+    let path = root.to_str().context("the path of this checkout is UTF-8")?;
+    let Some(list) = output("git", &["-C", path, "ls-files", "-z"]) else {
         progress("not a git checkout, so there are no tracked files to read");
         return Ok(Vec::new());
     };
-    Ok(list.split_terminator('\0').map(str::to_owned).collect())
+    let read = |name: &str| std::fs::read_to_string(root.join(name)).ok().map(|text| (name.to_owned(), text));
+    Ok(list.split_terminator('\0').filter_map(read).collect())
 }
 
 /// Cargo's target folder of this workspace.

@@ -7,7 +7,6 @@ mod words;
 
 use crate::tools::{self, on_path, progress, run};
 use anyhow::{Result, bail};
-use std::fs;
 
 type Check = fn() -> Result<()>;
 
@@ -64,9 +63,7 @@ fn licences() -> Result<()> {
 fn home_paths() -> Result<()> {
     progress("home directories in tracked files");
     let mut found = 0;
-    for name in tools::tracked()? {
-        // A deleted file is still tracked; a binary file is skipped.
-        let Ok(text) = fs::read_to_string(tools::root().join(&name)) else { continue };
+    for (name, text) in tools::tracked_texts()? {
         for (number, line) in text.lines().enumerate().filter(|(_, line)| names_a_home(line)) {
             eprintln!("{name}:{}: {}", number + 1, line.trim());
             found += 1;

@@ -1,9 +1,7 @@
-//! Checks the language of the project: words that docs/glossary.md and CONTRIBUTING.md replace with the field's terms. Also checks that the
-//! glossary names types that exist.
+//! Checks the language of the project: words that docs/glossary.md and CONTRIBUTING.md replace with the field's terms.
 
 use crate::tools;
 use anyhow::{Result, bail};
-use std::fs;
 
 /// What is rejected, in any case and as a part of an identifier, and what to write instead. More than one word: a phrase.
 const BANNED: [(&str, &str); 24] = [
@@ -40,18 +38,11 @@ const AFTER_NEGATION: [&str; 6] = ["longer", "more", "less", "later", "earlier",
 const READ: [&str; 9] = [".rs", ".md", ".html", ".js", ".css", ".toml", ".yml", ".yaml", ".sh"];
 /// Recorded from elsewhere, or this list itself.
 const EXEMPT: [&str; 2] = ["tests/fixtures/", "xtask/src/lint/words.rs"];
-const GLOSSARY: &str = "docs/glossary.md";
-const TYPES_IN: &str = "sampler";
 
 pub fn check() -> Result<()> {
-    tools::progress("plain language, and a glossary that names types");
+    tools::progress("plain language");
     let mut found = 0;
-    let mut types = String::new();
-    for name in tools::tracked()? {
-        let Ok(text) = fs::read_to_string(tools::root().join(&name)) else { continue };
-        if name.starts_with(TYPES_IN) && name.ends_with(".rs") {
-            types.push_str(&text);
-        }
+    for (name, text) in tools::tracked_texts()? {
         if !READ.iter().any(|end| name.ends_with(end)) || EXEMPT.iter().any(|start| name.starts_with(start)) {
             continue;
         }
@@ -61,11 +52,6 @@ pub fn check() -> Result<()> {
                 found += 1;
             }
         }
-    }
-    let glossary = fs::read_to_string(tools::root().join(GLOSSARY))?;
-    for missing in carriers(&glossary).filter(|carrier| !defines(&types, carrier)) {
-        eprintln!("{GLOSSARY}: no type is called `{missing}`");
-        found += 1;
     }
     match found {
         0 => Ok(()),
@@ -106,20 +92,6 @@ fn banned_in(line: &str) -> Vec<(&'static str, &'static str)> {
     BANNED.into_iter().filter(|(phrase, _)| is_there(phrase)).collect()
 }
 
-/// The types in the last column of the glossary's tables.
-fn carriers(glossary: &str) -> impl Iterator<Item = &str> {
-    let last = |line: &'_ str| line.trim_end().strip_suffix("` |").and_then(|rest| rest.rfind('`').map(|at| at + 1));
-    glossary.lines().filter_map(move |line| last(line).map(|at| line[at..].trim_end().trim_end_matches("` |")))
-}
-
-fn defines(types: &str, name: &str) -> bool {
-    let named = |kind: &str| {
-        let text = format!("{kind} {name}");
-        types.match_indices(&text).any(|(at, _)| !types[at + text.len()..].starts_with(|c: char| c.is_alphanumeric() || c == '_'))
-    };
-    ["struct", "enum", "trait", "type"].into_iter().any(named)
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -139,12 +111,5 @@ mod tests {
         for line in ["there is no such file", "it is no longer there", "if x.is_none()", "retold", "the driver reports"] {
             assert!(banned_in(line).is_empty(), "{line}: {:?}", banned_in(line));
         }
-    }
-
-    #[test]
-    fn the_glossary_names_types() {
-        let glossary = "| fact | One statement. | `Fact` |\n| `x` | no carrier |\n";
-        assert_eq!(carriers(glossary).collect::<Vec<_>>(), ["Fact"]);
-        assert!(defines("pub struct Fact {", "Fact") && !defines("pub struct Facts {", "Fact"));
     }
 }
