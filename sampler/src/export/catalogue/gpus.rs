@@ -1,11 +1,12 @@
 //! Devices: identity, time, readings and events.
 
-use super::{Family, families};
+use super::{DEVICE, Family, IN_MIG_MODE, families};
 
 /// Of a GPU or a MIG device.
-const LABELS: &[&str] = &["uuid", "gpu_uuid"];
 const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "engine"];
 const WITH_REASON: &[&str] = &["uuid", "gpu_uuid", "reason"];
+
+const UNREPORTED_OR_GONE: &str = "if the driver does not report it, and if the GPU is gone";
 
 families! {
     INFO: Family::gauge(
@@ -15,7 +16,7 @@ families! {
     TIME_SECONDS: Family::counter("gpu_time_seconds_total", "seconds", &["uuid", "gpu_uuid", "state"])
         .help("Time of the GPU by state, in seconds. The states sum to the wall time in which the GPU was present, except for \
                samples that are not settled yet.")
-        .absent("for a GPU in MIG mode, because its MIG devices have the series")
+        .absent(IN_MIG_MODE)
         .starts_at_zero();
     CREDITED_SECONDS: Family::counter("gpu_credited_seconds_total", "seconds", &["uuid", "gpu_uuid", "namespace"])
         .help("GPU time credited to the containers of the namespace, in seconds. Continues after the containers end.")
@@ -23,7 +24,7 @@ families! {
         .starts_at_zero();
     UNATTRIBUTED_SECONDS: Family::counter("gpu_unattributed_seconds_total", "seconds", WITH_REASON)
         .help("Busy time of the GPU that is not credited to a container, in seconds, by reason.")
-        .absent("for a GPU in MIG mode, because its MIG devices have the series")
+        .absent(IN_MIG_MODE)
         .starts_at_zero();
     ENGINE_SECONDS: Family::counter("gpu_engine_seconds_total", "seconds", WITH_ENGINE)
         .help("Busy time of the engines other than compute, in seconds. The driver samples each engine separately.")
@@ -33,27 +34,27 @@ families! {
         .help("Busy time in gpu_engine_seconds_total that is not credited to a container, in seconds.")
         .absent("if gpu_engine_seconds_total is")
         .starts_at_zero();
-    UTILIZATION: Family::gauge("gpu_utilization_ratio", "ratio", LABELS)
+    UTILIZATION: Family::gauge("gpu_utilization_ratio", "ratio", DEVICE)
         .help("Busy share of the past 10 seconds of the GPU, from 0 to 1.")
         .absent("if nothing of these 10 seconds was observed, and for a GPU in MIG mode");
-    MEMORY_USED: Family::gauge("gpu_memory_used_bytes", "bytes", LABELS)
+    MEMORY_USED: Family::gauge("gpu_memory_used_bytes", "bytes", DEVICE)
         .help("Device memory in use, in bytes.")
         .absent("if the driver does not report it, and for a GPU in MIG mode");
-    MEMORY_TOTAL: Family::gauge("gpu_memory_total_bytes", "bytes", LABELS)
+    MEMORY_TOTAL: Family::gauge("gpu_memory_total_bytes", "bytes", DEVICE)
         .help("Total device memory, in bytes.")
         .absent("if the driver does not report it, and for a GPU in MIG mode");
-    POWER: Family::gauge("gpu_power_watts", "watts", LABELS)
+    POWER: Family::gauge("gpu_power_watts", "watts", DEVICE)
         .help("Power draw of the GPU, in watts.")
-        .absent("if the driver does not report it, and if the GPU is gone");
-    ENERGY: Family::counter("gpu_energy_joules_total", "joules", LABELS)
+        .absent(UNREPORTED_OR_GONE);
+    ENERGY: Family::counter("gpu_energy_joules_total", "joules", DEVICE)
         .help("Energy that the GPU consumed since the driver was loaded, in joules.")
-        .absent("if the driver does not report it, and if the GPU is gone");
-    TEMPERATURE: Family::gauge("gpu_temperature_celsius", "degrees Celsius", LABELS)
+        .absent(UNREPORTED_OR_GONE);
+    TEMPERATURE: Family::gauge("gpu_temperature_celsius", "degrees Celsius", DEVICE)
         .help("Core temperature of the GPU, in degrees Celsius.")
-        .absent("if the driver does not report it, and if the GPU is gone");
-    SM_CLOCK: Family::gauge("gpu_sm_clock_hertz", "hertz", LABELS)
+        .absent(UNREPORTED_OR_GONE);
+    SM_CLOCK: Family::gauge("gpu_sm_clock_hertz", "hertz", DEVICE)
         .help("SM clock of the GPU, in hertz.")
-        .absent("if the driver does not report it, and if the GPU is gone");
+        .absent(UNREPORTED_OR_GONE);
     THROTTLE_SECONDS: Family::counter("gpu_throttle_seconds_total", "seconds", WITH_REASON)
         .help("Time in which the driver reported this reason for the clocks of the GPU, in seconds. It is read once a second, and once a \
                minute where driver calls are slow.")

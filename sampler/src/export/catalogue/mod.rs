@@ -74,6 +74,10 @@ impl Family {
     }
 }
 
+/// The labels of a GPU or MIG device.
+const DEVICE: &[&str] = &["uuid", "gpu_uuid"];
+const IN_MIG_MODE: &str = "for a GPU in MIG mode, because its MIG devices have the series";
+
 /// Defines families, and `ALL` with all of them.
 macro_rules! families {
     ($($name:ident: $family:expr;)+) => {
