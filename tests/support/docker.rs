@@ -1,15 +1,15 @@
 //! A Docker Engine and the containers that a test creates in it, labelled as a kubelet labels them.
 
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail};
+use devkit::http::{Response, Server};
 use serde_json::{Value, json};
 
 use crate::kernel::Layout;
-use crate::{Running, exchange, var};
+use crate::{Running, var};
 
 /// The engine behind DOCKER_HOST, and the containers that a test created in it.
 pub struct Docker {
@@ -36,9 +36,7 @@ impl Docker {
     }
 
     fn request(&self, method: &str, path: &str, kind: &str, body: &[u8]) -> Result<Vec<u8>> {
-        let stream = UnixStream::connect(&self.socket).with_context(|| self.socket.display().to_string())?;
-        stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-        exchange(stream, method, path, kind, body)
+        Server::unix(&self.socket).patience(Duration::from_secs(60)).request(method, path, kind, body)?.ok()
     }
 
     /// Starts `sleep seconds` as a pod's container. Returns its id and the pid of its process.
@@ -190,8 +188,7 @@ impl Own {
             if let Some(status) = process.0.try_wait()? {
                 bail!("dockerd ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
-            let ping = UnixStream::connect(socket).map_err(anyhow::Error::from);
-            Ok(ping.and_then(|stream| exchange(stream, "GET", "/_ping", "text/plain", &[])).ok())
+            Ok(Server::unix(socket).get("/_ping").and_then(Response::ok).ok())
         })?;
         Ok(())
     }

@@ -25,13 +25,13 @@ mod session;
 pub use docker::{Docker, Engine};
 
 use std::collections::BTreeMap;
-use std::io::Write;
-use std::net::{TcpListener, TcpStream};
+use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, bail, ensure};
+use devkit::http::Server;
 use serde_json::Value;
 
 pub fn var(name: &str) -> Result<String> {
@@ -85,33 +85,13 @@ impl Drop for Running {
     }
 }
 
-pub(crate) fn exchange(
-    mut stream: impl std::io::Read + Write,
-    method: &str,
-    path: &str,
-    kind: &str,
-    body: &[u8],
-) -> Result<Vec<u8>> {
-    write!(
-        stream,
-        "{method} {path} HTTP/1.0\r\nHost: localhost\r\nContent-Type: {kind}\r\nContent-Length: {}\r\n\r\n",
-        body.len()
-    )?;
-    stream.write_all(body)?;
-    let mut response = Vec::new();
-    stream.read_to_end(&mut response)?;
-    let end = response.windows(4).position(|w| w == b"\r\n\r\n").context("no HTTP response")?;
-    let head = String::from_utf8_lossy(&response[..end]).into_owned();
-    let body = response[end + 4..].to_vec();
-    let status = head.split(' ').nth(1).unwrap_or_default();
-    ensure!(status.starts_with('2'), "{method} {path}: {status} {}", String::from_utf8_lossy(&body).trim());
-    Ok(body)
+/// A server on this machine.
+fn local(port: u16) -> Server {
+    Server::tcp(([127, 0, 0, 1], port).into())
 }
 
 pub fn get(port: u16, path: &str) -> Result<String> {
-    let stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-    Ok(String::from_utf8(exchange(stream, "GET", path, "text/plain", &[])?)?)
+    Ok(String::from_utf8(local(port).get(path)?.ok()?)?)
 }
 
 /// One sample line of an exposition.

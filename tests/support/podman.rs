@@ -1,15 +1,15 @@
 //! A podman instance of the test's own: storage, state and the service's socket in one temporary folder, with its own cgroup manager.
 
 use std::cell::RefCell;
-use std::os::unix::net::UnixStream;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, bail, ensure};
+use devkit::http::{Response, Server};
 
 use crate::leftovers::{self, kill, program};
-use crate::{Running, exchange, image, wait_for};
+use crate::{Running, image, wait_for};
 
 pub const IMAGE: &str = "localhost/gpu-sampler-test/sleep:1";
 /// Podman's cgroup manager puts every container below this cgroup, as `libpod-<id>`, and their monitors below `conmon`.
@@ -70,7 +70,7 @@ impl Podman {
             if let Some(status) = service.0.try_wait()? {
                 bail!("podman's service ended ({status}): {}", std::fs::read_to_string(&log)?);
             }
-            Ok(UnixStream::connect(&socket).ok().and_then(|s| exchange(s, "GET", "/_ping", "text/plain", &[]).ok()))
+            Ok(Server::unix(&socket).get("/_ping").and_then(Response::ok).ok())
         })?;
         Ok(())
     }

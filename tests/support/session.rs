@@ -1,18 +1,15 @@
 //! Sessions of a running agent.
 
-use std::net::TcpStream;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use serde_json::{Value, json};
 
-use crate::{Agent, exchange, wait_for};
+use crate::{Agent, local, wait_for};
 
 impl Agent {
     fn request(&self, method: &str, path: &str, body: &[u8]) -> Result<Vec<u8>> {
-        let stream = TcpStream::connect(("127.0.0.1", self.port))?;
-        stream.set_read_timeout(Some(Duration::from_secs(30)))?;
-        exchange(stream, method, path, "application/json", body)
+        local(self.port).request(method, path, "application/json", body)?.ok()
     }
 
     /// Starts a session with this request. Returns its id.

@@ -1,10 +1,11 @@
 //! Starts the agent for verbs that show its results.
 
 use crate::{
-    http, sys,
+    sys,
     tools::{self, Running, progress, tail},
 };
 use anyhow::{Result, bail};
+use devkit::http::Server;
 use std::{
     fs,
     net::{SocketAddr, TcpListener},
@@ -35,7 +36,7 @@ pub fn start(verb: &str, mut command: Command, tmp: &Path) -> Result<(Running, S
         if let Some(status) = agent.ended()? {
             bail!("the agent ended ({status}):\n{}", tail(&log));
         }
-        if http::get(server, "/readyz").is_ok_and(|response| response.status == 200) {
+        if Server::tcp(server).get("/readyz").is_ok_and(|response| response.status == 200) {
             break;
         }
         if let Some(signal) = sys::interrupted() {

@@ -1,12 +1,12 @@
 //! A Docker Engine to test against: the machine's, or a new one with everything in one temporary folder.
 
 use crate::{
-    http,
-    janitor::{self, Cleanup, Leftover, mounts, start_time},
+    janitor::{self, Cleanup, Leftover, mounts},
     sys,
     tools::{on_path, path_with_daemons, progress, tail},
 };
 use anyhow::{Context, Result, bail};
+use devkit::{http::Server, process::start_time};
 use std::{
     ffi::OsString,
     fs,
@@ -22,7 +22,7 @@ pub const SYSTEM_SOCKET: &str = "/var/run/docker.sock";
 const START_PATIENCE: Duration = Duration::from_secs(60);
 
 pub fn responds(socket: &Path) -> bool {
-    http::unix(socket, "GET", "/_ping", "", &[]).is_ok_and(|response| response.status == 200)
+    Server::unix(socket).get("/_ping").is_ok_and(|response| response.status == 200)
 }
 
 /// The `unix://..` address of an engine that responds, and the child if one was started for it.

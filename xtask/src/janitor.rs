@@ -11,10 +11,11 @@
 //! ```
 
 use crate::{
-    http, sys,
+    sys,
     tools::{progress, wait_until},
 };
 use anyhow::{Context, Result, bail};
+use devkit::{http::Server, process::start_time};
 use std::{
     env, fs,
     io::{self, BufRead as _, Write as _},
@@ -259,7 +260,7 @@ fn remove_tree(dir: &Path) -> Result<()> {
 }
 
 fn delete(socket: &Path, path: &str) -> Result<()> {
-    let response = http::unix(socket, "DELETE", path, "", &[])?;
+    let response = Server::unix(socket).request("DELETE", path, "", &[])?;
     if response.status != 404 {
         response.ok()?;
     }
@@ -319,17 +320,6 @@ fn processes_naming(dir: &Path) -> Vec<i32> {
         .collect()
 }
 
-/// In clock ticks since boot: with the pid, the identity of a process. `None` also for a zombie.
-pub fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    // The name before the last bracket may contain anything.
-    let fields: Vec<&str> = stat.rsplit_once(") ")?.1.split(' ').collect();
-    if matches!(fields.first(), Some(&"Z" | &"X")) {
-        return None;
-    }
-    fields.get(19)?.parse().ok()
-}
-
 pub struct Mount {
     pub point: PathBuf,
     pub kind: String,
@@ -386,10 +376,5 @@ mod tests {
         assert_eq!(mount.point, Path::new("/sys/fs/cgroup/pids"));
         assert_eq!((mount.kind.as_str(), mount.options.as_str()), ("cgroup", "rw,pids"));
         assert!(super::mount("").is_none());
-    }
-
-    #[test]
-    fn the_own_start_time_is_known() {
-        assert!(start_time(std::process::id()).is_some());
     }
 }

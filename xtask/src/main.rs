@@ -13,7 +13,6 @@ mod dockerd;
 mod docs;
 mod ebpf;
 mod gpu;
-mod http;
 mod janitor;
 mod lint;
 mod setup;

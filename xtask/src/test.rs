@@ -3,11 +3,12 @@
 use crate::{
     build::{self, Profile},
     dockerd,
-    janitor::{self, Cleanup, Leftover, start_time},
+    janitor::{self, Cleanup, Leftover},
     setup, sys,
     tools::{self, progress, shown},
 };
 use anyhow::{Context, Result, bail};
+use devkit::process::start_time;
 use std::{
     env,
     process::{Command, Stdio},

@@ -204,7 +204,7 @@ mod tests {
     /// A world that began long ago, and its log; loads begin and end before now.
     fn driver(toml: &str, loads: &[(u64, Option<u64>)]) -> (tempfile::TempDir, Driver) {
         let dir = tempfile::tempdir().unwrap();
-        let own = loads::start_time(std::process::id()).unwrap();
+        let own = devkit::process::start_time(std::process::id()).unwrap();
         let mut text = String::new();
         for (n, (begin_us, end_us)) in loads.iter().enumerate() {
             let (pid, id) = (std::process::id(), n as u64);

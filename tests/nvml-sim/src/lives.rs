@@ -170,7 +170,7 @@ impl<'a> ProcessGroup<'a> {
         };
         let due = Instant::now() + lasts;
         let pid = child.pid;
-        let start_time = loads::start_time(pid)
+        let start_time = devkit::process::start_time(pid)
             .with_context(|| format!("process {pid} ended at once; processes in {} are being killed", cgroup.name))?;
         let (memory_bytes, ways) = (self.options.mem, self.ways.clone());
         let load = Load { id: 0, pid, start_time, gpu, demand, memory_bytes, begin_us: 0, end_us: None, ways };

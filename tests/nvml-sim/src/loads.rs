@@ -13,6 +13,7 @@ use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
 use anyhow::Context as _;
+use devkit::process::start_time;
 use serde::{Deserialize, Serialize};
 
 use crate::faults::{Clear, Fault, Xid};
@@ -238,16 +239,6 @@ pub fn close_dead<'a>(dir: &Path, loads: impl Iterator<Item = &'a Load>) -> anyh
     Ok(dead.len())
 }
 
-/// Start time of a process in clock ticks; `None` if it does not exist or is a zombie.
-pub fn start_time(pid: u32) -> Option<u64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat")).ok()?;
-    let mut fields = stat.rsplit_once(')')?.1.split_whitespace();
-    if matches!(fields.next()?, "Z" | "X") {
-        return None;
-    }
-    fields.nth(18)?.parse().ok()
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -338,11 +329,5 @@ mod tests {
         let ends: Vec<&str> = text.lines().map(|l| l.split_once(',').unwrap().0).collect();
         assert_eq!(ends, ["{\"end\":1", "{\"end\":3"]);
         assert_eq!(close_dead(dir.path(), loads[1..2].iter()).unwrap(), 0);
-    }
-
-    #[test]
-    fn the_own_process_has_a_start_time() {
-        assert!(start_time(std::process::id()).is_some_and(|t| t > 0));
-        assert_eq!(start_time(u32::MAX), None);
     }
 }

@@ -187,7 +187,7 @@ fn check(load: &Demand) -> anyhow::Result<()> {
 }
 
 fn declared(load: &Demand, pid: u32) -> anyhow::Result<loads::Load> {
-    let start_time = loads::start_time(pid).with_context(|| format!("--pid {pid}: there is no such process"))?;
+    let start_time = devkit::process::start_time(pid).with_context(|| format!("--pid {pid}: there is no such process"))?;
     let steps = load.demands.clone().map(|steps| steps.0).unwrap_or_default();
     let most = steps.iter().map(|step| step.demand).reduce(f64::max);
     let (gpu, demand, memory_bytes) = (load.gpu, load.demand.or(most).unwrap_or(0.0), load.mem);

@@ -10,12 +10,12 @@ pub mod workloads;
 use crate::{
     agent,
     build::{self, Built, Profile},
-    http,
     janitor::Cleanup,
     setup, sys,
     tools::{self, Running, progress, run, tail},
 };
 use anyhow::{Context, Result, bail};
+use devkit::http::{Response, Server};
 use std::{
     io::{self, IsTerminal as _},
     net::SocketAddr,
@@ -178,7 +178,7 @@ impl RunningDemo {
     }
 
     fn scrape(&mut self) -> Result<View> {
-        let page = http::get(self.server, "/metrics").and_then(http::HttpResponse::ok);
+        let page = Server::tcp(self.server).get("/metrics").and_then(Response::ok);
         let page = match page {
             Ok(page) => page,
             Err(problem) => {

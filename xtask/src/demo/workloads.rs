@@ -2,11 +2,12 @@
 //! containerd, with the OCI bundles that containerd would write.
 
 use crate::{
-    dockerd, http,
+    dockerd,
     janitor::{Cleanup, Leftover, Mount, mounts},
     tools::{self, Running, on_path, output, progress, run},
 };
 use anyhow::{Context, Result, bail};
+use devkit::{http::Server, process::start_time};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -52,7 +53,7 @@ impl Workload {
     pub fn is_alive(&mut self) -> Result<bool> {
         Ok(match &mut self.process {
             Some(process) => process.ended()?.is_none(),
-            None => crate::janitor::start_time(self.pid).is_some(),
+            None => start_time(self.pid).is_some(),
         })
     }
 }
@@ -163,7 +164,7 @@ fn import_image(socket: &Path, cleanup: &mut Cleanup, tmp: &Path) -> Result<Stri
     let image = format!("{repository}:{tag}");
     cleanup.will_remove(&Leftover::Image { socket: socket.into(), name: image.clone() })?;
     let path = format!("/images/create?fromSrc=-&repo={repository}&tag={tag}");
-    let output = http::unix(socket, "POST", &path, "application/x-tar", &fs::read(&archive)?)?.ok()?;
+    let output = Server::unix(socket).request("POST", &path, "application/x-tar", &fs::read(&archive)?)?.ok()?;
     // The status is sent before the import is done.
     let output = String::from_utf8_lossy(&output);
     if output.contains("\"error\"") {
@@ -187,7 +188,7 @@ fn start_container(spec: &Spec, socket: &Path, image: &str, cleanup: &mut Cleanu
         "HostConfig": { "NetworkMode": "none" },
     });
     let request = |method: &str, path: String, body: &str| -> Result<Vec<u8>> {
-        http::unix(socket, method, &path, "application/json", body.as_bytes())?.ok()
+        Server::unix(socket).request(method, &path, "application/json", body.as_bytes())?.ok()
     };
     cleanup.will_remove(&Leftover::Container { socket: socket.into(), name: name.clone() })?;
     request("POST", format!("/containers/create?name={name}"), &body.to_string())?;

@@ -20,12 +20,12 @@ use crate::{
         exposition,
         workloads::{self, Spec, Workload},
     },
-    http,
     janitor::Cleanup,
     setup, sys,
     tools::{self, Running, Usage, progress},
 };
 use anyhow::{Context, Result, bail};
+use devkit::http::{Response, Server};
 use serde_json::{Value, json};
 use std::{
     fs,
@@ -440,7 +440,7 @@ impl Load {
 
 /// The agent's kernel mode and credited seconds; the recording's own containers by name.
 fn agent_results(server: SocketAddr) -> Result<Value> {
-    let page = http::get(server, "/metrics").and_then(http::HttpResponse::ok)?;
+    let page = Server::tcp(server).get("/metrics").and_then(Response::ok)?;
     let samples = exposition::parse(&String::from_utf8_lossy(&page));
     let family = |name: &'static str| samples.iter().filter(move |sample| sample.name == name);
     let mode = family("gpu_sampler_kernel_mode").next().map(|sample| sample.label("mode").to_owned());

@@ -16,7 +16,7 @@ const CIRCLE_MOST: usize = 3;
 
 /// The source folder of a package, with its modules in the order of the flow: a module may import from its own line and from lines before
 /// it. Packages without an order are checked for circles only.
-const PACKAGES: [(&str, &[&[&str]]); 11] = [
+const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
@@ -51,6 +51,7 @@ const PACKAGES: [(&str, &[&[&str]]); 11] = [
     ("sampler/report/src", &[]),
     ("sampler-common/src", &[]),
     ("sampler-ebpf/src", &[]),
+    ("devkit/src", &[]),
     ("xtask/src", &[]),
     ("tests/support", &[]),
     ("tests/nvml-sim/src", &[]),

@@ -37,7 +37,7 @@ impl AbiSim {
         let begun = loads::now_us() - began_us;
         std::fs::write(dir.path().join(world::FILE), format!("begun_us = {begun}\n{keys}")).unwrap();
         // One busy process, this one.
-        let (pid, born) = (std::process::id(), loads::start_time(std::process::id()).unwrap());
+        let (pid, born) = (std::process::id(), devkit::process::start_time(std::process::id()).unwrap());
         let load = format!(
             "{{\"begin\":{{\"id\":1,\"pid\":{pid},\"start_time\":{born},\"gpu\":0,\"demand\":0.9,\"memory_bytes\":5,\"begin_us\":{begun}}}}}\n"
         );

@@ -1,0 +1,10 @@
+//! What xtask, the tests and the benches share. Nothing here is part of the agent.
+//!
+//! Without features it has no dependencies, so that the pure packages can use it in their tests, and the simulated driver in programs that
+//! load it. `http` adds the HTTP client.
+
+#![forbid(unsafe_code)]
+
+#[cfg(feature = "http")]
+pub mod http;
+pub mod process;
