@@ -7,6 +7,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use devkit::Random;
 use sampler_core::fact::{AttributedProcess, ContainerFact, Fact, GpuFact, Holder, LabelFact, User, UtilizationSample};
 use sampler_core::observation::PressureFact;
 use sampler_core::observation::ProcessKind;
@@ -24,16 +25,6 @@ const PERIOD: u64 = 167_139_000;
 /// Interval of states at which a reader can begin, in seconds.
 const STATE_EVERY: u64 = 30;
 const TIMES: usize = 5;
-
-struct Random(u64);
-
-impl Random {
-    fn below(&mut self, bound: u64) -> u64 {
-        // Knuth's MMIX constants.
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 33) % bound
-    }
-}
 
 /// The container of a process; each process has its own.
 fn key(gpu: u32, n: u64) -> ContainerKey {

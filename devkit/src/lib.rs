@@ -8,3 +8,6 @@
 #[cfg(feature = "http")]
 pub mod http;
 pub mod process;
+mod random;
+
+pub use random::Random;

@@ -4,6 +4,8 @@
 //! samples; a GPU that is saturated where a user is to be blamed (demands sum to 1 or more) and clearly not saturated elsewhere (0.8 at
 //! most, while saturation begins at 0.9); schedules of living processes that count from the same instant.
 
+use devkit::Random;
+
 /// Duration of the session in seconds; the times below count from its begin.
 pub const DURATION: f64 = 90.0;
 /// Users that are present throughout start before the session and end after it.
@@ -88,12 +90,9 @@ const OFF: f64 = DURATION - ON;
 const TIMES: [(f64, f64); 3] = [(12.0, 24.0), (36.0, 48.0), (60.0, 72.0)];
 
 /// Bursts of a demand of 0.4 and pauses, each of 0.2 to 1.5 s, fixed by the seed; with the GPU-seconds that they imply.
-fn bursts(mut seed: u64) -> (String, f64) {
-    let mut draw = || {
-        // Knuth's MMIX constants.
-        seed = seed.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        200 + (seed >> 33) % 1301
-    };
+fn bursts(seed: u64) -> (String, f64) {
+    let mut random = Random(seed);
+    let mut draw = || 200 + random.below(1301);
     let (mut all, mut on_ms, mut at_ms) = (Vec::new(), 0, 0);
     while (at_ms as f64) < DURATION * 1e3 {
         let (on, off) = (draw(), draw());

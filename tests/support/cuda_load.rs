@@ -18,7 +18,7 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
 
-use gpu_sampler_tests::random;
+use devkit::Random;
 
 /// Work and pause together, on average: far below the driver's sampling grid, far above the duration of a launch.
 const PERIOD: Duration = Duration::from_millis(20);
@@ -246,7 +246,7 @@ fn run(options: &LoadOptions) -> Result<()> {
         to.flush()?;
     }
     let work = PERIOD.mul_f64(options.duty);
-    let mut state = u64::from(std::process::id());
+    let mut random = Random(u64::from(std::process::id()));
     let begun = Instant::now();
     let mut next = begun;
     while begun.elapsed() < options.lasts {
@@ -259,7 +259,7 @@ fn run(options: &LoadOptions) -> Result<()> {
             to.flush()?;
         }
         // A pause from zero to twice the mean.
-        next += work + (PERIOD - work).mul_f64(2.0 * random(&mut state));
+        next += work + (PERIOD - work).mul_f64(2.0 * random.unit());
         match next.checked_duration_since(Instant::now()) {
             Some(rest) => std::thread::sleep(rest),
             // Another context had the engine: lost time is not made up for.

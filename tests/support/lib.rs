@@ -56,12 +56,6 @@ pub fn wait_for<T>(what: &str, patience: Duration, mut poll: impl FnMut() -> Res
     }
 }
 
-/// The next number from 0 to 1 of a linear congruential generator; equal states give equal numbers.
-pub fn random(state: &mut u64) -> f64 {
-    *state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-    (*state >> 11) as f64 / (1u64 << 53) as f64
-}
-
 pub fn free_port() -> Result<u16> {
     Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

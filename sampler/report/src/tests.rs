@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use super::*;
+use devkit::Random;
 use sampler_core::device::{DeviceReadings, GpuInfo};
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, HostProcess, UnobservedReason, User, UtilizationSample,
@@ -13,16 +14,6 @@ use sampler_session::{Header, Session, View};
 const SECOND: u64 = 1_000_000_000;
 const PERIOD: u64 = 167_000_000;
 const START: u64 = 1_000 * SECOND;
-
-/// A small deterministic generator.
-struct Random(u64);
-
-impl Random {
-    fn next(&mut self) -> f64 {
-        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
-        (self.0 >> 11) as f64 / (1u64 << 53) as f64
-    }
-}
 
 /// The demand of a user by time, in seconds since the start; its process exists while the demand is not `None`.
 type Demand = Box<dyn Fn(f64) -> Option<f64>>;
@@ -95,7 +86,7 @@ pub fn simulate(users: &[SimulatedUser], seconds: u64, seed: u64) -> (Session, V
         }
         let demands: Vec<f64> = demands.iter().map(|demand| demand.unwrap_or(0.0)).collect();
         let received = shares(&demands);
-        let mut uniform = random.next();
+        let mut uniform = random.unit();
         let mut named = None;
         for (k, share) in received.iter().enumerate() {
             truth[k] += share * PERIOD as f64 * 1e-9;
@@ -300,7 +291,7 @@ fn impossible_numbers_are_survived() {
     for seed in 0..30 {
         let mut random = Random(seed + 1);
         let mut session = session.clone();
-        let mut wild = |usual: u64| match (random.next() * 12.0) as u32 {
+        let mut wild = |usual: u64| match (random.unit() * 12.0) as u32 {
             0 => most,
             1 => 0,
             2 => most / 2,

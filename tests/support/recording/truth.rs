@@ -179,6 +179,7 @@ pub fn rules(samples: &[TrueSample], loads: &[Load], wall_less_boot_ns: i64) -> 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use devkit::Random;
 
     const PERIOD: i64 = 167 * MS;
     /// The GPU's timer is this far ahead of the wall clock.
@@ -187,20 +188,16 @@ mod tests {
     /// The wall clock less the boot clock.
     const BOOT: i64 = 90_000_000 * MS;
 
-    /// A random number below `limit`.
-    fn random(state: &mut u64, limit: i64) -> i64 {
-        (crate::random(state) * limit as f64) as i64
-    }
-
     /// Two loads that take turns with random pauses, and the samples that a driver with this rule takes of them.
     fn world(rule: fn(&[Load], i64) -> Option<u32>, ahead: i64) -> (Vec<Load>, Vec<TrueSample>) {
-        let (mut state, mut at) = (7, 1_000 * MS + AHEAD);
+        let (mut random, mut at) = (Random(7), 1_000 * MS + AHEAD);
+        let mut below = |limit: i64| (random.unit() * limit as f64) as i64;
         let mut loads = [101, 102].map(|pid| Load { pid, ahead_of_wall_ns: AHEAD, slices: Vec::new() }).to_vec();
         while at < 61_000 * MS + AHEAD {
-            let load = random(&mut state, 2) as usize;
-            let lasts = 3 * MS + random(&mut state, 9 * MS);
+            let load = below(2) as usize;
+            let lasts = 3 * MS + below(9 * MS);
             loads[load].slices.push((at, at + lasts));
-            at += lasts + random(&mut state, 40 * MS);
+            at += lasts + below(40 * MS);
         }
         let stamps = (0..350).map(|n| 2_000 * MS + AHEAD + n * PERIOD);
         let sample = |stamp: i64| {
