@@ -1,57 +1,57 @@
-//! A real Chromium, driven through chromedriver's WebDriver: the calls that the tests of the page need.
+//! A real Chromium, driven through chromedriver's WebDriver: the calls that the tests of the page need, each of which blocks.
 
-use std::io::{Read as _, Write as _};
-use std::net::TcpStream;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
-use anyhow::{Context as _, Result, bail, ensure};
+use anyhow::{Context as _, Result, bail};
+use fantoccini::elements::Element;
+use fantoccini::error::CmdError;
+use fantoccini::wd::{WebDriverCompatibleCommand, WindowHandle};
+use fantoccini::{Client, ClientBuilder, Locator};
+use hyper::Method;
+use hyper_util::client::legacy::connect::HttpConnector;
 use serde_json::{Value, json};
+use tokio::runtime::Runtime;
+use url::{ParseError, Url};
 
-use crate::{Running, free_port, http, wait_for};
+use crate::{Running, free_port, get, wait_for};
 
-/// The key of an element in WebDriver's responses.
-const ELEMENT: &str = "element-6066-11e4-a52e-4f735466cecf";
 /// For what a page does within a second.
 const PATIENCE: Duration = Duration::from_secs(20);
+/// Limit for one command.
+const COMMAND: Duration = Duration::from_secs(60);
 
 /// One browser with one session; both end when it is dropped, with all data that the browser stored.
 pub struct Browser {
-    port: u16,
-    session: String,
+    client: Client,
+    // The client's task runs in it while a command does.
+    runtime: Runtime,
     driver: Running,
     // Removed after the browser has ended.
     _profile: tempfile::TempDir,
 }
 
-/// chromedriver supports HTTP/1.1 only and keeps connections open: a response ends with the body that its head announces.
-fn call(port: u16, method: &str, path: &str, body: &Value) -> Result<Value> {
-    let mut stream = TcpStream::connect(("127.0.0.1", port))?;
-    stream.set_read_timeout(Some(Duration::from_secs(60)))?;
-    let body = if method == "POST" { body.to_string() } else { String::new() };
-    let length = body.len();
-    let head =
-        format!("{method} {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {length}");
-    stream.write_all(format!("{head}\r\n\r\n{body}").as_bytes())?;
-    let (mut response, mut buffer) = (Vec::new(), [0; 16 * 1024]);
-    while !is_whole(&response) {
-        match stream.read(&mut buffer)? {
-            0 => bail!("{method} {path}: the response is cut short"),
-            length => response.extend_from_slice(&buffer[..length]),
-        }
+/// The log of the browser since the last request: an extension of chromedriver.
+#[derive(Debug)]
+struct BrowserLog;
+
+impl WebDriverCompatibleCommand for BrowserLog {
+    fn endpoint(&self, base: &Url, session: Option<&str>) -> Result<Url, ParseError> {
+        base.join(&format!("session/{}/se/log", session.unwrap_or_default()))
     }
-    let (status, body) = http::split(&response)?;
-    let mut json: Value = serde_json::from_slice(body).with_context(|| format!("{method} {path}"))?;
-    let value = json["value"].take();
-    ensure!(status == 200, "{method} {path}: {status} {}: {}", value["error"], value["message"]);
-    Ok(value)
+
+    fn method_and_body(&self, _: &Url) -> (Method, Option<String>) {
+        (Method::POST, Some(json!({"type": "browser"}).to_string()))
+    }
 }
 
-fn is_whole(response: &[u8]) -> bool {
-    let Some(end) = response.windows(4).position(|w| w == b"\r\n\r\n") else { return false };
-    let head = String::from_utf8_lossy(&response[..end]).to_ascii_lowercase();
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length:")?.trim().parse::<usize>().ok());
-    length.is_some_and(|length| response.len() >= end + 4 + length)
+/// Waits for a command in the browser's runtime.
+fn wait<T, E>(runtime: &Runtime, command: impl Future<Output = Result<T, E>>) -> Result<T>
+where
+    E: std::error::Error + Send + Sync + 'static,
+{
+    let limited = async { tokio::time::timeout(COMMAND, command).await };
+    Ok(runtime.block_on(limited).with_context(|| format!("no response of chromedriver within {COMMAND:?}"))??)
 }
 
 impl Browser {
@@ -65,7 +65,8 @@ impl Browser {
             .context("chromedriver; `cargo xtask setup` installs it")?;
         let driver = Running(driver);
         wait_for("chromedriver is ready", PATIENCE, || {
-            Ok(call(port, "GET", "/status", &Value::Null).ok().filter(|status| status["ready"] == true))
+            let status = get(port, "/status").and_then(|text| Ok(serde_json::from_str::<Value>(&text)?));
+            Ok(status.ok().filter(|status| status["value"]["ready"] == true))
         })?;
         // Tests run as root, for which Chromium has no sandbox; it opens only the project's own pages.
         let args = [
@@ -77,55 +78,53 @@ impl Browser {
             format!("--user-data-dir={}", profile.path().display()),
         ];
         let wanted = json!({"goog:chromeOptions": {"args": args}, "goog:loggingPrefs": {"browser": "ALL"}});
-        let made = call(port, "POST", "/session", &json!({"capabilities": {"alwaysMatch": wanted}}))?;
-        let session = made["sessionId"].as_str().context("a session has an id")?.to_owned();
-        Ok(Self { port, session, driver, _profile: profile })
+        let Value::Object(wanted) = wanted else { bail!("capabilities are an object") };
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let mut builder = ClientBuilder::new(HttpConnector::new());
+        builder.capabilities(wanted);
+        let client = wait(&runtime, builder.connect(&format!("http://127.0.0.1:{port}")))?;
+        Ok(Self { client, runtime, driver, _profile: profile })
     }
 
-    fn command(&self, method: &str, what: &str, body: &Value) -> Result<Value> {
-        call(self.port, method, &format!("/session/{}/{what}", self.session), body)
+    fn wait<T>(&self, command: impl Future<Output = Result<T, CmdError>>) -> Result<T> {
+        wait(&self.runtime, command)
+    }
+
+    /// Runs a command on the first element that the selector finds.
+    fn with<T>(&self, css: &str, command: impl AsyncFnOnce(Element) -> Result<T, CmdError>) -> Result<T> {
+        let done = self.wait(async { command(self.client.find(Locator::Css(css)).await?).await });
+        done.with_context(|| css.to_owned())
     }
 
     pub fn open(&self, url: &str) -> Result<()> {
-        self.command("POST", "url", &json!({"url": url}))?;
-        Ok(())
+        self.wait(self.client.goto(url))
     }
 
     /// Runs the body of a JavaScript function in the page.
     pub fn script(&self, body: &str) -> Result<Value> {
-        self.command("POST", "execute/sync", &json!({"script": body, "args": []}))
-    }
-
-    fn element(&self, css: &str) -> Result<String> {
-        let found = self.command("POST", "element", &json!({"using": "css selector", "value": css}))?;
-        Ok(found[ELEMENT].as_str().with_context(|| format!("{css}: {found}"))?.to_owned())
+        self.wait(self.client.execute(body, Vec::new()))
     }
 
     /// Clicks as a user does: the element has to be visible, with nothing in front of it.
     pub fn click(&self, css: &str) -> Result<()> {
-        let id = self.element(css)?;
-        self.command("POST", &format!("element/{id}/click"), &json!({})).with_context(|| css.to_owned())?;
-        Ok(())
+        self.with(css, async |element| element.click().await)
     }
 
     /// Replaces the text of an input.
     pub fn enter(&self, css: &str, text: &str) -> Result<()> {
-        let id = self.element(css)?;
-        self.command("POST", &format!("element/{id}/clear"), &json!({}))?;
-        self.command("POST", &format!("element/{id}/value"), &json!({"text": text}))?;
-        Ok(())
+        self.with(css, async |element| {
+            element.clear().await?;
+            element.send_keys(text).await
+        })
     }
 
     /// The visible text of an element.
     pub fn text(&self, css: &str) -> Result<String> {
-        let id = self.element(css)?;
-        let text = self.command("GET", &format!("element/{id}/text"), &Value::Null)?;
-        Ok(text.as_str().unwrap_or_default().to_owned())
+        self.with(css, async |element| element.text().await)
     }
 
     pub fn is_visible(&self, css: &str) -> Result<bool> {
-        let id = self.element(css)?;
-        Ok(self.command("GET", &format!("element/{id}/displayed"), &Value::Null)? == true)
+        self.with(css, async |element| element.is_displayed().await)
     }
 
     /// Waits until the visible text contains these words. Returns the text.
@@ -138,19 +137,17 @@ impl Browser {
         shown.with_context(|| format!("{words:?} in {css}, which contains\n{last}"))
     }
 
-    pub fn windows(&self) -> Result<Vec<String>> {
-        let all = self.command("GET", "window/handles", &Value::Null)?;
-        Ok(all.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect())
+    pub fn windows(&self) -> Result<Vec<WindowHandle>> {
+        self.wait(self.client.windows())
     }
 
-    pub fn switch_to(&self, window: &str) -> Result<()> {
-        self.command("POST", "window", &json!({"handle": window}))?;
-        Ok(())
+    pub fn switch_to(&self, window: &WindowHandle) -> Result<()> {
+        self.wait(self.client.switch_to_window(window.clone()))
     }
 
     /// Errors of scripts, the network and the content policy since the last call.
     pub fn console_errors(&self) -> Result<Vec<String>> {
-        let all = self.command("POST", "se/log", &json!({"type": "browser"}))?;
+        let all = self.wait(self.client.issue_cmd(BrowserLog))?;
         let severe = all.as_array().into_iter().flatten().filter(|entry| entry["level"] == "SEVERE");
         Ok(severe.map(|entry| entry["message"].as_str().unwrap_or_default().to_owned()).collect())
     }
@@ -167,7 +164,7 @@ impl Browser {
 impl Drop for Browser {
     fn drop(&mut self) {
         // Its windows end with the session; the driver can end afterwards.
-        let _closed = call(self.port, "DELETE", &format!("/session/{}", self.session), &Value::Null);
+        let _closed = self.wait(self.client.clone().close());
         let _ended = self.driver.ends_with(libc::SIGTERM);
     }
 }
