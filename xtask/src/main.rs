@@ -12,6 +12,7 @@ mod dist;
 mod dockerd;
 mod docs;
 mod ebpf;
+mod failures;
 mod gpu;
 mod janitor;
 mod lint;
