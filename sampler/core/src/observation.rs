@@ -122,7 +122,7 @@ pub struct RunningProcess {
 }
 
 /// Result of reading a device's samples.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub enum PollStatus {
     /// The call succeeded, with or without samples.
     Samples,
@@ -132,6 +132,7 @@ pub enum PollStatus {
     /// This device has no utilization buffer.
     Unsupported,
     /// The call failed or was not made: nothing is known.
+    #[default]
     Failed,
 }
 
@@ -144,7 +145,7 @@ pub struct GpmInterval {
 }
 
 /// One poll of one GPU. `began`/`ended` bracket the driver calls.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub struct GpuBatch {
     /// The slot that [`Observation::GpuFound`] assigned.
     pub gpu: usize,
@@ -170,22 +171,7 @@ pub struct GpuBatch {
 impl GpuBatch {
     /// An empty batch; `ended` is `began` until it is set.
     pub fn new(gpu: usize, began: BootNs, status: PollStatus) -> Self {
-        Self {
-            gpu,
-            began,
-            ring_began: began,
-            ended: began,
-            wall: WallTime::default(),
-            status,
-            samples: Vec::new(),
-            engine_samples: Vec::new(),
-            process_samples: Vec::new(),
-            rejected: [0; Rejected::COUNT],
-            stepped: false,
-            gpm: None,
-            processes: None,
-            readings: None,
-        }
+        Self { gpu, began, ring_began: began, ended: began, status, ..Self::default() }
     }
 }
 

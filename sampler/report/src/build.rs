@@ -12,7 +12,7 @@ use sampler_core::aggregate::{
     Aggregate, COACTIVITY_WINDOW_NS, DeviceAccount, Range, SATURATION_RATIO, Settings, Window, is_user,
 };
 use sampler_core::device::{Reason, THROTTLE_REASONS};
-use sampler_core::fact::{UnobservedReason, User};
+use sampler_core::fact::{LabelFact, UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
 use sampler_session::{Session, View};
 use strum::VariantArray as _;
@@ -70,39 +70,20 @@ fn id(user: User, gathered: &Gathered) -> String {
 }
 
 fn describe(user: User, gathered: &Gathered) -> UserReport {
-    let mut user_report = UserReport {
-        kind: UserKind::Unknown,
-        id: id(user, gathered),
-        container_id: None,
-        namespace: String::new(),
-        pod: String::new(),
-        container: String::new(),
-        name: String::new(),
-        image: String::new(),
-        pid: None,
-        comm: None,
-        gpus: Vec::new(),
-    };
+    let default = UserReport { id: id(user, gathered), ..UserReport::default() };
     match user {
         User::Container(key) => {
-            user_report.kind = UserKind::Container;
-            user_report.container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
-            if let Some(labels) = gathered.labels.get(&key) {
-                user_report.namespace.clone_from(&labels.namespace);
-                user_report.pod.clone_from(&labels.pod);
-                user_report.container.clone_from(&labels.container);
-                user_report.name.clone_from(&labels.name);
-                user_report.image.clone_from(&labels.image);
-            }
+            let labels = gathered.labels.get(&key).cloned().unwrap_or_default();
+            let LabelFact { key: _, namespace, pod, container, name, image } = labels;
+            let container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
+            UserReport { kind: UserKind::Container, container_id, namespace, pod, container, name, image, ..default }
         }
         User::Host(process) => {
-            user_report.kind = UserKind::Host;
-            user_report.pid = Some(process.pid);
-            user_report.comm = gathered.comms.get(&process).cloned();
+            let comm = gathered.comms.get(&process).cloned();
+            UserReport { kind: UserKind::Host, pid: Some(process.pid), comm, ..default }
         }
-        User::Unattributed(_) => {}
+        User::Unattributed(_) => UserReport { kind: UserKind::Unknown, ..default },
     }
-    user_report
 }
 
 fn gap_reason(reason: UnobservedReason) -> &'static str {
@@ -187,11 +168,7 @@ impl Builder<'_> {
             agent_version: header.agent_version.clone(),
             window_seconds: COACTIVITY_WINDOW_NS as f64 * S,
             saturation_ratio: self.saturation_ratio,
-            gaps: Vec::new(),
-            gpus: Vec::new(),
-            users: Vec::new(),
-            findings: Vec::new(),
-            timelines: Vec::new(),
+            ..Report::default()
         };
         let mut users: BTreeMap<User, UserReport> = BTreeMap::new();
         let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
@@ -236,11 +213,7 @@ impl Builder<'_> {
         let is_unattributed = |reason: &Reason| !is_user(User::Unattributed(*reason));
         let unattributed = Reason::VARIANTS.iter().copied().zip(by_reason).filter(|(reason, _)| is_unattributed(reason));
         let unattributed: Vec<Named> = unattributed.map(|(reason, value)| Named { name: reason.name().into(), value }).collect();
-        let saturated = windows
-            .values()
-            .filter(|window| window.saturated(self.saturation_ratio))
-            .map(Window::seconds)
-            .fold(0.0, |sum, seconds| sum + seconds);
+        let saturated = windows.values().filter(|window| window.saturated(self.saturation_ratio));
         let readings = gpu_facts.readings.iter().filter(|(at, _)| *at >= self.range.0 && *at <= self.range.1);
         let mut xids: BTreeMap<u64, u64> = BTreeMap::new();
         for (_, xid, n) in &gpu_facts.xids {
@@ -258,7 +231,8 @@ impl Builder<'_> {
             unsupported_seconds: time.unsupported,
             unattributed_seconds: unattributed.iter().map(|named| named.value).sum(),
             unattributed,
-            saturated_seconds: saturated,
+            // Without a saturated window, 0 instead of the -0 of a sum.
+            saturated_seconds: saturated.map(Window::seconds).fold(0.0, |sum, seconds| sum + seconds),
             memory_total_bytes: readings.clone().filter_map(|(_, r)| r.memory_total_bytes).max(),
             memory_used_max_bytes: readings.filter_map(|(_, r)| r.memory_used_bytes).max(),
             throttle_seconds: throttle_seconds(gpu_facts, self.range),

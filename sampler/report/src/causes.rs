@@ -167,17 +167,16 @@ pub fn causes(
         gpu_memory(gpu, range, display_name),
     ];
     let Some(key) = container else {
-        let own = [CauseKind::CpuQuota, CauseKind::CpuPressure, CauseKind::MemoryPressure, CauseKind::IoPressure];
-        all.extend(
-            own.map(|kind| cause(kind, Verdict::Unknown, "not a container: the agent does not measure its cgroup".into())),
-        );
+        let detail = "not a container: the agent does not measure its cgroup";
+        all.extend(CauseKind::OF_CONTAINER.map(|kind| cause(kind, Verdict::Unknown, detail.into())));
         return all;
     };
-    let none = Vec::new();
-    let facts = gathered.pressures.get(&key).unwrap_or(&none);
-    all.push(cpu_quota(facts, range));
-    all.push(pressure(CauseKind::CpuPressure, facts, range, CPU_RATIO, |fact| fact.cpu_some_ns));
-    all.push(pressure(CauseKind::MemoryPressure, facts, range, MEMORY_RATIO, |fact| fact.memory_some_ns));
-    all.push(pressure(CauseKind::IoPressure, facts, range, IO_RATIO, |fact| fact.io_some_ns));
+    let facts = gathered.pressures.get(&key).map(Vec::as_slice).unwrap_or_default();
+    all.extend([
+        cpu_quota(facts, range),
+        pressure(CauseKind::CpuPressure, facts, range, CPU_RATIO, |fact| fact.cpu_some_ns),
+        pressure(CauseKind::MemoryPressure, facts, range, MEMORY_RATIO, |fact| fact.memory_some_ns),
+        pressure(CauseKind::IoPressure, facts, range, IO_RATIO, |fact| fact.io_some_ns),
+    ]);
     all
 }

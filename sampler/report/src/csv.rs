@@ -6,8 +6,6 @@
 //! Spreadsheets evaluate text that begins with `= + - @` (or with a tab or line break before it) as a formula, and tenants choose the
 //! names. Such text, and text that begins with an apostrophe, is prefixed with an apostrophe; `column.str.removeprefix("'")` restores it.
 
-use std::fmt::Write as _;
-
 use csv::{Terminator, Writer, WriterBuilder};
 
 use super::bins::known_shares;
@@ -74,11 +72,7 @@ fn write_row<'a>(writer: &mut Writer<Vec<u8>>, fields: impl IntoIterator<Item = 
 /// Kind, id, namespace, pod, container, name.
 fn user_fields(user: Option<&UserReport>) -> [String; 6] {
     let Some(user) = user else { return Default::default() };
-    let kind = match user.kind {
-        UserKind::Container => "container",
-        UserKind::Host => "host",
-        UserKind::Unknown => "unknown",
-    };
+    let kind: &str = user.kind.into();
     // The only name of a host process is its command name.
     let name = user.comm.as_deref().unwrap_or(&user.name);
     [kind, &user.id, &user.namespace, &user.pod, &user.container, name].map(without_formula)
@@ -87,8 +81,7 @@ fn user_fields(user: Option<&UserReport>) -> [String; 6] {
 /// Six decimals: more than the precision of the measurement, and without the noise of binary fractions.
 fn decimal(value: Option<f64>) -> String {
     let Some(value) = value.filter(|value| value.is_finite()) else { return String::new() };
-    let mut text = String::new();
-    let _ = write!(text, "{value:.6}");
+    let text = format!("{value:.6}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 

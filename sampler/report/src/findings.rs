@@ -48,13 +48,10 @@ fn coactive(victim: &UserReport, other: &str, contender: &Contender) -> String {
 }
 
 fn own_causes(victim: &UserReport, usage: &Usage) -> Option<String> {
-    let kinds = [CauseKind::CpuQuota, CauseKind::CpuPressure, CauseKind::MemoryPressure, CauseKind::IoPressure];
-    let own: Vec<&Cause> = possible(&usage.causes).into_iter().filter(|cause| kinds.contains(&cause.cause)).collect();
-    if own.is_empty() {
-        return None;
-    }
-    let details: Vec<String> = own.iter().map(|c| format!("{}: {}", c.cause.name(), c.detail)).collect();
-    Some(format!("{} waited for resources other than the GPU: {}.", victim.display_name(), details.join("; ")))
+    let own = possible(&usage.causes).into_iter().filter(|cause| CauseKind::OF_CONTAINER.contains(&cause.cause));
+    let details: Vec<String> = own.map(|c| format!("{}: {}", c.cause.name(), c.detail)).collect();
+    (!details.is_empty())
+        .then(|| format!("{} waited for resources other than the GPU: {}.", victim.display_name(), details.join("; ")))
 }
 
 pub fn findings(report: &Report) -> Vec<Finding> {
@@ -68,16 +65,7 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             .find(|usage| usage.uuid == gpu.uuid && !usage.causes.is_empty())
             .into_iter()
             .flat_map(|usage| possible(&usage.causes))
-            .filter(|cause| {
-                matches!(
-                    cause.cause,
-                    CauseKind::GpuClocks
-                        | CauseKind::GpuPower
-                        | CauseKind::GpuThermal
-                        | CauseKind::GpuError
-                        | CauseKind::GpuMemory
-                )
-            })
+            .filter(|cause| !CauseKind::OF_CONTAINER.contains(&cause.cause))
             .map(|cause| format!("{}: {}", cause.cause.name(), cause.detail))
             .collect();
         if !limited.is_empty() {

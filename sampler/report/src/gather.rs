@@ -1,10 +1,9 @@
 //! What a report needs from the facts of a session in addition to the sums: identities and labels of users, and readings over time.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
-use std::sync::Arc;
+use std::collections::{BTreeMap, HashMap};
 
 use sampler_core::aggregate::Range;
-use sampler_core::device::{DeviceReadings, GpuInfo};
+use sampler_core::device::DeviceReadings;
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
 };
@@ -25,7 +24,6 @@ pub struct Lifetime {
 
 #[derive(Debug, Default)]
 pub struct GatheredGpu {
-    pub info: Option<Arc<GpuInfo>>,
     /// Every sample in the range: its end and the user that it names; in order.
     pub samples: Vec<(BootNs, Option<User>)>,
     /// Memory by user, with the time of the reading.
@@ -55,7 +53,6 @@ pub struct Gathered {
     /// Restarts of a container with the same cgroup path are one container: its first key.
     first_keys: HashMap<ContainerKey, ContainerKey>,
     by_path: HashMap<String, ContainerKey>,
-    known: HashSet<ContainerKey>,
 }
 
 impl Gathered {
@@ -86,10 +83,9 @@ impl Gathered {
             Fact::Container(container) => {
                 let first = *self.by_path.entry(container.cgroup_path.clone()).or_insert(container.key);
                 self.first_keys.insert(container.key, first);
-                if self.known.insert(first) {
-                    self.containers.insert(first, ContainerFact { key: first, ..container.clone() });
-                }
-                return Fact::Container(ContainerFact { key: first, ..container.clone() });
+                let container = ContainerFact { key: first, ..container.clone() };
+                self.containers.entry(first).or_insert_with(|| container.clone());
+                return Fact::Container(container);
             }
             Fact::ContainerGone { key, at } => {
                 let key = self.key(*key);
@@ -155,7 +151,6 @@ impl GatheredGpu {
         match fact {
             // The device was absent: that time is in no state.
             GpuFact::Gone => self.until = None,
-            GpuFact::Opened(info) => self.info = Some(Arc::clone(info)),
             GpuFact::Utilization(sample) => {
                 for process in &sample.processes {
                     self.record_alive(process);
@@ -214,22 +209,21 @@ impl GatheredGpu {
 
     /// The last readings at or before that time.
     pub fn readings_at(&self, at: BootNs) -> Option<&DeviceReadings> {
-        let n = self.readings.partition_point(|(then, _)| *then <= at);
-        self.readings.get(n.checked_sub(1)?).map(|(_, readings)| readings)
+        latest(&self.readings, at)
     }
 
     pub fn held_at(&self, at: BootNs) -> Option<&BTreeMap<User, Option<u64>>> {
-        let n = self.held.partition_point(|(then, _)| *then <= at);
-        self.held.get(n.checked_sub(1)?).map(|(_, held)| held)
+        latest(&self.held, at)
     }
 
     /// Whether a process of the user existed at any time of the span; true if nothing is known.
     pub fn may_live(&self, user: User, from: BootNs, to: BootNs) -> bool {
-        match self.lifetimes.get(&user) {
-            None => true,
-            Some(lifetimes) => {
-                lifetimes.iter().any(|lifetime| lifetime.since <= to && lifetime.until.is_none_or(|until| until >= from))
-            }
-        }
+        let lived = |lifetime: &Lifetime| lifetime.since <= to && lifetime.until.is_none_or(|until| until >= from);
+        self.lifetimes.get(&user).is_none_or(|lifetimes| lifetimes.iter().any(lived))
     }
+}
+
+fn latest<T>(all: &[(BootNs, T)], at: BootNs) -> Option<&T> {
+    let n = all.partition_point(|(then, _)| *then <= at);
+    all.get(n.checked_sub(1)?).map(|(_, value)| value)
 }

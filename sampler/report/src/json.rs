@@ -1,13 +1,7 @@
 //! The `json` format: the serialization of the model, to which fields are only added.
 
-use super::model::Report;
-
 /// Pretty-printed, with a newline at the end.
-pub fn json(report: &Report) -> String {
-    pretty(report)
-}
-
-pub(super) fn pretty(value: &impl serde::Serialize) -> String {
+pub fn json(value: &impl serde::Serialize) -> String {
     let mut text = serde_json::to_string_pretty(value).expect("all keys are strings, and writing to memory does not fail");
     text.push('\n');
     text

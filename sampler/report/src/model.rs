@@ -24,7 +24,7 @@ fn maybe_map<S: Serializer>(all: &Option<Vec<Named>>, to: S) -> Result<S::Ok, S:
     }
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct Report {
     pub format: u32,
     #[serde(serialize_with = "time")]
@@ -96,17 +96,19 @@ pub struct Named {
     pub value: f64,
 }
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum UserKind {
     Container,
     /// A process outside any container.
     Host,
     /// GPU time of an unidentified user; `id` is the reason.
+    #[default]
     Unknown,
 }
 
-#[derive(Clone, Debug, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct UserReport {
     pub kind: UserKind,
     /// Cgroup path of a container; `pid:PID@START` of a host process; the reason if the user is unknown. Unique within the report.
@@ -207,6 +209,10 @@ pub enum CauseKind {
 }
 
 impl CauseKind {
+    /// Causes in the cgroup of the container; all others are causes in the GPU, which concern all of its users.
+    pub const OF_CONTAINER: [CauseKind; 4] =
+        [CauseKind::CpuQuota, CauseKind::CpuPressure, CauseKind::MemoryPressure, CauseKind::IoPressure];
+
     pub fn name(self) -> &'static str {
         self.into()
     }

@@ -131,6 +131,7 @@ impl Change {
     }
 }
 
+#[derive(PartialEq)]
 enum NotEvaluable {
     /// A side is too short.
     Short,
@@ -354,7 +355,7 @@ impl<'a> Experiment<'a> {
     }
 
     pub fn evaluate(&self, victim: User, aggressor: User) -> ExperimentResult {
-        let spans: Vec<OnSpan> = self.on.get(&aggressor).into_iter().flatten().copied().collect();
+        let spans = self.on.get(&aggressor).map(Vec::as_slice).unwrap_or_default();
         let (mut sides, mut not_evaluable) = (Vec::new(), Vec::new());
         for (n, on) in spans.iter().enumerate() {
             if on.to.saturating_since(on.from) < ON_NS {
@@ -383,8 +384,7 @@ impl<'a> Experiment<'a> {
     }
 
     fn evaluate_changes(&self, victim: User, sides: &[(ChangeSide, ChangeSide)]) -> ExperimentResult {
-        let off: Vec<ChangeSide> = sides.iter().map(|(off, _)| *off).collect();
-        let on: Vec<ChangeSide> = sides.iter().map(|(_, on)| *on).collect();
+        let (off, on): (Vec<ChangeSide>, Vec<ChangeSide>) = sides.iter().copied().unzip();
         let (of_off, of_on) = (self.long_run_variance(victim, &off), self.long_run_variance(victim, &on));
         let variance = |long_run: f64, windows: f64| long_run / windows.max(1.0) + FLOOR * FLOOR;
         let change = |(off, on): &(ChangeSide, ChangeSide)| {
@@ -448,17 +448,14 @@ impl<'a> Experiment<'a> {
 }
 
 fn no_change(not_evaluable: &[NotEvaluable]) -> String {
-    let other_change = not_evaluable.iter().any(|why| matches!(why, NotEvaluable::OtherChange));
-    let unqueried = not_evaluable.iter().any(|why| matches!(why, NotEvaluable::Unqueried));
-    let absent = not_evaluable.iter().any(|why| matches!(why, NotEvaluable::VictimAbsent));
     let reason = if not_evaluable.is_empty() {
         "the contender neither started nor stopped while the victim was present: nothing to compare"
-    } else if unqueried {
+    } else if not_evaluable.contains(&NotEvaluable::Unqueried) {
         "driver calls were slow, so the processes of too few samples were queried: raise gpu_wait_percent and gpu_budget_percent for the \
          session"
-    } else if absent {
+    } else if not_evaluable.contains(&NotEvaluable::VictimAbsent) {
         "processes of the victim started or ended when the contender started or stopped"
-    } else if other_change {
+    } else if not_evaluable.contains(&NotEvaluable::OtherChange) {
         "other users started or stopped at the same time, so the effect cannot be attributed"
     } else {
         "the pauses of the contender were too short to compare"

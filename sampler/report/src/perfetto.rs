@@ -141,19 +141,13 @@ fn micros(offset: f64) -> i64 {
 
 /// Runs of values for which `matches` holds, as (start, end).
 fn spans<T>(values: &[T], matches: impl Fn(&T) -> bool) -> Vec<(usize, usize)> {
-    let (mut out, mut from) = (Vec::new(), None);
-    for (at, value) in values.iter().enumerate() {
-        match (matches(value), from) {
-            (true, None) => from = Some(at),
-            (false, Some(start)) => {
-                out.push((start, at));
-                from = None;
-            }
-            _ => {}
-        }
-    }
-    out.extend(from.map(|start| (start, values.len())));
-    out
+    let mut to = 0;
+    let span = |run: &[T]| {
+        let from = to;
+        to += run.len();
+        matches(&run[0]).then_some((from, to))
+    };
+    values.chunk_by(|value, next| matches(value) == matches(next)).filter_map(span).collect()
 }
 
 #[cfg(test)]

@@ -15,19 +15,7 @@ pub const NOTEBOOK: &str = "/docker/5f00ba4400dd";
 pub const XORG: &str = "pid:1841@99120";
 
 fn user(kind: UserKind, id: &str) -> UserReport {
-    UserReport {
-        kind,
-        id: id.to_owned(),
-        container_id: None,
-        namespace: String::new(),
-        pod: String::new(),
-        container: String::new(),
-        name: String::new(),
-        image: String::new(),
-        pid: None,
-        comm: None,
-        gpus: Vec::new(),
-    }
+    UserReport { kind, id: id.to_owned(), ..UserReport::default() }
 }
 
 pub fn pod(id: &str, namespace: &str, pod: &str, container: &str, image: &str) -> UserReport {

@@ -20,6 +20,8 @@ pub fn number(value: f64) -> String {
         return UNKNOWN.to_owned();
     }
     let decimals = if value.abs() < 0.995 && value != 0.0 { 2 } else { 1 };
+    // An empty sum is -0.0, which adding zero makes 0.0.
+    let value = value + 0.0;
     grouped(&format!("{value:.decimals$}"))
 }
 
@@ -240,8 +242,15 @@ mod tests {
 
     #[test]
     fn numbers_have_one_decimal_and_two_below_one() {
-        let cases =
-            [(0.0, "0.0"), (0.034, "0.03"), (0.999, "1.0"), (41.23, "41.2"), (1_234_567.0, "1,234,567.0"), (-1234.0, "-1,234.0")];
+        let cases = [
+            (0.0, "0.0"),
+            (-0.0, "0.0"),
+            (0.034, "0.03"),
+            (0.999, "1.0"),
+            (41.23, "41.2"),
+            (1_234_567.0, "1,234,567.0"),
+            (-1234.0, "-1,234.0"),
+        ];
         for (value, expect) in cases {
             assert_eq!(number(value), expect);
         }

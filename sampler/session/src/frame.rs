@@ -27,19 +27,13 @@ pub const MAX_PACKED_BYTES: usize = MAX_RAW_BYTES + (MAX_RAW_BYTES >> 7) + 1024;
 /// Zstd's default level; frames are small, and higher levels gain a few percent.
 const LEVEL: i32 = 3;
 
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, strum::FromRepr)]
 #[repr(u8)]
 pub enum Kind {
     Header = 1,
     State = 2,
     Facts = 3,
     End = 4,
-}
-
-impl Kind {
-    pub fn from_byte(byte: u8) -> Option<Kind> {
-        [Kind::Header, Kind::State, Kind::Facts, Kind::End].into_iter().find(|kind| *kind as u8 == byte)
-    }
 }
 
 /// A compressed payload without a position in a file: the same frame is written to several files.

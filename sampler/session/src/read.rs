@@ -201,7 +201,7 @@ impl Reader<'_> {
     }
 
     fn payload(&mut self, start: usize, head: &Head, raw: &[u8]) -> bool {
-        match Kind::from_byte(head.kind) {
+        match Kind::from_repr(head.kind) {
             Some(Kind::Header) => {
                 self.section = Some(self.lost);
                 match record(&mut &raw[..]).and_then(|record| decode(record, head.minor)) {

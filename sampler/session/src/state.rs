@@ -136,58 +136,50 @@ impl State {
     /// Applies a fact; passes it to `emit` if it belongs in a file, after the facts that a reader needs to interpret it.
     pub fn follow(&mut self, fact: &Fact, emit: &mut impl FnMut(Fact)) {
         self.now = self.now.max(time_of(fact).unwrap_or_default());
-        match fact {
-            Fact::Time { .. } => self.time = Some(fact.clone()),
+        let in_file = match fact {
+            Fact::Time { .. } => {
+                self.time = Some(fact.clone());
+                true
+            }
             Fact::Gpu { gpu, at, fact: of_gpu } => {
                 self.gpu(*gpu, *at, of_gpu, fact);
                 for user in users(of_gpu) {
                     self.record_named(user, emit);
                 }
+                true
             }
             Fact::Container(container) => {
                 let known = self.container(container.key);
                 known.fact = Some(container.clone());
                 // Named before its container fact arrived: this happens if facts were dropped.
                 known.written = known.last_named.is_some();
-                if !known.written {
-                    return;
-                }
+                known.written
             }
             Fact::Labels(labels) => {
                 let known = self.container(labels.key);
                 known.labels = Some(labels.clone());
-                if !known.written {
-                    return;
-                }
+                known.written
             }
             Fact::Pressure(pressure) => {
                 let known = self.container(pressure.key);
                 known.pressure = Some(*pressure);
-                if !known.written {
-                    return;
-                }
+                known.written
             }
             Fact::ContainerGone { key, at } => {
                 let known = self.container(*key);
                 known.gone = Some(*at);
-                if !known.written {
-                    return;
-                }
+                known.written
             }
-            Fact::ContainerForgotten { key } => {
-                if !self.containers.remove(key).is_some_and(|known| known.written) {
-                    return;
-                }
-            }
+            Fact::ContainerForgotten { key } => self.containers.remove(key).is_some_and(|known| known.written),
             Fact::Comm { process, comm } => {
                 let known = self.host(*process);
                 known.comm = Some(comm.clone());
-                if !known.written {
-                    return;
-                }
+                known.written
             }
+        };
+        if in_file {
+            emit(fact.clone());
         }
-        emit(fact.clone());
     }
 
     fn gpu(&mut self, gpu: u32, at: BootNs, of_gpu: &GpuFact, fact: &Fact) {
@@ -195,6 +187,9 @@ impl State {
             return;
         }
         let known = self.gpus.entry(gpu).or_default();
+        if of_gpu.span_ns().is_some() {
+            known.covered = known.covered.max(at);
+        }
         match of_gpu {
             GpuFact::Opened(_) => *known = GpuState { opened: Some(fact.clone()), covered: at, ..GpuState::default() },
             GpuFact::Gone => {
@@ -203,24 +198,11 @@ impl State {
             GpuFact::Held(_) => known.held = Some(fact.clone()),
             GpuFact::Readings(_) => known.readings = Some(fact.clone()),
             GpuFact::Clock(_) => known.clock = Some(fact.clone()),
-            GpuFact::Utilization(sample) => {
-                known.covered = known.covered.max(at);
-                if sample.busy_percent > 0 {
-                    known.remember(at, if sample.processes.is_empty() { Sampled::PidLess } else { Sampled::Named });
-                }
+            GpuFact::Utilization(sample) if sample.busy_percent > 0 => {
+                known.remember(at, if sample.processes.is_empty() { Sampled::PidLess } else { Sampled::Named });
             }
-            GpuFact::Unqueried(Engine::Compute, _) => {
-                known.covered = known.covered.max(at);
-                known.remember(at, Sampled::Unqueried);
-            }
-            GpuFact::Idle { .. } | GpuFact::Unobserved { .. } | GpuFact::Unsupported { .. } | GpuFact::Measured { .. } => {
-                known.covered = known.covered.max(at)
-            }
-            GpuFact::Unqueried(..)
-            | GpuFact::EngineSample(..)
-            | GpuFact::Restarted
-            | GpuFact::Xid { .. }
-            | GpuFact::Left { .. } => {}
+            GpuFact::Unqueried(Engine::Compute, _) => known.remember(at, Sampled::Unqueried),
+            _ => {}
         }
     }
 
@@ -266,15 +248,11 @@ impl State {
 
     /// The content of a State frame at this time. The facts of users that are not in it are written again when the user is next named.
     pub fn facts(&mut self) -> Vec<Fact> {
-        let held: BTreeSet<User> = self
-            .gpus
-            .values()
-            .filter_map(|gpu| match &gpu.held {
-                Some(Fact::Gpu { fact, .. }) => Some(users(fact)),
-                _ => None,
-            })
-            .flatten()
-            .collect();
+        let holders = |gpu: &GpuState| match &gpu.held {
+            Some(Fact::Gpu { fact, .. }) => users(fact),
+            _ => Vec::new(),
+        };
+        let held: BTreeSet<User> = self.gpus.values().flat_map(holders).collect();
         let recent = self.now.minus(RECENTLY_NAMED_NS);
         let mut all: Vec<Fact> = self.time.clone().into_iter().collect();
         all.extend(self.gpus.values().filter_map(|gpu| gpu.opened.clone()));

@@ -86,33 +86,28 @@ impl std::str::FromStr for Trigger {
         if text.len() > MAX_TEXT_BYTES {
             return Err(shape());
         }
-        let (condition, duration) = match text.split_once(" for ") {
-            Some((condition, duration)) => (condition, Some(duration.trim())),
-            None => (text, None),
-        };
-        let (condition, qualifier) = match condition.split_once(':') {
-            Some((condition, qualifier)) => (condition, Some(qualifier.trim())),
-            None => (condition, None),
-        };
+        let (condition, duration) = split_optional(text, " for ");
+        let (condition, qualifier) = split_optional(condition, ":");
         let (name, number) = condition.split_once('>').ok_or_else(shape)?;
         let (name, number) = (name.trim(), number.trim());
         let measure = name.parse().map_err(|_| TriggerError::Name(name.to_owned()))?;
         let above = number.parse().ok().filter(|number: &f64| number.is_finite());
         let above = above.ok_or_else(|| TriggerError::Number(number.to_owned()))?;
-        let gpu = match qualifier.map(|q| (q, q.strip_prefix("gpu=").filter(|gpu| !gpu.is_empty()))) {
-            None => None,
-            Some((_, Some(gpu))) => Some(gpu.to_owned()),
-            Some((invalid, None)) => return Err(TriggerError::Qualifier(invalid.to_owned())),
-        };
-        let for_ns = match duration {
-            None => 0,
-            Some(duration) => {
-                let parsed = humantime::parse_duration(duration).ok().and_then(|d| u64::try_from(d.as_nanos()).ok());
-                parsed.ok_or_else(|| TriggerError::Duration(duration.to_owned()))?
-            }
-        };
-        Ok(Trigger { measure, above, gpu, for_ns })
+        let gpu = qualifier.map(|qualifier| {
+            let gpu = qualifier.strip_prefix("gpu=").filter(|gpu| !gpu.is_empty());
+            gpu.map(str::to_owned).ok_or_else(|| TriggerError::Qualifier(qualifier.to_owned()))
+        });
+        let for_ns = duration.map(|duration| {
+            let parsed = humantime::parse_duration(duration).ok().and_then(|d| u64::try_from(d.as_nanos()).ok());
+            parsed.ok_or_else(|| TriggerError::Duration(duration.to_owned()))
+        });
+        Ok(Trigger { measure, above, gpu: gpu.transpose()?, for_ns: for_ns.transpose()?.unwrap_or_default() })
     }
+}
+
+/// The text before and, if there is one, after the first separator.
+fn split_optional<'a>(text: &'a str, separator: &str) -> (&'a str, Option<&'a str>) {
+    text.split_once(separator).map_or((text, None), |(before, after)| (before, Some(after.trim())))
 }
 
 impl fmt::Display for Trigger {

@@ -69,26 +69,17 @@ impl Window {
 pub struct Sums {
     pub active: f64,
     pub coactive: f64,
-    others: Vec<Contention>,
+    pub others: Vec<Contention>,
 }
 
 impl Sums {
-    pub fn others(&self) -> &[Contention] {
-        &self.others
-    }
-
     fn add(&mut self, other: Other, seconds: f64) {
-        if let Some(known) = self.others.iter_mut().find(|known| known.other == other) {
-            known.seconds += seconds;
-            return;
-        }
+        let is_known = self.others.iter().any(|known| known.other == other);
         let distinguished = self.others.iter().filter(|known| known.other != Other::Rest).count();
-        if distinguished < MAX_OTHERS {
-            self.others.push(Contention { other, seconds });
-        } else if let Some(rest) = self.others.iter_mut().find(|known| known.other == Other::Rest) {
-            rest.seconds += seconds;
-        } else {
-            self.others.push(Contention { other: Other::Rest, seconds });
+        let other = if is_known || distinguished < MAX_OTHERS { other } else { Other::Rest };
+        match self.others.iter_mut().find(|known| known.other == other) {
+            Some(known) => known.seconds += seconds,
+            None => self.others.push(Contention { other, seconds }),
         }
     }
 }
@@ -101,7 +92,7 @@ fn other(user: User) -> Other {
     }
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Coactivity {
     saturation_ratio: f64,
     open: BTreeMap<u64, Window>,
@@ -116,7 +107,7 @@ fn number(at: BootNs) -> u64 {
 
 impl Coactivity {
     pub fn new(saturation_ratio: f64, keep_history: bool) -> Self {
-        Self { saturation_ratio, open: BTreeMap::new(), sums: HashMap::new(), history: keep_history.then(BTreeMap::new) }
+        Self { saturation_ratio, history: keep_history.then(BTreeMap::new), ..Self::default() }
     }
 
     fn window_at(&mut self, at: BootNs) -> &mut Window {
@@ -241,7 +232,7 @@ mod tests {
         coactivity.close(BootNs(4 * COACTIVITY_WINDOW_NS - 1));
         let values = |coactivity: &Coactivity, user: User| {
             let sums = coactivity.sums_of(user.container().unwrap()).unwrap();
-            (sums.active, sums.coactive, sums.others().iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())
+            (sums.active, sums.coactive, sums.others.iter().map(|c| (c.other, (c.seconds * 10.0).round())).collect::<Vec<_>>())
         };
         let b = Other::Container(ContainerKey(2));
         assert_eq!(values(&coactivity, A), (3.0, 2.0, vec![(b, 4.0), (Other::Host, 1.0)]));
@@ -259,8 +250,8 @@ mod tests {
         window(&mut coactivity, 1, 1.0, &[(A, 1, 0.5), others[11]]);
         coactivity.close_all();
         let sums = coactivity.sums_of(ContainerKey(1)).unwrap();
-        assert_eq!(sums.others().len(), MAX_OTHERS + 1);
-        let rest = sums.others().last().unwrap();
+        assert_eq!(sums.others.len(), MAX_OTHERS + 1);
+        let rest = sums.others.last().unwrap();
         assert_eq!((rest.other, (rest.seconds * 100.0).round()), (Other::Rest, 25.0));
     }
 

@@ -12,13 +12,13 @@ use strum::{EnumCount as _, VariantArray as _};
 
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
 use super::divide::{Presence, Sample, likeness, stands_for};
-use super::engine_account::{self, Booked, Credit, EngineAccount};
+use super::engine_account::{Booked, Credit, EngineAccount, PendingSample};
 use super::exits::{Exits, Lifetimes, NamedUser};
 use super::holders::Holders;
 use super::settings::{Range, Settings, WINDOW_NS};
 use super::windows::Windows;
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
-use crate::fact::{GpuFact, UnqueriedSample, User};
+use crate::fact::{GpuFact, UnqueriedSample, User, UtilizationSample};
 use crate::snapshot::{EngineTime, GpuTime, WindowShares};
 use crate::units::{BootNs, ContainerKey};
 
@@ -67,7 +67,7 @@ pub struct Duty {
     pub stderr: f64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DeviceAccount {
     pub info: Arc<GpuInfo>,
     pub gone: Option<BootNs>,
@@ -80,7 +80,8 @@ pub struct DeviceAccount {
     unsupported_ns: u64,
     holders: Holders,
     exits: Exits,
-    accounts: Vec<EngineAccount>,
+    /// Indexed as [`Engine`].
+    accounts: [EngineAccount; Engine::COUNT],
     sampled: [bool; Engine::COUNT],
     recent: VecDeque<Recent>,
     windows: Windows,
@@ -93,23 +94,12 @@ impl DeviceAccount {
     pub fn new(info: Arc<GpuInfo>, at: BootNs, settings: Settings) -> Self {
         Self {
             info,
-            gone: None,
-            readings: DeviceReadings::default(),
             coactivity: Coactivity::new(settings.saturation_ratio, settings.keep_history),
             keep_history: settings.keep_history,
             range: settings.range,
-            idle_ns: 0.0,
-            unobserved_ns: 0,
-            unsupported_ns: 0,
-            holders: Holders::default(),
-            exits: Exits::default(),
-            accounts: Engine::VARIANTS.iter().map(|_| EngineAccount::new(settings.range)).collect(),
-            sampled: [false; Engine::COUNT],
-            recent: VecDeque::new(),
-            windows: Windows::default(),
-            throttled: None,
-            xids: BTreeMap::new(),
+            accounts: std::array::from_fn(|_| EngineAccount::new(settings.range)),
             variance_at: at,
+            ..Self::default()
         }
     }
 
@@ -127,14 +117,8 @@ impl DeviceAccount {
                 self.holders = Holders::default();
             }
             GpuFact::Restarted => self.restart(),
-            GpuFact::Utilization(utilization) => {
-                let sample = sample(at, utilization.ns, utilization.busy_percent, true);
-                self.add_sample(Engine::Compute, sample, NamedUser::from_processes(&utilization.processes), lifetimes);
-            }
-            GpuFact::EngineSample(engine, utilization) => {
-                let sample = sample(at, utilization.ns, utilization.busy_percent, true);
-                self.add_sample(*engine, sample, NamedUser::from_processes(&utilization.processes), lifetimes);
-            }
+            GpuFact::Utilization(sample) => self.add_queried(Engine::Compute, at, sample, lifetimes),
+            GpuFact::EngineSample(engine, sample) => self.add_queried(*engine, at, sample, lifetimes),
             GpuFact::Unqueried(engine, UnqueriedSample { ns, busy_percent, .. }) => {
                 self.add_sample(*engine, sample(at, *ns, *busy_percent, false), None, lifetimes);
             }
@@ -173,15 +157,16 @@ impl DeviceAccount {
 
     /// Books waiting samples: they belong to a sample buffer or a clock that no longer exists.
     fn restart(&mut self) {
-        let mut booked = Vec::new();
+        let (mut booked, mut of_others) = (Vec::new(), Vec::new());
         for (engine, account) in self.accounts.iter_mut().enumerate() {
-            let mut engine_booked = Vec::new();
-            account.restart(&mut engine_booked);
-            if engine == COMPUTE {
-                booked = engine_booked;
-            }
+            account.restart(if engine == COMPUTE { &mut booked } else { &mut of_others });
         }
         self.count(&booked);
+    }
+
+    fn add_queried(&mut self, engine: Engine, at: BootNs, utilization: &UtilizationSample, lifetimes: &Lifetimes) {
+        let sample = sample(at, utilization.ns, utilization.busy_percent, true);
+        self.add_sample(engine, sample, NamedUser::from_processes(&utilization.processes), lifetimes);
     }
 
     fn add_sample(&mut self, engine: Engine, sample: Sample, named: Option<NamedUser>, lifetimes: &Lifetimes) {
@@ -191,15 +176,12 @@ impl DeviceAccount {
             let Sample { at, span_ns, busy_ns, queried } = sample;
             self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried, measured: false });
         }
-        if let Some(sampled) = self.sampled.get_mut(engine as usize).filter(|_| !compute) {
-            *sampled = true;
-        }
+        self.sampled[engine as usize] |= !compute;
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
         let presence = Presence { exits: &self.exits, lifetimes };
-        if let Some(account) = self.accounts.get_mut(engine as usize) {
-            account.add_sample(engine_account::PendingSample { sample, named, otherwise }, presence, &mut booked);
-        }
+        let pending = PendingSample { sample, named, otherwise };
+        self.accounts[engine as usize].add_sample(pending, presence, &mut booked);
         if compute {
             self.count(&booked);
             self.settle_variance(sample.at);
@@ -267,8 +249,8 @@ impl DeviceAccount {
             self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true, measured: true });
         }
         let mut booked = Vec::new();
-        if let Some(account) = self.accounts.get_mut(COMPUTE).filter(|_| busy_ns > 0.0) {
-            account.book(at, user, busy_ns, 1, &mut booked);
+        if busy_ns > 0.0 {
+            self.accounts[COMPUTE].book(at, user, busy_ns, 1, &mut booked);
         }
         self.count(&booked);
     }
@@ -293,7 +275,7 @@ impl DeviceAccount {
             return;
         }
         let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
-        let complete_until = complete_until(now, self.account(Engine::Compute).and_then(EngineAccount::waits_since));
+        let complete_until = complete_until(now, self.accounts[COMPUTE].waits_since());
         self.windows.close(complete_until, &there);
         self.coactivity.close(complete_until);
         if !self.keep_history {
@@ -307,13 +289,10 @@ impl DeviceAccount {
 
     /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self, lifetimes: &Lifetimes) {
-        let mut booked = Vec::new();
+        let (mut booked, mut of_others) = (Vec::new(), Vec::new());
+        let presence = Presence { exits: &self.exits, lifetimes };
         for (engine, account) in self.accounts.iter_mut().enumerate() {
-            let mut engine_booked = Vec::new();
-            account.decide(BootNs(u64::MAX), Presence { exits: &self.exits, lifetimes }, &mut engine_booked);
-            if engine == COMPUTE {
-                booked = engine_booked;
-            }
+            account.decide(BootNs(u64::MAX), presence, if engine == COMPUTE { &mut booked } else { &mut of_others });
         }
         self.count(&booked);
         self.coactivity.close_all();
@@ -321,9 +300,7 @@ impl DeviceAccount {
 
     fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
-        if let Some(account) = self.accounts.get_mut(COMPUTE) {
-            account.decide(now, Presence { exits: &self.exits, lifetimes }, &mut booked);
-        }
+        self.accounts[COMPUTE].decide(now, Presence { exits: &self.exits, lifetimes }, &mut booked);
         self.count(&booked);
     }
 
@@ -351,14 +328,13 @@ impl DeviceAccount {
             }
         }
         // A container without a sample in this window may still have been present.
-        if let Some(account) = self.accounts.get(COMPUTE) {
-            let there = |user: &&User| account.standard_error(**user).is_some();
-            for key in account.credits().keys().filter(there).filter_map(|user| user.container()) {
-                seconds.entry(key).or_default();
-            }
+        let account = &self.accounts[COMPUTE];
+        let there = |user: &&User| account.standard_error(**user).is_some();
+        for key in account.credits().keys().filter(there).filter_map(|user| user.container()) {
+            seconds.entry(key).or_default();
         }
         let duty = |(key, ns): (ContainerKey, f64)| {
-            let variance = self.accounts.get(COMPUTE).map_or(0.0, |account| account.variance_of(User::Container(key), squares));
+            let variance = account.variance_of(User::Container(key), squares);
             (key, Duty { percent: 100.0 * ns / span, stderr: 100.0 * variance.sqrt() / span })
         };
         (seconds.into_iter().map(duty).collect(), Some(busy / span))
@@ -369,7 +345,7 @@ impl DeviceAccount {
         if let User::Container(key) = self.holders.sole_user() {
             return vec![(key, 1.0)];
         }
-        let Some(account) = self.accounts.get(COMPUTE) else { return Vec::new() };
+        let account = &self.accounts[COMPUTE];
         let known = account.credits().keys().filter_map(|user| Some((user.container()?, account.standard_error(*user)?.share)));
         known.collect()
     }
@@ -382,13 +358,9 @@ impl DeviceAccount {
         busy().next().map(|_| 0.5 / (queried.max(1) as f64).sqrt())
     }
 
-    fn account(&self, engine: Engine) -> Option<&EngineAccount> {
-        self.accounts.get(engine as usize)
-    }
-
     /// Credits of the compute engine, by user.
     pub fn credits(&self) -> &HashMap<User, Credit> {
-        self.accounts.first().expect("an account for each engine").credits()
+        self.accounts[COMPUTE].credits()
     }
 
     /// Whether the container has seconds on any engine of the device.
@@ -416,7 +388,8 @@ impl DeviceAccount {
     /// Seconds of the engines other than compute that the container ever used.
     pub fn engine_seconds(&self, key: ContainerKey) -> Vec<(Engine, f64)> {
         let others = Engine::VARIANTS.iter().copied().filter(|engine| *engine != Engine::Compute);
-        let seconds = |engine| Some((engine, self.account(engine)?.credits().get(&User::Container(key))?.ns * 1e-9));
+        let credit = |engine: Engine| self.accounts[engine as usize].credits().get(&User::Container(key));
+        let seconds = |engine| Some((engine, credit(engine)?.ns * 1e-9));
         others.filter_map(seconds).collect()
     }
 
@@ -431,10 +404,9 @@ impl DeviceAccount {
     }
 
     pub fn time(&self) -> GpuTime {
-        let busy_ns = self.account(Engine::Compute).map_or(0.0, |account| account.busy_ns);
         let s = 1e-9;
         GpuTime {
-            busy: busy_ns * s,
+            busy: self.accounts[COMPUTE].busy_ns * s,
             idle: self.idle_ns * s,
             unobserved: self.unobserved_ns as f64 * s,
             unsupported: self.unsupported_ns as f64 * s,
@@ -442,17 +414,17 @@ impl DeviceAccount {
     }
 
     pub fn unattributed(&self) -> [f64; Reason::COUNT] {
-        self.account(Engine::Compute).map_or([0.0; Reason::COUNT], |account| account.unattributed.map(|ns| ns * 1e-9))
+        self.accounts[COMPUTE].unattributed.map(|ns| ns * 1e-9)
     }
 
     /// Engines other than compute that the driver samples.
     pub fn engines(&self) -> Vec<EngineTime> {
         let sampled = Engine::VARIANTS.iter().copied().zip(self.sampled).filter(|(_, sampled)| *sampled);
         let engine = |(engine, _): (Engine, bool)| {
-            let account = self.account(engine)?;
-            Some(EngineTime { engine, busy: account.busy_ns * 1e-9, unattributed: account.unattributed.map(|ns| ns * 1e-9) })
+            let account = &self.accounts[engine as usize];
+            EngineTime { engine, busy: account.busy_ns * 1e-9, unattributed: account.unattributed.map(|ns| ns * 1e-9) }
         };
-        sampled.filter_map(engine).collect()
+        sampled.map(engine).collect()
     }
 
     pub fn throttle_seconds(&self) -> Option<[f64; THROTTLE_REASONS.len()]> {

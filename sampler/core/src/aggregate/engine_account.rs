@@ -52,7 +52,7 @@ pub struct Booked {
     pub ns: f64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct EngineAccount {
     range: Range,
     pub busy_ns: f64,
@@ -69,17 +69,7 @@ pub struct EngineAccount {
 
 impl EngineAccount {
     pub fn new(range: Range) -> Self {
-        Self {
-            range,
-            busy_ns: 0.0,
-            unattributed: Default::default(),
-            credits: HashMap::new(),
-            neighbours: Neighbours::default(),
-            waiting: VecDeque::new(),
-            history: SampleHistory::default(),
-            standard_errors: HashMap::new(),
-            unsettled: HashMap::new(),
-        }
+        Self { range, ..Self::default() }
     }
 
     pub fn credits(&self) -> &HashMap<User, Credit> {
@@ -237,7 +227,7 @@ mod tests {
         let (exits, lifetimes) = (Exits::default(), Lifetimes::default());
         let presence = Presence { exits: &exits, lifetimes: &lifetimes };
         let errors = |one_queried_in: u64| {
-            let mut account = EngineAccount::new(Range::ALL);
+            let mut account = EngineAccount::default();
             for n in 0..100 {
                 let (at, queried) = (BootNs(n * 167_000_000), n % one_queried_in == 0);
                 let sample = Sample { at, span_ns: 167e6, busy_ns: 167e6, queried };

@@ -51,21 +51,15 @@ impl Aggregate {
         match fact {
             Fact::Time { at, wall } => self.advance(*at, *wall),
             Fact::Gpu { gpu, at, fact } => self.gpu_fact(*gpu as usize, *at, fact),
-            Fact::Container(container) => {
-                self.lifetimes.created(container.key, container.created);
-            }
-            Fact::ContainerGone { key, at } => {
-                self.lifetimes.gone(*key, *at);
-            }
-            Fact::ContainerForgotten { key } => {
-                if !self.settings.keep_history {
-                    self.lifetimes.forget(*key);
-                    for gpu in self.gpus.iter_mut().flatten() {
-                        gpu.forget(|known| known == key);
-                    }
+            Fact::Container(container) => self.lifetimes.created(container.key, container.created),
+            Fact::ContainerGone { key, at } => self.lifetimes.gone(*key, *at),
+            Fact::ContainerForgotten { key } if !self.settings.keep_history => {
+                self.lifetimes.forget(*key);
+                for gpu in self.gpus.iter_mut().flatten() {
+                    gpu.forget(|known| known == key);
                 }
             }
-            Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) => {}
+            Fact::ContainerForgotten { .. } | Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) => {}
         }
     }
 

@@ -23,9 +23,14 @@ pub struct Range {
     pub to: BootNs,
 }
 
-impl Range {
-    pub const ALL: Range = Range { after: BootNs(0), to: BootNs(u64::MAX) };
+/// The unlimited range.
+impl Default for Range {
+    fn default() -> Self {
+        Self { after: BootNs(0), to: BootNs(u64::MAX) }
+    }
+}
 
+impl Range {
     pub fn has(&self, at: BootNs) -> bool {
         self.after < at && at <= self.to
     }
@@ -38,6 +43,6 @@ impl Range {
 
 impl Default for Settings {
     fn default() -> Self {
-        Self { saturation_ratio: SATURATION_RATIO, keep_history: false, range: Range::ALL }
+        Self { saturation_ratio: SATURATION_RATIO, keep_history: false, range: Range::default() }
     }
 }

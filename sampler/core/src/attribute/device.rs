@@ -8,12 +8,12 @@ use strum::EnumCount as _;
 use super::clock::GpuClock;
 use super::process_attribution::ProcessAttribution;
 use super::timeline::Timeline;
-use crate::device::ClockView;
-use crate::device::{DeviceReadings, Engine, GpuInfo, SampleCounts};
+use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, SampleCounts};
 use crate::fact::{AttributedProcess, ClockFact, GpuFact, Holder, UnobservedReason, UnqueriedSample, User, UtilizationSample};
 use crate::identity::Identity;
-use crate::observation::Rejected;
-use crate::observation::{DeviceSample, EngineSample, GpmInterval, GpuBatch, PollStatus, ProcessSample};
+use crate::observation::{
+    DeviceSample, EngineSample, GpmInterval, GpuBatch, PollStatus, ProcessSample, Rejected, RunningProcess,
+};
 use crate::reconstruct::Grid;
 use crate::units::{BootNs, GpuNs, WallTime};
 
@@ -21,8 +21,6 @@ use crate::units::{BootNs, GpuNs, WallTime};
 const SETTLE_NS: u64 = 400_000_000;
 /// Process samples are kept this long for the samples of other engines, which are read seconds later.
 const PROCESS_SAMPLES_NS: u64 = 5_000_000_000;
-/// A process sample belongs to a device sample that is at most this many periods away.
-const NEAR_PERIODS: f64 = 0.5;
 /// What a driver's sample buffer may still return: 72 samples of about 167 ms, plus a margin for delays. Older time without a response is
 /// unobserved.
 const RING_NS: u64 = 15_000_000_000;
@@ -31,24 +29,9 @@ const MAX_ENGINE_SAMPLES: usize = 2 * 72 * Engine::COUNT;
 /// Interval of clock facts.
 const CLOCK_NS: u64 = 10_000_000_000;
 
-const COMPUTE: usize = Engine::Compute as usize;
-
 type AttributedFacts = Vec<(BootNs, GpuFact)>;
 
-/// Statistics of how a device is read.
-#[derive(Clone, Copy, Debug)]
-pub struct DeviceView {
-    pub sample_gaps: u64,
-    pub ring_overruns: u64,
-    pub rejected: [u64; Rejected::COUNT],
-    pub off_grid: u64,
-    pub clock: ClockView,
-    pub period_ns: Option<u64>,
-    pub last_sample: Option<WallTime>,
-    pub counts: SampleCounts,
-}
-
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct DeviceAttribution {
     info: Arc<GpuInfo>,
     gone: bool,
@@ -69,12 +52,12 @@ pub struct DeviceAttribution {
     /// queried too.
     queried: VecDeque<GpuNs>,
     /// Attributed samples, and how many of them had their process queried.
-    counts: SampleCounts,
-    gaps: u64,
-    overruns: u64,
-    rejected: [u64; Rejected::COUNT],
-    off_grid: u64,
-    last_wall: Option<WallTime>,
+    pub counts: SampleCounts,
+    pub sample_gaps: u64,
+    pub ring_overruns: u64,
+    pub rejected: [u64; Rejected::COUNT],
+    pub off_grid: u64,
+    pub last_sample: Option<WallTime>,
     last_batch: BootNs,
     /// The driver has not responded for so long that the readings and process lists were reported as unknown.
     silent: bool,
@@ -84,30 +67,7 @@ pub struct DeviceAttribution {
 impl DeviceAttribution {
     pub fn new(info: Arc<GpuInfo>, at: BootNs, facts: &mut AttributedFacts) -> Self {
         facts.push((at, GpuFact::Opened(Arc::clone(&info))));
-        Self {
-            info,
-            gone: false,
-            clock: GpuClock::default(),
-            grid: Grid::default(),
-            timeline: Timeline::new(at),
-            attribution: ProcessAttribution::default(),
-            first_read: true,
-            watermark: None,
-            dry: false,
-            pending: VecDeque::new(),
-            engine_pending: VecDeque::new(),
-            process_samples: VecDeque::new(),
-            queried: VecDeque::new(),
-            counts: SampleCounts::default(),
-            gaps: 0,
-            overruns: 0,
-            rejected: [0; Rejected::COUNT],
-            off_grid: 0,
-            last_wall: None,
-            last_batch: at,
-            silent: false,
-            clock_reported: BootNs(0),
-        }
+        Self { info, timeline: Timeline::new(at), first_read: true, last_batch: at, ..Self::default() }
     }
 
     /// The device was found again: its sample buffer is new, and its clock may be.
@@ -140,10 +100,10 @@ impl DeviceAttribution {
         facts.push((at, GpuFact::Gone));
     }
 
-    fn unobserved_until(&mut self, at: BootNs, reason: UnobservedReason, facts: &mut AttributedFacts) {
+    fn unobserved_until(&mut self, at: BootNs, why: UnobservedReason, facts: &mut AttributedFacts) {
         let ns = self.timeline.advance_to(at);
         if ns > 0 {
-            facts.push((at, GpuFact::Unobserved { ns, why: reason }));
+            facts.push((at, GpuFact::Unobserved { ns, why }));
         }
     }
 
@@ -166,7 +126,7 @@ impl DeviceAttribution {
         let failed_entirely = batch.status == PollStatus::Failed && batch.readings == Some(DeviceReadings::default());
         if let Some(processes) = &batch.processes {
             let users = self.attribution.attribute_list(processes, batch.began, batch.ended, identity);
-            let holder = |(process, user): (&crate::observation::RunningProcess, User)| Holder {
+            let holder = |(process, user): (&RunningProcess, User)| Holder {
                 pid: process.pid,
                 user,
                 kind: process.kind,
@@ -201,15 +161,13 @@ impl DeviceAttribution {
         if batch.ended.saturating_since(self.clock_reported) > CLOCK_NS && self.clock.is_known() {
             self.clock_reported = batch.ended;
             let clock = self.clock.view();
-            facts.push((
-                batch.ended,
-                GpuFact::Clock(ClockFact {
-                    ahead_of_boot_seconds: clock.ahead_of_boot_seconds,
-                    uncertainty_seconds: clock.uncertainty_seconds,
-                    period_ns: self.grid.period_ns(),
-                    steps: clock.steps,
-                }),
-            ));
+            let clock = ClockFact {
+                ahead_of_boot_seconds: clock.ahead_of_boot_seconds,
+                uncertainty_seconds: clock.uncertainty_seconds,
+                period_ns: self.grid.period_ns(),
+                steps: clock.steps,
+            };
+            facts.push((batch.ended, GpuFact::Clock(clock)));
         }
     }
 
@@ -224,7 +182,7 @@ impl DeviceAttribution {
             Some(newest) => {
                 let oldest = batch.samples.iter().map(|t| t.at).min().unwrap_or(newest);
                 self.clock.polled((oldest, newest), batch.ring_began, batch.ended, self.grid.period_or_most_ns());
-                self.last_wall = Some(batch.wall);
+                self.last_sample = Some(batch.wall);
             }
             None => self.clock.silent(batch.ring_began),
         }
@@ -309,23 +267,20 @@ impl DeviceAttribution {
         if span.missing_ns > 0 {
             facts.push((at.minus(span.ns), GpuFact::Unobserved { ns: span.missing_ns, why: UnobservedReason::Missing }));
             if gap_ns.is_some() {
-                self.gaps += 1;
+                self.sample_gaps += 1;
                 // The buffer was not read for so long that it wrapped.
-                self.overruns += u64::from(now.saturating_since(at) > RING_NS / 2);
+                self.ring_overruns += u64::from(now.saturating_since(at) > RING_NS / 2);
             }
         }
-        let process_samples = self.process_samples_of(sample.at);
         self.counts.samples += 1;
         self.counts.queried += u64::from(sample.queried);
         if sample.queried {
             self.queried.push_back(sample.at);
-        } else if sample.busy_percent > 0 {
-            facts.push((at, unqueried(Engine::Compute, sample.at, span.ns, sample.busy_percent)));
-            return;
         }
-        let sample =
-            self.utilization_sample(COMPUTE, sample.at, at, span.ns, sample.busy_percent, &process_samples, identity, facts);
-        facts.push((at, GpuFact::Utilization(sample)));
+        let DeviceSample { at: stamp, busy_percent, queried } = sample;
+        let sample = EngineSample { engine: Engine::Compute, at: stamp, busy_percent };
+        let fact = self.sample_fact(sample, at, span.ns, queried, identity, facts);
+        facts.push((at, fact));
     }
 
     fn settle_engines(&mut self, now: BootNs, patience: u64, identity: &Identity, facts: &mut AttributedFacts) {
@@ -343,34 +298,16 @@ impl DeviceAttribution {
             }
             self.engine_pending.pop_front();
             let Some(at) = at else { continue };
-            let process_samples = self.process_samples_of(sample.at);
-            let engine = sample.engine;
-            if sample.busy_percent > 0 && !self.was_queried(sample.at) {
-                facts.push((at, unqueried(engine, sample.at, period, sample.busy_percent)));
-                continue;
-            }
-            let sample = self.utilization_sample(
-                engine as usize,
-                sample.at,
-                at,
-                period,
-                sample.busy_percent,
-                &process_samples,
-                identity,
-                facts,
-            );
-            facts.push((at, GpuFact::EngineSample(engine, sample)));
+            let near = self.grid.near_ns();
+            let queried = self.queried.iter().any(|queried| queried.0.abs_diff(sample.at.0) < near);
+            let fact = self.sample_fact(sample, at, period, queried, identity, facts);
+            facts.push((at, fact));
         }
-    }
-
-    fn was_queried(&self, at: GpuNs) -> bool {
-        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        self.queried.iter().any(|queried| queried.0.abs_diff(at.0) < near)
     }
 
     /// Returns the process samples of a device sample and marks them as claimed.
     fn process_samples_of(&mut self, at: GpuNs) -> Vec<ProcessSample> {
-        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
+        let near = self.grid.near_ns();
         let mut process_samples = Vec::new();
         for (sample, claimed) in self.process_samples.iter_mut().filter(|(sample, _)| sample.at.0.abs_diff(at.0) < near) {
             *claimed = true;
@@ -379,32 +316,38 @@ impl DeviceAttribution {
         process_samples
     }
 
-    /// A sample with the process samples that name a process for that engine.
-    #[expect(clippy::too_many_arguments, reason = "the parts of a sample, and what is needed to attribute them")]
-    fn utilization_sample(
+    /// The fact about a sample of the span of `ns` that ends at `at`, with the processes that are named for its engine. Residencies of
+    /// these processes that have ended are added to `facts`.
+    fn sample_fact(
         &mut self,
-        engine: usize,
-        stamp: GpuNs,
+        sample: EngineSample,
         at: BootNs,
         ns: u64,
-        busy_percent: u32,
-        process_samples: &[ProcessSample],
+        queried: bool,
         identity: &Identity,
         facts: &mut AttributedFacts,
-    ) -> UtilizationSample {
+    ) -> GpuFact {
+        let EngineSample { engine, at: stamp, busy_percent } = sample;
+        let process_samples = self.process_samples_of(stamp);
+        let is_busy = busy_percent > 0;
+        let busy_percent = busy_percent.min(100) as u8;
+        if is_busy && !queried {
+            return GpuFact::Unqueried(engine, UnqueriedSample { stamp, ns, busy_percent });
+        }
         let within = self.clock.named_within(at, ns);
-        let percent = |sample: &ProcessSample| sample.percent.get(engine).copied().unwrap_or_default();
+        let percent = |sample: &ProcessSample| sample.percent[engine as usize];
         let named = process_samples.iter().filter(|sample| percent(sample) > 0);
         let processes: Vec<AttributedProcess> =
             named.map(|sample| self.attribution.attribute((sample.pid, percent(sample)), within, identity, facts)).collect();
-        UtilizationSample { stamp, ns, busy_percent: busy_percent.min(100) as u8, processes }
+        let sample = UtilizationSample { stamp, ns, busy_percent, processes };
+        if engine == Engine::Compute { GpuFact::Utilization(sample) } else { GpuFact::EngineSample(engine, sample) }
     }
 
     /// Books what GPM measured of a MIG device.
     fn measured(&mut self, gpm: GpmInterval, wall: WallTime, facts: &mut AttributedFacts) {
         self.unobserved_until(gpm.from, UnobservedReason::Missing, facts);
         let ns = self.timeline.advance_to(gpm.to);
-        self.last_wall = Some(wall);
+        self.last_sample = Some(wall);
         facts.push((gpm.to, GpuFact::Measured { ns, busy_ratio: gpm.busy_ratio.clamp(0.0, 1.0) }));
     }
 
@@ -429,20 +372,11 @@ impl DeviceAttribution {
         }
     }
 
-    pub fn view(&self) -> DeviceView {
-        DeviceView {
-            sample_gaps: self.gaps,
-            ring_overruns: self.overruns,
-            rejected: self.rejected,
-            off_grid: self.off_grid,
-            clock: self.clock.view(),
-            period_ns: self.grid.period_ns(),
-            last_sample: self.last_wall,
-            counts: self.counts,
-        }
+    pub fn clock(&self) -> ClockView {
+        self.clock.view()
     }
-}
 
-fn unqueried(engine: Engine, stamp: GpuNs, ns: u64, busy_percent: u32) -> GpuFact {
-    GpuFact::Unqueried(engine, UnqueriedSample { stamp, ns, busy_percent: busy_percent.min(100) as u8 })
+    pub fn period_ns(&self) -> Option<u64> {
+        self.grid.period_ns()
+    }
 }

@@ -12,4 +12,4 @@ mod device;
 mod process_attribution;
 mod timeline;
 
-pub use device::{DeviceAttribution, DeviceView};
+pub use device::DeviceAttribution;

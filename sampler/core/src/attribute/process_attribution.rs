@@ -71,8 +71,7 @@ impl ProcessAttribution {
         ended: BootNs,
         identity: &Identity,
     ) -> Vec<User> {
-        self.mps.clear();
-        self.mps_users.clear();
+        self.forget_lists();
         let user = |process: &RunningProcess| {
             let (user, _) = self.resolve(process.pid, (began, ended), identity);
             if matches!(process.kind, ProcessKind::Mps | ProcessKind::MpsServer) {

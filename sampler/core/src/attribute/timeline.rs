@@ -22,7 +22,7 @@ pub struct Span {
     pub missing_ns: u64,
 }
 
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct Timeline {
     until: BootNs,
 }

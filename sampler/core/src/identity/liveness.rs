@@ -70,25 +70,17 @@ impl Liveness {
 
     /// Records the result of a check of a due entry at `now`. Returns true when the process is certainly dead.
     pub fn checked(&mut self, entry: PidEntry, alive: bool, now: BootNs) -> bool {
-        let suspected = self.suspects.iter().position(|suspect| suspect.entry == entry);
-        match (alive, suspected) {
-            (true, None) => false,
-            (true, Some(at)) => {
-                self.suspects.remove(at);
-                false
-            }
-            (false, None) => {
+        let Some(at) = self.suspects.iter().position(|suspect| suspect.entry == entry) else {
+            if !alive {
                 self.suspects.push_back(Suspect { entry, since: now });
-                false
             }
-            (false, Some(at)) => {
-                let confirmed = self.suspects.get(at).is_some_and(|s| now.saturating_since(s.since) >= CONFIRM_AFTER_NS);
-                if confirmed {
-                    self.suspects.remove(at);
-                }
-                confirmed
-            }
+            return false;
+        };
+        let confirmed = !alive && now.saturating_since(self.suspects[at].since) >= CONFIRM_AFTER_NS;
+        if alive || confirmed {
+            self.suspects.remove(at);
         }
+        confirmed
     }
 }
 

@@ -41,7 +41,7 @@
 use std::collections::HashMap;
 
 use crate::aggregate::{Aggregate, Settings};
-use crate::attribute::{DeviceAttribution, DeviceView};
+use crate::attribute::DeviceAttribution;
 use crate::fact::{ContainerFact, Fact, GpuFact, User};
 use crate::identity::{ContainerChange, ContainerRecord, Identity};
 use crate::observation::Observation;
@@ -168,16 +168,12 @@ impl Core {
         std::mem::take(&mut self.facts)
     }
 
-    fn device(&self, slot: usize) -> Option<DeviceView> {
-        Some(self.devices.get(slot)?.as_ref()?.view())
-    }
-
     pub fn snapshot(&self) -> Snapshot {
         let now = self.aggregate.now;
         let mut gpus = Vec::new();
         let mut by_container: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::new();
         for (slot, gpu) in self.aggregate.gpus() {
-            let Some(device) = self.device(slot) else { continue };
+            let Some(Some(device)) = self.devices.get(slot) else { continue };
             let (duties, utilization) = gpu.duties(now);
             let index = gpus.len();
             gpus.push(GpuView {
@@ -188,14 +184,14 @@ impl Core {
                 utilization_ratio: utilization,
                 coactive_ratio: gpu.coactivity.coactive_ratio(),
                 last_sample: device.last_sample,
-                sample_period_seconds: device.period_ns.map(|ns| ns as f64 * 1e-9),
+                sample_period_seconds: device.period_ns().map(|ns| ns as f64 * 1e-9),
                 sample_gaps: device.sample_gaps,
                 counts: device.counts,
                 expected_stderr_ratio: gpu.expected_stderr(),
                 ring_overruns: device.ring_overruns,
                 rejected: device.rejected,
                 off_grid: device.off_grid,
-                clock: device.clock,
+                clock: device.clock(),
                 engines: gpu.engines(),
                 throttle_seconds: gpu.throttle_seconds(),
                 xids: gpu.xids(),
@@ -217,7 +213,7 @@ impl Core {
                     window_shares: gpu.window_shares(key),
                     active_seconds: coactivity.map_or(0.0, |sums| sums.active),
                     coactive_seconds: coactivity.map_or(0.0, |sums| sums.coactive),
-                    contention: coactivity.map_or_else(Vec::new, |sums| sums.others().to_vec()),
+                    contention: coactivity.map_or_else(Vec::new, |sums| sums.others.clone()),
                     mps_clients: held.map_or(0, |held| held.mps_clients),
                     duty_cycle_percent: duty.map(|d| d.percent).or(observed),
                     duty_cycle_stderr: duty.map(|d| d.stderr).or(observed),

@@ -12,6 +12,8 @@ const LEAST_GAP_NS: u64 = 10_000_000;
 /// samples that were lost, or that the driver did not keep.
 const SURE_GAPS: usize = 16;
 const ALIKE: f64 = 1.5;
+/// Assumed period until it is learned: longer than any observed one (167 to 170 ms).
+const PERIOD_AT_MOST_NS: u64 = 200_000_000;
 
 #[derive(Clone, Debug, Default)]
 pub struct Grid {
@@ -21,9 +23,6 @@ pub struct Grid {
 }
 
 impl Grid {
-    /// Assumed period until it is learned: longer than any observed one (167 to 170 ms).
-    pub const PERIOD_AT_MOST_NS: u64 = 200_000_000;
-
     /// The time between two consecutive samples.
     pub fn gap(&mut self, gap_ns: u64) {
         if gap_ns < LEAST_GAP_NS || self.sure_ns.is_some_and(|sure| gap_ns as f64 > ALIKE * sure as f64) {
@@ -53,6 +52,11 @@ impl Grid {
     }
 
     pub fn period_or_most_ns(&self) -> u64 {
-        self.period_ns.unwrap_or(Self::PERIOD_AT_MOST_NS)
+        self.period_ns.unwrap_or(PERIOD_AT_MOST_NS)
+    }
+
+    /// A process sample belongs to a device sample that is at most this far away.
+    pub fn near_ns(&self) -> u64 {
+        self.period_or_most_ns() / 2
     }
 }

@@ -32,8 +32,6 @@ use crate::units::{BootNs, GpuNs};
 const SILENT_PERIODS: u64 = 3;
 /// Without a new sample for this long a buffer counts as empty.
 const DRY_NS: u64 = 1_500_000_000;
-/// A process sample belongs to a device sample that is at most this many periods away.
-const NEAR_PERIODS: f64 = 0.5;
 /// Maximum scheduling delay between a call and the recorded time.
 const SLACK_NS: u64 = 400_000_000;
 /// Number of stamps remembered, to distinguish a clock that went back from a buffer that is not returned oldest first: more than any
@@ -244,15 +242,14 @@ impl Recovery {
 
     /// With one new sample, the query also returns late process samples of the sample before.
     fn before_fresh_samples(&self) -> GpuNs {
-        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
-        if self.out.stepped { GpuNs(self.fresh[0].at.0.saturating_sub(near)) } else { self.before_fresh }
+        if self.out.stepped { GpuNs(self.fresh[0].at.0.saturating_sub(self.grid.near_ns())) } else { self.before_fresh }
     }
 
     /// Takes the response to the query of [`Recovery::next_process_query`].
     pub fn process_samples(&mut self, after_us: u64, response: &[RawProcessSample]) {
         self.process_calls += 1;
         let Some(newest) = self.newest else { return };
-        let near = (self.grid.period_or_most_ns() as f64 * NEAR_PERIODS) as u64;
+        let near = self.grid.near_ns();
         let mut process_samples = split_aggregated::SamplesByPid::new();
         let mut doubled = Vec::new();
         for sample in response {

@@ -56,8 +56,12 @@ impl UserMatch {
 
 pub type Pair<'a> = (&'a UserReport, &'a UserReport, UserMatch);
 
+#[derive(Default)]
 pub struct Matched<'a> {
     pub pairs: Vec<Pair<'a>>,
+    /// Ids of the matched users of A and of B.
+    pub ids_a: HashSet<&'a str>,
+    pub ids_b: HashSet<&'a str>,
     pub ambiguous: Vec<String>,
 }
 
@@ -75,22 +79,20 @@ pub fn gpu_pairs<'a>(a: &'a Report, b: &'a Report) -> Vec<(&'a GpuReport, &'a Gp
 }
 
 pub fn user_pairs<'a>(a: &'a Report, b: &'a Report) -> Matched<'a> {
-    let mut matched = Matched { pairs: Vec::new(), ambiguous: Vec::new() };
-    let (mut matched_a, mut matched_b): (HashSet<&str>, HashSet<&str>) = Default::default();
+    let mut matched = Matched::default();
     for by in [UserMatch::Id, UserMatch::Pod, UserMatch::Image, UserMatch::Name] {
-        let (groups_a, groups_b) = (group(a, by, &matched_a), group(b, by, &matched_b));
+        let (groups_a, groups_b) = (group(a, by, &matched.ids_a), group(b, by, &matched.ids_b));
         for (key, users_a) in &groups_a {
             let Some(users_b) = groups_b.get(key) else { continue };
             if let ([in_a], [in_b]) = (users_a.as_slice(), users_b.as_slice()) {
                 matched.pairs.push((in_a, in_b, by));
-                matched_a.insert(&in_a.id);
-                matched_b.insert(&in_b.id);
+                matched.ids_a.insert(&in_a.id);
+                matched.ids_b.insert(&in_b.id);
             } else {
                 let (n, m, by) = (users_a.len(), users_b.len(), by.description());
                 let name = terminal_safe(&key.1.join(" "));
-                matched
-                    .ambiguous
-                    .push(format!("{name}: {n} users in A and {m} in B are indistinguishable ({by}), so none is matched"));
+                let text = format!("{name}: {n} users in A and {m} in B are indistinguishable ({by}), so none is matched");
+                matched.ambiguous.push(text);
             }
         }
     }

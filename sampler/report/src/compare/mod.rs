@@ -5,12 +5,14 @@
 mod matching;
 mod text;
 
+use std::collections::HashSet;
+
 use serde::Serialize;
 
 use super::model::*;
 use super::words::Names;
 pub use matching::{GpuMatch, UserMatch};
-use matching::{gpu_pairs, user_pairs};
+use matching::{Pair, gpu_pairs, user_pairs};
 use sampler_core::units::rfc3339;
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -110,19 +112,13 @@ pub struct UnmatchedUser {
 impl Comparison {
     /// Pretty-printed, with a newline at the end.
     pub fn json(&self) -> String {
-        super::json::pretty(self)
-    }
-}
-
-impl UsagePair {
-    fn magnitude(&self) -> f64 {
-        self.difference.map_or(0.0, f64::abs)
+        super::json::json(self)
     }
 }
 
 impl UserPair {
     fn magnitude(&self) -> f64 {
-        self.gpus.iter().map(UsagePair::magnitude).fold(0.0, f64::max)
+        self.gpus.iter().filter_map(|pair| pair.difference).map(f64::abs).fold(0.0, f64::max)
     }
 }
 
@@ -132,20 +128,17 @@ pub fn compare(a: &Report, b: &Report) -> Comparison {
     let both = Both { names_a: Names::new(a), names_b: Names::new(b), users: &matched.pairs };
     let mut users: Vec<UserPair> = matched.pairs.iter().map(|(in_a, in_b, by)| both.user(in_a, in_b, *by, &gpus)).collect();
     users.sort_by(|one, other| other.magnitude().total_cmp(&one.magnitude()).then_with(|| one.name.cmp(&other.name)));
-    let is_matched = |user: &UserReport, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
-        matched.pairs.iter().any(|pair| std::ptr::eq(side(pair), user))
-    };
-    let unmatched = |report: &Report, names: &Names, side: fn(&(&UserReport, &UserReport, UserMatch)) -> *const UserReport| {
-        let users = report.users.iter().filter(|user| !is_matched(user, side));
-        users.map(|user| unmatched_user(user, names)).collect::<Vec<_>>()
+    let unmatched = |report: &Report, names: &Names, ids: &HashSet<&str>| {
+        let users = report.users.iter().filter(|user| !ids.contains(user.id.as_str()));
+        users.map(|user| unmatched_user(user, names)).collect()
     };
     Comparison {
         format: FORMAT,
         a: side(a),
         b: side(b),
         gpus: gpus.iter().map(|(in_a, in_b, by)| gpu_pair(in_a, in_b, *by)).collect(),
-        only_a: unmatched(a, &both.names_a, |pair| std::ptr::from_ref(pair.0)),
-        only_b: unmatched(b, &both.names_b, |pair| std::ptr::from_ref(pair.1)),
+        only_a: unmatched(a, &both.names_a, &matched.ids_a),
+        only_b: unmatched(b, &both.names_b, &matched.ids_b),
         users,
         ambiguous: matched.ambiguous,
     }
@@ -206,7 +199,7 @@ fn amount(usage: Option<&Usage>, gpu: &GpuReport) -> Amount {
 struct Both<'a> {
     names_a: Names,
     names_b: Names,
-    users: &'a [(&'a UserReport, &'a UserReport, UserMatch)],
+    users: &'a [Pair<'a>],
 }
 
 impl Both<'_> {
@@ -250,19 +243,16 @@ impl Both<'_> {
     }
 
     /// The contenders with more than coactivity in A or B, or with different evidence in A and B.
-    fn evidence(&self, in_a: Option<&Usage>, in_b: Option<&Usage>) -> Vec<EvidencePair> {
-        let evidence_of = |usage: Option<&Usage>, id: &str| {
-            usage
-                .and_then(|usage| usage.contenders.iter().find(|contender| contender.id == id))
-                .map(|contender| contender.evidence)
-        };
+    fn evidence<'u>(&self, in_a: Option<&'u Usage>, in_b: Option<&'u Usage>) -> Vec<EvidencePair> {
+        let contenders = |usage: Option<&'u Usage>| usage.into_iter().flat_map(|usage| &usage.contenders);
+        let evidence_of = |usage, id: &str| contenders(usage).find(|other| other.id == id).map(|other| other.evidence);
         let mut all = Vec::new();
-        for contender in in_a.into_iter().flat_map(|usage| &usage.contenders) {
+        for contender in contenders(in_a) {
             let id_b = self.users.iter().find(|(a, ..)| a.id == contender.id).map(|(_, b, _)| b.id.as_str());
             let other = id_b.map_or_else(|| self.names_a.get(&contender.id), |id| self.names_b.get(id));
             all.push(EvidencePair { other, a: Some(contender.evidence), b: id_b.and_then(|id| evidence_of(in_b, id)) });
         }
-        for contender in in_b.into_iter().flat_map(|usage| &usage.contenders) {
+        for contender in contenders(in_b) {
             let id_a = self.users.iter().find(|(_, b, _)| b.id == contender.id).map(|(a, ..)| a.id.as_str());
             if id_a.and_then(|id| evidence_of(in_a, id)).is_none() {
                 all.push(EvidencePair { other: self.names_b.get(&contender.id), a: None, b: Some(contender.evidence) });

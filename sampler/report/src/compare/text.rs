@@ -54,38 +54,38 @@ fn sessions(page: &mut Page, comparison: &Comparison) {
     for (name, side) in [("A", &comparison.a), ("B", &comparison.b)] {
         let duration = words::span(side.duration_seconds);
         page.wrap(&format!("  {name}  "), &format!("{}, {}, {duration}", words::node(&side.node), side.start));
-        let mut alarms = Vec::new();
         if side.truncated || !side.damage.is_empty() {
             let damage = terminal_safe(&side.damage.join("; "));
             let detail = if damage.is_empty() { "the file ends before the session did" } else { &damage };
-            alarms.push(format!("{name} is INCOMPLETE: {detail}"));
+            page.painted("     ! ", &format!("{name} is INCOMPLETE: {detail}"), Ink::alarm);
         }
         if side.gaps > 0 {
-            alarms.push(format!("{name} has {}: unobserved time is excluded", words::counted(side.gaps, "gap", "gaps")));
-        }
-        for alarm in alarms {
-            page.painted("     ! ", &alarm, Ink::alarm);
+            let gaps = words::counted(side.gaps, "gap", "gaps");
+            page.painted("     ! ", &format!("{name} has {gaps}: unobserved time is excluded"), Ink::alarm);
         }
     }
 }
 
 fn summary(page: &mut Page, comparison: &Comparison) {
     page.heading("Summary");
-    let mut found = false;
-    for user in &comparison.users {
-        for pair in user.gpus.iter().filter(|pair| pair.exceeds_two_errors).take(TOP) {
-            let (Some(a), Some(b)) = (pair.a.rate, pair.b.rate) else { continue };
+    let pairs = comparison.users.iter().flat_map(|user| user.gpus.iter().map(move |pair| (user, pair)));
+    let differences: Vec<String> = pairs
+        .filter(|(_, pair)| pair.exceeds_two_errors)
+        .filter_map(|(user, pair)| {
+            let (a, b) = (pair.a.rate?, pair.b.rate?);
             let change = if b > a { "more" } else { "less" };
-            let text = format!(
+            Some(format!(
                 "{} received {change} time on GPU {} in B: {b:.3} instead of {a:.3} GPU-seconds per second, a difference of more \
                  than two standard errors",
                 user.name, pair.index
-            );
-            page.wrap("  - ", &text);
-            found = true;
-        }
+            ))
+        })
+        .collect();
+    for text in differences.iter().take(TOP) {
+        page.wrap("  - ", text);
     }
-    if !found {
+    page.more(differences.len(), TOP);
+    if differences.is_empty() {
         page.wrap("  ", "No user in both sessions has a difference of more than two standard errors.");
     }
     let note = "Only utilization is compared: whether a workload took longer or requested less GPU time is not \

@@ -2,8 +2,6 @@
 //!
 //! `-x3 0x12 49 48 .4`: three unknown windows, twelve of 0, one of 49, one of 48, and one above zero that would round to 0.
 
-use std::fmt::Write as _;
-
 use serde_json::{Value, json};
 
 use super::super::bins;
@@ -70,23 +68,12 @@ fn memory(values: &[Option<u64>]) -> String {
 }
 
 fn runs(values: impl Iterator<Item = Option<String>>) -> String {
-    let (mut out, mut last, mut n) = (String::new(), None, 0);
-    let mut end = |value: Option<Option<String>>, n: usize| {
-        let Some(value) = value else { return };
-        let space = if out.is_empty() { "" } else { " " };
-        let times = if n > 1 { format!("x{n}") } else { String::new() };
-        let _ = write!(out, "{space}{}{times}", value.as_deref().unwrap_or("-"));
+    let values: Vec<String> = values.map(|value| value.unwrap_or_else(|| "-".to_owned())).collect();
+    let run = |run: &[String]| match run.len() {
+        1 => run[0].clone(),
+        n => format!("{}x{n}", run[0]),
     };
-    for value in values {
-        if last.as_ref() == Some(&value) {
-            n += 1;
-        } else {
-            end(last.replace(value), n);
-            n = 1;
-        }
-    }
-    end(last, n);
-    out
+    values.chunk_by(String::eq).map(run).collect::<Vec<_>>().join(" ")
 }
 
 #[cfg(test)]
