@@ -216,12 +216,11 @@ impl ContainerLabels {
     pub fn merge(&mut self, source: Source, facts: &Facts) -> bool {
         let mut changed = false;
         // The runtime reports that there is no pod: mounts or log files that suggest one are ignored.
-        let overruled = |label: Label| {
-            let is_pod_label = matches!(label, Label::Namespace | Label::Pod | Label::Container);
-            is_pod_label && self.pod_status_known && !self.in_pod() && source.authority() < 3
-        };
-        let overruled: [bool; Label::COUNT] = std::array::from_fn(|n| overruled(Label::VARIANTS[n]));
-        for ((slot, value), _) in self.values.iter_mut().zip(&facts.labels).zip(overruled).filter(|(_, overruled)| !overruled) {
+        let pod_overruled = self.pod_status_known && !self.in_pod() && source.authority() < 3;
+        for ((label, slot), value) in Label::VARIANTS.iter().zip(&mut self.values).zip(&facts.labels) {
+            if pod_overruled && matches!(label, Label::Namespace | Label::Pod | Label::Container) {
+                continue;
+            }
             let Some(value) = value.as_deref().map(bounded).filter(|v| !v.is_empty()) else { continue };
             let wins = slot.as_ref().is_none_or(|current| {
                 source.authority() > current.source.authority() || (source == current.source && *current.value != *value)
@@ -232,7 +231,7 @@ impl ContainerLabels {
             }
         }
         let uid = facts.pod_uid.clone().filter(|uid| !uid.is_empty() && uid.len() <= MAX_UID_BYTES);
-        let pod_uid = uid.filter(|_| self.pod_uid.is_none() && !overruled[Label::Pod as usize]);
+        let pod_uid = uid.filter(|_| self.pod_uid.is_none() && !pod_overruled);
         let runtime = self.runtime.is_none().then_some(facts.runtime).flatten();
         changed |= pod_uid.is_some() || runtime.is_some();
         self.pod_uid = self.pod_uid.take().or(pod_uid);

@@ -40,8 +40,7 @@ pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>
     loop {
         for folder in &sources.places.load().kubelet_roots {
             if !kubelets.iter().any(|(known, _)| known == folder) {
-                let new = KubeletState::new(Kubelet::new(sources.root.path(folder)));
-                kubelets.push((folder.clone(), new));
+                kubelets.push((folder.clone(), KubeletState::new(Kubelet::new(sources.root.path(folder)))));
             }
         }
         let mut changed = false;
@@ -74,7 +73,7 @@ impl KubeletState {
         if self.not_before.is_some_and(|at| at > Instant::now()) {
             return false;
         }
-        let (checkpoint, socket) = (self.kubelet.root().join(CHECKPOINT), self.kubelet.socket().to_owned());
+        let (checkpoint, socket) = (self.kubelet.root.join(CHECKPOINT), self.kubelet.socket.path.clone());
         // A file system may hang, so the reads have their own thread and a timeout.
         let Ok(permit) = Arc::clone(&self.read_permit).try_acquire_owned() else { return false };
         let stamps = tokio::task::spawn_blocking(move || {
@@ -95,25 +94,21 @@ impl KubeletState {
         if checkpoint == self.checkpoint && socket == self.socket && !pods_changed && !self.failed {
             return false;
         }
-        let timed_out = || AssignmentReport {
-            problems: vec![format!("no response within {} s", READ_TIMEOUT.as_secs())],
-            ..AssignmentReport::default()
-        };
-        let found = tokio::time::timeout(READ_TIMEOUT, self.kubelet.assigned()).await.unwrap_or_else(|_| timed_out());
+        let found = tokio::time::timeout(READ_TIMEOUT, self.kubelet.assigned()).await.unwrap_or_else(|_| {
+            let problem = format!("no response within {} s", READ_TIMEOUT.as_secs());
+            AssignmentReport { assignments: Vec::new(), problems: vec![problem] }
+        });
         (self.checkpoint, self.socket, self.containers) = (checkpoint, socket, Some(view.keys().copied().collect()));
         self.failed = !found.problems.is_empty();
         self.not_before = self.failed.then(|| Instant::now() + RETRY_AFTER);
         // Each problem names its endpoint or file.
         let problem_with = |name: &str| found.problems.iter().find(|problem| problem.contains(name)).map(String::as_str);
         if socket.is_some() {
-            shared.stats.queried(
-                Source::Kubelet,
-                &format!("unix://{}", self.kubelet.socket().display()),
-                problem_with("unix://"),
-            );
+            let endpoint = format!("unix://{}", self.kubelet.socket.path.display());
+            shared.stats.queried(Source::Kubelet, &endpoint, problem_with("unix://"));
         }
         if checkpoint.is_some() {
-            let path = self.kubelet.root().join(CHECKPOINT);
+            let path = self.kubelet.root.join(CHECKPOINT);
             shared.stats.probed(Source::Kubelet, &path.to_string_lossy(), problem_with(CHECKPOINT));
         }
         // A list that cannot be read is not an empty list.

@@ -33,10 +33,6 @@ impl LabelConfig {
         }
     }
 
-    fn has_endpoint(&self, source: Source) -> bool {
-        self.endpoints.iter().any(|(s, _)| *s == source)
-    }
-
     /// Sources that are likely to know the container but are not enabled.
     pub fn excluded_sources(&self, labels: &ContainerLabels) -> Vec<AttemptView> {
         let excluded = Source::QUERIED.into_iter().filter(|s| !self.sources.contains(s) && is_likely(*s, labels));
@@ -47,8 +43,8 @@ impl LabelConfig {
     /// The sockets to query, with their paths in this mount namespace: the configured ones, and the discovered ones of other sources.
     pub fn sockets(&self, places: &HostPaths, root: &Root) -> Vec<(Source, PathBuf)> {
         let configured = self.endpoints.iter().cloned();
-        let discovered =
-            places.sockets.iter().filter(|(source, _)| !self.has_endpoint(*source)).map(|(s, path)| (*s, root.path(path)));
+        let is_configured = |source: Source| self.endpoints.iter().any(|(s, _)| *s == source);
+        let discovered = places.sockets.iter().filter(|(s, _)| !is_configured(*s)).map(|(s, path)| (*s, root.path(path)));
         let mut sockets: Vec<(Source, PathBuf)> = Vec::new();
         for socket in configured.chain(discovered).filter(|(source, _)| self.sources.contains(source)) {
             if !sockets.contains(&socket) {

@@ -55,10 +55,12 @@ pub struct HostPaths {
     pub sockets: Vec<(Source, PathBuf)>,
 }
 
-/// Adds a discovered path, up to the limit. Defaults are few and are always added.
-fn add<T: PartialEq>(to: &mut Vec<T>, item: T) {
-    if to.len() < MAX_PATHS {
-        add_default(to, item);
+/// Adds discovered paths, up to the limit. Defaults are few and are always added.
+fn add<T: PartialEq>(to: &mut Vec<T>, items: impl IntoIterator<Item = T>) {
+    for item in items {
+        if to.len() < MAX_PATHS {
+            add_default(to, item);
+        }
     }
 }
 
@@ -81,10 +83,10 @@ impl HostPaths {
 
     /// Keeps the paths of runtimes that have stopped: their files remain, and their containers may still run.
     pub fn keep_from(&mut self, old: &HostPaths) {
-        old.containerd_states.iter().for_each(|p| add(&mut self.containerd_states, p.clone()));
-        old.storages.iter().for_each(|p| add(&mut self.storages, p.clone()));
-        old.docker_roots.iter().for_each(|p| add(&mut self.docker_roots, p.clone()));
-        old.kubelet_roots.iter().for_each(|p| add(&mut self.kubelet_roots, p.clone()));
+        add(&mut self.containerd_states, old.containerd_states.iter().cloned());
+        add(&mut self.storages, old.storages.iter().cloned());
+        add(&mut self.docker_roots, old.docker_roots.iter().cloned());
+        add(&mut self.kubelet_roots, old.kubelet_roots.iter().cloned());
     }
 
     /// Paths of the engines of the user that owns the slice of the cgroup.
@@ -134,8 +136,7 @@ impl HostPaths {
         let args: Vec<&str> = args.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
         match comm {
             comm if comm.starts_with("containerd-shim") => {
-                let bundle = fs::read_link(folder.join("cwd")).ok();
-                self.shim(&args, bundle.as_deref());
+                self.shim(&args, fs::read_link(folder.join("cwd")).ok().as_deref());
             }
             comm if comm.starts_with("conmon") => self.conmon(&args),
             "dockerd" => self.dockerd(&args, root),
@@ -143,9 +144,7 @@ impl HostPaths {
             "crio" => self.crio(&args),
             "podman" => self.podman(&args),
             comm if comm.starts_with("kubelet") => {
-                if let Some(path) = option(&args, &["--root-dir"]) {
-                    add(&mut self.kubelet_roots, path.into());
-                }
+                add(&mut self.kubelet_roots, option(&args, &["--root-dir"]).map(PathBuf::from));
             }
             _ => {}
         }
@@ -153,57 +152,45 @@ impl HostPaths {
 
     fn shim(&mut self, args: &[&str], bundle: Option<&Path>) {
         let docker = option(args, &["-namespace"]) == Some("moby");
-        if let Some(address) = option(args, &["-address"]).filter(|a| a.starts_with('/') && !docker) {
-            add(&mut self.sockets, (Source::Cri, canonical_run(address)));
-        }
+        let address = option(args, &["-address"]).filter(|a| a.starts_with('/') && !docker);
+        add(&mut self.sockets, address.map(|address| (Source::Cri, canonical_run(address))));
         // <state>/io.containerd.runtime.v2.task/<namespace>/<id>
         let state = bundle.and_then(|b| b.ancestors().nth(3));
         let is_task = bundle
             .and_then(|b| b.ancestors().nth(2)?.file_name())
             .is_some_and(|n| n.as_encoded_bytes().starts_with(b"io.containerd.runtime"));
-        if let Some(state) = state.filter(|_| is_task) {
-            add(&mut self.containerd_states, state.to_owned());
-        }
+        add(&mut self.containerd_states, state.filter(|_| is_task).map(Path::to_owned));
     }
 
     /// `-b <storage>/<driver>-containers/<id>/userdata`, of CRI-O and podman alike.
     fn conmon(&mut self, args: &[&str]) {
         let bundle = option(args, &["-b", "--bundle"]).map(Path::new);
-        if let Some(storage) = bundle.and_then(|b| b.ancestors().nth(3)).filter(|p| p.components().count() > 1) {
-            add(&mut self.storages, storage.to_owned());
-        }
+        let storage = bundle.and_then(|b| b.ancestors().nth(3)).filter(|p| p.components().count() > 1);
+        add(&mut self.storages, storage.map(Path::to_owned));
         // The podman command that runs when the container ends has both of its roots.
         let mut exit_args = args.iter().skip_while(|w| **w != "--exit-command");
         while let Some(arg) = exit_args.next() {
             if *arg == "--exit-command-arg" && matches!(exit_args.next(), Some(&"--root" | &"--runroot")) {
                 exit_args.next();
-                if let Some(path) = exit_args.next().filter(|p| p.starts_with('/')) {
-                    add(&mut self.storages, path.into());
-                }
+                add(&mut self.storages, exit_args.next().filter(|p| p.starts_with('/')).map(PathBuf::from));
             }
         }
     }
 
     fn podman(&mut self, args: &[&str]) {
         for name in ["--root", "--runroot"] {
-            if let Some(path) = option(args, &[name]) {
-                add(&mut self.storages, path.into());
-            }
+            add(&mut self.storages, option(args, &[name]).map(PathBuf::from));
         }
-        if let Some(path) = args.iter().find_map(|w| w.strip_prefix("unix://")).filter(|p| p.starts_with('/')) {
-            add(&mut self.sockets, (Source::Podman, canonical_run(path)));
-        }
+        let path = args.iter().find_map(|w| w.strip_prefix("unix://")).filter(|p| p.starts_with('/'));
+        add(&mut self.sockets, path.map(|path| (Source::Podman, canonical_run(path))));
     }
 
     fn crio(&mut self, args: &[&str]) {
         for name in ["--root", "-r", "--runroot"] {
-            if let Some(path) = option(args, &[name]) {
-                add(&mut self.storages, path.into());
-            }
+            add(&mut self.storages, option(args, &[name]).map(PathBuf::from));
         }
         if let Some(path) = option(args, &["--listen"]).map(|p| p.trim_start_matches("unix://")) {
-            add(&mut self.sockets, (Source::Cri, canonical_run(path)));
-            add(&mut self.sockets, (Source::Crio, canonical_run(path)));
+            add(&mut self.sockets, [Source::Cri, Source::Crio].map(|source| (source, canonical_run(path))));
         }
     }
 
@@ -211,15 +198,12 @@ impl HostPaths {
         let file = option(args, &["--config-file"]).unwrap_or("/etc/docker/daemon.json");
         let daemon: DaemonJson = read(root, file).and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default();
         let data_root = option(args, &["--data-root", "-g", "--graph"]).map(str::to_owned);
-        for path in data_root.into_iter().chain(daemon.data_root).chain(daemon.graph) {
-            add(&mut self.docker_roots, path.into());
-        }
+        let roots = data_root.into_iter().chain(daemon.data_root).chain(daemon.graph);
+        add(&mut self.docker_roots, roots.map(PathBuf::from));
         let hosts = options(args, &["--host", "-H"]).map(str::to_owned).chain(daemon.hosts.into_iter().flatten());
-        for host in hosts.collect::<BTreeSet<_>>() {
-            if let Some(path) = host.strip_prefix("unix://") {
-                add(&mut self.sockets, (Source::Docker, canonical_run(path)));
-            }
-        }
+        let hosts: BTreeSet<String> = hosts.collect();
+        let paths = hosts.iter().filter_map(|host| host.strip_prefix("unix://"));
+        add(&mut self.sockets, paths.map(|path| (Source::Docker, canonical_run(path))));
     }
 
     fn containerd(&mut self, args: &[&str], root: &Root) {
@@ -228,14 +212,11 @@ impl HostPaths {
         let file: ContainerdToml = toml::from_str(&String::from_utf8_lossy(&text)).unwrap_or_default();
         let state = option(args, &["--state"]).map(str::to_owned).or(file.state);
         let address = option(args, &["--address", "-a"]).map(str::to_owned).or(file.grpc.and_then(|g| g.address));
-        if let Some(state) = &state {
-            add(&mut self.containerd_states, state.into());
-        }
+        add(&mut self.containerd_states, state.map(PathBuf::from));
         // dockerd's own containerd serves no CRI.
         let is_dockerds = args.iter().any(|w| w.contains("/docker/containerd/"));
-        if let Some(address) = address.filter(|a| a.starts_with('/') && !is_dockerds) {
-            add(&mut self.sockets, (Source::Cri, canonical_run(&address)));
-        }
+        let address = address.filter(|a| a.starts_with('/') && !is_dockerds);
+        add(&mut self.sockets, address.map(|address| (Source::Cri, canonical_run(&address))));
     }
 }
 
@@ -248,7 +229,6 @@ fn canonical_run(path: &str) -> PathBuf {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default)]
 struct DaemonJson {
     #[serde(rename = "data-root")]
     data_root: Option<String>,
@@ -257,7 +237,6 @@ struct DaemonJson {
 }
 
 #[derive(Default, Deserialize)]
-#[serde(default)]
 struct ContainerdToml {
     state: Option<String>,
     grpc: Option<ContainerdGrpc>,

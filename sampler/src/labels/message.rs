@@ -23,9 +23,11 @@ pub enum LabelMessage {
     QueryFinished(Query, SourceReply),
     /// A runtime reported an event of the container with this id.
     Hint(String),
-    /// The endpoint appeared or was replaced.
-    EndpointPresent(TargetId),
-    EndpointAbsent(TargetId),
+    /// The endpoint appeared or was replaced, or it is gone.
+    EndpointChanged {
+        target: TargetId,
+        is_present: bool,
+    },
     Discovery(Discovery),
     DefaultSockets(Vec<FoundSocket>),
     /// Whether a socket responded to a probe.

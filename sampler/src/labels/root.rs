@@ -52,11 +52,8 @@ impl Root {
 
 /// The components of a path, last first; `..` is kept.
 fn names(path: &Path) -> Vec<OsString> {
-    let new_sockets =
-        |c: Component<'_>| matches!(c, Component::Normal(_) | Component::ParentDir).then(|| c.as_os_str().to_owned());
-    let mut names: Vec<OsString> = path.components().filter_map(new_sockets).collect();
-    names.reverse();
-    names
+    let is_name = |c: &Component<'_>| matches!(c, Component::Normal(_) | Component::ParentDir);
+    path.components().rev().filter(is_name).map(|c| c.as_os_str().to_owned()).collect()
 }
 
 #[cfg(test)]

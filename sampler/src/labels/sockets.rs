@@ -29,13 +29,9 @@ pub struct WatchedSocket {
 
 /// Sends changes until the service ends; `new_sockets` adds sockets. Needs its own thread, since it blocks in `poll`.
 pub fn watch(new_sockets: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
-    let fd = match inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC) {
-        Ok(fd) => Some(fd),
-        Err(error) => {
-            tracing::warn!(%error, "inotify is not available, sockets are polled; raise fs.inotify.max_user_instances");
-            None
-        }
-    };
+    let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).inspect_err(|error| {
+        tracing::warn!(%error, "inotify is not available, sockets are polled; raise fs.inotify.max_user_instances");
+    });
     let (mut sockets, mut warned) = (Vec::<WatchedSocket>::new(), HashSet::new());
     loop {
         loop {
@@ -51,21 +47,17 @@ pub fn watch(new_sockets: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
                 continue;
             }
             socket.seen = now;
-            let message = if now.is_some() {
-                LabelMessage::EndpointPresent(socket.target)
-            } else {
-                LabelMessage::EndpointAbsent(socket.target)
-            };
+            let message = LabelMessage::EndpointChanged { target: socket.target, is_present: now.is_some() };
             if to.blocking_send(message).is_err() {
                 return;
             }
         }
         match &fd {
-            Some(fd) => {
+            Ok(fd) => {
                 sockets.iter().for_each(|s| watch_parent(fd, &s.path, &mut warned));
                 wait(fd);
             }
-            None => std::thread::sleep(CHECK_INTERVAL),
+            Err(_) => std::thread::sleep(CHECK_INTERVAL),
         }
     }
 }

@@ -69,8 +69,7 @@ impl Stats {
 
     /// The endpoint does not exist. It counts as failing if it existed before or is configured.
     pub fn absent(&self, source: Source, endpoint: &str, configured: bool) {
-        let key = (source.name(), endpoint.to_owned());
-        let known = self.inner().stats.up.contains_key(&key);
+        let known = self.inner().stats.up.contains_key(&(source.name(), endpoint.to_owned()));
         if configured || known {
             self.probed(source, endpoint, Some("there is nothing at this endpoint; waiting for it to appear"));
         }
@@ -97,9 +96,8 @@ impl Stats {
         if up && !source.is_socket() {
             inner.stats.up.remove(&(source.name(), FILES.to_owned()));
         }
-        let before = inner.stats.up.insert((source.name(), endpoint.clone()), up);
         drop(inner);
-        log_change(source, &endpoint, up, before, &reply.detail);
+        self.probed(source, &endpoint, (!up).then_some(&reply.detail));
     }
 
     /// Records a query that was not about one container.

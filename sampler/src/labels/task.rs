@@ -114,10 +114,10 @@ impl LabelTask {
                     }
                     None => return,
                 },
-                Some(handle_message) = inbox.recv() => {
-                    self.handle_message(handle_message);
-                    while let Ok(handle_message) = inbox.try_recv() {
-                        self.handle_message(handle_message);
+                Some(message) = inbox.recv() => {
+                    self.handle_message(message);
+                    while let Ok(message) = inbox.try_recv() {
+                        self.handle_message(message);
                     }
                 }
                 () = tokio::time::sleep(pause) => {}
@@ -127,10 +127,9 @@ impl LabelTask {
 
     /// Adds targets for new sockets, and revives retired ones.
     fn add_sockets(&mut self, sockets: Vec<FoundSocket>) {
-        let known: Vec<(Source, String)> = self.resolver.targets().map(|(_, s, e)| (s, e.to_owned())).collect();
         for socket in sockets {
             let endpoint = socket.endpoint();
-            let is_known = known.iter().any(|(s, e)| *s == socket.source && *e == endpoint);
+            let is_known = self.resolver.targets().any(|(_, source, known)| source == socket.source && known == endpoint);
             self.discovered_sockets.insert((socket.source, endpoint.clone()));
             if is_known || self.resolver.targets().count() >= MAX_TARGETS {
                 continue;
@@ -147,24 +146,20 @@ impl LabelTask {
                     self.resolver.add_target(socket.source, &endpoint, present, now)
                 }
             };
-            let configured = self.config.endpoints.contains(&(socket.source, socket.path.clone()));
-            match socket.seen {
-                None if configured => self.shared.stats.absent(socket.source, &endpoint, true),
-                None => {}
-                Some(_) => {
-                    tracing::info!("labels: {} at {endpoint}", socket.source.name());
-                    self.probe(id);
-                }
+            if present {
+                tracing::info!("labels: {} at {endpoint}", socket.source.name());
+                self.probe(id);
+            } else if self.config.endpoints.contains(&(socket.source, socket.path.clone())) {
+                self.shared.stats.absent(socket.source, &endpoint, true);
             }
             if matches!(socket.source, Source::Docker | Source::Podman) {
                 let follower = tokio::spawn(source::docker::follow_events(socket.path.clone(), self.shared.messages.clone()));
                 self.followers.insert(id, follower.abort_handle());
             }
-            if retired.is_some() {
-                continue;
+            if retired.is_none() {
+                // The watching thread ends only with the process.
+                let _ended = self.watched.send(WatchedSocket { target: id, path: socket.path, seen: socket.seen });
             }
-            // The watching thread ends only with the process.
-            let _ended = self.watched.send(WatchedSocket { target: id, path: socket.path, seen: socket.seen });
         }
     }
 
@@ -209,14 +204,10 @@ impl LabelTask {
     fn retire(&mut self) {
         let long_gone = self.absent.iter().filter(|(_, since)| since.elapsed() >= RETIRE_AFTER).map(|(id, _)| *id);
         for id in long_gone.collect::<Vec<_>>() {
-            let Some(source) = self.source(id) else { continue };
-            let endpoint = self.endpoint(id);
-            if self.discovered_sockets.contains(&(source, endpoint.clone())) {
-                continue;
-            }
+            let Some(socket) = self.target(id).filter(|socket| !self.discovered_sockets.contains(socket)) else { continue };
             self.absent.remove(&id);
             self.resolver.retire(id);
-            self.shared.stats.retired(source, &endpoint);
+            self.shared.stats.retired(socket.0, &socket.1);
             if let Some(follower) = self.followers.remove(&id) {
                 follower.abort();
             }
@@ -310,46 +301,42 @@ impl LabelTask {
         }
     }
 
-    fn handle_message(&mut self, handle_message: LabelMessage) {
+    fn handle_message(&mut self, message: LabelMessage) {
         let now = boot_now();
-        match handle_message {
+        match message {
             LabelMessage::QueryFinished(query, reply) => {
                 if self.resolver.record_outcome(&query, &reply.outcome, reply.to_attempt(), now) {
                     self.resolved(query.key);
                 }
                 // Late replies of retired targets are not counted.
-                if self.source(query.target).is_some() {
-                    self.shared.stats.record_outcome(query.source, &self.endpoint(query.target), &reply);
+                if let Some((source, endpoint)) = self.target(query.target) {
+                    self.shared.stats.record_outcome(source, &endpoint, &reply);
                 }
             }
             LabelMessage::Hint(id) => self.resolver.hint(&id, now),
-            // The socket of a retired target changed: a search finds its current runtime.
-            LabelMessage::EndpointPresent(target) | LabelMessage::EndpointAbsent(target) if self.source(target).is_none() => {
-                self.search_now()
-            }
-            LabelMessage::EndpointPresent(target) => {
-                tracing::info!("labels: {} appeared or was replaced", self.endpoint(target));
-                self.absent.remove(&target);
-                self.resolver.endpoint_present(target, now);
-                self.probe(target);
-            }
-            LabelMessage::EndpointAbsent(target) => {
-                let endpoint = self.endpoint(target);
-                if let Some(source) = self.source(target) {
-                    self.shared.stats.absent(source, &endpoint, false);
+            LabelMessage::EndpointChanged { target, is_present } => match self.target(target) {
+                // The socket of a retired target changed: a search finds its current runtime.
+                None => self.search_now(),
+                Some((_, endpoint)) if is_present => {
+                    tracing::info!("labels: {endpoint} appeared or was replaced");
+                    self.absent.remove(&target);
+                    self.resolver.endpoint_present(target, now);
+                    self.probe(target);
                 }
-                tracing::info!("labels: {endpoint} is gone");
-                self.resolver.endpoint_absent(target);
-                self.absent.insert(target, Instant::now());
-                // The socket may have moved.
-                self.search_now();
-            }
+                Some((source, endpoint)) => {
+                    self.shared.stats.absent(source, &endpoint, false);
+                    tracing::info!("labels: {endpoint} is gone");
+                    self.resolver.endpoint_absent(target);
+                    self.absent.insert(target, Instant::now());
+                    // The socket may have moved.
+                    self.search_now();
+                }
+            },
             LabelMessage::Discovery(discovery) => self.take_discovery(discovery),
             LabelMessage::DefaultSockets(sockets) => self.add_sockets(sockets),
             LabelMessage::Probed(target, result) => {
-                let source = self.source(target).filter(|_| self.resolver.is_present(target));
-                if let Some(source) = source {
-                    self.shared.stats.probed(source, &self.endpoint(target), result.err().as_deref());
+                if let Some((source, endpoint)) = self.target(target).filter(|_| self.resolver.is_present(target)) {
+                    self.shared.stats.probed(source, &endpoint, result.err().as_deref());
                 }
             }
             LabelMessage::Attempts(key, to) => {
@@ -380,15 +367,12 @@ impl LabelTask {
         }
         self.probed = Instant::now();
         let present = self.resolver.targets().filter(|(id, source, _)| source.is_socket() && self.resolver.is_present(*id));
-        let failing = present.filter(|(_, source, endpoint)| self.shared.stats.is_down(*source, endpoint)).map(|(id, ..)| id);
-        failing.collect::<Vec<_>>().into_iter().for_each(|id| self.probe(id));
+        let failing = present.filter(|(_, source, endpoint)| self.shared.stats.is_down(*source, endpoint));
+        failing.for_each(|(id, ..)| self.probe(id));
     }
 
-    fn source(&self, target: TargetId) -> Option<Source> {
-        self.resolver.targets().find(|(id, ..)| *id == target).map(|(_, source, _)| source)
-    }
-
-    fn endpoint(&self, target: TargetId) -> String {
-        self.resolver.targets().find(|(id, ..)| *id == target).map(|(.., e)| e.to_owned()).unwrap_or_default()
+    /// Source and endpoint of a target; `None` if it is retired.
+    fn target(&self, target: TargetId) -> Option<(Source, String)> {
+        self.resolver.targets().find(|(id, ..)| *id == target).map(|(_, source, endpoint)| (source, endpoint.to_owned()))
     }
 }

@@ -67,16 +67,7 @@ impl Entry {
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
         let after = initial_delay(source, &self.labels)?;
         let next = self.seen.plus(after).max(now);
-        let slot = Slot {
-            is_socket: source.is_socket(),
-            started: self.seen,
-            attempts: 0,
-            last_sent: now,
-            pending: 0,
-            next,
-            has_result: false,
-            last_attempt: None,
-        };
+        let slot = Slot { is_socket: source.is_socket(), started: self.seen, last_sent: now, next, ..Slot::default() };
         self.slots.insert(id, slot);
         self.needs_query_to(id, now).then_some(next)
     }
@@ -150,7 +141,7 @@ fn is_full_id(id: &str) -> bool {
 }
 
 /// The schedule of one container at one target.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, Default)]
 pub(super) struct Slot {
     pub is_socket: bool,
     /// When the back-off started or was last restarted.

@@ -79,13 +79,16 @@ pub enum Outcome {
     Failed,
 }
 
+/// Due times of queries.
+type Queue = BTreeSet<(BootNs, ContainerKey, TargetId)>;
+
 #[derive(Debug, Default)]
 pub struct LabelResolver {
     targets: Vec<Target>,
     entries: HashMap<ContainerKey, Entry>,
     by_id: HashMap<Arc<str>, Vec<ContainerKey>>,
-    /// Due times of queries. Outdated entries are skipped when they become due.
-    queue: BTreeSet<(BootNs, ContainerKey, TargetId)>,
+    /// Outdated entries are skipped when they become due.
+    queue: Queue,
     /// Times at which containers settle with incomplete labels.
     settling: BTreeSet<(BootNs, ContainerKey)>,
     changed: HashSet<ContainerKey>,
@@ -103,9 +106,7 @@ impl LabelResolver {
 
     fn add_slots(&mut self, id: TargetId, source: Source, now: BootNs) {
         for (key, entry) in &mut self.entries {
-            if let Some(at) = entry.add_slot(id, source, now) {
-                self.queue.insert((at, *key, id));
-            }
+            self.queue.extend(entry.add_slot(id, source, now).map(|at| (at, *key, id)));
         }
     }
 
@@ -122,9 +123,7 @@ impl LabelResolver {
         self.revoke_forged_labels(&entry);
         for (n, target) in self.targets.iter().enumerate().filter(|(_, t)| !t.retired) {
             let id = TargetId(n as u16);
-            if let Some(at) = entry.add_slot(id, target.source, now) {
-                self.queue.insert((at, key, id));
-            }
+            self.queue.extend(entry.add_slot(id, target.source, now).map(|at| (at, key, id)));
         }
         let complete = entry.labels.complete();
         if complete {
@@ -142,20 +141,19 @@ impl LabelResolver {
     /// another tenant's container, and must not receive that container's labels. If a container with the same id is not nested, runtimes
     /// mean that one.
     fn is_forged(&self, entry: &Entry) -> bool {
-        let is_nested = |record: &ContainerRecord| record.identity.outer_container_id.is_some();
-        let same_id = self.by_id.get(&entry.labels.container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
         // Includes containers that are gone, since runtimes keep their records for longer.
-        is_nested(&entry.record) && same_id.into_iter().any(|other| !is_nested(&other.record))
+        let mut same_id =
+            self.by_id.get(&entry.labels.container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
+        entry.labels.is_nested && same_id.any(|other| !other.labels.is_nested)
     }
 
     /// Removes the labels of nested containers that appeared before the genuine one with their id.
     fn revoke_forged_labels(&mut self, genuine: &Entry) {
-        if genuine.record.identity.outer_container_id.is_some() {
+        if genuine.labels.is_nested {
             return;
         }
         for key in self.by_id.get(&genuine.labels.container_id).into_iter().flatten() {
-            let nested = self.entries.get_mut(key).filter(|other| other.record.identity.outer_container_id.is_some());
-            if let Some(other) = nested.filter(|other| !other.forged) {
+            if let Some(other) = self.entries.get_mut(key).filter(|other| other.labels.is_nested && !other.forged) {
                 let settled = other.labels.settled;
                 (other.forged, other.labels) = (true, ContainerLabels::from_path(&other.record));
                 other.labels.settled = settled;
@@ -168,7 +166,7 @@ impl LabelResolver {
     pub fn gone(&mut self, key: ContainerKey, at: BootNs, now: BootNs) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.gone = Some(at);
-            requeue(&mut self.queue, entry, now, |_| true);
+            requeue(&mut self.queue, entry, now, None);
         }
     }
 
@@ -195,7 +193,7 @@ impl LabelResolver {
     pub fn hint(&mut self, container_id: &str, now: BootNs) {
         for key in self.by_id.get(container_id).into_iter().flatten() {
             if let Some(entry) = self.entries.get_mut(key) {
-                requeue(&mut self.queue, entry, now, |_| true);
+                requeue(&mut self.queue, entry, now, None);
             }
         }
     }
@@ -209,7 +207,7 @@ impl LabelResolver {
                 if let Some(slot) = entry.slots.get_mut(&id) {
                     slot.has_result = false;
                 }
-                requeue(&mut self.queue, entry, now, |target| target == id);
+                requeue(&mut self.queue, entry, now, Some(id));
             }
         }
     }
@@ -305,8 +303,9 @@ impl LabelResolver {
         let was_open = target.is_open();
         let healthy = target.record_outcome(query.number, outcome, now);
         let closed = was_open && !target.is_open();
-        let (mut completed, mut reopened) = (false, false);
+        let mut completed = false;
         if let Some(entry) = self.entries.get_mut(&query.key) {
+            let mut reopened = false;
             // The container may have been found to be forged while the query was pending.
             if let (Outcome::Found(facts), false) = (outcome, entry.forged) {
                 let before = entry.labels.complete();
@@ -328,14 +327,14 @@ impl LabelResolver {
                     self.queue.insert((entry.slots[&query.target].next, query.key, query.target));
                 }
             }
-        }
-        if let Some(entry) = self.entries.get_mut(&query.key).filter(|_| reopened) {
-            requeue(&mut self.queue, entry, now, |_| true);
+            if reopened {
+                requeue(&mut self.queue, entry, now, None);
+            }
         }
         if closed {
             // The endpoint responds again: queries that were delayed by its failure are due now.
             for entry in self.entries.values_mut() {
-                requeue(&mut self.queue, entry, now, |target| target == query.target);
+                requeue(&mut self.queue, entry, now, Some(query.target));
             }
         }
         completed
@@ -365,11 +364,8 @@ impl LabelResolver {
             let target = self.targets.get(usize::from(id.0))?;
             let is_current = target.present || slot.last_attempt.as_ref().is_some_and(|t| t.status == QueryOutcome::Ok);
             let attempt = slot.pending_attempt(now).or_else(|| slot.last_attempt.clone()).filter(|_| is_current);
-            Some((
-                target.source,
-                Arc::clone(&target.endpoint),
-                attempt.unwrap_or_else(|| target.not_queried(entry.labels.complete())),
-            ))
+            let attempt = attempt.unwrap_or_else(|| target.not_queried(entry.labels.complete()));
+            Some((target.source, Arc::clone(&target.endpoint), attempt))
         };
         entry.slots.iter().filter_map(attempt_at).collect()
     }
@@ -380,19 +376,17 @@ impl LabelResolver {
     }
 }
 
-/// Brings forward the scheduled queries of a container, and restarts their back-off.
-fn requeue(
-    queue: &mut BTreeSet<(BootNs, ContainerKey, TargetId)>,
-    entry: &mut Entry,
-    now: BootNs,
-    selects: impl Fn(TargetId) -> bool,
-) {
+/// Brings forward the scheduled queries of a container, to all targets or to `only` one, and restarts their back-off.
+fn requeue(queue: &mut Queue, entry: &mut Entry, now: BootNs, only: Option<TargetId>) {
     if !entry.needs_queries(now) {
         return;
     }
     let key = entry.record.key;
     let (seen, gone) = (entry.seen, entry.gone.is_some());
-    for (id, slot) in entry.slots.iter_mut().filter(|(id, slot)| (slot.is_socket || !gone || !slot.has_result) && selects(**id)) {
+    let selected = |(id, slot): &(&TargetId, &mut Slot)| {
+        only.is_none_or(|only| only == **id) && (slot.is_socket || !gone || !slot.has_result)
+    };
+    for (id, slot) in entry.slots.iter_mut().filter(selected) {
         let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
         queue.remove(&(slot.next, key, *id));
         slot.restart(floor.max(now), now);

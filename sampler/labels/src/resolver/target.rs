@@ -82,14 +82,11 @@ impl Target {
         self.pending.values().filter(|f| !f.overdue).count()
     }
 
-    /// Pending queries that count against the limit, and the limit. Files rarely hang; if one does, its source is blocked until the read
-    /// ends.
-    fn in_flight(&self) -> (usize, usize) {
-        if self.source.is_socket() { (self.not_overdue(), SOCKET_IN_FLIGHT) } else { (self.pending.len(), FILES_IN_FLIGHT) }
-    }
-
     pub fn has_room(&self, now: BootNs) -> bool {
-        let (open, most) = self.in_flight();
+        // Pending queries that count against the limit, and the limit. Files rarely hang; if one does, its source is blocked until the
+        // read ends.
+        let is_socket = self.source.is_socket();
+        let (open, most) = if is_socket { (self.not_overdue(), SOCKET_IN_FLIGHT) } else { (self.pending.len(), FILES_IN_FLIGHT) };
         self.present && open < most && self.pending.len() < MAX_OPEN && self.open.is_none_or(|o| o.probe_at <= now)
     }
 

@@ -20,10 +20,8 @@ struct CrioContainer {
 }
 
 pub async fn query(socket: &Path, id: &str) -> SourceReply {
-    match http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await {
-        Ok(container) => SourceReply::found(facts(&container, id)),
-        Err(error) => error.into(),
-    }
+    let container = http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await;
+    container.map_or_else(SourceReply::from, |container| SourceReply::found(facts(&container, id)))
 }
 
 fn facts(container: &CrioContainer, id: &str) -> Facts {
@@ -33,9 +31,7 @@ fn facts(container: &CrioContainer, id: &str) -> Facts {
     let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
     facts.from_kubelet_labels(get);
     facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
-    if let Some(name) = &container.name {
-        facts.from_dockershim_name(name);
-    }
+    facts.from_dockershim_name(container.name.as_deref().unwrap_or_default());
     facts
 }
 

@@ -24,10 +24,8 @@ const BOLLARD_SECONDS: u64 = 10;
 const ACTIONS: [&str; 4] = ["create", "start", "rename", "restart"];
 
 pub async fn query(socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
-    match http::record::<DockerRecord>(socket, &format!("/containers/{id}/json")).await {
-        Ok(record) => record.reply(runtime, id),
-        Err(error) => error.into(),
-    }
+    let record = http::record::<DockerRecord>(socket, &format!("/containers/{id}/json")).await;
+    record.map_or_else(SourceReply::from, |record| record.reply(runtime, id))
 }
 
 /// Follows the engine's events for the life of the process.

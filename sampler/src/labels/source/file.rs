@@ -35,9 +35,8 @@ pub fn beginning(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
     let describe = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
     let file = match open(path) {
-        Ok(file) => file,
         Err(error) if is_absent(&error) => return Ok(None),
-        Err(error) => return Err(describe(&error)),
+        opened => opened.map_err(|error| describe(&error))?,
     };
     let mut text = Vec::new();
     (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| describe(&error))?;

@@ -7,9 +7,10 @@
 //! The caller sets the timeout. There are no retries and no streams.
 
 use std::error::Error as _;
+use std::fmt::Debug;
 use std::future::Future;
 use std::io;
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
@@ -20,7 +21,6 @@ use tokio::task::JoinSet;
 use tonic::Code;
 
 use super::file::is_absent;
-use crate::labels::stamp::{Stamp, stamp};
 
 /// The longest expected response is the kubelet's list of all pods of the node, some hundred bytes each.
 const MAX_RESPONSE_BYTES: usize = 4 << 20;
@@ -28,7 +28,21 @@ const MAX_RESPONSE_BYTES: usize = 4 << 20;
 /// A server behind a Unix socket.
 #[derive(Debug)]
 pub struct GrpcSocket {
-    path: PathBuf,
+    pub path: PathBuf,
+}
+
+/// A response with one object in field 1.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ObjectResponse<T: prost::Message + Debug + Default> {
+    #[prost(message, optional, tag = "1")]
+    pub object: Option<T>,
+}
+
+/// A response with a list in field 1.
+#[derive(Clone, PartialEq, prost::Message)]
+pub struct ListResponse<T: prost::Message + Debug + Default> {
+    #[prost(message, repeated, tag = "1")]
+    pub items: Vec<T>,
 }
 
 /// The failure of a call. Each message names the endpoint, and the method if a call was made.
@@ -91,26 +105,8 @@ impl GrpcSocket {
         Self { path: path.into() }
     }
 
-    pub fn path(&self) -> &Path {
-        &self.path
-    }
-
-    /// Identity of the current socket at the path; it changes when the server restarts. `None` if there is no socket.
-    pub fn generation(&self) -> Option<Stamp> {
-        stamp(&self.path)
-    }
-
-    /// Calls `method`, such as `/runtime.v1.RuntimeService/Version`.
-    pub async fn call<Q, A>(&self, method: &str, request: Q) -> Result<A, GrpcError>
-    where
-        Q: prost::Message + 'static,
-        A: prost::Message + Default + 'static,
-    {
-        self.call_with(method, request, None).await
-    }
-
-    /// Calls `method` with one metadata header; an invalid header value is an error of the call.
-    pub async fn call_with<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
+    /// Calls `method`, such as `/runtime.v1.RuntimeService/Version`. An invalid value of the metadata header is an error of the call.
+    pub async fn call<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
     where
         Q: prost::Message + 'static,
         A: prost::Message + Default + 'static,
@@ -180,6 +176,7 @@ impl Drop for EndOnDrop {
 mod tests {
     use super::*;
     use crate::labels::source::grpc_server::{Server, ServerReply, field};
+    use crate::labels::stamp::stamp;
 
     #[derive(Clone, PartialEq, prost::Message)]
     struct Text {
@@ -188,7 +185,7 @@ mod tests {
     }
 
     async fn echo_call(socket: &GrpcSocket, text: &str) -> Result<String, GrpcError> {
-        let response: Text = socket.call("/test.Echo/Say", Text { text: text.to_owned() }).await?;
+        let response: Text = socket.call("/test.Echo/Say", Text { text: text.to_owned() }, None).await?;
         Ok(response.text)
     }
 
@@ -211,17 +208,17 @@ mod tests {
         let server = echo_server();
         let socket = GrpcSocket::new(&server.path);
         echo_call(&socket, "a").await.unwrap();
-        let before = socket.generation();
+        let before = stamp(&socket.path);
         let folder = server.stop();
         // The socket's file still exists: the connection is refused.
         assert!(matches!(echo_call(&socket, "a").await, Err(GrpcError::Connect { .. })));
         let again = Server::start_in(folder, |_, _| ServerReply::Message(field(1, b"another")));
         assert_eq!(echo_call(&socket, "a").await.unwrap(), "another");
-        assert_ne!(socket.generation(), before);
+        assert_ne!(stamp(&socket.path), before);
         let folder = again.stop();
         std::fs::remove_file(&socket.path).unwrap();
         assert!(matches!(echo_call(&socket, "a").await, Err(GrpcError::NoSocket { .. })));
-        assert_eq!(socket.generation(), None);
+        assert_eq!(stamp(&socket.path), None);
         drop(folder);
     }
 

@@ -11,6 +11,7 @@ use sampler_labels::ABSENT;
 use serde::de::DeserializeOwned;
 use thiserror::Error;
 use tokio::net::UnixStream;
+use tokio::task::JoinSet;
 
 use super::file::is_absent;
 use super::reply::SourceReply;
@@ -20,15 +21,6 @@ use crate::error::display_chain;
 pub const MAX_BODY_BYTES: usize = 4 << 20;
 /// Longer texts of errors are truncated.
 const MAX_ERROR_CHARS: usize = 200;
-
-/// Ends the connection's task on drop, also if the request is cancelled.
-struct Connection(tokio::task::JoinHandle<hyper::Result<()>>);
-
-impl Drop for Connection {
-    fn drop(&mut self) {
-        self.0.abort();
-    }
-}
 
 /// The failure of a request.
 #[derive(Debug, Error)]
@@ -50,12 +42,6 @@ pub enum HttpClientError {
     Record(#[source] serde_json::Error),
 }
 
-impl From<hyper::Error> for HttpClientError {
-    fn from(error: hyper::Error) -> Self {
-        Self::Exchange(error.into())
-    }
-}
-
 impl From<HttpClientError> for SourceReply {
     fn from(error: HttpClientError) -> Self {
         match error {
@@ -68,16 +54,22 @@ impl From<HttpClientError> for SourceReply {
 
 /// Returns status and body.
 async fn get(socket: &Path, path: &str) -> Result<(u16, Bytes), HttpClientError> {
-    let connected = UnixStream::connect(socket).await;
-    let stream = connected
-        .map_err(|error| if is_absent(&error) { HttpClientError::NoSocket(error) } else { HttpClientError::Connect(error) })?;
+    match UnixStream::connect(socket).await {
+        Ok(stream) => exchange(stream, path).await.map_err(HttpClientError::Exchange),
+        Err(error) if is_absent(&error) => Err(HttpClientError::NoSocket(error)),
+        Err(error) => Err(HttpClientError::Connect(error)),
+    }
+}
+
+async fn exchange(stream: UnixStream, path: &str) -> Result<(u16, Bytes), Box<dyn Error + Send + Sync>> {
     let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-    let _connection = Connection(tokio::spawn(connection));
+    // Ends the connection's task on drop, also if the request is cancelled.
+    let mut tasks = JoinSet::new();
+    tasks.spawn(connection);
     let request = hyper::Request::get(path).header("Host", "localhost").header("Connection", "close");
-    let request = request.body(Empty::<Bytes>::new()).map_err(|error| HttpClientError::Exchange(error.into()))?;
-    let response = sender.send_request(request).await?;
+    let response = sender.send_request(request.body(Empty::<Bytes>::new())?).await?;
     let status = response.status().as_u16();
-    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await.map_err(HttpClientError::Exchange)?;
+    let body = Limited::new(response.into_body(), MAX_BODY_BYTES).collect().await?;
     Ok((status, body.to_bytes()))
 }
 

@@ -7,7 +7,7 @@
 //! Claims of dynamic resource allocation are not read: their device names are specific to the driver, and their meaning changed between
 //! its versions.
 
-use std::io::{self, Read as _};
+use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::Duration;
@@ -17,7 +17,7 @@ use serde_json::Value;
 use tokio::time::Instant;
 
 use super::file;
-use super::grpc::{GrpcError, GrpcSocket};
+use super::grpc::{GrpcError, GrpcSocket, ListResponse};
 use super::reply::SourceReply;
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
@@ -30,14 +30,14 @@ const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourc
 /// The kubelet of this node.
 #[derive(Debug)]
 pub struct Kubelet {
-    root: PathBuf,
-    socket: GrpcSocket,
+    pub root: PathBuf,
+    pub socket: GrpcSocket,
     /// Index in [`METHODS`] of the method that last succeeded.
     method: AtomicUsize,
 }
 
 /// The assignments that could be read, and the problems.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct AssignmentReport {
     pub assignments: Vec<Assignment>,
     /// Each names its endpoint or file. Also empty if there is no kubelet.
@@ -57,15 +57,6 @@ pub enum CheckpointError {
 }
 
 // Field numbers from podresources/v1's `api.proto`; v1alpha1 has the same ones. Topology, CPUs and memory are not read.
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct ListRequest {}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct ListResponse {
-    #[prost(message, repeated, tag = "1")]
-    pods: Vec<PodResources>,
-}
 
 #[derive(Clone, PartialEq, prost::Message)]
 struct PodResources {
@@ -105,14 +96,6 @@ impl Kubelet {
         Self::new(socket.ancestors().nth(2).unwrap_or(socket))
     }
 
-    pub fn root(&self) -> &Path {
-        &self.root
-    }
-
-    pub fn socket(&self) -> &Path {
-        self.socket.path()
-    }
-
     /// Queries the namespace and name of a pod by its UID.
     pub async fn query(&self, pod_uid: Option<&str>) -> SourceReply {
         let Some(uid) = pod_uid else { return SourceReply::not_queried("the pod UID is not known") };
@@ -126,52 +109,43 @@ impl Kubelet {
 
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
-        let mut problems = Vec::new();
         let root = self.root.clone();
-        let read = tokio::task::spawn_blocking(move || checkpoint(&root)).await;
-        let checkpoint = match read {
-            Ok(Ok(list)) => list.unwrap_or_default(),
-            Ok(Err(error)) => {
-                problems.push(format!("{:#}", anyhow::Error::from(error)));
-                Vec::new()
-            }
-            Err(error) => {
-                problems.push(format!("the device checkpoint: {error}"));
-                Vec::new()
-            }
+        let checkpoint = match tokio::task::spawn_blocking(move || checkpoint(&root)).await {
+            Ok(read) => read.map(Option::unwrap_or_default).map_err(|error| format!("{:#}", anyhow::Error::from(error))),
+            Err(error) => Err(format!("the device checkpoint: {error}")),
         };
         let pod_resources = match self.pod_resources().await {
-            Ok(list) => list,
-            Err(GrpcError::NoSocket { .. }) => Vec::new(),
-            Err(error) => {
-                problems.push(format!("{:#}", anyhow::Error::from(error)));
-                Vec::new()
-            }
+            Err(GrpcError::NoSocket { .. }) => Ok(Vec::new()),
+            listed => listed.map_err(|error| format!("{:#}", anyhow::Error::from(error))),
         };
-        AssignmentReport { assignments: join(checkpoint, pod_resources), problems }
+        let mut problems = Vec::new();
+        let mut list_of = |read: Result<Vec<Assignment>, String>| {
+            read.unwrap_or_else(|problem| {
+                problems.push(problem);
+                Vec::new()
+            })
+        };
+        AssignmentReport { assignments: join(list_of(checkpoint), list_of(pod_resources)), problems }
     }
 
     /// Lists every device of every container, by the names of its pod. Returns within two seconds.
     pub async fn pod_resources(&self) -> Result<Vec<Assignment>, GrpcError> {
         let until = Instant::now() + TIMEOUT;
         let first = self.method.load(Ordering::Relaxed);
-        let reply = match self.list(first, until).await {
-            Err(error) if error.is_unimplemented() => {
-                let reply = self.list(1 - first, until).await;
-                if reply.is_ok() {
-                    self.method.store(1 - first, Ordering::Relaxed);
-                }
-                reply?
+        let mut reply = self.list(first, until).await;
+        if reply.as_ref().is_err_and(GrpcError::is_unimplemented) {
+            reply = self.list(1 - first, until).await;
+            if reply.is_ok() {
+                self.method.store(1 - first, Ordering::Relaxed);
             }
-            reply => reply?,
-        };
-        Ok(reply.pods.into_iter().flat_map(pod_assignments).collect())
+        }
+        Ok(reply?.items.into_iter().flat_map(pod_assignments).collect())
     }
 
-    async fn list(&self, method: usize, until: Instant) -> Result<ListResponse, GrpcError> {
+    async fn list(&self, method: usize, until: Instant) -> Result<ListResponse<PodResources>, GrpcError> {
         let method = METHODS[method];
-        let timeout = |_| GrpcError::Timeout { path: self.socket.path().to_owned(), method: method.to_owned(), after: TIMEOUT };
-        tokio::time::timeout_at(until, self.socket.call(method, ListRequest {})).await.map_err(timeout)?
+        let timeout = |_| GrpcError::Timeout { path: self.socket.path.clone(), method: method.to_owned(), after: TIMEOUT };
+        tokio::time::timeout_at(until, self.socket.call(method, (), None)).await.map_err(timeout)?
     }
 }
 
@@ -197,15 +171,11 @@ fn pod_assignments(pod: PodResources) -> impl Iterator<Item = Assignment> {
 /// layout, and its purpose is to detect other layouts. The kubelet renames a complete file into place, so it is never partial.
 pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointError> {
     let path = root.join(CHECKPOINT);
-    let file = match file::open(&path) {
-        Ok(file) => file,
+    let text = match file::beginning(&path, MAX_CHECKPOINT_BYTES + 1) {
+        Ok(text) => text,
         Err(error) if file::is_absent(&error) => return Ok(None),
         Err(source) => return Err(CheckpointError::Read { path, source }),
     };
-    let mut text = Vec::new();
-    if let Err(source) = file.take(MAX_CHECKPOINT_BYTES + 1).read_to_end(&mut text) {
-        return Err(CheckpointError::Read { path, source });
-    }
     if text.len() as u64 > MAX_CHECKPOINT_BYTES {
         return Err(CheckpointError::TooLarge { path });
     }

@@ -17,7 +17,6 @@ mod pods;
 pub mod reply;
 mod storage;
 
-use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
 
@@ -37,7 +36,8 @@ use crate::error::display_chain;
 /// The endpoint of a target.
 #[derive(Clone)]
 enum Endpoint {
-    Files(Source),
+    /// A read that hangs keeps its thread even after its query timed out; the permits bound the threads of the source.
+    Files(Source, Arc<Semaphore>),
     Docker(PathBuf, Runtime),
     Cri(Arc<Cri>),
     Crio(PathBuf),
@@ -53,16 +53,12 @@ pub struct LabelSources {
     pub places: ArcSwap<HostPaths>,
     /// By target.
     endpoints: RwLock<Vec<Endpoint>>,
-    /// A read that hangs keeps its thread even after its query timed out; these permits bound the threads of each source.
-    reads: HashMap<Source, Arc<Semaphore>>,
 }
 
 impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
-        let files = Source::QUERIED.into_iter().filter(|s| !s.is_socket());
-        let reads = files.map(|source| (source, Arc::new(Semaphore::new(FILES_IN_FLIGHT)))).collect();
-        Self { root, procfs, cgroups, places, endpoints: RwLock::default(), reads }
+        Self { root, procfs, cgroups, places, endpoints: RwLock::default() }
     }
 
     /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
@@ -73,7 +69,7 @@ impl LabelSources {
             Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket))),
             Source::Crio => Endpoint::Crio(socket.to_owned()),
             Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket))),
-            files => Endpoint::Files(files),
+            files => Endpoint::Files(files, Arc::new(Semaphore::new(FILES_IN_FLIGHT))),
         };
         self.endpoints.write().unwrap_or_else(PoisonError::into_inner).push(endpoint);
     }
@@ -94,7 +90,7 @@ pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), S
                 _ => Ok(()),
             },
             Some(Endpoint::Kubelet(kubelet)) => kubelet.pod_resources().await.map(drop).map_err(|e| display_chain(&e)),
-            Some(Endpoint::Files(_)) | None => Ok(()),
+            Some(Endpoint::Files(..)) | None => Ok(()),
         }
     };
     let timed_out = || Err(format!("no response within {} s", TIMEOUT.as_secs()));
@@ -114,10 +110,11 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
             Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
             Endpoint::Crio(socket) => crio::query(&socket, &id).await,
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
-            Endpoint::Files(source) => {
+            Endpoint::Files(source, permits) => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
-                let permit = sources.reads.get(&source).map(|reads| Arc::clone(reads).try_acquire_owned());
-                let Some(Ok(permit)) = permit else { return SourceReply::error("earlier reads of this source still hang") };
+                let Ok(permit) = permits.try_acquire_owned() else {
+                    return SourceReply::error("earlier reads of this source still hang");
+                };
                 let read = tokio::task::spawn_blocking(move || {
                     let _held = permit;
                     files(&sources, source, &query, &id)
@@ -134,7 +131,10 @@ fn files(sources: &LabelSources, source: Source, query: &Query, id: &str) -> Sou
     let (root, places) = (&sources.root, sources.places.load());
     let reply = match source {
         Source::Logs => return pods::logs(root, id, query.pod_uid.as_deref()),
-        Source::Mountinfo => return mountinfo(sources, query),
+        Source::Mountinfo => {
+            let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
+            return pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid);
+        }
         Source::Manifest => return manifest::query(root, id, query.record.identity.name.as_deref()),
         source => runtime_files(source, root, &places, id),
     };
@@ -154,11 +154,6 @@ fn files(sources: &LabelSources, source: Source, query: &Query, id: &str) -> Sou
         // An error inside the container is not an error of the host's files.
         inner => SourceReply::not_found_because(inner.detail),
     }
-}
-
-fn mountinfo(sources: &LabelSources, query: &Query) -> SourceReply {
-    let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
-    pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid)
 }
 
 fn runtime_files(source: Source, root: &Root, places: &HostPaths, id: &str) -> SourceReply {

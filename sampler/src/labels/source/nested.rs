@@ -20,17 +20,12 @@ const MAX_PIDS: usize = 4;
 /// The root of the container's runtime; `None` if the runtime runs on the host, which is the usual case.
 pub fn root(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Option<Root> {
     let id = record.identity.container_id.as_deref()?;
-    for pid in pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS) {
-        let Some(parent) = parent(&procfs.join(pid)) else { continue };
-        let folder = procfs.join(parent);
+    pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS).find_map(|pid| {
+        let folder = procfs.join(parent(&procfs.join(pid))?);
         let lines = memberships(&folder).unwrap_or_default();
-        let around = lines.iter().filter_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id);
-        let around: Vec<String> = around.collect();
-        if !around.is_empty() && around.iter().all(|other| other != id) {
-            return Some(Root::new(&folder.join("root")));
-        }
-    }
-    None
+        let mut around = lines.iter().filter_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id).peekable();
+        (around.peek().is_some() && around.all(|other| other != id)).then(|| Root::new(&folder.join("root")))
+    })
 }
 
 /// Field 4 of `stat`, after the name, which may contain any characters.

@@ -26,10 +26,7 @@ const MAX_MOUNTINFO_BYTES: u64 = 4 << 20;
 /// `/var/log/pods/<namespace>_<pod>_<uid>/`, and `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
 pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> SourceReply {
     let mut facts = Facts::default();
-    let pods = match pod_uid {
-        Some(uid) => pod_folder(root, uid, &mut facts),
-        None => Ok(()),
-    };
+    let pods = pod_uid.map_or(Ok(()), |uid| pod_folder(root, uid, &mut facts));
     let links = container_link(root, id, &mut facts);
     match (facts == Facts::default(), pods.and(links)) {
         (true, Err(detail)) => SourceReply::error(detail).at(Path::new(POD_LOGS)),
@@ -85,12 +82,10 @@ pub fn mountinfo(procfs: &Path, mount_points: &[PathBuf], cgroup: &str, pod_uid:
     let mut problem = None;
     for pid in pids.iter().take(MAX_PIDS) {
         let path = procfs.join(pid).join("mountinfo");
-        match file::beginning(&path, MAX_MOUNTINFO_BYTES) {
-            Ok(text) => {
-                if let Some(facts) = mount_facts(&String::from_utf8_lossy(&text), uid) {
-                    return SourceReply::found(facts).at(&path);
-                }
-            }
+        let text = file::beginning(&path, MAX_MOUNTINFO_BYTES);
+        match text.map(|text| mount_facts(&String::from_utf8_lossy(&text), uid)) {
+            Ok(Some(facts)) => return SourceReply::found(facts).at(&path),
+            Ok(None) => {}
             // The process ended; another one may still run.
             Err(error) if file::is_absent(&error) || error.raw_os_error() == Some(libc::ESRCH) => {}
             Err(error) => problem = Some(SourceReply::error(format!("{}: {error}", path.display())).at(&path)),
@@ -107,17 +102,15 @@ pub fn pids_of(mount_points: &[PathBuf], cgroup: &str) -> Vec<String> {
         let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
         text.lines().filter(|pid| *pid != "0").map(str::to_owned).collect()
     };
-    for mount in mount_points {
+    let pids_below = |mount: &PathBuf| {
         let folder = mount.join(cgroup.trim_start_matches('/'));
         let mut pids = read(&folder);
         if pids.is_empty() {
             pids = file::list(&folder).unwrap_or_default().iter().flat_map(|(_, path)| read(path)).collect();
         }
-        if !pids.is_empty() {
-            return pids;
-        }
-    }
-    Vec::new()
+        pids
+    };
+    mount_points.iter().map(pids_below).find(|pids| !pids.is_empty()).unwrap_or_default()
 }
 
 fn mount_facts(text: &str, uid: &str) -> Option<Facts> {

@@ -71,15 +71,9 @@ impl SourceReply {
     pub fn to_attempt(&self) -> QueryAttempt {
         let end = self.detail.floor_char_boundary(MAX_DETAIL);
         let is_empty = matches!(&self.outcome, Outcome::Found(facts) if facts.labels.iter().all(Option::is_none));
-        if is_empty {
-            return QueryAttempt {
-                status: self.status,
-                at: None,
-                detail: "the container is known, but has no labels there".into(),
-            };
-        }
-        let at = self.at.as_ref().filter(|_| self.status == QueryOutcome::Ok).map(|at| at.to_string_lossy().into());
-        QueryAttempt { status: self.status, at, detail: self.detail[..end].into() }
+        let detail = if is_empty { "the container is known, but has no labels there" } else { &self.detail[..end] };
+        let at = self.at.as_ref().filter(|_| self.status == QueryOutcome::Ok && !is_empty);
+        QueryAttempt { status: self.status, at: at.map(|at| at.to_string_lossy().into()), detail: detail.into() }
     }
 }
 

@@ -41,18 +41,14 @@ fn crio_facts(annotations: &Annotations) -> Facts {
     facts.set(Label::Pod, crio_key("KubeName"));
     // The kubelet's labels take precedence if present.
     facts.from_kubelet_labels(get);
-    if let Some(name) = name {
-        facts.from_dockershim_name(name);
-    }
+    facts.from_dockershim_name(name.unwrap_or_default());
     facts
 }
 
 #[derive(Deserialize)]
 struct Listed {
-    #[serde(default)]
     names: Option<Vec<String>>,
     /// JSON in a string.
-    #[serde(default)]
     metadata: Option<String>,
 }
 

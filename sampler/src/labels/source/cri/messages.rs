@@ -1,15 +1,9 @@
 //! The fields of the CRI's messages that are used; field numbers from `runtime.v1`'s `api.proto`.
 //!
-//! `runtime.v1alpha2` has the same fields under the same numbers. All other fields, and all enums, are skipped.
+//! `runtime.v1alpha2` has the same fields under the same numbers. All other fields, and all enums, are skipped. Requests with one text in
+//! field 1 are of type `String`, which prost encodes in this form.
 
 use std::collections::HashMap;
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct VersionRequest {
-    /// The client's API version; servers ignore it.
-    #[prost(string, tag = "1")]
-    pub version: String,
-}
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct VersionResponse {
@@ -19,18 +13,6 @@ pub struct VersionResponse {
     pub runtime_version: String,
     #[prost(string, tag = "4")]
     pub runtime_api_version: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ContainerStatusRequest {
-    #[prost(string, tag = "1")]
-    pub container_id: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ContainerStatusResponse {
-    #[prost(message, optional, tag = "1")]
-    pub status: Option<ContainerStatus>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -65,20 +47,9 @@ pub struct ImageSpec {
 
 #[derive(Clone, PartialEq, prost::Message)]
 pub struct ListContainersRequest {
+    /// A filter by id.
     #[prost(message, optional, tag = "1")]
-    pub filter: Option<ContainerFilter>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ContainerFilter {
-    #[prost(string, tag = "1")]
-    pub id: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct ListContainersResponse {
-    #[prost(message, repeated, tag = "1")]
-    pub containers: Vec<Container>,
+    pub filter: Option<String>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -87,18 +58,6 @@ pub struct Container {
     pub id: String,
     #[prost(string, tag = "2")]
     pub pod_sandbox_id: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct PodSandboxStatusRequest {
-    #[prost(string, tag = "1")]
-    pub pod_sandbox_id: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-pub struct PodSandboxStatusResponse {
-    #[prost(message, optional, tag = "1")]
-    pub status: Option<PodSandboxStatus>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]

@@ -11,7 +11,8 @@ mod native;
 #[cfg(test)]
 mod tests;
 
-use std::path::{Path, PathBuf};
+use std::fmt::Debug;
+use std::path::PathBuf;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,11 +21,10 @@ use sampler_labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;
-use super::grpc::{GrpcError, GrpcSocket};
-use super::reply::SourceReply;
-use crate::labels::stamp::Stamp;
+use super::grpc::{GrpcError, GrpcSocket, ListResponse, ObjectResponse};
+use super::reply::{SourceReply, TIMEOUT};
+use crate::labels::stamp::{Stamp, stamp};
 
-const TIMEOUT: Duration = super::reply::TIMEOUT;
 /// The runtime's name affects only the `name` label, so it must not use up the time of the query.
 const VERSION_TIMEOUT: Duration = Duration::from_millis(500);
 /// After this many timeouts of the version call, labels are built without the runtime's name.
@@ -72,20 +72,9 @@ pub struct CriVersion {
     pub package: &'static str,
 }
 
-#[derive(Debug, Default)]
-struct Pod {
-    namespace: String,
-    name: String,
-    uid: String,
-}
-
 impl Cri {
     pub fn new(path: impl Into<PathBuf>) -> Self {
         Self { socket: GrpcSocket::new(path), limit: TIMEOUT, state: Mutex::default() }
-    }
-
-    pub fn path(&self) -> &Path {
-        self.socket.path()
     }
 
     pub async fn version(&self) -> Result<CriVersion, GrpcError> {
@@ -137,59 +126,66 @@ impl Cri {
     }
 
     async fn find(&self, id: &str, hint: Option<Runtime>, until: Instant) -> Result<SourceReply, GrpcError> {
-        let request = ContainerStatusRequest { container_id: id.to_owned() };
-        let reply = self.call::<_, ContainerStatusResponse>("ContainerStatus", request, until).await;
+        let status: Option<ContainerStatus> = self.status("ContainerStatus", id, until).await?;
         // Servers match prefixes of ids: a response about another container counts as not found.
-        let status = none_if_not_found(reply)?.and_then(|a| a.status).filter(|s| ids_match(&s.id, id));
-        if let Some(status) = status {
-            return Ok(self.container(id, hint, &status, until).await);
+        if let Some(status) = status.filter(|s| ids_match(&s.id, id)) {
+            return Ok(self.container(id, hint, status, until).await);
         }
-        let Some(status) = self.sandbox(id, until).await? else { return Ok(SourceReply::not_found()) };
-        let metadata = status.metadata.unwrap_or_default();
-        let attempt = metadata.attempt;
-        let pod = Pod { namespace: metadata.namespace, name: metadata.name, uid: metadata.uid };
+        let Some(pod) = self.sandbox(id, until).await? else { return Ok(SourceReply::not_found()) };
         let runtime = self.runtime(hint, until).await;
-        Ok(SourceReply::found(facts(id, None, attempt, &pod, runtime)))
+        Ok(SourceReply::found(facts(id, None, pod.attempt, &pod, runtime)))
     }
 
-    async fn container(&self, id: &str, hint: Option<Runtime>, status: &ContainerStatus, until: Instant) -> SourceReply {
+    async fn container(&self, id: &str, hint: Option<Runtime>, mut status: ContainerStatus, until: Instant) -> SourceReply {
+        let metadata = status.metadata.take().unwrap_or_default();
         let label = |key: &str| status.labels.get(key).cloned().unwrap_or_default();
-        let metadata = status.metadata.clone().unwrap_or_default();
         let name = Some(label("io.kubernetes.container.name")).filter(|n| !n.is_empty()).unwrap_or(metadata.name);
-        let mut pod = Pod {
+        let mut pod = PodSandboxMetadata {
             namespace: label("io.kubernetes.pod.namespace"),
             name: label("io.kubernetes.pod.name"),
             uid: label("io.kubernetes.pod.uid"),
+            ..PodSandboxMetadata::default()
         };
         let mut detail = String::new();
         if !pod.is_complete() {
             // The kubelet sets these labels; other clients may not, but every container belongs to a sandbox.
             match self.pod_of(id, until).await {
-                Ok(found) => pod.fill(found.unwrap_or_default()),
+                Ok(found) => pod.fill(found),
                 Err(error) => detail = format!("cannot query the pod: {:#}", anyhow::Error::from(error)),
             }
         }
         let runtime = self.runtime(hint, until).await;
         let mut facts = facts(id, Some(&name), metadata.attempt, &pod, runtime);
-        facts.set(Label::Image, image(status));
+        facts.set(Label::Image, image(&status));
         SourceReply { detail, ..SourceReply::found(facts) }
     }
 
-    async fn pod_of(&self, id: &str, until: Instant) -> Result<Option<Pod>, GrpcError> {
-        let request = ListContainersRequest { filter: Some(ContainerFilter { id: id.to_owned() }) };
-        let list = self.call::<_, ListContainersResponse>("ListContainers", request, until).await?;
-        let Some(container) = list.containers.into_iter().find(|c| ids_match(&c.id, id)) else { return Ok(None) };
-        if container.pod_sandbox_id.is_empty() {
-            return Ok(None);
-        }
-        let metadata = self.sandbox(&container.pod_sandbox_id, until).await?.and_then(|s| s.metadata);
-        Ok(metadata.map(|m| Pod { namespace: m.namespace, name: m.name, uid: m.uid }))
+    /// The pod of a container; empty if the server does not have it.
+    async fn pod_of(&self, id: &str, until: Instant) -> Result<PodSandboxMetadata, GrpcError> {
+        let request = ListContainersRequest { filter: Some(id.to_owned()) };
+        let list: ListResponse<Container> = self.call("ListContainers", request, until).await?;
+        let pod = match list.items.into_iter().find(|c| ids_match(&c.id, id)) {
+            Some(container) if !container.pod_sandbox_id.is_empty() => self.sandbox(&container.pod_sandbox_id, until).await?,
+            _ => None,
+        };
+        Ok(pod.unwrap_or_default())
     }
 
-    async fn sandbox(&self, id: &str, until: Instant) -> Result<Option<PodSandboxStatus>, GrpcError> {
-        let request = PodSandboxStatusRequest { pod_sandbox_id: id.to_owned() };
-        let reply = self.call::<_, PodSandboxStatusResponse>("PodSandboxStatus", request, until).await;
-        Ok(none_if_not_found(reply)?.and_then(|a| a.status).filter(|s| ids_match(&s.id, id)))
+    async fn sandbox(&self, id: &str, until: Instant) -> Result<Option<PodSandboxMetadata>, GrpcError> {
+        let status: Option<PodSandboxStatus> = self.status("PodSandboxStatus", id, until).await?;
+        Ok(status.filter(|s| ids_match(&s.id, id)).map(|s| s.metadata.unwrap_or_default()))
+    }
+
+    /// Queries the status of one object; `None` if the server does not have it.
+    async fn status<A>(&self, method: &str, id: &str, until: Instant) -> Result<Option<A>, GrpcError>
+    where
+        A: prost::Message + Debug + Default + 'static,
+    {
+        match self.call::<_, ObjectResponse<A>>(method, id.to_owned(), until).await {
+            Ok(reply) => Ok(reply.object),
+            Err(error) if error.is_not_found() => Ok(None),
+            Err(error) => Err(error),
+        }
     }
 
     /// Queries the runtime once per socket. `Pending` while a later call may still return it: the `name` label depends on it and would
@@ -211,11 +207,8 @@ impl Cri {
             Err(GrpcError::Timeout { .. }) => {
                 let mut state = self.state();
                 state.late_versions += 1;
-                return if state.late_versions < MAX_LATE_VERSIONS {
-                    RuntimeLookup::Pending
-                } else {
-                    RuntimeLookup::Resolved(None)
-                };
+                let is_final = state.late_versions >= MAX_LATE_VERSIONS;
+                return if is_final { RuntimeLookup::Resolved(None) } else { RuntimeLookup::Pending };
             }
             // The server does not return its name.
             Err(_) => None,
@@ -226,8 +219,7 @@ impl Cri {
 
     async fn version_by(&self, until: Instant) -> Result<CriVersion, GrpcError> {
         // The kubelet sends the same constant; servers ignore it.
-        let request = VersionRequest { version: "0.1.0".to_owned() };
-        let reply = self.call::<_, VersionResponse>("Version", request, until).await?;
+        let reply: VersionResponse = self.call("Version", "0.1.0".to_owned(), until).await?;
         Ok(CriVersion {
             runtime_name: reply.runtime_name,
             runtime_version: reply.runtime_version,
@@ -262,9 +254,9 @@ impl Cri {
         A: prost::Message + Default + 'static,
     {
         let method = format!("/{}.RuntimeService/{method}", PACKAGES[package]);
-        match tokio::time::timeout_at(until, self.socket.call(&method, request)).await {
+        match tokio::time::timeout_at(until, self.socket.call(&method, request, None)).await {
             Ok(reply) => reply,
-            Err(_) => Err(GrpcError::Timeout { path: self.path().to_owned(), method, after: self.limit }),
+            Err(_) => Err(GrpcError::Timeout { path: self.socket.path.clone(), method, after: self.limit }),
         }
     }
 
@@ -274,7 +266,7 @@ impl Cri {
 
     /// Discards the cached properties if the socket was replaced.
     fn refresh(&self) {
-        let generation = self.socket.generation();
+        let generation = stamp(&self.socket.path);
         let mut state = self.state();
         if state.generation != generation {
             *state = ServerState { generation, ..ServerState::default() };
@@ -282,25 +274,17 @@ impl Cri {
     }
 }
 
-impl Pod {
+impl PodSandboxMetadata {
     fn is_complete(&self) -> bool {
         [&self.namespace, &self.name, &self.uid].iter().all(|part| !part.is_empty())
     }
 
-    fn fill(&mut self, from: Pod) {
+    fn fill(&mut self, from: PodSandboxMetadata) {
         for (part, other) in [(&mut self.namespace, from.namespace), (&mut self.name, from.name), (&mut self.uid, from.uid)] {
             if part.is_empty() {
                 *part = other;
             }
         }
-    }
-}
-
-fn none_if_not_found<A>(reply: Result<A, GrpcError>) -> Result<Option<A>, GrpcError> {
-    match reply {
-        Ok(reply) => Ok(Some(reply)),
-        Err(error) if error.is_not_found() => Ok(None),
-        Err(error) => Err(error),
     }
 }
 
@@ -310,7 +294,7 @@ fn ids_match(returned: &str, requested: &str) -> bool {
 }
 
 /// The facts of a container, or of a sandbox if `container` is `None`.
-fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, lookup: RuntimeLookup) -> Facts {
+fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &PodSandboxMetadata, lookup: RuntimeLookup) -> Facts {
     let runtime = if let RuntimeLookup::Resolved(runtime) = lookup { runtime } else { None };
     // cri-dockerd returns a sandbox like any container.
     let sandbox = container.is_none_or(|name| name == SANDBOX_NAME);
@@ -330,7 +314,7 @@ fn facts(id: &str, container: Option<&str>, attempt: u32, pod: &Pod, lookup: Run
         facts.set(Label::Name, Some(id));
     } else if pod.is_complete() && !container.is_empty() {
         // The name in both runtimes and in cAdvisor.
-        let Pod { namespace, name, uid } = pod;
+        let PodSandboxMetadata { namespace, name, uid, .. } = pod;
         facts.set(Label::Name, Some(&format!("k8s_{container}_{name}_{namespace}_{uid}_{attempt}")));
     }
     facts

@@ -1,14 +1,15 @@
 //! containerd's own API, on the same socket as its CRI: for containers of other clients than the kubelet (nerdctl, ctr), which the CRI
 //! does not return and of which no file has the image.
 //!
-//! Field numbers from containerd's `containers.proto` and `namespaces.proto`. Containers in `moby` are left to the Docker source.
+//! Field numbers from containerd's `containers.proto` and `namespaces.proto`. A namespace is listed with its name in field 1, and a
+//! request has the id in field 1: prost's encoding of a `String`. Containers in `moby` are left to the Docker source.
 
 use std::collections::HashMap;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 
-use crate::labels::source::grpc::{GrpcError, GrpcSocket};
+use crate::labels::source::grpc::{GrpcError, GrpcSocket, ListResponse, ObjectResponse};
 
 const NAMESPACES: &str = "/containerd.services.namespaces.v1.Namespaces/List";
 const GET: &str = "/containerd.services.containers.v1.Containers/Get";
@@ -21,33 +22,6 @@ const CRI_LABEL: &str = "io.cri-containerd.kind";
 const MAX_NAMESPACES: usize = 16;
 
 #[derive(Clone, PartialEq, prost::Message)]
-struct ListNamespacesRequest {}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct ListNamespacesResponse {
-    #[prost(message, repeated, tag = "1")]
-    namespaces: Vec<Namespace>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct Namespace {
-    #[prost(string, tag = "1")]
-    name: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct GetContainerRequest {
-    #[prost(string, tag = "1")]
-    id: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct GetContainerResponse {
-    #[prost(message, optional, tag = "1")]
-    container: Option<NativeContainer>,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
 struct NativeContainer {
     #[prost(map = "string, string", tag = "2")]
     labels: HashMap<String, String>,
@@ -57,14 +31,13 @@ struct NativeContainer {
 
 /// Finds a container in all namespaces; `None` if none has it. A server without this API returns `Unimplemented`.
 pub async fn find(socket: &GrpcSocket, id: &str) -> Result<Option<Facts>, GrpcError> {
-    let all: ListNamespacesResponse = socket.call(NAMESPACES, ListNamespacesRequest {}).await?;
-    let names = all.namespaces.into_iter().map(|n| n.name).filter(|name| name != DOCKER_NAMESPACE);
-    for name in names.take(MAX_NAMESPACES) {
-        let request = GetContainerRequest { id: id.to_owned() };
-        match socket.call_with::<_, GetContainerResponse>(GET, request, Some((NAMESPACE_HEADER, &name))).await {
+    let names: ListResponse<String> = socket.call(NAMESPACES, (), None).await?;
+    for name in names.items.into_iter().filter(|name| name != DOCKER_NAMESPACE).take(MAX_NAMESPACES) {
+        let reply = socket.call::<_, ObjectResponse<NativeContainer>>(GET, id.to_owned(), Some((NAMESPACE_HEADER, &name)));
+        match reply.await {
             Ok(reply) => {
                 // A container of the CRI that the CRI no longer returns is not named here.
-                let container = reply.container.filter(|container| !container.labels.contains_key(CRI_LABEL));
+                let container = reply.object.filter(|container| !container.labels.contains_key(CRI_LABEL));
                 return Ok(container.map(|container| facts(&container, id)));
             }
             Err(error) if error.is_not_found() => {}
