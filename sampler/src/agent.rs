@@ -3,8 +3,8 @@
 //! The core thread owns identity, attribution and aggregation, and drains both kernel rings itself. Observations of the GPU threads and
 //! queries reach it through its inbox.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use anyhow::Context as _;
@@ -43,7 +43,7 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     }
     let Chosen { tracker, refused } = probe::choose(config.kernel_mode, layout, &config.btf(), config.kernel_ring_bytes)?;
     let mode = tracker.mode();
-    health.set_kernel_mode(mode.name());
+    health.update(|view| view.kernel_mode = mode.name());
     if mode == Mode::RawTracepoint {
         tracing::info!("kernel mode raw_tracepoint: all changes of processes and cgroups are tracked");
     } else {
@@ -136,10 +136,19 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
             tracing::warn!(error = display_chain(&error), "cannot list sessions of earlier runs");
         }
     });
-    let state =
-        Arc::new(AppState::new(Arc::clone(&config), snapshot, labels, pressure, Arc::clone(&health), to_core, recorder.clone()));
+    let state = AppState {
+        config: Arc::clone(&config),
+        snapshot,
+        labels,
+        pressure,
+        health,
+        ledger: Mutex::default(),
+        core: to_core,
+        recorder: recorder.clone(),
+        node: config.node(),
+    };
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
-    let served = http::serve(listener, state, async {
+    let served = http::serve(listener, Arc::new(state), async {
         tokio::select! {
             () = stop_requested => {}
             _ = core_ended => tracing::error!("the core thread ended"),

@@ -17,7 +17,7 @@ use sampler_core::identity::{ContainerChange, Liveness};
 use sampler_core::observation::{CgroupChange, GpuBatch, Observation};
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
-use sampler_core::units::{BootNs, Tgid};
+use sampler_core::units::BootNs;
 use tokio::sync::mpsc::UnboundedSender;
 
 use crate::config::{Config, KernelMode};
@@ -154,10 +154,9 @@ impl CoreThread {
         self.size();
         self.health.set_ready();
         let now = Instant::now();
-        let (waiting, queries) = (VecDeque::new(), VecDeque::new());
         let mut turn = Turn {
-            waiting,
-            queries,
+            waiting: VecDeque::new(),
+            queries: VecDeque::new(),
             lost: counted,
             counted: now,
             last_repaired: complete.then_some(lost),
@@ -216,7 +215,9 @@ impl CoreThread {
     fn reply(&mut self, query: Query) {
         match query {
             Query::Explain(subject, reply) => {
-                if let Subject::Pid(pid) = subject {
+                if let Subject::Pid(pid) = subject
+                    && self.tracker.mode() != Mode::RawTracepoint
+                {
                     self.read_processes(std::iter::once(pid));
                 }
                 // Fails if the client no longer waits.
@@ -298,7 +299,7 @@ impl CoreThread {
     /// Falls back to mode procfs, which does not need watches and detects every second what events would have reported.
     fn without_watches(&mut self, error: &WatchError) {
         self.tracker = Tracker::Procfs;
-        self.health.set_kernel_mode(Mode::Procfs.name());
+        self.health.update(|view| view.kernel_mode = Mode::Procfs.name());
         let message = format!("kernel mode procfs: {}; no inotify: {}", Mode::Procfs.limitations(), display_chain(error));
         self.health.degraded(Condition::KernelMode, &message);
     }
@@ -308,7 +309,7 @@ impl CoreThread {
         if let Ok(watch) = CgroupWatch::new(&self.layout) {
             self.tracker = Tracker::Inotify(watch);
             self.start_over = false;
-            self.health.set_kernel_mode(Mode::Inotify.name());
+            self.health.update(|view| view.kernel_mode = Mode::Inotify.name());
             self.health.degraded(Condition::KernelMode, &format!("kernel mode inotify again: {}", Mode::Inotify.limitations()));
             let mut scan = self.scan();
             // From here on only processes that the driver reports are followed.
@@ -343,7 +344,7 @@ impl CoreThread {
             return;
         }
         turn.attempted_until = lost;
-        self.health.resynced();
+        self.health.update(|view| view.resyncs += 1);
         let begun = Instant::now();
         let scan = self.scan();
         let (began, complete) = (scan.end.began, scan.complete());
@@ -402,14 +403,8 @@ impl CoreThread {
 
     fn merge(&mut self, mut scan: Scan, repairs_since: Option<BootNs>) {
         self.drain();
-        match scan.problems.first() {
-            None => self.health.recovered(Condition::Scan),
-            Some(first) if !self.health.is_degraded(Condition::Scan) => {
-                let message = format!("cannot read {} cgroups or processes, such as {first}", scan.problems.len());
-                self.health.degraded(Condition::Scan, &message);
-            }
-            Some(_) => {}
-        }
+        let message = |n, first: &str| format!("cannot read {n} cgroups or processes, such as {first}");
+        self.health.report(Condition::Scan, &scan.problems, message);
         scan.end.repairs_since = repairs_since;
         self.core.observe(Observation::ScanBegan);
         for fact in scan.facts {
@@ -429,11 +424,8 @@ impl CoreThread {
         self.read_processes(named.into_iter());
     }
 
-    /// Without process events: reads processes from /proc.
+    /// Reads processes from /proc. With process events, only where these do not suffice.
     fn read_processes(&mut self, pids: impl Iterator<Item = u32>) {
-        if self.tracker.mode() == Mode::RawTracepoint {
-            return;
-        }
         for fact in scan::of_processes(&self.config.path_procfs, &self.layout, pids).facts {
             self.core.observe(fact);
         }
@@ -453,30 +445,20 @@ impl CoreThread {
                 dead.push(entry.tgid);
             }
         }
-        if !dead.is_empty() {
-            self.remove_dead(&dead, now);
-            if !std::mem::replace(&mut turn.liveness_logged, true) {
-                let example = dead.first().map(|tgid| tgid.0);
-                tracing::warn!(
-                    example,
-                    "removed dead processes from the table although no loss was counted; further ones are counted in \
-                     gpu_sampler_liveness_repairs_total"
-                );
-            }
-        }
-    }
-
-    fn remove_dead(&mut self, dead: &[Tgid], began: BootNs) {
-        for tgid in dead {
-            self.core.observe(Observation::ProcessGone { tgid: *tgid, began });
+        let Some(first) = dead.first() else { return };
+        for tgid in &dead {
+            self.core.observe(Observation::ProcessGone { tgid: *tgid, began: now });
         }
         // Another process may have the PID by now.
-        let pids = dead.iter().map(|tgid| tgid.0);
-        for fact in scan::of_processes(&self.config.path_procfs, &self.layout, pids).facts {
-            self.core.observe(fact);
+        self.read_processes(dead.iter().map(|tgid| tgid.0));
+        self.health.update(|view| view.liveness_repairs += dead.len() as u64);
+        if !std::mem::replace(&mut turn.liveness_logged, true) {
+            tracing::warn!(
+                example = first.0,
+                "removed dead processes from the table although no loss was counted; further ones are counted in \
+                 gpu_sampler_liveness_repairs_total"
+            );
         }
-        self.health.liveness_repaired(dead.len());
-        self.send_container_changes();
     }
 
     fn drain(&mut self) {
@@ -521,7 +503,14 @@ impl CoreThread {
 
     fn size(&self) {
         let watches = if let Tracker::Inotify(watch) = &self.tracker { watch.len() } else { 0 };
-        self.health.tables(&self.core.identity, watches);
+        let identity = &self.core.identity;
+        let (processes, (cgroups, bytes)) = (identity.processes.size(), identity.cgroups.size());
+        self.health.update(|view| {
+            view.repairs = identity.repairs;
+            view.watches = watches;
+            view.processes = processes;
+            view.cgroups = (cgroups, bytes, identity.cgroups.evicted);
+        });
     }
 
     fn publish(&mut self, lost: &Lost) {
@@ -530,7 +519,11 @@ impl CoreThread {
         // The only place where facts leave the core: they go to the recorder.
         self.recorder.send_facts(self.core.take_facts());
         if let Tracker::RawTracepoint(program) = &self.tracker {
-            self.health.kernel_events(&program.rings.seen, lost, program.rings.drained);
+            self.health.update(|view| {
+                view.events_seen = program.rings.seen;
+                view.events_lost = *lost;
+                view.drained = program.rings.drained;
+            });
         }
         self.snapshot.store(Arc::new(self.core.snapshot()));
     }

@@ -56,24 +56,23 @@ impl CoreSender {
         self.send(Message::Observation(observation))
     }
 
-    pub async fn explain(&self, subject: Subject) -> Option<KnownSubject> {
+    /// `None` if the core thread has ended.
+    async fn ask<T>(&self, query: impl FnOnce(oneshot::Sender<T>) -> Query) -> Option<T> {
         let (reply, replied) = oneshot::channel();
-        self.send(Message::Query(Query::Explain(subject, reply))).ok()?;
-        replied.await.ok().flatten()
+        self.send(Message::Query(query(reply))).ok()?;
+        replied.await.ok()
+    }
+
+    pub async fn explain(&self, subject: Subject) -> Option<KnownSubject> {
+        self.ask(|reply| Query::Explain(subject, reply)).await.flatten()
     }
 
     pub async fn ids(&self, prefix: String) -> Vec<String> {
-        let (reply, replied) = oneshot::channel();
-        if self.send(Message::Query(Query::Ids(prefix, reply))).is_err() {
-            return Vec::new();
-        }
-        replied.await.unwrap_or_default()
+        self.ask(|reply| Query::Ids(prefix, reply)).await.unwrap_or_default()
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {
-        let (reply, replied) = oneshot::channel();
-        self.send(Message::Query(Query::Processes(reply))).ok()?;
-        replied.await.ok()
+        self.ask(Query::Processes).await
     }
 }
 

@@ -44,7 +44,7 @@ impl AgentTables<'_> {
         }
         match subject {
             Subject::Pid(pid) => {
-                let mode = Mode::named(self.health.view().kernel_mode);
+                let mode = self.health.view().kernel_mode.parse::<Mode>().ok();
                 Err(why_unknown(self.procfs, *pid, mode))
             }
             Subject::Cgroup(path) => Err(format!("there is no cgroup {path:?} in the followed hierarchies")),

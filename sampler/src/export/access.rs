@@ -17,7 +17,8 @@ pub fn foreign(headers: &HeaderMap, listen: IpAddr) -> Option<(StatusCode, Strin
         let Some(value) = headers.get(&name) else { continue };
         let text = value.to_str().unwrap_or("(not text)");
         let authority = text.split_once("://").map_or(text, |(_, rest)| rest);
-        let is_local = host(authority).is_some_and(|h| h == "localhost" || h.parse() == Ok(listen) || is_loopback(h));
+        let is_local = host(authority)
+            .is_some_and(|host| host == "localhost" || host.parse::<IpAddr>().is_ok_and(|ip| ip == listen || ip.is_loopback()));
         if !is_local {
             let message = format!(
                 "request rejected: {what} {text:?} is not the loopback of this machine; use http://localhost, or another --listen address\n"
@@ -35,10 +36,6 @@ pub fn from_another_page(method: &Method, headers: &HeaderMap) -> Option<(Status
     let is_own = origin.strip_prefix(b"http://").is_some_and(|authority| authority == host);
     let message = format!("request rejected: {method} from a page of another server ({})\n", String::from_utf8_lossy(origin));
     (!is_own).then_some((StatusCode::FORBIDDEN, message))
-}
-
-fn is_loopback(host: &str) -> bool {
-    host.parse::<IpAddr>().is_ok_and(|ip| ip.is_loopback())
 }
 
 /// `host[:port]` without the port and without an IPv6 address's brackets.

@@ -23,15 +23,19 @@ pub struct ExportedContender {
     pub seconds: f64,
 }
 
+/// `_other` stands for all users beyond the first few.
+fn kind(other: Other) -> &'static str {
+    match other {
+        Other::Container(_) => "container",
+        Other::Host => "host",
+        Other::Unknown => "unknown",
+        Other::Rest => "_other",
+    }
+}
+
 impl ExportedContender {
-    /// `_other` stands for all users beyond the first few.
     pub fn kind(&self) -> &'static str {
-        match self.other {
-            Other::Container(_) => "container",
-            Other::Host => "host",
-            Other::Unknown => "unknown",
-            Other::Rest => "_other",
-        }
+        kind(self.other)
     }
 
     pub fn text(&self, label: Label) -> &str {
@@ -75,12 +79,11 @@ impl ContenderLabels {
                 Other::Container(key) => Some(Arc::clone(self.0.get(&key)?)),
                 Other::Host | Other::Unknown | Other::Rest => None,
             };
-            let container_id = labels.as_ref().map(|labels| Arc::clone(&labels.container_id)).unwrap_or_default();
-            let mut contender = ExportedContender { other: contention.other, labels, container_id, seconds: contention.seconds };
-            if contender.labels.is_none() {
-                contender.container_id = contender.kind().into();
-            }
-            Some(contender)
+            let container_id = match &labels {
+                Some(labels) => Arc::clone(&labels.container_id),
+                None => kind(contention.other).into(),
+            };
+            Some(ExportedContender { other: contention.other, labels, container_id, seconds: contention.seconds })
         };
         usage.contention.iter().filter_map(contender).collect()
     }

@@ -4,14 +4,14 @@ use prometheus::TextEncoder;
 use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
 
 use super::catalogue::Family;
-use super::series_starts::{SeriesId, SeriesOwner, SeriesStarts};
+use super::series_starts::{SeriesId, SeriesStarts};
 
 pub type Labels<'a> = &'a [(&'a str, &'a str)];
 
 /// Families in the order in which they were begun. A family without series is left out.
 pub struct Families<'a> {
     families: Vec<MetricFamily>,
-    starts: &'a mut SeriesStarts,
+    pub starts: &'a mut SeriesStarts,
 }
 
 pub struct FamilyWriter<'a> {
@@ -44,9 +44,12 @@ impl<'a> Families<'a> {
         FamilyWriter { family, series, starts: self.starts }
     }
 
-    /// See [`SeriesStarts::retain`].
-    pub fn retain_starts(&mut self, is_kept: impl Fn(&SeriesOwner) -> bool) {
-        self.starts.retain(is_kept);
+    /// Adds the family with a series for each value of `label`.
+    pub fn add_each<P: AsRef<str>>(&mut self, family: &'static Family, label: &str, series: impl IntoIterator<Item = (P, f64)>) {
+        let mut family = self.family(family);
+        for (part, value) in series {
+            family.add(&[(label, part.as_ref())], value);
+        }
     }
 
     /// Ends the scrape.
@@ -70,12 +73,6 @@ impl FamilyWriter<'_> {
         Metric::from_label(labels.iter().map(pair).collect())
     }
 
-    fn push(&mut self, metric: Metric) {
-        let mut all = self.series.take_metric();
-        all.push(metric);
-        self.series.set_metric(all);
-    }
-
     fn push_value(&mut self, labels: Labels<'_>, value: f64) {
         let mut metric = self.metric(labels);
         debug_assert_ne!(self.family.kind, MetricType::HISTOGRAM, "{}", self.family.name);
@@ -88,7 +85,7 @@ impl FamilyWriter<'_> {
             gauge.set_value(value);
             metric.set_gauge(gauge);
         }
-        self.push(metric);
+        self.series.mut_metric().push(metric);
     }
 
     fn push_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
@@ -105,7 +102,7 @@ impl FamilyWriter<'_> {
         histogram.set_sample_sum(value.sum);
         histogram.set_sample_count(value.count);
         metric.set_histogram(histogram);
-        self.push(metric);
+        self.series.mut_metric().push(metric);
     }
 
     fn is_start(&mut self, series: SeriesId<'_>) -> bool {

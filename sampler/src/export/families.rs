@@ -142,15 +142,13 @@ fn with_labels(pair: &ExportedPair, more: &[(&str, &str)], add: impl FnOnce(Labe
 }
 
 pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: &str, to: &mut Families<'_>) {
-    let as_number = |is_up: bool| f64::from(u8::from(is_up));
     let mut containers = to.family(&agent_families::CONTAINERS);
     for ((state, runtime), n) in &page.containers {
         containers.add(&[("state", state), ("runtime", runtime)], *n as f64);
     }
-    let mut missing = to.family(&agent_families::LABEL_MISSING);
-    for &label in Label::VARIANTS {
-        missing.add(&[("label", label.name())], page.missing.get(label.name()).copied().unwrap_or_default() as f64);
-    }
+    let missing = |label: &Label| page.missing.get(label.name()).copied().unwrap_or_default();
+    let missing = Label::VARIANTS.iter().map(|label| (label.name(), missing(label) as f64));
+    to.add_each(&agent_families::LABEL_MISSING, "label", missing);
     let resolved = HistogramValue {
         bounds: &RESOLVE_BOUNDS,
         cumulative: &labels.resolve_buckets,
@@ -160,9 +158,9 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     to.family(&agent_families::RESOLVE_SECONDS).add_histogram(&[], resolved);
     let mut up = to.family(&agent_families::SOURCE_UP);
     for ((source, endpoint), is_up) in &labels.up {
-        up.add(&[("source", source), ("endpoint", endpoint)], as_number(*is_up));
+        up.add(&[("source", source), ("endpoint", endpoint)], f64::from(*is_up));
     }
-    up.add_known(&[("source", "nvml"), ("endpoint", nvml)], health.nvml_up.map(as_number));
+    up.add_known(&[("source", "nvml"), ("endpoint", nvml)], health.nvml_up.map(f64::from));
     for (family, counts) in [(&agent_families::RUNTIME_CALLS, &labels.calls), (&agent_families::FILE_READS, &labels.reads)] {
         let mut family = to.family(family);
         for ((source, outcome), n) in counts {
@@ -173,10 +171,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     tables(health, to);
     to.family(&agent_families::KERNEL_MODE).add(&[("mode", health.kernel_mode)], 1.0);
     to.family(&agent_families::PID_SPACE).add(&[("state", health.pid_space.name())], 1.0);
-    let mut degraded = to.family(&agent_families::DEGRADED);
-    for (condition, _) in &health.degraded {
-        degraded.add(&[("condition", &condition.key())], 1.0);
-    }
+    to.add_each(&agent_families::DEGRADED, "condition", health.degraded.iter().map(|(condition, _)| (condition.key(), 1.0)));
     let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
     to.family(&agent_families::BUILD_INFO).add(&[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
 }
@@ -186,10 +181,7 @@ fn kernel(health: &HealthView, to: &mut Families<'_>) {
         (&agent_families::KERNEL_EVENTS, &health.events_seen),
         (&agent_families::KERNEL_EVENTS_LOST, &health.events_lost.of_kind),
     ] {
-        let mut family = to.family(family);
-        for (kind, n) in kind::NAMES.iter().zip(counts) {
-            family.add(&[("kind", kind)], *n as f64);
-        }
+        to.add_each(family, "kind", kind::NAMES.iter().zip(counts).map(|(kind, n)| (kind, *n as f64)));
     }
     to.family(&agent_families::KERNEL_SKIPS).add(&[], health.events_lost.skipped as f64);
     to.family(&agent_families::KERNEL_DRAIN_SECONDS).add(&[], health.drained.as_secs_f64());
@@ -200,18 +192,12 @@ fn kernel(health: &HealthView, to: &mut Families<'_>) {
 
 fn tables(health: &HealthView, to: &mut Families<'_>) {
     let (p, (cgroups, cgroup_bytes, cgroups_evicted)) = (health.processes, health.cgroups);
-    let mut entries = to.family(&agent_families::IDENTITY_ENTRIES);
-    for (table, n) in [("living", p.living), ("exited", p.exited), ("cgroups", cgroups)] {
-        entries.add(&[("table", table)], n as f64);
-    }
-    let mut bytes = to.family(&agent_families::IDENTITY_BYTES);
-    for (table, n) in [("living", p.living_bytes), ("exited", p.exited_bytes), ("cgroups", cgroup_bytes)] {
-        bytes.add(&[("table", table)], n as f64);
-    }
-    let mut evicted = to.family(&agent_families::IDENTITY_EVICTIONS);
-    for (table, n) in [("exited", p.evicted), ("cgroups", cgroups_evicted)] {
-        evicted.add(&[("table", table)], n as f64);
-    }
+    let entries = [("living", p.living as f64), ("exited", p.exited as f64), ("cgroups", cgroups as f64)];
+    to.add_each(&agent_families::IDENTITY_ENTRIES, "table", entries);
+    let bytes = [("living", p.living_bytes as f64), ("exited", p.exited_bytes as f64), ("cgroups", cgroup_bytes as f64)];
+    to.add_each(&agent_families::IDENTITY_BYTES, "table", bytes);
+    let evicted = [("exited", p.evicted as f64), ("cgroups", cgroups_evicted as f64)];
+    to.add_each(&agent_families::IDENTITY_EVICTIONS, "table", evicted);
     to.family(&agent_families::INOTIFY_WATCHES).add(&[], health.watches as f64);
     let t = &health.identified;
     let identified = HistogramValue { bounds: &IDENTIFY_BOUNDS, cumulative: &t.buckets, sum: t.sum_seconds, count: t.count };

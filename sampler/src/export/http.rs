@@ -20,7 +20,7 @@ use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, oneshot};
 
 use super::access::{authorized, foreign, from_another_page};
 use super::encode::Families;
@@ -77,12 +77,8 @@ pub fn router(state: &Arc<AppState>) -> Router {
 
 pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
     let router = router(&state);
-    let (end, ended) = tokio::sync::oneshot::channel::<()>();
-    let graceful = async {
-        // Sent or dropped: both mean stop.
-        let _either = ended.await;
-    };
-    let served = tokio::spawn(accept(listener, router, graceful));
+    let (end, ended) = oneshot::channel::<()>();
+    let served = tokio::spawn(accept(listener, router, ended));
     let ledger_updates = tokio::spawn(async move {
         let mut interval = tokio::time::interval(LEDGER_EVERY);
         loop {
@@ -96,19 +92,17 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
     ledger_updates.abort();
     // A client that keeps its connection open must not keep the agent running.
     match tokio::time::timeout(GRACE, served).await {
-        Ok(Ok(())) => Ok(()),
         Ok(Err(join)) => Err(HttpError::Serve(std::io::Error::other(join))),
-        Err(_) => Ok(()),
+        Ok(Ok(())) | Err(_) => Ok(()),
     }
 }
 
 /// Serves each connection in its own task until `ended`, then waits for responses in flight.
-async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output = ()>) {
+async fn accept(listener: TcpListener, router: Router, mut ended: oneshot::Receiver<()>) {
     let mut server = http1::Builder::new();
     // A client that never completes its request must not hold a file descriptor forever.
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
     let (slots, connections) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
-    tokio::pin!(ended);
     let next = || async {
         // The semaphore is never closed, so acquiring does not fail.
         let permit = Arc::clone(&slots).acquire_owned().await.ok();
@@ -116,7 +110,8 @@ async fn accept(listener: TcpListener, router: Router, ended: impl Future<Output
     };
     loop {
         let (permit, accepted) = tokio::select! {
-            () = &mut ended => break,
+            // Sent or dropped: both mean stop.
+            _ = &mut ended => break,
             next = next() => next,
         };
         match accepted {
@@ -248,7 +243,17 @@ mod tests {
         };
         let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
         let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();
-        let state = AppState::new(config, Arc::default(), labels, Arc::default(), Arc::default(), core, recorder);
+        let state = AppState {
+            config,
+            snapshot: Arc::default(),
+            labels,
+            pressure: Arc::default(),
+            health: Arc::default(),
+            ledger: Default::default(),
+            core,
+            recorder,
+            node: None,
+        };
         let mut request = axum::http::Request::builder().method(method).uri(path);
         for (name, value) in headers {
             request = request.header(*name, *value);

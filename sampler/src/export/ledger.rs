@@ -82,7 +82,7 @@ pub struct Ledger {
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
     delivered: HashMap<Pair, Delivered>,
     contender_labels: ContenderLabels,
-    starts: SeriesStarts,
+    pub starts: SeriesStarts,
     scraped: bool,
 }
 
@@ -188,10 +188,6 @@ impl Ledger {
             }
         }
         page
-    }
-
-    pub fn starts(&mut self) -> &mut SeriesStarts {
-        &mut self.starts
     }
 }
 
@@ -338,7 +334,7 @@ mod tests {
 
     /// The text of the families of containers and devices.
     fn text(ledger: &mut Ledger, page: &Exposition) -> String {
-        let mut all = Families::new(ledger.starts());
+        let mut all = Families::new(&mut ledger.starts);
         families::containers(page, &mut all);
         gpus::gpus(page, &mut all);
         all.text().unwrap()

@@ -196,10 +196,7 @@ fn live_user(pair: &ExportedPair, page: &Exposition) -> LiveUser {
 
 impl LiveDocument {
     pub fn new(page: &Exposition, health: &HealthView, node: Option<&str>, wall: WallTime) -> Self {
-        let degraded = |(condition, message): &(Condition, String)| Degraded {
-            what: condition.key().into_owned(),
-            message: message.clone(),
-        };
+        let degraded = |(condition, message): &(Condition, String)| Degraded { what: condition.key(), message: message.clone() };
         Self {
             time: rfc3339(wall),
             version: env!("CARGO_PKG_VERSION").to_owned(),

@@ -7,7 +7,6 @@ use crate::health::nvml_calls::DeviceView;
 
 /// `limits`: of processor time and of time in calls, percent.
 pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families<'_>) {
-    let as_number = |holds: bool| f64::from(u8::from(holds));
     let mut times = to.family(&nvml::CALL_SECONDS);
     for device in devices {
         for (call, t) in &device.calls {
@@ -24,10 +23,10 @@ pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families<'_>) {
     let mut supported = to.family(&nvml::SUPPORTED);
     for device in devices {
         for (call, is_supported) in &device.supported {
-            supported.add(&[("uuid", &device.uuid), ("call", call)], as_number(*is_supported));
+            supported.add(&[("uuid", &device.uuid), ("call", call)], f64::from(*is_supported));
         }
     }
-    known(to, &nvml::STALLED, devices, |device| device.stalled.map(as_number));
+    known(to, &nvml::STALLED, devices, |device| device.stalled.map(f64::from));
     known(to, &nvml::POLL_INTERVAL, devices, |device| device.poll_interval_seconds);
     known(to, &nvml::BUSY, devices, |device| device.busy_ratio);
     known(to, &nvml::CPU, devices, |device| device.cpu_ratio);

@@ -45,7 +45,7 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Families<'_>)
         .filter(|pair| exposed.insert(pair.key))
         .filter_map(|pair| Some((pair, view.facts.get(&pair.key)?)))
         .collect();
-    to.retain_starts(|owner| !matches!(owner, SeriesOwner::Container(key) if !exposed.contains(key)));
+    to.starts.retain(|owner| !matches!(owner, SeriesOwner::Container(key) if !exposed.contains(key)));
     let mut throttled = to.family(&families::CPU_THROTTLED_SECONDS);
     for (pair, fact) in &containers {
         add(&mut throttled, pair, None, fact.cpu.map(|quota| quota.throttled_ns));
@@ -60,10 +60,8 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Families<'_>)
 
 /// The cost of reading these values.
 pub fn reads(view: &PressureView, to: &mut Families<'_>) {
-    let mut family = to.family(&families::READS);
-    for &outcome in Outcome::VARIANTS {
-        family.add(&[("outcome", outcome.name())], view.reads[outcome as usize] as f64);
-    }
+    let reads = Outcome::VARIANTS.iter().zip(view.reads);
+    to.add_each(&families::READS, "outcome", reads.map(|(outcome, n)| (outcome.name(), n as f64)));
     to.family(&families::READ_SECONDS).add(&[], view.took.as_secs_f64());
 }
 

@@ -1,14 +1,13 @@
 //! `/api/v1/sessions`: start, list, stop, download and delete sessions.
 
 use std::io::Read as _;
-use std::path::PathBuf;
 use std::sync::Arc;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{Path, Query, State};
 use axum::http::{HeaderValue, StatusCode, header};
-use axum::response::{IntoResponse as _, Json, Response};
+use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
 use axum::{Router, handler::Handler as _};
 use sampler_report::{Format, TextOptions};
@@ -22,12 +21,10 @@ use super::catalogue::sessions as families;
 use super::encode::Families;
 use super::state::AppState;
 use crate::error::display_chain;
-use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, Recorder, RecorderView, Request, StoreError, read_from};
+use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
 
 /// Size of the chunks of a download.
 const CHUNK_BYTES: usize = 256 << 10;
-/// Chunks buffered for a slow client.
-const CHUNKS: usize = 4;
 /// Names in a list of a request, and their length.
 const MAX_NAMES: usize = 256;
 const MAX_NAME_BYTES: usize = 512;
@@ -37,8 +34,9 @@ const MAX_BODY_BYTES: usize = 1 << 20;
 /// A response with an error message.
 struct ErrorResponse(StatusCode, String);
 
-impl From<ErrorResponse> for Response {
-    fn from(ErrorResponse(status, error): ErrorResponse) -> Response {
+impl IntoResponse for ErrorResponse {
+    fn into_response(self) -> Response {
+        let ErrorResponse(status, error) = self;
         (status, Json(json!({ "error": error }))).into_response()
     }
 }
@@ -47,7 +45,7 @@ impl From<StoreError> for ErrorResponse {
     fn from(error: StoreError) -> Self {
         let status = match &error {
             StoreError::Unknown(_) => StatusCode::NOT_FOUND,
-            StoreError::Conflict(_) => StatusCode::CONFLICT,
+            StoreError::Conflict(_) | StoreError::InUse { .. } => StatusCode::CONFLICT,
             StoreError::Full { .. } => StatusCode::INSUFFICIENT_STORAGE,
             StoreError::Make { source, .. } | StoreError::Use { source, .. } | StoreError::File { source, .. } => {
                 match source.kind() {
@@ -56,7 +54,6 @@ impl From<StoreError> for ErrorResponse {
                     _ => StatusCode::INTERNAL_SERVER_ERROR,
                 }
             }
-            StoreError::InUse { .. } => StatusCode::CONFLICT,
         };
         ErrorResponse(status, display_chain(&error))
     }
@@ -169,76 +166,51 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/stop", post(stop))
 }
 
-async fn start(State(state): State<Arc<AppState>>, body: Result<Json<SessionBody>, JsonRejection>) -> Response {
-    let started = async {
-        // The text of the rejection names the field.
-        let Json(body) = body.map_err(|rejection| bad(rejection.body_text()))?;
-        Ok(state.recorder.start(body.request()?).await?)
-    };
-    match started.await {
-        Ok(id) => (StatusCode::CREATED, Json(StartedSession { id })).into_response(),
-        Err(error) => ErrorResponse::into(error),
-    }
+async fn start(
+    State(state): State<Arc<AppState>>,
+    body: Result<Json<SessionBody>, JsonRejection>,
+) -> Result<impl IntoResponse, ErrorResponse> {
+    // The text of the rejection names the field.
+    let Json(body) = body.map_err(|rejection| bad(rejection.body_text()))?;
+    let id = state.recorder.start(body.request()?).await?;
+    Ok((StatusCode::CREATED, Json(StartedSession { id })))
 }
 
-async fn list(State(state): State<Arc<AppState>>) -> Response {
-    match state.recorder.list_earlier().await {
-        Ok(()) => Json(state.recorder.list()).into_response(),
-        Err(error) => ErrorResponse::from(error).into(),
-    }
+async fn list(State(state): State<Arc<AppState>>) -> Result<impl IntoResponse, ErrorResponse> {
+    state.recorder.list_earlier().await?;
+    Ok(Json(state.recorder.list()))
 }
 
-async fn status(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Response {
-    match state.recorder.status(&id) {
-        Ok(status) => Json(status).into_response(),
-        Err(error) => ErrorResponse::from(error).into(),
-    }
+async fn status(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<impl IntoResponse, ErrorResponse> {
+    Ok(Json(state.recorder.status(&id)?))
 }
 
-async fn stop(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Response {
-    match state.recorder.stop(id.clone()).await.and_then(|()| state.recorder.status(&id)) {
-        Ok(status) => Json(status).into_response(),
-        Err(error) => ErrorResponse::from(error).into(),
-    }
+async fn stop(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<impl IntoResponse, ErrorResponse> {
+    state.recorder.stop(id.clone()).await?;
+    Ok(Json(state.recorder.status(&id)?))
 }
 
-async fn remove(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Response {
-    match state.recorder.remove(id).await {
-        Ok(()) => StatusCode::NO_CONTENT.into_response(),
-        Err(error) => ErrorResponse::from(error).into(),
-    }
+async fn remove(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<StatusCode, ErrorResponse> {
+    state.recorder.remove(id).await?;
+    Ok(StatusCode::NO_CONTENT)
 }
 
 /// During the recording: the part that is written.
-async fn file(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Response {
-    let (file, path) = match state.recorder.open(id).await {
-        Ok(opened) => opened,
-        Err(error) => return ErrorResponse::from(error).into(),
-    };
+async fn file(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Result<Response, ErrorResponse> {
+    let (file, path) = state.recorder.open(id).await?;
     let bytes = match file.metadata() {
         Ok(meta) => meta.len(),
-        Err(source) => return ErrorResponse::from(StoreError::File { path, source }).into(),
+        Err(source) => return Err(StoreError::File { path, source }.into()),
     };
-    let (to, from) = tokio::sync::mpsc::channel::<std::io::Result<Bytes>>(CHUNKS);
-    tokio::task::spawn_blocking(move || {
-        // The file may grow meanwhile; the response states its present length.
-        let mut rest = file.take(bytes);
-        loop {
+    // The file may grow meanwhile; the response states its present length.
+    let stream = futures_util::stream::try_unfold(file.take(bytes), |mut rest| async move {
+        let chunk = tokio::task::spawn_blocking(move || {
             let mut chunk = Vec::with_capacity(CHUNK_BYTES);
-            let read = rest.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut chunk);
-            let item = match read {
-                Ok(0) => return,
-                Ok(_) => Ok(Bytes::from(chunk)),
-                Err(error) => Err(error),
-            };
-            let is_last = item.is_err();
-            // Sending fails when the client has disconnected.
-            if to.blocking_send(item).is_err() || is_last {
-                return;
-            }
-        }
+            let read = rest.by_ref().take(CHUNK_BYTES as u64).read_to_end(&mut chunk)?;
+            std::io::Result::Ok((read > 0).then(|| (Bytes::from(chunk), rest)))
+        });
+        chunk.await?
     });
-    let stream = futures_util::stream::unfold(from, |mut from| async { from.recv().await.map(|item| (item, from)) });
     let name = path.file_name().and_then(|name| name.to_str()).unwrap_or("session.gpus").trim_end_matches(".part").to_owned();
     let mut response = Response::new(Body::from_stream(stream));
     let headers = response.headers_mut();
@@ -247,18 +219,7 @@ async fn file(State(state): State<Arc<AppState>>, Path(id): Path<String>) -> Res
     if let Ok(value) = HeaderValue::from_str(&format!("attachment; filename=\"{name}\"")) {
         headers.insert(header::CONTENT_DISPOSITION, value);
     }
-    response
-}
-
-async fn report(
-    State(state): State<Arc<AppState>>,
-    Path(id): Path<String>,
-    query: Result<Query<ReportQuery>, QueryRejection>,
-) -> Response {
-    match make_report(&state.recorder, id, query).await {
-        Ok((content_type, bytes)) => ([(header::CONTENT_TYPE, content_type)], bytes).into_response(),
-        Err(error) => error.into(),
-    }
+    Ok(response)
 }
 
 fn format_named(name: &str) -> Result<Format, ErrorResponse> {
@@ -269,31 +230,28 @@ fn format_named(name: &str) -> Result<Format, ErrorResponse> {
     })
 }
 
-async fn make_report(
-    recorder: &Recorder,
-    id: String,
+async fn report(
+    State(state): State<Arc<AppState>>,
+    Path(id): Path<String>,
     query: Result<Query<ReportQuery>, QueryRejection>,
-) -> Result<(&'static str, String), ErrorResponse> {
+) -> Result<impl IntoResponse, ErrorResponse> {
     let Query(mut query) = query.map_err(|rejection| bad(rejection.body_text()))?;
     let format = query.format.take().map_or(Ok(Format::Json), |name| format_named(&name))?;
-    let (file, path): (std::fs::File, PathBuf) = recorder.open(id).await?;
+    let (file, path) = state.recorder.open(id).await?;
+    let internal = |error| ErrorResponse(StatusCode::INTERNAL_SERVER_ERROR, error);
     let report = tokio::task::spawn_blocking(move || {
-        let internal = |error: &dyn std::error::Error| ErrorResponse(StatusCode::INTERNAL_SERVER_ERROR, display_chain(error));
-        let session = read_from(&file, &path).map_err(|error| internal(&error))?;
+        let session = read_from(&file, &path).map_err(|error| internal(display_chain(&error)))?;
         let view = query.view(&session.header.view)?;
         let options = TextOptions { width: None, colour: false, unicode: true };
-        Ok((format.content_type(), format.render(&sampler_report::build(&session, &view), &options)))
+        Ok::<_, ErrorResponse>(format.render(&sampler_report::build(&session, &view), &options))
     });
-    report.await.unwrap_or_else(|_| {
-        Err(ErrorResponse(StatusCode::INTERNAL_SERVER_ERROR, "cannot create the report: its task failed".into()))
-    })
+    let text = report.await.map_err(|_| internal("cannot create the report: its task failed".into()))??;
+    Ok(([(header::CONTENT_TYPE, format.content_type())], text))
 }
 
 pub fn metrics(view: &RecorderView, to: &mut Families<'_>) {
-    let mut sessions = to.family(&families::SESSIONS);
-    for (phase, n) in crate::session::Phase::VARIANTS.iter().zip(view.sessions) {
-        sessions.add(&[("state", phase.name())], n as f64);
-    }
+    let sessions = crate::session::Phase::VARIANTS.iter().zip(view.sessions);
+    to.add_each(&families::SESSIONS, "state", sessions.map(|(phase, n)| (phase.name(), n as f64)));
     to.family(&families::DROPPED_FRAMES).add(&[], view.dropped_frames as f64);
     to.family(&families::RING_BYTES).add(&[], view.ring_bytes as f64);
     to.family(&families::RING_SECONDS).add(&[], view.ring_seconds);

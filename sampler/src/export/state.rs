@@ -22,7 +22,7 @@ pub struct AppState {
     pub labels: LabelService,
     pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
-    ledger: Mutex<Ledger>,
+    pub ledger: Mutex<Ledger>,
     pub core: CoreSender,
     pub recorder: Recorder,
     /// Host name of the machine.
@@ -30,19 +30,6 @@ pub struct AppState {
 }
 
 impl AppState {
-    pub fn new(
-        config: Arc<Config>,
-        snapshot: Arc<ArcSwap<Snapshot>>,
-        labels: LabelService,
-        pressure: Arc<ArcSwap<PressureView>>,
-        health: Arc<Health>,
-        core: CoreSender,
-        recorder: Recorder,
-    ) -> Self {
-        let node = config.node();
-        Self { config, snapshot, labels, pressure, health, ledger: Mutex::default(), core, recorder, node }
-    }
-
     pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -62,6 +49,6 @@ impl AppState {
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
         let mut ledger = self.ledger();
         let page = ledger.scrape(&snapshot, &labels, &assigned);
-        encode(&page, ledger.starts())
+        encode(&page, &mut ledger.starts)
     }
 }

@@ -195,7 +195,7 @@ impl Exporter {
     fn scrape(&mut self, node: &RichNode, pods: PodLabels) -> String {
         let mut page = self.0.scrape(&node.snapshot, &node.labels, &AssignedGpus::default());
         page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
-        let mut all = Families::new(self.0.starts());
+        let mut all = Families::new(&mut self.0.starts);
         families::cadvisor(&page, pods, &mut all);
         families::containers(&page, &mut all);
         pressure::containers(&page, &node.pressure, &mut all);

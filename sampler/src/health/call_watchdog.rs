@@ -30,7 +30,7 @@ pub struct CallSlot {
 
 /// The side of a slot that the calling thread uses.
 pub struct Caller {
-    slot: Arc<CallSlot>,
+    pub slot: Arc<CallSlot>,
 }
 
 #[derive(Debug, PartialEq, Eq)]
@@ -40,20 +40,20 @@ pub(super) enum Change {
 }
 
 impl Caller {
-    pub(super) fn new(slot: Arc<CallSlot>) -> Self {
-        Self { slot }
+    /// Makes a call that begins now.
+    pub fn during<T>(&self, call: Call, now: BootNs, make: impl FnOnce() -> T) -> T {
+        self.enter(call, now);
+        let result = make();
+        self.leave();
+        result
     }
 
-    pub fn slot(&self) -> Arc<CallSlot> {
-        Arc::clone(&self.slot)
-    }
-
-    pub fn enter(&self, call: Call, now: BootNs) {
+    fn enter(&self, call: Call, now: BootNs) {
         self.slot.call.store(call as u8, Ordering::Relaxed);
         self.slot.since.store(now.0.max(1), Ordering::Release);
     }
 
-    pub fn leave(&self) {
+    fn leave(&self) {
         self.slot.since.store(0, Ordering::Release);
     }
 }
@@ -116,7 +116,7 @@ mod tests {
     fn a_stall_is_reported_once_per_age_and_so_is_its_end() {
         let condition = Condition::Gpu { slot: 3 };
         let slot = Arc::new(CallSlot::new(condition, Some("GPU-x".into())));
-        let caller = Caller::new(Arc::clone(&slot));
+        let caller = Caller { slot: Arc::clone(&slot) };
         let time = |ms: u64| BootNs(1_000_000_000 + ms * 1_000_000);
         caller.enter(Call::GetSamples, time(0));
         assert_eq!(slot.watch(time(1_900)), None);
@@ -142,7 +142,7 @@ mod tests {
     #[test]
     fn an_abandoned_thread_is_not_reported() {
         let slot = Arc::new(CallSlot::new(Condition::Gpu { slot: 3 }, None));
-        let caller = Caller::new(Arc::clone(&slot));
+        let caller = Caller { slot: Arc::clone(&slot) };
         caller.enter(Call::GetSamples, BootNs(1));
         let late = BootNs(5_000_000_000);
         assert!(matches!(slot.watch(late), Some(Change::Stalled { .. })));

@@ -3,8 +3,6 @@
 //! The key of a condition is part of the interface: it is the label `condition` of `gpu_sampler_degraded`, and the log, the page and
 //! alerts contain it.
 
-use std::borrow::Cow;
-
 pub const PID_NAMESPACE_REMEDY: &str = "run with hostPID: true or --pid=host";
 pub const CGROUPS_REMEDY: &str = "mount cgroup2 on /sys/fs/cgroup; in a container, mount the host's /sys/fs/cgroup and run in its cgroup \
                                   namespace (--cgroupns=host)";
@@ -19,19 +17,16 @@ pub enum Severity {
     Missing,
 }
 
-impl Severity {
-    pub fn name(self) -> &'static str {
-        self.into()
-    }
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+/// Its text is the key: unique, and stable across versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::Display)]
+#[strum(serialize_all = "kebab-case")]
 pub enum Condition {
     /// The agent is not in the PID namespace of the host.
     PidNamespace,
     /// Cgroups cannot be identified.
     Cgroups,
     /// Processes and cgroups are tracked without kernel events.
+    #[strum(to_string = "kernel")]
     KernelMode,
     /// The counters of lost kernel events cannot be read.
     LossCounters,
@@ -44,51 +39,53 @@ pub enum Condition {
     /// The driver cannot be used.
     Nvml,
     /// A driver call of the thread that lists GPUs does not return.
+    #[strum(to_string = "gpu-watch")]
     GpuList,
     /// A driver call of the thread that receives XID errors does not return.
+    #[strum(to_string = "gpu-events")]
     XidEvents,
     /// The GPU at this index cannot be opened.
+    #[strum(to_string = "gpu-index-{index}")]
     GpuUnopened { index: u32 },
     /// The GPU in this slot is lost, fails, or a call does not return.
+    #[strum(to_string = "gpu-{slot}")]
     Gpu { slot: usize },
     /// Reading the GPU in this slot within its budget covers only some samples.
+    #[strum(to_string = "gpu-{slot}-budget")]
     GpuBudget { slot: usize },
 }
 
 impl Condition {
-    /// Unique, and stable across versions.
-    pub fn key(self) -> Cow<'static, str> {
-        match self {
-            Condition::PidNamespace => "pid-namespace".into(),
-            Condition::Cgroups => "cgroups".into(),
-            Condition::KernelMode => "kernel".into(),
-            Condition::LossCounters => "loss-counters".into(),
-            Condition::Scan => "scan".into(),
-            Condition::Pressure => "pressure".into(),
-            Condition::PidSpace => "pid-space".into(),
-            Condition::Nvml => "nvml".into(),
-            Condition::GpuList => "gpu-watch".into(),
-            Condition::XidEvents => "gpu-events".into(),
-            Condition::GpuUnopened { index } => format!("gpu-index-{index}").into(),
-            Condition::Gpu { slot } => format!("gpu-{slot}").into(),
-            Condition::GpuBudget { slot } => format!("gpu-{slot}-budget").into(),
-        }
+    pub fn key(self) -> String {
+        self.to_string()
     }
 
     pub fn severity(self) -> Severity {
+        self.properties().0
+    }
+
+    /// The log message for the end of the condition.
+    pub fn recovery(self) -> &'static str {
+        self.properties().1
+    }
+
+    /// The severity, and the log message for the end.
+    fn properties(self) -> (Severity, &'static str) {
+        use Severity::{Missing, Reduced};
         match self {
-            Condition::LossCounters | Condition::Pressure | Condition::XidEvents | Condition::GpuBudget { .. } => {
-                Severity::Reduced
-            }
-            Condition::PidNamespace
-            | Condition::Cgroups
-            | Condition::KernelMode
-            | Condition::Scan
-            | Condition::PidSpace
-            | Condition::Nvml
-            | Condition::GpuList
-            | Condition::GpuUnopened { .. }
-            | Condition::Gpu { .. } => Severity::Missing,
+            Condition::PidNamespace => (Missing, "the agent is in the host's PID namespace"),
+            Condition::Cgroups => (Missing, "cgroups can be identified"),
+            Condition::KernelMode => (Missing, "kernel events are received"),
+            Condition::LossCounters => (Reduced, "the counters of lost kernel events can be read again"),
+            Condition::Scan => (Missing, "all cgroups and processes can be read again"),
+            Condition::Pressure => (Reduced, "the pressure of containers can be read again"),
+            Condition::PidSpace => (Missing, "the driver's PIDs are this machine's"),
+            Condition::Nvml => (Missing, "the NVIDIA driver can be used"),
+            Condition::GpuList => (Missing, "the driver call has returned"),
+            Condition::XidEvents => (Reduced, "the driver call has returned"),
+            Condition::GpuUnopened { .. } => (Missing, "the GPU can be opened, or was removed"),
+            Condition::Gpu { .. } => (Missing, "the GPU can be read again"),
+            Condition::GpuBudget { .. } => (Reduced, "the process of every sample is queried again"),
         }
     }
 
@@ -98,24 +95,6 @@ impl Condition {
             Condition::PidNamespace => Some(PID_NAMESPACE_REMEDY),
             Condition::Cgroups => Some(CGROUPS_REMEDY),
             _ => None,
-        }
-    }
-
-    /// The log message for the end of the condition.
-    pub fn recovery(self) -> &'static str {
-        match self {
-            Condition::PidNamespace => "the agent is in the host's PID namespace",
-            Condition::Cgroups => "cgroups can be identified",
-            Condition::KernelMode => "kernel events are received",
-            Condition::LossCounters => "the counters of lost kernel events can be read again",
-            Condition::Scan => "all cgroups and processes can be read again",
-            Condition::Pressure => "the pressure of containers can be read again",
-            Condition::PidSpace => "the driver's PIDs are this machine's",
-            Condition::Nvml => "the NVIDIA driver can be used",
-            Condition::GpuList | Condition::XidEvents => "the driver call has returned",
-            Condition::GpuUnopened { .. } => "the GPU can be opened, or was removed",
-            Condition::Gpu { .. } => "the GPU can be read again",
-            Condition::GpuBudget { .. } => "the process of every sample is queried again",
         }
     }
 }
@@ -163,9 +142,16 @@ mod tests {
     #[test]
     fn keys_do_not_change() {
         let check = |condition: Condition, expect: &str| assert_eq!(condition.key(), expect);
+        check(Condition::PidNamespace, "pid-namespace");
+        check(Condition::Cgroups, "cgroups");
         check(Condition::KernelMode, "kernel");
+        check(Condition::LossCounters, "loss-counters");
+        check(Condition::Scan, "scan");
+        check(Condition::Pressure, "pressure");
         check(Condition::PidSpace, "pid-space");
+        check(Condition::Nvml, "nvml");
         check(Condition::GpuList, "gpu-watch");
+        check(Condition::XidEvents, "gpu-events");
         check(Condition::GpuUnopened { index: 3 }, "gpu-index-3");
         check(Condition::Gpu { slot: 0 }, "gpu-0");
         check(Condition::GpuBudget { slot: 12 }, "gpu-12-budget");

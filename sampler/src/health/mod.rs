@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use hdrhistogram::Histogram;
 use sampler_common::kind;
-use sampler_core::identity::{Identity, Size};
+use sampler_core::identity::Size;
 use sampler_core::pid_space::PidSpace;
 use sampler_core::units::BootNs;
 
@@ -137,12 +137,8 @@ impl Health {
         };
         let before = self.inner().messages.insert(condition, message.clone());
         if before.as_ref() != Some(&message) {
-            tracing::warn!(what = &*condition.key(), severity = condition.severity().name(), "{message}");
+            tracing::warn!(what = &*condition.key(), severity = <&str>::from(condition.severity()), "{message}");
         }
-    }
-
-    pub fn is_degraded(&self, condition: Condition) -> bool {
-        self.inner().messages.contains_key(&condition)
     }
 
     /// Ends a condition; logged if it was present.
@@ -157,36 +153,9 @@ impl Health {
         }
     }
 
-    pub fn set_kernel_mode(&self, mode: &'static str) {
-        self.inner().view.kernel_mode = mode;
-    }
-
-    pub fn set_pid_space(&self, space: PidSpace) {
-        self.inner().view.pid_space = space;
-    }
-
-    pub fn kernel_events(&self, seen: &[u64; kind::COUNT as usize], lost: &Lost, drained: Duration) {
-        let mut inner = self.inner();
-        inner.view.drained = drained;
-        inner.view.events_seen = *seen;
-        inner.view.events_lost = *lost;
-    }
-
-    pub fn resynced(&self) {
-        self.inner().view.resyncs += 1;
-    }
-
-    pub fn liveness_repaired(&self, removed: usize) {
-        self.inner().view.liveness_repairs += removed as u64;
-    }
-
-    pub fn tables(&self, identity: &Identity, watches: usize) {
-        let (nodes, bytes) = identity.cgroups.size();
-        let mut inner = self.inner();
-        inner.view.repairs = identity.repairs;
-        inner.view.watches = watches;
-        inner.view.processes = identity.processes.size();
-        inner.view.cgroups = (nodes, bytes, identity.cgroups.evicted);
+    /// Changes what [`Health::view`] returns, except for `identified` and `degraded`.
+    pub fn update(&self, change: impl FnOnce(&mut HealthView)) {
+        change(&mut self.inner().view);
     }
 
     pub fn identified(&self, after_ns: u64) {
@@ -194,8 +163,17 @@ impl Health {
         inner.identified.get_or_insert_with(Calls::new).record(Duration::from_nanos(after_ns));
     }
 
-    pub fn set_nvml(&self, up: bool) {
-        self.inner().view.nvml_up = Some(up);
+    /// Ends the condition if there are no problems; otherwise begins it, and keeps its first message while it lasts.
+    pub fn report(&self, condition: Condition, problems: &[String], message: impl FnOnce(usize, &str) -> String) {
+        match problems.first() {
+            None => self.recovered(condition),
+            Some(first) if !self.is_degraded(condition) => self.degraded(condition, &message(problems.len(), first)),
+            Some(_) => {}
+        }
+    }
+
+    fn is_degraded(&self, condition: Condition) -> bool {
+        self.inner().messages.contains_key(&condition)
     }
 
     /// Updates the conditions of driver calls that do not return and of those that have returned.

@@ -195,7 +195,7 @@ impl DriverHealth {
     pub fn caller(&self, condition: Condition, uuid: Option<&str>) -> Caller {
         let slot = Arc::new(CallSlot::new(condition, uuid.map(Into::into)));
         self.slots().push(Arc::clone(&slot));
-        Caller::new(slot)
+        Caller { slot }
     }
 
     pub(super) fn watch(&self, now: BootNs) -> Vec<Change> {

@@ -11,6 +11,7 @@
 //! shows when the GPU was busy. A budget limits how many samples have their process queried.
 
 use std::collections::VecDeque;
+use std::ops::AddAssign;
 use std::time::Duration;
 
 /// Unused budget accumulates for this time.
@@ -94,12 +95,19 @@ pub struct Limits {
 }
 
 /// The cost of some work.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Cost {
     /// Processor time.
     pub cpu: Duration,
     /// Time in driver calls.
     pub wait: Duration,
+}
+
+impl AddAssign for Cost {
+    fn add_assign(&mut self, other: Self) {
+        self.cpu += other.cpu;
+        self.wait += other.wait;
+    }
 }
 
 impl Cost {

@@ -36,8 +36,7 @@ pub struct Context {
 
 impl Context {
     pub fn new(config: &Config, to: &CoreSender, health: &Arc<Health>, stop: &Arc<AtomicBool>) -> Result<Self, GpuError> {
-        let stopping = Arc::clone(stop);
-        let pids = PidCheck::start(config, to, health, move || stopping.load(Ordering::Relaxed))?;
+        let pids = PidCheck::start(config, to, health, Arc::clone(stop))?;
         Ok(Self {
             to: to.clone(),
             health: Arc::clone(health),

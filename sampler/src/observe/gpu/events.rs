@@ -80,11 +80,9 @@ impl Events {
     fn listen(&mut self, xids: &Xids<'_>) {
         let new = std::mem::take(&mut *self.generation.listen.lock().unwrap_or_else(PoisonError::into_inner));
         for device in new {
-            self.caller.enter(Call::RegisterEvents, boot_now());
             let begun = Instant::now();
-            let result = xids.listen(device.device);
+            let result = self.caller.during(Call::RegisterEvents, boot_now(), || xids.listen(device.device));
             let took = begun.elapsed();
-            self.caller.leave();
             let calls = self.context.health.driver.device(&device.uuid);
             calls.record(Call::RegisterEvents, took, None);
             calls.set_supported(Call::RegisterEvents, result.is_ok());
@@ -100,10 +98,9 @@ impl Events {
     }
 
     fn wait(&self, xids: &Xids<'_>, at_most: Duration) -> Result<Option<(usize, u64)>, NvmlError> {
-        self.caller.enter(Call::EventSetWait, boot_now());
-        let event = xids.wait(u32::try_from(at_most.as_millis()).unwrap_or(u32::MAX));
-        self.caller.leave();
-        let Some((device, xid)) = event? else { return Ok(None) };
+        let timeout_ms = u32::try_from(at_most.as_millis()).unwrap_or(u32::MAX);
+        let event = self.caller.during(Call::EventSetWait, boot_now(), || xids.wait(timeout_ms))?;
+        let Some((device, xid)) = event else { return Ok(None) };
         Ok(self.listening.iter().find(|known| known.device == device).map(|known| (known.slot, xid)))
     }
 

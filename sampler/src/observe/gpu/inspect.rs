@@ -15,13 +15,14 @@ use super::context::limits;
 use super::device_nodes::{DevicePaths, Nodes};
 use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle, open};
-use super::nvml_caller::{NvmlCaller, cpu_now, error_name};
+use super::nvml_caller::{NvmlCaller, error_name};
+use super::ring::GPU_UTILIZATION;
 use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
-use crate::observe::clock::boot_now;
+use crate::observe::clock::{boot_now, cpu_now};
 
 /// Maximum duration of the inspection, because the driver may hang.
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -36,8 +37,6 @@ const TURN: Duration = Duration::from_secs(3);
 const TIMED: usize = 5;
 /// Time between the two lists that may name a process of another PID space: a single sighting is not conclusive.
 const LIST_AGAIN_AFTER: Duration = Duration::from_millis(1_100);
-/// nvmlSamplingType_t: GPU utilization.
-const GPU_UTILIZATION: u32 = 1;
 
 /// The driver and its GPUs, as text.
 pub struct Inspected {

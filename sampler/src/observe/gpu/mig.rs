@@ -6,7 +6,7 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
-use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
+use sampler_core::device::{GpuInfo, MigMode};
 use sampler_core::observation::{GpmInterval, GpuBatch, Observation, PollStatus};
 use sampler_core::units::GpuUuid;
 
@@ -14,7 +14,7 @@ use super::calls::Buffers;
 use super::context::Context;
 use super::gpm::{self, Gpm};
 use super::library::Handle;
-use super::nvml_caller::NvmlCaller;
+use super::nvml_caller::{NvmlCaller, is_unsupported};
 use super::readings::{self, Processes};
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
@@ -55,7 +55,7 @@ pub fn mode(handle: &Handle, driver: &mut NvmlCaller) -> Result<MigMode, NvmlErr
     match driver.call(Call::GetMigMode, || handle.device().mig_mode()) {
         Ok(mode) if mode.current == 1 => Ok(MigMode::Enabled),
         Ok(_) => Ok(MigMode::Disabled),
-        Err(error) if super::nvml_caller::is_unsupported(&error) => Ok(MigMode::Unsupported),
+        Err(error) if is_unsupported(&error) => Ok(MigMode::Unsupported),
         Err(error) => Err(error),
     }
 }
@@ -112,11 +112,8 @@ impl MigDevices {
         // A failed list does not mean that devices were removed.
         let Ok(found) = find(parent, driver) else { return Ok(false) };
         let before = self.uuids();
-        let (kept, gone): (Vec<_>, Vec<_>) =
-            std::mem::take(&mut self.devices).into_iter().partition(|d| found.iter().any(|f| f.uuid == d.uuid));
-        self.devices = kept;
-        for device in gone {
-            device.end(context)?;
+        for device in self.devices.extract_if(.., |d| !found.iter().any(|f| f.uuid == d.uuid)) {
+            report_gone(context, &device.uuid, device.slot)?;
         }
         for (uuid, slot) in self.before.drain(..).filter(|(uuid, _)| !found.iter().any(|f| f.uuid == *uuid)) {
             report_gone(context, &uuid, slot)?;
@@ -144,7 +141,7 @@ impl MigDevices {
             context.to.observe(Observation::GpuFound { gpu: slot, info: Arc::new(info), at: boot_now() })?;
             self.devices.push(MigDevice {
                 slot,
-                driver: driver.for_device(&found.uuid, &context.health),
+                driver: NvmlCaller::new(&found.uuid, &driver.caller, &context.health),
                 uuid: found.uuid,
                 handle: found.handle,
                 processes: Processes::new(context.procfs.clone()),
@@ -165,9 +162,9 @@ impl MigDevices {
     ) -> Result<(), Closed> {
         for device in &mut self.devices {
             let batch = device.read(lists_every, buffers);
-            driver.add_spent(device.driver.take_spent());
+            driver.spent += device.driver.take_spent();
             // A lost or destroyed MIG device is detected through its GPU.
-            device.driver.clear_fault();
+            device.driver.fault = None;
             context.polled(batch)?;
         }
         Ok(())
@@ -179,10 +176,6 @@ impl MigDevices {
 }
 
 impl MigDevice {
-    fn end(self, context: &Context) -> Result<(), Closed> {
-        report_gone(context, &self.uuid, self.slot)
-    }
-
     fn read(&mut self, lists_every: Duration, buffers: &mut Buffers) -> GpuBatch {
         let began = boot_now();
         let mut processes = None;
@@ -190,12 +183,7 @@ impl MigDevice {
         if self.listed.is_none_or(|at| at.elapsed() >= lists_every) {
             self.listed = Some(Instant::now());
             processes = self.processes.list(&self.handle, &mut self.driver, buffers);
-            let memory = readings::memory(&self.handle, &mut self.driver);
-            readings = Some(DeviceReadings {
-                memory_used_bytes: memory.map(|(used, _)| used),
-                memory_total_bytes: memory.map(|(_, total)| total),
-                ..DeviceReadings::default()
-            });
+            readings = Some(readings::memory(&self.handle, &mut self.driver));
         }
         let (status, gpm) = self.utilization();
         let (ended, wall) = (boot_now(), wall_now());
@@ -206,7 +194,7 @@ impl MigDevice {
         let Some(gpm) = &mut self.gpm else { return (PollStatus::Unsupported, None) };
         match gpm.sample(&mut self.driver) {
             Ok(interval) => (PollStatus::Samples, interval),
-            Err(error) if super::nvml_caller::is_unsupported(&error) => (PollStatus::Unsupported, None),
+            Err(error) if is_unsupported(&error) => (PollStatus::Unsupported, None),
             Err(_) => (PollStatus::Failed, None),
         }
     }

@@ -5,13 +5,13 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
-use rustix::time::{ClockId, clock_gettime};
 use strum::EnumCount as _;
 
+use super::budget::Cost;
 use crate::health::Health;
 use crate::health::call_watchdog::Caller;
 use crate::health::nvml_calls::{Call, DeviceCalls};
-use crate::observe::clock::boot_now;
+use crate::observe::clock::{boot_now, cpu_now};
 
 /// Unsupported calls are retried after this time: the configuration of the driver may change.
 const TRY_AGAIN_AFTER: Duration = Duration::from_secs(600);
@@ -25,28 +25,15 @@ pub enum DeviceFault {
     Dead,
 }
 
-/// Time spent in calls since the last [`NvmlCaller::take_spent`].
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Spent {
-    pub wall: Duration,
-    /// Processor time.
-    pub cpu: Duration,
-}
-
 pub struct NvmlCaller {
-    calls: Arc<DeviceCalls>,
-    caller: Arc<Caller>,
+    pub calls: Arc<DeviceCalls>,
+    pub caller: Arc<Caller>,
     /// When the call was last found to be unsupported.
     unsupported_since: [Option<Instant>; Call::COUNT],
-    reported_support: [Option<bool>; Call::COUNT],
-    spent: Spent,
-    fault: Option<DeviceFault>,
-}
-
-/// Processor time of this thread.
-pub fn cpu_now() -> Duration {
-    let t = clock_gettime(ClockId::ThreadCPUTime);
-    Duration::new(t.tv_sec as u64, t.tv_nsec as u32)
+    /// The cost of calls since the last [`NvmlCaller::take_spent`].
+    pub spent: Cost,
+    /// The consequence of the last error that had one.
+    pub fault: Option<DeviceFault>,
 }
 
 pub fn is_unsupported(error: &NvmlError) -> bool {
@@ -73,15 +60,9 @@ impl NvmlCaller {
             calls: health.driver.device(uuid),
             caller: Arc::clone(caller),
             unsupported_since: [None; Call::COUNT],
-            reported_support: [None; Call::COUNT],
-            spent: Spent::default(),
+            spent: Cost::default(),
             fault: None,
         }
-    }
-
-    /// A caller for another device that the same thread reads.
-    pub fn for_device(&self, uuid: &str, health: &Health) -> Self {
-        Self::new(uuid, &self.caller, health)
     }
 
     /// Makes a call. One that is known to be unsupported is not made and returns `NotSupported`.
@@ -90,18 +71,15 @@ impl NvmlCaller {
         if self.unsupported_since[n].is_some_and(|since| since.elapsed() < TRY_AGAIN_AFTER) {
             return Err(NvmlError::NotSupported);
         }
-        self.caller.enter(call, boot_now());
         let (begun, cpu) = (Instant::now(), cpu_now());
-        let result = f();
+        let result = self.caller.during(call, boot_now(), f);
         let took = begun.elapsed();
-        self.caller.leave();
         self.spent.cpu += cpu_now().saturating_sub(cpu);
-        self.spent.wall += took;
+        self.spent.wait += took;
         let unsupported = result.as_ref().is_err_and(is_unsupported);
         self.unsupported_since[n] = unsupported.then(Instant::now);
         // Other errors do not show whether the call is supported.
-        if (unsupported || result.is_ok()) && self.reported_support[n] != Some(!unsupported) {
-            self.reported_support[n] = Some(!unsupported);
+        if unsupported || result.is_ok() {
             self.calls.set_supported(call, !unsupported);
         }
         let error = result.as_ref().err().filter(|_| !unsupported);
@@ -112,38 +90,13 @@ impl NvmlCaller {
         result
     }
 
-    pub fn spent(&self) -> Spent {
-        self.spent
-    }
-
-    pub fn take_spent(&mut self) -> Spent {
+    pub fn take_spent(&mut self) -> Cost {
         std::mem::take(&mut self.spent)
-    }
-
-    pub fn add_spent(&mut self, spent: Spent) {
-        self.spent.wall += spent.wall;
-        self.spent.cpu += spent.cpu;
-    }
-
-    pub fn fault(&self) -> Option<DeviceFault> {
-        self.fault
-    }
-
-    pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
-        self.calls.set_pace(poll_interval, recent_ratios);
     }
 
     /// Discards what was learned about the device, after it was opened again.
     pub fn reset(&mut self) {
         self.unsupported_since = [None; Call::COUNT];
-        self.fault = None;
-    }
-
-    pub fn set_lost(&mut self) {
-        self.fault = Some(DeviceFault::Lost);
-    }
-
-    pub fn clear_fault(&mut self) {
         self.fault = None;
     }
 }
@@ -180,8 +133,8 @@ mod tests {
         let view = &health.driver.view()[0];
         assert_eq!(view.supported, [("GetPowerUsage", true)]);
         assert_eq!(view.errors, [("GetPowerUsage", "Unknown".to_owned(), 1)]);
-        assert_eq!(driver.fault(), None);
+        assert_eq!(driver.fault, None);
         call(&mut driver, Err(NvmlError::GpuLost));
-        assert_eq!(driver.fault(), Some(DeviceFault::Lost));
+        assert_eq!(driver.fault, Some(DeviceFault::Lost));
     }
 }

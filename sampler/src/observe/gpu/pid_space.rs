@@ -8,7 +8,7 @@
 //! load; it is repeated once a minute.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, sync_channel};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -38,6 +38,7 @@ const PIDS: usize = 256;
 /// How often the thread checks whether it should end.
 const NAP: Duration = Duration::from_millis(500);
 
+#[derive(Default)]
 struct State {
     /// Incremented when a driver is opened.
     opened: u64,
@@ -102,29 +103,19 @@ pub fn verdict_text(evidence: &Evidence, now: BootNs) -> (String, Option<&'stati
 }
 
 impl PidCheck {
-    pub fn start(
-        config: &Config,
-        core: &CoreSender,
-        health: &Arc<Health>,
-        stopping: impl Fn() -> bool + Send + 'static,
-    ) -> Result<Arc<Self>, GpuError> {
+    pub fn start(config: &Config, core: &CoreSender, health: &Arc<Health>, stop: Arc<AtomicBool>) -> Result<Arc<Self>, GpuError> {
         let (to, named) = sync_channel(WAITING);
         let check = Arc::new(Self {
             places: DevicePaths::new(config),
             core: core.clone(),
             health: Arc::clone(health),
-            state: Mutex::new(State {
-                opened: 0,
-                evidence: Evidence::default(),
-                nodes: Nodes::default(),
-                announced: PidSpace::default(),
-            }),
+            state: Mutex::default(),
             to,
             quiet_until: AtomicU64::new(0),
             changes: AtomicU64::new(0),
         });
         let checking = Arc::clone(&check);
-        spawn("gpu-pids", move || checking.run(&named, stopping))?;
+        spawn("gpu-pids", move || checking.run(&named, &stop))?;
         Ok(check)
     }
 
@@ -167,9 +158,9 @@ impl PidCheck {
         }
     }
 
-    fn run(&self, named: &Receiver<Vec<NamedPid>>, stopping: impl Fn() -> bool) {
+    fn run(&self, named: &Receiver<Vec<NamedPid>>, stop: &AtomicBool) {
         let mut checked = HashMap::new();
-        while !stopping() {
+        while !stop.load(Ordering::Relaxed) {
             match named.recv_timeout(NAP) {
                 Ok(pids) => self.check_processes(&pids, &mut checked),
                 Err(RecvTimeoutError::Timeout) => {}
@@ -208,7 +199,7 @@ impl PidCheck {
     /// Called with the lock held, so that verdicts reach the core in order.
     fn announce(&self, state: &mut State) {
         let (verdict, (reason, remedy)) = (state.evidence.verdict(), verdict_text(&state.evidence, boot_now()));
-        self.health.set_pid_space(verdict);
+        self.health.update(|view| view.pid_space = verdict);
         match remedy {
             Some(remedy) => {
                 let message = format!("{reason}; until it is settled as local, GPU time is pid_unknown; {remedy}");

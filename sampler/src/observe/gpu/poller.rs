@@ -20,14 +20,14 @@ use super::gpm;
 use super::gpu_health::GpuHealth;
 use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
-use super::nvml_caller::{DeviceFault, NvmlCaller, cpu_now, error_name};
+use super::nvml_caller::{DeviceFault, NvmlCaller, error_name};
 use super::poll_interval::{Pace, SLOW};
 use super::readings::{self, Engines, Processes};
 use super::ring::{SampleRing, Tools};
 use crate::health::call_watchdog::Caller;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
-use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::clock::{boot_now, cpu_now, wall_now};
 
 /// The process list holds a global driver lock for milliseconds, so it is read rarely.
 const LISTS_EVERY: Duration = Duration::from_secs(2);
@@ -91,17 +91,7 @@ fn due(last: &mut Option<Instant>, every: Duration) -> bool {
 impl Poller {
     pub fn new(context: &Arc<Context>, start: Start, caller: Caller) -> Self {
         let uuid = Arc::clone(&start.uuid);
-        let info = GpuInfo {
-            uuid: GpuUuid(Arc::clone(&uuid)),
-            index: start.index.load(Ordering::Relaxed),
-            minor: None,
-            mig_uuids: Vec::new(),
-            parent: None,
-            model: String::new(),
-            pci_bus_id: String::new(),
-            driver_version: String::new(),
-            mig_mode: MigMode::Unsupported,
-        };
+        let info = GpuInfo { uuid: GpuUuid(Arc::clone(&uuid)), index: start.index.load(Ordering::Relaxed), ..GpuInfo::default() };
         Self {
             context: Arc::clone(context),
             health: GpuHealth::new(start.slot, Arc::clone(&uuid), Arc::clone(&context.health)),
@@ -142,7 +132,7 @@ impl Poller {
         self.open()?;
         while !self.is_over() {
             let cpu = cpu_now();
-            let interval = match self.driver.fault() {
+            let interval = match self.driver.fault {
                 Some(DeviceFault::Dead) => {
                     self.handle.generation.kill();
                     break;
@@ -213,12 +203,6 @@ impl Poller {
         self.info.mig_mode == MigMode::Enabled
     }
 
-    /// Charges the cost of calls since the last charge to the budget of this part.
-    fn spend(&mut self, part: Part, own_cpu: Duration) {
-        let spent = self.driver.take_spent();
-        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu + own_cpu, wait: spent.wall });
-    }
-
     /// Polls once; returns the interval to the next poll.
     fn poll(&mut self, cpu: Duration) -> Result<Duration, Closed> {
         let mut in_calls = Duration::ZERO;
@@ -258,12 +242,12 @@ impl Poller {
         }
         self.context.polled(batch)?;
         // A lost GPU is reported separately.
-        if self.driver.fault().is_none() {
+        if self.driver.fault.is_none() {
             self.health.polled(error.map(|error| error_name(&error)).as_deref());
         }
         let spent = self.driver.take_spent();
         let own_cpu = cpu_now().saturating_sub(cpu).saturating_sub(in_calls + spent.cpu);
-        self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own_cpu, wait: spent.wall });
+        self.budget.spend(Part::SampleRing, boot_now().0, Cost { cpu: spent.cpu + own_cpu, ..spent });
         let interval = match status {
             PollStatus::Unsupported if self.in_mig_mode() => self.budget.interval(Part::SampleRing, gpm::EVERY),
             PollStatus::Unsupported => SLOW,
@@ -274,7 +258,7 @@ impl Poller {
             self.health.coverage(coverage, self.budget.binding(Part::SampleRing));
         }
         let ratios = self.budget.recent_ratios(boot_now().0);
-        self.driver.set_pace(interval, ratios);
+        self.driver.calls.set_pace(interval, ratios);
         Ok(interval)
     }
 
@@ -313,13 +297,14 @@ impl Poller {
         }
     }
 
+    /// Charges the cost of calls since the last charge to the budget of this part, and adds their processor time to `cpu`.
     fn spent_in_calls(&mut self, part: Part, cpu: &mut Duration) {
         let spent = self.driver.take_spent();
-        if spent.wall.is_zero() {
+        if spent.wait.is_zero() {
             return;
         }
         *cpu += spent.cpu;
-        self.budget.spend(part, boot_now().0, Cost { cpu: spent.cpu, wait: spent.wall });
+        self.budget.spend(part, boot_now().0, spent);
     }
 
     fn update_mig(&mut self) -> Result<(), Closed> {
@@ -358,16 +343,16 @@ impl Poller {
                 // The driver returns a handle even for a device that is not usable, so a call is made.
                 let _memory = readings::memory(&self.handle, &mut self.driver);
             }
-            Err(_) if self.driver.fault().is_none() => self.driver.set_lost(),
-            Err(_) => {}
+            Err(_) => self.driver.fault = self.driver.fault.or(Some(DeviceFault::Lost)),
         }
-        if self.driver.fault().is_none() {
+        if self.driver.fault.is_none() {
             self.health.back();
             self.open()?;
         }
-        self.spend(Part::Readings, Duration::ZERO);
+        let spent = self.driver.take_spent();
+        self.budget.spend(Part::Readings, boot_now().0, spent);
         let ratios = self.budget.recent_ratios(boot_now().0);
-        self.driver.set_pace(SLOW, ratios);
+        self.driver.calls.set_pace(SLOW, ratios);
         Ok(SLOW)
     }
 }

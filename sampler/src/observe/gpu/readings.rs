@@ -34,14 +34,16 @@ const ENGINES: [(Engine, u32, Call); 5] = [
     (Engine::Ofa, 9, Call::GetOfaSamples),
 ];
 
-pub fn memory(handle: &Handle, driver: &mut NvmlCaller) -> Option<(u64, u64)> {
-    match driver.call(Call::GetMemoryInfoV2, || handle.memory_v2()) {
-        Ok(memory) => Some(memory),
+/// Only the memory.
+pub fn memory(handle: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
+    let memory = match driver.call(Call::GetMemoryInfoV2, || handle.memory_v2()) {
         Err(NvmlError::NotSupported | NvmlError::FailedToLoadSymbol(_)) => {
-            driver.call(Call::GetMemoryInfo, || handle.memory_v1()).ok()
+            driver.call(Call::GetMemoryInfo, || handle.memory_v1())
         }
-        Err(_) => None,
-    }
+        known => known,
+    };
+    let (memory_used_bytes, memory_total_bytes) = memory.ok().unzip();
+    DeviceReadings { memory_used_bytes, memory_total_bytes, ..DeviceReadings::default() }
 }
 
 pub fn readings(handle: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
@@ -53,13 +55,12 @@ pub fn readings(handle: &Handle, driver: &mut NvmlCaller) -> DeviceReadings {
     let clock = driver.call(Call::GetClockInfo, || device.clock_info(Clock::SM));
     let reasons = driver.call(Call::GetClocksEventReasons, || handle.clocks_event_reasons());
     DeviceReadings {
-        memory_used_bytes: memory.map(|(used, _)| used),
-        memory_total_bytes: memory.map(|(_, total)| total),
         power_watts: power.ok().map(|mw| f64::from(mw) / 1e3),
         energy_joules: energy.ok().map(|mj| mj as f64 / 1e3),
         temperature_celsius: temperature.ok().map(f64::from),
         sm_clock_hertz: clock.ok().map(|mhz| f64::from(mhz) * 1e6),
         throttle_reasons: reasons.ok(),
+        ..memory
     }
 }
 

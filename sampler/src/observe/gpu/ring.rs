@@ -13,7 +13,7 @@ use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
 /// nvmlSamplingType_t: GPU utilization.
-const GPU_UTILIZATION: u32 = 1;
+pub const GPU_UTILIZATION: u32 = 1;
 /// How often a device with a dry ring is queried for being idle.
 const IDLE_QUERIED_EVERY: Duration = Duration::from_secs(1);
 /// How often the utilization rates of a device are verified, until it is known whether they can be trusted.
@@ -166,7 +166,7 @@ impl SampleRing {
 
 /// Process samples after this timestamp; empty if the device does not support the query. `None` if the query failed.
 fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawProcessSample>> {
-    let before = tools.driver.spent();
+    let before = tools.driver.spent;
     let all = tools
         .driver
         .call(Call::GetProcessesUtilizationInfo, || tools.buffers.process_samples_of_all_engines(tools.handle, after));
@@ -176,8 +176,8 @@ fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawPro
         }
         all => all,
     };
-    let after = tools.driver.spent();
-    tools.budget.process_query(Cost { cpu: after.cpu.saturating_sub(before.cpu), wait: after.wall.saturating_sub(before.wall) });
+    let after = tools.driver.spent;
+    tools.budget.process_query(Cost { cpu: after.cpu.saturating_sub(before.cpu), wait: after.wait.saturating_sub(before.wait) });
     match process_samples {
         Ok(process_samples) => Some(process_samples),
         // Processes can never be named: busy time is still observed, and attributed to `no_pid`.

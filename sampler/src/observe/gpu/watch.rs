@@ -109,19 +109,19 @@ impl Watch {
     fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
         let mut retry = RETRY_AT_FIRST;
         while !self.context.stopping() {
-            match self.open() {
-                Ok(generation) => {
+            match self.caller.during(Call::Init, boot_now(), || open(self.lib.as_deref())) {
+                Ok(nvml) => {
                     let was = Instant::now();
                     self.context.pids.opened();
                     // Closed: the core has ended, and with it the agent.
-                    if self.serve(generation, opened).is_err() {
+                    if self.serve(Arc::new(Generation::new(nvml)), opened).is_err() {
                         return;
                     }
                     // A library that becomes unusable at once is not reopened in a loop.
                     retry = if was.elapsed() > RETRY { RETRY_AT_FIRST } else { retry };
                 }
                 Err(error) => {
-                    self.context.health.set_nvml(false);
+                    self.context.health.update(|view| view.nvml_up = Some(false));
                     let message = format!("no GPU can be read, retrying: {}", display_chain(&error));
                     self.context.health.degraded(Condition::Nvml, &message);
                     let _waited_for = opened.try_send(Err(error));
@@ -139,17 +139,6 @@ impl Watch {
         }
     }
 
-    fn call<T>(&self, call: Call, f: impl FnOnce() -> T) -> T {
-        self.caller.enter(call, boot_now());
-        let result = f();
-        self.caller.leave();
-        result
-    }
-
-    fn open(&self) -> Result<Arc<Generation>, GpuError> {
-        self.call(Call::Init, || open(self.lib.as_deref())).map(|nvml| Arc::new(Generation::new(nvml)))
-    }
-
     /// Lists GPUs until the library can no longer be used.
     fn serve(&mut self, generation: Arc<Generation>, opened: &SyncSender<Result<(), GpuError>>) -> Result<(), Closed> {
         let mut events = None;
@@ -157,7 +146,7 @@ impl Watch {
             let begun = Instant::now();
             match self.list(&generation) {
                 Ok(gpus) => {
-                    self.context.health.set_nvml(true);
+                    self.context.health.update(|view| view.nvml_up = Some(true));
                     self.context.health.recovered(Condition::Nvml);
                     if events.is_none() {
                         tracing::info!(gpus, "sampling");
@@ -186,8 +175,8 @@ impl Watch {
 
     /// Starts a thread for every new GPU and ends the threads of removed GPUs.
     fn list(&mut self, generation: &Arc<Generation>) -> Result<u32, NvmlError> {
-        self.call(Call::Init, || generation.refresh())?;
-        let count = self.call(Call::GetCount, || generation.nvml().device_count())?;
+        self.caller.during(Call::Init, boot_now(), || generation.refresh())?;
+        let count = self.caller.during(Call::GetCount, boot_now(), || generation.nvml().device_count())?;
         let mut seen: Vec<Arc<str>> = Vec::new();
         let mut found = Vec::new();
         let mut unopened = Vec::new();
@@ -271,7 +260,7 @@ impl Watch {
         // By slot, because an index may later belong to another GPU.
         let name = format!("gpu-{slot}");
         let caller = self.context.health.driver.caller(Condition::Gpu { slot }, Some(&uuid));
-        let (end, calls) = (Arc::new(AtomicBool::new(false)), caller.slot());
+        let (end, calls) = (Arc::new(AtomicBool::new(false)), Arc::clone(&caller.slot));
         let shared_index = Arc::new(AtomicU32::new(index));
         let start = Start { handle, uuid: Arc::clone(&uuid), index: Arc::clone(&shared_index), slot, end: Arc::clone(&end) };
         let poller = Poller::new(&self.context, start, caller);
@@ -312,7 +301,7 @@ impl Watch {
         if self.context.stopping() {
             return;
         }
-        self.context.health.set_nvml(false);
+        self.context.health.update(|view| view.nvml_up = Some(false));
         self.context.health.degraded(Condition::Nvml, "the NVIDIA driver was unloaded or replaced; reopening its library");
         let ended = |watch: &Self| {
             watch.workers.values().all(|w| w.thread.is_finished()) && events.as_ref().is_none_or(JoinHandle::is_finished)

@@ -55,10 +55,6 @@ pub enum Mode {
 }
 
 impl Mode {
-    pub fn named(name: &str) -> Option<Mode> {
-        name.parse().ok()
-    }
-
     pub fn name(self) -> &'static str {
         self.into()
     }

@@ -29,22 +29,18 @@ fn try_mode(mode: Mode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<
 }
 
 pub fn choose(wanted: KernelMode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<Chosen, KernelError> {
-    let modes = match wanted {
-        KernelMode::Auto => &[Mode::RawTracepoint, Mode::Inotify][..],
-        KernelMode::RawTracepoint => return only(try_mode(Mode::RawTracepoint, layout, btf, ring_bytes)),
-        KernelMode::Inotify => return only(try_mode(Mode::Inotify, layout, btf, ring_bytes)),
-        KernelMode::Procfs => &[],
+    let (better, last) = match wanted {
+        KernelMode::Auto => (&[Mode::RawTracepoint, Mode::Inotify][..], Mode::Procfs),
+        KernelMode::RawTracepoint => (&[][..], Mode::RawTracepoint),
+        KernelMode::Inotify => (&[][..], Mode::Inotify),
+        KernelMode::Procfs => (&[][..], Mode::Procfs),
     };
     let mut refused = Vec::new();
-    for mode in modes {
+    for mode in better {
         match try_mode(*mode, layout, btf, ring_bytes) {
             Ok(tracker) => return Ok(Chosen { tracker, refused }),
             Err(error) => refused.push((*mode, error)),
         }
     }
-    Ok(Chosen { tracker: Tracker::Procfs, refused })
-}
-
-fn only(tracker: Result<Tracker, KernelError>) -> Result<Chosen, KernelError> {
-    Ok(Chosen { tracker: tracker?, refused: Vec::new() })
+    Ok(Chosen { tracker: try_mode(last, layout, btf, ring_bytes)?, refused })
 }

@@ -61,35 +61,27 @@ fn stat(folder: &Path) -> Result<Option<Stat>, String> {
 
 /// The folder of a living thread, with the start time of the thread group: the leader, or another thread if the leader has exited.
 pub fn living_thread(folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
+    thread_that_is_not(exiting, folder)
+}
+
+/// The start time of the process in /proc, if any of its threads has not ended. Unlike in [`read_process`], an exiting process counts as
+/// alive, because its exit event may still be delivered.
+fn start_time(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
+    Ok(thread_that_is_not(ended, &procfs_root.join(pid.to_string()))?.map(|(_, start)| start))
+}
+
+fn thread_that_is_not(over: fn(&Stat) -> bool, folder: &Path) -> Result<Option<(PathBuf, BootNs)>, String> {
     let Some(leader) = stat(folder)? else { return Ok(None) };
     let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
-    if !exiting(&leader) {
+    if !over(&leader) {
         return Ok(Some((folder.to_path_buf(), start)));
     }
     // The group is alive while any other thread runs.
     let tasks = folder.join("task");
     for thread in pids(&tasks).unwrap_or_default() {
         let folder = tasks.join(thread.to_string());
-        if stat(&folder)?.is_some_and(|stat| !exiting(&stat)) {
+        if stat(&folder)?.is_some_and(|stat| !over(&stat)) {
             return Ok(Some((folder, start)));
-        }
-    }
-    Ok(None)
-}
-
-/// The start time of the process in /proc, if any of its threads has not ended. Unlike in [`read_process`], an exiting process counts as
-/// alive, because its exit event may still be delivered.
-pub fn start_time(procfs_root: &Path, pid: u32) -> Result<Option<BootNs>, String> {
-    let folder = procfs_root.join(pid.to_string());
-    let Some(leader) = stat(&folder)? else { return Ok(None) };
-    let start = BootNs(leader.starttime.saturating_mul(CLOCK_TICK_NS));
-    if !ended(&leader) {
-        return Ok(Some(start));
-    }
-    let tasks = folder.join("task");
-    for thread in pids(&tasks).unwrap_or_default() {
-        if stat(&tasks.join(thread.to_string()))?.is_some_and(|stat| !ended(&stat)) {
-            return Ok(Some(start));
         }
     }
     Ok(None)

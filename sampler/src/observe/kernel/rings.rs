@@ -2,10 +2,12 @@
 
 use aya::maps::{MapData, RingBuf};
 use sampler_common::{CgroupEvent, NAME_BYTES, ProcessEvent, kind};
-use sampler_core::observation::{CgroupChange, CgroupFact, CgroupMembership, ProcessChange, ProcessFact};
+use sampler_core::observation::{CgroupChange, CgroupFact, CgroupMembership, ProcessChange, ProcessFact, ProcessSeen};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 use std::mem::offset_of;
 use std::time::Duration;
+
+use crate::observe::clock::cpu_now;
 
 /// The content of an event. Smaller than an observation, because there may be 100,000 events a second.
 pub enum KernelFact {
@@ -39,7 +41,7 @@ impl Rings {
     /// Reads at least the events up to `until` and stops at the first later event of each ring, so that it ends even if events arrive
     /// faster than they are read. Cgroups first: a process may be in a cgroup of which the mkdir event is still in the other ring.
     pub fn drain(&mut self, until: BootNs, mut give: impl FnMut(KernelFact)) {
-        let begun = cpu_time();
+        let begun = cpu_now();
         while let Some(item) = self.cgroups.next() {
             if let Some((kind, fact)) = cgroup(&item) {
                 count(&mut self.seen, kind);
@@ -63,14 +65,8 @@ impl Rings {
                 }
             }
         }
-        self.drained += cpu_time().saturating_sub(begun);
+        self.drained += cpu_now().saturating_sub(begun);
     }
-}
-
-/// Processor time of this thread. On a busy node the thread waits for a processor, and that wait is not a cost of draining.
-fn cpu_time() -> Duration {
-    let used = rustix::time::clock_gettime(rustix::time::ClockId::ThreadCPUTime);
-    Duration::try_from(used).unwrap_or_default()
 }
 
 fn count(seen: &mut [u64], kind: u32) {
@@ -102,24 +98,18 @@ fn cgroup(bytes: &[u8]) -> Option<(u32, CgroupFact)> {
 }
 
 /// The process described by a record of an event or of the task iterator.
-pub struct Described {
-    pub tgid: Tgid,
-    pub start: BootNs,
-    pub at: BootNs,
-    pub membership: CgroupMembership,
-}
-
-pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<Described> {
+pub fn describe(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<ProcessSeen> {
     let membership = CgroupMembership {
         v2_id: u64_at(bytes, offset_of!(ProcessEvent, v2_id))?,
         v1_id: u64_at(bytes, offset_of!(ProcessEvent, v1_id))?,
         v1_hierarchy: v1_hierarchy.unwrap_or(0),
     };
-    Some(Described {
+    Some(ProcessSeen {
         tgid: Tgid(u32_at(bytes, offset_of!(ProcessEvent, tgid))?),
         start: BootNs(u64_at(bytes, offset_of!(ProcessEvent, start_ns))?),
-        at: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
-        membership,
+        coarse_start: false,
+        began: BootNs(u64_at(bytes, offset_of!(ProcessEvent, at_ns))?),
+        membership: Some(membership),
     })
 }
 
@@ -132,6 +122,6 @@ fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)
         kind::ATTACH => ProcessChange::Attach,
         _ => return None,
     };
-    let Described { tgid, start, at, membership } = describe(bytes, v1_hierarchy)?;
-    Some((kind, ProcessFact { change, tgid, start, at, membership }))
+    let ProcessSeen { tgid, start, began: at, membership, .. } = describe(bytes, v1_hierarchy)?;
+    Some((kind, ProcessFact { change, tgid, start, at, membership: membership? }))
 }

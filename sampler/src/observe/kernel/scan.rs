@@ -89,10 +89,7 @@ impl Scan {
 
 /// Scans every cgroup, then every process in /proc.
 pub fn of_proc(procfs_root: &Path, layout: &Layout) -> Scan {
-    let mut scan = Scan::begin();
-    let directories = scan.cgroups(layout);
-    scan.processes(procfs_root, layout, &directories, &HashSet::new());
-    scan.ended()
+    of_kernel(procfs_root, layout, || Ok(Vec::new()))
 }
 
 /// Scans every cgroup, then every process from the task iterator. /proc is read for processes that the iterator does not list (some

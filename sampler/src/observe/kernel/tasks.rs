@@ -8,7 +8,7 @@ use sampler_common::ProcessEvent;
 use sampler_core::observation::ProcessSeen;
 use thiserror::Error;
 
-use super::rings::{Described, describe};
+use super::rings::describe;
 
 /// Bytes per read of the iterator.
 const CHUNK_BYTES: usize = 64 << 10;
@@ -47,9 +47,5 @@ pub fn read(ebpf: &mut Ebpf, v1_hierarchy: Option<u32>) -> Result<Vec<ProcessSee
             n => bytes.extend_from_slice(&chunk[..n]),
         }
     }
-    let process = |record: &[u8]| {
-        let Described { tgid, start, at, membership } = describe(record, v1_hierarchy)?;
-        Some(ProcessSeen { tgid, start, coarse_start: false, began: at, membership: Some(membership) })
-    };
-    Ok(bytes.chunks_exact(size_of::<ProcessEvent>()).filter_map(process).collect())
+    Ok(bytes.chunks_exact(size_of::<ProcessEvent>()).filter_map(|record| describe(record, v1_hierarchy)).collect())
 }

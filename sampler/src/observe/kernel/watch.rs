@@ -16,7 +16,7 @@ use sampler_core::observation::{CgroupChange, CgroupFact};
 use sampler_core::units::{BootNs, CgroupKey};
 use thiserror::Error;
 
-use super::cgroupfs::{below, fact, walk};
+use super::cgroupfs::{below, fact};
 use super::layout::Layout;
 use crate::observe::clock::boot_now;
 
@@ -65,28 +65,11 @@ impl CgroupWatch {
     pub fn new(layout: &Layout) -> Result<Self, WatchError> {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| WatchError::Watch(e.into()))?;
         let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new(), displaced: Vec::new() };
-        let mut failed = None;
-        let mut any = false;
         for (hierarchy, mount) in layout.mounts() {
-            any = true;
-            let walked = walk(
-                hierarchy,
-                mount,
-                boot_now(),
-                &mut |folder, key| {
-                    if let Err(error) = watch.add(folder.to_path_buf(), key) {
-                        failed.get_or_insert(error);
-                    }
-                },
-                &mut |_, _| {},
-            );
-            walked.map_err(WatchError::Watch)?;
+            let meta = fs::metadata(mount).map_err(WatchError::Watch)?;
+            watch.add_tree(mount.to_path_buf(), CgroupKey { hierarchy, id: meta.ino() }, boot_now(), &mut |_| {})?;
         }
-        match failed {
-            Some(error) => Err(WatchError::Watch(error)),
-            None if any => Ok(watch),
-            None => Err(WatchError::NoCgroups),
-        }
+        if watch.known.is_empty() { Err(WatchError::NoCgroups) } else { Ok(watch) }
     }
 
     /// Number of watches held.
@@ -201,19 +184,25 @@ impl CgroupWatch {
             return Ok(());
         }
         give(CgroupFact { change: CgroupChange::Created, ..fact(key, Some(parent), name, at) });
-        let mut failed = None;
         // Cgroups created in it before it was watched.
-        let walked = below(
-            path,
-            key,
-            at,
-            &mut |folder, key| {
-                if let Err(error) = self.add(folder.to_path_buf(), key) {
-                    failed.get_or_insert(error);
-                }
-            },
-            &mut |_, fact| give(CgroupFact { change: CgroupChange::Created, ..fact }),
-        );
+        self.add_tree(path, key, at, &mut |fact| give(CgroupFact { change: CgroupChange::Created, ..fact }))
+    }
+
+    /// Adds a cgroup and all below it, of which `give` receives the latter. Continues after an error and returns the first error.
+    fn add_tree(
+        &mut self,
+        path: PathBuf,
+        key: CgroupKey,
+        at: BootNs,
+        give: &mut impl FnMut(CgroupFact),
+    ) -> Result<(), WatchError> {
+        let mut failed = None;
+        let add = &mut |folder: &Path, key| {
+            if let Err(error) = self.add(folder.to_path_buf(), key) {
+                failed.get_or_insert(error);
+            }
+        };
+        let walked = below(path, key, at, add, &mut |_, fact| give(fact));
         failed.map_or(walked, Err).map_err(WatchError::Watch)
     }
 }

@@ -162,10 +162,8 @@ impl Pressure {
         }
         self.view.took += reading.took;
         let known = self.known.entry(record.key).or_default();
-        let cpu = known.throttle.add(&reading.quotas);
         known.paths = Some(reading.paths);
-        let PressureReading { at, cpu_some_ns, memory_some_ns, io_some_ns, .. } = reading;
-        let fact = PressureFact { key: record.key, at, cpu, cpu_some_ns, memory_some_ns, io_some_ns };
+        let fact = PressureFact { cpu: known.throttle.add(&reading.quotas), ..reading.fact };
         self.view.facts.insert(record.key, fact);
         fact
     }
@@ -202,14 +200,8 @@ fn run(mut pressure: Pressure, context: &WorkerContext, view: &ArcSwap<PressureV
         next = if now < next + EVERY { next + EVERY } else { now + EVERY };
         let snapshot = context.snapshot.load_full();
         let problems = pressure.round(&snapshot, &mut |fact| context.to.observe(Observation::Pressure(fact)))?;
-        match problems.first() {
-            None => context.health.recovered(Condition::Pressure),
-            Some(first) if !context.health.is_degraded(Condition::Pressure) => {
-                let message = format!("cannot read the pressure of containers in {} places, such as {first}", problems.len());
-                context.health.degraded(Condition::Pressure, &message);
-            }
-            Some(_) => {}
-        }
+        let message = |n, first: &str| format!("cannot read the pressure of containers in {n} places, such as {first}");
+        context.health.report(Condition::Pressure, &problems, message);
         view.store(Arc::new(pressure.view.clone()));
         std::thread::sleep(next.saturating_duration_since(Instant::now()));
     }

@@ -14,22 +14,14 @@ pub struct Throttle {
     sum: Option<CpuQuota>,
 }
 
-/// The change of a level between two readings.
-struct Step {
-    now: CpuQuota,
-    periods: u64,
-    throttled_periods: u64,
-    throttled_ns: u64,
-}
-
-fn step(before: CpuQuota, now: CpuQuota) -> Step {
+/// The change of a level between two readings, with its present limit.
+fn step(before: CpuQuota, now: CpuQuota) -> CpuQuota {
     // Smaller numbers belong to another cgroup of the same name.
-    let since = |before: u64, now: u64| now.saturating_sub(before);
-    Step {
-        now,
-        periods: since(before.periods, now.periods),
-        throttled_periods: since(before.throttled_periods, now.throttled_periods),
-        throttled_ns: since(before.throttled_ns, now.throttled_ns),
+    CpuQuota {
+        limit_ns: now.limit_ns,
+        periods: now.periods.saturating_sub(before.periods),
+        throttled_periods: now.throttled_periods.saturating_sub(before.throttled_periods),
+        throttled_ns: now.throttled_ns.saturating_sub(before.throttled_ns),
     }
 }
 
@@ -51,16 +43,16 @@ impl Throttle {
         }
         // Among equals the innermost level.
         let most = steps.into_iter().rev().max_by(|a, b| {
-            let by_limit = || processors(&b.now).total_cmp(&processors(&a.now));
+            let by_limit = || processors(b).total_cmp(&processors(a));
             a.throttled_ns.cmp(&b.throttled_ns).then_with(by_limit)
         })?;
         self.sum = Some(match self.sum {
             None => {
                 let begin = levels.iter().flatten().rev().max_by_key(|quota| quota.throttled_ns)?;
-                CpuQuota { limit_ns: most.now.limit_ns, ..*begin }
+                CpuQuota { limit_ns: most.limit_ns, ..*begin }
             }
             Some(sum) => CpuQuota {
-                limit_ns: most.now.limit_ns,
+                limit_ns: most.limit_ns,
                 periods: sum.periods.saturating_add(most.periods),
                 throttled_periods: sum.throttled_periods.saturating_add(most.throttled_periods),
                 throttled_ns: sum.throttled_ns.saturating_add(most.throttled_ns),

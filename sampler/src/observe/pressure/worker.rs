@@ -6,8 +6,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, TryRecvError, channel}
 use std::time::{Duration, Instant};
 
 use sampler_core::identity::ContainerRecord;
-use sampler_core::observation::CpuQuota;
-use sampler_core::units::BootNs;
+use sampler_core::observation::{CpuQuota, PressureFact};
 
 use super::files::{OutcomeCounts, PressureFiles};
 use super::place::{Hierarchies, PressurePaths};
@@ -23,12 +22,10 @@ pub struct Target {
 /// The result of reading one container.
 pub struct PressureReading {
     pub paths: Arc<PressurePaths>,
-    pub at: BootNs,
+    /// Without `cpu`, which follows from `quotas`.
+    pub fact: PressureFact,
     /// Indexed like [`PressurePaths::levels`].
     pub quotas: Vec<Option<CpuQuota>>,
-    pub cpu_some_ns: Option<u64>,
-    pub memory_some_ns: Option<u64>,
-    pub io_some_ns: Option<u64>,
     pub counts: OutcomeCounts,
     pub problem: Option<String>,
     pub took: Duration,
@@ -41,8 +38,8 @@ pub fn read(hierarchies: &Hierarchies, target: Target) -> PressureReading {
     let quotas = paths.levels.iter().map(|level| files.quota(paths.version, level)).collect();
     let mut some = |resource| paths.v2.as_ref().and_then(|cgroup| files.some_ns(cgroup, resource));
     let (cpu_some_ns, memory_some_ns, io_some_ns) = (some("cpu"), some("memory"), some("io"));
-    let (counts, problem, at) = (files.counts, files.problem, boot_now());
-    PressureReading { paths, at, quotas, cpu_some_ns, memory_some_ns, io_some_ns, counts, problem, took: begun.elapsed() }
+    let fact = PressureFact { key: target.record.key, at: boot_now(), cpu: None, cpu_some_ns, memory_some_ns, io_some_ns };
+    PressureReading { paths, fact, quotas, counts: files.counts, problem: files.problem, took: begun.elapsed() }
 }
 
 pub struct PressureWorker {
