@@ -1,14 +1,13 @@
 //! `bench`: measures speed and memory and prints them as tables, with targets. Not part of `test`, since machines are shared and noisy.
-//! `bench peers` compares with other exporters, which it downloads first; `bench latency` runs worlds with slow drivers for half an hour.
-//! Both run only when they are named.
+//! `bench peers` compares with other exporters, which it downloads first; `bench latency` runs worlds with slow drivers for half an hour;
+//! `bench node` runs nodes with up to a thousand GPU processes. They run only when they are named.
 
 use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
 use anyhow::Result;
 
-/// The bench that needs the programs of other projects.
-const PEERS: &str = "peers";
-/// The bench that takes half an hour.
-const LATENCY: &str = "latency";
+/// Benches that run only when they are named, with their first word: the first takes minutes, the second half an hour, the third needs
+/// the programs of other projects.
+const NAMED: [&str; 3] = ["node", "latency", "peers"];
 
 pub fn verb(filters: &[String]) -> Result<()> {
     test::prepare(filters)?;
@@ -19,20 +18,17 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let mut cleanup = Cleanup::start()?;
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
-    let peers = filters.iter().any(|filter| filter == PEERS);
-    let latency = filters.iter().any(|filter| filter == LATENCY);
-    let chosen: &[&str] = match filters {
-        [] => &["core", "kernel", "labels", "reports", "tables"],
-        [_] if peers => &[PEERS],
-        [_] if latency => &[LATENCY],
+    let first_words: Vec<&str> = filters.iter().filter_map(|filter| filter.split('-').next()).collect();
+    let named: Vec<&str> = NAMED.into_iter().filter(|bench| first_words.contains(bench)).collect();
+    let chosen: Vec<&str> = match filters {
+        [] => vec!["core", "kernel", "labels", "reports", "tables"],
+        _ if first_words.iter().all(|word| NAMED.contains(word)) => named,
         // The bench of the pure core uses criterion, which takes at most one filter.
-        _ if latency => &["kernel", "labels", "reports", "tables", LATENCY],
-        _ if peers => &["kernel", "labels", "reports", "tables", PEERS],
-        _ => &["kernel", "labels", "reports", "tables"],
+        _ => [&["kernel", "labels", "reports", "tables"][..], &named].concat(),
     };
     benches.args(chosen.iter().flat_map(|name| ["--bench", name]));
     if filters.is_empty() {
-        tools::progress("bench: `peers` and `latency` are skipped: they run only when named");
+        tools::progress(format_args!("bench: {} are skipped: they run only when named", NAMED.join(", ")));
     } else {
         benches.arg("--").args(filters);
     }

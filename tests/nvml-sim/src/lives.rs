@@ -56,6 +56,9 @@ pub struct Lives {
     /// Indices of the GPUs; default: all
     #[arg(long, value_name = "GPU,..", value_delimiter = ',')]
     gpus: Vec<usize>,
+    /// Take the cgroups in turn, and the GPUs one after the other with equal numbers of processes, instead of drawing both
+    #[arg(long)]
+    in_turn: bool,
     /// Seed of the draws
     #[arg(long, default_value_t = 1)]
     seed: u64,
@@ -155,8 +158,13 @@ impl<'a> ProcessGroup<'a> {
 
     fn begin(&mut self, number: u64, pid: Option<u32>) -> anyhow::Result<Lifetime> {
         let draw = |what: u64, below: u64| mix(self.options.seed, number, what) % below;
-        let cgroup = &self.cgroups[draw(1, self.cgroups.len() as u64) as usize];
-        let gpu = self.gpus[draw(2, self.gpus.len() as u64) as usize];
+        let (cgroups, gpus) = (self.cgroups.len() as u64, self.gpus.len() as u64);
+        let (cgroup, gpu) = if self.options.in_turn {
+            (number % cgroups, number * gpus / self.options.count)
+        } else {
+            (draw(1, cgroups), draw(2, gpus))
+        };
+        let (cgroup, gpu) = (&self.cgroups[cgroup as usize], self.gpus[gpu as usize]);
         let between =
             |what, (from, to): (Duration, Duration)| from + Duration::from_micros(draw(what, (to - from).as_micros() as u64 + 1));
         let lasts = between(3, self.options.lasting);

@@ -4,6 +4,7 @@
 //! Every wait is without the lock: a stalled GPU must not stop calls on another.
 
 mod accounting;
+mod cost;
 mod device;
 mod events;
 mod gpm;
@@ -79,6 +80,7 @@ impl State {
 }
 
 fn guard(f: impl FnOnce() -> CallResult) -> nvmlReturn_t {
+    let _cost = cost::Cost::begin();
     match catch_unwind(AssertUnwindSafe(f)) {
         Ok(Ok(())) => 0,
         Ok(Err(code)) => code,

@@ -1,0 +1,167 @@
+//! The whole agent at the size of real nodes: processor time by thread, memory, the page and what a scrape of it costs.
+//!
+//! The simulated driver runs in the agent's GPU threads; its own time is subtracted from their figure and from the sum.
+
+mod measure;
+mod world;
+
+use std::time::{Duration, Instant};
+
+use anyhow::Result;
+use gpu_sampler_benches::{line, wanted};
+use gpu_sampler_tests::Agent;
+
+use measure::{load, memory, page, scrapes, thread_times};
+use world::{Size, World};
+
+/// After all pairs are exposed: caches fill, and every window of 10 s has been complete once.
+const WARM_UP: Duration = Duration::from_secs(15);
+const QUIET: Duration = Duration::from_secs(30);
+type NodeSection = fn() -> Result<()>;
+
+const GROWTH_MINUTES: u32 = 10;
+
+struct Aims {
+    quiet: f64,
+    scrape_cpu: f64,
+    scrape_p99: f64,
+    page_bytes: f64,
+    rss: f64,
+}
+
+/// Those of a node of 8 GPUs with 64 processes each, and of one with 8 each next to 1,000 containers without a GPU.
+const FULL: Aims = Aims { quiet: 2.0, scrape_cpu: 8.0, scrape_p99: 25.0, page_bytes: 1.2e6, rss: 45.0 };
+const LIGHT: Aims = Aims { quiet: 1.5, scrape_cpu: 3.0, scrape_p99: 25.0, page_bytes: 1.2e6, rss: 45.0 };
+const SERIES_A_PAIR: f64 = 14.0;
+const OWN_SERIES: f64 = 150.0;
+const KIB_A_PAIR: f64 = 4.0;
+const UNNAMED_MS: f64 = 1.0;
+
+const SIZES: [(&str, Size, Option<Aims>); 5] = [
+    ("node-1x4", Size { gpus: 1, processes: 4, containers: 4, others: 0 }, None),
+    ("node-8x8", Size { gpus: 8, processes: 8, containers: 64, others: 1_000 }, Some(LIGHT)),
+    ("node-8x64", Size { gpus: 8, processes: 64, containers: 200, others: 0 }, Some(FULL)),
+    ("node-8x64-others", Size { gpus: 8, processes: 64, containers: 200, others: 5_000 }, None),
+    ("node-16x64", Size { gpus: 16, processes: 64, containers: 400, others: 0 }, None),
+];
+
+fn main() -> Result<()> {
+    for (name, size, aims) in &SIZES {
+        if wanted(name) {
+            println!("\n{name}: {size:?}");
+            steady(*size, aims.as_ref())?;
+        }
+    }
+    let sections: [(&str, NodeSection); 3] = [("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
+    for (name, run) in sections {
+        if wanted(name) {
+            println!("\n{name}");
+            run()?;
+        }
+    }
+    Ok(())
+}
+
+/// Processor time without scrapes. Returns the sum, with the driver's.
+fn quiet(world: &World, agent: &Agent, aim: Option<f64>) -> Result<f64> {
+    let (from, before) = (Instant::now(), world.driver_seconds()?);
+    let (threads, sum) = load(agent.process.0.id(), QUIET)?;
+    let driver = 100.0 * (world.driver_seconds()? - before) / from.elapsed().as_secs_f64();
+    line("processor time without scrapes", sum - driver, "%", aim);
+    for (name, percent) in threads.iter().filter(|(_, percent)| *percent >= 0.01) {
+        line(&format!("    threads {name}"), *percent, "%", None);
+    }
+    line("    of which in the simulated driver, not in the sum", driver, "%", None);
+    Ok(sum)
+}
+
+fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
+    let mut world = World::new(size)?;
+    let agent = world.agent()?;
+    let pid = agent.process.0.id();
+    std::thread::sleep(WARM_UP);
+    let idle = memory(pid)?;
+    world.use_gpus()?;
+    world.settled(&agent, size.gpus * size.processes)?;
+    std::thread::sleep(WARM_UP);
+    let sum = quiet(&world, &agent, aims.map(|aims| aims.quiet))?;
+    let (page, cost) = (page(&agent)?, scrapes(&agent, sum)?);
+    line("page", page.bytes as f64 / 1e6, "MB", aims.map(|aims| aims.page_bytes / 1e6));
+    line("    series", page.series as f64, "", None);
+    line("    series of a pair", page.pair_series as f64 / page.pairs as f64, "", Some(SERIES_A_PAIR));
+    line("    series about the agent", page.own_series as f64, "", Some(OWN_SERIES));
+    line("scrape: processor time", cost.cpu, "ms", aims.map(|aims| aims.scrape_cpu));
+    line("    p50", cost.p50, "ms", None);
+    line("    p99", cost.p99, "ms", aims.map(|aims| aims.scrape_p99));
+    let used = memory(pid)?;
+    line("resident memory", used.0, "MiB", aims.map(|aims| aims.rss));
+    line("    before any GPU was used", idle.0, "MiB", None);
+    line("    a pair, without file pages", (used.1 - idle.1) * 1024.0 / page.pairs as f64, "KiB", Some(KIB_A_PAIR));
+    Ok(())
+}
+
+/// Containers that used a GPU once and are idle since.
+fn used_once() -> Result<()> {
+    let world = World::new(Size { gpus: 8, processes: 0, containers: 3_500, others: 0 })?;
+    let agent = world.agent()?;
+    let pid = agent.process.0.id();
+    std::thread::sleep(WARM_UP);
+    let before = memory(pid)?;
+    world.use_gpus_once()?;
+    std::thread::sleep(WARM_UP);
+    let sum = quiet(&world, &agent, None)?;
+    let (page, cost) = (page(&agent)?, scrapes(&agent, sum)?);
+    let after = memory(pid)?;
+    line("pairs", page.pairs as f64, "", None);
+    line("page", page.bytes as f64 / 1e6, "MB", None);
+    line("scrape: processor time", cost.cpu, "ms", None);
+    line("resident memory", after.0, "MiB", None);
+    line("    a pair, without file pages", (after.1 - before.1) * 1024.0 / page.pairs as f64, "KiB", Some(KIB_A_PAIR));
+    Ok(())
+}
+
+/// The cost of a container that comes and goes, with GPU use.
+fn churn() -> Result<()> {
+    const LASTS: Duration = Duration::from_secs(30);
+    for (what, named, unnamed, aim) in [
+        ("named, 12 a second", 12, 0, None),
+        ("that no source names, 12 a second", 0, 12, Some(UNNAMED_MS)),
+        ("that no source names, 40 a second", 0, 40, Some(UNNAMED_MS)),
+    ] {
+        let mut world = World::new(Size { gpus: 8, processes: 8, containers: 64, others: 0 })?;
+        let agent = world.agent()?;
+        world.use_gpus()?;
+        world.settled(&agent, 64)?;
+        std::thread::sleep(WARM_UP);
+        let pid = agent.process.0.id();
+        let time = || anyhow::Ok(thread_times(pid)?.values().sum::<f64>());
+        let (_, sum) = load(pid, QUIET)?;
+        let (from, before) = (Instant::now(), time()?);
+        let started = world.churn(named, unnamed, LASTS)?;
+        // Until the agent gives them up.
+        std::thread::sleep(Duration::from_secs(12));
+        let spent = time()? - before - from.elapsed().as_secs_f64() * sum / 100.0;
+        line(&format!("a container {what}"), spent * 1e3 / f64::from(started), "ms", aim);
+    }
+    Ok(())
+}
+
+/// Memory while containers come and go: flat once the oldest have passed the time for which ended ones are kept.
+fn growth() -> Result<()> {
+    let mut world = World::new(Size { gpus: 8, processes: 8, containers: 64, others: 0 })?;
+    let agent = world.agent()?;
+    let pid = agent.process.0.id();
+    world.use_gpus()?;
+    world.settled(&agent, 64)?;
+    line("resident memory at the start", memory(pid)?.0, "MiB", None);
+    for minute in 1..=GROWTH_MINUTES {
+        for _ in 0..4 {
+            world.churn(5, 5, Duration::from_secs(15))?;
+            agent.page()?;
+        }
+        let page = page(&agent)?;
+        line(&format!("after {minute} min of 5 named and 5 unnamed starts a second"), memory(pid)?.0, "MiB", None);
+        line("    page", page.bytes as f64 / 1e6, "MB", None);
+    }
+    Ok(())
+}
