@@ -54,7 +54,7 @@ pub fn memory(pid: u32) -> Result<(f64, f64)> {
 }
 
 /// The page as a scraper gets it.
-pub struct Page {
+pub struct PageSize {
     pub bytes: usize,
     pub series: usize,
     /// Series about the agent itself.
@@ -65,11 +65,11 @@ pub struct Page {
     pub pair_series: usize,
 }
 
-pub fn page(agent: &Agent) -> Result<Page> {
+pub fn page(agent: &Agent) -> Result<PageSize> {
     let text = agent.page()?;
     let samples = parse(&text);
     let count = |is: &dyn Fn(&str) -> bool| samples.iter().filter(|sample| is(&sample.name)).count();
-    Ok(Page {
+    Ok(PageSize {
         bytes: text.len(),
         series: samples.len(),
         own_series: count(&|name| name.starts_with("gpu_sampler_")),

@@ -122,7 +122,7 @@ impl World {
         Ok(())
     }
 
-    /// Removes the containers whose process has ended.
+    /// Removes the containers after their process has ended.
     pub fn remove_ended(&mut self) -> Result<()> {
         for (mut child, dir) in std::mem::take(&mut self.brief) {
             match child.try_wait()? {
