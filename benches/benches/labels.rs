@@ -5,6 +5,7 @@ use std::path::Path;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use devkit::process::processor_time;
 use gpu_sampler_benches::{at_most, line, quantile, total, wanted};
 use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod};
 use gpu_sampler_tests::kernel::CgroupTree;
@@ -95,14 +96,6 @@ fn all_complete(agent: &Agent, containers: usize) -> Result<Vec<Sample>> {
     })
 }
 
-/// Processor time of a process so far, seconds.
-fn processor_time(pid: u32) -> Result<f64> {
-    let stat = fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-    let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("utime and stime");
-    Ok((clock_ticks(11)? + clock_ticks(12)?) / 100.0)
-}
-
 fn unnamed_churn() -> Result<()> {
     const N: usize = 5_000;
     let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-churn")?);
@@ -110,7 +103,8 @@ fn unnamed_churn() -> Result<()> {
         let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", sources])?;
         let pid = agent.process.0.id();
         std::thread::sleep(Duration::from_secs(1));
-        let before = processor_time(pid)?;
+        let time = || processor_time(pid).context("the agent's processor time");
+        let before = time()?.own;
         for n in 0..N {
             let dir = tree.make(&format!("{POD}/{n:064x}"))?;
             std::thread::sleep(Duration::from_micros(500));
@@ -118,7 +112,7 @@ fn unnamed_churn() -> Result<()> {
         }
         // Until the agent gives the containers up.
         std::thread::sleep(Duration::from_secs(12));
-        let each = (processor_time(pid)? - before) / N as f64 * 1e6;
+        let each = (time()?.own - before) / N as f64 * 1e6;
         line(&format!("5,000 containers without a label source, {what}"), each, "us", None);
     }
     Ok(())

@@ -4,6 +4,7 @@ use std::fmt::Write as _;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use devkit::process::processor_time;
 
 use crate::kernel::{CgroupTree, attach};
 use crate::{Agent, Running, Sample, Sim, sum};
@@ -77,15 +78,6 @@ fn world(cell: &Cell) -> String {
     toml
 }
 
-/// Processor time of a process so far, in seconds.
-fn cpu_seconds(pid: u32) -> Result<f64> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields: Vec<&str> = stat.rsplit(')').next().context("stat")?.split_whitespace().collect();
-    let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).unwrap_or_default();
-    // utime and stime, in clock ticks of 10 ms.
-    Ok((clock_ticks(11) + clock_ticks(12)) / 100.0)
-}
-
 /// Runs one world; `args` set the agent's budgets.
 pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
     let sim = Sim::new(&world(&cell))?;
@@ -106,7 +98,8 @@ pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
         Ok((found == cell.gpus).then_some(()))
     })?;
     let before = agent.scrape()?;
-    let (from, cpu) = (Instant::now(), cpu_seconds(agent.process.0.id())?);
+    let cpu_seconds = || Ok::<_, anyhow::Error>(processor_time(agent.process.0.id()).context("the agent's processor time")?.own);
+    let (from, cpu) = (Instant::now(), cpu_seconds()?);
     let lasts = format!("{}s", cell.seconds);
     let loads: Result<Vec<Running>> =
         users.iter().map(|(gpu, demand, _, process)| sim.load(process.0.id(), *gpu, *demand, &["--for", &lasts])).collect();
@@ -114,7 +107,7 @@ pub fn run(cell: Cell, args: &[&str]) -> Result<Outcome> {
         load.0.wait()?;
     }
     let (over, during) = (from.elapsed().as_secs_f64(), agent.scrape()?);
-    let cpu_ratio = (cpu_seconds(agent.process.0.id())? - cpu) / over;
+    let cpu_ratio = (cpu_seconds()? - cpu) / over;
     std::thread::sleep(SETTLED);
     agent.scrape()?;
     let page = agent.scrape()?;

@@ -31,34 +31,39 @@ pub struct Failures {
     unfinished: usize,
     seen: Vec<Failure>,
     confirmed: Vec<String>,
+    /// Number of tests that passed, by the runner's own count.
+    pub passed: usize,
     cpu: Option<CpuTime>,
 }
 
 impl Failures {
     pub fn line(&mut self, line: &str) {
-        self.line_at(line, CpuTime::now());
+        self.line_at(line, CpuTime::now);
     }
 
-    fn line_at(&mut self, line: &str, cpu: Option<CpuTime>) {
+    fn line_at(&mut self, line: &str, now: impl FnOnce() -> Option<CpuTime>) {
         match line {
             "successes:" => self.part = Part::Successes,
             "failures:" if matches!(self.part, Part::Details { .. }) => self.part = Part::Names,
             "failures:" => self.part = Part::Details { backtrace: false },
             _ if line.starts_with("running ") && line.trim_end_matches('s').ends_with(" test") => {
-                (self.part, self.unfinished, self.cpu) = (Part::Tests, self.unfinished + 1, cpu);
+                (self.part, self.unfinished, self.cpu) = (Part::Tests, self.unfinished + 1, now());
             }
             _ if line.starts_with("test result: ") => {
                 (self.part, self.unfinished) = (Part::Tests, self.unfinished.saturating_sub(1));
+                let passed = line.split_once(". ").and_then(|(_, counts)| counts.split(' ').next()?.parse::<usize>().ok());
+                self.passed += passed.unwrap_or_default();
             }
-            _ => self.within_part(line, cpu),
+            _ => self.within_part(line, now),
         }
     }
 
-    fn within_part(&mut self, line: &str, cpu: Option<CpuTime>) {
+    fn within_part(&mut self, line: &str, now: impl FnOnce() -> Option<CpuTime>) {
         match &mut self.part {
             // With one thread a line ends when its test does.
             Part::Tests => {
                 let Some((name, outcome)) = line.strip_prefix("test ").and_then(|test| test.split_once(" ... ")) else { return };
+                let cpu = now();
                 let since = mem::replace(&mut self.cpu, cpu);
                 if outcome.ends_with("FAILED") {
                     let stolen = since.zip(cpu).and_then(|(since, cpu)| cpu.stolen_since(since));
@@ -169,17 +174,19 @@ test e::holds ... ok
 test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; finished in 0.00s
 ";
 
-    fn parse(text: &str) -> Option<Vec<Failure>> {
+    fn parse(text: &str) -> Failures {
         let mut failures = Failures::default();
         for (n, line) in (1..).zip(text.lines()) {
-            failures.line_at(line, Some(CpuTime { all: 100 * n, stolen: 10 * n }));
+            failures.line_at(line, || Some(CpuTime { all: 100 * n, stolen: 10 * n }));
         }
-        failures.finish()
+        failures
     }
 
     #[test]
     fn failed_tests_have_their_messages_without_backtraces() {
-        let failures = parse(OUTPUT).unwrap();
+        let failures = parse(OUTPUT);
+        assert_eq!(failures.passed, 2);
+        let failures = failures.finish().unwrap();
         assert_eq!(failures.iter().map(|f| &*f.name).collect::<Vec<_>>(), ["d::breaks", "c::breaks", "b::breaks"]);
         assert_eq!(failures[0].message, ["Error: third"]);
         assert_eq!(failures[1].message, ["0.3 s", "thread 'c::breaks' panicked at tests/c.rs:7:", "second"]);
@@ -189,8 +196,8 @@ test result: ok. 1 passed; 0 failed; 0 ignored; 0 measured; 0 filtered out; fini
 
     #[test]
     fn a_runner_that_ended_early_names_no_tests() {
-        assert!(parse("running 2 tests\ntest a::holds ... ok\ntest b::breaks ... FAILED").is_none());
-        assert_eq!(parse("running 0 tests\n\ntest result: ok. 0 passed").map(|failures| failures.len()), Some(0));
+        assert!(parse("running 2 tests\ntest a::holds ... ok\ntest b::breaks ... FAILED").finish().is_none());
+        assert_eq!(parse("running 0 tests\n\ntest result: ok. 0 passed").finish().map(|failures| failures.len()), Some(0));
     }
 
     #[test]

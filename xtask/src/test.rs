@@ -88,8 +88,8 @@ pub fn verb(filters: &[String]) -> Result<()> {
 /// The privileged tests measure time on machines that are shared. If a few of them fail, each is repeated and has to pass every time: a
 /// defect that shows in every second run passes the repeats in one of four cases. The output ends with the names of such tests.
 fn run_and_repeat(command: impl Fn(&[String]) -> Result<Command>, filters: &[String], cleanup: &mut Cleanup) -> Result<()> {
-    let (ended, failures) = run_observed(command(filters)?, cleanup);
-    let (Err(problem), Some(failures)) = (&ended, failures) else { return ended };
+    let (ended, observed) = run_observed(command(filters)?, cleanup);
+    let (Err(problem), Some(failures)) = (&ended, observed.finish()) else { return ended };
     if failures.is_empty() || sys::interrupted().is_some() {
         return ended;
     }
@@ -101,9 +101,14 @@ fn run_and_repeat(command: impl Fn(&[String]) -> Result<Command>, filters: &[Str
     progress(format_args!("{problem:#}; each failed test has to pass {REPEATS} times in a row now"));
     let words: Vec<String> = ["--exact".to_owned()].into_iter().chain(failures.iter().map(|f| f.name.clone())).collect();
     for _ in 0..REPEATS {
-        let (ended, again) = run_observed(command(&words)?, cleanup);
-        report(again.as_deref().unwrap_or_default());
+        let (ended, observed) = run_observed(command(&words)?, cleanup);
+        let passed = observed.passed;
+        report(observed.finish().as_deref().unwrap_or_default());
         ended?;
+        // A runner that finds no test of a name succeeds.
+        if passed < failures.len() {
+            bail!("{} tests failed, and only {passed} of them were found for the repeat", failures.len());
+        }
     }
     for failure in &failures {
         progress(format_args!("unsteady: {} failed once and passed {REPEATS} times", failure.name));
@@ -121,8 +126,8 @@ fn report(failures: &[Failure]) {
     }
 }
 
-/// Like [`run`]. The second value is which tests failed, unless the runner ended early.
-fn run_observed(mut command: Command, cleanup: &mut Cleanup) -> (Result<()>, Option<Vec<Failure>>) {
+/// Like [`run`]. The second value is what the output shows.
+fn run_observed(mut command: Command, cleanup: &mut Cleanup) -> (Result<()>, Failures) {
     let failures = Arc::new(Mutex::new(Failures::default()));
     let mut reader = None;
     command.stdout(Stdio::piped());
@@ -135,8 +140,8 @@ fn run_observed(mut command: Command, cleanup: &mut Cleanup) -> (Result<()>, Opt
     while reader.as_ref().is_some_and(|reader| !reader.is_finished()) && since.elapsed() < REST {
         thread::sleep(Duration::from_millis(50));
     }
-    let failures = std::mem::take(&mut *failures.lock().unwrap_or_else(PoisonError::into_inner));
-    (ended, failures.finish())
+    let observed = std::mem::take(&mut *failures.lock().unwrap_or_else(PoisonError::into_inner));
+    (ended, observed)
 }
 
 fn pass_on(stdout: ChildStdout, failures: &Mutex<Failures>) -> io::Result<()> {

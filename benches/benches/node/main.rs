@@ -11,7 +11,7 @@ use anyhow::Result;
 use gpu_sampler_benches::{line, wanted};
 use gpu_sampler_tests::Agent;
 
-use measure::{load, memory, page, scrapes, thread_times};
+use measure::{load, memory, page, processor_seconds, scrapes};
 use world::{Size, World};
 
 /// After all pairs are exposed: caches fill, and every window of 10 s has been complete once.
@@ -134,13 +134,12 @@ fn churn() -> Result<()> {
         world.settled(&agent, 64)?;
         std::thread::sleep(WARM_UP);
         let pid = agent.process.0.id();
-        let time = || anyhow::Ok(thread_times(pid)?.values().sum::<f64>());
         let (_, sum) = load(pid, QUIET)?;
-        let (from, before) = (Instant::now(), time()?);
+        let (from, before) = (Instant::now(), processor_seconds(pid)?);
         let started = world.churn(named, unnamed, LASTS)?;
         // Until the agent gives them up.
         std::thread::sleep(Duration::from_secs(12));
-        let spent = time()? - before - from.elapsed().as_secs_f64() * sum / 100.0;
+        let spent = processor_seconds(pid)? - before - from.elapsed().as_secs_f64() * sum / 100.0;
         line(&format!("a container {what}"), spent * 1e3 / f64::from(started), "ms", aim);
     }
     Ok(())

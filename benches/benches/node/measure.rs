@@ -5,6 +5,7 @@ use std::fs;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use devkit::process::processor_time;
 use gpu_sampler_benches::quantile;
 use gpu_sampler_tests::{Agent, parse};
 
@@ -14,8 +15,13 @@ const INTERVAL: Duration = Duration::from_secs(1);
 /// Seconds by thread name; threads that differ only in a number count as one name.
 pub type ThreadTimes = BTreeMap<String, f64>;
 
-/// Processor time of the threads so far. The kernel counts it in nanoseconds.
-pub fn thread_times(pid: u32) -> Result<ThreadTimes> {
+/// Processor time of the process so far, in seconds, also of its threads that have ended: those of the IO runtime do when they are idle.
+pub fn processor_seconds(pid: u32) -> Result<f64> {
+    Ok(processor_time(pid).with_context(|| format!("processor time of process {pid}"))?.own)
+}
+
+/// Processor time of the living threads so far. The kernel counts it in nanoseconds.
+fn thread_times(pid: u32) -> Result<ThreadTimes> {
     let mut times = ThreadTimes::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
         // A thread may end meanwhile.
@@ -28,9 +34,9 @@ pub fn thread_times(pid: u32) -> Result<ThreadTimes> {
     Ok(times)
 }
 
-/// Percent of one processor by thread name over `lasts`, the largest first, and their sum.
+/// Percent of one processor over `lasts`: by thread name, the largest first, and of the process.
 pub fn load(pid: u32, lasts: Duration) -> Result<(Vec<(String, f64)>, f64)> {
-    let (from, before) = (Instant::now(), thread_times(pid)?);
+    let (from, before, all_before) = (Instant::now(), thread_times(pid)?, processor_seconds(pid)?);
     std::thread::sleep(lasts);
     let (after, over) = (thread_times(pid)?, from.elapsed().as_secs_f64());
     let percent = |(name, time): (String, f64)| {
@@ -39,8 +45,7 @@ pub fn load(pid: u32, lasts: Duration) -> Result<(Vec<(String, f64)>, f64)> {
     };
     let mut threads: Vec<(String, f64)> = after.into_iter().map(percent).collect();
     threads.sort_by(|a, b| b.1.total_cmp(&a.1));
-    let sum = threads.iter().map(|thread| thread.1).sum();
-    Ok((threads, sum))
+    Ok((threads, 100.0 * (processor_seconds(pid)? - all_before) / over))
 }
 
 /// Memory of the process in MiB: resident, and the part of it that is not of files.
@@ -89,8 +94,7 @@ pub struct ScrapeCost {
 /// `quiet` is the agent's percentage of a processor without scrapes.
 pub fn scrapes(agent: &Agent, quiet: f64) -> Result<ScrapeCost> {
     let pid = agent.process.0.id();
-    let sum = || anyhow::Ok(thread_times(pid)?.values().sum::<f64>());
-    let (from, before) = (Instant::now(), sum()?);
+    let (from, before) = (Instant::now(), processor_seconds(pid)?);
     let mut took = Vec::new();
     for n in 1..=SCRAPES {
         let begun = Instant::now();
@@ -98,7 +102,7 @@ pub fn scrapes(agent: &Agent, quiet: f64) -> Result<ScrapeCost> {
         took.push(begun.elapsed().as_secs_f64() * 1e3);
         std::thread::sleep((INTERVAL * n).saturating_sub(from.elapsed()));
     }
-    let spent = sum()? - before - from.elapsed().as_secs_f64() * quiet / 100.0;
+    let spent = processor_seconds(pid)? - before - from.elapsed().as_secs_f64() * quiet / 100.0;
     took.sort_by(f64::total_cmp);
     Ok(ScrapeCost { p50: quantile(&took, 0.5), p99: quantile(&took, 0.99), cpu: spent * 1e3 / f64::from(SCRAPES) })
 }

@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use devkit::process::processor_time;
 use gpu_sampler_tests::{Agent, Running, Sample, clients, free_port, get, wait_for};
 
 use crate::world::Scene;
@@ -108,10 +109,8 @@ impl Client {
 
     /// Of the process and of its ended children.
     pub fn processor_seconds(&self) -> Result<f64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid()))?;
-        let fields: Vec<&str> = stat.rsplit(')').next().unwrap_or_default().split_whitespace().collect();
-        let clock_ticks = |n: usize| fields.get(n).and_then(|f| f.parse::<f64>().ok()).context("times of a process");
-        Ok((clock_ticks(11)? + clock_ticks(12)? + clock_ticks(13)? + clock_ticks(14)?) / 100.0)
+        let time = processor_time(self.pid()).context("times of a process")?;
+        Ok(time.own + time.children)
     }
 
     pub fn resident_bytes(&self) -> Result<f64> {
