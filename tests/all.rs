@@ -12,6 +12,7 @@ mod estimator;
 mod explain;
 mod faults;
 mod gpu_recording;
+mod gpu_samples;
 mod labels;
 mod latency;
 mod launches;

@@ -17,7 +17,7 @@ use sampler_core::pipeline::Core;
 use sampler_core::snapshot::{ContainerGpu, Snapshot};
 use sampler_core::units::{BootNs, CgroupKey, GpuNs, GpuUuid, Tgid, WallTime};
 
-const START_US: u64 = 1_000_000_000_000;
+pub const START_US: u64 = 1_000_000_000_000;
 const WINDOW_US: u64 = 10_000_000;
 /// Until every sample is settled.
 const SETTLED_US: u64 = 1_000_000;
@@ -30,7 +30,7 @@ const PIDS_OF_USER: u32 = 10_000;
 
 /// The processes of one container.
 #[derive(Clone, Copy)]
-struct EstimatorUser {
+pub struct EstimatorUser {
     demand: f64,
     /// The demand applies only in the first `on` of each `every`; microseconds.
     pattern: Option<(u64, u64)>,
@@ -38,7 +38,7 @@ struct EstimatorUser {
     life_us: Option<u64>,
 }
 
-fn steady(demand: f64) -> EstimatorUser {
+pub fn steady(demand: f64) -> EstimatorUser {
     EstimatorUser { demand, pattern: None, life_us: None }
 }
 
@@ -48,6 +48,11 @@ fn periodic(demand: f64, every: u64, on: u64) -> EstimatorUser {
 
 fn lives(demand: f64, life_us: u64) -> EstimatorUser {
     EstimatorUser { life_us: Some(life_us), ..steady(demand) }
+}
+
+/// A user's first process.
+pub fn pid(user: usize) -> u32 {
+    FIRST_PID + user as u32 * PIDS_OF_USER
 }
 
 fn user_of(pid: u32) -> usize {
@@ -60,7 +65,7 @@ fn loads(users: &[EstimatorUser], seconds: u64) -> Vec<Load> {
     let end = START_US + seconds * 1_000_000;
     for (n, user) in users.iter().enumerate() {
         let life = user.life_us.unwrap_or(seconds * 1_000_000);
-        for (pid, begin_us) in (FIRST_PID + n as u32 * PIDS_OF_USER..).zip((START_US..end).step_by(life as usize)) {
+        for (pid, begin_us) in (pid(n)..).zip((START_US..end).step_by(life as usize)) {
             loads.push(Load {
                 id: u64::from(pid),
                 pid,
@@ -96,7 +101,7 @@ fn process_events(users: &[EstimatorUser], loads: &[Load]) -> Vec<(u64, Observat
     all
 }
 
-fn core(users: &[EstimatorUser]) -> Core {
+pub fn core(users: &[EstimatorUser]) -> Core {
     let mut core = Core::default();
     let v2 = |id| CgroupKey { hierarchy: 0, id };
     let mut cgroup = |id, parent: Option<u64>, name: String| {
@@ -110,7 +115,7 @@ fn core(users: &[EstimatorUser]) -> Core {
     }
     for (n, _) in (0..).zip(users).filter(|(_, user)| user.life_us.is_none()) {
         let membership = Some(CgroupMembership { v2_id: 10 + n, ..CgroupMembership::default() });
-        let (tgid, start) = (Tgid(FIRST_PID + n as u32 * PIDS_OF_USER), BootNs(5));
+        let (tgid, start) = (Tgid(pid(n as usize)), BootNs(5));
         core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began: BootNs(6), membership }));
     }
     let info = GpuInfo {
@@ -159,7 +164,7 @@ struct Run {
     last: Snapshot,
 }
 
-fn pair(snapshot: &Snapshot, user: usize) -> Option<&ContainerGpu> {
+pub fn pair(snapshot: &Snapshot, user: usize) -> Option<&ContainerGpu> {
     snapshot.containers.iter().find(|c| c.record.cgroup_path.ends_with(&format!("{user:064x}")))?.gpus.first()
 }
 
@@ -229,7 +234,7 @@ fn naive(toml: &str, users: &[EstimatorUser], seconds: u64) -> f64 {
     let faults = Faults::default();
     let model = Model { world: &world, unit: 0.into(), loads: &loads, faults: &faults };
     let samples = model.grid(START_US, START_US + seconds * 1_000_000).map(|span| model.sample(span));
-    let named = samples.filter(|s| s.pid[0] == Some(FIRST_PID));
+    let named = samples.filter(|s| s.pid[0] == Some(pid(0)));
     named.map(|s| f64::from(s.util[0]) / 100.0 * world.period_us as f64 / 1e6).sum()
 }
 

@@ -4,7 +4,7 @@ use std::path::Path;
 use std::process::{Command, Stdio};
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::recording::{self, MOST_BYTES, RecordedGpu, Recording};
+use gpu_sampler_tests::recording::{self, Average, MOST_BYTES, RecordedGpu, Recording};
 use gpu_sampler_tests::{Sim, var};
 
 /// Poll intervals below the grid and one above it, where answers must be split, with the process queries that each poll may make.
@@ -12,9 +12,11 @@ const PACES: [(u64, usize); 4] = [(20_000, 4), (50_000, 4), (80_000, 4), (400_00
 
 fn replay(name: &str, gpu: &RecordedGpu) -> Result<()> {
     for (every_us, calls) in PACES {
-        let replayed = recording::replay(&gpu.raw, every_us, calls);
-        let replayed = replayed.with_context(|| format!("{name}, GPU {}, every {every_us} us", gpu.index))?;
-        println!("{name}, GPU {}, every {every_us} us: {replayed:?}", gpu.index);
+        for average in [Average::OverNamed, Average::OverAll] {
+            let replayed = recording::replay(&gpu.raw, average, every_us, calls);
+            let replayed = replayed.with_context(|| format!("{name}, GPU {}, every {every_us} us, {average:?}", gpu.index))?;
+            println!("{name}, GPU {}, every {every_us} us, {average:?}: {replayed:?}", gpu.index);
+        }
     }
     Ok(())
 }

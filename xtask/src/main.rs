@@ -32,7 +32,9 @@ cargo xtask VERB
   demo [--for 30s] [--sim|--real]  run containers on a GPU, the agent, and a live table of GPU use
   test [FILTER..]                  run all tests, on real engines and the real kernel (root)
   bench [FILTER..]                 measure speed and memory against their targets (root)
-  gpu [--for 60s] [-o FOLDER]      record this machine's NVIDIA driver for the tests to replay (root)
+  gpu [--for 60s] [-o FOLDER] [--built FOLDER]
+                                   record this machine's NVIDIA driver for the tests to replay (root); --built: with
+                                   the programs of that folder, for a machine without Rust
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
   lint [CHECK..]                   check format, imports, families, words, clippy, licences, home-paths
   build [--debug]                  build the kernel program, the agent, the simulator

@@ -105,7 +105,7 @@ pub struct Quantiles {
     pub max_us: f64,
 }
 
-/// Complete responses, of as many seconds as fit.
+/// Complete responses, of a minute or as many seconds as fit.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct Raw {
     pub from_boot_us: u64,
@@ -183,7 +183,7 @@ impl Raw {
 impl Recording {
     /// As JSON within the size limit: with many GPUs, fewer seconds are kept completely.
     pub fn encode(&self) -> Result<String> {
-        let mut seconds = 12.0;
+        let mut seconds = 60.0;
         loop {
             let mut small = self.clone();
             for gpu in &mut small.gpus {
@@ -216,8 +216,8 @@ pub struct Replayed {
 
 /// Replays a driver with the recorded samples at the recorded times, and reconstructs them at this pace. Fails unless every sample is
 /// reconstructed exactly once, no process sample twice, and none that was not recorded.
-pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
-    let driver = RecordedDriver::new(raw);
+pub fn replay(raw: &Raw, average: Average, every_us: u64, calls: usize) -> Result<Replayed> {
+    let driver = RecordedDriver::new(raw, average);
     let (Some(first), Some(last)) = (raw.polls.first(), raw.polls.last()) else { return Ok(Replayed::default()) };
     let mut recovery = Recovery::default();
     let (mut samples, mut processes): (Vec<DeviceSample>, Vec<ProcessSample>) = (Vec::new(), Vec::new());
@@ -259,15 +259,23 @@ pub fn replay(raw: &Raw, every_us: u64, calls: usize) -> Result<Replayed> {
     Ok(Replayed { samples: samples.len(), queried, process_samples: processes.len() })
 }
 
+/// What a process sample over several samples is the average of.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Average {
+    OverNamed,
+    OverAll,
+}
+
 /// Responds as recorded, also to queries that were not made then.
 struct RecordedDriver {
+    average: Average,
     /// With the time from which on they were served.
     samples: Vec<(u64, RecordedSample)>,
     process_samples: Vec<(u64, RecordedProcess)>,
 }
 
 impl RecordedDriver {
-    fn new(raw: &Raw) -> Self {
+    fn new(raw: &Raw, average: Average) -> Self {
         let served = |poll: &Poll| poll.0 + poll.1;
         let mut samples: Vec<(u64, RecordedSample)> =
             raw.polls.iter().flat_map(|p| p.2.iter().map(move |s| (served(p), *s))).filter(|(_, s)| s.1 <= 100).collect();
@@ -277,7 +285,7 @@ impl RecordedDriver {
         let mut process_samples: Vec<(u64, RecordedProcess)> =
             raw.polls.iter().flat_map(|p| p.3.iter().map(move |r| (served(p), *r))).collect();
         process_samples.retain(|(_, process)| once.insert((process.0, process.1)));
-        Self { samples, process_samples }
+        Self { average, samples, process_samples }
     }
 
     fn samples(&self, after: u64, now_us: u64) -> Vec<RawSample> {
@@ -286,10 +294,11 @@ impl RecordedDriver {
         held.iter().filter(|s| s.0 > after).map(|s| RawSample { at_us: s.0, percent: s.1 }).collect()
     }
 
-    /// One process sample per pid: the time of its newest one, the average of all.
+    /// One process sample per pid: the time of its newest one, the average.
     fn process_samples(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
         let mut folded: BTreeMap<u32, (u64, [u32; 4], u32)> = BTreeMap::new();
         let served = self.process_samples.iter().filter(|(served, process)| *served <= now_us && process.0 > after);
+        let all = self.samples(after, now_us).len() as u32;
         for (_, RecordedProcess(at, pid, percent)) in served {
             let entry = folded.entry(*pid).or_insert((0, [0; 4], 0));
             entry.0 = entry.0.max(*at);
@@ -301,7 +310,7 @@ impl RecordedDriver {
         let average = |(pid, (at_us, sums, n)): (u32, (u64, [u32; 4], u32))| {
             let mut percent = [0; _];
             for (one, sum) in percent.iter_mut().zip(sums) {
-                *one = sum / n;
+                *one = sum / if self.average == Average::OverAll { all.max(1) } else { n };
             }
             RawProcessSample { at_us, pid, percent }
         };

@@ -72,12 +72,14 @@ struct GpuOptions {
     lasts: Duration,
     library: Option<PathBuf>,
     folder: PathBuf,
+    /// The programs, built elsewhere.
+    built: Option<PathBuf>,
 }
 
 impl GpuOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let folder = tools::target_dir()?.join("gpu");
-        let mut options = Self { lasts: Duration::from_secs(60), library: None, folder };
+        let mut options = Self { lasts: Duration::from_secs(60), library: None, folder, built: None };
         let mut words = args.iter();
         while let Some(word) = words.next() {
             let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
@@ -86,6 +88,7 @@ impl GpuOptions {
                 "--for" => options.lasts = tools::duration(value())?,
                 "--nvml-lib" => options.library = Some(value().into()),
                 "-o" => options.folder = value().into(),
+                "--built" => options.built = Some(value().into()),
                 _ => return Err(tools::unknown(word)),
             }
         }
@@ -118,27 +121,27 @@ pub fn verb(args: &[String]) -> Result<()> {
     if !sys::is_root() {
         bail!("the agent loads programs into the kernel, which requires root");
     }
-    setup::ensure(setup::Scope::Ebpf, false)?;
     let simulated = options.library.as_deref().and_then(world);
     let profile = if simulated.is_some() { Profile::Debug } else { Profile::Release };
-    let built = build::everything(profile)?;
-    let [recorder, cuda] = programs(&built, profile)?;
-
+    let programs = match &options.built {
+        Some(folder) => Programs::in_folder(folder)?,
+        None => Programs::build(profile)?,
+    };
     // A simulated driver's device nodes are its own.
     let devices = simulated.as_ref().map(|dir| dir.join("dev"));
-    doctor(&built, options.library.as_deref(), devices.as_deref())?;
+    doctor(&programs.sampler, options.library.as_deref(), devices.as_deref())?;
     sys::catch_signals();
     // Declared first, so dropped last: the processes end before their cgroups are removed.
     let mut cleanup = Cleanup::start()?;
     let tmp = cleanup.temporary("gpu-sampler-gpu")?;
     let source = match simulated {
-        Some(dir) => Source::Simulated { sim: built.sim.clone(), dir },
-        None => Source::Cuda { program: cuda, slices: tmp.join("slices") },
+        Some(dir) => Source::Simulated { sim: programs.sim.clone(), dir },
+        None => Source::Cuda { program: programs.cuda.clone(), slices: tmp.join("slices") },
     };
     if let Source::Cuda { slices, .. } = &source {
         fs::create_dir_all(slices).with_context(|| slices.display().to_string())?;
     }
-    let mut command = Command::new(&built.sampler);
+    let mut command = Command::new(&programs.sampler);
     command.arg("run");
     if let Some(library) = &options.library {
         command.arg("--nvml-lib").arg(library);
@@ -149,7 +152,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     // An unwritable folder must be an error before the recording.
     fs::create_dir_all(&options.folder).with_context(|| options.folder.display().to_string())?;
     let (agent, server, _) = agent::start("gpu", command, &tmp)?;
-    let meanwhile = record(&recorder, &tmp, &options, &source, &mut cleanup)?;
+    let meanwhile = record(&programs.recorder, &tmp, &options, &source, &mut cleanup)?;
     let mut recording: Value = serde_json::from_slice(&fs::read(tmp.join(RECORDING))?)?;
     let file = options.folder.join(name(&recording));
     // Written before anything else can fail, and again when the rest is known.
@@ -204,20 +207,43 @@ fn world(library: &Path) -> Option<PathBuf> {
     dir.join("world.toml").exists().then(|| dir.to_owned())
 }
 
-fn programs(built: &Built, profile: Profile) -> Result<[PathBuf; 2]> {
-    let names = ["gpu-recorder", "cuda-load"];
-    let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler-tests"])?;
-    cargo.args(names.iter().flat_map(|name| ["--bin", name]));
-    if profile == Profile::Release {
-        cargo.arg("--release");
+/// The programs that a recording runs.
+struct Programs {
+    sampler: PathBuf,
+    sim: PathBuf,
+    recorder: PathBuf,
+    cuda: PathBuf,
+}
+
+impl Programs {
+    fn build(profile: Profile) -> Result<Self> {
+        setup::ensure(setup::Scope::Ebpf, false)?;
+        let Built { sampler, sim, .. } = build::everything(profile)?;
+        let names = ["gpu-recorder", "cuda-load"];
+        let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler-tests"])?;
+        cargo.args(names.iter().flat_map(|name| ["--bin", name]));
+        if profile == Profile::Release {
+            cargo.arg("--release");
+        }
+        tools::run(&mut cargo)?;
+        let [recorder, cuda] = names.map(|name| sampler.with_file_name(name));
+        Ok(Self { sampler, sim, recorder, cuda })
     }
-    tools::run(&mut cargo)?;
-    Ok(names.map(|name| built.sampler.with_file_name(name)))
+
+    /// For a machine without Rust.
+    fn in_folder(folder: &Path) -> Result<Self> {
+        let program = |name: &str| -> Result<PathBuf> {
+            let path = folder.join(name);
+            path.canonicalize().with_context(|| format!("--built: {}", path.display()))
+        };
+        let [sampler, recorder, cuda] = [program("gpu-sampler")?, program("gpu-recorder")?, program("cuda-load")?];
+        Ok(Self { sampler, sim: folder.join("nvml-sim"), recorder, cuda })
+    }
 }
 
 /// Runs doctor; its output has the remedies of a failure.
-fn doctor(built: &Built, library: Option<&Path>, devices: Option<&Path>) -> Result<()> {
-    let mut doctor = Command::new(&built.sampler);
+fn doctor(sampler: &Path, library: Option<&Path>, devices: Option<&Path>) -> Result<()> {
+    let mut doctor = Command::new(sampler);
     doctor.arg("doctor");
     if let Some(library) = library {
         doctor.arg("--nvml-lib").arg(library);

@@ -5,6 +5,7 @@
 //!  unqueried sample  not queried: over the 8 nearest queried busy samples on each side, weighted by similarity of utilization
 //!  both              only over processes that existed in the sample's own period, by the part of it in which they existed;
 //!                    if there are none, over containers that existed in the period and were named close to it
+//!  pid-less sample   where only processes that have ended are not named (`naming`): only over those that ended soon after it
 //!  unqueried sample  also over containers that existed in the period and are named on both sides, or close to it by successive
 //!                    processes, regardless of which processes these were
 //! ```
@@ -39,6 +40,8 @@ const SIBLING_NS: u64 = 1_000_000_000;
 /// A succession of processes is assumed to continue for this many mean gaps between the named ones. Twice the mean gap is exceeded by
 /// chance in one of seven cases.
 const FOLLOWS_GAPS: u64 = 2;
+/// A sample is read within so many periods of its time, if its process is queried: polls query their newest samples.
+const READ_PERIODS: u64 = 4;
 /// Utilization is rounded to a percent: a sample of 100 % may be half a percent lower.
 const ROUNDING_RATIO: f64 = 0.005;
 /// Differences in utilization below this are insignificant: they result from rounding, and from the random content of one period.
@@ -71,6 +74,11 @@ pub struct Sample {
 impl Sample {
     pub fn busy_ratio(&self) -> f64 {
         self.busy_ns / self.span_ns.max(1.0)
+    }
+
+    /// The busy time, times the idle part of the period.
+    pub fn partly_ns(&self) -> f64 {
+        self.busy_ns * (1.0 - self.busy_ratio()).max(0.0)
     }
 }
 
@@ -133,6 +141,24 @@ impl Neighbours {
         enough || now.saturating_since(sample.at) >= WAIT_NS
     }
 
+    /// Division over the processes that ended in the sample's period or between it and its read; empty if there are none. To be used where
+    /// the driver names every process that lives when a sample is read.
+    pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
+        let read = sample.at.plus(READ_PERIODS * sample.span_ns as u64);
+        let mut processes: Vec<NamedUser> = Vec::new();
+        let mut weights = Vec::new();
+        for (n, neighbour) in self.named.iter().enumerate().rev() {
+            let named = neighbour.named;
+            let ended = presence.exits.end_of(&named).is_some_and(|end| end <= read);
+            if !ended || !is_near(neighbour.at, sample.at) || processes.contains(&named) {
+                continue;
+            }
+            processes.push(named);
+            weights.push((n, presence.exits.part(&named, sample.at, sample.span_ns)));
+        }
+        normalized(weights)
+    }
+
     /// Indices of named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user qualifies.
     pub fn divide(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
         let mut weights = if sample.queried {
@@ -143,12 +169,7 @@ impl Neighbours {
         if weights.is_empty() {
             weights = self.of_siblings(sample, presence);
         }
-        let whole: f64 = weights.iter().map(|(_, weight)| weight).sum();
-        weights.retain(|(_, weight)| *weight > 0.0);
-        for (_, weight) in &mut weights {
-            *weight /= whole;
-        }
-        weights
+        normalized(weights)
     }
 
     fn named_at(&self, at: BootNs) -> Option<usize> {
@@ -213,6 +234,15 @@ impl Neighbours {
         let later = sibling(after, forth).map(|weight| (after, weight));
         before.into_iter().chain(later).collect()
     }
+}
+
+fn normalized(mut weights: Vec<(usize, f64)>) -> Vec<(usize, f64)> {
+    weights.retain(|(_, weight)| *weight > 0.0);
+    let whole: f64 = weights.iter().map(|(_, weight)| weight).sum();
+    for (_, weight) in &mut weights {
+        *weight /= whole;
+    }
+    weights
 }
 
 /// Whether a user is named on both sides, or on one side by successive processes and recently in relation to their mean gap. `sides`: named
@@ -292,6 +322,22 @@ mod tests {
         assert_eq!(world.divide(&sample(1167, 0.5, true)), [(1, 702), (2, 298)]);
         // The first does not exist a period later.
         assert_eq!(world.divide(&sample(1300, 0.5, true)), [(2, 1000)]);
+    }
+
+    #[test]
+    fn time_that_names_none_is_that_of_processes_that_ended_before_the_read() {
+        let mut world = DivideWorld::default();
+        world.named(1000, 1, 0.5, (100, Some(1500)));
+        world.named(1167, 2, 0.5, (100, None));
+        world.named(1334, 3, 0.5, (100, Some(9000)));
+        let presence = Presence { exits: &world.exits, lifetimes: &world.lifetimes };
+        let of_ended = |at_ms| {
+            let parts = world.neighbours.of_ended(&sample(at_ms, 0.5, true), presence);
+            parts.into_iter().map(|(n, part)| (world.neighbours.named[n].named.pid, part)).collect::<Vec<_>>()
+        };
+        assert_eq!(of_ended(1300), [(1000, 1.0)], "the third lives long after the read");
+        assert_eq!(of_ended(1900), [], "the first had ended before the sample's period");
+        assert_eq!(of_ended(8900), [(1334, 1.0)]);
     }
 
     #[test]

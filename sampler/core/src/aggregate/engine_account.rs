@@ -13,6 +13,7 @@ use strum::EnumCount as _;
 
 use super::divide::{NamedSample, Neighbours, Presence, Sample};
 use super::exits::{Exits, NamedUser};
+use super::naming::Naming;
 use super::settings::Range;
 use super::standard_error::{SampleHistory, StandardError};
 use crate::device::Reason;
@@ -31,16 +32,18 @@ pub struct PendingSample {
 pub struct Credit {
     pub ns: f64,
     pub samples: u64,
-    /// Variance of `ns`, without `one_more`.
+    /// Variance of `ns` by chance, without `one_more`.
     sum_of_variances: f64,
     /// Variance of one additional sample: the number of named samples is itself uncertain, which matters if they are few.
     one_more: f64,
+    /// Error by the unknown distribution of the work (`naming`); it does not average out.
+    distribution_ns: f64,
 }
 
 impl Credit {
     /// Variance of `ns`.
     pub fn variance(&self) -> f64 {
-        self.sum_of_variances + self.one_more
+        self.sum_of_variances + self.one_more + self.distribution_ns.powi(2)
     }
 }
 
@@ -65,6 +68,9 @@ pub struct EngineAccount {
     standard_errors: HashMap<User, StandardError>,
     /// Number and sum of squared weights of the samples that are not in the variances yet.
     unsettled: HashMap<User, (u64, f64)>,
+    naming: Naming,
+    /// Partly busy time since the errors were last settled: the busy time of each sample times the idle part of its period.
+    partly_ns: f64,
 }
 
 impl EngineAccount {
@@ -88,6 +94,9 @@ impl EngineAccount {
         if pending.sample.busy_ns > 0.0 && pending.sample.queried {
             self.neighbours.add_queried(&pending.sample);
         }
+        if self.range.has(pending.sample.at) {
+            self.partly_ns += pending.sample.partly_ns();
+        }
         match pending.named {
             Some(named) => self.credit_named(&pending.sample, named, booked),
             None if pending.sample.busy_ns > 0.0 => self.waiting.push_back(pending),
@@ -102,6 +111,9 @@ impl EngineAccount {
         if self.range.has(sample.at) {
             let unsettled = self.unsettled.entry(named.user).or_default();
             *unsettled = (unsettled.0 + 1, unsettled.1 + sample.busy_ns * sample.busy_ns);
+        }
+        if sample.busy_ns > 0.0 {
+            self.naming.add(sample.busy_ratio(), true);
         }
         self.neighbours.add_named(NamedSample::new(sample.at, named, sample.busy_ratio(), sample.busy_ns));
         self.history.add(sample.at, named);
@@ -120,8 +132,15 @@ impl EngineAccount {
     }
 
     fn divide(&mut self, pending: &PendingSample, presence: Presence<'_>, booked: &mut Vec<Booked>) {
-        let Sample { at, span_ns, busy_ns, .. } = pending.sample;
-        let parts = self.neighbours.divide(&pending.sample, presence);
+        let Sample { at, span_ns, busy_ns, queried } = pending.sample;
+        let busy_ratio = pending.sample.busy_ratio();
+        let mut parts = if queried { self.neighbours.of_ended(&pending.sample, presence) } else { Vec::new() };
+        if queried && parts.is_empty() {
+            self.naming.add(busy_ratio, false);
+        }
+        if parts.is_empty() || !self.naming.only_ended_are_unnamed(busy_ratio) {
+            parts = self.neighbours.divide(&pending.sample, presence);
+        }
         if parts.is_empty() {
             // The process list may be younger than the sample.
             let existed = presence.lifetimes.may_have_existed(pending.otherwise, at, span_ns);
@@ -182,21 +201,24 @@ impl EngineAccount {
                 }
             }
         }
+        let partly_ns = std::mem::take(&mut self.partly_ns);
         for (user, (samples, squares)) in std::mem::take(&mut self.unsettled) {
             // The samples of a user that disappeared are cut off; its error is the one from before the cut.
             let error = self.standard_errors.get(&user).or(before.get(&user));
             let (Some(credit), Some(error)) = (self.credits.get_mut(&user), error) else { continue };
             let others = error.others() * error.factor;
             credit.sum_of_variances += squares * others;
+            credit.distribution_ns += self.naming.distribution_error_ns(error.share, partly_ns);
             if samples > 0 {
                 credit.one_more = squares / samples as f64 * others;
             }
         }
     }
 
-    /// Variance of samples with that sum of squared weights.
-    pub fn variance_of(&self, user: User, squares: f64) -> f64 {
-        self.standard_error(user).map_or(0.0, |error| squares * error.variance())
+    /// Variance of samples with that sum of squared weights and that partly busy time.
+    pub fn variance_of(&self, user: User, squares: f64, partly_ns: f64) -> f64 {
+        let distribution = |share| self.naming.distribution_error_ns(share, partly_ns).powi(2);
+        self.standard_error(user).map_or(0.0, |error| squares * error.variance() + distribution(error.share))
     }
 
     /// A new sample buffer and clock: waiting samples are booked for the user without named neighbours, as no process can be named for them

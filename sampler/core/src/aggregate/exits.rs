@@ -62,7 +62,7 @@ impl Exits {
         match named.user {
             User::Container(_) | User::Host(_) => {
                 let from = at.minus(ns as u64);
-                let until = self.0.get(&(named.pid, named.since)).copied().unwrap_or(at).min(at);
+                let until = self.end_of(named).unwrap_or(at).min(at);
                 let present_ns = until.saturating_since(from.max(named.since)) as f64;
                 // `ns` is 0 if an end and a sample are at one instant.
                 if ns > 0.0 { (present_ns / ns).min(1.0) } else { f64::from(u8::from(self.was_present(named, at))) }
@@ -71,12 +71,15 @@ impl Exits {
         }
     }
 
+    /// When the process ended or moved to another user, if it did.
+    pub fn end_of(&self, named: &NamedUser) -> Option<BootNs> {
+        self.0.get(&(named.pid, named.since)).copied()
+    }
+
     /// Whether the process belonged to the user at that time; true if the process is not known.
     pub fn was_present(&self, named: &NamedUser, at: BootNs) -> bool {
         match named.user {
-            User::Container(_) | User::Host(_) => {
-                named.since <= at && self.0.get(&(named.pid, named.since)).is_none_or(|end| at <= *end)
-            }
+            User::Container(_) | User::Host(_) => named.since <= at && self.end_of(named).is_none_or(|end| at <= end),
             User::Unattributed(_) => true,
         }
     }

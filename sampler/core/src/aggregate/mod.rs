@@ -6,6 +6,7 @@ mod divide;
 mod engine_account;
 mod exits;
 mod holders;
+mod naming;
 mod settings;
 mod standard_error;
 mod windows;

@@ -6,9 +6,9 @@
 //!  next_process_query() -> read the process samples -> process_samples() -> next_process_query() .. None -> take()
 //! ```
 //! The driver keeps one sample for each period. For a query it aggregates the samples that are newer than `lastSeen` into one entry for
-//! each pid: the time of its newest sample, and the average of all. If at most one sample is new, the entry is that sample. If more are
-//! new, one query for each of them, from the newest back, separates them again (`split_aggregated`): a pid that is in a response for the
-//! first time is in the oldest sample of that response. Samples that cannot be separated are marked as not queried, never guessed.
+//! each pid: the time of its newest sample, and an average. If at most one sample is new, the entry is that sample. If more are new, one
+//! query for each of them, from the newest back, separates them again (`split_aggregated`): a pid that is in a response for the first time
+//! is in the oldest sample of that response. Samples that cannot be separated are marked as not queried, never guessed.
 //!
 //! `lastSeen` is the largest returned stamp, never a time of another clock. Stamps that go back mean that the clock was set. Then the whole
 //! buffer is read again; otherwise the device would look idle until its clock had caught up.
@@ -86,6 +86,7 @@ pub struct Recovery {
     fresh: Vec<DeviceSample>,
     before_fresh: GpuNs,
     responses: Vec<split_aggregated::SamplesByPid>,
+    folding: split_aggregated::Folding,
     process_calls: usize,
     ahead: bool,
     out: Recovered,
@@ -305,7 +306,7 @@ impl Recovery {
                 self.keep(sample);
             }
         } else {
-            let mut process_samples = split_aggregated::separate(&mut fresh, &responses);
+            let mut process_samples = split_aggregated::separate(&mut fresh, &responses, &mut self.folding);
             process_samples.sort_by_key(|sample| sample.at);
             for sample in process_samples {
                 self.keep(sample);

@@ -1,4 +1,9 @@
 //! Separates what the driver aggregated: several samples, one entry for each pid.
+//!
+//! Drivers differ in the average that an entry has: over the samples that name the pid, or over all samples of the response (measured on an
+//! H200 with driver 580.159.04), so that an entry changes with each further sample, whichever pid that names. For each further sample,
+//! every pid that it may name is tried: the entries that would result are compared with the response. Exactly one match is the answer.
+//! Which average a driver has is learned from responses that only one of them explains.
 
 use std::collections::HashMap;
 
@@ -13,80 +18,115 @@ pub type SamplesByPid = HashMap<u32, ProcessSample>;
 const COMPUTE: usize = Engine::Compute as usize;
 /// A sample without an idle instant names a process under any rule of the driver.
 const SURELY_NAMED_PERCENT: u32 = 100;
+/// Responses that only one average explains, for it to be known. More than one, because responses can contain invalid entries.
+const CONFIRMATIONS: u32 = 3;
+
+/// The average that an entry has of its pid's utilization.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Average {
+    OverNamed,
+    OverAll,
+}
+
+/// What is known of the driver's average: the responses that only the one or the other explains.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Folding {
+    over_named: u32,
+    over_all: u32,
+}
 
 /// What is known of a pid from the newer samples.
 #[derive(Clone, Copy, Default)]
 struct Known {
     sum: u32,
     samples: u32,
-    /// It may have been in a sample that could not be separated.
-    uncertain: bool,
+}
+
+impl Folding {
+    fn possible(self) -> impl Iterator<Item = Average> {
+        let named = self.over_all < self.over_named + CONFIRMATIONS;
+        let all = self.over_named < self.over_all + CONFIRMATIONS;
+        [(Average::OverNamed, named), (Average::OverAll, all)].into_iter().filter_map(|(average, is)| is.then_some(average))
+    }
+
+    fn explained_by(&mut self, averages: [bool; 2]) {
+        match averages {
+            [true, false] => self.over_named = self.over_named.saturating_add(1),
+            [false, true] => self.over_all = self.over_all.saturating_add(1),
+            _ => {}
+        }
+    }
+}
+
+impl Average {
+    /// The entry of a pid in a response of `samples` samples, of which a further one names it with `more` percent, or not.
+    fn of(self, known: Known, more: Option<u32>, samples: u32) -> f64 {
+        let sum = f64::from(known.sum + more.unwrap_or(0));
+        let over = match self {
+            Average::OverNamed => known.samples + u32::from(more.is_some()),
+            Average::OverAll => samples,
+        };
+        sum / f64::from(over.max(1))
+    }
 }
 
 /// `responses[0]` covers only the newest sample, each further one also the sample before. Marks the samples of which the pid, or its
 /// absence, is known, and returns the tuples.
-pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid]) -> Vec<ProcessSample> {
+pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid], folding: &mut Folding) -> Vec<ProcessSample> {
     let none = SamplesByPid::new();
     let mut out = Vec::new();
     let mut known: HashMap<u32, Known> = HashMap::new();
-    let learn = |known: &mut HashMap<u32, Known>, pid: u32, percent: u32| {
-        let k = known.entry(pid).or_default();
-        (k.sum, k.samples) = (k.sum + percent, k.samples + 1);
-    };
+    // Whether the pid of every newer sample is known.
+    let mut is_complete = true;
     for (n, sample) in samples.iter_mut().rev().enumerate() {
         let Some(response) = responses.get(n) else { return out };
         let newer = if n == 0 { &none } else { &responses[n - 1] };
+        let covered = n as u32 + 1;
         let mut compute = None;
         for process in response.values().filter(|process| !newer.contains_key(&process.pid)) {
             out.push(*process);
-            if process.percent[COMPUTE] > 0 {
+            // The average of one small sample and others may be below one percent.
+            let may_be_small = sample.busy_percent > 0 && sample.busy_percent < covered;
+            if process.percent[COMPUTE] > 0 || may_be_small {
                 compute = Some(process.pid);
-                learn(&mut known, process.pid, sample.busy_percent);
             }
         }
-        // An average that changed includes one more sample.
-        let moved = |process: &&ProcessSample| {
-            newer.get(&process.pid).is_some_and(|before| before.percent[COMPUTE] != process.percent[COMPUTE])
-        };
-        if compute.is_none()
-            && let Some(process) = response.values().find(moved)
-        {
-            compute = Some(process.pid);
-        } else if compute.is_none() && sample.busy_percent > 0 {
-            // An unchanged average hides a sample only if the sample would not have changed it.
-            let hidden: Vec<u32> = response
-                .values()
-                .filter(|process| hides(process, &known, sample.busy_percent))
-                .map(|process| process.pid)
-                .collect();
-            match hidden[..] {
-                [] => {}
-                [pid] if sample.busy_percent >= SURELY_NAMED_PERCENT => compute = Some(pid),
+        if compute.is_none() && sample.busy_percent > 0 {
+            let old = || response.values().filter(|process| newer.contains_key(&process.pid));
+            let fits = |average: Average, named: Option<u32>| {
+                old().all(|process| {
+                    let more = (named == Some(process.pid)).then_some(sample.busy_percent);
+                    let known = known.get(&process.pid).copied().unwrap_or_default();
+                    (average.of(known, more, covered) - f64::from(process.percent[COMPUTE])).abs() < 1.0
+                })
+            };
+            let mut pids: Vec<u32> = old().map(|process| process.pid).collect();
+            pids.sort_unstable();
+            let no_pid = (sample.busy_percent < SURELY_NAMED_PERCENT || pids.is_empty()).then_some(None);
+            let named: Vec<Option<u32>> = no_pid.into_iter().chain(pids.into_iter().map(Some)).collect();
+            let explained = [Average::OverNamed, Average::OverAll].map(|average| named.iter().any(|pid| fits(average, *pid)));
+            if is_complete && old().next().is_some() {
+                folding.explained_by(explained);
+            }
+            let possible: Vec<Average> = folding.possible().collect();
+            let mut fitting = named.iter().filter(|pid| possible.iter().any(|average| fits(*average, **pid)));
+            match (is_complete, fitting.next(), fitting.next()) {
+                (true, Some(pid), None) => compute = *pid,
                 _ => {
-                    for pid in hidden {
-                        known.entry(pid).or_default().uncertain = true;
-                    }
+                    is_complete = false;
                     continue;
                 }
             }
         }
         sample.queried = true;
-        if let Some(pid) = compute.filter(|pid| newer.contains_key(pid)) {
+        let Some(pid) = compute else { continue };
+        let of_pid = known.entry(pid).or_default();
+        (of_pid.sum, of_pid.samples) = (of_pid.sum + sample.busy_percent, of_pid.samples + 1);
+        if newer.contains_key(&pid) {
             let mut percent = [0; Engine::COUNT];
             percent[COMPUTE] = sample.busy_percent.min(100) as u8;
             out.push(ProcessSample { at: sample.at, pid, percent });
-            learn(&mut known, pid, sample.busy_percent);
         }
     }
     out
-}
-
-/// Whether a sample of `percent` could be part of this average without changing it.
-fn hides(process: &ProcessSample, known: &HashMap<u32, Known>, percent: u32) -> bool {
-    let Some(k) = known.get(&process.pid) else { return false };
-    if k.uncertain {
-        return true;
-    }
-    let average = f64::from(k.sum + percent) / f64::from(k.samples + 1);
-    (average - f64::from(process.percent[COMPUTE])).abs() < 1.0
 }

@@ -13,6 +13,8 @@ const COMPUTE: usize = Engine::Compute as usize;
 /// (stamp, percent, pid) of each sample, in the order in which they were taken, and the time at which each was taken.
 #[derive(Clone, Debug)]
 struct Ring {
+    /// Whether an entry is the average over all samples, not over those that name its pid.
+    over_all: bool,
     samples: Vec<(u64, u32, Option<u32>)>,
     taken_us: Vec<u64>,
 }
@@ -22,7 +24,7 @@ impl Ring {
         let taken_us: Vec<u64> = (0..samples.len() as u64).map(|k| 1_000_000 + k * PERIOD_US).collect();
         // The GPU's clock is 12 s ahead.
         let samples = samples.iter().zip(&taken_us).map(|((util, pid), at)| (at + 12_000_000, *util, *pid)).collect();
-        Self { samples, taken_us }
+        Self { over_all: false, samples, taken_us }
     }
 
     fn held(&self, now_us: u64) -> &[(u64, u32, Option<u32>)] {
@@ -35,9 +37,10 @@ impl Ring {
         newer.map(|(at_us, percent, _)| RawSample { at_us: *at_us, percent: *percent }).collect()
     }
 
-    /// One entry for each pid: the time of its newest sample, the average of all.
+    /// One entry for each pid: the time of its newest sample, the average.
     fn process_samples(&self, after: u64, now_us: u64) -> Vec<RawProcessSample> {
         let mut process_samples: HashMap<u32, (u64, u32, u32)> = HashMap::new();
+        let all = self.held(now_us).iter().filter(|(at, ..)| *at > after).count() as u32;
         for (at, util, pid) in self.held(now_us).iter().filter(|(at, util, _)| *at > after && *util > 0) {
             let Some(pid) = pid else { continue };
             let process_sample = process_samples.entry(*pid).or_insert((0, 0, 0));
@@ -45,7 +48,7 @@ impl Ring {
         }
         let process_sample = |(pid, (at_us, sum, n)): (u32, (u64, u32, u32))| {
             let mut percent = [0; Engine::COUNT];
-            percent[COMPUTE] = sum / n;
+            percent[COMPUTE] = sum / if self.over_all { all } else { n };
             RawProcessSample { at_us, pid, percent }
         };
         process_samples.into_iter().map(process_sample).collect()
@@ -107,8 +110,8 @@ fn samples() -> impl Strategy<Value = Vec<(u32, Option<u32>)>> {
 
 proptest! {
     #[test]
-    fn polled_faster_than_the_grid_every_tuple_is_recovered(samples in samples(), every in 30_000u64..166_000) {
-        let ring = Ring::new(&samples);
+    fn polled_faster_than_the_grid_every_tuple_is_recovered(samples in samples(), every in 30_000u64..166_000, over_all: bool) {
+        let ring = Ring { over_all, ..Ring::new(&samples) };
         let end = 1_000_000 + samples.len() as u64 * PERIOD_US + 400_000;
         let (got, process_samples, stepped) = poll(&ring, (1_000_001..end).step_by(every as usize), 12);
         prop_assert_eq!(check(&ring, &got, &process_samples)?, (samples.len(), samples.len() - 1));
@@ -117,9 +120,9 @@ proptest! {
 
     #[test]
     fn with_late_polls_no_tuple_is_wrong_and_most_are_separated(
-        samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13
+        samples in samples(), waits in prop::collection::vec(20_000u64..1_500_000, 400), calls in 1usize..13, over_all: bool
     ) {
-        let ring = Ring::new(&samples);
+        let ring = Ring { over_all, ..Ring::new(&samples) };
         let mut now = 1_000_001;
         let polls: Vec<u64> = waits.iter().map(|wait| { now += wait; now }).collect();
         let (got, process_samples, _) = poll(&ring, polls.into_iter(), calls);

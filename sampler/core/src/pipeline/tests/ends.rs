@@ -146,7 +146,7 @@ fn a_sole_user_that_is_seldom_named_is_busy_in_every_window() {
         core.observe(Observation::from(batch));
         if k > 70 {
             let duty = core.snapshot().containers[0].gpus[0].duty_cycle_percent.unwrap();
-            assert!((duty - 2.0).abs() < 1e-6, "{k}: {duty}");
+            assert!((duty - 2.5).abs() < 1e-6, "{k}: {duty}");
         }
     }
 }
