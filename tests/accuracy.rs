@@ -4,6 +4,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
+use gpu_sampler_tests::record::busy_percent;
 use gpu_sampler_tests::{Agent, Docker, Sim, sum};
 
 const DEMANDS: [f64; 3] = [0.6, 0.3, 0.1];
@@ -40,13 +41,7 @@ fn credited_seconds_are_within_five_standard_errors_of_the_truth() -> Result<()>
         let total =
             |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", uuid)], labels].concat()).unwrap_or_default();
         let busy = total("gpu_time_seconds_total", &[("state", "busy")]);
-        let recorded: f64 = samples
-            .as_array()
-            .context("samples")?
-            .iter()
-            .filter(|s| s["gpu"] == gpu)
-            .map(|s| s["util"]["sm"].as_f64().unwrap_or_default())
-            .sum();
+        let recorded: f64 = samples.as_array().context("samples")?.iter().filter(|s| s["gpu"] == gpu).map(busy_percent).sum();
         let recorded = recorded / 100.0 * 0.167139;
         let credited = total("container_gpu_seconds_total", &[]);
         let unattributed = total("gpu_unattributed_seconds_total", &[]);

@@ -26,6 +26,7 @@ mod places;
 mod pressure;
 mod prometheus;
 mod quirks;
+mod sample_buffer;
 mod sessions;
 mod simulator;
 mod survival;

@@ -6,7 +6,7 @@ use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::CgroupTree;
-use gpu_sampler_tests::record::{RecordedLife, credited, expected, id_of};
+use gpu_sampler_tests::record::{RecordedLife, busy_percent, credited, expected, id_of};
 use gpu_sampler_tests::{Agent, Sample, Sim, sum};
 use serde_json::Value;
 
@@ -153,7 +153,7 @@ fn record_busy(all: &Value, gpu: usize) -> Result<f64> {
     for sample in all.as_array().context("samples")?.iter().filter(|s| s["gpu"] == gpu) {
         let at = sample["time_us"].as_u64().context("time_us")?;
         if let Some(last) = last {
-            busy += sample["util"]["sm"].as_f64().context("util")? / 100.0 * (at - last) as f64 / 1e6;
+            busy += busy_percent(sample) / 100.0 * (at - last) as f64 / 1e6;
         }
         last = Some(at);
     }

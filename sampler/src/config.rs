@@ -35,6 +35,17 @@ pub enum KernelMode {
     Procfs,
 }
 
+/// Where samples of GPU use are read.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[serde(rename_all = "snake_case")]
+#[value(rename_all = "snake_case")]
+pub enum SampleSource {
+    /// The driver's own buffer while NVML agrees with it, else NVML.
+    #[default]
+    Auto,
+    Nvml,
+}
+
 /// The generation of pod labels of the cAdvisor families: Kubernetes 1.14 and 1.15 had both.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
@@ -99,6 +110,9 @@ pub struct Settings {
     /// Limit for time spent in driver calls for one GPU, in percent of time; 0.01 to 100 [default: 2]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_WAIT_PERCENT")]
     pub gpu_wait_percent: Option<f64>,
+    /// Where samples are read: auto (the driver's own buffer while NVML agrees with it, else NVML) or nvml [default: auto]
+    #[arg(long, value_name = "SOURCE", env = "GPU_SAMPLER_SAMPLE_SOURCE")]
+    pub sample_source: Option<SampleSource>,
     /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
@@ -136,6 +150,7 @@ pub struct Config {
     pub kernel_ring_bytes: u32,
     pub gpu_budget_percent: f64,
     pub gpu_wait_percent: f64,
+    pub sample_source: SampleSource,
     pub gpu_saturation_percent: u8,
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
@@ -201,6 +216,7 @@ impl Settings {
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
             gpu_wait_percent: self.gpu_wait_percent.or(under.gpu_wait_percent),
+            sample_source: self.sample_source.or(under.sample_source),
             gpu_saturation_percent: self.gpu_saturation_percent.or(under.gpu_saturation_percent),
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
@@ -249,6 +265,7 @@ impl Settings {
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             gpu_budget_percent: budget("gpu_budget_percent", s.gpu_budget_percent, DEFAULT_GPU_BUDGET_PERCENT)?,
             gpu_wait_percent: budget("gpu_wait_percent", s.gpu_wait_percent, DEFAULT_GPU_WAIT_PERCENT)?,
+            sample_source: s.sample_source.unwrap_or_default(),
             gpu_saturation_percent: saturation(s.gpu_saturation_percent)?,
             session_dir: absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
             session_dir_max_bytes: size(
@@ -428,6 +445,7 @@ mod tests {
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("path_devfs = '/no/such/dev'", "path_devfs = /no/such/dev does not exist; set it to the path of the host's /dev");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
+        check("sample_source = 'rm'", "unknown variant `rm`");
         check("kernel_ring_bytes = 5000", "kernel_ring_bytes = \"5000\" is invalid: expected a power of two");
         check("gpu_saturation_percent = 100", "ok");
         check("gpu_saturation_percent = 49", "gpu_saturation_percent = \"49\" is invalid: expected a whole percentage");
@@ -455,7 +473,8 @@ mod tests {
         );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
         assert!(
-            read.kernel_ring_bytes.is_some()
+            read.sample_source.is_some()
+                && read.kernel_ring_bytes.is_some()
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
                 && read.gpu_wait_percent == Some(DEFAULT_GPU_WAIT_PERCENT)

@@ -46,6 +46,12 @@ pub fn id_of(cgroup: &str) -> String {
     Path::new(cgroup).file_name().map(|n| n.to_string_lossy().into_owned()).unwrap_or_default()
 }
 
+/// The utilization of a recorded sample in percent, with the mean of what the driver cuts from it.
+pub fn busy_percent(sample: &Value) -> f64 {
+    let percent = sample["util"]["sm"].as_f64().unwrap_or_default();
+    percent + if (1.0..100.0).contains(&percent) { 0.5 } else { 0.0 }
+}
+
 impl Sim {
     /// Recorded samples from which the driver makes process samples.
     pub fn samples(&self) -> Result<Vec<NamedSample>> {

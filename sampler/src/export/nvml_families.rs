@@ -27,6 +27,7 @@ pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Families<'_>) {
         }
     }
     known(to, &nvml::STALLED, devices, |device| device.stalled.map(f64::from));
+    known(to, &nvml::SAMPLE_BUFFER, devices, |device| device.sample_buffer.map(f64::from));
     known(to, &nvml::POLL_INTERVAL, devices, |device| device.poll_interval_seconds);
     known(to, &nvml::BUSY, devices, |device| device.busy_ratio);
     known(to, &nvml::CPU, devices, |device| device.cpu_ratio);

@@ -170,6 +170,7 @@ fn devices() -> Vec<DeviceView> {
         calls: vec![("get_samples", times(&CALL_BOUNDS))],
         errors: vec![("get_samples", "not_found".into(), 4)],
         supported: vec![("get_samples", true)],
+        sample_buffer: Some(true),
         poll_interval_seconds: Some(1.0),
         busy_ratio: Some(0.01),
         cpu_ratio: Some(0.02),

@@ -40,6 +40,8 @@ pub enum Call {
     GetJpegSamples,
     #[strum(serialize = "GetSamples:ofa")]
     GetOfaSamples,
+    /// The driver's own sample buffer, not a call of NVML.
+    SampleBuffer,
     GetProcessesUtilizationInfo,
     GetProcessUtilization,
     GetUtilizationRates,
@@ -84,6 +86,8 @@ pub struct DeviceCalls {
     pub uuid: Arc<str>,
     counts: Mutex<CallCounts>,
     supported: [AtomicU8; Call::COUNT],
+    /// Whether samples are read from the driver's own buffer: 1, 0, or [`UNTRIED`].
+    sample_buffer: AtomicU8,
     /// 0 if unknown.
     poll_interval_ns: AtomicU64,
     /// Bits of the recent shares of time: processor time, and time in driver calls.
@@ -98,6 +102,7 @@ pub struct DeviceView {
     /// (call, error, count).
     pub errors: Vec<(&'static str, String, u64)>,
     pub supported: Vec<(&'static str, bool)>,
+    pub sample_buffer: Option<bool>,
     pub poll_interval_seconds: Option<f64>,
     pub busy_ratio: Option<f64>,
     pub cpu_ratio: Option<f64>,
@@ -111,6 +116,7 @@ impl DeviceCalls {
             uuid,
             counts: Mutex::default(),
             supported: std::array::from_fn(|_| AtomicU8::new(UNTRIED)),
+            sample_buffer: AtomicU8::new(UNTRIED),
             poll_interval_ns: AtomicU64::new(0),
             recent_ratios: std::array::from_fn(|_| AtomicU64::new(f64::NAN.to_bits())),
         }
@@ -132,6 +138,11 @@ impl DeviceCalls {
         self.supported[call as usize].store(supported.into(), Ordering::Relaxed);
     }
 
+    /// Whether samples are read from the driver's own buffer, not through NVML.
+    pub fn set_sample_buffer(&self, used: bool) {
+        self.sample_buffer.store(used.into(), Ordering::Relaxed);
+    }
+
     /// `recent_ratios`: shares of processor time and of time in driver calls over the past 30 s; NaN if unknown.
     pub fn set_pace(&self, poll_interval: Duration, recent_ratios: [f64; 2]) {
         self.poll_interval_ns.store(u64::try_from(poll_interval.as_nanos()).unwrap_or(u64::MAX), Ordering::Relaxed);
@@ -144,6 +155,7 @@ impl DeviceCalls {
         let supported =
             Call::VARIANTS.iter().zip(&self.supported).map(|(call, state)| (call.name(), state.load(Ordering::Relaxed)));
         let interval = self.poll_interval_ns.load(Ordering::Relaxed);
+        let sample_buffer = self.sample_buffer.load(Ordering::Relaxed);
         let [cpu, busy] = [0, 1].map(|n| f64::from_bits(self.recent_ratios[n].load(Ordering::Relaxed)));
         let counts = self.counts();
         DeviceView {
@@ -151,6 +163,7 @@ impl DeviceCalls {
             calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
             errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
             supported: supported.filter(|(_, state)| *state != UNTRIED).map(|(name, state)| (name, state == 1)).collect(),
+            sample_buffer: (sample_buffer != UNTRIED).then_some(sample_buffer == 1),
             poll_interval_seconds: (interval > 0).then_some(interval as f64 * 1e-9),
             // A thread that hangs cannot update the ratio; all its time is spent in the call.
             busy_ratio: if stalled == Some(true) { Some(1.0) } else { (!busy.is_nan()).then_some(busy) },

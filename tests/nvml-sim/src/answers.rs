@@ -3,8 +3,9 @@
 use std::collections::HashMap;
 
 use crate::driver::Driver;
+use crate::loads::Load;
 use crate::model::{DriverSample, ENGINES, mix};
-use crate::world::{Garbage, IdleRing, RowOrder, RowStamps};
+use crate::world::{Average, ExitedPids, Garbage, IdleRing, RowOrder, RowStamps};
 
 /// Largest distance of a process sample's stamp before its sample's: less than the smallest gap between samples.
 const EARLY_US: u64 = 5_000;
@@ -84,12 +85,19 @@ impl Driver {
         Ok(stamped.filter(|(stamp, _)| *stamp > after_us).collect())
     }
 
-    /// Folds the buffer as the driver does: one entry per pid, with the average of the pid's samples on each engine and the newest stamp.
+    /// Folds the buffer as the driver does: one entry per pid, with the average on each engine and the newest stamp.
     pub fn process_samples(&mut self, gpu: usize, after_us: u64) -> anyhow::Result<Vec<ProcessSample>> {
         self.sync(gpu)?;
         let pieces = self.pieces(gpu);
         let newer: Vec<&Piece> = pieces.iter().filter(|p| p.stamp_us > after_us).collect();
-        let mut samples = fold(&newer);
+        let all = match self.world.average(gpu) {
+            Average::OverNamed => None,
+            Average::OverAll => {
+                let ring = self.rings.get(gpu).into_iter().flatten();
+                Some(ring.filter(|sample| self.stamp(gpu, sample.at_us) > after_us).count() as u32)
+            }
+        };
+        let mut samples = fold(&newer, all);
         self.add_garbage(gpu, after_us, &pieces, &mut samples);
         if *self.world.row_order(gpu) == RowOrder::Shuffled {
             let now = self.now();
@@ -104,12 +112,22 @@ impl Driver {
         for sample in self.rings.get(gpu).into_iter().flatten() {
             let stamp = self.stamp(gpu, sample.at_us);
             for (engine, util) in sample.util.into_iter().enumerate().filter(|(_, util)| *util > 0) {
-                let Some(pid) = sample.pid[engine].map(|pid| self.shown(pid)) else { continue };
+                let Some(pid) = self.named(gpu, sample, engine) else { continue };
                 let before = if early { mix(self.world.seed, pid.into(), sample.at_us) % EARLY_US } else { 0 };
                 pieces.push(Piece { pid, at_us: sample.at_us, stamp_us: stamp.saturating_sub(before), engine, util });
             }
         }
         pieces
+    }
+
+    /// The pid by which the driver names the sample's process on the engine now.
+    pub fn named(&self, gpu: usize, sample: &DriverSample, engine: usize) -> Option<u32> {
+        let pid = sample.pid[engine]?;
+        let now = self.now();
+        // Ended loads may be forgotten; a load that began later may be of another process with the pid.
+        let lives = |load: &Load| load.pid == pid && load.begin_us <= sample.at_us && !load.ended_by(now);
+        let kept = *self.world.exited_pids(gpu) == ExitedPids::Kept;
+        (kept || self.log.loads.of(gpu.into()).iter().any(lives)).then(|| self.shown(pid))
     }
 
     fn add_garbage(&self, gpu: usize, after_us: u64, pieces: &[Piece], samples: &mut Vec<ProcessSample>) {
@@ -128,7 +146,7 @@ impl Driver {
                 // For a client that reads from the beginning nothing can be stale.
                 Garbage::Stale if after_us > 0 => samples.push(garbage(pid, after_us, 37)),
                 Garbage::Stale => {}
-                Garbage::Exited => samples.extend(fold(&self.exited(gpu, after_us, pieces))),
+                Garbage::Exited => samples.extend(fold(&self.exited(gpu, after_us, pieces), None)),
                 Garbage::Zombies => {
                     samples.extend((0..ZOMBIE_SAMPLES).map(|n| garbage(ZOMBIES[n as usize % 2], stamp_us, 1 + n % 3)));
                 }
@@ -150,8 +168,8 @@ impl Driver {
     }
 }
 
-/// Folds into process samples, in the order of their newest samples.
-fn fold(pieces: &[&Piece]) -> Vec<ProcessSample> {
+/// Folds into process samples, in the order of their newest samples. `all`: the number of samples, if the average is over all of them.
+fn fold(pieces: &[&Piece], all: Option<u32>) -> Vec<ProcessSample> {
     struct Sum {
         sample: ProcessSample,
         at_us: u64,
@@ -172,7 +190,7 @@ fn fold(pieces: &[&Piece]) -> Vec<ProcessSample> {
     }
     sums.sort_by_key(|sum| sum.at_us);
     let mean = |mut sum: Sum| {
-        sum.sample.util.iter_mut().zip(sum.counts).for_each(|(util, n)| *util /= n.max(1));
+        sum.sample.util.iter_mut().zip(sum.counts).for_each(|(util, n)| *util /= all.unwrap_or(n).max(1));
         sum.sample
     };
     sums.into_iter().map(mean).collect()

@@ -235,6 +235,23 @@ mod tests {
     }
 
     #[test]
+    fn samples_stay_blank_after_their_loads_are_forgotten_and_their_pid_is_reused() {
+        let now = loads::now_us();
+        let ended = (now - 30_000_000, Some(now - 3_000_000));
+        for (key, expect) in [("kept", true), ("blank", false)] {
+            let key = format!("exited_pids = '{key}'\npid_rule = 'last'\n");
+            let (_dir, mut driver) = driver(&key, &[ended, ended, (now - 1_000, None)]);
+            for kept in [2, 1] {
+                assert_eq!(!driver.process_samples(0, 0).unwrap().is_empty(), expect, "{key}");
+                assert!(driver.rings[0].iter().any(|sample| sample.pid[0].is_some()));
+                driver.sync(1).unwrap();
+                assert!(driver.log.loads.of(0.into()).len() <= kept);
+                driver.checked_us = 0;
+            }
+        }
+    }
+
+    #[test]
     fn forgotten_loads_are_in_no_sample_and_no_list() {
         let now = loads::now_us();
         // One load every 10 ms of the last minute, 30 to 330 ms long; two of them do not end.

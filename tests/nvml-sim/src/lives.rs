@@ -261,6 +261,8 @@ mod tests {
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --mig 0", "--mig 0: GPU 0 has 0 MIG devices");
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms", "--on");
         check(2, "--count 1 --lasting 5ms..50ms --cgroup / --every 5ms --on 6ms", "at most --every");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --burst 1ms", "--burst must be at least 2ms");
+        check(2, "--count 1 --lasting 5ms..50ms --cgroup / --burst 4ms --mps", "'--burst <BURST>' cannot be used with '--mps'");
         check(1, "--count 1 --lasting 5ms..50ms", "--cgroup <DIR>");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc --launch 0ms..1ms --reuse-pid", "cannot be used with");
         check(1, "--count 1 --lasting 5ms..50ms --cgroup /proc --launch 0ms..1ms", "--cgroup /proc: it must be a directory on");

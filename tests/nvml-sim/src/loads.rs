@@ -50,6 +50,9 @@ pub struct Ways {
     pub ofa: f64,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub pattern: Option<Pattern>,
+    /// Length of the bursts in which it works; without it, each slice is decided separately.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub burst_us: Option<u64>,
     /// Schedule of compute demands from the load's begin, in place of one; the load's own demand is the largest of them.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub steps: Vec<Step>,
@@ -283,7 +286,8 @@ mod tests {
     fn options_of_loads_and_faults_survive_the_log() {
         let pattern = Some(Pattern { every_us: 167_000, on_us: 80_000, phase_us: 20_000 });
         let steps = vec![Step { demand: 0.5, lasts_us: Some(9) }, Step { demand: 0.0, lasts_us: None }];
-        let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, steps, mig: Some(1), mps: true, ..Ways::default() };
+        let burst_us = Some(12_000);
+        let ways = Ways { memory: Some(0.5), enc: 0.2, pattern, burst_us, steps, mig: Some(1), mps: true, ..Ways::default() };
         let before = Load { ways, ..load(7, 9) };
         let text = serde_json::to_string(&Line::Begin { begin: before.clone() }).unwrap();
         assert!(matches!(serde_json::from_str(&text).unwrap(), Line::Begin { begin } if begin == before));

@@ -1,5 +1,6 @@
 //! Tests of the driver's results in worlds with quirks.
 
+use std::collections::BTreeSet;
 use std::fmt::Write as _;
 
 use crate::answers::{ProcessSample, RingKind};
@@ -263,9 +264,9 @@ fn sums_continue_after_their_loads_are_forgotten() {
 #[test]
 fn pids_of_another_kernel_are_in_every_result() {
     let pids = |sim: &mut QuirkSim| {
-        let sampled: std::collections::BTreeSet<u32> = sim.process_samples(0).iter().map(|sample| sample.pid).collect();
+        let sampled: BTreeSet<u32> = sim.process_samples(0).iter().map(|sample| sample.pid).collect();
         let listed = sim.driver.processes(Unit::from(0), List::Compute).unwrap();
-        let listed: std::collections::BTreeSet<u32> = listed.iter().map(|process| process.pid).collect();
+        let listed: BTreeSet<u32> = listed.iter().map(|process| process.pid).collect();
         assert_eq!(sampled, listed);
         sampled.into_iter().collect::<Vec<_>>()
     };
@@ -278,4 +279,55 @@ fn pids_of_another_kernel_are_in_every_result() {
     // A later process with that pid is shown with its own pid.
     let reused = [(7, 0.5, Some(BEGUN + 1), Ways { shown_as: Some(99), ..Ways::default() }), (7, 0.5, None, Ways::default())];
     assert_eq!(pids(&mut with_ways("", &reused)), [7]);
+}
+
+#[test]
+fn a_sample_is_blank_once_its_process_has_ended() {
+    for (keys, expect) in [("pid_rule = 'last'", vec![1, 2]), ("pid_rule = 'last'\nexited_pids = 'blank'", vec![2])] {
+        let mut sim = sim(keys, &[(1, 1.0, Some(NOW - 3_000_000)), (2, 1.0, None)]);
+        let pids = |sim: &mut QuirkSim| sim.process_samples(0).iter().map(|sample| sample.pid).collect::<BTreeSet<u32>>();
+        sim.now(56_999_999);
+        assert_eq!(pids(&mut sim), [1, 2].into(), "{keys}");
+        // 3 s after its end the buffer still has its samples.
+        sim.now(60_000_000);
+        assert_eq!(pids(&mut sim), expect.into_iter().collect(), "{keys}");
+        // What was recorded, and the device's own samples, are the same.
+        assert!(sim.recorded().iter().any(|sample| sample.pid[0] == Some(1)));
+        assert_eq!(sim.samples(0).iter().filter(|(_, percent)| *percent == 100).count(), 72);
+    }
+}
+
+#[test]
+fn an_average_is_over_the_samples_of_the_pid_or_over_all() {
+    let folded = |keys: &str| {
+        let mut sim = sim(keys, &[(1, 1.0, None), (2, 1.0, None)]);
+        sim.process_samples(0).iter().map(|sample| sample.util[0]).collect::<Vec<u32>>()
+    };
+    assert_eq!(folded("pid_rule = 'last'"), [100, 100]);
+    let over_all = folded("pid_rule = 'last'\naverage = 'over_all'");
+    assert!((98..=100).contains(&over_all.iter().sum::<u32>()) && over_all.iter().all(|p| *p > 20), "{over_all:?}");
+}
+
+#[test]
+fn samples_of_an_ended_process_count_in_an_average_over_all() {
+    let keys = "pid_rule = 'last'\nexited_pids = 'blank'\naverage = 'over_all'";
+    let mut sim = sim(keys, &[(1, 1.0, Some(NOW - 6_000_000)), (2, 0.5, None)]);
+    let recorded = sim.recorded();
+    let of_two: u32 = recorded.iter().filter(|sample| sample.pid[0] == Some(2)).map(|sample| sample.util[0]).sum();
+    let samples = sim.process_samples(0);
+    assert_eq!((samples.len(), samples[0].pid, samples[0].util[0]), (1, 2, of_two / 72));
+}
+
+#[test]
+fn the_energy_counter_advances_every_100_ms() {
+    let mut sim = sim("energy = true\ngpm = true", &[(7, 0.5, None)]);
+    let mut energy_at = |after_begin_us| {
+        sim.now(after_begin_us);
+        // A reading between two steps does not move the counter.
+        sim.driver.readings(0, None).unwrap();
+        sim.driver.energy_mj(0).unwrap()
+    };
+    // The counter is as late as the samples: by 20 ms.
+    let [before, first, last, next] = [20_019_999, 20_020_000, 20_119_999, 20_120_000].map(&mut energy_at);
+    assert!(before + 4_000 <= first && first == last && last + 4_000 <= next, "{before} {first} {last} {next}");
 }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::bail;
 use nvidia_ml_sim::faults::micros;
 use nvidia_ml_sim::loads::{Pattern, Ways};
+use nvidia_ml_sim::model::SLICE_US;
 use nvidia_ml_sim::time;
 use nvidia_ml_sim::world::World;
 
@@ -36,6 +37,9 @@ pub struct Options {
     /// Begin of the periods, counted from the epoch
     #[arg(long, value_parser = time::span, requires = "every", default_value = "0s")]
     phase: Duration,
+    /// Length of the bursts in which it works, such as 12ms; by default each 2 ms are decided separately
+    #[arg(long, value_parser = time::span, conflicts_with = "mps")]
+    burst: Option<Duration>,
     /// Number of the MIG device on the GPU, from 0
     #[arg(long)]
     mig: Option<usize>,
@@ -69,8 +73,11 @@ impl Options {
             _ => None,
         };
         let (memory, mig, mps, graphics) = (self.memory, self.mig, self.mps, self.graphics);
-        let shown_as = self.shown_as;
-        Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, mig, mps, graphics, shown_as, ..Ways::default() })
+        let (shown_as, burst_us) = (self.shown_as, self.burst.map(micros));
+        if burst_us.is_some_and(|us| us < SLICE_US) {
+            bail!("--burst must be at least 2ms");
+        }
+        Ok(Ways { memory, enc, dec, jpeg, ofa, pattern, burst_us, mig, mps, graphics, shown_as, ..Ways::default() })
     }
 
     /// Fails unless the GPU exists and, in MIG mode, the device on it.

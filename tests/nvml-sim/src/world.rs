@@ -25,6 +25,14 @@ macro_rules! words {
 words! {
     /// The process that a sample names: the one on the engine at its instant, or the last one within its period.
     PidRule { #[default] Instant Last }
+    /// Whether the resource manager returns its own sample buffer, below NVML, or returns it with wrong pids.
+    RmSamples { #[default] Refused Served Wrong }
+    /// How utilization becomes whole percents.
+    Rounding { #[default] Down Nearest }
+    /// Whether a sample still names its process when that has ended.
+    ExitedPids { #[default] Kept Blank }
+    /// What a process sample over several samples is the average of: those that name its pid, or all.
+    Average { #[default] OverNamed OverAll }
     /// The zero of stamps.
     Clock { #[default] Epoch Boot }
     RowOrder { #[default] Time Shuffled }
@@ -123,6 +131,11 @@ macro_rules! world {
 
 world! {
     pid_rule: PidRule = PidRule::Instant;
+    /// The resource manager's own sample buffer, below NVML.
+    rm_samples: RmSamples = RmSamples::Refused;
+    rounding: Rounding = Rounding::Down;
+    exited_pids: ExitedPids = ExitedPids::Kept;
+    average: Average = Average::OverNamed;
     /// Period of the sampling grid, microseconds. Measured on real boards: 167.1 to 169.8 ms.
     period_us: u64 = 167_139;
     /// Largest distance of a sample from its point on the grid, microseconds.
@@ -429,6 +442,10 @@ mod tests {
         check("[[gpus]]\n[[gpus]]\npid_rule = 'last'", "ok 2");
         check("sede = 1", "unknown field `sede`");
         check("pid_rule = 'first'", "unknown variant `first`");
+        check("rounding = 'down'\nexited_pids = 'blank'\n[[gpus]]\naverage = 'over_all'", "ok 1");
+        check("rounding = 'up'", "unknown variant `up`");
+        check("exited_pids = 'gone'", "unknown variant `gone`");
+        check("average = 'all'", "unknown variant `all`");
         check("period_us = 1\n[[gpus]]", "period_us = 1 is outside");
         check("delay_us = 10000000\n[[gpus]]", "ok 1");
         check("delay_us = 19999", "delay_us = 19999 is outside 20000..10000000");

@@ -216,6 +216,27 @@ impl Recovery {
         self.fresh.clear();
     }
 
+    /// Takes the process samples of a source that has the process of each sample: no further query is due.
+    pub fn named(&mut self, process_samples: impl Iterator<Item = RawProcessSample>) {
+        // The first read does not name processes.
+        if self.fresh.first().is_some_and(|t| t.queried) {
+            return;
+        }
+        for sample in &mut self.fresh {
+            sample.queried = true;
+        }
+        for process in process_samples {
+            let at = GpuNs(process.at_us.saturating_mul(1000));
+            if !self.fresh.iter().any(|sample| sample.at == at) {
+                continue;
+            }
+            if process.pid == 0 || process.pid == u32::MAX {
+                self.out.rejected[Rejected::Pid as usize] += 1;
+            }
+            self.keep(ProcessSample { at, pid: process.pid, percent: process.percent.map(|p| p.min(100) as u8) });
+        }
+    }
+
     /// Whether a process sample is newer than the newest device sample: another sample was taken between the two calls, and must be read
     /// before process samples are requested again.
     pub fn is_ahead(&self) -> bool {

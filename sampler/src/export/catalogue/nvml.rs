@@ -18,6 +18,9 @@ families! {
     STALLED: Family::gauge("gpu_sampler_nvml_stalled", "none", LABELS)
         .help("1 while a driver call for the GPU has not returned for 2 seconds, otherwise 0.")
         .absent("if the GPU has no sampling thread");
+    SAMPLE_BUFFER: Family::gauge("gpu_sampler_sample_buffer_used", "none", LABELS)
+        .help("1 while samples of the GPU are read from the driver's own buffer, 0 while they are read through NVML.")
+        .absent("before the first poll, and for a GPU in MIG mode");
     POLL_INTERVAL: Family::gauge("gpu_sampler_poll_interval_seconds", "seconds", LABELS)
         .help("Interval between two polls of the driver's samples of the GPU, in seconds.")
         .absent("before the first poll");

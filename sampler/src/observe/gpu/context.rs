@@ -12,13 +12,21 @@ use super::error::GpuError;
 use super::mig::RetiredMigs;
 use super::pid_space::PidCheck;
 use super::slots::Slots;
-use crate::config::Config;
+use crate::config::{Config, SampleSource};
 use crate::health::Health;
 use crate::inbox::{Closed, CoreSender};
 
 /// The limits for reading one GPU.
 pub fn limits(config: &Config) -> Limits {
     Limits { cpu_percent: config.gpu_budget_percent, wait_percent: config.gpu_wait_percent }
+}
+
+/// Folders that may have the device nodes; none if only NVML is to be used.
+pub fn devfs(config: &Config) -> Vec<PathBuf> {
+    match config.sample_source {
+        SampleSource::Auto => config.devfs_candidates(),
+        SampleSource::Nvml => Vec::new(),
+    }
 }
 
 /// The shared state.
@@ -30,6 +38,8 @@ pub struct Context {
     /// MIG devices by GPU, passed from a thread that ended with its library to its successor.
     pub mig_left: Mutex<HashMap<Arc<str>, RetiredMigs>>,
     pub procfs: PathBuf,
+    /// Folders that may have the device nodes, for the driver's own sample buffer; empty if it is not to be used.
+    pub devfs: Vec<PathBuf>,
     pub limits: Limits,
     pub pids: Arc<PidCheck>,
 }
@@ -44,6 +54,7 @@ impl Context {
             slots: Slots::default(),
             mig_left: Mutex::default(),
             procfs: config.path_procfs.clone(),
+            devfs: devfs(config),
             limits: limits(config),
             pids,
         })

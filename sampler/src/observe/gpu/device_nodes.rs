@@ -21,7 +21,7 @@ use crate::observe::kernel::proc;
 
 /// Major number of nvidiactl and nvidia0 to nvidia254, registered with the kernel (LANANA).
 const NVIDIA_MAJOR: u32 = 195;
-const CONTROL: &str = "nvidiactl";
+pub const CONTROL: &str = "nvidiactl";
 const MEMORY: &str = "nvidia-uvm";
 /// Maximum number of descriptors and of mappings read of one process. CUDA opens the nodes early.
 const MOST: usize = 65_536;

@@ -1,6 +1,6 @@
 //! The GPU checks of `doctor`: one inspection of each GPU, without sampling.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -9,14 +9,15 @@ use sampler_core::aggregate::QUERIED_RATIO;
 use sampler_core::device::MigMode;
 use sampler_core::pid_space::{Evidence, NamedPid};
 
-use super::budget::{Cost, Limits, expected};
+use super::budget::{Budget, Cost, Limits, expected};
 use super::calls::{Buffers, List};
-use super::context::limits;
+use super::context::{devfs, limits};
 use super::device_nodes::{DevicePaths, Nodes};
 use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle, open};
 use super::nvml_caller::{NvmlCaller, error_name};
-use super::ring::GPU_UTILIZATION;
+use super::ring::{GPU_UTILIZATION, Tools};
+use super::source::Source;
 use super::{gpm, mig, pid_space};
 use crate::config::Config;
 use crate::health::Health;
@@ -45,6 +46,13 @@ pub struct Inspected {
     pub gpus: Vec<(String, Option<&'static str>)>,
     /// Whether the driver's PIDs are this machine's, and a remedy if time cannot be attributed.
     pub pid_space: (String, Option<&'static str>),
+}
+
+/// What decides where samples are read.
+struct SourceSettings {
+    limits: Limits,
+    /// Folders that may have the device nodes.
+    devfs: Vec<PathBuf>,
 }
 
 /// Lets one GPU at a time measure its calls: with a global driver lock, concurrent calls would wait for each other.
@@ -84,13 +92,14 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let (generation, version, count) = opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
     let (done, inspected) = channel();
     let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not respond"), Some(SILENT))).collect();
-    let (pid_spaces, limits) = (Arc::new(PidSpaces::new(config)), limits(config));
+    let pid_spaces = Arc::new(PidSpaces::new(config));
+    let source = Arc::new(SourceSettings { limits: limits(config), devfs: devfs(config) });
     let turns = Arc::new(Turns::default());
     for index in 0..count {
         let (generation, pid_spaces, done) = (Arc::clone(&generation), Arc::clone(&pid_spaces), done.clone());
-        let turns = Arc::clone(&turns);
+        let (turns, source) = (Arc::clone(&turns), Arc::clone(&source));
         spawn("gpu-inspect", move || {
-            let _waited_for = done.send((index, gpu(&generation, index, limits, &pid_spaces, &turns)));
+            let _waited_for = done.send((index, gpu(&generation, index, &source, &pid_spaces, &turns)));
         })?;
     }
     // The last thread to end closes the channel.
@@ -151,7 +160,7 @@ fn open_driver(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), Gpu
 fn gpu(
     generation: &Arc<Generation>,
     index: u32,
-    limits: Limits,
+    source: &SourceSettings,
     pid_spaces: &PidSpaces,
     turns: &Turns,
 ) -> (String, Option<&'static str>) {
@@ -193,6 +202,12 @@ fn gpu(
         Ok(()) => "process utilization".to_owned(),
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
+    if samples.is_ok()
+        && process_samples.is_ok()
+        && let Some(buffer) = own_buffer(&handle, &mut driver, &mut buffers, source)
+    {
+        return (format!("{title}: {samples_text}, {processes_text}, {buffer}"), None);
+    }
     let turn = turns.take();
     let median = median(|| {
         let _result = if newer {
@@ -207,7 +222,7 @@ fn gpu(
     if samples.is_err() || process_samples.is_err() {
         return (format!("{title}: {samples_text}, {processes_text}, {us} us per poll"), Some(MIXED));
     }
-    let (queried_ratio, stderr_ratio) = expected(limits, median);
+    let (queried_ratio, stderr_ratio) = expected(source.limits, median);
     let cost = format!(
         "{us} us per poll: the processes of {:.0} % of samples can be queried, the standard error of a share of one half over 10 s is \
          {:.1} points",
@@ -215,6 +230,23 @@ fn gpu(
         stderr_ratio * 100.0
     );
     (format!("{title}: {samples_text}, {processes_text}, {cost}"), (queried_ratio < QUERIED_RATIO).then_some(SLOW))
+}
+
+/// The cost of the driver's own buffer, if its samples are used.
+fn own_buffer(handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers, source: &SourceSettings) -> Option<String> {
+    let mut budget = Budget::new(source.limits, boot_now().0);
+    let mut tools = Tools { handle, driver, buffers, budget: &mut budget };
+    let pci_bus_id = handle.device().pci_info().ok()?.bus_id;
+    let mut chosen = Source::default();
+    chosen.decide(&mut tools, &source.devfs, &pci_bus_id)?.ok()?;
+    let Source::Buffer(mut buffer) = chosen else { return None };
+    let cost = median(|| {
+        let _result = buffer.read();
+    });
+    Some(format!(
+        "the driver's own buffer agrees with NVML: {} us for a read, which has the process of every sample",
+        cost.wait.as_micros()
+    ))
 }
 
 fn median(mut f: impl FnMut()) -> Cost {

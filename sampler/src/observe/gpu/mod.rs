@@ -26,7 +26,10 @@ mod poll_interval;
 mod poller;
 mod readings;
 mod ring;
+mod rm;
+mod sample_buffer;
 mod slots;
+mod source;
 mod watch;
 mod xids;
 

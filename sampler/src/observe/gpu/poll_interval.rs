@@ -5,7 +5,7 @@
 use std::hash::{BuildHasher as _, RandomState};
 use std::time::{Duration, Instant};
 
-use super::budget::{Budget, Coverage};
+use super::budget::{Budget, Coverage, Part};
 use super::ring::SampleRing;
 
 /// Interval in periods. At exactly half a period, polls would keep a fixed phase between two samples; the best bound on the GPU's clock
@@ -62,6 +62,11 @@ impl Pace {
             (Some(period), true) => period.mul_f64(USED_PERIODS),
             (Some(period), false) => period.mul_f64(2.0 * USED_PERIODS),
         };
+        if ring.is_complete() {
+            // A process that ends before the read is not named, so reads follow the grid where the budget allows it.
+            self.coverage = Coverage::Whole;
+            return budget.interval_of_ring(Part::SampleRing, 2 * wanted, ring.half());
+        }
         let (interval, coverage) = budget.ring_interval(wanted, ring.period_or_usual(), ring.half());
         self.coverage = coverage;
         if coverage == Coverage::Whole { interval } else { interval.mul_f64(self.jitter()).min(ring.half()) }

@@ -215,6 +215,7 @@ impl Poller {
         let mut error = None;
         batch.ring_began = boot_now();
         if !self.in_mig_mode() {
+            self.choose_source();
             let process_queries = self.budget.process_queries(boot_now().0, self.pace.coverage);
             let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
             let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
@@ -229,6 +230,10 @@ impl Poller {
             if self.processes.has_unlisted(recovered.process_samples.iter().map(|sample| sample.pid), early_every) {
                 self.done.lists = None;
                 self.processes.want_all();
+            }
+            self.driver.calls.set_sample_buffer(self.ring.is_complete());
+            if let Some(samples) = self.ring.take_engine_samples() {
+                batch.engine_samples = samples;
             }
             batch.status = status;
             (batch.samples, batch.process_samples) = (recovered.samples, recovered.process_samples);
@@ -262,6 +267,17 @@ impl Poller {
         Ok(interval)
     }
 
+    fn choose_source(&mut self) {
+        let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
+        let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+        let uuid = &self.info.uuid;
+        match self.ring.choose_source(&mut tools, &self.context.devfs, &self.info.pci_bus_id) {
+            Some(Ok(())) => tracing::info!(%uuid, "samples are read from the driver's own buffer"),
+            Some(Err(reason)) => tracing::info!(%uuid, reason, "samples are read through NVML, not from the driver's own buffer"),
+            None => {}
+        }
+    }
+
     /// Reads lists, readings, engines and MIG devices, each when it is due and within its budget.
     fn extras(&mut self, batch: &mut GpuBatch, cpu: &mut Duration) {
         let lists = self.budget.interval(Part::Lists, LISTS_EVERY);
@@ -283,7 +299,7 @@ impl Poller {
         }
         let half_ring = self.ring.half();
         let engines_every = self.budget.interval_of_ring(Part::Engines, ENGINES_EVERY, half_ring);
-        if !self.in_mig_mode() && due(&mut self.done.engines, engines_every) {
+        if !self.in_mig_mode() && !self.ring.is_complete() && due(&mut self.done.engines, engines_every) {
             batch.engine_samples = self.engines.read(&self.handle, &mut self.driver, &mut self.buffers);
             self.spent_in_calls(Part::Engines, cpu);
         }

@@ -1,14 +1,17 @@
 //! Reads the samples of one GPU's ring and the process samples that name their processes, in the order that [`Recovery`] requires.
 
 use nvml_wrapper::error::NvmlError;
-use sampler_core::observation::PollStatus;
-use sampler_core::reconstruct::{RawProcessSample, Recovered, Recovery};
+use sampler_core::observation::{EngineSample, PollStatus};
+use sampler_core::reconstruct::{RawProcessSample, RawSample, Recovered, Recovery};
+use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use super::budget::{Budget, Cost};
 use super::calls::Buffers;
 use super::library::Handle;
 use super::nvml_caller::{NvmlCaller, is_unsupported};
+use super::sample_buffer::BufferSample;
+use super::source::Source;
 use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
 
@@ -32,7 +35,12 @@ const HALF_RING_MOST: Duration = Duration::from_millis(6_500);
 
 #[derive(Default)]
 pub struct SampleRing {
+    source: Source,
+    /// New samples of the other engines, where the source has them.
+    engine_samples: Vec<EngineSample>,
     recovery: Recovery,
+    /// Whether the last sample that was read showed activity.
+    is_busy: bool,
     /// Newest timestamp of the ring, in microseconds of the device.
     newest_us: u64,
     /// Number of samples that the driver keeps; `None` until it was queried.
@@ -73,6 +81,32 @@ impl SampleRing {
         (self.period_or_usual() * samples).min(HALF_RING_MOST)
     }
 
+    /// Whether one read returns every sample with its process.
+    pub fn is_complete(&self) -> bool {
+        matches!(self.source, Source::Buffer(_))
+    }
+
+    /// The new samples of the other engines; `None` where they are read separately.
+    pub fn take_engine_samples(&mut self) -> Option<Vec<EngineSample>> {
+        self.is_complete().then(|| std::mem::take(&mut self.engine_samples))
+    }
+
+    /// Decides where samples are read, while the GPU is busy. `devfs`: folders that may have the device nodes; empty if only NVML is to be used. Returns a new
+    /// decision, with the reason where it is NVML.
+    pub fn choose_source(&mut self, tools: &mut Tools<'_>, devfs: &[PathBuf], pci_bus_id: &str) -> Option<Result<(), String>> {
+        if !self.is_busy {
+            return None;
+        }
+        let decision = self.source.decide(tools, devfs, pci_bus_id)?;
+        if let (Ok(samples), began) = (&decision, boot_now()) {
+            // The two sources give the same sample different times: all that was read counts as known.
+            self.recovery = Recovery::default();
+            self.recovery.samples(&samples.iter().map(BufferSample::device_sample).collect::<Vec<_>>(), began, began);
+            let _known = self.recovery.take();
+        }
+        Some(decision.map(drop))
+    }
+
     /// `process_queries`: maximum number of process queries. `listed`: number of processes in the last list, if known.
     pub fn poll(
         &mut self,
@@ -80,6 +114,14 @@ impl SampleRing {
         process_queries: usize,
         listed: Option<usize>,
     ) -> (PollStatus, Recovered, Option<NvmlError>) {
+        if let Source::Buffer(source) = &mut self.source {
+            source.witness_again(tools);
+            if source.is_trusted() {
+                return self.poll_buffer(tools, listed);
+            }
+            // The next read only sets the watermark.
+            (self.source, self.recovery) = (Source::Nvml, Recovery::default());
+        }
         match self.samples(tools) {
             Ok(()) => {}
             Err(error) if is_unsupported(&error) => return (PollStatus::Unsupported, Recovered::default(), None),
@@ -91,16 +133,40 @@ impl SampleRing {
             self.process_samples(tools, 2 * process_queries);
         }
         let recovered = self.recovery.take();
+        self.is_busy = recovered.samples.last().is_some_and(|sample| sample.busy_percent > 0);
         if recovered.samples.last().is_some_and(|sample| sample.busy_percent >= SURELY_BUSY_PERCENT) {
             self.verify_rates(tools);
         }
-        let status = if self.recovery.is_dry(boot_now()) {
-            PollStatus::Dry { idle: self.is_idle(tools, listed) }
-        } else {
-            self.idle = None;
-            PollStatus::Samples
+        (self.status(tools, listed), recovered, None)
+    }
+
+    fn status(&mut self, tools: &mut Tools<'_>, listed: Option<usize>) -> PollStatus {
+        if self.recovery.is_dry(boot_now()) {
+            return PollStatus::Dry { idle: self.is_idle(tools, listed) };
+        }
+        self.idle = None;
+        PollStatus::Samples
+    }
+
+    fn poll_buffer(&mut self, tools: &mut Tools<'_>, listed: Option<usize>) -> (PollStatus, Recovered, Option<NvmlError>) {
+        let Source::Buffer(source) = &mut self.source else { return (PollStatus::Failed, Recovered::default(), None) };
+        let began = boot_now();
+        let samples = match tools.driver.call(Call::SampleBuffer, || source.read()) {
+            Ok(samples) => samples,
+            Err(error) => {
+                source.failed();
+                return (PollStatus::Failed, self.recovery.take(), Some(error));
+            }
         };
-        (status, recovered, None)
+        // Sets what a reply without new samples means; the reply is always the whole buffer.
+        let _after = self.recovery.samples_after(began);
+        let of_compute: Vec<RawSample> = samples.iter().map(BufferSample::device_sample).collect();
+        self.recovery.samples(&of_compute, began, boot_now());
+        self.recovery.named(samples.iter().flat_map(BufferSample::process_samples));
+        self.engine_samples.extend(source.engines(&samples));
+        self.newest_us = of_compute.last().map_or(self.newest_us, |sample| sample.at_us);
+        let recovered = self.recovery.take();
+        (self.status(tools, listed), recovered, None)
     }
 
     fn samples(&mut self, tools: &mut Tools<'_>) -> Result<(), NvmlError> {
@@ -165,7 +231,7 @@ impl SampleRing {
 }
 
 /// Process samples after this timestamp; empty if the device does not support the query. `None` if the query failed.
-fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawProcessSample>> {
+pub fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawProcessSample>> {
     let before = tools.driver.spent;
     let all = tools
         .driver

@@ -10,6 +10,7 @@ mod events;
 mod gpm;
 mod mig;
 mod processes;
+mod rm;
 mod system;
 #[cfg(test)]
 mod tests;

@@ -3,10 +3,13 @@
 //! Stateless. Each slice has one random number in [0,1) from (seed, unit, engine, slice). The loads with a demand for that engine own
 //! adjoining parts of that interval, as wide as their demands (scaled down when these sum above 1); the rest is idle. So every client, at
 //! any time, in any process, gets the same past. Loads under MPS are one owner together, and several of them run in one of its slices.
+//!
+//! Where a load with bursts is live, each load decides by itself, for each of its bursts, whether it works; those that work take turns on
+//! the compute engine, slice by slice.
 
 use crate::faults::Faults;
 use crate::loads::Load;
-use crate::world::{PidRule, Unit, World};
+use crate::world::{PidRule, Rounding, Unit, World};
 
 pub const SLICE_US: u64 = 2_000;
 /// No sample is served younger than this: by then a load's begin or end must be in the log.
@@ -131,6 +134,10 @@ impl<'a> Model<'a> {
         let at = slice * SLICE_US;
         let live = || overlapping.iter().filter(move |(_, l)| l.wants_at(at));
         let shared = |l: &Load| engine == Engine::Sm && l.ways.mps;
+        if engine == Engine::Sm && live().any(|(_, l)| l.ways.burst_us.is_some()) && !self.faults.down(self.unit.gpu, at) {
+            owners.extend(self.turn(live(), slice));
+            return;
+        }
         let (mut wanted, mut none_of_mps) = (0.0, 1.0);
         for (_, load) in live() {
             if shared(load) {
@@ -155,6 +162,22 @@ impl<'a> Model<'a> {
             None if drawn >= wanted && drawn < all => self.mps_owners(live, slice, owners),
             None => {}
         }
+    }
+
+    /// The load that has the slice, of those that work in it. A load works in each of its bursts with the probability of its demand.
+    fn turn<'l>(&self, live: impl Iterator<Item = &'l Indexed<'a>>, slice: u64) -> Option<Indexed<'a>>
+    where
+        'a: 'l,
+    {
+        let works = |load: &Load| {
+            let slices = (load.ways.burst_us.unwrap_or(SLICE_US) / SLICE_US).max(1);
+            // Bursts of different loads do not begin together.
+            let burst = (slice + load.id % slices) / slices;
+            unit_interval(mix(self.world.seed ^ load.id, 23, burst)) < load.demand_at(slice * SLICE_US)
+        };
+        let working: Vec<Indexed<'a>> = live.filter(|(_, load)| works(load)).copied().collect();
+        let turn = self.draw(Engine::Sm, slice) * working.len() as f64;
+        working.get(turn as usize).copied()
     }
 
     /// Each member runs with the probability of its demand, given that one runs at all: so each gets the share of time that it demands.
@@ -242,7 +265,12 @@ impl<'a> Model<'a> {
             }
             PidRule::Last => last,
         };
-        ((busy_us * 100.0 / (span.at_us - span.from_us).max(1) as f64).round() as u32, pid)
+        let percent = busy_us * 100.0 / (span.at_us - span.from_us).max(1) as f64;
+        let percent = match self.world.rounding(self.unit.gpu) {
+            Rounding::Nearest => percent.round(),
+            Rounding::Down => percent.floor(),
+        };
+        (percent as u32, pid)
     }
 
     /// The part of the engine that is used in the slice, and its owners. Loads without a demand for the memory use half of it while they

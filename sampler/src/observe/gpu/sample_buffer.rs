@@ -1,0 +1,223 @@
+//! The driver's own buffer of utilization samples, in one read: for each sample its time, and for each engine the utilization and the
+//! process. NVML derives its answers from it, with one call for each engine and another one for the processes.
+//!
+//! Control 0x20802096 of the resource manager. It refuses parameters of another size, so the layouts are tried. What it returns is used
+//! only while it agrees with NVML (`is_witnessed`).
+
+use sampler_core::device::Engine;
+use sampler_core::reconstruct::{RawProcessSample, RawSample};
+use strum::EnumCount as _;
+
+use super::rm::{RmClient, RmError};
+
+/// NV2080_CTRL_CMD_PERF_GET_GPUMON_PERFMON_UTIL_SAMPLES_V2.
+const GET_SAMPLES: u32 = 0x2080_2096;
+const SAMPLES: usize = 72;
+/// NV2080_CTRL_GPUMON_SAMPLE_TYPE_PERFMON_UTIL.
+const TYPE_UTILIZATION: u32 = 2;
+/// Type, size, count and next slot.
+const HEADER: usize = 16;
+/// The stamp of a sample comes first, then its engines.
+const STAMP: usize = 8;
+const NO_PROCESS: u32 = u32::MAX;
+/// Unit of utilization in the buffer: hundredths of a percent.
+const UNITS_PER_PERCENT: u32 = 100;
+
+/// Order of the engines in a sample; each begins with utilization, a scale, and the pid.
+const ORDER: [Engine; 6] = [Engine::Memory, Engine::Compute, Engine::Encoder, Engine::Decoder, Engine::Jpeg, Engine::Ofa];
+const PID: usize = 8;
+
+/// The layout of a sample in a range of driver versions.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct SampleLayout {
+    engines: usize,
+    engine_size: usize,
+    sample_size: usize,
+}
+
+/// 570 and later; 550 to 565; 535 to 545.
+const LAYOUTS: [SampleLayout; 3] = [
+    SampleLayout { engines: 6, engine_size: 128, sample_size: 776 },
+    SampleLayout { engines: 6, engine_size: 116, sample_size: 704 },
+    SampleLayout { engines: 4, engine_size: 116, sample_size: 472 },
+];
+
+/// NVML gives samples times that differ by up to 1 ms from those of the buffer (measured), and the grid is far coarser.
+const SAME_SAMPLE_US: u64 = 20_000;
+/// Samples that both must have, for a comparison.
+const WITNESSES: usize = 8;
+/// Of ten of them, so many must be equal. A sample may be taken between the two reads.
+const EQUAL_OF_TEN: usize = 9;
+
+impl SampleLayout {
+    fn bytes(self) -> usize {
+        HEADER + SAMPLES * self.sample_size
+    }
+}
+
+pub struct SampleBuffer {
+    client: RmClient,
+    layout: SampleLayout,
+    words: Vec<u64>,
+}
+
+/// One sample of the buffer.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BufferSample {
+    pub at_us: u64,
+    /// Whole percents, cut as by NVML; indexed as [`Engine`].
+    pub percent: [u32; Engine::COUNT],
+    pub pid: [Option<u32>; Engine::COUNT],
+}
+
+impl BufferSample {
+    pub fn device_sample(&self) -> RawSample {
+        RawSample { at_us: self.at_us, percent: self.percent[Engine::Compute as usize] }
+    }
+
+    /// One entry for each process that it names, with the engines for which it names it.
+    pub fn process_samples(&self) -> impl Iterator<Item = RawProcessSample> {
+        let mut entries: Vec<RawProcessSample> = Vec::new();
+        for (engine, (percent, pid)) in self.percent.into_iter().zip(self.pid).enumerate() {
+            let Some(pid) = pid.filter(|_| percent > 0) else { continue };
+            let known = entries.iter_mut().find(|entry| entry.pid == pid);
+            let entry = match known {
+                Some(entry) => entry,
+                None => entries.push_mut(RawProcessSample { at_us: self.at_us, pid, percent: [0; Engine::COUNT] }),
+            };
+            entry.percent[engine] = percent;
+        }
+        entries.into_iter()
+    }
+}
+
+impl SampleBuffer {
+    /// The buffer of the client's GPU, with the layout that its driver accepts.
+    pub fn new(client: RmClient) -> Result<Self, RmError> {
+        let mut buffer = Self { client, layout: LAYOUTS[0], words: Vec::new() };
+        let mut refused = None;
+        for layout in LAYOUTS {
+            buffer.layout = layout;
+            match buffer.fill() {
+                Ok(()) => return Ok(buffer),
+                // The error of the newest layout is the significant one where all are refused.
+                Err(error) => refused = refused.or(Some(error)),
+            }
+        }
+        Err(refused.unwrap_or(RmError::Status("samples", 0)))
+    }
+
+    fn fill(&mut self) -> Result<(), RmError> {
+        self.words.clear();
+        self.words.resize(self.layout.bytes().div_ceil(8), 0);
+        // Type in the first byte, size in the second word of four bytes.
+        self.words[0] = u64::from(TYPE_UTILIZATION) | ((SAMPLES * self.layout.sample_size) as u64) << 32;
+        self.client.control_gpu("samples", GET_SAMPLES, &mut self.words)
+    }
+
+    /// All samples in the buffer, oldest first.
+    pub fn read(&mut self) -> Result<Vec<BufferSample>, RmError> {
+        self.fill()?;
+        Ok(parse(&self.words, self.layout))
+    }
+}
+
+/// `count` bytes at an offset of little-endian words, as a number.
+fn number(words: &[u64], offset: usize, count: usize) -> u64 {
+    let byte = |n: usize| words.get(n / 8).map_or(0, |word| word >> (8 * (n % 8)) & 0xff);
+    (0..count).map(|n| byte(offset + n) << (8 * n)).sum()
+}
+
+fn parse(words: &[u64], layout: SampleLayout) -> Vec<BufferSample> {
+    let mut samples = Vec::new();
+    for slot in 0..SAMPLES {
+        let begin = HEADER + slot * layout.sample_size;
+        let stamp_ns = number(words, begin, STAMP);
+        if stamp_ns == 0 {
+            continue;
+        }
+        let mut sample = BufferSample { at_us: stamp_ns / 1000, percent: [0; Engine::COUNT], pid: [None; Engine::COUNT] };
+        for (n, engine) in ORDER.into_iter().take(layout.engines).enumerate() {
+            let at = begin + STAMP + n * layout.engine_size;
+            sample.percent[engine as usize] = number(words, at, 4) as u32 / UNITS_PER_PERCENT;
+            sample.pid[engine as usize] = Some(number(words, at + PID, 4) as u32).filter(|pid| *pid != NO_PROCESS);
+        }
+        samples.push(sample);
+    }
+    samples.sort_unstable_by_key(|sample| sample.at_us);
+    samples
+}
+
+/// Whether NVML's answers are those of the buffer: its device samples, and the process samples of one of them. `None` where there are too
+/// few for a comparison, or none that names a process.
+pub fn is_witnessed(buffer: &[BufferSample], samples: &[RawSample], process_samples: &[RawProcessSample]) -> Option<bool> {
+    let near = |at_us: u64| {
+        let nearest = buffer.iter().min_by_key(|sample| sample.at_us.abs_diff(at_us))?;
+        (nearest.at_us.abs_diff(at_us) <= SAME_SAMPLE_US).then_some(nearest)
+    };
+    let equal = samples.iter().filter(|s| near(s.at_us).is_some_and(|own| own.device_sample().percent.abs_diff(s.percent) <= 1));
+    let compute = Engine::Compute as usize;
+    let mut named = process_samples.iter().filter(|process| process.percent[compute] > 0).peekable();
+    if samples.len() < WITNESSES || named.peek().is_none() {
+        return None;
+    }
+    let processes_agree = named.all(|process| near(process.at_us).is_some_and(|own| own.pid[compute] == Some(process.pid)));
+    Some(equal.count() * 10 >= samples.len() * EQUAL_OF_TEN && processes_agree)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const MS: u64 = 1_000;
+
+    fn put(words: &mut [u64], offset: usize, count: usize, value: u64) {
+        for n in 0..count {
+            words[(offset + n) / 8] |= (value >> (8 * n) & 0xff) << (8 * ((offset + n) % 8));
+        }
+    }
+
+    #[test]
+    fn every_layout_is_parsed_oldest_first() {
+        for layout in LAYOUTS {
+            let mut words = vec![0; layout.bytes().div_ceil(8)];
+            // The buffer wrapped: slot 1 is older than slot 0.
+            for (slot, stamp_ns, util, pid) in [(0, 2_000_000_999u64, 3_986, 7u32), (1, 1_000_000_000, 0, NO_PROCESS)] {
+                let begin = HEADER + slot * layout.sample_size;
+                put(&mut words, begin, 8, stamp_ns);
+                for engine in 0..layout.engines {
+                    let at = begin + STAMP + engine * layout.engine_size;
+                    put(&mut words, at, 4, if engine == 1 { util } else { 0 });
+                    put(&mut words, at + PID, 4, if engine == 1 { pid } else { NO_PROCESS }.into());
+                }
+            }
+            let samples = parse(&words, layout);
+            let seen: Vec<_> = samples.iter().map(|s| (s.at_us, s.device_sample().percent, s.pid[0])).collect();
+            assert_eq!(seen, [(1_000_000, 0, None), (2_000_000, 39, Some(7))], "{layout:?}");
+            assert_eq!(samples[0].process_samples().count(), 0);
+            let named: Vec<_> = samples[1].process_samples().collect();
+            assert_eq!(named, [RawProcessSample { at_us: 2_000_000, pid: 7, percent: [39, 0, 0, 0, 0, 0] }], "{layout:?}");
+        }
+    }
+
+    #[test]
+    fn the_buffer_is_used_only_while_nvml_agrees() {
+        let sample = |n: u64, percent, pid| {
+            let mut sample = BufferSample { at_us: n * 200 * MS, percent: [0; Engine::COUNT], pid: [None; Engine::COUNT] };
+            (sample.percent[0], sample.pid[0]) = (percent, pid);
+            sample
+        };
+        let buffer: Vec<BufferSample> = (1..=72).map(|n| sample(n, n as u32, Some(5))).collect();
+        let nvml = |shift: u64| -> Vec<RawSample> {
+            (2..=72).map(|n| RawSample { at_us: n * 200 * MS - shift, percent: n as u32 }).collect()
+        };
+        let names = |pid| [RawProcessSample { at_us: 72 * 200 * MS, pid, percent: [72, 0, 0, 0, 0, 0] }];
+        assert_eq!(is_witnessed(&buffer, &nvml(766), &names(5)), Some(true));
+        assert_eq!(is_witnessed(&buffer, &nvml(766), &names(6)), Some(false), "another process");
+        assert_eq!(is_witnessed(&buffer, &nvml(100 * MS), &names(5)), Some(false), "another grid");
+        let other: Vec<RawSample> = nvml(0).into_iter().map(|s| RawSample { percent: 100 - s.percent, ..s }).collect();
+        assert_eq!(is_witnessed(&buffer, &other, &names(5)), Some(false), "other utilization");
+        assert_eq!(is_witnessed(&buffer, &nvml(0)[..3], &names(5)), None);
+        assert_eq!(is_witnessed(&buffer, &nvml(0), &[]), None, "no process");
+    }
+}

@@ -1,0 +1,80 @@
+//! The driver's own sample buffer as the source, in a world that behaves like the real driver that was measured: slow calls, cut percentages,
+//! averages over all samples, samples that lose the PID of ended processes.
+
+use std::time::Duration;
+
+use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::kernel::{CgroupTree, Layout};
+use gpu_sampler_tests::{Agent, Sample, Sim, sum, wait_for};
+
+/// On the first GPU the buffer agrees with NVML, on the second the driver refuses it, on the third it names other processes.
+const WORLD: &str = "nodes = true\ndriver_version = '580.159.04'\npid_rule = 'last'\nexited_pids = 'blank'\n\
+                     average = 'over_all'\nperiod_us = 100000\ncall_us = 1500\n\
+                     [[gpus]]\nrm_samples = 'served'\n[[gpus]]\n[[gpus]]\nrm_samples = 'wrong'\n";
+const GPUS: [&str; 3] = ["0", "1", "2"];
+
+fn of_gpu(page: &[Sample], index: &str, name: &str, labels: &[(&str, &str)]) -> Result<Option<f64>> {
+    let is_it = |s: &&Sample| s.name == "gpu_info" && s.labels["index"] == index;
+    let uuid = &page.iter().find(is_it).with_context(|| format!("GPU {index}"))?.labels["uuid"];
+    Ok(sum(page, name, &[&[("uuid", uuid.as_str())], labels].concat()))
+}
+
+#[test]
+fn one_read_has_every_sample_with_its_process_while_nvml_agrees() -> Result<()> {
+    let (sim, tree) = (Sim::new(WORLD)?, CgroupTree::new("buffer")?);
+    let containers = [tree.container(1)?, tree.container(2)?];
+    // A comparison requires samples.
+    std::thread::sleep(Duration::from_millis(1_500));
+    let mut command = Agent::command(Some(&sim))?;
+    command.env("LD_PRELOAD", sim.library()).env("RUST_LOG", "info");
+    let devices = sim.devices();
+    let devices = devices.to_str().context("a path")?;
+    // The budgets of the default configuration.
+    let args = ["--path-devfs", devices, "--gpu-budget-percent", "1", "--gpu-wait-percent", "2"];
+    let agent = Agent::start_as(Layout::Machine, command, &args)?;
+    let mut lives = Vec::new();
+    for gpu in GPUS {
+        for ((_, dir), demand) in containers.iter().zip(["0.6", "0.3"]) {
+            let args = ["--count", "1", "--at-once", "1", "--lasting", "16s..16s", "--gpus", gpu, "--demand", demand];
+            lives.push(sim.lives(&[dir], &args)?);
+        }
+    }
+    std::thread::sleep(Duration::from_secs(15));
+    let page = agent.scrape()?;
+    let queried = |gpu: &str| -> Result<f64> {
+        let count = |name: &str| of_gpu(&page, gpu, name, &[]).map(Option::unwrap_or_default);
+        ensure!(count("gpu_sampler_samples_total")? > 80.0, "samples of GPU {gpu}");
+        Ok(count("gpu_sampler_queried_samples_total")? / count("gpu_sampler_samples_total")?)
+    };
+    let shares = [queried("0")?, queried("1")?, queried("2")?];
+    println!("queried: {shares:?}");
+    ensure!(shares[0] > 0.97, "one read has the process of every sample: {shares:?}");
+    ensure!(shares[1] < 0.9 && shares[2] < 0.9, "through NVML, calls of 1.5 ms exceed the budget: {shares:?}");
+    let log = agent.log()?;
+    ensure!(log.matches("samples are read from the driver's own buffer").count() == 1, "{log}");
+    let refused = wait_for("the wrong buffer is refused", Duration::from_secs(20), || {
+        let log = agent.log()?;
+        Ok((log.contains("it differs from NVML") && log.contains("status 0x56")).then_some(log))
+    });
+    refused.with_context(|| log.clone())?;
+    for life in lives {
+        life.all()?;
+    }
+    // Until every sample is settled; a series begins at 0.
+    std::thread::sleep(Duration::from_secs(12));
+    agent.scrape()?;
+    let page = agent.scrape()?;
+    for gpu in GPUS {
+        let mut credited = 0.0;
+        for (id, _) in &containers {
+            let seconds = |name: &str| of_gpu(&page, gpu, name, &[("container_id", id.as_str())]);
+            credited += seconds("container_gpu_seconds_total")?.with_context(|| format!("{id} on GPU {gpu}"))?;
+        }
+        let unknown = of_gpu(&page, gpu, "gpu_unattributed_seconds_total", &[("reason", "pid_unknown")])?.unwrap_or_default();
+        let busy = of_gpu(&page, gpu, "gpu_time_seconds_total", &[("state", "busy")])?.context("busy time")?;
+        ensure!(credited > 0.97 * busy && unknown < 0.1, "GPU {gpu}: {credited} of {busy} s, {unknown} s of unknown processes");
+    }
+    let unobserved = of_gpu(&page, "0", "gpu_time_seconds_total", &[("state", "unobserved")])?;
+    ensure!(unobserved < Some(0.7), "{unobserved:?} s are unobserved");
+    Ok(())
+}
