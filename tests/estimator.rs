@@ -390,6 +390,25 @@ fn short_lived_processes_are_credited_their_own_seconds() {
     assert!((got - real).abs() < 4.0 * variance.sqrt() + 0.02 * real, "estimated {got}, true {real}");
 }
 
+/// A sample without a pid is that of an ended process only where the driver names all others: under the instant's rule many have none, and
+/// with a succession of processes one of them has always just ended.
+#[test]
+fn a_succession_of_processes_does_not_take_the_time_of_others() {
+    // Where some process has always just ended, the rule is not learned, and a succession of short processes lacks time.
+    for (life_us, rule, most) in [(600_000, 0, 0.25), (600_000, 1, 0.1), (2_000_000, 0, 0.08), (2_000_000, 1, 0.08)] {
+        let (users, rule) = ([lives(0.5, life_us), steady(0.2)], RULES[rule]);
+        let runs = runs(&[rule], &users, 8, 120, 1);
+        for user in 0..users.len() {
+            let sum = |value: fn(&(f64, f64, f64)) -> f64| runs.iter().map(|run| value(&run.totals[user])).sum::<f64>();
+            let (estimated, real) = (sum(|t| t.0), sum(|t| t.1));
+            println!("{life_us} us, {rule}, user {user}: {estimated:.1} s of {real:.1} s");
+            // Of the longer one.
+            let off = (estimated - real).abs() / 480.0;
+            assert!(off < most, "{life_us} us, {rule}, user {user}: {estimated} s of {real} s");
+        }
+    }
+}
+
 /// Skipping queries because driver calls are slow costs precision only: no bias, and the stated error covers the true error.
 #[test]
 fn unqueried_samples_reduce_precision_without_bias() {

@@ -85,11 +85,13 @@ fn replay(phase: &Phase) -> Result<Vec<Shown>> {
 #[test]
 fn stated_errors_cover_the_errors_on_real_gpus() -> Result<()> {
     let folder = Path::new(env!("CARGO_MANIFEST_DIR")).join("fixtures/gpu-samples");
+    let mut files = 0;
     for entry in std::fs::read_dir(&folder).with_context(|| folder.display().to_string())? {
         let path = entry?.path();
         if path.extension().is_none_or(|extension| extension != "json") {
             continue;
         }
+        files += 1;
         let file: File = serde_json::from_slice(&std::fs::read(&path)?).with_context(|| path.display().to_string())?;
         println!("{}, driver {}", file.card, file.driver);
         println!("{:<14} {:<42} {:>6} {:>9} {:>9} {:>8}", "phase", "loads", "named", "measured", "credited", "stated");
@@ -111,5 +113,6 @@ fn stated_errors_cover_the_errors_on_real_gpus() -> Result<()> {
         println!("{one} of {all} within one stated error");
         ensure!(one * 3 >= all * 2, "{one} of {all} within one stated error");
     }
+    ensure!(files > 0, "no file in {}", folder.display());
     Ok(())
 }

@@ -40,7 +40,7 @@ pub enum KernelMode {
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum SampleSource {
-    /// The driver's own buffer while NVML agrees with it, else NVML.
+    /// The driver's own buffer while it matches NVML, else NVML.
     #[default]
     Auto,
     Nvml,
@@ -110,7 +110,7 @@ pub struct Settings {
     /// Limit for time spent in driver calls for one GPU, in percent of time; 0.01 to 100 [default: 2]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_WAIT_PERCENT")]
     pub gpu_wait_percent: Option<f64>,
-    /// Where samples are read: auto (the driver's own buffer while NVML agrees with it, else NVML) or nvml [default: auto]
+    /// Where samples are read: auto (the driver's own buffer while it matches NVML, else NVML) or nvml [default: auto]
     #[arg(long, value_name = "SOURCE", env = "GPU_SAMPLER_SAMPLE_SOURCE")]
     pub sample_source: Option<SampleSource>,
     /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]

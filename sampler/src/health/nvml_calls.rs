@@ -138,9 +138,9 @@ impl DeviceCalls {
         self.supported[call as usize].store(supported.into(), Ordering::Relaxed);
     }
 
-    /// Whether samples are read from the driver's own buffer, not through NVML.
-    pub fn set_sample_buffer(&self, used: bool) {
-        self.sample_buffer.store(used.into(), Ordering::Relaxed);
+    /// Whether samples are read from the driver's own buffer, not through NVML; `None` where there are no samples.
+    pub fn set_sample_buffer(&self, used: Option<bool>) {
+        self.sample_buffer.store(used.map_or(UNTRIED, u8::from), Ordering::Relaxed);
     }
 
     /// `recent_ratios`: shares of processor time and of time in driver calls over the past 30 s; NaN if unknown.

@@ -42,7 +42,7 @@ const SIBLING_NS: u64 = 1_000_000_000;
 const FOLLOWS_GAPS: u64 = 2;
 /// A sample is read within so many periods of its time, if its process is queried: polls query their newest samples.
 const READ_PERIODS: u64 = 4;
-/// Utilization is rounded to a percent: a sample of 100 % may be half a percent lower.
+/// Utilization is a whole percent: what a sample stands for is never 0.
 const ROUNDING_RATIO: f64 = 0.005;
 /// Differences in utilization below this are insignificant: they result from rounding, and from the random content of one period.
 const ALIKE_RATIO: f64 = 0.02;
@@ -74,6 +74,12 @@ pub struct Sample {
 impl Sample {
     pub fn busy_ratio(&self) -> f64 {
         self.busy_ns / self.span_ns.max(1.0)
+    }
+
+    /// The begin of the sample's period, and the time by which it was read.
+    pub fn until_read(&self) -> (BootNs, BootNs) {
+        let span_ns = self.span_ns as u64;
+        (self.at.minus(span_ns), self.at.plus(READ_PERIODS * span_ns))
     }
 
     /// The busy time, times the idle part of the period.
@@ -144,7 +150,7 @@ impl Neighbours {
     /// Division over the processes that ended in the sample's period or between it and its read; empty if there are none. To be used where
     /// the driver names every process that lives when a sample is read.
     pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
-        let read = sample.at.plus(READ_PERIODS * sample.span_ns as u64);
+        let (_, read) = sample.until_read();
         let mut processes: Vec<NamedUser> = Vec::new();
         let mut weights = Vec::new();
         for (n, neighbour) in self.named.iter().enumerate().rev() {

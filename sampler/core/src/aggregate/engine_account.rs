@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 
 use strum::EnumCount as _;
 
-use super::divide::{NamedSample, Neighbours, Presence, Sample};
+use super::divide::{NamedSample, Neighbours, Presence, Sample, WAIT_NS};
 use super::exits::{Exits, NamedUser};
 use super::naming::Naming;
 use super::settings::Range;
@@ -69,6 +69,8 @@ pub struct EngineAccount {
     /// Number and sum of squared weights of the samples that are not in the variances yet.
     unsettled: HashMap<User, (u64, f64)>,
     naming: Naming,
+    /// Queried busy samples, and whether they name a process, until all ends around them are known.
+    evidence: VecDeque<(Sample, bool)>,
     /// Partly busy time since the errors were last settled: the busy time of each sample times the idle part of its period.
     partly_ns: f64,
 }
@@ -93,6 +95,7 @@ impl EngineAccount {
         }
         if pending.sample.busy_ns > 0.0 && pending.sample.queried {
             self.neighbours.add_queried(&pending.sample);
+            self.evidence.push_back((pending.sample, pending.named.is_some()));
         }
         if self.range.has(pending.sample.at) {
             self.partly_ns += pending.sample.partly_ns();
@@ -112,15 +115,20 @@ impl EngineAccount {
             let unsettled = self.unsettled.entry(named.user).or_default();
             *unsettled = (unsettled.0 + 1, unsettled.1 + sample.busy_ns * sample.busy_ns);
         }
-        if sample.busy_ns > 0.0 {
-            self.naming.add(sample.busy_ratio(), true);
-        }
         self.neighbours.add_named(NamedSample::new(sample.at, named, sample.busy_ratio(), sample.busy_ns));
         self.history.add(sample.at, named);
     }
 
     /// Divides the samples that have waited long enough at `now`, a time up to which all samples are known.
     pub fn decide(&mut self, now: BootNs, presence: Presence<'_>, booked: &mut Vec<Booked>) {
+        // Under either rule a sample around the end of a process may lack a pid.
+        while let Some((sample, is_named)) = self.evidence.pop_front_if(|(sample, _)| now.saturating_since(sample.at) >= WAIT_NS)
+        {
+            let (from, to) = sample.until_read();
+            if !presence.exits.any_between(from, to) {
+                self.naming.add(sample.busy_ratio(), is_named);
+            }
+        }
         while let Some(pending) = self.waiting.pop_front_if(|pending| self.neighbours.is_decided(&pending.sample, now)) {
             self.divide(&pending, presence, booked);
         }
@@ -134,11 +142,12 @@ impl EngineAccount {
     fn divide(&mut self, pending: &PendingSample, presence: Presence<'_>, booked: &mut Vec<Booked>) {
         let Sample { at, span_ns, busy_ns, queried } = pending.sample;
         let busy_ratio = pending.sample.busy_ratio();
-        let mut parts = if queried { self.neighbours.of_ended(&pending.sample, presence) } else { Vec::new() };
-        if queried && parts.is_empty() {
-            self.naming.add(busy_ratio, false);
-        }
-        if parts.is_empty() || !self.naming.only_ended_are_unnamed(busy_ratio) {
+        let mut parts = if queried && self.naming.only_ended_are_unnamed(busy_ratio) {
+            self.neighbours.of_ended(&pending.sample, presence)
+        } else {
+            Vec::new()
+        };
+        if parts.is_empty() {
             parts = self.neighbours.divide(&pending.sample, presence);
         }
         if parts.is_empty() {
@@ -202,13 +211,17 @@ impl EngineAccount {
             }
         }
         let partly_ns = std::mem::take(&mut self.partly_ns);
+        for (user, error) in &self.standard_errors {
+            if let Some(credit) = self.credits.get_mut(user) {
+                credit.distribution_ns += self.naming.distribution_error_ns(error.share, partly_ns);
+            }
+        }
         for (user, (samples, squares)) in std::mem::take(&mut self.unsettled) {
             // The samples of a user that disappeared are cut off; its error is the one from before the cut.
             let error = self.standard_errors.get(&user).or(before.get(&user));
             let (Some(credit), Some(error)) = (self.credits.get_mut(&user), error) else { continue };
             let others = error.others() * error.factor;
             credit.sum_of_variances += squares * others;
-            credit.distribution_ns += self.naming.distribution_error_ns(error.share, partly_ns);
             if samples > 0 {
                 credit.one_more = squares / samples as f64 * others;
             }
@@ -228,6 +241,7 @@ impl EngineAccount {
             self.book(pending.sample.at, pending.otherwise, pending.sample.busy_ns, 0, booked);
         }
         self.neighbours.clear();
+        self.evidence.clear();
         self.history.clear();
         self.standard_errors.clear();
     }

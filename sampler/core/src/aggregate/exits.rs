@@ -1,6 +1,6 @@
 //! Which user a sample names, and at what times that user can have used the device.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 
 use crate::device::Reason;
 use crate::fact::{AttributedProcess, User};
@@ -19,7 +19,10 @@ pub struct NamedUser {
 
 /// By pid and start of a residency: when the process ended or moved to another user.
 #[derive(Debug, Default)]
-pub struct Exits(HashMap<(u32, BootNs), BootNs>);
+pub struct Exits {
+    ends: HashMap<(u32, BootNs), BootNs>,
+    in_order: BTreeSet<BootNs>,
+}
 
 impl User {
     pub fn is_known(self) -> bool {
@@ -46,15 +49,17 @@ impl NamedUser {
 
 impl Exits {
     pub fn record(&mut self, pid: u32, since: BootNs, at: BootNs) {
-        self.0.insert((pid, since), at);
+        self.ends.insert((pid, since), at);
+        self.in_order.insert(at);
     }
 
     pub fn has_exited(&self, pid: u32) -> bool {
-        self.0.keys().any(|(exited, _)| *exited == pid)
+        self.ends.keys().any(|(exited, _)| *exited == pid)
     }
 
     pub fn forget(&mut self, now: BootNs) {
-        self.0.retain(|_, at| now.saturating_since(*at) < KEEP_NS);
+        self.ends.retain(|_, at| now.saturating_since(*at) < KEEP_NS);
+        self.in_order = self.in_order.split_off(&now.minus(KEEP_NS));
     }
 
     /// The part of the span of `ns` that ends at `at` in which the process belonged to the user; all of it if the process is not known.
@@ -73,7 +78,12 @@ impl Exits {
 
     /// When the process ended or moved to another user, if it did.
     pub fn end_of(&self, named: &NamedUser) -> Option<BootNs> {
-        self.0.get(&(named.pid, named.since)).copied()
+        self.ends.get(&(named.pid, named.since)).copied()
+    }
+
+    /// Whether any process ended in that time.
+    pub fn any_between(&self, from: BootNs, to: BootNs) -> bool {
+        self.in_order.range(from..=to).next().is_some()
     }
 
     /// Whether the process belonged to the user at that time; true if the process is not known.

@@ -36,7 +36,7 @@ pub struct Naming {
 }
 
 impl Naming {
-    /// Adds a queried busy sample, unless the lack of a pid is explained by the end of a process.
+    /// Adds a queried busy sample, unless a process ended around it.
     pub fn add(&mut self, busy_ratio: f64, is_named: bool) {
         self.expected += 1.0 - busy_ratio.min(1.0);
         self.unnamed += f64::from(u8::from(!is_named));

@@ -233,7 +233,7 @@ impl Recovery {
             if process.pid == 0 || process.pid == u32::MAX {
                 self.out.rejected[Rejected::Pid as usize] += 1;
             }
-            self.keep(ProcessSample { at, pid: process.pid, percent: process.percent.map(|p| p.min(100) as u8) });
+            self.keep(ProcessSample { at, pid: process.pid, percent: process.percent.map(|p| p as u8) });
         }
     }
 

@@ -83,13 +83,16 @@ pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid], foldin
         let newer = if n == 0 { &none } else { &responses[n - 1] };
         let covered = n as u32 + 1;
         let mut compute = None;
-        for process in response.values().filter(|process| !newer.contains_key(&process.pid)) {
-            out.push(*process);
-            // The average of one small sample and others may be below one percent.
-            let may_be_small = sample.busy_percent > 0 && sample.busy_percent < covered;
-            if process.percent[COMPUTE] > 0 || may_be_small {
+        let new = || response.values().filter(|process| !newer.contains_key(&process.pid));
+        // The average of one small sample and others may be below one percent.
+        let is_small = sample.busy_percent > 0 && sample.busy_percent < covered && new().count() == 1;
+        for process in new() {
+            let mut process = *process;
+            if process.percent[COMPUTE] > 0 || is_small && process.percent.iter().all(|percent| *percent == 0) {
                 compute = Some(process.pid);
+                process.percent[COMPUTE] = sample.busy_percent.min(100) as u8;
             }
+            out.push(process);
         }
         if compute.is_none() && sample.busy_percent > 0 {
             let old = || response.values().filter(|process| newer.contains_key(&process.pid));

@@ -92,6 +92,7 @@ fn check(ring: &Ring, samples: &[DeviceSample], process_samples: &[ProcessSample
     }
     let mut once = HashSet::new();
     for process_sample in process_samples {
+        prop_assert!(process_sample.percent[COMPUTE] > 0, "{:?} is not busy", process_sample);
         prop_assert!(once.insert((process_sample.at, process_sample.pid)), "{:?} twice", process_sample);
         prop_assert_eq!(truth[&process_sample.at.0].1, Some(process_sample.pid), "{:?} names another", process_sample);
     }

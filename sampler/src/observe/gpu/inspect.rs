@@ -202,13 +202,12 @@ fn gpu(
         Ok(()) => "process utilization".to_owned(),
         Err(error) => format!("no process utilization ({})", error_name(error)),
     };
-    if samples.is_ok()
-        && process_samples.is_ok()
-        && let Some(buffer) = own_buffer(&handle, &mut driver, &mut buffers, source)
-    {
-        return (format!("{title}: {samples_text}, {processes_text}, {buffer}"), None);
-    }
     let turn = turns.take();
+    let is_sampled = samples.is_ok() && process_samples.is_ok();
+    let own = if is_sampled { own_buffer(&handle, &mut driver, &mut buffers, source) } else { OwnBuffer::Unused(String::new()) };
+    if let OwnBuffer::Used(cost) = own {
+        return (format!("{title}: {samples_text}, {processes_text}, {cost}"), None);
+    }
     let median = median(|| {
         let _result = if newer {
             buffers.process_samples_of_all_engines(&handle, u64::MAX / 2).map(|_| ())
@@ -223,30 +222,51 @@ fn gpu(
         return (format!("{title}: {samples_text}, {processes_text}, {us} us per poll"), Some(MIXED));
     }
     let (queried_ratio, stderr_ratio) = expected(source.limits, median);
+    let (own, is_open) = match own {
+        OwnBuffer::Unused(reason) => (reason, false),
+        OwnBuffer::Used(text) | OwnBuffer::Later(text) => (text, true),
+    };
     let cost = format!(
         "{us} us per poll: the processes of {:.0} % of samples can be queried, the standard error of a share of one half over 10 s is \
-         {:.1} points",
+         {:.1} points{own}",
         queried_ratio * 100.0,
         stderr_ratio * 100.0
     );
-    (format!("{title}: {samples_text}, {processes_text}, {cost}"), (queried_ratio < QUERIED_RATIO).then_some(SLOW))
+    let is_slow = queried_ratio < QUERIED_RATIO && !is_open;
+    (format!("{title}: {samples_text}, {processes_text}, {cost}"), is_slow.then_some(SLOW))
 }
 
-/// The cost of the driver's own buffer, if its samples are used.
-fn own_buffer(handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers, source: &SourceSettings) -> Option<String> {
+/// Whether the driver's own sample buffer is read, as text.
+enum OwnBuffer {
+    Used(String),
+    /// It can be read, but there is nothing to compare while the GPU is idle.
+    Later(String),
+    /// With the reason, if there is one.
+    Unused(String),
+}
+
+fn own_buffer(handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers, source: &SourceSettings) -> OwnBuffer {
+    let Ok(pci) = handle.device().pci_info() else { return OwnBuffer::Unused(String::new()) };
     let mut budget = Budget::new(source.limits, boot_now().0);
     let mut tools = Tools { handle, driver, buffers, budget: &mut budget };
-    let pci_bus_id = handle.device().pci_info().ok()?.bus_id;
     let mut chosen = Source::default();
-    chosen.decide(&mut tools, &source.devfs, &pci_bus_id)?.ok()?;
-    let Source::Buffer(mut buffer) = chosen else { return None };
-    let cost = median(|| {
-        let _result = buffer.read();
-    });
-    Some(format!(
-        "the driver's own buffer agrees with NVML: {} us for a read, which has the process of every sample",
-        cost.wait.as_micros()
-    ))
+    let decision = chosen.decide(&mut tools, &source.devfs, &pci.bus_id);
+    match (chosen, decision) {
+        (Source::Buffer(mut buffer), _) => {
+            let cost = median(|| {
+                let _result = buffer.read();
+            });
+            let us = cost.wait.as_micros();
+            OwnBuffer::Used(format!(
+                "the driver's own buffer matches NVML: {us} us for a read, which has the process of every sample"
+            ))
+        }
+        (Source::Undecided { .. }, _) => OwnBuffer::Later(
+            "; through NVML only until the driver's own buffer has been compared with it, which requires a busy GPU".into(),
+        ),
+        (Source::Nvml(_), Some(Err(reason))) => OwnBuffer::Unused(format!("; the driver's own buffer is not used: {reason}")),
+        (Source::Nvml(_), _) => OwnBuffer::Unused(String::new()),
+    }
 }
 
 fn median(mut f: impl FnMut()) -> Cost {

@@ -231,7 +231,7 @@ impl Poller {
                 self.done.lists = None;
                 self.processes.want_all();
             }
-            self.driver.calls.set_sample_buffer(self.ring.is_complete());
+            self.driver.calls.set_sample_buffer(Some(self.ring.is_complete()));
             if let Some(samples) = self.ring.take_engine_samples() {
                 batch.engine_samples = samples;
             }
@@ -272,8 +272,15 @@ impl Poller {
         let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
         let uuid = &self.info.uuid;
         match self.ring.choose_source(&mut tools, &self.context.devfs, &self.info.pci_bus_id) {
-            Some(Ok(())) => tracing::info!(%uuid, "samples are read from the driver's own buffer"),
-            Some(Err(reason)) => tracing::info!(%uuid, reason, "samples are read through NVML, not from the driver's own buffer"),
+            Some(Ok(())) => {
+                self.engines.stepped();
+                tracing::info!(%uuid, "samples are read from the driver's own buffer");
+            }
+            Some(Err(reason)) => {
+                // The first read of an engine's own buffer only sets its watermark.
+                self.engines.stepped();
+                tracing::info!(%uuid, reason, "samples are read through NVML, not from the driver's own buffer");
+            }
             None => {}
         }
     }
@@ -329,6 +336,7 @@ impl Poller {
         if changed {
             Arc::make_mut(&mut self.info).mig_mode = mode;
             self.ring = SampleRing::default();
+            self.driver.calls.set_sample_buffer(None);
         }
         if mode == MigMode::Enabled {
             changed |= self.mig.update(&self.handle, &self.info, &mut self.driver, &self.context)?;

@@ -10,7 +10,7 @@ use super::budget::{Budget, Cost};
 use super::calls::Buffers;
 use super::library::Handle;
 use super::nvml_caller::{NvmlCaller, is_unsupported};
-use super::sample_buffer::BufferSample;
+use super::sample_buffer::{BufferSample, SAME_SAMPLE_US};
 use super::source::Source;
 use crate::health::nvml_calls::Call;
 use crate::observe::clock::boot_now;
@@ -36,6 +36,8 @@ const HALF_RING_MOST: Duration = Duration::from_millis(6_500);
 #[derive(Default)]
 pub struct SampleRing {
     source: Source,
+    /// Why the driver's own buffer is no longer used, until that is reported.
+    ended: Option<&'static str>,
     /// New samples of the other engines, where the source has them.
     engine_samples: Vec<EngineSample>,
     recovery: Recovery,
@@ -94,14 +96,18 @@ impl SampleRing {
     /// Decides where samples are read, while the GPU is busy. `devfs`: folders that may have the device nodes; empty if only NVML is to be used. Returns a new
     /// decision, with the reason where it is NVML.
     pub fn choose_source(&mut self, tools: &mut Tools<'_>, devfs: &[PathBuf], pci_bus_id: &str) -> Option<Result<(), String>> {
+        if let Some(reason) = self.ended.take() {
+            return Some(Err(reason.into()));
+        }
         if !self.is_busy {
             return None;
         }
         let decision = self.source.decide(tools, devfs, pci_bus_id)?;
         if let (Ok(samples), began) = (&decision, boot_now()) {
-            // The two sources give the same sample different times: all that was read counts as known.
+            // The two sources give the same sample slightly different times: what NVML returned is known.
+            let known = samples.iter().filter(|sample| sample.at_us <= self.newest_us.saturating_add(SAME_SAMPLE_US));
             self.recovery = Recovery::default();
-            self.recovery.samples(&samples.iter().map(BufferSample::device_sample).collect::<Vec<_>>(), began, began);
+            self.recovery.samples(&known.map(BufferSample::device_sample).collect::<Vec<_>>(), began, began);
             let _known = self.recovery.take();
         }
         Some(decision.map(drop))
@@ -115,12 +121,14 @@ impl SampleRing {
         listed: Option<usize>,
     ) -> (PollStatus, Recovered, Option<NvmlError>) {
         if let Source::Buffer(source) = &mut self.source {
-            source.witness_again(tools);
-            if source.is_trusted() {
-                return self.poll_buffer(tools, listed);
-            }
-            // The next read only sets the watermark.
-            (self.source, self.recovery) = (Source::Nvml, Recovery::default());
+            source.verify_again(tools);
+            let Some((next, reason)) = source.ended() else { return self.poll_buffer(tools, listed) };
+            (self.source, self.ended) = (next, Some(reason));
+            // The two sources give the same sample slightly different times: what the buffer returned is known.
+            let (known, now) = (RawSample { at_us: self.newest_us, percent: 0 }, boot_now());
+            self.recovery = Recovery::default();
+            self.recovery.samples(&[known], now, now);
+            let _known = self.recovery.take();
         }
         match self.samples(tools) {
             Ok(()) => {}
@@ -134,9 +142,7 @@ impl SampleRing {
         }
         let recovered = self.recovery.take();
         self.is_busy = recovered.samples.last().is_some_and(|sample| sample.busy_percent > 0);
-        if recovered.samples.last().is_some_and(|sample| sample.busy_percent >= SURELY_BUSY_PERCENT) {
-            self.verify_rates(tools);
-        }
+        self.verify_rates(&recovered, tools);
         (self.status(tools, listed), recovered, None)
     }
 
@@ -154,7 +160,7 @@ impl SampleRing {
         let samples = match tools.driver.call(Call::SampleBuffer, || source.read()) {
             Ok(samples) => samples,
             Err(error) => {
-                source.failed();
+                source.read_failed();
                 return (PollStatus::Failed, self.recovery.take(), Some(error));
             }
         };
@@ -166,6 +172,7 @@ impl SampleRing {
         self.engine_samples.extend(source.engines(&samples));
         self.newest_us = of_compute.last().map_or(self.newest_us, |sample| sample.at_us);
         let recovered = self.recovery.take();
+        self.verify_rates(&recovered, tools);
         (self.status(tools, listed), recovered, None)
     }
 
@@ -191,7 +198,10 @@ impl SampleRing {
         }
     }
 
-    fn verify_rates(&mut self, tools: &mut Tools<'_>) {
+    fn verify_rates(&mut self, recovered: &Recovered, tools: &mut Tools<'_>) {
+        if recovered.samples.last().is_none_or(|sample| sample.busy_percent < SURELY_BUSY_PERCENT) {
+            return;
+        }
         let known = self.rates.trusted || self.rates.contradictions >= MAX_CONTRADICTIONS;
         if known || self.rates.verified.is_some_and(|at| at.elapsed() < RATES_VERIFIED_EVERY) {
             return;

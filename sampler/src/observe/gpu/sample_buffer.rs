@@ -2,7 +2,7 @@
 //! process. NVML derives its answers from it, with one call for each engine and another one for the processes.
 //!
 //! Control 0x20802096 of the resource manager. It refuses parameters of another size, so the layouts are tried. What it returns is used
-//! only while it agrees with NVML (`is_witnessed`).
+//! only while it matches NVML (`matches_nvml`).
 
 use sampler_core::device::Engine;
 use sampler_core::reconstruct::{RawProcessSample, RawSample};
@@ -15,8 +15,9 @@ const GET_SAMPLES: u32 = 0x2080_2096;
 const SAMPLES: usize = 72;
 /// NV2080_CTRL_GPUMON_SAMPLE_TYPE_PERFMON_UTIL.
 const TYPE_UTILIZATION: u32 = 2;
-/// Type, size, count and next slot.
+/// Type, size, count, and the slot that is written next.
 const HEADER: usize = 16;
+const NEXT_SLOT: usize = 12;
 /// The stamp of a sample comes first, then its engines.
 const STAMP: usize = 8;
 const NO_PROCESS: u32 = u32::MAX;
@@ -43,9 +44,9 @@ const LAYOUTS: [SampleLayout; 3] = [
 ];
 
 /// NVML gives samples times that differ by up to 1 ms from those of the buffer (measured), and the grid is far coarser.
-const SAME_SAMPLE_US: u64 = 20_000;
-/// Samples that both must have, for a comparison.
-const WITNESSES: usize = 8;
+pub const SAME_SAMPLE_US: u64 = 20_000;
+/// Busy samples that a comparison requires.
+const COMPARED: usize = 8;
 /// Of ten of them, so many must be equal. A sample may be taken between the two reads.
 const EQUAL_OF_TEN: usize = 9;
 
@@ -62,12 +63,14 @@ pub struct SampleBuffer {
 }
 
 /// One sample of the buffer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BufferSample {
     pub at_us: u64,
     /// Whole percents, cut as by NVML; indexed as [`Engine`].
     pub percent: [u32; Engine::COUNT],
     pub pid: [Option<u32>; Engine::COUNT],
+    /// Whether the driver's layout has the engine.
+    pub has: [bool; Engine::COUNT],
 }
 
 impl BufferSample {
@@ -79,7 +82,7 @@ impl BufferSample {
     pub fn process_samples(&self) -> impl Iterator<Item = RawProcessSample> {
         let mut entries: Vec<RawProcessSample> = Vec::new();
         for (engine, (percent, pid)) in self.percent.into_iter().zip(self.pid).enumerate() {
-            let Some(pid) = pid.filter(|_| percent > 0) else { continue };
+            let Some(pid) = pid.filter(|_| percent > 0 && self.has[engine]) else { continue };
             let known = entries.iter_mut().find(|entry| entry.pid == pid);
             let entry = match known {
                 Some(entry) => entry,
@@ -115,7 +118,7 @@ impl SampleBuffer {
         self.client.control_gpu("samples", GET_SAMPLES, &mut self.words)
     }
 
-    /// All samples in the buffer, oldest first.
+    /// All samples in the buffer, in the order in which they were taken.
     pub fn read(&mut self) -> Result<Vec<BufferSample>, RmError> {
         self.fill()?;
         Ok(parse(&self.words, self.layout))
@@ -130,39 +133,53 @@ fn number(words: &[u64], offset: usize, count: usize) -> u64 {
 
 fn parse(words: &[u64], layout: SampleLayout) -> Vec<BufferSample> {
     let mut samples = Vec::new();
-    for slot in 0..SAMPLES {
+    let next = number(words, NEXT_SLOT, 4) as usize;
+    for slot in (0..SAMPLES).map(|n| (next + n) % SAMPLES) {
         let begin = HEADER + slot * layout.sample_size;
         let stamp_ns = number(words, begin, STAMP);
         if stamp_ns == 0 {
             continue;
         }
-        let mut sample = BufferSample { at_us: stamp_ns / 1000, percent: [0; Engine::COUNT], pid: [None; Engine::COUNT] };
+        let mut sample = BufferSample { at_us: stamp_ns / 1000, ..BufferSample::default() };
         for (n, engine) in ORDER.into_iter().take(layout.engines).enumerate() {
             let at = begin + STAMP + n * layout.engine_size;
-            sample.percent[engine as usize] = number(words, at, 4) as u32 / UNITS_PER_PERCENT;
+            let percent = number(words, at, 4) as u32 / UNITS_PER_PERCENT;
+            (sample.percent[engine as usize], sample.has[engine as usize]) = (percent, percent <= 100);
             sample.pid[engine as usize] = Some(number(words, at + PID, 4) as u32).filter(|pid| *pid != NO_PROCESS);
         }
-        samples.push(sample);
+        // A sample with an impossible utilization is as good as missing.
+        if sample.has[Engine::Compute as usize] {
+            samples.push(sample);
+        }
     }
-    samples.sort_unstable_by_key(|sample| sample.at_us);
     samples
 }
 
 /// Whether NVML's answers are those of the buffer: its device samples, and the process samples of one of them. `None` where there are too
 /// few for a comparison, or none that names a process.
-pub fn is_witnessed(buffer: &[BufferSample], samples: &[RawSample], process_samples: &[RawProcessSample]) -> Option<bool> {
+pub fn matches_nvml(buffer: &[BufferSample], samples: &[RawSample], process_samples: &[RawProcessSample]) -> Option<bool> {
     let near = |at_us: u64| {
         let nearest = buffer.iter().min_by_key(|sample| sample.at_us.abs_diff(at_us))?;
         (nearest.at_us.abs_diff(at_us) <= SAME_SAMPLE_US).then_some(nearest)
     };
-    let equal = samples.iter().filter(|s| near(s.at_us).is_some_and(|own| own.device_sample().percent.abs_diff(s.percent) <= 1));
     let compute = Engine::Compute as usize;
-    let mut named = process_samples.iter().filter(|process| process.percent[compute] > 0).peekable();
-    if samples.len() < WITNESSES || named.peek().is_none() {
+    let (mut compared, mut equal) = (0, 0);
+    for sample in samples.iter().filter(|sample| sample.percent <= 100) {
+        let own = near(sample.at_us).map(|own| own.percent[compute]);
+        // Idle samples are equal in any buffer.
+        if sample.percent > 0 || own.is_some_and(|percent| percent > 0) {
+            compared += 1;
+            equal += usize::from(own.is_some_and(|percent| percent.abs_diff(sample.percent) <= 1));
+        }
+    }
+    let is_valid =
+        |process: &&RawProcessSample| (1..=100).contains(&process.percent[compute]) && !matches!(process.pid, 0 | u32::MAX);
+    let mut named = process_samples.iter().filter(is_valid).peekable();
+    if compared < COMPARED || named.peek().is_none() {
         return None;
     }
-    let processes_agree = named.all(|process| near(process.at_us).is_some_and(|own| own.pid[compute] == Some(process.pid)));
-    Some(equal.count() * 10 >= samples.len() * EQUAL_OF_TEN && processes_agree)
+    let is_same = |process: &RawProcessSample| near(process.at_us).is_none_or(|own| own.pid[compute] == Some(process.pid));
+    Some(equal * 10 >= compared * EQUAL_OF_TEN && named.all(is_same))
 }
 
 #[cfg(test)]
@@ -178,10 +195,11 @@ mod tests {
     }
 
     #[test]
-    fn every_layout_is_parsed_oldest_first() {
+    fn every_layout_is_parsed_in_the_order_of_the_samples() {
         for layout in LAYOUTS {
             let mut words = vec![0; layout.bytes().div_ceil(8)];
-            // The buffer wrapped: slot 1 is older than slot 0.
+            // The buffer wrapped: slot 1 is the oldest one.
+            put(&mut words, NEXT_SLOT, 4, 1);
             for (slot, stamp_ns, util, pid) in [(0, 2_000_000_999u64, 3_986, 7u32), (1, 1_000_000_000, 0, NO_PROCESS)] {
                 let begin = HEADER + slot * layout.sample_size;
                 put(&mut words, begin, 8, stamp_ns);
@@ -201,9 +219,9 @@ mod tests {
     }
 
     #[test]
-    fn the_buffer_is_used_only_while_nvml_agrees() {
+    fn the_buffer_is_used_only_while_it_matches_nvml() {
         let sample = |n: u64, percent, pid| {
-            let mut sample = BufferSample { at_us: n * 200 * MS, percent: [0; Engine::COUNT], pid: [None; Engine::COUNT] };
+            let mut sample = BufferSample { at_us: n * 200 * MS, ..BufferSample::default() };
             (sample.percent[0], sample.pid[0]) = (percent, pid);
             sample
         };
@@ -212,12 +230,15 @@ mod tests {
             (2..=72).map(|n| RawSample { at_us: n * 200 * MS - shift, percent: n as u32 }).collect()
         };
         let names = |pid| [RawProcessSample { at_us: 72 * 200 * MS, pid, percent: [72, 0, 0, 0, 0, 0] }];
-        assert_eq!(is_witnessed(&buffer, &nvml(766), &names(5)), Some(true));
-        assert_eq!(is_witnessed(&buffer, &nvml(766), &names(6)), Some(false), "another process");
-        assert_eq!(is_witnessed(&buffer, &nvml(100 * MS), &names(5)), Some(false), "another grid");
+        assert_eq!(matches_nvml(&buffer, &nvml(766), &names(5)), Some(true));
+        assert_eq!(matches_nvml(&buffer, &nvml(766), &names(6)), Some(false), "another process");
+        assert_eq!(matches_nvml(&buffer, &nvml(100 * MS), &names(5)), Some(false), "another grid");
         let other: Vec<RawSample> = nvml(0).into_iter().map(|s| RawSample { percent: 100 - s.percent, ..s }).collect();
-        assert_eq!(is_witnessed(&buffer, &other, &names(5)), Some(false), "other utilization");
-        assert_eq!(is_witnessed(&buffer, &nvml(0)[..3], &names(5)), None);
-        assert_eq!(is_witnessed(&buffer, &nvml(0), &[]), None, "no process");
+        assert_eq!(matches_nvml(&buffer, &other, &names(5)), Some(false), "other utilization");
+        assert_eq!(matches_nvml(&buffer, &nvml(0)[..3], &names(5)), None);
+        let idle: Vec<RawSample> = nvml(0).into_iter().map(|s| RawSample { percent: 0, ..s }).collect();
+        let own_idle: Vec<BufferSample> = buffer.iter().map(|s| BufferSample { percent: [0; Engine::COUNT], ..*s }).collect();
+        assert_eq!(matches_nvml(&own_idle, &idle, &names(5)), None, "idle samples are equal in any buffer");
+        assert_eq!(matches_nvml(&buffer, &nvml(0), &[]), None, "no process");
     }
 }

@@ -1,8 +1,9 @@
-//! Where the samples of a GPU are read: the driver's own buffer while NVML agrees with it, else NVML.
+//! Where the samples of a GPU are read: the driver's own buffer while it matches NVML, else NVML.
 //!
 //! ```text
-//!  undecided --refused by the driver, or refuted twice--> NVML
-//!            --confirmed by NVML--> buffer --refuted twice, or reads fail--> NVML
+//!  undecided --error at opening, or two comparisons that differ--> NVML
+//!            --equal to NVML--> buffer --two comparisons that differ--> NVML
+//!                                      --reads that fail--> NVML --10 minutes--> undecided
 //! ```
 //! Until a comparison is possible, and while it is repeated, samples are read through NVML.
 
@@ -17,34 +18,45 @@ use strum::VariantArray as _;
 use super::device_nodes::CONTROL;
 use super::ring::{GPU_UTILIZATION, Tools, query_process_samples};
 use super::rm::RmClient;
-use super::sample_buffer::{BufferSample, SampleBuffer, is_witnessed};
+use super::sample_buffer::{BufferSample, SampleBuffer, matches_nvml};
 use crate::health::nvml_calls::Call;
 
 /// Interval of comparisons until one is possible: a process must be named.
 const UNDECIDED_EVERY: Duration = Duration::from_secs(2);
+/// The interval doubles up to this.
+const UNDECIDED_MOST: Duration = Duration::from_secs(60);
+/// After failed reads the buffer is tried again after this time.
+const AGAIN_AFTER: Duration = Duration::from_secs(600);
 /// A comparison is repeated after this time, and at intervals that double up to the second value once it was successful.
 const COMPARED_EVERY: [Duration; 2] = [Duration::from_secs(10), Duration::from_secs(600)];
 /// Comparisons or reads that fail in succession before the buffer is no longer used. A single one may fail while a clock is set.
 const MAX_FAILURES: u32 = 2;
 
 pub enum Source {
-    Undecided { next: Instant, failures: u32 },
-    Nvml,
-    Buffer(Box<WitnessedBuffer>),
+    Undecided {
+        next: Instant,
+        interval: Duration,
+        failures: u32,
+    },
+    /// Until then; `None`: until the GPU is opened again.
+    Nvml(Option<Instant>),
+    Buffer(Box<VerifiedBuffer>),
 }
 
 impl Default for Source {
     fn default() -> Self {
-        Self::Undecided { next: Instant::now(), failures: 0 }
+        Self::Undecided { next: Instant::now(), interval: UNDECIDED_EVERY, failures: 0 }
     }
 }
 
-/// The driver's own buffer, while NVML agrees with it.
-pub struct WitnessedBuffer {
+/// The driver's own buffer, while it matches NVML.
+pub struct VerifiedBuffer {
     buffer: SampleBuffer,
     next: Instant,
     interval: Duration,
-    failures: u32,
+    /// Failed comparisons, and failed reads, in succession.
+    mismatches: u32,
+    read_failures: u32,
     /// Newest sample of the other engines that was returned, in microseconds of the device.
     engines_until_us: u64,
 }
@@ -57,70 +69,82 @@ impl Source {
         devfs: &[PathBuf],
         pci_bus_id: &str,
     ) -> Option<Result<Vec<BufferSample>, String>> {
-        let Self::Undecided { next, failures } = self else { return None };
-        let failures = *failures;
+        if let Self::Nvml(Some(until)) = self
+            && Instant::now() >= *until
+        {
+            *self = Self::default();
+        }
+        let Self::Undecided { next, interval: waited, failures } = self else { return None };
+        let (waited, failures) = (*waited, *failures);
         if Instant::now() < *next {
             return None;
         }
-        let Some(folder) = devfs.iter().find(|folder| folder.join(CONTROL).exists()) else {
-            *self = Self::Nvml;
-            return None;
-        };
-        let mut buffer = match RmClient::open(folder, pci_bus_id).and_then(SampleBuffer::new) {
-            Ok(buffer) => buffer,
-            Err(error) => {
-                *self = Self::Nvml;
-                return Some(Err(error.to_string()));
-            }
+        let mut refused = None;
+        let opened = tools.driver.call(Call::SampleBuffer, || open(devfs, pci_bus_id, &mut refused));
+        let Ok(mut buffer) = opened else {
+            *self = Self::Nvml(None);
+            return refused.map(Err);
         };
         let [interval, _] = COMPARED_EVERY;
         match compare(&mut buffer, tools) {
             Some((true, samples)) => {
                 let next = Instant::now() + interval;
-                let witnessed = WitnessedBuffer { buffer, next, interval, failures: 0, engines_until_us: 0 };
-                *self = Self::Buffer(Box::new(witnessed));
+                let verified = VerifiedBuffer { buffer, next, interval, mismatches: 0, read_failures: 0, engines_until_us: 0 };
+                *self = Self::Buffer(Box::new(verified));
                 Some(Ok(samples))
             }
             Some((false, _)) if failures + 1 >= MAX_FAILURES => {
-                *self = Self::Nvml;
+                *self = Self::Nvml(None);
                 Some(Err("it differs from NVML".into()))
             }
             compared => {
-                *self = Self::Undecided {
-                    next: Instant::now() + UNDECIDED_EVERY,
-                    failures: failures + u32::from(compared.is_some()),
-                };
+                let interval = (2 * waited).min(UNDECIDED_MOST);
+                let failures = failures + u32::from(compared.is_some());
+                *self = Self::Undecided { next: Instant::now() + waited, interval, failures };
                 None
             }
         }
     }
 }
 
-impl WitnessedBuffer {
+impl VerifiedBuffer {
     pub fn read(&mut self) -> Result<Vec<BufferSample>, NvmlError> {
-        Ok(self.buffer.read()?)
+        let samples = self.buffer.read()?;
+        self.read_failures = 0;
+        Ok(samples)
     }
 
-    pub fn is_trusted(&self) -> bool {
-        self.failures < MAX_FAILURES
+    /// What follows the buffer, with the reason, if it is no longer used.
+    pub fn ended(&self) -> Option<(Source, &'static str)> {
+        if self.mismatches >= MAX_FAILURES {
+            return Some((Source::Nvml(None), "it differs from NVML"));
+        }
+        let again = Instant::now() + AGAIN_AFTER;
+        (self.read_failures >= MAX_FAILURES).then_some((Source::Nvml(Some(again)), "reads of it fail"))
     }
 
-    pub fn failed(&mut self) {
-        self.failures += 1;
+    pub fn read_failed(&mut self) {
+        self.read_failures += 1;
     }
 
     /// Compares with NVML again where that is due.
-    pub fn witness_again(&mut self, tools: &mut Tools<'_>) {
+    pub fn verify_again(&mut self, tools: &mut Tools<'_>) {
         if Instant::now() < self.next {
             return;
         }
+        let [soon, late] = COMPARED_EVERY;
         match compare(&mut self.buffer, tools) {
-            Some((true, _)) => self.failures = 0,
-            Some((false, _)) => self.failures += 1,
+            Some((true, _)) => {
+                self.mismatches = 0;
+                self.interval = (2 * self.interval).min(late);
+            }
+            Some((false, _)) => {
+                self.mismatches += 1;
+                self.interval = soon;
+            }
+            // Nothing to compare: an idle GPU, or a failed call.
             None => {}
         }
-        let [soon, late] = COMPARED_EVERY;
-        self.interval = if self.failures > 0 { soon } else { (2 * self.interval).min(late) };
         self.next = Instant::now() + self.interval;
     }
 
@@ -134,11 +158,31 @@ impl WitnessedBuffer {
         let others = || Engine::VARIANTS.iter().copied().filter(|engine| *engine != Engine::Compute);
         let new = samples.iter().filter(|sample| sample.at_us > known);
         let of_sample = |sample: &BufferSample| {
-            let (at, percent) = (GpuNs(sample.at_us.saturating_mul(1000)), sample.percent);
-            others().map(move |engine| EngineSample { engine, at, busy_percent: percent[engine as usize] })
+            let BufferSample { at_us, percent, has, .. } = *sample;
+            let at = GpuNs(at_us.saturating_mul(1000));
+            let there = others().filter(move |engine| has[*engine as usize]);
+            there.map(move |engine| EngineSample { engine, at, busy_percent: percent[engine as usize] })
         };
         new.flat_map(of_sample).collect()
     }
+}
+
+/// Opens the buffer through the node in one of the folders; `refused` is the reason where none can be used.
+fn open(devfs: &[PathBuf], pci_bus_id: &str, refused: &mut Option<String>) -> Result<SampleBuffer, NvmlError> {
+    let mut result = Err(NvmlError::NotSupported);
+    for folder in devfs.iter().filter(|folder| folder.join(CONTROL).exists()) {
+        match RmClient::open(folder, pci_bus_id).and_then(SampleBuffer::new) {
+            Ok(buffer) => return Ok(buffer),
+            Err(error) => {
+                *refused = Some(error.to_string());
+                // A driver without this buffer is not a failure.
+                let error = NvmlError::from(error);
+                let is_lost = matches!(error, NvmlError::GpuLost | NvmlError::ResetRequired);
+                result = Err(if is_lost { error } else { NvmlError::NotSupported });
+            }
+        }
+    }
+    result
 }
 
 /// Compares the driver's buffer with NVML; `None` where that is not possible. Also returns the samples of the buffer.
@@ -147,5 +191,5 @@ fn compare(buffer: &mut SampleBuffer, tools: &mut Tools<'_>) -> Option<(bool, Ve
     let newest = samples.iter().max_by_key(|sample| sample.at_us).filter(|sample| sample.percent > 0)?.at_us;
     let process_samples = query_process_samples(tools, newest.saturating_sub(1))?;
     let own = tools.driver.call(Call::SampleBuffer, || Ok(buffer.read()?)).ok()?;
-    Some((is_witnessed(&own, &samples, &process_samples)?, own))
+    Some((matches_nvml(&own, &samples, &process_samples)?, own))
 }

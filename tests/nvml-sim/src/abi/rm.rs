@@ -30,6 +30,7 @@ const CARD_BYTES: usize = 72;
 const MAX_CARDS: usize = 32;
 const SLOTS: usize = 72;
 const HEADER: usize = 16;
+const NEXT_SLOT: usize = 12;
 const NO_PROCESS: u32 = u32::MAX;
 /// The buffer's stamps differ from NVML's by up to 0.8 ms (measured).
 const LATER_NS: u64 = 766_000;
@@ -157,7 +158,7 @@ fn control(params: Params) -> Result<(), nvmlReturn_t> {
     Ok(())
 }
 
-/// Writes the samples from the oldest on; the next slot to be written is the first one.
+/// Writes the samples. A full buffer has wrapped: the next slot to be written has the oldest sample.
 fn fill(driver: &mut Driver, gpu: usize, to: Params, size: usize) -> Result<u32, nvmlReturn_t> {
     let kind = *driver.world.rm_samples(gpu);
     if kind == RmSamples::Refused || !driver.world.gpus.get(gpu).ok_or(NOT_FOUND)?.mig.is_empty() {
@@ -171,7 +172,10 @@ fn fill(driver: &mut Driver, gpu: usize, to: Params, size: usize) -> Result<u32,
     driver.sync(gpu).map_err(failed)?;
     let ring = driver.rings.get(gpu).ok_or(NOT_FOUND)?;
     let newest = ring.iter().skip(ring.len().saturating_sub(SLOTS));
-    for (slot, sample) in newest.enumerate() {
+    let first = if newest.len() == SLOTS { (ring.back().map_or(0, |sample| sample.at_us) / 100_000) as usize % SLOTS } else { 0 };
+    to.put(NEXT_SLOT, ((first + newest.len()) % SLOTS) as u32);
+    for (n, sample) in newest.enumerate() {
+        let slot = (first + n) % SLOTS;
         let at = HEADER + slot * sample_size;
         to.put(at, driver.stamp(gpu, sample.at_us) * 1_000 + LATER_NS);
         for (n, engine) in ORDER.into_iter().take(engines).enumerate() {
