@@ -9,7 +9,7 @@ use gpu_sampler_tests::{Agent, Sample, Sim, sum, wait_for};
 
 /// On the first GPU the buffer matches NVML, on the second the driver refuses it, on the third it names other processes.
 const WORLD: &str = "nodes = true\ndriver_version = '580.159.04'\npid_rule = 'last'\nexited_pids = 'blank'\n\
-                     average = 'over_all'\nperiod_us = 100000\ncall_us = 1500\n\
+                     average = 'over_all'\nnewer_by_us = 1000\nperiod_us = 100000\ncall_us = 1500\n\
                      [[gpus]]\nrm_samples = 'served'\n[[gpus]]\n[[gpus]]\nrm_samples = 'wrong'\n";
 const GPUS: [&str; 3] = ["0", "1", "2"];
 

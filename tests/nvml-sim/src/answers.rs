@@ -78,6 +78,7 @@ impl Driver {
     /// The device's own buffer: (stamp, value) of every sample with a stamp later than `after_us`.
     pub fn samples(&mut self, gpu: usize, kind: RingKind, after_us: u64) -> anyhow::Result<Vec<(u64, u32)>> {
         self.sync(gpu)?;
+        let after_us = after_us.saturating_add(*self.world.newer_by_us(gpu));
         let dry = *self.world.idle_ring(gpu) == IdleRing::Dry && matches!(kind, RingKind::Utilization(_));
         let ring = self.rings.get(gpu).into_iter().flatten();
         let shown = ring.filter(|t| !dry || t.util.iter().any(|u| *u > 0));
@@ -89,6 +90,8 @@ impl Driver {
     pub fn process_samples(&mut self, gpu: usize, after_us: u64) -> anyhow::Result<Vec<ProcessSample>> {
         self.sync(gpu)?;
         let pieces = self.pieces(gpu);
+        let asked_us = after_us;
+        let after_us = after_us.saturating_add(*self.world.newer_by_us(gpu));
         let newer: Vec<&Piece> = pieces.iter().filter(|p| p.stamp_us > after_us).collect();
         let all = match self.world.average(gpu) {
             Average::OverNamed => None,
@@ -98,7 +101,7 @@ impl Driver {
             }
         };
         let mut samples = fold(&newer, all);
-        self.add_garbage(gpu, after_us, &pieces, &mut samples);
+        self.add_garbage(gpu, asked_us, &pieces, &mut samples);
         if *self.world.row_order(gpu) == RowOrder::Shuffled {
             let now = self.now();
             samples.sort_by_key(|sample| mix(now, u64::from(sample.pid), sample.stamp_us));

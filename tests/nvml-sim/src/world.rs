@@ -136,6 +136,8 @@ world! {
     rounding: Rounding = Rounding::Down;
     exited_pids: ExitedPids = ExitedPids::Kept;
     average: Average = Average::OverNamed;
+    /// A sample is returned only if it is newer than the given stamp by more than this, microseconds.
+    newer_by_us: u64 = 0;
     /// Period of the sampling grid, microseconds. Measured on real boards: 167.1 to 169.8 ms.
     period_us: u64 = 167_139;
     /// Largest distance of a sample from its point on the grid, microseconds.

@@ -189,7 +189,9 @@ fn open(devfs: &[PathBuf], pci_bus_id: &str, refused: &mut Option<String>) -> Re
 fn compare(buffer: &mut SampleBuffer, tools: &mut Tools<'_>) -> Option<(bool, Vec<BufferSample>)> {
     let samples = tools.driver.call(Call::GetSamples, || tools.buffers.samples(tools.handle, GPU_UTILIZATION, 0)).ok()?;
     let newest = samples.iter().max_by_key(|sample| sample.at_us).filter(|sample| sample.percent > 0)?.at_us;
-    let process_samples = query_process_samples(tools, newest.saturating_sub(1))?;
+    // A request from 1 us before a sample does not return it (measured), one from the sample before does.
+    let before = samples.iter().map(|sample| sample.at_us).filter(|at_us| *at_us < newest).max()?;
+    let process_samples = query_process_samples(tools, before)?;
     let own = tools.driver.call(Call::SampleBuffer, || Ok(buffer.read()?)).ok()?;
     Some((matches_nvml(&own, &samples, &process_samples)?, own))
 }
