@@ -39,11 +39,18 @@ fn one_read_has_every_sample_with_its_process() -> Result<()> {
             lives.push(sim.lives(&[dir], &args)?);
         }
     }
-    std::thread::sleep(Duration::from_secs(15));
+    // Some busy samples are compared first.
+    wait_for("the buffer is used", Duration::from_secs(15), || {
+        Ok(agent.log()?.contains("samples are read from the driver's own buffer").then_some(()))
+    })?;
+    std::thread::sleep(Duration::from_secs(1));
+    let before = agent.scrape()?;
+    std::thread::sleep(Duration::from_secs(8));
     let page = agent.scrape()?;
     let queried = |gpu: &str| -> Result<f64> {
-        let count = |name: &str| of_gpu(&page, gpu, name, &[]).map(Option::unwrap_or_default);
-        ensure!(count("gpu_sampler_samples_total")? > 80.0, "samples of GPU {gpu}");
+        let until = |page: &[Sample], name: &str| of_gpu(page, gpu, name, &[]).map(Option::unwrap_or_default);
+        let count = |name: &str| -> Result<f64> { Ok(until(&page, name)? - until(&before, name)?) };
+        ensure!(count("gpu_sampler_samples_total")? > 60.0, "samples of GPU {gpu}");
         Ok(count("gpu_sampler_queried_samples_total")? / count("gpu_sampler_samples_total")?)
     };
     let shares = [queried("0")?, queried("1")?, queried("2")?];
@@ -85,8 +92,9 @@ fn one_read_has_every_sample_with_its_process() -> Result<()> {
     let state = |state: &str| of_gpu(&page, "0", "gpu_time_seconds_total", &[("state", state)]);
     let (busy, unobserved) = (state("busy")?.context("busy time")?, state("unobserved")?.context("unobserved time")?);
     ensure!(busy > 20.0 && unobserved < 1.0, "{busy} s are busy, {unobserved} s are unobserved");
-    // The simulated memory interface is busy for half of the time in which the compute engine is.
+    // The simulated memory interface is busy for half of the time in which the compute engine is. The first read of its own buffer credits
+    // nothing.
     let memory = of_gpu(&page, "0", "gpu_engine_seconds_total", &[("engine", "memory")])?.context("the memory engine")?;
-    ensure!((0.4..0.53).contains(&(memory / busy)), "the memory interface: {memory} s of {busy} s");
+    ensure!((0.2..0.53).contains(&(memory / busy)), "the memory interface: {memory} s of {busy} s");
     Ok(())
 }
