@@ -11,7 +11,7 @@ use std::sync::Arc;
 use strum::{EnumCount as _, VariantArray as _};
 
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
-use super::divide::{Presence, Sample, likeness, stands_for};
+use super::divide::{Presence, Sample, likeness, partly_ns, stands_for};
 use super::engine_account::{Booked, Credit, EngineAccount, PendingSample};
 use super::exits::{Exits, Lifetimes, NamedUser};
 use super::holders::Holders;
@@ -335,8 +335,7 @@ impl DeviceAccount {
         for key in account.credits().keys().filter(there).filter_map(|user| user.container()) {
             seconds.entry(key).or_default();
         }
-        let partly_ns: f64 =
-            self.recent.iter().filter(|r| !r.measured).map(|r| r.busy_ns * (1.0 - r.busy_ratio()).max(0.0)).sum();
+        let partly_ns: f64 = self.recent.iter().filter(|r| !r.measured).map(|r| partly_ns(r.busy_ns, r.busy_ratio())).sum();
         let duty = |(key, ns): (ContainerKey, f64)| {
             let variance = account.variance_of(User::Container(key), squares, partly_ns);
             (key, Duty { percent: 100.0 * ns / span, stderr: 100.0 * variance.sqrt() / span })

@@ -81,16 +81,16 @@ impl Sample {
         let span_ns = self.span_ns as u64;
         (self.at.minus(span_ns), self.at.plus(READ_PERIODS * span_ns))
     }
-
-    /// The busy time, times the idle part of the period.
-    pub fn partly_ns(&self) -> f64 {
-        self.busy_ns * (1.0 - self.busy_ratio()).max(0.0)
-    }
 }
 
 /// The part of a period without a named process that a named sample stands for.
 pub fn stands_for(busy_ratio: f64) -> f64 {
     1.0 - busy_ratio + ROUNDING_RATIO
+}
+
+/// The busy time of a sample, times the idle part of its period.
+pub fn partly_ns(busy_ns: f64, busy_ratio: f64) -> f64 {
+    busy_ns * (1.0 - busy_ratio).max(0.0)
 }
 
 /// The weight of a queried neighbour for an unqueried sample, by their utilization.

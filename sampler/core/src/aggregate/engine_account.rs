@@ -11,7 +11,7 @@ use std::collections::{HashMap, VecDeque};
 
 use strum::EnumCount as _;
 
-use super::divide::{NamedSample, Neighbours, Presence, Sample, WAIT_NS};
+use super::divide::{NamedSample, Neighbours, Presence, Sample, WAIT_NS, partly_ns};
 use super::exits::{Exits, NamedUser};
 use super::naming::Naming;
 use super::settings::Range;
@@ -98,7 +98,7 @@ impl EngineAccount {
             self.evidence.push_back((pending.sample, pending.named.is_some()));
         }
         if self.range.has(pending.sample.at) {
-            self.partly_ns += pending.sample.partly_ns();
+            self.partly_ns += partly_ns(pending.sample.busy_ns, pending.sample.busy_ratio());
         }
         match pending.named {
             Some(named) => self.credit_named(&pending.sample, named, booked),

@@ -97,17 +97,17 @@ impl BufferSample {
 impl SampleBuffer {
     /// The buffer of the client's GPU, with the layout that its driver accepts.
     pub fn new(client: RmClient) -> Result<Self, RmError> {
-        let mut buffer = Self { client, layout: LAYOUTS[0], words: Vec::new() };
-        let mut refused = None;
-        for layout in LAYOUTS {
+        let [newest, older @ ..] = LAYOUTS;
+        let mut buffer = Self { client, layout: newest, words: Vec::new() };
+        // The error of the newest layout is the significant one where all are refused.
+        let Err(refused) = buffer.fill() else { return Ok(buffer) };
+        for layout in older {
             buffer.layout = layout;
-            match buffer.fill() {
-                Ok(()) => return Ok(buffer),
-                // The error of the newest layout is the significant one where all are refused.
-                Err(error) => refused = refused.or(Some(error)),
+            if buffer.fill().is_ok() {
+                return Ok(buffer);
             }
         }
-        Err(refused.unwrap_or(RmError::Status("samples", 0)))
+        Err(refused)
     }
 
     fn fill(&mut self) -> Result<(), RmError> {
@@ -125,27 +125,26 @@ impl SampleBuffer {
     }
 }
 
-/// `count` bytes at an offset of little-endian words, as a number.
-fn number(words: &[u64], offset: usize, count: usize) -> u64 {
-    let byte = |n: usize| words.get(n / 8).map_or(0, |word| word >> (8 * (n % 8)) & 0xff);
-    (0..count).map(|n| byte(offset + n) << (8 * n)).sum()
+/// The four bytes at an offset that is a multiple of four, as a number.
+fn number(words: &[u64], offset: usize) -> u32 {
+    words.get(offset / 8).map_or(0, |word| (word >> (8 * (offset % 8))) as u32)
 }
 
 fn parse(words: &[u64], layout: SampleLayout) -> Vec<BufferSample> {
     let mut samples = Vec::new();
-    let next = number(words, NEXT_SLOT, 4) as usize;
+    let next = number(words, NEXT_SLOT) as usize;
     for slot in (0..SAMPLES).map(|n| (next + n) % SAMPLES) {
         let begin = HEADER + slot * layout.sample_size;
-        let stamp_ns = number(words, begin, STAMP);
+        let stamp_ns = words.get(begin / 8).copied().unwrap_or_default();
         if stamp_ns == 0 {
             continue;
         }
         let mut sample = BufferSample { at_us: stamp_ns / 1000, ..BufferSample::default() };
         for (n, engine) in ORDER.into_iter().take(layout.engines).enumerate() {
             let at = begin + STAMP + n * layout.engine_size;
-            let percent = number(words, at, 4) as u32 / UNITS_PER_PERCENT;
+            let percent = number(words, at) / UNITS_PER_PERCENT;
             (sample.percent[engine as usize], sample.has[engine as usize]) = (percent, percent <= 100);
-            sample.pid[engine as usize] = Some(number(words, at + PID, 4) as u32).filter(|pid| *pid != NO_PROCESS);
+            sample.pid[engine as usize] = Some(number(words, at + PID)).filter(|pid| *pid != NO_PROCESS);
         }
         // A sample with an impossible utilization is as good as missing.
         if sample.has[Engine::Compute as usize] {
