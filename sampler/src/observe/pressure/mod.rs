@@ -1,8 +1,8 @@
-//! Reads the time that containers with GPUs waited for other resources: their CPU quota, a processor, memory, IO. Once a second, from
-//! their cgroups.
+//! Reads the time that containers with GPUs waited for other resources: their CPU quota, a processor, memory, IO. From their cgroups,
+//! once a second while they use a GPU and every ten seconds otherwise.
 //!
 //! ```text
-//!  pressure        every second: for each container of the snapshot, requests a reading -> facts
+//!  pressure        every second: for each container of the snapshot that is due, requests a reading -> facts
 //!  pressure-read   reads the files; abandoned if a read takes longer than 2 s, and that container is skipped until the read returns
 //! ```
 //! Guarantees: a missing value is unknown, never 0. A read that fails or hangs is counted and reported, and delays other containers by
@@ -39,6 +39,8 @@ use crate::inbox::{Closed, CoreSender};
 use crate::observe::kernel::layout::Layout;
 
 const EVERY: Duration = Duration::from_secs(1);
+/// Containers that have not used a GPU for this time are read at this interval.
+const IDLE: Duration = Duration::from_secs(10);
 /// A file of cgroupfs is read in microseconds; one that takes this long is stuck in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Maximum number of hanging threads. With this many, the cause is not a single container, and nothing is read until one returns.
@@ -62,6 +64,25 @@ struct ContainerPressure {
     paths: Option<Arc<PressurePaths>>,
     found: Option<Instant>,
     throttle: Throttle,
+    /// GPU-seconds so far, and when they last grew.
+    used: f64,
+    used_at: Option<Instant>,
+    read_at: Option<Instant>,
+}
+
+impl ContainerPressure {
+    /// Whether to read it in this round. `used`: its GPU-seconds so far.
+    fn is_due(&mut self, used: f64, now: Instant) -> bool {
+        if self.used_at.is_none() || used > self.used {
+            (self.used, self.used_at) = (used, Some(now));
+        }
+        let is_past = |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) >= IDLE);
+        let is_due = !is_past(self.used_at) || is_past(self.read_at);
+        if is_due {
+            self.read_at = Some(now);
+        }
+        is_due
+    }
 }
 
 struct AbandonedWorker {
@@ -81,9 +102,10 @@ struct Pressure {
     view: PressureView,
 }
 
-/// The containers to read: those that exist and have a GPU.
-fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = &Arc<ContainerRecord>> {
-    snapshot.containers.iter().filter(|c| c.gone.is_none() && !c.gpus.is_empty()).map(|c| &c.record)
+/// The containers to read, with their GPU-seconds: those that exist and have a GPU.
+fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Arc<ContainerRecord>, f64)> {
+    let with_gpu = snapshot.containers.iter().filter(|c| c.gone.is_none() && !c.gpus.is_empty());
+    with_gpu.map(|c| (&c.record, c.gpus.iter().map(|usage| usage.seconds).sum()))
 }
 
 impl Pressure {
@@ -112,8 +134,12 @@ impl Pressure {
         let exists: HashMap<ContainerKey, bool> = snapshot.containers.iter().map(|c| (c.record.key, c.gone.is_none())).collect();
         self.view.facts.retain(|key, _| exists.contains_key(key));
         self.known.retain(|key, _| exists.get(key).is_some_and(|exists| *exists));
-        let hangs = |r: &&Arc<ContainerRecord>| self.abandoned.iter().any(|abandoned| abandoned.record.key == r.key);
-        for record in wanted(snapshot).filter(|r| !hangs(r)).collect::<Vec<_>>() {
+        let now = Instant::now();
+        for (record, used) in wanted(snapshot) {
+            let hangs = self.abandoned.iter().any(|abandoned| abandoned.record.key == record.key);
+            if hangs || !self.known.entry(record.key).or_default().is_due(used, now) {
+                continue;
+            }
             if self.abandoned.len() >= MAX_ABANDONED {
                 break;
             }

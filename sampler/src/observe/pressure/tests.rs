@@ -151,3 +151,13 @@ fn few_threads_are_abandoned_if_every_read_hangs() {
     }
     drop(end);
 }
+
+#[test]
+fn a_container_that_does_not_use_its_gpu_is_read_less_often() {
+    let (mut container, zero) = (ContainerPressure::default(), Instant::now());
+    let mut is_due = |second: u64, used| container.is_due(used, zero + Duration::from_secs(second));
+    // It may have used one before the agent started.
+    let due: Vec<u64> = (0..35).filter(|second| is_due(*second, 1.0)).collect();
+    assert_eq!(due, [(0..10).collect::<Vec<_>>(), vec![19, 29]].concat());
+    assert_eq!((35..40).map(|second| is_due(second, 1.5)).collect::<Vec<_>>(), [true; 5]);
+}
