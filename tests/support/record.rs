@@ -105,6 +105,13 @@ impl Lives {
     }
 }
 
+/// It writes its record when it is ended; one that is not read must not stop it.
+impl Drop for Lives {
+    fn drop(&mut self) {
+        drop(self.0.0.stdout.take());
+    }
+}
+
 /// The process that a sample belongs to: the one that was on that GPU within the period before it.
 pub fn owner<'a>(lives: &'a [RecordedLife], sample: &NamedSample, period_us: u64) -> Option<&'a RecordedLife> {
     let within = |l: &&RecordedLife| l.begin_us <= sample.at_us && l.end_us + period_us + SLICE_US >= sample.at_us;

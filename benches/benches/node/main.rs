@@ -1,5 +1,8 @@
 //! The whole agent at the size of real nodes: processor time by thread, memory, the page and what a scrape of it costs.
 //!
+//! With `GPU_SAMPLER_BEFORE` set to the path of another build of the agent, each section runs with that one first, so that both are measured
+//! in one run.
+//!
 //! The simulated driver runs in the agent's GPU threads; its own time is subtracted from their figure and from the sum.
 
 mod measure;
@@ -9,7 +12,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::Result;
 use gpu_sampler_benches::{line, wanted};
-use gpu_sampler_tests::Agent;
+use gpu_sampler_tests::{Agent, var};
 
 use measure::{load, memory, page, processor_seconds, scrapes};
 use world::{Size, World};
@@ -41,25 +44,39 @@ const SIZES: [(&str, Size, Option<Aims>); 5] = [
     ("node-1x4", Size { gpus: 1, processes: 4, containers: 4, others: 0 }, None),
     ("node-8x8", Size { gpus: 8, processes: 8, containers: 64, others: 1_000 }, Some(LIGHT)),
     ("node-8x64", Size { gpus: 8, processes: 64, containers: 200, others: 0 }, Some(FULL)),
-    ("node-8x64-others", Size { gpus: 8, processes: 64, containers: 200, others: 5_000 }, None),
+    ("node-others-8x64", Size { gpus: 8, processes: 64, containers: 200, others: 5_000 }, None),
     ("node-16x64", Size { gpus: 16, processes: 64, containers: 400, others: 0 }, None),
 ];
 
 fn main() -> Result<()> {
     for (name, size, aims) in &SIZES {
-        if wanted(name) {
-            println!("\n{name}: {size:?}");
-            steady(*size, aims.as_ref())?;
-        }
+        with_each_build(&format!("{name}: {size:?}"), || steady(*size, aims.as_ref()))?;
     }
     let sections: [(&str, NodeSection); 3] = [("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
     for (name, run) in sections {
-        if wanted(name) {
-            println!("\n{name}");
-            run()?;
-        }
+        with_each_build(name, run)?;
     }
     Ok(())
+}
+
+/// Runs a section, if it is wanted, with the build to compare with and with the present one.
+fn with_each_build(heading: &str, run: impl Fn() -> Result<()>) -> Result<()> {
+    let name = heading.split(':').next().unwrap_or(heading);
+    if !wanted(name) {
+        return Ok(());
+    }
+    let present = var("GPU_SAMPLER_BIN")?;
+    if let Ok(before) = std::env::var("GPU_SAMPLER_BEFORE") {
+        println!("\n{heading}, before");
+        // SAFETY: the bench has one thread here.
+        unsafe { std::env::set_var("GPU_SAMPLER_BIN", before) };
+        let done = run();
+        // SAFETY: as above.
+        unsafe { std::env::set_var("GPU_SAMPLER_BIN", present) };
+        done?;
+    }
+    println!("\n{heading}");
+    run()
 }
 
 /// Processor time without scrapes. Returns the sum, with the driver's.
