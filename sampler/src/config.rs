@@ -9,6 +9,8 @@ use sampler_labels::Source;
 use serde::Deserialize;
 use thiserror::Error;
 
+use crate::collectors::Selection;
+
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
 pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
@@ -98,6 +100,9 @@ pub struct Settings {
     /// Pod labels of the container_accelerator families: pod and container, pod_name and container_name, or both [default: both]
     #[arg(long, value_name = "WHICH", env = "GPU_SAMPLER_POD_LABELS")]
     pub pod_labels: Option<PodLabels>,
+    /// Families of /metrics for requests without collect[]: default, all, or collectors such as default,contenders [default: default]
+    #[arg(long, value_name = "LIST", value_delimiter = ',', env = "GPU_SAMPLER_COLLECT")]
+    pub collect: Option<Vec<String>>,
     /// How processes and cgroups are tracked [default: auto]
     #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
     pub kernel_mode: Option<KernelMode>,
@@ -146,6 +151,7 @@ pub struct Config {
     pub label_endpoints: Vec<(Source, PathBuf)>,
     pub label_sources: Vec<Source>,
     pub pod_labels: PodLabels,
+    pub collect: Selection,
     pub kernel_mode: KernelMode,
     pub kernel_ring_bytes: u32,
     pub gpu_budget_percent: f64,
@@ -212,6 +218,7 @@ impl Settings {
             podman_endpoint: self.podman_endpoint.or(under.podman_endpoint),
             label_sources: self.label_sources.or(under.label_sources),
             pod_labels: self.pod_labels.or(under.pod_labels),
+            collect: self.collect.or(under.collect),
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
             kernel_ring_bytes: self.kernel_ring_bytes.or(under.kernel_ring_bytes),
             gpu_budget_percent: self.gpu_budget_percent.or(under.gpu_budget_percent),
@@ -261,6 +268,7 @@ impl Settings {
             label_endpoints: endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
             label_sources: sources(s.label_sources)?,
             pod_labels: s.pod_labels.unwrap_or_default(),
+            collect: collect(s.collect)?,
             kernel_mode: s.kernel_mode.unwrap_or_default(),
             kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
             gpu_budget_percent: budget("gpu_budget_percent", s.gpu_budget_percent, DEFAULT_GPU_BUDGET_PERCENT)?,
@@ -279,6 +287,15 @@ impl Settings {
             open_metrics,
         })
     }
+}
+
+fn collect(names: Option<Vec<String>>) -> Result<Selection, ConfigError> {
+    let Some(names) = names else { return Ok(Selection::default()) };
+    Selection::new(names.iter().map(String::as_str), Selection::default()).map_err(|error| ConfigError::Value {
+        key: "collect",
+        value: error.name.clone(),
+        remedy: error.to_string(),
+    })
 }
 
 fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<PathBuf, ConfigError> {
@@ -442,6 +459,8 @@ mod tests {
         check("docker_endpoint = 'tcp://x'", "expected a Unix socket");
         check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is invalid: expected a Unix socket");
         check("label_sources = ['bundel']", "label_sources = \"bundel\" is invalid: choose from");
+        check("collect = ['default', 'contenders']", "ok");
+        check("collect = ['contender']", "collect = \"contender\" is invalid: expected default, all or one of accelerators, ");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
         check("path_devfs = '/no/such/dev'", "path_devfs = /no/such/dev does not exist; set it to the path of the host's /dev");
         check("kernel_mode = 'fast'", "unknown variant `fast`");
@@ -472,6 +491,7 @@ mod tests {
                 && read.label_sources.is_some()
         );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
+        assert!(read.collect.is_some());
         assert!(
             read.sample_source.is_some()
                 && read.kernel_ring_bytes.is_some()

@@ -36,7 +36,12 @@ use crate::observe::kernel::{Mode, Tracker};
 use crate::query::{self, Subject};
 use crate::session::Recorder;
 
-const PUBLISH_EVERY: Duration = Duration::from_millis(250);
+/// How often the clock of the core advances, which closes windows and makes facts for the recorder.
+const ADVANCE_EVERY: Duration = Duration::from_millis(250);
+/// How often a snapshot is published without a request for it. A snapshot of many users takes longer than all else in that time.
+const PUBLISH_EVERY: Duration = Duration::from_secs(1);
+/// Minimum time between two snapshots, however many scrapes ask for one.
+const PUBLISH_SPACING: Duration = Duration::from_millis(100);
 /// How often the followed processes are read without kernel events; without inotify, all processes and all cgroups.
 const RESCAN_EVERY: Duration = Duration::from_secs(1);
 /// Minimum time between two resyncs, so that continuing losses leave time for other work.
@@ -92,6 +97,7 @@ struct Turn {
     /// The tables are known to be correct up to this time: a batch received by then may be attributed. Never later than the drain before
     /// the last read of the loss counters.
     clean_since: BootNs,
+    advanced: Instant,
     published: Instant,
     /// The end of the last scan, and its duration.
     scanned: Instant,
@@ -128,7 +134,7 @@ impl Turn {
     }
 
     fn count_is_due(&self) -> bool {
-        let wanted = self.batch_waits() || self.published.elapsed() >= PUBLISH_EVERY;
+        let wanted = self.batch_waits() || self.advanced.elapsed() >= ADVANCE_EVERY;
         wanted && self.counted.elapsed() >= COUNT_EVERY
     }
 
@@ -137,8 +143,8 @@ impl Turn {
         if !self.queries.is_empty() {
             return Duration::ZERO;
         }
-        let publish = PUBLISH_EVERY.saturating_sub(self.published.elapsed());
-        if self.batch_waits() { publish.min(COUNT_EVERY.saturating_sub(self.counted.elapsed())) } else { publish }
+        let advance = ADVANCE_EVERY.saturating_sub(self.advanced.elapsed());
+        if self.batch_waits() { advance.min(COUNT_EVERY.saturating_sub(self.counted.elapsed())) } else { advance }
     }
 }
 
@@ -150,7 +156,8 @@ impl CoreThread {
         let scan = self.scan();
         let complete = scan.complete();
         self.merge(scan, None);
-        self.publish(&counted);
+        self.advance(&counted);
+        self.publish();
         self.size();
         self.health.set_ready();
         let now = Instant::now();
@@ -162,6 +169,7 @@ impl CoreThread {
             last_repaired: complete.then_some(lost),
             attempted_until: lost,
             clean_since,
+            advanced: now,
             published: now,
             scanned: now,
             scan_took: Duration::ZERO,
@@ -199,11 +207,15 @@ impl CoreThread {
             self.core.observe(observation);
         }
         for query in turn.queries.drain(..turn.queries.len().min(QUERIES_PER_TURN)) {
-            self.reply(query);
+            self.reply(query, &mut turn.published, &turn.lost);
         }
-        if turn.published.elapsed() >= PUBLISH_EVERY {
-            turn.published = Instant::now();
-            self.publish(&turn.lost);
+        if turn.advanced.elapsed() >= ADVANCE_EVERY {
+            turn.advanced = Instant::now();
+            self.advance(&turn.lost);
+            if turn.published.elapsed() >= PUBLISH_EVERY {
+                turn.published = Instant::now();
+                self.publish();
+            }
             if turn.sized.elapsed() >= SIZE_EVERY {
                 turn.sized = Instant::now();
                 self.check_living(turn);
@@ -212,15 +224,23 @@ impl CoreThread {
         }
     }
 
-    fn reply(&mut self, query: Query) {
+    fn reply(&mut self, query: Query, published: &mut Instant, lost: &Lost) {
         match query {
+            Query::Publish(reply) => {
+                if published.elapsed() >= PUBLISH_SPACING {
+                    *published = Instant::now();
+                    self.advance(lost);
+                    self.publish();
+                }
+                // Fails if the client no longer waits.
+                let _sent = reply.send(());
+            }
             Query::Explain(subject, reply) => {
                 if let Subject::Pid(pid) = subject
                     && self.tracker.mode() != Mode::RawTracepoint
                 {
                     self.read_processes(std::iter::once(pid));
                 }
-                // Fails if the client no longer waits.
                 let _sent = reply.send(query::known(&self.core.identity, &subject));
             }
             Query::Ids(prefix, reply) => {
@@ -513,7 +533,7 @@ impl CoreThread {
         });
     }
 
-    fn publish(&mut self, lost: &Lost) {
+    fn advance(&mut self, lost: &Lost) {
         self.health.watch_calls(boot_now());
         self.core.observe(Observation::ClockAdvanced { at: boot_now(), wall: wall_now() });
         // The only place where facts leave the core: they go to the recorder.
@@ -525,6 +545,9 @@ impl CoreThread {
                 view.drained = program.rings.drained;
             });
         }
+    }
+
+    fn publish(&self) {
         self.snapshot.store(Arc::new(self.core.snapshot()));
     }
 }

@@ -4,6 +4,7 @@
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
+use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use sampler_core::observation::Observation;
@@ -21,6 +22,8 @@ pub enum Query {
     /// Container ids with this prefix.
     Ids(String, oneshot::Sender<Vec<String>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
+    /// A snapshot of now.
+    Publish(oneshot::Sender<()>),
 }
 
 #[derive(Clone)]
@@ -69,6 +72,11 @@ impl CoreSender {
 
     pub async fn ids(&self, prefix: String) -> Vec<String> {
         self.ask(|reply| Query::Ids(prefix, reply)).await.unwrap_or_default()
+    }
+
+    /// Returns once the published snapshot is of now, or after `patience`.
+    pub async fn publish(&self, patience: Duration) {
+        let _late = tokio::time::timeout(patience, self.ask(Query::Publish)).await;
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {

@@ -2,6 +2,7 @@
 
 mod agent;
 mod cli;
+mod collectors;
 mod config;
 mod core_thread;
 mod error;

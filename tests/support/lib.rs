@@ -224,12 +224,18 @@ impl Agent {
         Ok(std::fs::read_to_string(self.log.path())?)
     }
 
+    /// The families that a scraper gets by default.
     pub fn page(&self) -> Result<String> {
         get(self.port, "/metrics")
     }
 
+    pub fn page_with_all_families(&self) -> Result<String> {
+        get(self.port, "/metrics?collect%5B%5D=all")
+    }
+
+    /// The series of all families.
     pub fn scrape(&self) -> Result<Vec<Sample>> {
-        Ok(parse(&self.page()?))
+        Ok(parse(&self.page_with_all_families()?))
     }
 }
 

@@ -1,23 +1,71 @@
 //! Families of the [catalogue](super::catalogue) with their series, as text.
+//!
+//! A page has thousands of series with labels that stay the same for hours: they are written from blocks that are escaped once and kept with
+//! the pair or GPU. The series of all families are added pair by pair; each family has a text of its own, and the page is their
+//! concatenation in the order of the families.
 
-use prometheus::TextEncoder;
-use prometheus::proto::{Bucket, Counter, Gauge, Histogram, LabelPair, Metric, MetricFamily, MetricType};
+use std::fmt::Write as _;
 
-use super::catalogue::Family;
-use super::series_starts::{SeriesId, SeriesStarts};
+use super::catalogue::{Family, Kind};
+use super::series_starts::OwnedSeries;
+use crate::collectors::Selection;
 
-pub type Labels<'a> = &'a [(&'a str, &'a str)];
-
-/// Families in the order in which they were begun. A family without series is left out.
-pub struct Families<'a> {
-    families: Vec<MetricFamily>,
-    pub starts: &'a mut SeriesStarts,
+/// The formats that Prometheus negotiates.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TextFormat {
+    /// The text format 0.0.4 of Prometheus.
+    #[default]
+    Prometheus,
+    /// OpenMetrics 1.0.
+    OpenMetrics,
 }
 
-pub struct FamilyWriter<'a> {
-    family: &'static Family,
-    series: &'a mut MetricFamily,
-    starts: &'a mut SeriesStarts,
+impl TextFormat {
+    pub fn content_type(self) -> &'static str {
+        match self {
+            Self::Prometheus => "text/plain; version=0.0.4; charset=utf-8",
+            Self::OpenMetrics => "application/openmetrics-text; version=1.0.0; charset=utf-8",
+        }
+    }
+
+    /// The format that an `Accept` header prefers.
+    pub fn negotiated(accept: &str) -> Self {
+        let quality = |media_type: &str| {
+            let ranges = accept.split(',').filter_map(|range| {
+                let mut parameters = range.split(';').map(str::trim);
+                let is_wanted = parameters.next() == Some(media_type);
+                let quality = parameters.find_map(|parameter| parameter.strip_prefix("q=")?.parse::<f64>().ok());
+                is_wanted.then(|| quality.unwrap_or(1.0))
+            });
+            ranges.fold(0.0, f64::max)
+        };
+        if quality("application/openmetrics-text") > quality("text/plain") { Self::OpenMetrics } else { Self::Prometheus }
+    }
+}
+
+/// The labels of a series: a block from [`label_block`], and more.
+#[derive(Clone, Copy)]
+pub struct Labels<'a> {
+    pub block: &'a str,
+    pub more: &'a [(&'a str, &'a str)],
+}
+
+impl<'a> From<&'a str> for Labels<'a> {
+    fn from(block: &'a str) -> Self {
+        Self { block, more: &[] }
+    }
+}
+
+impl<'a> From<&'a [(&'a str, &'a str)]> for Labels<'a> {
+    fn from(more: &'a [(&'a str, &'a str)]) -> Self {
+        Self { block: "", more }
+    }
+}
+
+impl<'a, const N: usize> From<&'a [(&'a str, &'a str); N]> for Labels<'a> {
+    fn from(more: &'a [(&'a str, &'a str); N]) -> Self {
+        Self { block: "", more }
+    }
 }
 
 /// A histogram's state: `cumulative` has a count for each of `bounds`.
@@ -29,133 +77,241 @@ pub struct HistogramValue<'a> {
     pub count: u64,
 }
 
-impl<'a> Families<'a> {
-    pub fn new(starts: &'a mut SeriesStarts) -> Self {
-        Self { families: Vec::new(), starts }
-    }
+/// A family of one page.
+#[derive(Clone, Copy, Debug)]
+pub struct FamilyId(usize);
 
-    pub fn family(&mut self, family: &'static Family) -> FamilyWriter<'_> {
-        let mut series = MetricFamily::default();
-        series.set_name(family.name.to_owned());
-        series.set_help(family.full_help());
-        series.set_field_type(family.kind);
-        self.families.push(series);
-        let series = self.families.last_mut().expect("one was just pushed");
-        FamilyWriter { family, series, starts: self.starts }
-    }
+struct FamilyText {
+    family: &'static Family,
+    is_selected: bool,
+    format: TextFormat,
+    text: String,
+}
 
-    /// Adds the family with a series for each value of `label`.
-    pub fn add_each<P: AsRef<str>>(&mut self, family: &'static Family, label: &str, series: impl IntoIterator<Item = (P, f64)>) {
-        let mut family = self.family(family);
-        for (part, value) in series {
-            family.add(&[(label, part.as_ref())], value);
+/// The selected families in the order in which they were declared. A family without series is left out.
+#[derive(Default)]
+pub struct Page {
+    families: Vec<FamilyText>,
+    selection: Selection,
+    format: TextFormat,
+}
+
+/// Labels as they stand between the braces.
+pub fn label_block(labels: &[(&str, &str)]) -> String {
+    let mut text = String::new();
+    write_labels(&mut text, labels);
+    text
+}
+
+fn write_labels(to: &mut String, labels: &[(&str, &str)]) {
+    for (name, value) in labels {
+        if to.ends_with('"') {
+            to.push(',');
         }
-    }
-
-    /// Ends the scrape.
-    pub fn text(mut self) -> Result<String, prometheus::Error> {
-        self.starts.finish_scrape();
-        self.families.retain(|family| !family.get_metric().is_empty());
-        TextEncoder::new().encode_to_string(&self.families)
+        to.push_str(name);
+        to.push_str("=\"");
+        for c in value.chars() {
+            match c {
+                '\\' => to.push_str("\\\\"),
+                '"' => to.push_str("\\\""),
+                '\n' => to.push_str("\\n"),
+                c => to.push(c),
+            }
+        }
+        to.push('"');
     }
 }
 
-impl FamilyWriter<'_> {
-    fn metric(&self, labels: Labels<'_>) -> Metric {
-        let undeclared = labels.iter().find(|(name, _)| !self.family.labels.contains(name));
-        debug_assert_eq!(undeclared, None, "{} does not declare this label", self.family.name);
-        let pair = |(name, value): &(&str, &str)| {
-            let mut pair = LabelPair::default();
-            pair.set_name((*name).to_owned());
-            pair.set_value((*value).to_owned());
-            pair
-        };
-        Metric::from_label(labels.iter().map(pair).collect())
+fn write_value(to: &mut String, value: f64) {
+    // Writing to a String cannot fail.
+    let _ok = if value == f64::INFINITY {
+        to.write_str("+Inf")
+    } else if value == f64::NEG_INFINITY {
+        to.write_str("-Inf")
+    } else {
+        write!(to, "{value}")
+    };
+    to.push('\n');
+}
+
+impl Page {
+    pub fn new(selection: Selection, format: TextFormat) -> Self {
+        Self { families: Vec::new(), selection, format }
     }
 
-    fn push_value(&mut self, labels: Labels<'_>, value: f64) {
-        let mut metric = self.metric(labels);
-        debug_assert_ne!(self.family.kind, MetricType::HISTOGRAM, "{}", self.family.name);
-        if self.family.kind == MetricType::COUNTER {
-            let mut counter = Counter::default();
-            counter.set_value(value);
-            metric.set_counter(counter);
-        } else {
-            let mut gauge = Gauge::default();
-            gauge.set_value(value);
-            metric.set_gauge(gauge);
+    pub fn family(&mut self, family: &'static Family) -> FamilyId {
+        let is_selected = self.selection.has(family.collector);
+        self.families.push(FamilyText { family, is_selected, format: self.format, text: String::new() });
+        FamilyId(self.families.len() - 1)
+    }
+
+    /// One series for each value of a label.
+    pub fn add_each<V: AsRef<str>>(&mut self, family: &'static Family, label: &str, values: impl IntoIterator<Item = (V, f64)>) {
+        let id = self.family(family);
+        for (name, value) in values {
+            self.add(id, &[(label, name.as_ref())], value);
         }
-        self.series.mut_metric().push(metric);
     }
 
-    fn push_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
-        let mut metric = self.metric(labels);
-        debug_assert_eq!(self.family.kind, MetricType::HISTOGRAM, "{}", self.family.name);
-        let bucket = |(bound, count): (&f64, &u64)| {
-            let mut bucket = Bucket::default();
-            bucket.set_upper_bound(*bound);
-            bucket.set_cumulative_count(*count);
-            bucket
-        };
-        let mut histogram = Histogram::default();
-        histogram.set_bucket(value.bounds.iter().zip(value.cumulative).map(bucket).collect());
-        histogram.set_sample_sum(value.sum);
-        histogram.set_sample_count(value.count);
-        metric.set_histogram(histogram);
-        self.series.mut_metric().push(metric);
+    /// The only series of a family.
+    pub fn add_one(&mut self, family: &'static Family, value: f64) {
+        let id = self.family(family);
+        self.add(id, "", value);
     }
 
-    fn is_start(&mut self, series: SeriesId<'_>) -> bool {
-        debug_assert!(self.family.starts_at_zero, "{} does not start at zero", self.family.name);
-        self.starts.is_start(self.family.name, series)
-    }
-
-    pub fn add(&mut self, labels: Labels<'_>, value: f64) {
-        debug_assert!(!self.family.starts_at_zero, "{} starts at zero", self.family.name);
-        self.push_value(labels, value);
+    pub fn add<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: f64) {
+        debug_assert!(!self.families[id.0].family.starts_at_zero, "{} starts at zero", self.families[id.0].family.name);
+        self.families[id.0].add(labels.into(), value);
     }
 
     /// Adds no series if the value is unknown: missing is not zero.
-    pub fn add_known(&mut self, labels: Labels<'_>, value: Option<f64>) {
+    pub fn add_known<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: Option<f64>) {
         if let Some(value) = value {
-            self.add(labels, value);
+            self.add(id, labels, value);
         }
     }
 
-    /// 0 in the first exposition of the series.
-    pub fn add_from_zero(&mut self, series: SeriesId<'_>, labels: Labels<'_>, value: f64) {
-        let value = if self.is_start(series) { 0.0 } else { value };
-        self.push_value(labels, value);
+    /// 0 in the first exposition of the series to a scraper. `part` distinguishes the series of the family and the owner.
+    pub fn add_from_zero<'a>(
+        &mut self,
+        id: FamilyId,
+        (series, part): (&mut OwnedSeries<'_>, &str),
+        labels: impl Into<Labels<'a>>,
+        value: f64,
+    ) {
+        let is_start = self.families[id.0].is_start(series, part);
+        self.families[id.0].add(labels.into(), if is_start { 0.0 } else { value });
     }
 
-    pub fn add_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
-        debug_assert!(!self.family.starts_at_zero, "{} starts at zero", self.family.name);
-        self.push_histogram(labels, value);
+    pub fn add_histogram<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: HistogramValue<'_>) {
+        debug_assert!(!self.families[id.0].family.starts_at_zero, "{} starts at zero", self.families[id.0].family.name);
+        self.families[id.0].add_histogram(labels.into(), value);
     }
 
-    /// Empty in the first exposition of the series.
-    pub fn add_histogram_from_zero(&mut self, series: SeriesId<'_>, labels: Labels<'_>, value: HistogramValue<'_>) {
-        if self.is_start(series) {
+    /// Empty in the first exposition of the series to a scraper.
+    pub fn add_histogram_from_zero<'a>(
+        &mut self,
+        id: FamilyId,
+        series: &mut OwnedSeries<'_>,
+        labels: impl Into<Labels<'a>>,
+        value: HistogramValue<'_>,
+    ) {
+        if self.families[id.0].is_start(series, "") {
             let zeros = vec![0; value.cumulative.len()];
-            self.push_histogram(labels, HistogramValue { cumulative: &zeros, sum: 0.0, count: 0, ..value });
+            let empty = HistogramValue { cumulative: &zeros, sum: 0.0, count: 0, ..value };
+            self.families[id.0].add_histogram(labels.into(), empty);
         } else {
-            self.push_histogram(labels, value);
+            self.families[id.0].add_histogram(labels.into(), value);
         }
+    }
+
+    pub fn format(&self) -> TextFormat {
+        self.format
+    }
+
+    pub fn text(&self) -> String {
+        let mut page = String::with_capacity(self.families.iter().map(|family| family.text.len() + 512).sum());
+        for FamilyText { family, text, .. } in self.families.iter().filter(|family| !family.text.is_empty()) {
+            let (name, kind, help) = (family.name_in(self.format), family.kind.name(), family.full_help());
+            let help = help.replace('\\', "\\\\").replace('\n', "\\n");
+            // Writing to a String cannot fail.
+            let _ok = match self.format {
+                TextFormat::Prometheus => write!(page, "# HELP {name} {help}\n# TYPE {name} {kind}\n"),
+                TextFormat::OpenMetrics => {
+                    let unit = family.unit_in_name().map_or(String::new(), |unit| format!("# UNIT {name} {unit}\n"));
+                    write!(page, "# HELP {name} {}\n# TYPE {name} {kind}\n{unit}", help.replace('"', "\\\""))
+                }
+            };
+            page.push_str(text);
+        }
+        if self.format == TextFormat::OpenMetrics {
+            page.push_str("# EOF\n");
+        }
+        page
+    }
+}
+
+impl FamilyText {
+    /// What no scrape has exposed is not born.
+    fn is_start(&self, series: &mut OwnedSeries<'_>, part: &str) -> bool {
+        debug_assert!(self.family.starts_at_zero, "{} does not start at zero", self.family.name);
+        self.is_selected && series.is_start(self.family, part)
+    }
+
+    fn check(&self, labels: Labels<'_>) {
+        let of_block = labels.block.split("\",").filter_map(|label| label.split_once("=\"")).map(|(name, _)| name);
+        let undeclared =
+            of_block.chain(labels.more.iter().map(|(name, _)| *name)).find(|name| !self.family.labels.contains(name));
+        debug_assert_eq!(undeclared, None, "{} does not declare this label", self.family.name);
+    }
+
+    fn write_series(&mut self, suffix: &str, labels: Labels<'_>, le: Option<f64>) {
+        let text = &mut self.text;
+        text.push_str(self.family.name);
+        text.push_str(suffix);
+        if !labels.block.is_empty() || !labels.more.is_empty() || le.is_some() {
+            text.push('{');
+            text.push_str(labels.block);
+            write_labels(text, labels.more);
+            if let Some(le) = le {
+                let bound = match self.format {
+                    _ if le == f64::INFINITY => "+Inf".to_owned(),
+                    TextFormat::Prometheus => le.to_string(),
+                    // A bound is a float in every case: 1.0.
+                    TextFormat::OpenMetrics => format!("{le:?}"),
+                };
+                write_labels(text, &[("le", &bound)]);
+            }
+            text.push('}');
+        }
+        text.push(' ');
+    }
+
+    fn add(&mut self, labels: Labels<'_>, value: f64) {
+        if !self.is_selected {
+            return;
+        }
+        debug_assert_ne!(self.family.kind, Kind::Histogram, "{}", self.family.name);
+        if cfg!(debug_assertions) {
+            self.check(labels);
+        }
+        self.write_series("", labels, None);
+        write_value(&mut self.text, value);
+    }
+
+    fn add_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
+        if !self.is_selected {
+            return;
+        }
+        debug_assert_eq!(self.family.kind, Kind::Histogram, "{}", self.family.name);
+        if cfg!(debug_assertions) {
+            self.check(labels);
+        }
+        let buckets = value.bounds.iter().zip(value.cumulative).map(|(bound, count)| (*bound, *count));
+        for (bound, count) in buckets.chain([(f64::INFINITY, value.count)]) {
+            self.write_series("_bucket", labels, Some(bound));
+            write_value(&mut self.text, count as f64);
+        }
+        self.write_series("_sum", labels, None);
+        write_value(&mut self.text, value.sum);
+        self.write_series("_count", labels, None);
+        write_value(&mut self.text, value.count as f64);
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::super::catalogue::{agent, containers};
+    use super::super::series_starts::{SeriesOwner, SeriesStarts};
     use super::*;
 
     #[test]
     fn a_family_without_series_is_left_out() {
-        let mut starts = SeriesStarts::default();
-        let mut all = Families::new(&mut starts);
-        all.family(&agent::RESYNCS);
-        all.family(&agent::CONTAINERS).add(&[("state", "settled"), ("runtime", "docker")], 2.0);
-        let text = all.text().unwrap();
+        let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
+        page.family(&agent::RESYNCS);
+        let id = page.family(&agent::CONTAINERS);
+        page.add(id, &[("state", "settled"), ("runtime", "docker")], 2.0);
+        let text = page.text();
         assert!(text.starts_with("# HELP gpu_sampler_containers Number of "), "{text}");
         assert!(
             text.ends_with(
@@ -164,18 +320,90 @@ mod tests {
         );
     }
 
+    #[test]
+    fn blocks_and_further_labels_are_joined_and_escaped() {
+        let block = label_block(&[("uuid", "GPU-\"1\"\\"), ("pod", "a\nb")]);
+        assert_eq!(block, r#"uuid="GPU-\"1\"\\",pod="a\nb""#);
+        let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
+        let id = page.family(&containers::UTILIZATION);
+        page.add(id, &*block, 0.25);
+        page.add(id, Labels { block: &block, more: &[("container", "c")] }, f64::INFINITY);
+        let text = page.text();
+        let lines: Vec<&str> = text.lines().skip(2).collect();
+        let name = containers::UTILIZATION.name;
+        assert_eq!(lines, [format!("{name}{{{block}}} 0.25"), format!("{name}{{{block},container=\"c\"}} +Inf")]);
+    }
+
     /// In release builds the label is exported; a scrape does not fail because of it.
     #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "gpu_sampler_resyncs_total does not declare this label")]
     fn a_label_that_the_catalogue_does_not_declare_is_rejected() {
-        Families::new(&mut SeriesStarts::default()).family(&agent::RESYNCS).add(&[("uuid", "GPU-1")], 1.0);
+        let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
+        let id = page.family(&agent::RESYNCS);
+        page.add(id, &[("uuid", "GPU-1")], 1.0);
     }
 
     #[test]
     #[cfg(debug_assertions)]
     #[should_panic(expected = "container_gpu_seconds_total starts at zero")]
     fn a_series_that_starts_at_zero_is_not_added_without_its_identity() {
-        Families::new(&mut SeriesStarts::default()).family(&containers::SECONDS).add(&[], 1.0);
+        let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
+        let id = page.family(&containers::SECONDS);
+        page.add(id, "", 1.0);
+    }
+
+    #[test]
+    fn openmetrics_has_units_float_bounds_and_an_end() {
+        let mut page = Page::new(Selection::ALL, TextFormat::OpenMetrics);
+        let resolved = page.family(&agent::RESOLVE_SECONDS);
+        page.add_histogram(resolved, "", HistogramValue { bounds: &[1.0], cumulative: &[1], sum: 0.5, count: 1 });
+        page.add_one(&agent::RESYNCS, 3.0);
+        let text = page.text();
+        let shown: Vec<&str> = text.lines().filter(|line| !line.starts_with("# HELP")).collect();
+        let expect = [
+            "# TYPE gpu_sampler_resolve_seconds histogram",
+            "# UNIT gpu_sampler_resolve_seconds seconds",
+            "gpu_sampler_resolve_seconds_bucket{le=\"1.0\"} 1",
+            "gpu_sampler_resolve_seconds_bucket{le=\"+Inf\"} 1",
+            "gpu_sampler_resolve_seconds_sum 0.5",
+            "gpu_sampler_resolve_seconds_count 1",
+            "# TYPE gpu_sampler_resyncs counter",
+            "gpu_sampler_resyncs_total 3",
+            "# EOF",
+        ];
+        assert_eq!(shown, expect);
+    }
+
+    #[test]
+    fn the_format_is_the_one_that_the_scraper_prefers() {
+        let of_prometheus =
+            "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.5,text/plain;version=0.0.4;q=0.2,*/*;q=0.1";
+        assert_eq!(TextFormat::negotiated(of_prometheus), TextFormat::OpenMetrics);
+        for accept in ["", "*/*", "text/plain", "text/plain, application/openmetrics-text;q=0.9", "text/html"] {
+            assert_eq!(TextFormat::negotiated(accept), TextFormat::Prometheus, "{accept}");
+        }
+    }
+
+    #[test]
+    fn a_family_of_a_collector_that_is_not_selected_is_left_out() {
+        let mut page = Page::new(Selection::of_query("collect[]=gpus", Selection::default()).unwrap(), TextFormat::Prometheus);
+        page.add_one(&agent::RESYNCS, 1.0);
+        assert_eq!(page.text(), "");
+    }
+
+    #[test]
+    fn a_histogram_is_empty_where_it_starts() {
+        let mut starts = SeriesStarts::default();
+        let value = HistogramValue { bounds: &[0.1, 1.0], cumulative: &[1, 2], sum: 1.5, count: 3 };
+        let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
+        let id = page.family(&containers::WINDOW_SHARE);
+        let mut series = starts.of(SeriesOwner::Gpu(sampler_core::units::GpuUuid("GPU-1".into())));
+        page.add_histogram_from_zero(id, &mut series, "pod=\"p\"", value);
+        let text = page.text();
+        let expect = ["_bucket{pod=\"p\",le=\"0.1\"} 1", "_bucket{pod=\"p\",le=\"1\"} 2", "_bucket{pod=\"p\",le=\"+Inf\"} 3"];
+        for (line, expect) in text.lines().skip(2).zip(expect.into_iter().chain(["_sum{pod=\"p\"} 1.5", "_count{pod=\"p\"} 3"])) {
+            assert_eq!(line, format!("{}{expect}", containers::WINDOW_SHARE.name));
+        }
     }
 }

@@ -6,153 +6,177 @@ use sampler_core::snapshot::GpuView;
 use strum::VariantArray as _;
 
 use super::catalogue::{Family, gpus as families, samples as sample_families};
-use super::encode::{Families, Labels};
+use super::encode::{Labels, Page, label_block};
 use super::ledger::{ExportedGpu, Exposition};
-use super::series_starts::{SeriesId, SeriesOwner};
+use super::series_starts::{SeriesOwner, SeriesStarts};
+
+/// A GPU with the labels of its series.
+struct LabelledGpu<'a> {
+    gpu: &'a ExportedGpu,
+    view: &'a GpuView,
+    block: String,
+}
+
+impl<'a> LabelledGpu<'a> {
+    fn new(gpu: &'a ExportedGpu) -> Self {
+        let info = &gpu.view.info;
+        let mut labels = vec![("uuid", &*info.uuid.0)];
+        labels.extend(info.parent.as_ref().map(|parent| ("gpu_uuid", &*parent.0)));
+        Self { gpu, view: &gpu.view, block: label_block(&labels) }
+    }
+
+    fn with<'l>(&'l self, more: &'l [(&'l str, &'l str)]) -> Labels<'l> {
+        Labels { block: &self.block, more }
+    }
+}
+
+/// Writes the series of GPUs into a page.
+struct GpuWriter<'a> {
+    gpus: Vec<LabelledGpu<'a>>,
+    to: &'a mut Page,
+    starts: &'a mut SeriesStarts,
+}
 
 /// A GPU in MIG mode has its readings. Time, samples and memory are those of its MIG devices.
-pub fn gpus(page: &Exposition, to: &mut Families<'_>) {
-    info(page, to);
-    time(page, to);
-    engines(page, to);
-    readings(page, to);
-    events(page, to);
-    samples(page, to);
-    clock(page, to);
+pub fn gpus(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
+    let mut writer = GpuWriter { gpus: page.gpus.iter().map(LabelledGpu::new).collect(), to, starts };
+    writer.info();
+    writer.time();
+    writer.engines();
+    writer.readings();
+    writer.events();
+    writer.samples();
+    writer.clock();
 }
 
-fn with_labels(view: &GpuView, more: &[(&str, &str)], add: impl FnOnce(Labels<'_>)) {
-    let mut labels = vec![("uuid", &*view.info.uuid.0)];
-    labels.extend(view.info.parent.as_ref().map(|parent| ("gpu_uuid", &*parent.0)));
-    labels.extend(more);
-    add(&labels);
+fn is_leaf(view: &GpuView) -> bool {
+    view.info.is_leaf()
 }
 
-fn leaves(page: &Exposition) -> impl Iterator<Item = &ExportedGpu> {
-    page.gpus.iter().filter(|gpu| gpu.view.info.is_leaf())
+fn is_present(view: &GpuView) -> bool {
+    view.gone.is_none()
 }
 
-fn present(page: &Exposition) -> impl Iterator<Item = &ExportedGpu> {
-    page.gpus.iter().filter(|gpu| gpu.view.gone.is_none())
-}
-
-fn known<'a>(
-    to: &mut Families<'_>,
-    family: &'static Family,
-    gpus: impl Iterator<Item = &'a ExportedGpu>,
-    value: impl Fn(&GpuView) -> Option<f64>,
-) {
-    let mut family = to.family(family);
-    for gpu in gpus {
-        with_labels(&gpu.view, &[], |labels| family.add_known(labels, value(&gpu.view)));
-    }
-}
-
-/// Series of a GPU that start at zero, distinguished by the value of `label`.
-fn parts<'a, 'g, P: AsRef<str>, I: IntoIterator<Item = (P, f64)>>(
-    to: &mut Families<'_>,
-    family: &'static Family,
-    gpus: impl Iterator<Item = &'g ExportedGpu>,
-    label: &'a str,
-    values: impl Fn(&'g ExportedGpu) -> I,
-) {
-    let mut family = to.family(family);
-    for gpu in gpus {
-        let owner = SeriesOwner::Gpu(gpu.view.info.uuid.clone());
-        for (part, value) in values(gpu) {
-            let part = part.as_ref();
-            let series = SeriesId { owner: &owner, part };
-            with_labels(&gpu.view, &[(label, part)], |labels| family.add_from_zero(series, labels, value));
+impl GpuWriter<'_> {
+    fn known(&mut self, family: &'static Family, is_wanted: fn(&GpuView) -> bool, value: impl Fn(&GpuView) -> Option<f64>) {
+        let id = self.to.family(family);
+        for gpu in self.gpus.iter().filter(|gpu| is_wanted(gpu.view)) {
+            self.to.add_known(id, gpu.with(&[]), value(gpu.view));
         }
     }
-}
 
-/// The count of each leaf; starts at zero.
-fn count(to: &mut Families<'_>, family: &'static Family, page: &Exposition, value: impl Fn(&GpuView) -> u64) {
-    let mut family = to.family(family);
-    for gpu in leaves(page) {
-        let owner = SeriesOwner::Gpu(gpu.view.info.uuid.clone());
-        let series = SeriesId { owner: &owner, part: "" };
-        with_labels(&gpu.view, &[], |labels| family.add_from_zero(series, labels, value(&gpu.view) as f64));
+    /// Series of a GPU that start at zero, distinguished by the value of `label`.
+    fn parts<'g, P: AsRef<str>, I: IntoIterator<Item = (P, f64)>>(
+        &'g mut self,
+        family: &'static Family,
+        is_wanted: fn(&GpuView) -> bool,
+        label: &str,
+        values: impl Fn(&'g ExportedGpu) -> I,
+    ) {
+        let id = self.to.family(family);
+        for gpu in self.gpus.iter().filter(|gpu| is_wanted(gpu.view)) {
+            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone()));
+            for (part, value) in values(gpu.gpu) {
+                let part = part.as_ref();
+                self.to.add_from_zero(id, (&mut series, part), gpu.with(&[(label, part)]), value);
+            }
+        }
     }
-}
 
-fn info(page: &Exposition, to: &mut Families<'_>) {
-    let mut info = to.family(&families::INFO);
-    for ExportedGpu { view, .. } in present(page) {
-        let i = &view.info;
-        let index = i.index.to_string();
-        let labels = [
-            ("index", &*index),
-            ("model", &i.model),
-            ("pci_bus_id", &i.pci_bus_id),
-            ("driver_version", &i.driver_version),
-            ("mig_mode", i.mig_mode.name()),
-        ];
-        with_labels(view, &labels, |labels| info.add(labels, 1.0));
+    /// The count of each leaf; starts at zero.
+    fn count(&mut self, family: &'static Family, value: impl Fn(&GpuView) -> u64) {
+        let id = self.to.family(family);
+        for gpu in self.gpus.iter().filter(|gpu| is_leaf(gpu.view)) {
+            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone()));
+            self.to.add_from_zero(id, (&mut series, ""), gpu.with(&[]), value(gpu.view) as f64);
+        }
     }
-}
 
-fn time(page: &Exposition, to: &mut Families<'_>) {
-    parts(to, &families::TIME_SECONDS, leaves(page), "state", |gpu| {
-        let t = gpu.view.time;
-        [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)]
-    });
-    parts(to, &families::CREDITED_SECONDS, leaves(page), "namespace", |gpu| {
-        gpu.credited.iter().map(|(namespace, seconds)| (namespace, *seconds))
-    });
-    parts(to, &families::UNATTRIBUTED_SECONDS, leaves(page), "reason", |gpu| {
-        Reason::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.unattributed)
-    });
-}
+    fn info(&mut self) {
+        let id = self.to.family(&families::INFO);
+        for gpu in self.gpus.iter().filter(|gpu| is_present(gpu.view)) {
+            let i = &gpu.view.info;
+            let index = i.index.to_string();
+            let labels = [
+                ("index", &*index),
+                ("model", &i.model),
+                ("pci_bus_id", &i.pci_bus_id),
+                ("driver_version", &i.driver_version),
+                ("mig_mode", i.mig_mode.name()),
+            ];
+            self.to.add(id, gpu.with(&labels), 1.0);
+        }
+    }
 
-fn engines(page: &Exposition, to: &mut Families<'_>) {
-    parts(to, &families::ENGINE_SECONDS, leaves(page), "engine", |gpu| {
-        gpu.view.engines.iter().map(|engine| (engine.engine.name(), engine.busy))
-    });
-    parts(to, &families::ENGINE_UNATTRIBUTED_SECONDS, leaves(page), "engine", |gpu| {
-        gpu.view.engines.iter().map(|engine| (engine.engine.name(), engine.unattributed.iter().sum()))
-    });
-}
+    fn time(&mut self) {
+        self.parts(&families::TIME_SECONDS, is_leaf, "state", |gpu| {
+            let t = gpu.view.time;
+            [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)]
+        });
+        self.parts(&families::CREDITED_SECONDS, is_leaf, "namespace", |gpu| {
+            gpu.credited.iter().map(|(namespace, seconds)| (namespace, *seconds))
+        });
+        self.parts(&families::UNATTRIBUTED_SECONDS, is_leaf, "reason", |gpu| {
+            Reason::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.unattributed)
+        });
+    }
 
-fn readings(page: &Exposition, to: &mut Families<'_>) {
-    let bytes = |b: Option<u64>| b.map(|b| b as f64);
-    known(to, &families::UTILIZATION, leaves(page), |v| v.utilization_ratio);
-    known(to, &families::MEMORY_USED, leaves(page), |v| bytes(v.readings.memory_used_bytes));
-    known(to, &families::MEMORY_TOTAL, leaves(page), |v| bytes(v.readings.memory_total_bytes));
-    known(to, &families::POWER, present(page), |v| v.readings.power_watts);
-    known(to, &families::ENERGY, present(page), |v| v.readings.energy_joules);
-    known(to, &families::TEMPERATURE, present(page), |v| v.readings.temperature_celsius);
-    known(to, &families::SM_CLOCK, present(page), |v| v.readings.sm_clock_hertz);
-}
+    fn engines(&mut self) {
+        self.parts(&families::ENGINE_SECONDS, is_leaf, "engine", |gpu| {
+            gpu.view.engines.iter().map(|engine| (engine.engine.name(), engine.busy))
+        });
+        self.parts(&families::ENGINE_UNATTRIBUTED_SECONDS, is_leaf, "engine", |gpu| {
+            gpu.view.engines.iter().map(|engine| (engine.engine.name(), engine.unattributed.iter().sum()))
+        });
+    }
 
-fn events(page: &Exposition, to: &mut Families<'_>) {
-    parts(to, &families::THROTTLE_SECONDS, page.gpus.iter(), "reason", |gpu| {
-        let seconds = gpu.view.throttle_seconds.iter().flatten();
-        THROTTLE_REASONS.iter().zip(seconds).map(|((_, reason), seconds)| (reason, *seconds))
-    });
-    parts(to, &families::XID_ERRORS, page.gpus.iter(), "xid", |gpu| {
-        gpu.view.xids.iter().map(|(xid, count)| (xid.to_string(), *count as f64))
-    });
-}
+    fn readings(&mut self) {
+        let bytes = |b: Option<u64>| b.map(|b| b as f64);
+        self.known(&families::UTILIZATION, is_leaf, |v| v.utilization_ratio);
+        self.known(&families::MEMORY_USED, is_leaf, |v| bytes(v.readings.memory_used_bytes));
+        self.known(&families::MEMORY_TOTAL, is_leaf, |v| bytes(v.readings.memory_total_bytes));
+        self.known(&families::POWER, is_present, |v| v.readings.power_watts);
+        self.known(&families::ENERGY, is_present, |v| v.readings.energy_joules);
+        self.known(&families::TEMPERATURE, is_present, |v| v.readings.temperature_celsius);
+        self.known(&families::SM_CLOCK, is_present, |v| v.readings.sm_clock_hertz);
+    }
 
-fn samples(page: &Exposition, to: &mut Families<'_>) {
-    known(to, &sample_families::LAST_SAMPLE, leaves(page), |v| v.last_sample.map(|t| t.seconds()));
-    known(to, &sample_families::SAMPLE_PERIOD, leaves(page), |v| v.sample_period_seconds);
-    count(to, &sample_families::SAMPLES, page, |v| v.counts.samples);
-    count(to, &sample_families::QUERIED_SAMPLES, page, |v| v.counts.queried);
-    known(to, &sample_families::SHARE_STDERR, leaves(page), |v| v.expected_stderr_ratio);
-    count(to, &sample_families::SAMPLE_GAPS, page, |v| v.sample_gaps);
-    count(to, &sample_families::RING_OVERRUNS, page, |v| v.ring_overruns);
-    parts(to, &sample_families::REJECTED_SAMPLES, leaves(page), "reason", |gpu| {
-        let counts = Rejected::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.rejected);
-        counts.chain([("off_grid", gpu.view.off_grid)]).map(|(reason, count)| (reason, count as f64))
-    });
-}
+    fn events(&mut self) {
+        self.parts(
+            &families::THROTTLE_SECONDS,
+            |_| true,
+            "reason",
+            |gpu| {
+                let seconds = gpu.view.throttle_seconds.iter().flatten();
+                THROTTLE_REASONS.iter().zip(seconds).map(|((_, reason), seconds)| (reason, *seconds))
+            },
+        );
+        self.parts(
+            &families::XID_ERRORS,
+            |_| true,
+            "xid",
+            |gpu| gpu.view.xids.iter().map(|(xid, count)| (xid.to_string(), *count as f64)),
+        );
+    }
 
-fn clock(page: &Exposition, to: &mut Families<'_>) {
-    known(to, &sample_families::CLOCK_OFFSET, leaves(page), |v| v.clock.ahead_of_boot_seconds);
-    known(to, &sample_families::CLOCK_UNCERTAINTY, leaves(page), |v| v.clock.uncertainty_seconds);
-    known(to, &sample_families::CLOCK_DRIFT, leaves(page), |v| v.clock.drift_ratio);
-    count(to, &sample_families::CLOCK_STEPS, page, |v| v.clock.steps);
+    fn samples(&mut self) {
+        self.known(&sample_families::LAST_SAMPLE, is_leaf, |v| v.last_sample.map(|t| t.seconds()));
+        self.known(&sample_families::SAMPLE_PERIOD, is_leaf, |v| v.sample_period_seconds);
+        self.count(&sample_families::SAMPLES, |v| v.counts.samples);
+        self.count(&sample_families::QUERIED_SAMPLES, |v| v.counts.queried);
+        self.known(&sample_families::SHARE_STDERR, is_leaf, |v| v.expected_stderr_ratio);
+        self.count(&sample_families::SAMPLE_GAPS, |v| v.sample_gaps);
+        self.count(&sample_families::RING_OVERRUNS, |v| v.ring_overruns);
+        self.parts(&sample_families::REJECTED_SAMPLES, is_leaf, "reason", |gpu| {
+            let counts = Rejected::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.rejected);
+            counts.chain([("off_grid", gpu.view.off_grid)]).map(|(reason, count)| (reason, count as f64))
+        });
+    }
+
+    fn clock(&mut self) {
+        self.known(&sample_families::CLOCK_OFFSET, is_leaf, |v| v.clock.ahead_of_boot_seconds);
+        self.known(&sample_families::CLOCK_UNCERTAINTY, is_leaf, |v| v.clock.uncertainty_seconds);
+        self.known(&sample_families::CLOCK_DRIFT, is_leaf, |v| v.clock.drift_ratio);
+        self.count(&sample_families::CLOCK_STEPS, |v| v.clock.steps);
+    }
 }

@@ -4,40 +4,47 @@
 //! request that changes something is rejected if its Origin is any other page, including a page of another server on this machine.
 //! Beyond loopback every route requires a bearer token, except health, the files of the web page and, if configured, /metrics.
 
-use std::net::SocketAddr;
+use std::convert::Infallible;
+use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use axum::Router;
+use axum::body::Body;
 use axum::extract::{Request, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::middleware::{Next, from_fn_with_state};
-use axum::response::{IntoResponse as _, Json, Response};
+use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, oneshot};
+use tokio::sync::oneshot;
+use tower::ServiceExt as _;
+use tower_http::CompressionLevel;
+use tower_http::compression::CompressionLayer;
 
 use super::access::{authorized, foreign, from_another_page};
-use super::encode::Families;
-use super::series_starts::SeriesStarts;
+use super::connections::Connections;
+use super::encode::{Page, TextFormat};
+use super::ledger::Scrape;
+use super::scrapers::{ConnectionId, ScrapeClient};
 use super::state::AppState;
 use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
+use crate::collectors::Selection;
 
-/// The version of the text format that `prometheus` writes.
-const TEXT: &str = "text/plain; version=0.0.4; charset=utf-8";
 /// The `Server` header of every response.
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
 /// Interval at which the ledger adds credits, with or without scrapes.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
-/// Time limit for the head of a request, also between two requests of a connection.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(10);
-/// Further connections wait in the kernel's queue.
-const MAX_CONNECTIONS: usize = 512;
+/// Time limit for the head of a request, also between two requests of a connection: a scraper keeps its connection if it scrapes more
+/// often. An idle connection costs little and gives its place to a new one when there are many.
+const HEAD_TIMEOUT: Duration = Duration::from_secs(150);
 /// Pause after a failed accept; the likely cause is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Time limit for responses in flight when the agent stops.
@@ -58,9 +65,10 @@ pub async fn bind(listen: SocketAddr) -> Result<TcpListener, HttpError> {
 }
 
 pub fn router(state: &Arc<AppState>) -> Router {
+    // Pages are repetitive: the fastest level already makes them many times smaller.
+    let pages = Router::new().route("/metrics", get(metrics)).route("/metrics/cadvisor", get(cadvisor));
     Router::new()
-        .route("/metrics", get(metrics))
-        .route("/metrics/cadvisor", get(cadvisor))
+        .merge(pages.layer(CompressionLayer::new().quality(CompressionLevel::Fastest)))
         .route("/healthz", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/", get(web::index))
@@ -78,7 +86,7 @@ pub fn router(state: &Arc<AppState>) -> Router {
 pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
     let router = router(&state);
     let (end, ended) = oneshot::channel::<()>();
-    let served = tokio::spawn(accept(listener, router, ended));
+    let served = tokio::spawn(accept(listener, router, Arc::clone(&state), ended));
     let ledger_updates = tokio::spawn(async move {
         let mut interval = tokio::time::interval(LEDGER_EVERY);
         loop {
@@ -97,39 +105,66 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
     }
 }
 
+/// The connection of a request.
+#[derive(Clone, Copy)]
+struct Connection {
+    id: ConnectionId,
+    peer: IpAddr,
+}
+
 /// Serves each connection in its own task until `ended`, then waits for responses in flight.
-async fn accept(listener: TcpListener, router: Router, mut ended: oneshot::Receiver<()>) {
+async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut ended: oneshot::Receiver<()>) {
     let mut server = http1::Builder::new();
     // A client that never completes its request must not hold a file descriptor forever.
     server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
-    let (slots, connections) = (Arc::new(Semaphore::new(MAX_CONNECTIONS)), GracefulShutdown::new());
-    let next = || async {
-        // The semaphore is never closed, so acquiring does not fail.
-        let permit = Arc::clone(&slots).acquire_owned().await.ok();
-        (permit, listener.accept().await)
-    };
+    let (open, connections) = (Connections::default(), GracefulShutdown::new());
     loop {
-        let (permit, accepted) = tokio::select! {
+        let accepted = tokio::select! {
             // Sent or dropped: both mean stop.
             _ = &mut ended => break,
-            next = next() => next,
+            accepted = listener.accept() => accepted,
         };
-        match accepted {
-            Ok((stream, _)) => {
-                let service = TowerToHyperService::new(router.clone());
-                let connection = connections.watch(server.serve_connection(TokioIo::new(stream), service));
-                tokio::spawn(async move {
-                    if let Err(error) = connection.await {
-                        tracing::debug!(%error, "HTTP connection failed");
-                    }
-                    drop(permit);
-                });
-            }
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
             Err(error) => {
                 tracing::warn!(%error, "cannot accept an HTTP connection");
                 tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
             }
-        }
+        };
+        // Dropping the stream refuses the connection.
+        let Some(this) = open.open(peer.ip(), Instant::now()) else { continue };
+        let (of_request, in_progress) = (Connection { id: this.id, peer: this.peer }, open.clone());
+        let service = router.clone().map_request(move |mut request: Request<Incoming>| {
+            request.extensions_mut().insert(of_request);
+            request
+        });
+        let service = tower::service_fn(move |request| {
+            let (in_progress, service) = (in_progress.begin_request(of_request.id), service.clone());
+            async move {
+                let response = service.oneshot(request).await?;
+                // Until the last part of the body was taken.
+                Ok::<_, Infallible>(response.map(|body| {
+                    Body::new(body.map_frame(move |frame| {
+                        let _held = &in_progress;
+                        frame
+                    }))
+                }))
+            }
+        });
+        let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
+        let (watcher, state) = (connections.watcher(), Arc::clone(&state));
+        tokio::spawn(async move {
+            tokio::select! {
+                served = watcher.watch(connection) => {
+                    if let Err(error) = served {
+                        tracing::debug!(%error, "HTTP connection failed");
+                    }
+                }
+                () = this.end.notified() => tracing::debug!(peer = %this.peer, "HTTP connection gives its place to another"),
+            }
+            state.ledger().scrapers.closed(this.id);
+        });
     }
     connections.shutdown().await;
 }
@@ -154,40 +189,56 @@ async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next)
     response
 }
 
-fn text(families: Families<'_>) -> Response {
-    match families.text() {
-        Ok(text) => ([(header::CONTENT_TYPE, TEXT)], text).into_response(),
-        Err(error) => (StatusCode::INTERNAL_SERVER_ERROR, format!("cannot encode the metrics: {error}\n")).into_response(),
-    }
+/// An empty page as the request wants it: the selected families, in the format that its client prefers.
+fn page(request: &Request, default: Selection) -> Result<Page, (StatusCode, String)> {
+    let query = request.uri().query().unwrap_or_default();
+    let selection = Selection::of_query(query, default)
+        .map_err(|error| (StatusCode::BAD_REQUEST, format!("collect[]={} is invalid: {error}\n", error.name)))?;
+    // A client may send the header in parts.
+    let accept = request.headers().get_all(header::ACCEPT).iter().filter_map(|value| value.to_str().ok());
+    Ok(Page::new(selection, TextFormat::negotiated(&accept.collect::<Vec<_>>().join(","))))
 }
 
-async fn metrics(State(state): State<Arc<AppState>>) -> Response {
+fn text(page: &Page) -> impl IntoResponse + use<> {
+    ([(header::CONTENT_TYPE, page.format().content_type())], page.text())
+}
+
+/// Who made a request, as far as the request shows it.
+fn client(request: &Request, connection: Option<Connection>) -> ScrapeClient {
+    let user_agent = request.headers().get(header::USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
+    let peer = connection.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |connection| connection.peer);
+    ScrapeClient { peer, user_agent: user_agent.into(), query: request.uri().query().unwrap_or_default().into() }
+}
+
+async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
+    let mut page = page(&request, state.config.collect)?;
+    state.refresh().await;
     let (config, pressure) = (&state.config, state.pressure.load());
     let (health, label_stats) = (state.health.view(), state.labels.stats());
     let (devices, recorder) = (state.health.driver.view(), state.recorder.view());
     let nvml = config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
-    state.scrape(|page, starts| {
-        let mut all = Families::new(starts);
-        families::cadvisor(page, config.pod_labels, &mut all);
-        families::containers(page, &mut all);
-        pressure::containers(page, &pressure, &mut all);
-        pressure::reads(&pressure, &mut all);
-        gpus::gpus(page, &mut all);
-        families::agent(page, &health, &label_stats, &nvml, &mut all);
-        nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut all);
-        sessions::metrics(&recorder, &mut all);
-        text(all)
-    })
+    let connection = request.extensions().get::<Connection>().copied();
+    let (client, id) = (client(&request, connection), connection.map_or(ConnectionId(0), |connection| connection.id));
+    let scrape = Scrape { client: &client, connection: id, at: Instant::now(), pods: config.pod_labels };
+    state.scrape(&scrape, |exposition, starts| {
+        families::cadvisor(exposition, &mut page);
+        families::containers(exposition, &mut page, starts);
+        pressure::containers(exposition, &pressure, &mut page, starts);
+        pressure::reads(&pressure, &mut page);
+        gpus::gpus(exposition, &mut page, starts);
+        families::agent(exposition, &health, &label_stats, &nvml, &mut page);
+        nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
+        sessions::metrics(&recorder, &mut page);
+    });
+    // Without the lock: other scrapes go on.
+    Ok(text(&page))
 }
 
-async fn cadvisor(State(state): State<Arc<AppState>>) -> Response {
-    state.scrape(|page, _| {
-        // None of these families starts at zero.
-        let mut starts = SeriesStarts::default();
-        let mut all = Families::new(&mut starts);
-        families::cadvisor(page, state.config.pod_labels, &mut all);
-        text(all)
-    })
+async fn cadvisor(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
+    let mut page = page(&request, Selection::default())?;
+    state.refresh().await;
+    families::cadvisor(&state.view_with_texts(), &mut page);
+    Ok(text(&page))
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {
@@ -198,6 +249,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 }
 
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
+    state.refresh().await;
     let (view, _) = state.view();
     Json(view.pairs.iter().map(html_tables::json).collect::<Vec<_>>()).into_response()
 }

@@ -4,12 +4,13 @@
 //! - A container's series wait until its labels are settled, and its seconds wait with them. So at every instant the credited plus the
 //!   unattributed time equals the exposed busy time.
 //! - Time credited to a namespace stays credited to it, whatever happens to the container or its labels.
-//! - A counter that appears after the first scrape starts at 0, so `increase()` covers all of it: see [`SeriesStarts`].
-//! - Series of a container that is gone stay for [`STAY_NS`] and until its final value was scraped twice, but no longer than
+//! - A counter that appears after a scraper's first scrape starts at 0 for it, so `increase()` covers all of it: see [`Scrapers`].
+//! - Series of a container that is gone stay for [`STAY_NS`] and until every scraper has had its final value twice, but no longer than
 //!   [`STAY_AT_MOST_NS`].
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
+use std::time::Instant;
 
 use sampler_core::identity::ContainerRecord;
 use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
@@ -18,12 +19,14 @@ use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
 use super::contenders::{ContenderLabels, ExportedContender, merge_series};
+use super::families::PairText;
+use super::scrapers::{ConnectionId, ScrapeClient, ScrapeNumber, Scrapers};
 use super::series_starts::{SeriesOwner, SeriesStarts};
+use crate::config::PodLabels;
 use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
 const STAY_AT_MOST_NS: u64 = 300_000_000_000;
-const FINAL_SCRAPES: u32 = 2;
 /// A container without a record in the label service is exposed by its path after this long.
 const UNLABELLED_NS: u64 = 5_000_000_000;
 
@@ -46,6 +49,8 @@ pub struct ExportedPair {
     pub gone: bool,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
     pub assigned: bool,
+    /// Empty but in a scrape.
+    pub text: Arc<PairText>,
 }
 
 #[derive(Clone, Debug)]
@@ -69,21 +74,41 @@ pub struct Exposition {
 
 type Pair = (ContainerKey, GpuUuid);
 
-/// The last value of a pair that was scraped, and how often.
+/// What the export remembers of a pair.
 #[derive(Debug, Default)]
-struct Delivered {
+struct PairState {
+    /// Seconds that are credited to a namespace.
+    counted: f64,
+    /// The last scrape in which `seconds` changed, and the first that exposed the pair; 0 before.
+    changed: ScrapeNumber,
+    born: ScrapeNumber,
     seconds: f64,
-    scrapes: u32,
+    text: Option<KeptText>,
+}
+
+#[derive(Debug)]
+struct KeptText {
+    labels: Arc<ContainerLabels>,
+    container_id: Arc<str>,
+    text: Arc<PairText>,
+}
+
+/// Who scrapes, and when.
+#[derive(Debug)]
+pub struct Scrape<'a> {
+    pub client: &'a ScrapeClient,
+    pub connection: ConnectionId,
+    pub at: Instant,
+    pub pods: PodLabels,
 }
 
 #[derive(Debug, Default)]
 pub struct Ledger {
-    counted: HashMap<Pair, f64>,
+    pairs: HashMap<Pair, PairState>,
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
-    delivered: HashMap<Pair, Delivered>,
     contender_labels: ContenderLabels,
     pub starts: SeriesStarts,
-    scraped: bool,
+    pub scrapers: Scrapers,
 }
 
 impl Ledger {
@@ -98,15 +123,14 @@ impl Ledger {
                 living.insert(key.clone());
                 if let Some(labels) = &settled {
                     let namespace = labels.text(Label::Namespace).to_owned();
-                    let counted = self.counted.entry(key).or_default();
+                    let counted = &mut self.pairs.entry(key).or_default().counted;
                     let credited = self.credited.entry(gpu.info.uuid.clone()).or_default().entry(namespace).or_default();
                     *credited += usage.seconds - *counted;
                     *counted = usage.seconds;
                 }
             }
         }
-        self.counted.retain(|key, _| living.contains(key));
-        self.delivered.retain(|key, _| living.contains(key));
+        self.pairs.retain(|key, _| living.contains(key));
         // A GPU that comes back after that counts from 0, and so does the time credited on it.
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
         self.credited.retain(|gpu, _| gpus.contains(gpu));
@@ -120,8 +144,9 @@ impl Ledger {
 
     fn stays(&self, key: &Pair, usage: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
         let Some(gone_ns) = gone.map(|at| now.saturating_since(at)) else { return true };
-        let scrapes = self.delivered.get(key).map_or(0, |d| if d.seconds == usage.seconds { d.scrapes } else { 0 });
-        gone_ns < STAY_NS || (scrapes < FINAL_SCRAPES && gone_ns < STAY_AT_MOST_NS)
+        let scraped = self.pairs.get(key).filter(|pair| pair.born > 0 && pair.seconds == usage.seconds);
+        let is_delivered = || scraped.is_some_and(|pair| self.scrapers.have_twice(pair.born, pair.changed, Instant::now()));
+        gone_ns < STAY_NS || (gone_ns < STAY_AT_MOST_NS && !is_delivered())
     }
 
     /// The present exposition.
@@ -144,7 +169,7 @@ impl Ledger {
             for usage in &container.gpus {
                 let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
                 let key = (record.key, gpu.info.uuid.clone());
-                waiting[usage.gpu] += usage.seconds - self.counted.get(&key).copied().unwrap_or_default();
+                waiting[usage.gpu] += usage.seconds - self.pairs.get(&key).map_or(0.0, |pair| pair.counted);
                 if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, usage, container.gone, snapshot.at)) {
                     let (contenders, gone) = (self.contender_labels.contenders(usage), container.gone.is_some());
                     page.pairs.push(ExportedPair { contenders, gone, ..exported_pair(record.key, labels, gpu, usage) });
@@ -168,26 +193,47 @@ impl Ledger {
         page
     }
 
-    /// As [`Ledger::view`] for a scrape: the values count as delivered.
-    pub fn scrape(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
+    /// As [`Ledger::view`] for a scrape: its scraper has the values then.
+    pub fn scrape(
+        &mut self,
+        scrape: &Scrape<'_>,
+        snapshot: &Snapshot,
+        labels: &LabelView,
+        assigned: &AssignedGpus,
+    ) -> Exposition {
         self.update(snapshot, labels);
-        let page = self.view(snapshot, labels, assigned);
-        let is_first = !std::mem::replace(&mut self.scraped, true);
-        for pair in &page.pairs {
-            let key = (pair.key, pair.gpu.clone());
-            let is_new = !self.delivered.contains_key(&key);
-            let delivered = self.delivered.entry(key).or_default();
-            // Series of a new pair start at 0 in this scrape: the value is not delivered yet.
-            if is_new && !is_first {
-                continue;
+        let mut page = self.view(snapshot, labels, assigned);
+        let (number, history) = self.scrapers.begin(scrape.client, scrape.connection, scrape.at);
+        self.starts.begin_scrape(number, history);
+        for pair in &mut page.pairs {
+            let state = self.pairs.entry((pair.key, pair.gpu.clone())).or_default();
+            if state.born == 0 || state.seconds != pair.usage.seconds {
+                (state.seconds, state.changed) = (pair.usage.seconds, number);
             }
-            if delivered.seconds == pair.usage.seconds {
-                delivered.scrapes += 1;
-            } else {
-                *delivered = Delivered { seconds: pair.usage.seconds, scrapes: 1 };
-            }
+            state.born = if state.born == 0 { number } else { state.born };
         }
+        self.add_texts(&mut page, scrape.pods);
         page
+    }
+
+    /// Adds the labels of the pairs as text.
+    pub fn add_texts(&mut self, page: &mut Exposition, pods: PodLabels) {
+        for pair in &mut page.pairs {
+            pair.text = self.pairs.entry((pair.key, pair.gpu.clone())).or_default().text(pair, pods);
+        }
+    }
+}
+
+impl PairState {
+    fn text(&mut self, pair: &ExportedPair, pods: PodLabels) -> Arc<PairText> {
+        let is_current = |kept: &&KeptText| Arc::ptr_eq(&kept.labels, &pair.labels) && kept.container_id == pair.container_id;
+        if let Some(kept) = self.text.as_ref().filter(is_current) {
+            return Arc::clone(&kept.text);
+        }
+        let text = Arc::new(PairText::new(pair, pods));
+        let (labels, container_id) = (Arc::clone(&pair.labels), Arc::clone(&pair.container_id));
+        self.text = Some(KeptText { labels, container_id, text: Arc::clone(&text) });
+        text
     }
 }
 
@@ -260,6 +306,7 @@ fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView
         contenders: Vec::new(),
         gone: false,
         assigned: false,
+        text: Arc::default(),
     }
 }
 
@@ -272,9 +319,10 @@ pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootN
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
-    use crate::export::encode::Families;
+    use crate::collectors::Selection;
+    use crate::export::encode::{Page, TextFormat};
     use crate::export::{families, gpus};
     use sampler_core::cgroup_path::parse;
     use sampler_core::device::ClockView;
@@ -284,6 +332,17 @@ mod tests {
     use sampler_labels::{Facts, Source};
 
     const SECOND: u64 = 1_000_000_000;
+
+    /// The next scrape of this scraper.
+    pub fn scrape_by(scraper: u64, ledger: &mut Ledger, snapshot: &Snapshot, labels: &LabelView, pods: PodLabels) -> Exposition {
+        let client = ScrapeClient { peer: [127, 0, 0, 1].into(), user_agent: "".into(), query: "".into() };
+        let scrape = Scrape { client: &client, connection: ConnectionId(scraper), at: Instant::now(), pods };
+        ledger.scrape(&scrape, snapshot, labels, &AssignedGpus::default())
+    }
+
+    fn scraped(ledger: &mut Ledger, snapshot: &Snapshot, labels: &LabelView) -> Exposition {
+        scrape_by(1, ledger, snapshot, labels, PodLabels::Both)
+    }
 
     fn labels(record: &ContainerRecord, settled: bool) -> LabelView {
         let mut facts = Facts { pod_status_known: true, ..Facts::default() };
@@ -334,10 +393,10 @@ mod tests {
 
     /// The text of the families of containers and devices.
     fn text(ledger: &mut Ledger, page: &Exposition) -> String {
-        let mut all = Families::new(&mut ledger.starts);
-        families::containers(page, &mut all);
-        gpus::gpus(page, &mut all);
-        all.text().unwrap()
+        let mut all = Page::new(Selection::ALL, TextFormat::Prometheus);
+        families::containers(page, &mut all, &mut ledger.starts);
+        gpus::gpus(page, &mut all, &mut ledger.starts);
+        all.text()
     }
 
     /// The value of the first series of the family that has all of these `name="value"` labels.
@@ -348,7 +407,7 @@ mod tests {
 
     /// Scrapes: the container's exposed seconds, the credited and the busy seconds of the first GPU.
     fn scrape(ledger: &mut Ledger, snapshot: &Snapshot, settled: bool) -> (Option<f64>, Option<f64>, f64) {
-        let page = ledger.scrape(snapshot, &labels(&snapshot.containers[0].record, settled), &AssignedGpus::default());
+        let page = scraped(ledger, snapshot, &labels(&snapshot.containers[0].record, settled));
         let text = text(ledger, &page);
         let seconds = value(&text, "container_gpu_seconds_total", &[]);
         let credited = value(&text, "gpu_credited_seconds_total", &["namespace=\"prod\""]);
@@ -385,7 +444,7 @@ mod tests {
         all.gpus.push(late);
         let view = labels(&all.containers[0].record, true);
         let mut exposed = || {
-            let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+            let page = scraped(&mut ledger, &all, &view);
             let text = text(&mut ledger, &page);
             let (first, late) = ("uuid=\"GPU-1\"", "uuid=\"MIG-1\"");
             let value = |family, labels: &[&str]| value(&text, family, labels).unwrap();
@@ -430,7 +489,7 @@ mod tests {
         let id = format!("{:064x}", 2);
         for (at, seconds, expected) in [(2, 3.0, 0.0), (3, 4.0, 4.0)] {
             let (all, view) = contended(at, seconds);
-            let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+            let page = scraped(&mut ledger, &all, &view);
             let text = text(&mut ledger, &page);
             for contender in [&id, "host", "_other"] {
                 let labels = [&*format!("other_container_id=\"{contender}\"")];
@@ -442,7 +501,7 @@ mod tests {
         let (mut all, mut view) = contended(4, 5.0);
         all.containers.pop();
         view.remove(&ContainerKey(2));
-        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+        let page = scraped(&mut ledger, &all, &view);
         assert_eq!(contenders(&page)[0], (id, 5.0));
         assert_eq!(page.pairs[0].contenders[0].text(Label::Namespace), "prod");
     }
@@ -455,7 +514,7 @@ mod tests {
         let unsettled = labels(&all.containers[1].record, false);
         let settled = view.insert(second, Arc::clone(&unsettled[&second])).unwrap();
         let mut ledger = Ledger::default();
-        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+        let page = scraped(&mut ledger, &all, &view);
         assert_eq!(contenders(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
         view.insert(second, settled);
         // The same container after a restart.
@@ -474,7 +533,7 @@ mod tests {
         use crate::health::HealthView;
         let (all, view) = contended(1, 3.0);
         let mut ledger = Ledger::default();
-        let page = ledger.scrape(&all, &view, &AssignedGpus::default());
+        let page = scraped(&mut ledger, &all, &view);
         let text = text(&mut ledger, &page);
         let own = format!("uuid=\"GPU-1\",namespace=\"prod\",pod=\"\",container=\"\",container_id=\"{:064x}\"", 1);
         for (name, others, value) in [
@@ -542,7 +601,7 @@ mod tests {
             view.extend(labels(&record, true));
             all.containers.push(ContainerView { record, ..first.clone() });
         }
-        let page = Ledger::default().scrape(&all, &view, &AssignedGpus::default());
+        let page = scraped(&mut Ledger::default(), &all, &view);
         let mut ids: Vec<(u64, &str)> = page.pairs.iter().map(|pair| (pair.key.0, &*pair.container_id)).collect();
         ids.sort_unstable();
         // The one inside another has its path as id. The other two are restarts of one container: the newer one is exposed.
@@ -558,5 +617,22 @@ mod tests {
         let mut ledger = Ledger::default();
         assert!(is_exposed(&mut ledger, 100, 1.0) && is_exposed(&mut ledger, 101, 1.0) && !is_exposed(&mut ledger, 102, 1.0));
         assert!(!is_exposed(&mut Ledger::default(), 311, 1.0));
+    }
+
+    #[test]
+    fn each_scraper_sees_a_counter_begin_at_zero_and_its_final_value() {
+        let mut ledger = Ledger::default();
+        let mut seconds = |scraper, at, seconds, gone| {
+            let all = snapshot(at, seconds, gone);
+            let view = labels(&all.containers[0].record, at > 2);
+            let page = scrape_by(scraper, &mut ledger, &all, &view, PodLabels::Both);
+            value(&text(&mut ledger, &page), "container_gpu_seconds_total", &[])
+        };
+        assert_eq!((seconds(1, 1, 0.0, None), seconds(2, 2, 0.0, None)), (None, None));
+        assert_eq!((seconds(1, 3, 2.0, None), seconds(1, 4, 3.0, None)), (Some(0.0), Some(3.0)));
+        // The second scraper is slower; the container has ended before its first scrape.
+        assert_eq!((seconds(2, 70, 3.0, Some(5)), seconds(1, 70, 3.0, Some(5))), (Some(0.0), Some(3.0)));
+        assert_eq!((seconds(2, 100, 3.0, Some(5)), seconds(2, 130, 3.0, Some(5))), (Some(3.0), Some(3.0)));
+        assert_eq!((seconds(2, 160, 3.0, Some(5)), seconds(1, 161, 3.0, Some(5))), (None, None));
     }
 }

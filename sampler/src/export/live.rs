@@ -213,6 +213,7 @@ impl LiveDocument {
 }
 
 pub async fn live(State(state): State<Arc<AppState>>) -> Json<LiveDocument> {
+    state.refresh().await;
     let (page, wall) = state.view();
     Json(LiveDocument::new(&page, &state.health.view(), state.node.as_deref(), wall))
 }

@@ -3,6 +3,7 @@
 mod access;
 mod assigned;
 mod catalogue;
+mod connections;
 mod contenders;
 mod encode;
 mod explain;
@@ -14,6 +15,7 @@ mod ledger;
 pub mod live;
 mod nvml_families;
 mod pressure;
+mod scrapers;
 mod series_starts;
 pub mod sessions;
 pub mod state;

@@ -7,9 +7,9 @@ use sampler_labels::Label;
 use strum::VariantArray as _;
 
 use super::catalogue::pressure as families;
-use super::encode::{Families, FamilyWriter};
-use super::ledger::{ExportedPair, Exposition};
-use super::series_starts::{SeriesId, SeriesOwner};
+use super::encode::{Labels, Page, label_block};
+use super::ledger::Exposition;
+use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::observe::pressure::{Outcome, PressureView};
 
 type StalledNs = fn(&PressureFact) -> Option<u64>;
@@ -18,51 +18,36 @@ type StalledNs = fn(&PressureFact) -> Option<u64>;
 const RESOURCES: [(&str, StalledNs); 3] =
     [("cpu", |fact| fact.cpu_some_ns), ("memory", |fact| fact.memory_some_ns), ("io", |fact| fact.io_some_ns)];
 
-fn labels<'a>(pair: &'a ExportedPair, resource: Option<&'a str>) -> Vec<(&'a str, &'a str)> {
-    let l = &pair.labels;
-    let mut labels = vec![
-        ("namespace", l.text(Label::Namespace)),
-        ("pod", l.text(Label::Pod)),
-        ("container", l.text(Label::Container)),
-        ("container_id", &pair.container_id),
-    ];
-    labels.extend(resource.map(|resource| ("resource", resource)));
-    labels
-}
-
-fn add(family: &mut FamilyWriter<'_>, pair: &ExportedPair, resource: Option<&str>, ns: Option<u64>) {
-    let Some(ns) = ns else { return };
-    let series = SeriesId { owner: &SeriesOwner::Container(pair.key), part: resource.unwrap_or_default() };
-    family.add_from_zero(series, &labels(pair, resource), ns as f64 / 1e9);
-}
-
 /// One series for each container, however many GPUs it has; none for what is unknown.
-pub fn containers(page: &Exposition, view: &PressureView, to: &mut Families<'_>) {
+pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts: &mut SeriesStarts) {
+    let [throttled, pressure] = [&families::CPU_THROTTLED_SECONDS, &families::PRESSURE_SECONDS].map(|family| to.family(family));
     let mut exposed = HashSet::new();
-    let containers: Vec<(&ExportedPair, &PressureFact)> = page
-        .pairs
-        .iter()
-        .filter(|pair| exposed.insert(pair.key))
-        .filter_map(|pair| Some((pair, view.facts.get(&pair.key)?)))
-        .collect();
-    to.starts.retain(|owner| !matches!(owner, SeriesOwner::Container(key) if !exposed.contains(key)));
-    let mut throttled = to.family(&families::CPU_THROTTLED_SECONDS);
-    for (pair, fact) in &containers {
-        add(&mut throttled, pair, None, fact.cpu.map(|quota| quota.throttled_ns));
-    }
-    let mut pressure = to.family(&families::PRESSURE_SECONDS);
-    for (pair, fact) in &containers {
+    for pair in page.pairs.iter().filter(|pair| exposed.insert(pair.key)) {
+        let Some(fact) = view.facts.get(&pair.key) else { continue };
+        let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
+        let block = label_block(&[
+            ("namespace", l.text(Label::Namespace)),
+            ("pod", l.text(Label::Pod)),
+            ("container", l.text(Label::Container)),
+            ("container_id", &pair.container_id),
+        ]);
+        if let Some(quota) = fact.cpu {
+            to.add_from_zero(throttled, (&mut series, ""), &*block, quota.throttled_ns as f64 / 1e9);
+        }
         for (resource, stalled_ns) in RESOURCES {
-            add(&mut pressure, pair, Some(resource), stalled_ns(fact));
+            let Some(ns) = stalled_ns(fact) else { continue };
+            let labels = Labels { block: &block, more: &[("resource", resource)] };
+            to.add_from_zero(pressure, (&mut series, resource), labels, ns as f64 / 1e9);
         }
     }
+    starts.retain(|owner| !matches!(owner, SeriesOwner::Container(key) if !exposed.contains(key)));
 }
 
 /// The cost of reading these values.
-pub fn reads(view: &PressureView, to: &mut Families<'_>) {
+pub fn reads(view: &PressureView, to: &mut Page) {
     let reads = Outcome::VARIANTS.iter().zip(view.reads);
     to.add_each(&families::READS, "outcome", reads.map(|(outcome, n)| (outcome.name(), n as f64)));
-    to.family(&families::READ_SECONDS).add(&[], view.took.as_secs_f64());
+    to.add_one(&families::READ_SECONDS, view.took.as_secs_f64());
 }
 
 #[cfg(test)]
@@ -77,8 +62,11 @@ mod tests {
     use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
     use sampler_labels::ContainerLabels;
 
-    use super::super::series_starts::SeriesStarts;
+    use super::super::encode::TextFormat;
+    use super::super::ledger::ExportedPair;
+    use super::super::scrapers::tests::scrape;
     use super::*;
+    use crate::collectors::Selection;
 
     fn pair(key: u64, gpu: &str) -> ExportedPair {
         let cgroup_path = format!("/docker/{key:064x}");
@@ -97,6 +85,7 @@ mod tests {
             contenders: Vec::new(),
             gone: false,
             assigned: false,
+            text: Arc::default(),
         }
     }
 
@@ -104,13 +93,14 @@ mod tests {
     fn exposed(starts: &mut SeriesStarts, pairs: &[ExportedPair], facts: &[PressureFact]) -> Vec<String> {
         let page = Exposition { pairs: pairs.to_vec(), ..Exposition::default() };
         let facts: HashMap<_, _> = facts.iter().map(|fact| (fact.key, *fact)).collect();
-        let mut all = Families::new(starts);
-        containers(&page, &PressureView { facts, ..PressureView::default() }, &mut all);
+        let mut all = Page::new(Selection::ALL, TextFormat::Prometheus);
+        scrape(starts);
+        containers(&page, &PressureView { facts, ..PressureView::default() }, &mut all, starts);
         let value = |line: &str| {
             let resource = line.split("resource=\"").nth(1).and_then(|rest| rest.split('"').next()).unwrap_or("quota");
             format!("{resource} {}", line.rsplit(' ').next().unwrap())
         };
-        all.text().unwrap().lines().filter(|line| !line.starts_with('#')).map(value).collect()
+        all.text().lines().filter(|line| !line.starts_with('#')).map(value).collect()
     }
 
     #[test]

@@ -18,7 +18,7 @@ use serde_json::json;
 use strum::VariantArray as _;
 
 use super::catalogue::sessions as families;
-use super::encode::Families;
+use super::encode::Page;
 use super::state::AppState;
 use crate::error::display_chain;
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
@@ -249,12 +249,12 @@ async fn report(
     Ok(([(header::CONTENT_TYPE, format.content_type())], text))
 }
 
-pub fn metrics(view: &RecorderView, to: &mut Families<'_>) {
+pub fn metrics(view: &RecorderView, to: &mut Page) {
     let sessions = crate::session::Phase::VARIANTS.iter().zip(view.sessions);
     to.add_each(&families::SESSIONS, "state", sessions.map(|(phase, n)| (phase.name(), n as f64)));
-    to.family(&families::DROPPED_FRAMES).add(&[], view.dropped_frames as f64);
-    to.family(&families::RING_BYTES).add(&[], view.ring_bytes as f64);
-    to.family(&families::RING_SECONDS).add(&[], view.ring_seconds);
+    to.add_one(&families::DROPPED_FRAMES, view.dropped_frames as f64);
+    to.add_one(&families::RING_BYTES, view.ring_bytes as f64);
+    to.add_one(&families::RING_SECONDS, view.ring_seconds);
 }
 
 #[cfg(test)]

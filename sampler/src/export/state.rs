@@ -1,13 +1,14 @@
 //! State that request handlers share.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use arc_swap::ArcSwap;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::WallTime;
 
 use super::assigned::AssignedGpus;
-use super::ledger::{Exposition, Ledger};
+use super::ledger::{Exposition, Ledger, Scrape};
 use super::series_starts::SeriesStarts;
 use crate::config::Config;
 use crate::health::Health;
@@ -29,7 +30,16 @@ pub struct AppState {
     pub node: Option<String>,
 }
 
+/// How long a request waits for a snapshot of now; the last one is not older than that and a second. A scan of all processes takes
+/// longer, and a scrape does not wait for it.
+const SNAPSHOT_PATIENCE: Duration = Duration::from_millis(100);
+
 impl AppState {
+    /// Makes the snapshot current, if that is quick.
+    pub async fn refresh(&self) {
+        self.core.publish(SNAPSHOT_PATIENCE).await;
+    }
+
     pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -43,12 +53,19 @@ impl AppState {
         (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
     }
 
-    /// The exposition for a scrape: its values count as delivered. `encode` writes it, with the ledger locked.
-    pub fn scrape<T>(&self, encode: impl FnOnce(&Exposition, &mut SeriesStarts) -> T) -> T {
+    /// As [`AppState::view`], with the labels of the pairs as text.
+    pub fn view_with_texts(&self) -> Exposition {
+        let mut page = self.view().0;
+        self.ledger().add_texts(&mut page, self.config.pod_labels);
+        page
+    }
+
+    /// The exposition for a scrape. `encode` writes it, with the ledger locked.
+    pub fn scrape<T>(&self, scrape: &Scrape<'_>, encode: impl FnOnce(&Exposition, &mut SeriesStarts) -> T) -> T {
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
         let mut ledger = self.ledger();
-        let page = ledger.scrape(&snapshot, &labels, &assigned);
+        let page = ledger.scrape(scrape, &snapshot, &labels, &assigned);
         encode(&page, &mut ledger.starts)
     }
 }

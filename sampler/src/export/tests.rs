@@ -16,11 +16,11 @@ use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Facts, Label, Source};
 use strum::EnumCount as _;
 
-use super::assigned::AssignedGpus;
 use super::catalogue::{Family, reference};
-use super::encode::Families;
-use super::ledger::Ledger;
+use super::encode::{Page, TextFormat};
+use super::ledger::{Ledger, tests::scrape_by};
 use super::{families, gpus, nvml_families, pressure, sessions};
+use crate::collectors::Selection;
 use crate::config::PodLabels;
 use crate::health::nvml_calls::DeviceView;
 use crate::health::{CALL_BOUNDS, HealthView, IDENTIFY_BOUNDS, Times};
@@ -194,14 +194,14 @@ struct Exporter(Ledger);
 
 impl Exporter {
     fn scrape(&mut self, node: &RichNode, pods: PodLabels) -> String {
-        let mut page = self.0.scrape(&node.snapshot, &node.labels, &AssignedGpus::default());
+        let mut page = scrape_by(1, &mut self.0, &node.snapshot, &node.labels, pods);
         page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
-        let mut all = Families::new(&mut self.0.starts);
-        families::cadvisor(&page, pods, &mut all);
-        families::containers(&page, &mut all);
-        pressure::containers(&page, &node.pressure, &mut all);
+        let (mut all, starts) = (Page::new(Selection::ALL, TextFormat::Prometheus), &mut self.0.starts);
+        families::cadvisor(&page, &mut all);
+        families::containers(&page, &mut all, starts);
+        pressure::containers(&page, &node.pressure, &mut all, starts);
         pressure::reads(&node.pressure, &mut all);
-        gpus::gpus(&page, &mut all);
+        gpus::gpus(&page, &mut all, starts);
         let health = HealthView {
             kernel_mode: "ebpf",
             identified: times(&IDENTIFY_BOUNDS),
@@ -212,7 +212,7 @@ impl Exporter {
         families::agent(&page, &health, &label_stats(), "libnvidia-ml.so.1", &mut all);
         nvml_families::calls(&devices(), [1.0, 2.0], &mut all);
         sessions::metrics(&RecorderView::default(), &mut all);
-        all.text().unwrap()
+        all.text()
     }
 }
 
@@ -268,7 +268,7 @@ fn every_family_of_the_catalogue_is_exposed_with_all_its_labels_and_no_others() 
     }
     let declared = |family: &Family| {
         let labels = family.labels.iter().map(|label| (*label).to_owned()).collect();
-        (family.name.to_owned(), (format!("{:?}", family.kind).to_lowercase(), labels))
+        (family.name.to_owned(), (family.kind.name().to_owned(), labels))
     };
     assert_eq!(exposed, reference::all().map(declared).collect());
 }

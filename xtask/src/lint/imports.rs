@@ -20,7 +20,8 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
-            &["error", "config", "health", "query"],
+            &["error", "collectors"],
+            &["config", "health", "query"],
             &["inbox"],
             &["observe"],
             &["labels"],

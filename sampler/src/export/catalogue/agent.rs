@@ -3,6 +3,7 @@
 use super::{Family, families};
 
 families! {
+    in Agent;
     CONTAINERS: Family::gauge("gpu_sampler_containers", "containers", &["state", "runtime"])
         .help("Number of live containers, with or without a GPU, by state of their labels and by runtime.")
         .absent("for combinations without a container");

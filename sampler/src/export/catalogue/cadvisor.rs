@@ -6,6 +6,7 @@ const LABELS: &[&str] =
     &["acc_id", "make", "model", "id", "name", "image", "namespace", "pod", "pod_name", "container", "container_name"];
 
 families! {
+    in Accelerators;
     DUTY_CYCLE: Family::gauge("container_accelerator_duty_cycle", "percent", LABELS)
         .help("Share of the past 10 seconds in which the container kept the accelerator busy, in percent (0-100).")
         .absent("if nothing of these 10 seconds was observed");

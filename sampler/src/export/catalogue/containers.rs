@@ -1,6 +1,6 @@
 //! GPU time, memory and contention of containers.
 
-use super::{Family, families};
+use super::{Collector, Family, families};
 
 /// Of a container and a GPU.
 const LABELS: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id"];
@@ -19,29 +19,36 @@ const WITH_CONTENDER: &[&str] = &[
 ];
 
 families! {
+    in Containers;
     SECONDS: Family::counter("container_gpu_seconds_total", "seconds", LABELS)
         .help("GPU time credited to the container, in seconds.")
         .absent("until the labels of the container are settled")
         .starts_at_zero();
     SECONDS_STDERR: Family::gauge("container_gpu_seconds_stderr", "seconds", LABELS)
+        .in_collector(Collector::Precision)
         .help("One standard error of container_gpu_seconds_total, in seconds.")
         .absent("if container_gpu_seconds_total is")
         .starts_at_zero();
     SAMPLES: Family::counter("container_gpu_samples_total", "samples", LABELS)
+        .in_collector(Collector::Samples)
         .help("Number of driver samples behind container_gpu_seconds_total.")
         .absent("if container_gpu_seconds_total is")
         .starts_at_zero();
     UTILIZATION: Family::gauge("container_gpu_utilization_ratio", "ratio", LABELS)
+        .in_collector(Collector::Precision)
         .help("Share of the past 10 seconds in which the container kept the GPU busy, from 0 to 1.")
         .absent("if nothing of these 10 seconds was observed");
     UTILIZATION_STDERR: Family::gauge("container_gpu_utilization_stderr_ratio", "ratio", LABELS)
+        .in_collector(Collector::Precision)
         .help("One standard error of container_gpu_utilization_ratio, in the same unit.")
         .absent("if container_gpu_utilization_ratio is");
     WINDOW_SHARE: Family::histogram("container_gpu_window_share_ratio", "ratio", LABELS)
+        .in_collector(Collector::Shares)
         .help("Share of wall time that is credited to the container, from 0 to 1, observed once per window of 10 seconds.")
         .absent("before the first complete window")
         .starts_at_zero();
     ENGINE_SECONDS: Family::counter("container_gpu_engine_seconds_total", "seconds", WITH_ENGINE)
+        .in_collector(Collector::Engines)
         .help("Time of the engines other than compute that is credited to the container, in seconds. \
                The driver samples each engine separately.")
         .absent("until the container uses the engine")
@@ -52,6 +59,7 @@ families! {
         .absent("if container_gpu_seconds_total is")
         .starts_at_zero();
     CONTENTION_SECONDS: Family::counter("container_gpu_contention_seconds_total", "seconds", WITH_CONTENDER)
+        .in_collector(Collector::Contenders)
         .help("GPU time that another user received while the container was active and the GPU was saturated, in seconds. Too small \
                where gpu_sampler_queried_samples_total grows much slower than gpu_sampler_samples_total.")
         .absent("until there is a contender with settled labels")

@@ -1,6 +1,6 @@
 //! Devices: identity, time, readings and events.
 
-use super::{DEVICE, Family, IN_MIG_MODE, families};
+use super::{Collector, DEVICE, Family, IN_MIG_MODE, families};
 
 /// Of a GPU or a MIG device.
 const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "engine"];
@@ -9,6 +9,7 @@ const WITH_REASON: &[&str] = &["uuid", "gpu_uuid", "reason"];
 const UNREPORTED_OR_GONE: &str = "if the driver does not report it, and if the GPU is gone";
 
 families! {
+    in Gpus;
     INFO: Family::gauge(
         "gpu_info", "none", &["uuid", "gpu_uuid", "index", "model", "pci_bus_id", "driver_version", "mig_mode"])
         .help("Model, PCI bus id, driver version and MIG mode of the GPU; value is always 1.")
@@ -27,10 +28,12 @@ families! {
         .absent(IN_MIG_MODE)
         .starts_at_zero();
     ENGINE_SECONDS: Family::counter("gpu_engine_seconds_total", "seconds", WITH_ENGINE)
+        .in_collector(Collector::Engines)
         .help("Busy time of the engines other than compute, in seconds. The driver samples each engine separately.")
         .absent("if the driver does not sample the engine, and for a GPU in MIG mode")
         .starts_at_zero();
     ENGINE_UNATTRIBUTED_SECONDS: Family::counter("gpu_engine_unattributed_seconds_total", "seconds", WITH_ENGINE)
+        .in_collector(Collector::Engines)
         .help("Busy time in gpu_engine_seconds_total that is not credited to a container, in seconds.")
         .absent("if gpu_engine_seconds_total is")
         .starts_at_zero();

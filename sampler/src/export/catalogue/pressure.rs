@@ -3,6 +3,7 @@
 use super::{Family, families};
 
 families! {
+    in Pressure;
     CPU_THROTTLED_SECONDS: Family::counter(
         "container_gpu_cpu_throttled_seconds_total", "seconds", &["namespace", "pod", "container", "container_id"])
         .help("Time for which the CPU quota of the container or of its pod throttled the container, in seconds.")

@@ -2,9 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use prometheus::proto::MetricType;
+use sampler_core::snapshot::WindowShares;
+use strum::{EnumCount as _, VariantArray as _};
 
-use super::{Family, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions};
+use super::{Family, Kind, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions};
+use crate::collectors::Collector;
+use crate::health::nvml_calls::Call;
+use crate::health::{CALL_BOUNDS, IDENTIFY_BOUNDS};
+use crate::labels::RESOLVE_BOUNDS;
 
 const GROUPS: [(&str, &[&Family]); 8] = [
     ("Replacements for cAdvisor", cadvisor::ALL),
@@ -65,20 +70,42 @@ const LABELS: [(&str, &str); 41] = [
     ("xid", "number of the XID error"),
 ];
 
+/// Number of values of labels that are neither of a container nor of a GPU, where it is fixed or bounded.
+const VALUES: [(&str, usize); 13] = [
+    ("call", Call::COUNT),
+    ("gpu_sampler_nvml_errors_total call", 1),
+    ("engine", 5),
+    ("kind", 7),
+    ("label", 5),
+    ("other_container_id", 9),
+    ("resource", 3),
+    ("gpu_sampler_identity_entries table", 3),
+    ("gpu_sampler_identity_bytes table", 3),
+    ("gpu_sampler_identity_evictions_total table", 2),
+    ("gpu_throttle_seconds_total reason", 9),
+    ("reason", 7),
+    ("state", 4),
+];
+
 const INTRODUCTION: &str = "\
 # Metrics
 
 <!-- Generated from sampler/src/export/catalogue by `cargo xtask docs`; do not edit. -->
 
-`/metrics` has all families, `/metrics/cadvisor` only those of the first table. A family without series is left out.
+`/metrics` has the families of the default collectors, `/metrics/cadvisor` only those of the first table. A family
+without series is left out. `collect[]` selects other collectors: `/metrics?collect[]=default&collect[]=contenders` has
+more families, `/metrics?collect[]=containers` fewer, `/metrics?collect[]=all` every one; in `scrape_configs` of
+Prometheus it is `params: {\"collect[]\": [default, contenders]}`. The setting `collect` changes the default.
 
 - Unknown values are absent, never 0. Every series of a container is absent until the labels of the container are settled.
 - Series of a container that has ended stay for 60 seconds and until its last values were scraped twice, but no longer
   than 300 seconds.
 - Families marked \"from 0\": a series that appears after the first scrape is 0 in its first exposition, so `increase()`
-  covers all of it.
+  covers all of it. This holds for every scraper, however many there are; the first scrape of a scraper has true values.
 - A GPU in MIG mode has readings; its MIG devices have time, samples and memory.
 - Histograms have the series `_bucket` (with the label `le`), `_sum` and `_count`.
+- The page is in the text format 0.0.4 or in OpenMetrics 1.0, and compressed with gzip, as the `Accept` and
+  `Accept-Encoding` of the request prefer.
 - The agent never emits the labels `instance`, `job`, `node`, `endpoint` (except on `gpu_sampler_source_up`) or
   `service`: these belong to the scraper.
 ";
@@ -87,27 +114,78 @@ pub fn all() -> impl Iterator<Item = &'static Family> {
     GROUPS.into_iter().flat_map(|(_, families)| families.iter().copied())
 }
 
-fn kind(family: &Family) -> &'static str {
-    match family.kind {
-        MetricType::COUNTER => "counter",
-        MetricType::HISTOGRAM => "histogram",
-        _ => "gauge",
+/// What a family has a series of.
+fn scope(family: &Family) -> usize {
+    let has = |label: &str| family.labels.contains(&label);
+    match (has("container_id") || has("acc_id"), has("uuid") || has("acc_id")) {
+        (true, true) => 0,
+        (true, false) => 1,
+        (false, true) => 2,
+        (false, false) => 3,
     }
+}
+
+/// Number of series for one of its scope, where the values of its labels are bounded.
+fn series(family: &Family) -> usize {
+    let values = |label: &str| {
+        let of_family = format!("{} {label}", family.name);
+        let known = |key: &str| VALUES.iter().find(|(name, _)| *name == key).map(|(_, values)| *values);
+        known(&of_family).or_else(|| known(label)).unwrap_or(1)
+    };
+    let bounds = match family.name {
+        "container_gpu_window_share_ratio" => WindowShares::BOUNDS.len(),
+        "gpu_sampler_nvml_call_seconds" => CALL_BOUNDS.len(),
+        "gpu_sampler_identify_seconds" => IDENTIFY_BOUNDS.len(),
+        "gpu_sampler_resolve_seconds" => RESOLVE_BOUNDS.len(),
+        _ => 0,
+    };
+    // A histogram has a bucket without bound, a sum and a count.
+    let each = if family.kind == Kind::Histogram { bounds + 3 } else { 1 };
+    family.labels.iter().map(|label| values(label)).product::<usize>() * each
+}
+
+/// The most series of each collector, by scope.
+fn collectors() -> String {
+    let mut text = "\n## Collectors\n\nThe most series for each container and GPU, each container, each GPU, and the agent. A label with values that depend on\n\
+                    what happens on the node, such as the name of an error, is counted with one value.\n\n\
+                    | collector | default | container and GPU | container | GPU | agent |\n|---|---|---:|---:|---:|---:|\n"
+        .to_owned();
+    let mut of_default = [0; 4];
+    for collector in Collector::VARIANTS {
+        let mut counts = [0; 4];
+        for family in all().filter(|family| family.collector == *collector) {
+            counts[scope(family)] += series(family);
+        }
+        if collector.is_default() {
+            counts.iter().zip(&mut of_default).for_each(|(count, sum)| *sum += count);
+        }
+        let is_default = if collector.is_default() { "yes" } else { "" };
+        text += &format!("| `{}` | {is_default} | {} |\n", collector.name(), counts.map(|count| count.to_string()).join(" | "));
+    }
+    text + &format!("| `default` | | {} |\n", of_default.map(|count| count.to_string()).join(" | "))
+}
+
+#[test]
+fn a_pair_has_at_most_fourteen_series_by_default() {
+    let default = || all().filter(|family| family.collector.is_default());
+    let of_scope = |n: usize| default().filter(|family| scope(family) == n).map(series).sum::<usize>();
+    assert!(of_scope(0) + of_scope(1) <= 14, "{} and {}", of_scope(0), of_scope(1));
 }
 
 fn row(family: &Family) -> String {
     let labels: Vec<String> = family.labels.iter().map(|label| format!("`{label}`")).collect();
     let start = if family.starts_at_zero { "from 0" } else { "" };
     let absent = family.absent.unwrap_or("never");
-    let cells = [&format!("`{}`", family.name), kind(family), start, family.unit, &labels.join(", "), family.help, absent];
+    let (name, collector) = (format!("`{}`", family.name), format!("`{}`", family.collector.name()));
+    let cells = [&name, &collector, family.kind.name(), start, family.unit, &labels.join(", "), family.help, absent];
     format!("| {} |\n", cells.join(" | "))
 }
 
 fn markdown() -> String {
-    let mut text = INTRODUCTION.to_owned();
+    let mut text = INTRODUCTION.to_owned() + &collectors();
     for (title, families) in GROUPS {
         text += &format!(
-            "\n## {title}\n\n| family | type | start | unit | labels | meaning | absent |\n|---|---|---|---|---|---|---|\n"
+            "\n## {title}\n\n| family | collector | type | start | unit | labels | meaning | absent |\n|---|---|---|---|---|---|---|---|\n"
         );
         text.extend(families.iter().map(|family| row(family)));
     }
@@ -131,7 +209,7 @@ fn every_label_has_a_meaning_and_is_used() {
 fn names_and_help_texts_follow_the_conventions() {
     let mut names = BTreeSet::new();
     for family in all() {
-        let (name, is_counter) = (family.name, family.kind == MetricType::COUNTER);
+        let (name, is_counter) = (family.name, family.kind == Kind::Counter);
         assert!(names.insert(name), "{name} is defined twice");
         assert_eq!(name.ends_with("_total"), is_counter, "{name}");
         let prefixes = ["container_accelerator_", "container_gpu_", "gpu_"];

@@ -3,6 +3,7 @@
 use super::{Family, families};
 
 families! {
+    in Agent;
     SESSIONS: Family::gauge("gpu_sampler_sessions", "sessions", &["state"])
         .help("Number of sessions by state, including those of earlier runs.");
     DROPPED_FRAMES: Family::counter("gpu_sampler_session_dropped_frames_total", "frames", &[])

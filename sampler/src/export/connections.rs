@@ -1,0 +1,161 @@
+//! Bounds for connections: of the server and of each peer. A new connection never waits: it takes the place of the one that has been idle
+//! the longest, so that clients that only hold connections delay no scrape.
+
+use std::collections::HashMap;
+use std::net::IpAddr;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Instant;
+
+use tokio::sync::Notify;
+
+use super::scrapers::ConnectionId;
+
+/// Of the server; each takes a file descriptor.
+const MOST: usize = 512;
+/// Of a peer. A Prometheus server keeps one or two connections.
+const MOST_OF_PEER: usize = 64;
+
+#[derive(Debug)]
+struct OpenEntry {
+    id: ConnectionId,
+    peer: IpAddr,
+    /// Requests that were received and have no response yet.
+    requests: usize,
+    idle_since: Instant,
+    end: Arc<Notify>,
+}
+
+#[derive(Debug, Default)]
+struct Table {
+    connections: HashMap<ConnectionId, OpenEntry>,
+    last_id: u64,
+}
+
+/// The open connections.
+#[derive(Clone, Debug, Default)]
+pub struct Connections(Arc<Mutex<Table>>);
+
+/// An accepted connection; it leaves the table when it is dropped.
+#[derive(Debug)]
+pub struct OpenConnection {
+    pub id: ConnectionId,
+    pub peer: IpAddr,
+    /// Notified when the connection has to give its place to another one.
+    pub end: Arc<Notify>,
+    table: Connections,
+}
+
+/// A request in progress: its connection is not idle.
+#[derive(Debug)]
+pub struct RequestInProgress {
+    id: ConnectionId,
+    table: Connections,
+}
+
+impl Connections {
+    fn table(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// `None` if all connections that it could replace have requests in progress: then it is refused.
+    pub fn open(&self, peer: IpAddr, now: Instant) -> Option<OpenConnection> {
+        let mut table = self.table();
+        let of_peer = table.connections.values().filter(|entry| entry.peer == peer).count();
+        if of_peer >= MOST_OF_PEER {
+            table.end_idle(|entry| entry.peer == peer)?;
+        } else if table.connections.len() >= MOST {
+            table.end_idle(|_| true)?;
+        }
+        table.last_id += 1;
+        let (id, end) = (ConnectionId(table.last_id), Arc::new(Notify::new()));
+        let entry = OpenEntry { id, peer, requests: 0, idle_since: now, end: Arc::clone(&end) };
+        table.connections.insert(id, entry);
+        Some(OpenConnection { id, peer, end, table: self.clone() })
+    }
+
+    pub fn begin_request(&self, id: ConnectionId) -> RequestInProgress {
+        if let Some(entry) = self.table().connections.get_mut(&id) {
+            entry.requests += 1;
+        }
+        RequestInProgress { id, table: self.clone() }
+    }
+}
+
+impl Table {
+    /// Ends the connection that has been idle the longest.
+    fn end_idle(&mut self, may_end: impl Fn(&OpenEntry) -> bool) -> Option<()> {
+        let idle = self.connections.values().filter(|entry| entry.requests == 0 && may_end(entry));
+        let id = idle.min_by_key(|entry| entry.idle_since)?.id;
+        let entry = self.connections.remove(&id)?;
+        entry.end.notify_one();
+        Some(())
+    }
+}
+
+impl Drop for OpenConnection {
+    fn drop(&mut self) {
+        self.table.table().connections.remove(&self.id);
+    }
+}
+
+impl Drop for RequestInProgress {
+    fn drop(&mut self) {
+        if let Some(entry) = self.table.table().connections.get_mut(&self.id) {
+            entry.requests = entry.requests.saturating_sub(1);
+            entry.idle_since = Instant::now();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    fn peer(n: u8) -> IpAddr {
+        IpAddr::from([10, 0, 0, n])
+    }
+
+    /// Whether the connection has to end.
+    fn ends(connection: &OpenConnection) -> bool {
+        let mut notified = std::pin::pin!(connection.end.notified());
+        notified.as_mut().enable()
+    }
+
+    #[test]
+    fn the_connection_of_a_peer_that_is_idle_the_longest_gives_its_place() {
+        let (connections, zero) = (Connections::default(), Instant::now());
+        let open = |n: usize| connections.open(peer(1), zero + Duration::from_secs(n as u64)).unwrap();
+        let mut all: Vec<OpenConnection> = (0..MOST_OF_PEER).map(open).collect();
+        let other = connections.open(peer(2), zero).unwrap();
+        let request = connections.begin_request(all[0].id);
+        all.push(open(MOST_OF_PEER));
+        // The first has a request; the other peer is not affected.
+        assert_eq!(all.iter().chain([&other]).map(ends).collect::<Vec<_>>().iter().position(|ends| *ends), Some(1));
+        drop(request);
+        assert!(!ends(&all[0]));
+    }
+
+    #[test]
+    fn one_beyond_the_bound_is_refused_only_if_none_is_idle() {
+        let (connections, zero) = (Connections::default(), Instant::now());
+        let all: Vec<OpenConnection> = (0..MOST_OF_PEER).map(|_| connections.open(peer(1), zero).unwrap()).collect();
+        let mut requests: Vec<RequestInProgress> = all.iter().map(|open| connections.begin_request(open.id)).collect();
+        assert!(connections.open(peer(1), zero).is_none());
+        assert!(connections.open(peer(2), zero).is_some());
+        requests.pop();
+        assert!(connections.open(peer(1), zero).is_some());
+    }
+
+    #[test]
+    fn the_number_of_all_connections_is_bounded() {
+        let (connections, zero) = (Connections::default(), Instant::now());
+        let open = |n: usize| connections.open(peer((n / MOST_OF_PEER) as u8), zero + Duration::from_secs(n as u64)).unwrap();
+        let all: Vec<OpenConnection> = (0..MOST).map(open).collect();
+        let late = connections.open(peer(200), zero + Duration::from_secs(1 << 20)).unwrap();
+        assert!(ends(&all[0]) && !ends(&all[1]) && !ends(&late));
+        drop((all, late));
+        assert_eq!(connections.table().connections.len(), 0);
+    }
+}
