@@ -1,5 +1,5 @@
 //! Bounds for connections: of the server and of each peer. A new connection never waits: it takes the place of the one that has been idle
-//! the longest, so that clients that only hold connections delay no scrape.
+//! the longest, or of the one with the oldest request if none is idle, so that clients that only hold connections delay no scrape.
 
 use std::collections::HashMap;
 use std::net::IpAddr;
@@ -21,7 +21,8 @@ struct OpenEntry {
     peer: IpAddr,
     /// Requests that were received and have no response yet.
     requests: usize,
-    idle_since: Instant,
+    /// Since when it has been idle or busy.
+    since: Instant,
     end: Arc<Notify>,
 }
 
@@ -57,38 +58,38 @@ impl Connections {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// `None` if all connections that it could replace have requests in progress: then it is refused.
-    pub fn open(&self, peer: IpAddr, now: Instant) -> Option<OpenConnection> {
+    pub fn open(&self, peer: IpAddr, now: Instant) -> OpenConnection {
         let mut table = self.table();
         let of_peer = table.connections.values().filter(|entry| entry.peer == peer).count();
         if of_peer >= MOST_OF_PEER {
-            table.end_idle(|entry| entry.peer == peer)?;
+            table.end_one(|entry| entry.peer == peer);
         } else if table.connections.len() >= MOST {
-            table.end_idle(|_| true)?;
+            table.end_one(|_| true);
         }
         table.last_id += 1;
         let (id, end) = (ConnectionId(table.last_id), Arc::new(Notify::new()));
-        let entry = OpenEntry { id, peer, requests: 0, idle_since: now, end: Arc::clone(&end) };
+        let entry = OpenEntry { id, peer, requests: 0, since: now, end: Arc::clone(&end) };
         table.connections.insert(id, entry);
-        Some(OpenConnection { id, peer, end, table: self.clone() })
+        OpenConnection { id, peer, end, table: self.clone() }
     }
 
     pub fn begin_request(&self, id: ConnectionId) -> RequestInProgress {
         if let Some(entry) = self.table().connections.get_mut(&id) {
             entry.requests += 1;
+            entry.since = Instant::now();
         }
         RequestInProgress { id, table: self.clone() }
     }
 }
 
 impl Table {
-    /// Ends the connection that has been idle the longest.
-    fn end_idle(&mut self, may_end: impl Fn(&OpenEntry) -> bool) -> Option<()> {
-        let idle = self.connections.values().filter(|entry| entry.requests == 0 && may_end(entry));
-        let id = idle.min_by_key(|entry| entry.idle_since)?.id;
-        let entry = self.connections.remove(&id)?;
-        entry.end.notify_one();
-        Some(())
+    /// Ends the connection that has been idle the longest, or the one with the oldest request.
+    fn end_one(&mut self, may_end: impl Fn(&OpenEntry) -> bool) {
+        let candidates = self.connections.values().filter(|entry| may_end(entry));
+        let Some(id) = candidates.min_by_key(|entry| (entry.requests > 0, entry.since)).map(|entry| entry.id) else { return };
+        if let Some(entry) = self.connections.remove(&id) {
+            entry.end.notify_one();
+        }
     }
 }
 
@@ -102,7 +103,7 @@ impl Drop for RequestInProgress {
     fn drop(&mut self) {
         if let Some(entry) = self.table.table().connections.get_mut(&self.id) {
             entry.requests = entry.requests.saturating_sub(1);
-            entry.idle_since = Instant::now();
+            entry.since = Instant::now();
         }
     }
 }
@@ -126,9 +127,9 @@ mod tests {
     #[test]
     fn the_connection_of_a_peer_that_is_idle_the_longest_gives_its_place() {
         let (connections, zero) = (Connections::default(), Instant::now());
-        let open = |n: usize| connections.open(peer(1), zero + Duration::from_secs(n as u64)).unwrap();
+        let open = |n: usize| connections.open(peer(1), zero + Duration::from_secs(n as u64));
         let mut all: Vec<OpenConnection> = (0..MOST_OF_PEER).map(open).collect();
-        let other = connections.open(peer(2), zero).unwrap();
+        let other = connections.open(peer(2), zero);
         let request = connections.begin_request(all[0].id);
         all.push(open(MOST_OF_PEER));
         // The first has a request; the other peer is not affected.
@@ -138,22 +139,20 @@ mod tests {
     }
 
     #[test]
-    fn one_beyond_the_bound_is_refused_only_if_none_is_idle() {
+    fn with_requests_in_all_of_them_the_oldest_request_ends() {
         let (connections, zero) = (Connections::default(), Instant::now());
-        let all: Vec<OpenConnection> = (0..MOST_OF_PEER).map(|_| connections.open(peer(1), zero).unwrap()).collect();
-        let mut requests: Vec<RequestInProgress> = all.iter().map(|open| connections.begin_request(open.id)).collect();
-        assert!(connections.open(peer(1), zero).is_none());
-        assert!(connections.open(peer(2), zero).is_some());
-        requests.pop();
-        assert!(connections.open(peer(1), zero).is_some());
+        let all: Vec<OpenConnection> = (0..MOST_OF_PEER).map(|_| connections.open(peer(1), zero)).collect();
+        let _requests: Vec<RequestInProgress> = all.iter().rev().map(|open| connections.begin_request(open.id)).collect();
+        let _new = connections.open(peer(1), zero);
+        assert_eq!(all.iter().map(ends).collect::<Vec<_>>().iter().position(|ends| *ends), Some(MOST_OF_PEER - 1));
     }
 
     #[test]
     fn the_number_of_all_connections_is_bounded() {
         let (connections, zero) = (Connections::default(), Instant::now());
-        let open = |n: usize| connections.open(peer((n / MOST_OF_PEER) as u8), zero + Duration::from_secs(n as u64)).unwrap();
+        let open = |n: usize| connections.open(peer((n / MOST_OF_PEER) as u8), zero + Duration::from_secs(n as u64));
         let all: Vec<OpenConnection> = (0..MOST).map(open).collect();
-        let late = connections.open(peer(200), zero + Duration::from_secs(1 << 20)).unwrap();
+        let late = connections.open(peer(200), zero + Duration::from_secs(1 << 20));
         assert!(ends(&all[0]) && !ends(&all[1]) && !ends(&late));
         drop((all, late));
         assert_eq!(connections.table().connections.len(), 0);

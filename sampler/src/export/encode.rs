@@ -302,6 +302,7 @@ impl FamilyText {
 #[cfg(test)]
 mod tests {
     use super::super::catalogue::{agent, containers};
+    use super::super::scrapers::tests::scrape;
     use super::super::series_starts::{SeriesOwner, SeriesStarts};
     use super::*;
 
@@ -395,14 +396,16 @@ mod tests {
     #[test]
     fn a_histogram_is_empty_where_it_starts() {
         let mut starts = SeriesStarts::default();
+        scrape(&mut starts);
+        scrape(&mut starts);
         let value = HistogramValue { bounds: &[0.1, 1.0], cumulative: &[1, 2], sum: 1.5, count: 3 };
         let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
         let id = page.family(&containers::WINDOW_SHARE);
         let mut series = starts.of(SeriesOwner::Gpu(sampler_core::units::GpuUuid("GPU-1".into())));
         page.add_histogram_from_zero(id, &mut series, "pod=\"p\"", value);
         let text = page.text();
-        let expect = ["_bucket{pod=\"p\",le=\"0.1\"} 1", "_bucket{pod=\"p\",le=\"1\"} 2", "_bucket{pod=\"p\",le=\"+Inf\"} 3"];
-        for (line, expect) in text.lines().skip(2).zip(expect.into_iter().chain(["_sum{pod=\"p\"} 1.5", "_count{pod=\"p\"} 3"])) {
+        let expect = ["_bucket{pod=\"p\",le=\"0.1\"} 0", "_bucket{pod=\"p\",le=\"1\"} 0", "_bucket{pod=\"p\",le=\"+Inf\"} 0"];
+        for (line, expect) in text.lines().skip(2).zip(expect.into_iter().chain(["_sum{pod=\"p\"} 0", "_count{pod=\"p\"} 0"])) {
             assert_eq!(line, format!("{}{expect}", containers::WINDOW_SHARE.name));
         }
     }

@@ -45,6 +45,8 @@ const LEDGER_EVERY: Duration = Duration::from_secs(1);
 /// Time limit for the head of a request, also between two requests of a connection: a scraper keeps its connection if it scrapes more
 /// often. An idle connection costs little and gives its place to a new one when there are many.
 const HEAD_TIMEOUT: Duration = Duration::from_secs(150);
+/// Memory of a connection for heads; those of scrapers have less than 1 KiB.
+const MAX_HEAD_BYTES: usize = 32 << 10;
 /// Pause after a failed accept; the likely cause is a lack of file descriptors.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 /// Time limit for responses in flight when the agent stops.
@@ -91,8 +93,9 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         let mut interval = tokio::time::interval(LEDGER_EVERY);
         loop {
             interval.tick().await;
+            let mut ledger = state.ledger();
             let (snapshot, labels) = (state.snapshot.load_full(), state.labels.view());
-            state.ledger().update(&snapshot, &labels);
+            ledger.update(&snapshot, &labels);
         }
     });
     stop.await;
@@ -116,7 +119,7 @@ struct Connection {
 async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut ended: oneshot::Receiver<()>) {
     let mut server = http1::Builder::new();
     // A client that never completes its request must not hold a file descriptor forever.
-    server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT);
+    server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
     let (open, connections) = (Connections::default(), GracefulShutdown::new());
     loop {
         let accepted = tokio::select! {
@@ -132,8 +135,7 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut
                 continue;
             }
         };
-        // Dropping the stream refuses the connection.
-        let Some(this) = open.open(peer.ip(), Instant::now()) else { continue };
+        let this = open.open(peer.ip(), Instant::now());
         let (of_request, in_progress) = (Connection { id: this.id, peer: this.peer }, open.clone());
         let service = router.clone().map_request(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(of_request);
@@ -207,7 +209,7 @@ fn text(page: &Page) -> impl IntoResponse + use<> {
 fn client(request: &Request, connection: Option<Connection>) -> ScrapeClient {
     let user_agent = request.headers().get(header::USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
     let peer = connection.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |connection| connection.peer);
-    ScrapeClient { peer, user_agent: user_agent.into(), query: request.uri().query().unwrap_or_default().into() }
+    ScrapeClient::new(peer, user_agent, request.uri().query().unwrap_or_default())
 }
 
 async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {

@@ -27,6 +27,9 @@ use crate::labels::LabelView;
 
 const STAY_NS: u64 = 60_000_000_000;
 const STAY_AT_MOST_NS: u64 = 300_000_000_000;
+/// Busy time without that of containers that wait for labels is a difference of sums. Its rounding must not make a counter go backwards,
+/// which would be a counter reset.
+const ROUNDING: f64 = 1e-6;
 /// A container without a record in the label service is exposed by its path after this long.
 const UNLABELLED_NS: u64 = 5_000_000_000;
 
@@ -79,10 +82,12 @@ type Pair = (ContainerKey, GpuUuid);
 struct PairState {
     /// Seconds that are credited to a namespace.
     counted: f64,
-    /// The last scrape in which `seconds` changed, and the first that exposed the pair; 0 before.
+    /// The last scrape in which a counter of the pair changed, and the one in which its newest counter was born; 0 before the first.
     changed: ScrapeNumber,
     born: ScrapeNumber,
-    seconds: f64,
+    counters: Counters,
+    /// Every scraper has these values. Scrapers that come later have no claim to them.
+    delivered: bool,
     text: Option<KeptText>,
 }
 
@@ -106,6 +111,8 @@ pub struct Scrape<'a> {
 pub struct Ledger {
     pairs: HashMap<Pair, PairState>,
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
+    /// Busy seconds of each GPU in the last scrape.
+    busy: HashMap<GpuUuid, f64>,
     contender_labels: ContenderLabels,
     pub starts: SeriesStarts,
     pub scrapers: Scrapers,
@@ -134,6 +141,7 @@ impl Ledger {
         // A GPU that comes back after that counts from 0, and so does the time credited on it.
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
         self.credited.retain(|gpu, _| gpus.contains(gpu));
+        self.busy.retain(|gpu, _| gpus.contains(gpu));
         self.starts.retain(|owner| match owner {
             SeriesOwner::ContainerGpu(key, gpu) => living.contains(&(*key, gpu.clone())),
             SeriesOwner::Gpu(gpu) => gpus.contains(gpu),
@@ -144,8 +152,7 @@ impl Ledger {
 
     fn stays(&self, key: &Pair, usage: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
         let Some(gone_ns) = gone.map(|at| now.saturating_since(at)) else { return true };
-        let scraped = self.pairs.get(key).filter(|pair| pair.born > 0 && pair.seconds == usage.seconds);
-        let is_delivered = || scraped.is_some_and(|pair| self.scrapers.have_twice(pair.born, pair.changed, Instant::now()));
+        let is_delivered = || self.pairs.get(key).is_some_and(|pair| pair.delivered && pair.counters == counters(usage));
         gone_ns < STAY_NS || (gone_ns < STAY_AT_MOST_NS && !is_delivered())
     }
 
@@ -207,10 +214,21 @@ impl Ledger {
         self.starts.begin_scrape(number, history);
         for pair in &mut page.pairs {
             let state = self.pairs.entry((pair.key, pair.gpu.clone())).or_default();
-            if state.born == 0 || state.seconds != pair.usage.seconds {
-                (state.seconds, state.changed) = (pair.usage.seconds, number);
+            let counters = counters(&pair.usage);
+            if state.changed == 0 || state.counters.number != counters.number {
+                state.born = number;
             }
-            state.born = if state.born == 0 { number } else { state.born };
+            if state.changed == 0 || state.counters != counters {
+                (state.counters, state.changed, state.delivered) = (counters, number, false);
+            }
+            state.delivered |= pair.gone && self.scrapers.have_twice(state.born, state.changed, scrape.at);
+        }
+        for gpu in &mut page.gpus {
+            let last = self.busy.entry(gpu.view.info.uuid.clone()).or_default();
+            if (0.0..ROUNDING).contains(&(*last - gpu.busy_seconds)) {
+                gpu.busy_seconds = *last;
+            }
+            *last = gpu.busy_seconds;
         }
         self.add_texts(&mut page, scrape.pods);
         page
@@ -293,6 +311,21 @@ impl Exposition {
     }
 }
 
+/// All counters of a pair: how many, and their sum, which changes with each of them.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+struct Counters {
+    number: usize,
+    sum: f64,
+}
+
+fn counters(usage: &ContainerGpu) -> Counters {
+    let engines: f64 = usage.engines.iter().map(|(_, seconds)| seconds).sum();
+    let contention: f64 = usage.contention.iter().map(|contention| contention.seconds).sum();
+    let windows = usage.window_shares.as_ref().map_or(0, |windows| windows.count);
+    let sum = usage.seconds + usage.coactive_seconds + engines + contention + (usage.samples + windows) as f64;
+    Counters { number: usage.engines.len() + usage.contention.len() + usize::from(windows > 0), sum }
+}
+
 fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, usage: &ContainerGpu) -> ExportedPair {
     ExportedPair {
         key,
@@ -335,7 +368,7 @@ pub mod tests {
 
     /// The next scrape of this scraper.
     pub fn scrape_by(scraper: u64, ledger: &mut Ledger, snapshot: &Snapshot, labels: &LabelView, pods: PodLabels) -> Exposition {
-        let client = ScrapeClient { peer: [127, 0, 0, 1].into(), user_agent: "".into(), query: "".into() };
+        let client = ScrapeClient::new([127, 0, 0, 1].into(), "", "");
         let scrape = Scrape { client: &client, connection: ConnectionId(scraper), at: Instant::now(), pods };
         ledger.scrape(&scrape, snapshot, labels, &AssignedGpus::default())
     }
@@ -420,6 +453,17 @@ pub mod tests {
         assert_eq!(scrape(&mut ledger, &snapshot(1, 2.0, None), false), (None, None, 1.0));
         assert_eq!(scrape(&mut ledger, &snapshot(2, 3.0, None), true), (Some(0.0), Some(0.0), 4.0));
         assert_eq!(scrape(&mut ledger, &snapshot(3, 5.0, None), true), (Some(5.0), Some(5.0), 6.0));
+    }
+
+    #[test]
+    fn busy_time_does_not_go_backwards_while_labels_are_missing() {
+        let mut ledger = Ledger::default();
+        let mut last = 0.0;
+        for n in 1..1000 {
+            let (.., busy) = scrape(&mut ledger, &snapshot(n, n as f64 * 0.1, None), false);
+            assert!(busy >= last, "{busy} after {last}");
+            last = busy;
+        }
     }
 
     #[test]
@@ -634,5 +678,7 @@ pub mod tests {
         assert_eq!((seconds(2, 70, 3.0, Some(5)), seconds(1, 70, 3.0, Some(5))), (Some(0.0), Some(3.0)));
         assert_eq!((seconds(2, 100, 3.0, Some(5)), seconds(2, 130, 3.0, Some(5))), (Some(3.0), Some(3.0)));
         assert_eq!((seconds(2, 160, 3.0, Some(5)), seconds(1, 161, 3.0, Some(5))), (None, None));
+        // One that comes later does not bring it back.
+        assert_eq!((seconds(3, 162, 3.0, Some(5)), seconds(1, 163, 3.0, Some(5))), (None, None));
     }
 }

@@ -11,6 +11,7 @@
 //! by their connections, which Prometheus keeps between scrapes. A scraper that connects again is taken for the one that was due.
 
 use std::cmp::Reverse;
+use std::hash::{DefaultHasher, Hash as _, Hasher as _};
 use std::net::IpAddr;
 use std::time::{Duration, Instant};
 
@@ -35,11 +36,19 @@ pub type ScrapeNumber = u64;
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct ConnectionId(pub u64);
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ScrapeClient {
-    pub peer: IpAddr,
-    pub user_agent: Box<str>,
-    pub query: Box<str>,
+    peer: IpAddr,
+    /// Hash of user agent and query, which may be long.
+    request: u64,
+}
+
+impl ScrapeClient {
+    pub fn new(peer: IpAddr, user_agent: &str, query: &str) -> Self {
+        let mut hasher = DefaultHasher::new();
+        (user_agent, query).hash(&mut hasher);
+        Self { peer, request: hasher.finish() }
+    }
 }
 
 #[derive(Debug)]
@@ -48,6 +57,8 @@ struct Scraper {
     /// `None` once it is closed.
     connection: Option<ConnectionId>,
     at: Instant,
+    /// The last time between two scrapes, and the smaller one of the last two: one scrape may have been missed.
+    gap: Option<Duration>,
     interval: Option<Duration>,
     history: ScrapeHistory,
 }
@@ -106,7 +117,7 @@ impl Scrapers {
         let scraper = &mut self.scrapers[at];
         let since = now.saturating_duration_since(scraper.at);
         if scraper.history.last > 0 && since >= SHORTEST_INTERVAL {
-            scraper.interval = Some(since);
+            scraper.interval = Some(scraper.gap.replace(since).map_or(since, |gap| gap.min(since)));
         }
         scraper.history.add(self.number);
         (scraper.connection, scraper.at) = (Some(connection), now);
@@ -137,8 +148,8 @@ impl Scrapers {
             let displaced = self.scrapers.iter().enumerate().max_by_key(of_most).map(|(at, _)| at);
             displaced.map(|at| self.scrapers.swap_remove(at));
         }
-        let (client, history) = (client.clone(), ScrapeHistory::default());
-        self.scrapers.push(Scraper { client, connection: None, at: now, interval: None, history });
+        let (client, history) = (*client, ScrapeHistory::default());
+        self.scrapers.push(Scraper { client, connection: None, at: now, gap: None, interval: None, history });
         self.scrapers.len() - 1
     }
 
@@ -172,7 +183,7 @@ pub mod tests {
     const THIRD: ConnectionId = ConnectionId(3);
 
     fn client(query: &str) -> ScrapeClient {
-        ScrapeClient { peer: IpAddr::from([127, 0, 0, 1]), user_agent: "Prometheus/2".into(), query: query.into() }
+        ScrapeClient::new(IpAddr::from([127, 0, 0, 1]), "Prometheus/2", query)
     }
 
     struct Scene {
@@ -228,8 +239,19 @@ pub mod tests {
         assert!(!scene.starts(45, "", ConnectionId(7), Some(5)));
         // Two requests in quick succession are of two scrapers.
         scene.scrapers.closed(ConnectionId(7));
-        assert!(!scene.starts(46, "", ConnectionId(8), None));
+        assert!(!scene.starts(45, "", ConnectionId(8), None));
         assert_eq!(scene.scrapers.scrapers.len(), 3);
+    }
+
+    #[test]
+    fn a_scrape_that_was_missed_does_not_change_the_interval() {
+        let mut scene = Scene::new();
+        // The one at 30 s was missed.
+        for (n, second) in [0, 15, 45, 60, 75].into_iter().enumerate() {
+            scene.starts(second, "", ConnectionId(n as u64), None);
+            scene.scrapers.closed(ConnectionId(n as u64));
+        }
+        assert_eq!(scene.scrapers.scrapers.len(), 1);
     }
 
     #[test]

@@ -46,9 +46,10 @@ impl AppState {
 
     /// The present exposition, and the time of its snapshot.
     pub fn view(&self) -> (Exposition, WallTime) {
+        // Snapshots reach the ledger in order: they are loaded with it locked.
+        let mut ledger = self.ledger();
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
-        let mut ledger = self.ledger();
         ledger.update(&snapshot, &labels);
         (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
     }
@@ -62,9 +63,10 @@ impl AppState {
 
     /// The exposition for a scrape. `encode` writes it, with the ledger locked.
     pub fn scrape<T>(&self, scrape: &Scrape<'_>, encode: impl FnOnce(&Exposition, &mut SeriesStarts) -> T) -> T {
+        // Snapshots reach the ledger in order: they are loaded with it locked.
+        let mut ledger = self.ledger();
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
-        let mut ledger = self.ledger();
         let page = ledger.scrape(scrape, &snapshot, &labels, &assigned);
         encode(&page, &mut ledger.starts)
     }

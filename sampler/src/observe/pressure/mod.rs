@@ -25,7 +25,7 @@ use arc_swap::ArcSwap;
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::Observation;
 use sampler_core::observation::PressureFact;
-use sampler_core::snapshot::Snapshot;
+use sampler_core::snapshot::{ContainerGpu, Snapshot};
 use sampler_core::units::ContainerKey;
 
 pub use self::files::{Outcome, OutcomeCounts};
@@ -73,7 +73,7 @@ struct ContainerPressure {
 impl ContainerPressure {
     /// Whether to read it in this round. `used`: its GPU-seconds so far.
     fn is_due(&mut self, used: f64, now: Instant) -> bool {
-        if self.used_at.is_none() || used > self.used {
+        if self.used_at.is_none() || used != self.used {
             (self.used, self.used_at) = (used, Some(now));
         }
         let is_past = |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) >= IDLE);
@@ -102,10 +102,11 @@ struct Pressure {
     view: PressureView,
 }
 
-/// The containers to read, with their GPU-seconds: those that exist and have a GPU.
+/// The containers to read, with their seconds on any engine: those that exist and have a GPU.
 fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Arc<ContainerRecord>, f64)> {
     let with_gpu = snapshot.containers.iter().filter(|c| c.gone.is_none() && !c.gpus.is_empty());
-    with_gpu.map(|c| (&c.record, c.gpus.iter().map(|usage| usage.seconds).sum()))
+    let used = |usage: &ContainerGpu| usage.seconds + usage.engines.iter().map(|(_, seconds)| seconds).sum::<f64>();
+    with_gpu.map(move |c| (&c.record, c.gpus.iter().map(used).sum()))
 }
 
 impl Pressure {
@@ -136,12 +137,12 @@ impl Pressure {
         self.known.retain(|key, _| exists.get(key).is_some_and(|exists| *exists));
         let now = Instant::now();
         for (record, used) in wanted(snapshot) {
+            if self.abandoned.len() >= MAX_ABANDONED {
+                break;
+            }
             let hangs = self.abandoned.iter().any(|abandoned| abandoned.record.key == record.key);
             if hangs || !self.known.entry(record.key).or_default().is_due(used, now) {
                 continue;
-            }
-            if self.abandoned.len() >= MAX_ABANDONED {
-                break;
             }
             match self.read(record) {
                 Ok(Some(reading)) => {
