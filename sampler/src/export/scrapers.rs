@@ -134,14 +134,21 @@ impl Scrapers {
             let off = since(scraper).abs_diff(interval);
             (if off <= interval / 4 { 0 } else { 2 }, off, scraper.at)
         };
-        // One that comes much too early is another: the series that it saw first would have no start for this one.
-        let earliest = |scraper: &Scraper| scraper.interval.map_or(SHORTEST_INTERVAL, |interval| interval * 3 / 4);
-        let waits = |scraper: &Scraper| scraper.connection.is_none() && since(scraper) >= earliest(scraper);
+        // One that comes much too early or too late is another: the series that it saw first would have no start for this one.
+        let times = |scraper: &Scraper| match scraper.interval {
+            Some(interval) => interval * 3 / 4..=interval * ACTIVE_INTERVALS,
+            None => SHORTEST_INTERVAL..=ACTIVE_ONCE,
+        };
+        let waits = |scraper: &Scraper| scraper.connection.is_none() && times(scraper).contains(&since(scraper));
         let due = || of_client().filter(|(_, scraper)| waits(scraper)).min_by_key(|(_, scraper)| preference(scraper));
         same.or_else(due).map(|(at, _)| at)
     }
 
     fn add(&mut self, client: &ScrapeClient, now: Instant) -> usize {
+        // Requests in quick succession, each on a connection of its own, are those of one that waits for something: one of them may scrape
+        // again.
+        let scraped_once = |scraper: &Scraper| scraper.connection.is_none() && scraper.interval.is_none();
+        self.scrapers.retain(|scraper| scraper.client != *client || !scraped_once(scraper));
         if self.scrapers.len() >= MOST {
             // The oldest of the client or the address that has the most, so that one that asks too often displaces itself.
             let of_most = |(_, scraper): &(usize, &Scraper)| (scraper.alike(&self.scrapers), Reverse(scraper.at));
@@ -241,6 +248,21 @@ pub mod tests {
         scene.scrapers.closed(ConnectionId(7));
         assert!(!scene.starts(45, "", ConnectionId(8), None));
         assert_eq!(scene.scrapers.scrapers.len(), 3);
+    }
+
+    #[test]
+    fn after_many_requests_in_quick_succession_a_value_is_seen_by_the_second_one() {
+        let mut scene = Scene::new();
+        for n in 0..20 {
+            scene.starts(n / 10, "", ConnectionId(n), None);
+            scene.scrapers.closed(ConnectionId(n));
+        }
+        let starts = [40, 41].map(|n| {
+            let starts = scene.starts(12, "", ConnectionId(n), Some(21));
+            scene.scrapers.closed(ConnectionId(n));
+            starts
+        });
+        assert_eq!(starts, [true, false]);
     }
 
     #[test]
