@@ -13,7 +13,7 @@ use super::series_starts::SeriesStarts;
 use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::CoreSender;
-use crate::labels::LabelService;
+use crate::labels::{LabelService, LabelView};
 use crate::observe::pressure::PressureView;
 use crate::session::Recorder;
 
@@ -44,30 +44,37 @@ impl AppState {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// The present exposition, and the time of its snapshot.
-    pub fn view(&self) -> (Exposition, WallTime) {
-        // Snapshots reach the ledger in order: they are loaded with it locked.
+    /// Snapshots reach the ledger in order: they are loaded with it locked.
+    fn with_ledger<T>(&self, act: impl FnOnce(&mut Ledger, &Snapshot, &LabelView, &AssignedGpus) -> T) -> T {
         let mut ledger = self.ledger();
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
         let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
-        ledger.update(&snapshot, &labels);
-        (ledger.view(&snapshot, &labels, &assigned), snapshot.wall)
+        act(&mut ledger, &snapshot, &labels, &assigned)
+    }
+
+    /// The present exposition, and the time of its snapshot.
+    pub fn view(&self) -> (Exposition, WallTime) {
+        self.with_ledger(|ledger, snapshot, labels, assigned| {
+            ledger.update(snapshot, labels);
+            (ledger.view(snapshot, labels, assigned), snapshot.wall)
+        })
     }
 
     /// As [`AppState::view`], with the labels of the pairs as text.
     pub fn view_with_texts(&self) -> Exposition {
-        let mut page = self.view().0;
-        self.ledger().add_texts(&mut page, self.config.pod_labels);
-        page
+        self.with_ledger(|ledger, snapshot, labels, assigned| {
+            ledger.update(snapshot, labels);
+            let mut page = ledger.view(snapshot, labels, assigned);
+            ledger.add_texts(&mut page, self.config.pod_labels);
+            page
+        })
     }
 
     /// The exposition for a scrape. `encode` writes it, with the ledger locked.
     pub fn scrape<T>(&self, scrape: &Scrape<'_>, encode: impl FnOnce(&Exposition, &mut SeriesStarts) -> T) -> T {
-        // Snapshots reach the ledger in order: they are loaded with it locked.
-        let mut ledger = self.ledger();
-        let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
-        let page = ledger.scrape(scrape, &snapshot, &labels, &assigned);
-        encode(&page, &mut ledger.starts)
+        self.with_ledger(|ledger, snapshot, labels, assigned| {
+            let page = ledger.scrape(scrape, snapshot, labels, assigned);
+            encode(&page, &mut ledger.starts)
+        })
     }
 }
