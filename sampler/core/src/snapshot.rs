@@ -64,22 +64,26 @@ pub struct GpuView {
 }
 
 /// Histogram of windows by share, with cumulative counts.
-#[derive(Clone, Debug, PartialEq)]
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct WindowShares {
     /// One for each bound of [`WindowShares::BOUNDS`].
-    pub buckets: Vec<u64>,
+    pub buckets: [u64; WindowShares::BOUNDS.len()],
     pub sum: f64,
     pub count: u64,
 }
 
-impl Default for WindowShares {
-    fn default() -> Self {
-        Self { buckets: vec![0; Self::BOUNDS.len()], sum: 0.0, count: 0 }
-    }
-}
-
 impl WindowShares {
     pub const BOUNDS: [f64; 10] = [0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.7, 0.9, 1.0];
+    /// The whole of a window is the sum of many parts, which rounding may put above 1.
+    const ROUNDING: f64 = 5e-4;
+
+    pub fn record(&mut self, share: f64) {
+        for (bound, count) in Self::BOUNDS.iter().zip(&mut self.buckets) {
+            *count += u64::from(share <= bound + Self::ROUNDING);
+        }
+        self.sum += share;
+        self.count += 1;
+    }
 }
 
 /// Another user on a container's GPU.

@@ -99,7 +99,7 @@ fn used(gpu: usize, scale: f64) -> ContainerGpu {
         seconds_stderr: 0.125 * scale,
         samples: 30 * count,
         engines: vec![(Engine::Encoder, 2.0 * scale)],
-        window_shares: Some(Arc::new(WindowShares { count, sum: 0.3 * scale, buckets: vec![count; WindowShares::BOUNDS.len()] })),
+        window_shares: Some(Arc::new(WindowShares { count, sum: 0.3 * scale, buckets: [count; WindowShares::BOUNDS.len()] })),
         active_seconds: 2.0 * scale,
         coactive_seconds: 1.5 * scale,
         contention: others.map(|other| Contention { other, seconds: 0.5 * scale }).into(),

@@ -276,9 +276,11 @@ impl DeviceAccount {
         if self.gone.is_some() || !self.info.is_leaf() {
             return;
         }
-        let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
         let complete_until = complete_until(now, self.accounts[COMPUTE].waits_since());
-        self.windows.close(complete_until, &there);
+        if self.windows.is_due(complete_until) {
+            let there: HashSet<ContainerKey> = self.containers().into_iter().filter(|key| living(*key)).collect();
+            self.windows.close(complete_until, &there);
+        }
         self.coactivity.close(complete_until);
         if !self.keep_history {
             // Without a history, host processes that have exited only count under their reason.

@@ -170,18 +170,12 @@ fn estimate(indices: &[usize], n: usize) -> StandardError {
     if independent <= 0.0 {
         return StandardError { share, factor: 1.0, unseen_share: 0.0 };
     }
-    let mut is_named = vec![0u32; n];
-    for index in indices {
-        if let Some(is_named) = is_named.get_mut(*index) {
-            *is_named = 1;
-        }
-    }
     let mut factor: f64 = 1.0;
     for size in BLOCKS {
         if n < size * BLOCKS_AT_LEAST {
             break;
         }
-        let scatter = size as f64 * block_variance(&is_named, size, share) / independent;
+        let scatter = size as f64 * block_variance(indices, n, size, share) / independent;
         // Overlapping blocks have 1.5 times as many degrees of freedom as separate ones.
         let freedom = 1.5 * n as f64 / size as f64;
         let by_chance = 1.0 + 2.0 * (2.0 / freedom).sqrt();
@@ -189,38 +183,53 @@ fn estimate(indices: &[usize], n: usize) -> StandardError {
             factor = factor.max(scatter);
         }
     }
-    if let Some(cycle) = cycle(&is_named, share) {
+    if let Some(cycle) = cycle(indices, n, share) {
         // The samples only hit as many phases of the load as the cycle is long, so the resolution of the share is one phase.
         factor = factor.max(WINDOW_SAMPLES / (12.0 * (cycle * cycle) as f64) / independent);
     }
     StandardError { share, factor, unseen_share: 0.0 }
 }
 
-/// Variance of the means of all blocks of a size.
-fn block_variance(named: &[u32], size: usize, share: f64) -> f64 {
-    let mut sum: u32 = named.iter().take(size).sum();
-    let mut total = (f64::from(sum) / size as f64 - share).powi(2);
-    for n in size..named.len() {
-        sum = sum + named[n] - named[n - size];
-        total += (f64::from(sum) / size as f64 - share).powi(2);
+/// Variance of the means of all blocks of a size. Between two blocks in which a sample of the user enters or leaves, the mean stays the
+/// same, so the work grows with the user's samples only: a node has hundreds of users with few samples each.
+fn block_variance(indices: &[usize], n: usize, size: usize, share: f64) -> f64 {
+    let blocks = n - size + 1;
+    // The first blocks with and without the sample, by the number of a block's first sample.
+    let mut enters = indices.iter().map(|index| (index + 1).saturating_sub(size)).peekable();
+    let mut leaves = indices.iter().map(|index| index + 1).peekable();
+    let (mut from, mut inside, mut total) = (0, 0u32, 0.0);
+    while from < blocks {
+        while enters.next_if(|at| *at <= from).is_some() {
+            inside += 1;
+        }
+        while leaves.next_if(|at| *at <= from).is_some() {
+            inside -= 1;
+        }
+        let next = enters.peek().into_iter().chain(leaves.peek()).fold(blocks, |first, at| first.min(*at));
+        total += (next - from) as f64 * (f64::from(inside) / size as f64 - share).powi(2);
+        from = next;
     }
-    let blocks = named.len() - size + 1;
     // The mean is computed from the same samples, which reduces the variance.
-    total / blocks as f64 / (1.0 - size as f64 / named.len() as f64)
+    total / blocks as f64 / (1.0 - size as f64 / n as f64)
 }
 
 /// The length of the shortest cycle of the samples, if they form one.
-fn cycle(named: &[u32], share: f64) -> Option<usize> {
+fn cycle(indices: &[usize], n: usize, share: f64) -> Option<usize> {
+    const RECENT: usize = WINDOW_SAMPLES as usize;
     // Older samples may have another cycle; a few samples that repeat by chance are not a cycle.
-    let recent = &named[named.len().saturating_sub(WINDOW_SAMPLES as usize)..];
-    let named = recent.iter().filter(|n| **n == 1).count();
-    let least = WINDOW_SAMPLES as usize / CYCLES.end();
-    if recent.len() < WINDOW_SAMPLES as usize || named.min(recent.len() - named) < least - 1 {
+    let from = n.checked_sub(RECENT)?;
+    let mut recent = [false; RECENT];
+    for index in indices.iter().rev().map_while(|index| index.checked_sub(from)) {
+        recent[index] = true;
+    }
+    let named = recent.iter().filter(|is_named| **is_named).count();
+    let least = RECENT / CYCLES.end();
+    if named.min(RECENT - named) < least - 1 {
         return None;
     }
     let repeats = |lag: usize| {
-        let both = (lag..recent.len()).filter(|n| recent[*n] == 1 && recent[n - lag] == 1).count() as f64;
-        (both / (recent.len() - lag) as f64 - share * share) / (share * (1.0 - share))
+        let both = (lag..RECENT).filter(|n| recent[*n] && recent[n - lag]).count() as f64;
+        (both / (RECENT - lag) as f64 - share * share) / (share * (1.0 - share))
     };
     CYCLES.into_iter().find(|lag| repeats(*lag) > CYCLIC)
 }
@@ -229,6 +238,26 @@ fn cycle(named: &[u32], share: f64) -> Option<usize> {
 mod tests {
     use super::*;
     use crate::device::Reason;
+
+    /// Variance of the means of all blocks, one after the other.
+    fn block_variance_by_definition(indices: &[usize], n: usize, size: usize, share: f64) -> f64 {
+        let mean = |from: usize| indices.iter().filter(|index| (from..from + size).contains(index)).count() as f64 / size as f64;
+        let blocks = n - size + 1;
+        let total: f64 = (0..blocks).map(|from| (mean(from) - share).powi(2)).sum();
+        total / blocks as f64 / (1.0 - size as f64 / n as f64)
+    }
+
+    #[test]
+    fn the_variance_of_blocks_is_that_of_its_definition() {
+        for (n, percent) in [(60, 3), (61, 50), (240, 1), (240, 97), (721, 20)] {
+            let indices: Vec<usize> = (0..n).filter(|k| random(*k) % 100 < percent).collect();
+            let share = indices.len() as f64 / n as f64;
+            for size in [1, 8, 20, 59] {
+                let [got, expect] = [block_variance, block_variance_by_definition].map(|of| of(&indices, n, size, share));
+                assert!((got - expect).abs() < 1e-12, "{n} {percent} {size}: {got} instead of {expect}");
+            }
+        }
+    }
 
     /// One user is named where `is_named` is true, another elsewhere.
     fn estimate_of(n: usize, is_named: impl Fn(usize) -> bool) -> StandardError {

@@ -3,14 +3,10 @@
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
-use hdrhistogram::Histogram;
-
 use super::settings::WINDOW_NS;
 use crate::snapshot::WindowShares;
 use crate::units::{BootNs, ContainerKey};
 
-/// Resolution of shares: parts of a thousand.
-const PARTS: f64 = 1000.0;
 /// A window is counted if at least this part of it was observed.
 const OBSERVED: f64 = 0.95;
 
@@ -20,17 +16,15 @@ struct OpenWindow {
     observed_ns: f64,
 }
 
-#[derive(Debug)]
-struct Shares {
-    parts: Histogram<u32>,
-    sum: f64,
-    view: Arc<WindowShares>,
-}
-
 #[derive(Debug, Default)]
 pub struct Windows {
     open: BTreeMap<u64, OpenWindow>,
-    shares: HashMap<ContainerKey, Shares>,
+    /// Shared with snapshots, which are older when a window is counted.
+    shares: HashMap<ContainerKey, Arc<WindowShares>>,
+}
+
+fn ends(number: u64) -> u64 {
+    (number + 1).saturating_mul(WINDOW_NS)
 }
 
 impl Windows {
@@ -42,11 +36,15 @@ impl Windows {
         *self.open.entry(at.0 / WINDOW_NS).or_default().credited.entry(key).or_default() += ns;
     }
 
+    /// Whether a window ends by `complete_until`.
+    pub fn is_due(&self, complete_until: BootNs) -> bool {
+        self.open.first_key_value().is_some_and(|(number, _)| ends(*number) <= complete_until.0)
+    }
+
     /// Counts the windows that end by `complete_until`, which cannot change any more. `holders`: containers that have the GPU, used or not.
     pub fn close(&mut self, complete_until: BootNs, holders: &HashSet<ContainerKey>) {
         while let Some(first) = self.open.first_entry() {
-            let ends = (first.key() + 1).saturating_mul(WINDOW_NS);
-            if complete_until.0 < ends {
+            if complete_until.0 < ends(*first.key()) {
                 return;
             }
             let window = first.remove();
@@ -56,32 +54,17 @@ impl Windows {
             let keys: HashSet<ContainerKey> = window.credited.keys().chain(holders).copied().collect();
             for key in keys {
                 let share = window.credited.get(&key).copied().unwrap_or_default() / WINDOW_NS as f64;
-                self.shares.entry(key).or_insert_with(Shares::new).record(share);
+                Arc::make_mut(self.shares.entry(key).or_default()).record(share);
             }
         }
     }
 
     pub fn shares_of(&self, key: ContainerKey) -> Option<Arc<WindowShares>> {
-        self.shares.get(&key).map(|shares| Arc::clone(&shares.view))
+        self.shares.get(&key).map(Arc::clone)
     }
 
     pub fn forget(&mut self, gone: impl Fn(&ContainerKey) -> bool) {
         self.shares.retain(|key, _| !gone(key));
-    }
-}
-
-impl Shares {
-    fn new() -> Self {
-        let parts = Histogram::new_with_bounds(1, 2 * PARTS as u64, 2).expect("1 to 2000 at two digits are valid bounds");
-        Self { parts, sum: 0.0, view: Arc::default() }
-    }
-
-    fn record(&mut self, share: f64) {
-        self.parts.saturating_record((share * PARTS).round() as u64 + 1);
-        self.sum += share;
-        let up_to = |bound: &f64| self.parts.count_between(0, (bound * PARTS).round() as u64 + 1);
-        let buckets = WindowShares::BOUNDS.iter().map(up_to).collect();
-        self.view = Arc::new(WindowShares { buckets, sum: self.sum, count: self.parts.len() });
     }
 }
 
@@ -102,8 +85,8 @@ mod tests {
         windows.close(BootNs(WINDOW_NS - 1), &holders);
         assert_eq!(windows.shares_of(a), None);
         windows.close(BootNs(3 * WINDOW_NS), &holders);
-        let view = |key| windows.shares_of(key).map(|w| (w.buckets.clone(), w.count, (w.sum * 10.0).round()));
-        assert_eq!(view(a), Some((vec![0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
-        assert_eq!(view(b), Some((vec![2; 10], 2, 0.0)));
+        let view = |key| windows.shares_of(key).map(|w| (w.buckets, w.count, (w.sum * 10.0).round()));
+        assert_eq!(view(a), Some(([0, 0, 0, 0, 2, 2, 2, 2, 2, 2], 2, 6.0)));
+        assert_eq!(view(b), Some(([2; 10], 2, 0.0)));
     }
 }
