@@ -9,6 +9,7 @@ use std::time::Duration;
 
 use anyhow::Context as _;
 use arc_swap::ArcSwap;
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sampler_core::aggregate::Settings;
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
@@ -30,6 +31,8 @@ use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
 use crate::session::{Recorder, SessionInputs, Store};
 
+/// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
+const MAX_DESCRIPTORS: u64 = 65_536;
 /// Time limit for IO tasks to end.
 const SHUTDOWN_GRACE: Duration = Duration::from_secs(2);
 
@@ -67,6 +70,17 @@ fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snaps
     Recorder::spawn(store, sources, config.session_ring_bytes)
 }
 
+/// Raises the soft limit of open files, which is often 1,024, as far as the hard limit allows. Returns the present one. Nothing here uses
+/// `select`, which fails with more.
+fn raise_descriptor_limit() -> usize {
+    let limit = getrlimit(Resource::Nofile);
+    let wanted = limit.maximum.unwrap_or(u64::MAX).min(MAX_DESCRIPTORS).max(limit.current.unwrap_or(u64::MAX));
+    let raised = Rlimit { current: Some(wanted), maximum: limit.maximum };
+    // Refused only by a security module; fewer files are kept open then.
+    let present = if setrlimit(Resource::Nofile, raised).is_ok() { Some(wanted) } else { limit.current };
+    present.map_or(usize::MAX, |present| usize::try_from(present).unwrap_or(usize::MAX))
+}
+
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -87,6 +101,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 
 /// Runs the agent until `stop_requested`.
 pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: impl Future<Output = ()>) -> anyhow::Result<()> {
+    let descriptors = raise_descriptor_limit();
     let health = Arc::new(Health::default());
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -103,7 +118,8 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         snapshot: Arc::clone(&snapshot),
         stop: Arc::clone(&stop),
     };
-    let pressure = pressure::start(&layout, &config.path_procfs, pressure_context).context("cannot start the thread pressure")?;
+    let pressure = pressure::start(&layout, &config.path_procfs, descriptors, pressure_context)
+        .context("cannot start the thread pressure")?;
     let recorder = recorder(&config, &labels, &snapshot)?;
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };

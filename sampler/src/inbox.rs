@@ -12,6 +12,10 @@ use tokio::sync::oneshot;
 
 use crate::query::{KnownSubject, LivingProcess, Subject};
 
+/// How often the core takes its input if nothing wakes it. A sample waits longer than that for its process sample, and a batch for a read of
+/// the loss counters, so it is not attributed later; to wake the core for each of a hundred batches a second costs more than all its work.
+pub const TAKE_EVERY: Duration = Duration::from_millis(100);
+
 pub enum Message {
     Observation(Observation),
     Query(Query),
@@ -50,9 +54,31 @@ pub fn inbox() -> std::io::Result<(CoreSender, Inbox)> {
 impl CoreSender {
     pub fn send(&self, message: Message) -> Result<(), Closed> {
         self.to.send(message).map_err(|_| Closed)?;
+        self.wake();
+        Ok(())
+    }
+
+    /// Sends several observations that wake the core once.
+    pub fn observe_all(&self, observations: impl Iterator<Item = Observation>) -> Result<(), Closed> {
+        let mut sent = false;
+        for observation in observations {
+            self.to.send(Message::Observation(observation)).map_err(|_| Closed)?;
+            sent = true;
+        }
+        if sent {
+            self.wake();
+        }
+        Ok(())
+    }
+
+    fn wake(&self) {
         // Fails only if the counter is at its maximum, and then the descriptor is readable already.
         let _written = rustix::io::write(&*self.wakeup, &1u64.to_ne_bytes());
-        Ok(())
+    }
+
+    /// Sends without waking the core, which takes its input at least every [`TAKE_EVERY`].
+    pub fn observe_later(&self, observation: Observation) -> Result<(), Closed> {
+        self.to.send(Message::Observation(observation)).map_err(|_| Closed)
     }
 
     pub fn observe(&self, observation: Observation) -> Result<(), Closed> {

@@ -1,14 +1,23 @@
-//! Reads the pressure and quota files of one cgroup. A missing file or field is unknown, never 0.
+//! Reads the pressure and quota files of one container's cgroups. A missing file or field is unknown, never 0.
+//!
+//! Files that are read every second are kept open: a read at offset 0 makes the kernel write the content again, and takes a fraction of
+//! the time of an open, a read and a close.
 
 use std::fs::File;
-use std::io::{self, Read as _};
-use std::path::Path;
+use std::io;
+use std::os::unix::fs::FileExt as _;
+use std::path::{Path, PathBuf};
+use std::time::{Duration, Instant};
 
 use sampler_core::observation::CpuQuota;
 use strum::EnumCount as _;
 
+use super::place::PressurePaths;
+
 /// Maximum bytes read of a file; the longest known (cpu.stat of v1 and v2) has less than 500.
-const MAX_BYTES: u64 = 8192;
+const MAX_BYTES: usize = 4096;
+/// How often quotas are read. They rarely change, and the files of v1 that hold them are two.
+const LIMIT_EVERY: Duration = Duration::from_secs(10);
 
 /// Determines the files of a cgroup and their units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -37,13 +46,43 @@ impl Outcome {
 
 pub type OutcomeCounts = [u64; Outcome::COUNT];
 
-/// Reads files, counts outcomes and keeps the first problem.
+/// Counts of outcomes and the first problem.
 #[derive(Debug, Default)]
-pub struct PressureFiles {
-    text: Vec<u8>,
+pub struct ReadOutcomes {
     pub counts: OutcomeCounts,
     pub problem: Option<String>,
 }
+
+/// A file that may be kept open between reads.
+#[derive(Debug)]
+struct KeptFile {
+    path: PathBuf,
+    open: Option<File>,
+}
+
+/// The quota of a cgroup: its counters, and its limit as last read.
+#[derive(Debug)]
+struct QuotaFiles {
+    version: CgroupVersion,
+    cgroup: PathBuf,
+    stat: KeptFile,
+    limit: Option<(Instant, Limit)>,
+}
+
+/// The files of one container.
+#[derive(Debug)]
+pub struct PressureFiles {
+    pub paths: PressurePaths,
+    /// Files stay open after a read.
+    keep_open: bool,
+    quotas: Vec<QuotaFiles>,
+    /// `None` if it has no cgroup on v2.
+    pressure: Option<[KeptFile; RESOURCES.len()]>,
+    outcomes: ReadOutcomes,
+}
+
+/// Resources with PSI, in the order of [`PressureFiles::some_ns`].
+const RESOURCES: [&str; 3] = ["cpu", "memory", "io"];
 
 /// Whether the file does not exist, or no longer: the cgroup was removed between open and read, or the kernel was booted with psi=0.
 fn absent(error: &io::Error) -> bool {
@@ -83,7 +122,7 @@ fn limit(quota: &str, period: &str, none: &str) -> Result<Limit, ()> {
     if quota.trim() == none { Ok(None) } else { Ok(Some((ns(quota)?, period))) }
 }
 
-impl PressureFiles {
+impl ReadOutcomes {
     fn count(&mut self, outcome: Outcome) {
         self.counts[outcome as usize] += 1;
     }
@@ -94,32 +133,58 @@ impl PressureFiles {
     }
 
     /// Reads a file and parses its content.
-    fn parsed<T>(&mut self, path: &Path, parse: impl FnOnce(&str) -> Result<Option<T>, ()>) -> Option<T> {
-        self.text.clear();
-        let read = File::open(path).and_then(|file| file.take(MAX_BYTES).read_to_end(&mut self.text));
-        if let Err(error) = read {
-            if absent(&error) {
+    fn parsed<T>(&mut self, file: &mut KeptFile, keep: bool, parse: impl FnOnce(&str) -> Result<Option<T>, ()>) -> Option<T> {
+        let mut bytes = [0; MAX_BYTES];
+        let length = match file.read(&mut bytes, keep) {
+            Ok(length) => length,
+            Err(error) if absent(&error) => {
                 self.count(Outcome::Absent);
-            } else {
-                self.failed(path, &error);
+                return None;
             }
-            return None;
-        }
-        let Ok(found) = std::str::from_utf8(&self.text).map_err(drop).and_then(parse) else {
-            self.failed(path, &"unexpected format");
+            Err(error) => {
+                self.failed(&file.path, &error);
+                return None;
+            }
+        };
+        let Ok(found) = std::str::from_utf8(&bytes[..length]).map_err(drop).and_then(parse) else {
+            self.failed(&file.path, &"unexpected format");
             return None;
         };
         self.count(if found.is_some() { Outcome::Ok } else { Outcome::Absent });
         found
     }
+}
 
-    fn limit(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<Limit> {
-        match version {
+impl KeptFile {
+    fn new(path: PathBuf) -> Self {
+        Self { path, open: None }
+    }
+
+    fn read(&mut self, bytes: &mut [u8], keep: bool) -> io::Result<usize> {
+        // Fails if the cgroup was removed since; another one may have its path.
+        if let Some(length) = self.open.take().and_then(|file| self.read_from(file, bytes, keep).ok()) {
+            return Ok(length);
+        }
+        self.read_from(File::open(&self.path)?, bytes, keep)
+    }
+
+    /// A file of cgroupfs is returned whole by one read.
+    fn read_from(&mut self, file: File, bytes: &mut [u8], keep: bool) -> io::Result<usize> {
+        let length = file.read_at(bytes, 0)?;
+        self.open = keep.then_some(file);
+        Ok(length)
+    }
+}
+
+impl QuotaFiles {
+    fn read_limit(&self, outcomes: &mut ReadOutcomes) -> Option<Limit> {
+        let file = |name| KeptFile::new(self.cgroup.join(name));
+        match self.version {
             CgroupVersion::V1 => {
-                let period = self.parsed(&cgroup.join("cpu.cfs_period_us"), |text| Ok(Some(text.to_owned())))?;
-                self.parsed(&cgroup.join("cpu.cfs_quota_us"), |quota| limit(quota, &period, "-1").map(Some))
+                let period = outcomes.parsed(&mut file("cpu.cfs_period_us"), false, |text| Ok(Some(text.to_owned())))?;
+                outcomes.parsed(&mut file("cpu.cfs_quota_us"), false, |quota| limit(quota, &period, "-1").map(Some))
             }
-            CgroupVersion::V2 => self.parsed(&cgroup.join("cpu.max"), |text| {
+            CgroupVersion::V2 => outcomes.parsed(&mut file("cpu.max"), false, |text| {
                 let (quota, period) = text.split_once(' ').ok_or(())?;
                 limit(quota, period, "max").map(Some)
             }),
@@ -127,16 +192,50 @@ impl PressureFiles {
     }
 
     /// `None` also if the cpu controller is not enabled: `cpu.stat` then has no throttling fields.
-    pub fn quota(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<CpuQuota> {
-        let stat = cgroup.join("cpu.stat");
-        let (periods, throttled_periods, throttled_ns) = self.parsed(&stat, |text| throttled(version, text))?;
-        let limit_ns = self.limit(version, cgroup)?;
+    fn read(&mut self, keep: bool, outcomes: &mut ReadOutcomes) -> Option<CpuQuota> {
+        let version = self.version;
+        let (periods, throttled_periods, throttled_ns) =
+            outcomes.parsed(&mut self.stat, keep, |text| throttled(version, text))?;
+        if self.limit.is_none_or(|(at, _)| at.elapsed() >= LIMIT_EVERY) {
+            self.limit = self.read_limit(outcomes).map(|limit| (Instant::now(), limit));
+        }
+        let (_, limit_ns) = self.limit?;
         Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns })
     }
+}
 
-    /// The PSI `some` total of a resource, in ns.
-    pub fn some_ns(&mut self, cgroup: &Path, resource: &str) -> Option<u64> {
-        self.parsed(&cgroup.join(format!("{resource}.pressure")), some_total_ns)
+impl PressureFiles {
+    pub fn new(paths: PressurePaths) -> Self {
+        let stat = |cgroup: &PathBuf| KeptFile::new(cgroup.join("cpu.stat"));
+        let version = paths.version;
+        let quota = |cgroup: &PathBuf| QuotaFiles { version, cgroup: cgroup.clone(), stat: stat(cgroup), limit: None };
+        let quotas = paths.levels.iter().map(quota).collect();
+        let file = |cgroup: &Path, resource| KeptFile::new(cgroup.join(format!("{resource}.pressure")));
+        let pressure = paths.v2.as_deref().map(|cgroup| RESOURCES.map(|resource| file(cgroup, resource)));
+        Self { paths, keep_open: false, quotas, pressure, outcomes: ReadOutcomes::default() }
+    }
+
+    pub fn keep_open(&mut self, keep_open: bool) {
+        self.keep_open = keep_open;
+    }
+
+    /// By level, from the container up.
+    pub fn quotas(&mut self) -> Vec<Option<CpuQuota>> {
+        let (keep, outcomes) = (self.keep_open, &mut self.outcomes);
+        self.quotas.iter_mut().map(|quota| quota.read(keep, outcomes)).collect()
+    }
+
+    /// The PSI `some` totals of cpu, memory and io, in ns.
+    pub fn some_ns(&mut self) -> [Option<u64>; RESOURCES.len()] {
+        let (keep, outcomes) = (self.keep_open, &mut self.outcomes);
+        match &mut self.pressure {
+            Some(files) => files.each_mut().map(|file| outcomes.parsed(file, keep, some_total_ns)),
+            None => [None; RESOURCES.len()],
+        }
+    }
+
+    pub fn take_outcomes(&mut self) -> ReadOutcomes {
+        std::mem::take(&mut self.outcomes)
     }
 }
 
@@ -146,15 +245,19 @@ mod tests {
 
     use super::*;
 
+    fn files_of(version: CgroupVersion, dir: &Path) -> PressureFiles {
+        PressureFiles::new(PressurePaths { version, levels: vec![dir.to_path_buf()], v2: Some(dir.to_path_buf()) })
+    }
+
     /// The quota of a cgroup with these files, and whether there was a problem.
     fn quota(version: CgroupVersion, files: &[(&str, &str)]) -> (Option<CpuQuota>, bool) {
         let dir = tempfile::tempdir().unwrap();
         for (name, text) in files {
             std::fs::write(dir.path().join(name), text).unwrap();
         }
-        let mut files = PressureFiles::default();
-        let found = files.quota(version, dir.path());
-        (found, files.problem.is_some())
+        let mut files = files_of(version, dir.path());
+        let found = files.quotas();
+        (found[0], files.take_outcomes().problem.is_some())
     }
 
     const V1_STAT: &str = "nr_periods 40\nnr_throttled 30\nthrottled_time 5000000000\nwait_sum 7\n";
@@ -207,12 +310,12 @@ mod tests {
             if let Some(text) = text {
                 std::fs::write(dir.path().join("io.pressure"), text).unwrap();
             }
-            let mut files = PressureFiles::default();
-            let found = files.some_ns(dir.path(), "io");
+            let mut outcomes = ReadOutcomes::default();
+            let found = outcomes.parsed(&mut KeptFile::new(dir.path().join("io.pressure")), false, some_total_ns);
             let outcome =
-                Outcome::VARIANTS.iter().copied().find(|o| files.counts[*o as usize] == 1).expect("one outcome is counted");
+                Outcome::VARIANTS.iter().copied().find(|o| outcomes.counts[*o as usize] == 1).expect("one outcome is counted");
             assert_eq!((found, outcome), expect, "{text:?}");
-            assert_eq!(files.problem.is_some(), outcome == Outcome::Error);
+            assert_eq!(outcomes.problem.is_some(), outcome == Outcome::Error);
         };
         let both = b"some avg10=0.00 avg60=1.21 avg300=0.15 total=1234\nfull avg10=0.00 avg60=0.00 avg300=0.00 total=99\n";
         check(Some(both), (Some(1_234_000), Outcome::Ok));
@@ -229,8 +332,32 @@ mod tests {
     fn a_folder_in_place_of_a_file_is_a_problem() {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir(dir.path().join("cpu.pressure")).unwrap();
-        let mut files = PressureFiles::default();
-        assert_eq!(files.some_ns(dir.path(), "cpu"), None);
-        assert!(files.problem.is_some_and(|p| p.contains("cpu.pressure")));
+        let mut files = files_of(CgroupVersion::V2, dir.path());
+        assert_eq!(files.some_ns(), [None; 3]);
+        assert!(files.take_outcomes().problem.is_some_and(|p| p.contains("cpu.pressure")));
+    }
+
+    #[test]
+    fn a_kept_file_is_read_again_and_replaced_when_its_cgroup_is() {
+        let (dir, some) = (tempfile::tempdir().unwrap(), |total| format!("some avg10=0.00 total={total}\n"));
+        let path = dir.path().join("cpu.pressure");
+        let mut files = files_of(CgroupVersion::V2, dir.path());
+        files.keep_open(true);
+        let mut read = |total: Option<u64>| {
+            if let Some(total) = total {
+                std::fs::write(&path, some(total)).unwrap();
+            }
+            files.some_ns()[0]
+        };
+        assert_eq!((read(Some(100)), read(Some(7)), read(None)), (Some(100_000), Some(7_000), Some(7_000)));
+        let kept = files.pressure.as_ref().map(|files| files.each_ref().map(|file| file.open.is_some()));
+        assert_eq!(kept, Some([true, false, false]));
+        // Reading a folder fails, as reading a file of a removed cgroup does.
+        let removed = File::open(dir.path()).unwrap();
+        files.pressure.as_mut().unwrap()[0].open = Some(removed);
+        assert_eq!(files.some_ns()[0], Some(7_000));
+        files.keep_open(false);
+        assert_eq!(files.some_ns()[0], Some(7_000));
+        assert!(files.pressure.unwrap().iter().all(|file| file.open.is_none()));
     }
 }

@@ -2,7 +2,7 @@
 //! once a second while they use a GPU and every ten seconds otherwise.
 //!
 //! ```text
-//!  pressure        every second: for each container of the snapshot that is due, requests a reading -> facts
+//!  pressure        every second: requests a reading of the containers of the snapshot that are due -> facts
 //!  pressure-read   reads the files; abandoned if a read takes longer than 2 s, and that container is skipped until the read returns
 //! ```
 //! Guarantees: a missing value is unknown, never 0. A read that fails or hangs is counted and reported, and delays other containers by
@@ -30,9 +30,10 @@ use sampler_core::units::ContainerKey;
 
 pub use self::files::{Outcome, OutcomeCounts};
 
-use self::place::{Hierarchies, PressurePaths};
+use self::files::PressureFiles;
+use self::place::Hierarchies;
 use self::throttle::Throttle;
-use self::worker::{PressureReading, PressureWorker, Target};
+use self::worker::{PressureReading, PressureWorker, Progress, Target};
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::{Closed, CoreSender};
@@ -47,6 +48,10 @@ const PATIENCE: Duration = Duration::from_secs(2);
 const MAX_ABANDONED: usize = 4;
 /// How often missing cgroups of a container are searched for.
 const FIND_EVERY: Duration = Duration::from_secs(10);
+/// Maximum number of containers with files kept open: at most seven each, for each of which the kernel keeps a page.
+const MAX_KEPT_OPEN: usize = 1024;
+/// The part of the process's limit of descriptors that kept files may use.
+const DESCRIPTORS_PER_CONTAINER: usize = 14;
 
 /// The results so far, for export.
 #[derive(Clone, Debug, Default)]
@@ -61,7 +66,7 @@ pub struct PressureView {
 /// The state of a container between readings.
 #[derive(Default)]
 struct ContainerPressure {
-    paths: Option<Arc<PressurePaths>>,
+    files: Option<PressureFiles>,
     found: Option<Instant>,
     throttle: Throttle,
     /// GPU-seconds so far, and when they last grew.
@@ -76,13 +81,21 @@ impl ContainerPressure {
         if self.used_at.is_none() || used != self.used {
             (self.used, self.used_at) = (used, Some(now));
         }
-        let is_past = |at: Option<Instant>| at.is_none_or(|at| now.saturating_duration_since(at) >= IDLE);
-        let is_due = !is_past(self.used_at) || is_past(self.read_at);
+        let is_due = self.is_active(now) || is_past(self.read_at, now);
         if is_due {
             self.read_at = Some(now);
         }
         is_due
     }
+
+    /// Whether it used a GPU lately, and is read in every round.
+    fn is_active(&self, now: Instant) -> bool {
+        !is_past(self.used_at, now)
+    }
+}
+
+fn is_past(at: Option<Instant>, now: Instant) -> bool {
+    at.is_none_or(|at| now.saturating_duration_since(at) >= IDLE)
 }
 
 struct AbandonedWorker {
@@ -96,6 +109,7 @@ struct Pressure {
     hierarchies: Arc<Hierarchies>,
     read: ReadPressure,
     patience: Duration,
+    max_kept_open: usize,
     worker: Option<PressureWorker>,
     abandoned: Vec<AbandonedWorker>,
     known: HashMap<ContainerKey, ContainerPressure>,
@@ -110,13 +124,15 @@ fn wanted(snapshot: &Snapshot) -> impl Iterator<Item = (&Arc<ContainerRecord>, f
 }
 
 impl Pressure {
-    fn new(hierarchies: Hierarchies) -> Self {
+    /// `descriptors`: how many the process may have.
+    fn new(hierarchies: Hierarchies, descriptors: usize) -> Self {
         let hierarchies = Arc::new(hierarchies);
         let reading = Arc::clone(&hierarchies);
         Self {
             hierarchies,
             read: Arc::new(move |target| worker::read(&reading, target)),
             patience: PATIENCE,
+            max_kept_open: MAX_KEPT_OPEN.min(descriptors / DESCRIPTORS_PER_CONTAINER),
             worker: None,
             abandoned: Vec::new(),
             known: HashMap::new(),
@@ -124,72 +140,90 @@ impl Pressure {
         }
     }
 
-    /// One round: sends a fact for each readable container and returns the problems.
-    fn round(
-        &mut self,
-        snapshot: &Snapshot,
-        send: &mut dyn FnMut(PressureFact) -> Result<(), Closed>,
-    ) -> Result<Vec<String>, Closed> {
+    /// One round: returns a fact for each readable container that is due, and the problems.
+    fn round(&mut self, snapshot: &Snapshot) -> (Vec<PressureFact>, Vec<String>) {
         self.abandoned.retain(|abandoned| !abandoned.worker.has_returned());
-        let mut problems: Vec<String> = Vec::new();
         let exists: HashMap<ContainerKey, bool> = snapshot.containers.iter().map(|c| (c.record.key, c.gone.is_none())).collect();
         self.view.facts.retain(|key, _| exists.contains_key(key));
         self.known.retain(|key, _| exists.get(key).is_some_and(|exists| *exists));
-        let now = Instant::now();
-        for (record, used) in wanted(snapshot) {
-            if self.abandoned.len() >= MAX_ABANDONED {
-                break;
-            }
-            let hangs = self.abandoned.iter().any(|abandoned| abandoned.record.key == record.key);
-            if hangs || !self.known.entry(record.key).or_default().is_due(used, now) {
-                continue;
-            }
-            match self.read(record) {
-                Ok(Some(reading)) => {
-                    problems.extend(reading.problem.clone());
-                    let fact = self.take(record, reading);
-                    send(fact)?;
+        let mut due = self.due(snapshot);
+        let (mut facts, mut problems, mut kept_open) = (Vec::new(), Vec::new(), 0);
+        while !due.is_empty() && self.abandoned.len() < MAX_ABANDONED {
+            let worker = match self.worker.take() {
+                Some(worker) => worker,
+                None => {
+                    let read = Arc::clone(&self.read);
+                    match PressureWorker::start(move |target| read(target)) {
+                        Ok(worker) => worker,
+                        Err(error) => {
+                            problems.push(format!("cannot start the thread pressure-read: {error}"));
+                            break;
+                        }
+                    }
                 }
-                Ok(None) => {}
-                Err(error) => problems.push(format!("cannot start the thread pressure-read: {error}")),
+            };
+            let batch = self.targets(&due, &mut kept_open);
+            let (readings, progress) = worker.read(batch, self.patience);
+            let mut left = due.split_off(readings.len().min(due.len()));
+            for (record, mut reading) in due.iter().zip(readings) {
+                problems.extend(reading.outcomes.problem.take());
+                facts.push(self.take(record, reading));
             }
+            match progress {
+                Progress::Complete => self.worker = Some(worker),
+                Progress::Hangs if left.is_empty() => drop(worker),
+                Progress::Hangs => self.abandon(worker, left.remove(0)),
+            }
+            due = left;
         }
         problems.extend(self.abandoned.iter().map(|abandoned| format!("{}: reading it hangs", abandoned.record.cgroup_path)));
-        Ok(problems)
+        (facts, problems)
     }
 
-    /// `None` if the read hangs.
-    fn read(&mut self, record: &Arc<ContainerRecord>) -> std::io::Result<Option<PressureReading>> {
-        let read = Arc::clone(&self.read);
-        let worker = match self.worker.take() {
-            Some(worker) => worker,
-            None => PressureWorker::start(move |target| read(target))?,
-        };
-        let known = self.known.entry(record.key).or_default();
-        let recent = known.found.is_some_and(|found| found.elapsed() < FIND_EVERY);
-        let paths = known.paths.clone().filter(|paths| recent || !self.hierarchies.is_incomplete(paths));
-        if paths.is_none() {
-            known.found = Some(Instant::now());
+    /// The containers to read in this round.
+    fn due(&mut self, snapshot: &Snapshot) -> Vec<Arc<ContainerRecord>> {
+        let now = Instant::now();
+        let mut due = Vec::new();
+        for (record, used) in wanted(snapshot) {
+            let hangs = self.abandoned.iter().any(|abandoned| abandoned.record.key == record.key);
+            if !hangs && self.known.entry(record.key).or_default().is_due(used, now) {
+                due.push(Arc::clone(record));
+            }
         }
-        worker.request(Target { record: Arc::clone(record), paths });
-        if let Ok(reading) = worker.next(self.patience) {
-            self.worker = Some(worker);
-            return Ok(Some(reading));
+        due
+    }
+
+    /// `kept_open`: how many containers of this round keep their files open.
+    fn targets(&mut self, due: &[Arc<ContainerRecord>], kept_open: &mut usize) -> Vec<Target> {
+        let now = Instant::now();
+        let mut targets = Vec::with_capacity(due.len());
+        for record in due {
+            let known = self.known.entry(record.key).or_default();
+            let recent = known.found.is_some_and(|found| found.elapsed() < FIND_EVERY);
+            let files = known.files.take().filter(|files| recent || !self.hierarchies.is_incomplete(&files.paths));
+            if files.is_none() {
+                known.found = Some(now);
+            }
+            let keep_open = known.is_active(now) && *kept_open < self.max_kept_open;
+            *kept_open += usize::from(keep_open);
+            targets.push(Target { record: Arc::clone(record), files, keep_open });
         }
+        targets
+    }
+
+    fn abandon(&mut self, mut worker: PressureWorker, record: Arc<ContainerRecord>) {
         self.view.reads[Outcome::Timeout as usize] += 1;
-        let mut worker = worker;
         worker.abandon();
-        self.abandoned.push(AbandonedWorker { worker, record: Arc::clone(record) });
-        Ok(None)
+        self.abandoned.push(AbandonedWorker { worker, record });
     }
 
     fn take(&mut self, record: &ContainerRecord, reading: PressureReading) -> PressureFact {
-        for (all, new) in self.view.reads.iter_mut().zip(reading.counts) {
+        for (all, new) in self.view.reads.iter_mut().zip(reading.outcomes.counts) {
             *all += new;
         }
         self.view.took += reading.took;
         let known = self.known.entry(record.key).or_default();
-        known.paths = Some(reading.paths);
+        known.files = Some(reading.files);
         let fact = PressureFact { cpu: known.throttle.add(&reading.quotas), ..reading.fact };
         self.view.facts.insert(record.key, fact);
         fact
@@ -205,7 +239,12 @@ pub struct WorkerContext {
 }
 
 /// Starts the thread. It ends with the agent, which does not wait for it.
-pub fn start(layout: &Layout, procfs: &Path, context: WorkerContext) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
+pub fn start(
+    layout: &Layout,
+    procfs: &Path,
+    descriptors: usize,
+    context: WorkerContext,
+) -> std::io::Result<Arc<ArcSwap<PressureView>>> {
     let view = Arc::new(ArcSwap::from_pointee(PressureView::default()));
     let hierarchies = Hierarchies::new(layout, procfs);
     if hierarchies.none() {
@@ -214,7 +253,7 @@ pub fn start(layout: &Layout, procfs: &Path, context: WorkerContext) -> std::io:
     let published = Arc::clone(&view);
     std::thread::Builder::new().name("pressure".into()).spawn(move || {
         // Closed: the core has ended, and with it the agent.
-        let _closed = run(Pressure::new(hierarchies), &context, &published);
+        let _closed = run(Pressure::new(hierarchies, descriptors), &context, &published);
     })?;
     Ok(view)
 }
@@ -226,7 +265,8 @@ fn run(mut pressure: Pressure, context: &WorkerContext, view: &ArcSwap<PressureV
         let now = Instant::now();
         next = if now < next + EVERY { next + EVERY } else { now + EVERY };
         let snapshot = context.snapshot.load_full();
-        let problems = pressure.round(&snapshot, &mut |fact| context.to.observe(Observation::Pressure(fact)))?;
+        let (facts, problems) = pressure.round(&snapshot);
+        context.to.observe_all(facts.into_iter().map(Observation::Pressure))?;
         let message = |n, first: &str| format!("cannot read the pressure of containers in {n} places, such as {first}");
         context.health.report(Condition::Pressure, &problems, message);
         view.store(Arc::new(pressure.view.clone()));
