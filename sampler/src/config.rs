@@ -17,8 +17,10 @@ pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
 const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
-/// Bytes per ring of kernel events. 4 MiB hold 70,000 process events: several seconds at the highest rate observed.
+/// Bytes of the ring of process events. 4 MiB hold 70,000 of them: several seconds at the highest rate observed.
 pub const DEFAULT_KERNEL_RING_BYTES: u32 = 4 << 20;
+/// A page, which is the least that the kernel accepts.
+pub const MIN_KERNEL_RING_BYTES: u32 = 4096;
 pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
 
 /// How processes and cgroups are tracked.
@@ -106,7 +108,7 @@ pub struct Settings {
     /// How processes and cgroups are tracked [default: auto]
     #[arg(long, value_name = "MODE", env = "GPU_SAMPLER_KERNEL_MODE")]
     pub kernel_mode: Option<KernelMode>,
-    /// Size of each of the two kernel event rings, a power of two, at least 4096 [default: 4194304]
+    /// Size of the ring of process events, a power of two, at least 4096; that of cgroup events has half [default: 4194304]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_KERNEL_RING_BYTES")]
     pub kernel_ring_bytes: Option<u32>,
     /// Processor time limit for reading one GPU, in percent of one processor; 0.01 to 100 [default: 1]
@@ -368,7 +370,7 @@ fn socket(key: &'static str, endpoint: &str) -> Result<PathBuf, ConfigError> {
 
 fn ring_bytes(configured: Option<u32>) -> Result<u32, ConfigError> {
     let bytes = configured.unwrap_or(DEFAULT_KERNEL_RING_BYTES);
-    if bytes.is_power_of_two() && (4096..=1 << 30).contains(&bytes) {
+    if bytes.is_power_of_two() && (MIN_KERNEL_RING_BYTES..=1 << 30).contains(&bytes) {
         return Ok(bytes);
     }
     let remedy = "expected a power of two from 4096 to 1073741824".into();

@@ -24,7 +24,7 @@ use crate::config::{Config, KernelMode};
 use crate::error::display_chain;
 use crate::health::condition::Condition;
 use crate::health::{Health, Lost};
-use crate::inbox::{Inbox, Message, Query};
+use crate::inbox::{Inbox, Message, Query, TAKE_EVERY};
 use crate::labels::ContainerEvent;
 use crate::observe::clock::{boot_now, wall_now};
 use crate::observe::kernel::layout::Layout;
@@ -38,6 +38,8 @@ use crate::session::Recorder;
 
 /// How often the clock of the core advances, which closes windows and makes facts for the recorder.
 const ADVANCE_EVERY: Duration = Duration::from_millis(250);
+/// As [`TAKE_EVERY`], where a process must be read while it lives.
+const TAKE_EVERY_WITHOUT_EVENTS: Duration = Duration::from_millis(20);
 /// How often a snapshot is published without a request for it. A snapshot of many users takes longer than all else in that time.
 const PUBLISH_EVERY: Duration = Duration::from_secs(1);
 /// Minimum time between two snapshots, however many scrapes ask for one.
@@ -138,12 +140,12 @@ impl Turn {
         wanted && self.counted.elapsed() >= COUNT_EVERY
     }
 
-    /// The time until there is something to do, if nothing arrives.
-    fn idle(&self) -> Duration {
+    /// The time until there is something to do, if nothing arrives. `take_every`: how often the input is taken.
+    fn idle(&self, take_every: Duration) -> Duration {
         if !self.queries.is_empty() {
             return Duration::ZERO;
         }
-        let advance = ADVANCE_EVERY.saturating_sub(self.advanced.elapsed());
+        let advance = ADVANCE_EVERY.saturating_sub(self.advanced.elapsed()).min(take_every);
         if self.batch_waits() { advance.min(COUNT_EVERY.saturating_sub(self.counted.elapsed())) } else { advance }
     }
 }
@@ -181,7 +183,9 @@ impl CoreThread {
             liveness_logged: false,
         };
         while !self.stop.load(Ordering::Relaxed) {
-            self.wait(turn.idle());
+            // Without kernel events, processes are read when a batch names them, which must be soon.
+            let has_events = self.tracker.mode() == Mode::RawTracepoint;
+            self.wait(turn.idle(if has_events { TAKE_EVERY } else { TAKE_EVERY_WITHOUT_EVENTS }));
             self.turn(&mut turn);
         }
     }
@@ -255,7 +259,7 @@ impl CoreThread {
     fn wait(&self, at_most: Duration) {
         let mut fds = vec![PollFd::from_borrowed_fd(self.inbox.fd(), PollFlags::IN)];
         fds.extend(self.tracker.fds().map(|fd| PollFd::from_borrowed_fd(fd, PollFlags::IN)));
-        let timeout = Timespec { tv_sec: 0, tv_nsec: at_most.subsec_nanos().into() };
+        let timeout = Timespec { tv_sec: at_most.as_secs().cast_signed(), tv_nsec: at_most.subsec_nanos().into() };
         // An interruption is treated like readiness: the turn checks everything.
         let _ready = rustix::event::poll(&mut fds, Some(&timeout));
     }

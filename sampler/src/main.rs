@@ -1,6 +1,7 @@
 //! gpu-sampler attributes GPU time to containers. Parses the command line, runs the command, prints the error chain.
 
 mod agent;
+mod allocator;
 mod cli;
 mod collectors;
 mod config;
@@ -20,6 +21,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
+    allocator::use_one_heap();
     match cli::Cli::parse().run() {
         Ok(code) => code,
         Err(error) => {

@@ -63,7 +63,7 @@ impl Context {
     /// Sends the batch of a poll to the core and its PIDs to the PID check.
     pub fn polled(&self, batch: GpuBatch) -> Result<(), Closed> {
         self.pids.check(&batch);
-        self.to.observe(Observation::from(batch))
+        self.to.observe_later(Observation::from(batch))
     }
 
     pub fn stopping(&self) -> bool {

@@ -15,6 +15,8 @@ use super::misses::{Misses, MissesError};
 use super::rings::Rings;
 use super::tasks::TasksError;
 use super::{KernelError, OBJECT, tasks};
+use crate::allocator;
+use crate::config::MIN_KERNEL_RING_BYTES;
 use crate::health::Lost;
 
 /// Programs, named after their tracepoints, each with the kind of event that it reports.
@@ -101,7 +103,7 @@ fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawT
     Ok(program)
 }
 
-/// `v1`: the controller name and id of the v1 hierarchy to follow in addition to v2. Each ring has `ring_bytes`.
+/// `v1`: the controller name and id of the v1 hierarchy to follow in addition to v2. The ring of process events has `ring_bytes`.
 pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Program, KernelError> {
     let object = OBJECT.ok_or(KernelError::NoObject)?;
     let offsets = offsets(v1, btf)?;
@@ -111,7 +113,7 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
         .btf(Some(&types))
         .override_global("OFFSETS", &offsets, true)
         .override_global(aya_log::LEVEL, &level, false)
-        .map_max_entries("CGROUP_EVENTS", ring_bytes)
+        .map_max_entries("CGROUP_EVENTS", (ring_bytes / 2).max(MIN_KERNEL_RING_BYTES))
         .map_max_entries("PROCESS_EVENTS", ring_bytes)
         .load(object)
         .map_err(refused("load the eBPF object"))?;
@@ -129,9 +131,8 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
     let misses = misses(&ebpf)?;
     drop(types);
-    // The parsed BTF is by far the largest allocation of this process; return its memory to the system.
-    // SAFETY: malloc_trim takes no pointers.
-    unsafe { libc::malloc_trim(0) };
+    // The parsed BTF is by far the largest allocation of this process.
+    allocator::trim();
     Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost, misses })
 }
 
