@@ -7,7 +7,7 @@ use strum::VariantArray as _;
 
 use super::catalogue::{agent as agent_families, cadvisor as cadvisor_families, containers as container_families};
 use super::encode::{HistogramValue, Labels, Page, label_block};
-use super::ledger::{ExportedPair, Exposition};
+use super::exposition::{ExportedPair, Exposition};
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::config::PodLabels;
 use crate::health::{HealthView, IDENTIFY_BOUNDS};

@@ -7,7 +7,7 @@ use strum::VariantArray as _;
 
 use super::catalogue::{Family, gpus as families, samples as sample_families};
 use super::encode::{Labels, Page, label_block};
-use super::ledger::{ExportedGpu, Exposition};
+use super::exposition::{ExportedGpu, Exposition};
 use super::series_starts::{SeriesOwner, SeriesStarts};
 
 /// A GPU with the labels of its series.

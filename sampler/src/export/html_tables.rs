@@ -6,7 +6,7 @@ use sampler_report::html_escape;
 use serde::Serialize;
 use strum::VariantArray as _;
 
-use super::ledger::{ExportedPair, Exposition};
+use super::exposition::{ExportedPair, Exposition};
 use crate::health::HealthView;
 
 #[derive(Serialize)]

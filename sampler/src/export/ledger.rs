@@ -13,14 +13,15 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use sampler_core::identity::ContainerRecord;
-use sampler_core::snapshot::{ContainerGpu, GpuView, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
-use super::contenders::{ContenderLabels, ExportedContender, merge_series};
-use super::families::PairText;
-use super::scrapers::{ConnectionId, ScrapeClient, ScrapeNumber, Scrapers};
+use super::contenders::ContenderLabels;
+use super::exposition::{ExportedGpu, ExportedPair, Exposition, exported_pair};
+use super::pair_state::{PairState, counters};
+use super::scrapers::{ConnectionId, ScrapeClient, Scrapers};
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::config::PodLabels;
 use crate::labels::LabelView;
@@ -33,70 +34,7 @@ const ROUNDING: f64 = 1e-6;
 /// A container without a record in the label service is exposed by its path after this long.
 const UNLABELLED_NS: u64 = 5_000_000_000;
 
-/// One (container, GPU) pair as exposed.
-#[derive(Clone, Debug)]
-pub struct ExportedPair {
-    pub key: ContainerKey,
-    /// The container's own id, unless another exposed container has the same one.
-    pub container_id: Arc<str>,
-    pub labels: Arc<ContainerLabels>,
-    pub gpu: GpuUuid,
-    /// The GPU of a MIG device.
-    pub parent: Option<GpuUuid>,
-    pub model: String,
-    pub memory_total_bytes: Option<u64>,
-    pub usage: ContainerGpu,
-    /// Those of `usage.contention` that may be exposed.
-    pub contenders: Vec<ExportedContender>,
-    /// Its last cgroup was removed.
-    pub gone: bool,
-    /// The kubelet has assigned the GPU, or a part of it, to the container.
-    pub assigned: bool,
-    /// Empty but in a scrape.
-    pub text: Arc<PairText>,
-}
-
-#[derive(Clone, Debug)]
-pub struct ExportedGpu {
-    pub view: GpuView,
-    /// Busy seconds minus those that wait for labels.
-    pub busy_seconds: f64,
-    /// Namespace -> seconds; blank for containers without one.
-    pub credited: BTreeMap<String, f64>,
-}
-
-#[derive(Clone, Debug, Default)]
-pub struct Exposition {
-    pub gpus: Vec<ExportedGpu>,
-    pub pairs: Vec<ExportedPair>,
-    /// (state, runtime) -> containers.
-    pub containers: BTreeMap<(&'static str, &'static str), u64>,
-    /// Label -> live containers that lack it.
-    pub missing: BTreeMap<&'static str, u64>,
-}
-
 type Pair = (ContainerKey, GpuUuid);
-
-/// What the export remembers of a pair.
-#[derive(Debug, Default)]
-struct PairState {
-    /// Seconds that are credited to a namespace.
-    counted: f64,
-    /// The last scrape in which a counter of the pair changed, and the one in which its newest counter was born; 0 before the first.
-    changed: ScrapeNumber,
-    born: ScrapeNumber,
-    counters: Counters,
-    /// Every scraper has these values. Scrapers that come later have no claim to them.
-    delivered: bool,
-    text: Option<KeptText>,
-}
-
-#[derive(Debug)]
-struct KeptText {
-    labels: Arc<ContainerLabels>,
-    container_id: Arc<str>,
-    text: Arc<PairText>,
-}
 
 /// Who scrapes, and when.
 #[derive(Debug)]
@@ -242,107 +180,6 @@ impl Ledger {
     }
 }
 
-impl PairState {
-    fn text(&mut self, pair: &ExportedPair, pods: PodLabels) -> Arc<PairText> {
-        let is_current = |kept: &&KeptText| Arc::ptr_eq(&kept.labels, &pair.labels) && kept.container_id == pair.container_id;
-        if let Some(kept) = self.text.as_ref().filter(is_current) {
-            return Arc::clone(&kept.text);
-        }
-        let text = Arc::new(PairText::new(pair, pods));
-        let (labels, container_id) = (Arc::clone(&pair.labels), Arc::clone(&pair.container_id));
-        self.text = Some(KeptText { labels, container_id, text: Arc::clone(&text) });
-        text
-    }
-}
-
-impl Exposition {
-    /// Leaves no two pairs with the same GPU and container id. A restarted container keeps its id and the path of its cgroup: its series
-    /// are those of its present run, and the reset is a counter reset. Different cgroups may have one id: a container inside another, two
-    /// namespaces of containerd, the apps of a rkt pod. The cgroup that is not inside another then keeps the id, and among equals the
-    /// first by path, whichever starts or restarts; the id of the others is their path.
-    fn merge_series(&mut self) {
-        let mut newest: HashMap<(Arc<str>, GpuUuid), ContainerKey> = HashMap::new();
-        let mut owner: HashMap<Arc<str>, (bool, Arc<str>)> = HashMap::new();
-        for pair in &self.pairs {
-            let key = newest.entry((Arc::clone(&pair.labels.id), pair.gpu.clone())).or_insert(pair.key);
-            *key = pair.key.max(*key);
-        }
-        self.pairs.retain(|pair| newest.get(&(Arc::clone(&pair.labels.id), pair.gpu.clone())) == Some(&pair.key));
-        for pair in &self.pairs {
-            let rank = (pair.labels.is_nested, Arc::clone(&pair.labels.id));
-            let first = owner.entry(Arc::clone(&pair.labels.container_id)).or_insert_with(|| rank.clone());
-            if rank < *first {
-                *first = rank;
-            }
-        }
-        for pair in &mut self.pairs {
-            if owner.get(&pair.labels.container_id).is_some_and(|(_, path)| *path != pair.labels.id) {
-                pair.container_id = Arc::clone(&pair.labels.id);
-            }
-        }
-        let by_path = self.pairs.iter().filter(|pair| pair.container_id != pair.labels.container_id);
-        let paths: HashMap<ContainerKey, Arc<str>> = by_path.map(|pair| (pair.key, Arc::clone(&pair.container_id))).collect();
-        for pair in &mut self.pairs {
-            merge_series(&mut pair.contenders, &paths);
-        }
-    }
-
-    /// Marks the pairs of assigned GPUs. Adds a pair for a GPU that is assigned but was not used yet.
-    fn add_assigned(&mut self, key: ContainerKey, labels: &Arc<ContainerLabels>, gpus: &[usize], snapshot: &Snapshot) {
-        for n in gpus {
-            let Some(gpu) = snapshot.gpus.get(*n) else { continue };
-            // The pairs of one container are adjacent.
-            let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| pair.gpu == gpu.info.uuid);
-            if let Some(pair) = known {
-                pair.assigned = true;
-                continue;
-            }
-            // There is no sample of it: idle, as far as the GPU was observed.
-            let is_observed = gpu.utilization_ratio.is_some();
-            let unused = ContainerGpu {
-                gpu: *n,
-                duty_cycle_percent: is_observed.then_some(0.0),
-                duty_cycle_stderr: is_observed.then_some(0.0),
-                memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
-                ..ContainerGpu::default()
-            };
-            self.pairs.push(ExportedPair { assigned: true, ..exported_pair(key, labels, gpu, &unused) });
-        }
-    }
-}
-
-/// All counters of a pair: how many, and their sum, which changes with each of them.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-struct Counters {
-    number: usize,
-    sum: f64,
-}
-
-fn counters(usage: &ContainerGpu) -> Counters {
-    let engines: f64 = usage.engines.iter().map(|(_, seconds)| seconds).sum();
-    let contention: f64 = usage.contention.iter().map(|contention| contention.seconds).sum();
-    let windows = usage.window_shares.as_ref().map_or(0, |windows| windows.count);
-    let sum = usage.seconds + usage.coactive_seconds + engines + contention + (usage.samples + windows) as f64;
-    Counters { number: usage.engines.len() + usage.contention.len() + usize::from(windows > 0), sum }
-}
-
-fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, usage: &ContainerGpu) -> ExportedPair {
-    ExportedPair {
-        key,
-        container_id: Arc::clone(&labels.container_id),
-        labels: Arc::clone(labels),
-        gpu: gpu.info.uuid.clone(),
-        parent: gpu.info.parent.clone(),
-        model: gpu.info.model.clone(),
-        memory_total_bytes: gpu.readings.memory_total_bytes,
-        usage: usage.clone(),
-        contenders: Vec::new(),
-        gone: false,
-        assigned: false,
-        text: Arc::default(),
-    }
-}
-
 /// The labels to export; `None` while they are not settled.
 pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
     match labels.get(&record.key) {
@@ -360,7 +197,7 @@ pub mod tests {
     use sampler_core::cgroup_path::parse;
     use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
-    use sampler_core::snapshot::{ContainerView, GpuTime};
+    use sampler_core::snapshot::{ContainerView, GpuTime, GpuView};
     use sampler_core::units::WallTime;
     use sampler_labels::{Facts, Source};
 

@@ -13,8 +13,7 @@ use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
 use strum::VariantArray as _;
 
-use super::contenders::ExportedContender;
-use super::ledger::{ExportedGpu, ExportedPair, Exposition};
+use super::exposition::{ExportedContender, ExportedGpu, ExportedPair, Exposition};
 use super::state::AppState;
 use crate::health::HealthView;
 use crate::health::condition::Condition;

@@ -8,7 +8,7 @@ use strum::VariantArray as _;
 
 use super::catalogue::pressure as families;
 use super::encode::{Labels, Page, label_block};
-use super::ledger::Exposition;
+use super::exposition::Exposition;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::observe::pressure::{Outcome, PressureView};
 
@@ -63,7 +63,7 @@ mod tests {
     use sampler_labels::ContainerLabels;
 
     use super::super::encode::TextFormat;
-    use super::super::ledger::ExportedPair;
+    use super::super::exposition::ExportedPair;
     use super::super::scrapers::tests::scrape;
     use super::*;
     use crate::collectors::Selection;

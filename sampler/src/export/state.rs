@@ -8,7 +8,8 @@ use sampler_core::snapshot::Snapshot;
 use sampler_core::units::WallTime;
 
 use super::assigned::AssignedGpus;
-use super::ledger::{Exposition, Ledger, Scrape};
+use super::exposition::Exposition;
+use super::ledger::{Ledger, Scrape};
 use super::series_starts::SeriesStarts;
 use crate::config::Config;
 use crate::health::Health;

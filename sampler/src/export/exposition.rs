@@ -1,0 +1,136 @@
+//! What is exposed: GPUs, and pairs of a container and a GPU with their labels and contenders.
+
+use std::collections::BTreeMap;
+use std::sync::Arc;
+
+use sampler_core::snapshot::{ContainerGpu, GpuView, Other, Snapshot};
+use sampler_core::units::{ContainerKey, GpuUuid};
+use sampler_labels::{ContainerLabels, Label};
+
+use super::families::PairText;
+
+/// One (container, GPU) pair as exposed.
+#[derive(Clone, Debug)]
+pub struct ExportedPair {
+    pub key: ContainerKey,
+    /// The container's own id, unless another exposed container has the same one.
+    pub container_id: Arc<str>,
+    pub labels: Arc<ContainerLabels>,
+    pub gpu: GpuUuid,
+    /// The GPU of a MIG device.
+    pub parent: Option<GpuUuid>,
+    pub model: String,
+    pub memory_total_bytes: Option<u64>,
+    pub usage: ContainerGpu,
+    /// Those of `usage.contention` that may be exposed.
+    pub contenders: Vec<ExportedContender>,
+    /// Its last cgroup was removed.
+    pub gone: bool,
+    /// The kubelet has assigned the GPU, or a part of it, to the container.
+    pub assigned: bool,
+    /// Empty but in a scrape.
+    pub text: Arc<PairText>,
+}
+
+#[derive(Clone, Debug)]
+pub struct ExportedGpu {
+    pub view: GpuView,
+    /// Busy seconds minus those that wait for labels.
+    pub busy_seconds: f64,
+    /// Namespace -> seconds; blank for containers without one.
+    pub credited: BTreeMap<String, f64>,
+}
+
+#[derive(Clone, Debug, Default)]
+pub struct Exposition {
+    pub gpus: Vec<ExportedGpu>,
+    pub pairs: Vec<ExportedPair>,
+    /// (state, runtime) -> containers.
+    pub containers: BTreeMap<(&'static str, &'static str), u64>,
+    /// Label -> live containers that lack it.
+    pub missing: BTreeMap<&'static str, u64>,
+}
+
+/// Another user of a container's GPU, and the GPU time that it received while the container was active and the GPU was saturated.
+#[derive(Clone, Debug)]
+pub struct ExportedContender {
+    pub other: Other,
+    /// Only for a container.
+    pub labels: Option<Arc<ContainerLabels>>,
+    /// As exported; the kind if it is not a container.
+    pub container_id: Arc<str>,
+    /// GPU-seconds.
+    pub seconds: f64,
+}
+
+/// `_other` stands for all users beyond the first few.
+pub fn contender_kind(other: Other) -> &'static str {
+    match other {
+        Other::Container(_) => "container",
+        Other::Host => "host",
+        Other::Unknown => "unknown",
+        Other::Rest => "_other",
+    }
+}
+
+impl ExportedContender {
+    pub fn kind(&self) -> &'static str {
+        contender_kind(self.other)
+    }
+
+    pub fn text(&self, label: Label) -> &str {
+        match (&self.labels, label) {
+            (Some(labels), _) => labels.text(label),
+            // A legend by this label alone is then not blank.
+            (None, Label::Container) => self.kind(),
+            (None, _) => "",
+        }
+    }
+
+    pub fn has_series_of(&self, other: &ExportedContender) -> bool {
+        let labels = [Label::Namespace, Label::Pod, Label::Container];
+        self.container_id == other.container_id && labels.into_iter().all(|label| self.text(label) == other.text(label))
+    }
+}
+
+impl Exposition {
+    /// Marks the pairs of assigned GPUs. Adds a pair for a GPU that is assigned but was not used yet.
+    pub fn add_assigned(&mut self, key: ContainerKey, labels: &Arc<ContainerLabels>, gpus: &[usize], snapshot: &Snapshot) {
+        for n in gpus {
+            let Some(gpu) = snapshot.gpus.get(*n) else { continue };
+            // The pairs of one container are adjacent.
+            let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| pair.gpu == gpu.info.uuid);
+            if let Some(pair) = known {
+                pair.assigned = true;
+                continue;
+            }
+            // There is no sample of it: idle, as far as the GPU was observed.
+            let is_observed = gpu.utilization_ratio.is_some();
+            let unused = ContainerGpu {
+                gpu: *n,
+                duty_cycle_percent: is_observed.then_some(0.0),
+                duty_cycle_stderr: is_observed.then_some(0.0),
+                memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
+                ..ContainerGpu::default()
+            };
+            self.pairs.push(ExportedPair { assigned: true, ..exported_pair(key, labels, gpu, &unused) });
+        }
+    }
+}
+
+pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &GpuView, usage: &ContainerGpu) -> ExportedPair {
+    ExportedPair {
+        key,
+        container_id: Arc::clone(&labels.container_id),
+        labels: Arc::clone(labels),
+        gpu: gpu.info.uuid.clone(),
+        parent: gpu.info.parent.clone(),
+        model: gpu.info.model.clone(),
+        memory_total_bytes: gpu.readings.memory_total_bytes,
+        usage: usage.clone(),
+        contenders: Vec::new(),
+        gone: false,
+        assigned: false,
+        text: Arc::default(),
+    }
+}
