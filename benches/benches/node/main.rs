@@ -50,18 +50,17 @@ const SIZES: [(&str, Size, Option<Aims>); 5] = [
 
 fn main() -> Result<()> {
     for (name, size, aims) in &SIZES {
-        with_each_build(&format!("{name}: {size:?}"), || steady(*size, aims.as_ref()))?;
+        with_each_build(name, &format!("{name}: {size:?}"), || steady(*size, aims.as_ref()))?;
     }
     let sections: [(&str, NodeSection); 3] = [("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
     for (name, run) in sections {
-        with_each_build(name, run)?;
+        with_each_build(name, name, run)?;
     }
     Ok(())
 }
 
-/// Runs a section, if it is wanted, with the build to compare with and with the present one.
-fn with_each_build(heading: &str, run: impl Fn() -> Result<()>) -> Result<()> {
-    let name = heading.split(':').next().unwrap_or(heading);
+/// Runs the section of this name, if it is wanted, with the build to compare with and with the present one.
+fn with_each_build(name: &str, heading: &str, run: impl Fn() -> Result<()>) -> Result<()> {
     if !wanted(name) {
         return Ok(());
     }
