@@ -39,6 +39,9 @@ fn gpu_line(gpu: &LiveGpu) -> String {
     let unattributed = sum(&gpu.unattributed_seconds).map(|seconds| format!(", {seconds:.2} s on no container"));
     let details: String = [watts, celsius, unattributed].into_iter().flatten().collect();
     let kind = if gpu.gpu_uuid.is_some() { "MIG device of GPU" } else { "GPU" };
+    if gpu.gone {
+        return format!("{kind} {} {}: gone", gpu.index, terminal_safe(&gpu.uuid));
+    }
     if !gpu.is_leaf {
         return format!("{kind} {} {}: divided into MIG devices{details}", gpu.index, terminal_safe(&gpu.uuid));
     }
@@ -97,10 +100,11 @@ pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>
     }
     let fitted = |text: &str| width.map_or_else(|| text.to_owned(), |width| fit(text, width));
     out.push('\n');
-    for gpu in live.gpus.iter().filter(|gpu| !gpu.gone) {
+    // A GPU that is gone has no readings, but its containers still have rows.
+    for gpu in &live.gpus {
         out += &format!("{}\n", fitted(&gpu_line(gpu)));
     }
-    if live.gpus.is_empty() {
+    if live.gpus.iter().all(|gpu| gpu.gone) {
         out += "No GPU is visible; run `gpu-sampler doctor` for the reason.\n";
     }
     for condition in &live.degraded {

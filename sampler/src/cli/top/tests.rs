@@ -214,3 +214,16 @@ fn the_single_table_fits_the_width_and_obeys_sort_and_filter() {
     check("once-60.txt", &table(Sort::Waiting, "", Some(60)));
     assert!(table(Sort::Share, "no such", None).contains("No row matches the filter."));
 }
+
+#[test]
+fn the_single_table_names_gpus_that_are_gone() {
+    let mut live = document(40);
+    let gone = |live: &LiveDocument| once::table(live, Sort::Share, "", None, false);
+    live.gpus[1].gone = true;
+    let one = gone(&live);
+    assert!(one.contains("GPU 0 GPU-0: busy 97") && one.contains("GPU 1 GPU-1: gone\n"), "{one}");
+    assert!(!one.contains("No GPU is visible"), "{one}");
+    live.gpus[0].gone = true;
+    let all = gone(&live);
+    assert!(all.contains("GPU 0 GPU-0: gone\nGPU 1 GPU-1: gone\nNo GPU is visible; run `gpu-sampler doctor`"), "{all}");
+}
