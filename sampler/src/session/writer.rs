@@ -66,7 +66,12 @@ impl Writer<'_> {
                 Err(RecvTimeoutError::Timeout) => self.sync(&file)?,
                 Err(RecvTimeoutError::Disconnected) => {
                     self.sync(&file)?;
-                    self.store.change(self.id, |entry| entry.phase = Phase::Interrupted);
+                    // A session that failed keeps its reason.
+                    self.store.change(self.id, |entry| {
+                        if entry.phase != Phase::Failed {
+                            entry.phase = Phase::Interrupted;
+                        }
+                    });
                     return Ok(());
                 }
             }
@@ -107,8 +112,30 @@ impl Writer<'_> {
 
 #[cfg(test)]
 mod tests {
+    use super::super::store::Entry;
     use super::*;
+    use sampler_core::units::{BootNs, WallTime};
     use sampler_session::Packer;
+
+    #[test]
+    fn without_an_end_a_session_is_interrupted_and_one_that_failed_stays_failed() {
+        let dir = tempfile::tempdir().unwrap();
+        for (fails, expect) in [(false, (Phase::Interrupted, None)), (true, (Phase::Failed, Some("because".to_owned())))] {
+            let store = Store::new(dir.path().join(fails.to_string()), 1 << 20);
+            store.prepare().unwrap();
+            let id = store.add(WallTime(0), Entry::new(Phase::Recording, 1, 0, None));
+            if fails {
+                store.fail(&id, BootNs(0), "because".into());
+            }
+            let (to, from) = sync_channel(1);
+            drop(to);
+            let path = store.begin_file(&id);
+            let mut writer = Writer { store: &store, id: &id, written: 0, synced: Instant::now(), unsynced: false };
+            writer.run(&path, Vec::new(), &from).unwrap();
+            let status = store.status(&id, BootNs(0)).unwrap();
+            assert_eq!((status.state, status.error), expect);
+        }
+    }
 
     #[test]
     fn a_full_disk_is_reported_with_its_consequence() {

@@ -266,7 +266,11 @@ impl SessionManager {
             }
             let frames = state.get_or_insert_with(|| {
                 let facts = self.state.facts();
-                self.packer.state(&facts).map(shared).unwrap_or_default()
+                // Without a State the session stays broken; this is tried again after the next frame.
+                self.packer.state(&facts).map(shared).unwrap_or_else(|error| {
+                    tracing::error!(error = display_chain(&error), "cannot record the state");
+                    Vec::new()
+                })
             });
             recording.broken = frames.is_empty() || !frames.iter().all(|frame| recording.send(frame, None));
         }
@@ -397,7 +401,7 @@ impl SessionManager {
             let is_complete = || state.is_complete(recording.end.plus(TAIL_NS));
             now >= recording.end && (now >= recording.end.plus(MAX_TAIL_NS) || is_complete())
         };
-        self.end(now, is_due);
+        self.end(now, is_due, Packer::end);
     }
 
     /// Ends all sessions in their present state.
@@ -411,10 +415,16 @@ impl SessionManager {
                 LivePhase::Armed { .. } => self.store.fail(&session.id, now, "the agent ended".into()),
             }
         }
-        self.end(now, |_, _| true);
+        self.end(now, |_, _| true, Packer::end);
     }
 
-    fn end(&mut self, now: BootNs, is_due: impl Fn(&State, &Recording) -> bool) {
+    /// `pack`: [`Packer::end`].
+    fn end(
+        &mut self,
+        now: BootNs,
+        is_due: impl Fn(&State, &Recording) -> bool,
+        pack: impl Fn(&mut Packer, &End) -> Result<Frame, PackError>,
+    ) {
         let due = |state: &State, session: &RunningSession| match &session.phase {
             LivePhase::Recording(recording) => is_due(state, recording),
             LivePhase::Armed { .. } => false,
@@ -435,7 +445,15 @@ impl SessionManager {
                 return true;
             }
             let end = End { at: recording.end, dropped_frames: recording.dropped };
-            let Ok(frame) = packer.end(&end) else { return false };
+            let frame = match pack(packer, &end) {
+                Ok(frame) => frame,
+                Err(error) => {
+                    let why =
+                        format!("cannot record its end: {}; the part recorded until then can be read", display_chain(&error));
+                    store.fail(&session.id, now, why);
+                    return false;
+                }
+            };
             // If the queue is full, this is tried again in the next turn: a disk may recover.
             !recording.send(&Arc::new(frame), Some(recording.end.saturating_since(recording.began)))
         });

@@ -349,3 +349,28 @@ fn a_removed_folder_fails_the_session() {
     assert!(bench.phase(&id).1.contains("cannot create"), "{:?}", bench.phase(&id));
     assert!(!Path::new("sessions").exists());
 }
+
+#[test]
+fn a_session_of_which_the_end_cannot_be_packed_fails_with_the_reason_and_keeps_its_file() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let id = bench.start(&request(1000, 0));
+    bench.until(10);
+    bench.manager.end(boot(10), |_, _| true, |_, _| Err(PackError::TooLong(9)));
+    assert!(bench.manager.sessions.is_empty());
+    // The writer ends without an end of the session.
+    let begun = Instant::now();
+    let read = || {
+        let (file, path) = bench.store.open(&id).ok()?;
+        crate::session::read_from(&file, &path).ok().filter(|session| samples(session).len() >= 8)
+    };
+    let session = loop {
+        if let Some(session) = read() {
+            break session;
+        }
+        assert!(begun.elapsed() < Duration::from_secs(10), "the writer has not written what it was given");
+        std::thread::sleep(Duration::from_millis(5));
+    };
+    assert_eq!(session.end, None);
+    let (phase, reason) = bench.phase(&id);
+    assert!(phase == Phase::Failed && reason.contains("a record of 9 bytes exceeds"), "{phase:?}: {reason}");
+}
