@@ -19,7 +19,7 @@ use axum::routing::get;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
-use hyper_util::rt::{TokioIo, TokioTimer};
+use hyper_util::rt::TokioIo;
 use hyper_util::server::graceful::GracefulShutdown;
 use hyper_util::service::TowerToHyperService;
 use thiserror::Error;
@@ -35,6 +35,7 @@ use super::encode::{Page, TextFormat};
 use super::ledger::Scrape;
 use super::scrapers::{ConnectionId, ScrapeClient};
 use super::state::AppState;
+use super::timed_stream::{StreamLimits, TimedStream};
 use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
 use crate::collectors::Selection;
 
@@ -42,9 +43,6 @@ use crate::collectors::Selection;
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
 /// Interval at which the ledger adds credits, with or without scrapes.
 const LEDGER_EVERY: Duration = Duration::from_secs(1);
-/// Time limit for the head of a request, also between two requests of a connection: a scraper keeps its connection if it scrapes more
-/// often. An idle connection costs little and gives its place to a new one when there are many.
-const HEAD_TIMEOUT: Duration = Duration::from_secs(150);
 /// Memory of a connection for heads; those of scrapers have less than 1 KiB.
 const MAX_HEAD_BYTES: usize = 32 << 10;
 /// Pause after a failed accept; the likely cause is a lack of file descriptors.
@@ -118,8 +116,8 @@ struct Connection {
 /// Serves each connection in its own task until `ended`, then waits for responses in flight.
 async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut ended: oneshot::Receiver<()>) {
     let mut server = http1::Builder::new();
-    // A client that never completes its request must not hold a file descriptor forever.
-    server.timer(TokioTimer::new()).header_read_timeout(HEAD_TIMEOUT).max_buf_size(MAX_HEAD_BYTES);
+    // A client that never completes its request must not hold a file descriptor forever: the stream has the time limits.
+    server.header_read_timeout(None).max_buf_size(MAX_HEAD_BYTES);
     let (open, connections) = (Connections::default(), GracefulShutdown::new());
     loop {
         let accepted = tokio::select! {
@@ -137,12 +135,13 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut
         };
         let this = open.open(peer.ip(), Instant::now());
         let (of_request, in_progress) = (Connection { id: this.id, peer: this.peer }, open.clone());
+        let (stream, phase) = TimedStream::new(stream, StreamLimits::SERVER);
         let service = router.clone().map_request(move |mut request: Request<Incoming>| {
             request.extensions_mut().insert(of_request);
             request
         });
         let service = tower::service_fn(move |request| {
-            let (in_progress, service) = (in_progress.begin_request(of_request.id), service.clone());
+            let (in_progress, service) = ((in_progress.begin_request(of_request.id), phase.begin_request()), service.clone());
             async move {
                 let response = service.oneshot(request).await?;
                 // Until the last part of the body was taken.

@@ -22,6 +22,7 @@ mod series_ids;
 mod series_starts;
 pub mod sessions;
 pub mod state;
+mod timed_stream;
 mod web;
 
 #[cfg(test)]

@@ -2,10 +2,11 @@
 
 use std::io::Read as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{Path, Query, State};
+use axum::extract::{FromRequest as _, Path, Query, Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
@@ -28,8 +29,9 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// Names in a list of a request, and their length.
 const MAX_NAMES: usize = 256;
 const MAX_NAME_BYTES: usize = 512;
-/// Limit of the body of a request.
+/// Limits of the body of a request, in bytes and until its last byte.
 const MAX_BODY_BYTES: usize = 1 << 20;
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// A response with an error message.
 struct ErrorResponse(StatusCode, String);
@@ -166,12 +168,23 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/stop", post(stop))
 }
 
-async fn start(
-    State(state): State<Arc<AppState>>,
-    body: Result<Json<SessionBody>, JsonRejection>,
-) -> Result<impl IntoResponse, ErrorResponse> {
+/// Reads the body of `POST sessions`.
+async fn body(request: HttpRequest, limit: Duration) -> Result<SessionBody, ErrorResponse> {
+    let read = tokio::time::timeout(limit, Json::from_request(request, &())).await.map_err(|_| {
+        ErrorResponse(StatusCode::REQUEST_TIMEOUT, format!("the body of the request did not arrive within {} s", limit.as_secs()))
+    })?;
     // The text of the rejection names the field.
-    let Json(body) = body.map_err(|rejection| bad(rejection.body_text()))?;
+    let Json(body) = read.map_err(|rejection: JsonRejection| match rejection.status() {
+        StatusCode::PAYLOAD_TOO_LARGE => {
+            ErrorResponse(StatusCode::PAYLOAD_TOO_LARGE, format!("the body of a request has at most {MAX_BODY_BYTES} bytes"))
+        }
+        _ => bad(rejection.body_text()),
+    })?;
+    Ok(body)
+}
+
+async fn start(State(state): State<Arc<AppState>>, request: HttpRequest) -> Result<impl IntoResponse, ErrorResponse> {
+    let body = body(request, BODY_TIMEOUT).await?;
     let id = state.recorder.start(body.request()?).await?;
     Ok((StatusCode::CREATED, Json(StartedSession { id })))
 }
@@ -267,6 +280,35 @@ mod tests {
             Ok(body) => body.request().map_or_else(|error| error.1, |request| format!("{request:?}")),
         };
         assert!(result.contains(expect), "{body}: {result}");
+    }
+
+    #[tokio::test]
+    async fn a_request_body_is_limited_in_bytes_and_time() {
+        const LIMIT: Duration = Duration::from_millis(50);
+        let json = r#"{"duration_seconds": 60}"#;
+        let read = async |content: Body| {
+            let request = HttpRequest::builder().header(header::CONTENT_TYPE, "application/json").body(content).unwrap();
+            let layer = axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES);
+            // The limit as the router has it.
+            let handler = async |request: HttpRequest| body(request, LIMIT).await.map(|body| body.duration_seconds.to_string());
+            let response = handler.layer(layer).call(request, ()).await;
+            let status = response.status().as_u16();
+            (status, String::from_utf8(axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap().into()).unwrap())
+        };
+        assert_eq!(read(Body::from(json)).await, (200, "60".to_owned()));
+        let (status, error) = read(Body::from(format!("{json}{}", " ".repeat(MAX_BODY_BYTES)))).await;
+        assert!(status == 413 && error.contains("at most 1048576 bytes"), "{status}: {error}");
+        // A part that no other follows, and parts that follow for too long.
+        let first = futures_util::stream::once(std::future::ready(std::io::Result::Ok(Bytes::from("{"))));
+        let half = Body::from_stream(futures_util::StreamExt::chain(first, futures_util::stream::pending()));
+        let parts = futures_util::stream::unfold((), |()| async {
+            tokio::time::sleep(LIMIT / 10).await;
+            Some((std::io::Result::Ok(Bytes::from(" ")), ()))
+        });
+        for slow in [half, Body::from_stream(parts)] {
+            let (status, error) = read(slow).await;
+            assert!(status == 408 && error.contains("did not arrive within"), "{status}: {error}");
+        }
     }
 
     #[test]
