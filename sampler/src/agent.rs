@@ -19,11 +19,13 @@ use crate::config::Config;
 use crate::core_thread::CoreThread;
 use crate::error::display_chain;
 use crate::export::http;
+use crate::export::ledger::Ledger;
 use crate::export::state::AppState;
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::inbox;
 use crate::labels::{self, LabelConfig, LabelService};
+use crate::observe::clock::wall_now;
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen};
@@ -102,6 +104,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 /// Runs the agent until `stop_requested`.
 pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: impl Future<Output = ()>) -> anyhow::Result<()> {
     let descriptors = raise_descriptor_limit();
+    let started = wall_now();
     let health = Arc::new(Health::default());
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -158,9 +161,10 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         labels,
         pressure,
         health,
-        ledger: Mutex::default(),
+        ledger: Mutex::new(Ledger::new(started)),
         core: to_core,
         recorder: recorder.clone(),
+        started,
         node: config.node(),
     };
     tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");

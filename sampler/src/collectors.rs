@@ -23,6 +23,8 @@ pub enum Collector {
     Precision,
     Samples,
     Calls,
+    /// Has no family: adds `_created` to the counters and histograms of the others.
+    Created,
 }
 
 impl Collector {
@@ -61,7 +63,8 @@ impl Default for Selection {
 }
 
 impl Selection {
-    pub const ALL: Self = Self(u32::MAX);
+    /// Every family. `created` doubles the series of most pages and is only selected by its name.
+    pub const ALL: Self = Self(!Collector::Created.bit());
 
     /// `default` is what the name of the default stands for.
     pub fn new<'a>(names: impl IntoIterator<Item = &'a str>, default: Selection) -> Result<Self, UnknownCollector> {
@@ -101,7 +104,10 @@ mod tests {
         assert!(narrow.has(Collector::Gpus) && !narrow.has(Collector::Containers));
         let wide = of("collect%5B%5D=default&collect[]=contenders");
         assert!(wide.has(Collector::Gpus) && wide.has(Collector::Contenders) && !wide.has(Collector::Calls));
-        assert!(Collector::VARIANTS.iter().all(|collector| of("collect[]=all").has(*collector)));
+        let all = of("collect[]=all");
+        assert!(Collector::VARIANTS.iter().all(|collector| all.has(*collector) == (*collector != Collector::Created)));
+        let created = of("collect[]=default&collect[]=created");
+        assert!(created.has(Collector::Gpus) && created.has(Collector::Created) && !default.has(Collector::Created));
         let error = Selection::of_query("collect[]=gpu", default).unwrap_err();
         assert_eq!(error.name, "gpu");
         assert!(error.to_string().starts_with("expected default, all or one of accelerators, "), "{error}");

@@ -39,6 +39,13 @@ impl BootNs {
     }
 }
 
+impl From<std::time::SystemTime> for WallTime {
+    fn from(at: std::time::SystemTime) -> Self {
+        let since = at.duration_since(std::time::UNIX_EPOCH).unwrap_or_default();
+        Self(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    }
+}
+
 impl WallTime {
     pub fn seconds(self) -> f64 {
         self.0 as f64 / 1e9

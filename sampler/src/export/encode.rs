@@ -6,9 +6,11 @@
 
 use std::fmt::Write as _;
 
+use sampler_core::units::WallTime;
+
 use super::catalogue::{Family, Kind};
 use super::series_starts::OwnedSeries;
-use crate::collectors::Selection;
+use crate::collectors::{Collector, Selection};
 
 /// The formats that Prometheus negotiates.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -85,6 +87,8 @@ struct FamilyText {
     family: &'static Family,
     is_selected: bool,
     format: TextFormat,
+    /// The time of a page with `_created`.
+    created_until: Option<WallTime>,
     text: String,
 }
 
@@ -94,6 +98,14 @@ pub struct Page {
     families: Vec<FamilyText>,
     selection: Selection,
     format: TextFormat,
+    times: Option<PageTimes>,
+}
+
+/// When the counts of the agent were 0, and the time of the page.
+#[derive(Clone, Copy, Debug)]
+pub struct PageTimes {
+    pub started: WallTime,
+    pub now: WallTime,
 }
 
 /// Labels as they stand between the braces.
@@ -136,12 +148,19 @@ fn write_value(to: &mut String, value: f64) {
 
 impl Page {
     pub fn new(selection: Selection, format: TextFormat) -> Self {
-        Self { families: Vec::new(), selection, format }
+        Self { families: Vec::new(), selection, format, times: None }
+    }
+
+    /// Families that follow have `_created`, if the page is to have it.
+    pub fn set_times(&mut self, times: PageTimes) {
+        let is_wanted = self.format == TextFormat::OpenMetrics && self.selection.has(Collector::Created);
+        self.times = is_wanted.then_some(times);
     }
 
     pub fn family(&mut self, family: &'static Family) -> FamilyId {
         let is_selected = self.selection.has(family.collector);
-        self.families.push(FamilyText { family, is_selected, format: self.format, text: String::new() });
+        let created_until = self.times.filter(|_| family.has_created).map(|times| times.now);
+        self.families.push(FamilyText { family, is_selected, format: self.format, created_until, text: String::new() });
         FamilyId(self.families.len() - 1)
     }
 
@@ -160,8 +179,17 @@ impl Page {
     }
 
     pub fn add<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: f64) {
+        self.add_since(id, labels, value, self.started());
+    }
+
+    fn started(&self) -> Option<WallTime> {
+        self.times.map(|times| times.started)
+    }
+
+    /// A count that was 0 at `created`, not when the agent started.
+    pub fn add_since<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: f64, created: Option<WallTime>) {
         debug_assert!(!self.families[id.0].family.starts_at_zero, "{} starts at zero", self.families[id.0].family.name);
-        self.families[id.0].add(labels.into(), value);
+        self.families[id.0].add(labels.into(), value, created);
     }
 
     /// Adds no series if the value is unknown: missing is not zero.
@@ -180,12 +208,23 @@ impl Page {
         value: f64,
     ) {
         let is_start = self.families[id.0].is_start(series, part);
-        self.families[id.0].add(labels.into(), if is_start { 0.0 } else { value });
+        self.families[id.0].add(labels.into(), if is_start { 0.0 } else { value }, series.created);
     }
 
     pub fn add_histogram<'a>(&mut self, id: FamilyId, labels: impl Into<Labels<'a>>, value: HistogramValue<'_>) {
+        self.add_histogram_since(id, labels, value, self.started());
+    }
+
+    /// A histogram that was empty at `created`, not when the agent started.
+    pub fn add_histogram_since<'a>(
+        &mut self,
+        id: FamilyId,
+        labels: impl Into<Labels<'a>>,
+        value: HistogramValue<'_>,
+        created: Option<WallTime>,
+    ) {
         debug_assert!(!self.families[id.0].family.starts_at_zero, "{} starts at zero", self.families[id.0].family.name);
-        self.families[id.0].add_histogram(labels.into(), value);
+        self.families[id.0].add_histogram(labels.into(), value, created);
     }
 
     /// Empty in the first exposition of the series to a scraper.
@@ -199,9 +238,9 @@ impl Page {
         if self.families[id.0].is_start(series, "") {
             let zeros = vec![0; value.cumulative.len()];
             let empty = HistogramValue { cumulative: &zeros, sum: 0.0, count: 0, ..value };
-            self.families[id.0].add_histogram(labels.into(), empty);
+            self.families[id.0].add_histogram(labels.into(), empty, series.created);
         } else {
-            self.families[id.0].add_histogram(labels.into(), value);
+            self.families[id.0].add_histogram(labels.into(), value, series.created);
         }
     }
 
@@ -245,9 +284,9 @@ impl FamilyText {
         debug_assert_eq!(undeclared, None, "{} does not declare this label", self.family.name);
     }
 
-    fn write_series(&mut self, suffix: &str, labels: Labels<'_>, le: Option<f64>) {
+    fn write_series(&mut self, name: &str, suffix: &str, labels: Labels<'_>, le: Option<f64>) {
         let text = &mut self.text;
-        text.push_str(self.family.name);
+        text.push_str(name);
         text.push_str(suffix);
         if !labels.block.is_empty() || !labels.more.is_empty() || le.is_some() {
             text.push('{');
@@ -267,7 +306,19 @@ impl FamilyText {
         text.push(' ');
     }
 
-    fn add(&mut self, labels: Labels<'_>, value: f64) {
+    /// Directly after the values of the same labels, as OpenMetrics groups them. A time that the clock of the machine has not reached
+    /// again is left out: it cannot change, and a parser rejects it.
+    fn write_created(&mut self, labels: Labels<'_>, created: Option<WallTime>) {
+        if let (Some(until), Some(created)) = (self.created_until, created)
+            && created <= until
+        {
+            self.write_series(self.family.name_in(TextFormat::OpenMetrics), "_created", labels, None);
+            // Prometheus has milliseconds. Rounded down, it is never after the first value.
+            write_value(&mut self.text, (created.0 / 1_000_000) as f64 / 1e3);
+        }
+    }
+
+    fn add(&mut self, labels: Labels<'_>, value: f64, created: Option<WallTime>) {
         if !self.is_selected {
             return;
         }
@@ -275,11 +326,12 @@ impl FamilyText {
         if cfg!(debug_assertions) {
             self.check(labels);
         }
-        self.write_series("", labels, None);
+        self.write_series(self.family.name, "", labels, None);
         write_value(&mut self.text, value);
+        self.write_created(labels, created);
     }
 
-    fn add_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>) {
+    fn add_histogram(&mut self, labels: Labels<'_>, value: HistogramValue<'_>, created: Option<WallTime>) {
         if !self.is_selected {
             return;
         }
@@ -289,13 +341,14 @@ impl FamilyText {
         }
         let buckets = value.bounds.iter().zip(value.cumulative).map(|(bound, count)| (*bound, *count));
         for (bound, count) in buckets.chain([(f64::INFINITY, value.count)]) {
-            self.write_series("_bucket", labels, Some(bound));
+            self.write_series(self.family.name, "_bucket", labels, Some(bound));
             write_value(&mut self.text, count as f64);
         }
-        self.write_series("_sum", labels, None);
+        self.write_series(self.family.name, "_sum", labels, None);
         write_value(&mut self.text, value.sum);
-        self.write_series("_count", labels, None);
+        self.write_series(self.family.name, "_count", labels, None);
         write_value(&mut self.text, value.count as f64);
+        self.write_created(labels, created);
     }
 }
 
@@ -372,6 +425,36 @@ mod tests {
             "# TYPE gpu_sampler_resyncs counter",
             "gpu_sampler_resyncs_total 3",
             "# EOF",
+        ];
+        assert_eq!(shown, expect);
+    }
+
+    #[test]
+    fn created_times_follow_the_values_of_their_labels() {
+        let selection = Selection::of_query("collect[]=agent&collect[]=created", Selection::default()).unwrap();
+        let mut page = Page::new(selection, TextFormat::OpenMetrics);
+        let at = |ms: u64| WallTime(ms * 1_000_000 + 999_999);
+        page.set_times(PageTimes { started: at(1_700_000_000_250), now: at(1_700_000_001_000) });
+        let resolved = page.family(&agent::RESOLVE_SECONDS);
+        page.add_histogram(resolved, "", HistogramValue { bounds: &[], cumulative: &[], sum: 0.5, count: 1 });
+        let calls = page.family(&agent::RUNTIME_CALLS);
+        for (outcome, created) in [("ok", 1_700_000_000_250), ("error", 1_700_000_000_500), ("late", 1_700_000_002_000)] {
+            page.add_since(calls, &[("source", "cri"), ("outcome", outcome)], 2.0, Some(at(created)));
+        }
+        page.add_one(&agent::KERNEL_MODE, 1.0);
+        let text = page.text();
+        let shown: Vec<&str> = text.lines().filter(|line| !line.starts_with('#')).collect();
+        let expect = [
+            "gpu_sampler_resolve_seconds_bucket{le=\"+Inf\"} 1",
+            "gpu_sampler_resolve_seconds_sum 0.5",
+            "gpu_sampler_resolve_seconds_count 1",
+            "gpu_sampler_resolve_seconds_created 1700000000.25",
+            "gpu_sampler_runtime_calls_total{source=\"cri\",outcome=\"ok\"} 2",
+            "gpu_sampler_runtime_calls_created{source=\"cri\",outcome=\"ok\"} 1700000000.25",
+            "gpu_sampler_runtime_calls_total{source=\"cri\",outcome=\"error\"} 2",
+            "gpu_sampler_runtime_calls_created{source=\"cri\",outcome=\"error\"} 1700000000.5",
+            "gpu_sampler_runtime_calls_total{source=\"cri\",outcome=\"late\"} 2",
+            "gpu_sampler_kernel_mode 1",
         ];
         assert_eq!(shown, expect);
     }

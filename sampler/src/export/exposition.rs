@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::sync::Arc;
 
 use sampler_core::snapshot::{ContainerGpu, GpuView, Other, Snapshot};
-use sampler_core::units::{ContainerKey, GpuUuid};
+use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::families::PairText;
@@ -22,6 +22,8 @@ pub struct ExportedPair {
     pub model: String,
     pub memory_total_bytes: Option<u64>,
     pub usage: ContainerGpu,
+    /// When its counters were 0; `None` before it has any.
+    pub created: Option<WallTime>,
     /// Those of `usage.contention` that may be exposed.
     pub contenders: Vec<ExportedContender>,
     /// Its last cgroup was removed.
@@ -39,10 +41,14 @@ pub struct ExportedGpu {
     pub busy_seconds: f64,
     /// Namespace -> seconds; blank for containers without one.
     pub credited: BTreeMap<String, f64>,
+    /// When its counters were 0.
+    pub created: Option<WallTime>,
 }
 
 #[derive(Clone, Debug, Default)]
 pub struct Exposition {
+    /// That of the snapshot.
+    pub at: WallTime,
     pub gpus: Vec<ExportedGpu>,
     pub pairs: Vec<ExportedPair>,
     /// (state, runtime) -> containers.
@@ -128,6 +134,7 @@ pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &Gpu
         model: gpu.info.model.clone(),
         memory_total_bytes: gpu.readings.memory_total_bytes,
         usage: usage.clone(),
+        created: None,
         contenders: Vec::new(),
         gone: false,
         assigned: false,

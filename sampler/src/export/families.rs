@@ -87,7 +87,7 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let ratio = |percent: Option<f64>| percent.map(|p| p / 100.0);
     for pair in &page.pairs {
         let (usage, block) = (&pair.usage, &*pair.text.pair);
-        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu.clone()));
+        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu.clone())).created(pair.created);
         to.add_from_zero(seconds, (&mut series, ""), block, usage.seconds);
         to.add_from_zero(stderr, (&mut series, ""), block, usage.seconds_stderr);
         to.add_from_zero(samples, (&mut series, ""), block, usage.samples as f64);

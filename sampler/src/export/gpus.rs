@@ -75,7 +75,7 @@ impl GpuWriter<'_> {
     ) {
         let id = self.to.family(family);
         for gpu in self.gpus.iter().filter(|gpu| is_wanted(gpu.view)) {
-            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone()));
+            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone())).created(gpu.gpu.created);
             for (part, value) in values(gpu.gpu) {
                 let part = part.as_ref();
                 self.to.add_from_zero(id, (&mut series, part), gpu.with(&[(label, part)]), value);
@@ -87,7 +87,7 @@ impl GpuWriter<'_> {
     fn count(&mut self, family: &'static Family, value: impl Fn(&GpuView) -> u64) {
         let id = self.to.family(family);
         for gpu in self.gpus.iter().filter(|gpu| is_leaf(gpu.view)) {
-            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone()));
+            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone())).created(gpu.gpu.created);
             self.to.add_from_zero(id, (&mut series, ""), gpu.with(&[]), value(gpu.view) as f64);
         }
     }

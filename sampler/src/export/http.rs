@@ -31,7 +31,7 @@ use tower_http::compression::CompressionLayer;
 
 use super::access::{authorized, foreign, from_another_page};
 use super::connections::Connections;
-use super::encode::{Page, TextFormat};
+use super::encode::{Page, PageTimes, TextFormat};
 use super::ledger::Scrape;
 use super::scrapers::{ConnectionId, ScrapeClient};
 use super::state::AppState;
@@ -222,6 +222,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
     let (client, id) = (client(&request, connection), connection.map_or(ConnectionId(0), |connection| connection.id));
     let scrape = Scrape { client: &client, connection: id, at: Instant::now(), pods: config.pod_labels };
     state.scrape(&scrape, |exposition, starts| {
+        page.set_times(PageTimes { started: state.started, now: exposition.at });
         families::cadvisor(exposition, &mut page);
         families::containers(exposition, &mut page, starts);
         pressure::containers(exposition, &pressure, &mut page, starts);
@@ -265,6 +266,7 @@ async fn processes(State(state): State<Arc<AppState>>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use sampler_core::units::WallTime;
 
     /// The status of one request to an agent with this listen address.
     async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
@@ -305,6 +307,7 @@ mod tests {
             ledger: Default::default(),
             core,
             recorder,
+            started: WallTime(0),
             node: None,
         };
         let mut request = axum::http::Request::builder().method(method).uri(path);

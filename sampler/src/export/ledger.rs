@@ -5,6 +5,8 @@
 //!   unattributed time equals the exposed busy time.
 //! - Time credited to a namespace stays credited to it, whatever happens to the container or its labels.
 //! - A counter that appears after a scraper's first scrape starts at 0 for it, so `increase()` covers all of it: see [`Scrapers`].
+//! - Each counter was 0 at its created time, which does not change: the time of the last snapshot without its pair or GPU, or the start of
+//!   the agent.
 //! - Series of a container that is gone stay for [`STAY_NS`] and until every scraper has had its final value twice, but no longer than
 //!   [`STAY_AT_MOST_NS`].
 
@@ -14,7 +16,7 @@ use std::time::Instant;
 
 use sampler_core::identity::ContainerRecord;
 use sampler_core::snapshot::{ContainerGpu, Snapshot};
-use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
@@ -51,27 +53,38 @@ pub struct Ledger {
     credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
     /// Busy seconds of each GPU in the last scrape.
     busy: HashMap<GpuUuid, f64>,
+    /// When the counters of each GPU were 0.
+    gpus_created: HashMap<GpuUuid, WallTime>,
+    /// The time of the last snapshot; before the first, the start of the agent.
+    updated: WallTime,
     contender_labels: ContenderLabels,
     pub starts: SeriesStarts,
     pub scrapers: Scrapers,
 }
 
 impl Ledger {
+    pub fn new(started: WallTime) -> Self {
+        Self { updated: started, ..Self::default() }
+    }
+
     /// Adds what was credited since the last call. Must be called at least once within the time for which gone containers are kept.
     pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
         let mut living = HashSet::new();
+        // The counters of what this snapshot is the first to have were 0 in the one before. Not later than this one, if the clock was set.
+        let created = self.updated.min(snapshot.wall);
         for container in &snapshot.containers {
             let settled = labels_of(&container.record, labels, snapshot.at);
             for usage in &container.gpus {
                 let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
                 let key = (container.record.key, gpu.info.uuid.clone());
                 living.insert(key.clone());
+                let pair = self.pairs.entry(key).or_default();
+                pair.created.get_or_insert(created);
                 if let Some(labels) = &settled {
                     let namespace = labels.text(Label::Namespace).to_owned();
-                    let counted = &mut self.pairs.entry(key).or_default().counted;
                     let credited = self.credited.entry(gpu.info.uuid.clone()).or_default().entry(namespace).or_default();
-                    *credited += usage.seconds - *counted;
-                    *counted = usage.seconds;
+                    *credited += usage.seconds - pair.counted;
+                    pair.counted = usage.seconds;
                 }
             }
         }
@@ -80,6 +93,14 @@ impl Ledger {
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
         self.credited.retain(|gpu, _| gpus.contains(gpu));
         self.busy.retain(|gpu, _| gpus.contains(gpu));
+        self.gpus_created.retain(|gpu, _| gpus.contains(gpu));
+        for gpu in &gpus {
+            self.gpus_created.entry((*gpu).clone()).or_insert(created);
+        }
+        // Before the first snapshot of the core there is an empty one without a time.
+        if snapshot.wall > WallTime(0) {
+            self.updated = snapshot.wall;
+        }
         self.starts.retain(|owner| match owner {
             SeriesOwner::ContainerGpu(key, gpu) => living.contains(&(*key, gpu.clone())),
             SeriesOwner::Gpu(gpu) => gpus.contains(gpu),
@@ -96,7 +117,7 @@ impl Ledger {
 
     /// The present exposition.
     pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
-        let mut page = Exposition::default();
+        let mut page = Exposition { at: snapshot.wall, ..Exposition::default() };
         let mut waiting = vec![0.0; snapshot.gpus.len()];
         for container in &snapshot.containers {
             let record = &container.record;
@@ -117,7 +138,8 @@ impl Ledger {
                 waiting[usage.gpu] += usage.seconds - self.pairs.get(&key).map_or(0.0, |pair| pair.counted);
                 if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, usage, container.gone, snapshot.at)) {
                     let (contenders, gone) = (self.contender_labels.contenders(usage), container.gone.is_some());
-                    page.pairs.push(ExportedPair { contenders, gone, ..exported_pair(record.key, labels, gpu, usage) });
+                    let created = self.pairs.get(&key).and_then(|pair| pair.created);
+                    page.pairs.push(ExportedPair { contenders, gone, created, ..exported_pair(record.key, labels, gpu, usage) });
                 }
             }
             if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
@@ -133,6 +155,7 @@ impl Ledger {
                 view: view.clone(),
                 busy_seconds: (view.time.busy - waiting).max(0.0),
                 credited: self.credited.get(&view.info.uuid).cloned().unwrap_or_default(),
+                created: self.gpus_created.get(&view.info.uuid).copied(),
             })
             .collect();
         page
@@ -198,7 +221,6 @@ pub mod tests {
     use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
     use sampler_core::snapshot::{ContainerView, GpuTime, GpuView};
-    use sampler_core::units::WallTime;
     use sampler_labels::{Facts, Source};
 
     const SECOND: u64 = 1_000_000_000;

@@ -12,7 +12,7 @@ mod families;
 mod gpus;
 mod html_tables;
 pub mod http;
-mod ledger;
+pub mod ledger;
 pub mod live;
 mod nvml_families;
 mod pair_state;

@@ -11,10 +11,10 @@ pub fn calls(devices: &[DeviceView], limits: [f64; 2], to: &mut Page) {
     for device in devices {
         for (call, t) in &device.calls {
             let value = HistogramValue { bounds: &CALL_BOUNDS, cumulative: &t.buckets, sum: t.sum_seconds, count: t.count };
-            to.add_histogram(times, &[("uuid", &*device.uuid), ("call", call)], value);
+            to.add_histogram_since(times, &[("uuid", &*device.uuid), ("call", call)], value, Some(device.created));
         }
         for (call, error, n) in &device.errors {
-            to.add(errors, &[("uuid", &*device.uuid), ("call", call), ("error", error)], *n as f64);
+            to.add_since(errors, &[("uuid", &*device.uuid), ("call", call), ("error", error)], *n as f64, Some(device.created));
         }
         for (call, is_supported) in &device.supported {
             to.add(supported, &[("uuid", &*device.uuid), ("call", call)], f64::from(*is_supported));

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use sampler_core::snapshot::ContainerGpu;
+use sampler_core::units::WallTime;
 use sampler_labels::ContainerLabels;
 
 use super::exposition::ExportedPair;
@@ -13,6 +14,8 @@ use crate::config::PodLabels;
 /// What the export remembers of a pair.
 #[derive(Debug, Default)]
 pub struct PairState {
+    /// When its counters were 0.
+    pub created: Option<WallTime>,
     /// Seconds that are credited to a namespace.
     pub counted: f64,
     /// The last scrape in which a counter of the pair changed, and the one in which its newest counter was born; 0 before the first.

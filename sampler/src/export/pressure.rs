@@ -82,6 +82,7 @@ mod tests {
             model: String::new(),
             memory_total_bytes: None,
             usage: ContainerGpu::default(),
+            created: None,
             contenders: Vec::new(),
             gone: false,
             assigned: false,

@@ -7,7 +7,7 @@
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
-use sampler_core::units::{ContainerKey, GpuUuid};
+use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 
 use super::catalogue::Family;
 use super::scrapers::{ScrapeHistory, ScrapeNumber};
@@ -38,6 +38,8 @@ pub struct SeriesStarts {
 
 /// The series of one owner in one scrape.
 pub struct OwnedSeries<'a> {
+    /// When all of them were 0.
+    pub created: Option<WallTime>,
     births: &'a mut Vec<Birth>,
     hasher: &'a RandomState,
     number: ScrapeNumber,
@@ -51,7 +53,7 @@ impl SeriesStarts {
 
     pub fn of(&mut self, owner: SeriesOwner) -> OwnedSeries<'_> {
         let births = self.owners.entry(owner).or_default();
-        OwnedSeries { births, hasher: &self.hasher, number: self.number, history: self.history }
+        OwnedSeries { created: None, births, hasher: &self.hasher, number: self.number, history: self.history }
     }
 
     /// The series of all other owners start again if they come back.
@@ -61,6 +63,11 @@ impl SeriesStarts {
 }
 
 impl OwnedSeries<'_> {
+    pub fn created(mut self, at: Option<WallTime>) -> Self {
+        self.created = at;
+        self
+    }
+
     /// Whether the series is 0 in this scrape. Remembers its birth.
     pub fn is_start(&mut self, family: &'static Family, part: &str) -> bool {
         let part = if part.is_empty() { 0 } else { self.hasher.hash_one(part) };

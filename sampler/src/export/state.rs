@@ -27,6 +27,8 @@ pub struct AppState {
     pub ledger: Mutex<Ledger>,
     pub core: CoreSender,
     pub recorder: Recorder,
+    /// When the agent started: its own counts were 0.
+    pub started: WallTime,
     /// Host name of the machine.
     pub node: Option<String>,
 }

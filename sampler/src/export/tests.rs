@@ -16,8 +16,8 @@ use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Facts, Label, Source};
 use strum::EnumCount as _;
 
-use super::catalogue::{Family, reference};
-use super::encode::{Page, TextFormat};
+use super::catalogue::{Family, Kind, reference};
+use super::encode::{Page, PageTimes, TextFormat};
 use super::ledger::{Ledger, tests::scrape_by};
 use super::{families, gpus, nvml_families, pressure, sessions};
 use crate::collectors::Selection;
@@ -141,7 +141,8 @@ impl RichNode {
         };
         let facts = HashMap::from([1, 2].map(|key| (ContainerKey(key), fact(key))));
         let pressure = PressureView { facts, took: Duration::from_millis(250), ..PressureView::default() };
-        let snapshot = Snapshot { at: BootNs(at_s * 1_000_000_000), wall: WallTime(0), gpus, containers };
+        let at = |second| (second + at_s) * 1_000_000_000;
+        let snapshot = Snapshot { at: BootNs(at(0)), wall: WallTime(at(STARTED_S)), gpus, containers };
         Self { snapshot, labels, pressure }
     }
 
@@ -167,6 +168,7 @@ fn times(bounds: &[f64]) -> Times {
 fn devices() -> Vec<DeviceView> {
     vec![DeviceView {
         uuid: "GPU-1".into(),
+        created: WallTime((STARTED_S + 1) * 1_000_000_000),
         calls: vec![("get_samples", times(&CALL_BOUNDS))],
         errors: vec![("get_samples", "not_found".into(), 4)],
         supported: vec![("get_samples", true)],
@@ -189,14 +191,29 @@ fn label_stats() -> LabelStats {
     }
 }
 
-#[derive(Default)]
+/// When the agent starts, in Unix seconds.
+const STARTED_S: u64 = 1_700_000_000;
+
+fn started() -> WallTime {
+    WallTime(STARTED_S * 1_000_000_000)
+}
+
 struct Exporter(Ledger);
 
 impl Exporter {
+    fn new() -> Self {
+        Self(Ledger::new(started()))
+    }
+
     fn scrape(&mut self, node: &RichNode, pods: PodLabels) -> String {
+        self.scrape_as(node, pods, Page::new(Selection::ALL, TextFormat::Prometheus))
+    }
+
+    fn scrape_as(&mut self, node: &RichNode, pods: PodLabels, mut all: Page) -> String {
         let mut page = scrape_by(1, &mut self.0, &node.snapshot, &node.labels, pods);
         page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
-        let (mut all, starts) = (Page::new(Selection::ALL, TextFormat::Prometheus), &mut self.0.starts);
+        let starts = &mut self.0.starts;
+        all.set_times(PageTimes { started: started(), now: page.at });
         families::cadvisor(&page, &mut all);
         families::containers(&page, &mut all, starts);
         pressure::containers(&page, &node.pressure, &mut all, starts);
@@ -218,7 +235,7 @@ impl Exporter {
 
 /// Four scrapes: before anything is used, the first and the second exposition of all other series, then with the newer pod labels only.
 fn expositions() -> [String; 4] {
-    let mut exporter = Exporter::default();
+    let mut exporter = Exporter::new();
     let [first, second, third] =
         [RichNode::quiet(), RichNode::new(2, 2.0), RichNode::new(3, 3.0)].map(|node| exporter.scrape(&node, PodLabels::Both));
     [first, second, third, exporter.scrape(&RichNode::new(4, 4.0), PodLabels::New)]
@@ -289,4 +306,75 @@ fn a_series_that_appears_after_the_first_scrape_is_zero_once() {
             assert!(value(&third, series).is_some(), "{line}");
         }
     }
+}
+
+/// The created times of a page by series, without the suffix; each has to follow the other series of its labels.
+fn created_times(text: &str) -> BTreeMap<String, f64> {
+    let name_and_labels = |series: &str| {
+        let (name, labels) = series.split_once('{').map_or((series, ""), |(name, labels)| (name, labels.trim_end_matches('}')));
+        let name = ["_total", "_count", "_created"].iter().find_map(|suffix| name.strip_suffix(suffix)).unwrap_or(name);
+        format!("{name}{{{labels}}}")
+    };
+    let mut times = BTreeMap::new();
+    let lines: Vec<&str> = text.lines().collect();
+    for pair in lines.windows(2) {
+        let [(before, _), (series, value)] = [pair[0], pair[1]].map(|line| line.rsplit_once(' ').unwrap());
+        if series.split('{').next().unwrap().ends_with("_created") {
+            let known = times.insert(name_and_labels(series), value.parse().unwrap());
+            assert_eq!((name_and_labels(before), known), (name_and_labels(series), None));
+        }
+    }
+    times
+}
+
+#[test]
+fn created_times_are_constant_and_of_every_counter_with_a_known_start() {
+    let selection = Selection::of_query("collect[]=all&collect[]=created", Selection::default()).unwrap();
+    let mut exporter = Exporter::new();
+    let mut scrape = |node: RichNode| exporter.scrape_as(&node, PodLabels::Both, Page::new(selection, TextFormat::OpenMetrics));
+    let [first, second, third] = [RichNode::quiet(), RichNode::new(2, 2.0), RichNode::new(3, 3.0)].map(&mut scrape);
+    let times = [&first, &second, &third].map(|text| created_times(text));
+    assert!(times[0].iter().chain(&times[1]).all(|(series, at)| times[2].get(series) == Some(at)), "{times:?}");
+    let at = |series: &str| times[2].iter().find(|(known, _)| known.starts_with(series)).map(|(_, at)| at - STARTED_S as f64);
+    // Of the agent; of a GPU and a pair that its first snapshot had, and that only the second one had; of the calls of a device.
+    assert_eq!(at("gpu_sampler_resyncs{"), Some(0.0));
+    assert_eq!((at("gpu_time_seconds{uuid=\"GPU-1\""), at("gpu_time_seconds{uuid=\"MIG-1\"")), (Some(0.0), Some(1.0)));
+    assert_eq!((at("container_gpu_seconds{uuid=\"GPU-1\""), at("container_gpu_seconds{uuid=\"MIG-1\"")), (Some(0.0), Some(1.0)));
+    assert_eq!((at("gpu_sampler_nvml_errors{"), at("gpu_sampler_nvml_call_seconds{")), (Some(1.0), Some(1.0)));
+    let counted = |family: &Family| {
+        let name = format!("{}_created", family.name_in(TextFormat::OpenMetrics));
+        third.lines().filter(|line| line.strip_prefix(&name).is_some_and(|rest| rest.starts_with([' ', '{']))).count()
+    };
+    for family in reference::all() {
+        let suffix = if family.kind == Kind::Histogram { "_count" } else { "" };
+        let name = format!("{}{suffix}", family.name);
+        let series = third.lines().filter(|l| l.strip_prefix(&name).is_some_and(|rest| rest.starts_with([' ', '{']))).count();
+        assert_eq!(counted(family), if family.has_created { series } else { 0 }, "{}", family.name);
+    }
+    assert!(["gpu_energy_joules_total", "container_gpu_pressure_seconds_total"].iter().all(|name| third.contains(name)));
+}
+
+#[test]
+fn created_times_are_in_openmetrics_alone_and_only_if_selected() {
+    let created = Selection::of_query("collect[]=all&collect[]=created", Selection::default()).unwrap();
+    let with = |selection, format| {
+        Exporter::new().scrape_as(&RichNode::new(1, 1.0), PodLabels::Both, Page::new(selection, format)).contains("_created")
+    };
+    assert!(with(created, TextFormat::OpenMetrics));
+    assert!(!with(created, TextFormat::Prometheus) && !with(Selection::ALL, TextFormat::OpenMetrics));
+}
+
+#[test]
+fn a_created_time_is_left_out_while_the_clock_is_behind_it() {
+    let created = Selection::of_query("collect[]=all&collect[]=created", Selection::default()).unwrap();
+    let mut exporter = Exporter::new();
+    let mut times = |at_s, wall_s: u64| {
+        let mut node = RichNode::new(at_s, 1.0);
+        node.snapshot.wall = WallTime(wall_s * 1_000_000_000);
+        let text = exporter.scrape_as(&node, PodLabels::Both, Page::new(created, TextFormat::OpenMetrics));
+        created_times(&text).into_iter().find(|(series, _)| series.starts_with("gpu_time_seconds{")).map(|(_, at)| at)
+    };
+    assert_eq!(times(1, STARTED_S + 5), Some(STARTED_S as f64));
+    assert_eq!(times(2, STARTED_S - 60), None);
+    assert_eq!(times(3, STARTED_S + 7), Some(STARTED_S as f64));
 }

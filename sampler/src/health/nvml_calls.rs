@@ -4,12 +4,12 @@
 use std::collections::BTreeMap;
 use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use super::call_watchdog::{CallSlot, Caller, Change};
 use super::condition::Condition;
 use super::{CALL_BOUNDS, Calls, Times};
-use sampler_core::units::BootNs;
+use sampler_core::units::{BootNs, WallTime};
 use strum::{EnumCount as _, VariantArray as _};
 
 /// The driver calls; each can be unsupported independently.
@@ -84,6 +84,8 @@ struct CallCounts {
 /// The calls of one device.
 pub struct DeviceCalls {
     pub uuid: Arc<str>,
+    /// When all counts were 0.
+    created: SystemTime,
     counts: Mutex<CallCounts>,
     supported: [AtomicU8; Call::COUNT],
     /// Whether samples are read from the driver's own buffer: 1, 0, or [`UNTRIED`].
@@ -98,6 +100,8 @@ pub struct DeviceCalls {
 #[derive(Clone, Debug, Default)]
 pub struct DeviceView {
     pub uuid: String,
+    /// When all counts were 0.
+    pub created: WallTime,
     pub calls: Vec<(&'static str, Times)>,
     /// (call, error, count).
     pub errors: Vec<(&'static str, String, u64)>,
@@ -114,6 +118,7 @@ impl DeviceCalls {
     fn new(uuid: Arc<str>) -> Self {
         Self {
             uuid,
+            created: SystemTime::now(),
             counts: Mutex::default(),
             supported: std::array::from_fn(|_| AtomicU8::new(UNTRIED)),
             sample_buffer: AtomicU8::new(UNTRIED),
@@ -160,6 +165,7 @@ impl DeviceCalls {
         let counts = self.counts();
         DeviceView {
             uuid: self.uuid.to_string(),
+            created: self.created.into(),
             calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
             errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
             supported: supported.filter(|(_, state)| *state != UNTRIED).map(|(name, state)| (name, state == 1)).collect(),

@@ -1,6 +1,6 @@
 //! The two clocks that observations carry, and processor time.
 
-use std::time::{Duration, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime};
 
 use rustix::time::{ClockId, clock_gettime};
 use sampler_core::units::{BootNs, WallTime};
@@ -18,6 +18,5 @@ pub fn cpu_now() -> Duration {
 }
 
 pub fn wall_now() -> WallTime {
-    let since = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
-    WallTime(u64::try_from(since.as_nanos()).unwrap_or(u64::MAX))
+    SystemTime::now().into()
 }

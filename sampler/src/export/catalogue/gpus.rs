@@ -51,7 +51,8 @@ families! {
         .absent(UNREPORTED_OR_GONE);
     ENERGY: Family::counter("gpu_energy_joules_total", "joules", DEVICE)
         .help("Energy that the GPU consumed since the driver was loaded, in joules.")
-        .absent(UNREPORTED_OR_GONE);
+        .absent(UNREPORTED_OR_GONE)
+        .without_created();
     TEMPERATURE: Family::gauge("gpu_temperature_celsius", "degrees Celsius", DEVICE)
         .help("Core temperature of the GPU, in degrees Celsius.")
         .absent(UNREPORTED_OR_GONE);

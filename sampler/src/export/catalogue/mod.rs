@@ -45,6 +45,8 @@ pub struct Family {
     pub absent: Option<&'static str>,
     /// A series that appears after the first scrape is 0 in its first exposition, so that `increase()` covers all of it.
     pub starts_at_zero: bool,
+    /// Its series are 0 when the agent starts to count, at a time that it knows.
+    pub has_created: bool,
     pub collector: Collector,
     in_own_collector: bool,
 }
@@ -59,6 +61,7 @@ impl Family {
             help: "",
             absent: None,
             starts_at_zero: false,
+            has_created: !matches!(kind, Kind::Gauge),
             collector: Collector::Agent,
             in_own_collector: false,
         }
@@ -88,6 +91,12 @@ impl Family {
 
     const fn starts_at_zero(mut self) -> Self {
         self.starts_at_zero = true;
+        self
+    }
+
+    /// What it counts began before the agent: in the driver or in the kernel.
+    const fn without_created(mut self) -> Self {
+        self.has_created = false;
         self
     }
 

@@ -125,13 +125,18 @@ fn scope(family: &Family) -> usize {
     }
 }
 
-/// Number of series for one of its scope, where the values of its labels are bounded.
-fn series(family: &Family) -> usize {
+/// Number of combinations of its labels for one of its scope, where their values are bounded.
+fn combinations(family: &Family) -> usize {
     let values = |label: &str| {
         let of_family = format!("{} {label}", family.name);
         let known = |key: &str| VALUES.iter().find(|(name, _)| *name == key).map(|(_, values)| *values);
         known(&of_family).or_else(|| known(label)).unwrap_or(1)
     };
+    family.labels.iter().map(|label| values(label)).product()
+}
+
+/// Number of series for one of its scope, without `_created`.
+fn series(family: &Family) -> usize {
     let bounds = match family.name {
         "container_gpu_window_share_ratio" => WindowShares::BOUNDS.len(),
         "gpu_sampler_nvml_call_seconds" => CALL_BOUNDS.len(),
@@ -141,7 +146,44 @@ fn series(family: &Family) -> usize {
     };
     // A histogram has a bucket without bound, a sum and a count.
     let each = if family.kind == Kind::Histogram { bounds + 3 } else { 1 };
-    family.labels.iter().map(|label| values(label)).product::<usize>() * each
+    combinations(family) * each
+}
+
+const CREATED_TIMES: &str = "
+## Created times
+
+`created` has no families. Added to other collectors, as in `/metrics?collect[]=default&collect[]=created`, it gives
+each counter and histogram one more series with the suffix `_created`, only in the format OpenMetrics: the Unix time at
+which the count was 0. It does not change as long as the series counts on.
+
+- Counts about the agent: the start of the agent.
+- A GPU, and a container on a GPU: the start of the agent, or the time of the last snapshot without it, at most some
+  seconds before its first count. Both get a new time when they come back after their series have ended.
+- Driver calls: when the device was opened.
+- Absent where the driver or the kernel began to count before the agent, and while the clock of the machine is set to an
+  earlier time.
+
+Prometheus takes it as the start of the counter from version 3.0 on, with
+`--enable-feature=created-timestamp-zero-ingestion`. Other versions, and this one without the flag, store each as a
+series of its own, so `all` does not include `created`. The most series that it adds:
+
+| to | container and GPU | container | GPU | agent |
+|---|---:|---:|---:|---:|
+";
+
+fn created_times() -> String {
+    let row = |name: &str, is_in: &dyn Fn(&Family) -> bool| {
+        let mut counts = [0; 4];
+        for family in all().filter(|family| family.has_created && is_in(family)) {
+            counts[scope(family)] += combinations(family);
+        }
+        format!("| `{name}` | {} |\n", counts.map(|count| count.to_string()).join(" | "))
+    };
+    let mut text = CREATED_TIMES.to_owned() + &row("default", &|family| family.collector.is_default()) + &row("all", &|_| true);
+    text += "\nCounters without a created time:\n\n";
+    let without = all().filter(|family| !family.has_created && family.kind != Kind::Gauge);
+    text.extend(without.map(|family| format!("- `{}`\n", family.name)));
+    text
 }
 
 /// The most series of each collector, by scope.
@@ -151,7 +193,7 @@ fn collectors() -> String {
                     | collector | default | container and GPU | container | GPU | agent |\n|---|---|---:|---:|---:|---:|\n"
         .to_owned();
     let mut of_default = [0; 4];
-    for collector in Collector::VARIANTS {
+    for collector in Collector::VARIANTS.iter().filter(|collector| **collector != Collector::Created) {
         let mut counts = [0; 4];
         for family in all().filter(|family| family.collector == *collector) {
             counts[scope(family)] += series(family);
@@ -182,7 +224,7 @@ fn row(family: &Family) -> String {
 }
 
 fn markdown() -> String {
-    let mut text = INTRODUCTION.to_owned() + &collectors();
+    let mut text = INTRODUCTION.to_owned() + &collectors() + &created_times();
     for (title, families) in GROUPS {
         text += &format!(
             "\n## {title}\n\n| family | collector | type | start | unit | labels | meaning | absent |\n|---|---|---|---|---|---|---|---|\n"
