@@ -4,7 +4,7 @@ use std::io::Read as _;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::body::{Body, Bytes};
+use axum::body::{Body, Bytes, HttpBody as _};
 use axum::extract::rejection::{JsonRejection, QueryRejection};
 use axum::extract::{FromRequest as _, Path, Query, Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
@@ -168,16 +168,22 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/stop", post(stop))
 }
 
+fn too_large() -> ErrorResponse {
+    ErrorResponse(StatusCode::PAYLOAD_TOO_LARGE, format!("the body of a request has at most {MAX_BODY_BYTES} bytes"))
+}
+
 /// Reads the body of `POST sessions`.
 async fn body(request: HttpRequest, limit: Duration) -> Result<SessionBody, ErrorResponse> {
+    // The length that its head states.
+    if request.body().size_hint().lower() > MAX_BODY_BYTES as u64 {
+        return Err(too_large());
+    }
     let read = tokio::time::timeout(limit, Json::from_request(request, &())).await.map_err(|_| {
         ErrorResponse(StatusCode::REQUEST_TIMEOUT, format!("the body of the request did not arrive within {} s", limit.as_secs()))
     })?;
-    // The text of the rejection names the field.
     let Json(body) = read.map_err(|rejection: JsonRejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => {
-            ErrorResponse(StatusCode::PAYLOAD_TOO_LARGE, format!("the body of a request has at most {MAX_BODY_BYTES} bytes"))
-        }
+        StatusCode::PAYLOAD_TOO_LARGE => too_large(),
+        // The text of the rejection names the field.
         _ => bad(rejection.body_text()),
     })?;
     Ok(body)
@@ -296,8 +302,13 @@ mod tests {
             (status, String::from_utf8(axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap().into()).unwrap())
         };
         assert_eq!(read(Body::from(json)).await, (200, "60".to_owned()));
-        let (status, error) = read(Body::from(format!("{json}{}", " ".repeat(MAX_BODY_BYTES)))).await;
-        assert!(status == 413 && error.contains("at most 1048576 bytes"), "{status}: {error}");
+        let long = format!("{json}{}", " ".repeat(MAX_BODY_BYTES));
+        // With its length in the head, and without.
+        let parts = futures_util::stream::iter([std::io::Result::Ok(Bytes::from(long.clone()))]);
+        for long in [Body::from(long), Body::from_stream(parts)] {
+            let (status, error) = read(long).await;
+            assert!(status == 413 && error.contains("at most 1048576 bytes"), "{status}: {error}");
+        }
         // A part that no other follows, and parts that follow for too long.
         let first = futures_util::stream::once(std::future::ready(std::io::Result::Ok(Bytes::from("{"))));
         let half = Body::from_stream(futures_util::StreamExt::chain(first, futures_util::stream::pending()));
