@@ -10,6 +10,7 @@ mod doubles;
 mod engines;
 mod estimator;
 mod explain;
+mod exposition;
 mod faults;
 mod gpu_recording;
 mod gpu_samples;

@@ -73,13 +73,26 @@ impl Server {
         self.request("GET", path, "", &[])
     }
 
+    /// `accept`: the header of this name.
+    pub fn get_accepting(&self, path: &str, accept: &str) -> Result<Response> {
+        self.send("GET", path, &[("accept", accept)], &[])
+    }
+
     /// `body_type` is the type of the body; without one it may be empty.
     pub fn request(&self, method: &str, path: &str, body_type: &str, body: &[u8]) -> Result<Response> {
+        if body_type.is_empty() {
+            self.send(method, path, &[], body)
+        } else {
+            self.send(method, path, &[("content-type", body_type)], body)
+        }
+    }
+
+    fn send(&self, method: &str, path: &str, headers: &[(&str, &str)], body: &[u8]) -> Result<Response> {
         let (agent, authority) = self.agent();
         let request = format!("{method} {path}");
         let mut head = Request::builder().method(method).uri(format!("http://{authority}{path}")).header("connection", "close");
-        if !body_type.is_empty() {
-            head = head.header("content-type", body_type);
+        for (name, value) in headers {
+            head = head.header(*name, *value);
         }
         // An empty body has a length too where the method has a body.
         let response = if body.is_empty() && method != "POST" {

@@ -88,6 +88,11 @@ pub fn get(port: u16, path: &str) -> Result<String> {
     Ok(String::from_utf8(local(port).get(path)?.ok()?)?)
 }
 
+/// `accept`: the header of this name.
+pub fn get_accepting(port: u16, path: &str, accept: &str) -> Result<String> {
+    Ok(String::from_utf8(local(port).get_accepting(path, accept)?.ok()?)?)
+}
+
 /// One sample line of an exposition.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sample {
