@@ -242,8 +242,11 @@ fn driver(config: &Config) -> Vec<Check> {
         Err(error) => {
             let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
             let status = if failed { CheckStatus::Failed } else { CheckStatus::Degraded };
-            let remedy =
-                if failed { "correct the path, or omit --nvml-lib" } else { "correct the cause; nothing is sampled until then" };
+            let remedy = if failed {
+                "correct the path, or omit --nvml-lib"
+            } else {
+                "nothing is sampled while it fails; a running agent tries again"
+            };
             return vec![Check::bad(NAME, status, display_chain(&error), remedy)];
         }
     };
