@@ -1,8 +1,8 @@
-//! Unary gRPC calls over a Unix socket, each on its own connection.
+//! Unary gRPC calls over a Unix socket. The calls of one query share a connection, and no two queries do.
 //!
-//! Nothing is opened at construction, so an endpoint may appear, restart or move at any time. On a shared HTTP/2 connection a server that
-//! hung once would block all later calls; a new connection costs a connect and two small frames, and calls happen once per container,
-//! not per sample. The connection's tasks end with the call, also if its future is dropped, so a caller's timeout leaves no task behind.
+//! Nothing is opened at construction, so an endpoint may appear, restart or move at any time. On a connection that all queries share, a
+//! server that hung once would block all later calls. The connection's tasks end with it, also if the future of a call is dropped, so a
+//! caller's timeout leaves no task behind.
 //!
 //! The caller sets the timeout. There are no retries and no streams.
 
@@ -14,6 +14,7 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use hyper::client::conn::http2::SendRequest;
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
 use tokio::net::UnixStream;
@@ -73,6 +74,13 @@ impl GrpcError {
         self.code() == Some(Code::Unimplemented)
     }
 
+    /// The error is about the request, so the server implements the method. Other errors may come from the transport, from a proxy, or from
+    /// a server that is starting.
+    pub fn shows_method(&self) -> bool {
+        let is_about_request = |code| matches!(code, Code::InvalidArgument | Code::FailedPrecondition | Code::ResourceExhausted);
+        self.is_not_found() || self.code().is_some_and(is_about_request)
+    }
+
     /// The server does not have the requested object. Early CRI servers report this only in the text of the message.
     pub fn is_not_found(&self) -> bool {
         let GrpcError::Status { status, .. } = self else { return false };
@@ -105,6 +113,55 @@ impl GrpcSocket {
         Self { path: path.into() }
     }
 
+    /// A connection for successive calls.
+    pub fn connection(&self) -> GrpcConnection<'_> {
+        GrpcConnection { socket: self, open: tokio::sync::Mutex::default() }
+    }
+
+    /// A call on its own connection, as [`GrpcConnection::call`].
+    pub async fn call<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
+    where
+        Q: prost::Message + 'static,
+        A: prost::Message + Default + 'static,
+    {
+        self.connection().call(method, request, header).await
+    }
+}
+
+/// A connection that the first call opens, and the next call after it was closed.
+pub struct GrpcConnection<'a> {
+    socket: &'a GrpcSocket,
+    open: tokio::sync::Mutex<Option<OpenConnection>>,
+}
+
+struct OpenConnection {
+    sender: SendRequest<tonic::body::Body>,
+    _end: EndOnDrop,
+}
+
+impl GrpcConnection<'_> {
+    async fn sender(&self, method: &str) -> Result<SendRequest<tonic::body::Body>, GrpcError> {
+        let mut open = self.open.lock().await;
+        if let Some(open) = open.as_ref().filter(|open| !open.sender.is_closed()) {
+            return Ok(open.sender.clone());
+        }
+        let path = || self.socket.path.clone();
+        let stream = UnixStream::connect(&self.socket.path).await.map_err(|source| {
+            if is_absent(&source) { GrpcError::NoSocket { path: path() } } else { GrpcError::Connect { path: path(), source } }
+        })?;
+        let tasks = Tasks::default();
+        let end = EndOnDrop(tasks.clone());
+        let handshake = hyper::client::conn::http2::handshake(tasks.clone(), TokioIo::new(stream)).await;
+        let (sender, connection) = handshake.map_err(|error| {
+            let status = Box::new(tonic::Status::from_error(error.into()));
+            GrpcError::Status { path: path(), method: method.to_owned(), status }
+        })?;
+        // An error of the connection is reported by the request.
+        tasks.spawn(async { drop(connection.await) });
+        *open = Some(OpenConnection { sender: sender.clone(), _end: end });
+        Ok(sender)
+    }
+
     /// Calls `method`, such as `/runtime.v1.RuntimeService/Version`. An invalid value of the metadata header is an error of the call.
     pub async fn call<Q, A>(&self, method: &str, request: Q, header: Option<(&'static str, &str)>) -> Result<A, GrpcError>
     where
@@ -112,19 +169,10 @@ impl GrpcSocket {
         A: prost::Message + Default + 'static,
     {
         let failed = |status: tonic::Status| {
-            let (path, method) = (self.path.clone(), method.to_owned());
+            let (path, method) = (self.socket.path.clone(), method.to_owned());
             GrpcError::Status { path, method, status: Box::new(status) }
         };
-        let stream = UnixStream::connect(&self.path).await.map_err(|source| {
-            let path = self.path.clone();
-            if is_absent(&source) { GrpcError::NoSocket { path } } else { GrpcError::Connect { path, source } }
-        })?;
-        let tasks = Tasks::default();
-        let _end = EndOnDrop(tasks.clone());
-        let handshake = hyper::client::conn::http2::handshake(tasks.clone(), TokioIo::new(stream));
-        let (sender, connection) = handshake.await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
-        // An error of the connection is reported by the request.
-        tasks.spawn(async { drop(connection.await) });
+        let sender = self.sender(method).await?;
         let service = tower::service_fn(move |request: Request<tonic::body::Body>| {
             let mut sender = sender.clone();
             async move {
@@ -204,6 +252,26 @@ mod tests {
     }
 
     #[tokio::test]
+    async fn successive_calls_share_a_connection_until_it_is_closed() {
+        let server = echo_server();
+        let socket = GrpcSocket::new(&server.path);
+        let connection = socket.connection();
+        let say = async |text: &str| -> Result<String, GrpcError> {
+            let response: Text = connection.call("/test.Echo/Say", Text { text: text.to_owned() }, None).await?;
+            Ok(response.text)
+        };
+        assert_eq!((say("a").await.unwrap(), say("b").await.unwrap()), ("a".to_owned(), "b".to_owned()));
+        let folder = server.stop();
+        std::fs::remove_file(&socket.path).unwrap();
+        // The connection is still open, so the missing socket is not noticed.
+        assert_eq!(say("c").await.unwrap(), "c");
+        *connection.open.lock().await = None;
+        assert!(matches!(say("d").await, Err(GrpcError::NoSocket { .. })));
+        let _again = Server::start_in(folder, |_, request| ServerReply::Message(request.to_vec()));
+        assert_eq!(say("e").await.unwrap(), "e");
+    }
+
+    #[tokio::test]
     async fn a_socket_may_be_absent_refuse_or_be_replaced() {
         let server = echo_server();
         let socket = GrpcSocket::new(&server.path);
@@ -269,5 +337,20 @@ mod tests {
         assert!(error(Code::Unknown, "Error: No such container: 73e1"));
         assert!(!error(Code::Unknown, "the disk is full"));
         assert!(!error(Code::Unimplemented, "method not found"));
+    }
+
+    #[test]
+    fn an_error_about_the_request_shows_that_the_method_exists() {
+        let shows = |code, text: &str| {
+            let status = Box::new(tonic::Status::new(code, text));
+            GrpcError::Status { path: "/s".into(), method: "/m".into(), status }.shows_method()
+        };
+        assert!(shows(Code::NotFound, "") && shows(Code::Unknown, "no such container") && shows(Code::InvalidArgument, ""));
+        // A proxy, a server that is starting, or the transport.
+        for code in
+            [Code::Unimplemented, Code::Unavailable, Code::Unknown, Code::Internal, Code::DeadlineExceeded, Code::Cancelled]
+        {
+            assert!(!shows(code, "x"), "{code:?}");
+        }
     }
 }

@@ -10,6 +10,7 @@
 use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sampler_labels::{Assignment, facts_for, join};
@@ -25,6 +26,9 @@ pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
 /// An entry is a few hundred bytes per container with devices, plus the response of its plugin.
 const MAX_CHECKPOINT_BYTES: u64 = 4 << 20;
 const TIMEOUT: Duration = Duration::from_secs(2);
+/// Both lists are about all pods, so queries within this time share them. No longer than the delay of a container's first query: its
+/// devices are assigned before it starts.
+const SHARED_FOR: Duration = Duration::from_millis(250);
 const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourcesLister/List"];
 
 /// The kubelet of this node.
@@ -32,8 +36,10 @@ const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourc
 pub struct Kubelet {
     pub root: PathBuf,
     pub socket: GrpcSocket,
-    /// Index in [`METHODS`] of the method that last succeeded.
+    /// Index in [`METHODS`] of the method that the service implements, as far as known.
     method: AtomicUsize,
+    /// The last report without problems, with the time at which its read began.
+    last: Mutex<Option<(Instant, Arc<AssignmentReport>)>>,
 }
 
 /// The assignments that could be read, and the problems.
@@ -88,7 +94,8 @@ impl Kubelet {
     /// `root` is the kubelet's own folder, usually `/var/lib/kubelet`.
     pub fn new(root: impl Into<PathBuf>) -> Self {
         let root = root.into();
-        Self { socket: GrpcSocket::new(root.join(POD_RESOURCES)), root, method: AtomicUsize::new(0) }
+        let socket = GrpcSocket::new(root.join(POD_RESOURCES));
+        Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default() }
     }
 
     /// The kubelet with this pod-resources socket.
@@ -99,12 +106,25 @@ impl Kubelet {
     /// Queries the namespace and name of a pod by its UID.
     pub async fn query(&self, pod_uid: Option<&str>) -> SourceReply {
         let Some(uid) = pod_uid else { return SourceReply::not_queried("the pod UID is not known") };
-        let AssignmentReport { assignments, problems } = self.assigned().await;
-        match (facts_for(uid, &assignments), problems.first()) {
+        let report = self.recent().await;
+        match (facts_for(uid, &report.assignments), report.problems.first()) {
             (Some(facts), _) => SourceReply::found(facts),
             (None, Some(problem)) => SourceReply::error(problem),
             (None, None) => SourceReply::not_found_because("no device is assigned to this pod"),
         }
+    }
+
+    /// As [`Kubelet::assigned`], or such a report that another query has just read.
+    async fn recent(&self) -> Arc<AssignmentReport> {
+        let last = || self.last.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some((_, report)) = last().as_ref().filter(|(at, _)| at.elapsed() < SHARED_FOR) {
+            return Arc::clone(report);
+        }
+        let (at, report) = (Instant::now(), Arc::new(self.assigned().await));
+        if report.problems.is_empty() {
+            *last() = Some((at, Arc::clone(&report)));
+        }
+        report
     }
 
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
@@ -135,7 +155,7 @@ impl Kubelet {
         let mut reply = self.list(first, until).await;
         if reply.as_ref().is_err_and(GrpcError::is_unimplemented) {
             reply = self.list(1 - first, until).await;
-            if reply.is_ok() {
+            if reply.as_ref().map_or_else(GrpcError::shows_method, |_| true) {
                 self.method.store(1 - first, Ordering::Relaxed);
             }
         }
@@ -216,6 +236,8 @@ fn texts(list: &[Value]) -> Vec<String> {
 #[cfg(test)]
 mod tests {
     use std::fs;
+
+    use sampler_labels::QueryOutcome;
 
     use super::*;
     use crate::labels::source::grpc_server::{Server, ServerReply, field, number};
@@ -319,6 +341,44 @@ mod tests {
                 let list = kubelet.pod_resources().await.unwrap();
                 assert_eq!(show(&list), ["- n/p/c nvidia.com/gpu GPU-1", "- n/p/c nvidia.com/gpu GPU-2"], "{package}");
             }
+        }
+    }
+
+    #[tokio::test]
+    async fn queries_of_many_containers_share_a_report_for_a_moment() {
+        let root = tempfile::tempdir().unwrap();
+        let calls = Arc::new(AtomicUsize::new(0));
+        let counted = Arc::clone(&calls);
+        let server = Server::start(move |path, _| {
+            if path.starts_with("/v1.") && counted.fetch_add(1, Ordering::Relaxed) == 0 {
+                return ServerReply::Status(14, "starting".into());
+            }
+            ServerReply::Message(pods())
+        });
+        let socket = root.path().join(POD_RESOURCES);
+        fs::create_dir_all(socket.parent().unwrap()).unwrap();
+        std::os::unix::fs::symlink(&server.path, socket).unwrap();
+        let kubelet = Kubelet::new(root.path());
+        // A failure is not shared.
+        assert_eq!(kubelet.query(Some("u")).await.status, QueryOutcome::Error);
+        for _ in 0..20 {
+            assert_eq!(kubelet.query(Some("u")).await.status, QueryOutcome::NotFound);
+        }
+        assert_eq!(calls.load(Ordering::Relaxed), 2);
+        tokio::time::sleep(SHARED_FOR).await;
+        assert_eq!(kubelet.query(Some("u")).await.status, QueryOutcome::NotFound);
+        assert_eq!(calls.load(Ordering::Relaxed), 3);
+    }
+
+    #[tokio::test]
+    async fn the_older_service_is_remembered_if_its_first_reply_is_an_error() {
+        let root = tempfile::tempdir().unwrap();
+        for (status, method) in [(8, 1), (13, 0)] {
+            let _server = serve(root.path(), "v1alpha1", ServerReply::Status(status, "no".into()));
+            let kubelet = Kubelet::new(root.path());
+            assert!(kubelet.pod_resources().await.is_err());
+            assert_eq!(kubelet.method.load(Ordering::Relaxed), method, "status {status}");
+            fs::remove_file(root.path().join(POD_RESOURCES)).unwrap();
         }
     }
 

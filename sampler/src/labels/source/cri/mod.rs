@@ -21,7 +21,7 @@ use sampler_labels::{Facts, Label, Outcome};
 use tokio::time::Instant;
 
 use self::messages::*;
-use super::grpc::{GrpcError, GrpcSocket, ListResponse, ObjectResponse};
+use super::grpc::{GrpcConnection, GrpcError, GrpcSocket, ListResponse, ObjectResponse};
 use super::reply::{SourceReply, TIMEOUT};
 use crate::labels::stamp::{Stamp, stamp};
 
@@ -55,6 +55,12 @@ struct ServerState {
     no_native: bool,
 }
 
+/// What the calls of one query share.
+struct CallScope<'a> {
+    until: Instant,
+    connection: GrpcConnection<'a>,
+}
+
 /// The runtime of a server.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum RuntimeLookup {
@@ -77,9 +83,14 @@ impl Cri {
         Self { socket: GrpcSocket::new(path), limit: TIMEOUT, state: Mutex::default() }
     }
 
+    /// The limits of a query that begins now.
+    fn scope(&self) -> CallScope<'_> {
+        CallScope { until: Instant::now() + self.limit, connection: self.socket.connection() }
+    }
+
     pub async fn version(&self) -> Result<CriVersion, GrpcError> {
         self.refresh();
-        self.version_by(Instant::now() + self.limit).await
+        self.version_by(&self.scope()).await
     }
 
     /// Queries the labels of a container or sandbox by its full id. `hint`: the runtime that its path names, if any.
@@ -89,20 +100,20 @@ impl Cri {
             return SourceReply::not_found();
         }
         self.refresh();
-        let until = Instant::now() + self.limit;
-        let reply = self.by_cri(id, hint, until).await;
+        let scope = self.scope();
+        let reply = self.by_cri(id, hint, &scope).await;
         if reply.outcome != Outcome::NotFound {
             return reply;
         }
-        self.by_native(id, until).await.unwrap_or(reply)
+        self.by_native(id, &scope).await.unwrap_or(reply)
     }
 
     /// Queries containerd's own API for a container that its CRI does not have.
-    async fn by_native(&self, id: &str, until: Instant) -> Option<SourceReply> {
+    async fn by_native(&self, id: &str, scope: &CallScope<'_>) -> Option<SourceReply> {
         if self.state().no_native {
             return None;
         }
-        match tokio::time::timeout_at(until, native::find(&self.socket, id)).await {
+        match tokio::time::timeout_at(scope.until, native::find(&scope.connection, id)).await {
             Ok(Ok(facts)) => facts.map(SourceReply::found),
             Ok(Err(error)) if error.is_unimplemented() => {
                 self.state().no_native = true;
@@ -114,8 +125,8 @@ impl Cri {
         }
     }
 
-    async fn by_cri(&self, id: &str, hint: Option<Runtime>, until: Instant) -> SourceReply {
-        match self.find(id, hint, until).await {
+    async fn by_cri(&self, id: &str, hint: Option<Runtime>, scope: &CallScope<'_>) -> SourceReply {
+        match self.find(id, hint, scope).await {
             Ok(reply) => reply,
             Err(error @ GrpcError::NoSocket { .. }) => SourceReply::not_queried(error),
             // Docker's containerd runs without the CRI plugin.
@@ -125,18 +136,24 @@ impl Cri {
         }
     }
 
-    async fn find(&self, id: &str, hint: Option<Runtime>, until: Instant) -> Result<SourceReply, GrpcError> {
-        let status: Option<ContainerStatus> = self.status("ContainerStatus", id, until).await?;
+    async fn find(&self, id: &str, hint: Option<Runtime>, scope: &CallScope<'_>) -> Result<SourceReply, GrpcError> {
+        let status: Option<ContainerStatus> = self.status("ContainerStatus", id, scope).await?;
         // Servers match prefixes of ids: a response about another container counts as not found.
         if let Some(status) = status.filter(|s| ids_match(&s.id, id)) {
-            return Ok(self.container(id, hint, status, until).await);
+            return Ok(self.container(id, hint, status, scope).await);
         }
-        let Some(pod) = self.sandbox(id, until).await? else { return Ok(SourceReply::not_found()) };
-        let runtime = self.runtime(hint, until).await;
+        let Some(pod) = self.sandbox(id, scope).await? else { return Ok(SourceReply::not_found()) };
+        let runtime = self.runtime(hint, scope).await;
         Ok(SourceReply::found(facts(id, None, pod.attempt, &pod, runtime)))
     }
 
-    async fn container(&self, id: &str, hint: Option<Runtime>, mut status: ContainerStatus, until: Instant) -> SourceReply {
+    async fn container(
+        &self,
+        id: &str,
+        hint: Option<Runtime>,
+        mut status: ContainerStatus,
+        scope: &CallScope<'_>,
+    ) -> SourceReply {
         let metadata = status.metadata.take().unwrap_or_default();
         let label = |key: &str| status.labels.get(key).cloned().unwrap_or_default();
         let name = Some(label("io.kubernetes.container.name")).filter(|n| !n.is_empty()).unwrap_or(metadata.name);
@@ -149,39 +166,39 @@ impl Cri {
         let mut detail = String::new();
         if !pod.is_complete() {
             // The kubelet sets these labels; other clients may not, but every container belongs to a sandbox.
-            match self.pod_of(id, until).await {
+            match self.pod_of(id, scope).await {
                 Ok(found) => pod.fill(found),
                 Err(error) => detail = format!("cannot query the pod: {:#}", anyhow::Error::from(error)),
             }
         }
-        let runtime = self.runtime(hint, until).await;
+        let runtime = self.runtime(hint, scope).await;
         let mut facts = facts(id, Some(&name), metadata.attempt, &pod, runtime);
         facts.set(Label::Image, image(&status));
         SourceReply { detail, ..SourceReply::found(facts) }
     }
 
     /// The pod of a container; empty if the server does not have it.
-    async fn pod_of(&self, id: &str, until: Instant) -> Result<PodSandboxMetadata, GrpcError> {
+    async fn pod_of(&self, id: &str, scope: &CallScope<'_>) -> Result<PodSandboxMetadata, GrpcError> {
         let request = ListContainersRequest { filter: Some(id.to_owned()) };
-        let list: ListResponse<Container> = self.call("ListContainers", request, until).await?;
+        let list: ListResponse<Container> = self.call("ListContainers", request, scope).await?;
         let pod = match list.items.into_iter().find(|c| ids_match(&c.id, id)) {
-            Some(container) if !container.pod_sandbox_id.is_empty() => self.sandbox(&container.pod_sandbox_id, until).await?,
+            Some(container) if !container.pod_sandbox_id.is_empty() => self.sandbox(&container.pod_sandbox_id, scope).await?,
             _ => None,
         };
         Ok(pod.unwrap_or_default())
     }
 
-    async fn sandbox(&self, id: &str, until: Instant) -> Result<Option<PodSandboxMetadata>, GrpcError> {
-        let status: Option<PodSandboxStatus> = self.status("PodSandboxStatus", id, until).await?;
+    async fn sandbox(&self, id: &str, scope: &CallScope<'_>) -> Result<Option<PodSandboxMetadata>, GrpcError> {
+        let status: Option<PodSandboxStatus> = self.status("PodSandboxStatus", id, scope).await?;
         Ok(status.filter(|s| ids_match(&s.id, id)).map(|s| s.metadata.unwrap_or_default()))
     }
 
     /// Queries the status of one object; `None` if the server does not have it.
-    async fn status<A>(&self, method: &str, id: &str, until: Instant) -> Result<Option<A>, GrpcError>
+    async fn status<A>(&self, method: &str, id: &str, scope: &CallScope<'_>) -> Result<Option<A>, GrpcError>
     where
         A: prost::Message + Debug + Default + 'static,
     {
-        match self.call::<_, ObjectResponse<A>>(method, id.to_owned(), until).await {
+        match self.call::<_, ObjectResponse<A>>(method, id.to_owned(), scope).await {
             Ok(reply) => Ok(reply.object),
             Err(error) if error.is_not_found() => Ok(None),
             Err(error) => Err(error),
@@ -190,12 +207,13 @@ impl Cri {
 
     /// Queries the runtime once per socket. `Pending` while a later call may still return it: the `name` label depends on it and would
     /// change.
-    async fn runtime(&self, hint: Option<Runtime>, until: Instant) -> RuntimeLookup {
+    async fn runtime(&self, hint: Option<Runtime>, scope: &CallScope<'_>) -> RuntimeLookup {
         if let Some(runtime) = self.state().runtime {
             return RuntimeLookup::Resolved(runtime);
         }
-        let until = until.min(Instant::now() + VERSION_TIMEOUT);
-        let runtime = match self.version_by(until).await {
+        let until = scope.until.min(Instant::now() + VERSION_TIMEOUT);
+        let scope = CallScope { until, connection: self.socket.connection() };
+        let runtime = match self.version_by(&scope).await {
             Ok(version) => match version.runtime_name.to_ascii_lowercase().as_str() {
                 "containerd" => Some(Runtime::Containerd),
                 "cri-o" => Some(Runtime::CriO),
@@ -217,9 +235,9 @@ impl Cri {
         RuntimeLookup::Resolved(runtime)
     }
 
-    async fn version_by(&self, until: Instant) -> Result<CriVersion, GrpcError> {
+    async fn version_by(&self, scope: &CallScope<'_>) -> Result<CriVersion, GrpcError> {
         // The kubelet sends the same constant; servers ignore it.
-        let reply: VersionResponse = self.call("Version", "0.1.0".to_owned(), until).await?;
+        let reply: VersionResponse = self.call("Version", "0.1.0".to_owned(), scope).await?;
         Ok(CriVersion {
             runtime_name: reply.runtime_name,
             runtime_version: reply.runtime_version,
@@ -229,32 +247,31 @@ impl Cri {
     }
 
     /// Calls the package that the server implements as far as known, then the other one.
-    async fn call<Q, A>(&self, method: &str, request: Q, until: Instant) -> Result<A, GrpcError>
+    async fn call<Q, A>(&self, method: &str, request: Q, scope: &CallScope<'_>) -> Result<A, GrpcError>
     where
         Q: prost::Message + Clone + 'static,
         A: prost::Message + Default + 'static,
     {
         let first = self.state().package;
-        match self.call_as(first, method, request.clone(), until).await {
+        match self.call_as(first, method, request.clone(), scope).await {
             Err(error) if error.is_unimplemented() => {}
             reply => return reply,
         }
         let other = 1 - first;
-        let reply = self.call_as(other, method, request, until).await;
-        // Any response other than `Unimplemented` is about the request, so the server implements this package.
-        if reply.as_ref().map_or_else(|e| e.code().is_some() && !e.is_unimplemented(), |_| true) {
+        let reply = self.call_as(other, method, request, scope).await;
+        if reply.as_ref().map_or_else(GrpcError::shows_method, |_| true) {
             self.state().package = other;
         }
         reply
     }
 
-    async fn call_as<Q, A>(&self, package: usize, method: &str, request: Q, until: Instant) -> Result<A, GrpcError>
+    async fn call_as<Q, A>(&self, package: usize, method: &str, request: Q, scope: &CallScope<'_>) -> Result<A, GrpcError>
     where
         Q: prost::Message + 'static,
         A: prost::Message + Default + 'static,
     {
         let method = format!("/{}.RuntimeService/{method}", PACKAGES[package]);
-        match tokio::time::timeout_at(until, self.socket.call(&method, request, None)).await {
+        match tokio::time::timeout_at(scope.until, scope.connection.call(&method, request, None)).await {
             Ok(reply) => reply,
             Err(_) => Err(GrpcError::Timeout { path: self.socket.path.clone(), method, after: self.limit }),
         }

@@ -9,7 +9,7 @@ use std::collections::HashMap;
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 
-use crate::labels::source::grpc::{GrpcError, GrpcSocket, ListResponse, ObjectResponse};
+use crate::labels::source::grpc::{GrpcConnection, GrpcError, ListResponse, ObjectResponse};
 
 const NAMESPACES: &str = "/containerd.services.namespaces.v1.Namespaces/List";
 const GET: &str = "/containerd.services.containers.v1.Containers/Get";
@@ -30,10 +30,10 @@ struct NativeContainer {
 }
 
 /// Finds a container in all namespaces; `None` if none has it. A server without this API returns `Unimplemented`.
-pub async fn find(socket: &GrpcSocket, id: &str) -> Result<Option<Facts>, GrpcError> {
-    let names: ListResponse<String> = socket.call(NAMESPACES, (), None).await?;
+pub async fn find(connection: &GrpcConnection<'_>, id: &str) -> Result<Option<Facts>, GrpcError> {
+    let names: ListResponse<String> = connection.call(NAMESPACES, (), None).await?;
     for name in names.items.into_iter().filter(|name| name != DOCKER_NAMESPACE).take(MAX_NAMESPACES) {
-        let reply = socket.call::<_, ObjectResponse<NativeContainer>>(GET, id.to_owned(), Some((NAMESPACE_HEADER, &name)));
+        let reply = connection.call::<_, ObjectResponse<NativeContainer>>(GET, id.to_owned(), Some((NAMESPACE_HEADER, &name)));
         match reply.await {
             Ok(reply) => {
                 // A container of the CRI that the CRI no longer returns is not named here.
