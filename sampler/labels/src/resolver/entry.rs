@@ -77,10 +77,10 @@ impl Entry {
         !self.forged && !self.labels.complete() && self.gone.is_none_or(|at| now.saturating_since(at) < QUERIED_AFTER_END)
     }
 
-    /// Whether this target still has to be queried. Files exist before their container and are removed with it, so one result is enough
-    /// for a container that is gone.
+    /// Whether this target still has to be queried. One result is enough for a container that is gone: files and records exist before
+    /// their container, and are not made after its end.
     pub fn needs_query_to(&self, id: TargetId, now: BootNs) -> bool {
-        let is_unresolved = |slot: &Slot| slot.is_socket || self.gone.is_none() || !slot.has_result;
+        let is_unresolved = |slot: &Slot| self.gone.is_none() || !slot.has_result;
         self.needs_queries(now) && self.slots.get(&id).is_some_and(is_unresolved)
     }
 
@@ -151,7 +151,8 @@ pub(super) struct Slot {
     /// Queries without an outcome.
     pending: u32,
     pub next: BootNs,
-    /// A query returned a result other than a failure.
+    /// A query returned a result other than a failure. Of a socket and a container that is gone: a query that was sent after its end,
+    /// since a runtime may know a container somewhat later than its cgroup exists.
     pub has_result: bool,
     pub last_attempt: Option<QueryAttempt>,
 }
@@ -182,10 +183,18 @@ impl Slot {
     }
 
     /// `endpoint_healthy`: the endpoint responds, so this container's own back-off sets the next time; otherwise the breaker does.
-    pub fn record_outcome(&mut self, key: ContainerKey, endpoint_healthy: bool, attempt: QueryAttempt, now: BootNs) {
+    pub fn record_outcome(
+        &mut self,
+        key: ContainerKey,
+        gone: Option<BootNs>,
+        endpoint_healthy: bool,
+        attempt: QueryAttempt,
+        now: BootNs,
+    ) {
         self.pending = self.pending.saturating_sub(1);
         self.attempts += 1;
-        self.has_result |= !matches!(attempt.status, QueryOutcome::Error | QueryOutcome::Timeout);
+        let is_result = !matches!(attempt.status, QueryOutcome::Error | QueryOutcome::Timeout);
+        self.has_result |= is_result && (!self.is_socket || gone.is_none_or(|at| self.last_sent >= at));
         self.last_attempt = Some(attempt);
         let step = FILE_DELAYS.iter().map(|after| self.started.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
         let age = now.saturating_since(self.started);

@@ -2,7 +2,7 @@
 //! a running container.
 //!
 //! ```text
-//!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried for 10 s) -> evicted with its record
+//!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried until one result, for 10 s) -> evicted with its record
 //!  per (container, target):
 //!      file    0, 10, 30, 100, 300 ms after it appeared, then 0.5 s, growing with its age to 30 s
 //!      socket  250 ms after it appeared (an earlier query races its creation), then the same back-off
@@ -37,7 +37,7 @@ const MS: u64 = 1_000_000;
 const MAX_BACK_OFF: u64 = 30_000 * MS;
 /// A container of this age is exported with the labels it has.
 const SETTLED_AFTER: u64 = 2_000 * MS;
-/// A runtime may have the record of a container for some time after its cgroup was removed.
+/// A runtime may have the record of a container for some time after its cgroup was removed, and may not respond before.
 const QUERIED_AFTER_END: u64 = 10_000 * MS;
 
 /// Index of a target (a source at one endpoint), in the order of addition.
@@ -92,6 +92,8 @@ pub struct LabelResolver {
     /// Times at which containers settle with incomplete labels.
     settling: BTreeSet<(BootNs, ContainerKey)>,
     changed: HashSet<ContainerKey>,
+    /// Includes all containers that need queries. The others are removed by [`LabelResolver::has_unresolved`].
+    unresolved: BTreeSet<ContainerKey>,
     sent_count: u64,
 }
 
@@ -130,6 +132,7 @@ impl LabelResolver {
             entry.complete(now);
         } else {
             self.settling.insert((now.plus(SETTLED_AFTER), key));
+            self.unresolved.insert(key);
         }
         self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
         self.entries.insert(key, entry);
@@ -166,6 +169,7 @@ impl LabelResolver {
     pub fn gone(&mut self, key: ContainerKey, at: BootNs, now: BootNs) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.gone = Some(at);
+            entry.slots.values_mut().filter(|slot| slot.is_socket).for_each(|slot| slot.has_result = false);
             requeue(&mut self.queue, entry, now, None);
         }
     }
@@ -186,6 +190,7 @@ impl LabelResolver {
             self.queue.remove(&(slot.next, key, *id));
         }
         self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), key));
+        self.unresolved.remove(&key);
         self.changed.insert(key);
     }
 
@@ -322,12 +327,13 @@ impl LabelResolver {
             }
             if let Some(slot) = entry.slots.get_mut(&query.target) {
                 self.queue.remove(&(slot.next, query.key, query.target));
-                slot.record_outcome(query.key, *outcome != Outcome::Failed || healthy, attempt, now);
+                slot.record_outcome(query.key, entry.gone, *outcome != Outcome::Failed || healthy, attempt, now);
                 if entry.needs_query_to(query.target, now) {
                     self.queue.insert((entry.slots[&query.target].next, query.key, query.target));
                 }
             }
             if reopened {
+                self.unresolved.insert(query.key);
                 requeue(&mut self.queue, entry, now, None);
             }
         }
@@ -370,9 +376,15 @@ impl LabelResolver {
         entry.slots.iter().filter_map(attempt_at).collect()
     }
 
-    /// Whether any container still needs queries.
-    pub fn has_unresolved(&self, now: BootNs) -> bool {
-        self.entries.values().any(|e| e.needs_queries(now))
+    /// Whether any container still needs queries. A container that needs none is skipped once.
+    pub fn has_unresolved(&mut self, now: BootNs) -> bool {
+        while let Some(key) = self.unresolved.first().copied() {
+            if self.entries.get(&key).is_some_and(|entry| entry.needs_queries(now)) {
+                return true;
+            }
+            self.unresolved.remove(&key);
+        }
+        false
     }
 }
 
@@ -383,9 +395,7 @@ fn requeue(queue: &mut Queue, entry: &mut Entry, now: BootNs, only: Option<Targe
     }
     let key = entry.record.key;
     let (seen, gone) = (entry.seen, entry.gone.is_some());
-    let selected = |(id, slot): &(&TargetId, &mut Slot)| {
-        only.is_none_or(|only| only == **id) && (slot.is_socket || !gone || !slot.has_result)
-    };
+    let selected = |(id, slot): &(&TargetId, &mut Slot)| only.is_none_or(|only| only == **id) && (!gone || !slot.has_result);
     for (id, slot) in entry.slots.iter_mut().filter(selected) {
         let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
         queue.remove(&(slot.next, key, *id));

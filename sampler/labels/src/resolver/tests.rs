@@ -199,18 +199,31 @@ fn a_socket_that_appears_after_an_hour_is_queried_for_all_containers_at_once() {
 }
 
 #[test]
-fn containers_that_are_gone_are_queried_at_once_and_for_ten_seconds() {
+fn containers_that_are_gone_are_queried_at_once_until_one_result_and_for_ten_seconds() {
     let mut resolver = resolver(&[Source::Docker]);
-    resolver.appeared(docker(1), BootNs(0));
-    resolver.gone(ContainerKey(1), ms(50), ms(51));
-    let queries = run_queries(&mut resolver, 51, 60_000, |_, _| Outcome::NotFound);
-    assert_eq!(queries.first(), Some(&(51, Source::Docker)));
-    assert!((8_000..10_051).contains(&queries.last().unwrap().0), "{queries:?}");
+    for key in [1, 2] {
+        resolver.appeared(docker(key), BootNs(0));
+    }
+    assert_eq!(run_queries(&mut resolver, 0, 600, |_, _| Outcome::NotFound).len(), 2);
+    resolver.gone(ContainerKey(1), ms(650), ms(651));
+    resolver.evicted(ContainerKey(2));
+    let queries = run_queries(&mut resolver, 651, 60_000, |_, _| Outcome::Failed);
+    assert_eq!(queries.first(), Some(&(651, Source::Docker)));
+    assert!((8_000..10_651).contains(&queries.last().unwrap().0), "{queries:?}");
+    // A result before the end does not count, one after it does. A query that was sent before the end counts as before.
+    resolver.appeared(docker(3), ms(60_000));
+    let sent_before = resolver.due(ms(60_250)).remove(0);
+    resolver.gone(ContainerKey(3), ms(60_300), ms(60_301));
+    resolver.record_outcome(&sent_before, &Outcome::NotFound, attempt(&Outcome::NotFound), ms(60_302));
+    let queries = run_queries(&mut resolver, 60_303, 90_000, |_, _| Outcome::NotFound);
+    assert!(matches!(queries[..], [(60_303..61_000, _)]), "{queries:?}");
+    resolver.evicted(ContainerKey(3));
     resolver.evicted(ContainerKey(1));
-    assert!(resolver.labels(ContainerKey(1)).is_none() && resolver.next_due(ms(60_000)).is_none());
+    assert!(resolver.labels(ContainerKey(1)).is_none() && resolver.next_due(ms(90_000)).is_none());
     assert!(
         resolver.entries.is_empty() && resolver.by_id.is_empty() && resolver.queue.is_empty() && resolver.settling.is_empty()
     );
+    assert!(resolver.unresolved.is_empty() && !resolver.has_unresolved(ms(90_000)));
 }
 
 #[test]
