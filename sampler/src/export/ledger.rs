@@ -242,7 +242,7 @@ pub mod tests {
         let mut labels = ContainerLabels::from_path(record);
         labels.merge(Source::Docker, &facts);
         labels.settled = settled;
-        HashMap::from([(record.key, Arc::new(labels))])
+        LabelView::from([(record.key, Arc::new(labels))])
     }
 
     fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {

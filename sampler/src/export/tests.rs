@@ -40,7 +40,7 @@ fn container(n: u64, is_settled: bool) -> (ContainerRecord, LabelView) {
     let mut labels = ContainerLabels::from_path(&record);
     labels.merge(Source::Docker, &facts);
     labels.settled = is_settled;
-    (record, HashMap::from([(key, Arc::new(labels))]))
+    (record, LabelView::from([(key, Arc::new(labels))]))
 }
 
 fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
