@@ -40,7 +40,7 @@ pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>
     loop {
         for folder in &sources.places.load().kubelet_roots {
             if !kubelets.iter().any(|(known, _)| known == folder) {
-                kubelets.push((folder.clone(), KubeletState::new(Kubelet::new(sources.root.path(folder)))));
+                kubelets.push((folder.clone(), KubeletState::new(Kubelet::new(sources.host.path(folder)))));
             }
         }
         let mut changed = false;
@@ -89,8 +89,8 @@ impl KubeletState {
         }
         let view = shared.view.load_full();
         let is_same = |before: &HashSet<ContainerKey>| before.len() == view.len() && view.keys().all(|key| before.contains(key));
-        let containers_changed = !self.containers.as_ref().is_some_and(is_same);
-        let pods_changed = checkpoint.is_none() && socket.is_some() && containers_changed;
+        let containers_changed = || !self.containers.as_ref().is_some_and(is_same);
+        let pods_changed = checkpoint.is_none() && socket.is_some() && containers_changed();
         if checkpoint == self.checkpoint && socket == self.socket && !pods_changed && !self.failed {
             return false;
         }

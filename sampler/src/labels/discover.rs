@@ -15,7 +15,7 @@ use serde::Deserialize;
 
 use super::root::Root;
 use super::source::file;
-use crate::observe::kernel::proc::{memberships, pids};
+use crate::observe::kernel::proc::memberships;
 
 /// Limit per kind of path; a machine has a handful.
 const MAX_PATHS: usize = 16;
@@ -71,14 +71,15 @@ fn add_default<T: PartialEq>(to: &mut Vec<T>, item: T) {
 }
 
 impl HostPaths {
-    /// Inspects every process. Slow if there are thousands; not for the sampling path.
-    pub fn find(procfs: &Path, root: &Root) -> Self {
-        let mut found = Self::default();
-        // If processes cannot be listed, the defaults remain.
-        for pid in pids(procfs).unwrap_or_default() {
-            found.inspect(procfs, pid, root);
+    /// Adds the paths of one runtime.
+    pub(super) fn merge(&mut self, found: &HostPaths) {
+        self.keep_from(found);
+        add(&mut self.sockets, found.sockets.iter().cloned());
+        for (uid, paths) in &found.users {
+            if self.users.len() < MAX_USERS || self.users.contains_key(uid) {
+                self.users.entry(*uid).or_default().merge(paths);
+            }
         }
-        found.with_defaults()
     }
 
     /// Keeps the paths of runtimes that have stopped: their files remain, and their containers may still run.
@@ -108,26 +109,32 @@ impl HostPaths {
         self
     }
 
-    fn inspect(&mut self, procfs: &Path, pid: u32, root: &Root) {
+    /// The paths that a process has; `None` if its name is not that of a runtime.
+    pub(super) fn of_process(procfs: &Path, pid: u32, root: &Root) -> Option<Self> {
         let folder = procfs.join(pid.to_string());
         // A process that ends meanwhile is skipped.
-        let Ok(comm) = fs::read_to_string(folder.join("comm")) else { return };
+        let comm = fs::read_to_string(folder.join("comm")).ok()?;
         let names = ["containerd-shim", "conmon", "dockerd", "containerd", "crio", "kubelet", "podman"];
-        if !names.iter().any(|name| comm.starts_with(name)) || in_a_container(&folder) {
-            return;
+        if !names.iter().any(|name| comm.starts_with(name)) {
+            return None;
+        }
+        let mut found = Self::default();
+        if in_a_container(&folder) {
+            return Some(found);
         }
         match uid(&folder) {
-            Some(0) if in_host_namespaces(procfs, &folder) => self.add_from_process(&folder, comm.trim(), root),
-            Some(uid @ 1..) if self.users.len() < MAX_USERS || self.users.contains_key(&uid) => {
-                let mut user_paths = self.users.remove(&uid).unwrap_or_default();
+            Some(0) if in_host_namespaces(procfs, &folder) => found.add_from_process(&folder, comm.trim(), root),
+            Some(uid @ 1..) => {
+                let mut user_paths = Self::default();
                 user_paths.add_from_process(&folder, comm.trim(), root);
                 user_paths.sockets.clear();
                 if user_paths != Self::default() {
-                    self.users.insert(uid, user_paths);
+                    found.users.insert(uid, user_paths);
                 }
             }
             _ => {}
         }
+        Some(found)
     }
 
     fn add_from_process(&mut self, folder: &Path, comm: &str, root: &Root) {

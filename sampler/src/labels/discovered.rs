@@ -6,6 +6,7 @@ use sampler_labels::Source;
 
 use super::config::LabelConfig;
 use super::discover::HostPaths;
+use super::process_search::ProcessSearch;
 use super::root::Root;
 use super::stamp::{Stamp, stamp};
 
@@ -30,7 +31,12 @@ impl Discovery {
 
     /// Searches processes and files. Blocking.
     pub fn search(config: &LabelConfig) -> Self {
-        Self::at(config, HostPaths::find(&config.procfs, &Root::new(&config.rootfs)))
+        Self::search_with(config, &mut ProcessSearch::default())
+    }
+
+    /// As [`Discovery::search`], with what earlier searches have found.
+    pub fn search_with(config: &LabelConfig, search: &mut ProcessSearch) -> Self {
+        Self::at(config, search.find(&config.procfs, &Root::new(&config.rootfs)))
     }
 
     fn at(config: &LabelConfig, places: HostPaths) -> Self {

@@ -21,6 +21,7 @@ pub enum ContainerEvent {
 /// Messages other than container events.
 pub enum LabelMessage {
     QueryFinished(Query, SourceReply),
+    FilesRead(Vec<(Query, SourceReply)>),
     /// A runtime reported an event of the container with this id.
     Hint(String),
     /// The endpoint appeared or was replaced, or it is gone.

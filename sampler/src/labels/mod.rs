@@ -1,4 +1,5 @@
-//! The label service: one task owns the resolver, and each query runs in its own task, so no source waits for another.
+//! The label service: one task owns the resolver. Each query to a socket runs in its own task, and a read that hangs is left to its
+//! thread, so no source waits for another.
 //!
 //! ```text
 //!  core thread --containers--> task (resolver) --queries--> sources (files, sockets)
@@ -10,8 +11,10 @@ mod assigned;
 mod config;
 mod discover;
 mod discovered;
+mod file_reader;
 mod message;
 mod one_shot;
+mod process_search;
 mod root;
 mod shared;
 mod sockets;

@@ -1,23 +1,27 @@
 //! The task that owns the resolver: it executes due queries, records their outcomes, publishes labels, and searches for runtimes.
 
 use std::collections::{HashMap, HashSet};
+use std::panic::AssertUnwindSafe;
 use std::path::Path;
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, mpsc};
 use std::time::{Duration, Instant};
 
-use sampler_core::units::ContainerKey;
-use sampler_labels::{LabelResolver, Source, TargetId};
+use futures_util::FutureExt as _;
+use sampler_core::units::{BootNs, ContainerKey};
+use sampler_labels::{LabelResolver, Query, Source, TargetId};
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
 
 use super::config::LabelConfig;
 use super::discovered::{Discovery, FoundSocket};
+use super::file_reader::FileReader;
 use super::message::{ContainerEvent, LabelMessage};
+use super::process_search::ProcessSearch;
 use super::shared::SharedLabels;
 use super::sockets::WatchedSocket;
 use super::source::reply::SourceReply;
-use super::source::{self, LabelSources};
+use super::source::{self, InnerRoots, LabelSources};
 use super::view::{AttemptView, FILES, LabelView};
 use crate::observe::clock::boot_now;
 
@@ -25,7 +29,7 @@ use crate::observe::clock::boot_now;
 const SHORTEST_PAUSE: Duration = Duration::from_millis(1);
 /// Maximum interval between two steps.
 const IDLE_PAUSE: Duration = Duration::from_secs(1);
-/// A view is a copy of the table of all containers, so it is not published for each of many replies.
+/// A publication copies what changed, so there is not one for each of many replies.
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 /// While containers lack labels, the search for runtimes is repeated at this interval, which doubles up to the maximum.
 const MIN_SEARCH_PAUSE: Duration = Duration::from_secs(1);
@@ -41,6 +45,7 @@ const MAX_TARGETS: usize = 64;
 pub(super) struct LabelTask {
     config: LabelConfig,
     sources: Arc<LabelSources>,
+    files: FileReader,
     resolver: LabelResolver,
     shared: Arc<SharedLabels>,
     /// The source of the next published view.
@@ -58,6 +63,9 @@ pub(super) struct LabelTask {
     discovered_sockets: HashSet<(Source, String)>,
     /// A search that hangs in a file system keeps its thread; the permits limit them to two.
     search_permits: Arc<Semaphore>,
+    process_search: Arc<Mutex<ProcessSearch>>,
+    /// The next search has to inspect all processes.
+    search_all: bool,
     searching: bool,
     /// Requests another search: after an event during a search, or after one that needs a search although no container lacks labels.
     search_again: bool,
@@ -73,9 +81,15 @@ impl LabelTask {
         shared: Arc<SharedLabels>,
         watched: mpsc::Sender<WatchedSocket>,
     ) -> Self {
+        let reader_sources = Arc::clone(&sources);
+        let new_reader = move || -> Box<dyn FnMut(&Query) -> SourceReply> {
+            let (sources, mut inner_roots) = (Arc::clone(&reader_sources), InnerRoots::default());
+            Box::new(move |query| source::read_files(&sources, query, &mut inner_roots))
+        };
         Self {
             config,
             sources,
+            files: FileReader::new(Arc::new(new_reader), shared.messages.clone()),
             resolver: LabelResolver::default(),
             shared,
             view: LabelView::new(),
@@ -87,6 +101,8 @@ impl LabelTask {
             absent: HashMap::new(),
             discovered_sockets: HashSet::new(),
             search_permits: Arc::new(Semaphore::new(MAX_SEARCHES)),
+            process_search: Arc::default(),
+            search_all: false,
             searching: false,
             search_again: false,
             search_at: None,
@@ -176,12 +192,23 @@ impl LabelTask {
     fn search(&mut self) {
         self.search_at = Some(Instant::now() + MAX_SEARCH_PAUSE);
         let Ok(permit) = Arc::clone(&self.search_permits).try_acquire_owned() else { return };
+        let all = std::mem::take(&mut self.search_all);
         (self.searching, self.search_again) = (true, false);
         let (config, messages) = (self.config.clone(), self.shared.messages.clone());
+        let process_search = Arc::clone(&self.process_search);
         tokio::task::spawn_blocking(move || {
             let _held = permit;
+            let discovery = match process_search.try_lock() {
+                Ok(mut search) if !all => Discovery::search_with(&config, &mut search),
+                Ok(mut search) => {
+                    *search = ProcessSearch::default();
+                    Discovery::search_with(&config, &mut search)
+                }
+                // Another search hangs, or one has panicked.
+                Err(_) => Discovery::search(&config),
+            };
             // The task ends only with the process.
-            let _ended = messages.blocking_send(LabelMessage::Discovery(Discovery::search(&config)));
+            let _ended = messages.blocking_send(LabelMessage::Discovery(discovery));
         });
     }
 
@@ -197,7 +224,7 @@ impl LabelTask {
     /// Requests a search even if no container lacks labels.
     fn search_now(&mut self) {
         self.search_soon();
-        self.search_again = true;
+        (self.search_again, self.search_all) = (true, true);
     }
 
     /// Retires targets that have been absent for long and that the last search did not find.
@@ -237,16 +264,22 @@ impl LabelTask {
     /// Executes due queries and publishes; returns the time until the next step.
     fn step(&mut self) -> Duration {
         let now = boot_now();
-        for query in self.resolver.due(now) {
+        let (to_sockets, to_files): (Vec<Query>, Vec<Query>) =
+            self.resolver.due(now).into_iter().partition(|query| query.source.is_socket());
+        for query in to_sockets {
             let (sources, messages) = (Arc::clone(&self.sources), self.shared.messages.clone());
             tokio::spawn(async move {
-                // In its own task, so that a panic does not leave the query pending forever.
-                let task_query = query.clone();
-                let reply = tokio::spawn(async move { source::execute(sources, &task_query).await }).await;
-                let reply = reply.unwrap_or_else(SourceReply::error);
+                // A panic must not leave the query pending forever.
+                let reply = AssertUnwindSafe(source::execute(sources, &query)).catch_unwind().await;
+                let reply = reply.unwrap_or_else(|_| SourceReply::error("the query panicked"));
                 // The task ends only with the process.
                 let _ended = messages.send(LabelMessage::QueryFinished(query, reply)).await;
             });
+        }
+        self.files.add(to_files);
+        let (replies, supervise_in) = self.files.supervise();
+        for (query, reply) in replies {
+            self.record_reply(&query, &reply, now);
         }
         self.retire();
         if self.search_at.is_some_and(|at| at <= Instant::now()) && (self.search_again || self.resolver.has_unresolved(now)) {
@@ -255,7 +288,7 @@ impl LabelTask {
         self.probe_failing();
         let unpublished = self.publish();
         let wait = self.resolver.next_due(now).map_or(u64::MAX, |next| next.saturating_since(boot_now()));
-        Duration::from_nanos(wait).min(unpublished).clamp(SHORTEST_PAUSE, IDLE_PAUSE)
+        Duration::from_nanos(wait).min(unpublished).min(supervise_in).clamp(SHORTEST_PAUSE, IDLE_PAUSE)
     }
 
     /// Publishes the view if it changed and the interval has passed; returns the time until the next publication.
@@ -301,16 +334,23 @@ impl LabelTask {
         }
     }
 
+    fn record_reply(&mut self, query: &Query, reply: &SourceReply, now: BootNs) {
+        if self.resolver.record_outcome(query, &reply.outcome, reply.to_attempt(), now) {
+            self.resolved(query.key);
+        }
+        // Late replies of retired targets are not counted.
+        if let Some((source, endpoint)) = self.target(query.target) {
+            self.shared.stats.record_outcome(source, &endpoint, reply);
+        }
+    }
+
     fn handle_message(&mut self, message: LabelMessage) {
         let now = boot_now();
         match message {
-            LabelMessage::QueryFinished(query, reply) => {
-                if self.resolver.record_outcome(&query, &reply.outcome, reply.to_attempt(), now) {
-                    self.resolved(query.key);
-                }
-                // Late replies of retired targets are not counted.
-                if let Some((source, endpoint)) = self.target(query.target) {
-                    self.shared.stats.record_outcome(source, &endpoint, &reply);
+            LabelMessage::QueryFinished(query, reply) => self.record_reply(&query, &reply, now),
+            LabelMessage::FilesRead(replies) => {
+                for (query, reply) in replies {
+                    self.record_reply(&query, &reply, now);
                 }
             }
             LabelMessage::Hint(id) => self.resolver.hint(&id, now),

@@ -4,16 +4,16 @@
 //! (`sandbox-uid` since 1.6.11, `container-name` since 1.4, `sandbox-name` since 1.5).
 
 use std::collections::HashMap;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
 use super::file;
-use super::reply::SourceReply;
+use super::host_files::HostFiles;
+use super::reply::{SourceReply, first_found};
 use crate::labels::discover::HostPaths;
-use crate::labels::root::Root;
 
 const TASK_FOLDERS: [&str; 2] = ["io.containerd.runtime.v2.task", "io.containerd.runtime.v1.linux"];
 
@@ -25,27 +25,21 @@ pub struct Bundle {
     pub annotations: Option<Annotations>,
 }
 
-pub fn query(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
-    SourceReply::first_of(&places.containerd_states, |state| Ok(read_bundle(&root.path(state), id)?.map(SourceReply::found)))
+pub fn query(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
+    SourceReply::first_of(&places.containerd_states, |state| {
+        let state = files.path(state);
+        // An unreadable folder does not hide a readable one.
+        let found = first_found(TASK_FOLDERS.iter().map(|tasks| read_bundle(files, &state.join(tasks), id)))?;
+        Ok(found.map(SourceReply::found))
+    })
 }
 
-fn read_bundle(state: &Path, id: &str) -> Result<Option<Facts>, String> {
-    for (namespace, path) in candidates(state, id)? {
-        if let Some(bundle) = file::read::<Bundle>(&path)? {
-            return Ok(Some(facts(&bundle.annotations.unwrap_or_default(), id, &namespace)));
-        }
-    }
-    Ok(None)
-}
-
-/// Possible paths of the bundle, with containerd's namespace.
-fn candidates(state: &Path, id: &str) -> Result<Vec<(String, PathBuf)>, String> {
-    let mut found = Vec::new();
-    for tasks in TASK_FOLDERS {
-        let namespaces = file::list(&state.join(tasks))?;
-        found.extend(namespaces.into_iter().map(|(namespace, path)| (namespace, path.join(id).join("config.json"))));
-    }
-    Ok(found)
+/// Reads the bundle in the folder of containerd's namespaces.
+fn read_bundle(files: &HostFiles, tasks: &Path, id: &str) -> Result<Option<Facts>, String> {
+    first_found(files.list(tasks)?.paths().map(|(namespace, path)| {
+        let bundle = file::read::<Bundle>(&path.join(id).join("config.json"))?;
+        Ok(bundle.map(|bundle| facts(&bundle.annotations.unwrap_or_default(), id, namespace)))
+    }))
 }
 
 fn facts(annotations: &Annotations, id: &str, namespace: &str) -> Facts {
@@ -79,7 +73,7 @@ mod tests {
         let path = "run/containerd/io.containerd.runtime.v2.task/k8s.io/c1/config.json";
         let case = |path: &str, text: &str, expect: &str| {
             let files = Files::new(&[(path, text)]);
-            check(&query(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
+            check(&query(&files.host(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         case(path, CRI, "prod/p-0/c c1 i:1");
         case(&path.replace("containerd/io", "k3s/containerd/io"), CRI, "prod/p-0/c c1 i:1");
@@ -96,5 +90,20 @@ mod tests {
         );
         case(path, "{\"annotations\":", "not-found");
         case(path, "{\"annotations\":]", "error");
+    }
+
+    #[test]
+    fn an_unreadable_folder_does_not_hide_a_readable_one() {
+        let tasks = "run/containerd/io.containerd.runtime.v2.task";
+        let files = Files::new(&[(&format!("{tasks}/k8s.io/c1/config.json"), CRI), (&format!("{tasks}/a/c1/config.json"), "{]")]);
+        let lists = || query(&files.host(), &HostPaths::default().with_defaults(), "c1");
+        check(&lists(), "prod/p-0/c c1 i:1");
+        // Another namespace, before or after the one that has the container, and the other folder of tasks.
+        files.add(&format!("{tasks}/z/c1/config.json"), "{]");
+        check(&lists(), "prod/p-0/c c1 i:1");
+        let older = tasks.replace("v2.task", "v1.linux");
+        files.link(&older, "io.containerd.runtime.v1.linux");
+        check(&lists(), "prod/p-0/c c1 i:1");
+        check(&query(&files.host(), &HostPaths::default().with_defaults(), "c2"), "error");
     }
 }

@@ -9,9 +9,9 @@ use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
 use super::file;
+use super::host_files::HostFiles;
 use super::reply::SourceReply;
 use crate::labels::discover::HostPaths;
-use crate::labels::root::Root;
 
 #[derive(Default, Deserialize)]
 #[serde(default, rename_all = "PascalCase")]
@@ -61,9 +61,10 @@ impl DockerRecord {
     }
 }
 
-pub fn query(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
+pub fn query(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
     SourceReply::first_of(&places.docker_roots, |folder| {
-        let record = file::read::<DockerRecord>(&root.path(&folder.join("containers").join(id).join("config.v2.json")))?;
+        let path = files.path(&folder.join("containers")).join(id).join("config.v2.json");
+        let record = file::read::<DockerRecord>(&path)?;
         Ok(record.map(|record| record.reply(Runtime::Docker, id)))
     })
 }
@@ -77,7 +78,7 @@ mod tests {
     fn records_of_docker_have_name_image_and_labels() {
         let case = |text: &str, expect: &str| {
             let files = Files::new(&[("var/lib/docker/containers/c1/config.v2.json", text)]);
-            check(&query(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
+            check(&query(&files.host(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         case(r#"{"Name":"/web","Config":{"Image":"i","Labels":null},"State":{"Status":"new-word"}}"#, "-/-/- web i");
         case(r#"{"Name":"/k8s_c_p_n_uid_0","Config":{"Image":"i"}}"#, "n/p/c k8s_c_p_n_uid_0 i");

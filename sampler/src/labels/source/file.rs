@@ -3,7 +3,7 @@
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read as _};
 use std::os::unix::fs::OpenOptionsExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use serde::de::DeserializeOwned;
@@ -56,12 +56,12 @@ fn is_being_written(file: &File) -> bool {
     modified.and_then(|at| at.elapsed().ok()).is_some_and(|age| age < WRITTEN_WITHIN)
 }
 
-/// Names and paths in a folder; empty if the folder does not exist.
-pub fn list(folder: &Path) -> Result<Vec<(String, PathBuf)>, String> {
+/// Names in a folder; empty if the folder does not exist.
+pub fn list(folder: &Path) -> Result<Vec<String>, String> {
     match fs::read_dir(folder) {
         Ok(entries) => {
-            let name_and_path = |e: fs::DirEntry| (e.file_name().to_string_lossy().into_owned(), e.path());
-            Ok(entries.flatten().take(MAX_ENTRIES).map(name_and_path).collect())
+            let name = |e: fs::DirEntry| e.file_name().to_string_lossy().into_owned();
+            Ok(entries.flatten().take(MAX_ENTRIES).map(name).collect())
         }
         Err(error) if is_absent(&error) => Ok(Vec::new()),
         Err(error) => Err(format!("{}: {error}", folder.display())),

@@ -9,8 +9,8 @@ use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
 use super::file;
+use super::host_files::HostFiles;
 use super::reply::SourceReply;
-use crate::labels::root::Root;
 
 const RKT_PODS: &str = "/var/lib/rkt/pods";
 /// Folders of pods by state; the most current first.
@@ -51,16 +51,12 @@ fn get<'a>(list: &'a [Annotation], names: &[&str]) -> Option<&'a str> {
 }
 
 /// `app`: the app of the pod that the cgroup names, if any.
-pub fn query(root: &Root, uuid: &str, app: Option<&str>) -> SourceReply {
-    let paths: Vec<PathBuf> = STATES.iter().map(|state| Path::new(RKT_PODS).join(state).join(uuid).join("pod")).collect();
-    for path in &paths {
-        match file::read::<Manifest>(&root.path(path)) {
-            Ok(Some(manifest)) => return SourceReply::found(facts(&manifest, uuid, app)).at(path),
-            Ok(None) => {}
-            Err(detail) => return SourceReply::error(detail).at(path),
-        }
-    }
-    SourceReply::not_in(&paths)
+pub fn query(files: &HostFiles, uuid: &str, app: Option<&str>) -> SourceReply {
+    let folders: Vec<PathBuf> = STATES.iter().map(|state| Path::new(RKT_PODS).join(state)).collect();
+    SourceReply::first_of(&folders, |folder| {
+        let manifest = file::read::<Manifest>(&files.path(folder).join(uuid).join("pod"))?;
+        Ok(manifest.map(|manifest| SourceReply::found(facts(&manifest, uuid, app))))
+    })
 }
 
 fn facts(manifest: &Manifest, uuid: &str, app: Option<&str>) -> Facts {
@@ -94,7 +90,7 @@ mod tests {
     fn manifests_of_rkt_name_pod_and_image() {
         let case = |text: &str, app: Option<&str>, expect: &str| {
             let files = Files::new(&[("var/lib/rkt/pods/run/u1/pod", text)]);
-            check(&query(&files.root(), "u1", app), expect);
+            check(&query(&files.host(), "u1", app), expect);
         };
         let one = r#"{"acKind":"PodManifest","apps":[{"name":"train","image":{"name":"e.org/i","id":"sha512-1","labels":[{"name":"version","value":"2"}]}}],
             "annotations":[{"name":"rkt.kubernetes.io/name","value":"p"},{"name":"rkt.kubernetes.io/namespace","value":"n"}]}"#;
@@ -103,5 +99,7 @@ mod tests {
         case(two, Some("b"), "-/-/- - sha512-2");
         case(two, None, "-/-/- u1 -");
         case("x", None, "error");
+        let files = Files::new(&[("var/lib/rkt/pods/run/u1/pod", "x"), ("var/lib/rkt/pods/prepared/u1/pod", one)]);
+        check(&query(&files.host(), "u1", None), "n/p/train u1 e.org/i:2");
     }
 }

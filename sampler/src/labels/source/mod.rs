@@ -9,6 +9,7 @@ pub mod file;
 pub mod grpc;
 #[cfg(test)]
 mod grpc_server;
+pub mod host_files;
 pub mod http;
 pub mod kubelet;
 mod manifest;
@@ -17,16 +18,18 @@ mod pods;
 pub mod reply;
 mod storage;
 
+use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, PoisonError, RwLock};
+use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use sampler_core::cgroup_path::Runtime;
-use sampler_labels::{FILES_IN_FLIGHT, Outcome, Query, Source, TargetId};
-
-use tokio::sync::Semaphore;
+use sampler_core::units::ContainerKey;
+use sampler_labels::{Outcome, Query, Source, TargetId};
 
 use self::cri::Cri;
+use self::host_files::HostFiles;
 use self::kubelet::Kubelet;
 use self::reply::{SourceReply, TIMEOUT};
 use super::discover::{HostPaths, is_single_name};
@@ -36,8 +39,7 @@ use crate::error::display_chain;
 /// The endpoint of a target.
 #[derive(Clone)]
 enum Endpoint {
-    /// A read that hangs keeps its thread even after its query timed out; the permits bound the threads of the source.
-    Files(Source, Arc<Semaphore>),
+    Files,
     Docker(PathBuf, Runtime),
     Cri(Arc<Cri>),
     Crio(PathBuf),
@@ -46,7 +48,7 @@ enum Endpoint {
 
 /// All sources and their endpoints.
 pub struct LabelSources {
-    pub root: Root,
+    pub host: HostFiles,
     pub procfs: PathBuf,
     /// Where the cgroup hierarchies are mounted.
     pub cgroups: Vec<PathBuf>,
@@ -58,7 +60,7 @@ pub struct LabelSources {
 impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
-        Self { root, procfs, cgroups, places, endpoints: RwLock::default() }
+        Self { host: HostFiles::new(root), procfs, cgroups, places, endpoints: RwLock::default() }
     }
 
     /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
@@ -69,7 +71,7 @@ impl LabelSources {
             Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket))),
             Source::Crio => Endpoint::Crio(socket.to_owned()),
             Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket))),
-            files => Endpoint::Files(files, Arc::new(Semaphore::new(FILES_IN_FLIGHT))),
+            _ => Endpoint::Files,
         };
         self.endpoints.write().unwrap_or_else(PoisonError::into_inner).push(endpoint);
     }
@@ -90,14 +92,14 @@ pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), S
                 _ => Ok(()),
             },
             Some(Endpoint::Kubelet(kubelet)) => kubelet.pod_resources().await.map(drop).map_err(|e| display_chain(&e)),
-            Some(Endpoint::Files(..)) | None => Ok(()),
+            Some(Endpoint::Files) | None => Ok(()),
         }
     };
     let timed_out = || Err(format!("no response within {} s", TIMEOUT.as_secs()));
     tokio::time::timeout(TIMEOUT, probe).await.unwrap_or_else(|_| timed_out())
 }
 
-/// Executes one query; ends within [`TIMEOUT`] in any case.
+/// Executes one query; ends within [`TIMEOUT`] in any case. A file read that hangs keeps its thread.
 pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     let Some(endpoint) = sources.endpoint(query.target) else { return SourceReply::error("no such target") };
     let id = query.container_id().to_owned();
@@ -110,15 +112,9 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
             Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
             Endpoint::Crio(socket) => crio::query(&socket, &id).await,
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
-            Endpoint::Files(source, permits) => {
+            Endpoint::Files => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
-                let Ok(permit) = permits.try_acquire_owned() else {
-                    return SourceReply::error("earlier reads of this source still hang");
-                };
-                let read = tokio::task::spawn_blocking(move || {
-                    let _held = permit;
-                    files(&sources, source, &query, &id)
-                });
+                let read = tokio::task::spawn_blocking(move || read_files(&sources, &query, &mut InnerRoots::default()));
                 read.await.unwrap_or_else(SourceReply::error)
             }
         }
@@ -127,28 +123,55 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     tokio::time::timeout(TIMEOUT, reply).await.unwrap_or_else(|_| timed_out())
 }
 
-fn files(sources: &LabelSources, source: Source, query: &Query, id: &str) -> SourceReply {
-    let (root, places) = (&sources.root, sources.places.load());
+/// How long the root of a container's runtime is reused: less than the shortest time between two queries to one source.
+const INNER_ROOT_VALID_FOR: Duration = Duration::from_millis(5);
+/// Several times the queries that can be in progress.
+const MAX_INNER_ROOTS: usize = 1_024;
+
+/// The roots of runtimes inside containers, by container, for the sources that one reader queries about a container in succession.
+#[derive(Default)]
+pub struct InnerRoots(HashMap<ContainerKey, (Instant, Option<Root>)>);
+
+impl InnerRoots {
+    fn find(&mut self, sources: &LabelSources, query: &Query) -> Option<&Root> {
+        let is_valid = |(at, _): &(Instant, _)| at.elapsed() < INNER_ROOT_VALID_FOR;
+        if !self.0.get(&query.key).is_some_and(is_valid) {
+            if self.0.len() >= MAX_INNER_ROOTS {
+                self.0.clear();
+            }
+            let found = nested::root(&sources.procfs, &sources.cgroups, &query.record);
+            self.0.insert(query.key, (Instant::now(), found));
+        }
+        self.0.get(&query.key).and_then(|(_, root)| root.as_ref())
+    }
+}
+
+/// Executes a query to a source that reads files. Blocking.
+pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &mut InnerRoots) -> SourceReply {
+    let (host, places, id, source) = (&sources.host, sources.places.load(), query.container_id(), query.source);
+    if !is_single_name(id) {
+        return SourceReply::not_queried("the container has no valid id");
+    }
     let reply = match source {
-        Source::Logs => return pods::logs(root, id, query.pod_uid.as_deref()),
+        Source::Logs => return pods::logs(host, id, query.pod_uid.as_deref()),
         Source::Mountinfo => {
             let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
             return pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid);
         }
-        Source::Manifest => return manifest::query(root, id, query.record.identity.name.as_deref()),
-        source => runtime_files(source, root, &places, id),
+        Source::Manifest => return manifest::query(host, id, query.record.identity.name.as_deref()),
+        source => runtime_files(source, host, &places, id),
     };
     if reply.outcome != Outcome::NotFound {
         return reply;
     }
     if let Some(user_paths) = places.for_user(&query.record.cgroup_path) {
-        let reply = runtime_files(source, root, user_paths, id);
+        let reply = runtime_files(source, host, user_paths, id);
         if reply.outcome != Outcome::NotFound {
             return reply;
         }
     }
-    let Some(inner_root) = nested::root(&sources.procfs, &sources.cgroups, &query.record) else { return reply };
-    match runtime_files(source, &inner_root, &HostPaths::default().with_defaults(), id) {
+    let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
+    match runtime_files(source, &HostFiles::new(inner_root.clone()), &HostPaths::default().with_defaults(), id) {
         inner if matches!(inner.outcome, Outcome::Found(_)) => inner,
         inner if inner.outcome == Outcome::NotFound => reply,
         // An error inside the container is not an error of the host's files.
@@ -156,12 +179,12 @@ fn files(sources: &LabelSources, source: Source, query: &Query, id: &str) -> Sou
     }
 }
 
-fn runtime_files(source: Source, root: &Root, places: &HostPaths, id: &str) -> SourceReply {
+fn runtime_files(source: Source, files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
     match source {
-        Source::Bundle => bundle::query(root, places, id),
-        Source::DockerFile => docker_file::query(root, places, id),
-        Source::CrioFile => storage::crio(root, places, id),
-        Source::PodmanFile => storage::podman(root, places, id),
+        Source::Bundle => bundle::query(files, places, id),
+        Source::DockerFile => docker_file::query(files, places, id),
+        Source::CrioFile => storage::crio(files, places, id),
+        Source::PodmanFile => storage::podman(files, places, id),
         other => SourceReply::error(format!("{} does not read files", other.name())),
     }
 }
@@ -198,8 +221,8 @@ pub mod tests {
             std::os::unix::fs::symlink(target, self.place(path)).unwrap();
         }
 
-        pub fn root(&self) -> Root {
-            Root::new(self.0.path())
+        pub fn host(&self) -> HostFiles {
+            HostFiles::new(Root::new(self.0.path()))
         }
     }
 

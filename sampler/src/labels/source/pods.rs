@@ -9,8 +9,8 @@ use std::path::{Path, PathBuf};
 use sampler_labels::{Facts, Label};
 
 use super::file;
+use super::host_files::HostFiles;
 use super::reply::SourceReply;
-use crate::labels::root::Root;
 
 const POD_LOGS: &str = "/var/log/pods";
 const CONTAINER_LOGS: &str = "/var/log/containers";
@@ -20,14 +20,16 @@ const NAME_MAX: usize = 255;
 const MIN_ID_DIGITS: usize = 12;
 /// Processes of a container to try; any of them shows its mounts.
 const MAX_PIDS: usize = 4;
+/// Child cgroups to try: a runtime's or systemd's, of which a container has one or two.
+const MAX_CHILDREN: usize = 64;
 /// A longer list of mounts is truncated.
 const MAX_MOUNTINFO_BYTES: u64 = 4 << 20;
 
 /// `/var/log/pods/<namespace>_<pod>_<uid>/`, and `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
-pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> SourceReply {
+pub fn logs(files: &HostFiles, id: &str, pod_uid: Option<&str>) -> SourceReply {
     let mut facts = Facts::default();
-    let pods = pod_uid.map_or(Ok(()), |uid| pod_folder(root, uid, &mut facts));
-    let links = container_link(root, id, &mut facts);
+    let pods = pod_uid.map_or(Ok(()), |uid| pod_folder(files, uid, &mut facts));
+    let links = container_link(files, id, &mut facts);
     match (facts == Facts::default(), pods.and(links)) {
         (true, Err(detail)) => SourceReply::error(detail).at(Path::new(POD_LOGS)),
         (true, Ok(())) => SourceReply::not_in(&[PathBuf::from(POD_LOGS), PathBuf::from(CONTAINER_LOGS)]),
@@ -39,9 +41,9 @@ pub fn logs(root: &Root, id: &str, pod_uid: Option<&str>) -> SourceReply {
     }
 }
 
-fn pod_folder(root: &Root, uid: &str, facts: &mut Facts) -> Result<(), String> {
-    let named = file::list(&root.path(Path::new(POD_LOGS)))?;
-    let matching = named.iter().find_map(|(name, _)| name.strip_suffix(uid)?.strip_suffix('_')?.split_once('_'));
+fn pod_folder(files: &HostFiles, uid: &str, facts: &mut Facts) -> Result<(), String> {
+    let list = files.list(&files.path(Path::new(POD_LOGS)))?;
+    let matching = list.names().find_map(|name| name.strip_suffix(uid)?.strip_suffix('_')?.split_once('_'));
     if let Some((namespace, pod)) = matching {
         facts.set(Label::Namespace, Some(namespace));
         facts.set(Label::Pod, Some(pod));
@@ -50,8 +52,9 @@ fn pod_folder(root: &Root, uid: &str, facts: &mut Facts) -> Result<(), String> {
     Ok(())
 }
 
-fn container_link(root: &Root, id: &str, facts: &mut Facts) -> Result<(), String> {
-    for (name, path) in file::list(&root.path(Path::new(CONTAINER_LOGS)))? {
+fn container_link(files: &HostFiles, id: &str, facts: &mut Facts) -> Result<(), String> {
+    let list = files.list(&files.path(Path::new(CONTAINER_LOGS)))?;
+    for name in list.names() {
         let Some(stem) = name.strip_suffix(".log") else { continue };
         let Some((names, digits)) = stem.rsplit_once('-') else { continue };
         let cut = name.len() == NAME_MAX && digits.len() >= MIN_ID_DIGITS && id.starts_with(digits);
@@ -60,6 +63,7 @@ fn container_link(root: &Root, id: &str, facts: &mut Facts) -> Result<(), String
         }
         let [pod, namespace, container] = names.split('_').collect::<Vec<_>>()[..] else { continue };
         // In a truncated name, apparent digits of the id may be the end of the container's name; the link's target is complete.
+        let path = list.path(name);
         let target =
             if cut { fs::read_link(&path).map_err(|error| format!("{}: {error}", path.display()))? } else { PathBuf::new() };
         if cut && target.parent().and_then(Path::file_name).is_none_or(|folder| folder != container) {
@@ -79,8 +83,17 @@ fn container_link(root: &Root, id: &str, facts: &mut Facts) -> Result<(), String
 pub fn mountinfo(procfs: &Path, mount_points: &[PathBuf], cgroup: &str, pod_uid: Option<&str>) -> SourceReply {
     let Some(uid) = pod_uid else { return SourceReply::not_queried("the cgroup path has no pod UID") };
     let pids = pids_of(mount_points, cgroup);
+    let namespace = |pid: &str| fs::read_link(procfs.join(pid).join("ns/mnt")).ok();
+    // The host's mounts are those of all pods, and there may be thousands.
+    let mut seen = vec![namespace("1")];
     let mut problem = None;
     for pid in pids.iter().take(MAX_PIDS) {
+        let namespace = namespace(pid);
+        // Processes of one namespace have the same mounts. If it cannot be read, the mounts may still be readable.
+        if namespace.is_some() && seen.contains(&namespace) {
+            continue;
+        }
+        seen.push(namespace);
         let path = procfs.join(pid).join("mountinfo");
         let text = file::beginning(&path, MAX_MOUNTINFO_BYTES);
         match text.map(|text| mount_facts(&String::from_utf8_lossy(&text), uid)) {
@@ -98,19 +111,32 @@ pub fn mountinfo(procfs: &Path, mount_points: &[PathBuf], cgroup: &str, pod_uid:
 
 /// The processes of the cgroup, or, if it has none, of its direct children, where crun and systemd place them.
 pub fn pids_of(mount_points: &[PathBuf], cgroup: &str) -> Vec<String> {
-    let read = |folder: &Path| -> Vec<String> {
-        let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-        text.lines().filter(|pid| *pid != "0").map(str::to_owned).collect()
-    };
     let pids_below = |mount: &PathBuf| {
         let folder = mount.join(cgroup.trim_start_matches('/'));
-        let mut pids = read(&folder);
-        if pids.is_empty() {
-            pids = file::list(&folder).unwrap_or_default().iter().flat_map(|(_, path)| read(path)).collect();
-        }
-        pids
+        // A cgroup that was removed has neither.
+        let pids = pids_in(&folder).ok()?;
+        Some(if pids.is_empty() {
+            child_folders(&folder).iter().flat_map(|child| pids_in(child).unwrap_or_default()).collect()
+        } else {
+            pids
+        })
     };
-    mount_points.iter().map(pids_below).find(|pids| !pids.is_empty()).unwrap_or_default()
+    mount_points.iter().filter_map(pids_below).find(|pids| !pids.is_empty()).unwrap_or_default()
+}
+
+fn pids_in(folder: &Path) -> std::io::Result<Vec<String>> {
+    let text = fs::read_to_string(folder.join("cgroup.procs"))?;
+    Ok(text.lines().filter(|pid| *pid != "0").map(str::to_owned).collect())
+}
+
+/// Of the dozens of entries of a cgroup, those that are cgroups.
+fn child_folders(folder: &Path) -> Vec<PathBuf> {
+    let entries = fs::read_dir(folder).into_iter().flatten().flatten();
+    entries
+        .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+        .take(MAX_CHILDREN)
+        .map(|entry| entry.path())
+        .collect()
 }
 
 fn mount_facts(text: &str, uid: &str) -> Option<Facts> {
@@ -139,13 +165,13 @@ mod tests {
     #[test]
     fn log_folders_and_links_name_the_pod() {
         let files = Files::new(&[("var/log/pods/prod_trainer-0_uid-1/train/0.log", "")]);
-        check(&logs(&files.root(), ID, Some("uid-1")), "prod/trainer-0/- - -");
-        check(&logs(&files.root(), ID, Some("uid-2")), "not-found");
-        check(&logs(&files.root(), ID, None), "not-found");
+        check(&logs(&files.host(), ID, Some("uid-1")), "prod/trainer-0/- - -");
+        check(&logs(&files.host(), ID, Some("uid-2")), "not-found");
+        check(&logs(&files.host(), ID, None), "not-found");
         files.add(&format!("var/log/containers/trainer-0_prod_train-{ID}.log"), "");
-        check(&logs(&files.root(), ID, Some("uid-1")), "prod/trainer-0/train - -");
-        check(&logs(&files.root(), ID, None), "prod/trainer-0/train - -");
-        check(&logs(&files.root(), &ID.replace('0', "1"), None), "not-found");
+        check(&logs(&files.host(), ID, Some("uid-1")), "prod/trainer-0/train - -");
+        check(&logs(&files.host(), ID, None), "prod/trainer-0/train - -");
+        check(&logs(&files.host(), &ID.replace('0', "1"), None), "not-found");
     }
 
     #[test]
@@ -154,7 +180,7 @@ mod tests {
         let name: String = format!("{pod}_{namespace}_c-{ID}").chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
         files.link(&format!("var/log/containers/{name}.log"), &format!("/var/log/pods/{namespace}_{pod}_u/c/0.log"));
-        check(&logs(&files.root(), ID, None), &format!("{namespace}/{pod}/c - -"));
+        check(&logs(&files.host(), ID, None), &format!("{namespace}/{pod}/c - -"));
         // The name of this container ends with the first digits of another container's id.
         let name: String = format!("{pod}_{namespace}_{}-{ID}", "x".repeat(24)).chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
@@ -162,7 +188,40 @@ mod tests {
             &format!("var/log/containers/{name}.log"),
             &format!("/var/log/pods/{namespace}_{pod}_u/{}-{}/0.log", "x".repeat(24), &ID[..12]),
         );
-        check(&logs(&files.root(), ID, None), "not-found");
+        check(&logs(&files.host(), ID, None), "not-found");
+    }
+
+    /// Processes 7 and 8 in the container's cgroup, in this mount namespace.
+    #[test]
+    fn mounts_are_read_once_per_namespace_and_not_of_the_host() {
+        let uid = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
+        let text = format!("3 4 8:1 /var/lib/kubelet/pods/{uid}/containers/train/1f2e /dev/termination-log rw\n");
+        let case = |namespaces: [&str; 3], with_mounts: &str, expect: &str| {
+            let files = Files::new(&[("cgroup/c/cgroup.procs", "7\n8\n"), (&format!("{with_mounts}/mountinfo"), &text)]);
+            for (pid, namespace) in ["1", "7", "8"].iter().zip(namespaces) {
+                files.link(&format!("{pid}/ns/mnt"), &format!("mnt:[{namespace}]"));
+            }
+            let root = files.host().path(Path::new("/"));
+            check(&mountinfo(&root, &[root.join("cgroup")], "/c", Some(uid)), expect);
+        };
+        case(["1", "2", "2"], "7", "-/-/train - -");
+        case(["1", "2", "3"], "8", "-/-/train - -");
+        case(["1", "2", "2"], "8", "not-found");
+        case(["1", "1", "2"], "8", "-/-/train - -");
+        case(["1", "1", "1"], "7", "not-found");
+    }
+
+    #[test]
+    fn processes_of_child_cgroups_count_if_the_cgroup_has_none() {
+        let files = Files::new(&[
+            ("c/cgroup.procs", ""),
+            ("c/cpu.max", "max"),
+            ("c/init/cgroup.procs", "0\n9\n"),
+            ("d/cgroup.procs", ""),
+        ]);
+        let mount = files.host().path(Path::new("/"));
+        let pids = |cgroup: &str| pids_of(&[mount.join("absent"), mount.clone()], cgroup);
+        assert_eq!((pids("/c"), pids("/d"), pids("/e")), (vec!["9".to_owned()], vec![], vec![]));
     }
 
     #[test]

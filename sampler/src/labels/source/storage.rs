@@ -4,7 +4,7 @@
 //! (`containers.json`, and since 4.4 `volatile-containers.json` for containers that do not outlive a boot) has names and images.
 //! podman's database is private to podman and is not opened.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
@@ -13,14 +13,14 @@ use serde_json::Value;
 
 use super::bundle::{Annotations, Bundle};
 use super::file;
+use super::host_files::HostFiles;
 use super::reply::{SourceReply, first_found};
 use crate::labels::discover::HostPaths;
-use crate::labels::root::Root;
 
 const LISTS: [&str; 2] = ["containers.json", "volatile-containers.json"];
 
-pub fn crio(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
-    first(root, places, |folder| {
+pub fn crio(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
+    first(files, places, |folder| {
         let bundle = file::read::<Bundle>(&folder.join(id).join("userdata/config.json"))?;
         // podman's bundles are in the same folder, without these annotations.
         let annotations = bundle.and_then(|b| b.annotations).filter(|a| a.contains_key("io.kubernetes.cri-o.ContainerType"));
@@ -62,8 +62,8 @@ struct Metadata {
     pod_name: Option<String>,
 }
 
-pub fn podman(root: &Root, places: &HostPaths, id: &str) -> SourceReply {
-    first(root, places, |folder| {
+pub fn podman(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
+    first(files, places, |folder| {
         let listed = first_found(LISTS.iter().map(|name| {
             let list = file::read::<Vec<Value>>(&folder.join(name))?;
             let ours = list.into_iter().flatten().find(|c| c["id"] == *id);
@@ -87,17 +87,14 @@ fn podman_facts(listed: &Listed) -> Option<Facts> {
     Some(facts)
 }
 
-fn first(root: &Root, places: &HostPaths, read: impl Fn(&Path) -> Result<Option<Facts>, String>) -> SourceReply {
+fn first(files: &HostFiles, places: &HostPaths, read: impl Fn(&Path) -> Result<Option<Facts>, String>) -> SourceReply {
     SourceReply::first_of(&places.storages, |storage| {
-        let found = first_found(folders(&root.path(storage))?.iter().map(|folder| read(folder)))?;
+        let list = files.list(&files.path(storage))?;
+        // The container folders, one for each storage driver in use; usually `overlay-containers`.
+        let folders = list.paths().filter(|(name, _)| name.ends_with("-containers"));
+        let found = first_found(folders.map(|(_, folder)| read(&folder)))?;
         Ok(found.map(SourceReply::found))
     })
-}
-
-/// The container folders, one for each storage driver in use; usually `overlay-containers`.
-fn folders(storage: &Path) -> Result<Vec<PathBuf>, String> {
-    let all = file::list(storage)?.into_iter();
-    Ok(all.filter(|(name, _)| name.ends_with("-containers")).map(|(_, path)| path).collect())
 }
 
 #[cfg(test)]
@@ -109,7 +106,7 @@ mod tests {
     fn bundles_of_crio_have_all_labels() {
         let case = |text: &str, expect: &str| {
             let files = Files::new(&[("run/containers/storage/overlay-containers/c1/userdata/config.json", text)]);
-            check(&crio(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
+            check(&crio(&files.host(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         case(
             r#"{"annotations":{"io.kubernetes.cri-o.ContainerType":"container","io.kubernetes.cri-o.Name":"k8s_c_p_n_u_0","io.kubernetes.pod.name":"p",
@@ -129,7 +126,7 @@ mod tests {
     fn lists_of_podman_have_name_and_image() {
         let case = |file: &str, text: &str, expect: &str| {
             let files = Files::new(&[(file, text)]);
-            check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), expect);
+            check(&podman(&files.host(), &HostPaths::default().with_defaults(), "c1"), expect);
         };
         let one = r#"[{"id":"c0"},{"id":"c1","names":["web"],"image":"f1","metadata":"{\"image-name\":\"i:1\",\"image-id\":\"f1\",\"name\":\"web\"}"}]"#;
         case("var/lib/containers/storage/overlay-containers/containers.json", one, "-/-/- web i:1");
@@ -148,7 +145,7 @@ mod tests {
             ("var/lib/containers/storage/overlay-containers/containers.json", "{"),
             ("var/lib/containers/storage/overlay-containers/volatile-containers.json", one),
         ]);
-        check(&podman(&files.root(), &HostPaths::default().with_defaults(), "c1"), "-/-/- web i:1");
+        check(&podman(&files.host(), &HostPaths::default().with_defaults(), "c1"), "-/-/- web i:1");
         let crio = r#"[{"id":"c1","names":["x"],"metadata":"{\"pod-name\":\"p\"}"}]"#;
         case("var/lib/containers/storage/overlay-containers/containers.json", crio, "not-found");
         case("var/lib/containers/storage/overlay-containers/containers.json", "[]", "not-found");
