@@ -99,8 +99,15 @@ fn all_complete(agent: &Agent, containers: usize) -> Result<Vec<Sample>> {
 fn unnamed_churn() -> Result<()> {
     const N: usize = 5_000;
     let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-churn")?);
-    for (what, sources) in [("no source", "manifest"), ("files without any of them", "bundle,docker-file,crio-file")] {
-        let agent = Agent::start(None, &["--path-rootfs", &root.path().to_string_lossy(), "--label-sources", sources])?;
+    let crio = Crio::start(root.path())?;
+    let endpoint = format!("unix://{}", crio.socket().display());
+    for (what, sources) in [
+        ("no source", "manifest"),
+        ("files without any of them", "bundle,docker-file,crio-file"),
+        ("a CRI without any of them", "cri"),
+    ] {
+        let rootfs = root.path().to_string_lossy();
+        let agent = Agent::start(None, &["--path-rootfs", &rootfs, "--label-sources", sources, "--cri-endpoint", &endpoint])?;
         let pid = agent.process.0.id();
         std::thread::sleep(Duration::from_secs(1));
         let time = || processor_time(pid).context("the agent's processor time");

@@ -14,7 +14,7 @@ use anyhow::Result;
 use gpu_sampler_benches::{line, wanted};
 use gpu_sampler_tests::{Agent, var};
 
-use measure::{load, memory, page, processor_seconds, scrapes};
+use measure::{ThreadTimes, load, memory, page, processor_seconds, scrapes, thread_times};
 use world::{Size, World};
 
 /// After all pairs are exposed: caches fill, and every window of 10 s has been complete once.
@@ -57,6 +57,22 @@ fn main() -> Result<()> {
         with_each_build(name, name, run)?;
     }
     Ok(())
+}
+
+/// Processor time of the agent so far, in seconds.
+struct Spent {
+    at: Instant,
+    /// Without the simulated driver's own.
+    all: f64,
+    /// Of the living threads, with the simulated driver's.
+    threads: ThreadTimes,
+}
+
+impl Spent {
+    fn now(pid: u32, world: &World) -> Result<Self> {
+        let all = processor_seconds(pid)? - world.driver_seconds()?;
+        Ok(Self { at: Instant::now(), all, threads: thread_times(pid)? })
+    }
 }
 
 /// Runs the section of this name, if it is wanted, with the build to compare with and with the present one.
@@ -136,11 +152,12 @@ fn used_once() -> Result<()> {
     Ok(())
 }
 
-/// The cost of a container that comes and goes, with GPU use.
+/// The processor time of a container that comes and goes, with GPU use, beyond what the agent spends without it.
 fn churn() -> Result<()> {
     const LASTS: Duration = Duration::from_secs(30);
     for (what, named, unnamed, aim) in [
         ("named, 12 a second", 12, 0, None),
+        ("named, 40 a second", 40, 0, None),
         ("that no source names, 12 a second", 0, 12, Some(UNNAMED_MS)),
         ("that no source names, 40 a second", 0, 40, Some(UNNAMED_MS)),
     ] {
@@ -150,13 +167,22 @@ fn churn() -> Result<()> {
         world.settled(&agent, 64)?;
         std::thread::sleep(WARM_UP);
         let pid = agent.process.0.id();
-        let (_, sum) = load(pid, QUIET)?;
-        let (from, before) = (Instant::now(), processor_seconds(pid)?);
+        let before = Spent::now(pid, &world)?;
+        std::thread::sleep(QUIET);
+        let quiet = Spent::now(pid, &world)?;
         let started = world.churn(named, unnamed, LASTS)?;
         // Until the agent gives them up.
         std::thread::sleep(Duration::from_secs(12));
-        let spent = processor_seconds(pid)? - before - from.elapsed().as_secs_f64() * sum / 100.0;
-        line(&format!("a container {what}"), spent * 1e3 / f64::from(started), "ms", aim);
+        let after = Spent::now(pid, &world)?;
+        let ms_each = |of: &dyn Fn(&Spent) -> f64| {
+            let without = (of(&quiet) - of(&before)) / (quiet.at - before.at).as_secs_f64();
+            (of(&after) - of(&quiet) - without * (after.at - quiet.at).as_secs_f64()) * 1e3 / f64::from(started)
+        };
+        line(&format!("a container {what}"), ms_each(&|spent| spent.all), "ms", aim);
+        let of_thread = |name: &str| ms_each(&|spent| spent.threads.get(name).copied().unwrap_or_default());
+        for (name, ms) in after.threads.keys().map(|name| (name, of_thread(name))).filter(|(_, ms)| *ms >= 0.01) {
+            line(&format!("    threads {name}"), ms, "ms", None);
+        }
     }
     Ok(())
 }

@@ -21,7 +21,7 @@ pub fn processor_seconds(pid: u32) -> Result<f64> {
 }
 
 /// Processor time of the living threads so far. The kernel counts it in nanoseconds.
-fn thread_times(pid: u32) -> Result<ThreadTimes> {
+pub fn thread_times(pid: u32) -> Result<ThreadTimes> {
     let mut times = ThreadTimes::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
         // A thread may end meanwhile.
