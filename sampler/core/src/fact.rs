@@ -202,6 +202,15 @@ impl User {
             User::Host(_) | User::Unattributed(_) => None,
         }
     }
+
+    /// The reason under which its time is counted where it is not a container's.
+    pub fn reason(self) -> Option<Reason> {
+        match self {
+            User::Container(_) => None,
+            User::Host(_) => Some(Reason::Host),
+            User::Unattributed(reason) => Some(reason),
+        }
+    }
 }
 
 impl GpuFact {

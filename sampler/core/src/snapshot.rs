@@ -28,6 +28,15 @@ pub struct EngineTime {
     pub unattributed: [f64; Reason::COUNT],
 }
 
+/// Energy of a GPU that is not a container's, in joules.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct UnattributedEnergy {
+    /// What the GPU draws when it is idle.
+    pub idle: f64,
+    /// Indexed as [`Reason`].
+    pub reasons: [f64; Reason::COUNT],
+}
+
 #[derive(Clone, Debug)]
 pub struct GpuView {
     pub info: Arc<GpuInfo>,
@@ -35,6 +44,8 @@ pub struct GpuView {
     pub time: GpuTime,
     /// Seconds, indexed as [`Reason`].
     pub unattributed: [f64; Reason::COUNT],
+    /// `None` where the driver has not reported an energy counter.
+    pub unattributed_energy: Option<UnattributedEnergy>,
     /// Busy share of the last 10 s; absent when none of it was observed.
     pub utilization_ratio: Option<f64>,
     /// Share of the last 10 s, by windows of one second, in which two or more users had a sample.
@@ -118,6 +129,8 @@ pub struct ContainerGpu {
     pub seconds_stderr: f64,
     /// Number of driver samples behind `seconds`.
     pub samples: u64,
+    /// `None` where the driver has not reported an energy counter.
+    pub energy_joules: Option<f64>,
     /// Seconds of the engines other than compute, for those that the container ever used.
     pub engines: Vec<(Engine, f64)>,
     /// Credited share of wall time over windows of 10 s.

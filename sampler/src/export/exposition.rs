@@ -117,6 +117,7 @@ impl Exposition {
                 duty_cycle_percent: is_observed.then_some(0.0),
                 duty_cycle_stderr: is_observed.then_some(0.0),
                 memory_used_bytes: gpu.readings.memory_used_bytes.map(|_| 0),
+                energy_joules: gpu.unattributed_energy.map(|_| 0.0),
                 ..ContainerGpu::default()
             };
             self.pairs.push(ExportedPair { assigned: true, ..exported_pair(key, labels, gpu, &unused) });

@@ -73,6 +73,7 @@ impl PairText {
 pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let [seconds, stderr, samples] =
         [&container_families::SECONDS, &container_families::SECONDS_STDERR, &container_families::SAMPLES].map(|f| to.family(f));
+    let energy = to.family(&container_families::ENERGY);
     let [utilization, utilization_stderr] =
         [&container_families::UTILIZATION, &container_families::UTILIZATION_STDERR].map(|f| to.family(f));
     let [shares, engines, coactive, contention] = [
@@ -91,6 +92,9 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
         to.add_from_zero(seconds, (&mut series, ""), block, usage.seconds);
         to.add_from_zero(stderr, (&mut series, ""), block, usage.seconds_stderr);
         to.add_from_zero(samples, (&mut series, ""), block, usage.samples as f64);
+        if let Some(joules) = usage.energy_joules {
+            to.add_from_zero(energy, (&mut series, ""), block, joules);
+        }
         to.add_known(utilization, block, ratio(usage.duty_cycle_percent));
         to.add_known(utilization_stderr, block, ratio(usage.duty_cycle_stderr));
         if let Some(w) = &usage.window_shares {

@@ -2,13 +2,16 @@
 
 use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::observation::Rejected;
-use sampler_core::snapshot::GpuView;
+use sampler_core::snapshot::{GpuView, UnattributedEnergy};
 use strum::VariantArray as _;
 
 use super::catalogue::{Family, gpus as families, samples as sample_families};
 use super::encode::{Labels, Page, label_block};
 use super::exposition::{ExportedGpu, Exposition};
 use super::series_starts::{SeriesOwner, SeriesStarts};
+
+/// Stands with the reasons: what a GPU draws when it is idle.
+const IDLE: &str = "idle";
 
 /// A GPU with the labels of its series.
 struct LabelledGpu<'a> {
@@ -42,6 +45,7 @@ pub fn gpus(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let mut writer = GpuWriter { gpus: page.gpus.iter().map(LabelledGpu::new).collect(), to, starts };
     writer.info();
     writer.time();
+    writer.energy();
     writer.engines();
     writer.readings();
     writer.events();
@@ -118,6 +122,16 @@ impl GpuWriter<'_> {
         });
         self.parts(&families::UNATTRIBUTED_SECONDS, is_leaf, "reason", |gpu| {
             Reason::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.unattributed)
+        });
+    }
+
+    fn energy(&mut self) {
+        self.parts(&families::UNATTRIBUTED_ENERGY, is_leaf, "reason", |gpu| {
+            let reasons = |energy: &UnattributedEnergy| {
+                let reasons = Reason::VARIANTS.iter().map(|reason| reason.name()).zip(energy.reasons);
+                reasons.chain([(IDLE, energy.idle)])
+            };
+            gpu.view.unattributed_energy.as_ref().map(reasons).into_iter().flatten()
         });
     }
 

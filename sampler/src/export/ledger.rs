@@ -262,6 +262,7 @@ pub mod tests {
             readings: DeviceReadings::default(),
             time: GpuTime { busy: seconds + 1.0, ..GpuTime::default() },
             unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+            unattributed_energy: None,
             utilization_ratio: None,
             coactive_ratio: None,
             last_sample: None,
@@ -520,6 +521,28 @@ pub mod tests {
         let mut ledger = Ledger::default();
         assert!(is_exposed(&mut ledger, 100, 1.0) && is_exposed(&mut ledger, 101, 1.0) && !is_exposed(&mut ledger, 102, 1.0));
         assert!(!is_exposed(&mut Ledger::default(), 311, 1.0));
+    }
+
+    #[test]
+    fn energy_waits_for_labels_and_for_the_final_value() {
+        use sampler_core::snapshot::UnattributedEnergy;
+        let mut ledger = Ledger::default();
+        let mut joules = |at, energy: f64, settled, gone| {
+            let mut all = snapshot(at, 1.0, gone);
+            all.gpus[0].unattributed_energy = Some(UnattributedEnergy { idle: 7.0, ..UnattributedEnergy::default() });
+            all.containers[0].gpus[0].energy_joules = Some(energy);
+            let page = scraped(&mut ledger, &all, &labels(&all.containers[0].record, settled));
+            let text = text(&mut ledger, &page);
+            (
+                value(&text, "container_gpu_energy_joules_total", &[]),
+                value(&text, "gpu_unattributed_energy_joules_total", &["reason=\"idle\""]),
+            )
+        };
+        assert_eq!(joules(1, 5.0, false, None), (None, Some(7.0)));
+        assert_eq!((joules(2, 5.0, true, None).0, joules(3, 5.0, true, None).0), (Some(0.0), Some(5.0)));
+        // It arrives when the container is gone, and changes nothing else.
+        assert_eq!((joules(70, 5.0, true, Some(4)).0, joules(71, 6.0, true, Some(4)).0), (Some(5.0), Some(6.0)));
+        assert_eq!((joules(72, 6.0, true, Some(4)).0, joules(73, 6.0, true, Some(4)).0), (Some(6.0), None));
     }
 
     #[test]

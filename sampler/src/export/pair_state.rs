@@ -58,6 +58,8 @@ pub fn counters(usage: &ContainerGpu) -> Counters {
     let engines: f64 = usage.engines.iter().map(|(_, seconds)| seconds).sum();
     let contention: f64 = usage.contention.iter().map(|contention| contention.seconds).sum();
     let windows = usage.window_shares.as_ref().map_or(0, |windows| windows.count);
-    let sum = usage.seconds + usage.coactive_seconds + engines + contention + (usage.samples + windows) as f64;
-    Counters { number: usage.engines.len() + usage.contention.len() + usize::from(windows > 0), sum }
+    let energy = usage.energy_joules.unwrap_or_default();
+    let sum = usage.seconds + usage.coactive_seconds + energy + engines + contention + (usage.samples + windows) as f64;
+    let born_later = usize::from(windows > 0) + usize::from(usage.energy_joules.is_some());
+    Counters { number: usage.engines.len() + usage.contention.len() + born_later, sum }
 }

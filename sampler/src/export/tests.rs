@@ -10,7 +10,7 @@ use sampler_core::device::{ClockView, DeviceReadings, Engine, GpuInfo, MigMode, 
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::{CpuQuota, PressureFact, Rejected};
 use sampler_core::snapshot::{
-    ContainerGpu, ContainerView, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, WindowShares,
+    ContainerGpu, ContainerView, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, UnattributedEnergy, WindowShares,
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Facts, Label, Source};
@@ -67,6 +67,11 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
         },
         time: GpuTime { busy: 10.0 * scale, idle: 5.0 * scale, unobserved: 0.5 * scale, unsupported: 0.25 * scale },
         unattributed: std::array::from_fn::<f64, { Reason::COUNT }, _>(|n| n as f64 * 0.125 * scale),
+        // Of a GPU in MIG mode it is not exposed.
+        unattributed_energy: parent.is_none().then(|| UnattributedEnergy {
+            idle: 400.0 * scale,
+            reasons: std::array::from_fn::<f64, { Reason::COUNT }, _>(|n| n as f64 * 8.0 * scale),
+        }),
         utilization_ratio: Some(0.75),
         coactive_ratio: Some(0.5),
         last_sample: Some(WallTime(1_700_000_000_250_000_000)),
@@ -98,6 +103,7 @@ fn used(gpu: usize, scale: f64) -> ContainerGpu {
         seconds: 3.0 * scale,
         seconds_stderr: 0.125 * scale,
         samples: 30 * count,
+        energy_joules: (gpu == 0).then_some(200.0 * scale),
         engines: vec![(Engine::Encoder, 2.0 * scale)],
         window_shares: Some(Arc::new(WindowShares { count, sum: 0.3 * scale, buckets: [count; WindowShares::BOUNDS.len()] })),
         active_seconds: 2.0 * scale,

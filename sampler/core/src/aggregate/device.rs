@@ -3,6 +3,7 @@
 //! ```text
 //!  sample with its processes -> account of its engine (seconds by user) and windows (shares, coactivity)
 //!  spans                     -> idle, unobserved, unsupported
+//!  readings, with both       -> energy by user
 //! ```
 
 use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
@@ -12,6 +13,7 @@ use strum::{EnumCount as _, VariantArray as _};
 
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
 use super::divide::{Presence, Sample, likeness, partly_ns, stands_for};
+use super::energy::EnergyAccount;
 use super::engine_account::{Booked, Credit, EngineAccount, PendingSample};
 use super::exits::{Exits, Lifetimes, NamedUser};
 use super::holders::Holders;
@@ -19,7 +21,7 @@ use super::settings::{Range, Settings, WINDOW_NS};
 use super::windows::Windows;
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
 use crate::fact::{GpuFact, UnqueriedSample, User, UtilizationSample};
-use crate::snapshot::{EngineTime, GpuTime, WindowShares};
+use crate::snapshot::{EngineTime, GpuTime, UnattributedEnergy, WindowShares};
 use crate::units::{BootNs, ContainerKey};
 
 /// If nothing was observed for this long, rates of the last window are not known. Where driver calls are slow, half a buffer of samples
@@ -87,6 +89,7 @@ pub struct DeviceAccount {
     sampled: [bool; Engine::COUNT],
     recent: VecDeque<Recent>,
     windows: Windows,
+    energy: EnergyAccount,
     throttled: Option<(BootNs, [f64; THROTTLE_REASONS.len()])>,
     xids: BTreeMap<u64, u64>,
     variance_at: BootNs,
@@ -100,21 +103,29 @@ impl DeviceAccount {
             keep_history: settings.keep_history,
             range: settings.range,
             accounts: std::array::from_fn(|_| EngineAccount::new(settings.range)),
+            energy: EnergyAccount::new(settings.range),
             variance_at: at,
             ..Self::default()
         }
     }
 
     pub fn apply(&mut self, at: BootNs, fact: &GpuFact, lifetimes: &Lifetimes) {
+        if fact.span_ns().is_some() {
+            self.energy.covered(at);
+        }
         match fact {
             GpuFact::Opened(info) => {
                 self.gone = None;
                 self.info = Arc::clone(info);
                 self.restart();
+                if !self.info.is_leaf() {
+                    self.energy.end();
+                }
             }
             GpuFact::Gone => {
                 self.gone = Some(at);
                 self.restart();
+                self.energy.end();
                 self.readings = DeviceReadings::default();
                 self.holders = Holders::default();
             }
@@ -128,15 +139,20 @@ impl DeviceAccount {
                 let ns = self.range.part(at, *ns) as f64;
                 self.idle_ns += ns;
                 let at_most = at.min(self.range.to);
+                self.energy.idle(at_most, ns, ns);
                 self.observed(Recent { at: at_most, span_ns: ns, busy_ns: 0.0, user: None, queried: true, measured: false });
                 self.decide(at, lifetimes);
             }
             GpuFact::Unobserved { ns, .. } => {
-                self.unobserved_ns = self.unobserved_ns.saturating_add(self.range.part(at, *ns));
+                let ns = self.range.part(at, *ns);
+                self.unobserved_ns = self.unobserved_ns.saturating_add(ns);
+                self.energy.unobserved(at.min(self.range.to), ns as f64);
                 self.decide(at, lifetimes);
             }
             GpuFact::Unsupported { ns } => {
-                self.unsupported_ns = self.unsupported_ns.saturating_add(self.range.part(at, *ns));
+                let ns = self.range.part(at, *ns);
+                self.unsupported_ns = self.unsupported_ns.saturating_add(ns);
+                self.energy.unobserved(at.min(self.range.to), ns as f64);
                 // No more neighbours arrive for waiting samples.
                 self.decide(at, lifetimes);
             }
@@ -175,6 +191,7 @@ impl DeviceAccount {
         let compute = engine == Engine::Compute;
         if compute && self.range.has(sample.at) {
             self.idle_ns += sample.span_ns - sample.busy_ns;
+            self.energy.idle(sample.at, sample.span_ns, sample.span_ns - sample.busy_ns);
             let Sample { at, span_ns, busy_ns, queried } = sample;
             self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried, measured: false });
         }
@@ -239,6 +256,7 @@ impl DeviceAccount {
                 self.windows.credited(credit.at, key, credit.ns);
             }
             self.coactivity.credited(credit.at, credit.user, credit.ns);
+            self.energy.credited(credit);
         }
     }
 
@@ -248,11 +266,13 @@ impl DeviceAccount {
         let user = self.holders.only_user();
         if self.range.has(at) {
             self.idle_ns += span_ns - busy_ns;
+            self.energy.idle(at, span_ns, span_ns - busy_ns);
             self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true, measured: true });
         }
         let mut booked = Vec::new();
         if busy_ns > 0.0 {
-            self.accounts[COMPUTE].book(at, user, busy_ns, 1, &mut booked);
+            let sample = Sample { at, span_ns, busy_ns, queried: true };
+            self.accounts[COMPUTE].book(&sample, user, busy_ns, 1, &mut booked);
         }
         self.count(&booked);
     }
@@ -268,6 +288,9 @@ impl DeviceAccount {
             }
             self.throttled = Some((at, seconds));
         }
+        if self.info.is_leaf() {
+            self.energy.read(at, readings.energy_joules);
+        }
         self.readings = readings;
     }
 
@@ -282,6 +305,7 @@ impl DeviceAccount {
             self.windows.close(complete_until, &there);
         }
         self.coactivity.close(complete_until);
+        self.energy.settle(complete_until);
         if !self.keep_history {
             // Without a history, host processes that have exited only count under their reason.
             let exits = &self.exits;
@@ -300,6 +324,7 @@ impl DeviceAccount {
         }
         self.count(&booked);
         self.coactivity.close_all();
+        self.energy.end();
     }
 
     fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
@@ -405,6 +430,7 @@ impl DeviceAccount {
         }
         self.windows.forget(&gone);
         self.coactivity.forget(&gone);
+        self.energy.forget(&gone);
         self.holders.forget(user);
     }
 
@@ -420,6 +446,16 @@ impl DeviceAccount {
 
     pub fn unattributed(&self) -> [f64; Reason::COUNT] {
         self.accounts[COMPUTE].unattributed.map(|ns| ns * 1e-9)
+    }
+
+    /// Joules of the container; `None` where the driver has not reported an energy counter.
+    pub fn energy_of(&self, key: ContainerKey) -> Option<f64> {
+        self.energy.of_container(key)
+    }
+
+    /// `None` where the driver has not reported an energy counter.
+    pub fn unattributed_energy(&self) -> Option<UnattributedEnergy> {
+        self.energy.unattributed()
     }
 
     /// Engines other than compute that the driver samples.

@@ -47,10 +47,12 @@ impl Credit {
     }
 }
 
-/// Time that was booked: its end, its user, its length.
+/// Busy time of a sample that was booked for a user.
 #[derive(Clone, Copy, Debug)]
 pub struct Booked {
+    /// The end of the sample's span.
     pub at: BootNs,
+    pub span_ns: f64,
     pub user: User,
     pub ns: f64,
 }
@@ -110,7 +112,7 @@ impl EngineAccount {
     }
 
     fn credit_named(&mut self, sample: &Sample, named: NamedUser, booked: &mut Vec<Booked>) {
-        self.book(sample.at, named.user, sample.busy_ns, 1, booked);
+        self.book(sample, named.user, sample.busy_ns, 1, booked);
         if self.range.has(sample.at) {
             let unsettled = self.unsettled.entry(named.user).or_default();
             *unsettled = (unsettled.0 + 1, unsettled.1 + sample.busy_ns * sample.busy_ns);
@@ -154,7 +156,7 @@ impl EngineAccount {
             // The process list may be younger than the sample.
             let existed = presence.lifetimes.may_have_existed(pending.otherwise, at, span_ns);
             let user = if existed { pending.otherwise } else { User::Unattributed(Reason::NoPid) };
-            self.book(at, user, busy_ns, 0, booked);
+            self.book(&pending.sample, user, busy_ns, 0, booked);
         }
         for (n, part) in parts {
             let Some(neighbour) = self.neighbours.get_mut(n) else { continue };
@@ -166,26 +168,21 @@ impl EngineAccount {
             if self.range.has(at) {
                 self.unsettled.entry(user).or_default().1 += squares;
             }
-            self.book(at, user, ns, 0, booked);
+            self.book(&pending.sample, user, ns, 0, booked);
         }
     }
 
-    /// Books busy time of a known user.
-    pub fn book(&mut self, at: BootNs, user: User, ns: f64, samples: u64, booked: &mut Vec<Booked>) {
-        if self.range.has(at) {
+    /// Books busy time of a sample for a known user.
+    pub fn book(&mut self, sample: &Sample, user: User, ns: f64, samples: u64, booked: &mut Vec<Booked>) {
+        if self.range.has(sample.at) {
             self.credit(user, ns, samples);
-            booked.push(Booked { at, user, ns });
+            booked.push(Booked { at: sample.at, span_ns: sample.span_ns, user, ns });
         }
     }
 
     fn credit(&mut self, user: User, ns: f64, samples: u64) {
         self.busy_ns += ns;
-        let reason = match user {
-            User::Container(_) => None,
-            User::Host(_) => Some(Reason::Host),
-            User::Unattributed(reason) => Some(reason),
-        };
-        if let Some(reason_ns) = reason.and_then(|reason| self.unattributed.get_mut(reason as usize)) {
+        if let Some(reason_ns) = user.reason().and_then(|reason| self.unattributed.get_mut(reason as usize)) {
             *reason_ns += ns;
         }
         let credit = self.credits.entry(user).or_default();
@@ -238,7 +235,7 @@ impl EngineAccount {
     /// any more.
     pub fn restart(&mut self, booked: &mut Vec<Booked>) {
         for pending in std::mem::take(&mut self.waiting) {
-            self.book(pending.sample.at, pending.otherwise, pending.sample.busy_ns, 0, booked);
+            self.book(&pending.sample, pending.otherwise, pending.sample.busy_ns, 0, booked);
         }
         self.neighbours.clear();
         self.evidence.clear();

@@ -3,6 +3,7 @@
 mod coactivity;
 mod device;
 mod divide;
+mod energy;
 mod engine_account;
 mod exits;
 mod holders;

@@ -34,6 +34,7 @@ fn gpu(index: u32, temperature: Option<f64>) -> GpuView {
         readings: DeviceReadings { temperature_celsius: temperature, ..DeviceReadings::default() },
         time: GpuTime::default(),
         unattributed: Default::default(),
+        unattributed_energy: None,
         utilization_ratio: None,
         coactive_ratio: None,
         last_sample: None,

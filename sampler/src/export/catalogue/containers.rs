@@ -4,6 +4,8 @@ use super::{Collector, Family, families};
 
 /// Of a container and a GPU.
 const LABELS: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id"];
+/// Of a container and a GPU that is not a MIG device.
+const ON_WHOLE_GPU: &[&str] = &["uuid", "namespace", "pod", "container", "container_id"];
 const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id", "engine"];
 const WITH_CONTENDER: &[&str] = &[
     "uuid",
@@ -33,6 +35,11 @@ families! {
         .in_collector(Collector::Samples)
         .help("Number of driver samples behind container_gpu_seconds_total.")
         .absent("if container_gpu_seconds_total is")
+        .starts_at_zero();
+    ENERGY: Family::counter("container_gpu_energy_joules_total", "joules", ON_WHOLE_GPU)
+        .help("Energy of the GPU that is attributed to the container by its GPU time, without what the GPU draws when idle, in joules. \
+               Follows the GPU time by 11 seconds and the interval of readings.")
+        .absent("if gpu_energy_joules_total was never reported, and for MIG devices")
         .starts_at_zero();
     UTILIZATION: Family::gauge("container_gpu_utilization_ratio", "ratio", LABELS)
         .in_collector(Collector::Precision)

@@ -59,7 +59,7 @@ const LABELS: [(&str, &str); 41] = [
     ("pod", "name of the pod; empty outside Kubernetes"),
     ("pod_name", "as `pod`; the name before Kubernetes 1.16, depending on `pod_labels`"),
     ("pod_uid", "UID of the pod"),
-    ("reason", "reason: of unattributed time, of the clocks, or of the rejection"),
+    ("reason", "reason: of unattributed time or energy, of the clocks, or of the rejection"),
     ("resource", "`cpu`, `memory` or `io`"),
     ("runtime", "container runtime"),
     ("source", "label source, or `nvml`"),
@@ -71,7 +71,7 @@ const LABELS: [(&str, &str); 41] = [
 ];
 
 /// Number of values of labels that are neither of a container nor of a GPU, where it is fixed or bounded.
-const VALUES: [(&str, usize); 13] = [
+const VALUES: [(&str, usize); 14] = [
     ("call", Call::COUNT),
     ("gpu_sampler_nvml_errors_total call", 1),
     ("engine", 5),
@@ -83,6 +83,7 @@ const VALUES: [(&str, usize); 13] = [
     ("gpu_sampler_identity_bytes table", 3),
     ("gpu_sampler_identity_evictions_total table", 2),
     ("gpu_throttle_seconds_total reason", 9),
+    ("gpu_unattributed_energy_joules_total reason", 8),
     ("reason", 7),
     ("state", 4),
 ];

@@ -245,6 +245,7 @@ fn busy_snapshot() -> Snapshot {
         readings: Default::default(),
         time: Default::default(),
         unattributed: Default::default(),
+        unattributed_energy: None,
         utilization_ratio: Some(0.8),
         coactive_ratio: None,
         last_sample: None,

@@ -1,5 +1,6 @@
 mod ambiguity;
 mod ends;
+mod energy;
 mod launches;
 mod replay;
 mod states;

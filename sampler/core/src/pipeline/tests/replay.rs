@@ -24,7 +24,8 @@ fn a_replay_equals_live_use() {
             20 => {
                 let process = |pid| RunningProcess { pid, memory_bytes: Some(5), kind: ProcessKind::Compute };
                 batch.processes = Some(vec![process(100), process(102)]);
-                batch.readings = Some(DeviceReadings { throttle_reasons: Some(0x4), ..DeviceReadings::default() });
+                let energy_joules = Some(30.0 * k as f64);
+                batch.readings = Some(DeviceReadings { throttle_reasons: Some(0x4), energy_joules, ..DeviceReadings::default() });
             }
             _ => {}
         }
@@ -51,6 +52,9 @@ fn a_replay_equals_live_use() {
     let expected = &live.gpus[0];
     assert!(expected.time.busy > 30.0 && expected.time.unobserved > 1.0, "{:?}", expected.time);
     assert_eq!((gpu.time(), gpu.unattributed()), (expected.time, expected.unattributed));
+    let energy = expected.unattributed_energy.unwrap();
+    assert!(energy.reasons[Reason::Lost as usize] > 100.0 && energy.reasons[Reason::Host as usize] > 1_000.0, "{energy:?}");
+    assert_eq!(gpu.unattributed_energy(), expected.unattributed_energy);
     assert_eq!((gpu.throttle_seconds(), gpu.coactivity.coactive_ratio()), (expected.throttle_seconds, expected.coactive_ratio));
     for container in &live.containers {
         let (key, pair) = (container.record.key, &container.gpus[0]);
@@ -59,6 +63,8 @@ fn a_replay_equals_live_use() {
             (credit.ns * 1e-9, credit.variance().sqrt() * 1e-9, credit.samples),
             (pair.seconds, pair.seconds_stderr, pair.samples)
         );
+        assert!(pair.energy_joules.unwrap() > 1_000.0, "{pair:?}");
+        assert_eq!(gpu.energy_of(key), pair.energy_joules);
         let coactivity = gpu.coactivity.sums_of(key).unwrap();
         assert!(pair.coactive_seconds > 1.0, "{pair:?}");
         assert_eq!((coactivity.active, coactivity.coactive), (pair.active_seconds, pair.coactive_seconds));
