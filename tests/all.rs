@@ -7,6 +7,7 @@ mod contention;
 mod demo;
 mod docker;
 mod doubles;
+mod energy;
 mod engines;
 mod estimator;
 mod explain;

@@ -30,7 +30,7 @@ families! {
     UNATTRIBUTED_ENERGY: Family::counter("gpu_unattributed_energy_joules_total", "joules", &["uuid", "reason"])
         .help("Energy of the GPU that is not attributed to a container, in joules, by reason; idle is what the GPU draws when idle. With \
                container_gpu_energy_joules_total it sums to the increase of gpu_energy_joules_total.")
-        .absent("if gpu_energy_joules_total was never reported, and for MIG devices")
+        .absent("if gpu_energy_joules_total was never reported, for MIG devices, and for a GPU in MIG mode")
         .starts_at_zero();
     ENGINE_SECONDS: Family::counter("gpu_engine_seconds_total", "seconds", WITH_ENGINE)
         .in_collector(Collector::Engines)
