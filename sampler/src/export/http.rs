@@ -41,8 +41,8 @@ use crate::collectors::Selection;
 
 /// The `Server` header of every response.
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
-/// Interval at which the ledger adds credits, with or without scrapes.
-const LEDGER_EVERY: Duration = Duration::from_secs(1);
+/// Interval at which the ledger adds credits without scrapes: far less than the minute for which ended containers are kept.
+const LEDGER_EVERY: Duration = Duration::from_secs(5);
 /// Memory of a connection for heads; those of scrapers have less than 1 KiB.
 const MAX_HEAD_BYTES: usize = 32 << 10;
 /// Pause after a failed accept; the likely cause is a lack of file descriptors.
