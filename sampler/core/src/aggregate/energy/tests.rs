@@ -326,7 +326,7 @@ fn intervals_that_wait_are_bounded_and_their_energy_is_kept() {
 }
 
 #[derive(Clone, Debug)]
-enum Step {
+enum EnergyStep {
     Span { ms: u64, idle: f64, user: u64, late: bool },
     Unobserved { ms: u64 },
     Read { joules: f64 },
@@ -335,16 +335,16 @@ enum Step {
     End,
 }
 
-fn step() -> impl Strategy<Value = Step> {
+fn step() -> impl Strategy<Value = EnergyStep> {
     prop_oneof![
         8 => (1..700u64, 0.0..1.0, 1..12u64, any::<bool>())
-            .prop_map(|(ms, idle, user, late)| Step::Span { ms, idle, user, late }),
-        2 => (1..3_000u64).prop_map(|ms| Step::Span { ms, idle: 1.0, user: 1, late: false }),
-        1 => (1..20_000u64).prop_map(|ms| Step::Unobserved { ms }),
-        6 => (0.0..700.0).prop_map(|joules| Step::Read { joules }),
-        1 => (0.0..50.0).prop_map(|joules| Step::Reset { joules }),
-        6 => (0..20_000u64).prop_map(|behind_ms| Step::Settle { behind_ms }),
-        1 => Just(Step::End),
+            .prop_map(|(ms, idle, user, late)| EnergyStep::Span { ms, idle, user, late }),
+        2 => (1..3_000u64).prop_map(|ms| EnergyStep::Span { ms, idle: 1.0, user: 1, late: false }),
+        1 => (1..20_000u64).prop_map(|ms| EnergyStep::Unobserved { ms }),
+        6 => (0.0..700.0).prop_map(|joules| EnergyStep::Read { joules }),
+        1 => (0.0..50.0).prop_map(|joules| EnergyStep::Reset { joules }),
+        6 => (0..20_000u64).prop_map(|behind_ms| EnergyStep::Settle { behind_ms }),
+        1 => Just(EnergyStep::End),
     ]
 }
 
@@ -358,7 +358,7 @@ proptest! {
         let (mut expected, mut last): (f64, Vec<f64>) = (0.0, Vec::new());
         for step in steps {
             match step {
-                Step::Span { ms, idle, user, late } => {
+                EnergyStep::Span { ms, idle, user, late } => {
                     let span_ns = (ms * 1_000_000) as f64;
                     at = at.plus(ms * 1_000_000);
                     account.covered(at);
@@ -371,19 +371,19 @@ proptest! {
                     let booked = Booked { at, span_ns, user, ns: span_ns * (1.0 - idle) };
                     if late { waiting.push(booked) } else { account.credited(&booked) }
                 }
-                Step::Unobserved { ms } => {
+                EnergyStep::Unobserved { ms } => {
                     at = at.plus(ms * 1_000_000);
                     account.covered(at);
                     account.unobserved(at, (ms * 1_000_000) as f64);
                 }
-                Step::Read { joules } | Step::Reset { joules } => {
+                EnergyStep::Read { joules } | EnergyStep::Reset { joules } => {
                     if read_at == Some(at) {
                         continue;
                     }
                     // Small enough for the time, so that it counts.
                     let most = read_at.map_or(joules, |last| 0.9 * MAX_WATTS * seconds(at.saturating_since(last)));
                     let joules = joules.min(most);
-                    let is_reset = matches!(step, Step::Reset { .. }) && joules < counter;
+                    let is_reset = matches!(step, EnergyStep::Reset { .. }) && joules < counter;
                     counter = if is_reset { joules } else { counter + joules };
                     if read_at.is_some() {
                         expected += joules;
@@ -391,14 +391,14 @@ proptest! {
                     account.read(at, Some(counter));
                     read_at = Some(at);
                 }
-                Step::Settle { behind_ms } => {
+                EnergyStep::Settle { behind_ms } => {
                     let until = at.minus(behind_ms * 1_000_000);
                     let (due, later): (Vec<Booked>, _) = waiting.into_iter().partition(|booked: &Booked| booked.at <= until.plus(SECOND));
                     waiting = later;
                     due.iter().for_each(|booked| account.credited(booked));
                     account.settle(until);
                 }
-                Step::End => {
+                EnergyStep::End => {
                     account.end();
                     (read_at, waiting) = (None, Vec::new());
                 }

@@ -19,7 +19,7 @@ impl EnergyCounter {
             self.joules += (100.0 + 200.0 * part) * PERIOD as f64 * 1e-9;
             let mut batch = sample_batch(self.k, busy, pid, 1_000_000);
             let readings = DeviceReadings { energy_joules: Some(self.joules), ..DeviceReadings::default() };
-            batch.readings = (self.k % 6 == 0).then_some(readings);
+            batch.readings = self.k.is_multiple_of(6).then_some(readings);
             core.observe(Observation::from(batch));
             advance_time(core, taken(self.k) + 2_000_000);
             self.k += 1;
