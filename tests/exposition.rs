@@ -34,7 +34,7 @@ print(len(families), len(samples), len(created), len(units))
 /// A container with work on two engines, next to another one.
 struct BusyNode {
     agent: Agent,
-    _sim: Sim,
+    sim: Sim,
     _loads: Vec<Running>,
     _actors: Vec<Actor>,
     _root: tempfile::TempDir,
@@ -54,19 +54,24 @@ impl BusyNode {
         }
         let path = root.path().to_string_lossy().into_owned();
         let agent = Agent::start(Some(&sim), &["--path-rootfs", &path, "--label-sources", "bundle"])?;
-        sim.inject("xid", &["--gpu", "0", "--xid", "79"])?;
-        let node = Self { agent, _sim: sim, _loads: loads, _actors: actors, _root: root, _tree: tree };
-        let last = [
+        let node = Self { agent, sim, _loads: loads, _actors: actors, _root: root, _tree: tree };
+        node.shows(&[
             "container_gpu_engine_seconds_total",
             "container_gpu_window_share_ratio_count",
             "container_gpu_contention_seconds_total",
-            "gpu_xid_errors_total",
-        ];
-        wait_for("series of all kinds", Duration::from_secs(90), || {
-            let samples = node.agent.scrape()?;
-            Ok(last.iter().all(|name| sum(&samples, name, &[]).is_some()).then_some(()))
-        })?;
+        ])?;
+        // Not before: an error from before the agent registered for them is not reported.
+        node.sim.inject("xid", &["--gpu", "0", "--xid", "79"])?;
+        node.shows(&["gpu_xid_errors_total"])?;
         Ok(node)
+    }
+
+    /// Waits until the page has these series.
+    fn shows(&self, names: &[&str]) -> Result<()> {
+        wait_for(&format!("series of {names:?}"), Duration::from_secs(90), || {
+            let samples = self.agent.scrape()?;
+            Ok(names.iter().all(|name| sum(&samples, name, &[]).is_some()).then_some(()))
+        })
     }
 
     fn openmetrics(&self, path: &str) -> Result<String> {
