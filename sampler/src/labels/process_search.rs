@@ -18,7 +18,7 @@ const COMPLETE_EVERY: Duration = Duration::from_secs(30);
 /// Inspections of a process that is not a runtime.
 const INSPECTIONS: u8 = 2;
 
-enum Inspected {
+enum InspectedProcess {
     Runtime(HostPaths),
     /// Not a runtime, with the number of inspections.
     Other(u8),
@@ -27,7 +27,7 @@ enum Inspected {
 /// One entry per living process.
 #[derive(Default)]
 pub struct ProcessSearch {
-    inspected: HashMap<u32, Inspected>,
+    inspected: HashMap<u32, InspectedProcess>,
     complete_at: Option<Instant>,
 }
 
@@ -42,10 +42,10 @@ impl ProcessSearch {
         // If processes cannot be listed, the defaults remain.
         for pid in pids(procfs).unwrap_or_default() {
             let inspections = match earlier.remove(&pid) {
-                Some(Inspected::Other(inspections)) => inspections,
-                Some(Inspected::Runtime(paths)) => {
+                Some(InspectedProcess::Other(inspections)) => inspections,
+                Some(InspectedProcess::Runtime(paths)) => {
                     found.merge(&paths);
-                    self.inspected.insert(pid, Inspected::Runtime(paths));
+                    self.inspected.insert(pid, InspectedProcess::Runtime(paths));
                     continue;
                 }
                 None => 0,
@@ -54,9 +54,9 @@ impl ProcessSearch {
             let state = match is_new.then(|| HostPaths::of_process(procfs, pid, root)).flatten() {
                 Some(paths) => {
                     found.merge(&paths);
-                    Inspected::Runtime(paths)
+                    InspectedProcess::Runtime(paths)
                 }
-                None => Inspected::Other(inspections + u8::from(is_new)),
+                None => InspectedProcess::Other(inspections + u8::from(is_new)),
             };
             self.inspected.insert(pid, state);
         }

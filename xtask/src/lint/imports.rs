@@ -20,7 +20,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
-            &["error", "collectors"],
+            &["allocator", "error", "collectors"],
             &["config", "health", "query"],
             &["inbox"],
             &["observe"],

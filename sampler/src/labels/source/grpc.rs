@@ -131,10 +131,10 @@ impl GrpcSocket {
 /// A connection that the first call opens, and the next call after it was closed.
 pub struct GrpcConnection<'a> {
     socket: &'a GrpcSocket,
-    open: tokio::sync::Mutex<Option<OpenConnection>>,
+    open: tokio::sync::Mutex<Option<SharedConnection>>,
 }
 
-struct OpenConnection {
+struct SharedConnection {
     sender: SendRequest<tonic::body::Body>,
     _end: EndOnDrop,
 }
@@ -158,7 +158,7 @@ impl GrpcConnection<'_> {
         })?;
         // An error of the connection is reported by the request.
         tasks.spawn(async { drop(connection.await) });
-        *open = Some(OpenConnection { sender: sender.clone(), _end: end });
+        *open = Some(SharedConnection { sender: sender.clone(), _end: end });
         Ok(sender)
     }
 
