@@ -62,7 +62,7 @@ impl CoreSender {
     pub fn observe_all(&self, observations: impl Iterator<Item = Observation>) -> Result<(), Closed> {
         let mut sent = false;
         for observation in observations {
-            self.to.send(Message::Observation(observation)).map_err(|_| Closed)?;
+            self.observe_later(observation)?;
             sent = true;
         }
         if sent {

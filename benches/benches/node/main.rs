@@ -8,13 +8,13 @@
 mod measure;
 mod world;
 
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::Result;
 use gpu_sampler_benches::{line, wanted};
 use gpu_sampler_tests::{Agent, var};
 
-use measure::{ThreadTimes, load, memory, page, processor_seconds, scrapes, thread_times};
+use measure::{Spent, memory, page, scrapes};
 use world::{Size, World};
 
 /// After all pairs are exposed: caches fill, and every window of 10 s has been complete once.
@@ -59,22 +59,6 @@ fn main() -> Result<()> {
     Ok(())
 }
 
-/// Processor time of the agent so far, in seconds.
-struct Spent {
-    at: Instant,
-    /// Without the simulated driver's own.
-    all: f64,
-    /// Of the living threads, with the simulated driver's.
-    threads: ThreadTimes,
-}
-
-impl Spent {
-    fn now(pid: u32, world: &World) -> Result<Self> {
-        let all = processor_seconds(pid)? - world.driver_seconds()?;
-        Ok(Self { at: Instant::now(), all, threads: thread_times(pid)? })
-    }
-}
-
 /// Runs the section of this name, if it is wanted, with the build to compare with and with the present one.
 fn with_each_build(name: &str, heading: &str, run: impl Fn() -> Result<()>) -> Result<()> {
     if !wanted(name) {
@@ -94,16 +78,21 @@ fn with_each_build(name: &str, heading: &str, run: impl Fn() -> Result<()>) -> R
     run()
 }
 
-/// Processor time without scrapes. Returns the sum, with the driver's.
+/// Processor time without scrapes; returns the percentage.
 fn quiet(world: &World, agent: &Agent, aim: Option<f64>) -> Result<f64> {
-    let (from, before) = (Instant::now(), world.driver_seconds()?);
-    let (threads, sum) = load(agent.process.0.id(), QUIET)?;
-    let driver = 100.0 * (world.driver_seconds()? - before) / from.elapsed().as_secs_f64();
-    line("processor time without scrapes", sum - driver, "%", aim);
+    let before = Spent::now(agent, world)?;
+    std::thread::sleep(QUIET);
+    let after = Spent::now(agent, world)?;
+    let percent = |of: &dyn Fn(&Spent) -> f64| 100.0 * before.rate_until(&after, of);
+    let sum = percent(&|spent| spent.all);
+    line("processor time without scrapes", sum, "%", aim);
+    let mut threads: Vec<(&str, f64)> =
+        after.threads.keys().map(|name| (&**name, percent(&|spent| spent.of_thread(name)))).collect();
+    threads.sort_by(|a, b| b.1.total_cmp(&a.1));
     for (name, percent) in threads.iter().filter(|(_, percent)| *percent >= 0.01) {
         line(&format!("    threads {name}"), *percent, "%", None);
     }
-    line("    of which in the simulated driver, not in the sum", driver, "%", None);
+    line("    of which in the simulated driver, not in the sum", percent(&|spent| spent.driver), "%", None);
     Ok(sum)
 }
 
@@ -117,7 +106,7 @@ fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
     world.settled(&agent, size.gpus * size.processes)?;
     std::thread::sleep(WARM_UP);
     let sum = quiet(&world, &agent, aims.map(|aims| aims.quiet))?;
-    let (page, cost) = (page(&agent)?, scrapes(&agent, sum)?);
+    let (page, cost) = (page(&agent)?, scrapes(&agent, &world, sum)?);
     line("page", page.bytes as f64 / 1e6, "MB", aims.map(|aims| aims.page_bytes / 1e6));
     line("    series", page.series as f64, "", None);
     line("    series of a pair", page.pair_series as f64 / page.pairs as f64, "", Some(SERIES_A_PAIR));
@@ -142,7 +131,7 @@ fn used_once() -> Result<()> {
     world.use_gpus_once()?;
     std::thread::sleep(WARM_UP);
     let sum = quiet(&world, &agent, None)?;
-    let (page, cost) = (page(&agent)?, scrapes(&agent, sum)?);
+    let (page, cost) = (page(&agent)?, scrapes(&agent, &world, sum)?);
     let after = memory(pid)?;
     line("pairs", page.pairs as f64, "", None);
     line("page", page.bytes as f64 / 1e6, "MB", None);
@@ -166,20 +155,19 @@ fn churn() -> Result<()> {
         world.use_gpus()?;
         world.settled(&agent, 64)?;
         std::thread::sleep(WARM_UP);
-        let pid = agent.process.0.id();
-        let before = Spent::now(pid, &world)?;
+        let before = Spent::now(&agent, &world)?;
         std::thread::sleep(QUIET);
-        let quiet = Spent::now(pid, &world)?;
+        let quiet = Spent::now(&agent, &world)?;
         let started = world.churn(named, unnamed, LASTS)?;
         // Until the agent gives them up.
         std::thread::sleep(Duration::from_secs(12));
-        let after = Spent::now(pid, &world)?;
+        let after = Spent::now(&agent, &world)?;
         let ms_each = |of: &dyn Fn(&Spent) -> f64| {
-            let without = (of(&quiet) - of(&before)) / (quiet.at - before.at).as_secs_f64();
-            (of(&after) - of(&quiet) - without * (after.at - quiet.at).as_secs_f64()) * 1e3 / f64::from(started)
+            let without = before.rate_until(&quiet, of) * quiet.seconds_until(&after);
+            (of(&after) - of(&quiet) - without) * 1e3 / f64::from(started)
         };
         line(&format!("a container {what}"), ms_each(&|spent| spent.all), "ms", aim);
-        let of_thread = |name: &str| ms_each(&|spent| spent.threads.get(name).copied().unwrap_or_default());
+        let of_thread = |name: &str| ms_each(&|spent| spent.of_thread(name));
         for (name, ms) in after.threads.keys().map(|name| (name, of_thread(name))).filter(|(_, ms)| *ms >= 0.01) {
             line(&format!("    threads {name}"), ms, "ms", None);
         }

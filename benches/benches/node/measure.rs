@@ -9,19 +9,47 @@ use devkit::process::processor_time;
 use gpu_sampler_benches::quantile;
 use gpu_sampler_tests::{Agent, parse};
 
+use crate::world::World;
+
 const SCRAPES: u32 = 30;
 const INTERVAL: Duration = Duration::from_secs(1);
 
 /// Seconds by thread name; threads that differ only in a number count as one name.
 pub type ThreadTimes = BTreeMap<String, f64>;
 
-/// Processor time of the process so far, in seconds, also of its threads that have ended: those of the IO runtime do when they are idle.
-pub fn processor_seconds(pid: u32) -> Result<f64> {
-    Ok(processor_time(pid).with_context(|| format!("processor time of process {pid}"))?.own)
+/// Processor time of the agent so far, in seconds.
+pub struct Spent {
+    at: Instant,
+    /// Also of threads that have ended, as those of the IO runtime do when they are idle; without the simulated driver's.
+    pub all: f64,
+    pub driver: f64,
+    /// Of the living threads, with the simulated driver's.
+    pub threads: ThreadTimes,
+}
+
+impl Spent {
+    pub fn now(agent: &Agent, world: &World) -> Result<Self> {
+        let (pid, driver) = (agent.process.0.id(), world.driver_seconds()?);
+        let all = processor_time(pid).with_context(|| format!("processor time of process {pid}"))?.own - driver;
+        Ok(Self { at: Instant::now(), all, driver, threads: thread_times(pid)? })
+    }
+
+    pub fn of_thread(&self, name: &str) -> f64 {
+        self.threads.get(name).copied().unwrap_or_default()
+    }
+
+    pub fn seconds_until(&self, later: &Self) -> f64 {
+        (later.at - self.at).as_secs_f64()
+    }
+
+    /// Processor time in a second, of what `of` selects.
+    pub fn rate_until(&self, later: &Self, of: impl Fn(&Self) -> f64) -> f64 {
+        (of(later) - of(self)) / self.seconds_until(later)
+    }
 }
 
 /// Processor time of the living threads so far. The kernel counts it in nanoseconds.
-pub fn thread_times(pid: u32) -> Result<ThreadTimes> {
+fn thread_times(pid: u32) -> Result<ThreadTimes> {
     let mut times = ThreadTimes::new();
     for task in fs::read_dir(format!("/proc/{pid}/task"))?.flatten() {
         // A thread may end meanwhile.
@@ -32,20 +60,6 @@ pub fn thread_times(pid: u32) -> Result<ThreadTimes> {
         *times.entry(name.to_owned()).or_default() += ns / 1e9;
     }
     Ok(times)
-}
-
-/// Percent of one processor over `lasts`: by thread name, the largest first, and of the process.
-pub fn load(pid: u32, lasts: Duration) -> Result<(Vec<(String, f64)>, f64)> {
-    let (from, before, all_before) = (Instant::now(), thread_times(pid)?, processor_seconds(pid)?);
-    std::thread::sleep(lasts);
-    let (after, over) = (thread_times(pid)?, from.elapsed().as_secs_f64());
-    let percent = |(name, time): (String, f64)| {
-        let grown = time - before.get(&name).copied().unwrap_or_default();
-        (name, 100.0 * grown / over)
-    };
-    let mut threads: Vec<(String, f64)> = after.into_iter().map(percent).collect();
-    threads.sort_by(|a, b| b.1.total_cmp(&a.1));
-    Ok((threads, 100.0 * (processor_seconds(pid)? - all_before) / over))
 }
 
 /// Memory of the process in MiB: resident, and the part of it that is not of files.
@@ -92,9 +106,8 @@ pub struct ScrapeCost {
 }
 
 /// `quiet` is the agent's percentage of a processor without scrapes.
-pub fn scrapes(agent: &Agent, quiet: f64) -> Result<ScrapeCost> {
-    let pid = agent.process.0.id();
-    let (from, before) = (Instant::now(), processor_seconds(pid)?);
+pub fn scrapes(agent: &Agent, world: &World, quiet: f64) -> Result<ScrapeCost> {
+    let (from, before) = (Instant::now(), Spent::now(agent, world)?);
     let mut took = Vec::new();
     for n in 1..=SCRAPES {
         let begun = Instant::now();
@@ -102,7 +115,8 @@ pub fn scrapes(agent: &Agent, quiet: f64) -> Result<ScrapeCost> {
         took.push(begun.elapsed().as_secs_f64() * 1e3);
         std::thread::sleep((INTERVAL * n).saturating_sub(from.elapsed()));
     }
-    let spent = processor_seconds(pid)? - before - from.elapsed().as_secs_f64() * quiet / 100.0;
+    let after = Spent::now(agent, world)?;
+    let spent = after.all - before.all - before.seconds_until(&after) * quiet / 100.0;
     took.sort_by(f64::total_cmp);
     Ok(ScrapeCost { p50: quantile(&took, 0.5), p99: quantile(&took, 0.99), cpu: spent * 1e3 / f64::from(SCRAPES) })
 }

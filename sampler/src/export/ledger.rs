@@ -47,14 +47,21 @@ pub struct Scrape<'a> {
     pub pods: PodLabels,
 }
 
+/// What the export remembers of a GPU while it is in the snapshot: one that comes back counts from 0, and so does the time credited on it.
+#[derive(Debug)]
+struct GpuState {
+    /// When its counters were 0.
+    created: WallTime,
+    /// Namespace -> seconds.
+    credited: BTreeMap<String, f64>,
+    /// Busy seconds in the last scrape.
+    busy: f64,
+}
+
 #[derive(Debug, Default)]
 pub struct Ledger {
     pairs: HashMap<Pair, PairState>,
-    credited: HashMap<GpuUuid, BTreeMap<String, f64>>,
-    /// Busy seconds of each GPU in the last scrape.
-    busy: HashMap<GpuUuid, f64>,
-    /// When the counters of each GPU were 0.
-    gpus_created: HashMap<GpuUuid, WallTime>,
+    gpus: HashMap<GpuUuid, GpuState>,
     /// The time of the last snapshot; before the first, the start of the agent.
     updated: WallTime,
     contender_labels: ContenderLabels,
@@ -72,6 +79,12 @@ impl Ledger {
         let mut living = HashSet::new();
         // The counters of what this snapshot is the first to have were 0 in the one before. Not later than this one, if the clock was set.
         let created = self.updated.min(snapshot.wall);
+        let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
+        self.gpus.retain(|gpu, _| gpus.contains(gpu));
+        for gpu in &gpus {
+            let new = || GpuState { created, credited: BTreeMap::new(), busy: 0.0 };
+            self.gpus.entry((*gpu).clone()).or_insert_with(new);
+        }
         for container in &snapshot.containers {
             let settled = labels_of(&container.record, labels, snapshot.at);
             for usage in &container.gpus {
@@ -80,23 +93,14 @@ impl Ledger {
                 living.insert(key.clone());
                 let pair = self.pairs.entry(key).or_default();
                 pair.created.get_or_insert(created);
-                if let Some(labels) = &settled {
+                if let (Some(labels), Some(state)) = (&settled, self.gpus.get_mut(&gpu.info.uuid)) {
                     let namespace = labels.text(Label::Namespace).to_owned();
-                    let credited = self.credited.entry(gpu.info.uuid.clone()).or_default().entry(namespace).or_default();
-                    *credited += usage.seconds - pair.counted;
+                    *state.credited.entry(namespace).or_default() += usage.seconds - pair.counted;
                     pair.counted = usage.seconds;
                 }
             }
         }
         self.pairs.retain(|key, _| living.contains(key));
-        // A GPU that comes back after that counts from 0, and so does the time credited on it.
-        let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
-        self.credited.retain(|gpu, _| gpus.contains(gpu));
-        self.busy.retain(|gpu, _| gpus.contains(gpu));
-        self.gpus_created.retain(|gpu, _| gpus.contains(gpu));
-        for gpu in &gpus {
-            self.gpus_created.entry((*gpu).clone()).or_insert(created);
-        }
         // Before the first snapshot of the core there is an empty one without a time.
         if snapshot.wall > WallTime(0) {
             self.updated = snapshot.wall;
@@ -151,11 +155,14 @@ impl Ledger {
             .gpus
             .iter()
             .zip(waiting)
-            .map(|(view, waiting)| ExportedGpu {
-                view: view.clone(),
-                busy_seconds: (view.time.busy - waiting).max(0.0),
-                credited: self.credited.get(&view.info.uuid).cloned().unwrap_or_default(),
-                created: self.gpus_created.get(&view.info.uuid).copied(),
+            .map(|(view, waiting)| {
+                let state = self.gpus.get(&view.info.uuid);
+                ExportedGpu {
+                    view: view.clone(),
+                    busy_seconds: (view.time.busy - waiting).max(0.0),
+                    credited: state.map(|state| state.credited.clone()).unwrap_or_default(),
+                    created: state.map(|state| state.created),
+                }
             })
             .collect();
         page
@@ -185,11 +192,11 @@ impl Ledger {
             state.delivered |= pair.gone && self.scrapers.have_twice(state.born, state.changed, scrape.at);
         }
         for gpu in &mut page.gpus {
-            let last = self.busy.entry(gpu.view.info.uuid.clone()).or_default();
-            if (0.0..ROUNDING).contains(&(*last - gpu.busy_seconds)) {
-                gpu.busy_seconds = *last;
+            let Some(state) = self.gpus.get_mut(&gpu.view.info.uuid) else { continue };
+            if (0.0..ROUNDING).contains(&(state.busy - gpu.busy_seconds)) {
+                gpu.busy_seconds = state.busy;
             }
-            *last = gpu.busy_seconds;
+            state.busy = gpu.busy_seconds;
         }
         self.add_texts(&mut page, scrape.pods);
         page
@@ -242,7 +249,7 @@ pub mod tests {
         let mut labels = ContainerLabels::from_path(record);
         labels.merge(Source::Docker, &facts);
         labels.settled = settled;
-        LabelView::from([(record.key, Arc::new(labels))])
+        LabelView::of_one(record.key, Arc::new(labels))
     }
 
     fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
@@ -373,7 +380,7 @@ pub mod tests {
         let (key, identity) = (ContainerKey(2), parse(&path));
         let other = ContainerRecord { key, cgroup_path: path, identity, created: BootNs(0), creation_seen: true };
         let mut view = labels(&all.containers[0].record, true);
-        view.extend(labels(&other, true));
+        view.add_all(&labels(&other, true));
         all.containers.push(ContainerView { record: Arc::new(other), gone: None, gpus: Vec::new() });
         let others = [Other::Container(key), Other::Host, Other::Rest];
         let contention = others.map(|other| Contention { other, seconds });
@@ -416,14 +423,14 @@ pub mod tests {
         let (mut all, mut view) = contended(1, 3.0);
         let second = all.containers[1].record.key;
         let unsettled = labels(&all.containers[1].record, false);
-        let settled = view.insert(second, Arc::clone(&unsettled[&second])).unwrap();
+        let settled = view.insert(second, Arc::clone(unsettled.get(&second).unwrap())).unwrap();
         let mut ledger = Ledger::default();
         let page = scraped(&mut ledger, &all, &view);
         assert_eq!(contenders(&page), [("host".to_owned(), 3.0), ("_other".to_owned(), 3.0)]);
         view.insert(second, settled);
         // The same container after a restart.
         let again = ContainerRecord { key: ContainerKey(3), ..ContainerRecord::clone(&all.containers[1].record) };
-        view.extend(labels(&again, true));
+        view.add_all(&labels(&again, true));
         all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
         all.containers[0].gpus[0].contention.push(Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 });
         ledger.update(&all, &view);
@@ -502,7 +509,7 @@ pub mod tests {
             let (key, created) = (ContainerKey(n as u64 + 1), BootNs(0));
             let record =
                 Arc::new(ContainerRecord { key, cgroup_path: path.clone(), identity: parse(path), created, creation_seen: true });
-            view.extend(labels(&record, true));
+            view.add_all(&labels(&record, true));
             all.containers.push(ContainerView { record, ..first.clone() });
         }
         let page = scraped(&mut Ledger::default(), &all, &view);

@@ -40,7 +40,7 @@ fn container(n: u64, is_settled: bool) -> (ContainerRecord, LabelView) {
     let mut labels = ContainerLabels::from_path(&record);
     labels.merge(Source::Docker, &facts);
     labels.settled = is_settled;
-    (record, LabelView::from([(key, Arc::new(labels))]))
+    (record, LabelView::of_one(key, Arc::new(labels)))
 }
 
 fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
@@ -128,8 +128,8 @@ impl RichNode {
         let (first, mut labels) = container(1, true);
         let (second, of_second) = container(2, true);
         let (unsettled, of_unsettled) = container(3, false);
-        labels.extend(of_second);
-        labels.extend(of_unsettled);
+        labels.add_all(&of_second);
+        labels.add_all(&of_unsettled);
         let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus };
         let containers = vec![
             view(first, vec![used(0, scale), used(2, scale)]),

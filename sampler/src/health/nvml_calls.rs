@@ -85,7 +85,7 @@ struct CallCounts {
 pub struct DeviceCalls {
     pub uuid: Arc<str>,
     /// When all counts were 0.
-    created: SystemTime,
+    created: WallTime,
     counts: Mutex<CallCounts>,
     supported: [AtomicU8; Call::COUNT],
     /// Whether samples are read from the driver's own buffer: 1, 0, or [`UNTRIED`].
@@ -118,7 +118,7 @@ impl DeviceCalls {
     fn new(uuid: Arc<str>) -> Self {
         Self {
             uuid,
-            created: SystemTime::now(),
+            created: SystemTime::now().into(),
             counts: Mutex::default(),
             supported: std::array::from_fn(|_| AtomicU8::new(UNTRIED)),
             sample_buffer: AtomicU8::new(UNTRIED),
@@ -165,7 +165,7 @@ impl DeviceCalls {
         let counts = self.counts();
         DeviceView {
             uuid: self.uuid.to_string(),
-            created: self.created.into(),
+            created: self.created,
             calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
             errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
             supported: supported.filter(|(_, state)| *state != UNTRIED).map(|(name, state)| (name, state == 1)).collect(),

@@ -2,7 +2,6 @@
 
 use std::borrow::Cow;
 use std::collections::HashMap;
-use std::ops::Index;
 use std::sync::Arc;
 
 use sampler_core::units::ContainerKey;
@@ -59,36 +58,18 @@ impl Default for LabelView {
     }
 }
 
-impl Index<&ContainerKey> for LabelView {
-    type Output = Arc<ContainerLabels>;
-
-    fn index(&self, key: &ContainerKey) -> &Self::Output {
-        &self.0[shard_of(*key)][key]
-    }
-}
-
-impl Extend<(ContainerKey, Arc<ContainerLabels>)> for LabelView {
-    fn extend<T: IntoIterator<Item = (ContainerKey, Arc<ContainerLabels>)>>(&mut self, items: T) {
-        for (key, labels) in items {
-            self.insert(key, labels);
-        }
-    }
-}
-
-impl<const N: usize> From<[(ContainerKey, Arc<ContainerLabels>); N]> for LabelView {
-    fn from(items: [(ContainerKey, Arc<ContainerLabels>); N]) -> Self {
+#[cfg(test)]
+impl LabelView {
+    pub fn of_one(key: ContainerKey, labels: Arc<ContainerLabels>) -> Self {
         let mut view = Self::new();
-        view.extend(items);
+        view.insert(key, labels);
         view
     }
-}
 
-impl IntoIterator for LabelView {
-    type Item = (ContainerKey, Arc<ContainerLabels>);
-    type IntoIter = Box<dyn Iterator<Item = Self::Item>>;
-
-    fn into_iter(self) -> Self::IntoIter {
-        Box::new(self.0.into_iter().flat_map(|shard| Arc::unwrap_or_clone(shard).into_iter()))
+    pub fn add_all(&mut self, other: &Self) {
+        for (key, labels) in other.0.iter().flat_map(|shard| shard.iter()) {
+            self.insert(*key, Arc::clone(labels));
+        }
     }
 }
 
@@ -140,12 +121,14 @@ mod tests {
     fn a_change_after_a_publication_copies_one_shard() {
         const CONTAINERS: u64 = 10_000;
         let mut view = LabelView::new();
-        view.extend((0..CONTAINERS).map(labels));
+        for (key, labels) in (0..CONTAINERS).map(labels) {
+            view.insert(key, labels);
+        }
         let published = view.clone();
         let (key, changed) = labels(CONTAINERS / 2);
         view.insert(key, Arc::clone(&changed));
         view.remove(&ContainerKey(CONTAINERS));
-        assert!(Arc::ptr_eq(&view[&key], &changed) && !Arc::ptr_eq(&published[&key], &changed));
+        assert!(Arc::ptr_eq(view.get(&key).unwrap(), &changed) && !Arc::ptr_eq(published.get(&key).unwrap(), &changed));
         let copied: Vec<_> = view.0.iter().zip(&published.0).filter(|(now, before)| !Arc::ptr_eq(now, before)).collect();
         assert_eq!(copied.len(), 1);
         assert!(view.0.iter().all(|shard| shard.len() <= CONTAINERS as usize / SHARDS + 1));

@@ -137,22 +137,19 @@ impl DeviceAccount {
             }
             GpuFact::Idle { ns } => {
                 let ns = self.range.part(at, *ns) as f64;
-                self.idle_ns += ns;
                 let at_most = at.min(self.range.to);
-                self.energy.idle(at_most, ns, ns);
+                self.add_idle(at_most, ns, ns);
                 self.observed(Recent { at: at_most, span_ns: ns, busy_ns: 0.0, user: None, queried: true, measured: false });
                 self.decide(at, lifetimes);
             }
             GpuFact::Unobserved { ns, .. } => {
-                let ns = self.range.part(at, *ns);
+                let ns = self.part_without_samples(at, *ns);
                 self.unobserved_ns = self.unobserved_ns.saturating_add(ns);
-                self.energy.unobserved(at.min(self.range.to), ns as f64);
                 self.decide(at, lifetimes);
             }
             GpuFact::Unsupported { ns } => {
-                let ns = self.range.part(at, *ns);
+                let ns = self.part_without_samples(at, *ns);
                 self.unsupported_ns = self.unsupported_ns.saturating_add(ns);
-                self.energy.unobserved(at.min(self.range.to), ns as f64);
                 // No more neighbours arrive for waiting samples.
                 self.decide(at, lifetimes);
             }
@@ -173,6 +170,19 @@ impl DeviceAccount {
         }
     }
 
+    /// Adds `ns` of idle time in the span that ends at `at`.
+    fn add_idle(&mut self, at: BootNs, span_ns: f64, ns: f64) {
+        self.idle_ns += ns;
+        self.energy.idle(at, span_ns, ns);
+    }
+
+    /// The part within the range of a span without samples, in which no user of the energy is known.
+    fn part_without_samples(&mut self, at: BootNs, ns: u64) -> u64 {
+        let ns = self.range.part(at, ns);
+        self.energy.unobserved(at.min(self.range.to), ns as f64);
+        ns
+    }
+
     /// Books waiting samples: they belong to a sample buffer or a clock that no longer exists.
     fn restart(&mut self) {
         let (mut booked, mut of_others) = (Vec::new(), Vec::new());
@@ -190,8 +200,7 @@ impl DeviceAccount {
     fn add_sample(&mut self, engine: Engine, sample: Sample, named: Option<NamedUser>, lifetimes: &Lifetimes) {
         let compute = engine == Engine::Compute;
         if compute && self.range.has(sample.at) {
-            self.idle_ns += sample.span_ns - sample.busy_ns;
-            self.energy.idle(sample.at, sample.span_ns, sample.span_ns - sample.busy_ns);
+            self.add_idle(sample.at, sample.span_ns, sample.span_ns - sample.busy_ns);
             let Sample { at, span_ns, busy_ns, queried } = sample;
             self.observed(Recent { at, span_ns, busy_ns, user: named.map(|n| n.user), queried, measured: false });
         }
@@ -265,8 +274,7 @@ impl DeviceAccount {
         let busy_ns = span_ns * busy_ratio;
         let user = self.holders.only_user();
         if self.range.has(at) {
-            self.idle_ns += span_ns - busy_ns;
-            self.energy.idle(at, span_ns, span_ns - busy_ns);
+            self.add_idle(at, span_ns, span_ns - busy_ns);
             self.observed(Recent { at, span_ns, busy_ns, user: Some(user), queried: true, measured: true });
         }
         let mut booked = Vec::new();

@@ -6,7 +6,7 @@
 use std::fs::File;
 use std::io;
 use std::os::unix::fs::FileExt as _;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use sampler_core::observation::CpuQuota;
@@ -53,18 +53,12 @@ pub struct ReadOutcomes {
     pub problem: Option<String>,
 }
 
-/// A file that may be kept open between reads.
-#[derive(Debug)]
-struct KeptFile {
-    path: PathBuf,
-    open: Option<File>,
-}
+/// A file of a cgroup that stays open between reads, while it is open.
+type KeptFile = Option<File>;
 
-/// The quota of a cgroup: its counters, and its limit as last read.
-#[derive(Debug)]
-struct QuotaFiles {
-    version: CgroupVersion,
-    cgroup: PathBuf,
+/// What is kept of one level with a quota: its open counters, and its limit as last read.
+#[derive(Debug, Default)]
+struct KeptQuota {
     stat: KeptFile,
     limit: Option<(Instant, Limit)>,
 }
@@ -75,14 +69,15 @@ pub struct PressureFiles {
     pub paths: PressurePaths,
     /// Files stay open after a read.
     keep_open: bool,
-    quotas: Vec<QuotaFiles>,
-    /// `None` if it has no cgroup on v2.
-    pressure: Option<[KeptFile; RESOURCES.len()]>,
+    /// In the order of the levels.
+    quotas: Vec<KeptQuota>,
+    /// In the order of [`PSI_FILES`].
+    pressure: [KeptFile; PSI_FILES.len()],
     outcomes: ReadOutcomes,
 }
 
-/// Resources with PSI, in the order of [`PressureFiles::some_ns`].
-const RESOURCES: [&str; 3] = ["cpu", "memory", "io"];
+/// Files with PSI, in the order of [`PressureFiles::some_ns`].
+const PSI_FILES: [&str; 3] = ["cpu.pressure", "memory.pressure", "io.pressure"];
 
 /// Whether the file does not exist, or no longer: the cgroup was removed between open and read, or the kernel was booted with psi=0.
 fn absent(error: &io::Error) -> bool {
@@ -132,59 +127,40 @@ impl ReadOutcomes {
         self.problem.get_or_insert_with(|| format!("{}: {error}", path.display()));
     }
 
-    /// Reads a file and parses its content.
-    fn parsed<T>(&mut self, file: &mut KeptFile, keep: bool, parse: impl FnOnce(&str) -> Result<Option<T>, ()>) -> Option<T> {
+    /// Reads the file of this name in a cgroup, keeps it open if `kept` is given, and parses its content.
+    fn parsed<T>(
+        &mut self,
+        kept: Option<&mut KeptFile>,
+        (cgroup, name): (&Path, &str),
+        parse: impl FnOnce(&str) -> Result<Option<T>, ()>,
+    ) -> Option<T> {
         let mut bytes = [0; MAX_BYTES];
-        let length = match file.read(&mut bytes, keep) {
+        let length = match read(kept, (cgroup, name), &mut bytes) {
             Ok(length) => length,
             Err(error) if absent(&error) => {
                 self.count(Outcome::Absent);
                 return None;
             }
             Err(error) => {
-                self.failed(&file.path, &error);
+                self.failed(&cgroup.join(name), &error);
                 return None;
             }
         };
         let Ok(found) = std::str::from_utf8(&bytes[..length]).map_err(drop).and_then(parse) else {
-            self.failed(&file.path, &"unexpected format");
+            self.failed(&cgroup.join(name), &"unexpected format");
             return None;
         };
         self.count(if found.is_some() { Outcome::Ok } else { Outcome::Absent });
         found
     }
-}
 
-impl KeptFile {
-    fn new(path: PathBuf) -> Self {
-        Self { path, open: None }
-    }
-
-    fn read(&mut self, bytes: &mut [u8], keep: bool) -> io::Result<usize> {
-        // Fails if the cgroup was removed since; another one may have its path.
-        if let Some(length) = self.open.take().and_then(|file| self.read_from(file, bytes, keep).ok()) {
-            return Ok(length);
-        }
-        self.read_from(File::open(&self.path)?, bytes, keep)
-    }
-
-    /// A file of cgroupfs is returned whole by one read.
-    fn read_from(&mut self, file: File, bytes: &mut [u8], keep: bool) -> io::Result<usize> {
-        let length = file.read_at(bytes, 0)?;
-        self.open = keep.then_some(file);
-        Ok(length)
-    }
-}
-
-impl QuotaFiles {
-    fn read_limit(&self, outcomes: &mut ReadOutcomes) -> Option<Limit> {
-        let file = |name| KeptFile::new(self.cgroup.join(name));
-        match self.version {
+    fn limit(&mut self, version: CgroupVersion, cgroup: &Path) -> Option<Limit> {
+        match version {
             CgroupVersion::V1 => {
-                let period = outcomes.parsed(&mut file("cpu.cfs_period_us"), false, |text| Ok(Some(text.to_owned())))?;
-                outcomes.parsed(&mut file("cpu.cfs_quota_us"), false, |quota| limit(quota, &period, "-1").map(Some))
+                let period = self.parsed(None, (cgroup, "cpu.cfs_period_us"), |text| Ok(Some(text.to_owned())))?;
+                self.parsed(None, (cgroup, "cpu.cfs_quota_us"), |quota| limit(quota, &period, "-1").map(Some))
             }
-            CgroupVersion::V2 => outcomes.parsed(&mut file("cpu.max"), false, |text| {
+            CgroupVersion::V2 => self.parsed(None, (cgroup, "cpu.max"), |text| {
                 let (quota, period) = text.split_once(' ').ok_or(())?;
                 limit(quota, period, "max").map(Some)
             }),
@@ -192,27 +168,46 @@ impl QuotaFiles {
     }
 
     /// `None` also if the cpu controller is not enabled: `cpu.stat` then has no throttling fields.
-    fn read(&mut self, keep: bool, outcomes: &mut ReadOutcomes) -> Option<CpuQuota> {
-        let version = self.version;
+    fn quota(&mut self, kept: &mut KeptQuota, keep_open: bool, version: CgroupVersion, cgroup: &Path) -> Option<CpuQuota> {
+        let stat = keeps(&mut kept.stat, keep_open);
         let (periods, throttled_periods, throttled_ns) =
-            outcomes.parsed(&mut self.stat, keep, |text| throttled(version, text))?;
-        if self.limit.is_none_or(|(at, _)| at.elapsed() >= LIMIT_EVERY) {
-            self.limit = self.read_limit(outcomes).map(|limit| (Instant::now(), limit));
+            self.parsed(stat, (cgroup, "cpu.stat"), |text| throttled(version, text))?;
+        if kept.limit.is_none_or(|(at, _)| at.elapsed() >= LIMIT_EVERY) {
+            kept.limit = self.limit(version, cgroup).map(|limit| (Instant::now(), limit));
         }
-        let (_, limit_ns) = self.limit?;
+        let (_, limit_ns) = kept.limit?;
         Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns })
     }
 }
 
+/// Closes a file that is not to be kept open.
+fn keeps(file: &mut KeptFile, keep_open: bool) -> Option<&mut KeptFile> {
+    if keep_open {
+        return Some(file);
+    }
+    *file = None;
+    None
+}
+
+/// A file of cgroupfs is returned whole by one read.
+fn read(kept: Option<&mut KeptFile>, (cgroup, name): (&Path, &str), bytes: &mut [u8]) -> io::Result<usize> {
+    let open = || File::open(cgroup.join(name));
+    let Some(kept) = kept else { return open()?.read_at(bytes, 0) };
+    // Fails if the cgroup was removed since; another one may have its path.
+    if let Some(length) = kept.as_ref().and_then(|file| file.read_at(bytes, 0).ok()) {
+        return Ok(length);
+    }
+    *kept = None;
+    let file = open()?;
+    let length = file.read_at(bytes, 0)?;
+    *kept = Some(file);
+    Ok(length)
+}
+
 impl PressureFiles {
     pub fn new(paths: PressurePaths) -> Self {
-        let stat = |cgroup: &PathBuf| KeptFile::new(cgroup.join("cpu.stat"));
-        let version = paths.version;
-        let quota = |cgroup: &PathBuf| QuotaFiles { version, cgroup: cgroup.clone(), stat: stat(cgroup), limit: None };
-        let quotas = paths.levels.iter().map(quota).collect();
-        let file = |cgroup: &Path, resource| KeptFile::new(cgroup.join(format!("{resource}.pressure")));
-        let pressure = paths.v2.as_deref().map(|cgroup| RESOURCES.map(|resource| file(cgroup, resource)));
-        Self { paths, keep_open: false, quotas, pressure, outcomes: ReadOutcomes::default() }
+        let quotas = paths.levels.iter().map(|_| KeptQuota::default()).collect();
+        Self { paths, keep_open: false, quotas, pressure: Default::default(), outcomes: ReadOutcomes::default() }
     }
 
     pub fn keep_open(&mut self, keep_open: bool) {
@@ -221,17 +216,17 @@ impl PressureFiles {
 
     /// By level, from the container up.
     pub fn quotas(&mut self) -> Vec<Option<CpuQuota>> {
-        let (keep, outcomes) = (self.keep_open, &mut self.outcomes);
-        self.quotas.iter_mut().map(|quota| quota.read(keep, outcomes)).collect()
+        let (keep_open, version, outcomes) = (self.keep_open, self.paths.version, &mut self.outcomes);
+        let levels = self.paths.levels.iter().zip(&mut self.quotas);
+        levels.map(|(cgroup, kept)| outcomes.quota(kept, keep_open, version, cgroup)).collect()
     }
 
     /// The PSI `some` totals of cpu, memory and io, in ns.
-    pub fn some_ns(&mut self) -> [Option<u64>; RESOURCES.len()] {
-        let (keep, outcomes) = (self.keep_open, &mut self.outcomes);
-        match &mut self.pressure {
-            Some(files) => files.each_mut().map(|file| outcomes.parsed(file, keep, some_total_ns)),
-            None => [None; RESOURCES.len()],
-        }
+    pub fn some_ns(&mut self) -> [Option<u64>; PSI_FILES.len()] {
+        let Some(cgroup) = &self.paths.v2 else { return [None; PSI_FILES.len()] };
+        let (keep_open, outcomes) = (self.keep_open, &mut self.outcomes);
+        let kept = &mut self.pressure;
+        std::array::from_fn(|n| outcomes.parsed(keeps(&mut kept[n], keep_open), (cgroup, PSI_FILES[n]), some_total_ns))
     }
 
     pub fn take_outcomes(&mut self) -> ReadOutcomes {
@@ -311,7 +306,7 @@ mod tests {
                 std::fs::write(dir.path().join("io.pressure"), text).unwrap();
             }
             let mut outcomes = ReadOutcomes::default();
-            let found = outcomes.parsed(&mut KeptFile::new(dir.path().join("io.pressure")), false, some_total_ns);
+            let found = outcomes.parsed(None, (dir.path(), "io.pressure"), some_total_ns);
             let outcome =
                 Outcome::VARIANTS.iter().copied().find(|o| outcomes.counts[*o as usize] == 1).expect("one outcome is counted");
             assert_eq!((found, outcome), expect, "{text:?}");
@@ -350,14 +345,13 @@ mod tests {
             files.some_ns()[0]
         };
         assert_eq!((read(Some(100)), read(Some(7)), read(None)), (Some(100_000), Some(7_000), Some(7_000)));
-        let kept = files.pressure.as_ref().map(|files| files.each_ref().map(|file| file.open.is_some()));
-        assert_eq!(kept, Some([true, false, false]));
+        assert_eq!(files.pressure.each_ref().map(Option::is_some), [true, false, false]);
         // Reading a folder fails, as reading a file of a removed cgroup does.
         let removed = File::open(dir.path()).unwrap();
-        files.pressure.as_mut().unwrap()[0].open = Some(removed);
+        files.pressure[0] = Some(removed);
         assert_eq!(files.some_ns()[0], Some(7_000));
         files.keep_open(false);
         assert_eq!(files.some_ns()[0], Some(7_000));
-        assert!(files.pressure.unwrap().iter().all(|file| file.open.is_none()));
+        assert!(files.pressure.iter().all(Option::is_none));
     }
 }

@@ -50,7 +50,7 @@ const MAX_ABANDONED: usize = 4;
 const FIND_EVERY: Duration = Duration::from_secs(10);
 /// Maximum number of containers with files kept open: at most seven each, for each of which the kernel keeps a page.
 const MAX_KEPT_OPEN: usize = 1024;
-/// The part of the process's limit of descriptors that kept files may use.
+/// Descriptors that the process must be allowed for each of them: twice its files, so that the rest of the process has half.
 const DESCRIPTORS_PER_CONTAINER: usize = 14;
 
 /// The results so far, for export.
