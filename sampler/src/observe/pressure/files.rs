@@ -16,7 +16,7 @@ use super::place::PressurePaths;
 
 /// Maximum bytes read of a file; the longest known (cpu.stat of v1 and v2) has less than 500.
 const MAX_BYTES: usize = 4096;
-/// How often quotas are read. They rarely change, and the files of v1 that hold them are two.
+/// How often limits are read, and the counters of a level without one. Limits rarely change, and the files of v1 that hold them are two.
 const LIMIT_EVERY: Duration = Duration::from_secs(10);
 
 /// Determines the files of a cgroup and their units.
@@ -56,11 +56,23 @@ pub struct ReadOutcomes {
 /// A file of a cgroup that stays open between reads, while it is open.
 type KeptFile = Option<File>;
 
-/// What is kept of one level with a quota: its open counters, and its limit as last read.
+/// What is kept of one level: its open counters, its limit as last read, and both as last returned.
 #[derive(Debug, Default)]
 struct KeptQuota {
     stat: KeptFile,
     limit: Option<(Instant, Limit)>,
+    last: Option<CpuQuota>,
+}
+
+impl KeptQuota {
+    fn limit_is_due(&self) -> bool {
+        self.limit.is_none_or(|(at, _)| at.elapsed() >= LIMIT_EVERY)
+    }
+
+    /// The counters of a level without a limit, which do not change: the kernel counts the periods of limits.
+    fn unchanged(&self) -> Option<CpuQuota> {
+        self.last.filter(|last| last.limit_ns.is_none() && !self.limit_is_due())
+    }
 }
 
 /// The files of one container.
@@ -169,14 +181,21 @@ impl ReadOutcomes {
 
     /// `None` also if the cpu controller is not enabled: `cpu.stat` then has no throttling fields.
     fn quota(&mut self, kept: &mut KeptQuota, keep_open: bool, version: CgroupVersion, cgroup: &Path) -> Option<CpuQuota> {
-        let stat = keeps(&mut kept.stat, keep_open);
-        let (periods, throttled_periods, throttled_ns) =
-            self.parsed(stat, (cgroup, "cpu.stat"), |text| throttled(version, text))?;
-        if kept.limit.is_none_or(|(at, _)| at.elapsed() >= LIMIT_EVERY) {
+        if let Some(unchanged) = kept.unchanged() {
+            return Some(unchanged);
+        }
+        // Before the counters, so that the last ones of a limit that was removed are read.
+        if kept.limit_is_due() {
             kept.limit = self.limit(version, cgroup).map(|limit| (Instant::now(), limit));
         }
+        kept.last = None;
         let (_, limit_ns) = kept.limit?;
-        Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns })
+        // The counters of a level without a limit are read once in a while, so they are not kept open.
+        let stat = keeps(&mut kept.stat, keep_open && limit_ns.is_some());
+        let (periods, throttled_periods, throttled_ns) =
+            self.parsed(stat, (cgroup, "cpu.stat"), |text| throttled(version, text))?;
+        kept.last = Some(CpuQuota { limit_ns, periods, throttled_periods, throttled_ns });
+        kept.last
     }
 }
 
@@ -353,5 +372,30 @@ mod tests {
         files.keep_open(false);
         assert_eq!(files.some_ns()[0], Some(7_000));
         assert!(files.pressure.iter().all(Option::is_none));
+    }
+
+    #[test]
+    fn the_counters_of_a_level_without_a_limit_are_read_with_its_limit() {
+        let dir = tempfile::tempdir().unwrap();
+        let stat = |periods: u64| {
+            let text = format!("nr_periods {periods}\nnr_throttled 0\nthrottled_usec 0\n");
+            std::fs::write(dir.path().join("cpu.stat"), text).unwrap();
+        };
+        let write_limit = |text: &str| std::fs::write(dir.path().join("cpu.max"), text).unwrap();
+        let mut files = files_of(CgroupVersion::V2, dir.path());
+        let periods = |files: &mut PressureFiles| files.quotas()[0].map(|quota| quota.periods);
+        stat(5);
+        write_limit("max 100000\n");
+        assert_eq!(periods(&mut files), Some(5));
+        stat(6);
+        assert_eq!(periods(&mut files), Some(5));
+        // The limit is due again, and has been set.
+        files.quotas[0].limit = None;
+        write_limit("50000 100000\n");
+        assert_eq!(periods(&mut files), Some(6));
+        stat(7);
+        assert_eq!(periods(&mut files), Some(7));
+        std::fs::remove_file(dir.path().join("cpu.stat")).unwrap();
+        assert_eq!(periods(&mut files), None);
     }
 }

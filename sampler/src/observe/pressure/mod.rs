@@ -46,8 +46,10 @@ const IDLE: Duration = Duration::from_secs(10);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Maximum number of hanging threads. With this many, the cause is not a single container, and nothing is read until one returns.
 const MAX_ABANDONED: usize = 4;
-/// How often missing cgroups of a container are searched for.
-const FIND_EVERY: Duration = Duration::from_secs(10);
+/// Missing cgroups of a container are searched for after this time, then after twice that and so on: runtimes create all cgroups of a
+/// container within milliseconds, and some hierarchies have none.
+const FIND_AGAIN: Duration = Duration::from_secs(10);
+const MAX_FIND_AGAIN: Duration = Duration::from_secs(600);
 /// Maximum number of containers with files kept open: at most seven each, for each of which the kernel keeps a page.
 const MAX_KEPT_OPEN: usize = 1024;
 /// Descriptors that the process must be allowed for each of them: twice its files, so that the rest of the process has half.
@@ -67,7 +69,8 @@ pub struct PressureView {
 #[derive(Default)]
 struct ContainerPressure {
     files: Option<PressureFiles>,
-    found: Option<Instant>,
+    /// When its cgroups were last searched for, and the time until they are searched for again.
+    searched: Option<(Instant, Duration)>,
     throttle: Throttle,
     /// GPU-seconds so far, and when they last grew.
     used: f64,
@@ -199,10 +202,11 @@ impl Pressure {
         let mut targets = Vec::with_capacity(due.len());
         for record in due {
             let known = self.known.entry(record.key).or_default();
-            let recent = known.found.is_some_and(|found| found.elapsed() < FIND_EVERY);
+            let recent = known.searched.is_some_and(|(at, again)| at.elapsed() < again);
             let files = known.files.take().filter(|files| recent || !self.hierarchies.is_incomplete(&files.paths));
             if files.is_none() {
-                known.found = Some(now);
+                let again = known.searched.map_or(FIND_AGAIN, |(_, again)| (2 * again).min(MAX_FIND_AGAIN));
+                known.searched = Some((now, again));
             }
             let keep_open = known.is_active(now) && *kept_open < self.max_kept_open;
             *kept_open += usize::from(keep_open);
