@@ -69,6 +69,9 @@ pub struct Processes {
     procfs: PathBuf,
     /// The processes in the last lists.
     listed: HashSet<u32>,
+    /// Of the compute processes in the last lists, whether each is the server of the multi-process service: a process that is listed runs
+    /// its last program, because the driver lists it once it has opened the GPU.
+    mps_servers: HashMap<u32, bool>,
     last: Option<Instant>,
     others: HashMap<u32, RunningProcess>,
     others_read: Option<Instant>,
@@ -76,7 +79,8 @@ pub struct Processes {
 
 impl Processes {
     pub fn new(procfs: PathBuf) -> Self {
-        Self { procfs, listed: HashSet::new(), last: None, others: HashMap::new(), others_read: None }
+        let (listed, mps_servers, others) = (HashSet::new(), HashMap::new(), HashMap::new());
+        Self { procfs, listed, mps_servers, last: None, others, others_read: None }
     }
 
     /// Whether a sample names a process that was not in the last lists, so that these are outdated.
@@ -106,8 +110,11 @@ impl Processes {
         }
         let compute = driver.call(Call::GetComputeRunningProcesses, || buffers.processes(handle, List::Compute)).ok()?;
         let mut all = self.others.clone();
+        let known = std::mem::take(&mut self.mps_servers);
         for (pid, memory_bytes) in compute {
-            let kind = if self.is_mps_server(pid) { ProcessKind::MpsServer } else { ProcessKind::Compute };
+            let is_server = known.get(&pid).copied().or_else(|| self.is_mps_server(pid));
+            self.mps_servers.extend(is_server.map(|is_server| (pid, is_server)));
+            let kind = if is_server == Some(true) { ProcessKind::MpsServer } else { ProcessKind::Compute };
             merge(&mut all, RunningProcess { pid, memory_bytes, kind });
         }
         self.last = Some(Instant::now());
@@ -115,10 +122,11 @@ impl Processes {
         Some(all.into_values().collect())
     }
 
-    /// The driver lists the service among the compute processes without marking it.
-    fn is_mps_server(&self, pid: u32) -> bool {
-        let comm = std::fs::read_to_string(self.procfs.join(pid.to_string()).join("comm"));
-        comm.is_ok_and(|comm| comm.trim_end() == MPS_COMM)
+    /// The driver lists the service among the compute processes without marking it. `None` if the process has ended or is not of this
+    /// PID namespace.
+    fn is_mps_server(&self, pid: u32) -> Option<bool> {
+        let comm = std::fs::read_to_string(self.procfs.join(pid.to_string()).join("comm")).ok()?;
+        Some(comm.trim_end() == MPS_COMM)
     }
 }
 
