@@ -160,6 +160,10 @@ impl Identity {
 
     /// The end of the residency that began at `since`; `None` while it lasts, or where it is not known.
     pub fn residency_end(&self, pid: Tgid, since: BootNs) -> Option<BootNs> {
+        // That of most processes, for each of which this is called with every batch.
+        if self.processes.is_where_it_began(pid, since) {
+            return None;
+        }
         let histories = self.processes.histories(pid);
         let ended_later = |history: &ProcessHistory| history.end.is_none_or(|end| end >= since);
         let began_before = |history: &&ProcessHistory| ended_later(history) && history.start <= since;

@@ -375,6 +375,12 @@ impl Processes {
         self.living.iter().map(|(tgid, record)| (*tgid, record.start, record.now.membership))
     }
 
+    /// Whether the process that had this pid at that time lives, and never changed its membership.
+    pub fn is_where_it_began(&self, tgid: Tgid, at: BootNs) -> bool {
+        let never_moved = |record: &ProcessRecord| record.past.as_ref().is_none_or(|past| past.intervals.is_empty());
+        self.living.get(&tgid).is_some_and(|record| record.start <= at && never_moved(record))
+    }
+
     /// Start of the process that currently has this pid.
     pub fn living_start(&self, tgid: Tgid) -> Option<BootNs> {
         self.living.get(&tgid).map(|record| record.start)
