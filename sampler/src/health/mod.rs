@@ -11,7 +11,6 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use hdrhistogram::Histogram;
 use sampler_common::kind;
 use sampler_core::identity::Size;
 use sampler_core::pid_space::PidSpace;
@@ -25,8 +24,6 @@ use self::nvml_calls::DriverHealth;
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
 /// Upper bounds of `gpu_sampler_identify_seconds`.
 pub const IDENTIFY_BOUNDS: [f64; 11] = [0.00002, 0.00003, 0.00005, 0.000075, 0.0001, 0.00015, 0.00025, 0.0005, 0.001, 0.01, 0.1];
-/// Upper bound of recorded call durations; a longer call is recorded with this duration.
-const LONGEST_CALL_NS: u64 = 60_000_000_000;
 
 /// Kernel events that were not delivered.
 #[derive(Clone, Copy, Debug, Default)]
@@ -52,25 +49,31 @@ pub struct Times {
     pub buckets: Vec<u64>,
 }
 
-pub struct Calls {
-    times: Histogram<u64>,
+/// Durations in fixed buckets: there is one of these for each driver call of each GPU.
+struct DurationHistogram<const N: usize> {
+    /// In seconds, ascending.
+    bounds: &'static [f64; N],
+    /// Cumulative.
+    buckets: [u64; N],
+    count: u64,
     sum: Duration,
 }
 
-impl Calls {
-    fn new() -> Self {
-        let times = Histogram::new_with_bounds(1, LONGEST_CALL_NS, 2).expect("1 ns to 60 s at two digits are valid bounds");
-        Self { times, sum: Duration::ZERO }
+impl<const N: usize> DurationHistogram<N> {
+    fn new(bounds: &'static [f64; N]) -> Self {
+        Self { bounds, buckets: [0; N], count: 0, sum: Duration::ZERO }
     }
 
     fn record(&mut self, took: Duration) {
-        self.times.saturating_record(u64::try_from(took.as_nanos()).unwrap_or(u64::MAX).max(1));
+        for (bound, count) in self.bounds.iter().zip(&mut self.buckets) {
+            *count += u64::from(took.as_secs_f64() <= *bound);
+        }
+        self.count += 1;
         self.sum += took;
     }
 
-    fn up_to(&self, bounds: &[f64]) -> Times {
-        let buckets = bounds.iter().map(|bound| self.times.count_between(0, (bound * 1e9) as u64)).collect();
-        Times { count: self.times.len(), sum_seconds: self.sum.as_secs_f64(), buckets }
+    fn times(&self) -> Times {
+        Times { count: self.count, sum_seconds: self.sum.as_secs_f64(), buckets: self.buckets.to_vec() }
     }
 }
 
@@ -105,7 +108,7 @@ struct HealthState {
     view: HealthView,
     /// The messages of the present conditions.
     messages: HashMap<Condition, String>,
-    identified: Option<Calls>,
+    identified: Option<DurationHistogram<{ IDENTIFY_BOUNDS.len() }>>,
 }
 
 #[derive(Default)]
@@ -160,7 +163,7 @@ impl Health {
 
     pub fn identified(&self, after_ns: u64) {
         let mut inner = self.inner();
-        inner.identified.get_or_insert_with(Calls::new).record(Duration::from_nanos(after_ns));
+        inner.identified.get_or_insert_with(|| DurationHistogram::new(&IDENTIFY_BOUNDS)).record(Duration::from_nanos(after_ns));
     }
 
     /// Ends the condition if there are no problems; otherwise begins it, and keeps its first message while it lasts.
@@ -189,7 +192,7 @@ impl Health {
     pub fn view(&self) -> HealthView {
         let inner = self.inner();
         let mut view = inner.view.clone();
-        view.identified = inner.identified.as_ref().map(|t| t.up_to(&IDENTIFY_BOUNDS)).unwrap_or_default();
+        view.identified = inner.identified.as_ref().map(DurationHistogram::times).unwrap_or_default();
         view.degraded = inner.messages.iter().map(|(condition, message)| (*condition, message.clone())).collect();
         view.degraded.sort_by_cached_key(|(condition, _)| condition.key());
         view

@@ -8,7 +8,7 @@ use std::time::{Duration, SystemTime};
 
 use super::call_watchdog::{CallSlot, Caller, Change};
 use super::condition::Condition;
-use super::{CALL_BOUNDS, Calls, Times};
+use super::{CALL_BOUNDS, DurationHistogram, Times};
 use sampler_core::units::{BootNs, WallTime};
 use strum::{EnumCount as _, VariantArray as _};
 
@@ -77,7 +77,7 @@ const UNTRIED: u8 = 2;
 
 #[derive(Default)]
 struct CallCounts {
-    calls: BTreeMap<Call, Calls>,
+    calls: BTreeMap<Call, DurationHistogram<{ CALL_BOUNDS.len() }>>,
     errors: BTreeMap<(Call, String), u64>,
 }
 
@@ -133,7 +133,7 @@ impl DeviceCalls {
 
     pub fn record(&self, call: Call, took: Duration, error: Option<String>) {
         let mut counts = self.counts();
-        counts.calls.entry(call).or_insert_with(Calls::new).record(took);
+        counts.calls.entry(call).or_insert_with(|| DurationHistogram::new(&CALL_BOUNDS)).record(took);
         if let Some(error) = error {
             *counts.errors.entry((call, error)).or_default() += 1;
         }
@@ -166,7 +166,7 @@ impl DeviceCalls {
         DeviceView {
             uuid: self.uuid.to_string(),
             created: self.created,
-            calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.up_to(&CALL_BOUNDS))).collect(),
+            calls: counts.calls.iter().map(|(call, calls)| (call.name(), calls.times())).collect(),
             errors: counts.errors.iter().map(|((call, error), n)| (call.name(), error.clone(), *n)).collect(),
             supported: supported.filter(|(_, state)| *state != UNTRIED).map(|(name, state)| (name, state == 1)).collect(),
             sample_buffer: (sample_buffer != UNTRIED).then_some(sample_buffer == 1),
