@@ -31,6 +31,7 @@ use sampler_labels::{Outcome, Query, Source, TargetId};
 use self::cri::Cri;
 use self::host_files::HostFiles;
 use self::kubelet::Kubelet;
+use self::nested::RuntimePlace;
 use self::reply::{SourceReply, TIMEOUT};
 use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
@@ -125,24 +126,31 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
 
 /// How long the root of a container's runtime is reused: less than the shortest time between two queries to one source.
 const INNER_ROOT_VALID_FOR: Duration = Duration::from_millis(5);
+/// The same where the runtime runs on the host: the parent of a container's process does not change while the runtime lives.
+const HOST_VALID_FOR: Duration = Duration::from_secs(10);
 /// Several times the queries that can be in progress.
 const MAX_INNER_ROOTS: usize = 1_024;
 
 /// The roots of runtimes inside containers, by container, for the sources that one reader queries about a container in succession.
 #[derive(Default)]
-pub struct InnerRoots(HashMap<ContainerKey, (Instant, Option<Root>)>);
+pub struct InnerRoots(HashMap<ContainerKey, (Instant, RuntimePlace)>);
 
 impl InnerRoots {
     fn find(&mut self, sources: &LabelSources, query: &Query) -> Option<&Root> {
-        let is_valid = |(at, _): &(Instant, _)| at.elapsed() < INNER_ROOT_VALID_FOR;
+        let is_valid = |(at, place): &(Instant, RuntimePlace)| {
+            at.elapsed() < if matches!(place, RuntimePlace::Host) { HOST_VALID_FOR } else { INNER_ROOT_VALID_FOR }
+        };
         if !self.0.get(&query.key).is_some_and(is_valid) {
             if self.0.len() >= MAX_INNER_ROOTS {
                 self.0.clear();
             }
-            let found = nested::root(&sources.procfs, &sources.cgroups, &query.record);
+            let found = nested::place(&sources.procfs, &sources.cgroups, &query.record);
             self.0.insert(query.key, (Instant::now(), found));
         }
-        self.0.get(&query.key).and_then(|(_, root)| root.as_ref())
+        match self.0.get(&query.key) {
+            Some((_, RuntimePlace::Inside(root))) => Some(root),
+            _ => None,
+        }
     }
 }
 

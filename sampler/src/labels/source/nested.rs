@@ -17,15 +17,30 @@ use crate::observe::kernel::proc::memberships;
 /// Processes of the container to try: the parent of the first is most likely the shim.
 const MAX_PIDS: usize = 4;
 
-/// The root of the container's runtime; `None` if the runtime runs on the host, which is the usual case.
-pub fn root(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Option<Root> {
-    let id = record.identity.container_id.as_deref()?;
-    pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS).find_map(|pid| {
-        let folder = procfs.join(parent(&procfs.join(pid))?);
-        let lines = memberships(&folder).unwrap_or_default();
+/// Where the runtime of a container runs.
+#[derive(Clone, Debug)]
+pub enum RuntimePlace {
+    Host,
+    /// In a container with this root.
+    Inside(Root),
+    /// The container has no process that shows it.
+    Unknown,
+}
+
+pub fn place(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> RuntimePlace {
+    let Some(id) = record.identity.container_id.as_deref() else { return RuntimePlace::Unknown };
+    let mut place = RuntimePlace::Unknown;
+    for pid in pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS) {
+        let Some(folder) = parent(&procfs.join(pid)).map(|parent| procfs.join(parent)) else { continue };
+        let Ok(lines) = memberships(&folder) else { continue };
         let mut around = lines.iter().filter_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id).peekable();
-        (around.peek().is_some() && around.all(|other| other != id)).then(|| Root::new(&folder.join("root")))
-    })
+        if around.peek().is_none() {
+            place = RuntimePlace::Host;
+        } else if around.all(|other| other != id) {
+            return RuntimePlace::Inside(Root::new(&folder.join("root")));
+        }
+    }
+    place
 }
 
 /// Field 4 of `stat`, after the name, which may contain any characters.
