@@ -205,7 +205,8 @@ impl Core {
                 let observed = utilization.map(|_| 0.0);
                 let held = gpu.holders().held_by(User::Container(key));
                 let coactivity = gpu.coactivity.sums_of(key);
-                by_container.entry(key).or_default().push(ContainerGpu {
+                // Most containers use one GPU, and a growing vector begins with room for four.
+                by_container.entry(key).or_insert_with(|| Vec::with_capacity(1)).push(ContainerGpu {
                     gpu: index,
                     seconds: credit.ns * 1e-9,
                     seconds_stderr: credit.variance().sqrt() * 1e-9,
