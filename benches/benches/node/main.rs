@@ -14,7 +14,7 @@ use anyhow::Result;
 use gpu_sampler_benches::{line, wanted};
 use gpu_sampler_tests::{Agent, var};
 
-use measure::{Spent, memory, page, scrapes};
+use measure::{Memory, Spent, page, scrapes};
 use world::{Size, World};
 
 /// After all pairs are exposed: caches fill, and every window of 10 s has been complete once.
@@ -52,7 +52,8 @@ fn main() -> Result<()> {
     for (name, size, aims) in &SIZES {
         with_each_build(name, &format!("{name}: {size:?}"), || steady(*size, aims.as_ref()))?;
     }
-    let sections: [(&str, NodeSection); 3] = [("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
+    let sections: [(&str, NodeSection); 4] =
+        [("node-pairs", pairs), ("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
     for (name, run) in sections {
         with_each_build(name, name, run)?;
     }
@@ -101,8 +102,8 @@ fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
     let agent = world.agent()?;
     let pid = agent.process.0.id();
     std::thread::sleep(WARM_UP);
-    let idle = memory(pid)?;
-    world.use_gpus()?;
+    let idle = Memory::of(pid)?;
+    world.use_gpus(size.processes, 0..size.containers)?;
     world.settled(&agent, size.gpus * size.processes)?;
     std::thread::sleep(WARM_UP);
     let sum = quiet(&world, &agent, aims.map(|aims| aims.quiet))?;
@@ -114,10 +115,36 @@ fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
     line("scrape: processor time", cost.cpu, "ms", aims.map(|aims| aims.scrape_cpu));
     line("    p50", cost.p50, "ms", None);
     line("    p99", cost.p99, "ms", aims.map(|aims| aims.scrape_p99));
-    let used = memory(pid)?;
-    line("resident memory", used.0, "MiB", aims.map(|aims| aims.rss));
-    line("    before any GPU was used", idle.0, "MiB", None);
-    line("    a pair, without file pages", (used.1 - idle.1) * 1024.0 / page.pairs as f64, "KiB", Some(KIB_A_PAIR));
+    let used = Memory::of(pid)?;
+    line("resident memory", used.all, "MiB", aims.map(|aims| aims.rss));
+    line("    code", used.code, "MiB", None);
+    line("    rings of kernel events", used.rings, "MiB", None);
+    line("    all else", used.own, "MiB", None);
+    line("    all else before any GPU was used", idle.own, "MiB", None);
+    Ok(())
+}
+
+/// Memory of a pair: the same node with 64 of them and with 1,024, where each container uses one GPU, and where each uses all eight.
+fn pairs() -> Result<()> {
+    const GPUS: usize = 8;
+    const FEW: usize = 8;
+    const MANY: usize = 128;
+    for (what, gpus_each) in [("of a container with one GPU", 1), ("of a container with eight GPUs", GPUS)] {
+        let containers = |processes: usize| processes * GPUS / gpus_each;
+        let mut world = World::new(Size { gpus: GPUS, processes: MANY, containers: containers(MANY), others: 0 })?;
+        let agent = world.agent()?;
+        let mut measured = Vec::new();
+        for (processes, present) in [(FEW, 0), (MANY - FEW, FEW)] {
+            world.use_gpus(processes, containers(present)..containers(present + processes))?;
+            world.settled(&agent, GPUS * (present + processes))?;
+            std::thread::sleep(2 * WARM_UP);
+            measured.push((page(&agent)?.pairs as f64, Memory::of(agent.process.0.id())?.own));
+        }
+        let &[(few, before), (many, after)] = measured.as_slice() else { unreachable!("two were measured") };
+        line(&format!("memory without code and rings, {few} pairs"), before, "MiB", None);
+        line(&format!("memory without code and rings, {many} pairs"), after, "MiB", None);
+        line(&format!("a pair {what}"), (after - before) * 1024.0 / (many - few), "KiB", Some(KIB_A_PAIR));
+    }
     Ok(())
 }
 
@@ -127,17 +154,18 @@ fn used_once() -> Result<()> {
     let agent = world.agent()?;
     let pid = agent.process.0.id();
     std::thread::sleep(WARM_UP);
-    let before = memory(pid)?;
+    let before = Memory::of(pid)?;
     world.use_gpus_once()?;
-    std::thread::sleep(WARM_UP);
+    // Until their ten seconds as active containers are over.
+    std::thread::sleep(2 * WARM_UP);
     let sum = quiet(&world, &agent, None)?;
     let (page, cost) = (page(&agent)?, scrapes(&agent, &world, sum)?);
-    let after = memory(pid)?;
+    let after = Memory::of(pid)?;
     line("pairs", page.pairs as f64, "", None);
     line("page", page.bytes as f64 / 1e6, "MB", None);
     line("scrape: processor time", cost.cpu, "ms", None);
-    line("resident memory", after.0, "MiB", None);
-    line("    a pair, without file pages", (after.1 - before.1) * 1024.0 / page.pairs as f64, "KiB", Some(KIB_A_PAIR));
+    line("resident memory", after.all, "MiB", None);
+    line("    a pair", (after.own - before.own) * 1024.0 / page.pairs as f64, "KiB", Some(KIB_A_PAIR));
     Ok(())
 }
 
@@ -152,7 +180,7 @@ fn churn() -> Result<()> {
     ] {
         let mut world = World::new(Size { gpus: 8, processes: 8, containers: 64, others: 0 })?;
         let agent = world.agent()?;
-        world.use_gpus()?;
+        world.use_gpus(8, 0..64)?;
         world.settled(&agent, 64)?;
         std::thread::sleep(WARM_UP);
         let before = Spent::now(&agent, &world)?;
@@ -180,16 +208,16 @@ fn growth() -> Result<()> {
     let mut world = World::new(Size { gpus: 8, processes: 8, containers: 64, others: 0 })?;
     let agent = world.agent()?;
     let pid = agent.process.0.id();
-    world.use_gpus()?;
+    world.use_gpus(8, 0..64)?;
     world.settled(&agent, 64)?;
-    line("resident memory at the start", memory(pid)?.0, "MiB", None);
+    line("resident memory at the start", Memory::of(pid)?.all, "MiB", None);
     for minute in 1..=GROWTH_MINUTES {
         for _ in 0..4 {
             world.churn(5, 5, Duration::from_secs(15))?;
             agent.page()?;
         }
         let page = page(&agent)?;
-        line(&format!("after {minute} min of 5 named and 5 unnamed starts a second"), memory(pid)?.0, "MiB", None);
+        line(&format!("after {minute} min of 5 named and 5 unnamed starts a second"), Memory::of(pid)?.all, "MiB", None);
         line("    page", page.bytes as f64 / 1e6, "MB", None);
     }
     Ok(())

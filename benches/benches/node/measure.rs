@@ -62,14 +62,39 @@ fn thread_times(pid: u32) -> Result<ThreadTimes> {
     Ok(times)
 }
 
-/// Memory of the process in MiB: resident, and the part of it that is not of files.
-pub fn memory(pid: u32) -> Result<(f64, f64)> {
-    let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-    let mib = |key: &str| {
-        let kib = status.lines().find_map(|line| line.strip_prefix(key)?.trim().strip_suffix(" kB")?.trim().parse::<f64>().ok());
-        kib.map(|kib| kib / 1024.0).with_context(|| format!("{key} in /proc/{pid}/status"))
-    };
-    Ok((mib("VmRSS:")?, mib("RssAnon:")?))
+/// Resident memory of the process, in MiB.
+pub struct Memory {
+    pub all: f64,
+    /// The program and libraries, of which the system drops what is not used.
+    pub code: f64,
+    /// Rings of kernel events. The kernel maps their records twice, and both mappings count.
+    pub rings: f64,
+    /// Tables, histograms, kept text, stacks.
+    pub own: f64,
+}
+
+impl Memory {
+    pub fn of(pid: u32) -> Result<Self> {
+        let mut memory = Self { all: 0.0, code: 0.0, rings: 0.0, own: 0.0 };
+        let mut name = String::new();
+        for line in fs::read_to_string(format!("/proc/{pid}/smaps"))?.lines() {
+            let words: Vec<&str> = line.split_whitespace().collect();
+            match words.as_slice() {
+                ["Rss:", kib, "kB"] => {
+                    let mib = kib.parse::<f64>()? / 1024.0;
+                    memory.all += mib;
+                    match &*name {
+                        rings if rings.contains("bpf") => memory.rings += mib,
+                        file if file.starts_with('/') => memory.code += mib,
+                        _ => memory.own += mib,
+                    }
+                }
+                [range, _, _, _, _, path @ ..] if range.contains('-') => name = path.concat(),
+                _ => {}
+            }
+        }
+        Ok(memory)
+    }
 }
 
 /// The page as a scraper gets it.

@@ -1,6 +1,7 @@
 //! A node: simulated GPUs, containers with and without processes on them, and containers that come and go.
 
 use std::fs;
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -35,7 +36,7 @@ pub struct World {
     root: tempfile::TempDir,
     dirs: Vec<PathBuf>,
     starts: usize,
-    lives: Option<Lives>,
+    lives: Vec<Lives>,
     brief: Vec<(Child, PathBuf)>,
     tree: CgroupTree,
 }
@@ -45,7 +46,7 @@ impl World {
     pub fn new(size: Size) -> Result<Self> {
         let sim = Sim::new(&"[[gpus]]\n".repeat(size.gpus))?;
         let (root, tree) = (tempfile::tempdir()?, CgroupTree::new("bench-node")?);
-        let mut world = Self { sim, size, root, dirs: Vec::new(), starts: 0, lives: None, brief: Vec::new(), tree };
+        let mut world = Self { sim, size, root, dirs: Vec::new(), starts: 0, lives: Vec::new(), brief: Vec::new(), tree };
         for _ in 0..size.containers {
             let dir = world.container(true)?;
             world.dirs.push(dir);
@@ -83,20 +84,20 @@ impl World {
         Ok(ns as f64 / 1e9)
     }
 
-    /// Puts the processes on the GPUs, each in another (container, GPU) pair while there are enough containers.
-    pub fn use_gpus(&mut self) -> Result<()> {
-        let count = (self.size.gpus * self.size.processes).to_string();
-        let dirs: Vec<&Path> = self.dirs.iter().map(PathBuf::as_path).collect();
+    /// Puts so many processes on each GPU, in these containers in turn: each is another (container, GPU) pair while there are enough.
+    pub fn use_gpus(&mut self, processes: usize, containers: Range<usize>) -> Result<()> {
+        let count = (self.size.gpus * processes).to_string();
+        let dirs: Vec<&Path> = self.dirs[containers].iter().map(PathBuf::as_path).collect();
         let args = ["--count", &count, "--at-once", &count, "--lasting", "3600s..3600s", "--demand", DEMAND, "--mem", "64MiB"];
-        self.lives = Some(self.sim.lives(&dirs, &[&args[..], &["--in-turn"]].concat())?);
+        self.lives.push(self.sim.lives(&dirs, &[&args[..], &["--in-turn"]].concat())?);
         Ok(())
     }
 
-    /// Each container uses a GPU for a moment, with a few of them at once.
+    /// Each container uses a GPU for some samples, with eight of them on each GPU at once.
     pub fn use_gpus_once(&self) -> Result<()> {
         let count = self.dirs.len().to_string();
         let dirs: Vec<&Path> = self.dirs.iter().map(PathBuf::as_path).collect();
-        let args = ["--count", &count, "--at-once", "16", "--lasting", "200ms..300ms", "--demand", "0.5", "--mem", "64MiB"];
+        let args = ["--count", &count, "--at-once", "64", "--lasting", "1s..1500ms", "--demand", "0.1", "--mem", "64MiB"];
         self.sim.lives(&dirs, &[&args[..], &["--in-turn"]].concat())?.all()?;
         Ok(())
     }
