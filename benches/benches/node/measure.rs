@@ -11,8 +11,9 @@ use gpu_sampler_tests::{Agent, parse};
 
 use crate::world::World;
 
-const SCRAPES: u32 = 30;
-const INTERVAL: Duration = Duration::from_secs(1);
+const SCRAPES: u32 = 100;
+/// More often than scrapers do: what the agent spends without scrapes varies by some milliseconds a second.
+const INTERVAL: Duration = Duration::from_millis(200);
 
 /// Seconds by thread name; threads that differ only in a number count as one name.
 pub type ThreadTimes = BTreeMap<String, f64>;
