@@ -5,9 +5,9 @@
 #[cfg(target_env = "gnu")]
 const OWN_PAGES_BYTES: libc::c_int = 256 << 10;
 
-/// Makes all threads allocate from one heap. By default each thread gets a heap of its own, and memory that is freed in one is not used by
-/// the others: each batch of samples and each snapshot is made by one thread and dropped by another.
-pub fn use_one_heap() {
+/// Makes all threads allocate from one heap, and sets [`OWN_PAGES_BYTES`]. By default each thread gets a heap of its own, and memory that is
+/// freed in one is not used by the others: each batch of samples and each snapshot is made by one thread and dropped by another.
+pub fn configure() {
     #[cfg(target_env = "gnu")]
     for (parameter, value) in [(libc::M_ARENA_MAX, 1), (libc::M_MMAP_THRESHOLD, OWN_PAGES_BYTES)] {
         // SAFETY: mallopt takes no pointers; no other thread exists yet. If it refuses, the default stays.

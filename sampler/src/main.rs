@@ -21,7 +21,7 @@ use std::process::ExitCode;
 use clap::Parser as _;
 
 fn main() -> ExitCode {
-    allocator::use_one_heap();
+    allocator::configure();
     match cli::Cli::parse().run() {
         Ok(code) => code,
         Err(error) => {
