@@ -91,18 +91,18 @@ impl Queue {
     }
 }
 
-/// Makes the function with which one worker executes queries.
-type NewReader = dyn Fn() -> Box<dyn FnMut(&Query) -> SourceReply> + Send + Sync;
+/// Executes a query.
+type Read = dyn Fn(&Query) -> SourceReply + Send + Sync;
 
 pub(super) struct FileReader {
     queue: Arc<Mutex<Queue>>,
-    new_reader: Arc<NewReader>,
+    read: Arc<Read>,
     replies: Sender<LabelMessage>,
 }
 
 impl FileReader {
-    pub fn new(new_reader: Arc<NewReader>, replies: Sender<LabelMessage>) -> Self {
-        Self { queue: Arc::default(), new_reader, replies }
+    pub fn new(read: Arc<Read>, replies: Sender<LabelMessage>) -> Self {
+        Self { queue: Arc::default(), read, replies }
     }
 
     /// Adds queries; [`FileReader::supervise`] must follow.
@@ -115,8 +115,8 @@ impl FileReader {
         let mut queue = lock(&self.queue);
         if queue.needs_worker() {
             queue.workers += 1;
-            let (queue, new_reader, replies) = (Arc::clone(&self.queue), Arc::clone(&self.new_reader), self.replies.clone());
-            tokio::task::spawn_blocking(move || work(&queue, new_reader(), &replies));
+            let (queue, read, replies) = (Arc::clone(&self.queue), Arc::clone(&self.read), self.replies.clone());
+            tokio::task::spawn_blocking(move || work(&queue, &*read, &replies));
         }
         let late = queue.active.iter_mut().filter(|read| !read.timed_out && read.since.elapsed() >= TIMEOUT);
         let timeouts = late.map(|read| {
@@ -144,7 +144,7 @@ fn lock(queue: &Mutex<Queue>) -> MutexGuard<'_, Queue> {
     queue.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-fn work(queue: &Mutex<Queue>, mut read: Box<dyn FnMut(&Query) -> SourceReply>, to: &Sender<LabelMessage>) {
+fn work(queue: &Mutex<Queue>, read: &Read, to: &Sender<LabelMessage>) {
     let mut sent_at = Instant::now();
     loop {
         let next = lock(queue).next();
@@ -198,17 +198,14 @@ mod tests {
     fn reader(hang: &Arc<AtomicBool>) -> (FileReader, Receiver<LabelMessage>) {
         let (to, inbox) = channel(1_024);
         let hang = Arc::clone(hang);
-        let new_reader = move || -> Box<dyn FnMut(&Query) -> SourceReply> {
-            let hang = Arc::clone(&hang);
-            Box::new(move |query| {
-                while query.source == Source::Logs && hang.load(Ordering::Relaxed) {
-                    std::thread::sleep(Duration::from_millis(1));
-                }
-                assert_ne!(query.key.0, PANICS, "the panic of a test");
-                SourceReply::not_found_because(query.key.0)
-            })
+        let read = move |query: &Query| {
+            while query.source == Source::Logs && hang.load(Ordering::Relaxed) {
+                std::thread::sleep(Duration::from_millis(1));
+            }
+            assert_ne!(query.key.0, PANICS, "the panic of a test");
+            SourceReply::not_found_because(query.key.0)
         };
-        (FileReader::new(Arc::new(new_reader), to), inbox)
+        (FileReader::new(Arc::new(read), to), inbox)
     }
 
     const PANICS: u64 = 13;

@@ -81,15 +81,12 @@ impl LabelTask {
         shared: Arc<SharedLabels>,
         watched: mpsc::Sender<WatchedSocket>,
     ) -> Self {
-        let reader_sources = Arc::clone(&sources);
-        let new_reader = move || -> Box<dyn FnMut(&Query) -> SourceReply> {
-            let (sources, mut inner_roots) = (Arc::clone(&reader_sources), InnerRoots::default());
-            Box::new(move |query| source::read_files(&sources, query, &mut inner_roots))
-        };
+        let (of_reader, inner_roots) = (Arc::clone(&sources), InnerRoots::default());
+        let read = move |query: &Query| source::read_files(&of_reader, query, &inner_roots);
         Self {
             config,
             sources,
-            files: FileReader::new(Arc::new(new_reader), shared.messages.clone()),
+            files: FileReader::new(Arc::new(read), shared.messages.clone()),
             resolver: LabelResolver::default(),
             shared,
             view: LabelView::new(),

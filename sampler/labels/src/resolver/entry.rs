@@ -10,10 +10,13 @@ use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
-const FILE_DELAYS: [u64; 5] = [0, 10 * MS, 30 * MS, 100 * MS, 300 * MS];
+/// A runtime may write its record somewhat later than it makes the cgroup. Each round reads a file of each kind, so there are few.
+const FILE_DELAYS: [u64; 2] = [0, 100 * MS];
 pub(super) const SOCKET_DELAY: u64 = 250 * MS;
-/// Sources that read more than one small file are queried after those that read one.
-const MULTI_FILE_DELAY: u64 = 30 * MS;
+/// A list of all containers is read after the files of one.
+const LIST_DELAY: u64 = 30 * MS;
+/// The least of the labels, from files of which there are many: queried once the runtime's own record should be there.
+const LAST_FILES_DELAY: u64 = 100 * MS;
 /// A path may mislead, so sources that it does not suggest are queried as well, but later.
 const UNLIKELY_DELAY: u64 = 5_000 * MS;
 const MIN_BACK_OFF: u64 = 500 * MS;
@@ -127,12 +130,14 @@ fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
         Source::Cri => runtime_in(&[Containerd, CriO]) || in_pod,
         Source::Logs | Source::Mountinfo | Source::Kubelet => pods,
     };
-    let reads_many_files = matches!(source, Source::Logs | Source::Mountinfo | Source::PodmanFile);
     Some(match (likely, source.is_socket()) {
         (false, _) => UNLIKELY_DELAY,
         (true, true) => SOCKET_DELAY,
-        (true, false) if reads_many_files => MULTI_FILE_DELAY,
-        (true, false) => 0,
+        (true, false) => match source {
+            Source::PodmanFile => LIST_DELAY,
+            Source::Logs | Source::Mountinfo => LAST_FILES_DELAY,
+            _ => 0,
+        },
     })
 }
 

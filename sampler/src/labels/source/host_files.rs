@@ -3,6 +3,8 @@
 //! - **Resolved paths** are reused for [`RESOLVED_FOR`]: below a mounted root each costs a system call per component.
 //! - **Lists of folders** are reused while the folder's modification time is unchanged, which is checked at each use, and for
 //!   [`LISTED_FOR`] at most, since not every file system maintains that time.
+//! - **Absent folders** stay absent for [`ABSENT_FOR`]: those of the runtimes that a machine does not have are most of all that are looked
+//!   for.
 //!
 //! Files are not cached, and no result for a container is.
 
@@ -20,6 +22,8 @@ use crate::labels::root::Root;
 const RESOLVED_FOR: Duration = Duration::from_secs(1);
 /// How long an entry may be unnoticed in a file system that does not maintain modification times.
 const LISTED_FOR: Duration = Duration::from_secs(1);
+/// How long a new folder may be unnoticed: the first container of a runtime is looked for again after half a second and a second.
+const ABSENT_FOR: Duration = Duration::from_secs(1);
 /// Changes within one tick of the kernel's clock have the same modification time: at most 10 ms. A list of a folder that was modified so
 /// recently is not reused.
 const CLOCK_TICK: Duration = Duration::from_millis(20);
@@ -62,6 +66,8 @@ struct Kept {
     paths: HashMap<PathBuf, (Instant, PathBuf)>,
     lists: HashMap<PathBuf, KeptList>,
     names: usize,
+    /// When each was found to be absent.
+    absent: HashMap<PathBuf, Instant>,
 }
 
 /// The files of one host, or of one runtime inside a container.
@@ -97,9 +103,20 @@ impl HostFiles {
     /// The names in a folder, with its path in this mount namespace; empty if the folder does not exist.
     pub fn list(&self, folder: &Path) -> Result<Arc<FolderList>, String> {
         let describe = |error: std::io::Error| format!("{}: {error}", folder.display());
+        let empty = || Arc::new(FolderList { folder: folder.to_owned(), names: Vec::new() });
+        if self.kept().absent.get(folder).is_some_and(|at| at.elapsed() < ABSENT_FOR) {
+            return Ok(empty());
+        }
         let stamp = match fs::metadata(folder) {
             Ok(meta) => (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()),
-            Err(error) if is_absent(&error) => return Ok(Arc::new(FolderList { folder: folder.to_owned(), names: Vec::new() })),
+            Err(error) if is_absent(&error) => {
+                let mut kept = self.kept();
+                if kept.absent.len() >= MAX_KEPT {
+                    kept.absent.clear();
+                }
+                kept.absent.insert(folder.to_owned(), Instant::now());
+                return Ok(empty());
+            }
             Err(error) => return Err(describe(error)),
         };
         let is_current = |kept: &&KeptList| kept.stamp == stamp && kept.read_at.elapsed() < LISTED_FOR;
@@ -161,6 +178,9 @@ mod tests {
         let (files, folder) = (HostFiles::new(Root::new(Path::new("/"))), dir.path().join("a"));
         assert_eq!(names(&files, &folder), [""; 0]);
         fs::create_dir(&folder).unwrap();
+        File::create(folder.join("0")).unwrap();
+        assert_eq!(names(&files, &folder), [""; 0], "not looked for again so soon");
+        std::thread::sleep(ABSENT_FOR);
         // Created within the same tick of the clock as the list is read: not kept.
         for n in 0..200 {
             File::create(folder.join(n.to_string())).unwrap();
@@ -182,6 +202,7 @@ mod tests {
         assert!(names(&files, &folder).contains(&"newer".to_owned()));
         fs::remove_dir_all(&folder).unwrap();
         assert_eq!(names(&files, &folder), [""; 0]);
+        std::thread::sleep(ABSENT_FOR);
         File::create(&folder).unwrap();
         assert_eq!(names(&files, &folder), [""; 0], "a file is not a folder");
         let looping = dir.path().join("loop");

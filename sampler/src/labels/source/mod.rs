@@ -20,7 +20,7 @@ mod storage;
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
@@ -115,7 +115,7 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
             Endpoint::Files => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
-                let read = tokio::task::spawn_blocking(move || read_files(&sources, &query, &mut InnerRoots::default()));
+                let read = tokio::task::spawn_blocking(move || read_files(&sources, &query, &InnerRoots::default()));
                 read.await.unwrap_or_else(SourceReply::error)
             }
         }
@@ -131,31 +131,36 @@ const HOST_VALID_FOR: Duration = Duration::from_secs(10);
 /// Several times the queries that can be in progress.
 const MAX_INNER_ROOTS: usize = 1_024;
 
-/// The roots of runtimes inside containers, by container, for the sources that one reader queries about a container in succession.
+/// The roots of runtimes inside containers, by container, for the sources that are queried about a container in succession.
 #[derive(Default)]
-pub struct InnerRoots(HashMap<ContainerKey, (Instant, RuntimePlace)>);
+pub struct InnerRoots(Mutex<HashMap<ContainerKey, (Instant, RuntimePlace)>>);
 
 impl InnerRoots {
-    fn find(&mut self, sources: &LabelSources, query: &Query) -> Option<&Root> {
-        let is_valid = |(at, place): &(Instant, RuntimePlace)| {
+    fn find(&self, sources: &LabelSources, query: &Query) -> Option<Root> {
+        let is_valid = |(at, place): &&(Instant, RuntimePlace)| {
             at.elapsed() < if matches!(place, RuntimePlace::Host) { HOST_VALID_FOR } else { INNER_ROOT_VALID_FOR }
         };
-        if !self.0.get(&query.key).is_some_and(is_valid) {
-            if self.0.len() >= MAX_INNER_ROOTS {
-                self.0.clear();
-            }
+        let all = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = all().get(&query.key).filter(is_valid).map(|(_, place)| place.clone());
+        let place = known.unwrap_or_else(|| {
+            // Without the lock: a read that hangs must not stop the other readers.
             let found = nested::place(&sources.procfs, &sources.cgroups, &query.record);
-            self.0.insert(query.key, (Instant::now(), found));
-        }
-        match self.0.get(&query.key) {
-            Some((_, RuntimePlace::Inside(root))) => Some(root),
-            _ => None,
+            let mut all = all();
+            if all.len() >= MAX_INNER_ROOTS {
+                all.clear();
+            }
+            all.insert(query.key, (Instant::now(), found.clone()));
+            found
+        });
+        match place {
+            RuntimePlace::Inside(root) => Some(root),
+            RuntimePlace::Host | RuntimePlace::Unknown => None,
         }
     }
 }
 
 /// Executes a query to a source that reads files. Blocking.
-pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &mut InnerRoots) -> SourceReply {
+pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoots) -> SourceReply {
     let (host, places, id, source) = (&sources.host, sources.places.load(), query.container_id(), query.source);
     if !is_single_name(id) {
         return SourceReply::not_queried("the container has no valid id");
