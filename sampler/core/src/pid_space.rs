@@ -26,7 +26,7 @@
 //! Limits. A process that ended stays in the lists while a child holds its descriptors: such pids count only while there is no evidence for
 //! local pids. In another space, a local process that holds a node and by chance has a named pid counts as a holder.
 
-use std::collections::HashMap;
+use foldhash::HashMap;
 
 use crate::units::BootNs;
 

@@ -140,7 +140,7 @@ pub struct ContainerGpu {
     /// Seconds of windows in which another user had a sample too.
     pub coactive_seconds: f64,
     /// In the order of the first encounter.
-    pub contention: Vec<Contention>,
+    pub contention: Arc<[Contention]>,
     /// Number of its processes that are clients of the multi-process service.
     pub mps_clients: u32,
     /// Percent (0-100) of the last 10 s; `None` when none of them was observed.

@@ -1,9 +1,9 @@
 //! The contenders of a container, with labels. A contender may be gone, and its labels dropped, long before the container: so its
 //! labels are kept here for as long as the contention of any container refers to it.
 
-use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
 use sampler_core::snapshot::{ContainerGpu, Contention, Other, Snapshot};
 use sampler_core::units::ContainerKey;
 use sampler_labels::ContainerLabels;
@@ -18,7 +18,7 @@ pub struct ContenderLabels(HashMap<ContainerKey, Arc<ContainerLabels>>);
 impl ContenderLabels {
     pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
         let usages = snapshot.containers.iter().flat_map(|container| &container.gpus);
-        let named = usages.flat_map(|usage| &usage.contention).filter_map(|contention| match contention.other {
+        let named = usages.flat_map(|usage| usage.contention.iter()).filter_map(|contention| match contention.other {
             Other::Container(key) => Some(key),
             Other::Host | Other::Unknown | Other::Rest => None,
         });

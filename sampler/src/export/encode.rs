@@ -1,8 +1,8 @@
 //! Families of the [catalogue](super::catalogue) with their series, as text.
 //!
 //! A page has thousands of series with labels that stay the same for hours: they are written from blocks that are escaped once and kept with
-//! the pair or GPU. The series of all families are added pair by pair; each family has a text of its own, and the page is their
-//! concatenation in the order of the families.
+//! the container or GPU. The series of all families are added pair by pair; each family has a text of its own, and the page is their
+//! sequence in the order of the families.
 
 use std::fmt::Write as _;
 
@@ -45,28 +45,34 @@ impl TextFormat {
     }
 }
 
-/// The labels of a series: a block from [`label_block`], and more.
+/// The labels of a series: blocks from [`label_block`], of which any may be empty, and more.
 #[derive(Clone, Copy)]
 pub struct Labels<'a> {
-    pub block: &'a str,
+    pub blocks: [&'a str; 2],
     pub more: &'a [(&'a str, &'a str)],
 }
 
 impl<'a> From<&'a str> for Labels<'a> {
     fn from(block: &'a str) -> Self {
-        Self { block, more: &[] }
+        Self { blocks: [block, ""], more: &[] }
+    }
+}
+
+impl<'a> From<[&'a str; 2]> for Labels<'a> {
+    fn from(blocks: [&'a str; 2]) -> Self {
+        Self { blocks, more: &[] }
     }
 }
 
 impl<'a> From<&'a [(&'a str, &'a str)]> for Labels<'a> {
     fn from(more: &'a [(&'a str, &'a str)]) -> Self {
-        Self { block: "", more }
+        Self { blocks: [""; 2], more }
     }
 }
 
 impl<'a, const N: usize> From<&'a [(&'a str, &'a str); N]> for Labels<'a> {
     fn from(more: &'a [(&'a str, &'a str); N]) -> Self {
-        Self { block: "", more }
+        Self { blocks: [""; 2], more }
     }
 }
 
@@ -89,8 +95,15 @@ struct FamilyText {
     format: TextFormat,
     /// The time of a page with `_created`.
     created_until: Option<WallTime>,
+    /// Bytes of the text in an earlier page.
+    expected: usize,
+    /// Empty without series.
     text: String,
 }
+
+/// Bytes of the families of a page: the next one has about the same, and its texts do not have to grow.
+#[derive(Clone, Debug, Default)]
+pub struct PageSizes(Vec<(&'static str, usize)>);
 
 /// The selected families in the order in which they were declared. A family without series is left out.
 #[derive(Default)]
@@ -99,6 +112,7 @@ pub struct Page {
     selection: Selection,
     format: TextFormat,
     times: Option<PageTimes>,
+    expected: PageSizes,
 }
 
 /// When the counts of the agent were 0, and the time of the page.
@@ -122,17 +136,22 @@ fn write_labels(to: &mut String, labels: &[(&str, &str)]) {
         }
         to.push_str(name);
         to.push_str("=\"");
-        for c in value.chars() {
-            match c {
-                '\\' => to.push_str("\\\\"),
-                '"' => to.push_str("\\\""),
-                '\n' => to.push_str("\\n"),
-                c => to.push(c),
-            }
+        for part in value.split_inclusive(['\\', '"', '\n']) {
+            let (plain, escaped) = match part.as_bytes().last() {
+                Some(b'\\') => (&part[..part.len() - 1], "\\\\"),
+                Some(b'"') => (&part[..part.len() - 1], "\\\""),
+                Some(b'\n') => (&part[..part.len() - 1], "\\n"),
+                _ => (part, ""),
+            };
+            to.push_str(plain);
+            to.push_str(escaped);
         }
         to.push('"');
     }
 }
+
+/// Every integer below it is a float.
+const EXACT_INTEGERS: f64 = 9_007_199_254_740_992.0;
 
 fn write_value(to: &mut String, value: f64) {
     // Writing to a String cannot fail.
@@ -140,6 +159,9 @@ fn write_value(to: &mut String, value: f64) {
         to.write_str("+Inf")
     } else if value == f64::NEG_INFINITY {
         to.write_str("-Inf")
+    } else if value.fract() == 0.0 && value.abs() < EXACT_INTEGERS {
+        // The same digits, in a tenth of the time.
+        write!(to, "{}", value as i64)
     } else {
         write!(to, "{value}")
     };
@@ -148,7 +170,21 @@ fn write_value(to: &mut String, value: f64) {
 
 impl Page {
     pub fn new(selection: Selection, format: TextFormat) -> Self {
-        Self { families: Vec::new(), selection, format, times: None }
+        Self { selection, format, ..Self::default() }
+    }
+
+    /// Families that follow have room for as much as they had in an earlier page.
+    pub fn expect(&mut self, sizes: PageSizes) {
+        self.expected = sizes;
+    }
+
+    pub fn selects(&self, collector: Collector) -> bool {
+        self.selection.has(collector)
+    }
+
+    pub fn sizes(&self) -> PageSizes {
+        let with_series = self.families.iter().filter(|family| !family.text.is_empty());
+        PageSizes(with_series.map(|family| (family.family.name, family.text.len())).collect())
     }
 
     /// Families that follow have `_created`, if the page is to have it.
@@ -160,7 +196,9 @@ impl Page {
     pub fn family(&mut self, family: &'static Family) -> FamilyId {
         let is_selected = self.selection.has(family.collector);
         let created_until = self.times.filter(|_| family.has_created).map(|times| times.now);
-        self.families.push(FamilyText { family, is_selected, format: self.format, created_until, text: String::new() });
+        let expected = self.expected.0.iter().find(|(name, _)| std::ptr::eq(*name, family.name)).map_or(0, |(_, bytes)| *bytes);
+        let (format, text) = (self.format, String::new());
+        self.families.push(FamilyText { family, is_selected, format, created_until, expected, text });
         FamilyId(self.families.len() - 1)
     }
 
@@ -248,25 +286,15 @@ impl Page {
         self.format
     }
 
-    pub fn text(&self) -> String {
-        let mut page = String::with_capacity(self.families.iter().map(|family| family.text.len() + 512).sum());
-        for FamilyText { family, text, .. } in self.families.iter().filter(|family| !family.text.is_empty()) {
-            let (name, kind, help) = (family.name_in(self.format), family.kind.name(), family.full_help());
-            let help = help.replace('\\', "\\\\").replace('\n', "\\n");
-            // Writing to a String cannot fail.
-            let _ok = match self.format {
-                TextFormat::Prometheus => write!(page, "# HELP {name} {help}\n# TYPE {name} {kind}\n"),
-                TextFormat::OpenMetrics => {
-                    let unit = family.unit_in_name().map_or(String::new(), |unit| format!("# UNIT {name} {unit}\n"));
-                    write!(page, "# HELP {name} {}\n# TYPE {name} {kind}\n{unit}", help.replace('"', "\\\""))
-                }
-            };
-            page.push_str(text);
-        }
-        if self.format == TextFormat::OpenMetrics {
-            page.push_str("# EOF\n");
-        }
-        page
+    /// The parts of the page in their order: a page of a large node is a megabyte, and is not copied into one text.
+    pub fn into_parts(self) -> impl Iterator<Item = String> {
+        let end = (self.format == TextFormat::OpenMetrics).then(|| "# EOF\n".to_owned());
+        self.families.into_iter().map(|family| family.text).filter(|text| !text.is_empty()).chain(end)
+    }
+
+    #[cfg(test)]
+    pub fn text(self) -> String {
+        self.into_parts().collect()
     }
 }
 
@@ -277,10 +305,32 @@ impl FamilyText {
         self.is_selected && series.is_start(self.family, part)
     }
 
+    /// The head of a family stands before its first series.
+    fn begin(&mut self) {
+        if !self.text.is_empty() {
+            return;
+        }
+        let (name, kind, help) = (self.family.name_in(self.format), self.family.kind.name(), self.family.full_help());
+        let help = help.replace('\\', "\\\\").replace('\n', "\\n");
+        // A few more series than in the earlier page do not make it grow.
+        self.text.reserve(self.expected + self.expected / 16);
+        // Writing to a String cannot fail.
+        let _ok = match self.format {
+            TextFormat::Prometheus => write!(self.text, "# HELP {name} {help}\n# TYPE {name} {kind}\n"),
+            TextFormat::OpenMetrics => {
+                let unit = self.family.unit_in_name().map_or(String::new(), |unit| format!("# UNIT {name} {unit}\n"));
+                write!(self.text, "# HELP {name} {}\n# TYPE {name} {kind}\n{unit}", help.replace('"', "\\\""))
+            }
+        };
+    }
+
     fn check(&self, labels: Labels<'_>) {
-        let of_block = labels.block.split("\",").filter_map(|label| label.split_once("=\"")).map(|(name, _)| name);
+        let of_blocks = labels
+            .blocks
+            .iter()
+            .flat_map(|block| block.split("\",").filter_map(|label| label.split_once("=\"")).map(|(name, _)| name));
         let undeclared =
-            of_block.chain(labels.more.iter().map(|(name, _)| *name)).find(|name| !self.family.labels.contains(name));
+            of_blocks.chain(labels.more.iter().map(|(name, _)| *name)).find(|name| !self.family.labels.contains(name));
         debug_assert_eq!(undeclared, None, "{} does not declare this label", self.family.name);
     }
 
@@ -288,9 +338,14 @@ impl FamilyText {
         let text = &mut self.text;
         text.push_str(name);
         text.push_str(suffix);
-        if !labels.block.is_empty() || !labels.more.is_empty() || le.is_some() {
+        let [first, second] = labels.blocks;
+        if !first.is_empty() || !second.is_empty() || !labels.more.is_empty() || le.is_some() {
             text.push('{');
-            text.push_str(labels.block);
+            text.push_str(first);
+            if !first.is_empty() && !second.is_empty() {
+                text.push(',');
+            }
+            text.push_str(second);
             write_labels(text, labels.more);
             if let Some(le) = le {
                 let bound = match self.format {
@@ -326,6 +381,7 @@ impl FamilyText {
         if cfg!(debug_assertions) {
             self.check(labels);
         }
+        self.begin();
         self.write_series(self.family.name, "", labels, None);
         write_value(&mut self.text, value);
         self.write_created(labels, created);
@@ -339,6 +395,7 @@ impl FamilyText {
         if cfg!(debug_assertions) {
             self.check(labels);
         }
+        self.begin();
         let buckets = value.bounds.iter().zip(value.cumulative).map(|(bound, count)| (*bound, *count));
         for (bound, count) in buckets.chain([(f64::INFINITY, value.count)]) {
             self.write_series(self.family.name, "_bucket", labels, Some(bound));
@@ -381,7 +438,7 @@ mod tests {
         let mut page = Page::new(Selection::ALL, TextFormat::Prometheus);
         let id = page.family(&containers::UTILIZATION);
         page.add(id, &*block, 0.25);
-        page.add(id, Labels { block: &block, more: &[("container", "c")] }, f64::INFINITY);
+        page.add(id, Labels { blocks: [&block, ""], more: &[("container", "c")] }, f64::INFINITY);
         let text = page.text();
         let lines: Vec<&str> = text.lines().skip(2).collect();
         let name = containers::UTILIZATION.name;

@@ -3,11 +3,12 @@
 use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use sampler_core::device::GpuInfo;
 use sampler_core::snapshot::{ContainerGpu, GpuView, Other, Snapshot};
 use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Label};
 
-use super::families::PairText;
+use super::label_text::ContainerText;
 
 /// One (container, GPU) pair as exposed.
 #[derive(Clone, Debug)]
@@ -16,22 +17,25 @@ pub struct ExportedPair {
     /// The container's own id, unless another exposed container has the same one.
     pub container_id: Arc<str>,
     pub labels: Arc<ContainerLabels>,
-    pub gpu: GpuUuid,
-    /// The GPU of a MIG device.
-    pub parent: Option<GpuUuid>,
-    pub model: String,
+    pub device: Arc<GpuInfo>,
     pub memory_total_bytes: Option<u64>,
     pub usage: ContainerGpu,
     /// When its counters were 0; `None` before it has any.
     pub created: Option<WallTime>,
-    /// Those of `usage.contention` that may be exposed.
+    /// Those of `usage.contention` that may be exposed; empty in a page without them.
     pub contenders: Vec<ExportedContender>,
     /// Its last cgroup was removed.
     pub gone: bool,
     /// The kubelet has assigned the GPU, or a part of it, to the container.
     pub assigned: bool,
     /// Empty but in a scrape.
-    pub text: Arc<PairText>,
+    pub text: Arc<ContainerText>,
+}
+
+impl ExportedPair {
+    pub fn gpu(&self) -> &GpuUuid {
+        &self.device.uuid
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -105,7 +109,7 @@ impl Exposition {
         for n in gpus {
             let Some(gpu) = snapshot.gpus.get(*n) else { continue };
             // The pairs of one container are adjacent.
-            let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| pair.gpu == gpu.info.uuid);
+            let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| *pair.gpu() == gpu.info.uuid);
             if let Some(pair) = known {
                 pair.assigned = true;
                 continue;
@@ -130,9 +134,7 @@ pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &Gpu
         key,
         container_id: Arc::clone(&labels.container_id),
         labels: Arc::clone(labels),
-        gpu: gpu.info.uuid.clone(),
-        parent: gpu.info.parent.clone(),
-        model: gpu.info.model.clone(),
+        device: Arc::clone(&gpu.info),
         memory_total_bytes: gpu.readings.memory_total_bytes,
         usage: usage.clone(),
         created: None,

@@ -6,67 +6,28 @@ use sampler_labels::Label;
 use strum::VariantArray as _;
 
 use super::catalogue::{agent as agent_families, cadvisor as cadvisor_families, containers as container_families};
-use super::encode::{HistogramValue, Labels, Page, label_block};
-use super::exposition::{ExportedPair, Exposition};
+use super::encode::{HistogramValue, Labels, Page};
+use super::exposition::Exposition;
+use super::label_text::GpuText;
 use super::series_starts::{SeriesOwner, SeriesStarts};
-use crate::config::PodLabels;
 use crate::health::{HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
 
-/// cAdvisor's own constant for this label.
-const MAKE: &str = "nvidia";
+/// Those of the GPUs, by their index in the snapshot.
+fn gpu_texts(page: &Exposition) -> Vec<GpuText> {
+    page.gpus.iter().map(|gpu| GpuText::new(&gpu.view.info)).collect()
+}
 
 /// The three families that replace those of cAdvisor.
 pub fn cadvisor(page: &Exposition, to: &mut Page) {
     let [duty, total, used] =
         [&cadvisor_families::DUTY_CYCLE, &cadvisor_families::MEMORY_TOTAL, &cadvisor_families::MEMORY_USED].map(|f| to.family(f));
+    let gpus = gpu_texts(page);
     for pair in &page.pairs {
-        let labels = &*pair.text.accelerator;
+        let labels = Labels::from([&*gpus[pair.usage.gpu].accelerator, &pair.text.accelerator]);
         to.add_known(duty, labels, pair.usage.duty_cycle_percent);
         to.add_known(total, labels, pair.memory_total_bytes.map(|b| b as f64));
         to.add_known(used, labels, pair.usage.memory_used_bytes.map(|b| b as f64));
-    }
-}
-
-/// Labels of a pair, as they stand in its series. They are written once, and kept with the pair while they stay the same.
-#[derive(Debug, Default)]
-pub struct PairText {
-    /// Of the own families.
-    pub pair: String,
-    /// Of the families that replace those of cAdvisor.
-    pub accelerator: String,
-}
-
-impl PairText {
-    /// `pods`: the configured generations of the pod labels.
-    pub fn new(pair: &ExportedPair, pods: PodLabels) -> Self {
-        let l = &pair.labels;
-        let mut own = vec![
-            ("uuid", &*pair.gpu.0),
-            ("namespace", l.text(Label::Namespace)),
-            ("pod", l.text(Label::Pod)),
-            ("container", l.text(Label::Container)),
-            ("container_id", &pair.container_id),
-        ];
-        own.extend(pair.parent.as_ref().map(|parent| ("gpu_uuid", &*parent.0)));
-        let mut accelerator = vec![
-            ("acc_id", &*pair.gpu.0),
-            ("make", MAKE),
-            ("model", &pair.model),
-            ("id", &l.id),
-            ("name", l.text(Label::Name)),
-            ("image", l.text(Label::Image)),
-            ("namespace", l.text(Label::Namespace)),
-        ];
-        for (new, old, label) in [("pod", "pod_name", Label::Pod), ("container", "container_name", Label::Container)] {
-            if pods != PodLabels::Old {
-                accelerator.push((new, l.text(label)));
-            }
-            if pods != PodLabels::New {
-                accelerator.push((old, l.text(label)));
-            }
-        }
-        Self { pair: label_block(&own), accelerator: label_block(&accelerator) }
     }
 }
 
@@ -86,26 +47,27 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let [memory, mps_clients, assigned] =
         [&container_families::MEMORY_USED, &container_families::MPS_CLIENTS, &container_families::ASSIGNED].map(|f| to.family(f));
     let ratio = |percent: Option<f64>| percent.map(|p| p / 100.0);
+    let gpus = gpu_texts(page);
     for pair in &page.pairs {
-        let (usage, block) = (&pair.usage, &*pair.text.pair);
-        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu.clone())).created(pair.created);
-        to.add_from_zero(seconds, (&mut series, ""), block, usage.seconds);
-        to.add_from_zero(stderr, (&mut series, ""), block, usage.seconds_stderr);
-        to.add_from_zero(samples, (&mut series, ""), block, usage.samples as f64);
+        let (usage, blocks) = (&pair.usage, [&*gpus[pair.usage.gpu].own, &pair.text.own]);
+        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu().clone())).created(pair.created);
+        to.add_from_zero(seconds, (&mut series, ""), blocks, usage.seconds);
+        to.add_from_zero(stderr, (&mut series, ""), blocks, usage.seconds_stderr);
+        to.add_from_zero(samples, (&mut series, ""), blocks, usage.samples as f64);
         if let Some(joules) = usage.energy_joules {
-            to.add_from_zero(energy, (&mut series, ""), block, joules);
+            to.add_from_zero(energy, (&mut series, ""), blocks, joules);
         }
-        to.add_known(utilization, block, ratio(usage.duty_cycle_percent));
-        to.add_known(utilization_stderr, block, ratio(usage.duty_cycle_stderr));
+        to.add_known(utilization, blocks, ratio(usage.duty_cycle_percent));
+        to.add_known(utilization_stderr, blocks, ratio(usage.duty_cycle_stderr));
         if let Some(w) = &usage.window_shares {
             let value = HistogramValue { bounds: &WindowShares::BOUNDS, cumulative: &w.buckets, sum: w.sum, count: w.count };
-            to.add_histogram_from_zero(shares, &mut series, block, value);
+            to.add_histogram_from_zero(shares, &mut series, blocks, value);
         }
         for (engine, seconds) in &usage.engines {
-            let labels = Labels { block, more: &[("engine", engine.name())] };
+            let labels = Labels { blocks, more: &[("engine", engine.name())] };
             to.add_from_zero(engines, (&mut series, engine.name()), labels, *seconds);
         }
-        to.add_from_zero(coactive, (&mut series, ""), block, usage.coactive_seconds);
+        to.add_from_zero(coactive, (&mut series, ""), blocks, usage.coactive_seconds);
         for contender in &pair.contenders {
             let more = [
                 ("other_namespace", contender.text(Label::Namespace)),
@@ -116,13 +78,13 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
             to.add_from_zero(
                 contention,
                 (&mut series, &contender.container_id),
-                Labels { block, more: &more },
+                Labels { blocks, more: &more },
                 contender.seconds,
             );
         }
-        to.add_known(memory, block, usage.memory_used_bytes.map(|b| b as f64));
-        to.add_known(mps_clients, block, (usage.mps_clients > 0).then_some(usage.mps_clients.into()));
-        to.add_known(assigned, block, pair.assigned.then_some(1.0));
+        to.add_known(memory, blocks, usage.memory_used_bytes.map(|b| b as f64));
+        to.add_known(mps_clients, blocks, (usage.mps_clients > 0).then_some(usage.mps_clients.into()));
+        to.add_known(assigned, blocks, pair.assigned.then_some(1.0));
     }
     info(page, to);
 }

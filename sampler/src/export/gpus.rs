@@ -29,7 +29,7 @@ impl<'a> LabelledGpu<'a> {
     }
 
     fn with<'l>(&'l self, more: &'l [(&'l str, &'l str)]) -> Labels<'l> {
-        Labels { block: &self.block, more }
+        Labels { blocks: [&self.block, ""], more }
     }
 }
 

@@ -42,8 +42,8 @@ pub fn json(pair: &ExportedPair) -> ContainerJson<'_> {
         id: &l.id,
         runtime: l.runtime.map(|r| r.name()),
         pod_uid: l.pod_uid.as_deref(),
-        uuid: &pair.gpu.0,
-        gpu_uuid: pair.parent.as_ref().map(|parent| &*parent.0),
+        uuid: &pair.gpu().0,
+        gpu_uuid: pair.device.parent.as_ref().map(|parent| &*parent.0),
         gpu_seconds: usage.seconds,
         gpu_seconds_stderr: usage.seconds_stderr,
         samples: usage.samples,
@@ -65,11 +65,6 @@ fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
         }
     };
     format!("<tr>{}</tr>\n", cells.iter().map(cell).collect::<String>())
-}
-
-fn gpu_name(page: &Exposition, pair: &ExportedPair) -> String {
-    let gpu = page.gpus.iter().find(|gpu| gpu.view.info.uuid == pair.gpu);
-    gpu.map_or_else(|| pair.gpu.to_string(), |gpu| device_name(&gpu.view.info))
 }
 
 /// A GPU by its index, a MIG device by the index of its GPU and its own UUID.
@@ -99,8 +94,10 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
             _ => "–".into(),
         };
         let memory = usage.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
-        body +=
-            &cells("td", [namespace, pod, container, name, gpu_name(page, pair), duty, format!("{:.2}", usage.seconds), memory]);
+        body += &cells(
+            "td",
+            [namespace, pod, container, name, device_name(&pair.device), duty, format!("{:.2}", usage.seconds), memory],
+        );
     }
     if page.pairs.is_empty() {
         body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";

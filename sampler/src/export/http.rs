@@ -33,11 +33,12 @@ use super::access::{authorized, foreign, from_another_page};
 use super::connections::Connections;
 use super::encode::{Page, PageTimes, TextFormat};
 use super::ledger::Scrape;
+use super::page_body::PageBody;
 use super::scrapers::{ConnectionId, ScrapeClient};
 use super::state::AppState;
 use super::timed_stream::{StreamLimits, TimedStream};
 use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
-use crate::collectors::Selection;
+use crate::collectors::{Collector, Selection};
 
 /// The `Server` header of every response.
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
@@ -200,8 +201,8 @@ fn page(request: &Request, default: Selection) -> Result<Page, (StatusCode, Stri
     Ok(Page::new(selection, TextFormat::negotiated(&accept.collect::<Vec<_>>().join(","))))
 }
 
-fn text(page: &Page) -> impl IntoResponse + use<> {
-    ([(header::CONTENT_TYPE, page.format().content_type())], page.text())
+fn response(page: Page) -> impl IntoResponse {
+    ([(header::CONTENT_TYPE, page.format().content_type())], Body::new(PageBody::new(page)))
 }
 
 /// Who made a request, as far as the request shows it.
@@ -213,6 +214,7 @@ fn client(request: &Request, connection: Option<Connection>) -> ScrapeClient {
 
 async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
     let mut page = page(&request, state.config.collect)?;
+    page.expect(state.page_sizes());
     state.refresh().await;
     let (config, pressure) = (&state.config, state.pressure.load());
     let (health, label_stats) = (state.health.view(), state.labels.stats());
@@ -220,7 +222,13 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
     let nvml = config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
     let connection = request.extensions().get::<Connection>().copied();
     let (client, id) = (client(&request, connection), connection.map_or(ConnectionId(0), |connection| connection.id));
-    let scrape = Scrape { client: &client, connection: id, at: Instant::now(), pods: config.pod_labels };
+    let scrape = Scrape {
+        client: &client,
+        connection: id,
+        at: Instant::now(),
+        pods: config.pod_labels,
+        has_contenders: page.selects(Collector::Contenders),
+    };
     state.scrape(&scrape, |exposition, starts| {
         page.set_times(PageTimes { started: state.started, now: exposition.at });
         families::cadvisor(exposition, &mut page);
@@ -232,15 +240,15 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
         sessions::metrics(&recorder, &mut page);
     });
-    // Without the lock: other scrapes go on.
-    Ok(text(&page))
+    state.set_page_sizes(page.sizes());
+    Ok(response(page))
 }
 
 async fn cadvisor(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
     let mut page = page(&request, Selection::default())?;
     state.refresh().await;
     families::cadvisor(&state.view_with_texts(), &mut page);
-    Ok(text(&page))
+    Ok(response(page))
 }
 
 async fn ready(State(state): State<Arc<AppState>>) -> Response {
@@ -305,6 +313,7 @@ mod tests {
             pressure: Arc::default(),
             health: Arc::default(),
             ledger: Default::default(),
+            page_sizes: Default::default(),
             core,
             recorder,
             started: WallTime(0),

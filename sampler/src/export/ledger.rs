@@ -10,19 +10,21 @@
 //! - Series of a container that is gone stay for [`STAY_NS`] and until every scraper has had its final value twice, but no longer than
 //!   [`STAY_AT_MOST_NS`].
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
 use std::time::Instant;
 
+use foldhash::{HashMap, HashSet};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::snapshot::{ContainerGpu, Snapshot};
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
+use super::container_state::{ContainerState, PairState, counters};
 use super::contenders::ContenderLabels;
 use super::exposition::{ExportedGpu, ExportedPair, Exposition, exported_pair};
-use super::pair_state::{PairState, counters};
+use super::label_text::ContainerText;
 use super::scrapers::{ConnectionId, ScrapeClient, Scrapers};
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::config::PodLabels;
@@ -36,8 +38,6 @@ const ROUNDING: f64 = 1e-6;
 /// A container without a record in the label service is exposed by its path after this long.
 const UNLABELLED_NS: u64 = 5_000_000_000;
 
-type Pair = (ContainerKey, GpuUuid);
-
 /// Who scrapes, and when.
 #[derive(Debug)]
 pub struct Scrape<'a> {
@@ -45,6 +45,8 @@ pub struct Scrape<'a> {
     pub connection: ConnectionId,
     pub at: Instant,
     pub pods: PodLabels,
+    /// Whether the page is to have the contenders of pairs.
+    pub has_contenders: bool,
 }
 
 /// What the export remembers of a GPU while it is in the snapshot: one that comes back counts from 0, and so does the time credited on it.
@@ -60,7 +62,8 @@ struct GpuState {
 
 #[derive(Debug, Default)]
 pub struct Ledger {
-    pairs: HashMap<Pair, PairState>,
+    /// Those that used a GPU, and those with an assigned one.
+    containers: HashMap<ContainerKey, ContainerState>,
     gpus: HashMap<GpuUuid, GpuState>,
     /// The time of the last snapshot; before the first, the start of the agent.
     updated: WallTime,
@@ -76,7 +79,6 @@ impl Ledger {
 
     /// Adds what was credited since the last call. Must be called at least once within the time for which gone containers are kept.
     pub fn update(&mut self, snapshot: &Snapshot, labels: &LabelView) {
-        let mut living = HashSet::new();
         // The counters of what this snapshot is the first to have were 0 in the one before. Not later than this one, if the clock was set.
         let created = self.updated.min(snapshot.wall);
         let gpus: HashSet<&GpuUuid> = snapshot.gpus.iter().map(|gpu| &gpu.info.uuid).collect();
@@ -85,48 +87,50 @@ impl Ledger {
             let new = || GpuState { created, credited: BTreeMap::new(), busy: 0.0 };
             self.gpus.entry((*gpu).clone()).or_insert_with(new);
         }
+        let mut living = HashSet::default();
         for container in &snapshot.containers {
+            let key = container.record.key;
+            let used: Vec<(&GpuUuid, &ContainerGpu)> =
+                container.gpus.iter().filter_map(|usage| Some((&snapshot.gpus.get(usage.gpu)?.info.uuid, usage))).collect();
+            if used.is_empty() && !self.containers.contains_key(&key) {
+                continue;
+            }
+            living.insert(key);
             let settled = labels_of(&container.record, labels, snapshot.at);
-            for usage in &container.gpus {
-                let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
-                let key = (container.record.key, gpu.info.uuid.clone());
-                living.insert(key.clone());
-                let pair = self.pairs.entry(key).or_default();
-                pair.created.get_or_insert(created);
-                if let (Some(labels), Some(state)) = (&settled, self.gpus.get_mut(&gpu.info.uuid)) {
-                    let namespace = labels.text(Label::Namespace).to_owned();
-                    *state.credited.entry(namespace).or_default() += usage.seconds - pair.counted;
+            let state = self.containers.entry(key).or_default();
+            state.retain(|gpu| used.iter().any(|(used, _)| *used == gpu), |gpu| gpus.contains(gpu));
+            for (gpu, usage) in used {
+                let pair = state.pair_or_new(gpu, created);
+                pair.is_used = true;
+                if let (Some(labels), Some(gpu)) = (&settled, self.gpus.get_mut(gpu)) {
+                    gpu.credit(labels.text(Label::Namespace), usage.seconds - pair.counted);
                     pair.counted = usage.seconds;
                 }
             }
         }
-        self.pairs.retain(|key, _| living.contains(key));
+        self.containers.retain(|key, state| living.contains(key) && !state.is_empty());
         // Before the first snapshot of the core there is an empty one without a time.
         if snapshot.wall > WallTime(0) {
             self.updated = snapshot.wall;
         }
         self.starts.retain(|owner| match owner {
-            SeriesOwner::ContainerGpu(key, gpu) => living.contains(&(*key, gpu.clone())),
+            SeriesOwner::ContainerGpu(key, gpu) => {
+                self.containers.get(key).is_some_and(|container| container.pair(gpu).is_some())
+            }
             SeriesOwner::Gpu(gpu) => gpus.contains(gpu),
             SeriesOwner::Container(_) => true,
         });
         self.contender_labels.update(snapshot, labels);
     }
 
-    fn stays(&self, key: &Pair, usage: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
-        let Some(gone_ns) = gone.map(|at| now.saturating_since(at)) else { return true };
-        let is_delivered = || self.pairs.get(key).is_some_and(|pair| pair.delivered && pair.counters == counters(usage));
-        gone_ns < STAY_NS || (gone_ns < STAY_AT_MOST_NS && !is_delivered())
-    }
-
-    /// The present exposition.
+    /// The present exposition, without contenders.
     pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
         let mut page = Exposition { at: snapshot.wall, ..Exposition::default() };
         let mut waiting = vec![0.0; snapshot.gpus.len()];
         for container in &snapshot.containers {
-            let record = &container.record;
+            let (record, is_gone) = (&container.record, container.gone.is_some());
             let known = labels.get(&record.key);
-            if container.gone.is_none() {
+            if !is_gone {
                 // Without a record in the label service yet, the container is known by its path.
                 let state = known.map_or("identified", |labels| labels.state());
                 let runtime = known.and_then(|l| l.runtime).or(record.identity.runtime).map_or("unknown", |r| r.name());
@@ -136,17 +140,17 @@ impl Ledger {
                 }
             }
             let settled = labels_of(record, labels, snapshot.at);
+            let state = self.containers.get(&record.key).filter(|_| !container.gpus.is_empty());
             for usage in &container.gpus {
                 let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
-                let key = (record.key, gpu.info.uuid.clone());
-                waiting[usage.gpu] += usage.seconds - self.pairs.get(&key).map_or(0.0, |pair| pair.counted);
-                if let Some(labels) = settled.as_ref().filter(|_| self.stays(&key, usage, container.gone, snapshot.at)) {
-                    let (contenders, gone) = (self.contender_labels.contenders(usage), container.gone.is_some());
-                    let created = self.pairs.get(&key).and_then(|pair| pair.created);
-                    page.pairs.push(ExportedPair { contenders, gone, created, ..exported_pair(record.key, labels, gpu, usage) });
+                let pair = state.and_then(|state| state.pair(&gpu.info.uuid));
+                waiting[usage.gpu] += usage.seconds - pair.map_or(0.0, |pair| pair.counted);
+                if let Some(labels) = settled.as_ref().filter(|_| stays(pair, usage, container.gone, snapshot.at)) {
+                    let created = pair.map(|pair| pair.created);
+                    page.pairs.push(ExportedPair { gone: is_gone, created, ..exported_pair(record.key, labels, gpu, usage) });
                 }
             }
-            if let Some(labels) = settled.as_ref().filter(|_| container.gone.is_none()) {
+            if let Some(labels) = settled.as_ref().filter(|_| !is_gone) {
                 page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
             }
         }
@@ -181,7 +185,10 @@ impl Ledger {
         let (number, history) = self.scrapers.begin(scrape.client, scrape.connection, scrape.at);
         self.starts.begin_scrape(number, history);
         for pair in &mut page.pairs {
-            let state = self.pairs.entry((pair.key, pair.gpu.clone())).or_default();
+            let container = self.containers.entry(pair.key).or_default();
+            pair.text = container.text(pair, scrape.pods);
+            let state = container.pair_or_new(pair.gpu(), self.updated);
+            pair.created = Some(state.created);
             let counters = counters(&pair.usage);
             if state.changed == 0 || state.counters.number != counters.number {
                 state.born = number;
@@ -198,16 +205,44 @@ impl Ledger {
             }
             state.busy = gpu.busy_seconds;
         }
-        self.add_texts(&mut page, scrape.pods);
+        if scrape.has_contenders {
+            self.add_contenders(&mut page);
+        }
         page
     }
 
     /// Adds the labels of the pairs as text.
     pub fn add_texts(&mut self, page: &mut Exposition, pods: PodLabels) {
         for pair in &mut page.pairs {
-            pair.text = self.pairs.entry((pair.key, pair.gpu.clone())).or_default().text(pair, pods);
+            let known = self.containers.get_mut(&pair.key);
+            pair.text = match known {
+                Some(container) => container.text(pair, pods),
+                None => Arc::new(ContainerText::new(&pair.labels, &pair.container_id, pods)),
+            };
         }
     }
+
+    pub fn add_contenders(&self, page: &mut Exposition) {
+        for pair in &mut page.pairs {
+            pair.contenders = self.contender_labels.contenders(&pair.usage);
+        }
+        page.merge_contenders();
+    }
+}
+
+impl GpuState {
+    fn credit(&mut self, namespace: &str, seconds: f64) {
+        match self.credited.get_mut(namespace) {
+            Some(credited) => *credited += seconds,
+            None => _ = self.credited.insert(namespace.to_owned(), seconds),
+        }
+    }
+}
+
+fn stays(pair: Option<&PairState>, usage: &ContainerGpu, gone: Option<BootNs>, now: BootNs) -> bool {
+    let Some(gone_ns) = gone.map(|at| now.saturating_since(at)) else { return true };
+    let is_delivered = || pair.is_some_and(|pair| pair.delivered && pair.counters == counters(usage));
+    gone_ns < STAY_NS || (gone_ns < STAY_AT_MOST_NS && !is_delivered())
 }
 
 /// The labels to export; `None` while they are not settled.
@@ -228,14 +263,15 @@ pub mod tests {
     use sampler_core::device::ClockView;
     use sampler_core::device::{DeviceReadings, GpuInfo};
     use sampler_core::snapshot::{ContainerView, GpuTime, GpuView};
-    use sampler_labels::{Facts, Source};
+    use sampler_labels::{Assignment, Facts, Source};
 
     const SECOND: u64 = 1_000_000_000;
 
     /// The next scrape of this scraper.
     pub fn scrape_by(scraper: u64, ledger: &mut Ledger, snapshot: &Snapshot, labels: &LabelView, pods: PodLabels) -> Exposition {
         let client = ScrapeClient::new([127, 0, 0, 1].into(), "", "");
-        let scrape = Scrape { client: &client, connection: ConnectionId(scraper), at: Instant::now(), pods };
+        let scrape =
+            Scrape { client: &client, connection: ConnectionId(scraper), at: Instant::now(), pods, has_contenders: true };
         ledger.scrape(&scrape, snapshot, labels, &AssignedGpus::default())
     }
 
@@ -432,9 +468,12 @@ pub mod tests {
         let again = ContainerRecord { key: ContainerKey(3), ..ContainerRecord::clone(&all.containers[1].record) };
         view.add_all(&labels(&again, true));
         all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
-        all.containers[0].gpus[0].contention.push(Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 });
+        let contention = &mut all.containers[0].gpus[0].contention;
+        let of_second_run = Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 };
+        *contention = contention.iter().copied().chain([of_second_run]).collect();
         ledger.update(&all, &view);
-        let page = ledger.view(&all, &view, &AssignedGpus::default());
+        let mut page = ledger.view(&all, &view, &AssignedGpus::default());
+        ledger.add_contenders(&mut page);
         assert_eq!(contenders(&page)[0], (format!("{:064x}", 2), 5.0));
     }
 
@@ -550,6 +589,49 @@ pub mod tests {
         // It arrives when the container is gone, and changes nothing else.
         assert_eq!((joules(70, 5.0, true, Some(4)).0, joules(71, 6.0, true, Some(4)).0), (Some(5.0), Some(6.0)));
         assert_eq!((joules(72, 6.0, true, Some(4)).0, joules(73, 6.0, true, Some(4)).0), (Some(6.0), None));
+    }
+
+    #[test]
+    fn a_gpu_that_is_assigned_counts_from_the_scrape_that_first_shows_it() {
+        let mut facts = Facts { pod_status_known: true, ..Facts::default() };
+        for (label, text) in [(Label::Namespace, "prod"), (Label::Pod, "p"), (Label::Container, "c")] {
+            facts.set(label, Some(text));
+        }
+        let assigned_gpu = Assignment {
+            namespace: Some("prod".into()),
+            pod: Some("p".into()),
+            container: "c".into(),
+            resource: "nvidia.com/gpu".into(),
+            device_ids: vec!["0".into()],
+            ..Assignment::default()
+        };
+        let record = &snapshot(1, 0.0, None).containers[0].record;
+        let mut labels = ContainerLabels::from_path(record);
+        labels.merge(Source::Bundle, &facts);
+        labels.settled = true;
+        let view = LabelView::of_one(record.key, Arc::new(labels));
+        let mut ledger = Ledger::default();
+        let mut scrape = |at, seconds: Option<f64>| {
+            let mut all = snapshot(at, seconds.unwrap_or_default(), None);
+            all.wall = WallTime(at * SECOND);
+            if seconds.is_none() {
+                all.containers[0].gpus.clear();
+            }
+            let client = ScrapeClient::new([127, 0, 0, 1].into(), "", "");
+            let connection = ConnectionId(1);
+            let scrape = Scrape { client: &client, connection, at: Instant::now(), pods: PodLabels::Both, has_contenders: false };
+            let assigned = AssignedGpus::new(std::slice::from_ref(&assigned_gpu), &all);
+            let page = ledger.scrape(&scrape, &all, &view, &assigned);
+            let text = text(&mut ledger, &page);
+            let pair = &page.pairs[0];
+            (value(&text, "container_gpu_seconds_total", &[]), pair.created, Arc::clone(&pair.text))
+        };
+        let at = |seconds: u64| Some(WallTime(seconds * SECOND));
+        let ((first, created, kept), (second, still, again)) = (scrape(1, None), scrape(2, None));
+        assert_eq!((first, second, created, still), (Some(0.0), Some(0.0), at(1), at(1)));
+        assert!(Arc::ptr_eq(&kept, &again), "the labels are not written again");
+        assert_eq!(scrape(3, Some(2.0)).0, Some(2.0), "every scraper had its 0");
+        assert_eq!(scrape(4, Some(3.0)).1, at(1));
     }
 
     #[test]

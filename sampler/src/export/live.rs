@@ -162,7 +162,7 @@ fn live_contender(contender: &ExportedContender) -> LiveOther {
     }
 }
 
-fn live_user(pair: &ExportedPair, page: &Exposition) -> LiveUser {
+fn live_user(pair: &ExportedPair) -> LiveUser {
     let (labels, usage) = (&pair.labels, &pair.usage);
     let text = |label| known(labels.text(label));
     let mut contended_by: Vec<LiveOther> = pair.contenders.iter().map(live_contender).collect();
@@ -176,8 +176,8 @@ fn live_user(pair: &ExportedPair, page: &Exposition) -> LiveUser {
         container_id: pair.container_id.to_string(),
         id: labels.id.to_string(),
         runtime: labels.runtime.map(|runtime| runtime.name().to_owned()),
-        uuid: pair.gpu.to_string(),
-        index: page.gpus.iter().find(|gpu| gpu.view.info.uuid == pair.gpu).map(|gpu| gpu.view.info.index),
+        uuid: pair.gpu().to_string(),
+        index: Some(pair.device.index),
         duty_cycle_percent: usage.duty_cycle_percent,
         duty_cycle_stderr: usage.duty_cycle_stderr,
         gpu_seconds: usage.seconds,
@@ -206,7 +206,7 @@ impl LiveDocument {
             resyncs: health.resyncs,
             degraded: health.degraded.iter().map(degraded).collect(),
             gpus: page.gpus.iter().map(live_gpu).collect(),
-            users: page.pairs.iter().map(|pair| live_user(pair, page)).collect(),
+            users: page.pairs.iter().map(live_user).collect(),
         }
     }
 }

@@ -36,7 +36,7 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts:
         }
         for (resource, stalled_ns) in RESOURCES {
             let Some(ns) = stalled_ns(fact) else { continue };
-            let labels = Labels { block: &block, more: &[("resource", resource)] };
+            let labels = Labels { blocks: [&block, ""], more: &[("resource", resource)] };
             to.add_from_zero(pressure, (&mut series, resource), labels, ns as f64 / 1e9);
         }
     }
@@ -56,6 +56,7 @@ mod tests {
     use std::sync::Arc;
 
     use sampler_core::cgroup_path::parse;
+    use sampler_core::device::GpuInfo;
     use sampler_core::identity::ContainerRecord;
     use sampler_core::observation::CpuQuota;
     use sampler_core::snapshot::ContainerGpu;
@@ -77,9 +78,7 @@ mod tests {
             key,
             container_id: Arc::from("c"),
             labels: Arc::new(labels),
-            gpu: GpuUuid(gpu.into()),
-            parent: None,
-            model: String::new(),
+            device: Arc::new(GpuInfo { uuid: GpuUuid(gpu.into()), ..GpuInfo::default() }),
             memory_total_bytes: None,
             usage: ContainerGpu::default(),
             created: None,

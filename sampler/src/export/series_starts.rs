@@ -4,9 +4,9 @@
 //! container keeps its labels while its counts begin again. Which scrapers have seen a series follows from its birth and from their last
 //! scrapes: see [`super::scrapers`].
 
-use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
 
+use foldhash::HashMap;
 use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 
 use super::catalogue::Family;

@@ -8,6 +8,7 @@ use sampler_core::snapshot::Snapshot;
 use sampler_core::units::WallTime;
 
 use super::assigned::AssignedGpus;
+use super::encode::PageSizes;
 use super::exposition::Exposition;
 use super::ledger::{Ledger, Scrape};
 use super::series_starts::SeriesStarts;
@@ -25,6 +26,8 @@ pub struct AppState {
     pub pressure: Arc<ArcSwap<PressureView>>,
     pub health: Arc<Health>,
     pub ledger: Mutex<Ledger>,
+    /// Of the last page of `/metrics`.
+    pub page_sizes: Mutex<PageSizes>,
     pub core: CoreSender,
     pub recorder: Recorder,
     /// When the agent started: its own counts were 0.
@@ -43,6 +46,14 @@ impl AppState {
         self.core.publish(SNAPSHOT_PATIENCE).await;
     }
 
+    pub fn page_sizes(&self) -> PageSizes {
+        self.page_sizes.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub fn set_page_sizes(&self, sizes: PageSizes) {
+        *self.page_sizes.lock().unwrap_or_else(PoisonError::into_inner) = sizes;
+    }
+
     pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
         self.ledger.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -59,7 +70,9 @@ impl AppState {
     pub fn view(&self) -> (Exposition, WallTime) {
         self.with_ledger(|ledger, snapshot, labels, assigned| {
             ledger.update(snapshot, labels);
-            (ledger.view(snapshot, labels, assigned), snapshot.wall)
+            let mut page = ledger.view(snapshot, labels, assigned);
+            ledger.add_contenders(&mut page);
+            (page, snapshot.wall)
         })
     }
 

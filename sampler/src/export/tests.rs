@@ -161,7 +161,7 @@ impl RichNode {
         node.snapshot.containers.truncate(1);
         let pairs = &mut node.snapshot.containers[0].gpus;
         pairs.truncate(1);
-        (pairs[0].engines, pairs[0].window_shares, pairs[0].contention) = (Vec::new(), None, Vec::new());
+        (pairs[0].engines, pairs[0].window_shares, pairs[0].contention) = (Vec::new(), None, Arc::default());
         node.pressure.facts.remove(&ContainerKey(2));
         node
     }

@@ -8,7 +8,10 @@
 //! which the user was active and the GPU was saturated. A user with a small share is named in few windows, so the number of samples is
 //! reported with every sum.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet};
+use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use crate::device::Reason;
 use crate::fact::User;
@@ -69,7 +72,8 @@ impl Window {
 pub struct Sums {
     pub active: f64,
     pub coactive: f64,
-    pub others: Vec<Contention>,
+    /// Shared with snapshots until it changes.
+    pub others: Arc<[Contention]>,
 }
 
 impl Sums {
@@ -77,9 +81,9 @@ impl Sums {
         let is_known = self.others.iter().any(|known| known.other == other);
         let distinguished = self.others.iter().filter(|known| known.other != Other::Rest).count();
         let other = if is_known || distinguished < MAX_OTHERS { other } else { Other::Rest };
-        match self.others.iter_mut().find(|known| known.other == other) {
-            Some(known) => known.seconds += seconds,
-            None => self.others.push(Contention { other, seconds }),
+        match self.others.iter().position(|known| known.other == other) {
+            Some(index) => Arc::make_mut(&mut self.others)[index].seconds += seconds,
+            None => self.others = self.others.iter().copied().chain([Contention { other, seconds }]).collect(),
         }
     }
 }

@@ -6,9 +6,10 @@
 //!  readings, with both       -> energy by user
 //! ```
 
-use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
 use strum::{EnumCount as _, VariantArray as _};
 
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
@@ -346,11 +347,11 @@ impl DeviceAccount {
         let observed = self.recent.back().is_some_and(|r| now.saturating_since(r.at) < STALE_NS);
         let span: f64 = self.recent.iter().map(|r| r.span_ns).sum();
         if !observed || span <= 0.0 {
-            return (HashMap::new(), None);
+            return (HashMap::default(), None);
         }
         let busy: f64 = self.recent.iter().map(|r| r.busy_ns).sum();
         let shares = WindowWeights::of(&self.recent);
-        let mut seconds: HashMap<ContainerKey, f64> = HashMap::new();
+        let mut seconds: HashMap<ContainerKey, f64> = HashMap::default();
         let named = || self.recent.iter().zip(&shares.weights).filter_map(|(r, weight)| Some((r.user?, *weight)));
         for (user, weight) in named() {
             if let User::Container(key) = user {

@@ -7,8 +7,9 @@
 //! ```
 //! Busy time and its credits are booked together, so their sums agree at every instant. Time that waits is in no state yet.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
 
+use foldhash::HashMap;
 use strum::EnumCount as _;
 
 use super::divide::{NamedSample, Neighbours, Presence, Sample, WAIT_NS, partly_ns};

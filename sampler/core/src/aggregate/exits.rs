@@ -1,6 +1,8 @@
 //! Which user a sample names, and at what times that user can have used the device.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::BTreeSet;
+
+use foldhash::HashMap;
 
 use crate::device::Reason;
 use crate::fact::{AttributedProcess, User};

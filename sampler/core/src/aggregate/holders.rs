@@ -1,6 +1,8 @@
 //! Holders of a device: the users of the processes that the driver lists.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::BTreeMap;
+
+use foldhash::HashSet;
 
 use crate::device::Reason;
 use crate::fact::{Holder, User};

@@ -7,7 +7,9 @@
 //! known change, the start or end of a process, are cut off. The factor is never below 1: samples in phase with a load scatter less than
 //! independent ones but are not more accurate. A load that is locked to the grid so that it is never named cannot be detected by sampling.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::VecDeque;
+
+use foldhash::HashMap;
 
 use super::exits::NamedUser;
 use crate::fact::User;
@@ -126,10 +128,10 @@ impl SampleHistory {
     pub fn cut(&mut self, now: BootNs, was_present: impl Fn(&NamedUser, BootNs) -> bool) -> HashMap<User, StandardError> {
         self.unqueried = self.unqueried.filter(|at| now.saturating_since(*at) <= HISTORY_NS);
         self.successions.retain(|_, succession| now.saturating_since(succession.last) <= HISTORY_NS);
-        let Some((from, _)) = self.named.front().copied() else { return HashMap::new() };
-        let mut spans: HashMap<User, NamedSamples> = HashMap::new();
+        let Some((from, _)) = self.named.front().copied() else { return HashMap::default() };
+        let mut spans: HashMap<User, NamedSamples> = HashMap::default();
         for (n, (_, named)) in self.named.iter().enumerate() {
-            let span = spans.entry(named.user).or_insert(NamedSamples { first: n, last: n, processes: HashMap::new() });
+            let span = spans.entry(named.user).or_insert(NamedSamples { first: n, last: n, processes: HashMap::default() });
             span.last = n;
             span.processes.entry(named.pid).or_insert(*named);
         }
@@ -143,13 +145,13 @@ impl SampleHistory {
                 keep_from = keep_from.max(span.last + 1);
             }
         }
-        let before = if keep_from > 0 { self.standard_errors() } else { HashMap::new() };
+        let before = if keep_from > 0 { self.standard_errors() } else { HashMap::default() };
         self.named.drain(..keep_from.min(self.named.len()));
         before
     }
 
     pub fn standard_errors(&self) -> HashMap<User, StandardError> {
-        let mut users: HashMap<User, Vec<usize>> = HashMap::new();
+        let mut users: HashMap<User, Vec<usize>> = HashMap::default();
         for (n, (_, named)) in self.named.iter().enumerate() {
             users.entry(named.user).or_default().push(n);
         }

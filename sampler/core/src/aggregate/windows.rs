@@ -1,7 +1,9 @@
 //! Credited share of wall time over windows of 10 s, for each container.
 
-use std::collections::{BTreeMap, HashMap, HashSet};
+use std::collections::BTreeMap;
 use std::sync::Arc;
+
+use foldhash::{HashMap, HashSet};
 
 use super::settings::WINDOW_NS;
 use crate::snapshot::WindowShares;
@@ -81,7 +83,7 @@ mod tests {
             windows.observed(at, observed * WINDOW_NS as f64);
             windows.credited(at, a, 0.3 * WINDOW_NS as f64);
         }
-        let holders = HashSet::from([b]);
+        let holders = HashSet::from_iter([b]);
         windows.close(BootNs(WINDOW_NS - 1), &holders);
         assert_eq!(windows.shares_of(a), None);
         windows.close(BootNs(3 * WINDOW_NS), &holders);

@@ -1,6 +1,6 @@
 //! Resolves the pids that a device names to users, and reports when such a resolution ends.
 
-use std::collections::{HashMap, HashSet};
+use foldhash::{HashMap, HashSet};
 
 use crate::device::Reason;
 use crate::fact::{AttributedProcess, GpuFact, HostProcess, User};

@@ -8,10 +8,11 @@
 //! [`KEEP_REMOVED_NS`]; a renamed cgroup resolves as of the requested time; a cgroup that is not placed is unknown and does not count as
 //! the host. Paths are joined here from parents and names, so they are never truncated.
 
-use std::collections::{BTreeSet, HashMap, VecDeque};
+use std::collections::{BTreeSet, VecDeque};
+
+use foldhash::HashMap;
 
 use super::containers::{Container, ContainerChange, Containers};
-use super::table::Table;
 use crate::cgroup_path::{CgroupIdentity, Kind, parse};
 use crate::observation::{CgroupChange, CgroupFact, CgroupMembership};
 use crate::units::{BootNs, CgroupKey, ContainerKey};
@@ -55,7 +56,7 @@ struct Removed {
 
 #[derive(Debug, Default)]
 pub struct Cgroups {
-    nodes: Table<CgroupKey, Node>,
+    nodes: HashMap<CgroupKey, Node>,
     /// (parent, child).
     children: BTreeSet<(CgroupKey, CgroupKey)>,
     containers: Containers,

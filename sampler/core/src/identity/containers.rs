@@ -3,11 +3,12 @@
 //! The same id in two hierarchies is one container. Twice in one hierarchy it is two containers, unless the first is gone: a container can
 //! name one of its own cgroups after another container, and must not be mistaken for it.
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 use std::sync::Arc;
 
+use foldhash::{HashMap, HashSet};
+
 use super::cgroups::KEEP_REMOVED_NS;
-use super::table::Table;
 use crate::cgroup_path::CgroupIdentity;
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
@@ -51,7 +52,7 @@ type Name = (Option<String>, String, Option<String>);
 
 #[derive(Debug, Default)]
 pub(super) struct Containers {
-    all: Table<ContainerKey, Container>,
+    all: HashMap<ContainerKey, Container>,
     /// The living container of that name that was found first.
     by_name: HashMap<Name, ContainerKey>,
     /// In the order of their end.
@@ -86,7 +87,7 @@ impl Containers {
         if known.is_none() {
             self.by_name.insert(name.clone(), key);
         }
-        let container = Container { record: Arc::clone(&record), roots: HashSet::from([root]), name, gone: None };
+        let container = Container { record: Arc::clone(&record), roots: HashSet::from_iter([root]), name, gone: None };
         self.all.insert(key, container);
         self.changes.push(ContainerChange::Appeared(record));
         key

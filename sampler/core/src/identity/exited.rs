@@ -6,8 +6,9 @@
 
 use std::collections::VecDeque;
 
+use foldhash::HashMap;
+
 use super::processes::ObservedInterval;
-use super::table::Table;
 use crate::observation::CgroupMembership;
 use crate::units::{BootNs, Tgid};
 
@@ -78,7 +79,7 @@ struct Queue {
     entries: VecDeque<ExitedProcess>,
     /// Sequence number of the front.
     first: u64,
-    newest: Table<Tgid, u64>,
+    newest: HashMap<Tgid, u64>,
 }
 
 impl Queue {

@@ -8,7 +8,6 @@ mod containers;
 mod exited;
 mod liveness;
 mod processes;
-mod table;
 #[cfg(test)]
 mod tests;
 

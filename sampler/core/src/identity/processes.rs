@@ -17,8 +17,9 @@
 
 use std::ops::Range;
 
+use foldhash::HashMap;
+
 use super::exited::{EndedBy, Exited};
-use super::table::Table;
 use crate::observation::{CgroupMembership, ProcessChange, ProcessFact, ProcessSeen};
 use crate::units::{BootNs, Tgid};
 
@@ -220,7 +221,7 @@ fn same_start(a: BootNs, a_coarse: bool, b: BootNs, b_coarse: bool) -> bool {
 
 #[derive(Debug, Default)]
 pub struct Processes {
-    living: Table<Tgid, ProcessRecord>,
+    living: HashMap<Tgid, ProcessRecord>,
     exited: Exited,
     generation: u32,
 }

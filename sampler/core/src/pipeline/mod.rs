@@ -38,7 +38,9 @@
 //! assert!((snapshot.containers[0].gpus[0].seconds - busy).abs() < 1e-9);
 //! ```
 
-use std::collections::HashMap;
+use std::sync::Arc;
+
+use foldhash::HashMap;
 
 use crate::aggregate::{Aggregate, Settings};
 use crate::attribute::DeviceAttribution;
@@ -171,7 +173,7 @@ impl Core {
     pub fn snapshot(&self) -> Snapshot {
         let now = self.aggregate.now;
         let mut gpus = Vec::new();
-        let mut by_container: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::new();
+        let mut by_container: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::default();
         for (slot, gpu) in self.aggregate.gpus() {
             let Some(Some(device)) = self.devices.get(slot) else { continue };
             let (duties, utilization) = gpu.duties(now);
@@ -216,7 +218,7 @@ impl Core {
                     window_shares: gpu.window_shares(key),
                     active_seconds: coactivity.map_or(0.0, |sums| sums.active),
                     coactive_seconds: coactivity.map_or(0.0, |sums| sums.coactive),
-                    contention: coactivity.map_or_else(Vec::new, |sums| sums.others.clone()),
+                    contention: coactivity.map_or_else(Arc::default, |sums| Arc::clone(&sums.others)),
                     mps_clients: held.map_or(0, |held| held.mps_clients),
                     duty_cycle_percent: duty.map(|d| d.percent).or(observed),
                     duty_cycle_stderr: duty.map(|d| d.stderr).or(observed),

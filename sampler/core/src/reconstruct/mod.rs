@@ -18,10 +18,11 @@ mod split_aggregated;
 #[cfg(test)]
 mod tests;
 
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::VecDeque;
 
 pub use grid::Grid;
 
+use foldhash::{HashMap, HashSet};
 use strum::EnumCount as _;
 
 use crate::device::Engine;
@@ -272,7 +273,7 @@ impl Recovery {
         self.process_calls += 1;
         let Some(newest) = self.newest else { return };
         let near = self.grid.near_ns();
-        let mut process_samples = split_aggregated::SamplesByPid::new();
+        let mut process_samples = split_aggregated::SamplesByPid::default();
         let mut doubled = Vec::new();
         for sample in response {
             let at = GpuNs(sample.at_us.saturating_mul(1000));

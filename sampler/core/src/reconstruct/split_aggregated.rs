@@ -5,8 +5,7 @@
 //! every pid that it may name is tried: the entries that would result are compared with the response. Exactly one match is the answer.
 //! Which average a driver has is learned from responses that only one of them explains.
 
-use std::collections::HashMap;
-
+use foldhash::HashMap;
 use strum::EnumCount as _;
 
 use crate::device::Engine;
@@ -73,9 +72,9 @@ impl Average {
 /// `responses[0]` covers only the newest sample, each further one also the sample before. Marks the samples of which the pid, or its
 /// absence, is known, and returns the tuples.
 pub fn separate(samples: &mut [DeviceSample], responses: &[SamplesByPid], folding: &mut Folding) -> Vec<ProcessSample> {
-    let none = SamplesByPid::new();
+    let none = SamplesByPid::default();
     let mut out = Vec::new();
-    let mut known: HashMap<u32, Known> = HashMap::new();
+    let mut known: HashMap<u32, Known> = HashMap::default();
     // Whether the pid of every newer sample is known.
     let mut is_complete = true;
     for (n, sample) in samples.iter_mut().rev().enumerate() {

@@ -17,7 +17,9 @@
 //! Not done: intervals are not divided further, so a change of power within one is not followed. Energy in which the device was absent is
 //! not counted, as its time is in no state. GPUs in MIG mode have one counter for all of their MIG devices; it is not divided.
 
-use std::collections::{BTreeMap, HashMap, VecDeque};
+use std::collections::{BTreeMap, VecDeque};
+
+use foldhash::HashMap;
 
 use super::engine_account::Booked;
 use super::settings::Range;

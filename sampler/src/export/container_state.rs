@@ -1,21 +1,31 @@
-//! What the export remembers of a pair between scrapes: its credited seconds, when its counters changed, and its labels as text.
+//! What the export remembers of a container between scrapes: its labels as text, and for each of its GPUs the credited seconds and when
+//! its counters changed.
 
 use std::sync::Arc;
 
 use sampler_core::snapshot::ContainerGpu;
-use sampler_core::units::WallTime;
+use sampler_core::units::{GpuUuid, WallTime};
 use sampler_labels::ContainerLabels;
 
 use super::exposition::ExportedPair;
-use super::families::PairText;
+use super::label_text::ContainerText;
 use super::scrapers::ScrapeNumber;
 use crate::config::PodLabels;
 
-/// What the export remembers of a pair.
 #[derive(Debug, Default)]
+pub struct ContainerState {
+    pairs: Vec<PairState>,
+    text: Option<KeptText>,
+}
+
+/// What the export remembers of a container on a GPU.
+#[derive(Debug)]
 pub struct PairState {
+    gpu: GpuUuid,
     /// When its counters were 0.
-    pub created: Option<WallTime>,
+    pub created: WallTime,
+    /// In the last snapshot. One that was assigned but not used is in none.
+    pub is_used: bool,
     /// Seconds that are credited to a namespace.
     pub counted: f64,
     /// The last scrape in which a counter of the pair changed, and the one in which its newest counter was born; 0 before the first.
@@ -24,26 +34,56 @@ pub struct PairState {
     pub counters: Counters,
     /// Every scraper has these values. Scrapers that come later have no claim to them.
     pub delivered: bool,
-    text: Option<KeptText>,
 }
 
 #[derive(Debug)]
 struct KeptText {
     labels: Arc<ContainerLabels>,
     container_id: Arc<str>,
-    text: Arc<PairText>,
+    text: Arc<ContainerText>,
 }
 
-impl PairState {
-    pub fn text(&mut self, pair: &ExportedPair, pods: PodLabels) -> Arc<PairText> {
+impl ContainerState {
+    pub fn pair(&self, gpu: &GpuUuid) -> Option<&PairState> {
+        self.pairs.iter().find(|pair| pair.gpu == *gpu)
+    }
+
+    /// Its state on this GPU; a new one was `created` then.
+    pub fn pair_or_new(&mut self, gpu: &GpuUuid, created: WallTime) -> &mut PairState {
+        let known = self.pairs.iter().position(|pair| pair.gpu == *gpu);
+        let index = known.unwrap_or_else(|| {
+            // Most containers use one GPU, and a growing vector begins with room for four.
+            self.pairs.reserve_exact(1);
+            self.pairs.push(PairState::new(gpu.clone(), created));
+            self.pairs.len() - 1
+        });
+        &mut self.pairs[index]
+    }
+
+    /// Keeps what is in the new snapshot, and what was only assigned so far. One that comes back counts from 0.
+    pub fn retain(&mut self, is_in_use: impl Fn(&GpuUuid) -> bool, is_present: impl Fn(&GpuUuid) -> bool) {
+        self.pairs.retain(|pair| is_in_use(&pair.gpu) || !pair.is_used && is_present(&pair.gpu));
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.pairs.is_empty()
+    }
+
+    pub fn text(&mut self, pair: &ExportedPair, pods: PodLabels) -> Arc<ContainerText> {
         let is_current = |kept: &&KeptText| Arc::ptr_eq(&kept.labels, &pair.labels) && kept.container_id == pair.container_id;
         if let Some(kept) = self.text.as_ref().filter(is_current) {
             return Arc::clone(&kept.text);
         }
-        let text = Arc::new(PairText::new(pair, pods));
+        let text = Arc::new(ContainerText::new(&pair.labels, &pair.container_id, pods));
         let (labels, container_id) = (Arc::clone(&pair.labels), Arc::clone(&pair.container_id));
         self.text = Some(KeptText { labels, container_id, text: Arc::clone(&text) });
         text
+    }
+}
+
+impl PairState {
+    fn new(gpu: GpuUuid, created: WallTime) -> Self {
+        Self { gpu, created, is_used: false, counted: 0.0, changed: 0, born: 0, counters: Counters::default(), delivered: false }
     }
 }
 
