@@ -120,6 +120,7 @@ fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
     line("    code", used.code, "MiB", None);
     line("    rings of kernel events", used.rings, "MiB", None);
     line("    all else", used.own, "MiB", None);
+    line("        of which tables of processes and cgroups", page.table_bytes / f64::from(1 << 20), "MiB", None);
     line("    all else before any GPU was used", idle.own, "MiB", None);
     Ok(())
 }

@@ -108,11 +108,14 @@ pub struct PageSize {
     pub pairs: usize,
     /// Series of containers and GPUs.
     pub pair_series: usize,
+    /// Of the tables of processes and cgroups, as the agent reports them.
+    pub table_bytes: f64,
 }
 
 pub fn page(agent: &Agent) -> Result<PageSize> {
     let text = agent.page()?;
     let samples = parse(&text);
+    let tables = samples.iter().filter(|sample| sample.name == "gpu_sampler_identity_bytes");
     let count = |is: &dyn Fn(&str) -> bool| samples.iter().filter(|sample| is(&sample.name)).count();
     Ok(PageSize {
         bytes: text.len(),
@@ -120,6 +123,7 @@ pub fn page(agent: &Agent) -> Result<PageSize> {
         own_series: count(&|name| name.starts_with("gpu_sampler_")),
         pairs: count(&|name| name == "container_gpu_seconds_total"),
         pair_series: count(&|name| name.starts_with("container_") && name != "container_gpu_info"),
+        table_bytes: tables.map(|sample| sample.value).sum(),
     })
 }
 

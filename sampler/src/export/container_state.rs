@@ -24,8 +24,12 @@ pub struct PairState {
     gpu: GpuUuid,
     /// When its counters were 0.
     pub created: WallTime,
-    /// In the last snapshot. One that was assigned but not used is in none.
+    /// It has counted something. A GPU may also be assigned or held without use.
     pub is_used: bool,
+    /// The last scrape that exposed it.
+    pub shown: ScrapeNumber,
+    /// Made since the last update: series of before are not its own.
+    pub is_new: bool,
     /// Seconds that are credited to a namespace.
     pub counted: f64,
     /// The last scrape in which a counter of the pair changed, and the one in which its newest counter was born; 0 before the first.
@@ -60,9 +64,19 @@ impl ContainerState {
         &mut self.pairs[index]
     }
 
-    /// Keeps what is in the new snapshot, and what was only assigned so far. One that comes back counts from 0.
-    pub fn retain(&mut self, is_in_use: impl Fn(&GpuUuid) -> bool, is_present: impl Fn(&GpuUuid) -> bool) {
-        self.pairs.retain(|pair| is_in_use(&pair.gpu) || !pair.is_used && is_present(&pair.gpu));
+    /// Keeps what has counted and is in the new snapshot, and what is 0 and was in the `last` scrape. One that comes back counts from 0,
+    /// for every scraper.
+    pub fn retain(
+        &mut self,
+        last: ScrapeNumber,
+        is_in_snapshot: impl Fn(&GpuUuid) -> bool,
+        is_present: impl Fn(&GpuUuid) -> bool,
+    ) {
+        let is_kept = |pair: &PairState| {
+            if pair.is_used { is_in_snapshot(&pair.gpu) } else { pair.shown == last && is_present(&pair.gpu) }
+        };
+        self.pairs.retain(is_kept);
+        self.pairs.iter_mut().for_each(|pair| pair.is_new = false);
     }
 
     pub fn is_empty(&self) -> bool {
@@ -83,7 +97,18 @@ impl ContainerState {
 
 impl PairState {
     fn new(gpu: GpuUuid, created: WallTime) -> Self {
-        Self { gpu, created, is_used: false, counted: 0.0, changed: 0, born: 0, counters: Counters::default(), delivered: false }
+        Self {
+            gpu,
+            created,
+            is_used: false,
+            shown: 0,
+            is_new: true,
+            counted: 0.0,
+            changed: 0,
+            born: 0,
+            counters: Counters::default(),
+            delivered: false,
+        }
     }
 }
 

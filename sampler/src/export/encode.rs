@@ -1,7 +1,7 @@
 //! Families of the [catalogue](super::catalogue) with their series, as text.
 //!
-//! A page has thousands of series with labels that stay the same for hours: they are written from blocks that are escaped once and kept with
-//! the container or GPU. The series of all families are added pair by pair; each family has a text of its own, and the page is their
+//! A page has thousands of series with labels that stay the same for hours: they are written from blocks that are escaped once: those of
+//! containers are kept, those of the few GPUs are made for each page. The series of all families are added pair by pair; each family has a text of its own, and the page is their
 //! sequence in the order of the families.
 
 use std::fmt::Write as _;

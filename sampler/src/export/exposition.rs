@@ -20,7 +20,7 @@ pub struct ExportedPair {
     pub device: Arc<GpuInfo>,
     pub memory_total_bytes: Option<u64>,
     pub usage: ContainerGpu,
-    /// When its counters were 0; `None` before it has any.
+    /// When its counters were 0; `None` while the export has no state of it.
     pub created: Option<WallTime>,
     /// Those of `usage.contention` that may be exposed; empty in a page without them.
     pub contenders: Vec<ExportedContender>,

@@ -6,8 +6,9 @@ use sampler_core::snapshot::{GpuView, UnattributedEnergy};
 use strum::VariantArray as _;
 
 use super::catalogue::{Family, gpus as families, samples as sample_families};
-use super::encode::{Labels, Page, label_block};
+use super::encode::{Labels, Page};
 use super::exposition::{ExportedGpu, Exposition};
+use super::label_text::GpuText;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 
 /// Stands with the reasons: what a GPU draws when it is idle.
@@ -22,10 +23,7 @@ struct LabelledGpu<'a> {
 
 impl<'a> LabelledGpu<'a> {
     fn new(gpu: &'a ExportedGpu) -> Self {
-        let info = &gpu.view.info;
-        let mut labels = vec![("uuid", &*info.uuid.0)];
-        labels.extend(info.parent.as_ref().map(|parent| ("gpu_uuid", &*parent.0)));
-        Self { gpu, view: &gpu.view, block: label_block(&labels) }
+        Self { gpu, view: &gpu.view, block: GpuText::new(&gpu.view.info).own }
     }
 
     fn with<'l>(&'l self, more: &'l [(&'l str, &'l str)]) -> Labels<'l> {

@@ -11,7 +11,7 @@ use crate::config::PodLabels;
 const MAKE: &str = "nvidia";
 
 /// Of a GPU.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct GpuText {
     /// Of the own families.
     pub own: String,

@@ -5,8 +5,8 @@
 //!   unattributed time equals the exposed busy time.
 //! - Time credited to a namespace stays credited to it, whatever happens to the container or its labels.
 //! - A counter that appears after a scraper's first scrape starts at 0 for it, so `increase()` covers all of it: see [`Scrapers`].
-//! - Each counter was 0 at its created time, which does not change: the time of the last snapshot without its pair or GPU, or the start of
-//!   the agent.
+//! - Each counter was 0 at its created time, which does not change: the time of the last snapshot without its pair or GPU, the start of the
+//!   agent, or, for a GPU that was assigned before it was used, the first scrape with it.
 //! - Series of a container that is gone stay for [`STAY_NS`] and until every scraper has had its final value twice, but no longer than
 //!   [`STAY_AT_MOST_NS`].
 
@@ -21,7 +21,7 @@ use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{ContainerLabels, Label};
 
 use super::assigned::AssignedGpus;
-use super::container_state::{ContainerState, PairState, counters};
+use super::container_state::{ContainerState, Counters, PairState, counters};
 use super::contenders::ContenderLabels;
 use super::exposition::{ExportedGpu, ExportedPair, Exposition, exported_pair};
 use super::label_text::ContainerText;
@@ -98,10 +98,11 @@ impl Ledger {
             living.insert(key);
             let settled = labels_of(&container.record, labels, snapshot.at);
             let state = self.containers.entry(key).or_default();
-            state.retain(|gpu| used.iter().any(|(used, _)| *used == gpu), |gpu| gpus.contains(gpu));
+            let is_in_snapshot = |gpu: &GpuUuid| used.iter().any(|(used, _)| *used == gpu);
+            state.retain(self.starts.number, is_in_snapshot, |gpu| gpus.contains(gpu));
             for (gpu, usage) in used {
                 let pair = state.pair_or_new(gpu, created);
-                pair.is_used = true;
+                pair.is_used |= counters(usage) != Counters::default();
                 if let (Some(labels), Some(gpu)) = (&settled, self.gpus.get_mut(gpu)) {
                     gpu.credit(labels.text(Label::Namespace), usage.seconds - pair.counted);
                     pair.counted = usage.seconds;
@@ -115,7 +116,7 @@ impl Ledger {
         }
         self.starts.retain(|owner| match owner {
             SeriesOwner::ContainerGpu(key, gpu) => {
-                self.containers.get(key).is_some_and(|container| container.pair(gpu).is_some())
+                self.containers.get(key).and_then(|container| container.pair(gpu)).is_some_and(|pair| !pair.is_new)
             }
             SeriesOwner::Gpu(gpu) => gpus.contains(gpu),
             SeriesOwner::Container(_) => true,
@@ -140,7 +141,7 @@ impl Ledger {
                 }
             }
             let settled = labels_of(record, labels, snapshot.at);
-            let state = self.containers.get(&record.key).filter(|_| !container.gpus.is_empty());
+            let state = self.containers.get(&record.key);
             for usage in &container.gpus {
                 let Some(gpu) = snapshot.gpus.get(usage.gpu) else { continue };
                 let pair = state.and_then(|state| state.pair(&gpu.info.uuid));
@@ -188,7 +189,7 @@ impl Ledger {
             let container = self.containers.entry(pair.key).or_default();
             pair.text = container.text(pair, scrape.pods);
             let state = container.pair_or_new(pair.gpu(), self.updated);
-            pair.created = Some(state.created);
+            (pair.created, state.shown) = (Some(state.created), number);
             let counters = counters(&pair.usage);
             if state.changed == 0 || state.counters.number != counters.number {
                 state.born = number;
@@ -592,7 +593,7 @@ pub mod tests {
     }
 
     #[test]
-    fn a_gpu_that_is_assigned_counts_from_the_scrape_that_first_shows_it() {
+    fn a_gpu_that_is_assigned_counts_from_the_scrape_that_first_shows_it_until_it_is_withdrawn() {
         let mut facts = Facts { pod_status_known: true, ..Facts::default() };
         for (label, text) in [(Label::Namespace, "prod"), (Label::Pod, "p"), (Label::Container, "c")] {
             facts.set(label, Some(text));
@@ -611,7 +612,7 @@ pub mod tests {
         labels.settled = true;
         let view = LabelView::of_one(record.key, Arc::new(labels));
         let mut ledger = Ledger::default();
-        let mut scrape = |at, seconds: Option<f64>| {
+        let mut scrape = |at, seconds: Option<f64>, is_assigned: bool| {
             let mut all = snapshot(at, seconds.unwrap_or_default(), None);
             all.wall = WallTime(at * SECOND);
             if seconds.is_none() {
@@ -620,18 +621,21 @@ pub mod tests {
             let client = ScrapeClient::new([127, 0, 0, 1].into(), "", "");
             let connection = ConnectionId(1);
             let scrape = Scrape { client: &client, connection, at: Instant::now(), pods: PodLabels::Both, has_contenders: false };
-            let assigned = AssignedGpus::new(std::slice::from_ref(&assigned_gpu), &all);
+            let assigned = AssignedGpus::new(if is_assigned { std::slice::from_ref(&assigned_gpu) } else { &[] }, &all);
             let page = ledger.scrape(&scrape, &all, &view, &assigned);
             let text = text(&mut ledger, &page);
-            let pair = &page.pairs[0];
-            (value(&text, "container_gpu_seconds_total", &[]), pair.created, Arc::clone(&pair.text))
+            let (created, kept) = page.pairs.first().map(|pair| (pair.created, Arc::clone(&pair.text))).unzip();
+            (value(&text, "container_gpu_seconds_total", &[]), created.flatten(), kept)
         };
         let at = |seconds: u64| Some(WallTime(seconds * SECOND));
-        let ((first, created, kept), (second, still, again)) = (scrape(1, None), scrape(2, None));
+        let ((first, created, kept), (second, still, again)) = (scrape(1, None, true), scrape(2, None, true));
         assert_eq!((first, second, created, still), (Some(0.0), Some(0.0), at(1), at(1)));
-        assert!(Arc::ptr_eq(&kept, &again), "the labels are not written again");
-        assert_eq!(scrape(3, Some(2.0)).0, Some(2.0), "every scraper had its 0");
-        assert_eq!(scrape(4, Some(3.0)).1, at(1));
+        assert!(Arc::ptr_eq(&kept.unwrap(), &again.unwrap()), "the labels are not written again");
+        // Withdrawn, and then used without an assignment: the series begin again.
+        assert_eq!(scrape(3, None, false).0, None);
+        let (value, created, _) = scrape(4, Some(2.0), false);
+        assert_eq!((value, created), (Some(0.0), at(3)));
+        assert_eq!(scrape(5, Some(3.0), true).0, Some(3.0));
     }
 
     #[test]

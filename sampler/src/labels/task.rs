@@ -253,6 +253,7 @@ impl LabelTask {
         self.add_sockets(discovery.sockets);
         if changed {
             self.sources.places.store(Arc::new(places));
+            self.sources.host.forget_absent();
             let files: Vec<TargetId> = self.resolver.targets().filter(|(_, s, _)| !s.is_socket()).map(|(id, ..)| id).collect();
             files.into_iter().for_each(|id| self.resolver.endpoint_present(id, boot_now()));
         }

@@ -54,7 +54,8 @@ type Name = (Option<String>, String, Option<String>);
 pub(super) struct Containers {
     all: HashMap<ContainerKey, Container>,
     /// The living container of that name that was found first.
-    by_name: HashMap<Name, ContainerKey>,
+    /// With the hash that resists chosen keys: tenants choose names.
+    by_name: std::collections::HashMap<Name, ContainerKey>,
     /// In the order of their end.
     gone: VecDeque<ContainerKey>,
     next_key: u64,

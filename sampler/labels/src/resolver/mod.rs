@@ -4,7 +4,7 @@
 //! ```text
 //!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried until one result, for 10 s) -> evicted with its record
 //!  per (container, target):
-//!      file    0 and 100 ms after it appeared, then 0.5 s, growing with its age to 30 s
+//!      file    0 and 100 ms after it appeared (a list 30 and 100, logs and mounts 100), then 0.5 s, growing with its age to 30 s
 //!      socket  250 ms after it appeared (an earlier query races its creation), then the same back-off
 //!  per socket:     absent -> closed --5 transport errors--> open --a probe every second, later every 30 s--> closed
 //! ```

@@ -159,7 +159,8 @@ which the count was 0. It does not change as long as the series counts on.
 
 - Counts about the agent: the start of the agent.
 - A GPU, and a container on a GPU: the start of the agent, or the time of the last snapshot without it, at most some
-  seconds before its first count. Both get a new time when they come back after their series have ended.
+  seconds before its first count. One that was assigned before it was used: the first scrape with it. They get a new
+  time when they come back after their series have ended.
 - Driver calls: when the device was opened.
 - Absent where the driver or the kernel began to count before the agent, and while the clock of the machine is set to an
   earlier time.

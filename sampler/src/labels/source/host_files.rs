@@ -107,6 +107,7 @@ impl HostFiles {
         if self.kept().absent.get(folder).is_some_and(|at| at.elapsed() < ABSENT_FOR) {
             return Ok(empty());
         }
+        let at = Instant::now();
         let stamp = match fs::metadata(folder) {
             Ok(meta) => (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()),
             Err(error) if is_absent(&error) => {
@@ -114,7 +115,7 @@ impl HostFiles {
                 if kept.absent.len() >= MAX_KEPT {
                     kept.absent.clear();
                 }
-                kept.absent.insert(folder.to_owned(), Instant::now());
+                kept.absent.insert(folder.to_owned(), at);
                 return Ok(empty());
             }
             Err(error) => return Err(describe(error)),
@@ -130,6 +131,11 @@ impl HostFiles {
             self.keep(KeptList { stamp, read_at, list: Arc::clone(&list) });
         }
         Ok(list)
+    }
+
+    /// After a new runtime was found, its folders are looked for at once.
+    pub fn forget_absent(&self) {
+        self.kept().absent.clear();
     }
 
     fn keep(&self, new: KeptList) {
@@ -180,7 +186,7 @@ mod tests {
         fs::create_dir(&folder).unwrap();
         File::create(folder.join("0")).unwrap();
         assert_eq!(names(&files, &folder), [""; 0], "not looked for again so soon");
-        std::thread::sleep(ABSENT_FOR);
+        files.forget_absent();
         // Created within the same tick of the clock as the list is read: not kept.
         for n in 0..200 {
             File::create(folder.join(n.to_string())).unwrap();
