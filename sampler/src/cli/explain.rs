@@ -200,6 +200,9 @@ fn text(explanation: &Explanation) -> String {
     out += &line("container id", &or_empty(&explanation.container_id));
     out += &line("pod uid", &or_empty(&explanation.pod_uid));
     out += &line("outer", &or_empty(&explanation.outer_container_id));
+    for (name, value) in explanation.users.lines() {
+        out += &line(name, &value);
+    }
     out += &line("cgroup", &explanation.cgroup);
     for (label, known) in &explanation.labels {
         out += &line(label, &format!("{}   (from {})", known.value, known.source));

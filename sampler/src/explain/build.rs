@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sampler_core::cgroup_path::{Kind, parse};
+use sampler_core::cgroup_path::{Kind, host_users, parse};
 use sampler_core::identity::{ContainerRecord, ProcessHistory};
 use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{ContainerLabels, Label, Source, is_likely};
@@ -13,6 +13,7 @@ use strum::VariantArray as _;
 use super::document::{
     Explanation, IncompleteContainer, LabelValue, LifetimeJson, Name, Origin, ProcessJson, Providers, ResidencyJson,
 };
+use super::host_users::HostUsersJson;
 use crate::labels::{AttemptView, FILES};
 use crate::observe::clock::{boot_now, wall_now};
 use crate::query::{KnownSubject, ResidencyView, Subject};
@@ -77,14 +78,20 @@ impl Explanation {
     pub fn of_path(path: &str) -> Self {
         let record = record_of(path);
         let identity = &record.identity;
-        let is_container = matches!(identity.kind, Kind::Container | Kind::Sandbox);
-        let id = if is_container { record.cgroup_path.clone() } else { path.to_owned() };
+        let users = host_users(path, identity);
+        let (kind, root) = match &users.innermost {
+            Some((user, root_len)) => (user.kind(), path.get(..*root_len)),
+            None => (identity.kind.name(), None),
+        };
+        let is_container = matches!(identity.kind, Kind::Container | Kind::Sandbox) && users.innermost.is_none();
+        let id = if is_container { &record.cgroup_path } else { root.unwrap_or(path) }.to_owned();
         let mut explanation = Self {
-            kind: identity.kind.name().into(),
+            kind: kind.into(),
             runtime: identity.runtime.map(|r| r.name().into()),
             container_id: identity.container_id.clone().filter(|_| is_container),
             pod_uid: identity.pod_uid.clone(),
             outer_container_id: identity.outer_container_id.clone(),
+            users: HostUsersJson::new(&users, identity),
             cgroup: path.to_owned(),
             ended: None,
             exists: None,
@@ -103,7 +110,10 @@ impl Explanation {
     }
 
     fn add_labels(&mut self, labels: &ContainerLabels, tried: Vec<AttemptView>) {
-        self.kind = labels.kind.name().into();
+        // The labels are those of the container around a job.
+        if self.users.job.is_none() {
+            self.kind = labels.kind.name().into();
+        }
         self.runtime = labels.runtime.map(|r| r.name().into());
         self.pod_uid.clone_from(&labels.pod_uid);
         for &label in Label::VARIANTS {
@@ -175,9 +185,18 @@ mod tests {
         assert_eq!(explanation["container_id"], id);
         assert_eq!(explanation["labels"]["id"]["value"], pod.trim_end_matches("/init.scope"));
         assert_eq!(explanation["missing"].as_array().map(Vec::len), Some(5));
-        let explanation = json("/system.slice/ssh.service");
+        let explanation = json("/system.slice");
         assert_eq!((&explanation["kind"], &explanation["container_id"]), (&"not-container".into(), &serde_json::Value::Null));
         assert_eq!(explanation["missing"].as_array().map(Vec::len), Some(0));
+        let explanation = json("/system.slice/ssh.service/sub");
+        assert_eq!((&explanation["kind"], &explanation["unit"]["name"]), (&"unit".into(), &"ssh.service".into()));
+        assert_eq!(explanation["labels"]["id"]["value"], "/system.slice/ssh.service");
+        let explanation = json(&format!("/docker/{id}/system.slice/slurmstepd.scope/job_7/step_0/user/task_1"));
+        let job = serde_json::json!({"scheduler": "slurm", "id": "7", "step": "0", "task": "1", "uid": null});
+        assert_eq!((&explanation["kind"], &explanation["job"]), (&"job".into(), &job));
+        assert_eq!(explanation["outer"], serde_json::json!({"kind": "container", "container_id": id}));
+        let explanation = json(&format!("/slurm/uid_1000/job_9/docker/{id}"));
+        assert_eq!((&explanation["kind"], &explanation["outer"]["job"]["id"]), (&"container".into(), &"9".into()));
         let explanation = json(&format!("/docker/{id}"));
         assert_eq!(explanation["missing"], serde_json::json!(["name", "image"]));
         assert_eq!(explanation["not_applicable"], serde_json::json!(["namespace", "pod", "container"]));

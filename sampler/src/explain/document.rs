@@ -5,6 +5,7 @@ use std::collections::BTreeMap;
 
 use serde::{Deserialize, Serialize};
 
+use super::host_users::HostUsersJson;
 use crate::labels::AttemptView;
 
 /// A name that is borrowed where a document is built and owned where it is read.
@@ -36,6 +37,8 @@ pub struct Explanation {
     pub container_id: Option<String>,
     pub pod_uid: Option<String>,
     pub outer_container_id: Option<String>,
+    #[serde(flatten)]
+    pub users: HostUsersJson,
     pub cgroup: String,
     /// When the last cgroup of the container was removed; null while it exists.
     pub ended: Option<String>,

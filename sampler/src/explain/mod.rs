@@ -7,6 +7,7 @@ mod build;
 mod document;
 mod from_agent;
 mod from_sources;
+mod host_users;
 mod unknown;
 
 pub use self::document::{Explanation, IncompleteContainers, Origin, ProcessJson, Providers, ResidencyJson};

@@ -4,6 +4,7 @@
 //!  scan     from leaf to root: visits the segments that may be relevant, skips all others many at a time
 //!  segment  classifies one of them by its name and its position: root of a container, monitor, pod
 //!  parse    the innermost container is the result, the next container around it is the outer one
+//!  host_user   jobs, units and login sessions, from the root on: what is outside of containers, or a job inside of one
 //! ```
 //! Guarantees: any text is accepted, in linear time (the bench `core` has the worst cases). There is one identity for each container root:
 //! a sub-cgroup of any name belongs to the container that it is in, and the path of the root gives the same identity. Ids are complete.
@@ -28,10 +29,15 @@
 //! assert_eq!(parse("/system.slice/ssh.service").kind, Kind::NotContainer);
 //! ```
 
+mod host_user;
+#[cfg(test)]
+mod host_user_tests;
 mod scan;
 mod segment;
 #[cfg(test)]
 mod tests;
+
+pub use host_user::{HostUser, HostUsers, Job, Login, Scheduler, Unit, host_users};
 
 use std::ops::ControlFlow;
 

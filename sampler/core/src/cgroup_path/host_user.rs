@@ -1,0 +1,295 @@
+//! Users of a machine that are not containers: jobs of batch schedulers, systemd units, login sessions.
+//!
+//! The segments are read from the root, and only the first [`MAX_SEGMENTS`]: none of these users is deeper, and a user may nest its own
+//! cgroups as deep as it likes.
+
+use std::ops::Range;
+
+use super::{CgroupIdentity, Kind};
+
+/// systemd nests some eight segments, and a scheduler five.
+const MAX_SEGMENTS: usize = 32;
+/// Characters of Slurm's SLUID.
+const SLUID: usize = 14;
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "lowercase")]
+pub enum Scheduler {
+    Slurm,
+    Nomad,
+    HtCondor,
+    Yarn,
+    Pbs,
+    Lsf,
+    Flux,
+}
+
+impl Scheduler {
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// A job of a batch scheduler. Step and task are those of the path; the job has others.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Job {
+    pub scheduler: Scheduler,
+    /// Nomad: the UUID of the allocation. YARN: the application. HTCondor: the slot and its host.
+    pub id: String,
+    pub step: Option<String>,
+    pub task: Option<String>,
+    pub uid: Option<u32>,
+}
+
+/// A service or scope of systemd.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Unit {
+    /// As systemd shows it, with escapes.
+    pub name: String,
+    /// The user of the manager that has the unit.
+    pub uid: Option<u32>,
+}
+
+/// The sessions of a user, and what the user's manager runs outside of units.
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub struct Login {
+    pub uid: u32,
+    pub session: Option<String>,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Hash)]
+pub enum HostUser {
+    Job(Job),
+    Unit(Unit),
+    Login(Login),
+}
+
+impl HostUser {
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Job(_) => "job",
+            Self::Unit(_) => "unit",
+            Self::Login(_) => "login",
+        }
+    }
+}
+
+/// What a path has besides its container.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct HostUsers {
+    /// Its innermost user, if that is not a container, and the length of the path of that user's root.
+    pub innermost: Option<(HostUser, usize)>,
+    /// The job around the container.
+    pub outer: Option<Job>,
+}
+
+/// `identity` is that of the path. A unit or session counts only outside of containers, monitors and builds: a container may run an init
+/// of its own, and an engine is a unit.
+pub fn host_users(path: &str, identity: &CgroupIdentity) -> HostUsers {
+    let root_len = identity.root_len;
+    let as_job = |(job, root_len)| (HostUser::Job(job), root_len);
+    match identity.kind {
+        Kind::Container | Kind::Sandbox | Kind::Pod => match job(path, root_len..path.len()) {
+            Some(inner) => HostUsers { innermost: Some(as_job(inner)), outer: None },
+            None => HostUsers { innermost: None, outer: job(path, 0..root_len).map(|(job, _)| job) },
+        },
+        Kind::Monitor | Kind::Build => HostUsers::default(),
+        Kind::NotContainer => {
+            let innermost = job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path));
+            HostUsers { innermost, outer: None }
+        }
+    }
+}
+
+/// A segment of a path with the two above it.
+#[derive(Clone, Copy)]
+struct NamedSegment<'a> {
+    name: &'a str,
+    parent: &'a str,
+    grandparent: &'a str,
+    end: usize,
+}
+
+/// The segments of this part of a path, from the root on.
+fn segments(path: &str, part: Range<usize>) -> impl Iterator<Item = NamedSegment<'_>> {
+    let (mut parent, mut grandparent, mut at) = ("", "", part.start);
+    let text = path.get(part).unwrap_or_default();
+    text.split('/').take(MAX_SEGMENTS).map(move |name| {
+        let segment = NamedSegment { name, parent, grandparent, end: at + name.len() };
+        at = segment.end + 1;
+        if !name.is_empty() {
+            (grandparent, parent) = (parent, name);
+        }
+        segment
+    })
+}
+
+/// The innermost job in this part of a path, and where its cgroup ends.
+fn job(path: &str, part: Range<usize>) -> Option<(Job, usize)> {
+    let mut found: Option<(Job, usize)> = None;
+    for segment in segments(path, part) {
+        match segment.job() {
+            Some(job) => found = Some((job, segment.end)),
+            None => {
+                if let Some((job, _)) = &mut found {
+                    segment.add_to(job);
+                }
+            }
+        }
+    }
+    found
+}
+
+/// The innermost unit or login session of a path, and where its cgroup ends.
+fn unit_or_login(path: &str) -> Option<(HostUser, usize)> {
+    let mut found = None;
+    // The user of the manager or the sessions above.
+    let mut uid = None;
+    for segment in segments(path, 0..path.len()) {
+        if let Some(of_slice) = segment.user_slice() {
+            uid = Some(of_slice);
+            found = Some((HostUser::Login(Login { uid: of_slice, session: None }), segment.end));
+        } else if let Some((HostUser::Login(login), _)) = &mut found
+            && let Some(session) = segment.session()
+        {
+            login.session = Some(session.to_owned());
+        } else if segment.is_unit() {
+            found = Some((HostUser::Unit(Unit { name: segment.name.to_owned(), uid }), segment.end));
+        }
+    }
+    found
+}
+
+impl NamedSegment<'_> {
+    fn job(&self) -> Option<Job> {
+        let job = |scheduler, id: &str| Job { scheduler, id: id.to_owned(), step: None, task: None, uid: None };
+        // By the first byte: most names of a user's own cgroups need no further look.
+        match self.name.as_bytes().first()? {
+            b'j' => self.slurm().or_else(|| self.lsf().map(|id| job(Scheduler::Lsf, id))),
+            b's' => self.slurm().or_else(|| self.flux().map(|id| job(Scheduler::Flux, id))),
+            b'i' => self.flux().map(|id| job(Scheduler::Flux, id)),
+            b'c' => self.yarn().or_else(|| self.nomad()).or_else(|| self.htcondor().map(|id| job(Scheduler::HtCondor, id))),
+            b'p' => self.pbs().map(|id| job(Scheduler::Pbs, id)),
+            byte if byte.is_ascii_hexdigit() => self.nomad().or_else(|| self.pbs().map(|id| job(Scheduler::Pbs, id))),
+            _ => None,
+        }
+    }
+
+    /// `slurmstepd.scope/job_<id>`, with the name of a node before it where several slurmd share a host, or the SLUID of the job; v1:
+    /// `slurm[_<node>]/uid_<uid>/job_<id>`.
+    fn slurm(&self) -> Option<Job> {
+        let number = self.name.strip_prefix("job_").filter(|id| is_number(id));
+        let job = |id: &str, uid| Job { scheduler: Scheduler::Slurm, id: id.to_owned(), step: None, task: None, uid };
+        if self.parent == "slurmstepd.scope" || self.parent.ends_with("_slurmstepd.scope") {
+            return Some(job(number.or_else(|| is_sluid(self.name).then_some(self.name))?, None));
+        }
+        let uid = self.parent.strip_prefix("uid_")?.parse().ok()?;
+        let is_slurm = self.grandparent == "slurm" || self.grandparent.starts_with("slurm_");
+        number.filter(|_| is_slurm).map(|id| job(id, Some(uid)))
+    }
+
+    /// `<allocation>.<task>.scope` in a slice; v1: without the suffix, in `nomad`, or in a partition of it.
+    fn nomad(&self) -> Option<Job> {
+        let (allocation, task) = self.name.split_at_checked(36)?;
+        let task = task.strip_prefix('.')?;
+        let in_scope = task.strip_suffix(".scope").filter(|_| self.parent.ends_with(".slice"));
+        let in_v1 = || Some(task).filter(|_| self.parent == "nomad" || self.grandparent == "nomad");
+        let task = in_scope.or_else(in_v1).filter(|task| !task.is_empty() && is_uuid(allocation))?;
+        let (id, task) = (allocation.to_owned(), Some(task.to_owned()));
+        Some(Job { scheduler: Scheduler::Nomad, id, step: None, task, uid: None })
+    }
+
+    /// `hadoop-yarn/container_[e<epoch>_]<cluster>_<application>_<attempt>_<container>`.
+    fn yarn(&self) -> Option<Job> {
+        let numbers = self.name.strip_prefix("container_").filter(|_| self.parent.contains("yarn"))?;
+        let numbers = match numbers.strip_prefix('e') {
+            Some(rest) => rest.split_once('_').filter(|(epoch, _)| is_number(epoch))?.1,
+            None => numbers,
+        };
+        let parts: Vec<&str> = numbers.split('_').collect();
+        let [cluster, application, _, _] = parts[..] else { return None };
+        let id = format!("application_{cluster}_{application}");
+        let task = Some(self.name.to_owned());
+        parts.iter().all(|part| is_number(part)).then_some(Job { scheduler: Scheduler::Yarn, id, step: None, task, uid: None })
+    }
+
+    /// `condor_<folder>_slot<number>[_<number>]@<host>`: the folder of the jobs, with `_` for `/`.
+    fn htcondor(&self) -> Option<&str> {
+        let (before, _) = self.name.split_once('@').filter(|_| self.name.starts_with("condor_"))?;
+        let slot = before.rfind("slot")?;
+        let is_slot = before.get(slot + 4..)?.split('_').all(is_number);
+        self.name.get(slot..).filter(|_| is_slot)
+    }
+
+    /// `pbs_jobs.service/jobid/<id>`; v1: `pbspro/<id>`, `pbs_jobs/<id>`, `torque/<id>`; systemd of v1: `pbspro-<id>.slice`.
+    fn pbs(&self) -> Option<&str> {
+        let is_id = |id: &&str| id.split_once('.').is_some_and(|(number, server)| is_array_job(number) && !server.is_empty());
+        let in_slice = self.name.strip_prefix("pbspro-").and_then(|name| name.strip_suffix(".slice"));
+        let is_folder = matches!(self.parent, "pbspro" | "pbs_jobs" | "torque")
+            || self.parent == "jobid" && matches!(self.grandparent, "pbs_jobs.service" | "pbs_jobs" | "pbspro");
+        in_slice.or(is_folder.then_some(self.name)).filter(is_id)
+    }
+
+    /// `lsf/<cluster>/job.<id>.<..>`.
+    fn lsf(&self) -> Option<&str> {
+        let id = self.name.strip_prefix("job.").filter(|_| self.grandparent == "lsf")?;
+        id.split('.').next().filter(|id| is_array_job(id))
+    }
+
+    /// `[imp-]shell-<rank>-<id>.service` of the manager of Flux's own user.
+    fn flux(&self) -> Option<&str> {
+        let unit = self.name.strip_suffix(".service")?;
+        let (rank, id) = unit.strip_prefix("imp-").unwrap_or(unit).strip_prefix("shell-")?.split_once('-')?;
+        let is_id = (id.starts_with('f') || id.starts_with('ƒ')) && id.chars().skip(1).all(|c| c.is_ascii_alphanumeric());
+        Some(id).filter(|_| is_number(rank) && is_id)
+    }
+
+    /// Steps and tasks of Slurm.
+    fn add_to(&self, job: &mut Job) {
+        if job.scheduler != Scheduler::Slurm {
+            return;
+        }
+        if let (None, Some(step)) = (&job.step, self.name.strip_prefix("step_")) {
+            job.step = Some(step.to_owned());
+        } else if let (None, Some(task)) = (&job.task, self.name.strip_prefix("task_")) {
+            job.task = Some(task.to_owned());
+        }
+    }
+
+    fn user_slice(&self) -> Option<u32> {
+        let uid = self.name.strip_prefix("user-")?.strip_suffix(".slice")?;
+        uid.parse().ok().filter(|_| self.parent == "user.slice")
+    }
+
+    fn session(&self) -> Option<&str> {
+        self.name.strip_prefix("session-")?.strip_suffix(".scope")
+    }
+
+    /// Neither a session nor what runs the machine or the user's units.
+    fn is_unit(&self) -> bool {
+        let is_manager = self.name.starts_with("user@") || self.name == "init.scope";
+        let is_unit = self.name.ends_with(".service") || self.name.ends_with(".scope");
+        is_unit && !is_manager && self.session().is_none()
+    }
+}
+
+fn is_number(text: &str) -> bool {
+    !text.is_empty() && text.bytes().all(|b| b.is_ascii_digit())
+}
+
+/// A number, with the index of an array job in brackets.
+fn is_array_job(text: &str) -> bool {
+    let number = text.strip_suffix(']').and_then(|text| text.split_once('[')).map_or(text, |(number, _)| number);
+    is_number(number)
+}
+
+/// `s` and 13 digits or upper-case letters.
+fn is_sluid(text: &str) -> bool {
+    let rest = text.strip_prefix('s').unwrap_or_default();
+    text.len() == SLUID && rest.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_uppercase())
+}
+
+fn is_uuid(text: &str) -> bool {
+    let is_valid = |(at, byte): (usize, u8)| if matches!(at, 8 | 13 | 18 | 23) { byte == b'-' } else { byte.is_ascii_hexdigit() };
+    text.len() == 36 && text.bytes().enumerate().all(is_valid)
+}
