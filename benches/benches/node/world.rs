@@ -93,11 +93,12 @@ impl World {
         Ok(())
     }
 
-    /// Each container uses a GPU for some samples, with eight of them on each GPU at once.
+    /// Each container has a process on a GPU for some seconds. They begin with those of the first GPU, so that more are on a GPU at once than
+    /// its lists are read for, and part of them are seen.
     pub fn use_gpus_once(&self) -> Result<()> {
         let count = self.dirs.len().to_string();
         let dirs: Vec<&Path> = self.dirs.iter().map(PathBuf::as_path).collect();
-        let args = ["--count", &count, "--at-once", "64", "--lasting", "1s..1500ms", "--demand", "0.1", "--mem", "64MiB"];
+        let args = ["--count", &count, "--at-once", "512", "--lasting", "12s..13s", "--demand", "0.01", "--mem", "64MiB"];
         self.sim.lives(&dirs, &[&args[..], &["--in-turn"]].concat())?.all()?;
         Ok(())
     }
