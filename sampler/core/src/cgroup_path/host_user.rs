@@ -5,6 +5,7 @@
 
 use std::ops::Range;
 
+use super::segment::is_uuid;
 use super::{CgroupIdentity, Kind};
 
 /// systemd nests some eight segments, and a scheduler five.
@@ -194,7 +195,7 @@ impl NamedSegment<'_> {
         let task = task.strip_prefix('.')?;
         let in_scope = task.strip_suffix(".scope").filter(|_| self.parent.ends_with(".slice"));
         let in_v1 = || Some(task).filter(|_| self.parent == "nomad" || self.grandparent == "nomad");
-        let task = in_scope.or_else(in_v1).filter(|task| !task.is_empty() && is_uuid(allocation))?;
+        let task = in_scope.or_else(in_v1).filter(|task| !task.is_empty() && is_uuid(allocation.as_bytes(), b'-'))?;
         let (id, task) = (allocation.to_owned(), Some(task.to_owned()));
         Some(Job { scheduler: Scheduler::Nomad, id, step: None, task, uid: None })
     }
@@ -287,9 +288,4 @@ fn is_array_job(text: &str) -> bool {
 fn is_sluid(text: &str) -> bool {
     let rest = text.strip_prefix('s').unwrap_or_default();
     text.len() == SLUID && rest.bytes().all(|b| b.is_ascii_digit() || b.is_ascii_uppercase())
-}
-
-fn is_uuid(text: &str) -> bool {
-    let is_valid = |(at, byte): (usize, u8)| if matches!(at, 8 | 13 | 18 | 23) { byte == b'-' } else { byte.is_ascii_hexdigit() };
-    text.len() == 36 && text.bytes().enumerate().all(is_valid)
 }

@@ -381,7 +381,7 @@ fn is_dashed<const N: usize>(text: &[u8; N], dash: u8) -> bool {
 }
 
 #[inline]
-fn is_uuid(text: &[u8], dash: u8) -> bool {
+pub(super) fn is_uuid(text: &[u8], dash: u8) -> bool {
     text.as_array::<36>().is_some_and(|text| is_dashed(text, dash))
 }
 
