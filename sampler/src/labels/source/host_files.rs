@@ -92,11 +92,7 @@ impl HostFiles {
             return path.clone();
         }
         let (at, path) = (Instant::now(), self.root.path(host));
-        let mut kept = self.kept();
-        if kept.paths.len() >= MAX_KEPT {
-            kept.paths.clear();
-        }
-        kept.paths.insert(host.to_owned(), (at, path.clone()));
+        insert_bounded(&mut self.kept().paths, host, (at, path.clone()));
         path
     }
 
@@ -111,11 +107,7 @@ impl HostFiles {
         let stamp = match fs::metadata(folder) {
             Ok(meta) => (meta.dev(), meta.ino(), meta.mtime(), meta.mtime_nsec()),
             Err(error) if is_absent(&error) => {
-                let mut kept = self.kept();
-                if kept.absent.len() >= MAX_KEPT {
-                    kept.absent.clear();
-                }
-                kept.absent.insert(folder.to_owned(), at);
+                insert_bounded(&mut self.kept().absent, folder, at);
                 return Ok(empty());
             }
             Err(error) => return Err(describe(error)),
@@ -153,6 +145,14 @@ impl HostFiles {
             kept.lists.insert(new.list.folder.clone(), new);
         }
     }
+}
+
+/// Beyond [`MAX_KEPT`] the others are forgotten.
+fn insert_bounded<V>(all: &mut HashMap<PathBuf, V>, path: &Path, value: V) {
+    if all.len() >= MAX_KEPT {
+        all.clear();
+    }
+    all.insert(path.to_owned(), value);
 }
 
 /// Whether the folder was last modified clearly before this time. False if the clock was set back meanwhile.
