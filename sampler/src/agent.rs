@@ -162,7 +162,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         pressure,
         health,
         ledger: Mutex::new(Ledger::new(started)),
-        page_sizes: Mutex::default(),
+        page_sizes: ArcSwap::default(),
         core: to_core,
         recorder: recorder.clone(),
         started,

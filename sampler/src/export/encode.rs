@@ -1,10 +1,11 @@
 //! Families of the [catalogue](super::catalogue) with their series, as text.
 //!
-//! A page has thousands of series with labels that stay the same for hours: they are written from blocks that are escaped once: those of
-//! containers are kept, those of the few GPUs are made for each page. The series of all families are added pair by pair; each family has a text of its own, and the page is their
-//! sequence in the order of the families.
+//! A page has thousands of series with labels that stay the same for hours. They are written from blocks that are escaped once: those of
+//! containers are kept, those of the few GPUs are made for each page. The series of all families are added pair by pair; each family has
+//! a text of its own, and the page is their sequence in the order of the families.
 
 use std::fmt::Write as _;
+use std::sync::Arc;
 
 use sampler_core::units::WallTime;
 
@@ -102,7 +103,7 @@ struct FamilyText {
 }
 
 /// Bytes of the families of a page: the next one has about the same, and its texts do not have to grow.
-#[derive(Clone, Debug, Default)]
+#[derive(Debug, Default)]
 pub struct PageSizes(Vec<(&'static str, usize)>);
 
 /// The selected families in the order in which they were declared. A family without series is left out.
@@ -112,7 +113,7 @@ pub struct Page {
     selection: Selection,
     format: TextFormat,
     times: Option<PageTimes>,
-    expected: PageSizes,
+    expected: Arc<PageSizes>,
 }
 
 /// When the counts of the agent were 0, and the time of the page.
@@ -129,6 +130,9 @@ pub fn label_block(labels: &[(&str, &str)]) -> String {
     text
 }
 
+/// Characters with an escape in the value of a label.
+const ESCAPED: [char; 3] = ['\\', '"', '\n'];
+
 fn write_labels(to: &mut String, labels: &[(&str, &str)]) {
     for (name, value) in labels {
         if to.ends_with('"') {
@@ -136,15 +140,15 @@ fn write_labels(to: &mut String, labels: &[(&str, &str)]) {
         }
         to.push_str(name);
         to.push_str("=\"");
-        for part in value.split_inclusive(['\\', '"', '\n']) {
-            let (plain, escaped) = match part.as_bytes().last() {
-                Some(b'\\') => (&part[..part.len() - 1], "\\\\"),
-                Some(b'"') => (&part[..part.len() - 1], "\\\""),
-                Some(b'\n') => (&part[..part.len() - 1], "\\n"),
-                _ => (part, ""),
-            };
+        for part in value.split_inclusive(ESCAPED) {
+            let plain = part.trim_end_matches(ESCAPED);
             to.push_str(plain);
-            to.push_str(escaped);
+            to.push_str(match &part[plain.len()..] {
+                "\\" => "\\\\",
+                "\"" => "\\\"",
+                "\n" => "\\n",
+                _ => "",
+            });
         }
         to.push('"');
     }
@@ -174,7 +178,7 @@ impl Page {
     }
 
     /// Families that follow have room for as much as they had in an earlier page.
-    pub fn expect(&mut self, sizes: PageSizes) {
+    pub fn expect(&mut self, sizes: Arc<PageSizes>) {
         self.expected = sizes;
     }
 

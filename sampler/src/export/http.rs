@@ -214,7 +214,7 @@ fn client(request: &Request, connection: Option<Connection>) -> ScrapeClient {
 
 async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
     let mut page = page(&request, state.config.collect)?;
-    page.expect(state.page_sizes());
+    page.expect(state.page_sizes.load_full());
     state.refresh().await;
     let (config, pressure) = (&state.config, state.pressure.load());
     let (health, label_stats) = (state.health.view(), state.labels.stats());
@@ -240,7 +240,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
         sessions::metrics(&recorder, &mut page);
     });
-    state.set_page_sizes(page.sizes());
+    state.page_sizes.store(Arc::new(page.sizes()));
     Ok(response(page))
 }
 

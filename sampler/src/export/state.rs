@@ -27,7 +27,7 @@ pub struct AppState {
     pub health: Arc<Health>,
     pub ledger: Mutex<Ledger>,
     /// Of the last page of `/metrics`.
-    pub page_sizes: Mutex<PageSizes>,
+    pub page_sizes: ArcSwap<PageSizes>,
     pub core: CoreSender,
     pub recorder: Recorder,
     /// When the agent started: its own counts were 0.
@@ -44,14 +44,6 @@ impl AppState {
     /// Makes the snapshot current, if that is quick.
     pub async fn refresh(&self) {
         self.core.publish(SNAPSHOT_PATIENCE).await;
-    }
-
-    pub fn page_sizes(&self) -> PageSizes {
-        self.page_sizes.lock().unwrap_or_else(PoisonError::into_inner).clone()
-    }
-
-    pub fn set_page_sizes(&self, sizes: PageSizes) {
-        *self.page_sizes.lock().unwrap_or_else(PoisonError::into_inner) = sizes;
     }
 
     pub fn ledger(&self) -> MutexGuard<'_, Ledger> {
