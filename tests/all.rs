@@ -32,4 +32,5 @@ mod sample_buffer;
 mod sessions;
 mod simulator;
 mod survival;
+mod users;
 mod web;

@@ -88,7 +88,7 @@ fn the_live_table_shows_the_load_and_reports_an_agent_that_is_away() -> Result<(
         Ok((browser.script(&format!("return document.querySelectorAll('{ROW}').length"))? == 1).then_some(()))
     })?;
     browser.enter("#filter", "no such words")?;
-    browser.shows("#users-empty", &["No container matches the filter"])?;
+    browser.shows("#users-empty", &["No user matches the filter"])?;
     browser.enter("#filter", "prod")?;
     browser.click("th[data-sort=name] button")?;
     browser.shows(ROW, &["prod/<i>trainer</i>"])?;

@@ -14,6 +14,7 @@ const PARAMETER: &str = "collect[]";
 pub enum Collector {
     Accelerators,
     Containers,
+    Users,
     Gpus,
     Agent,
     Pressure,
@@ -33,7 +34,7 @@ impl Collector {
     }
 
     pub fn is_default(self) -> bool {
-        matches!(self, Self::Accelerators | Self::Containers | Self::Gpus | Self::Agent)
+        matches!(self, Self::Accelerators | Self::Containers | Self::Users | Self::Gpus | Self::Agent)
     }
 
     const fn bit(self) -> u32 {

@@ -120,10 +120,20 @@ pub fn owner<'a>(lives: &'a [RecordedLife], sample: &NamedSample, period_us: u64
 
 /// The samples to be credited, when each one names one of these processes.
 pub fn expected(lives: &[RecordedLife], samples: &[NamedSample], period_us: u64) -> Result<Samples> {
+    expected_by(lives, samples, period_us, id_of)
+}
+
+/// `user_of`: the user of a process, by its cgroup.
+pub fn expected_by(
+    lives: &[RecordedLife],
+    samples: &[NamedSample],
+    period_us: u64,
+    user_of: impl Fn(&str) -> String,
+) -> Result<Samples> {
     let mut counts = Samples::new();
     for sample in samples {
         let life = owner(lives, sample, period_us).with_context(|| format!("no recorded process for {sample:?}"))?;
-        *counts.entry((id_of(&life.cgroup), sample.uuid.clone())).or_default() += 1;
+        *counts.entry((user_of(&life.cgroup), sample.uuid.clone())).or_default() += 1;
     }
     Ok(counts)
 }

@@ -214,6 +214,16 @@ impl User {
 }
 
 impl GpuFact {
+    /// The users that it names.
+    pub fn users(&self) -> impl Iterator<Item = User> {
+        let (processes, holders): (&[AttributedProcess], &[Holder]) = match self {
+            GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => (&sample.processes, &[]),
+            GpuFact::Held(Some(holders)) => (&[], holders),
+            _ => (&[], &[]),
+        };
+        processes.iter().map(|process| process.user).chain(holders.iter().map(|holder| holder.user))
+    }
+
     /// Length of the device time that the fact covers; `None` where it does not cover time.
     pub fn span_ns(&self) -> Option<u64> {
         match self {

@@ -164,6 +164,7 @@ pub struct Snapshot {
     pub at: BootNs,
     pub wall: WallTime,
     pub gpus: Vec<GpuView>,
-    /// Every living container, with or without GPU use, and containers with GPU time that disappeared within the retention time.
+    /// Every living container, with or without GPU use; the pods, jobs, units and login sessions that use a GPU; and those with GPU time
+    /// that disappeared within the retention time.
     pub containers: Vec<ContainerView>,
 }

@@ -21,6 +21,24 @@ pub struct Assignment {
     pub resource: String,
     /// As the device plugin named them; see [`device`].
     pub device_ids: Vec<String>,
+    /// The devices in the plugin's reply, if that is known: they are what the container has, whatever the ids of the kubelet.
+    pub handed_out: Vec<String>,
+    pub source: AssignmentSource,
+}
+
+/// Where an assignment is known from, the most exact first.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum AssignmentSource {
+    #[default]
+    Checkpoint,
+    PodResources,
+}
+
+impl AssignmentSource {
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// The physical GPU that a device id refers to. Time slices and replicas refer to their GPU.
@@ -32,6 +50,8 @@ pub enum Device {
     Index(u32),
     /// The number in `/dev/nvidia<N>`, which may differ from NVML's index.
     Minor(u32),
+    /// A MIG device of the GPU with this minor number, by the number of its GPU instance.
+    Instance { minor: u32, gpu_instance: u32 },
     /// `MIG-<uuid>`: only NVML has the GPU that the partition belongs to.
     Mig(String),
     /// The unchanged id.
@@ -39,28 +59,48 @@ pub enum Device {
 }
 
 impl Assignment {
-    /// The GPUs of its device ids. A bare number is an index only if the resource is a GPU: other resources number other things.
-    pub fn devices(&self) -> impl Iterator<Item = Device> + '_ {
+    /// The GPUs that were handed out; if that is not known, those of its device ids. A bare number is an index only if the resource is a
+    /// GPU: other resources number other things. An id that shares a GPU by a suffix is one of many equal ones, of which the kubelet picks
+    /// any: the scheduler of the plugin decides which GPU the container gets.
+    pub fn devices(&self) -> Vec<Device> {
+        let handed_out: Vec<Device> = self.handed_out.iter().map(|id| device(id)).collect();
+        if handed_out.iter().any(|device| !matches!(device, Device::Unknown(_))) {
+            return handed_out;
+        }
         let name = self.resource.strip_prefix("nvidia.com/").unwrap_or_default();
         let numbered = ["gpu", "mig-", "shared-gpu"].iter().any(|start| name.starts_with(start));
-        self.device_ids.iter().map(move |id| match device(id) {
+        let by_id = |id: &String| match device(id) {
             Device::Index(_) if !numbered => Device::Unknown(id.clone()),
+            Device::Uuid(_) | Device::Mig(_) if is_share(id) => Device::Unknown(id.clone()),
             device => device,
-        })
+        };
+        self.device_ids.iter().map(by_id).collect()
     }
 
     /// Whether this is a resource of NVIDIA, or another vendor's resource with NVIDIA devices.
-    fn is_gpu(&self) -> bool {
+    pub fn is_gpu(&self) -> bool {
         let is_nvidia_device = |id: &String| {
             let uuid_of = |prefix: &str| id.strip_prefix(prefix).and_then(uuid);
-            ["GPU-", "MIG-", "MIG-GPU-"].into_iter().find_map(uuid_of).is_some() || matches!(device(id), Device::Minor(_))
+            ["GPU-", "MIG-", "MIG-GPU-"].into_iter().find_map(uuid_of).is_some()
+                || matches!(device(id), Device::Minor(_) | Device::Instance { .. })
         };
         self.resource.starts_with("nvidia.com/") || self.device_ids.iter().any(is_nvidia_device)
+    }
+
+    fn is_of_same_container(&self, other: &Self) -> bool {
+        let parts = |a: &Self| (a.pod_uid.clone(), a.names());
+        parts(self) == parts(other) && self.container == other.container && self.resource == other.resource
     }
 
     fn names(&self) -> Option<Names> {
         Some((self.namespace.clone()?, self.pod.clone()?))
     }
+}
+
+/// `<uuid>-3`, `<uuid>-_-3`: the shares of HAMi, gpushare and other plugins. A replica of NVIDIA's plugin has `::` instead.
+fn is_share(id: &str) -> bool {
+    let rest = ["MIG-GPU-", "MIG-", "GPU-"].iter().find_map(|prefix| id.trim().strip_prefix(prefix)).unwrap_or(id.trim());
+    uuid(rest).is_some_and(|uuid| rest[uuid.len()..].starts_with(['-', '_', '@', '.']))
 }
 
 /// Namespace and name of a pod.
@@ -99,7 +139,10 @@ fn read(id: &str) -> Option<Device> {
     }
     // GKE: `nvidia0`, `nvidia0/vgpu3`, `nvidia0/gi1`, `nvidia0/gi1/vgpu3`.
     if let Some(rest) = id.strip_prefix("nvidia") {
-        return parse(rest.split('/').next()?).map(Device::Minor);
+        let mut parts = rest.split('/');
+        let minor = parse(parts.next()?)?;
+        let gpu_instance = parts.next().and_then(|part| parse(part.strip_prefix("gi")?));
+        return Some(gpu_instance.map_or(Device::Minor(minor), |gpu_instance| Device::Instance { minor, gpu_instance }));
     }
     // `0`, a partition's `0:1`, and CDI's `gpu0` and `mig0:1`.
     let number = id.strip_prefix("gpu").or(id.strip_prefix("mig")).unwrap_or(id);
@@ -149,7 +192,10 @@ pub fn join(checkpoint: Vec<Assignment>, pod_resources: Vec<Assignment>) -> Vec<
     for mut entry in pod_resources {
         let uid = entry.names().and_then(|names| uid_of.get(&names).cloned());
         entry.pod_uid = uid.filter(|uid| names_of.contains_key(uid)).or(entry.pod_uid);
-        all.insert(entry);
+        // The checkpoint says more about the same allocation.
+        if !all.iter().any(|known: &Assignment| known.is_of_same_container(&entry) && known.device_ids == entry.device_ids) {
+            all.insert(entry);
+        }
     }
     all.into_iter().collect()
 }
@@ -213,8 +259,11 @@ mod tests {
         for id in ["nvidia.com/gpu=GPU-UU", "k8s.device-plugin.nvidia.com/gpu=GPU-UU", "nvidia.com/gpu=GPU-UU::1"] {
             check(id, gpu());
         }
-        for id in ["nvidia2", "nvidia2/vgpu0", "nvidia2/gi0", "nvidia2/gi1/vgpu3"] {
+        for id in ["nvidia2", "nvidia2/vgpu0"] {
             check(id, Device::Minor(2));
+        }
+        for (id, gpu_instance) in [("nvidia2/gi0", 0), ("nvidia2/gi1/vgpu3", 1), ("nvidia2/gi13", 13)] {
+            check(id, Device::Instance { minor: 2, gpu_instance });
         }
         for id in
             ["1", "1:0", "1::4", " 1 ", "nvidia.com/gpu=1", "nvidia.com/gpu=1:0", "nvidia.com/gpu=gpu1", "nvidia.com/gpu=mig1:0"]
@@ -235,7 +284,7 @@ mod tests {
     fn a_bare_number_is_an_index_of_gpu_resources_only() {
         let first_device = |resource: &str| {
             let (resource, device_ids) = (resource.to_owned(), vec!["1".to_owned()]);
-            Assignment { resource, device_ids, ..Assignment::default() }.devices().next()
+            Assignment { resource, device_ids, ..Assignment::default() }.devices().into_iter().next()
         };
         for resource in ["nvidia.com/gpu", "nvidia.com/gpu.shared", "nvidia.com/mig-1g.5gb"] {
             assert_eq!(first_device(resource), Some(Device::Index(1)), "{resource}");
@@ -253,7 +302,8 @@ mod tests {
         let known = |part: &str| (part != "-").then(|| part.to_owned());
         let (namespace, pod) = names.split_once('/').map_or((None, None), |(n, p)| (known(n), known(p)));
         let device_ids = ids.split(',').filter(|id| !id.is_empty()).map(str::to_owned).collect();
-        Assignment { pod_uid: known(uid), namespace, pod, container: container.into(), resource: resource.into(), device_ids }
+        let (container, resource) = (container.into(), resource.into());
+        Assignment { pod_uid: known(uid), namespace, pod, container, resource, device_ids, ..Assignment::default() }
     }
 
     fn show(a: &Assignment) -> String {
@@ -309,6 +359,31 @@ mod tests {
                 &gpu_entry("u1|-|d", "GPU-b"),
             ],
         );
+    }
+
+    #[test]
+    fn shares_are_the_gpu_that_was_handed_out_and_no_other() {
+        let check = |resource: &str, ids: &[&str], handed_out: &[&str], expect: &[Device]| {
+            let text = |list: &[&str]| list.iter().map(|id| id.replace("UU", U)).collect::<Vec<_>>();
+            let (device_ids, handed_out) = (text(ids), text(handed_out));
+            let assignment = Assignment { resource: resource.into(), device_ids, handed_out, ..Assignment::default() };
+            let known: Vec<Device> =
+                assignment.devices().into_iter().filter(|device| !matches!(device, Device::Unknown(_))).collect();
+            assert_eq!(known, expect, "{ids:?}, {handed_out:?}", handed_out = assignment.handed_out);
+        };
+        let (gpu, other) = (Device::Uuid(format!("GPU-{U}")), "GPU-11111111-2222-3333-4444-555555555555");
+        let of_other = Device::Uuid(other.to_owned());
+        // HAMi: the kubelet picks any of the equal ids, the scheduler's annotation decides.
+        check("nvidia.com/gpu", &["GPU-UU-17"], &[], &[]);
+        check("nvidia.com/gpu", &["GPU-UU-17"], &[other], &[of_other.clone()]);
+        // gpushare: MiB of a GPU.
+        check("aliyun.com/gpu-mem", &["GPU-UU-_-0", "GPU-UU-_-1"], &["1"], &[Device::Index(1)]);
+        check("aliyun.com/gpu-mem", &["GPU-UU-_-0"], &[], &[]);
+        // NVIDIA's own replicas are those of the GPU in the id.
+        check("nvidia.com/gpu.shared", &["GPU-UU::3"], &[], &[gpu.clone()]);
+        check("nvidia.com/gpu", &["GPU-UU"], &["k8s.device-plugin.nvidia.com/gpu=GPU-UU"], &[gpu.clone()]);
+        check("nvidia.com/gpu", &["GPU-UU"], &["tegra"], &[gpu]);
+        check("nvidia.com/gpu", &["nvidia0/gi1"], &[], &[Device::Instance { minor: 0, gpu_instance: 1 }]);
     }
 
     #[test]

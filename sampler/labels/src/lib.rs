@@ -2,10 +2,12 @@
 #![forbid(unsafe_code)]
 
 mod assigned;
+mod details;
 mod resolver;
 mod values;
 
-pub use assigned::{Assignment, Device, device, facts_for, join};
+pub use assigned::{Assignment, AssignmentSource, Device, device, facts_for, join};
+pub use details::{UserDetails, user_name};
 pub use resolver::{
     ABSENT, FILES_IN_FLIGHT, LabelResolver, Outcome, Query, QueryAttempt, QueryOutcome, TargetId, can_resolve, is_likely,
 };

@@ -2,9 +2,11 @@
 
 use std::sync::Arc;
 
-use sampler_core::cgroup_path::{Kind, Runtime};
+use sampler_core::cgroup_path::{HostUser, Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use strum::{EnumCount as _, VariantArray as _};
+
+use super::details::UserDetails;
 
 /// Longer values are truncated, since they are part of every sample of a series. Kubernetes limits its own names to 253 bytes.
 const MAX_VALUE_BYTES: usize = 1024;
@@ -22,6 +24,7 @@ pub enum Source {
     PodmanFile,
     Logs,
     Mountinfo,
+    Environ,
     Manifest,
     Kubelet,
     Docker,
@@ -32,13 +35,14 @@ pub enum Source {
 
 impl Source {
     /// The sources that are queried: all except the cgroup path, which is parsed.
-    pub const QUERIED: [Source; 12] = [
+    pub const QUERIED: [Source; 13] = [
         Source::Bundle,
         Source::DockerFile,
         Source::CrioFile,
         Source::PodmanFile,
         Source::Logs,
         Source::Mountinfo,
+        Source::Environ,
         Source::Manifest,
         Source::Kubelet,
         Source::Docker,
@@ -63,6 +67,7 @@ impl Source {
             Source::Logs => matches!(label, Label::Namespace | Label::Pod | Label::Container),
             Source::Kubelet => matches!(label, Label::Namespace | Label::Pod),
             Source::Mountinfo => label == Label::Container,
+            Source::Environ => false,
             _ => true,
         }
     }
@@ -70,7 +75,7 @@ impl Source {
     /// A higher authority may overwrite a lower one. In descending order: the runtime's own record, the pods' API, names found in paths.
     pub fn authority(self) -> u8 {
         match self {
-            Source::Cgroup | Source::Logs | Source::Mountinfo => 1,
+            Source::Cgroup | Source::Logs | Source::Mountinfo | Source::Environ => 1,
             Source::Kubelet | Source::Manifest => 2,
             Source::Bundle
             | Source::DockerFile
@@ -114,6 +119,8 @@ pub struct Facts {
     pub pod_uid: Option<String>,
     pub runtime: Option<Runtime>,
     pub sandbox: bool,
+    /// Only of a job, unit or login session.
+    pub details: Option<UserDetails>,
     /// The source knows whether the container is in a pod: if it reports no pod, there is none.
     pub pod_status_known: bool,
 }
@@ -148,15 +155,21 @@ impl Facts {
     }
 }
 
-/// The labels of a container at one time.
+/// The labels of a container at one time; or of a pod's own cgroup, a job, a unit or a login session.
 #[derive(Clone, Debug, PartialEq)]
 pub struct ContainerLabels {
-    /// The path of the container's root cgroup; never empty.
+    /// The path of the root cgroup; never empty.
     pub id: Arc<str>,
+    /// The UID of a pod, the short name of a job, unit or login session.
     pub container_id: Arc<str>,
-    /// The container is inside another container.
+    /// It is inside another container.
     pub is_nested: bool,
     pub kind: Kind,
+    pub host_user: Option<HostUser>,
+    /// `None` until a process of the user was read.
+    pub details: Option<Arc<UserDetails>>,
+    /// The container, and the pod, around a job.
+    pub outer_container_id: Option<Arc<str>>,
     pub runtime: Option<Runtime>,
     pub pod_uid: Option<String>,
     /// Indexed like [`Label`].
@@ -174,9 +187,12 @@ impl ContainerLabels {
         let identity = &record.identity;
         let mut labels = Self {
             id: record.cgroup_path.as_str().into(),
-            container_id: identity.container_id.as_deref().unwrap_or_default().into(),
+            container_id: identity.short_name().into(),
             is_nested: identity.outer_container_id.is_some(),
             kind: identity.kind,
+            host_user: identity.host_user.clone(),
+            details: None,
+            outer_container_id: identity.outer_container_id.as_deref().map(Into::into),
             runtime: identity.runtime,
             pod_uid: identity.pod_uid.clone(),
             values: Default::default(),
@@ -236,6 +252,9 @@ impl ContainerLabels {
         changed |= pod_uid.is_some() || runtime.is_some();
         self.pod_uid = self.pod_uid.take().or(pod_uid);
         self.runtime = self.runtime.or(runtime);
+        if let Some(details) = facts.details.as_ref().filter(|details| self.details.as_deref() != Some(details)) {
+            (self.details, changed) = (Some(Arc::new(details.clone())), true);
+        }
         if facts.sandbox && self.kind != Kind::Sandbox {
             (self.kind, changed) = (Kind::Sandbox, true);
         }
@@ -254,6 +273,8 @@ impl ContainerLabels {
     fn applies(&self, label: Label) -> Option<bool> {
         use Runtime::{Containerd, CriO, Docker, Ecs, Garden, Lxc, Mesos, Nspawn, Podman, Rkt};
         match label {
+            _ if self.host_user.is_some() => Some(false),
+            Label::Name | Label::Image | Label::Container if self.kind == Kind::Pod => Some(false),
             Label::Image | Label::Container if self.kind == Kind::Sandbox => Some(false),
             // These run file systems, not images.
             Label::Image if matches!(self.runtime, Some(Lxc | Nspawn | Garden | Mesos)) => Some(false),
@@ -281,8 +302,14 @@ impl ContainerLabels {
     pub fn complete(&self) -> bool {
         self.missing().next().is_none()
     }
+
+    /// Whether a process may still show what it stands for. A unit of the machine says all by its name.
+    pub fn lacks_details(&self) -> bool {
+        let has_owner = |user: &HostUser| !matches!(user, HostUser::Unit(unit) if unit.uid.is_none());
+        self.details.is_none() && self.host_user.as_ref().is_some_and(has_owner)
+    }
 }
 
-fn bounded(value: &str) -> &str {
+pub(super) fn bounded(value: &str) -> &str {
     &value[..value.floor_char_boundary(MAX_VALUE_BYTES)]
 }

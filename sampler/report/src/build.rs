@@ -11,6 +11,7 @@ use super::selection::{narrow, selects_gpu};
 use sampler_core::aggregate::{
     Aggregate, COACTIVITY_WINDOW_NS, DeviceAccount, Range, SATURATION_RATIO, Settings, Window, is_user,
 };
+use sampler_core::cgroup_path::parse;
 use sampler_core::device::{Reason, THROTTLE_REASONS};
 use sampler_core::fact::{LabelFact, UnobservedReason, User};
 use sampler_core::units::{BootNs, WallTime};
@@ -71,19 +72,24 @@ fn id(user: User, gathered: &Gathered) -> String {
 
 fn describe(user: User, gathered: &Gathered) -> UserReport {
     let default = UserReport { id: id(user, gathered), ..UserReport::default() };
-    match user {
+    let described = match user {
         User::Container(key) => {
             let labels = gathered.labels.get(&key).cloned().unwrap_or_default();
             let LabelFact { key: _, namespace, pod, container, name, image } = labels;
             let container_id = gathered.containers.get(&key).and_then(|container| container.container_id.clone());
-            UserReport { kind: UserKind::Container, container_id, namespace, pod, container, name, image, ..default }
+            // Of a container that was dropped from the file only the key is known.
+            let identity = gathered.containers.get(&key).map(|container| parse(&container.cgroup_path));
+            let kind = identity.as_ref().map_or(UserKind::Container, |identity| identity.kind.into());
+            let user = identity.map(|identity| identity.short_name()).unwrap_or_default();
+            UserReport { kind, user, container_id, namespace, pod, container, name, image, ..default }
         }
         User::Host(process) => {
             let comm = gathered.comms.get(&process).cloned();
             UserReport { kind: UserKind::Host, pid: Some(process.pid), comm, ..default }
         }
         User::Unattributed(_) => UserReport { kind: UserKind::Unknown, ..default },
-    }
+    };
+    UserReport { user: described.display_name(), ..described }
 }
 
 fn gap_reason(reason: UnobservedReason) -> &'static str {

@@ -3,6 +3,7 @@
 use super::user_name::UserName;
 use serde::{Serialize, Serializer};
 
+use sampler_core::cgroup_path::Kind;
 use sampler_core::units::{WallTime, rfc3339};
 
 /// The version of the `json` format.
@@ -43,7 +44,8 @@ pub struct Report {
     pub saturation_ratio: f64,
     pub gaps: Vec<Gap>,
     pub gpus: Vec<GpuReport>,
-    /// All users of these GPUs: containers, host processes and unidentified ones; by GPU-seconds, descending.
+    /// All users of these GPUs: containers, pods, jobs, units, login sessions, host processes and unidentified ones; by GPU-seconds,
+    /// descending.
     pub users: Vec<UserReport>,
     /// Strongest first.
     pub findings: Vec<Finding>,
@@ -101,7 +103,13 @@ pub struct Named {
 #[strum(serialize_all = "kebab-case")]
 pub enum UserKind {
     Container,
-    /// A process outside any container.
+    /// Processes in the own cgroup of a pod.
+    Pod,
+    Job,
+    Unit,
+    /// The sessions of a user.
+    Login,
+    /// A process of none of these.
     Host,
     /// GPU time of an unidentified user; `id` is the reason.
     #[default]
@@ -111,7 +119,9 @@ pub enum UserKind {
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct UserReport {
     pub kind: UserKind,
-    /// Cgroup path of a container; `pid:PID@START` of a host process; the reason if the user is unknown. Unique within the report.
+    /// Short name: as [`UserReport::display_name`], and in metrics `user` of a job, unit or login session.
+    pub user: String,
+    /// Cgroup path of a container, pod, job, unit or login session; `pid:PID@START` of a host process; the reason if the user is unknown. Unique within the report.
     pub id: String,
     pub container_id: Option<String>,
     pub namespace: String,
@@ -290,6 +300,18 @@ impl Report {
     }
 }
 
+impl From<Kind> for UserKind {
+    fn from(kind: Kind) -> Self {
+        match kind {
+            Kind::Pod => UserKind::Pod,
+            Kind::Job => UserKind::Job,
+            Kind::Unit => UserKind::Unit,
+            Kind::Login => UserKind::Login,
+            Kind::Container | Kind::Sandbox | Kind::Monitor | Kind::Build | Kind::NotContainer => UserKind::Container,
+        }
+    }
+}
+
 impl UserReport {
     /// Name for people: namespace/pod/container, the name of a container without a pod, or the name and PID of a process.
     pub fn display_name(&self) -> String {
@@ -300,7 +322,8 @@ impl UserReport {
                 _ => self.id.clone(),
             },
             UserKind::Unknown => format!("unknown ({})", self.id),
-            UserKind::Container => {
+            UserKind::Job | UserKind::Unit | UserKind::Login => self.user.clone(),
+            UserKind::Container | UserKind::Pod => {
                 let (namespace, pod, container, name) = (&*self.namespace, &*self.pod, &*self.container, &*self.name);
                 let container_id = self.container_id.as_deref().unwrap_or_default();
                 UserName { namespace, pod, container, name, container_id, id: &self.id }.to_string()

@@ -13,7 +13,7 @@ pub fn selects_gpu(view: &View, uuid: &str, index: u32) -> bool {
 
 fn selects(view: &View, user: &UserReport) -> bool {
     let matches = |wanted: &String| {
-        let names = [&user.pod, &user.container, &user.name, &user.id];
+        let names = [&user.pod, &user.container, &user.name, &user.id, &user.user];
         let id = user.container_id.as_deref().unwrap_or_default();
         names.into_iter().any(|text| text == wanted) || (wanted.len() >= 4 && id.starts_with(wanted.as_str()))
     };

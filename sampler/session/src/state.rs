@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use sampler_core::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 use sampler_core::device::Engine;
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User, UtilizationSample};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey};
 
@@ -74,16 +74,6 @@ struct HostState {
     written: bool,
 }
 
-/// The users that a GPU fact names.
-fn users(fact: &GpuFact) -> Vec<User> {
-    let sample_users = |sample: &UtilizationSample| sample.processes.iter().map(|process| process.user).collect();
-    match fact {
-        GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => sample_users(sample),
-        GpuFact::Held(Some(holders)) => holders.iter().map(|holder| holder.user).collect(),
-        _ => Vec::new(),
-    }
-}
-
 fn time_of(fact: &Fact) -> Option<BootNs> {
     match fact {
         Fact::Time { at, .. } | Fact::Gpu { at, .. } | Fact::ContainerGone { at, .. } => Some(*at),
@@ -143,7 +133,7 @@ impl State {
             }
             Fact::Gpu { gpu, at, fact: of_gpu } => {
                 self.gpu(*gpu, *at, of_gpu, fact);
-                for user in users(of_gpu) {
+                for user in of_gpu.users() {
                     self.record_named(user, emit);
                 }
                 true
@@ -248,11 +238,11 @@ impl State {
 
     /// The content of a State frame at this time. The facts of users that are not in it are written again when the user is next named.
     pub fn facts(&mut self) -> Vec<Fact> {
-        let holders = |gpu: &GpuState| match &gpu.held {
-            Some(Fact::Gpu { fact, .. }) => users(fact),
-            _ => Vec::new(),
-        };
-        let held: BTreeSet<User> = self.gpus.values().flat_map(holders).collect();
+        let held_facts = self.gpus.values().filter_map(|gpu| match &gpu.held {
+            Some(Fact::Gpu { fact, .. }) => Some(fact),
+            _ => None,
+        });
+        let held: BTreeSet<User> = held_facts.flat_map(GpuFact::users).collect();
         let recent = self.now.minus(RECENTLY_NAMED_NS);
         let mut all: Vec<Fact> = self.time.clone().into_iter().collect();
         all.extend(self.gpus.values().filter_map(|gpu| gpu.opened.clone()));

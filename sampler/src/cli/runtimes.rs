@@ -11,10 +11,11 @@ use serde::Deserialize;
 use super::doctor::{Check, CheckStatus};
 use crate::config::Config;
 use crate::error::display_chain;
+use crate::labels::source::checkpoint;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::grpc::GrpcError;
 use crate::labels::source::http::{self, HttpClientError};
-use crate::labels::source::kubelet::{Kubelet, checkpoint};
+use crate::labels::source::kubelet::Kubelet;
 use crate::labels::source::reply::SourceReply;
 use crate::labels::{Discovery, LabelConfig, Root};
 use crate::observe::kernel::layout::Layout;
@@ -128,7 +129,7 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
 
 /// The kubelet's device checkpoints, where they exist.
 fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
-    let check = |folder: &PathBuf| match checkpoint(&root.path(folder)) {
+    let check = |folder: &PathBuf| match checkpoint::read(&root.path(folder)) {
         Ok(None) => None,
         Ok(Some(list)) => {
             Some(Check::ok("kubelet", format!("device checkpoint with {} entries, in {}", list.len(), folder.display())))

@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
-use sampler_core::cgroup_path::{Kind, host_users, parse};
+use sampler_core::cgroup_path::{CgroupIdentity, Kind, parse};
 use sampler_core::identity::{ContainerRecord, ProcessHistory};
 use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{ContainerLabels, Label, Source, is_likely};
@@ -13,7 +13,7 @@ use strum::VariantArray as _;
 use super::document::{
     Explanation, IncompleteContainer, LabelValue, LifetimeJson, Name, Origin, ProcessJson, Providers, ResidencyJson,
 };
-use super::host_users::HostUsersJson;
+use super::host_users::{DetailsJson, HostUsersJson};
 use crate::labels::{AttemptView, FILES};
 use crate::observe::clock::{boot_now, wall_now};
 use crate::query::{KnownSubject, ResidencyView, Subject};
@@ -78,24 +78,17 @@ impl Explanation {
     pub fn of_path(path: &str) -> Self {
         let record = record_of(path);
         let identity = &record.identity;
-        let users = host_users(path, identity);
-        let (kind, root) = match &users.innermost {
-            Some((user, root_len)) => (user.kind(), path.get(..*root_len)),
-            None => (identity.kind.name(), None),
-        };
-        let is_container = matches!(identity.kind, Kind::Container | Kind::Sandbox) && users.innermost.is_none();
-        let id = if is_container { &record.cgroup_path } else { root.unwrap_or(path) }.to_owned();
         let mut explanation = Self {
-            kind: kind.into(),
+            kind: identity.kind.name().into(),
             runtime: identity.runtime.map(|r| r.name().into()),
-            container_id: identity.container_id.clone().filter(|_| is_container),
+            container_id: identity.container_id.clone(),
             pod_uid: identity.pod_uid.clone(),
             outer_container_id: identity.outer_container_id.clone(),
-            users: HostUsersJson::new(&users, identity),
+            users: HostUsersJson::new(identity),
             cgroup: path.to_owned(),
             ended: None,
             exists: None,
-            labels: BTreeMap::from([("id".into(), LabelValue { value: id, source: "cgroup".into() })]),
+            labels: BTreeMap::new(),
             missing: Vec::new(),
             not_applicable: names(Label::VARIANTS.iter().copied()),
             tried: Vec::new(),
@@ -103,18 +96,19 @@ impl Explanation {
             answered_by: Origin::Path,
             process: None,
         };
-        if is_container {
+        let id = if is_user(identity) { record.cgroup_path.clone() } else { path.to_owned() };
+        explanation.labels.insert("id".into(), LabelValue { value: id, source: "cgroup".into() });
+        if is_user(identity) {
             explanation.add_labels(&ContainerLabels::from_path(&record), Vec::new());
         }
         explanation
     }
 
     fn add_labels(&mut self, labels: &ContainerLabels, tried: Vec<AttemptView>) {
-        // The labels are those of the container around a job.
-        if self.users.job.is_none() {
-            self.kind = labels.kind.name().into();
-        }
+        self.kind = labels.kind.name().into();
         self.runtime = labels.runtime.map(|r| r.name().into());
+        self.users.user = labels.host_user.as_ref().map(|_| labels.container_id.to_string());
+        self.users.details = labels.details.as_deref().map(DetailsJson::from);
         self.pod_uid.clone_from(&labels.pod_uid);
         for &label in Label::VARIANTS {
             if let Some(known) = labels.get(label) {
@@ -164,6 +158,11 @@ fn would_fill(labels: &ContainerLabels, tried: &[AttemptView]) -> Providers {
     labels.missing().map(|l| (l.name().into(), providers(l))).filter(|(_, sources)| !sources.is_empty()).collect()
 }
 
+/// Whether GPU time can be attributed to it.
+pub(super) fn is_user(identity: &CgroupIdentity) -> bool {
+    !matches!(identity.kind, Kind::Monitor | Kind::Build | Kind::NotContainer)
+}
+
 /// A container record from its path; `cgroup_path` ends with the root of the container.
 pub(super) fn record_of(path: &str) -> ContainerRecord {
     let identity = parse(path);
@@ -194,9 +193,12 @@ mod tests {
         let explanation = json(&format!("/docker/{id}/system.slice/slurmstepd.scope/job_7/step_0/user/task_1"));
         let job = serde_json::json!({"scheduler": "slurm", "id": "7", "step": "0", "task": "1", "uid": null});
         assert_eq!((&explanation["kind"], &explanation["job"]), (&"job".into(), &job));
+        assert_eq!(explanation["user"], "aaaaaaaaaaaa/slurm/7");
         assert_eq!(explanation["outer"], serde_json::json!({"kind": "container", "container_id": id}));
         let explanation = json(&format!("/slurm/uid_1000/job_9/docker/{id}"));
         assert_eq!((&explanation["kind"], &explanation["outer"]["job"]["id"]), (&"container".into(), &"9".into()));
+        let explanation = json("/kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c");
+        assert_eq!((&explanation["kind"], &explanation["missing"]), (&"pod".into(), &serde_json::json!(["namespace", "pod"])));
         let explanation = json(&format!("/docker/{id}"));
         assert_eq!(explanation["missing"], serde_json::json!(["name", "image"]));
         assert_eq!(explanation["not_applicable"], serde_json::json!(["namespace", "pod", "container"]));

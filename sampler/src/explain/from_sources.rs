@@ -5,14 +5,13 @@ use std::io;
 use std::path::Path;
 use std::sync::Arc;
 
-use sampler_core::cgroup_path::Kind;
 use sampler_core::identity::Identity;
 use sampler_core::observation::CgroupFact;
 use sampler_core::units::BootNs;
 use sampler_report::short_id;
 use thiserror::Error;
 
-use super::build::record_of;
+use super::build::{is_user, record_of};
 use super::document::{Explanation, Origin};
 use super::unknown::{no_container, why_unknown};
 use crate::config::Config;
@@ -54,11 +53,11 @@ pub fn from_sources(config: &Config, subject: &Subject) -> Result<Explanation, E
         }
     };
     let record = Arc::new(record_of(&known.path));
-    let is_container = matches!(record.identity.kind, Kind::Container | Kind::Sandbox);
+    let is_user = is_user(&record.identity);
     let is_under = |(_, mount): (u32, &Path)| mount.join(known.path.trim_start_matches('/')).is_dir();
     let exists = layout.mounts().any(is_under);
     // A container without a cgroup is queried, too: its files and its runtime's record may still exist.
-    let resolved = if is_container {
+    let resolved = if is_user {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ExplainError::Runtime)?;
         let resolved = runtime.block_on(resolve_once(&LabelConfig::new(config, &layout), record));
         // A file read that hangs in the kernel must not delay the output.
@@ -69,7 +68,7 @@ pub fn from_sources(config: &Config, subject: &Subject) -> Result<Explanation, E
     };
     let (labels, tried) = resolved.map(|resolved| (resolved.labels, resolved.attempts)).unzip();
     let mut explanation = Explanation::new(subject, &known, labels.as_ref(), tried.unwrap_or_default(), &config.path_procfs);
-    explanation.answered_by = if is_container { Origin::Sources } else { Origin::Path };
+    explanation.answered_by = if is_user { Origin::Sources } else { Origin::Path };
     explanation.exists = Some(exists);
     Ok(explanation)
 }

@@ -2,7 +2,8 @@
 
 use std::borrow::Cow;
 
-use sampler_core::cgroup_path::{CgroupIdentity, HostUser, HostUsers, Job};
+use sampler_core::cgroup_path::{CgroupIdentity, HostUser, Job};
+use sampler_labels::UserDetails;
 use serde::{Deserialize, Serialize};
 
 use super::document::Name;
@@ -40,9 +41,23 @@ pub struct OuterJson {
     pub job: Option<JobJson>,
 }
 
+/// What the processes of a job, unit or session say about it.
+#[derive(Serialize, Deserialize)]
+pub struct DetailsJson {
+    /// Where the id in the path is not the number of the job.
+    pub job_id: Option<String>,
+    pub job_name: Option<String>,
+    pub uid: Option<u32>,
+    pub user_name: Option<String>,
+    pub partition: Option<String>,
+}
+
 /// What a path has besides its container.
 #[derive(Default, Serialize, Deserialize)]
 pub struct HostUsersJson {
+    /// As in metrics.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub user: Option<String>,
     #[serde(skip_serializing_if = "Option::is_none")]
     pub job: Option<JobJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
@@ -50,7 +65,16 @@ pub struct HostUsersJson {
     #[serde(skip_serializing_if = "Option::is_none")]
     pub login: Option<LoginJson>,
     #[serde(skip_serializing_if = "Option::is_none")]
+    pub details: Option<DetailsJson>,
+    #[serde(skip_serializing_if = "Option::is_none")]
     pub outer: Option<OuterJson>,
+}
+
+impl From<&UserDetails> for DetailsJson {
+    fn from(details: &UserDetails) -> Self {
+        let UserDetails { job_id, job_name, uid, user_name, partition } = details.clone();
+        Self { job_id, job_name, uid, user_name, partition }
+    }
 }
 
 impl From<&Job> for JobJson {
@@ -62,26 +86,25 @@ impl From<&Job> for JobJson {
 
 impl HostUsersJson {
     /// `identity` is that of the path.
-    pub fn new(users: &HostUsers, identity: &CgroupIdentity) -> Self {
+    pub fn new(identity: &CgroupIdentity) -> Self {
         let mut json = Self::default();
-        match &users.innermost {
-            Some((HostUser::Job(job), _)) => {
-                json.job = Some(job.into());
-                let (container_id, pod_uid) = (identity.container_id.clone(), identity.pod_uid.clone());
-                let is_inside = container_id.is_some() || pod_uid.is_some();
-                let kind = identity.kind.name().into();
-                json.outer = is_inside.then_some(OuterJson { kind, container_id, pod_uid, job: None });
-            }
-            Some((HostUser::Unit(unit), _)) => json.unit = Some(UnitJson { name: unit.name.clone(), uid: unit.uid }),
-            Some((HostUser::Login(login), _)) => {
-                json.login = Some(LoginJson { uid: login.uid, session: login.session.clone() });
-            }
-            None => {
-                let job = users.outer.as_ref().map(JobJson::from);
-                json.outer =
-                    job.map(|job| OuterJson { kind: Cow::Borrowed("job"), container_id: None, pod_uid: None, job: Some(job) });
-            }
+        match &identity.host_user {
+            Some(HostUser::Job(job)) => json.job = Some(job.into()),
+            Some(HostUser::Unit(unit)) => json.unit = Some(UnitJson { name: unit.name.clone(), uid: unit.uid }),
+            Some(HostUser::Login(login)) => json.login = Some(LoginJson { uid: login.uid, session: login.session.clone() }),
+            None => {}
         }
+        let (container_id, pod_uid) = (identity.outer_container_id.clone(), identity.pod_uid.clone());
+        json.outer = match (&identity.outer_job, &identity.host_user) {
+            (Some(job), _) => {
+                Some(OuterJson { kind: Cow::Borrowed("job"), container_id: None, pod_uid: None, job: Some(job.into()) })
+            }
+            (None, Some(_)) if container_id.is_some() || pod_uid.is_some() => {
+                let kind = if container_id.is_some() { "container" } else { "pod" };
+                Some(OuterJson { kind: Cow::Borrowed(kind), container_id, pod_uid, job: None })
+            }
+            (None, _) => None,
+        };
         json
     }
 
@@ -101,10 +124,24 @@ impl HostUsersJson {
             let id = outer.job.as_ref().map(job_text).or_else(|| outer.container_id.clone()).or_else(|| outer.pod_uid.clone());
             format!("{} {}", outer.kind, id.unwrap_or_default())
         };
+        let details_text = |details: &DetailsJson| {
+            let uid = details.uid.map(|uid| uid.to_string());
+            let parts = [
+                ("number", &details.job_id),
+                ("name", &details.job_name),
+                ("owner", &details.user_name),
+                ("uid", &uid),
+                ("partition", &details.partition),
+            ];
+            let known = parts.iter().filter_map(|(name, value)| Some(format!("{name} {}", value.as_ref()?)));
+            known.collect::<Vec<_>>().join(", ")
+        };
         let lines = [
+            ("user", self.user.clone()),
             ("job", self.job.as_ref().map(job_text)),
             ("unit", self.unit.as_ref().map(|unit| with_uid(unit.name.clone(), unit.uid))),
             ("login", self.login.as_ref().map(login_text)),
+            ("details", self.details.as_ref().map(details_text)),
             ("outer", self.outer.as_ref().map(outer_text)),
         ];
         lines.into_iter().filter_map(|(name, value)| Some((name, value?))).collect()

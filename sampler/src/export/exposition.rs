@@ -1,20 +1,20 @@
 //! What is exposed: GPUs, and pairs of a container and a GPU with their labels and contenders.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use sampler_core::device::GpuInfo;
 use sampler_core::snapshot::{ContainerGpu, GpuView, Other, Snapshot};
 use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
-use sampler_labels::{ContainerLabels, Label};
+use sampler_labels::{AssignmentSource, ContainerLabels, Label};
 
 use super::label_text::ContainerText;
 
-/// One (container, GPU) pair as exposed.
+/// One (container, GPU) pair as exposed; or that of another user and a GPU.
 #[derive(Clone, Debug)]
 pub struct ExportedPair {
     pub key: ContainerKey,
-    /// The container's own id, unless another exposed container has the same one.
+    /// The container's own id, unless another exposed container has the same one. The UID of a pod, the name of another user.
     pub container_id: Arc<str>,
     pub labels: Arc<ContainerLabels>,
     pub device: Arc<GpuInfo>,
@@ -26,8 +26,8 @@ pub struct ExportedPair {
     pub contenders: Vec<ExportedContender>,
     /// Its last cgroup was removed.
     pub gone: bool,
-    /// The kubelet has assigned the GPU, or a part of it, to the container.
-    pub assigned: bool,
+    /// Where it is known from that the GPU, or a part of it, is assigned to the container; `None` if it is not.
+    pub assigned: Option<AssignmentSource>,
     /// Empty but in a scrape.
     pub text: Arc<ContainerText>,
 }
@@ -36,6 +36,11 @@ impl ExportedPair {
     pub fn gpu(&self) -> &GpuUuid {
         &self.device.uuid
     }
+
+    /// Whether the user is a job, unit or login session: it is not in the families of containers.
+    pub fn is_host_user(&self) -> bool {
+        self.labels.host_user.is_some()
+    }
 }
 
 #[derive(Clone, Debug)]
@@ -43,8 +48,8 @@ pub struct ExportedGpu {
     pub view: GpuView,
     /// Busy seconds minus those that wait for labels.
     pub busy_seconds: f64,
-    /// Namespace -> seconds; blank for containers without one.
-    pub credited: BTreeMap<String, f64>,
+    /// (namespace, kind of user) -> seconds; a blank namespace for users without one.
+    pub credited: BTreeMap<(String, &'static str), f64>,
     /// When its counters were 0.
     pub created: Option<WallTime>,
 }
@@ -59,13 +64,15 @@ pub struct Exposition {
     pub containers: BTreeMap<(&'static str, &'static str), u64>,
     /// Label -> live containers that lack it.
     pub missing: BTreeMap<&'static str, u64>,
+    /// Pods that are exposed as their only container with a GPU.
+    pub only_containers: HashMap<ContainerKey, Arc<ContainerLabels>>,
 }
 
 /// Another user of a container's GPU, and the GPU time that it received while the container was active and the GPU was saturated.
 #[derive(Clone, Debug)]
 pub struct ExportedContender {
     pub other: Other,
-    /// Only for a container.
+    /// `None` for host processes, unknown ones and the rest.
     pub labels: Option<Arc<ContainerLabels>>,
     /// As exported; the kind if it is not a container.
     pub container_id: Arc<str>,
@@ -85,11 +92,12 @@ pub fn contender_kind(other: Other) -> &'static str {
 
 impl ExportedContender {
     pub fn kind(&self) -> &'static str {
-        contender_kind(self.other)
+        self.labels.as_ref().map_or(contender_kind(self.other), |labels| labels.kind.user_kind())
     }
 
     pub fn text(&self, label: Label) -> &str {
         match (&self.labels, label) {
+            (Some(labels), Label::Container) if labels.host_user.is_some() => &self.container_id,
             (Some(labels), _) => labels.text(label),
             // A legend by this label alone is then not blank.
             (None, Label::Container) => self.kind(),
@@ -105,13 +113,19 @@ impl ExportedContender {
 
 impl Exposition {
     /// Marks the pairs of assigned GPUs. Adds a pair for a GPU that is assigned but was not used yet.
-    pub fn add_assigned(&mut self, key: ContainerKey, labels: &Arc<ContainerLabels>, gpus: &[usize], snapshot: &Snapshot) {
-        for n in gpus {
+    pub fn add_assigned(
+        &mut self,
+        key: ContainerKey,
+        labels: &Arc<ContainerLabels>,
+        gpus: &[(usize, AssignmentSource)],
+        snapshot: &Snapshot,
+    ) {
+        for (n, source) in gpus {
             let Some(gpu) = snapshot.gpus.get(*n) else { continue };
             // The pairs of one container are adjacent.
             let known = self.pairs.iter_mut().rev().take_while(|pair| pair.key == key).find(|pair| *pair.gpu() == gpu.info.uuid);
             if let Some(pair) = known {
-                pair.assigned = true;
+                pair.assigned = Some(*source);
                 continue;
             }
             // There is no sample of it: idle, as far as the GPU was observed.
@@ -124,7 +138,7 @@ impl Exposition {
                 energy_joules: gpu.unattributed_energy.map(|_| 0.0),
                 ..ContainerGpu::default()
             };
-            self.pairs.push(ExportedPair { assigned: true, ..exported_pair(key, labels, gpu, &unused) });
+            self.pairs.push(ExportedPair { assigned: Some(*source), ..exported_pair(key, labels, gpu, &unused) });
         }
     }
 }
@@ -140,7 +154,7 @@ pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &Gpu
         created: None,
         contenders: Vec::new(),
         gone: false,
-        assigned: false,
+        assigned: None,
         text: Arc::default(),
     }
 }

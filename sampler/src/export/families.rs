@@ -1,13 +1,16 @@
-//! Writes the families of containers and of the agent.
+//! Writes the families of containers, of other users and of the agent.
 
 use sampler_common::kind;
+use sampler_core::cgroup_path::HostUser;
 use sampler_core::snapshot::WindowShares;
 use sampler_labels::Label;
 use strum::VariantArray as _;
 
-use super::catalogue::{agent as agent_families, cadvisor as cadvisor_families, containers as container_families};
-use super::encode::{HistogramValue, Labels, Page};
-use super::exposition::Exposition;
+use super::catalogue::{
+    agent as agent_families, cadvisor as cadvisor_families, containers as container_families, users as user_families,
+};
+use super::encode::{FamilyId, HistogramValue, Labels, Page};
+use super::exposition::{ExportedPair, Exposition};
 use super::label_text::GpuText;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::health::{HealthView, IDENTIFY_BOUNDS};
@@ -23,7 +26,7 @@ pub fn cadvisor(page: &Exposition, to: &mut Page) {
     let [duty, total, used] =
         [&cadvisor_families::DUTY_CYCLE, &cadvisor_families::MEMORY_TOTAL, &cadvisor_families::MEMORY_USED].map(|f| to.family(f));
     let gpus = gpu_texts(page);
-    for pair in &page.pairs {
+    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user()) {
         let labels = Labels::from([&*gpus[pair.usage.gpu].accelerator, &pair.text.accelerator]);
         to.add_known(duty, labels, pair.usage.duty_cycle_percent);
         to.add_known(total, labels, pair.memory_total_bytes.map(|b| b as f64));
@@ -31,43 +34,88 @@ pub fn cadvisor(page: &Exposition, to: &mut Page) {
     }
 }
 
-pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
-    let [seconds, stderr, samples] =
-        [&container_families::SECONDS, &container_families::SECONDS_STDERR, &container_families::SAMPLES].map(|f| to.family(f));
-    let energy = to.family(&container_families::ENERGY);
-    let [utilization, utilization_stderr] =
-        [&container_families::UTILIZATION, &container_families::UTILIZATION_STDERR].map(|f| to.family(f));
-    let [shares, engines, coactive, contention] = [
-        &container_families::WINDOW_SHARE,
-        &container_families::ENGINE_SECONDS,
-        &container_families::COACTIVE_SECONDS,
-        &container_families::CONTENTION_SECONDS,
-    ]
-    .map(|family| to.family(family));
-    let [memory, mps_clients, assigned] =
-        [&container_families::MEMORY_USED, &container_families::MPS_CLIENTS, &container_families::ASSIGNED].map(|f| to.family(f));
-    let ratio = |percent: Option<f64>| percent.map(|p| p / 100.0);
-    let gpus = gpu_texts(page);
-    for pair in &page.pairs {
-        let (usage, blocks) = (&pair.usage, [&*gpus[pair.usage.gpu].own, &pair.text.own]);
-        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu().clone())).created(pair.created);
-        to.add_from_zero(seconds, (&mut series, ""), blocks, usage.seconds);
-        to.add_from_zero(stderr, (&mut series, ""), blocks, usage.seconds_stderr);
-        to.add_from_zero(samples, (&mut series, ""), blocks, usage.samples as f64);
-        if let Some(joules) = usage.energy_joules {
-            to.add_from_zero(energy, (&mut series, ""), blocks, joules);
+/// The families of one kind of users: the same quantities for all.
+struct UserFamilies {
+    seconds: FamilyId,
+    stderr: FamilyId,
+    samples: FamilyId,
+    energy: FamilyId,
+    utilization: FamilyId,
+    utilization_stderr: FamilyId,
+    shares: FamilyId,
+    engines: FamilyId,
+    coactive: FamilyId,
+    contention: FamilyId,
+    memory: FamilyId,
+    mps_clients: FamilyId,
+}
+
+macro_rules! user_families {
+    ($module:ident, $to:ident) => {
+        UserFamilies {
+            seconds: $to.family(&$module::SECONDS),
+            stderr: $to.family(&$module::SECONDS_STDERR),
+            samples: $to.family(&$module::SAMPLES),
+            energy: $to.family(&$module::ENERGY),
+            utilization: $to.family(&$module::UTILIZATION),
+            utilization_stderr: $to.family(&$module::UTILIZATION_STDERR),
+            shares: $to.family(&$module::WINDOW_SHARE),
+            engines: $to.family(&$module::ENGINE_SECONDS),
+            coactive: $to.family(&$module::COACTIVE_SECONDS),
+            contention: $to.family(&$module::CONTENTION_SECONDS),
+            memory: $to.family(&$module::MEMORY_USED),
+            mps_clients: $to.family(&$module::MPS_CLIENTS),
         }
-        to.add_known(utilization, blocks, ratio(usage.duty_cycle_percent));
-        to.add_known(utilization_stderr, blocks, ratio(usage.duty_cycle_stderr));
+    };
+}
+
+/// Containers, and pods.
+pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
+    let families = user_families!(container_families, to);
+    let assigned = to.family(&container_families::ASSIGNED);
+    let gpus = gpu_texts(page);
+    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user()) {
+        let blocks = [&*gpus[pair.usage.gpu].own, &pair.text.own];
+        families.add(pair, blocks, to, starts);
+        if let Some(source) = pair.assigned {
+            to.add(assigned, Labels { blocks, more: &[("source", source.name())] }, 1.0);
+        }
+    }
+    container_info(page, to);
+}
+
+/// Jobs, units and login sessions.
+pub fn users(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
+    let families = user_families!(user_families, to);
+    let gpus = gpu_texts(page);
+    for pair in page.pairs.iter().filter(|pair| pair.is_host_user()) {
+        families.add(pair, [&*gpus[pair.usage.gpu].own, &pair.text.own], to, starts);
+    }
+    user_info(page, to);
+}
+
+impl UserFamilies {
+    fn add(&self, pair: &ExportedPair, blocks: [&str; 2], to: &mut Page, starts: &mut SeriesStarts) {
+        let usage = &pair.usage;
+        let ratio = |percent: Option<f64>| percent.map(|p| p / 100.0);
+        let mut series = starts.of(SeriesOwner::ContainerGpu(pair.key, pair.gpu().clone())).created(pair.created);
+        to.add_from_zero(self.seconds, (&mut series, ""), blocks, usage.seconds);
+        to.add_from_zero(self.stderr, (&mut series, ""), blocks, usage.seconds_stderr);
+        to.add_from_zero(self.samples, (&mut series, ""), blocks, usage.samples as f64);
+        if let Some(joules) = usage.energy_joules {
+            to.add_from_zero(self.energy, (&mut series, ""), blocks, joules);
+        }
+        to.add_known(self.utilization, blocks, ratio(usage.duty_cycle_percent));
+        to.add_known(self.utilization_stderr, blocks, ratio(usage.duty_cycle_stderr));
         if let Some(w) = &usage.window_shares {
             let value = HistogramValue { bounds: &WindowShares::BOUNDS, cumulative: &w.buckets, sum: w.sum, count: w.count };
-            to.add_histogram_from_zero(shares, &mut series, blocks, value);
+            to.add_histogram_from_zero(self.shares, &mut series, blocks, value);
         }
         for (engine, seconds) in &usage.engines {
             let labels = Labels { blocks, more: &[("engine", engine.name())] };
-            to.add_from_zero(engines, (&mut series, engine.name()), labels, *seconds);
+            to.add_from_zero(self.engines, (&mut series, engine.name()), labels, *seconds);
         }
-        to.add_from_zero(coactive, (&mut series, ""), blocks, usage.coactive_seconds);
+        to.add_from_zero(self.coactive, (&mut series, ""), blocks, usage.coactive_seconds);
         for contender in &pair.contenders {
             let more = [
                 ("other_namespace", contender.text(Label::Namespace)),
@@ -75,24 +123,23 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
                 ("other_container", contender.text(Label::Container)),
                 ("other_container_id", &contender.container_id),
             ];
-            to.add_from_zero(
-                contention,
-                (&mut series, &contender.container_id),
-                Labels { blocks, more: &more },
-                contender.seconds,
-            );
+            let labels = Labels { blocks, more: &more };
+            to.add_from_zero(self.contention, (&mut series, &contender.container_id), labels, contender.seconds);
         }
-        to.add_known(memory, blocks, usage.memory_used_bytes.map(|b| b as f64));
-        to.add_known(mps_clients, blocks, (usage.mps_clients > 0).then_some(usage.mps_clients.into()));
-        to.add_known(assigned, blocks, pair.assigned.then_some(1.0));
+        to.add_known(self.memory, blocks, usage.memory_used_bytes.map(|b| b as f64));
+        to.add_known(self.mps_clients, blocks, (usage.mps_clients > 0).then_some(usage.mps_clients.into()));
     }
-    info(page, to);
 }
 
-fn info(page: &Exposition, to: &mut Page) {
-    let info = to.family(&container_families::INFO);
+/// The first pair of each user, by the name that its series have.
+fn each_user(page: &Exposition, is_host_user: bool) -> impl Iterator<Item = &ExportedPair> {
     let mut written = std::collections::HashSet::new();
-    for pair in page.pairs.iter().filter(|pair| written.insert(&pair.container_id)) {
+    page.pairs.iter().filter(move |pair| pair.is_host_user() == is_host_user && written.insert(&pair.container_id))
+}
+
+fn container_info(page: &Exposition, to: &mut Page) {
+    let info = to.family(&container_families::INFO);
+    for pair in each_user(page, false) {
         let l = &pair.labels;
         let labels = [
             ("container_id", &*pair.container_id),
@@ -100,6 +147,37 @@ fn info(page: &Exposition, to: &mut Page) {
             ("name", l.text(Label::Name)),
             ("runtime", l.runtime.map_or("", |r| r.name())),
             ("pod_uid", l.pod_uid.as_deref().unwrap_or_default()),
+            ("id", &l.id),
+        ];
+        to.add(info, &labels, 1.0);
+    }
+}
+
+fn user_info(page: &Exposition, to: &mut Page) {
+    let info = to.family(&user_families::INFO);
+    for pair in each_user(page, true) {
+        let l = &pair.labels;
+        let details = l.details.as_deref().cloned().unwrap_or_default();
+        let uid = l.host_user.as_ref().and_then(HostUser::uid).or(details.uid).map(|uid| uid.to_string());
+        let (scheduler, job_id, unit) = match &l.host_user {
+            Some(HostUser::Job(job)) => (job.scheduler.name(), details.job_id.as_ref().unwrap_or(&job.id).as_str(), ""),
+            Some(HostUser::Unit(unit)) => ("", "", unit.name.as_str()),
+            Some(HostUser::Login(_)) | None => ("", "", ""),
+        };
+        let text = |value: &'_ Option<String>| value.clone().unwrap_or_default();
+        let labels = [
+            ("kind", l.kind.user_kind()),
+            ("user", &*pair.container_id),
+            ("scheduler", scheduler),
+            ("job_id", job_id),
+            ("job_name", &text(&details.job_name)),
+            ("uid", &text(&uid)),
+            ("user_name", &text(&details.user_name)),
+            ("partition", &text(&details.partition)),
+            ("unit", unit),
+            ("container_id", l.outer_container_id.as_deref().unwrap_or_default()),
+            ("namespace", l.text(Label::Namespace)),
+            ("pod", l.text(Label::Pod)),
             ("id", &l.id),
         ];
         to.add(info, &labels, 1.0);

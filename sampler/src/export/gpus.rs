@@ -115,12 +115,21 @@ impl GpuWriter<'_> {
             let t = gpu.view.time;
             [("busy", gpu.busy_seconds), ("idle", t.idle), ("unobserved", t.unobserved), ("unsupported", t.unsupported)]
         });
-        self.parts(&families::CREDITED_SECONDS, is_leaf, "namespace", |gpu| {
-            gpu.credited.iter().map(|(namespace, seconds)| (namespace, *seconds))
-        });
+        self.credited();
         self.parts(&families::UNATTRIBUTED_SECONDS, is_leaf, "reason", |gpu| {
             Reason::VARIANTS.iter().map(|reason| reason.name()).zip(gpu.view.unattributed)
         });
+    }
+
+    fn credited(&mut self) {
+        let id = self.to.family(&families::CREDITED_SECONDS);
+        for gpu in self.gpus.iter().filter(|gpu| is_leaf(gpu.view)) {
+            let mut series = self.starts.of(SeriesOwner::Gpu(gpu.view.info.uuid.clone())).created(gpu.gpu.created);
+            for ((namespace, kind), seconds) in &gpu.gpu.credited {
+                let labels = [("namespace", namespace.as_str()), ("kind", *kind)];
+                self.to.add_from_zero(id, (&mut series, &format!("{kind} {namespace}")), gpu.with(&labels), *seconds);
+            }
+        }
     }
 
     fn energy(&mut self) {

@@ -81,13 +81,18 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
     for (condition, message) in &health.degraded {
         body += &format!("<p class=bad><b>{}</b>: {}</p>\n", html_escape(&condition.key()), html_escape(message));
     }
-    body += "<h2>Containers</h2>\n<table>\n";
-    body +=
-        &cells("th", ["Namespace", "Pod", "Container", "Name", "GPU", "Share %", "GPU-seconds", "Memory MiB"].map(String::from));
+    body += "<h2>Users</h2>\n<table>\n";
+    body += &cells(
+        "th",
+        ["Kind", "Namespace", "Pod", "Container", "Name", "GPU", "Share %", "GPU-seconds", "Memory MiB"].map(String::from),
+    );
     for pair in &page.pairs {
         let (l, usage) = (&pair.labels, &pair.usage);
-        let [namespace, pod, container, name] =
+        let [namespace, pod, container, mut name] =
             [Label::Namespace, Label::Pod, Label::Container, Label::Name].map(|x| l.text(x).to_owned());
+        if pair.is_host_user() {
+            name = pair.container_id.to_string();
+        }
         let duty = match (usage.duty_cycle_percent, usage.duty_cycle_stderr) {
             (Some(percent), Some(error)) => format!("{percent:.1} ± {error:.1}"),
             (Some(percent), None) => format!("{percent:.1}"),
@@ -96,11 +101,21 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
         let memory = usage.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
         body += &cells(
             "td",
-            [namespace, pod, container, name, device_name(&pair.device), duty, format!("{:.2}", usage.seconds), memory],
+            [
+                l.kind.user_kind().to_owned(),
+                namespace,
+                pod,
+                container,
+                name,
+                device_name(&pair.device),
+                duty,
+                format!("{:.2}", usage.seconds),
+                memory,
+            ],
         );
     }
     if page.pairs.is_empty() {
-        body += "<tr><td colspan=8>No container has used a GPU since the agent started.</td></tr>\n";
+        body += "<tr><td colspan=9>No container, job or unit has used a GPU since the agent started.</td></tr>\n";
     }
     body += "</table>\n<h2>GPUs</h2>\n<table>\n";
     let head = ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unobserved s", "Unattributed s", "Reasons"];

@@ -233,6 +233,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         page.set_times(PageTimes { started: state.started, now: exposition.at });
         families::cadvisor(exposition, &mut page);
         families::containers(exposition, &mut page, starts);
+        families::users(exposition, &mut page, starts);
         pressure::containers(exposition, &pressure, &mut page, starts);
         pressure::reads(&pressure, &mut page);
         gpus::gpus(exposition, &mut page, starts);
@@ -261,7 +262,7 @@ async fn ready(State(state): State<Arc<AppState>>) -> Response {
 async fn containers(State(state): State<Arc<AppState>>) -> Response {
     state.refresh().await;
     let (view, _) = state.view();
-    Json(view.pairs.iter().map(html_tables::json).collect::<Vec<_>>()).into_response()
+    Json(view.pairs.iter().filter(|pair| !pair.is_host_user()).map(html_tables::json).collect::<Vec<_>>()).into_response()
 }
 
 async fn processes(State(state): State<Arc<AppState>>) -> Response {

@@ -28,7 +28,7 @@ impl GpuText {
     }
 }
 
-/// Of a container.
+/// Of a container, or of a job, unit or login session.
 #[derive(Debug, Default)]
 pub struct ContainerText {
     /// Of the own families.
@@ -40,6 +40,10 @@ pub struct ContainerText {
 impl ContainerText {
     /// `container_id` as exported. `pods`: the configured generations of the pod labels.
     pub fn new(labels: &ContainerLabels, container_id: &str, pods: PodLabels) -> Self {
+        if labels.host_user.is_some() {
+            let own = [("kind", labels.kind.user_kind()), ("user", container_id)];
+            return Self { own: label_block(&own), accelerator: String::new() };
+        }
         let own = [
             ("namespace", labels.text(Label::Namespace)),
             ("pod", labels.text(Label::Pod)),

@@ -35,7 +35,7 @@ pub struct LiveDocument {
     pub resyncs: u64,
     pub degraded: Vec<Degraded>,
     pub gpus: Vec<LiveGpu>,
-    /// One entry for each pair of container and GPU.
+    /// One entry for each pair of a user and a GPU.
     pub users: Vec<LiveUser>,
 }
 
@@ -76,12 +76,24 @@ pub struct LiveGpu {
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LiveUser {
+    /// container, pod, job, unit or login.
+    #[serde(default = "container_kind")]
+    pub kind: String,
     pub namespace: Option<String>,
     pub pod: Option<String>,
     pub container: Option<String>,
+    /// Of a container; the short name of a job, unit or login session.
     pub name: Option<String>,
     pub image: Option<String>,
+    /// The UID of a pod, the short name of a job, unit or login session.
     pub container_id: String,
+    /// Of a job, unit or login session, as far as its processes show.
+    #[serde(default)]
+    pub owner: Option<String>,
+    #[serde(default)]
+    pub job_name: Option<String>,
+    #[serde(default)]
+    pub partition: Option<String>,
     /// Path of the cgroup.
     pub id: String,
     pub runtime: Option<String>,
@@ -108,7 +120,7 @@ pub struct LiveUser {
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct LiveOther {
-    /// container, host, unknown, or `_other` for all beyond the first eight.
+    /// container, pod, job, unit, login, host, unknown, or `_other` for all beyond the first eight.
     pub kind: String,
     pub namespace: Option<String>,
     pub pod: Option<String>,
@@ -116,6 +128,16 @@ pub struct LiveOther {
     pub name: Option<String>,
     pub container_id: Option<String>,
     pub seconds: f64,
+}
+
+impl LiveUser {
+    pub fn is_container(&self) -> bool {
+        !matches!(self.kind.as_str(), "pod" | "job" | "unit" | "login")
+    }
+}
+
+fn container_kind() -> String {
+    "container".to_owned()
 }
 
 fn known(text: &str) -> Option<String> {
@@ -149,30 +171,37 @@ fn live_gpu(gpu: &ExportedGpu) -> LiveGpu {
 }
 
 fn live_contender(contender: &ExportedContender) -> LiveOther {
-    let is_container = contender.kind() == "container";
+    let is_container = contender.labels.as_ref().is_some_and(|labels| labels.host_user.is_none());
     let text = |label| known(contender.text(label)).filter(|_| is_container);
+    let id = || known(&contender.container_id).filter(|_| contender.labels.is_some());
     LiveOther {
         kind: contender.kind().to_owned(),
         namespace: text(Label::Namespace),
         pod: text(Label::Pod),
         container: text(Label::Container),
-        name: text(Label::Name),
-        container_id: known(&contender.container_id).filter(|_| is_container),
+        name: if is_container { text(Label::Name) } else { id() },
+        container_id: id(),
         seconds: contender.seconds,
     }
 }
 
 fn live_user(pair: &ExportedPair) -> LiveUser {
     let (labels, usage) = (&pair.labels, &pair.usage);
-    let text = |label| known(labels.text(label));
+    let is_container = !pair.is_host_user();
+    let text = |label| known(labels.text(label)).filter(|_| is_container);
+    let details = labels.details.as_deref().cloned().unwrap_or_default();
     let mut contended_by: Vec<LiveOther> = pair.contenders.iter().map(live_contender).collect();
     contended_by.sort_by(|a, b| b.seconds.total_cmp(&a.seconds));
     LiveUser {
+        kind: labels.kind.user_kind().to_owned(),
         namespace: text(Label::Namespace),
         pod: text(Label::Pod),
         container: text(Label::Container),
-        name: text(Label::Name),
+        name: if is_container { text(Label::Name) } else { known(&pair.container_id) },
         image: text(Label::Image),
+        owner: details.user_name,
+        job_name: details.job_name,
+        partition: details.partition,
         container_id: pair.container_id.to_string(),
         id: labels.id.to_string(),
         runtime: labels.runtime.map(|runtime| runtime.name().to_owned()),
@@ -188,7 +217,7 @@ fn live_user(pair: &ExportedPair) -> LiveUser {
         coactive_seconds: usage.coactive_seconds,
         contention_seconds: contended_by.iter().fold(0.0, |sum, contender| sum + contender.seconds),
         contended_by,
-        assigned: pair.assigned,
+        assigned: pair.assigned.is_some(),
         gone: pair.gone,
     }
 }

@@ -18,6 +18,7 @@ pub mod ledger;
 pub mod live;
 mod nvml_families;
 mod page_body;
+mod pods;
 mod pressure;
 mod scrapers;
 mod series_ids;

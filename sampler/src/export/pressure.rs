@@ -22,7 +22,7 @@ const RESOURCES: [(&str, StalledNs); 3] =
 pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts: &mut SeriesStarts) {
     let [throttled, pressure] = [&families::CPU_THROTTLED_SECONDS, &families::PRESSURE_SECONDS].map(|family| to.family(family));
     let mut exposed = HashSet::new();
-    for pair in page.pairs.iter().filter(|pair| exposed.insert(pair.key)) {
+    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user() && exposed.insert(pair.key)) {
         let Some(fact) = view.facts.get(&pair.key) else { continue };
         let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
         let block = label_block(&[
@@ -84,7 +84,7 @@ mod tests {
             created: None,
             contenders: Vec::new(),
             gone: false,
-            assigned: false,
+            assigned: None,
             text: Arc::default(),
         }
     }

@@ -56,6 +56,13 @@ impl Exposition {
         let by_path = self.pairs.iter().filter(|pair| pair.container_id != pair.labels.container_id);
         let paths: HashMap<ContainerKey, Arc<str>> = by_path.map(|pair| (pair.key, Arc::clone(&pair.container_id))).collect();
         for pair in &mut self.pairs {
+            for contender in &mut pair.contenders {
+                if let Other::Container(key) = contender.other
+                    && let Some(labels) = self.only_containers.get(&key)
+                {
+                    (contender.container_id, contender.labels) = (Arc::clone(&labels.container_id), Some(Arc::clone(labels)));
+                }
+            }
             merge_contenders(&mut pair.contenders, &paths);
         }
     }

@@ -13,7 +13,7 @@ use sampler_core::snapshot::{
     ContainerGpu, ContainerView, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, UnattributedEnergy, WindowShares,
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
-use sampler_labels::{ContainerLabels, Facts, Label, Source};
+use sampler_labels::{AssignmentSource, ContainerLabels, Facts, Label, Source, UserDetails};
 use strum::EnumCount as _;
 
 use super::catalogue::{Family, Kind, reference};
@@ -40,6 +40,17 @@ fn container(n: u64, is_settled: bool) -> (ContainerRecord, LabelView) {
     let mut labels = ContainerLabels::from_path(&record);
     labels.merge(Source::Docker, &facts);
     labels.settled = is_settled;
+    (record, LabelView::of_one(key, Arc::new(labels)))
+}
+
+fn job(n: u64) -> (ContainerRecord, LabelView) {
+    let cgroup_path = "/slurm/uid_1000/job_7".to_owned();
+    let (identity, key) = (parse(&cgroup_path), ContainerKey(n));
+    let record = ContainerRecord { key, cgroup_path, identity, created: BootNs(0), creation_seen: true };
+    let details = UserDetails { user_name: Some("ann".into()), partition: Some("gpu".into()), ..UserDetails::default() };
+    let mut labels = ContainerLabels::from_path(&record);
+    labels.merge(Source::Environ, &Facts { details: Some(details), ..Facts::default() });
+    labels.settled = true;
     (record, LabelView::of_one(key, Arc::new(labels)))
 }
 
@@ -130,11 +141,14 @@ impl RichNode {
         let (unsettled, of_unsettled) = container(3, false);
         labels.add_all(&of_second);
         labels.add_all(&of_unsettled);
+        let (job, of_job) = job(4);
+        labels.add_all(&of_job);
         let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus };
         let containers = vec![
             view(first, vec![used(0, scale), used(2, scale)]),
             view(second, vec![used(0, scale)]),
             view(unsettled, vec![used(0, 1.0)]),
+            view(job, vec![used(0, scale), used(2, scale)]),
         ];
         let gpus = vec![gpu("GPU-1", None, scale), gpu("GPU-mig", None, scale), gpu("MIG-1", Some("GPU-mig"), scale)];
         let fact = |key| PressureFact {
@@ -217,11 +231,12 @@ impl Exporter {
 
     fn scrape_as(&mut self, node: &RichNode, pods: PodLabels, mut all: Page) -> String {
         let mut page = scrape_by(1, &mut self.0, &node.snapshot, &node.labels, pods);
-        page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = true);
+        page.pairs.iter_mut().take(2).for_each(|pair| pair.assigned = Some(AssignmentSource::Checkpoint));
         let starts = &mut self.0.starts;
         all.set_times(PageTimes { started: started(), now: page.at });
         families::cadvisor(&page, &mut all);
         families::containers(&page, &mut all, starts);
+        families::users(&page, &mut all, starts);
         pressure::containers(&page, &node.pressure, &mut all, starts);
         pressure::reads(&node.pressure, &mut all);
         gpus::gpus(&page, &mut all, starts);

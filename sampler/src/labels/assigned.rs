@@ -11,7 +11,8 @@ use tokio::sync::Semaphore;
 
 use super::shared::SharedLabels;
 use super::source::LabelSources;
-use super::source::kubelet::{AssignmentReport, CHECKPOINT, Kubelet};
+use super::source::checkpoint::CHECKPOINT;
+use super::source::kubelet::{AssignmentReport, Kubelet};
 use super::stamp::{Stamp, stamp};
 
 const POLL_INTERVAL: Duration = Duration::from_secs(1);

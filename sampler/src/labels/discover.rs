@@ -9,7 +9,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::{Component, Path, PathBuf};
 
-use sampler_core::cgroup_path::{Kind, parse};
+use sampler_core::cgroup_path::parse;
 use sampler_labels::Source;
 use serde::Deserialize;
 
@@ -289,10 +289,7 @@ fn option<'a>(args: &'a [&'a str], names: &'a [&'a str]) -> Option<&'a str> {
 /// Whether the process is in a container by any cgroup hierarchy; true if its memberships cannot be read, since it is then not trusted.
 fn in_a_container(folder: &Path) -> bool {
     let Ok(lines) = memberships(folder) else { return true };
-    lines
-        .iter()
-        .map(|(_, path)| parse(&String::from_utf8_lossy(path)))
-        .any(|identity| !matches!(identity.kind, Kind::NotContainer | Kind::Monitor) || identity.outer_container_id.is_some())
+    lines.iter().map(|(_, path)| parse(&String::from_utf8_lossy(path))).any(|identity| identity.is_in_container())
 }
 
 /// Whether an id is a single path component, which cannot lead out of the folder that it is joined to.

@@ -316,7 +316,9 @@ impl LabelTask {
             ContainerEvent::Appeared(record) => {
                 let key = record.key;
                 // A new container may belong to a new runtime.
-                self.search_soon();
+                if record.identity.is_in_container() {
+                    self.search_soon();
+                }
                 if self.resolver.appeared(record, now) {
                     self.resolved(key);
                 }

@@ -66,38 +66,70 @@ pub enum HostUser {
 }
 
 impl HostUser {
-    pub fn kind(&self) -> &'static str {
+    pub fn kind(&self) -> Kind {
         match self {
-            Self::Job(_) => "job",
-            Self::Unit(_) => "unit",
-            Self::Login(_) => "login",
+            Self::Job(_) => Kind::Job,
+            Self::Unit(_) => Kind::Unit,
+            Self::Login(_) => Kind::Login,
+        }
+    }
+
+    /// Short, and unique on a machine where no containers have jobs: `slurm/12345`, `nomad/<allocation>/<task>`, `vllm.service`,
+    /// `uid/1000/jupyter.service`, `uid/1000`.
+    pub fn name(&self) -> String {
+        match self {
+            Self::Job(Job { scheduler, id, task, uid, .. }) => match (scheduler, task) {
+                // An allocation has several tasks, and an application several containers; each has a cgroup of its own.
+                (Scheduler::Nomad | Scheduler::Yarn, Some(task)) => format!("{}/{id}/{task}", scheduler.name()),
+                // A unit of a user's manager, which that user may name.
+                (Scheduler::Flux, _) => {
+                    format!("{}{}/{id}", uid.map_or(String::new(), |uid| format!("uid/{uid}/")), scheduler.name())
+                }
+                _ => format!("{}/{id}", scheduler.name()),
+            },
+            Self::Unit(Unit { name, uid: Some(uid) }) => format!("uid/{uid}/{name}"),
+            Self::Unit(Unit { name, uid: None }) => name.clone(),
+            Self::Login(login) => format!("uid/{}", login.uid),
+        }
+    }
+
+    pub fn uid(&self) -> Option<u32> {
+        match self {
+            Self::Job(job) => job.uid,
+            Self::Unit(unit) => unit.uid,
+            Self::Login(login) => Some(login.uid),
         }
     }
 }
 
-/// What a path has besides its container.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct HostUsers {
-    /// Its innermost user, if that is not a container, and the length of the path of that user's root.
-    pub innermost: Option<(HostUser, usize)>,
-    /// The job around the container.
-    pub outer: Option<Job>,
-}
+impl CgroupIdentity {
+    /// Replaces the identity by that of a job inside of it, or of a unit or login session outside of containers; else adds the job around
+    /// it. Units and sessions count only outside of containers, monitors and builds: a container may run an init of its own, and an engine
+    /// is a unit.
+    pub(super) fn add_host_user(&mut self, path: &str) {
+        let as_job = |(job, root_len)| (HostUser::Job(job), root_len);
+        let innermost = match self.kind {
+            // A user may name a cgroup of its manager after the pod of another one.
+            Kind::Pod if path.starts_with("/user.slice/") && self.outer_container_id.is_none() => unit_or_login(path),
+            Kind::Container | Kind::Sandbox | Kind::Pod => job(path, self.root_len..path.len()).map(as_job),
+            Kind::Monitor | Kind::Build => job(path, 0..path.len()).map(as_job).filter(|_| self.outer_container_id.is_none()),
+            _ => job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path)),
+        };
+        match innermost {
+            Some((user, root_len)) => self.become_host_user(user, root_len),
+            None => self.outer_job = job(path, 0..self.root_len).map(|(job, _)| job),
+        }
+    }
 
-/// `identity` is that of the path. A unit or session counts only outside of containers, monitors and builds: a container may run an init
-/// of its own, and an engine is a unit.
-pub fn host_users(path: &str, identity: &CgroupIdentity) -> HostUsers {
-    let root_len = identity.root_len;
-    let as_job = |(job, root_len)| (HostUser::Job(job), root_len);
-    match identity.kind {
-        Kind::Container | Kind::Sandbox | Kind::Pod => match job(path, root_len..path.len()) {
-            Some(inner) => HostUsers { innermost: Some(as_job(inner)), outer: None },
-            None => HostUsers { innermost: None, outer: job(path, 0..root_len).map(|(job, _)| job) },
-        },
-        Kind::Monitor | Kind::Build => HostUsers::default(),
-        Kind::NotContainer => {
-            let innermost = job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path));
-            HostUsers { innermost, outer: None }
+    fn become_host_user(&mut self, user: HostUser, root_len: usize) {
+        if self.kind == Kind::Pod && !matches!(user, HostUser::Job(_)) {
+            self.pod_uid = None;
+        }
+        (self.kind, self.root_len, self.host_user) = (user.kind(), root_len, Some(user));
+        (self.runtime, self.name) = (None, None);
+        // The innermost container is around the user.
+        if let Some(around) = self.container_id.take() {
+            self.outer_container_id = Some(around);
         }
     }
 }
@@ -125,18 +157,19 @@ fn segments(path: &str, part: Range<usize>) -> impl Iterator<Item = NamedSegment
     })
 }
 
-/// The innermost job in this part of a path, and where its cgroup ends.
+/// The job in this part of a path, and where its cgroup ends. What is below a job belongs to the job, and may have any name. So may what is
+/// below the manager of a user: only Flux has its jobs there.
 fn job(path: &str, part: Range<usize>) -> Option<(Job, usize)> {
     let mut found: Option<(Job, usize)> = None;
+    let mut manager_uid = None;
     for segment in segments(path, part) {
-        match segment.job() {
-            Some(job) => found = Some((job, segment.end)),
-            None => {
-                if let Some((job, _)) = &mut found {
-                    segment.add_to(job);
-                }
-            }
+        if let Some((job, _)) = &mut found {
+            segment.add_to(job);
+            continue;
         }
+        manager_uid = manager_uid.or_else(|| segment.user_slice());
+        let job = segment.job().filter(|job| manager_uid.is_none() || job.scheduler == Scheduler::Flux);
+        found = job.map(|job| (Job { uid: job.uid.or(manager_uid), ..job }, segment.end));
     }
     found
 }

@@ -1,6 +1,6 @@
 //! Paths of jobs, units and sessions, as schedulers and systemd create them.
 
-use super::{CgroupIdentity, HostUser, HostUsers, host_users, parse};
+use super::{CgroupIdentity, HostUser, parse};
 
 const H: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 const U: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
@@ -25,11 +25,12 @@ fn of_user(user: &HostUser) -> String {
     }
 }
 
-/// `[kind of the container, if it is the innermost] [user] [outer job]`.
-fn summary(identity: &CgroupIdentity, users: &HostUsers) -> String {
-    let innermost = users.innermost.as_ref().map_or_else(|| identity.kind.name().to_owned(), |(user, _)| of_user(user));
-    let outer = users.outer.as_ref().map_or(String::new(), |job| format!(" in {}", of_user(&HostUser::Job(job.clone()))));
-    innermost + &outer
+/// `kind [user] [in CONTAINER] [in job]`.
+fn summary(identity: &CgroupIdentity) -> String {
+    let innermost = identity.host_user.as_ref().map_or_else(|| identity.kind.name().to_owned(), of_user);
+    let container = identity.outer_container_id.as_ref().map_or(String::new(), |id| format!(" in {id}"));
+    let job = identity.outer_job.as_ref().map_or(String::new(), |job| format!(" in {}", of_user(&HostUser::Job(job.clone()))));
+    innermost + &container + &job
 }
 
 /// `|` marks the end of the user's root; without it the root is the whole path. `<H>`, `<U>` and `<A>` are ids.
@@ -37,12 +38,11 @@ fn check(path: &str, expect: &str) {
     let filled = |text: &str| text.replace("<H>", H).replace("<U>", U).replace("<A>", A);
     let (root, path) = (filled(path.split('|').next().unwrap_or_default()), filled(&path.replace('|', "")));
     let identity = parse(&path);
-    let users = host_users(&path, &identity);
-    assert_eq!(summary(&identity, &users), filled(expect), "{path}");
-    if let Some((user, root_len)) = &users.innermost {
-        assert_eq!(&path[..*root_len], root, "{path}");
-        let of_root = host_users(&root, &parse(&root)).innermost;
-        assert_eq!(of_root.map(|(user, _)| user.kind()), Some(user.kind()), "the root of {path}");
+    assert_eq!(summary(&identity), filled(expect), "{path}");
+    if let Some(user) = &identity.host_user {
+        assert_eq!((&path[..identity.root_len], identity.kind), (root.as_str(), user.kind()), "{path}");
+        let of_root = parse(&root);
+        assert_eq!(of_root.host_user.map(|user| user.name()), Some(user.name()), "the root of {path}");
     }
 }
 
@@ -63,6 +63,9 @@ fn slurm() {
     check("/system.slice/slurmstepd.scope/job_7|/step_0/user/task_0/job_8/step_9", "job slurm 7 step 0 task 0");
     check("/job_7", "not-container");
     check("/system.slice/x.service|/job_7", "unit x.service");
+    // Names that a job or a user gives to cgroups of its own.
+    check("/system.slice/slurmstepd.scope/job_7|/step_0/user/task_0/slurmstepd.scope/job_8", "job slurm 7 step 0 task 0");
+    check("/user.slice/user-9.slice/user@9.service/slurmstepd.scope|/job_8", "unit slurmstepd.scope uid 9");
 }
 
 #[test]
@@ -100,8 +103,8 @@ fn other_schedulers() {
     check("/pbspro.slice/pbspro-99.head.slice", "job pbs 99.head");
     check("/torque/17.head.example.org", "job pbs 17.head.example.org");
     check("/lsf/cluster1/job.2251.4872.1477932841", "job lsf 2251");
-    check("/user.slice/user-500.slice/user@500.service/app.slice/imp-shell-0-fABcd12.service", "job flux fABcd12");
-    check("/user.slice/user-500.slice/user@500.service/app.slice/shell-3-f2Xy.service", "job flux f2Xy");
+    check("/user.slice/user-500.slice/user@500.service/app.slice/imp-shell-0-fABcd12.service", "job flux fABcd12 uid 500");
+    check("/user.slice/user-500.slice/user@500.service/app.slice/shell-3-f2Xy.service", "job flux f2Xy uid 500");
 }
 
 #[test]
@@ -127,10 +130,15 @@ fn units_and_sessions() {
 fn containers_and_jobs_inside_each_other() {
     check("/system.slice/docker-<H>.scope", "container");
     check("/system.slice/docker-<H>.scope/system.slice/x.service", "container");
-    check("/kubepods/burstable/pod<U>/<H>/system.slice/slurmstepd.scope/job_7|/step_0/user/task_0", "job slurm 7 step 0 task 0");
+    check(
+        "/kubepods/burstable/pod<U>/<H>/system.slice/slurmstepd.scope/job_7|/step_0/user/task_0",
+        "job slurm 7 step 0 task 0 in <H>",
+    );
+    check("/slurm/uid_1/job_9|/step_0/libpod-conmon-<H>.scope", "job slurm 9 step 0 uid 1");
     check("/system.slice/slurmstepd.scope/job_7/step_0/user/task_0/<H>", "container in job slurm 7 step 0 task 0");
     check("/slurm/uid_1000/job_9/step_0/task_0/docker/<H>", "container in job slurm 9 step 0 task 0 uid 1000");
     check("/kubepods/burstable/pod<U>", "pod");
+    check("/user.slice/user-7.slice|/user@7.service/pod<U>", "login 7");
 }
 
 #[test]
@@ -139,4 +147,19 @@ fn a_path_of_any_depth_costs_as_much_as_a_short_one() {
     check(&deep.replacen("/job_8", "|/job_8", 1), "job slurm 7");
     let hidden = format!("{}/slurmstepd.scope/job_7", "/a".repeat(1_000));
     check(&hidden, "not-container");
+}
+
+#[test]
+fn names() {
+    let check = |path: &str, expect: &str| {
+        let user = parse(&path.replace("<A>", A)).host_user.unwrap();
+        assert_eq!(user.name(), expect.replace("<A>", A), "{path}");
+    };
+    check("/slurm/uid_1000/job_12345/step_0/task_0", "slurm/12345");
+    check("/nomad.slice/share.slice/<A>.promtail.scope", "nomad/<A>/promtail");
+    check("/hadoop-yarn/container_1659_0012_02_000003", "yarn/application_1659_0012/container_1659_0012_02_000003");
+    check("/user.slice/user-500.slice/user@500.service/app.slice/shell-3-f2Xy.service", "uid/500/flux/f2Xy");
+    check("/system.slice/vllm.service", "vllm.service");
+    check("/user.slice/user-1000.slice/user@1000.service/app.slice/jupyter.service", "uid/1000/jupyter.service");
+    check("/user.slice/user-1000.slice/session-3.scope", "uid/1000");
 }

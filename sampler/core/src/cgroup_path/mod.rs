@@ -1,4 +1,4 @@
-//! A pure parser, without IO, of the container identity in a cgroup path.
+//! A pure parser, without IO, of the identity in a cgroup path: a container, pod, job, unit or login session.
 //!
 //! ```text
 //!  scan     from leaf to root: visits the segments that may be relevant, skips all others many at a time
@@ -26,7 +26,9 @@
 //! assert_eq!(identity.pod_uid.as_deref(), Some("8bb25662-de9a-11e9-84e7-f8f21e04010c"));
 //! // `/init.scope` is a sub-cgroup of the container.
 //! assert_eq!(identity.root_len, root.len());
-//! assert_eq!(parse("/system.slice/ssh.service").kind, Kind::NotContainer);
+//! let job = parse("/system.slice/slurmstepd.scope/job_7/step_0/user/task_1");
+//! assert_eq!((job.kind, job.host_user.map(|user| user.name())), (Kind::Job, Some("slurm/7".to_owned())));
+//! assert_eq!(parse("/system.slice").kind, Kind::NotContainer);
 //! ```
 
 mod host_user;
@@ -37,7 +39,7 @@ mod segment;
 #[cfg(test)]
 mod tests;
 
-pub use host_user::{HostUser, HostUsers, Job, Login, Scheduler, Unit, host_users};
+pub use host_user::{HostUser, Job, Login, Scheduler, Unit};
 
 use std::ops::ControlFlow;
 
@@ -51,6 +53,9 @@ pub enum Kind {
     Pod,
     Monitor,
     Build,
+    Job,
+    Unit,
+    Login,
     NotContainer,
 }
 
@@ -80,13 +85,24 @@ impl Kind {
     pub fn name(self) -> &'static str {
         self.into()
     }
+
+    /// As a user of GPUs. A sandbox is a container.
+    pub fn user_kind(self) -> &'static str {
+        match self {
+            Kind::Pod | Kind::Job | Kind::Unit | Kind::Login => self.name(),
+            Kind::Container | Kind::Sandbox | Kind::Monitor | Kind::Build | Kind::NotContainer => Kind::Container.name(),
+        }
+    }
 }
+
+/// Characters of a container's id that distinguish it on a machine.
+const SHORT_ID_CHARS: usize = 12;
 
 /// The identity in one path.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct CgroupIdentity {
     pub kind: Kind,
-    /// `None` where the path does not determine it (plain `kubepods/.../<id>`).
+    /// `None` where the path does not determine it (plain `kubepods/.../<id>`), and for what is not a container.
     pub runtime: Option<Runtime>,
     /// Set for a container or sandbox only.
     pub container_id: Option<String>,
@@ -94,10 +110,38 @@ pub struct CgroupIdentity {
     pub name: Option<String>,
     /// The pod of the innermost container. With dashes if it is a UUID.
     pub pod_uid: Option<String>,
-    /// The nearest container around the innermost one.
+    /// The nearest container around the innermost one, or around the job.
     pub outer_container_id: Option<String>,
-    /// Length, in bytes, of the path of the container's root: everything after it is a sub-cgroup of the same container.
+    /// The job, unit or login session, if that is the kind.
+    pub host_user: Option<HostUser>,
+    /// The job around a container.
+    pub outer_job: Option<Job>,
+    /// Length, in bytes, of the path of the root of the container, pod, job, unit or login session: everything after it is a sub-cgroup of
+    /// the same one.
     pub root_len: usize,
+}
+
+impl CgroupIdentity {
+    pub fn is_container(&self) -> bool {
+        matches!(self.kind, Kind::Container | Kind::Sandbox)
+    }
+
+    /// Names one container, pod, job, unit or login session of the machine: the id of a container, the UID of a pod, else as
+    /// [`HostUser::name`], with the beginning of the container's id for a job inside a container: each may have a scheduler of its own.
+    pub fn short_name(&self) -> String {
+        match (&self.host_user, &self.outer_container_id) {
+            (Some(user), Some(around)) => format!("{}/{}", around.get(..SHORT_ID_CHARS).unwrap_or(around), user.name()),
+            (Some(user), None) => user.name(),
+            (None, _) if self.kind == Kind::Pod => self.pod_uid.clone().unwrap_or_default(),
+            (None, _) => self.container_id.clone().unwrap_or_default(),
+        }
+    }
+
+    /// Whether the cgroup is that of a container or pod, or inside one.
+    pub fn is_in_container(&self) -> bool {
+        let is_inside = self.outer_container_id.is_some() || self.pod_uid.is_some();
+        is_inside || matches!(self.kind, Kind::Container | Kind::Sandbox | Kind::Pod | Kind::Build)
+    }
 }
 
 pub fn parse(path: &str) -> CgroupIdentity {
@@ -108,7 +152,9 @@ pub fn parse(path: &str) -> CgroupIdentity {
     }
     let mut reading = Reading { inner: Segment::leaf(path).monitor(), ..Reading::default() };
     scan::leaf_to_root(path.as_bytes(), |start, end| reading.take(&Segment::new(path, start, end), end));
-    reading.identity()
+    let mut identity = reading.identity();
+    identity.add_host_user(path);
+    identity
 }
 
 /// The result of the segments so far, from leaf to root.
@@ -164,6 +210,8 @@ impl<'a> Reading<'a> {
             // Names of systemd units have `_` instead of `-`.
             pod_uid: self.pod_uid.map(|uid| uid.replace('_', "-")),
             outer_container_id: self.outer.and_then(|outer| Some(outer.text(outer.id?))),
+            host_user: None,
+            outer_job: None,
             root_len: inner.root_len,
         }
     }

@@ -23,9 +23,10 @@ fn filled(text: &str) -> String {
         .fold(text.to_owned(), |text, (name, value)| text.replace(name, value))
 }
 
-/// `kind runtime id [pod UID] [in OUTER] [name NAME]`, `-` for none.
+/// `kind runtime id [pod UID] [in OUTER] [name NAME]`, `-` for none. Jobs, units and login sessions have tests of their own.
 fn summary(identity: &CgroupIdentity) -> String {
-    let mut text = identity.kind.name().to_owned();
+    let kind = if identity.host_user.is_some() { Kind::NotContainer } else { identity.kind };
+    let mut text = kind.name().to_owned();
     for word in [identity.runtime.map(Runtime::name), identity.container_id.as_deref()] {
         text += " ";
         text += word.unwrap_or("-");
@@ -45,9 +46,11 @@ fn check(path: &str, expect: &str) {
     let (root, path, expect) = (filled(root), filled(&path), filled(expect));
     let got = parse(&path);
     assert_eq!(summary(&got), expect, "{path}");
-    let root = if got.kind == Kind::NotContainer { "" } else { &root };
-    assert_eq!(&path[..got.root_len], root, "{path}");
-    assert_eq!(parse(root), got, "the root of {path}");
+    if got.host_user.is_none() {
+        let root = if got.kind == Kind::NotContainer { "" } else { &root };
+        assert_eq!(&path[..got.root_len], root, "{path}");
+        assert_eq!(parse(root), got, "the root of {path}");
+    }
     if got.container_id.is_some() {
         for sub in ["container", "init.scope", "payload", "supervisor", "libpod", "a/b/c", "user.slice/session-2.scope"] {
             assert_eq!(parse(&format!("{root}/{sub}")), got, "{sub} in {root}");
@@ -354,6 +357,15 @@ fn words() -> impl Strategy<Value = String> {
         "docker-<H>.scope",
         "docker-<B>.scope",
         "crio-conmon-<H>.scope",
+        "slurmstepd.scope",
+        "job_7",
+        "uid_7",
+        "user.slice",
+        "user-7.slice",
+        "session-3.scope",
+        "x.service",
+        "pbspro",
+        "7.server",
         "kubepods-pod<V>.slice:cri-containerd:<H>",
         "a.slice:b:<H>",
         "kata_overhead",
@@ -376,7 +388,12 @@ fn check_invariants(path: &str) -> Result<(), TestCaseError> {
     let is_container = matches!(got.kind, Kind::Container | Kind::Sandbox);
     prop_assert_eq!(got.container_id.is_some(), is_container);
     prop_assert!(is_container || got.name.is_none());
-    prop_assert_eq!(parse(root.unwrap_or_default()), got);
+    let of_root = parse(root.unwrap_or_default());
+    match &got.host_user {
+        // Its root has no step, task or session.
+        Some(user) => prop_assert_eq!((of_root.kind, of_root.host_user.map(|user| user.name())), (got.kind, Some(user.name()))),
+        None => prop_assert_eq!(of_root, got),
+    }
     Ok(())
 }
 
@@ -404,6 +421,8 @@ proptest! {
             name,
             pod_uid: inner.3.clone(),
             outer_container_id,
+            host_user: None,
+            outer_job: None,
             root_len: root.len(),
         };
         prop_assert_eq!(parse(&format!("{root}{sub}")), expect);

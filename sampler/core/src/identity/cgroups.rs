@@ -8,6 +8,7 @@
 //! [`KEEP_REMOVED_NS`]; a renamed cgroup resolves as of the requested time; a cgroup that is not placed is unknown and does not count as
 //! the host. Paths are joined here from parents and names, so they are never truncated.
 
+use std::cmp::Reverse;
 use std::collections::{BTreeSet, VecDeque};
 
 use foldhash::HashMap;
@@ -42,6 +43,16 @@ struct Node {
     #[expect(clippy::box_collection, reason = "a rename is rare, and every cgroup pays for this field")]
     former: Option<Box<Vec<FormerContainer>>>,
     generation: u32,
+}
+
+/// Of what the hierarchies of one process may have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Precedence {
+    /// Or a login session.
+    Unit,
+    Pod,
+    /// Or a job.
+    Container,
 }
 
 /// `(until, container)`.
@@ -156,10 +167,15 @@ impl Cgroups {
         let Some(path) = self.path(key) else { return };
         let identity = parse(&path);
         let container = match identity.kind {
-            Kind::Container | Kind::Sandbox if identity.container_id.is_some() => self.container_for(key, &path, identity),
-            // A monitor, a build step or a pod's own cgroup inside a container belongs to that container.
-            _ if identity.outer_container_id.is_some() => self.parent_container(key),
-            _ => None,
+            // A monitor, a build step or a pod's own cgroup inside a container belongs to that container. Its processes may name a cgroup
+            // after the pod of another tenant.
+            Kind::Monitor | Kind::Build | Kind::Pod | Kind::NotContainer if identity.outer_container_id.is_some() => {
+                self.parent_container(key)
+            }
+            Kind::Monitor | Kind::Build | Kind::NotContainer => None,
+            Kind::Container | Kind::Sandbox | Kind::Pod | Kind::Job | Kind::Unit | Kind::Login => {
+                self.container_for(key, &path, identity)
+            }
         };
         let Some(node) = self.nodes.get_mut(&key) else { return };
         (node.container, node.placed) = (container, true);
@@ -257,24 +273,44 @@ impl Cgroups {
         roots.into_iter().find_map(descend)
     }
 
-    /// The container of a membership at a time: by v2, then by the followed v1 hierarchy (on a hybrid host processes may be in v2's root).
-    /// `None`, which means the host, only if no hierarchy has a container and none is unknown.
+    /// The container, pod, job, unit or login session of a membership at a time: by v2, then by the followed v1 hierarchy (on a hybrid host
+    /// processes may be in v2's root, or in the unit of the engine that started them). `None`, which means the host, only if no hierarchy
+    /// has one and none is unknown.
     pub fn container_of(&self, membership: &CgroupMembership, at: BootNs) -> Result<Option<ContainerKey>, UnknownCgroup> {
         let mut result = Err(UnknownCgroup);
         let mut unknown = false;
+        let mut best: Option<(Precedence, ContainerKey)> = None;
         for key in membership.keys() {
             let Some(node) = self.nodes.get(&key).filter(|node| node.placed) else {
                 unknown = true;
                 continue;
             };
             let former = node.former.iter().flat_map(|all| all.iter()).find(|(until, _)| at < *until);
-            let container = former.map_or(node.container, |(_, container)| *container);
-            if container.is_some() {
-                return Ok(container);
+            if let Some(container) = former.map_or(node.container, |(_, container)| *container) {
+                let precedence = self.precedence(container);
+                if precedence == Precedence::Container {
+                    return Ok(Some(container));
+                }
+                if best.is_none_or(|(known, _)| known < precedence) {
+                    best = Some((precedence, container));
+                }
             }
-            result = Ok(None);
+            result = Ok(best.map(|(_, container)| container));
         }
         if unknown { Err(UnknownCgroup) } else { result }
+    }
+
+    fn precedence(&self, key: ContainerKey) -> Precedence {
+        match self.containers.get(key).map(|container| container.record.identity.kind) {
+            Some(Kind::Unit | Kind::Login) | None => Precedence::Unit,
+            Some(Kind::Pod) => Precedence::Pod,
+            Some(_) => Precedence::Container,
+        }
+    }
+
+    /// Whether it is a container, a pod or a job. Units and login sessions have most other processes of a machine.
+    pub fn is_workload(&self, key: ContainerKey) -> bool {
+        self.precedence(key) > Precedence::Unit
     }
 
     /// The current container of a cgroup.
@@ -282,17 +318,13 @@ impl Cgroups {
         self.nodes.get(&key)?.container
     }
 
-    /// The most informative path of a membership: the one in a container, else the first of v2 and v1 that is not the root, else any.
+    /// The most informative path of a membership: the one in a container, job or unit, else the first of v2 and v1 that is not the root, else any.
     pub fn path_of(&self, membership: &CgroupMembership) -> Option<String> {
-        let in_container = |key: &CgroupKey| self.nodes.get(key).is_some_and(|n| n.container.is_some());
+        let container = |key: &CgroupKey| self.nodes.get(key).and_then(|node| Some(self.precedence(node.container?)));
+        let innermost = membership.keys().filter(|key| container(key).is_some()).min_by_key(|key| Reverse(container(key)));
         let is_below_root = |path: &String| path != "/";
         let paths = || membership.keys().filter_map(|key| self.path(key));
-        membership
-            .keys()
-            .find(in_container)
-            .and_then(|key| self.path(key))
-            .or_else(|| paths().find(is_below_root))
-            .or_else(|| paths().next())
+        innermost.and_then(|key| self.path(key)).or_else(|| paths().find(is_below_root)).or_else(|| paths().next())
     }
 
     pub fn containers(&self) -> impl Iterator<Item = &Container> {

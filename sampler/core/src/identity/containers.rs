@@ -12,11 +12,12 @@ use super::cgroups::KEEP_REMOVED_NS;
 use crate::cgroup_path::CgroupIdentity;
 use crate::units::{BootNs, CgroupKey, ContainerKey};
 
-/// A container as derived from its cgroups. Immutable; labels are stored elsewhere.
+/// A container as derived from its cgroups; or a pod's own cgroup, a job, a unit or a login session, as its `identity.kind` says.
+/// Immutable; labels are stored elsewhere.
 #[derive(Clone, Debug)]
 pub struct ContainerRecord {
     pub key: ContainerKey,
-    /// The `id` label: the cgroup path of the container's root. Never empty.
+    /// The `id` label: the cgroup path of its root. Never empty.
     pub cgroup_path: String,
     pub identity: CgroupIdentity,
     /// When its cgroup was created, or first seen by the startup scan.
@@ -72,6 +73,7 @@ impl Containers {
         created: BootNs,
         creation_seen: bool,
     ) -> ContainerKey {
+        // What is not a container is found by its path: that of a unit is the same in all hierarchies.
         let id = identity.container_id.clone().unwrap_or_else(|| path.to_owned());
         let name = (identity.outer_container_id.clone(), id, identity.name.clone());
         let known = self.by_name.get(&name).copied();

@@ -62,9 +62,12 @@ pub struct Identity {
     pub repairs: u64,
 }
 
-/// Whether a process is kept when memory is short: those of containers, and those that are not known yet not to be.
+/// Whether a process is kept when memory is short: those of containers, pods and jobs, and those that are not known yet not to be.
 fn keep(cgroups: &Cgroups, intervals: &[ObservedInterval]) -> bool {
-    intervals.iter().any(|interval| !matches!(cgroups.container_of(&interval.membership, interval.last), Ok(None)))
+    intervals.iter().any(|interval| match cgroups.container_of(&interval.membership, interval.last) {
+        Ok(container) => container.is_some_and(|key| cgroups.is_workload(key)),
+        Err(UnknownCgroup) => true,
+    })
 }
 
 impl Identity {

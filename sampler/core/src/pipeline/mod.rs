@@ -58,6 +58,8 @@ pub struct Core {
     /// Facts since [`Core::take_facts`] was last called.
     facts: Vec<Fact>,
     changes: Vec<ContainerChange>,
+    /// Pods, jobs, units and login sessions that no GPU fact has named: a machine has many, and few of them use a GPU.
+    unused: HashMap<ContainerKey, Arc<ContainerRecord>>,
     keep_facts: bool,
 }
 
@@ -135,10 +137,22 @@ impl Core {
     }
 
     fn push_fact(&mut self, fact: Fact) {
+        if let Fact::Gpu { fact: of_gpu, .. } = &fact
+            && !self.unused.is_empty()
+        {
+            of_gpu.users().filter_map(User::container).for_each(|key| self.record_use(key));
+        }
         self.aggregate.apply(&fact);
         if self.keep_facts {
             self.facts.push(fact);
         }
+    }
+
+    fn record_use(&mut self, key: ContainerKey) {
+        let Some(record) = self.unused.remove(&key) else { return };
+        self.changes.push(ContainerChange::Appeared(record));
+        let gone = self.identity.cgroups.container(key).and_then(|container| container.gone);
+        self.changes.extend(gone.map(|at| ContainerChange::Gone(key, at)));
     }
 
     fn push_facts(&mut self, gpu: usize, facts: Vec<(BootNs, GpuFact)>) {
@@ -156,10 +170,18 @@ impl Core {
                 ContainerChange::Gone(key, at) => self.push_fact(Fact::ContainerGone { key: *key, at: *at }),
                 ContainerChange::Evicted(key) => self.push_fact(Fact::ContainerForgotten { key: *key }),
             }
-            self.changes.push(change);
+            match change {
+                ContainerChange::Appeared(record) if !record.identity.is_container() => {
+                    _ = self.unused.insert(record.key, record)
+                }
+                ContainerChange::Evicted(key) if self.unused.remove(&key).is_some() => {}
+                ContainerChange::Gone(key, _) if self.unused.contains_key(&key) => {}
+                change => self.changes.push(change),
+            }
         }
     }
 
+    /// Of containers, and of the other users of GPUs once they are used.
     pub fn take_container_changes(&mut self) -> Vec<ContainerChange> {
         self.take_changes();
         std::mem::take(&mut self.changes)
@@ -232,7 +254,7 @@ impl Core {
             .containers()
             .filter_map(|c| {
                 let gpus = by_container.remove(&c.record.key).unwrap_or_default();
-                let shown = c.gone.is_none() || !gpus.is_empty();
+                let shown = !gpus.is_empty() || c.gone.is_none() && c.record.identity.is_container();
                 shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus })
             })
             .collect();

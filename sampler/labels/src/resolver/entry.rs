@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::target::OVERDUE;
 use super::{MAX_BACK_OFF, MS, QUERIED_AFTER_END, TargetId, jittered};
-use crate::values::{ContainerLabels, Source};
+use crate::values::{ContainerLabels, Facts, Label, Source};
 use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
@@ -77,7 +77,8 @@ impl Entry {
 
     /// Whether any source still has to be queried for the container.
     pub fn needs_queries(&self, now: BootNs) -> bool {
-        !self.forged && !self.labels.complete() && self.gone.is_none_or(|at| now.saturating_since(at) < QUERIED_AFTER_END)
+        let is_incomplete = !self.labels.complete() || self.labels.lacks_details();
+        !self.forged && is_incomplete && self.gone.is_none_or(|at| now.saturating_since(at) < QUERIED_AFTER_END)
     }
 
     /// Whether this target still has to be queried. One result is enough for a container that is gone: files and records exist before
@@ -87,9 +88,33 @@ impl Entry {
         self.needs_queries(now) && self.slots.get(&id).is_some_and(is_unresolved)
     }
 
+    /// Whether this is a pod, or a job in a container: a container in the same pod has its namespace and pod.
+    pub fn is_named_by_container(&self) -> bool {
+        self.labels.kind == Kind::Pod || self.labels.host_user.is_some() && self.labels.is_nested
+    }
+
+    /// Whether this container is in the pod, or around the job.
+    pub fn names(&self, other: &Entry) -> bool {
+        let (own, other) = (&self.labels, &other.labels);
+        match other.kind {
+            Kind::Pod => own.pod_uid == other.pod_uid && own.outer_container_id == other.outer_container_id,
+            _ => other.outer_container_id.as_ref() == Some(&own.container_id),
+        }
+    }
+
+    /// Namespace and name of its pod, with their source.
+    pub fn pod_names(&self) -> Option<(Source, Facts)> {
+        let (namespace, pod) = (self.labels.get(Label::Namespace)?, self.labels.get(Label::Pod)?);
+        let mut facts = Facts::default();
+        facts.set(Label::Namespace, Some(&namespace.value));
+        facts.set(Label::Pod, Some(&pod.value));
+        Some((namespace.source.min(pod.source), facts))
+    }
+
     pub fn complete(&mut self, now: BootNs) {
         self.labels.settled = true;
-        let created = self.record.creation_seen.then_some(self.record.created);
+        // Others appear here when they are first used.
+        let created = (self.record.creation_seen && self.record.identity.is_container()).then_some(self.record.created);
         self.labels.resolved_after_ns = created.map(|at| now.saturating_since(at));
     }
 }
@@ -107,6 +132,15 @@ pub fn is_likely(source: Source, labels: &ContainerLabels) -> bool {
 /// Delay from the container's appearance to the first query of this source, by the known labels of the container.
 fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
     use Runtime::{Containerd, CriO, Docker, Ecs, Nspawn, Podman, Rkt};
+    match (labels.kind, source) {
+        (Kind::Job | Kind::Unit | Kind::Login, Source::Environ) => return Some(0),
+        (Kind::Job | Kind::Unit | Kind::Login, _) | (_, Source::Environ) => return None,
+        (Kind::Pod, Source::Logs) => return Some(0),
+        (Kind::Pod, Source::Kubelet) => return Some(SOCKET_DELAY),
+        // The others know pods by their containers.
+        (Kind::Pod, _) => return None,
+        _ => {}
+    }
     // These engines also match names and prefixes of ids: for anything but a full id they might return another container.
     let is_engine = matches!(
         source,
@@ -119,7 +153,7 @@ fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
     let runtime_in = |candidates: &[Runtime]| runtime.is_none_or(|r| candidates.contains(&r));
     let pods = in_pod || runtime_in(&[Containerd, CriO]);
     let likely = match source {
-        Source::Cgroup => return None,
+        Source::Cgroup | Source::Environ => return None,
         // For these runtimes pod manifests are the only source; the other runtimes have none.
         Source::Manifest if labels.kind == Kind::Container && matches!(runtime, Some(Rkt | Nspawn)) => true,
         Source::Manifest => return None,

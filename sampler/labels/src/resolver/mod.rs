@@ -29,7 +29,7 @@ use self::entry::{Entry, Slot};
 pub use self::entry::{QueryAttempt, QueryOutcome, can_resolve, is_likely};
 use self::target::Target;
 pub use self::target::{ABSENT, FILES_IN_FLIGHT};
-use super::values::{ContainerLabels, Facts, Source};
+use super::values::{ContainerLabels, Facts, Label, Source};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
@@ -87,6 +87,8 @@ pub struct LabelResolver {
     targets: Vec<Target>,
     entries: HashMap<ContainerKey, Entry>,
     by_id: HashMap<Arc<str>, Vec<ContainerKey>>,
+    /// Pods with processes in their own cgroups, and jobs in containers; there are few.
+    named_by_container: BTreeSet<ContainerKey>,
     /// Outdated entries are skipped when they become due.
     queue: Queue,
     /// Times at which containers settle with incomplete labels.
@@ -135,9 +137,33 @@ impl LabelResolver {
             self.unresolved.insert(key);
         }
         self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
+        let is_named_by_container = entry.is_named_by_container();
         self.entries.insert(key, entry);
         self.changed.insert(key);
+        if is_named_by_container {
+            self.named_by_container.insert(key);
+            let containers: Vec<ContainerKey> = self.entries.keys().copied().collect();
+            containers.into_iter().for_each(|container| self.share_names(container, now));
+        }
         complete
+    }
+
+    /// A pod has the names that a container in it has, and a job those of the container around it.
+    fn share_names(&mut self, container: ContainerKey, now: BootNs) {
+        if self.named_by_container.is_empty() {
+            return;
+        }
+        let can_name = |entry: &&Entry| entry.record.identity.is_container() && !entry.forged;
+        let Some(entry) = self.entries.get(&container).filter(can_name) else { return };
+        let Some((source, facts)) = entry.pod_names() else { return };
+        let is_named = |key: &&ContainerKey| self.entries.get(key).is_some_and(|other| entry.names(other));
+        let named: Vec<ContainerKey> = self.named_by_container.iter().filter(is_named).copied().collect();
+        for key in named {
+            let Some(entry) = self.entries.get_mut(&key).filter(|e| e.labels.get(Label::Namespace).is_none()) else { continue };
+            entry.labels.merge(source, &facts);
+            entry.complete(now);
+            self.changed.insert(key);
+        }
     }
 
     /// Whether a nested cgroup uses the id of another container. A tenant that can create cgroups inside its container can name one after
@@ -191,6 +217,7 @@ impl LabelResolver {
         }
         self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), key));
         self.unresolved.remove(&key);
+        self.named_by_container.remove(&key);
         self.changed.insert(key);
     }
 
@@ -337,6 +364,7 @@ impl LabelResolver {
                 requeue(&mut self.queue, entry, now, None);
             }
         }
+        self.share_names(query.key, now);
         if closed {
             // The endpoint responds again: queries that were delayed by its failure are due now.
             for entry in self.entries.values_mut() {

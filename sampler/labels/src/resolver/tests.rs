@@ -359,3 +359,30 @@ fn dockershim_names_fill_empty_values() {
     facts.from_dockershim_name("k8s_not_enough");
     assert_eq!(facts, before);
 }
+
+#[test]
+fn a_pod_and_a_job_in_a_container_have_the_names_that_a_container_knows() {
+    let container = pod(1);
+    let id = container.identity.container_id.clone().unwrap();
+    let mut resolver = resolver(&[Source::Bundle, Source::Logs, Source::Environ]);
+    assert!(!resolver.appeared(Arc::clone(&container), BootNs(0)));
+    let own_cgroup = "/kubepods/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
+    assert!(!resolver.appeared(record(2, own_cgroup), BootNs(0)), "its names are missing");
+    assert!(resolver.appeared(record(3, &format!("{own_cgroup}/{id}/slurmstepd.scope/job_7")), BootNs(0)), "a job has no names of its own");
+    assert!(resolver.appeared(record(4, "/system.slice/x.service"), BootNs(0)));
+    let queried = run_queries(&mut resolver, 0, 1_000, |query, _| match query.source {
+        Source::Bundle => Outcome::Found(all_labels()),
+        _ => Outcome::NotFound,
+    });
+    let sources = |source: Source| queried.iter().filter(|(_, queried)| *queried == source).count();
+    assert!(sources(Source::Bundle) == 1 && sources(Source::Environ) > 0, "{queried:?}");
+    for (key, container_id) in [(2, "8bb25662-de9a-11e9-84e7-f8f21e04010c".to_owned()), (3, format!("{}/slurm/7", &id[..12]))] {
+        let labels = resolver.labels(ContainerKey(key)).unwrap();
+        assert_eq!((labels.text(Label::Namespace), labels.text(Label::Pod), labels.text(Label::Container)), ("namespace", "pod", ""));
+        assert!(labels.complete() && labels.settled && *labels.container_id == container_id, "{labels:?}");
+    }
+    // A pod that appears later has them at once.
+    assert!(!resolver.appeared(record(5, own_cgroup), BootNs(0)));
+    assert!(resolver.labels(ContainerKey(5)).unwrap().complete());
+    assert_eq!(resolver.labels(ContainerKey(4)).unwrap().text(Label::Namespace), "");
+}

@@ -24,7 +24,7 @@ pub enum UserMatch {
     Pod,
     /// Namespace, container and image: another pod of the same workload.
     Image,
-    /// The name of a container or of a host process.
+    /// The name of a container, job, unit, login session or host process.
     Name,
 }
 
@@ -45,6 +45,9 @@ impl UserMatch {
             (_, UserKind::Unknown) => return None,
             (UserMatch::Name, UserKind::Host) => vec![user.comm.as_deref()?],
             (_, UserKind::Host) => return None,
+            // Another run of the same job or unit.
+            (UserMatch::Name, UserKind::Job | UserKind::Unit | UserKind::Login) => vec![&user.user],
+            (_, UserKind::Job | UserKind::Unit | UserKind::Login) => return None,
             (UserMatch::Pod, _) => vec![&user.namespace, &user.pod, &user.container],
             (UserMatch::Image, _) => vec![&user.namespace, &user.container, &user.image],
             // The name of a container in a pod contains the name of the pod.

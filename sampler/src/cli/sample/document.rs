@@ -68,7 +68,16 @@ pub enum SampledUser {
         container: Option<String>,
         name: Option<String>,
     },
-    /// A process outside containers.
+    /// The own cgroup of a pod.
+    Pod {
+        id: String,
+        namespace: Option<String>,
+        pod: Option<String>,
+    },
+    Job(NamedCgroup),
+    Unit(NamedCgroup),
+    Login(NamedCgroup),
+    /// A process of none of these.
     Host {
         comm: Option<String>,
     },
@@ -76,6 +85,14 @@ pub enum SampledUser {
         reason: &'static str,
         because: &'static str,
     },
+}
+
+#[derive(Serialize)]
+pub struct NamedCgroup {
+    /// The short name, as in metrics.
+    pub user: String,
+    /// The cgroup path.
+    pub id: String,
 }
 
 #[derive(Serialize)]
@@ -107,7 +124,14 @@ impl SampledUser {
                     [id, container_id, namespace, pod, container, name].map(|text| text.as_deref().unwrap_or_default());
                 format!("container {}   {id}", UserName { namespace, pod, container, name, container_id, id: "" })
             }
-            Self::Host { comm } => format!("outside containers   {}", comm.as_deref().unwrap_or_default()),
+            Self::Pod { id, namespace, pod } => {
+                let [namespace, pod] = [namespace, pod].map(|text| text.as_deref().unwrap_or_default());
+                format!("pod {}   {id}", UserName { namespace, pod, id: "", ..UserName::default() })
+            }
+            Self::Job(NamedCgroup { user, id }) => format!("job {user}   {id}"),
+            Self::Unit(NamedCgroup { user, id }) => format!("unit {user}   {id}"),
+            Self::Login(NamedCgroup { user, id }) => format!("login {user}   {id}"),
+            Self::Host { comm } => format!("host process   {}", comm.as_deref().unwrap_or_default()),
             Self::Unknown { reason, because } => format!("unattributed: {because} ({reason})"),
         }
     }

@@ -8,6 +8,7 @@ use std::time::UNIX_EPOCH;
 
 use anyhow::{Context as _, bail};
 use sampler_core::aggregate::{Aggregate, Range, Settings};
+use sampler_core::cgroup_path::{Kind, parse};
 use sampler_core::device::{GpuInfo, Reason};
 use sampler_core::fact::{
     AttributedProcess, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
@@ -17,7 +18,7 @@ use sampler_core::units::{BootNs, ContainerKey, WallTime, rfc3339};
 use sampler_session::Session;
 
 use self::document::{
-    CreditedUser, ExplainedSample, HolderProcess, Holders, SampleState, SampledGpu, SampledProcess, SampledUser,
+    CreditedUser, ExplainedSample, HolderProcess, Holders, NamedCgroup, SampleState, SampledGpu, SampledProcess, SampledUser,
 };
 use crate::session;
 
@@ -156,7 +157,7 @@ fn unattributed(reason: Reason) -> &'static str {
         Reason::NoPid => "the driver reports no process",
         Reason::InvalidPid => "the driver reports an invalid PID",
         Reason::PidUnknown => "no process with this PID was known at that time",
-        Reason::Host => "a process outside containers",
+        Reason::Host => "a process outside of containers, jobs and units",
         Reason::Mps => "a client of the multi-process service, which samples do not distinguish",
         Reason::Ambiguous => "two users had this PID within the uncertainty of the clocks",
         Reason::Lost => "kernel events were lost at that time",
@@ -271,11 +272,21 @@ impl<'a> UserNames<'a> {
                 let text =
                     |get: fn(&LabelFact) -> &str| labels.map(|labels| get(labels).to_owned()).filter(|text| !text.is_empty());
                 let (path, id) = self.paths.get(&key).copied().unzip();
+                let identity = parse(path.unwrap_or_default());
+                let (namespace, pod) = (text(|labels| &labels.namespace), text(|labels| &labels.pod));
+                let named = || NamedCgroup { user: identity.short_name(), id: path.unwrap_or_default().to_owned() };
+                match identity.kind {
+                    Kind::Pod => return SampledUser::Pod { id: named().id, namespace, pod },
+                    Kind::Job => return SampledUser::Job(named()),
+                    Kind::Unit => return SampledUser::Unit(named()),
+                    Kind::Login => return SampledUser::Login(named()),
+                    Kind::Container | Kind::Sandbox | Kind::Monitor | Kind::Build | Kind::NotContainer => {}
+                }
                 SampledUser::Container {
                     id: path.map(str::to_owned),
                     container_id: id.flatten().map(str::to_owned),
-                    namespace: text(|labels| &labels.namespace),
-                    pod: text(|labels| &labels.pod),
+                    namespace,
+                    pod,
                     container: text(|labels| &labels.container),
                     name: text(|labels| &labels.name),
                 }
@@ -379,7 +390,7 @@ mod tests {
                 "sample, 80 % busy, stamped 5 ns",
                 "the processes of the sample",
                 "pid 7, 40 %: container ns/p/c   /docker/1   member since 2023-11-14T22:13:15.000Z",
-                "pid 8, 40 %: outside containers   python3   member since",
+                "pid 8, 40 %: host process   python3   member since",
                 "pid 9, 40 %: unattributed: no process with this PID was known at that time (pid_unknown)   start unknown",
                 "pid 7, compute, 3.0 MiB: container ns/p/c",
                 "damage        cut",

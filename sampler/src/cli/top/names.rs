@@ -10,6 +10,10 @@ fn text(value: &Option<String>) -> &str {
 }
 
 pub fn name(user: &LiveUser) -> String {
+    // Not shortened: the name of a job, unit or login session, and the UID of a pod.
+    if !user.is_container() && user.pod.is_none() {
+        return terminal_safe(&user.container_id);
+    }
     let name = UserName {
         namespace: text(&user.namespace),
         pod: text(&user.pod),
@@ -65,5 +69,7 @@ mod tests {
     fn names_of_tenants_are_safe_to_display() {
         let user = LiveUser { name: Some("web\x1b[2J".to_owned()), ..LiveUser::default() };
         assert_eq!(name(&user), "web\\u{1b}[2J");
+        let job = LiveUser { kind: "job".to_owned(), container_id: "slurm/12345678901".to_owned(), ..LiveUser::default() };
+        assert_eq!(name(&job), "slurm/12345678901", "not shortened as ids are");
     }
 }

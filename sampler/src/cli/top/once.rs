@@ -6,7 +6,7 @@ use crate::cli::text::{DASH, bytes_or_dash, fit, left, percent_or_dash, right, t
 use crate::export::live::{LiveDocument, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
-const HEADS: [&str; 7] = ["CONTAINER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
+const HEADS: [&str; 7] = ["USER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
 /// Columns of text; the others are numbers, which are aligned to the right.
 const TEXT_COLUMNS: [usize; 3] = [0, 1, 6];
 /// The order in which columns are omitted if the terminal is too narrow.
@@ -36,7 +36,7 @@ fn gpu_line(gpu: &LiveGpu) -> String {
         |all: &Option<std::collections::BTreeMap<String, f64>>| all.as_ref().map(|all| all.values().fold(0.0, |a, b| a + b));
     let watts = gpu.power_watts.map(|watts| format!(", {watts:.0} W"));
     let celsius = gpu.temperature_celsius.map(|celsius| format!(", {celsius:.0} °C"));
-    let unattributed = sum(&gpu.unattributed_seconds).map(|seconds| format!(", {seconds:.2} s on no container"));
+    let unattributed = sum(&gpu.unattributed_seconds).map(|seconds| format!(", {seconds:.2} s unattributed"));
     let details: String = [watts, celsius, unattributed].into_iter().flatten().collect();
     let kind = if gpu.gpu_uuid.is_some() { "MIG device of GPU" } else { "GPU" };
     if gpu.gone {
@@ -93,7 +93,7 @@ pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>
     }
     if rows.is_empty() {
         out += if live.users.is_empty() {
-            "No container has used a GPU since the agent started.\n"
+            "No container, job or unit has used a GPU since the agent started.\n"
         } else {
             "No row matches the filter.\n"
         };

@@ -50,8 +50,8 @@ impl TopRow {
 
     fn contains(&self, words: &[String], model: &str) -> bool {
         let u = &self.user;
-        let texts = [u.name.as_deref(), u.image.as_deref(), u.runtime.as_deref()].into_iter().flatten();
-        let texts = texts.chain([&*self.name, &u.container_id, &u.id, &u.uuid, model]);
+        let texts = [&u.name, &u.image, &u.runtime, &u.owner, &u.job_name, &u.partition].into_iter().flatten();
+        let texts = texts.map(String::as_str).chain([&*self.name, &u.kind, &u.container_id, &u.id, &u.uuid, model]);
         let all = texts.collect::<Vec<_>>().join(" ").to_lowercase() + &format!(" gpu {}", self.gpu());
         words.iter().all(|word| all.contains(word))
     }

@@ -181,7 +181,7 @@ fn gauge(gpu: &LiveGpu, model: &Model, width: usize, paint: Paint) -> Line<'stat
         spans.push(Span::styled(busy, BOLD));
     }
     let memory = format!("{} / {}", bytes_or_dash(gpu.memory_used_bytes), bytes_or_dash(gpu.memory_total_bytes));
-    // Busy time in no row: of host processes, of unknown processes, or of containers with pending labels.
+    // Busy time in no row: of host processes, of unknown processes, or of users with pending labels.
     let credited = model.live.iter().flat_map(|live| &live.users).filter(|user| user.uuid == gpu.uuid);
     let credited: f64 = credited.filter_map(|user| user.duty_cycle_percent).sum();
     let unattributed = gpu.utilization_ratio.map(|ratio| (ratio - credited / 100.0).max(0.0)).filter(|ratio| *ratio >= 0.01);
@@ -191,7 +191,7 @@ fn gauge(gpu: &LiveGpu, model: &Model, width: usize, paint: Paint) -> Line<'stat
         Some((gpu.power_watts.map_or(DASH.into(), |watts| format!("{watts:.0} W")), Style::new())),
         Some((gpu.temperature_celsius.map_or(DASH.into(), |celsius| format!("{celsius:.0} °C")), Style::new())),
         gpu.coactive_ratio.map(|ratio| (format!("shared {}", percent_or_dash(Some(ratio))), Style::new())),
-        unattributed.map(|ratio| (format!("no container {}", percent_or_dash(Some(ratio))), paint.warning())),
+        unattributed.map(|ratio| (format!("unattributed {}", percent_or_dash(Some(ratio))), paint.warning())),
         Some((model_name, paint.dim())),
     ];
     for (text, style) in all.into_iter().flatten() {
@@ -219,7 +219,7 @@ enum Column {
 impl Column {
     fn head(self) -> (&'static str, Option<Sort>) {
         match self {
-            Column::Name => ("CONTAINER", Some(Sort::Name)),
+            Column::Name => ("USER", Some(Sort::Name)),
             Column::Gpu => ("GPU", None),
             Column::Share => ("SHARE %", Some(Sort::Share)),
             Column::Minute => ("LAST MINUTE", None),
@@ -325,7 +325,7 @@ fn empty_table(buf: &mut Buffer, area: Rect, model: &Model) {
         (None, Some(_)) => "No data yet.",
         (Some(_), _) if model.total > 0 => "No row matches the filter; press / to change it.",
         (Some(_), _) => {
-            "No container has used a GPU since the agent started. A container appears here when the driver first reports one of its \
+            "No container, job or unit has used a GPU since the agent started. One appears here when the driver first reports one of its \
              processes, or when the kubelet assigns a GPU to it."
         }
     };
@@ -339,9 +339,12 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
     let text = |name: &str, value: &Option<String>| value.as_deref().map(|value| format!("{name} {}", terminal_safe(value)));
     let ended = u.gone.then(|| "ended".to_owned());
     let assigned = u.assigned.then(|| "assigned".to_owned());
-    let id = Some(format!("id {}", short(&u.container_id))).filter(|_| !u.container_id.is_empty());
-    let identity = [Some(row.name.clone()), text("image", &u.image), id, ended, assigned];
-    let identity = identity.into_iter().flatten().collect::<Vec<_>>().join("  ");
+    let is_container = u.is_container();
+    let kind = Some(u.kind.clone()).filter(|_| !is_container);
+    let id = Some(format!("id {}", short(&u.container_id))).filter(|_| is_container && !u.container_id.is_empty());
+    let job = [text("name", &u.job_name), text("owner", &u.owner), text("partition", &u.partition)];
+    let identity = [Some(row.name.clone()), kind, text("image", &u.image), id].into_iter().chain(job).chain([ended, assigned]);
+    let identity = identity.flatten().collect::<Vec<_>>().join("  ");
     let coactive = if u.active_seconds > 0.0 {
         format!(
             ", active {:.1} s, {} of it with others",

@@ -7,6 +7,7 @@ const LABELS: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "
 /// Of a container and a GPU that is not a MIG device.
 const ON_WHOLE_GPU: &[&str] = &["uuid", "namespace", "pod", "container", "container_id"];
 const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id", "engine"];
+const WITH_SOURCE: &[&str] = &["uuid", "gpu_uuid", "namespace", "pod", "container", "container_id", "source"];
 const WITH_CONTENDER: &[&str] = &[
     "uuid",
     "gpu_uuid",
@@ -78,8 +79,8 @@ families! {
         .help("Number of processes of the container that share the GPU through the multi-process service (MPS); samples do not \
                distinguish them.")
         .absent("if there are none");
-    ASSIGNED: Family::gauge("container_gpu_assigned", "none", LABELS)
-        .help("Whether the kubelet has assigned this GPU, or a part of it, to the container; value is always 1.")
+    ASSIGNED: Family::gauge("container_gpu_assigned", "none", WITH_SOURCE)
+        .help("Whether this GPU, or a part of it, is assigned to the container, and where that is known from; value is always 1.")
         .absent("if it has not");
     INFO: Family::gauge("container_gpu_info", "none", &["container_id", "image", "name", "runtime", "pod_uid", "id"])
         .help("Image, name, runtime, pod UID and cgroup path of the container with this container_id; value is always 1.")

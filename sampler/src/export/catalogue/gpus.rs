@@ -19,17 +19,18 @@ families! {
                samples that are not settled yet.")
         .absent(IN_MIG_MODE)
         .starts_at_zero();
-    CREDITED_SECONDS: Family::counter("gpu_credited_seconds_total", "seconds", &["uuid", "gpu_uuid", "namespace"])
-        .help("GPU time credited to the containers of the namespace, in seconds. Continues after the containers end.")
-        .absent("until a container with settled labels uses the GPU, and for a GPU in MIG mode")
+    CREDITED_SECONDS: Family::counter("gpu_credited_seconds_total", "seconds", &["uuid", "gpu_uuid", "namespace", "kind"])
+        .help("GPU time credited to the users of this kind (container, pod, job, unit or login) in the namespace, in seconds. Continues \
+               after they end.")
+        .absent("until such a user with settled labels uses the GPU, and for a GPU in MIG mode")
         .starts_at_zero();
     UNATTRIBUTED_SECONDS: Family::counter("gpu_unattributed_seconds_total", "seconds", WITH_REASON)
-        .help("Busy time of the GPU that is not credited to a container, in seconds, by reason.")
+        .help("Busy time of the GPU that is not credited to a user, in seconds, by reason.")
         .absent(IN_MIG_MODE)
         .starts_at_zero();
     UNATTRIBUTED_ENERGY: Family::counter("gpu_unattributed_energy_joules_total", "joules", &["uuid", "reason"])
-        .help("Energy of the GPU that is not attributed to a container, in joules, by reason; idle is what the GPU draws when idle. With \
-               container_gpu_energy_joules_total it sums to the increase of gpu_energy_joules_total.")
+        .help("Energy of the GPU that is not attributed to a user, in joules, by reason; idle is what the GPU draws when idle. With \
+               container_gpu_energy_joules_total and gpu_user_energy_joules_total it sums to the increase of gpu_energy_joules_total.")
         .absent("if gpu_energy_joules_total was never reported, for MIG devices, and for a GPU in MIG mode")
         .starts_at_zero();
     ENGINE_SECONDS: Family::counter("gpu_engine_seconds_total", "seconds", WITH_ENGINE)
@@ -39,7 +40,7 @@ families! {
         .starts_at_zero();
     ENGINE_UNATTRIBUTED_SECONDS: Family::counter("gpu_engine_unattributed_seconds_total", "seconds", WITH_ENGINE)
         .in_collector(Collector::Engines)
-        .help("Busy time in gpu_engine_seconds_total that is not credited to a container, in seconds.")
+        .help("Busy time in gpu_engine_seconds_total that is not credited to a user, in seconds.")
         .absent("if gpu_engine_seconds_total is")
         .starts_at_zero();
     UTILIZATION: Family::gauge("gpu_utilization_ratio", "ratio", DEVICE)

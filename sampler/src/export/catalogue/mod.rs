@@ -13,6 +13,7 @@ pub mod pressure;
 pub mod reference;
 pub mod samples;
 pub mod sessions;
+pub mod users;
 
 use super::encode::TextFormat;
 use crate::collectors::Collector;

@@ -5,15 +5,16 @@ use std::collections::BTreeSet;
 use sampler_core::snapshot::WindowShares;
 use strum::{EnumCount as _, VariantArray as _};
 
-use super::{Family, Kind, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions};
+use super::{Family, Kind, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions, users};
 use crate::collectors::Collector;
 use crate::health::nvml_calls::Call;
 use crate::health::{CALL_BOUNDS, IDENTIFY_BOUNDS};
 use crate::labels::RESOLVE_BOUNDS;
 
-const GROUPS: [(&str, &[&Family]); 8] = [
+const GROUPS: [(&str, &[&Family]); 9] = [
     ("Replacements for cAdvisor", cadvisor::ALL),
     ("Containers", containers::ALL),
+    ("Jobs, units and login sessions", users::ALL),
     ("Waiting for other resources", pressure::ALL),
     ("GPUs", gpus::ALL),
     ("Samples and clocks", samples::ALL),
@@ -23,7 +24,7 @@ const GROUPS: [(&str, &[&Family]); 8] = [
 ];
 
 /// Every label with its meaning.
-const LABELS: [(&str, &str); 41] = [
+const LABELS: [(&str, &str); 49] = [
     ("acc_id", "UUID of the accelerator: a GPU or a MIG device"),
     ("call", "driver call"),
     ("commit", "commit of the build"),
@@ -39,7 +40,13 @@ const LABELS: [(&str, &str); 41] = [
     ("id", "path of the cgroup"),
     ("image", "image of the container"),
     ("index", "index of the GPU"),
-    ("kind", "kind of the kernel event: `fork`, `exec`, `exit`, `mkdir`, `rmdir`, `rename` or `attach`"),
+    ("job_id", "id or number of the job; empty if it is not a job"),
+    ("job_name", "name of the job; empty if unknown"),
+    (
+        "kind",
+        "kind of the user: `container`, `pod`, `job`, `unit` or `login`; or of the kernel event: `fork`, `exec`, `exit`, `mkdir`, `rmdir`, \
+         `rename` or `attach`",
+    ),
     ("label", "`name`, `image`, `namespace`, `pod` or `container`"),
     ("make", "always `nvidia`"),
     ("mig_mode", "`enabled`, `disabled` or `unsupported`"),
@@ -49,12 +56,14 @@ const LABELS: [(&str, &str); 41] = [
     ("namespace", "Kubernetes namespace; empty outside Kubernetes"),
     (
         "other_container",
-        "`container` of the contender, or its kind: `host`, `unknown`, or `_other` for all beyond the first eight",
+        "`container` of the contender, `user` of a job, unit or login session, or its kind: `host`, `unknown`, or `_other` for all beyond \
+         the first eight",
     ),
-    ("other_container_id", "`container_id` of the contender, or its kind"),
+    ("other_container_id", "`container_id` of the contender, or as `other_container`"),
     ("other_namespace", "`namespace` of the contender"),
     ("other_pod", "`pod` of the contender"),
     ("outcome", "outcome of the read or query, such as `ok` or `error`"),
+    ("partition", "partition or queue of the job; empty if unknown"),
     ("pci_bus_id", "PCI bus id of the GPU"),
     ("pod", "name of the pod; empty outside Kubernetes"),
     ("pod_name", "as `pod`; the name before Kubernetes 1.16, depending on `pod_labels`"),
@@ -62,9 +71,14 @@ const LABELS: [(&str, &str); 41] = [
     ("reason", "reason: of unattributed time or energy, of the clocks, or of the rejection"),
     ("resource", "`cpu`, `memory` or `io`"),
     ("runtime", "container runtime"),
-    ("source", "label source, or `nvml`"),
+    ("scheduler", "`slurm`, `nomad`, `htcondor`, `yarn`, `pbs`, `lsf` or `flux`; empty if it is not a job"),
+    ("source", "label source, or `nvml`; of an assignment `checkpoint` or `pod-resources`"),
     ("state", "state of the GPU time, of the labels, of the PID space, or of the session"),
     ("table", "`living` and `exited` processes, or `cgroups`"),
+    ("uid", "id of the owner; empty if unknown"),
+    ("unit", "name of the unit of systemd; empty if it is not a unit"),
+    ("user", "short name of a job, unit or login session: `slurm/12345`, `vllm.service`, `uid/1000`"),
+    ("user_name", "name of the owner; empty if unknown"),
     ("uuid", "UUID of the GPU or the MIG device"),
     ("version", "version of the agent"),
     ("xid", "number of the XID error"),
@@ -115,9 +129,14 @@ pub fn all() -> impl Iterator<Item = &'static Family> {
     GROUPS.into_iter().flat_map(|(_, families)| families.iter().copied())
 }
 
+const SCOPES: usize = 6;
+
 /// What a family has a series of.
 fn scope(family: &Family) -> usize {
     let has = |label: &str| family.labels.contains(&label);
+    if has("user") {
+        return if has("uuid") { 4 } else { 5 };
+    }
     match (has("container_id") || has("acc_id"), has("uuid") || has("acc_id")) {
         (true, true) => 0,
         (true, false) => 1,
@@ -133,13 +152,15 @@ fn combinations(family: &Family) -> usize {
         let known = |key: &str| VALUES.iter().find(|(name, _)| *name == key).map(|(_, values)| *values);
         known(&of_family).or_else(|| known(label)).unwrap_or(1)
     };
-    family.labels.iter().map(|label| values(label)).product()
+    // The kind of a user is one of its own labels.
+    let is_own = |label: &str| label == "kind" && (family.labels.contains(&"user") || family.labels.contains(&"namespace"));
+    family.labels.iter().filter(|label| !is_own(label)).map(|label| values(label)).product()
 }
 
 /// Number of series for one of its scope, without `_created`.
 fn series(family: &Family) -> usize {
     let bounds = match family.name {
-        "container_gpu_window_share_ratio" => WindowShares::BOUNDS.len(),
+        "container_gpu_window_share_ratio" | "gpu_user_window_share_ratio" => WindowShares::BOUNDS.len(),
         "gpu_sampler_nvml_call_seconds" => CALL_BOUNDS.len(),
         "gpu_sampler_identify_seconds" => IDENTIFY_BOUNDS.len(),
         "gpu_sampler_resolve_seconds" => RESOLVE_BOUNDS.len(),
@@ -169,13 +190,13 @@ Prometheus takes it as the start of the counter from version 3.0 on, with
 `--enable-feature=created-timestamp-zero-ingestion`. Other versions, and this one without the flag, store each as a
 series of its own, so `all` does not include `created`. The most series that it adds:
 
-| to | container and GPU | container | GPU | agent |
-|---|---:|---:|---:|---:|
+| to | container and GPU | container | GPU | agent | user and GPU | user |
+|---|---:|---:|---:|---:|---:|---:|
 ";
 
 fn created_times() -> String {
     let row = |name: &str, is_in: &dyn Fn(&Family) -> bool| {
-        let mut counts = [0; 4];
+        let mut counts = [0; SCOPES];
         for family in all().filter(|family| family.has_created && is_in(family)) {
             counts[scope(family)] += combinations(family);
         }
@@ -190,13 +211,15 @@ fn created_times() -> String {
 
 /// The most series of each collector, by scope.
 fn collectors() -> String {
-    let mut text = "\n## Collectors\n\nThe most series for each container and GPU, each container, each GPU, and the agent. A label with values that depend on\n\
-                    what happens on the node, such as the name of an error, is counted with one value.\n\n\
-                    | collector | default | container and GPU | container | GPU | agent |\n|---|---|---:|---:|---:|---:|\n"
+    let mut text = "\n## Collectors\n\nThe most series for each container and GPU, each container, each GPU, the agent, each job, unit or login session (user)\n\
+                    and GPU, and each such user. A label with values that depend on what happens on the node, such as the name of\n\
+                    an error, is counted with one value.\n\n\
+                    | collector | default | container and GPU | container | GPU | agent | user and GPU | user |\n\
+                    |---|---|---:|---:|---:|---:|---:|---:|\n"
         .to_owned();
-    let mut of_default = [0; 4];
+    let mut of_default = [0; SCOPES];
     for collector in Collector::VARIANTS.iter().filter(|collector| **collector != Collector::Created) {
-        let mut counts = [0; 4];
+        let mut counts = [0; SCOPES];
         for family in all().filter(|family| family.collector == *collector) {
             counts[scope(family)] += series(family);
         }

@@ -53,8 +53,8 @@ pub struct Scrape<'a> {
 struct GpuState {
     /// When its counters were 0.
     created: WallTime,
-    /// Namespace -> seconds.
-    credited: BTreeMap<String, f64>,
+    /// (namespace, kind of user) -> seconds.
+    credited: BTreeMap<(String, &'static str), f64>,
     /// Busy seconds in the last scrape.
     busy: f64,
 }
@@ -103,7 +103,7 @@ impl Ledger {
                 let pair = state.pair_or_new(gpu, created);
                 pair.is_used = pair.is_used || counters(usage) != Counters::default();
                 if let (Some(labels), Some(gpu)) = (&settled, self.gpus.get_mut(gpu)) {
-                    gpu.credit(labels.text(Label::Namespace), usage.seconds - pair.counted);
+                    gpu.credit(labels, usage.seconds - pair.counted);
                     pair.counted = usage.seconds;
                 }
             }
@@ -130,7 +130,7 @@ impl Ledger {
         for container in &snapshot.containers {
             let (record, is_gone) = (&container.record, container.gone.is_some());
             let known = labels.get(&record.key);
-            if !is_gone {
+            if !is_gone && record.identity.is_container() {
                 // Without a record in the label service yet, the container is known by its path.
                 let state = known.map_or("identified", |labels| labels.state());
                 let runtime = known.and_then(|l| l.runtime).or(record.identity.runtime).map_or("unknown", |r| r.name());
@@ -154,6 +154,7 @@ impl Ledger {
                 page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
             }
         }
+        page.expose_pods_as_containers(snapshot, labels, assigned);
         page.merge_series();
         page.gpus = snapshot
             .gpus
@@ -227,11 +228,9 @@ impl Ledger {
 }
 
 impl GpuState {
-    fn credit(&mut self, namespace: &str, seconds: f64) {
-        match self.credited.get_mut(namespace) {
-            Some(credited) => *credited += seconds,
-            None => _ = self.credited.insert(namespace.to_owned(), seconds),
-        }
+    fn credit(&mut self, labels: &ContainerLabels, seconds: f64) {
+        let group = (labels.text(Label::Namespace).to_owned(), labels.kind.user_kind());
+        *self.credited.entry(group).or_default() += seconds;
     }
 }
 
@@ -245,7 +244,9 @@ fn stays(pair: Option<&PairState>, usage: &ContainerGpu, gone: Option<BootNs>, n
 pub(super) fn labels_of(record: &ContainerRecord, labels: &LabelView, now: BootNs) -> Option<Arc<ContainerLabels>> {
     match labels.get(&record.key) {
         Some(labels) => labels.settled.then(|| Arc::clone(labels)),
-        None => (now.saturating_since(record.created) > UNLABELLED_NS).then(|| Arc::new(ContainerLabels::from_path(record))),
+        // Others have a record there soon after they first use a GPU, long after they were created.
+        None => (now.saturating_since(record.created) > UNLABELLED_NS && record.identity.is_container())
+            .then(|| Arc::new(ContainerLabels::from_path(record))),
     }
 }
 

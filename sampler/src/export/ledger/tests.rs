@@ -73,6 +73,7 @@ fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
 fn text(ledger: &mut Ledger, page: &Exposition) -> String {
     let mut all = Page::new(Selection::ALL, TextFormat::Prometheus);
     families::containers(page, &mut all, &mut ledger.starts);
+    families::users(page, &mut all, &mut ledger.starts);
     gpus::gpus(page, &mut all, &mut ledger.starts);
     all.text()
 }

@@ -288,7 +288,8 @@ function sorted(rows) {
 
 function matches(row) {
   const { user } = row;
-  const text = [row.name, user.name, user.image, user.container_id, user.id, user.uuid, `gpu ${user.index}`, user.runtime];
+  const text = [row.name, user.name, user.image, user.container_id, user.id, user.uuid, `gpu ${user.index}`, user.runtime,
+    user.kind, user.owner, user.job_name, user.partition];
   const all = text.filter(Boolean).join(" ").toLowerCase();
   return ui.filter.toLowerCase().split(/\s+/).every((word) => all.includes(word));
 }
@@ -297,7 +298,9 @@ function showLine(part, row, now) {
   const { user } = row;
   setText(part.name, row.name);
   part.name.title = `cgroup ${user.id}`;
-  const more = [user.image, user.container_id && user.container_id.slice(0, 12), user.assigned && "assigned", user.gone && "ended"];
+  const isContainer = user.kind === "container";
+  const more = [!isContainer && user.kind, user.image, isContainer && user.container_id && user.container_id.slice(0, 12),
+    user.job_name, user.owner, user.partition && `partition ${user.partition}`, user.assigned && "assigned", user.gone && "ended"];
   setText(part.more, more.filter(Boolean).join(" · "));
   part.more.title = user.container_id;
   part.node.classList.toggle("gone", user.gone);
@@ -352,8 +355,8 @@ function showUsers(live, now) {
   const empty = $("users-empty");
   empty.hidden = rows.length > 0;
   setText(empty, all.length
-    ? "No container matches the filter; clear the filter to see all."
-    : "No container has used a GPU since the agent started. A container appears here when the driver first reports " +
+    ? "No user matches the filter; clear the filter to see all."
+    : "No container, job or unit has used a GPU since the agent started. One appears here when the driver first reports " +
       "one of its processes, or when the kubelet assigns a GPU to it.");
 }
 

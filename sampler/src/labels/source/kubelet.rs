@@ -7,24 +7,19 @@
 //! Claims of dynamic resource allocation are not read: their device names are specific to the driver, and their meaning changed between
 //! its versions.
 
-use std::io;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use sampler_labels::{Assignment, facts_for, join};
-use serde_json::Value;
+use sampler_labels::{Assignment, AssignmentSource, facts_for, join};
 use tokio::time::Instant;
 
-use super::file;
+use super::checkpoint;
 use super::grpc::{GrpcError, GrpcSocket, ListResponse};
 use super::reply::SourceReply;
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
-pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
-/// An entry is a few hundred bytes per container with devices, plus the response of its plugin.
-const MAX_CHECKPOINT_BYTES: u64 = 4 << 20;
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Both lists are about all pods, so queries within this time share them. No longer than the delay of a container's first query: its
 /// devices are assigned before it starts.
@@ -48,18 +43,6 @@ pub struct AssignmentReport {
     pub assignments: Vec<Assignment>,
     /// Each names its endpoint or file. Also empty if there is no kubelet.
     pub problems: Vec<String>,
-}
-
-#[derive(Debug, thiserror::Error)]
-pub enum CheckpointError {
-    #[error("cannot read {}", path.display())]
-    Read { path: PathBuf, source: io::Error },
-    #[error("{}: larger than {MAX_CHECKPOINT_BYTES} bytes", path.display())]
-    TooLarge { path: PathBuf },
-    #[error("{}: not JSON", path.display())]
-    Json { path: PathBuf, source: serde_json::Error },
-    #[error("{}: no pod entries", path.display())]
-    Shape { path: PathBuf },
 }
 
 // Field numbers from podresources/v1's `api.proto`; v1alpha1 has the same ones. Topology, CPUs and memory are not read.
@@ -130,7 +113,7 @@ impl Kubelet {
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
         let root = self.root.clone();
-        let checkpoint = match tokio::task::spawn_blocking(move || checkpoint(&root)).await {
+        let checkpoint = match tokio::task::spawn_blocking(move || checkpoint::read(&root)).await {
             Ok(read) => read.map(Option::unwrap_or_default).map_err(|error| format!("{:#}", anyhow::Error::from(error))),
             Err(error) => Err(format!("the device checkpoint: {error}")),
         };
@@ -181,56 +164,10 @@ fn pod_assignments(pod: PodResources) -> impl Iterator<Item = Assignment> {
             container: container.name.clone(),
             resource: devices.resource,
             device_ids: devices.ids,
+            handed_out: Vec::new(),
+            source: AssignmentSource::PodResources,
         })
     })
-}
-
-/// Reads the device manager's checkpoint, by pod UIDs; `None` if there is none. Blocking.
-///
-/// Its checksum is not verified: it is a hash over Go's printed form of the structs of the kubelet that wrote it, which differs for every
-/// layout, and its purpose is to detect other layouts. The kubelet renames a complete file into place, so it is never partial.
-pub fn checkpoint(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointError> {
-    let path = root.join(CHECKPOINT);
-    let text = match file::beginning(&path, MAX_CHECKPOINT_BYTES + 1) {
-        Ok(text) => text,
-        Err(error) if file::is_absent(&error) => return Ok(None),
-        Err(source) => return Err(CheckpointError::Read { path, source }),
-    };
-    if text.len() as u64 > MAX_CHECKPOINT_BYTES {
-        return Err(CheckpointError::TooLarge { path });
-    }
-    match serde_json::from_slice(&text) {
-        Ok(value) => entries(&value).map(Some).ok_or(CheckpointError::Shape { path }),
-        Err(source) => Err(CheckpointError::Json { path, source }),
-    }
-}
-
-/// Parses every layout: `Entries` (1.8), `PodDeviceEntries` (1.9), the latter within `Data` (1.11, with a checksum), and device ids
-/// by NUMA node (1.20). Invalid entries are skipped.
-fn entries(value: &Value) -> Option<Vec<Assignment>> {
-    let data = value.get("Data").unwrap_or(value);
-    let list = match data.get("PodDeviceEntries").or_else(|| data.get("Entries"))? {
-        Value::Array(list) => list.as_slice(),
-        // Go encodes an empty list as null.
-        Value::Null => &[],
-        _ => return None,
-    };
-    Some(list.iter().filter_map(parse_entry).collect())
-}
-
-fn parse_entry(entry: &Value) -> Option<Assignment> {
-    let text = |key: &str| entry.get(key).and_then(Value::as_str).filter(|t| !t.is_empty()).map(str::to_owned);
-    let device_ids = match entry.get("DeviceIDs") {
-        Some(Value::Array(ids)) => texts(ids),
-        Some(Value::Object(by_node)) => by_node.values().filter_map(Value::as_array).flat_map(|ids| texts(ids)).collect(),
-        _ => Vec::new(),
-    };
-    let (pod_uid, container, resource) = (text("PodUID"), text("ContainerName")?, text("ResourceName")?);
-    Some(Assignment { pod_uid, namespace: None, pod: None, container, resource, device_ids })
-}
-
-fn texts(list: &[Value]) -> Vec<String> {
-    list.iter().filter_map(Value::as_str).map(str::to_owned).collect()
 }
 
 #[cfg(test)]
@@ -240,75 +177,9 @@ mod tests {
     use sampler_labels::QueryOutcome;
 
     use super::*;
+    use crate::labels::source::checkpoint::CHECKPOINT;
+    use crate::labels::source::checkpoint::tests::{folder, show};
     use crate::labels::source::grpc_server::{Server, ServerReply, field, number};
-
-    fn show(list: &[Assignment]) -> Vec<String> {
-        let or = |part: &Option<String>| part.clone().unwrap_or("-".into());
-        let line = |a: &Assignment| {
-            let (uid, namespace, pod) = (or(&a.pod_uid), or(&a.namespace), or(&a.pod));
-            format!("{uid} {namespace}/{pod}/{} {} {}", a.container, a.resource, a.device_ids.join(","))
-        };
-        list.iter().map(line).collect()
-    }
-
-    /// A kubelet folder with this checkpoint.
-    fn folder(text: &[u8]) -> tempfile::TempDir {
-        let root = tempfile::tempdir().unwrap();
-        fs::create_dir(root.path().join("device-plugins")).unwrap();
-        fs::write(root.path().join(CHECKPOINT), text).unwrap();
-        root
-    }
-
-    #[test]
-    fn checkpoints_of_every_layout_parse() {
-        let check = |text: &str, expect: &[&str]| {
-            let list = checkpoint(folder(text.as_bytes()).path()).unwrap().unwrap();
-            assert_eq!(show(&list), expect, "{text}");
-        };
-        let entry = |ids: &str| {
-            format!(
-                r#"{{"PodUID":"u1","ContainerName":"c","ResourceName":"nvidia.com/gpu","DeviceIDs":{ids},"AllocResp":"Cgk="}}"#
-            )
-        };
-        let (old, new) = (entry(r#"["GPU-1","GPU-2"]"#), entry(r#"{"0":["GPU-1"],"1":["GPU-2"]}"#));
-        let both = "u1 -/-/c nvidia.com/gpu GPU-1,GPU-2";
-        check(&format!(r#"{{"Entries":[{old}]}}"#), &[both]);
-        check(&format!(r#"{{"PodDeviceEntries":[{old}],"RegisteredDevices":{{"nvidia.com/gpu":["GPU-1"]}}}}"#), &[both]);
-        check(&format!(r#"{{"Data":{{"PodDeviceEntries":[{old}],"RegisteredDevices":null}},"Checksum":1}}"#), &[both]);
-        check(&format!(r#"{{"Data":{{"PodDeviceEntries":[{new}],"New":[]}},"Checksum":1,"BootID":"b"}}"#), &[both]);
-        check(
-            &format!(r#"{{"Data":{{"PodDeviceEntries":[{}]}}}}"#, entry(r#"{"-1":["GPU-1"]}"#)),
-            &["u1 -/-/c nvidia.com/gpu GPU-1"],
-        );
-        check(
-            &format!(r#"{{"Data":{{"PodDeviceEntries":[1,{{}},{},{new}]}}}}"#, entry("7")),
-            &["u1 -/-/c nvidia.com/gpu ", both],
-        );
-        check(r#"{"Data":{"PodDeviceEntries":null,"RegisteredDevices":{}},"Checksum":1}"#, &[]);
-    }
-
-    #[test]
-    fn invalid_checkpoints_are_errors() {
-        let check = |text: &[u8], expect: &str| {
-            let root = folder(text);
-            let error = checkpoint(root.path()).unwrap_err().to_string();
-            assert!(error.ends_with(expect) && error.contains(CHECKPOINT), "{error}");
-        };
-        check(b"", "not JSON");
-        check(b"{\"Data\":{\"PodDeviceEntries\":[", "not JSON");
-        check(&[0xff; 10], "not JSON");
-        check(&[b'['; 100_000], "not JSON");
-        check(b"{}", "no pod entries");
-        check(b"[]", "no pod entries");
-        check(br#"{"Data":"text"}"#, "no pod entries");
-        check(br#"{"Data":{"PodDeviceEntries":{}}}"#, "no pod entries");
-        check(&vec![b' '; MAX_CHECKPOINT_BYTES as usize + 1], "larger than 4194304 bytes");
-        assert!(checkpoint(Path::new("/nowhere")).unwrap().is_none());
-        let root = folder(b"{}");
-        fs::remove_file(root.path().join(CHECKPOINT)).unwrap();
-        fs::create_dir(root.path().join(CHECKPOINT)).unwrap();
-        assert!(matches!(checkpoint(root.path()), Err(CheckpointError::Read { .. })));
-    }
 
     fn pods() -> Vec<u8> {
         let devices = |id: &str| field(2, [field(1, "nvidia.com/gpu"), field(2, id), field(3, field(1, number(1, 0)))].concat());

@@ -1,10 +1,12 @@
 //! The label sources. Each fails independently, each has a hard limit of time and size, and none is on the sampling path.
 
 mod bundle;
+pub mod checkpoint;
 pub mod cri;
 mod crio;
 pub mod docker;
 mod docker_file;
+mod environ;
 pub mod file;
 pub mod grpc;
 #[cfg(test)]
@@ -24,7 +26,7 @@ use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
-use sampler_core::cgroup_path::Runtime;
+use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::units::ContainerKey;
 use sampler_labels::{Outcome, Query, Source, TargetId};
 
@@ -104,7 +106,7 @@ pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), S
 pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     let Some(endpoint) = sources.endpoint(query.target) else { return SourceReply::error("no such target") };
     let id = query.container_id().to_owned();
-    if !is_single_name(&id) {
+    if !has_valid_id(query) {
         return SourceReply::not_queried("the container has no valid id");
     }
     let reply = async {
@@ -122,6 +124,11 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     };
     let timed_out = || SourceReply::timeout(format!("no response within {} s", TIMEOUT.as_secs()));
     tokio::time::timeout(TIMEOUT, reply).await.unwrap_or_else(|_| timed_out())
+}
+
+/// Pods, jobs, units and sessions are not found by the id of a container.
+fn has_valid_id(query: &Query) -> bool {
+    is_single_name(query.container_id()) || matches!(query.record.identity.kind, Kind::Pod | Kind::Job | Kind::Unit | Kind::Login)
 }
 
 /// How long the root of a container's runtime is reused: less than the shortest time between two queries to one source.
@@ -162,10 +169,11 @@ impl InnerRoots {
 /// Executes a query to a source that reads files. Blocking.
 pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoots) -> SourceReply {
     let (host, places, id, source) = (&sources.host, sources.places.load(), query.container_id(), query.source);
-    if !is_single_name(id) {
+    if !has_valid_id(query) {
         return SourceReply::not_queried("the container has no valid id");
     }
     let reply = match source {
+        Source::Environ => return environ::query(host, &sources.procfs, &sources.cgroups, &query.record),
         Source::Logs => return pods::logs(host, id, query.pod_uid.as_deref()),
         Source::Mountinfo => {
             let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());

@@ -53,6 +53,10 @@ fn pod_folder(files: &HostFiles, uid: &str, facts: &mut Facts) -> Result<(), Str
 }
 
 fn container_link(files: &HostFiles, id: &str, facts: &mut Facts) -> Result<(), String> {
+    // A pod itself has no link.
+    if id.is_empty() {
+        return Ok(());
+    }
     let list = files.list(&files.path(Path::new(CONTAINER_LOGS)))?;
     for name in list.names() {
         let Some(stem) = name.strip_suffix(".log") else { continue };
@@ -124,13 +128,13 @@ pub fn pids_of(mount_points: &[PathBuf], cgroup: &str) -> Vec<String> {
     mount_points.iter().filter_map(pids_below).find(|pids| !pids.is_empty()).unwrap_or_default()
 }
 
-fn pids_in(folder: &Path) -> std::io::Result<Vec<String>> {
+pub fn pids_in(folder: &Path) -> std::io::Result<Vec<String>> {
     let text = fs::read_to_string(folder.join("cgroup.procs"))?;
     Ok(text.lines().filter(|pid| *pid != "0").map(str::to_owned).collect())
 }
 
 /// Of the dozens of entries of a cgroup, those that are cgroups.
-fn child_folders(folder: &Path) -> Vec<PathBuf> {
+pub fn child_folders(folder: &Path) -> Vec<PathBuf> {
     let entries = fs::read_dir(folder).into_iter().flatten().flatten();
     entries
         .filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))

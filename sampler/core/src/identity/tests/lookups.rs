@@ -179,6 +179,83 @@ fn monitors_builds_and_pods_inside_a_container_belong_to_it() {
     assert_eq!(table.containers().count(), 1);
 }
 
+/// The key of the user of each of these cgroups of the v2 hierarchy, with its short name.
+fn names_of(table: &Cgroups, ids: &[u64]) -> Vec<Option<String>> {
+    let name = |key: ContainerKey| table.container(key).expect("known").record.identity.short_name();
+    ids.iter().map(|id| table.container_of(&v2(*id), BootNs(100)).expect("placed").map(name)).collect()
+}
+
+#[test]
+fn jobs_units_and_pods_are_users_with_all_their_cgroups() {
+    use CgroupChange::{Created, Seen};
+    let (pod, id) = ("8bb25662-de9a-11e9-84e7-f8f21e04010c", "a".repeat(64));
+    let mut table = Cgroups::default();
+    for f in [
+        cgroup(Seen, 0, 1, 0, "", 1),
+        cgroup(Created, 0, 2, 1, "system.slice", 2),
+        cgroup(Created, 0, 3, 2, "vllm.service", 3),
+        cgroup(Created, 0, 4, 3, "worker", 4),
+        cgroup(Created, 0, 5, 2, "slurmstepd.scope", 5),
+        cgroup(Created, 0, 6, 5, "job_7", 6),
+        cgroup(Created, 0, 7, 6, "step_0", 7),
+        cgroup(Created, 0, 8, 6, "step_1", 8),
+        cgroup(Created, 0, 9, 1, "kubepods", 9),
+        cgroup(Created, 0, 10, 9, &format!("pod{pod}"), 10),
+        cgroup(Created, 0, 11, 10, &id, 11),
+        cgroup(Created, 0, 12, 11, "slurmstepd.scope", 12),
+        cgroup(Created, 0, 13, 12, "job_7", 13),
+    ] {
+        table.apply(&f);
+    }
+    let expect = [
+        (1, None),
+        (2, None),
+        (3, Some("vllm.service")),
+        (4, Some("vllm.service")),
+        (5, Some("slurmstepd.scope")),
+        (6, Some("slurm/7")),
+        (7, Some("slurm/7")),
+        (8, Some("slurm/7")),
+        (10, Some(pod)),
+        (11, Some(id.as_str())),
+        (12, Some(id.as_str())),
+        (13, Some("aaaaaaaaaaaa/slurm/7")),
+    ];
+    let ids = expect.map(|(id, _)| id);
+    assert_eq!(names_of(&table, &ids), expect.map(|(_, name)| name.map(str::to_owned)));
+    table.apply(&cgroup(CgroupChange::Removed, 0, 6, 5, "job_7", 50));
+    let changes = table.take_changes();
+    assert!(matches!(changes.last(), Some(ContainerChange::Gone(_, BootNs(50)))), "{changes:?}");
+    assert_eq!(names_of(&table, &[7]), [Some("slurm/7".to_owned())], "attribution is delayed");
+}
+
+#[test]
+fn a_container_in_one_hierarchy_comes_before_a_unit_in_another() {
+    use CgroupChange::{Created, Seen};
+    let id = "a".repeat(64);
+    let mut table = Cgroups::default();
+    for f in [
+        cgroup(Seen, 0, 1, 0, "", 1),
+        cgroup(Created, 0, 2, 1, "docker.service", 2),
+        cgroup(Seen, 8, 1, 0, "", 1),
+        cgroup(Created, 8, 2, 1, "docker", 2),
+        cgroup(Created, 8, 3, 2, &id, 3),
+        cgroup(Created, 8, 4, 1, "docker.service", 4),
+    ] {
+        table.apply(&f);
+    }
+    let of = |v2_id, v1_id| {
+        let container = table.container_of(&CgroupMembership { v2_id, v1_id, v1_hierarchy: 8 }, BootNs(9))?;
+        Ok(container.map(|key| table.container(key).expect("known").record.identity.short_name()))
+    };
+    assert_eq!(of(2, 3), Ok(Some(id)));
+    assert_eq!(of(2, 1), Ok(Some("docker.service".to_owned())));
+    assert_eq!(of(1, 4), of(2, 1));
+    assert_eq!(of(1, 1), Ok(None));
+    assert_eq!(of(2, 77), Err(UnknownCgroup), "the other hierarchy may have a container");
+    assert_eq!(table.containers().count(), 2, "a unit is one user in both hierarchies");
+}
+
 #[test]
 fn the_apps_of_a_rkt_pod_are_two_containers_in_any_number_of_hierarchies() {
     use CgroupChange::{Created, Seen};
