@@ -8,7 +8,7 @@ use std::process::Command;
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
-use gpu_sampler_tests::kubelet::{Kubelet, pod};
+use gpu_sampler_tests::kubelet::{Kubelet, claiming_pod, pod};
 use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, label_fields, summary};
 use gpu_sampler_tests::{Agent, Running, Sample, Sim, wait_for};
 use serde_json::{Value, json};
@@ -167,4 +167,34 @@ fn without_a_checkpoint_the_kubelet_is_queried_only_when_containers_start() -> R
         Ok((ours.iter().any(|s| s.value > 0.0) && assigned(&page) == expected).then_some(()))
     })?;
     Ok(())
+}
+
+/// Dynamic MIG: only the checkpoint of the DRA driver knows the UUID of the device that it has made for the claim.
+#[test]
+fn resource_claims_assign_what_the_dra_driver_has_prepared() -> Result<()> {
+    let claim = "3c8337ad-f366-4541-883d-30b9e99fd6be";
+    let (device, cdi) = ("gpu-0-mig-1g10gb-19-0", format!("k8s.gpu.nvidia.com/claim={claim}-gpu-0-mig-1g10gb-19-0"));
+    let world = format!("[[gpus]]\nuuid = '{GPU}'\n[[gpus.mig]]\nuuid = '{MIG}'\n");
+    let (sim, root) = (Sim::new(&world)?, tempfile::tempdir()?);
+    let folder = root.path().join("var/lib/kubelet");
+    fs::create_dir_all(folder.join("pod-resources"))?;
+    fs::create_dir_all(folder.join("plugins/gpu.nvidia.com"))?;
+    let prepared = json!({"checksum": 1, "v2": {"checksum": 2, "preparedClaims": {claim: {"checkpointState": "PrepareCompleted",
+        "status": {}, "preparedDevices": [{"devices": [{"mig": {
+            "concrete": {"parentMinor": 0, "giId": 1, "ciId": 0, "migUUID": MIG, "parentUUID": GPU},
+            "device": {"Requests": ["gpu"], "PoolName": "node-1", "DeviceName": device, "CDIDeviceIDs": [cdi]}}}]}]}}}});
+    fs::write(folder.join("plugins/gpu.nvidia.com/checkpoint.json"), prepared.to_string())?;
+    let kubelet = Kubelet::start(&folder.join("pod-resources/kubelet.sock"))?;
+    kubelet.set(vec![claiming_pod("prod", "trainer-0", "main", device, &[&cdi])]);
+    let (tree, id) = (CgroupTree::new("claims")?, id('e'));
+    bundle(root.path(), &id, "trainer-0", UID)?;
+    tree.make(&format!("kubepods/pod{UID}/{id}"))?;
+    let rootfs = root.path().to_string_lossy().into_owned();
+    let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "bundle,kubelet"])?;
+    let expected = [format!("trainer-0/main {MIG}")];
+    wait_for("the claim is an assignment", SOON, || {
+        let page = agent.scrape()?;
+        let by_claim = page.iter().any(|s| s.name == "container_gpu_assigned" && s.labels["source"] == "claim");
+        Ok((assigned(&page) == expected && by_claim).then_some(()))
+    })
 }

@@ -82,6 +82,12 @@ pub struct DynamicResource {
 pub struct ClaimResource {
     #[prost(message, repeated, tag = "1")]
     pub cdi_devices: Vec<CdiDevice>,
+    #[prost(string, tag = "2")]
+    pub driver_name: String,
+    #[prost(string, tag = "3")]
+    pub pool_name: String,
+    #[prost(string, tag = "4")]
+    pub device_name: String,
 }
 
 #[derive(Clone, PartialEq, Message)]
@@ -97,6 +103,16 @@ pub fn pod(namespace: &str, name: &str, container: &str, resource: &str, devices
     let topology = Some(TopologyInfo { nodes: vec![NumaNode { id: 0 }] });
     let devices = vec![ContainerDevices { resource_name: resource.into(), device_ids, topology }];
     let containers = vec![ContainerResources { name: container.into(), devices, ..Default::default() }];
+    PodResources { name: name.into(), namespace: namespace.into(), containers }
+}
+
+/// A pod with one container that has this device of NVIDIA's DRA driver.
+pub fn claiming_pod(namespace: &str, name: &str, container: &str, device: &str, cdi: &[&str]) -> PodResources {
+    let cdi_devices = cdi.iter().map(|name| CdiDevice { name: (*name).to_owned() }).collect();
+    let (driver_name, device_name) = ("gpu.nvidia.com".to_owned(), device.to_owned());
+    let claim_resources = vec![ClaimResource { cdi_devices, driver_name, pool_name: "node-1".into(), device_name }];
+    let claim = DynamicResource { claim_name: "gpu".into(), claim_namespace: namespace.into(), claim_resources };
+    let containers = vec![ContainerResources { name: container.into(), dynamic_resources: vec![claim], ..Default::default() }];
     PodResources { name: name.into(), namespace: namespace.into(), containers }
 }
 

@@ -32,6 +32,8 @@ pub struct Assignment {
 pub enum AssignmentSource {
     #[default]
     Checkpoint,
+    /// A resource claim (DRA).
+    Claim,
     PodResources,
 }
 
@@ -63,10 +65,6 @@ impl Assignment {
     /// GPU: other resources number other things. An id that shares a GPU by a suffix is one of many equal ones, of which the kubelet picks
     /// any: the scheduler of the plugin decides which GPU the container gets.
     pub fn devices(&self) -> Vec<Device> {
-        let handed_out: Vec<Device> = self.handed_out.iter().map(|id| device(id)).collect();
-        if handed_out.iter().any(|device| !matches!(device, Device::Unknown(_))) {
-            return handed_out;
-        }
         let name = self.resource.strip_prefix("nvidia.com/").unwrap_or_default();
         let numbered = ["gpu", "mig-", "shared-gpu"].iter().any(|start| name.starts_with(start));
         let by_id = |id: &String| match device(id) {
@@ -74,7 +72,13 @@ impl Assignment {
             Device::Uuid(_) | Device::Mig(_) if is_share(id) => Device::Unknown(id.clone()),
             device => device,
         };
-        self.device_ids.iter().map(by_id).collect()
+        let by_ids: Vec<Device> = self.device_ids.iter().map(by_id).collect();
+        let handed_out: Vec<Device> = self.handed_out.iter().map(|id| device(id)).collect();
+        // A device node is that of the whole GPU also where a part of it was handed out.
+        let is_part = by_ids.iter().any(|device| matches!(device, Device::Mig(_) | Device::Instance { .. }));
+        let is_exact =
+            |device: &Device| !matches!(device, Device::Unknown(_)) && !(is_part && matches!(device, Device::Minor(_)));
+        if handed_out.iter().any(is_exact) { handed_out } else { by_ids }
     }
 
     /// Whether this is a resource of NVIDIA, or another vendor's resource with NVIDIA devices.
@@ -84,7 +88,9 @@ impl Assignment {
             ["GPU-", "MIG-", "MIG-GPU-"].into_iter().find_map(uuid_of).is_some()
                 || matches!(device(id), Device::Minor(_) | Device::Instance { .. })
         };
-        self.resource.starts_with("nvidia.com/") || self.device_ids.iter().any(is_nvidia_device)
+        self.resource.starts_with("nvidia.com/")
+            || self.source == AssignmentSource::Claim
+            || self.device_ids.iter().any(is_nvidia_device)
     }
 
     fn is_of_same_container(&self, other: &Self) -> bool {
@@ -197,7 +203,12 @@ pub fn join(checkpoint: Vec<Assignment>, pod_resources: Vec<Assignment>) -> Vec<
             all.insert(entry);
         }
     }
-    all.into_iter().collect()
+    // Ids of shares are only for the comparison of the lists: there may be tens of thousands.
+    let without_shares = |entry: Assignment| {
+        let device_ids = entry.device_ids.into_iter().filter(|id| !is_share(id)).collect();
+        Assignment { device_ids, ..entry }
+    };
+    all.into_iter().map(without_shares).collect()
 }
 
 /// The labels of a pod from the kubelet's lists. The container label is not set: the cgroup may be the sandbox's, or another container's.
@@ -383,7 +394,12 @@ mod tests {
         check("nvidia.com/gpu.shared", &["GPU-UU::3"], &[], &[gpu.clone()]);
         check("nvidia.com/gpu", &["GPU-UU"], &["k8s.device-plugin.nvidia.com/gpu=GPU-UU"], &[gpu.clone()]);
         check("nvidia.com/gpu", &["GPU-UU"], &["tegra"], &[gpu]);
-        check("nvidia.com/gpu", &["nvidia0/gi1"], &[], &[Device::Instance { minor: 0, gpu_instance: 1 }]);
+        // GKE's plugin hands out the nodes of the GPU and of the capabilities of its instance.
+        for handed_out in [&[][..], &["nvidia0"]] {
+            check("nvidia.com/gpu", &["nvidia0/gi1"], handed_out, &[Device::Instance { minor: 0, gpu_instance: 1 }]);
+        }
+        check("nvidia.com/mig-1g.5gb", &["MIG-UU"], &["nvidia0"], &[Device::Mig(format!("MIG-{U}"))]);
+        check("nvidia.com/gpu", &["GPU-UU"], &["nvidia2"], &[Device::Minor(2)]);
     }
 
     #[test]
@@ -391,7 +407,8 @@ mod tests {
         let uuid = format!("GPU-{U}-_-3");
         let lent = format!("u1|-|c aliyun.com/gpu-mem {uuid}");
         let bare = format!("u1|-|c example.com/disk {U}");
-        check(&["u1|-|c rdma/hca 1", "u1|-|c amd.com/gpu 0000:3b:00.0", &lent, &bare], &["-|n/p|c smarter/tty tty1"], &[&lent]);
+        let others = ["u1|-|c rdma/hca 1", "u1|-|c amd.com/gpu 0000:3b:00.0", &lent, &bare];
+        check(&others, &["-|n/p|c smarter/tty tty1"], &["u1|-|c aliyun.com/gpu-mem "]);
         check(&["u1|-|c nvidia.com/gpu "], &["-|n/p|c nvidia.com/gpu "], &["-|n/p|c nvidia.com/gpu ", "u1|-|c nvidia.com/gpu "]);
     }
 

@@ -50,6 +50,8 @@ fn is_of_job(job: &Job, id: &str) -> bool {
         Scheduler::Slurm if job.id.starts_with('s') => !id.is_empty(),
         Scheduler::Yarn => job.task.as_deref() == Some(id),
         Scheduler::HtCondor => job.id.split('@').next() == Some(id),
+        // `f` where the text is plain ASCII.
+        Scheduler::Flux => job.id.trim_start_matches(['f', 'ƒ']) == id.trim_start_matches(['f', 'ƒ']),
         _ => number(&job.id) == number(id),
     }
 }
@@ -120,6 +122,9 @@ mod tests {
         let environ = format!("NOMAD_ALLOC_ID={alloc} NOMAD_JOB_NAME=web");
         check(&format!("/nomad.slice/share.slice/{alloc}.web.scope"), &environ, Some([None, Some("web"), None, None]));
         check("/htcondor/condor_x_slot1_2@n", "_CONDOR_SLOT=slot1_2", Some([None; 4]));
+        let flux = "/user.slice/user-500.slice/user@500.service/app.slice/shell-0-fD7j8aT.service";
+        check(flux, "FLUX_JOB_ID=ƒD7j8aT", Some([None; 4]));
+        check(flux, "FLUX_JOB_ID=ƒD7j8aU", None);
         check("/system.slice/x.service", "SLURM_JOB_ID=7 SLURM_JOB_USER=ann", Some([None; 4]));
     }
 

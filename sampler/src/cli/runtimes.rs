@@ -12,6 +12,7 @@ use super::doctor::{Check, CheckStatus};
 use crate::config::Config;
 use crate::error::display_chain;
 use crate::labels::source::checkpoint;
+use crate::labels::source::claims::PreparedClaims;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::grpc::GrpcError;
 use crate::labels::source::http::{self, HttpClientError};
@@ -266,7 +267,7 @@ async fn crio(path: &Path) -> Result<Vec<Check>, Failure> {
 }
 
 async fn kubelet(path: &Path) -> Result<Vec<Check>, Failure> {
-    let list = Kubelet::at(path).pod_resources().await?;
+    let list = Kubelet::at(path).pod_resources(&PreparedClaims::default()).await?;
     Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
 }
 

@@ -15,6 +15,9 @@ pub struct JobJson {
     pub step: Option<String>,
     pub task: Option<String>,
     pub uid: Option<u32>,
+    /// The node of one of several slurmd, the process and time of a job of LSF.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub instance: Option<String>,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -79,8 +82,8 @@ impl From<&UserDetails> for DetailsJson {
 
 impl From<&Job> for JobJson {
     fn from(job: &Job) -> Self {
-        let Job { scheduler, id, step, task, uid } = job.clone();
-        Self { scheduler: scheduler.name().into(), id, step, task, uid }
+        let Job { scheduler, id, step, task, uid, instance } = job.clone();
+        Self { scheduler: scheduler.name().into(), id, step, task, uid, instance }
     }
 }
 

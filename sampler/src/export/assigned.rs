@@ -46,8 +46,9 @@ impl AssignedGpus {
         let (namespace, name) = (pod.text(Label::Namespace), pod.text(Label::Pod));
         let of_uid = self.by_uid.iter().filter(|((of, _), _)| Some(of.as_str()) == uid);
         let of_name = self.by_name.iter().filter(|((in_namespace, of, _), _)| in_namespace == namespace && of == name);
-        let by_uid = of_uid.filter(|(_, gpus)| !gpus.is_empty()).map(|((_, container), _)| container);
-        let by_name = of_name.filter(|(_, gpus)| !gpus.is_empty()).map(|((_, _, container), _)| container);
+        // Also one with devices of which it is not known which GPU they are.
+        let by_uid = of_uid.map(|((_, container), _)| container);
+        let by_name = of_name.map(|((_, _, container), _)| container);
         let mut all = by_uid.chain(by_name);
         let first = all.next()?;
         all.all(|other| other == first).then_some(first)

@@ -158,7 +158,7 @@ fn user_info(page: &Exposition, to: &mut Page) {
     for pair in each_user(page, true) {
         let l = &pair.labels;
         let details = l.details.as_deref().cloned().unwrap_or_default();
-        let uid = l.host_user.as_ref().and_then(HostUser::uid).or(details.uid).map(|uid| uid.to_string());
+        let uid = details.uid.or(l.host_user.as_ref().and_then(HostUser::uid)).map(|uid| uid.to_string());
         let (scheduler, job_id, unit) = match &l.host_user {
             Some(HostUser::Job(job)) => (job.scheduler.name(), details.job_id.as_ref().unwrap_or(&job.id).as_str(), ""),
             Some(HostUser::Unit(unit)) => ("", "", unit.name.as_str()),

@@ -12,6 +12,7 @@ use tokio::sync::Semaphore;
 use super::shared::SharedLabels;
 use super::source::LabelSources;
 use super::source::checkpoint::CHECKPOINT;
+use super::source::claims::CLAIMS;
 use super::source::kubelet::{AssignmentReport, Kubelet};
 use super::stamp::{Stamp, stamp};
 
@@ -25,6 +26,8 @@ pub type AssignedView = Vec<Assignment>;
 struct KubeletState {
     kubelet: Kubelet,
     checkpoint: Option<Stamp>,
+    /// The checkpoint of the DRA driver.
+    claims: Option<Stamp>,
     socket: Option<Stamp>,
     /// The containers at the time of the last query.
     containers: Option<HashSet<ContainerKey>>,
@@ -60,6 +63,7 @@ impl KubeletState {
         Self {
             kubelet,
             checkpoint: None,
+            claims: None,
             socket: None,
             containers: None,
             assigned: Vec::new(),
@@ -75,13 +79,14 @@ impl KubeletState {
             return false;
         }
         let (checkpoint, socket) = (self.kubelet.root.join(CHECKPOINT), self.kubelet.socket.path.clone());
+        let claims = self.kubelet.root.join(CLAIMS);
         // A file system may hang, so the reads have their own thread and a timeout.
         let Ok(permit) = Arc::clone(&self.read_permit).try_acquire_owned() else { return false };
         let stamps = tokio::task::spawn_blocking(move || {
             let _held = permit;
-            (stamp(&checkpoint), stamp(&socket))
+            (stamp(&checkpoint), stamp(&claims), stamp(&socket))
         });
-        let Ok(Ok((checkpoint, socket))) = tokio::time::timeout(READ_TIMEOUT, stamps).await else {
+        let Ok(Ok((checkpoint, claims, socket))) = tokio::time::timeout(READ_TIMEOUT, stamps).await else {
             self.not_before = Some(Instant::now() + RETRY_AFTER);
             return false;
         };
@@ -91,15 +96,19 @@ impl KubeletState {
         let view = shared.view.load_full();
         let is_same = |before: &HashSet<ContainerKey>| before.len() == view.len() && view.keys().all(|key| before.contains(key));
         let containers_changed = || !self.containers.as_ref().is_some_and(is_same);
-        let pods_changed = checkpoint.is_none() && socket.is_some() && containers_changed();
-        if checkpoint == self.checkpoint && socket == self.socket && !pods_changed && !self.failed {
+        // Claims are prepared before their containers start, but pod-resources names a container only once it has been made.
+        let is_listed_only = checkpoint.is_none() || claims.is_some();
+        let pods_changed = is_listed_only && socket.is_some() && containers_changed();
+        let files_changed = checkpoint != self.checkpoint || claims != self.claims || socket != self.socket;
+        if !files_changed && !pods_changed && !self.failed {
             return false;
         }
         let found = tokio::time::timeout(READ_TIMEOUT, self.kubelet.assigned()).await.unwrap_or_else(|_| {
             let problem = format!("no response within {} s", READ_TIMEOUT.as_secs());
             AssignmentReport { assignments: Vec::new(), problems: vec![problem] }
         });
-        (self.checkpoint, self.socket, self.containers) = (checkpoint, socket, Some(view.keys().copied().collect()));
+        (self.checkpoint, self.claims, self.socket) = (checkpoint, claims, socket);
+        self.containers = Some(view.keys().copied().collect());
         self.failed = !found.problems.is_empty();
         self.not_before = self.failed.then(|| Instant::now() + RETRY_AFTER);
         // Each problem names its endpoint or file.
@@ -107,6 +116,10 @@ impl KubeletState {
         if socket.is_some() {
             let endpoint = format!("unix://{}", self.kubelet.socket.path.display());
             shared.stats.queried(Source::Kubelet, &endpoint, problem_with("unix://"));
+        }
+        if claims.is_some() {
+            let path = self.kubelet.root.join(CLAIMS);
+            shared.stats.probed(Source::Kubelet, &path.to_string_lossy(), problem_with(CLAIMS));
         }
         if checkpoint.is_some() {
             let path = self.kubelet.root.join(CHECKPOINT);

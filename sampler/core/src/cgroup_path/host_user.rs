@@ -40,6 +40,8 @@ pub struct Job {
     pub step: Option<String>,
     pub task: Option<String>,
     pub uid: Option<u32>,
+    /// What distinguishes cgroups of one id: the node of one of several slurmd, the process and time of LSF.
+    pub instance: Option<String>,
 }
 
 /// A service or scope of systemd.
@@ -47,6 +49,8 @@ pub struct Job {
 pub struct Unit {
     /// As systemd shows it, with escapes.
     pub name: String,
+    /// The unit around it: units are not inside units, but a unit to which its cgroup is delegated may name cgroups so.
+    pub outer: Option<String>,
     /// The user of the manager that has the unit.
     pub uid: Option<u32>,
 }
@@ -78,7 +82,15 @@ impl HostUser {
     /// `uid/1000/jupyter.service`, `uid/1000`.
     pub fn name(&self) -> String {
         match self {
-            Self::Job(Job { scheduler, id, task, uid, .. }) => match (scheduler, task) {
+            Self::Job(Job { scheduler, id, task, uid, instance, .. }) => match (scheduler, task) {
+                (Scheduler::Slurm, _) => {
+                    let node = instance.as_ref().map_or(String::new(), |node| format!("{node}/"));
+                    format!("{}/{node}{id}", scheduler.name())
+                }
+                (Scheduler::Lsf, _) => {
+                    let process = instance.as_ref().map_or(String::new(), |process| format!(".{process}"));
+                    format!("{}/{id}{process}", scheduler.name())
+                }
                 // An allocation has several tasks, and an application several containers; each has a cgroup of its own.
                 (Scheduler::Nomad | Scheduler::Yarn, Some(task)) => format!("{}/{id}/{task}", scheduler.name()),
                 // A unit of a user's manager, which that user may name.
@@ -87,8 +99,11 @@ impl HostUser {
                 }
                 _ => format!("{}/{id}", scheduler.name()),
             },
-            Self::Unit(Unit { name, uid: Some(uid) }) => format!("uid/{uid}/{name}"),
-            Self::Unit(Unit { name, uid: None }) => name.clone(),
+            Self::Unit(Unit { name, outer, uid }) => {
+                let owner = uid.map_or(String::new(), |uid| format!("uid/{uid}/"));
+                let outer = outer.as_ref().map_or(String::new(), |outer| format!("{outer}/"));
+                format!("{owner}{outer}{name}")
+            }
             Self::Login(login) => format!("uid/{}", login.uid),
         }
     }
@@ -109,8 +124,11 @@ impl CgroupIdentity {
     pub(super) fn add_host_user(&mut self, path: &str) {
         let as_job = |(job, root_len)| (HostUser::Job(job), root_len);
         let innermost = match self.kind {
-            // A user may name a cgroup of its manager after the pod of another one.
-            Kind::Pod if path.starts_with("/user.slice/") && self.outer_container_id.is_none() => unit_or_login(path),
+            // A user, a unit or a job may name a cgroup after the pod of another tenant.
+            Kind::Pod if self.outer_container_id.is_none() => {
+                let above = path.get(..self.root_len).unwrap_or_default();
+                job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(above))
+            }
             Kind::Container | Kind::Sandbox | Kind::Pod => job(path, self.root_len..path.len()).map(as_job),
             Kind::Monitor | Kind::Build => job(path, 0..path.len()).map(as_job).filter(|_| self.outer_container_id.is_none()),
             _ => job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path)),
@@ -131,6 +149,22 @@ impl CgroupIdentity {
         if let Some(around) = self.container_id.take() {
             self.outer_container_id = Some(around);
         }
+    }
+}
+
+impl Job {
+    /// Whether this unit may have the cgroups of such jobs: another one may name its own so.
+    fn is_managed_by(&self, unit: &str) -> bool {
+        let words: &[&str] = match self.scheduler {
+            Scheduler::Slurm => &["slurm"],
+            Scheduler::Nomad => &["nomad"],
+            Scheduler::HtCondor => &["condor"],
+            Scheduler::Yarn => &["yarn", "hadoop"],
+            Scheduler::Pbs => &["pbs", "torque"],
+            Scheduler::Lsf => &["lsf"],
+            Scheduler::Flux => &["flux"],
+        };
+        words.iter().any(|word| unit.contains(word))
     }
 }
 
@@ -162,33 +196,41 @@ fn segments(path: &str, part: Range<usize>) -> impl Iterator<Item = NamedSegment
 fn job(path: &str, part: Range<usize>) -> Option<(Job, usize)> {
     let mut found: Option<(Job, usize)> = None;
     let mut manager_uid = None;
+    let mut unit: Option<&str> = None;
     for segment in segments(path, part) {
         if let Some((job, _)) = &mut found {
             segment.add_to(job);
             continue;
         }
-        manager_uid = manager_uid.or_else(|| segment.user_slice());
-        let job = segment.job().filter(|job| manager_uid.is_none() || job.scheduler == Scheduler::Flux);
+        manager_uid = manager_uid.or_else(|| segment.user_slice().filter(|_| unit.is_none()));
+        let is_flux = |job: &Job| job.scheduler == Scheduler::Flux;
+        let job =
+            segment.job().filter(|job| manager_uid.is_some() == is_flux(job) && unit.is_none_or(|unit| job.is_managed_by(unit)));
         found = job.map(|job| (Job { uid: job.uid.or(manager_uid), ..job }, segment.end));
+        unit = unit.or(Some(segment.name).filter(|_| segment.is_unit()));
     }
     found
 }
 
-/// The innermost unit or login session of a path, and where its cgroup ends.
+/// The innermost unit or login session of a path, and where its cgroup ends. Only the outermost slice of a user is one: what is below a
+/// user's manager or a unit may have any name.
 fn unit_or_login(path: &str) -> Option<(HostUser, usize)> {
-    let mut found = None;
+    let mut found: Option<(HostUser, usize)> = None;
     // The user of the manager or the sessions above.
     let mut uid = None;
+    let mut first_unit: Option<&str> = None;
     for segment in segments(path, 0..path.len()) {
-        if let Some(of_slice) = segment.user_slice() {
+        if let Some(of_slice) = segment.user_slice().filter(|_| found.is_none()) {
             uid = Some(of_slice);
             found = Some((HostUser::Login(Login { uid: of_slice, session: None }), segment.end));
         } else if let Some((HostUser::Login(login), _)) = &mut found
             && let Some(session) = segment.session()
         {
-            login.session = Some(session.to_owned());
+            login.session.get_or_insert_with(|| session.to_owned());
         } else if segment.is_unit() {
-            found = Some((HostUser::Unit(Unit { name: segment.name.to_owned(), uid }), segment.end));
+            let outer = first_unit.map(str::to_owned);
+            first_unit = first_unit.or(Some(segment.name));
+            found = Some((HostUser::Unit(Unit { name: segment.name.to_owned(), outer, uid }), segment.end));
         }
     }
     found
@@ -196,10 +238,10 @@ fn unit_or_login(path: &str) -> Option<(HostUser, usize)> {
 
 impl NamedSegment<'_> {
     fn job(&self) -> Option<Job> {
-        let job = |scheduler, id: &str| Job { scheduler, id: id.to_owned(), step: None, task: None, uid: None };
+        let job = |scheduler, id: &str| Job { scheduler, id: id.to_owned(), step: None, task: None, uid: None, instance: None };
         // By the first byte: most names of a user's own cgroups need no further look.
         match self.name.as_bytes().first()? {
-            b'j' => self.slurm().or_else(|| self.lsf().map(|id| job(Scheduler::Lsf, id))),
+            b'j' => self.slurm().or_else(|| self.lsf()),
             b's' => self.slurm().or_else(|| self.flux().map(|id| job(Scheduler::Flux, id))),
             b'i' => self.flux().map(|id| job(Scheduler::Flux, id)),
             b'c' => self.yarn().or_else(|| self.nomad()).or_else(|| self.htcondor().map(|id| job(Scheduler::HtCondor, id))),
@@ -213,13 +255,18 @@ impl NamedSegment<'_> {
     /// `slurm[_<node>]/uid_<uid>/job_<id>`.
     fn slurm(&self) -> Option<Job> {
         let number = self.name.strip_prefix("job_").filter(|id| is_number(id));
-        let job = |id: &str, uid| Job { scheduler: Scheduler::Slurm, id: id.to_owned(), step: None, task: None, uid };
-        if self.parent == "slurmstepd.scope" || self.parent.ends_with("_slurmstepd.scope") {
-            return Some(job(number.or_else(|| is_sluid(self.name).then_some(self.name))?, None));
+        let job = |id: &str, uid, node: Option<&str>| {
+            let instance = node.filter(|node| !node.is_empty()).map(str::to_owned);
+            Job { scheduler: Scheduler::Slurm, id: id.to_owned(), step: None, task: None, uid, instance }
+        };
+        if let Some(node) = self.parent.strip_suffix("slurmstepd.scope") {
+            let node = node.strip_suffix('_').or(Some(node).filter(|node| node.is_empty()))?;
+            return Some(job(number.or_else(|| is_sluid(self.name).then_some(self.name))?, None, Some(node)));
         }
         let uid = self.parent.strip_prefix("uid_")?.parse().ok()?;
-        let is_slurm = self.grandparent == "slurm" || self.grandparent.starts_with("slurm_");
-        number.filter(|_| is_slurm).map(|id| job(id, Some(uid)))
+        let node = self.grandparent.strip_prefix("slurm")?;
+        let node = node.strip_prefix('_').or(Some(node).filter(|node| node.is_empty()))?;
+        number.map(|id| job(id, Some(uid), Some(node)))
     }
 
     /// `<allocation>.<task>.scope` in a slice; v1: without the suffix, in `nomad`, or in a partition of it.
@@ -230,7 +277,7 @@ impl NamedSegment<'_> {
         let in_v1 = || Some(task).filter(|_| self.parent == "nomad" || self.grandparent == "nomad");
         let task = in_scope.or_else(in_v1).filter(|task| !task.is_empty() && is_uuid(allocation.as_bytes(), b'-'))?;
         let (id, task) = (allocation.to_owned(), Some(task.to_owned()));
-        Some(Job { scheduler: Scheduler::Nomad, id, step: None, task, uid: None })
+        Some(Job { scheduler: Scheduler::Nomad, id, step: None, task, uid: None, instance: None })
     }
 
     /// `hadoop-yarn/container_[e<epoch>_]<cluster>_<application>_<attempt>_<container>`.
@@ -244,7 +291,8 @@ impl NamedSegment<'_> {
         let [cluster, application, _, _] = parts[..] else { return None };
         let id = format!("application_{cluster}_{application}");
         let task = Some(self.name.to_owned());
-        parts.iter().all(|part| is_number(part)).then_some(Job { scheduler: Scheduler::Yarn, id, step: None, task, uid: None })
+        let is_yarn = parts.iter().all(|part| is_number(part));
+        is_yarn.then_some(Job { scheduler: Scheduler::Yarn, id, step: None, task, uid: None, instance: None })
     }
 
     /// `condor_<folder>_slot<number>[_<number>]@<host>`: the folder of the jobs, with `_` for `/`.
@@ -264,10 +312,12 @@ impl NamedSegment<'_> {
         in_slice.or(is_folder.then_some(self.name)).filter(is_id)
     }
 
-    /// `lsf/<cluster>/job.<id>.<..>`.
-    fn lsf(&self) -> Option<&str> {
-        let id = self.name.strip_prefix("job.").filter(|_| self.grandparent == "lsf")?;
-        id.split('.').next().filter(|id| is_array_job(id))
+    /// `lsf/<cluster>/job.<id>.<process>.<time>`.
+    fn lsf(&self) -> Option<Job> {
+        let text = self.name.strip_prefix("job.").filter(|_| self.grandparent == "lsf")?;
+        let (id, instance) = text.split_once('.').map_or((text, None), |(id, rest)| (id, Some(rest.to_owned())));
+        let job = Job { scheduler: Scheduler::Lsf, id: id.to_owned(), step: None, task: None, uid: None, instance };
+        is_array_job(id).then_some(job)
     }
 
     /// `[imp-]shell-<rank>-<id>.service` of the manager of Flux's own user.

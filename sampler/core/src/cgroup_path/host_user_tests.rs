@@ -139,6 +139,9 @@ fn containers_and_jobs_inside_each_other() {
     check("/slurm/uid_1000/job_9/step_0/task_0/docker/<H>", "container in job slurm 9 step 0 task 0 uid 1000");
     check("/kubepods/burstable/pod<U>", "pod");
     check("/user.slice/user-7.slice|/user@7.service/pod<U>", "login 7");
+    check("/system.slice/tenant.service|/pod<U>", "unit tenant.service");
+    check("/slurm/uid_1/job_9|/step_0/pod<U>", "job slurm 9 step 0 uid 1");
+    check("/system.slice/tenant.service/slurmstepd.scope|/job_7", "unit slurmstepd.scope");
 }
 
 #[test]
@@ -162,4 +165,14 @@ fn names() {
     check("/system.slice/vllm.service", "vllm.service");
     check("/user.slice/user-1000.slice/user@1000.service/app.slice/jupyter.service", "uid/1000/jupyter.service");
     check("/user.slice/user-1000.slice/session-3.scope", "uid/1000");
+    check("/slurm_node-1/uid_1000/job_7/step_0", "slurm/node-1/7");
+    check("/system.slice/node-2_slurmstepd.scope/job_7", "slurm/node-2/7");
+    check("/lsf/cluster1/job.2251.4872.1477932841", "lsf/2251.4872.1477932841");
+    // What a user or a unit names after another one.
+    check("/user.slice/user-7.slice/user@7.service/user.slice/user-1000.slice/jupyter.service", "uid/7/jupyter.service");
+    check("/user.slice/user-7.slice/user@7.service/user.slice/user-1000.slice", "uid/7");
+    check("/user.slice/user-7.slice/session-1.scope/session-2.scope", "uid/7");
+    check("/system.slice/a.service/vllm.service", "a.service/vllm.service");
+    check("/system.slice/a.service/user.slice/user-1000.slice/session-3.scope", "a.service");
+    check("/system.slice/a.service/slurm/uid_1/job_7", "a.service");
 }

@@ -130,7 +130,12 @@ impl CgroupIdentity {
     /// [`HostUser::name`], with the beginning of the container's id for a job inside a container: each may have a scheduler of its own.
     pub fn short_name(&self) -> String {
         match (&self.host_user, &self.outer_container_id) {
-            (Some(user), Some(around)) => format!("{}/{}", around.get(..SHORT_ID_CHARS).unwrap_or(around), user.name()),
+            (Some(user), Some(around)) => {
+                // Other ids are names.
+                let is_full_id = around.len() == 64 && around.bytes().all(|byte| byte.is_ascii_hexdigit());
+                let short = around.get(..SHORT_ID_CHARS).filter(|_| is_full_id).unwrap_or(around);
+                format!("{short}/{}", user.name())
+            }
             (Some(user), None) => user.name(),
             (None, _) if self.kind == Kind::Pod => self.pod_uid.clone().unwrap_or_default(),
             (None, _) => self.container_id.clone().unwrap_or_default(),

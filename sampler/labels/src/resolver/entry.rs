@@ -95,10 +95,14 @@ impl Entry {
 
     /// Whether this container is in the pod, or around the job.
     pub fn names(&self, other: &Entry) -> bool {
-        let (own, other) = (&self.labels, &other.labels);
-        match other.kind {
-            Kind::Pod => own.pod_uid == other.pod_uid && own.outer_container_id == other.outer_container_id,
-            _ => other.outer_container_id.as_ref() == Some(&own.container_id),
+        // By cgroups: what a source says about a container may be what its tenant wants.
+        let is_below = |path: &str, root: &str| path.strip_prefix(root).is_some_and(|rest| rest.starts_with('/'));
+        match other.labels.kind {
+            Kind::Pod => is_below(&self.labels.id, &other.labels.id),
+            _ => {
+                is_below(&other.labels.id, &self.labels.id)
+                    && other.labels.outer_container_id.as_ref() == Some(&self.labels.container_id)
+            }
         }
     }
 
@@ -108,7 +112,8 @@ impl Entry {
         let mut facts = Facts::default();
         facts.set(Label::Namespace, Some(&namespace.value));
         facts.set(Label::Pod, Some(&pod.value));
-        Some((namespace.source.min(pod.source), facts))
+        let weaker = if namespace.source.authority() < pod.source.authority() { namespace } else { pod };
+        Some((weaker.source, facts))
     }
 
     pub fn complete(&mut self, now: BootNs) {

@@ -368,7 +368,10 @@ fn a_pod_and_a_job_in_a_container_have_the_names_that_a_container_knows() {
     assert!(!resolver.appeared(Arc::clone(&container), BootNs(0)));
     let own_cgroup = "/kubepods/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
     assert!(!resolver.appeared(record(2, own_cgroup), BootNs(0)), "its names are missing");
-    assert!(resolver.appeared(record(3, &format!("{own_cgroup}/{id}/slurmstepd.scope/job_7")), BootNs(0)), "a job has no names of its own");
+    assert!(
+        resolver.appeared(record(3, &format!("{own_cgroup}/{id}/slurmstepd.scope/job_7")), BootNs(0)),
+        "a job has no names of its own"
+    );
     assert!(resolver.appeared(record(4, "/system.slice/x.service"), BootNs(0)));
     let queried = run_queries(&mut resolver, 0, 1_000, |query, _| match query.source {
         Source::Bundle => Outcome::Found(all_labels()),
@@ -378,7 +381,10 @@ fn a_pod_and_a_job_in_a_container_have_the_names_that_a_container_knows() {
     assert!(sources(Source::Bundle) == 1 && sources(Source::Environ) > 0, "{queried:?}");
     for (key, container_id) in [(2, "8bb25662-de9a-11e9-84e7-f8f21e04010c".to_owned()), (3, format!("{}/slurm/7", &id[..12]))] {
         let labels = resolver.labels(ContainerKey(key)).unwrap();
-        assert_eq!((labels.text(Label::Namespace), labels.text(Label::Pod), labels.text(Label::Container)), ("namespace", "pod", ""));
+        assert_eq!(
+            (labels.text(Label::Namespace), labels.text(Label::Pod), labels.text(Label::Container)),
+            ("namespace", "pod", "")
+        );
         assert!(labels.complete() && labels.settled && *labels.container_id == container_id, "{labels:?}");
     }
     // A pod that appears later has them at once.

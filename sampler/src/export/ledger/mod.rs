@@ -24,6 +24,7 @@ use super::assigned::AssignedGpus;
 use super::container_state::{ContainerState, Counters, PairState, counters};
 use super::contenders::ContenderLabels;
 use super::exposition::{ExportedGpu, ExportedPair, Exposition, exported_pair};
+use super::pods::ExposedPods;
 use super::scrapers::{ConnectionId, ScrapeClient, Scrapers};
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::config::PodLabels;
@@ -67,6 +68,7 @@ pub struct Ledger {
     /// The time of the last snapshot; before the first, the start of the agent.
     updated: WallTime,
     contender_labels: ContenderLabels,
+    pods: ExposedPods,
     pub starts: SeriesStarts,
     pub scrapers: Scrapers,
 }
@@ -124,7 +126,8 @@ impl Ledger {
     }
 
     /// The present exposition, without contenders.
-    pub fn view(&self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
+    pub fn view(&mut self, snapshot: &Snapshot, labels: &LabelView, assigned: &AssignedGpus) -> Exposition {
+        self.pods.update(snapshot, labels, assigned);
         let mut page = Exposition { at: snapshot.wall, ..Exposition::default() };
         let mut waiting = vec![0.0; snapshot.gpus.len()];
         for container in &snapshot.containers {
@@ -154,7 +157,7 @@ impl Ledger {
                 page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
             }
         }
-        page.expose_pods_as_containers(snapshot, labels, assigned);
+        page.expose_pods_as_containers(&self.pods);
         page.merge_series();
         page.gpus = snapshot
             .gpus

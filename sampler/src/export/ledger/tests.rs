@@ -30,23 +30,13 @@ fn labels(record: &ContainerRecord, settled: bool) -> LabelView {
     LabelView::of_one(record.key, Arc::new(labels))
 }
 
-fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
-    let path = format!("/docker/{:064x}", 1);
-    let identity = parse(&path);
-    let (key, created) = (ContainerKey(1), BootNs(0));
-    let record = Arc::new(ContainerRecord { key, cgroup_path: path, identity, created, creation_seen: true });
-    let info = GpuInfo {
-        uuid: GpuUuid("GPU-1".into()),
-        model: "m".into(),
-        pci_bus_id: "b".into(),
-        driver_version: "1".into(),
-        ..GpuInfo::default()
-    };
-    let gpu = GpuView {
+/// A GPU of which nothing is known.
+pub fn gpu_view(info: GpuInfo) -> GpuView {
+    GpuView {
         info: Arc::new(info),
         readings: DeviceReadings::default(),
-        time: GpuTime { busy: seconds + 1.0, ..GpuTime::default() },
-        unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0],
+        time: GpuTime::default(),
+        unattributed: [0.0; 7],
         unattributed_energy: None,
         utilization_ratio: None,
         coactive_ratio: None,
@@ -63,7 +53,23 @@ fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
         throttle_seconds: None,
         xids: Vec::new(),
         gone: None,
+    }
+}
+
+fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
+    let path = format!("/docker/{:064x}", 1);
+    let identity = parse(&path);
+    let (key, created) = (ContainerKey(1), BootNs(0));
+    let record = Arc::new(ContainerRecord { key, cgroup_path: path, identity, created, creation_seen: true });
+    let info = GpuInfo {
+        uuid: GpuUuid("GPU-1".into()),
+        model: "m".into(),
+        pci_bus_id: "b".into(),
+        driver_version: "1".into(),
+        ..GpuInfo::default()
     };
+    let time = GpuTime { busy: seconds + 1.0, ..GpuTime::default() };
+    let gpu = GpuView { time, unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..gpu_view(info) };
     let pair = ContainerGpu { seconds, samples: 1, ..ContainerGpu::default() };
     let container = ContainerView { record, gone: gone_s.map(|s| BootNs(s * SECOND)), gpus: vec![pair] };
     Snapshot { at: BootNs(at_s * SECOND), wall: WallTime(0), gpus: vec![gpu], containers: vec![container] }

@@ -27,17 +27,20 @@ pub fn query(files: &HostFiles, procfs: &Path, mount_points: &[PathBuf], record:
     let Some(user) = &record.identity.host_user else { return SourceReply::not_queried("it is not a job, unit or session") };
     let is_job = matches!(user, HostUser::Job(_));
     let found = is_job.then(|| details_of_job(user, procfs, mount_points, &record.cgroup_path)).flatten();
-    let uid = user.uid().or(found.as_ref().and_then(|(details, _)| details.uid));
-    let (details, at) = match (found, user.uid()) {
-        (Some((details, at)), _) => (details, at),
+    let (details, at) = match found {
+        Some((details, at)) => (details, at),
+        // Its processes may have the environment later.
+        None if is_job => return SourceReply::not_found_because("none of its processes has the environment of the job"),
         // The path names the owner, and nothing else about it is known.
-        (None, Some(_)) => (UserDetails::default(), PathBuf::from(PASSWD)),
-        (None, None) => return SourceReply::not_found_because("none of its processes has the environment of the job"),
+        None => (UserDetails::default(), PathBuf::from(PASSWD)),
     };
+    // Flux runs the jobs of all users in units of its own.
+    let uid = details.uid.or(user.uid());
     // A job that runs in a container has the users of that container.
     let on_host = record.identity.outer_container_id.is_none();
-    let known = uid.filter(|_| on_host && details.user_name.is_none()).and_then(|uid| name_of(files, uid));
-    let details = UserDetails { uid, user_name: details.user_name.clone().or(known), ..details };
+    // A user chooses the environment of its processes, so it counts only for users that the machine does not know.
+    let known = uid.filter(|_| on_host).and_then(|uid| name_of(files, uid));
+    let details = UserDetails { uid, user_name: known.or(details.user_name.clone()), ..details };
     SourceReply::found(Facts { details: Some(details), ..Facts::default() }).at(&at)
 }
 
@@ -105,7 +108,9 @@ mod tests {
         assert_eq!(details(&files, JOB), Some(expect.clone()));
         files.add("etc/passwd", &format!("ann:x:{uid}:0::/:\n"));
         let with_name = UserDetails { user_name: Some("ann".into()), ..expect };
-        assert_eq!(details(&files, JOB), Some(with_name));
+        assert_eq!(details(&files, JOB), Some(with_name.clone()));
+        files.add("proc/12/environ", "SLURM_JOB_ID=7\0SLURM_JOB_PARTITION=gpu\0SLURM_JOB_USER=eve\0");
+        assert_eq!(details(&files, JOB), Some(with_name), "the owner of the process is known");
         assert_eq!(details(&files, &JOB.replace('7', "8")), None, "no process of it");
     }
 

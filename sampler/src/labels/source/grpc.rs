@@ -23,8 +23,9 @@ use tonic::Code;
 
 use super::file::is_absent;
 
-/// The longest expected response is the kubelet's list of all pods of the node, some hundred bytes each.
-const MAX_RESPONSE_BYTES: usize = 4 << 20;
+/// The longest expected response is the kubelet's list of all pods of the node: some hundred bytes each, and 80 for each MiB of a GPU that
+/// is shared in MiB.
+const MAX_RESPONSE_BYTES: usize = 64 << 20;
 
 /// A server behind a Unix socket.
 #[derive(Debug)]

@@ -4,8 +4,7 @@
 //! kubelet without device plugins writes no checkpoint, and pod-resources exists since 1.13. Neither has container ids, so neither
 //! identifies the container of a cgroup.
 //!
-//! Claims of dynamic resource allocation are not read: their device names are specific to the driver, and their meaning changed between
-//! its versions.
+//! Claims of dynamic resource allocation are those of NVIDIA's driver (`claims`).
 
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -15,9 +14,12 @@ use std::time::Duration;
 use sampler_labels::{Assignment, AssignmentSource, facts_for, join};
 use tokio::time::Instant;
 
-use super::checkpoint;
+use super::checkpoint::{self, CHECKPOINT, CheckpointError};
+use super::claims::{self, DynamicResource, PreparedClaims};
 use super::grpc::{GrpcError, GrpcSocket, ListResponse};
 use super::reply::SourceReply;
+use crate::error::display_chain;
+use crate::labels::stamp::{Stamp, stamp};
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
 const TIMEOUT: Duration = Duration::from_secs(2);
@@ -35,6 +37,8 @@ pub struct Kubelet {
     method: AtomicUsize,
     /// The last report without problems, with the time at which its read began.
     last: Mutex<Option<(Instant, Arc<AssignmentReport>)>>,
+    /// The content of the checkpoint that has this stamp: it may be large, and changes only when devices are assigned.
+    parsed: Arc<Mutex<Option<(Stamp, Vec<Assignment>)>>>,
 }
 
 /// The assignments that could be read, and the problems.
@@ -63,6 +67,8 @@ struct ContainerResources {
     name: String,
     #[prost(message, repeated, tag = "2")]
     devices: Vec<ContainerDevices>,
+    #[prost(message, repeated, tag = "5")]
+    dynamic_resources: Vec<DynamicResource>,
 }
 
 #[derive(Clone, PartialEq, prost::Message)]
@@ -78,7 +84,7 @@ impl Kubelet {
     pub fn new(root: impl Into<PathBuf>) -> Self {
         let root = root.into();
         let socket = GrpcSocket::new(root.join(POD_RESOURCES));
-        Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default() }
+        Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
     }
 
     /// The kubelet with this pod-resources socket.
@@ -112,16 +118,24 @@ impl Kubelet {
 
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
-        let root = self.root.clone();
-        let checkpoint = match tokio::task::spawn_blocking(move || checkpoint::read(&root)).await {
-            Ok(read) => read.map(Option::unwrap_or_default).map_err(|error| format!("{:#}", anyhow::Error::from(error))),
-            Err(error) => Err(format!("the device checkpoint: {error}")),
+        let (root, parsed) = (self.root.clone(), Arc::clone(&self.parsed));
+        let read = tokio::task::spawn_blocking(move || {
+            let checkpoint = read_changed(&root, &parsed).map_err(|error| display_chain(&error));
+            (checkpoint, claims::read(&root).map_err(|error| display_chain(&error)))
+        });
+        let (checkpoint, claims) = read.await.unwrap_or_else(|error| {
+            let problem = format!("the checkpoints of devices: {error}");
+            (Err(problem.clone()), Err(problem))
+        });
+        let (claims, unread_claims) = match claims {
+            Ok(claims) => (claims, None),
+            Err(problem) => (PreparedClaims::default(), Some(problem)),
         };
-        let pod_resources = match self.pod_resources().await {
+        let pod_resources = match self.pod_resources(&claims).await {
             Err(GrpcError::NoSocket { .. }) => Ok(Vec::new()),
-            listed => listed.map_err(|error| format!("{:#}", anyhow::Error::from(error))),
+            listed => listed.map_err(|error| display_chain(&error)),
         };
-        let mut problems = Vec::new();
+        let mut problems: Vec<String> = unread_claims.into_iter().collect();
         let mut list_of = |read: Result<Vec<Assignment>, String>| {
             read.unwrap_or_else(|problem| {
                 problems.push(problem);
@@ -132,7 +146,7 @@ impl Kubelet {
     }
 
     /// Lists every device of every container, by the names of its pod. Returns within two seconds.
-    pub async fn pod_resources(&self) -> Result<Vec<Assignment>, GrpcError> {
+    pub async fn pod_resources(&self, claims: &PreparedClaims) -> Result<Vec<Assignment>, GrpcError> {
         let until = Instant::now() + TIMEOUT;
         let first = self.method.load(Ordering::Relaxed);
         let mut reply = self.list(first, until).await;
@@ -142,7 +156,7 @@ impl Kubelet {
                 self.method.store(1 - first, Ordering::Relaxed);
             }
         }
-        Ok(reply?.items.into_iter().flat_map(pod_assignments).collect())
+        Ok(reply?.items.into_iter().flat_map(|pod| pod_assignments(pod, claims)).collect())
     }
 
     async fn list(&self, method: usize, until: Instant) -> Result<ListResponse<PodResources>, GrpcError> {
@@ -152,22 +166,33 @@ impl Kubelet {
     }
 }
 
-fn pod_assignments(pod: PodResources) -> impl Iterator<Item = Assignment> {
+/// The content of the checkpoint, parsed if it has changed. One reader at a time: others wait for its result.
+fn read_changed(root: &Path, parsed: &Mutex<Option<(Stamp, Vec<Assignment>)>>) -> Result<Vec<Assignment>, CheckpointError> {
+    let mut parsed = parsed.lock().unwrap_or_else(PoisonError::into_inner);
+    // Before the file is read: a change during the read is seen the next time.
+    let now = stamp(&root.join(CHECKPOINT));
+    if let Some((_, known)) = parsed.as_ref().filter(|(of, _)| Some(*of) == now) {
+        return Ok(known.clone());
+    }
+    let all = checkpoint::read(root)?.unwrap_or_default();
+    *parsed = now.map(|now| (now, all.clone()));
+    Ok(all)
+}
+
+fn pod_assignments(pod: PodResources, claims: &PreparedClaims) -> Vec<Assignment> {
     let non_empty = |part: String| Some(part).filter(|p| !p.is_empty());
     let (namespace, name) = (non_empty(pod.namespace), non_empty(pod.name));
-    pod.containers.into_iter().flat_map(move |container| {
-        let (namespace, pod) = (namespace.clone(), name.clone());
-        container.devices.into_iter().map(move |devices| Assignment {
-            pod_uid: None,
-            namespace: namespace.clone(),
-            pod: pod.clone(),
-            container: container.name.clone(),
-            resource: devices.resource,
-            device_ids: devices.ids,
-            handed_out: Vec::new(),
-            source: AssignmentSource::PodResources,
-        })
-    })
+    let mut all = Vec::new();
+    for container in pod.containers {
+        let source = AssignmentSource::PodResources;
+        let (namespace, pod, container_name) = (namespace.clone(), name.clone(), container.name);
+        let names = Assignment { namespace, pod, container: container_name, source, ..Assignment::default() };
+        all.extend(claims.assignments(&names, &container.dynamic_resources));
+        let device =
+            |devices: ContainerDevices| Assignment { resource: devices.resource, device_ids: devices.ids, ..names.clone() };
+        all.extend(container.devices.into_iter().map(device));
+    }
+    all
 }
 
 #[cfg(test)]
@@ -177,7 +202,6 @@ mod tests {
     use sampler_labels::QueryOutcome;
 
     use super::*;
-    use crate::labels::source::checkpoint::CHECKPOINT;
     use crate::labels::source::checkpoint::tests::{folder, show};
     use crate::labels::source::grpc_server::{Server, ServerReply, field, number};
 
@@ -209,7 +233,7 @@ mod tests {
             let _server = serve(root.path(), package, ServerReply::Message(pods()));
             let kubelet = Kubelet::new(root.path());
             for _ in 0..2 {
-                let list = kubelet.pod_resources().await.unwrap();
+                let list = kubelet.pod_resources(&PreparedClaims::default()).await.unwrap();
                 assert_eq!(show(&list), ["- n/p/c nvidia.com/gpu GPU-1", "- n/p/c nvidia.com/gpu GPU-2"], "{package}");
             }
         }
@@ -247,7 +271,7 @@ mod tests {
         for (status, method) in [(8, 1), (13, 0)] {
             let _server = serve(root.path(), "v1alpha1", ServerReply::Status(status, "no".into()));
             let kubelet = Kubelet::new(root.path());
-            assert!(kubelet.pod_resources().await.is_err());
+            assert!(kubelet.pod_resources(&PreparedClaims::default()).await.is_err());
             assert_eq!(kubelet.method.load(Ordering::Relaxed), method, "status {status}");
             fs::remove_file(root.path().join(POD_RESOURCES)).unwrap();
         }
@@ -281,16 +305,16 @@ mod tests {
     async fn failures_of_pod_resources_name_the_call() {
         let root = tempfile::tempdir().unwrap();
         let none = Kubelet::new(root.path());
-        assert!(matches!(none.pod_resources().await, Err(GrpcError::NoSocket { .. })));
+        assert!(matches!(none.pod_resources(&PreparedClaims::default()).await, Err(GrpcError::NoSocket { .. })));
         for (package, reply, expect) in [
             ("v1", ServerReply::Message(vec![0xff; 9]), "/v1.PodResourcesLister/List: Internal"),
-            ("v1", ServerReply::Message(vec![b'x'; 5 << 20]), "/v1.PodResourcesLister/List: OutOfRange"),
+            ("v1", ServerReply::Message(vec![b'x'; 65 << 20]), "/v1.PodResourcesLister/List: OutOfRange"),
             ("v1", ServerReply::Status(8, "too many".into()), "/v1.PodResourcesLister/List: ResourceExhausted: too many"),
             ("none", ServerReply::Hang, "/v1alpha1.PodResourcesLister/List: Unimplemented"),
         ] {
             let root = tempfile::tempdir().unwrap();
             let _server = serve(root.path(), package, reply);
-            let error = Kubelet::new(root.path()).pod_resources().await.unwrap_err().to_string();
+            let error = Kubelet::new(root.path()).pod_resources(&PreparedClaims::default()).await.unwrap_err().to_string();
             assert!(error.contains(expect), "{error}");
         }
     }

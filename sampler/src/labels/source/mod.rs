@@ -2,6 +2,7 @@
 
 mod bundle;
 pub mod checkpoint;
+pub mod claims;
 pub mod cri;
 mod crio;
 pub mod docker;
@@ -30,6 +31,7 @@ use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::units::ContainerKey;
 use sampler_labels::{Outcome, Query, Source, TargetId};
 
+use self::claims::PreparedClaims;
 use self::cri::Cri;
 use self::host_files::HostFiles;
 use self::kubelet::Kubelet;
@@ -94,7 +96,9 @@ pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), S
                 Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
             },
-            Some(Endpoint::Kubelet(kubelet)) => kubelet.pod_resources().await.map(drop).map_err(|e| display_chain(&e)),
+            Some(Endpoint::Kubelet(kubelet)) => {
+                kubelet.pod_resources(&PreparedClaims::default()).await.map(drop).map_err(|e| display_chain(&e))
+            }
             Some(Endpoint::Files) | None => Ok(()),
         }
     };

@@ -121,9 +121,11 @@ fn parent(path: &str) -> Option<&str> {
     path.rsplit_once('/').map(|(parent, _)| parent).filter(|parent| !parent.is_empty())
 }
 
-/// The path of a container, and the paths above it that belong to a pod or a container.
+/// The path of a container, and the paths above it that belong to a pod or a container. Of a unit, job or login session all paths above:
+/// quotas are often those of slices.
 fn levels(path: &str) -> impl Iterator<Item = &str> {
-    let bounds = |path: &&str| matches!(parse(path).kind, Kind::Container | Kind::Sandbox | Kind::Pod);
+    let is_host_user = parse(path).host_user.is_some();
+    let bounds = move |path: &&str| is_host_user || matches!(parse(path).kind, Kind::Container | Kind::Sandbox | Kind::Pod);
     let above = std::iter::successors(parent(path), |path| parent(path)).take_while(bounds);
     std::iter::once(path).chain(above).take(MAX_LEVELS)
 }
@@ -148,6 +150,8 @@ mod tests {
         check(&in_pod, &[&in_pod, POD]);
         check(&format!("/docker/{ID}"), &[&format!("/docker/{ID}")]);
         check("/", &["/"]);
+        let login = "/user.slice/user-1000.slice";
+        check(login, &[login, "/user.slice"]);
         let outer = format!("/docker/{}", ID.replace('7', "8"));
         let inner = format!("{outer}/docker/{ID}");
         check(&inner, &[&inner, &format!("{outer}/docker"), &outer]);

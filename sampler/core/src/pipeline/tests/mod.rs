@@ -106,6 +106,36 @@ fn seconds(snapshot: &Snapshot) -> Vec<f64> {
     snapshot.containers.iter().map(|c| c.gpus.iter().map(|g| g.seconds).sum()).collect()
 }
 
+/// Units and jobs are in facts, but label sources hear of them, and snapshots have them, only once they use a GPU.
+#[test]
+fn units_are_announced_when_they_are_first_used() {
+    let mut core = core();
+    assert_eq!(core.take_container_changes().len(), 2);
+    let unit = |core: &mut Core, change, id, name: &str, at| {
+        let fact = CgroupFact { change, key: v2(id), parent: Some(v2(1)), name: name.into(), at: BootNs(at) };
+        core.observe(Observation::Cgroup(fact));
+    };
+    for (id, name, pid) in [(20, "a.service", 200), (21, "b.service", 201)] {
+        unit(&mut core, CgroupChange::Created, id, name, 10);
+        let membership = Some(CgroupMembership { v2_id: id, ..CgroupMembership::default() });
+        let (tgid, start) = (Tgid(pid), BootNs(15));
+        core.observe(Observation::ProcessSeen(ProcessSeen { tgid, start, coarse_start: false, began: BootNs(16), membership }));
+    }
+    assert!(core.take_container_changes().is_empty());
+    // One ends before its samples are attributed, the other one is never used.
+    unit(&mut core, CgroupChange::Removed, 20, "a.service", taken(20));
+    unit(&mut core, CgroupChange::Removed, 21, "b.service", taken(20));
+    feed(&mut core, (0..20).map(|_| (50, Some(200))));
+    let changes = core.take_container_changes();
+    let [ContainerChange::Appeared(record), ContainerChange::Gone(key, _)] = &changes[..] else { panic!("{changes:?}") };
+    assert_eq!((record.identity.short_name().as_str(), *key), ("a.service", record.key));
+    advance_time(&mut core, taken(30));
+    let snapshot = core.snapshot();
+    let users: Vec<&str> = snapshot.containers.iter().map(|c| c.record.cgroup_path.as_str()).collect();
+    assert_eq!((users.len(), users.last()), (3, Some(&"/a.service")), "{users:?}");
+    assert!(seconds(&snapshot)[2] > 1.0);
+}
+
 #[test]
 fn pidless_busy_time_is_divided_by_the_named_samples_around_it() {
     let mut core = core();
