@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sampler_labels::Source;
@@ -16,7 +17,7 @@ use crate::labels::source::grpc::GrpcError;
 use crate::labels::source::http::{self, HttpClientError};
 use crate::labels::source::kubelet::{Kubelet, checkpoint};
 use crate::labels::source::reply::SourceReply;
-use crate::labels::{Discovery, LabelConfig, Root};
+use crate::labels::{ActivationGuard, Discovery, LabelConfig, Presence, Root};
 use crate::observe::kernel::layout::Layout;
 
 /// A runtime that takes longer counts as hanging.
@@ -96,14 +97,15 @@ impl Failure {
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
-    let Discovery { places, sockets } = Discovery::search(&LabelConfig::new(config, layout));
+    let root = &Root::new(&config.path_rootfs);
+    let guard = &Arc::new(ActivationGuard::new(&config.path_procfs, root.clone()));
+    let Discovery { places, sockets } = Discovery::search(&LabelConfig::new(config, layout), guard);
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         let remedy = "raise the limits on file descriptors and threads";
         return vec![Check::bad("runtimes", CheckStatus::Degraded, "cannot start the IO runtime", remedy)];
     };
-    let root = &Root::new(&config.path_rootfs);
     let mut all = checkpoints(root, &places.kubelet_roots);
-    if sockets.iter().all(|socket| socket.seen.is_none()) {
+    if sockets.iter().all(|socket| socket.presence == Presence::Absent) {
         let detail = match config.label_sources.iter().any(|source| source.is_socket()) {
             true => "no runtime socket exists: labels come from files and cgroup paths",
             false => "label_sources has no source with a socket: labels come from files and cgroup paths",
@@ -112,8 +114,10 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
     }
     let checks = sockets.into_iter().map(|socket| async move {
         let (source, path) = (socket.source, socket.path);
-        if socket.seen.is_some() {
-            return socket_checks(source, &path, root).await;
+        match socket.presence {
+            Presence::Present(_) => return socket_checks(guard, source, &path, root).await,
+            Presence::Dormant(dormant) => return vec![Check::ok(source.name(), format!("{}: {dormant}", path.display()))],
+            Presence::Absent => {}
         }
         if !config.label_endpoints.contains(&(source, path.clone())) {
             return Vec::new();
@@ -146,13 +150,13 @@ fn is_at(root: &Root, path: &Path, known: &[&str]) -> bool {
     known.iter().any(|known| Path::new(known) == path || root.path(Path::new(known)) == path)
 }
 
-async fn socket_checks(source: Source, path: &Path, root: &Root) -> Vec<Check> {
+async fn socket_checks(guard: &Arc<ActivationGuard>, source: Source, path: &Path, root: &Root) -> Vec<Check> {
     let checked = tokio::time::timeout(TIMEOUT, async {
         match source {
-            Source::Docker | Source::Podman => docker(source, path, root).await,
-            Source::Cri => cri(path, root).await,
-            Source::Crio => crio(path).await,
-            _ => kubelet(path).await,
+            Source::Docker | Source::Podman => docker(guard, source, path, root).await,
+            Source::Cri => cri(guard, path, root).await,
+            Source::Crio => crio(guard, path).await,
+            _ => kubelet(guard, path).await,
         }
     });
     let path = path.display();
@@ -164,8 +168,8 @@ async fn socket_checks(source: Source, path: &Path, root: &Root) -> Vec<Check> {
     vec![Check::bad(source.name(), CheckStatus::Degraded, detail, remedy)]
 }
 
-async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
-    let version: EngineVersion = http::record(path, "/version").await?;
+async fn docker(guard: &Arc<ActivationGuard>, source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
+    let version: EngineVersion = http::record(guard, path, "/version").await?;
     let or_none = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
@@ -233,8 +237,8 @@ fn after_version(text: &str) -> Option<&str> {
     Some(rest)
 }
 
-async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
-    let version = match Cri::new(path).version().await {
+async fn cri(guard: &Arc<ActivationGuard>, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
+    let version = match Cri::new(path, Arc::clone(guard)).version().await {
         Ok(version) => version,
         // As in containerd as Docker ships it.
         Err(error) if error.is_unimplemented() => {
@@ -258,14 +262,14 @@ async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
     Ok(checks)
 }
 
-async fn crio(path: &Path) -> Result<Vec<Check>, Failure> {
-    let info: CrioInfo = http::record(path, "/info").await?;
+async fn crio(guard: &Arc<ActivationGuard>, path: &Path) -> Result<Vec<Check>, Failure> {
+    let info: CrioInfo = http::record(guard, path, "/info").await?;
     let CrioInfo { storage_driver, storage_root } = info;
     Ok(vec![Check::ok("crio", format!("storage {storage_driver} in {storage_root}, at {}", path.display()))])
 }
 
-async fn kubelet(path: &Path) -> Result<Vec<Check>, Failure> {
-    let list = Kubelet::at(path).pod_resources().await?;
+async fn kubelet(guard: &Arc<ActivationGuard>, path: &Path) -> Result<Vec<Check>, Failure> {
+    let list = Kubelet::at(path, Arc::clone(guard)).pod_resources().await?;
     Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
 }
 

@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
@@ -9,6 +10,7 @@ use serde::Deserialize;
 
 use super::http;
 use super::reply::SourceReply;
+use crate::labels::activation::ActivationGuard;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -19,8 +21,8 @@ struct CrioContainer {
     sandbox: Option<String>,
 }
 
-pub async fn query(socket: &Path, id: &str) -> SourceReply {
-    let container = http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await;
+pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, id: &str) -> SourceReply {
+    let container = http::record::<CrioContainer>(guard, socket, &format!("/containers/{id}")).await;
     container.map_or_else(SourceReply::from, |container| SourceReply::found(facts(&container, id)))
 }
 

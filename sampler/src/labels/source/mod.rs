@@ -33,6 +33,7 @@ use self::host_files::HostFiles;
 use self::kubelet::Kubelet;
 use self::nested::RuntimePlace;
 use self::reply::{SourceReply, TIMEOUT};
+use super::activation::ActivationGuard;
 use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
 use crate::error::display_chain;
@@ -51,6 +52,7 @@ enum Endpoint {
 pub struct LabelSources {
     pub host: HostFiles,
     pub procfs: PathBuf,
+    pub guard: Arc<ActivationGuard>,
     /// Where the cgroup hierarchies are mounted.
     pub cgroups: Vec<PathBuf>,
     pub places: ArcSwap<HostPaths>,
@@ -61,7 +63,8 @@ pub struct LabelSources {
 impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
-        Self { host: HostFiles::new(root), procfs, cgroups, places, endpoints: RwLock::default() }
+        let guard = Arc::new(ActivationGuard::new(&procfs, root.clone()));
+        Self { host: HostFiles::new(root), procfs, guard, cgroups, places, endpoints: RwLock::default() }
     }
 
     /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
@@ -69,9 +72,9 @@ impl LabelSources {
         let endpoint = match source {
             Source::Docker => Endpoint::Docker(socket.to_owned(), Runtime::Docker),
             Source::Podman => Endpoint::Docker(socket.to_owned(), Runtime::Podman),
-            Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket))),
+            Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket, Arc::clone(&self.guard)))),
             Source::Crio => Endpoint::Crio(socket.to_owned()),
-            Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket))),
+            Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket, Arc::clone(&self.guard)))),
             _ => Endpoint::Files,
         };
         self.endpoints.write().unwrap_or_else(PoisonError::into_inner).push(endpoint);
@@ -86,8 +89,8 @@ impl LabelSources {
 pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), String> {
     let probe = async {
         match sources.endpoint(target) {
-            Some(Endpoint::Docker(socket, _)) => http::check_responds(&socket, "/_ping").await,
-            Some(Endpoint::Crio(socket)) => http::check_responds(&socket, "/info").await,
+            Some(Endpoint::Docker(socket, _)) => http::check_responds(&sources.guard, &socket, "/_ping").await,
+            Some(Endpoint::Crio(socket)) => http::check_responds(&sources.guard, &socket, "/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
                 Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
@@ -109,9 +112,9 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     }
     let reply = async {
         match endpoint {
-            Endpoint::Docker(socket, runtime) => docker::query(&socket, runtime, &id).await,
+            Endpoint::Docker(socket, runtime) => docker::query(&sources.guard, &socket, runtime, &id).await,
             Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
-            Endpoint::Crio(socket) => crio::query(&socket, &id).await,
+            Endpoint::Crio(socket) => crio::query(&sources.guard, &socket, &id).await,
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
             Endpoint::Files => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
