@@ -17,6 +17,7 @@ mod message;
 mod one_shot;
 mod process_search;
 mod root;
+mod runtime_config;
 mod shared;
 mod sockets;
 pub mod source;

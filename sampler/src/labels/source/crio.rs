@@ -17,6 +17,8 @@ use crate::labels::activation::ActivationGuard;
 struct CrioContainer {
     name: Option<String>,
     image: Option<String>,
+    /// The id of an image without a name, for which `image` is empty.
+    image_ref: Option<String>,
     labels: Option<HashMap<String, String>>,
     sandbox: Option<String>,
 }
@@ -29,7 +31,7 @@ pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, id: &str) -> Sou
 fn facts(container: &CrioContainer, id: &str) -> Facts {
     let mut facts = Facts { runtime: Some(Runtime::CriO), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Name, container.name.as_deref());
-    facts.set(Label::Image, container.image.as_deref());
+    facts.set(Label::Image, container.image.as_deref().filter(|image| !image.is_empty()).or(container.image_ref.as_deref()));
     let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
     facts.from_kubelet_labels(get);
     facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
@@ -52,6 +54,7 @@ mod tests {
             "n/p/c k8s_c_p_n_u_0 i",
         );
         case(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
+        case(r#"{"name":"k8s_c_p_n_u_0","image":"","image_ref":"sha256:1"}"#, "n/p/c k8s_c_p_n_u_0 sha256:1");
         case("{}", "-/-/- - -");
     }
 }

@@ -169,7 +169,21 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
         return SourceReply::not_queried("the container has no valid id");
     }
     let reply = match source {
-        Source::Logs => return pods::logs(host, id, query.pod_uid.as_deref()),
+        Source::Logs => {
+            let reply = pods::logs(host, &places.pod_logs, id, query.pod_uid.as_deref());
+            if reply.outcome != Outcome::NotFound {
+                return reply;
+            }
+            // A node in a container (kind) has the logs of its pods.
+            let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
+            let inner = pods::logs(
+                &HostFiles::new(inner_root),
+                &HostPaths::default().with_defaults().pod_logs,
+                id,
+                query.pod_uid.as_deref(),
+            );
+            return if matches!(inner.outcome, Outcome::Found(_)) { inner } else { reply };
+        }
         Source::Mountinfo => {
             let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
             return pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid);
