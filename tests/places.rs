@@ -133,6 +133,21 @@ fn podman_containers_are_labelled_from_storage_and_from_the_socket() -> Result<(
     Ok(())
 }
 
+#[test]
+fn a_podman_container_without_storage_is_named_by_its_monitor() -> Result<()> {
+    let (podman, rootfs) = (Podman::start()?, tempfile::tempdir()?);
+    gpu_sampler_tests::image::root(rootfs.path())?;
+    let path = rootfs.path().to_string_lossy().into_owned();
+    let id = podman.run_rootfs("bare", 300, &path)?;
+    let agent = Agent::start(None, &["--label-sources", "podman-file"])?;
+    let explained = wait_for("it has its name", SOON, || {
+        Ok(agent.container(&id)?.filter(|explained| label_fields(explained, "value").contains_key("name")))
+    })?;
+    assert_eq!(label_fields(&explained, "value")["name"], "bare", "{explained:#}");
+    assert_eq!((&explained["runtime"], &explained["missing"]), (&json!("podman"), &json!(["image"])));
+    Ok(())
+}
+
 /// A process that has the name of an engine and the environment of a user, as a rootless engine.
 fn engine_of_user(home: &Path, name: &str, uid: u32) -> Result<Running> {
     let program = home.join(name);

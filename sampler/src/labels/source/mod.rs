@@ -1,6 +1,7 @@
 //! The label sources. Each fails independently, each has a hard limit of time and size, and none is on the sampling path.
 
 mod bundle;
+mod conmon;
 pub mod cri;
 mod crio;
 pub mod docker;
@@ -199,6 +200,11 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
         if reply.outcome != Outcome::NotFound {
             return reply;
         }
+    }
+    if source == Source::PodmanFile
+        && let Some(reply) = conmon::query(&sources.procfs, &sources.cgroups, &query.record)
+    {
+        return reply;
     }
     let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
     match runtime_files(source, &HostFiles::new(inner_root.clone()), &HostPaths::default().with_defaults(), id) {
