@@ -10,7 +10,7 @@ use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
 use gpu_sampler_tests::kubelet::{Kubelet, claiming_pod, pod};
 use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, label_fields, summary};
-use gpu_sampler_tests::{Agent, Running, Sample, Sim, wait_for};
+use gpu_sampler_tests::{Agent, Running, Sample, Sim, run_cli, wait_for};
 use serde_json::{Value, json};
 
 const GPU: &str = "GPU-11111111-2222-3333-4444-555555555555";
@@ -26,10 +26,15 @@ fn crio_containers_are_resolved_from_files_and_over_both_protocols() -> Result<(
     let crio = Crio::start(root.path())?;
     crio.add_pod(&Pod::new(&id('a'), "prod", "trainer-0", UID))?;
     crio.add(&CrioContainer::new(&id('b'), &id('a'), "main", "registry.example/i:1", 1))?;
+    let untagged = CrioContainer::new(&id('c'), &id('a'), "side", "", 2);
+    crio.add(&untagged)?;
     let tree = CgroupTree::new("crio")?;
     let slice = format!("kubepods.slice/kubepods-pod{}.slice", UID.replace('-', "_"));
     tree.make(&format!("{slice}/crio-{}.scope/container", id('b')))?;
+    tree.make(&format!("{slice}/crio-{}.scope/container", id('c')))?;
+    // A sandbox without a process of its own has an empty cgroup.
     tree.make(&format!("{slice}/crio-{}", id('a')))?;
+    // The monitor, of the container and of each exec in it, is not a container.
     tree.make(&format!("{slice}/crio-conmon-{}.scope", id('b')))?;
     let endpoint = format!("unix://{}", crio.socket().display());
     // Storage and socket at CRI-O's default paths, below a root of its own.
@@ -58,10 +63,47 @@ fn crio_containers_are_resolved_from_files_and_over_both_protocols() -> Result<(
         let name = format!("k8s_main_trainer-0_prod_{UID}_0");
         assert_eq!(summary(&explained), format!("prod/trainer-0/main {name} registry.example/i:1"), "{source}");
         assert_eq!((&explained["runtime"], &explained["kind"]), (&json!("cri-o"), &json!("container")));
+        let (explained, _) = agent.complete(&id('c'), AT_ONCE)?;
+        let name = format!("k8s_side_trainer-0_prod_{UID}_0");
+        assert_eq!(summary(&explained), format!("prod/trainer-0/side {name} {}", untagged.image_id()), "{source}");
         let (explained, _) = agent.complete(&id('a'), AT_ONCE)?;
         assert_eq!(explained["kind"], "sandbox");
         let expected = format!("prod/trainer-0/POD k8s_POD_trainer-0_prod_{UID}_0");
         assert!(summary(&explained).starts_with(&expected), "{source}: {explained:#}");
+    }
+    Ok(())
+}
+
+#[test]
+fn crio_is_followed_to_where_its_configuration_puts_it() -> Result<()> {
+    let root = tempfile::tempdir()?;
+    fs::create_dir_all(root.path().join("moved"))?;
+    let crio = Crio::start(&root.path().join("moved"))?;
+    crio.add_pod(&Pod::new(&id('a'), "prod", "trainer-0", UID))?;
+    crio.add(&CrioContainer::new(&id('b'), &id('a'), "main", "registry.example/i:1", 1))?;
+    let tree = CgroupTree::new("crio-moved")?;
+    let slice = format!("kubepods.slice/kubepods-pod{}.slice", UID.replace('-', "_"));
+    tree.make(&format!("{slice}/crio-{}.scope", id('b')))?;
+    // No process of CRI-O runs here, as after its end.
+    for (file, text) in [
+        ("crio.conf", "[crio]\nroot = '/elsewhere'\nrunroot = '/moved/run'\n[crio.api]\nlisten = '/elsewhere.sock'\n"),
+        ("crio.conf.d/10-root.conf", "[crio]\nroot = '/moved/lib'\n"),
+        ("crio.conf.d/20-listen.conf", "[crio.api]\nlisten = 'unix:///moved/crio.sock'\n"),
+    ] {
+        let path = root.path().join("etc/crio").join(file);
+        fs::create_dir_all(path.parent().context("a folder")?)?;
+        fs::write(path, text)?;
+    }
+    let rootfs = root.path().to_string_lossy().into_owned();
+    for source in ["crio-file", "crio", "cri"] {
+        let args = ["--path-rootfs", &rootfs, "--label-sources", source];
+        let agent = Agent::start(None, &args)?;
+        let (explained, _) = agent.complete(&id('b'), SOON).context(source)?;
+        assert!(summary(&explained).starts_with("prod/trainer-0/main k8s_main_"), "{source}: {explained:#}");
+        let (_, out, _) = run_cli(&[&["doctor", "--json"], &args[..]].concat())?;
+        let report: Value = serde_json::from_str(&out)?;
+        let named = |name: &str| report["checks"].as_array().into_iter().flatten().any(|c| c["name"] == name);
+        assert!(source == "crio-file" || named(source), "{source}: {out}");
     }
     Ok(())
 }

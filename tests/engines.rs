@@ -311,6 +311,10 @@ fn the_crio_double_serves_both_protocols_and_writes_files() -> Result<()> {
     assert_eq!((&inspected["name"], &inspected["pid"]), (&format!("k8s_main_web-0_prod_{uid}_0").into(), &42.into()));
     assert!(http("/containers/x")?.starts_with(b"HTTP/1.1 404 "));
     assert!(double.calls().contains(&"/info".to_owned()));
+    let untagged = crio::CrioContainer::new(&format!("{:064x}", 3), &pod_id, "side", "", 43);
+    double.add(&untagged)?;
+    let inspected = json(&format!("/containers/{:064x}", 3))?;
+    assert_eq!((&inspected["image"], &inspected["image_ref"]), (&"".into(), &untagged.image_id().into()));
     for (id, kind, container) in [(&id, "container", "main"), (&pod_id, "sandbox", "POD")] {
         let file = double.runroot().join(format!("overlay-containers/{id}/userdata/config.json"));
         let config: Value = serde_json::from_slice(&std::fs::read(file)?)?;

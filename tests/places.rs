@@ -3,6 +3,9 @@
 
 use std::fs;
 use std::io::{BufRead as _, BufReader};
+use std::os::unix::fs::PermissionsExt as _;
+use std::os::unix::process::CommandExt as _;
+use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
@@ -127,6 +130,59 @@ fn podman_containers_are_labelled_from_storage_and_from_the_socket() -> Result<(
         let values = label_fields(&explained, "value");
         assert!(values["name"].contains("web") && !values["image"].is_empty(), "{explained:#}");
     }
+    Ok(())
+}
+
+#[test]
+fn a_podman_container_without_storage_is_named_by_its_monitor() -> Result<()> {
+    let (podman, rootfs) = (Podman::start()?, tempfile::tempdir()?);
+    gpu_sampler_tests::image::root(rootfs.path())?;
+    let path = rootfs.path().to_string_lossy().into_owned();
+    let id = podman.run_rootfs("bare", 300, &path)?;
+    let agent = Agent::start(None, &["--label-sources", "podman-file"])?;
+    let explained = wait_for("it has its name", SOON, || {
+        Ok(agent.container(&id)?.filter(|explained| label_fields(explained, "value").contains_key("name")))
+    })?;
+    assert_eq!(label_fields(&explained, "value")["name"], "bare", "{explained:#}");
+    assert_eq!((&explained["runtime"], &explained["missing"]), (&json!("podman"), &json!(["image"])));
+    Ok(())
+}
+
+/// A process that has the name of an engine and the environment of a user, as a rootless engine.
+fn engine_of_user(home: &Path, name: &str, uid: u32) -> Result<Running> {
+    let program = home.join(name);
+    fs::copy("/bin/sleep", &program)?;
+    let mut command = Command::new(program);
+    command.arg("300").uid(uid).gid(uid).env_clear().env("HOME", home).env("XDG_RUNTIME_DIR", home.join("run"));
+    Ok(Running(command.stdin(Stdio::null()).spawn()?))
+}
+
+#[test]
+fn engines_of_a_user_are_found_in_its_home() -> Result<()> {
+    const UID_OF_USER: u32 = 54_321;
+    let home = tempfile::tempdir()?;
+    fs::set_permissions(home.path(), fs::Permissions::from_mode(0o755))?;
+    for n in [0, 2] {
+        let folder = home.path().join(".local/share/docker/containers").join(id(n));
+        fs::create_dir_all(&folder)?;
+        fs::write(folder.join("config.v2.json"), json!({"Name": "/rootless", "Config": {"Image": "i:1"}}).to_string())?;
+    }
+    bundle(home.path(), &id(1), "rootless-pod", UID)?;
+    let _engines =
+        [engine_of_user(home.path(), "dockerd", UID_OF_USER)?, engine_of_user(home.path(), "containerd", UID_OF_USER)?];
+    let tree = CgroupTree::new("rootless")?;
+    let slice = |uid: u32| format!("user.slice/user-{uid}.slice/user@{uid}.service/user.slice");
+    tree.make(&format!("{}/docker-{}.scope", slice(UID_OF_USER), id(0)))?;
+    tree.make(&format!("{}/nerdctl-{}.scope", slice(UID_OF_USER), id(1)))?;
+    // A container of another user, of which this user's files say something, too.
+    tree.make(&format!("{}/docker-{}.scope", slice(UID_OF_USER + 1), id(2)))?;
+    let agent = Agent::start(None, &["--label-sources", "docker-file,bundle"])?;
+    let (explained, _) = agent.complete(&id(0), SOON)?;
+    assert_eq!(summary(&explained), "-/-/- rootless i:1");
+    let (explained, _) = agent.complete(&id(1), SOON)?;
+    assert!(summary(&explained).starts_with("prod/rootless-pod/main "), "{explained:#}");
+    let explained = agent.container(&id(2))?.context("known by its path")?;
+    assert_eq!(explained["missing"], json!(["name", "image"]), "{explained:#}");
     Ok(())
 }
 
@@ -274,5 +330,29 @@ fn a_runtime_in_a_container_is_read_from_its_own_root() -> Result<()> {
         drop(shim);
         wait_for("the inner cgroup is empty", AT_ONCE, || Ok(fs::remove_dir(&within).ok()))?;
     }
+    Ok(())
+}
+
+#[test]
+fn logs_of_a_node_in_a_container_name_its_pods() -> Result<()> {
+    let (tree, inside, empty) = (CgroupTree::new("node-logs")?, tempfile::tempdir()?, tempfile::tempdir()?);
+    let (outer, inner) = ("a".repeat(64), "b".repeat(64));
+    fs::create_dir_all(inside.path().join(format!("var/log/pods/prod_in-kind_{UID}/main")))?;
+    let links = inside.path().join("var/log/containers");
+    fs::create_dir_all(&links)?;
+    fs::write(links.join(format!("in-kind_prod_main-{inner}.log")), "")?;
+    let outside = tree.make(&format!("docker/{outer}"))?;
+    let within = tree.make(&format!("docker/{outer}/kubelet/kubepods/burstable/pod{UID}/{inner}"))?;
+    let mut shim = Command::new("python3");
+    shim.arg("-c").arg(SHIM).arg(inside.path()).arg(&outside).arg(&within).stdout(Stdio::piped());
+    let mut shim = Running(shim.spawn().context("python3")?);
+    let mut line = String::new();
+    BufReader::new(shim.0.stdout.take().context("stdout is a pipe")?).read_line(&mut line)?;
+    let agent = Agent::start(None, &["--path-rootfs", &empty.path().to_string_lossy(), "--label-sources", "logs"])?;
+    let explained = wait_for("the logs name the pod", SOON, || {
+        Ok(agent.container(&inner)?.filter(|explained| label_fields(explained, "value").contains_key("container")))
+    })?;
+    assert!(summary(&explained).starts_with("prod/in-kind/main "), "{explained:#}");
+    gpu_sampler_tests::leftovers::kill(line.trim().parse()?, 9);
     Ok(())
 }

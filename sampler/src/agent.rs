@@ -28,7 +28,7 @@ use crate::labels::{self, LabelConfig, LabelService};
 use crate::observe::clock::wall_now;
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, layout};
-use crate::observe::kernel::probe::{self, Chosen};
+use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
 use crate::session::{Recorder, SessionInputs, Store};
@@ -46,7 +46,13 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     if let Some(problem) = layout.problem() {
         health.degraded(Condition::Cgroups, &problem);
     }
-    let Chosen { tracker, refused } = probe::choose(config.kernel_mode, layout, &config.btf(), config.kernel_ring_bytes)?;
+    let access = KernelAccess {
+        btf: &config.btf(),
+        procfs: &config.path_procfs,
+        sysfs: &config.path_sysfs,
+        ring_bytes: config.kernel_ring_bytes,
+    };
+    let Chosen { tracker, refused } = probe::choose(config.kernel_mode, layout, &access)?;
     let mode = tracker.mode();
     health.update(|view| view.kernel_mode = mode.name());
     if mode == Mode::RawTracepoint {

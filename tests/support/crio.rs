@@ -37,7 +37,7 @@ pub struct CrioContainer {
     pub pod: String,
     pub name: String,
     pub attempt: u32,
-    /// As written in the pod's spec.
+    /// As written in the pod's spec; empty for an image without a name, as CRI-O 1.37 reports it.
     pub image: String,
     pub pid: u32,
     pub state: i32,
@@ -128,7 +128,14 @@ impl CrioContainer {
         format!("/var/log/pods/{}_{}_{}/{}/{}.log", pod.namespace, pod.name, pod.uid, self.name, self.attempt)
     }
 
+    pub fn image_id(&self) -> String {
+        format!("{:064x}", self.image.len() + 1)
+    }
+
     fn image_ref(&self) -> String {
+        if self.image.is_empty() {
+            return self.image_id();
+        }
         format!("{}@sha256:{:064x}", self.image.split(':').next().unwrap_or_default(), self.image.len())
     }
 
@@ -151,7 +158,7 @@ impl CrioContainer {
             ("ContainerID", self.id.clone()),
             ("ContainerType", "container".into()),
             ("Created", CREATED.into()),
-            ("Image", self.image.clone()),
+            ("Image", self.image_id()),
             ("ImageName", self.image.clone()),
             ("ImageRef", self.image_ref()),
             ("Labels", json!(labels).to_string()),

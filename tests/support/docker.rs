@@ -25,7 +25,8 @@ impl Docker {
         Self::at(PathBuf::from(host.strip_prefix("unix://").context("DOCKER_HOST must be a Unix socket")?))
     }
 
-    fn at(socket: PathBuf) -> Result<Self> {
+    /// The engine at this socket.
+    pub fn at(socket: PathBuf) -> Result<Self> {
         let root = tempfile::tempdir()?;
         crate::image::root(root.path())?;
         let tar = Command::new("tar").arg("-C").arg(root.path()).args(["-cf", "-", "."]).output()?;

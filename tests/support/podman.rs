@@ -116,6 +116,13 @@ impl Podman {
         Ok((id, pid.parse().ok().filter(|pid| *pid > 0).context("the container has a process")?))
     }
 
+    /// Starts `sleep seconds` in this folder as its root, without an image. Returns the container's id.
+    pub fn run_rootfs(&self, name: &str, seconds: u32, rootfs: &str) -> Result<String> {
+        self.made.borrow_mut().push(name.into());
+        let seconds = seconds.to_string();
+        self.podman(&["run", "--detach", "--network=none", "--name", name, "--rootfs", rootfs, "/bin/sleep", &seconds])
+    }
+
     /// Kills and removes a container.
     pub fn remove(&self, name: &str) -> Result<()> {
         self.podman(&["rm", "--force", "--time=0", name])?;

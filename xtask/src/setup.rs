@@ -220,6 +220,7 @@ fn missing_for_tests() -> Vec<Missing> {
         ("crun", "crun", "crun"),
         ("podman", "podman", "podman"),
         ("podman's monitor", "conmon", "conmon"),
+        ("systemd, as the manager of an engine", "systemctl", "systemd"),
         ("iptables, which dockerd requires", "iptables", "iptables"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),

@@ -20,7 +20,7 @@ use crate::export::live::LiveDocument;
 use crate::health::condition::{CGROUPS_REMEDY, PID_NAMESPACE_REMEDY};
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, layout};
-use crate::observe::kernel::probe::{self, Chosen};
+use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, pid_namespace, scan};
 
 /// The agent needs two; other programs on the machine need some.
@@ -100,7 +100,13 @@ impl Doctor {
 
 fn examine(config: &Config) -> Report {
     let layout = layout(&config.path_procfs);
-    let chosen = probe::choose(config.kernel_mode, &layout, &config.btf(), config.kernel_ring_bytes);
+    let access = KernelAccess {
+        btf: &config.btf(),
+        procfs: &config.path_procfs,
+        sysfs: &config.path_sysfs,
+        ring_bytes: config.kernel_ring_bytes,
+    };
+    let chosen = probe::choose(config.kernel_mode, &layout, &access);
     let mode = chosen.as_ref().ok().map(|c| c.tracker.mode());
     let kernel_mode = mode.map(Mode::name);
     let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout, mode), processes(config, &layout)];

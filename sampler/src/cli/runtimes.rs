@@ -3,6 +3,7 @@
 
 use std::io;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use sampler_labels::Source;
@@ -18,7 +19,7 @@ use crate::labels::source::grpc::GrpcError;
 use crate::labels::source::http::{self, HttpClientError};
 use crate::labels::source::kubelet::Kubelet;
 use crate::labels::source::reply::SourceReply;
-use crate::labels::{Discovery, LabelConfig, Root};
+use crate::labels::{ActivationGuard, Discovery, LabelConfig, Presence, Root};
 use crate::observe::kernel::layout::Layout;
 
 /// A runtime that takes longer counts as hanging.
@@ -50,9 +51,37 @@ struct CrioInfo {
     storage_root: String,
 }
 
-const HANGS: &str = "the runtime hangs: check its log, such as `journalctl -u docker`, and restart it";
-const ANOTHER_RUNTIME: &str =
-    "if this is the socket of another runtime, correct --docker-endpoint, --podman-endpoint or --cri-endpoint";
+/// The unit of the runtime at a socket, for `journalctl`.
+fn unit_of(source: Source, path: &Path) -> &'static str {
+    let is_in = |part: &str| path.to_string_lossy().contains(part);
+    match source {
+        Source::Docker => "docker",
+        Source::Podman => "podman",
+        Source::Kubelet => "kubelet",
+        Source::Cri if is_in("cri-dockerd") => "cri-docker",
+        Source::Cri if is_in("/k3s/") => "k3s, rke2-server or rke2-agent",
+        Source::Cri if is_in("/k0s/") => "k0scontroller or k0sworker",
+        Source::Cri if is_in("/microk8s/") => "snap.microk8s.daemon-containerd",
+        Source::Cri if !is_in("crio") => "containerd",
+        _ => "crio",
+    }
+}
+
+fn hangs(source: Source, path: &Path) -> String {
+    format!("the runtime hangs: check its log (`journalctl -u` {}) and restart it", unit_of(source, path))
+}
+
+/// The setting that leads to a socket.
+fn another_runtime(source: Source, path: &Path) -> &'static str {
+    match (source, unit_of(source, path)) {
+        (_, "crio") => {
+            "if this is not the socket of CRI-O, correct --cri-endpoint, or `listen` in CRI-O's configuration (/etc/crio/crio.conf, \
+             crio.conf.d)"
+        }
+        (Source::Kubelet, _) => "if this is not the kubelet's socket, check its --root-dir",
+        _ => "if this is the socket of another runtime, correct --docker-endpoint, --podman-endpoint or --cri-endpoint",
+    }
+}
 
 /// Why a runtime cannot be queried. Until its remedy is applied, labels come from files and other sources, and the agent retries.
 enum Failure {
@@ -74,20 +103,22 @@ impl From<GrpcError> for Failure {
 }
 
 impl Failure {
-    fn detail_and_remedy(self, endpoint: &std::path::Display<'_>) -> (String, &'static str) {
+    fn detail_and_remedy(self, source: Source, path: &Path) -> (String, String) {
+        let endpoint = path.display();
+        let another = another_runtime(source, path);
         let remedy = match &self {
             Failure::Http(HttpClientError::Connect(error)) | Failure::Grpc(GrpcError::Connect { source: error, .. }) => {
                 match error.kind() {
-                    io::ErrorKind::PermissionDenied => "run as root, or with access to the socket",
-                    io::ErrorKind::ConnectionRefused => "no process listens on this socket: start the runtime",
-                    _ => ANOTHER_RUNTIME,
+                    io::ErrorKind::PermissionDenied => "run as root, or with access to the socket".into(),
+                    io::ErrorKind::ConnectionRefused => "no process listens on this socket: start the runtime".into(),
+                    _ => another.to_owned(),
                 }
             }
-            Failure::Grpc(GrpcError::Timeout { .. }) => HANGS,
+            Failure::Grpc(GrpcError::Timeout { .. }) => hangs(source, path),
             Failure::Http(HttpClientError::Status { status: 500..=599, .. }) => {
-                "the runtime fails: check its log, such as `journalctl -u docker`"
+                format!("the runtime fails: check its log (`journalctl -u` {})", unit_of(source, path))
             }
-            _ => ANOTHER_RUNTIME,
+            _ => another.to_owned(),
         };
         let detail = match self {
             Failure::Http(error) => format!("{endpoint}: {}", SourceReply::from(error).detail),
@@ -98,14 +129,16 @@ impl Failure {
 }
 
 pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
-    let Discovery { places, sockets } = Discovery::search(&LabelConfig::new(config, layout));
+    let root = &Root::new(&config.path_rootfs);
+    let guard = &Arc::new(ActivationGuard::new(&config.path_procfs, root.clone()));
+    let Discovery { places, sockets } = Discovery::search(&LabelConfig::new(config, layout), guard);
     let Ok(runtime) = tokio::runtime::Builder::new_current_thread().enable_all().build() else {
         let remedy = "raise the limits on file descriptors and threads";
         return vec![Check::bad("runtimes", CheckStatus::Degraded, "cannot start the IO runtime", remedy)];
     };
-    let root = &Root::new(&config.path_rootfs);
+    let cri_stats = places.cri_stats;
     let mut all = checkpoints(root, &places.kubelet_roots);
-    if sockets.iter().all(|socket| socket.seen.is_none()) {
+    if sockets.iter().all(|socket| socket.presence == Presence::Absent) {
         let detail = match config.label_sources.iter().any(|source| source.is_socket()) {
             true => "no runtime socket exists: labels come from files and cgroup paths",
             false => "label_sources has no source with a socket: labels come from files and cgroup paths",
@@ -114,8 +147,10 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
     }
     let checks = sockets.into_iter().map(|socket| async move {
         let (source, path) = (socket.source, socket.path);
-        if socket.seen.is_some() {
-            return socket_checks(source, &path, root).await;
+        match socket.presence {
+            Presence::Present(_) => return socket_checks(guard, source, &path, root, cri_stats).await,
+            Presence::Dormant(dormant) => return vec![Check::ok(source.name(), format!("{}: {dormant}", path.display()))],
+            Presence::Absent => {}
         }
         if !config.label_endpoints.contains(&(source, path.clone())) {
             return Vec::new();
@@ -148,26 +183,25 @@ fn is_at(root: &Root, path: &Path, known: &[&str]) -> bool {
     known.iter().any(|known| Path::new(known) == path || root.path(Path::new(known)) == path)
 }
 
-async fn socket_checks(source: Source, path: &Path, root: &Root) -> Vec<Check> {
+async fn socket_checks(guard: &Arc<ActivationGuard>, source: Source, path: &Path, root: &Root, cri_stats: bool) -> Vec<Check> {
     let checked = tokio::time::timeout(TIMEOUT, async {
         match source {
-            Source::Docker | Source::Podman => docker(source, path, root).await,
-            Source::Cri => cri(path, root).await,
-            Source::Crio => crio(path).await,
-            _ => kubelet(path).await,
+            Source::Docker | Source::Podman => docker(guard, source, path, root).await,
+            Source::Cri => cri(guard, path, root, cri_stats).await,
+            Source::Crio => crio(guard, path).await,
+            _ => kubelet(guard, path).await,
         }
     });
-    let path = path.display();
     let (detail, remedy) = match checked.await {
         Ok(Ok(checks)) => return checks,
-        Ok(Err(error)) => error.detail_and_remedy(&path),
-        Err(_) => (format!("{path}: no response within {} s", TIMEOUT.as_secs()), HANGS),
+        Ok(Err(error)) => error.detail_and_remedy(source, path),
+        Err(_) => (format!("{}: no response within {} s", path.display(), TIMEOUT.as_secs()), hangs(source, path)),
     };
     vec![Check::bad(source.name(), CheckStatus::Degraded, detail, remedy)]
 }
 
-async fn docker(source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
-    let version: EngineVersion = http::record(path, "/version").await?;
+async fn docker(guard: &Arc<ActivationGuard>, source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
+    let version: EngineVersion = http::record(guard, path, "/version").await?;
     let or_none = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
@@ -235,8 +269,8 @@ fn after_version(text: &str) -> Option<&str> {
     Some(rest)
 }
 
-async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
-    let version = match Cri::new(path).version().await {
+async fn cri(guard: &Arc<ActivationGuard>, path: &Path, root: &Root, cri_stats: bool) -> Result<Vec<Check>, Failure> {
+    let version = match Cri::new(path, Arc::clone(guard)).version().await {
         Ok(version) => version,
         // As in containerd as Docker ships it.
         Err(error) if error.is_unimplemented() => {
@@ -253,21 +287,40 @@ async fn cri(path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
         _ => &[],
     };
     if let Some(first) = expected.first().filter(|_| !is_at(root, path, expected)) {
-        let problem = format!("it connects to {name} at {first} only, and this one is at {}", path.display());
-        let remedy = "create a symlink there, or set --containerd of the kubelet, if it has that flag";
+        let (problem, remedy) = misplaced(name, first, path);
         checks.push(cadvisor_warning(&problem, remedy));
+    }
+    if name == "cri-o" && cri_stats {
+        let detail = "the kubelet takes container metrics from CRI stats (PodAndContainerStatsFromCRI), and those of CRI-O lack \
+                      namespace, pod and container (kubernetes issue 140778)";
+        let remedy = "turn the feature gate off, or use the container labels of this agent";
+        checks.push(Check::bad("cAdvisor", CheckStatus::Warning, detail, remedy));
     }
     Ok(checks)
 }
 
-async fn crio(path: &Path) -> Result<Vec<Check>, Failure> {
-    let info: CrioInfo = http::record(path, "/info").await?;
+/// A runtime that is not where cAdvisor connects to.
+fn misplaced(name: &str, expected: &str, path: &Path) -> (String, &'static str) {
+    let mut problem = format!("it connects to {name} at {expected} only, and this one is at {}", path.display());
+    if path.to_string_lossy().contains("/k3s/") {
+        problem += ": with RKE2 and k3s, all container labels of its metrics are blank (rancher/rke2 issue 11274)";
+        return (problem, "ln -s /run/k3s/containerd/containerd.sock /run/containerd/containerd.sock, and restart the kubelet");
+    }
+    let remedy = match name {
+        "cri-o" => "set `listen` of [crio.api] to that path, or create a symlink there",
+        _ => "create a symlink there, or set --containerd of the kubelet, if it has that flag",
+    };
+    (problem, remedy)
+}
+
+async fn crio(guard: &Arc<ActivationGuard>, path: &Path) -> Result<Vec<Check>, Failure> {
+    let info: CrioInfo = http::record(guard, path, "/info").await?;
     let CrioInfo { storage_driver, storage_root } = info;
     Ok(vec![Check::ok("crio", format!("storage {storage_driver} in {storage_root}, at {}", path.display()))])
 }
 
-async fn kubelet(path: &Path) -> Result<Vec<Check>, Failure> {
-    let list = Kubelet::at(path).pod_resources(&PreparedClaims::default()).await?;
+async fn kubelet(guard: &Arc<ActivationGuard>, path: &Path) -> Result<Vec<Check>, Failure> {
+    let list = Kubelet::at(path, Arc::clone(guard)).pod_resources(&PreparedClaims::default()).await?;
     Ok(vec![Check::ok("kubelet", format!("{} containers with devices, at {}", list.len(), path.display()))])
 }
 
@@ -290,6 +343,27 @@ mod tests {
         ] {
             assert_eq!(versions_in(text), expect, "{text:?}");
         }
+    }
+
+    #[test]
+    fn the_remedy_names_the_runtime_at_the_socket() {
+        for (source, path, unit) in [
+            (Source::Docker, "/run/docker.sock", "docker"),
+            (Source::Crio, "/moved.sock", "crio"),
+            (Source::Cri, "/run/crio/crio.sock", "crio"),
+            (Source::Cri, "/run/k3s/containerd/containerd.sock", "k3s, rke2-server or rke2-agent"),
+            (Source::Cri, "/run/containerd/containerd.sock", "containerd"),
+            (Source::Kubelet, "/var/lib/kubelet/pod-resources/kubelet.sock", "kubelet"),
+        ] {
+            assert!(hangs(source, Path::new(path)).contains(&format!("`journalctl -u` {unit})")), "{path}");
+        }
+        let refused = HttpClientError::NotFound;
+        let (_, remedy) = Failure::Http(refused).detail_and_remedy(Source::Crio, Path::new("/run/crio/crio.sock"));
+        assert!(remedy.contains("/etc/crio/crio.conf") && !remedy.contains("docker"), "{remedy}");
+        let (problem, remedy) = misplaced("containerd", CADVISOR_CONTAINERD, Path::new("/run/k3s/containerd/containerd.sock"));
+        assert!(problem.contains("rke2 issue 11274") && remedy.starts_with("ln -s /run/k3s/"), "{problem} {remedy}");
+        let (problem, remedy) = misplaced("cri-o", CADVISOR_CRIO[0], Path::new("/moved.sock"));
+        assert!(!problem.contains("rke2") && remedy.contains("listen"), "{problem} {remedy}");
     }
 
     #[test]

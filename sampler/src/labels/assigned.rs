@@ -44,7 +44,10 @@ pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>
     loop {
         for folder in &sources.places.load().kubelet_roots {
             if !kubelets.iter().any(|(known, _)| known == folder) {
-                kubelets.push((folder.clone(), KubeletState::new(Kubelet::new(sources.host.path(folder)))));
+                kubelets.push((
+                    folder.clone(),
+                    KubeletState::new(Kubelet::new(sources.host.path(folder), Arc::clone(&sources.guard))),
+                ));
             }
         }
         let mut changed = false;

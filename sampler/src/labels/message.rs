@@ -7,6 +7,7 @@ use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{Query, TargetId};
 use tokio::sync::oneshot;
 
+use super::activation::Presence;
 use super::discovered::{Discovery, FoundSocket};
 use super::source::reply::SourceReply;
 use super::view::AttemptView;
@@ -24,10 +25,10 @@ pub enum LabelMessage {
     FilesRead(Vec<(Query, SourceReply)>),
     /// A runtime reported an event of the container with this id.
     Hint(String),
-    /// The endpoint appeared or was replaced, or it is gone.
+    /// The endpoint appeared or was replaced, its engine started or stopped, or it is gone.
     EndpointChanged {
         target: TargetId,
-        is_present: bool,
+        presence: Presence,
     },
     Discovery(Discovery),
     DefaultSockets(Vec<FoundSocket>),

@@ -7,6 +7,7 @@
 //!                              task --view--> exporter
 //! ```
 
+mod activation;
 mod assigned;
 mod config;
 mod discover;
@@ -16,6 +17,7 @@ mod message;
 mod one_shot;
 mod process_search;
 mod root;
+mod runtime_config;
 mod shared;
 mod sockets;
 pub mod source;
@@ -32,6 +34,7 @@ use sampler_labels::Source;
 use tokio::sync::mpsc::{UnboundedReceiver, channel};
 use tokio::sync::oneshot;
 
+pub use self::activation::{ActivationGuard, Presence};
 pub use self::assigned::AssignedView;
 pub use self::config::LabelConfig;
 pub use self::discovered::Discovery;
@@ -87,7 +90,8 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     let service = LabelService(Arc::clone(&shared));
     let root = Root::new(&config.rootfs);
     let sources = Arc::new(LabelSources::new(root, config.procfs.clone(), config.cgroups.clone()));
-    std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&new_sockets, &messages))?;
+    let guard = Arc::clone(&sources.guard);
+    std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&new_sockets, &guard, &messages))?;
     if config.sources.contains(&Source::Kubelet) {
         tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
     }

@@ -6,6 +6,7 @@ use std::sync::Arc;
 use sampler_core::identity::ContainerRecord;
 use sampler_labels::{ABSENT, ContainerLabels, Outcome, Query, Source, TargetId, can_resolve};
 
+use super::activation::Presence;
 use super::config::LabelConfig;
 use super::discovered::Discovery;
 use super::root::Root;
@@ -22,16 +23,22 @@ pub struct OneShotLabels {
 pub async fn resolve_once(config: &LabelConfig, record: Arc<ContainerRecord>) -> OneShotLabels {
     let root = Root::new(&config.rootfs);
     let sources = LabelSources::new(root, config.procfs.clone(), config.cgroups.clone());
-    let Discovery { places, sockets } = Discovery::search(config);
+    let Discovery { places, sockets } = Discovery::search(config, &sources.guard);
     sources.places.store(Arc::new(places));
-    let mut targets: Vec<(Source, String, bool)> = Vec::new();
+    // The reason for not querying, if any.
+    let mut targets: Vec<(Source, String, Option<String>)> = Vec::new();
     for source in config.sources.iter().filter(|s| !s.is_socket()) {
         sources.add(*source, Path::new(""));
-        targets.push((*source, FILES.into(), true));
+        targets.push((*source, FILES.into(), None));
     }
     for socket in sockets {
         sources.add(socket.source, &socket.path);
-        targets.push((socket.source, socket.endpoint(), socket.seen.is_some()));
+        let reason = match socket.presence {
+            Presence::Present(_) => None,
+            Presence::Absent => Some(ABSENT.to_owned()),
+            Presence::Dormant(dormant) => Some(dormant.to_string()),
+        };
+        targets.push((socket.source, socket.endpoint(), reason));
     }
     let sources = Arc::new(sources);
     let mut labels = ContainerLabels::from_path(&record);
@@ -40,17 +47,20 @@ pub async fn resolve_once(config: &LabelConfig, record: Arc<ContainerRecord>) ->
     loop {
         let before = labels.pod_uid.clone();
         let mut queries = Vec::new();
-        for (n, (source, endpoint, present)) in targets.iter().enumerate().filter(|(_, t)| can_resolve(t.0, &labels)) {
+        for (n, (source, endpoint, reason)) in targets.iter().enumerate().filter(|(_, t)| can_resolve(t.0, &labels)) {
             let query = Query::unscheduled(Arc::clone(&record), TargetId(n as u16), *source, before.clone());
             let sources = Arc::clone(&sources);
-            let task = present.then(|| tokio::spawn(async move { source::execute(sources, &query).await }));
+            let task = match reason {
+                None => Ok(tokio::spawn(async move { source::execute(sources, &query).await })),
+                Some(reason) => Err(reason),
+            };
             queries.push((*source, endpoint, task));
         }
         attempts = Vec::new();
         for (source, endpoint, task) in queries {
             let reply = match task {
-                Some(task) => task.await.unwrap_or_else(SourceReply::error),
-                None => SourceReply::not_queried(ABSENT),
+                Ok(task) => task.await.unwrap_or_else(SourceReply::error),
+                Err(reason) => SourceReply::not_queried(reason),
             };
             if let Outcome::Found(facts) = &reply.outcome {
                 labels.merge(source, facts);

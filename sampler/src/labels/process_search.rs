@@ -60,6 +60,7 @@ impl ProcessSearch {
             };
             self.inspected.insert(pid, state);
         }
+        found.merge(&HostPaths::from_files(root));
         found.with_defaults()
     }
 }

@@ -1,5 +1,5 @@
 //! Detects when a runtime socket appears, disappears or is replaced: inotify on the directories, and a check every half second for
-//! directories that do not exist yet or cannot be watched.
+//! directories that do not exist yet or cannot be watched, and for engines behind sockets that systemd holds.
 
 use std::collections::HashSet;
 use std::mem::MaybeUninit;
@@ -13,22 +13,22 @@ use rustix::fs::inotify::{self, CreateFlags, Reader, WatchFlags};
 use sampler_labels::TargetId;
 use tokio::sync::mpsc::Sender;
 
+use super::activation::{ActivationGuard, Presence};
 use super::message::LabelMessage;
-use super::stamp::{Stamp, stamp};
 
 /// Keeps the detection delay below a second.
 const CHECK_INTERVAL: Duration = Duration::from_millis(500);
 const BUFFER_BYTES: usize = 16 << 10;
 
-/// A socket to watch, with its last known identity.
+/// A socket to watch, with its last known state.
 pub struct WatchedSocket {
     pub target: TargetId,
     pub path: PathBuf,
-    pub seen: Option<Stamp>,
+    pub presence: Presence,
 }
 
 /// Sends changes until the service ends; `new_sockets` adds sockets. Needs its own thread, since it blocks in `poll`.
-pub fn watch(new_sockets: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
+pub fn watch(new_sockets: &Receiver<WatchedSocket>, guard: &ActivationGuard, to: &Sender<LabelMessage>) {
     let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).inspect_err(|error| {
         tracing::warn!(%error, "inotify is not available, sockets are polled; raise fs.inotify.max_user_instances");
     });
@@ -42,12 +42,12 @@ pub fn watch(new_sockets: &Receiver<WatchedSocket>, to: &Sender<LabelMessage>) {
             }
         }
         for socket in &mut sockets {
-            let now = stamp(&socket.path);
-            if now == socket.seen {
+            let presence = guard.presence(&socket.path);
+            if presence == socket.presence {
                 continue;
             }
-            socket.seen = now;
-            let message = LabelMessage::EndpointChanged { target: socket.target, is_present: now.is_some() };
+            socket.presence = presence;
+            let message = LabelMessage::EndpointChanged { target: socket.target, presence };
             if to.blocking_send(message).is_err() {
                 return;
             }

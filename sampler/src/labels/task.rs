@@ -13,6 +13,7 @@ use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
 
+use super::activation::{Dormant, Presence};
 use super::config::LabelConfig;
 use super::discovered::{Discovery, FoundSocket};
 use super::file_reader::FileReader;
@@ -59,6 +60,8 @@ pub(super) struct LabelTask {
     probed: Instant,
     /// Absent endpoints, with the time from which they are absent.
     absent: HashMap<TargetId, Instant>,
+    /// Endpoints that are not queried because a connection would start an engine.
+    dormant: HashMap<TargetId, Dormant>,
     /// Source and endpoint of every socket of the last search.
     discovered_sockets: HashSet<(Source, String)>,
     /// A search that hangs in a file system keeps its thread; the permits limit them to two.
@@ -96,6 +99,7 @@ impl LabelTask {
             followers: HashMap::new(),
             probed: Instant::now(),
             absent: HashMap::new(),
+            dormant: HashMap::new(),
             discovered_sockets: HashSet::new(),
             search_permits: Arc::new(Semaphore::new(MAX_SEARCHES)),
             process_search: Arc::default(),
@@ -147,7 +151,7 @@ impl LabelTask {
             if is_known || self.resolver.targets().count() >= MAX_TARGETS {
                 continue;
             }
-            let (present, now) = (socket.seen.is_some(), boot_now());
+            let (present, now) = (matches!(socket.presence, Presence::Present(_)), boot_now());
             let retired = self.resolver.retired(socket.source, &endpoint);
             let id = match retired {
                 Some(id) => {
@@ -159,19 +163,23 @@ impl LabelTask {
                     self.resolver.add_target(socket.source, &endpoint, present, now)
                 }
             };
-            if present {
+            if let Presence::Dormant(dormant) = socket.presence {
+                tracing::info!("labels: {} at {endpoint}: {dormant}", socket.source.name());
+                self.dormant.insert(id, dormant);
+            } else if present {
                 tracing::info!("labels: {} at {endpoint}", socket.source.name());
                 self.probe(id);
             } else if self.config.endpoints.contains(&(socket.source, socket.path.clone())) {
                 self.shared.stats.absent(socket.source, &endpoint, true);
             }
             if matches!(socket.source, Source::Docker | Source::Podman) {
-                let follower = tokio::spawn(source::docker::follow_events(socket.path.clone(), self.shared.messages.clone()));
+                let (guard, messages) = (Arc::clone(&self.sources.guard), self.shared.messages.clone());
+                let follower = tokio::spawn(source::docker::follow_events(guard, socket.path.clone(), messages));
                 self.followers.insert(id, follower.abort_handle());
             }
             if retired.is_none() {
                 // The watching thread ends only with the process.
-                let _ended = self.watched.send(WatchedSocket { target: id, path: socket.path, seen: socket.seen });
+                let _ended = self.watched.send(WatchedSocket { target: id, path: socket.path, presence: socket.presence });
             }
         }
     }
@@ -179,9 +187,10 @@ impl LabelTask {
     /// Adds configured and default sockets, before the first search of processes.
     fn add_default_sockets(&mut self) {
         let (config, messages) = (self.config.clone(), self.shared.messages.clone());
+        let guard = Arc::clone(&self.sources.guard);
         tokio::task::spawn_blocking(move || {
             // The task ends only with the process.
-            let _ended = messages.blocking_send(LabelMessage::DefaultSockets(Discovery::defaults(&config).sockets));
+            let _ended = messages.blocking_send(LabelMessage::DefaultSockets(Discovery::defaults(&config, &guard).sockets));
         });
     }
 
@@ -192,17 +201,17 @@ impl LabelTask {
         let all = std::mem::take(&mut self.search_all);
         (self.searching, self.search_again) = (true, false);
         let (config, messages) = (self.config.clone(), self.shared.messages.clone());
-        let process_search = Arc::clone(&self.process_search);
+        let (process_search, guard) = (Arc::clone(&self.process_search), Arc::clone(&self.sources.guard));
         tokio::task::spawn_blocking(move || {
             let _held = permit;
             let discovery = match process_search.try_lock() {
-                Ok(mut search) if !all => Discovery::search_with(&config, &mut search),
+                Ok(mut search) if !all => Discovery::search_with(&config, &guard, &mut search),
                 Ok(mut search) => {
                     *search = ProcessSearch::default();
-                    Discovery::search_with(&config, &mut search)
+                    Discovery::search_with(&config, &guard, &mut search)
                 }
                 // Another search hangs, or one has panicked.
-                Err(_) => Discovery::search(&config),
+                Err(_) => Discovery::search(&config, &guard),
             };
             // The task ends only with the process.
             let _ended = messages.blocking_send(LabelMessage::Discovery(discovery));
@@ -230,6 +239,7 @@ impl LabelTask {
         for id in long_gone.collect::<Vec<_>>() {
             let Some(socket) = self.target(id).filter(|socket| !self.discovered_sockets.contains(socket)) else { continue };
             self.absent.remove(&id);
+            self.dormant.remove(&id);
             self.resolver.retire(id);
             self.shared.stats.retired(socket.0, &socket.1);
             if let Some(follower) = self.followers.remove(&id) {
@@ -341,6 +351,10 @@ impl LabelTask {
         // Late replies of retired targets are not counted.
         if let Some((source, endpoint)) = self.target(query.target) {
             self.shared.stats.record_outcome(source, &endpoint, reply);
+            // A query that ended with its engine.
+            if self.dormant.contains_key(&query.target) {
+                self.shared.stats.retired(source, &endpoint);
+            }
         }
     }
 
@@ -354,16 +368,28 @@ impl LabelTask {
                 }
             }
             LabelMessage::Hint(id) => self.resolver.hint(&id, now),
-            LabelMessage::EndpointChanged { target, is_present } => match self.target(target) {
+            LabelMessage::EndpointChanged { target, presence } => match (self.target(target), presence) {
                 // The socket of a retired target changed: a search finds its current runtime.
-                None => self.search_now(),
-                Some((_, endpoint)) if is_present => {
-                    tracing::info!("labels: {endpoint} appeared or was replaced");
+                (None, _) => self.search_now(),
+                (Some((_, endpoint)), Presence::Present(_)) => {
+                    match self.dormant.remove(&target) {
+                        Some(_) => tracing::info!("labels: the engine at {endpoint} runs"),
+                        None => tracing::info!("labels: {endpoint} appeared or was replaced"),
+                    }
                     self.absent.remove(&target);
                     self.resolver.endpoint_present(target, now);
                     self.probe(target);
                 }
-                Some((source, endpoint)) => {
+                (Some((source, endpoint)), Presence::Dormant(dormant)) => {
+                    tracing::info!("labels: {endpoint}: {dormant}");
+                    self.dormant.insert(target, dormant);
+                    // An engine that an operator has stopped does not fail.
+                    self.shared.stats.retired(source, &endpoint);
+                    self.resolver.endpoint_absent(target);
+                    self.absent.insert(target, Instant::now());
+                }
+                (Some((source, endpoint)), Presence::Absent) => {
+                    self.dormant.remove(&target);
                     self.shared.stats.absent(source, &endpoint, false);
                     tracing::info!("labels: {endpoint} is gone");
                     self.resolver.endpoint_absent(target);
@@ -381,7 +407,13 @@ impl LabelTask {
             }
             LabelMessage::Attempts(key, to) => {
                 let all = self.resolver.attempts(key, now);
-                let view = all.iter().map(|(source, endpoint, attempt)| AttemptView::new(*source, endpoint, attempt));
+                let view = all.iter().map(|(source, endpoint, attempt)| {
+                    let mut view = AttemptView::new(*source, endpoint, attempt);
+                    if let Some(dormant) = self.dormant_at(*source, endpoint).filter(|_| view.is_absent()) {
+                        view.detail = dormant.to_string();
+                    }
+                    view
+                });
                 let excluded_sources =
                     self.resolver.labels(key).into_iter().flat_map(|labels| self.config.excluded_sources(labels));
                 let view = view.chain(excluded_sources).collect();
@@ -389,6 +421,11 @@ impl LabelTask {
                 let _gone = to.send(view);
             }
         }
+    }
+
+    fn dormant_at(&self, source: Source, endpoint: &str) -> Option<Dormant> {
+        let all = self.resolver.targets().filter(|(_, of, at)| *of == source && *at == endpoint);
+        all.filter_map(|(id, ..)| self.dormant.get(&id).copied()).next()
     }
 
     fn probe(&self, target: TargetId) {

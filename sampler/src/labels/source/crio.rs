@@ -2,6 +2,7 @@
 
 use std::collections::HashMap;
 use std::path::Path;
+use std::sync::Arc;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
@@ -9,25 +10,28 @@ use serde::Deserialize;
 
 use super::http;
 use super::reply::SourceReply;
+use crate::labels::activation::ActivationGuard;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
 struct CrioContainer {
     name: Option<String>,
     image: Option<String>,
+    /// The id of an image without a name, for which `image` is empty.
+    image_ref: Option<String>,
     labels: Option<HashMap<String, String>>,
     sandbox: Option<String>,
 }
 
-pub async fn query(socket: &Path, id: &str) -> SourceReply {
-    let container = http::record::<CrioContainer>(socket, &format!("/containers/{id}")).await;
+pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, id: &str) -> SourceReply {
+    let container = http::record::<CrioContainer>(guard, socket, &format!("/containers/{id}")).await;
     container.map_or_else(SourceReply::from, |container| SourceReply::found(facts(&container, id)))
 }
 
 fn facts(container: &CrioContainer, id: &str) -> Facts {
     let mut facts = Facts { runtime: Some(Runtime::CriO), pod_status_known: true, ..Facts::default() };
     facts.set(Label::Name, container.name.as_deref());
-    facts.set(Label::Image, container.image.as_deref());
+    facts.set(Label::Image, container.image.as_deref().filter(|image| !image.is_empty()).or(container.image_ref.as_deref()));
     let get = |key: &str| container.labels.as_ref()?.get(key).map(String::as_str);
     facts.from_kubelet_labels(get);
     facts.sandbox = container.sandbox.as_deref() == Some(id) || get("io.kubernetes.container.name") == Some("POD");
@@ -50,6 +54,7 @@ mod tests {
             "n/p/c k8s_c_p_n_u_0 i",
         );
         case(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
+        case(r#"{"name":"k8s_c_p_n_u_0","image":"","image_ref":"sha256:1"}"#, "n/p/c k8s_c_p_n_u_0 sha256:1");
         case("{}", "-/-/- - -");
     }
 }

@@ -4,6 +4,7 @@
 //! and it cannot be constructed while the socket is absent. Events are only hints, so a lost event causes a delay and nothing else.
 
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
 use bollard::query_parameters::EventsOptionsBuilder;
@@ -14,6 +15,7 @@ use tokio::sync::mpsc::Sender;
 use super::docker_file::DockerRecord;
 use super::http;
 use super::reply::SourceReply;
+use crate::labels::activation::{ActivationGuard, Presence};
 use crate::labels::message::LabelMessage;
 
 const RECONNECT_FIRST: Duration = Duration::from_millis(500);
@@ -23,16 +25,16 @@ const BOLLARD_SECONDS: u64 = 10;
 /// Actions after which a container may have new labels.
 const ACTIONS: [&str; 4] = ["create", "start", "rename", "restart"];
 
-pub async fn query(socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
-    let record = http::record::<DockerRecord>(socket, &format!("/containers/{id}/json")).await;
+pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
+    let record = http::record::<DockerRecord>(guard, socket, &format!("/containers/{id}/json")).await;
     record.map_or_else(SourceReply::from, |record| record.reply(runtime, id))
 }
 
 /// Follows the engine's events for the life of the process.
-pub async fn follow_events(socket: PathBuf, to: Sender<LabelMessage>) {
+pub async fn follow_events(guard: Arc<ActivationGuard>, socket: PathBuf, to: Sender<LabelMessage>) {
     let mut pause = RECONNECT_FIRST;
     loop {
-        match events(&socket, &to).await {
+        match events(&guard, &socket, &to).await {
             Ok(()) => pause = RECONNECT_FIRST,
             Err(error) => {
                 tracing::debug!(socket = %socket.display(), error = format!("{error:#}"), "cannot follow engine events");
@@ -46,10 +48,10 @@ pub async fn follow_events(socket: PathBuf, to: Sender<LabelMessage>) {
     }
 }
 
-async fn events(socket: &Path, to: &Sender<LabelMessage>) -> anyhow::Result<()> {
-    // Checks for the socket first, which is cheaper than a failed connection; on a blocking thread, since a file system may hang.
-    let path = socket.to_owned();
-    if !tokio::task::spawn_blocking(move || path.exists()).await? {
+async fn events(guard: &Arc<ActivationGuard>, socket: &Path, to: &Sender<LabelMessage>) -> anyhow::Result<()> {
+    // bollard opens one connection for its one request. On a blocking thread, since a file system may hang.
+    let (guard, path) = (Arc::clone(guard), socket.to_owned());
+    if !matches!(tokio::task::spawn_blocking(move || guard.presence(&path)).await?, Presence::Present(_)) {
         return Ok(());
     }
     let docker = bollard::Docker::connect_with_unix(&socket.to_string_lossy(), BOLLARD_SECONDS, bollard::API_DEFAULT_VERSION)?;

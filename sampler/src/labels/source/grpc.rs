@@ -17,11 +17,11 @@ use std::time::Duration;
 use hyper::client::conn::http2::SendRequest;
 use hyper::{Request, Uri};
 use hyper_util::rt::TokioIo;
-use tokio::net::UnixStream;
 use tokio::task::JoinSet;
 use tonic::Code;
 
 use super::file::is_absent;
+use crate::labels::activation::{ActivationGuard, ConnectError, Dormant};
 
 /// The longest expected response is the kubelet's list of all pods of the node: some hundred bytes each, and 80 for each MiB of a GPU that
 /// is shared in MiB.
@@ -31,6 +31,7 @@ const MAX_RESPONSE_BYTES: usize = 64 << 20;
 #[derive(Debug)]
 pub struct GrpcSocket {
     pub path: PathBuf,
+    guard: Arc<ActivationGuard>,
 }
 
 /// A response with one object in field 1.
@@ -53,6 +54,8 @@ pub enum GrpcError {
     /// The socket does not exist; not a failure of a server.
     #[error("unix://{}: no such socket", path.display())]
     NoSocket { path: PathBuf },
+    #[error("unix://{}: {reason}", path.display())]
+    Dormant { path: PathBuf, reason: Dormant },
     /// Connection refused or permission denied. A socket without a server counts as failing.
     #[error("unix://{}: cannot connect", path.display())]
     Connect { path: PathBuf, source: io::Error },
@@ -110,8 +113,8 @@ fn status_text(status: &tonic::Status) -> String {
 }
 
 impl GrpcSocket {
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { path: path.into() }
+    pub fn new(path: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
+        Self { path: path.into(), guard }
     }
 
     /// A connection for successive calls.
@@ -147,8 +150,10 @@ impl GrpcConnection<'_> {
             return Ok(open.sender.clone());
         }
         let path = || self.socket.path.clone();
-        let stream = UnixStream::connect(&self.socket.path).await.map_err(|source| {
-            if is_absent(&source) { GrpcError::NoSocket { path: path() } } else { GrpcError::Connect { path: path(), source } }
+        let stream = self.socket.guard.connect(&self.socket.path).await.map_err(|error| match error {
+            ConnectError::Dormant(reason) => GrpcError::Dormant { path: path(), reason },
+            ConnectError::Io(source) if is_absent(&source) => GrpcError::NoSocket { path: path() },
+            ConnectError::Io(source) => GrpcError::Connect { path: path(), source },
         })?;
         let tasks = Tasks::default();
         let end = EndOnDrop(tasks.clone());
@@ -245,7 +250,7 @@ mod tests {
     #[tokio::test]
     async fn calls_return_and_leave_no_task() {
         let server = echo_server();
-        let socket = GrpcSocket::new(&server.path);
+        let socket = GrpcSocket::new(&server.path, Arc::default());
         for n in 0..20 {
             assert_eq!(echo_call(&socket, &format!("{n}")).await.unwrap(), format!("{n}"));
         }
@@ -255,7 +260,7 @@ mod tests {
     #[tokio::test]
     async fn successive_calls_share_a_connection_until_it_is_closed() {
         let server = echo_server();
-        let socket = GrpcSocket::new(&server.path);
+        let socket = GrpcSocket::new(&server.path, Arc::default());
         let connection = socket.connection();
         let say = async |text: &str| -> Result<String, GrpcError> {
             let response: Text = connection.call("/test.Echo/Say", Text { text: text.to_owned() }, None).await?;
@@ -275,7 +280,7 @@ mod tests {
     #[tokio::test]
     async fn a_socket_may_be_absent_refuse_or_be_replaced() {
         let server = echo_server();
-        let socket = GrpcSocket::new(&server.path);
+        let socket = GrpcSocket::new(&server.path, Arc::default());
         echo_call(&socket, "a").await.unwrap();
         let before = stamp(&socket.path);
         let folder = server.stop();
@@ -296,7 +301,7 @@ mod tests {
         let server = Server::start(
             |_, request| if request == field(1, b"hang") { ServerReply::Hang } else { ServerReply::Message(vec![]) },
         );
-        let socket = GrpcSocket::new(&server.path);
+        let socket = GrpcSocket::new(&server.path, Arc::default());
         for _ in 0..5 {
             let result = tokio::time::timeout(Duration::from_millis(20), echo_call(&socket, "hang")).await;
             assert!(result.is_err());
@@ -316,13 +321,13 @@ mod tests {
         ] {
             let shown = format!("{response:?}");
             let server = Server::start(move |_, _| response.clone());
-            let error = echo_call(&GrpcSocket::new(&server.path), "a").await.unwrap_err().to_string();
+            let error = echo_call(&GrpcSocket::new(&server.path, Arc::default()), "a").await.unwrap_err().to_string();
             let shown = &shown[..shown.len().min(40)];
             assert!(error.contains(expect) && error.contains("/test.Echo/Say"), "{shown}: {error}");
         }
         for bytes in [&b"HTTP/1.1 400 Bad Request\r\n\r\n"[..], b"", &[0x5a; 4096], b"\0\0\0\x04\0\0\0\0\0"] {
             let server = Server::raw(bytes);
-            let error = echo_call(&GrpcSocket::new(&server.path), "a").await.unwrap_err();
+            let error = echo_call(&GrpcSocket::new(&server.path, Arc::default()), "a").await.unwrap_err();
             assert!(matches!(error, GrpcError::Status { .. }), "{error}");
         }
     }

@@ -3,6 +3,7 @@
 use std::error::Error;
 use std::io;
 use std::path::Path;
+use std::sync::Arc;
 
 use http_body_util::{BodyExt as _, Empty, Limited};
 use hyper::body::Bytes;
@@ -16,6 +17,7 @@ use tokio::task::JoinSet;
 use super::file::is_absent;
 use super::reply::SourceReply;
 use crate::error::display_chain;
+use crate::labels::activation::{ActivationGuard, ConnectError, Dormant};
 
 /// The inspect record of a container with a thousand labels is 100 KiB.
 pub const MAX_BODY_BYTES: usize = 4 << 20;
@@ -28,6 +30,8 @@ pub enum HttpClientError {
     /// The socket does not exist, or was removed since it was last seen; not a failure of a server.
     #[error(transparent)]
     NoSocket(io::Error),
+    #[error("{0}")]
+    Dormant(Dormant),
     /// Connection refused or permission denied.
     #[error(transparent)]
     Connect(io::Error),
@@ -46,6 +50,7 @@ impl From<HttpClientError> for SourceReply {
     fn from(error: HttpClientError) -> Self {
         match error {
             HttpClientError::NoSocket(_) => SourceReply::not_queried(ABSENT),
+            HttpClientError::Dormant(dormant) => SourceReply::not_queried(dormant),
             HttpClientError::NotFound => SourceReply::not_found(),
             error => SourceReply::error(display_chain(&error)),
         }
@@ -53,11 +58,12 @@ impl From<HttpClientError> for SourceReply {
 }
 
 /// Returns status and body.
-async fn get(socket: &Path, path: &str) -> Result<(u16, Bytes), HttpClientError> {
-    match UnixStream::connect(socket).await {
+async fn get(guard: &Arc<ActivationGuard>, socket: &Path, path: &str) -> Result<(u16, Bytes), HttpClientError> {
+    match guard.connect(socket).await {
         Ok(stream) => exchange(stream, path).await.map_err(HttpClientError::Exchange),
-        Err(error) if is_absent(&error) => Err(HttpClientError::NoSocket(error)),
-        Err(error) => Err(HttpClientError::Connect(error)),
+        Err(ConnectError::Dormant(dormant)) => Err(HttpClientError::Dormant(dormant)),
+        Err(ConnectError::Io(error)) if is_absent(&error) => Err(HttpClientError::NoSocket(error)),
+        Err(ConnectError::Io(error)) => Err(HttpClientError::Connect(error)),
     }
 }
 
@@ -74,8 +80,8 @@ async fn exchange(stream: UnixStream, path: &str) -> Result<(u16, Bytes), Box<dy
 }
 
 /// Gets and decodes a record. Any status other than 200, and an invalid record, is an error.
-pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T, HttpClientError> {
-    match get(socket, path).await? {
+pub async fn record<T: DeserializeOwned>(guard: &Arc<ActivationGuard>, socket: &Path, path: &str) -> Result<T, HttpClientError> {
+    match get(guard, socket, path).await? {
         (200, body) => serde_json::from_slice(&body).map_err(HttpClientError::Record),
         (404, _) => Err(HttpClientError::NotFound),
         (status, body) => {
@@ -86,8 +92,8 @@ pub async fn record<T: DeserializeOwned>(socket: &Path, path: &str) -> Result<T,
 }
 
 /// Checks that the server responds with a status other than 5xx.
-pub async fn check_responds(socket: &Path, path: &str) -> Result<(), String> {
-    match get(socket, path).await {
+pub async fn check_responds(guard: &Arc<ActivationGuard>, socket: &Path, path: &str) -> Result<(), String> {
+    match get(guard, socket, path).await {
         Ok((status, _)) if status < 500 => Ok(()),
         Ok((status, _)) => Err(format!("HTTP {status}")),
         Err(error) => Err(display_chain(&error)),

@@ -19,6 +19,7 @@ use super::claims::{self, DynamicResource, PreparedClaims};
 use super::grpc::{GrpcError, GrpcSocket, ListResponse};
 use super::reply::SourceReply;
 use crate::error::display_chain;
+use crate::labels::activation::ActivationGuard;
 use crate::labels::stamp::{Stamp, stamp};
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
@@ -81,15 +82,15 @@ struct ContainerDevices {
 
 impl Kubelet {
     /// `root` is the kubelet's own folder, usually `/var/lib/kubelet`.
-    pub fn new(root: impl Into<PathBuf>) -> Self {
+    pub fn new(root: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
         let root = root.into();
-        let socket = GrpcSocket::new(root.join(POD_RESOURCES));
+        let socket = GrpcSocket::new(root.join(POD_RESOURCES), guard);
         Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
     }
 
     /// The kubelet with this pod-resources socket.
-    pub fn at(socket: &Path) -> Self {
-        Self::new(socket.ancestors().nth(2).unwrap_or(socket))
+    pub fn at(socket: &Path, guard: Arc<ActivationGuard>) -> Self {
+        Self::new(socket.ancestors().nth(2).unwrap_or(socket), guard)
     }
 
     /// Queries the namespace and name of a pod by its UID.
@@ -132,7 +133,7 @@ impl Kubelet {
             Err(problem) => (PreparedClaims::default(), Some(problem)),
         };
         let pod_resources = match self.pod_resources(&claims).await {
-            Err(GrpcError::NoSocket { .. }) => Ok(Vec::new()),
+            Err(GrpcError::NoSocket { .. } | GrpcError::Dormant { .. }) => Ok(Vec::new()),
             listed => listed.map_err(|error| display_chain(&error)),
         };
         let mut problems: Vec<String> = unread_claims.into_iter().collect();
@@ -231,7 +232,7 @@ mod tests {
         for package in ["v1", "v1alpha1"] {
             let root = tempfile::tempdir().unwrap();
             let _server = serve(root.path(), package, ServerReply::Message(pods()));
-            let kubelet = Kubelet::new(root.path());
+            let kubelet = Kubelet::new(root.path(), Arc::default());
             for _ in 0..2 {
                 let list = kubelet.pod_resources(&PreparedClaims::default()).await.unwrap();
                 assert_eq!(show(&list), ["- n/p/c nvidia.com/gpu GPU-1", "- n/p/c nvidia.com/gpu GPU-2"], "{package}");
@@ -253,7 +254,7 @@ mod tests {
         let socket = root.path().join(POD_RESOURCES);
         fs::create_dir_all(socket.parent().unwrap()).unwrap();
         std::os::unix::fs::symlink(&server.path, socket).unwrap();
-        let kubelet = Kubelet::new(root.path());
+        let kubelet = Kubelet::new(root.path(), Arc::default());
         // A failure is not shared.
         assert_eq!(kubelet.query(Some("u")).await.status, QueryOutcome::Error);
         for _ in 0..20 {
@@ -270,7 +271,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         for (status, method) in [(8, 1), (13, 0)] {
             let _server = serve(root.path(), "v1alpha1", ServerReply::Status(status, "no".into()));
-            let kubelet = Kubelet::new(root.path());
+            let kubelet = Kubelet::new(root.path(), Arc::default());
             assert!(kubelet.pod_resources(&PreparedClaims::default()).await.is_err());
             assert_eq!(kubelet.method.load(Ordering::Relaxed), method, "status {status}");
             fs::remove_file(root.path().join(POD_RESOURCES)).unwrap();
@@ -283,7 +284,7 @@ mod tests {
             "DeviceIDs":{"0":["GPU-1"],"1":["GPU-2"]}}]},"Checksum":1}"#;
         let root = folder(checkpoint);
         // Without a server: only the checkpoint, and no problem.
-        let kubelet = Kubelet::new(root.path());
+        let kubelet = Kubelet::new(root.path(), Arc::default());
         let alone = kubelet.assigned().await;
         assert_eq!((show(&alone.assignments), alone.problems), (vec!["u1 -/-/c nvidia.com/gpu GPU-1,GPU-2".to_owned()], vec![]));
         let server = serve(root.path(), "v1", ServerReply::Message(pods()));
@@ -296,7 +297,7 @@ mod tests {
         assert!(refused.problems[0].contains("kubelet.sock: cannot connect: "), "{:?}", refused.problems);
         let root = folder(b"{");
         let _server = serve(root.path(), "v1", ServerReply::Message(pods()));
-        let broken = Kubelet::new(root.path()).assigned().await;
+        let broken = Kubelet::new(root.path(), Arc::default()).assigned().await;
         assert_eq!(show(&broken.assignments), ["- n/p/c nvidia.com/gpu GPU-1,GPU-2"]);
         assert!(broken.problems[0].contains(CHECKPOINT), "{:?}", broken.problems);
     }
@@ -304,7 +305,7 @@ mod tests {
     #[tokio::test]
     async fn failures_of_pod_resources_name_the_call() {
         let root = tempfile::tempdir().unwrap();
-        let none = Kubelet::new(root.path());
+        let none = Kubelet::new(root.path(), Arc::default());
         assert!(matches!(none.pod_resources(&PreparedClaims::default()).await, Err(GrpcError::NoSocket { .. })));
         for (package, reply, expect) in [
             ("v1", ServerReply::Message(vec![0xff; 9]), "/v1.PodResourcesLister/List: Internal"),
@@ -314,7 +315,11 @@ mod tests {
         ] {
             let root = tempfile::tempdir().unwrap();
             let _server = serve(root.path(), package, reply);
-            let error = Kubelet::new(root.path()).pod_resources(&PreparedClaims::default()).await.unwrap_err().to_string();
+            let error = Kubelet::new(root.path(), Arc::default())
+                .pod_resources(&PreparedClaims::default())
+                .await
+                .unwrap_err()
+                .to_string();
             assert!(error.contains(expect), "{error}");
         }
     }

@@ -3,6 +3,7 @@
 mod bundle;
 pub mod checkpoint;
 pub mod claims;
+mod conmon;
 pub mod cri;
 mod crio;
 pub mod docker;
@@ -37,6 +38,7 @@ use self::host_files::HostFiles;
 use self::kubelet::Kubelet;
 use self::nested::RuntimePlace;
 use self::reply::{SourceReply, TIMEOUT};
+use super::activation::ActivationGuard;
 use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
 use crate::error::display_chain;
@@ -55,6 +57,7 @@ enum Endpoint {
 pub struct LabelSources {
     pub host: HostFiles,
     pub procfs: PathBuf,
+    pub guard: Arc<ActivationGuard>,
     /// Where the cgroup hierarchies are mounted.
     pub cgroups: Vec<PathBuf>,
     pub places: ArcSwap<HostPaths>,
@@ -65,7 +68,8 @@ pub struct LabelSources {
 impl LabelSources {
     pub fn new(root: Root, procfs: PathBuf, cgroups: Vec<PathBuf>) -> Self {
         let places = ArcSwap::from_pointee(HostPaths::default().with_defaults());
-        Self { host: HostFiles::new(root), procfs, cgroups, places, endpoints: RwLock::default() }
+        let guard = Arc::new(ActivationGuard::new(&procfs, root.clone()));
+        Self { host: HostFiles::new(root), procfs, guard, cgroups, places, endpoints: RwLock::default() }
     }
 
     /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
@@ -73,9 +77,9 @@ impl LabelSources {
         let endpoint = match source {
             Source::Docker => Endpoint::Docker(socket.to_owned(), Runtime::Docker),
             Source::Podman => Endpoint::Docker(socket.to_owned(), Runtime::Podman),
-            Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket))),
+            Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket, Arc::clone(&self.guard)))),
             Source::Crio => Endpoint::Crio(socket.to_owned()),
-            Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket))),
+            Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket, Arc::clone(&self.guard)))),
             _ => Endpoint::Files,
         };
         self.endpoints.write().unwrap_or_else(PoisonError::into_inner).push(endpoint);
@@ -90,8 +94,8 @@ impl LabelSources {
 pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), String> {
     let probe = async {
         match sources.endpoint(target) {
-            Some(Endpoint::Docker(socket, _)) => http::check_responds(&socket, "/_ping").await,
-            Some(Endpoint::Crio(socket)) => http::check_responds(&socket, "/info").await,
+            Some(Endpoint::Docker(socket, _)) => http::check_responds(&sources.guard, &socket, "/_ping").await,
+            Some(Endpoint::Crio(socket)) => http::check_responds(&sources.guard, &socket, "/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
                 Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
@@ -115,9 +119,9 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     }
     let reply = async {
         match endpoint {
-            Endpoint::Docker(socket, runtime) => docker::query(&socket, runtime, &id).await,
+            Endpoint::Docker(socket, runtime) => docker::query(&sources.guard, &socket, runtime, &id).await,
             Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
-            Endpoint::Crio(socket) => crio::query(&socket, &id).await,
+            Endpoint::Crio(socket) => crio::query(&sources.guard, &socket, &id).await,
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
             Endpoint::Files => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
@@ -178,7 +182,21 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
     }
     let reply = match source {
         Source::Environ => return environ::query(host, &sources.procfs, &sources.cgroups, &query.record),
-        Source::Logs => return pods::logs(host, id, query.pod_uid.as_deref()),
+        Source::Logs => {
+            let reply = pods::logs(host, &places.pod_logs, id, query.pod_uid.as_deref());
+            if reply.outcome != Outcome::NotFound {
+                return reply;
+            }
+            // A node in a container (kind) has the logs of its pods.
+            let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
+            let inner = pods::logs(
+                &HostFiles::new(inner_root),
+                &HostPaths::default().with_defaults().pod_logs,
+                id,
+                query.pod_uid.as_deref(),
+            );
+            return if matches!(inner.outcome, Outcome::Found(_)) { inner } else { reply };
+        }
         Source::Mountinfo => {
             let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
             return pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid);
@@ -194,6 +212,11 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
         if reply.outcome != Outcome::NotFound {
             return reply;
         }
+    }
+    if source == Source::PodmanFile
+        && let Some(reply) = conmon::query(&sources.procfs, &sources.cgroups, &query.record)
+    {
+        return reply;
     }
     let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
     match runtime_files(source, &HostFiles::new(inner_root.clone()), &HostPaths::default().with_defaults(), id) {

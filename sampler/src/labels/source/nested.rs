@@ -44,7 +44,7 @@ pub fn place(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Ru
 }
 
 /// Field 4 of `stat`, after the name, which may contain any characters.
-fn parent(folder: &Path) -> Option<String> {
+pub(super) fn parent(folder: &Path) -> Option<String> {
     let stat = fs::read_to_string(folder.join("stat")).ok()?;
     let parent = stat.rsplit(')').next()?.split_whitespace().nth(1)?;
     (parent != "0").then(|| parent.to_owned())

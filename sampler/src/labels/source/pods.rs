@@ -10,9 +10,8 @@ use sampler_labels::{Facts, Label};
 
 use super::file;
 use super::host_files::HostFiles;
-use super::reply::SourceReply;
+use super::reply::{SourceReply, first_found};
 
-const POD_LOGS: &str = "/var/log/pods";
 const CONTAINER_LOGS: &str = "/var/log/containers";
 /// The longest file name: the name of a longer link is truncated at its end, where the id is.
 const NAME_MAX: usize = 255;
@@ -25,31 +24,35 @@ const MAX_CHILDREN: usize = 64;
 /// A longer list of mounts is truncated.
 const MAX_MOUNTINFO_BYTES: u64 = 4 << 20;
 
-/// `/var/log/pods/<namespace>_<pod>_<uid>/`, and `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
-pub fn logs(files: &HostFiles, id: &str, pod_uid: Option<&str>) -> SourceReply {
+/// `<pod logs>/<namespace>_<pod>_<uid>/`, and `/var/log/containers/<pod>_<namespace>_<container>-<id>.log`.
+pub fn logs(files: &HostFiles, pod_logs: &[PathBuf], id: &str, pod_uid: Option<&str>) -> SourceReply {
     let mut facts = Facts::default();
-    let pods = pod_uid.map_or(Ok(()), |uid| pod_folder(files, uid, &mut facts));
+    let pods =
+        pod_uid.map_or(Ok(None), |uid| first_found(pod_logs.iter().map(|folder| pod_folder(files, folder, uid, &mut facts))));
+    let folder = pods.as_ref().ok().copied().flatten().or(pod_logs.first().map(PathBuf::as_path));
+    let folder = folder.unwrap_or(Path::new(CONTAINER_LOGS));
     let links = container_link(files, id, &mut facts);
     match (facts == Facts::default(), pods.and(links)) {
-        (true, Err(detail)) => SourceReply::error(detail).at(Path::new(POD_LOGS)),
-        (true, Ok(())) => SourceReply::not_in(&[PathBuf::from(POD_LOGS), PathBuf::from(CONTAINER_LOGS)]),
+        (true, Err(detail)) => SourceReply::error(detail).at(folder),
+        (true, Ok(())) => SourceReply::not_in(&[pod_logs, &[PathBuf::from(CONTAINER_LOGS)]].concat()),
         // A result of one of the two is used even if the other failed.
         (false, _) if facts.labels[Label::Container as usize].is_some() => {
             SourceReply::found(facts).at(Path::new(CONTAINER_LOGS))
         }
-        (false, _) => SourceReply::found(facts).at(Path::new(POD_LOGS)),
+        (false, _) => SourceReply::found(facts).at(folder),
     }
 }
 
-fn pod_folder(files: &HostFiles, uid: &str, facts: &mut Facts) -> Result<(), String> {
-    let list = files.list(&files.path(Path::new(POD_LOGS)))?;
+/// The folder, if it has the pod.
+fn pod_folder<'a>(files: &HostFiles, folder: &'a Path, uid: &str, facts: &mut Facts) -> Result<Option<&'a Path>, String> {
+    let list = files.list(&files.path(folder))?;
     let matching = list.names().find_map(|name| name.strip_suffix(uid)?.strip_suffix('_')?.split_once('_'));
     if let Some((namespace, pod)) = matching {
         facts.set(Label::Namespace, Some(namespace));
         facts.set(Label::Pod, Some(pod));
         facts.pod_uid = Some(uid.to_owned());
     }
-    Ok(())
+    Ok(matching.map(|_| folder))
 }
 
 fn container_link(files: &HostFiles, id: &str, facts: &mut Facts) -> Result<(), String> {
@@ -164,18 +167,29 @@ mod tests {
     use super::*;
     use crate::labels::source::tests::{Files, check};
 
+    fn pod_logs(files: &Files, id: &str, uid: Option<&str>) -> SourceReply {
+        logs(&files.host(), &["/data/logs".into(), "/var/log/pods".into()], id, uid)
+    }
+
     const ID: &str = "0123456789abcdef0123456789abcdef0123456789abcdef0123456789abcdef";
 
     #[test]
     fn log_folders_and_links_name_the_pod() {
         let files = Files::new(&[("var/log/pods/prod_trainer-0_uid-1/train/0.log", "")]);
-        check(&logs(&files.host(), ID, Some("uid-1")), "prod/trainer-0/- - -");
-        check(&logs(&files.host(), ID, Some("uid-2")), "not-found");
-        check(&logs(&files.host(), ID, None), "not-found");
+        check(&pod_logs(&files, ID, Some("uid-1")), "prod/trainer-0/- - -");
+        check(&pod_logs(&files, ID, Some("uid-2")), "not-found");
+        check(&pod_logs(&files, ID, None), "not-found");
         files.add(&format!("var/log/containers/trainer-0_prod_train-{ID}.log"), "");
-        check(&logs(&files.host(), ID, Some("uid-1")), "prod/trainer-0/train - -");
-        check(&logs(&files.host(), ID, None), "prod/trainer-0/train - -");
-        check(&logs(&files.host(), &ID.replace('0', "1"), None), "not-found");
+        check(&pod_logs(&files, ID, Some("uid-1")), "prod/trainer-0/train - -");
+        check(&pod_logs(&files, ID, None), "prod/trainer-0/train - -");
+        check(&pod_logs(&files, &ID.replace('0', "1"), None), "not-found");
+        // A folder that the kubelet's configuration names.
+        files.add("data/logs/lab_other_uid-3/x/0.log", "");
+        let reply = pod_logs(&files, ID, Some("uid-3"));
+        assert_eq!(reply.at, Some("/var/log/containers".into()));
+        let reply = pod_logs(&files, &ID.replace('0', "1"), Some("uid-3"));
+        check(&reply, "lab/other/- - -");
+        assert_eq!(reply.at, Some("/data/logs".into()));
     }
 
     #[test]
@@ -184,7 +198,7 @@ mod tests {
         let name: String = format!("{pod}_{namespace}_c-{ID}").chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
         files.link(&format!("var/log/containers/{name}.log"), &format!("/var/log/pods/{namespace}_{pod}_u/c/0.log"));
-        check(&logs(&files.host(), ID, None), &format!("{namespace}/{pod}/c - -"));
+        check(&pod_logs(&files, ID, None), &format!("{namespace}/{pod}/c - -"));
         // The name of this container ends with the first digits of another container's id.
         let name: String = format!("{pod}_{namespace}_{}-{ID}", "x".repeat(24)).chars().take(NAME_MAX - 4).collect();
         let files = Files::new(&[]);
@@ -192,7 +206,7 @@ mod tests {
             &format!("var/log/containers/{name}.log"),
             &format!("/var/log/pods/{namespace}_{pod}_u/{}-{}/0.log", "x".repeat(24), &ID[..12]),
         );
-        check(&logs(&files.host(), ID, None), "not-found");
+        check(&pod_logs(&files, ID, None), "not-found");
     }
 
     /// Processes 7 and 8 in the container's cgroup, in this mount namespace.

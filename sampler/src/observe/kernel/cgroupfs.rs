@@ -1,12 +1,13 @@
-//! Walks a cgroup file system. The inode number of a directory is the id of its cgroup.
+//! Walks a cgroup file system.
 
 use std::fs;
 use std::io;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use sampler_core::observation::{CgroupChange, CgroupFact};
 use sampler_core::units::{BootNs, CgroupKey};
+
+use super::cgroup_id;
 
 pub fn fact(key: CgroupKey, parent: Option<CgroupKey>, name: &std::ffi::OsStr, at: BootNs) -> CgroupFact {
     CgroupFact { change: CgroupChange::Seen, key, parent, name: name.to_string_lossy().into_owned(), at }
@@ -26,7 +27,7 @@ pub fn walk(
     enter: &mut impl FnMut(&Path, CgroupKey),
     give: &mut impl FnMut(&Path, CgroupFact),
 ) -> io::Result<()> {
-    let key = CgroupKey { hierarchy, id: fs::metadata(mount)?.ino() };
+    let key = CgroupKey { hierarchy, id: cgroup_id::of(mount)? };
     give(mount, fact(key, None, "".as_ref(), at));
     below(mount.to_path_buf(), key, at, enter, give)
 }
@@ -64,12 +65,12 @@ fn list(
         if !entry.file_type()?.is_dir() {
             continue;
         }
-        let key = match entry.metadata() {
-            Ok(meta) => CgroupKey { hierarchy: parent.hierarchy, id: meta.ino() },
+        let path = entry.path();
+        let key = match entry.metadata().and_then(|meta| cgroup_id::of_known(&path, &meta)) {
+            Ok(id) => CgroupKey { hierarchy: parent.hierarchy, id },
             Err(error) if vanished(&error) => continue,
             Err(error) => return Err(error),
         };
-        let path = entry.path();
         give(&path, fact(key, Some(parent), &entry.file_name(), at));
         queue.push((path, key));
     }

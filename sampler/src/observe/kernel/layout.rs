@@ -6,10 +6,10 @@ use std::path::{Path, PathBuf};
 
 use procfs::process::{MountInfo, MountInfos, Process};
 
+use super::cgroup_id::ROOT_INODE;
+
 /// v1 controllers to follow on a hybrid or v1 host, in order of preference: every runtime creates its cgroups in these.
 const V1_CONTROLLERS: [&str; 3] = ["pids", "memory", "cpu"];
-/// The root cgroup of every hierarchy has this inode number.
-pub const ROOT_ID: u64 = 1;
 /// The inode of the initial cgroup namespace (PROC_CGROUP_INIT_INO). In any other namespace, paths are relative to another root.
 const INIT_CGROUP_NAMESPACE: &str = "cgroup:[4026531835]";
 
@@ -56,7 +56,7 @@ impl Layout {
 fn shows_all(mount: &MountInfo) -> bool {
     let Ok(meta) = fs::metadata(&mount.mount_point) else { return false };
     let device = meta.dev();
-    meta.ino() == ROOT_ID && mount.majmin == format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
+    meta.ino() == ROOT_INODE && mount.majmin == format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
 }
 
 pub fn layout(procfs_root: &Path) -> Layout {

@@ -12,6 +12,7 @@ use sampler_core::observation::ProcessSeen;
 
 use super::btf::{Btf, BtfError};
 use super::misses::{Misses, MissesError};
+use super::refusal::Remedy;
 use super::rings::Rings;
 use super::tasks::TasksError;
 use super::{KernelError, OBJECT, tasks};
@@ -93,7 +94,7 @@ fn offsets(v1: Option<(&str, u32)>, path: &Path) -> Result<Offsets, BtfError> {
 
 fn refused<E: std::error::Error + Send + Sync + 'static>(what: impl Into<String>) -> impl FnOnce(E) -> KernelError {
     let what = what.into();
-    move |source| KernelError::Refused { what, source: Box::new(source) }
+    move |source| KernelError::Refused { what, remedy: Remedy::Capabilities, source: Box::new(source) }
 }
 
 fn tracepoint<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut RawTracePoint, KernelError> {

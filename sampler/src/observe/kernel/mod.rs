@@ -1,6 +1,7 @@
 //! Kernel tracking: field offsets, loading and attaching, ring readers, scans, and fallbacks where eBPF programs cannot run.
 
 mod btf;
+pub mod cgroup_id;
 pub mod cgroupfs;
 pub mod layout;
 mod load;
@@ -8,6 +9,7 @@ mod misses;
 pub mod pid_namespace;
 pub mod probe;
 pub mod proc;
+pub mod refusal;
 pub mod rings;
 pub mod scan;
 mod tasks;
@@ -31,8 +33,10 @@ pub enum KernelError {
     NoObject,
     #[error("cannot resolve kernel field offsets; use a kernel built with CONFIG_DEBUG_INFO_BTF")]
     Btf(#[from] btf::BtfError),
-    #[error("the kernel refused to {what}; run as root or with CAP_BPF and CAP_PERFMON (CAP_SYS_ADMIN before 5.8)")]
-    Refused { what: String, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("the kernel refused to {what}; {remedy}")]
+    Refused { what: String, remedy: refusal::Remedy, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("the self-check of the eBPF program could not read kernel memory; {}", refusal::Remedy::Lockdown)]
+    Lockdown,
     #[error(
         "the self-check of the eBPF program failed (mask {0:#x}): its offsets do not match this kernel; please report the kernel version"
     )]

@@ -8,8 +8,16 @@
 use std::path::Path;
 
 use super::layout::Layout;
-use super::{KernelError, Mode, Tracker, load, watch};
+use super::{KernelError, Mode, Tracker, load, refusal, watch};
 use crate::config::KernelMode;
+
+/// Where the kernel's interfaces are, and the size of the ring of process events.
+pub struct KernelAccess<'a> {
+    pub btf: &'a Path,
+    pub procfs: &'a Path,
+    pub sysfs: &'a Path,
+    pub ring_bytes: u32,
+}
 
 /// The selected mode, and the reasons why better modes were refused.
 pub struct Chosen {
@@ -17,18 +25,21 @@ pub struct Chosen {
     pub refused: Vec<(Mode, KernelError)>,
 }
 
-fn try_mode(mode: Mode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<Tracker, KernelError> {
+fn try_mode(mode: Mode, layout: &Layout, kernel: &KernelAccess<'_>) -> Result<Tracker, KernelError> {
     match mode {
         Mode::RawTracepoint => {
             let v1 = layout.v1.as_ref().map(|(name, id, _)| (*name, *id));
-            load(v1, btf, ring_bytes).map(|program| Tracker::RawTracepoint(Box::new(program)))
+            let program = load(v1, kernel.btf, kernel.ring_bytes);
+            program
+                .map(|program| Tracker::RawTracepoint(Box::new(program)))
+                .map_err(|error| refusal::explain(error, kernel.procfs, kernel.sysfs))
         }
         Mode::Inotify => watch::CgroupWatch::new(layout).map(Tracker::Inotify).map_err(KernelError::Watch),
         Mode::Procfs => Ok(Tracker::Procfs),
     }
 }
 
-pub fn choose(wanted: KernelMode, layout: &Layout, btf: &Path, ring_bytes: u32) -> Result<Chosen, KernelError> {
+pub fn choose(wanted: KernelMode, layout: &Layout, kernel: &KernelAccess<'_>) -> Result<Chosen, KernelError> {
     let (better, last) = match wanted {
         KernelMode::Auto => (&[Mode::RawTracepoint, Mode::Inotify][..], Mode::Procfs),
         KernelMode::RawTracepoint => (&[][..], Mode::RawTracepoint),
@@ -37,10 +48,10 @@ pub fn choose(wanted: KernelMode, layout: &Layout, btf: &Path, ring_bytes: u32) 
     };
     let mut refused = Vec::new();
     for mode in better {
-        match try_mode(*mode, layout, btf, ring_bytes) {
+        match try_mode(*mode, layout, kernel) {
             Ok(tracker) => return Ok(Chosen { tracker, refused }),
             Err(error) => refused.push((*mode, error)),
         }
     }
-    Ok(Chosen { tracker: try_mode(last, layout, btf, ring_bytes)?, refused })
+    Ok(Chosen { tracker: try_mode(last, layout, kernel)?, refused })
 }

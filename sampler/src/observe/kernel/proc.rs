@@ -5,7 +5,6 @@ use std::ffi::OsStr;
 use std::fs;
 use std::io;
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use procfs::ProcError;
@@ -15,7 +14,8 @@ use rustix::process::{Pid, test_kill_process};
 use sampler_core::observation::{CgroupMembership, ProcessSeen};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
-use super::layout::{Layout, ROOT_ID};
+use super::cgroup_id;
+use super::layout::Layout;
 use crate::observe::clock::boot_now;
 
 /// The unit of start times in /proc.
@@ -150,13 +150,13 @@ fn membership(lines: &[(u32, Vec<u8>)], layout: &Layout, known: &Directories) ->
     let find = |hierarchy: u32, mount: &Path| {
         let (_, path) = lines.iter().find(|(id, _)| *id == hierarchy)?;
         let directory = directory(mount, path)?;
-        // Created after the walk: the id is the inode number of the directory.
-        known.get(&directory).map(|key| key.id).or_else(|| fs::metadata(&directory).ok().map(|meta| meta.ino()))
+        // Created after the walk.
+        known.get(&directory).map(|key| key.id).or_else(|| cgroup_id::of(&directory).ok())
     };
     let v2_id = match &layout.v2 {
         Some(mount) => find(0, mount)?,
         // Where v2 is not mounted, every process is in its root.
-        None => ROOT_ID,
+        None => cgroup_id::of_root(),
     };
     let (v1_hierarchy, v1_id) = match &layout.v1 {
         Some((_, id, mount)) => (*id, find(*id, mount)?),

@@ -4,15 +4,14 @@
 //! The same scan repairs the tables after lost events, and is the only source where kernel events are not available.
 
 use std::collections::HashSet;
-use std::fs;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 use sampler_core::observation::{Observation, ProcessSeen, ScanEnd};
 use sampler_core::units::{BootNs, CgroupKey, Tgid};
 
+use super::cgroup_id;
 use super::cgroupfs::{fact, walk};
-use super::layout::{Layout, ROOT_ID};
+use super::layout::Layout;
 use super::proc::{Directories, directory, memberships, pids, read_process, thread_group};
 use crate::observe::clock::boot_now;
 
@@ -46,7 +45,7 @@ impl Scan {
         let mut directories = Directories::new();
         if layout.v2.is_none() {
             // Where v2 is not mounted, every process is in its root.
-            let key = CgroupKey { hierarchy: 0, id: ROOT_ID };
+            let key = CgroupKey { hierarchy: 0, id: cgroup_id::of_root() };
             self.facts.push(Observation::Cgroup(fact(key, None, "".as_ref(), at)));
         }
         self.end.all_cgroups = true;
@@ -145,8 +144,8 @@ fn add_cgroups(procfs: &Path, pid: u32, layout: &Layout, at: BootNs, known: &mut
         let (mut folder, mut parent) = (mount.to_path_buf(), None);
         for name in std::iter::once("".as_ref()).chain(below.iter()) {
             folder.push(name);
-            let Ok(meta) = fs::metadata(&folder) else { break };
-            let key = CgroupKey { hierarchy, id: meta.ino() };
+            let Ok(id) = cgroup_id::of(&folder) else { break };
+            let key = CgroupKey { hierarchy, id };
             if known.insert(key) {
                 to.push(Observation::Cgroup(fact(key, parent, name, at)));
             }

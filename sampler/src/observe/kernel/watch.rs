@@ -3,12 +3,10 @@
 
 use std::collections::HashMap;
 use std::ffi::OsStr;
-use std::fs;
 use std::io;
 use std::mem::MaybeUninit;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::ffi::OsStrExt as _;
-use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use rustix::fs::inotify::{self, CreateFlags, ReadFlags, Reader, WatchFlags};
@@ -16,6 +14,7 @@ use sampler_core::observation::{CgroupChange, CgroupFact};
 use sampler_core::units::{BootNs, CgroupKey};
 use thiserror::Error;
 
+use super::cgroup_id;
 use super::cgroupfs::{below, fact};
 use super::layout::Layout;
 use crate::observe::clock::boot_now;
@@ -66,8 +65,8 @@ impl CgroupWatch {
         let fd = inotify::init(CreateFlags::NONBLOCK | CreateFlags::CLOEXEC).map_err(|e| WatchError::Watch(e.into()))?;
         let mut watch = Self { fd, watched: HashMap::new(), known: HashMap::new(), displaced: Vec::new() };
         for (hierarchy, mount) in layout.mounts() {
-            let meta = fs::metadata(mount).map_err(WatchError::Watch)?;
-            watch.add_tree(mount.to_path_buf(), CgroupKey { hierarchy, id: meta.ino() }, boot_now(), &mut |_| {})?;
+            let id = cgroup_id::of(mount).map_err(WatchError::Watch)?;
+            watch.add_tree(mount.to_path_buf(), CgroupKey { hierarchy, id }, boot_now(), &mut |_| {})?;
         }
         if watch.known.is_empty() { Err(WatchError::NoCgroups) } else { Ok(watch) }
     }
@@ -161,7 +160,7 @@ impl CgroupWatch {
     fn deleted(&mut self, path: &Path, name: &OsStr, parent: CgroupKey, at: BootNs, give: &mut impl FnMut(CgroupFact)) {
         let Some(KnownCgroup { key, .. }) = self.known.get(path) else { return };
         let key = *key;
-        if fs::metadata(path).is_ok_and(|meta| meta.ino() == key.id) {
+        if cgroup_id::of(path).is_ok_and(|id| id == key.id) {
             return;
         }
         let watch = self.known.remove(path).and_then(|known| known.watch);
@@ -177,8 +176,8 @@ impl CgroupWatch {
         at: BootNs,
         give: &mut impl FnMut(CgroupFact),
     ) -> Result<(), WatchError> {
-        let Ok(meta) = fs::metadata(&path) else { return Ok(()) };
-        let key = CgroupKey { hierarchy: parent.hierarchy, id: meta.ino() };
+        let Ok(id) = cgroup_id::of(&path) else { return Ok(()) };
+        let key = CgroupKey { hierarchy: parent.hierarchy, id };
         // The walk after the creation of its parent already found it, with everything below; the event arrives later.
         if self.known.get(&path).is_some_and(|known| known.key == key) {
             return Ok(());

@@ -13,7 +13,7 @@ mod tests;
 
 use std::fmt::Debug;
 use std::path::PathBuf;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use sampler_core::cgroup_path::Runtime;
@@ -23,6 +23,7 @@ use tokio::time::Instant;
 use self::messages::*;
 use super::grpc::{GrpcConnection, GrpcError, GrpcSocket, ListResponse, ObjectResponse};
 use super::reply::{SourceReply, TIMEOUT};
+use crate::labels::activation::ActivationGuard;
 use crate::labels::stamp::{Stamp, stamp};
 
 /// The runtime's name affects only the `name` label, so it must not use up the time of the query.
@@ -79,8 +80,8 @@ pub struct CriVersion {
 }
 
 impl Cri {
-    pub fn new(path: impl Into<PathBuf>) -> Self {
-        Self { socket: GrpcSocket::new(path), limit: TIMEOUT, state: Mutex::default() }
+    pub fn new(path: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
+        Self { socket: GrpcSocket::new(path, guard), limit: TIMEOUT, state: Mutex::default() }
     }
 
     /// The limits of a query that begins now.
@@ -128,7 +129,7 @@ impl Cri {
     async fn by_cri(&self, id: &str, hint: Option<Runtime>, scope: &CallScope<'_>) -> SourceReply {
         match self.find(id, hint, scope).await {
             Ok(reply) => reply,
-            Err(error @ GrpcError::NoSocket { .. }) => SourceReply::not_queried(error),
+            Err(error @ (GrpcError::NoSocket { .. } | GrpcError::Dormant { .. })) => SourceReply::not_queried(error),
             // Docker's containerd runs without the CRI plugin.
             Err(error) if error.is_unimplemented() => SourceReply::not_found_because("the server does not implement the CRI"),
             Err(error @ GrpcError::Timeout { .. }) => SourceReply::timeout(error),

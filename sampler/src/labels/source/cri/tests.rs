@@ -93,7 +93,7 @@ fn summary(reply: &SourceReply) -> String {
 
 async fn check(node: Node, id: &str, expect: &str) -> SourceReply {
     let server = node.start();
-    let reply = Cri::new(&server.path).query(id, None).await;
+    let reply = Cri::new(&server.path, Arc::default()).query(id, None).await;
     assert_eq!(summary(&reply), expect, "{}", reply.detail);
     reply
 }
@@ -131,7 +131,10 @@ async fn sandboxes_are_found_with_every_runtime() {
         true => old_not_found.clone(),
         false => Node::new(ALPHA, "cri-o").reply(path, request),
     });
-    assert_eq!(summary(&Cri::new(&server.path).query(SANDBOX, None).await), "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox");
+    assert_eq!(
+        summary(&Cri::new(&server.path, Arc::default()).query(SANDBOX, None).await),
+        "n/p/POD k8s_POD_p_n_u-1_2 - u-1 cri-o sandbox"
+    );
 }
 
 #[tokio::test]
@@ -188,18 +191,18 @@ async fn failures_name_the_endpoint_and_the_call() {
         (ServerReply::Hang, "timeout"),
     ] {
         let server = Node { container: reply, ..Node::new(V1, "containerd") }.start();
-        let cri = Cri { limit: Duration::from_millis(100), ..Cri::new(&server.path) };
+        let cri = Cri { limit: Duration::from_millis(100), ..Cri::new(&server.path, Arc::default()) };
         let reply = cri.query(ID, None).await;
         assert_eq!(summary(&reply), expect, "{}", reply.detail);
         let call = format!("unix://{} /runtime.v1.RuntimeService/ContainerStatus", server.path.display());
         assert!(reply.detail.contains(&call), "{}", reply.detail);
     }
     let server = Server::raw(&[0x5a; 9000]);
-    assert_eq!(summary(&Cri::new(&server.path).query(ID, None).await), "error");
+    assert_eq!(summary(&Cri::new(&server.path, Arc::default()).query(ID, None).await), "error");
     let server = Node::new("none", "").start();
-    let reply = Cri::new(&server.path).query(ID, None).await;
+    let reply = Cri::new(&server.path, Arc::default()).query(ID, None).await;
     assert_eq!((summary(&reply).as_str(), reply.detail.as_str()), ("not-found", "the server does not implement the CRI"));
-    let reply = Cri::new("/nowhere/s.sock").query(ID, None).await;
+    let reply = Cri::new("/nowhere/s.sock", Arc::default()).query(ID, None).await;
     assert_eq!((summary(&reply), reply.detail), ("not-tried".into(), "unix:///nowhere/s.sock: no such socket".into()));
 }
 
@@ -210,7 +213,7 @@ async fn a_hung_version_call_costs_only_the_name() {
         true => ServerReply::Hang,
         false => node.reply(path, request),
     });
-    let cri = Cri::new(&server.path);
+    let cri = Cri::new(&server.path, Arc::default());
     for _ in 1..MAX_LATE_VERSIONS {
         assert_eq!(summary(&cri.query(ID, None).await), "n/p/c - registry/i:1 u-1 -", "a name that would change later");
     }
@@ -226,7 +229,7 @@ async fn version_and_runtime_are_cached_per_socket() {
         counted.fetch_add(1, Ordering::Relaxed);
         node.reply(path, request)
     });
-    let cri = Cri::new(&server.path);
+    let cri = Cri::new(&server.path, Arc::default());
     for (n, expect) in [3, 1, 1].into_iter().enumerate() {
         calls.store(0, Ordering::Relaxed);
         assert!(summary(&cri.query(ID, None).await).ends_with("cri-o"));
