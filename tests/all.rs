@@ -1,6 +1,7 @@
 //! Privileged tests: the real agent on the real kernel, with real Docker Engines, a real Prometheus and the simulated driver.
 
 mod accuracy;
+mod allowed_hosts;
 mod bad_input;
 mod behaviours;
 mod contention;

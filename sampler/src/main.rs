@@ -10,6 +10,7 @@ mod error;
 mod explain;
 mod export;
 mod health;
+mod host_name;
 mod inbox;
 mod labels;
 mod observe;
