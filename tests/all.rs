@@ -8,6 +8,7 @@ mod contention;
 mod demo;
 mod docker;
 mod doubles;
+mod driver_errors;
 mod energy;
 mod engines;
 mod estimator;

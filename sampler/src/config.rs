@@ -75,7 +75,7 @@ pub struct Settings {
     /// Host name under which a proxy on this machine passes requests to an agent on loopback; repeatable or comma-separated
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_ALLOWED_HOST")]
     pub allowed_host: Option<Vec<String>>,
-    /// Path of the NVIDIA driver library [default: libnvidia-ml.so.1 of the system]
+    /// Path of the NVIDIA driver library [default: libnvidia-ml.so.1, searched in many places]
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_NVML_LIB")]
     pub nvml_lib: Option<PathBuf>,
     /// Path of the host's /proc [default: /proc]

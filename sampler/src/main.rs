@@ -11,6 +11,7 @@ mod explain;
 mod export;
 mod health;
 mod host_name;
+mod host_root;
 mod inbox;
 mod labels;
 mod observe;
