@@ -2,12 +2,14 @@
 
 mod accuracy;
 mod activation;
+mod allowed_hosts;
 mod bad_input;
 mod behaviours;
 mod contention;
 mod demo;
 mod docker;
 mod doubles;
+mod driver_errors;
 mod energy;
 mod engines;
 mod estimator;

@@ -32,6 +32,8 @@ fn errors_name_the_mistake_and_the_remedy() -> Result<()> {
     assert_rejected(&["run", "--listen", &address], 1, &[&address, "--listen", "in use"])?;
     assert_rejected(&["run", "--listen", "0.0.0.0:0"], 1, &["--token-file", "--open-metrics"])?;
     assert_rejected(&["run", "--label-sources", "dokcer"], 1, &["dokcer", "docker-file"])?;
+    assert_rejected(&["run", "--allowed-host", "https://a.example"], 1, &["\"https://a.example\"", "omit the scheme"])?;
+    assert_rejected(&["run", "--allowed-host", "*.example"], 1, &["\"*.example\"", "give every name"])?;
     assert_rejected(&["run", "--lisen", "x"], 2, &["--lisen", "--listen"])?;
     let sysfs = dir.path().to_string_lossy().into_owned();
     let strict = ["run", "--listen", "127.0.0.1:0", "--path-sysfs", &sysfs, "--kernel-mode", "raw_tracepoint"];

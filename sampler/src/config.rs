@@ -10,6 +10,7 @@ use serde::Deserialize;
 use thiserror::Error;
 
 use crate::collectors::Selection;
+use crate::host_name::HostName;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
@@ -71,7 +72,10 @@ pub struct Settings {
     /// Listen address; other than loopback requires --token-file or --open-metrics [default: 127.0.0.1:9836]
     #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
     pub listen: Option<String>,
-    /// Path of the NVIDIA driver library [default: libnvidia-ml.so.1 of the system]
+    /// Host name under which a proxy on this machine passes requests to an agent on loopback; repeatable or comma-separated
+    #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_ALLOWED_HOST")]
+    pub allowed_host: Option<Vec<String>>,
+    /// Path of the NVIDIA driver library [default: libnvidia-ml.so.1, searched in many places]
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_NVML_LIB")]
     pub nvml_lib: Option<PathBuf>,
     /// Path of the host's /proc [default: /proc]
@@ -143,6 +147,8 @@ pub struct Settings {
 #[derive(Clone, Debug)]
 pub struct Config {
     pub listen: SocketAddr,
+    /// Hosts that an agent on loopback accepts in addition to those of loopback.
+    pub allowed_hosts: Vec<HostName>,
     pub nvml_lib: Option<PathBuf>,
     pub path_procfs: PathBuf,
     pub path_sysfs: PathBuf,
@@ -210,6 +216,7 @@ impl Settings {
     fn over(self, under: Settings) -> Settings {
         Settings {
             listen: self.listen.or(under.listen),
+            allowed_host: self.allowed_host.or(under.allowed_host),
             nvml_lib: self.nvml_lib.or(under.nvml_lib),
             path_procfs: self.path_procfs.or(under.path_procfs),
             path_sysfs: self.path_sysfs.or(under.path_sysfs),
@@ -262,6 +269,7 @@ impl Settings {
         }
         Ok(Config {
             listen,
+            allowed_hosts: s.allowed_host.into_iter().flatten().map(allowed_host).collect::<Result<_, _>>()?,
             nvml_lib: s.nvml_lib.map(|path| existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
             path_procfs: procfs(folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
             path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
@@ -289,6 +297,10 @@ impl Settings {
             open_metrics,
         })
     }
+}
+
+fn allowed_host(name: String) -> Result<HostName, ConfigError> {
+    HostName::new(&name).map_err(|remedy| ConfigError::Value { key: "allowed_host", value: name, remedy: remedy.into() })
 }
 
 fn collect(names: Option<Vec<String>>) -> Result<Selection, ConfigError> {
@@ -477,6 +489,14 @@ mod tests {
         check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is invalid: expected at least 1048576 bytes");
         check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is invalid: expected at least 65536");
         check("gpu_budget_percent = nan", "is invalid: expected a percentage");
+        check("allowed_host = ['gpu.example.com', '[fd00::1]']", "ok");
+        check("allowed_host = ['']", "allowed_host = \"\" is invalid: expected a host name or IP address");
+        check("allowed_host = ['a', 'https://b']", "allowed_host = \"https://b\" is invalid: expected the host name alone: omit");
+        check("allowed_host = ['*.example.com']", "allowed_host = \"*.example.com\" is invalid: wildcards");
+        check(
+            "allowed_host = ['b:443']",
+            "allowed_host = \"b:443\" is invalid: every port of the host is accepted: omit the port",
+        );
         check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is invalid: expected a percentage");
     }
 
@@ -493,7 +513,7 @@ mod tests {
                 && read.label_sources.is_some()
         );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
-        assert!(read.collect.is_some());
+        assert!(read.collect.is_some() && read.allowed_host.is_some());
         assert!(
             read.sample_source.is_some()
                 && read.kernel_ring_bytes.is_some()

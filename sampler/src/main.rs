@@ -10,6 +10,8 @@ mod error;
 mod explain;
 mod export;
 mod health;
+mod host_name;
+mod host_root;
 mod inbox;
 mod labels;
 mod observe;

@@ -18,7 +18,7 @@ use crate::config::{Config, KernelMode, Settings};
 use crate::error::display_chain;
 use crate::export::live::LiveDocument;
 use crate::health::condition::{CGROUPS_REMEDY, PID_NAMESPACE_REMEDY};
-use crate::observe::gpu;
+use crate::observe::gpu::{self, Diagnosis, GpuError};
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, pid_namespace, scan};
@@ -244,23 +244,17 @@ fn driver(config: &Config) -> Vec<Check> {
     const NAME: &str = "NVIDIA driver";
     let inspected = match gpu::inspect(config) {
         Ok(inspected) => inspected,
-        // The agent does not start with an unusable library that is configured; it waits for a missing default library.
-        Err(error) => {
-            let failed = config.nvml_lib.is_some() && !matches!(error, gpu::GpuError::Hangs);
-            let status = if failed { CheckStatus::Failed } else { CheckStatus::Degraded };
-            let remedy = if failed {
-                "correct the path, or omit --nvml-lib"
-            } else {
-                "nothing is sampled while it fails; a running agent tries again"
-            };
-            return vec![Check::bad(NAME, status, display_chain(&error), remedy)];
-        }
+        Err(error) => return vec![unusable_driver(NAME, config, error)],
     };
     let gpus = match inspected.gpus.len() {
         1 => "1 GPU".into(),
         n => format!("{n} GPUs"),
     };
-    let mut checks = vec![Check::ok(NAME, format!("version {}, {}", inspected.version, gpus))];
+    let summary = format!("version {}, {gpus}, library {}", inspected.version, inspected.library.display());
+    let mut checks = vec![match inspected.unlisted {
+        None => Check::ok(NAME, summary),
+        Some(Diagnosis { problem, remedy }) => Check::bad(NAME, CheckStatus::Degraded, format!("{summary}; {problem}"), remedy),
+    }];
     let check = |name, (detail, remedy)| match remedy {
         None => Check::ok(name, detail),
         Some(remedy) => Check::bad(name, CheckStatus::Degraded, detail, remedy),
@@ -268,6 +262,31 @@ fn driver(config: &Config) -> Vec<Check> {
     checks.extend(inspected.gpus.into_iter().map(|gpu| check("GPU", gpu)));
     checks.push(check("driver's pids", inspected.pid_space));
     checks
+}
+
+/// The agent does not start with an unusable library that is configured; it waits for a missing default library.
+fn unusable_driver(name: &'static str, config: &Config, error: GpuError) -> Check {
+    let is_configured = config.nvml_lib.is_some();
+    let status = |fails: bool| if fails { CheckStatus::Failed } else { CheckStatus::Degraded };
+    match error {
+        GpuError::Library(found) if is_configured => {
+            Check::bad(name, CheckStatus::Failed, found.to_string(), "correct the path, or omit --nvml-lib")
+        }
+        GpuError::Library(found) => {
+            let tried: Vec<String> = found.tried.iter().map(|path| path.display().to_string()).collect();
+            let detail = format!("{found}; tried: {}", tried.join(", "));
+            let remedy = "install the NVIDIA driver, or set --nvml-lib to its libnvidia-ml.so.1; a running agent tries again";
+            Check::bad(name, CheckStatus::Degraded, detail, remedy)
+        }
+        GpuError::Init { path, diagnosis: Diagnosis { problem, remedy } } => {
+            Check::bad(name, status(is_configured), format!("library {}: {problem}", path.display()), remedy)
+        }
+        GpuError::List(Diagnosis { problem, remedy }) => Check::bad(name, status(is_configured), problem, remedy),
+        error @ (GpuError::Hangs | GpuError::Thread { .. }) => {
+            let remedy = "check dmesg for Xid lines; nothing is sampled while it fails, and a running agent tries again";
+            Check::bad(name, CheckStatus::Degraded, display_chain(&error), remedy)
+        }
+    }
 }
 
 /// The listen address is free, or in use by an agent.

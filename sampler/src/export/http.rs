@@ -1,6 +1,7 @@
 //! The HTTP server: access rules and routes.
 //!
-//! On loopback a request with a foreign Host or Origin is rejected, so that a web page cannot read the metrics through the browser. A
+//! On loopback a request with a foreign Host or Origin is rejected, so that a web page cannot read the metrics through the browser. Hosts
+//! that the operator allows, for a proxy, are accepted. Health has no such condition. A
 //! request that changes something is rejected if its Origin is any other page, including a page of another server on this machine.
 //! Beyond loopback every route requires a bearer token, except health, the files of the web page and, if configured, /metrics.
 
@@ -173,14 +174,15 @@ async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut
 
 async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
     let path = request.uri().path();
-    let rejection = if state.config.listen.ip().is_loopback() {
-        let headers = request.headers();
-        foreign(headers, state.config.listen.ip()).or_else(|| from_another_page(request.method(), headers))
+    let (config, headers) = (&state.config, request.headers());
+    let is_health = path == "/healthz" || path == "/readyz";
+    let rejection = if config.listen.ip().is_loopback() {
+        // The probes of a kubelet name the pod's address, or a proxy's.
+        let foreign = foreign(headers, config.listen.ip(), &config.allowed_hosts).filter(|_| !is_health);
+        foreign.or_else(|| from_another_page(request.method(), headers, &config.allowed_hosts))
     } else {
-        let is_health = path == "/healthz" || path == "/readyz";
-        let is_open = is_health || web::is_file(path) || (state.config.open_metrics && path.starts_with("/metrics"));
-        (!is_open && !authorized(request.headers(), state.config.token.as_deref()))
-            .then(|| (StatusCode::UNAUTHORIZED, UNAUTHORIZED.to_owned()))
+        let is_open = is_health || web::is_file(path) || (config.open_metrics && path.starts_with("/metrics"));
+        (!is_open && !authorized(headers, config.token.as_deref())).then(|| (StatusCode::UNAUTHORIZED, UNAUTHORIZED.to_owned()))
     };
     let mut response = match rejection {
         Some(rejection) => rejection.into_response(),
@@ -279,6 +281,10 @@ mod tests {
 
     /// The status of one request to an agent with this listen address.
     async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
+        status_with(listen, &[], method, path, headers).await
+    }
+
+    async fn status_with(listen: &str, allowed: &[&str], method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
         use crate::observe::kernel::layout::layout;
@@ -290,6 +296,7 @@ mod tests {
         std::io::Write::write_all(&mut token, b"secret").unwrap();
         let settings = Settings {
             listen: Some(listen.into()),
+            allowed_host: Some(allowed.iter().map(ToString::to_string).collect()),
             token_file: Some(token.path().into()),
             label_sources: Some(vec!["bundle".into()]),
             ..Settings::default()
@@ -346,6 +353,21 @@ mod tests {
             ("DELETE", "/api/v1/sessions/x", &[local, ("Origin", "http://127.0.0.1:9836")], 403),
         ] {
             assert_eq!(status("127.0.0.1:0", method, path, headers).await, expect, "{method} {path} {headers:?}");
+        }
+        let behind_proxy = ("Host", "gpu.example.com");
+        for (method, path, headers, expect) in [
+            ("GET", "/metrics", &[behind_proxy][..], 200),
+            ("GET", "/metrics", &[("Host", "evil.example")], 403),
+            ("GET", "/metrics", &[behind_proxy, ("Origin", "https://evil.example")], 403),
+            ("GET", "/api/v1/live", &[behind_proxy, ("Origin", "https://gpu.example.com")], 200),
+            ("POST", "/api/v1/live", &[behind_proxy, ("Origin", "https://gpu.example.com")], 405),
+            ("POST", "/api/v1/live", &[behind_proxy, ("Origin", "https://evil.example")], 403),
+            ("GET", "/healthz", &[("Host", "evil.example")], 200),
+            // Not ready: the guard lets it pass.
+            ("GET", "/readyz", &[("Host", "10.0.0.7:9836")], 503),
+        ] {
+            let status = status_with("127.0.0.1:0", &["gpu.example.com"], method, path, headers).await;
+            assert_eq!(status, expect, "{method} {path} {headers:?}");
         }
         let token = ("Authorization", "Bearer secret");
         for (method, path, headers, expect) in [

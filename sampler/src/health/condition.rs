@@ -38,6 +38,8 @@ pub enum Condition {
     PidSpace,
     /// The driver cannot be used.
     Nvml,
+    /// The kernel module drives GPUs that the driver library does not list.
+    GpusUnlisted,
     /// A driver call of the thread that lists GPUs does not return.
     #[strum(to_string = "gpu-watch")]
     GpuList,
@@ -81,6 +83,7 @@ impl Condition {
             Condition::Pressure => (Reduced, "the pressure of containers can be read again"),
             Condition::PidSpace => (Missing, "the driver's PIDs are this machine's"),
             Condition::Nvml => (Missing, "the NVIDIA driver can be used"),
+            Condition::GpusUnlisted => (Missing, "every GPU of the kernel module is listed"),
             Condition::GpuList => (Missing, "the driver call has returned"),
             Condition::XidEvents => (Reduced, "the driver call has returned"),
             Condition::GpuUnopened { .. } => (Missing, "the GPU can be opened, or was removed"),
@@ -116,6 +119,7 @@ mod tests {
             Condition::Pressure,
             Condition::PidSpace,
             Condition::Nvml,
+            Condition::GpusUnlisted,
             Condition::GpuList,
             Condition::XidEvents,
         ];
@@ -150,6 +154,7 @@ mod tests {
         check(Condition::Pressure, "pressure");
         check(Condition::PidSpace, "pid-space");
         check(Condition::Nvml, "nvml");
+        check(Condition::GpusUnlisted, "gpus-unlisted");
         check(Condition::GpuList, "gpu-watch");
         check(Condition::XidEvents, "gpu-events");
         check(Condition::GpuUnopened { index: 3 }, "gpu-index-3");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use crate::clock::GpuClock;
 use crate::faults::{Effect, Held};
 use crate::follow::Follower;
+use crate::kernel_files;
 use crate::loads;
 use crate::model::{DriverSample, Model};
 use crate::tally::Tally;
@@ -24,7 +25,7 @@ const CHECK_EVERY_US: u64 = 1_000_000;
 
 pub struct Driver {
     pub world: World,
-    dir: PathBuf,
+    pub(crate) dir: PathBuf,
     pub(crate) log: Follower,
     clocks: Vec<GpuClock>,
     pub(crate) rings: Vec<VecDeque<DriverSample>>,
@@ -155,7 +156,8 @@ impl Driver {
     /// The GPUs that exist, in the order of NVML's indices.
     pub fn present(&mut self) -> anyhow::Result<Vec<usize>> {
         let now = self.read_log()?;
-        Ok((0..self.world.gpus.len()).filter(|gpu| !self.log.faults.absent(*gpu, now)).collect())
+        let exists = |gpu: &usize| !self.log.faults.absent(*gpu, now) && kernel_files::is_listed(&self.world, &self.dir, *gpu);
+        Ok((0..self.world.gpus.len()).filter(exists).collect())
     }
 
     /// The stamp of the GPU's clock for a time of the model.

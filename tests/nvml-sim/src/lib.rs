@@ -7,6 +7,7 @@ pub mod clock;
 pub mod driver;
 pub mod faults;
 pub mod follow;
+pub mod kernel_files;
 pub mod loads;
 pub mod model;
 pub mod processes;

@@ -16,7 +16,7 @@ use anyhow::{Context as _, bail};
 use arguments::{Steps, bytes, demand, steps};
 use clap::{Parser, Subcommand};
 use nvidia_ml_sim::faults::{self, Clear, Fault, FaultKind, Held, micros};
-use nvidia_ml_sim::{loads, symbols, time, world};
+use nvidia_ml_sim::{kernel_files, loads, symbols, time, world};
 
 #[derive(Parser)]
 #[command(name = "nvml-sim", about = "Simulated NVIDIA GPUs with ground truth", arg_required_else_help = true)]
@@ -244,6 +244,7 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
     for node in world.nodes(dir, None) {
         fs::write(&node, "").with_context(|| node.display().to_string())?;
     }
+    kernel_files::create(&world, dir)?;
     fs::write(dir.join(loads::FILE), "").with_context(|| dir.display().to_string())?;
     fs::write(dir.join(world::FILE), toml::to_string(&world)?).with_context(|| dir.display().to_string())
 }

@@ -79,6 +79,8 @@ macro_rules! world {
             pub foreign_pids: bool,
             /// Whether there are stand-ins for the device nodes, which processes hold open.
             pub nodes: bool,
+            /// Whether the library needs device nodes and /proc/driver/nvidia, stand-ins of which are in the world's folder.
+            pub kernel_files: bool,
             $($(#[$doc])* pub $name: $type,)*
             pub faults: Vec<FaultKey>,
             pub xids: Vec<XidKey>,
@@ -113,6 +115,7 @@ macro_rules! world {
                     missing: Vec::new(),
                     foreign_pids: false,
                     nodes: false,
+                    kernel_files: false,
                     $($name: $default,)*
                     faults: Vec::new(),
                     xids: Vec::new(),
@@ -262,7 +265,7 @@ pub const DEVICES: &str = "dev";
 impl World {
     /// Stand-ins for the device nodes that a process using that GPU holds, or of all GPUs; none in a world without nodes.
     pub fn nodes(&self, dir: &Path, gpu: Option<usize>) -> Vec<PathBuf> {
-        if !self.nodes {
+        if !self.nodes && !self.kernel_files {
             return Vec::new();
         }
         let used = self.gpus.iter().enumerate().filter(|(index, _)| gpu.is_none_or(|gpu| gpu == *index));

@@ -20,7 +20,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
-            &["allocator", "error", "collectors"],
+            &["allocator", "error", "collectors", "host_name", "host_root"],
             &["config", "health", "query"],
             &["inbox"],
             &["observe"],

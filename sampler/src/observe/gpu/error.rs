@@ -1,17 +1,20 @@
 //! Errors of GPU access, and a function that starts threads.
 
-use nvml_wrapper::error::NvmlError;
+use std::path::PathBuf;
+
 use thiserror::Error;
+
+use super::diagnosis::Diagnosis;
+use super::library_search::NotFound;
 
 #[derive(Debug, Error)]
 pub enum GpuError {
-    #[error(
-        "cannot use the NVIDIA driver library {path}: {error}; install the NVIDIA driver, or set --nvml-lib to its libnvidia-ml.so.1"
-    )]
-    // Not a `source`: the message of nvml-wrapper already contains its source.
-    Init { path: String, error: NvmlError },
-    #[error("the NVIDIA driver cannot list its GPUs")]
-    List(#[source] NvmlError),
+    #[error("{0}; install the NVIDIA driver, or set --nvml-lib to its libnvidia-ml.so.1")]
+    Library(NotFound),
+    #[error("cannot use the NVIDIA driver library {path}: {diagnosis}", path = path.display())]
+    Init { path: PathBuf, diagnosis: Diagnosis },
+    #[error("the NVIDIA driver cannot list its GPUs: {0}")]
+    List(Diagnosis),
     #[error("a call of the NVIDIA driver library does not return")]
     Hangs,
     #[error("cannot start the thread {name}")]

@@ -1,6 +1,6 @@
 //! The GPU checks of `doctor`: one inspection of each GPU, without sampling.
 
-use std::path::{Path, PathBuf};
+use std::path::PathBuf;
 use std::sync::mpsc::{channel, sync_channel};
 use std::sync::{Arc, Mutex, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
@@ -13,8 +13,10 @@ use super::budget::{Budget, Cost, Limits, expected};
 use super::calls::{Buffers, List};
 use super::context::{devfs, limits};
 use super::device_nodes::{DevicePaths, Nodes};
+use super::diagnosis::Diagnosis;
 use super::error::{GpuError, spawn};
-use super::library::{Generation, Handle, open};
+use super::library::{Generation, Handle};
+use super::library_search::{LibrarySearch, OpenedLibrary};
 use super::nvml_caller::{NvmlCaller, error_name};
 use super::ring::{GPU_UTILIZATION, Tools};
 use super::source::Source;
@@ -42,6 +44,10 @@ const LIST_AGAIN_AFTER: Duration = Duration::from_millis(1_100);
 /// The driver and its GPUs, as text.
 pub struct Inspected {
     pub version: String,
+    /// The file that was loaded.
+    pub library: PathBuf,
+    /// Why GPUs are missing, or why there is none.
+    pub unlisted: Option<Diagnosis>,
     /// (description, remedy if its time cannot be attributed to processes).
     pub gpus: Vec<(String, Option<&'static str>)>,
     /// Whether the driver's PIDs are this machine's, and a remedy if time cannot be attributed.
@@ -85,11 +91,12 @@ struct PidSpaces {
 pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
     let until = Instant::now() + PATIENCE;
     let (done, opened) = sync_channel(1);
-    let lib = config.nvml_lib.clone();
+    let search = LibrarySearch::new(config);
     spawn("gpu-inspect", move || {
-        let _waited_for = done.send(open_driver(lib.as_deref()));
+        let _waited_for = done.send(open_driver(search));
     })?;
-    let (generation, version, count) = opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
+    let OpenedDriver { generation, library, version, count, unlisted } =
+        opened.recv_timeout(PATIENCE).unwrap_or(Err(GpuError::Hangs))?;
     let (done, inspected) = channel();
     let mut gpus: Vec<_> = (0..count).map(|index| (format!("GPU {index} does not respond"), Some(SILENT))).collect();
     let pid_spaces = Arc::new(PidSpaces::new(config));
@@ -108,7 +115,7 @@ pub fn inspect(config: &Config) -> Result<Inspected, GpuError> {
         gpus[index as usize] = gpu;
     }
     let pid_space = pid_space::verdict_text(&pid_spaces.evidence(), boot_now());
-    Ok(Inspected { version, gpus, pid_space })
+    Ok(Inspected { version, library, gpus, unlisted, pid_space })
 }
 
 impl PidSpaces {
@@ -150,11 +157,21 @@ impl PidSpaces {
     }
 }
 
-fn open_driver(lib: Option<&Path>) -> Result<(Arc<Generation>, String, u32), GpuError> {
-    let generation = Arc::new(Generation::new(open(lib)?));
+struct OpenedDriver {
+    generation: Arc<Generation>,
+    library: PathBuf,
+    version: String,
+    count: u32,
+    unlisted: Option<Diagnosis>,
+}
+
+fn open_driver(mut search: LibrarySearch) -> Result<OpenedDriver, GpuError> {
+    let OpenedLibrary { nvml, path: library } = search.open()?;
+    let generation = Arc::new(Generation::new(nvml));
     let version = generation.nvml().sys_driver_version().unwrap_or_else(|_| "unknown".into());
-    let count = generation.nvml().device_count().map_err(GpuError::List)?;
-    Ok((generation, version, count))
+    let count = generation.nvml().device_count().map_err(|error| GpuError::List(search.files.explain(&error, &library)))?;
+    let unlisted = search.files.unlisted(count);
+    Ok(OpenedDriver { generation, library, version, count, unlisted })
 }
 
 fn gpu(

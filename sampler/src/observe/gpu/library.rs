@@ -1,7 +1,9 @@
 //! An opened library, handles that keep it open, and scalar calls that differ between drivers. Unsafe code is here, in `calls`, `gpm`
 //! and `xids`.
 
-use std::path::Path;
+use std::ffi::{CStr, OsStr, c_void};
+use std::os::unix::ffi::OsStrExt as _;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex};
 
@@ -9,16 +11,23 @@ use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
 use nvml_wrapper::{Device, Nvml};
 use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlReturn_t};
 
-use super::error::GpuError;
-
 /// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper does not define.
 const VERSION_MISMATCH: nvmlReturn_t = 25;
 
-/// Loads the library. May hang in the driver.
-pub fn open(lib: Option<&Path>) -> Result<Nvml, GpuError> {
-    // The file name that the driver installs; `libnvidia-ml.so` alone exists only with the development files.
-    let path = lib.map_or_else(|| std::ffi::OsStr::new("libnvidia-ml.so.1"), Path::as_os_str);
-    Nvml::builder().lib_path(path).init().map_err(|error| GpuError::Init { path: path.to_string_lossy().into_owned(), error })
+/// Loads and initializes the library. May hang in the driver.
+pub fn init(path: &Path) -> Result<Nvml, NvmlError> {
+    Nvml::builder().lib_path(path.as_os_str()).init()
+}
+
+/// The file that the library was loaded from, as the dynamic loader names it.
+pub fn path_of(nvml: &Nvml) -> Option<PathBuf> {
+    let symbol = *nvml.lib().nvmlInit_v2.as_ref().ok()?;
+    let mut info = std::mem::MaybeUninit::<libc::Dl_info>::uninit();
+    // SAFETY: dladdr only compares the address, and fills `info` if it returns another value than 0.
+    let found = unsafe { libc::dladdr(symbol as *const c_void, info.as_mut_ptr()) } != 0;
+    // SAFETY: as above; the name is NUL-terminated and exists as long as the library is open.
+    let name = found.then(|| unsafe { CStr::from_ptr(info.assume_init().dli_fname) })?;
+    Some(PathBuf::from(OsStr::from_bytes(name.to_bytes())))
 }
 
 /// One opened library. Every reference keeps it open; dropping the last one shuts it down and closes it.

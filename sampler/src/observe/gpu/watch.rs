@@ -19,10 +19,12 @@ use sampler_core::observation::Observation;
 use super::context::Context;
 use super::error::{GpuError, spawn};
 use super::events::Events;
-use super::library::{Generation, Handle, open};
+use super::library::{Generation, Handle};
+use super::library_search::{LibrarySearch, OpenedLibrary};
 use super::mig;
 use super::nvml_caller::{DeviceFault, fault};
 use super::poller::{Poller, Start};
+use crate::config::Config;
 use crate::error::display_chain;
 use crate::health::call_watchdog::{CallSlot, Caller};
 use crate::health::condition::Condition;
@@ -57,7 +59,9 @@ struct GpuWorker {
 }
 
 struct Watch {
-    lib: Option<PathBuf>,
+    search: LibrarySearch,
+    /// The file that was loaded.
+    library: PathBuf,
     context: Arc<Context>,
     caller: Caller,
     workers: HashMap<Arc<str>, GpuWorker>,
@@ -70,12 +74,14 @@ struct Watch {
 }
 
 /// Starts GPU sampling. An unusable library is an error if it is configured by name; otherwise, and if it hangs, opening is retried.
-pub fn start(lib: Option<PathBuf>, context: Arc<Context>) -> Result<(), GpuError> {
+pub fn start(config: &Config, context: Arc<Context>) -> Result<(), GpuError> {
     let (opened, first) = sync_channel(1);
-    let named = lib.is_some();
+    let search = LibrarySearch::new(config);
+    let named = search.is_configured();
     let caller = context.health.driver.caller(Condition::GpuList, None);
     let (workers, before, unopened, hanging) = (HashMap::new(), HashMap::new(), Vec::new(), HashMap::new());
-    let watch = Watch { lib, context: Arc::clone(&context), caller, workers, before, unopened, hanging };
+    let library = PathBuf::new();
+    let watch = Watch { search, library, context: Arc::clone(&context), caller, workers, before, unopened, hanging };
     spawn("gpu-watch", move || watch.run(&opened))?;
     match first.recv_timeout(START_PATIENCE) {
         Ok(Err(error)) if named => Err(error),
@@ -109,8 +115,9 @@ impl Watch {
     fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
         let mut retry = RETRY_AT_FIRST;
         while !self.context.stopping() {
-            match self.caller.during(Call::Init, boot_now(), || open(self.lib.as_deref())) {
-                Ok(nvml) => {
+            match self.caller.during(Call::Init, boot_now(), || self.search.open()) {
+                Ok(OpenedLibrary { nvml, path }) => {
+                    self.library = path;
                     let was = Instant::now();
                     self.context.pids.opened();
                     // Closed: the core has ended, and with it the agent.
@@ -149,7 +156,7 @@ impl Watch {
                     self.context.health.update(|view| view.nvml_up = Some(true));
                     self.context.health.recovered(Condition::Nvml);
                     if events.is_none() {
-                        tracing::info!(gpus, "sampling");
+                        tracing::info!(gpus, library = %self.library.display(), "sampling");
                         let listener = Events::new(Arc::clone(&generation), Arc::clone(&self.context));
                         events = spawn("gpu-events", move || listener.run()).ok();
                     }
@@ -159,8 +166,9 @@ impl Watch {
                     if fault(&error) == Some(DeviceFault::Dead) {
                         generation.kill();
                     }
-                    self.context.health.degraded(Condition::Nvml, &format!("the NVIDIA driver cannot list its GPUs: {error}"));
-                    let _waited_for = opened.try_send(Err(GpuError::List(error)));
+                    let error = GpuError::List(self.search.files.explain(&error, &self.library));
+                    self.context.health.degraded(Condition::Nvml, &error.to_string());
+                    let _waited_for = opened.try_send(Err(error));
                 }
             }
             // Listing may wait in the driver and delay other users, so its share of time is limited. Time in hanging calls does not count.
@@ -177,6 +185,7 @@ impl Watch {
     fn list(&mut self, generation: &Arc<Generation>) -> Result<u32, NvmlError> {
         self.caller.during(Call::Init, boot_now(), || generation.refresh())?;
         let count = self.caller.during(Call::GetCount, boot_now(), || generation.nvml().device_count())?;
+        self.report_unlisted(count);
         let mut seen: Vec<Arc<str>> = Vec::new();
         let mut found = Vec::new();
         let mut unopened = Vec::new();
@@ -217,6 +226,15 @@ impl Watch {
         }
         self.unopened = unopened;
         Ok(count)
+    }
+
+    /// GPUs of which the driver library cannot open the nodes are missing in its list, without an error.
+    fn report_unlisted(&self, count: u32) {
+        let files = &self.search.files;
+        match files.drives_more_than(count).then(|| files.unlisted(count)).flatten() {
+            Some(diagnosis) => self.context.health.degraded(Condition::GpusUnlisted, &diagnosis.to_string()),
+            None => self.context.health.recovered(Condition::GpusUnlisted),
+        }
     }
 
     /// Opens all GPUs, in a thread that is abandoned if it hangs; `None` for GPUs of which the calls do not return.

@@ -28,6 +28,7 @@ use nvml_wrapper_sys::bindings::{nvmlDevice_t, nvmlReturn_t};
 
 use crate::driver::Driver;
 use crate::faults::{Effect, GPU_IS_LOST};
+use crate::kernel_files::OpenNodes;
 use crate::world::Unit;
 
 const UNINITIALIZED: nvmlReturn_t = 1;
@@ -56,6 +57,7 @@ struct State {
     present: Vec<usize>,
     sets: HashMap<usize, events::Set>,
     samples: HashMap<usize, Option<gpm::Sample>>,
+    nodes: OpenNodes,
     /// The newest handle of a set or a sample.
     last_handle: usize,
 }
@@ -322,7 +324,9 @@ fn init(call: Call) -> CallResult {
         None => {
             let driver = opened.map_or_else(open, Ok)?;
             let (sets, samples) = (HashMap::new(), HashMap::new());
-            *state = Some(State { references: 1, driver, opened_us, present, sets, samples, last_handle: 0 });
+            let mut nodes = OpenNodes::default();
+            nodes.control(&driver.world, &driver.dir)?;
+            *state = Some(State { references: 1, driver, opened_us, present, sets, samples, nodes, last_handle: 0 });
         }
     }
     Ok(())
@@ -347,6 +351,7 @@ fn find(call: Call, to: *mut nvmlDevice_t, which: impl Fn(&State, Unit) -> bool)
         if s.driver.log.faults.lost(unit.gpu, now) || s.driver.log.faults.absent(unit.gpu, now) {
             return Err(GPU_IS_LOST);
         }
+        s.nodes.gpu(&s.driver.world, &s.driver.dir, unit.gpu)?;
         Ok(unit)
     })?;
     put(to, handle(unit))
