@@ -1,4 +1,4 @@
-//! Users of GPUs that are not containers: jobs, units, login sessions, and pods whose processes are in the pod's own cgroup.
+//! Users of GPUs that are not containers: jobs, units, login sessions, and pods with processes in their own cgroups.
 
 use std::fs;
 use std::os::unix::process::CommandExt as _;

@@ -76,8 +76,7 @@ impl Assignment {
         let handed_out: Vec<Device> = self.handed_out.iter().map(|id| device(id)).collect();
         // A device node is that of the whole GPU also where a part of it was handed out.
         let is_part = by_ids.iter().any(|device| matches!(device, Device::Mig(_) | Device::Instance { .. }));
-        let is_exact =
-            |device: &Device| !matches!(device, Device::Unknown(_)) && !(is_part && matches!(device, Device::Minor(_)));
+        let is_exact = |device: &Device| !(matches!(device, Device::Unknown(_)) || is_part && matches!(device, Device::Minor(_)));
         if handed_out.iter().any(is_exact) { handed_out } else { by_ids }
     }
 
@@ -386,13 +385,13 @@ mod tests {
         let of_other = Device::Uuid(other.to_owned());
         // HAMi: the kubelet picks any of the equal ids, the scheduler's annotation decides.
         check("nvidia.com/gpu", &["GPU-UU-17"], &[], &[]);
-        check("nvidia.com/gpu", &["GPU-UU-17"], &[other], &[of_other.clone()]);
+        check("nvidia.com/gpu", &["GPU-UU-17"], &[other], std::slice::from_ref(&of_other));
         // gpushare: MiB of a GPU.
         check("aliyun.com/gpu-mem", &["GPU-UU-_-0", "GPU-UU-_-1"], &["1"], &[Device::Index(1)]);
         check("aliyun.com/gpu-mem", &["GPU-UU-_-0"], &[], &[]);
         // NVIDIA's own replicas are those of the GPU in the id.
-        check("nvidia.com/gpu.shared", &["GPU-UU::3"], &[], &[gpu.clone()]);
-        check("nvidia.com/gpu", &["GPU-UU"], &["k8s.device-plugin.nvidia.com/gpu=GPU-UU"], &[gpu.clone()]);
+        check("nvidia.com/gpu.shared", &["GPU-UU::3"], &[], std::slice::from_ref(&gpu));
+        check("nvidia.com/gpu", &["GPU-UU"], &["k8s.device-plugin.nvidia.com/gpu=GPU-UU"], std::slice::from_ref(&gpu));
         check("nvidia.com/gpu", &["GPU-UU"], &["tegra"], &[gpu]);
         // GKE's plugin hands out the nodes of the GPU and of the capabilities of its instance.
         for handed_out in [&[][..], &["nvidia0"]] {

@@ -11,7 +11,7 @@ use super::values::bounded;
 
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct UserDetails {
-    /// The number of a job whose path has another id.
+    /// The number of a job with another id in its path.
     pub job_id: Option<String>,
     pub job_name: Option<String>,
     pub uid: Option<u32>,
@@ -130,7 +130,7 @@ mod tests {
 
     #[test]
     fn names_are_found_by_uid() {
-        let passwd = "root:x:0:0::/root:/bin/sh\nbroken\nann:x:1000:100::/home/ann:\n:x:7::";
+        let passwd = "root:x:0:0::/root:/bin/sh\nbroken\nann:x:1000:100::/h/ann:\n:x:7::";
         assert_eq!([0, 1000, 100, 7].map(|uid| user_name(passwd, uid)), [Some("root"), Some("ann"), None, None]);
     }
 }

@@ -120,7 +120,7 @@ pub struct Facts {
     pub runtime: Option<Runtime>,
     pub sandbox: bool,
     /// Only of a job, unit or login session.
-    pub details: Option<UserDetails>,
+    pub details: Option<Box<UserDetails>>,
     /// The source knows whether the container is in a pod: if it reports no pod, there is none.
     pub pod_status_known: bool,
 }
@@ -252,7 +252,7 @@ impl ContainerLabels {
         changed |= pod_uid.is_some() || runtime.is_some();
         self.pod_uid = self.pod_uid.take().or(pod_uid);
         self.runtime = self.runtime.or(runtime);
-        if let Some(details) = facts.details.as_ref().filter(|details| self.details.as_deref() != Some(details)) {
+        if let Some(details) = facts.details.as_deref().filter(|details| self.details.as_deref() != Some(details)) {
             (self.details, changed) = (Some(Arc::new(details.clone())), true);
         }
         if facts.sandbox && self.kind != Kind::Sandbox {

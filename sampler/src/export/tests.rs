@@ -49,7 +49,7 @@ fn job(n: u64) -> (ContainerRecord, LabelView) {
     let record = ContainerRecord { key, cgroup_path, identity, created: BootNs(0), creation_seen: true };
     let details = UserDetails { user_name: Some("ann".into()), partition: Some("gpu".into()), ..UserDetails::default() };
     let mut labels = ContainerLabels::from_path(&record);
-    labels.merge(Source::Environ, &Facts { details: Some(details), ..Facts::default() });
+    labels.merge(Source::Environ, &Facts { details: Some(Box::new(details)), ..Facts::default() });
     labels.settled = true;
     (record, LabelView::of_one(key, Arc::new(labels)))
 }

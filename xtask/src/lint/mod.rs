@@ -81,10 +81,12 @@ fn names_a_home(line: &str) -> bool {
     starts.iter().any(|start| {
         line.match_indices(start).any(|(at, _)| {
             let before = line[..at].chars().next_back();
-            let after = line[at + start.len()..].chars().next();
+            let rest = &line[at + start.len()..];
+            let after = rest.chars().next();
             // `/proc/1/root/.x` and `{dir}/home/` are parts of longer paths.
             let begins = before.is_none_or(|c| !c.is_alphanumeric() && !"}/.-_*>".contains(c));
-            begins && after.is_some_and(char::is_alphanumeric)
+            // Google's Container-Optimized OS has the driver there.
+            begins && after.is_some_and(char::is_alphanumeric) && !rest.starts_with("kubernetes/")
         })
     })
 }
@@ -100,6 +102,7 @@ mod tests {
             (format!("let x = \"{home}/kim/x\""), true),
             (format!("{home}/kim/x"), true),
             (format!("{home}/"), false),
+            (format!("{home}/kubernetes/bin"), false),
             (format!("{home}/$USER"), false),
             (format!("/proc/1/root{home}/kim"), false),
             (concat!("/ro", "ot/.cargo").to_owned(), true),

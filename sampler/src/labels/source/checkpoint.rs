@@ -20,6 +20,7 @@ use serde::de::{DeserializeSeed, Deserializer, IgnoredAny, MapAccess, SeqAccess,
 use serde::{Deserialize, de};
 use serde_json::Value;
 
+use super::claims::CdiDevice;
 use super::file;
 
 pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
@@ -56,12 +57,6 @@ struct ContainerAllocateResponse {
 struct DeviceSpec {
     #[prost(string, tag = "2")]
     host_path: String,
-}
-
-#[derive(Clone, PartialEq, prost::Message)]
-struct CdiDevice {
-    #[prost(string, tag = "1")]
-    name: String,
 }
 
 impl ContainerAllocateResponse {
@@ -189,7 +184,7 @@ impl<'de> Visitor<'de> for Entries {
     fn visit_seq<A: SeqAccess<'de>>(self, mut list: A) -> Result<Self::Value, A::Error> {
         let mut all = Vec::new();
         while let Some(entry) = list.next_element::<Lenient>()? {
-            let assignment = entry.0.and_then(Entry::assignment).filter(Assignment::is_gpu);
+            let assignment = entry.0.and_then(CheckpointEntry::assignment).filter(Assignment::is_gpu);
             all.extend(assignment.filter(|_| all.len() < MAX_ENTRIES));
         }
         Ok(Some(all))
@@ -206,17 +201,17 @@ impl<'de> Visitor<'de> for Entries {
 }
 
 /// An entry, or anything else.
-struct Lenient(Option<Entry>);
+struct Lenient(Option<CheckpointEntry>);
 
 impl<'de> Deserialize<'de> for Lenient {
     fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
-        Ok(Self(Entry::deserialize(Value::deserialize(from)?).ok()))
+        Ok(Self(CheckpointEntry::deserialize(Value::deserialize(from)?).ok()))
     }
 }
 
 #[derive(Deserialize)]
 #[serde(rename_all = "PascalCase")]
-struct Entry {
+struct CheckpointEntry {
     #[serde(rename = "PodUID", default)]
     pod_uid: Option<String>,
     container_name: String,
@@ -241,7 +236,7 @@ impl Default for DeviceIds {
     }
 }
 
-impl Entry {
+impl CheckpointEntry {
     fn assignment(self) -> Option<Assignment> {
         let text = |value: Value| if let Value::String(text) = value { Some(text) } else { None };
         let device_ids = match self.device_ids {
@@ -347,7 +342,7 @@ pub mod tests {
     }
 
     #[test]
-    fn the_reply_of_the_plugin_tells_what_was_handed_out() {
+    fn the_reply_of_the_plugin_has_what_was_handed_out() {
         let check = |response: ContainerAllocateResponse, expect: &[&str]| {
             let text = format!(r#"{{"Data":{{"PodDeviceEntries":[{}]}},"Checksum":1}}"#, entry("GPU-1", &response));
             let list = read(folder(text.as_bytes()).path()).unwrap().unwrap();

@@ -41,7 +41,7 @@ pub fn query(files: &HostFiles, procfs: &Path, mount_points: &[PathBuf], record:
     // A user chooses the environment of its processes, so it counts only for users that the machine does not know.
     let known = uid.filter(|_| on_host).and_then(|uid| name_of(files, uid));
     let details = UserDetails { uid, user_name: known.or(details.user_name.clone()), ..details };
-    SourceReply::found(Facts { details: Some(details), ..Facts::default() }).at(&at)
+    SourceReply::found(Facts { details: Some(Box::new(details)), ..Facts::default() }).at(&at)
 }
 
 /// From the first process with the environment of the job, and the path of that environment.
@@ -90,7 +90,7 @@ mod tests {
         let (key, created) = (ContainerKey(1), BootNs(0));
         let record = ContainerRecord { key, cgroup_path: path.into(), identity, created, creation_seen: true };
         match query(&files.host(), &root.join("proc"), &[root.join("absent"), root.join("cgroup")], &record).outcome {
-            Outcome::Found(facts) => facts.details,
+            Outcome::Found(facts) => facts.details.map(|details| *details),
             _ => None,
         }
     }

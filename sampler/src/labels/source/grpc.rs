@@ -23,15 +23,15 @@ use tonic::Code;
 use super::file::is_absent;
 use crate::labels::activation::{ActivationGuard, ConnectError, Dormant};
 
-/// The longest expected response is the kubelet's list of all pods of the node: some hundred bytes each, and 80 for each MiB of a GPU that
-/// is shared in MiB.
-const MAX_RESPONSE_BYTES: usize = 64 << 20;
+/// The longest expected response of most servers: some hundred bytes for each pod of the node.
+const MAX_RESPONSE_BYTES: usize = 4 << 20;
 
 /// A server behind a Unix socket.
 #[derive(Debug)]
 pub struct GrpcSocket {
     pub path: PathBuf,
     guard: Arc<ActivationGuard>,
+    max_response_bytes: usize,
 }
 
 /// A response with one object in field 1.
@@ -114,7 +114,11 @@ fn status_text(status: &tonic::Status) -> String {
 
 impl GrpcSocket {
     pub fn new(path: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
-        Self { path: path.into(), guard }
+        Self { path: path.into(), guard, max_response_bytes: MAX_RESPONSE_BYTES }
+    }
+
+    pub fn with_responses_of(self, max_response_bytes: usize) -> Self {
+        Self { max_response_bytes, ..self }
     }
 
     /// A connection for successive calls.
@@ -187,7 +191,7 @@ impl GrpcConnection<'_> {
             }
         });
         let mut client = tonic::client::Grpc::with_origin(service, Uri::from_static("http://localhost"))
-            .max_decoding_message_size(MAX_RESPONSE_BYTES);
+            .max_decoding_message_size(self.socket.max_response_bytes);
         let path = method.parse().map_err(|error| failed(tonic::Status::internal(format!("{error}"))))?;
         client.ready().await.map_err(|error| failed(tonic::Status::from_error(error.into())))?;
         let codec = tonic_prost::ProstCodec::<Q, A>::default();

@@ -23,11 +23,16 @@ use crate::labels::activation::ActivationGuard;
 use crate::labels::stamp::{Stamp, stamp};
 
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
+/// Some hundred bytes for each pod, and 80 for each MiB of a GPU that is shared in MiB.
+const MAX_LIST_BYTES: usize = 64 << 20;
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Both lists are about all pods, so queries within this time share them. No longer than the delay of a container's first query: its
 /// devices are assigned before it starts.
 const SHARED_FOR: Duration = Duration::from_millis(250);
 const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourcesLister/List"];
+
+/// With the stamp of the file; `None` before the first read.
+type ParsedCheckpoint = Option<(Stamp, Vec<Assignment>)>;
 
 /// The kubelet of this node.
 #[derive(Debug)]
@@ -39,7 +44,7 @@ pub struct Kubelet {
     /// The last report without problems, with the time at which its read began.
     last: Mutex<Option<(Instant, Arc<AssignmentReport>)>>,
     /// The content of the checkpoint that has this stamp: it may be large, and changes only when devices are assigned.
-    parsed: Arc<Mutex<Option<(Stamp, Vec<Assignment>)>>>,
+    parsed: Arc<Mutex<ParsedCheckpoint>>,
 }
 
 /// The assignments that could be read, and the problems.
@@ -84,7 +89,7 @@ impl Kubelet {
     /// `root` is the kubelet's own folder, usually `/var/lib/kubelet`.
     pub fn new(root: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
         let root = root.into();
-        let socket = GrpcSocket::new(root.join(POD_RESOURCES), guard);
+        let socket = GrpcSocket::new(root.join(POD_RESOURCES), guard).with_responses_of(MAX_LIST_BYTES);
         Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
     }
 
@@ -168,7 +173,7 @@ impl Kubelet {
 }
 
 /// The content of the checkpoint, parsed if it has changed. One reader at a time: others wait for its result.
-fn read_changed(root: &Path, parsed: &Mutex<Option<(Stamp, Vec<Assignment>)>>) -> Result<Vec<Assignment>, CheckpointError> {
+fn read_changed(root: &Path, parsed: &Mutex<ParsedCheckpoint>) -> Result<Vec<Assignment>, CheckpointError> {
     let mut parsed = parsed.lock().unwrap_or_else(PoisonError::into_inner);
     // Before the file is read: a change during the read is seen the next time.
     let now = stamp(&root.join(CHECKPOINT));
