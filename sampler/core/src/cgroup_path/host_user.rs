@@ -6,7 +6,7 @@
 use std::ops::Range;
 
 use super::segment::is_uuid;
-use super::{CgroupIdentity, Kind};
+use super::{CgroupIdentity, Kind, parse};
 
 /// systemd nests some eight segments, and a scheduler five.
 const MAX_SEGMENTS: usize = 32;
@@ -127,7 +127,9 @@ impl CgroupIdentity {
             // A user, a unit or a job may name a cgroup after the pod of another tenant.
             Kind::Pod if self.outer_container_id.is_none() => {
                 let above = path.get(..self.root_len).unwrap_or_default();
-                job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(above))
+                // A monitor or a build step is not a unit.
+                let is_user = |(_, root_len): &(HostUser, usize)| parse(&above[..*root_len]).host_user.is_some();
+                job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(above).filter(is_user))
             }
             Kind::Container | Kind::Sandbox | Kind::Pod => job(path, self.root_len..path.len()).map(as_job),
             Kind::Monitor | Kind::Build => job(path, 0..path.len()).map(as_job).filter(|_| self.outer_container_id.is_none()),
