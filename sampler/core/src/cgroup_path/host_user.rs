@@ -123,17 +123,21 @@ impl CgroupIdentity {
     /// is a unit.
     pub(super) fn add_host_user(&mut self, path: &str) {
         let as_job = |(job, root_len)| (HostUser::Job(job), root_len);
+        // A monitor or a build step may have the name of a unit.
+        let is_root = |(_, root_len): &(HostUser, usize)| {
+            *root_len == path.len() || path.get(..*root_len).is_some_and(|root| parse(root).host_user.is_some())
+        };
         let innermost = match self.kind {
             // A user, a unit or a job may name a cgroup after the pod of another tenant.
             Kind::Pod if self.outer_container_id.is_none() => {
-                let above = path.get(..self.root_len).unwrap_or_default();
-                // A monitor or a build step is not a unit.
-                let is_user = |(_, root_len): &(HostUser, usize)| parse(&above[..*root_len]).host_user.is_some();
-                job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(above).filter(is_user))
+                // Of units around each other the outermost one: the others are its names, too.
+                let end = segments(path, 0..self.root_len).find(NamedSegment::is_unit).map_or(self.root_len, |unit| unit.end);
+                let above = path.get(..end).unwrap_or_default();
+                job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(above).filter(is_root))
             }
             Kind::Container | Kind::Sandbox | Kind::Pod => job(path, self.root_len..path.len()).map(as_job),
             Kind::Monitor | Kind::Build => job(path, 0..path.len()).map(as_job).filter(|_| self.outer_container_id.is_none()),
-            _ => job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path)),
+            _ => job(path, 0..path.len()).map(as_job).or_else(|| unit_or_login(path).filter(is_root)),
         };
         match innermost {
             Some((user, root_len)) => self.become_host_user(user, root_len),
