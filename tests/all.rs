@@ -31,6 +31,7 @@ mod places;
 mod pressure;
 mod prometheus;
 mod quirks;
+mod release;
 mod sample_buffer;
 mod sessions;
 mod simulator;

@@ -120,7 +120,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
     let cgroup_layout = layout.name();
     let labels = labels::spawn(LabelConfig::new(&config, &layout), container_events).context("cannot start the label service")?;
     let tracker = tracker(&config, &layout, &health)?;
-    gpu::start(&config, Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)?))?;
+    let gpus = gpu::start(&config, Arc::new(gpu::Context::new(&config, &to_core, &health, &stop)?))?;
     let pressure_context = pressure::WorkerContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
@@ -171,6 +171,7 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         page_sizes: ArcSwap::default(),
         core: to_core,
         recorder: recorder.clone(),
+        gpus,
         started,
         node: config.node(),
     };

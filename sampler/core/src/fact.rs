@@ -153,6 +153,8 @@ pub enum UnobservedReason {
     Start,
     /// Facts about it were recorded but cannot be read any more. Only produced by readers of sessions.
     Unread,
+    /// The agent had released the device on request, and did not read it.
+    Released,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]

@@ -211,6 +211,11 @@ pub enum Observation {
         gpu: usize,
         at: BootNs,
     },
+    /// The agent does not read the device, on request, until it is found again.
+    GpuReleased {
+        gpu: usize,
+        at: BootNs,
+    },
     Gpu(Box<GpuBatch>),
     /// XID errors; several of one kind may be combined.
     Xid {

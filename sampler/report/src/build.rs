@@ -101,6 +101,7 @@ fn gap_reason(reason: UnobservedReason) -> &'static str {
         UnobservedReason::NoSamples => "the driver returned no samples and did not report the GPU as idle",
         UnobservedReason::NoAnswer => "the driver did not respond",
         UnobservedReason::Unread => "the session file is damaged in this span",
+        UnobservedReason::Released => "the agent had released the GPU on request",
         UnobservedReason::Start => "the agent had just started, or the GPU was reopened",
     }
 }

@@ -57,12 +57,23 @@ impl Client {
 
     /// `Err` within `Ok`: the connection failed, no process listens at the address.
     pub async fn send(&self, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
-        match tokio::time::timeout(TIMEOUT, self.try_send(method, path, body)).await {
+        self.send_within(TIMEOUT, method, path, body).await
+    }
+
+    /// As [`Client::send`], with another limit for the response to begin.
+    pub async fn send_within(
+        &self,
+        limit: Duration,
+        method: Method,
+        path: &str,
+        body: Vec<u8>,
+    ) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
+        match tokio::time::timeout(limit, self.try_send(method, path, body)).await {
             Ok(reply) => reply.with_context(|| format!("querying the agent at {}", self.agent)),
             Err(_) => bail!(
                 "the agent at {} did not respond within {} s: it hangs, or another program listens there",
                 self.agent,
-                TIMEOUT.as_secs()
+                limit.as_secs()
             ),
         }
     }

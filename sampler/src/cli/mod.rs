@@ -5,6 +5,7 @@ mod doctor;
 mod explain;
 mod output;
 mod record;
+mod release;
 mod report;
 mod request;
 mod runtimes;
@@ -39,6 +40,8 @@ enum Command {
     Report(report::ReportArgs),
     /// Show live GPU usage and contention of a running agent
     Top(top::Top),
+    /// Close all handles of GPUs for a while, so that they can be reset, partitioned or unbound
+    Release(release::ReleaseArgs),
     /// Explain which container a process, cgroup or sample belongs to, and where its labels come from
     Explain(explain::Explain),
     /// Check kernel, driver, runtimes and permissions, with remedies; exit 1 if the agent cannot run
@@ -78,6 +81,7 @@ impl Cli {
             Command::Record(record) => return record.run(),
             Command::Report(report) => return report.run(),
             Command::Top(top) => top.run()?,
+            Command::Release(release) => release.run()?,
             Command::Explain(explain) => explain.run()?,
             Command::Doctor(doctor) => {
                 log("error");

@@ -38,7 +38,7 @@ use super::page_body::PageBody;
 use super::scrapers::{ConnectionId, ScrapeClient};
 use super::state::AppState;
 use super::timed_stream::{StreamLimits, TimedStream};
-use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, sessions, web};
+use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, release, sessions, web};
 use crate::collectors::{Collector, Selection};
 
 /// The `Server` header of every response.
@@ -81,6 +81,7 @@ pub fn router(state: &Arc<AppState>) -> Router {
         .route("/api/v1/explain", get(explain::explain))
         .route("/api/v1/processes", get(processes))
         .merge(sessions::router())
+        .merge(release::router())
         .layer(from_fn_with_state(Arc::clone(state), guard))
         .with_state(Arc::clone(state))
 }
@@ -324,6 +325,7 @@ mod tests {
             page_sizes: Default::default(),
             core,
             recorder,
+            gpus: crate::observe::gpu::release_channel().0,
             started: WallTime(0),
             node: None,
         };
@@ -350,6 +352,10 @@ mod tests {
             ("POST", "/api/v1/sessions", &[local, ("Origin", "null")], 403),
             // For example a notebook server on the same machine.
             ("POST", "/api/v1/sessions", &[local, ("Origin", "http://localhost:8888")], 403),
+            ("POST", "/api/v1/gpus/release", &[local, ("Origin", "https://evil.example")], 403),
+            // No thread receives the request here.
+            ("POST", "/api/v1/gpus/release", &[local], 503),
+            ("GET", "/api/v1/gpus/release", &[local], 405),
             ("DELETE", "/api/v1/sessions/x", &[local, ("Origin", "http://127.0.0.1:9836")], 403),
         ] {
             assert_eq!(status("127.0.0.1:0", method, path, headers).await, expect, "{method} {path} {headers:?}");
@@ -378,6 +384,7 @@ mod tests {
             ("GET", "/api/v1/live", &[token], 200),
             ("GET", "/metrics", &[], 401),
             ("POST", "/api/v1/sessions", &[], 401),
+            ("POST", "/api/v1/gpus/release", &[], 401),
             ("POST", "/api/v1/live", &[token], 405),
         ] {
             assert_eq!(status("0.0.0.0:0", method, path, headers).await, expect, "{method} {path} {headers:?}");

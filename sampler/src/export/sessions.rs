@@ -2,11 +2,10 @@
 
 use std::io::Read as _;
 use std::sync::Arc;
-use std::time::Duration;
 
-use axum::body::{Body, Bytes, HttpBody as _};
-use axum::extract::rejection::{JsonRejection, QueryRejection};
-use axum::extract::{FromRequest as _, Path, Query, Request as HttpRequest, State};
+use axum::body::{Body, Bytes};
+use axum::extract::rejection::QueryRejection;
+use axum::extract::{Path, Query, Request as HttpRequest, State};
 use axum::http::{HeaderValue, StatusCode, header};
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::{get, post};
@@ -15,11 +14,11 @@ use sampler_report::{Format, TextOptions};
 use sampler_session::View;
 use sampler_session::trigger::Trigger;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
 use strum::VariantArray as _;
 
 use super::catalogue::sessions as families;
 use super::encode::Page;
+use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
 use crate::error::display_chain;
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
@@ -29,19 +28,6 @@ const CHUNK_BYTES: usize = 256 << 10;
 /// Names in a list of a request, and their length.
 const MAX_NAMES: usize = 256;
 const MAX_NAME_BYTES: usize = 512;
-/// Limits of the body of a request, in bytes and until its last byte.
-const MAX_BODY_BYTES: usize = 1 << 20;
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
-
-/// A response with an error message.
-struct ErrorResponse(StatusCode, String);
-
-impl IntoResponse for ErrorResponse {
-    fn into_response(self) -> Response {
-        let ErrorResponse(status, error) = self;
-        (status, Json(json!({ "error": error }))).into_response()
-    }
-}
 
 impl From<StoreError> for ErrorResponse {
     fn from(error: StoreError) -> Self {
@@ -59,10 +45,6 @@ impl From<StoreError> for ErrorResponse {
         };
         ErrorResponse(status, display_chain(&error))
     }
-}
-
-fn bad(error: impl Into<String>) -> ErrorResponse {
-    ErrorResponse(StatusCode::BAD_REQUEST, error.into())
 }
 
 /// Body of `POST sessions`.
@@ -168,29 +150,8 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/stop", post(stop))
 }
 
-fn too_large() -> ErrorResponse {
-    ErrorResponse(StatusCode::PAYLOAD_TOO_LARGE, format!("the body of a request has at most {MAX_BODY_BYTES} bytes"))
-}
-
-/// Reads the body of `POST sessions`.
-async fn body(request: HttpRequest, limit: Duration) -> Result<SessionBody, ErrorResponse> {
-    // The length that its head states.
-    if request.body().size_hint().lower() > MAX_BODY_BYTES as u64 {
-        return Err(too_large());
-    }
-    let read = tokio::time::timeout(limit, Json::from_request(request, &())).await.map_err(|_| {
-        ErrorResponse(StatusCode::REQUEST_TIMEOUT, format!("the body of the request did not arrive within {} s", limit.as_secs()))
-    })?;
-    let Json(body) = read.map_err(|rejection: JsonRejection| match rejection.status() {
-        StatusCode::PAYLOAD_TOO_LARGE => too_large(),
-        // The text of the rejection names the field.
-        _ => bad(rejection.body_text()),
-    })?;
-    Ok(body)
-}
-
 async fn start(State(state): State<Arc<AppState>>, request: HttpRequest) -> Result<impl IntoResponse, ErrorResponse> {
-    let body = body(request, BODY_TIMEOUT).await?;
+    let body: SessionBody = body(request, BODY_TIMEOUT).await?;
     let id = state.recorder.start(body.request()?).await?;
     Ok((StatusCode::CREATED, Json(StartedSession { id })))
 }
@@ -278,6 +239,8 @@ pub fn metrics(view: &RecorderView, to: &mut Page) {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Duration;
+
     use super::*;
 
     fn check(body: &str, expect: &str) {
@@ -296,7 +259,10 @@ mod tests {
             let request = HttpRequest::builder().header(header::CONTENT_TYPE, "application/json").body(content).unwrap();
             let layer = axum::extract::DefaultBodyLimit::max(MAX_BODY_BYTES);
             // The limit as the router has it.
-            let handler = async |request: HttpRequest| body(request, LIMIT).await.map(|body| body.duration_seconds.to_string());
+            let handler = async |request: HttpRequest| {
+                let body: Result<SessionBody, ErrorResponse> = body(request, LIMIT).await;
+                body.map(|body| body.duration_seconds.to_string())
+            };
             let response = handler.layer(layer).call(request, ()).await;
             let status = response.status().as_u16();
             (status, String::from_utf8(axum::body::to_bytes(response.into_body(), 1 << 20).await.unwrap().into()).unwrap())

@@ -16,6 +16,7 @@ use crate::config::Config;
 use crate::health::Health;
 use crate::inbox::CoreSender;
 use crate::labels::{LabelService, LabelView};
+use crate::observe::gpu::ReleaseSender;
 use crate::observe::pressure::PressureView;
 use crate::session::Recorder;
 
@@ -30,6 +31,7 @@ pub struct AppState {
     pub page_sizes: ArcSwap<PageSizes>,
     pub core: CoreSender,
     pub recorder: Recorder,
+    pub gpus: ReleaseSender,
     /// When the agent started: its own counts were 0.
     pub started: WallTime,
     /// Host name of the machine.

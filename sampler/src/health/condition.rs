@@ -52,6 +52,9 @@ pub enum Condition {
     /// The GPU in this slot is lost, fails, or a call does not return.
     #[strum(to_string = "gpu-{slot}")]
     Gpu { slot: usize },
+    /// The GPU in this slot is released on request.
+    #[strum(to_string = "gpu-{slot}-released")]
+    GpuReleased { slot: usize },
     /// Reading the GPU in this slot within its budget covers only some samples.
     #[strum(to_string = "gpu-{slot}-budget")]
     GpuBudget { slot: usize },
@@ -88,6 +91,7 @@ impl Condition {
             Condition::XidEvents => (Reduced, "the driver call has returned"),
             Condition::GpuUnopened { .. } => (Missing, "the GPU can be opened, or was removed"),
             Condition::Gpu { .. } => (Missing, "the GPU can be read again"),
+            Condition::GpuReleased { .. } => (Missing, "the release of the GPU is over"),
             Condition::GpuBudget { .. } => (Reduced, "the process of every sample is queried again"),
         }
     }
@@ -125,7 +129,8 @@ mod tests {
         ];
         for n in [0, 1, 10, 11] {
             let slot = n as usize;
-            all.extend([Condition::GpuUnopened { index: n }, Condition::Gpu { slot }, Condition::GpuBudget { slot }]);
+            all.extend([Condition::GpuUnopened { index: n }, Condition::Gpu { slot }]);
+            all.extend([Condition::GpuReleased { slot }, Condition::GpuBudget { slot }]);
         }
         all
     }
@@ -159,6 +164,7 @@ mod tests {
         check(Condition::XidEvents, "gpu-events");
         check(Condition::GpuUnopened { index: 3 }, "gpu-index-3");
         check(Condition::Gpu { slot: 0 }, "gpu-0");
+        check(Condition::GpuReleased { slot: 1 }, "gpu-1-released");
         check(Condition::GpuBudget { slot: 12 }, "gpu-12-budget");
     }
 }

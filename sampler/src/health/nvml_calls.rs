@@ -20,7 +20,6 @@ pub enum Call {
     GetCount,
     GetHandleByIndex,
     #[strum(serialize = "GetHandleByUUID")]
-    GetHandleByUuid,
     #[strum(serialize = "GetUUID")]
     GetUuid,
     #[strum(serialize = "GetName")]

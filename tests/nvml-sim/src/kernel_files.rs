@@ -4,7 +4,7 @@
 
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
-use std::io;
+use std::io::{self, Write as _};
 use std::path::{Path, PathBuf};
 
 use anyhow::Context as _;
@@ -17,6 +17,8 @@ const OPERATING_SYSTEM: u32 = 17;
 const LIB_RM_VERSION_MISMATCH: u32 = 18;
 const UNKNOWN: u32 = 999;
 
+/// A file for each GPU, with a byte for each handle that was requested by any process.
+pub const OPENS: &str = "opens";
 const CONTROL: &str = "nvidiactl";
 
 fn driver_folder(dir: &Path) -> PathBuf {
@@ -40,7 +42,10 @@ pub fn create(world: &World, dir: &Path) -> anyhow::Result<()> {
     }
     let version = &world.driver_version;
     write(folder.join("version"), format!("NVRM version: NVIDIA UNIX x86_64 Kernel Module  {version}  Sun May 12\n"))?;
+    let opens = dir.join(OPENS);
+    fs::create_dir_all(&opens).with_context(|| opens.display().to_string())?;
     for (index, gpu) in world.gpus.iter().enumerate() {
+        write(opens.join(node_name(world, index)), String::new())?;
         let one = folder.join("gpus").join(gpu.pci_bus_id.to_ascii_lowercase().strip_prefix("0000").unwrap_or(&gpu.pci_bus_id));
         fs::create_dir_all(&one).with_context(|| one.display().to_string())?;
         let minor = gpu.minor.unwrap_or(index as u32);
@@ -77,11 +82,13 @@ impl OpenNodes {
         if version.contains(&world.driver_version) { Ok(()) } else { Err(LIB_RM_VERSION_MISMATCH) }
     }
 
-    /// Opens the node of a GPU, as the first handle does.
+    /// Opens the node of a GPU, as the first handle does, and counts the handle.
     pub fn gpu(&mut self, world: &World, dir: &Path, gpu: usize) -> Result<(), u32> {
         if !world.kernel_files {
             return Ok(());
         }
+        let count = OpenOptions::new().append(true).open(dir.join(OPENS).join(node_name(world, gpu)));
+        count.and_then(|mut count| count.write_all(b".")).map_err(|_| UNKNOWN)?;
         self.open(dir, &node_name(world, gpu)).map_err(|_| UNKNOWN)
     }
 }

@@ -35,6 +35,8 @@ type AttributedFacts = Vec<(BootNs, GpuFact)>;
 pub struct DeviceAttribution {
     info: Arc<GpuInfo>,
     gone: bool,
+    /// Not read until it is found again, on request.
+    released: bool,
     clock: GpuClock,
     grid: Grid,
     timeline: Timeline,
@@ -75,6 +77,9 @@ impl DeviceAttribution {
         if std::mem::take(&mut self.gone) {
             self.timeline.resume(at);
         }
+        if std::mem::take(&mut self.released) && self.info.is_leaf() {
+            self.unobserved_until(at, UnobservedReason::Released, facts);
+        }
         facts.push((at, GpuFact::Opened(Arc::clone(&info))));
         self.info = info;
         (self.first_read, self.dry) = (true, false);
@@ -94,10 +99,23 @@ impl DeviceAttribution {
 
     pub fn gone(&mut self, at: BootNs, facts: &mut AttributedFacts) {
         self.gone = true;
-        self.unobserved_until(at, UnobservedReason::NoAnswer, facts);
+        let why = if std::mem::take(&mut self.released) { UnobservedReason::Released } else { UnobservedReason::NoAnswer };
+        self.unobserved_until(at, why, facts);
         self.restart();
         self.attribution.forget_lists();
         facts.push((at, GpuFact::Gone));
+    }
+
+    /// Ends observation until the device is found again. Samples that wait for their process samples are dropped: the calls that would
+    /// return those are not made.
+    pub fn release(&mut self, at: BootNs, facts: &mut AttributedFacts) {
+        if self.gone || std::mem::replace(&mut self.released, true) {
+            return;
+        }
+        self.restart();
+        self.attribution.forget_lists();
+        facts.push((at, GpuFact::Readings(DeviceReadings::default())));
+        facts.push((at, GpuFact::Held(None)));
     }
 
     fn unobserved_until(&mut self, at: BootNs, why: UnobservedReason, facts: &mut AttributedFacts) {
@@ -115,8 +133,8 @@ impl DeviceAttribution {
     }
 
     pub fn apply(&mut self, batch: &GpuBatch, identity: &Identity, facts: &mut AttributedFacts) {
-        // A driver call was in progress when the device disappeared.
-        if self.gone {
+        // A driver call was in progress when the device disappeared or was released.
+        if self.gone || self.released {
             return;
         }
         self.silent = false;
@@ -354,6 +372,12 @@ impl DeviceAttribution {
     /// Advances time, also where the driver does not respond.
     pub fn advance(&mut self, now: BootNs, facts: &mut AttributedFacts) {
         if self.gone {
+            return;
+        }
+        if self.released {
+            if self.info.is_leaf() {
+                self.unobserved_until(now, UnobservedReason::Released, facts);
+            }
             return;
         }
         if now.saturating_since(self.last_batch) > RING_NS && !std::mem::replace(&mut self.silent, true) {

@@ -86,6 +86,7 @@ impl Identity {
             Observation::PidSpace(space) => self.driver_pids = space,
             Observation::GpuFound { .. }
             | Observation::GpuGone { .. }
+            | Observation::GpuReleased { .. }
             | Observation::Xid { .. }
             | Observation::Gpu(_)
             | Observation::Pressure(_)

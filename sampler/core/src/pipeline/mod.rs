@@ -103,6 +103,12 @@ impl Core {
                 }
                 self.push_facts(gpu, facts);
             }
+            Observation::GpuReleased { gpu, at } => {
+                if let Some(Some(device)) = self.devices.get_mut(gpu) {
+                    device.release(at, &mut facts);
+                }
+                self.push_facts(gpu, facts);
+            }
             Observation::Gpu(batch) => {
                 self.take_changes();
                 if let Some(Some(device)) = self.devices.get_mut(batch.gpu) {

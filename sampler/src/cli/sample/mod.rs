@@ -148,6 +148,7 @@ fn unobserved(reason: UnobservedReason) -> &'static str {
         UnobservedReason::NoSamples => "no user: the driver had no samples, and did not report that the device was idle",
         UnobservedReason::NoAnswer => "no user: the driver did not respond for longer than its sample buffer holds",
         UnobservedReason::Unread => "no user: the file is damaged at this time",
+        UnobservedReason::Released => "no user: the agent had released the device on request",
         UnobservedReason::Start => "no user: the agent had just started, or the device was opened again",
     }
 }

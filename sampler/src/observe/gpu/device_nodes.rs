@@ -110,7 +110,7 @@ fn is_node_name(name: &[u8]) -> bool {
 }
 
 /// Checks the last component of a link: the target may be in another mount namespace, and " (deleted)" may follow.
-fn names_node(link: &OsStr) -> bool {
+pub fn names_node(link: &OsStr) -> bool {
     let link = link.as_bytes();
     let link = link.strip_suffix(b" (deleted)").unwrap_or(link);
     link.rsplit(|byte| *byte == b'/').next().is_some_and(is_node_name)

@@ -17,8 +17,8 @@ use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
 use crate::observe::clock::boot_now;
 
-/// Maximum duration of one wait: new devices are registered after it.
-const WAIT: Duration = Duration::from_secs(1);
+/// Maximum duration of one wait: new devices are registered after it, and the library is closed within a second of a release.
+const WAIT: Duration = Duration::from_millis(250);
 /// Errors within this time are reported together.
 const TOGETHER: Duration = Duration::from_millis(100);
 /// Maximum number of errors read in that time; more stay in the driver, so that many errors cost little.

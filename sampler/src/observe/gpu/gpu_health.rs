@@ -65,15 +65,10 @@ impl GpuHealth {
 
     pub fn lost(&self) {
         self.degraded(&format!(
-            "{} is lost, its samples are missing until it is back; check dmesg for Xid lines, then reset it (nvidia-smi --gpu-reset) or \
-             restart the machine",
+            "{} is lost, its samples are missing until it is back; the agent closes its handles; check dmesg for Xid lines, then reset it \
+             (nvidia-smi --gpu-reset) or restart the machine",
             self.uuid
         ));
-    }
-
-    pub fn back(&mut self) {
-        self.failures = 0;
-        self.recovered(&format!("{} is back", self.uuid));
     }
 
     pub fn gone(&self) {

@@ -116,8 +116,8 @@ impl Handle {
         Ok(Self::new(generation, &generation.nvml().device_by_index(index)?))
     }
 
-    pub fn by_uuid(generation: &Arc<Generation>, uuid: &str) -> Result<Self, NvmlError> {
-        Ok(Self::new(generation, &generation.nvml().device_by_uuid(uuid)?))
+    pub fn by_pci(generation: &Arc<Generation>, bus_id: &str) -> Result<Self, NvmlError> {
+        Ok(Self::new(generation, &generation.nvml().device_by_pci_bus_id(bus_id)?))
     }
 
     /// The MIG device at this index; NOT_FOUND if there is none.

@@ -93,12 +93,6 @@ impl NvmlCaller {
     pub fn take_spent(&mut self) -> Cost {
         std::mem::take(&mut self.spent)
     }
-
-    /// Discards what was learned about the device, after it was opened again.
-    pub fn reset(&mut self) {
-        self.unsupported_since = [None; Call::COUNT];
-        self.fault = None;
-    }
 }
 
 #[cfg(test)]
@@ -107,7 +101,7 @@ mod tests {
     use crate::health::condition::Condition;
 
     #[test]
-    fn an_unsupported_call_is_made_once_and_again_after_a_reset() {
+    fn an_unsupported_call_is_made_once_and_again_by_the_next_thread() {
         let health = Health::default();
         let caller = Arc::new(health.driver.caller(Condition::Gpu { slot: 0 }, Some("GPU-0")));
         let mut driver = NvmlCaller::new("GPU-0", &caller, &health);
@@ -126,7 +120,7 @@ mod tests {
         assert_eq!(view.supported, [("GetPowerUsage", false)]);
         // An unsupported call is not a failure.
         assert!(view.errors.is_empty());
-        driver.reset();
+        driver = NvmlCaller::new("GPU-0", &caller, &health);
         assert_eq!(call(&mut driver, Ok(1)), (Some(1), 3));
         assert_eq!(health.driver.view()[0].supported, [("GetPowerUsage", true)]);
         assert_eq!(call(&mut driver, Err(NvmlError::Unknown)), (None, 4));

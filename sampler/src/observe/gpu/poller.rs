@@ -1,7 +1,7 @@
-//! The thread of one GPU: opens it, polls it, and reopens it after it was lost.
+//! The thread of one GPU: opens it and polls it.
 //!
 //! ```text
-//!  open --> polling --GPU_IS_LOST, RESET_REQUIRED--> lost --calls succeed again--> open
+//!  open --> polling --GPU_IS_LOST, RESET_REQUIRED--> ends; gpu-watch closes its handles, and opens it again later
 //!              \--the driver was unloaded or replaced--> ends; gpu-watch reopens the library
 //! ```
 
@@ -49,6 +49,8 @@ pub struct Start {
     pub slot: usize,
     /// Set when the GPU was removed.
     pub end: Arc<AtomicBool>,
+    /// Set by the thread if the GPU is lost.
+    pub lost: Arc<AtomicBool>,
 }
 
 /// When each kind of additional work was last done.
@@ -137,7 +139,11 @@ impl Poller {
                     self.handle.generation.kill();
                     break;
                 }
-                Some(DeviceFault::Lost) => self.reopen()?,
+                Some(DeviceFault::Lost) => {
+                    self.report_lost()?;
+                    self.start.lost.store(true, Ordering::Relaxed);
+                    break;
+                }
                 None => self.poll(cpu)?,
             };
             let until = self.pace.next(interval);
@@ -350,33 +356,13 @@ impl Poller {
         Ok(())
     }
 
-    /// Tries to use a lost GPU through a new handle.
-    fn reopen(&mut self) -> Result<Duration, Closed> {
-        let uuid = Arc::clone(&self.start.uuid);
+    /// The thread ends, so that the handles of the lost GPU are closed; gpu-watch opens it again when it is back.
+    fn report_lost(&mut self) -> Result<(), Closed> {
         self.health.lost();
         let (ended, wall) = (boot_now(), wall_now());
         // The readings from before the loss are outdated.
         let readings = Some(DeviceReadings::default());
         let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
-        self.context.to.observe(Observation::from(lost))?;
-        self.driver.reset();
-        let generation = Arc::clone(&self.handle.generation);
-        match self.driver.call(Call::GetHandleByUuid, || Handle::by_uuid(&generation, &uuid)) {
-            Ok(handle) => {
-                self.handle = handle;
-                // The driver returns a handle even for a device that is not usable, so a call is made.
-                let _memory = readings::memory(&self.handle, &mut self.driver);
-            }
-            Err(_) => self.driver.fault = self.driver.fault.or(Some(DeviceFault::Lost)),
-        }
-        if self.driver.fault.is_none() {
-            self.health.back();
-            self.open()?;
-        }
-        let spent = self.driver.take_spent();
-        self.budget.spend(Part::Readings, boot_now().0, spent);
-        let ratios = self.budget.recent_ratios(boot_now().0);
-        self.driver.calls.set_pace(SLOW, ratios);
-        Ok(SLOW)
+        self.context.to.observe(Observation::from(lost))
     }
 }

@@ -1,36 +1,42 @@
-//! `gpu-watch`: opens the library, tracks the list of GPUs, and reopens the library after the driver was replaced.
+//! `gpu-watch`: opens the library, tracks the list of GPUs, and reopens the library after the driver was replaced, after a GPU was lost,
+//! and after a release.
 //!
 //! ```text
-//!  closed --opened--> listing every 5 s --driver unloaded--> its threads end, or are abandoned after 3 s --> closed
+//!  closed --opened--> listing every 5 s --driver unloaded, GPU lost, release--> threads end, or are abandoned after 3 s --> closed
 //!     \--cannot be opened: retried after 1 s, 2 s .. 10 s--/
 //! ```
+//! GPUs that cannot be opened, and lost ones, are tried ever more rarely, and hold up no other GPU.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
-use std::sync::mpsc::{Receiver, RecvTimeoutError, SyncSender, TryRecvError, sync_channel};
+use std::sync::mpsc::{Receiver, SyncSender, sync_channel};
 use std::sync::{Arc, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
+use sampler_core::units::{WallTime, rfc3339};
 
 use super::context::Context;
 use super::error::{GpuError, spawn};
 use super::events::Events;
-use super::library::{Generation, Handle};
+use super::library::Generation;
 use super::library_search::{LibrarySearch, OpenedLibrary};
 use super::mig;
 use super::nvml_caller::{DeviceFault, fault};
+use super::opener::{self, OpenTarget, OpenedGpu, Opener};
 use super::poller::{Poller, Start};
+use super::release::{self, ReleaseError, ReleaseRequest, ReleaseSender, Released, ReleasedGpu, open_nodes};
+use super::retry::{Backoff, RARELY, Unseen};
 use crate::config::Config;
 use crate::error::display_chain;
 use crate::health::call_watchdog::{CallSlot, Caller};
 use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
-use crate::observe::clock::boot_now;
+use crate::observe::clock::{boot_now, wall_now};
 
 /// Back-off for opening a missing driver library; short at first, for a driver that is being replaced.
 const RETRY_AT_FIRST: Duration = Duration::from_secs(1);
@@ -38,24 +44,52 @@ const RETRY: Duration = Duration::from_secs(10);
 /// How often GPUs are listed; rarer if a list takes long.
 const LIST_EVERY: Duration = Duration::from_secs(5);
 const LIST_AT_LEAST_EVERY: Duration = Duration::from_secs(60);
+/// Until the second try to open a lost GPU. A GPU that is being reset is back within seconds.
+const LOST_AT_FIRST: Duration = Duration::from_secs(1);
 /// Initialization may hang in the driver; the agent starts without it.
 const START_PATIENCE: Duration = Duration::from_secs(5);
-/// Time limit for opening one GPU, so that the other GPUs do not wait longer.
-const OPEN_PATIENCE: Duration = Duration::from_secs(2);
 /// Threads that hang in an old library are abandoned after this time.
 const GIVE_UP_AFTER: Duration = Duration::from_secs(3);
 /// Interval of the checks during a sleep.
 const NAP: Duration = Duration::from_millis(100);
 
-type Opened = Result<(Handle, String), NvmlError>;
-
 /// The thread of a GPU.
 struct GpuWorker {
-    slot: usize,
-    index: Arc<AtomicU32>,
     end: Arc<AtomicBool>,
+    /// Set by the thread, which ends then.
+    lost: Arc<AtomicBool>,
     thread: JoinHandle<()>,
     calls: Arc<CallSlot>,
+}
+
+/// A GPU that was opened, also while it has no thread.
+struct KnownGpu {
+    slot: usize,
+    index: Arc<AtomicU32>,
+    pci_bus_id: Option<String>,
+    /// Number of its device node.
+    minor: Option<u32>,
+}
+
+impl KnownGpu {
+    fn index(&self) -> u32 {
+        self.index.load(Ordering::Relaxed)
+    }
+}
+
+/// Why a known GPU is not opened.
+enum Withheld {
+    /// On request.
+    Released {
+        until: Instant,
+    },
+    Lost(Backoff),
+}
+
+/// A GPU that cannot be opened.
+struct Unopened {
+    reason: String,
+    backoff: Backoff,
 }
 
 struct Watch {
@@ -64,50 +98,67 @@ struct Watch {
     library: PathBuf,
     context: Arc<Context>,
     caller: Caller,
+    requests: Receiver<ReleaseRequest>,
+    /// Received during a sleep, which ended then.
+    pending: Option<ReleaseRequest>,
+    known: HashMap<Arc<str>, KnownGpu>,
     workers: HashMap<Arc<str>, GpuWorker>,
-    /// Slots of GPUs that were read through the previous library.
-    before: HashMap<Arc<str>, usize>,
-    /// Indices that could not be opened and are reported.
-    unopened: Vec<u32>,
-    /// Indices of GPUs for which the opening thread hangs.
-    hanging: HashMap<u32, Receiver<(u32, Opened)>>,
+    withheld: HashMap<Arc<str>, Withheld>,
+    /// GPUs that were lost and have returned at this time, with the back-off that continues if they are lost again soon.
+    returned: HashMap<Arc<str>, (Backoff, Instant)>,
+    /// Indices that cannot be opened and are reported.
+    unopened: HashMap<u32, Unopened>,
+    unseen: Unseen,
+    opener: Opener,
+    /// The number of GPUs in the last list: indices stand for the same GPUs while it is unchanged.
+    counted: u32,
+    /// All GPUs are released until then: the library is not opened.
+    closed_until: Option<Instant>,
+}
+
+/// Why the library is closed while it could be used.
+enum Close {
+    /// The driver was unloaded or replaced.
+    Replaced,
+    /// A GPU is lost: with its handles open it could not be reset.
+    Lost,
+    Release,
 }
 
 /// Starts GPU sampling. An unusable library is an error if it is configured by name; otherwise, and if it hangs, opening is retried.
-pub fn start(config: &Config, context: Arc<Context>) -> Result<(), GpuError> {
+pub fn start(config: &Config, context: Arc<Context>) -> Result<ReleaseSender, GpuError> {
     let (opened, first) = sync_channel(1);
+    let (sender, requests) = release::channel();
     let search = LibrarySearch::new(config);
     let named = search.is_configured();
-    let caller = context.health.driver.caller(Condition::GpuList, None);
-    let (workers, before, unopened, hanging) = (HashMap::new(), HashMap::new(), Vec::new(), HashMap::new());
-    let library = PathBuf::new();
-    let watch = Watch { search, library, context: Arc::clone(&context), caller, workers, before, unopened, hanging };
+    let watch = Watch {
+        search,
+        library: PathBuf::new(),
+        caller: context.health.driver.caller(Condition::GpuList, None),
+        context: Arc::clone(&context),
+        requests,
+        pending: None,
+        known: HashMap::new(),
+        workers: HashMap::new(),
+        withheld: HashMap::new(),
+        returned: HashMap::new(),
+        unopened: HashMap::new(),
+        unseen: Unseen::default(),
+        opener: Opener::default(),
+        counted: 0,
+        closed_until: None,
+    };
     spawn("gpu-watch", move || watch.run(&opened))?;
     match first.recv_timeout(START_PATIENCE) {
         Ok(Err(error)) if named => Err(error),
-        Ok(Ok(()) | Err(_)) => Ok(()),
+        Ok(Ok(()) | Err(_)) => Ok(sender),
         Err(_) => {
             let message =
                 "the initialization of the NVIDIA driver has not returned for 5 s; no GPU is sampled until it does; check dmesg";
             context.health.degraded(Condition::Nvml, message);
-            Ok(())
+            Ok(sender)
         }
     }
-}
-
-/// Starts a thread that opens these GPUs. Its channel has no capacity, so that it stops once the receiver is dropped.
-fn opener(generation: &Arc<Generation>, indices: Vec<u32>) -> Result<Receiver<(u32, Opened)>, GpuError> {
-    let (to, opened) = sync_channel(0);
-    let generation = Arc::clone(generation);
-    spawn("gpu-open", move || {
-        let open = |index| {
-            let handle = Handle::by_index(&generation, index)?;
-            let uuid = handle.device().uuid()?;
-            Ok((handle, uuid))
-        };
-        let _given_up = indices.into_iter().try_for_each(|index| to.send((index, open(index))));
-    })?;
-    Ok(opened)
 }
 
 impl Watch {
@@ -115,14 +166,28 @@ impl Watch {
     fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
         let mut retry = RETRY_AT_FIRST;
         while !self.context.stopping() {
+            if let Some(request) = self.pending.take() {
+                self.release_while_closed(request);
+            }
+            if let Some(until) = self.closed_until {
+                let left = until.saturating_duration_since(Instant::now());
+                if !left.is_zero() {
+                    self.sleep(left, |_| false);
+                    continue;
+                }
+                self.closed_until = None;
+                self.end_releases(Instant::now());
+            }
             match self.caller.during(Call::Init, boot_now(), || self.search.open()) {
                 Ok(OpenedLibrary { nvml, path }) => {
                     self.library = path;
                     let was = Instant::now();
                     self.context.pids.opened();
-                    // Closed: the core has ended, and with it the agent.
-                    if self.serve(Arc::new(Generation::new(nvml)), opened).is_err() {
-                        return;
+                    match self.serve(Arc::new(Generation::new(nvml)), opened) {
+                        // The core has ended, and with it the agent.
+                        Err(Closed) => return,
+                        Ok(Close::Lost | Close::Release) => continue,
+                        Ok(Close::Replaced) => {}
                     }
                     // A library that becomes unusable at once is not reopened in a loop.
                     retry = if was.elapsed() > RETRY { RETRY_AT_FIRST } else { retry };
@@ -134,23 +199,33 @@ impl Watch {
                     let _waited_for = opened.try_send(Err(error));
                 }
             }
-            self.sleep(retry, || false);
+            self.sleep(retry, |_| false);
             retry = (retry * 2).min(RETRY);
         }
     }
 
-    fn sleep(&self, at_most: Duration, enough: impl Fn() -> bool) {
+    fn nap(&self, at_most: Duration, enough: impl Fn(&Self) -> bool) {
         let until = Instant::now() + at_most;
-        while Instant::now() < until && !self.context.stopping() && !enough() {
+        while Instant::now() < until && !self.context.stopping() && !enough(self) {
             std::thread::sleep(NAP);
         }
     }
 
-    /// Lists GPUs until the library can no longer be used.
-    fn serve(&mut self, generation: Arc<Generation>, opened: &SyncSender<Result<(), GpuError>>) -> Result<(), Closed> {
+    /// Ends early if a release is requested.
+    fn sleep(&mut self, at_most: Duration, enough: impl Fn(&Self) -> bool) {
+        let until = Instant::now() + at_most;
+        while Instant::now() < until && !self.context.stopping() && !enough(self) && self.pending.is_none() {
+            std::thread::sleep(NAP);
+            self.pending = self.requests.try_recv().ok();
+        }
+    }
+
+    /// Lists GPUs until the library has to be closed, and closes it.
+    fn serve(&mut self, generation: Arc<Generation>, opened: &SyncSender<Result<(), GpuError>>) -> Result<Close, Closed> {
         let mut events = None;
         while !self.context.stopping() && !generation.is_dead() {
             let begun = Instant::now();
+            self.end_releases(begun);
             match self.list(&generation) {
                 Ok(gpus) => {
                     self.context.health.update(|view| view.nvml_up = Some(true));
@@ -171,61 +246,158 @@ impl Watch {
                     let _waited_for = opened.try_send(Err(error));
                 }
             }
-            // Listing may wait in the driver and delay other users, so its share of time is limited. Time in hanging calls does not count.
-            let share = self.context.limits.wait_percent / 100.0;
-            let hung = OPEN_PATIENCE.saturating_mul(u32::try_from(self.hanging.len()).unwrap_or(u32::MAX));
-            let every = begun.elapsed().saturating_sub(hung).div_f64(share).clamp(LIST_EVERY, LIST_AT_LEAST_EVERY);
-            self.sleep(every, || generation.is_dead() || self.workers.values().any(|w| w.thread.is_finished()));
+            let pause = self.pause(begun);
+            self.sleep(pause, |watch| generation.is_dead() || watch.workers.values().any(|w| w.thread.is_finished()));
+            if let Some(request) = self.pending.take() {
+                match self.selected(&request) {
+                    Ok(selected) => {
+                        let before = open_nodes();
+                        self.close(generation, events, &Close::Release);
+                        self.release(request, selected, &before);
+                        return Ok(Close::Release);
+                    }
+                    Err(error) => request.reply(Err(error)),
+                }
+            }
+            if !generation.is_dead() && (self.withhold_lost() || self.holds_lost()) {
+                self.close(generation, events, &Close::Lost);
+                return Ok(Close::Lost);
+            }
         }
-        self.release(generation, events);
-        Ok(())
+        self.close(generation, events, &Close::Replaced);
+        Ok(Close::Replaced)
+    }
+
+    /// Until the next list. Listing may wait in the driver and delay other users, so its share of time is limited. Time in hanging calls
+    /// does not count.
+    fn pause(&self, begun: Instant) -> Duration {
+        let share = self.context.limits.wait_percent / 100.0;
+        let hung = opener::PATIENCE.saturating_mul(u32::try_from(self.opener.hanging()).unwrap_or(u32::MAX));
+        let least = begun.elapsed().saturating_sub(hung).div_f64(share).min(LIST_AT_LEAST_EVERY);
+        let now = Instant::now();
+        let due = self.withheld.values().map(|withheld| match withheld {
+            Withheld::Released { until } => until.saturating_duration_since(now),
+            Withheld::Lost(backoff) => backoff.left(now),
+        });
+        due.min().unwrap_or(LIST_EVERY).min(LIST_EVERY).max(least)
+    }
+
+    fn is_releasing(&self) -> bool {
+        self.withheld.values().any(|withheld| matches!(withheld, Withheld::Released { .. }))
+    }
+
+    /// The GPUs to open now. While a GPU is released, the others are opened by their PCI addresses: NVML may touch every GPU when it looks
+    /// for one by its index or UUID.
+    fn targets(&self, count: u32, now: Instant) -> Vec<OpenTarget> {
+        let is_due = |uuid: &Arc<str>| match self.withheld.get(uuid) {
+            None => true,
+            Some(Withheld::Released { .. }) => false,
+            Some(Withheld::Lost(backoff)) => backoff.is_due(now),
+        };
+        if self.is_releasing() {
+            let others = self.known.iter().filter(|(uuid, _)| is_due(uuid));
+            return others.filter_map(|(_, gpu)| Some(OpenTarget::Pci(gpu.index(), gpu.pci_bus_id.clone()?))).collect();
+        }
+        let waiting: Vec<u32> = self.known.iter().filter(|(uuid, _)| !is_due(uuid)).map(|(_, gpu)| gpu.index()).collect();
+        let is_waiting = |index: &u32| {
+            // With another count an index may be that of another GPU.
+            count == self.counted && (waiting.contains(index) || self.unopened.get(index).is_some_and(|u| !u.backoff.is_due(now)))
+        };
+        (0..count).filter(|index| !is_waiting(index)).map(OpenTarget::Index).collect()
     }
 
     /// Starts a thread for every new GPU and ends the threads of removed GPUs.
     fn list(&mut self, generation: &Arc<Generation>) -> Result<u32, NvmlError> {
-        self.caller.during(Call::Init, boot_now(), || generation.refresh())?;
+        let is_releasing = self.is_releasing();
+        if !is_releasing {
+            self.caller.during(Call::Init, boot_now(), || generation.refresh())?;
+        }
         let count = self.caller.during(Call::GetCount, boot_now(), || generation.nvml().device_count())?;
-        self.report_unlisted(count);
+        if !is_releasing {
+            self.report_unlisted(count);
+        }
+        let now = Instant::now();
+        let targets = self.targets(count, now);
+        let tried: Vec<u32> = targets.iter().map(OpenTarget::index).collect();
         let mut seen: Vec<Arc<str>> = Vec::new();
         let mut found = Vec::new();
-        let mut unopened = Vec::new();
-        for (index, opened) in self.open_all(generation, count) {
+        let mut failed = Vec::new();
+        for (index, opened) in self.opener.open_all(generation, targets) {
             match opened {
-                Some(Ok((_, uuid))) if seen.iter().any(|known| **known == *uuid) => {
-                    unopened
+                Some(Ok(gpu)) if seen.iter().any(|known| **known == *gpu.uuid) => {
+                    let uuid = gpu.uuid;
+                    failed
                         .push((index, format!("its UUID {uuid} is also that of another GPU; the driver or the board is broken")));
                 }
-                Some(Ok((handle, uuid))) => {
-                    let uuid: Arc<str> = uuid.into();
+                Some(Ok(gpu)) => {
+                    let uuid: Arc<str> = gpu.uuid.as_str().into();
                     seen.push(Arc::clone(&uuid));
                     // Slots are taken before threads start, so that MIG devices, which the threads find, come after the GPUs.
                     let slot = self.context.slots.take(&uuid);
-                    found.push((handle, uuid, index, slot));
+                    found.push((gpu, uuid, index, slot));
                 }
                 Some(Err(error)) if fault(&error) == Some(DeviceFault::Dead) => return Err(error),
-                Some(Err(error)) => unopened.push((index, error.to_string())),
-                None => unopened.push((index, "the driver call does not return; check dmesg for Xid lines".into())),
+                Some(Err(error)) => failed.push((index, error.to_string())),
+                None => failed.push((index, "the driver call does not return; check dmesg for Xid lines".into())),
             }
         }
-        for (handle, uuid, index, slot) in found {
-            self.start_poller(handle, uuid, index, slot);
+        for (gpu, uuid, index, slot) in found {
+            self.returned(&uuid, slot, now);
+            self.start_poller(gpu, uuid, index, slot);
         }
+        let waiting = self.waiting_lost(count, &tried);
+        let before = failed.len();
+        failed.retain(|(index, _)| !self.is_still_lost(*index, now));
+        let lost = waiting + before - failed.len();
+        if !is_releasing {
+            self.update_unopened(count, &tried, failed, now);
+            self.end_removed(&seen, lost);
+            self.counted = count;
+        }
+        Ok(count)
+    }
+
+    /// The number of lost GPUs that exist and were not tried.
+    fn waiting_lost(&self, count: u32, tried: &[u32]) -> usize {
+        let is_waiting = |uuid: &Arc<str>| self.known.get(uuid).is_some_and(|gpu| !tried.contains(&gpu.index()));
+        let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
+        if count == self.counted { lost.filter(|(uuid, _)| is_waiting(uuid)).count() } else { 0 }
+    }
+
+    /// A try to open a lost GPU failed.
+    fn is_still_lost(&mut self, index: u32, now: Instant) -> bool {
+        let lost = self.withheld.iter_mut().find_map(|(uuid, withheld)| match withheld {
+            Withheld::Lost(backoff) if self.known.get(uuid).is_some_and(|gpu| gpu.index() == index) => Some(backoff),
+            _ => None,
+        });
+        if let Some(backoff) = lost {
+            backoff.failed(now);
+            return true;
+        }
+        false
+    }
+
+    /// Updates the back-off and the condition of each index that cannot be opened.
+    fn update_unopened(&mut self, count: u32, tried: &[u32], failed: Vec<(u32, String)>, now: Instant) {
+        let is_failed = |index: &u32| failed.iter().any(|(failed, _)| failed == index);
+        for (index, _) in self.unopened.extract_if(|index, _| *index >= count || tried.contains(index) && !is_failed(index)) {
+            self.context.health.recovered(Condition::GpuUnopened { index });
+        }
+        for (index, reason) in failed {
+            let first = || Unopened { reason: String::new(), backoff: Backoff::new(LIST_EVERY, now) };
+            let unopened = self.unopened.entry(index).and_modify(|unopened| unopened.backoff.failed(now)).or_insert_with(first);
+            unopened.reason = reason;
+        }
+    }
+
+    fn report_unopened(&self, missing: usize) {
         // GPUs with a thread are reported by that thread.
-        let unseen = self.workers.keys().filter(|uuid| !seen.contains(uuid)).count();
-        for (index, error) in unopened.iter().filter(|_| unopened.len() > unseen) {
-            let message = format!("GPU {index} cannot be opened, retrying: {error}");
+        for (index, Unopened { reason, .. }) in self.unopened.iter().filter(|_| self.unopened.len() > missing) {
+            let rarely = RARELY.as_secs() / 60;
+            let message =
+                format!("GPU {index} cannot be opened, retrying ever more rarely, every {rarely} min at most: {reason}");
             self.context.health.degraded(Condition::GpuUnopened { index: *index }, &message);
         }
-        let unopened: Vec<u32> = unopened.into_iter().map(|(index, _)| index).collect();
-        for index in self.unopened.iter().filter(|index| !unopened.contains(index)) {
-            self.context.health.recovered(Condition::GpuUnopened { index: *index });
-        }
-        // A GPU that cannot be opened may be any of those that were not seen.
-        if unopened.is_empty() {
-            self.end_gone(&seen);
-        }
-        self.unopened = unopened;
-        Ok(count)
     }
 
     /// GPUs of which the driver library cannot open the nodes are missing in its list, without an error.
@@ -237,55 +409,31 @@ impl Watch {
         }
     }
 
-    /// Opens all GPUs, in a thread that is abandoned if it hangs; `None` for GPUs of which the calls do not return.
-    fn open_all(&mut self, generation: &Arc<Generation>, count: u32) -> Vec<(u32, Option<Opened>)> {
-        self.hanging.retain(|_, thread| matches!(thread.try_recv(), Err(TryRecvError::Empty)));
-        let (mut all, mut left) = (Vec::new(), VecDeque::new());
-        for index in 0..count {
-            if self.hanging.contains_key(&index) {
-                all.push((index, None));
-            } else {
-                left.push_back(index);
-            }
-        }
-        while !left.is_empty() {
-            let Ok(opened) = opener(generation, left.iter().copied().collect()) else { break };
-            let hangs = loop {
-                match opened.recv_timeout(OPEN_PATIENCE) {
-                    Ok((index, result)) => {
-                        left.pop_front();
-                        all.push((index, Some(result)));
-                    }
-                    Err(RecvTimeoutError::Timeout) => break left.pop_front(),
-                    Err(RecvTimeoutError::Disconnected) => break None,
-                }
-            };
-            let Some(index) = hangs else { break };
-            all.push((index, None));
-            self.hanging.insert(index, opened);
-        }
-        // No thread could be started.
-        all.extend(left.into_iter().map(|index| (index, None)));
-        all.sort_unstable_by_key(|(index, _)| *index);
-        all
-    }
-
-    fn start_poller(&mut self, handle: Handle, uuid: Arc<str>, index: u32, slot: usize) {
-        if let Some(worker) = self.workers.get(&uuid).filter(|worker| !worker.thread.is_finished()) {
-            worker.index.store(index, Ordering::Relaxed);
+    fn start_poller(&mut self, gpu: OpenedGpu, uuid: Arc<str>, index: u32, slot: usize) {
+        let known = self.known.entry(Arc::clone(&uuid)).or_insert_with(|| KnownGpu {
+            slot,
+            index: Arc::new(AtomicU32::new(index)),
+            pci_bus_id: None,
+            minor: None,
+        });
+        known.index.store(index, Ordering::Relaxed);
+        (known.pci_bus_id, known.minor) = (gpu.pci_bus_id, gpu.minor);
+        let shared_index = Arc::clone(&known.index);
+        if self.workers.get(&uuid).is_some_and(|worker| !worker.thread.is_finished()) {
             return;
         }
         // By slot, because an index may later belong to another GPU.
         let name = format!("gpu-{slot}");
         let caller = self.context.health.driver.caller(Condition::Gpu { slot }, Some(&uuid));
-        let (end, calls) = (Arc::new(AtomicBool::new(false)), Arc::clone(&caller.slot));
-        let shared_index = Arc::new(AtomicU32::new(index));
-        let start = Start { handle, uuid: Arc::clone(&uuid), index: Arc::clone(&shared_index), slot, end: Arc::clone(&end) };
+        let (end, lost, calls) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicBool::new(false)), Arc::clone(&caller.slot));
+        let (uuid_of_thread, handle) = (Arc::clone(&uuid), gpu.handle);
+        let start =
+            Start { handle, uuid: uuid_of_thread, index: shared_index, slot, end: Arc::clone(&end), lost: Arc::clone(&lost) };
         let poller = Poller::new(&self.context, start, caller);
         match spawn(&name, move || poller.run()) {
             Ok(thread) => {
                 tracing::info!(gpu = index, uuid = &*uuid, "GPU found");
-                self.workers.insert(uuid, GpuWorker { slot, index: shared_index, end, thread, calls });
+                self.workers.insert(uuid, GpuWorker { end, lost, thread, calls });
             }
             Err(error) => {
                 let message = format!("{uuid} is not sampled, retrying: {}", display_chain(&error));
@@ -294,15 +442,21 @@ impl Watch {
         }
     }
 
-    fn end_gone(&mut self, seen: &[Arc<str>]) {
-        for (uuid, worker) in self.workers.extract_if(|uuid, _| !seen.contains(uuid)) {
-            worker.end.store(true, Ordering::Relaxed);
-            worker.calls.end();
-            self.before.insert(uuid, worker.slot);
-        }
-        for (uuid, slot) in self.before.drain().filter(|(uuid, _)| !seen.contains(uuid)) {
+    /// Ends what was kept of GPUs that no longer exist. `lost`: the number of lost ones that exist.
+    fn end_removed(&mut self, seen: &[Arc<str>], lost: usize) {
+        let missing: Vec<Arc<str>> = self.known.keys().filter(|uuid| !seen.contains(uuid)).cloned().collect();
+        self.report_unopened(missing.iter().filter(|uuid| self.workers.contains_key(*uuid)).count());
+        for uuid in self.unseen.removed(&missing, self.unopened.len() + lost) {
+            self.withheld.remove(&uuid);
+            if let Some(worker) = self.workers.remove(&uuid) {
+                worker.end.store(true, Ordering::Relaxed);
+                worker.calls.end();
+            }
+            self.returned.remove(&uuid);
+            let Some(KnownGpu { slot, .. }) = self.known.remove(&uuid) else { continue };
             self.context.slots.gone(&uuid);
             self.context.health.driver.forget(&uuid);
+            self.context.health.recovered(Condition::Gpu { slot });
             let left = self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&uuid);
             for (uuid, slot) in left.into_iter().flatten() {
                 let _sent = mig::report_gone(&self.context, &uuid, slot);
@@ -313,25 +467,133 @@ impl Watch {
         }
     }
 
-    /// The driver was unloaded or replaced. Threads that hang in it keep the old library open; opening a new one does not wait for them.
-    fn release(&mut self, generation: Arc<Generation>, events: Option<JoinHandle<()>>) {
+    /// Withholds GPUs of which the threads ended because they are lost. Returns whether there are new ones.
+    fn withhold_lost(&mut self) -> bool {
+        let now = Instant::now();
+        let lost = self.workers.extract_if(|_, worker| worker.thread.is_finished() && worker.lost.load(Ordering::Relaxed));
+        let lost: Vec<Arc<str>> = lost.map(|(uuid, _)| uuid).collect();
+        for uuid in &lost {
+            // One that is lost again and again interrupts the others ever more rarely.
+            let backoff = match self.returned.remove(uuid) {
+                Some((mut backoff, at)) if now.saturating_duration_since(at) < RARELY => {
+                    backoff.failed(now);
+                    backoff
+                }
+                _ => Backoff::new(LOST_AT_FIRST, now),
+            };
+            self.withheld.insert(Arc::clone(uuid), Withheld::Lost(backoff));
+        }
+        !lost.is_empty()
+    }
+
+    /// Whether a try to open a lost GPU left its device node open.
+    fn holds_lost(&self) -> bool {
+        let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
+        let nodes: Vec<String> = lost.filter_map(|(uuid, _)| Some(format!("nvidia{}", self.known.get(uuid)?.minor?))).collect();
+        !nodes.is_empty()
+            && open_nodes().iter().filter_map(|node| node.file_name()).any(|open| nodes.iter().any(|node| open == &**node))
+    }
+
+    /// A GPU was opened, perhaps one that was lost.
+    fn returned(&mut self, uuid: &Arc<str>, slot: usize, now: Instant) {
+        if let Some(Withheld::Lost(backoff)) = self.withheld.remove(uuid) {
+            self.returned.insert(Arc::clone(uuid), (backoff, now));
+            self.context.health.recovered_with(Condition::Gpu { slot }, &format!("{uuid} is back"));
+        }
+    }
+
+    /// The GPUs that a request selects; an error if it names one that is not known.
+    fn selected(&self, request: &ReleaseRequest) -> Result<Vec<Arc<str>>, ReleaseError> {
+        let Some(wanted) = &request.gpu else { return Ok(self.known.keys().cloned().collect()) };
+        let selected: Vec<Arc<str>> =
+            self.known.iter().filter(|(uuid, gpu)| wanted.matches(gpu.index(), uuid)).map(|(uuid, _)| Arc::clone(uuid)).collect();
+        if !selected.is_empty() {
+            return Ok(selected);
+        }
+        let mut known: Vec<(u32, &str)> = self.known.iter().map(|(uuid, gpu)| (gpu.index(), &**uuid)).collect();
+        known.sort_unstable();
+        let known: Vec<String> = known.into_iter().map(|(index, uuid)| format!("{index} ({uuid})")).collect();
+        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
+        Err(ReleaseError::Unknown { wanted: wanted.clone(), known })
+    }
+
+    fn release_while_closed(&mut self, request: ReleaseRequest) {
+        match self.selected(&request) {
+            Ok(selected) => self.release(request, selected, &[]),
+            Err(error) => request.reply(Err(error)),
+        }
+    }
+
+    /// Withholds GPUs after the library was closed. `before`: the nodes that were open until then.
+    fn release(&mut self, request: ReleaseRequest, selected: Vec<Arc<str>>, before: &[PathBuf]) {
+        let now = Instant::now();
+        let until = now + request.lasting;
+        let resumes_at = WallTime(wall_now().0 + request.lasting.as_nanos() as u64);
+        let is_all = request.gpu.is_none();
+        if is_all {
+            // Shorter than an earlier request, too: the last one counts.
+            self.closed_until = Some(until);
+            self.context.health.update(|view| view.nvml_up = Some(false));
+        }
+        let mut released = Vec::new();
+        for uuid in selected {
+            let Some(gpu) = self.known.get(&uuid) else { continue };
+            let message = format!(
+                "{uuid} is released on request until {}; until then its time is unobserved, and no process of the agent uses it",
+                rfc3339(resumes_at)
+            );
+            self.context.health.degraded(Condition::GpuReleased { slot: gpu.slot }, &message);
+            let migs = self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner);
+            let migs: Vec<usize> = migs.get(&uuid).into_iter().flatten().map(|(_, slot)| *slot).collect();
+            for slot in [gpu.slot].into_iter().chain(migs) {
+                // If the core has ended, the next list detects it.
+                let _sent = self.context.to.observe(Observation::GpuReleased { gpu: slot, at: boot_now() });
+            }
+            released.push(ReleasedGpu { index: gpu.index(), uuid: uuid.to_string() });
+            self.withheld.insert(uuid, Withheld::Released { until });
+        }
+        released.sort_unstable_by_key(|gpu| gpu.index);
+        let after = open_nodes();
+        let result = if after.is_empty() {
+            let seconds = request.lasting.as_secs();
+            let closed = before.to_vec();
+            Ok(Released { released, closed, seconds, resumes: rfc3339(resumes_at) })
+        } else {
+            Err(ReleaseError::Hangs { nodes: after.iter().map(|node| node.display().to_string()).collect() })
+        };
+        request.reply(result);
+    }
+
+    /// Ends the releases that have lasted their time.
+    fn end_releases(&mut self, now: Instant) {
+        let is_over = |withheld: &Withheld| matches!(withheld, Withheld::Released { until } if now >= *until);
+        for (uuid, _) in self.withheld.extract_if(|_, withheld| is_over(withheld)) {
+            if let Some(gpu) = self.known.get(&uuid) {
+                let message = format!("the release of {uuid} is over");
+                self.context.health.recovered_with(Condition::GpuReleased { slot: gpu.slot }, &message);
+            }
+        }
+    }
+
+    /// Ends all threads and closes the library. Threads that hang in it keep it open; opening it again does not wait for them.
+    fn close(&mut self, generation: Arc<Generation>, events: Option<JoinHandle<()>>, why: &Close) {
         generation.kill();
         if self.context.stopping() {
             return;
         }
-        self.context.health.update(|view| view.nvml_up = Some(false));
-        self.context.health.degraded(Condition::Nvml, "the NVIDIA driver was unloaded or replaced; reopening its library");
-        let ended = |watch: &Self| {
+        if matches!(why, Close::Replaced) {
+            self.context.health.update(|view| view.nvml_up = Some(false));
+            self.context.health.degraded(Condition::Nvml, "the NVIDIA driver was unloaded or replaced; reopening its library");
+        }
+        self.nap(GIVE_UP_AFTER, |watch| {
             watch.workers.values().all(|w| w.thread.is_finished()) && events.as_ref().is_none_or(JoinHandle::is_finished)
-        };
-        self.sleep(GIVE_UP_AFTER, || ended(self));
+        });
         for (uuid, worker) in self.workers.drain() {
             worker.calls.end();
             // The poll interval no longer applies, and the next thread sets it only with its first poll.
             self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, [f64::NAN; 2]);
-            self.before.insert(uuid, worker.slot);
         }
-        self.hanging.clear();
+        self.opener.forget();
         // Shutting down may hang as well.
         let (done, closed) = sync_channel(1);
         let closing = spawn("gpu-close", move || {

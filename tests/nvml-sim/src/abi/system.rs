@@ -40,6 +40,11 @@ nvml! {
     fn nvmlDeviceGetHandleByIndex(call, index: c_uint, to: *mut nvmlDevice_t) { by_index(call, index, to) }
     fn nvmlDeviceGetHandleByUUID(call, uuid: *const c_char, to: *mut nvmlDevice_t) {
         let uuid = text(uuid)?;
+        // It may read the UUID of every GPU [I].
+        call.on_library(|s| {
+            let (world, dir) = (&s.driver.world, &s.driver.dir);
+            s.present.iter().try_for_each(|gpu| s.nodes.gpu(world, dir, *gpu))
+        })?;
         find(call, to, |s, unit| s.driver.world.uuid(unit) == uuid)
     }
     fn nvmlDeviceGetHandleByPciBusId_v2(call, id: *const c_char, to: *mut nvmlDevice_t) { by_pci(call, id, to) }

@@ -4,6 +4,7 @@ use strum::EnumCount as _;
 
 use super::*;
 use crate::device::DeviceReadings;
+use crate::fact::UnobservedReason;
 use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
 use crate::snapshot::GpuTime;
 
@@ -190,6 +191,35 @@ fn a_device_that_disappears_keeps_its_last_values_for_a_while() {
     assert_eq!((snapshot.gpus[0].time.busy, snapshot.gpus[0].gone), (busy, Some(BootNs(taken(60)))));
     advance_time(&mut core, taken(60) + 400 * SECOND);
     assert!(core.snapshot().gpus.is_empty());
+}
+
+#[test]
+fn the_time_of_a_released_device_is_unobserved_until_it_is_found_again() {
+    let mut core = core();
+    core.keep_facts = true;
+    feed(&mut core, (0..60).map(|_| (100, Some(100))));
+    let before = time(&core);
+    let released = taken(60);
+    core.observe(Observation::GpuReleased { gpu: 0, at: BootNs(released) });
+    // A poll that was in progress changes nothing, and neither does a second release.
+    core.observe(Observation::from(GpuBatch { status: PollStatus::Dry { idle: true }, ..batch(released + SECOND) }));
+    core.observe(Observation::GpuReleased { gpu: 0, at: BootNs(released + SECOND) });
+    advance_time(&mut core, released + 2 * SECOND);
+    let during = time(&core);
+    // At once, not after the time for which the driver's buffer could still return samples.
+    assert!(during.unobserved - before.unobserved > 2.0 && during.unobserved - before.unobserved < 3.0, "{during:?}");
+    assert_eq!((during.busy, during.idle), (before.busy, before.idle));
+    core.observe(Observation::GpuFound { gpu: 0, info: info(), at: BootNs(released + 30 * SECOND) });
+    let after = time(&core);
+    assert!((after.unobserved - before.unobserved - 30.0).abs() < 1.0 && after.busy == before.busy, "{after:?}");
+    assert!((sum(after) - sum(before) - 30.0).abs() < 1.0, "{before:?} {after:?}");
+    let facts = core.take_facts();
+    let why = facts.iter().filter_map(|fact| match fact {
+        Fact::Gpu { fact: GpuFact::Unobserved { why, .. }, .. } => Some(*why),
+        _ => None,
+    });
+    let why: Vec<UnobservedReason> = why.filter(|why| *why != UnobservedReason::Start).collect();
+    assert!(!why.is_empty() && why.iter().all(|why| *why == UnobservedReason::Released), "{why:?}");
 }
 
 #[test]
