@@ -101,12 +101,12 @@ fn doctor_gives_the_remedy_of_each_init_error() -> Result<()> {
     assert_advice(&machine, "unknown", ["failed", "the driver fails", "dmesg"])?;
     machine.sim.inject("fault", &["--clear"])?;
     fs::remove_file(machine.path("dev/nvidia1"))?;
-    assert_advice(&machine, "one GPU without a node", ["degraded", "lists 1 of the 2 GPUs", "nvidia-modprobe"])?;
+    assert_advice(&machine, "one GPU without a node", ["degraded", "lists 1 of the 2 GPUs", "`nvidia-modprobe -c 1`"])?;
     ensure!(machine.doctor()?.1.contains("dev/nvidia1"), "the node is not named");
     fs::remove_file(machine.path("dev/nvidia0"))?;
-    assert_advice(&machine, "no GPU with a node", ["degraded", "lists 0 of the 2 GPUs", "nvidia-modprobe"])?;
+    assert_advice(&machine, "no GPU with a node", ["degraded", "lists 0 of the 2 GPUs", "`nvidia-modprobe -c 0 -c 1`"])?;
     fs::remove_file(machine.path("dev/nvidiactl"))?;
-    assert_advice(&machine, "no control node", ["failed", "no device node", "nvidia-modprobe"])?;
+    assert_advice(&machine, "no control node", ["failed", "no device node", "`nvidia-modprobe -c 255 -c 0 -c 1`"])?;
     ensure!(machine.doctor()?.1.contains("dev/nvidiactl"), "the node is not named");
     fs::write(
         machine.path("proc/driver/nvidia/version"),

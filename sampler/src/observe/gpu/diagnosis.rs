@@ -1,7 +1,7 @@
 //! Why the driver cannot be used, and the remedy: from NVML's return code and from what can be seen of the driver without NVML.
 //!
 //! NVML's codes alone mislead. A missing `/dev/nvidiactl` gives OPERATING_SYSTEM and a missing `/dev/nvidia0` no error but a GPU less (both
-//! observed on an H100); a container that lost its devices gets UNKNOWN (NVIDIA/nvidia-container-toolkit issue 48).
+//! observed on real hardware); a container that lost its devices gets UNKNOWN (NVIDIA/nvidia-container-toolkit issue 48).
 
 use std::fmt;
 use std::fs::{self, OpenOptions};
@@ -17,8 +17,9 @@ use crate::config::Config;
 /// Maximum number of GPUs of which the nodes are checked; the largest machines have 16.
 const MOST_GPUS: usize = 64;
 const LOG: &str = "check dmesg for NVRM and Xid lines, and whether nvidia-smi works";
-const MAKE_NODES: &str = "create them with `nvidia-modprobe -c 0 -u` or by running nvidia-smi as root on the host; for an agent in a \
-                          container, pass them to it (privileged, --gpus all, CDI, or the runtime class nvidia)";
+const ELSE_PASS: &str = "for an agent in a container, pass them to it (privileged, --gpus all, CDI, or the runtime class nvidia)";
+/// Minor number of the control node.
+const CONTROL_MINOR: u32 = 255;
 const PASS_NODES: &str = "pass the host's /dev/nvidia* to the container of the agent (privileged, --gpus all, CDI, or the runtime class \
                           nvidia)";
 const LOST_NODES: &str = "restart the container of the agent: it loses its devices at `systemctl daemon-reload`; to prevent it, pass them by \
@@ -175,6 +176,17 @@ fn library_version(library: &Path) -> Option<String> {
     version_in(file.file_name()?.to_str()?.strip_prefix("libnvidia-ml.so.")?)
 }
 
+/// Without `-u`, with which the numbers would be those of nvidia-uvm.
+fn remedy_of_absent(seen: &Sightings) -> String {
+    if seen.host_has_control {
+        return PASS_NODES.to_owned();
+    }
+    let nodes = [(CONTROL_MINOR, seen.control)].into_iter().chain(seen.gpus.iter().copied());
+    let absent = nodes.filter(|(_, state)| *state == NodeState::Absent);
+    let options: String = absent.map(|(minor, _)| format!(" -c {minor}")).collect();
+    format!("create them with `nvidia-modprobe{options}` as root on the host; {ELSE_PASS}")
+}
+
 /// The problem of the nodes, if they have one.
 fn nodes_problem(seen: &Sightings, dev: &Path) -> Option<Diagnosis> {
     let control = (CONTROL.to_owned(), seen.control);
@@ -184,10 +196,10 @@ fn nodes_problem(seen: &Sightings, dev: &Path) -> Option<Diagnosis> {
     let (_, first) = bad.first()?;
     let same = bad.iter().filter(|(_, state)| state == first);
     let paths: Vec<String> = same.map(|(name, _)| dev.join(name).display().to_string()).collect();
-    let (paths, remedy_of_absent) = (paths.join(", "), if seen.host_has_control { PASS_NODES } else { MAKE_NODES });
+    let paths = paths.join(", ");
     let (problem, remedy) = match first {
         NodeState::Opens => return None,
-        NodeState::Absent => (format!("no device node {paths}"), remedy_of_absent.to_owned()),
+        NodeState::Absent => (format!("no device node {paths}"), remedy_of_absent(seen)),
         NodeState::Refused => (format!("the device cgroup refuses {paths}"), LOST_NODES.to_owned()),
         NodeState::NotPermitted => {
             let remedy = "run the agent as root, or permit its user to open them (NVreg_DeviceFileMode of the module nvidia)";
@@ -271,8 +283,13 @@ mod tests {
         let unloaded = || Sightings { module_loaded: false, module_version: None, ..seen(Absent, Absent) };
         let in_container = || Sightings { host_has_control: true, ..seen(Absent, Absent) };
         for (error, seen, problem, remedy) in [
-            (NvmlError::OperatingSystem, seen(Absent, GOOD), "no device node /dev/nvidiactl (NVML", "nvidia-modprobe"),
-            (NvmlError::DriverNotLoaded, seen(Absent, Absent), "no device node /dev/nvidiactl, /dev/nvidia0", "nvidia-modprobe"),
+            (NvmlError::OperatingSystem, seen(Absent, GOOD), "no device node /dev/nvidiactl (NVML", "`nvidia-modprobe -c 255`"),
+            (
+                NvmlError::DriverNotLoaded,
+                seen(Absent, Absent),
+                "no device node /dev/nvidiactl, /dev/nvidia0",
+                "`nvidia-modprobe -c 255 -c 0`",
+            ),
             (NvmlError::OperatingSystem, in_container(), "no device node /dev/nvidiactl", "pass the host's /dev/nvidia*"),
             (NvmlError::Unknown, seen(Refused, Refused), "cgroup refuses /dev/nvidiactl, /dev/nvidia0", "restart the container"),
             (NvmlError::Unknown, seen(GOOD, Refused), "cgroup refuses /dev/nvidia0", "daemon-reload"),
@@ -318,7 +335,7 @@ mod tests {
             "NVML lists 1 of the 2 GPUs that the kernel module drives: no device node {}/nvidia3; ",
             path("dev").display()
         );
-        assert!(text(1).starts_with(&expect), "{}", text(1));
+        assert!(text(1).starts_with(&expect) && text(1).contains("`nvidia-modprobe -c 3`"), "{}", text(1));
         fs::write(path("dev/nvidia3"), "").unwrap();
         assert!(text(1).ends_with(LOG), "{}", text(1));
         fs::remove_dir_all(path("driver/gpus")).unwrap();
