@@ -149,9 +149,12 @@ fn the_agent_reports_missing_nodes_and_samples_once_they_exist() -> Result<()> {
     ensure!(log.contains("no device node") && log.contains("nvidia-modprobe"), "{log}");
     fs::write(machine.path("dev/nvidiactl"), "")?;
     wait_for("one of two GPUs is missing", Duration::from_secs(20), || degraded("gpus-unlisted"))?;
-    let page = agent.scrape()?;
-    ensure!(sum(&page, "gpu_sampler_degraded", &[("condition", "nvml")]).is_none(), "the driver can be used");
-    ensure!(page.iter().filter(|s| s.name == "gpu_info").count() == 1, "one GPU is sampled");
+    // The condition may be set before the GPU is in a snapshot.
+    wait_for("the driver can be used, and one GPU is sampled", Duration::from_secs(20), || {
+        let page = agent.scrape()?;
+        let is_unusable = sum(&page, "gpu_sampler_degraded", &[("condition", "nvml")]).is_some();
+        Ok((page.iter().filter(|s| s.name == "gpu_info").count() == 1 && !is_unusable).then_some(()))
+    })?;
     fs::write(machine.path("dev/nvidia1"), "")?;
     wait_for("both GPUs are sampled", Duration::from_secs(20), || {
         let page = agent.scrape()?;

@@ -36,6 +36,8 @@ use crate::observe::kernel::proc::pids;
 
 /// More than there are targets. When it is reached, all are determined again.
 const MAX_SOCKETS: usize = 128;
+/// Sockets that are bound at one path: by processes in other mount namespaces, or one after the other.
+const MAX_BOUND: usize = 64;
 /// How long it holds that no manager has a socket. That cannot change for one file, but the file may be seen before its listener is.
 const SERVER_VALID_FOR: Duration = Duration::from_secs(60);
 /// A busy node has some 50,000 Unix sockets, of about 100 bytes each.
@@ -108,7 +110,13 @@ struct GuardState {
 
 #[derive(Clone, Debug)]
 enum Listener {
-    Server { determined_at: Instant },
+    Server {
+        determined_at: Instant,
+    },
+    /// The descriptors of a manager cannot be read, so the names of processes decide.
+    Unreadable {
+        determined_at: Instant,
+    },
     Manager(ManagedSocket),
 }
 
@@ -171,7 +179,7 @@ impl ActivationGuard {
                 (Ok(listener), _) => listener,
                 (Err(error), _) => {
                     tracing::debug!(socket = %socket.display(), %error, "cannot determine who listens");
-                    return self.by_name(socket, stamp, &mut state.processes);
+                    Listener::Unreadable { determined_at: Instant::now() }
                 }
             },
         };
@@ -180,7 +188,8 @@ impl ActivationGuard {
                 let (dormant, managed) = self.managed(managed, &mut state.processes);
                 (dormant.map_or(Presence::Present(stamp), Presence::Dormant), Listener::Manager(managed))
             }
-            server => (Presence::Present(stamp), server),
+            unreadable @ Listener::Unreadable { .. } => (self.by_name(socket, stamp, &mut state.processes), unreadable),
+            server @ Listener::Server { .. } => (Presence::Present(stamp), server),
         };
         if state.listeners.len() >= MAX_SOCKETS {
             state.listeners.clear();
@@ -191,7 +200,9 @@ impl ActivationGuard {
 
     fn is_current(&self, listener: &Listener) -> bool {
         match listener {
-            Listener::Server { determined_at } => determined_at.elapsed() < SERVER_VALID_FOR,
+            Listener::Server { determined_at } | Listener::Unreadable { determined_at } => {
+                determined_at.elapsed() < SERVER_VALID_FOR
+            }
             Listener::Manager(managed) => self.holds(managed.manager, &managed.name),
         }
     }
@@ -205,18 +216,23 @@ impl ActivationGuard {
             Err(error) => return Err(error),
         };
         let is_candidate = |path: &Path| path.file_name() == socket.file_name() || RUN.iter().any(|run| path.starts_with(run));
-        let bound = listening(&table).find(|(_, path)| is_candidate(path) && self.is_bound_at(path, stamp));
-        let Some((inode, _)) = bound else { return Ok(server) };
-        let name = format!("socket:[{inode}]");
+        // Several, if processes in other mount namespaces have bound the same path.
+        let bound = listening(&table).filter(|(_, path)| is_candidate(path) && self.is_bound_at(path, stamp));
+        let names: Vec<String> = bound.map(|(inode, _)| format!("socket:[{inode}]")).take(MAX_BOUND).collect();
+        if names.is_empty() {
+            return Ok(server);
+        }
         processes.refresh(&self.procfs);
         let mut denied = None;
         for pid in processes.managers() {
-            match self.managed_by(pid, &name) {
-                Ok(Some(managed)) => return Ok(Listener::Manager(managed)),
-                Ok(None) => {}
-                // It has ended.
-                Err(error) if file::is_absent(&error) => {}
-                Err(error) => denied = Some(error),
+            for name in &names {
+                match self.managed_by(pid, name) {
+                    Ok(Some(managed)) => return Ok(Listener::Manager(managed)),
+                    Ok(None) => {}
+                    // It has ended.
+                    Err(error) if file::is_absent(&error) => {}
+                    Err(error) => denied = Some(error),
+                }
             }
         }
         denied.map_or(Ok(server), Err)

@@ -10,6 +10,7 @@
 use std::fmt;
 use std::fs::File;
 use std::io::Read as _;
+use std::os::unix::fs::MetadataExt as _;
 use std::path::{Path, PathBuf};
 
 use nvml_wrapper::Nvml;
@@ -175,8 +176,15 @@ impl LibrarySearch {
             }
             tried.push(path.clone());
             let is_file = candidate != Candidate::Loader;
-            if is_file && self.configured.is_none() && !path.exists() {
-                continue;
+            if is_file && self.configured.is_none() {
+                if !path.exists() {
+                    continue;
+                }
+                if !is_trusted(&path) {
+                    let reason = "is not loaded: a user other than root owns it or its folder, or may write there; name it with --nvml-lib";
+                    unloadable.push(Unloadable { path, reason: reason.into() });
+                    continue;
+                }
             }
             match init(&path) {
                 Ok(nvml) => {
@@ -204,6 +212,17 @@ impl LibrarySearch {
             None => Err(GpuError::Library(NotFound { tried, unloadable })),
         }
     }
+}
+
+/// Whether only root, or the user of this process, may replace the file: one of the searched folders is the home of a user on other
+/// distributions.
+fn is_trusted(path: &Path) -> bool {
+    let own = rustix::process::geteuid().as_raw();
+    let is_safe = |path: &Path| {
+        let metadata = path.metadata();
+        metadata.is_ok_and(|found| (found.uid() == 0 || found.uid() == own) && found.mode() & 0o002 == 0)
+    };
+    path.canonicalize().is_ok_and(|path| is_safe(&path) && path.parent().is_some_and(is_safe))
 }
 
 /// Why the loader did not load this file; `None` if its search found none.
@@ -253,6 +272,19 @@ mod tests {
             Err(error) => panic!("{error}"),
             Ok(opened) => panic!("a driver library of this machine: {}", opened.path.display()),
         }
+    }
+
+    #[test]
+    fn a_file_that_any_user_may_write_is_not_loaded() {
+        use std::os::unix::fs::PermissionsExt as _;
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("usr/lib/wsl/lib");
+        fs::create_dir_all(&folder).unwrap();
+        fs::write(folder.join(FILE), elf(OWN_MACHINE)).unwrap();
+        let reasons = || not_found(root.path()).unloadable.iter().map(|file| file.reason.clone()).collect::<String>();
+        assert!(!reasons().contains("may write there"), "{}", reasons());
+        fs::set_permissions(&folder, fs::Permissions::from_mode(0o777)).unwrap();
+        assert!(reasons().contains("may write there"), "{}", reasons());
     }
 
     /// An ELF header of a library for this machine type, without content.

@@ -78,14 +78,14 @@ impl Opener {
         self.hanging.len()
     }
 
-    /// The library that hanging threads use was closed.
-    pub fn forget(&mut self) {
-        self.hanging.clear();
+    /// Forgets the threads that have ended. One that still hangs after the library was closed is kept: another try would hang, too.
+    pub fn forget_ended(&mut self) {
+        self.hanging.retain(|_, thread| matches!(thread.try_recv(), Err(TryRecvError::Empty)));
     }
 
     /// Opens these GPUs; `None` for GPUs of which the calls do not return.
     pub fn open_all(&mut self, generation: &Arc<Generation>, targets: Vec<OpenTarget>) -> Vec<(u32, Option<OpenResult>)> {
-        self.hanging.retain(|_, thread| matches!(thread.try_recv(), Err(TryRecvError::Empty)));
+        self.forget_ended();
         let (mut all, mut left) = (Vec::new(), VecDeque::new());
         for target in targets {
             if self.hanging.contains_key(&target.index()) {

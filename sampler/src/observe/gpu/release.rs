@@ -85,6 +85,11 @@ pub struct ReleaseRequest {
 }
 
 impl ReleaseRequest {
+    /// Whether the client still waits: a request that it has given up must not be carried out later.
+    pub fn is_awaited(&self) -> bool {
+        !self.reply.is_closed()
+    }
+
     pub fn reply(self, result: Result<Released, ReleaseError>) {
         // The client may have disconnected.
         let _received = self.reply.send(result);

@@ -112,6 +112,12 @@ struct Watch {
     opener: Opener,
     /// The number of GPUs in the last list: indices stand for the same GPUs while it is unchanged.
     counted: u32,
+    /// The number of GPUs in the last check of those that NVML does not list, if there were any, and the time of the check.
+    unlisted: Option<(u32, Instant)>,
+    /// A GPU that is lost was tried since the library was opened, which may have left its node open.
+    tried_lost: bool,
+    /// A hanging call kept device nodes open when the library was closed last: closing it again does not help.
+    is_stuck: bool,
     /// All GPUs are released until then: the library is not opened.
     closed_until: Option<Instant>,
 }
@@ -146,6 +152,9 @@ pub fn start(config: &Config, context: Arc<Context>) -> Result<ReleaseSender, Gp
         unseen: Unseen::default(),
         opener: Opener::default(),
         counted: 0,
+        unlisted: None,
+        tried_lost: false,
+        is_stuck: false,
         closed_until: None,
     };
     spawn("gpu-watch", move || watch.run(&opened))?;
@@ -166,7 +175,7 @@ impl Watch {
     fn run(mut self, opened: &SyncSender<Result<(), GpuError>>) {
         let mut retry = RETRY_AT_FIRST;
         while !self.context.stopping() {
-            if let Some(request) = self.pending.take() {
+            if let Some(request) = self.pending.take().filter(ReleaseRequest::is_awaited) {
                 self.release_while_closed(request);
             }
             if let Some(until) = self.closed_until {
@@ -248,7 +257,7 @@ impl Watch {
             }
             let pause = self.pause(begun);
             self.sleep(pause, |watch| generation.is_dead() || watch.workers.values().any(|w| w.thread.is_finished()));
-            if let Some(request) = self.pending.take() {
+            if let Some(request) = self.pending.take().filter(ReleaseRequest::is_awaited) {
                 match self.selected(&request) {
                     Ok(selected) => {
                         let before = open_nodes();
@@ -370,11 +379,10 @@ impl Watch {
             Withheld::Lost(backoff) if self.known.get(uuid).is_some_and(|gpu| gpu.index() == index) => Some(backoff),
             _ => None,
         });
-        if let Some(backoff) = lost {
-            backoff.failed(now);
-            return true;
-        }
-        false
+        let Some(backoff) = lost else { return false };
+        backoff.failed(now);
+        self.tried_lost = true;
+        true
     }
 
     /// Updates the back-off and the condition of each index that cannot be opened.
@@ -401,11 +409,20 @@ impl Watch {
     }
 
     /// GPUs of which the driver library cannot open the nodes are missing in its list, without an error.
-    fn report_unlisted(&self, count: u32) {
+    /// Opens device nodes, which may make the driver initialize a broken GPU: only for a new count, and rarely.
+    fn report_unlisted(&mut self, count: u32) {
         let files = &self.search.files;
-        match files.drives_more_than(count).then(|| files.unlisted(count)).flatten() {
-            Some(diagnosis) => self.context.health.degraded(Condition::GpusUnlisted, &diagnosis.to_string()),
-            None => self.context.health.recovered(Condition::GpusUnlisted),
+        if !files.drives_more_than(count) {
+            self.unlisted = None;
+            self.context.health.recovered(Condition::GpusUnlisted);
+            return;
+        }
+        if self.unlisted.is_some_and(|(of, at)| of == count && at.elapsed() < RARELY) {
+            return;
+        }
+        self.unlisted = Some((count, Instant::now()));
+        if let Some(diagnosis) = files.unlisted(count) {
+            self.context.health.degraded(Condition::GpusUnlisted, &diagnosis.to_string());
         }
     }
 
@@ -486,8 +503,11 @@ impl Watch {
         !lost.is_empty()
     }
 
-    /// Whether a try to open a lost GPU left its device node open.
+    /// Whether a try to open a lost GPU left its device node open, and closing the library can close it.
     fn holds_lost(&self) -> bool {
+        if !self.tried_lost || self.is_stuck {
+            return false;
+        }
         let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
         let nodes: Vec<String> = lost.filter_map(|(uuid, _)| Some(format!("nvidia{}", self.known.get(uuid)?.minor?))).collect();
         !nodes.is_empty()
@@ -529,7 +549,8 @@ impl Watch {
         let now = Instant::now();
         let until = now + request.lasting;
         let resumes_at = WallTime(wall_now().0 + request.lasting.as_nanos() as u64);
-        let is_all = request.gpu.is_none();
+        // If no GPU is known, there is nothing to keep closed, and what would be opened is not known.
+        let is_all = request.gpu.is_none() && !selected.is_empty();
         if is_all {
             // Shorter than an earlier request, too: the last one counts.
             self.closed_until = Some(until);
@@ -593,7 +614,7 @@ impl Watch {
             // The poll interval no longer applies, and the next thread sets it only with its first poll.
             self.context.health.driver.device(&uuid).set_pace(Duration::ZERO, [f64::NAN; 2]);
         }
-        self.opener.forget();
+        self.opener.forget_ended();
         // Shutting down may hang as well.
         let (done, closed) = sync_channel(1);
         let closing = spawn("gpu-close", move || {
@@ -603,5 +624,6 @@ impl Watch {
         if closing.is_ok() {
             let _closed = closed.recv_timeout(GIVE_UP_AFTER);
         }
+        (self.tried_lost, self.is_stuck) = (false, !open_nodes().is_empty());
     }
 }

@@ -43,11 +43,6 @@ impl Scan {
     fn cgroups(&mut self, layout: &Layout) -> Directories {
         let at = self.end.began;
         let mut directories = Directories::new();
-        if layout.v2.is_none() {
-            // Where v2 is not mounted, every process is in its root.
-            let key = CgroupKey { hierarchy: 0, id: cgroup_id::of_root() };
-            self.facts.push(Observation::Cgroup(fact(key, None, "".as_ref(), at)));
-        }
         self.end.all_cgroups = true;
         for (hierarchy, mount) in layout.mounts() {
             let facts = &mut self.facts;
@@ -59,6 +54,11 @@ impl Scan {
                 self.end.all_cgroups = false;
                 self.problems.push(format!("{}: {error}", mount.display()));
             }
+        }
+        if layout.v2.is_none() {
+            // Where v2 is not mounted, every process is in its root. Its id has the form that the walk has found on other hierarchies.
+            let key = CgroupKey { hierarchy: 0, id: cgroup_id::of_root() };
+            self.facts.push(Observation::Cgroup(fact(key, None, "".as_ref(), at)));
         }
         directories
     }
