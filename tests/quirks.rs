@@ -124,6 +124,29 @@ fn idle_failing_unsupported_host_mps_and_mig_gpus_are_distinguished() -> Result<
     stage.end()
 }
 
+/// Read with the documented size, the lists of the other drivers have PIDs of no process, and memory of 0.
+#[test]
+fn lists_with_entries_of_every_size_have_the_memory_of_their_processes() -> Result<()> {
+    let gpu = |bytes: u32| format!("[[gpus]]\nlist_entry_bytes = {bytes}\n");
+    let mut stage = QuirkStage::new("entries", &[16, 24, 32].map(gpu).concat())?;
+    let containers = (0..3).map(|_| stage.container()).collect::<Result<Vec<_>>>()?;
+    for index in ["0", "1", "2"] {
+        for (_, dir) in &containers {
+            stage.hold(dir, index, "1", &["--demand", "0.2"])?;
+        }
+    }
+    let page = stage.page()?;
+    let gib = f64::from(1u32 << 30);
+    for index in 0..3 {
+        let gpu = uuid(&page, index)?;
+        for (id, _) in &containers {
+            let memory = sum(&page, "container_gpu_memory_used_bytes", &[("container_id", id), ("uuid", &gpu)]);
+            assert_eq!(memory, Some(gib), "GPU {index}");
+        }
+    }
+    stage.end()
+}
+
 #[test]
 fn the_processes_of_a_container_are_summed_and_containers_sum_to_the_device() -> Result<()> {
     let mut stage = QuirkStage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;

@@ -15,7 +15,7 @@ pub enum List {
 pub const UNKNOWN_BYTES: u64 = u64::MAX;
 pub const NO_INSTANCE: u32 = u32::MAX;
 
-#[derive(Clone, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Process {
     pub pid: u32,
     pub bytes: u64,

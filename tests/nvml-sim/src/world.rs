@@ -160,6 +160,7 @@ world! {
     garbage_every: u64 = 1;
     utilization_rates: Rates = Rates::Ring;
     list_memory: ListMemory = ListMemory::Known;
+    list_entry_bytes: u64 = 24;
     energy: bool = false;
     accounting: bool = false;
     gpm: bool = false;

@@ -13,6 +13,7 @@ use nvml_wrapper_sys::bindings::{
 use sampler_core::reconstruct::{RawProcessSample, RawSample};
 
 use super::library::{Handle, unsupported_argument, versioned};
+use super::list_entries::EntryBuffer;
 
 /// The size query returns a capacity (100 or 4096), not a count, and the number of samples grows between calls: one call with room for
 /// all is made instead.
@@ -45,7 +46,7 @@ pub struct Buffers {
     samples: Vec<nvmlSample_t>,
     process_samples: Vec<nvmlProcessUtilizationSample_t>,
     infos: Vec<nvmlProcessUtilizationInfo_v1_t>,
-    processes: Vec<nvmlProcessInfo_v2_t>,
+    processes: EntryBuffer,
     old_processes: Vec<nvmlProcessInfo_v1_t>,
 }
 
@@ -73,6 +74,24 @@ fn with_room<T: Copy>(
                 // SAFETY: as above.
                 buffer.resize(room, unsafe { std::mem::zeroed() });
             }
+            Err(error) => return Err(error),
+        }
+    }
+}
+
+/// As [`with_room`], for a list with entries of unknown size.
+fn newer_list(
+    buffer: &mut EntryBuffer,
+    mut call: impl FnMut(*mut u64, &mut c_uint) -> nvmlReturn_t,
+) -> Result<Vec<(u32, u64)>, NvmlError> {
+    let mut room = PROCESSES;
+    loop {
+        buffer.prepare(room);
+        let mut count = room as c_uint;
+        match nvml_try(call(buffer.as_mut_ptr(), &mut count)) {
+            Ok(()) => return Ok(buffer.entries(count as usize)),
+            Err(NvmlError::NotFound | NvmlError::NoData) => return Ok(Vec::new()),
+            Err(NvmlError::InsufficientSize(_)) if room < MOST => room = (2 * room).max(count as usize).min(MOST),
             Err(error) => return Err(error),
         }
     }
@@ -179,13 +198,14 @@ impl Buffers {
         let known = |bytes: u64| (bytes != u64::MAX).then_some(bytes);
         let newer: [Option<ListCall<nvmlProcessInfo_v2_t>>; 2] = [third.ok().copied(), second.ok().copied()];
         for symbol in newer.into_iter().flatten() {
-            let found = with_room(&mut self.processes, PROCESSES, |to, count| {
-                // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, for which there is room.
-                unsafe { symbol(handle.pointer(), count, to) }
+            let found = newer_list(&mut self.processes, |to, count| {
+                // SAFETY: the handle belongs to this open library, and the driver writes at most `count` entries, for which there is room
+                // whatever their size.
+                unsafe { symbol(handle.pointer(), count, to.cast()) }
             });
             match found {
                 Err(NvmlError::FunctionNotFound) => {}
-                found => return Ok(found?.iter().map(|p| (p.pid, known(p.usedGpuMemory))).collect()),
+                found => return Ok(found?.into_iter().map(|(pid, bytes)| (pid, known(bytes))).collect()),
             }
         }
         let symbol: ListCall<nvmlProcessInfo_v1_t> = *nvml_sym(first)?;

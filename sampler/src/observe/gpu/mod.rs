@@ -21,6 +21,7 @@ mod gpu_health;
 mod inspect;
 mod library;
 mod library_search;
+mod list_entries;
 mod mig;
 mod nvml_caller;
 mod opener;

@@ -34,26 +34,56 @@ fn v2(p: Process) -> nvmlProcessInfo_t {
     nvmlProcessInfo_t { pid: p.pid, usedGpuMemory: p.bytes, gpuInstanceId: p.gi, computeInstanceId: p.ci }
 }
 
+/// That of 535.43 to 535.86 for `_v2` and `_v3`.
+fn wide(p: Process) -> nvmlProcessDetail_v1_t {
+    let (pid, gi, ci) = (p.pid, p.gi, p.ci);
+    nvmlProcessDetail_v1_t { pid, usedGpuMemory: p.bytes, gpuInstanceId: gi, computeInstanceId: ci, usedGpuCcProtectedMemory: 0 }
+}
+
+/// A list of `_v2` or `_v3`, with the entries that the world's driver writes.
+fn newer(
+    call: Call,
+    device: nvmlDevice_t,
+    which: List,
+    count: *mut c_uint,
+    to: *mut nvmlProcessInfo_t,
+) -> Result<(), nvmlReturn_t> {
+    call.on_unit(device, |s, unit| {
+        let found = s.driver.processes(unit, which).map_err(failed)?;
+        let all = || found.iter().copied();
+        let needed = found.len() as c_uint;
+        match *s.driver.world.list_entry_bytes(unit.gpu) {
+            _ if found.is_empty() => put(count, 0),
+            16 => put_all(to.cast(), count, &all().map(v1).collect::<Vec<_>>(), needed),
+            32 => put_all(to.cast(), count, &all().map(wide).collect::<Vec<_>>(), needed),
+            _ => put_all(to, count, &all().map(v2).collect::<Vec<_>>(), needed),
+        }
+    })
+}
+
 macro_rules! lists {
-    ($($name:ident $list:ident $make:ident $type:ty)*) => {
+    ($($list:ident $first:ident $second:ident $third:ident)*) => {
         nvml! {$(
-            fn $name(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut $type) {
-                list(call, device, List::$list, count, to, $make)
+            fn $first(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut nvmlProcessInfo_v1_t) {
+                list(call, device, List::$list, count, to, v1)
+            }
+            fn $second(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut nvmlProcessInfo_t) {
+                newer(call, device, List::$list, count, to)
+            }
+            fn $third(call, device: nvmlDevice_t, count: *mut c_uint, to: *mut nvmlProcessInfo_t) {
+                newer(call, device, List::$list, count, to)
             }
         )*}
     };
 }
 
 lists! {
-    nvmlDeviceGetComputeRunningProcesses Compute v1 nvmlProcessInfo_v1_t
-    nvmlDeviceGetComputeRunningProcesses_v2 Compute v2 nvmlProcessInfo_t
-    nvmlDeviceGetComputeRunningProcesses_v3 Compute v2 nvmlProcessInfo_t
-    nvmlDeviceGetGraphicsRunningProcesses Graphics v1 nvmlProcessInfo_v1_t
-    nvmlDeviceGetGraphicsRunningProcesses_v2 Graphics v2 nvmlProcessInfo_t
-    nvmlDeviceGetGraphicsRunningProcesses_v3 Graphics v2 nvmlProcessInfo_t
-    nvmlDeviceGetMPSComputeRunningProcesses Mps v1 nvmlProcessInfo_v1_t
-    nvmlDeviceGetMPSComputeRunningProcesses_v2 Mps v2 nvmlProcessInfo_t
-    nvmlDeviceGetMPSComputeRunningProcesses_v3 Mps v2 nvmlProcessInfo_t
+    Compute nvmlDeviceGetComputeRunningProcesses nvmlDeviceGetComputeRunningProcesses_v2
+        nvmlDeviceGetComputeRunningProcesses_v3
+    Graphics nvmlDeviceGetGraphicsRunningProcesses nvmlDeviceGetGraphicsRunningProcesses_v2
+        nvmlDeviceGetGraphicsRunningProcesses_v3
+    Mps nvmlDeviceGetMPSComputeRunningProcesses nvmlDeviceGetMPSComputeRunningProcesses_v2
+        nvmlDeviceGetMPSComputeRunningProcesses_v3
 }
 
 nvml! {
@@ -62,10 +92,7 @@ nvml! {
         call.on_unit(device, |s, unit| {
             let mut detail = get(list)?;
             let which = [List::Compute, List::Graphics, List::Mps].get(detail.mode as usize).ok_or(INVALID_ARGUMENT)?;
-            let found: Vec<_> = s.driver.processes(unit, *which).map_err(failed)?.into_iter().map(|p| nvmlProcessDetail_v1_t {
-                pid: p.pid, usedGpuMemory: p.bytes, gpuInstanceId: p.gi, computeInstanceId: p.ci,
-                usedGpuCcProtectedMemory: 0,
-            }).collect();
+            let found: Vec<_> = s.driver.processes(unit, *which).map_err(failed)?.into_iter().map(wide).collect();
             let (room, to) = (detail.numProcArrayEntries as usize, detail.procArray);
             if !found.is_empty() && (to.is_null() || room < found.len()) {
                 detail.numProcArrayEntries = found.len() as c_uint;
