@@ -222,7 +222,7 @@ fn explain_reports_living_and_ended_processes_and_rejects_invalid_input() -> Res
     assert_eq!((code, &path["pod_uid"]), (Some(0), &"8bb25662-de9a-11e9-84e7-f8f21e04010c".into()), "{out}");
     let (code, out, _) = run_cli(&["explain", "--cgroup", "/system.slice/ssh.service", "--offline"])?;
     assert_eq!(code, Some(0));
-    assert!(out.contains("kind          unit\nunit          ssh.service\n"), "{out}");
+    assert!(out.contains("kind          unit\nuser          ssh.service\nunit          ssh.service\n"), "{out}");
     for (args, code, word) in [
         (&["explain"][..], 2, "--pid"),
         (&["explain", "--pid", "x"], 2, "invalid value 'x'"),
