@@ -44,6 +44,12 @@ pub struct Job {
     pub instance: Option<String>,
 }
 
+impl Job {
+    fn new(scheduler: Scheduler, id: impl Into<String>) -> Self {
+        Self { scheduler, id: id.into(), step: None, task: None, uid: None, instance: None }
+    }
+}
+
 /// A service or scope of systemd.
 #[derive(Clone, Debug, PartialEq, Eq, Hash)]
 pub struct Unit {
@@ -244,15 +250,14 @@ fn unit_or_login(path: &str) -> Option<(HostUser, usize)> {
 
 impl NamedSegment<'_> {
     fn job(&self) -> Option<Job> {
-        let job = |scheduler, id: &str| Job { scheduler, id: id.to_owned(), step: None, task: None, uid: None, instance: None };
         // By the first byte: most names of a user's own cgroups need no further look.
         match self.name.as_bytes().first()? {
             b'j' => self.slurm().or_else(|| self.lsf()),
-            b's' => self.slurm().or_else(|| self.flux().map(|id| job(Scheduler::Flux, id))),
-            b'i' => self.flux().map(|id| job(Scheduler::Flux, id)),
-            b'c' => self.yarn().or_else(|| self.nomad()).or_else(|| self.htcondor().map(|id| job(Scheduler::HtCondor, id))),
-            b'p' => self.pbs().map(|id| job(Scheduler::Pbs, id)),
-            byte if byte.is_ascii_hexdigit() => self.nomad().or_else(|| self.pbs().map(|id| job(Scheduler::Pbs, id))),
+            b's' => self.slurm().or_else(|| self.flux().map(|id| Job::new(Scheduler::Flux, id))),
+            b'i' => self.flux().map(|id| Job::new(Scheduler::Flux, id)),
+            b'c' => self.yarn().or_else(|| self.nomad()).or_else(|| self.htcondor().map(|id| Job::new(Scheduler::HtCondor, id))),
+            b'p' => self.pbs().map(|id| Job::new(Scheduler::Pbs, id)),
+            byte if byte.is_ascii_hexdigit() => self.nomad().or_else(|| self.pbs().map(|id| Job::new(Scheduler::Pbs, id))),
             _ => None,
         }
     }
@@ -263,7 +268,7 @@ impl NamedSegment<'_> {
         let number = self.name.strip_prefix("job_").filter(|id| is_number(id));
         let job = |id: &str, uid, node: Option<&str>| {
             let instance = node.filter(|node| !node.is_empty()).map(str::to_owned);
-            Job { scheduler: Scheduler::Slurm, id: id.to_owned(), step: None, task: None, uid, instance }
+            Job { uid, instance, ..Job::new(Scheduler::Slurm, id) }
         };
         if let Some(node) = self.parent.strip_suffix("slurmstepd.scope") {
             let node = node.strip_suffix('_').or(Some(node).filter(|node| node.is_empty()))?;
@@ -282,8 +287,7 @@ impl NamedSegment<'_> {
         let in_scope = task.strip_suffix(".scope").filter(|_| self.parent.ends_with(".slice"));
         let in_v1 = || Some(task).filter(|_| self.parent == "nomad" || self.grandparent == "nomad");
         let task = in_scope.or_else(in_v1).filter(|task| !task.is_empty() && is_uuid(allocation.as_bytes(), b'-'))?;
-        let (id, task) = (allocation.to_owned(), Some(task.to_owned()));
-        Some(Job { scheduler: Scheduler::Nomad, id, step: None, task, uid: None, instance: None })
+        Some(Job { task: Some(task.to_owned()), ..Job::new(Scheduler::Nomad, allocation) })
     }
 
     /// `hadoop-yarn/container_[e<epoch>_]<cluster>_<application>_<attempt>_<container>`.
@@ -296,9 +300,8 @@ impl NamedSegment<'_> {
         let parts: Vec<&str> = numbers.split('_').collect();
         let [cluster, application, _, _] = parts[..] else { return None };
         let id = format!("application_{cluster}_{application}");
-        let task = Some(self.name.to_owned());
         let is_yarn = parts.iter().all(|part| is_number(part));
-        is_yarn.then_some(Job { scheduler: Scheduler::Yarn, id, step: None, task, uid: None, instance: None })
+        is_yarn.then(|| Job { task: Some(self.name.to_owned()), ..Job::new(Scheduler::Yarn, id) })
     }
 
     /// `condor_<folder>_slot<number>[_<number>]@<host>`: the folder of the jobs, with `_` for `/`.
@@ -322,8 +325,7 @@ impl NamedSegment<'_> {
     fn lsf(&self) -> Option<Job> {
         let text = self.name.strip_prefix("job.").filter(|_| self.grandparent == "lsf")?;
         let (id, instance) = text.split_once('.').map_or((text, None), |(id, rest)| (id, Some(rest.to_owned())));
-        let job = Job { scheduler: Scheduler::Lsf, id: id.to_owned(), step: None, task: None, uid: None, instance };
-        is_array_job(id).then_some(job)
+        is_array_job(id).then(|| Job { instance, ..Job::new(Scheduler::Lsf, id) })
     }
 
     /// `[imp-]shell-<rank>-<id>.service` of the manager of Flux's own user.
