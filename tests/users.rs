@@ -112,10 +112,13 @@ fn jobs_units_and_sessions_are_credited_on_cgroup_v1() -> Result<()> {
     launched(Layout::Machine, &CgroupTree::v1("users-v1")?)
 }
 
+/// A user that this machine's `/etc/passwd` has no name for.
+const NAMELESS_UID: u32 = 1_987_654_321;
+
 /// A process of the test's own in this cgroup, with these variables.
 fn process_of_job(cgroup: &Path, environ: &[(&str, &str)]) -> Result<Running> {
     let mut command = Command::new("sleep");
-    let running = Running(command.arg("300").env_clear().envs(environ.iter().copied()).uid(1000).spawn()?);
+    let running = Running(command.arg("300").env_clear().envs(environ.iter().copied()).uid(NAMELESS_UID).spawn()?);
     attach(running.0.id(), cgroup)?;
     Ok(running)
 }
@@ -155,7 +158,7 @@ fn contention_and_sessions_are_by_job_unit_and_container_alike() -> Result<()> {
         ("scheduler", "slurm"),
         ("job_id", "7"),
         ("job_name", "train"),
-        ("uid", "1000"),
+        ("uid", "1987654321"),
         ("user_name", "ann"),
         ("partition", "gpu"),
         ("unit", ""),

@@ -1,8 +1,8 @@
 //! `build`: builds the kernel program, then the agent that embeds it, and the simulator.
 
 use crate::{ebpf, tools};
-use anyhow::Result;
-use std::path::PathBuf;
+use anyhow::{Context as _, Result, bail};
+use std::{path::PathBuf, process::Stdio};
 
 /// The package of the helper programs of tests, benches and recordings.
 const HELPERS: &str = "gpu-sampler-tests";
@@ -58,4 +58,22 @@ pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
         sim: folder.join("nvml-sim"),
         sim_library: folder.join("libnvidia_ml_sim.so"),
     })
+}
+
+/// Builds the tests of this package, which have one program. Returns its path.
+pub fn tests(package: &str) -> Result<PathBuf> {
+    let args =
+        ["test", "--package", package, "--test", "all", "--locked", "--no-run", "--message-format", "json-render-diagnostics"];
+    let mut cargo = tools::cargo(&args)?;
+    cargo.env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object()).stderr(Stdio::inherit());
+    tools::progress(tools::shown(&cargo));
+    let output = cargo.output()?;
+    if !output.status.success() {
+        bail!("`{}` failed ({})", tools::shown(&cargo), output.status);
+    }
+    let messages = String::from_utf8(output.stdout)?;
+    let messages = messages.lines().filter_map(|line| serde_json::from_str::<serde_json::Value>(line).ok());
+    let program =
+        messages.filter(|message| message["target"]["name"] == "all").find_map(|m| m["executable"].as_str().map(PathBuf::from));
+    program.context("cargo named no program of the tests")
 }

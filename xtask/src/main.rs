@@ -12,7 +12,6 @@ mod dist;
 mod dockerd;
 mod docs;
 mod ebpf;
-mod failures;
 mod gpu;
 mod janitor;
 mod lint;

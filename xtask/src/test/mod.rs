@@ -1,0 +1,175 @@
+//! `test`: runs everything: unit tests, then the privileged tests on the real kernel and real engines.
+
+mod lanes;
+mod outcome;
+
+use crate::{
+    build::{self, Profile},
+    dockerd,
+    janitor::{self, Cleanup, Leftover},
+    setup, sys,
+    test::{lanes::Lanes, outcome::Outcome},
+    tools::{self, progress, shown},
+};
+use anyhow::{Context, Result, bail};
+use devkit::process::start_time;
+use std::{
+    env,
+    path::Path,
+    process::{Child, Command, ExitStatus, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+/// The package of the tests that need root, a kernel and engines; those of its library need nothing.
+const PRIVILEGED: &str = "gpu-sampler-tests";
+/// More failed tests than this are not repeated: the machine is not the reason.
+const REPEATED_MOST: usize = 5;
+/// A failed test has to pass as many times in a row.
+const REPEATS: usize = 2;
+/// Time between asking the test runner to end and killing it.
+const GRACE: Duration = Duration::from_secs(10);
+
+/// Checks the preconditions of tests and benches that use the kernel and engines.
+pub fn prepare(filters: &[String]) -> Result<()> {
+    if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
+        return Err(tools::unknown(option));
+    }
+    if !sys::is_root() {
+        bail!("loading programs into the kernel and starting containers requires root");
+    }
+    setup::ensure(setup::Scope::Tests, true)
+}
+
+pub fn verb(filters: &[String]) -> Result<()> {
+    prepare(filters)?;
+    let built = build::everything(Profile::Debug)?;
+
+    sys::catch_signals();
+    let mut cleanup = Cleanup::start()?;
+    janitor::remove_test_cgroups()?;
+    cleanup.will_remove(&Leftover::TestCgroups)?;
+    let selections: [&[&str]; 2] = [&["--workspace", "--exclude", PRIVILEGED], &["--package", PRIVILEGED, "--lib"]];
+    let unit = selections.iter().try_fold((), |(), selection| {
+        let mut command = tools::cargo(&["test", "--locked", "--no-fail-fast"])?;
+        command.args(*selection).arg("--").args(filters).env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
+        run(command, &mut cleanup)
+    });
+    if let Err(problem) = &unit {
+        progress(format_args!("{problem:#}; continuing with the privileged tests"));
+    }
+    if let Some(signal) = sys::interrupted() {
+        bail!("interrupted by signal {signal}");
+    }
+
+    let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
+    let xtask = env::current_exe()?;
+    let privileged = |program: &Path| {
+        let mut command = Command::new(program);
+        tools::forget_cargo(&mut command)
+            .current_dir(tools::root().join("tests"))
+            .env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object())
+            .env("GPU_SAMPLER_BIN", &built.sampler)
+            .env("NVML_SIM_BIN", &built.sim)
+            .env("NVML_SIM_LIBRARY", &built.sim_library)
+            .env("XTASK_BIN", &xtask)
+            .env("DOCKER_HOST", &docker);
+        // The line that a failed test ended at.
+        if env::var_os("RUST_BACKTRACE").is_none() {
+            command.env("RUST_BACKTRACE", "1");
+        }
+        command
+    };
+    let privileged = build::tests(PRIVILEGED)
+        .and_then(|program| Lanes::new(program, &privileged, &mut cleanup))
+        .and_then(|lanes| run_and_repeat(&lanes, filters));
+    drop(cleanup);
+    if let Some(engine) = &mut engine {
+        let _reaped = engine.wait();
+    }
+    privileged.and(unit)
+}
+
+/// The privileged tests measure time on machines that are shared. If a few of them fail, each is repeated, with nothing beside it, and has
+/// to pass every time: a defect that shows in every second run passes the repeats in one of four cases. The output ends with the names of
+/// such tests.
+fn run_and_repeat(lanes: &Lanes<'_>, filters: &[String]) -> Result<()> {
+    let names = lanes.find(filters)?;
+    progress(format_args!("{} privileged tests", names.len()));
+    let outcomes = lanes.run(&names)?;
+    lanes::report_slowest(&outcomes);
+    let failed = report_failed(outcomes);
+    if failed.is_empty() {
+        return Ok(());
+    }
+    if failed.len() > REPEATED_MOST {
+        bail!("{} tests failed; at most {REPEATED_MOST} are repeated", failed.len());
+    }
+    progress(format_args!("each failed test has to pass {REPEATS} times in a row now"));
+    for _ in 0..REPEATS {
+        let again = report_failed(lanes.run_alone(&failed)?);
+        if !again.is_empty() {
+            bail!("failed twice: {}", again.join(", "));
+        }
+    }
+    for name in &failed {
+        progress(format_args!("unsteady: {name} failed once and passed {REPEATS} times"));
+    }
+    Ok(())
+}
+
+/// Prints the failures. Returns the names of the tests that failed.
+fn report_failed(outcomes: Vec<Outcome>) -> Vec<String> {
+    let failed = outcomes.into_iter().filter_map(|outcome| {
+        let message = outcome.failure?;
+        let stolen = outcome
+            .stolen
+            .map_or_else(String::new, |share| format!(" ({:.0} % of the processors' time was stolen)", share * 100.0));
+        progress(format_args!("failed: {}{stolen}", outcome.name));
+        message.iter().for_each(|line| eprintln!("    {line}"));
+        Some(outcome.name)
+    });
+    failed.collect()
+}
+
+/// Runs the command in a process group of its own, so that the whole group can be ended.
+pub fn run(mut command: Command, cleanup: &mut Cleanup) -> Result<()> {
+    progress(shown(&command));
+    command.stdin(Stdio::null());
+    sys::own_session(sys::dies_with_us(&mut command, libc::SIGKILL));
+    let mut child = command.spawn().with_context(|| shown(&command))?;
+    let pid = child.id();
+    cleanup.will_remove(&Leftover::Group { pid, start: start_time(pid).unwrap_or_default() })?;
+    let status = loop {
+        if let Some(status) = child.try_wait()? {
+            break status;
+        }
+        if sys::interrupted().is_some() {
+            break end_group(&mut child)?;
+        }
+        thread::sleep(Duration::from_millis(50));
+    };
+    if let Some(signal) = sys::interrupted() {
+        bail!("interrupted by signal {signal}");
+    }
+    if !status.success() {
+        bail!("`{}` failed ({status})", shown(&command));
+    }
+    Ok(())
+}
+
+/// Asks the process group of this child to end, and kills it after a while.
+fn end_group(child: &mut Child) -> Result<ExitStatus> {
+    let group = -(child.id() as i32);
+    sys::kill(group, libc::SIGTERM);
+    let since = Instant::now();
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(status);
+        }
+        if since.elapsed() > GRACE {
+            sys::kill(group, libc::SIGKILL);
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
