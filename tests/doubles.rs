@@ -2,13 +2,12 @@
 //! The cgroups and processes are real; the daemons are doubles that implement the real protocols.
 
 use std::fs;
-use std::path::Path;
 use std::process::Command;
 
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::crio::{Crio, CrioContainer, Pod, Speaks};
 use gpu_sampler_tests::kernel::{CgroupTree, attach};
-use gpu_sampler_tests::kubelet::{Kubelet, claiming_pod, pod};
+use gpu_sampler_tests::kubelet::{Kubelet, checkpoint, claiming_pod, entry, pod};
 use gpu_sampler_tests::labels::{AT_ONCE, SOON, UID, bundle, label_fields, summary};
 use gpu_sampler_tests::{Agent, Running, Sample, Sim, run_cli, wait_for};
 use serde_json::{Value, json};
@@ -106,20 +105,6 @@ fn crio_is_followed_to_where_its_configuration_puts_it() -> Result<()> {
         assert!(source == "crio-file" || named(source), "{source}: {out}");
     }
     Ok(())
-}
-
-/// Writes a kubelet's checkpoint: the devices of each container.
-fn checkpoint(folder: &Path, entries: &Value) -> Result<()> {
-    let text = json!({"Data": {"PodDeviceEntries": entries, "RegisteredDevices": {}}, "Checksum": 1}).to_string();
-    let folder = folder.join("device-plugins");
-    fs::create_dir_all(&folder)?;
-    // Renamed into place, as the kubelet does it, so that no reader gets a part of it.
-    fs::write(folder.join("new"), text)?;
-    Ok(fs::rename(folder.join("new"), folder.join("kubelet_internal_checkpoint"))?)
-}
-
-fn entry(uid: &str, container: &str, resource: &str, devices: &[&str]) -> Value {
-    json!({"PodUID": uid, "ContainerName": container, "ResourceName": resource, "DeviceIDs": {"-1": devices}, "AllocResp": ""})
 }
 
 /// `pod/container gpu` of each series.

@@ -21,6 +21,7 @@ pub enum Collector {
     Contenders,
     Engines,
     Shares,
+    Holding,
     Precision,
     Samples,
     Calls,

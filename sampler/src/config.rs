@@ -3,6 +3,7 @@
 
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use sampler_labels::Source;
@@ -12,6 +13,8 @@ use thiserror::Error;
 use crate::collectors::Selection;
 use crate::host_name::HostName;
 
+/// Of KAI since 0.6, and of Run:ai and earlier KAI.
+const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
 pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
@@ -103,6 +106,10 @@ pub struct Settings {
     /// Label sources, such as bundle,docker,cri; `config --default` lists all of them [default: all]
     #[arg(long, value_name = "LIST", value_delimiter = ',', env = "GPU_SAMPLER_LABEL_SOURCES")]
     pub label_sources: Option<Vec<String>>,
+    /// Namespace of pods that reserve GPUs for others, which hold them; repeatable or comma-separated
+    /// [default: kai-resource-reservation,runai-reservation]
+    #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_RESERVATION_NAMESPACE")]
+    pub reservation_namespace: Option<Vec<String>>,
     /// Pod labels of the container_accelerator families: pod and container, pod_name and container_name, or both [default: both]
     #[arg(long, value_name = "WHICH", env = "GPU_SAMPLER_POD_LABELS")]
     pub pod_labels: Option<PodLabels>,
@@ -158,6 +165,7 @@ pub struct Config {
     /// Configured sockets; a source with a configured socket is not queried elsewhere.
     pub label_endpoints: Vec<(Source, PathBuf)>,
     pub label_sources: Vec<Source>,
+    pub reservation_namespaces: Arc<[String]>,
     pub pod_labels: PodLabels,
     pub collect: Selection,
     pub kernel_mode: KernelMode,
@@ -226,6 +234,7 @@ impl Settings {
             cri_endpoint: self.cri_endpoint.or(under.cri_endpoint),
             podman_endpoint: self.podman_endpoint.or(under.podman_endpoint),
             label_sources: self.label_sources.or(under.label_sources),
+            reservation_namespace: self.reservation_namespace.or(under.reservation_namespace),
             pod_labels: self.pod_labels.or(under.pod_labels),
             collect: self.collect.or(under.collect),
             kernel_mode: self.kernel_mode.or(under.kernel_mode),
@@ -277,6 +286,7 @@ impl Settings {
             path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
             label_endpoints: endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
             label_sources: sources(s.label_sources)?,
+            reservation_namespaces: reservation_namespaces(s.reservation_namespace)?,
             pod_labels: s.pod_labels.unwrap_or_default(),
             collect: collect(s.collect)?,
             kernel_mode: s.kernel_mode.unwrap_or_default(),
@@ -301,6 +311,17 @@ impl Settings {
 
 fn allowed_host(name: String) -> Result<HostName, ConfigError> {
     HostName::new(&name).map_err(|remedy| ConfigError::Value { key: "allowed_host", value: name, remedy: remedy.into() })
+}
+
+/// An empty list has none.
+fn reservation_namespaces(names: Option<Vec<String>>) -> Result<Arc<[String]>, ConfigError> {
+    let Some(names) = names else { return Ok(RESERVATION_NAMESPACES.map(str::to_owned).into()) };
+    let is_name = |name: &&String| name.bytes().all(|b| b == b'-' || b.is_ascii_lowercase() || b.is_ascii_digit());
+    if let Some(name) = names.iter().find(|name| !is_name(name)) {
+        let (value, remedy) = (name.clone(), "expected the name of a Kubernetes namespace".into());
+        return Err(ConfigError::Value { key: "reservation_namespace", value, remedy });
+    }
+    Ok(names.into_iter().filter(|name| !name.is_empty()).collect())
 }
 
 fn collect(names: Option<Vec<String>>) -> Result<Selection, ConfigError> {
@@ -473,6 +494,8 @@ mod tests {
         check("docker_endpoint = 'tcp://x'", "expected a Unix socket");
         check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is invalid: expected a Unix socket");
         check("label_sources = ['bundel']", "label_sources = \"bundel\" is invalid: choose from");
+        check("reservation_namespace = []", "ok");
+        check("reservation_namespace = ['a/b']", "reservation_namespace = \"a/b\" is invalid: expected the name of a Kubernetes");
         check("collect = ['default', 'contenders']", "ok");
         check("collect = ['contender']", "collect = \"contender\" is invalid: expected default, all or one of accelerators, ");
         check("nvml_lib = '/does/not/exist.so'", "nvml_lib = /does/not/exist.so does not exist");
@@ -514,6 +537,8 @@ mod tests {
         );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
         assert!(read.collect.is_some() && read.allowed_host.is_some());
+        let reserved: Vec<String> = RESERVATION_NAMESPACES.map(str::to_owned).into();
+        assert_eq!(read.reservation_namespace, Some(reserved));
         assert!(
             read.sample_source.is_some()
                 && read.kernel_ring_bytes.is_some()

@@ -56,6 +56,14 @@ impl Docker {
         self.start(name, &body)
     }
 
+    /// Starts `sleep 300` with this device node of the host at `/dev/<as_node>`. Returns its id.
+    pub fn with_device(&self, name: &str, node: &str, as_node: &str) -> Result<String> {
+        let device = json!({"PathOnHost": node, "PathInContainer": format!("/dev/{as_node}"), "CgroupPermissions": "rwm"});
+        let body = json!({"Image": self.image, "Cmd": ["/bin/sleep", "300"],
+            "HostConfig": {"NetworkMode": "none", "Devices": [device]}});
+        Ok(self.start(name, &body)?.0)
+    }
+
     fn start(&self, name: &str, body: &Value) -> Result<(String, u32)> {
         let name = format!("gpu-sampler-test-{}-{name}", std::process::id());
         self.made.borrow_mut().push(name.clone());

@@ -2,11 +2,13 @@
 //!
 //! Field numbers: kubernetes, `staging/src/k8s.io/kubelet/pkg/apis/podresources/v1/api.proto`.
 
+use std::fs;
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use anyhow::Result;
 use prost::Message;
+use serde_json::{Value, json};
 use tonic::Status;
 
 use crate::grpc::{GrpcServer, Service};
@@ -150,4 +152,20 @@ impl Kubelet {
     pub fn calls(&self) -> Vec<String> {
         self.server.calls()
     }
+}
+
+/// Writes a kubelet's checkpoint: the devices of each container.
+pub fn checkpoint(folder: &Path, entries: &Value) -> Result<()> {
+    let text =
+        json!({"Data": {"PodDeviceEntries": entries, "RegisteredDevices": {"nvidia.com/gpu": []}}, "Checksum": 1}).to_string();
+    let folder = folder.join("device-plugins");
+    fs::create_dir_all(&folder)?;
+    // Renamed into place, as the kubelet does it, so that no reader gets a part of it.
+    fs::write(folder.join("new"), text)?;
+    Ok(fs::rename(folder.join("new"), folder.join("kubelet_internal_checkpoint"))?)
+}
+
+/// An entry of the checkpoint.
+pub fn entry(uid: &str, container: &str, resource: &str, devices: &[&str]) -> Value {
+    json!({"PodUID": uid, "ContainerName": container, "ResourceName": resource, "DeviceIDs": {"-1": devices}, "AllocResp": ""})
 }

@@ -107,11 +107,16 @@ impl Podman {
 
     /// Starts `sleep seconds`. Returns the container's id and the pid of its process.
     pub fn run(&self, name: &str, seconds: u32, labels: &[&str]) -> Result<(String, u32)> {
-        self.made.borrow_mut().push(name.into());
         let labels: Vec<&str> = labels.iter().flat_map(|label| ["--label", label]).collect();
+        self.run_with(name, seconds, &labels)
+    }
+
+    /// As [`Podman::run`], with options of `podman run`.
+    pub fn run_with(&self, name: &str, seconds: u32, options: &[&str]) -> Result<(String, u32)> {
+        self.made.borrow_mut().push(name.into());
         let seconds = seconds.to_string();
         let what = ["run", "--detach", "--network=none", "--name", name];
-        let id = self.podman(&[&what[..], &labels, &[IMAGE, "/bin/sleep", &seconds]].concat())?;
+        let id = self.podman(&[&what[..], options, &[IMAGE, "/bin/sleep", &seconds]].concat())?;
         let pid = self.podman(&["inspect", "--format", "{{.State.Pid}}", &id])?;
         Ok((id, pid.parse().ok().filter(|pid| *pid > 0).context("the container has a process")?))
     }

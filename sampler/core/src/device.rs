@@ -72,6 +72,9 @@ pub struct GpuInfo {
     pub mig_uuids: Vec<String>,
     /// The parent GPU of a MIG device.
     pub parent: Option<GpuUuid>,
+    /// The number of the GPU instance of a MIG device. Sessions do not have it.
+    #[serde(skip)]
+    pub gpu_instance: Option<u32>,
     pub model: String,
     pub pci_bus_id: String,
     pub driver_version: String,

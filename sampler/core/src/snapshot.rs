@@ -148,6 +148,8 @@ pub struct ContainerGpu {
     /// One standard error of `duty_cycle_percent`, same unit.
     pub duty_cycle_stderr: Option<f64>,
     pub memory_used_bytes: Option<u64>,
+    /// The driver's last list has a process of it.
+    pub is_listed: bool,
 }
 
 #[derive(Clone, Debug)]

@@ -7,6 +7,7 @@ use sampler_core::identity::ContainerRecord;
 use strum::{EnumCount as _, VariantArray as _};
 
 use super::details::UserDetails;
+use super::visible::VisibleGpus;
 
 /// Longer values are truncated, since they are part of every sample of a series. Kubernetes limits its own names to 253 bytes.
 const MAX_VALUE_BYTES: usize = 1024;
@@ -119,6 +120,8 @@ pub struct Facts {
     pub pod_uid: Option<String>,
     pub runtime: Option<Runtime>,
     pub sandbox: bool,
+    /// Only from a source that has the specification of the container.
+    pub visible: Option<VisibleGpus>,
     /// Only of a job, unit or login session.
     pub details: Option<Box<UserDetails>>,
     /// The source knows whether the container is in a pod: if it reports no pod, there is none.
@@ -168,6 +171,8 @@ pub struct ContainerLabels {
     pub host_user: Option<HostUser>,
     /// `None` until a process of the user was read.
     pub details: Option<Arc<UserDetails>>,
+    /// The GPUs in its specification.
+    pub visible: Option<Arc<VisibleGpus>>,
     /// The container, and the pod, around a job.
     pub outer_container_id: Option<Arc<str>>,
     pub runtime: Option<Runtime>,
@@ -192,6 +197,7 @@ impl ContainerLabels {
             kind: identity.kind,
             host_user: identity.host_user.clone(),
             details: None,
+            visible: None,
             outer_container_id: identity.outer_container_id.as_deref().map(Into::into),
             runtime: identity.runtime,
             pod_uid: identity.pod_uid.clone(),
@@ -254,6 +260,9 @@ impl ContainerLabels {
         self.runtime = self.runtime.or(runtime);
         if let Some(details) = facts.details.as_deref().filter(|details| self.details.as_deref() != Some(details)) {
             (self.details, changed) = (Some(Arc::new(details.clone())), true);
+        }
+        if let Some(visible) = facts.visible.as_ref().filter(|visible| self.visible.as_deref() != Some(visible)) {
+            (self.visible, changed) = (Some(Arc::new(visible.clone())), true);
         }
         if facts.sandbox && self.kind != Kind::Sandbox {
             (self.kind, changed) = (Kind::Sandbox, true);

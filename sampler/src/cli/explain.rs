@@ -9,6 +9,7 @@ use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use super::client::agent_at;
+use super::holders;
 use super::request::{self, AgentResponse, document, unreachable};
 use super::sample;
 use crate::cli::output::{json, print};
@@ -24,6 +25,7 @@ const EXAMPLES: &str = "\
 Examples:
   gpu-sampler explain --pid 4711
   gpu-sampler explain --container 73e1a9
+  gpu-sampler explain --gpu 0
   gpu-sampler explain --cgroup /kubepods/pod.../73e1... --offline --json
   gpu-sampler explain --sample 12.5s --gpu 0 --file slow-training.gpus";
 
@@ -31,25 +33,26 @@ Examples:
 const REMEDY: &str = "name an agent with --agent or --listen, or query the label sources directly with --no-agent";
 
 #[derive(Args)]
-#[command(after_help = EXAMPLES, group = ArgGroup::new("subject").required(true).args(["pid", "cgroup", "container", "missing", "sample"]))]
+#[command(after_help = EXAMPLES, group = ArgGroup::new("subject").required(true).multiple(true).args(["pid", "cgroup", "container", "missing", "sample", "gpu"]))]
 pub struct Explain {
     /// Process, by its PID on the host; a running agent keeps processes for 40 s after their end
-    #[arg(long, value_name = "N", conflicts_with = "offline")]
+    #[arg(long, value_name = "N", conflicts_with_all = ["offline", "cgroup", "container", "missing", "sample", "gpu"])]
     pid: Option<u32>,
     /// Cgroup, by its path within its hierarchy
-    #[arg(long, value_name = "PATH")]
+    #[arg(long, value_name = "PATH", conflicts_with_all = ["container", "missing", "sample", "gpu"])]
     cgroup: Option<String>,
     /// Container, by its id or a unique prefix of it; with a running agent also by name, or by pod if the pod has one container
-    #[arg(long, value_name = "ID", conflicts_with = "offline")]
+    #[arg(long, value_name = "ID", conflicts_with_all = ["offline", "missing", "sample", "gpu"])]
     container: Option<String>,
     /// List all containers with missing labels and the sources that could provide them; requires a running agent
-    #[arg(long, conflicts_with_all = ["offline", "no_agent"])]
+    #[arg(long, conflicts_with_all = ["offline", "no_agent", "sample", "gpu"])]
     missing: bool,
     /// Sample of a session, by time or seconds after the start: the users that it is attributed to, and why
     #[arg(long, value_name = "TIME", requires_all = ["gpu", "file"], conflicts_with_all = ["offline", "agent", "no_agent"])]
     sample: Option<String>,
-    /// With --sample: GPU, by index or UUID
-    #[arg(long, value_name = "GPU", requires = "sample")]
+    /// GPU, by index or UUID: who holds it, used or not, and how that is known; requires a running agent. With --sample: the GPU of the
+    /// sample
+    #[arg(long, value_name = "GPU", conflicts_with_all = ["offline", "no_agent"])]
     gpu: Option<String>,
     /// With --sample: session file
     #[arg(long, value_name = "FILE", requires = "sample")]
@@ -79,6 +82,9 @@ impl Explain {
             let explained = sample::explain(file, gpu, time)?;
             return print(&if self.json { json(&explained)? } else { explained.text() });
         }
+        if let Some(gpu) = &self.gpu {
+            return self.print_answer(&format!("gpu={}", percent_encoded(gpu)), holders::text);
+        }
         let subject = match (&self.cgroup, self.pid, &self.container) {
             (Some(path), ..) if !path.starts_with('/') => {
                 bail!("--cgroup {path:?} is not a path within a hierarchy: such a path begins with /, as in /proc/PID/cgroup")
@@ -107,13 +113,18 @@ impl Explain {
     }
 
     fn list_missing(&self) -> anyhow::Result<()> {
+        self.print_answer("missing=true", missing_text)
+    }
+
+    /// Prints what the agent answers to this query, which only an agent can answer.
+    fn print_answer<T: DeserializeOwned>(&self, query: &str, text: impl Fn(&T) -> String) -> anyhow::Result<()> {
         let (config, agent) = self.agent()?;
-        let body = match request::get(&agent, "/api/v1/explain?missing=true", config.token.as_deref(), REMEDY)? {
+        let body = match request::get(&agent, &format!("/api/v1/explain?{query}"), config.token.as_deref(), REMEDY)? {
             AgentResponse::Found(body) => body,
             AgentResponse::NotFound(message) => bail!("{message}"),
             AgentResponse::NoAgent(error) => return Err(error.context(unreachable(&agent))),
         };
-        print(&if self.json { json(&document::<Value>(&agent, &body)?)? } else { missing_text(&document(&agent, &body)?) })
+        print(&if self.json { json(&document::<Value>(&agent, &body)?)? } else { text(&document(&agent, &body)?) })
     }
 
     fn find<T: DeserializeOwned>(&self, subject: &Subject) -> anyhow::Result<T> {

@@ -3,6 +3,7 @@
 mod client;
 mod doctor;
 mod explain;
+mod holders;
 mod output;
 mod record;
 mod release;

@@ -165,11 +165,12 @@ pub fn checks(config: &Config, layout: &Layout) -> Vec<Check> {
 
 /// The kubelet's device checkpoints, where they exist.
 fn checkpoints(root: &Root, folders: &[PathBuf]) -> Vec<Check> {
-    let check = |folder: &PathBuf| match checkpoint::read(&root.path(folder)) {
+    let check = |folder: &PathBuf| match checkpoint::read(&root.path(folder), checkpoint::MAX_BYTES) {
         Ok(None) => None,
-        Ok(Some(list)) => {
-            Some(Check::ok("kubelet", format!("device checkpoint with {} entries, in {}", list.len(), folder.display())))
-        }
+        Ok(Some(found)) => Some(Check::ok(
+            "kubelet",
+            format!("device checkpoint with {} entries, in {}", found.assignments.len(), folder.display()),
+        )),
         Err(error) => {
             let remedy = "restart the kubelet, which rewrites the file; until it can be read, assigned GPUs are not shown";
             Some(Check::bad("kubelet", CheckStatus::Degraded, display_chain(&error), remedy))

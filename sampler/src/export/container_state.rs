@@ -38,6 +38,10 @@ pub struct PairState {
     pub counters: Counters,
     /// Every scraper has these values. Scrapers that come later have no claim to them.
     pub delivered: bool,
+    /// If it held the GPU in the last scrape: for how long the GPU had been observed, and the pair been active, in seconds.
+    held_since: Option<[f64; 2]>,
+    /// Seconds for which it held the GPU and did not use it.
+    pub held_idle: f64,
 }
 
 #[derive(Debug)]
@@ -108,7 +112,21 @@ impl PairState {
             born: 0,
             counters: Counters::default(),
             delivered: false,
+            held_since: None,
+            held_idle: 0.0,
         }
+    }
+
+    /// Books the time since the last scrape, if it held the GPU then. Returns whether there was any.
+    pub fn book_held(&mut self, is_held: bool, observed: f64, active: f64) -> bool {
+        let idle = self.held_since.map_or(0.0, |[from, active_from]| observed - from - (active - active_from));
+        // A window of activity may have been booked before all of it was observed: the next time includes it.
+        if idle < 0.0 && is_held {
+            return false;
+        }
+        self.held_since = is_held.then_some([observed, active]);
+        self.held_idle += idle.max(0.0);
+        idle > 0.0
     }
 }
 

@@ -1,4 +1,4 @@
-//! `/api/v1/explain`: the attribution of a process, a cgroup or a container, and all containers that lack a label.
+//! `/api/v1/explain`: the attribution of a process, a cgroup or a container, the holders of a GPU, and all containers that lack a label.
 
 use std::sync::Arc;
 
@@ -18,22 +18,35 @@ pub struct ExplainQuery {
     cgroup: Option<String>,
     container: Option<String>,
     missing: Option<bool>,
+    gpu: Option<String>,
 }
 
 pub async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
     let tables =
         AgentTables { core: &state.core, labels: &state.labels, health: &state.health, procfs: &state.config.path_procfs };
     let subject = match query {
-        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: None, missing: Some(true) })) => {
+        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: None, missing: None, gpu: Some(gpu) })) => {
+            state.refresh().await;
+            return match state.gpu_holders(&gpu) {
+                Some(holders) => Json(holders).into_response(),
+                None => (StatusCode::NOT_FOUND, format!("no GPU with the UUID or index {gpu}\n")).into_response(),
+            };
+        }
+        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: None, missing: Some(true), gpu: None })) => {
             return Json(tables.incomplete(&state.snapshot.load_full()).await).into_response();
         }
-        Ok(Query(ExplainQuery { pid: Some(pid), cgroup: None, container: None, missing: None })) => Subject::Pid(pid),
-        Ok(Query(ExplainQuery { pid: None, cgroup: Some(path), container: None, missing: None })) => Subject::Cgroup(path),
-        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: Some(id), missing: None })) if !plain_id(&id).is_empty() => {
+        Ok(Query(ExplainQuery { pid: Some(pid), cgroup: None, container: None, missing: None, gpu: None })) => Subject::Pid(pid),
+        Ok(Query(ExplainQuery { pid: None, cgroup: Some(path), container: None, missing: None, gpu: None })) => {
+            Subject::Cgroup(path)
+        }
+        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: Some(id), missing: None, gpu: None }))
+            if !plain_id(&id).is_empty() =>
+        {
             Subject::Container(plain_id(&id))
         }
         Ok(_) => {
-            let message = "invalid query: give exactly one of ?pid=NUMBER, ?cgroup=/PATH, ?container=ID, ?missing=true\n";
+            let message =
+                "invalid query: give exactly one of ?pid=NUMBER, ?cgroup=/PATH, ?container=ID, ?gpu=UUID, ?missing=true\n";
             return (StatusCode::BAD_REQUEST, message).into_response();
         }
         Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),

@@ -28,6 +28,8 @@ pub struct ExportedPair {
     pub gone: bool,
     /// Where it is known from that the GPU, or a part of it, is assigned to the container; `None` if it is not.
     pub assigned: Option<AssignmentSource>,
+    /// For how long it has held the GPU without using it; 0 but in a scrape.
+    pub held_idle_seconds: f64,
     /// Empty but in a scrape.
     pub text: Arc<ContainerText>,
 }
@@ -155,6 +157,7 @@ pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &Gpu
         contenders: Vec::new(),
         gone: false,
         assigned: None,
+        held_idle_seconds: 0.0,
         text: Arc::default(),
     }
 }

@@ -45,6 +45,7 @@ struct UserFamilies {
     shares: FamilyId,
     engines: FamilyId,
     coactive: FamilyId,
+    held_idle: FamilyId,
     contention: FamilyId,
     memory: FamilyId,
     mps_clients: FamilyId,
@@ -62,6 +63,7 @@ macro_rules! user_families {
             shares: $to.family(&$module::WINDOW_SHARE),
             engines: $to.family(&$module::ENGINE_SECONDS),
             coactive: $to.family(&$module::COACTIVE_SECONDS),
+            held_idle: $to.family(&$module::HELD_IDLE_SECONDS),
             contention: $to.family(&$module::CONTENTION_SECONDS),
             memory: $to.family(&$module::MEMORY_USED),
             mps_clients: $to.family(&$module::MPS_CLIENTS),
@@ -116,6 +118,7 @@ impl UserFamilies {
             to.add_from_zero(self.engines, (&mut series, engine.name()), labels, *seconds);
         }
         to.add_from_zero(self.coactive, (&mut series, ""), blocks, usage.coactive_seconds);
+        to.add_from_zero(self.held_idle, (&mut series, ""), blocks, pair.held_idle_seconds);
         for contender in &pair.contenders {
             let more = [
                 ("other_namespace", contender.text(Label::Namespace)),

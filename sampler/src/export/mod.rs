@@ -10,6 +10,7 @@ mod encode;
 mod explain;
 mod exposition;
 mod families;
+pub mod gpu_holders;
 mod gpus;
 mod html_tables;
 pub mod http;

@@ -108,6 +108,8 @@ mod tests {
     use sampler_core::units::{BootNs, GpuUuid, WallTime};
     use sampler_labels::Assignment;
 
+    use crate::labels::AssignedView;
+
     use super::super::ledger::{Ledger, tests::gpu_view};
     use super::*;
 
@@ -163,7 +165,8 @@ mod tests {
             let gpus = vec![gpu.clone()];
             let snapshot = Snapshot { at: BootNs(10_000_000_000), wall: WallTime(1), gpus, containers };
             ledger.update(&snapshot, &labels);
-            pairs(&ledger.view(&snapshot, &labels, &AssignedGpus::new(assigned, &snapshot)))
+            let view = AssignedView { assignments: assigned.to_vec(), assigns_gpus: true };
+            pairs(&ledger.view(&snapshot, &labels, &AssignedGpus::new(&view, &snapshot, Arc::default())))
         };
         let pod = |seconds| view(1, &pod_path, Some(seconds), false);
         // Which of its containers works is not known.

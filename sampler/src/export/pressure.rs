@@ -85,6 +85,7 @@ mod tests {
             contenders: Vec::new(),
             gone: false,
             assigned: None,
+            held_idle_seconds: 0.0,
             text: Arc::default(),
         }
     }

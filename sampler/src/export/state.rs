@@ -6,10 +6,12 @@ use std::time::Duration;
 use arc_swap::ArcSwap;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::WallTime;
+use sampler_labels::{Assignment, Label};
 
 use super::assigned::AssignedGpus;
 use super::encode::PageSizes;
 use super::exposition::Exposition;
+use super::gpu_holders::GpuHolders;
 use super::ledger::{Ledger, Scrape};
 use super::series_starts::SeriesStarts;
 use crate::config::Config;
@@ -56,7 +58,7 @@ impl AppState {
     fn with_ledger<T>(&self, act: impl FnOnce(&mut Ledger, &Snapshot, &LabelView, &AssignedGpus) -> T) -> T {
         let mut ledger = self.ledger();
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot);
+        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot, Arc::clone(&self.config.reservation_namespaces));
         act(&mut ledger, &snapshot, &labels, &assigned)
     }
 
@@ -67,6 +69,24 @@ impl AppState {
             let mut page = ledger.view(snapshot, labels, assigned);
             ledger.add_contenders(&mut page);
             (page, snapshot.wall)
+        })
+    }
+
+    /// Who holds this GPU, by UUID or index; `None` if there is no such GPU.
+    pub fn gpu_holders(&self, gpu: &str) -> Option<GpuHolders> {
+        self.with_ledger(|ledger, snapshot, labels, assigned| {
+            ledger.update(snapshot, labels);
+            let page = ledger.view(snapshot, labels, assigned);
+            let of_pod = |uid: &String| labels.values().find(|labels| labels.pod_uid.as_ref() == Some(uid));
+            let is_reservation = |assignment: &Assignment| {
+                assignment.namespace.as_deref().is_some_and(|namespace| assigned.reserves(namespace))
+                    || assignment
+                        .pod_uid
+                        .as_ref()
+                        .and_then(of_pod)
+                        .is_some_and(|pod| assigned.reserves(pod.text(Label::Namespace)))
+            };
+            GpuHolders::find(gpu, &page, snapshot, &self.labels.assigned().assignments, is_reservation)
         })
     }
 

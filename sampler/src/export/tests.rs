@@ -124,6 +124,7 @@ fn used(gpu: usize, scale: f64) -> ContainerGpu {
         duty_cycle_percent: Some(33.0),
         duty_cycle_stderr: Some(1.5),
         memory_used_bytes: Some(512 << 20),
+        is_listed: true,
     }
 }
 

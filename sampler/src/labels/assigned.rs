@@ -2,6 +2,7 @@
 //! checkpoint, also when the set of containers changes. In a steady state nothing is queried.
 
 use std::collections::HashSet;
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
@@ -9,6 +10,7 @@ use sampler_core::units::ContainerKey;
 use sampler_labels::{Assignment, Source};
 use tokio::sync::Semaphore;
 
+use super::discover::InnerKubelet;
 use super::shared::SharedLabels;
 use super::source::LabelSources;
 use super::source::checkpoint::CHECKPOINT;
@@ -20,7 +22,14 @@ const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_AFTER: Duration = Duration::from_secs(10);
 
-pub type AssignedView = Vec<Assignment>;
+/// What all kubelets have assigned.
+#[derive(Debug, Default)]
+pub struct AssignedView {
+    pub assignments: Vec<Assignment>,
+    /// Something assigns this node's GPUs to pods: a device plugin is registered, or claims are prepared. What a pod without an assignment
+    /// sees of them then, it has not been given.
+    pub assigns_gpus: bool,
+}
 
 /// The last known state of one kubelet's folder.
 struct KubeletState {
@@ -32,6 +41,7 @@ struct KubeletState {
     /// The containers at the time of the last query.
     containers: Option<HashSet<ContainerKey>>,
     assigned: Vec<Assignment>,
+    assigns_gpus: bool,
     failed: bool,
     not_before: Option<Instant>,
     /// A read that hangs keeps its thread; the permit limits them to one.
@@ -40,22 +50,35 @@ struct KubeletState {
 
 /// Polls all kubelets; never returns.
 pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>) {
-    let mut kubelets: Vec<(std::path::PathBuf, KubeletState)> = Vec::new();
+    let mut kubelets: Vec<(PathBuf, KubeletState)> = Vec::new();
     loop {
-        for folder in &sources.places.load().kubelet_roots {
+        let places = sources.places.load();
+        for folder in &places.kubelet_roots {
             if !kubelets.iter().any(|(known, _)| known == folder) {
-                kubelets.push((
-                    folder.clone(),
-                    KubeletState::new(Kubelet::new(sources.host.path(folder), Arc::clone(&sources.guard))),
-                ));
+                let kubelet = Kubelet::new(sources.host.path(folder), Arc::clone(&sources.guard));
+                kubelets.push((folder.clone(), KubeletState::new(kubelet)));
             }
         }
-        let mut changed = false;
+        for InnerKubelet { container_id, root } in &places.inner_kubelets {
+            if !kubelets.iter().any(|(known, _)| known == root) {
+                let kubelet = Kubelet::in_container(root, container_id.clone(), Arc::clone(&sources.guard));
+                kubelets.push((root.clone(), KubeletState::new(kubelet)));
+            }
+        }
+        let all = kubelets.len();
+        let is_known = |(folder, state): &(PathBuf, KubeletState)| {
+            !state.kubelet.is_in_container() || places.inner_kubelets.iter().any(|inner| inner.root == *folder)
+        };
+        kubelets.retain(is_known);
+        drop(places);
+        let mut changed = kubelets.len() < all;
         for (_, state) in &mut kubelets {
             changed |= state.refresh(&shared).await;
         }
         if changed {
-            shared.assigned.store(Arc::new(kubelets.iter().flat_map(|(_, w)| w.assigned.iter().cloned()).collect()));
+            let assignments = kubelets.iter().flat_map(|(_, state)| state.assigned.iter().cloned()).collect();
+            let assigns_gpus = kubelets.iter().any(|(_, state)| state.assigns_gpus);
+            shared.assigned.store(Arc::new(AssignedView { assignments, assigns_gpus }));
         }
         tokio::time::sleep(POLL_INTERVAL).await;
     }
@@ -70,6 +93,7 @@ impl KubeletState {
             socket: None,
             containers: None,
             assigned: Vec::new(),
+            assigns_gpus: false,
             failed: false,
             not_before: None,
             read_permit: Arc::new(Semaphore::new(1)),
@@ -82,18 +106,23 @@ impl KubeletState {
             return false;
         }
         let (checkpoint, socket) = (self.kubelet.root.join(CHECKPOINT), self.kubelet.socket.path.clone());
-        let claims = self.kubelet.root.join(CLAIMS);
+        let (claims, is_own) = (self.kubelet.root.join(CLAIMS), !self.kubelet.is_in_container());
         // A file system may hang, so the reads have their own thread and a timeout.
         let Ok(permit) = Arc::clone(&self.read_permit).try_acquire_owned() else { return false };
         let stamps = tokio::task::spawn_blocking(move || {
             let _held = permit;
-            (stamp(&checkpoint), stamp(&claims), stamp(&socket))
+            let of_own = |path| if is_own { stamp(path) } else { None };
+            (stamp(&checkpoint), of_own(&claims), of_own(&socket))
         });
         let Ok(Ok((checkpoint, claims, socket))) = tokio::time::timeout(READ_TIMEOUT, stamps).await else {
             self.not_before = Some(Instant::now() + RETRY_AFTER);
             return false;
         };
         if checkpoint.is_none() && socket.is_none() && self.assigned.is_empty() {
+            return false;
+        }
+        // Its process has ended: what it has assigned stays until a search finds the next one.
+        if !is_own && checkpoint.is_none() {
             return false;
         }
         let view = shared.view.load_full();
@@ -108,7 +137,7 @@ impl KubeletState {
         }
         let found = tokio::time::timeout(READ_TIMEOUT, self.kubelet.assigned()).await.unwrap_or_else(|_| {
             let problem = format!("no response within {} s", READ_TIMEOUT.as_secs());
-            AssignmentReport { assignments: Vec::new(), problems: vec![problem] }
+            AssignmentReport { problems: vec![problem], ..AssignmentReport::default() }
         });
         (self.checkpoint, self.claims, self.socket) = (checkpoint, claims, socket);
         self.containers = Some(view.keys().copied().collect());
@@ -129,10 +158,11 @@ impl KubeletState {
             shared.stats.probed(Source::Kubelet, &path.to_string_lossy(), problem_with(CHECKPOINT));
         }
         // A list that cannot be read is not an empty list.
-        if self.failed && found.assignments.is_empty() || found.assignments == self.assigned {
+        if self.failed && found.assignments.is_empty() {
             return false;
         }
-        self.assigned = found.assignments;
-        true
+        let before = (std::mem::replace(&mut self.assigned, found.assignments), self.assigns_gpus);
+        self.assigns_gpus = found.assigns_gpus;
+        (&before.0, before.1) != (&self.assigned, self.assigns_gpus)
     }
 }

@@ -44,6 +44,25 @@ const SOCKETS: [(Source, &str); 9] = [
     (Source::Crio, "/run/crio/crio.sock"),
 ];
 
+/// A kubelet in a container, with its folder in this mount namespace.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct InnerKubelet {
+    pub container_id: String,
+    pub root: PathBuf,
+}
+
+impl InnerKubelet {
+    /// `folder`: that of its process in /proc.
+    fn of(folder: &Path) -> Option<Self> {
+        let lines = memberships(folder).ok()?;
+        let container_id = lines.iter().find_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id)?;
+        let (inner, mut own) = (Root::new(&folder.join("root")), HostPaths::default());
+        own.add_from_process(folder, "kubelet", None, &inner);
+        let root = own.kubelet_roots.first().map_or_else(|| Path::new(KUBELET_ROOTS[0]), PathBuf::as_path);
+        Some(Self { container_id, root: inner.path(root) })
+    }
+}
+
 /// Paths of the host, the most likely first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct HostPaths {
@@ -56,6 +75,8 @@ pub struct HostPaths {
     /// `<root>/containers/<id>/config.v2.json`.
     pub docker_roots: Vec<PathBuf>,
     pub kubelet_roots: Vec<PathBuf>,
+    /// Kubelets of nodes in containers (kind).
+    pub inner_kubelets: Vec<InnerKubelet>,
     /// Folders of pods' logs.
     pub pod_logs: Vec<PathBuf>,
     /// A kubelet takes container metrics from the runtime.
@@ -83,6 +104,7 @@ impl HostPaths {
     pub(super) fn merge(&mut self, found: &HostPaths) {
         self.keep_from(found);
         self.cri_stats |= found.cri_stats;
+        add(&mut self.inner_kubelets, found.inner_kubelets.iter().cloned());
         add(&mut self.sockets, found.sockets.iter().cloned());
         for (uid, paths) in &found.users {
             if self.users.len() < MAX_USERS || self.users.contains_key(uid) {
@@ -131,6 +153,7 @@ impl HostPaths {
         }
         let mut found = Self::default();
         if in_a_container(&folder) {
+            found.inner_kubelets.extend((comm.trim() == "kubelet").then(|| InnerKubelet::of(&folder)).flatten());
             return Some(found);
         }
         match uid(&folder) {
@@ -555,6 +578,29 @@ mod tests {
         let storages_for = |path| places.for_user(path).map(|p| p.storages.len());
         assert_eq!(storages_for("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-a.scope"), Some(1));
         assert_eq!((storages_for("/user.slice/user-1001.slice/x"), storages_for("/docker/a")), (None, None));
+    }
+
+    #[test]
+    fn a_kubelet_in_a_container_is_found_with_its_container() {
+        let procfs = tempfile::tempdir().unwrap();
+        let folder = procfs.path().join("7");
+        fs::create_dir_all(folder.join("root/etc")).unwrap();
+        let id = "a".repeat(64);
+        let set = |cmdline: &str, cgroup: &str| {
+            for (file, text) in [("comm", "kubelet\n"), ("cmdline", cmdline), ("cgroup", cgroup)] {
+                fs::write(folder.join(file), text).unwrap();
+            }
+        };
+        let kubelet = || HostPaths::of_process(procfs.path(), 7, &Root::new(Path::new("/"))).unwrap();
+        let in_node = format!("0::/docker/{id}/kubelet.slice/kubelet.service\n");
+        set("kubelet", &in_node);
+        let root = folder.join("root/var/lib/kubelet");
+        assert_eq!(kubelet().inner_kubelets, [InnerKubelet { container_id: id.clone(), root }]);
+        set("kubelet\0--root-dir=/k\0", &in_node);
+        assert_eq!(kubelet().inner_kubelets, [InnerKubelet { container_id: id, root: folder.join("root/k") }]);
+        assert_eq!(kubelet().kubelet_roots, [""; 0].map(PathBuf::from));
+        set("kubelet\0--root-dir=/k\0", "0::/system.slice/kubelet.service\n");
+        assert_eq!(kubelet().inner_kubelets, []);
     }
 
     #[test]

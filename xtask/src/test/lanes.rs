@@ -20,9 +20,24 @@ use std::{
 };
 
 /// Tests that run at once. Most wait for the simulated driver most of the time.
-const LANES: usize = 3;
-/// Modules of tests that measure time, or how evenly the processors are shared: nothing runs beside them.
-const ALONE: [&str; 4] = ["accuracy", "contention", "latency", "pressure"];
+const LANES: usize = 2;
+/// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
+const ALONE: [&str; 14] = [
+    "accuracy",
+    "contention",
+    "demo",
+    "doubles",
+    "faults",
+    "gpu_recording",
+    "labels",
+    "latency",
+    "lives",
+    "modes",
+    "places",
+    "pressure",
+    "prometheus",
+    "web",
+];
 /// A test that takes longer hangs.
 const LIMIT: Duration = Duration::from_mins(15);
 /// Tests that are named at the end, with their times.

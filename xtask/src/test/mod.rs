@@ -90,7 +90,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     privileged.and(unit)
 }
 
-/// The privileged tests measure time on machines that are shared. If a few of them fail, each is repeated, with nothing beside it, and has
+/// The privileged tests measure time on machines that are shared. If a few of them fail, each is repeated, alone, and has
 /// to pass every time: a defect that shows in every second run passes the repeats in one of four cases. The output ends with the names of
 /// such tests.
 fn run_and_repeat(lanes: &Lanes<'_>, filters: &[String]) -> Result<()> {

@@ -1,4 +1,4 @@
-//! What became of a privileged test, from its runner's exit and output.
+//! The result of a privileged test, from the output of its runner.
 
 use std::{fs, time::Duration};
 

@@ -65,6 +65,11 @@ impl Holders {
         self.held.get(&user).copied().or(self.known.then_some(NOTHING))
     }
 
+    /// Whether the last list has a process of the user.
+    pub fn lists(&self, user: User) -> bool {
+        self.held.contains_key(&user)
+    }
+
     pub fn containers(&self) -> impl Iterator<Item = ContainerKey> {
         self.held.keys().filter_map(|user| user.container())
     }

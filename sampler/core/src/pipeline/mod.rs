@@ -251,6 +251,7 @@ impl Core {
                     duty_cycle_percent: duty.map(|d| d.percent).or(observed),
                     duty_cycle_stderr: duty.map(|d| d.stderr).or(observed),
                     memory_used_bytes: held.and_then(|held| held.memory_bytes),
+                    is_listed: gpu.holders().lists(User::Container(key)),
                 });
             }
         }

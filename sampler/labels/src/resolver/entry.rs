@@ -17,6 +17,8 @@ pub(super) const SOCKET_DELAY: u64 = 250 * MS;
 const LIST_DELAY: u64 = 30 * MS;
 /// The least of the labels, from files of which there are many: queried once the runtime's own record should be there.
 const LAST_FILES_DELAY: u64 = 100 * MS;
+/// The bundles of Docker's containers have no labels, only their GPUs.
+const DOCKER_BUNDLE_DELAY: u64 = 200 * MS;
 /// A path may mislead, so sources that it does not suggest are queried as well, but later.
 const UNLIKELY_DELAY: u64 = 5_000 * MS;
 const MIN_BACK_OFF: u64 = 500 * MS;
@@ -70,7 +72,8 @@ impl Entry {
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
         let after = initial_delay(source, &self.labels)?;
         let next = self.seen.plus(after).max(now);
-        let slot = Slot { is_socket: source.is_socket(), started: self.seen, last_sent: now, next, ..Slot::default() };
+        let (is_socket, has_specification) = (source.is_socket(), source == Source::Bundle && after < UNLIKELY_DELAY);
+        let slot = Slot { is_socket, has_specification, started: self.seen, last_sent: now, next, ..Slot::default() };
         self.slots.insert(id, slot);
         self.needs_query_to(id, now).then_some(next)
     }
@@ -85,7 +88,13 @@ impl Entry {
     /// their container, and are not made after its end.
     pub fn needs_query_to(&self, id: TargetId, now: BootNs) -> bool {
         let is_unresolved = |slot: &Slot| self.gone.is_none() || !slot.has_result;
-        self.needs_queries(now) && self.slots.get(&id).is_some_and(is_unresolved)
+        let is_needed = |slot: &Slot| self.needs_queries(now) && is_unresolved(slot) || self.needs_specification(slot);
+        self.slots.get(&id).is_some_and(is_needed)
+    }
+
+    /// Which GPUs a container is given, its specification says once and for all, however well its labels are known.
+    fn needs_specification(&self, slot: &Slot) -> bool {
+        slot.has_specification && !slot.has_result && !self.forged && self.gone.is_none()
     }
 
     /// Whether this is a pod, or a job in a container: a container in the same pod has its namespace and pod.
@@ -162,6 +171,7 @@ fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
         // For these runtimes pod manifests are the only source; the other runtimes have none.
         Source::Manifest if labels.kind == Kind::Container && matches!(runtime, Some(Rkt | Nspawn)) => true,
         Source::Manifest => return None,
+        Source::Bundle if runtime_in(&[Docker, Ecs]) && !runtime_in(&[Containerd]) => return Some(DOCKER_BUNDLE_DELAY),
         Source::Bundle => runtime_in(&[Containerd]),
         Source::DockerFile | Source::Docker => runtime_in(&[Docker, Ecs]),
         Source::CrioFile | Source::Crio => runtime_in(&[CriO]),
@@ -188,6 +198,7 @@ fn is_full_id(id: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Slot {
     pub is_socket: bool,
+    has_specification: bool,
     /// When the back-off started or was last restarted.
     started: BootNs,
     attempts: u32,

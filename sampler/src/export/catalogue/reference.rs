@@ -72,7 +72,7 @@ const LABELS: [(&str, &str); 49] = [
     ("resource", "`cpu`, `memory` or `io`"),
     ("runtime", "container runtime"),
     ("scheduler", "`slurm`, `nomad`, `htcondor`, `yarn`, `pbs`, `lsf` or `flux`; empty if it is not a job"),
-    ("source", "label source, or `nvml`; of an assignment `checkpoint`, `claim` or `pod-resources`"),
+    ("source", "label source, or `nvml`; of an assignment `checkpoint`, `claim`, `pod-resources` or `bundle`"),
     ("state", "state of the GPU time, of the labels, of the PID space, or of the session"),
     ("table", "`living` and `exited` processes, or `cgroups`"),
     ("uid", "id of the owner; empty if unknown"),

@@ -69,6 +69,12 @@ families! {
         .help("Time in which the job, unit or login session and another user were active on the same GPU, in seconds.")
         .absent("if gpu_user_seconds_total is")
         .starts_at_zero();
+    HELD_IDLE_SECONDS: Family::counter("gpu_user_held_idle_seconds_total", "seconds", LABELS)
+        .in_collector(Collector::Holding)
+        .help("Time in which the job, unit or login session held the GPU and did not use it, in seconds: a process of \
+               it was listed by the driver, and it had no sample. As exact as the interval between scrapes.")
+        .absent("if gpu_user_seconds_total is")
+        .starts_at_zero();
     CONTENTION_SECONDS: Family::counter("gpu_user_contention_seconds_total", "seconds", WITH_CONTENDER)
         .in_collector(Collector::Contenders)
         .help("GPU time that another user received while the job, unit or login session was active and the GPU was saturated, in seconds. \

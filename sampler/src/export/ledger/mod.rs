@@ -154,7 +154,7 @@ impl Ledger {
                 }
             }
             if let Some(labels) = settled.as_ref().filter(|_| !is_gone) {
-                page.add_assigned(record.key, labels, &assigned.gpus_of(labels), snapshot);
+                page.add_assigned(record.key, labels, &assigned.gpus_of(labels, snapshot), snapshot);
             }
         }
         page.expose_pods_as_containers(&self.pods);
@@ -197,6 +197,12 @@ impl Ledger {
             if state.changed == 0 || state.counters.number != counters.number {
                 state.born = number;
             }
+            let is_held = !pair.gone && (pair.assigned.is_some() || pair.usage.is_listed);
+            let observed = snapshot.gpus.get(pair.usage.gpu).map_or(0.0, |gpu| gpu.time.busy + gpu.time.idle);
+            if state.book_held(is_held, observed, pair.usage.active_seconds) {
+                (state.changed, state.delivered) = (number, false);
+            }
+            pair.held_idle_seconds = state.held_idle;
             if state.changed == 0 || state.counters != counters {
                 (state.counters, state.changed, state.delivered) = (counters, number, false);
             }

@@ -8,6 +8,8 @@ use sampler_core::device::{DeviceReadings, GpuInfo};
 use sampler_core::snapshot::{ContainerView, GpuTime, GpuView};
 use sampler_labels::{Assignment, Facts, Source};
 
+use crate::labels::AssignedView;
+
 const SECOND: u64 = 1_000_000_000;
 
 /// The next scrape of this scraper.
@@ -365,7 +367,8 @@ fn a_gpu_that_is_assigned_counts_from_the_scrape_that_first_shows_it_until_it_is
         let client = ScrapeClient::new([127, 0, 0, 1].into(), "", "");
         let connection = ConnectionId(1);
         let scrape = Scrape { client: &client, connection, at: Instant::now(), pods: PodLabels::Both, has_contenders: false };
-        let assigned = AssignedGpus::new(if is_assigned { std::slice::from_ref(&assigned_gpu) } else { &[] }, &all);
+        let assignments = if is_assigned { vec![assigned_gpu.clone()] } else { Vec::new() };
+        let assigned = AssignedGpus::new(&AssignedView { assignments, assigns_gpus: true }, &all, Arc::default());
         let page = ledger.scrape(&scrape, &all, &view, &assigned);
         let text = text(&mut ledger, &page);
         let (created, kept) = page.pairs.first().map(|pair| (pair.created, Arc::clone(&pair.text))).unzip();
@@ -380,6 +383,30 @@ fn a_gpu_that_is_assigned_counts_from_the_scrape_that_first_shows_it_until_it_is
     let (value, created, _) = scrape(4, Some(2.0), false);
     assert_eq!((value, created), (Some(0.0), at(3)));
     assert_eq!(scrape(5, Some(3.0), true).0, Some(3.0));
+}
+
+#[test]
+fn what_holds_a_gpu_without_using_it_is_counted_between_scrapes() {
+    let mut ledger = Ledger::default();
+    // At a time: how long the GPU was observed, how long the container was active, whether the driver lists a process of it.
+    let mut held_idle = |at: u64, active: f64, is_listed: bool, gone: Option<u64>| {
+        let mut all = snapshot(at, active, gone);
+        all.gpus[0].time = GpuTime { busy: active, idle: at as f64 - active, ..GpuTime::default() };
+        for usage in &mut all.containers[0].gpus {
+            (usage.active_seconds, usage.is_listed) = (active, is_listed);
+        }
+        let view = labels(&all.containers[0].record, true);
+        let page = scraped(&mut ledger, &all, &view);
+        page.pairs.first().map(|pair| pair.held_idle_seconds)
+    };
+    assert_eq!((held_idle(10, 0.0, false, None), held_idle(20, 0.0, true, None)), (Some(0.0), Some(0.0)));
+    assert_eq!((held_idle(30, 0.0, true, None), held_idle(40, 4.0, true, None)), (Some(10.0), Some(16.0)));
+    // A second of activity is booked before the GPU was observed in all of it.
+    assert_eq!((held_idle(41, 6.0, true, None), held_idle(50, 6.0, true, None)), (Some(16.0), Some(24.0)));
+    // Released, and held again.
+    assert_eq!((held_idle(60, 6.0, false, None), held_idle(90, 6.0, false, None)), (Some(34.0), Some(34.0)));
+    assert_eq!((held_idle(100, 6.0, true, None), held_idle(110, 6.0, true, Some(109))), (Some(34.0), Some(44.0)));
+    assert_eq!(held_idle(120, 6.0, true, Some(109)), Some(44.0));
 }
 
 #[test]

@@ -25,7 +25,7 @@ use super::file;
 
 pub const CHECKPOINT: &str = "device-plugins/kubelet_internal_checkpoint";
 /// One GPU of 48 GiB that is shared in MiB has 5 MB of ids; a node has up to sixteen.
-const MAX_BYTES: u64 = 128 << 20;
+pub const MAX_BYTES: u64 = 128 << 20;
 /// Entries kept: a node has some hundred containers.
 const MAX_ENTRIES: usize = 16_384;
 
@@ -33,8 +33,8 @@ const MAX_ENTRIES: usize = 16_384;
 pub enum CheckpointError {
     #[error("cannot read {}", path.display())]
     Read { path: PathBuf, source: io::Error },
-    #[error("{}: larger than {MAX_BYTES} bytes", path.display())]
-    TooLarge { path: PathBuf },
+    #[error("{}: larger than {bound} bytes", path.display())]
+    TooLarge { path: PathBuf, bound: u64 },
     #[error("{}: not JSON", path.display())]
     Json { path: PathBuf, source: serde_json::Error },
     #[error("{}: no pod entries", path.display())]
@@ -82,30 +82,43 @@ fn is_id(text: &str) -> bool {
     !text.is_empty() && !matches!(text, "all" | "none" | "void") && !text.starts_with('/')
 }
 
-/// Reads the assignments of a kubelet, by pod UIDs; `None` if there is no checkpoint. Blocking.
-pub fn read(root: &Path) -> Result<Option<Vec<Assignment>>, CheckpointError> {
+#[derive(Clone, Debug, Default)]
+pub struct DeviceCheckpoint {
+    /// By pod UIDs.
+    pub assignments: Vec<Assignment>,
+    /// A device plugin has registered a resource of NVIDIA.
+    pub has_gpu_plugin: bool,
+}
+
+/// Reads what a kubelet has assigned, up to this many bytes; `None` if there is no checkpoint. Blocking.
+pub fn read(root: &Path, bound: u64) -> Result<Option<DeviceCheckpoint>, CheckpointError> {
     let path = root.join(CHECKPOINT);
     let opened = match file::open(&path) {
         Ok(opened) => opened,
         Err(error) if file::is_absent(&error) => return Ok(None),
         Err(source) => return Err(CheckpointError::Read { path, source }),
     };
-    if opened.metadata().is_ok_and(|metadata| metadata.len() > MAX_BYTES) {
-        return Err(CheckpointError::TooLarge { path });
+    if opened.metadata().is_ok_and(|metadata| metadata.len() > bound) {
+        return Err(CheckpointError::TooLarge { path, bound });
     }
-    let mut json = serde_json::Deserializer::from_reader(BufReader::new(opened.take(MAX_BYTES)));
-    match Layer.deserialize(&mut json).and_then(|found| json.end().map(|()| found)) {
-        Ok(Some(entries)) => Ok(Some(entries)),
+    let mut json = serde_json::Deserializer::from_reader(BufReader::new(opened.take(bound)));
+    let mut has_gpu_plugin = false;
+    let outer = Layer { has_gpu_plugin: &mut has_gpu_plugin, is_registry: false };
+    match outer.deserialize(&mut json).and_then(|found| json.end().map(|()| found)) {
+        Ok(Some(assignments)) => Ok(Some(DeviceCheckpoint { assignments, has_gpu_plugin })),
         Ok(None) => Err(CheckpointError::Shape { path }),
         Err(source) if source.is_io() => Err(CheckpointError::Read { path, source: source.into() }),
         Err(source) => Err(CheckpointError::Json { path, source }),
     }
 }
 
-/// The outer object, and `Data` in it; `None` without a list of entries.
-struct Layer;
+/// The outer object, and `Data` in it; `None` without a list of entries. Or the ids of all devices by their resource, which are not kept.
+struct Layer<'f> {
+    has_gpu_plugin: &'f mut bool,
+    is_registry: bool,
+}
 
-impl<'de> DeserializeSeed<'de> for Layer {
+impl<'de> DeserializeSeed<'de> for Layer<'_> {
     type Value = Option<Vec<Assignment>>;
 
     fn deserialize<D: Deserializer<'de>>(self, from: D) -> Result<Self::Value, D::Error> {
@@ -113,7 +126,7 @@ impl<'de> DeserializeSeed<'de> for Layer {
     }
 }
 
-impl<'de> Visitor<'de> for Layer {
+impl<'de> Visitor<'de> for Layer<'_> {
     type Value = Option<Vec<Assignment>>;
 
     fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -123,8 +136,13 @@ impl<'de> Visitor<'de> for Layer {
     fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Self::Value, A::Error> {
         let mut found = None;
         while let Some(key) = map.next_key::<String>()? {
+            *self.has_gpu_plugin |= self.is_registry && key.starts_with("nvidia.com/");
+            let is_registry = key == "RegisteredDevices";
             let entries = match key.as_str() {
-                "Data" => map.next_value_seed(Layer)?,
+                _ if self.is_registry => map.next_value::<IgnoredAny>().map(|_| None)?,
+                "Data" | "RegisteredDevices" => {
+                    map.next_value_seed(Layer { has_gpu_plugin: &mut *self.has_gpu_plugin, is_registry })?
+                }
                 "PodDeviceEntries" | "Entries" => map.next_value_seed(Entries)?,
                 _ => map.next_value::<IgnoredAny>().map(|_| None)?,
             };
@@ -256,6 +274,7 @@ impl CheckpointEntry {
             device_ids,
             handed_out: response.device_ids(),
             source: AssignmentSource::Checkpoint,
+            inside: None,
         })
     }
 }
@@ -286,8 +305,9 @@ pub mod tests {
     #[test]
     fn checkpoints_of_every_layout_parse() {
         let check = |text: &str, expect: &[&str]| {
-            let list = read(folder(text.as_bytes()).path()).unwrap().unwrap();
-            assert_eq!(show(&list), expect, "{text}");
+            let found = read(folder(text.as_bytes()).path(), MAX_BYTES).unwrap().unwrap();
+            assert_eq!(show(&found.assignments), expect, "{text}");
+            assert_eq!(found.has_gpu_plugin, text.contains(r#""nvidia.com/gpu":["#), "{text}");
         };
         let entry = |ids: &str| {
             format!(
@@ -315,7 +335,7 @@ pub mod tests {
     fn invalid_checkpoints_are_errors() {
         let check = |text: &[u8], expect: &str| {
             let root = folder(text);
-            let error = read(root.path()).unwrap_err().to_string();
+            let error = read(root.path(), MAX_BYTES).unwrap_err().to_string();
             assert!(error.ends_with(expect) && error.contains(CHECKPOINT), "{error}");
         };
         check(b"", "not JSON");
@@ -326,11 +346,11 @@ pub mod tests {
         check(b"[]", "no pod entries");
         check(br#"{"Data":"text"}"#, "no pod entries");
         check(br#"{"Data":{"PodDeviceEntries":{}}}"#, "no pod entries");
-        assert!(read(Path::new("/nowhere")).unwrap().is_none());
+        assert!(read(Path::new("/nowhere"), MAX_BYTES).unwrap().is_none());
         let root = folder(b"{}");
         fs::remove_file(root.path().join(CHECKPOINT)).unwrap();
         fs::create_dir(root.path().join(CHECKPOINT)).unwrap();
-        assert!(matches!(read(root.path()), Err(CheckpointError::Read { .. })));
+        assert!(matches!(read(root.path(), MAX_BYTES), Err(CheckpointError::Read { .. })));
     }
 
     /// An entry of a plugin that replied with this.
@@ -345,7 +365,7 @@ pub mod tests {
     fn the_reply_of_the_plugin_has_what_was_handed_out() {
         let check = |response: ContainerAllocateResponse, expect: &[&str]| {
             let text = format!(r#"{{"Data":{{"PodDeviceEntries":[{}]}},"Checksum":1}}"#, entry("GPU-1", &response));
-            let list = read(folder(text.as_bytes()).path()).unwrap().unwrap();
+            let list = read(folder(text.as_bytes()).path(), MAX_BYTES).unwrap().unwrap().assignments;
             assert_eq!(list[0].handed_out, expect, "{response:?}");
         };
         let env = |value: &str| HashMap::from([("NVIDIA_VISIBLE_DEVICES".to_owned(), value.to_owned())]);
@@ -385,7 +405,7 @@ pub mod tests {
             r#"{{"Data":{{"PodDeviceEntries":[{}],"RegisteredDevices":{{"aliyun.com/gpu-mem":[{shares}]}}}},"Checksum":1}}"#,
             pods.join(",")
         );
-        let list = read(folder(text.as_bytes()).path()).unwrap().unwrap();
+        let list = read(folder(text.as_bytes()).path(), MAX_BYTES).unwrap().unwrap().assignments;
         assert!(text.len() > 20 << 20, "{} bytes", text.len());
         assert_eq!((list.len(), list[7].device_ids.len(), &*list[8].device_ids[0]), (9, 46_068, &*format!("GPU-{uuid}")));
     }
@@ -395,6 +415,6 @@ pub mod tests {
         let root = folder(b"{}");
         let file = fs::OpenOptions::new().write(true).open(root.path().join(CHECKPOINT)).unwrap();
         file.set_len(MAX_BYTES + 1).unwrap();
-        assert!(matches!(read(root.path()), Err(CheckpointError::TooLarge { .. })));
+        assert!(matches!(read(root.path(), MAX_BYTES), Err(CheckpointError::TooLarge { .. })));
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use sampler_labels::{Assignment, AssignmentSource, facts_for, join};
 use tokio::time::Instant;
 
-use super::checkpoint::{self, CHECKPOINT, CheckpointError};
+use super::checkpoint::{self, CHECKPOINT, CheckpointError, DeviceCheckpoint};
 use super::claims::{self, DynamicResource, PreparedClaims};
 use super::grpc::{GrpcError, GrpcSocket, ListResponse};
 use super::reply::SourceReply;
@@ -25,6 +25,8 @@ use crate::labels::stamp::{Stamp, stamp};
 const POD_RESOURCES: &str = "pod-resources/kubelet.sock";
 /// Some hundred bytes for each pod, and 80 for each MiB of a GPU that is shared in MiB.
 const MAX_LIST_BYTES: usize = 64 << 20;
+/// Of a node in a container: its tenant can write anything there.
+const MAX_INNER_CHECKPOINT_BYTES: u64 = 8 << 20;
 const TIMEOUT: Duration = Duration::from_secs(2);
 /// Both lists are about all pods, so queries within this time share them. No longer than the delay of a container's first query: its
 /// devices are assigned before it starts.
@@ -32,13 +34,15 @@ const SHARED_FOR: Duration = Duration::from_millis(250);
 const METHODS: [&str; 2] = ["/v1.PodResourcesLister/List", "/v1alpha1.PodResourcesLister/List"];
 
 /// With the stamp of the file; `None` before the first read.
-type ParsedCheckpoint = Option<(Stamp, Vec<Assignment>)>;
+type ParsedCheckpoint = Option<(Stamp, DeviceCheckpoint)>;
 
 /// The kubelet of this node.
 #[derive(Debug)]
 pub struct Kubelet {
     pub root: PathBuf,
     pub socket: GrpcSocket,
+    /// The container that it runs in. A tenant controls what is there: only its checkpoint is read, and it is small.
+    inside: Option<String>,
     /// Index in [`METHODS`] of the method that the service implements, as far as known.
     method: AtomicUsize,
     /// The last report without problems, with the time at which its read began.
@@ -48,9 +52,11 @@ pub struct Kubelet {
 }
 
 /// The assignments that could be read, and the problems.
-#[derive(Debug)]
+#[derive(Debug, Default)]
 pub struct AssignmentReport {
     pub assignments: Vec<Assignment>,
+    /// A device plugin for GPUs is registered, or something is assigned.
+    pub assigns_gpus: bool,
     /// Each names its endpoint or file. Also empty if there is no kubelet.
     pub problems: Vec<String>,
 }
@@ -90,7 +96,16 @@ impl Kubelet {
     pub fn new(root: impl Into<PathBuf>, guard: Arc<ActivationGuard>) -> Self {
         let root = root.into();
         let socket = GrpcSocket::new(root.join(POD_RESOURCES), guard).with_responses_of(MAX_LIST_BYTES);
-        Self { socket, root, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
+        Self { socket, root, inside: None, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
+    }
+
+    /// The kubelet of a node in this container.
+    pub fn in_container(root: impl Into<PathBuf>, container_id: String, guard: Arc<ActivationGuard>) -> Self {
+        Self { inside: Some(container_id), ..Self::new(root, guard) }
+    }
+
+    pub fn is_in_container(&self) -> bool {
+        self.inside.is_some()
     }
 
     /// The kubelet with this pod-resources socket.
@@ -124,9 +139,13 @@ impl Kubelet {
 
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
-        let (root, parsed) = (self.root.clone(), Arc::clone(&self.parsed));
+        let (root, parsed, is_own) = (self.root.clone(), Arc::clone(&self.parsed), self.inside.is_none());
         let read = tokio::task::spawn_blocking(move || {
-            let checkpoint = read_changed(&root, &parsed).map_err(|error| display_chain(&error));
+            let bound = if is_own { checkpoint::MAX_BYTES } else { MAX_INNER_CHECKPOINT_BYTES };
+            let checkpoint = read_changed(&root, bound, &parsed).map_err(|error| display_chain(&error));
+            if !is_own {
+                return (checkpoint, Ok(PreparedClaims::default()));
+            }
             (checkpoint, claims::read(&root).map_err(|error| display_chain(&error)))
         });
         let (checkpoint, claims) = read.await.unwrap_or_else(|error| {
@@ -137,9 +156,13 @@ impl Kubelet {
             Ok(claims) => (claims, None),
             Err(problem) => (PreparedClaims::default(), Some(problem)),
         };
-        let pod_resources = match self.pod_resources(&claims).await {
-            Err(GrpcError::NoSocket { .. } | GrpcError::Dormant { .. }) => Ok(Vec::new()),
-            listed => listed.map_err(|error| display_chain(&error)),
+        let pod_resources = if self.inside.is_some() {
+            Ok(Vec::new())
+        } else {
+            match self.pod_resources(&claims).await {
+                Err(GrpcError::NoSocket { .. } | GrpcError::Dormant { .. }) => Ok(Vec::new()),
+                listed => listed.map_err(|error| display_chain(&error)),
+            }
         };
         let mut problems: Vec<String> = unread_claims.into_iter().collect();
         let mut list_of = |read: Result<Vec<Assignment>, String>| {
@@ -148,7 +171,11 @@ impl Kubelet {
                 Vec::new()
             })
         };
-        AssignmentReport { assignments: join(list_of(checkpoint), list_of(pod_resources)), problems }
+        let has_plugin = checkpoint.as_ref().is_ok_and(|checkpoint| checkpoint.has_gpu_plugin);
+        let joined = join(list_of(checkpoint.map(|checkpoint| checkpoint.assignments)), list_of(pod_resources));
+        let inside = |assignment| Assignment { inside: self.inside.clone(), ..assignment };
+        let assignments: Vec<Assignment> = joined.into_iter().map(inside).collect();
+        AssignmentReport { assigns_gpus: has_plugin || !assignments.is_empty(), assignments, problems }
     }
 
     /// Lists every device of every container, by the names of its pod. Returns within two seconds.
@@ -173,14 +200,14 @@ impl Kubelet {
 }
 
 /// The content of the checkpoint, parsed if it has changed. One reader at a time: others wait for its result.
-fn read_changed(root: &Path, parsed: &Mutex<ParsedCheckpoint>) -> Result<Vec<Assignment>, CheckpointError> {
+fn read_changed(root: &Path, bound: u64, parsed: &Mutex<ParsedCheckpoint>) -> Result<DeviceCheckpoint, CheckpointError> {
     let mut parsed = parsed.lock().unwrap_or_else(PoisonError::into_inner);
     // Before the file is read: a change during the read is seen the next time.
     let now = stamp(&root.join(CHECKPOINT));
     if let Some((_, known)) = parsed.as_ref().filter(|(of, _)| Some(*of) == now) {
         return Ok(known.clone());
     }
-    let all = checkpoint::read(root)?.unwrap_or_default();
+    let all = checkpoint::read(root, bound)?.unwrap_or_default();
     *parsed = now.map(|now| (now, all.clone()));
     Ok(all)
 }

@@ -1,7 +1,8 @@
 //! containers/storage, as CRI-O and podman use it: `<storage>/<driver>-containers/`.
 //!
 //! CRI-O's copy of the bundle has annotations with every label. podman's bundle has none, but the storage's list of containers
-//! (`containers.json`, and since 4.4 `volatile-containers.json` for containers that do not outlive a boot) has names and images.
+//! (`containers.json`, and since 4.4 `volatile-containers.json` for containers that do not outlive a boot) has names and images. Both
+//! bundles have the GPUs that the container is given.
 //! podman's database is private to podman and is not opened.
 
 use std::path::Path;
@@ -21,11 +22,17 @@ const LISTS: [&str; 2] = ["containers.json", "volatile-containers.json"];
 
 pub fn crio(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
     first(files, places, |folder| {
-        let bundle = file::read::<Bundle>(&folder.join(id).join("userdata/config.json"))?;
+        let Some(bundle) = read_bundle(folder, id)? else { return Ok(None) };
+        let visible = bundle.visible_gpus();
         // podman's bundles are in the same folder, without these annotations.
-        let annotations = bundle.and_then(|b| b.annotations).filter(|a| a.contains_key("io.kubernetes.cri-o.ContainerType"));
-        Ok(annotations.map(|a| crio_facts(&a)))
+        let annotations = bundle.annotations.filter(|a| a.contains_key("io.kubernetes.cri-o.ContainerType"));
+        Ok(annotations.map(|a| Facts { visible, ..crio_facts(&a) }))
     })
+}
+
+/// The copy of the bundle that both engines keep.
+fn read_bundle(folder: &Path, id: &str) -> Result<Option<Bundle>, String> {
+    file::read(&folder.join(id).join("userdata/config.json"))
 }
 
 fn crio_facts(annotations: &Annotations) -> Facts {
@@ -69,7 +76,10 @@ pub fn podman(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
             let ours = list.into_iter().flatten().find(|c| c["id"] == *id);
             Ok::<_, String>(ours.and_then(|c| serde_json::from_value::<Listed>(c).ok()))
         }))?;
-        Ok(listed.and_then(|listed| podman_facts(&listed)))
+        let Some(facts) = listed.and_then(|listed| podman_facts(&listed)) else { return Ok(None) };
+        // Names and image do not depend on the bundle.
+        let visible = read_bundle(folder, id).ok().flatten().and_then(|bundle| bundle.visible_gpus());
+        Ok(Some(Facts { visible, ..facts }))
     })
 }
 

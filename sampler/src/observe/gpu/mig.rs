@@ -133,6 +133,7 @@ impl MigDevices {
             let info = GpuInfo {
                 uuid: GpuUuid(found.uuid.as_str().into()),
                 parent: Some(info.uuid.clone()),
+                gpu_instance: found.instance,
                 model: found.model,
                 mig_uuids: Vec::new(),
                 ..info.clone()

@@ -1,0 +1,130 @@
+//! `explain --gpu`: the holders of a GPU as text.
+
+use sampler_report::UserName;
+use unicode_width::UnicodeWidthStr as _;
+
+use crate::cli::text::{bytes_or_dash, left, percent_or_dash, right, terminal_safe, wrapped};
+use crate::export::gpu_holders::{GpuHolder, GpuHolders, UnplacedAssignment};
+
+const HEADS: [&str; 5] = ["HOLDER", "KNOWN FROM", "GPU-SECONDS", "LAST 10 S", "MEMORY"];
+/// Columns of text; the others are numbers, which are aligned to the right.
+const TEXT_COLUMNS: usize = 2;
+
+fn name(holder: &GpuHolder) -> String {
+    let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    let is_named_by_id = holder.kind != "container" && holder.pod.is_none();
+    let name = if is_named_by_id {
+        holder.container_id.clone()
+    } else {
+        let (namespace, pod, container, name) =
+            (text(&holder.namespace), text(&holder.pod), text(&holder.container), text(&holder.name));
+        let (namespace, pod, container, name) = (&namespace, &pod, &container, &name);
+        UserName { namespace, pod, container, name, container_id: &holder.container_id, id: "?" }.to_string()
+    };
+    let kind = if holder.kind == "container" { String::new() } else { format!(" ({})", holder.kind) };
+    let ended = if holder.gone { " (ended)" } else { "" };
+    terminal_safe(&format!("{name}{kind}{ended}"))
+}
+
+fn cells(holder: &GpuHolder, has_migs: bool) -> [String; HEADS.len()] {
+    let device = if has_migs { format!(" on {}", terminal_safe(&holder.uuid)) } else { String::new() };
+    [
+        name(holder) + &device,
+        if holder.known_from.is_empty() { "samples".to_owned() } else { terminal_safe(&holder.known_from.join(", ")) },
+        format!("{:.2}", holder.gpu_seconds),
+        percent_or_dash(holder.duty_cycle_percent.map(|percent| percent / 100.0)),
+        bytes_or_dash(holder.memory_used_bytes),
+    ]
+}
+
+fn unplaced_line(assignment: &UnplacedAssignment) -> String {
+    let pod = match (&assignment.namespace, &assignment.pod, &assignment.pod_uid) {
+        (Some(namespace), Some(pod), _) => format!("{namespace}/{pod}"),
+        (.., Some(uid)) => format!("pod {uid}"),
+        _ => "a pod".to_owned(),
+    };
+    let why = if assignment.reservation { "reserves the GPU for other pods" } else { "no such container runs" };
+    let UnplacedAssignment { container, resource, source, .. } = assignment;
+    format!("{pod}, container {container}: {resource} by {source}; {why}")
+}
+
+pub fn text(gpu: &GpuHolders) -> String {
+    let bus = gpu.pci_bus_id.as_ref().map_or(String::new(), |bus| format!("  {bus}"));
+    let mut out =
+        format!("GPU {}  {}  {}{}\n\n", gpu.index, terminal_safe(&gpu.uuid), terminal_safe(&gpu.model), terminal_safe(&bus));
+    let rows: Vec<_> = gpu.holders.iter().map(|holder| cells(holder, !gpu.mig_devices.is_empty())).collect();
+    if rows.is_empty() {
+        out += "No user holds it: nothing is assigned to a running container, and the driver lists no process.\n";
+    } else {
+        let mut widths = HEADS.map(str::width);
+        for row in &rows {
+            for (width, cell) in widths.iter_mut().zip(row) {
+                *width = (*width).max(cell.width());
+            }
+        }
+        for row in std::iter::once(&HEADS.map(str::to_owned)).chain(&rows) {
+            let cells = row.iter().zip(widths).enumerate();
+            let cells = cells.map(|(n, (cell, width))| if n < TEXT_COLUMNS { left(cell, width) } else { right(cell, width) });
+            out += cells.collect::<Vec<_>>().join("  ").trim_end();
+            out.push('\n');
+        }
+    }
+    if !gpu.unplaced.is_empty() {
+        out += "\nAssigned, but not to a running container:\n";
+        for assignment in &gpu.unplaced {
+            out += &wrapped("  ", 2, &unplaced_line(assignment));
+        }
+    }
+    out
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn holders_have_a_row_each_with_what_they_are_known_from() {
+        let known_from = |sources: &[&str]| sources.iter().map(|source| (*source).to_owned()).collect();
+        let trainer = GpuHolder {
+            kind: "container".to_owned(),
+            namespace: Some("ml".to_owned()),
+            pod: Some("trainer".to_owned()),
+            container: Some("main".to_owned()),
+            known_from: known_from(&["checkpoint", "process-list"]),
+            memory_used_bytes: Some(2 << 30),
+            gpu_seconds: 12.3,
+            duty_cycle_percent: Some(45.0),
+            ..GpuHolder::default()
+        };
+        let job = GpuHolder {
+            kind: "job".to_owned(),
+            container_id: "slurm/7".to_owned(),
+            known_from: known_from(&["process-list"]),
+            ..GpuHolder::default()
+        };
+        let reservation = UnplacedAssignment {
+            source: "checkpoint".to_owned(),
+            resource: "nvidia.com/gpu".to_owned(),
+            pod_uid: Some("u1".to_owned()),
+            container: "reserve".to_owned(),
+            reservation: true,
+            ..UnplacedAssignment::default()
+        };
+        let mut gpu = GpuHolders { uuid: "GPU-1".to_owned(), model: "H100".to_owned(), ..GpuHolders::default() };
+        assert_eq!(
+            text(&gpu),
+            "GPU 0  GPU-1  H100\n\nNo user holds it: nothing is assigned to a running container, and the driver lists no process.\n"
+        );
+        (gpu.holders, gpu.unplaced) = (vec![trainer, job], vec![reservation]);
+        let expect = "GPU 0  GPU-1  H100
+
+HOLDER           KNOWN FROM                GPU-SECONDS  LAST 10 S   MEMORY
+ml/trainer/main  checkpoint, process-list        12.30       45 %  2.0 GiB
+slurm/7 (job)    process-list                     0.00          –        –
+
+Assigned, but not to a running container:
+  pod u1, container reserve: nvidia.com/gpu by checkpoint; reserves the GPU for other pods
+";
+        assert_eq!(text(&gpu), expect);
+    }
+}
