@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use strum::EnumCount as _;
 
-use crate::device::{DeviceReadings, Engine, GpuInfo};
+use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
@@ -166,6 +166,8 @@ pub struct GpuBatch {
     /// `None` when this poll did not read the list (the call is slow) or the call failed.
     pub processes: Option<Vec<RunningProcess>>,
     pub readings: Option<DeviceReadings>,
+    /// `None` when this poll did not read them.
+    pub hardware: Option<HardwareReadings>,
 }
 
 impl GpuBatch {

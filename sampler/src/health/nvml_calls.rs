@@ -57,6 +57,12 @@ pub enum Call {
     GetClockInfo,
     #[strum(serialize = "GetCurrentClocksEventReasons")]
     GetClocksEventReasons,
+    #[strum(serialize = "GetFieldValues:health")]
+    GetHealthFields,
+    #[strum(serialize = "GetFieldValues:nvlink")]
+    GetNvlinkFields,
+    #[strum(serialize = "GetFieldValues:pcie")]
+    GetPcieFields,
     GpmQueryDeviceSupport,
     GpmMigSampleGet,
     GpmMetricsGet,
@@ -65,7 +71,8 @@ pub enum Call {
 }
 
 impl Call {
-    /// The `call` label: the name in NVML without `nvmlDevice` or `nvml`. The rings read by GetSamples are distinguished.
+    /// The `call` label: the name in NVML without `nvmlDevice` or `nvml`. The rings read by GetSamples, and the fields read together by
+    /// GetFieldValues, are distinguished.
     pub fn name(self) -> &'static str {
         self.into()
     }

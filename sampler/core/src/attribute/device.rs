@@ -8,7 +8,7 @@ use strum::EnumCount as _;
 use super::clock::GpuClock;
 use super::process_attribution::ProcessAttribution;
 use super::timeline::Timeline;
-use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, SampleCounts};
+use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, HardwareReadings, SampleCounts};
 use crate::fact::{AttributedProcess, ClockFact, GpuFact, Holder, UnobservedReason, UnqueriedSample, User, UtilizationSample};
 use crate::identity::Identity;
 use crate::observation::{
@@ -60,6 +60,7 @@ pub struct DeviceAttribution {
     pub rejected: [u64; Rejected::COUNT],
     pub off_grid: u64,
     pub last_sample: Option<WallTime>,
+    pub hardware: HardwareReadings,
     last_batch: BootNs,
     /// The driver has not responded for so long that the readings and process lists were reported as unknown.
     silent: bool,
@@ -102,6 +103,7 @@ impl DeviceAttribution {
         let why = if std::mem::take(&mut self.released) { UnobservedReason::Released } else { UnobservedReason::NoAnswer };
         self.unobserved_until(at, why, facts);
         self.restart();
+        self.hardware = HardwareReadings::default();
         self.attribution.forget_lists();
         facts.push((at, GpuFact::Gone));
     }
@@ -113,6 +115,7 @@ impl DeviceAttribution {
             return;
         }
         self.restart();
+        self.hardware = HardwareReadings::default();
         self.attribution.forget_lists();
         facts.push((at, GpuFact::Readings(DeviceReadings::default())));
         facts.push((at, GpuFact::Held(None)));
@@ -138,6 +141,7 @@ impl DeviceAttribution {
             return;
         }
         self.silent = false;
+        self.hardware = batch.hardware.unwrap_or(self.hardware);
         if let Some(readings) = batch.readings {
             facts.push((batch.ended, GpuFact::Readings(readings)));
         }
@@ -381,6 +385,7 @@ impl DeviceAttribution {
             return;
         }
         if now.saturating_since(self.last_batch) > RING_NS && !std::mem::replace(&mut self.silent, true) {
+            self.hardware = HardwareReadings::default();
             self.attribution.forget_lists();
             facts.push((now, GpuFact::Readings(DeviceReadings::default())));
             facts.push((now, GpuFact::Held(None)));

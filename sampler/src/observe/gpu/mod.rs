@@ -16,6 +16,7 @@ mod device_nodes;
 mod diagnosis;
 mod error;
 mod events;
+mod fields;
 mod gpm;
 mod gpu_health;
 mod inspect;

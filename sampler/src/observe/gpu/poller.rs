@@ -9,13 +9,14 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
+use sampler_core::device::{DeviceReadings, GpuInfo, HardwareReadings, MigMode};
 use sampler_core::observation::{GpuBatch, Observation, PollStatus};
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};
 use super::calls::Buffers;
 use super::context::Context;
+use super::fields::FieldReader;
 use super::gpm;
 use super::gpu_health::GpuHealth;
 use super::library::{Handle, Listen};
@@ -32,6 +33,8 @@ use crate::observe::clock::{boot_now, cpu_now, wall_now};
 /// The process list holds a global driver lock for milliseconds, so it is read rarely.
 const LISTS_EVERY: Duration = Duration::from_secs(2);
 const READINGS_EVERY: Duration = Duration::from_secs(1);
+/// Counts and states, which no other reading depends on.
+const HARDWARE_EVERY: Duration = Duration::from_secs(5);
 const ENGINES_EVERY: Duration = Duration::from_secs(2);
 /// MIG mode and MIG devices are changed manually.
 const MIG_EVERY: Duration = Duration::from_secs(5);
@@ -58,6 +61,7 @@ pub struct Start {
 struct Done {
     lists: Option<Instant>,
     readings: Option<Instant>,
+    hardware: Option<Instant>,
     engines: Option<Instant>,
     mig: Option<Instant>,
 }
@@ -74,6 +78,7 @@ pub struct Poller {
     ring: SampleRing,
     engines: Engines,
     processes: Processes,
+    fields: FieldReader,
     listed: Option<usize>,
     mig: MigDevices,
     done: Done,
@@ -106,6 +111,7 @@ impl Poller {
             ring: SampleRing::default(),
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
+            fields: FieldReader::default(),
             listed: None,
             mig: MigDevices::after(
                 context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&start.uuid).unwrap_or_default(),
@@ -308,6 +314,9 @@ impl Poller {
         }
         if due(&mut self.done.readings, self.budget.interval(Part::Readings, READINGS_EVERY)) {
             batch.readings = Some(readings::readings(&self.handle, &mut self.driver));
+            if due(&mut self.done.hardware, HARDWARE_EVERY) {
+                batch.hardware = Some(self.fields.hardware(&self.handle, &mut self.driver));
+            }
             self.spent_in_calls(Part::Readings, cpu);
         }
         let half_ring = self.ring.half();
@@ -362,7 +371,8 @@ impl Poller {
         let (ended, wall) = (boot_now(), wall_now());
         // The readings from before the loss are outdated.
         let readings = Some(DeviceReadings::default());
-        let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
+        let hardware = Some(HardwareReadings::default());
+        let lost = GpuBatch { ended, wall, readings, hardware, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
         self.context.to.observe(Observation::from(lost))
     }
 }
