@@ -87,3 +87,54 @@ fn hardware_is_exposed_where_the_driver_reports_it_and_absent_elsewhere() -> Res
         Ok(HARDWARE.iter().all(is_gone).then_some(()))
     })
 }
+
+/// Driver branches that number the counters differently, a driver without counters, and one whose counters stand still.
+const THROTTLED: [(&str, &str); 4] = [
+    ("580.65.06", ""),
+    ("580.95.05", ""),
+    ("535.183.01", "throttle_times = 'missing'"),
+    ("580.95.05", "throttle_times = 'frozen'"),
+];
+
+/// Seconds of a reason that is in force for a fifth of each second, and of one that is always in force, and their truth.
+fn throttled((version, keys): (&str, &str)) -> Result<[(f64, f64); 2]> {
+    let sim = Sim::new(&format!("driver_version = '{version}'\n{keys}\n[[gpus]]"))?;
+    let agent = Agent::start(Some(&sim), &ARGS)?;
+    let seconds = |reason: &str| -> Result<f64> {
+        let page = agent.scrape()?;
+        sum(&page, "gpu_throttle_seconds_total", &[("reason", reason)]).with_context(|| format!("{version}: {reason}"))
+    };
+    wait_for("the first reading", Duration::from_secs(10), || Ok(seconds("hw_thermal_slowdown").ok()))?;
+    sim.inject("fault", &["--kind", "throttle", "--reasons", "hw_thermal"])?;
+    let always_from = Instant::now();
+    let mut brief = Duration::ZERO;
+    for _ in 0..12 {
+        // Not in step with the readings, which are a second apart.
+        std::thread::sleep(Duration::from_millis(870));
+        let from = Instant::now();
+        sim.inject("fault", &["--kind", "throttle", "--reasons", "sw_thermal", "--for", "200ms"])?;
+        brief += Duration::from_millis(200);
+        std::thread::sleep(Duration::from_millis(200).saturating_sub(from.elapsed()));
+    }
+    // The counters are read every 5 s.
+    std::thread::sleep(Duration::from_secs(7));
+    let always = always_from.elapsed();
+    Ok([(seconds("sw_thermal_slowdown")?, brief.as_secs_f64()), (seconds("hw_thermal_slowdown")?, always.as_secs_f64())])
+}
+
+/// The reason that readings meet by chance is exact with counters. A counter under its former number stands still.
+#[test]
+fn throttling_is_exact_with_counters_and_counters_that_contradict_the_reasons_are_not_used() -> Result<()> {
+    let runs = THROTTLED.map(|world| std::thread::spawn(move || throttled(world)));
+    for (n, run) in runs.into_iter().enumerate() {
+        let measured = run.join().map_err(|_| anyhow::anyhow!("a thread panicked"))??;
+        let [(brief, of_brief), (always, of_always)] = measured;
+        println!("{:?}: {measured:?}", THROTTLED[n]);
+        // The last reading is at most 6 s old.
+        ensure!((of_always - 7.0..=of_always + 1.5).contains(&always), "{:?}: {always} of {of_always} s", THROTTLED[n]);
+        if n < 2 {
+            ensure!((brief - of_brief).abs() < 0.1 * of_brief, "{:?}: {brief} of {of_brief} s", THROTTLED[n]);
+        }
+    }
+    Ok(())
+}

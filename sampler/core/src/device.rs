@@ -160,6 +160,11 @@ pub const THROTTLE_REASONS: [(u64, &str); 9] = [
     (0x100, "display_clock_setting"),
 ];
 
+/// Nanoseconds in which each reason was in force, by the driver's own counters; indexed as [`THROTTLE_REASONS`]. `None` where it has no
+/// counter of the reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleTimes(pub [Option<u64>; THROTTLE_REASONS.len()]);
+
 /// A GPU's clock, as polls bound it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct ClockView {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use strum::EnumCount as _;
 
-use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings};
+use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings, ThrottleTimes};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
@@ -168,6 +168,8 @@ pub struct GpuBatch {
     pub readings: Option<DeviceReadings>,
     /// `None` when this poll did not read them.
     pub hardware: Option<HardwareReadings>,
+    /// Read together with `hardware`.
+    pub throttle_times: Option<ThrottleTimes>,
 }
 
 impl GpuBatch {

@@ -59,6 +59,8 @@ pub enum Call {
     GetClocksEventReasons,
     #[strum(serialize = "GetFieldValues:health")]
     GetHealthFields,
+    #[strum(serialize = "GetFieldValues:throttle")]
+    GetThrottleFields,
     #[strum(serialize = "GetFieldValues:nvlink")]
     GetNvlinkFields,
     #[strum(serialize = "GetFieldValues:pcie")]

@@ -142,6 +142,8 @@ impl DeviceAttribution {
         }
         self.silent = false;
         self.hardware = batch.hardware.unwrap_or(self.hardware);
+        // Before the readings, which count the reasons without a counter.
+        facts.extend(batch.throttle_times.map(|times| (batch.ended, GpuFact::ThrottleTimes(times))));
         if let Some(readings) = batch.readings {
             facts.push((batch.ended, GpuFact::Readings(readings)));
         }

@@ -104,8 +104,9 @@ families! {
         .absent(UNREPORTED_NARROW_OR_GONE)
         .without_created();
     THROTTLE_SECONDS: Family::counter("gpu_throttle_seconds_total", "seconds", WITH_REASON)
-        .help("Time in which the driver reported this reason for the clocks of the GPU, in seconds. It is read once a second, and once a \
-               minute where driver calls are slow.")
+        .help("Time in which this reason limited the clocks of the GPU, in seconds. By the driver's own counter for the software power cap, \
+               sync boost, the thermal slowdowns and the power brake, where it has one; else the reasons in force are read once a second, and \
+               once a minute where driver calls are slow.")
         .absent("if the driver does not report reasons")
         .starts_at_zero();
     XID_ERRORS: Family::counter("gpu_xid_errors_total", "errors", &["uuid", "gpu_uuid", "xid"])

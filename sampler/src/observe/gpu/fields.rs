@@ -1,4 +1,5 @@
-//! Readings that the driver returns as fields: errors and repairs of the memory, recovery, traffic of NVLink and PCIe.
+//! Readings that the driver returns as fields: errors and repairs of the memory, recovery, traffic of NVLink and PCIe, and the time for
+//! which each clocks event reason was in force.
 //!
 //! Every one is a count over the life of the board or of the driver, or a state, so they are read rarely. Fields that the device does not
 //! support are left out of later calls.
@@ -6,14 +7,18 @@
 use std::collections::HashMap;
 use std::time::Instant;
 
+use nvml_wrapper::FieldIdScheme;
 use nvml_wrapper::error::NvmlError;
 use nvml_wrapper_sys::bindings::field_id::{
-    NVML_FI_DEV_ECC_DBE_AGG_TOTAL, NVML_FI_DEV_ECC_SBE_AGG_TOTAL, NVML_FI_DEV_GET_GPU_RECOVERY_ACTION,
-    NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES, NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES, NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX,
-    NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, NVML_FI_DEV_PCIE_COUNT_RX_BYTES, NVML_FI_DEV_PCIE_COUNT_TX_BYTES,
-    NVML_FI_DEV_REMAPPED_COR, NVML_FI_DEV_REMAPPED_FAILURE, NVML_FI_DEV_REMAPPED_PENDING, NVML_FI_DEV_REMAPPED_UNC,
+    NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN, NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN,
+    NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP, NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN,
+    NVML_FI_DEV_CLOCKS_EVENT_REASON_SYNC_BOOST, NVML_FI_DEV_ECC_DBE_AGG_TOTAL, NVML_FI_DEV_ECC_SBE_AGG_TOTAL,
+    NVML_FI_DEV_GET_GPU_RECOVERY_ACTION, NVML_FI_DEV_NVLINK_COUNT_RCV_BYTES, NVML_FI_DEV_NVLINK_COUNT_XMIT_BYTES,
+    NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX, NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, NVML_FI_DEV_PCIE_COUNT_RX_BYTES,
+    NVML_FI_DEV_PCIE_COUNT_TX_BYTES, NVML_FI_DEV_REMAPPED_COR, NVML_FI_DEV_REMAPPED_FAILURE, NVML_FI_DEV_REMAPPED_PENDING,
+    NVML_FI_DEV_REMAPPED_UNC,
 };
-use sampler_core::device::{HardwareReadings, RecoveryAction};
+use sampler_core::device::{HardwareReadings, RecoveryAction, THROTTLE_REASONS, ThrottleTimes};
 
 use super::library::Handle;
 use super::nvml_caller::{NvmlCaller, TRY_AGAIN_AFTER};
@@ -25,6 +30,8 @@ type Field = (u32, u32);
 /// The scope of fields of NVLink that stands for the sum of all links; 0 would be the first one.
 const ALL_LINKS: u32 = u32::MAX;
 const BYTES_PER_KIB: u64 = 1024;
+/// Software thermal, hardware thermal and power brake slowdown, as nvml.h numbers them from driver 580.82 on.
+const RENUMBERED_SLOWDOWNS: [u32; 3] = [269, 270, 271];
 
 #[derive(Default)]
 pub struct FieldReader {
@@ -67,6 +74,30 @@ impl FieldReader {
             nvlink_bytes: [sent.or(in_bytes(sent_kib)), received.or(in_bytes(received_kib))],
             pcie_bytes: [self.pcie[0].read(pcie_sent), self.pcie[1].read(pcie_received)],
         }
+    }
+
+    /// The driver's counters of the time for which each reason was in force. The gaps are reasons without one; `PERF_POLICY_THERMAL` does not
+    /// distinguish the slowdowns.
+    pub fn throttle_times(&mut self, handle: &Handle, driver: &mut NvmlCaller) -> ThrottleTimes {
+        // Their numbers changed in driver 580.82. A driver that has them otherwise is found out by the reasons (`aggregate::throttle`).
+        let [sw_thermal, hw_thermal, hw_power_brake] = match handle.generation.nvml().field_id_scheme() {
+            FieldIdScheme::V12 => [
+                NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_THERM_SLOWDOWN,
+                NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_THERM_SLOWDOWN,
+                NVML_FI_DEV_CLOCKS_EVENT_REASON_HW_POWER_BRAKE_SLOWDOWN,
+            ],
+            FieldIdScheme::V13Update1 => RENUMBERED_SLOWDOWNS,
+        };
+        let fields = [
+            (0x4, NVML_FI_DEV_CLOCKS_EVENT_REASON_SW_POWER_CAP),
+            (0x10, NVML_FI_DEV_CLOCKS_EVENT_REASON_SYNC_BOOST),
+            (0x20, sw_thermal),
+            (0x40, hw_thermal),
+            (0x80, hw_power_brake),
+        ];
+        let values = self.read(Call::GetThrottleFields, fields.map(|(_, id)| (id, 0)), handle, driver);
+        let counted = |bit: u64| fields.iter().zip(values).find(|((of, _), _)| *of == bit).and_then(|(_, value)| value);
+        ThrottleTimes(THROTTLE_REASONS.map(|(bit, _)| counted(bit)))
     }
 
     /// Values of fields, with one call; `None` where the driver does not return one.

@@ -316,6 +316,7 @@ impl Poller {
             batch.readings = Some(readings::readings(&self.handle, &mut self.driver));
             if due(&mut self.done.hardware, HARDWARE_EVERY) {
                 batch.hardware = Some(self.fields.hardware(&self.handle, &mut self.driver));
+                batch.throttle_times = Some(self.fields.throttle_times(&self.handle, &mut self.driver));
             }
             self.spent_in_calls(Part::Readings, cpu);
         }

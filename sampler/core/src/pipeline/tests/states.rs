@@ -3,7 +3,7 @@
 use strum::EnumCount as _;
 
 use super::*;
-use crate::device::DeviceReadings;
+use crate::device::{DeviceReadings, ThrottleTimes};
 use crate::fact::UnobservedReason;
 use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
 use crate::snapshot::GpuTime;
@@ -256,6 +256,21 @@ fn throttling_is_summed_by_reason_and_xids_are_counted() {
     let gpu = &core.snapshot().gpus[0];
     assert_eq!(gpu.throttle_seconds.unwrap().map(f64::round), [39.0, 0.0, 20.0, 0.0, 0.0, 20.0, 0.0, 0.0, 0.0]);
     assert_eq!(gpu.xids, [(79, 1_001)]);
+}
+
+#[test]
+fn throttling_is_counted_by_the_driver_where_it_has_a_counter() {
+    let mut core = core();
+    for k in 0..60u64 {
+        // Readings never show the power cap, which is in force for a fifth of each second; the thermal slowdown has no counter.
+        let readings = Some(DeviceReadings { throttle_reasons: Some(0x20), ..DeviceReadings::default() });
+        let mut times = ThrottleTimes::default();
+        times.0[2] = Some(7 * SECOND + k * SECOND / 5);
+        let throttle_times = k.is_multiple_of(5).then_some(times);
+        core.observe(Observation::from(GpuBatch { readings, throttle_times, ..batch(taken(0) + k * SECOND) }));
+    }
+    let seconds = core.snapshot().gpus[0].throttle_seconds.unwrap();
+    assert_eq!((seconds[2].round(), seconds[5].round()), (11.0, 59.0));
 }
 
 #[test]
