@@ -147,6 +147,37 @@ fn lists_with_entries_of_every_size_have_the_memory_of_their_processes() -> Resu
     stage.end()
 }
 
+/// With the call that works on other drivers alone, all of their time would be without a process, and credited by the process list.
+#[test]
+fn processes_are_named_by_whichever_call_of_the_driver_works() -> Result<()> {
+    let silent = [
+        "processes_utilization_info = 'zeros'",
+        "processes_utilization_info = 'empty'",
+        "process_utilization = 'unsupported'",
+        "process_utilization = 'zeros'",
+    ];
+    let gpus = silent.map(|keys| format!("[[gpus]]\n{keys}\n")).concat();
+    let mut stage = QuirkStage::new("calls", &format!("driver_version = '580.95.05'\n{gpus}"))?;
+    let (busy, idle) = (stage.container()?, stage.container()?);
+    for gpu in 0..silent.len() {
+        stage.hold(&busy.1, &gpu.to_string(), "1", &["--demand", "0.9"])?;
+        stage.hold(&idle.1, &gpu.to_string(), "1", &["--demand", "0.01"])?;
+    }
+    let page = stage.page()?;
+    let log = stage.agent.log()?;
+    for (gpu, keys) in silent.iter().enumerate() {
+        let uuid = uuid(&page, gpu)?;
+        let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id), ("uuid", &uuid)]);
+        let no_pid = sum(&page, "gpu_unattributed_seconds_total", &[("uuid", &uuid), ("reason", "no_pid")]);
+        ensure!(seconds(&busy.0) > Some(7.0), "{keys}: {:?}", seconds(&busy.0));
+        ensure!(seconds(&idle.0).is_none_or(|seconds| seconds < 1.0), "{keys}: {:?}", seconds(&idle.0));
+        ensure!(no_pid < Some(2.5), "{keys}: {no_pid:?} without a process");
+        let is_logged = log.lines().any(|line| line.contains(&uuid) && line.contains("names no process") && line.contains("GetProcessUtilization"));
+        ensure!(is_logged == keys.starts_with("processes_"), "{keys}: {log}");
+    }
+    stage.end()
+}
+
 #[test]
 fn the_processes_of_a_container_are_summed_and_containers_sum_to_the_device() -> Result<()> {
     let mut stage = QuirkStage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;

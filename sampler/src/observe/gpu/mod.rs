@@ -29,6 +29,7 @@ mod opener;
 mod pid_space;
 mod poll_interval;
 mod poller;
+mod process_calls;
 mod readings;
 mod release;
 mod retry;

@@ -11,6 +11,7 @@ use std::time::{Duration, Instant};
 
 use sampler_core::device::{DeviceReadings, GpuInfo, HardwareReadings, MigMode};
 use sampler_core::observation::{GpuBatch, Observation, PollStatus};
+use sampler_core::reconstruct::Recovered;
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};
@@ -23,6 +24,7 @@ use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
 use super::nvml_caller::{DeviceFault, NvmlCaller, error_name};
 use super::poll_interval::{Pace, SLOW};
+use super::process_calls::ProcessCalls;
 use super::readings::{self, Engines, Processes};
 use super::ring::{SampleRing, Tools};
 use crate::health::call_watchdog::Caller;
@@ -76,6 +78,7 @@ pub struct Poller {
     budget: Budget,
     pace: Pace,
     ring: SampleRing,
+    process_calls: ProcessCalls,
     engines: Engines,
     processes: Processes,
     fields: FieldReader,
@@ -109,6 +112,7 @@ impl Poller {
             budget: Budget::new(context.limits, boot_now().0),
             pace: Pace::new(),
             ring: SampleRing::default(),
+            process_calls: ProcessCalls::default(),
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
             fields: FieldReader::default(),
@@ -230,8 +234,11 @@ impl Poller {
             self.choose_source();
             let process_queries = self.budget.process_queries(boot_now().0, self.pace.coverage);
             let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
-            let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+            let mut tools = Tools { handle: &self.handle, driver, buffers, budget, process_calls: &mut self.process_calls };
             let (status, recovered, failed) = self.ring.poll(&mut tools, process_queries, self.listed);
+            if !self.ring.is_complete() {
+                self.verify_process_call(&recovered);
+            }
             if recovered.stepped {
                 self.engines.stepped();
             }
@@ -281,7 +288,7 @@ impl Poller {
 
     fn choose_source(&mut self) {
         let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
-        let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+        let mut tools = Tools { handle: &self.handle, driver, buffers, budget, process_calls: &mut self.process_calls };
         let uuid = &self.info.uuid;
         match self.ring.choose_source(&mut tools, &self.context.devfs, &self.info.pci_bus_id) {
             Some(Ok(())) => {
@@ -294,6 +301,14 @@ impl Poller {
                 tracing::info!(%uuid, reason, "samples are read through NVML, not from the driver's own buffer");
             }
             None => {}
+        }
+    }
+
+    fn verify_process_call(&mut self, recovered: &Recovered) {
+        let used = self.process_calls.verify(recovered, &self.handle, &mut self.driver, &mut self.buffers);
+        if let Some(used) = used.map(|used| used.call().name()) {
+            let uuid = &self.info.uuid;
+            tracing::warn!(%uuid, used, "the driver's other call for process utilization names no process while the GPU is busy");
         }
     }
 
