@@ -52,6 +52,7 @@ pub enum Call {
     GetMemoryInfoV2,
     GetMemoryInfo,
     GetPowerUsage,
+    GetEnforcedPowerLimit,
     GetTotalEnergyConsumption,
     GetTemperature,
     GetClockInfo,

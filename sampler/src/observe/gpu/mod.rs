@@ -20,6 +20,7 @@ mod fields;
 mod gpm;
 mod gpu_health;
 mod inspect;
+mod latch;
 mod library;
 mod library_search;
 mod list_entries;

@@ -10,7 +10,7 @@ use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
 use sampler_core::device::{DeviceReadings, GpuInfo, HardwareReadings, MigMode};
-use sampler_core::observation::{GpuBatch, Observation, PollStatus};
+use sampler_core::observation::{BusyLatch, GpuBatch, Observation, PollStatus};
 use sampler_core::reconstruct::Recovered;
 use sampler_core::units::GpuUuid;
 
@@ -20,6 +20,7 @@ use super::context::Context;
 use super::fields::FieldReader;
 use super::gpm;
 use super::gpu_health::GpuHealth;
+use super::latch::Latch;
 use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
 use super::nvml_caller::{DeviceFault, NvmlCaller, error_name};
@@ -79,6 +80,7 @@ pub struct Poller {
     pace: Pace,
     ring: SampleRing,
     process_calls: ProcessCalls,
+    latch: Latch,
     engines: Engines,
     processes: Processes,
     fields: FieldReader,
@@ -113,6 +115,7 @@ impl Poller {
             pace: Pace::new(),
             ring: SampleRing::default(),
             process_calls: ProcessCalls::default(),
+            latch: Latch::default(),
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
             fields: FieldReader::default(),
@@ -239,6 +242,8 @@ impl Poller {
             if !self.ring.is_complete() {
                 self.verify_process_call(&recovered);
             }
+            batch.latch = self.latch.update(&recovered, &self.handle, &mut self.driver);
+            self.health.latch(batch.latch == BusyLatch::Latched);
             if recovered.stepped {
                 self.engines.stepped();
             }

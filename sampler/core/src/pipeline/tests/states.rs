@@ -5,7 +5,7 @@ use strum::EnumCount as _;
 use super::*;
 use crate::device::{DeviceReadings, ThrottleTimes};
 use crate::fact::UnobservedReason;
-use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
+use crate::observation::{BusyLatch, GpmInterval, ProcessKind, RunningProcess};
 use crate::snapshot::GpuTime;
 
 const SECOND: u64 = 1_000_000_000;
@@ -271,6 +271,29 @@ fn throttling_is_counted_by_the_driver_where_it_has_a_counter() {
     }
     let seconds = core.snapshot().gpus[0].throttle_seconds.unwrap();
     assert_eq!((seconds[2].round(), seconds[5].round()), (11.0, 59.0));
+}
+
+/// The idle container is the only holder of the device, so that time without a process would be its.
+#[test]
+fn a_latched_busy_counter_is_no_ones_time() {
+    let run = |latch: fn(usize) -> BusyLatch| {
+        let mut core = core();
+        let process = RunningProcess { pid: 100, memory_bytes: Some(1), kind: ProcessKind::Compute };
+        for k in 0..300 {
+            let processes = (k % 12 == 0).then(|| vec![process]);
+            let status = sample_batch(k, 100, None, 20_000_000);
+            core.observe(Observation::from(GpuBatch { processes, latch: latch(k), ..status }));
+        }
+        let snapshot = core.snapshot();
+        (seconds(&snapshot)[0], snapshot.gpus[0].unattributed[Reason::NoPid as usize])
+    };
+    let (credited, no_pid) = run(|_| BusyLatch::Clear);
+    assert!(credited > 30.0 && no_pid < 1.0, "{credited} {no_pid}");
+    let (credited, no_pid) = run(|k| if k < 20 { BusyLatch::Suspected } else { BusyLatch::Latched });
+    assert!(credited == 0.0 && no_pid > 45.0, "{credited} {no_pid}");
+    // A suspicion that is not confirmed delays the time, and changes nothing.
+    let (credited, no_pid) = run(|k| if k % 40 < 30 { BusyLatch::Suspected } else { BusyLatch::Clear });
+    assert!(credited > 30.0 && no_pid < 1.0, "{credited} {no_pid}");
 }
 
 #[test]
