@@ -88,7 +88,7 @@ fn hardware_is_exposed_where_the_driver_reports_it_and_absent_elsewhere() -> Res
     })
 }
 
-/// Driver branches that number the counters differently, a driver without counters, and one whose counters stand still.
+/// Driver branches that number the counters differently, a driver without counters, and one with counters that stand still.
 const THROTTLED: [(&str, &str); 5] = [
     ("580.65.06", ""),
     ("580.95.05", ""),

@@ -32,7 +32,7 @@ pub struct Latch {
 enum Shown {
     /// No new sample, or none with a queried process.
     Nothing,
-    /// So many full samples without a process, and no others.
+    /// So many full samples, none of which was found to have a process.
     Full(u32),
     /// A process, or a sample that is not full.
     Other,
@@ -49,10 +49,13 @@ impl Shown {
     fn by(recovered: &Recovered) -> Self {
         let is_named = recovered.process_samples.iter().any(|sample| sample.percent.iter().any(|percent| *percent > 0));
         let is_full = recovered.samples.iter().all(|sample| sample.busy_percent >= 100);
-        match recovered.samples.iter().filter(|sample| sample.queried).count() as u32 {
-            _ if is_named || !is_full => Self::Other,
-            0 => Self::Nothing,
-            queried => Self::Full(queried),
+        if is_named || !is_full {
+            Self::Other
+        } else if recovered.samples.iter().any(|sample| sample.queried) {
+            // Where driver calls are slow, one of several is queried; a process that keeps the device busy would be its.
+            Self::Full(recovered.samples.len() as u32)
+        } else {
+            Self::Nothing
         }
     }
 }
@@ -97,6 +100,21 @@ fn has_idle_power(handle: &Handle, driver: &mut NvmlCaller) -> bool {
 mod tests {
     use super::*;
     use Shown::{Full, Nothing, Other};
+    use sampler_core::observation::{DeviceSample, ProcessSample};
+    use sampler_core::units::GpuNs;
+
+    #[test]
+    fn one_queried_sample_speaks_for_a_poll() {
+        let sample = |busy_percent, queried| DeviceSample { at: GpuNs(1), busy_percent, queried };
+        let shown = |samples: &[DeviceSample]| Shown::by(&Recovered { samples: samples.to_vec(), ..Recovered::default() });
+        assert_eq!(shown(&[sample(100, false), sample(100, false), sample(100, true)]), Full(3));
+        assert_eq!(shown(&[sample(100, false)]), Nothing);
+        assert_eq!(shown(&[]), Nothing);
+        assert_eq!(shown(&[sample(99, false), sample(100, true)]), Other);
+        let named = ProcessSample { at: GpuNs(1), pid: 7, percent: [100, 0, 0, 0, 0, 0] };
+        let recovered = Recovered { samples: vec![sample(100, true)], process_samples: vec![named], ..Recovered::default() };
+        assert_eq!(Shown::by(&recovered), Other);
+    }
 
     #[test]
     fn a_counter_is_latched_only_with_all_of_the_evidence() {

@@ -275,7 +275,7 @@ fn throttling_is_counted_by_the_driver_where_it_has_a_counter() {
 
 /// The idle container is the only holder of the device, so that time without a process would be its.
 #[test]
-fn a_latched_busy_counter_is_no_ones_time() {
+fn time_of_a_latched_busy_counter_is_attributed_to_no_user() {
     let run = |latch: fn(usize) -> BusyLatch| {
         let mut core = core();
         let process = RunningProcess { pid: 100, memory_bytes: Some(1), kind: ProcessKind::Compute };
