@@ -18,6 +18,7 @@ mod exposition;
 mod faults;
 mod gpu_recording;
 mod gpu_samples;
+mod hardware;
 mod holders;
 mod labels;
 mod latency;

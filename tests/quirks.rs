@@ -147,6 +147,39 @@ fn lists_with_entries_of_every_size_have_the_memory_of_their_processes() -> Resu
     stage.end()
 }
 
+/// With the call that works on other drivers alone, all of their time would be without a process, and credited by the process list.
+#[test]
+fn processes_are_named_by_whichever_call_of_the_driver_works() -> Result<()> {
+    let silent = [
+        "processes_utilization_info = 'zeros'",
+        "processes_utilization_info = 'empty'",
+        "process_utilization = 'unsupported'",
+        "process_utilization = 'zeros'",
+    ];
+    let gpus = silent.map(|keys| format!("[[gpus]]\n{keys}\n")).concat();
+    let mut stage = QuirkStage::new("calls", &format!("driver_version = '580.95.05'\n{gpus}"))?;
+    let (busy, idle) = (stage.container()?, stage.container()?);
+    for gpu in 0..silent.len() {
+        stage.hold(&busy.1, &gpu.to_string(), "1", &["--demand", "0.9"])?;
+        stage.hold(&idle.1, &gpu.to_string(), "1", &["--demand", "0.01"])?;
+    }
+    let page = stage.page()?;
+    let log = stage.agent.log()?;
+    for (gpu, keys) in silent.iter().enumerate() {
+        let uuid = uuid(&page, gpu)?;
+        let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id), ("uuid", &uuid)]);
+        let no_pid = sum(&page, "gpu_unattributed_seconds_total", &[("uuid", &uuid), ("reason", "no_pid")]);
+        ensure!(seconds(&busy.0) > Some(7.0), "{keys}: {:?}", seconds(&busy.0));
+        ensure!(seconds(&idle.0).is_none_or(|seconds| seconds < 1.0), "{keys}: {:?}", seconds(&idle.0));
+        ensure!(no_pid < Some(2.5), "{keys}: {no_pid:?} without a process");
+        let is_logged = log
+            .lines()
+            .any(|line| line.contains(&uuid) && line.contains("names no process") && line.contains("GetProcessUtilization"));
+        ensure!(is_logged == keys.starts_with("processes_"), "{keys}: {log}");
+    }
+    stage.end()
+}
+
 #[test]
 fn the_processes_of_a_container_are_summed_and_containers_sum_to_the_device() -> Result<()> {
     let mut stage = QuirkStage::new("several", "[[gpus]]\n[[gpus]]\npid_rule = 'last'")?;
@@ -232,6 +265,42 @@ fn every_engine_is_sampled_on_its_own() -> Result<()> {
         .context("the encoder's unattributed time")?;
     let credited = engine(&encodes.0, "encoder").unwrap_or_default();
     ensure!((busy - unattributed - credited).abs() < 1e-9, "{credited} + {unattributed} is not {busy}");
+    stage.end()
+}
+
+/// Time without a process is that of the only holder, which holds memory and is idle.
+#[test]
+fn a_busy_counter_that_is_latched_after_a_kill_is_billed_to_no_container() -> Result<()> {
+    let mut stage =
+        QuirkStage::new("latch", "driver_version = '580.95.05'\n[[gpus]]\n[[gpus]]\npid_rule = 'last'\nexited_pids = 'blank'")?;
+    let (holder, killed) = (stage.container()?, stage.container()?);
+    for gpu in ["0", "1"] {
+        // Idle for all of the test.
+        stage.hold(&holder.1, gpu, "1", &["--demand", "0.5", "--every", "10000000000s", "--on", "2ms"])?;
+        let args = ["--count", "1", "--at-once", "1", "--lasting", "4s..4s", "--gpus", gpu, "--demand", "1.0"];
+        stage.lives.push(stage.sim.lives(&[&killed.1], &args)?);
+    }
+    std::thread::sleep(Duration::from_secs(2));
+    stage.sim.inject("fault", &["--kind", "latch"])?;
+    std::thread::sleep(Duration::from_secs(10));
+    let page = stage.agent.scrape()?;
+    for index in 0..2 {
+        let uuid = uuid(&page, index)?;
+        let value = |name: &str, labels: &[(&str, &str)]| sum(&page, name, &[&[("uuid", &*uuid)], labels].concat());
+        let seconds = |id: &str| value("container_gpu_seconds_total", &[("container_id", id)]);
+        ensure!(seconds(&holder.0) == Some(0.0), "GPU {index}: the holder has {:?} s", seconds(&holder.0));
+        ensure!(seconds(&killed.0).is_some_and(|s| (3.0..4.8).contains(&s)), "GPU {index}: {:?} of 4 s", seconds(&killed.0));
+        let no_pid = value("gpu_unattributed_seconds_total", &[("reason", "no_pid")]);
+        ensure!(no_pid > Some(4.0), "GPU {index}: {no_pid:?} without a process");
+        let condition = format!("gpu-{index}-latched");
+        ensure!(sum(&page, "gpu_sampler_degraded", &[("condition", &condition)]) == Some(1.0), "{condition}");
+        ensure!(stage.agent.log()?.contains("nvidia-smi --gpu-reset"), "no remedy in the log");
+    }
+    stage.sim.inject("fault", &["--clear", "--kind", "latch"])?;
+    wait_for("the end of the condition", Duration::from_secs(5), || {
+        let page = stage.agent.scrape()?;
+        Ok(sum(&page, "gpu_sampler_degraded", &[("condition", "gpu-0-latched")]).is_none_or(|value| value == 0.0).then_some(()))
+    })?;
     stage.end()
 }
 

@@ -55,7 +55,7 @@ fn nvidia_ml_py_reads_the_simulated_driver() -> Result<()> {
 }
 
 /// Old and new drivers, which have different structs and symbols.
-const VERSIONS: [&str; 3] = ["470.256.02", "535.183.01", "550.54.14"];
+const VERSIONS: [&str; 5] = ["470.256.02", "535.183.01", "550.54.14", "580.95.05", "610.43.03"];
 
 /// Waits until a client's page meets the expectation; an error contains the last page.
 fn wait_for_page(port: u16, page: &str, expect: impl Fn(&[Sample]) -> bool) -> Result<()> {

@@ -101,6 +101,55 @@ pub struct DeviceReadings {
     pub throttle_reasons: Option<u64>,
 }
 
+/// Errors, repairs and traffic of a device, as the driver counts them; `None` means that it does not report the value, never zero.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct HardwareReadings {
+    /// Over the life of the board: corrected, uncorrected.
+    pub ecc_errors: [Option<u64>; 2],
+    /// Over the life of the board: for correctable, for uncorrectable errors.
+    pub remapped_rows: [Option<u64>; 2],
+    /// A row is remapped at the next reset.
+    pub remap_pending: Option<bool>,
+    /// A row could not be remapped.
+    pub remap_failure: Option<bool>,
+    pub recovery_action: Option<RecoveryAction>,
+    /// Sent, received.
+    pub nvlink_bytes: [Option<u64>; 2],
+    /// Sent, received.
+    pub pcie_bytes: [Option<u64>; 2],
+}
+
+/// What the driver requires for the recovery of a device. The names are the values of the `action` label of `gpu_recovery_action`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoStaticStr)]
+#[strum(serialize_all = "snake_case")]
+pub enum RecoveryAction {
+    None,
+    Reset,
+    Reboot,
+    DrainP2p,
+    DrainAndReset,
+    /// One that this version does not know.
+    Other,
+}
+
+impl RecoveryAction {
+    /// From nvmlDeviceGpuRecoveryAction_t.
+    pub fn from_nvml(value: u64) -> Self {
+        match value {
+            0 => Self::None,
+            1 => Self::Reset,
+            2 => Self::Reboot,
+            3 => Self::DrainP2p,
+            4 => Self::DrainAndReset,
+            _ => Self::Other,
+        }
+    }
+
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
 /// NVML's clocks event reasons (formerly: throttle reasons): the bit, and the `reason` label of `gpu_throttle_seconds_total`.
 pub const THROTTLE_REASONS: [(u64, &str); 9] = [
     (0x1, "gpu_idle"),
@@ -113,6 +162,11 @@ pub const THROTTLE_REASONS: [(u64, &str); 9] = [
     (0x80, "hw_power_brake_slowdown"),
     (0x100, "display_clock_setting"),
 ];
+
+/// Nanoseconds in which each reason was in force, by the driver's own counters; indexed as [`THROTTLE_REASONS`]. `None` where it has no
+/// counter of the reason.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ThrottleTimes(pub [Option<u64>; THROTTLE_REASONS.len()]);
 
 /// A GPU's clock, as polls bound it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]

@@ -13,7 +13,7 @@ use std::sync::Arc;
 
 use serde::{Deserialize, Serialize};
 
-use crate::device::{DeviceReadings, Engine, GpuInfo, Reason};
+use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
 use crate::observation::{PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
@@ -105,6 +105,7 @@ pub enum GpuFact {
     /// A busy sample of an engine with an unqueried process, because driver calls are too slow to query each. Its time is attributed in
     /// the proportions of the queried samples around it. Only compute is a part of wall time.
     Unqueried(Engine, UnqueriedSample),
+    ThrottleTimes(ThrottleTimes),
 }
 
 /// Utilization of an engine in a span; the process that the driver names for it is not known.

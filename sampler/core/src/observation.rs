@@ -5,7 +5,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 use strum::EnumCount as _;
 
-use crate::device::{DeviceReadings, Engine, GpuInfo};
+use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings, ThrottleTimes};
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
@@ -136,6 +136,16 @@ pub enum PollStatus {
     Failed,
 }
 
+/// Whether the busy counter of a device stays at 100 % while nothing runs.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum BusyLatch {
+    #[default]
+    Clear,
+    /// Its newest samples are full, name no process, and show no memory activity; it is not settled yet.
+    Suspected,
+    Latched,
+}
+
 /// Busy share of a MIG device between two readings, as measured by GPM.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct GpmInterval {
@@ -160,12 +170,17 @@ pub struct GpuBatch {
     pub process_samples: Vec<ProcessSample>,
     /// Number of rejected samples, indexed as [`Rejected`].
     pub rejected: [u32; Rejected::COUNT],
+    pub latch: BusyLatch,
     /// The device's clock was set: the samples of this batch are on the new clock.
     pub stepped: bool,
     pub gpm: Option<GpmInterval>,
     /// `None` when this poll did not read the list (the call is slow) or the call failed.
     pub processes: Option<Vec<RunningProcess>>,
     pub readings: Option<DeviceReadings>,
+    /// `None` when this poll did not read them.
+    pub hardware: Option<HardwareReadings>,
+    /// Read together with `hardware`.
+    pub throttle_times: Option<ThrottleTimes>,
 }
 
 impl GpuBatch {

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use strum::EnumCount as _;
 
-use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, Reason, SampleCounts, THROTTLE_REASONS};
+use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, HardwareReadings, Reason, SampleCounts, THROTTLE_REASONS};
 use crate::identity::ContainerRecord;
 use crate::observation::Rejected;
 use crate::units::{BootNs, ContainerKey, WallTime};
@@ -41,6 +41,7 @@ pub struct UnattributedEnergy {
 pub struct GpuView {
     pub info: Arc<GpuInfo>,
     pub readings: DeviceReadings,
+    pub hardware: HardwareReadings,
     pub time: GpuTime,
     /// Seconds, indexed as [`Reason`].
     pub unattributed: [f64; Reason::COUNT],

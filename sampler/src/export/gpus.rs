@@ -1,6 +1,6 @@
 //! Writes the families of devices.
 
-use sampler_core::device::{Reason, THROTTLE_REASONS};
+use sampler_core::device::{HardwareReadings, Reason, THROTTLE_REASONS};
 use sampler_core::observation::Rejected;
 use sampler_core::snapshot::{GpuView, UnattributedEnergy};
 use strum::VariantArray as _;
@@ -46,6 +46,7 @@ pub fn gpus(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     writer.energy();
     writer.engines();
     writer.readings();
+    writer.hardware();
     writer.events();
     writer.samples();
     writer.clock();
@@ -160,6 +161,34 @@ impl GpuWriter<'_> {
         self.known(&families::ENERGY, is_present, |v| v.readings.energy_joules);
         self.known(&families::TEMPERATURE, is_present, |v| v.readings.temperature_celsius);
         self.known(&families::SM_CLOCK, is_present, |v| v.readings.sm_clock_hertz);
+    }
+
+    fn hardware(&mut self) {
+        let number = |value: Option<u64>| value.map(|value| value as f64);
+        let flag = |value: Option<bool>| value.map(|is_set| f64::from(u8::from(is_set)));
+        self.by_type(&families::ECC_ERRORS, ["corrected", "uncorrected"], |hardware| hardware.ecc_errors);
+        self.by_type(&families::REMAPPED_ROWS, ["correctable", "uncorrectable"], |hardware| hardware.remapped_rows);
+        self.known(&families::ROW_REMAP_PENDING, is_present, |v| flag(v.hardware.remap_pending));
+        self.known(&families::ROW_REMAP_FAILURE, is_present, |v| flag(v.hardware.remap_failure));
+        let action = self.to.family(&families::RECOVERY_ACTION);
+        for gpu in self.gpus.iter().filter(|gpu| is_present(gpu.view)) {
+            if let Some(required) = gpu.view.hardware.recovery_action {
+                self.to.add(action, gpu.with(&[("action", required.name())]), 1.0);
+            }
+        }
+        self.known(&families::NVLINK_TRANSMIT, is_present, |v| number(v.hardware.nvlink_bytes[0]));
+        self.known(&families::NVLINK_RECEIVE, is_present, |v| number(v.hardware.nvlink_bytes[1]));
+        self.known(&families::PCIE_TRANSMIT, is_present, |v| number(v.hardware.pcie_bytes[0]));
+        self.known(&families::PCIE_RECEIVE, is_present, |v| number(v.hardware.pcie_bytes[1]));
+    }
+
+    fn by_type(&mut self, family: &'static Family, types: [&str; 2], values: fn(&HardwareReadings) -> [Option<u64>; 2]) {
+        let id = self.to.family(family);
+        for gpu in self.gpus.iter().filter(|gpu| is_present(gpu.view)) {
+            for (name, value) in types.into_iter().zip(values(&gpu.view.hardware)) {
+                self.to.add_known(id, gpu.with(&[("type", name)]), value.map(|value| value as f64));
+            }
+        }
     }
 
     fn events(&mut self) {

@@ -6,7 +6,9 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use sampler_core::cgroup_path::parse;
-use sampler_core::device::{ClockView, DeviceReadings, Engine, GpuInfo, MigMode, Reason, SampleCounts, THROTTLE_REASONS};
+use sampler_core::device::{
+    ClockView, DeviceReadings, Engine, GpuInfo, HardwareReadings, MigMode, Reason, RecoveryAction, SampleCounts, THROTTLE_REASONS,
+};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::{CpuQuota, PressureFact, Rejected};
 use sampler_core::snapshot::{
@@ -75,6 +77,15 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
             temperature_celsius: Some(55.0),
             sm_clock_hertz: Some(1.5e9),
             throttle_reasons: None,
+        },
+        hardware: HardwareReadings {
+            ecc_errors: [Some(12), Some(count)],
+            remapped_rows: [Some(3), Some(2 * count)],
+            remap_pending: Some(true),
+            remap_failure: Some(false),
+            recovery_action: Some(RecoveryAction::DrainAndReset),
+            nvlink_bytes: [Some(1 << 40), Some(1 << 39)],
+            pcie_bytes: [Some(7 << 32), Some(5 << 32)],
         },
         time: GpuTime { busy: 10.0 * scale, idle: 5.0 * scale, unobserved: 0.5 * scale, unsupported: 0.25 * scale },
         unattributed: std::array::from_fn::<f64, { Reason::COUNT }, _>(|n| n as f64 * 0.125 * scale),

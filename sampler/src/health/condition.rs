@@ -55,6 +55,9 @@ pub enum Condition {
     /// The GPU in this slot is released on request.
     #[strum(to_string = "gpu-{slot}-released")]
     GpuReleased { slot: usize },
+    /// The busy counter of the GPU in this slot stays at 100 % while nothing runs.
+    #[strum(to_string = "gpu-{slot}-latched")]
+    GpuLatched { slot: usize },
     /// Reading the GPU in this slot within its budget covers only some samples.
     #[strum(to_string = "gpu-{slot}-budget")]
     GpuBudget { slot: usize },
@@ -92,6 +95,7 @@ impl Condition {
             Condition::GpuUnopened { .. } => (Missing, "the GPU can be opened, or was removed"),
             Condition::Gpu { .. } => (Missing, "the GPU can be read again"),
             Condition::GpuReleased { .. } => (Missing, "the release of the GPU is over"),
+            Condition::GpuLatched { .. } => (Missing, "the GPU's busy counter is no longer latched"),
             Condition::GpuBudget { .. } => (Reduced, "the process of every sample is queried again"),
         }
     }
@@ -130,7 +134,7 @@ mod tests {
         for n in [0, 1, 10, 11] {
             let slot = n as usize;
             all.extend([Condition::GpuUnopened { index: n }, Condition::Gpu { slot }]);
-            all.extend([Condition::GpuReleased { slot }, Condition::GpuBudget { slot }]);
+            all.extend([Condition::GpuReleased { slot }, Condition::GpuLatched { slot }, Condition::GpuBudget { slot }]);
         }
         all
     }
@@ -165,6 +169,7 @@ mod tests {
         check(Condition::GpuUnopened { index: 3 }, "gpu-index-3");
         check(Condition::Gpu { slot: 0 }, "gpu-0");
         check(Condition::GpuReleased { slot: 1 }, "gpu-1-released");
+        check(Condition::GpuLatched { slot: 2 }, "gpu-2-latched");
         check(Condition::GpuBudget { slot: 12 }, "gpu-12-budget");
     }
 }

@@ -52,11 +52,20 @@ pub enum Call {
     GetMemoryInfoV2,
     GetMemoryInfo,
     GetPowerUsage,
+    GetEnforcedPowerLimit,
     GetTotalEnergyConsumption,
     GetTemperature,
     GetClockInfo,
     #[strum(serialize = "GetCurrentClocksEventReasons")]
     GetClocksEventReasons,
+    #[strum(serialize = "GetFieldValues:health")]
+    GetHealthFields,
+    #[strum(serialize = "GetFieldValues:throttle")]
+    GetThrottleFields,
+    #[strum(serialize = "GetFieldValues:nvlink")]
+    GetNvlinkFields,
+    #[strum(serialize = "GetFieldValues:pcie")]
+    GetPcieFields,
     GpmQueryDeviceSupport,
     GpmMigSampleGet,
     GpmMetricsGet,
@@ -65,7 +74,8 @@ pub enum Call {
 }
 
 impl Call {
-    /// The `call` label: the name in NVML without `nvmlDevice` or `nvml`. The rings read by GetSamples are distinguished.
+    /// The `call` label: the name in NVML without `nvmlDevice` or `nvml`. The rings read by GetSamples, and the fields read together by
+    /// GetFieldValues, are distinguished.
     pub fn name(self) -> &'static str {
         self.into()
     }

@@ -45,9 +45,9 @@ impl RingKind {
         })
     }
 
-    fn value(self, sample: &DriverSample) -> u32 {
+    fn value(self, sample: &DriverSample, shown_util: [u32; ENGINES]) -> u32 {
         match self {
-            Self::Utilization(engine) => sample.util[engine],
+            Self::Utilization(engine) => shown_util[engine],
             Self::Power => power_mw(f64::from(sample.util[0]) / 100.0),
             Self::Clock => clock_mhz(f64::from(sample.util[0])),
             Self::MemoryClock => MEMORY_CLOCK_MHZ,
@@ -81,8 +81,9 @@ impl Driver {
         let after_us = after_us.saturating_add(*self.world.newer_by_us(gpu));
         let dry = *self.world.idle_ring(gpu) == IdleRing::Dry && matches!(kind, RingKind::Utilization(_));
         let ring = self.rings.get(gpu).into_iter().flatten();
-        let shown = ring.filter(|t| !dry || t.util.iter().any(|u| *u > 0));
-        let stamped = shown.map(|t| (self.stamp(gpu, t.at_us), kind.value(t)));
+        let with_util = ring.map(|t| (t, self.shown_util(gpu, t)));
+        let shown = with_util.filter(|(_, util)| !dry || util.iter().any(|u| *u > 0));
+        let stamped = shown.map(|(t, util)| (self.stamp(gpu, t.at_us), kind.value(t, util)));
         Ok(stamped.filter(|(stamp, _)| *stamp > after_us).collect())
     }
 

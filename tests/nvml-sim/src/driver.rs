@@ -10,7 +10,7 @@ use crate::faults::{Effect, Held};
 use crate::follow::Follower;
 use crate::kernel_files;
 use crate::loads;
-use crate::model::{DriverSample, Model};
+use crate::model::{DriverSample, ENGINES, Engine, Model};
 use crate::tally::Tally;
 use crate::world::{Unit, World};
 
@@ -168,6 +168,15 @@ impl Driver {
     pub fn latest(&mut self, gpu: usize) -> anyhow::Result<Option<DriverSample>> {
         self.sync(gpu)?;
         Ok(self.rings.get(gpu).and_then(|r| r.back()).copied())
+    }
+
+    /// The utilization that a sample shows: the one that was measured, unless the counter is latched.
+    pub fn shown_util(&self, gpu: usize, sample: &DriverSample) -> [u32; ENGINES] {
+        let mut util = sample.util;
+        if self.log.faults.latched(gpu, sample.at_us) {
+            util[Engine::Sm as usize] = 100;
+        }
+        util
     }
 
     /// Busy share now, 0 to 1; in MIG mode that of its devices, each weighted by its slices.

@@ -26,6 +26,8 @@ pub enum FaultKind {
     Reload,
     /// The GPU does not exist.
     Absent,
+    /// The busy counter of the compute engine stays at 100 %, whatever runs.
+    Latch,
 }
 
 /// In the form of the log: times in microseconds since the epoch.
@@ -266,8 +268,25 @@ impl Faults {
         self.in_force(gpu, at_us).any(|f| f.kind == FaultKind::Lost)
     }
 
+    pub fn latched(&self, gpu: usize, at_us: u64) -> bool {
+        self.in_force(gpu, at_us).any(|f| f.kind == FaultKind::Latch)
+    }
+
     pub fn reasons(&self, gpu: usize, at_us: u64) -> u64 {
         self.in_force(gpu, at_us).filter(|f| f.kind == FaultKind::Throttle).fold(0, |bits, f| bits | f.reasons)
+    }
+
+    /// Time up to `to_us` in which a reason was in force.
+    pub fn throttled_us(&self, gpu: usize, reason: u64, to_us: u64) -> u64 {
+        let of_reason = self.0.iter().filter(|f| f.of(gpu) && f.kind == FaultKind::Throttle && f.reasons & reason != 0);
+        let mut spans: Vec<(u64, u64)> = of_reason.map(|f| (f.from_us, f.until_us.unwrap_or(to_us).min(to_us))).collect();
+        spans.sort_unstable();
+        let (mut passed, mut sum) = (0, 0);
+        for (from, until) in spans {
+            sum += until.saturating_sub(from.max(passed));
+            passed = passed.max(until);
+        }
+        sum
     }
 
     /// The limits in force; of several faults, the strictest.
@@ -396,6 +415,15 @@ mod tests {
         check(40, None, None, None);
         let wrong = Fault { held: Held { mhz: Some(1), ..Held::default() }, ..fault(FaultKind::Slow, None, 0, None) };
         assert!(validated(wrong).unwrap_err().contains("has no limits"));
+    }
+
+    #[test]
+    fn overlapping_throttles_of_a_reason_count_once() {
+        let throttle = |from, until, reasons| Fault { reasons, ..fault(FaultKind::Throttle, Some(0), from, until) };
+        let faults = Faults::new(vec![throttle(50, None, 4), throttle(10, Some(30), 0x44), throttle(20, Some(40), 4)]);
+        let times = [(4, 45), (4, 60), (0x40, 60), (8, 60)].map(|(reason, to)| faults.throttled_us(0, reason, to));
+        assert_eq!(times, [30, 40, 20, 0]);
+        assert_eq!(faults.throttled_us(1, 4, 60), 0);
     }
 
     #[test]

@@ -6,7 +6,7 @@ use anyhow::{Context as _, bail};
 use crate::world::World;
 
 /// Symbols by the first major version that has them.
-const SINCE: [(u32, &[&str]); 5] = [
+const SINCE: [(u32, &[&str]); 6] = [
     (
         510,
         &[
@@ -37,6 +37,7 @@ const SINCE: [(u32, &[&str]); 5] = [
             "nvmlDeviceGetConfComputeMemSizeInfo",
         ],
     ),
+    (610, &["nvmlDeviceGetAccountingStats_v2"]),
 ];
 
 /// nvitop infers another layout of process lists from the presence of one without the other.
@@ -131,6 +132,9 @@ mod tests {
             check(&keys, "nvmlGpmMetricsGet", gpm);
             check(&keys, "nvmlDeviceGetProcessesUtilizationInfo", info);
             check(&keys, "nvmlDeviceGetConfComputeMemSizeInfo", info);
+        }
+        for (version, sums) in [("550.54.14", false), ("580.95.05", false), ("610.1", true)] {
+            check(&format!("driver_version = '{version}'"), "nvmlDeviceGetAccountingStats_v2", sums);
         }
         check("missing = ['nvmlDeviceGetSamples']", "nvmlDeviceGetSamples", false);
         let one = missing(&world("missing = ['nvmlDeviceGetConfComputeMemSizeInfo']")).unwrap_err();

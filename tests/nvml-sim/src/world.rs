@@ -43,6 +43,14 @@ words! {
     /// What GetUtilizationRates returns.
     Rates { #[default] Ring Zero }
     ListMemory { #[default] Known Unknown }
+    /// What the driver recommends for the recovery of the GPU.
+    RecoveryAction { #[default] None Reset Reboot DrainP2p DrainAndReset }
+    /// The fields that count NVLink bytes: in KiB without protocol overhead, or in bytes as from NVLink 5 on.
+    NvlinkFields { #[default] Throughput Count }
+    /// What the counters of the time for each clocks event reason do.
+    ThrottleTimes { #[default] Exact Frozen Missing }
+    /// What a call for process samples returns: these, the same with 0 %, none, or NOT_SUPPORTED.
+    ProcessCall { #[default] Works Zeros Empty Unsupported }
     /// Invalid process samples that a result may contain in addition.
     Garbage { #[default] Util PidZero PidMax Stale Exited Zombies }
 }
@@ -158,12 +166,27 @@ world! {
     idle_ring: IdleRing = IdleRing::Zeros;
     garbage: Vec<Garbage> = Vec::new();
     garbage_every: u64 = 1;
+    /// Of ProcessUtilization, and of ProcessesUtilizationInfo.
+    process_utilization: ProcessCall = ProcessCall::Works;
+    processes_utilization_info: ProcessCall = ProcessCall::Works;
     utilization_rates: Rates = Rates::Ring;
     list_memory: ListMemory = ListMemory::Known;
     list_entry_bytes: u64 = 24;
     energy: bool = false;
     accounting: bool = false;
     gpm: bool = false;
+    /// Aggregate ECC errors: corrected, uncorrected. Empty: not supported.
+    ecc_errors: Vec<u64> = Vec::new();
+    /// Rows remapped for correctable and for uncorrectable errors, pending, failure. Empty: not supported.
+    remapped_rows: Vec<u64> = Vec::new();
+    recovery_action: RecoveryAction = RecoveryAction::None;
+    /// Bytes that it sends; it receives half as many. 0: not supported.
+    nvlink_bytes_per_second: u64 = 0;
+    nvlink_fields: NvlinkFields = NvlinkFields::Throughput;
+    pcie_bytes_per_second: u64 = 0;
+    /// Width of the counters of PCIe bytes.
+    pcie_counter_bits: u32 = 64;
+    throttle_times: ThrottleTimes = ThrottleTimes::Exact;
     clock_steps: Vec<ClockStep> = Vec::new();
 }
 
@@ -318,6 +341,12 @@ impl World {
         if *self.garbage_every(index) == 0 || *self.row_probe(index) == 0 {
             bail!("garbage_every and row_probe must be at least 1");
         }
+        if ![0, 2].contains(&self.ecc_errors(index).len()) || ![0, 4].contains(&self.remapped_rows(index).len()) {
+            bail!("ecc_errors has 2 numbers and remapped_rows has 4");
+        }
+        if ![32, 64].contains(self.pcie_counter_bits(index)) {
+            bail!("pcie_counter_bits must be 32 or 64");
+        }
         let drift = *self.clock_drift_ppm(index);
         if !(-100_000.0..=100_000.0).contains(&drift) {
             bail!("clock_drift_ppm = {drift} is outside -100000..100000");
@@ -369,6 +398,11 @@ impl World {
 
     pub fn driver_major(&self) -> Option<u32> {
         self.driver_version.split_once('.')?.0.parse().ok()
+    }
+
+    /// The second number of the driver version.
+    pub fn driver_minor(&self) -> u32 {
+        self.driver_version.split('.').nth(1).and_then(|minor| minor.parse().ok()).unwrap_or(0)
     }
 
     /// All units: GPUs first, in their order, then the MIG devices.
@@ -465,6 +499,10 @@ mod tests {
         check("driver_version = 'x'", "must begin with a number");
         check("garbage = ['zombies', 'pid_max']\ngarbage_every = 0", "must be at least 1");
         check("garbage = ['dust']", "unknown variant `dust`");
+        check("ecc_errors = [1]", "ecc_errors has 2 numbers");
+        check("remapped_rows = [1, 0, 0]", "remapped_rows has 4");
+        check("pcie_counter_bits = 16", "must be 32 or 64");
+        check("recovery_action = 'drain_p2p'\necc_errors = [1, 0]\n[[gpus]]", "ok 1");
         check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20s'\nby_us = -3", "ok 1");
         check("[[gpus]]\n[[gpus.clock_steps]]\nat = '20'\nby_us = -3", "at = \"20\": expected a duration");
         check("[[faults]]\nfrom = '1s'\nkind = 'error'\nerror = 'GPU_IS_LOST'", "ok 0");

@@ -19,6 +19,7 @@ use super::engine_account::{Booked, Credit, EngineAccount, PendingSample};
 use super::exits::{Exits, Lifetimes, NamedUser};
 use super::holders::Holders;
 use super::settings::{Range, Settings, WINDOW_NS};
+use super::throttle::ThrottleAccount;
 use super::windows::Windows;
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, THROTTLE_REASONS};
 use crate::fact::{GpuFact, UnqueriedSample, User, UtilizationSample};
@@ -30,8 +31,6 @@ use crate::units::{BootNs, ContainerKey};
 const STALE_NS: u64 = 8_000_000_000;
 /// Interval at which variances are added up; each time the last minutes are examined.
 const VARIANCE_NS: u64 = 2_000_000_000;
-/// Readings that are further apart do not count for the time between. Where driver calls take 10 ms each, they are some 35 s apart.
-const READINGS_NS: u64 = 60_000_000_000;
 /// Maximum delay of a sample.
 const ARRIVED_NS: u64 = 11_000_000_000;
 /// Maximum span of a sample; far above the period of any driver.
@@ -91,7 +90,7 @@ pub struct DeviceAccount {
     recent: VecDeque<Recent>,
     windows: Windows,
     energy: EnergyAccount,
-    throttled: Option<(BootNs, [f64; THROTTLE_REASONS.len()])>,
+    throttle: ThrottleAccount,
     xids: BTreeMap<u64, u64>,
     variance_at: BootNs,
 }
@@ -119,6 +118,7 @@ impl DeviceAccount {
                 self.gone = None;
                 self.info = Arc::clone(info);
                 self.restart();
+                self.throttle.restart();
                 if !self.info.is_leaf() {
                     self.energy.end();
                 }
@@ -160,6 +160,7 @@ impl DeviceAccount {
             GpuFact::Held(Some(holders)) => self.holders.listed(holders),
             GpuFact::Held(None) => self.holders = Holders::default(),
             GpuFact::Readings(readings) => self.read(*readings, at),
+            GpuFact::ThrottleTimes(times) => self.throttle.read_counters(times, at),
             GpuFact::Xid { xid, count } => {
                 if self.xids.len() < XIDS || self.xids.contains_key(xid) {
                     let sum = self.xids.entry(*xid).or_default();
@@ -288,14 +289,7 @@ impl DeviceAccount {
 
     fn read(&mut self, readings: DeviceReadings, at: BootNs) {
         if let Some(mask) = readings.throttle_reasons {
-            let (last, mut seconds) = self.throttled.unwrap_or((at, [0.0; THROTTLE_REASONS.len()]));
-            let elapsed = at.saturating_since(last);
-            if elapsed <= READINGS_NS {
-                for ((bit, _), sum) in THROTTLE_REASONS.iter().zip(&mut seconds) {
-                    *sum += if mask & bit == 0 { 0.0 } else { elapsed as f64 * 1e-9 };
-                }
-            }
-            self.throttled = Some((at, seconds));
+            self.throttle.read_reasons(mask, at);
         }
         if self.info.is_leaf() {
             self.energy.read(at, readings.energy_joules);
@@ -478,7 +472,7 @@ impl DeviceAccount {
     }
 
     pub fn throttle_seconds(&self) -> Option<[f64; THROTTLE_REASONS.len()]> {
-        self.throttled.map(|(_, seconds)| seconds)
+        self.throttle.seconds()
     }
 
     /// (XID, count), by XID.

@@ -10,6 +10,7 @@ mod holders;
 mod naming;
 mod settings;
 mod standard_error;
+mod throttle;
 mod windows;
 
 use std::sync::Arc;

@@ -8,11 +8,11 @@ use strum::EnumCount as _;
 use super::clock::GpuClock;
 use super::process_attribution::ProcessAttribution;
 use super::timeline::Timeline;
-use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, SampleCounts};
+use crate::device::{ClockView, DeviceReadings, Engine, GpuInfo, HardwareReadings, Reason, SampleCounts};
 use crate::fact::{AttributedProcess, ClockFact, GpuFact, Holder, UnobservedReason, UnqueriedSample, User, UtilizationSample};
 use crate::identity::Identity;
 use crate::observation::{
-    DeviceSample, EngineSample, GpmInterval, GpuBatch, PollStatus, ProcessSample, Rejected, RunningProcess,
+    BusyLatch, DeviceSample, EngineSample, GpmInterval, GpuBatch, PollStatus, ProcessSample, Rejected, RunningProcess,
 };
 use crate::reconstruct::Grid;
 use crate::units::{BootNs, GpuNs, WallTime};
@@ -26,6 +26,8 @@ const PROCESS_SAMPLES_NS: u64 = 5_000_000_000;
 const RING_NS: u64 = 15_000_000_000;
 /// Maximum number of waiting samples of other engines: twice what their buffers hold.
 const MAX_ENGINE_SAMPLES: usize = 2 * 72 * Engine::COUNT;
+/// Full samples without a process wait this long at most for whether the device's busy counter is latched.
+const LATCH_NS: u64 = 5_000_000_000;
 /// Interval of clock facts.
 const CLOCK_NS: u64 = 10_000_000_000;
 
@@ -48,6 +50,10 @@ pub struct DeviceAttribution {
     dry: bool,
     pending: VecDeque<DeviceSample>,
     engine_pending: VecDeque<EngineSample>,
+    /// Whether the busy counter is latched, at the last poll.
+    latch: BusyLatch,
+    /// The newest sample of the counter while it was latched.
+    latched_until: Option<GpuNs>,
     /// Each with whether a device sample claimed it.
     process_samples: VecDeque<(ProcessSample, bool)>,
     /// Stamps of the device samples of the last [`PROCESS_SAMPLES_NS`] with a queried process. Samples of other engines near them were
@@ -60,6 +66,7 @@ pub struct DeviceAttribution {
     pub rejected: [u64; Rejected::COUNT],
     pub off_grid: u64,
     pub last_sample: Option<WallTime>,
+    pub hardware: HardwareReadings,
     last_batch: BootNs,
     /// The driver has not responded for so long that the readings and process lists were reported as unknown.
     silent: bool,
@@ -91,6 +98,7 @@ impl DeviceAttribution {
     /// Drops waiting samples: they belong to a sample buffer or a clock that no longer exists.
     fn restart(&mut self) {
         self.watermark = None;
+        (self.latch, self.latched_until) = (BusyLatch::Clear, None);
         self.pending.clear();
         self.engine_pending.clear();
         self.process_samples.clear();
@@ -102,6 +110,7 @@ impl DeviceAttribution {
         let why = if std::mem::take(&mut self.released) { UnobservedReason::Released } else { UnobservedReason::NoAnswer };
         self.unobserved_until(at, why, facts);
         self.restart();
+        self.hardware = HardwareReadings::default();
         self.attribution.forget_lists();
         facts.push((at, GpuFact::Gone));
     }
@@ -113,6 +122,7 @@ impl DeviceAttribution {
             return;
         }
         self.restart();
+        self.hardware = HardwareReadings::default();
         self.attribution.forget_lists();
         facts.push((at, GpuFact::Readings(DeviceReadings::default())));
         facts.push((at, GpuFact::Held(None)));
@@ -138,6 +148,9 @@ impl DeviceAttribution {
             return;
         }
         self.silent = false;
+        self.hardware = batch.hardware.unwrap_or(self.hardware);
+        // Before the readings, which count the reasons without a counter.
+        facts.extend(batch.throttle_times.map(|times| (batch.ended, GpuFact::ThrottleTimes(times))));
         if let Some(readings) = batch.readings {
             facts.push((batch.ended, GpuFact::Readings(readings)));
         }
@@ -216,6 +229,10 @@ impl DeviceAttribution {
         self.pending.extend(batch.samples.iter().filter(|t| known.is_none_or(|known| t.at > known)));
         self.engine_pending.extend(&batch.engine_samples);
         self.process_samples.extend(batch.process_samples.iter().map(|sample| (*sample, false)));
+        self.latch = batch.latch;
+        if batch.latch == BusyLatch::Latched {
+            self.latched_until = newest.or(self.latched_until);
+        }
         self.settle_samples(batch.ended, identity, facts);
     }
 
@@ -247,7 +264,9 @@ impl DeviceAttribution {
         let patience = SETTLE_NS.max(2 * self.grid.period_or_most_ns());
         while let Some(&sample) = self.pending.front() {
             let Some(at) = self.clock.boot(sample.at) else { return };
-            if now.saturating_since(at) < patience {
+            let is_suspected = self.latch == BusyLatch::Suspected && self.is_full_without_process(&sample);
+            let wait = if is_suspected { LATCH_NS.max(patience) } else { patience };
+            if now.saturating_since(at) < wait {
                 break;
             }
             self.pending.pop_front();
@@ -295,9 +314,17 @@ impl DeviceAttribution {
         if sample.queried {
             self.queried.push_back(sample.at);
         }
+        let is_latched = self.latched_until.is_some_and(|until| sample.at <= until) && self.is_full_without_process(&sample);
         let DeviceSample { at: stamp, busy_percent, queried } = sample;
         let sample = EngineSample { engine: Engine::Compute, at: stamp, busy_percent };
-        let fact = self.sample_fact(sample, at, span.ns, queried, identity, facts);
+        let mut fact = self.sample_fact(sample, at, span.ns, queried, identity, facts);
+        if let GpuFact::Utilization(utilization) = &mut fact
+            && is_latched
+        {
+            // Named as time without a process, it is neither divided over other samples nor credited to a holder of the device.
+            let user = User::Unattributed(Reason::NoPid);
+            utilization.processes = vec![AttributedProcess { pid: 0, percent: 100, user, since: BootNs(0) }];
+        }
         facts.push((at, fact));
     }
 
@@ -321,6 +348,14 @@ impl DeviceAttribution {
             let fact = self.sample_fact(sample, at, period, queried, identity, facts);
             facts.push((at, fact));
         }
+    }
+
+    /// Whether the sample may be one of a latched busy counter.
+    fn is_full_without_process(&self, sample: &DeviceSample) -> bool {
+        let near = self.grid.near_ns();
+        let names =
+            |named: &ProcessSample| named.at.0.abs_diff(sample.at.0) < near && named.percent[Engine::Compute as usize] > 0;
+        sample.queried && sample.busy_percent >= 100 && !self.process_samples.iter().any(|(named, _)| names(named))
     }
 
     /// Returns the process samples of a device sample and marks them as claimed.
@@ -381,6 +416,7 @@ impl DeviceAttribution {
             return;
         }
         if now.saturating_since(self.last_batch) > RING_NS && !std::mem::replace(&mut self.silent, true) {
+            self.hardware = HardwareReadings::default();
             self.attribution.forget_lists();
             facts.push((now, GpuFact::Readings(DeviceReadings::default())));
             facts.push((now, GpuFact::Held(None)));

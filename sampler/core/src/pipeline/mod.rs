@@ -209,6 +209,7 @@ impl Core {
             gpus.push(GpuView {
                 info: gpu.info.clone(),
                 readings: gpu.readings,
+                hardware: device.hardware,
                 time: gpu.time(),
                 unattributed: gpu.unattributed(),
                 unattributed_energy: gpu.unattributed_energy(),

@@ -32,6 +32,7 @@ fn gpu(index: u32, temperature: Option<f64>) -> GpuView {
     GpuView {
         info: Arc::new(GpuInfo { uuid: GpuUuid(format!("GPU-{index}").into()), index, ..GpuInfo::default() }),
         readings: DeviceReadings { temperature_celsius: temperature, ..DeviceReadings::default() },
+        hardware: Default::default(),
         time: GpuTime::default(),
         unattributed: Default::default(),
         unattributed_energy: None,

@@ -6,6 +6,10 @@ use super::{Collector, DEVICE, Family, IN_MIG_MODE, families};
 const WITH_ENGINE: &[&str] = &["uuid", "gpu_uuid", "engine"];
 const WITH_REASON: &[&str] = &["uuid", "gpu_uuid", "reason"];
 
+const WITH_TYPE: &[&str] = &["uuid", "gpu_uuid", "type"];
+
+const UNREPORTED_NARROW_OR_GONE: &str =
+    "if the driver does not report it, as long as its counter has not exceeded 32 bits, and if the GPU is gone";
 const UNREPORTED_OR_GONE: &str = "if the driver does not report it, and if the GPU is gone";
 
 families! {
@@ -65,9 +69,44 @@ families! {
     SM_CLOCK: Family::gauge("gpu_sm_clock_hertz", "hertz", DEVICE)
         .help("SM clock of the GPU, in hertz.")
         .absent(UNREPORTED_OR_GONE);
+    ECC_ERRORS: Family::counter("gpu_ecc_errors_total", "errors", WITH_TYPE)
+        .help("Number of ECC errors of the GPU over the life of the board (the driver's aggregate counts), by type: corrected or \
+               uncorrected. They decrease only if they are cleared by hand.")
+        .absent(UNREPORTED_OR_GONE)
+        .without_created();
+    REMAPPED_ROWS: Family::counter("gpu_remapped_rows_total", "rows", WITH_TYPE)
+        .help("Number of memory rows that were replaced over the life of the board, by the type of error: correctable or uncorrectable.")
+        .absent(UNREPORTED_OR_GONE)
+        .without_created();
+    ROW_REMAP_PENDING: Family::gauge("gpu_row_remap_pending", "none", DEVICE)
+        .help("Whether a memory row will be replaced at the next reset of the GPU: 1 or 0.")
+        .absent(UNREPORTED_OR_GONE);
+    ROW_REMAP_FAILURE: Family::gauge("gpu_row_remap_failure", "none", DEVICE)
+        .help("Whether a memory row could not be replaced: 1 or 0. The board has to be replaced then.")
+        .absent(UNREPORTED_OR_GONE);
+    RECOVERY_ACTION: Family::gauge("gpu_recovery_action", "none", &["uuid", "gpu_uuid", "action"])
+        .help("Action that the driver requires for the recovery of the GPU; value is always 1.")
+        .absent(UNREPORTED_OR_GONE);
+    NVLINK_TRANSMIT: Family::counter("gpu_nvlink_transmit_bytes_total", "bytes", DEVICE)
+        .help("Bytes that the GPU sent over all its NVLinks since the driver was loaded.")
+        .absent(UNREPORTED_OR_GONE)
+        .without_created();
+    NVLINK_RECEIVE: Family::counter("gpu_nvlink_receive_bytes_total", "bytes", DEVICE)
+        .help("Bytes that the GPU received over all its NVLinks since the driver was loaded.")
+        .absent(UNREPORTED_OR_GONE)
+        .without_created();
+    PCIE_TRANSMIT: Family::counter("gpu_pcie_transmit_bytes_total", "bytes", DEVICE)
+        .help("Bytes that the GPU sent over PCIe since the driver was loaded.")
+        .absent(UNREPORTED_NARROW_OR_GONE)
+        .without_created();
+    PCIE_RECEIVE: Family::counter("gpu_pcie_receive_bytes_total", "bytes", DEVICE)
+        .help("Bytes that the GPU received over PCIe since the driver was loaded.")
+        .absent(UNREPORTED_NARROW_OR_GONE)
+        .without_created();
     THROTTLE_SECONDS: Family::counter("gpu_throttle_seconds_total", "seconds", WITH_REASON)
-        .help("Time in which the driver reported this reason for the clocks of the GPU, in seconds. It is read once a second, and once a \
-               minute where driver calls are slow.")
+        .help("Time in which this reason limited the clocks of the GPU, in seconds. By the driver's own counter for the software power cap, \
+               sync boost, the thermal slowdowns and the power brake, where it has one; else the reasons in force are read once a second, and \
+               once a minute where driver calls are slow.")
         .absent("if the driver does not report reasons")
         .starts_at_zero();
     XID_ERRORS: Family::counter("gpu_xid_errors_total", "errors", &["uuid", "gpu_uuid", "xid"])

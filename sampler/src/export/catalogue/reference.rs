@@ -24,8 +24,12 @@ const GROUPS: [(&str, &[&Family]); 9] = [
 ];
 
 /// Every label with its meaning.
-const LABELS: [(&str, &str); 49] = [
+const LABELS: [(&str, &str); 51] = [
     ("acc_id", "UUID of the accelerator: a GPU or a MIG device"),
+    (
+        "action",
+        "`none`, `reset`, `reboot`, `drain_p2p`, `drain_and_reset`, or `other` for an action that this version does not know",
+    ),
     ("call", "driver call"),
     ("commit", "commit of the build"),
     ("condition", "key of the condition"),
@@ -75,6 +79,7 @@ const LABELS: [(&str, &str); 49] = [
     ("source", "label source, or `nvml`; of an assignment `checkpoint`, `claim`, `pod-resources` or `bundle`"),
     ("state", "state of the GPU time, of the labels, of the PID space, or of the session"),
     ("table", "`living` and `exited` processes, or `cgroups`"),
+    ("type", "type of memory error: `corrected` or `uncorrected`; of remapped rows `correctable` or `uncorrectable`"),
     ("uid", "id of the owner; empty if unknown"),
     ("unit", "name of the unit of systemd; empty if it is not a unit"),
     ("user", "short name of a job, unit or login session: `slurm/12345`, `vllm.service`, `uid/1000`"),
@@ -85,7 +90,7 @@ const LABELS: [(&str, &str); 49] = [
 ];
 
 /// Number of values of labels that are neither of a container nor of a GPU, where it is fixed or bounded.
-const VALUES: [(&str, usize); 14] = [
+const VALUES: [(&str, usize); 15] = [
     ("call", Call::COUNT),
     ("gpu_sampler_nvml_errors_total call", 1),
     ("engine", 5),
@@ -100,6 +105,7 @@ const VALUES: [(&str, usize); 14] = [
     ("gpu_unattributed_energy_joules_total reason", 8),
     ("reason", 7),
     ("state", 4),
+    ("type", 2),
 ];
 
 const INTRODUCTION: &str = "\

@@ -37,6 +37,7 @@ pub fn gpu_view(info: GpuInfo) -> GpuView {
     GpuView {
         info: Arc::new(info),
         readings: DeviceReadings::default(),
+        hardware: Default::default(),
         time: GpuTime::default(),
         unattributed: [0.0; 7],
         unattributed_energy: None,

@@ -1,4 +1,4 @@
-//! The conditions of one GPU: it is lost, it fails, or reading it exceeds the budget. Each is reported once, and so is its end.
+//! The conditions of one GPU: it is lost, it fails, its busy counter is latched, or reading it exceeds the budget. Each is reported once, and so is its end.
 
 use std::sync::Arc;
 
@@ -14,13 +14,14 @@ pub struct GpuHealth {
     uuid: Arc<str>,
     health: Arc<Health>,
     failures: u32,
+    is_latched: bool,
     /// No poll has succeeded yet, and the previous thread may have left a condition.
     is_new: bool,
 }
 
 impl GpuHealth {
     pub fn new(slot: usize, uuid: Arc<str>, health: Arc<Health>) -> Self {
-        Self { slot, uuid, health, failures: 0, is_new: true }
+        Self { slot, uuid, health, failures: 0, is_latched: false, is_new: true }
     }
 
     fn degraded(&self, message: &str) {
@@ -31,10 +32,12 @@ impl GpuHealth {
         self.health.recovered_with(Condition::Gpu { slot: self.slot }, message);
     }
 
-    /// A new thread has opened the GPU: the budget condition of the previous one no longer holds.
+    /// A new thread has opened the GPU: the conditions of the previous one no longer hold.
     pub fn opened(&self) {
         let message = format!("{}: the driver library was opened again", self.uuid);
-        self.health.recovered_with(Condition::GpuBudget { slot: self.slot }, &message);
+        for condition in [Condition::GpuBudget { slot: self.slot }, Condition::GpuLatched { slot: self.slot }] {
+            self.health.recovered_with(condition, &message);
+        }
     }
 
     /// Whether several consecutive polls have failed.
@@ -74,7 +77,28 @@ impl GpuHealth {
     pub fn gone(&self) {
         let message = format!("{} was removed", self.uuid);
         self.recovered(&message);
-        self.health.recovered_with(Condition::GpuBudget { slot: self.slot }, &message);
+        for condition in [Condition::GpuBudget { slot: self.slot }, Condition::GpuLatched { slot: self.slot }] {
+            self.health.recovered_with(condition, &message);
+        }
+    }
+
+    /// Whether the busy counter is latched.
+    pub fn latch(&mut self, is_latched: bool) {
+        if std::mem::replace(&mut self.is_latched, is_latched) == is_latched {
+            return;
+        }
+        let uuid = &self.uuid;
+        let condition = Condition::GpuLatched { slot: self.slot };
+        if is_latched {
+            let message = format!(
+                "{uuid}: the driver reports 100 % utilization, but no process, no memory activity and the power of an idle GPU: its busy \
+                 counter is latched, as after a process is killed; this time is counted as no_pid; run a CUDA program on this GPU and let it \
+                 end by itself, or reset the GPU (nvidia-smi --gpu-reset)"
+            );
+            self.health.degraded(condition, &message);
+        } else {
+            self.health.recovered_with(condition, &format!("{uuid}: the busy counter is no longer latched"));
+        }
     }
 
     /// `setting`: the configuration key that limits the coverage.

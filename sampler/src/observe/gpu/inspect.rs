@@ -18,6 +18,7 @@ use super::error::{GpuError, spawn};
 use super::library::{Generation, Handle};
 use super::library_search::{LibrarySearch, OpenedLibrary};
 use super::nvml_caller::{NvmlCaller, error_name};
+use super::process_calls::ProcessCalls;
 use super::ring::{GPU_UTILIZATION, Tools};
 use super::source::Source;
 use super::{gpm, mig, pid_space};
@@ -265,7 +266,8 @@ enum OwnBuffer {
 fn own_buffer(handle: &Handle, driver: &mut NvmlCaller, buffers: &mut Buffers, source: &SourceSettings) -> OwnBuffer {
     let Ok(pci) = handle.device().pci_info() else { return OwnBuffer::Unused(String::new()) };
     let mut budget = Budget::new(source.limits, boot_now().0);
-    let mut tools = Tools { handle, driver, buffers, budget: &mut budget };
+    let mut process_calls = ProcessCalls::default();
+    let mut tools = Tools { handle, driver, buffers, budget: &mut budget, process_calls: &mut process_calls };
     let mut chosen = Source::default();
     let decision = chosen.decide(&mut tools, &source.devfs, &pci.bus_id);
     match (chosen, decision) {

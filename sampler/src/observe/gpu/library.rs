@@ -9,10 +9,13 @@ use std::sync::{Arc, Mutex};
 
 use nvml_wrapper::error::{NvmlError, nvml_sym, nvml_try};
 use nvml_wrapper::{Device, Nvml};
-use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlReturn_t};
+use nvml_wrapper_sys::bindings::{NvmlLib, nvmlDevice_t, nvmlFieldValue_t, nvmlMemory_t, nvmlMemory_v2_t, nvmlReturn_t};
 
 /// NVML_ERROR_ARGUMENT_VERSION_MISMATCH, which nvml-wrapper does not define.
 const VERSION_MISMATCH: nvmlReturn_t = 25;
+
+/// NVML_ERROR_NOT_SUPPORTED.
+const NOT_SUPPORTED: nvmlReturn_t = 3;
 
 /// Loads and initializes the library. May hang in the driver.
 pub fn init(path: &Path) -> Result<Nvml, NvmlError> {
@@ -171,6 +174,23 @@ impl Handle {
         Ok(reasons)
     }
 
+    /// Values of fields, given as id and scope, each with a result of its own.
+    pub fn field_values(&self, fields: &[(u32, u32)]) -> Result<Vec<Result<u64, NvmlError>>, NvmlError> {
+        let symbol = nvml_sym(self.lib().nvmlDeviceGetFieldValues.as_ref())?;
+        let value = |(id, scope): &(u32, u32)| {
+            // SAFETY: numbers and a union of numbers, for which all-zero bytes are valid.
+            let mut value: nvmlFieldValue_t = unsafe { std::mem::zeroed() };
+            // A driver that skips the field leaves this result.
+            (value.fieldId, value.scopeId, value.nvmlReturn) = (*id, *scope, NOT_SUPPORTED);
+            value
+        };
+        let mut values: Vec<nvmlFieldValue_t> = fields.iter().map(value).collect();
+        let count = i32::try_from(values.len()).map_err(|_| NvmlError::InvalidArg)?;
+        // SAFETY: the handle belongs to this open library, and there are `count` values.
+        nvml_try(unsafe { symbol(self.device.0, count, values.as_mut_ptr()) })?;
+        Ok(values.iter().map(|value| nvml_try(value.nvmlReturn).and_then(|()| number(value))).collect())
+    }
+
     /// The GPU instance of a MIG device.
     pub fn gpu_instance(&self) -> Result<u32, NvmlError> {
         let symbol = nvml_sym(self.lib().nvmlDeviceGetGpuInstanceId.as_ref())?;
@@ -178,6 +198,24 @@ impl Handle {
         // SAFETY: the handle belongs to this open library, `id` is the output argument of the call.
         nvml_try(unsafe { symbol(self.device.0, &raw mut id) })?;
         Ok(id)
+    }
+}
+
+/// The value of a field as a whole number.
+fn number(field: &nvmlFieldValue_t) -> Result<u64, NvmlError> {
+    // nvmlValueType_t: double, unsigned int, unsigned long, unsigned long long, signed long long, signed int.
+    let of_signed = |number: i64| u64::try_from(number).map_err(|_| NvmlError::Unknown);
+    // SAFETY: a union of numbers, read as the type that the driver reports.
+    unsafe {
+        match field.valueType {
+            0 => Ok(field.value.dVal as u64),
+            1 => Ok(field.value.uiVal.into()),
+            2 => Ok(field.value.ulVal),
+            3 => Ok(field.value.ullVal),
+            4 => of_signed(field.value.sllVal),
+            5 => of_signed(field.value.siVal.into()),
+            other => Err(NvmlError::UnexpectedVariant(other)),
+        }
     }
 }
 

@@ -14,7 +14,7 @@ use crate::health::nvml_calls::{Call, DeviceCalls};
 use crate::observe::clock::{boot_now, cpu_now};
 
 /// Unsupported calls are retried after this time: the configuration of the driver may change.
-const TRY_AGAIN_AFTER: Duration = Duration::from_secs(600);
+pub const TRY_AGAIN_AFTER: Duration = Duration::from_secs(600);
 
 /// The consequence of an error beyond the failed call.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -9,19 +9,23 @@ use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
 use std::sync::{Arc, PoisonError};
 use std::time::{Duration, Instant};
 
-use sampler_core::device::{DeviceReadings, GpuInfo, MigMode};
-use sampler_core::observation::{GpuBatch, Observation, PollStatus};
+use sampler_core::device::{DeviceReadings, GpuInfo, HardwareReadings, MigMode};
+use sampler_core::observation::{BusyLatch, GpuBatch, Observation, PollStatus};
+use sampler_core::reconstruct::Recovered;
 use sampler_core::units::GpuUuid;
 
 use super::budget::{Budget, Cost, Part};
 use super::calls::Buffers;
 use super::context::Context;
+use super::fields::FieldReader;
 use super::gpm;
 use super::gpu_health::GpuHealth;
+use super::latch::Latch;
 use super::library::{Handle, Listen};
 use super::mig::{self, MigDevices};
 use super::nvml_caller::{DeviceFault, NvmlCaller, error_name};
 use super::poll_interval::{Pace, SLOW};
+use super::process_calls::ProcessCalls;
 use super::readings::{self, Engines, Processes};
 use super::ring::{SampleRing, Tools};
 use crate::health::call_watchdog::Caller;
@@ -32,6 +36,8 @@ use crate::observe::clock::{boot_now, cpu_now, wall_now};
 /// The process list holds a global driver lock for milliseconds, so it is read rarely.
 const LISTS_EVERY: Duration = Duration::from_secs(2);
 const READINGS_EVERY: Duration = Duration::from_secs(1);
+/// Counts and states, which no other reading depends on.
+const HARDWARE_EVERY: Duration = Duration::from_secs(5);
 const ENGINES_EVERY: Duration = Duration::from_secs(2);
 /// MIG mode and MIG devices are changed manually.
 const MIG_EVERY: Duration = Duration::from_secs(5);
@@ -58,6 +64,7 @@ pub struct Start {
 struct Done {
     lists: Option<Instant>,
     readings: Option<Instant>,
+    hardware: Option<Instant>,
     engines: Option<Instant>,
     mig: Option<Instant>,
 }
@@ -72,8 +79,11 @@ pub struct Poller {
     budget: Budget,
     pace: Pace,
     ring: SampleRing,
+    process_calls: ProcessCalls,
+    latch: Latch,
     engines: Engines,
     processes: Processes,
+    fields: FieldReader,
     listed: Option<usize>,
     mig: MigDevices,
     done: Done,
@@ -104,8 +114,11 @@ impl Poller {
             budget: Budget::new(context.limits, boot_now().0),
             pace: Pace::new(),
             ring: SampleRing::default(),
+            process_calls: ProcessCalls::default(),
+            latch: Latch::default(),
             engines: Engines::default(),
             processes: Processes::new(context.procfs.clone()),
+            fields: FieldReader::default(),
             listed: None,
             mig: MigDevices::after(
                 context.mig_left.lock().unwrap_or_else(PoisonError::into_inner).remove(&start.uuid).unwrap_or_default(),
@@ -224,8 +237,13 @@ impl Poller {
             self.choose_source();
             let process_queries = self.budget.process_queries(boot_now().0, self.pace.coverage);
             let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
-            let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+            let mut tools = Tools { handle: &self.handle, driver, buffers, budget, process_calls: &mut self.process_calls };
             let (status, recovered, failed) = self.ring.poll(&mut tools, process_queries, self.listed);
+            if !self.ring.is_complete() {
+                self.verify_process_call(&recovered);
+            }
+            batch.latch = self.latch.update(&recovered, &self.handle, &mut self.driver);
+            self.health.latch(batch.latch == BusyLatch::Latched);
             if recovered.stepped {
                 self.engines.stepped();
             }
@@ -275,7 +293,7 @@ impl Poller {
 
     fn choose_source(&mut self) {
         let (driver, buffers, budget) = (&mut self.driver, &mut self.buffers, &mut self.budget);
-        let mut tools = Tools { handle: &self.handle, driver, buffers, budget };
+        let mut tools = Tools { handle: &self.handle, driver, buffers, budget, process_calls: &mut self.process_calls };
         let uuid = &self.info.uuid;
         match self.ring.choose_source(&mut tools, &self.context.devfs, &self.info.pci_bus_id) {
             Some(Ok(())) => {
@@ -288,6 +306,14 @@ impl Poller {
                 tracing::info!(%uuid, reason, "samples are read through NVML, not from the driver's own buffer");
             }
             None => {}
+        }
+    }
+
+    fn verify_process_call(&mut self, recovered: &Recovered) {
+        let used = self.process_calls.verify(recovered, &self.handle, &mut self.driver, &mut self.buffers);
+        if let Some(used) = used.map(|used| used.call().name()) {
+            let uuid = &self.info.uuid;
+            tracing::warn!(%uuid, used, "the driver's other call for process utilization names no process while the GPU is busy");
         }
     }
 
@@ -308,6 +334,10 @@ impl Poller {
         }
         if due(&mut self.done.readings, self.budget.interval(Part::Readings, READINGS_EVERY)) {
             batch.readings = Some(readings::readings(&self.handle, &mut self.driver));
+            if due(&mut self.done.hardware, HARDWARE_EVERY) {
+                batch.hardware = Some(self.fields.hardware(&self.handle, &mut self.driver));
+                batch.throttle_times = Some(self.fields.throttle_times(&self.handle, &mut self.driver));
+            }
             self.spent_in_calls(Part::Readings, cpu);
         }
         let half_ring = self.ring.half();
@@ -362,7 +392,8 @@ impl Poller {
         let (ended, wall) = (boot_now(), wall_now());
         // The readings from before the loss are outdated.
         let readings = Some(DeviceReadings::default());
-        let lost = GpuBatch { ended, wall, readings, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
+        let hardware = Some(HardwareReadings::default());
+        let lost = GpuBatch { ended, wall, readings, hardware, ..GpuBatch::new(self.start.slot, ended, PollStatus::Failed) };
         self.context.to.observe(Observation::from(lost))
     }
 }

@@ -10,6 +10,7 @@ use super::budget::{Budget, Cost};
 use super::calls::Buffers;
 use super::library::Handle;
 use super::nvml_caller::{NvmlCaller, is_unsupported};
+use super::process_calls::ProcessCalls;
 use super::sample_buffer::{BufferSample, SAME_SAMPLE_US};
 use super::source::Source;
 use crate::health::nvml_calls::Call;
@@ -66,6 +67,7 @@ pub struct Tools<'a> {
     pub driver: &'a mut NvmlCaller,
     pub buffers: &'a mut Buffers,
     pub budget: &'a mut Budget,
+    pub process_calls: &'a mut ProcessCalls,
 }
 
 impl SampleRing {
@@ -243,15 +245,7 @@ impl SampleRing {
 /// Process samples after this timestamp; empty if the device does not support the query. `None` if the query failed.
 pub fn query_process_samples(tools: &mut Tools<'_>, after: u64) -> Option<Vec<RawProcessSample>> {
     let before = tools.driver.spent;
-    let all = tools
-        .driver
-        .call(Call::GetProcessesUtilizationInfo, || tools.buffers.process_samples_of_all_engines(tools.handle, after));
-    let process_samples = match all {
-        Err(error) if is_unsupported(&error) => {
-            tools.driver.call(Call::GetProcessUtilization, || tools.buffers.process_samples(tools.handle, after))
-        }
-        all => all,
-    };
+    let process_samples = tools.process_calls.query(tools.handle, tools.driver, tools.buffers, after);
     let after = tools.driver.spent;
     tools.budget.process_query(Cost { cpu: after.cpu.saturating_sub(before.cpu), wait: after.wait.saturating_sub(before.wait) });
     match process_samples {

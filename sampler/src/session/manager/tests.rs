@@ -243,6 +243,7 @@ fn busy_snapshot() -> Snapshot {
     let gpu = sampler_core::snapshot::GpuView {
         info,
         readings: Default::default(),
+        hardware: Default::default(),
         time: Default::default(),
         unattributed: Default::default(),
         unattributed_energy: None,

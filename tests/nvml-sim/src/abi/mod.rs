@@ -7,6 +7,7 @@ mod accounting;
 mod cost;
 mod device;
 mod events;
+mod fields;
 mod gpm;
 mod mig;
 mod processes;

@@ -177,11 +177,12 @@ fn fill(driver: &mut Driver, gpu: usize, to: Params, size: usize) -> Result<u32,
     for (n, sample) in newest.enumerate() {
         let slot = (first + n) % SLOTS;
         let at = HEADER + slot * sample_size;
+        let util = driver.shown_util(gpu, sample);
         to.put(at, driver.stamp(gpu, sample.at_us) * 1_000 + LATER_NS);
         for (n, engine) in ORDER.into_iter().take(engines).enumerate() {
             let at = at + 8 + n * engine_size;
             let pid = driver.named(gpu, sample, engine as usize).map(|pid| if kind == RmSamples::Wrong { pid + 1 } else { pid });
-            to.put(at, sample.util[engine as usize] * 100);
+            to.put(at, util[engine as usize] * 100);
             to.put(at + 8, pid.unwrap_or(NO_PROCESS));
         }
     }

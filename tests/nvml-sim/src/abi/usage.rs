@@ -1,25 +1,21 @@
 //! Recent activity of the GPU: utilization, samples, power, clocks and throttle reasons.
 
-use std::ffi::{c_longlong, c_uint, c_ulong, c_ulonglong};
+use std::ffi::{c_uint, c_ulonglong};
 
 use nvml_wrapper_sys::bindings::{
-    nvmlDevice_t, nvmlFieldValue_t, nvmlProcessUtilizationInfo_v1_t, nvmlProcessUtilizationSample_t,
-    nvmlProcessesUtilizationInfo_v1_t, nvmlReturn_t, nvmlSample_t, nvmlUtilization_t,
+    nvmlDevice_t, nvmlProcessUtilizationInfo_v1_t, nvmlProcessUtilizationSample_t, nvmlProcessesUtilizationInfo_v1_t,
+    nvmlReturn_t, nvmlSample_t, nvmlUtilization_t,
 };
 
 use super::{
-    Call, INSUFFICIENT_SIZE, INVALID_ARGUMENT, NOT_FOUND, NOT_SUPPORTED, failed, get, guard, nvml, put, put_all, struct_version,
-    version_of,
+    Call, INSUFFICIENT_SIZE, NOT_FOUND, NOT_SUPPORTED, failed, get, guard, nvml, put, put_all, struct_version, version_of,
 };
 use crate::answers::{MEMORY_CLOCK_MHZ, ProcessSample, RingKind, clock_mhz, power_mw};
 use crate::driver::Driver;
-use crate::model::Engine;
-use crate::world::Rates;
+use crate::model::{ENGINES, Engine};
+use crate::world::{ProcessCall, Rates};
 
 const VALUE_UNSIGNED_INT: c_uint = 1;
-/// NVML_FI_DEV_TOTAL_ENERGY_CONSUMPTION and NVML_VALUE_TYPE_UNSIGNED_LONG_LONG.
-const FIELD_ENERGY: c_uint = 83;
-const VALUE_UNSIGNED_LONG_LONG: c_uint = 3;
 const MEMORY_CLOCK: c_uint = 2;
 /// All reasons of nvml.h.
 const ALL_REASONS: c_ulonglong = 0x1ff;
@@ -31,13 +27,20 @@ fn process_samples(
     after: u64,
     room: usize,
     no_buffer: bool,
+    how: ProcessCall,
 ) -> Result<Vec<ProcessSample>, (nvmlReturn_t, c_uint)> {
+    if how == ProcessCall::Unsupported {
+        return Err((NOT_SUPPORTED, 0));
+    }
     let probe = *driver.world.row_probe(gpu);
     if room == 0 || no_buffer {
         return Err((INSUFFICIENT_SIZE, probe));
     }
-    let samples = driver.process_samples(gpu, after).map_err(|error| (failed(error), 0))?;
-    if samples.is_empty() {
+    let mut samples = driver.process_samples(gpu, after).map_err(|error| (failed(error), 0))?;
+    if how == ProcessCall::Zeros {
+        samples.iter_mut().for_each(|sample| sample.util = [0; ENGINES]);
+    }
+    if samples.is_empty() || how == ProcessCall::Empty {
         return Err((NOT_FOUND, 0));
     }
     // One more than the size query returned: a client without headroom has to query again.
@@ -72,7 +75,8 @@ fn at_most(value: u32, limit: Option<u32>) -> u32 {
 nvml! {
     fn nvmlDeviceGetUtilizationRates(call, device: nvmlDevice_t, to: *mut nvmlUtilization_t) {
         call.on_whole(device, |d, gpu| {
-            let util = d.latest(gpu).map_err(failed)?.map_or([0; 6], |t| t.util);
+            let latest = d.latest(gpu).map_err(failed)?;
+            let util = latest.map_or([0; ENGINES], |sample| d.shown_util(gpu, &sample));
             let shown = *d.world.utilization_rates(gpu) == Rates::Ring;
             put(to, if shown { nvmlUtilization_t { gpu: util[0], memory: util[1] } } else { nvmlUtilization_t { gpu: 0, memory: 0 } })
         })
@@ -93,7 +97,8 @@ nvml! {
         call, device: nvmlDevice_t, to: *mut nvmlProcessUtilizationSample_t, count: *mut c_uint, last_seen: c_ulonglong
     ) {
         call.on_whole(device, |d, gpu| {
-            let samples = match process_samples(d, gpu, last_seen, get(count)? as usize, to.is_null()) {
+            let how = *d.world.process_utilization(gpu);
+            let samples = match process_samples(d, gpu, last_seen, get(count)? as usize, to.is_null(), how) {
                 Ok(samples) => samples,
                 Err((code, n)) => return put(count, n).and(Err(code)),
             };
@@ -108,7 +113,8 @@ nvml! {
         call.on_whole(device, |d, gpu| {
             let mut answer = get(info)?;
             let (room, to) = (answer.processSamplesCount as usize, answer.procUtilArray);
-            match process_samples(d, gpu, answer.lastSeenTimeStamp, room, to.is_null()) {
+            let how = *d.world.processes_utilization_info(gpu);
+            match process_samples(d, gpu, answer.lastSeenTimeStamp, room, to.is_null(), how) {
                 Ok(samples) => {
                     let entries: Vec<_> = samples.iter().map(|r| nvmlProcessUtilizationInfo_v1_t {
                         timeStamp: r.stamp_us, pid: r.pid, smUtil: r.util[0], memUtil: r.util[1], encUtil: r.util[2],
@@ -182,25 +188,5 @@ nvml! {
     }
     fn nvmlDeviceGetSupportedClocksThrottleReasons(call, device: nvmlDevice_t, to: *mut c_ulonglong) {
         call.on(device, |_, _| put(to, ALL_REASONS))
-    }
-    fn nvmlDeviceGetFieldValues(call, device: nvmlDevice_t, count: c_uint, values: *mut nvmlFieldValue_t) {
-        call.on(device, |d, gpu| {
-            if values.is_null() {
-                return Err(INVALID_ARGUMENT);
-            }
-            for at in 0..count as usize {
-                // SAFETY: at < count, and the caller passes that many initialised elements.
-                let field = unsafe { values.add(at) };
-                let mut value = get(field)?;
-                (value.timestamp, value.latencyUsec, value.nvmlReturn) = (d.now() as c_longlong, 0, NOT_SUPPORTED);
-                if value.fieldId == FIELD_ENERGY && *d.world.energy(gpu) {
-                    value.valueType = VALUE_UNSIGNED_LONG_LONG;
-                    value.value.ullVal = d.energy_mj(gpu).map_err(failed)? as c_ulong;
-                    value.nvmlReturn = 0;
-                }
-                put(field, value)?;
-            }
-            Ok(())
-        })
     }
 }

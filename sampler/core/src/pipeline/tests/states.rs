@@ -3,9 +3,9 @@
 use strum::EnumCount as _;
 
 use super::*;
-use crate::device::DeviceReadings;
+use crate::device::{DeviceReadings, ThrottleTimes};
 use crate::fact::UnobservedReason;
-use crate::observation::{GpmInterval, ProcessKind, RunningProcess};
+use crate::observation::{BusyLatch, GpmInterval, ProcessKind, RunningProcess};
 use crate::snapshot::GpuTime;
 
 const SECOND: u64 = 1_000_000_000;
@@ -256,6 +256,44 @@ fn throttling_is_summed_by_reason_and_xids_are_counted() {
     let gpu = &core.snapshot().gpus[0];
     assert_eq!(gpu.throttle_seconds.unwrap().map(f64::round), [39.0, 0.0, 20.0, 0.0, 0.0, 20.0, 0.0, 0.0, 0.0]);
     assert_eq!(gpu.xids, [(79, 1_001)]);
+}
+
+#[test]
+fn throttling_is_counted_by_the_driver_where_it_has_a_counter() {
+    let mut core = core();
+    for k in 0..60u64 {
+        // Readings never show the power cap, which is in force for a fifth of each second; the thermal slowdown has no counter.
+        let readings = Some(DeviceReadings { throttle_reasons: Some(0x20), ..DeviceReadings::default() });
+        let mut times = ThrottleTimes::default();
+        times.0[2] = Some(7 * SECOND + k * SECOND / 5);
+        let throttle_times = k.is_multiple_of(5).then_some(times);
+        core.observe(Observation::from(GpuBatch { readings, throttle_times, ..batch(taken(0) + k * SECOND) }));
+    }
+    let seconds = core.snapshot().gpus[0].throttle_seconds.unwrap();
+    assert_eq!((seconds[2].round(), seconds[5].round()), (11.0, 59.0));
+}
+
+/// The idle container is the only holder of the device, so that time without a process would be its.
+#[test]
+fn time_of_a_latched_busy_counter_is_attributed_to_no_user() {
+    let run = |latch: fn(usize) -> BusyLatch| {
+        let mut core = core();
+        let process = RunningProcess { pid: 100, memory_bytes: Some(1), kind: ProcessKind::Compute };
+        for k in 0..300 {
+            let processes = (k % 12 == 0).then(|| vec![process]);
+            let status = sample_batch(k, 100, None, 20_000_000);
+            core.observe(Observation::from(GpuBatch { processes, latch: latch(k), ..status }));
+        }
+        let snapshot = core.snapshot();
+        (seconds(&snapshot)[0], snapshot.gpus[0].unattributed[Reason::NoPid as usize])
+    };
+    let (credited, no_pid) = run(|_| BusyLatch::Clear);
+    assert!(credited > 30.0 && no_pid < 1.0, "{credited} {no_pid}");
+    let (credited, no_pid) = run(|k| if k < 20 { BusyLatch::Suspected } else { BusyLatch::Latched });
+    assert!(credited == 0.0 && no_pid > 45.0, "{credited} {no_pid}");
+    // A suspicion that is not confirmed delays the time, and changes nothing.
+    let (credited, no_pid) = run(|k| if k % 40 < 30 { BusyLatch::Suspected } else { BusyLatch::Clear });
+    assert!(credited > 30.0 && no_pid < 1.0, "{credited} {no_pid}");
 }
 
 #[test]
