@@ -7,6 +7,9 @@
 //! ```
 //! GPUs that cannot be opened, and lost ones, are tried ever more rarely, and hold up no other GPU.
 
+mod lost;
+mod releases;
+
 use std::collections::HashMap;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, AtomicU32, Ordering};
@@ -17,7 +20,6 @@ use std::time::{Duration, Instant};
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::Observation;
-use sampler_core::units::{WallTime, rfc3339};
 
 use super::context::Context;
 use super::error::{GpuError, spawn};
@@ -28,7 +30,7 @@ use super::mig;
 use super::nvml_caller::{DeviceFault, fault};
 use super::opener::{self, OpenTarget, OpenedGpu, Opener};
 use super::poller::{Poller, Start};
-use super::release::{self, ReleaseError, ReleaseRequest, ReleaseSender, Released, ReleasedGpu, open_nodes};
+use super::release::{self, ReleaseRequest, ReleaseSender, open_nodes};
 use super::retry::{Backoff, RARELY, Unseen};
 use crate::config::Config;
 use crate::error::display_chain;
@@ -36,7 +38,7 @@ use crate::health::call_watchdog::{CallSlot, Caller};
 use crate::health::condition::Condition;
 use crate::health::nvml_calls::Call;
 use crate::inbox::Closed;
-use crate::observe::clock::{boot_now, wall_now};
+use crate::observe::clock::boot_now;
 
 /// Back-off for opening a missing driver library; short at first, for a driver that is being replaced.
 const RETRY_AT_FIRST: Duration = Duration::from_secs(1);
@@ -291,10 +293,6 @@ impl Watch {
         due.min().unwrap_or(LIST_EVERY).min(LIST_EVERY).max(least)
     }
 
-    fn is_releasing(&self) -> bool {
-        self.withheld.values().any(|withheld| matches!(withheld, Withheld::Released { .. }))
-    }
-
     /// The GPUs to open now. While a GPU is released, the others are opened by their PCI addresses: NVML may touch every GPU when it looks
     /// for one by its index or UUID.
     fn targets(&self, count: u32, now: Instant) -> Vec<OpenTarget> {
@@ -364,25 +362,6 @@ impl Watch {
             self.counted = count;
         }
         Ok(count)
-    }
-
-    /// The number of lost GPUs that exist and were not tried.
-    fn waiting_lost(&self, count: u32, tried: &[u32]) -> usize {
-        let is_waiting = |uuid: &Arc<str>| self.known.get(uuid).is_some_and(|gpu| !tried.contains(&gpu.index()));
-        let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
-        if count == self.counted { lost.filter(|(uuid, _)| is_waiting(uuid)).count() } else { 0 }
-    }
-
-    /// A try to open a lost GPU failed.
-    fn is_still_lost(&mut self, index: u32, now: Instant) -> bool {
-        let lost = self.withheld.iter_mut().find_map(|(uuid, withheld)| match withheld {
-            Withheld::Lost(backoff) if self.known.get(uuid).is_some_and(|gpu| gpu.index() == index) => Some(backoff),
-            _ => None,
-        });
-        let Some(backoff) = lost else { return false };
-        backoff.failed(now);
-        self.tried_lost = true;
-        true
     }
 
     /// Updates the back-off and the condition of each index that cannot be opened.
@@ -481,118 +460,6 @@ impl Watch {
             tracing::info!(uuid = &*uuid, "GPU gone");
             // If the core has ended, the next list detects it.
             let _sent = self.context.to.observe(Observation::GpuGone { gpu: slot, at: boot_now() });
-        }
-    }
-
-    /// Withholds GPUs of which the threads ended because they are lost. Returns whether there are new ones.
-    fn withhold_lost(&mut self) -> bool {
-        let now = Instant::now();
-        let lost = self.workers.extract_if(|_, worker| worker.thread.is_finished() && worker.lost.load(Ordering::Relaxed));
-        let lost: Vec<Arc<str>> = lost.map(|(uuid, _)| uuid).collect();
-        for uuid in &lost {
-            // One that is lost again and again interrupts the others ever more rarely.
-            let backoff = match self.returned.remove(uuid) {
-                Some((mut backoff, at)) if now.saturating_duration_since(at) < RARELY => {
-                    backoff.failed(now);
-                    backoff
-                }
-                _ => Backoff::new(LOST_AT_FIRST, now),
-            };
-            self.withheld.insert(Arc::clone(uuid), Withheld::Lost(backoff));
-        }
-        !lost.is_empty()
-    }
-
-    /// Whether a try to open a lost GPU left its device node open, and closing the library can close it.
-    fn holds_lost(&self) -> bool {
-        if !self.tried_lost || self.is_stuck {
-            return false;
-        }
-        let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
-        let nodes: Vec<String> = lost.filter_map(|(uuid, _)| Some(format!("nvidia{}", self.known.get(uuid)?.minor?))).collect();
-        !nodes.is_empty()
-            && open_nodes().iter().filter_map(|node| node.file_name()).any(|open| nodes.iter().any(|node| open == &**node))
-    }
-
-    /// A GPU was opened, perhaps one that was lost.
-    fn returned(&mut self, uuid: &Arc<str>, slot: usize, now: Instant) {
-        if let Some(Withheld::Lost(backoff)) = self.withheld.remove(uuid) {
-            self.returned.insert(Arc::clone(uuid), (backoff, now));
-            self.context.health.recovered_with(Condition::Gpu { slot }, &format!("{uuid} is back"));
-        }
-    }
-
-    /// The GPUs that a request selects; an error if it names one that is not known.
-    fn selected(&self, request: &ReleaseRequest) -> Result<Vec<Arc<str>>, ReleaseError> {
-        let Some(wanted) = &request.gpu else { return Ok(self.known.keys().cloned().collect()) };
-        let selected: Vec<Arc<str>> =
-            self.known.iter().filter(|(uuid, gpu)| wanted.matches(gpu.index(), uuid)).map(|(uuid, _)| Arc::clone(uuid)).collect();
-        if !selected.is_empty() {
-            return Ok(selected);
-        }
-        let mut known: Vec<(u32, &str)> = self.known.iter().map(|(uuid, gpu)| (gpu.index(), &**uuid)).collect();
-        known.sort_unstable();
-        let known: Vec<String> = known.into_iter().map(|(index, uuid)| format!("{index} ({uuid})")).collect();
-        let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-        Err(ReleaseError::Unknown { wanted: wanted.clone(), known })
-    }
-
-    fn release_while_closed(&mut self, request: ReleaseRequest) {
-        match self.selected(&request) {
-            Ok(selected) => self.release(request, selected, &[]),
-            Err(error) => request.reply(Err(error)),
-        }
-    }
-
-    /// Withholds GPUs after the library was closed. `before`: the nodes that were open until then.
-    fn release(&mut self, request: ReleaseRequest, selected: Vec<Arc<str>>, before: &[PathBuf]) {
-        let now = Instant::now();
-        let until = now + request.lasting;
-        let resumes_at = WallTime(wall_now().0 + request.lasting.as_nanos() as u64);
-        // If no GPU is known, there is nothing to keep closed, and what would be opened is not known.
-        let is_all = request.gpu.is_none() && !selected.is_empty();
-        if is_all {
-            // Shorter than an earlier request, too: the last one counts.
-            self.closed_until = Some(until);
-            self.context.health.update(|view| view.nvml_up = Some(false));
-        }
-        let mut released = Vec::new();
-        for uuid in selected {
-            let Some(gpu) = self.known.get(&uuid) else { continue };
-            let message = format!(
-                "{uuid} is released on request until {}; until then its time is unobserved, and no process of the agent uses it",
-                rfc3339(resumes_at)
-            );
-            self.context.health.degraded(Condition::GpuReleased { slot: gpu.slot }, &message);
-            let migs = self.context.mig_left.lock().unwrap_or_else(PoisonError::into_inner);
-            let migs: Vec<usize> = migs.get(&uuid).into_iter().flatten().map(|(_, slot)| *slot).collect();
-            for slot in [gpu.slot].into_iter().chain(migs) {
-                // If the core has ended, the next list detects it.
-                let _sent = self.context.to.observe(Observation::GpuReleased { gpu: slot, at: boot_now() });
-            }
-            released.push(ReleasedGpu { index: gpu.index(), uuid: uuid.to_string() });
-            self.withheld.insert(uuid, Withheld::Released { until });
-        }
-        released.sort_unstable_by_key(|gpu| gpu.index);
-        let after = open_nodes();
-        let result = if after.is_empty() {
-            let seconds = request.lasting.as_secs();
-            let closed = before.to_vec();
-            Ok(Released { released, closed, seconds, resumes: rfc3339(resumes_at) })
-        } else {
-            Err(ReleaseError::Hangs { nodes: after.iter().map(|node| node.display().to_string()).collect() })
-        };
-        request.reply(result);
-    }
-
-    /// Ends the releases that have lasted their time.
-    fn end_releases(&mut self, now: Instant) {
-        let is_over = |withheld: &Withheld| matches!(withheld, Withheld::Released { until } if now >= *until);
-        for (uuid, _) in self.withheld.extract_if(|_, withheld| is_over(withheld)) {
-            if let Some(gpu) = self.known.get(&uuid) {
-                let message = format!("the release of {uuid} is over");
-                self.context.health.recovered_with(Condition::GpuReleased { slot: gpu.slot }, &message);
-            }
         }
     }
 
