@@ -248,6 +248,28 @@ fn a_lost_gpu_is_let_go_of_and_opened_again_when_it_is_back() -> Result<()> {
 }
 
 #[test]
+fn a_gpu_that_is_lost_before_the_agent_starts_is_let_go_of() -> Result<()> {
+    let fault = "[[faults]]\ngpu = 0\nkind = 'lost'\nfrom = '0s'";
+    let sim = Sim::new(&format!("{WORLD}\n{fault}"))?;
+    let agent = Agent::start(Some(&sim), &ARGS)?;
+    let of_other = ["nvidia1", "nvidiactl"];
+    wait_for("the node of the lost GPU is closed", 10 * SECOND, || Ok((open_nodes(&agent, &sim) == of_other).then_some(())))?;
+    let page = wait_for("the other GPU is sampled", 10 * SECOND, || {
+        let page = agent.scrape()?;
+        let is_sampled = page.iter().any(|s| s.name == "gpu_sampler_last_sample_timestamp_seconds");
+        Ok(is_sampled.then_some(page))
+    })?;
+    ensure!(sum(&page, "gpu_sampler_degraded", &[("condition", "gpu-index-0")]).is_some(), "no condition of the lost GPU");
+    let from = Instant::now();
+    while from.elapsed() < 3 * SECOND {
+        ensure!(open_nodes(&agent, &sim) == of_other, "{:?} are open", open_nodes(&agent, &sim));
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    sim.inject("fault", &["--clear"])?;
+    wait_for("it is opened once it is back", 30 * SECOND, || Ok((open_nodes(&agent, &sim).len() == 3).then_some(())))
+}
+
+#[test]
 fn a_gpu_that_cannot_be_opened_is_tried_ever_more_rarely_and_holds_up_nothing() -> Result<()> {
     let fault = "[[faults]]\ngpu = 1\nkind = 'error'\nerror = 'UNKNOWN'\ncall = 'nvmlDeviceGetUUID'\nfrom = '0s'";
     let sim = Sim::new(&format!("kernel_files = true\n[[gpus]]\n[[gpus]]\n[[gpus]]\n{fault}"))?;

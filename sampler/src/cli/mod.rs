@@ -1,5 +1,6 @@
 //! The commands. Exit codes: 0 success, 1 failure, 2 usage error (as clap has it).
 
+mod agent_args;
 mod client;
 mod doctor;
 mod explain;

@@ -1,17 +1,16 @@
 //! `release`: asks a running agent to let go of GPUs for a while.
 
-use std::path::PathBuf;
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hyper::Method;
 
-use super::client::{Client, agent_at};
+use super::agent_args::AgentArgs;
+use super::client::Client;
 use super::request::{document, unreachable};
 use crate::cli::output::{self, print};
 use crate::cli::text::terminal_safe;
-use crate::config::Settings;
 use crate::export::release::ReleaseBody;
 use crate::observe::gpu::{GpuSelector, MOST_SECONDS, Released};
 
@@ -37,18 +36,8 @@ pub struct ReleaseArgs {
     /// Print the agent's response as JSON
     #[arg(long)]
     json: bool,
-    /// Agent to query [default: the one at --listen]
-    #[arg(long, value_name = "URL")]
-    agent: Option<String>,
-    /// Configuration file (TOML) of the agent, for its address and token
-    #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
-    config: Option<PathBuf>,
-    /// Listen address of the agent [default: 127.0.0.1:9836]
-    #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
-    listen: Option<String>,
-    /// File with the token of an agent that listens on a non-loopback address
-    #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    agent: AgentArgs,
 }
 
 fn lasting(text: &str) -> Result<Duration, String> {
@@ -61,16 +50,12 @@ fn lasting(text: &str) -> Result<Duration, String> {
 
 impl ReleaseArgs {
     pub fn run(self) -> anyhow::Result<()> {
-        // This command does not serve: a listen address without a token is valid here.
-        let settings =
-            Settings { listen: self.listen, token_file: self.token_file, open_metrics: Some(true), ..Settings::default() };
-        let config = settings.validate(self.config.as_deref())?;
-        let agent = self.agent.unwrap_or_else(|| agent_at(config.listen));
+        let (agent, token) = self.agent.resolve()?;
         let body = ReleaseBody { gpu: self.gpu.map(GpuSelector::Name), seconds: Some(self.lasting.as_secs()) };
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
         let body = runtime.block_on(async {
-            let client = Client::new(&agent, config.token.as_deref())?;
+            let client = Client::new(&agent, token.as_deref())?;
             match client.send_within(TIMEOUT, Method::POST, PATH, serde_json::to_vec(&body)?).await? {
                 Ok(mut reply) => reply.success().await.with_context(|| format!("the agent at {agent} did not release")),
                 Err(error) => bail!("{}: {error}", unreachable(&agent)),

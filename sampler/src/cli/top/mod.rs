@@ -16,7 +16,6 @@ mod source;
 mod view;
 
 use std::io::IsTerminal as _;
-use std::path::PathBuf;
 use std::sync::mpsc::{Receiver, TryRecvError, channel};
 use std::time::Duration;
 
@@ -28,11 +27,10 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use self::model::{Action, Model};
 use self::rows::Sort;
 use self::source::{AgentEvent, REMEDY, too_old};
-use super::client::agent_at;
+use super::agent_args::AgentArgs;
 use super::request::{self, AgentResponse, LIVE, document, unreachable};
 use crate::cli::output::{self, print};
 use crate::cli::text::{terminal_width, use_colours};
-use crate::config::Settings;
 use crate::export::live::LiveDocument;
 
 const EXAMPLES: &str = "\
@@ -47,9 +45,6 @@ const EVENT_TIMEOUT: Duration = Duration::from_millis(50);
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct Top {
-    /// Agent to query [default: the one at --listen]
-    #[arg(long, value_name = "URL")]
-    agent: Option<String>,
     /// Poll interval, such as 500ms or 2s
     #[arg(long, value_name = "TIME", default_value = "1s", value_parser = interval)]
     interval: Duration,
@@ -65,15 +60,8 @@ pub struct Top {
     /// Show only rows that contain all of these words, in names, images, ids or GPUs
     #[arg(long, value_name = "WORDS", default_value = "", hide_default_value = true)]
     filter: String,
-    /// Configuration file (TOML) of the agent, for its address and token
-    #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
-    config: Option<PathBuf>,
-    /// Listen address of the agent [default: 127.0.0.1:9836]
-    #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
-    listen: Option<String>,
-    /// File with the token of an agent that listens on a non-loopback address
-    #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
-    token_file: Option<PathBuf>,
+    #[command(flatten)]
+    agent: AgentArgs,
 }
 
 fn interval(text: &str) -> Result<Duration, String> {
@@ -86,13 +74,9 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 impl Top {
     pub fn run(self) -> anyhow::Result<()> {
-        // This command does not serve: a listen address without a token is valid here.
-        let (listen, token_file) = (self.listen.clone(), self.token_file.clone());
-        let settings = Settings { listen, token_file, open_metrics: Some(true), ..Settings::default() };
-        let config = settings.validate(self.config.as_deref())?;
-        let agent = self.agent.clone().unwrap_or_else(|| agent_at(config.listen));
+        let (agent, token) = self.agent.resolve()?;
         if self.once {
-            return self.print(&agent, config.token.as_deref());
+            return self.print(&agent, token.as_deref());
         }
         if !std::io::stdin().is_terminal() || !std::io::stdout().is_terminal() {
             bail!(
@@ -100,7 +84,7 @@ impl Top {
             );
         }
         let (sender, events) = channel();
-        source::start(agent.clone(), config.token, self.interval, sender)?;
+        source::start(agent.clone(), token, self.interval, sender)?;
         let model = Model::new(&agent, self.interval, self.sort, &self.filter);
         let mut terminal = ratatui::try_init().context("cannot initialize the terminal; use --once for one table")?;
         let result = run_loop(&mut terminal, model, &events);

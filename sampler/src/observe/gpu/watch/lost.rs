@@ -1,5 +1,6 @@
 //! GPUs that are lost: let go of, so that they can be reset, and tried ever more rarely.
 
+use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Instant;
@@ -53,10 +54,15 @@ impl Watch {
         if !self.tried_lost || self.is_stuck {
             return false;
         }
-        let lost = self.withheld.iter().filter(|(_, withheld)| matches!(withheld, Withheld::Lost(_)));
-        let nodes: Vec<String> = lost.filter_map(|(uuid, _)| Some(format!("nvidia{}", self.known.get(uuid)?.minor?))).collect();
-        !nodes.is_empty()
-            && open_nodes().iter().filter_map(|node| node.file_name()).any(|open| nodes.iter().any(|node| open == &**node))
+        let minor_of = |uuid: &Arc<str>| self.known.get(uuid).and_then(|gpu| gpu.minor);
+        let in_use: Option<Vec<u32>> = self.workers.keys().map(minor_of).collect();
+        let is_lost = |minor: u32| match &in_use {
+            // Also one that was lost before it was ever opened, of which nothing is known.
+            Some(in_use) => !in_use.contains(&minor),
+            None => self.withheld.iter().any(|(uuid, why)| matches!(why, Withheld::Lost(_)) && minor_of(uuid) == Some(minor)),
+        };
+        let number = |node: &PathBuf| node.file_name()?.to_str()?.strip_prefix("nvidia")?.parse().ok();
+        open_nodes().iter().filter_map(number).any(is_lost)
     }
 
     /// A GPU was opened, perhaps one that was lost.

@@ -116,7 +116,7 @@ struct Watch {
     counted: u32,
     /// The number of GPUs in the last check of those that NVML does not list, if there were any, and the time of the check.
     unlisted: Option<(u32, Instant)>,
-    /// A GPU that is lost was tried since the library was opened, which may have left its node open.
+    /// A GPU that is lost was tried, perhaps for the first time, since the library was opened, which may have left its node open.
     tried_lost: bool,
     /// A hanging call kept device nodes open when the library was closed last: closing it again does not help.
     is_stuck: bool,
@@ -302,7 +302,8 @@ impl Watch {
             Some(Withheld::Lost(backoff)) => backoff.is_due(now),
         };
         if self.is_releasing() {
-            let others = self.known.iter().filter(|(uuid, _)| is_due(uuid));
+            let waits = |gpu: &KnownGpu| self.unopened.get(&gpu.index()).is_some_and(|unopened| !unopened.backoff.is_due(now));
+            let others = self.known.iter().filter(|(uuid, gpu)| is_due(uuid) && !waits(gpu));
             return others.filter_map(|(_, gpu)| Some(OpenTarget::Pci(gpu.index(), gpu.pci_bus_id.clone()?))).collect();
         }
         let waiting: Vec<u32> = self.known.iter().filter(|(uuid, _)| !is_due(uuid)).map(|(_, gpu)| gpu.index()).collect();
@@ -344,7 +345,10 @@ impl Watch {
                     found.push((gpu, uuid, index, slot));
                 }
                 Some(Err(error)) if fault(&error) == Some(DeviceFault::Dead) => return Err(error),
-                Some(Err(error)) => failed.push((index, error.to_string())),
+                Some(Err(error)) => {
+                    self.tried_lost |= fault(&error) == Some(DeviceFault::Lost);
+                    failed.push((index, error.to_string()));
+                }
                 None => failed.push((index, "the driver call does not return; check dmesg for Xid lines".into())),
             }
         }
@@ -356,8 +360,8 @@ impl Watch {
         let before = failed.len();
         failed.retain(|(index, _)| !self.is_still_lost(*index, now));
         let lost = waiting + before - failed.len();
+        self.update_unopened(count, &tried, failed, now);
         if !is_releasing {
-            self.update_unopened(count, &tried, failed, now);
             self.end_removed(&seen, lost);
             self.counted = count;
         }

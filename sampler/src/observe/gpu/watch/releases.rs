@@ -42,10 +42,12 @@ impl Watch {
     /// Withholds GPUs after the library was closed. `before`: the nodes that were open until then.
     pub(super) fn release(&mut self, request: ReleaseRequest, selected: Vec<Arc<str>>, before: &[PathBuf]) {
         let now = Instant::now();
-        let until = now + request.lasting;
-        let resumes_at = WallTime(wall_now().0 + request.lasting.as_nanos() as u64);
         // If no GPU is known, there is nothing to keep closed, and what would be opened is not known.
         let is_all = request.gpu.is_none() && !selected.is_empty();
+        // One of GPUs that are all released stays so for as long as they do.
+        let of_all = self.closed_until.filter(|_| !is_all).unwrap_or(now);
+        let until = (now + request.lasting).max(of_all);
+        let resumes_at = WallTime(wall_now().0 + (until - now).as_nanos() as u64);
         if is_all {
             // Shorter than an earlier request, too: the last one counts.
             self.closed_until = Some(until);
@@ -71,7 +73,7 @@ impl Watch {
         released.sort_unstable_by_key(|gpu| gpu.index);
         let after = open_nodes();
         let result = if after.is_empty() {
-            let seconds = request.lasting.as_secs();
+            let seconds = (until - now).as_secs();
             let closed = before.to_vec();
             Ok(Released { released, closed, seconds, resumes: rfc3339(resumes_at) })
         } else {
