@@ -4,6 +4,7 @@ use std::fs;
 use std::io::{BufRead as _, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result};
 use gpu_sampler_tests::kernel::CgroupTree;
@@ -165,5 +166,9 @@ fn a_kubelet_in_a_container_assigns_gpus_to_the_pods_in_it() -> Result<()> {
     BufReader::new(kubelet.0.stdout.take().context("stdout is a pipe")?).read_line(&mut line)?;
     let rootfs = empty.path().to_string_lossy().into_owned();
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &rootfs, "--label-sources", "logs,kubelet"])?;
-    wait_for_assigned(&agent, |s| s.labels["container_id"].clone(), &[format!("{inner} {FIRST} checkpoint")])
+    let expected = [format!("{inner} {FIRST} checkpoint")];
+    wait_for_assigned(&agent, |s| s.labels["container_id"].clone(), &expected)?;
+    // Also once the labels of the other one are known.
+    std::thread::sleep(Duration::from_secs(2));
+    wait_for_assigned(&agent, |s| s.labels["container_id"].clone(), &expected)
 }

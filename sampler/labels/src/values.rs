@@ -61,6 +61,11 @@ impl Source {
         matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
     }
 
+    /// Whether it has the specification of a container, and so its GPUs.
+    pub fn has_specification(self) -> bool {
+        matches!(self, Source::Bundle | Source::CrioFile | Source::PodmanFile)
+    }
+
     /// Whether the source can provide this label.
     pub fn provides(self, label: Label) -> bool {
         match self {

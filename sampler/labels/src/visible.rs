@@ -3,12 +3,13 @@
 //!
 //! | what the specification has | GPUs |
 //! |---|---|
-//! | `NVIDIA_VISIBLE_DEVICES` and a hook of NVIDIA's runtime, or its device nodes | those that the variable lists; the runtime decides by it |
-//! | mounts below `/var/run/nvidia-container-devices` | their names |
-//! | annotations `cdi.k8s.io/..` | the names of devices in them |
+//! | `NVIDIA_VISIBLE_DEVICES` and a hook of NVIDIA's runtime | those that the variable lists; the runtime decides by it |
+//! | mounts below `/var/run/nvidia-container-devices`, if the variable names that folder | their names |
+//! | annotations `cdi.k8s.io/..`, and nodes that came with them | the names of devices in them |
 //! | nodes `/dev/nvidia<N>` | these, except in a privileged container, which has the nodes of all |
 //!
-//! Images set the variable, too (`all` in those of CUDA): without anything of NVIDIA's runtime it does nothing and says nothing.
+//! Images set the variable, too (`all` in those of CUDA), and tenants choose names of mounts and annotations: nothing of these counts without
+//! what only a runtime adds. `0:1`, a MIG device by its number, is not known.
 
 use super::device::{Device, device};
 
@@ -45,23 +46,29 @@ impl VisibleGpus {
     /// `None` if the specification gives no GPU, or if it does not say which.
     pub fn of(parts: &SpecParts<'_>) -> Option<Self> {
         let minors: Vec<&str> = parts.nodes.iter().filter_map(|path| gpu_node(path)).collect();
-        let is_nvidias = parts.has_hook || !minors.is_empty();
-        let listed = || parts.variable.filter(|_| is_nvidias).into_iter().flat_map(|list| list.split(',')).map(str::trim);
+        let variable = parts.variable.filter(|_| parts.has_hook);
+        let listed = || variable.into_iter().flat_map(|list| list.split(',')).map(str::trim);
         if listed().any(|id| id == "all") {
             return Some(Self::All);
         }
-        let mounted = || parts.mounts.iter().filter_map(|path| path.strip_prefix(MOUNTED)?.strip_prefix('/'));
-        let by_cdi = || parts.cdi.iter().flat_map(|list| list.split(',')).map(str::trim).filter(|name| is_gpu(name));
+        let mounts = parts.mounts.iter().filter(|_| variable.is_some_and(|variable| variable.trim_end_matches('/') == MOUNTED));
+        let mut mounted = mounts.filter_map(|path| path.strip_prefix(MOUNTED)?.strip_prefix('/'));
+        let cdi = || parts.cdi.iter().filter(|_| !minors.is_empty());
+        let by_cdi = || cdi().flat_map(|list| list.split(',')).map(str::trim).filter(|name| is_gpu(name));
         if by_cdi().any(|name| name.ends_with("=all")) {
             return Some(Self::All);
         }
         let named = |ids: &mut dyn Iterator<Item = &str>| -> Vec<Device> {
-            ids.map(device).filter(|device| !matches!(device, Device::Unknown(_))).take(DEVICES_MOST).collect()
+            ids.filter(|id| !id.contains(':'))
+                .map(device)
+                .filter(|device| !matches!(device, Device::Unknown(_)))
+                .take(DEVICES_MOST)
+                .collect()
         };
         // Nodes name whole GPUs, also where a part of one was given: then there are nodes of capabilities.
         let is_part = parts.nodes.iter().any(|path| path.starts_with("/dev/nvidia-caps/"));
-        let mut by_node = minors.into_iter().filter(|_| !is_part && !parts.is_privileged);
-        let ways = [named(&mut listed()), named(&mut mounted()), named(&mut by_cdi()), named(&mut by_node)];
+        let mut by_node = minors.iter().copied().filter(|_| !is_part && !parts.is_privileged);
+        let ways = [named(&mut listed()), named(&mut mounted), named(&mut by_cdi()), named(&mut by_node)];
         ways.into_iter().find(|devices| !devices.is_empty()).map(Self::These)
     }
 }
@@ -113,9 +120,10 @@ mod tests {
         for variable in ["all", U] {
             assert_eq!(VisibleGpus::of(&SpecParts { variable: Some(variable), ..SpecParts::default() }), None);
         }
-        // With CDI, NVIDIA's runtime adds nodes instead of a hook.
+        // An image of CUDA with one device node.
         let parts = SpecParts { variable: Some("all"), nodes: vec!["/dev/nvidia0", "/dev/nvidiactl"], ..SpecParts::default() };
-        assert_eq!(VisibleGpus::of(&parts), Some(VisibleGpus::All));
+        assert_eq!(VisibleGpus::of(&parts), these(&[Device::Minor(0)]));
+        check("0:1", None);
     }
 
     #[test]
@@ -123,7 +131,14 @@ mod tests {
         let mounts = vec!["/etc/hosts", "/var/run/nvidia-container-devices/GPU-8f1f4a33-bb7c-4c8e-9a51-d3a1c2d2e6f0"];
         let parts = SpecParts { variable: Some(MOUNTED), mounts, has_hook: true, ..SpecParts::default() };
         assert_eq!(VisibleGpus::of(&parts), these(&[uuid()]));
-        let cdi = |cdi: Vec<&'static str>| VisibleGpus::of(&SpecParts { cdi, ..SpecParts::default() });
+        // A tenant may mount anything anywhere.
+        for parts in [SpecParts { has_hook: false, ..parts.clone() }, SpecParts { variable: Some("void"), ..parts.clone() }] {
+            assert_eq!(VisibleGpus::of(&parts), None);
+        }
+        let nodes = || vec!["/dev/nvidia0", "/dev/nvidia1", "/dev/nvidia-caps/nvidia-cap1"];
+        let cdi = |cdi: Vec<&'static str>| VisibleGpus::of(&SpecParts { cdi, nodes: nodes(), ..SpecParts::default() });
+        let without_nodes = SpecParts { cdi: vec!["nvidia.com/gpu=0"], ..SpecParts::default() };
+        assert_eq!(VisibleGpus::of(&without_nodes), None, "no runtime has followed the annotation");
         assert_eq!(cdi(vec!["nvidia.com/gpu=0, nvidia.com/gpu=1"]), these(&[Device::Index(0), Device::Index(1)]));
         assert_eq!(cdi(vec!["k8s.device-plugin.nvidia.com/gpu=GPU-8f1f4a33-bb7c-4c8e-9a51-d3a1c2d2e6f0"]), these(&[uuid()]));
         assert_eq!(cdi(vec!["runtime.nvidia.com/gpu=all"]), Some(VisibleGpus::All));
@@ -145,6 +160,7 @@ mod tests {
         let parts = SpecParts {
             variable: Some(MIG),
             nodes: vec!["/dev/nvidia1", "/dev/nvidia-caps/nvidia-cap21"],
+            has_hook: true,
             ..SpecParts::default()
         };
         assert_eq!(VisibleGpus::of(&parts), these(&[Device::Mig(MIG.to_owned())]));

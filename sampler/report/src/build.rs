@@ -395,7 +395,10 @@ impl Builder<'_> {
 
 /// Seconds by reason within the range; `None` if the driver never reported the reasons.
 fn throttle_seconds(gpu_facts: &GatheredGpu, range: (BootNs, BootNs)) -> Option<Vec<Named>> {
-    gpu_facts.readings.iter().find(|(_, readings)| readings.throttle_reasons.is_some())?;
+    let has_reasons = gpu_facts.readings.iter().any(|(_, readings)| readings.throttle_reasons.is_some());
+    if !has_reasons && gpu_facts.throttle_times.is_empty() {
+        return None;
+    }
     let named = |(bit, name): (u64, &str)| {
         let value = super::causes::throttled(gpu_facts, bit, range).0;
         (value > 0.0).then(|| Named { name: name.into(), value })

@@ -2,6 +2,7 @@
 
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{Cause, CauseKind, Verdict};
+use sampler_core::device::THROTTLE_REASONS;
 use sampler_core::fact::User;
 use sampler_core::observation::{CpuQuota, PressureFact};
 use sampler_core::units::{BootNs, ContainerKey};
@@ -30,8 +31,36 @@ fn cause(cause: CauseKind, verdict: Verdict, detail: String) -> Cause {
     Cause { cause, verdict, detail }
 }
 
-/// Seconds in which any of the bits was set, and seconds in which the bits were known.
+/// Seconds in which any of these reasons was in force, and seconds for which that is known: by the driver's own counters, which have what is
+/// shorter than the time between two readings, or by the readings of the reasons, if they show more.
 pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64, f64) {
+    let (shown, known) = shown(gpu, bits, range);
+    let (counted, counted_known) = counted(gpu, bits, range);
+    (shown.max(counted), known.max(counted_known))
+}
+
+fn counted(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64, f64) {
+    let reasons: Vec<usize> = (0..THROTTLE_REASONS.len()).filter(|n| THROTTLE_REASONS[*n].0 & bits != 0).collect();
+    let (mut set, mut known) = (0.0, 0.0);
+    for pair in gpu.throttle_times.windows(2) {
+        let [(from, before), (to, after)] = pair else { continue };
+        let whole = to.saturating_since(*from);
+        let part = (*to).min(range.1).saturating_since((*from).max(range.0));
+        if part == 0 || whole == 0 {
+            continue;
+        }
+        let grown = reasons.iter().filter_map(|n| after.0[*n]?.checked_sub(before.0[*n]?)).max();
+        // One that grows faster than time counts something else.
+        let Some(grown) = grown.filter(|grown| *grown <= whole.saturating_mul(2)) else { continue };
+        let covers_all = reasons.iter().all(|n| after.0[*n].is_some() && before.0[*n].is_some());
+        let share = part as f64 / whole as f64;
+        set += (grown as f64 * share).min(part as f64);
+        known += if covers_all { part as f64 } else { 0.0 };
+    }
+    (set * 1e-9, known * 1e-9)
+}
+
+fn shown(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64, f64) {
     let (mut set, mut known) = (0u64, 0u64);
     for pair in gpu.readings.windows(2) {
         let [(from, _), (to, readings)] = pair else { continue };
@@ -48,7 +77,7 @@ pub fn throttled(gpu: &GatheredGpu, bits: u64, range: (BootNs, BootNs)) -> (f64,
 fn clocks(gpu: &GatheredGpu, kind: CauseKind, bits: u64, range: (BootNs, BootNs)) -> Cause {
     let whole = range.1.saturating_since(range.0) as f64 * 1e-9;
     let (set, known) = throttled(gpu, bits, range);
-    let names = sampler_core::device::THROTTLE_REASONS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
+    let names = THROTTLE_REASONS.iter().filter(|(bit, _)| bits & bit != 0).map(|(_, name)| *name);
     let names: Vec<&str> = names.collect();
     if set > THROTTLED_RATIO * whole {
         return cause(kind, Verdict::Possible, format!("{} for {set:.1} of {whole:.1} s", names.join(" or ")));

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, HashMap};
 
 use sampler_core::aggregate::Range;
-use sampler_core::device::DeviceReadings;
+use sampler_core::device::{DeviceReadings, ThrottleTimes};
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
 };
@@ -29,6 +29,8 @@ pub struct GatheredGpu {
     /// Memory by user, with the time of the reading.
     pub held: Vec<(BootNs, BTreeMap<User, Option<u64>>)>,
     pub readings: Vec<(BootNs, DeviceReadings)>,
+    /// The driver's counters of the time for which each reason limited the clocks.
+    pub throttle_times: Vec<(BootNs, ThrottleTimes)>,
     /// (from, to, reason), in order.
     pub unobserved: Vec<(BootNs, BootNs, UnobservedReason)>,
     pub xids: Vec<(BootNs, u64, u64)>,
@@ -182,6 +184,7 @@ impl GatheredGpu {
                 self.held.push((at, memory));
             }
             GpuFact::Readings(readings) if range.has(at) || at <= range.after => self.readings.push((at, *readings)),
+            GpuFact::ThrottleTimes(times) => self.throttle_times.push((at, *times)),
             GpuFact::Xid { xid, count } if range.has(at) => self.xids.push((at, *xid, *count)),
             GpuFact::Left { pid, since } => {
                 if let Some((user, n)) = self.open.remove(&(*pid, *since))

@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use super::*;
 use devkit::Random;
-use sampler_core::device::{DeviceReadings, GpuInfo};
+use sampler_core::device::{DeviceReadings, GpuInfo, THROTTLE_REASONS, ThrottleTimes};
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, HostProcess, UnobservedReason, User, UtilizationSample,
 };
@@ -332,6 +332,32 @@ fn impossible_numbers_are_survived() {
             assert!(page.len() < 200 << 20, "{seed}: {} bytes", page.len());
         }
     }
+}
+
+#[test]
+fn limits_between_two_readings_are_those_of_the_drivers_counters() {
+    let (mut session, _) = simulate(&[container(1, |_| Some(1.0))], 60, 1);
+    let begin = session.facts.iter().find_map(|fact| if let Fact::Time { at, .. } = fact { Some(*at) } else { None }).unwrap();
+    let power_cap = THROTTLE_REASONS.iter().position(|(bit, _)| *bit == 0x4).unwrap();
+    // 200 ms of each second, never at a reading of the reasons.
+    let facts_at = |fact: &Fact| {
+        let Fact::Time { at, .. } = fact else { return Vec::new() };
+        let readings = DeviceReadings { throttle_reasons: Some(0), ..DeviceReadings::default() };
+        let mut times = ThrottleTimes::default();
+        times.0[power_cap] = Some(7_000_000_000 + at.saturating_since(begin) / 5);
+        let of_gpu = |fact| Fact::Gpu { gpu: 0, at: *at, fact };
+        vec![of_gpu(GpuFact::Readings(readings)), of_gpu(GpuFact::ThrottleTimes(times))]
+    };
+    session.facts = session.facts.iter().flat_map(|fact| [vec![fact.clone()], facts_at(fact)].concat()).collect();
+    let report = build(&session, &View::default());
+    let seconds = report.gpus[0].throttle_seconds.as_ref().unwrap();
+    assert!(
+        matches!(&seconds[..], [one] if one.name == THROTTLE_REASONS[power_cap].1 && (one.value - 12.0).abs() < 0.5),
+        "{seconds:?}"
+    );
+    let causes = &report.users[0].gpus[0].causes;
+    let verdict = |kind| causes.iter().find(|cause| cause.cause == kind).unwrap().verdict;
+    assert_eq!((verdict(CauseKind::GpuPower), verdict(CauseKind::GpuThermal)), (Verdict::Possible, Verdict::RuledOut));
 }
 
 #[test]

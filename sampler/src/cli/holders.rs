@@ -22,8 +22,7 @@ fn name(holder: &GpuHolder) -> String {
         UserName { namespace, pod, container, name, container_id: &holder.container_id, id: "?" }.to_string()
     };
     let kind = if holder.kind == "container" { String::new() } else { format!(" ({})", holder.kind) };
-    let ended = if holder.gone { " (ended)" } else { "" };
-    terminal_safe(&format!("{name}{kind}{ended}"))
+    terminal_safe(&format!("{name}{kind}"))
 }
 
 fn cells(holder: &GpuHolder, has_migs: bool) -> [String; HEADS.len()] {
@@ -43,7 +42,8 @@ fn unplaced_line(assignment: &UnplacedAssignment) -> String {
         (.., Some(uid)) => format!("pod {uid}"),
         _ => "a pod".to_owned(),
     };
-    let why = if assignment.reservation { "reserves the GPU for other pods" } else { "no such container runs" };
+    let why =
+        if assignment.reservation { "reserves the GPU for other pods" } else { "no running container is known by these names" };
     let UnplacedAssignment { container, resource, source, .. } = assignment;
     format!("{pod}, container {container}: {resource} by {source}; {why}")
 }

@@ -78,7 +78,9 @@ impl AssignedGpus {
             return Vec::new();
         }
         let by_kubelet = self.by_kubelet(labels);
-        match labels.visible.as_deref().filter(|_| by_kubelet.is_empty() && labels.kind == Kind::Container) {
+        // In another container a tenant writes specifications, and their numbers are those of that container's GPUs.
+        let counts = by_kubelet.is_empty() && labels.kind == Kind::Container && labels.outer_container_id.is_none();
+        match labels.visible.as_deref().filter(|_| counts) {
             None => by_kubelet,
             Some(VisibleGpus::All) if self.assigns_gpus && labels.in_pod() => by_kubelet,
             Some(VisibleGpus::All) => {
@@ -251,6 +253,8 @@ mod tests {
         assert_eq!(gpus(&view(&["GPU-0"], Some("c".repeat(64))), &nested), []);
         assert_eq!(gpus(&view(&["GPU-0"], None), &nested), [], "a tenant may name a pod after another one");
         assert_eq!(gpus(&view(&["GPU-0"], Some("c".repeat(64))), &labels(&pod('a'), "ml", "main", None)), []);
+        let nested = format!("/docker/{}/docker/{}", "a".repeat(64), "b".repeat(64));
+        assert_eq!(gpus(&view(&[], None), &labels(&nested, "", "", Some(VisibleGpus::All))), []);
     }
 
     #[test]

@@ -38,8 +38,8 @@ pub struct PairState {
     pub counters: Counters,
     /// Every scraper has these values. Scrapers that come later have no claim to them.
     pub delivered: bool,
-    /// If it held the GPU in the last scrape: for how long the GPU had been observed, and the pair been active, in seconds.
-    held_since: Option<[f64; 2]>,
+    /// If it held the GPU in the last scrape: for how long the GPU had been observed, the pair been active, and the GPU time, in seconds.
+    held_since: Option<[f64; 3]>,
     /// Seconds for which it held the GPU and did not use it.
     pub held_idle: f64,
 }
@@ -118,13 +118,18 @@ impl PairState {
     }
 
     /// Books the time since the last scrape, if it held the GPU then. Returns whether there was any.
-    pub fn book_held(&mut self, is_held: bool, observed: f64, active: f64) -> bool {
-        let idle = self.held_since.map_or(0.0, |[from, active_from]| observed - from - (active - active_from));
+    pub fn book_held(&mut self, is_held: bool, observed: f64, usage: &ContainerGpu) -> bool {
+        let now = [observed, usage.active_seconds, usage.seconds];
+        let idle = self.held_since.map_or(0.0, |before| {
+            let [observed, active, busy] = [0, 1, 2].map(|n| now[n] - before[n]);
+            // Where no sample names a process, there is GPU time without activity.
+            observed - active.max(busy)
+        });
         // A window of activity may have been booked before all of it was observed: the next time includes it.
         if idle < 0.0 && is_held {
             return false;
         }
-        self.held_since = is_held.then_some([observed, active]);
+        self.held_since = is_held.then_some(now);
         self.held_idle += idle.max(0.0);
         idle > 0.0
     }

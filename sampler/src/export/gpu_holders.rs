@@ -43,8 +43,6 @@ pub struct GpuHolder {
     pub memory_used_bytes: Option<u64>,
     pub gpu_seconds: f64,
     pub duty_cycle_percent: Option<f64>,
-    /// Its last cgroup was removed; the entry stays for a while.
-    pub gone: bool,
 }
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
@@ -69,7 +67,8 @@ fn is_of(assignment: &Assignment, pair: &ExportedPair) -> bool {
             names == (Some(text(Label::Namespace)), Some(text(Label::Pod)))
         }
     };
-    is_same_pod && assignment.container == text(Label::Container)
+    let is_same_node = assignment.inside.as_deref() == pair.labels.outer_container_id.as_deref();
+    is_same_node && is_same_pod && assignment.container == text(Label::Container)
 }
 
 impl GpuHolders {
@@ -86,14 +85,21 @@ impl GpuHolders {
         let gpu = &page.gpus.iter().find(|gpu| is_selected(&gpu.view.info))?.view.info;
         let is_part = |info: &GpuInfo| info.uuid == gpu.uuid || info.parent.as_ref() == Some(&gpu.uuid);
         let pairs: Vec<&ExportedPair> = page.pairs.iter().filter(|pair| is_part(&pair.device)).collect();
-        let mut holders: Vec<GpuHolder> = pairs.iter().map(|pair| GpuHolder::new(pair)).collect();
+        // The process of a sample may be missing in the last list.
+        let holds = |pair: &&&ExportedPair| {
+            let is_in_use = pair.usage.duty_cycle_percent.is_some_and(|percent| percent > 0.0);
+            !pair.gone && (pair.assigned.is_some() || pair.usage.is_listed || is_in_use)
+        };
+        let mut holders: Vec<GpuHolder> = pairs.iter().filter(holds).map(|pair| GpuHolder::new(pair)).collect();
         holders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds));
+        // In a container a tenant may have written anything.
+        let of_node = assignments.iter().filter(|assignment| assignment.inside.is_none());
         let is_here = |assignment: &&Assignment| {
             let mut gpus = assignment.devices().into_iter().filter_map(|device| gpu_of(&device, snapshot));
             gpus.any(|index| is_part(&snapshot.gpus[index].info))
         };
         let is_placed = |assignment: &Assignment| pairs.iter().any(|pair| !pair.gone && is_of(assignment, pair));
-        let unplaced = assignments.iter().filter(is_here).filter(|assignment| !is_placed(assignment));
+        let unplaced = of_node.filter(is_here).filter(|assignment| !is_placed(assignment));
         let migs = page.gpus.iter().filter(|other| other.view.info.parent.as_ref() == Some(&gpu.uuid));
         Some(Self {
             uuid: gpu.uuid.0.to_string(),
@@ -123,7 +129,6 @@ impl GpuHolder {
             memory_used_bytes: pair.usage.memory_used_bytes,
             gpu_seconds: pair.usage.seconds,
             duty_cycle_percent: pair.usage.duty_cycle_percent,
-            gone: pair.gone,
         }
     }
 }

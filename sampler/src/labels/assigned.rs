@@ -21,14 +21,23 @@ use super::stamp::{Stamp, stamp};
 const POLL_INTERVAL: Duration = Duration::from_secs(1);
 const READ_TIMEOUT: Duration = Duration::from_secs(5);
 const RETRY_AFTER: Duration = Duration::from_secs(10);
+/// Reads of files in containers that may hang.
+const INNER_READS: usize = 2;
 
 /// What all kubelets have assigned.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct AssignedView {
     pub assignments: Vec<Assignment>,
-    /// Something assigns this node's GPUs to pods: a device plugin is registered, or claims are prepared. What a pod without an assignment
-    /// sees of them then, it has not been given.
+    /// Something assigns this node's GPUs to pods, or it is not known that nothing does: a device plugin is registered, claims are prepared,
+    /// or the lists could not be read. What a pod without an assignment sees of them then, it has not been given.
     pub assigns_gpus: bool,
+}
+
+impl Default for AssignedView {
+    /// Before the first read.
+    fn default() -> Self {
+        Self { assignments: Vec::new(), assigns_gpus: true }
+    }
 }
 
 /// The last known state of one kubelet's folder.
@@ -51,6 +60,7 @@ struct KubeletState {
 /// Polls all kubelets; never returns.
 pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>) {
     let mut kubelets: Vec<(PathBuf, KubeletState)> = Vec::new();
+    let (mut is_first, inner_reads) = (true, Arc::new(Semaphore::new(INNER_READS)));
     loop {
         let places = sources.places.load();
         for folder in &places.kubelet_roots {
@@ -61,8 +71,9 @@ pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>
         }
         for InnerKubelet { container_id, root } in &places.inner_kubelets {
             if !kubelets.iter().any(|(known, _)| known == root) {
-                let kubelet = Kubelet::in_container(root, container_id.clone(), Arc::clone(&sources.guard));
-                kubelets.push((root.clone(), KubeletState::new(kubelet)));
+                let (reads, guard) = (Arc::clone(&inner_reads), Arc::clone(&sources.guard));
+                let kubelet = Kubelet::in_container(root, container_id.clone(), Arc::clone(&reads), guard);
+                kubelets.push((root.clone(), KubeletState { read_permit: reads, ..KubeletState::new(kubelet) }));
             }
         }
         let all = kubelets.len();
@@ -71,13 +82,14 @@ pub(super) async fn follow(sources: Arc<LabelSources>, shared: Arc<SharedLabels>
         };
         kubelets.retain(is_known);
         drop(places);
-        let mut changed = kubelets.len() < all;
+        let mut changed = kubelets.len() < all || std::mem::take(&mut is_first);
         for (_, state) in &mut kubelets {
             changed |= state.refresh(&shared).await;
         }
         if changed {
             let assignments = kubelets.iter().flat_map(|(_, state)| state.assigned.iter().cloned()).collect();
-            let assigns_gpus = kubelets.iter().any(|(_, state)| state.assigns_gpus);
+            // A kubelet in a container assigns nothing on the node.
+            let assigns_gpus = kubelets.iter().any(|(_, state)| state.assigns_gpus && !state.kubelet.is_in_container());
             shared.assigned.store(Arc::new(AssignedView { assignments, assigns_gpus }));
         }
         tokio::time::sleep(POLL_INTERVAL).await;
@@ -116,7 +128,7 @@ impl KubeletState {
         });
         let Ok(Ok((checkpoint, claims, socket))) = tokio::time::timeout(READ_TIMEOUT, stamps).await else {
             self.not_before = Some(Instant::now() + RETRY_AFTER);
-            return false;
+            return !std::mem::replace(&mut self.assigns_gpus, true);
         };
         if checkpoint.is_none() && socket.is_none() && self.assigned.is_empty() {
             return false;
@@ -159,7 +171,7 @@ impl KubeletState {
         }
         // A list that cannot be read is not an empty list.
         if self.failed && found.assignments.is_empty() {
-            return false;
+            return !std::mem::replace(&mut self.assigns_gpus, true);
         }
         let before = (std::mem::replace(&mut self.assigned, found.assignments), self.assigns_gpus);
         self.assigns_gpus = found.assigns_gpus;

@@ -113,6 +113,12 @@ impl HostPaths {
         }
     }
 
+    /// Whether labels are at the same places: kubelets in containers have none.
+    pub fn has_same_places(&self, other: &Self) -> bool {
+        let without = |places: &Self| Self { inner_kubelets: Vec::new(), ..places.clone() };
+        without(self) == without(other)
+    }
+
     /// Keeps the paths of runtimes that have stopped: their files remain, and their containers may still run.
     pub fn keep_from(&mut self, old: &HostPaths) {
         add(&mut self.containerd_states, old.containerd_states.iter().cloned());

@@ -253,7 +253,7 @@ impl LabelTask {
         let mut places = discovery.places;
         places.keep_from(&before);
         // Sockets are not kept: those of a stopped runtime are unused.
-        let changed = *before != places;
+        let changed = !before.has_same_places(&places);
         self.searching = false;
         self.search_pause =
             if changed || self.search_again { MIN_SEARCH_PAUSE } else { (self.search_pause * 2).min(MAX_SEARCH_PAUSE) };
@@ -261,8 +261,11 @@ impl LabelTask {
         // Also if the paths are unchanged, since a symlink in one of them may have changed.
         self.discovered_sockets.clear();
         self.add_sockets(discovery.sockets);
-        if changed {
+        let inner_kubelets = before.inner_kubelets != places.inner_kubelets;
+        if changed || inner_kubelets {
             self.sources.places.store(Arc::new(places));
+        }
+        if changed {
             self.sources.host.forget_absent();
             let files: Vec<TargetId> = self.resolver.targets().filter(|(_, s, _)| !s.is_socket()).map(|(id, ..)| id).collect();
             files.into_iter().for_each(|id| self.resolver.endpoint_present(id, boot_now()));

@@ -96,6 +96,9 @@ pub fn verb(filters: &[String]) -> Result<()> {
 fn run_and_repeat(lanes: &Lanes<'_>, filters: &[String]) -> Result<()> {
     let names = lanes.find(filters)?;
     progress(format_args!("{} privileged tests", names.len()));
+    if names.is_empty() && filters.is_empty() {
+        bail!("the program of the privileged tests has none");
+    }
     let outcomes = lanes.run(&names)?;
     lanes::report_slowest(&outcomes);
     let failed = report_failed(outcomes);

@@ -72,7 +72,7 @@ impl Entry {
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
         let after = initial_delay(source, &self.labels)?;
         let next = self.seen.plus(after).max(now);
-        let (is_socket, has_specification) = (source.is_socket(), source == Source::Bundle && after < UNLIKELY_DELAY);
+        let (is_socket, has_specification) = (source.is_socket(), source.has_specification() && after < UNLIKELY_DELAY);
         let slot = Slot { is_socket, has_specification, started: self.seen, last_sent: now, next, ..Slot::default() };
         self.slots.insert(id, slot);
         self.needs_query_to(id, now).then_some(next)
@@ -94,7 +94,7 @@ impl Entry {
 
     /// Which GPUs a container is given, its specification says once and for all, however well its labels are known.
     fn needs_specification(&self, slot: &Slot) -> bool {
-        slot.has_specification && !slot.has_result && !self.forged && self.gone.is_none()
+        slot.has_specification && !slot.was_found && !slot.has_result && !self.forged && self.gone.is_none()
     }
 
     /// Whether this is a pod, or a job in a container: a container in the same pod has its namespace and pod.
@@ -199,6 +199,8 @@ fn is_full_id(id: &str) -> bool {
 pub(super) struct Slot {
     pub is_socket: bool,
     has_specification: bool,
+    /// The source once had it: unlike `has_result`, also after its places have changed.
+    was_found: bool,
     /// When the back-off started or was last restarted.
     started: BootNs,
     attempts: u32,
@@ -250,6 +252,7 @@ impl Slot {
         self.attempts += 1;
         let is_result = !matches!(attempt.status, QueryOutcome::Error | QueryOutcome::Timeout);
         self.has_result |= is_result && (!self.is_socket || gone.is_none_or(|at| self.last_sent >= at));
+        self.was_found |= attempt.status == QueryOutcome::Ok;
         self.last_attempt = Some(attempt);
         let step = FILE_DELAYS.iter().map(|after| self.started.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
         let age = now.saturating_since(self.started);

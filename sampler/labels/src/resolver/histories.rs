@@ -134,8 +134,9 @@ impl World {
                 break;
             }
             for query in queries {
-                // The GPUs of a container are in its bundle, which is read once in any case.
-                let is_needed = self.resolver.labels(query.key).is_some_and(|l| !l.complete()) || query.source == Source::Bundle;
+                // The GPUs of a container are in its specification, which is read once in any case.
+                let is_needed =
+                    self.resolver.labels(query.key).is_some_and(|l| !l.complete()) || query.source.has_specification();
                 assert!(is_needed, "a complete container was queried");
                 self.open.push((now, query));
             }

@@ -69,7 +69,8 @@ families! {
     HELD_IDLE_SECONDS: Family::counter("container_gpu_held_idle_seconds_total", "seconds", LABELS)
         .in_collector(Collector::Holding)
         .help("Time in which the container held the GPU and did not use it, in seconds: the GPU was assigned to it, or a process of \
-               it was listed by the driver, and it had no sample. As exact as the interval between scrapes.")
+               it was listed by the driver, and it had no sample in that second; where samples \
+               name no process, the time beyond its GPU time. As exact as the interval between scrapes.")
         .absent("if container_gpu_seconds_total is")
         .starts_at_zero();
     CONTENTION_SECONDS: Family::counter("container_gpu_contention_seconds_total", "seconds", WITH_CONTENDER)

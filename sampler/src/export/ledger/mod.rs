@@ -199,7 +199,7 @@ impl Ledger {
             }
             let is_held = !pair.gone && (pair.assigned.is_some() || pair.usage.is_listed);
             let observed = snapshot.gpus.get(pair.usage.gpu).map_or(0.0, |gpu| gpu.time.busy + gpu.time.idle);
-            if state.book_held(is_held, observed, pair.usage.active_seconds) {
+            if state.book_held(is_held, observed, &pair.usage) {
                 (state.changed, state.delivered) = (number, false);
             }
             pair.held_idle_seconds = state.held_idle;

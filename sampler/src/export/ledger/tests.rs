@@ -411,6 +411,20 @@ fn what_holds_a_gpu_without_using_it_is_counted_between_scrapes() {
 }
 
 #[test]
+fn gpu_time_without_a_named_sample_is_not_idle() {
+    let mut ledger = Ledger::default();
+    // The counters of a MIG device name no process: there is GPU time, and no activity.
+    let mut held_idle = |at: u64, seconds: f64| {
+        let mut all = snapshot(at, seconds, None);
+        all.gpus[0].time = GpuTime { busy: seconds, idle: at as f64 - seconds, ..GpuTime::default() };
+        all.containers[0].gpus.iter_mut().for_each(|usage| (usage.is_listed, usage.active_seconds) = (true, 0.0));
+        let view = labels(&all.containers[0].record, true);
+        scraped(&mut ledger, &all, &view).pairs[0].held_idle_seconds
+    };
+    assert_eq!((held_idle(10, 0.0), held_idle(20, 10.0), held_idle(30, 14.0)), (0.0, 0.0, 6.0));
+}
+
+#[test]
 fn each_scraper_sees_a_counter_begin_at_zero_and_its_final_value() {
     let mut ledger = Ledger::default();
     let mut seconds = |scraper, at, seconds, gone| {

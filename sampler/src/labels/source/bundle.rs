@@ -213,8 +213,11 @@ mod tests {
             assert_eq!(visible(&rule(everything)), None, "{everything}");
         }
         // CDI
-        let cdi = r#"{"annotations":{"cdi.k8s.io/x_y":"nvidia.com/gpu=1","other":"nvidia.com/gpu=2"}}"#;
-        assert_eq!(visible(cdi), Some(VisibleGpus::These(vec![sampler_labels::Device::Index(1)])));
+        let cdi = r#""annotations":{"cdi.k8s.io/x_y":"nvidia.com/gpu=1","other":"nvidia.com/gpu=2"}"#;
+        assert_eq!(
+            visible(&format!(r#"{{{cdi},"linux":{{"devices":[{{"path":"/dev/nvidia5"}}]}}}}"#)),
+            Some(VisibleGpus::These(vec![sampler_labels::Device::Index(1)]))
+        );
         assert_eq!(visible(r#"{"process":null,"mounts":null,"hooks":null,"linux":null}"#), None);
     }
 

@@ -12,6 +12,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use sampler_labels::{Assignment, AssignmentSource, facts_for, join};
+use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use super::checkpoint::{self, CHECKPOINT, CheckpointError, DeviceCheckpoint};
@@ -41,14 +42,20 @@ type ParsedCheckpoint = Option<(Stamp, DeviceCheckpoint)>;
 pub struct Kubelet {
     pub root: PathBuf,
     pub socket: GrpcSocket,
-    /// The container that it runs in. A tenant controls what is there: only its checkpoint is read, and it is small.
-    inside: Option<String>,
+    /// In a container. A tenant controls what is there: only its checkpoint is read, and it is small.
+    inside: Option<InnerNode>,
     /// Index in [`METHODS`] of the method that the service implements, as far as known.
     method: AtomicUsize,
     /// The last report without problems, with the time at which its read began.
     last: Mutex<Option<(Instant, Arc<AssignmentReport>)>>,
     /// The content of the checkpoint that has this stamp: it may be large, and changes only when devices are assigned.
     parsed: Arc<Mutex<ParsedCheckpoint>>,
+}
+
+#[derive(Debug)]
+struct InnerNode {
+    container_id: String,
+    reads: Arc<Semaphore>,
 }
 
 /// The assignments that could be read, and the problems.
@@ -99,9 +106,14 @@ impl Kubelet {
         Self { socket, root, inside: None, method: AtomicUsize::new(0), last: Mutex::default(), parsed: Arc::default() }
     }
 
-    /// The kubelet of a node in this container.
-    pub fn in_container(root: impl Into<PathBuf>, container_id: String, guard: Arc<ActivationGuard>) -> Self {
-        Self { inside: Some(container_id), ..Self::new(root, guard) }
+    /// The kubelet of a node in this container. All of them share `reads`: each read that hangs keeps a permit and its thread.
+    pub fn in_container(
+        root: impl Into<PathBuf>,
+        container_id: String,
+        reads: Arc<Semaphore>,
+        guard: Arc<ActivationGuard>,
+    ) -> Self {
+        Self { inside: Some(InnerNode { container_id, reads }), ..Self::new(root, guard) }
     }
 
     pub fn is_in_container(&self) -> bool {
@@ -140,7 +152,13 @@ impl Kubelet {
     /// Reads and joins both lists. A missing list is not a problem, an unreadable one is.
     pub async fn assigned(&self) -> AssignmentReport {
         let (root, parsed, is_own) = (self.root.clone(), Arc::clone(&self.parsed), self.inside.is_none());
+        let permit = self.inside.as_ref().map(|inner| Arc::clone(&inner.reads).try_acquire_owned()).transpose();
+        let Ok(permit) = permit else {
+            let problem = format!("{}: reads in other containers do not return", root.join(CHECKPOINT).display());
+            return AssignmentReport { problems: vec![problem], ..AssignmentReport::default() };
+        };
         let read = tokio::task::spawn_blocking(move || {
+            let _held = permit;
             let bound = if is_own { checkpoint::MAX_BYTES } else { MAX_INNER_CHECKPOINT_BYTES };
             let checkpoint = read_changed(&root, bound, &parsed).map_err(|error| display_chain(&error));
             if !is_own {
@@ -173,7 +191,8 @@ impl Kubelet {
         };
         let has_plugin = checkpoint.as_ref().is_ok_and(|checkpoint| checkpoint.has_gpu_plugin);
         let joined = join(list_of(checkpoint.map(|checkpoint| checkpoint.assignments)), list_of(pod_resources));
-        let inside = |assignment| Assignment { inside: self.inside.clone(), ..assignment };
+        let inside =
+            |assignment| Assignment { inside: self.inside.as_ref().map(|inner| inner.container_id.clone()), ..assignment };
         let assignments: Vec<Assignment> = joined.into_iter().map(inside).collect();
         AssignmentReport { assigns_gpus: has_plugin || !assignments.is_empty(), assignments, problems }
     }

@@ -30,7 +30,7 @@ use std::time::{Duration, Instant};
 use arc_swap::ArcSwap;
 use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::units::ContainerKey;
-use sampler_labels::{Outcome, Query, Source, TargetId};
+use sampler_labels::{Facts, Outcome, Query, Source, TargetId};
 
 use self::claims::PreparedClaims;
 use self::cri::Cri;
@@ -220,7 +220,10 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
     }
     let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
     match runtime_files(source, &HostFiles::new(inner_root.clone()), &HostPaths::default().with_defaults(), id) {
-        inner if matches!(inner.outcome, Outcome::Found(_)) => inner,
+        // Which GPU a number there stands for depends on those that the outer container has.
+        SourceReply { outcome: Outcome::Found(facts), status, detail, at } => {
+            SourceReply { outcome: Outcome::Found(Facts { visible: None, ..facts }), status, detail, at }
+        }
         inner if inner.outcome == Outcome::NotFound => reply,
         // An error inside the container is not an error of the host's files.
         inner => SourceReply::not_found_because(inner.detail),

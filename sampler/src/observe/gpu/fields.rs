@@ -39,6 +39,19 @@ pub struct FieldReader {
     unsupported_since: HashMap<Field, Instant>,
     /// Sent, received.
     pcie: [WideCounter; 2],
+    nvlink: FieldChoice,
+}
+
+/// The first fields of several that a device had: others count other bytes, and a counter must not go back.
+#[derive(Default)]
+struct FieldChoice(Option<usize>);
+
+impl FieldChoice {
+    fn choose(&mut self, ways: [[Option<u64>; 2]; 2]) -> [Option<u64>; 2] {
+        let found = || ways.iter().position(|values| values.iter().any(Option::is_some));
+        self.0 = self.0.or_else(found);
+        self.0.map_or([None; 2], |way| ways[way])
+    }
 }
 
 impl FieldReader {
@@ -71,7 +84,7 @@ impl FieldReader {
             remap_pending: pending.map(|rows| rows > 0),
             remap_failure: failure.map(|rows| rows > 0),
             recovery_action: action.map(RecoveryAction::from_nvml),
-            nvlink_bytes: [sent.or(in_bytes(sent_kib)), received.or(in_bytes(received_kib))],
+            nvlink_bytes: self.nvlink.choose([[sent, received], [sent_kib, received_kib].map(in_bytes)]),
             pcie_bytes: [self.pcie[0].read(pcie_sent), self.pcie[1].read(pcie_received)],
         }
     }

@@ -242,7 +242,10 @@ impl Poller {
             if !self.ring.is_complete() {
                 self.verify_process_call(&recovered);
             }
-            batch.latch = self.latch.update(&recovered, &self.handle, &mut self.driver);
+            // Without a call that names processes, none of them means nothing.
+            if self.ring.is_complete() || self.process_calls.is_supported {
+                batch.latch = self.latch.update(&recovered, &self.handle, &mut self.driver);
+            }
             self.health.latch(batch.latch == BusyLatch::Latched);
             if recovered.stepped {
                 self.engines.stepped();
@@ -372,6 +375,8 @@ impl Poller {
         if changed {
             Arc::make_mut(&mut self.info).mig_mode = mode;
             self.ring = SampleRing::default();
+            self.latch = Latch::default();
+            self.health.latch(false);
             self.driver.calls.set_sample_buffer(None);
         }
         if mode == MigMode::Enabled {

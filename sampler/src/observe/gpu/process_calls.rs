@@ -5,7 +5,7 @@
 //!              <--the same---------------------------------------------------------
 //! ```
 //! Either one has been seen to return NOT_SUPPORTED, nothing, or entries of 0 % on devices on which the other one is right (Blackwell, and
-//! drivers of branch 580). No version decides: the other one is tried once in each silence.
+//! drivers of branch 580). No version decides: the other one is tried in each silence, ever more rarely while it lasts.
 
 use nvml_wrapper::error::NvmlError;
 use sampler_core::observation::DeviceSample;
@@ -19,6 +19,8 @@ use crate::health::nvml_calls::Call;
 
 /// Queried samples in succession that name no process, though each shows a busy device, before the other call is tried.
 const SILENT_SAMPLES: u32 = 8;
+/// Up to twice as many before each further try in the same silence.
+const SILENT_SAMPLES_MOST: u32 = 8192;
 /// A sample this busy names a process with a probability of at least one half.
 const BUSY_PERCENT: u32 = 50;
 
@@ -62,22 +64,26 @@ impl ProcessCall {
 #[derive(Default)]
 pub struct ProcessCalls {
     preferred: ProcessCall,
+    /// The device supported one of them in the last query.
+    pub is_supported: bool,
     silence: Silence,
 }
 
 impl ProcessCalls {
     /// Process samples after this timestamp, by the preferred call, or by the other one if the device does not support it.
     pub fn query(
-        &self,
+        &mut self,
         handle: &Handle,
         driver: &mut NvmlCaller,
         buffers: &mut Buffers,
         after: u64,
     ) -> Result<Vec<RawProcessSample>, NvmlError> {
-        match self.preferred.make(handle, driver, buffers, after) {
+        let made = match self.preferred.make(handle, driver, buffers, after) {
             Err(error) if is_unsupported(&error) => self.preferred.other().make(handle, driver, buffers, after),
             made => made,
-        }
+        };
+        self.is_supported = !made.as_ref().is_err_and(is_unsupported);
+        made
     }
 
     /// Evaluates what a poll returned. Tries the other call where that is due; the newly preferred one if it names processes that the
@@ -113,8 +119,8 @@ struct Silence {
     since: Option<GpuNs>,
     last: Option<GpuNs>,
     samples: u32,
-    /// The other call was tried.
-    is_verified: bool,
+    /// Of the last try in this silence; 0 before the first.
+    tried_after: u32,
 }
 
 impl Silence {
@@ -133,8 +139,10 @@ impl Silence {
             self.samples += silent;
         }
         self.last = newest.or(self.last);
-        let since = self.since.filter(|_| self.samples >= SILENT_SAMPLES && !self.is_verified)?;
-        self.is_verified = true;
+        let due = (self.tried_after * 2).clamp(SILENT_SAMPLES, SILENT_SAMPLES_MOST);
+        let since = self.since.filter(|_| self.samples >= due)?;
+        // A process may have ended before the try, or both calls were silent.
+        *self = Self { last: self.last, tried_after: due, ..Self::default() };
         Some(since.0 / 1000)
     }
 }
@@ -153,7 +161,7 @@ mod tests {
     }
 
     #[test]
-    fn the_other_call_is_tried_once_in_each_silence_of_a_busy_device() {
+    fn the_other_call_is_tried_ever_more_rarely_in_each_silence_of_a_busy_device() {
         let tried = |polls: &[(u32, Option<u8>)]| {
             let mut silence = Silence::default();
             let polls = polls.iter().enumerate();
