@@ -12,6 +12,11 @@ const TEXT_COLUMNS: usize = 2;
 
 fn name(holder: &GpuHolder) -> String {
     let text = |value: &Option<String>| value.clone().unwrap_or_default();
+    match holder.kind.as_str() {
+        "host" => return "processes of the host".to_owned(),
+        "unknown" => return format!("unknown processes ({})", terminal_safe(&holder.container_id)),
+        _ => {}
+    }
     let is_named_by_id = holder.kind != "container" && holder.pod.is_none();
     let name = if is_named_by_id {
         holder.container_id.clone()
@@ -115,12 +120,19 @@ mod tests {
             text(&gpu),
             "GPU 0  GPU-1  H100\n\nNo user holds it: nothing is assigned to a running container, and the driver lists no process.\n"
         );
-        (gpu.holders, gpu.unplaced) = (vec![trainer, job], vec![reservation]);
+        let host = GpuHolder {
+            kind: "host".to_owned(),
+            container_id: "host".to_owned(),
+            known_from: known_from(&["process-list"]),
+            ..GpuHolder::default()
+        };
+        (gpu.holders, gpu.unplaced) = (vec![trainer, job, host], vec![reservation]);
         let expect = "GPU 0  GPU-1  H100
 
-HOLDER           KNOWN FROM                GPU-SECONDS  LAST 10 S   MEMORY
-ml/trainer/main  checkpoint, process-list        12.30       45 %  2.0 GiB
-slurm/7 (job)    process-list                     0.00          –        –
+HOLDER                 KNOWN FROM                GPU-SECONDS  LAST 10 S   MEMORY
+ml/trainer/main        checkpoint, process-list        12.30       45 %  2.0 GiB
+slurm/7 (job)          process-list                     0.00          –        –
+processes of the host  process-list                     0.00          –        –
 
 Assigned, but not to a running container:
   pod u1, container reserve: nvidia.com/gpu by checkpoint; reserves the GPU for other pods

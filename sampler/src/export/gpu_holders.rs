@@ -3,8 +3,8 @@
 //! An assignment is known from one source, the most exact one; processes on the GPU are listed by the driver. Assignments without a running
 //! container are listed, too: reservation pods, containers that have not started, and those that have ended but keep their GPU.
 
-use sampler_core::device::GpuInfo;
-use sampler_core::snapshot::Snapshot;
+use sampler_core::device::{GpuInfo, Reason};
+use sampler_core::snapshot::{GpuView, Snapshot};
 use sampler_labels::{Assignment, Label};
 use serde::{Deserialize, Serialize};
 
@@ -20,7 +20,7 @@ pub struct GpuHolders {
     pub pci_bus_id: Option<String>,
     /// UUIDs of its MIG devices; the holders are theirs.
     pub mig_devices: Vec<String>,
-    /// Longest GPU time first.
+    /// Longest GPU time first; of processes that are no user's, the GPU time of all such processes.
     pub holders: Vec<GpuHolder>,
     /// Assignments without a running container.
     pub unplaced: Vec<UnplacedAssignment>,
@@ -28,7 +28,7 @@ pub struct GpuHolders {
 
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct GpuHolder {
-    /// container, pod, job, unit or login.
+    /// container, pod, job, unit, login; host for processes outside of these, unknown for those that are not resolved.
     pub kind: String,
     /// The UID of a pod, the short name of a job, unit or login session.
     pub container_id: String,
@@ -91,6 +91,8 @@ impl GpuHolders {
             !pair.gone && (pair.assigned.is_some() || pair.usage.is_listed || is_in_use)
         };
         let mut holders: Vec<GpuHolder> = pairs.iter().filter(holds).map(|pair| GpuHolder::new(pair)).collect();
+        let parts = page.gpus.iter().map(|gpu| &gpu.view).filter(|view| is_part(&view.info));
+        holders.extend(parts.flat_map(|view| view.unattributed_holders.iter().map(|held| GpuHolder::unattributed(view, *held))));
         holders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds));
         // In a container a tenant may have written anything.
         let of_node = assignments.iter().filter(|assignment| assignment.inside.is_none());
@@ -129,6 +131,22 @@ impl GpuHolder {
             memory_used_bytes: pair.usage.memory_used_bytes,
             gpu_seconds: pair.usage.seconds,
             duty_cycle_percent: pair.usage.duty_cycle_percent,
+        }
+    }
+}
+
+impl GpuHolder {
+    /// Processes that are no user's. Their GPU time is not that of holders alone.
+    fn unattributed(gpu: &GpuView, (reason, memory_used_bytes): (Reason, Option<u64>)) -> Self {
+        let kind = if reason == Reason::Host { "host" } else { "unknown" };
+        Self {
+            kind: kind.to_owned(),
+            container_id: reason.name().to_owned(),
+            uuid: gpu.info.uuid.0.to_string(),
+            known_from: vec!["process-list".to_owned()],
+            memory_used_bytes,
+            gpu_seconds: gpu.unattributed[reason as usize],
+            ..Self::default()
         }
     }
 }

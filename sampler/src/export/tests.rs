@@ -113,6 +113,7 @@ fn gpu(uuid: &str, parent: Option<&str>, scale: f64) -> GpuView {
         engines: vec![EngineTime { engine: Engine::Encoder, busy: 4.0 * scale, unattributed: [0.5 * scale; Reason::COUNT] }],
         throttle_seconds: Some(std::array::from_fn::<f64, { THROTTLE_REASONS.len() }, _>(|n| n as f64 * scale)),
         xids: vec![(79, count)],
+        unattributed_holders: Vec::new(),
         gone: None,
     }
 }

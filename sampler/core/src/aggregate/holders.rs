@@ -70,6 +70,21 @@ impl Holders {
         self.held.contains_key(&user)
     }
 
+    /// Those that are no user's, with their memory.
+    pub fn unattributed(&self) -> BTreeMap<Reason, Option<u64>> {
+        let mut all = BTreeMap::new();
+        for (user, held) in &self.held {
+            let reason = match user {
+                User::Container(_) => continue,
+                User::Host(_) => Reason::Host,
+                User::Unattributed(reason) => *reason,
+            };
+            let sum: &mut Option<u64> = all.entry(reason).or_insert(Some(0));
+            *sum = sum.zip(held.memory_bytes).map(|(sum, bytes)| sum.saturating_add(bytes));
+        }
+        all
+    }
+
     pub fn containers(&self) -> impl Iterator<Item = ContainerKey> {
         self.held.keys().filter_map(|user| user.container())
     }

@@ -227,6 +227,7 @@ impl Core {
                 engines: gpu.engines(),
                 throttle_seconds: gpu.throttle_seconds(),
                 xids: gpu.xids(),
+                unattributed_holders: gpu.holders().unattributed().into_iter().collect(),
                 gone: gpu.gone,
             });
             for key in gpu.containers().into_iter().filter(|_| gpu.info.is_leaf()) {

@@ -55,6 +55,7 @@ pub fn gpu_view(info: GpuInfo) -> GpuView {
         engines: Vec::new(),
         throttle_seconds: None,
         xids: Vec::new(),
+        unattributed_holders: Vec::new(),
         gone: None,
     }
 }

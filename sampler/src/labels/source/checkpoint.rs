@@ -395,7 +395,7 @@ pub mod tests {
         let uuid = "8f1f4a33-bb7c-4c8e-9a51-d3a1c2d2e6f0";
         let ids = |n: usize| (0..n).map(|i| format!("\"GPU-{uuid}-_-{i}\"")).collect::<Vec<_>>().join(",");
         let shares = ids(46_068);
-        let pods = (0..8).map(|pod| {
+        let pods = (0..17).map(|pod| {
             format!(
                 r#"{{"PodUID":"u{pod}","ContainerName":"c","ResourceName":"aliyun.com/gpu-mem","DeviceIDs":{{"0":[{shares}]}}}}"#
             )
@@ -406,8 +406,8 @@ pub mod tests {
             pods.join(",")
         );
         let list = read(folder(text.as_bytes()).path(), MAX_BYTES).unwrap().unwrap().assignments;
-        assert!(text.len() > 20 << 20, "{} bytes", text.len());
-        assert_eq!((list.len(), list[7].device_ids.len(), &*list[8].device_ids[0]), (9, 46_068, &*format!("GPU-{uuid}")));
+        assert!(text.len() > 40_000_000, "{} bytes", text.len());
+        assert_eq!((list.len(), list[16].device_ids.len(), &*list[17].device_ids[0]), (18, 46_068, &*format!("GPU-{uuid}")));
     }
 
     #[test]

@@ -261,6 +261,7 @@ fn busy_snapshot() -> Snapshot {
         engines: Vec::new(),
         throttle_seconds: None,
         xids: Vec::new(),
+        unattributed_holders: Vec::new(),
         gone: None,
     };
     Snapshot { at: boot(1), gpus: vec![gpu], ..Snapshot::default() }
