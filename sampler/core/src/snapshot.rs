@@ -71,7 +71,7 @@ pub struct GpuView {
     pub throttle_seconds: Option<[f64; THROTTLE_REASONS.len()]>,
     /// (XID, count), by XID.
     pub xids: Vec<(u64, u64)>,
-    /// Listed processes that are no user's, by why, with their memory where the driver reports it for each.
+    /// Listed processes that do not belong to a user, by why, with their memory where the driver reports it for each.
     pub unattributed_holders: Vec<(Reason, Option<u64>)>,
     /// When the device disappeared. It is kept for a while, so that its last values can be scraped.
     pub gone: Option<BootNs>,

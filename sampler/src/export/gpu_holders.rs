@@ -20,7 +20,7 @@ pub struct GpuHolders {
     pub pci_bus_id: Option<String>,
     /// UUIDs of its MIG devices; the holders are theirs.
     pub mig_devices: Vec<String>,
-    /// Longest GPU time first; of processes that are no user's, the GPU time of all such processes.
+    /// Longest GPU time first; of processes without a user, the GPU time of all such processes.
     pub holders: Vec<GpuHolder>,
     /// Assignments without a running container.
     pub unplaced: Vec<UnplacedAssignment>,
@@ -136,7 +136,7 @@ impl GpuHolder {
 }
 
 impl GpuHolder {
-    /// Processes that are no user's. Their GPU time is not that of holders alone.
+    /// Processes without a user. Their GPU time is not that of holders alone.
     fn unattributed(gpu: &GpuView, (reason, memory_used_bytes): (Reason, Option<u64>)) -> Self {
         let kind = if reason == Reason::Host { "host" } else { "unknown" };
         Self {

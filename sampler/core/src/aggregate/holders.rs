@@ -70,7 +70,7 @@ impl Holders {
         self.held.contains_key(&user)
     }
 
-    /// Those that are no user's, with their memory.
+    /// Those that do not belong to a user, with their memory.
     pub fn unattributed(&self) -> BTreeMap<Reason, Option<u64>> {
         let mut all = BTreeMap::new();
         for (user, held) in &self.held {

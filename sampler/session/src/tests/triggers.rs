@@ -50,6 +50,7 @@ fn gpu(index: u32, temperature: Option<f64>) -> GpuView {
         engines: Vec::new(),
         throttle_seconds: None,
         xids: Vec::new(),
+        unattributed_holders: Vec::new(),
         gone: None,
     }
 }
