@@ -65,7 +65,7 @@ fn devices_of_docker_and_podman_are_assigned_without_a_plugin() -> Result<()> {
     assert!(row.contains("  bundle  ") && row.contains("  0.00  "), "{out}");
     // A process outside of containers, jobs and units holds it, too.
     let outside = Running(Command::new("sleep").arg("300").spawn()?);
-    let _load = sim.load(outside.0.id(), 0, 0.2, &["--mem", "1GiB"])?;
+    let _load = sim.load(outside.0.id(), 0, 0.2, &[])?;
     wait_for("the process of the host is listed", SOON, || {
         let (_, out, _) = run_cli(&["explain", "--gpu", FIRST, "--agent", &format!("http://127.0.0.1:{}", agent.port)])?;
         Ok(out.lines().any(|line| line.contains("process-list") && line.contains("1.0 GiB")).then_some(()))
