@@ -1,9 +1,8 @@
 //! `explain --gpu`: the holders of a GPU as text.
 
-use sampler_report::UserName;
 use unicode_width::UnicodeWidthStr as _;
 
-use crate::cli::text::{bytes_or_dash, left, percent_or_dash, right, terminal_safe, wrapped};
+use crate::cli::text::{bytes_or_dash, left, percent_or_dash, right, terminal_safe, user_name, wrapped};
 use crate::export::gpu_holders::{GpuHolder, GpuHolders, UnplacedAssignment};
 
 const HEADS: [&str; 5] = ["HOLDER", "KNOWN FROM", "GPU-SECONDS", "LAST 10 S", "MEMORY"];
@@ -11,23 +10,17 @@ const HEADS: [&str; 5] = ["HOLDER", "KNOWN FROM", "GPU-SECONDS", "LAST 10 S", "M
 const TEXT_COLUMNS: usize = 2;
 
 fn name(holder: &GpuHolder) -> String {
-    let text = |value: &Option<String>| value.clone().unwrap_or_default();
     match holder.kind.as_str() {
         "host" => return "processes of the host".to_owned(),
         "unknown" => return format!("unknown processes ({})", terminal_safe(&holder.container_id)),
         _ => {}
     }
-    let is_named_by_id = holder.kind != "container" && holder.pod.is_none();
-    let name = if is_named_by_id {
-        holder.container_id.clone()
+    let name = if holder.kind != "container" && holder.pod.is_none() {
+        terminal_safe(&holder.container_id)
     } else {
-        let (namespace, pod, container, name) =
-            (text(&holder.namespace), text(&holder.pod), text(&holder.container), text(&holder.name));
-        let (namespace, pod, container, name) = (&namespace, &pod, &container, &name);
-        UserName { namespace, pod, container, name, container_id: &holder.container_id, id: "?" }.to_string()
+        user_name([&holder.namespace, &holder.pod, &holder.container, &holder.name], &holder.container_id, "?")
     };
-    let kind = if holder.kind == "container" { String::new() } else { format!(" ({})", holder.kind) };
-    terminal_safe(&format!("{name}{kind}"))
+    if holder.kind == "container" { name } else { format!("{name} ({})", terminal_safe(&holder.kind)) }
 }
 
 fn cells(holder: &GpuHolder, has_migs: bool) -> [String; HEADS.len()] {

@@ -1,5 +1,6 @@
 //! Text for terminals: width, wrapping, numbers and colours. An unknown value is a dash, never 0.
 
+use sampler_report::UserName;
 pub use sampler_report::terminal_safe;
 use unicode_width::{UnicodeWidthChar as _, UnicodeWidthStr as _};
 
@@ -77,6 +78,12 @@ pub fn right(text: &str, width: usize) -> String {
     let text = fit(text, width);
     let pad = width.saturating_sub(text.width());
     format!("{:pad$}{text}", "")
+}
+
+/// The name of a container or pod, from its namespace, pod, container and name. Safe to display.
+pub fn user_name(labels: [&Option<String>; 4], container_id: &str, id: &str) -> String {
+    let [namespace, pod, container, name] = labels.map(|label| label.as_deref().unwrap_or_default());
+    terminal_safe(&UserName { namespace, pod, container, name, container_id, id }.to_string())
 }
 
 /// In the largest binary unit that keeps the number at 1 or more.

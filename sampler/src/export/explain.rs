@@ -24,32 +24,29 @@ pub struct ExplainQuery {
 pub async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
     let tables =
         AgentTables { core: &state.core, labels: &state.labels, health: &state.health, procfs: &state.config.path_procfs };
-    let subject = match query {
-        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: None, missing: None, gpu: Some(gpu) })) => {
+    let ExplainQuery { pid, cgroup, container, missing, gpu } = match query {
+        Ok(Query(query)) => query,
+        Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),
+    };
+    let subject = match (pid, cgroup, container, missing, gpu) {
+        (Some(pid), None, None, None, None) => Subject::Pid(pid),
+        (None, Some(path), None, None, None) => Subject::Cgroup(path),
+        (None, None, Some(id), None, None) if !plain_id(&id).is_empty() => Subject::Container(plain_id(&id)),
+        (None, None, None, Some(true), None) => {
+            return Json(tables.incomplete(&state.snapshot.load_full()).await).into_response();
+        }
+        (None, None, None, None, Some(gpu)) => {
             state.refresh().await;
             return match state.gpu_holders(&gpu) {
                 Some(holders) => Json(holders).into_response(),
                 None => (StatusCode::NOT_FOUND, format!("no GPU with the UUID or index {gpu}\n")).into_response(),
             };
         }
-        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: None, missing: Some(true), gpu: None })) => {
-            return Json(tables.incomplete(&state.snapshot.load_full()).await).into_response();
-        }
-        Ok(Query(ExplainQuery { pid: Some(pid), cgroup: None, container: None, missing: None, gpu: None })) => Subject::Pid(pid),
-        Ok(Query(ExplainQuery { pid: None, cgroup: Some(path), container: None, missing: None, gpu: None })) => {
-            Subject::Cgroup(path)
-        }
-        Ok(Query(ExplainQuery { pid: None, cgroup: None, container: Some(id), missing: None, gpu: None }))
-            if !plain_id(&id).is_empty() =>
-        {
-            Subject::Container(plain_id(&id))
-        }
-        Ok(_) => {
+        _ => {
             let message =
                 "invalid query: give exactly one of ?pid=NUMBER, ?cgroup=/PATH, ?container=ID, ?gpu=UUID, ?missing=true\n";
             return (StatusCode::BAD_REQUEST, message).into_response();
         }
-        Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),
     };
     match tables.explain(&subject).await {
         Ok(explanation) => Json(explanation).into_response(),

@@ -133,9 +133,7 @@ impl GpuHolder {
             duty_cycle_percent: pair.usage.duty_cycle_percent,
         }
     }
-}
 
-impl GpuHolder {
     /// Processes without a user. Their GPU time is not that of holders alone.
     fn unattributed(gpu: &GpuView, (reason, memory_used_bytes): (Reason, Option<u64>)) -> Self {
         let kind = if reason == Reason::Host { "host" } else { "unknown" };

@@ -10,7 +10,7 @@ use sampler_core::units::ContainerKey;
 use sampler_labels::{Assignment, Source};
 use tokio::sync::Semaphore;
 
-use super::discover::InnerKubelet;
+use super::inner_kubelet::InnerKubelet;
 use super::shared::SharedLabels;
 use super::source::LabelSources;
 use super::source::checkpoint::CHECKPOINT;

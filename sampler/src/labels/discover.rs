@@ -13,6 +13,7 @@ use sampler_core::cgroup_path::parse;
 use sampler_labels::Source;
 use serde::Deserialize;
 
+use super::inner_kubelet::InnerKubelet;
 use super::root::Root;
 use super::runtime_config::{self, KUBELET_FLAGS, MAX_TEXT_BYTES, read};
 use super::source::file;
@@ -30,7 +31,8 @@ const CRIO_CONFIG_DIR: &str = "/etc/crio/crio.conf.d";
 /// The kubelet's feature gate for container metrics from the runtime.
 const CRI_STATS: &str = "PodAndContainerStatsFromCRI=true";
 const DOCKER_ROOT: &str = "/var/lib/docker";
-const KUBELET_ROOTS: [&str; 3] = ["/var/lib/kubelet", "/var/lib/k0s/kubelet", "/var/snap/microk8s/common/var/lib/kubelet"];
+pub(super) const KUBELET_ROOTS: [&str; 3] =
+    ["/var/lib/kubelet", "/var/lib/k0s/kubelet", "/var/snap/microk8s/common/var/lib/kubelet"];
 const POD_LOGS: &str = "/var/log/pods";
 const SOCKETS: [(Source, &str); 9] = [
     (Source::Docker, "/run/docker.sock"),
@@ -43,25 +45,6 @@ const SOCKETS: [(Source, &str); 9] = [
     (Source::Cri, "/run/cri-dockerd.sock"),
     (Source::Crio, "/run/crio/crio.sock"),
 ];
-
-/// A kubelet in a container, with its folder in this mount namespace.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct InnerKubelet {
-    pub container_id: String,
-    pub root: PathBuf,
-}
-
-impl InnerKubelet {
-    /// `folder`: that of its process in /proc.
-    fn of(folder: &Path) -> Option<Self> {
-        let lines = memberships(folder).ok()?;
-        let container_id = lines.iter().find_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id)?;
-        let (inner, mut own) = (Root::new(&folder.join("root")), HostPaths::default());
-        own.add_from_process(folder, "kubelet", None, &inner);
-        let root = own.kubelet_roots.first().map_or_else(|| Path::new(KUBELET_ROOTS[0]), PathBuf::as_path);
-        Some(Self { container_id, root: inner.path(root) })
-    }
-}
 
 /// Paths of the host, the most likely first.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
@@ -178,7 +161,7 @@ impl HostPaths {
     }
 
     /// `user`: the owner of the process, other than root.
-    fn add_from_process(&mut self, folder: &Path, comm: &str, user: Option<u32>, root: &Root) {
+    pub(super) fn add_from_process(&mut self, folder: &Path, comm: &str, user: Option<u32>, root: &Root) {
         let Ok(line) = file::beginning(&folder.join("cmdline"), MAX_TEXT_BYTES) else { return };
         let args: Vec<String> = line.split(|b| *b == 0).map(|w| String::from_utf8_lossy(w).into_owned()).collect();
         let args: Vec<&str> = args.iter().map(String::as_str).filter(|w| !w.is_empty()).collect();
@@ -584,29 +567,6 @@ mod tests {
         let storages_for = |path| places.for_user(path).map(|p| p.storages.len());
         assert_eq!(storages_for("/user.slice/user-1000.slice/user@1000.service/user.slice/libpod-a.scope"), Some(1));
         assert_eq!((storages_for("/user.slice/user-1001.slice/x"), storages_for("/docker/a")), (None, None));
-    }
-
-    #[test]
-    fn a_kubelet_in_a_container_is_found_with_its_container() {
-        let procfs = tempfile::tempdir().unwrap();
-        let folder = procfs.path().join("7");
-        fs::create_dir_all(folder.join("root/etc")).unwrap();
-        let id = "a".repeat(64);
-        let set = |cmdline: &str, cgroup: &str| {
-            for (file, text) in [("comm", "kubelet\n"), ("cmdline", cmdline), ("cgroup", cgroup)] {
-                fs::write(folder.join(file), text).unwrap();
-            }
-        };
-        let kubelet = || HostPaths::of_process(procfs.path(), 7, &Root::new(Path::new("/"))).unwrap();
-        let in_node = format!("0::/docker/{id}/kubelet.slice/kubelet.service\n");
-        set("kubelet", &in_node);
-        let root = folder.join("root/var/lib/kubelet");
-        assert_eq!(kubelet().inner_kubelets, [InnerKubelet { container_id: id.clone(), root }]);
-        set("kubelet\0--root-dir=/k\0", &in_node);
-        assert_eq!(kubelet().inner_kubelets, [InnerKubelet { container_id: id, root: folder.join("root/k") }]);
-        assert_eq!(kubelet().kubelet_roots, [""; 0].map(PathBuf::from));
-        set("kubelet\0--root-dir=/k\0", "0::/system.slice/kubelet.service\n");
-        assert_eq!(kubelet().inner_kubelets, []);
     }
 
     #[test]

@@ -13,6 +13,7 @@ mod config;
 mod discover;
 mod discovered;
 mod file_reader;
+mod inner_kubelet;
 mod message;
 mod one_shot;
 mod process_search;

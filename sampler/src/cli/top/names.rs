@@ -1,28 +1,16 @@
 //! Names and shares of users, as `top` shows them.
 
-use sampler_report::{UserName, short_id};
+use sampler_report::short_id;
 
-use crate::cli::text::{DASH, terminal_safe};
+use crate::cli::text::{DASH, terminal_safe, user_name};
 use crate::export::live::{LiveOther, LiveUser};
-
-fn text(value: &Option<String>) -> &str {
-    value.as_deref().unwrap_or_default()
-}
 
 pub fn name(user: &LiveUser) -> String {
     // Not shortened: the name of a job, unit or login session, and the UID of a pod.
     if !user.is_container() && user.pod.is_none() {
         return terminal_safe(&user.container_id);
     }
-    let name = UserName {
-        namespace: text(&user.namespace),
-        pod: text(&user.pod),
-        container: text(&user.container),
-        name: text(&user.name),
-        container_id: &user.container_id,
-        id: &user.id,
-    };
-    terminal_safe(&name.to_string())
+    user_name([&user.namespace, &user.pod, &user.container, &user.name], &user.container_id, &user.id)
 }
 
 pub fn contender_name(other: &LiveOther) -> String {
@@ -32,15 +20,8 @@ pub fn contender_name(other: &LiveOther) -> String {
         "_other" => return "others".into(),
         _ => {}
     }
-    let name = UserName {
-        namespace: text(&other.namespace),
-        pod: text(&other.pod),
-        container: text(&other.container),
-        name: text(&other.name),
-        container_id: text(&other.container_id),
-        id: "?",
-    };
-    terminal_safe(&name.to_string())
+    let container_id = other.container_id.as_deref().unwrap_or_default();
+    user_name([&other.namespace, &other.pod, &other.container, &other.name], container_id, "?")
 }
 
 /// Identifies a contender.
