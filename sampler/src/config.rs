@@ -13,7 +13,8 @@ use thiserror::Error;
 use crate::collectors::Selection;
 use crate::host_name::HostName;
 use crate::privileges::{self, CapabilitySet};
-use crate::security::{Rules, SecurityError, SecurityFiles};
+use crate::security::error::SecurityError;
+use crate::security::{Rules, SecurityFiles};
 
 /// Of KAI since 0.6, and of Run:ai and earlier KAI.
 const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];

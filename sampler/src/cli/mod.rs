@@ -47,7 +47,7 @@ enum Command {
     /// Close all handles of GPUs for a while, so that they can be reset, partitioned or unbound
     Release(release::ReleaseArgs),
     /// Explain which container a process, cgroup or sample belongs to, and where its labels come from
-    Explain(explain::Explain),
+    Explain(Box<explain::Explain>),
     /// Check kernel, driver, runtimes and permissions, with remedies; exit 1 if the agent cannot run
     Doctor(doctor::Doctor),
     /// Print the commented configuration reference, or validate a file

@@ -14,7 +14,7 @@ use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
 
-use super::SecurityError;
+use super::error::{SecurityError, read_file};
 use super::rate_limit::RateLimit;
 
 /// Checks of passwords that were not accepted before: 1 a second, 5 at once.
@@ -63,7 +63,7 @@ impl Tokens {
 
 /// The tokens as text, at least one.
 pub fn read_tokens(path: &Path) -> Result<Vec<String>, SecurityError> {
-    let text = super::read_file("the token file", path)?;
+    let text = read_file("the token file", path)?;
     let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
     let tokens: Vec<String> = lines.map(str::to_owned).collect();
     let problem = if tokens.is_empty() {

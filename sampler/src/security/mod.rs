@@ -9,12 +9,12 @@
 //! Both invalid states are conditions of the agent's health. SIGHUP reads the files without waiting for a request.
 
 pub mod credentials;
+pub mod error;
 mod file_states;
 pub mod rate_limit;
 pub mod tls;
 pub mod web_config;
 
-use std::io::Read as _;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -22,49 +22,22 @@ use std::time::{Duration, Instant};
 
 use arc_swap::ArcSwap;
 use axum::http::{HeaderMap, header};
+use sampler_core::units::WallTime;
 use thiserror::Error;
 use tokio::sync::watch;
 
 use self::credentials::{PasswordCheck, Tokens, decode_basic};
+use self::error::SecurityError;
 use self::file_states::FileStates;
 use self::tls::Tls;
 use self::web_config::WebRules;
 use crate::error::display_chain;
 use crate::health::Health;
 use crate::health::condition::Condition;
-use crate::observe::clock::wall_now;
 
-/// Of any file here; those of CA bundles have some 200 KiB.
-const MAX_FILE_BYTES: u64 = 4 << 20;
 const CHECK_INTERVAL: Duration = Duration::from_secs(1);
 /// A file system may hang; the rules in memory stay in force then.
 const CHECK_TIMEOUT: Duration = Duration::from_secs(1);
-
-#[derive(Debug, Error)]
-pub enum SecurityError {
-    #[error("cannot read {what} {path}; it must exist and be readable", path = path.display())]
-    Read { what: &'static str, path: PathBuf, source: std::io::Error },
-    #[error("the web configuration {path} is invalid: {message}; its format is that of Prometheus' exporter-toolkit", path = path.display())]
-    Syntax { path: PathBuf, message: String },
-    #[error("the web configuration {path} is invalid: {key}: {remedy}", path = path.display())]
-    Key { path: PathBuf, key: String, remedy: String },
-    #[error("{place} is not usable: {problem}; expected PEM")]
-    Pem { place: String, problem: String },
-    #[error("token_file = {path} is invalid: {problem}", path = path.display())]
-    Tokens { path: PathBuf, problem: String },
-}
-
-/// The text of a file of limited size.
-fn read_file(what: &'static str, path: &Path) -> Result<String, SecurityError> {
-    let failed = |source| SecurityError::Read { what, path: path.to_owned(), source };
-    let mut text = String::new();
-    let file = std::fs::File::open(path).map_err(failed)?;
-    file.take(MAX_FILE_BYTES + 1).read_to_string(&mut text).map_err(failed)?;
-    if text.len() as u64 > MAX_FILE_BYTES {
-        return Err(failed(std::io::Error::other(format!("it has more than {MAX_FILE_BYTES} bytes"))));
-    }
-    Ok(text)
-}
 
 /// The configured files.
 #[derive(Clone, Debug, Default)]
@@ -221,11 +194,17 @@ pub struct Security {
     checked: AtomicU64,
     started: Instant,
     health: Arc<Health>,
+    now: fn() -> WallTime,
 }
 
 impl Security {
     /// `needs_credentials`: a web configuration without any is refused later, too.
-    pub fn new(files: SecurityFiles, needs_credentials: bool, health: Arc<Health>) -> Result<Arc<Self>, SecurityError> {
+    pub fn new(
+        files: SecurityFiles,
+        needs_credentials: bool,
+        health: Arc<Health>,
+        now: fn() -> WallTime,
+    ) -> Result<Arc<Self>, SecurityError> {
         let security = Self {
             rules: ArcSwap::from_pointee(Rules::load(&files)?),
             needs_credentials,
@@ -235,6 +214,7 @@ impl Security {
             checked: AtomicU64::new(0),
             started: Instant::now(),
             health,
+            now,
             files,
         };
         security.check();
@@ -341,7 +321,7 @@ impl Security {
 
     fn check_expiry(&self) {
         let rules = self.rules();
-        match rules.tls().filter(|tls| tls.expires <= wall_now()) {
+        match rules.tls().filter(|tls| tls.expires <= (self.now)()) {
             Some(_) => {
                 self.health.degraded(Condition::WebCertificate, "the certificate of the HTTP server has expired; replace it")
             }

@@ -8,11 +8,11 @@ use tempfile::TempDir;
 
 use super::*;
 
-struct Files {
+struct SecurityFolder {
     folder: TempDir,
 }
 
-impl Files {
+impl SecurityFolder {
     fn new() -> Self {
         let this = Self { folder: TempDir::new().unwrap() };
         this.certificate("server");
@@ -45,7 +45,7 @@ impl Files {
 
     fn security(&self) -> Arc<Security> {
         let files = SecurityFiles { token_file: Some(self.path("token")), web_config_file: Some(self.path("web.yml")) };
-        Security::new(files, true, Arc::default()).unwrap()
+        Security::new(files, true, Arc::default(), || WallTime(0)).unwrap()
     }
 }
 
@@ -57,7 +57,7 @@ fn bcrypt_hash() -> String {
 
 #[test]
 fn web_configurations_of_exporter_toolkit_are_read() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     let hash = bcrypt_hash();
     let rules = files
         .load(&format!(
@@ -83,7 +83,7 @@ fn web_configurations_of_exporter_toolkit_are_read() {
 
 #[test]
 fn invalid_web_configurations_are_refused_with_the_key_and_the_remedy() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     files.certificate("other");
     files.write("empty.pem", "");
     for (text, expect) in [
@@ -124,7 +124,7 @@ fn bearer(token: &str) -> HeaderMap {
 
 #[tokio::test]
 async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     files.write("web.yml", TLS);
     let security = files.security();
     let accepts = async |token: &str| {
@@ -154,7 +154,7 @@ async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
 
 #[tokio::test]
 async fn a_certificate_suffices_unless_every_client_has_one_and_a_login_is_configured() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     for (auth, has_tokens, expect) in [
         ("RequireAndVerifyClientCert", false, true),
         ("RequireAndVerifyClientCert", true, false),
@@ -171,7 +171,7 @@ async fn a_certificate_suffices_unless_every_client_has_one_and_a_login_is_confi
 
 #[test]
 fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     let web = format!("{TLS}basic_auth_users:\n  a: {}\n", bcrypt_hash());
     files.write("web.yml", &web);
     let security = files.security();
@@ -198,11 +198,15 @@ fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
 
 #[test]
 fn a_configuration_that_would_open_the_server_is_refused() {
-    let files = Files::new();
+    let files = SecurityFolder::new();
     files.write("web.yml", &format!("basic_auth_users:\n  a: {}\n", bcrypt_hash()));
-    let security =
-        Security::new(SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) }, true, Arc::default())
-            .unwrap();
+    let security = Security::new(
+        SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) },
+        true,
+        Arc::default(),
+        || WallTime(0),
+    )
+    .unwrap();
     files.write("web.yml", "");
     security.check();
     assert!(security.rules().have_credentials());

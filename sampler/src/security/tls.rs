@@ -18,9 +18,8 @@ use serde::Deserialize;
 use x509_parser::extensions::{GeneralName, ParsedExtension};
 use x509_parser::prelude::{FromDer as _, X509Certificate};
 
-use super::SecurityError;
+use super::error::{InvalidKey, SecurityError, read_file};
 use super::file_states::FileStates;
-use super::web_config::InvalidKey;
 
 #[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
@@ -78,7 +77,7 @@ impl TlsSettings {
     /// The certificate of the server as PEM, without its key.
     pub fn certificate(&self, folder: &Path) -> Result<Option<String>, SecurityError> {
         match &self.cert_file {
-            Some(file) => super::read_file("the certificate", &folder.join(file)).map(Some),
+            Some(file) => read_file("the certificate", &folder.join(file)).map(Some),
             None => Ok(self.cert.clone()),
         }
     }
@@ -96,7 +95,7 @@ impl Tls {
             (Some(file), None) => {
                 let path = folder.join(file);
                 read.add(&path);
-                super::read_file(what, &path).map(|text| Some((text, path.display().to_string())))
+                read_file(what, &path).map(|text| Some((text, path.display().to_string())))
             }
             (None, Some(text)) => Ok(Some((text, format!("tls_server_config.{key}")))),
             (None, None) => Ok(None),

@@ -8,8 +8,8 @@ use std::time::Duration;
 use axum::http::{HeaderName, HeaderValue};
 use serde::Deserialize;
 
-use super::SecurityError;
 use super::credentials::Users;
+use super::error::{InvalidKey, SecurityError, read_file};
 use super::file_states::FileStates;
 use super::rate_limit::RateLimit;
 use super::tls::{Tls, TlsSettings};
@@ -78,7 +78,7 @@ impl WebRules {
 }
 
 fn parse(path: &Path) -> Result<WebConfigFile, SecurityError> {
-    let text = super::read_file("the web configuration", path)?;
+    let text = read_file("the web configuration", path)?;
     if text.trim().is_empty() {
         return Ok(WebConfigFile::default());
     }
@@ -97,9 +97,6 @@ pub fn server_certificate(path: &Path) -> Result<Option<String>, SecurityError> 
 fn folder(path: &Path) -> &Path {
     path.parent().unwrap_or(Path::new("/"))
 }
-
-/// Maker of an error for a key of the file.
-pub type InvalidKey<'a> = &'a dyn Fn(&str, String) -> SecurityError;
 
 fn header(name: &str, value: &str, invalid: InvalidKey<'_>) -> Result<(HeaderName, HeaderValue), SecurityError> {
     let key = format!("http_server_config.headers.{name}");

@@ -20,14 +20,15 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
-            &["allocator", "error", "collectors", "host_name", "host_root"],
-            &["config", "health", "query"],
+            &["allocator", "error", "collectors", "host_name", "host_root", "privileges"],
+            &["config", "health", "query", "security"],
             &["inbox"],
             &["observe"],
             &["labels"],
             &["explain", "session"],
             &["core_thread"],
             &["export"],
+            &["reload"],
             &["agent"],
             &["cli"],
             &["main"],
