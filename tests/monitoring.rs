@@ -14,6 +14,7 @@ use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, clients, wait_for};
 use serde_json::{Value, json};
 
 const RULES: &str = include_str!("../deploy/prometheus/rules.yml");
+const MIGRATION: &str = include_str!("../docs/migration.md");
 const SDK: &str = "grafana-foundation-sdk==1769699379!11.6.0";
 /// Set by Prometheus, as are the families about a scrape.
 const TARGET_LABELS: [&str; 2] = ["instance", "job"];
@@ -53,6 +54,19 @@ fn dashboards() -> Result<Vec<PathBuf>> {
     Ok(entries.into_iter().map(|entry| entry.path()).collect())
 }
 
+/// The expression with ranges of 20 s in place of its own.
+fn short_ranges(expr: &str) -> String {
+    let mut parts = expr.split('[');
+    let mut short = parts.next().unwrap_or_default().to_owned();
+    for part in parts {
+        match part.split_once(']') {
+            Some((range, rest)) if range.ends_with(['m', 'h']) => short.push_str(&format!("[20s]{rest}")),
+            _ => short.push_str(&format!("[{part}")),
+        }
+    }
+    short
+}
+
 /// The queries of all panels, with every variable set to all values, over short ranges.
 fn queries() -> Result<Vec<Query>> {
     let mut queries = Vec::new();
@@ -74,6 +88,12 @@ fn queries() -> Result<Vec<Query>> {
         }
     }
     ensure!(queries.len() > 100, "only {} queries", queries.len());
+    // The last column of the tables that map other exporters' metrics to queries.
+    let rows = MIGRATION.lines().filter_map(|line| line.strip_suffix("` |")?.rsplit_once("| `"));
+    let counterparts: Vec<Query> =
+        rows.map(|(row, expr)| Query { place: row.to_owned(), expr: short_ranges(expr), legend: String::new() }).collect();
+    ensure!(counterparts.len() > 30, "only {} rows in docs/migration.md", counterparts.len());
+    queries.extend(counterparts);
     Ok(queries)
 }
 
@@ -85,12 +105,7 @@ fn compressed() -> Result<String> {
         if let Some(at) = line.find("for: ").filter(|at| line[..*at].trim().is_empty()) {
             line.replace_range(at.., "for: 2s");
         }
-        while let Some(at) = line.find(['[']).filter(|at| line[*at..].find("m]").or(line[*at..].find("h]")).is_some()) {
-            let end = line[at..].find(']').context("a range")?;
-            line.replace_range(at..=at + end, "(20s)");
-        }
-        let line = line.replace("(20s)", "[20s]").replace("offset 15m", "offset 20s");
-        compressed.push_str(&line);
+        compressed.push_str(&short_ranges(&line).replace("offset 15m", "offset 20s"));
         compressed.push('\n');
     }
     ensure!(compressed.matches("[20s]").count() > 10 && !compressed.contains("m]"), "{compressed}");
@@ -172,6 +187,10 @@ fn every_query_of_dashboards_and_rules_has_data_and_every_label_exists() -> Resu
         sim.load(notebook, 6, 0.5, &["--mps"])?,
     ];
     wait_for("users in Prometheus", Duration::from_secs(30), || Ok(server.query("gpu_user_seconds_total > 0")?.pop()))?;
+    // The alert compares with a time at which the GPU was there.
+    wait_for("scrapes with the GPU", Duration::from_secs(30), || {
+        Ok(server.query("count_over_time(gpu_info{index=\"8\"}[1m]) >= 12")?.pop())
+    })?;
     // While another GPU is lost, one that is gone counts as lost, too.
     sim.inject("fault", &["--gpu", "8", "--kind", "absent"])?;
     wait_for("the GPU is gone", Duration::from_secs(20), || {
