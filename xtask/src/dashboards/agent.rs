@@ -1,6 +1,6 @@
 //! Whether the agents measure well: what they lack, lose and cost.
 
-use super::model::{Dashboard, Panel, Row, Thresholds};
+use super::model::{Dashboard, Panel, PanelGroup, Thresholds};
 
 const HERE: &str = "instance=~\"$instance\"";
 
@@ -22,7 +22,7 @@ fn quantile(q: &str, by: &str, name: &str) -> String {
     format!("histogram_quantile({q}, sum by ({by}, le) (rate({name}_bucket{{{HERE}}}[$__rate_interval])))")
 }
 
-fn overview() -> Row {
+fn overview() -> PanelGroup {
     let panels = vec![
         Panel::stat("Agents", "none", "Agents that Prometheus scrapes.")
             .query(format!("count(gpu_sampler_build_info{{{HERE}}})"), ""),
@@ -53,10 +53,10 @@ fn overview() -> Row {
         Panel::table("PID space", "none", "foreign: the driver belongs to another kernel, and GPU time is pid_unknown.")
             .query(format!("count by (state) (gpu_sampler_pid_space{{{HERE}}})"), ""),
     ];
-    Row { title: "Overview", panels }
+    PanelGroup { title: "Overview", panels }
 }
 
-fn labels() -> Row {
+fn labels() -> PanelGroup {
     let panels = vec![
         Panel::stacked("Containers by state of their labels", "none", "Live containers, with or without a GPU.")
             .query(format!("sum by (state, runtime) (gpu_sampler_containers{{{HERE}}})"), "{{state}} {{runtime}}"),
@@ -73,10 +73,10 @@ fn labels() -> Row {
         Panel::series("Lookups of runtime files", "cps", "Lookups by source and outcome.")
             .query(rate("source, outcome", "gpu_sampler_file_reads_total"), "{{source}} {{outcome}}"),
     ];
-    Row { title: "Labels", panels }
+    PanelGroup { title: "Labels", panels }
 }
 
-fn kernel() -> Row {
+fn kernel() -> PanelGroup {
     let panels = vec![
         Panel::series("Kernel events", "cps", "Events read, by kind.")
             .query(rate("kind", "gpu_sampler_kernel_events_total"), "{{kind}}"),
@@ -103,10 +103,10 @@ fn kernel() -> Row {
             .thresholds(Thresholds::AboveZero)
             .query(rate("instance, table", "gpu_sampler_identity_evictions_total"), "{{instance}} {{table}}"),
     ];
-    Row { title: "Kernel", panels }
+    PanelGroup { title: "Kernel", panels }
 }
 
-fn driver() -> Row {
+fn driver() -> PanelGroup {
     let panels = vec![
         Panel::series("Samples", "cps", "Samples of a device that are accounted for.")
             .query(rate("instance, uuid", "gpu_sampler_samples_total"), "{{instance}} {{uuid}}"),
@@ -123,10 +123,10 @@ fn driver() -> Row {
         Panel::series("Poll interval", "s", "Interval between two polls of the samples of a device.")
             .query(format!("max by (instance, uuid) (gpu_sampler_poll_interval_seconds{{{HERE}}})"), "{{instance}} {{uuid}}"),
     ];
-    Row { title: "Driver", panels }
+    PanelGroup { title: "Driver", panels }
 }
 
-fn cost() -> Row {
+fn cost() -> PanelGroup {
     let budget = |name: &str| format!("max({name}{{{HERE}}})");
     let panels = vec![
         Panel::series("Processor time per GPU", "percentunit", "As a part of one processor, and the limit gpu_budget_percent.")
@@ -158,5 +158,5 @@ fn cost() -> Row {
             "{{instance}}",
         ),
     ];
-    Row { title: "Cost", panels }
+    PanelGroup { title: "Cost", panels }
 }

@@ -1,6 +1,6 @@
 //! Which users are slowed by others on the same device, and which other causes there may be.
 
-use super::model::{Dashboard, Panel, Row, Thresholds};
+use super::model::{Dashboard, Panel, PanelGroup, Thresholds};
 
 const HERE: &str = "instance=~\"$instance\",uuid=~\"$uuid\"";
 const CONTAINERS: &str = "instance=~\"$instance\",uuid=~\"$uuid\",namespace=~\"$namespace\"";
@@ -28,7 +28,7 @@ fn of_users(name: &str) -> String {
     format!("rate({name}{{{HERE}}}[$__rate_interval])")
 }
 
-fn overview() -> Row {
+fn overview() -> PanelGroup {
     let contention = rate("container_gpu_contention_seconds_total");
     let panels = vec![
         Panel::stat(
@@ -60,10 +60,10 @@ fn overview() -> Row {
             "",
         ),
     ];
-    Row { title: "Overview", panels }
+    PanelGroup { title: "Overview", panels }
 }
 
-fn pairs() -> Row {
+fn pairs() -> PanelGroup {
     let pair = "namespace, pod, container, other_namespace, other_pod, other_container";
     let panels = vec![
         Panel::series(
@@ -115,10 +115,10 @@ fn pairs() -> Row {
                 "{{uuid}} {{namespace}}/{{pod}}/{{container}}",
             ),
     ];
-    Row { title: "Pairs", panels }
+    PanelGroup { title: "Pairs", panels }
 }
 
-fn causes() -> Row {
+fn causes() -> PanelGroup {
     let panels = vec![
         Panel::series("Limited clocks", "percentunit", "Part of the time in which power, heat or a setting limited the clocks.")
             .ratio()
@@ -141,5 +141,5 @@ fn causes() -> Row {
         Panel::series("Standard error of a share", "percentunit", "For a share of one half over 10 seconds: how far a difference is chance.")
             .query(format!("max by (uuid) (gpu_sampler_share_stderr_ratio{{{HERE}}})"), "{{uuid}}"),
     ];
-    Row { title: "Other causes and precision", panels }
+    PanelGroup { title: "Other causes and precision", panels }
 }

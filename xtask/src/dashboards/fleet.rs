@@ -1,6 +1,6 @@
 //! All nodes: how many GPUs are used, by which namespaces, and what needs attention.
 
-use super::model::{Dashboard, Panel, Row, Thresholds};
+use super::model::{Dashboard, Panel, PanelGroup, Thresholds};
 
 pub fn dashboard() -> Dashboard {
     Dashboard {
@@ -12,7 +12,7 @@ pub fn dashboard() -> Dashboard {
     }
 }
 
-fn overview() -> Row {
+fn overview() -> PanelGroup {
     let panels = vec![
         Panel::stat("Nodes", "none", "Agents that Prometheus scrapes.").query("count(gpu_sampler_build_info)", ""),
         Panel::stat("Devices", "none", "GPUs, and MIG devices in place of the GPUs that are divided into them.")
@@ -53,10 +53,10 @@ fn overview() -> Row {
             .thresholds(Thresholds::AboveZero)
             .query("count(count by (instance) (gpu_sampler_degraded)) or vector(0)", ""),
     ];
-    Row { title: "Overview", panels }
+    PanelGroup { title: "Overview", panels }
 }
 
-fn time() -> Row {
+fn time() -> PanelGroup {
     let panels = vec![
         Panel::stacked("Device time by state", "none", "Devices that are busy, idle, unobserved or unsupported, on average.")
             .query("sum by (state) (rate(gpu_time_seconds_total[$__rate_interval]))", "{{state}}"),
@@ -75,10 +75,10 @@ fn time() -> Row {
         )
         .query("sum by (reason) (rate(gpu_unattributed_seconds_total[$__rate_interval]))", "{{reason}}"),
     ];
-    Row { title: "Time", panels }
+    PanelGroup { title: "Time", panels }
 }
 
-fn users() -> Row {
+fn users() -> PanelGroup {
     let panels = vec![
         Panel::table("Containers by GPU time", "s", "The 20 containers with the most GPU time in the range.").links_to_user().query(
             "topk(20, sum by (namespace, pod, container) (increase(container_gpu_seconds_total{namespace=~\"$namespace\"}[$__range])))",
@@ -100,10 +100,10 @@ fn users() -> Row {
         )
         .query("sum by (namespace) (rate(container_gpu_energy_joules_total{namespace=~\"$namespace\"}[$__rate_interval]))", "{{namespace}}"),
     ];
-    Row { title: "Users", panels }
+    PanelGroup { title: "Users", panels }
 }
 
-fn hardware() -> Row {
+fn hardware() -> PanelGroup {
     let panels = vec![
         Panel::table(
             "Recovery actions that the driver requires",
@@ -118,5 +118,5 @@ fn hardware() -> Row {
         Panel::table("Row remapping", "none", "GPUs with a memory row that waits for a reset, or that could not be replaced.")
             .query("max by (instance, uuid) (gpu_row_remap_pending) + max by (instance, uuid) (gpu_row_remap_failure) > 0", ""),
     ];
-    Row { title: "Hardware", panels }
+    PanelGroup { title: "Hardware", panels }
 }

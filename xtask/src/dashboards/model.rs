@@ -214,7 +214,7 @@ impl Panel {
     }
 }
 
-pub struct Row {
+pub struct PanelGroup {
     pub title: &'static str,
     pub panels: Vec<Panel>,
 }
@@ -226,7 +226,7 @@ pub struct Dashboard {
     pub description: &'static str,
     /// Names of variables, each with the query of its values.
     pub variables: Vec<(&'static str, &'static str)>,
-    pub rows: Vec<Row>,
+    pub rows: Vec<PanelGroup>,
 }
 
 fn datasource() -> Value {

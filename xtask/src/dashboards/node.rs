@@ -1,6 +1,6 @@
 //! One node, or some: each device, its users and its hardware.
 
-use super::model::{Dashboard, Panel, Row, Thresholds};
+use super::model::{Dashboard, Panel, PanelGroup, Thresholds};
 
 /// Of the chosen nodes and devices.
 const HERE: &str = "instance=~\"$instance\",uuid=~\"$uuid\"";
@@ -23,7 +23,7 @@ fn rate_by(labels: &str, name: &str, more: &str) -> String {
     format!("sum by ({labels}) (rate({name}{{{HERE}{more}}}[$__rate_interval]))")
 }
 
-fn overview() -> Row {
+fn overview() -> PanelGroup {
     let panels = vec![
         Panel::stat("Devices", "none", "GPUs, and MIG devices in place of the GPUs that are divided into them.")
             .query(format!("count(gpu_time_seconds_total{{{HERE},state=\"busy\"}})"), ""),
@@ -46,10 +46,10 @@ fn overview() -> Row {
             "",
         ),
     ];
-    Row { title: "Overview", panels }
+    PanelGroup { title: "Overview", panels }
 }
 
-fn time() -> Row {
+fn time() -> PanelGroup {
     let panels = vec![
         Panel::series(
             "Busy share by device",
@@ -70,10 +70,10 @@ fn time() -> Row {
         .ratio()
         .query(rate_by("uuid, engine", "gpu_engine_seconds_total", ""), "{{uuid}} {{engine}}"),
     ];
-    Row { title: "Time", panels }
+    PanelGroup { title: "Time", panels }
 }
 
-fn users() -> Row {
+fn users() -> PanelGroup {
     let panels = vec![
         Panel::stacked("GPU time by container", "none", "Devices that a container keeps busy, on average.").query(
             rate_by("namespace, pod, container", "container_gpu_seconds_total", ""),
@@ -100,10 +100,10 @@ fn users() -> Row {
         )
         .query(format!("sum by (uuid, namespace, pod, container) (container_gpu_mps_clients{{{HERE}}})"), ""),
     ];
-    Row { title: "Users", panels }
+    PanelGroup { title: "Users", panels }
 }
 
-fn hardware() -> Row {
+fn hardware() -> PanelGroup {
     let by_device = "{{instance}} {{uuid}}";
     let gauge = |name: &str| format!("max by (instance, uuid) ({name}{{{HERE}}})");
     let panels = vec![
@@ -130,10 +130,10 @@ fn hardware() -> Row {
             .query(rate_by("uuid", "gpu_pcie_transmit_bytes_total", ""), "{{uuid}} sent")
             .query(rate_by("uuid", "gpu_pcie_receive_bytes_total", ""), "{{uuid}} received"),
     ];
-    Row { title: "Hardware", panels }
+    PanelGroup { title: "Hardware", panels }
 }
 
-fn errors() -> Row {
+fn errors() -> PanelGroup {
     let panels = vec![
         Panel::table("XID errors in the range", "none", "By GPU and number; empty if there are none.")
             .query(format!("sum by (instance, uuid, xid) (increase(gpu_xid_errors_total{{{HERE}}}[$__range])) > 0"), ""),
@@ -144,5 +144,5 @@ fn errors() -> Row {
         Panel::table("Recovery action", "none", "What the driver requires for the recovery of the GPU; none if it is healthy.")
             .query(format!("max by (instance, uuid, action) (gpu_recovery_action{{{HERE}}})"), ""),
     ];
-    Row { title: "Errors", panels }
+    PanelGroup { title: "Errors", panels }
 }

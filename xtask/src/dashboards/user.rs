@@ -1,6 +1,6 @@
 //! One user of GPUs: a container, or a job, unit or login session.
 
-use super::model::{Dashboard, Panel, Row, Thresholds};
+use super::model::{Dashboard, Panel, PanelGroup, Thresholds};
 
 const CONTAINER: &str = "namespace=~\"$namespace\",pod=~\"$pod\",container=~\"$container\",uuid=~\"$uuid\"";
 /// Of families without a device.
@@ -33,7 +33,7 @@ fn of_user(labels: &str, name: &str) -> String {
     format!("sum by ({labels}) (rate({name}{{{USER}}}[$__rate_interval]))")
 }
 
-fn container() -> Row {
+fn container() -> PanelGroup {
     let by_name = "namespace, pod, container";
     let panels = vec![
         Panel::series("GPU time", "none", "Devices that the container keeps busy, on average of the interval.")
@@ -74,10 +74,10 @@ fn container() -> Row {
             "",
         ),
     ];
-    Row { title: "Container", panels }
+    PanelGroup { title: "Container", panels }
 }
 
-fn waiting() -> Row {
+fn waiting() -> PanelGroup {
     let panels = vec![
         Panel::series("Time shared with others", "percentunit", "Part of the time in which another user was active on the same device.")
             .query(of_container("namespace, pod, container", "container_gpu_coactive_seconds_total"), NAME),
@@ -106,10 +106,10 @@ fn waiting() -> Row {
             "{{pod}}/{{container}} {{resource}}",
         ),
     ];
-    Row { title: "Waiting", panels }
+    PanelGroup { title: "Waiting", panels }
 }
 
-fn distribution() -> Row {
+fn distribution() -> PanelGroup {
     let quantile = |q: &str| {
         format!(
             "histogram_quantile({q}, sum by (namespace, pod, container, le) \
@@ -123,10 +123,10 @@ fn distribution() -> Row {
             .query(quantile("0.5"), "median {{pod}}/{{container}}")
             .query(quantile("0.95"), "95 % {{pod}}/{{container}}"),
     ];
-    Row { title: "Distribution", panels }
+    PanelGroup { title: "Distribution", panels }
 }
 
-fn host_user() -> Row {
+fn host_user() -> PanelGroup {
     let name = "{{kind}} {{user}}";
     let panels = vec![
         Panel::series("GPU time", "none", "Devices that the job, unit or session keeps busy, on average of the interval.")
@@ -148,5 +148,5 @@ fn host_user() -> Row {
                 "",
             ),
     ];
-    Row { title: "Job, unit or login session", panels }
+    PanelGroup { title: "Job, unit or login session", panels }
 }

@@ -197,7 +197,7 @@ fn problems_of_dashboard(dashboard: &Value, catalogue: &Catalogue, rules: &Rules
             problem("not within the grid".to_owned());
         }
         let own = (at("y")..at("y") + at("h")).flat_map(|y| (at("x")..at("x") + at("w")).map(move |x| (x, y)));
-        if !own.fold(true, |is_free, cell| cells.insert(cell) && is_free) {
+        if own.filter(|cell| !cells.insert(*cell)).count() > 0 {
             problem("it overlaps another panel".to_owned());
         }
         if text(panel, "/type") == "row" {
