@@ -15,6 +15,8 @@ use serde_json::{Value, json};
 
 const RULES: &str = include_str!("../deploy/prometheus/rules.yml");
 const MIGRATION: &str = include_str!("../docs/migration.md");
+/// The types of Grafana's dashboards, and the compiler that checks them.
+const NPM: [&str; 2] = ["@grafana/schema@13.2.3", "typescript@5.9.3"];
 const SDK: &str = "grafana-foundation-sdk==1769699379!11.6.0";
 /// Set by Prometheus, as are the families about a scrape.
 const TARGET_LABELS: [&str; 2] = ["instance", "job"];
@@ -339,6 +341,42 @@ fn dashboards_consist_of_what_grafanas_own_model_has() -> Result<()> {
         let planted = folder.path().join("planted.json");
         std::fs::write(&planted, text.replacen(key, "\"planted\"", 1))?;
         assert!(check(&[planted])?.contains("planted is not in the model"), "{key}");
+    }
+    Ok(())
+}
+
+/// The JSON as a TypeScript value of Grafana's own type: unknown keys and wrong types are errors. A value of an enum is a string in JSON.
+#[test]
+fn dashboards_have_the_types_of_grafanas_own_schema() -> Result<()> {
+    let (node, modules) = clients::npm(&NPM)?;
+    let folder = tempfile::tempdir()?;
+    std::os::unix::fs::symlink(modules.canonicalize()?, folder.path().join("node_modules"))?;
+    let head = "import type { Dashboard } from './node_modules/@grafana/schema/dist/types/raw/dashboard/x/types.gen';\n\
+        type Json<T> = T extends string ? `${T}` : T extends number ? number : T extends Array<infer U> ? Array<Json<U>> :\n\
+        \x20 T extends object ? { [K in keyof T]: Json<T[K]> } : T;\nexport const dashboard: Json<Dashboard> = ";
+    let check = |texts: &[String]| -> Result<String> {
+        let options = ["--noEmit", "--strict", "--skipLibCheck", "--module", "nodenext", "--moduleResolution", "nodenext"];
+        let mut compiler = Command::new(&node);
+        compiler.current_dir(folder.path()).arg("node_modules/typescript/bin/tsc").args(options).args(["--target", "es2022"]);
+        for (n, text) in texts.iter().enumerate() {
+            let file = folder.path().join(format!("dashboard{n}.ts"));
+            std::fs::write(&file, format!("{head}{text}"))?;
+            compiler.arg(file);
+        }
+        let output = compiler.output()?;
+        let printed = String::from_utf8(output.stdout)?;
+        ensure!(output.status.success() == printed.is_empty(), "{printed}{}", String::from_utf8_lossy(&output.stderr));
+        Ok(printed)
+    };
+    let texts = dashboards()?.iter().map(std::fs::read_to_string).collect::<std::io::Result<Vec<String>>>()?;
+    assert_eq!(check(&texts)?, "");
+    for (from, to, error) in [
+        ("\"graphTooltip\": 1", "\"graphTooltip\": \"x\"", "not assignable to type 'number'"),
+        ("\"gridPos\"", "\"planted\"", "planted"),
+        ("\"absolute\"", "\"planted\"", "planted"),
+    ] {
+        let planted = texts[0].replacen(from, to, 1);
+        assert!(planted != texts[0] && check(&[planted])?.contains(error), "{from}");
     }
     Ok(())
 }
