@@ -18,8 +18,9 @@ use tokio::net::TcpListener;
 use crate::config::Config;
 use crate::core_thread::CoreThread;
 use crate::error::display_chain;
-use crate::export::http;
 use crate::export::ledger::Ledger;
+use crate::export::rejections::Rejections;
+use crate::export::server;
 use crate::export::state::AppState;
 use crate::health::Health;
 use crate::health::condition::Condition;
@@ -31,6 +32,9 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
+use crate::privileges;
+use crate::reload::{self, SettingsSource};
+use crate::security::Security;
 use crate::session::{Recorder, SessionInputs, Store};
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
@@ -90,7 +94,14 @@ fn raise_descriptor_limit() -> usize {
 }
 
 /// Runs the agent until SIGINT or SIGTERM.
-pub fn run(config: Config) -> anyhow::Result<()> {
+pub fn run(source: SettingsSource) -> anyhow::Result<()> {
+    let config = source.config()?;
+    config.check_security()?;
+    // The port is bound first, so that this error is reported before anything is loaded, and with the right to a port below 1024.
+    let listener = server::bind(config.listen)?;
+    // Before the first thread: each thread has its own.
+    let restricted = privileges::restrict(config.kept_capabilities, config.seccomp);
+    restricted.log();
     let runtime = tokio::runtime::Builder::new_multi_thread()
         .worker_threads(2)
         .thread_name("sampler-io")
@@ -98,20 +109,25 @@ pub fn run(config: Config) -> anyhow::Result<()> {
         .build()
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
-        // The port is bound first, so that this error is reported before anything is loaded.
-        let listener = http::bind(config.listen).await?;
-        serve(Arc::new(config), listener, signalled()).await
+        let listener = TcpListener::from_std(listener).context("cannot wait for connections")?;
+        serve(Arc::new(config), Some(source), listener, signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     result
 }
 
-/// Runs the agent until `stop_requested`.
-pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: impl Future<Output = ()>) -> anyhow::Result<()> {
+/// Runs the agent until `stop_requested`. With a source of settings, SIGHUP reads them again.
+pub async fn serve(
+    config: Arc<Config>,
+    source: Option<SettingsSource>,
+    listener: TcpListener,
+    stop_requested: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
+    let security = Security::new(config.security_files(), config.needs_credentials(), Arc::clone(&health))?;
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (to_core, inbox) = inbox().context("cannot create an event descriptor")?;
@@ -162,7 +178,9 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         }
     });
     let state = AppState {
-        config: Arc::clone(&config),
+        config: ArcSwap::new(Arc::clone(&config)),
+        security,
+        rejections: Rejections::default(),
         snapshot,
         labels,
         pressure,
@@ -175,8 +193,13 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         started,
         node: config.node(),
     };
-    tracing::info!(url = format!("http://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
-    let served = http::serve(listener, Arc::new(state), async {
+    let scheme = if state.security.rules().tls().is_some() { "https" } else { "http" };
+    tracing::info!(url = format!("{scheme}://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
+    let state = Arc::new(state);
+    if let Some(source) = source {
+        tokio::spawn(reload::on_hangup(source, Arc::clone(&state)));
+    }
+    let served = server::serve(listener, state, async {
         tokio::select! {
             () = stop_requested => {}
             _ = core_ended => tracing::error!("the core thread ended"),

@@ -7,11 +7,13 @@ use std::sync::Arc;
 
 use clap::{Args, ValueEnum};
 use sampler_labels::Source;
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::collectors::Selection;
 use crate::host_name::HostName;
+use crate::privileges::{self, CapabilitySet};
+use crate::security::{Rules, SecurityError, SecurityFiles};
 
 /// Of KAI since 0.6, and of Run:ai and earlier KAI.
 const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];
@@ -28,7 +30,7 @@ pub const MIN_KERNEL_RING_BYTES: u32 = 4096;
 pub const DEFAULT_SESSION_RING_BYTES: usize = 8 << 20;
 
 /// How processes and cgroups are tracked.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum KernelMode {
@@ -44,7 +46,7 @@ pub enum KernelMode {
 }
 
 /// Where samples of GPU use are read.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum SampleSource {
@@ -55,7 +57,7 @@ pub enum SampleSource {
 }
 
 /// The generation of pod labels of the cAdvisor families: Kubernetes 1.14 and 1.15 had both.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Deserialize, Serialize, ValueEnum)]
 #[serde(rename_all = "snake_case")]
 #[value(rename_all = "snake_case")]
 pub enum PodLabels {
@@ -69,10 +71,10 @@ pub enum PodLabels {
 }
 
 /// The settings, as flags; each can also be set as `GPU_SAMPLER_<NAME>` and in the file.
-#[derive(Args, Clone, Debug, Default, Deserialize)]
+#[derive(Args, Clone, Debug, Default, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Settings {
-    /// Listen address; other than loopback requires --token-file or --open-metrics [default: 127.0.0.1:9836]
+    /// Listen address; other than loopback requires --token-file, --web.config.file or --open-metrics [default: 127.0.0.1:9836]
     #[arg(long, value_name = "ADDR:PORT", env = "GPU_SAMPLER_LISTEN")]
     pub listen: Option<String>,
     /// Host name under which a proxy on this machine passes requests to an agent on loopback; repeatable or comma-separated
@@ -143,10 +145,20 @@ pub struct Settings {
     /// Memory for the last minutes, which is the maximum lookback of sessions [default: 8388608]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_RING_BYTES")]
     pub session_ring_bytes: Option<usize>,
-    /// File with the bearer token required from clients other than loopback
+    /// Capability to keep in addition to those that the agent needs, such as sys_admin, or all; repeatable or comma-separated
+    #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_KEEP_CAPABILITY")]
+    pub keep_capability: Option<Vec<String>>,
+    /// Refuse system calls that the agent never needs, such as execve, with a seccomp filter [default: true]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_SECCOMP")]
+    pub seccomp: Option<bool>,
+    /// File with the bearer tokens required from clients other than loopback, one a line; read again when it changes
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
-    /// Serve /metrics without a token to clients other than loopback
+    /// Web configuration (YAML) with TLS, client certificates and basic authentication, in the format of Prometheus'
+    /// exporter-toolkit; read again when it changes
+    #[arg(long = "web.config.file", value_name = "PATH", env = "GPU_SAMPLER_WEB_CONFIG_FILE")]
+    pub web_config_file: Option<PathBuf>,
+    /// Serve /metrics without credentials to clients other than loopback
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_OPEN_METRICS")]
     pub open_metrics: Option<bool>,
 }
@@ -177,7 +189,10 @@ pub struct Config {
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
     pub session_ring_bytes: usize,
-    pub token: Option<String>,
+    pub kept_capabilities: CapabilitySet,
+    pub seccomp: bool,
+    pub token_file: Option<PathBuf>,
+    pub web_config_file: Option<PathBuf>,
     pub open_metrics: bool,
 }
 
@@ -192,10 +207,12 @@ pub enum ConfigError {
     #[error("{key} = {path} does not exist; set it to the path of {what}", path = path.display())]
     NoSuchPath { key: &'static str, path: PathBuf, what: &'static str },
     #[error(
-        "listen = {0} accepts connections from other machines, but no token is configured: set --token-file, or --open-metrics to serve \
-         /metrics without a token"
+        "listen = {0} accepts connections from other machines, but no credentials are configured: set --token-file, or --web.config.file \
+         with users or client certificates, or --open-metrics to serve /metrics without credentials"
     )]
-    NoToken(SocketAddr),
+    NoCredentials(SocketAddr),
+    #[error(transparent)]
+    Security(#[from] SecurityError),
 }
 
 impl Config {
@@ -212,6 +229,24 @@ impl Config {
         }
     }
 
+    pub fn security_files(&self) -> SecurityFiles {
+        SecurityFiles { token_file: self.token_file.clone(), web_config_file: self.web_config_file.clone() }
+    }
+
+    /// Whether a web configuration without users and client certificates, and without a token file, is refused.
+    pub fn needs_credentials(&self) -> bool {
+        !self.listen.ip().is_loopback() && !self.open_metrics
+    }
+
+    /// Reads the files with credentials and certificates. Commands that do not serve need not be able to.
+    pub fn check_security(&self) -> Result<(), ConfigError> {
+        let rules = Rules::load(&self.security_files())?;
+        if self.needs_credentials() && !rules.have_credentials() {
+            return Err(ConfigError::NoCredentials(self.listen));
+        }
+        Ok(())
+    }
+
     /// The host name of the machine.
     pub fn node(&self) -> Option<String> {
         let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
@@ -221,7 +256,7 @@ impl Config {
 
 impl Settings {
     /// Merges two sets of settings; those of `self` take precedence.
-    fn over(self, under: Settings) -> Settings {
+    pub fn over(self, under: Settings) -> Settings {
         Settings {
             listen: self.listen.or(under.listen),
             allowed_host: self.allowed_host.or(under.allowed_host),
@@ -246,7 +281,10 @@ impl Settings {
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
+            keep_capability: self.keep_capability.or(under.keep_capability),
+            seccomp: self.seccomp.or(under.seccomp),
             token_file: self.token_file.or(under.token_file),
+            web_config_file: self.web_config_file.or(under.web_config_file),
             open_metrics: self.open_metrics.or(under.open_metrics),
         }
     }
@@ -271,11 +309,6 @@ impl Settings {
             value: listen,
             remedy: "expected ADDRESS:PORT, such as 127.0.0.1:9836 or [::]:9836".into(),
         })?;
-        let token = s.token_file.map(|path| token(&path)).transpose()?;
-        let open_metrics = s.open_metrics.unwrap_or(false);
-        if !listen.ip().is_loopback() && token.is_none() && !open_metrics {
-            return Err(ConfigError::NoToken(listen));
-        }
         Ok(Config {
             listen,
             allowed_hosts: s.allowed_host.into_iter().flatten().map(allowed_host).collect::<Result<_, _>>()?,
@@ -303,8 +336,11 @@ impl Settings {
                 1 << 20,
             )?,
             session_ring_bytes: size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
-            token,
-            open_metrics,
+            kept_capabilities: kept_capabilities(s.keep_capability)?,
+            seccomp: s.seccomp.unwrap_or(true),
+            token_file: s.token_file,
+            web_config_file: s.web_config_file,
+            open_metrics: s.open_metrics.unwrap_or(false),
         })
     }
 }
@@ -330,6 +366,15 @@ fn collect(names: Option<Vec<String>>) -> Result<Selection, ConfigError> {
         key: "collect",
         value: error.name.clone(),
         remedy: error.to_string(),
+    })
+}
+
+fn kept_capabilities(names: Option<Vec<String>>) -> Result<CapabilitySet, ConfigError> {
+    let names = names.unwrap_or_default();
+    privileges::kept(names.iter().map(|name| name.trim()).filter(|name| !name.is_empty())).map_err(|name| ConfigError::Value {
+        key: "keep_capability",
+        value: name,
+        remedy: "expected the name of a capability, such as sys_admin, or all".into(),
     })
 }
 
@@ -429,22 +474,6 @@ fn saturation(configured: Option<u8>) -> Result<u8, ConfigError> {
     Err(ConfigError::Value { key: "gpu_saturation_percent", value: percent.to_string(), remedy })
 }
 
-fn token(path: &Path) -> Result<String, ConfigError> {
-    let text = std::fs::read_to_string(path).map_err(|source| ConfigError::Read {
-        what: "the token file",
-        path: path.to_owned(),
-        source,
-    })?;
-    match text.trim() {
-        "" => Err(ConfigError::Value {
-            key: "token_file",
-            value: path.display().to_string(),
-            remedy: "the file is empty; write one token to it".into(),
-        }),
-        token => Ok(token.to_owned()),
-    }
-}
-
 fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {
     let Some(list) = list else { return Ok(Source::QUERIED.to_vec()) };
     let mut chosen = Vec::new();
@@ -478,7 +507,10 @@ mod tests {
     fn check(toml: &str, expect: &str) {
         let text = match toml::from_str::<Settings>(toml) {
             Err(error) => error.to_string(),
-            Ok(settings) => settings.validate(None).map_or_else(|e| e.to_string(), |_| "ok".into()),
+            Ok(settings) => {
+                let checked = settings.validate(None).and_then(|config| config.check_security());
+                checked.map_or_else(|e| e.to_string(), |()| "ok".into())
+            }
         };
         assert!(text.contains(expect), "{toml}: {text}");
     }
@@ -490,6 +522,10 @@ mod tests {
         check("listen = 'here'", "listen = \"here\" is invalid: expected ADDRESS:PORT");
         check("lisen = 'x'", "unknown field `lisen`");
         check("listen = '0.0.0.0:1'", "set --token-file");
+        check("keep_capability = ['sys_admin', 'CAP_MKNOD']", "ok");
+        check("keep_capability = ['admin']", "keep_capability = \"admin\" is invalid: expected the name of a capability");
+        check("web_config_file = '/no/such.yml'", "cannot read the web configuration /no/such.yml");
+        check("token_file = '/no/such'", "cannot read the token file /no/such");
         check("listen = '0.0.0.0:1'\nopen_metrics = true", "ok");
         check("docker_endpoint = 'tcp://x'", "expected a Unix socket");
         check("cri_endpoint = ['unix:///a', 'b']", "cri_endpoint = \"b\" is invalid: expected a Unix socket");
@@ -549,7 +585,10 @@ mod tests {
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
+                && read.keep_capability.is_some()
+                && read.seccomp == Some(true)
                 && read.token_file.is_some()
+                && read.web_config_file.is_some()
                 && read.open_metrics.is_some()
         );
     }

@@ -15,7 +15,10 @@ mod host_root;
 mod inbox;
 mod labels;
 mod observe;
+mod privileges;
 mod query;
+mod reload;
+mod security;
 mod session;
 
 use std::process::ExitCode;

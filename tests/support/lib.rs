@@ -2,6 +2,7 @@
 //! paths; a test that lacks one fails.
 
 pub mod browser;
+pub mod certificates;
 pub mod clients;
 pub mod containerd;
 pub mod cri;
@@ -201,7 +202,17 @@ impl Agent {
     }
 
     /// As [`Agent::start`], with a prepared command.
-    pub fn start_as(layout: kernel::Layout, mut command: Command, args: &[&str]) -> Result<Self> {
+    pub fn start_as(layout: kernel::Layout, command: Command, args: &[&str]) -> Result<Self> {
+        Self::start_when(layout, command, args, &|port| get(port, "/readyz").is_ok())
+    }
+
+    /// As [`Agent::start_as`], for an agent that does not serve plain HTTP.
+    pub fn start_when(
+        layout: kernel::Layout,
+        mut command: Command,
+        args: &[&str],
+        is_ready: &dyn Fn(u16) -> bool,
+    ) -> Result<Self> {
         let port = free_port()?;
         command.args(["--listen", &format!("127.0.0.1:{port}")]).args(args);
         // On a machine busy with tests, the duration of a poll is meaningless; the budgets have tests of their own.
@@ -220,7 +231,7 @@ impl Agent {
             if let Some(status) = agent.process.0.try_wait()? {
                 bail!("the agent ended: {status}: {}", agent.log()?);
             }
-            Ok(get(port, "/readyz").ok())
+            Ok(is_ready(port).then_some(()))
         })?;
         Ok(agent)
     }

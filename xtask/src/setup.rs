@@ -222,6 +222,7 @@ fn missing_for_tests() -> Vec<Missing> {
         ("podman's monitor", "conmon", "conmon"),
         ("systemd, as the manager of an engine", "systemctl", "systemd"),
         ("iptables, which dockerd requires", "iptables", "iptables"),
+        ("curl, a client with TLS", "curl", "curl"),
         ("Prometheus", "prometheus", "prometheus"),
         ("promtool", "promtool", "prometheus"),
         ("Chromium", "chromium", "chromium"),

@@ -1,6 +1,6 @@
 //! HTTP client for a running agent.
 
-use std::net::{Ipv4Addr, SocketAddr};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
@@ -8,9 +8,13 @@ use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::{Bytes, Incoming};
 use hyper::{Method, Response, StatusCode};
 use hyper_util::rt::TokioIo;
+use rustls::pki_types::ServerName;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::TcpStream;
 use tokio::task::JoinHandle;
+use tokio_rustls::TlsConnector;
 
+use super::access::AgentAccess;
 use super::text::terminal_safe;
 
 /// For the response to begin, and for a whole body.
@@ -19,19 +23,10 @@ const MAX_BODY_BYTES: usize = 64 << 20;
 /// Characters of an error message: the server may be any program, and an HTML page is not a message.
 const MAX_MESSAGE_CHARS: usize = 400;
 
-/// The URL of the agent that listens at this address; one that listens on all addresses is reachable on loopback.
-pub fn agent_at(mut listen: SocketAddr) -> String {
-    if listen.ip().is_unspecified() {
-        listen.set_ip(Ipv4Addr::LOCALHOST.into());
-    }
-    format!("http://{listen}")
-}
-
 #[derive(Clone)]
 pub struct Client {
-    pub agent: String,
+    access: AgentAccess,
     authority: String,
-    token: Option<String>,
 }
 
 /// A response; dropping it closes the connection and ends the body.
@@ -47,12 +42,16 @@ impl Drop for HttpReply {
 }
 
 impl Client {
-    /// `agent` is `http://HOST:PORT`.
-    pub fn new(agent: &str, token: Option<&str>) -> anyhow::Result<Self> {
-        let Some(authority) = agent.strip_prefix("http://").map(|rest| rest.trim_end_matches('/')) else {
-            bail!("{agent:?} is not the address of an agent; give http://HOST:PORT");
+    pub fn new(access: &AgentAccess) -> anyhow::Result<Self> {
+        let rest = access.url.strip_prefix(if access.tls.is_some() { "https://" } else { "http://" });
+        let Some(authority) = rest.map(|rest| rest.trim_end_matches('/').to_owned()) else {
+            bail!("{:?} is not the address of an agent; give http://HOST:PORT or https://HOST:PORT", access.url);
         };
-        Ok(Self { agent: agent.to_owned(), authority: authority.to_owned(), token: token.map(str::to_owned) })
+        Ok(Self { access: access.clone(), authority })
+    }
+
+    pub fn url(&self) -> &str {
+        &self.access.url
     }
 
     /// `Err` within `Ok`: the connection failed, no process listens at the address.
@@ -69,10 +68,10 @@ impl Client {
         body: Vec<u8>,
     ) -> anyhow::Result<Result<HttpReply, std::io::Error>> {
         match tokio::time::timeout(limit, self.try_send(method, path, body)).await {
-            Ok(reply) => reply.with_context(|| format!("querying the agent at {}", self.agent)),
+            Ok(reply) => reply.with_context(|| format!("querying the agent at {}", self.access.url)),
             Err(_) => bail!(
                 "the agent at {} did not respond within {} s: it hangs, or another program listens there",
-                self.agent,
+                self.access.url,
                 limit.as_secs()
             ),
         }
@@ -83,11 +82,18 @@ impl Client {
             Ok(stream) => stream,
             Err(error) => return Ok(Err(error)),
         };
-        let (mut sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
-        let connection = tokio::spawn(connection);
+        let (mut sender, connection) = match &self.access.tls {
+            None => handshake(stream).await?,
+            Some(tls) => {
+                let name = host(&self.authority).and_then(|host| ServerName::try_from(host).ok());
+                let name = name.with_context(|| format!("{} has no host name", self.access.url))?;
+                let within = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
+                handshake(within.context("the TLS handshake failed")?).await?
+            }
+        };
         let mut request = hyper::Request::builder().method(method).uri(path).header("Host", &self.authority);
-        if let Some(token) = &self.token {
-            request = request.header("Authorization", format!("Bearer {token}"));
+        if let Some(authorization) = &self.access.authorization {
+            request = request.header("Authorization", authorization);
         }
         if !body.is_empty() {
             request = request.header("Content-Type", "application/json");
@@ -95,6 +101,23 @@ impl Client {
         let response = sender.send_request(request.body(Full::new(Bytes::from(body)))?).await?;
         Ok(Ok(HttpReply { response, connection }))
     }
+}
+
+type RequestSender = hyper::client::conn::http1::SendRequest<Full<Bytes>>;
+
+/// The connection runs in a task of its own.
+async fn handshake<S>(stream: S) -> anyhow::Result<(RequestSender, JoinHandle<hyper::Result<()>>)>
+where
+    S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+{
+    let (sender, connection) = hyper::client::conn::http1::handshake(TokioIo::new(stream)).await?;
+    Ok((sender, tokio::spawn(connection)))
+}
+
+/// The host of `HOST:PORT`, without brackets.
+fn host(authority: &str) -> Option<String> {
+    let (host, _) = authority.rsplit_once(':')?;
+    Some(host.trim_matches(['[', ']']).to_owned())
 }
 
 impl HttpReply {

@@ -9,7 +9,7 @@ use clap::Args;
 use sampler_core::units::BootNs;
 use serde::Serialize;
 
-use super::client::agent_at;
+use super::access::AccessArgs;
 use super::request::{self, AgentResponse, LIVE, document};
 use super::runtimes;
 use crate::cli::output::{self, print};
@@ -22,6 +22,7 @@ use crate::observe::gpu::{self, Diagnosis, GpuError};
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{KernelError, Mode, Tracker, cgroupfs, pid_namespace, scan};
+use crate::privileges::{self, Restricted};
 
 /// The agent needs two; other programs on the machine need some.
 const LEAST_INSTANCES: u64 = 16;
@@ -99,6 +100,8 @@ impl Doctor {
 }
 
 fn examine(config: &Config) -> Report {
+    // As the agent runs.
+    let restricted = privileges::restrict(config.kept_capabilities, config.seccomp);
     let layout = layout(&config.path_procfs);
     let access = KernelAccess {
         btf: &config.btf(),
@@ -109,12 +112,14 @@ fn examine(config: &Config) -> Report {
     let chosen = probe::choose(config.kernel_mode, &layout, &access);
     let mode = chosen.as_ref().ok().map(|c| c.tracker.mode());
     let kernel_mode = mode.map(Mode::name);
-    let mut checks = vec![kernel_version(config), pid_namespace(), cgroups(&layout, mode), processes(config, &layout)];
+    let mut checks =
+        vec![kernel_version(config), rights(&restricted), pid_namespace(), cgroups(&layout, mode), processes(config, &layout)];
     checks.extend(kernel(chosen, config.kernel_mode));
     let cgroups = count_cgroups(&layout);
     checks.push(inotify(&config.path_procfs, cgroups));
     checks.extend(driver(config));
     checks.extend(runtimes::checks(config, &layout));
+    checks.push(credentials(config));
     checks.push(address(config));
     let can_run = checks.iter().all(|c| c.status != CheckStatus::Failed);
     Report { can_run, kernel_mode, checks }
@@ -129,6 +134,34 @@ fn kernel_version(config: &Config) -> Check {
             Check::bad("kernel", CheckStatus::Failed, format!("{path}: {error}"), "set --path-procfs to the host's /proc")
         }
     }
+}
+
+fn rights(restricted: &Restricted) -> Check {
+    let missing: Vec<_> = privileges::missing(restricted.capabilities).collect();
+    if missing.is_empty() {
+        let filter = if restricted.has_filter { ", with a seccomp filter" } else { "" };
+        return Check::ok("privileges", format!("{}{filter}", restricted.capabilities));
+    }
+    let names: Vec<String> = missing.iter().map(|needed| needed.capability.to_string()).collect();
+    let mut without: Vec<&str> = missing.iter().map(|needed| needed.without).collect();
+    without.dedup();
+    let detail = format!("without {}: {}", names.join(", "), without.join("; "));
+    Check::bad("privileges", CheckStatus::Degraded, detail, format!("run as root, or grant {}", names.join(", ")))
+}
+
+fn credentials(config: &Config) -> Check {
+    if let Err(error) = config.check_security() {
+        let remedy = "correct the file or the setting that is named; the agent does not start with it";
+        return Check::bad("credentials", CheckStatus::Failed, display_chain(&error), remedy);
+    }
+    let sources = [("token file", &config.token_file), ("web configuration", &config.web_config_file)];
+    let sources: Vec<&str> = sources.into_iter().filter_map(|(name, file)| file.as_ref().map(|_| name)).collect();
+    let detail = match (sources.is_empty(), config.listen.ip().is_loopback()) {
+        (false, _) => format!("by {}", sources.join(" and ")),
+        (true, true) => "not needed on loopback".into(),
+        (true, false) => "none: /metrics is open, everything else is closed".into(),
+    };
+    Check::ok("credentials", detail)
 }
 
 fn pid_namespace() -> Check {
@@ -309,9 +342,9 @@ fn address(config: &Config) -> Check {
 
 /// Kernel mode and event loss of a running agent.
 fn running(config: &Config) -> Option<String> {
-    let agent = agent_at(config.listen);
-    let Ok(AgentResponse::Found(body)) = request::get(&agent, LIVE, config.token.as_deref(), "") else { return None };
-    let live: LiveDocument = document(&agent, &body).ok()?;
+    let agent = AccessArgs::default().resolve(None, config).ok()?;
+    let Ok(AgentResponse::Found(body)) = request::get(&agent, LIVE, "") else { return None };
+    let live: LiveDocument = document(&agent.url, &body).ok()?;
     let (mode, lost, resyncs) = (live.kernel_mode, live.kernel_events_lost, live.resyncs);
     Some(format!("mode {mode}, {lost} kernel events lost, {resyncs} resyncs"))
 }

@@ -8,7 +8,7 @@ use clap::{ArgGroup, Args};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
-use super::client::agent_at;
+use super::access::{AccessArgs, AgentAccess};
 use super::holders;
 use super::request::{self, AgentResponse, document, unreachable};
 use super::sample;
@@ -71,6 +71,8 @@ pub struct Explain {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    access: AccessArgs,
     /// Print JSON
     #[arg(long)]
     json: bool,
@@ -103,13 +105,10 @@ impl Explain {
     }
 
     /// The configuration, and the address of the agent that it configures.
-    fn agent(&self) -> anyhow::Result<(Config, String)> {
-        let mut settings = self.settings.clone();
-        // This command does not serve: a listen address without a token is valid here.
-        settings.open_metrics.get_or_insert(true);
-        let config = settings.validate(self.config.as_deref())?;
-        let agent = self.agent.clone().unwrap_or_else(|| agent_at(config.listen));
-        Ok((config, agent))
+    fn agent(&self) -> anyhow::Result<(Config, AgentAccess)> {
+        let config = self.settings.clone().validate(self.config.as_deref())?;
+        let access = self.access.resolve(self.agent.as_deref(), &config)?;
+        Ok((config, access))
     }
 
     fn list_missing(&self) -> anyhow::Result<()> {
@@ -118,13 +117,14 @@ impl Explain {
 
     /// Prints what the agent answers to this query, which only an agent can answer.
     fn print_answer<T: DeserializeOwned>(&self, query: &str, text: impl Fn(&T) -> String) -> anyhow::Result<()> {
-        let (config, agent) = self.agent()?;
-        let body = match request::get(&agent, &format!("/api/v1/explain?{query}"), config.token.as_deref(), REMEDY)? {
+        let (_, access) = self.agent()?;
+        let agent = &access.url;
+        let body = match request::get(&access, &format!("/api/v1/explain?{query}"), REMEDY)? {
             AgentResponse::Found(body) => body,
             AgentResponse::NotFound(message) => bail!("{message}"),
-            AgentResponse::NoAgent(error) => return Err(error.context(unreachable(&agent))),
+            AgentResponse::NoAgent(error) => return Err(error.context(unreachable(agent))),
         };
-        print(&if self.json { json(&document::<Value>(&agent, &body)?)? } else { text(&document(&agent, &body)?) })
+        print(&if self.json { json(&document::<Value>(agent, &body)?)? } else { text(&document(agent, &body)?) })
     }
 
     fn find<T: DeserializeOwned>(&self, subject: &Subject) -> anyhow::Result<T> {
@@ -132,7 +132,8 @@ impl Explain {
         if let (true, Subject::Cgroup(path)) = (self.offline, subject) {
             return decoded(Explanation::of_path(path));
         }
-        let (config, agent) = self.agent()?;
+        let (config, access) = self.agent()?;
+        let agent = &access.url;
         if self.no_agent {
             return decoded(from_sources(&config, subject)?);
         }
@@ -141,8 +142,8 @@ impl Explain {
             Subject::Cgroup(path) => format!("/api/v1/explain?cgroup={}", percent_encoded(path)),
             Subject::Container(id) => format!("/api/v1/explain?container={}", percent_encoded(id)),
         };
-        match (request::get(&agent, &query, config.token.as_deref(), REMEDY)?, subject) {
-            (AgentResponse::Found(body), _) => document(&agent, &body),
+        match (request::get(&access, &query, REMEDY)?, subject) {
+            (AgentResponse::Found(body), _) => document(agent, &body),
             (AgentResponse::NotFound(message), Subject::Pid(_) | Subject::Container(_)) => bail!("{message}"),
             // A path can be explained even if the cgroup does not exist.
             (AgentResponse::NotFound(_), Subject::Cgroup(path)) => {

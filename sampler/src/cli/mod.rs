@@ -1,5 +1,6 @@
 //! The commands. Exit codes: 0 success, 1 failure, 2 usage error (as clap has it).
 
+mod access;
 mod agent_args;
 mod client;
 mod doctor;
@@ -23,6 +24,7 @@ use clap::{Args, Parser, Subcommand};
 use self::output::{log, print};
 use crate::agent;
 use crate::config::{REFERENCE, Settings};
+use crate::reload::SettingsSource;
 
 /// Attribute GPU time to containers and export it as Prometheus metrics
 #[derive(Parser)]
@@ -78,7 +80,7 @@ impl Cli {
         match self.command {
             Command::Run(run) => {
                 log("info");
-                agent::run(run.settings.validate(run.config.as_deref())?)?;
+                agent::run(SettingsSource { settings: run.settings, file: run.config })?;
             }
             Command::Record(record) => return record.run(),
             Command::Report(report) => return report.run(),
@@ -90,7 +92,7 @@ impl Cli {
                 return doctor.run();
             }
             Command::Config(Config { check: Some(file), .. }) => {
-                Settings::default().validate(Some(&file))?;
+                Settings::default().validate(Some(&file))?.check_security()?;
                 print(&format!("{}: valid\n", file.display()))?;
             }
             Command::Config(_) => print(REFERENCE)?,

@@ -17,16 +17,18 @@ use clap::Args;
 use hyper::Method;
 use sampler_session::trigger::Trigger;
 
+use tokio::net::TcpListener;
 use tokio::signal::unix::{Signal, SignalKind, signal};
 
-use super::client::{Client, TIMEOUT, agent_at};
+use super::access::{AccessArgs, AgentAccess};
+use super::client::{Client, TIMEOUT};
 use super::request::{LIVE, document};
 use crate::agent;
 use crate::cli::output::{log, print};
 use crate::cli::text::{bytes, terminal_safe};
 use crate::config::{Config, Settings};
-use crate::export::http;
 use crate::export::live::LiveDocument;
+use crate::export::server;
 use crate::export::sessions::{SessionBody, StartedSession};
 use crate::session::{self, Phase, SessionStatus};
 
@@ -81,6 +83,8 @@ pub struct Record {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+    #[command(flatten)]
+    access: AccessArgs,
 }
 
 /// A folder that is removed on drop.
@@ -99,10 +103,7 @@ impl Record {
         if !folder.is_dir() {
             bail!("{} is not a directory; set --output to a file in an existing one", folder.display());
         }
-        let mut settings = self.settings.clone();
-        // This command does not serve other machines: a listen address without a token is valid here.
-        settings.open_metrics.get_or_insert(true);
-        let config = settings.validate(self.config.as_deref())?;
+        let config = self.settings.clone().validate(self.config.as_deref())?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
             .enable_all()
@@ -121,8 +122,8 @@ impl Record {
     }
 
     async fn record(&self, config: Config) -> anyhow::Result<ExitCode> {
-        let agent = self.agent.clone().unwrap_or_else(|| agent_at(config.listen));
-        let client = Client::new(&agent, config.token.as_deref())?;
+        let access = self.access.resolve(self.agent.as_deref(), &config)?;
+        let (client, agent) = (Client::new(&access)?, &access.url);
         let mut signals = Signals::new()?;
         match client.send(Method::GET, "/readyz", Vec::new()).await? {
             Ok(_) => self.record_with(&client, &mut signals, false).await,
@@ -144,12 +145,12 @@ impl Record {
         let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
-        config.token = None;
-        let listener = http::bind(config.listen).await?;
-        let client =
-            Client::new(&format!("http://{}", listener.local_addr().context("cannot read the address of the socket")?), None)?;
+        (config.token_file, config.web_config_file) = (None, None);
+        let listener = server::bind(config.listen)?;
+        let address = listener.local_addr().context("cannot read the address of the socket")?;
+        let client = Client::new(&AgentAccess::plain(format!("http://{address}")))?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = agent::serve(Arc::new(config), listener, async {
+        let serving = agent::serve(Arc::new(config), None, TcpListener::from_std(listener)?, async {
             // The sender is dropped to stop the agent.
             let _dropped = stopped.await;
         });
@@ -182,7 +183,7 @@ impl Record {
             namespaces: self.namespace.clone(),
         };
         let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
-        let StartedSession { id } = document(&client.agent, &body)?;
+        let StartedSession { id } = document(client.url(), &body)?;
         let session = format!("/api/v1/sessions/{id}");
         let status = self.follow(client, &session, signals).await?;
         let fetched = tokio::select! {
@@ -229,7 +230,7 @@ impl Record {
         let (mut failed_polls, mut stopped) = (0, false);
         loop {
             let polled = call(client, Method::GET, session, Vec::new()).await;
-            match polled.and_then(|body| document::<SessionStatus>(&client.agent, &body)) {
+            match polled.and_then(|body| document::<SessionStatus>(client.url(), &body)) {
                 Ok(status) => {
                     failed_polls = 0;
                     progress.show(&status);
@@ -248,7 +249,7 @@ impl Record {
                 () = tokio::time::sleep(POLL_INTERVAL) => {}
                 () = signals.next() => {
                     if stopped {
-                        bail!("interrupted; the session remains on the agent at {}", client.agent);
+                        bail!("interrupted; the session remains on the agent at {}", client.url());
                     }
                     stopped = true;
                     progress.clear();
@@ -317,7 +318,7 @@ async fn wait_until_ready(client: &Client) -> anyhow::Result<()> {
     let gpus = tokio::time::timeout(GPUS_TIMEOUT, async {
         loop {
             let body = call(client, Method::GET, LIVE, Vec::new()).await;
-            if body.is_ok_and(|body| document::<LiveDocument>(&client.agent, &body).is_ok_and(|live| !live.gpus.is_empty())) {
+            if body.is_ok_and(|body| document::<LiveDocument>(client.url(), &body).is_ok_and(|live| !live.gpus.is_empty())) {
                 return;
             }
             tokio::time::sleep(Duration::from_millis(50)).await;
@@ -331,7 +332,7 @@ async fn wait_until_ready(client: &Client) -> anyhow::Result<()> {
 
 async fn call(client: &Client, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Vec<u8>> {
     let mut reply = client.send(method, path, body).await??;
-    reply.success().await.with_context(|| format!("the agent at {} rejected the request", client.agent))
+    reply.success().await.with_context(|| format!("the agent at {} rejected the request", client.url()))
 }
 
 /// SIGINT and SIGTERM.

@@ -50,21 +50,22 @@ fn lasting(text: &str) -> Result<Duration, String> {
 
 impl ReleaseArgs {
     pub fn run(self) -> anyhow::Result<()> {
-        let (agent, token) = self.agent.resolve()?;
+        let access = self.agent.resolve()?;
+        let agent = &access.url;
         let body = ReleaseBody { gpu: self.gpu.map(GpuSelector::Name), seconds: Some(self.lasting.as_secs()) };
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
         let body = runtime.block_on(async {
-            let client = Client::new(&agent, token.as_deref())?;
+            let client = Client::new(&access)?;
             match client.send_within(TIMEOUT, Method::POST, PATH, serde_json::to_vec(&body)?).await? {
                 Ok(mut reply) => reply.success().await.with_context(|| format!("the agent at {agent} did not release")),
-                Err(error) => bail!("{}: {error}", unreachable(&agent)),
+                Err(error) => bail!("{}: {error}", unreachable(agent)),
             }
         })?;
         if self.json {
-            return print(&output::json(&document::<serde_json::Value>(&agent, &body)?)?);
+            return print(&output::json(&document::<serde_json::Value>(agent, &body)?)?);
         }
-        print(&text(&document(&agent, &body)?))
+        print(&text(&document(agent, &body)?))
     }
 }
 

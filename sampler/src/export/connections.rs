@@ -21,6 +21,8 @@ struct OpenEntry {
     peer: IpAddr,
     /// Requests that were received and have no response yet.
     requests: usize,
+    /// The rules with which it was accepted, once they were chosen.
+    generation: Option<u64>,
     /// Since when it has been idle or busy.
     since: Instant,
     end: Arc<Notify>,
@@ -68,9 +70,26 @@ impl Connections {
         }
         table.last_id += 1;
         let (id, end) = (ConnectionId(table.last_id), Arc::new(Notify::new()));
-        let entry = OpenEntry { id, peer, requests: 0, since: now, end: Arc::clone(&end) };
+        let entry = OpenEntry { id, peer, requests: 0, generation: None, since: now, end: Arc::clone(&end) };
         table.connections.insert(id, entry);
         OpenConnection { id, peer, end, table: self.clone() }
+    }
+
+    pub fn set_generation(&self, id: ConnectionId, generation: u64) {
+        if let Some(entry) = self.table().connections.get_mut(&id) {
+            entry.generation = Some(generation);
+        }
+    }
+
+    /// Ends those without a request that were accepted with other rules.
+    pub fn end_idle(&self, present: u64) {
+        self.table().connections.retain(|_, entry| {
+            let ends = entry.requests == 0 && entry.generation.is_some_and(|generation| generation != present);
+            if ends {
+                entry.end.notify_one();
+            }
+            !ends
+        });
     }
 
     pub fn begin_request(&self, id: ConnectionId) -> RequestInProgress {
@@ -145,6 +164,18 @@ mod tests {
         let _requests: Vec<RequestInProgress> = all.iter().rev().map(|open| connections.begin_request(open.id)).collect();
         let _new = connections.open(peer(1), zero);
         assert_eq!(all.iter().map(ends).collect::<Vec<_>>().iter().position(|ends| *ends), Some(MOST_OF_PEER - 1));
+    }
+
+    #[test]
+    fn connections_with_other_rules_end_when_they_are_idle() {
+        let connections = Connections::default();
+        let all: Vec<OpenConnection> = (0..4).map(|_| connections.open(peer(1), Instant::now())).collect();
+        for (open, generation) in all.iter().zip([0, 1, 0]) {
+            connections.set_generation(open.id, generation);
+        }
+        let _request = connections.begin_request(all[2].id);
+        connections.end_idle(1);
+        assert_eq!(all.iter().map(ends).collect::<Vec<_>>(), [true, false, false, false]);
     }
 
     #[test]

@@ -22,8 +22,8 @@ pub struct ExplainQuery {
 }
 
 pub async fn explain(State(state): State<Arc<AppState>>, query: Result<Query<ExplainQuery>, QueryRejection>) -> Response {
-    let tables =
-        AgentTables { core: &state.core, labels: &state.labels, health: &state.health, procfs: &state.config.path_procfs };
+    let config = state.config();
+    let tables = AgentTables { core: &state.core, labels: &state.labels, health: &state.health, procfs: &config.path_procfs };
     let ExplainQuery { pid, cgroup, container, missing, gpu } = match query {
         Ok(Query(query)) => query,
         Err(rejection) => return (StatusCode::BAD_REQUEST, format!("{}\n", rejection.body_text())).into_response(),

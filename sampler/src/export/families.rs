@@ -3,6 +3,7 @@
 use sampler_common::kind;
 use sampler_core::cgroup_path::HostUser;
 use sampler_core::snapshot::WindowShares;
+use sampler_core::units::WallTime;
 use sampler_labels::Label;
 use strum::VariantArray as _;
 
@@ -12,6 +13,7 @@ use super::catalogue::{
 use super::encode::{FamilyId, HistogramValue, Labels, Page};
 use super::exposition::{ExportedPair, Exposition};
 use super::label_text::GpuText;
+use super::rejections::Rejections;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::health::{HealthView, IDENTIFY_BOUNDS};
 use crate::labels::{LabelStats, RESOLVE_BOUNDS};
@@ -222,6 +224,13 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     let commit = option_env!("GPU_SAMPLER_COMMIT").unwrap_or("unknown");
     let build_info = to.family(&agent_families::BUILD_INFO);
     to.add(build_info, &[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
+}
+
+/// `expires`: the certificate of the server.
+pub fn http(rejections: &Rejections, expires: Option<WallTime>, to: &mut Page) {
+    to.add_each(&agent_families::HTTP_REJECTIONS, "reason", rejections.counts());
+    let expiry = to.family(&agent_families::CERTIFICATE_EXPIRY);
+    to.add_known(expiry, "", expires.map(WallTime::seconds));
 }
 
 fn kernel(health: &HealthView, to: &mut Page) {

@@ -1,70 +1,26 @@
-//! The HTTP server: access rules and routes.
-//!
-//! On loopback a request with a foreign Host or Origin is rejected, so that a web page cannot read the metrics through the browser. Hosts
-//! that the operator allows, for a proxy, are accepted. Health has no such condition. A
-//! request that changes something is rejected if its Origin is any other page, including a page of another server on this machine.
-//! Beyond loopback every route requires a bearer token, except health, the files of the web page and, if configured, /metrics.
+//! The routes of the HTTP server, and the pages of metrics.
 
-use std::convert::Infallible;
-use std::net::{IpAddr, Ipv4Addr, SocketAddr};
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use axum::Router;
 use axum::body::Body;
 use axum::extract::{Request, State};
-use axum::http::{HeaderValue, StatusCode, header};
-use axum::middleware::{Next, from_fn_with_state};
+use axum::http::{StatusCode, header};
+use axum::middleware::from_fn_with_state;
 use axum::response::{IntoResponse, Json, Response};
 use axum::routing::get;
-use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
-use hyper::server::conn::http1;
-use hyper_util::rt::TokioIo;
-use hyper_util::server::graceful::GracefulShutdown;
-use hyper_util::service::TowerToHyperService;
-use thiserror::Error;
-use tokio::net::TcpListener;
-use tokio::sync::oneshot;
-use tower::ServiceExt as _;
 use tower_http::CompressionLevel;
 use tower_http::compression::CompressionLayer;
 
-use super::access::{authorized, foreign, from_another_page};
-use super::connections::Connections;
 use super::encode::{Page, PageTimes, TextFormat};
+use super::guard::{Connection, guard};
 use super::ledger::Scrape;
 use super::page_body::PageBody;
-use super::scrapers::{ConnectionId, ScrapeClient};
+use super::scrapers::ScrapeClient;
 use super::state::AppState;
-use super::timed_stream::{StreamLimits, TimedStream};
 use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, release, sessions, web};
 use crate::collectors::{Collector, Selection};
-
-/// The `Server` header of every response.
-pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
-/// Interval at which the ledger adds credits without scrapes: far less than the minute for which ended containers are kept.
-const LEDGER_EVERY: Duration = Duration::from_secs(5);
-/// Memory of a connection for heads; those of scrapers have less than 1 KiB.
-const MAX_HEAD_BYTES: usize = 32 << 10;
-/// Pause after a failed accept; the likely cause is a lack of file descriptors.
-const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
-/// Time limit for responses in flight when the agent stops.
-const GRACE: Duration = Duration::from_secs(2);
-
-const UNAUTHORIZED: &str = "unauthorized: send `Authorization: Bearer TOKEN` with the token of --token-file\n";
-
-#[derive(Debug, Error)]
-pub enum HttpError {
-    #[error("cannot listen on {listen}; choose a free address of this machine with --listen")]
-    Bind { listen: SocketAddr, source: std::io::Error },
-    #[error("the HTTP server failed")]
-    Serve(#[source] std::io::Error),
-}
-
-pub async fn bind(listen: SocketAddr) -> Result<TcpListener, HttpError> {
-    TcpListener::bind(listen).await.map_err(|source| HttpError::Bind { listen, source })
-}
 
 pub fn router(state: &Arc<AppState>) -> Router {
     // Pages are repetitive: the fastest level already makes them many times smaller.
@@ -86,114 +42,6 @@ pub fn router(state: &Arc<AppState>) -> Router {
         .with_state(Arc::clone(state))
 }
 
-pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Future<Output = ()>) -> Result<(), HttpError> {
-    let router = router(&state);
-    let (end, ended) = oneshot::channel::<()>();
-    let served = tokio::spawn(accept(listener, router, Arc::clone(&state), ended));
-    let ledger_updates = tokio::spawn(async move {
-        let mut interval = tokio::time::interval(LEDGER_EVERY);
-        loop {
-            interval.tick().await;
-            let mut ledger = state.ledger();
-            let (snapshot, labels) = (state.snapshot.load_full(), state.labels.view());
-            ledger.update(&snapshot, &labels);
-        }
-    });
-    stop.await;
-    drop(end);
-    ledger_updates.abort();
-    // A client that keeps its connection open must not keep the agent running.
-    match tokio::time::timeout(GRACE, served).await {
-        Ok(Err(join)) => Err(HttpError::Serve(std::io::Error::other(join))),
-        Ok(Ok(())) | Err(_) => Ok(()),
-    }
-}
-
-/// The connection of a request.
-#[derive(Clone, Copy)]
-struct Connection {
-    id: ConnectionId,
-    peer: IpAddr,
-}
-
-/// Serves each connection in its own task until `ended`, then waits for responses in flight.
-async fn accept(listener: TcpListener, router: Router, state: Arc<AppState>, mut ended: oneshot::Receiver<()>) {
-    let mut server = http1::Builder::new();
-    // A client that never completes its request must not hold a file descriptor forever: the stream has the time limits.
-    server.header_read_timeout(None).max_buf_size(MAX_HEAD_BYTES);
-    let (open, connections) = (Connections::default(), GracefulShutdown::new());
-    loop {
-        let accepted = tokio::select! {
-            // Sent or dropped: both mean stop.
-            _ = &mut ended => break,
-            accepted = listener.accept() => accepted,
-        };
-        let (stream, peer) = match accepted {
-            Ok(accepted) => accepted,
-            Err(error) => {
-                tracing::warn!(%error, "cannot accept an HTTP connection");
-                tokio::time::sleep(ACCEPT_PAUSE).await;
-                continue;
-            }
-        };
-        let this = open.open(peer.ip(), Instant::now());
-        let (of_request, in_progress) = (Connection { id: this.id, peer: this.peer }, open.clone());
-        let (stream, phase) = TimedStream::new(stream, StreamLimits::SERVER);
-        let service = router.clone().map_request(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(of_request);
-            request
-        });
-        let service = tower::service_fn(move |request| {
-            let (in_progress, service) = ((in_progress.begin_request(of_request.id), phase.begin_request()), service.clone());
-            async move {
-                let response = service.oneshot(request).await?;
-                // Until the last part of the body was taken.
-                Ok::<_, Infallible>(response.map(|body| {
-                    Body::new(body.map_frame(move |frame| {
-                        let _held = &in_progress;
-                        frame
-                    }))
-                }))
-            }
-        });
-        let connection = server.serve_connection(TokioIo::new(stream), TowerToHyperService::new(service));
-        let (watcher, state) = (connections.watcher(), Arc::clone(&state));
-        tokio::spawn(async move {
-            tokio::select! {
-                served = watcher.watch(connection) => {
-                    if let Err(error) = served {
-                        tracing::debug!(%error, "HTTP connection failed");
-                    }
-                }
-                () = this.end.notified() => tracing::debug!(peer = %this.peer, "HTTP connection gives its place to another"),
-            }
-            state.ledger().scrapers.closed(this.id);
-        });
-    }
-    connections.shutdown().await;
-}
-
-async fn guard(State(state): State<Arc<AppState>>, request: Request, next: Next) -> Response {
-    let path = request.uri().path();
-    let (config, headers) = (&state.config, request.headers());
-    let is_health = path == "/healthz" || path == "/readyz";
-    let rejection = if config.listen.ip().is_loopback() {
-        // The probes of a kubelet name the pod's address, or a proxy's.
-        let foreign = foreign(headers, config.listen.ip(), &config.allowed_hosts).filter(|_| !is_health);
-        foreign.or_else(|| from_another_page(request.method(), headers, &config.allowed_hosts))
-    } else {
-        let is_open = is_health || web::is_file(path) || (config.open_metrics && path.starts_with("/metrics"));
-        (!is_open && !authorized(headers, config.token.as_deref())).then(|| (StatusCode::UNAUTHORIZED, UNAUTHORIZED.to_owned()))
-    };
-    let mut response = match rejection {
-        Some(rejection) => rejection.into_response(),
-        None => next.run(request).await,
-    };
-    // `explain` distinguishes the "not found" of an agent from that of another server by this header.
-    response.headers_mut().insert(header::SERVER, HeaderValue::from_static(SERVER));
-    response
-}
-
 /// An empty page as the request wants it: the selected families, in the format that its client prefers.
 fn page(request: &Request, default: Selection) -> Result<Page, (StatusCode, String)> {
     let query = request.uri().query().unwrap_or_default();
@@ -209,25 +57,25 @@ fn response(page: Page) -> impl IntoResponse {
 }
 
 /// Who made a request, as far as the request shows it.
-fn client(request: &Request, connection: Option<Connection>) -> ScrapeClient {
+fn client(request: &Request, connection: &Connection) -> ScrapeClient {
     let user_agent = request.headers().get(header::USER_AGENT).and_then(|value| value.to_str().ok()).unwrap_or_default();
-    let peer = connection.map_or(IpAddr::V4(Ipv4Addr::UNSPECIFIED), |connection| connection.peer);
-    ScrapeClient::new(peer, user_agent, request.uri().query().unwrap_or_default())
+    ScrapeClient::new(connection.peer, user_agent, request.uri().query().unwrap_or_default())
 }
 
 async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result<impl IntoResponse, (StatusCode, String)> {
-    let mut page = page(&request, state.config.collect)?;
+    let config = state.config();
+    let mut page = page(&request, config.collect)?;
     page.expect(state.page_sizes.load_full());
     state.refresh().await;
-    let (config, pressure) = (&state.config, state.pressure.load());
+    let pressure = state.pressure.load();
     let (health, label_stats) = (state.health.view(), state.labels.stats());
     let (devices, recorder) = (state.health.driver.view(), state.recorder.view());
     let nvml = config.nvml_lib.as_ref().map_or("libnvidia-ml.so.1".into(), |p| p.to_string_lossy());
-    let connection = request.extensions().get::<Connection>().copied();
-    let (client, id) = (client(&request, connection), connection.map_or(ConnectionId(0), |connection| connection.id));
+    let connection = Connection::of(&request);
+    let client = client(&request, &connection);
     let scrape = Scrape {
         client: &client,
-        connection: id,
+        connection: connection.id,
         at: Instant::now(),
         pods: config.pod_labels,
         has_contenders: page.selects(Collector::Contenders),
@@ -241,6 +89,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         pressure::reads(&pressure, &mut page);
         gpus::gpus(exposition, &mut page, starts);
         families::agent(exposition, &health, &label_stats, &nvml, &mut page);
+        families::http(&state.rejections, state.security.rules().tls().map(|tls| tls.expires), &mut page);
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
         sessions::metrics(&recorder, &mut page);
     });
@@ -289,7 +138,9 @@ mod tests {
         use crate::config::Settings;
         use crate::labels::LabelConfig;
         use crate::observe::kernel::layout::layout;
+        use crate::security::Security;
         use crate::session::{Recorder, SessionInputs, Store};
+        use arc_swap::ArcSwap;
         use axum::body::Body;
         use tower::ServiceExt as _;
 
@@ -303,6 +154,7 @@ mod tests {
             ..Settings::default()
         };
         let config = Arc::new(settings.validate(None).unwrap());
+        let security = Security::new(config.security_files(), true, Arc::default()).unwrap();
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
@@ -316,7 +168,9 @@ mod tests {
         let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
         let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();
         let state = AppState {
-            config,
+            config: ArcSwap::new(config),
+            security,
+            rejections: Default::default(),
             snapshot: Arc::default(),
             labels,
             pressure: Arc::default(),

@@ -13,6 +13,7 @@ use super::encode::PageSizes;
 use super::exposition::Exposition;
 use super::gpu_holders::GpuHolders;
 use super::ledger::{Ledger, Scrape};
+use super::rejections::Rejections;
 use super::series_starts::SeriesStarts;
 use crate::config::Config;
 use crate::health::Health;
@@ -20,10 +21,14 @@ use crate::inbox::CoreSender;
 use crate::labels::{LabelService, LabelView};
 use crate::observe::gpu::ReleaseSender;
 use crate::observe::pressure::PressureView;
+use crate::security::Security;
 use crate::session::Recorder;
 
 pub struct AppState {
-    pub config: Arc<Config>,
+    /// Replaced on SIGHUP.
+    pub config: ArcSwap<Config>,
+    pub security: Arc<Security>,
+    pub rejections: Rejections,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub labels: LabelService,
     pub pressure: Arc<ArcSwap<PressureView>>,
@@ -45,6 +50,10 @@ pub struct AppState {
 const SNAPSHOT_PATIENCE: Duration = Duration::from_millis(100);
 
 impl AppState {
+    pub fn config(&self) -> Arc<Config> {
+        self.config.load_full()
+    }
+
     /// Makes the snapshot current, if that is quick.
     pub async fn refresh(&self) {
         self.core.publish(SNAPSHOT_PATIENCE).await;
@@ -58,7 +67,7 @@ impl AppState {
     fn with_ledger<T>(&self, act: impl FnOnce(&mut Ledger, &Snapshot, &LabelView, &AssignedGpus) -> T) -> T {
         let mut ledger = self.ledger();
         let (snapshot, labels) = (self.snapshot.load(), self.labels.view());
-        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot, Arc::clone(&self.config.reservation_namespaces));
+        let assigned = AssignedGpus::new(&self.labels.assigned(), &snapshot, Arc::clone(&self.config().reservation_namespaces));
         act(&mut ledger, &snapshot, &labels, &assigned)
     }
 
@@ -95,7 +104,7 @@ impl AppState {
         self.with_ledger(|ledger, snapshot, labels, assigned| {
             ledger.update(snapshot, labels);
             let mut page = ledger.view(snapshot, labels, assigned);
-            ledger.add_texts(&mut page, self.config.pod_labels);
+            ledger.add_texts(&mut page, self.config().pod_labels);
             page
         })
     }

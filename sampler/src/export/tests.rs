@@ -21,6 +21,7 @@ use strum::EnumCount as _;
 use super::catalogue::{Family, Kind, reference};
 use super::encode::{Page, PageTimes, TextFormat};
 use super::ledger::{Ledger, tests::scrape_by};
+use super::rejections::Rejections;
 use super::{families, gpus, nvml_families, pressure, sessions};
 use crate::collectors::Selection;
 use crate::config::PodLabels;
@@ -261,6 +262,7 @@ impl Exporter {
             ..HealthView::default()
         };
         families::agent(&page, &health, &label_stats(), "libnvidia-ml.so.1", &mut all);
+        families::http(&Rejections::default(), Some(WallTime(1_700_000_000_000_000_000)), &mut all);
         nvml_families::calls(&devices(), [1.0, 2.0], &mut all);
         sessions::metrics(&RecorderView::default(), &mut all);
         all.text()

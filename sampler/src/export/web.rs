@@ -6,11 +6,11 @@
 
 use std::sync::Arc;
 
-use axum::extract::State;
-use axum::http::{HeaderMap, HeaderName, header};
+use axum::extract::{Extension, State};
+use axum::http::{HeaderName, header};
 use axum::response::IntoResponse;
 
-use super::access::authorized;
+use super::guard::IsAuthorized;
 use super::html_tables;
 use super::state::AppState;
 
@@ -41,9 +41,10 @@ fn file(kind: &'static str, text: impl Into<String>) -> impl IntoResponse {
     (headers, text.into())
 }
 
-pub async fn index(State(state): State<Arc<AppState>>, headers: HeaderMap) -> impl IntoResponse {
-    let config = &state.config;
-    let is_authorized = config.listen.ip().is_loopback() || authorized(&headers, config.token.as_deref());
+pub async fn index(
+    State(state): State<Arc<AppState>>,
+    Extension(IsAuthorized(is_authorized)): Extension<IsAuthorized>,
+) -> impl IntoResponse {
     let tables = if is_authorized {
         html_tables::tables(&state.view().0, &state.health.view())
     } else {

@@ -34,6 +34,12 @@ pub enum Condition {
     Scan,
     /// The pressure files of some containers cannot be read.
     Pressure,
+    /// The token file is invalid: no token is valid.
+    TokenFile,
+    /// The web configuration is invalid: the previous one stays in force.
+    WebConfig,
+    /// The certificate of the HTTP server has expired.
+    WebCertificate,
     /// The driver's PIDs are not, or not certainly, PIDs of this machine.
     PidSpace,
     /// The driver cannot be used.
@@ -87,6 +93,9 @@ impl Condition {
             Condition::LossCounters => (Reduced, "the counters of lost kernel events can be read again"),
             Condition::Scan => (Missing, "all cgroups and processes can be read again"),
             Condition::Pressure => (Reduced, "the pressure of containers can be read again"),
+            Condition::TokenFile => (Reduced, "the token file is valid again"),
+            Condition::WebConfig => (Reduced, "the web configuration is valid again"),
+            Condition::WebCertificate => (Reduced, "the certificate of the HTTP server is valid"),
             Condition::PidSpace => (Missing, "the driver's PIDs are this machine's"),
             Condition::Nvml => (Missing, "the NVIDIA driver can be used"),
             Condition::GpusUnlisted => (Missing, "every GPU of the kernel module is listed"),
@@ -125,6 +134,9 @@ mod tests {
             Condition::LossCounters,
             Condition::Scan,
             Condition::Pressure,
+            Condition::TokenFile,
+            Condition::WebConfig,
+            Condition::WebCertificate,
             Condition::PidSpace,
             Condition::Nvml,
             Condition::GpusUnlisted,
@@ -161,6 +173,9 @@ mod tests {
         check(Condition::LossCounters, "loss-counters");
         check(Condition::Scan, "scan");
         check(Condition::Pressure, "pressure");
+        check(Condition::TokenFile, "token-file");
+        check(Condition::WebConfig, "web-config");
+        check(Condition::WebCertificate, "web-certificate");
         check(Condition::PidSpace, "pid-space");
         check(Condition::Nvml, "nvml");
         check(Condition::GpusUnlisted, "gpus-unlisted");

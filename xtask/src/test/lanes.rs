@@ -39,6 +39,7 @@ const ALONE: [&str; 16] = [
     "pressure",
     "prometheus",
     "web",
+    "web_config",
 ];
 /// A test that takes longer hangs.
 const LIMIT: Duration = Duration::from_mins(15);

@@ -27,6 +27,7 @@ use ratatui::crossterm::event::{self, Event, KeyEventKind};
 use self::model::{Action, Model};
 use self::rows::Sort;
 use self::source::{AgentEvent, REMEDY, too_old};
+use super::access::AgentAccess;
 use super::agent_args::AgentArgs;
 use super::request::{self, AgentResponse, LIVE, document, unreachable};
 use crate::cli::output::{self, print};
@@ -74,9 +75,9 @@ fn interval(text: &str) -> Result<Duration, String> {
 
 impl Top {
     pub fn run(self) -> anyhow::Result<()> {
-        let (agent, token) = self.agent.resolve()?;
+        let agent = self.agent.resolve()?;
         if self.once {
-            return self.print(&agent, token.as_deref());
+            return self.print(&agent);
         }
         if !std::io::stdin().is_terminal() || !std::io::stdout().is_terminal() {
             bail!(
@@ -84,16 +85,17 @@ impl Top {
             );
         }
         let (sender, events) = channel();
-        source::start(agent.clone(), token, self.interval, sender)?;
-        let model = Model::new(&agent, self.interval, self.sort, &self.filter);
+        let model = Model::new(&agent.url, self.interval, self.sort, &self.filter);
+        source::start(agent, self.interval, sender)?;
         let mut terminal = ratatui::try_init().context("cannot initialize the terminal; use --once for one table")?;
         let result = run_loop(&mut terminal, model, &events);
         ratatui::restore();
         result
     }
 
-    fn print(&self, agent: &str, token: Option<&str>) -> anyhow::Result<()> {
-        let body = match request::get(agent, LIVE, token, REMEDY)? {
+    fn print(&self, access: &AgentAccess) -> anyhow::Result<()> {
+        let agent = &access.url;
+        let body = match request::get(access, LIVE, REMEDY)? {
             AgentResponse::Found(body) => body,
             AgentResponse::NotFound(_) => bail!("{}", too_old(agent)),
             AgentResponse::NoAgent(error) => return Err(error.context(unreachable(agent))),

@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::Context as _;
 use tokio::signal::unix::{SignalKind, signal};
 
+use crate::cli::access::AgentAccess;
 use crate::cli::request::{self, AgentResponse, LIVE, document, unreachable};
 use crate::error::display_chain;
 use crate::export::live::LiveDocument;
@@ -22,12 +23,12 @@ pub enum AgentEvent {
 }
 
 /// The thread ends when the receiver is dropped.
-pub fn start(agent: String, token: Option<String>, interval: Duration, events: Sender<AgentEvent>) -> anyhow::Result<()> {
+pub fn start(agent: AgentAccess, interval: Duration, events: Sender<AgentEvent>) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
     let work = move || {
         runtime.block_on(async {
             tokio::select! {
-                () = poll(&agent, token.as_deref(), interval, &events) => {}
+                () = poll(&agent, interval, &events) => {}
                 () = termination_signal() => {
                     // Without a receiver the view has ended already.
                     let _ended = events.send(AgentEvent::Terminate);
@@ -39,12 +40,12 @@ pub fn start(agent: String, token: Option<String>, interval: Duration, events: S
     Ok(())
 }
 
-async fn poll(agent: &str, token: Option<&str>, interval: Duration, events: &Sender<AgentEvent>) {
+async fn poll(agent: &AgentAccess, interval: Duration, events: &Sender<AgentEvent>) {
     let mut interval = tokio::time::interval(interval);
     interval.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
     loop {
         interval.tick().await;
-        let event = match live(agent, token).await {
+        let event = match live(agent).await {
             Ok(live) => AgentEvent::LiveDocument(Box::new(live)),
             Err(error) => AgentEvent::Disconnected(display_chain(error.as_ref())),
         };
@@ -54,8 +55,9 @@ async fn poll(agent: &str, token: Option<&str>, interval: Duration, events: &Sen
     }
 }
 
-async fn live(agent: &str, token: Option<&str>) -> anyhow::Result<LiveDocument> {
-    match request::get_within(agent, LIVE, token, REMEDY).await? {
+async fn live(access: &AgentAccess) -> anyhow::Result<LiveDocument> {
+    let agent = &access.url;
+    match request::get_within(access, LIVE, REMEDY).await? {
         AgentResponse::Found(body) => document(agent, &body),
         AgentResponse::NotFound(_) => Err(anyhow::anyhow!(too_old(agent))),
         AgentResponse::NoAgent(error) => Err(error.context(unreachable(agent))),

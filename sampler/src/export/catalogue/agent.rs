@@ -56,6 +56,12 @@ families! {
         .help("Condition in which the agent measures less than it could; /api/v1/live, the web page and the log describe it. Value is \
                always 1.")
         .absent("while the condition does not hold");
+    HTTP_REJECTIONS: Family::counter("gpu_sampler_http_rejections_total", "requests", &["reason"])
+        .help("Number of rejected connections and requests: plain_http on a port with TLS, tls_handshake, unauthorized, rate_limit or \
+               foreign_host.");
+    CERTIFICATE_EXPIRY: Family::gauge("gpu_sampler_web_certificate_expiry_timestamp_seconds", "seconds", &[])
+        .help("Unix time when the certificate of the HTTP server expires, in seconds.")
+        .absent("without TLS");
     BUILD_INFO: Family::gauge("gpu_sampler_build_info", "none", &["version", "commit"])
         .help("Version and commit of the running agent; value is always 1.");
 }

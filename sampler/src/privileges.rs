@@ -1,0 +1,265 @@
+//! What the agent may do: the capabilities that it needs, and no system call that it never makes.
+//!
+//! Everything else is given up before the first thread starts, for the rest of its life: neither the driver's library nor a fault of the
+//! agent can start a program, load a module, mount, or change another process. The needed capabilities were found by removing one at a
+//! time; docs/security.md says what each is for.
+
+use std::fmt;
+
+use caps::{CapSet, Capability, CapsHashSet};
+use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+
+use crate::error::display_chain;
+
+/// A capability that the agent uses, and what it cannot do without it.
+pub struct NeededCapability {
+    pub capability: Capability,
+    pub without: &'static str,
+}
+
+const fn needed(capability: Capability, without: &'static str) -> NeededCapability {
+    NeededCapability { capability, without }
+}
+
+pub const NEEDED: [NeededCapability; 5] = [
+    needed(Capability::CAP_BPF, "kernel events: kernel mode inotify"),
+    needed(Capability::CAP_PERFMON, "kernel events: kernel mode inotify"),
+    needed(Capability::CAP_SYS_PTRACE, "namespaces, device nodes and environments of other users' processes"),
+    needed(Capability::CAP_DAC_READ_SEARCH, "files of runtimes and the kubelet that belong to other users"),
+    needed(Capability::CAP_SYS_RESOURCE, "memory for kernel events before Linux 5.11, and a higher limit of open files"),
+];
+
+/// Capabilities by number.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct CapabilitySet(u64);
+
+impl CapabilitySet {
+    const ALL: Self = Self(u64::MAX);
+
+    fn insert(&mut self, capability: Capability) {
+        self.0 |= 1 << capability.index();
+    }
+
+    fn contains(self, capability: Capability) -> bool {
+        self.0 & (1 << capability.index()) != 0
+    }
+}
+
+/// Names without their prefix, such as `bpf perfmon`.
+impl fmt::Display for CapabilitySet {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let names = caps::all().into_iter().filter(|capability| self.contains(*capability)).map(|capability| {
+            let name = capability.to_string();
+            name.strip_prefix("CAP_").unwrap_or(&name).to_lowercase()
+        });
+        let mut names: Vec<String> = names.collect();
+        names.sort_unstable();
+        f.write_str(&names.join(" "))
+    }
+}
+
+/// The capabilities with these names. `Err` is a name that is not one.
+pub fn kept<'a>(names: impl Iterator<Item = &'a str>) -> Result<CapabilitySet, String> {
+    let mut set = CapabilitySet::default();
+    for name in names {
+        if name == "all" {
+            return Ok(CapabilitySet::ALL);
+        }
+        let full = name.to_uppercase();
+        let full = if full.starts_with("CAP_") { full } else { format!("CAP_{full}") };
+        set.insert(full.parse::<Capability>().map_err(|_| name.to_owned())?);
+    }
+    Ok(set)
+}
+
+/// What [`restrict`] did.
+#[derive(Debug)]
+pub struct Restricted {
+    pub capabilities: CapabilitySet,
+    pub has_filter: bool,
+    problems: Vec<String>,
+}
+
+impl Restricted {
+    pub fn log(&self) {
+        let (capabilities, seccomp) = (self.capabilities.to_string(), self.has_filter);
+        tracing::info!(capabilities, seccomp, "privileges are restricted");
+        for problem in &self.problems {
+            tracing::warn!("some privileges are kept: {problem}");
+        }
+    }
+}
+
+/// Gives up what is not needed or kept, in this thread and those that it starts. What the kernel refuses is reported, not fatal.
+pub fn restrict(kept: CapabilitySet, seccomp: bool) -> Restricted {
+    let mut problems = Vec::new();
+    let capabilities = match drop_capabilities(kept) {
+        Ok(capabilities) => capabilities,
+        Err(error) => {
+            problems.push(format!("capabilities cannot be changed: {}", display_chain(&error)));
+            CapabilitySet::default()
+        }
+    };
+    let filtered = if seccomp { filter_system_calls() } else { Ok(()) };
+    let has_filter = seccomp && filtered.is_ok();
+    if let Err(error) = filtered {
+        problems.push(format!("no seccomp filter: {}; --seccomp false omits it", display_chain(&*error)));
+    }
+    Restricted { capabilities, has_filter, problems }
+}
+
+/// Capabilities that the process has now.
+fn present() -> Result<CapabilitySet, caps::errors::CapsError> {
+    let mut set = CapabilitySet::default();
+    caps::read(None, CapSet::Effective)?.into_iter().for_each(|capability| set.insert(capability));
+    Ok(set)
+}
+
+/// Those of [`NEEDED`] that are missing. `CAP_SYS_ADMIN` includes what the kernel later gave to `CAP_BPF` and `CAP_PERFMON`.
+pub fn missing(present: CapabilitySet) -> impl Iterator<Item = &'static NeededCapability> {
+    let is_bpf = |capability| matches!(capability, Capability::CAP_BPF | Capability::CAP_PERFMON);
+    let has =
+        move |capability| present.contains(capability) || (is_bpf(capability) && present.contains(Capability::CAP_SYS_ADMIN));
+    NEEDED.iter().filter(move |needed| !has(needed.capability))
+}
+
+fn drop_capabilities(kept: CapabilitySet) -> Result<CapabilitySet, caps::errors::CapsError> {
+    if kept == CapabilitySet::ALL {
+        return present();
+    }
+    let permitted = caps::read(None, CapSet::Permitted)?;
+    let mut wanted = kept;
+    NEEDED.iter().for_each(|needed| wanted.insert(needed.capability));
+    // Kernels before 5.8 and some engines do not know the two that it was divided into.
+    if !permitted.contains(&Capability::CAP_BPF) || !permitted.contains(&Capability::CAP_PERFMON) {
+        wanted.insert(Capability::CAP_SYS_ADMIN);
+    }
+    let remaining: CapsHashSet = permitted.iter().copied().filter(|capability| wanted.contains(*capability)).collect();
+    // Without CAP_SETPCAP the bounding set stays; a process without other privileges gains nothing from it.
+    if permitted.contains(&Capability::CAP_SETPCAP) {
+        let bounding = caps::runtime::thread_all_supported().into_iter().filter(|capability| !remaining.contains(capability));
+        for capability in bounding {
+            caps::drop(None, CapSet::Bounding, capability)?;
+        }
+    }
+    if caps::runtime::ambient_set_supported().is_ok() {
+        caps::clear(None, CapSet::Ambient)?;
+    }
+    caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
+    caps::set(None, CapSet::Effective, &remaining)?;
+    caps::set(None, CapSet::Permitted, &remaining)?;
+    present()
+}
+
+/// System calls that fail with EPERM: the agent starts no program, loads no module, mounts nothing, changes neither the clock nor another
+/// process, and stays in its namespaces and its user.
+const REFUSED: &[libc::c_long] = &[
+    libc::SYS_execve,
+    libc::SYS_execveat,
+    libc::SYS_ptrace,
+    libc::SYS_process_vm_readv,
+    libc::SYS_process_vm_writev,
+    libc::SYS_mount,
+    libc::SYS_umount2,
+    libc::SYS_pivot_root,
+    libc::SYS_chroot,
+    libc::SYS_move_mount,
+    libc::SYS_open_tree,
+    libc::SYS_fsopen,
+    libc::SYS_fsconfig,
+    libc::SYS_fsmount,
+    libc::SYS_fspick,
+    libc::SYS_mount_setattr,
+    libc::SYS_setns,
+    libc::SYS_unshare,
+    libc::SYS_init_module,
+    libc::SYS_finit_module,
+    libc::SYS_delete_module,
+    libc::SYS_kexec_load,
+    libc::SYS_reboot,
+    libc::SYS_swapon,
+    libc::SYS_swapoff,
+    libc::SYS_acct,
+    libc::SYS_quotactl,
+    libc::SYS_settimeofday,
+    libc::SYS_clock_settime,
+    libc::SYS_clock_adjtime,
+    libc::SYS_adjtimex,
+    libc::SYS_sethostname,
+    libc::SYS_setdomainname,
+    libc::SYS_setuid,
+    libc::SYS_setgid,
+    libc::SYS_setreuid,
+    libc::SYS_setregid,
+    libc::SYS_setresuid,
+    libc::SYS_setresgid,
+    libc::SYS_setgroups,
+    libc::SYS_add_key,
+    libc::SYS_request_key,
+    libc::SYS_keyctl,
+    libc::SYS_open_by_handle_at,
+    libc::SYS_userfaultfd,
+    libc::SYS_syslog,
+    libc::SYS_vhangup,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_iopl,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_ioperm,
+    #[cfg(target_arch = "x86_64")]
+    libc::SYS_modify_ldt,
+];
+
+/// The same calls have other numbers under the ABI of 32-bit pointers, which few kernels have.
+#[cfg(target_arch = "x86_64")]
+const X32: libc::c_long = 0x4000_0000;
+
+fn filter_system_calls() -> Result<(), Box<dyn std::error::Error>> {
+    let refused = REFUSED.iter().copied();
+    #[cfg(target_arch = "x86_64")]
+    let refused = refused.chain(REFUSED.iter().map(|number| number | X32));
+    let rules = refused.map(|number| (number, Vec::new())).collect();
+    let arch = std::env::consts::ARCH.try_into()?;
+    let errno = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let filter: BpfProgram = SeccompFilter::new(rules, SeccompAction::Allow, errno, arch)?.try_into()?;
+    // This also sets no_new_privs.
+    seccompiler::apply_filter(&filter)?;
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn capabilities_are_named_with_and_without_their_prefix() {
+        let kept = |names: &[&str]| kept(names.iter().copied()).map(|set| set.to_string());
+        assert_eq!(kept(&["sys_admin", "CAP_MKNOD"]), Ok("mknod sys_admin".into()));
+        assert_eq!(kept(&[]), Ok(String::new()));
+        assert_eq!(kept(&["bpf", "root"]), Err("root".into()));
+        assert!(super::kept(["all"].into_iter()).unwrap().contains(Capability::CAP_SYS_BOOT));
+    }
+
+    #[test]
+    fn sys_admin_stands_for_bpf_and_perfmon() {
+        let missing = |names: &[&str]| {
+            let set = kept(names.iter().copied()).unwrap();
+            missing(set).map(|needed| needed.capability).collect::<Vec<_>>()
+        };
+        let others = ["sys_ptrace", "dac_read_search", "sys_resource"];
+        assert_eq!(missing(&[&others[..], &["sys_admin"]].concat()), []);
+        assert_eq!(missing(&[&others[..], &["bpf"]].concat()), [Capability::CAP_PERFMON]);
+    }
+
+    #[test]
+    fn a_restricted_thread_starts_no_program() {
+        // Only this thread is restricted.
+        let restricted = std::thread::spawn(|| {
+            let restricted = restrict(CapabilitySet::ALL, true);
+            (restricted.has_filter, std::process::Command::new("/bin/true").status())
+        });
+        let (has_filter, started) = restricted.join().unwrap();
+        assert!(has_filter);
+        assert_eq!(started.unwrap_err().kind(), std::io::ErrorKind::PermissionDenied);
+        assert!(std::process::Command::new("/bin/true").status().unwrap().success());
+    }
+}
