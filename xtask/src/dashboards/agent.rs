@@ -153,6 +153,12 @@ fn cost() -> PanelGroup {
             format!("scrape_duration_seconds * on (job, instance) group_left () gpu_sampler_build_info{{{HERE}}}"),
             "{{instance}}",
         ),
+        Panel::series(
+            "Rejected requests",
+            "cps",
+            "Connections and requests without valid credentials, protocol or Host, by reason.",
+        )
+        .query(rate("reason", "gpu_sampler_http_rejections_total"), "{{reason}}"),
         Panel::series("Series per scrape", "none", "As Prometheus counts them.").query(
             format!("scrape_samples_scraped * on (job, instance) group_left () gpu_sampler_build_info{{{HERE}}}"),
             "{{instance}}",
