@@ -28,6 +28,7 @@ mod losses;
 mod matrix;
 mod metrics;
 mod modes;
+mod monitoring;
 mod pid_space;
 mod places;
 mod pressure;

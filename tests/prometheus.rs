@@ -7,52 +7,9 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, free_port, get, wait_for};
+use gpu_sampler_tests::prometheus::PrometheusServer;
+use gpu_sampler_tests::{Agent, Docker, Sample, Sim, get, wait_for};
 use serde_json::Value;
-
-const SETTINGS: &str = include_str!("../deploy/prometheus/scrape.yml");
-
-struct PrometheusServer {
-    port: u16,
-    _process: Running,
-    _dir: tempfile::TempDir,
-}
-
-impl PrometheusServer {
-    /// The shipped settings with another interval and path, and target labels as a Kubernetes pod monitor adds them.
-    fn start(agent: u16, interval: &str, path: &str) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
-        let target =
-            format!("[\"127.0.0.1:{agent}\"]\n      labels: {{namespace: monitoring, pod: gpu-sampler-x, container: agent}}");
-        let job =
-            SETTINGS.replace("15s", &format!("{interval}\n  metrics_path: {path}")).replace("[\"127.0.0.1:9836\"]", &target);
-        ensure!(job.contains("gpu-sampler-x") && job.contains(path), "the shipped settings changed their shape");
-        std::fs::write(dir.path().join("p.yml"), format!("scrape_configs:\n{job}"))?;
-        let port = free_port()?;
-        let process = Command::new("prometheus")
-            .arg(format!("--config.file={}", dir.path().join("p.yml").display()))
-            .arg(format!("--storage.tsdb.path={}", dir.path().join("data").display()))
-            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-            .stderr(Stdio::null())
-            .spawn()
-            .context("starting prometheus")?;
-        let server = Self { port, _process: Running(process), _dir: dir };
-        wait_for("Prometheus is ready", Duration::from_secs(60), || Ok(get(port, "/-/ready").ok()))?;
-        Ok(server)
-    }
-
-    fn query(&self, query: &str) -> Result<Vec<Value>> {
-        let escaped: String = query.bytes().map(|b| format!("%{b:02X}")).collect();
-        let response: Value = serde_json::from_str(&get(self.port, &format!("/api/v1/query?query={escaped}"))?)?;
-        response["data"]["result"].as_array().cloned().with_context(|| response.to_string())
-    }
-
-    fn number(&self, query: &str) -> Result<f64> {
-        let result = self.query(query)?;
-        let value = result.first().and_then(|r| r["value"][1].as_str()).with_context(|| format!("{query}: nothing"))?;
-        Ok(value.parse()?)
-    }
-}
 
 #[test]
 fn each_of_several_scrapers_counts_short_containers_completely() -> Result<()> {
@@ -60,15 +17,15 @@ fn each_of_several_scrapers_counts_short_containers_completely() -> Result<()> {
     let docker = Docker::new()?;
     let agent = Agent::start(Some(&sim), &[])?;
     // The last one takes no start of a counter from the others.
-    let _of_kubelet = PrometheusServer::start(agent.port, "1s", "/metrics/cadvisor")?;
-    let early = PrometheusServer::start(agent.port, "1s", "/metrics")?;
+    let _of_kubelet = PrometheusServer::start(agent.port, "1s", "/metrics/cadvisor", "default")?;
+    let early = PrometheusServer::start(agent.port, "1s", "/metrics", "default")?;
     // One container starts before the range begins, so that every series of the sums exists by then.
     let (_, first) = docker.pod("batch", "first", 5)?;
     let _first_load = sim.load(first, 0, 0.2, &[])?;
     wait_for("the namespace is in Prometheus", Duration::from_secs(30), || {
         Ok(early.query("gpu_credited_seconds_total{namespace=\"batch\"} > 0")?.pop())
     })?;
-    let late = PrometheusServer::start(agent.port, "2s", "/metrics")?;
+    let late = PrometheusServer::start(agent.port, "2s", "/metrics", "default")?;
     wait_for("the second server has scraped", Duration::from_secs(30), || Ok(late.query("gpu_sampler_build_info")?.pop()))?;
     let from = Instant::now();
     let mut loads = Vec::new();
@@ -162,14 +119,14 @@ fn prometheus_negotiates_openmetrics_and_gzip() -> Result<()> {
     let sim = Sim::new("[[gpus]]")?;
     let agent = Agent::start(Some(&sim), &[])?;
     let listener = TcpListener::bind("127.0.0.1:0")?;
-    let server = PrometheusServer::start(listener.local_addr()?.port(), "5s", "/metrics")?;
+    let server = PrometheusServer::start(listener.local_addr()?.port(), "5s", "/metrics", "default")?;
     let (request, response) = relay(&listener, agent.port)?;
     ensure!(request.contains("accept-encoding: gzip") && request.contains("application/openmetrics-text"), "{request}");
     ensure!(response.contains("content-encoding: gzip"), "{response}");
     ensure!(response.contains("content-type: application/openmetrics-text; version=1.0.0"), "{response}");
     drop(server);
 
-    let direct = PrometheusServer::start(agent.port, "1s", "/metrics\n  params: {\"collect[]\": [all]}")?;
+    let direct = PrometheusServer::start(agent.port, "1s", "/metrics", "all")?;
     wait_for("Prometheus has units", Duration::from_secs(30), || {
         let metadata: Value = serde_json::from_str(&get(direct.port, "/api/v1/targets/metadata?metric=gpu_time_seconds")?)?;
         let of_gpu = &metadata["data"][0];

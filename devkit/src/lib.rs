@@ -8,6 +8,7 @@
 #[cfg(feature = "http")]
 pub mod http;
 pub mod process;
+pub mod promql;
 mod random;
 
 pub use random::Random;

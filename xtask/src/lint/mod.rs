@@ -2,6 +2,7 @@
 
 mod families;
 mod imports;
+mod monitoring;
 mod type_names;
 mod words;
 
@@ -10,11 +11,12 @@ use anyhow::{Result, bail};
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 8] = [
+const CHECKS: [(&str, Check); 9] = [
     ("format", format),
     ("imports", imports::check),
     ("type-names", type_names::check),
     ("families", families::check),
+    ("monitoring", monitoring::check),
     ("words", words::check),
     ("clippy", clippy),
     ("licences", licences),

@@ -22,7 +22,7 @@ use std::{
 /// Tests that run at once. Most wait for the simulated driver most of the time.
 const LANES: usize = 2;
 /// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
-const ALONE: [&str; 16] = [
+const ALONE: [&str; 17] = [
     "accuracy",
     "behaviours",
     "contention",
@@ -34,6 +34,7 @@ const ALONE: [&str; 16] = [
     "latency",
     "lives",
     "modes",
+    "monitoring",
     "places",
     "pressure",
     "prometheus",
