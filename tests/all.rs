@@ -20,6 +20,7 @@ mod gpu_recording;
 mod gpu_samples;
 mod hardware;
 mod holders;
+mod image;
 mod labels;
 mod latency;
 mod launches;

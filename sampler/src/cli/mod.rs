@@ -5,6 +5,7 @@ mod agent_args;
 mod client;
 mod doctor;
 mod explain;
+mod health;
 mod holders;
 mod output;
 mod record;
@@ -46,6 +47,8 @@ enum Command {
     Top(top::Top),
     /// Close all handles of GPUs for a while, so that they can be reset, partitioned or unbound
     Release(release::ReleaseArgs),
+    /// Check whether an agent responds; exit 1 if it does not
+    Health(health::HealthArgs),
     /// Explain which container a process, cgroup or sample belongs to, and where its labels come from
     Explain(Box<explain::Explain>),
     /// Check kernel, driver, runtimes and permissions, with remedies; exit 1 if the agent cannot run
@@ -86,6 +89,7 @@ impl Cli {
             Command::Report(report) => return report.run(),
             Command::Top(top) => top.run()?,
             Command::Release(release) => release.run()?,
+            Command::Health(health) => health.run()?,
             Command::Explain(explain) => explain.run()?,
             Command::Doctor(doctor) => {
                 log("error");

@@ -22,7 +22,7 @@ use std::{
 /// Tests that run at once. Most wait for the simulated driver most of the time.
 const LANES: usize = 2;
 /// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
-const ALONE: [&str; 17] = [
+const ALONE: [&str; 18] = [
     "accuracy",
     "behaviours",
     "contention",
@@ -30,6 +30,7 @@ const ALONE: [&str; 17] = [
     "doubles",
     "faults",
     "gpu_recording",
+    "image",
     "labels",
     "latency",
     "lives",
