@@ -31,6 +31,7 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
+use crate::service_notify::ServiceNotifier;
 use crate::session::{Recorder, SessionInputs, Store};
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
@@ -89,6 +90,14 @@ fn raise_descriptor_limit() -> usize {
     present.map_or(usize::MAX, |present| usize::try_from(present).unwrap_or(usize::MAX))
 }
 
+/// The text that `systemctl status` shows.
+fn status(config: &Config, health: &Health, snapshot: &Snapshot) -> String {
+    let view = health.view();
+    let degraded: Vec<_> = view.degraded.iter().map(|(condition, _)| condition.key()).collect();
+    let degraded = if degraded.is_empty() { String::new() } else { format!("; degraded: {}", degraded.join(", ")) };
+    format!("listening on {}; kernel mode {}; {} GPUs{degraded}", config.listen, view.kernel_mode, snapshot.gpus.len())
+}
+
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(config: Config) -> anyhow::Result<()> {
     let runtime = tokio::runtime::Builder::new_multi_thread()
@@ -100,7 +109,7 @@ pub fn run(config: Config) -> anyhow::Result<()> {
     let result = runtime.block_on(async {
         // The port is bound first, so that this error is reported before anything is loaded.
         let listener = http::bind(config.listen).await?;
-        serve(Arc::new(config), listener, signalled()).await
+        serve(Arc::new(config), listener, ServiceNotifier::from_environment(), signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
@@ -108,7 +117,12 @@ pub fn run(config: Config) -> anyhow::Result<()> {
 }
 
 /// Runs the agent until `stop_requested`.
-pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: impl Future<Output = ()>) -> anyhow::Result<()> {
+pub async fn serve(
+    config: Arc<Config>,
+    listener: TcpListener,
+    notifier: Option<ServiceNotifier>,
+    stop_requested: impl Future<Output = ()>,
+) -> anyhow::Result<()> {
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
@@ -161,6 +175,10 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
             tracing::warn!(error = display_chain(&error), "cannot list sessions of earlier runs");
         }
     });
+    if let Some(notifier) = notifier.clone() {
+        let (config, health, snapshot) = (Arc::clone(&config), Arc::clone(&health), Arc::clone(&snapshot));
+        tokio::spawn(notifier.report(Arc::clone(&health), move || status(&config, &health, &snapshot.load())));
+    }
     let state = AppState {
         config: Arc::clone(&config),
         snapshot,
@@ -180,6 +198,9 @@ pub async fn serve(config: Arc<Config>, listener: TcpListener, stop_requested: i
         tokio::select! {
             () = stop_requested => {}
             _ = core_ended => tracing::error!("the core thread ended"),
+        }
+        if let Some(notifier) = notifier {
+            notifier.stopping();
         }
     })
     .await;

@@ -16,6 +16,7 @@ mod inbox;
 mod labels;
 mod observe;
 mod query;
+mod service_notify;
 mod session;
 
 use std::process::ExitCode;

@@ -15,6 +15,8 @@ mod ebpf;
 mod gpu;
 mod janitor;
 mod lint;
+mod package;
+mod pinned;
 mod setup;
 #[expect(unsafe_code, reason = "system calls that std does not offer: signals, prctl")]
 mod sys;
@@ -38,7 +40,8 @@ cargo xtask VERB
   lint [CHECK..]                   check format, imports, families, words, clippy, licences, home-paths
   build [--debug]                  build the kernel program, the agent, the simulator
   docs                             rewrite docs/metrics.md from the metric catalogue
-  dist                             build a release tarball in target/dist
+  dist                             build a release tarball and its SPDX list of crates in target/dist
+  package                          build the .deb and the .rpm in target/dist, and check them
 ";
 
 fn main() -> ExitCode {
@@ -59,6 +62,7 @@ fn main() -> ExitCode {
         "build-ebpf" => ebpf::verb(rest),
         "docs" => docs::verb(rest),
         "dist" => dist::verb(rest),
+        "package" => package::verb(rest),
         janitor::VERB => janitor::verb(),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

@@ -5,7 +5,9 @@ mod client;
 mod doctor;
 mod explain;
 mod holders;
+mod journal;
 mod output;
+mod packaging;
 mod record;
 mod release;
 mod report;
@@ -18,7 +20,7 @@ mod top;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use self::output::{log, print};
 use crate::agent;
@@ -50,6 +52,10 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Print the commented configuration reference, or validate a file
     Config(Config),
+    /// Print the completion script of a shell
+    Completions(packaging::Completions),
+    /// Print the manual page of this program, or write the pages of it and of all its commands
+    Man(packaging::ManArgs),
 }
 
 #[derive(Args)]
@@ -94,6 +100,8 @@ impl Cli {
                 print(&format!("{}: valid\n", file.display()))?;
             }
             Command::Config(_) => print(REFERENCE)?,
+            Command::Completions(completions) => completions.run(Self::command())?,
+            Command::Man(man) => man.run(Self::command())?,
         }
         Ok(ExitCode::SUCCESS)
     }

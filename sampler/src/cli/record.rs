@@ -149,7 +149,7 @@ impl Record {
         let client =
             Client::new(&format!("http://{}", listener.local_addr().context("cannot read the address of the socket")?), None)?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = agent::serve(Arc::new(config), listener, async {
+        let serving = agent::serve(Arc::new(config), listener, None, async {
             // The sender is dropped to stop the agent.
             let _dropped = stopped.await;
         });

@@ -22,7 +22,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
         &[
             &["allocator", "error", "collectors", "host_name", "host_root"],
             &["config", "health", "query"],
-            &["inbox"],
+            &["inbox", "service_notify"],
             &["observe"],
             &["labels"],
             &["explain", "session"],

@@ -3,6 +3,7 @@
 mod families;
 mod imports;
 mod type_names;
+mod unit;
 mod words;
 
 use crate::tools::{self, on_path, progress, run};
@@ -10,12 +11,13 @@ use anyhow::{Result, bail};
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 8] = [
+const CHECKS: [(&str, Check); 9] = [
     ("format", format),
     ("imports", imports::check),
     ("type-names", type_names::check),
     ("families", families::check),
     ("words", words::check),
+    ("unit", unit::check),
     ("clippy", clippy),
     ("licences", licences),
     ("home-paths", home_paths),
