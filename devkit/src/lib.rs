@@ -1,7 +1,7 @@
 //! What xtask, the tests and the benches share. Nothing here is part of the agent.
 //!
 //! Without features it has no dependencies, so that the pure packages can use it in their tests, and the simulated driver in programs that
-//! load it. `http` adds the HTTP client.
+//! load it. `http` adds the HTTP client, `venv` Python environments.
 
 #![forbid(unsafe_code)]
 
@@ -10,5 +10,9 @@ pub mod http;
 pub mod process;
 pub mod promql;
 mod random;
+#[cfg(feature = "venv")]
+mod venv;
 
 pub use random::Random;
+#[cfg(feature = "venv")]
+pub use venv::venv;

@@ -35,6 +35,7 @@ use crate::observe::pressure;
 use crate::privileges;
 use crate::reload::{self, SettingsSource};
 use crate::security::Security;
+use crate::service_notify::ServiceNotifier;
 use crate::session::{Recorder, SessionInputs, Store};
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
@@ -93,6 +94,14 @@ fn raise_descriptor_limit() -> usize {
     present.map_or(usize::MAX, |present| usize::try_from(present).unwrap_or(usize::MAX))
 }
 
+/// The text that `systemctl status` shows.
+fn status(config: &Config, health: &Health, snapshot: &Snapshot) -> String {
+    let view = health.view();
+    let degraded: Vec<_> = view.degraded.iter().map(|(condition, _)| condition.key()).collect();
+    let degraded = if degraded.is_empty() { String::new() } else { format!("; degraded: {}", degraded.join(", ")) };
+    format!("listening on {}; kernel mode {}; {} GPUs{degraded}", config.listen, view.kernel_mode, snapshot.gpus.len())
+}
+
 /// Runs the agent until SIGINT or SIGTERM.
 pub fn run(source: SettingsSource) -> anyhow::Result<()> {
     let config = source.config()?;
@@ -110,7 +119,7 @@ pub fn run(source: SettingsSource) -> anyhow::Result<()> {
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
         let listener = TcpListener::from_std(listener).context("cannot wait for connections")?;
-        serve(Arc::new(config), Some(source), listener, signalled()).await
+        serve(Arc::new(config), Some(source), listener, ServiceNotifier::from_environment(), signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
@@ -122,6 +131,7 @@ pub async fn serve(
     config: Arc<Config>,
     source: Option<SettingsSource>,
     listener: TcpListener,
+    notifier: Option<ServiceNotifier>,
     stop_requested: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
     let descriptors = raise_descriptor_limit();
@@ -177,6 +187,10 @@ pub async fn serve(
             tracing::warn!(error = display_chain(&error), "cannot list sessions of earlier runs");
         }
     });
+    if let Some(notifier) = notifier.clone() {
+        let (config, health, snapshot) = (Arc::clone(&config), Arc::clone(&health), Arc::clone(&snapshot));
+        tokio::spawn(notifier.report(Arc::clone(&health), move || status(&config, &health, &snapshot.load())));
+    }
     let state = AppState {
         config: ArcSwap::new(Arc::clone(&config)),
         security,
@@ -203,6 +217,9 @@ pub async fn serve(
         tokio::select! {
             () = stop_requested => {}
             _ = core_ended => tracing::error!("the core thread ended"),
+        }
+        if let Some(notifier) = notifier {
+            notifier.stopping();
         }
     })
     .await;

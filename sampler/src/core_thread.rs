@@ -187,6 +187,7 @@ impl CoreThread {
             let has_events = self.tracker.mode() == Mode::RawTracepoint;
             self.wait(turn.idle(if has_events { TAKE_EVERY } else { TAKE_EVERY_WITHOUT_EVENTS }));
             self.turn(&mut turn);
+            self.health.core_turned();
         }
     }
 

@@ -19,6 +19,7 @@ mod privileges;
 mod query;
 mod reload;
 mod security;
+mod service_notify;
 mod session;
 
 use std::process::ExitCode;

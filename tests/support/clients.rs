@@ -16,16 +16,7 @@ fn tools() -> PathBuf {
 
 /// A Python environment with exactly these packages; its `bin` folder.
 pub fn venv(packages: &[&str]) -> Result<PathBuf> {
-    let folder = tools().join("venvs").join(packages.join(","));
-    let complete = folder.join("complete");
-    if !complete.exists() {
-        let made = Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder).status()?;
-        ensure!(made.success(), "python3 -m venv failed");
-        let pip = Command::new(folder.join("bin/pip")).args(["install", "--quiet"]).args(packages).status()?;
-        ensure!(pip.success(), "pip install {} failed", packages.join(" "));
-        std::fs::write(complete, "")?;
-    }
-    Ok(folder.join("bin"))
+    devkit::venv(&tools(), packages)
 }
 
 /// A folder with Node.js and exactly these packages of npm: the paths of `node` and of `node_modules`.

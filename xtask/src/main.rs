@@ -16,6 +16,8 @@ mod ebpf;
 mod gpu;
 mod janitor;
 mod lint;
+mod package;
+mod pinned;
 mod setup;
 #[expect(unsafe_code, reason = "system calls that std does not offer: signals, prctl")]
 mod sys;
@@ -39,7 +41,8 @@ cargo xtask VERB
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug]                  build the kernel program, the agent, the simulator
   docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
-  dist                             build a release tarball in target/dist
+  dist                             build a release tarball and its SPDX list of crates in target/dist
+  package                          build the .deb and the .rpm in target/dist, and check them
 ";
 
 fn main() -> ExitCode {
@@ -60,6 +63,7 @@ fn main() -> ExitCode {
         "build-ebpf" => ebpf::verb(rest),
         "docs" => docs::verb(rest),
         "dist" => dist::verb(rest),
+        "package" => package::verb(rest),
         janitor::VERB => janitor::verb(),
         "help" | "--help" | "-h" => {
             print!("{HELP}");

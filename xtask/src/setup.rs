@@ -4,7 +4,7 @@
 //! manager and `target/tools`.
 
 use crate::{
-    debian, ebpf, sys,
+    debian, ebpf, pinned, sys,
     tools::{self, on_path, output, progress, run},
 };
 use anyhow::{Context, Result, bail};
@@ -30,6 +30,8 @@ pub enum Scope {
     Tests,
     /// Requirements to make and boot virtual machines.
     Vm,
+    /// Requirements to build and check packages.
+    Packages,
 }
 
 enum Missing {
@@ -139,8 +141,10 @@ fn packages_of(missing: &[Missing]) -> Vec<String> {
 }
 
 fn missing(scope: Scope) -> Vec<Missing> {
-    if scope == Scope::Vm {
-        return missing_commands(&FOR_VM);
+    match scope {
+        Scope::Vm => return missing_commands(&FOR_VM),
+        Scope::Packages => return missing_commands(&FOR_PACKAGES),
+        Scope::Ebpf | Scope::Tests => {}
     }
     let mut missing = missing_for_ebpf();
     if scope == Scope::Tests {
@@ -203,6 +207,12 @@ const FOR_VM: [Wanted; 7] = [
     ("xz, to decompress modules", "xz", "xz-utils"),
     ("zstd, to decompress modules", "zstd", "zstd"),
     ("unshare, for debootstrap's namespaces", "unshare", "util-linux"),
+];
+
+const FOR_PACKAGES: [Wanted; 3] = [
+    ("dpkg-shlibdeps, for the libraries that a .deb depends on", "dpkg-shlibdeps", "dpkg-dev"),
+    ("rpm, to check packages", "rpm", "rpm"),
+    ("man, to check manual pages", "man", "man-db"),
 ];
 
 fn missing_commands(wanted: &[Wanted]) -> Vec<Missing> {
@@ -327,10 +337,7 @@ fn linker_args(llvm: u32) -> Vec<String> {
 fn install_linker(llvm: u32) -> Result<()> {
     let prefix = llvm_prefix(llvm).with_context(|| format!("LLVM {llvm} is not installed"))?;
     progress("setup: building bpf-linker from source, which takes a minute or two");
-    let mut cargo = tools::cargo(&[])?;
-    for name in ["CARGO_TARGET_DIR", "CARGO_BUILD_TARGET", "RUSTFLAGS", "CARGO_ENCODED_RUSTFLAGS"] {
-        cargo.env_remove(name);
-    }
+    let mut cargo = pinned::cargo()?;
     cargo.env("LLVM_PREFIX", prefix).args(linker_args(llvm));
     // An installed linker that cannot start, or is too old, has to be replaced.
     if ebpf::linker().exists() {

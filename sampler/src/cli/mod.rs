@@ -7,7 +7,9 @@ mod doctor;
 mod explain;
 mod health;
 mod holders;
+mod journal;
 mod output;
+mod packaging;
 mod record;
 mod release;
 mod report;
@@ -20,7 +22,7 @@ mod top;
 use std::path::PathBuf;
 use std::process::ExitCode;
 
-use clap::{Args, Parser, Subcommand};
+use clap::{Args, CommandFactory as _, Parser, Subcommand};
 
 use self::output::{log, print};
 use crate::agent;
@@ -55,6 +57,10 @@ enum Command {
     Doctor(doctor::Doctor),
     /// Print the commented configuration reference, or validate a file
     Config(Config),
+    /// Print the completion script of a shell
+    Completions(packaging::Completions),
+    /// Print the manual page of this program, or write the pages of it and of all its commands
+    Man(packaging::ManArgs),
 }
 
 #[derive(Args)]
@@ -100,6 +106,8 @@ impl Cli {
                 print(&format!("{}: valid\n", file.display()))?;
             }
             Command::Config(_) => print(REFERENCE)?,
+            Command::Completions(completions) => completions.run(Self::command())?,
+            Command::Man(man) => man.run(Self::command())?,
         }
         Ok(ExitCode::SUCCESS)
     }

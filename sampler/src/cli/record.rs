@@ -150,7 +150,7 @@ impl Record {
         let address = listener.local_addr().context("cannot read the address of the socket")?;
         let client = Client::new(&AgentAccess::plain(format!("http://{address}")))?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = agent::serve(Arc::new(config), None, TcpListener::from_std(listener)?, async {
+        let serving = agent::serve(Arc::new(config), None, TcpListener::from_std(listener)?, None, async {
             // The sender is dropped to stop the agent.
             let _dropped = stopped.await;
         });

@@ -7,7 +7,7 @@ pub mod condition;
 pub mod nvml_calls;
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -115,6 +115,8 @@ struct HealthState {
 pub struct Health {
     inner: Mutex<HealthState>,
     ready: AtomicBool,
+    /// Turns of the core thread so far.
+    core_turns: AtomicU64,
     pub driver: DriverHealth,
 }
 
@@ -130,6 +132,15 @@ impl Health {
 
     pub fn ready(&self) -> bool {
         self.ready.load(Ordering::Relaxed)
+    }
+
+    /// Counts a turn of the core thread: the sign that it makes progress.
+    pub fn core_turned(&self) {
+        self.core_turns.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub fn core_turns(&self) -> u64 {
+        self.core_turns.load(Ordering::Relaxed)
     }
 
     /// Begins a condition or changes its message; logged if the message is new. The remedy of the condition is appended to the message.

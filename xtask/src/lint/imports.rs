@@ -22,7 +22,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
         &[
             &["allocator", "error", "collectors", "host_name", "host_root", "privileges"],
             &["config", "health", "query", "security"],
-            &["inbox"],
+            &["inbox", "service_notify"],
             &["observe"],
             &["labels"],
             &["explain", "session"],

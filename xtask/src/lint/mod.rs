@@ -4,6 +4,7 @@ mod families;
 mod imports;
 mod monitoring;
 mod type_names;
+mod unit;
 mod words;
 
 use crate::tools::{self, on_path, progress, run};
@@ -11,13 +12,14 @@ use anyhow::{Result, bail};
 
 type Check = fn() -> Result<()>;
 
-const CHECKS: [(&str, Check); 9] = [
+const CHECKS: [(&str, Check); 10] = [
     ("format", format),
     ("imports", imports::check),
     ("type-names", type_names::check),
     ("families", families::check),
     ("monitoring", monitoring::check),
     ("words", words::check),
+    ("unit", unit::check),
     ("clippy", clippy),
     ("licences", licences),
     ("home-paths", home_paths),

@@ -1,0 +1,20 @@
+//! Python environments with pinned packages from PyPI, kept between runs.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use anyhow::{Result, ensure};
+
+/// A Python environment with exactly these packages, made in a folder of `tools` if it is missing; its `bin` folder.
+pub fn venv(tools: &Path, packages: &[&str]) -> Result<PathBuf> {
+    let folder = tools.join("venvs").join(packages.join(","));
+    let complete = folder.join("complete");
+    if !complete.exists() {
+        let made = Command::new("python3").args(["-m", "venv", "--clear"]).arg(&folder).status()?;
+        ensure!(made.success(), "python3 -m venv failed");
+        let pip = Command::new(folder.join("bin/pip")).args(["install", "--quiet"]).args(packages).status()?;
+        ensure!(pip.success(), "pip install {} failed", packages.join(" "));
+        std::fs::write(complete, "")?;
+    }
+    Ok(folder.join("bin"))
+}
