@@ -211,7 +211,7 @@ pub async fn serve(
     tracing::info!(url = format!("{scheme}://{}/metrics", config.listen), cgroups = cgroup_layout, "serving");
     let state = Arc::new(state);
     if let Some(source) = source {
-        tokio::spawn(reload::on_hangup(source, Arc::clone(&state)));
+        tokio::spawn(reload::on_hangup(source, Arc::clone(&state), notifier.clone()));
     }
     let served = server::serve(listener, state, async {
         tokio::select! {

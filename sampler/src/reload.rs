@@ -8,6 +8,7 @@ use tokio::signal::unix::{SignalKind, signal};
 use crate::config::{Config, ConfigError, Settings};
 use crate::error::display_chain;
 use crate::export::state::AppState;
+use crate::service_notify::ServiceNotifier;
 
 /// The keys that take effect without a restart. The content of the files with credentials does as well.
 const RELOADED: [&str; 5] = ["allowed_host", "collect", "open_metrics", "pod_labels", "reservation_namespace"];
@@ -61,8 +62,17 @@ fn reloaded(present: &Settings, new: Settings) -> (Settings, Changes) {
     (settings, Changes { applied, ignored })
 }
 
+fn apply(source: &SettingsSource, state: &AppState, before: &Settings) -> Result<(Settings, Changes), ConfigError> {
+    let (settings, changes) = reloaded(before, source.merged()?);
+    let config = settings.clone().validate(None)?;
+    config.check_security()?;
+    state.config.store(Arc::new(config));
+    state.security.check();
+    Ok((settings, changes))
+}
+
 /// Reads the settings and the files with credentials again on every SIGHUP.
-pub async fn on_hangup(source: SettingsSource, state: Arc<AppState>) {
+pub async fn on_hangup(source: SettingsSource, state: Arc<AppState>, notifier: Option<ServiceNotifier>) {
     let mut hangups = match signal(SignalKind::hangup()) {
         Ok(hangups) => hangups,
         Err(error) => return tracing::warn!(%error, "cannot handle SIGHUP: settings are not read again"),
@@ -72,15 +82,11 @@ pub async fn on_hangup(source: SettingsSource, state: Arc<AppState>) {
         Err(error) => return tracing::warn!(error = display_chain(&error), "cannot read the settings again"),
     };
     while hangups.recv().await.is_some() {
-        let (source, this, before) = (source.clone(), Arc::clone(&state), present.clone());
+        let (source, this, before, notifier) = (source.clone(), Arc::clone(&state), present.clone(), notifier.clone());
         // Files may be slow.
-        let reload = tokio::task::spawn_blocking(move || {
-            let (settings, changes) = reloaded(&before, source.merged()?);
-            let config = settings.clone().validate(None)?;
-            config.check_security()?;
-            this.config.store(Arc::new(config));
-            this.security.check();
-            Ok::<_, ConfigError>((settings, changes))
+        let reload = tokio::task::spawn_blocking(move || match notifier {
+            Some(notifier) => notifier.reloading(|| apply(&source, &this, &before)),
+            None => apply(&source, &this, &before),
         });
         match reload.await {
             Ok(Ok((settings, Changes { applied, ignored }))) => {

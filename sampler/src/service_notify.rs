@@ -97,11 +97,11 @@ impl ServiceNotifier {
     }
 
     /// Reports that the agent reads its configuration again, calls `reload`, and reports that it is ready again.
-    #[expect(dead_code, reason = "for the handler of SIGHUP")]
-    pub fn reloading(&self, reload: impl FnOnce()) {
+    pub fn reloading<T>(&self, reload: impl FnOnce() -> T) -> T {
         self.send(&reloading_message());
-        reload();
+        let result = reload();
         self.send("READY=1");
+        result
     }
 
     pub fn stopping(&self) {
