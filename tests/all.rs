@@ -5,6 +5,7 @@ mod activation;
 mod allowed_hosts;
 mod bad_input;
 mod behaviours;
+mod chart;
 mod contention;
 mod demo;
 mod docker;

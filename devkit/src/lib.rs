@@ -15,4 +15,4 @@ mod venv;
 
 pub use random::Random;
 #[cfg(feature = "venv")]
-pub use venv::venv;
+pub use venv::{CHART_PACKAGES, venv};

@@ -5,6 +5,9 @@ use std::process::Command;
 
 use anyhow::{Result, ensure};
 
+/// Helm's engine and the schemas of Kubernetes, for the chart.
+pub const CHART_PACKAGES: [&str; 2] = ["helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
+
 /// A Python environment with exactly these packages, made in a folder of `tools` if it is missing; its `bin` folder.
 pub fn venv(tools: &Path, packages: &[&str]) -> Result<PathBuf> {
     let folder = tools.join("venvs").join(packages.join(","));

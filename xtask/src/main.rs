@@ -6,6 +6,7 @@
 mod agent;
 mod bench;
 mod build;
+mod chart;
 mod dashboards;
 mod debian;
 mod demo;
@@ -41,6 +42,7 @@ cargo xtask VERB
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug]                  build the kernel program, the agent, the simulator
   docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
+  chart [--check]                  render the Helm chart's manifests, snapshots and README, or check them
   dist                             build a release tarball and its SPDX list of crates in target/dist
   package                          build the .deb and the .rpm in target/dist, and check them
 ";
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),
         "docs" => docs::verb(rest),
+        "chart" => chart::verb(rest),
         "dist" => dist::verb(rest),
         "package" => package::verb(rest),
         janitor::VERB => janitor::verb(),
