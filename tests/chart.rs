@@ -24,16 +24,22 @@ fn the_chart_renders_valid_objects_and_what_is_derived_from_it_is_current() -> R
 /// The flags of the objects are those of the program.
 #[test]
 fn rendered_arguments_are_accepted_by_the_agent() -> Result<()> {
-    let (_, run, _) = run_cli(&["run", "--help"])?;
-    let (_, health, _) = run_cli(&["health", "--help"])?;
+    let commands = ["run", "health"];
+    let help = |command: &str| anyhow::Ok(run_cli(&[command, "--help"])?.1);
+    let helps = [help("run")?, help("health")?];
     let mut seen = 0;
     for entry in std::fs::read_dir(helm()?.join("snapshots"))? {
         let path = entry?.path();
         let text = std::fs::read_to_string(&path)?;
-        let flags = text.lines().filter_map(|line| line.trim().strip_prefix("- --"));
-        for flag in flags.map(|flag| flag.split('=').next().unwrap_or(flag)) {
-            let is_known = [&run, &health].iter().any(|help| help.contains(&format!("--{flag} ")));
-            ensure!(is_known, "{}: --{flag} is not a flag", path.display());
+        // Of the command before it.
+        let mut command = None;
+        for item in text.lines().filter_map(|line| line.trim().strip_prefix("- ")) {
+            command = commands.iter().position(|name| *name == item).or(command);
+            let Some(flag) = item.strip_prefix("--") else { continue };
+            let flag = flag.split('=').next().unwrap_or(flag);
+            let command = command.context("a flag without a command")?;
+            let shown = format!("{}: --{flag} is not a flag of {}", path.display(), commands[command]);
+            ensure!(helps[command].contains(&format!("--{flag} ")), "{shown}");
             seen += 1;
         }
     }

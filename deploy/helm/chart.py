@@ -33,6 +33,8 @@ REFUSED = [
     ({"web": {"openMetrics": False}}, "set tokenSecret or configSecret"),
     ({"web": {"tls": True}}, "set web.configSecret"),
     ({"gpu": {"access": "host"}}, "needs privileged: true"),
+    ({"monitoring": {"serviceMonitor": True, "podMonitor": True}}, "scraped twice"),
+    ({"hostNetwork": True, "networkPolicy": {"create": True}}, "has no effect"),
     ({"service": {"create": False}, "monitoring": {"serviceMonitor": True}}, "needs service.create: true"),
 ]
 

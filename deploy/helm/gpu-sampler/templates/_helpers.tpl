@@ -111,6 +111,12 @@ params:
 {{- if and (eq .Values.gpu.access "host") (not .Values.privileged) -}}
 {{- fail "gpu.access: host needs privileged: true; a container that is not privileged may not open the node's devices" -}}
 {{- end -}}
+{{- if and .Values.monitoring.serviceMonitor .Values.monitoring.podMonitor -}}
+{{- fail "monitoring: serviceMonitor and podMonitor select the same pods, which would be scraped twice; set one of them" -}}
+{{- end -}}
+{{- if and .Values.hostNetwork .Values.networkPolicy.create -}}
+{{- fail "networkPolicy has no effect on pods in the node's network: unset hostNetwork or networkPolicy.create" -}}
+{{- end -}}
 {{- if and .Values.monitoring.serviceMonitor (not .Values.service.create) -}}
 {{- fail "monitoring.serviceMonitor needs service.create: true; or set monitoring.podMonitor" -}}
 {{- end -}}
