@@ -32,9 +32,8 @@ impl Completions {
 impl ManArgs {
     pub fn run(&self, program: Command) -> anyhow::Result<()> {
         match &self.output {
-            Some(folder) => {
-                clap_mangen::generate_to(program, folder).with_context(|| format!("cannot write manual pages to {}", folder.display()))
-            }
+            Some(folder) => clap_mangen::generate_to(program, folder)
+                .with_context(|| format!("cannot write manual pages to {}", folder.display())),
             None => {
                 let mut page = Vec::new();
                 clap_mangen::Man::new(program).render(&mut page).context("cannot make the manual page")?;
@@ -64,7 +63,7 @@ mod tests {
         pages.sort();
         assert_eq!(pages, expected);
         let run = std::fs::read_to_string(folder.path().join("gpu-sampler-run.1")).unwrap();
-        assert!(run.contains(r"\-\-listen") && run.contains("GPU_SAMPLER_LISTEN"), "{run}");
+        assert!(run.contains(r"\-\-listen") && run.contains("GPU_SAMPLER_CONFIG"), "{run}");
     }
 
     #[test]

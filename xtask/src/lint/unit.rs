@@ -25,7 +25,8 @@ pub fn check() -> Result<()> {
         &["verify", "--man=no", "--recursive-errors=no"][..],
         &["security", "--offline=true", "--no-pager", &format!("--threshold={MOST_EXPOSED}")],
     ] {
-        let output = Command::new("systemd-analyze").args(args).arg(&unit).env("LC_ALL", "C.UTF-8").output().context("systemd-analyze")?;
+        let output =
+            Command::new("systemd-analyze").args(args).arg(&unit).env("LC_ALL", "C.UTF-8").output().context("systemd-analyze")?;
         let (table, problems) = (String::from_utf8_lossy(&output.stdout), String::from_utf8_lossy(&output.stderr));
         // An unknown setting is a warning only.
         if !output.status.success() || problems.contains("gpu-sampler.service:") {
