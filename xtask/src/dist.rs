@@ -8,7 +8,9 @@ use crate::{
     tools::{self, run},
 };
 use anyhow::{Context, Result, bail, ensure};
+use serde_json::Value;
 use std::{
+    collections::BTreeSet,
     env, fs,
     path::{Path, PathBuf},
     process::Command,
@@ -63,7 +65,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// Writes the list of all crates in the program, with versions, licences and checksums, as SPDX 2.3. It is validated.
+/// Writes the list of all crates in the program, with versions and licences, as SPDX 2.3. It is validated.
 fn write_sbom(to: &Path) -> Result<()> {
     let mut sbom = Command::new(CARGO_SBOM.ensure()?);
     tools::forget_cargo(&mut sbom).current_dir(tools::root());
@@ -73,17 +75,57 @@ fn write_sbom(to: &Path) -> Result<()> {
     if !output.status.success() {
         bail!("cargo-sbom: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
-    let mut document: serde_json::Value = serde_json::from_slice(&output.stdout).context("cargo-sbom does not print JSON")?;
-    let packages = document["packages"].as_array().context("the document has no packages")?;
-    // Small parts of the graph would be a wrong root.
-    ensure!(packages.len() > 100, "only {} packages", packages.len());
+    let mut document: Value = serde_json::from_slice(&output.stdout).context("cargo-sbom does not print JSON")?;
+    complete(&mut document, &crates()?)?;
     make_reproducible(&mut document)?;
     fs::write(to, format!("{}\n", serde_json::to_string_pretty(&document)?)).with_context(|| to.display().to_string())?;
     run(Command::new(pinned::of_pypi(&[SPDX_TOOLS], "pyspdxtools")?).arg("--infile").arg(to))
 }
 
+/// The crates that the program of this platform is built from, as `NAME VERSION`.
+fn crates() -> Result<BTreeSet<String>> {
+    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+    let args =
+        ["tree", "--package", "gpu-sampler", "--edges", "normal,build", "--prefix", "none", "--locked", "--target", &target];
+    let output = tools::cargo(&args)?.output().context("cargo tree")?;
+    ensure!(output.status.success(), "cargo tree: {}", String::from_utf8_lossy(&output.stderr).trim());
+    let name = |line: &str| {
+        let (name, rest) = line.split_once(" v")?;
+        Some(format!("{name} {}", rest.split_whitespace().next()?))
+    };
+    Ok(String::from_utf8(output.stdout)?.lines().filter_map(name).collect())
+}
+
+/// Removes crates of other platforms, which cargo-sbom lists as well, and gives the others the address that they are downloaded from, which
+/// it does not know.
+fn complete(document: &mut Value, crates: &BTreeSet<String>) -> Result<()> {
+    let packages = document["packages"].as_array_mut().context("the document has no packages")?;
+    let mut others = BTreeSet::new();
+    packages.retain(|package| {
+        let kept = crates.contains(&format!("{} {}", text(package, "name"), text(package, "versionInfo")));
+        if !kept {
+            others.insert(text(package, "SPDXID").to_owned());
+        }
+        kept
+    });
+    ensure!(packages.len() == crates.len(), "{} packages for {} crates", packages.len(), crates.len());
+    for package in packages {
+        if text(package, "downloadLocation").starts_with("registry+") {
+            let (name, version) = (text(package, "name"), text(package, "versionInfo"));
+            package["downloadLocation"] = format!("https://crates.io/api/v1/crates/{name}/{version}/download").into();
+        }
+    }
+    let relationships = document["relationships"].as_array_mut().context("the document has no relationships")?;
+    relationships.retain(|one| ["spdxElementId", "relatedSpdxElement"].iter().all(|end| !others.contains(text(one, end))));
+    Ok(())
+}
+
+fn text<'a>(value: &'a Value, key: &str) -> &'a str {
+    value[key].as_str().unwrap_or_default()
+}
+
 /// The document's time is that of the commit, its name contains the commit: equal content gives equal bytes.
-fn make_reproducible(document: &mut serde_json::Value) -> Result<()> {
+fn make_reproducible(document: &mut Value) -> Result<()> {
     let root = tools::root();
     let path = root.to_str().context("the path of this checkout is UTF-8")?;
     let format = ["-C", path, "log", "-1", "--date=format-local:%Y-%m-%dT%H:%M:%SZ", "--format=%cd %H"];
@@ -120,4 +162,25 @@ fn copy(from: &Path, to: &Path) -> Result<()> {
         copy(&entry.path(), &to.join(entry.file_name()))?;
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn crates_of_other_platforms_are_removed() {
+        let package = |name: &str, location: &str| serde_json::json!({"SPDXID": format!("id-{name}"), "name": name, "versionInfo": "1.0.0", "downloadLocation": location});
+        let uses = |name: &str| serde_json::json!({"spdxElementId": "id-own", "relatedSpdxElement": format!("id-{name}")});
+        let mut document = serde_json::json!({
+            "packages": [package("own", "NONE"), package("used", "registry+x"), package("other", "registry+x")],
+            "relationships": [uses("used"), uses("other")],
+        });
+        let crates = BTreeSet::from(["own 1.0.0".to_owned(), "used 1.0.0".to_owned()]);
+        complete(&mut document, &crates).unwrap();
+        let used = package("used", "https://crates.io/api/v1/crates/used/1.0.0/download");
+        let expected = serde_json::json!({"packages": [package("own", "NONE"), used], "relationships": [uses("used")]});
+        assert_eq!(document, expected);
+        assert!(complete(&mut document, &BTreeSet::from(["missing 1.0.0".to_owned()])).is_err());
+    }
 }

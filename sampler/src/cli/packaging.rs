@@ -63,7 +63,7 @@ mod tests {
         pages.sort();
         assert_eq!(pages, expected);
         let run = std::fs::read_to_string(folder.path().join("gpu-sampler-run.1")).unwrap();
-        assert!(run.contains(r"\-\-listen") && run.contains("GPU_SAMPLER_LISTEN"), "{run}");
+        assert!(run.contains(r"\-\-listen") && run.contains("GPU_SAMPLER_CONFIG"), "{run}");
     }
 
     #[test]
