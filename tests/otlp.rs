@@ -31,7 +31,8 @@ struct Point {
 }
 
 fn text<'a>(attributes: &'a [KeyValue], key: &str) -> &'a str {
-    let value = attributes.iter().find(|attribute| attribute.key == key).and_then(|attribute| attribute.value.as_ref()?.value.as_ref());
+    let value =
+        attributes.iter().find(|attribute| attribute.key == key).and_then(|attribute| attribute.value.as_ref()?.value.as_ref());
     match value {
         Some(any_value::Value::StringValue(text)) => text,
         _ => "",
@@ -55,7 +56,11 @@ impl Received {
     /// The points of the newest request.
     fn points(&self) -> Vec<Point> {
         let requests = self.requests.lock().unwrap();
-        let scopes = requests.last().into_iter().flat_map(|request| &request.resource_metrics).flat_map(|resource| &resource.scope_metrics);
+        let scopes = requests
+            .last()
+            .into_iter()
+            .flat_map(|request| &request.resource_metrics)
+            .flat_map(|resource| &resource.scope_metrics);
         let points = scopes.flat_map(|scope| &scope.metrics).flat_map(|found| {
             let (points, is_monotonic) = match &found.data {
                 Some(metric::Data::Sum(sum)) => (&sum.data_points[..], sum.is_monotonic),
@@ -118,7 +123,8 @@ fn receive(stream: &mut TcpStream, received: &Received, status: u16) -> Result<(
     };
     let head = String::from_utf8_lossy(&bytes[..end]).to_lowercase();
     ensure!(head.starts_with("post /v1/metrics ") && head.contains("content-type: application/x-protobuf"), "{head}");
-    let length = head.lines().find_map(|line| line.strip_prefix("content-length: ")).context("no length")?.trim().parse::<usize>()?;
+    let length =
+        head.lines().find_map(|line| line.strip_prefix("content-length: ")).context("no length")?.trim().parse::<usize>()?;
     let mut body = bytes.split_off(end);
     let have = body.len();
     body.resize(length, 0);
@@ -170,7 +176,8 @@ fn receivers_of_both_protocols_get_gpus_and_users_in_the_names_of_the_convention
             let is_ours = |p: &Point| p.metric == "gpu_sampler.user.time" && p.text("container.id") == id && p.value() > 0.5;
             Ok(points.iter().any(is_ours).then_some(points))
         })?;
-        let user = points.iter().find(|p| p.metric == "gpu_sampler.user.time" && p.text("container.id") == id).context("no user")?;
+        let user =
+            points.iter().find(|p| p.metric == "gpu_sampler.user.time" && p.text("container.id") == id).context("no user")?;
         for (key, expect) in [
             ("k8s.namespace.name", "prod"),
             ("k8s.pod.name", "trainer-0"),
@@ -182,13 +189,21 @@ fn receivers_of_both_protocols_get_gpus_and_users_in_the_names_of_the_convention
         }
         ensure!(user.is_monotonic && user.unit == "s" && user.point.start_time_unix_nano > 0);
         ensure!(user.point.start_time_unix_nano < user.point.time_unix_nano);
-        for (metric, unit) in [("hw.gpu.utilization", "1"), ("hw.gpu.memory.limit", "By"), ("hw.power", "W"), ("hw.temperature", "Cel")] {
+        for (metric, unit) in
+            [("hw.gpu.utilization", "1"), ("hw.gpu.memory.limit", "By"), ("hw.power", "W"), ("hw.temperature", "Cel")]
+        {
             let point = points.iter().find(|p| p.metric == metric).with_context(|| format!("{name}: no {metric}"))?;
-            ensure!(point.unit == unit && !point.is_monotonic && point.text("hw.type") == "gpu" && !point.text("hw.id").is_empty());
+            ensure!(
+                point.unit == unit && !point.is_monotonic && point.text("hw.type") == "gpu" && !point.text("hw.id").is_empty()
+            );
         }
         // Busy time is what is attributed and what is not.
         let total = |metric: &str, key: &str, value: &str| {
-            points.iter().filter(|p| p.metric == metric && (key.is_empty() || p.text(key) == value)).map(Point::value).sum::<f64>()
+            points
+                .iter()
+                .filter(|p| p.metric == metric && (key.is_empty() || p.text(key) == value))
+                .map(Point::value)
+                .sum::<f64>()
         };
         let busy = total("gpu_sampler.gpu.time", "gpu_sampler.state", "busy");
         let parts = total("gpu_sampler.user.time", "", "") + total("gpu_sampler.unattributed.time", "", "");
@@ -227,6 +242,11 @@ fn an_invalid_variable_is_refused_at_the_start() -> Result<()> {
     let mut command = Agent::command(None)?;
     let refused = command.args(["--listen", "127.0.0.1:0"]).env("OTEL_EXPORTER_OTLP_ENDPOINT", "collector:4318").output()?;
     let error = String::from_utf8_lossy(&refused.stderr).into_owned();
-    ensure!(refused.status.code() == Some(1) && error.contains("OTEL_EXPORTER_OTLP_ENDPOINT") && error.contains("http://collector:4318"), "{error}");
+    ensure!(
+        refused.status.code() == Some(1)
+            && error.contains("OTEL_EXPORTER_OTLP_ENDPOINT")
+            && error.contains("http://collector:4318"),
+        "{error}"
+    );
     Ok(())
 }

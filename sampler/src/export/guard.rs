@@ -147,7 +147,7 @@ async fn check(config: &Config, rules: &Rules, connection: &Connection, head: &P
         return Ok(IsAuthorized(true));
     }
     let is_current = connection.generation == rules.generation;
-    let authorized = rules.authorize(headers, connection.has_certificate && is_current).await;
+    let authorized = rules.authorize(headers, connection.has_certificate && is_current, connection.peer).await;
     let is_open = (web::is_file(path) && rules.web.users.is_empty()) || (config.open_metrics && is_page(path));
     match authorized {
         Ok(credential) => {

@@ -90,6 +90,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         gpus::gpus(exposition, &mut page, starts);
         families::agent(exposition, &health, &label_stats, &nvml, &mut page);
         families::http(&state.rejections, state.security.rules().tls().map(|tls| tls.expires), &mut page);
+        families::otlp(state.health.otlp.view(), &mut page);
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
         sessions::metrics(&recorder, &mut page);
     });

@@ -33,6 +33,7 @@ pub struct Exporter {
 impl Exporter {
     pub fn new(settings: OtlpSettings, state: Arc<AppState>) -> Result<Self, OtlpError> {
         let transport = Transport::new(&settings)?;
+        state.health.otlp.turn_on();
         Ok(Self { settings, transport, state, failure: None })
     }
 
@@ -60,7 +61,7 @@ impl Exporter {
         let (page, _) = self.state.view();
         let request = metrics::request(&page, self.state.started, self.state.node.as_deref(), &self.settings.resource);
         let sent = self.transport.send(request).await;
-        self.state.otlp.record(sent.is_ok());
+        self.state.health.otlp.record(sent.is_ok());
         match sent {
             Ok(()) => {
                 if self.failure.take().is_some() {

@@ -67,6 +67,9 @@ impl Transport {
             let pem = [read(certificate)?, read(key)?].concat();
             client = client.identity(reqwest::Identity::from_pem(&pem).map_err(OtlpError::Http)?);
         }
+        if settings.is_compressed {
+            tracing::warn!("requests to the OTLP receiver are not compressed: over HTTP that is not supported");
+        }
         let client = client.build().map_err(OtlpError::Http)?;
         Ok(Self::Http { client, endpoint: settings.endpoint.clone() })
     }

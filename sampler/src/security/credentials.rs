@@ -5,6 +5,7 @@
 //! a limited rate, so that wrong passwords cost the node little.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::Path;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -15,10 +16,12 @@ use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
 
 use super::error::{SecurityError, read_file};
-use super::rate_limit::RateLimit;
+use super::rate_limit::PeerLimits;
 
-/// Checks of passwords that were not accepted before: 1 a second, 5 at once.
-const PASSWORD_CHECKS: (Duration, u32) = (Duration::from_secs(1), 5);
+/// Checks of passwords that were not accepted before, of a peer: 1 a second, 5 at once.
+const CHECKS_OF_PEER: (Duration, u32) = (Duration::from_secs(1), 5);
+/// Of all peers: 4 a second, 20 at once.
+const CHECKS: (Duration, u32) = (Duration::from_millis(250), 20);
 /// Longer tokens are refused when the file is read.
 const MAX_TOKEN_BYTES: usize = 4096;
 /// bcrypt reads no more of a password.
@@ -98,19 +101,18 @@ pub struct Users {
     decoy: String,
     /// Digests of accepted passwords, with their users and hashes.
     accepted: Mutex<HashMap<String, Sha256Digest>>,
-    checks: RateLimit,
+    checks: PeerLimits,
     /// Held during a check.
     checking: tokio::sync::Semaphore,
 }
 
 impl Default for Users {
     fn default() -> Self {
-        let (every, burst) = PASSWORD_CHECKS;
         Self {
             hashes: BTreeMap::new(),
             decoy: String::new(),
             accepted: Mutex::default(),
-            checks: RateLimit::new(every, burst),
+            checks: PeerLimits::new(CHECKS_OF_PEER, CHECKS),
             checking: tokio::sync::Semaphore::new(1),
         }
     }
@@ -136,7 +138,7 @@ impl Users {
     }
 
     /// The password check of one user of these rules, which may take tens of milliseconds.
-    pub async fn check(&self, user: &str, password: &str) -> PasswordCheck {
+    pub async fn check(&self, user: &str, password: &str, peer: IpAddr) -> PasswordCheck {
         let hash = self.hashes.get(user);
         let key = digest(&[user.as_bytes(), hash.map_or(&[][..], |hash| hash.as_bytes()), password.as_bytes()]);
         if self.was_accepted(user, &key) {
@@ -145,7 +147,7 @@ impl Users {
         if password.len() > MAX_PASSWORD_BYTES {
             return PasswordCheck::Wrong;
         }
-        if !self.checks.admits(Instant::now()) {
+        if !self.checks.admits(peer, Instant::now()) {
             return PasswordCheck::NotChecked;
         }
         let Ok(_checking) = self.checking.acquire().await else { return PasswordCheck::NotChecked };
@@ -193,7 +195,7 @@ mod tests {
             // It was accepted before.
             ("prometheus", "secret", PasswordCheck::Accepted),
         ] {
-            assert_eq!(users.check(user, password).await, expect, "{user} {password}");
+            assert_eq!(users.check(user, password, [10, 0, 0, 1].into()).await, expect, "{user} {password}");
         }
     }
 

@@ -15,6 +15,7 @@ pub mod rate_limit;
 pub mod tls;
 pub mod web_config;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -113,7 +114,7 @@ impl Rules {
     }
 
     /// Checks the credentials of a request. With users or tokens, a certificate that every client has to show does not suffice.
-    pub async fn authorize(&self, headers: &HeaderMap, has_certificate: bool) -> Result<Credential, Unauthorized> {
+    pub async fn authorize(&self, headers: &HeaderMap, has_certificate: bool, peer: IpAddr) -> Result<Credential, Unauthorized> {
         let users = &self.web.users;
         let needs_login = self.has_tokens() || !users.is_empty();
         let certificate_suffices = !needs_login || !self.tls().is_some_and(|tls| tls.requires_certificate);
@@ -130,7 +131,7 @@ impl Rules {
             },
             Some((scheme, encoded)) if scheme.eq_ignore_ascii_case("basic") && !users.is_empty() => {
                 let Some((user, password)) = decode_basic(encoded) else { return Err(Unauthorized::WrongPassword) };
-                match users.check(&user, &password).await {
+                match users.check(&user, &password, peer).await {
                     PasswordCheck::Accepted => Ok(Credential::Password),
                     PasswordCheck::Wrong => Err(Unauthorized::WrongPassword),
                     PasswordCheck::NotChecked => Err(Unauthorized::TooManyPasswords),
@@ -197,6 +198,19 @@ pub struct Security {
     now: fn() -> WallTime,
 }
 
+/// Permits the next check, also after a panic.
+struct EndOfCheck<'a> {
+    security: &'a Security,
+    at: u64,
+}
+
+impl Drop for EndOfCheck<'_> {
+    fn drop(&mut self) {
+        self.security.checked.store(self.at, Ordering::Relaxed);
+        self.security.is_checking.store(false, Ordering::Release);
+    }
+}
+
 impl Security {
     /// `needs_credentials`: a web configuration without any is refused later, too.
     pub fn new(
@@ -238,9 +252,8 @@ impl Security {
         if has_files && is_due && !self.is_checking.swap(true, Ordering::AcqRel) {
             let this = Arc::clone(self);
             let check = tokio::task::spawn_blocking(move || {
+                let _checking = EndOfCheck { security: &this, at: now };
                 this.check();
-                this.checked.store(now, Ordering::Relaxed);
-                this.is_checking.store(false, Ordering::Release);
             });
             // Beyond its limit it goes on in its thread, and the next requests use the rules in memory.
             let _ = tokio::time::timeout(CHECK_TIMEOUT, check).await;

@@ -49,6 +49,7 @@ impl SecurityFolder {
     }
 }
 
+const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 const TLS: &str = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n";
 
 fn bcrypt_hash() -> String {
@@ -129,7 +130,7 @@ async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
     let security = files.security();
     let accepts = async |token: &str| {
         security.check();
-        security.rules().authorize(&bearer(token), false).await
+        security.rules().authorize(&bearer(token), false, PEER).await
     };
     assert_eq!(accepts("first").await, Ok(Credential::Token));
     assert_eq!(accepts("second").await, Ok(Credential::Token));
@@ -149,7 +150,7 @@ async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
     files.write("token", "third\n");
     assert_eq!(accepts("third").await, Ok(Credential::Token));
     assert!(security.health.view().degraded.is_empty());
-    assert!(matches!(security.rules().authorize(&HeaderMap::new(), false).await, Err(Unauthorized::NoCredentials(_))));
+    assert!(matches!(security.rules().authorize(&HeaderMap::new(), false, PEER).await, Err(Unauthorized::NoCredentials(_))));
 }
 
 #[tokio::test]
@@ -164,8 +165,8 @@ async fn a_certificate_suffices_unless_every_client_has_one_and_a_login_is_confi
         let web = files.load(&format!("{TLS}  client_auth_type: {auth}\n  client_ca_file: server.pem\n")).unwrap();
         let tokens = if has_tokens { Tokens::load(&files.path("token")).unwrap() } else { Tokens::default() };
         let rules = Rules { tokens: Arc::new(tokens), web: Arc::new(web), ..Rules::default() };
-        assert_eq!(rules.authorize(&HeaderMap::new(), true).await.is_ok(), expect, "{auth} {has_tokens}");
-        assert!(rules.authorize(&HeaderMap::new(), false).await.is_err());
+        assert_eq!(rules.authorize(&HeaderMap::new(), true, PEER).await.is_ok(), expect, "{auth} {has_tokens}");
+        assert!(rules.authorize(&HeaderMap::new(), false, PEER).await.is_err());
     }
 }
 
