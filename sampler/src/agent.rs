@@ -149,7 +149,7 @@ pub async fn serve(
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
-    let security = Security::new(config.security_files(), config.needs_credentials(), Arc::clone(&health), wall_now)?;
+    let security = Security::new(config.security_files(), Arc::clone(&health), wall_now)?;
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (to_core, inbox) = inbox().context("cannot create an event descriptor")?;

@@ -155,7 +155,7 @@ mod tests {
             ..Settings::default()
         };
         let config = Arc::new(settings.validate(None).unwrap());
-        let security = Security::new(config.security_files(), true, Arc::default(), || WallTime(0)).unwrap();
+        let security = Security::new(config.security_files(), Arc::default(), || WallTime(0)).unwrap();
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();

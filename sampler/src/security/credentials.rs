@@ -7,13 +7,14 @@
 use std::collections::{BTreeMap, HashMap};
 use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
+use tokio::sync::Semaphore;
 
 use super::error::{SecurityError, read_file};
 use super::rate_limit::PeerLimits;
@@ -22,6 +23,10 @@ use super::rate_limit::PeerLimits;
 const CHECKS_OF_PEER: (Duration, u32) = (Duration::from_secs(1), 5);
 /// Of all peers: 4 a second, 20 at once.
 const CHECKS: (Duration, u32) = (Duration::from_millis(250), 20);
+/// A higher one takes seconds for each password.
+const COSTS: std::ops::RangeInclusive<u32> = 4..=14;
+/// For the check of another password to end.
+const CHECK_PATIENCE: Duration = Duration::from_secs(3);
 /// Longer tokens are refused when the file is read.
 const MAX_TOKEN_BYTES: usize = 4096;
 /// bcrypt reads no more of a password.
@@ -103,7 +108,7 @@ pub struct Users {
     accepted: Mutex<HashMap<String, Sha256Digest>>,
     checks: PeerLimits,
     /// Held during a check.
-    checking: tokio::sync::Semaphore,
+    checking: Arc<Semaphore>,
 }
 
 impl Default for Users {
@@ -113,7 +118,7 @@ impl Default for Users {
             decoy: String::new(),
             accepted: Mutex::default(),
             checks: PeerLimits::new(CHECKS_OF_PEER, CHECKS),
-            checking: tokio::sync::Semaphore::new(1),
+            checking: Arc::new(Semaphore::new(1)),
         }
     }
 }
@@ -121,12 +126,18 @@ impl Default for Users {
 impl Users {
     /// `Err` names the user with an invalid hash.
     pub fn new(hashes: BTreeMap<String, String>) -> Result<Self, String> {
-        let is_invalid = |hash: &str| hash.parse::<bcrypt::HashParts>().is_err();
+        let is_invalid = |hash: &str| !hash.parse::<bcrypt::HashParts>().is_ok_and(|parts| COSTS.contains(&parts.get_cost()));
         if let Some((user, _)) = hashes.iter().find(|(user, hash)| is_invalid(hash) || user.contains(':')) {
             return Err(user.clone());
         }
         let decoy = hashes.values().next().cloned().unwrap_or_default();
         Ok(Self { hashes, decoy, ..Self::default() })
+    }
+
+    /// Takes over the passwords that were accepted; with another hash they do not match.
+    pub fn adopt(&self, earlier: &Users) {
+        let known = earlier.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
     pub fn is_empty(&self) -> bool {
@@ -150,9 +161,15 @@ impl Users {
         if !self.checks.admits(peer, Instant::now()) {
             return PasswordCheck::NotChecked;
         }
-        let Ok(_checking) = self.checking.acquire().await else { return PasswordCheck::NotChecked };
+        let turn = tokio::time::timeout(CHECK_PATIENCE, Arc::clone(&self.checking).acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else { return PasswordCheck::NotChecked };
         let (is_known, hash, password) = (hash.is_some(), hash.unwrap_or(&self.decoy).clone(), password.to_owned());
-        let verified = tokio::task::spawn_blocking(move || bcrypt::verify(password, &hash)).await;
+        let verified = tokio::task::spawn_blocking(move || {
+            // Until the check ends, also if the client does not wait for it.
+            let _turn = turn;
+            bcrypt::verify(password, &hash)
+        })
+        .await;
         if is_known && matches!(verified, Ok(Ok(true))) {
             self.accepted.lock().unwrap_or_else(PoisonError::into_inner).insert(user.to_owned(), key);
             return PasswordCheck::Accepted;

@@ -27,7 +27,7 @@ impl RateLimit {
     pub fn admits(&self, now: Instant) -> bool {
         let mut paid = self.paid.lock().unwrap_or_else(PoisonError::into_inner);
         let start = paid.filter(|paid| *paid > now).unwrap_or(now);
-        let is_admitted = start.duration_since(now) + self.every <= self.every * self.burst;
+        let is_admitted = start.duration_since(now) + self.every <= self.every.saturating_mul(self.burst);
         if is_admitted {
             *paid = Some(start + self.every);
         }

@@ -45,7 +45,7 @@ impl SecurityFolder {
 
     fn security(&self) -> Arc<Security> {
         let files = SecurityFiles { token_file: Some(self.path("token")), web_config_file: Some(self.path("web.yml")) };
-        Security::new(files, true, Arc::default(), || WallTime(0)).unwrap()
+        Security::new(files, Arc::default(), || WallTime(0)).unwrap()
     }
 }
 
@@ -194,6 +194,9 @@ fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
     step(&|| files.write("server.key", &key), false, 1, true);
     step(&|| files.certificate("server"), true, 2, false);
     step(&|| files.write("web.yml", "basic_auth_users: {a: b}"), false, 2, true);
+    // Valid, and half of the file.
+    step(&|| files.write("web.yml", TLS), false, 2, true);
+    step(&|| files.write("web.yml", ""), false, 2, true);
     step(&|| files.write("web.yml", &web), true, 3, false);
 }
 
@@ -201,15 +204,13 @@ fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
 fn a_configuration_that_would_open_the_server_is_refused() {
     let files = SecurityFolder::new();
     files.write("web.yml", &format!("basic_auth_users:\n  a: {}\n", bcrypt_hash()));
-    let security = Security::new(
-        SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) },
-        true,
-        Arc::default(),
-        || WallTime(0),
-    )
-    .unwrap();
+    let security =
+        Security::new(SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) }, Arc::default(), || {
+            WallTime(0)
+        })
+        .unwrap();
     files.write("web.yml", "");
     security.check();
     assert!(security.rules().have_credentials());
-    assert!(security.health.view().degraded[0].1.contains("has neither users nor client certificates"));
+    assert!(security.health.view().degraded[0].1.contains("has no users any more"));
 }
