@@ -31,6 +31,7 @@ mod matrix;
 mod metrics;
 mod modes;
 mod monitoring;
+mod otlp;
 mod pid_space;
 mod places;
 mod pressure;

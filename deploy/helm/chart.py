@@ -18,7 +18,7 @@ HERE = pathlib.Path(__file__).resolve().parent
 CHART = HERE / "gpu-sampler"
 MANIFESTS = HERE.parent / "kubernetes"
 # The oldest, a middle and the newest version that the schemas have and the chart supports.
-VERSIONS = ["1.25", "1.31", "1.34", "1.37"]
+VERSIONS = ["1.30", "1.32", "1.34", "1.37"]
 # Kinds of other projects, which the schemas of Kubernetes do not have: only their shape is checked, below.
 FOREIGN = {"ServiceMonitor", "PodMonitor", "PrometheusRule", "SecurityContextConstraints"}
 # Sets of values for newer versions alone: resource.k8s.io/v1.

@@ -32,6 +32,7 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
+use crate::otlp::{self, Exporter, OtlpSettings};
 use crate::privileges;
 use crate::reload::{self, SettingsSource};
 use crate::security::Security;
@@ -106,6 +107,7 @@ fn status(config: &Config, health: &Health, snapshot: &Snapshot) -> String {
 pub fn run(source: SettingsSource) -> anyhow::Result<()> {
     let config = source.config()?;
     config.check_security()?;
+    let otlp = otlp::settings()?;
     // The port is bound first, so that this error is reported before anything is loaded, and with the right to a port below 1024.
     let listener = server::bind(config.listen)?;
     // Before the first thread: each thread has its own.
@@ -119,25 +121,35 @@ pub fn run(source: SettingsSource) -> anyhow::Result<()> {
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
         let listener = TcpListener::from_std(listener).context("cannot wait for connections")?;
-        serve(Arc::new(config), Some(source), listener, ServiceNotifier::from_environment(), signalled()).await
+        let surroundings = Surroundings { source: Some(source), notifier: ServiceNotifier::from_environment(), otlp };
+        serve(Arc::new(config), surroundings, listener, signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.
     runtime.shutdown_timeout(SHUTDOWN_GRACE);
     result
 }
 
-/// Runs the agent until `stop_requested`. With a source of settings, SIGHUP reads them again.
+/// What an agent of its own has, and one within a command does not.
+#[derive(Default)]
+pub struct Surroundings {
+    /// SIGHUP reads the settings again.
+    pub source: Option<SettingsSource>,
+    pub notifier: Option<ServiceNotifier>,
+    pub otlp: Option<OtlpSettings>,
+}
+
+/// Runs the agent until `stop_requested`.
 pub async fn serve(
     config: Arc<Config>,
-    source: Option<SettingsSource>,
+    surroundings: Surroundings,
     listener: TcpListener,
-    notifier: Option<ServiceNotifier>,
     stop_requested: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
+    let Surroundings { source, notifier, otlp } = surroundings;
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
-    let security = Security::new(config.security_files(), config.needs_credentials(), Arc::clone(&health), wall_now)?;
+    let security = Security::new(config.security_files(), Arc::clone(&health), wall_now)?;
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
     let (to_core, inbox) = inbox().context("cannot create an event descriptor")?;
@@ -213,6 +225,15 @@ pub async fn serve(
     if let Some(source) = source {
         tokio::spawn(reload::on_hangup(source, Arc::clone(&state), notifier.clone()));
     }
+    // Dropped when the server ends.
+    let (exporting, exports_ended) = tokio::sync::watch::channel(());
+    let exporter = match otlp {
+        Some(settings) => {
+            let exporter = Exporter::new(settings, Arc::clone(&state)).context("cannot export metrics by OTLP")?;
+            Some(tokio::spawn(exporter.run(exports_ended)))
+        }
+        None => None,
+    };
     let served = server::serve(listener, state, async {
         tokio::select! {
             () = stop_requested => {}
@@ -223,6 +244,11 @@ pub async fn serve(
         }
     })
     .await;
+    drop(exporting);
+    if let Some(exporter) = exporter {
+        // The last values; a receiver that hangs must not keep the agent running.
+        let _ended = tokio::time::timeout(SHUTDOWN_GRACE, exporter).await;
+    }
     stop.store(true, Ordering::Relaxed);
     // A poller may hang in a driver call: only the core thread is waited for.
     if core.join().is_err() {

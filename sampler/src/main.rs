@@ -15,6 +15,7 @@ mod host_root;
 mod inbox;
 mod labels;
 mod observe;
+mod otlp;
 mod privileges;
 mod query;
 mod reload;

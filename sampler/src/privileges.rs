@@ -1,13 +1,15 @@
 //! What the agent may do: the capabilities that it needs, and no system call that it never makes.
 //!
-//! Everything else is given up before the first thread starts, for the rest of its life: neither the driver's library nor a fault of the
-//! agent can start a program, load a module, mount, or change another process. The needed capabilities were found by removing one at a
+//! Everything else is given up before the first thread starts, for the rest of its life: neither the driver's library nor a mistake of the
+//! agent starts a program, loads a module, mounts or enters another namespace. That is no sandbox for hostile code: who controls a
+//! process with CAP_SYS_PTRACE can write to others through /proc, and as root to files of root. The needed capabilities were found by removing one at a
 //! time; docs/security.md says what each is for.
 
+use std::collections::BTreeMap;
 use std::fmt;
 
 use caps::{CapSet, Capability, CapsHashSet};
-use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
+use seccompiler::{BpfProgram, SeccompAction, SeccompCmpArgLen, SeccompCmpOp, SeccompCondition, SeccompFilter, SeccompRule};
 
 use crate::error::display_chain;
 
@@ -93,13 +95,16 @@ impl Restricted {
 /// Gives up what is not needed or kept, in this thread and those that it starts. What the kernel refuses is reported, not fatal.
 pub fn restrict(kept: CapabilitySet, seccomp: bool) -> Restricted {
     let mut problems = Vec::new();
-    let capabilities = match drop_capabilities(kept) {
-        Ok(capabilities) => capabilities,
-        Err(error) => {
-            problems.push(format!("capabilities cannot be changed: {}", display_chain(&error)));
-            CapabilitySet::default()
-        }
-    };
+    if kept != CapabilitySet::ALL {
+        drop_capabilities(kept, &mut problems);
+    }
+    let capabilities = present().unwrap_or_else(|error| {
+        problems.push(format!("capabilities cannot be read: {}", display_chain(&error)));
+        CapabilitySet::ALL
+    });
+    if let Err(error) = rustix::thread::set_no_new_privs(true) {
+        problems.push(format!("no_new_privs cannot be set: {error}"));
+    }
     let filtered = if seccomp { filter_system_calls() } else { Ok(()) };
     let has_filter = seccomp && filtered.is_ok();
     if let Err(error) = filtered {
@@ -123,11 +128,17 @@ pub fn missing(present: CapabilitySet) -> impl Iterator<Item = &'static NeededCa
     NEEDED.iter().filter(move |needed| !has(needed.capability))
 }
 
-fn drop_capabilities(kept: CapabilitySet) -> Result<CapabilitySet, caps::errors::CapsError> {
-    if kept == CapabilitySet::ALL {
-        return present();
-    }
-    let permitted = caps::read(None, CapSet::Permitted)?;
+/// Each step is tried, whatever becomes of the others.
+fn drop_capabilities(kept: CapabilitySet, problems: &mut Vec<String>) {
+    let mut report = |what: &str, result: Result<(), caps::errors::CapsError>| {
+        if let Err(error) = result {
+            problems.push(format!("{what} capabilities stay: {}", display_chain(&error)));
+        }
+    };
+    let permitted = match caps::read(None, CapSet::Permitted) {
+        Ok(permitted) => permitted,
+        Err(error) => return report("all", Err(error)),
+    };
     let mut wanted = kept;
     NEEDED.iter().for_each(|needed| wanted.insert(needed.capability));
     // Kernels before 5.8 and some engines do not know the two that it was divided into.
@@ -138,17 +149,15 @@ fn drop_capabilities(kept: CapabilitySet) -> Result<CapabilitySet, caps::errors:
     // Without CAP_SETPCAP the bounding set stays; a process without other privileges gains nothing from it.
     if permitted.contains(&Capability::CAP_SETPCAP) {
         let bounding = caps::runtime::thread_all_supported().into_iter().filter(|capability| !remaining.contains(capability));
-        for capability in bounding {
-            caps::drop(None, CapSet::Bounding, capability)?;
-        }
+        let dropped: Result<Vec<()>, _> = bounding.map(|capability| caps::drop(None, CapSet::Bounding, capability)).collect();
+        report("bounding", dropped.map(drop));
     }
     if caps::runtime::ambient_set_supported().is_ok() {
-        caps::clear(None, CapSet::Ambient)?;
+        report("ambient", caps::clear(None, CapSet::Ambient));
     }
-    caps::set(None, CapSet::Inheritable, &CapsHashSet::new())?;
-    caps::set(None, CapSet::Effective, &remaining)?;
-    caps::set(None, CapSet::Permitted, &remaining)?;
-    present()
+    report("inheritable", caps::set(None, CapSet::Inheritable, &CapsHashSet::new()));
+    report("effective", caps::set(None, CapSet::Effective, &remaining));
+    report("permitted", caps::set(None, CapSet::Permitted, &remaining));
 }
 
 /// System calls that fail with EPERM: the agent starts no program, loads no module, mounts nothing, changes neither the clock nor another
@@ -176,6 +185,11 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_finit_module,
     libc::SYS_delete_module,
     libc::SYS_kexec_load,
+    libc::SYS_kexec_file_load,
+    libc::SYS_pidfd_getfd,
+    libc::SYS_setfsuid,
+    libc::SYS_setfsgid,
+    libc::SYS_quotactl_fd,
     libc::SYS_reboot,
     libc::SYS_swapon,
     libc::SYS_swapoff,
@@ -209,19 +223,42 @@ const REFUSED: &[libc::c_long] = &[
     libc::SYS_modify_ldt,
 ];
 
-/// The same calls have other numbers under the ABI of 32-bit pointers, which few kernels have.
+/// The ABI of 32-bit pointers, which few kernels have: its numbers have this bit, and some calls have others in this range.
 #[cfg(target_arch = "x86_64")]
 const X32: libc::c_long = 0x4000_0000;
+#[cfg(target_arch = "x86_64")]
+const OWN_OF_X32: std::ops::RangeInclusive<libc::c_long> = 512..=547;
+
+/// Flags of `clone` with which a new process is in new namespaces.
+const NEW_NAMESPACES: [libc::c_int; 7] = [
+    libc::CLONE_NEWNS,
+    libc::CLONE_NEWCGROUP,
+    libc::CLONE_NEWUTS,
+    libc::CLONE_NEWIPC,
+    libc::CLONE_NEWUSER,
+    libc::CLONE_NEWPID,
+    libc::CLONE_NEWNET,
+];
 
 fn filter_system_calls() -> Result<(), Box<dyn std::error::Error>> {
     let refused = REFUSED.iter().copied();
     #[cfg(target_arch = "x86_64")]
-    let refused = refused.chain(REFUSED.iter().map(|number| number | X32));
-    let rules = refused.map(|number| (number, Vec::new())).collect();
-    let arch = std::env::consts::ARCH.try_into()?;
-    let errno = SeccompAction::Errno(libc::EPERM.unsigned_abs());
+    let refused = refused.chain(REFUSED.iter().copied().chain(OWN_OF_X32).map(|number| number | X32));
+    let mut rules: BTreeMap<_, _> = refused.map(|number| (number, Vec::new())).collect();
+    let with_flag = |flag: &libc::c_int| {
+        let flag = u64::from(flag.unsigned_abs());
+        let is_set = SeccompCondition::new(0, SeccompCmpArgLen::Qword, SeccompCmpOp::MaskedEq(flag), flag)?;
+        SeccompRule::new(vec![is_set])
+    };
+    rules.insert(libc::SYS_clone, NEW_NAMESPACES.iter().map(with_flag).collect::<Result<_, _>>()?);
+    apply(rules, libc::EPERM)?;
+    // Its flags are in memory, which a filter cannot read; the C library then uses clone.
+    apply(BTreeMap::from([(libc::SYS_clone3, Vec::new())]), libc::ENOSYS)
+}
+
+fn apply(rules: BTreeMap<libc::c_long, Vec<SeccompRule>>, errno: libc::c_int) -> Result<(), Box<dyn std::error::Error>> {
+    let (arch, errno) = (std::env::consts::ARCH.try_into()?, SeccompAction::Errno(errno.unsigned_abs()));
     let filter: BpfProgram = SeccompFilter::new(rules, SeccompAction::Allow, errno, arch)?.try_into()?;
-    // This also sets no_new_privs.
     seccompiler::apply_filter(&filter)?;
     Ok(())
 }

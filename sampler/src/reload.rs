@@ -62,12 +62,19 @@ fn reloaded(present: &Settings, new: Settings) -> (Settings, Changes) {
     (settings, Changes { applied, ignored })
 }
 
+/// The files with credentials count in any case, as they do when a request comes.
+fn reload(source: &SettingsSource, state: &AppState, before: &Settings) -> Result<(Settings, Changes), ConfigError> {
+    state.security.check();
+    apply(source, state, before)
+}
+
 fn apply(source: &SettingsSource, state: &AppState, before: &Settings) -> Result<(Settings, Changes), ConfigError> {
     let (settings, changes) = reloaded(before, source.merged()?);
     let config = settings.clone().validate(None)?;
-    config.check_security()?;
+    if config.needs_credentials() && !state.security.rules().have_credentials() {
+        return Err(ConfigError::NoCredentials(config.listen));
+    }
     state.config.store(Arc::new(config));
-    state.security.check();
     Ok((settings, changes))
 }
 
@@ -84,11 +91,11 @@ pub async fn on_hangup(source: SettingsSource, state: Arc<AppState>, notifier: O
     while hangups.recv().await.is_some() {
         let (source, this, before, notifier) = (source.clone(), Arc::clone(&state), present.clone(), notifier.clone());
         // Files may be slow.
-        let reload = tokio::task::spawn_blocking(move || match notifier {
-            Some(notifier) => notifier.reloading(|| apply(&source, &this, &before)),
-            None => apply(&source, &this, &before),
+        let reloading = tokio::task::spawn_blocking(move || match notifier {
+            Some(notifier) => notifier.reloading(|| reload(&source, &this, &before)),
+            None => reload(&source, &this, &before),
         });
-        match reload.await {
+        match reloading.await {
             Ok(Ok((settings, Changes { applied, ignored }))) => {
                 present = settings;
                 tracing::info!(changed = applied.join(", "), "SIGHUP: the settings were read again");

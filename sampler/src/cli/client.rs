@@ -86,7 +86,7 @@ impl Client {
             None => handshake(stream).await?,
             Some(tls) => {
                 let name = host(&self.authority).and_then(|host| ServerName::try_from(host).ok());
-                let name = name.with_context(|| format!("{} has no host name", self.access.url))?;
+                let name = name.with_context(|| format!("{} has no host name and port", self.access.url))?;
                 let within = TlsConnector::from(Arc::clone(tls)).connect(name, stream).await;
                 handshake(within.context("the TLS handshake failed")?).await?
             }

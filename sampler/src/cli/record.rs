@@ -23,7 +23,7 @@ use tokio::signal::unix::{Signal, SignalKind, signal};
 use super::access::{AccessArgs, AgentAccess};
 use super::client::{Client, TIMEOUT};
 use super::request::{LIVE, document};
-use crate::agent;
+use crate::agent::{self, Surroundings};
 use crate::cli::output::{log, print};
 use crate::cli::text::{bytes, terminal_safe};
 use crate::config::{Config, Settings};
@@ -150,7 +150,7 @@ impl Record {
         let address = listener.local_addr().context("cannot read the address of the socket")?;
         let client = Client::new(&AgentAccess::plain(format!("http://{address}")))?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = agent::serve(Arc::new(config), None, TcpListener::from_std(listener)?, None, async {
+        let serving = agent::serve(Arc::new(config), Surroundings::default(), TcpListener::from_std(listener)?, async {
             // The sender is dropped to stop the agent.
             let _dropped = stopped.await;
         });

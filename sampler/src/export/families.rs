@@ -226,6 +226,11 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
     to.add(build_info, &[("version", env!("CARGO_PKG_VERSION")), ("commit", commit)], 1.0);
 }
 
+/// `exports`: by outcome.
+pub fn otlp(exports: Option<[(&'static str, f64); 2]>, to: &mut Page) {
+    to.add_each(&agent_families::OTLP_EXPORTS, "outcome", exports.into_iter().flatten());
+}
+
 /// `expires`: the certificate of the server.
 pub fn http(rejections: &Rejections, expires: Option<WallTime>, to: &mut Page) {
     to.add_each(&agent_families::HTTP_REJECTIONS, "reason", rejections.counts());

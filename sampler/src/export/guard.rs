@@ -17,6 +17,8 @@ use axum::http::{HeaderMap, HeaderValue, StatusCode, header};
 use axum::middleware::Next;
 use axum::response::{IntoResponse as _, Response};
 
+use rustls::pki_types::CertificateDer;
+
 use super::access::{foreign, from_another_page};
 use super::rejections::RejectionReason;
 use super::scrapers::ConnectionId;
@@ -29,13 +31,13 @@ use crate::security::{Rules, Unauthorized};
 pub const SERVER: &str = concat!("gpu-sampler/", env!("CARGO_PKG_VERSION"));
 
 /// The connection of a request.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct Connection {
     pub id: ConnectionId,
     pub peer: IpAddr,
     pub is_tls: bool,
-    /// The client showed a certificate that was verified.
-    pub has_certificate: bool,
+    /// What the client showed when the connection began, if it was verified.
+    pub certificates: Option<Arc<[CertificateDer<'static>]>>,
     /// Of the web configuration with which it was accepted.
     pub generation: u64,
 }
@@ -44,11 +46,18 @@ impl Connection {
     /// For a request without one, in tests.
     fn unknown() -> Self {
         let peer = IpAddr::V4(Ipv4Addr::UNSPECIFIED);
-        Self { id: ConnectionId(0), peer, is_tls: false, has_certificate: false, generation: 0 }
+        Self { id: ConnectionId(0), peer, is_tls: false, certificates: None, generation: 0 }
+    }
+
+    /// Whether the client has a certificate that these rules accept, which may be newer than the connection.
+    fn has_certificate(&self, rules: &Rules) -> bool {
+        self.certificates
+            .as_ref()
+            .is_some_and(|chain| self.generation == rules.generation || rules.tls().is_some_and(|tls| tls.verifies(chain)))
     }
 
     pub fn of(request: &Request) -> Self {
-        request.extensions().get::<Self>().copied().unwrap_or_else(Self::unknown)
+        request.extensions().get::<Self>().cloned().unwrap_or_else(Self::unknown)
     }
 }
 
@@ -146,8 +155,7 @@ async fn check(config: &Config, rules: &Rules, connection: &Connection, head: &P
     if is_health || (is_loopback && !rules.web.has_credentials()) {
         return Ok(IsAuthorized(true));
     }
-    let is_current = connection.generation == rules.generation;
-    let authorized = rules.authorize(headers, connection.has_certificate && is_current).await;
+    let authorized = rules.authorize(headers, connection.has_certificate(rules), connection.peer).await;
     let is_open = (web::is_file(path) && rules.web.users.is_empty()) || (config.open_metrics && is_page(path));
     match authorized {
         Ok(credential) => {

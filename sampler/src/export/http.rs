@@ -90,6 +90,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         gpus::gpus(exposition, &mut page, starts);
         families::agent(exposition, &health, &label_stats, &nvml, &mut page);
         families::http(&state.rejections, state.security.rules().tls().map(|tls| tls.expires), &mut page);
+        families::otlp(state.health.otlp.view(), &mut page);
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
         sessions::metrics(&recorder, &mut page);
     });
@@ -154,7 +155,7 @@ mod tests {
             ..Settings::default()
         };
         let config = Arc::new(settings.validate(None).unwrap());
-        let security = Security::new(config.security_files(), true, Arc::default(), || WallTime(0)).unwrap();
+        let security = Security::new(config.security_files(), Arc::default(), || WallTime(0)).unwrap();
         let (_events, inbox) = tokio::sync::mpsc::unbounded_channel();
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();

@@ -8,7 +8,7 @@ mod container_state;
 mod contenders;
 mod encode;
 mod explain;
-mod exposition;
+pub mod exposition;
 mod families;
 pub mod gpu_holders;
 mod gpus;

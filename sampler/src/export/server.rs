@@ -69,6 +69,8 @@ pub async fn serve(listener: TcpListener, state: Arc<AppState>, stop: impl Futur
         let mut interval = tokio::time::interval(LEDGER_EVERY);
         loop {
             interval.tick().await;
+            // A scraper that keeps its connection finds it closed then, not its request rejected.
+            state.security.current().await;
             let mut ledger = state.ledger();
             let (snapshot, labels) = (state.snapshot.load_full(), state.labels.view());
             ledger.update(&snapshot, &labels);
@@ -141,15 +143,16 @@ impl ConnectionTask {
         let rules = self.state.security.current().await;
         self.open.set_generation(this.id, rules.generation);
         let of_request =
-            Connection { id: this.id, peer: this.peer, is_tls: false, has_certificate: false, generation: rules.generation };
+            Connection { id: this.id, peer: this.peer, is_tls: false, certificates: None, generation: rules.generation };
         if rules.tls().is_none() {
             return self.serve(stream, of_request).await;
         }
         match tokio::time::timeout(HANDSHAKE_TIMEOUT, handshake(stream, &rules)).await {
             Ok(Ok(stream)) => {
-                let has_certificate =
-                    rules.tls().is_some_and(|tls| tls.verifies_clients) && stream.get_ref().1.peer_certificates().is_some();
-                self.serve(stream, Connection { is_tls: true, has_certificate, ..of_request }).await;
+                let certificates =
+                    stream.get_ref().1.peer_certificates().filter(|_| rules.tls().is_some_and(|tls| tls.verifies_clients));
+                let certificates = certificates.map(Into::into);
+                self.serve(stream, Connection { is_tls: true, certificates, ..of_request }).await;
             }
             Ok(Err(None)) => {}
             Ok(Err(Some((reason, message)))) => self.state.rejections.record(reason, this.peer, &message),
@@ -162,13 +165,14 @@ impl ConnectionTask {
 
     async fn serve<S: AsyncRead + AsyncWrite + Unpin + Send + 'static>(self, stream: S, of_request: Connection) {
         let (stream, phase) = TimedStream::new(stream, StreamLimits::SERVER);
+        let id = of_request.id;
         let service = self.router.map_request(move |mut request: Request<Incoming>| {
-            request.extensions_mut().insert(of_request);
+            request.extensions_mut().insert(of_request.clone());
             request
         });
         let open = self.open;
         let service = tower::service_fn(move |request| {
-            let (in_progress, service) = ((open.begin_request(of_request.id), phase.begin_request()), service.clone());
+            let (in_progress, service) = ((open.begin_request(id), phase.begin_request()), service.clone());
             async move {
                 let response = service.oneshot(request).await?;
                 // Until the last part of the body was taken.

@@ -263,6 +263,7 @@ impl Exporter {
         };
         families::agent(&page, &health, &label_stats(), "libnvidia-ml.so.1", &mut all);
         families::http(&Rejections::default(), Some(WallTime(1_700_000_000_000_000_000)), &mut all);
+        families::otlp(Some([("ok", 3.0), ("error", 0.0)]), &mut all);
         nvml_families::calls(&devices(), [1.0, 2.0], &mut all);
         sessions::metrics(&RecorderView::default(), &mut all);
         all.text()

@@ -77,6 +77,32 @@ impl<const N: usize> DurationHistogram<N> {
     }
 }
 
+/// Requests to an OTLP receiver.
+#[derive(Debug, Default)]
+pub struct OtlpCounts {
+    is_on: AtomicBool,
+    succeeded: AtomicU64,
+    failed: AtomicU64,
+}
+
+impl OtlpCounts {
+    /// The counts are exposed from now on.
+    pub fn turn_on(&self) {
+        self.is_on.store(true, Ordering::Relaxed);
+    }
+
+    pub fn record(&self, is_success: bool) {
+        let count = if is_success { &self.succeeded } else { &self.failed };
+        count.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// By outcome; `None` while nothing is exported by OTLP.
+    pub fn view(&self) -> Option<[(&'static str, f64); 2]> {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed) as f64;
+        self.is_on.load(Ordering::Relaxed).then(|| [("ok", count(&self.succeeded)), ("error", count(&self.failed))])
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
@@ -118,6 +144,7 @@ pub struct Health {
     /// Turns of the core thread so far.
     core_turns: AtomicU64,
     pub driver: DriverHealth,
+    pub otlp: OtlpCounts,
 }
 
 impl Health {

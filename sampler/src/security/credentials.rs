@@ -5,20 +5,28 @@
 //! a limited rate, so that wrong passwords cost the node little.
 
 use std::collections::{BTreeMap, HashMap};
+use std::net::IpAddr;
 use std::path::Path;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 use base64::Engine as _;
 use base64::engine::general_purpose::STANDARD;
 use sha2::{Digest as _, Sha256};
 use subtle::{Choice, ConstantTimeEq as _};
+use tokio::sync::Semaphore;
 
 use super::error::{SecurityError, read_file};
-use super::rate_limit::RateLimit;
+use super::rate_limit::PeerLimits;
 
-/// Checks of passwords that were not accepted before: 1 a second, 5 at once.
-const PASSWORD_CHECKS: (Duration, u32) = (Duration::from_secs(1), 5);
+/// Checks of passwords that were not accepted before, of a peer: 1 a second, 5 at once.
+const CHECKS_OF_PEER: (Duration, u32) = (Duration::from_secs(1), 5);
+/// Of all peers: 4 a second, 20 at once.
+const CHECKS: (Duration, u32) = (Duration::from_millis(250), 20);
+/// A higher one takes seconds for each password.
+const COSTS: std::ops::RangeInclusive<u32> = 4..=14;
+/// For the check of another password to end.
+const CHECK_PATIENCE: Duration = Duration::from_secs(3);
 /// Longer tokens are refused when the file is read.
 const MAX_TOKEN_BYTES: usize = 4096;
 /// bcrypt reads no more of a password.
@@ -98,20 +106,19 @@ pub struct Users {
     decoy: String,
     /// Digests of accepted passwords, with their users and hashes.
     accepted: Mutex<HashMap<String, Sha256Digest>>,
-    checks: RateLimit,
+    checks: PeerLimits,
     /// Held during a check.
-    checking: tokio::sync::Semaphore,
+    checking: Arc<Semaphore>,
 }
 
 impl Default for Users {
     fn default() -> Self {
-        let (every, burst) = PASSWORD_CHECKS;
         Self {
             hashes: BTreeMap::new(),
             decoy: String::new(),
             accepted: Mutex::default(),
-            checks: RateLimit::new(every, burst),
-            checking: tokio::sync::Semaphore::new(1),
+            checks: PeerLimits::new(CHECKS_OF_PEER, CHECKS),
+            checking: Arc::new(Semaphore::new(1)),
         }
     }
 }
@@ -119,12 +126,18 @@ impl Default for Users {
 impl Users {
     /// `Err` names the user with an invalid hash.
     pub fn new(hashes: BTreeMap<String, String>) -> Result<Self, String> {
-        let is_invalid = |hash: &str| hash.parse::<bcrypt::HashParts>().is_err();
+        let is_invalid = |hash: &str| !hash.parse::<bcrypt::HashParts>().is_ok_and(|parts| COSTS.contains(&parts.get_cost()));
         if let Some((user, _)) = hashes.iter().find(|(user, hash)| is_invalid(hash) || user.contains(':')) {
             return Err(user.clone());
         }
         let decoy = hashes.values().next().cloned().unwrap_or_default();
         Ok(Self { hashes, decoy, ..Self::default() })
+    }
+
+    /// Takes over the passwords that were accepted; with another hash they do not match.
+    pub fn adopt(&self, earlier: &Users) {
+        let known = earlier.accepted.lock().unwrap_or_else(PoisonError::into_inner).clone();
+        *self.accepted.lock().unwrap_or_else(PoisonError::into_inner) = known;
     }
 
     pub fn is_empty(&self) -> bool {
@@ -136,7 +149,7 @@ impl Users {
     }
 
     /// The password check of one user of these rules, which may take tens of milliseconds.
-    pub async fn check(&self, user: &str, password: &str) -> PasswordCheck {
+    pub async fn check(&self, user: &str, password: &str, peer: IpAddr) -> PasswordCheck {
         let hash = self.hashes.get(user);
         let key = digest(&[user.as_bytes(), hash.map_or(&[][..], |hash| hash.as_bytes()), password.as_bytes()]);
         if self.was_accepted(user, &key) {
@@ -145,12 +158,18 @@ impl Users {
         if password.len() > MAX_PASSWORD_BYTES {
             return PasswordCheck::Wrong;
         }
-        if !self.checks.admits(Instant::now()) {
+        if !self.checks.admits(peer, Instant::now()) {
             return PasswordCheck::NotChecked;
         }
-        let Ok(_checking) = self.checking.acquire().await else { return PasswordCheck::NotChecked };
+        let turn = tokio::time::timeout(CHECK_PATIENCE, Arc::clone(&self.checking).acquire_owned()).await;
+        let Ok(Ok(turn)) = turn else { return PasswordCheck::NotChecked };
         let (is_known, hash, password) = (hash.is_some(), hash.unwrap_or(&self.decoy).clone(), password.to_owned());
-        let verified = tokio::task::spawn_blocking(move || bcrypt::verify(password, &hash)).await;
+        let verified = tokio::task::spawn_blocking(move || {
+            // Until the check ends, also if the client does not wait for it.
+            let _turn = turn;
+            bcrypt::verify(password, &hash)
+        })
+        .await;
         if is_known && matches!(verified, Ok(Ok(true))) {
             self.accepted.lock().unwrap_or_else(PoisonError::into_inner).insert(user.to_owned(), key);
             return PasswordCheck::Accepted;
@@ -193,7 +212,7 @@ mod tests {
             // It was accepted before.
             ("prometheus", "secret", PasswordCheck::Accepted),
         ] {
-            assert_eq!(users.check(user, password).await, expect, "{user} {password}");
+            assert_eq!(users.check(user, password, [10, 0, 0, 1].into()).await, expect, "{user} {password}");
         }
     }
 

@@ -15,6 +15,7 @@ pub mod rate_limit;
 pub mod tls;
 pub mod web_config;
 
+use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
@@ -112,11 +113,12 @@ impl Rules {
         self.has_tokens() || self.web.has_credentials()
     }
 
-    /// Checks the credentials of a request. With users or tokens, a certificate that every client has to show does not suffice.
-    pub async fn authorize(&self, headers: &HeaderMap, has_certificate: bool) -> Result<Credential, Unauthorized> {
+    /// Checks the credentials of a request. A certificate does not suffice with users, nor with tokens if every client has to show one.
+    pub async fn authorize(&self, headers: &HeaderMap, has_certificate: bool, peer: IpAddr) -> Result<Credential, Unauthorized> {
         let users = &self.web.users;
         let needs_login = self.has_tokens() || !users.is_empty();
-        let certificate_suffices = !needs_login || !self.tls().is_some_and(|tls| tls.requires_certificate);
+        // As in exporter-toolkit, users are asked for their password with a certificate as well.
+        let certificate_suffices = users.is_empty() && !(needs_login && self.tls().is_some_and(|tls| tls.requires_certificate));
         if has_certificate && certificate_suffices {
             return Ok(Credential::Certificate);
         }
@@ -130,7 +132,7 @@ impl Rules {
             },
             Some((scheme, encoded)) if scheme.eq_ignore_ascii_case("basic") && !users.is_empty() => {
                 let Some((user, password)) = decode_basic(encoded) else { return Err(Unauthorized::WrongPassword) };
-                match users.check(&user, &password).await {
+                match users.check(&user, &password, peer).await {
                     PasswordCheck::Accepted => Ok(Credential::Password),
                     PasswordCheck::Wrong => Err(Unauthorized::WrongPassword),
                     PasswordCheck::NotChecked => Err(Unauthorized::TooManyPasswords),
@@ -162,6 +164,20 @@ impl WebRules {
         !self.users.is_empty() || self.tls.as_ref().is_some_and(|tls| tls.verifies_clients)
     }
 
+    /// The first protection of these rules that others do not have.
+    fn lost_in(&self, new: &WebRules) -> Option<&'static str> {
+        let verifies = |rules: &WebRules| rules.tls.as_ref().is_some_and(|tls| tls.verifies_clients);
+        let requires = |rules: &WebRules| rules.tls.as_ref().is_some_and(|tls| tls.requires_certificate);
+        [
+            ("TLS", self.tls.is_some() && new.tls.is_none()),
+            ("users", !self.users.is_empty() && new.users.is_empty()),
+            ("client certificates", verifies(self) && !verifies(new)),
+            ("required client certificates", requires(self) && !requires(new)),
+        ]
+        .into_iter()
+        .find_map(|(name, is_lost)| is_lost.then_some(name))
+    }
+
     /// For the log.
     fn summary(&self) -> String {
         let tls = match &self.tls {
@@ -184,8 +200,6 @@ struct Watched {
 /// The rules, kept up to date with the files.
 pub struct Security {
     files: SecurityFiles,
-    /// Without credentials everyone could use the server.
-    needs_credentials: bool,
     rules: ArcSwap<Rules>,
     generation: watch::Sender<u64>,
     watched: Mutex<Watched>,
@@ -197,17 +211,23 @@ pub struct Security {
     now: fn() -> WallTime,
 }
 
+/// Permits the next check, also after a panic.
+struct EndOfCheck<'a> {
+    security: &'a Security,
+    at: u64,
+}
+
+impl Drop for EndOfCheck<'_> {
+    fn drop(&mut self) {
+        self.security.checked.store(self.at, Ordering::Relaxed);
+        self.security.is_checking.store(false, Ordering::Release);
+    }
+}
+
 impl Security {
-    /// `needs_credentials`: a web configuration without any is refused later, too.
-    pub fn new(
-        files: SecurityFiles,
-        needs_credentials: bool,
-        health: Arc<Health>,
-        now: fn() -> WallTime,
-    ) -> Result<Arc<Self>, SecurityError> {
+    pub fn new(files: SecurityFiles, health: Arc<Health>, now: fn() -> WallTime) -> Result<Arc<Self>, SecurityError> {
         let security = Self {
             rules: ArcSwap::from_pointee(Rules::load(&files)?),
-            needs_credentials,
             generation: watch::Sender::new(0),
             watched: Mutex::default(),
             is_checking: AtomicBool::new(false),
@@ -238,9 +258,8 @@ impl Security {
         if has_files && is_due && !self.is_checking.swap(true, Ordering::AcqRel) {
             let this = Arc::clone(self);
             let check = tokio::task::spawn_blocking(move || {
+                let _checking = EndOfCheck { security: &this, at: now };
                 this.check();
-                this.checked.store(now, Ordering::Relaxed);
-                this.is_checking.store(false, Ordering::Release);
             });
             // Beyond its limit it goes on in its thread, and the next requests use the rules in memory.
             let _ = tokio::time::timeout(CHECK_TIMEOUT, check).await;
@@ -292,22 +311,24 @@ impl Security {
     fn reload_web(&self, path: &Path, is_first: bool) -> FileStates {
         let (before, mut states) = (self.rules(), FileStates::default());
         let loaded = WebRules::load(path, &mut states);
-        let has_token_file = self.files.token_file.is_some();
         let problem = match &loaded {
-            Ok(web) if self.needs_credentials && !has_token_file && !web.has_credentials() => {
-                Some(format!("the web configuration {} has neither users nor client certificates", path.display()))
-            }
-            Ok(_) => None,
+            // A file that is half written may be valid, with less in it.
+            Ok(web) => before.web.lost_in(web).filter(|_| !is_first).map(|lost| {
+                format!("the web configuration {} has no {lost} any more, which only a restart accepts", path.display())
+            }),
             Err(error) => Some(display_chain(error)),
         };
         match (loaded, problem) {
             (Ok(web), None) => {
                 self.health.recovered(Condition::WebConfig);
+                let generation = before.generation + u64::from(!is_first);
+                let (tokens, token_problem) = (Arc::clone(&before.tokens), before.token_problem.clone());
                 if !is_first {
                     tracing::info!(configuration = web.summary(), "the web configuration has changed");
-                    let generation = before.generation + 1;
-                    let (tokens, token_problem) = (Arc::clone(&before.tokens), before.token_problem.clone());
-                    self.rules.store(Arc::new(Rules { tokens, token_problem, web: Arc::new(web), generation }));
+                    web.users.adopt(&before.web.users);
+                }
+                self.rules.store(Arc::new(Rules { tokens, token_problem, web: Arc::new(web), generation }));
+                if !is_first {
                     self.generation.send_replace(generation);
                 }
             }

@@ -45,10 +45,11 @@ impl SecurityFolder {
 
     fn security(&self) -> Arc<Security> {
         let files = SecurityFiles { token_file: Some(self.path("token")), web_config_file: Some(self.path("web.yml")) };
-        Security::new(files, true, Arc::default(), || WallTime(0)).unwrap()
+        Security::new(files, Arc::default(), || WallTime(0)).unwrap()
     }
 }
 
+const PEER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::LOCALHOST);
 const TLS: &str = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n";
 
 fn bcrypt_hash() -> String {
@@ -129,7 +130,7 @@ async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
     let security = files.security();
     let accepts = async |token: &str| {
         security.check();
-        security.rules().authorize(&bearer(token), false).await
+        security.rules().authorize(&bearer(token), false, PEER).await
     };
     assert_eq!(accepts("first").await, Ok(Credential::Token));
     assert_eq!(accepts("second").await, Ok(Credential::Token));
@@ -149,7 +150,7 @@ async fn tokens_are_replaced_and_a_file_without_one_revokes_all() {
     files.write("token", "third\n");
     assert_eq!(accepts("third").await, Ok(Credential::Token));
     assert!(security.health.view().degraded.is_empty());
-    assert!(matches!(security.rules().authorize(&HeaderMap::new(), false).await, Err(Unauthorized::NoCredentials(_))));
+    assert!(matches!(security.rules().authorize(&HeaderMap::new(), false, PEER).await, Err(Unauthorized::NoCredentials(_))));
 }
 
 #[tokio::test]
@@ -164,8 +165,8 @@ async fn a_certificate_suffices_unless_every_client_has_one_and_a_login_is_confi
         let web = files.load(&format!("{TLS}  client_auth_type: {auth}\n  client_ca_file: server.pem\n")).unwrap();
         let tokens = if has_tokens { Tokens::load(&files.path("token")).unwrap() } else { Tokens::default() };
         let rules = Rules { tokens: Arc::new(tokens), web: Arc::new(web), ..Rules::default() };
-        assert_eq!(rules.authorize(&HeaderMap::new(), true).await.is_ok(), expect, "{auth} {has_tokens}");
-        assert!(rules.authorize(&HeaderMap::new(), false).await.is_err());
+        assert_eq!(rules.authorize(&HeaderMap::new(), true, PEER).await.is_ok(), expect, "{auth} {has_tokens}");
+        assert!(rules.authorize(&HeaderMap::new(), false, PEER).await.is_err());
     }
 }
 
@@ -193,6 +194,9 @@ fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
     step(&|| files.write("server.key", &key), false, 1, true);
     step(&|| files.certificate("server"), true, 2, false);
     step(&|| files.write("web.yml", "basic_auth_users: {a: b}"), false, 2, true);
+    // Valid, and half of the file.
+    step(&|| files.write("web.yml", TLS), false, 2, true);
+    step(&|| files.write("web.yml", ""), false, 2, true);
     step(&|| files.write("web.yml", &web), true, 3, false);
 }
 
@@ -200,15 +204,13 @@ fn a_new_certificate_is_used_and_an_invalid_configuration_changes_nothing() {
 fn a_configuration_that_would_open_the_server_is_refused() {
     let files = SecurityFolder::new();
     files.write("web.yml", &format!("basic_auth_users:\n  a: {}\n", bcrypt_hash()));
-    let security = Security::new(
-        SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) },
-        true,
-        Arc::default(),
-        || WallTime(0),
-    )
-    .unwrap();
+    let security =
+        Security::new(SecurityFiles { token_file: None, web_config_file: Some(files.path("web.yml")) }, Arc::default(), || {
+            WallTime(0)
+        })
+        .unwrap();
     files.write("web.yml", "");
     security.check();
     assert!(security.rules().have_credentials());
-    assert!(security.health.view().degraded[0].1.contains("has neither users nor client certificates"));
+    assert!(security.health.view().degraded[0].1.contains("has no users any more"));
 }

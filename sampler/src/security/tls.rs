@@ -46,6 +46,7 @@ pub struct TlsSettings {
 enum ClientAuth {
     NoClientCert,
     RequestClientCert,
+    #[strum(to_string = "RequireAnyClientCert", serialize = "RequireClientCert")]
     RequireAnyClientCert,
     VerifyClientCertIfGiven,
     RequireAndVerifyClientCert,
@@ -71,6 +72,7 @@ pub struct Tls {
     pub requires_certificate: bool,
     /// When the server's certificate expires.
     pub expires: WallTime,
+    clients: Option<Arc<ClientCertificates>>,
 }
 
 impl TlsSettings {
@@ -90,7 +92,10 @@ impl Tls {
         read: &mut FileStates,
         invalid: InvalidKey<'_>,
     ) -> Result<Self, SecurityError> {
-        let mut source = |what: &'static str, key: &str, file: Option<PathBuf>, text: Option<String>| match (file, text) {
+        let mut source = |what: &'static str, key: &str, file: Option<PathBuf>, text: Option<String>| match (
+            file.filter(|file| !file.as_os_str().is_empty()),
+            text.filter(|text| !text.is_empty()),
+        ) {
             (Some(_), Some(_)) => Err(invalid(&format!("tls_server_config.{key}"), format!("set {key} or {key}_file, not both"))),
             (Some(file), None) => {
                 let path = folder.join(file);
@@ -115,12 +120,15 @@ impl Tls {
         let broken = |error: rustls::Error| invalid("tls_server_config", tls_problem(&error));
         let builder =
             ServerConfig::builder_with_provider(Arc::clone(&provider)).with_protocol_versions(&versions).map_err(broken)?;
-        let builder = if auth == ClientAuth::NoClientCert {
-            builder.with_no_client_auth()
+        let clients = if auth == ClientAuth::NoClientCert {
+            None
         } else {
             let roots = authority.filter(|_| auth.verifies()).map(|authority| certificates(&authority)).transpose()?;
-            let verifier = ClientCertificates::new(auth, roots, settings.client_allowed_sans, &provider, invalid)?;
-            builder.with_client_cert_verifier(Arc::new(verifier))
+            Some(Arc::new(ClientCertificates::new(auth, roots, settings.client_allowed_sans, &provider, invalid)?))
+        };
+        let builder = match &clients {
+            None => builder.with_no_client_auth(),
+            Some(clients) => builder.with_client_cert_verifier(Arc::clone(clients) as Arc<dyn ClientCertVerifier>),
         };
         let mut server = builder.with_single_cert(chain, key_der).map_err(broken)?;
         server.alpn_protocols = vec![b"http/1.1".to_vec()];
@@ -128,7 +136,13 @@ impl Tls {
         server.session_storage = Arc::new(NoServerSessionStorage {});
         server.send_tls13_tickets = 0;
         let (verifies_clients, requires_certificate) = (auth.verifies(), auth.verifies() && auth.requires());
-        Ok(Self { server: Arc::new(server), verifies_clients, requires_certificate, expires })
+        Ok(Self { server: Arc::new(server), verifies_clients, requires_certificate, expires, clients })
+    }
+
+    /// Whether a client that showed these certificates earlier is verified by these settings now.
+    pub fn verifies(&self, chain: &[CertificateDer<'_>]) -> bool {
+        let (Some(clients), Some((first, rest))) = (&self.clients, chain.split_first()) else { return false };
+        self.verifies_clients && clients.verify_client_cert(first, rest, UnixTime::now()).is_ok()
     }
 }
 

@@ -63,7 +63,7 @@ impl WebRules {
         let users = Users::new(file.basic_auth_users).map_err(|user| {
             invalid(
                 "basic_auth_users",
-                format!("the value of {user:?} is not a bcrypt hash; make one with `htpasswd -nB {user}`"),
+                format!("the value of {user:?} is not a bcrypt hash with a cost of 4 to 14; make one with `htpasswd -nB {user}`"),
             )
         })?;
         let headers = file

@@ -28,7 +28,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
             &["explain", "session"],
             &["core_thread"],
             &["export"],
-            &["reload"],
+            &["reload", "otlp"],
             &["agent"],
             &["cli"],
             &["main"],

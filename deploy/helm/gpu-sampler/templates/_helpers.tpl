@@ -91,6 +91,12 @@ params:
   collect[]:
     {{- toYaml . | nindent 4 }}
 {{- end }}
+# The instance is the node. The agent's own namespace, pod and container are on no series: those labels are the workload's.
+relabelings:
+  - sourceLabels: [__meta_kubernetes_pod_node_name]
+    targetLabel: instance
+  - action: labeldrop
+    regex: namespace|pod|container|endpoint|service
 {{- with .Values.monitoring.endpoint }}
 {{ toYaml . }}
 {{- end }}

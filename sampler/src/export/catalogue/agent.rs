@@ -62,6 +62,9 @@ families! {
     CERTIFICATE_EXPIRY: Family::gauge("gpu_sampler_web_certificate_expiry_timestamp_seconds", "seconds", &[])
         .help("Unix time when the certificate of the HTTP server expires, in seconds.")
         .absent("without TLS");
+    OTLP_EXPORTS: Family::counter("gpu_sampler_otlp_exports_total", "requests", &["outcome"])
+        .help("Number of requests to the OTLP receiver, by outcome: ok or error.")
+        .absent("unless OTEL_EXPORTER_OTLP_ENDPOINT is set");
     BUILD_INFO: Family::gauge("gpu_sampler_build_info", "none", &["version", "commit"])
         .help("Version and commit of the running agent; value is always 1.");
 }
