@@ -2,7 +2,7 @@
 
 use std::io::{Read as _, Write as _};
 use std::net::{TcpListener, TcpStream};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
@@ -52,10 +52,15 @@ impl Point {
     }
 }
 
+/// The state stays usable after a panic of another thread.
+fn locked<T>(of: &Mutex<T>) -> MutexGuard<'_, T> {
+    of.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 impl Received {
     /// The points of the newest request.
     fn points(&self) -> Vec<Point> {
-        let requests = self.requests.lock().unwrap();
+        let requests = locked(&self.requests);
         let scopes = requests
             .last()
             .into_iter()
@@ -78,7 +83,7 @@ impl Received {
     }
 
     fn resource(&self, key: &str) -> String {
-        let requests = self.requests.lock().unwrap();
+        let requests = locked(&self.requests);
         let resource = requests.last().and_then(|request| request.resource_metrics.first()?.resource.as_ref());
         resource.map_or_else(String::new, |resource| text(&resource.attributes, key).to_owned())
     }
@@ -91,8 +96,8 @@ impl MetricsService for Received {
         request: tonic::Request<ExportMetricsServiceRequest>,
     ) -> Result<tonic::Response<ExportMetricsServiceResponse>, tonic::Status> {
         let authorization = request.metadata().get("authorization").and_then(|value| value.to_str().ok()).unwrap_or_default();
-        *self.authorization.lock().unwrap() = authorization.to_owned();
-        self.requests.lock().unwrap().push(request.into_inner());
+        *locked(&self.authorization) = authorization.to_owned();
+        locked(&self.requests).push(request.into_inner());
         Ok(tonic::Response::new(ExportMetricsServiceResponse::default()))
     }
 }
@@ -130,8 +135,8 @@ fn receive(stream: &mut TcpStream, received: &Received, status: u16) -> Result<(
     body.resize(length, 0);
     stream.read_exact(&mut body[have..])?;
     let authorization = head.lines().find_map(|line| line.strip_prefix("authorization: ")).unwrap_or_default();
-    *received.authorization.lock().unwrap() = authorization.to_owned();
-    received.requests.lock().unwrap().push(ExportMetricsServiceRequest::decode(&body[..])?);
+    *locked(&received.authorization) = authorization.to_owned();
+    locked(&received.requests).push(ExportMetricsServiceRequest::decode(&body[..])?);
     let text = if status == 200 { "" } else { "the quota is used up" };
     Ok(write!(stream, "HTTP/1.1 {status} -\r\nConnection: close\r\nContent-Length: {}\r\n\r\n{text}", text.len())?)
 }
@@ -209,7 +214,7 @@ fn receivers_of_both_protocols_get_gpus_and_users_in_the_names_of_the_convention
         let parts = total("gpu_sampler.user.time", "", "") + total("gpu_sampler.unattributed.time", "", "");
         ensure!((busy - parts).abs() < 1e-3, "{name}: busy {busy} s, parts {parts} s");
         ensure!(received.resource("service.name") == "gpu-sampler" && received.resource("k8s.node.name") == "node-7");
-        ensure!(*received.authorization.lock().unwrap() == if name == "grpc" { "Bearer secret" } else { "bearer secret" });
+        ensure!(*locked(&received.authorization) == if name == "grpc" { "Bearer secret" } else { "bearer secret" });
     }
     let page = agent.scrape()?;
     ensure!(sum(&page, "gpu_sampler_otlp_exports_total", &[("outcome", "ok")]).is_some_and(|n| n > 0.0));
@@ -230,7 +235,7 @@ fn a_receiver_that_fails_is_reported_once_and_changes_nothing_else() -> Result<(
     let log = agent.log()?;
     let lines: Vec<&str> = log.lines().filter(|line| line.contains("cannot export metrics by OTLP")).collect();
     ensure!(lines.len() == 1 && lines[0].contains("HTTP 429") && lines[0].contains("the quota is used up"), "{lines:#?}");
-    ensure!(received.requests.lock().unwrap().len() >= 3);
+    ensure!(locked(&received.requests).len() >= 3);
     // Off by default.
     let plain = Agent::start(Some(&sim), &[])?;
     ensure!(sum(&plain.scrape()?, "gpu_sampler_otlp_exports_total", &[]).is_none());

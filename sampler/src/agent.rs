@@ -32,7 +32,7 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
-use crate::otlp::{self, Exporter, OtlpSettings};
+use crate::otlp::{self, OtlpExporter, OtlpSettings};
 use crate::privileges;
 use crate::reload::{self, SettingsSource};
 use crate::security::Security;
@@ -229,7 +229,7 @@ pub async fn serve(
     let (exporting, exports_ended) = tokio::sync::watch::channel(());
     let exporter = match otlp {
         Some(settings) => {
-            let exporter = Exporter::new(settings, Arc::clone(&state)).context("cannot export metrics by OTLP")?;
+            let exporter = OtlpExporter::new(settings, Arc::clone(&state)).context("cannot export metrics by OTLP")?;
             Some(tokio::spawn(exporter.run(exports_ended)))
         }
         None => None,

@@ -1,7 +1,7 @@
 //! What the agent may do: the capabilities that it needs, and no system call that it never makes.
 //!
 //! Everything else is given up before the first thread starts, for the rest of its life: neither the driver's library nor a mistake of the
-//! agent starts a program, loads a module, mounts or enters another namespace. That is no sandbox for hostile code: who controls a
+//! agent starts a program, loads a module, mounts or enters another namespace. That is not a sandbox for hostile code: who controls a
 //! process with CAP_SYS_PTRACE can write to others through /proc, and as root to files of root. The needed capabilities were found by removing one at a
 //! time; docs/security.md says what each is for.
 

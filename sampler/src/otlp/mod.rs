@@ -22,7 +22,7 @@ pub fn settings() -> Result<Option<OtlpSettings>, InvalidVariable> {
     OtlpSettings::read(|name| std::env::var(name).ok())
 }
 
-pub struct Exporter {
+pub struct OtlpExporter {
     settings: OtlpSettings,
     transport: Transport,
     state: Arc<AppState>,
@@ -30,7 +30,7 @@ pub struct Exporter {
     failure: Option<String>,
 }
 
-impl Exporter {
+impl OtlpExporter {
     pub fn new(settings: OtlpSettings, state: Arc<AppState>) -> Result<Self, OtlpError> {
         let transport = Transport::new(&settings)?;
         state.health.otlp.turn_on();

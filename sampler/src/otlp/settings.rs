@@ -41,9 +41,9 @@ pub struct InvalidVariable {
 }
 
 /// Reads variables; those for metrics take precedence over those for all signals.
-struct Environment<F>(F);
+struct OtelEnvironment<F>(F);
 
-impl<F: Fn(&str) -> Option<String>> Environment<F> {
+impl<F: Fn(&str) -> Option<String>> OtelEnvironment<F> {
     /// An empty variable counts as unset.
     fn get(&self, name: &str) -> Option<String> {
         (self.0)(name).filter(|value| !value.trim().is_empty())
@@ -61,7 +61,7 @@ impl<F: Fn(&str) -> Option<String>> Environment<F> {
 impl OtlpSettings {
     /// `None` unless an endpoint is set: then nothing is exported.
     pub fn read(get: impl Fn(&str) -> Option<String>) -> Result<Option<Self>, InvalidVariable> {
-        let environment = Environment(get);
+        let environment = OtelEnvironment(get);
         let is_off = environment.get("OTEL_SDK_DISABLED").is_some_and(|value| value.eq_ignore_ascii_case("true"))
             || environment.get("OTEL_METRICS_EXPORTER").is_some_and(|value| value == "none");
         let Some((endpoint, variable)) = environment.signal("ENDPOINT").filter(|_| !is_off) else { return Ok(None) };
