@@ -47,6 +47,9 @@ impl Setup {
              client_ca_file: ca.pem\nbasic_auth_users:\n  prometheus: {hash}\n"
         );
         std::fs::write(this.path("web.yml"), web)?;
+        let certificates = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.key\n  client_auth_type: \
+                            RequireAndVerifyClientCert\n  client_ca_file: ca.pem\n";
+        std::fs::write(this.path("certificates.yml"), certificates)?;
         Ok(this)
     }
 
@@ -64,6 +67,21 @@ impl Setup {
         Agent::start_when(Layout::Machine, Agent::command(Some(sim))?, &args, &|port| {
             self.curl(port, "/readyz", &[]).is_ok_and(|reply| reply.status == 200)
         })
+    }
+
+    /// To which a certificate alone gives access.
+    fn agent_with_certificates(&self, sim: &Sim) -> Result<Agent> {
+        let args = ["--web.config.file", &self.text("certificates.yml")];
+        let certificate = self.certificate("client");
+        Agent::start_when(Layout::Machine, Agent::command(Some(sim))?, &args, &|port| {
+            let reply = self.curl(port, "/readyz", &certificate.each_ref().map(String::as_str));
+            reply.is_ok_and(|reply| reply.status == 200)
+        })
+    }
+
+    /// curl's arguments for a client certificate.
+    fn certificate(&self, name: &str) -> [String; 4] {
+        ["--cert".to_owned(), self.text(&format!("{name}.pem")), "--key".to_owned(), self.text(&format!("{name}.key"))]
     }
 
     fn curl(&self, port: u16, path: &str, args: &[&str]) -> Result<Reply> {
@@ -99,8 +117,9 @@ fn scrape(setup: &Setup, agent: &Agent) -> Result<Vec<Sample>> {
 #[test]
 fn prometheus_scrapes_with_a_certificate_a_password_and_a_token() -> Result<()> {
     let (sim, setup) = (Sim::new("[[gpus]]")?, Setup::new()?);
-    let agent = setup.agent(&sim)?;
+    let (agent, by_certificate) = (setup.agent(&sim)?, setup.agent_with_certificates(&sim)?);
     let jobs = SHIPPED
+        .replacen("127.0.0.1:9836", &format!("127.0.0.1:{}", by_certificate.port), 1)
         .replace("127.0.0.1:9836", &format!("127.0.0.1:{}", agent.port))
         .replace("/etc/prometheus/gpu-sampler", &setup.dir.path().display().to_string());
     std::fs::write(setup.path("prometheus.yml"), format!("global: {{scrape_interval: 1s}}\nscrape_configs:\n{jobs}"))?;
@@ -136,14 +155,12 @@ fn prometheus_scrapes_with_a_certificate_a_password_and_a_token() -> Result<()> 
 fn every_request_without_valid_credentials_is_rejected_with_a_clear_answer() -> Result<()> {
     let (sim, setup) = (Sim::new("[[gpus]]")?, Setup::new()?);
     let agent = setup.agent(&sim)?;
-    let certificate = |name: &str| {
-        ["--cert".to_owned(), setup.text(&format!("{name}.pem")), "--key".to_owned(), setup.text(&format!("{name}.key"))]
-    };
     let header = |value: &str| ["-H".to_owned(), format!("Authorization: {value}")];
     let user = |text: &str| ["-u".to_owned(), text.to_owned()];
     let none: &[String] = &[];
     for (args, path, status, expect) in [
-        (&certificate("client")[..], "/metrics", 200, "gpu_sampler_build_info"),
+        // With users, a certificate does not replace the password.
+        (&setup.certificate("client")[..], "/metrics", 401, "user and password"),
         (&user(&format!("prometheus:{PASSWORD}")), "/metrics", 200, "gpu_sampler_build_info"),
         (&header(&format!("Bearer {TOKEN}")), "/metrics", 200, "gpu_sampler_build_info"),
         (none, "/healthz", 200, "ok"),
@@ -171,10 +188,16 @@ fn every_request_without_valid_credentials_is_rejected_with_a_clear_answer() -> 
         );
     }
     for name in ["expired", "stranger"] {
-        let args = certificate(name);
+        let args = setup.certificate(name);
         let reply = setup.curl(agent.port, "/metrics", &args.each_ref().map(String::as_str))?;
         ensure!(reply.status == 0 && reply.error.contains("alert"), "{name}: {reply:?}");
     }
+    let strict = setup.agent_with_certificates(&sim)?;
+    let args = setup.certificate("client");
+    let reply = setup.curl(strict.port, "/metrics", &args.each_ref().map(String::as_str))?;
+    ensure!(reply.status == 200 && reply.text.contains("gpu_sampler_build_info"), "{reply:?}");
+    let without = setup.curl(strict.port, "/healthz", &[])?;
+    ensure!(without.status == 0 && without.error.contains("alert"), "{without:?}");
     let plain = setup.curl_at(&format!("http://127.0.0.1:{}/metrics", agent.port), &[])?;
     ensure!(plain.status == 400 && plain.text.contains("use https://"), "{plain:?}");
     let log = agent.log()?;
@@ -189,8 +212,8 @@ fn every_request_without_valid_credentials_is_rejected_with_a_clear_answer() -> 
         "{:?}",
         [count("tls_handshake"), count("plain_http")]
     );
-    // The 7 with wrong or no credentials, and the 6 path tricks.
-    ensure!(count("unauthorized") == Some(13.0), "{:?}", count("unauthorized"));
+    // The 8 with wrong or no credentials, and the 6 path tricks.
+    ensure!(count("unauthorized") == Some(14.0), "{:?}", count("unauthorized"));
     Ok(())
 }
 
@@ -277,12 +300,14 @@ fn hangup_reads_the_settings_again_and_says_what_needs_a_restart() -> Result<()>
 fn commands_reach_an_agent_with_tls_and_users() -> Result<()> {
     let (sim, setup) = (Sim::new("[[gpus]]")?, Setup::new()?);
     let agent = setup.agent(&sim)?;
+    let strict = setup.agent_with_certificates(&sim)?;
+    let strict_url = format!("https://127.0.0.1:{}", strict.port);
     let url = format!("https://127.0.0.1:{}", agent.port);
     let (listen, web, token) = (format!("127.0.0.1:{}", agent.port), setup.text("web.yml"), setup.text("token"));
     let (ca, pem, key, password) =
         (setup.text("ca.pem"), setup.text("client.pem"), setup.text("client.key"), setup.text("password"));
     let by_user = ["--agent", &url, "--ca-file", &ca, "--user", "prometheus", "--password-file", &password];
-    let by_certificate = ["--agent", &url, "--ca-file", &ca, "--cert-file", &pem, "--key-file", &key];
+    let by_certificate = ["--agent", &strict_url, "--ca-file", &ca, "--cert-file", &pem, "--key-file", &key];
     let local = ["--listen", &listen, "--web.config.file", &web, "--token-file", &token];
     for access in [&by_user[..], &by_certificate, &local] {
         let (code, out, error) = run_cli(&[&["top", "--once"], access].concat())?;

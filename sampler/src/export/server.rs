@@ -154,8 +154,16 @@ impl ConnectionTask {
                 let certificates = certificates.map(Into::into);
                 self.serve(stream, Connection { is_tls: true, certificates, ..of_request }).await;
             }
-            Ok(Err(None)) => {}
-            Ok(Err(Some((reason, message)))) => self.state.rejections.record(reason, this.peer, &message),
+            Ok(Err(HandshakeFailure::Closed)) => {}
+            Ok(Err(HandshakeFailure::PlainHttp(mut stream))) => {
+                let message = "plain HTTP, but this port has TLS: use https://";
+                self.state.rejections.record(RejectionReason::PlainHttp, this.peer, message);
+                refuse_plain_http(&mut stream).await;
+            }
+            Ok(Err(HandshakeFailure::Tls(error))) => {
+                let message = format!("the TLS handshake failed: {error}");
+                self.state.rejections.record(RejectionReason::TlsHandshake, this.peer, &message);
+            }
             Err(_) => {
                 let message = format!("no TLS handshake within {} s", HANDSHAKE_TIMEOUT.as_secs());
                 self.state.rejections.record(RejectionReason::TlsHandshake, this.peer, &message);
@@ -194,22 +202,23 @@ impl ConnectionTask {
     }
 }
 
-type HandshakeFailure = Option<(RejectionReason, String)>;
+enum HandshakeFailure {
+    /// Without a byte from the client, as a port check does.
+    Closed,
+    PlainHttp(TcpStream),
+    Tls(io::Error),
+}
 
-/// The stream within TLS. A failure is `None` if the client closed the connection without a byte, as a port check does.
-async fn handshake(mut stream: TcpStream, rules: &Rules) -> Result<tokio_rustls::server::TlsStream<TcpStream>, HandshakeFailure> {
-    let Some(tls) = rules.tls() else { return Err(None) };
+/// The stream within TLS.
+async fn handshake(stream: TcpStream, rules: &Rules) -> Result<tokio_rustls::server::TlsStream<TcpStream>, HandshakeFailure> {
+    let Some(tls) = rules.tls() else { return Err(HandshakeFailure::PlainHttp(stream)) };
     let mut first = [0];
     match stream.peek(&mut first).await {
-        Ok(0) | Err(_) => return Err(None),
-        Ok(_) if first[0] != TLS_HANDSHAKE => {
-            refuse_plain_http(&mut stream).await;
-            return Err(Some((RejectionReason::PlainHttp, "plain HTTP, but this port has TLS: use https://".to_owned())));
-        }
+        Ok(0) | Err(_) => return Err(HandshakeFailure::Closed),
+        Ok(_) if first[0] != TLS_HANDSHAKE => return Err(HandshakeFailure::PlainHttp(stream)),
         Ok(_) => {}
     }
-    let failed = |error: io::Error| Some((RejectionReason::TlsHandshake, format!("the TLS handshake failed: {error}")));
-    TlsAcceptor::from(Arc::clone(&tls.server)).accept(stream).await.map_err(failed)
+    TlsAcceptor::from(Arc::clone(&tls.server)).accept(stream).await.map_err(HandshakeFailure::Tls)
 }
 
 async fn refuse_plain_http(stream: &mut TcpStream) {

@@ -45,6 +45,8 @@ fn read(path: &Path) -> Result<Vec<u8>, OtlpError> {
 
 impl Transport {
     pub fn new(settings: &OtlpSettings) -> Result<Self, OtlpError> {
+        // The HTTP client takes the one of the process. An error means that there is one already.
+        let _installed = rustls::crypto::ring::default_provider().install_default();
         match settings.protocol {
             Protocol::HttpProtobuf => Self::http(settings),
             Protocol::Grpc => Self::grpc(settings),
