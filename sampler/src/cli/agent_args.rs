@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::Args;
 
 use super::access::{AccessArgs, AgentAccess};
-use crate::config::Settings;
+use crate::config::{Config, Settings};
 
 #[derive(Args)]
 pub struct AgentArgs {
@@ -30,8 +30,18 @@ pub struct AgentArgs {
 
 impl AgentArgs {
     pub fn resolve(&self) -> anyhow::Result<AgentAccess> {
+        self.access.resolve(self.agent.as_deref(), &self.configuration()?)
+    }
+
+    /// For paths that are open to everyone: the token file is not read, which may be empty or of another user.
+    pub fn resolve_without_token(&self) -> anyhow::Result<AgentAccess> {
+        let configuration = Config { token_file: None, ..self.configuration()? };
+        self.access.resolve(self.agent.as_deref(), &configuration)
+    }
+
+    fn configuration(&self) -> anyhow::Result<Config> {
         let (listen, token_file) = (self.listen.clone(), self.token_file.clone());
         let settings = Settings { listen, token_file, web_config_file: self.web_config_file.clone(), ..Settings::default() };
-        self.access.resolve(self.agent.as_deref(), &settings.validate(self.config.as_deref())?)
+        Ok(settings.validate(self.config.as_deref())?)
     }
 }

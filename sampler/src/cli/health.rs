@@ -21,7 +21,7 @@ pub struct HealthArgs {
 impl HealthArgs {
     /// An error if the agent does not respond, or is not ready.
     pub fn run(self) -> anyhow::Result<()> {
-        let access = self.agent.resolve()?;
+        let access = self.agent.resolve_without_token()?;
         let path = if self.ready { "/readyz" } else { "/healthz" };
         let runtime =
             tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
