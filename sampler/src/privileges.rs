@@ -120,12 +120,14 @@ fn present() -> Result<CapabilitySet, caps::errors::CapsError> {
     Ok(set)
 }
 
-/// Those of [`NEEDED`] that are missing. `CAP_SYS_ADMIN` includes what the kernel later gave to `CAP_BPF` and `CAP_PERFMON`.
+/// Those of [`NEEDED`] that are missing. Not `CAP_SYS_RESOURCE`: where the kernel needs it, loading the program fails and says so.
+/// `CAP_SYS_ADMIN` includes what the kernel later gave to `CAP_BPF` and `CAP_PERFMON`.
 pub fn missing(present: CapabilitySet) -> impl Iterator<Item = &'static NeededCapability> {
     let is_bpf = |capability| matches!(capability, Capability::CAP_BPF | Capability::CAP_PERFMON);
     let has =
         move |capability| present.contains(capability) || (is_bpf(capability) && present.contains(Capability::CAP_SYS_ADMIN));
-    NEEDED.iter().filter(move |needed| !has(needed.capability))
+    let is_required = |needed: &&NeededCapability| needed.capability != Capability::CAP_SYS_RESOURCE;
+    NEEDED.iter().filter(is_required).filter(move |needed| !has(needed.capability))
 }
 
 /// Each step is tried, whatever becomes of the others.
