@@ -21,16 +21,9 @@ impl FileStates {
         self.0.push((path.to_owned(), state(path)));
     }
 
-    /// The present states of the same files; of `first` alone if there were none.
-    pub fn again(&self, first: &Path) -> Self {
-        if self.0.is_empty() {
-            return Self::of([first]);
-        }
+    /// The present states of the same files.
+    pub fn again(&self) -> Self {
         Self::of(self.0.iter().map(|(path, _)| path.as_path()))
-    }
-
-    pub fn is_empty(&self) -> bool {
-        self.0.is_empty()
     }
 }
 

@@ -90,14 +90,16 @@ pub enum Unauthorized {
 
 impl Rules {
     pub fn load(files: &SecurityFiles) -> Result<Self, SecurityError> {
+        Self::watched(files).map(|(rules, _)| rules)
+    }
+
+    /// The rules, and the states of their files from before the reading.
+    fn watched(files: &SecurityFiles) -> Result<(Self, Watched), SecurityError> {
+        let mut watched = Watched { token: FileStates::of(files.token_file.as_deref()), web: FileStates::default() };
         let tokens = files.token_file.as_deref().map(Tokens::load).transpose()?.unwrap_or_default();
-        let web = files
-            .web_config_file
-            .as_deref()
-            .map(|path| WebRules::load(path, &mut FileStates::default()))
-            .transpose()?
-            .unwrap_or_default();
-        Ok(Self { tokens: Arc::new(tokens), web: Arc::new(web), ..Self::default() })
+        let web = files.web_config_file.as_deref().map(|path| WebRules::load(path, &mut watched.web)).transpose()?;
+        let rules = Self { tokens: Arc::new(tokens), web: Arc::new(web.unwrap_or_default()), ..Self::default() };
+        Ok((rules, watched))
     }
 
     pub fn tls(&self) -> Option<&Tls> {
@@ -226,10 +228,11 @@ impl Drop for EndOfCheck<'_> {
 
 impl Security {
     pub fn new(files: SecurityFiles, health: Arc<Health>, now: fn() -> WallTime) -> Result<Arc<Self>, SecurityError> {
+        let (rules, watched) = Rules::watched(&files)?;
         let security = Self {
-            rules: ArcSwap::from_pointee(Rules::load(&files)?),
+            rules: ArcSwap::from_pointee(rules),
             generation: watch::Sender::new(0),
-            watched: Mutex::default(),
+            watched: Mutex::new(watched),
             is_checking: AtomicBool::new(false),
             checked: AtomicU64::new(0),
             started: Instant::now(),
@@ -237,7 +240,7 @@ impl Security {
             now,
             files,
         };
-        security.check();
+        security.check_expiry();
         Ok(Arc::new(security))
     }
 
@@ -271,27 +274,25 @@ impl Security {
     pub fn check(&self) {
         let mut watched = self.watched.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(path) = &self.files.token_file {
-            let states = FileStates::of([path.as_path()]);
+            let states = watched.token.again();
             if states != watched.token {
-                let is_first = std::mem::replace(&mut watched.token, states).is_empty();
-                self.reload_tokens(path, is_first);
+                watched.token = states;
+                self.reload_tokens(path);
             }
         }
         if let Some(path) = &self.files.web_config_file {
-            let states = watched.web.again(path);
-            if states != watched.web {
-                let is_first = watched.web.is_empty();
-                watched.web = self.reload_web(path, is_first);
+            if watched.web.again() != watched.web {
+                watched.web = self.reload_web(path);
             }
             self.check_expiry();
         }
     }
 
-    fn reload_tokens(&self, path: &Path, is_first: bool) {
+    fn reload_tokens(&self, path: &Path) {
         let (before, loaded) = (self.rules(), Tokens::load(path));
         let (tokens, token_problem) = match loaded {
             Ok(tokens) => {
-                if !is_first && tokens != *before.tokens {
+                if tokens != *before.tokens {
                     tracing::info!(tokens = tokens.len(), "the token file has changed: its tokens are valid now");
                 }
                 self.health.recovered(Condition::TokenFile);
@@ -308,12 +309,12 @@ impl Security {
     }
 
     /// The files that were read, with their states from before the reading.
-    fn reload_web(&self, path: &Path, is_first: bool) -> FileStates {
+    fn reload_web(&self, path: &Path) -> FileStates {
         let (before, mut states) = (self.rules(), FileStates::default());
         let loaded = WebRules::load(path, &mut states);
         let problem = match &loaded {
             // A file that is half written may be valid, with less in it.
-            Ok(web) => before.web.lost_in(web).filter(|_| !is_first).map(|lost| {
+            Ok(web) => before.web.lost_in(web).map(|lost| {
                 format!("the web configuration {} has no {lost} any more, which only a restart accepts", path.display())
             }),
             Err(error) => Some(display_chain(error)),
@@ -321,16 +322,12 @@ impl Security {
         match (loaded, problem) {
             (Ok(web), None) => {
                 self.health.recovered(Condition::WebConfig);
-                let generation = before.generation + u64::from(!is_first);
+                tracing::info!(configuration = web.summary(), "the web configuration has changed");
+                web.users.adopt(&before.web.users);
+                let generation = before.generation + 1;
                 let (tokens, token_problem) = (Arc::clone(&before.tokens), before.token_problem.clone());
-                if !is_first {
-                    tracing::info!(configuration = web.summary(), "the web configuration has changed");
-                    web.users.adopt(&before.web.users);
-                }
                 self.rules.store(Arc::new(Rules { tokens, token_problem, web: Arc::new(web), generation }));
-                if !is_first {
-                    self.generation.send_replace(generation);
-                }
+                self.generation.send_replace(generation);
             }
             (_, problem) => {
                 let problem = problem.unwrap_or_default();
