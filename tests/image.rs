@@ -5,7 +5,7 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::{Docker, Sample, Sim, free_port, get, parse, var, wait_for};
+use gpu_sampler_tests::{Docker, Sample, Sim, free_port, get, image, parse, var, wait_for};
 use serde_json::{Value, json};
 
 const IMAGE: &str = "gpu-sampler:test";
@@ -32,9 +32,7 @@ fn docker(args: &[&str]) -> Result<Command> {
 }
 
 fn output(command: &mut Command) -> Result<String> {
-    let output = command.output().with_context(|| format!("{command:?}"))?;
-    ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
-    Ok(String::from_utf8_lossy(&output.stdout).into_owned())
+    Ok(String::from_utf8(image::output(command)?)?)
 }
 
 /// Whether mounts below this mount point reach its copies, which systemd sees to.
@@ -42,13 +40,6 @@ fn is_shared(mount: &str) -> Result<bool> {
     let mounts = std::fs::read_to_string("/proc/self/mountinfo")?;
     let of_mount = mounts.lines().find(|line| line.split(' ').nth(4) == Some(mount)).context("no such mount")?;
     Ok(of_mount.contains(" shared:"))
-}
-
-fn copy(file: &Path, root: &Path) -> Result<()> {
-    let to = root.join(file.strip_prefix("/")?);
-    std::fs::create_dir_all(to.parent().context("a file has a folder")?)?;
-    std::fs::copy(file, &to).with_context(|| file.display().to_string())?;
-    Ok(())
 }
 
 fn import(root: &Path, name: &str) -> Result<()> {
@@ -66,10 +57,7 @@ fn build() -> Result<()> {
     std::fs::create_dir_all(binary.join("out"))?;
     // Debug information makes it ten times as large.
     output(Command::new("strip").arg("-o").arg(binary.join("out/gpu-sampler")).arg(&program))?;
-    let libraries = output(Command::new("ldd").arg(&program))?;
-    for library in libraries.split_whitespace().filter(|word| word.starts_with('/')) {
-        copy(Path::new(library), &runtime)?;
-    }
+    image::libraries(Path::new(&program), &runtime)?;
     import(&binary, "gpu-sampler-binary:test")?;
     import(&runtime, "gpu-sampler-runtime:test")?;
     let root = Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the tests are below the root")?;
@@ -193,8 +181,8 @@ fn attributes_neighbours(agent: &AgentContainer, sim: &Sim, neighbours: &Docker,
 #[test]
 fn the_image_has_no_shell_and_attributes_its_neighbours_with_the_needed_capabilities_alone() -> Result<()> {
     build()?;
-    let image: Value = serde_json::from_str(&output(&mut docker(&["inspect", IMAGE])?)?)?;
-    let config = &image[0]["Config"];
+    let built: Value = serde_json::from_str(&output(&mut docker(&["inspect", IMAGE])?)?)?;
+    let config = &built[0]["Config"];
     ensure!(config["Labels"]["org.opencontainers.image.revision"] == "abc123", "{config:#}");
     ensure!(config["Healthcheck"]["Test"] == json!(["CMD", "/usr/local/bin/gpu-sampler", "health"]), "{config:#}");
     let shell = docker(&["run", "--rm", "--entrypoint", "/bin/sh", IMAGE, "-c", "true"])?.output()?;

@@ -3,14 +3,14 @@
 use std::io::{Read as _, Write as _};
 use std::net::TcpStream;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::certificates::{Authority, Validity};
 use gpu_sampler_tests::kernel::Layout;
-use gpu_sampler_tests::{Agent, Running, Sample, Sim, free_port, get, parse, run_cli, sum, wait_for};
-use serde_json::Value;
+use gpu_sampler_tests::prometheus::PrometheusServer;
+use gpu_sampler_tests::{Agent, Sample, Sim, parse, run_cli, sum, wait_for};
 
 const PASSWORD: &str = "correct horse";
 const TOKEN: &str = "token-of-the-scraper";
@@ -122,24 +122,12 @@ fn prometheus_scrapes_with_a_certificate_a_password_and_a_token() -> Result<()> 
         .replacen("127.0.0.1:9836", &format!("127.0.0.1:{}", by_certificate.port), 1)
         .replace("127.0.0.1:9836", &format!("127.0.0.1:{}", agent.port))
         .replace("/etc/prometheus/gpu-sampler", &setup.dir.path().display().to_string());
-    std::fs::write(setup.path("prometheus.yml"), format!("global: {{scrape_interval: 1s}}\nscrape_configs:\n{jobs}"))?;
-    let port = free_port()?;
-    let _server = Running(
-        Command::new("prometheus")
-            .arg(format!("--config.file={}", setup.text("prometheus.yml")))
-            .arg(format!("--storage.tsdb.path={}", setup.text("data")))
-            .arg(format!("--web.listen-address=127.0.0.1:{port}"))
-            .stderr(Stdio::null())
-            .spawn()
-            .context("starting prometheus")?,
-    );
-    wait_for("Prometheus is ready", Duration::from_secs(60), || Ok(get(port, "/-/ready").ok()))?;
+    let server =
+        PrometheusServer::configured(&format!("global: {{scrape_interval: 1s}}\nscrape_configs:\n{jobs}"), "groups: []")?;
     for job in ["certificate", "password", "token"] {
         wait_for(&format!("the job with a {job} has scraped"), Duration::from_secs(30), || {
             let query = format!("gpu_sampler_build_info{{job=\"gpu-sampler-{job}\"}}");
-            let escaped: String = query.bytes().map(|b| format!("%{b:02X}")).collect();
-            let reply: Value = serde_json::from_str(&get(port, &format!("/api/v1/query?query={escaped}"))?)?;
-            Ok(reply["data"]["result"].as_array().filter(|result| result.len() == 1).map(|_| ()))
+            Ok((server.query(&query)?.len() == 1).then_some(()))
         })?;
     }
     let page = scrape(&setup, &agent)?;

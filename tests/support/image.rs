@@ -8,17 +8,25 @@ use serde_json::json;
 
 /// Copies `sleep` and its libraries to a folder, as a container's file system.
 pub fn root(dir: &Path) -> Result<()> {
-    let ldd = Command::new("ldd").arg("/bin/sleep").output()?;
-    let ldd = String::from_utf8_lossy(&ldd.stdout).into_owned();
-    for file in ldd.split_whitespace().filter(|w| w.starts_with('/')).chain(["/bin/sleep"]) {
-        let to = dir.join(file.trim_start_matches('/'));
-        std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
-        std::fs::copy(file, to)?;
-    }
+    libraries(Path::new("/bin/sleep"), dir)?;
+    copy("/bin/sleep", dir)
+}
+
+/// Copies the libraries of a program to a folder, at their paths.
+pub fn libraries(program: &Path, dir: &Path) -> Result<()> {
+    let ldd = String::from_utf8(output(Command::new("ldd").arg(program))?)?;
+    ldd.split_whitespace().filter(|word| word.starts_with('/')).try_for_each(|file| copy(file, dir))
+}
+
+fn copy(file: &str, dir: &Path) -> Result<()> {
+    let to = dir.join(file.trim_start_matches('/'));
+    std::fs::create_dir_all(to.parent().unwrap_or(Path::new("/")))?;
+    std::fs::copy(file, to).with_context(|| file.to_owned())?;
     Ok(())
 }
 
-fn output(command: &mut Command) -> Result<Vec<u8>> {
+/// What a command prints; an error with what it printed to standard error if it fails.
+pub fn output(command: &mut Command) -> Result<Vec<u8>> {
     let output = command.output().with_context(|| format!("{command:?}"))?;
     ensure!(output.status.success(), "{command:?}: {}", String::from_utf8_lossy(&output.stderr));
     Ok(output.stdout)

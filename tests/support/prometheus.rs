@@ -24,7 +24,6 @@ impl PrometheusServer {
 
     /// As [`PrometheusServer::start`], with the text of a rule file.
     pub fn with_rules(agent: u16, interval: &str, path: &str, collectors: &str, rules: &str) -> Result<Self> {
-        let dir = tempfile::tempdir()?;
         let target =
             format!("[\"127.0.0.1:{agent}\"]\n      labels: {{namespace: monitoring, pod: gpu-sampler-x, container: agent}}");
         let is_params = |line: &&str| line.trim_start().starts_with("params:");
@@ -35,8 +34,14 @@ impl PrometheusServer {
             .replace("[\"127.0.0.1:9836\"]", &target);
         ensure!(job.contains("gpu-sampler-x") && job.contains(path), "the shipped settings changed their shape");
         let global = "global: {evaluation_interval: 1s}\nrule_files: [rules.yml]\n";
+        Self::configured(&format!("{global}scrape_configs:\n{job}"), rules)
+    }
+
+    /// With this configuration, and the text of a rule file next to it.
+    pub fn configured(configuration: &str, rules: &str) -> Result<Self> {
+        let dir = tempfile::tempdir()?;
         std::fs::write(dir.path().join("rules.yml"), rules)?;
-        std::fs::write(dir.path().join("p.yml"), format!("{global}scrape_configs:\n{job}"))?;
+        std::fs::write(dir.path().join("p.yml"), configuration)?;
         let port = free_port()?;
         let process = Command::new("prometheus")
             .arg(format!("--config.file={}", dir.path().join("p.yml").display()))
