@@ -1,6 +1,5 @@
 //! How a command reaches an agent: its address, what proves that it is that agent, and what proves that the command may use it.
 
-use std::fs::read_to_string;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
@@ -11,12 +10,13 @@ use clap::Args;
 use rustls::client::WebPkiServerVerifier;
 use rustls::client::danger::{HandshakeSignatureValid, ServerCertVerified, ServerCertVerifier};
 use rustls::crypto::{CryptoProvider, ring, verify_tls12_signature, verify_tls13_signature};
-use rustls::pki_types::pem::PemObject as _;
-use rustls::pki_types::{CertificateDer, PrivateKeyDer, ServerName, UnixTime};
+use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::{CertificateError, ClientConfig, DigitallySignedStruct, RootCertStore, SignatureScheme};
 
 use crate::config::Config;
 use crate::security::credentials::read_tokens;
+use crate::security::error::read_file;
+use crate::security::tls::{certificates, private_key};
 use crate::security::web_config::server_certificate;
 
 #[derive(Args, Clone, Debug, Default)]
@@ -70,7 +70,7 @@ impl AccessArgs {
 
     fn authorization(&self, token_file: Option<&Path>) -> anyhow::Result<Option<String>> {
         if let (Some(user), Some(file)) = (&self.user, &self.password_file) {
-            let password = read_to_string(file).with_context(|| format!("cannot read --password-file {}", file.display()))?;
+            let password = read_file("--password-file", file)?;
             let password = password.trim_end_matches(['\r', '\n']);
             return Ok(Some(format!("Basic {}", STANDARD.encode(format!("{user}:{password}")))));
         }
@@ -80,24 +80,18 @@ impl AccessArgs {
 
     fn tls(&self, configured: Option<&str>) -> anyhow::Result<Arc<ClientConfig>> {
         let trusted = match (&self.ca_file, configured) {
-            (Some(file), _) => read_to_string(file).with_context(|| format!("cannot read --ca-file {}", file.display()))?,
-            (None, Some(pem)) => pem.to_owned(),
+            (Some(file), _) => certificates(&read_file("--ca-file", file)?, &file.to_string_lossy())?,
+            (None, Some(pem)) => certificates(pem, "the certificate of --web.config.file")?,
             (None, None) => bail!("an https:// agent needs --ca-file FILE: its certificate, or that of the CA that signed it"),
         };
-        let trusted = CertificateDer::pem_slice_iter(trusted.as_bytes()).collect::<Result<Vec<_>, _>>();
-        let trusted = trusted.context("the trusted certificates cannot be read; expected PEM")?;
         let provider = Arc::new(ring::default_provider());
         let builder = ClientConfig::builder_with_provider(Arc::clone(&provider)).with_safe_default_protocol_versions()?;
-        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(TrustedAgent::new(trusted, provider)?));
+        let builder = builder.dangerous().with_custom_certificate_verifier(Arc::new(TrustedAgent::new(trusted, provider)));
         let (Some(cert), Some(key)) = (&self.cert_file, &self.key_file) else {
             return Ok(Arc::new(builder.with_no_client_auth()));
         };
-        let text = read_to_string(cert).with_context(|| format!("cannot read --cert-file {}", cert.display()))?;
-        let chain = CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<Vec<_>, _>>();
-        let chain = chain.with_context(|| format!("--cert-file {} cannot be used; expected PEM", cert.display()))?;
-        let key_text = read_to_string(key).with_context(|| format!("cannot read --key-file {}", key.display()))?;
-        let key = PrivateKeyDer::from_pem_slice(key_text.as_bytes())
-            .with_context(|| format!("--key-file {} cannot be used; expected PEM", key.display()))?;
+        let chain = certificates(&read_file("--cert-file", cert)?, &cert.to_string_lossy())?;
+        let key = private_key(&read_file("--key-file", key)?, &key.to_string_lossy())?;
         Ok(Arc::new(builder.with_client_auth_cert(chain, key).context("--cert-file and --key-file do not belong together")?))
     }
 }
@@ -120,14 +114,11 @@ struct TrustedAgent {
 }
 
 impl TrustedAgent {
-    fn new(trusted: Vec<CertificateDer<'static>>, provider: Arc<CryptoProvider>) -> anyhow::Result<Self> {
-        if trusted.is_empty() {
-            bail!("the file of trusted certificates contains none; expected PEM");
-        }
+    fn new(trusted: Vec<CertificateDer<'static>>, provider: Arc<CryptoProvider>) -> Self {
         let mut store = RootCertStore::empty();
         store.add_parsable_certificates(trusted.iter().cloned());
         let authorities = WebPkiServerVerifier::builder_with_provider(Arc::new(store), Arc::clone(&provider)).build().ok();
-        Ok(Self { trusted, authorities, provider })
+        Self { trusted, authorities, provider }
     }
 }
 

@@ -110,9 +110,8 @@ impl Tls {
         let authority = source("the certificates of the client CA", "client_ca", settings.client_ca_file, settings.client_ca)?;
         let missing = |key: &str| invalid(&format!("tls_server_config.{key}_file"), "set it to a PEM file".into());
         let (certificate, key) = (certificate.ok_or_else(|| missing("cert"))?, key.ok_or_else(|| missing("key"))?);
-        let chain = certificates(&certificate)?;
-        let key_der = PrivateKeyDer::from_pem_slice(key.0.as_bytes())
-            .map_err(|error| pem(&key.1, &format!("no private key can be read ({error})")))?;
+        let chain = certificates(&certificate.0, &certificate.1)?;
+        let key_der = private_key(&key.0, &key.1)?;
         let expires = expiry(&chain).ok_or_else(|| pem(&certificate.1, "it is not an X.509 certificate"))?;
         let auth = client_auth(settings.client_auth_type.as_deref(), authority.is_some(), invalid)?;
         let provider = Arc::new(provider(&settings.cipher_suites, &settings.curve_preferences, invalid)?);
@@ -123,7 +122,7 @@ impl Tls {
         let clients = if auth == ClientAuth::NoClientCert {
             None
         } else {
-            let roots = authority.filter(|_| auth.verifies()).map(|authority| certificates(&authority)).transpose()?;
+            let roots = authority.filter(|_| auth.verifies()).map(|(text, place)| certificates(&text, &place)).transpose()?;
             Some(Arc::new(ClientCertificates::new(auth, roots, settings.client_allowed_sans, &provider, invalid)?))
         };
         let builder = match &clients {
@@ -150,13 +149,19 @@ fn pem(place: &str, problem: &str) -> SecurityError {
     SecurityError::Pem { place: place.to_owned(), problem: problem.to_owned() }
 }
 
-fn certificates((text, place): &(String, String)) -> Result<Vec<CertificateDer<'static>>, SecurityError> {
+/// The certificates of a text in PEM, at least one. `place` is where it stands.
+pub fn certificates(text: &str, place: &str) -> Result<Vec<CertificateDer<'static>>, SecurityError> {
     let chain = CertificateDer::pem_slice_iter(text.as_bytes()).collect::<Result<Vec<_>, _>>();
     let chain = chain.map_err(|error| pem(place, &format!("a certificate cannot be read ({error})")))?;
     if chain.is_empty() {
         return Err(pem(place, "it contains no certificate"));
     }
     Ok(chain)
+}
+
+/// The first private key of a text in PEM.
+pub fn private_key(text: &str, place: &str) -> Result<PrivateKeyDer<'static>, SecurityError> {
+    PrivateKeyDer::from_pem_slice(text.as_bytes()).map_err(|error| pem(place, &format!("no private key can be read ({error})")))
 }
 
 fn expiry(chain: &[CertificateDer<'_>]) -> Option<WallTime> {
