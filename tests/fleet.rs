@@ -57,8 +57,8 @@ impl FleetNode {
     }
 }
 
-fn counted(agent: &Agent, result: &str) -> Result<f64> {
-    Ok(sum(&agent.scrape()?, "gpu_sampler_session_uploads_total", &[("result", result)]).unwrap_or_default())
+fn counted(agent: &Agent, outcome: &str) -> Result<f64> {
+    Ok(sum(&agent.scrape()?, "gpu_sampler_session_uploads_total", &[("outcome", outcome)]).unwrap_or_default())
 }
 
 fn is_degraded(agent: &Agent) -> Result<bool> {
