@@ -278,6 +278,10 @@ impl Objects {
     /// The object at the URL itself; `None` if there is none.
     pub async fn own(&self) -> Result<Option<FoundObject>, ObjectError> {
         let key = &self.at.path;
+        // A request for the bucket succeeds, but it is not an object.
+        if key.is_root() {
+            return Ok(None);
+        }
         let head = async { self.store.head(key).await.map_err(|error| self.error(key, error)) };
         match self.limited(key, READ_LIMIT, head).await {
             Ok(meta) => Ok(Some(FoundObject { url: self.url_of(&meta.location), key: meta.location, bytes: meta.size })),
@@ -360,6 +364,7 @@ mod tests {
             assert!(objects.range(&key, 0, bytes as u64).await.unwrap() == content[..bytes]);
         }
         assert_eq!(objects.list("node").await.unwrap().len(), 3);
+        assert_eq!(objects.own().await.unwrap(), None, "a folder is not an object");
         let missing = objects.put_file(&dir.path().join("none"), &objects.key("node", "x")).await.unwrap_err();
         assert!(matches!(missing, ObjectError::File { .. }));
     }
