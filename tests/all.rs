@@ -17,6 +17,7 @@ mod estimator;
 mod explain;
 mod exposition;
 mod faults;
+mod fleet;
 mod gpu_recording;
 mod gpu_samples;
 mod hardware;

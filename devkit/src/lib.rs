@@ -15,4 +15,4 @@ mod venv;
 
 pub use random::Random;
 #[cfg(feature = "venv")]
-pub use venv::{CHART_PACKAGES, venv};
+pub use venv::{CHART_PACKAGES, S3_PACKAGES, venv};

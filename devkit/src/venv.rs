@@ -8,6 +8,9 @@ use anyhow::{Result, ensure};
 /// Helm's engine and the schemas of Kubernetes, for the chart.
 pub const CHART_PACKAGES: [&str; 2] = ["helm-python-sdk==0.2.2", "kubernetes-validate==1.37.0"];
 
+/// A server of the S3 protocol.
+pub const S3_PACKAGES: [&str; 1] = ["moto[s3,server]==5.1.22"];
+
 /// A Python environment with exactly these packages, made in a folder of `tools` if it is missing; its `bin` folder.
 pub fn venv(tools: &Path, packages: &[&str]) -> Result<PathBuf> {
     let folder = tools.join("venvs").join(packages.join(","));

@@ -26,6 +26,7 @@ use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::inbox;
 use crate::labels::{self, LabelConfig, LabelService};
+use crate::objects::Objects;
 use crate::observe::clock::wall_now;
 use crate::observe::gpu;
 use crate::observe::kernel::layout::{Layout, layout};
@@ -37,7 +38,7 @@ use crate::privileges;
 use crate::reload::{self, SettingsSource};
 use crate::security::Security;
 use crate::service_notify::ServiceNotifier;
-use crate::session::{Recorder, SessionInputs, Store};
+use crate::session::{Recorder, SessionInputs, Store, Uploader};
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
 const MAX_DESCRIPTORS: u64 = 65_536;
@@ -149,6 +150,7 @@ pub async fn serve(
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
+    let objects = config.session_store.clone().map(Objects::open).transpose()?;
     let security = Security::new(config.security_files(), Arc::clone(&health), wall_now)?;
     let stop = Arc::new(AtomicBool::new(false));
     let snapshot = Arc::new(ArcSwap::from_pointee(Snapshot::default()));
@@ -199,6 +201,10 @@ pub async fn serve(
             tracing::warn!(error = display_chain(&error), "cannot list sessions of earlier runs");
         }
     });
+    if let Some(objects) = objects {
+        let node = config.node().unwrap_or_else(|| "unknown".into());
+        tokio::spawn(Uploader::new(objects, node, recorder.store(), Arc::clone(&health)).run());
+    }
     if let Some(notifier) = notifier.clone() {
         let (config, health, snapshot) = (Arc::clone(&config), Arc::clone(&health), Arc::clone(&snapshot));
         tokio::spawn(notifier.report(Arc::clone(&health), move || status(&config, &health, &snapshot.load())));

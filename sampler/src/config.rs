@@ -12,6 +12,7 @@ use thiserror::Error;
 
 use crate::collectors::Selection;
 use crate::host_name::HostName;
+use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
 use crate::security::error::SecurityError;
 use crate::security::{Rules, SecurityFiles};
@@ -146,6 +147,10 @@ pub struct Settings {
     /// Memory for the last minutes, which is the maximum lookback of sessions [default: 8388608]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_RING_BYTES")]
     pub session_ring_bytes: Option<usize>,
+    /// Object store to which complete sessions are uploaded: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or
+    /// file:///DIR [default: none]
+    #[arg(long, value_name = "URL", env = "GPU_SAMPLER_SESSION_STORE")]
+    pub session_store: Option<String>,
     /// Capability to keep in addition to those that the agent needs, such as sys_admin, or all; repeatable or comma-separated
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_KEEP_CAPABILITY")]
     pub keep_capability: Option<Vec<String>>,
@@ -190,6 +195,7 @@ pub struct Config {
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
     pub session_ring_bytes: usize,
+    pub session_store: Option<StoreUrl>,
     pub kept_capabilities: CapabilitySet,
     pub seccomp: bool,
     pub token_file: Option<PathBuf>,
@@ -282,6 +288,7 @@ impl Settings {
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
+            session_store: self.session_store.or(under.session_store),
             keep_capability: self.keep_capability.or(under.keep_capability),
             seccomp: self.seccomp.or(under.seccomp),
             token_file: self.token_file.or(under.token_file),
@@ -337,6 +344,7 @@ impl Settings {
                 1 << 20,
             )?,
             session_ring_bytes: size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
+            session_store: s.session_store.map(|url| session_store(&url)).transpose()?,
             kept_capabilities: kept_capabilities(s.keep_capability)?,
             seccomp: s.seccomp.unwrap_or(true),
             token_file: s.token_file,
@@ -344,6 +352,13 @@ impl Settings {
             open_metrics: s.open_metrics.unwrap_or(false),
         })
     }
+}
+
+fn session_store(url: &str) -> Result<StoreUrl, ConfigError> {
+    url.parse().map_err(|error| match error {
+        ObjectError::Url { url, remedy } => ConfigError::Value { key: "session_store", value: url, remedy },
+        other => ConfigError::Value { key: "session_store", value: String::new(), remedy: other.to_string() },
+    })
 }
 
 fn allowed_host(name: String) -> Result<HostName, ConfigError> {
@@ -548,6 +563,9 @@ mod tests {
         check("session_dir = ''", "session_dir = \"\" is invalid: expected the path");
         check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is invalid: expected at least 1048576 bytes");
         check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is invalid: expected at least 65536");
+        check("session_store = 's3://bucket/sessions'", "ok");
+        check("session_store = 'bucket'", "session_store = \"bucket\" is invalid: ");
+        check("session_store = 's3://a:b@c/d'", "session_store = \"s3://...\" is invalid: credentials and options belong into");
         check("gpu_budget_percent = nan", "is invalid: expected a percentage");
         check("allowed_host = ['gpu.example.com', '[fd00::1]']", "ok");
         check("allowed_host = ['']", "allowed_host = \"\" is invalid: expected a host name or IP address");
@@ -586,6 +604,7 @@ mod tests {
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
+                && read.session_store.is_some()
                 && read.keep_capability.is_some()
                 && read.seccomp == Some(true)
                 && read.token_file.is_some()

@@ -14,6 +14,7 @@ mod host_name;
 mod host_root;
 mod inbox;
 mod labels;
+mod objects;
 mod observe;
 mod otlp;
 mod privileges;

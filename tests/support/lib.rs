@@ -22,6 +22,7 @@ pub mod prometheus;
 pub mod proxy;
 pub mod record;
 pub mod recording;
+pub mod s3;
 mod session;
 
 pub use docker::{Docker, Engine};

@@ -18,6 +18,7 @@ use crate::config::{Config, KernelMode, Settings};
 use crate::error::display_chain;
 use crate::export::live::LiveDocument;
 use crate::health::condition::{CGROUPS_REMEDY, PID_NAMESPACE_REMEDY};
+use crate::objects::{Objects, StoreUrl};
 use crate::observe::gpu::{self, Diagnosis, GpuError};
 use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
@@ -120,6 +121,7 @@ fn examine(config: &Config) -> Report {
     checks.extend(driver(config));
     checks.extend(runtimes::checks(config, &layout));
     checks.push(credentials(config));
+    checks.extend(config.session_store.clone().map(session_store));
     checks.push(address(config));
     let can_run = checks.iter().all(|c| c.status != CheckStatus::Failed);
     Report { can_run, kernel_mode, checks }
@@ -162,6 +164,24 @@ fn credentials(config: &Config) -> Check {
         (true, false) => "none: /metrics is open, everything else is closed".into(),
     };
     Check::ok("credentials", detail)
+}
+
+/// Lists the prefix: whether it can be written to is known with the first session.
+fn session_store(url: StoreUrl) -> Check {
+    const NAME: &str = "session store";
+    let shown = url.to_string();
+    let list = || {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+        let objects = Objects::open(url)?;
+        anyhow::Ok(runtime.block_on(objects.list(""))?.len())
+    };
+    match list() {
+        Ok(objects) => Check::ok(NAME, format!("{shown} has {objects} objects")),
+        Err(error) => {
+            let remedy = "correct session_store or its credentials; until then sessions stay in session_dir";
+            Check::bad(NAME, CheckStatus::Degraded, display_chain(error.as_ref()), remedy)
+        }
+    }
 }
 
 fn pid_namespace() -> Check {

@@ -5,6 +5,7 @@ mod agent_args;
 mod client;
 mod doctor;
 mod explain;
+mod fleet;
 mod health;
 mod holders;
 mod journal;
@@ -16,6 +17,7 @@ mod report;
 mod request;
 mod runtimes;
 mod sample;
+mod session_files;
 mod text;
 mod top;
 
@@ -43,7 +45,7 @@ enum Command {
     Run(Run),
     /// Record a session of GPU usage, optionally including the time before the command
     Record(Box<record::Record>),
-    /// Report the GPU usage and contention of a recorded session, or compare two sessions
+    /// Report the GPU usage and contention of a recorded session or of a fleet's sessions, or compare two sessions
     Report(report::ReportArgs),
     /// Show live GPU usage and contention of a running agent
     Top(top::Top),

@@ -145,6 +145,7 @@ impl Record {
         let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
+        config.session_store = None;
         (config.token_file, config.web_config_file) = (None, None);
         let listener = server::bind(config.listen)?;
         let address = listener.local_addr().context("cannot read the address of the socket")?;

@@ -1,4 +1,4 @@
-//! `report`: renders a session file in one of the formats, or compares two.
+//! `report`: renders a session file in one of the formats, compares two, or makes one report of several nodes' files.
 
 use std::ffi::OsStr;
 use std::io::{IsTerminal as _, Write as _};
@@ -11,12 +11,15 @@ use std::time::{Duration, Instant, SystemTime};
 use anyhow::{Context as _, bail};
 use clap::Args;
 use clap::builder::{PossibleValue, PossibleValuesParser, TypedValueParser};
-use sampler_report::{Format, Report, TextOptions};
+use sampler_report::{Format, JoinField, Report, TextOptions};
 use sampler_session::{Session, View};
 use strum::VariantArray as _;
 
+use super::fleet::FleetRequest;
+use super::session_files::SessionFiles;
 use crate::cli::output::print;
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
+use crate::objects::is_url;
 
 const EXAMPLES: &str = "\
 Examples:
@@ -24,14 +27,23 @@ Examples:
   gpu-sampler report session.gpus -o report.html
   gpu-sampler report session.gpus --from 10s --to 1m30s --namespace ml
   gpu-sampler report session.gpus --format csv | python3 -c 'import pandas, sys; print(pandas.read_csv(sys.stdin))'
-  gpu-sampler report before.gpus after.gpus";
+  gpu-sampler report before.gpus after.gpus
+  gpu-sampler report --fleet node-a.gpus node-b.gpus
+  gpu-sampler report --fleet s3://bucket/gpu-sessions --from 2026-05-04T10:00:00Z --to 2026-05-04T11:00:00Z";
 
 #[derive(Args)]
 #[command(after_help = EXAMPLES)]
 pub struct ReportArgs {
-    /// Session file; with a second one, compare the two
-    #[arg(value_name = "FILE", num_args = 1..=2, required = true)]
+    /// Session file, or the URL of one in an object store (s3://, gs://, az://, file:///); with a second one, compare the two
+    #[arg(value_name = "FILE", num_args = 1.., required = true)]
     files: Vec<PathBuf>,
+    /// Make one report of the session files of several nodes; FILE may also be a folder or a URL prefix, for all below it
+    #[arg(long)]
+    fleet: bool,
+    /// Fields that containers of different nodes have in common to be one user of --fleet; repeatable or comma-separated
+    /// [default: namespace,container,image]
+    #[arg(long, value_name = "FIELD", value_delimiter = ',', value_parser = join_field_parser(), requires = "fleet")]
+    join_by: Vec<JoinField>,
     /// Output format [default: by the extension of -o, else text]
     #[arg(long, value_parser = format_parser())]
     format: Option<Format>,
@@ -64,6 +76,10 @@ fn format_parser() -> impl TypedValueParser<Value = Format> {
     PossibleValuesParser::new(values).try_map(|name| name.parse::<Format>())
 }
 
+fn join_field_parser() -> impl TypedValueParser<Value = JoinField> {
+    PossibleValuesParser::new(JoinField::VARIANTS.iter().map(|field| field.name())).try_map(|name| name.parse::<JoinField>())
+}
+
 fn from_extension(path: &Path) -> Option<Format> {
     let extension = path.extension().and_then(OsStr::to_str)?.to_ascii_lowercase();
     match extension.as_str() {
@@ -74,7 +90,7 @@ fn from_extension(path: &Path) -> Option<Format> {
 
 /// A time as given on the command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-enum Moment {
+pub enum Moment {
     AfterStart(Duration),
     At(SystemTime),
 }
@@ -109,11 +125,15 @@ impl ReportArgs {
         for file in &self.files {
             self.check_not_output(file)?;
         }
+        if self.fleet {
+            return self.run_fleet(format);
+        }
         let progress = ReportProgress::start();
+        let session_files = SessionFiles::new()?;
         let mut reports = Vec::new();
         for file in &self.files {
             progress.show(format!("reading {}", file.display()));
-            reports.push(self.read(file)?);
+            reports.push(self.read(&session_files, file)?);
         }
         progress.show("writing the report".to_owned());
         let page = match reports.as_slice() {
@@ -124,22 +144,47 @@ impl ReportArgs {
             [report] => format.render(report, &self.options()),
             _ => bail!("expected one or two session files"),
         };
-        let written = self.output.as_deref().map(|path| write(path, &page));
-        drop(progress);
-        match written {
-            Some(done) => done?,
-            None => print(&page)?,
-        }
+        self.deliver(&page, progress)?;
         for (file, report) in self.files.iter().zip(&reports) {
             warn(file, report);
         }
         Ok(ExitCode::SUCCESS)
     }
 
+    fn run_fleet(&self, format: Format) -> anyhow::Result<ExitCode> {
+        let progress = ReportProgress::start();
+        let (view, show) = (|session: &Session| self.view(session), |stage| progress.show(stage));
+        let (from, to) = (self.from, self.to);
+        let request = FleetRequest { files: &self.files, from, to, join_by: &self.join_by, view: &view, progress: &show };
+        let fleet = request.fleet()?;
+        let page = if format == Format::Json { fleet.json() } else { fleet.text(&self.options()) };
+        self.deliver(&page, progress)?;
+        for problem in &fleet.problems {
+            eprintln!("gpu-sampler: {} is not reported: {}", terminal_safe(&problem.file), terminal_safe(&problem.problem));
+        }
+        Ok(if fleet.problems.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+    }
+
+    /// Writes or prints the page, and ends the progress line.
+    fn deliver(&self, page: &str, progress: ReportProgress) -> anyhow::Result<()> {
+        let written = self.output.as_deref().map(|path| write(path, page));
+        drop(progress);
+        match written {
+            Some(done) => done,
+            None => print(page),
+        }
+    }
+
     /// The reason why the arguments cannot be combined.
     fn usage_error(&self, format: Format) -> Option<String> {
         let name = format.name();
-        if self.files.len() == 2 && !matches!(format, Format::Text | Format::Json) {
+        if self.fleet && !matches!(format, Format::Text | Format::Json) {
+            return Some(format!("a report of a fleet is available as text or json, not as {name}"));
+        }
+        if !self.fleet && self.files.len() > 2 {
+            return Some("more than two files need --fleet, which makes one report of them".to_owned());
+        }
+        if !self.fleet && self.files.len() == 2 && !matches!(format, Format::Text | Format::Json) {
             return Some(format!("a comparison of two sessions is available as text or json, not as {name}"));
         }
         let to_terminal = self.output.is_none() && std::io::stdout().is_terminal();
@@ -149,6 +194,9 @@ impl ReportArgs {
 
     /// The report must not overwrite the session.
     fn check_not_output(&self, file: &Path) -> anyhow::Result<()> {
+        if is_url(file) {
+            return Ok(());
+        }
         let canonical = |path: &Path| path.canonicalize().ok();
         match self.output.as_deref().and_then(canonical) {
             Some(output) if canonical(file) == Some(output.clone()) => {
@@ -158,8 +206,8 @@ impl ReportArgs {
         }
     }
 
-    fn read(&self, file: &Path) -> anyhow::Result<Report> {
-        let session = crate::session::read(file)?;
+    fn read(&self, session_files: &SessionFiles, file: &Path) -> anyhow::Result<Report> {
+        let session = session_files.read_one(file)?;
         let view = self.view(&session);
         if view.to_ns.is_some_and(|to| view.from_ns.unwrap_or(0) >= to) {
             bail!("--from is not before --to, so there is nothing to report of {}", file.display());
@@ -350,11 +398,19 @@ mod tests {
 
     #[test]
     fn arguments_that_cannot_be_combined_are_rejected() {
-        let cases = [("a b", Format::Html, true), ("a b", Format::Json, false), ("a -o x", Format::Html, false)];
+        let cases = [
+            ("a b", Format::Html, true),
+            ("a b", Format::Json, false),
+            ("a -o x", Format::Html, false),
+            ("a b c", Format::Text, true),
+            ("--fleet a b c", Format::Text, false),
+            ("--fleet a b", Format::Csv, true),
+        ];
         for (line, format, expect) in cases {
             assert_eq!(parsed(line).usage_error(format).is_some(), expect, "{line} {format:?}");
         }
-        assert!(ReportCommand::try_parse_from(["report", "a", "b", "c"]).is_err());
+        assert!(ReportCommand::try_parse_from(["report", "a", "--join-by", "pod"]).is_err());
+        assert_eq!(parsed("--fleet a --join-by pod,image").join_by, [JoinField::Pod, JoinField::Image]);
         assert!(ReportCommand::try_parse_from(["report"]).is_err());
     }
 

@@ -92,7 +92,7 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         families::http(&state.rejections, state.security.rules().tls().map(|tls| tls.expires), &mut page);
         families::otlp(state.health.otlp.view(), &mut page);
         nvml_families::calls(&devices, [config.gpu_budget_percent, config.gpu_wait_percent], &mut page);
-        sessions::metrics(&recorder, &mut page);
+        sessions::metrics(&recorder, state.health.uploads.view(), &mut page);
     });
     state.page_sizes.store(Arc::new(page.sizes()));
     Ok(response(page))

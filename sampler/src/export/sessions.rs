@@ -229,10 +229,11 @@ async fn report(
     Ok(([(header::CONTENT_TYPE, format.content_type())], text))
 }
 
-pub fn metrics(view: &RecorderView, to: &mut Page) {
+pub fn metrics(view: &RecorderView, uploads: Option<[(&'static str, f64); 3]>, to: &mut Page) {
     let sessions = crate::session::Phase::VARIANTS.iter().zip(view.sessions);
     to.add_each(&families::SESSIONS, "state", sessions.map(|(phase, n)| (phase.name(), n as f64)));
     to.add_one(&families::DROPPED_FRAMES, view.dropped_frames as f64);
+    to.add_each(&families::UPLOADS, "result", uploads.into_iter().flatten());
     to.add_one(&families::RING_BYTES, view.ring_bytes as f64);
     to.add_one(&families::RING_SECONDS, view.ring_seconds);
 }

@@ -34,6 +34,8 @@ pub enum Condition {
     Scan,
     /// The pressure files of some containers cannot be read.
     Pressure,
+    /// Sessions cannot be uploaded to the object store.
+    SessionStore,
     /// The token file is invalid: no token is valid.
     TokenFile,
     /// The web configuration is invalid: the previous one stays in force.
@@ -93,6 +95,7 @@ impl Condition {
             Condition::LossCounters => (Reduced, "the counters of lost kernel events can be read again"),
             Condition::Scan => (Missing, "all cgroups and processes can be read again"),
             Condition::Pressure => (Reduced, "the pressure of containers can be read again"),
+            Condition::SessionStore => (Reduced, "sessions are uploaded to the object store again"),
             Condition::TokenFile => (Reduced, "the token file is valid again"),
             Condition::WebConfig => (Reduced, "the web configuration is valid again"),
             Condition::WebCertificate => (Reduced, "the certificate of the HTTP server is valid"),
@@ -134,6 +137,7 @@ mod tests {
             Condition::LossCounters,
             Condition::Scan,
             Condition::Pressure,
+            Condition::SessionStore,
             Condition::TokenFile,
             Condition::WebConfig,
             Condition::WebCertificate,
@@ -173,6 +177,7 @@ mod tests {
         check(Condition::LossCounters, "loss-counters");
         check(Condition::Scan, "scan");
         check(Condition::Pressure, "pressure");
+        check(Condition::SessionStore, "session-store");
         check(Condition::TokenFile, "token-file");
         check(Condition::WebConfig, "web-config");
         check(Condition::WebCertificate, "web-certificate");

@@ -103,6 +103,46 @@ impl OtlpCounts {
     }
 }
 
+/// Uploads of sessions to the object store.
+#[derive(Debug, Default)]
+pub struct UploadCounts {
+    is_on: AtomicBool,
+    succeeded: AtomicU64,
+    failed: AtomicU64,
+    removed: AtomicU64,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum UploadResult {
+    Ok,
+    Error,
+    /// The local file was removed before it was uploaded.
+    Removed,
+}
+
+impl UploadCounts {
+    /// The counts are exposed from now on.
+    pub fn turn_on(&self) {
+        self.is_on.store(true, Ordering::Relaxed);
+    }
+
+    pub fn record(&self, result: UploadResult, n: u64) {
+        let count = match result {
+            UploadResult::Ok => &self.succeeded,
+            UploadResult::Error => &self.failed,
+            UploadResult::Removed => &self.removed,
+        };
+        count.fetch_add(n, Ordering::Relaxed);
+    }
+
+    /// By result; `None` without an object store.
+    pub fn view(&self) -> Option<[(&'static str, f64); 3]> {
+        let count = |count: &AtomicU64| count.load(Ordering::Relaxed) as f64;
+        let counts = || [("ok", count(&self.succeeded)), ("error", count(&self.failed)), ("removed", count(&self.removed))];
+        self.is_on.load(Ordering::Relaxed).then(counts)
+    }
+}
+
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
@@ -145,6 +185,7 @@ pub struct Health {
     core_turns: AtomicU64,
     pub driver: DriverHealth,
     pub otlp: OtlpCounts,
+    pub uploads: UploadCounts,
 }
 
 impl Health {

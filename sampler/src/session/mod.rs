@@ -4,7 +4,7 @@
 //!  core thread --facts--> recorder thread --frames--> ring in memory (some minutes)
 //!                          ^ labels, names    |  \--> writer thread of a session --> DIR/ID.gpus.part -> DIR/ID.gpus
 //!  HTTP --start, stop------+                  +----> ... one each: a disk that hangs stalls only its session
-//!  HTTP <--list, files-- store
+//!  HTTP <--list, files-- store <--complete files-- uploader --> object store (optional)
 //! ```
 //! The core thread never waits for any of this. The package sampler_session defines the file format and its content.
 
@@ -14,6 +14,7 @@ mod recorder;
 mod request;
 mod ring;
 mod store;
+mod uploader;
 mod writer;
 
 use std::io::Read as _;
@@ -25,9 +26,10 @@ use thiserror::Error;
 pub use self::recorder::{Recorder, RecorderView, SessionInputs};
 pub use self::request::{MAX_DURATION_S, MAX_LOOKBACK_S, Request};
 pub use self::store::{Phase, SessionStatus, Store, StoreError};
+pub use self::uploader::Uploader;
 
 /// Larger files are not read, because the whole file is held in memory.
-const MAX_FILE_BYTES: u64 = 2 << 30;
+pub const MAX_FILE_BYTES: u64 = 2 << 30;
 #[derive(Debug, Error)]
 pub enum SessionError {
     #[error("cannot read {path}", path = path.display())]
@@ -60,5 +62,10 @@ pub fn read_from(file: &std::fs::File, path: &Path) -> Result<Session, SessionEr
     if bytes.len() as u64 > MAX_FILE_BYTES {
         return Err(SessionError::TooLarge { path: path.to_owned(), bytes: bytes.len() as u64 });
     }
-    sampler_session::read(&bytes).map_err(|source| SessionError::Format { path: path.to_owned(), source })
+    from_bytes(&bytes, path)
+}
+
+/// As [`read`], for the content of a file; `path` is its name in errors.
+pub fn from_bytes(bytes: &[u8], path: &Path) -> Result<Session, SessionError> {
+    sampler_session::read(bytes).map_err(|source| SessionError::Format { path: path.to_owned(), source })
 }

@@ -151,6 +151,10 @@ impl Recorder {
         tokio::task::spawn_blocking(move || operation(&store)).await.unwrap_or_else(|_| Err(ended()))
     }
 
+    pub fn store(&self) -> Arc<Store> {
+        Arc::clone(&self.0.store)
+    }
+
     pub fn view(&self) -> RecorderView {
         let gauges = &self.0.gauges;
         RecorderView {

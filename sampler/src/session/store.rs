@@ -138,6 +138,14 @@ impl Entry {
     }
 }
 
+/// A session with a file that does not change any more.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct CompleteSession {
+    pub id: String,
+    pub path: PathBuf,
+    pub bytes: u64,
+}
+
 #[derive(Debug)]
 pub struct Store {
     dir: PathBuf,
@@ -309,6 +317,15 @@ impl Store {
             counts[entry.phase as usize] += 1;
         }
         counts
+    }
+
+    /// The sessions with complete files, oldest first.
+    pub fn complete(&self) -> Vec<CompleteSession> {
+        let complete = |(id, entry): (&String, &Entry)| {
+            let path = entry.path.clone().filter(|path| path.extension().is_some_and(|end| end == "gpus"))?;
+            (entry.phase == Phase::Finished).then(|| CompleteSession { id: id.clone(), path, bytes: entry.size_bytes })
+        };
+        self.entries().iter().filter_map(complete).collect()
     }
 
     pub fn active(&self) -> usize {

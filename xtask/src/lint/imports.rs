@@ -20,7 +20,7 @@ const PACKAGES: [(&str, &[&[&str]]); 12] = [
     (
         "sampler/src",
         &[
-            &["allocator", "error", "collectors", "host_name", "host_root", "privileges"],
+            &["allocator", "error", "collectors", "host_name", "host_root", "objects", "privileges"],
             &["config", "health", "query", "security"],
             &["inbox", "service_notify"],
             &["observe"],
