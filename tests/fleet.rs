@@ -57,8 +57,8 @@ impl FleetNode {
     }
 }
 
-fn counted(agent: &Agent, result: &str) -> Result<f64> {
-    Ok(sum(&agent.scrape()?, "gpu_sampler_session_uploads_total", &[("result", result)]).unwrap_or_default())
+fn counted(agent: &Agent, outcome: &str) -> Result<f64> {
+    Ok(sum(&agent.scrape()?, "gpu_sampler_session_uploads_total", &[("outcome", outcome)]).unwrap_or_default())
 }
 
 fn is_degraded(agent: &Agent) -> Result<bool> {
@@ -186,7 +186,7 @@ fn wrong_urls_and_credentials_are_named_with_the_remedy() -> Result<()> {
     let port = free_port()?;
     let _server = S3Server::refusing(port)?;
     let cases: [(&[&str], &[&str]); 5] = [
-        (&["report", "--fleet", STORE], &["access to s3://sessions/gpu was refused", "AWS_ACCESS_KEY_ID", "InvalidAccessKeyId"]),
+        (&["report", "--fleet", STORE], &["access to s3://sessions/gpu was refused", "AWS_ACCESS_KEY_ID", "403 Forbidden"]),
         (&["report", "ftp://host/file"], &["\"ftp://host/file\" is invalid", "expected s3://BUCKET/PREFIX"]),
         (&["run", "--session-store", "s3://key:word@sessions"], &["session_store = \"s3://...\" is invalid", "environment"]),
         (&["report", "file:///no/such/session.gpus"], &["there is no object file:///no/such/session.gpus"]),

@@ -233,7 +233,7 @@ pub fn metrics(view: &RecorderView, uploads: Option<[(&'static str, f64); 3]>, t
     let sessions = crate::session::Phase::VARIANTS.iter().zip(view.sessions);
     to.add_each(&families::SESSIONS, "state", sessions.map(|(phase, n)| (phase.name(), n as f64)));
     to.add_one(&families::DROPPED_FRAMES, view.dropped_frames as f64);
-    to.add_each(&families::UPLOADS, "result", uploads.into_iter().flatten());
+    to.add_each(&families::UPLOADS, "outcome", uploads.into_iter().flatten());
     to.add_one(&families::RING_BYTES, view.ring_bytes as f64);
     to.add_one(&families::RING_SECONDS, view.ring_seconds);
 }

@@ -113,7 +113,7 @@ pub struct UploadCounts {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UploadResult {
+pub enum UploadOutcome {
     Ok,
     Error,
     /// The local file was removed before it was uploaded.
@@ -126,16 +126,16 @@ impl UploadCounts {
         self.is_on.store(true, Ordering::Relaxed);
     }
 
-    pub fn record(&self, result: UploadResult, n: u64) {
-        let count = match result {
-            UploadResult::Ok => &self.succeeded,
-            UploadResult::Error => &self.failed,
-            UploadResult::Removed => &self.removed,
+    pub fn record(&self, outcome: UploadOutcome) {
+        let count = match outcome {
+            UploadOutcome::Ok => &self.succeeded,
+            UploadOutcome::Error => &self.failed,
+            UploadOutcome::Removed => &self.removed,
         };
-        count.fetch_add(n, Ordering::Relaxed);
+        count.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// By result; `None` without an object store.
+    /// By outcome; `None` without an object store.
     pub fn view(&self) -> Option<[(&'static str, f64); 3]> {
         let count = |count: &AtomicU64| count.load(Ordering::Relaxed) as f64;
         let counts = || [("ok", count(&self.succeeded)), ("error", count(&self.failed)), ("removed", count(&self.removed))];

@@ -15,7 +15,7 @@ use std::time::Duration;
 use super::store::{CompleteSession, Store};
 use crate::error::display_chain;
 use crate::health::condition::Condition;
-use crate::health::{Health, UploadResult};
+use crate::health::{Health, UploadOutcome};
 use crate::objects::{ObjectError, Objects};
 
 /// How often the table of sessions is read.
@@ -60,7 +60,7 @@ impl Uploader {
                     tokio::time::sleep(TURN_EVERY).await;
                 }
                 Err(error) => {
-                    self.health.uploads.record(UploadResult::Error, 1);
+                    self.health.uploads.record(UploadOutcome::Error);
                     let problem = [display_chain(&error)];
                     self.health.report(Condition::SessionStore, &problem, |_, first| {
                         format!("sessions are not uploaded, and the local files remain: {first}")
@@ -98,7 +98,7 @@ impl Uploader {
         match self.objects.put_file(&path, &key).await {
             Ok(bytes) => {
                 tracing::debug!(session = session.id, bytes, "session uploaded");
-                self.health.uploads.record(UploadResult::Ok, 1);
+                self.health.uploads.record(UploadOutcome::Ok);
             }
             // Counted when it is missing in the table, too.
             Err(error) if is_gone(&error) => return Ok(()),
@@ -131,7 +131,7 @@ impl Uploader {
                 session = id,
                 "the session was removed before it was uploaded; raise session_dir_max_bytes to keep more"
             );
-            self.health.uploads.record(UploadResult::Removed, 1);
+            self.health.uploads.record(UploadOutcome::Removed);
             self.pending.remove(&id);
         }
     }
