@@ -101,6 +101,11 @@ impl CgroupTree {
         Ok((id.clone(), self.make(&id)?))
     }
 
+    /// What stands before the paths of its cgroups.
+    pub fn prefix(&self) -> String {
+        self.path_of(&self.root)
+    }
+
     /// The path of a directory as `/proc/<pid>/cgroup` shows it.
     pub fn path_of(&self, dir: &Path) -> String {
         format!("/{}", dir.strip_prefix(&self.mount).unwrap_or(dir).display())

@@ -107,7 +107,7 @@ fn steady(size: Size, aims: Option<&Aims>) -> Result<()> {
     world.settled(&agent, size.gpus * size.processes)?;
     std::thread::sleep(WARM_UP);
     let sum = quiet(&world, &agent, aims.map(|aims| aims.quiet))?;
-    let (page, cost) = (page(&agent)?, scrapes(&agent, &world, sum)?);
+    let (page, cost) = (page(&agent, &world)?, scrapes(&agent, &world, sum)?);
     line("page", page.bytes as f64 / 1e6, "MB", aims.map(|aims| aims.page_bytes / 1e6));
     line("    series", page.series as f64, "", None);
     line("    series of a pair", page.pair_series as f64 / page.pairs as f64, "", Some(SERIES_A_PAIR));
@@ -139,7 +139,7 @@ fn pairs() -> Result<()> {
             world.use_gpus(processes, containers(present)..containers(present + processes))?;
             world.settled(&agent, GPUS * (present + processes))?;
             std::thread::sleep(2 * WARM_UP);
-            measured.push((page(&agent)?.pairs as f64, Memory::of(agent.process.0.id())?.own));
+            measured.push((page(&agent, &world)?.pairs as f64, Memory::of(agent.process.0.id())?.own));
         }
         let &[(few, before), (many, after)] = measured.as_slice() else { unreachable!("two were measured") };
         line(&format!("memory without code and rings, {few} pairs"), before, "MiB", None);
@@ -160,7 +160,7 @@ fn used_once() -> Result<()> {
     // Until their ten seconds as active containers are over.
     std::thread::sleep(2 * WARM_UP);
     let sum = quiet(&world, &agent, None)?;
-    let (page, cost) = (page(&agent)?, scrapes(&agent, &world, sum)?);
+    let (page, cost) = (page(&agent, &world)?, scrapes(&agent, &world, sum)?);
     let after = Memory::of(pid)?;
     line("pairs", page.pairs as f64, "", None);
     line("page", page.bytes as f64 / 1e6, "MB", None);
@@ -217,7 +217,7 @@ fn growth() -> Result<()> {
             world.churn(5, 5, Duration::from_secs(15))?;
             agent.page()?;
         }
-        let page = page(&agent)?;
+        let page = page(&agent, &world)?;
         line(&format!("after {minute} min of 5 named and 5 unnamed starts a second"), Memory::of(pid)?.all, "MiB", None);
         line("    page", page.bytes as f64 / 1e6, "MB", None);
     }

@@ -100,6 +100,7 @@ impl Memory {
 
 /// The page as a scraper gets it.
 pub struct PageSize {
+    /// As on a node: without what the bench has before its cgroup paths.
     pub bytes: usize,
     pub series: usize,
     /// Series about the agent itself.
@@ -112,8 +113,8 @@ pub struct PageSize {
     pub table_bytes: f64,
 }
 
-pub fn page(agent: &Agent) -> Result<PageSize> {
-    let text = agent.page()?;
+pub fn page(agent: &Agent, world: &World) -> Result<PageSize> {
+    let text = agent.page()?.replace(&world.path_prefix(), "");
     let samples = parse(&text);
     let tables = samples.iter().filter(|sample| sample.name == "gpu_sampler_identity_bytes");
     let count = |is: &dyn Fn(&str) -> bool| samples.iter().filter(|sample| is(&sample.name)).count();

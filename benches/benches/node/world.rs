@@ -73,6 +73,11 @@ impl World {
         Agent::start_as(Layout::Machine, command, &DEFAULTS)
     }
 
+    /// What stands before the cgroup paths of this world, and not before those of a node.
+    pub fn path_prefix(&self) -> String {
+        self.tree.prefix()
+    }
+
     fn cost_file(&self) -> PathBuf {
         self.sim.dir.path().join("cost")
     }
@@ -107,7 +112,7 @@ impl World {
     pub fn settled(&self, agent: &Agent, pairs: usize) -> Result<()> {
         wait_for("all pairs are exposed", Duration::from_secs(120), || {
             std::thread::sleep(Duration::from_secs(2));
-            Ok((super::measure::page(agent)?.pairs >= pairs).then_some(()))
+            Ok((super::measure::page(agent, self)?.pairs >= pairs).then_some(()))
         })
     }
 

@@ -16,7 +16,7 @@ use crate::labels::source::checkpoint;
 use crate::labels::source::claims::PreparedClaims;
 use crate::labels::source::cri::Cri;
 use crate::labels::source::grpc::GrpcError;
-use crate::labels::source::http::{self, HttpClientError};
+use crate::labels::source::http::{HttpClient, HttpClientError};
 use crate::labels::source::kubelet::Kubelet;
 use crate::labels::source::reply::SourceReply;
 use crate::labels::{ActivationGuard, Discovery, LabelConfig, Presence, Root};
@@ -202,7 +202,7 @@ async fn socket_checks(guard: &Arc<ActivationGuard>, source: Source, path: &Path
 }
 
 async fn docker(guard: &Arc<ActivationGuard>, source: Source, path: &Path, root: &Root) -> Result<Vec<Check>, Failure> {
-    let version: EngineVersion = http::record(guard, path, "/version").await?;
+    let version: EngineVersion = HttpClient::new(guard, path).record("/version").await?;
     let or_none = |text: &str| if text.is_empty() { "(none)".to_owned() } else { text.to_owned() };
     let detail = format!(
         "version {}, API {} to {}, at {}",
@@ -315,7 +315,7 @@ fn misplaced(name: &str, expected: &str, path: &Path) -> (String, &'static str) 
 }
 
 async fn crio(guard: &Arc<ActivationGuard>, path: &Path) -> Result<Vec<Check>, Failure> {
-    let info: CrioInfo = http::record(guard, path, "/info").await?;
+    let info: CrioInfo = HttpClient::new(guard, path).record("/info").await?;
     let CrioInfo { storage_driver, storage_root } = info;
     Ok(vec![Check::ok("crio", format!("storage {storage_driver} in {storage_root}, at {}", path.display()))])
 }

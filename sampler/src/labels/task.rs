@@ -22,7 +22,7 @@ use super::process_search::ProcessSearch;
 use super::shared::SharedLabels;
 use super::sockets::WatchedSocket;
 use super::source::reply::SourceReply;
-use super::source::{self, InnerRoots, LabelSources};
+use super::source::{self, KnownProcesses, LabelSources};
 use super::view::{AttemptView, FILES, LabelView};
 use crate::observe::clock::boot_now;
 
@@ -34,6 +34,8 @@ const IDLE_PAUSE: Duration = Duration::from_secs(1);
 const PUBLISH_EVERY: Duration = Duration::from_millis(20);
 /// While containers lack labels, the search for runtimes is repeated at this interval, which doubles up to the maximum.
 const MIN_SEARCH_PAUSE: Duration = Duration::from_secs(1);
+/// The same for new containers: where many start, most are of the runtimes that are known.
+const CONTAINER_SEARCH_PAUSE: Duration = Duration::from_secs(4);
 const MAX_SEARCH_PAUSE: Duration = Duration::from_secs(60);
 const MAX_SEARCHES: usize = 2;
 /// A discovered socket that is absent for this long has moved, or its runtime was removed.
@@ -72,6 +74,8 @@ pub(super) struct LabelTask {
     searching: bool,
     /// Requests another search: after an event during a search, or after one that needs a search although no container lacks labels.
     search_again: bool,
+    /// When the last search began.
+    searched: Instant,
     /// Time of the next search.
     search_at: Option<Instant>,
     search_pause: Duration,
@@ -84,8 +88,8 @@ impl LabelTask {
         shared: Arc<SharedLabels>,
         watched: mpsc::Sender<WatchedSocket>,
     ) -> Self {
-        let (of_reader, inner_roots) = (Arc::clone(&sources), InnerRoots::default());
-        let read = move |query: &Query| source::read_files(&of_reader, query, &inner_roots);
+        let (of_reader, known) = (Arc::clone(&sources), KnownProcesses::default());
+        let read = move |query: &Query| source::read_files(&of_reader, query, &known);
         Self {
             config,
             sources,
@@ -106,6 +110,7 @@ impl LabelTask {
             search_all: false,
             searching: false,
             search_again: false,
+            searched: Instant::now(),
             search_at: None,
             search_pause: MIN_SEARCH_PAUSE,
         }
@@ -196,7 +201,8 @@ impl LabelTask {
 
     /// Starts a search. If it hangs in a file system, another one follows after the maximum interval.
     fn search(&mut self) {
-        self.search_at = Some(Instant::now() + MAX_SEARCH_PAUSE);
+        self.searched = Instant::now();
+        self.search_at = Some(self.searched + MAX_SEARCH_PAUSE);
         let Ok(permit) = Arc::clone(&self.search_permits).try_acquire_owned() else { return };
         let all = std::mem::take(&mut self.search_all);
         (self.searching, self.search_again) = (true, false);
@@ -218,18 +224,19 @@ impl LabelTask {
         });
     }
 
-    fn search_soon(&mut self) {
-        self.search_pause = MIN_SEARCH_PAUSE;
-        if self.searching {
-            self.search_again = true;
-        } else {
-            self.search_at = self.search_at.map(|at| at.min(Instant::now() + MIN_SEARCH_PAUSE));
-        }
+    /// A new container may belong to a new runtime.
+    fn search_for_container(&mut self) {
+        self.search_pause = self.search_pause.min(CONTAINER_SEARCH_PAUSE / 2);
+        let at = (Instant::now() + MIN_SEARCH_PAUSE).max(self.searched + CONTAINER_SEARCH_PAUSE);
+        self.search_at = self.search_at.map(|known| known.min(at));
     }
 
     /// Requests a search even if no container lacks labels.
     fn search_now(&mut self) {
-        self.search_soon();
+        self.search_pause = MIN_SEARCH_PAUSE;
+        if !self.searching {
+            self.search_at = self.search_at.map(|at| at.min(Instant::now() + MIN_SEARCH_PAUSE));
+        }
         (self.search_again, self.search_all) = (true, true);
     }
 
@@ -328,9 +335,8 @@ impl LabelTask {
         match event {
             ContainerEvent::Appeared(record) => {
                 let key = record.key;
-                // A new container may belong to a new runtime.
                 if record.identity.is_in_container() {
-                    self.search_soon();
+                    self.search_for_container();
                 }
                 if self.resolver.appeared(record, now) {
                     self.resolved(key);

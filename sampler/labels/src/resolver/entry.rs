@@ -21,6 +21,8 @@ const LAST_FILES_DELAY: u64 = 100 * MS;
 const DOCKER_BUNDLE_DELAY: u64 = 200 * MS;
 /// A path may mislead, so sources that it does not suggest are queried as well, but later.
 const UNLIKELY_DELAY: u64 = 5_000 * MS;
+/// Later queries of files are due at multiples of this: to wake up for one costs more than to read it.
+const TOGETHER: u64 = 100 * MS;
 const MIN_BACK_OFF: u64 = 500 * MS;
 /// The back-off is the time since the first query divided by this, so an endpoint that recovers from a fault is queried within a quarter
 /// of the fault's length.
@@ -261,7 +263,9 @@ impl Slot {
         } else {
             MIN_BACK_OFF
         };
-        self.next = step.unwrap_or_else(|| now.plus(jittered(full, key, self.attempts)));
+        let together = |at: BootNs| if self.is_socket { at } else { BootNs(at.0 - at.0 % TOGETHER) };
+        let later = || together(now.plus(jittered(full, key, self.attempts)));
+        self.next = step.unwrap_or_else(later);
     }
 
     /// Restarts the back-off; the next query is at `at`, or earlier if it was scheduled earlier.

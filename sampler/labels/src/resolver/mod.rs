@@ -4,7 +4,8 @@
 //! ```text
 //!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried until one result, for 10 s) -> evicted with its record
 //!  per (container, target):
-//!      file    0 and 100 ms after it appeared (a list 30 and 100, logs and mounts 100), then 0.5 s, growing with its age to 30 s
+//!      file    0 and 100 ms after it appeared (a list 30 and 100, logs and mounts 100), then 0.5 s, growing with its age to 30 s,
+//!             at multiples of 100 ms
 //!      socket  250 ms after it appeared (an earlier query races its creation), then the same back-off
 //!  per socket:     absent -> closed --5 transport errors--> open --a probe every second, later every 30 s--> closed
 //! ```
@@ -37,6 +38,8 @@ const MS: u64 = 1_000_000;
 const MAX_BACK_OFF: u64 = 30_000 * MS;
 /// A container of this age is exported with the labels it has.
 const SETTLED_AFTER: u64 = 2_000 * MS;
+/// Most containers are resolved by the first queries; those that are not may be of a runtime that is not known yet.
+const SEARCHED_FOR_AFTER: u64 = 500 * MS;
 /// A runtime may have the record of a container for some time after its cgroup was removed, and may not respond before.
 const QUERIED_AFTER_END: u64 = 10_000 * MS;
 
@@ -94,8 +97,8 @@ pub struct LabelResolver {
     /// Times at which containers settle with incomplete labels.
     settling: BTreeSet<(BootNs, ContainerKey)>,
     changed: HashSet<ContainerKey>,
-    /// Includes all containers that need queries. The others are removed by [`LabelResolver::has_unresolved`].
-    unresolved: BTreeSet<ContainerKey>,
+    /// Includes all containers that need queries, the oldest first. The others are removed by [`LabelResolver::has_unresolved`].
+    unresolved: BTreeSet<(BootNs, ContainerKey)>,
     sent_count: u64,
 }
 
@@ -134,7 +137,7 @@ impl LabelResolver {
             entry.complete(now);
         } else {
             self.settling.insert((now.plus(SETTLED_AFTER), key));
-            self.unresolved.insert(key);
+            self.unresolved.insert((now, key));
         }
         self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
         let is_named_by_container = entry.is_named_by_container();
@@ -216,7 +219,7 @@ impl LabelResolver {
             self.queue.remove(&(slot.next, key, *id));
         }
         self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), key));
-        self.unresolved.remove(&key);
+        self.unresolved.remove(&(entry.seen, key));
         self.named_by_container.remove(&key);
         self.changed.insert(key);
     }
@@ -360,7 +363,7 @@ impl LabelResolver {
                 }
             }
             if reopened {
-                self.unresolved.insert(query.key);
+                self.unresolved.insert((entry.seen, query.key));
                 requeue(&mut self.queue, entry, now, None);
             }
         }
@@ -404,13 +407,13 @@ impl LabelResolver {
         entry.slots.iter().filter_map(attempt_at).collect()
     }
 
-    /// Whether any container still needs queries. A container that needs none is skipped once.
+    /// Whether a container still needs queries some time after it appeared. A container that needs none is skipped once.
     pub fn has_unresolved(&mut self, now: BootNs) -> bool {
-        while let Some(key) = self.unresolved.first().copied() {
+        while let Some((seen, key)) = self.unresolved.first().copied() {
             if self.entries.get(&key).is_some_and(|entry| entry.needs_queries(now)) {
-                return true;
+                return now.saturating_since(seen) >= SEARCHED_FOR_AFTER;
             }
-            self.unresolved.remove(&key);
+            self.unresolved.remove(&(seen, key));
         }
         false
     }

@@ -5,7 +5,7 @@
 //! container, so only a monitor outside of containers counts, and only for the container that it names.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_core::identity::ContainerRecord;
@@ -13,7 +13,6 @@ use sampler_labels::{Facts, Label};
 
 use super::file;
 use super::nested::parent;
-use super::pods::pids_of;
 use super::reply::SourceReply;
 use crate::labels::discover::{in_a_container, option};
 use crate::labels::runtime_config::MAX_TEXT_BYTES;
@@ -21,10 +20,10 @@ use crate::labels::runtime_config::MAX_TEXT_BYTES;
 /// Processes of the container to try.
 const MAX_PIDS: usize = 4;
 
-/// `None` if the container has no such monitor.
-pub fn query(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> Option<SourceReply> {
+/// `None` if the container has no such monitor. `pids`: the processes of the container.
+pub fn query(procfs: &Path, pids: &[String], record: &ContainerRecord) -> Option<SourceReply> {
     let id = record.identity.container_id.as_deref()?;
-    pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS).find_map(|pid| {
+    pids.iter().take(MAX_PIDS).find_map(|pid| {
         let folder = procfs.join(parent(&procfs.join(pid))?);
         let name = monitored(&folder, id).filter(|_| !in_a_container(&folder))?;
         let mut facts = Facts { runtime: Some(Runtime::Podman), pod_status_known: true, ..Facts::default() };
@@ -52,6 +51,7 @@ mod tests {
     use sampler_core::units::{BootNs, ContainerKey};
 
     use super::*;
+    use crate::labels::source::pods::pids_of;
     use crate::labels::source::tests::{Files, check};
 
     #[test]
@@ -69,7 +69,7 @@ mod tests {
                 ("6/cmdline", &line.replace("ID", &id).replace(' ', "\0")),
             ]);
             let root = files.host().path(Path::new("/"));
-            query(&root, &[root.join("cgroup")], &record).unwrap_or_else(SourceReply::not_found)
+            query(&root, &pids_of(&[root.join("cgroup")], &record.cgroup_path), &record).unwrap_or_else(SourceReply::not_found)
         };
         let (own, line) = (format!("/machine.slice/libpod-conmon-{id}.scope"), "conmon --api-version 1 -c ID -u ID -n web -b /x");
         check(&found("conmon\n", &own, line), "-/-/- web -");

@@ -1,16 +1,13 @@
 //! CRI-O's own HTTP API, on the same socket as its CRI: `GET /containers/<id>`.
 
 use std::collections::HashMap;
-use std::path::Path;
-use std::sync::Arc;
 
 use sampler_core::cgroup_path::Runtime;
 use sampler_labels::{Facts, Label};
 use serde::Deserialize;
 
-use super::http;
+use super::http::HttpClient;
 use super::reply::SourceReply;
-use crate::labels::activation::ActivationGuard;
 
 #[derive(Default, Deserialize)]
 #[serde(default)]
@@ -23,8 +20,8 @@ struct CrioContainer {
     sandbox: Option<String>,
 }
 
-pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, id: &str) -> SourceReply {
-    let container = http::record::<CrioContainer>(guard, socket, &format!("/containers/{id}")).await;
+pub async fn query(client: &HttpClient, id: &str) -> SourceReply {
+    let container = client.record::<CrioContainer>(&format!("/containers/{id}")).await;
     container.map_or_else(SourceReply::from, |container| SourceReply::found(facts(&container, id)))
 }
 

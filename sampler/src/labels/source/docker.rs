@@ -13,7 +13,7 @@ use sampler_core::cgroup_path::Runtime;
 use tokio::sync::mpsc::Sender;
 
 use super::docker_file::DockerRecord;
-use super::http;
+use super::http::HttpClient;
 use super::reply::SourceReply;
 use crate::labels::activation::{ActivationGuard, Presence};
 use crate::labels::message::LabelMessage;
@@ -25,8 +25,8 @@ const BOLLARD_SECONDS: u64 = 10;
 /// Actions after which a container may have new labels.
 const ACTIONS: [&str; 4] = ["create", "start", "rename", "restart"];
 
-pub async fn query(guard: &Arc<ActivationGuard>, socket: &Path, runtime: Runtime, id: &str) -> SourceReply {
-    let record = http::record::<DockerRecord>(guard, socket, &format!("/containers/{id}/json")).await;
+pub async fn query(client: &HttpClient, runtime: Runtime, id: &str) -> SourceReply {
+    let record = client.record::<DockerRecord>(&format!("/containers/{id}/json")).await;
     record.map_or_else(SourceReply::from, |record| record.reply(runtime, id))
 }
 

@@ -35,6 +35,7 @@ use sampler_labels::{Facts, Outcome, Query, Source, TargetId};
 use self::claims::PreparedClaims;
 use self::cri::Cri;
 use self::host_files::HostFiles;
+use self::http::HttpClient;
 use self::kubelet::Kubelet;
 use self::nested::RuntimePlace;
 use self::reply::{SourceReply, TIMEOUT};
@@ -47,9 +48,9 @@ use crate::error::display_chain;
 #[derive(Clone)]
 enum Endpoint {
     Files,
-    Docker(PathBuf, Runtime),
+    Docker(Arc<HttpClient>, Runtime),
     Cri(Arc<Cri>),
-    Crio(PathBuf),
+    Crio(Arc<HttpClient>),
     Kubelet(Arc<Kubelet>),
 }
 
@@ -75,10 +76,11 @@ impl LabelSources {
     /// `socket`: its path in this mount namespace. Targets have the same consecutive numbers as in the resolver.
     pub fn add(&self, source: Source, socket: &Path) {
         let endpoint = match source {
-            Source::Docker => Endpoint::Docker(socket.to_owned(), Runtime::Docker),
-            Source::Podman => Endpoint::Docker(socket.to_owned(), Runtime::Podman),
+            Source::Docker => Endpoint::Docker(Arc::new(HttpClient::keeping(&self.guard, socket)), Runtime::Docker),
+            // Its service ends when it has no connection.
+            Source::Podman => Endpoint::Docker(Arc::new(HttpClient::new(&self.guard, socket)), Runtime::Podman),
             Source::Cri => Endpoint::Cri(Arc::new(Cri::new(socket, Arc::clone(&self.guard)))),
-            Source::Crio => Endpoint::Crio(socket.to_owned()),
+            Source::Crio => Endpoint::Crio(Arc::new(HttpClient::keeping(&self.guard, socket))),
             Source::Kubelet => Endpoint::Kubelet(Arc::new(Kubelet::at(socket, Arc::clone(&self.guard)))),
             _ => Endpoint::Files,
         };
@@ -94,8 +96,8 @@ impl LabelSources {
 pub async fn probe(sources: Arc<LabelSources>, target: TargetId) -> Result<(), String> {
     let probe = async {
         match sources.endpoint(target) {
-            Some(Endpoint::Docker(socket, _)) => http::check_responds(&sources.guard, &socket, "/_ping").await,
-            Some(Endpoint::Crio(socket)) => http::check_responds(&sources.guard, &socket, "/info").await,
+            Some(Endpoint::Docker(client, _)) => client.check_responds("/_ping").await,
+            Some(Endpoint::Crio(client)) => client.check_responds("/info").await,
             Some(Endpoint::Cri(cri)) => match cri.version().await {
                 Err(error) if !error.is_unimplemented() => Err(display_chain(&error)),
                 _ => Ok(()),
@@ -119,13 +121,13 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     }
     let reply = async {
         match endpoint {
-            Endpoint::Docker(socket, runtime) => docker::query(&sources.guard, &socket, runtime, &id).await,
+            Endpoint::Docker(client, runtime) => docker::query(&client, runtime, &id).await,
             Endpoint::Cri(cri) => cri.query(&id, query.record.identity.runtime).await,
-            Endpoint::Crio(socket) => crio::query(&sources.guard, &socket, &id).await,
+            Endpoint::Crio(client) => crio::query(&client, &id).await,
             Endpoint::Kubelet(kubelet) => kubelet.query(query.pod_uid.as_deref()).await,
             Endpoint::Files => {
                 let (sources, query) = (Arc::clone(&sources), query.clone());
-                let read = tokio::task::spawn_blocking(move || read_files(&sources, &query, &InnerRoots::default()));
+                let read = tokio::task::spawn_blocking(move || read_files(&sources, &query, &KnownProcesses::default()));
                 read.await.unwrap_or_else(SourceReply::error)
             }
         }
@@ -139,35 +141,56 @@ fn has_valid_id(query: &Query) -> bool {
     is_single_name(query.container_id()) || matches!(query.record.identity.kind, Kind::Pod | Kind::Job | Kind::Unit | Kind::Login)
 }
 
-/// How long the root of a container's runtime is reused: less than the shortest time between two queries to one source.
-const INNER_ROOT_VALID_FOR: Duration = Duration::from_millis(5);
-/// The same where the runtime runs on the host: the parent of a container's process does not change while the runtime lives.
+/// How long something is reused for queries about one container in succession: less than the shortest time between two queries to one
+/// source.
+const VALID_FOR: Duration = Duration::from_millis(5);
+/// The same for the place of a runtime on the host: the parent of a container's process does not change while the runtime lives.
 const HOST_VALID_FOR: Duration = Duration::from_secs(10);
 /// Several times the queries that can be in progress.
-const MAX_INNER_ROOTS: usize = 1_024;
+const MAX_KNOWN: usize = 1_024;
 
-/// The roots of runtimes inside containers, by container, for the sources that are queried about a container in succession.
+/// What several sources need to know of a container, for those that are queried in succession.
 #[derive(Default)]
-pub struct InnerRoots(Mutex<HashMap<ContainerKey, (Instant, RuntimePlace)>>);
+pub struct KnownProcesses {
+    pids: KnownByContainer<Arc<[String]>>,
+    /// Where the runtimes are.
+    places: KnownByContainer<RuntimePlace>,
+}
 
-impl InnerRoots {
-    fn find(&self, sources: &LabelSources, query: &Query) -> Option<Root> {
-        let is_valid = |(at, place): &&(Instant, RuntimePlace)| {
-            at.elapsed() < if matches!(place, RuntimePlace::Host) { HOST_VALID_FOR } else { INNER_ROOT_VALID_FOR }
-        };
-        let all = || self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let known = all().get(&query.key).filter(is_valid).map(|(_, place)| place.clone());
-        let place = known.unwrap_or_else(|| {
-            // Without the lock: a read that hangs must not stop the other readers.
-            let found = nested::place(&sources.procfs, &sources.cgroups, &query.record);
-            let mut all = all();
-            if all.len() >= MAX_INNER_ROOTS {
-                all.clear();
-            }
-            all.insert(query.key, (Instant::now(), found.clone()));
-            found
-        });
-        match place {
+/// With the time at which each was found.
+type KnownByContainer<T> = Mutex<HashMap<ContainerKey, (Instant, T)>>;
+
+fn known_or_find<T: Clone>(
+    known: &KnownByContainer<T>,
+    key: ContainerKey,
+    is_valid: impl Fn(&Instant, &T) -> bool,
+    find: impl FnOnce() -> T,
+) -> T {
+    // Not held during a read: one that hangs must not stop the other readers.
+    let all = || known.lock().unwrap_or_else(PoisonError::into_inner);
+    let valid = all().get(&key).filter(|(at, value)| is_valid(at, value)).map(|(_, value)| value.clone());
+    valid.unwrap_or_else(|| {
+        let found = find();
+        let mut all = all();
+        if all.len() >= MAX_KNOWN {
+            all.clear();
+        }
+        all.insert(key, (Instant::now(), found.clone()));
+        found
+    })
+}
+
+impl KnownProcesses {
+    fn pids(&self, sources: &LabelSources, query: &Query) -> Arc<[String]> {
+        let find = || pods::pids_of(&sources.cgroups, &query.record.cgroup_path).into();
+        known_or_find(&self.pids, query.key, |at, _| at.elapsed() < VALID_FOR, find)
+    }
+
+    /// The root of a runtime inside a container.
+    fn inner_root(&self, sources: &LabelSources, query: &Query) -> Option<Root> {
+        let valid_for = |place: &RuntimePlace| if matches!(place, RuntimePlace::Host) { HOST_VALID_FOR } else { VALID_FOR };
+        let find = || nested::place(&sources.procfs, &self.pids(sources, query), &query.record);
+        match known_or_find(&self.places, query.key, |at, place| at.elapsed() < valid_for(place), find) {
             RuntimePlace::Inside(root) => Some(root),
             RuntimePlace::Host | RuntimePlace::Unknown => None,
         }
@@ -175,7 +198,7 @@ impl InnerRoots {
 }
 
 /// Executes a query to a source that reads files. Blocking.
-pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoots) -> SourceReply {
+pub fn read_files(sources: &LabelSources, query: &Query, known: &KnownProcesses) -> SourceReply {
     let (host, places, id, source) = (&sources.host, sources.places.load(), query.container_id(), query.source);
     if !has_valid_id(query) {
         return SourceReply::not_queried("the container has no valid id");
@@ -188,7 +211,7 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
                 return reply;
             }
             // A node in a container (kind) has the logs of its pods.
-            let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
+            let Some(inner_root) = known.inner_root(sources, query) else { return reply };
             let inner = pods::logs(
                 &HostFiles::new(inner_root),
                 &HostPaths::default().with_defaults().pod_logs,
@@ -198,8 +221,8 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
             return if matches!(inner.outcome, Outcome::Found(_)) { inner } else { reply };
         }
         Source::Mountinfo => {
-            let (path, uid) = (&query.record.cgroup_path, query.record.identity.pod_uid.as_deref());
-            return pods::mountinfo(&sources.procfs, &sources.cgroups, path, uid);
+            let uid = query.record.identity.pod_uid.as_deref();
+            return pods::mountinfo(&sources.procfs, &known.pids(sources, query), uid);
         }
         Source::Manifest => return manifest::query(host, id, query.record.identity.name.as_deref()),
         source => runtime_files(source, host, &places, id),
@@ -214,11 +237,11 @@ pub fn read_files(sources: &LabelSources, query: &Query, inner_roots: &InnerRoot
         }
     }
     if source == Source::PodmanFile
-        && let Some(reply) = conmon::query(&sources.procfs, &sources.cgroups, &query.record)
+        && let Some(reply) = conmon::query(&sources.procfs, &known.pids(sources, query), &query.record)
     {
         return reply;
     }
-    let Some(inner_root) = inner_roots.find(sources, query) else { return reply };
+    let Some(inner_root) = known.inner_root(sources, query) else { return reply };
     match runtime_files(source, &HostFiles::new(inner_root.clone()), &HostPaths::default().with_defaults(), id) {
         // Which GPU a number there stands for depends on those that the outer container has.
         SourceReply { outcome: Outcome::Found(facts), status, detail, at } => {

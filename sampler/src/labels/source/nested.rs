@@ -5,12 +5,11 @@
 //! for the container that the root belongs to.
 
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use sampler_core::cgroup_path::parse;
 use sampler_core::identity::ContainerRecord;
 
-use super::pods::pids_of;
 use crate::labels::root::Root;
 use crate::observe::kernel::proc::memberships;
 
@@ -27,10 +26,11 @@ pub enum RuntimePlace {
     Unknown,
 }
 
-pub fn place(procfs: &Path, cgroups: &[PathBuf], record: &ContainerRecord) -> RuntimePlace {
+/// `pids`: the processes of the container.
+pub fn place(procfs: &Path, pids: &[String], record: &ContainerRecord) -> RuntimePlace {
     let Some(id) = record.identity.container_id.as_deref() else { return RuntimePlace::Unknown };
     let mut place = RuntimePlace::Unknown;
-    for pid in pids_of(cgroups, &record.cgroup_path).iter().take(MAX_PIDS) {
+    for pid in pids.iter().take(MAX_PIDS) {
         let Some(folder) = parent(&procfs.join(pid)).map(|parent| procfs.join(parent)) else { continue };
         let Ok(lines) = memberships(&folder) else { continue };
         let mut around = lines.iter().filter_map(|(_, path)| parse(&String::from_utf8_lossy(path)).container_id).peekable();

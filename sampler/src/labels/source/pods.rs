@@ -87,9 +87,8 @@ fn container_link(files: &HostFiles, id: &str, facts: &mut Facts) -> Result<(), 
 /// The kubelet mounts `<kubelet root>/pods/<uid>/containers/<name>/<hash>` as the termination log of each container.
 ///
 /// A tenant can create such mounts. So they are used only if the cgroup of the container names the pod, and only for that pod.
-pub fn mountinfo(procfs: &Path, mount_points: &[PathBuf], cgroup: &str, pod_uid: Option<&str>) -> SourceReply {
+pub fn mountinfo(procfs: &Path, pids: &[String], pod_uid: Option<&str>) -> SourceReply {
     let Some(uid) = pod_uid else { return SourceReply::not_queried("the cgroup path has no pod UID") };
-    let pids = pids_of(mount_points, cgroup);
     let namespace = |pid: &str| fs::read_link(procfs.join(pid).join("ns/mnt")).ok();
     // The host's mounts are those of all pods, and there may be thousands.
     let mut seen = vec![namespace("1")];
@@ -220,7 +219,7 @@ mod tests {
                 files.link(&format!("{pid}/ns/mnt"), &format!("mnt:[{namespace}]"));
             }
             let root = files.host().path(Path::new("/"));
-            check(&mountinfo(&root, &[root.join("cgroup")], "/c", Some(uid)), expect);
+            check(&mountinfo(&root, &pids_of(&[root.join("cgroup")], "/c"), Some(uid)), expect);
         };
         case(["1", "2", "2"], "7", "-/-/train - -");
         case(["1", "2", "3"], "8", "-/-/train - -");
