@@ -138,6 +138,9 @@ pub struct Settings {
     /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
+    /// Name of the node in sessions, on the page and by OTLP; in a pod, the node's [default: the host name]
+    #[arg(long, value_name = "NAME", env = "GPU_SAMPLER_NODE_NAME")]
+    pub node_name: Option<String>,
     /// Directory for sessions; created for the first session [default: /var/lib/gpu-sampler/sessions]
     #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_SESSION_DIR")]
     pub session_dir: Option<PathBuf>,
@@ -192,6 +195,7 @@ pub struct Config {
     pub gpu_wait_percent: f64,
     pub sample_source: SampleSource,
     pub gpu_saturation_percent: u8,
+    pub node_name: Option<String>,
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
     pub session_ring_bytes: usize,
@@ -254,8 +258,11 @@ impl Config {
         Ok(())
     }
 
-    /// The host name of the machine.
+    /// The configured name of the node, or the host name, which in a container is its own unless it has the host's UTS namespace.
     pub fn node(&self) -> Option<String> {
+        if self.node_name.is_some() {
+            return self.node_name.clone();
+        }
         let name = std::fs::read_to_string(self.path_procfs.join("sys/kernel/hostname")).ok()?;
         Some(name.trim().to_owned()).filter(|name| !name.is_empty())
     }
@@ -288,6 +295,7 @@ impl Settings {
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
+            node_name: self.node_name.or(under.node_name),
             session_store: self.session_store.or(under.session_store),
             keep_capability: self.keep_capability.or(under.keep_capability),
             seccomp: self.seccomp.or(under.seccomp),
@@ -344,6 +352,7 @@ impl Settings {
                 1 << 20,
             )?,
             session_ring_bytes: size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
+            node_name: s.node_name.map(node_name).transpose()?,
             session_store: s.session_store.map(|url| session_store(&url)).transpose()?,
             kept_capabilities: kept_capabilities(s.keep_capability)?,
             seccomp: s.seccomp.unwrap_or(true),
@@ -352,6 +361,14 @@ impl Settings {
             open_metrics: s.open_metrics.unwrap_or(false),
         })
     }
+}
+
+fn node_name(name: String) -> Result<String, ConfigError> {
+    if name.trim().is_empty() || name.contains(|c: char| c.is_control() || c == '/') {
+        let remedy = "expected the name of the node, without slashes; omit it to use the host name".into();
+        return Err(ConfigError::Value { key: "node_name", value: name, remedy });
+    }
+    Ok(name)
 }
 
 fn session_store(url: &str) -> Result<StoreUrl, ConfigError> {
@@ -563,6 +580,9 @@ mod tests {
         check("session_dir = ''", "session_dir = \"\" is invalid: expected the path");
         check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is invalid: expected at least 1048576 bytes");
         check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is invalid: expected at least 65536");
+        check("node_name = 'gpu-7.example.com'", "ok");
+        check("node_name = ' '", "node_name = \" \" is invalid: expected the name of the node");
+        check("node_name = 'a/b'", "node_name = \"a/b\" is invalid: expected the name of the node");
         check("session_store = 's3://bucket/sessions'", "ok");
         check("session_store = 'bucket'", "session_store = \"bucket\" is invalid: ");
         check("session_store = 's3://a:b@c/d'", "session_store = \"s3://...\" is invalid: credentials and options belong into");
@@ -605,6 +625,7 @@ mod tests {
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
                 && read.session_store.is_some()
+                && read.node_name.is_some()
                 && read.keep_capability.is_some()
                 && read.seccomp == Some(true)
                 && read.token_file.is_some()
