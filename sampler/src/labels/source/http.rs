@@ -65,13 +65,13 @@ impl From<HttpClientError> for SourceReply {
 }
 
 /// An open connection to the server.
-struct Connection {
+struct EngineConnection {
     sender: SendRequest<Empty<Bytes>>,
     /// The connection's task; ends on drop, also if the request is cancelled.
     _task: JoinSet<hyper::Result<()>>,
 }
 
-impl Connection {
+impl EngineConnection {
     async fn new(stream: UnixStream) -> Result<Self, Box<dyn Error + Send + Sync>> {
         let (sender, connection) = handshake(TokioIo::new(stream)).await?;
         let mut task = JoinSet::new();
@@ -92,16 +92,16 @@ impl Connection {
 
 /// The connection without a request.
 #[derive(Default)]
-struct Kept {
-    connection: Option<Connection>,
+struct KeptConnection {
+    connection: Option<EngineConnection>,
     idle_since: Option<Instant>,
     /// A task closes the connection when its time is over.
     is_watched: bool,
 }
 
-type SharedKept = Arc<Mutex<Kept>>;
+type SharedKept = Arc<Mutex<KeptConnection>>;
 
-fn lock(kept: &SharedKept) -> MutexGuard<'_, Kept> {
+fn lock(kept: &SharedKept) -> MutexGuard<'_, KeptConnection> {
     // Poisoning is ignored: nothing that runs with the lock held can panic half way.
     kept.lock().unwrap_or_else(PoisonError::into_inner)
 }
@@ -120,7 +120,7 @@ impl HttpClient {
         Self { guard: Arc::clone(guard), socket: socket.to_owned(), kept: None }
     }
 
-    /// Connections are kept for a moment. Not for an engine that ends when nobody uses it.
+    /// Connections are kept for a moment. Not for an engine that ends when it has no client.
     pub fn keeping(guard: &Arc<ActivationGuard>, socket: &Path) -> Self {
         Self { kept: Some(SharedKept::default()), ..Self::new(guard, socket) }
     }
@@ -140,14 +140,14 @@ impl HttpClient {
             Err(ConnectError::Io(error)) if is_absent(&error) => return Err(HttpClientError::NoSocket(error)),
             Err(ConnectError::Io(error)) => return Err(HttpClientError::Connect(error)),
         };
-        let mut connection = Connection::new(stream).await.map_err(HttpClientError::Exchange)?;
+        let mut connection = EngineConnection::new(stream).await.map_err(HttpClientError::Exchange)?;
         let reply = connection.get(path, self.kept.is_none()).await.map_err(HttpClientError::Exchange)?;
         self.keep(connection);
         Ok(reply)
     }
 
     /// Keeps one connection, if any is to be kept.
-    fn keep(&self, connection: Connection) {
+    fn keep(&self, connection: EngineConnection) {
         let Some(kept) = &self.kept else { return };
         let mut state = lock(kept);
         (state.connection, state.idle_since) = (Some(connection), Some(Instant::now()));
