@@ -22,7 +22,10 @@ use self::document::{
 };
 use crate::session;
 
-/// Everything about the sample of this GPU that covers this time.
+/// Times of samples are estimates of the driver's clock, which improve: between two of them there may be this much.
+const BETWEEN_NS: u64 = 1_000_000;
+
+/// Everything about the sample of this GPU that covers this time, or that begins within [`BETWEEN_NS`] after it.
 pub fn explain(file: &Path, gpu: &str, time: &str) -> anyhow::Result<ExplainedSample> {
     let session = session::read(file)?;
     explain_in(&session, gpu, time).with_context(|| format!("cannot explain a sample of {}", file.display()))
@@ -34,7 +37,8 @@ fn explain_in(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Explai
     let (slot, info) = device(session, gpu)?;
     let names = UserNames::new(session);
     let mut held = None;
-    let (mut found, mut nearest): (Option<(BootNs, &GpuFact)>, Option<BootNs>) = (None, None);
+    let (mut found, mut adjacent, mut nearest): (Option<(BootNs, &GpuFact)>, Option<(BootNs, &GpuFact)>, Option<BootNs>) =
+        (None, None, None);
     for fact in &session.facts {
         let Fact::Gpu { gpu, at: end, fact } = fact else { continue };
         if *gpu != slot {
@@ -49,11 +53,14 @@ fn explain_in(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Explai
         if end.minus(ns) < at && at <= *end {
             found = Some((*end, fact));
         }
+        if at <= end.minus(ns) && end.minus(ns).0 - at.0 <= BETWEEN_NS {
+            adjacent = adjacent.or(Some((*end, fact)));
+        }
         if nearest.is_none_or(|nearest| end.0.abs_diff(at.0) < nearest.0.abs_diff(at.0)) {
             nearest = Some(*end);
         }
     }
-    let Some((end, fact)) = found else {
+    let Some((end, fact)) = found.or(adjacent) else {
         let nearest = nearest.map(|at| format!("; the nearest is at {}", clock.rfc3339(at))).unwrap_or_default();
         bail!("no sample of GPU {} covers {}{nearest}", info.uuid, clock.rfc3339(at));
     };
@@ -400,6 +407,8 @@ mod tests {
         check("GPU-a", "2s", &["the users of neighbouring samples", "80 % busy"]);
         check("3", "2023-11-14T22:13:21.5Z", &["2023-11-14T22:13:22.000Z"]);
         check("3", "3.5", &["unobserved", "its process was not queried"]);
+        check("3", "2.9995", &["unobserved"]);
+        check("3", "2.998", &["no sample of GPU GPU-abc covers"]);
         check("3", "2023-11-14T23:13:25Z", &["idle", "5.000 s after the start"]);
         check("3", "2.5", &["no sample of GPU GPU-abc covers", "the nearest is at 2023-11-14T22:13:22.000Z"]);
         check("0", "1", &["the session has no GPU \"0\"; it has 3 (GPU-abc)"]);
