@@ -37,8 +37,8 @@ fn explain_in(session: &Session, gpu: &str, time: &str) -> anyhow::Result<Explai
     let (slot, info) = device(session, gpu)?;
     let names = UserNames::new(session);
     let mut held = None;
-    let (mut found, mut adjacent, mut nearest): (Option<(BootNs, &GpuFact)>, Option<(BootNs, &GpuFact)>, Option<BootNs>) =
-        (None, None, None);
+    let mut found: Option<(BootNs, &GpuFact)> = None;
+    let (mut adjacent, mut nearest) = (None, None::<BootNs>);
     for fact in &session.facts {
         let Fact::Gpu { gpu, at: end, fact } = fact else { continue };
         if *gpu != slot {
