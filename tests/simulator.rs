@@ -1,6 +1,5 @@
-//! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter, all-smi.
+//! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter. `cargo xtask bench peers` also runs all-smi.
 
-use std::os::unix::fs::PermissionsExt as _;
 use std::process::{Command, Stdio};
 use std::time::Duration;
 
@@ -99,29 +98,4 @@ fn nvitop_exporter_reads_the_simulated_driver() -> Result<()> {
         .with_context(|| format!("driver {version}"))?;
     }
     Ok(())
-}
-
-#[test]
-fn all_smi_reads_the_simulated_driver() -> Result<()> {
-    let program = clients::all_smi()?;
-    let sim = Sim::new("driver_version = '550.54.14'\n[[gpus]]\n[[gpus]]")?;
-    let process = sleeper()?;
-    let _load = sim.load(process.0.id(), 1, 0.7, &[])?;
-    // all-smi searches for GPUs only where `nvidia-smi -L` lists one.
-    let listing = sim.dir.path().join("bin/nvidia-smi");
-    std::fs::create_dir(sim.dir.path().join("bin"))?;
-    std::fs::write(&listing, "#!/bin/sh\necho 'GPU 0: Tesla V100'\n")?;
-    std::fs::set_permissions(&listing, std::fs::Permissions::from_mode(0o755))?;
-    let path = std::env::var("PATH")?;
-    let port = free_port()?;
-    let mut client = sim.client(&program);
-    client.args(["api", "--interval", "1", "--processes", "--port", &port.to_string()]).stdout(Stdio::null());
-    let _client = Running(client.env("PATH", format!("{}:{path}", sim.dir.path().join("bin").display())).spawn()?);
-    let pid = process.0.id().to_string();
-    wait_for_page(port, "/metrics", |page| {
-        let gpus = values(page, "all_smi_gpu_utilization", "gpu_index");
-        let used = |index: &str, percent: f64| (40.0..=95.0).contains(&percent) == (index == "1");
-        let memory = sum(page, "all_smi_process_memory_used_bytes", &[("pid", &pid), ("gpu_index", "1")]);
-        gpus.len() == 2 && gpus.iter().all(|(index, percent)| used(index, *percent)) && memory == Some((1u64 << 30) as f64)
-    })
 }

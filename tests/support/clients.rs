@@ -52,7 +52,7 @@ pub fn all_smi() -> Result<PathBuf> {
     }
     cargo.env_remove("LD_LIBRARY_PATH").args(["install", "all-smi", "--version", ALL_SMI, "--locked", "--force", "--root"]);
     let built = cargo.arg(tools()).current_dir("/").status().context("cargo")?;
-    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask setup` installs the packages that it needs");
+    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask bench peers` installs the packages that it needs");
     Ok(program)
 }
 

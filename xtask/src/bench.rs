@@ -2,7 +2,7 @@
 //! `bench peers` compares with other exporters, which it downloads first; `bench latency` runs worlds with slow drivers for half an hour;
 //! `bench node` runs nodes with up to a thousand GPU processes. They run only when they are named.
 
-use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, sys, test, tools};
+use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, setup, sys, test, tools};
 use anyhow::Result;
 
 /// Benches that run only when they are named, with their first word: the first takes minutes, the second half an hour, the third needs
@@ -19,6 +19,9 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
     let mut benches = tools::cargo(&["bench", "--package", "gpu-sampler-benches", "--locked"])?;
     let first_words: Vec<&str> = filters.iter().filter_map(|filter| filter.split('-').next()).collect();
+    if first_words.contains(&"peers") {
+        setup::ensure(setup::Scope::Peers, true)?;
+    }
     let named: Vec<&str> = NAMED.into_iter().filter(|bench| first_words.contains(bench)).collect();
     let chosen: Vec<&str> = match filters {
         [] => vec!["core", "kernel", "labels", "reports", "tables"],

@@ -1,6 +1,6 @@
 //! `build`: builds the kernel program, then the agent that embeds it, and the simulator.
 
-use crate::{ebpf, tools};
+use crate::{arch::Arch, ebpf, tools};
 use anyhow::{Context as _, Result, bail};
 use std::{path::PathBuf, process::Stdio};
 
@@ -21,13 +21,17 @@ pub enum Profile {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    let profile = match args {
-        [] => Profile::Release,
-        [one] if one == "--debug" => Profile::Debug,
-        [word, ..] => return Err(tools::unknown(word)),
+    let (profile, rest) = match args.split_first() {
+        Some((word, rest)) if word == "--debug" => (Profile::Debug, rest),
+        _ => (Profile::Release, args),
     };
-    let built = everything(profile)?;
-    for file in [tools::ebpf_object(), built.sampler, built.sim, built.sim_library] {
+    let arch = Arch::of_arguments(rest)?;
+    let built = build(arch, profile, &[])?;
+    if !arch.is_host() {
+        // What was linked for another processor is at least known to start.
+        tools::run(arch.command(&built.sampler).arg("--version"))?;
+    }
+    for file in [arch.ebpf_object(), built.sampler, built.sim, built.sim_library] {
         println!("{}", file.display());
     }
     Ok(())
@@ -37,22 +41,32 @@ pub fn everything(profile: Profile) -> Result<Built> {
     with_helpers(profile, &[])
 }
 
+/// As [`everything`], as a release.
+pub fn release(arch: Arch) -> Result<Built> {
+    build(arch, Profile::Release, &[])
+}
+
 /// Also builds these programs of the tests' package, into the agent's folder. A single call of cargo does it: a second call for other
 /// packages would enable other features of common dependencies and compile them again.
 pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
-    ebpf::build()?;
+    build(Arch::host()?, profile, helpers)
+}
+
+fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
+    ebpf::build(arch)?;
     let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler", "--package", "nvml-sim"])?;
     if !helpers.is_empty() {
         cargo.args(["--package", HELPERS, "--lib"]);
         cargo.args(["gpu-sampler", "nvml-sim"].iter().chain(helpers).flat_map(|name| ["--bin", name]));
     }
     // Named explicitly, so that a missing kernel program is an error here, not a warning.
-    cargo.env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
+    cargo.env("GPU_SAMPLER_EBPF_OBJECT", arch.ebpf_object());
+    arch.select(&mut cargo);
     if profile == Profile::Release {
         cargo.arg("--release");
     }
     tools::run(&mut cargo)?;
-    let folder = tools::target_dir()?.join(if profile == Profile::Release { "release" } else { "debug" });
+    let folder = arch.target_dir()?.join(if profile == Profile::Release { "release" } else { "debug" });
     Ok(Built {
         sampler: folder.join("gpu-sampler"),
         sim: folder.join("nvml-sim"),
@@ -65,7 +79,7 @@ pub fn tests(package: &str) -> Result<PathBuf> {
     let args =
         ["test", "--package", package, "--test", "all", "--locked", "--no-run", "--message-format", "json-render-diagnostics"];
     let mut cargo = tools::cargo(&args)?;
-    cargo.env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object()).stderr(Stdio::inherit());
+    cargo.env("GPU_SAMPLER_EBPF_OBJECT", Arch::host()?.ebpf_object()).stderr(Stdio::inherit());
     tools::progress(tools::shown(&cargo));
     let output = cargo.output()?;
     if !output.status.success() {

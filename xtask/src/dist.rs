@@ -2,7 +2,8 @@
 //! covers these and the packages of `cargo xtask package`.
 
 use crate::{
-    build::{self, Profile},
+    arch::Arch,
+    build,
     pinned::{self, Program},
     setup,
     tools::{self, run},
@@ -11,7 +12,7 @@ use anyhow::{Context, Result, bail, ensure};
 use serde_json::Value;
 use std::{
     collections::BTreeSet,
-    env, fs,
+    fs,
     path::{Path, PathBuf},
     process::Command,
 };
@@ -32,10 +33,10 @@ pub fn folder() -> Result<PathBuf> {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    tools::no_arguments(args)?;
+    let arch = Arch::of_arguments(args)?;
     setup::ensure(setup::Scope::Ebpf, false)?;
-    let built = build::everything(Profile::Release)?;
-    let name = format!("gpu-sampler-{}-{}-linux", env!("CARGO_PKG_VERSION"), env::consts::ARCH);
+    let built = build::release(arch)?;
+    let name = format!("gpu-sampler-{}-{}-linux", env!("CARGO_PKG_VERSION"), arch.name());
     let out = folder()?;
     let folder = out.join(&name);
     if folder.exists() {
@@ -59,14 +60,14 @@ pub fn verb(args: &[String]) -> Result<()> {
         .arg(&name))?;
     fs::remove_dir_all(&folder)?;
     let crates = out.join(format!("{name}.spdx.json"));
-    write_sbom(&crates)?;
+    write_sbom(arch, &crates)?;
     write_sums(&out)?;
     println!("{}\n{}", archive.display(), crates.display());
     Ok(())
 }
 
 /// Writes the list of all crates in the program, with versions and licences, as SPDX 2.3. It is validated.
-fn write_sbom(to: &Path) -> Result<()> {
+fn write_sbom(arch: Arch, to: &Path) -> Result<()> {
     let mut sbom = Command::new(CARGO_SBOM.ensure()?);
     tools::forget_cargo(&mut sbom).current_dir(tools::root());
     sbom.args(["--output-format", "spdx_json_2_3", "--cargo-package", "gpu-sampler"]);
@@ -76,15 +77,15 @@ fn write_sbom(to: &Path) -> Result<()> {
         bail!("cargo-sbom: {}", String::from_utf8_lossy(&output.stderr).trim());
     }
     let mut document: Value = serde_json::from_slice(&output.stdout).context("cargo-sbom does not print JSON")?;
-    complete(&mut document, &crates()?)?;
+    complete(&mut document, &crates(arch)?)?;
     make_reproducible(&mut document)?;
     fs::write(to, format!("{}\n", serde_json::to_string_pretty(&document)?)).with_context(|| to.display().to_string())?;
     run(Command::new(pinned::of_pypi(&[SPDX_TOOLS], "pyspdxtools")?).arg("--infile").arg(to))
 }
 
-/// The crates that the program of this platform is built from, as `NAME VERSION`.
-fn crates() -> Result<BTreeSet<String>> {
-    let target = format!("{}-unknown-linux-gnu", env::consts::ARCH);
+/// The crates that the program of this architecture is built from, as `NAME VERSION`.
+fn crates(arch: Arch) -> Result<BTreeSet<String>> {
+    let target = arch.triple();
     let args =
         ["tree", "--package", "gpu-sampler", "--edges", "normal,build", "--prefix", "none", "--locked", "--target", &target];
     let output = tools::cargo(&args)?.output().context("cargo tree")?;

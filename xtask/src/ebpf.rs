@@ -3,7 +3,10 @@
 //! It needs core's sources, because there is no compiled core for BPF, and a linker with an LLVM at least as new as the compiler's. Any
 //! toolchain with the sources works: rustup's with rust-src, or a distribution's.
 
-use crate::tools::{self, forget_cargo, output, progress};
+use crate::{
+    arch::Arch,
+    tools::{self, forget_cargo, output, progress},
+};
 use anyhow::{Context, Result, bail};
 use std::{
     env, fs,
@@ -19,7 +22,7 @@ pub struct Toolchain {
 
 pub fn verb(args: &[String]) -> Result<()> {
     tools::no_arguments(args)?;
-    build()
+    build(Arch::host()?)
 }
 
 pub fn linker() -> PathBuf {
@@ -82,22 +85,24 @@ pub fn usable() -> Option<Toolchain> {
     toolchains().into_iter().find(|toolchain| toolchain.llvm <= newest)
 }
 
-pub fn build() -> Result<()> {
-    build_program("sampler-ebpf", &tools::ebpf_object())
+pub fn build(arch: Arch) -> Result<()> {
+    build_program(arch, "sampler-ebpf", &arch.ebpf_object())
 }
 
 /// Builds the program with which the benches compare ways of storing process facts.
 pub fn build_storage_bench() -> Result<PathBuf> {
     let object = tools::root().join("target/ebpf-bench/storage.o");
-    build_program("storage", &object)?;
+    build_program(Arch::host()?, "storage", &object)?;
     Ok(object)
 }
 
-fn build_program(name: &str, to: &Path) -> Result<()> {
+fn build_program(arch: Arch, name: &str, to: &Path) -> Result<()> {
     let toolchain = usable().context("a toolchain or linker for the kernel program is missing: run `cargo xtask setup`")?;
     let prefix = &toolchain.prefix;
     progress(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
-    let target_dir = tools::root().join("target/bpf");
+    // A folder for each: their flags differ, and one would be built anew after the other.
+    let target_dir =
+        tools::root().join(if arch.is_host() { "target/bpf".to_owned() } else { format!("target/bpf-{}", arch.name()) });
     let mut cargo = Command::new(prefix.join("bin/cargo"));
     forget_cargo(&mut cargo);
     for name in [
@@ -113,7 +118,7 @@ fn build_program(name: &str, to: &Path) -> Result<()> {
         cargo.env_remove(name);
     }
     // The flags replace those of any cargo configuration; \x1f is cargo's separator.
-    let arch = env::consts::ARCH;
+    let arch = arch.name();
     let flags = format!("--cfg=bpf_target_arch=\"{arch}\"\x1f-Cdebuginfo=2\x1f-Clink-arg=--btf");
     cargo
         .current_dir(tools::root())

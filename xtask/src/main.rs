@@ -4,6 +4,7 @@
 #![deny(unsafe_code)]
 
 mod agent;
+mod arch;
 mod bench;
 mod build;
 mod chart;
@@ -40,11 +41,12 @@ cargo xtask VERB
                                    the programs of that folder, for a machine without Rust
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
-  build [--debug]                  build the kernel program, the agent, the simulator
+  build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator; --target: for x86_64 or aarch64, by
+                                   cross-compilation with the compilers of Debian
   docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
   chart [--check]                  render the Helm chart's manifests, snapshots and README, or check them
-  dist                             build a release tarball and its SPDX list of crates in target/dist
-  package                          build the .deb and the .rpm in target/dist, and check them
+  dist [--target ARCH]             build a release tarball and its SPDX list of crates in target/dist
+  package [--target ARCH]          build the .deb and the .rpm in target/dist, and check them
 ";
 
 fn main() -> ExitCode {

@@ -4,6 +4,7 @@
 //! manager and `target/tools`.
 
 use crate::{
+    arch::Arch,
     debian, ebpf, pinned, sys,
     tools::{self, on_path, output, progress, run},
 };
@@ -32,9 +33,15 @@ pub enum Scope {
     Vm,
     /// Requirements to build and check packages.
     Packages,
+    /// Requirements to build the programs of other projects that the benches compare with.
+    Peers,
+    /// Requirements to build for another architecture, and to start what was built.
+    Cross(Arch),
 }
 
 enum Missing {
+    /// The standard library for that architecture.
+    Library(Arch),
     /// Debian packages, and what they provide.
     Packages {
         what: String,
@@ -48,6 +55,7 @@ enum Missing {
 impl fmt::Display for Missing {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
+            Self::Library(arch) => write!(f, "Rust's standard library for {}: rustup target add {0}", arch.triple()),
             Self::Packages { what, packages } => write!(f, "{what}: {}", packages.join(" ")),
             Self::Linker { llvm } => {
                 write!(f, "bpf-linker {LINKER_VERSION} into target/tools: ")?;
@@ -111,6 +119,9 @@ pub fn ensure(scope: Scope, yes: bool) -> Result<()> {
     for item in missing(scope) {
         match item {
             Missing::Linker { llvm } => install_linker(llvm)?,
+            Missing::Library(arch) => {
+                run(Command::new("rustup").args(["target", "add", &arch.triple()]).current_dir(tools::root()))?
+            }
             Missing::Packages { .. } => bail!("still missing after the installation: {item}"),
         }
     }
@@ -144,6 +155,8 @@ fn missing(scope: Scope) -> Vec<Missing> {
     match scope {
         Scope::Vm => return missing_commands(&FOR_VM),
         Scope::Packages => return missing_commands(&FOR_PACKAGES),
+        Scope::Peers => return missing_for_peers(),
+        Scope::Cross(arch) => return missing_for(arch),
         Scope::Ebpf | Scope::Tests => {}
     }
     let mut missing = missing_for_ebpf();
@@ -209,11 +222,38 @@ const FOR_VM: [Wanted; 7] = [
     ("unshare, for debootstrap's namespaces", "unshare", "util-linux"),
 ];
 
+const FOR_PEERS: [Wanted; 1] = [("protoc, to build all-smi with", "protoc", "protobuf-compiler")];
+
 const FOR_PACKAGES: [Wanted; 3] = [
     ("dpkg-shlibdeps, for the libraries that a .deb depends on", "dpkg-shlibdeps", "dpkg-dev"),
     ("rpm, to check packages", "rpm", "rpm"),
     ("man, to check manual pages", "man", "man-db"),
 ];
+
+/// Those of an architecture that is not this machine's.
+fn missing_for(arch: Arch) -> Vec<Missing> {
+    if arch.is_host() {
+        return Vec::new();
+    }
+    let (compiler, emulator, debian) = (arch.compiler(), arch.emulator(), arch.debian());
+    let wanted = [
+        ("a C compiler", on_path(&compiler).is_some(), format!("gcc-{}-linux-gnu", arch.name().replace('_', "-"))),
+        (
+            "the C library",
+            Path::new(&format!("/usr/{}-linux-gnu/include/stdlib.h", arch.name())).exists(),
+            format!("libc6-dev-{debian}-cross"),
+        ),
+        ("an emulator of its programs", on_path(&emulator).is_some(), "qemu-user-static".to_owned()),
+    ];
+    let lacking = wanted.iter().filter(|(_, is_there, _)| !is_there);
+    let mut missing: Vec<Missing> =
+        lacking.map(|(what, _, package)| packages(format!("{what} for {}", arch.name()), &[package])).collect();
+    let folder = output("rustc", &["--print", "target-libdir", "--target", &arch.triple()]);
+    if folder.is_none_or(|folder| !Path::new(folder.trim()).exists()) {
+        missing.push(Missing::Library(arch));
+    }
+    missing
+}
 
 fn missing_commands(wanted: &[Wanted]) -> Vec<Missing> {
     let lacking = wanted.iter().filter(|(_, command, _)| on_path(command).is_none());
@@ -237,19 +277,23 @@ fn missing_for_tests() -> Vec<Missing> {
         ("promtool", "promtool", "prometheus"),
         ("Chromium", "chromium", "chromium"),
         ("chromedriver", "chromedriver", "chromium-driver"),
-        ("protoc, to build all-smi with", "protoc", "protobuf-compiler"),
     ];
     let mut missing = missing_commands(&commands);
+    // A venv takes its pip from ensurepip, which Debian packages separately.
+    if output("python3", &["-c", "import ensurepip, venv"]).is_none() {
+        missing.push(packages("Python with venv", &["python3", "python3-venv"]));
+    }
+    missing
+}
+
+fn missing_for_peers() -> Vec<Missing> {
+    let mut missing = missing_commands(&FOR_PEERS);
     let headers = [
         ("protoc's own messages, to build all-smi with", "google/protobuf/timestamp.proto", "libprotobuf-dev"),
         ("libdrm, to build all-smi with", "libdrm/drm.h", "libdrm-dev"),
     ];
     let lacking = headers.iter().filter(|(_, header, _)| !Path::new("/usr/include").join(header).exists());
     missing.extend(lacking.map(|(what, _, package)| packages(*what, &[package])));
-    // A venv takes its pip from ensurepip, which Debian packages separately.
-    if output("python3", &["-c", "import ensurepip, venv"]).is_none() {
-        missing.push(packages("Python with venv", &["python3", "python3-venv"]));
-    }
     missing
 }
 

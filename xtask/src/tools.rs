@@ -84,11 +84,6 @@ pub fn target_dir() -> Result<PathBuf> {
     })
 }
 
-/// The path is fixed, independent of CARGO_TARGET_DIR: the agent's build script uses it, too.
-pub fn ebpf_object() -> PathBuf {
-    root().join("target/ebpf-object/sampler-ebpf.o")
-}
-
 /// Removes the variables that a cargo sets for its children; a second cargo must not get them.
 pub fn forget_cargo(command: &mut Command) -> &mut Command {
     const NAMES: [&str; 4] = ["CARGO", "LD_LIBRARY_PATH", "RUST_RECURSION_COUNT", "OUT_DIR"];

@@ -1,6 +1,9 @@
 //! What a package must have: exactly the files that are meant, the program that was built, scripts that a shell can parse.
 
-use crate::tools::{self, on_path, run};
+use crate::{
+    arch::Arch,
+    tools::{self, on_path, run},
+};
 use anyhow::{Context, Result, bail, ensure};
 use std::{
     collections::BTreeSet,
@@ -80,7 +83,7 @@ fn is_script(name: &str, text: &str) -> Result<()> {
     Ok(())
 }
 
-pub fn deb(deb: &Path, program: &Path, pages: &[String]) -> Result<()> {
+pub fn deb(arch: Arch, deb: &Path, program: &Path, pages: &[String]) -> Result<()> {
     let tree = output("dpkg-deb", &["--fsys-tarfile"], deb)?;
     let listed = String::from_utf8(piped(tree.clone(), Command::new("tar").args(["-t", "-v", "--numeric-owner"]))?)?;
     let mut files = Vec::new();
@@ -107,7 +110,10 @@ pub fn deb(deb: &Path, program: &Path, pages: &[String]) -> Result<()> {
     let read = |name: &str| fs::read_to_string(control.join(name)).with_context(|| format!("{name} of {}", deb.display()));
     ensure!(read("conffiles")?.trim() == CONFIGURATION, "conffiles: {}", read("conffiles")?);
     let fields = read("control")?;
-    for field in ["Package: gpu-sampler\n", "Section: admin\n", "libc6 (>= ", "systemd-sysusers", "Installed-Size: "] {
+    let architecture = format!("Architecture: {}\n", arch.debian());
+    for field in
+        [&*architecture, "Package: gpu-sampler\n", "Section: admin\n", "libc6 (>= ", "systemd-sysusers", "Installed-Size: "]
+    {
         ensure!(fields.contains(field), "control has no {field:?}: {fields}");
     }
     let scripts = ["postinst", "prerm", "postrm"];
@@ -126,7 +132,7 @@ pub fn deb(deb: &Path, program: &Path, pages: &[String]) -> Result<()> {
     Ok(())
 }
 
-pub fn rpm(rpm: &Path, pages: &[String]) -> Result<()> {
+pub fn rpm(arch: Arch, rpm: &Path, pages: &[String]) -> Result<()> {
     has_exactly(rpm, lines("rpm", &["--query", "--package", "--list"], rpm)?, &RPM, pages)?;
     let configuration = lines("rpm", &["--query", "--package", "--configfiles"], rpm)?;
     ensure!(configuration == [CONFIGURATION], "configuration: {configuration:?}");
@@ -139,6 +145,8 @@ pub fn rpm(rpm: &Path, pages: &[String]) -> Result<()> {
         let text = String::from_utf8(output("rpm", &["--query", "--package", "--queryformat", part], rpm)?)?;
         is_script(part, &text)?;
     }
+    let made_for = lines("rpm", &["--query", "--package", "--queryformat", "%{ARCH}"], rpm)?;
+    ensure!(made_for == [arch.name()], "{}: for {made_for:?}", rpm.display());
     let needs = lines("rpm", &["--query", "--package", "--requires"], rpm)?;
     for need in ["libc.so.6", "systemd"] {
         ensure!(needs.iter().any(|line| line.starts_with(need)), "{}: does not require {need}: {needs:?}", rpm.display());

@@ -9,8 +9,8 @@
 mod checks;
 
 use crate::{
-    build::{self, Profile},
-    dist,
+    arch::Arch,
+    build, dist,
     pinned::Program,
     setup,
     tools::{self, run},
@@ -28,26 +28,28 @@ const CARGO_RPM: Program = Program { name: "cargo-generate-rpm", version: "0.21.
 const SHELLS: [&str; 3] = ["bash", "zsh", "fish"];
 
 pub fn verb(args: &[String]) -> Result<()> {
-    tools::no_arguments(args)?;
+    let arch = Arch::of_arguments(args)?;
     setup::ensure(setup::Scope::Ebpf, false)?;
     setup::ensure(setup::Scope::Packages, false)?;
-    let built = build::everything(Profile::Release)?;
-    let pages = generate(&built.sampler)?;
+    let built = build::release(arch)?;
+    let pages = generate(arch, &built.sampler)?;
     let out = dist::folder()?;
     let deb = package(&out, "deb", |to| {
         let mut command = cargo_tool(CARGO_DEB)?;
         // The release profile strips.
         command.args(["--no-build", "--no-strip", "--locked", "--package", "gpu-sampler", "--output"]).arg(to);
+        arch.select(&mut command);
         Ok(command)
     })?;
-    checks::deb(&deb, &built.sampler, &pages)?;
+    checks::deb(arch, &deb, &built.sampler, &pages)?;
     let rpm = package(&out, "rpm", |to| {
         let mut command = cargo_tool(CARGO_RPM)?;
         // With the same result on machines with and without rpmbuild.
         command.args(["--package", "sampler", "--auto-req", "builtin", "--output"]).arg(to);
+        arch.select(&mut command);
         Ok(command)
     })?;
-    checks::rpm(&rpm, &pages)?;
+    checks::rpm(arch, &rpm, &pages)?;
     dist::write_sums(&out)?;
     println!("{}\n{}", deb.display(), rpm.display());
     Ok(())
@@ -80,14 +82,14 @@ fn empty(folder: &Path) -> Result<()> {
 }
 
 /// Makes what the program itself describes. The folder is fixed, because sampler/Cargo.toml names it. Returns the pages' file names.
-fn generate(sampler: &Path) -> Result<Vec<String>> {
+fn generate(arch: Arch, sampler: &Path) -> Result<Vec<String>> {
     let folder = tools::root().join("target/package");
     let (man, completions) = (folder.join("man"), folder.join("completions"));
     empty(&man)?;
     empty(&completions)?;
-    run(Command::new(sampler).args(["man", "--output"]).arg(&man))?;
+    run(arch.command(sampler).args(["man", "--output"]).arg(&man))?;
     for shell in SHELLS {
-        let output = Command::new(sampler).args(["completions", shell]).output().context("gpu-sampler completions")?;
+        let output = arch.command(sampler).args(["completions", shell]).output().context("gpu-sampler completions")?;
         if !output.status.success() {
             bail!("gpu-sampler completions {shell}: {}", String::from_utf8_lossy(&output.stderr).trim());
         }

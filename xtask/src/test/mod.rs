@@ -4,6 +4,7 @@ mod lanes;
 mod outcome;
 
 use crate::{
+    arch::Arch,
     build::{self, Profile},
     dockerd,
     janitor::{self, Cleanup, Leftover},
@@ -52,7 +53,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     let selections: [&[&str]; 2] = [&["--workspace", "--exclude", PRIVILEGED], &["--package", PRIVILEGED, "--lib"]];
     let unit = selections.iter().try_fold((), |(), selection| {
         let mut command = tools::cargo(&["test", "--locked", "--no-fail-fast"])?;
-        command.args(*selection).arg("--").args(filters).env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object());
+        command.args(*selection).arg("--").args(filters).env("GPU_SAMPLER_EBPF_OBJECT", Arch::host()?.ebpf_object());
         run(command, &mut cleanup)
     });
     if let Err(problem) = &unit {
@@ -64,11 +65,12 @@ pub fn verb(filters: &[String]) -> Result<()> {
 
     let (docker, mut engine) = dockerd::ensure(&mut cleanup)?;
     let xtask = env::current_exe()?;
+    let object = Arch::host()?.ebpf_object();
     let privileged = |program: &Path| {
         let mut command = Command::new(program);
         tools::forget_cargo(&mut command)
             .current_dir(tools::root().join("tests"))
-            .env("GPU_SAMPLER_EBPF_OBJECT", tools::ebpf_object())
+            .env("GPU_SAMPLER_EBPF_OBJECT", &object)
             .env("GPU_SAMPLER_BIN", &built.sampler)
             .env("NVML_SIM_BIN", &built.sim)
             .env("NVML_SIM_LIBRARY", &built.sim_library)
