@@ -80,7 +80,7 @@ fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snaps
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
         saturation_percent: config.gpu_saturation_percent,
-        node: config.node().unwrap_or_else(|| "unknown".into()),
+        node: config.node_of_sessions(),
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
 }
@@ -202,8 +202,7 @@ pub async fn serve(
         }
     });
     if let Some(objects) = objects {
-        let node = config.node().unwrap_or_else(|| "unknown".into());
-        tokio::spawn(Uploader::new(objects, node, recorder.store(), Arc::clone(&health)).run());
+        tokio::spawn(Uploader::new(objects, config.node_of_sessions(), recorder.store(), Arc::clone(&health)).run());
     }
     if let Some(notifier) = notifier.clone() {
         let (config, health, snapshot) = (Arc::clone(&config), Arc::clone(&health), Arc::clone(&snapshot));

@@ -258,6 +258,11 @@ impl Config {
         Ok(())
     }
 
+    /// The name of the node in session files and in the object store.
+    pub fn node_of_sessions(&self) -> String {
+        self.node().unwrap_or_else(|| "unknown".into())
+    }
+
     /// The configured name of the node, or the host name, which in a container is its own unless it has the host's UTS namespace.
     pub fn node(&self) -> Option<String> {
         if self.node_name.is_some() {

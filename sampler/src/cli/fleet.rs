@@ -100,9 +100,7 @@ impl FleetRequest<'_> {
 
     /// The end that was requested, or else that of the last file.
     fn end(&self, reported: &[FleetFile], span: WallSpan) -> WallTime {
-        let end =
-            |file: &FleetFile| WallTime(file.report.start.0.saturating_add((file.report.duration_seconds.max(0.0) * 1e9) as u64));
-        if self.to.is_some() { span.to } else { reported.iter().map(end).max().unwrap_or(span.from) }
+        if self.to.is_some() { span.to } else { reported.iter().map(FleetFile::end).max().unwrap_or(span.from) }
     }
 
     fn outlines(&self, files: &SessionFiles) -> anyhow::Result<(Vec<KnownFile>, Vec<FileProblem>)> {

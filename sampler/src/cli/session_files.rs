@@ -9,9 +9,8 @@ use sampler_session::{End, Header, Session};
 use tokio::runtime::Runtime;
 
 use crate::objects::{FoundObject, Objects, StoreUrl, is_url};
-use crate::session::{self, MAX_FILE_BYTES, SessionError};
+use crate::session::{self, EXTENSION, MAX_FILE_BYTES, SessionError};
 
-const EXTENSION: &str = "gpus";
 /// Bytes read at the beginning and at the end of a file to find its span.
 const BEGINNING_BYTES: u64 = 256 << 10;
 const LAST_BYTES: u64 = 4096;

@@ -227,7 +227,7 @@ pub fn agent(page: &Exposition, health: &HealthView, labels: &LabelStats, nvml: 
 }
 
 /// `exports`: by outcome.
-pub fn otlp(exports: Option<[(&'static str, f64); 2]>, to: &mut Page) {
+pub fn otlp(exports: Option<Vec<(&'static str, f64)>>, to: &mut Page) {
     to.add_each(&agent_families::OTLP_EXPORTS, "outcome", exports.into_iter().flatten());
 }
 

@@ -229,7 +229,7 @@ async fn report(
     Ok(([(header::CONTENT_TYPE, format.content_type())], text))
 }
 
-pub fn metrics(view: &RecorderView, uploads: Option<[(&'static str, f64); 3]>, to: &mut Page) {
+pub fn metrics(view: &RecorderView, uploads: Option<Vec<(&'static str, f64)>>, to: &mut Page) {
     let sessions = crate::session::Phase::VARIANTS.iter().zip(view.sessions);
     to.add_each(&families::SESSIONS, "state", sessions.map(|(phase, n)| (phase.name(), n as f64)));
     to.add_one(&families::DROPPED_FRAMES, view.dropped_frames as f64);

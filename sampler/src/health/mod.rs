@@ -5,6 +5,7 @@
 pub mod call_watchdog;
 pub mod condition;
 pub mod nvml_calls;
+pub mod outcomes;
 
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -19,6 +20,7 @@ use sampler_core::units::BootNs;
 use self::call_watchdog::Change;
 use self::condition::Condition;
 use self::nvml_calls::DriverHealth;
+use self::outcomes::{OtlpOutcome, OutcomeCounts, UploadOutcome};
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
@@ -77,72 +79,6 @@ impl<const N: usize> DurationHistogram<N> {
     }
 }
 
-/// Requests to an OTLP receiver.
-#[derive(Debug, Default)]
-pub struct OtlpCounts {
-    is_on: AtomicBool,
-    succeeded: AtomicU64,
-    failed: AtomicU64,
-}
-
-impl OtlpCounts {
-    /// The counts are exposed from now on.
-    pub fn turn_on(&self) {
-        self.is_on.store(true, Ordering::Relaxed);
-    }
-
-    pub fn record(&self, is_success: bool) {
-        let count = if is_success { &self.succeeded } else { &self.failed };
-        count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// By outcome; `None` while nothing is exported by OTLP.
-    pub fn view(&self) -> Option<[(&'static str, f64); 2]> {
-        let count = |count: &AtomicU64| count.load(Ordering::Relaxed) as f64;
-        self.is_on.load(Ordering::Relaxed).then(|| [("ok", count(&self.succeeded)), ("error", count(&self.failed))])
-    }
-}
-
-/// Uploads of sessions to the object store.
-#[derive(Debug, Default)]
-pub struct UploadCounts {
-    is_on: AtomicBool,
-    succeeded: AtomicU64,
-    failed: AtomicU64,
-    removed: AtomicU64,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum UploadOutcome {
-    Ok,
-    Error,
-    /// The local file was removed before it was uploaded.
-    Removed,
-}
-
-impl UploadCounts {
-    /// The counts are exposed from now on.
-    pub fn turn_on(&self) {
-        self.is_on.store(true, Ordering::Relaxed);
-    }
-
-    pub fn record(&self, outcome: UploadOutcome) {
-        let count = match outcome {
-            UploadOutcome::Ok => &self.succeeded,
-            UploadOutcome::Error => &self.failed,
-            UploadOutcome::Removed => &self.removed,
-        };
-        count.fetch_add(1, Ordering::Relaxed);
-    }
-
-    /// By outcome; `None` without an object store.
-    pub fn view(&self) -> Option<[(&'static str, f64); 3]> {
-        let count = |count: &AtomicU64| count.load(Ordering::Relaxed) as f64;
-        let counts = || [("ok", count(&self.succeeded)), ("error", count(&self.failed)), ("removed", count(&self.removed))];
-        self.is_on.load(Ordering::Relaxed).then(counts)
-    }
-}
-
 #[derive(Clone, Debug, Default)]
 pub struct HealthView {
     pub kernel_mode: &'static str,
@@ -184,8 +120,8 @@ pub struct Health {
     /// Turns of the core thread so far.
     core_turns: AtomicU64,
     pub driver: DriverHealth,
-    pub otlp: OtlpCounts,
-    pub uploads: UploadCounts,
+    pub otlp: OutcomeCounts<OtlpOutcome>,
+    pub uploads: OutcomeCounts<UploadOutcome>,
 }
 
 impl Health {

@@ -16,6 +16,7 @@ pub use self::settings::{InvalidVariable, OtlpSettings};
 use self::transport::{OtlpError, Transport};
 use crate::error::display_chain;
 use crate::export::state::AppState;
+use crate::health::outcomes::OtlpOutcome;
 
 /// The settings in the environment of this process.
 pub fn settings() -> Result<Option<OtlpSettings>, InvalidVariable> {
@@ -61,7 +62,7 @@ impl OtlpExporter {
         let (page, _) = self.state.view();
         let request = metrics::request(&page, self.state.started, self.state.node.as_deref(), &self.settings.resource);
         let sent = self.transport.send(request).await;
-        self.state.health.otlp.record(sent.is_ok());
+        self.state.health.otlp.record(if sent.is_ok() { OtlpOutcome::Ok } else { OtlpOutcome::Error });
         match sent {
             Ok(()) => {
                 if self.failure.take().is_some() {

@@ -25,7 +25,7 @@ use thiserror::Error;
 
 pub use self::recorder::{Recorder, RecorderView, SessionInputs};
 pub use self::request::{MAX_DURATION_S, MAX_LOOKBACK_S, Request};
-pub use self::store::{Phase, SessionStatus, Store, StoreError};
+pub use self::store::{EXTENSION, Phase, SessionStatus, Store, StoreError};
 pub use self::uploader::Uploader;
 
 /// Larger files are not read, because the whole file is held in memory.

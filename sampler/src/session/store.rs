@@ -27,6 +27,8 @@ const LAST_BYTES: u64 = 4096;
 /// With less free space on the disk, no session is started.
 const MIN_FREE_BYTES: u64 = 1 << 20;
 const FINISHED: &str = ".gpus";
+/// Of the files of complete sessions, without the dot.
+pub const EXTENSION: &str = FINISHED.split_at(1).1;
 const PART: &str = ".gpus.part";
 
 #[derive(Debug, Error)]
@@ -155,6 +157,11 @@ pub struct Store {
     lock: Mutex<Option<File>>,
 }
 
+/// Of a complete session.
+pub fn file_name(id: &str) -> String {
+    format!("{id}{FINISHED}")
+}
+
 /// Such as `20261125-222013-00`: begins with the time, so that names sort chronologically.
 fn is_id(text: &str) -> bool {
     let parts: Vec<&str> = text.split('-').collect();
@@ -262,7 +269,7 @@ impl Store {
 
     /// Renames a complete file to its final name. Blocks.
     pub fn finish_file(&self, id: &str, elapsed_ns: u64) -> io::Result<()> {
-        let path = self.dir.join(format!("{id}{FINISHED}"));
+        let path = self.dir.join(file_name(id));
         fs::rename(self.dir.join(format!("{id}{PART}")), &path)?;
         self.change(id, |entry| {
             (entry.phase, entry.path, entry.elapsed_ns) = (Phase::Finished, Some(path), Some(elapsed_ns));

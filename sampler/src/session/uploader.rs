@@ -12,10 +12,11 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::store::{CompleteSession, Store};
+use super::store::{CompleteSession, Store, file_name};
 use crate::error::display_chain;
+use crate::health::Health;
 use crate::health::condition::Condition;
-use crate::health::{Health, UploadOutcome};
+use crate::health::outcomes::UploadOutcome;
 use crate::objects::{ObjectError, Objects};
 
 /// How often the table of sessions is read.
@@ -35,7 +36,7 @@ pub struct Uploader {
 }
 
 fn name(session: &CompleteSession) -> String {
-    format!("{}.gpus", session.id)
+    file_name(&session.id)
 }
 
 fn is_gone(error: &ObjectError) -> bool {
@@ -175,8 +176,8 @@ mod tests {
             id
         }
 
-        fn counts(&self) -> [f64; 3] {
-            self.health.uploads.view().unwrap().map(|(_, count)| count)
+        fn counts(&self) -> Vec<f64> {
+            self.health.uploads.view().unwrap().into_iter().map(|(_, count)| count).collect()
         }
     }
 

@@ -164,6 +164,12 @@ impl Fleet {
     }
 }
 
+impl FleetFile {
+    pub fn end(&self) -> WallTime {
+        end(&self.report)
+    }
+}
+
 fn end(report: &Report) -> WallTime {
     words::after(report.start, report.duration_seconds)
 }
@@ -172,7 +178,7 @@ fn end(report: &Report) -> WallTime {
 pub fn fleet(files: &[FleetFile], problems: Vec<FileProblem>, remarks: Vec<String>, options: &FleetOptions) -> Fleet {
     let covered = || {
         let from = files.iter().map(|file| file.report.start).min().unwrap_or_default();
-        WallSpan { from, to: files.iter().map(|file| end(&file.report)).max().unwrap_or(from) }
+        WallSpan { from, to: files.iter().map(FleetFile::end).max().unwrap_or(from) }
     };
     let span = options.span.unwrap_or_else(covered);
     let mut by_node: BTreeMap<&str, Vec<&FleetFile>> = BTreeMap::new();
@@ -259,7 +265,7 @@ fn node(name: &str, files: &[&FleetFile], span: WallSpan, gaps: &mut Vec<FleetGa
     node.gpus = uuids.len();
     node.covered_seconds = covered as f64 * 1e-9;
     node.start = files.first().map(|file| rfc3339(file.report.start)).unwrap_or_default();
-    node.end = rfc3339(files.iter().map(|file| end(&file.report)).max().unwrap_or(span.from));
+    node.end = rfc3339(files.iter().map(|file| file.end()).max().unwrap_or(span.from));
     node
 }
 
