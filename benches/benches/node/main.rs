@@ -52,8 +52,13 @@ fn main() -> Result<()> {
     for (name, size, aims) in &SIZES {
         with_each_build(name, &format!("{name}: {size:?}"), || steady(*size, aims.as_ref()))?;
     }
-    let sections: [(&str, NodeSection); 4] =
-        [("node-pairs", pairs), ("node-idle", used_once), ("node-churn", churn), ("node-growth", growth)];
+    let sections: [(&str, NodeSection); 5] = [
+        ("node-pairs", pairs),
+        ("node-idle", used_once),
+        ("node-churn-named", || churn(true)),
+        ("node-churn-unnamed", || churn(false)),
+        ("node-growth", growth),
+    ];
     for (name, run) in sections {
         with_each_build(name, name, run)?;
     }
@@ -171,14 +176,11 @@ fn used_once() -> Result<()> {
 }
 
 /// The processor time of a container that comes and goes, with GPU use, beyond what the agent spends without it.
-fn churn() -> Result<()> {
+fn churn(is_named: bool) -> Result<()> {
     const LASTS: Duration = Duration::from_secs(30);
-    for (what, named, unnamed, aim) in [
-        ("named, 12 a second", 12, 0, None),
-        ("named, 40 a second", 40, 0, None),
-        ("that no source names, 12 a second", 0, 12, Some(UNNAMED_MS)),
-        ("that no source names, 40 a second", 0, 40, Some(UNNAMED_MS)),
-    ] {
+    for rate in [12, 40] {
+        let (what, named, unnamed, aim) =
+            if is_named { ("named", rate, 0, None) } else { ("that no source names", 0, rate, Some(UNNAMED_MS)) };
         let mut world = World::new(Size { gpus: 8, processes: 8, containers: 64, others: 0 })?;
         let agent = world.agent()?;
         world.use_gpus(8, 0..64)?;
@@ -195,7 +197,7 @@ fn churn() -> Result<()> {
             let without = before.rate_until(&quiet, of) * quiet.seconds_until(&after);
             (of(&after) - of(&quiet) - without) * 1e3 / f64::from(started)
         };
-        line(&format!("a container {what}"), ms_each(&|spent| spent.all), "ms", aim);
+        line(&format!("a container {what}, {rate} a second"), ms_each(&|spent| spent.all), "ms", aim);
         let of_thread = |name: &str| ms_each(&|spent| spent.of_thread(name));
         for (name, ms) in after.threads.keys().map(|name| (name, of_thread(name))).filter(|(_, ms)| *ms >= 0.01) {
             line(&format!("    threads {name}"), ms, "ms", None);

@@ -1,4 +1,4 @@
-//! The label service: one task owns the resolver. Each query to a socket runs in its own task, and a read that hangs is left to its
+//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in its own task, and a read that hangs is left to its
 //! thread, so no source waits for another.
 //!
 //! ```text
@@ -78,7 +78,8 @@ impl LabelService {
     }
 }
 
-/// Starts the service; it ends when `events` is closed. Must be called inside the IO runtime.
+/// Starts the service, on a thread with a runtime of its own: what waits for HTTP clients does not delay it, and a wake-up of one thread
+/// costs less than that of a pool. It ends when `events` is closed.
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
     let (messages, inbox) = channel(MAX_PENDING_MESSAGES);
     let (watched, new_sockets) = std::sync::mpsc::channel();
@@ -93,10 +94,16 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     let sources = Arc::new(LabelSources::new(root, config.procfs.clone(), config.cgroups.clone()));
     let guard = Arc::clone(&sources.guard);
     std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&new_sockets, &guard, &messages))?;
-    if config.sources.contains(&Source::Kubelet) {
-        tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
-    }
-    let task = LabelTask::new(config, sources, shared, watched);
-    tokio::spawn(task.run(events, inbox));
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("label-files").build()?;
+    std::thread::Builder::new().name("labels".into()).spawn(move || {
+        runtime.block_on(async {
+            if config.sources.contains(&Source::Kubelet) {
+                tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
+            }
+            LabelTask::new(config, sources, shared, watched).run(events, inbox).await;
+        });
+        // A file read may hang in the kernel.
+        runtime.shutdown_background();
+    })?;
     Ok(service)
 }

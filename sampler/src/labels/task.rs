@@ -40,6 +40,7 @@ const MAX_SEARCH_PAUSE: Duration = Duration::from_secs(60);
 const MAX_SEARCHES: usize = 2;
 /// A discovered socket that is absent for this long has moved, or its runtime was removed.
 const RETIRE_AFTER: Duration = Duration::from_secs(60);
+const RETIRE_EVERY: Duration = Duration::from_secs(1);
 /// Interval of probes to failing endpoints.
 const PROBE_EVERY: Duration = Duration::from_secs(10);
 /// Bounds the targets that discovery adds; a machine has a handful.
@@ -62,6 +63,8 @@ pub(super) struct LabelTask {
     probed: Instant,
     /// Absent endpoints, with the time from which they are absent.
     absent: HashMap<TargetId, Instant>,
+    /// When those that are absent for long were last retired.
+    retired_at: Instant,
     /// Endpoints that are not queried because a connection would start an engine.
     dormant: HashMap<TargetId, Dormant>,
     /// Source and endpoint of every socket of the last search.
@@ -103,6 +106,7 @@ impl LabelTask {
             followers: HashMap::new(),
             probed: Instant::now(),
             absent: HashMap::new(),
+            retired_at: Instant::now(),
             dormant: HashMap::new(),
             discovered_sockets: HashSet::new(),
             search_permits: Arc::new(Semaphore::new(MAX_SEARCHES)),
@@ -299,7 +303,10 @@ impl LabelTask {
         for (query, reply) in replies {
             self.record_reply(&query, &reply, now);
         }
-        self.retire();
+        if self.retired_at.elapsed() >= RETIRE_EVERY {
+            self.retired_at = Instant::now();
+            self.retire();
+        }
         if self.search_at.is_some_and(|at| at <= Instant::now()) && (self.search_again || self.resolver.has_unresolved(now)) {
             self.search();
         }

@@ -10,20 +10,25 @@ use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
-/// A runtime may write its record somewhat later than it makes the cgroup. Each round reads a file of each kind, so there are few.
-const FILE_DELAYS: [u64; 2] = [0, 100 * MS];
+/// A runtime may write its record somewhat later than it makes the cgroup: files are read again once, before sockets are queried or soon after.
+const SECOND_FILES_DELAY: u64 = 100 * MS;
 pub(super) const SOCKET_DELAY: u64 = 250 * MS;
 /// A list of all containers is read after the files of one.
 const LIST_DELAY: u64 = 30 * MS;
 /// The least of the labels, from files of which there are many: queried once the runtime's own record should be there.
-const LAST_FILES_DELAY: u64 = 100 * MS;
+const LOGS_DELAY: u64 = 100 * MS;
+/// The mounts of a process are the most expensive to read, and only needed where no socket knows the container.
+const MOUNTS_DELAY: u64 = 500 * MS;
 /// The bundles of Docker's containers have no labels, only their GPUs.
 const DOCKER_BUNDLE_DELAY: u64 = 200 * MS;
 /// A path may mislead, so sources that it does not suggest are queried as well, but later.
 const UNLIKELY_DELAY: u64 = 5_000 * MS;
-/// Later queries of files are due at multiples of this: to wake up for one costs more than to read it.
-const TOGETHER: u64 = 100 * MS;
+/// All queries of files but the first are due at multiples of this, together with those of other containers: to wake up for one costs more
+/// than to read it.
+const TOGETHER: u64 = 250 * MS;
 const MIN_BACK_OFF: u64 = 500 * MS;
+/// A file that was absent twice is rarely written later; sockets are queried before.
+const MIN_FILE_BACK_OFF: u64 = 1_000 * MS;
 /// The back-off is the time since the first query divided by this, so an endpoint that recovers from a fault is queried within a quarter
 /// of the fault's length.
 const BACK_OFF_DIVISOR: u64 = 4;
@@ -73,9 +78,12 @@ impl Entry {
     /// Adds a target. Returns the time of the first query; `None` if the source cannot know the container.
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
         let after = initial_delay(source, &self.labels)?;
-        let next = self.seen.plus(after).max(now);
         let (is_socket, has_specification) = (source.is_socket(), source.has_specification() && after < UNLIKELY_DELAY);
-        let slot = Slot { is_socket, has_specification, started: self.seen, last_sent: now, next, ..Slot::default() };
+        let due = self.seen.plus(after);
+        let next = if is_socket || after < SECOND_FILES_DELAY { due } else { together_after(due) }.max(now);
+        let reads_processes = source == Source::Mountinfo;
+        let slot =
+            Slot { is_socket, has_specification, reads_processes, started: self.seen, last_sent: now, next, ..Slot::default() };
         self.slots.insert(id, slot);
         self.needs_query_to(id, now).then_some(next)
     }
@@ -89,7 +97,7 @@ impl Entry {
     /// Whether this target still has to be queried. One result is enough for a container that is gone: files and records exist before
     /// their container, and are not made after its end.
     pub fn needs_query_to(&self, id: TargetId, now: BootNs) -> bool {
-        let is_unresolved = |slot: &Slot| self.gone.is_none() || !slot.has_result;
+        let is_unresolved = |slot: &Slot| self.gone.is_none() || !slot.has_result && !slot.reads_processes;
         let is_needed = |slot: &Slot| self.needs_queries(now) && is_unresolved(slot) || self.needs_specification(slot);
         self.slots.get(&id).is_some_and(is_needed)
     }
@@ -186,10 +194,19 @@ fn initial_delay(source: Source, labels: &ContainerLabels) -> Option<u64> {
         (true, true) => SOCKET_DELAY,
         (true, false) => match source {
             Source::PodmanFile => LIST_DELAY,
-            Source::Logs | Source::Mountinfo => LAST_FILES_DELAY,
+            Source::Logs => LOGS_DELAY,
+            Source::Mountinfo => MOUNTS_DELAY,
             _ => 0,
         },
     })
+}
+
+fn together_before(at: BootNs) -> BootNs {
+    BootNs(at.0 - at.0 % TOGETHER)
+}
+
+pub(super) fn together_after(at: BootNs) -> BootNs {
+    BootNs(at.0.next_multiple_of(TOGETHER))
 }
 
 fn is_full_id(id: &str) -> bool {
@@ -201,6 +218,8 @@ fn is_full_id(id: &str) -> bool {
 pub(super) struct Slot {
     pub is_socket: bool,
     has_specification: bool,
+    /// The source reads files of the container's processes, of which one that is gone has none.
+    reads_processes: bool,
     /// The source once had it: unlike `has_result`, also after its places have changed.
     was_found: bool,
     /// When the back-off started or was last restarted.
@@ -256,16 +275,14 @@ impl Slot {
         self.has_result |= is_result && (!self.is_socket || gone.is_none_or(|at| self.last_sent >= at));
         self.was_found |= attempt.status == QueryOutcome::Ok;
         self.last_attempt = Some(attempt);
-        let step = FILE_DELAYS.iter().map(|after| self.started.plus(*after)).find(|at| *at > now).filter(|_| !self.is_socket);
+        let second = self.started.plus(SECOND_FILES_DELAY);
+        let second = (!self.is_socket && second > now).then(|| together_after(second));
         let age = now.saturating_since(self.started);
-        let full = if endpoint_healthy || !self.is_socket {
-            (age / BACK_OFF_DIVISOR).clamp(MIN_BACK_OFF, MAX_BACK_OFF)
-        } else {
-            MIN_BACK_OFF
-        };
-        let together = |at: BootNs| if self.is_socket { at } else { BootNs(at.0 - at.0 % TOGETHER) };
-        let later = || together(now.plus(jittered(full, key, self.attempts)));
-        self.next = step.unwrap_or_else(later);
+        let least = if self.is_socket { MIN_BACK_OFF } else { MIN_FILE_BACK_OFF };
+        let full =
+            if endpoint_healthy || !self.is_socket { (age / BACK_OFF_DIVISOR).clamp(least, MAX_BACK_OFF) } else { MIN_BACK_OFF };
+        let later = || now.plus(jittered(full, key, self.attempts));
+        self.next = second.unwrap_or_else(|| if self.is_socket { later() } else { together_before(later()) });
     }
 
     /// Restarts the back-off; the next query is at `at`, or earlier if it was scheduled earlier.

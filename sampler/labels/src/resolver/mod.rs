@@ -4,9 +4,9 @@
 //! ```text
 //!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried until one result, for 10 s) -> evicted with its record
 //!  per (container, target):
-//!      file    0 and 100 ms after it appeared (a list 30 and 100, logs and mounts 100), then 0.5 s, growing with its age to 30 s,
-//!             at multiples of 100 ms
-//!      socket  250 ms after it appeared (an earlier query races its creation), then the same back-off
+//!      file    when it appears (a list 30 ms later), from 100 ms on (logs; mounts from 500), then after 1 s, growing with its age to
+//!             30 s; all but the first at multiples of 250 ms
+//!      socket  250 ms after it appeared (an earlier query races its creation), then 0.5 s, growing as well
 //!  per socket:     absent -> closed --5 transport errors--> open --a probe every second, later every 30 s--> closed
 //! ```
 //! A target is a source at an endpoint; a source may have several. The runtime that the path suggests sets the order of the sources and
@@ -54,6 +54,8 @@ pub struct Query {
     pub target: TargetId,
     pub source: Source,
     pub record: Arc<ContainerRecord>,
+    /// Its cgroup was removed, so it has no processes.
+    pub is_gone: bool,
     /// `None` if not known yet.
     pub pod_uid: Option<String>,
     /// Distinguishes two queries for the same container and target.
@@ -63,7 +65,7 @@ pub struct Query {
 impl Query {
     /// A query that is not scheduled by the resolver.
     pub fn unscheduled(record: Arc<ContainerRecord>, target: TargetId, source: Source, pod_uid: Option<String>) -> Self {
-        Self { key: record.key, target, source, record, pod_uid, number: 0 }
+        Self { key: record.key, target, source, record, is_gone: false, pod_uid, number: 0 }
     }
 
     /// The id that runtimes use; empty if the path has none.
@@ -112,8 +114,10 @@ impl LabelResolver {
     }
 
     fn add_slots(&mut self, id: TargetId, source: Source, now: BootNs) {
+        let is_present = self.is_present(id);
         for (key, entry) in &mut self.entries {
-            self.queue.extend(entry.add_slot(id, source, now).map(|at| (at, *key, id)));
+            let first = entry.add_slot(id, source, now).filter(|_| is_present);
+            self.queue.extend(first.map(|at| (at, *key, id)));
         }
     }
 
@@ -130,13 +134,15 @@ impl LabelResolver {
         self.revoke_forged_labels(&entry);
         for (n, target) in self.targets.iter().enumerate().filter(|(_, t)| !t.retired) {
             let id = TargetId(n as u16);
-            self.queue.extend(entry.add_slot(id, target.source, now).map(|at| (at, key, id)));
+            // Queries to an absent endpoint are queued when it appears.
+            let first = entry.add_slot(id, target.source, now).filter(|_| target.present);
+            self.queue.extend(first.map(|at| (at, key, id)));
         }
         let complete = entry.labels.complete();
         if complete {
             entry.complete(now);
         } else {
-            self.settling.insert((now.plus(SETTLED_AFTER), key));
+            self.settling.insert((settles_at(now), key));
             self.unresolved.insert((now, key));
         }
         self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
@@ -199,7 +205,7 @@ impl LabelResolver {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.gone = Some(at);
             entry.slots.values_mut().filter(|slot| slot.is_socket).for_each(|slot| slot.has_result = false);
-            requeue(&mut self.queue, entry, now, None);
+            requeue(&mut self.queue, &self.targets, entry, now, None);
         }
     }
 
@@ -218,7 +224,7 @@ impl LabelResolver {
         for (id, slot) in &entry.slots {
             self.queue.remove(&(slot.next, key, *id));
         }
-        self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), key));
+        self.settling.remove(&(settles_at(entry.seen), key));
         self.unresolved.remove(&(entry.seen, key));
         self.named_by_container.remove(&key);
         self.changed.insert(key);
@@ -228,7 +234,7 @@ impl LabelResolver {
     pub fn hint(&mut self, container_id: &str, now: BootNs) {
         for key in self.by_id.get(container_id).into_iter().flatten() {
             if let Some(entry) = self.entries.get_mut(key) {
-                requeue(&mut self.queue, entry, now, None);
+                requeue(&mut self.queue, &self.targets, entry, now, None);
             }
         }
     }
@@ -242,7 +248,7 @@ impl LabelResolver {
                 if let Some(slot) = entry.slots.get_mut(&id) {
                     slot.has_result = false;
                 }
-                requeue(&mut self.queue, entry, now, Some(id));
+                requeue(&mut self.queue, &self.targets, entry, now, Some(id));
             }
         }
     }
@@ -325,8 +331,15 @@ impl LabelResolver {
                     slot.next = now.plus(target::OVERDUE);
                     self.queue.insert((slot.next, key, id));
                 }
-                let (record, pod_uid) = (Arc::clone(&entry.record), entry.labels.pod_uid.clone());
-                queries.push(Query { key, target: id, source: target.source, record, pod_uid, number: self.sent_count });
+                queries.push(Query {
+                    key,
+                    target: id,
+                    source: target.source,
+                    record: Arc::clone(&entry.record),
+                    is_gone: entry.gone.is_some(),
+                    pod_uid: entry.labels.pod_uid.clone(),
+                    number: self.sent_count,
+                });
             }
         }
         queries
@@ -352,7 +365,7 @@ impl LabelResolver {
                 if !before && entry.labels.complete() {
                     completed = entry.labels.resolved_after_ns.is_none();
                     entry.complete(now);
-                    self.settling.remove(&(entry.seen.plus(SETTLED_AFTER), query.key));
+                    self.settling.remove(&(settles_at(entry.seen), query.key));
                 }
             }
             if let Some(slot) = entry.slots.get_mut(&query.target) {
@@ -364,14 +377,14 @@ impl LabelResolver {
             }
             if reopened {
                 self.unresolved.insert((entry.seen, query.key));
-                requeue(&mut self.queue, entry, now, None);
+                requeue(&mut self.queue, &self.targets, entry, now, None);
             }
         }
         self.share_names(query.key, now);
         if closed {
             // The endpoint responds again: queries that were delayed by its failure are due now.
             for entry in self.entries.values_mut() {
-                requeue(&mut self.queue, entry, now, Some(query.target));
+                requeue(&mut self.queue, &self.targets, entry, now, Some(query.target));
             }
         }
         completed
@@ -419,8 +432,8 @@ impl LabelResolver {
     }
 }
 
-/// Brings forward the scheduled queries of a container, to all targets or to `only` one, and restarts their back-off.
-fn requeue(queue: &mut Queue, entry: &mut Entry, now: BootNs, only: Option<TargetId>) {
+/// Brings forward the scheduled queries of a container, to all present targets or to `only` one, and restarts their back-off.
+fn requeue(queue: &mut Queue, targets: &[Target], entry: &mut Entry, now: BootNs, only: Option<TargetId>) {
     if !entry.needs_queries(now) {
         return;
     }
@@ -431,8 +444,15 @@ fn requeue(queue: &mut Queue, entry: &mut Entry, now: BootNs, only: Option<Targe
         let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
         queue.remove(&(slot.next, key, *id));
         slot.restart(floor.max(now), now);
-        queue.insert((slot.next, key, *id));
+        if targets.get(usize::from(id.0)).is_some_and(|target| target.present) {
+            queue.insert((slot.next, key, *id));
+        }
     }
+}
+
+/// With the queries of other containers, as they are.
+fn settles_at(seen: BootNs) -> BootNs {
+    entry::together_after(seen.plus(SETTLED_AFTER))
 }
 
 /// Subtracts up to a quarter, depending on container and attempt, so that the queries of many containers spread out.

@@ -85,11 +85,11 @@ fn files_are_queried_first_then_sockets_and_never_given_up() {
     resolver.appeared(docker(1), BootNs(0));
     let queries = run_queries(&mut resolver, 0, 400_000, |_, _| Outcome::NotFound);
     let files: Vec<u64> = queries.iter().filter(|a| a.1 == Source::DockerFile).map(|a| a.0).collect();
-    assert_eq!(files[..2], [0, 100]);
-    assert!((400..=600).contains(&files[2]), "{files:?}");
+    assert_eq!(files[..2], [0, 250]);
+    assert!((750..=1_250).contains(&files[2]) && files.iter().all(|at| at % 250 == 0), "{files:?}");
     assert_eq!(queries.iter().find(|a| a.1 == Source::Docker).map(|a| a.0), Some(250));
     assert!(files.windows(2).all(|w| w[1] - w[0] <= 30_000) && *files.last().unwrap() > 360_000, "{files:?}");
-    assert!(files.windows(2).all(|w| w[1] - w[0] <= 500.max(w[0] / 4 + 1)), "a quarter of its age at most: {files:?}");
+    assert!(files.windows(2).all(|w| w[1] - w[0] <= 1_000.max(w[0] / 4 + 1)), "a quarter of its age at most: {files:?}");
 }
 
 #[test]
@@ -303,15 +303,15 @@ fn labels_are_queried_again_when_the_pod_is_learned_last() {
     let mut resolver = resolver(&[Source::Bundle, Source::Logs]);
     resolver.appeared(record(1, &format!("/x/{:064x}", 1)), BootNs(0));
     let first = resolver.due(ms(0)).remove(0);
-    let second = resolver.due(ms(100)).remove(0);
+    let second = resolver.due(ms(250)).remove(0);
     let mut named = Facts { runtime: Some(sampler_core::cgroup_path::Runtime::Docker), ..Facts::default() };
     named.set(Label::Name, Some("n"));
     named.set(Label::Image, Some("i"));
-    assert!(resolver.record_outcome(&first, &Outcome::Found(named), attempt(&Outcome::NotFound), ms(110)));
+    assert!(resolver.record_outcome(&first, &Outcome::Found(named), attempt(&Outcome::NotFound), ms(260)));
     let uid = Facts { pod_uid: Some("u".into()), ..Facts::default() };
-    assert!(!resolver.record_outcome(&second, &Outcome::Found(uid), attempt(&Outcome::NotFound), ms(120)));
+    assert!(!resolver.record_outcome(&second, &Outcome::Found(uid), attempt(&Outcome::NotFound), ms(270)));
     assert_eq!(resolver.labels(ContainerKey(1)).unwrap().missing().count(), 3);
-    let repeated = run_queries(&mut resolver, 120, 3_000, |_, _| Outcome::NotFound);
+    let repeated = run_queries(&mut resolver, 270, 3_000, |_, _| Outcome::NotFound);
     assert!(repeated.iter().any(|a| a.1 == Source::Bundle) && repeated.iter().any(|a| a.1 == Source::Logs), "{repeated:?}");
 }
 

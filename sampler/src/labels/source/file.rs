@@ -18,12 +18,18 @@ const MAX_ENTRIES: usize = 65_536;
 
 /// Opens a regular file only: a pipe would block until it has a writer, and to open a device may have effects.
 pub fn open(path: &Path) -> io::Result<File> {
+    Ok(open_with_size(path)?.0)
+}
+
+/// Also returns the size; that of a file of the kernel is 0.
+fn open_with_size(path: &Path) -> io::Result<(File, u64)> {
     let found = OpenOptions::new().read(true).custom_flags(libc::O_PATH | libc::O_CLOEXEC).open(path)?;
-    if !found.metadata()?.is_file() {
+    let meta = found.metadata()?;
+    if !meta.is_file() {
         return Err(io::Error::new(io::ErrorKind::InvalidInput, "not a regular file"));
     }
     let same = format!("/proc/self/fd/{}", found.as_raw_fd());
-    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(same)
+    Ok((OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK | libc::O_CLOEXEC).open(same)?, meta.len()))
 }
 
 /// Reads at most the first `bytes` bytes.
@@ -36,11 +42,12 @@ pub fn beginning(path: &Path, bytes: u64) -> io::Result<Vec<u8>> {
 /// Reads and decodes a file. `Ok(None)` if it does not exist or is being written.
 pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
     let describe = |error: &dyn std::fmt::Display| format!("{}: {error}", path.display());
-    let file = match open(path) {
+    let (file, size) = match open_with_size(path) {
         Err(error) if is_absent(&error) => return Ok(None),
         opened => opened.map_err(|error| describe(&error))?,
     };
-    let mut text = Vec::new();
+    // With room for all of it, one read returns it and the next one its end.
+    let mut text = Vec::with_capacity(size.min(MAX_FILE_BYTES) as usize + 1);
     (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| describe(&error))?;
     if text.len() as u64 > MAX_FILE_BYTES {
         return Err(describe(&format_args!("larger than {MAX_FILE_BYTES} bytes")));

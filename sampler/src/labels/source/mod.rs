@@ -43,6 +43,7 @@ use super::activation::ActivationGuard;
 use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
 use crate::error::display_chain;
+use crate::observe::clock::boot_now;
 
 /// The endpoint of a target.
 #[derive(Clone)]
@@ -180,8 +181,15 @@ fn known_or_find<T: Clone>(
     })
 }
 
+/// A runtime makes the cgroup of a container some time before it has a process in it.
+const EMPTY_UNTIL_NS: u64 = 50_000_000;
+
 impl KnownProcesses {
     fn pids(&self, sources: &LabelSources, query: &Query) -> Arc<[String]> {
+        let is_new = query.record.creation_seen && boot_now().saturating_since(query.record.created) < EMPTY_UNTIL_NS;
+        if is_new || query.is_gone {
+            return Arc::default();
+        }
         let find = || pods::pids_of(&sources.cgroups, &query.record.cgroup_path).into();
         known_or_find(&self.pids, query.key, |at, _| at.elapsed() < VALID_FOR, find)
     }
