@@ -321,7 +321,7 @@ impl LabelTask {
         for key in self.resolver.take_changed() {
             self.unpublished = true;
             match self.resolver.labels(key) {
-                Some(labels) => drop(self.view.insert(key, Arc::new(labels.clone()))),
+                Some(labels) => drop(self.view.insert(key, Arc::clone(labels))),
                 None => drop(self.view.remove(&key)),
             }
         }

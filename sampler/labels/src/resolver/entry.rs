@@ -1,8 +1,8 @@
 //! The state of one container in the resolver, and its schedule at each target.
 
-use std::collections::BTreeMap;
 use std::sync::Arc;
 
+use super::slots::Slots;
 use super::target::OVERDUE;
 use super::{MAX_BACK_OFF, MS, QUERIED_AFTER_END, TargetId, jittered};
 use crate::values::{ContainerLabels, Facts, Label, Source};
@@ -61,18 +61,36 @@ pub struct QueryAttempt {
 #[derive(Debug)]
 pub(super) struct Entry {
     pub record: Arc<ContainerRecord>,
-    pub labels: ContainerLabels,
+    /// Shared with those who display them.
+    labels: Arc<ContainerLabels>,
     pub seen: BootNs,
-    pub slots: BTreeMap<TargetId, Slot>,
+    pub slots: Slots,
     pub gone: Option<BootNs>,
     /// The container uses another container's id: it is not queried.
     pub forged: bool,
 }
 
 impl Entry {
-    pub fn new(record: Arc<ContainerRecord>, seen: BootNs) -> Self {
-        let labels = ContainerLabels::from_path(&record);
-        Self { record, labels, seen, slots: BTreeMap::new(), gone: None, forged: false }
+    /// `targets`: how many it will have a slot of.
+    pub fn new(record: Arc<ContainerRecord>, targets: usize, seen: BootNs) -> Self {
+        let labels = Arc::new(ContainerLabels::from_path(&record));
+        Self { record, labels, seen, slots: Slots::with_room_for(targets), gone: None, forged: false }
+    }
+
+    pub fn labels(&self) -> &Arc<ContainerLabels> {
+        &self.labels
+    }
+
+    /// A copy of them, if they are displayed.
+    pub fn labels_mut(&mut self) -> &mut ContainerLabels {
+        Arc::make_mut(&mut self.labels)
+    }
+
+    /// Removes what sources have said: it was about another container.
+    pub fn forge(&mut self) {
+        let mut labels = ContainerLabels::from_path(&self.record);
+        labels.settled = self.labels.settled;
+        (self.forged, self.labels) = (true, Arc::new(labels));
     }
 
     /// Adds a target. Returns the time of the first query; `None` if the source cannot know the container.
@@ -99,7 +117,7 @@ impl Entry {
     pub fn needs_query_to(&self, id: TargetId, now: BootNs) -> bool {
         let is_unresolved = |slot: &Slot| self.gone.is_none() || !slot.has_result && !slot.reads_processes;
         let is_needed = |slot: &Slot| self.needs_queries(now) && is_unresolved(slot) || self.needs_specification(slot);
-        self.slots.get(&id).is_some_and(is_needed)
+        self.slots.get(id).is_some_and(is_needed)
     }
 
     /// Which GPUs a container is given, its specification says once and for all, however well its labels are known.
@@ -136,10 +154,10 @@ impl Entry {
     }
 
     pub fn complete(&mut self, now: BootNs) {
-        self.labels.settled = true;
         // Others appear here when they are first used.
         let created = (self.record.creation_seen && self.record.identity.is_container()).then_some(self.record.created);
-        self.labels.resolved_after_ns = created.map(|at| now.saturating_since(at));
+        let labels = self.labels_mut();
+        (labels.settled, labels.resolved_after_ns) = (true, created.map(|at| now.saturating_since(at)));
     }
 }
 

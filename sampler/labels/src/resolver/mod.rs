@@ -19,6 +19,7 @@
 mod entry;
 #[cfg(test)]
 mod histories;
+mod slots;
 mod target;
 #[cfg(test)]
 mod tests;
@@ -42,6 +43,8 @@ const SETTLED_AFTER: u64 = 2_000 * MS;
 const SEARCHED_FOR_AFTER: u64 = 500 * MS;
 /// A runtime may have the record of a container for some time after its cgroup was removed, and may not respond before.
 const QUERIED_AFTER_END: u64 = 10_000 * MS;
+/// Some for each target; those of errors vary.
+const MAX_SHARED_TEXTS: usize = 256;
 
 /// Index of a target (a source at one endpoint), in the order of addition.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
@@ -102,6 +105,8 @@ pub struct LabelResolver {
     /// Includes all containers that need queries, the oldest first. The others are removed by [`LabelResolver::has_unresolved`].
     unresolved: BTreeSet<(BootNs, ContainerKey)>,
     sent_count: u64,
+    /// Texts of results: most containers have the same.
+    texts: HashSet<Arc<str>>,
 }
 
 impl LabelResolver {
@@ -109,15 +114,15 @@ impl LabelResolver {
     pub fn add_target(&mut self, source: Source, endpoint: &str, present: bool, now: BootNs) -> TargetId {
         let id = TargetId(u16::try_from(self.targets.len()).unwrap_or(u16::MAX));
         self.targets.push(Target::new(source, endpoint.into(), present));
-        self.add_slots(id, source, now);
+        self.add_slots(id, now);
         id
     }
 
-    fn add_slots(&mut self, id: TargetId, source: Source, now: BootNs) {
-        let is_present = self.is_present(id);
-        for (key, entry) in &mut self.entries {
-            let first = entry.add_slot(id, source, now).filter(|_| is_present);
-            self.queue.extend(first.map(|at| (at, *key, id)));
+    /// Gives every container without one a slot of a present target.
+    fn add_slots(&mut self, id: TargetId, now: BootNs) {
+        let Some(target) = self.targets.get(usize::from(id.0)).filter(|target| target.present) else { return };
+        for (key, entry) in self.entries.iter_mut().filter(|(_, entry)| entry.slots.get(id).is_none()) {
+            self.queue.extend(entry.add_slot(id, target.source, now).map(|at| (at, *key, id)));
         }
     }
 
@@ -129,23 +134,22 @@ impl LabelResolver {
     /// Adds a container. Returns whether its path alone makes its labels complete.
     pub fn appeared(&mut self, record: Arc<ContainerRecord>, now: BootNs) -> bool {
         let key = record.key;
-        let mut entry = Entry::new(record, now);
+        let present = || self.targets.iter().enumerate().filter(|(_, target)| target.present);
+        let mut entry = Entry::new(record, present().count(), now);
         entry.forged = self.is_forged(&entry);
         self.revoke_forged_labels(&entry);
-        for (n, target) in self.targets.iter().enumerate().filter(|(_, t)| !t.retired) {
+        for (n, target) in self.targets.iter().enumerate().filter(|(_, target)| target.present) {
             let id = TargetId(n as u16);
-            // Queries to an absent endpoint are queued when it appears.
-            let first = entry.add_slot(id, target.source, now).filter(|_| target.present);
-            self.queue.extend(first.map(|at| (at, key, id)));
+            self.queue.extend(entry.add_slot(id, target.source, now).map(|at| (at, key, id)));
         }
-        let complete = entry.labels.complete();
+        let complete = entry.labels().complete();
         if complete {
             entry.complete(now);
         } else {
             self.settling.insert((settles_at(now), key));
             self.unresolved.insert((now, key));
         }
-        self.by_id.entry(Arc::clone(&entry.labels.container_id)).or_default().push(key);
+        self.by_id.entry(Arc::clone(&entry.labels().container_id)).or_default().push(key);
         let is_named_by_container = entry.is_named_by_container();
         self.entries.insert(key, entry);
         self.changed.insert(key);
@@ -168,8 +172,8 @@ impl LabelResolver {
         let is_named = |key: &&ContainerKey| self.entries.get(key).is_some_and(|other| entry.names(other));
         let named: Vec<ContainerKey> = self.named_by_container.iter().filter(is_named).copied().collect();
         for key in named {
-            let Some(entry) = self.entries.get_mut(&key).filter(|e| e.labels.get(Label::Namespace).is_none()) else { continue };
-            entry.labels.merge(source, &facts);
+            let Some(entry) = self.entries.get_mut(&key).filter(|e| e.labels().get(Label::Namespace).is_none()) else { continue };
+            entry.labels_mut().merge(source, &facts);
             entry.complete(now);
             self.changed.insert(key);
         }
@@ -181,20 +185,18 @@ impl LabelResolver {
     fn is_forged(&self, entry: &Entry) -> bool {
         // Includes containers that are gone, since runtimes keep their records for longer.
         let mut same_id =
-            self.by_id.get(&entry.labels.container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
-        entry.labels.is_nested && same_id.any(|other| !other.labels.is_nested)
+            self.by_id.get(&entry.labels().container_id).into_iter().flatten().filter_map(|key| self.entries.get(key));
+        entry.labels().is_nested && same_id.any(|other| !other.labels().is_nested)
     }
 
     /// Removes the labels of nested containers that appeared before the genuine one with their id.
     fn revoke_forged_labels(&mut self, genuine: &Entry) {
-        if genuine.labels.is_nested {
+        if genuine.labels().is_nested {
             return;
         }
-        for key in self.by_id.get(&genuine.labels.container_id).into_iter().flatten() {
-            if let Some(other) = self.entries.get_mut(key).filter(|other| other.labels.is_nested && !other.forged) {
-                let settled = other.labels.settled;
-                (other.forged, other.labels) = (true, ContainerLabels::from_path(&other.record));
-                other.labels.settled = settled;
+        for key in self.by_id.get(&genuine.labels().container_id).into_iter().flatten() {
+            if let Some(other) = self.entries.get_mut(key).filter(|other| other.labels().is_nested && !other.forged) {
+                other.forge();
                 self.changed.insert(*key);
             }
         }
@@ -204,7 +206,7 @@ impl LabelResolver {
     pub fn gone(&mut self, key: ContainerKey, at: BootNs, now: BootNs) {
         if let Some(entry) = self.entries.get_mut(&key) {
             entry.gone = Some(at);
-            entry.slots.values_mut().filter(|slot| slot.is_socket).for_each(|slot| slot.has_result = false);
+            entry.slots.iter_mut().filter(|(_, slot)| slot.is_socket).for_each(|(_, slot)| slot.has_result = false);
             requeue(&mut self.queue, &self.targets, entry, now, None);
         }
     }
@@ -212,17 +214,17 @@ impl LabelResolver {
     /// Identity has evicted the container.
     pub fn evicted(&mut self, key: ContainerKey) {
         let Some(entry) = self.entries.remove(&key) else { return };
-        if let Some(keys) = self.by_id.get_mut(&entry.labels.container_id) {
+        if let Some(keys) = self.by_id.get_mut(&entry.labels().container_id) {
             keys.retain(|k| *k != key);
             if keys.is_empty() {
-                self.by_id.remove(&entry.labels.container_id);
+                self.by_id.remove(&entry.labels().container_id);
             }
         }
         for target in &mut self.targets {
             target.forget(key);
         }
-        for (id, slot) in &entry.slots {
-            self.queue.remove(&(slot.next, key, *id));
+        for (id, slot) in entry.slots.iter() {
+            self.queue.remove(&(slot.next, key, id));
         }
         self.settling.remove(&(settles_at(entry.seen), key));
         self.unresolved.remove(&(entry.seen, key));
@@ -243,9 +245,10 @@ impl LabelResolver {
     pub fn endpoint_present(&mut self, id: TargetId, now: BootNs) {
         if let Some(target) = self.targets.get_mut(usize::from(id.0)) {
             target.reset();
+            self.add_slots(id, now);
             for entry in self.entries.values_mut() {
                 // Results from before do not apply to what is there now.
-                if let Some(slot) = entry.slots.get_mut(&id) {
+                if let Some(slot) = entry.slots.get_mut(id) {
                     slot.has_result = false;
                 }
                 requeue(&mut self.queue, &self.targets, entry, now, Some(id));
@@ -268,8 +271,7 @@ impl LabelResolver {
         target.retired = false;
         target.reset();
         target.present = present;
-        let source = target.source;
-        self.add_slots(id, source, now);
+        self.add_slots(id, now);
     }
 
     /// Excludes a target from queries and from the output; its endpoint is gone permanently.
@@ -277,7 +279,7 @@ impl LabelResolver {
         let Some(target) = self.targets.get_mut(usize::from(id.0)) else { return };
         target.retire();
         for (key, entry) in &mut self.entries {
-            if let Some(slot) = entry.slots.remove(&id) {
+            if let Some(slot) = entry.slots.remove(id) {
                 self.queue.remove(&(slot.next, *key, id));
             }
         }
@@ -294,8 +296,8 @@ impl LabelResolver {
     pub fn due(&mut self, now: BootNs) -> Vec<Query> {
         while let Some((at, key)) = self.settling.first().copied().filter(|(at, _)| *at <= now) {
             self.settling.remove(&(at, key));
-            if let Some(entry) = self.entries.get_mut(&key).filter(|e| !e.labels.settled) {
-                entry.labels.settled = true;
+            if let Some(entry) = self.entries.get_mut(&key).filter(|e| !e.labels().settled) {
+                entry.labels_mut().settled = true;
                 self.changed.insert(key);
             }
         }
@@ -303,7 +305,7 @@ impl LabelResolver {
             self.queue.remove(&(at, key, id));
             let Some(target) = self.targets.get_mut(usize::from(id.0)) else { continue };
             let Some(entry) = self.entries.get_mut(&key).filter(|e| e.needs_query_to(id, now)) else { continue };
-            let Some(slot) = entry.slots.get_mut(&id).filter(|s| s.next == at) else { continue };
+            let Some(slot) = entry.slots.get_mut(id).filter(|s| s.next == at) else { continue };
             match (slot.busy_until(now), slot.is_socket) {
                 (Some(until), true) => {
                     slot.next = until;
@@ -322,7 +324,7 @@ impl LabelResolver {
                 && let Some(key) = target.pop_waiting()
             {
                 let Some(entry) = self.entries.get_mut(&key).filter(|e| e.needs_query_to(id, now)) else { continue };
-                let Some(slot) = entry.slots.get_mut(&id) else { continue };
+                let Some(slot) = entry.slots.get_mut(id) else { continue };
                 self.sent_count += 1;
                 target.record_sent(self.sent_count, key, now);
                 slot.record_sent(now);
@@ -337,7 +339,7 @@ impl LabelResolver {
                     source: target.source,
                     record: Arc::clone(&entry.record),
                     is_gone: entry.gone.is_some(),
-                    pod_uid: entry.labels.pod_uid.clone(),
+                    pod_uid: entry.labels().pod_uid.clone(),
                     number: self.sent_count,
                 });
             }
@@ -351,28 +353,31 @@ impl LabelResolver {
         let was_open = target.is_open();
         let healthy = target.record_outcome(query.number, outcome, now);
         let closed = was_open && !target.is_open();
+        let QueryAttempt { status, at, detail } = attempt;
+        let attempt = QueryAttempt { status, at: at.map(|at| self.shared_text(at)), detail: self.shared_text(detail) };
         let mut completed = false;
         if let Some(entry) = self.entries.get_mut(&query.key) {
             let mut reopened = false;
             // The container may have been found to be forged while the query was pending.
             if let (Outcome::Found(facts), false) = (outcome, entry.forged) {
-                let before = entry.labels.complete();
-                if entry.labels.merge(query.source, facts) {
+                let before = entry.labels().complete();
+                if entry.labels_mut().merge(query.source, facts) {
                     self.changed.insert(query.key);
                 }
                 // If the pod is learned last, its labels are missing and complete labels become incomplete.
-                reopened = before && !entry.labels.complete();
-                if !before && entry.labels.complete() {
-                    completed = entry.labels.resolved_after_ns.is_none();
+                reopened = before && !entry.labels().complete();
+                if !before && entry.labels().complete() {
+                    completed = entry.labels().resolved_after_ns.is_none();
                     entry.complete(now);
                     self.settling.remove(&(settles_at(entry.seen), query.key));
                 }
             }
-            if let Some(slot) = entry.slots.get_mut(&query.target) {
+            if let Some(slot) = entry.slots.get_mut(query.target) {
                 self.queue.remove(&(slot.next, query.key, query.target));
                 slot.record_outcome(query.key, entry.gone, *outcome != Outcome::Failed || healthy, attempt, now);
+                let next = slot.next;
                 if entry.needs_query_to(query.target, now) {
-                    self.queue.insert((entry.slots[&query.target].next, query.key, query.target));
+                    self.queue.insert((next, query.key, query.target));
                 }
             }
             if reopened {
@@ -390,6 +395,17 @@ impl LabelResolver {
         completed
     }
 
+    fn shared_text(&mut self, text: Arc<str>) -> Arc<str> {
+        if let Some(known) = self.texts.get(&text) {
+            return Arc::clone(known);
+        }
+        if self.texts.len() >= MAX_SHARED_TEXTS {
+            self.texts.clear();
+        }
+        self.texts.insert(Arc::clone(&text));
+        text
+    }
+
     /// When [`LabelResolver::due`] may return something new; outcomes may bring this time forward.
     pub fn next_due(&self, now: BootNs) -> Option<BootNs> {
         let targets_due = self.targets.iter().filter_map(|t| t.next_room(now));
@@ -398,8 +414,8 @@ impl LabelResolver {
         targets_due.chain(queue).chain(settling).min()
     }
 
-    pub fn labels(&self, key: ContainerKey) -> Option<&ContainerLabels> {
-        self.entries.get(&key).map(|e| &e.labels)
+    pub fn labels(&self, key: ContainerKey) -> Option<&Arc<ContainerLabels>> {
+        self.entries.get(&key).map(Entry::labels)
     }
 
     /// Containers with changed labels, or evicted, since the last call.
@@ -410,14 +426,17 @@ impl LabelResolver {
     /// The last result of every target for a container, in the order of the targets.
     pub fn attempts(&self, key: ContainerKey, now: BootNs) -> Vec<(Source, Arc<str>, QueryAttempt)> {
         let Some(entry) = self.entries.get(&key) else { return Vec::new() };
-        let attempt_at = |(id, slot): (&TargetId, &Slot)| {
-            let target = self.targets.get(usize::from(id.0))?;
+        let attempt_at = |slot: &Slot, target: &Target| {
             let is_current = target.present || slot.last_attempt.as_ref().is_some_and(|t| t.status == QueryOutcome::Ok);
-            let attempt = slot.pending_attempt(now).or_else(|| slot.last_attempt.clone()).filter(|_| is_current);
-            let attempt = attempt.unwrap_or_else(|| target.not_queried(entry.labels.complete()));
-            Some((target.source, Arc::clone(&target.endpoint), attempt))
+            slot.pending_attempt(now).or_else(|| slot.last_attempt.clone()).filter(|_| is_current)
         };
-        entry.slots.iter().filter_map(attempt_at).collect()
+        let of_target = |(n, target): (usize, &Target)| {
+            let attempt = entry.slots.get(TargetId(n as u16)).and_then(|slot| attempt_at(slot, target));
+            let attempt = attempt.unwrap_or_else(|| target.not_queried(entry.labels().complete()));
+            (target.source, Arc::clone(&target.endpoint), attempt)
+        };
+        let can_know = |(_, target): &(usize, &Target)| !target.retired && can_resolve(target.source, entry.labels());
+        self.targets.iter().enumerate().filter(can_know).map(of_target).collect()
     }
 
     /// Whether a container still needs queries some time after it appeared. A container that needs none is skipped once.
@@ -439,13 +458,13 @@ fn requeue(queue: &mut Queue, targets: &[Target], entry: &mut Entry, now: BootNs
     }
     let key = entry.record.key;
     let (seen, gone) = (entry.seen, entry.gone.is_some());
-    let selected = |(id, slot): &(&TargetId, &mut Slot)| only.is_none_or(|only| only == **id) && (!gone || !slot.has_result);
+    let selected = |(id, slot): &(TargetId, &mut Slot)| only.is_none_or(|only| only == *id) && (!gone || !slot.has_result);
     for (id, slot) in entry.slots.iter_mut().filter(selected) {
         let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
-        queue.remove(&(slot.next, key, *id));
+        queue.remove(&(slot.next, key, id));
         slot.restart(floor.max(now), now);
         if targets.get(usize::from(id.0)).is_some_and(|target| target.present) {
-            queue.insert((slot.next, key, *id));
+            queue.insert((slot.next, key, id));
         }
     }
 }

@@ -323,21 +323,21 @@ fn a_cgroup_inside_a_container_does_not_get_the_labels_of_another() {
     resolver.appeared(record(3, &inside), BootNs(0));
     let queries = run_queries(&mut resolver, 0, 60_000, |_, _| plain());
     assert_eq!(queries.len(), 1);
-    assert_eq!(resolver.labels(ContainerKey(3)).map(ContainerLabels::state), Some("identified"));
+    assert_eq!(resolver.labels(ContainerKey(3)).map(|labels| labels.state()), Some("identified"));
     // In the other order: labels that the nested container received meanwhile are removed.
     resolver.appeared(record(5, &format!("/docker/{:064x}/docker-{:064x}.scope", 2, 6)), ms(60_000));
     run_queries(&mut resolver, 60_000, 61_000, |_, _| plain());
-    assert_eq!(resolver.labels(ContainerKey(5)).map(ContainerLabels::state), Some("complete"));
+    assert_eq!(resolver.labels(ContainerKey(5)).map(|labels| labels.state()), Some("complete"));
     resolver.appeared(docker(6), ms(61_000));
-    assert_eq!(resolver.labels(ContainerKey(5)).map(ContainerLabels::state), Some("identified"));
+    assert_eq!(resolver.labels(ContainerKey(5)).map(|labels| labels.state()), Some("identified"));
     run_queries(&mut resolver, 61_000, 62_000, |_, _| plain());
-    assert_eq!(resolver.labels(ContainerKey(6)).map(ContainerLabels::state), Some("complete"));
+    assert_eq!(resolver.labels(ContainerKey(6)).map(|labels| labels.state()), Some("complete"));
     // A query that was pending when the forgery was detected has no effect.
     resolver.appeared(record(7, &format!("/docker/{:064x}/docker-{:064x}.scope", 2, 8)), ms(62_000));
     let under_way = resolver.due(ms(62_300)).remove(0);
     resolver.appeared(docker(8), ms(62_400));
     resolver.record_outcome(&under_way, &plain(), attempt(&plain()), ms(62_500));
-    assert_eq!(resolver.labels(ContainerKey(7)).map(ContainerLabels::state), Some("identified"));
+    assert_eq!(resolver.labels(ContainerKey(7)).map(|labels| labels.state()), Some("identified"));
     // A nested cgroup with a unique id may belong to the host's runtime: runners place their jobs in their own cgroup.
     resolver.appeared(record(4, &format!("/docker/{:064x}/{:064x}", 2, 4)), ms(60_000));
     assert!(resolver.entries[&ContainerKey(4)].needs_queries(ms(60_000)));
