@@ -26,7 +26,7 @@ const PLENTY: [&str; 2] = ["--kernel-mode", "raw_tracepoint"];
 
 /// Alerts that this world does not fire, each with the reason. Their families must have series all the same, but for those that are about
 /// missing series.
-const NOT_FIRING: [(&str, &str); 13] = [
+const NOT_FIRING: [(&str, &str); 14] = [
     ("GpuSamplerForeignPids", "a state of the whole machine, which excludes attribution; tests/pid_space.rs has it"),
     ("GpuSamplerPidsUnsettled", "the same"),
     ("GpuSamplerFewSamplesQueried", "tests give the agent a large budget"),
@@ -40,6 +40,7 @@ const NOT_FIRING: [(&str, &str); 13] = [
     ("GpuSamplerScrapeSlow", "the agent responds within milliseconds"),
     ("GpuSamplerDegraded", "its conditions limit the whole agent"),
     ("GpuSamplerCertificateExpires", "the agent has no TLS here"),
+    ("GpuSamplerSessionsNotUploaded", "no session is removed"),
 ];
 
 const HANGING: &str = "GpuSamplerDriverStalled";
@@ -170,7 +171,9 @@ fn every_query_of_dashboards_and_rules_has_data_and_every_label_exists() -> Resu
     let (docker, tree) = (Docker::new()?, CgroupTree::new("monitoring")?);
     // A source that is configured and does not respond.
     let absent = ["--cri-endpoint", "unix:///run/gpu-sampler-tests-none.sock"];
-    let agent = Agent::start(Some(&sim), &[PLENTY, absent].concat())?;
+    let store = tempfile::tempdir()?;
+    let store = format!("file://{}", store.path().display());
+    let agent = Agent::start(Some(&sim), &[&PLENTY[..], &absent, &["--session-store", &store]].concat())?;
     let server = PrometheusServer::with_rules(agent.port, "1s", "/metrics", "all", &compressed()?)?;
     docker.with_device("with-gpu", "/dev/null", "nvidia0")?;
     let pods = ["trainer-0", "server-0", "notebook-0", "idle-0"].map(|pod| docker.pod("ml", pod, 300).map(|(_, pid)| pid));

@@ -1,6 +1,6 @@
 //! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter. `cargo xtask bench peers` also runs all-smi.
 
-use std::process::{Command, Stdio};
+use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};

@@ -263,9 +263,9 @@ impl Exporter {
         };
         families::agent(&page, &health, &label_stats(), "libnvidia-ml.so.1", &mut all);
         families::http(&Rejections::default(), Some(WallTime(1_700_000_000_000_000_000)), &mut all);
-        families::otlp(Some([("ok", 3.0), ("error", 0.0)]), &mut all);
+        families::otlp(Some(vec![("ok", 3.0), ("error", 0.0)]), &mut all);
         nvml_families::calls(&devices(), [1.0, 2.0], &mut all);
-        sessions::metrics(&RecorderView::default(), Some([("ok", 2.0), ("error", 1.0), ("removed", 0.0)]), &mut all);
+        sessions::metrics(&RecorderView::default(), Some(vec![("ok", 2.0), ("error", 1.0), ("removed", 0.0)]), &mut all);
         all.text()
     }
 }

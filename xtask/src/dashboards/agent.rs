@@ -149,6 +149,8 @@ fn cost() -> PanelGroup {
         Panel::series("Missing session frames", "cps", "Frames missing in session files because the disk was too slow.")
             .thresholds(Thresholds::AboveZero)
             .query(rate("instance", "gpu_sampler_session_dropped_frames_total"), "{{instance}}"),
+        Panel::series("Uploads of sessions", "cps", "To the object store, by outcome; absent without one.")
+            .query(rate("outcome", "gpu_sampler_session_uploads_total"), "{{outcome}}"),
         Panel::series("Duration of scrapes", "s", "As Prometheus measures it.").query(
             format!("scrape_duration_seconds * on (job, instance) group_left () gpu_sampler_build_info{{{HERE}}}"),
             "{{instance}}",

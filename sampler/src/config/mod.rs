@@ -1,6 +1,8 @@
 //! Combines flags, environment and file into one validated [`Config`]. A flag overrides its variable, which overrides the file, which
 //! overrides the default. Every error names the key and the remedy.
 
+mod values;
+
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -12,17 +14,14 @@ use thiserror::Error;
 
 use crate::collectors::Selection;
 use crate::host_name::HostName;
-use crate::objects::{ObjectError, StoreUrl};
-use crate::privileges::{self, CapabilitySet};
+use crate::objects::StoreUrl;
+use crate::privileges::CapabilitySet;
 use crate::security::error::SecurityError;
 use crate::security::{Rules, SecurityFiles};
 
-/// Of KAI since 0.6, and of Run:ai and earlier KAI.
-const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
 pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
-const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
 /// Bytes of the ring of process events. 4 MiB hold 70,000 of them: several seconds at the highest rate observed.
@@ -332,34 +331,34 @@ impl Settings {
         })?;
         Ok(Config {
             listen,
-            allowed_hosts: s.allowed_host.into_iter().flatten().map(allowed_host).collect::<Result<_, _>>()?,
-            nvml_lib: s.nvml_lib.map(|path| existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
-            path_procfs: procfs(folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
-            path_sysfs: folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
-            path_devfs: s.path_devfs.map(|path| existing("path_devfs", path, "the host's /dev")).transpose()?,
-            path_rootfs: folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
-            label_endpoints: endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
-            label_sources: sources(s.label_sources)?,
-            reservation_namespaces: reservation_namespaces(s.reservation_namespace)?,
+            allowed_hosts: s.allowed_host.into_iter().flatten().map(values::allowed_host).collect::<Result<_, _>>()?,
+            nvml_lib: s.nvml_lib.map(|path| values::existing("nvml_lib", path, "libnvidia-ml.so.1")).transpose()?,
+            path_procfs: values::procfs(values::folder("path_procfs", s.path_procfs, "/proc", "the host's /proc")?)?,
+            path_sysfs: values::folder("path_sysfs", s.path_sysfs, "/sys", "the host's /sys")?,
+            path_devfs: s.path_devfs.map(|path| values::existing("path_devfs", path, "the host's /dev")).transpose()?,
+            path_rootfs: values::folder("path_rootfs", s.path_rootfs, "/", "the host's file system")?,
+            label_endpoints: values::endpoints(s.docker_endpoint, s.cri_endpoint, s.podman_endpoint)?,
+            label_sources: values::sources(s.label_sources)?,
+            reservation_namespaces: values::reservation_namespaces(s.reservation_namespace)?,
             pod_labels: s.pod_labels.unwrap_or_default(),
-            collect: collect(s.collect)?,
+            collect: values::collect(s.collect)?,
             kernel_mode: s.kernel_mode.unwrap_or_default(),
-            kernel_ring_bytes: ring_bytes(s.kernel_ring_bytes)?,
-            gpu_budget_percent: budget("gpu_budget_percent", s.gpu_budget_percent, DEFAULT_GPU_BUDGET_PERCENT)?,
-            gpu_wait_percent: budget("gpu_wait_percent", s.gpu_wait_percent, DEFAULT_GPU_WAIT_PERCENT)?,
+            kernel_ring_bytes: values::ring_bytes(s.kernel_ring_bytes)?,
+            gpu_budget_percent: values::budget("gpu_budget_percent", s.gpu_budget_percent, DEFAULT_GPU_BUDGET_PERCENT)?,
+            gpu_wait_percent: values::budget("gpu_wait_percent", s.gpu_wait_percent, DEFAULT_GPU_WAIT_PERCENT)?,
             sample_source: s.sample_source.unwrap_or_default(),
-            gpu_saturation_percent: saturation(s.gpu_saturation_percent)?,
-            session_dir: absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
-            session_dir_max_bytes: size(
+            gpu_saturation_percent: values::saturation(s.gpu_saturation_percent)?,
+            session_dir: values::absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
+            session_dir_max_bytes: values::size(
                 "session_dir_max_bytes",
                 s.session_dir_max_bytes,
                 DEFAULT_SESSION_DIR_MAX_BYTES,
                 1 << 20,
             )?,
-            session_ring_bytes: size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
-            node_name: s.node_name.map(node_name).transpose()?,
-            session_store: s.session_store.map(|url| session_store(&url)).transpose()?,
-            kept_capabilities: kept_capabilities(s.keep_capability)?,
+            session_ring_bytes: values::size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
+            node_name: s.node_name.map(values::node_name).transpose()?,
+            session_store: s.session_store.map(|url| values::session_store(&url)).transpose()?,
+            kept_capabilities: values::kept_capabilities(s.keep_capability)?,
             seccomp: s.seccomp.unwrap_or(true),
             token_file: s.token_file,
             web_config_file: s.web_config_file,
@@ -368,175 +367,8 @@ impl Settings {
     }
 }
 
-fn node_name(name: String) -> Result<String, ConfigError> {
-    if name.trim().is_empty() || name.contains(|c: char| c.is_control() || c == '/') {
-        let remedy = "expected the name of the node, without slashes; omit it to use the host name".into();
-        return Err(ConfigError::Value { key: "node_name", value: name, remedy });
-    }
-    Ok(name)
-}
-
-fn session_store(url: &str) -> Result<StoreUrl, ConfigError> {
-    url.parse().map_err(|error| match error {
-        ObjectError::Url { url, remedy } => ConfigError::Value { key: "session_store", value: url, remedy },
-        other => ConfigError::Value { key: "session_store", value: String::new(), remedy: other.to_string() },
-    })
-}
-
-fn allowed_host(name: String) -> Result<HostName, ConfigError> {
-    HostName::new(&name).map_err(|remedy| ConfigError::Value { key: "allowed_host", value: name, remedy: remedy.into() })
-}
-
-/// An empty list has none.
-fn reservation_namespaces(names: Option<Vec<String>>) -> Result<Arc<[String]>, ConfigError> {
-    let Some(names) = names else { return Ok(RESERVATION_NAMESPACES.map(str::to_owned).into()) };
-    let is_name = |name: &&String| name.bytes().all(|b| b == b'-' || b.is_ascii_lowercase() || b.is_ascii_digit());
-    if let Some(name) = names.iter().find(|name| !is_name(name)) {
-        let (value, remedy) = (name.clone(), "expected the name of a Kubernetes namespace".into());
-        return Err(ConfigError::Value { key: "reservation_namespace", value, remedy });
-    }
-    Ok(names.into_iter().filter(|name| !name.is_empty()).collect())
-}
-
-fn collect(names: Option<Vec<String>>) -> Result<Selection, ConfigError> {
-    let Some(names) = names else { return Ok(Selection::default()) };
-    Selection::new(names.iter().map(String::as_str), Selection::default()).map_err(|error| ConfigError::Value {
-        key: "collect",
-        value: error.name.clone(),
-        remedy: error.to_string(),
-    })
-}
-
-fn kept_capabilities(names: Option<Vec<String>>) -> Result<CapabilitySet, ConfigError> {
-    let names = names.unwrap_or_default();
-    privileges::kept(names.iter().map(|name| name.trim()).filter(|name| !name.is_empty())).map_err(|name| ConfigError::Value {
-        key: "keep_capability",
-        value: name,
-        remedy: "expected the name of a capability, such as sys_admin, or all".into(),
-    })
-}
-
-fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<PathBuf, ConfigError> {
-    if path.exists() { Ok(path) } else { Err(ConfigError::NoSuchPath { key, path, what }) }
-}
-
-fn folder(key: &'static str, path: Option<PathBuf>, default: &str, what: &'static str) -> Result<PathBuf, ConfigError> {
-    path.map_or_else(|| Ok(PathBuf::from(default)), |path| existing(key, path, what))
-}
-
-/// Makes the path absolute, because it is used later, possibly with another current directory.
-fn absolute(key: &'static str, path: PathBuf) -> Result<PathBuf, ConfigError> {
-    if !path.as_os_str().is_empty()
-        && let Ok(path) = std::path::absolute(&path)
-    {
-        return Ok(path);
-    }
-    let remedy = "expected the path of a folder".into();
-    Err(ConfigError::Value { key, value: path.display().to_string(), remedy })
-}
-
-fn size<T: PartialOrd + std::fmt::Display>(
-    key: &'static str,
-    configured: Option<T>,
-    default: T,
-    least: T,
-) -> Result<T, ConfigError> {
-    match configured {
-        Some(bytes) if bytes < least => {
-            Err(ConfigError::Value { key, value: bytes.to_string(), remedy: format!("expected at least {least} bytes") })
-        }
-        Some(bytes) => Ok(bytes),
-        None => Ok(default),
-    }
-}
-
-/// Rejects other folders, which would look like a machine without processes.
-fn procfs(path: PathBuf) -> Result<PathBuf, ConfigError> {
-    if path.join("stat").exists() && path.join("self").symlink_metadata().is_ok() {
-        return Ok(path);
-    }
-    let remedy = "there is no procfs; set it to the folder where the host's /proc is mounted".into();
-    Err(ConfigError::Value { key: "path_procfs", value: path.display().to_string(), remedy })
-}
-
-fn endpoints(
-    docker: Option<String>,
-    cri: Option<Vec<String>>,
-    podman: Option<String>,
-) -> Result<Vec<(Source, PathBuf)>, ConfigError> {
-    let cri = cri.into_iter().flatten();
-    let all = docker.into_iter().map(|e| ("docker_endpoint", Source::Docker, e));
-    let all = all.chain(cri.map(|e| ("cri_endpoint", Source::Cri, e)));
-    let all = all.chain(podman.into_iter().map(|e| ("podman_endpoint", Source::Podman, e)));
-    // An empty endpoint counts as none, so that a variable can override the file.
-    let all = all.filter(|(_, _, endpoint)| !endpoint.is_empty());
-    all.map(|(key, source, endpoint)| Ok((source, socket(key, &endpoint)?))).collect()
-}
-
-fn socket(key: &'static str, endpoint: &str) -> Result<PathBuf, ConfigError> {
-    match endpoint.strip_prefix("unix://") {
-        Some(path) if path.starts_with('/') => Ok(PathBuf::from(path)),
-        _ => Err(ConfigError::Value {
-            key,
-            value: endpoint.to_owned(),
-            remedy: "expected a Unix socket with an absolute path, such as unix:///run/docker.sock".into(),
-        }),
-    }
-}
-
-fn ring_bytes(configured: Option<u32>) -> Result<u32, ConfigError> {
-    let bytes = configured.unwrap_or(DEFAULT_KERNEL_RING_BYTES);
-    if bytes.is_power_of_two() && (MIN_KERNEL_RING_BYTES..=1 << 30).contains(&bytes) {
-        return Ok(bytes);
-    }
-    let remedy = "expected a power of two from 4096 to 1073741824".into();
-    Err(ConfigError::Value { key: "kernel_ring_bytes", value: bytes.to_string(), remedy })
-}
-
-fn budget(key: &'static str, configured: Option<f64>, default: f64) -> Result<f64, ConfigError> {
-    let percent = configured.unwrap_or(default);
-    if (0.01..=100.0).contains(&percent) {
-        return Ok(percent);
-    }
-    let remedy = format!("expected a percentage from 0.01 to 100, such as {default}");
-    Err(ConfigError::Value { key, value: percent.to_string(), remedy })
-}
-
-/// At least 50: below that, most of the GPU is idle, and its users do not wait for each other.
-fn saturation(configured: Option<u8>) -> Result<u8, ConfigError> {
-    let percent = configured.unwrap_or(DEFAULT_GPU_SATURATION_PERCENT);
-    if (50..=100).contains(&percent) {
-        return Ok(percent);
-    }
-    let remedy = "expected a whole percentage from 50 to 100, such as 90".into();
-    Err(ConfigError::Value { key: "gpu_saturation_percent", value: percent.to_string(), remedy })
-}
-
-fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {
-    let Some(list) = list else { return Ok(Source::QUERIED.to_vec()) };
-    let mut chosen = Vec::new();
-    for name in list {
-        let known = Source::QUERIED.into_iter().find(|source| source.name() == name.trim());
-        match (name.trim(), known) {
-            ("all", _) => chosen.extend(Source::QUERIED),
-            (_, Some(source)) => chosen.push(source),
-            (other, None) => {
-                let names: Vec<&str> = Source::QUERIED.iter().map(|s| s.name()).collect();
-                return Err(ConfigError::Value {
-                    key: "label_sources",
-                    value: other.to_owned(),
-                    remedy: format!("choose from all, {}", names.join(", ")),
-                });
-            }
-        }
-    }
-    chosen.sort_unstable();
-    chosen.dedup();
-    Ok(chosen)
-}
-
 /// The output of `config --default`; a test parses it.
-pub const REFERENCE: &str = include_str!("../config.toml");
+pub const REFERENCE: &str = include_str!("../../config.toml");
 
 #[cfg(test)]
 mod tests {
@@ -617,7 +449,7 @@ mod tests {
         );
         assert!(read.cri_endpoint.is_some() && read.podman_endpoint.is_some() && read.pod_labels.is_some());
         assert!(read.collect.is_some() && read.allowed_host.is_some());
-        let reserved: Vec<String> = RESERVATION_NAMESPACES.map(str::to_owned).into();
+        let reserved: Vec<String> = values::RESERVATION_NAMESPACES.map(str::to_owned).into();
         assert_eq!(read.reservation_namespace, Some(reserved));
         assert!(
             read.sample_source.is_some()
@@ -625,7 +457,7 @@ mod tests {
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
                 && read.gpu_wait_percent == Some(DEFAULT_GPU_WAIT_PERCENT)
-                && read.gpu_saturation_percent == Some(DEFAULT_GPU_SATURATION_PERCENT)
+                && read.gpu_saturation_percent == Some(values::DEFAULT_GPU_SATURATION_PERCENT)
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
