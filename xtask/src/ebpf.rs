@@ -100,7 +100,7 @@ fn build_program(arch: Arch, name: &str, to: &Path) -> Result<()> {
     let toolchain = usable().context("a toolchain or linker for the kernel program is missing: run `cargo xtask setup`")?;
     let prefix = &toolchain.prefix;
     progress(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
-    // A folder for each: their flags differ, and one would be built anew after the other.
+    // A folder for each: their flags differ, and each would be built again after the other.
     let target_dir =
         tools::root().join(if arch.is_host() { "target/bpf".to_owned() } else { format!("target/bpf-{}", arch.name()) });
     let mut cargo = Command::new(prefix.join("bin/cargo"));

@@ -20,7 +20,7 @@ use sampler_core::units::BootNs;
 use self::call_watchdog::Change;
 use self::condition::Condition;
 use self::nvml_calls::DriverHealth;
-use self::outcomes::{OtlpOutcome, OutcomeCounts, UploadOutcome};
+use self::outcomes::{CountsByOutcome, OtlpOutcome, UploadOutcome};
 
 /// Upper bounds of `gpu_sampler_nvml_call_seconds`.
 pub const CALL_BOUNDS: [f64; 10] = [0.00005, 0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.1, 1.0];
@@ -120,8 +120,8 @@ pub struct Health {
     /// Turns of the core thread so far.
     core_turns: AtomicU64,
     pub driver: DriverHealth,
-    pub otlp: OutcomeCounts<OtlpOutcome>,
-    pub uploads: OutcomeCounts<UploadOutcome>,
+    pub otlp: CountsByOutcome<OtlpOutcome>,
+    pub uploads: CountsByOutcome<UploadOutcome>,
 }
 
 impl Health {

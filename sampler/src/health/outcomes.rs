@@ -24,14 +24,14 @@ pub enum UploadOutcome {
 }
 
 #[derive(Debug)]
-pub struct OutcomeCounts<O> {
+pub struct CountsByOutcome<O> {
     is_on: AtomicBool,
     /// One for each variant.
     counts: Vec<AtomicU64>,
     outcome: PhantomData<O>,
 }
 
-impl<O: VariantArray> Default for OutcomeCounts<O> {
+impl<O: VariantArray> Default for CountsByOutcome<O> {
     fn default() -> Self {
         Self {
             is_on: AtomicBool::new(false),
@@ -41,7 +41,7 @@ impl<O: VariantArray> Default for OutcomeCounts<O> {
     }
 }
 
-impl<O: VariantArray + PartialEq + Copy + Into<&'static str>> OutcomeCounts<O> {
+impl<O: VariantArray + PartialEq + Copy + Into<&'static str>> CountsByOutcome<O> {
     /// The counts are exposed from now on.
     pub fn turn_on(&self) {
         self.is_on.store(true, Ordering::Relaxed);
