@@ -1,5 +1,5 @@
-//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in its own task, and a read that hangs is left to its
-//! thread, so no source waits for another.
+//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in its own task, and a read that
+//! hangs is left to its thread, so no source waits for another.
 //!
 //! ```text
 //!  core thread --containers--> task (resolver) --queries--> sources (files, sockets)
@@ -79,7 +79,7 @@ impl LabelService {
 }
 
 /// Starts the service, on a thread with a runtime of its own: what waits for HTTP clients does not delay it, and a wake-up of one thread
-/// costs less than that of a pool. It ends when `events` is closed.
+/// costs less than that of a pool. It ends when `events` is closed. Must be called inside the IO runtime, which follows the kubelets.
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
     let (messages, inbox) = channel(MAX_PENDING_MESSAGES);
     let (watched, new_sockets) = std::sync::mpsc::channel();
@@ -94,16 +94,26 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     let sources = Arc::new(LabelSources::new(root, config.procfs.clone(), config.cgroups.clone()));
     let guard = Arc::clone(&sources.guard);
     std::thread::Builder::new().name("label-sockets".into()).spawn(move || sockets::watch(&new_sockets, &guard, &messages))?;
-    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("label-files").build()?;
+    if config.sources.contains(&Source::Kubelet) {
+        tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
+    }
+    let task = LabelTask::new(config, sources, shared, watched);
+    // A runtime must not be dropped where it cannot block, as here: it is built on its thread.
+    let (built, is_built) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new().name("labels".into()).spawn(move || {
-        runtime.block_on(async {
-            if config.sources.contains(&Source::Kubelet) {
-                tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
-            }
-            LabelTask::new(config, sources, shared, watched).run(events, inbox).await;
-        });
-        // A file read may hang in the kernel.
-        runtime.shutdown_background();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("label-files").build();
+        let (runtime, result) = match runtime {
+            Ok(runtime) => (Some(runtime), Ok(())),
+            Err(error) => (None, Err(error)),
+        };
+        // The caller waits for it.
+        let _sent = built.send(result);
+        if let Some(runtime) = runtime {
+            runtime.block_on(task.run(events, inbox));
+            // A file read may hang in the kernel.
+            runtime.shutdown_background();
+        }
     })?;
+    is_built.recv().map_err(std::io::Error::other)??;
     Ok(service)
 }

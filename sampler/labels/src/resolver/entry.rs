@@ -10,8 +10,10 @@ use sampler_core::cgroup_path::{Kind, Runtime};
 use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
-/// A runtime may write its record somewhat later than it makes the cgroup: files are read again once, before sockets are queried or soon after.
+/// A runtime may write its record somewhat later than it makes the cgroup: files are read again once, before sockets are queried or soon
+/// after.
 const SECOND_FILES_DELAY: u64 = 100 * MS;
+const FILE_ROUNDS: u32 = 2;
 pub(super) const SOCKET_DELAY: u64 = 250 * MS;
 /// A list of all containers is read after the files of one.
 const LIST_DELAY: u64 = 30 * MS;
@@ -23,8 +25,8 @@ const MOUNTS_DELAY: u64 = 500 * MS;
 const DOCKER_BUNDLE_DELAY: u64 = 200 * MS;
 /// A path may mislead, so sources that it does not suggest are queried as well, but later.
 const UNLIKELY_DELAY: u64 = 5_000 * MS;
-/// All queries of files but the first are due at multiples of this, together with those of other containers: to wake up for one costs more
-/// than to read it.
+/// All queries of files but the first, and those after an event of an engine, are due at multiples of this, together with those of other
+/// containers: to wake up for one costs more than to read it.
 const TOGETHER: u64 = 250 * MS;
 const MIN_BACK_OFF: u64 = 500 * MS;
 /// A file that was absent twice is rarely written later; sockets are queried before.
@@ -71,10 +73,9 @@ pub(super) struct Entry {
 }
 
 impl Entry {
-    /// `targets`: how many it will have a slot of.
-    pub fn new(record: Arc<ContainerRecord>, targets: usize, seen: BootNs) -> Self {
+    pub fn new(record: Arc<ContainerRecord>, seen: BootNs) -> Self {
         let labels = Arc::new(ContainerLabels::from_path(&record));
-        Self { record, labels, seen, slots: Slots::with_room_for(targets), gone: None, forged: false }
+        Self { record, labels, seen, slots: Slots::default(), gone: None, forged: false }
     }
 
     pub fn labels(&self) -> &Arc<ContainerLabels> {
@@ -120,9 +121,30 @@ impl Entry {
         self.slots.get(id).is_some_and(is_needed)
     }
 
-    /// Which GPUs a container is given, its specification says once and for all, however well its labels are known.
+    /// Which GPUs a container is given, its specification says once and for all, however well its labels are known. It may be written
+    /// late.
     fn needs_specification(&self, slot: &Slot) -> bool {
-        slot.has_specification && !slot.was_found && !slot.has_result && !self.forged && self.gone.is_none()
+        let may_appear = !slot.has_result || slot.attempts < FILE_ROUNDS;
+        slot.has_specification && !slot.was_found && may_appear && !self.forged && self.gone.is_none()
+    }
+
+    /// The container has no cgroup any more. Sockets are queried once more, files until they were read as often as those of a container
+    /// that lives.
+    pub fn end(&mut self, at: BootNs) {
+        self.gone = Some(at);
+        let is_open = |slot: &Slot| slot.is_socket || slot.attempts < FILE_ROUNDS && !slot.reads_processes;
+        self.slots.iter_mut().filter(|(_, slot)| is_open(slot)).for_each(|(_, slot)| slot.has_result = false);
+    }
+
+    /// Merges what a source says; returns whether that changes anything.
+    pub fn merge(&mut self, source: Source, facts: &Facts) -> bool {
+        // Unchanged labels stay shared.
+        let mut labels = ContainerLabels::clone(&self.labels);
+        let changed = labels.merge(source, facts);
+        if changed {
+            self.labels = Arc::new(labels);
+        }
+        changed
     }
 
     /// Whether this is a pod, or a job in a container: a container in the same pod has its namespace and pod.

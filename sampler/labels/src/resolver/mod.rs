@@ -5,7 +5,7 @@
 //!  per container:  Identified (path only) -> Partial -> Complete        any -> Gone (queried until one result, for 10 s) -> evicted with its record
 //!  per (container, target):
 //!      file    when it appears (a list 30 ms later), from 100 ms on (logs; mounts from 500), then after 1 s, growing with its age to
-//!             30 s; all but the first at multiples of 250 ms
+//!             30 s; all but the first at multiples of 250 ms, or at an event of an engine
 //!      socket  250 ms after it appeared (an earlier query races its creation), then 0.5 s, growing as well
 //!  per socket:     absent -> closed --5 transport errors--> open --a probe every second, later every 30 s--> closed
 //! ```
@@ -29,6 +29,7 @@ use std::sync::Arc;
 
 use self::entry::{Entry, Slot};
 pub use self::entry::{QueryAttempt, QueryOutcome, can_resolve, is_likely};
+use self::slots::Slots;
 use self::target::Target;
 pub use self::target::{ABSENT, FILES_IN_FLIGHT};
 use super::values::{ContainerLabels, Facts, Label, Source};
@@ -37,7 +38,7 @@ use sampler_core::units::{BootNs, ContainerKey};
 
 const MS: u64 = 1_000_000;
 const MAX_BACK_OFF: u64 = 30_000 * MS;
-/// A container of this age is exported with the labels it has.
+/// A container of this age, or a quarter of a second more, is exported with the labels it has.
 const SETTLED_AFTER: u64 = 2_000 * MS;
 /// Most containers are resolved by the first queries; those that are not may be of a runtime that is not known yet.
 const SEARCHED_FOR_AFTER: u64 = 500 * MS;
@@ -134,8 +135,9 @@ impl LabelResolver {
     /// Adds a container. Returns whether its path alone makes its labels complete.
     pub fn appeared(&mut self, record: Arc<ContainerRecord>, now: BootNs) -> bool {
         let key = record.key;
-        let present = || self.targets.iter().enumerate().filter(|(_, target)| target.present);
-        let mut entry = Entry::new(record, present().count(), now);
+        let mut entry = Entry::new(record, now);
+        let can_know = |target: &&Target| target.present && can_resolve(target.source, entry.labels());
+        entry.slots = Slots::with_room_for(self.targets.iter().filter(can_know).count());
         entry.forged = self.is_forged(&entry);
         self.revoke_forged_labels(&entry);
         for (n, target) in self.targets.iter().enumerate().filter(|(_, target)| target.present) {
@@ -173,7 +175,7 @@ impl LabelResolver {
         let named: Vec<ContainerKey> = self.named_by_container.iter().filter(is_named).copied().collect();
         for key in named {
             let Some(entry) = self.entries.get_mut(&key).filter(|e| e.labels().get(Label::Namespace).is_none()) else { continue };
-            entry.labels_mut().merge(source, &facts);
+            entry.merge(source, &facts);
             entry.complete(now);
             self.changed.insert(key);
         }
@@ -205,8 +207,7 @@ impl LabelResolver {
     /// The container's cgroup was removed. Sources that may still know it are queried immediately, and for a few seconds.
     pub fn gone(&mut self, key: ContainerKey, at: BootNs, now: BootNs) {
         if let Some(entry) = self.entries.get_mut(&key) {
-            entry.gone = Some(at);
-            entry.slots.iter_mut().filter(|(_, slot)| slot.is_socket).for_each(|(_, slot)| slot.has_result = false);
+            entry.end(at);
             requeue(&mut self.queue, &self.targets, entry, now, None);
         }
     }
@@ -361,7 +362,7 @@ impl LabelResolver {
             // The container may have been found to be forged while the query was pending.
             if let (Outcome::Found(facts), false) = (outcome, entry.forged) {
                 let before = entry.labels().complete();
-                if entry.labels_mut().merge(query.source, facts) {
+                if entry.merge(query.source, facts) {
                     self.changed.insert(query.key);
                 }
                 // If the pod is learned last, its labels are missing and complete labels become incomplete.
@@ -432,7 +433,7 @@ impl LabelResolver {
         };
         let of_target = |(n, target): (usize, &Target)| {
             let attempt = entry.slots.get(TargetId(n as u16)).and_then(|slot| attempt_at(slot, target));
-            let attempt = attempt.unwrap_or_else(|| target.not_queried(entry.labels().complete()));
+            let attempt = attempt.unwrap_or_else(|| target.not_queried(entry.labels().complete(), entry.gone.is_some()));
             (target.source, Arc::clone(&target.endpoint), attempt)
         };
         let can_know = |(_, target): &(usize, &Target)| !target.retired && can_resolve(target.source, entry.labels());
@@ -453,13 +454,12 @@ impl LabelResolver {
 
 /// Brings forward the scheduled queries of a container, to all present targets or to `only` one, and restarts their back-off.
 fn requeue(queue: &mut Queue, targets: &[Target], entry: &mut Entry, now: BootNs, only: Option<TargetId>) {
-    if !entry.needs_queries(now) {
-        return;
-    }
     let key = entry.record.key;
     let (seen, gone) = (entry.seen, entry.gone.is_some());
-    let selected = |(id, slot): &(TargetId, &mut Slot)| only.is_none_or(|only| only == *id) && (!gone || !slot.has_result);
-    for (id, slot) in entry.slots.iter_mut().filter(selected) {
+    let is_selected = |id: &TargetId| only.is_none_or(|only| only == *id) && entry.needs_query_to(*id, now);
+    let selected: Vec<TargetId> = entry.slots.iter().map(|(id, _)| id).filter(is_selected).collect();
+    for id in selected {
+        let Some(slot) = entry.slots.get_mut(id) else { continue };
         let floor = if slot.is_socket && !gone { seen.plus(entry::SOCKET_DELAY) } else { now };
         queue.remove(&(slot.next, key, id));
         slot.restart(floor.max(now), now);

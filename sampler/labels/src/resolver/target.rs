@@ -163,11 +163,12 @@ impl Target {
         }
     }
 
-    pub fn not_queried(&self, complete: bool) -> QueryAttempt {
+    pub fn not_queried(&self, complete: bool, gone: bool) -> QueryAttempt {
         let reason = match (self.present, complete) {
             (false, _) => ABSENT,
             (true, true) => "not needed: other sources provided all labels",
             (true, false) if self.open.is_some() => "the endpoint fails; it is probed, and queries resume once it responds",
+            (true, false) if gone => "not queried before the container's end",
             (true, false) => "not queried yet",
         };
         QueryAttempt { status: QueryOutcome::NotTried, at: None, detail: reason.into() }

@@ -403,3 +403,30 @@ fn a_pod_and_a_job_in_a_container_have_the_names_that_a_container_knows() {
     assert!(resolver.labels(ContainerKey(5)).unwrap().complete());
     assert_eq!(resolver.labels(ContainerKey(4)).unwrap().text(Label::Namespace), "");
 }
+
+#[test]
+fn a_specification_is_looked_for_twice_also_if_a_socket_knows_the_container_first() {
+    let mut resolver = resolver(&[Source::Bundle, Source::Cri]);
+    // The second round of files is at 500, the socket's turn before.
+    resolver.appeared(pod(1), ms(151));
+    let reply = |query: &Query, _| match query.source {
+        Source::Cri => Outcome::Found(all_labels()),
+        _ => Outcome::NotFound,
+    };
+    let queries = run_queries(&mut resolver, 151, 60_000, reply);
+    assert_eq!(queries, [(151, Source::Bundle), (401, Source::Cri), (500, Source::Bundle)]);
+    assert!(resolver.labels(ContainerKey(1)).unwrap().complete());
+    // New folders of runtimes may have it.
+    resolver.endpoint_present(TargetId(0), ms(61_000));
+    let queries = run_queries(&mut resolver, 61_000, 90_000, |_, _| Outcome::Found(Facts::default()));
+    assert_eq!(queries, [(61_000, Source::Bundle)]);
+}
+
+#[test]
+fn files_of_a_container_that_ends_early_are_read_again_once() {
+    let mut resolver = resolver(&[Source::Bundle, Source::Mountinfo]);
+    resolver.appeared(pod(1), ms(0));
+    assert_eq!(run_queries(&mut resolver, 0, 40, |_, _| Outcome::NotFound), [(0, Source::Bundle)]);
+    resolver.gone(ContainerKey(1), ms(50), ms(60));
+    assert_eq!(run_queries(&mut resolver, 60, 20_000, |_, _| Outcome::NotFound), [(60, Source::Bundle)]);
+}

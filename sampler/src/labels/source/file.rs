@@ -46,7 +46,7 @@ pub fn read<T: DeserializeOwned>(path: &Path) -> Result<Option<T>, String> {
         Err(error) if is_absent(&error) => return Ok(None),
         opened => opened.map_err(|error| describe(&error))?,
     };
-    // With room for all of it, one read returns it and the next one its end.
+    // With room for it, a small file takes one read, and one for its end.
     let mut text = Vec::with_capacity(size.min(MAX_FILE_BYTES) as usize + 1);
     (&file).take(MAX_FILE_BYTES + 1).read_to_end(&mut text).map_err(|error| describe(&error))?;
     if text.len() as u64 > MAX_FILE_BYTES {

@@ -22,8 +22,8 @@ use crate::labels::root::Root;
 const RESOLVED_FOR: Duration = Duration::from_secs(1);
 /// How long an entry may be unnoticed in a file system that does not maintain modification times.
 const LISTED_FOR: Duration = Duration::from_secs(1);
-/// How long a new folder may be unnoticed: the first container of a runtime is looked for again after a second.
-const ABSENT_FOR: Duration = Duration::from_secs(1);
+/// How long a new folder may be unnoticed: the first container of a runtime is looked for again within a second or so.
+const ABSENT_FOR: Duration = Duration::from_millis(500);
 /// Changes within one tick of the kernel's clock have the same modification time: at most 10 ms. A list of a folder that was modified so
 /// recently is not reused.
 const CLOCK_TICK: Duration = Duration::from_millis(20);

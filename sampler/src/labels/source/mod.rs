@@ -186,7 +186,8 @@ const EMPTY_UNTIL_NS: u64 = 50_000_000;
 
 impl KnownProcesses {
     fn pids(&self, sources: &LabelSources, query: &Query) -> Arc<[String]> {
-        let is_new = query.record.creation_seen && boot_now().saturating_since(query.record.created) < EMPTY_UNTIL_NS;
+        let age = boot_now().0.checked_sub(query.record.created.0);
+        let is_new = query.record.creation_seen && age.is_some_and(|age| age < EMPTY_UNTIL_NS);
         if is_new || query.is_gone {
             return Arc::default();
         }
