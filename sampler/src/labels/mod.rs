@@ -1,5 +1,5 @@
-//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in its own task, and a read that
-//! hangs is left to its thread, so no source waits for another.
+//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in a task of the
+//! IO runtime, and a read that hangs is left to its thread, so no source waits for another.
 //!
 //! ```text
 //!  core thread --containers--> task (resolver) --queries--> sources (files, sockets)
@@ -79,7 +79,8 @@ impl LabelService {
 }
 
 /// Starts the service, on a thread with a runtime of its own: what waits for HTTP clients does not delay it, and a wake-up of one thread
-/// costs less than that of a pool. It ends when `events` is closed. Must be called inside the IO runtime, which follows the kubelets.
+/// costs less than that of a pool. It ends when `events` is closed. Must be called inside the IO runtime, where queries to
+/// sockets run.
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
     let (messages, inbox) = channel(MAX_PENDING_MESSAGES);
     let (watched, new_sockets) = std::sync::mpsc::channel();
@@ -97,7 +98,7 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     if config.sources.contains(&Source::Kubelet) {
         tokio::spawn(assigned::follow(Arc::clone(&sources), Arc::clone(&shared)));
     }
-    let task = LabelTask::new(config, sources, shared, watched);
+    let task = LabelTask::new(config, tokio::runtime::Handle::current(), sources, shared, watched);
     // A runtime must not be dropped where it cannot block, as here: it is built on its thread.
     let (built, is_built) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new().name("labels".into()).spawn(move || {

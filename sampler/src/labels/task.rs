@@ -9,6 +9,7 @@ use std::time::{Duration, Instant};
 use futures_util::FutureExt as _;
 use sampler_core::units::{BootNs, ContainerKey};
 use sampler_labels::{LabelResolver, Query, Source, TargetId};
+use tokio::runtime::Handle;
 use tokio::sync::Semaphore;
 use tokio::sync::mpsc::{Receiver, UnboundedReceiver};
 use tokio::task::AbortHandle;
@@ -48,6 +49,8 @@ const MAX_TARGETS: usize = 64;
 
 pub(super) struct LabelTask {
     config: LabelConfig,
+    /// Where queries to sockets run: what an engine sends, however much, does not delay the resolver.
+    io: Handle,
     sources: Arc<LabelSources>,
     files: FileReader,
     resolver: LabelResolver,
@@ -87,6 +90,7 @@ pub(super) struct LabelTask {
 impl LabelTask {
     pub fn new(
         config: LabelConfig,
+        io: Handle,
         sources: Arc<LabelSources>,
         shared: Arc<SharedLabels>,
         watched: mpsc::Sender<WatchedSocket>,
@@ -95,6 +99,7 @@ impl LabelTask {
         let read = move |query: &Query| source::read_files(&of_reader, query, &known);
         Self {
             config,
+            io,
             sources,
             files: FileReader::new(Arc::new(read), shared.messages.clone()),
             resolver: LabelResolver::default(),
@@ -183,7 +188,7 @@ impl LabelTask {
             }
             if matches!(socket.source, Source::Docker | Source::Podman) {
                 let (guard, messages) = (Arc::clone(&self.sources.guard), self.shared.messages.clone());
-                let follower = tokio::spawn(source::docker::follow_events(guard, socket.path.clone(), messages));
+                let follower = self.io.spawn(source::docker::follow_events(guard, socket.path.clone(), messages));
                 self.followers.insert(id, follower.abort_handle());
             }
             if retired.is_none() {
@@ -290,7 +295,7 @@ impl LabelTask {
             self.resolver.due(now).into_iter().partition(|query| query.source.is_socket());
         for query in to_sockets {
             let (sources, messages) = (Arc::clone(&self.sources), self.shared.messages.clone());
-            tokio::spawn(async move {
+            self.io.spawn(async move {
                 // A panic must not leave the query pending forever.
                 let reply = AssertUnwindSafe(source::execute(sources, &query)).catch_unwind().await;
                 let reply = reply.unwrap_or_else(|_| SourceReply::error("the query panicked"));
@@ -446,7 +451,7 @@ impl LabelTask {
 
     fn probe(&self, target: TargetId) {
         let (sources, messages) = (Arc::clone(&self.sources), self.shared.messages.clone());
-        tokio::spawn(async move {
+        self.io.spawn(async move {
             let result = source::probe(sources, target).await;
             // The task ends only with the process.
             let _ended = messages.send(LabelMessage::Probed(target, result)).await;

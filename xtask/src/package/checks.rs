@@ -111,8 +111,9 @@ pub fn deb(arch: Arch, deb: &Path, program: &Path, pages: &[String]) -> Result<(
     ensure!(read("conffiles")?.trim() == CONFIGURATION, "conffiles: {}", read("conffiles")?);
     let fields = read("control")?;
     let architecture = format!("Architecture: {}\n", arch.debian());
-    for field in
-        [&*architecture, "Package: gpu-sampler\n", "Section: admin\n", "libc6 (>= ", "systemd-sysusers", "Installed-Size: "]
+    // That of another architecture is qualified.
+    let library = if arch.is_host() { "libc6 (>= ".to_owned() } else { format!("libc6:{} (>= ", arch.debian()) };
+    for field in [&*architecture, "Package: gpu-sampler\n", "Section: admin\n", &*library, "systemd-sysusers", "Installed-Size: "]
     {
         ensure!(fields.contains(field), "control has no {field:?}: {fields}");
     }
