@@ -44,8 +44,8 @@ pub fn verb(args: &[String]) -> Result<()> {
     checks::deb(arch, &deb, &built.sampler, &pages)?;
     let rpm = package(&out, "rpm", |to| {
         let mut command = cargo_tool(CARGO_RPM)?;
-        // With the same result on machines with and without rpmbuild.
-        command.args(["--package", "sampler", "--auto-req", "builtin", "--output"]).arg(to);
+        // That of rpm, which reads the files of every architecture; the builtin one runs the loader of this machine.
+        command.args(["--package", "sampler", "--auto-req", "find-requires", "--output"]).arg(to);
         arch.select(&mut command);
         Ok(command)
     })?;
