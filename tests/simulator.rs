@@ -1,4 +1,5 @@
-//! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter. `cargo xtask bench peers` also runs all-smi.
+//! The simulated driver seen through unmodified third-party clients: nvidia-ml-py, nvitop-exporter. `cargo xtask bench peers` also runs
+//! all-smi.
 
 use std::process::Command;
 use std::time::Duration;

@@ -82,8 +82,13 @@ impl Arch {
     /// The kernel program's object. It depends on the architecture's layout of saved registers. The path is fixed, independent of
     /// `CARGO_TARGET_DIR`: the agent's build script knows that of the host.
     pub fn ebpf_object(self) -> PathBuf {
-        let folder = if self.is_host() { "ebpf-object".to_owned() } else { format!("ebpf-object-{}", self.name()) };
-        tools::root().join("target").join(folder).join("sampler-ebpf.o")
+        self.folder("ebpf-object").join("sampler-ebpf.o")
+    }
+
+    /// A folder of that name in `target`, one for each architecture.
+    pub fn folder(self, name: &str) -> PathBuf {
+        let name = if self.is_host() { name.to_owned() } else { format!("{name}-{}", self.name()) };
+        tools::root().join("target").join(name)
     }
 
     /// Makes a call of cargo one for this architecture.

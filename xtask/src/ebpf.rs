@@ -101,8 +101,7 @@ fn build_program(arch: Arch, name: &str, to: &Path) -> Result<()> {
     let prefix = &toolchain.prefix;
     progress(format_args!("kernel program: with {} (LLVM {})", prefix.display(), toolchain.llvm));
     // A folder for each: their flags differ, and each would be built again after the other.
-    let target_dir =
-        tools::root().join(if arch.is_host() { "target/bpf".to_owned() } else { format!("target/bpf-{}", arch.name()) });
+    let target_dir = arch.folder("bpf");
     let mut cargo = Command::new(prefix.join("bin/cargo"));
     forget_cargo(&mut cargo);
     for name in [

@@ -1,5 +1,5 @@
-//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in a task of the
-//! IO runtime, and a read that hangs is left to its thread, so no source waits for another.
+//! The label service: one task, on a thread of its own, owns the resolver. Each query to a socket runs in a task of the IO runtime, and a
+//! read that hangs is left to its thread, so no source waits for another.
 //!
 //! ```text
 //!  core thread --containers--> task (resolver) --queries--> sources (files, sockets)
@@ -79,8 +79,8 @@ impl LabelService {
 }
 
 /// Starts the service, on a thread with a runtime of its own: what waits for HTTP clients does not delay it, and a wake-up of one thread
-/// costs less than that of a pool. It ends when `events` is closed. Must be called inside the IO runtime, where queries to
-/// sockets run.
+/// costs less than that of a pool. It ends when `events` is closed. Must be called inside the IO runtime, where
+/// queries to sockets run.
 pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> std::io::Result<LabelService> {
     let (messages, inbox) = channel(MAX_PENDING_MESSAGES);
     let (watched, new_sockets) = std::sync::mpsc::channel();
@@ -103,17 +103,13 @@ pub fn spawn(config: LabelConfig, events: UnboundedReceiver<ContainerEvent>) -> 
     let (built, is_built) = std::sync::mpsc::sync_channel(1);
     std::thread::Builder::new().name("labels".into()).spawn(move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().thread_name("label-files").build();
-        let (runtime, result) = match runtime {
-            Ok(runtime) => (Some(runtime), Ok(())),
-            Err(error) => (None, Err(error)),
-        };
+        let (result, runtime) = runtime.map_or_else(|error| (Err(error), None), |runtime| (Ok(()), Some(runtime)));
         // The caller waits for it.
         let _sent = built.send(result);
-        if let Some(runtime) = runtime {
-            runtime.block_on(task.run(events, inbox));
-            // A file read may hang in the kernel.
-            runtime.shutdown_background();
-        }
+        let Some(runtime) = runtime else { return };
+        runtime.block_on(task.run(events, inbox));
+        // A file read may hang in the kernel.
+        runtime.shutdown_background();
     })?;
     is_built.recv().map_err(std::io::Error::other)??;
     Ok(service)
