@@ -61,6 +61,11 @@ impl Source {
         matches!(self, Source::Kubelet | Source::Docker | Source::Podman | Source::Cri | Source::Crio)
     }
 
+    /// Whether it has the record of a container before it makes the cgroup, and so for all of the container's life.
+    pub fn knows_before_cgroup(self) -> bool {
+        matches!(self, Source::Docker | Source::Podman)
+    }
+
     /// Whether it has the specification of a container, and so its GPUs.
     pub fn has_specification(self) -> bool {
         matches!(self, Source::Bundle | Source::CrioFile | Source::PodmanFile)

@@ -98,11 +98,20 @@ impl Entry {
     pub fn add_slot(&mut self, id: TargetId, source: Source, now: BootNs) -> Option<BootNs> {
         let after = initial_delay(source, &self.labels)?;
         let (is_socket, has_specification) = (source.is_socket(), source.has_specification() && after < UNLIKELY_DELAY);
+        let records_late = is_socket && !source.knows_before_cgroup();
         let due = self.seen.plus(after);
         let next = if is_socket || after < SECOND_FILES_DELAY { due } else { together_after(due) }.max(now);
         let reads_processes = source == Source::Mountinfo;
-        let slot =
-            Slot { is_socket, has_specification, reads_processes, started: self.seen, last_sent: now, next, ..Slot::default() };
+        let slot = Slot {
+            is_socket,
+            records_late,
+            has_specification,
+            reads_processes,
+            started: self.seen,
+            last_sent: now,
+            next,
+            ..Slot::default()
+        };
         self.slots.insert(id, slot);
         self.needs_query_to(id, now).then_some(next)
     }
@@ -128,11 +137,12 @@ impl Entry {
         slot.has_specification && !slot.was_found && may_appear && !self.forged && self.gone.is_none()
     }
 
-    /// The container has no cgroup any more. Sockets are queried once more, files until they were read as often as those of a container
-    /// that lives.
+    /// The container has no cgroup any more. Sockets that may have got to know it late are queried once more, files until they were read as
+    /// often as those of a container that lives.
     pub fn end(&mut self, at: BootNs) {
         self.gone = Some(at);
-        let is_open = |slot: &Slot| slot.is_socket || slot.attempts < FILE_ROUNDS && !slot.reads_processes;
+        let is_read = |slot: &Slot| slot.is_socket || slot.reads_processes || slot.attempts >= FILE_ROUNDS;
+        let is_open = |slot: &Slot| slot.records_late || !is_read(slot);
         self.slots.iter_mut().filter(|(_, slot)| is_open(slot)).for_each(|(_, slot)| slot.has_result = false);
     }
 
@@ -257,6 +267,8 @@ fn is_full_id(id: &str) -> bool {
 #[derive(Clone, Debug, Default)]
 pub(super) struct Slot {
     pub is_socket: bool,
+    /// The source may get to know a container only after its cgroup exists.
+    records_late: bool,
     has_specification: bool,
     /// The source reads files of the container's processes, of which one that is gone has none.
     reads_processes: bool,
@@ -269,8 +281,8 @@ pub(super) struct Slot {
     /// Queries without an outcome.
     pending: u32,
     pub next: BootNs,
-    /// A query returned a result other than a failure. Of a socket and a container that is gone: a query that was sent after its end,
-    /// since a runtime may know a container somewhat later than its cgroup exists.
+    /// A query returned a result other than a failure. Of a source that records late and a container that is gone: a query that was sent
+    /// after its end.
     pub has_result: bool,
     pub last_attempt: Option<QueryAttempt>,
 }
@@ -312,7 +324,7 @@ impl Slot {
         self.pending = self.pending.saturating_sub(1);
         self.attempts += 1;
         let is_result = !matches!(attempt.status, QueryOutcome::Error | QueryOutcome::Timeout);
-        self.has_result |= is_result && (!self.is_socket || gone.is_none_or(|at| self.last_sent >= at));
+        self.has_result |= is_result && (!self.records_late || gone.is_none_or(|at| self.last_sent >= at));
         self.was_found |= attempt.status == QueryOutcome::Ok;
         self.last_attempt = Some(attempt);
         let second = self.started.plus(SECOND_FILES_DELAY);

@@ -210,13 +210,11 @@ fn containers_that_are_gone_are_queried_at_once_until_one_result_and_for_ten_sec
     let queries = run_queries(&mut resolver, 651, 60_000, |_, _| Outcome::Failed);
     assert_eq!(queries.first(), Some(&(651, Source::Docker)));
     assert!((8_000..10_651).contains(&queries.last().unwrap().0), "{queries:?}");
-    // A result before the end does not count, one after it does. A query that was sent before the end counts as before.
+    // An engine has the record of a container before it makes the cgroup: a result before the end is one.
     resolver.appeared(docker(3), ms(60_000));
-    let sent_before = resolver.due(ms(60_250)).remove(0);
-    resolver.gone(ContainerKey(3), ms(60_300), ms(60_301));
-    resolver.record_outcome(&sent_before, &Outcome::NotFound, attempt(&Outcome::NotFound), ms(60_302));
-    let queries = run_queries(&mut resolver, 60_303, 90_000, |_, _| Outcome::NotFound);
-    assert!(matches!(queries[..], [(60_303..61_000, _)]), "{queries:?}");
+    assert_eq!(run_queries(&mut resolver, 60_000, 60_400, |_, _| Outcome::NotFound), [(60_250, Source::Docker)]);
+    resolver.gone(ContainerKey(3), ms(60_400), ms(60_401));
+    assert_eq!(run_queries(&mut resolver, 60_401, 90_000, |_, _| Outcome::NotFound), []);
     resolver.evicted(ContainerKey(3));
     resolver.evicted(ContainerKey(1));
     assert!(resolver.labels(ContainerKey(1)).is_none() && resolver.next_due(ms(90_000)).is_none());
@@ -224,6 +222,18 @@ fn containers_that_are_gone_are_queried_at_once_until_one_result_and_for_ten_sec
         resolver.entries.is_empty() && resolver.by_id.is_empty() && resolver.queue.is_empty() && resolver.settling.is_empty()
     );
     assert!(resolver.unresolved.is_empty() && !resolver.has_unresolved(ms(90_000)));
+}
+
+#[test]
+fn a_runtime_that_records_late_is_queried_after_the_end() {
+    let mut resolver = resolver(&[Source::Cri]);
+    resolver.appeared(pod(1), BootNs(0));
+    // A query that was sent before the end counts as before.
+    let sent_before = resolver.due(ms(250)).remove(0);
+    resolver.gone(ContainerKey(1), ms(300), ms(301));
+    resolver.record_outcome(&sent_before, &Outcome::NotFound, attempt(&Outcome::NotFound), ms(302));
+    let queries = run_queries(&mut resolver, 303, 30_000, |_, _| Outcome::NotFound);
+    assert!(matches!(queries[..], [(303..1_000, Source::Cri)]), "{queries:?}");
 }
 
 #[test]
