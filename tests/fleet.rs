@@ -16,6 +16,8 @@ const JOB: &str = "slurm/4711";
 const STORE: &str = "s3://sessions/gpu";
 /// Time for a session to end, and for an upload that waits for its next attempt.
 const ENDS: Duration = Duration::from_secs(60);
+/// More than two parts of an upload.
+const LARGE: usize = 20 << 20;
 /// The sums have the same terms in another order.
 const ROUNDING: f64 = 1e-6;
 
@@ -178,6 +180,42 @@ fn sessions_of_two_nodes_are_uploaded_and_make_one_report() -> Result<()> {
     assert_eq!(code, Some(1), "{err}");
     assert!(err.contains("node-c/20260101-000000-00.gpus is not reported"), "{err}");
     assert!(out.contains(JOB) && out.contains("NOT REPORTED") && out.contains("2 nodes"), "{out}");
+    Ok(())
+}
+
+#[test]
+fn interrupted_sessions_and_large_ones_are_uploaded() -> Result<()> {
+    let tree = CgroupTree::new("uploads")?;
+    let node = FleetNode::new("node-a", 9, &tree.make(STEP)?)?;
+    let _load = node.load(0.5)?;
+    let port = free_port()?;
+    let server = S3Server::start(port)?;
+    let mut agent = node.agent(Some(port))?;
+    let finished = recorded(&agent)?;
+    wait_until_uploaded(&agent, 1.0)?;
+    let interrupted = agent.record(Duration::from_secs(300), Duration::ZERO)?;
+    wait_for("the session has frames", ENDS, || {
+        Ok(agent.session(&interrupted)?["size_bytes"].as_u64().filter(|size| *size > 4096))
+    })?;
+    agent.process.ends_with(libc::SIGKILL)?;
+
+    // Larger than one part: of a session's file, only the beginning and the end are read before its upload.
+    let dir = node.dir.path();
+    let small = std::fs::read(dir.join(format!("{finished}.gpus")))?;
+    let middle = small.len() - 64;
+    let large = [&small[..middle], &vec![0; LARGE], &small[middle..]].concat();
+    std::fs::write(dir.join("20260101-000000-00.gpus"), &large)?;
+    let restarted = node.agent(Some(port))?;
+    assert_eq!(restarted.session(&interrupted)?["state"], "interrupted");
+    wait_until_uploaded(&restarted, 2.0)?;
+    assert!(server.get("/gpu/node-a/20260101-000000-00.gpus")? == large, "the parts are the file");
+    let url = format!("{STORE}/node-a/{interrupted}.gpus");
+    assert!(of_one_session(&report(port, &[&url])?) > 0.1);
+    let (code, out, err) = run(port, &["report", &url])?;
+    assert!(code == Some(0) && out.contains("INCOMPLETE"), "{out}{err}");
+
+    let (_, _, err) = run(port, &["report", "--fleet", "s3://missing/gpu"])?;
+    assert!(err.contains("s3://missing/gpu does not exist; create the bucket"), "{err}");
     Ok(())
 }
 

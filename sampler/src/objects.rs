@@ -45,6 +45,8 @@ pub enum ObjectError {
     Access { url: String, remedy: &'static str, source: object_store::Error },
     #[error("there is no object {url}")]
     Missing { url: String },
+    #[error("the bucket of {url} does not exist; create the bucket, or correct the URL")]
+    NoBucket { url: String },
     #[error("the object store of {url} cannot be used; {remedy}")]
     Request { url: String, remedy: &'static str, source: object_store::Error },
     #[error("the object store did not complete a request for {url} within {seconds} s")]
@@ -122,6 +124,12 @@ impl FromStr for StoreUrl {
     }
 }
 
+/// Whether the store says that there is no such bucket: it has no error of its own in the library.
+fn names_no_bucket(error: &object_store::Error) -> bool {
+    let text = display_chain(error);
+    ["NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist"].iter().any(|code| text.contains(code))
+}
+
 /// The URL for messages, without what may be a secret.
 fn without_secrets(text: &str) -> String {
     match text.split_once("://") {
@@ -197,6 +205,7 @@ impl Objects {
             source @ (object_store::Error::PermissionDenied { .. } | object_store::Error::Unauthenticated { .. }) => {
                 ObjectError::Access { url, remedy, source }
             }
+            source if names_no_bucket(&source) => ObjectError::NoBucket { url },
             source => ObjectError::Request { url, remedy, source },
         }
     }

@@ -43,6 +43,11 @@ impl S3Server {
         Ok(server)
     }
 
+    /// Requests are not checked for credentials, except by [`S3Server::refusing`].
+    pub fn get(&self, key: &str) -> Result<Vec<u8>> {
+        local(self.port).get(&format!("/{BUCKET}{key}"))?.ok()
+    }
+
     /// Stores an object; without a key, creates the bucket.
     pub fn put(&self, key: &str, content: &[u8]) -> Result<()> {
         local(self.port).request("PUT", &format!("/{BUCKET}{key}"), "application/octet-stream", content)?.ok().map(|_| ())

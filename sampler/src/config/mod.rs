@@ -149,7 +149,7 @@ pub struct Settings {
     /// Memory for the last minutes, which is the maximum lookback of sessions [default: 8388608]
     #[arg(long, value_name = "BYTES", env = "GPU_SAMPLER_SESSION_RING_BYTES")]
     pub session_ring_bytes: Option<usize>,
-    /// Object store to which complete sessions are uploaded: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or
+    /// Object store to which sessions are uploaded when they end: s3://BUCKET/PREFIX, gs://BUCKET/PREFIX, az://CONTAINER/PREFIX or
     /// file:///DIR [default: none]
     #[arg(long, value_name = "URL", env = "GPU_SAMPLER_SESSION_STORE")]
     pub session_store: Option<String>,

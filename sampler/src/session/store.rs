@@ -142,7 +142,7 @@ impl Entry {
 
 /// A session with a file that does not change any more.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct CompleteSession {
+pub struct EndedSession {
     pub id: String,
     pub path: PathBuf,
     pub bytes: u64,
@@ -326,13 +326,18 @@ impl Store {
         counts
     }
 
-    /// The sessions with complete files, oldest first.
-    pub fn complete(&self) -> Vec<CompleteSession> {
-        let complete = |(id, entry): (&String, &Entry)| {
-            let path = entry.path.clone().filter(|path| path.extension().is_some_and(|end| end == "gpus"))?;
-            (entry.phase == Phase::Finished).then(|| CompleteSession { id: id.clone(), path, bytes: entry.size_bytes })
+    /// The sessions that have ended and can be reported, those of an agent that ended first among them; oldest first.
+    pub fn ended(&self) -> Vec<EndedSession> {
+        let ended = |(id, entry): (&String, &Entry)| {
+            let can_be_reported = match entry.phase {
+                Phase::Finished => true,
+                Phase::Interrupted => entry.error.is_none(),
+                Phase::Armed | Phase::Recording | Phase::Failed => false,
+            };
+            let path = entry.path.clone().filter(|_| can_be_reported)?;
+            Some(EndedSession { id: id.clone(), path, bytes: entry.size_bytes })
         };
-        self.entries().iter().filter_map(complete).collect()
+        self.entries().iter().filter_map(ended).collect()
     }
 
     pub fn active(&self) -> usize {

@@ -1,7 +1,7 @@
-//! Uploads complete sessions to an object store, as `PREFIX/NODE/ID.gpus`.
+//! Uploads sessions that have ended to an object store, as `PREFIX/NODE/ID.gpus`.
 //!
 //! ```text
-//!  store --complete files--> pending --upload--> uploaded        lost: the local file was removed first
+//!  store --files that do not change--> pending --upload--> uploaded        lost: the local file was removed first
 //!                              ^------error: after a delay, which doubles
 //! ```
 //! What the store has is listed once after the start, so that a restart uploads what is left and nothing twice. Local files are not
@@ -12,7 +12,7 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use super::store::{CompleteSession, Store, file_name};
+use super::store::{EndedSession, Store, file_name};
 use crate::error::display_chain;
 use crate::health::Health;
 use crate::health::condition::Condition;
@@ -35,7 +35,7 @@ pub struct Uploader {
     pending: BTreeSet<String>,
 }
 
-fn name(session: &CompleteSession) -> String {
+fn name(session: &EndedSession) -> String {
     file_name(&session.id)
 }
 
@@ -51,7 +51,7 @@ impl Uploader {
 
     /// Runs until the process ends; an interrupted upload is repeated after the next start.
     pub async fn run(mut self) {
-        tracing::info!(store = %self.objects.url(), node = self.node, "complete sessions are uploaded to the object store");
+        tracing::info!(store = %self.objects.url(), node = self.node, "sessions that have ended are uploaded to the object store");
         let mut delay = FIRST_DELAY;
         loop {
             match self.turn().await {
@@ -73,17 +73,17 @@ impl Uploader {
         }
     }
 
-    /// Uploads what is complete and not uploaded yet. Without such sessions the object store is not accessed.
+    /// Uploads what has ended and is not uploaded yet. Without such sessions the object store is not accessed.
     async fn turn(&mut self) -> Result<(), ObjectError> {
-        let complete = self.store.complete();
-        self.forget_removed(&complete);
-        if complete.is_empty() {
+        let ended = self.store.ended();
+        self.forget_removed(&ended);
+        if ended.is_empty() {
             return Ok(());
         }
         if self.uploaded.is_none() {
-            self.uploaded = Some(self.list(&complete).await?);
+            self.uploaded = Some(self.list(&ended).await?);
         }
-        for session in complete {
+        for session in ended {
             let is_uploaded = self.uploaded.as_ref().is_some_and(|uploaded| uploaded.contains(&session.id));
             if !is_uploaded {
                 self.pending.insert(session.id.clone());
@@ -93,7 +93,7 @@ impl Uploader {
         Ok(())
     }
 
-    async fn upload(&mut self, session: &CompleteSession) -> Result<(), ObjectError> {
+    async fn upload(&mut self, session: &EndedSession) -> Result<(), ObjectError> {
         let key = self.objects.key(&self.node, &name(session));
         let path: PathBuf = session.path.clone();
         match self.objects.put_file(&path, &key).await {
@@ -111,18 +111,18 @@ impl Uploader {
     }
 
     /// The sessions of which the object store has a file of the same size.
-    async fn list(&self, complete: &[CompleteSession]) -> Result<BTreeSet<String>, ObjectError> {
+    async fn list(&self, ended: &[EndedSession]) -> Result<BTreeSet<String>, ObjectError> {
         let found = self.objects.list(&self.node).await?;
-        let is_there = |session: &&CompleteSession| {
+        let is_there = |session: &&EndedSession| {
             let key = self.objects.key(&self.node, &name(session));
             found.iter().any(|object| object.key == key && object.bytes == session.bytes)
         };
-        Ok(complete.iter().filter(is_there).map(|session| session.id.clone()).collect())
+        Ok(ended.iter().filter(is_there).map(|session| session.id.clone()).collect())
     }
 
     /// Counts sessions that were removed before they were uploaded, and keeps the sets as small as the table.
-    fn forget_removed(&mut self, complete: &[CompleteSession]) {
-        let is_kept = |id: &String| complete.iter().any(|session| session.id == *id);
+    fn forget_removed(&mut self, ended: &[EndedSession]) {
+        let is_kept = |id: &String| ended.iter().any(|session| session.id == *id);
         if let Some(uploaded) = &mut self.uploaded {
             uploaded.retain(is_kept);
         }
@@ -182,7 +182,7 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn a_complete_session_is_uploaded_once_also_after_a_restart() {
+    async fn a_session_that_has_ended_is_uploaded_once_also_after_a_restart() {
         let scene = UploadScene::new();
         let (id, _active) = (scene.session(), scene.session());
         let mut uploader = scene.uploader();
