@@ -21,6 +21,8 @@ use object_store::{ObjectStore, ObjectStoreExt as _, RetryConfig, WriteMultipart
 use thiserror::Error;
 use url::Url;
 
+use crate::error::display_chain;
+
 /// Size of the parts of an upload; smaller files are sent in one request. S3 requires at least 5 MiB.
 const PART_BYTES: u64 = 8 << 20;
 /// A listing with more objects is refused: it would not be the sessions of one job.
