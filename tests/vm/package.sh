@@ -4,7 +4,7 @@
 # hangs is left alone.
 #
 #     cargo xtask package
-#     cargo xtask vm 6.1 --with target/dist/gpu-sampler_0.1.0-1_amd64.deb --with tests/vm/package.sh -- sh package.sh
+#     cargo xtask vm 6.1 --with target/dist/gpu-sampler_0.1.0-1_amd64.deb --with tests/vm/lib.sh --with tests/vm/package.sh -- sh package.sh
 set -eu
 
 # The program of the package is under test.
@@ -14,27 +14,12 @@ sim=/var/lib/nvml-sim
 drop_in=/etc/systemd/system/$unit.d
 all="CAP_BPF CAP_PERFMON CAP_SYS_PTRACE CAP_DAC_READ_SEARCH"
 
-fail() {
-    echo "package: $*" >&2
+test=package
+. ./lib.sh
+
+failed() {
     systemctl status --no-pager --full "$unit" >&2 || true
     journalctl --unit "$unit" --no-pager --lines 60 >&2 || true
-    exit 1
-}
-
-passed() {
-    echo "package: $*"
-}
-
-# Waits up to a number of seconds for a command to succeed.
-within() {
-    seconds=$1
-    shift
-    tries=0
-    until "$@"; do
-        tries=$((tries + 1))
-        [ "$tries" -le "$seconds" ] || return 1
-        sleep 1
-    done
 }
 
 property() {
@@ -49,10 +34,6 @@ is_active() {
     [ "$(property ActiveState)/$(property SubState)" = active/running ]
 }
 
-get() {
-    python3 -c 'import sys, urllib.request; sys.stdout.write(urllib.request.urlopen("http://127.0.0.1:9836" + sys.argv[1], timeout=10).read().decode())' "$1"
-}
-
 # The hexadecimal mask of names of capabilities, as /proc shows it.
 mask() {
     python3 - "$@" <<'PYTHON'
@@ -60,24 +41,6 @@ import sys
 numbers = {"CAP_DAC_READ_SEARCH": 2, "CAP_SYS_PTRACE": 19, "CAP_PERFMON": 38, "CAP_BPF": 39}
 print("%016x" % sum(1 << numbers[name] for name in sys.argv[1:]))
 PYTHON
-}
-
-# Whether the GPU time of a container is exported, with its labels in the family of all labels.
-is_attributed() {
-    get '/metrics?collect[]=all' >metrics.txt || return 1
-    python3 - "$1" "$2" <<'PYTHON'
-import re, sys
-identifier, name = sys.argv[1:]
-page = open("metrics.txt").read()
-seconds = re.findall(r'container_gpu_seconds_total\{[^}]*container_id="%s"[^}]*\} ([0-9.]+)' % identifier, page)
-info = re.findall(r'container_gpu_info\{([^}]*container_id="%s"[^}]*)\}' % identifier, page)
-labelled = any('name="%s"' % name in labels and 'image=""' not in labels for labels in info)
-sys.exit(not (labelled and any(float(value) > 0 for value in seconds)))
-PYTHON
-}
-
-kernel_mode() {
-    get /metrics | sed -n 's/^gpu_sampler_kernel_mode{mode="\([a-z_]*\)"} 1$/\1/p'
 }
 
 restart() {
@@ -119,9 +82,9 @@ passed "capabilities $(mask $all): $all"
 
 # Neighbours in containers of Docker and podman, with labels from files: the user may not use the engines' sockets.
 systemctl start docker.service
-tar --create --directory / bin/busybox | docker import - busybox:1 >/dev/null
+import_image docker
 docker=$(docker run --detach --name neighbour --network none --security-opt apparmor=unconfined busybox:1 /bin/busybox sleep 3600)
-tar --create --directory / bin/busybox | podman import - busybox:1 >/dev/null 2>&1
+import_image podman
 podman=$(podman run --detach --name other --network none busybox:1 /bin/busybox sleep 3600)
 nvml-sim load --dir "$sim" --gpu 0 --demand 0.6 --pid "$(docker inspect --format '{{.State.Pid}}' neighbour)" >/dev/null &
 nvml-sim load --dir "$sim" --gpu 1 --demand 0.4 --pid "$(podman inspect --format '{{.State.Pid}}' other)" >/dev/null &

@@ -40,6 +40,8 @@ cargo xtask VERB
                                    record this machine's NVIDIA driver for the tests to replay (root); --built: with
                                    the programs of that folder, for a machine without Rust
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
+  matrix [KERNEL..] [--layout L..]  run the agent on each kernel and layout of cgroups in virtual machines, and write what works to
+                                   docs/support.md (root)
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator; --target: for x86_64 or aarch64, by
                                    cross-compilation with the compilers of Debian
@@ -62,6 +64,7 @@ fn main() -> ExitCode {
         "bench" => bench::verb(rest),
         "gpu" => gpu::verb(rest),
         "vm" => vm::verb(rest),
+        "matrix" => vm::matrix::verb(rest),
         "lint" => lint::verb(rest),
         "build" => build::verb(rest),
         "build-ebpf" => ebpf::verb(rest),

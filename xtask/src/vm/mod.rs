@@ -17,6 +17,7 @@ mod boot;
 mod cpio;
 mod image;
 mod kernel;
+pub mod matrix;
 
 use crate::{
     build::{self, Profile},
@@ -50,6 +51,21 @@ struct VmOptions {
     command: Vec<String>,
 }
 
+impl Default for VmOptions {
+    fn default() -> Self {
+        Self {
+            kernel: String::new(),
+            append: String::new(),
+            suite: None,
+            with: Vec::new(),
+            memory_mib: 2560,
+            timeout: Duration::from_secs(30 * 60),
+            yes: false,
+            command: Vec::new(),
+        }
+    }
+}
+
 fn usage(problem: impl std::fmt::Display) -> anyhow::Error {
     Usage(format!("{problem}\n{USAGE}")).into()
 }
@@ -58,16 +74,7 @@ impl VmOptions {
     fn parse(args: &[String]) -> Result<Self> {
         let end = args.iter().position(|word| word == "--");
         let (ours, command) = args.split_at(end.unwrap_or(args.len()));
-        let mut options = Self {
-            kernel: String::new(),
-            append: String::new(),
-            suite: None,
-            with: Vec::new(),
-            memory_mib: 2560,
-            timeout: Duration::from_secs(30 * 60),
-            yes: false,
-            command: command.get(1..).unwrap_or_default().to_vec(),
-        };
+        let mut options = Self { command: command.get(1..).unwrap_or_default().to_vec(), ..Self::default() };
         let mut words = ours.iter();
         while let Some(word) = words.next() {
             let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
@@ -102,6 +109,21 @@ impl VmOptions {
 
 pub fn verb(args: &[String]) -> Result<()> {
     let options = VmOptions::parse(args)?;
+    match run(&options)?.status {
+        0 => Ok(()),
+        status => Err(tools::Ended { what: options.command.join(" "), status }.into()),
+    }
+}
+
+/// What a machine has left.
+struct VmRun {
+    release: String,
+    results: PathBuf,
+    /// Of the command.
+    status: u8,
+}
+
+fn run(options: &VmOptions) -> Result<VmRun> {
     if env::consts::ARCH != "x86_64" {
         bail!("virtual machines are supported on x86_64 only, not on {}", env::consts::ARCH);
     }
@@ -119,26 +141,23 @@ pub fn verb(args: &[String]) -> Result<()> {
     sys::catch_signals();
     let mut cleanup = Cleanup::start()?;
     let (release, apt) = resolve(&dir, &options.kernel)?;
-    let files = files(&options)?;
+    let files = files(options)?;
     let suite = options.suite.as_deref().unwrap_or_else(|| image::suite_of(&release));
     let making = lock(&dir)?;
     let kernel = kernel::ensure(apt, &dir, &release, &mut cleanup)?;
     let root = image::ensure(&dir, suite, &mut cleanup)?;
     drop(making);
 
-    let run = dir.join(format!("run-{}", std::process::id()));
-    cleanup.will_remove(&Leftover::Tree(run.clone()))?;
-    fs::create_dir(&run).with_context(|| run.display().to_string())?;
+    let folder = dir.join(format!("run-{}", std::process::id()));
+    cleanup.will_remove(&Leftover::Tree(folder.clone()))?;
+    fs::create_dir(&folder).with_context(|| folder.display().to_string())?;
     let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_secs());
     let results = dir.join("results").join(format!("{release}-{now}"));
     fs::create_dir_all(&results).with_context(|| results.display().to_string())?;
     let machine = boot::Machine { kernel, root, memory_mib: options.memory_mib, append: &options.append };
-    let status = machine.run(&run, &results, &files, &options.command, options.timeout);
+    let status = machine.run(&folder, &results, &files, &options.command, options.timeout);
     progress(format_args!("vm: results in {}", results.display()));
-    match status? {
-        0 => Ok(()),
-        status => Err(tools::Ended { what: options.command.join(" "), status }.into()),
-    }
+    Ok(VmRun { release, results, status: status? })
 }
 
 /// The kernel release that `wanted` selects. Package lists are needed only for a kernel that is not unpacked yet.

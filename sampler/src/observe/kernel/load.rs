@@ -131,10 +131,25 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
     let lost = ebpf.take_map("LOST").ok_or(KernelError::Inconsistent("LOST"))?;
     let lost = PerCpuArray::try_from(lost).map_err(refused("open the map LOST"))?;
     let misses = misses(&ebpf)?;
+    log_sizes(&ebpf);
     drop(types);
     // The parsed BTF is by far the largest allocation of this process.
     allocator::trim();
     Ok(Program { ebpf, v1_hierarchy: v1.map(|(_, id)| id), rings, lost, misses })
+}
+
+/// What the kernel made of each program, for `cargo xtask matrix`. Unknown before Linux 5.16.
+fn log_sizes(ebpf: &Ebpf) {
+    for (name, program) in ebpf.programs() {
+        if let Ok(info) = program.info() {
+            let (verified, bytes) = (info.verified_instruction_count(), info.size_translated());
+            tracing::debug!("program {name}: {} instructions verified, {} bytes", shown(verified), shown(bytes));
+        }
+    }
+}
+
+fn shown(number: Option<u32>) -> String {
+    number.map_or("unknown".to_owned(), |number| number.to_string())
 }
 
 fn misses(ebpf: &Ebpf) -> Result<Misses, KernelError> {

@@ -1,0 +1,176 @@
+#!/bin/sh
+# In a machine with systemd as its first process: what `cargo xtask matrix` records of one kernel and one layout of cgroups. Each line of
+# `$RESULTS/cells.tsv` is a check, its result (ok, failed, or absent if the machine lacks what it needs), and a detail.
+#
+#     cargo xtask vm 6.1 --with tests/vm/lib.sh --with tests/vm/matrix.sh --with tests/vm/refuse-raw-tracepoints.py -- sh matrix.sh
+set -eu
+test=matrix
+. ./lib.sh
+
+cells=$RESULTS/cells.tsv
+sim=/root/sim
+mode=raw_tracepoint
+case $(cat /sys/kernel/security/lockdown 2>/dev/null || true) in
+*"[confidentiality]"*) mode=inotify ;;
+esac
+
+cell() {
+    printf '%s\t%s\t%s\n' "$1" "$2" "$3" >>"$cells"
+    passed "$1: $2: $3"
+}
+
+# Starts the agent by a command of its own, or as it is; waits until it serves.
+start_agent() {
+    agent_log=$RESULTS/agent-$1.txt
+    shift
+    "$@" gpu-sampler run --nvml-lib "$sim/lib/libnvidia-ml.so.1" --gpu-budget-percent 100 --gpu-wait-percent 100 >"$agent_log" 2>&1 &
+    agent=$!
+    within 60 get /readyz >/dev/null 2>&1
+}
+
+stop_agent() {
+    kill "$agent"
+    wait "$agent" 2>/dev/null || true
+}
+
+# load GPU PID: the process uses the GPU until the end.
+load() {
+    nvml-sim load --dir "$sim" --gpu "$1" --demand 0.2 --pid "$2" >/dev/null 2>&1 &
+}
+
+# engine CELL COMMAND ..: two containers of an engine, one before the agent's start and one after it.
+before=
+engine() {
+    name=$1
+    shift
+    if id=$("$@" run --detach --name "$name-before" --network none busybox:1 /bin/busybox sleep 3600 2>>"$RESULTS/engines.txt"); then
+        load 0 "$("$@" inspect --format '{{.State.Pid}}' "$name-before")"
+        before="$before $name:$id"
+    else
+        cell "$name" absent "$(tail -n 1 "$RESULTS/engines.txt" | cut -c 1-120)"
+    fi
+}
+
+# Whether the container from before the agent's start has GPU time and labels, and one that starts now.
+engine_is_attributed() {
+    name=$1 id=$2
+    shift 2
+    if ! within 60 is_attributed "$id" "$name-before"; then
+        cell "$name" failed "a container from before the agent's start has no GPU time or labels"
+        return
+    fi
+    new=$("$@" run --detach --name "$name-after" --network none busybox:1 /bin/busybox sleep 3600 2>>"$RESULTS/engines.txt")
+    load 1 "$("$@" inspect --format '{{.State.Pid}}' "$name-after")"
+    if within 60 is_attributed "$new" "$name-after"; then
+        cell "$name" ok "$("$@" version --format '{{.Client.Version}}' 2>/dev/null || "$@" --version)"
+    else
+        cell "$name" failed "a container from after the agent's start has no GPU time or labels"
+    fi
+}
+
+# The user of rootless engines, with a session manager of its own.
+rootless() {
+    runuser -u rootless -- env XDG_RUNTIME_DIR=/run/user/"$(id -u rootless)" HOME=/home/rootless sh -c 'cd && exec "$@"' sh "$@"
+}
+
+nvml-sim init --dir "$sim" --gpus 2 >/dev/null
+systemctl start docker.service
+import_image docker
+import_image podman
+engine docker docker
+engine podman podman
+engine podman-runc podman --runtime runc
+useradd --create-home --shell /bin/sh --add-subids-for-system rootless 2>/dev/null || useradd --create-home --shell /bin/sh rootless
+grep -q '^rootless:' /etc/subuid || usermod --add-subuids 200000-265535 --add-subgids 200000-265535 rootless
+chmod 755 /root
+chmod -R a+rwX "$sim"
+if loginctl enable-linger rootless && within 20 test -d "/run/user/$(id -u rootless)"; then
+    tar --create --directory / bin/busybox >/tmp/busybox.tar
+    rootless podman import - busybox:1 </tmp/busybox.tar >/dev/null 2>&1 || true
+    engine podman-rootless rootless podman
+else
+    cell podman-rootless absent "no session manager of a user"
+fi
+# A pod of a cluster, as the kubelet has it with systemd cgroups. Docker refuses a slice where systemd does not manage its cgroups.
+pod=8bb25662_de9a_11e9_84e7_f8f21e04010c
+if id=$(docker run --detach --name kubelet-pod --network none --cgroup-parent "kubepods-burstable-pod$pod.slice" \
+    --label io.kubernetes.pod.namespace=serving --label io.kubernetes.pod.name=llm-0 --label io.kubernetes.container.name=server \
+    --label "io.kubernetes.pod.uid=$(echo $pod | tr _ -)" --label io.kubernetes.docker.type=container \
+    busybox:1 /bin/busybox sleep 3600 2>>"$RESULTS/engines.txt"); then
+    load 0 "$(docker inspect --format '{{.State.Pid}}' kubelet-pod)"
+    kubelet_pod=$id
+else
+    kubelet_pod=
+fi
+
+start_agent plain env RUST_LOG=info,gpu_sampler::observe::kernel=debug || cell agent failed "$(tail -n 1 "$RESULTS/agent-plain.txt" | cut -c 1-160)"
+gpu-sampler doctor >"$RESULTS/doctor.txt" 2>&1 || true
+if [ "$(kernel_mode)" = $mode ]; then
+    cell "kernel mode" ok "$mode, cgroups $(sed -n 's/^[a-z]* *cgroups *\([a-z0-9 ]*\):.*/\1/p' "$RESULTS/doctor.txt" | head -n 1)"
+else
+    cell "kernel mode" failed "$(kernel_mode) instead of $mode"
+fi
+for known in $before; do
+    name=${known%%:*}
+    case $name in
+    podman-rootless) engine_is_attributed "$name" "${known#*:}" rootless podman ;;
+    podman-runc) engine_is_attributed "$name" "${known#*:}" podman --runtime runc ;;
+    *) engine_is_attributed "$name" "${known#*:}" "$name" ;;
+    esac
+done
+pod_is_attributed() {
+    get '/metrics' >metrics.txt 2>/dev/null || return 1
+    grep -q '^container_gpu_seconds_total{.*namespace="serving",pod="llm-0",container="server"' metrics.txt
+}
+if [ -z "$kubelet_pod" ]; then
+    cell "pod in kubepods.slice" absent "Docker refuses the slice"
+elif within 60 pod_is_attributed; then
+    cell "pod in kubepods.slice" ok "namespace, pod and container"
+else
+    cell "pod in kubepods.slice" failed "no GPU time with the labels of the pod"
+fi
+if [ $mode = raw_tracepoint ]; then
+    # The kernel's own figures, from 5.16 on.
+    python3 - "$agent" >"$RESULTS/verifier.tsv" <<'PYTHON' || true
+import os, re, sys
+folder = f"/proc/{sys.argv[1]}/fdinfo"
+for name in sorted(os.listdir(folder), key=int):
+    text = open(f"{folder}/{name}").read()
+    fields = dict(re.findall(r"^(\w+):\s*(\S+)$", text, re.M))
+    if "prog_id" in fields:
+        print(fields["prog_tag"], fields.get("verified_insns", "-"), sep="\t")
+PYTHON
+fi
+stop_agent
+
+if storm-check --storms 2 --lives 2000 --within 5 >"$RESULTS/storms.txt" 2>&1; then
+    cell "storms of processes" ok "$(tail -n 1 "$RESULTS/storms.txt" | cut -c 1-120)"
+elif [ $mode = raw_tracepoint ]; then
+    cell "storms of processes" failed "$(tail -n 1 "$RESULTS/storms.txt" | cut -c 1-160)"
+else
+    cell "storms of processes" absent "needs kernel events"
+fi
+
+docker_id=$(docker inspect --format '{{.Id}}' docker-before)
+# variant CELL MODE COMMAND ..: the agent in other circumstances, and the mode that it has to be in.
+variant() {
+    name=$1 expected=$2
+    shift 2
+    if ! start_agent "$(echo "$name" | tr ' ' -)" "$@"; then
+        cell "$name" failed "$(tail -n 1 "$agent_log" | cut -c 1-160)"
+    elif [ "$(kernel_mode)" != "$expected" ]; then
+        cell "$name" failed "kernel mode $(kernel_mode) instead of $expected"
+    elif within 60 is_attributed "$docker_id" docker-before; then
+        cell "$name" ok "kernel mode $expected"
+    else
+        cell "$name" failed "no GPU time or labels of a container"
+    fi
+    stop_agent
+}
+variant "without BTF" inotify unshare --mount sh -c 'mount --bind /dev/null /sys/kernel/btf/vmlinux && exec "$@"' sh
+variant "raw tracepoints refused" inotify python3 refuse-raw-tracepoints.py
+sysctl -q -w kernel.unprivileged_bpf_disabled=2 kernel.perf_event_paranoid=4 kernel.kptr_restrict=2 net.core.bpf_jit_harden=2 || true
+sysctl -q -w kernel.yama.ptrace_scope=3 2>/dev/null || true
+variant "strict sysctls" $mode
+variant "cgroup namespace of its own" $mode unshare --cgroup
+! grep -q failed "$cells"
