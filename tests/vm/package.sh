@@ -157,7 +157,7 @@ sed -i 's/^#: gpu_saturation_percent = .*/gpu_saturation_percent = 80/' /etc/gpu
 gpu-sampler config --check /etc/gpu-sampler/config.toml >/dev/null || fail "the edited configuration is not valid"
 dpkg-deb --raw-extract "$deb" newer
 sed -i 's/^Version: .*/Version: 0.1.0-2/' newer/DEBIAN/control
-dpkg-deb --build newer newer.deb >/dev/null
+dpkg-deb --build -Znone newer newer.deb >/dev/null
 starts() {
     journalctl --unit "$unit" --no-pager | grep -c "Started $unit"
 }
@@ -173,7 +173,7 @@ passed "upgraded to $(dpkg-query --show --showformat '${Version}' gpu-sampler): 
 # An upgrade does not enable a unit that the administrator has disabled.
 systemctl disable --now "$unit" >/dev/null 2>&1
 sed -i 's/^Version: .*/Version: 0.1.0-3/' newer/DEBIAN/control
-dpkg-deb --build newer newest.deb >/dev/null
+dpkg-deb --build -Znone newer newest.deb >/dev/null
 dpkg_quietly --install newest.deb
 [ "$(systemctl is-enabled "$unit" || true)" = disabled ] || fail "an upgrade enabled a disabled unit"
 passed "after an upgrade, a disabled unit is $(systemctl is-enabled "$unit" || true) and $(systemctl is-active "$unit" || true)"
