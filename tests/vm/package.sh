@@ -123,7 +123,7 @@ PYTHON
 sleep 3
 get /healthz >/dev/null || fail "other threads do not run while the core thread is held"
 restarted() {
-    is_active && [ "$(pid)" != "$before" ]
+    [ "$(pid)" != "$before" ] && is_active
 }
 within 60 restarted || fail "the watchdog did not restart the unit"
 [ "$(property NRestarts)" = 1 ] || fail "$(property NRestarts) restarts"
