@@ -204,24 +204,28 @@ fn containers_that_are_gone_are_queried_at_once_until_one_result_and_for_ten_sec
     for key in [1, 2] {
         resolver.appeared(docker(key), BootNs(0));
     }
-    assert_eq!(run_queries(&mut resolver, 0, 600, |_, _| Outcome::NotFound).len(), 2);
-    resolver.gone(ContainerKey(1), ms(650), ms(651));
+    assert_eq!(run_queries(&mut resolver, 0, 200, |_, _| Outcome::NotFound), []);
+    resolver.gone(ContainerKey(1), ms(200), ms(201));
     resolver.evicted(ContainerKey(2));
-    let queries = run_queries(&mut resolver, 651, 60_000, |_, _| Outcome::Failed);
-    assert_eq!(queries.first(), Some(&(651, Source::Docker)));
-    assert!((8_000..10_651).contains(&queries.last().unwrap().0), "{queries:?}");
-    // An engine has the record of a container before it makes the cgroup: a result before the end is one.
-    resolver.appeared(docker(3), ms(60_000));
-    assert_eq!(run_queries(&mut resolver, 60_000, 60_400, |_, _| Outcome::NotFound), [(60_250, Source::Docker)]);
-    resolver.gone(ContainerKey(3), ms(60_400), ms(60_401));
-    assert_eq!(run_queries(&mut resolver, 60_401, 90_000, |_, _| Outcome::NotFound), []);
-    resolver.evicted(ContainerKey(3));
+    let queries = run_queries(&mut resolver, 201, 60_000, |_, _| Outcome::Failed);
+    assert_eq!(queries.first(), Some(&(201, Source::Docker)));
+    assert!((8_000..10_201).contains(&queries.last().unwrap().0), "{queries:?}");
     resolver.evicted(ContainerKey(1));
     assert!(resolver.labels(ContainerKey(1)).is_none() && resolver.next_due(ms(90_000)).is_none());
     assert!(
         resolver.entries.is_empty() && resolver.by_id.is_empty() && resolver.queue.is_empty() && resolver.settling.is_empty()
     );
     assert!(resolver.unresolved.is_empty() && !resolver.has_unresolved(ms(90_000)));
+}
+
+/// An engine has the record of a container before it makes the cgroup.
+#[test]
+fn an_engine_that_did_not_know_a_container_is_not_queried_after_the_end() {
+    let mut resolver = resolver(&[Source::Docker]);
+    resolver.appeared(docker(1), BootNs(0));
+    assert_eq!(run_queries(&mut resolver, 0, 400, |_, _| Outcome::NotFound), [(250, Source::Docker)]);
+    resolver.gone(ContainerKey(1), ms(400), ms(401));
+    assert_eq!(run_queries(&mut resolver, 401, 30_000, |_, _| Outcome::NotFound), []);
 }
 
 #[test]
