@@ -24,6 +24,7 @@ pub mod record;
 pub mod recording;
 pub mod s3;
 mod session;
+pub mod soak;
 
 pub use docker::{Docker, Engine};
 

@@ -74,6 +74,13 @@ fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
     })
 }
 
+/// Builds a program of the tests' package in the debug profile, with the features that the tests are built with: after them nothing is left
+/// to compile. Returns its path.
+pub fn debug_helper(name: &str) -> Result<PathBuf> {
+    tools::run(&mut tools::cargo(&["build", "--locked", "--package", HELPERS, "--bin", name])?)?;
+    Ok(Arch::host()?.target_dir()?.join("debug").join(name))
+}
+
 /// Builds the tests of this package, which have one program. Returns its path.
 pub fn tests(package: &str) -> Result<PathBuf> {
     let args =

@@ -21,6 +21,7 @@ mod lint;
 mod package;
 mod pinned;
 mod setup;
+mod soak;
 #[expect(unsafe_code, reason = "system calls that std does not offer: signals, prctl")]
 mod sys;
 mod test;
@@ -35,6 +36,8 @@ cargo xtask VERB
   setup [--check] [--yes]          install what the kernel program's build and the tests need
   demo [--for 30s] [--sim|--real]  run containers on a GPU, the agent, and a live table of GPU use
   test [FILTER..]                  run all tests, on real engines and the real kernel (root)
+  soak [--for 30m] [--seed N] [--faults NAME,..]
+                                   run the agent with random faults, and check its results and its cost (root)
   bench [FILTER..]                 measure speed and memory against their targets (root)
   gpu [--for 60s] [-o FOLDER] [--built FOLDER]
                                    record this machine's NVIDIA driver for the tests to replay (root); --built: with
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         "setup" => setup::verb(rest),
         "demo" => demo::verb(rest),
         "test" => test::verb(rest),
+        "soak" => soak::verb(rest),
         "bench" => bench::verb(rest),
         "gpu" => gpu::verb(rest),
         "vm" => vm::verb(rest),

@@ -68,8 +68,9 @@ impl ContainerState {
         &mut self.pairs[index]
     }
 
-    /// Keeps what has counted and is in the new snapshot, and what is 0 and was in the `last` scrape. One that comes back counts from 0,
-    /// for every scraper.
+    /// Keeps what has counted, and what is 0 and was in the `last` scrape, for as long as the GPU is present. One that has counted and is
+    /// not in the snapshot (its processes are not listed, and it has no sample) goes on counting when it comes back: other scrapers may
+    /// see no scrape without it. One that is 0 counts from 0 for every scraper.
     pub fn retain(
         &mut self,
         last: ScrapeNumber,
@@ -77,10 +78,16 @@ impl ContainerState {
         is_present: impl Fn(&GpuUuid) -> bool,
     ) {
         let is_kept = |pair: &PairState| {
-            if pair.is_used { is_in_snapshot(&pair.gpu) } else { pair.shown == last && is_present(&pair.gpu) }
+            let has_counted = pair.is_used || pair.held_idle > 0.0;
+            (has_counted || pair.shown == last) && is_present(&pair.gpu)
         };
         self.pairs.retain(is_kept);
-        self.pairs.iter_mut().for_each(|pair| pair.is_new = false);
+        for pair in &mut self.pairs {
+            pair.is_new = false;
+            if pair.shown != last && !is_in_snapshot(&pair.gpu) {
+                pair.held_since = None;
+            }
+        }
     }
 
     pub fn is_empty(&self) -> bool {

@@ -5,7 +5,7 @@ use crate::export::{families, gpus};
 use sampler_core::cgroup_path::parse;
 use sampler_core::device::ClockView;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::snapshot::{ContainerView, GpuTime, GpuView};
+use sampler_core::snapshot::{ContainerView, GpuTime, GpuView, WindowShares};
 use sampler_labels::{Assignment, Facts, Source};
 
 use crate::labels::AssignedView;
@@ -409,6 +409,35 @@ fn what_holds_a_gpu_without_using_it_is_counted_between_scrapes() {
     assert_eq!((held_idle(60, 6.0, false, None), held_idle(90, 6.0, false, None)), (Some(34.0), Some(34.0)));
     assert_eq!((held_idle(100, 6.0, true, None), held_idle(110, 6.0, true, Some(109))), (Some(34.0), Some(44.0)));
     assert_eq!(held_idle(120, 6.0, true, Some(109)), Some(44.0));
+}
+
+#[test]
+fn what_was_only_held_does_not_fall_for_a_scraper_that_missed_the_release() {
+    let mut ledger = Ledger::default();
+    // A window of 10 s without GPU time is counted, too.
+    let windows = WindowShares { count: 1, ..WindowShares::default() };
+    let mut scrape = |scraper: u64, at: u64, is_listed: bool| {
+        let mut all = snapshot(at, 0.0, None);
+        all.gpus[0].time = GpuTime { idle: at as f64, ..GpuTime::default() };
+        let view = labels(&all.containers[0].record, true);
+        for usage in &mut all.containers[0].gpus {
+            (usage.is_listed, usage.samples) = (true, 0);
+            usage.window_shares = (at > 11).then(|| Arc::new(windows.clone()));
+        }
+        // Its process has ended, and none has ever used the GPU.
+        if !is_listed {
+            all.containers[0].gpus.clear();
+        }
+        let page = scrape_by(scraper, &mut ledger, &all, &view, PodLabels::Both);
+        let text = text(&mut ledger, &page);
+        let series = ["container_gpu_held_idle_seconds_total", "container_gpu_window_share_ratio_count"];
+        series.map(|name| value(&text, name, &[]))
+    };
+    assert_eq!((scrape(1, 10, true), scrape(2, 11, true)), ([Some(0.0), None], [Some(1.0), None]));
+    assert_eq!((scrape(1, 12, true), scrape(1, 13, true)), ([Some(2.0), Some(0.0)], [Some(3.0), Some(1.0)]));
+    // Only the second scraper comes while it is released.
+    assert_eq!((scrape(2, 14, false), scrape(2, 15, false)), ([None, None], [None, None]));
+    assert_eq!((scrape(1, 16, true), scrape(1, 17, true)), ([Some(3.0), Some(1.0)], [Some(4.0), Some(1.0)]));
 }
 
 #[test]
