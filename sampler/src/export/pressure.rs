@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use sampler_core::observation::PressureFact;
+use sampler_core::units::ContainerKey;
 use sampler_labels::Label;
 use strum::VariantArray as _;
 
@@ -40,7 +41,9 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts:
             to.add_from_zero(pressure, (&mut series, resource), labels, ns as f64 / 1e9);
         }
     }
-    starts.retain(|owner| !matches!(owner, SeriesOwner::Container(key) if !exposed.contains(key)));
+    // One that has released its GPUs may get one again, and not every scraper sees it missing.
+    let is_known = |key: &ContainerKey| exposed.contains(key) || view.facts.contains_key(key);
+    starts.retain(|owner| !matches!(owner, SeriesOwner::Container(key) if !is_known(key)));
 }
 
 /// The cost of reading these values.
@@ -60,7 +63,7 @@ mod tests {
     use sampler_core::identity::ContainerRecord;
     use sampler_core::observation::CpuQuota;
     use sampler_core::snapshot::ContainerGpu;
-    use sampler_core::units::{BootNs, ContainerKey, GpuUuid};
+    use sampler_core::units::{BootNs, GpuUuid};
     use sampler_labels::ContainerLabels;
 
     use super::super::encode::TextFormat;
@@ -122,6 +125,8 @@ mod tests {
         assert_eq!(exposed(&mut starts, &pairs, &[fact(None)]), ["cpu 3"]);
         assert_eq!(exposed(&mut starts, &pairs, &[fact(Some(1_000_000_000))]), ["cpu 3", "io 0"]);
         assert_eq!(exposed(&mut starts, &pairs, &[fact(Some(1_000_000_000))]), ["cpu 3", "io 1"]);
+        assert_eq!(exposed(&mut starts, &[], &[fact(None)]), [""; 0], "it has no GPU for a while");
+        assert_eq!(exposed(&mut starts, &pairs, &[fact(None)]), ["cpu 3"]);
         assert_eq!(exposed(&mut starts, &[], &[]), [""; 0]);
         assert_eq!(exposed(&mut starts, &pairs, &[fact(None)]), ["cpu 0"]);
     }
