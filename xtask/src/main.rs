@@ -15,6 +15,7 @@ mod dist;
 mod dockerd;
 mod docs;
 mod ebpf;
+mod fuzz;
 mod gpu;
 mod janitor;
 mod lint;
@@ -39,6 +40,9 @@ cargo xtask VERB
   gpu [--for 60s] [-o FOLDER] [--built FOLDER]
                                    record this machine's NVIDIA driver for the tests to replay (root); --built: with
                                    the programs of that folder, for a machine without Rust
+  fuzz [TARGET..] [--for 10s] [--list]
+                                   search for inputs that make parsers fail, each target for that time, with coverage
+                                   guidance; findings become inputs of `cargo test`
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
   build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator; --target: for x86_64 or aarch64, by
@@ -51,6 +55,9 @@ cargo xtask VERB
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if std::env::var_os(fuzz::WRAPPER).is_some() {
+        return fuzz::rustc(&args);
+    }
     let (verb, rest) = match args.split_first() {
         Some((verb, rest)) => (verb.as_str(), rest),
         None => ("help", &[][..]),
@@ -60,6 +67,7 @@ fn main() -> ExitCode {
         "demo" => demo::verb(rest),
         "test" => test::verb(rest),
         "bench" => bench::verb(rest),
+        "fuzz" => fuzz::verb(rest),
         "gpu" => gpu::verb(rest),
         "vm" => vm::verb(rest),
         "lint" => lint::verb(rest),

@@ -147,4 +147,19 @@ mod tests {
             assert!(Btf::parse(bytes).is_err());
         }
     }
+
+    /// Any type information: an offset that is found is that of a member with this name.
+    #[test]
+    fn fuzz_btf() {
+        bolero::check!(name = "btf").for_each(|bytes: &[u8]| {
+            let Ok(btf) = Btf::parse(bytes) else { return };
+            assert!(btf.positions.len() <= bytes.len());
+            for (structure, member) in [("task_struct", "pid"), ("cgroup", "kn"), ("a", "b")] {
+                let found = btf.offset(structure, member);
+                let has = |name: &str| bytes.windows(name.len()).any(|window| window == name.as_bytes());
+                assert!(found.is_err() || has(structure) && has(member));
+            }
+            let _either = btf.enum_value("cgroup_subsys_id", "pids_cgrp_id");
+        });
+    }
 }
