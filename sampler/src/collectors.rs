@@ -118,7 +118,7 @@ mod tests {
     /// A query string: a selection, or an error that names a collector of the query.
     #[test]
     fn fuzz_collect() {
-        bolero::check!(name = "collect").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "collect", move |bytes| {
             let query = String::from_utf8_lossy(bytes);
             match Selection::of_query(&query, Selection::default()) {
                 Ok(selection) => assert!(query.contains("collect") || query.contains('%') || selection == Selection::default()),

@@ -148,7 +148,7 @@ mod tests {
             "/system.slice/x.service",
         ];
         let users = paths.map(|path| parse(path).host_user.unwrap());
-        bolero::check!(name = "environ").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "environ", move |bytes| {
             let text = String::from_utf8_lossy(bytes);
             for user in &users {
                 let Some(details) = UserDetails::from_environ(user, bytes) else { continue };

@@ -152,7 +152,7 @@ mod tests {
     /// CDI names, ids of plugins and values of variables: the result is a part of the id.
     #[test]
     fn fuzz_device_id() {
-        bolero::check!(name = "device_id").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "device_id", move |bytes| {
             let id = String::from_utf8_lossy(bytes);
             match device(&id) {
                 Device::Uuid(uuid) => {

@@ -387,7 +387,7 @@ fn a_limited_device_is_a_possible_cause_and_an_unlimited_one_is_ruled_out() {
 /// Facts in any order and with any numbers, as a damaged or foreign file may have them: every format is made, and is well-formed.
 #[test]
 fn fuzz_report() {
-    bolero::check!(name = "report").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "report", move |bytes| {
         let Ok(facts) = serde_json::from_slice::<Vec<Fact>>(bytes) else { return };
         let damage = if bytes.len() % 2 == 0 { vec!["a frame is missing".to_owned()] } else { Vec::new() };
         let header = Header { start: BootNs(START), start_wall: WallTime(1_700_000_000 * SECOND), ..Header::default() };

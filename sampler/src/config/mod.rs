@@ -479,7 +479,7 @@ mod tests {
     #[test]
     fn fuzz_config() {
         let known = toml::Table::try_from(toml::from_str::<Settings>(&uncommented()).unwrap()).unwrap();
-        bolero::check!(name = "config").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "config", move |bytes| {
             let Ok(text) = std::str::from_utf8(bytes) else { return };
             let settings = match toml::from_str::<Settings>(text) {
                 Ok(settings) => settings,

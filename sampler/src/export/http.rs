@@ -220,7 +220,7 @@ mod tests {
         let (local, _local_files) = agent("127.0.0.1:0", &["gpu.example.com"]);
         let (remote, _remote_files) = agent("0.0.0.0:0", &[]);
         let routers = std::panic::AssertUnwindSafe((runtime, router(&local), router(&remote)));
-        bolero::check!(name = "http_request").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "http_request", move |bytes| {
             let (runtime, local, remote) = &*routers;
             for (router, has_token) in [(local, true), (remote, false)] {
                 let Some(request) = request_of(bytes) else { return };

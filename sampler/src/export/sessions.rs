@@ -320,7 +320,7 @@ mod tests {
     /// The body of a request for a session, and the query of a report: what is accepted is within the limits.
     #[test]
     fn fuzz_session_request() {
-        bolero::check!(name = "session_request").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "session_request", move |bytes| {
             if let Ok(Ok(request)) = serde_json::from_slice::<SessionBody>(bytes).map(SessionBody::request) {
                 assert!((1_000_000..=(MAX_DURATION_S * 1e9) as u64).contains(&request.duration_ns), "{}", request.duration_ns);
                 assert!(request.lookback_ns <= (MAX_LOOKBACK_S * 1e9) as u64, "{}", request.lookback_ns);

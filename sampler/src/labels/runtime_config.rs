@@ -244,7 +244,7 @@ mod tests {
     fn fuzz_runtime_config() {
         let (dir, root) = host(&[("etc/file", "")]);
         let path = dir.path().join("etc/file");
-        bolero::check!(name = "runtime_config").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "runtime_config", move |bytes| {
             fs::write(&path, bytes).unwrap();
             let file = "/etc/file";
             let paths = crio(&root, file, "/none");

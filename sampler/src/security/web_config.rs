@@ -140,7 +140,7 @@ mod tests {
     #[test]
     fn fuzz_web_config() {
         let path = Path::new("web.yml");
-        bolero::check!(name = "web_config").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "web_config", move |bytes| {
             let Ok(text) = std::str::from_utf8(bytes) else { return };
             let rules = parse_text(text, path).and_then(|file| {
                 WebRules::of(WebConfigFile { tls_server_config: None, ..file }, path, &mut FileStates::default())

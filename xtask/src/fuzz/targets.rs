@@ -40,15 +40,15 @@ pub fn all() -> Result<Vec<Target>> {
     Ok(all)
 }
 
-/// The names of the harnesses in a file. Each has its name in its first statement, too: it decides about the folder of inputs.
+/// The names of the harnesses in a file. Each has its name in the call of the engine, too, which finds its inputs by it.
 fn names(text: &str) -> Result<Vec<String>> {
+    const CALL: &str = "devkit::fuzz(file!(), \"";
     let mut names = Vec::new();
     for at in text.match_indices(START).map(|(at, _)| at + START.len()) {
         let Some((name, body)) = text[at..].split_once("() {") else { continue };
-        let own =
-            body.find("check!(name = \"").is_some_and(|check| body[check..].starts_with(&format!("check!(name = \"{name}\")")));
-        if !own {
-            bail!("fuzz_{name} does not begin with bolero::check!(name = \"{name}\")");
+        let named = body.split_once(CALL).and_then(|(_, rest)| rest.split('"').next());
+        if named != Some(name) {
+            bail!("fuzz_{name} does not call {CALL}{name}\", ..)");
         }
         names.push(name.to_owned());
     }
@@ -70,10 +70,11 @@ mod tests {
 
     #[test]
     fn harnesses_are_found_by_the_name_of_their_test() -> Result<()> {
-        let text = "fn fuzz_a() {\n bolero::check!(name = \"a\").for_each(..) }\n fn other() {}\n fn fuzz_b() { let x = 1; check!(name = \"b\") }";
-        assert_eq!(names(text)?, ["a", "b"]);
-        assert!(names("fn fuzz_a() { check!(name = \"b\") }").is_err());
-        assert!(names("fn fuzz_a() { check!() }").is_err());
+        let call = |name: &str| format!("devkit::fuzz(file!(), \"{name}\", |bytes| ..)");
+        let text = format!("fn fuzz_a() {{\n {} }}\n fn other() {{}}\n fn fuzz_b() {{ let x = 1; {} }}", call("a"), call("b"));
+        assert_eq!(names(&text)?, ["a", "b"]);
+        assert!(names(&format!("fn fuzz_a() {{ {} }}", call("b"))).is_err());
+        assert!(names("fn fuzz_a() { }").is_err());
         Ok(())
     }
 

@@ -451,7 +451,7 @@ proptest! {
 /// In addition to the invariants: no id, name or UID is invented, and an id is never a path.
 #[test]
 fn fuzz_cgroup_path() {
-    bolero::check!(name = "cgroup_path").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "cgroup_path", move |bytes| {
         let path = String::from_utf8_lossy(bytes);
         check_invariants(&path).unwrap();
         let got = parse(&path);

@@ -289,7 +289,7 @@ impl Words<'_> {
 /// Whatever a driver returns: nothing is invented, samples are in the order of their times, and the work of a poll is bounded.
 #[test]
 fn fuzz_driver_samples() {
-    bolero::check!(name = "driver_samples").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "driver_samples", move |bytes| {
         let (mut words, mut recovery, mut now_us) = (Words(bytes), Recovery::default(), 1 << 32);
         while !words.0.is_empty() {
             now_us += words.number(3);

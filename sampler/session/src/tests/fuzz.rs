@@ -10,7 +10,7 @@ const MOST_DAMAGE: usize = 104;
 /// Whatever the bytes: problems are bounded, and a file that ends early has the same facts up to its end.
 #[test]
 fn fuzz_session_file() {
-    bolero::check!(name = "session_file").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "session_file", move |bytes| {
         let (_header, _end) = (super::super::header(bytes), end(bytes));
         let cut = bytes.len() * usize::from(bytes.last().copied().unwrap_or_default()) / 256;
         let (whole, beginning) = (read(bytes), read(&bytes[..cut]));
@@ -41,7 +41,7 @@ fn file_of(mut bytes: &[u8]) -> Vec<u8> {
 /// Records of any content: a fact that is read is written and read again as the same fact, and the state takes it.
 #[test]
 fn fuzz_session_records() {
-    bolero::check!(name = "session_records").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "session_records", move |bytes| {
         let session = read(&file_of(bytes)).unwrap();
         assert!(session.facts.len() <= bytes.len() && session.damage.len() <= MOST_DAMAGE);
         let (mut state, mut followed) = (State::default(), Vec::new());
@@ -63,7 +63,7 @@ fn fuzz_session_records() {
 /// A condition that is accepted is printed in a form that is accepted as the same condition; an error is short.
 #[test]
 fn fuzz_trigger() {
-    bolero::check!(name = "trigger").for_each(|bytes: &[u8]| match String::from_utf8_lossy(bytes).parse::<Trigger>() {
+    devkit::fuzz(file!(), "trigger", move |bytes| match String::from_utf8_lossy(bytes).parse::<Trigger>() {
         Ok(trigger) => assert_eq!(trigger.to_string().parse(), Ok(trigger)),
         Err(error) => assert!(error.to_string().len() < 1000, "{error}"),
     });

@@ -239,7 +239,7 @@ mod tests {
     /// A `config.json` of OCI.
     #[test]
     fn fuzz_bundle() {
-        bolero::check!(name = "bundle").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "bundle", move |bytes| {
             let Ok(bundle) = serde_json::from_slice::<Bundle>(bytes) else { return };
             let (visible, annotations) = (bundle.visible_gpus(), bundle.annotations.unwrap_or_default());
             for namespace in ["k8s.io", "moby"] {

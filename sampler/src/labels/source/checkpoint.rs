@@ -426,7 +426,7 @@ pub mod tests {
     /// themselves invents nothing.
     #[test]
     fn fuzz_checkpoint() {
-        bolero::check!(name = "checkpoint").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "checkpoint", move |bytes| {
             let Ok(found) = parse(bytes, PathBuf::new()) else { return };
             let all = found.assignments;
             assert!(all.len() <= bytes.len() && all.iter().all(Assignment::is_gpu), "{all:?}");
@@ -445,7 +445,7 @@ pub mod tests {
     /// The reply of a device plugin, in the checkpoint.
     #[test]
     fn fuzz_device_plugin() {
-        bolero::check!(name = "device_plugin").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "device_plugin", move |bytes| {
             let Ok(response) = ContainerAllocateResponse::decode(bytes) else { return };
             let ids = response.device_ids();
             assert!(ids.len() <= bytes.len() && ids.iter().map(String::len).sum::<usize>() <= bytes.len());

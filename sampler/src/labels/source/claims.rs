@@ -271,7 +271,7 @@ mod tests {
     /// The checkpoint of a DRA driver: each CDI device in it is that of its UUID.
     #[test]
     fn fuzz_claims() {
-        bolero::check!(name = "claims").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "claims", move |bytes| {
             let Ok(prepared) = parse(bytes) else { return };
             for (id, uuid) in &prepared.0 {
                 let mut claimed = resource(&[], "gpu-7");

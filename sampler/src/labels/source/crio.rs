@@ -57,7 +57,7 @@ mod tests {
 
     #[test]
     fn fuzz_crio() {
-        bolero::check!(name = "crio").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "crio", move |bytes| {
             let Ok(container) = serde_json::from_slice(bytes) else { return };
             check_bounds(&SourceReply::found(facts(&container, "c1")));
         });

@@ -96,7 +96,7 @@ mod tests {
     /// The record of Docker and podman: that of another container is never used.
     #[test]
     fn fuzz_docker() {
-        bolero::check!(name = "docker").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "docker", move |bytes| {
             let Ok(record) = serde_json::from_slice::<DockerRecord>(bytes) else { return };
             for runtime in [Runtime::Docker, Runtime::Podman] {
                 let reply = record.reply(runtime, "c1");

@@ -379,7 +379,7 @@ mod tests {
     /// The list of pod-resources: no assignment has text that is not in the message, and names of a pod come with all of them.
     #[test]
     fn fuzz_pod_resources() {
-        bolero::check!(name = "pod_resources").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "pod_resources", move |bytes| {
             let Ok(list) = ListResponse::<PodResources>::decode(bytes) else { return };
             let claims = PreparedClaims::default();
             let all: Vec<Assignment> =

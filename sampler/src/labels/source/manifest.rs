@@ -105,7 +105,7 @@ mod tests {
 
     #[test]
     fn fuzz_rkt() {
-        bolero::check!(name = "rkt").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "rkt", move |bytes| {
             let Ok(manifest) = serde_json::from_slice::<Manifest>(bytes) else { return };
             for app in [None, Some("a")] {
                 check_bounds(&SourceReply::found(facts(&manifest, "u1", app)));

@@ -168,7 +168,7 @@ mod tests {
     /// The list of containers/storage, and the annotations of CRI-O's bundles.
     #[test]
     fn fuzz_storage() {
-        bolero::check!(name = "storage").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "storage", move |bytes| {
             if let Ok(list) = serde_json::from_slice::<Vec<Value>>(bytes) {
                 let has_it = list.iter().any(|container| container["id"] == "c1");
                 let found = listed(list, "c1");

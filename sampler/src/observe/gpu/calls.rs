@@ -224,7 +224,7 @@ mod tests {
     /// Return codes and counts of a driver, in the order in which calls are made: the calls end, and the count is never beyond the buffer.
     #[test]
     fn fuzz_list_calls() {
-        bolero::check!(name = "list_calls").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "list_calls", move |bytes| {
             let mut answers = bytes.chunks_exact(5).map(|answer| {
                 let [code, count @ ..] = answer else { unreachable!("chunks of five bytes") };
                 (nvmlReturn_t::from(*code), count.iter().fold(0, |count, byte| count << 8 | u32::from(*byte)))

@@ -81,7 +81,7 @@ mod tests {
     /// Any list of processes that a driver writes, with any count.
     #[test]
     fn fuzz_process_list() {
-        bolero::check!(name = "process_list").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "process_list", move |bytes| {
             let [room, count, content @ ..] = bytes else { return };
             let mut buffer = EntryBuffer::default();
             buffer.prepare((*room).into());

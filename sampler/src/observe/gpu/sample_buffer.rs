@@ -244,7 +244,7 @@ mod tests {
     /// Any content of the driver's buffer, in every layout.
     #[test]
     fn fuzz_sample_buffer() {
-        bolero::check!(name = "sample_buffer").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "sample_buffer", move |bytes| {
             for layout in LAYOUTS {
                 let mut words = vec![0; layout.bytes().div_ceil(8)];
                 // The fuzzer's bytes again and again: whole buffers are longer than what it makes.

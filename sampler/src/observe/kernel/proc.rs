@@ -228,7 +228,7 @@ mod tests {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("7");
         fs::create_dir(&folder).unwrap();
-        bolero::check!(name = "proc_files").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "proc_files", move |bytes| {
             for name in ["cgroup", "stat", "status"] {
                 fs::write(folder.join(name), bytes).unwrap();
             }

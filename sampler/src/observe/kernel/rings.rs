@@ -133,7 +133,7 @@ mod tests {
     /// Records of the kernel's rings: a short one is skipped, and names are bounded.
     #[test]
     fn fuzz_kernel_records() {
-        bolero::check!(name = "kernel_records").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "kernel_records", move |bytes| {
             if let Some((kind, fact)) = cgroup(bytes) {
                 assert!(bytes.len() >= offset_of!(CgroupEvent, name) && kind < kind::COUNT);
                 // Bytes that are not UTF-8 become longer.

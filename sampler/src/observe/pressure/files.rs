@@ -402,7 +402,7 @@ mod tests {
     /// Files of a cgroup: a number that is returned is one of the text.
     #[test]
     fn fuzz_cgroup_files() {
-        bolero::check!(name = "cgroup_files").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "cgroup_files", move |bytes| {
             let Ok(text) = std::str::from_utf8(bytes) else { return };
             if let Ok(Some(ns)) = some_total_ns(text) {
                 assert!(text.contains("some ") && ns % 1000 == 0);

@@ -66,7 +66,7 @@ mod tests {
     /// The messages of containerd's own API.
     #[test]
     fn fuzz_containerd() {
-        bolero::check!(name = "containerd").for_each(|bytes: &[u8]| {
+        devkit::fuzz(file!(), "containerd", move |bytes| {
             if let Ok(ObjectResponse { object: Some(container) }) = ObjectResponse::<NativeContainer>::decode(bytes) {
                 check_bounds(&SourceReply::found(facts(&container, "c1")));
             }

@@ -250,7 +250,7 @@ async fn version_and_runtime_are_cached_per_socket() {
 /// Every message that a server may return, decoded from the same bytes.
 #[test]
 fn fuzz_cri() {
-    bolero::check!(name = "cri").for_each(|bytes: &[u8]| {
+    devkit::fuzz(file!(), "cri", move |bytes| {
         let mut pod = PodSandboxMetadata::default();
         if let Ok(reply) = ObjectResponse::<PodSandboxStatus>::decode(bytes) {
             pod = reply.object.and_then(|status| status.metadata).unwrap_or_default();
