@@ -10,6 +10,7 @@ use sampler_core::fact::{
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 use sampler_session::{Header, Session, View};
+use strum::VariantArray as _;
 
 const SECOND: u64 = 1_000_000_000;
 const PERIOD: u64 = 167_000_000;
