@@ -216,16 +216,14 @@ mod tests {
     #[test]
     fn fuzz_http_request() {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
-        let _inside = runtime.enter();
-        let (local, _local_files) = agent("127.0.0.1:0", &["gpu.example.com"]);
-        let (remote, _remote_files) = agent("0.0.0.0:0", &[]);
-        let routers = std::panic::AssertUnwindSafe((runtime, router(&local), router(&remote)));
+        let agents = runtime.block_on(async { [agent("127.0.0.1:0", &["gpu.example.com"]), agent("0.0.0.0:0", &[])] });
+        let [(local, _local_files), (remote, _remote_files)] = agents;
+        let routers = [(router(&local), true), (router(&remote), false)];
         devkit::fuzz(file!(), "http_request", move |bytes| {
-            let (runtime, local, remote) = &*routers;
-            for (router, has_token) in [(local, true), (remote, false)] {
+            for (router, has_token) in &routers {
                 let Some(request) = request_of(bytes) else { return };
                 let is_open = super::web::is_file(request.uri().path()) || matches!(request.uri().path(), "/healthz" | "/readyz");
-                let is_authorized = has_token || request.headers().contains_key(header::AUTHORIZATION);
+                let is_authorized = *has_token || request.headers().contains_key(header::AUTHORIZATION);
                 let (status, length) = runtime.block_on(async {
                     let response = router.clone().oneshot(request).await.unwrap();
                     let status = response.status();

@@ -206,9 +206,9 @@ fn files(folder: &Path) -> Result<BTreeSet<PathBuf>> {
 /// The full name of the test.
 fn test_of(target: &Target, program: &Path) -> Result<String> {
     let list = tools::output(program, &["--list", "--format", "terse"]).with_context(|| program.display().to_string())?;
-    let tests = list.lines().filter_map(|line| line.strip_suffix(": test"));
-    let found =
-        tests.into_iter().find(|test| test.rsplit("::").next().and_then(|name| name.strip_prefix("fuzz_")) == Some(&target.name));
+    let mut tests = list.lines().filter_map(|line| line.strip_suffix(": test"));
+    let is_it = |test: &&str| test.rsplit("::").next().and_then(|name| name.strip_prefix("fuzz_")) == Some(target.name.as_str());
+    let found = tests.find(is_it);
     found.map(str::to_owned).with_context(|| format!("{} has no test fuzz_{}", program.display(), target.name))
 }
 
