@@ -139,7 +139,7 @@ fn build(chosen: &[Target]) -> Result<BTreeMap<String, PathBuf>> {
     packages.iter().for_each(|package| {
         cargo.args(["--package", package]);
     });
-    for setting in ["opt-level=1", "debug=0"] {
+    for setting in ["opt-level=0", "debug=0"] {
         cargo.args(["--config", &format!("profile.dev.package.{AGENT}.{setting}")]);
     }
     cargo.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
