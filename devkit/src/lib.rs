@@ -1,9 +1,11 @@
 //! What xtask, the tests and the benches share. Nothing here is part of the agent.
 //!
 //! Without features it has no dependencies, so that the pure packages can use it in their tests, and the simulated driver in programs that
-//! load it. `http` adds the HTTP client, `venv` Python environments.
+//! load it. `http` adds the HTTP client, `venv` Python environments, `libfuzzer` the engine of `cargo xtask fuzz`.
 
-#![forbid(unsafe_code)]
+#![deny(unsafe_code)]
+
+mod fuzz;
 
 #[cfg(feature = "http")]
 pub mod http;
@@ -13,6 +15,7 @@ mod random;
 #[cfg(feature = "venv")]
 mod venv;
 
+pub use fuzz::{ARGUMENTS, fuzz};
 pub use random::Random;
 #[cfg(feature = "venv")]
 pub use venv::{CHART_PACKAGES, S3_PACKAGES, venv};

@@ -114,4 +114,16 @@ mod tests {
         assert_eq!(error.name, "gpu");
         assert!(error.to_string().starts_with("expected default, all or one of accelerators, "), "{error}");
     }
+
+    /// A query string: a selection, or an error that names a collector of the query.
+    #[test]
+    fn fuzz_collect() {
+        devkit::fuzz(file!(), "collect", move |bytes| {
+            let query = String::from_utf8_lossy(bytes);
+            match Selection::of_query(&query, Selection::default()) {
+                Ok(selection) => assert!(query.contains("collect") || query.contains('%') || selection == Selection::default()),
+                Err(error) => assert!(error.name.parse::<Collector>().is_err() && error.name.len() <= 3 * query.len()),
+            }
+        });
+    }
 }

@@ -15,6 +15,7 @@ mod dist;
 mod dockerd;
 mod docs;
 mod ebpf;
+mod fuzz;
 mod gpu;
 mod janitor;
 mod lint;
@@ -42,6 +43,9 @@ cargo xtask VERB
   gpu [--for 60s] [-o FOLDER] [--built FOLDER]
                                    record this machine's NVIDIA driver for the tests to replay (root); --built: with
                                    the programs of that folder, for a machine without Rust
+  fuzz [TARGET..] [--for 10s] [--list]
+                                   search for inputs that make parsers fail, each target for that time, with coverage
+                                   guidance; findings become inputs of `cargo test`
   vm KERNEL -- COMMAND ..          run a command in a virtual machine with that Debian kernel, such as 7.3 (root)
   matrix [KERNEL..] [--layout L..]  run the agent on each kernel and layout of cgroups in virtual machines, and write what works to
                                    docs/support.md (root)
@@ -56,6 +60,9 @@ cargo xtask VERB
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
+    if std::env::var_os(fuzz::WRAPPER).is_some() {
+        return fuzz::rustc(&args);
+    }
     let (verb, rest) = match args.split_first() {
         Some((verb, rest)) => (verb.as_str(), rest),
         None => ("help", &[][..]),
@@ -66,6 +73,7 @@ fn main() -> ExitCode {
         "test" => test::verb(rest),
         "soak" => soak::verb(rest),
         "bench" => bench::verb(rest),
+        "fuzz" => fuzz::verb(rest),
         "gpu" => gpu::verb(rest),
         "vm" => vm::verb(rest),
         "matrix" => vm::matrix::verb(rest),

@@ -133,4 +133,37 @@ mod tests {
         let passwd = "root:x:0:0::/root:/bin/sh\nbroken\nann:x:1000:100::/h/ann:\n:x:7::";
         assert_eq!([0, 1000, 100, 7].map(|uid| user_name(passwd, uid)), [Some("root"), Some("ann"), None, None]);
     }
+
+    /// The environment of a process of a job, and `/etc/passwd`: every text is a part of it, and not longer than a label.
+    #[test]
+    fn fuzz_environ() {
+        let paths = [
+            "/system.slice/slurmstepd.scope/job_7/step_0/user/task_0",
+            "/system.slice/slurmstepd.scope/s5K1KKYAYG5D00/step_0",
+            "/pbspro/123.head",
+            "/lsf/c/job.22.1.2",
+            "/nomad.slice/share.slice/b30be889-ebb4-8524-cc84-bfd79acd6057.web.scope",
+            "/htcondor/condor_x_slot1_2@n",
+            "/user.slice/user-500.slice/user@500.service/app.slice/shell-0-fD7j8aT.service",
+            "/system.slice/x.service",
+        ];
+        let users = paths.map(|path| parse(path).host_user.unwrap());
+        devkit::fuzz(file!(), "environ", move |bytes| {
+            let text = String::from_utf8_lossy(bytes);
+            for user in &users {
+                let Some(details) = UserDetails::from_environ(user, bytes) else { continue };
+                let texts = [details.job_id, details.job_name, details.user_name, details.partition];
+                for part in texts.iter().flatten() {
+                    assert!(!part.is_empty() && part.len() <= 1024 && text.contains(part.as_str()), "{part:?}");
+                }
+            }
+            for uid in [0, 1000, u32::MAX] {
+                let name = user_name(&text, uid);
+                assert!(
+                    name.is_none_or(|name| !name.contains([':', '\n']) && name.len() <= 1024 && text.contains(name)),
+                    "{name:?}"
+                );
+            }
+        });
+    }
 }

@@ -148,4 +148,25 @@ mod tests {
             device(&id);
         }
     }
+
+    /// CDI names, ids of plugins and values of variables: the result is a part of the id.
+    #[test]
+    fn fuzz_device_id() {
+        devkit::fuzz(file!(), "device_id", move |bytes| {
+            let id = String::from_utf8_lossy(bytes);
+            match device(&id) {
+                Device::Uuid(uuid) => {
+                    let bare = uuid.strip_prefix("GPU-").unwrap();
+                    assert!(!bare.is_empty() && id.contains(bare), "{id}: {uuid}");
+                }
+                Device::Mig(uuid) => assert!(uuid.len() > "MIG-".len() && id.contains(&uuid["MIG-".len()..]), "{id}: {uuid}"),
+                Device::Unknown(unchanged) => assert_eq!(unchanged, id),
+                Device::Index(number) | Device::Minor(number) | Device::Instance { minor: number, .. } => {
+                    // Zeros may come before it.
+                    assert!(id.contains(&number.to_string()), "{id}: {number}");
+                }
+            }
+            let _either = is_share(&id);
+        });
+    }
 }

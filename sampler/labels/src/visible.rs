@@ -17,6 +17,8 @@ use super::device::{Device, device};
 pub const MOUNTED: &str = "/var/run/nvidia-container-devices";
 /// More devices than a node has.
 const DEVICES_MOST: usize = 256;
+/// Of a device. Tenants choose variables and annotations, and their text is kept for each container.
+const ID_BYTES_MOST: usize = 256;
 
 /// The parts of a specification that decide about GPUs.
 #[derive(Clone, Debug, Default)]
@@ -59,7 +61,7 @@ impl VisibleGpus {
             return Some(Self::All);
         }
         let named = |ids: &mut dyn Iterator<Item = &str>| -> Vec<Device> {
-            ids.filter(|id| !id.contains(':'))
+            ids.filter(|id| !id.contains(':') && id.len() <= ID_BYTES_MOST)
                 .map(device)
                 .filter(|device| !matches!(device, Device::Unknown(_)))
                 .take(DEVICES_MOST)

@@ -10,6 +10,7 @@ use sampler_core::fact::{
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
 use sampler_session::{Header, Session, View};
+use strum::VariantArray as _;
 
 const SECOND: u64 = 1_000_000_000;
 const PERIOD: u64 = 167_000_000;
@@ -382,4 +383,25 @@ fn a_limited_device_is_a_possible_cause_and_an_unlimited_one_is_ruled_out() {
     assert_eq!(verdict(Some(0x40), CauseKind::GpuThermal), Verdict::Possible);
     assert_eq!(verdict(None, CauseKind::GpuClocks), Verdict::Unknown);
     assert_eq!(verdict(Some(0), CauseKind::CpuQuota), Verdict::Unknown);
+}
+
+/// Facts in any order and with any numbers, as a damaged or foreign file may have them: every format is made, and is well-formed.
+#[test]
+fn fuzz_report() {
+    devkit::fuzz(file!(), "report", move |bytes| {
+        let Ok(facts) = serde_json::from_slice::<Vec<Fact>>(bytes) else { return };
+        let damage = if bytes.len() % 2 == 0 { vec!["a frame is missing".to_owned()] } else { Vec::new() };
+        let header = Header { start: BootNs(START), start_wall: WallTime(1_700_000_000 * SECOND), ..Header::default() };
+        let session = Session { header, facts, damage, end: Some(BootNs(START + 60 * SECOND)) };
+        let report = build(&session, &View::default());
+        let options = TextOptions { width: Some(100), colour: false, unicode: true };
+        for format in Format::VARIANTS {
+            let text = format.render(&report, &options);
+            let is_json = matches!(format, Format::Json | Format::Perfetto);
+            assert!(!is_json || serde_json::from_str::<serde_json::Value>(&text).is_ok(), "{format:?}");
+            assert!(*format != Format::Text || !text.contains(['\u{1b}', '\r', '\u{202e}']), "{text}");
+        }
+        let all: f64 = report.gpus.iter().map(|gpu| gpu.busy_seconds + gpu.idle_seconds).sum();
+        assert!(all.is_finite() && all >= 0.0, "{all}");
+    });
 }

@@ -374,6 +374,11 @@ pub const REFERENCE: &str = include_str!("../../config.toml");
 mod tests {
     use super::*;
 
+    /// The reference as a file with every key.
+    fn uncommented() -> String {
+        REFERENCE.lines().filter_map(|line| line.strip_prefix("#: ")).map(|line| format!("{line}\n")).collect()
+    }
+
     fn check(toml: &str, expect: &str) {
         let text = match toml::from_str::<Settings>(toml) {
             Err(error) => error.to_string(),
@@ -438,8 +443,7 @@ mod tests {
     #[test]
     fn the_reference_is_accepted_and_names_every_key() {
         check(REFERENCE, "ok");
-        let uncommented: String = REFERENCE.lines().filter_map(|l| l.strip_prefix("#: ")).map(|l| format!("{l}\n")).collect();
-        let read: Settings = toml::from_str(&uncommented).unwrap();
+        let read: Settings = toml::from_str(&uncommented()).unwrap();
         assert!(read.listen.is_some() && read.nvml_lib.is_some() && read.path_procfs.is_some() && read.path_sysfs.is_some());
         assert!(
             read.path_devfs.is_some()
@@ -469,5 +473,33 @@ mod tests {
                 && read.web_config_file.is_some()
                 && read.open_metrics.is_some()
         );
+    }
+
+    /// A file of settings: a value that is refused is named with its key, and an accepted file is written and read again as the same one.
+    #[test]
+    fn fuzz_config() {
+        let known = toml::Table::try_from(toml::from_str::<Settings>(&uncommented()).unwrap()).unwrap();
+        devkit::fuzz(file!(), "config", move |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            let settings = match toml::from_str::<Settings>(text) {
+                Ok(settings) => settings,
+                Err(error) => return assert!(!error.message().is_empty()),
+            };
+            let written = toml::to_string(&settings).unwrap();
+            assert_eq!(toml::to_string(&toml::from_str::<Settings>(&written).unwrap()).unwrap(), written);
+            match settings.validate(None) {
+                Ok(config) => {
+                    assert!(
+                        (0.01..=100.0).contains(&config.gpu_budget_percent)
+                            && (50..=100).contains(&config.gpu_saturation_percent)
+                    );
+                    assert!(config.kernel_ring_bytes >= MIN_KERNEL_RING_BYTES && config.session_dir.is_absolute());
+                }
+                Err(ConfigError::Value { key, .. } | ConfigError::NoSuchPath { key, .. }) => {
+                    assert!(known.contains_key(key) && written.contains(key), "{key}");
+                }
+                Err(error) => panic!("{error}"),
+            }
+        });
     }
 }

@@ -128,7 +128,14 @@ async fn processes(State(state): State<Arc<AppState>>) -> Response {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::config::Settings;
+    use crate::labels::LabelConfig;
+    use crate::observe::kernel::layout::layout;
+    use crate::security::Security;
+    use crate::session::{Recorder, SessionInputs, Store};
+    use arc_swap::ArcSwap;
     use sampler_core::units::WallTime;
+    use tower::ServiceExt as _;
 
     /// The status of one request to an agent with this listen address.
     async fn status(listen: &str, method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
@@ -136,21 +143,24 @@ mod tests {
     }
 
     async fn status_with(listen: &str, allowed: &[&str], method: &str, path: &str, headers: &[(&str, &str)]) -> u16 {
-        use crate::config::Settings;
-        use crate::labels::LabelConfig;
-        use crate::observe::kernel::layout::layout;
-        use crate::security::Security;
-        use crate::session::{Recorder, SessionInputs, Store};
-        use arc_swap::ArcSwap;
-        use axum::body::Body;
-        use tower::ServiceExt as _;
+        let (state, _files) = agent(listen, allowed);
+        let mut request = axum::http::Request::builder().method(method).uri(path);
+        for (name, value) in headers {
+            request = request.header(*name, *value);
+        }
+        router(&state).oneshot(request.body(Body::empty()).unwrap()).await.unwrap().status().as_u16()
+    }
 
-        let mut token = tempfile::NamedTempFile::new().unwrap();
-        std::io::Write::write_all(&mut token, b"secret").unwrap();
+    /// An agent without threads of GPUs, with the folder of its files.
+    fn agent(listen: &str, allowed: &[&str]) -> (Arc<AppState>, tempfile::TempDir) {
+        let files = tempfile::tempdir().unwrap();
+        let token = files.path().join("token");
+        std::fs::write(&token, "secret").unwrap();
         let settings = Settings {
             listen: Some(listen.into()),
             allowed_host: Some(allowed.iter().map(ToString::to_string).collect()),
-            token_file: Some(token.path().into()),
+            token_file: Some(token),
+            session_dir: Some(files.path().join("sessions")),
             label_sources: Some(vec!["bundle".into()]),
             ..Settings::default()
         };
@@ -184,11 +194,45 @@ mod tests {
             started: WallTime(0),
             node: None,
         };
+        (Arc::new(state), files)
+    }
+
+    /// A request as text: `METHOD PATH`, headers, an empty line, the body. `None` if a server would not have passed it on.
+    fn request_of(bytes: &[u8]) -> Option<Request> {
+        let end = bytes.windows(2).position(|two| two == b"\n\n").unwrap_or(bytes.len());
+        let mut lines = std::str::from_utf8(&bytes[..end]).ok()?.lines();
+        let (method, path) = lines.next()?.split_once(' ')?;
         let mut request = axum::http::Request::builder().method(method).uri(path);
-        for (name, value) in headers {
-            request = request.header(*name, *value);
+        for line in lines {
+            let (name, value) = line.split_once(':')?;
+            request = request.header(name, value.trim());
         }
-        router(&Arc::new(state)).oneshot(request.body(Body::empty()).unwrap()).await.unwrap().status().as_u16()
+        let body = bytes.get(end + 2..).unwrap_or_default();
+        request.body(Body::from(body.to_vec())).ok()
+    }
+
+    /// Requests to an agent on loopback and to one with a token: no request is a failure of the server, and without the token only health
+    /// and the files of the page are served.
+    #[test]
+    fn fuzz_http_request() {
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let agents = runtime.block_on(async { [agent("127.0.0.1:0", &["gpu.example.com"]), agent("0.0.0.0:0", &[])] });
+        let [(local, _local_files), (remote, _remote_files)] = agents;
+        let routers = [(router(&local), true), (router(&remote), false)];
+        devkit::fuzz(file!(), "http_request", move |bytes| {
+            for (router, has_token) in &routers {
+                let Some(request) = request_of(bytes) else { return };
+                let is_open = super::web::is_file(request.uri().path()) || matches!(request.uri().path(), "/healthz" | "/readyz");
+                let is_authorized = *has_token || request.headers().contains_key(header::AUTHORIZATION);
+                let (status, length) = runtime.block_on(async {
+                    let response = router.clone().oneshot(request).await.unwrap();
+                    let status = response.status();
+                    (status, axum::body::to_bytes(response.into_body(), 4 << 20).await.unwrap().len())
+                });
+                assert!(status != StatusCode::INTERNAL_SERVER_ERROR && length < 4 << 20, "{status}");
+                assert!(is_authorized || is_open || status == StatusCode::UNAUTHORIZED, "{status}");
+            }
+        });
     }
 
     #[tokio::test]

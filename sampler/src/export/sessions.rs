@@ -116,9 +116,9 @@ struct ReportQuery {
 
 fn offset(field: &str, text: Option<String>) -> Result<Option<u64>, ErrorResponse> {
     let Some(text) = text else { return Ok(None) };
-    let seconds = text.parse::<f64>().ok().filter(|seconds| (0.0..=MAX_DURATION_S + MAX_LOOKBACK_S).contains(seconds));
     let duration = || humantime::parse_duration(&text).ok().map(|duration| duration.as_secs_f64());
-    match seconds.or_else(duration) {
+    let seconds = text.parse::<f64>().ok().or_else(duration);
+    match seconds.filter(|seconds| (0.0..=MAX_DURATION_S + MAX_LOOKBACK_S).contains(seconds)) {
         Some(seconds) => Ok(Some((seconds * 1e9) as u64)),
         None => Err(bad(format!("invalid {field} = {text:?}: give an offset from the start of the session, such as 12.5 or 1m"))),
     }
@@ -315,5 +315,27 @@ mod tests {
             let query = ReportQuery { from: Some(invalid.into()), ..Default::default() };
             assert!(query.view(&recorded).is_err_and(|error| error.1.contains("from = ")), "{invalid}");
         }
+    }
+
+    /// The body of a request for a session, and the query of a report: what is accepted is within the limits.
+    #[test]
+    fn fuzz_session_request() {
+        devkit::fuzz(file!(), "session_request", move |bytes| {
+            if let Ok(Ok(request)) = serde_json::from_slice::<SessionBody>(bytes).map(SessionBody::request) {
+                assert!((1_000_000..=(MAX_DURATION_S * 1e9) as u64).contains(&request.duration_ns), "{}", request.duration_ns);
+                assert!(request.lookback_ns <= (MAX_LOOKBACK_S * 1e9) as u64, "{}", request.lookback_ns);
+                let lists = [&request.view.gpus, &request.view.containers, &request.view.namespaces];
+                assert!(lists.iter().all(|list| list.len() <= MAX_NAMES && list.iter().all(|name| name.len() <= MAX_NAME_BYTES)));
+            }
+            let Ok(uri) = format!("/?{}", String::from_utf8_lossy(bytes)).parse() else { return };
+            let Ok(Query(mut query)) = Query::<ReportQuery>::try_from_uri(&uri) else { return };
+            if let Some(Err(error)) = query.format.take().map(|name| format_named(&name)) {
+                assert!(error.1.len() < 600, "{}", error.1);
+            }
+            if let Ok(view) = query.view(&View::default()) {
+                let most = ((MAX_DURATION_S + MAX_LOOKBACK_S) * 1e9) as u64;
+                assert!(view.from_ns.into_iter().chain(view.to_ns).all(|ns| ns <= most), "{view:?}");
+            }
+        });
     }
 }

@@ -238,4 +238,24 @@ mod tests {
         assert_eq!(k3s_kubelet_flags(&root, "/one"), ["--pod-logs-dir=/l"]);
         assert!(k3s_kubelet_flags(&root, "/absent").is_empty());
     }
+
+    /// Configuration files of runtimes and kubelets: paths come from the file, and flags from its lines.
+    #[test]
+    fn fuzz_runtime_config() {
+        let (dir, root) = host(&[("etc/file", "")]);
+        let path = dir.path().join("etc/file");
+        devkit::fuzz(file!(), "runtime_config", move |bytes| {
+            fs::write(&path, bytes).unwrap();
+            let file = "/etc/file";
+            let paths = crio(&root, file, "/none");
+            let all = [paths.root, paths.runroot, paths.listen, storage(&root, file).root, pod_logs_dir(&root, Some(file), None)];
+            assert!(all.iter().flatten().all(|path| path.len() <= bytes.len()), "{all:?}");
+            let _either = has_gate(&root, Some(file), None, "PodAndContainerStatsFromCRI=true");
+            let value = |name: &str| (name == "SNAP").then(|| "/snap".to_owned());
+            let flags = arguments(&root, file, &value);
+            assert!(flags.iter().all(|flag| flag.starts_with('-')), "{flags:?}");
+            let flags = k3s_kubelet_flags(&root, file);
+            assert!(flags.iter().all(|flag| flag.starts_with("--") && flag.contains('=')), "{flags:?}");
+        });
+    }
 }

@@ -5,6 +5,9 @@ use std::net::IpAddr;
 use std::sync::{Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
+/// A longer interval is this long: later times cannot be represented.
+const LONGEST: Duration = Duration::from_secs(365 * 86_400);
+
 /// Events that are admitted: `burst` at once, then one per `every`.
 #[derive(Debug)]
 pub struct RateLimit {
@@ -16,7 +19,7 @@ pub struct RateLimit {
 
 impl RateLimit {
     pub fn new(every: Duration, burst: u32) -> Self {
-        Self { every, burst, paid: Mutex::default() }
+        Self { every: every.min(LONGEST), burst, paid: Mutex::default() }
     }
 
     /// Whether an event was admitted that is not paid for yet.

@@ -57,7 +57,10 @@ impl WebRules {
     /// Reads the file and those that it names. `read` gets every file, also if one of them is invalid.
     pub fn load(path: &Path, read: &mut FileStates) -> Result<Self, SecurityError> {
         read.add(path);
-        let file = parse(path)?;
+        Self::of(parse(path)?, path, read)
+    }
+
+    fn of(file: WebConfigFile, path: &Path, read: &mut FileStates) -> Result<Self, SecurityError> {
         let invalid = |key: &str, remedy: String| SecurityError::Key { path: path.to_owned(), key: key.to_owned(), remedy };
         let tls = file.tls_server_config.map(|settings| Tls::new(settings, folder(path), read, &invalid)).transpose()?;
         let users = Users::new(file.basic_auth_users).map_err(|user| {
@@ -78,13 +81,16 @@ impl WebRules {
 }
 
 fn parse(path: &Path) -> Result<WebConfigFile, SecurityError> {
-    let text = read_file("the web configuration", path)?;
+    parse_text(&read_file("the web configuration", path)?, path)
+}
+
+fn parse_text(text: &str, path: &Path) -> Result<WebConfigFile, SecurityError> {
     if text.trim().is_empty() {
         return Ok(WebConfigFile::default());
     }
     let syntax =
         |error: serde_saphyr::Error| SecurityError::Syntax { path: path.to_owned(), message: first_line(&error.to_string()) };
-    serde_saphyr::from_str(&text).map_err(syntax)
+    serde_saphyr::from_str(text).map_err(syntax)
 }
 
 /// The certificate of the server as PEM, if it has TLS: for clients on the same machine, which need not be able to read the key.
@@ -122,4 +128,31 @@ fn rate_limit(settings: RateLimitSettings, invalid: InvalidKey<'_>) -> Result<Op
 /// The library's message goes on with a drawing of the place.
 fn first_line(message: &str) -> String {
     message.lines().next().unwrap_or_default().trim_start_matches("error: ").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use super::*;
+
+    /// A web configuration, without the files that it names: errors name the file in one line, and the rules work.
+    #[test]
+    fn fuzz_web_config() {
+        let path = Path::new("web.yml");
+        devkit::fuzz(file!(), "web_config", move |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            let rules = parse_text(text, path).and_then(|file| {
+                WebRules::of(WebConfigFile { tls_server_config: None, ..file }, path, &mut FileStates::default())
+            });
+            match rules {
+                Ok(rules) => {
+                    let is_known = |name: &HeaderName| HEADERS.iter().any(|known| name.as_str().eq_ignore_ascii_case(known));
+                    assert!(rules.headers.iter().all(|(name, _)| is_known(name)));
+                    assert!(rules.rate_limit.is_none_or(|limit| limit.admits(Instant::now())), "the first request");
+                }
+                Err(error) => assert!(error.to_string().contains("web.yml"), "{error}"),
+            }
+        });
+    }
 }

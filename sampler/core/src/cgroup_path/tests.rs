@@ -447,3 +447,23 @@ proptest! {
         }
     }
 }
+
+/// In addition to the invariants: no id, name or UID is invented, and an id is never a path.
+#[test]
+fn fuzz_cgroup_path() {
+    devkit::fuzz(file!(), "cgroup_path", move |bytes| {
+        let path = String::from_utf8_lossy(bytes);
+        check_invariants(&path).unwrap();
+        let got = parse(&path);
+        let user = got.host_user.as_ref().map(HostUser::name);
+        assert!(user.is_none_or(|name| name.len() <= path.len() + 64), "{path}");
+        for text in [&got.container_id, &got.name, &got.pod_uid, &got.outer_container_id].into_iter().flatten() {
+            assert!(!text.is_empty() && text.len() <= path.len(), "{path}: {text}");
+            // Systemd's escapes are decoded, and its `_` in a UID is a dash.
+            let is_part = path.replace('_', "-").contains(&text.replace('_', "-"));
+            assert!(is_part || path.contains(r"\x"), "{path}: {text}");
+        }
+        let named = matches!(got.runtime, Some(Runtime::Lxc | Runtime::Nspawn));
+        assert!(named || got.container_id.is_none_or(|id| !id.contains('/')), "{path}");
+    });
+}

@@ -262,3 +262,67 @@ fn a_ring_returned_from_its_middle_is_not_a_clock_that_was_set() {
         assert!(got.samples.is_empty() && !got.stepped, "{k}: {got:?}");
     }
 }
+
+/// Numbers from the fuzzer's bytes; zero after their end.
+struct Words<'b>(&'b [u8]);
+
+impl Words<'_> {
+    fn byte(&mut self) -> u8 {
+        let (first, rest) = self.0.split_first().unwrap_or((&0, &[]));
+        self.0 = rest;
+        *first
+    }
+
+    fn number(&mut self, bytes: usize) -> u64 {
+        (0..bytes).fold(0, |number, _| number << 8 | u64::from(self.byte()))
+    }
+
+    /// Most stamps are near the present, as those of a driver are; one in four is any number.
+    fn stamp(&mut self, now_us: u64) -> u64 {
+        match self.byte() {
+            0..=191 => now_us.wrapping_add(self.number(3)).wrapping_sub(1 << 23),
+            _ => self.number(8),
+        }
+    }
+}
+
+/// Whatever a driver returns: nothing is invented, samples are in the order of their times, and the work of a poll is bounded.
+#[test]
+fn fuzz_driver_samples() {
+    devkit::fuzz(file!(), "driver_samples", move |bytes| {
+        let (mut words, mut recovery, mut now_us) = (Words(bytes), Recovery::default(), 1 << 32);
+        while !words.0.is_empty() {
+            now_us += words.number(3);
+            let now = BootNs(now_us * 1000);
+            let _after = recovery.samples_after(now);
+            let response: Vec<RawSample> = (0..words.byte() % 80)
+                .map(|_| RawSample { at_us: words.stamp(now_us), percent: u32::from(words.byte() % 104) })
+                .collect();
+            recovery.samples(&response, now, now.plus(words.number(2)));
+            let process = |words: &mut Words<'_>| {
+                let mut percent = [0; Engine::COUNT];
+                percent[usize::from(words.byte()) % Engine::COUNT] = u32::from(words.byte() % 104);
+                RawProcessSample { at_us: words.stamp(now_us), pid: words.byte().into(), percent }
+            };
+            let (calls, mut made, mut named) = (usize::from(words.byte() % 80), 0, 0);
+            if words.byte() % 8 == 0 {
+                let all: Vec<RawProcessSample> = (0..words.byte() % 80).map(|_| process(&mut words)).collect();
+                named += all.len();
+                recovery.named(all.into_iter());
+            }
+            while let Some(after) = recovery.next_process_query(calls) {
+                let all: Vec<RawProcessSample> = (0..words.byte() % 8).map(|_| process(&mut words)).collect();
+                (made, named) = (made + 1, named + all.len());
+                recovery.process_samples(after, &all);
+            }
+            assert!(made <= calls);
+            let got = recovery.take();
+            assert!(got.samples.len() <= response.len() && got.process_samples.len() <= named);
+            let stamps: HashSet<u64> = response.iter().map(|sample| sample.at_us.saturating_mul(1000)).collect();
+            assert!(got.samples.iter().all(|sample| stamps.contains(&sample.at.0) && sample.busy_percent <= 100));
+            assert!(got.process_samples.iter().all(|sample| sample.percent.iter().all(|percent| *percent <= 100)));
+            assert!(got.process_samples.is_sorted_by_key(|sample| sample.at));
+            assert!(got.stepped || got.samples.is_sorted_by_key(|sample| sample.at));
+        }
+    });
+}

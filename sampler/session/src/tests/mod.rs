@@ -1,3 +1,4 @@
+mod fuzz;
 mod generate;
 mod states;
 mod triggers;

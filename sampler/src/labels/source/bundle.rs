@@ -153,7 +153,7 @@ fn facts(annotations: &Annotations, id: &str, namespace: &str) -> Facts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::tests::{Files, check};
+    use crate::labels::source::tests::{Files, check, check_bounds};
 
     const CRI: &str = r#"{"ociVersion":"1","annotations":{"io.kubernetes.cri.sandbox-namespace":"prod","io.kubernetes.cri.sandbox-name":"p-0",
         "io.kubernetes.cri.container-name":"c","io.kubernetes.cri.image-name":"i:1"}}"#;
@@ -234,5 +234,18 @@ mod tests {
         files.link(&older, "io.containerd.runtime.v1.linux");
         check(&lists(), "prod/p-0/c c1 i:1");
         check(&query(&files.host(), &HostPaths::default().with_defaults(), "c2"), "error");
+    }
+
+    /// A `config.json` of OCI.
+    #[test]
+    fn fuzz_bundle() {
+        devkit::fuzz(file!(), "bundle", move |bytes| {
+            let Ok(bundle) = serde_json::from_slice::<Bundle>(bytes) else { return };
+            let (visible, annotations) = (bundle.visible_gpus(), bundle.annotations.unwrap_or_default());
+            for namespace in ["k8s.io", "moby"] {
+                let facts = Facts { visible: visible.clone(), ..facts(&annotations, "c1", namespace) };
+                check_bounds(&SourceReply::found(facts));
+            }
+        });
     }
 }

@@ -101,11 +101,15 @@ pub fn read(root: &Path, bound: u64) -> Result<Option<DeviceCheckpoint>, Checkpo
     if opened.metadata().is_ok_and(|metadata| metadata.len() > bound) {
         return Err(CheckpointError::TooLarge { path, bound });
     }
-    let mut json = serde_json::Deserializer::from_reader(BufReader::new(opened.take(bound)));
+    parse(BufReader::new(opened.take(bound)), path).map(Some)
+}
+
+fn parse(text: impl io::Read, path: PathBuf) -> Result<DeviceCheckpoint, CheckpointError> {
+    let mut json = serde_json::Deserializer::from_reader(text);
     let mut has_gpu_plugin = false;
     let outer = Layer { has_gpu_plugin: &mut has_gpu_plugin, is_registry: false };
     match outer.deserialize(&mut json).and_then(|found| json.end().map(|()| found)) {
-        Ok(Some(assignments)) => Ok(Some(DeviceCheckpoint { assignments, has_gpu_plugin })),
+        Ok(Some(assignments)) => Ok(DeviceCheckpoint { assignments, has_gpu_plugin }),
         Ok(None) => Err(CheckpointError::Shape { path }),
         Err(source) if source.is_io() => Err(CheckpointError::Read { path, source: source.into() }),
         Err(source) => Err(CheckpointError::Json { path, source }),
@@ -416,5 +420,36 @@ pub mod tests {
         let file = fs::OpenOptions::new().write(true).open(root.path().join(CHECKPOINT)).unwrap();
         file.set_len(MAX_BYTES + 1).unwrap();
         assert!(matches!(read(root.path(), MAX_BYTES), Err(CheckpointError::TooLarge { .. })));
+    }
+
+    /// The checkpoint of a device manager, also of a tenant's own kubelet: entries have names and are of GPUs, and joining them with
+    /// themselves invents nothing.
+    #[test]
+    fn fuzz_checkpoint() {
+        devkit::fuzz(file!(), "checkpoint", move |bytes| {
+            let Ok(found) = parse(bytes, PathBuf::new()) else { return };
+            let all = found.assignments;
+            assert!(all.len() <= bytes.len() && all.iter().all(Assignment::is_gpu), "{all:?}");
+            assert!(all.iter().all(|a| !a.container.is_empty() && !a.resource.is_empty()), "{all:?}");
+            let ids = |list: &[Assignment]| -> std::collections::BTreeSet<String> {
+                list.iter().flat_map(|assignment| assignment.device_ids.clone()).collect()
+            };
+            let expect = ids(&all);
+            for id in &expect {
+                let _device = sampler_labels::device(id);
+            }
+            assert_eq!(ids(&sampler_labels::join(all.clone(), all)), expect);
+        });
+    }
+
+    /// The reply of a device plugin, in the checkpoint.
+    #[test]
+    fn fuzz_device_plugin() {
+        devkit::fuzz(file!(), "device_plugin", move |bytes| {
+            let Ok(response) = ContainerAllocateResponse::decode(bytes) else { return };
+            let ids = response.device_ids();
+            assert!(ids.len() <= bytes.len() && ids.iter().map(String::len).sum::<usize>() <= bytes.len());
+            assert_eq!(ContainerAllocateResponse::decode(&*response.encode_to_vec()), Ok(response));
+        });
     }
 }

@@ -144,7 +144,11 @@ pub fn read(root: &Path) -> Result<PreparedClaims, ClaimsError> {
     if text.len() as u64 > MAX_BYTES {
         return Err(ClaimsError::TooLarge { path });
     }
-    let checkpoint: Checkpoint = serde_json::from_slice(&text).map_err(|source| ClaimsError::Json { path, source })?;
+    parse(&text).map_err(|source| ClaimsError::Json { path, source })
+}
+
+fn parse(text: &[u8]) -> Result<PreparedClaims, serde_json::Error> {
+    let checkpoint: Checkpoint = serde_json::from_slice(text)?;
     let latest = checkpoint.v3.or(checkpoint.v2).or(checkpoint.v1).unwrap_or_default();
     let groups = latest.prepared_claims.into_values().flat_map(|claim| claim.prepared_devices.unwrap_or_default());
     let devices = groups.flatten().flat_map(|group| group.devices.unwrap_or_default()).filter_map(PreparedDevice::ids);
@@ -262,5 +266,18 @@ mod tests {
         for text in ["", "[]", r#"{"v2":7}"#, "{\"v2\":{"] {
             assert!(matches!(prepared(text), Err(ClaimsError::Json { .. })), "{text}");
         }
+    }
+
+    /// The checkpoint of a DRA driver: each CDI device in it is that of its UUID.
+    #[test]
+    fn fuzz_claims() {
+        devkit::fuzz(file!(), "claims", move |bytes| {
+            let Ok(prepared) = parse(bytes) else { return };
+            for (id, uuid) in &prepared.0 {
+                let mut claimed = resource(&[], "gpu-7");
+                claimed.claim_resources[0].cdi_devices = vec![CdiDevice { name: id.clone() }];
+                check(&prepared, &claimed, &[uuid]);
+            }
+        });
     }
 }

@@ -39,7 +39,7 @@ fn facts(container: &CrioContainer, id: &str) -> Facts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::tests::check;
+    use crate::labels::source::tests::{check, check_bounds};
 
     #[test]
     fn containers_of_crio_have_all_labels() {
@@ -53,5 +53,13 @@ mod tests {
         case(r#"{"name":"k8s_POD_p_n_u_0","sandbox":"c1","labels":null}"#, "sandbox n/p/POD k8s_POD_p_n_u_0 -");
         case(r#"{"name":"k8s_c_p_n_u_0","image":"","image_ref":"sha256:1"}"#, "n/p/c k8s_c_p_n_u_0 sha256:1");
         case("{}", "-/-/- - -");
+    }
+
+    #[test]
+    fn fuzz_crio() {
+        devkit::fuzz(file!(), "crio", move |bytes| {
+            let Ok(container) = serde_json::from_slice(bytes) else { return };
+            check_bounds(&SourceReply::found(facts(&container, "c1")));
+        });
     }
 }

@@ -72,7 +72,7 @@ pub fn query(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::tests::{Files, check};
+    use crate::labels::source::tests::{Files, check, check_bounds};
 
     #[test]
     fn records_of_docker_have_name_image_and_labels() {
@@ -91,5 +91,19 @@ mod tests {
         case("{}", "error");
         case("{", "not-found");
         case("{]", "error");
+    }
+
+    /// The record of Docker and podman: that of another container is never used.
+    #[test]
+    fn fuzz_docker() {
+        devkit::fuzz(file!(), "docker", move |bytes| {
+            let Ok(record) = serde_json::from_slice::<DockerRecord>(bytes) else { return };
+            for runtime in [Runtime::Docker, Runtime::Podman] {
+                let reply = record.reply(runtime, "c1");
+                check_bounds(&reply);
+                let is_another = record.id.as_ref().is_some_and(|id| !id.is_empty() && id != "c1");
+                assert_eq!(is_another, reply.outcome == sampler_labels::Outcome::NotFound);
+            }
+        });
     }
 }

@@ -251,6 +251,7 @@ fn pod_assignments(pod: PodResources, claims: &PreparedClaims) -> Vec<Assignment
 mod tests {
     use std::fs;
 
+    use prost::Message as _;
     use sampler_labels::QueryOutcome;
 
     use super::*;
@@ -373,5 +374,31 @@ mod tests {
                 .to_string();
             assert!(error.contains(expect), "{error}");
         }
+    }
+
+    /// The list of pod-resources: no assignment has text that is not in the message, and names of a pod come with all of them.
+    #[test]
+    fn fuzz_pod_resources() {
+        devkit::fuzz(file!(), "pod_resources", move |bytes| {
+            let Ok(list) = ListResponse::<PodResources>::decode(bytes) else { return };
+            let claims = PreparedClaims::default();
+            let all: Vec<Assignment> =
+                list.items.iter().flat_map(|pod| pod_assignments(pod.clone(), &claims)).filter(Assignment::is_gpu).collect();
+            let named = |a: &Assignment| {
+                let names =
+                    |pod: &PodResources| (a.namespace.as_deref(), a.pod.as_deref()) == (some(&pod.namespace), some(&pod.name));
+                list.items.iter().any(|pod| names(pod) && pod.containers.iter().any(|container| container.name == a.container))
+            };
+            assert!(all.iter().all(named), "{all:?}");
+            let ids = |list: &[Assignment]| -> std::collections::BTreeSet<String> {
+                list.iter().flat_map(|assignment| assignment.device_ids.clone()).collect()
+            };
+            assert_eq!(ids(&join(Vec::new(), all.clone())), ids(&all));
+            assert_eq!(ListResponse::decode(&*list.encode_to_vec()), Ok(list));
+        });
+    }
+
+    fn some(text: &str) -> Option<&str> {
+        Some(text).filter(|text| !text.is_empty())
     }
 }

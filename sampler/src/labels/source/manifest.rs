@@ -84,7 +84,7 @@ fn facts(manifest: &Manifest, uuid: &str, app: Option<&str>) -> Facts {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::tests::{Files, check};
+    use crate::labels::source::tests::{Files, check, check_bounds};
 
     #[test]
     fn manifests_of_rkt_name_pod_and_image() {
@@ -101,5 +101,15 @@ mod tests {
         case("x", None, "error");
         let files = Files::new(&[("var/lib/rkt/pods/run/u1/pod", "x"), ("var/lib/rkt/pods/prepared/u1/pod", one)]);
         check(&query(&files.host(), "u1", None), "n/p/train u1 e.org/i:2");
+    }
+
+    #[test]
+    fn fuzz_rkt() {
+        devkit::fuzz(file!(), "rkt", move |bytes| {
+            let Ok(manifest) = serde_json::from_slice::<Manifest>(bytes) else { return };
+            for app in [None, Some("a")] {
+                check_bounds(&SourceReply::found(facts(&manifest, "u1", app)));
+            }
+        });
     }
 }

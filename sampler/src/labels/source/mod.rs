@@ -276,7 +276,9 @@ fn runtime_files(source: Source, files: &HostFiles, places: &HostPaths, id: &str
 pub mod tests {
     use std::fs;
 
-    use sampler_labels::Label;
+    use sampler_core::identity::ContainerRecord;
+    use sampler_labels::{ContainerLabels, Label, VisibleGpus};
+    use strum::VariantArray as _;
 
     use super::*;
 
@@ -321,5 +323,22 @@ pub mod tests {
             _ => reply.status.name().to_owned(),
         };
         assert_eq!(text, expect, "{}", reply.detail);
+    }
+
+    /// Checks what any content of a source must keep: what is exported and stored of a reply is bounded.
+    pub fn check_bounds(reply: &SourceReply) {
+        assert!(reply.to_attempt().detail.len() <= 300);
+        let Outcome::Found(facts) = &reply.outcome else { return };
+        let identity = sampler_core::cgroup_path::parse("/docker/x");
+        let (key, created) = (sampler_core::units::ContainerKey(1), sampler_core::units::BootNs(0));
+        let record = ContainerRecord { key, cgroup_path: "/docker/x".into(), identity, created, creation_seen: true };
+        let mut labels = ContainerLabels::from_path(&record);
+        labels.merge(sampler_labels::Source::Bundle, facts);
+        assert!(Label::VARIANTS.iter().all(|label| labels.text(*label).len() <= 1024));
+        assert!(labels.pod_uid.as_ref().is_none_or(|uid| uid.len() <= 64));
+        if let Some(VisibleGpus::These(devices)) = &facts.visible {
+            assert!(!devices.is_empty() && devices.len() <= 256);
+            assert!(devices.iter().all(|device| format!("{device:?}").len() <= 512), "{devices:?}");
+        }
     }
 }

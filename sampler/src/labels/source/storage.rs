@@ -73,14 +73,18 @@ pub fn podman(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {
     first(files, places, |folder| {
         let listed = first_found(LISTS.iter().map(|name| {
             let list = file::read::<Vec<Value>>(&folder.join(name))?;
-            let ours = list.into_iter().flatten().find(|c| c["id"] == *id);
-            Ok::<_, String>(ours.and_then(|c| serde_json::from_value::<Listed>(c).ok()))
+            Ok::<_, String>(list.and_then(|list| listed(list, id)))
         }))?;
         let Some(facts) = listed.and_then(|listed| podman_facts(&listed)) else { return Ok(None) };
         // Names and image do not depend on the bundle.
         let visible = read_bundle(folder, id).ok().flatten().and_then(|bundle| bundle.visible_gpus());
         Ok(Some(Facts { visible, ..facts }))
     })
+}
+
+fn listed(list: Vec<Value>, id: &str) -> Option<Listed> {
+    let ours = list.into_iter().find(|container| container["id"] == *id)?;
+    serde_json::from_value(ours).ok()
 }
 
 fn podman_facts(listed: &Listed) -> Option<Facts> {
@@ -110,7 +114,7 @@ fn first(files: &HostFiles, places: &HostPaths, read: impl Fn(&Path) -> Result<O
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::labels::source::tests::{Files, check};
+    use crate::labels::source::tests::{Files, check, check_bounds};
 
     #[test]
     fn bundles_of_crio_have_all_labels() {
@@ -159,5 +163,23 @@ mod tests {
         let crio = r#"[{"id":"c1","names":["x"],"metadata":"{\"pod-name\":\"p\"}"}]"#;
         case("var/lib/containers/storage/overlay-containers/containers.json", crio, "not-found");
         case("var/lib/containers/storage/overlay-containers/containers.json", "[]", "not-found");
+    }
+
+    /// The list of containers/storage, and the annotations of CRI-O's bundles.
+    #[test]
+    fn fuzz_storage() {
+        devkit::fuzz(file!(), "storage", move |bytes| {
+            if let Ok(list) = serde_json::from_slice::<Vec<Value>>(bytes) {
+                let has_it = list.iter().any(|container| container["id"] == "c1");
+                let found = listed(list, "c1");
+                assert!(has_it || found.is_none());
+                found
+                    .and_then(|listed| podman_facts(&listed))
+                    .into_iter()
+                    .for_each(|facts| check_bounds(&SourceReply::found(facts)));
+            }
+            let annotations = serde_json::from_slice::<Bundle>(bytes).ok().and_then(|bundle| bundle.annotations);
+            annotations.into_iter().for_each(|annotations| check_bounds(&SourceReply::found(crio_facts(&annotations))));
+        });
     }
 }

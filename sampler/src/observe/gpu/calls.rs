@@ -216,3 +216,33 @@ impl Buffers {
         Ok(found.iter().map(|p| (p.pid, known(p.usedGpuMemory))).collect())
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Return codes and counts of a driver, in the order in which calls are made: the calls end, and the count is never beyond the buffer.
+    #[test]
+    fn fuzz_list_calls() {
+        devkit::fuzz(file!(), "list_calls", move |bytes| {
+            let mut answers = bytes.chunks_exact(5).map(|answer| {
+                let [code, count @ ..] = answer else { unreachable!("chunks of five bytes") };
+                (nvmlReturn_t::from(*code), count.iter().fold(0, |count, byte| count << 8 | u32::from(*byte)))
+            });
+            let (mut calls, mut buffer, mut processes) = (0, Vec::new(), EntryBuffer::default());
+            let mut answer = |count: &mut c_uint| {
+                calls += 1;
+                let (code, needed) = answers.next().unwrap_or((7, u32::MAX));
+                *count = needed;
+                code
+            };
+            let room = usize::from(bytes.first().copied().unwrap_or_default()) + 1;
+            let found = with_room::<u64>(&mut buffer, room, |_, count| answer(count)).map(<[u64]>::len);
+            assert!(found.unwrap_or_default() <= MOST);
+            let listed = newer_list(&mut processes, |_, count| answer(count));
+            assert!(listed.map_or(0, |listed| listed.len()) <= MOST);
+            // The room doubles each time.
+            assert!(buffer.len() <= MOST.max(room) && calls <= 40, "{calls}");
+        });
+    }
+}

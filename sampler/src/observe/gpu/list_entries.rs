@@ -77,4 +77,22 @@ mod tests {
         assert_eq!(buffer.entries(1 << 20).len(), 2);
         assert_eq!(EntryBuffer::default().entries(3), []);
     }
+
+    /// Any list of processes that a driver writes, with any count.
+    #[test]
+    fn fuzz_process_list() {
+        devkit::fuzz(file!(), "process_list", move |bytes| {
+            let [room, count, content @ ..] = bytes else { return };
+            let mut buffer = EntryBuffer::default();
+            buffer.prepare((*room).into());
+            for (word, written) in buffer.0.iter_mut().zip(content.chunks_exact(8)) {
+                *word = u64::from_le_bytes(written.try_into().unwrap());
+            }
+            let entries = buffer.entries((*count).into());
+            assert_eq!(entries.len(), usize::from((*count).min(*room)));
+            assert!(
+                entries.iter().all(|(pid, memory)| buffer.0.windows(2).any(|two| (two[0] as u32, two[1]) == (*pid, *memory)))
+            );
+        });
+    }
 }

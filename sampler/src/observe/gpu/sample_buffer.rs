@@ -240,4 +240,30 @@ mod tests {
         assert_eq!(matches_nvml(&own_idle, &idle, &names(5)), None, "idle samples are equal in any buffer");
         assert_eq!(matches_nvml(&buffer, &nvml(0), &[]), None, "no process");
     }
+
+    /// Any content of the driver's buffer, in every layout.
+    #[test]
+    fn fuzz_sample_buffer() {
+        devkit::fuzz(file!(), "sample_buffer", move |bytes| {
+            for layout in LAYOUTS {
+                let mut words = vec![0; layout.bytes().div_ceil(8)];
+                // The fuzzer's bytes again and again: whole buffers are longer than what it makes.
+                for (n, byte) in bytes.iter().cycle().take(if bytes.is_empty() { 0 } else { words.len() * 8 }).enumerate() {
+                    words[n / 8] |= u64::from(*byte) << (8 * (n % 8));
+                }
+                let samples = parse(&words, layout);
+                assert!(samples.len() <= SAMPLES && samples.iter().all(|sample| sample.device_sample().percent <= 100));
+                let named: Vec<RawProcessSample> = samples.iter().flat_map(BufferSample::process_samples).collect();
+                assert!(named.len() <= samples.len() * layout.engines);
+                for process in &named {
+                    assert!(process.pid != NO_PROCESS && process.percent.iter().all(|percent| *percent <= 100), "{process:?}");
+                    assert!(process.percent.iter().any(|percent| *percent > 0), "{process:?}");
+                }
+                let own: Vec<RawSample> = samples.iter().map(BufferSample::device_sample).collect();
+                let _either = matches_nvml(&samples, &own, &named);
+            }
+            let short: Vec<u64> = bytes.chunks_exact(8).map(|word| u64::from_le_bytes(word.try_into().unwrap())).collect();
+            assert!(parse(&short, LAYOUTS[0]).len() <= SAMPLES);
+        });
+    }
 }

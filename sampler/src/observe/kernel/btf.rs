@@ -20,6 +20,8 @@ const UNION: u32 = 5;
 const ENUM: u32 = 6;
 /// Maximum nesting of anonymous structs.
 const MAX_NESTING: u32 = 8;
+/// Members that are visited in search of one: a struct may contain itself many times.
+const MAX_MEMBERS: u32 = 1 << 16;
 
 pub struct Btf<'a> {
     types: &'a [u8],
@@ -73,8 +75,10 @@ impl<'a> Btf<'a> {
         Ok(Self { types, strings, positions })
     }
 
-    fn name(&self, at: u32) -> &[u8] {
-        self.strings.get(at as usize..).and_then(|s| s.split(|b| *b == 0).next()).unwrap_or_default()
+    /// Compares without a search for the end of the string, which may be far away.
+    fn is_named(&self, at: u32, name: &[u8]) -> bool {
+        let text = self.strings.get(at as usize..).unwrap_or_default();
+        text.strip_prefix(name).is_some_and(|rest| rest.first().is_none_or(|byte| *byte == 0))
     }
 
     fn head(&self, id: u32) -> Option<Head> {
@@ -91,24 +95,25 @@ impl<'a> Btf<'a> {
 
     fn find(&self, kind: u32, name: &str) -> Result<u32, BtfError> {
         (1..self.positions.len() as u32)
-            .find(|id| self.head(*id).is_some_and(|h| h.kind == kind && self.name(h.name) == name.as_bytes()))
+            .find(|id| self.head(*id).is_some_and(|h| h.kind == kind && self.is_named(h.name, name.as_bytes())))
             .ok_or_else(|| BtfError::Missing(name.to_owned()))
     }
 
-    fn member(&self, id: u32, name: &[u8], depth: u32) -> Option<u32> {
+    fn member(&self, id: u32, name: &[u8], depth: u32, left: &mut u32) -> Option<u32> {
         let head = self.head(id)?;
         if !(head.kind == STRUCT || head.kind == UNION) || depth > MAX_NESTING {
             return None;
         }
         (0..head.vlen).find_map(|i| {
+            *left = left.checked_sub(1)?;
             let member = head.position + 12 + 12 * i;
             let (label, of_type, offset) =
-                (self.name(word(self.types, member)?), word(self.types, member + 4)?, word(self.types, member + 8)?);
+                (word(self.types, member)?, word(self.types, member + 4)?, word(self.types, member + 8)?);
             let bits = if head.bitfields { offset & 0xff_ffff } else { offset };
-            if label == name {
+            if self.is_named(label, name) {
                 Some(bits / 8)
-            } else if label.is_empty() {
-                Some(bits / 8 + self.member(of_type, name, depth + 1)?)
+            } else if self.is_named(label, b"") {
+                (bits / 8).checked_add(self.member(of_type, name, depth + 1, left)?)
             } else {
                 None
             }
@@ -118,7 +123,8 @@ impl<'a> Btf<'a> {
     /// Byte offset of a member, including members of anonymous structs and unions.
     pub fn offset(&self, structure: &str, member: &str) -> Result<u32, BtfError> {
         let id = self.find(STRUCT, structure)?;
-        self.member(id, member.as_bytes(), 0).ok_or_else(|| BtfError::Missing(format!("{structure}.{member}")))
+        self.member(id, member.as_bytes(), 0, &mut { MAX_MEMBERS })
+            .ok_or_else(|| BtfError::Missing(format!("{structure}.{member}")))
     }
 
     pub fn enum_value(&self, name: &str, variant: &str) -> Result<u32, BtfError> {
@@ -126,7 +132,7 @@ impl<'a> Btf<'a> {
         let head = self.head(self.find(ENUM, name)?).ok_or_else(missing)?;
         (0..head.vlen)
             .map(|i| head.position + 12 + 8 * i)
-            .find(|value| word(self.types, *value).is_some_and(|n| self.name(n) == variant.as_bytes()))
+            .find(|value| word(self.types, *value).is_some_and(|n| self.is_named(n, variant.as_bytes())))
             .and_then(|value| word(self.types, value + 4))
             .ok_or_else(missing)
     }
@@ -146,5 +152,20 @@ mod tests {
         ] {
             assert!(Btf::parse(bytes).is_err());
         }
+    }
+
+    /// Any type information: an offset that is found is that of a member with this name.
+    #[test]
+    fn fuzz_btf() {
+        devkit::fuzz(file!(), "btf", move |bytes| {
+            let Ok(btf) = Btf::parse(bytes) else { return };
+            assert!(btf.positions.len() <= bytes.len());
+            for (structure, member) in [("task_struct", "pid"), ("cgroup", "kn"), ("a", "b")] {
+                let found = btf.offset(structure, member);
+                let has = |name: &str| bytes.windows(name.len()).any(|window| window == name.as_bytes());
+                assert!(found.is_err() || has(structure) && has(member));
+            }
+            let _either = btf.enum_value("cgroup_subsys_id", "pids_cgrp_id");
+        });
     }
 }

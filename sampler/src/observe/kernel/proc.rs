@@ -221,4 +221,27 @@ mod tests {
         assert!(!is_alive(proc, Tgid(pid), start));
         assert!(!is_alive(hides_all.path(), Tgid(pid), start));
     }
+
+    /// Files of a process, which sets some of their content itself.
+    #[test]
+    fn fuzz_proc_files() {
+        let root = tempfile::tempdir().unwrap();
+        let folder = root.path().join("7");
+        fs::create_dir(&folder).unwrap();
+        devkit::fuzz(file!(), "proc_files", move |bytes| {
+            for name in ["cgroup", "stat", "status"] {
+                fs::write(folder.join(name), bytes).unwrap();
+            }
+            let lines = memberships(&folder).unwrap();
+            assert!(lines.iter().map(|(_, path)| path.len()).sum::<usize>() <= bytes.len());
+            for (_, path) in &lines {
+                let directory = directory(Path::new("/m"), path);
+                assert!(
+                    directory
+                        .is_none_or(|directory| directory.starts_with("/m") && !directory.to_string_lossy().contains("/../"))
+                );
+            }
+            let _any = (thread_group(root.path(), 7), is_zombie(root.path(), 7), living_thread(&folder));
+        });
+    }
 }

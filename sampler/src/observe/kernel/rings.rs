@@ -125,3 +125,25 @@ fn process(bytes: &[u8], v1_hierarchy: Option<u32>) -> Option<(u32, ProcessFact)
     let ProcessSeen { tgid, start, began: at, membership, .. } = describe(bytes, v1_hierarchy)?;
     Some((kind, ProcessFact { change, tgid, start, at, membership: membership? }))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Records of the kernel's rings: a short one is skipped, and names are bounded.
+    #[test]
+    fn fuzz_kernel_records() {
+        devkit::fuzz(file!(), "kernel_records", move |bytes| {
+            if let Some((kind, fact)) = cgroup(bytes) {
+                assert!(bytes.len() >= offset_of!(CgroupEvent, name) && kind < kind::COUNT);
+                // Bytes that are not UTF-8 become longer.
+                assert!(fact.name.len() <= 3 * NAME_BYTES);
+            }
+            for v1_hierarchy in [None, Some(4)] {
+                let Some((kind, fact)) = process(bytes, v1_hierarchy) else { continue };
+                assert!(kind < kind::COUNT && fact.membership.v1_hierarchy == v1_hierarchy.unwrap_or(0));
+                assert_eq!(describe(bytes, v1_hierarchy).map(|seen| (seen.tgid, seen.start)), Some((fact.tgid, fact.start)));
+            }
+        });
+    }
+}

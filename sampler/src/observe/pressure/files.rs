@@ -398,4 +398,26 @@ mod tests {
         std::fs::remove_file(dir.path().join("cpu.stat")).unwrap();
         assert_eq!(periods(&mut files), None);
     }
+
+    /// Files of a cgroup: a number that is returned is one of the text.
+    #[test]
+    fn fuzz_cgroup_files() {
+        devkit::fuzz(file!(), "cgroup_files", move |bytes| {
+            let Ok(text) = std::str::from_utf8(bytes) else { return };
+            if let Ok(Some(ns)) = some_total_ns(text) {
+                assert!(text.contains("some ") && ns % 1000 == 0);
+            }
+            for version in [CgroupVersion::V1, CgroupVersion::V2] {
+                if let Ok(Some((periods, ..))) = throttled(version, text) {
+                    assert!(text.contains(&periods.to_string()) && text.contains("nr_periods"));
+                }
+            }
+            let (quota, period) = text.split_once(' ').unwrap_or((text, "100000"));
+            for none in ["max", "-1"] {
+                if let Ok(Some((quota, period))) = limit(quota, period, none) {
+                    assert!(quota >= 1000 && period >= 1000);
+                }
+            }
+        });
+    }
 }

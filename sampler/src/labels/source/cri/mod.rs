@@ -155,15 +155,8 @@ impl Cri {
         mut status: ContainerStatus,
         scope: &CallScope<'_>,
     ) -> SourceReply {
-        let metadata = status.metadata.take().unwrap_or_default();
-        let label = |key: &str| status.labels.get(key).cloned().unwrap_or_default();
-        let name = Some(label("io.kubernetes.container.name")).filter(|n| !n.is_empty()).unwrap_or(metadata.name);
-        let mut pod = PodSandboxMetadata {
-            namespace: label("io.kubernetes.pod.namespace"),
-            name: label("io.kubernetes.pod.name"),
-            uid: label("io.kubernetes.pod.uid"),
-            ..PodSandboxMetadata::default()
-        };
+        let attempt = status.metadata.as_ref().map_or(0, |metadata| metadata.attempt);
+        let (name, mut pod) = names(&mut status);
         let mut detail = String::new();
         if !pod.is_complete() {
             // The kubelet sets these labels; other clients may not, but every container belongs to a sandbox.
@@ -173,7 +166,7 @@ impl Cri {
             }
         }
         let runtime = self.runtime(hint, scope).await;
-        let mut facts = facts(id, Some(&name), metadata.attempt, &pod, runtime);
+        let mut facts = facts(id, Some(&name), attempt, &pod, runtime);
         facts.set(Label::Image, image(&status));
         SourceReply { detail, ..SourceReply::found(facts) }
     }
@@ -304,6 +297,19 @@ impl PodSandboxMetadata {
             }
         }
     }
+}
+
+/// The names of the container and of its pod, as far as its status has them.
+fn names(status: &mut ContainerStatus) -> (String, PodSandboxMetadata) {
+    let mut label = |key: &str| status.labels.remove(key).unwrap_or_default();
+    let pod = PodSandboxMetadata {
+        namespace: label("io.kubernetes.pod.namespace"),
+        name: label("io.kubernetes.pod.name"),
+        uid: label("io.kubernetes.pod.uid"),
+        ..PodSandboxMetadata::default()
+    };
+    let name = Some(label("io.kubernetes.container.name")).filter(|name| !name.is_empty());
+    (name.unwrap_or_else(|| status.metadata.take().unwrap_or_default().name), pod)
 }
 
 /// Whether the returned id is the requested one; a response without an id is accepted.

@@ -54,3 +54,25 @@ fn facts(container: &NativeContainer, id: &str) -> Facts {
     facts.set(Label::Image, Some(&container.image));
     facts
 }
+
+#[cfg(test)]
+mod tests {
+    use prost::Message as _;
+
+    use super::*;
+    use crate::labels::source::reply::SourceReply;
+    use crate::labels::source::tests::check_bounds;
+
+    /// The messages of containerd's own API.
+    #[test]
+    fn fuzz_containerd() {
+        devkit::fuzz(file!(), "containerd", move |bytes| {
+            if let Ok(ObjectResponse { object: Some(container) }) = ObjectResponse::<NativeContainer>::decode(bytes) {
+                check_bounds(&SourceReply::found(facts(&container, "c1")));
+            }
+            if let Ok(names) = ListResponse::<String>::decode(bytes) {
+                assert!(names.items.iter().map(String::len).sum::<usize>() <= bytes.len());
+            }
+        });
+    }
+}

@@ -5,8 +5,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 
 use sampler_labels::Outcome;
 
+use prost::Message as _;
+
 use super::*;
 use crate::labels::source::grpc_server::{Server, ServerReply, entry, field, number};
+use crate::labels::source::tests::check_bounds;
 
 const ID: &str = "73e1";
 const SANDBOX: &str = "5a00";
@@ -242,4 +245,32 @@ async fn version_and_runtime_are_cached_per_socket() {
     assert_eq!(summary(&cri.query(ID, None).await), "n/p/c 73e1 registry/i:1 u-1 containerd");
     let version = cri.version().await.unwrap();
     assert_eq!((version.runtime_version.as_str(), version.package), ("dev", V1));
+}
+
+/// Every message that a server may return, decoded from the same bytes.
+#[test]
+fn fuzz_cri() {
+    devkit::fuzz(file!(), "cri", move |bytes| {
+        let mut pod = PodSandboxMetadata::default();
+        if let Ok(reply) = ObjectResponse::<PodSandboxStatus>::decode(bytes) {
+            pod = reply.object.and_then(|status| status.metadata).unwrap_or_default();
+        }
+        for runtime in [RuntimeLookup::Pending, RuntimeLookup::Resolved(None), RuntimeLookup::Resolved(Some(Runtime::CriO))] {
+            check_bounds(&SourceReply::found(facts(ID, None, pod.attempt, &pod, runtime)));
+            let Ok(reply) = ObjectResponse::<ContainerStatus>::decode(bytes) else { continue };
+            let Some(mut status) = reply.object else { continue };
+            let (name, mut own) = names(&mut status);
+            own.fill(pod.clone());
+            let mut facts = facts(ID, Some(&name), 1, &own, runtime);
+            facts.set(Label::Image, image(&status));
+            assert_eq!(facts.pod_status_known, own.is_complete());
+            check_bounds(&SourceReply::found(facts));
+        }
+        if let Ok(list) = ListResponse::<Container>::decode(bytes) {
+            assert_eq!(ListResponse::decode(&*list.encode_to_vec()), Ok(list));
+        }
+        if let Ok(version) = VersionResponse::decode(bytes) {
+            assert_eq!(VersionResponse::decode(&*version.encode_to_vec()), Ok(version));
+        }
+    });
 }
