@@ -70,7 +70,7 @@ engine_is_attributed() {
 
 # The user of rootless engines, with a session manager of its own.
 rootless() {
-    runuser -u rootless -- env XDG_RUNTIME_DIR=/run/user/"$(id -u rootless)" HOME=/home/rootless sh -c 'cd && exec "$@"' sh "$@"
+    runuser -u rootless -- env XDG_RUNTIME_DIR=/run/user/"$(id -u rootless)" HOME="$(getent passwd rootless | cut -d : -f 6)" sh -c 'cd && exec "$@"' sh "$@"
 }
 
 nvml-sim init --dir "$sim" --gpus 2 >/dev/null

@@ -9,7 +9,7 @@
 //!  __fuzz__/NAME/corpus/    next to the file of the harness: kept inputs
 //!  __fuzz__/NAME/crashes/   inputs that have failed
 //! ```
-//! A run under `cargo test` takes milliseconds and never fails by chance: it is a test of what is known. The search is the other one.
+//! A run under `cargo test` is short and never fails by chance: it is a test of what is known. The search is the other one.
 
 #[cfg(feature = "libfuzzer")]
 #[expect(unsafe_code, reason = "libFuzzer's C interface")]

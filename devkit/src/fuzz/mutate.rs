@@ -3,7 +3,7 @@
 use crate::Random;
 use std::path::PathBuf;
 
-/// Longer inputs are cut: a test takes milliseconds.
+/// Longer inputs are cut, so that a test is short.
 const LONGEST: usize = 16 << 10;
 /// Numbers at which things change.
 const NUMBERS: [u64; 10] = [0, 1, 0x7f, 0xff, 0x7fff, 0xffff, 0x7fff_ffff, 0xffff_ffff, 1 << 63, u64::MAX];

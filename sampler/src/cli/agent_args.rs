@@ -69,7 +69,7 @@ mod tests {
     use super::*;
 
     #[derive(Parser)]
-    struct Command {
+    struct AgentCommand {
         #[command(flatten)]
         agent: AgentArgs,
     }
@@ -84,7 +84,7 @@ mod tests {
         let config = ["--config", &path("config.toml")];
         let authorization = |args: &[&str]| {
             let args = [&["gpu-sampler"], &config[..], args].concat();
-            Command::try_parse_from(args).unwrap().agent.resolve().unwrap().authorization
+            AgentCommand::try_parse_from(args).unwrap().agent.resolve().unwrap().authorization
         };
         let configured = Some("Bearer configured".to_owned());
         assert_eq!(authorization(&[]), configured);

@@ -9,9 +9,9 @@
 //!  target/fuzz/corpus/NAME            inputs of earlier runs that reach more code; grows
 //! ```
 //! The packages of this workspace are instrumented, by this program as cargo's `RUSTC_WORKSPACE_WRAPPER`, and with them what they make of
-//! generic code of others (serde, prost). So all other crates are those of `cargo test`, and the build takes minutes only once. The flags
-//! are stable ones. There is no sanitizer: the code under test is safe Rust, in which a wrong access is a panic. Overflow checks and debug
-//! assertions are on.
+//! generic code of others (serde, prost). So all other crates are those of `cargo test` of the same packages. The flags are stable ones.
+//! There is no sanitizer: the code under test is safe Rust, in which a wrong access is a panic. Overflow checks and debug assertions are
+//! on.
 
 mod outcome;
 mod targets;
@@ -21,7 +21,7 @@ use crate::{
     tools::{self, Usage, progress},
 };
 use anyhow::{Context, Result, bail};
-use outcome::Outcome;
+use outcome::FuzzOutcome;
 use std::{
     collections::{BTreeMap, BTreeSet},
     env, fs,
@@ -52,8 +52,6 @@ const INSTRUMENTED: [&str; 5] = [
 ];
 /// Crates of which the coverage says nothing about an input; `___` is a question of cargo.
 const PLAIN: [&str; 3] = ["build_script_build", "devkit", "___"];
-/// The parsers of the agent are in this package.
-const AGENT: &str = "gpu-sampler";
 
 struct FuzzOptions {
     names: Vec<String>,
@@ -100,7 +98,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     sys::catch_signals();
     let programs = build(&chosen)?;
     let mut failed = Vec::new();
-    println!("{}", Outcome::HEAD);
+    println!("{}", FuzzOutcome::HEAD);
     for target in &chosen {
         let program = programs.get(&target.package).with_context(|| format!("cargo built no tests of {}", target.package))?;
         let outcome = run(target, program, options.lasts)?;
@@ -119,7 +117,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     }
 }
 
-fn report(target: &Target, outcome: &Outcome) {
+fn report(target: &Target, outcome: &FuzzOutcome) {
     let shown = |path: &Path| path.strip_prefix(tools::root()).unwrap_or(path).display().to_string();
     for file in &outcome.found {
         eprintln!("{}: {}", target.name, shown(file));
@@ -139,9 +137,8 @@ fn build(chosen: &[Target]) -> Result<BTreeMap<String, PathBuf>> {
     packages.iter().for_each(|package| {
         cargo.args(["--package", package]);
     });
-    for setting in ["opt-level=0", "debug=0"] {
-        cargo.args(["--config", &format!("profile.dev.package.{AGENT}.{setting}")]);
-    }
+    // Messages of panics have their lines without it.
+    cargo.args(["--config", "profile.dev.package.gpu-sampler.debug=0"]);
     cargo.args(["--message-format", "json-render-diagnostics"]).stderr(Stdio::inherit());
     cargo.env("RUSTC_WORKSPACE_WRAPPER", env::current_exe()?).env(WRAPPER, "1");
     progress(tools::shown(&cargo));
@@ -164,7 +161,7 @@ fn programs(messages: &str, packages: &BTreeSet<&str>) -> BTreeMap<String, PathB
 }
 
 /// Runs one target for this time.
-fn run(target: &Target, program: &Path, lasts: Duration) -> Result<Outcome> {
+fn run(target: &Target, program: &Path, lasts: Duration) -> Result<FuzzOutcome> {
     let test = test_of(target, program)?;
     let (work, crashes) = (folder()?.join("corpus").join(&target.name), target.folder().join("crashes"));
     let kept = target.folder().join("corpus");
@@ -195,7 +192,7 @@ fn run(target: &Target, program: &Path, lasts: Duration) -> Result<Outcome> {
     let found: Vec<PathBuf> = files(&crashes)?.difference(&before).cloned().collect();
     // Only if it is empty.
     let _kept_with_findings = fs::remove_dir(&crashes);
-    Ok(Outcome::of(&fs::read(&log)?, log, found, !status.success()))
+    Ok(FuzzOutcome::of(&fs::read(&log)?, log, found, !status.success()))
 }
 
 fn files(folder: &Path) -> Result<BTreeSet<PathBuf>> {

@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 
 #[derive(Debug, PartialEq)]
-pub struct Outcome {
+pub struct FuzzOutcome {
     /// Inputs that were tried, and in a second.
     executions: u64,
     per_second: u64,
@@ -18,7 +18,7 @@ pub struct Outcome {
     pub failed: bool,
 }
 
-impl Outcome {
+impl FuzzOutcome {
     pub const HEAD: &str = "target               executions        /s   covered  inputs  findings";
 
     pub fn of(log: &[u8], path: PathBuf, found: Vec<PathBuf>, failed: bool) -> Self {
@@ -59,8 +59,8 @@ mod tests {
         let log = "INFO: Loaded 1 modules   (2718 inline 8-bit counters): 2718 [0x1, 0x2), \n#2\tINITED cov: 25 ft: 25 corp: 1/1b exec/s: 0\n\
             #14081549\tDONE   cov: 27 ft: 30 corp: 3/15b lim: 4096 exec/s: 670549 rss: 27Mb\n\
             stat::number_of_executed_units: 14081549\nstat::average_exec_per_sec:     670549\n";
-        let outcome = Outcome::of(log.as_bytes(), "log".into(), vec!["crash-1".into()], true);
-        let expect = Outcome {
+        let outcome = FuzzOutcome::of(log.as_bytes(), "log".into(), vec!["crash-1".into()], true);
+        let expect = FuzzOutcome {
             executions: 14_081_549,
             per_second: 670_549,
             covered: 27,
@@ -71,7 +71,7 @@ mod tests {
         };
         assert_eq!(outcome, expect);
         assert_eq!(outcome.line("btf"), "btf                    14081549    670549        27       3         1");
-        let nothing = Outcome::of(b"\xff", "log".into(), Vec::new(), false);
+        let nothing = FuzzOutcome::of(b"\xff", "log".into(), Vec::new(), false);
         assert_eq!((nothing.executions, nothing.covered, nothing.inputs), (0, 0, 0));
     }
 }
