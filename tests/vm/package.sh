@@ -18,6 +18,9 @@ test=package
 . ./lib.sh
 
 failed() {
+    get '/metrics?collect[]=all' >"$RESULTS/metrics-at-failure.txt" 2>&1 || true
+    gpu-sampler explain --container neighbour >"$RESULTS/explain-at-failure.txt" 2>&1 || true
+    ps -ef >"$RESULTS/processes.txt" || true
     systemctl status --no-pager --full "$unit" >&2 || true
     journalctl --unit "$unit" --no-pager --lines 60 >&2 || true
 }
@@ -69,7 +72,7 @@ chown -R gpu-sampler:gpu-sampler "$sim"
 mkdir -p "$drop_in"
 cat >"$drop_in/simulated.conf" <<UNIT
 [Service]
-Environment=NVML_SIM_DIR=$sim GPU_SAMPLER_NVML_LIB=$sim/lib/libnvidia-ml.so.1 GPU_SAMPLER_GPU_BUDGET_PERCENT=100
+Environment=NVML_SIM_DIR=$sim GPU_SAMPLER_NVML_LIB=$sim/lib/libnvidia-ml.so.1 GPU_SAMPLER_GPU_BUDGET_PERCENT=100 GPU_SAMPLER_GPU_WAIT_PERCENT=100
 ReadWritePaths=$sim
 WatchdogSec=10s
 UNIT

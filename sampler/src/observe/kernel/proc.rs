@@ -222,16 +222,24 @@ mod tests {
         assert!(!is_alive(hides_all.path(), Tgid(pid), start));
     }
 
-    /// Files of a process, which sets some of their content itself.
+    /// Bytes of the name of a process.
+    const MAX_NAME: usize = 15;
+    const FIELDS_AFTER_STATE: usize = 49;
+
+    /// Files of a process, which sets some of their content itself: of `stat`, its name. The rest is the kernel's.
     #[test]
     fn fuzz_proc_files() {
         let root = tempfile::tempdir().unwrap();
         let folder = root.path().join("7");
         fs::create_dir(&folder).unwrap();
         devkit::fuzz(file!(), "proc_files", move |bytes| {
-            for name in ["cgroup", "stat", "status"] {
+            for name in ["cgroup", "status"] {
                 fs::write(folder.join(name), bytes).unwrap();
             }
+            let name = &bytes[..bytes.len().min(MAX_NAME)];
+            let fields = "0 ".repeat(FIELDS_AFTER_STATE);
+            fs::write(folder.join("stat"), [b"7 (", name, b") S ", fields.as_bytes()].concat()).unwrap();
+            assert!(living_thread(&folder).unwrap().is_some_and(|(thread, start)| thread == folder && start == BootNs(0)));
             let lines = memberships(&folder).unwrap();
             assert!(lines.iter().map(|(_, path)| path.len()).sum::<usize>() <= bytes.len());
             for (_, path) in &lines {
@@ -241,7 +249,7 @@ mod tests {
                         .is_none_or(|directory| directory.starts_with("/m") && !directory.to_string_lossy().contains("/../"))
                 );
             }
-            let _any = (thread_group(root.path(), 7), is_zombie(root.path(), 7), living_thread(&folder));
+            let _any = (thread_group(root.path(), 7), is_zombie(root.path(), 7));
         });
     }
 }
