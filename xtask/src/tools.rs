@@ -47,6 +47,11 @@ pub fn unknown(word: &str) -> anyhow::Error {
     Usage(format!("unexpected argument '{word}'; see `cargo xtask help`")).into()
 }
 
+/// The name of an option, and its value in `--name=value`.
+pub fn option(word: &str) -> (&str, Option<&str>) {
+    word.split_once('=').map_or((word, None), |(name, value)| (name, Some(value)))
+}
+
 pub fn no_arguments(args: &[String]) -> Result<()> {
     match args.first() {
         Some(word) => Err(unknown(word)),

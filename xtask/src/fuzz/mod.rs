@@ -64,7 +64,7 @@ impl FuzzOptions {
         let mut options = Self { names: Vec::new(), lasts: DEFAULT_TIME, list: false };
         let mut words = args.iter();
         while let Some(word) = words.next() {
-            let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+            let (name, given) = tools::option(word);
             let mut value = || given.or_else(|| words.next().map(String::as_str)).unwrap_or_default();
             match name {
                 "--for" => options.lasts = tools::duration(value())?,

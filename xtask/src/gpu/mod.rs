@@ -82,7 +82,7 @@ impl GpuOptions {
         let mut options = Self { lasts: Duration::from_secs(60), library: None, folder, built: None };
         let mut words = args.iter();
         while let Some(word) = words.next() {
-            let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+            let (name, given) = tools::option(word);
             let mut value = || given.or_else(|| words.next().map(String::as_str)).unwrap_or_default();
             match name {
                 "--for" => options.lasts = tools::duration(value())?,

@@ -5,7 +5,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -90,12 +90,11 @@ impl MatrixOptions {
                 _ => options.kernels.push(word.clone()),
             }
         }
-        let all = |names: &[&str]| names.iter().map(|name| (*name).to_owned()).collect();
         if options.kernels.is_empty() {
-            options.kernels = all(&KERNELS);
+            options.kernels = KERNELS.map(str::to_owned).to_vec();
         }
         if options.layouts.is_empty() {
-            options.layouts = LAYOUTS.iter().map(|(name, _)| (*name).to_owned()).collect();
+            options.layouts = LAYOUTS.map(|(name, _)| name.to_owned()).to_vec();
         }
         Ok(options)
     }
@@ -126,19 +125,31 @@ pub fn verb(args: &[String]) -> Result<()> {
                     continue;
                 }
             };
-            let new = read_rows::<1, 2>(&run.results.join("cells.tsv"))?;
-            problems.extend(failures(&run.release, layout, &new));
+            let new = match read_rows::<1, 2>(&run.results.join("cells.tsv")) {
+                Ok(new) => new,
+                Err(problem) => {
+                    problems.push(format!(
+                        "{kernel}, {layout}: the script ended with {} before its first check: {problem:#}",
+                        run.status
+                    ));
+                    continue;
+                }
+            };
+            let failed = failures(&run.release, layout, &new);
+            if run.status != 0 && failed.is_empty() {
+                problems.push(format!("{kernel}, {layout}: the script ended with {} before its last check", run.status));
+            }
+            problems.extend(failed);
             cells.retain(|[release, of, _], _| *release != run.release || of != layout);
             cells.extend(new.into_iter().map(|([check], row)| ([run.release.clone(), (*layout).to_owned(), check], row)));
             write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
-            if let Some(new) = sizes(&run.results.join("agent-plain.txt"))? {
+            // Without it, the agent was not started, which is a failure in the cells.
+            let log = fs::read_to_string(run.results.join("agent-plain.txt")).unwrap_or_default();
+            if let Some(new) = sizes(&log) {
                 problems.extend(growths(&run.release, &verified, &new));
                 verified.retain(|[release, _], _| *release != run.release);
                 verified.extend(new.into_iter().map(|([program], row)| ([run.release.clone(), program], row)));
                 write_rows(&verifier_file, "kernel, program, instructions verified, bytes: by cargo xtask matrix", &verified)?;
-            }
-            if run.status != 0 && problems.is_empty() {
-                problems.push(format!("{kernel}, {layout}: the script ended with {}", run.status));
             }
         }
     }
@@ -155,15 +166,14 @@ fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
 }
 
 /// The sizes of programs in the agent's log; `None` if it loaded none.
-fn sizes(log: &PathBuf) -> Result<Option<Rows<1, 2>>> {
-    let text = fs::read_to_string(log).with_context(|| log.display().to_string())?;
+fn sizes(log: &str) -> Option<Rows<1, 2>> {
     let size = |line: &str| {
         let (program, rest) = line.split_once(": program ")?.1.split_once(": ")?;
         let (verified, bytes) = rest.split_once(" instructions verified, ")?;
         Some(([program.to_owned()], [verified.to_owned(), bytes.strip_suffix(" bytes")?.to_owned()]))
     };
-    let sizes: Rows<1, 2> = text.lines().filter_map(size).collect();
-    Ok((!sizes.is_empty()).then_some(sizes))
+    let sizes: Rows<1, 2> = log.lines().filter_map(size).collect();
+    (!sizes.is_empty()).then_some(sizes)
 }
 
 /// Programs for which this kernel verified far more instructions than before.
@@ -255,6 +265,14 @@ mod tests {
         let before = rows("6.1.0\tfork\t100\t800\n6.1.0\texec\t100\t800\n5.10\texit\tunknown\t800");
         let now = rows("fork\t120\t800\nexec\t121\t800\nexit\tunknown\t900\nnew\t9\t80");
         assert_eq!(growths("6.1.0", &before, &now), ["6.1.0: the verifier inspected 121 instructions of exec, 100 before"]);
+    }
+
+    #[test]
+    fn sizes_are_read_from_the_log() {
+        let line = "2026-01-01T00:00:00Z DEBUG gpu_sampler::observe::kernel::load: program sched_process_fork: ";
+        let log = format!("{line}120 instructions verified, 800 bytes\nother: program text\n{line}unknown");
+        assert_eq!(sizes(&log), Some(rows("sched_process_fork\t120\t800")));
+        assert_eq!(sizes("no program"), None);
     }
 
     #[test]

@@ -77,7 +77,7 @@ impl VmOptions {
         let mut options = Self { command: command.get(1..).unwrap_or_default().to_vec(), ..Self::default() };
         let mut words = ours.iter();
         while let Some(word) = words.next() {
-            let (name, given) = word.split_once('=').map_or((word.as_str(), None), |(name, value)| (name, Some(value)));
+            let (name, given) = tools::option(word);
             let mut value = || {
                 let value = given.or_else(|| words.next().map(String::as_str));
                 value.filter(|value| !value.is_empty()).ok_or_else(|| usage(format!("{name} needs a value")))

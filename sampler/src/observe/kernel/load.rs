@@ -140,6 +140,9 @@ pub fn load(v1: Option<(&str, u32)>, btf: &Path, ring_bytes: u32) -> Result<Prog
 
 /// What the kernel made of each program, for `cargo xtask matrix`. Unknown before Linux 5.16.
 fn log_sizes(ebpf: &Ebpf) {
+    if !tracing::enabled!(tracing::Level::DEBUG) {
+        return;
+    }
     for (name, program) in ebpf.programs() {
         if let Ok(info) = program.info() {
             let (verified, bytes) = (info.verified_instruction_count(), info.size_translated());
