@@ -2,13 +2,13 @@
 # In a machine with systemd as its first process: an engine that was stopped with its socket unit active stays stopped for a minute while the
 # agent runs, and is queried again as soon as it is started.
 #
-#     cargo xtask vm 6.1 --with tests/vm/activation.sh -- sh activation.sh
+#     cargo xtask vm 6.1 --with tests/vm/lib.sh --with tests/vm/activation.sh -- sh activation.sh
 set -eu
+test=activation
+. ./lib.sh
 
-fail() {
-    echo "activation: $*" >&2
+failed() {
     tail -n 40 agent.log >&2
-    exit 1
 }
 
 engine_is() {
@@ -17,18 +17,17 @@ engine_is() {
 
 # A container of an image without a registry; prints its id.
 container() {
-    docker run --detach --network none --security-opt apparmor=unconfined busybox /bin/busybox sleep 600
+    docker run --detach --network none --security-opt apparmor=unconfined busybox:1 /bin/busybox sleep 600
 }
 
-# Waits until the agent has the name of the container, from the engine itself: it reads no file of Docker.
+# Whether the agent has the name of the container, from the engine itself: it reads no file of Docker.
+is_named() {
+    gpu-sampler explain --container "$1" --json 2>/dev/null | grep -q '"missing": \[\]'
+}
+
 named() {
-    tries=0
-    until gpu-sampler explain --container "$1" --json 2>/dev/null | grep -q '"missing": \[\]'; do
-        tries=$((tries + 1))
-        [ "$tries" -le 60 ] || fail "no label of $1 within 60 s"
-        sleep 1
-    done
-    echo "activation: labels from the engine after $tries s"
+    within 60 is_named "$1" || fail "no label of $1 within 60 s"
+    passed "labels from the engine after $tries s"
 }
 
 systemctl start docker.socket
@@ -40,7 +39,7 @@ sleep 60
 engine_is inactive "after a minute with an active socket"
 
 systemctl start docker.service
-tar --create --directory / bin/busybox | docker import - busybox >/dev/null
+import_image docker
 named "$(container)"
 
 systemctl stop docker.service 2>/dev/null
@@ -51,4 +50,4 @@ systemctl is-active --quiet docker.socket || fail "docker.socket is not active"
 
 systemctl start docker.service
 named "$(container)"
-echo "activation: passed"
+passed passed

@@ -33,7 +33,7 @@ const HEADER: [&str; 14] = [
 type LaneRows<'a> = ([String; 6], Vec<Option<f32>>, &'a Lane);
 
 pub fn csv(report: &Report) -> String {
-    let mut writer = WriterBuilder::new().terminator(Terminator::CRLF).from_writer(Vec::new());
+    let mut writer = writer();
     write_row(&mut writer, HEADER);
     for timeline in &report.timelines {
         let index = report.gpu(&timeline.uuid).map(|gpu| gpu.index.to_string()).unwrap_or_default();
@@ -61,6 +61,22 @@ pub fn csv(report: &Report) -> String {
             }
         }
     }
+    finish(writer)
+}
+
+/// A table of rows that are known in full.
+pub fn table<const COLUMNS: usize>(header: [&str; COLUMNS], rows: impl IntoIterator<Item = [String; COLUMNS]>) -> String {
+    let mut writer = writer();
+    write_row(&mut writer, header);
+    rows.into_iter().for_each(|row| write_row(&mut writer, row.iter().map(String::as_str)));
+    finish(writer)
+}
+
+fn writer() -> Writer<Vec<u8>> {
+    WriterBuilder::new().terminator(Terminator::CRLF).from_writer(Vec::new())
+}
+
+fn finish(writer: Writer<Vec<u8>>) -> String {
     let bytes = writer.into_inner().expect("writing to memory does not fail");
     String::from_utf8(bytes).expect("all fields are UTF-8")
 }
@@ -79,14 +95,14 @@ fn user_fields(user: Option<&UserReport>) -> [String; 6] {
 }
 
 /// Six decimals: more than the precision of the measurement, and without the noise of binary fractions.
-fn decimal(value: Option<f64>) -> String {
+pub fn decimal(value: Option<f64>) -> String {
     let Some(value) = value.filter(|value| value.is_finite()) else { return String::new() };
     let text = format!("{value:.6}");
     text.trim_end_matches('0').trim_end_matches('.').to_owned()
 }
 
 /// Prefixes text that a spreadsheet would evaluate with an apostrophe.
-fn without_formula(text: &str) -> String {
+pub fn without_formula(text: &str) -> String {
     let is_formula = text.starts_with(['=', '+', '-', '@', '\t', '\r', '\n', '\'', '＝', '＋', '－', '＠']);
     if is_formula { format!("'{text}") } else { text.to_owned() }
 }

@@ -181,7 +181,11 @@ impl State {
             known.covered = known.covered.max(at);
         }
         match of_gpu {
-            GpuFact::Opened(_) => *known = GpuState { opened: Some(fact.clone()), covered: at, ..GpuState::default() },
+            GpuFact::Opened(_) => {
+                // Of a device that is opened again, the time before is reported with its next samples.
+                let covered = if known.opened.is_some() { known.covered } else { at };
+                *known = GpuState { opened: Some(fact.clone()), covered, ..GpuState::default() };
+            }
             GpuFact::Gone => {
                 self.gpus.remove(&gpu);
             }

@@ -157,7 +157,11 @@ impl ReportArgs {
         let (from, to) = (self.from, self.to);
         let request = FleetRequest { files: &self.files, from, to, join_by: &self.join_by, view: &view, progress: &show };
         let fleet = request.fleet()?;
-        let page = if format == Format::Json { fleet.json() } else { fleet.text(&self.options()) };
+        let page = match format {
+            Format::Json => fleet.json(),
+            Format::Csv => fleet.csv(),
+            _ => fleet.text(&self.options()),
+        };
         self.deliver(&page, progress)?;
         for problem in &fleet.problems {
             eprintln!("gpu-sampler: {} is not reported: {}", terminal_safe(&problem.file), terminal_safe(&problem.problem));
@@ -178,8 +182,8 @@ impl ReportArgs {
     /// The reason why the arguments cannot be combined.
     fn usage_error(&self, format: Format) -> Option<String> {
         let name = format.name();
-        if self.fleet && !matches!(format, Format::Text | Format::Json) {
-            return Some(format!("a report of a fleet is available as text or json, not as {name}"));
+        if self.fleet && !matches!(format, Format::Text | Format::Json | Format::Csv) {
+            return Some(format!("a report of a fleet is available as text, json or csv, not as {name}"));
         }
         if !self.fleet && self.files.len() > 2 {
             return Some("more than two files need --fleet, which makes one report of them".to_owned());
@@ -404,7 +408,8 @@ mod tests {
             ("a -o x", Format::Html, false),
             ("a b c", Format::Text, true),
             ("--fleet a b c", Format::Text, false),
-            ("--fleet a b", Format::Csv, true),
+            ("--fleet a b", Format::Csv, false),
+            ("--fleet a b", Format::Html, true),
         ];
         for (line, format, expect) in cases {
             assert_eq!(parsed(line).usage_error(format).is_some(), expect, "{line} {format:?}");

@@ -36,8 +36,9 @@ impl JoinField {
 }
 
 /// Why the users of different nodes are one.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, strum::IntoStaticStr)]
 #[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
 pub enum JoinedBy {
     /// Scheduler and job id. Session files do not name the cluster.
     Job,

@@ -2,13 +2,14 @@
 //!
 //! ```text
 //!  file -> Report ---\
-//!  file -> Report ----+--> fleet() -> Fleet -> text, json
+//!  file -> Report ----+--> fleet() -> Fleet -> text, json, csv
 //!  file that cannot be read: a problem, and a gap of its node
 //! ```
 //! Nodes are aligned by their wall clocks. GPU-seconds are sums of those of the reports; the caller cuts files that overlap on one GPU
 //! ([`Coverage`]). Standard errors of different GPUs and files are independent, so their squares add.
 
 mod coverage;
+mod csv;
 mod join;
 mod text;
 

@@ -193,3 +193,18 @@ fn files_of_one_gpu_are_cut_where_they_overlap() {
         assert_eq!(coverage.cut(&opened(uuid), span(from, to)), expect, "{uuid} {from}");
     }
 }
+
+#[test]
+fn csv_has_a_row_for_each_user_and_node() {
+    let named = UserReport { user: "=cmd".to_owned(), ..job(0, vec![usage("GPU-b", 10.0, 0.5)]) };
+    let files = [
+        file("a", (0, 60), vec![job(0, vec![usage("GPU-a", 30.0, 3.0)])]),
+        file("b", (0, 60), vec![named, job(0, vec![usage("GPU-c", 1.25, 0.0)])]),
+    ];
+    let text = merged(&files).csv();
+    let rows: Vec<&str> = text.split_terminator("\r\n").collect();
+    assert!(rows[0].starts_with("kind,user,joined_by,node,"), "{text}");
+    assert_eq!(rows.len(), 3, "{text}");
+    assert_eq!(rows[2], "job,slurm/77,job,a,slurm/77,1,30,3,30,0,0", "{text}");
+    assert!(rows[1].starts_with("job,slurm/77,job,b,'=cmd;slurm/77,2,11.25,0.5,"), "{text}");
+}

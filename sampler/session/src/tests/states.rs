@@ -105,6 +105,26 @@ fn is_complete_waits_for_neighbouring_samples() {
     assert!(state.is_complete(at(12)));
 }
 
+/// The time in which the driver was replaced is reported after the device was opened again.
+#[test]
+fn is_complete_waits_for_the_time_before_a_device_was_opened_again() {
+    let node = Node { gpus: 1, processes: 0, max_processes: 0 };
+    let at = |second: u64| BootNs(START + second * SECOND);
+    let mut state = State::default();
+    let begin = node.begin();
+    begin.iter().for_each(|fact| state.apply(fact));
+    state.apply(&sample(4, C1));
+    let opened = begin.iter().find_map(|fact| match fact {
+        Fact::Gpu { fact: opened @ GpuFact::Opened(_), .. } => Some(opened.clone()),
+        _ => None,
+    });
+    state.apply(&Fact::Gpu { gpu: 0, at: at(9), fact: opened.unwrap() });
+    assert!(state.is_complete(at(4)) && !state.is_complete(at(8)));
+    let before = GpuFact::Unobserved { ns: 5 * SECOND, why: UnobservedReason::Start };
+    state.apply(&Fact::Gpu { gpu: 0, at: at(9), fact: before });
+    assert!(state.is_complete(at(8)));
+}
+
 #[test]
 fn containers_without_gpu_use_leave_no_trace() {
     let mut state = State::default();

@@ -1,5 +1,5 @@
 //! Reads the time that containers with GPUs waited for other resources: their CPU quota, a processor, memory, IO. From their cgroups,
-//! once a second while they use a GPU and every ten seconds otherwise.
+//! once a second while they use a GPU, and otherwise every ten seconds, which grow to a minute while they do not.
 //!
 //! ```text
 //!  pressure        every second: requests a reading of the containers of the snapshot that are due -> facts
@@ -40,8 +40,10 @@ use crate::inbox::{Closed, CoreSender};
 use crate::observe::kernel::layout::Layout;
 
 const EVERY: Duration = Duration::from_secs(1);
-/// Containers that have not used a GPU for this time are read at this interval.
+/// Containers that have not used a GPU for this time are read at this interval, or in [`IDLE_READS`] parts of the time without use.
 const IDLE: Duration = Duration::from_secs(10);
+const IDLE_READS: u32 = 6;
+const MAX_INTERVAL: Duration = Duration::from_secs(60);
 /// A file of cgroupfs is read in microseconds; one that takes this long is stuck in the kernel.
 const PATIENCE: Duration = Duration::from_secs(2);
 /// Maximum number of hanging threads. With this many, the cause is not a single container, and nothing is read until one returns.
@@ -84,7 +86,8 @@ impl ContainerPressure {
         if self.used_at.is_none() || used != self.used {
             (self.used, self.used_at) = (used, Some(now));
         }
-        let is_due = self.is_active(now) || is_past(self.read_at, now);
+        let interval = (since(self.used_at, now) / IDLE_READS).clamp(IDLE, MAX_INTERVAL);
+        let is_due = self.is_active(now) || since(self.read_at, now) >= interval;
         if is_due {
             self.read_at = Some(now);
         }
@@ -93,12 +96,12 @@ impl ContainerPressure {
 
     /// Whether it used a GPU lately, and is read in every round.
     fn is_active(&self, now: Instant) -> bool {
-        !is_past(self.used_at, now)
+        since(self.used_at, now) < IDLE
     }
 }
 
-fn is_past(at: Option<Instant>, now: Instant) -> bool {
-    at.is_none_or(|at| now.saturating_duration_since(at) >= IDLE)
+fn since(at: Option<Instant>, now: Instant) -> Duration {
+    at.map_or(Duration::MAX, |at| now.saturating_duration_since(at))
 }
 
 struct AbandonedWorker {

@@ -151,4 +151,8 @@ fn a_container_that_does_not_use_its_gpu_is_read_less_often() {
     let due: Vec<u64> = (0..35).filter(|second| is_due(*second, 1.0)).collect();
     assert_eq!(due, [(0..10).collect::<Vec<_>>(), vec![19, 29]].concat());
     assert_eq!((35..40).map(|second| is_due(second, 1.5)).collect::<Vec<_>>(), [true; 5]);
+    // In an hour without use about once a minute.
+    let due: Vec<u64> = (40..3_640).filter(|second| is_due(*second, 1.5)).collect();
+    assert!((60..90).contains(&due.len()), "{due:?}");
+    assert!(due.windows(2).all(|pair| pair[1] - pair[0] <= 60), "{due:?}");
 }
