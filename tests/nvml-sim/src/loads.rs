@@ -230,7 +230,12 @@ pub fn end(dir: &Path, id: u64) -> anyhow::Result<u64> {
 pub fn close_dead<'a>(dir: &Path, loads: impl Iterator<Item = &'a Load>) -> anyhow::Result<usize> {
     // Start times by pid; a reused pid has another start time than the load.
     let mut now: HashMap<u32, Option<u64>> = HashMap::new();
-    let dead = |l: &&Load| *now.entry(l.pid).or_insert_with(|| start_time(l.pid)) != Some(l.start_time);
+    // A mount of /proc may hide the processes of other users, and so those of loads.
+    let hides_others = start_time(1).is_none();
+    let dead = |l: &&Load| match *now.entry(l.pid).or_insert_with(|| start_time(l.pid)) {
+        Some(start_time) => start_time != l.start_time,
+        None => !hides_others,
+    };
     let dead: Vec<u64> = loads.filter(|l| l.end_us.is_none()).filter(dead).map(|l| l.id).collect();
     if dead.is_empty() {
         return Ok(0);
