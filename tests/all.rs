@@ -41,6 +41,7 @@ mod prometheus;
 mod quirks;
 mod release;
 mod sample_buffer;
+mod scorer;
 mod sessions;
 mod simulator;
 mod survival;

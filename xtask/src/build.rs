@@ -1,9 +1,10 @@
-//! `build`: builds the kernel program, then the agent that embeds it, and the simulator.
+//! `build`: builds the kernel program, then the agent that embeds it, the simulator, and the program that scores exporters.
 
 use crate::{arch::Arch, ebpf, tools};
 use anyhow::{Context as _, Result, bail};
 use std::{path::PathBuf, process::Stdio};
 
+const PROGRAMS: [&str; 3] = ["gpu-sampler", "nvml-sim", "gpu-accuracy"];
 /// The package of the helper programs of tests, benches and recordings.
 const HELPERS: &str = "gpu-sampler-tests";
 
@@ -12,6 +13,7 @@ pub struct Built {
     pub sampler: PathBuf,
     pub sim: PathBuf,
     pub sim_library: PathBuf,
+    pub accuracy: PathBuf,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -31,7 +33,7 @@ pub fn verb(args: &[String]) -> Result<()> {
         // What was linked for another processor is at least known to start.
         tools::run(arch.command(&built.sampler).arg("--version"))?;
     }
-    for file in [arch.ebpf_object(), built.sampler, built.sim, built.sim_library] {
+    for file in [arch.ebpf_object(), built.sampler, built.sim, built.sim_library, built.accuracy] {
         println!("{}", file.display());
     }
     Ok(())
@@ -54,10 +56,11 @@ pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
 
 fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
     ebpf::build(arch)?;
-    let mut cargo = tools::cargo(&["build", "--locked", "--package", "gpu-sampler", "--package", "nvml-sim"])?;
+    let mut cargo = tools::cargo(&["build", "--locked"])?;
+    cargo.args(PROGRAMS.iter().flat_map(|name| ["--package", name]));
     if !helpers.is_empty() {
         cargo.args(["--package", HELPERS, "--lib"]);
-        cargo.args(["gpu-sampler", "nvml-sim"].iter().chain(helpers).flat_map(|name| ["--bin", name]));
+        cargo.args(PROGRAMS.iter().chain(helpers).flat_map(|name| ["--bin", name]));
     }
     // Named explicitly, so that a missing kernel program is an error here, not a warning.
     cargo.env("GPU_SAMPLER_EBPF_OBJECT", arch.ebpf_object());
@@ -71,6 +74,7 @@ fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
         sampler: folder.join("gpu-sampler"),
         sim: folder.join("nvml-sim"),
         sim_library: folder.join("libnvidia_ml_sim.so"),
+        accuracy: folder.join("gpu-accuracy"),
     })
 }
 

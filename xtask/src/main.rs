@@ -50,8 +50,8 @@ cargo xtask VERB
   matrix [KERNEL..] [--layout L..]  run the agent on each kernel and layout of cgroups in virtual machines, and write what works to
                                    docs/support.md (root)
   lint [CHECK..]                   check format, imports, families, monitoring, words, clippy, licences, home-paths
-  build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator; --target: for x86_64 or aarch64, by
-                                   cross-compilation with the compilers of Debian
+  build [--debug] [--target ARCH]  build the kernel program, the agent, the simulator with its scorer; --target: for x86_64 or
+                                   aarch64, by cross-compilation with the compilers of Debian
   docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
   chart [--check]                  render the Helm chart's manifests, snapshots and README, or check them
   dist [--target ARCH]             build a release tarball and its SPDX list of crates in target/dist

@@ -74,6 +74,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
             .env("GPU_SAMPLER_BIN", &built.sampler)
             .env("NVML_SIM_BIN", &built.sim)
             .env("NVML_SIM_LIBRARY", &built.sim_library)
+            .env("GPU_ACCURACY_BIN", &built.accuracy)
             .env("XTASK_BIN", &xtask)
             .env("DOCKER_HOST", &docker);
         // The line that a failed test ended at.
