@@ -144,6 +144,8 @@ for missing in $all; do
         lost="kernel mode $(kernel_mode)"
     elif ! within 30 is_attributed "$docker" neighbour || ! within 30 is_attributed "$podman" other; then
         lost="labels or GPU time of a container"
+    elif ! get '/metrics?collect[]=all' | grep -q '^gpu_sampler_pid_space{state="local"} 1$'; then
+        lost="the PIDs of the driver are not verified"
     else
         get /metrics | grep '^gpu_sampler_\(degraded\|label_missing\)' | grep ' [1-9]' >degraded.txt || true
         lost="nothing that this test reads; $(tr '\n' ' ' <degraded.txt)"

@@ -48,6 +48,14 @@ pub fn release(arch: Arch) -> Result<Built> {
     build(arch, Profile::Release, &[])
 }
 
+/// The simulator and the scorer alone, as a release.
+pub fn simulator(arch: Arch) -> Result<Built> {
+    let mut cargo = tools::cargo(&["build", "--locked", "--release", "--package", "nvml-sim", "--package", "gpu-accuracy"])?;
+    arch.select(&mut cargo);
+    tools::run(&mut cargo)?;
+    built(arch, Profile::Release)
+}
+
 /// Also builds these programs of the tests' package, into the agent's folder. A single call of cargo does it: a second call for other
 /// packages would enable other features of common dependencies and compile them again.
 pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
@@ -69,6 +77,10 @@ fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
         cargo.arg("--release");
     }
     tools::run(&mut cargo)?;
+    built(arch, profile)
+}
+
+fn built(arch: Arch, profile: Profile) -> Result<Built> {
     let folder = arch.target_dir()?.join(if profile == Profile::Release { "release" } else { "debug" });
     Ok(Built {
         sampler: folder.join("gpu-sampler"),

@@ -1,5 +1,5 @@
-//! `dist`: builds a tarball with the agent, its licences, README and deployment files, and a list of the crates in it (SPDX). `SHA256SUMS`
-//! covers these and the packages of `cargo xtask package`.
+//! `dist`: builds a tarball with the agent, its licences, README and deployment files, and a list of the crates in it (SPDX), or one with the
+//! simulator and the program that scores exporters. `SHA256SUMS` covers these and the packages of `cargo xtask package`.
 
 use crate::{
     arch::Arch,
@@ -17,8 +17,19 @@ use std::{
     process::Command,
 };
 
-/// Files and folders that go next to the binary, where present.
+/// Files and folders that go next to the binary.
 const EXTRAS: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0", "README.md", "deploy"];
+/// The word for the simulator's tarball instead of the agent's.
+const SIMULATOR: &str = "simulator";
+/// What goes next to the simulator, by name there.
+const OF_SIMULATOR: [(&str, &str); 6] = [
+    ("LICENSE-APACHE", "LICENSE-APACHE"),
+    ("LICENSE-MIT", "LICENSE-MIT"),
+    ("tests/nvml-sim/README.md", "nvml-sim.md"),
+    ("tests/gpu-accuracy/README.md", "README.md"),
+    ("tests/gpu-accuracy/mappings", "mappings"),
+    ("tests/gpu-accuracy/stand-ins", "stand-ins"),
+];
 
 const CARGO_SBOM: Program = Program { name: "cargo-sbom", version: "0.10.0" };
 /// The reference validator of SPDX.
@@ -33,37 +44,58 @@ pub fn folder() -> Result<PathBuf> {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
+    if let Some((word, rest)) = args.split_first().filter(|(word, _)| *word == SIMULATOR) {
+        return simulator(Arch::of_arguments(rest)?).with_context(|| format!("dist {word}"));
+    }
     let arch = Arch::of_arguments(args)?;
     setup::ensure(setup::Scope::Ebpf, false)?;
     let built = build::release(arch)?;
     let name = format!("gpu-sampler-{}-{}-linux", env!("CARGO_PKG_VERSION"), arch.name());
+    let extras = EXTRAS.map(|name| (tools::root().join(name), name.to_owned()));
+    let archive = archive(&name, [(built.sampler, "gpu-sampler".to_owned())].into_iter().chain(extras))?;
     let out = folder()?;
-    let folder = out.join(&name);
-    if folder.exists() {
-        fs::remove_dir_all(&folder)?;
-    }
-    fs::create_dir_all(&folder)?;
-    copy(&built.sampler, &folder.join("gpu-sampler"))?;
-    for extra in EXTRAS {
-        let from = tools::root().join(extra);
-        if from.exists() {
-            copy(&from, &folder.join(extra))?;
-        }
-    }
-    let archive = out.join(format!("{name}.tar.gz"));
-    // Equal content gives equal bytes.
-    run(Command::new("tar")
-        .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-czf"])
-        .arg(&archive)
-        .arg("-C")
-        .arg(&out)
-        .arg(&name))?;
-    fs::remove_dir_all(&folder)?;
     let crates = out.join(format!("{name}.spdx.json"));
     write_sbom(arch, &crates)?;
     write_sums(&out)?;
     println!("{}\n{}", archive.display(), crates.display());
     Ok(())
+}
+
+/// The simulated driver and the program that scores exporters with it.
+fn simulator(arch: Arch) -> Result<()> {
+    let built = build::simulator(arch)?;
+    let name = format!("nvml-sim-{}-{}-linux", env!("CARGO_PKG_VERSION"), arch.name());
+    let programs = [built.sim, built.sim_library, built.accuracy].map(|path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        (path, name)
+    });
+    let extras = OF_SIMULATOR.map(|(from, to)| (tools::root().join(from), to.to_owned()));
+    let archive = archive(&name, programs.into_iter().chain(extras))?;
+    write_sums(&folder()?)?;
+    println!("{}", archive.display());
+    Ok(())
+}
+
+/// Makes a tarball of these files and folders, below a folder with its name. Equal content gives equal bytes.
+fn archive(name: &str, files: impl Iterator<Item = (PathBuf, String)>) -> Result<PathBuf> {
+    let out = folder()?;
+    let folder = out.join(name);
+    if folder.exists() {
+        fs::remove_dir_all(&folder)?;
+    }
+    fs::create_dir_all(&folder)?;
+    for (from, to) in files {
+        copy(&from, &folder.join(to))?;
+    }
+    let archive = out.join(format!("{name}.tar.gz"));
+    run(Command::new("tar")
+        .args(["--sort=name", "--owner=0", "--group=0", "--numeric-owner", "--mtime=@0", "-czf"])
+        .arg(&archive)
+        .arg("-C")
+        .arg(&out)
+        .arg(name))?;
+    fs::remove_dir_all(&folder)?;
+    Ok(archive)
 }
 
 /// Writes the list of all crates in the program, with versions and licences, as SPDX 2.3. It is validated.

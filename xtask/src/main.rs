@@ -54,7 +54,8 @@ cargo xtask VERB
                                    aarch64, by cross-compilation with the compilers of Debian
   docs [dashboards]                rewrite docs/metrics.md and the Grafana dashboards, or these alone
   chart [--check]                  render the Helm chart's manifests, snapshots and README, or check them
-  dist [--target ARCH]             build a release tarball and its SPDX list of crates in target/dist
+  dist [simulator] [--target ARCH]  build a release tarball and its SPDX list of crates in target/dist; simulator: that of the
+                                   simulated driver and of the program that scores exporters
   package [--target ARCH]          build the .deb and the .rpm in target/dist, and check them
 ";
 

@@ -47,7 +47,7 @@ impl Selector<'_> {
         amount
     }
 
-    /// Differences between the values of each series. As in Prometheus, the first value of a series that appears later is no increase, and a
+    /// Differences between the values of each series. As in Prometheus, the first value of a series that appears later is not an increase, and a
     /// counter that falls begins again at 0.
     fn increase(&self, pages: &[Page]) -> Option<f64> {
         let mut last: BTreeMap<&BTreeMap<String, String>, f64> = BTreeMap::new();
@@ -99,7 +99,7 @@ mod tests {
     fn counters_grow_reset_and_begin() {
         let line = |value: &str| format!("m{{gpu=\"0\",pid=\"1\"}} {value}");
         let texts = ["", &line("5"), &line("7"), "", &line("8"), &line("1")];
-        assert_eq!(amount(Kind::Seconds, &texts, &["1"]), Some(4.0), "the first value is no increase");
+        assert_eq!(amount(Kind::Seconds, &texts, &["1"]), Some(4.0), "the first value is not an increase");
         assert_eq!(amount(Kind::Seconds, &[&line("NaN")], &["1"]), None);
     }
 }
