@@ -46,7 +46,7 @@ fn the_agent_is_scored_against_the_truth() -> Result<()> {
 fn what_cannot_be_scored_is_named() -> Result<()> {
     for (world, exporter, expect) in [
         ("moon", &["true"][..], "there is no world moon"),
-        ("plain", &["/nonexistent/exporter"], "cannot start /nonexistent/exporter"),
+        ("plain", &["/nonexistent/exporter"], "/nonexistent/exporter: not found"),
         ("plain", &["sh", "-c", "echo no port left >&2; exit 3"], "no port left"),
     ] {
         let output = gpu_accuracy(world, exporter)?;

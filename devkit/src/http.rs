@@ -29,6 +29,7 @@ const CONNECT: Duration = Duration::from_secs(2);
 pub struct Server {
     endpoint: Endpoint,
     patience: Duration,
+    total: Option<Duration>,
 }
 
 #[derive(Clone, Debug)]
@@ -57,16 +58,21 @@ impl Response {
 
 impl Server {
     pub fn tcp(address: SocketAddr) -> Self {
-        Self { endpoint: Endpoint::Tcp(address), patience: PATIENCE }
+        Self { endpoint: Endpoint::Tcp(address), patience: PATIENCE, total: None }
     }
 
     pub fn unix(socket: &Path) -> Self {
-        Self { endpoint: Endpoint::Unix(socket.to_owned()), patience: PATIENCE }
+        Self { endpoint: Endpoint::Unix(socket.to_owned()), patience: PATIENCE, total: None }
     }
 
     /// With another limit than 30 s.
     pub fn patience(self, patience: Duration) -> Self {
         Self { patience, ..self }
+    }
+
+    /// With a limit for a whole request; there is none by default.
+    pub fn within(self, total: Duration) -> Self {
+        Self { total: Some(total), ..self }
     }
 
     pub fn get(&self, path: &str) -> Result<Response> {
@@ -115,6 +121,7 @@ impl Server {
             .http_status_as_error(false)
             .timeout_connect(Some(CONNECT))
             .timeout_per_read(Some(self.patience))
+            .timeout_global(self.total)
             .build();
         match &self.endpoint {
             Endpoint::Tcp(address) => {

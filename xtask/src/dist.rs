@@ -25,10 +25,10 @@ const SIMULATOR: &str = "simulator";
 const OF_SIMULATOR: [(&str, &str); 6] = [
     ("LICENSE-APACHE", "LICENSE-APACHE"),
     ("LICENSE-MIT", "LICENSE-MIT"),
-    ("tests/nvml-sim/README.md", "nvml-sim.md"),
-    ("tests/gpu-accuracy/README.md", "README.md"),
-    ("tests/gpu-accuracy/mappings", "mappings"),
-    ("tests/gpu-accuracy/stand-ins", "stand-ins"),
+    ("tests/nvml-sim/README.md", "nvml-sim/README.md"),
+    ("tests/gpu-accuracy/README.md", "gpu-accuracy/README.md"),
+    ("tests/gpu-accuracy/mappings", "gpu-accuracy/mappings"),
+    ("tests/gpu-accuracy/stand-ins", "gpu-accuracy/stand-ins"),
 ];
 
 const CARGO_SBOM: Program = Program { name: "cargo-sbom", version: "0.10.0" };
@@ -66,7 +66,7 @@ fn simulator(arch: Arch) -> Result<()> {
     let built = build::simulator(arch)?;
     let name = format!("nvml-sim-{}-{}-linux", env!("CARGO_PKG_VERSION"), arch.name());
     let programs = [built.sim, built.sim_library, built.accuracy].map(|path| {
-        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        let name = format!("bin/{}", path.file_name().unwrap_or_default().display());
         (path, name)
     });
     let extras = OF_SIMULATOR.map(|(from, to)| (tools::root().join(from), to.to_owned()));
@@ -85,7 +85,9 @@ fn archive(name: &str, files: impl Iterator<Item = (PathBuf, String)>) -> Result
     }
     fs::create_dir_all(&folder)?;
     for (from, to) in files {
-        copy(&from, &folder.join(to))?;
+        let to = folder.join(to);
+        fs::create_dir_all(to.parent().unwrap_or(&folder))?;
+        copy(&from, &to)?;
     }
     let archive = out.join(format!("{name}.tar.gz"));
     run(Command::new("tar")

@@ -148,11 +148,20 @@ fn growth(facts: &[PressureFact], range: (BootNs, BootNs), counter: impl Fn(&Pre
     (seconds > 0.0).then_some((total, seconds))
 }
 
+/// Why the growth of a counter is not known. `absent`: the reason where the cgroup has no such counter.
+fn unknown(kind: CauseKind, facts: &[PressureFact], counter: impl Fn(&PressureFact) -> Option<u64>, absent: &str) -> Cause {
+    let is_read = facts.iter().any(|fact| counter(fact).is_some());
+    // Containers that do not use their GPU are read once a minute.
+    let detail = if is_read { "it was not read twice in this time" } else { absent };
+    cause(kind, Verdict::Unknown, detail.into())
+}
+
 fn cpu_quota(facts: &[PressureFact], range: (BootNs, BootNs)) -> Cause {
     let kind = CauseKind::CpuQuota;
     let quota = |field: fn(&CpuQuota) -> u64| move |fact: &PressureFact| fact.cpu.as_ref().map(field);
-    let Some((ns, seconds)) = growth(facts, range, quota(|cpu| cpu.throttled_ns)) else {
-        return cause(kind, Verdict::Unknown, "the cgroup does not report CPU throttling".into());
+    let throttled_ns = quota(|cpu| cpu.throttled_ns);
+    let Some((ns, seconds)) = growth(facts, range, &throttled_ns) else {
+        return unknown(kind, facts, throttled_ns, "the cgroup does not report CPU throttling");
     };
     let limit = facts.iter().rev().find_map(|fact| fact.cpu?.limit_ns);
     let limit =
@@ -172,8 +181,8 @@ fn pressure(
     threshold: f64,
     counter: impl Fn(&PressureFact) -> Option<u64>,
 ) -> Cause {
-    let Some((ns, seconds)) = growth(facts, range, counter) else {
-        return cause(kind, Verdict::Unknown, "the cgroup has no pressure file".into());
+    let Some((ns, seconds)) = growth(facts, range, &counter) else {
+        return unknown(kind, facts, counter, "the cgroup has no pressure file");
     };
     let part = ns as f64 * 1e-9 / seconds;
     let detail = format!("at least one task stalled for {:.1} % of {seconds:.0} s", 100.0 * part);

@@ -1,6 +1,7 @@
 //! Scores the accuracy of an exporter of GPU metrics against a simulated driver that knows the truth. See README.md in this folder.
 
 mod amount;
+mod exporter;
 mod mapping;
 mod node;
 mod page;
@@ -16,7 +17,7 @@ use std::time::Duration;
 use anyhow::{Context as _, Result, bail};
 use clap::{Args, Parser, Subcommand};
 use mapping::Mapping;
-use run::Exporter;
+use run::Run;
 use score::ExporterScores;
 use world::{WORLDS, World};
 
@@ -101,6 +102,14 @@ fn compare(files: &[PathBuf]) -> Result<()> {
         serde_json::from_str(&text).with_context(|| format!("{}: not the output of `gpu-accuracy run --json`", file.display()))
     };
     let all = files.iter().map(read).collect::<Result<Vec<_>>>()?;
+    let how = |scores: &ExporterScores| (scores.seconds, scores.interval_seconds, scores.version.clone());
+    if let Some((file, _)) = files.iter().zip(&all).find(|(_, scores)| how(scores) != how(&all[0])) {
+        bail!(
+            "{} and {} differ in duration, interval or version, so they cannot be compared",
+            files[0].display(),
+            file.display()
+        );
+    }
     print!("{}", table::compared(&all));
     Ok(())
 }
@@ -131,14 +140,20 @@ fn run(args: &RunArgs) -> Result<()> {
         bail!("{} does not exist; name the program with --nvml-sim", sim.display());
     }
     let mapping = Mapping::read(&args.mapping)?;
-    let exporter = Exporter { command: &args.command, mapping: &mapping, interval: args.interval, lasts: args.lasts };
+    let of_world = Run { command: &args.command, mapping: &mapping, interval: args.interval, lasts: args.lasts };
     node::catch_signals();
     let mut worlds = Vec::new();
     for world in chosen(&args.worlds)? {
         eprintln!("gpu-accuracy: {}: {}", world.name, world.about);
-        worlds.push(exporter.score(&sim, world).with_context(|| format!("world {}", world.name))?);
+        worlds.push(of_world.score(&sim, world).with_context(|| format!("world {}", world.name))?);
     }
-    let scores = ExporterScores { exporter: mapping.name.clone(), worlds };
+    let scores = ExporterScores {
+        exporter: mapping.name.clone(),
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+        seconds: args.lasts.as_secs_f64(),
+        interval_seconds: args.interval.as_secs_f64(),
+        worlds,
+    };
     if args.json {
         println!("{}", serde_json::to_string_pretty(&scores)?);
     } else {

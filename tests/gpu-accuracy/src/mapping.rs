@@ -108,6 +108,18 @@ impl Kind {
     }
 }
 
+/// All families with their keys, and whether they have to be of energy.
+fn families(mapping: &Mapping) -> impl Iterator<Item = (&'static str, &Family, bool)> {
+    let all = [
+        ("device", &mapping.device, false),
+        ("device_now", &mapping.device_now, false),
+        ("user", &mapping.user, false),
+        ("device_energy", &mapping.device_energy, true),
+        ("user_energy", &mapping.user_energy, true),
+    ];
+    all.into_iter().filter_map(|(key, family, energy)| Some((key, family.as_ref()?, energy)))
+}
+
 impl Mapping {
     pub fn read(path: &Path) -> Result<Self> {
         let text = std::fs::read_to_string(path).with_context(|| format!("--mapping {}", path.display()))?;
@@ -120,17 +132,22 @@ impl Mapping {
         for (key, family) in users.into_iter().filter_map(|(key, family)| Some((key, family.as_ref()?))) {
             ensure!(family.user.is_some(), "{key}: a family of users needs the key `user`, the label that names them");
         }
-        let all = [
-            ("device", &mapping.device, false),
-            ("device_now", &mapping.device_now, false),
-            ("user", &mapping.user, false),
-            ("device_energy", &mapping.device_energy, true),
-            ("user_energy", &mapping.user_energy, true),
-        ];
-        for (key, family, energy) in all.into_iter().filter_map(|(key, family, energy)| Some((key, family.as_ref()?, energy))) {
+        for (key, family, energy) in families(&mapping) {
             let kinds = if energy { "watts, joules or millijoules" } else { "percent, ratio or seconds" };
             ensure!(family.kind.is_energy() == energy, "{key}: `kind` has to be {kinds}");
         }
+        for (key, family, _) in families(&mapping) {
+            ensure!(matches!(family.gpu.is, Identity::Uuid | Identity::Index), "{key}: `gpu` has to be a uuid or an index");
+            let is_user = |key: &Key| matches!(key.is, Identity::Pid | Identity::ContainerId | Identity::Pod);
+            ensure!(family.user.as_ref().is_none_or(is_user), "{key}: `user` has to be a pid, a container_id or a pod");
+        }
+        let is_of_container = |is: &Identity| !matches!(is, Identity::Uuid | Identity::Index | Identity::Pid);
+        let wrong = mapping.labels.iter().find(|(_, is)| !is_of_container(is));
+        ensure!(
+            wrong.is_none(),
+            "labels: {} has to be a namespace, pod, container, container_id or image",
+            wrong.map_or("", |(name, _)| name)
+        );
         let now = mapping.device_now.as_ref();
         ensure!(now.is_none_or(|family| family.kind.is_gauge()), "device_now: `kind` has to be percent or ratio");
         ensure!(mapping.device.is_some() || mapping.user.is_some(), "there is neither `device` nor `user` to score");
@@ -167,6 +184,9 @@ mod tests {
             (format!("name = 'x'\n[device_energy]\n{FAMILY}"), "watts, joules"),
             (format!("name = 'x'\nnmae = 'y'\n[device]\n{FAMILY}"), "nmae"),
             (format!("name = 'x'\n[device]\n{}", FAMILY.replace("percent", "joules")), "percent, ratio"),
+            (format!("name = 'x'\n[device]\n{}", FAMILY.replace("is = 'index'", "is = 'pod'")), "a uuid or an index"),
+            (format!("name = 'x'\n[user]\n{FAMILY}user = {{ label = 'x', is = 'image' }}"), "a pid, a container_id or a pod"),
+            (format!("name = 'x'\n[device]\n{FAMILY}[labels]\npid = 'pid'"), "labels: pid"),
         ];
         for (text, expect) in cases {
             let error = format!("{:#}", Mapping::parse(&text).unwrap_err());

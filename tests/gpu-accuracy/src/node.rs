@@ -2,10 +2,9 @@
 //! the value.
 
 use std::fs;
-use std::io::Read as _;
 use std::os::unix::process::CommandExt as _;
 use std::path::{Path, PathBuf};
-use std::process::{Child, ChildStderr, Command, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
@@ -20,7 +19,7 @@ pub const CONTAINER: &str = "main";
 pub const IMAGE: &str = "registry.example/accuracy:1";
 const REMOVED_WITHIN: Duration = Duration::from_secs(10);
 
-/// Set by SIGINT and SIGTERM.
+/// Set by SIGINT, SIGTERM and SIGHUP.
 static INTERRUPTED: AtomicBool = AtomicBool::new(false);
 
 extern "C" fn interrupt(_signal: libc::c_int) {
@@ -29,15 +28,17 @@ extern "C" fn interrupt(_signal: libc::c_int) {
 
 /// Ends the run in order when it is interrupted.
 pub fn catch_signals() {
-    for signal in [libc::SIGINT, libc::SIGTERM] {
+    for signal in [libc::SIGINT, libc::SIGTERM, libc::SIGHUP] {
         // SAFETY: the handler only stores to an atomic.
         unsafe { libc::signal(signal, interrupt as *const () as libc::sighandler_t) };
     }
 }
 
-pub fn sleep_until(end: Instant) -> Result<()> {
+/// Fails if the run is interrupted or the check fails.
+pub fn sleep_until(end: Instant, check: &mut dyn FnMut() -> Result<()>) -> Result<()> {
     loop {
         ensure!(!INTERRUPTED.load(Ordering::Relaxed), "interrupted");
+        check()?;
         let left = end.saturating_duration_since(Instant::now());
         if left.is_zero() {
             return Ok(());
@@ -68,6 +69,12 @@ impl Running {
         Ok(Self(child.with_context(|| format!("cannot start {}", command.get_program().display()))?))
     }
 
+    /// Asks it to end.
+    pub fn terminate(&self) {
+        // SAFETY: the child has not been waited for, so its PID is its own.
+        unsafe { libc::kill(self.0.id() as libc::pid_t, libc::SIGTERM) };
+    }
+
     /// Waits for its end, which has to be in order.
     pub fn wait(&mut self, what: &str) -> Result<()> {
         let status = self.0.wait()?;
@@ -93,12 +100,11 @@ impl Drop for Running {
     }
 }
 
-/// The last lines of what a program wrote.
-pub fn rest_of(stderr: Option<ChildStderr>) -> String {
-    let mut text = String::new();
-    let _ignored = stderr.map(|mut stderr| stderr.read_to_string(&mut text));
-    let lines: Vec<&str> = text.lines().collect();
-    lines[lines.len().saturating_sub(5)..].join("\n")
+/// A command in this cgroup.
+pub fn inside(cgroup: &Path, words: &[String]) -> Command {
+    let mut command = Command::new("sh");
+    command.args(["-c", "echo $$ >\"$1/cgroup.procs\" && shift && exec \"$@\"", "sh"]).arg(cgroup).args(words);
+    command
 }
 
 /// A user of GPUs.
@@ -136,9 +142,31 @@ impl Cgroups {
             (words.get(2) == Some(&"cgroup2")).then(|| words[1].to_owned())
         });
         let root = Path::new(&mount.context("no cgroup2 is mounted")?).join(format!("gpu-accuracy-{}", std::process::id()));
-        fs::create_dir(&root).with_context(|| format!("{}: cgroups are made by root", root.display()))?;
+        fs::create_dir(&root).with_context(|| format!("cannot make the cgroup {}, which requires root", root.display()))?;
         Ok(Self(root))
     }
+}
+
+/// Kills all processes in a cgroup and below it.
+fn kill_all(dir: &Path) {
+    if fs::write(dir.join("cgroup.kill"), "1").is_ok() {
+        return;
+    }
+    // Kernels before 5.14.
+    for entry in
+        fs::read_dir(dir).into_iter().flatten().flatten().filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir()))
+    {
+        kill_all(&entry.path());
+    }
+    for pid in processes(dir) {
+        // SAFETY: a process of this cgroup, which only this program fills.
+        unsafe { libc::kill(pid as libc::pid_t, libc::SIGKILL) };
+    }
+}
+
+fn processes(cgroup: &Path) -> Vec<u32> {
+    let procs = fs::read_to_string(cgroup.join("cgroup.procs")).unwrap_or_default();
+    procs.lines().filter_map(|line| line.parse().ok()).collect()
 }
 
 fn remove(dir: &Path) -> std::io::Result<()> {
@@ -150,7 +178,7 @@ fn remove(dir: &Path) -> std::io::Result<()> {
 
 impl Drop for Cgroups {
     fn drop(&mut self) {
-        let _kernels_before_5_14 = fs::write(self.0.join("cgroup.kill"), "1");
+        kill_all(&self.0);
         let end = Instant::now() + REMOVED_WITHIN;
         while let Err(error) = remove(&self.0) {
             if Instant::now() > end {
@@ -184,6 +212,8 @@ impl Node {
             node.container(role.pod, role.gpu, role.demands.len())?;
         }
         node.container(SHORT_POD, SHORT, 0)?;
+        fs::create_dir(node.cost_folder())?;
+        fs::create_dir(node.exporter_cgroup())?;
         fs::write(node.containers_file(), serde_json::to_string_pretty(&node.described()?)?)?;
         Ok(node)
     }
@@ -217,15 +247,34 @@ impl Node {
         self.dir.path().join("root")
     }
 
-    /// The file in which the library keeps its own processor time.
-    pub fn cost_file(&self) -> PathBuf {
+    /// The folder in which the library keeps its own processor time, by process.
+    pub fn cost_folder(&self) -> PathBuf {
         self.dir.path().join("cost")
     }
 
-    /// Processor time of the simulated driver, which runs in the exporter; seconds.
-    pub fn driver_seconds(&self) -> f64 {
-        let bytes = fs::read(self.cost_file()).ok().and_then(|bytes| bytes.as_slice().try_into().ok());
-        bytes.map_or(0.0, |bytes| u64::from_ne_bytes(bytes) as f64 * 1e-9)
+    /// The cgroup of the exporter.
+    pub fn exporter_cgroup(&self) -> PathBuf {
+        self.cgroups.0.join("exporter")
+    }
+
+    /// Processor time of the exporter's cgroup without the simulated driver, which runs in its processes; seconds.
+    pub fn exporter_seconds(&self) -> Result<f64> {
+        let stat = fs::read_to_string(self.exporter_cgroup().join("cpu.stat"))?;
+        let all: f64 =
+            stat.lines().find_map(|line| line.strip_prefix("usage_usec ")).context("usage_usec in cpu.stat")?.parse()?;
+        let of_process = |entry: fs::DirEntry| Some(u64::from_ne_bytes(fs::read(entry.path()).ok()?.as_slice().try_into().ok()?));
+        let driver: u64 = fs::read_dir(self.cost_folder())?.flatten().filter_map(of_process).sum();
+        Ok(all * 1e-6 - driver as f64 * 1e-9)
+    }
+
+    /// Resident memory of all processes of the exporter.
+    pub fn exporter_bytes(&self) -> f64 {
+        let resident = |pid: u32| -> Option<f64> {
+            let status = fs::read_to_string(format!("/proc/{pid}/status")).ok()?;
+            let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:"))?;
+            line.trim().trim_end_matches(" kB").parse::<f64>().ok()
+        };
+        processes(&self.exporter_cgroup()).into_iter().filter_map(resident).sum::<f64>() * 1024.0
     }
 
     fn container(&mut self, pod: &'static str, gpu: usize, processes: usize) -> Result<()> {
@@ -236,9 +285,7 @@ impl Node {
         fs::create_dir_all(&cgroup).with_context(|| cgroup.display().to_string())?;
         let mut pids = Vec::new();
         for _ in 0..processes {
-            let mut sleep = Command::new("sh");
-            sleep.args(["-c", "echo $$ >\"$0/cgroup.procs\" && exec sleep 86400"]).arg(&cgroup);
-            let process = Running::start(&mut sleep)?;
+            let process = Running::start(&mut inside(&cgroup, &["sleep".to_owned(), "86400".to_owned()]))?;
             pids.push(process.0.id());
             self.processes.push(process);
         }

@@ -6,9 +6,8 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
-use anyhow::Result;
+use anyhow::{Context as _, Result};
 use devkit::http::{Response, Server};
-use prometheus_parse::{Scrape, Value};
 
 /// A scrape that takes longer has failed, as with Prometheus' default.
 const TIMEOUT: Duration = Duration::from_secs(10);
@@ -31,19 +30,58 @@ pub struct Page {
     pub samples: Vec<Sample>,
 }
 
-/// The counters, gauges and untyped samples of a page.
+/// The samples of a page in Prometheus' text format, or in OpenMetrics.
 pub fn parse(text: &str) -> Result<Vec<Sample>> {
-    let scrape = Scrape::parse(text.lines().map(|line| Ok(line.to_owned())))?;
-    let sample = |sample: prometheus_parse::Sample| {
-        let (Value::Counter(value) | Value::Gauge(value) | Value::Untyped(value)) = sample.value else { return None };
-        let labels = sample.labels.iter().map(|(name, value)| (name.clone(), value.clone())).collect();
-        Some(Sample { metric: sample.metric, labels, value })
-    };
-    Ok(scrape.samples.into_iter().filter_map(sample).collect())
+    let lines = text.lines().map(str::trim).filter(|line| !line.is_empty() && !line.starts_with('#'));
+    lines.map(|line| sample(line).with_context(|| format!("not a sample: {line}"))).collect()
+}
+
+fn sample(line: &str) -> Option<Sample> {
+    let end = line.find(|c: char| c == '{' || c.is_whitespace())?;
+    let (metric, mut rest) = line.split_at(end);
+    let is_name = metric.chars().all(|c| c.is_ascii_alphanumeric() || c == '_' || c == ':');
+    let mut labels = BTreeMap::new();
+    if let Some(inside) = rest.trim_start().strip_prefix('{') {
+        (labels, rest) = braces(inside)?;
+    }
+    let value = rest.split_whitespace().next()?.parse().ok()?;
+    (is_name && !metric.is_empty()).then(|| Sample { metric: metric.to_owned(), labels, value })
+}
+
+/// The labels up to the closing brace, and what follows it.
+fn braces(mut rest: &str) -> Option<(BTreeMap<String, String>, &str)> {
+    let mut labels = BTreeMap::new();
+    loop {
+        rest = rest.trim_start_matches(|c: char| c.is_whitespace() || c == ',');
+        if let Some(after) = rest.strip_prefix('}') {
+            return Some((labels, after));
+        }
+        let (name, after) = rest.split_once('=')?;
+        let (value, after) = quoted(after.trim_start().strip_prefix('"')?)?;
+        labels.insert(name.trim().to_owned(), value);
+        rest = after;
+    }
+}
+
+/// The value up to the closing quote, and what follows it.
+fn quoted(text: &str) -> Option<(String, &str)> {
+    let mut value = String::new();
+    let mut characters = text.char_indices();
+    while let Some((at, c)) = characters.next() {
+        match c {
+            '"' => return Some((value, &text[at + 1..])),
+            '\\' => match characters.next()?.1 {
+                'n' => value.push('\n'),
+                escaped => value.push(escaped),
+            },
+            _ => value.push(c),
+        }
+    }
+    None
 }
 
 pub fn get(port: u16, path: &str) -> Result<String> {
-    let server = Server::tcp(([127, 0, 0, 1], port).into()).patience(TIMEOUT);
+    let server = Server::tcp(([127, 0, 0, 1], port).into()).within(TIMEOUT);
     Ok(String::from_utf8(server.get(path).and_then(Response::ok)?)?)
 }
 
@@ -62,11 +100,15 @@ impl Reader {
             let (mut pages, mut next) = (Vec::new(), begun);
             while !until.load(Ordering::Relaxed) {
                 let from = Instant::now();
-                let text = get(port, &path).unwrap_or_default();
+                // A page that cannot be parsed is a failed scrape, as for Prometheus.
+                let page = get(port, &path).and_then(|text| Ok((text.len(), parse(&text)?)));
                 let (took, at) = (from.elapsed().as_secs_f64(), (from - begun).as_secs_f64());
-                // A page that cannot be parsed has no samples, as for Prometheus.
-                pages.push(Page { at, took, bytes: text.len(), samples: parse(&text).unwrap_or_default() });
-                next += interval;
+                let (bytes, samples) = page.unwrap_or_default();
+                pages.push(Page { at, took, bytes, samples });
+                // Scrapes that are missed while one takes long are left out.
+                while next <= Instant::now() {
+                    next += interval;
+                }
                 std::thread::sleep(next.saturating_duration_since(Instant::now()));
             }
             pages
@@ -90,12 +132,15 @@ mod tests {
     use super::*;
 
     #[test]
-    fn labels_with_escapes_and_values_of_each_type_are_parsed() {
-        let text = "# HELP a b\n# TYPE a counter\na{x=\"1\",y=\"p \\\"q\\\", r\"} 2.5\n# TYPE g gauge\ng NaN\nu 1e3\n";
+    fn labels_and_values_are_parsed_as_written() {
+        let text = "# TYPE a counter\na{x=\"1\",y=\"p \\\"q\\\", r}=\\\\\\n\"} 2.5 1700000000000\ng:g NaN\nu{ a = \"1\", b=\"\", } 1e3 # {} 1\n# EOF\n";
         let samples = parse(text).unwrap();
-        assert_eq!(samples.len(), 3, "{samples:?}");
-        assert_eq!((samples[0].labels["x"].as_str(), samples[0].value), ("1", 2.5));
-        assert!(samples[0].labels["y"].contains("q"), "{samples:?}");
-        assert!(samples[1].value.is_nan() && samples[2].value == 1000.0);
+        let [a, g, u] = samples.as_slice() else { panic!("{samples:?}") };
+        assert_eq!((a.labels["x"].as_str(), a.labels["y"].as_str(), a.value), ("1", "p \"q\", r}=\\\n", 2.5));
+        assert!(g.metric == "g:g" && g.value.is_nan());
+        assert_eq!((u.labels["a"].as_str(), u.labels["b"].as_str(), u.value), ("1", "", 1000.0));
+        for wrong in ["<html>", "a{x=\"1\" 2", "a{x=1} 2", "a", "a b"] {
+            assert!(parse(wrong).is_err(), "{wrong}");
+        }
     }
 }

@@ -1,18 +1,19 @@
 //! Compares what the pages show with what happened.
 
+use anyhow::{Result, ensure};
 use serde::{Deserialize, Serialize};
 
 use crate::amount::Selector;
-use crate::mapping::{Family, Identity, Mapping};
+use crate::mapping::{Family, Identity, Key, Mapping};
 use crate::node::{Container, GpuTruth};
 use crate::page::{Page, Sample};
-use crate::world::{BUSY, BUSY_WATTS, IDLE_WATTS, SHORT};
+use crate::world::{BUSY, BUSY_WATTS, GPUS, IDLE_WATTS, SHORT};
 
 /// A page shows the time before it.
 const EDGE_SECONDS: f64 = 3.0;
 
 /// What the exporter used while the loads ran, without the simulated driver.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Cost {
     /// Of one processor.
     pub processor_ratio: f64,
@@ -32,9 +33,9 @@ pub struct Score {
     /// Time of processes of 0.1 to 2 s that is not shown, and time that is shown in excess.
     pub short_lost: Option<f64>,
     pub short_excess: Option<f64>,
-    /// Series of users of which a label that identifies the container is blank, missing or wrong. Also `None` if no label does.
+    /// Samples of users of which a label that identifies the container is blank, missing or wrong. Also `None` if no label does.
     pub labels_wrong: Option<f64>,
-    /// Reads of the utilization of a busy GPU that show 0, and that show nothing.
+    /// Utilization of a busy GPU: values of 0 among those that are shown, and reads in which none is.
     pub false_zeros: Option<f64>,
     pub absent: Option<f64>,
     pub device_energy_error: Option<f64>,
@@ -42,17 +43,22 @@ pub struct Score {
     pub user_energy_error: Option<f64>,
     pub processor_ratio: f64,
     pub resident_bytes: f64,
-    pub page_bytes: f64,
-    pub series: f64,
-    /// Median.
-    pub scrape_seconds: f64,
+    /// Medians; `None` without a valid page.
+    pub page_bytes: Option<f64>,
+    pub series: Option<f64>,
+    pub scrape_seconds: Option<f64>,
     pub failed_scrapes: u64,
 }
 
 /// All scores of an exporter: the output of `gpu-accuracy run --json`.
-#[derive(Clone, Debug, Deserialize, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, Serialize)]
 pub struct ExporterScores {
     pub exporter: String,
+    /// Of the program that made them.
+    pub version: String,
+    /// Duration of the loads.
+    pub seconds: f64,
+    pub interval_seconds: f64,
     pub worlds: Vec<Score>,
 }
 
@@ -67,27 +73,47 @@ pub struct Observed<'a> {
     pub played: (f64, f64),
 }
 
-/// A measured value and the true one.
+/// A measured value, `None` if there are no series, and the true one.
 #[derive(Clone, Copy, Debug, PartialEq)]
 struct Pair {
-    shown: f64,
+    shown: Option<f64>,
     truth: f64,
 }
 
-/// Sum of the differences, relative to the sum of the true values.
-fn relative(pairs: &[Pair]) -> Option<f64> {
-    let truth: f64 = pairs.iter().map(|pair| pair.truth).sum();
-    let off: f64 = pairs.iter().map(|pair| (pair.shown - pair.truth).abs()).sum();
-    (!pairs.is_empty() && truth > 0.0).then(|| off / truth)
+impl Pair {
+    fn shown(&self) -> f64 {
+        self.shown.unwrap_or(0.0)
+    }
 }
 
-fn pairs(users: &[(&Container, Pair)]) -> Vec<Pair> {
-    users.iter().map(|(_, pair)| *pair).collect()
+/// A container on a GPU, which may not be its own.
+struct UserPair<'a> {
+    container: &'a Container,
+    gpu: usize,
+    pair: Pair,
 }
 
-fn median(mut values: Vec<f64>) -> f64 {
+impl UserPair<'_> {
+    fn is_own(&self) -> bool {
+        self.container.gpu == self.gpu
+    }
+}
+
+/// Sum of the differences, relative to the sum of the true values; `None` if nothing is shown at all.
+fn relative(pairs: impl Iterator<Item = Pair>) -> Option<f64> {
+    let (mut off, mut truth, mut is_shown) = (0.0, 0.0, false);
+    for pair in pairs {
+        off += (pair.shown() - pair.truth).abs();
+        truth += pair.truth;
+        is_shown |= pair.shown.is_some();
+    }
+    (is_shown && truth > 0.0).then(|| off / truth)
+}
+
+fn median(values: impl Iterator<Item = f64>) -> Option<f64> {
+    let mut values: Vec<f64> = values.collect();
     values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+    values.get(values.len() / 2).copied()
 }
 
 fn ratio(part: usize, of: usize) -> Option<f64> {
@@ -95,32 +121,40 @@ fn ratio(part: usize, of: usize) -> Option<f64> {
 }
 
 impl Observed<'_> {
-    pub fn score(&self, world: &str, cost: Cost) -> Score {
+    /// Fails if the mapping does not select what it describes.
+    pub fn score(&self, world: &str, cost: Cost) -> Result<Score> {
+        for family in [&self.mapping.device, &self.mapping.device_now, &self.mapping.device_energy].into_iter().flatten() {
+            self.check_single(family)?;
+        }
         let users = self.users(self.mapping.user.as_ref(), 1.0);
         let energy = self.users(self.mapping.user_energy.as_ref(), BUSY_WATTS - IDLE_WATTS);
-        let (of_short, of_others): (Vec<_>, Vec<_>) = users.into_iter().partition(|(container, _)| container.gpu == SHORT);
-        let short = of_short.first().map(|(_, pair)| *pair).filter(|pair| pair.truth > 0.0);
-        let now: Vec<Option<f64>> = self.readings();
-        let read = self.pages.iter().filter(|page| page.bytes > 0);
-        Score {
+        let is_shown = users.iter().any(|user| user.pair.shown.is_some());
+        let short = users.iter().find(|user| user.is_own() && user.gpu == SHORT).map(|user| user.pair);
+        let short = short.filter(|pair| is_shown && pair.truth > 0.0);
+        let excess = |pair: Pair| Some((pair.shown? - pair.truth).max(0.0) / pair.truth);
+        let now = self.readings();
+        let shown = now.iter().flatten().count();
+        let read = || self.pages.iter().filter(|page| page.bytes > 0);
+        Ok(Score {
             world: world.to_owned(),
-            device_error: relative(&self.devices()),
-            user_error: relative(&pairs(&of_others)),
-            share_error: Self::share_error(&of_others),
-            short_lost: short.map(|pair| (pair.truth - pair.shown).max(0.0) / pair.truth),
-            short_excess: short.map(|pair| (pair.shown - pair.truth).max(0.0) / pair.truth),
+            device_error: relative(self.devices().into_iter()),
+            // Time of the short-lived ones has rows of its own, but not time that another container has in their place.
+            user_error: relative(users.iter().filter(|user| !(user.is_own() && user.gpu == SHORT)).map(|user| user.pair)),
+            share_error: share_error(&users),
+            short_lost: short.map(|pair| (pair.truth - pair.shown()).max(0.0) / pair.truth),
+            short_excess: short.and_then(excess),
             labels_wrong: self.labels_wrong(),
-            false_zeros: ratio(now.iter().filter(|value| **value == Some(0.0)).count(), now.len()),
-            absent: ratio(now.iter().filter(|value| value.is_none()).count(), now.len()),
-            device_energy_error: relative(&self.device_energy()),
-            user_energy_error: relative(&pairs(&energy)),
+            false_zeros: ratio(now.iter().filter(|value| **value == Some(0.0)).count(), shown),
+            absent: ratio(now.len() - shown, now.len()),
+            device_energy_error: relative(self.device_energy().into_iter()),
+            user_energy_error: relative(energy.iter().map(|user| user.pair)),
             processor_ratio: cost.processor_ratio,
             resident_bytes: cost.resident_bytes,
-            page_bytes: median(read.clone().map(|page| page.bytes as f64).collect()),
-            series: median(read.clone().map(|page| page.samples.len() as f64).collect()),
-            scrape_seconds: median(read.map(|page| page.took).collect()),
+            page_bytes: median(read().map(|page| page.bytes as f64)),
+            series: median(read().map(|page| page.samples.len() as f64)),
+            scrape_seconds: median(read().map(|page| page.took)),
             failed_scrapes: self.pages.iter().filter(|page| page.bytes == 0).count() as u64,
-        }
+        })
     }
 
     /// From the last page before the loads on.
@@ -136,54 +170,66 @@ impl Observed<'_> {
         }
     }
 
+    /// A family of GPUs has one series of each: several would be counted several times.
+    fn check_single(&self, family: &Family) -> Result<()> {
+        for gpu in 0..self.truth.len() {
+            let of_gpu = self.gpu(family, gpu);
+            let selector = Selector { family, gpu: &of_gpu, user: None };
+            let most = self.pages.iter().map(|page| page.samples.iter().filter(|sample| selector.has(sample)).count()).max();
+            ensure!(
+                most.unwrap_or(0) <= 1,
+                "{} has {} series of GPU {gpu}; select one of them with the key `with` in the mapping",
+                family.metric,
+                most.unwrap_or(0)
+            );
+        }
+        Ok(())
+    }
+
+    fn amount(&self, family: &Family, gpu: usize, user: Option<&[String]>) -> Option<f64> {
+        let of_gpu = self.gpu(family, gpu);
+        Selector { family, gpu: &of_gpu, user }.amount(self.played())
+    }
+
     fn devices(&self) -> Vec<Pair> {
         let Some(family) = &self.mapping.device else { return Vec::new() };
-        let pair = |(gpu, truth): (usize, &GpuTruth)| {
-            let of_gpu = self.gpu(family, gpu);
-            let shown = Selector { family, gpu: &of_gpu, user: None }.amount(self.played());
-            Pair { shown: shown.unwrap_or(0.0), truth: truth.busy }
-        };
+        let pair = |(gpu, truth): (usize, &GpuTruth)| Pair { shown: self.amount(family, gpu, None), truth: truth.busy };
         self.truth.iter().enumerate().map(pair).collect()
     }
 
-    /// Every container on its GPU. `scale`: of the true GPU-seconds.
-    fn users(&self, family: Option<&Family>, scale: f64) -> Vec<(&Container, Pair)> {
+    /// Every container on its GPU, and on others where the page shows time there. `scale`: of the true GPU-seconds.
+    fn users(&self, family: Option<&Family>, scale: f64) -> Vec<UserPair<'_>> {
         let Some((family, key)) = family.and_then(|family| Some((family, family.user.as_ref()?))) else { return Vec::new() };
         let mut users = Vec::new();
         for container in self.containers {
-            let truth = self.truth.get(container.gpu).map_or(0.0, |truth| truth.seconds(container));
-            let (of_gpu, mut values) = (self.gpu(family, container.gpu), container.values(key.is));
-            if values.is_empty() {
-                // Processes that came and went: all on the GPU, which is theirs alone.
-                values = self.values_on(family, &key.label, &of_gpu);
+            for gpu in 0..self.truth.len() {
+                let is_own = container.gpu == gpu;
+                let values = self.values(family, key, container, gpu);
+                let shown = self.amount(family, gpu, Some(&values));
+                let truth = if is_own { self.truth[gpu].seconds(container) * scale } else { 0.0 };
+                if is_own || shown.is_some() {
+                    users.push(UserPair { container, gpu, pair: Pair { shown, truth } });
+                }
             }
-            let shown = Selector { family, gpu: &of_gpu, user: Some(&values) }.amount(self.played());
-            users.push((container, Pair { shown: shown.unwrap_or(0.0), truth: truth * scale }));
         }
         users
     }
 
-    /// All values of this label on a GPU.
-    fn values_on(&self, family: &Family, label: &str, gpu: &str) -> Vec<String> {
-        let selector = Selector { family, gpu, user: None };
+    /// Values of the label that names a user with which the container appears on a GPU.
+    fn values(&self, family: &Family, key: &Key, container: &Container, gpu: usize) -> Vec<String> {
+        let values = container.values(key.is);
+        if !values.is_empty() || gpu != container.gpu {
+            return values;
+        }
+        // Processes that came and went: all on the GPU that are not another container's.
+        let of_gpu = self.gpu(family, gpu);
+        let selector = Selector { family, gpu: &of_gpu, user: None };
         let samples = self.played().iter().flat_map(|page| &page.samples).filter(|sample| selector.has(sample));
-        let mut values: Vec<String> = samples.filter_map(|sample| sample.labels.get(label).cloned()).collect();
+        let mut values: Vec<String> = samples.filter_map(|sample| sample.labels.get(&key.label).cloned()).collect();
         values.sort_unstable();
         values.dedup();
+        values.retain(|value| !self.containers.iter().any(|other| other.values(key.is).contains(value)));
         values
-    }
-
-    fn share_error(users: &[(&Container, Pair)]) -> Option<f64> {
-        let mut worst: Option<f64> = None;
-        for (container, pair) in users {
-            let on_gpu = || users.iter().filter(|(other, _)| other.gpu == container.gpu).map(|(_, pair)| *pair);
-            let (shown, truth) = on_gpu().fold((0.0, 0.0), |(shown, truth), pair| (shown + pair.shown, truth + pair.truth));
-            if on_gpu().count() > 1 && truth > 0.0 {
-                let share = if shown > 0.0 { pair.shown / shown } else { 0.0 };
-                worst = Some(worst.unwrap_or(0.0).max((share - pair.truth / truth).abs()));
-            }
-        }
-        worst
     }
 
     /// The current utilization of busy GPUs on each page of the time in which they were loaded.
@@ -205,23 +251,30 @@ impl Observed<'_> {
         pages.flat_map(of_page).collect()
     }
 
+    /// A sample of a user is right if it has all labels of a container on its GPU, of the one that its key names if that is known.
     fn labels_wrong(&self) -> Option<f64> {
         let (family, labels) = (self.mapping.user.as_ref()?, &self.mapping.labels);
         let key = family.user.as_ref()?;
         let (mut wrong, mut all) = (0, 0);
-        for container in self.containers {
-            let of_gpu = self.gpu(family, container.gpu);
-            let values = container.values(key.is);
-            let selector = Selector { family, gpu: &of_gpu, user: (!values.is_empty()).then_some(&values) };
-            let is_right = |sample: &Sample| {
-                let matches = |(name, is): (&String, &Identity)| {
+        for gpu in 0..GPUS.min(self.truth.len()) {
+            let of_gpu = self.gpu(family, gpu);
+            let selector = Selector { family, gpu: &of_gpu, user: None };
+            let has_all = |sample: &Sample, container: &Container| {
+                let is_its = |(name, is): (&String, &Identity)| {
                     sample.labels.get(name).is_some_and(|value| container.values(*is).contains(value))
                 };
-                labels.iter().all(matches)
+                labels.iter().all(is_its)
             };
             for sample in self.played().iter().flat_map(|page| &page.samples).filter(|sample| selector.has(sample)) {
+                let user = sample.labels.get(&key.label);
+                let named =
+                    self.containers.iter().find(|container| user.is_some_and(|user| container.values(key.is).contains(user)));
+                let is_right = match named {
+                    Some(container) => has_all(sample, container),
+                    None => self.containers.iter().any(|container| container.gpu == gpu && has_all(sample, container)),
+                };
                 all += 1;
-                wrong += usize::from(!is_right(sample));
+                wrong += usize::from(!is_right);
             }
         }
         if labels.is_empty() { None } else { ratio(wrong, all) }
@@ -230,13 +283,25 @@ impl Observed<'_> {
     fn device_energy(&self) -> Vec<Pair> {
         let (Some(family), [first, .., last]) = (&self.mapping.device_energy, self.played()) else { return Vec::new() };
         let seconds = last.at - first.at;
-        let pair = |(gpu, truth): (usize, &GpuTruth)| {
-            let of_gpu = self.gpu(family, gpu);
-            let shown = Selector { family, gpu: &of_gpu, user: None }.amount(self.played());
-            Pair { shown: shown.unwrap_or(0.0), truth: IDLE_WATTS * seconds + (BUSY_WATTS - IDLE_WATTS) * truth.busy }
+        let pair = |(gpu, truth): (usize, &GpuTruth)| Pair {
+            shown: self.amount(family, gpu, None),
+            truth: IDLE_WATTS * seconds + (BUSY_WATTS - IDLE_WATTS) * truth.busy,
         };
         self.truth.iter().enumerate().map(pair).collect()
     }
+}
+
+fn share_error(users: &[UserPair<'_>]) -> Option<f64> {
+    let mut worst: Option<f64> = None;
+    for user in users.iter().filter(|user| user.is_own()) {
+        let on_gpu = || users.iter().filter(|other| other.is_own() && other.gpu == user.gpu).map(|other| other.pair);
+        let (shown, truth) = on_gpu().fold((0.0, 0.0), |(shown, truth), pair| (shown + pair.shown(), truth + pair.truth));
+        if on_gpu().count() > 1 && truth > 0.0 && shown > 0.0 {
+            let error = (user.pair.shown() / shown - user.pair.truth / truth).abs();
+            worst = Some(worst.unwrap_or(0.0).max(error));
+        }
+    }
+    worst
 }
 
 #[cfg(test)]
@@ -270,7 +335,7 @@ mod tests {
         let gpu = |busy, processes: &[(u32, f64)]| GpuTruth { uuid: String::new(), busy, processes: processes.to_vec() };
         let truth = [gpu(9.0, &[(1, 6.0), (2, 3.0)]), gpu(0.0, &[]), gpu(4.0, &[(7, 1.0), (8, 3.0)])];
         let observed = Observed { mapping: &mapping, pages: &pages, containers: &containers, truth: &truth, played: (0.0, 10.0) };
-        observed.score("w", Cost { processor_ratio: 0.0, resident_bytes: 0.0 })
+        observed.score("w", Cost::default()).unwrap()
     }
 
     fn user(pod: &str, gpu: usize, seconds: f64) -> String {
@@ -300,6 +365,7 @@ mod tests {
         // GPU 1 shows 0, half of the reads of the two that are busy.
         near(score.false_zeros, 0.5);
         assert_eq!((score.user_energy_error, score.failed_scrapes), (None, 0));
+        assert_eq!(score.absent, Some(0.0));
     }
 
     #[test]
@@ -313,9 +379,23 @@ mod tests {
         near(score.user_error, 6.0 / 9.0);
         near(score.share_error, 1.0 / 3.0);
         near(score.short_lost, 1.0);
+        assert_eq!(score.short_excess, None);
         near(score.absent, 0.5);
-        let blank = |at: usize| exact(at).replace("namespace=\"accuracy\"", "namespace=\"\"");
-        near(self::score(blank).labels_wrong, 1.0);
-        assert_eq!(self::score(|_| String::new()).failed_scrapes, 11);
+        for blank in ["namespace=\"accuracy\"", "pod=\"trainer\"", "pod=\"notebook\""] {
+            let name = blank.split_once('=').unwrap().0;
+            let blank = |at: usize| exact(at).replace(blank, &format!("{name}=\"\""));
+            assert!(self::score(blank).labels_wrong.is_some_and(|wrong| wrong > 0.3));
+        }
+        let everywhere = |at: usize| format!("{}{}", exact(at), user("trainer", 1, 0.6 * at as f64));
+        near(self::score(everywhere).user_error, 6.0 / 9.0);
+    }
+
+    #[test]
+    fn what_is_not_shown_has_no_score() {
+        let empty = score(|_| String::new());
+        assert_eq!((empty.failed_scrapes, empty.page_bytes, empty.device_error), (11, None, None));
+        let others = score(|_| "up 1\n".to_owned());
+        assert_eq!((others.user_error, others.share_error, others.short_lost, others.short_excess), (None, None, None, None));
+        assert_eq!((others.false_zeros, others.absent, others.labels_wrong), (None, Some(1.0), None));
     }
 }

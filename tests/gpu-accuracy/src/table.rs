@@ -10,6 +10,8 @@ enum Unit {
     Percent,
     /// Percentage points.
     Points,
+    /// Of one processor.
+    Processor,
     Bytes,
     Number,
     Seconds,
@@ -20,6 +22,7 @@ impl Unit {
         let Some(value) = value else { return NOT_SHOWN.to_owned() };
         match self {
             Unit::Percent => format!("{:.1} %", value * 100.0),
+            Unit::Processor => format!("{:.2} %", value * 100.0),
             Unit::Points => format!("{:.1} points", value * 100.0),
             Unit::Bytes if value < 1e6 => format!("{:.0} kB", value / 1e3),
             Unit::Bytes => format!("{:.0} MB", value / 1e6),
@@ -47,11 +50,11 @@ const ROWS: [Row; 16] = [
     Row { name: "utilization of a busy GPU not shown", unit: Unit::Percent, value: |score| score.absent },
     Row { name: "energy of GPUs: error", unit: Unit::Percent, value: |score| score.device_energy_error },
     Row { name: "energy of containers above idle: error", unit: Unit::Percent, value: |score| score.user_energy_error },
-    Row { name: "processor time, of one processor", unit: Unit::Percent, value: |score| Some(score.processor_ratio) },
+    Row { name: "processor time, of one processor", unit: Unit::Processor, value: |score| Some(score.processor_ratio) },
     Row { name: "resident memory", unit: Unit::Bytes, value: |score| Some(score.resident_bytes) },
-    Row { name: "page", unit: Unit::Bytes, value: |score| Some(score.page_bytes) },
-    Row { name: "series", unit: Unit::Number, value: |score| Some(score.series) },
-    Row { name: "scrape, median", unit: Unit::Seconds, value: |score| Some(score.scrape_seconds) },
+    Row { name: "page", unit: Unit::Bytes, value: |score| score.page_bytes },
+    Row { name: "series", unit: Unit::Number, value: |score| score.series },
+    Row { name: "scrape, median", unit: Unit::Seconds, value: |score| score.scrape_seconds },
     Row { name: "scrapes that failed", unit: Unit::Number, value: |score| Some(score.failed_scrapes as f64) },
 ];
 
@@ -111,10 +114,8 @@ mod tests {
     use super::*;
 
     fn scores(exporter: &str, user_error: Option<f64>) -> ExporterScores {
-        ExporterScores {
-            exporter: exporter.to_owned(),
-            worlds: vec![Score { world: "w".to_owned(), user_error, ..Score::default() }],
-        }
+        let worlds = vec![Score { world: "w".to_owned(), user_error, ..Score::default() }];
+        ExporterScores { exporter: exporter.to_owned(), worlds, ..ExporterScores::default() }
     }
 
     #[test]

@@ -1,8 +1,10 @@
 //! The processor time that the calls of this library take. It runs in its client's threads, so a bench that measures a client subtracts
-//! it: with `NVML_SIM_COST_FILE` the total so far, in nanoseconds as 8 bytes in the machine's order, is written after each call.
+//! it: with `NVML_SIM_COST_FILE` the total so far, in nanoseconds as 8 bytes in the machine's order, is written after each call. If it
+//! names a folder, each process has a file there, with its PID as its name.
 
 use std::fs::File;
 use std::os::unix::fs::FileExt as _;
+use std::path::PathBuf;
 use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
 
@@ -32,7 +34,12 @@ impl Drop for Cost {
 }
 
 fn file() -> Option<&'static File> {
-    FILE.get_or_init(|| File::create(std::env::var_os("NVML_SIM_COST_FILE")?).ok()).as_ref()
+    FILE.get_or_init(|| {
+        let path = PathBuf::from(std::env::var_os("NVML_SIM_COST_FILE")?);
+        let path = if path.is_dir() { path.join(std::process::id().to_string()) } else { path };
+        File::create(path).ok()
+    })
+    .as_ref()
 }
 
 /// Processor time of this thread.
