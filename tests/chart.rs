@@ -21,9 +21,9 @@ fn the_chart_renders_valid_objects_and_what_is_derived_from_it_is_current() -> R
     Ok(())
 }
 
-/// The flags of the objects are those of the program.
+/// The flags and variables of the objects are those of the program.
 #[test]
-fn rendered_arguments_are_accepted_by_the_agent() -> Result<()> {
+fn rendered_settings_are_accepted_by_the_agent() -> Result<()> {
     let commands = ["run", "health"];
     let help = |command: &str| anyhow::Ok(run_cli(&[command, "--help"])?.1);
     let helps = [help("run")?, help("health")?];
@@ -35,6 +35,14 @@ fn rendered_arguments_are_accepted_by_the_agent() -> Result<()> {
         let mut command = None;
         for item in text.lines().filter_map(|line| line.trim().strip_prefix("- ")) {
             command = commands.iter().position(|name| *name == item).or(command);
+            if let Some(variable) = item.strip_prefix("name: ").filter(|name| name.starts_with("GPU_SAMPLER_")) {
+                ensure!(
+                    helps[0].contains(&format!("[env: {variable}=")),
+                    "{}: {variable} is not a variable of run",
+                    path.display()
+                );
+                seen += 1;
+            }
             let Some(flag) = item.strip_prefix("--") else { continue };
             let flag = flag.split('=').next().unwrap_or(flag);
             let command = command.context("a flag without a command")?;
@@ -43,6 +51,6 @@ fn rendered_arguments_are_accepted_by_the_agent() -> Result<()> {
             seen += 1;
         }
     }
-    ensure!(seen > 12, "only {seen} flags");
+    ensure!(seen > 12, "only {seen} flags and variables");
     Ok(())
 }

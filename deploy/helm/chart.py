@@ -8,6 +8,7 @@ import json
 import logging
 import pathlib
 import sys
+import tomllib
 
 import kubernetes_validate
 import yaml
@@ -36,6 +37,10 @@ REFUSED = [
     ({"monitoring": {"serviceMonitor": True, "podMonitor": True}}, "scraped twice"),
     ({"hostNetwork": True, "networkPolicy": {"create": True}}, "has no effect"),
     ({"service": {"create": False}, "monitoring": {"serviceMonitor": True}}, "needs service.create: true"),
+    ({"config": {"listen": "[::]:9836"}}, "config.listen has no effect"),
+    ({"web": {"openMetrics": False, "tokenSecret": "t"}, "monitoring": {"podMonitor": True}}, "scrapes need authorization"),
+    ({"web": {"configSecret": "w", "tls": True}, "monitoring": {"podMonitor": True}}, "web.tls needs tlsConfig"),
+    ({"monitoring": {"podMonitor": True, "endpoint": {"interval": "5s"}}}, "endpoint.interval is set by the chart"),
 ]
 
 problems = []
@@ -43,6 +48,23 @@ problems = []
 
 def problem(text):
     problems.append(text)
+
+
+def with_floats(value):
+    """Helm reads the numbers of values files as floats."""
+    if isinstance(value, dict):
+        return {key: with_floats(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [with_floats(inner) for inner in value]
+    return float(value) if type(value) is int else value
+
+
+def check_config(rendered, config, what):
+    """Numbers of the configuration file are as they were given."""
+    for text in (text for path, text in rendered.items() if path.endswith("/configmap.yaml") and text.strip()):
+        written = tomllib.loads(yaml.safe_load(text)["data"]["config.toml"])
+        if json.dumps(written) != json.dumps(config):
+            problem(f"{what}: config.toml has {written}, not {config}")
 
 
 def render(values, what):
@@ -148,7 +170,11 @@ def main():
     files = {}
     for values in sorted((CHART / "ci").glob("*-values.yaml")):
         name = values.name.removesuffix("-values.yaml")
-        rendered = render(yaml.safe_load(values.read_text()), name)
+        given = yaml.safe_load(values.read_text())
+        rendered = render(given, name)
+        config = dict(sorted(given.get("config", {}).items()))
+        for variant in (given, given | {"config": with_floats(config)}):
+            check_config(Chart.load(CHART).render(variant, name="gpu-sampler", namespace="gpu-sampler"), config, name)
         files[HERE / "snapshots" / f"{name}.yaml"] = text_of(rendered)
         if name in ("default", "privileged"):
             head = f"# Rendered from deploy/helm/gpu-sampler with ci/{values.name} by `cargo xtask chart`: change the chart.\n"

@@ -76,7 +76,7 @@ impl Credential {
 /// Why a request is not authorized.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum Unauthorized {
-    #[error("unauthorized: send {0}")]
+    #[error("unauthorized: {0}")]
     NoCredentials(String),
     #[error("unauthorized: the bearer token is not in the token file")]
     WrongToken,
@@ -150,7 +150,11 @@ impl Rules {
         let user = (!self.web.users.is_empty()).then_some("user and password (basic authentication)");
         let certificate = self.tls().is_some_and(|tls| tls.verifies_clients).then_some("a client certificate");
         let all: Vec<&str> = [token, user, certificate].into_iter().flatten().collect();
-        if all.is_empty() { "nothing: no credential is configured".to_owned() } else { all.join(", or ") }
+        if all.is_empty() {
+            return "no credential is configured: set --token-file, or --web.config.file with users or client certificates"
+                .to_owned();
+        }
+        format!("send {}", all.join(", or "))
     }
 
     /// Values of `WWW-Authenticate`; a browser asks for user and password if there are users.

@@ -65,8 +65,6 @@ exec:
   command:
     - /usr/local/bin/gpu-sampler
     - health
-    - --listen=127.0.0.1:{{ $web.port }}
-    - --web.config.file=/etc/gpu-sampler/web/web.yml
 {{- else -}}
 httpGet:
   path: {{ .path }}
@@ -95,6 +93,9 @@ params:
 relabelings:
   - sourceLabels: [__meta_kubernetes_pod_node_name]
     targetLabel: instance
+  # Rules select the agent by its job, which would be the name of the Service or of the PodMonitor.
+  - targetLabel: job
+    replacement: gpu-sampler
   - action: labeldrop
     regex: namespace|pod|container|endpoint|service
 {{- with .Values.monitoring.endpoint }}
@@ -119,6 +120,26 @@ relabelings:
 {{- end -}}
 {{- if and .Values.monitoring.serviceMonitor .Values.monitoring.podMonitor -}}
 {{- fail "monitoring: serviceMonitor and podMonitor select the same pods, which would be scraped twice; set one of them" -}}
+{{- end -}}
+{{- $monitoring := .Values.monitoring -}}
+{{- if or $monitoring.serviceMonitor $monitoring.podMonitor -}}
+{{- $endpoint := $monitoring.endpoint -}}
+{{- if not (or $web.openMetrics $endpoint.authorization $endpoint.basicAuth $endpoint.tlsConfig) -}}
+{{- fail "monitoring.endpoint: without web.openMetrics, scrapes need authorization, basicAuth, or a certificate in tlsConfig" -}}
+{{- end -}}
+{{- if and $web.tls (not $endpoint.tlsConfig) -}}
+{{- fail "monitoring.endpoint: web.tls needs tlsConfig: with the CA and the name in the server's certificate, which is not the pod's address" -}}
+{{- end -}}
+{{- range list "port" "honorLabels" "interval" "scheme" "params" "relabelings" -}}
+{{- if hasKey $endpoint . -}}
+{{- fail (printf "monitoring.endpoint.%s is set by the chart" .) -}}
+{{- end -}}
+{{- end -}}
+{{- end -}}
+{{- range list "listen" "path_rootfs" "node_name" "token_file" "web_config_file" "open_metrics" "nvml_lib" -}}
+{{- if hasKey $.Values.config . -}}
+{{- fail (printf "config.%s has no effect, because the chart sets a variable that takes precedence: see web, gpu.nvmlLibrary" .) -}}
+{{- end -}}
 {{- end -}}
 {{- if and .Values.hostNetwork .Values.networkPolicy.create -}}
 {{- fail "networkPolicy has no effect on pods in the node's network: unset hostNetwork or networkPolicy.create" -}}
