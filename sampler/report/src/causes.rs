@@ -160,7 +160,7 @@ fn cpu_quota(facts: &[PressureFact], range: (BootNs, BootNs)) -> Cause {
     let kind = CauseKind::CpuQuota;
     let quota = |field: fn(&CpuQuota) -> u64| move |fact: &PressureFact| fact.cpu.as_ref().map(field);
     let throttled_ns = quota(|cpu| cpu.throttled_ns);
-    let Some((ns, seconds)) = growth(facts, range, &throttled_ns) else {
+    let Some((ns, seconds)) = growth(facts, range, throttled_ns) else {
         return unknown(kind, facts, throttled_ns, "the cgroup does not report CPU throttling");
     };
     let limit = facts.iter().rev().find_map(|fact| fact.cpu?.limit_ns);
