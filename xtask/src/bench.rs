@@ -40,7 +40,6 @@ pub fn verb(filters: &[String]) -> Result<()> {
         .env("NVML_SIM_BIN", built.sim)
         .env("NVML_SIM_LIBRARY", built.sim_library)
         .env("ACTOR_BIN", actor)
-        .env("GPU_ACCURACY_BIN", built.accuracy)
         .env("STORAGE_BENCH_OBJECT", storage)
         .env("DOCKER_HOST", docker);
     let done = test::run(benches, &mut cleanup);

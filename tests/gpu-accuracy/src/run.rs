@@ -1,9 +1,10 @@
 //! One run of an exporter in one world.
 
 use std::path::Path;
-use std::time::{Duration, Instant, SystemTime, UNIX_EPOCH};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result};
+use nvidia_ml_sim::{loads, time};
 
 use crate::exporter::Exporter;
 use crate::mapping::Mapping;
@@ -27,10 +28,6 @@ pub struct Run<'a> {
     pub lasts: Duration,
 }
 
-fn now_us() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default().as_micros() as u64
-}
-
 impl Run<'_> {
     /// Scores the exporter in this world. `sim`: the program `nvml-sim`.
     pub fn score(&self, sim: &Path, world: &World) -> Result<Score> {
@@ -40,13 +37,13 @@ impl Run<'_> {
         exporter.wait_for_page(self.mapping, port)?;
         let reader = Reader::start(port, &self.mapping.path, self.interval);
         sleep_until(Instant::now() + WARM, &mut || exporter.check())?;
-        let (used, from_us, from) = (node.exporter_seconds()?, now_us(), reader.now());
+        let (used, from_us, from) = (node.exporter_seconds()?, loads::now_us(), reader.now());
         self.play(&node, world, &mut exporter)?;
         let processor_ratio = (node.exporter_seconds()? - used) / (reader.now() - from);
         let cost = Cost { processor_ratio, resident_bytes: node.exporter_bytes() };
         sleep_until(Instant::now() + SETTLED, &mut || exporter.check())?;
         let pages = reader.end()?;
-        let truth = node.truth(&nvidia_ml_sim::time::format(from_us))?;
+        let truth = node.truth(&time::format(from_us))?;
         let played = (from, from + self.lasts.as_secs_f64());
         let observed = Observed { mapping: self.mapping, pages: &pages, containers: &node.containers, truth: &truth, played };
         observed.score(world.name, cost)
@@ -56,7 +53,7 @@ impl Run<'_> {
     fn play(&self, node: &Node, world: &World, exporter: &mut Exporter) -> Result<()> {
         let begun = Instant::now();
         let lasts = format!("{}ms", self.lasts.as_millis());
-        let mut loads = Vec::new();
+        let mut steady = Vec::new();
         for (role, container) in ROLES.iter().zip(&node.containers) {
             for (demand, pid) in role.demands.iter().zip(&container.pids) {
                 let (pid, gpu) = (pid.to_string(), role.gpu.to_string());
@@ -65,7 +62,7 @@ impl Run<'_> {
                 if let Some(demand) = &demand {
                     args.extend(["--demand", demand]);
                 }
-                loads.push(node.start(&args)?);
+                steady.push(node.start(&args)?);
             }
         }
         let short = node.containers.last().context("the container of short-lived processes")?;
@@ -81,6 +78,6 @@ impl Run<'_> {
         sleep_until(begun + self.lasts, &mut || exporter.check())?;
         lives.terminate();
         lives.wait("nvml-sim lives")?;
-        loads.iter_mut().try_for_each(|load| load.wait("nvml-sim load"))
+        steady.iter_mut().try_for_each(|load| load.wait("nvml-sim load"))
     }
 }

@@ -7,7 +7,7 @@ use crate::amount::Selector;
 use crate::mapping::{Family, Identity, Key, Mapping};
 use crate::node::{Container, GpuTruth};
 use crate::page::{Page, Sample};
-use crate::world::{BUSY, BUSY_WATTS, GPUS, IDLE_WATTS, SHORT};
+use crate::world::{BUSY, BUSY_WATTS, IDLE_WATTS, SHORT};
 
 /// A page shows the time before it.
 const EDGE_SECONDS: f64 = 3.0;
@@ -256,7 +256,7 @@ impl Observed<'_> {
         let (family, labels) = (self.mapping.user.as_ref()?, &self.mapping.labels);
         let key = family.user.as_ref()?;
         let (mut wrong, mut all) = (0, 0);
-        for gpu in 0..GPUS.min(self.truth.len()) {
+        for gpu in 0..self.truth.len() {
             let of_gpu = self.gpu(family, gpu);
             let selector = Selector { family, gpu: &of_gpu, user: None };
             let has_all = |sample: &Sample, container: &Container| {
