@@ -77,18 +77,19 @@ impl ServiceNotifier {
             tokio::time::sleep(READY_EVERY).await;
         }
         let mut sent = status();
-        self.send(&format!("READY=1\nSTATUS={sent}"));
         let mut turns = health.core_turns();
+        self.send(&format!("READY=1\nSTATUS={sent}"));
         let mut ticks = tokio::time::interval(self.watchdog.map_or(STATUS_EVERY, |watchdog| watchdog / 4));
         ticks.set_missed_tick_behavior(tokio::time::MissedTickBehavior::Delay);
         loop {
             ticks.tick().await;
+            let status = status();
+            // After the status, so that a turn that changes it is reported no later than it.
             let now = health.core_turns();
             if self.watchdog.is_some() && now != turns {
                 self.send("WATCHDOG=1");
             }
             turns = now;
-            let status = status();
             if status != sent {
                 self.send(&format!("STATUS={status}"));
                 sent = status;

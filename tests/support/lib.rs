@@ -181,6 +181,8 @@ pub struct Agent {
     pub port: u16,
     pub process: Running,
     log: tempfile::NamedTempFile,
+    /// Removed after the process has ended.
+    _sessions: tempfile::TempDir,
 }
 
 impl Agent {
@@ -226,9 +228,15 @@ impl Agent {
         if !args.contains(&"--docker-endpoint") {
             command.args(["--docker-endpoint", &var("DOCKER_HOST")?]);
         }
+        // Only one agent may use a folder, and tests run side by side.
+        let sessions = tempfile::tempdir()?;
+        if !args.contains(&"--session-dir") {
+            command.arg("--session-dir").arg(sessions.path());
+        }
         layout.enter(&mut command);
         let log = tempfile::NamedTempFile::new()?;
-        let mut agent = Self { port, process: Running(command.stderr(log.reopen()?).spawn()?), log };
+        let process = Running(command.stderr(log.reopen()?).spawn()?);
+        let mut agent = Self { port, process, log, _sessions: sessions };
         wait_for("the agent is ready", Duration::from_secs(30), || {
             if let Some(status) = agent.process.0.try_wait()? {
                 bail!("the agent ended: {status}: {}", agent.log()?);
