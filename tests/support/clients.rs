@@ -7,8 +7,6 @@ use anyhow::{Context as _, Result, ensure};
 
 use crate::Sim;
 
-const ALL_SMI: &str = "0.22.0";
-
 /// The folder for programs that the workspace's tasks build.
 fn tools() -> PathBuf {
     Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/tools")
@@ -35,11 +33,11 @@ pub fn npm(packages: &[&str]) -> Result<(PathBuf, PathBuf)> {
     Ok((bin.join("node"), folder.join("node_modules")))
 }
 
-/// The all-smi executable; it is built from source if this version is missing, which takes minutes.
-pub fn all_smi() -> Result<PathBuf> {
-    let program = tools().join("bin/all-smi");
-    let version = Command::new(&program).arg("--version").output();
-    if version.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim_end().ends_with(ALL_SMI)) {
+/// A program of crates.io; it is built from source if this version is missing, which takes minutes.
+pub fn program(name: &str, version: &str) -> Result<PathBuf> {
+    let program = tools().join("bin").join(name);
+    let found = Command::new(&program).arg("--version").output();
+    if found.is_ok_and(|output| String::from_utf8_lossy(&output.stdout).trim_end().ends_with(version)) {
         return Ok(program);
     }
     let mut cargo = Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
@@ -50,9 +48,9 @@ pub fn all_smi() -> Result<PathBuf> {
             cargo.env_remove(&name);
         }
     }
-    cargo.env_remove("LD_LIBRARY_PATH").args(["install", "all-smi", "--version", ALL_SMI, "--locked", "--force", "--root"]);
+    cargo.env_remove("LD_LIBRARY_PATH").args(["install", name, "--version", version, "--locked", "--force", "--root"]);
     let built = cargo.arg(tools()).current_dir("/").status().context("cargo")?;
-    ensure!(built.success(), "cargo install all-smi failed; `cargo xtask bench peers` installs the packages that it needs");
+    ensure!(built.success(), "cargo install {name} failed; `cargo xtask bench peers` installs the packages that it needs");
     Ok(program)
 }
 

@@ -37,6 +37,7 @@ pub fn verb(filters: &[String]) -> Result<()> {
     }
     benches
         .env("GPU_SAMPLER_BIN", built.sampler)
+        .env("GPU_ACCURACY_BIN", built.accuracy)
         .env("NVML_SIM_BIN", built.sim)
         .env("NVML_SIM_LIBRARY", built.sim_library)
         .env("ACTOR_BIN", actor)

@@ -222,7 +222,11 @@ const FOR_VM: [Wanted; 7] = [
     ("unshare, for debootstrap's namespaces", "unshare", "util-linux"),
 ];
 
-const FOR_PEERS: [Wanted; 1] = [("protoc, to build all-smi with", "protoc", "protobuf-compiler")];
+const FOR_PEERS: [Wanted; 3] = [
+    ("protoc, to build all-smi with", "protoc", "protobuf-compiler"),
+    ("clang, to build rezolus with", "clang", "clang"),
+    ("pkg-config, to build rezolus with", "pkg-config", "pkg-config"),
+];
 
 const FOR_PACKAGES: [Wanted; 3] = [
     ("dpkg-shlibdeps, for the libraries that a .deb depends on", "dpkg-shlibdeps", "dpkg-dev"),
@@ -291,6 +295,8 @@ fn missing_for_peers() -> Vec<Missing> {
     let headers = [
         ("protoc's own messages, to build all-smi with", "google/protobuf/timestamp.proto", "libprotobuf-dev"),
         ("libdrm, to build all-smi with", "libdrm/drm.h", "libdrm-dev"),
+        ("libelf, to build rezolus with", "libelf.h", "libelf-dev"),
+        ("zlib, to build rezolus with", "zlib.h", "zlib1g-dev"),
     ];
     let lacking = headers.iter().filter(|(_, header, _)| !Path::new("/usr/include").join(header).exists());
     missing.extend(lacking.map(|(what, _, package)| packages(*what, &[package])));
