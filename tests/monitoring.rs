@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use devkit::promql::{Reference, labels_of_template, references};
-use gpu_sampler_tests::kernel::{CgroupTree, attach};
+use gpu_sampler_tests::kernel::{CgroupTree, sleeper};
 use gpu_sampler_tests::prometheus::PrometheusServer;
 use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, clients, wait_for};
 use serde_json::{Value, json};
@@ -143,12 +143,6 @@ fn unknown_labels(expr: &str, legend: &str, scraped: &BTreeMap<&str, BTreeSet<&s
 }
 
 /// A process in this cgroup.
-fn sleeper(dir: &Path) -> Result<Running> {
-    let running = Running(Command::new("sleep").arg("300").spawn()?);
-    attach(running.0.id(), dir)?;
-    Ok(running)
-}
-
 /// GPUs with every kind of trouble that the simulated driver has.
 const WORLD: &str = "driver_version = '580.95.05'\nseed = 41\nenergy = true\n\
     [[gpus]]\nminor = 0\necc_errors = [12, 1]\nremapped_rows = [3, 2, 1, 1]\nrecovery_action = 'drain_and_reset'\n\

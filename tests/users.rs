@@ -7,7 +7,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::{Context as _, Result};
-use gpu_sampler_tests::kernel::{CgroupTree, Layout, attach};
+use gpu_sampler_tests::kernel::{CgroupTree, Layout, attach, sleeper};
 use gpu_sampler_tests::kubelet::{Kubelet, pod};
 use gpu_sampler_tests::labels::{SOON, UID};
 use gpu_sampler_tests::record::{Samples, expected_by};
@@ -38,12 +38,6 @@ const USERS: [(&str, &str, &str); 7] = [
 ];
 
 /// A process in this cgroup that lives until it is dropped.
-fn sleeper(cgroup: &Path) -> Result<Running> {
-    let running = Running(Command::new("sleep").arg("300").spawn()?);
-    attach(running.0.id(), cgroup)?;
-    Ok(running)
-}
-
 /// Samples per (user, GPU uuid), from the metrics page.
 fn credited(page: &[Sample]) -> Samples {
     let ours = page.iter().filter(|s| s.name == "gpu_user_samples_total" && s.value > 0.0);

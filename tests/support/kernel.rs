@@ -158,6 +158,13 @@ pub fn attach(pid: u32, cgroup: &Path) -> Result<()> {
     Ok(file.write_all(pid.to_string().as_bytes())?)
 }
 
+/// A process in this cgroup that does nothing.
+pub fn sleeper(cgroup: &Path) -> Result<Running> {
+    let running = Running(Command::new("sleep").arg("infinity").spawn()?);
+    attach(running.0.id(), cgroup)?;
+    Ok(running)
+}
+
 impl Agent {
     /// `/api/v1/explain?pid=`; `None` if the process is unknown.
     pub fn explain(&self, pid: u32) -> Result<Option<Value>> {

@@ -239,6 +239,10 @@ fn init(dir: &Path, gpus: Option<usize>, file: Option<&Path>) -> anyhow::Result<
     symbols::hide(&mut image, &symbols::missing(&world)?)?;
     let copy = lib.join("libnvidia-ml.so.1");
     fs::write(&copy, image).with_context(|| copy.display().to_string())?;
+    // As the driver's installer has it; older clients load it by this name.
+    let link = lib.join("libnvidia-ml.so");
+    let _earlier = fs::remove_file(&link);
+    std::os::unix::fs::symlink("libnvidia-ml.so.1", &link).with_context(|| link.display().to_string())?;
     let devices = dir.join(world::DEVICES);
     fs::create_dir_all(&devices).with_context(|| devices.display().to_string())?;
     for node in world.nodes(dir, None) {

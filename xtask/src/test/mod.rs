@@ -1,6 +1,7 @@
 //! `test`: runs everything: unit tests, then the privileged tests on the real kernel and real engines.
 
 mod lanes;
+mod noise;
 mod outcome;
 
 use crate::{
@@ -9,7 +10,7 @@ use crate::{
     dockerd,
     janitor::{self, Cleanup, Leftover},
     setup, sys,
-    test::{lanes::Lanes, outcome::Outcome},
+    test::{lanes::Lanes, noise::Noise, outcome::Outcome},
     tools::{self, progress, shown},
 };
 use anyhow::{Context, Result, bail};
@@ -42,7 +43,11 @@ pub fn prepare(filters: &[String]) -> Result<()> {
     setup::ensure(setup::Scope::Tests, true)
 }
 
-pub fn verb(filters: &[String]) -> Result<()> {
+pub fn verb(args: &[String]) -> Result<()> {
+    let (with_noise, filters) = match args.split_first() {
+        Some((word, rest)) if word == "--noise" => (true, rest),
+        _ => (false, args),
+    };
     prepare(filters)?;
     let built = build::everything(Profile::Debug)?;
 
@@ -83,9 +88,11 @@ pub fn verb(filters: &[String]) -> Result<()> {
         }
         command
     };
-    let privileged = build::tests(PRIVILEGED)
-        .and_then(|program| Lanes::new(program, &privileged, &mut cleanup))
-        .and_then(|lanes| run_and_repeat(&lanes, filters));
+    let privileged = build::tests(PRIVILEGED).and_then(|program| {
+        let noise = with_noise.then(|| Noise::start(&privileged)).transpose()?;
+        let done = run_and_repeat(&Lanes::new(program, &privileged, &mut cleanup)?, filters);
+        done.and(noise.map_or(Ok(()), Noise::end))
+    });
     drop(cleanup);
     if let Some(engine) = &mut engine {
         let _reaped = engine.wait();
