@@ -1,4 +1,5 @@
-//! The agent and other exporters, each alone on the same simulated GPUs, scored against the truth by `gpu-accuracy`.
+//! The agent and other exporters, each on simulated GPUs of its own with the same users, scored against the truth by `gpu-accuracy`. They
+//! run at the same time, because five worlds of minutes for each would take hours.
 //!
 //! Only `cargo xtask bench peers` runs it, because it may have to download the others first. `peers-WORLD` limits it to that world. The
 //! tables are Markdown; `docs/peers.md` has them.
@@ -7,11 +8,14 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::path::{Path, PathBuf};
 use std::process::Command;
 
-use anyhow::{Context as _, Result, ensure};
+use anyhow::{Context as _, Result, bail, ensure};
 use gpu_sampler_tests::{clients, var};
 
 /// Environment variable with a folder for the scores as JSON.
 const SCORES: &str = "PEERS_SCORES";
+
+/// Of each world: shares of two users then have a standard error of 1.5 points where each sample is used.
+const LASTS: &str = "3m";
 
 /// An exporter, with the name of its file in `tests/gpu-accuracy/mappings`.
 struct Peer {
@@ -80,19 +84,23 @@ fn main() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let kept = std::env::var_os(SCORES).map_or_else(|| folder.path().to_owned(), PathBuf::from);
     let (program, sim) = (var("GPU_ACCURACY_BIN")?, var("NVML_SIM_BIN")?);
-    let mut scores = Vec::new();
-    for peer in all(folder.path())? {
-        println!("\npeers: {}", peer.mapping);
+    let scored = |peer: &Peer| -> Result<PathBuf> {
         let mapping = accuracy().join("mappings").join(peer.mapping).with_extension("toml");
         let mut run = Command::new(&program);
-        run.args(["run", "--json", "--nvml-sim", &sim, "--mapping"]).arg(mapping);
+        run.args(["run", "--json", "--for", LASTS, "--nvml-sim", &sim, "--mapping"]).arg(mapping);
         run.args(worlds.iter().flat_map(|world| ["--world", world])).arg("--").args(&peer.command);
         let output = run.stderr(std::process::Stdio::inherit()).output().context("gpu-accuracy")?;
         ensure!(output.status.success(), "gpu-accuracy failed with {}", peer.mapping);
         let file = kept.join(peer.mapping).with_extension("json");
         std::fs::write(&file, output.stdout).with_context(|| file.display().to_string())?;
-        scores.push(file);
-    }
+        Ok(file)
+    };
+    let peers = all(folder.path())?;
+    println!("\npeers");
+    let scores: Vec<PathBuf> = std::thread::scope(|scope| {
+        let threads: Vec<_> = peers.iter().map(|peer| scope.spawn(|| scored(peer))).collect();
+        threads.into_iter().map(|thread| thread.join().unwrap_or_else(|_| bail!("a thread panicked"))).collect::<Result<_>>()
+    })?;
     println!();
     let status = Command::new(&program).arg("compare").args(&scores).status()?;
     ensure!(status.success(), "gpu-accuracy compare failed");
