@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use devkit::promql::{Reference, labels_of_template, references};
 use gpu_sampler_tests::kernel::{CgroupTree, sleeper};
 use gpu_sampler_tests::prometheus::PrometheusServer;
-use gpu_sampler_tests::{Agent, Docker, Running, Sample, Sim, clients, wait_for};
+use gpu_sampler_tests::{Agent, Docker, Sample, Sim, clients, wait_for};
 use serde_json::{Value, json};
 
 const RULES: &str = include_str!("../deploy/prometheus/rules.yml");

@@ -41,7 +41,7 @@ fn run() -> Result<()> {
     let sandbox = containerd.run_pod(&PodSpec::new("foreign", "noise", "0f0f0f0f-de9a-11e9-84e7-000000000000"))?;
     containerd.run(&sandbox, "main", 0, &["sleep", "1000000"])?;
     let tree = CgroupTree::new("noise")?;
-    let stay = (0..STAY).map(|n| Pod::new(&tree, n)).collect::<Result<Vec<_>>>()?;
+    let stay = (0..STAY).map(|n| NoisePod::new(&tree, n)).collect::<Result<Vec<_>>>()?;
     let processors = thread::available_parallelism()?.get();
     let churned = thread::scope(|scope| {
         for _ in 0..processors {
@@ -65,7 +65,7 @@ fn churn(tree: &CgroupTree, end: &AtomicBool) -> Result<()> {
     let mut living = VecDeque::new();
     let mut n = STAY;
     while !end.load(Ordering::Relaxed) {
-        living.push_back(Pod::new(tree, n)?);
+        living.push_back(NoisePod::new(tree, n)?);
         if living.len() > CHURNING {
             living.pop_front();
         }
@@ -76,12 +76,12 @@ fn churn(tree: &CgroupTree, end: &AtomicBool) -> Result<()> {
 }
 
 /// A pod's container with a process. Every other one has a name.
-struct Pod {
+struct NoisePod {
     _process: Running,
     bundle: Option<String>,
 }
 
-impl Pod {
+impl NoisePod {
     fn new(tree: &CgroupTree, n: usize) -> Result<Self> {
         let (uid, id) = (format!("0f0f0f0f-de9a-11e9-84e7-{n:012x}"), format!("f{:07x}{n:056x}", std::process::id()));
         let named = n.is_multiple_of(2);
@@ -93,7 +93,7 @@ impl Pod {
     }
 }
 
-impl Drop for Pod {
+impl Drop for NoisePod {
     fn drop(&mut self) {
         if let Some(id) = &self.bundle
             && let Err(error) = std::fs::remove_dir_all(Path::new(BUNDLES).join(id))
