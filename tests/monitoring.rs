@@ -142,7 +142,6 @@ fn unknown_labels(expr: &str, legend: &str, scraped: &BTreeMap<&str, BTreeSet<&s
     used.chain(labels_of_template(legend)).filter(|label| !known.contains(label.as_str())).collect()
 }
 
-/// A process in this cgroup.
 /// GPUs with every kind of trouble that the simulated driver has.
 const WORLD: &str = "driver_version = '580.95.05'\nseed = 41\nenergy = true\n\
     [[gpus]]\nminor = 0\necc_errors = [12, 1]\nremapped_rows = [3, 2, 1, 1]\nrecovery_action = 'drain_and_reset'\n\

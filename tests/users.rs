@@ -37,7 +37,6 @@ const USERS: [(&str, &str, &str); 7] = [
     (SESSION, "login", "uid/1000"),
 ];
 
-/// A process in this cgroup that lives until it is dropped.
 /// Samples per (user, GPU uuid), from the metrics page.
 fn credited(page: &[Sample]) -> Samples {
     let ours = page.iter().filter(|s| s.name == "gpu_user_samples_total" && s.value > 0.0);

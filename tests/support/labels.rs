@@ -1,7 +1,7 @@
 //! A container's labels as the agent reports them through `/api/v1/explain`.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
@@ -20,13 +20,14 @@ pub const SOON: Duration = Duration::from_secs(20);
 pub const UID: &str = "8bb25662-de9a-11e9-84e7-f8f21e04010c";
 
 /// Writes the bundle that containerd would leave for a pod's container `main`, below a root of its own.
-pub fn bundle(root: &Path, id: &str, pod: &str, uid: &str) -> Result<()> {
+pub fn bundle(root: &Path, id: &str, pod: &str, uid: &str) -> Result<PathBuf> {
     let folder = root.join("run/containerd/io.containerd.runtime.v2.task/k8s.io").join(id);
     std::fs::create_dir_all(&folder)?;
     let cri = |name: &str| format!("io.kubernetes.cri.{name}");
     let annotations = json!({cri("container-type"): "container", cri("container-name"): "main", cri("sandbox-name"): pod,
         cri("sandbox-namespace"): "prod", cri("sandbox-uid"): uid, cri("image-name"): "registry.example/i:1"});
-    Ok(std::fs::write(folder.join("config.json"), json!({"ociVersion": "1.0.2", "annotations": annotations}).to_string())?)
+    std::fs::write(folder.join("config.json"), json!({"ociVersion": "1.0.2", "annotations": annotations}).to_string())?;
+    Ok(folder)
 }
 
 /// Labels by name; `missing` and `not_applicable` are left out.

@@ -5,7 +5,7 @@
 
 use std::collections::VecDeque;
 use std::io::Read as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
@@ -22,8 +22,6 @@ const STAY: usize = 6;
 /// Pods that come and go, and the time between two of them.
 const CHURNING: usize = 3;
 const EVERY: Duration = Duration::from_secs(2);
-/// The machine's own folder of bundles.
-const BUNDLES: &str = "/run/containerd/io.containerd.runtime.v2.task/k8s.io";
 
 fn main() -> ExitCode {
     match run() {
@@ -78,27 +76,25 @@ fn churn(tree: &CgroupTree, end: &AtomicBool) -> Result<()> {
 /// A pod's container with a process. Every other one has a name.
 struct NoisePod {
     _process: Running,
-    bundle: Option<String>,
+    bundle: Option<PathBuf>,
 }
 
 impl NoisePod {
     fn new(tree: &CgroupTree, n: usize) -> Result<Self> {
         let (uid, id) = (format!("0f0f0f0f-de9a-11e9-84e7-{n:012x}"), format!("f{:07x}{n:056x}", std::process::id()));
-        let named = n.is_multiple_of(2);
-        if named {
-            bundle(Path::new("/"), &id, &format!("foreign-{n}"), &uid)?;
-        }
+        // In the machine's own folder of bundles.
+        let bundle = n.is_multiple_of(2).then(|| bundle(Path::new("/"), &id, &format!("foreign-{n}"), &uid)).transpose()?;
         let process = sleeper(&tree.make(&format!("kubepods/burstable/pod{uid}/{id}"))?)?;
-        Ok(Self { _process: process, bundle: named.then_some(id) })
+        Ok(Self { _process: process, bundle })
     }
 }
 
 impl Drop for NoisePod {
     fn drop(&mut self) {
-        if let Some(id) = &self.bundle
-            && let Err(error) = std::fs::remove_dir_all(Path::new(BUNDLES).join(id))
+        if let Some(folder) = &self.bundle
+            && let Err(error) = std::fs::remove_dir_all(folder)
         {
-            eprintln!("noise: {BUNDLES}/{id} is left: {error}");
+            eprintln!("noise: {} is left: {error}", folder.display());
         }
     }
 }

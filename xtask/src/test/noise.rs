@@ -9,8 +9,7 @@ use std::{
     io::{BufRead as _, BufReader},
     path::Path,
     process::{Child, Command, ExitStatus, Stdio},
-    thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 /// Its engine and its pods are removed within this time.
@@ -48,12 +47,8 @@ impl Noise {
 
     fn stop(&mut self) -> Result<ExitStatus> {
         drop(self.0.stdin.take());
-        let since = Instant::now();
-        while since.elapsed() < ENDS_WITHIN {
-            if let Some(status) = self.0.try_wait()? {
-                return Ok(status);
-            }
-            thread::sleep(Duration::from_millis(50));
+        if tools::wait_until(ENDS_WITHIN, || !matches!(self.0.try_wait(), Ok(None))) {
+            return Ok(self.0.wait()?);
         }
         self.0.kill()?;
         self.0.wait()?;
