@@ -55,6 +55,11 @@ engine() {
 engine_is_attributed() {
     name=$1 id=$2
     shift 2
+    pid=$("$@" inspect --format '{{.State.Pid}}' "$name-before")
+    if ! grep -q "$id" "/proc/$pid/cgroup"; then
+        cell "$name" absent "the engine makes no cgroup for the container: $(grep -m 1 -e '^0::' -e pids "/proc/$pid/cgroup" | cut -c 1-80)"
+        return
+    fi
     if ! within 60 is_attributed "$id" "$name-before"; then
         cell "$name" failed "a container from before the agent's start has no GPU time or labels"
         return
@@ -105,10 +110,16 @@ fi
 
 start_agent plain env RUST_LOG=info,gpu_sampler::observe::kernel=debug || cell agent failed "$(tail -n 1 "$RESULTS/agent-plain.txt" | cut -c 1-160)"
 gpu-sampler doctor >"$RESULTS/doctor.txt" 2>&1 || true
-if [ "$(kernel_mode)" = $mode ]; then
-    cell "kernel mode" ok "$mode, cgroups $(sed -n 's/^[a-z]* *cgroups *\([a-z0-9 ]*\):.*/\1/p' "$RESULTS/doctor.txt" | head -n 1)"
+case $(cat /proc/cmdline) in
+*legacy_systemd_cgroup_controller*) layout=v1 ;;
+*unified_cgroup_hierarchy=0*) layout=hybrid ;;
+*) layout=v2 ;;
+esac
+found=$(sed -n 's/^[a-z]* *cgroups *\([a-z0-9]*\):.*/\1/p' "$RESULTS/doctor.txt" | head -n 1)
+if [ "$(kernel_mode), cgroups $found" = "$mode, cgroups $layout" ]; then
+    cell "kernel mode" ok "$mode, cgroups $found"
 else
-    cell "kernel mode" failed "$(kernel_mode) instead of $mode"
+    cell "kernel mode" failed "$(kernel_mode), cgroups $found instead of $mode, cgroups $layout"
 fi
 for known in $before; do
     name=${known%%:*}
@@ -151,7 +162,10 @@ else
     cell "storms of processes" absent "needs kernel events"
 fi
 
-docker_id=$(docker inspect --format '{{.Id}}' docker-before)
+# The first container that an engine started.
+known=${before# }
+known=${known%% *}
+known_id=${known#*:}
 # variant CELL MODE COMMAND ..: the agent in other circumstances, and the mode that it has to be in.
 variant() {
     name=$1 expected=$2
@@ -160,7 +174,7 @@ variant() {
         cell "$name" failed "$(tail -n 1 "$agent_log" | cut -c 1-160)"
     elif [ "$(kernel_mode)" != "$expected" ]; then
         cell "$name" failed "kernel mode $(kernel_mode) instead of $expected"
-    elif within 60 is_attributed "$docker_id" docker-before; then
+    elif [ -n "$known" ] && within 60 is_attributed "$known_id" "${known%%:*}-before"; then
         cell "$name" ok "kernel mode $expected"
     else
         cell "$name" failed "no GPU time or labels of a container"

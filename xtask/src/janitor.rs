@@ -128,7 +128,8 @@ pub struct Cleanup {
 
 impl Cleanup {
     pub fn start() -> Result<Self> {
-        let mut command = Command::new(env::current_exe()?);
+        // Not by its path, where a newer build may be by now.
+        let mut command = Command::new("/proc/self/exe");
         command.arg(VERB).stdin(Stdio::piped()).stdout(Stdio::null());
         let mut janitor = sys::own_session(&mut command).spawn().context("starting the janitor")?;
         let pipe = janitor.stdin.take();

@@ -14,9 +14,10 @@ use std::{
 /// To be raised with every change of how an image is built that the other parts of the digest do not cover, such as one of [`configure`].
 const RECIPE: &str = "2";
 /// systemd, tools of the tests, and engines with their helpers. All exist in bookworm and in trixie. netavark is what podman needs of several
-/// packages with one virtual name, among which debootstrap does not choose.
+/// packages with one virtual name, among which debootstrap does not choose. Docker needs apparmor where the kernel has it enabled.
 const PACKAGES: &str = "systemd,systemd-sysv,dbus,dbus-user-session,libpam-systemd,udev,kmod,iproute2,procps,python3,docker.io,containerd,\
-                        podman,netavark,crun,runc,uidmap,slirp4netns,fuse-overlayfs,iptables,busybox-static,ca-certificates,strace";
+                        podman,netavark,crun,runc,uidmap,slirp4netns,fuse-overlayfs,iptables,busybox-static,ca-certificates,strace,\
+                        apparmor";
 /// Packages that trixie splits off.
 const TRIXIE_PACKAGES: &str = ",docker-cli,passt,aardvark-dns";
 /// Units to disable: engines are started by the tests that need them, and the timers and services only disturb.

@@ -14,14 +14,16 @@ use super::{VmOptions, usage};
 use crate::tools::{self, progress};
 
 const KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", "7.3"];
-/// Of cgroups, and lockdown: what the kernel's command line decides.
+/// Of cgroups, and lockdown: what the kernel's command line decides. systemd from 256 on wants to be forced.
 const LAYOUTS: [(&str, &str); 5] = [
     ("v2", ""),
-    ("hybrid", "systemd.unified_cgroup_hierarchy=0"),
-    ("v1", "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1"),
+    ("hybrid", "systemd.unified_cgroup_hierarchy=0 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"),
+    ("v1", "systemd.unified_cgroup_hierarchy=0 systemd.legacy_systemd_cgroup_controller=1 SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1"),
     ("lockdown-integrity", "lockdown=integrity"),
     ("lockdown-confidentiality", "lockdown=confidentiality"),
 ];
+/// Layouts of cgroups among these.
+const CGROUP_LAYOUTS: [&str; 3] = ["v2", "hybrid", "v1"];
 const SCRIPT: &str = "matrix.sh";
 /// Next to the script.
 const FILES: [&str; 3] = ["lib.sh", SCRIPT, "refuse-raw-tracepoints.py"];
@@ -62,8 +64,9 @@ fn write_rows<const K: usize, const V: usize>(path: &Path, heading: &str, rows: 
 
 /// Kernel release, layout, check: result, detail.
 type Cells = Rows<3, 2>;
-/// Kernel release, program: verified instructions, bytes.
-type Verified = Rows<2, 2>;
+/// Kernel release, layout, program: verified instructions, bytes. Programs are the same in all layouts, but the verifier does not inspect
+/// what a layout makes unreachable.
+type Verified = Rows<3, 2>;
 
 struct MatrixOptions {
     kernels: Vec<String>,
@@ -103,8 +106,8 @@ impl MatrixOptions {
 pub fn verb(args: &[String]) -> Result<()> {
     let options = MatrixOptions::parse(args)?;
     let root = tools::root();
-    let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
-    let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
+    let vm_dir = tools::target_dir()?.join("vm");
+    fs::create_dir_all(&vm_dir).with_context(|| vm_dir.display().to_string())?;
     let mut problems = Vec::new();
     for kernel in &options.kernels {
         for (layout, append) in LAYOUTS.iter().filter(|(name, _)| options.layouts.iter().any(|wanted| wanted == name)) {
@@ -140,24 +143,35 @@ pub fn verb(args: &[String]) -> Result<()> {
                 problems.push(format!("{kernel}, {layout}: the script ended with {} before its last check", run.status));
             }
             problems.extend(failed);
-            cells.retain(|[release, of, _], _| *release != run.release || of != layout);
-            cells.extend(new.into_iter().map(|([check], row)| ([run.release.clone(), (*layout).to_owned(), check], row)));
-            write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
             // Without it, the agent was not started, which is a failure in the cells.
             let log = fs::read_to_string(run.results.join("agent-plain.txt")).unwrap_or_default();
-            if let Some(new) = sizes(&log) {
-                problems.extend(growths(&run.release, &verified, &new));
-                verified.retain(|[release, _], _| *release != run.release);
-                verified.extend(new.into_iter().map(|([program], row)| ([run.release.clone(), program], row)));
-                write_rows(&verifier_file, "kernel, program, instructions verified, bytes: by cargo xtask matrix", &verified)?;
-            }
+            // Two runs, of different kernels, write the same files.
+            let _writing = super::lock(&vm_dir)?;
+            problems.extend(keep(&root, &run.release, layout, new, sizes(&log))?);
         }
     }
-    write_document(&root.join(DOCUMENT), &cells, &verified)?;
     if problems.is_empty() {
         return Ok(());
     }
     bail!("{}", problems.join("\n"));
+}
+
+/// Writes the results of one machine over the ones from before, and the document. Returns what the verifier made of grown programs.
+fn keep(root: &Path, release: &str, layout: &str, new: Rows<1, 2>, sizes: Option<Rows<1, 2>>) -> Result<Vec<String>> {
+    let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
+    let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
+    let mut problems = Vec::new();
+    cells.retain(|[known, of, _], _| known != release || of != layout);
+    cells.extend(new.into_iter().map(|([check], row)| ([release.to_owned(), layout.to_owned(), check], row)));
+    write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
+    if let Some(new) = sizes {
+        problems = growths((release, layout), &verified, &new);
+        verified.retain(|[known, of, _], _| known != release || of != layout);
+        verified.extend(new.into_iter().map(|([program], row)| ([release.to_owned(), layout.to_owned(), program], row)));
+        write_rows(&verifier_file, "kernel, layout, program, instructions verified, bytes: by cargo xtask matrix", &verified)?;
+    }
+    write_document(&root.join(DOCUMENT), &cells, &verified)?;
+    Ok(problems)
 }
 
 fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
@@ -177,12 +191,12 @@ fn sizes(log: &str) -> Option<Rows<1, 2>> {
 }
 
 /// Programs for which this kernel verified far more instructions than before.
-fn growths(release: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
+fn growths((release, layout): (&str, &str), before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
     let number = |row: &[String; 2]| row[0].parse::<f64>().ok();
     let growth = |(key, row): (&[String; 1], &[String; 2])| {
-        let known = before.get(&[release.to_owned(), key[0].clone()]).and_then(number)?;
+        let known = before.get(&[release.to_owned(), layout.to_owned(), key[0].clone()]).and_then(number)?;
         let now = number(row)?;
-        let problem = || format!("{release}: the verifier inspected {now} instructions of {}, {known} before", key[0]);
+        let problem = || format!("{release}, {layout}: the verifier inspected {now} instructions of {}, {known} before", key[0]);
         (now > MOST_GROWTH * known).then(problem)
     };
     now.iter().filter_map(growth).collect()
@@ -220,18 +234,21 @@ fn document(cells: &Cells, verified: &Verified) -> String {
             let _infallible = writeln!(text, "| {check} | {} |", row.join(" | "));
         }
     }
-    let kernels: BTreeSet<(Vec<u32>, &str)> = verified.keys().map(|[release, _]| (version(release), release.as_str())).collect();
-    let programs: BTreeSet<&str> = verified.keys().map(|[_, program]| program.as_str()).collect();
+    let kernels: BTreeSet<(Vec<u32>, &str)> = verified.keys().map(|[release, ..]| (version(release), release.as_str())).collect();
+    let programs: BTreeSet<&str> = verified.keys().map(|[.., program]| program.as_str()).collect();
     let names: Vec<&str> = kernels.iter().map(|(_, name)| *name).collect();
     let _infallible = write!(
         text,
-        "\n### Instructions that the verifier inspected\n\n| program | {} |\n|---|{}\n",
+        "\n### Instructions that the verifier inspected\n\nOn v2 / hybrid / v1.\n\n| program | {} |\n|---|{}\n",
         names.join(" | "),
         "---|".repeat(names.len())
     );
     for program in programs {
-        let cell = |name: &&str| verified.get(&[(*name).to_owned(), program.to_owned()]).map_or("-", |row| row[0].as_str());
-        let row: Vec<&str> = names.iter().map(cell).collect();
+        let of_layout = |name: &str, layout: &str| {
+            verified.get(&[name.to_owned(), layout.to_owned(), program.to_owned()]).map_or("-", |row| row[0].as_str())
+        };
+        let cell = |name: &&str| CGROUP_LAYOUTS.map(|layout| of_layout(name, layout)).join(" / ");
+        let row: Vec<String> = names.iter().map(cell).collect();
         let _infallible = writeln!(text, "| `{program}` | {} |", row.join(" | "));
     }
     text.push('\n');
@@ -250,21 +267,25 @@ mod tests {
     #[test]
     fn kernels_are_columns_in_their_order() {
         let cells = rows("# heading\n6.12.1\tv2\tdocker\tok\t26.1\n6.1.0\tv2\tdocker\tabsent\tno | engine");
-        let text = document(&cells, &rows("6.1.0\tfork\t120\t800"));
+        let text = document(&cells, &rows("6.1.0\tv2\tfork\t120\t800"));
         assert!(
             text.contains("### v2\n\n| | 6.1.0 | 6.12.1 |\n|---|---|---|\n| docker | absent: no / engine | ok: 26.1 |\n"),
             "{text}"
         );
-        assert!(text.contains("| program | 6.1.0 |\n|---|---|\n| `fork` | 120 |\n"), "{text}");
+        assert!(text.contains("| program | 6.1.0 |\n|---|---|\n| `fork` | 120 / - / - |\n"), "{text}");
     }
 
     #[test]
     fn a_failure_and_a_growth_are_problems() {
         let cells = rows("docker\tok\t26.1\npodman\tfailed\tno labels");
         assert_eq!(failures("6.1.0", "v2", &cells), ["6.1.0, v2, podman: no labels"]);
-        let before = rows("6.1.0\tfork\t100\t800\n6.1.0\texec\t100\t800\n5.10\texit\tunknown\t800");
+        let before =
+            rows("6.1.0\tv1\tfork\t100\t800\n6.1.0\tv1\texec\t100\t800\n6.1.0\tv2\tnew\t1\t800\n5.10\tv1\texit\tunknown\t800");
         let now = rows("fork\t120\t800\nexec\t121\t800\nexit\tunknown\t900\nnew\t9\t80");
-        assert_eq!(growths("6.1.0", &before, &now), ["6.1.0: the verifier inspected 121 instructions of exec, 100 before"]);
+        assert_eq!(
+            growths(("6.1.0", "v1"), &before, &now),
+            ["6.1.0, v1: the verifier inspected 121 instructions of exec, 100 before"]
+        );
     }
 
     #[test]
