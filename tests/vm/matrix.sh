@@ -188,5 +188,16 @@ variant "raw tracepoints refused" inotify python3 refuse-raw-tracepoints.py
 sysctl -q -w kernel.unprivileged_bpf_disabled=2 kernel.perf_event_paranoid=4 kernel.kptr_restrict=2 net.core.bpf_jit_harden=2 || true
 sysctl -q -w kernel.yama.ptrace_scope=3 2>/dev/null || true
 variant "strict sysctls" $mode
-variant "cgroup namespace of its own" $mode unshare --cgroup
+if [ $mode = inotify ]; then
+    # Without kernel events, /proc is all there is, and its paths are relative to that namespace.
+    start_agent namespace unshare --cgroup || true
+    if get /metrics | grep -q '^gpu_sampler_degraded{condition="cgroups"} 1$'; then
+        cell "cgroup namespace of its own" absent "needs kernel events; the agent says so (condition cgroups)"
+    else
+        cell "cgroup namespace of its own" failed "the agent is not degraded by it"
+    fi
+    stop_agent
+else
+    variant "cgroup namespace of its own" $mode unshare --cgroup
+fi
 ! grep -q failed "$cells"
