@@ -154,7 +154,7 @@ PYTHON
 fi
 stop_agent
 
-if storm-check --storms 2 --lives 2000 --within 5 >"$RESULTS/storms.txt" 2>&1; then
+if storm-check --storms 2 --lives 2000 --within 20 >"$RESULTS/storms.txt" 2>&1; then
     cell "storms of processes" ok "$(tail -n 1 "$RESULTS/storms.txt" | cut -c 1-120)"
 elif [ $layout = v1 ]; then
     cell "storms of processes" absent "compares with cgroups of version 2"
