@@ -56,7 +56,8 @@ engine_is_attributed() {
     name=$1 id=$2
     shift 2
     pid=$("$@" inspect --format '{{.State.Pid}}' "$name-before")
-    if ! grep -q "$id" "/proc/$pid/cgroup"; then
+    # Rootless engines make none on version 1. On version 2, and of a container that has ended, that is a failure like any other.
+    if [ $layout != v2 ] && [ -e "/proc/$pid/cgroup" ] && ! grep -q "$id" "/proc/$pid/cgroup"; then
         cell "$name" absent "the engine makes no cgroup for the container: $(grep -m 1 -e '^0::' -e pids "/proc/$pid/cgroup" | cut -c 1-80)"
         return
     fi
@@ -154,7 +155,7 @@ PYTHON
 fi
 stop_agent
 
-if storm-check --storms 2 --lives 2000 --within 20 >"$RESULTS/storms.txt" 2>&1; then
+if storm-check --storms 2 --lives 2000 --within 5 >"$RESULTS/storms.txt" 2>&1; then
     cell "storms of processes" ok "$(tail -n 1 "$RESULTS/storms.txt" | cut -c 1-120)"
 elif [ $layout = v1 ]; then
     cell "storms of processes" absent "compares with cgroups of version 2"

@@ -22,8 +22,8 @@ const LAYOUTS: [(&str, &str); 5] = [
     ("lockdown-integrity", "lockdown=integrity"),
     ("lockdown-confidentiality", "lockdown=confidentiality"),
 ];
-/// Layouts of cgroups among these.
-const CGROUP_LAYOUTS: [&str; 3] = ["v2", "hybrid", "v1"];
+/// So many of these, the first ones, are layouts of cgroups.
+const CGROUP_LAYOUTS: usize = 3;
 const SCRIPT: &str = "matrix.sh";
 /// Next to the script.
 const FILES: [&str; 3] = ["lib.sh", SCRIPT, "refuse-raw-tracepoints.py"];
@@ -237,9 +237,11 @@ fn document(cells: &Cells, verified: &Verified) -> String {
     let kernels: BTreeSet<(Vec<u32>, &str)> = verified.keys().map(|[release, ..]| (version(release), release.as_str())).collect();
     let programs: BTreeSet<&str> = verified.keys().map(|[.., program]| program.as_str()).collect();
     let names: Vec<&str> = kernels.iter().map(|(_, name)| *name).collect();
+    let layouts = || LAYOUTS.iter().take(CGROUP_LAYOUTS).map(|(layout, _)| *layout);
     let _infallible = write!(
         text,
-        "\n### Instructions that the verifier inspected\n\nOn v2 / hybrid / v1.\n\n| program | {} |\n|---|{}\n",
+        "\n### Instructions that the verifier inspected\n\nOn {}.\n\n| program | {} |\n|---|{}\n",
+        layouts().collect::<Vec<_>>().join(" / "),
         names.join(" | "),
         "---|".repeat(names.len())
     );
@@ -247,7 +249,7 @@ fn document(cells: &Cells, verified: &Verified) -> String {
         let of_layout = |name: &str, layout: &str| {
             verified.get(&[name.to_owned(), layout.to_owned(), program.to_owned()]).map_or("-", |row| row[0].as_str())
         };
-        let cell = |name: &&str| CGROUP_LAYOUTS.map(|layout| of_layout(name, layout)).join(" / ");
+        let cell = |name: &&str| layouts().map(|layout| of_layout(name, layout)).collect::<Vec<_>>().join(" / ");
         let row: Vec<String> = names.iter().map(cell).collect();
         let _infallible = writeln!(text, "| `{program}` | {} |", row.join(" | "));
     }
