@@ -89,6 +89,76 @@ pub struct Offsets {
     pub v1_hierarchy: u32,
 }
 
+/// Buckets of [`WaitSums::durations`]: bucket `n` counts calls of at least 2^n ns, and less than twice that; the last one all longer calls.
+pub const WAIT_BUCKETS: usize = 36;
+
+/// Waiting of one process in blocking calls of the CUDA driver library: the value of the map `WAITS`, whose key is the process id. User
+/// space creates it with zeros; the kernel program adds to it, and ignores processes without it.
+#[repr(C)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct WaitSums {
+    /// How many threads are inside a call (the upper 12 bits), and since when at least one is (the lower 52 of CLOCK_BOOTTIME in ns).
+    pub inside: u64,
+    /// Time in which at least one thread was inside a call, up to the last instant at which none was.
+    pub some_ns: u64,
+    /// Time of all calls, each for itself.
+    pub total_ns: u64,
+    /// Calls that have returned.
+    pub calls: u64,
+    /// The present span of 2^30 ns, and the calls that began in it.
+    pub span: u64,
+    pub span_calls: u64,
+    /// Set once a span had more calls than the budget: from then on the program does nothing for this process.
+    pub over_budget: u64,
+    /// Calls that could not be counted.
+    pub lost: u64,
+    pub durations: [u64; WAIT_BUCKETS],
+}
+
+impl WaitSums {
+    pub const ZERO: Self = Self {
+        inside: 0,
+        some_ns: 0,
+        total_ns: 0,
+        calls: 0,
+        span: 0,
+        span_calls: 0,
+        over_budget: 0,
+        lost: 0,
+        durations: [0; WAIT_BUCKETS],
+    };
+    /// Position of the number of threads in `inside`.
+    pub const THREADS_SHIFT: u32 = 52;
+    pub const SINCE_MASK: u64 = (1 << Self::THREADS_SHIFT) - 1;
+
+    /// `some_ns` as of `now_ns`, with the calls that have not returned.
+    pub fn some_ns_at(&self, now_ns: u64) -> u64 {
+        self.some_ns.wrapping_add(elapsed_ns(self.inside, now_ns))
+    }
+}
+
+/// The time since a thread was first inside; 0 if none is. A time that seems to be in the future is one of another processor that is a
+/// moment ahead.
+#[inline(always)]
+pub const fn elapsed_ns(inside: u64, now_ns: u64) -> u64 {
+    if inside >> WaitSums::THREADS_SHIFT == 0 {
+        return 0;
+    }
+    let elapsed = now_ns.wrapping_sub(inside) & WaitSums::SINCE_MASK;
+    if elapsed > WaitSums::SINCE_MASK / 2 { 0 } else { elapsed }
+}
+
+/// A call that a thread is inside; the value of the map `WAITING`, whose key is process and thread id.
+#[repr(C)]
+#[derive(Clone, Copy, Debug)]
+pub struct WaitingCall {
+    pub since_ns: u64,
+    /// The stack pointer at its begin: a call from within it has a lower one.
+    pub stack: u64,
+    /// Calls from within it that have not returned.
+    pub nested: u64,
+}
+
 /// Result of the kernel program's self-check: bits of the value in its map.
 pub mod self_check {
     pub const RAN: u32 = 1 << 31;
@@ -106,10 +176,16 @@ const _: () = {
     assert!(size_of::<ProcessEvent>() == 48);
     assert!(core::mem::offset_of!(ProcessEvent, parent_tgid) == 40);
     assert!(size_of::<Offsets>() == 19 * 4);
+    assert!(size_of::<WaitSums>() == (8 + WAIT_BUCKETS) * 8);
+    assert!(size_of::<WaitingCall>() == 24);
 };
 
 #[cfg(feature = "user")]
 mod user {
     // SAFETY: only integers, no padding (asserted above), every bit pattern is valid.
     unsafe impl aya::Pod for super::Offsets {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::WaitSums {}
+    // SAFETY: as above.
+    unsafe impl aya::Pod for super::WaitingCall {}
 }

@@ -10,6 +10,7 @@ mod process;
 mod read;
 mod self_check;
 mod tasks;
+mod waits;
 
 #[cfg(target_arch = "bpf")]
 #[panic_handler]

@@ -33,6 +33,7 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
+use crate::observe::waits::{self, Requester, WaitRequests};
 use crate::otlp::{self, OtlpExporter, OtlpSettings};
 use crate::privileges;
 use crate::reload::{self, SettingsSource};
@@ -72,13 +73,19 @@ fn tracker(config: &Config, layout: &Layout, health: &Health) -> anyhow::Result<
     Ok(tracker)
 }
 
-fn recorder(config: &Config, labels: &LabelService, snapshot: &Arc<ArcSwap<Snapshot>>) -> anyhow::Result<Recorder> {
+fn recorder(
+    config: &Config,
+    labels: &LabelService,
+    snapshot: &Arc<ArcSwap<Snapshot>>,
+    waits: WaitRequests,
+) -> anyhow::Result<Recorder> {
     let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
     let labels = labels.clone();
     let sources = SessionInputs {
         labels: Box::new(move || labels.view()),
         snapshot: Arc::clone(snapshot),
         procfs: config.path_procfs.clone(),
+        waits,
         saturation_percent: config.gpu_saturation_percent,
         node: config.node_of_sessions(),
     };
@@ -169,7 +176,21 @@ pub async fn serve(
     };
     let pressure = pressure::start(&layout, &config.path_procfs, descriptors, pressure_context)
         .context("cannot start the thread pressure")?;
-    let recorder = recorder(&config, &labels, &snapshot)?;
+    let wait_requests = WaitRequests::default();
+    if let Some(selector) = config.wait_probes.clone() {
+        wait_requests.set(Requester::Setting, selector);
+    }
+    waits::start(waits::WorkerContext {
+        to: to_core.clone(),
+        health: Arc::clone(&health),
+        labels: labels.clone(),
+        requests: wait_requests.clone(),
+        procfs: config.path_procfs.clone(),
+        budget: config.wait_probe_budget,
+        stop: Arc::clone(&stop),
+    })
+    .context("cannot start the thread waits")?;
+    let recorder = recorder(&config, &labels, &snapshot, wait_requests)?;
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };
     let core = CoreThread {

@@ -254,6 +254,9 @@ impl CoreThread {
             Query::Processes(reply) => {
                 let _sent = reply.send(query::living(&self.core.identity));
             }
+            Query::GpuProcesses(reply) => {
+                let _sent = reply.send(self.core.gpu_processes());
+            }
         }
     }
 

@@ -8,6 +8,7 @@ use std::time::Duration;
 
 use rustix::event::{EventfdFlags, eventfd};
 use sampler_core::observation::Observation;
+use sampler_core::pipeline::GpuProcess;
 use tokio::sync::oneshot;
 
 use crate::query::{KnownSubject, LivingProcess, Subject};
@@ -26,6 +27,7 @@ pub enum Query {
     /// Container ids with this prefix.
     Ids(String, oneshot::Sender<Vec<String>>),
     Processes(oneshot::Sender<Vec<LivingProcess>>),
+    GpuProcesses(oneshot::Sender<Vec<GpuProcess>>),
     /// A snapshot of now.
     Publish(oneshot::Sender<()>),
 }
@@ -103,6 +105,13 @@ impl CoreSender {
     /// Returns once the published snapshot is of now, or after `patience`.
     pub async fn publish(&self, patience: Duration) {
         let _late = tokio::time::timeout(patience, self.ask(Query::Publish)).await;
+    }
+
+    /// For a thread of its own; `None` if the core thread has ended.
+    pub fn gpu_processes(&self) -> Option<Vec<GpuProcess>> {
+        let (reply, replied) = oneshot::channel();
+        self.send(Message::Query(Query::GpuProcesses(reply))).ok()?;
+        replied.blocking_recv().ok()
     }
 
     pub async fn processes(&self) -> Option<Vec<LivingProcess>> {

@@ -23,6 +23,7 @@ mod reload;
 mod security;
 mod service_notify;
 mod session;
+mod wait_selector;
 
 use std::process::ExitCode;
 

@@ -62,6 +62,57 @@ pub enum Fact {
         comm: String,
     },
     Pressure(PressureFact),
+    Waited(WaitFact),
+    WaitProbe(WaitProbeFact),
+}
+
+/// What the wait probes of a process counted in the span `from..to`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitFact {
+    pub process: HostProcess,
+    pub user: User,
+    pub from: BootNs,
+    pub to: BootNs,
+    /// Time in which at least one thread was inside a blocking call of the driver's library.
+    pub some_ns: u64,
+    /// Time of all calls that returned, each for itself.
+    pub total_ns: u64,
+    pub calls: u64,
+    /// Bucket and calls: bucket `n` has those of 2^n ns to twice that.
+    pub durations: Vec<(u8, u64)>,
+}
+
+/// How a process is probed from now on.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct WaitProbeFact {
+    pub process: HostProcess,
+    pub user: User,
+    pub at: BootNs,
+    pub state: WaitProbeState,
+    /// The library, or the reason with its remedy.
+    pub detail: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum WaitProbeState {
+    Attached,
+    /// The process maps no driver library.
+    NoLibrary,
+    /// The library has none of the blocking calls.
+    NoSymbols,
+    /// The kernel or the library file does not permit probes.
+    Refused,
+    /// More calls a second than the budget: the probes of the process were detached.
+    OverBudget,
+    /// The process ended, or the selection does not include it any more.
+    Ended,
+}
+
+impl WaitProbeState {
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

@@ -6,6 +6,7 @@ use serde::{Deserialize, Serialize};
 use strum::EnumCount as _;
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings, ThrottleTimes};
+use crate::fact::WaitProbeState;
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
@@ -203,6 +204,35 @@ pub struct ScanEnd {
     pub repairs_since: Option<BootNs>,
 }
 
+/// What the wait probes of one process counted between two readings.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct WaitReading {
+    pub tgid: Tgid,
+    /// Start of the process; to the clock tick of /proc.
+    pub start: BootNs,
+    pub from: BootNs,
+    pub to: BootNs,
+    /// Time in which at least one thread was inside a blocking call.
+    pub some_ns: u64,
+    /// Time of all calls that returned, each for itself.
+    pub total_ns: u64,
+    /// Calls that returned.
+    pub calls: u64,
+    /// Bucket and calls: bucket `n` has those of 2^n ns to twice that. Without empty buckets.
+    pub durations: Vec<(u8, u64)>,
+}
+
+/// A change in how a process is probed.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct WaitProbeChange {
+    pub tgid: Tgid,
+    pub start: BootNs,
+    pub at: BootNs,
+    pub state: WaitProbeState,
+    /// The library, or the reason with its remedy.
+    pub detail: String,
+}
+
 #[derive(Clone, Debug)]
 pub enum Observation {
     Process(ProcessFact),
@@ -239,6 +269,8 @@ pub enum Observation {
         count: u64,
     },
     Pressure(PressureFact),
+    Waited(Box<WaitReading>),
+    WaitProbe(Box<WaitProbeChange>),
     /// From now on: whether the driver's pids are pids of this kernel.
     PidSpace(PidSpace),
     ClockAdvanced {

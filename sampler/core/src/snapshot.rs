@@ -155,6 +155,18 @@ pub struct ContainerGpu {
     pub is_listed: bool,
 }
 
+/// Waiting of the processes of a container, from their wait probes.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct ContainerWaits {
+    /// Time in which at least one thread of a process was inside a blocking call; summed over processes.
+    pub wait_seconds: f64,
+    /// Time in which processes had probes; summed over processes.
+    pub probed_seconds: f64,
+    /// Part (0-1) of the probed time of the last ten settled seconds that was waited beyond what the container waits when it is alone.
+    /// `None` without such seconds, or without enough time alone to compare.
+    pub pressure_ratio: Option<f64>,
+}
+
 #[derive(Clone, Debug)]
 pub struct ContainerView {
     pub record: Arc<ContainerRecord>,
@@ -162,6 +174,8 @@ pub struct ContainerView {
     pub gone: Option<BootNs>,
     /// One entry for each existing (container, GPU) pair.
     pub gpus: Vec<ContainerGpu>,
+    /// `None` if none of its processes was ever probed.
+    pub waits: Option<ContainerWaits>,
 }
 
 #[derive(Clone, Debug, Default)]

@@ -53,7 +53,7 @@ impl WallTime {
 }
 
 /// A process id in the initial pid namespace (the kernel's tgid).
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash)]
 pub struct Tgid(pub u32);
 
 impl fmt::Display for Tgid {

@@ -6,6 +6,7 @@ use sampler_core::aggregate::Range;
 use sampler_core::device::{DeviceReadings, ThrottleTimes};
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
+    WaitFact, WaitProbeFact,
 };
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
@@ -47,6 +48,8 @@ pub struct Gathered {
     pub labels: HashMap<ContainerKey, LabelFact>,
     pub comms: HashMap<HostProcess, String>,
     pub pressures: HashMap<ContainerKey, Vec<PressureFact>>,
+    pub waits: HashMap<User, Vec<WaitFact>>,
+    pub wait_probes: BTreeMap<User, Vec<WaitProbeFact>>,
     /// Containers that ended, with the time.
     pub ended: Vec<(ContainerKey, BootNs)>,
     /// The latest time of any fact.
@@ -105,6 +108,14 @@ impl Gathered {
             Fact::Pressure(pressure) => {
                 let key = self.key(pressure.key);
                 self.pressures.entry(key).or_default().push(PressureFact { key, ..*pressure });
+            }
+            Fact::Waited(wait) => {
+                let user = self.user(wait.user);
+                self.waits.entry(user).or_default().push(WaitFact { user, ..wait.clone() });
+            }
+            Fact::WaitProbe(probe) => {
+                let user = self.user(probe.user);
+                self.wait_probes.entry(user).or_default().push(WaitProbeFact { user, ..probe.clone() });
             }
         }
         fact.clone()

@@ -6,13 +6,13 @@
 //! A State frame may contain `Time`; for each present GPU `Opened` and the latest `Held`, `Readings` and `Clock`; for recently named
 //! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`. All of these state a current value, so reading one twice has no
 //! effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle and unobserved time,
-//! XIDs, `Left`, `Restarted`) are never in a State frame.
+//! XIDs, waiting, `Left`, `Restarted`) are never in a State frame, nor are changes of wait probes.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use sampler_core::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 use sampler_core::device::Engine;
-use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User};
+use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User, WaitFact, WaitProbeFact};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey};
 
@@ -78,6 +78,8 @@ fn time_of(fact: &Fact) -> Option<BootNs> {
     match fact {
         Fact::Time { at, .. } | Fact::Gpu { at, .. } | Fact::ContainerGone { at, .. } => Some(*at),
         Fact::Pressure(pressure) => Some(pressure.at),
+        Fact::Waited(wait) => Some(wait.to),
+        Fact::WaitProbe(probe) => Some(probe.at),
         _ => None,
     }
 }
@@ -165,6 +167,10 @@ impl State {
                 let known = self.host(*process);
                 known.comm = Some(comm.clone());
                 known.written
+            }
+            Fact::Waited(WaitFact { user, .. }) | Fact::WaitProbe(WaitProbeFact { user, .. }) => {
+                self.record_named(*user, emit);
+                true
             }
         };
         if in_file {

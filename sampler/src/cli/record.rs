@@ -29,7 +29,7 @@ use crate::cli::text::{bytes, terminal_safe};
 use crate::config::{Config, Settings};
 use crate::export::live::LiveDocument;
 use crate::export::server;
-use crate::export::sessions::{SessionBody, StartedSession};
+use crate::export::sessions::{SessionBody, StartedSession, WaitProbesBody};
 use crate::session::{self, Phase, SessionStatus};
 
 const EXAMPLES: &str = "\
@@ -146,6 +146,8 @@ impl Record {
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
         config.session_store = None;
+        // Those of the session, which ends with them.
+        config.wait_probes = None;
         (config.token_file, config.web_config_file) = (None, None);
         let listener = server::bind(config.listen)?;
         let address = listener.local_addr().context("cannot read the address of the socket")?;
@@ -182,6 +184,7 @@ impl Record {
             gpus: self.gpu.clone(),
             containers: self.container.clone(),
             namespaces: self.namespace.clone(),
+            wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
         };
         let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
         let StartedSession { id } = document(client.url(), &body)?;

@@ -18,6 +18,7 @@ use crate::objects::StoreUrl;
 use crate::privileges::CapabilitySet;
 use crate::security::error::SecurityError;
 use crate::security::{Rules, SecurityFiles};
+use crate::wait_selector::WaitSelector;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
@@ -137,6 +138,20 @@ pub struct Settings {
     /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
+    /// Processes whose waiting for the GPU is always measured, by probes on the blocking calls of the driver library: all,
+    /// container=NAME, namespace=NAME or pid=NUMBER; of `record`, for the session [default: none]
+    #[arg(
+        long,
+        value_name = "SELECTION",
+        num_args = 0..=1,
+        require_equals = true,
+        default_missing_value = "all",
+        env = "GPU_SAMPLER_WAIT_PROBES"
+    )]
+    pub wait_probes: Option<String>,
+    /// Blocking calls a second from which a process loses its wait probes, which then would slow it down [default: 2000]
+    #[arg(long, value_name = "CALLS", env = "GPU_SAMPLER_WAIT_PROBE_BUDGET")]
+    pub wait_probe_budget: Option<u64>,
     /// Name of the node in sessions, on the page and by OTLP; in a pod, the node's [default: the host name]
     #[arg(long, value_name = "NAME", env = "GPU_SAMPLER_NODE_NAME")]
     pub node_name: Option<String>,
@@ -194,6 +209,8 @@ pub struct Config {
     pub gpu_wait_percent: f64,
     pub sample_source: SampleSource,
     pub gpu_saturation_percent: u8,
+    pub wait_probes: Option<WaitSelector>,
+    pub wait_probe_budget: u64,
     pub node_name: Option<String>,
     pub session_dir: PathBuf,
     pub session_dir_max_bytes: u64,
@@ -296,6 +313,8 @@ impl Settings {
             gpu_wait_percent: self.gpu_wait_percent.or(under.gpu_wait_percent),
             sample_source: self.sample_source.or(under.sample_source),
             gpu_saturation_percent: self.gpu_saturation_percent.or(under.gpu_saturation_percent),
+            wait_probes: self.wait_probes.or(under.wait_probes),
+            wait_probe_budget: self.wait_probe_budget.or(under.wait_probe_budget),
             session_dir: self.session_dir.or(under.session_dir),
             session_dir_max_bytes: self.session_dir_max_bytes.or(under.session_dir_max_bytes),
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
@@ -348,6 +367,8 @@ impl Settings {
             gpu_wait_percent: values::budget("gpu_wait_percent", s.gpu_wait_percent, DEFAULT_GPU_WAIT_PERCENT)?,
             sample_source: s.sample_source.unwrap_or_default(),
             gpu_saturation_percent: values::saturation(s.gpu_saturation_percent)?,
+            wait_probes: s.wait_probes.map(|text| values::wait_probes(&text)).transpose()?,
+            wait_probe_budget: values::wait_probe_budget(s.wait_probe_budget)?,
             session_dir: values::absolute("session_dir", s.session_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_SESSION_DIR)))?,
             session_dir_max_bytes: values::size(
                 "session_dir_max_bytes",
@@ -419,6 +440,9 @@ mod tests {
         check("gpu_budget_percent = 0.01", "ok");
         check("gpu_budget_percent = 0", "gpu_budget_percent = \"0\" is invalid: expected a percentage");
         check("gpu_budget_percent = 101.0", "gpu_budget_percent = \"101\" is invalid: expected a percentage");
+        check("wait_probes = 'container=trainer'\nwait_probe_budget = 500", "ok");
+        check("wait_probes = 'image=x'", "wait_probes = \"image=x\" is invalid: expected all, container=NAME");
+        check("wait_probe_budget = 5", "wait_probe_budget = \"5\" is invalid: expected 10 to 1000000");
         check("session_dir = ''", "session_dir = \"\" is invalid: expected the path");
         check("session_dir_max_bytes = 1000", "session_dir_max_bytes = \"1000\" is invalid: expected at least 1048576 bytes");
         check("session_ring_bytes = 1", "session_ring_bytes = \"1\" is invalid: expected at least 65536");
@@ -461,6 +485,8 @@ mod tests {
                 && read.kernel_mode.is_some()
                 && read.gpu_budget_percent == Some(DEFAULT_GPU_BUDGET_PERCENT)
                 && read.gpu_wait_percent == Some(DEFAULT_GPU_WAIT_PERCENT)
+                && read.wait_probes.is_some()
+                && read.wait_probe_budget == Some(values::DEFAULT_WAIT_PROBE_BUDGET)
                 && read.gpu_saturation_percent == Some(values::DEFAULT_GPU_SATURATION_PERCENT)
                 && read.session_dir == Some(DEFAULT_SESSION_DIR.into())
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)

@@ -10,9 +10,12 @@ use crate::collectors::Selection;
 use crate::host_name::HostName;
 use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
+use crate::wait_selector::WaitSelector;
 
 /// Of KAI since 0.6, and of Run:ai and earlier KAI.
 pub(super) const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];
+/// Two probes of a call take some microseconds (`cargo xtask bench waits`), so at this rate some percent of a processor at most.
+pub(super) const DEFAULT_WAIT_PROBE_BUDGET: u64 = 2_000;
 pub(super) const DEFAULT_GPU_SATURATION_PERCENT: u8 = 90;
 
 pub(super) fn node_name(name: String) -> Result<String, ConfigError> {
@@ -162,6 +165,23 @@ pub(super) fn saturation(configured: Option<u8>) -> Result<u8, ConfigError> {
     }
     let remedy = "expected a whole percentage from 50 to 100, such as 90".into();
     Err(ConfigError::Value { key: "gpu_saturation_percent", value: percent.to_string(), remedy })
+}
+
+pub(super) fn wait_probes(text: &str) -> Result<WaitSelector, ConfigError> {
+    let invalid = |_| {
+        let remedy = "expected all, container=NAME, namespace=NAME or pid=NUMBER".into();
+        ConfigError::Value { key: "wait_probes", value: text.to_owned(), remedy }
+    };
+    text.parse().map_err(invalid)
+}
+
+pub(super) fn wait_probe_budget(configured: Option<u64>) -> Result<u64, ConfigError> {
+    let calls = configured.unwrap_or(DEFAULT_WAIT_PROBE_BUDGET);
+    if (10..=1_000_000).contains(&calls) {
+        return Ok(calls);
+    }
+    let remedy = "expected 10 to 1000000 calls a second".into();
+    Err(ConfigError::Value { key: "wait_probe_budget", value: calls.to_string(), remedy })
 }
 
 pub(super) fn sources(list: Option<Vec<String>>) -> Result<Vec<Source>, ConfigError> {

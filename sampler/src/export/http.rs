@@ -170,6 +170,7 @@ mod tests {
         let labels = crate::labels::spawn(LabelConfig::new(&config, &layout(&config.path_procfs)), inbox).unwrap();
         let (core, _inbox) = crate::inbox::inbox().unwrap();
         let sources = SessionInputs {
+            waits: crate::observe::waits::WaitRequests::default(),
             labels: Box::new(Default::default),
             snapshot: Arc::default(),
             procfs: config.path_procfs.clone(),

@@ -119,7 +119,7 @@ mod tests {
         let (identity, key) = (parse(path), ContainerKey(key));
         let record = ContainerRecord { key, cgroup_path: path.into(), identity, created: BootNs(0), creation_seen: true };
         let gpus = usage.map(|seconds| ContainerGpu { seconds, samples: seconds as u64, ..ContainerGpu::default() });
-        ContainerView { record: Arc::new(record), gone: gone.then_some(BootNs(1)), gpus: gpus.into_iter().collect() }
+        ContainerView { record: Arc::new(record), gone: gone.then_some(BootNs(1)), gpus: gpus.into_iter().collect(), waits: None }
     }
 
     fn labelled(view: &ContainerView, container: &str) -> (ContainerKey, Arc<ContainerLabels>) {

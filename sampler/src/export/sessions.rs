@@ -21,6 +21,7 @@ use super::encode::Page;
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
 use crate::error::display_chain;
+use crate::wait_selector::{SelectorError, WaitSelector};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
 
 /// Size of the chunks of a download.
@@ -62,6 +63,25 @@ pub struct SessionBody {
     pub containers: Vec<String>,
     #[serde(default)]
     pub namespaces: Vec<String>,
+    /// `true`, or the selection of processes whose waiting is measured.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub wait_probes: Option<WaitProbesBody>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(untagged)]
+pub enum WaitProbesBody {
+    All(bool),
+    Selection(String),
+}
+
+impl WaitProbesBody {
+    fn selector(self) -> Result<Option<WaitSelector>, ErrorResponse> {
+        match self {
+            Self::All(all) => Ok(all.then_some(WaitSelector::All)),
+            Self::Selection(text) => text.parse().map(Some).map_err(|error: SelectorError| bad(format!("wait_probes: {error}"))),
+        }
+    }
 }
 
 /// Response to `POST sessions`.
@@ -91,6 +111,7 @@ impl SessionBody {
             duration_ns: seconds("duration_seconds", self.duration_seconds, 0.001, MAX_DURATION_S)?,
             lookback_ns: seconds("lookback_seconds", self.lookback_seconds, 0.0, MAX_LOOKBACK_S)?,
             trigger: trigger.transpose()?,
+            wait_probes: self.wait_probes.map(WaitProbesBody::selector).transpose()?.flatten(),
             view: View {
                 gpus: names("gpus", self.gpus)?,
                 containers: names("containers", self.containers)?,

@@ -157,7 +157,7 @@ impl RichNode {
         labels.add_all(&of_unsettled);
         let (job, of_job) = job(4);
         labels.add_all(&of_job);
-        let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus };
+        let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus, waits: None };
         let containers = vec![
             view(first, vec![used(0, scale), used(2, scale)]),
             view(second, vec![used(0, scale)]),

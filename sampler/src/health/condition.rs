@@ -34,6 +34,8 @@ pub enum Condition {
     Scan,
     /// The pressure files of some containers cannot be read.
     Pressure,
+    /// Processes that were selected have no wait probes.
+    WaitProbes,
     /// Sessions cannot be uploaded to the object store.
     SessionStore,
     /// The token file is invalid: no token is valid.
@@ -95,6 +97,7 @@ impl Condition {
             Condition::LossCounters => (Reduced, "the counters of lost kernel events can be read again"),
             Condition::Scan => (Missing, "all cgroups and processes can be read again"),
             Condition::Pressure => (Reduced, "the pressure of containers can be read again"),
+            Condition::WaitProbes => (Reduced, "all selected processes have wait probes, or none is selected"),
             Condition::SessionStore => (Reduced, "sessions are uploaded to the object store again"),
             Condition::TokenFile => (Reduced, "the token file is valid again"),
             Condition::WebConfig => (Reduced, "the web configuration is valid again"),
@@ -177,6 +180,7 @@ mod tests {
         check(Condition::LossCounters, "loss-counters");
         check(Condition::Scan, "scan");
         check(Condition::Pressure, "pressure");
+        check(Condition::WaitProbes, "wait-probes");
         check(Condition::SessionStore, "session-store");
         check(Condition::TokenFile, "token-file");
         check(Condition::WebConfig, "web-config");

@@ -4,3 +4,4 @@ pub mod clock;
 pub mod gpu;
 pub mod kernel;
 pub mod pressure;
+pub mod waits;

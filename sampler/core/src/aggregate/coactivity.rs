@@ -103,6 +103,8 @@ pub struct Coactivity {
     sums: HashMap<ContainerKey, Sums>,
     /// All closed windows, by number; only kept for reports.
     pub history: Option<BTreeMap<u64, Window>>,
+    /// Windows that were closed since they were last taken; only kept for waiting.
+    closed: Option<Vec<(u64, Window)>>,
 }
 
 fn number(at: BootNs) -> u64 {
@@ -170,9 +172,17 @@ impl Coactivity {
                 }
             }
         }
+        if let Some(closed) = &mut self.closed {
+            closed.push((number, window.clone()));
+        }
         if let Some(history) = &mut self.history {
             history.insert(number, window);
         }
+    }
+
+    /// The windows that were closed since the last call. `keep`: whether to keep those that are closed from now on.
+    pub fn take_closed(&mut self, keep: bool) -> Vec<(u64, Window)> {
+        std::mem::replace(&mut self.closed, keep.then(Vec::new)).unwrap_or_default()
     }
 
     pub fn sums_of(&self, key: ContainerKey) -> Option<&Sums> {

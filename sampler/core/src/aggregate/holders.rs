@@ -85,6 +85,10 @@ impl Holders {
         all
     }
 
+    pub fn users(&self) -> impl Iterator<Item = User> {
+        self.held.keys().copied()
+    }
+
     pub fn containers(&self) -> impl Iterator<Item = ContainerKey> {
         self.held.keys().filter_map(|user| user.container())
     }

@@ -11,6 +11,7 @@ mod naming;
 mod settings;
 mod standard_error;
 mod throttle;
+mod waits;
 mod windows;
 
 use std::sync::Arc;
@@ -20,6 +21,7 @@ pub use device::{DeviceAccount, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;
 pub use holders::Held;
+pub use waits::Waits;
 pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
 
 use crate::fact::{AttributedProcess, Fact, GpuFact, User};
@@ -41,6 +43,7 @@ pub struct Aggregate {
     settings: Settings,
     gpus: Vec<Option<DeviceAccount>>,
     lifetimes: Lifetimes,
+    pub waits: Waits,
     pub now: BootNs,
     pub wall: WallTime,
 }
@@ -58,11 +61,19 @@ impl Aggregate {
             Fact::ContainerGone { key, at } => self.lifetimes.gone(*key, *at),
             Fact::ContainerForgotten { key } if !self.settings.keep_history => {
                 self.lifetimes.forget(*key);
+                self.waits.forget(*key);
                 for gpu in self.gpus.iter_mut().flatten() {
                     gpu.forget(|known| known == key);
                 }
             }
-            Fact::ContainerForgotten { .. } | Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) => {}
+            // A report compares windows by itself, with all of the session known.
+            Fact::Waited(wait) if !self.settings.keep_history => self.waits.apply(wait),
+            Fact::ContainerForgotten { .. }
+            | Fact::Labels(_)
+            | Fact::Comm { .. }
+            | Fact::Pressure(_)
+            | Fact::Waited(_)
+            | Fact::WaitProbe(_) => {}
         }
     }
 
@@ -95,6 +106,18 @@ impl Aggregate {
         for gpu in self.gpus.iter_mut().flatten() {
             gpu.advance(now, |key| !lifetimes.is_gone(key));
         }
+        self.advance_waits();
+    }
+
+    fn advance_waits(&mut self) {
+        let is_needed = self.waits.is_needed(self.now);
+        for (slot, gpu) in self.gpus.iter_mut().enumerate() {
+            let Some(gpu) = gpu else { continue };
+            for (number, window) in gpu.coactivity.take_closed(is_needed) {
+                self.waits.closed(slot, number, &window);
+            }
+        }
+        self.waits.settle(self.now);
     }
 
     /// Ends the input: waiting samples are divided, windows are closed.

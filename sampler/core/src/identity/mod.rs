@@ -90,6 +90,8 @@ impl Identity {
             | Observation::Xid { .. }
             | Observation::Gpu(_)
             | Observation::Pressure(_)
+            | Observation::Waited(_)
+            | Observation::WaitProbe(_)
             | Observation::ClockAdvanced { .. } => {}
         }
     }

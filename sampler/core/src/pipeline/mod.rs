@@ -40,15 +40,16 @@
 
 use std::sync::Arc;
 
-use foldhash::HashMap;
+use foldhash::{HashMap, HashSet};
 
 use crate::aggregate::{Aggregate, Settings};
 use crate::attribute::DeviceAttribution;
-use crate::fact::{ContainerFact, Fact, GpuFact, User};
-use crate::identity::{ContainerChange, ContainerRecord, Identity};
-use crate::observation::Observation;
+use crate::device::Reason;
+use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, User, WaitFact, WaitProbeFact};
+use crate::identity::{ContainerChange, ContainerRecord, Identity, Verdict};
+use crate::observation::{CgroupMembership, Observation, WaitProbeChange, WaitReading};
 use crate::snapshot::{ContainerGpu, ContainerView, GpuView, Snapshot};
-use crate::units::{BootNs, ContainerKey};
+use crate::units::{BootNs, ContainerKey, Tgid};
 
 #[derive(Debug, Default)]
 pub struct Core {
@@ -61,6 +62,14 @@ pub struct Core {
     /// Pods, jobs, units and login sessions that no GPU fact has named: a machine has many, and few of them use a GPU.
     unused: HashMap<ContainerKey, Arc<ContainerRecord>>,
     keep_facts: bool,
+}
+
+/// A living process of a user of a GPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GpuProcess {
+    pub tgid: Tgid,
+    pub start: BootNs,
+    pub user: User,
 }
 
 impl From<&ContainerRecord> for ContainerFact {
@@ -119,6 +128,8 @@ impl Core {
             }
             Observation::Xid { gpu, xid, count } => self.push_facts(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
             Observation::Pressure(pressure) => self.push_fact(Fact::Pressure(pressure)),
+            Observation::Waited(reading) => self.waited(*reading),
+            Observation::WaitProbe(change) => self.wait_probe(*change),
             Observation::ClockAdvanced { at, wall } => {
                 for slot in 0..self.devices.len() {
                     let mut facts = Vec::new();
@@ -142,11 +153,64 @@ impl Core {
         }
     }
 
+    /// The user of a process that existed during the whole span.
+    fn user_of(&self, tgid: Tgid, start: BootNs, span: (BootNs, BootNs)) -> (HostProcess, User) {
+        let known = self.identity.residency(tgid, span, |_| None).map_or(start, |residency| residency.start);
+        let process = HostProcess { pid: tgid.0, start: known };
+        let user = match self.identity.resolve(tgid, span, |_| None) {
+            Verdict::Container(key) => User::Container(key),
+            Verdict::Host => User::Host(process),
+            Verdict::Unknown => User::Unattributed(Reason::PidUnknown),
+            Verdict::Lost => User::Unattributed(Reason::Lost),
+            Verdict::Ambiguous => User::Unattributed(Reason::Ambiguous),
+        };
+        (process, user)
+    }
+
+    /// The living processes of all users that hold a GPU or were credited with time on one.
+    pub fn gpu_processes(&self) -> Vec<GpuProcess> {
+        let mut users: HashSet<User> = HashSet::default();
+        for (_, gpu) in self.aggregate.gpus() {
+            users.extend(gpu.holders().users());
+            users.extend(gpu.containers().into_iter().map(User::Container));
+        }
+        let user = |tgid: Tgid, start: BootNs, membership: &CgroupMembership| {
+            match self.identity.cgroups.container_of(membership, BootNs(u64::MAX)) {
+                Ok(Some(key)) => Some(User::Container(key)),
+                Ok(None) => Some(User::Host(HostProcess { pid: tgid.0, start })),
+                Err(_) => None,
+            }
+        };
+        let process = |(tgid, start, membership)| {
+            let user = user(tgid, start, &membership).filter(|user| users.contains(user))?;
+            Some(GpuProcess { tgid, start, user })
+        };
+        self.identity.processes.living().filter_map(process).collect()
+    }
+
+    fn waited(&mut self, reading: WaitReading) {
+        self.take_changes();
+        let WaitReading { tgid, start, from, to, some_ns, total_ns, calls, durations } = reading;
+        let (process, user) = self.user_of(tgid, start, (from, to));
+        self.push_fact(Fact::Waited(WaitFact { process, user, from, to, some_ns, total_ns, calls, durations }));
+    }
+
+    fn wait_probe(&mut self, change: WaitProbeChange) {
+        self.take_changes();
+        let WaitProbeChange { tgid, start, at, state, detail } = change;
+        let (process, user) = self.user_of(tgid, start, (at, at));
+        self.push_fact(Fact::WaitProbe(WaitProbeFact { process, user, at, state, detail }));
+    }
+
     fn push_fact(&mut self, fact: Fact) {
-        if let Fact::Gpu { fact: of_gpu, .. } = &fact
-            && !self.unused.is_empty()
-        {
-            of_gpu.users().filter_map(User::container).for_each(|key| self.record_use(key));
+        if !self.unused.is_empty() {
+            match &fact {
+                Fact::Gpu { fact: of_gpu, .. } => {
+                    of_gpu.users().filter_map(User::container).for_each(|key| self.record_use(key));
+                }
+                Fact::Waited(WaitFact { user, .. }) => user.container().into_iter().for_each(|key| self.record_use(key)),
+                _ => {}
+            }
         }
         self.aggregate.apply(&fact);
         if self.keep_facts {
@@ -264,7 +328,8 @@ impl Core {
             .filter_map(|c| {
                 let gpus = by_container.remove(&c.record.key).unwrap_or_default();
                 let shown = !gpus.is_empty() || c.gone.is_none() && c.record.identity.is_container();
-                shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus })
+                let waits = self.aggregate.waits.of(c.record.key, now);
+                shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus, waits })
             })
             .collect();
         containers.sort_by_key(|c| c.record.key);

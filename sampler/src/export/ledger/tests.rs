@@ -75,7 +75,7 @@ fn snapshot(at_s: u64, seconds: f64, gone_s: Option<u64>) -> Snapshot {
     let time = GpuTime { busy: seconds + 1.0, ..GpuTime::default() };
     let gpu = GpuView { time, unattributed: [1.0, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0], ..gpu_view(info) };
     let pair = ContainerGpu { seconds, samples: 1, ..ContainerGpu::default() };
-    let container = ContainerView { record, gone: gone_s.map(|s| BootNs(s * SECOND)), gpus: vec![pair] };
+    let container = ContainerView { record, gone: gone_s.map(|s| BootNs(s * SECOND)), gpus: vec![pair], waits: None };
     Snapshot { at: BootNs(at_s * SECOND), wall: WallTime(0), gpus: vec![gpu], containers: vec![container] }
 }
 
@@ -170,7 +170,7 @@ fn contended(at_s: u64, seconds: f64) -> (Snapshot, LabelView) {
     let other = ContainerRecord { key, cgroup_path: path, identity, created: BootNs(0), creation_seen: true };
     let mut view = labels(&all.containers[0].record, true);
     view.add_all(&labels(&other, true));
-    all.containers.push(ContainerView { record: Arc::new(other), gone: None, gpus: Vec::new() });
+    all.containers.push(ContainerView { record: Arc::new(other), gone: None, gpus: Vec::new(), waits: None });
     let others = [Other::Container(key), Other::Host, Other::Rest];
     let contention = others.map(|other| Contention { other, seconds });
     let pair = &mut all.containers[0].gpus[0];
@@ -220,7 +220,7 @@ fn a_contender_waits_for_its_labels_and_its_restarts_are_merged() {
     // The same container after a restart.
     let again = ContainerRecord { key: ContainerKey(3), ..ContainerRecord::clone(&all.containers[1].record) };
     view.add_all(&labels(&again, true));
-    all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new() });
+    all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new(), waits: None });
     let contention = &mut all.containers[0].gpus[0].contention;
     let of_second_run = Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 };
     *contention = contention.iter().copied().chain([of_second_run]).collect();

@@ -16,7 +16,7 @@ fn record(n: u64) -> Arc<ContainerRecord> {
 }
 
 fn view(n: u64, gpus: usize, gone: Option<BootNs>) -> ContainerView {
-    ContainerView { record: record(n), gone, gpus: vec![ContainerGpu::default(); gpus] }
+    ContainerView { record: record(n), gone, gpus: vec![ContainerGpu::default(); gpus], waits: None }
 }
 
 fn snapshot(containers: Vec<ContainerView>) -> Snapshot {

@@ -33,6 +33,7 @@ use super::store::{Entry, Phase, Store, StoreError};
 use super::writer::{self, Item};
 use crate::error::display_chain;
 use crate::labels::LabelView;
+use crate::observe::waits::{Requester, WaitRequests};
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// The time span of a frame, which is the loss in a crash.
@@ -56,6 +57,7 @@ pub struct SessionInputs {
     pub labels: Box<dyn Fn() -> Arc<LabelView> + Send>,
     pub snapshot: Arc<ArcSwap<Snapshot>>,
     pub procfs: PathBuf,
+    pub waits: WaitRequests,
     pub node: String,
     /// The saturation threshold of contention in the agent.
     pub saturation_percent: u8,
@@ -193,6 +195,7 @@ impl SessionManager {
             self.repair();
         }
         self.check_triggers(now, wall);
+        self.end_wait_probes(now);
         self.end_due(now);
     }
 
@@ -252,6 +255,16 @@ impl SessionManager {
             }
         }
         self.dropped_frames += dropped;
+    }
+
+    /// Wait probes end with the counted span; the session records some seconds longer.
+    fn end_wait_probes(&mut self, now: BootNs) {
+        for session in &mut self.sessions {
+            let LivePhase::Recording(recording) = &session.phase else { continue };
+            if now >= recording.end && session.request.wait_probes.take().is_some() {
+                self.sources.waits.clear(&Requester::Session(session.id.clone()));
+            }
+        }
     }
 
     /// Sends a State to sessions that miss frames and have room again.
@@ -349,6 +362,9 @@ impl SessionManager {
         });
         let to = writer::spawn(Arc::clone(&self.store), id.to_owned(), items)
             .map_err(|error| failed(format!("cannot start the thread that writes the file: {error}")))?;
+        if let Some(selector) = &request.wait_probes {
+            self.sources.waits.set(Requester::Session(id.to_owned()), selector.clone());
+        }
         let end = now.plus(request.duration_ns);
         Ok(Recording { to, header: header_frame, began: now, end, sequence, dropped, broken: false })
     }
@@ -433,12 +449,13 @@ impl SessionManager {
             self.frame(now);
         }
         let state = &self.state;
-        let (packer, store) = (&mut self.packer, &self.store);
+        let (packer, store, waits) = (&mut self.packer, &self.store, &self.sources.waits);
         self.sessions.retain_mut(|session| {
             let ends = due(state, session);
             let LivePhase::Recording(recording) = &mut session.phase else { return true };
             if !store.status(&session.id, now).is_ok_and(|status| status.state == Phase::Recording) {
                 // The writer has failed and has stored its error.
+                waits.clear(&Requester::Session(session.id.clone()));
                 return false;
             }
             if !ends {

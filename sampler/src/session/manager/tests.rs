@@ -71,6 +71,7 @@ impl Bench {
         let store = Store::new(dir.path().join("sessions"), max_bytes);
         store.prepare().unwrap();
         let sources = SessionInputs {
+            waits: WaitRequests::default(),
             labels: Box::new(|| Arc::new(LabelView::new())),
             snapshot: Arc::default(),
             procfs: dir.path().to_owned(),

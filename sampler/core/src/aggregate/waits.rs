@@ -1,0 +1,261 @@
+//! Waiting of containers beyond what they get: their pressure.
+//!
+//! ```text
+//!  readings of probes -> windows of 1 s: waited, probed ----+
+//!  closed windows of GPUs: own time, was another active? ---+-> settled -> excess = waited - own GPU time
+//!                                                                  alone:  baseline        (the last minutes)
+//!                                                                  all:    recent          (the last ten seconds)
+//! ```
+//! A process that blocks until its own kernel is done waits for about its own GPU time, alone or not. What it waits beyond that while it
+//! is alone (launches, copies, other waiting) is its baseline; what it waits beyond both is pressure. A window counts once: all GPUs of
+//! the container have closed it. Pressure is not negative, since a container can be quicker than its baseline by chance only.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+
+use foldhash::HashMap;
+
+use super::coactivity::{COACTIVITY_WINDOW_NS, Window, is_user};
+use crate::fact::{User, WaitFact};
+use crate::snapshot::ContainerWaits;
+use crate::units::{BootNs, ContainerKey};
+
+/// GPUs close a window up to 13 s after its end.
+const SETTLE_NS: u64 = 15_000_000_000;
+/// Settled windows behind the pressure.
+const RECENT: usize = 10;
+/// Settled windows alone behind the baseline, and how many there must be.
+const ALONE: usize = 300;
+const LEAST_ALONE: usize = 5;
+/// A window counts if its processes were probed for at least this part of it.
+const PROBED: f64 = 0.5;
+/// Without a reading for this time a container is not probed any more.
+const STALE_NS: u64 = 5_000_000_000;
+/// Maximum number of containers, and of windows of one.
+const MAX_ACCOUNTS: usize = 4096;
+const MAX_OPEN: usize = 64;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct WaitWindow {
+    waited_ns: f64,
+    probed_ns: f64,
+    own_ns: f64,
+    shared: bool,
+}
+
+impl WaitWindow {
+    fn excess_ns(&self) -> f64 {
+        self.waited_ns - self.own_ns
+    }
+}
+
+#[derive(Debug, Default)]
+struct WaitAccount {
+    waited_ns: u64,
+    probed_ns: u64,
+    last: BootNs,
+    open: BTreeMap<u64, WaitWindow>,
+    /// GPUs on which it was ever active.
+    gpus: BTreeSet<usize>,
+    alone: VecDeque<WaitWindow>,
+    recent: VecDeque<WaitWindow>,
+}
+
+#[derive(Debug, Default)]
+pub struct Waits {
+    accounts: HashMap<ContainerKey, WaitAccount>,
+}
+
+/// The windows that a span covers, each with the covered part of the span.
+pub fn parts(from: BootNs, to: BootNs) -> impl Iterator<Item = (u64, f64)> {
+    let length = to.saturating_since(from).max(1) as f64;
+    let (first, last) = (from.0 / COACTIVITY_WINDOW_NS, to.0.saturating_sub(1) / COACTIVITY_WINDOW_NS);
+    // A reading covers a second or two; one after a long pause is not spread over more windows than are kept.
+    let last = last.min(first + MAX_OPEN as u64);
+    (first..=last).map(move |number| {
+        let begin = from.0.max(number * COACTIVITY_WINDOW_NS);
+        let end = to.0.min((number + 1) * COACTIVITY_WINDOW_NS);
+        (number, end.saturating_sub(begin) as f64 / length)
+    })
+}
+
+fn push(to: &mut VecDeque<WaitWindow>, window: WaitWindow, at_most: usize) {
+    if to.len() >= at_most {
+        to.pop_front();
+    }
+    to.push_back(window);
+}
+
+/// Excess by probed time.
+fn excess_ratio(windows: &VecDeque<WaitWindow>) -> f64 {
+    let (excess, probed) =
+        windows.iter().fold((0.0, 0.0), |(excess, probed), window| (excess + window.excess_ns(), probed + window.probed_ns));
+    excess / f64::max(probed, 1.0)
+}
+
+impl Waits {
+    pub fn apply(&mut self, wait: &WaitFact) {
+        let User::Container(key) = wait.user else { return };
+        if self.accounts.len() >= MAX_ACCOUNTS && !self.accounts.contains_key(&key) {
+            return;
+        }
+        let account = self.accounts.entry(key).or_default();
+        let probed_ns = wait.to.saturating_since(wait.from);
+        account.waited_ns = account.waited_ns.saturating_add(wait.some_ns.min(probed_ns));
+        account.probed_ns = account.probed_ns.saturating_add(probed_ns);
+        account.last = account.last.max(wait.to);
+        for (number, part) in parts(wait.from, wait.to) {
+            let window = account.open.entry(number).or_default();
+            window.waited_ns += wait.some_ns.min(probed_ns) as f64 * part;
+            window.probed_ns += probed_ns as f64 * part;
+        }
+        while account.open.len() > MAX_OPEN {
+            account.open.pop_first();
+        }
+    }
+
+    /// Whether windows of GPUs are needed.
+    pub fn is_needed(&self, now: BootNs) -> bool {
+        self.accounts.values().any(|account| now.saturating_since(account.last) < SETTLE_NS + STALE_NS)
+    }
+
+    /// A window of a GPU was closed.
+    pub fn closed(&mut self, gpu: usize, number: u64, window: &Window) {
+        for (key, account) in &mut self.accounts {
+            let user = User::Container(*key);
+            let own = window.users.get(&user).copied().unwrap_or_default();
+            if own.samples > 0 {
+                account.gpus.insert(gpu);
+            }
+            let Some(open) = account.open.get_mut(&number) else { continue };
+            open.own_ns += own.ns;
+            // A container that waits for a whole window has no sample in it.
+            open.shared |= account.gpus.contains(&gpu)
+                && window.users.iter().any(|(other, part)| *other != user && is_user(*other) && part.samples > 0);
+        }
+    }
+
+    /// Counts the windows that all GPUs have closed.
+    pub fn settle(&mut self, now: BootNs) {
+        for account in self.accounts.values_mut() {
+            while let Some(first) = account.open.first_entry() {
+                let ends = (first.key() + 1).saturating_mul(COACTIVITY_WINDOW_NS);
+                if now.0 < ends.saturating_add(SETTLE_NS) {
+                    break;
+                }
+                let window = first.remove();
+                if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 {
+                    continue;
+                }
+                push(&mut account.recent, window, RECENT);
+                if !window.shared {
+                    push(&mut account.alone, window, ALONE);
+                }
+            }
+        }
+    }
+
+    pub fn of(&self, key: ContainerKey, now: BootNs) -> Option<ContainerWaits> {
+        let account = self.accounts.get(&key)?;
+        let is_probed = now.saturating_since(account.last) < STALE_NS;
+        let is_comparable = is_probed && !account.recent.is_empty() && account.alone.len() >= LEAST_ALONE;
+        let pressure = || (excess_ratio(&account.recent) - excess_ratio(&account.alone)).clamp(0.0, 1.0);
+        Some(ContainerWaits {
+            wait_seconds: account.waited_ns as f64 * 1e-9,
+            probed_seconds: account.probed_ns as f64 * 1e-9,
+            pressure_ratio: is_comparable.then(pressure),
+        })
+    }
+
+    pub fn forget(&mut self, key: ContainerKey) {
+        self.accounts.remove(&key);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::coactivity::Part;
+    use super::*;
+    use crate::fact::HostProcess;
+
+    const KEY: ContainerKey = ContainerKey(1);
+    const OTHER: User = User::Container(ContainerKey(2));
+    const S: u64 = COACTIVITY_WINDOW_NS;
+
+    fn reading(from: u64, to: u64, some_ns: u64) -> WaitFact {
+        WaitFact {
+            process: HostProcess { pid: 1, start: BootNs(1) },
+            user: User::Container(KEY),
+            from: BootNs(from),
+            to: BootNs(to),
+            some_ns,
+            total_ns: some_ns,
+            calls: 1,
+            durations: Vec::new(),
+        }
+    }
+
+    fn window(users: &[(User, f64)]) -> Window {
+        let part = |ns: &f64| Part { ns: ns * S as f64, samples: 1 };
+        Window { observed_ns: S, users: users.iter().map(|(user, ns)| (*user, part(ns))).collect(), ..Window::default() }
+    }
+
+    /// 20 s alone with `baseline` of waiting beyond its own 0.3, then 20 s with another user and `waited` of waiting.
+    fn pressure(baseline: f64, waited: f64) -> Option<f64> {
+        let mut waits = Waits::default();
+        for n in 0..40 {
+            let shared = n >= 20;
+            let some = if shared { waited } else { 0.3 + baseline };
+            waits.apply(&reading(n * S, (n + 1) * S, (some * S as f64) as u64));
+            let own = (User::Container(KEY), 0.3);
+            waits.closed(0, n, &window(if shared { &[(User::Container(KEY), 0.3), (OTHER, 0.6)] } else { std::slice::from_ref(&own) }));
+        }
+        let now = BootNs(40 * S + SETTLE_NS);
+        waits.settle(now);
+        // The probe is still attached.
+        waits.apply(&reading(now.0 - S, now.0, 0));
+        waits.of(KEY, now)?.pressure_ratio
+    }
+
+    #[test]
+    fn pressure_is_what_is_waited_beyond_the_own_time_and_the_baseline() {
+        for (baseline, waited, expect) in [(0.0, 0.3, 0.0), (0.0, 0.8, 0.5), (0.2, 0.8, 0.3), (0.2, 0.1, 0.0)] {
+            let found = pressure(baseline, waited).unwrap();
+            assert!((found - expect).abs() < 1e-6, "{baseline} {waited}: {found}, not {expect}");
+        }
+    }
+
+    #[test]
+    fn without_time_alone_there_is_no_pressure_and_sums_are_kept() {
+        let mut waits = Waits::default();
+        for n in 0..40 {
+            waits.apply(&reading(n * S + S / 2, (n + 1) * S + S / 2, S / 2));
+            waits.closed(0, n, &window(&[(User::Container(KEY), 0.3), (OTHER, 0.6)]));
+        }
+        waits.settle(BootNs(60 * S));
+        let found = waits.of(KEY, BootNs(41 * S)).unwrap();
+        assert_eq!((found.wait_seconds, found.probed_seconds, found.pressure_ratio), (20.0, 40.0, None));
+        waits.forget(KEY);
+        assert_eq!(waits.of(KEY, BootNs(41 * S)), None);
+    }
+
+    #[test]
+    fn a_container_that_gets_nothing_is_not_alone() {
+        let mut waits = Waits::default();
+        for n in 0..40 {
+            waits.apply(&reading(n * S, (n + 1) * S, S));
+            // Active once; later it waits for whole windows.
+            let own = [(User::Container(KEY), 0.1), (OTHER, 0.9)];
+            waits.closed(0, n, &window(if n == 0 { &own } else { &own[1..] }));
+        }
+        waits.settle(BootNs(60 * S));
+        assert!(waits.accounts[&KEY].alone.is_empty());
+    }
+
+    #[test]
+    fn a_span_is_divided_over_the_windows_that_it_covers() {
+        let all: Vec<(u64, f64)> = parts(BootNs(S / 2), BootNs(2 * S + S / 2)).collect();
+        assert_eq!(all, [(0, 0.25), (1, 0.5), (2, 0.25)]);
+        assert_eq!(parts(BootNs(S), BootNs(2 * S)).collect::<Vec<_>>(), [(1, 1.0)]);
+        assert_eq!(parts(BootNs(0), BootNs(u64::MAX)).count(), MAX_OPEN + 1);
+    }
+}
