@@ -7,6 +7,7 @@
 
 mod fuzz;
 
+pub mod gpu_users;
 #[cfg(feature = "http")]
 pub mod http;
 pub mod process;

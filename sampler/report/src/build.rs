@@ -3,11 +3,15 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
+use super::demand;
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
-use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
+use super::model::{
+    Contender, DemandEvidence, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport,
+};
 use super::onoff::{Experiment, LEVEL};
 use super::selection::{narrow, selects_gpu};
+use super::waiting::{self, Waiting};
 use sampler_core::aggregate::{
     Aggregate, COACTIVITY_WINDOW_NS, DeviceAccount, Range, SATURATION_RATIO, Settings, Window, is_user,
 };
@@ -34,6 +38,7 @@ struct Builder<'a> {
     aggregate: Aggregate,
     range: (BootNs, BootNs),
     saturation_ratio: f64,
+    waiting: BTreeMap<User, Waiting>,
 }
 
 pub fn build(session: &Session, view: &View) -> Report {
@@ -57,7 +62,8 @@ pub fn build(session: &Session, view: &View) -> Report {
     }
     aggregate.finish();
     let to = bound.min(gathered.last.max(from));
-    Builder { session, gathered, aggregate, range: (from, to), saturation_ratio }.report(view)
+    let waiting = waiting::of_users(&gathered, &aggregate, (from, to));
+    Builder { session, gathered, aggregate, range: (from, to), saturation_ratio, waiting }.report(view)
 }
 
 fn id(user: User, gathered: &Gathered) -> String {
@@ -194,6 +200,9 @@ impl Builder<'_> {
             }
             timelines.push(self.timeline(device, gpu_facts, windows));
         }
+        for (user, report) in &mut users {
+            report.waits = self.waiting.get(user).map(|waiting| waiting.report.clone());
+        }
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
         let seconds = |user: &UserReport| user.gpus.iter().map(|usage| usage.gpu_seconds).sum::<f64>();
@@ -294,6 +303,7 @@ impl Builder<'_> {
                 .filter(|(_, contender_sums)| contender_sums.ns > 0.0)
                 .map(|(other, contender_sums)| self.contender(device, &experiment, user, *other, contender_sums))
                 .collect();
+            self.add_demand(windows, user, sums, pairs, &mut contenders);
             contenders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds).then_with(|| a.id.cmp(&b.id)));
             let needs_causes = !contenders.is_empty() || user.container().is_some();
             let causes = needs_causes
@@ -345,6 +355,34 @@ impl Builder<'_> {
             interval: result.interval,
             interval_level: result.interval.map(|_| LEVEL),
             why_not_confirmed: result.why_not,
+            demand: None,
+        }
+    }
+
+    /// The evidence from wait probes of the victim.
+    fn add_demand(&self, windows: &Windows, victim: User, sums: &UserSums, pairs: usize, contenders: &mut [Contender]) {
+        let Some(waiting) = self.waiting.get(&victim) else { return };
+        let others: Vec<User> = sums.contenders.keys().copied().collect();
+        let compared = waiting.compared(windows, &others);
+        for (position, other) in others.iter().enumerate() {
+            let id = id(*other, &self.gathered);
+            let Some(contender) = contenders.iter_mut().find(|contender| contender.id == id) else { continue };
+            let found = demand::evaluate(&compared, position, pairs);
+            let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
+            let seconds = found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64);
+            contender.demand = Some(DemandEvidence {
+                wait_rate: found.effect,
+                interval: found.interval,
+                interval_level: found.interval.map(|_| demand::LEVEL),
+                wait_seconds: seconds,
+                windows_with: found.windows_with,
+                windows_without: found.windows_without,
+                transitions: found.changes,
+                why_not_confirmed: found.why_not,
+            });
+            if found.confirmed {
+                (contender.evidence, contender.why_not_confirmed) = (Evidence::DemandConfirmed, String::new());
+            }
         }
     }
 
@@ -376,7 +414,7 @@ impl Builder<'_> {
         timeline.marks.sort_by(|a, b| a.0.total_cmp(&b.0));
         let mut lanes: BTreeMap<User, Lane> = BTreeMap::new();
         let n_windows = timeline.busy.len();
-        let new = || Lane { user: 0, shares: vec![0.0; n_windows], memory: vec![None; n_windows] };
+        let new = || Lane { user: 0, shares: vec![0.0; n_windows], memory: vec![None; n_windows], waits: Vec::new() };
         for (position, n) in numbers().enumerate() {
             for (user, part) in windows.get(&n).into_iter().flat_map(|window| &window.users).filter(|(user, _)| is_user(**user)) {
                 if let Some(share) = lanes.entry(*user).or_insert_with(new).shares.get_mut(position) {
@@ -387,6 +425,11 @@ impl Builder<'_> {
                 if let Some(memory) = lanes.entry(*user).or_insert_with(new).memory.get_mut(position) {
                     *memory = *bytes;
                 }
+            }
+        }
+        for (user, lane) in &mut lanes {
+            if let Some(waiting) = self.waiting.get(user) {
+                lane.waits = numbers().map(|n| waiting.waited(n)).collect();
             }
         }
         (timeline, lanes)

@@ -9,6 +9,7 @@ mod build;
 mod causes;
 mod compare;
 mod csv;
+mod demand;
 mod findings;
 mod fleet;
 mod format;
@@ -26,6 +27,7 @@ mod sample;
 mod selection;
 mod text;
 mod user_name;
+mod waiting;
 mod words;
 
 pub use self::csv::csv;

@@ -133,6 +133,30 @@ pub struct UserReport {
     pub pid: Option<u32>,
     pub comm: Option<String>,
     pub gpus: Vec<Usage>,
+    /// `None` if no process of the user was probed.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub waits: Option<UserWaits>,
+}
+
+/// Waiting in blocking calls of the driver library, of all processes of a user with wait probes.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct UserWaits {
+    /// Time in which processes had probes, summed over processes.
+    pub probed_seconds: f64,
+    /// Time in which at least one thread of a process was inside a call, summed over processes.
+    pub wait_seconds: f64,
+    /// Calls that returned.
+    pub calls: u64,
+    /// Duration of a call, to within a factor of two; `None` without calls.
+    pub call_seconds: Option<CallSeconds>,
+    /// Processes that could not be probed, with the reason.
+    pub problems: Vec<String>,
+}
+
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize)]
+pub struct CallSeconds {
+    pub p50: f64,
+    pub p99: f64,
 }
 
 /// The usage of one GPU by one user.
@@ -168,7 +192,7 @@ pub enum Evidence {
     Coactive,
     /// The victim's GPU-seconds per second dropped while the contender was on and the GPU saturated, over at least two changes.
     OnOffConfirmed,
-    /// Reserved: a probe in the application reported that it was waiting.
+    /// Blocking calls of the victim took longer while the contender was on, over at least two changes: it had work in flight, and waited.
     DemandConfirmed,
 }
 
@@ -200,6 +224,27 @@ pub struct Contender {
     pub interval: Option<[f64; 2]>,
     pub interval_level: Option<f64>,
     /// Why the evidence is not stronger than coactive, as text; empty if it is.
+    pub why_not_confirmed: String,
+    /// `None` if the victim had no wait probes.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub demand: Option<DemandEvidence>,
+}
+
+/// How much longer the victim waited in blocking calls while the contender was on.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct DemandEvidence {
+    /// Seconds of waiting per second, beyond what its own work takes; `None` without a comparison.
+    pub wait_rate: Option<f64>,
+    /// Confidence interval of `wait_rate`.
+    pub interval: Option<[f64; 2]>,
+    pub interval_level: Option<f64>,
+    /// `wait_rate` times the seconds in which the contender was on; `None` if the interval includes 0.
+    pub wait_seconds: Option<f64>,
+    /// Windows that were compared, with the contender on and off.
+    pub windows_with: usize,
+    pub windows_without: usize,
+    pub transitions: usize,
+    /// Empty if it is confirmed.
     pub why_not_confirmed: String,
 }
 
@@ -288,6 +333,8 @@ pub struct Lane {
     /// Share (0-1) of the window that is attributed to the user.
     pub shares: Vec<f32>,
     pub memory: Vec<Option<u64>>,
+    /// Part of the window in which it waited in a blocking call, summed over its processes; empty if it had no wait probes.
+    pub waits: Vec<Option<f32>>,
 }
 
 impl Report {

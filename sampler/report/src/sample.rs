@@ -67,6 +67,7 @@ fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usi
             memory: (0..60)
                 .map(|at| (user < 3 && !unobserved(at)).then_some((18 + 7 * user as u64 + (at as u64 / 20)) * GIB))
                 .collect(),
+            waits: Vec::new(),
         })
         .collect();
     let sum = |at: usize| lanes.iter().filter_map(|lane| lane.shares.get(at)).sum::<f32>();

@@ -21,7 +21,7 @@ pub use device::{DeviceAccount, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;
 pub use holders::Held;
-pub use waits::Waits;
+pub use waits::{Waits, window_parts};
 pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
 
 use crate::fact::{AttributedProcess, Fact, GpuFact, User};

@@ -66,7 +66,7 @@ pub struct Waits {
 }
 
 /// The windows that a span covers, each with the covered part of the span.
-pub fn parts(from: BootNs, to: BootNs) -> impl Iterator<Item = (u64, f64)> {
+pub fn window_parts(from: BootNs, to: BootNs) -> impl Iterator<Item = (u64, f64)> {
     let length = to.saturating_since(from).max(1) as f64;
     let (first, last) = (from.0 / COACTIVITY_WINDOW_NS, to.0.saturating_sub(1) / COACTIVITY_WINDOW_NS);
     // A reading covers a second or two; one after a long pause is not spread over more windows than are kept.
@@ -103,7 +103,7 @@ impl Waits {
         account.waited_ns = account.waited_ns.saturating_add(wait.some_ns.min(probed_ns));
         account.probed_ns = account.probed_ns.saturating_add(probed_ns);
         account.last = account.last.max(wait.to);
-        for (number, part) in parts(wait.from, wait.to) {
+        for (number, part) in window_parts(wait.from, wait.to) {
             let window = account.open.entry(number).or_default();
             window.waited_ns += wait.some_ns.min(probed_ns) as f64 * part;
             window.probed_ns += probed_ns as f64 * part;
@@ -253,9 +253,9 @@ mod tests {
 
     #[test]
     fn a_span_is_divided_over_the_windows_that_it_covers() {
-        let all: Vec<(u64, f64)> = parts(BootNs(S / 2), BootNs(2 * S + S / 2)).collect();
+        let all: Vec<(u64, f64)> = window_parts(BootNs(S / 2), BootNs(2 * S + S / 2)).collect();
         assert_eq!(all, [(0, 0.25), (1, 0.5), (2, 0.25)]);
-        assert_eq!(parts(BootNs(S), BootNs(2 * S)).collect::<Vec<_>>(), [(1, 1.0)]);
-        assert_eq!(parts(BootNs(0), BootNs(u64::MAX)).count(), MAX_OPEN + 1);
+        assert_eq!(window_parts(BootNs(S), BootNs(2 * S)).collect::<Vec<_>>(), [(1, 1.0)]);
+        assert_eq!(window_parts(BootNs(0), BootNs(u64::MAX)).count(), MAX_OPEN + 1);
     }
 }

@@ -1,0 +1,304 @@
+//! Evidence of demand: a user had work in flight and waited for it longer while another user of the GPU was on.
+//!
+//! ```text
+//!  waited W, calls C (both exact), own GPU time G (sampled), by windows of one second
+//!  on      spans of each other user's samples; a gap separates two only if it is too long for chance
+//!  W = C (d + sum of e on)   over all other users at once, so that each answers for its own time only
+//!          d: what a call waits when no other is on; e: what it waits longer while the other is on
+//!  G = C (g + sum of h on)   h: how much longer the own work of a call is meanwhile
+//!  effect  (e - h, if the own work grew) times calls per second: seconds of waiting per second
+//! ```
+//! Why this is not fooled:
+//! - A user that works less while the other is on (a pipeline, a user that yields) makes fewer calls that are as long: `e` is 0.
+//! - A user that polls makes no calls. One that submits more work per call waits longer, and so does its own work grow.
+//! - A call waits for each other user in turn, so that the parts of several add up, which those of GPU shares do not.
+//! - The share of a window comes from six samples, and a sample of one user is missing from the other. So shares decide only when a user
+//!   is on, over spans.
+//! - Others that start and stop together cannot be separated: their equations have no solution, or a wide interval.
+//!
+//! Errors follow from the scatter of the windows, with their correlation up to [`LAGS`] windows apart.
+
+use statrs::distribution::{ContinuousCDF as _, Normal};
+
+/// Samples of a GPU a second.
+const SAMPLES: f64 = 6.0;
+/// A gap separates two spans of a user if chance makes such a gap once in ten thousand.
+const GAP_CHANCE: f64 = 1e-4;
+/// Windows over which errors are correlated.
+const LAGS: usize = 4;
+/// Rounds in which the spans of a user are joined; each makes its share smaller, and the gaps that chance makes longer.
+const ROUNDS: usize = 8;
+/// Windows with the other user and without it that a comparison needs.
+const LEAST_WINDOWS: usize = 6;
+/// Windows that the user must be on, or off, for a change to count.
+const LEAST_RUN: usize = 3;
+/// A third user starts or stops once by chance at the same time; not each time.
+const LEAST_CHANGES: usize = 2;
+/// Calls without the other, in all.
+const LEAST_CALLS: f64 = 30.0;
+/// The part of a longer wait that is not the user's own work has to be at least this.
+const NOT_OWN: f64 = 0.5;
+/// Waiting per second from which it matters.
+pub const LEAST_EFFECT: f64 = 0.02;
+/// Below this part of the largest number the equations of the users count as dependent.
+const LEAST_PIVOT: f64 = 0.01;
+/// Two users are on together if one is on for a larger part of the other's time than of the remaining time, by this.
+const TOGETHER: f64 = 0.1;
+/// Other users in one regression.
+const MOST_OTHERS: usize = 12;
+pub const LEVEL: f64 = 0.95;
+
+/// One window of the victim; the numbers are seconds per second.
+#[derive(Clone, Debug, Default)]
+pub struct DemandWindow {
+    pub number: u64,
+    pub waited: f64,
+    pub calls: f64,
+    pub own: f64,
+    /// By other user, in one order for all windows.
+    pub others: Vec<f64>,
+}
+
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Demand {
+    pub confirmed: bool,
+    /// Seconds of waiting per second beyond the own work, while the other was on.
+    pub effect: Option<f64>,
+    pub interval: Option<[f64; 2]>,
+    /// Windows in which the other was on, in all.
+    pub windows_on: usize,
+    /// Windows that were compared: those next to a change are not.
+    pub windows_with: usize,
+    pub windows_without: usize,
+    pub changes: usize,
+    /// Why it is not confirmed; empty if it is.
+    pub why_not: String,
+}
+
+/// The variance of the sum of these numbers, each with the number of its window (Newey and West).
+fn long_run_sum(all: &[(u64, f64)]) -> f64 {
+    let mut sum = 0.0;
+    for (n, (number, value)) in all.iter().enumerate() {
+        sum += value * value;
+        for (later, other) in all.iter().skip(n + 1).take(LAGS) {
+            let distance = later - number;
+            if distance <= LAGS as u64 {
+                sum += 2.0 * (1.0 - distance as f64 / (LAGS as f64 + 1.0)) * value * other;
+            }
+        }
+    }
+    sum
+}
+
+/// In which windows a user is on, from its shares: between its first and its last sample of each span.
+fn on_spans(windows: &[DemandWindow], user: usize) -> Vec<bool> {
+    let named: Vec<usize> = (0..windows.len()).filter(|n| windows[*n].others[user] > 0.0).collect();
+    let mut on: Vec<bool> = windows.iter().map(|window| window.others[user] > 0.0).collect();
+    for _ in 0..ROUNDS {
+        let n = on.iter().filter(|on| **on).count();
+        let sum: f64 = windows.iter().map(|window| window.others[user]).sum();
+        let share = (sum / n.max(1) as f64).clamp(1e-6, 1.0 - 1e-6);
+        let longest = GAP_CHANCE.ln() / (SAMPLES * (1.0 - share).ln());
+        let mut joined = on.clone();
+        for pair in named.windows(2) {
+            let gap = windows[pair[1]].number - windows[pair[0]].number - 1;
+            if gap as f64 <= longest {
+                joined[pair[0]..pair[1]].fill(true);
+            }
+        }
+        if joined == on {
+            break;
+        }
+        on = joined;
+    }
+    on
+}
+
+/// Starts and stops between spans of at least [`LEAST_RUN`] windows.
+fn changes(on: &[bool]) -> usize {
+    let mut runs: Vec<bool> = Vec::new();
+    for run in on.chunk_by(|one, next| one == next).filter(|run| run.len() >= LEAST_RUN) {
+        if runs.last() != Some(&run[0]) {
+            runs.push(run[0]);
+        }
+    }
+    runs.len().saturating_sub(1)
+}
+
+/// Solves `matrix x = right` for several right sides; `None` if the matrix is singular.
+fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<Vec<f64>>, least_pivot: f64) -> Option<Vec<Vec<f64>>> {
+    let n = matrix.len();
+    let scale = matrix.iter().flatten().fold(0.0, |most: f64, value| most.max(value.abs()));
+    for column in 0..n {
+        let pivot = (column..n).max_by(|a, b| matrix[*a][column].abs().total_cmp(&matrix[*b][column].abs()))?;
+        if matrix[pivot][column].abs() <= scale * least_pivot {
+            return None;
+        }
+        matrix.swap(column, pivot);
+        right.swap(column, pivot);
+        for row in (0..n).filter(|row| *row != column) {
+            let factor = matrix[row][column] / matrix[column][column];
+            for k in column..n {
+                matrix[row][k] -= factor * matrix[column][k];
+            }
+            for k in 0..right[row].len() {
+                right[row][k] -= factor * right[column][k];
+            }
+        }
+    }
+    for row in 0..n {
+        let pivot = matrix[row][row];
+        right[row].iter_mut().for_each(|value| *value /= pivot);
+    }
+    Some(right)
+}
+
+struct Regression {
+    coefficients: Vec<f64>,
+    /// By coefficient, its standard error.
+    errors: Vec<f64>,
+}
+
+/// Least squares of the windows with these numbers.
+fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression> {
+    let k = x.first()?.len();
+    let mut product = vec![vec![0.0; k]; k];
+    for x in x {
+        for (row, left) in product.iter_mut().zip(x) {
+            row.iter_mut().zip(x).for_each(|(cell, right)| *cell += left * right);
+        }
+    }
+    let right: Vec<Vec<f64>> = (0..k).map(|row| x.iter().map(|x| x[row]).collect()).collect();
+    let weights = solve(product, right, 1e-12)?;
+    let coefficients: Vec<f64> =
+        weights.iter().map(|weights| weights.iter().zip(y).map(|(weight, y)| weight * y).sum()).collect();
+    let residual = |n: usize| y[n] - coefficients.iter().zip(&x[n]).map(|(coefficient, x)| coefficient * x).sum::<f64>();
+    let residuals: Vec<f64> = (0..y.len()).map(residual).collect();
+    let error = |weights: &Vec<f64>| {
+        let all: Vec<(u64, f64)> = numbers
+            .iter()
+            .zip(weights.iter().zip(&residuals))
+            .map(|(number, (weight, residual))| (*number, weight * residual))
+            .collect();
+        long_run_sum(&all).max(0.0).sqrt()
+    };
+    let errors = weights.iter().map(error).collect();
+    Some(Regression { coefficients, errors })
+}
+
+/// Whether the victim of these windows, in ascending order, waited more while the `other`th user was on. `pairs`: how many are examined.
+pub fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand {
+    let n_others = windows.first().map_or(0, |window| window.others.len());
+    let spans: Vec<Vec<bool>> = (0..n_others).map(|user| on_spans(windows, user)).collect();
+    let Some(on) = spans.get(other) else { return Demand::default() };
+    let (n_changes, windows_on) = (changes(on), on.iter().filter(|on| **on).count());
+    // A change is somewhere in its windows.
+    let is_inside = |n: usize| {
+        on.get(n.wrapping_sub(1)).is_none_or(|before| *before == on[n]) && on.get(n + 1).is_none_or(|after| *after == on[n])
+    };
+    let inside: Vec<usize> = (0..windows.len()).filter(|n| is_inside(*n)).collect();
+    let windows: &Vec<DemandWindow> = &inside.iter().map(|n| windows[*n].clone()).collect();
+    let spans: Vec<Vec<bool>> = spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
+    let on = &spans[other];
+    let with = on.iter().filter(|on| **on).count();
+    let without = on.len() - with;
+    let counted = Demand { windows_on, windows_with: with, windows_without: without, changes: n_changes, ..Demand::default() };
+    let not = |why_not: &str| Demand { why_not: why_not.to_owned(), ..counted.clone() };
+    if with < LEAST_WINDOWS || without < LEAST_WINDOWS {
+        return not("the contender was on, or off, for too short a time while the waiting was measured");
+    }
+    let sum = |chosen: bool, value: fn(&DemandWindow) -> f64| {
+        windows.iter().zip(on).filter(|(_, on)| **on == chosen).map(|(window, _)| value(window)).sum::<f64>()
+    };
+    if sum(true, |window| window.waited) < LEAST_EFFECT * with as f64 {
+        return not("the user did not wait in blocking calls while the contender was on");
+    }
+    if sum(false, |window| window.calls) < LEAST_CALLS {
+        return not("the user made too few blocking calls while the contender was off, so nothing can be compared");
+    }
+    let Some(users) = regressors(windows, &spans, other) else {
+        return not("another user started and stopped at the same times, so the effect cannot be attributed");
+    };
+    let x = rows(windows, &spans, &users);
+    let numbers: Vec<u64> = windows.iter().map(|window| window.number).collect();
+    let fit = |value: fn(&DemandWindow) -> f64| regress(&numbers, &windows.iter().map(value).collect::<Vec<f64>>(), &x);
+    let (Some(waits), Some(works)) = (fit(|window| window.waited), fit(|window| window.own)) else {
+        return not("another user started and stopped at the same times, so the effect cannot be attributed");
+    };
+    let calls = sum(true, |window| window.calls) / with as f64;
+    let (longer, own, stderr) = (waits.coefficients[1] * calls, works.coefficients[1] * calls, waits.errors[1] * calls);
+    // Own work that seems to have grown by the chance of its samples is not subtracted.
+    let own = if own > works.errors[1] * calls { own } else { 0.0 };
+    let effect = longer - own;
+    let quantile = |level: f64| Normal::standard().inverse_cdf((1.0 + level) / 2.0);
+    let half = quantile(LEVEL) * stderr;
+    // One-sided; the more pairs are examined, the clearer it has to be.
+    let surely = effect - quantile(1.0 - 2.0 * (1.0 - LEVEL) / pairs.max(2) as f64) * stderr;
+    let why_not = if counted.changes < LEAST_CHANGES {
+        "the contender started or stopped only once, which may be a coincidence"
+    } else if surely > LEAST_EFFECT && effect < NOT_OWN * longer {
+        "the calls of the user were longer while the contender was on, and so was its own work"
+    } else if surely <= LEAST_EFFECT {
+        "the user waited no more while the contender was on, beyond the error"
+    } else {
+        ""
+    };
+    let (effect, interval) = (Some(effect), Some([effect - half, effect + half]));
+    Demand { confirmed: why_not.is_empty(), effect, interval, why_not: why_not.into(), ..counted }
+}
+
+/// By window: its calls, and those with each of these users.
+fn rows(windows: &[DemandWindow], spans: &[Vec<bool>], users: &[usize]) -> Vec<Vec<f64>> {
+    let row = |(n, window): (usize, &DemandWindow)| {
+        let with = |user: &usize| if spans[*user][n] { window.calls } else { 0.0 };
+        std::iter::once(window.calls).chain(users.iter().map(with)).collect()
+    };
+    windows.iter().enumerate().map(row).collect()
+}
+
+/// Whether these columns can be separated.
+fn is_solvable(rows: &[Vec<f64>]) -> bool {
+    let k = rows.first().map_or(0, Vec::len);
+    let norm = |column: usize| rows.iter().map(|row| row[column] * row[column]).sum::<f64>().sqrt();
+    let norms: Vec<f64> = (0..k).map(norm).collect();
+    if norms.iter().any(|norm| *norm == 0.0) {
+        return false;
+    }
+    let product = |i: usize, j: usize| rows.iter().map(|row| row[i] * row[j]).sum::<f64>() / norms[i] / norms[j];
+    let matrix = (0..k).map(|i| (0..k).map(|j| product(i, j)).collect()).collect();
+    solve(matrix, vec![Vec::new(); k], LEAST_PIVOT).is_some()
+}
+
+/// The users in the regression: this one, and those with the most GPU time that are neither always on nor always off while the victim
+/// makes calls. `None` if one of them is on when this one is, and cannot be separated. One that is on when this one is off can be left out:
+/// its effect only makes the other one seem smaller.
+fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize) -> Option<Vec<usize>> {
+    let total = |user: usize| windows.iter().map(|window| window.others[user]).sum::<f64>();
+    let mut candidates: Vec<usize> = (0..spans.len()).filter(|user| *user != other && total(*user) > 0.0).collect();
+    candidates.sort_by(|a, b| total(*b).total_cmp(&total(*a)));
+    candidates.truncate(MOST_OTHERS - 1);
+    let mut users = vec![other];
+    if !is_solvable(&rows(windows, spans, &users)) {
+        return None;
+    }
+    let calls = |chosen: &dyn Fn(usize) -> bool| {
+        windows.iter().enumerate().filter(|(n, _)| chosen(*n)).map(|(_, window)| window.calls).sum::<f64>()
+    };
+    for user in candidates {
+        let all = [users.clone(), vec![user]].concat();
+        if is_solvable(&rows(windows, spans, &all)) {
+            users = all;
+            continue;
+        }
+        let (with, without) = (calls(&|n| spans[other][n]), calls(&|n| !spans[other][n]));
+        let within = calls(&|n| spans[other][n] && spans[user][n]) / with;
+        let outside = calls(&|n| !spans[other][n] && spans[user][n]) / without;
+        if within > outside + TOGETHER {
+            return None;
+        }
+    }
+    Some(users)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,135 @@
+//! The waiting of each user, by windows, from the facts of its wait probes.
+
+use std::collections::{BTreeMap, HashMap};
+
+use super::demand::DemandWindow;
+use super::gather::Gathered;
+use super::model::{CallSeconds, UserWaits};
+use sampler_core::aggregate::{Aggregate, COACTIVITY_WINDOW_NS, Window, window_parts};
+use sampler_core::fact::{HostProcess, User, WaitProbeFact, WaitProbeState};
+use sampler_core::units::BootNs;
+
+/// A window counts if processes had probes for at least this part of it.
+const PROBED: f64 = 0.5;
+const S: f64 = 1e-9;
+/// Reasons that a report lists for one user.
+const MAX_PROBLEMS: usize = 8;
+
+#[derive(Clone, Copy, Debug, Default)]
+struct Waited {
+    waited_s: f64,
+    probed_s: f64,
+    calls: f64,
+}
+
+/// What is known of the waiting of a user.
+#[derive(Debug, Default)]
+pub struct Waiting {
+    pub report: UserWaits,
+    windows: BTreeMap<u64, Waited>,
+    /// Its GPU time on all GPUs, by window.
+    own_s: BTreeMap<u64, f64>,
+}
+
+/// The users with wait probes, or with processes that could not be probed.
+pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs, BootNs)) -> BTreeMap<User, Waiting> {
+    let mut users: BTreeMap<User, Waiting> = BTreeMap::new();
+    for (user, facts) in &gathered.waits {
+        let waiting = users.entry(*user).or_default();
+        let mut durations: BTreeMap<u8, u64> = BTreeMap::new();
+        // A reading belongs to the time at which it ends.
+        for fact in facts.iter().filter(|fact| fact.to > from && fact.to <= to) {
+            let span_ns = fact.to.saturating_since(fact.from);
+            let (waited_s, probed_s) = (fact.some_ns.min(span_ns) as f64 * S, span_ns as f64 * S);
+            waiting.report.wait_seconds += waited_s;
+            waiting.report.probed_seconds += probed_s;
+            waiting.report.calls = waiting.report.calls.saturating_add(fact.calls);
+            for (bucket, calls) in &fact.durations {
+                let sum = durations.entry(*bucket).or_default();
+                *sum = sum.saturating_add(*calls);
+            }
+            for (number, part) in window_parts(fact.from, fact.to) {
+                let window = waiting.windows.entry(number).or_default();
+                window.waited_s += waited_s * part;
+                window.probed_s += probed_s * part;
+                window.calls += fact.calls as f64 * part;
+            }
+        }
+        waiting.report.call_seconds = call_seconds(&durations);
+    }
+    for (user, facts) in &gathered.wait_probes {
+        let problems = problems(facts);
+        if !problems.is_empty() {
+            users.entry(*user).or_default().report.problems = problems;
+        }
+    }
+    for (_, device) in aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
+        for (number, window) in device.coactivity.history.iter().flatten() {
+            for (user, part) in &window.users {
+                if let Some(waiting) = users.get_mut(user) {
+                    *waiting.own_s.entry(*number).or_default() += part.ns * S;
+                }
+            }
+        }
+    }
+    users
+}
+
+/// The last state of each process, if it is one without probes.
+fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
+    let mut last: HashMap<HostProcess, &WaitProbeFact> = HashMap::new();
+    for fact in facts.iter().filter(|fact| fact.state != WaitProbeState::Ended) {
+        last.insert(fact.process, fact);
+    }
+    let without = last.into_values().filter(|fact| fact.state != WaitProbeState::Attached);
+    let mut all: Vec<String> =
+        without.map(|fact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail)).collect();
+    all.sort();
+    if all.len() > MAX_PROBLEMS {
+        let more = all.len() - MAX_PROBLEMS;
+        all.truncate(MAX_PROBLEMS);
+        all.push(format!("and {more} more processes"));
+    }
+    all
+}
+
+/// The middle of the bucket that contains the quantile.
+fn call_seconds(durations: &BTreeMap<u8, u64>) -> Option<CallSeconds> {
+    let total = durations.values().fold(0u64, |sum, calls| sum.saturating_add(*calls));
+    let quantile = |part: f64| {
+        let mut seen = 0.0;
+        let bucket = durations.iter().find(|(_, calls)| {
+            seen += **calls as f64;
+            seen >= part * total as f64
+        });
+        // The geometric mean of its bounds; a file can state any bucket.
+        bucket.map_or(0.0, |(bucket, _)| 2f64.powf(f64::from((*bucket).min(63)) + 0.5) * S)
+    };
+    (total > 0).then(|| CallSeconds { p50: quantile(0.5), p99: quantile(0.99) })
+}
+
+impl Waiting {
+    /// Part of the window in which it waited; `None` without probes.
+    pub fn waited(&self, number: u64) -> Option<f32> {
+        self.windows.get(&number).filter(|window| window.probed_s >= PROBED).map(|window| window.waited_s as f32)
+    }
+
+    /// The windows of a GPU in which the user had probes, with the shares of these others.
+    pub fn compared(&self, windows: &BTreeMap<u64, Window>, others: &[User]) -> Vec<DemandWindow> {
+        let window = |(number, window): (&u64, &Window)| {
+            let waited = self.windows.get(number).filter(|waited| waited.probed_s >= PROBED)?;
+            if window.observed_ns < COACTIVITY_WINDOW_NS / 2 || !window.shows_users() {
+                return None;
+            }
+            let share = |other: &User| window.users.get(other).map_or(0.0, |part| part.ns * S);
+            Some(DemandWindow {
+                number: *number,
+                waited: waited.waited_s,
+                calls: waited.calls,
+                own: self.own_s.get(number).copied().unwrap_or_default(),
+                others: others.iter().map(share).collect(),
+            })
+        };
+        windows.iter().filter_map(window).collect()
+    }
+}
