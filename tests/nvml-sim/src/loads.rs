@@ -67,7 +67,21 @@ pub struct Ways {
     /// The pid by which the driver names the process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shown_as: Option<u32>,
+    /// It computes in the spans of its lines `ran`, and its demand is not used: the simulated CUDA driver decides when.
+    #[serde(skip_serializing_if = "is_false")]
+    pub scheduled: bool,
+    /// The spans of a scheduled load, in the order of time.
+    #[serde(skip)]
+    pub ran: Vec<Ran>,
 }
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// A span in which a scheduled load was on the compute engine, from and to, microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ran(pub u64, pub u64);
 
 /// The demands apply only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +112,21 @@ impl Load {
 
     pub fn ended_by(&self, us: u64) -> bool {
         self.end_us.is_some_and(|end| end <= us)
+    }
+
+    /// Whether a scheduled load was on the compute engine at this time.
+    pub fn ran_at(&self, us: u64) -> bool {
+        let next = self.ways.ran.partition_point(|ran| ran.1 <= us);
+        self.ways.ran.get(next).is_some_and(|ran| ran.0 <= us)
+    }
+
+    /// Adds spans. Those that it has are skipped: a writer that is killed may leave them to be written again.
+    pub(crate) fn add_spans(&mut self, spans: Vec<Ran>) {
+        for span in spans {
+            if span.0 < span.1 && self.ways.ran.last().is_none_or(|last| last.1 <= span.0) {
+                self.ways.ran.push(span);
+            }
+        }
     }
 
     /// Whether the load is in force and has a demand at this time.
@@ -131,6 +160,7 @@ impl Load {
 pub(crate) enum Line {
     Begin { begin: Load },
     End { end: u64, end_us: u64 },
+    Ran { ran: u64, spans: Vec<Ran> },
     Fault { fault: Fault },
     Clear { clear: Clear },
     Xid { xid: Xid },
@@ -309,6 +339,15 @@ mod tests {
         assert!(matches!(&lines[0], Line::Fault { fault } if fault.until_us == Some(at + 5) && fault.from_us == at));
         assert!(matches!(&lines[1], Line::Clear { clear } if clear.kind == Some(kind) && clear.at_us >= at));
         assert!(matches!(&lines[2], Line::Xid { xid } if (xid.gpu, xid.xid, xid.count) == (1, 79, 3)));
+    }
+
+    #[test]
+    fn spans_of_a_scheduled_load_are_added_once_and_in_order() {
+        let mut load = load(7, 9);
+        load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(40, 40)]);
+        load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
+        assert_eq!(load.ways.ran, [Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
+        assert_eq!([9, 10, 29, 30, 49, 50, 59, 60].map(|us| load.ran_at(us)), [false, true, true, false, false, true, true, false]);
     }
 
     #[test]

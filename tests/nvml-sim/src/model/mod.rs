@@ -4,6 +4,9 @@
 //! adjoining parts of that interval, as wide as their demands (scaled down when these sum above 1); the rest is idle. So every client, at
 //! any time, in any process, gets the same past. Loads under MPS are one owner together, and several of them run in one of its slices.
 //!
+//! Scheduled loads, of the simulated CUDA driver, come first on the compute engine: a slice belongs to the one that ran at a random instant
+//! of it, so that spans which are shorter than a slice get their share. Other loads have the slices in which none ran.
+//!
 //! Where a load with bursts is live, each load decides by itself, for each of its bursts, whether it works; those that work take turns on
 //! the compute engine, slice by slice.
 
@@ -48,6 +51,7 @@ impl Engine {
     /// A load's largest demand for this engine.
     fn most(self, load: &Load) -> f64 {
         match self {
+            Self::Sm if load.ways.scheduled => 1.0,
             Self::Sm => load.demand,
             Self::Mem => load.ways.memory.unwrap_or(0.0),
             Self::Enc => load.ways.enc,
@@ -132,7 +136,13 @@ impl<'a> Model<'a> {
     fn owners(&self, engine: Engine, overlapping: &[Indexed<'a>], slice: u64, owners: &mut Vec<Indexed<'a>>) {
         owners.clear();
         let at = slice * SLICE_US;
-        let live = || overlapping.iter().filter(move |(_, l)| l.wants_at(at));
+        if engine == Engine::Sm && !self.faults.down(self.unit.gpu, at) {
+            owners.extend(self.scheduled(overlapping, slice));
+            if !owners.is_empty() {
+                return;
+            }
+        }
+        let live = || overlapping.iter().filter(move |(_, l)| !l.ways.scheduled && l.wants_at(at));
         let shared = |l: &Load| engine == Engine::Sm && l.ways.mps;
         if engine == Engine::Sm && live().any(|(_, l)| l.ways.burst_us.is_some()) && !self.faults.down(self.unit.gpu, at) {
             owners.extend(self.turn(live(), slice));
@@ -162,6 +172,15 @@ impl<'a> Model<'a> {
             None if drawn >= wanted && drawn < all => self.mps_owners(live, slice, owners),
             None => {}
         }
+    }
+
+    /// The scheduled load that ran at the slice's instant.
+    fn scheduled(&self, overlapping: &[Indexed<'a>], slice: u64) -> Option<Indexed<'a>> {
+        let mut scheduled = overlapping.iter().filter(|(_, l)| l.ways.scheduled).peekable();
+        scheduled.peek()?;
+        let part = unit_interval(mix(self.world.seed ^ 29, self.unit.gpu as u64, slice));
+        let instant = slice * SLICE_US + (part * SLICE_US as f64) as u64;
+        scheduled.find(|(_, l)| l.ran_at(instant)).copied()
     }
 
     /// The load that has the slice, of those that work in it. A load works in each of its bursts with the probability of its demand.
