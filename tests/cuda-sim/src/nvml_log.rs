@@ -61,8 +61,7 @@ fn lines(spans: &[Span]) -> String {
     let mut text = String::new();
     for load in loads {
         let of_load = spans.iter().filter(|span| span.load == load);
-        let list: Vec<String> =
-            of_load.map(|span| format!("[{},{}]", span.from_ns / 1_000, span.to_ns / 1_000)).collect();
+        let list: Vec<String> = of_load.map(|span| format!("[{},{}]", span.from_ns / 1_000, span.to_ns / 1_000)).collect();
         // Writing to a string cannot fail.
         let _ok = writeln!(text, "{{\"ran\":{load},\"spans\":[{}]}}", list.join(","));
     }

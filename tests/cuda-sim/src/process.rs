@@ -179,7 +179,9 @@ impl Process {
         let mark = |(stream, position)| Mark { queue: Queue { stream, ..queue }, position };
         gpu.with(|schedule| match all_streams {
             true => schedule.ends(queue.client).into_iter().map(mark).collect(),
-            false => schedule.end_of(queue.client, queue.stream).map(|position| mark((queue.stream, position))).into_iter().collect(),
+            false => {
+                schedule.end_of(queue.client, queue.stream).map(|position| mark((queue.stream, position))).into_iter().collect()
+            }
         })
     }
 

@@ -347,7 +347,10 @@ mod tests {
         load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(40, 40)]);
         load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
         assert_eq!(load.ways.ran, [Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
-        assert_eq!([9, 10, 29, 30, 49, 50, 59, 60].map(|us| load.ran_at(us)), [false, true, true, false, false, true, true, false]);
+        assert_eq!(
+            [9, 10, 29, 30, 49, 50, 59, 60].map(|us| load.ran_at(us)),
+            [false, true, true, false, false, true, true, false]
+        );
     }
 
     #[test]

@@ -37,7 +37,7 @@ const OPEN: u64 = 1;
 const CLOSING: u64 = 2;
 
 #[repr(C)]
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, Default)]
 pub struct Stream {
     state: u64,
     submitted_ns: u64,
@@ -104,6 +104,7 @@ pub enum Progress {
 
 /// All-zero bytes are valid: a GPU without processes.
 #[repr(C)]
+#[cfg_attr(test, derive(Clone))]
 pub struct Schedule {
     pub layout: u64,
     /// The schedule is computed up to this time.

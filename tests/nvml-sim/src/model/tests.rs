@@ -54,6 +54,22 @@ fn scheduled_demands_agree_in_samples_and_truth() {
 }
 
 #[test]
+fn scheduled_loads_have_the_time_of_their_spans_and_others_the_rest() {
+    use crate::loads::Ran;
+    let world = world(PidRule::Last);
+    // 0.7 ms of every 20 ms, and 8 ms of them; in phase with the slices.
+    let mut all = loads(&[0.0, 0.0, 1.0]);
+    for (load, (from, to)) in all.iter_mut().zip([(300, 1_000), (2_000, 10_000)]) {
+        load.ways.scheduled = true;
+        load.ways.ran = (0..3_000).map(|n| START + n * 20_000).map(|begin| Ran(begin + from, begin + to)).collect();
+    }
+    let truth = model(&world, 0, &all).truth(START, START + MINUTE);
+    let seconds = [0, 1, 2].map(|n| truth[n].seconds[0]);
+    assert!((seconds[0] - 2.1).abs() < 0.2 && (seconds[1] - 24.0).abs() < 1e-6, "{seconds:?}");
+    assert!((seconds.iter().sum::<f64>() - 60.0).abs() < 1e-6, "{seconds:?}");
+}
+
+#[test]
 fn demands_are_met_over_a_minute() {
     for (demands, expect) in [(&[0.6, 0.3, 0.1][..], &[36.0, 18.0, 6.0][..]), (&[0.1], &[6.0]), (&[1.0, 1.0], &[30.0, 30.0])] {
         let (world, loads) = (world(PidRule::Instant), loads(demands));
