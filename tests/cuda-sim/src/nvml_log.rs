@@ -2,7 +2,7 @@
 //!
 //! Each line is one append. The format is that of `loads` in nvml-sim; the tests of this package read it with nvml-sim's own reader.
 
-use std::fmt::Write as _;
+use std::collections::BTreeMap;
 use std::fs::OpenOptions;
 use std::io::Write as _;
 use std::path::{Path, PathBuf};
@@ -13,6 +13,17 @@ use crate::schedule::Span;
 const FILE: &str = "loads";
 /// Memory that the process list shows for a context.
 pub const CONTEXT_BYTES: u64 = 512 << 20;
+
+/// What is to be written.
+#[derive(Clone, Copy, Debug)]
+pub enum Entry {
+    Ran(Span),
+    /// The process has no context any more.
+    End {
+        load: u64,
+        at_ns: u64,
+    },
+}
 
 pub struct NvmlLog {
     path: PathBuf,
@@ -35,37 +46,30 @@ impl NvmlLog {
         Ok(id)
     }
 
-    pub fn end(&self, load: u64, now_ns: u64) -> Result<(), Error> {
-        self.append(&format!("{{\"end\":{load},\"end_us\":{}}}\n", now_ns / 1_000))
-    }
-
-    /// A line for each load, with its spans.
-    pub fn ran(&self, spans: &[Span]) -> Result<(), Error> {
-        self.append(&lines(spans))
+    /// Appends a line for each load with its spans, then the ends.
+    pub fn write(&self, entries: &[Entry]) -> Result<(), Error> {
+        if entries.is_empty() { Ok(()) } else { self.append(&lines(entries)) }
     }
 
     fn append(&self, text: &str) -> Result<(), Error> {
-        if text.is_empty() {
-            return Ok(());
-        }
         let file = OpenOptions::new().append(true).open(&self.path);
         file.and_then(|mut file| file.write_all(text.as_bytes())).map_err(at(&self.path, "append a line"))
     }
 }
 
 /// Both ends of a span are cut to microseconds, so spans that adjoin still do.
-fn lines(spans: &[Span]) -> String {
-    let mut loads: Vec<u64> = spans.iter().map(|span| span.load).collect();
-    loads.sort_unstable();
-    loads.dedup();
-    let mut text = String::new();
-    for load in loads {
-        let of_load = spans.iter().filter(|span| span.load == load);
-        let list: Vec<String> = of_load.map(|span| format!("[{},{}]", span.from_ns / 1_000, span.to_ns / 1_000)).collect();
-        // Writing to a string cannot fail.
-        let _ok = writeln!(text, "{{\"ran\":{load},\"spans\":[{}]}}", list.join(","));
+fn lines(entries: &[Entry]) -> String {
+    let (mut spans, mut ends) = (BTreeMap::<u64, Vec<String>>::new(), String::new());
+    for entry in entries {
+        match entry {
+            Entry::Ran(Span { load, from_ns, to_ns }) => {
+                spans.entry(*load).or_default().push(format!("[{},{}]", from_ns / 1_000, to_ns / 1_000));
+            }
+            Entry::End { load, at_ns } => ends += &format!("{{\"end\":{load},\"end_us\":{}}}\n", at_ns / 1_000),
+        }
     }
-    text
+    let lines = spans.into_iter().map(|(load, spans)| format!("{{\"ran\":{load},\"spans\":[{}]}}\n", spans.join(",")));
+    lines.chain([ends]).collect()
 }
 
 #[cfg(test)]
@@ -74,9 +78,13 @@ mod tests {
 
     #[test]
     fn spans_have_one_line_for_each_load() {
-        let span = |load, from_ns, to_ns| Span { load, from_ns, to_ns };
-        let spans = [span(7, 1_000, 3_500), span(2, 3_500, 4_000), span(7, 4_000, 9_999)];
-        assert_eq!(lines(&spans), "{\"ran\":2,\"spans\":[[3,4]]}\n{\"ran\":7,\"spans\":[[1,3],[4,9]]}\n");
+        let span = |load, from_ns, to_ns| Entry::Ran(Span { load, from_ns, to_ns });
+        let end = Entry::End { load: 7, at_ns: 9_999 };
+        let entries = [span(7, 1_000, 3_500), end, span(2, 3_500, 4_000), span(7, 4_000, 9_999)];
+        assert_eq!(
+            lines(&entries),
+            "{\"ran\":2,\"spans\":[[3,4]]}\n{\"ran\":7,\"spans\":[[1,3],[4,9]]}\n{\"end\":7,\"end_us\":9}\n"
+        );
         assert_eq!(lines(&[]), "");
     }
 }

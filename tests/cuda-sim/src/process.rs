@@ -20,6 +20,9 @@ use crate::waits::{self, Meter};
 const BUSY_INTERVAL: Duration = Duration::from_millis(4);
 const IDLE_INTERVAL: Duration = Duration::from_millis(50);
 
+/// For this long the least wait is trusted: the end of another process makes it shorter.
+const TRUSTED_NS: u64 = 1_000_000;
+
 /// A handle of a context, stream, event or graph; NULL is not one.
 pub type Handle = usize;
 
@@ -29,6 +32,27 @@ pub struct Queue {
     pub gpu: usize,
     pub client: ClientSlot,
     pub stream: StreamSlot,
+}
+
+impl Queue {
+    fn key(self) -> StreamKey {
+        StreamKey { gpu: self.gpu, stream: self.stream.0 }
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+struct StreamKey {
+    gpu: usize,
+    stream: usize,
+}
+
+/// What the process knows of a stream without the schedule. So calls without work, and most queries, do not take the lock of the GPU.
+#[derive(Clone, Copy, Debug, Default)]
+struct Known {
+    submitted: Position,
+    reached: Position,
+    /// A position that is not reached before this time.
+    not_before: (Position, u64),
 }
 
 /// A place in a queue that can be waited for.
@@ -79,6 +103,7 @@ pub struct Process {
     start_time: u64,
     pub gpus: Vec<Gpu>,
     handles: Mutex<Handles>,
+    known: Mutex<BTreeMap<StreamKey, Known>>,
     meter: Mutex<Meter>,
     records: Mutex<File>,
     thread: OnceLock<Thread>,
@@ -108,6 +133,7 @@ impl Process {
             start_time,
             gpus,
             handles: Mutex::default(),
+            known: Mutex::default(),
             meter: Mutex::default(),
             records: Mutex::new(records),
             thread: OnceLock::new(),
@@ -152,6 +178,7 @@ impl Process {
             handles.streams.retain(|_, queue| queue.gpu != gpu);
             handles.thread_streams.retain(|(_, of), _| *of != gpu);
             drop(handles);
+            locked(&self.known).retain(|key, _| key.gpu != gpu);
             self.write_records()?;
             self.gpus.get(gpu).map_or(Ok(()), |gpu| gpu.release(client))?;
         }
@@ -168,25 +195,58 @@ impl Process {
     /// Queues work of this length; `None` if the process has no context on the GPU any more.
     pub fn submit(&self, queue: Queue, length_ns: u64) -> Result<Option<Mark>, Error> {
         let Some(gpu) = self.gpu(queue) else { return Ok(None) };
-        let position = gpu.submit(queue.client, queue.stream, length_ns)?;
+        let Some(position) = gpu.submit(queue.client, queue.stream, length_ns)? else { return Ok(None) };
+        let mut known = locked(&self.known);
+        let one = known.entry(queue.key()).or_default();
+        one.submitted = one.submitted.max(position);
+        drop(known);
         self.wake();
-        Ok(position.map(|position| Mark { queue, position }))
+        Ok(Some(Mark { queue, position }))
     }
 
-    /// The marks after all work so far: of one stream, or of all streams of the process on the GPU.
-    pub fn ends(&self, queue: Queue, all_streams: bool) -> Result<Vec<Mark>, Error> {
-        let Some(gpu) = self.gpu(queue) else { return Ok(Vec::new()) };
-        let mark = |(stream, position)| Mark { queue: Queue { stream, ..queue }, position };
-        gpu.with(|schedule| match all_streams {
-            true => schedule.ends(queue.client).into_iter().map(mark).collect(),
-            false => {
-                schedule.end_of(queue.client, queue.stream).map(|position| mark((queue.stream, position))).into_iter().collect()
-            }
-        })
+    /// The marks after all work so far: of one stream, or of all streams of the process on the GPU. Only this process submits to its
+    /// streams, so the schedule is not needed.
+    pub fn ends(&self, queue: Queue, all_streams: bool) -> Vec<Mark> {
+        let known = locked(&self.known);
+        let wanted = |key: &StreamKey| key.gpu == queue.gpu && (all_streams || key.stream == queue.stream.0);
+        let unreached = known.iter().filter(|(key, one)| wanted(key) && one.reached < one.submitted);
+        let mark = |(key, one): (&StreamKey, &Known)| Mark {
+            queue: Queue { stream: StreamSlot(key.stream), ..queue },
+            position: one.submitted,
+        };
+        unreached.map(mark).collect()
+    }
+
+    fn known(&self, queue: Queue) -> Known {
+        locked(&self.known).get(&queue.key()).copied().unwrap_or_default()
+    }
+
+    fn reached(&self, mark: Mark) {
+        let mut known = locked(&self.known);
+        let one = known.entry(mark.queue.key()).or_default();
+        one.reached = one.reached.max(mark.position);
     }
 
     pub fn is_reached(&self, mark: Mark) -> Result<bool, Error> {
-        self.gpu(mark.queue).map_or(Ok(true), |gpu| gpu.is_reached(mark.queue.client, mark.queue.stream, mark.position))
+        let (known, now_ns) = (self.known(mark.queue), now_ns());
+        if known.reached >= mark.position {
+            return Ok(true);
+        }
+        let (position, not_before_ns) = known.not_before;
+        let Some(gpu) = self.gpu(mark.queue).filter(|_| mark.position < position || now_ns >= not_before_ns) else {
+            return Ok(false);
+        };
+        match gpu.least_wait_ns(mark.queue.client, mark.queue.stream, mark.position)? {
+            0 => {
+                self.reached(mark);
+                Ok(true)
+            }
+            wait_ns => {
+                let not_before = (mark.position, now_ns + wait_ns.min(TRUSTED_NS));
+                locked(&self.known).entry(mark.queue.key()).or_default().not_before = not_before;
+                Ok(false)
+            }
+        }
     }
 
     /// Runs the body of a blocking call on a GPU, and counts its time as waiting.
@@ -201,8 +261,9 @@ impl Process {
     /// Blocks until all marks are reached.
     pub fn wait(&self, marks: &[Mark]) -> Result<(), Error> {
         for mark in marks {
-            if let Some(gpu) = self.gpu(mark.queue) {
+            if let Some(gpu) = self.gpu(mark.queue).filter(|_| self.known(mark.queue).reached < mark.position) {
                 gpu.wait(mark.queue.client, mark.queue.stream, mark.position)?;
+                self.reached(*mark);
             }
         }
         Ok(())

@@ -1,6 +1,8 @@
 //! Processes that use the simulated CUDA driver at the same time: the truth agrees with the processes' own clocks, with the model and with
 //! the simulated NVML.
 
+#![expect(clippy::unwrap_used, reason = "helpers of tests")]
+
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};

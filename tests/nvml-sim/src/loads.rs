@@ -120,11 +120,12 @@ impl Load {
         self.ways.ran.get(next).is_some_and(|ran| ran.0 <= us)
     }
 
-    /// Adds spans. Those that it has are skipped: a writer that is killed may leave them to be written again.
+    /// Adds spans in the order of time: processes that write at once may append their lines in another one.
     pub(crate) fn add_spans(&mut self, spans: Vec<Ran>) {
-        for span in spans {
-            if span.0 < span.1 && self.ways.ran.last().is_none_or(|last| last.1 <= span.0) {
-                self.ways.ran.push(span);
+        for span in spans.into_iter().filter(|span| span.0 < span.1) {
+            let next = self.ways.ran.partition_point(|ran| ran.1 <= span.0);
+            if self.ways.ran.get(next).is_none_or(|ran| span.1 <= ran.0) {
+                self.ways.ran.insert(next, span);
             }
         }
     }
@@ -342,10 +343,11 @@ mod tests {
     }
 
     #[test]
-    fn spans_of_a_scheduled_load_are_added_once_and_in_order() {
+    fn spans_of_a_scheduled_load_are_kept_in_order() {
         let mut load = load(7, 9);
         load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(40, 40)]);
-        load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
+        load.add_spans(vec![Ran(50, 60), Ran(55, 70)]);
+        load.add_spans(vec![Ran(30, 31), Ran(5, 9)]);
         assert_eq!(load.ways.ran, [Ran(10, 20), Ran(20, 30), Ran(50, 60)]);
         assert_eq!(
             [9, 10, 29, 30, 49, 50, 59, 60].map(|us| load.ran_at(us)),

@@ -48,7 +48,7 @@ cuda! {
     fn cuCtxSynchronize() {
         initialized(|process| {
             let queue = default_queue(process)?;
-            process.blocking(queue.gpu, || process.wait(&process.ends(queue, true)?)).map_err(failed)
+            process.blocking(queue.gpu, || process.wait(&process.ends(queue, true))).map_err(failed)
         })
     }
 }

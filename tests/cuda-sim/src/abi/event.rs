@@ -7,12 +7,12 @@ use crate::process::{Handle, Mark, Process};
 
 fn record(process: &Process, event: *mut c_void, stream: *mut c_void, default: Default) -> CallResult {
     let queue = queue(process, stream, default)?;
-    let mark = process.ends(queue, false).map_err(failed)?.first().copied();
+    let mark = process.ends(queue, false).first().copied();
     *process.handles().events.get_mut(&(event as Handle)).ok_or(INVALID_HANDLE)? = mark;
     Ok(())
 }
 
-/// The mark of an event; one that was not recorded counts as reached, as with the driver.
+/// The mark of an event; one without is reached, as with the driver.
 fn mark(process: &Process, event: *mut c_void) -> Result<Option<Mark>, i32> {
     process.handles().events.get(&(event as Handle)).copied().ok_or(INVALID_HANDLE)
 }

@@ -25,12 +25,12 @@ fn destroy(process: &Process, stream: *mut c_void) -> CallResult {
 
 fn synchronize(process: &Process, stream: *mut c_void, default: Default) -> CallResult {
     let queue = queue(process, stream, default)?;
-    process.blocking(queue.gpu, || process.wait(&process.ends(queue, false)?)).map_err(failed)
+    process.blocking(queue.gpu, || process.wait(&process.ends(queue, false))).map_err(failed)
 }
 
 fn query(process: &Process, stream: *mut c_void, default: Default) -> CallResult {
     let queue = queue(process, stream, default)?;
-    for mark in process.ends(queue, false).map_err(failed)? {
+    for mark in process.ends(queue, false) {
         if !process.is_reached(mark).map_err(failed)? {
             return Err(NOT_READY);
         }

@@ -10,7 +10,7 @@ type DevicePointer = u64;
 /// A synchronous copy waits for the stream; in the legacy default stream for all streams of the process.
 fn copy(process: &Process, queue: Queue, default: Default) -> CallResult {
     let all_streams = default == Default::Legacy;
-    process.blocking(queue.gpu, || process.wait(&process.ends(queue, all_streams)?)).map_err(failed)
+    process.blocking(queue.gpu, || process.wait(&process.ends(queue, all_streams))).map_err(failed)
 }
 
 cuda! {

@@ -28,7 +28,7 @@ pub struct ClientSlot(pub usize);
 pub struct StreamSlot(pub usize);
 
 /// The sum of work submitted to a stream.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct Position(pub u64);
 
 const FREE: u64 = 0;
@@ -181,18 +181,6 @@ impl Schedule {
         let stream = self.stream_mut(slot, stream)?;
         stream.submitted_ns = stream.submitted_ns.saturating_add(length_ns);
         Some(Position(stream.submitted_ns))
-    }
-
-    /// The position after all work of the stream so far.
-    pub fn end_of(&self, slot: ClientSlot, stream: StreamSlot) -> Option<Position> {
-        self.stream(slot, stream).map(|stream| Position(stream.submitted_ns))
-    }
-
-    /// The streams of a client that have work, and their ends.
-    pub fn ends(&self, slot: ClientSlot) -> Vec<(StreamSlot, Position)> {
-        let used = self.client(slot).map_or(&[][..], Client::used).iter().enumerate();
-        let busy = used.filter(|(_, stream)| stream.queued_ns() > 0);
-        busy.map(|(n, stream)| (StreamSlot(n), Position(stream.submitted_ns))).collect()
     }
 
     /// The least time until the stream reaches the position; 0 when it has. Exact if no work is submitted meanwhile, the rest fits in one
