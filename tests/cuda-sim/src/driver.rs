@@ -18,7 +18,7 @@ pub struct Object(usize);
 
 /// As CUDA_KERNEL_NODE_PARAMS_v1.
 #[repr(C)]
-struct KernelNode {
+struct KernelParameters {
     function: Pointer,
     sizes: [c_uint; 7],
     parameters: *const *const c_void,
@@ -121,10 +121,11 @@ impl Cuda {
     pub fn create_graph(&self, length_us: u64) -> anyhow::Result<Object> {
         let graph = self.object(c"cuGraphCreate", [0; 3])?;
         let parameters = [(&raw const length_us).cast::<c_void>()];
-        let kernel = KernelNode { function: null_mut(), sizes: [1; 7], parameters: parameters.as_ptr(), extra: std::ptr::null() };
+        let kernel =
+            KernelParameters { function: null_mut(), sizes: [1; 7], parameters: parameters.as_ptr(), extra: std::ptr::null() };
         let add = c"cuGraphAddKernelNode";
         // SAFETY: the signature of cuda.h.
-        let function: extern "C" fn(*mut Pointer, usize, Pointer, usize, *const KernelNode) -> c_int =
+        let function: extern "C" fn(*mut Pointer, usize, Pointer, usize, *const KernelParameters) -> c_int =
             unsafe { std::mem::transmute(self.symbol(add)?) };
         let mut node: Pointer = null_mut();
         self.check(add, function(&raw mut node, graph.0, null_mut(), 0, &raw const kernel))?;

@@ -27,13 +27,13 @@ pub fn phase(text: &str) -> Result<Phase, String> {
 
 /// Times are counted from the begin of the work.
 #[derive(Debug)]
-pub struct Schedule {
+pub struct Timetable {
     pace: Pace,
     phase: Option<Phase>,
     due: Duration,
 }
 
-impl Schedule {
+impl Timetable {
     pub fn new(pace: Pace, phase: Option<Phase>) -> Self {
         Self { pace, phase, due: Duration::ZERO }
     }
@@ -79,13 +79,13 @@ mod tests {
 
     #[test]
     fn calls_are_due_by_pace_and_phase() {
-        let mut every = Schedule::new(Pace::Every(MS(20)), None);
+        let mut every = Timetable::new(Pace::Every(MS(20)), None);
         assert_eq!([0, 5, 21, 95].map(|now| every.next(MS(now))), [0, 20, 40, 80].map(MS));
-        let mut rate = Schedule::new(Pace::Rate(1_000.0), None);
+        let mut rate = Timetable::new(Pace::Rate(1_000.0), None);
         assert_eq!([0, 5, 5, 5].map(|now| rate.next(MS(now))), [0, 1, 2, 3].map(MS));
-        let mut phased = Schedule::new(Pace::BackToBack, phase("3s:2s").ok());
+        let mut phased = Timetable::new(Pace::BackToBack, phase("3s:2s").ok());
         assert_eq!([0, 2_999, 3_000, 4_999, 5_000].map(|now| phased.next(MS(now))), [0, 2_999, 5_000, 5_000, 5_000].map(MS));
-        let mut paused = Schedule::new(Pace::Every(MS(20)), phase("30ms:20ms").ok());
+        let mut paused = Timetable::new(Pace::Every(MS(20)), phase("30ms:20ms").ok());
         assert_eq!([0, 5, 25, 51].map(|now| paused.next(MS(now))), [0, 20, 50, 70].map(MS));
     }
 

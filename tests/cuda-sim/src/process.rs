@@ -5,7 +5,7 @@
 use std::collections::BTreeMap;
 use std::fs::{self, File, OpenOptions};
 use std::io::Write as _;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::Thread;
@@ -106,6 +106,7 @@ pub struct Process {
     known: Mutex<BTreeMap<StreamKey, Known>>,
     meter: Mutex<Meter>,
     records: Mutex<File>,
+    records_path: PathBuf,
     thread: OnceLock<Thread>,
     /// Whether the thread sleeps for the idle interval.
     rests: AtomicBool,
@@ -136,6 +137,7 @@ impl Process {
             known: Mutex::default(),
             meter: Mutex::default(),
             records: Mutex::new(records),
+            records_path: path,
             thread: OnceLock::new(),
             rests: AtomicBool::new(false),
         })
@@ -280,9 +282,13 @@ impl Process {
     /// The body of the library's thread.
     pub fn keep_up(&self) {
         let _first = self.thread.set(std::thread::current());
+        let mut reported = false;
         loop {
             let busy = self.update().unwrap_or_else(|error| {
-                report(&error);
+                // Once: the folder of a world may be removed while the process lives.
+                if !std::mem::replace(&mut reported, true) {
+                    report(&error);
+                }
                 false
             });
             self.rests.store(!busy, Ordering::Relaxed);
@@ -308,7 +314,7 @@ impl Process {
         let mut file = locked(&self.records);
         let records = locked(&self.meter).take(now_ns());
         let text: String = records.iter().map(waits::Record::line).collect();
-        file.write_all(text.as_bytes()).map_err(at(FOLDER, "append a record"))?;
+        file.write_all(text.as_bytes()).map_err(at(&self.records_path, "append a record"))?;
         Ok(!records.is_empty())
     }
 }

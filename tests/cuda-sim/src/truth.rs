@@ -19,11 +19,11 @@ type Identity = (u32, u64);
 struct Truth {
     from: String,
     to: String,
-    processes: Vec<Process>,
+    processes: Vec<ProcessTruth>,
 }
 
 #[derive(Debug, Default, PartialEq, Serialize)]
-struct Process {
+struct ProcessTruth {
     pid: u32,
     start_time: u64,
     wait_some_seconds: f64,
@@ -110,9 +110,9 @@ fn records(dir: &Path) -> anyhow::Result<BTreeMap<Identity, Vec<Record>>> {
     Ok(records)
 }
 
-fn join(spans: &Spans, records: &BTreeMap<Identity, Vec<Record>>, range: Range) -> Vec<Process> {
-    let mut processes: BTreeMap<Identity, Process> = BTreeMap::new();
-    let new = |(pid, start_time): Identity| Process { pid, start_time, ..Process::default() };
+fn join(spans: &Spans, records: &BTreeMap<Identity, Vec<Record>>, range: Range) -> Vec<ProcessTruth> {
+    let mut processes: BTreeMap<Identity, ProcessTruth> = BTreeMap::new();
+    let new = |(pid, start_time): Identity| ProcessTruth { pid, start_time, ..ProcessTruth::default() };
     for span in spans.values().flatten() {
         let process = processes.entry(span.process).or_insert_with(|| new(span.process));
         process.gpu_seconds += range.within_us(span.from_us as f64, span.to_us as f64) / 1e6;
@@ -130,7 +130,7 @@ fn join(spans: &Spans, records: &BTreeMap<Identity, Vec<Record>>, range: Range) 
 }
 
 /// Adds the part of a record that lies in the range; a call counts when it returns. Short calls that share a record are spread over it.
-fn add(process: &mut Process, during: &mut BTreeMap<Identity, f64>, record: &Record, spans: &Spans, range: Range) {
+fn add(process: &mut ProcessTruth, during: &mut BTreeMap<Identity, f64>, record: &Record, spans: &Spans, range: Range) {
     let (from_us, to_us) = (record.from_ns as f64 / 1e3, record.to_ns as f64 / 1e3);
     let length_us = to_us - from_us;
     let part = if length_us > 0.0 { range.within_us(from_us, to_us) / length_us } else { 0.0 };

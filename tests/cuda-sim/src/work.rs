@@ -10,7 +10,7 @@ use serde::Serialize;
 
 use crate::driver::{self, Cuda, Object};
 use crate::install;
-use crate::pace::{Pace, Phase, Schedule, phase};
+use crate::pace::{Pace, Phase, Timetable, phase};
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, clap::ValueEnum, Serialize)]
 #[serde(rename_all = "lowercase")]
@@ -180,11 +180,11 @@ impl<'a> Worker<'a> {
     }
 
     fn run(mut self, pace: Pace, begin: Instant) -> anyhow::Result<Done> {
-        let mut schedule = Schedule::new(pace, self.options.phase);
+        let mut timetable = Timetable::new(pace, self.options.phase);
         let mut done = Done::default();
         loop {
             let now = begin.elapsed();
-            let due = schedule.next(now);
+            let due = timetable.next(now);
             if due >= self.options.lasts || now >= self.options.lasts {
                 return Ok(done);
             }

@@ -2,10 +2,10 @@
 
 use std::ffi::{c_uint, c_void};
 
-use super::{CallResult, Default, INVALID_HANDLE, NOT_READY, cuda, current_gpu, failed, initialized, put, queue};
+use super::{CallResult, INVALID_HANDLE, NOT_READY, NullStream, cuda, current_gpu, failed, initialized, put, queue};
 use crate::process::{Handle, Mark, Process};
 
-fn record(process: &Process, event: *mut c_void, stream: *mut c_void, default: Default) -> CallResult {
+fn record(process: &Process, event: *mut c_void, stream: *mut c_void, default: NullStream) -> CallResult {
     let queue = queue(process, stream, default)?;
     let mark = process.ends(queue, false).first().copied();
     *process.handles().events.get_mut(&(event as Handle)).ok_or(INVALID_HANDLE)? = mark;
@@ -31,10 +31,10 @@ cuda! {
         initialized(|process| process.handles().events.remove(&(event as Handle)).map(|_mark| ()).ok_or(INVALID_HANDLE))
     }
     fn cuEventRecord(event: *mut c_void, stream: *mut c_void) {
-        initialized(|process| record(process, event, stream, Default::Legacy))
+        initialized(|process| record(process, event, stream, NullStream::Legacy))
     }
     fn cuEventRecord_ptsz(event: *mut c_void, stream: *mut c_void) {
-        initialized(|process| record(process, event, stream, Default::PerThread))
+        initialized(|process| record(process, event, stream, NullStream::PerThread))
     }
     fn cuEventSynchronize(event: *mut c_void) {
         initialized(|process| {

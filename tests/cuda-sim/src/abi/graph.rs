@@ -2,7 +2,7 @@
 
 use std::ffi::{c_uint, c_ulonglong, c_void};
 
-use super::{CallResult, Default, INVALID_HANDLE, cuda, failed, get, initialized, kernel_ns, put, queue};
+use super::{CallResult, INVALID_HANDLE, NullStream, cuda, failed, get, initialized, kernel_ns, put, queue};
 use crate::process::{Handle, Process};
 
 /// CUDA_KERNEL_NODE_PARAMS_v1 and the begin of _v2.
@@ -26,7 +26,7 @@ fn add_kernel(process: &Process, node: *mut *mut c_void, graph: *mut c_void, ker
     put(node, handle as *mut c_void)
 }
 
-fn launch(process: &Process, executable: *mut c_void, stream: *mut c_void, default: Default) -> CallResult {
+fn launch(process: &Process, executable: *mut c_void, stream: *mut c_void, default: NullStream) -> CallResult {
     let length_ns = process.handles().launchable_ns.get(&(executable as Handle)).copied().ok_or(INVALID_HANDLE)?;
     let queue = queue(process, stream, default)?;
     process.submit(queue, length_ns).map_err(failed)?.map(|_mark| ()).ok_or(INVALID_HANDLE)
@@ -61,10 +61,10 @@ cuda! {
         })
     }
     fn cuGraphLaunch(executable: *mut c_void, stream: *mut c_void) {
-        initialized(|process| launch(process, executable, stream, Default::Legacy))
+        initialized(|process| launch(process, executable, stream, NullStream::Legacy))
     }
     fn cuGraphLaunch_ptsz(executable: *mut c_void, stream: *mut c_void) {
-        initialized(|process| launch(process, executable, stream, Default::PerThread))
+        initialized(|process| launch(process, executable, stream, NullStream::PerThread))
     }
     fn cuGraphExecDestroy(executable: *mut c_void) {
         initialized(|process| process.handles().launchable_ns.remove(&(executable as Handle)).map(|_| ()).ok_or(INVALID_HANDLE))

@@ -178,15 +178,15 @@ fn thread_queue(process: &Process) -> Result<Queue, c_int> {
 
 /// Which stream a NULL handle means.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Default {
+enum NullStream {
     Legacy,
     PerThread,
 }
 
-fn queue(process: &Process, stream: *mut c_void, default: Default) -> Result<Queue, c_int> {
+fn queue(process: &Process, stream: *mut c_void, default: NullStream) -> Result<Queue, c_int> {
     match (stream as Handle, default) {
-        (0, Default::Legacy) | (STREAM_LEGACY, _) => default_queue(process),
-        (0, Default::PerThread) | (STREAM_PER_THREAD, _) => thread_queue(process),
+        (0, NullStream::Legacy) | (STREAM_LEGACY, _) => default_queue(process),
+        (0, NullStream::PerThread) | (STREAM_PER_THREAD, _) => thread_queue(process),
         (handle, _) => process.handles().streams.get(&handle).copied().ok_or(INVALID_HANDLE),
     }
 }

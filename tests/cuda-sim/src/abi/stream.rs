@@ -3,7 +3,8 @@
 use std::ffi::{c_uint, c_void};
 
 use super::{
-    CallResult, Default, INVALID_HANDLE, NOT_READY, OUT_OF_MEMORY, cuda, current_gpu, failed, initialized, kernel_ns, put, queue,
+    CallResult, INVALID_HANDLE, NOT_READY, NullStream, OUT_OF_MEMORY, cuda, current_gpu, failed, initialized, kernel_ns, put,
+    queue,
 };
 use crate::process::{Handle, Process};
 
@@ -23,12 +24,12 @@ fn destroy(process: &Process, stream: *mut c_void) -> CallResult {
     gpu.with(|schedule| schedule.close_stream(queue.client, queue.stream)).map_err(failed)
 }
 
-fn synchronize(process: &Process, stream: *mut c_void, default: Default) -> CallResult {
+fn synchronize(process: &Process, stream: *mut c_void, default: NullStream) -> CallResult {
     let queue = queue(process, stream, default)?;
     process.blocking(queue.gpu, || process.wait(&process.ends(queue, false))).map_err(failed)
 }
 
-fn query(process: &Process, stream: *mut c_void, default: Default) -> CallResult {
+fn query(process: &Process, stream: *mut c_void, default: NullStream) -> CallResult {
     let queue = queue(process, stream, default)?;
     for mark in process.ends(queue, false) {
         if !process.is_reached(mark).map_err(failed)? {
@@ -38,7 +39,7 @@ fn query(process: &Process, stream: *mut c_void, default: Default) -> CallResult
     Ok(())
 }
 
-fn launch(process: &Process, stream: *mut c_void, parameters: *const *const c_void, default: Default) -> CallResult {
+fn launch(process: &Process, stream: *mut c_void, parameters: *const *const c_void, default: NullStream) -> CallResult {
     let (length_ns, queue) = (kernel_ns(parameters)?, queue(process, stream, default)?);
     process.submit(queue, length_ns).map_err(failed)?.map(|_mark| ()).ok_or(INVALID_HANDLE)
 }
@@ -51,27 +52,27 @@ cuda! {
         initialized(|process| destroy(process, stream))
     }
     fn cuStreamSynchronize(stream: *mut c_void) {
-        initialized(|process| synchronize(process, stream, Default::Legacy))
+        initialized(|process| synchronize(process, stream, NullStream::Legacy))
     }
     fn cuStreamSynchronize_ptsz(stream: *mut c_void) {
-        initialized(|process| synchronize(process, stream, Default::PerThread))
+        initialized(|process| synchronize(process, stream, NullStream::PerThread))
     }
     fn cuStreamQuery(stream: *mut c_void) {
-        initialized(|process| query(process, stream, Default::Legacy))
+        initialized(|process| query(process, stream, NullStream::Legacy))
     }
     fn cuStreamQuery_ptsz(stream: *mut c_void) {
-        initialized(|process| query(process, stream, Default::PerThread))
+        initialized(|process| query(process, stream, NullStream::PerThread))
     }
     fn cuLaunchKernel(
         _function: *mut c_void, _grid_x: c_uint, _grid_y: c_uint, _grid_z: c_uint, _block_x: c_uint, _block_y: c_uint,
         _block_z: c_uint, _shared_bytes: c_uint, stream: *mut c_void, parameters: *const *const c_void, _extra: *const *const c_void
     ) {
-        initialized(|process| launch(process, stream, parameters, Default::Legacy))
+        initialized(|process| launch(process, stream, parameters, NullStream::Legacy))
     }
     fn cuLaunchKernel_ptsz(
         _function: *mut c_void, _grid_x: c_uint, _grid_y: c_uint, _grid_z: c_uint, _block_x: c_uint, _block_y: c_uint,
         _block_z: c_uint, _shared_bytes: c_uint, stream: *mut c_void, parameters: *const *const c_void, _extra: *const *const c_void
     ) {
-        initialized(|process| launch(process, stream, parameters, Default::PerThread))
+        initialized(|process| launch(process, stream, parameters, NullStream::PerThread))
     }
 }

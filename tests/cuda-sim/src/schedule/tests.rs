@@ -5,12 +5,12 @@ use super::*;
 const MS: u64 = 1_000_000;
 
 /// A GPU with clients of the loads 1, 2 and so on, and what it ran.
-struct Gpu {
+struct TestGpu {
     schedule: Box<Schedule>,
     spans: Vec<Span>,
 }
 
-impl Gpu {
+impl TestGpu {
     fn new(clients: usize) -> Self {
         let client =
             Client { pid: 0, start_time: 0, load: 0, seen_ns: 0, high: 0, stream: 0, streams: [Stream::default(); MAX_STREAMS] };
@@ -59,7 +59,7 @@ impl Gpu {
 
 #[test]
 fn processes_take_turns_and_leave_the_rest_of_a_slice() {
-    let mut gpu = Gpu::new(3);
+    let mut gpu = TestGpu::new(3);
     gpu.submit(0, DEFAULT_STREAM, 5);
     gpu.until(1);
     // The first one finishes its slice before those that came later.
@@ -72,7 +72,7 @@ fn processes_take_turns_and_leave_the_rest_of_a_slice() {
 
 #[test]
 fn a_process_alone_keeps_the_gpu() {
-    let mut gpu = Gpu::new(2);
+    let mut gpu = TestGpu::new(2);
     gpu.submit(1, DEFAULT_STREAM, 50);
     gpu.until(60);
     assert_eq!(gpu.ran(), [(2, 0, 50)]);
@@ -80,7 +80,7 @@ fn a_process_alone_keeps_the_gpu() {
 
 #[test]
 fn streams_are_in_order_and_share_the_slices_of_their_process() {
-    let mut gpu = Gpu::new(2);
+    let mut gpu = TestGpu::new(2);
     let other = gpu.schedule.open_stream(ClientSlot(0)).unwrap();
     let (first, second) = (gpu.submit(0, DEFAULT_STREAM, 3), gpu.submit(0, DEFAULT_STREAM, 2));
     let third = gpu.submit(0, other, 3);
@@ -103,7 +103,7 @@ fn streams_are_in_order_and_share_the_slices_of_their_process() {
 
 #[test]
 fn equal_demands_get_equal_time() {
-    let mut gpu = Gpu::new(4);
+    let mut gpu = TestGpu::new(4);
     for client in 0..4 {
         gpu.submit(client, DEFAULT_STREAM, 10_000);
     }
@@ -118,14 +118,14 @@ fn equal_demands_get_equal_time() {
 fn the_least_wait_is_never_later_than_the_end() {
     let mut random = devkit::Random(7);
     for round in 0..200 {
-        let mut gpu = Gpu::new(3);
+        let mut gpu = TestGpu::new(3);
         let marks: Vec<Position> =
             (0..3).map(|client| gpu.submit(client, DEFAULT_STREAM, 1 + random.below(9) + round % 2)).collect();
         for ms in 0..60 {
             gpu.until(ms);
             let waits: Vec<u64> = (0..3).map(|client| gpu.least_wait_ms(client, DEFAULT_STREAM, marks[client])).collect();
             for (client, wait) in waits.into_iter().enumerate().filter(|(_, wait)| *wait > 0) {
-                let mut later = Gpu { schedule: gpu.schedule.clone(), spans: Vec::new() };
+                let mut later = TestGpu { schedule: gpu.schedule.clone(), spans: Vec::new() };
                 later.until(ms + wait - 1);
                 assert!(later.least_wait_ms(client, DEFAULT_STREAM, marks[client]) > 0, "{client} at {ms}");
             }
@@ -136,7 +136,7 @@ fn the_least_wait_is_never_later_than_the_end() {
 
 #[test]
 fn a_detached_process_stops_and_its_slot_is_used_again() {
-    let mut gpu = Gpu::new(2);
+    let mut gpu = TestGpu::new(2);
     gpu.submit(0, DEFAULT_STREAM, 1_000);
     gpu.until(1);
     gpu.submit(1, DEFAULT_STREAM, 4);
@@ -155,9 +155,9 @@ fn a_detached_process_stops_and_its_slot_is_used_again() {
 
 #[test]
 fn slots_of_streams_and_processes_are_bounded() {
-    let mut gpu = Gpu::new(MAX_CLIENTS);
+    let mut gpu = TestGpu::new(MAX_CLIENTS);
     assert_eq!(gpu.schedule.attach(999, 1, 999), None);
-    let open = |gpu: &mut Gpu| gpu.schedule.open_stream(ClientSlot(0));
+    let open = |gpu: &mut TestGpu| gpu.schedule.open_stream(ClientSlot(0));
     let opened: Vec<StreamSlot> = std::iter::from_fn(|| open(&mut gpu)).collect();
     assert_eq!(opened.len(), MAX_STREAMS - 1);
     // A destroyed stream keeps its slot until its work is done.
@@ -170,7 +170,7 @@ fn slots_of_streams_and_processes_are_bounded() {
 
 #[test]
 fn many_spans_are_taken_in_parts() {
-    let mut gpu = Gpu::new(2);
+    let mut gpu = TestGpu::new(2);
     gpu.submit(0, DEFAULT_STREAM, 5_000);
     gpu.submit(1, DEFAULT_STREAM, 5_000);
     assert_eq!(gpu.schedule.advance(10_000 * MS), Progress::SpansFull);
