@@ -1,7 +1,7 @@
 //! Which process is on one GPU: a time-slice model as plain data, which processes share.
 //!
-//! One process is on the GPU at a time. Processes with queued work take turns, each for a slice; one whose work ends before leaves the rest
-//! of its slice to the next. Work of a stream runs in the order of its submission. The streams of a process share its slices: each slice
+//! One process is on the GPU at a time. Processes with queued work take turns, each for a slice; when its work ends before, the rest of the
+//! slice is left to the next. Work of a stream runs in the order of its submission. The streams of a process share its slices: each slice
 //! begins with the next stream, and continues with others when that one has no more work.
 //!
 //! A stream is two sums: the work that was submitted and the work that is done. A position in a stream is a value of the first, and is
