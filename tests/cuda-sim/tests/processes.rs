@@ -124,7 +124,7 @@ fn two_processes_wait_for_each_other_as_the_model_states() {
         let all = own + during(process, &other["pid"]);
         assert!(all <= waited + 0.01 && all >= waited * 0.8, "{all} of {waited} s of waiting have a process on the GPU");
         assert!(during(process, &other["pid"]) > 0.4, "{process}");
-        assert_near(sim.nvml_seconds(&process["pid"]), number(process, "gpu_seconds"), 0.05, "NVML and CUDA");
+        assert_near(sim.nvml_seconds(&process["pid"]), number(process, "gpu_seconds"), 0.01, "NVML and CUDA");
     }
 }
 

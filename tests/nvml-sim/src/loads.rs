@@ -114,10 +114,12 @@ impl Load {
         self.end_us.is_some_and(|end| end <= us)
     }
 
-    /// Whether a scheduled load was on the compute engine at this time.
-    pub fn ran_at(&self, us: u64) -> bool {
-        let next = self.ways.ran.partition_point(|ran| ran.1 <= us);
-        self.ways.ran.get(next).is_some_and(|ran| ran.0 <= us)
+    /// The spans of a scheduled load that lie in [from, to), or their parts.
+    pub fn ran_within(&self, from_us: u64, to_us: u64) -> impl DoubleEndedIterator<Item = Ran> {
+        let ran = &self.ways.ran;
+        let first = ran.partition_point(|ran| ran.1 <= from_us);
+        let end = ran.partition_point(|ran| ran.0 < to_us).max(first);
+        ran[first..end].iter().map(move |ran| Ran(ran.0.max(from_us), ran.1.min(to_us)))
     }
 
     /// Adds spans in the order of time: processes that write at once may append their lines in another one.
@@ -349,8 +351,11 @@ mod tests {
         load.add_spans(vec![Ran(50, 60), Ran(55, 70)]);
         load.add_spans(vec![Ran(30, 31), Ran(5, 9)]);
         assert_eq!(load.ways.ran, [Ran(5, 9), Ran(10, 20), Ran(20, 30), Ran(30, 31), Ran(50, 60)]);
-        let ran = [9, 10, 30, 31, 49, 50, 59, 60].map(|us| load.ran_at(us));
-        assert_eq!(ran, [false, true, true, false, false, true, true, false]);
+        let check = |from, to, expect: &[Ran]| assert_eq!(load.ran_within(from, to).collect::<Vec<_>>(), expect, "{from} {to}");
+        check(0, 100, &load.ways.ran);
+        check(15, 55, &[Ran(15, 20), Ran(20, 30), Ran(30, 31), Ran(50, 55)]);
+        check(31, 50, &[]);
+        check(60, 60, &[]);
     }
 
     #[test]

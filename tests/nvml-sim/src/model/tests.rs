@@ -65,8 +65,29 @@ fn scheduled_loads_have_the_time_of_their_spans_and_others_the_rest() {
     }
     let truth = model(&world, 0, &all).truth(START, START + MINUTE);
     let seconds = [0, 1, 2].map(|n| truth[n].seconds[0]);
-    assert!((seconds[0] - 2.1).abs() < 0.2 && (seconds[1] - 24.0).abs() < 1e-6, "{seconds:?}");
+    assert!((seconds[0] - 2.1).abs() < 1e-6 && (seconds[1] - 24.0).abs() < 1e-6, "{seconds:?}");
     assert!((seconds.iter().sum::<f64>() - 60.0).abs() < 1e-6, "{seconds:?}");
+    // Samples have the same busy time without the other load, and name the process at their instant.
+    all.pop();
+    for rule in [PidRule::Instant, PidRule::Last] {
+        let world = World { pid_rule: rule, ..world.clone() };
+        let model = model(&world, 0, &all);
+        let samples: Vec<DriverSample> = model.grid(START + 1_000_000, START + MINUTE).map(|span| model.sample(span)).collect();
+        let mean = samples.iter().map(|sample| f64::from(sample.util[0])).sum::<f64>() / samples.len() as f64;
+        assert!((mean - 43.5).abs() < 0.5, "{rule:?}: {mean}");
+        for sample in samples {
+            let into = (sample.at_us - START) % 20_000;
+            let expect = match (rule, into) {
+                (_, 2_000..10_000) => Some(101),
+                (_, 300..1_000) => Some(100),
+                (PidRule::Instant, _) => None,
+                (PidRule::Last, 1_000..2_000) => Some(100),
+                (PidRule::Last, _) => Some(101),
+            };
+            // The last one of a slice is found up to the sample.
+            assert_eq!(sample.pid[0], expect, "{rule:?} at {into}");
+        }
+    }
 }
 
 #[test]
