@@ -3,13 +3,17 @@
 
 #![expect(clippy::unwrap_used, reason = "helpers of tests")]
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
+use cuda_sim::nvml_log::CONTEXT_BYTES;
+use nvidia_ml_sim::driver::Driver;
 use nvidia_ml_sim::follow::Follower;
-use nvidia_ml_sim::model::Model;
+use nvidia_ml_sim::model::{DriverSample, Model};
+use nvidia_ml_sim::processes::List;
 use nvidia_ml_sim::world::{self, World};
 use nvidia_ml_sim::{loads, time};
 use serde_json::Value;
@@ -126,6 +130,39 @@ fn two_processes_wait_for_each_other_as_the_model_states() {
         assert!(during(process, &other["pid"]) > 0.4, "{process}");
         assert_near(sim.nvml_seconds(&process["pid"]), number(process, "gpu_seconds"), 0.01, "NVML and CUDA");
     }
+}
+
+#[test]
+fn the_simulated_nvml_lists_the_processes_and_its_samples_stay_true() {
+    let sim = Sim::new();
+    let running = [0, 1].map(|_| sim.run("--kernel 8ms --every 20ms --for 2s"));
+    let mut driver = Driver::open(sim.dir.path()).unwrap();
+    let mut served = BTreeMap::new();
+    while loads::now_us() < sim.begun_us + 1_700_000 {
+        served.extend(driver.latest(0).unwrap().map(|sample| (sample.at_us, sample)));
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let mut listed: Vec<(u32, u64)> =
+        driver.processes(0.into(), List::Compute).unwrap().iter().map(|process| (process.pid, process.bytes)).collect();
+    let mut expect = running.each_ref().map(|running| (running.0.id(), CONTEXT_BYTES));
+    listed.sort_unstable();
+    expect.sort_unstable();
+    assert_eq!(listed, expect);
+    running.into_iter().for_each(|running| assert_eq!(running.finish().len(), 1));
+    let world = World::read(sim.dir.path()).unwrap();
+    let mut log = Follower::new(sim.dir.path(), &world).unwrap();
+    log.read().unwrap();
+    let model = Model { world: &world, unit: 0.into(), loads: log.loads.of(0.into()), faults: &log.faults };
+    let (first, last) = (*served.keys().next().unwrap(), *served.keys().last().unwrap());
+    let true_samples: Vec<DriverSample> = model.grid(first - 1, last).map(|span| model.sample(span)).collect();
+    let differing =
+        true_samples.iter().filter(|sample| served.get(&sample.at_us).is_some_and(|served| served != *sample)).count();
+    assert!(
+        true_samples.len() >= 8 && true_samples.iter().filter(|sample| sample.util[0] >= 70).count() >= 5,
+        "{true_samples:?}"
+    );
+    // A machine that stops a process for 10 ms delays its lines.
+    assert!(differing <= true_samples.len() / 4, "{differing} of {} samples: {true_samples:?} {served:?}", true_samples.len());
 }
 
 #[test]
