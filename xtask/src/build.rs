@@ -4,7 +4,9 @@ use crate::{arch::Arch, ebpf, tools};
 use anyhow::{Context as _, Result, bail};
 use std::{path::PathBuf, process::Stdio};
 
-const PROGRAMS: [&str; 3] = ["gpu-sampler", "nvml-sim", "gpu-accuracy"];
+/// Packages and their programs.
+const PROGRAMS: [(&str, &str); 4] =
+    [("gpu-sampler", "gpu-sampler"), ("nvml-sim", "nvml-sim"), ("cuda-sim", "cuda-work"), ("gpu-accuracy", "gpu-accuracy")];
 /// The package of the helper programs of tests, benches and recordings.
 const HELPERS: &str = "gpu-sampler-tests";
 
@@ -14,6 +16,8 @@ pub struct Built {
     pub sim: PathBuf,
     pub sim_library: PathBuf,
     pub accuracy: PathBuf,
+    pub cuda_work: PathBuf,
+    pub cuda_library: PathBuf,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -33,7 +37,8 @@ pub fn verb(args: &[String]) -> Result<()> {
         // What was linked for another processor is at least known to start.
         tools::run(arch.command(&built.sampler).arg("--version"))?;
     }
-    for file in [arch.ebpf_object(), built.sampler, built.sim, built.sim_library, built.accuracy] {
+    let programs = [built.sampler, built.sim, built.sim_library, built.accuracy, built.cuda_work, built.cuda_library];
+    for file in [arch.ebpf_object()].into_iter().chain(programs) {
         println!("{}", file.display());
     }
     Ok(())
@@ -65,10 +70,10 @@ pub fn with_helpers(profile: Profile, helpers: &[&str]) -> Result<Built> {
 fn build(arch: Arch, profile: Profile, helpers: &[&str]) -> Result<Built> {
     ebpf::build(arch)?;
     let mut cargo = tools::cargo(&["build", "--locked"])?;
-    cargo.args(PROGRAMS.iter().flat_map(|name| ["--package", name]));
+    cargo.args(PROGRAMS.iter().flat_map(|(package, _)| ["--package", package]));
     if !helpers.is_empty() {
         cargo.args(["--package", HELPERS, "--lib"]);
-        cargo.args(PROGRAMS.iter().chain(helpers).flat_map(|name| ["--bin", name]));
+        cargo.args(PROGRAMS.iter().map(|(_, program)| program).chain(helpers).flat_map(|name| ["--bin", name]));
     }
     // Named explicitly, so that a missing kernel program is an error here, not a warning.
     cargo.env("GPU_SAMPLER_EBPF_OBJECT", arch.ebpf_object());
@@ -87,6 +92,8 @@ fn built(arch: Arch, profile: Profile) -> Result<Built> {
         sim: folder.join("nvml-sim"),
         sim_library: folder.join("libnvidia_ml_sim.so"),
         accuracy: folder.join("gpu-accuracy"),
+        cuda_work: folder.join("cuda-work"),
+        cuda_library: folder.join("libcuda_sim.so"),
     })
 }
 

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context as _;
 
 use crate::faults::{Faults, Xid};
-use crate::loads::{FILE, Line, Load};
+use crate::loads::{FILE, Line, Load, Ran};
 use crate::world::{Unit, World};
 
 /// The loads of the log as far as it was read: for each unit in the order of their begin lines.
@@ -54,7 +54,14 @@ impl Loads {
         }
     }
 
-    /// Drops the unit's loads that ended at `until_us` or before.
+    fn ran(&mut self, id: u64, spans: Vec<Ran>) {
+        let position = self.positions.get(&id);
+        if let Some(load) = position.and_then(|(unit, at)| self.units.get_mut(unit)?.get_mut(*at)) {
+            load.add_spans(spans);
+        }
+    }
+
+    /// Drops the unit's loads that ended at `until_us` or before, and spans of others.
     pub fn forget(&mut self, unit: Unit, until_us: u64) {
         let Some(loads) = self.units.get_mut(&unit) else { return };
         let positions = &mut self.positions;
@@ -65,7 +72,8 @@ impl Loads {
             }
             kept
         });
-        for (at, load) in loads.iter().enumerate() {
+        for (at, load) in loads.iter_mut().enumerate() {
+            load.ways.ran.drain(..load.ways.ran.partition_point(|ran| ran.1 <= until_us));
             positions.insert(load.id, (unit, at));
         }
     }
@@ -120,6 +128,7 @@ impl Follower {
         match serde_json::from_slice(line) {
             Ok(Line::Begin { begin }) => self.loads.begin(begin),
             Ok(Line::End { end, end_us }) => self.loads.end(end, end_us),
+            Ok(Line::Ran { ran, spans }) => self.loads.ran(ran, spans),
             Ok(Line::Fault { fault }) => self.faults.add(fault),
             Ok(Line::Clear { clear }) => self.faults.clear(&clear),
             Ok(Line::Xid { xid }) => self.xids.push(xid),
@@ -193,6 +202,17 @@ mod tests {
             }
             assert_eq!(follower.offset, text.len() as u64);
         }
+    }
+
+    #[test]
+    fn spans_are_added_to_their_load_and_forgotten_with_time() {
+        let mut follower = Follower::new(Path::new("/"), &World::default()).unwrap();
+        let lines = [begin(1, 0), r#"{"ran":1,"spans":[[10,20],[30,40]]}"#.into(), r#"{"ran":9,"spans":[[1,2]]}"#.into()];
+        lines.iter().for_each(|line| follower.take(line.trim_end().as_bytes()));
+        let ran = |loads: &Loads| loads.of(0.into())[0].ways.ran.clone();
+        assert_eq!(ran(&follower.loads), [Ran(10, 20), Ran(30, 40)]);
+        follower.loads.forget(0.into(), 20);
+        assert_eq!(ran(&follower.loads), [Ran(30, 40)]);
     }
 
     #[test]

@@ -67,7 +67,21 @@ pub struct Ways {
     /// The pid by which the driver names the process.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub shown_as: Option<u32>,
+    /// It computes in the spans of its lines `ran`, and its demand is not used: the simulated CUDA driver decides when.
+    #[serde(skip_serializing_if = "is_false")]
+    pub scheduled: bool,
+    /// The spans of a scheduled load, in the order of time.
+    #[serde(skip)]
+    pub ran: Vec<Ran>,
 }
+
+fn is_false(value: &bool) -> bool {
+    !value
+}
+
+/// A span in which a scheduled load was on the compute engine, from and to, microseconds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Ran(pub u64, pub u64);
 
 /// The demands apply only in the first `on_us` of each `every_us`, counted from `phase_us` after the epoch.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -98,6 +112,24 @@ impl Load {
 
     pub fn ended_by(&self, us: u64) -> bool {
         self.end_us.is_some_and(|end| end <= us)
+    }
+
+    /// The spans of a scheduled load that lie in [from, to), or their parts.
+    pub fn ran_within(&self, from_us: u64, to_us: u64) -> impl DoubleEndedIterator<Item = Ran> {
+        let ran = &self.ways.ran;
+        let first = ran.partition_point(|ran| ran.1 <= from_us);
+        let end = ran.partition_point(|ran| ran.0 < to_us).max(first);
+        ran[first..end].iter().map(move |ran| Ran(ran.0.max(from_us), ran.1.min(to_us)))
+    }
+
+    /// Adds spans in the order of time: processes that write at once may append their lines in another one.
+    pub(crate) fn add_spans(&mut self, spans: Vec<Ran>) {
+        for span in spans.into_iter().filter(|span| span.0 < span.1) {
+            let next = self.ways.ran.partition_point(|ran| ran.1 <= span.0);
+            if self.ways.ran.get(next).is_none_or(|ran| span.1 <= ran.0) {
+                self.ways.ran.insert(next, span);
+            }
+        }
     }
 
     /// Whether the load is in force and has a demand at this time.
@@ -131,6 +163,7 @@ impl Load {
 pub(crate) enum Line {
     Begin { begin: Load },
     End { end: u64, end_us: u64 },
+    Ran { ran: u64, spans: Vec<Ran> },
     Fault { fault: Fault },
     Clear { clear: Clear },
     Xid { xid: Xid },
@@ -309,6 +342,20 @@ mod tests {
         assert!(matches!(&lines[0], Line::Fault { fault } if fault.until_us == Some(at + 5) && fault.from_us == at));
         assert!(matches!(&lines[1], Line::Clear { clear } if clear.kind == Some(kind) && clear.at_us >= at));
         assert!(matches!(&lines[2], Line::Xid { xid } if (xid.gpu, xid.xid, xid.count) == (1, 79, 3)));
+    }
+
+    #[test]
+    fn spans_of_a_scheduled_load_are_kept_in_order() {
+        let mut load = load(7, 9);
+        load.add_spans(vec![Ran(10, 20), Ran(20, 30), Ran(40, 40)]);
+        load.add_spans(vec![Ran(50, 60), Ran(55, 70)]);
+        load.add_spans(vec![Ran(30, 31), Ran(5, 9)]);
+        assert_eq!(load.ways.ran, [Ran(5, 9), Ran(10, 20), Ran(20, 30), Ran(30, 31), Ran(50, 60)]);
+        let check = |from, to, expect: &[Ran]| assert_eq!(load.ran_within(from, to).collect::<Vec<_>>(), expect, "{from} {to}");
+        check(0, 100, &load.ways.ran);
+        check(15, 55, &[Ran(15, 20), Ran(20, 30), Ran(30, 31), Ran(50, 55)]);
+        check(31, 50, &[]);
+        check(60, 60, &[]);
     }
 
     #[test]

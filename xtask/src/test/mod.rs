@@ -80,6 +80,8 @@ pub fn verb(args: &[String]) -> Result<()> {
             .env("NVML_SIM_BIN", &built.sim)
             .env("NVML_SIM_LIBRARY", &built.sim_library)
             .env("GPU_ACCURACY_BIN", &built.accuracy)
+            .env("CUDA_WORK_BIN", &built.cuda_work)
+            .env("CUDA_SIM_LIBRARY", &built.cuda_library)
             .env("XTASK_BIN", &xtask)
             .env("DOCKER_HOST", &docker);
         // The line that a failed test ended at.

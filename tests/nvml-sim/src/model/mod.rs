@@ -4,11 +4,14 @@
 //! adjoining parts of that interval, as wide as their demands (scaled down when these sum above 1); the rest is idle. So every client, at
 //! any time, in any process, gets the same past. Loads under MPS are one owner together, and several of them run in one of its slices.
 //!
+//! Scheduled loads, of the simulated CUDA driver, come first on the compute engine, in exactly their spans. The owner of a slice has the rest
+//! of it.
+//!
 //! Where a load with bursts is live, each load decides by itself, for each of its bursts, whether it works; those that work take turns on
 //! the compute engine, slice by slice.
 
 use crate::faults::Faults;
-use crate::loads::Load;
+use crate::loads::{Load, Ran};
 use crate::world::{PidRule, Rounding, Unit, World};
 
 pub const SLICE_US: u64 = 2_000;
@@ -45,9 +48,19 @@ impl Engine {
         }
     }
 
+    /// The part of the engine that a scheduled load uses while it runs: the default use of the memory is half of it.
+    fn part_of_scheduled(self) -> f64 {
+        match self {
+            Self::Sm => 1.0,
+            Self::Mem => 0.5,
+            Self::Enc | Self::Dec | Self::Jpg | Self::Ofa => 0.0,
+        }
+    }
+
     /// A load's largest demand for this engine.
     fn most(self, load: &Load) -> f64 {
         match self {
+            Self::Sm if load.ways.scheduled => 1.0,
             Self::Sm => load.demand,
             Self::Mem => load.ways.memory.unwrap_or(0.0),
             Self::Enc => load.ways.enc,
@@ -101,6 +114,17 @@ pub struct Spent<'a> {
     pub active: f64,
 }
 
+/// What scheduled loads ran within one slice.
+struct RanInSlice {
+    us: u64,
+    /// The part of the engine that they used meanwhile.
+    part: f64,
+    /// The last one that ran.
+    pid: Option<u32>,
+    /// Whether it ran up to the end.
+    at_end: bool,
+}
+
 #[derive(Clone, Copy)]
 pub struct Model<'a> {
     pub world: &'a World,
@@ -132,7 +156,7 @@ impl<'a> Model<'a> {
     fn owners(&self, engine: Engine, overlapping: &[Indexed<'a>], slice: u64, owners: &mut Vec<Indexed<'a>>) {
         owners.clear();
         let at = slice * SLICE_US;
-        let live = || overlapping.iter().filter(move |(_, l)| l.wants_at(at));
+        let live = || overlapping.iter().filter(move |(_, l)| !l.ways.scheduled && l.wants_at(at));
         let shared = |l: &Load| engine == Engine::Sm && l.ways.mps;
         if engine == Engine::Sm && live().any(|(_, l)| l.ways.burst_us.is_some()) && !self.faults.down(self.unit.gpu, at) {
             owners.extend(self.turn(live(), slice));
@@ -162,6 +186,18 @@ impl<'a> Model<'a> {
             None if drawn >= wanted && drawn < all => self.mps_owners(live, slice, owners),
             None => {}
         }
+    }
+
+    /// What scheduled loads ran in [from, to), which lies in one slice.
+    fn scheduled<'l>(
+        &self,
+        overlapping: &'l [Indexed<'a>],
+        from_us: u64,
+        to_us: u64,
+    ) -> impl Iterator<Item = (Indexed<'a>, Ran)> + 'l {
+        let down = self.faults.down(self.unit.gpu, from_us / SLICE_US * SLICE_US);
+        let scheduled = overlapping.iter().filter(move |(_, l)| l.ways.scheduled && !down);
+        scheduled.flat_map(move |(index, load)| load.ran_within(from_us, to_us).map(move |ran| ((*index, *load), ran)))
     }
 
     /// The load that has the slice, of those that work in it. A load works in each of its bursts with the probability of its demand.
@@ -253,15 +289,21 @@ impl<'a> Model<'a> {
                 continue;
             }
             let part = self.on(engine, loads, slice, &mut owners);
-            busy_us += within as f64 * part;
-            if part > 0.0 {
+            let ran = self.ran(engine, loads, begins.max(span.from_us), ends.min(span.at_us));
+            busy_us += (within - ran.us) as f64 * part + ran.us as f64 * ran.part;
+            if part > 0.0 && within > ran.us {
                 last = self.named(&owners, slice);
+            }
+            // At the end of the slice, or of the period; or the only one in the slice.
+            if ran.at_end || part == 0.0 {
+                last = ran.pid.or(last);
             }
         }
         let pid = match self.world.pid_rule(self.unit.gpu) {
             PidRule::Instant => {
                 self.on(engine, loads, last_slice, &mut owners);
-                self.named(&owners, last_slice)
+                let ran = self.ran(engine, loads, span.at_us, span.at_us + 1);
+                ran.pid.or_else(|| self.named(&owners, last_slice))
             }
             PidRule::Last => last,
         };
@@ -271,6 +313,22 @@ impl<'a> Model<'a> {
             Rounding::Down => percent.floor(),
         };
         (percent as u32, pid)
+    }
+
+    /// Sums what scheduled loads ran in [from, to), which lies in one slice.
+    fn ran(&self, engine: Engine, loads: &[Indexed<'a>], from_us: u64, to_us: u64) -> RanInSlice {
+        let mut ran = RanInSlice { us: 0, part: engine.part_of_scheduled(), pid: None, at_end: false };
+        if ran.part == 0.0 {
+            return ran;
+        }
+        let mut latest_us = 0;
+        for ((_, load), span) in self.scheduled(loads, from_us, to_us) {
+            ran.us += span.1 - span.0;
+            if span.1 > latest_us {
+                (latest_us, ran.pid, ran.at_end) = (span.1, Some(load.pid), span.1 == to_us);
+            }
+        }
+        ran
     }
 
     /// The part of the engine that is used in the slice, and its owners. Loads without a demand for the memory use half of it while they
@@ -302,7 +360,16 @@ impl<'a> Model<'a> {
             let used = |e: Engine| e == Engine::Mem || loads.iter().any(|(_, l)| e.most(l) > 0.0);
             for engine in Engine::ALL.into_iter().filter(|e| !loads.is_empty() && used(*e)) {
                 for slice in first..end {
-                    let within = ((slice + 1) * SLICE_US).min(to_us).saturating_sub((slice * SLICE_US).max(from_us)) as f64;
+                    let (begins, ends) = ((slice * SLICE_US).max(from_us), ((slice + 1) * SLICE_US).min(to_us));
+                    let mut within = ends.saturating_sub(begins) as f64;
+                    let part_of_scheduled = engine.part_of_scheduled();
+                    let ran = self.scheduled(&loads, begins, ends).filter(|_| part_of_scheduled > 0.0);
+                    for ((at, _), span) in ran {
+                        let ran_us = (span.1 - span.0) as f64;
+                        within -= ran_us;
+                        us[at].0[engine as usize] += ran_us * part_of_scheduled;
+                        us[at].1 += if engine == Engine::Sm { ran_us } else { 0.0 };
+                    }
                     let part = self.on(engine, &loads, slice, &mut owners);
                     for (at, _) in &owners {
                         us[*at].0[engine as usize] += within * part / owners.len() as f64;

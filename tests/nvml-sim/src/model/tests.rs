@@ -54,6 +54,43 @@ fn scheduled_demands_agree_in_samples_and_truth() {
 }
 
 #[test]
+fn scheduled_loads_have_the_time_of_their_spans_and_others_the_rest() {
+    use crate::loads::Ran;
+    let world = world(PidRule::Last);
+    // 0.7 ms of every 20 ms, and 8 ms of them; in phase with the slices.
+    let mut all = loads(&[0.0, 0.0, 1.0]);
+    for (load, (from, to)) in all.iter_mut().zip([(300, 1_000), (2_000, 10_000)]) {
+        load.ways.scheduled = true;
+        load.ways.ran = (0..3_000).map(|n| START + n * 20_000).map(|begin| Ran(begin + from, begin + to)).collect();
+    }
+    let truth = model(&world, 0, &all).truth(START, START + MINUTE);
+    let seconds = [0, 1, 2].map(|n| truth[n].seconds[0]);
+    assert!((seconds[0] - 2.1).abs() < 1e-6 && (seconds[1] - 24.0).abs() < 1e-6, "{seconds:?}");
+    assert!((seconds.iter().sum::<f64>() - 60.0).abs() < 1e-6, "{seconds:?}");
+    // Samples have the same busy time without the other load, and name the process at their instant.
+    all.pop();
+    for rule in [PidRule::Instant, PidRule::Last] {
+        let world = World { pid_rule: rule, ..world.clone() };
+        let model = model(&world, 0, &all);
+        let samples: Vec<DriverSample> = model.grid(START + 1_000_000, START + MINUTE).map(|span| model.sample(span)).collect();
+        let mean = samples.iter().map(|sample| f64::from(sample.util[0])).sum::<f64>() / samples.len() as f64;
+        assert!((mean - 43.5).abs() < 0.5, "{rule:?}: {mean}");
+        for sample in samples {
+            let into = (sample.at_us - START) % 20_000;
+            let expect = match (rule, into) {
+                (_, 2_000..10_000) => Some(101),
+                (_, 300..1_000) => Some(100),
+                (PidRule::Instant, _) => None,
+                (PidRule::Last, 1_000..2_000) => Some(100),
+                (PidRule::Last, _) => Some(101),
+            };
+            // The last one of a slice is found up to the sample.
+            assert_eq!(sample.pid[0], expect, "{rule:?} at {into}");
+        }
+    }
+}
+
+#[test]
 fn demands_are_met_over_a_minute() {
     for (demands, expect) in [(&[0.6, 0.3, 0.1][..], &[36.0, 18.0, 6.0][..]), (&[0.1], &[6.0]), (&[1.0, 1.0], &[30.0, 30.0])] {
         let (world, loads) = (world(PidRule::Instant), loads(demands));
