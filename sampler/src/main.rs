@@ -22,6 +22,7 @@ mod query;
 mod reload;
 mod security;
 mod service_notify;
+mod serving;
 mod session;
 
 use std::process::ExitCode;

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
-use crate::observation::{PressureFact, ProcessKind};
+use crate::observation::{EngineFact, PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
 /// A process outside any container.
@@ -62,6 +62,8 @@ pub enum Fact {
         comm: String,
     },
     Pressure(PressureFact),
+    /// One reading of the metrics page of a serving engine in a container.
+    Engine(EngineFact),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

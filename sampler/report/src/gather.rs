@@ -7,7 +7,7 @@ use sampler_core::device::{DeviceReadings, ThrottleTimes};
 use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
 };
-use sampler_core::observation::PressureFact;
+use sampler_core::observation::{EngineFact, PressureFact};
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
 /// The usual sample period of the driver, for spans without samples.
@@ -47,6 +47,8 @@ pub struct Gathered {
     pub labels: HashMap<ContainerKey, LabelFact>,
     pub comms: HashMap<HostProcess, String>,
     pub pressures: HashMap<ContainerKey, Vec<PressureFact>>,
+    /// Readings of serving engines, in order.
+    pub engines: HashMap<ContainerKey, Vec<EngineFact>>,
     /// Containers that ended, with the time.
     pub ended: Vec<(ContainerKey, BootNs)>,
     /// The latest time of any fact.
@@ -105,6 +107,12 @@ impl Gathered {
             Fact::Pressure(pressure) => {
                 let key = self.key(pressure.key);
                 self.pressures.entry(key).or_default().push(PressureFact { key, ..*pressure });
+            }
+            Fact::Engine(engine) => {
+                let key = self.key(engine.key);
+                if range.has(engine.at) {
+                    self.engines.entry(key).or_default().push(EngineFact { key, ..engine.clone() });
+                }
             }
         }
         fact.clone()

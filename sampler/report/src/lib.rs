@@ -9,6 +9,9 @@ mod build;
 mod causes;
 mod compare;
 mod csv;
+mod engine_model;
+mod engine_words;
+mod engines;
 mod findings;
 mod fleet;
 mod format;
@@ -30,6 +33,7 @@ mod words;
 
 pub use self::csv::csv;
 pub use build::build;
+pub use engine_model::*;
 pub use compare::{Comparison, compare};
 pub use fleet::{Coverage, Cut, FileProblem, Fleet, FleetFile, FleetOptions, JoinField, WallSpan, fleet};
 pub use format::Format;

@@ -1,5 +1,6 @@
 //! The model behind every format. Field names are the keys of `report --format json`.
 
+use super::engine_model::EngineReport;
 use super::user_name::UserName;
 use serde::{Serialize, Serializer};
 
@@ -133,6 +134,8 @@ pub struct UserReport {
     pub pid: Option<u32>,
     pub comm: Option<String>,
     pub gpus: Vec<Usage>,
+    /// Serving engines in the container; only of sessions that recorded their metrics.
+    pub engines: Vec<EngineReport>,
 }
 
 /// The usage of one GPU by one user.

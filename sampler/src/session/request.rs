@@ -3,6 +3,8 @@
 use sampler_session::View;
 use sampler_session::trigger::Trigger;
 
+use crate::serving::EngineRequest;
+
 pub const MAX_DURATION_S: f64 = 86_400.0;
 pub const MAX_LOOKBACK_S: f64 = 3600.0;
 
@@ -13,4 +15,6 @@ pub struct Request {
     /// Recording starts when this condition holds.
     pub trigger: Option<Trigger>,
     pub view: View,
+    /// The metrics of serving engines are recorded.
+    pub engines: Option<EngineRequest>,
 }

@@ -90,6 +90,7 @@ impl Identity {
             | Observation::Xid { .. }
             | Observation::Gpu(_)
             | Observation::Pressure(_)
+            | Observation::Engine(_)
             | Observation::ClockAdvanced { .. } => {}
         }
     }

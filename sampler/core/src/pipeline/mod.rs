@@ -119,6 +119,7 @@ impl Core {
             }
             Observation::Xid { gpu, xid, count } => self.push_facts(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
             Observation::Pressure(pressure) => self.push_fact(Fact::Pressure(pressure)),
+            Observation::Engine(engine) => self.push_fact(Fact::Engine(engine)),
             Observation::ClockAdvanced { at, wall } => {
                 for slot in 0..self.devices.len() {
                     let mut facts = Vec::new();

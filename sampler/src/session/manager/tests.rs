@@ -76,6 +76,7 @@ impl Bench {
             procfs: dir.path().to_owned(),
             node: "node".into(),
             saturation_percent: 90,
+            engines: tokio::sync::watch::channel(None).0,
         };
         let mut manager = SessionManager::new(sources, Arc::clone(&store), ring_bytes).unwrap();
         manager.facts(&[opened(), container()], boot(0));
