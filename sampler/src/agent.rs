@@ -133,7 +133,8 @@ pub fn run(source: SettingsSource) -> anyhow::Result<()> {
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
         let listener = TcpListener::from_std(listener).context("cannot wait for connections")?;
-        let surroundings = Surroundings { source: Some(source), notifier: ServiceNotifier::from_environment(), otlp, namespace_helper };
+        let surroundings =
+            Surroundings { source: Some(source), notifier: ServiceNotifier::from_environment(), otlp, namespace_helper };
         serve(Arc::new(config), surroundings, listener, signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.

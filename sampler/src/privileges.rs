@@ -356,8 +356,8 @@ mod tests {
         let tried = std::thread::spawn(|| {
             allow_system_calls_of_helper().unwrap();
             let flags = rustix::net::SocketFlags::CLOEXEC;
-            let socket =
-                rustix::net::socket_with(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, flags, None).map(drop);
+            let socket = rustix::net::socket_with(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, flags, None)
+                .map(drop);
             (socket, std::fs::File::open("/dev/null").map(drop).map_err(|error| error.kind()))
         });
         assert_eq!(tried.join().unwrap(), (Ok(()), Err(std::io::ErrorKind::PermissionDenied)));

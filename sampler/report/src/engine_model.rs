@@ -113,7 +113,9 @@ impl LatencyKind {
 impl EngineReport {
     /// Every comparison, with the engine and the latency that it belongs to.
     pub fn contrasts(&self) -> impl Iterator<Item = (&EngineReport, LatencyKind, &LatencyContrast)> {
-        self.latencies.iter().flat_map(move |report| report.contrasts.iter().map(move |contrast| (self, report.latency, contrast)))
+        self.latencies
+            .iter()
+            .flat_map(move |report| report.contrasts.iter().map(move |contrast| (self, report.latency, contrast)))
     }
 }
 

@@ -106,7 +106,8 @@ mod tests {
 
     #[test]
     fn durations_have_three_digits() {
-        for (seconds, expect) in [(0.18, "180 ms"), (0.0083, "8.30 ms"), (1.25, "1.25 s"), (0.0, "0.00 ms"), (0.0456, "45.6 ms")] {
+        for (seconds, expect) in [(0.18, "180 ms"), (0.0083, "8.30 ms"), (1.25, "1.25 s"), (0.0, "0.00 ms"), (0.0456, "45.6 ms")]
+        {
             assert_eq!(duration(seconds), expect);
         }
     }

@@ -227,18 +227,22 @@ fn contrasts(
         // A user that was active in no interval cannot be compared.
         sided.iter().any(|(side, _)| *side == SideOfInterval::With).then(|| {
             let (kind, id) = (context.describe)(*other);
-            compare(&sided, comparisons, LatencyContrast {
-                kind,
-                id,
-                uuid: (*uuid).to_owned(),
-                without: LatencySide::default(),
-                with: LatencySide::default(),
-                changes: 0,
-                interval: None,
-                interval_level: None,
-                is_longer: false,
-                why_not: String::new(),
-            })
+            compare(
+                &sided,
+                comparisons,
+                LatencyContrast {
+                    kind,
+                    id,
+                    uuid: (*uuid).to_owned(),
+                    without: LatencySide::default(),
+                    with: LatencySide::default(),
+                    changes: 0,
+                    interval: None,
+                    interval_level: None,
+                    is_longer: false,
+                    why_not: String::new(),
+                },
+            )
         })
     };
     let mut all: Vec<LatencyContrast> = activity.users.iter().filter_map(contrast).collect();

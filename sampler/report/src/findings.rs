@@ -1,8 +1,8 @@
 //! The findings of a report, as sentences. They never claim a slowdown, because only GPU time is measured; except where a serving engine
 //! reports its own latencies.
 
-use super::engine_words;
 use super::engine_model::EngineReport;
+use super::engine_words;
 use super::model::{Cause, CauseKind, Contender, Evidence, Finding, Report, Usage, UserReport, Verdict};
 
 /// Coactivity and GPU time of a contender on a saturated GPU, in seconds, from which a coactive pair is a finding.

@@ -33,8 +33,8 @@ mod words;
 
 pub use self::csv::csv;
 pub use build::build;
-pub use engine_model::*;
 pub use compare::{Comparison, compare};
+pub use engine_model::*;
 pub use fleet::{Coverage, Cut, FileProblem, Fleet, FleetFile, FleetOptions, JoinField, WallSpan, fleet};
 pub use format::Format;
 pub use html::html;

@@ -342,7 +342,10 @@ mod tests {
         check(r#"{"duration_seconds": 1, "trigger": "x>1"}"#, "trigger: unknown measure \"x\"");
         check(r#"{"duration_seconds": 1, "gpus": [""]}"#, "invalid gpus:");
         check(r#"{"duration_seconds": 1, "engine_metrics": {}}"#, "engines: Some(EngineRequest { every: 5s, rules: [] })");
-        check(r#"{"duration_seconds": 1, "engine_metrics": {"every_seconds": 0.1}}"#, "invalid engine_metrics.every_seconds = 0.1:");
+        check(
+            r#"{"duration_seconds": 1, "engine_metrics": {"every_seconds": 0.1}}"#,
+            "invalid engine_metrics.every_seconds = 0.1:",
+        );
         check(r#"{"duration_seconds": 1, "engine_metrics": {"rules": ["a=/x,b=waiting"]}}"#, "invalid engine rule");
         check(r#"{"duration_seconds": 1, "lookbak": 3}"#, "unknown field `lookbak`");
     }

@@ -58,7 +58,12 @@ const PROGRAMS: [KnownProgram; 4] = [
     KnownProgram { name: "vllm", runs: runs_vllm, port_flags: &["--port"], default_ports: &[8000] },
     KnownProgram { name: "sglang", runs: runs_sglang, port_flags: &["--port"], default_ports: &[30_000] },
     KnownProgram { name: "triton", runs: runs_triton, port_flags: &["--metrics-port"], default_ports: &[8002] },
-    KnownProgram { name: "tgi", runs: runs_tgi, port_flags: &["--prometheus-port", "--port", "-p"], default_ports: &[80, 3000, 9000] },
+    KnownProgram {
+        name: "tgi",
+        runs: runs_tgi,
+        port_flags: &["--prometheus-port", "--port", "-p"],
+        default_ports: &[80, 3000, 9000],
+    },
 ];
 
 fn base(word: &str) -> &str {
@@ -109,13 +114,14 @@ fn matches(rules: &EngineRules, words: &[&str]) -> bool {
 fn stated_port(words: &[&str], flags: &[&str]) -> Option<u16> {
     flags.iter().find_map(|flag| {
         let mut words = words.iter();
-        words.find_map(|word| match word.strip_prefix(flag) {
-            Some("") => Some(None),
-            Some(value) => Some(Some(value.strip_prefix('=')?)),
-            None => None,
-        })
-        .and_then(|value| value.or_else(|| words.next().copied()))
-        .and_then(|value| value.parse().ok())
+        words
+            .find_map(|word| match word.strip_prefix(flag) {
+                Some("") => Some(None),
+                Some(value) => Some(Some(value.strip_prefix('=')?)),
+                None => None,
+            })
+            .and_then(|value| value.or_else(|| words.next().copied()))
+            .and_then(|value| value.parse().ok())
     })
 }
 
@@ -145,7 +151,9 @@ fn ordered(sockets: &[ListeningSocket], words: &[&str], rules: &EngineRules) -> 
         if is_new {
             ports.push(listening.port());
         }
-        addresses.extend(listeners::reachable(listening).into_iter().filter(|address| !addresses.contains(address)).collect::<Vec<_>>());
+        addresses.extend(
+            listeners::reachable(listening).into_iter().filter(|address| !addresses.contains(address)).collect::<Vec<_>>(),
+        );
     }
     addresses
 }
@@ -213,7 +221,9 @@ impl EngineFinder {
             let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
             pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));
             let below = fs::read_dir(&folder).into_iter().flatten().flatten();
-            folders.extend(below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()).take(MAX_FOLDERS));
+            folders.extend(
+                below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()).take(MAX_FOLDERS),
+            );
         }
         pids.into_iter().take(MAX_PIDS).collect()
     }
@@ -268,7 +278,9 @@ impl EngineFinder {
     fn listening(&self, pid: u32, owners: &[u32]) -> Result<Vec<ListeningSocket>, String> {
         let folder = self.folder(pid);
         let error = |error: std::io::Error| {
-            format!("cannot read the sockets of process {pid}: {error}; the agent needs CAP_SYS_PTRACE for processes of other users")
+            format!(
+                "cannot read the sockets of process {pid}: {error}; the agent needs CAP_SYS_PTRACE for processes of other users"
+            )
         };
         let all = match listeners::of_namespace(&folder) {
             Ok(all) => all,

@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use futures_util::StreamExt as _;
+use futures_util::future::join_all;
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::{EngineFact, Observation};
 use sampler_core::snapshot::Snapshot;
@@ -132,9 +132,15 @@ struct EngineReaders {
 impl EngineReaders {
     async fn round(&mut self, snapshot: &Snapshot) -> Vec<EngineFact> {
         self.search(snapshot).await;
-        let (sockets, states) = (&self.sockets, self.containers.values_mut().flat_map(|container| &mut container.engines));
-        let readings = futures_util::stream::iter(states.take(MAX_ENGINES)).map(|state| state.read(sockets));
-        readings.buffer_unordered(MAX_ENGINES).collect().await
+        let mut readings = Vec::new();
+        for container in self.containers.values_mut() {
+            let left = MAX_ENGINES.saturating_sub(readings.len());
+            for engine in container.engines.iter_mut().take(left) {
+                readings.push(engine.read(&self.sockets));
+            }
+        }
+        // Together: one that hangs delays no other.
+        join_all(readings).await
     }
 
     /// Searches for engines where that is due.
@@ -164,7 +170,8 @@ impl EngineReaders {
 impl EngineState {
     /// `before`: the engines that the container had at the last search.
     fn new(found: FoundEngine, before: &[EngineState]) -> Self {
-        let same = |old: &&EngineState| (old.found.pid, old.found.start, &old.found.rules) == (found.pid, found.start, &found.rules);
+        let same =
+            |old: &&EngineState| (old.found.pid, old.found.start, &old.found.rules) == (found.pid, found.start, &found.rules);
         let settled = before.iter().find(same).and_then(|old| old.settled).filter(|address| found.addresses.contains(address));
         Self { found, settled, tries_all: true }
     }
@@ -237,8 +244,10 @@ mod tests {
 
     #[test]
     fn the_union_of_requests_has_the_shortest_interval_and_all_rules() {
-        let rules: Vec<Arc<EngineRules>> = ["a=/metrics,x=waiting", "b=/metrics,x=waiting"].map(|text| Arc::new(text.parse().unwrap())).into();
-        let request = |seconds, rules: &[Arc<EngineRules>]| EngineRequest { every: Duration::from_secs(seconds), rules: rules.to_vec() };
+        let rules: Vec<Arc<EngineRules>> =
+            ["a=/metrics,x=waiting", "b=/metrics,x=waiting"].map(|text| Arc::new(text.parse().unwrap())).into();
+        let request =
+            |seconds, rules: &[Arc<EngineRules>]| EngineRequest { every: Duration::from_secs(seconds), rules: rules.to_vec() };
         let all = [request(5, &rules[..1]), request(2, &rules[1..]), request(9, &[])];
         assert_eq!(EngineRequest::union(all.iter()), Some(request(2, &rules)));
         assert_eq!(EngineRequest::union(std::iter::empty()), None);

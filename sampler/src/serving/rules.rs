@@ -48,7 +48,11 @@ pub enum MetricMeaning {
     Waiting,
     Running,
     /// `per_second`: how many units of the metric are a second.
-    Latency { latency: EngineLatency, part: LatencyPart, per_second: u32 },
+    Latency {
+        latency: EngineLatency,
+        part: LatencyPart,
+        per_second: u32,
+    },
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -73,8 +77,10 @@ pub struct RuleError {
     remedy: &'static str,
 }
 
-const SYNTAX: &str = "expected NAME=PATH,METRIC=MEANING,.. such as my-engine=/metrics,my_engine_waiting=waiting,my_engine_ttft_seconds=ttft";
-const MEANINGS: &str = "a meaning is waiting, running, ttft, tpot or queue, the last three with _sum or _count, and _ms or _us for their unit";
+const SYNTAX: &str =
+    "expected NAME=PATH,METRIC=MEANING,.. such as my-engine=/metrics,my_engine_waiting=waiting,my_engine_ttft_seconds=ttft";
+const MEANINGS: &str =
+    "a meaning is waiting, running, ttft, tpot or queue, the last three with _sum or _count, and _ms or _us for their unit";
 
 /// Metric and meaning, as in the text form.
 type KnownMetric = (&'static str, &'static str);
@@ -228,10 +234,13 @@ impl FromStr for EngineRules {
             return Err(invalid("a name has up to 64 letters, digits and _-."));
         }
         if !is_path(path) {
-            return Err(invalid("a path such as /metrics has a segment metrics or prometheus, and only letters, digits and /_-."));
+            return Err(invalid(
+                "a path such as /metrics has a segment metrics or prometheus, and only letters, digits and /_-.",
+            ));
         }
         let metric = |part: &str| {
-            let (metric, meaning) = part.split_once('=').filter(|(metric, _)| is_metric(metric)).ok_or_else(|| invalid(SYNTAX))?;
+            let (metric, meaning) =
+                part.split_once('=').filter(|(metric, _)| is_metric(metric)).ok_or_else(|| invalid(SYNTAX))?;
             let meaning = meaning.parse().map_err(|UnknownMeaning| invalid(MEANINGS))?;
             Ok(MetricRule { metric: metric.to_owned(), meaning })
         };

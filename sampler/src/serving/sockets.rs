@@ -199,7 +199,9 @@ pub fn help(seccomp: bool) -> anyhow::Result<()> {
 }
 
 fn serve(namespace: Option<OwnedFd>, family: u8) -> Result<OwnedFd, (u8, Errno)> {
-    let (Some(namespace), Some(family)) = (namespace, SocketFamily::from_byte(family)) else { return Err((INVALID, Errno::INVAL)) };
+    let (Some(namespace), Some(family)) = (namespace, SocketFamily::from_byte(family)) else {
+        return Err((INVALID, Errno::INVAL));
+    };
     move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).map_err(|errno| (ENTER, errno))?;
     make_socket(family).map_err(|errno| (MAKE, errno))
 }

@@ -204,7 +204,8 @@ impl SessionManager {
     /// Has engines read while a session that wants them counts.
     fn request_engines(&self, now: BootNs) {
         let counts = |session: &&RunningSession| matches!(&session.phase, LivePhase::Recording(recording) if now < recording.end);
-        let wanted = EngineRequest::union(self.sessions.iter().filter(counts).filter_map(|session| session.request.engines.as_ref()));
+        let wanted =
+            EngineRequest::union(self.sessions.iter().filter(counts).filter_map(|session| session.request.engines.as_ref()));
         self.sources.engines.send_if_modified(|present| {
             let is_other = present.as_deref() != wanted.as_ref();
             if is_other {
