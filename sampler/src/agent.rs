@@ -155,8 +155,16 @@ pub struct Surroundings {
 
 /// Must be called before privileges are given up.
 pub fn namespace_helper(config: &Config) -> anyhow::Result<Option<Arc<NamespaceHelper>>> {
-    let helper = config.engine_access.then(|| NamespaceHelper::start(config.seccomp)).transpose();
-    helper.context("cannot start the helper that enters network namespaces; set engine_access = false to run without it")
+    if !config.engine_access {
+        return Ok(None);
+    }
+    let helper = NamespaceHelper::start(config.seccomp)
+        .context("cannot start the helper that enters network namespaces; set engine_access = false to run without it")?;
+    if let Err(error) = helper.check() {
+        let error = display_chain(&error);
+        tracing::warn!(error, "metrics of serving engines in network namespaces of their own cannot be read");
+    }
+    Ok(Some(helper))
 }
 
 /// Runs the agent until `stop_requested`.

@@ -36,6 +36,11 @@ const LEAST_CHANGES: u64 = 2;
 const LONGEST_NS: u64 = 120_000_000_000;
 /// Maximum correlation of neighbouring intervals that is applied; beyond it the number of intervals means nothing.
 const MOST_CORRELATION: f64 = 0.9;
+/// A file has any numbers; larger ones are not requests, and their sums may not be finite.
+const LARGEST: f64 = 1e15;
+/// Engines of one container, and other users that each is compared with: those that were active most.
+const MOST_ENGINES: usize = 16;
+const MOST_USERS: usize = 64;
 const S: f64 = 1e-9;
 
 type Windows = BTreeMap<u64, Window>;
@@ -89,7 +94,7 @@ fn between(before: &EngineFact, after: &EngineFact, kind: LatencyKind) -> Option
     let (earlier, later) = (latency_of(before, kind)?, latency_of(after, kind)?);
     let (sum, count) = (later.sum_seconds - earlier.sum_seconds, later.count - earlier.count);
     let mean = sum / count;
-    let is_valid = count > 0.0 && sum >= 0.0 && mean.is_finite();
+    let is_valid = count > 0.0 && count <= LARGEST && (0.0..=LARGEST).contains(&sum) && (0.0..=LARGEST).contains(&mean);
     is_valid.then_some(LatencyInterval { from: before.at, to: after.at, mean, count })
 }
 
@@ -105,8 +110,12 @@ pub fn engines(facts: &[EngineFact], context: &EngineContext<'_>) -> Vec<EngineR
     }
     let activity = Activity::new(context);
     // Every pair of a latency and another user of every engine is one comparison.
-    let comparisons = by_engine.len() * LatencyKind::all().count() * activity.users.len();
-    by_engine.into_iter().map(|((engine, port), facts)| report(engine, port, &facts, context, &activity, comparisons)).collect()
+    let comparisons = by_engine.len().min(MOST_ENGINES) * LatencyKind::all().count() * activity.users.len();
+    by_engine
+        .into_iter()
+        .take(MOST_ENGINES)
+        .map(|((engine, port), facts)| report(engine, port, &facts, context, &activity, comparisons))
+        .collect()
 }
 
 fn report(
@@ -143,6 +152,10 @@ fn report(
     }
 }
 
+fn is_number(value: f64) -> bool {
+    (0.0..=LARGEST).contains(&value)
+}
+
 fn problems(facts: &[&EngineFact]) -> Vec<EngineProblem> {
     let mut counts: BTreeMap<&str, u64> = BTreeMap::new();
     for text in facts.iter().filter_map(|fact| fact.problem.as_deref()) {
@@ -156,7 +169,7 @@ fn problems(facts: &[&EngineFact]) -> Vec<EngineProblem> {
 
 fn gauge(values: impl Iterator<Item = f64>) -> Option<GaugeSummary> {
     let (mut sum, mut max, mut n) = (0.0, 0.0_f64, 0.0);
-    for value in values {
+    for value in values.filter(|value| is_number(*value)) {
         (sum, max, n) = (sum + value, max.max(value), n + 1.0);
     }
     (n > 0.0).then(|| GaugeSummary { mean: sum / n, max })
@@ -168,8 +181,8 @@ fn points(read: &[&EngineFact], start: BootNs) -> Vec<EnginePoint> {
         let mean = |kind| between(before(n)?, fact, kind).map(|interval| interval.mean);
         EnginePoint {
             second: (fact.at.0 as f64 - start.0 as f64) * S,
-            waiting: fact.waiting,
-            running: fact.running,
+            waiting: fact.waiting.filter(|value| is_number(*value)),
+            running: fact.running.filter(|value| is_number(*value)),
             time_to_first_token: mean(LatencyKind::TimeToFirstToken),
             time_per_output_token: mean(LatencyKind::TimePerOutputToken),
             queue_time: mean(LatencyKind::QueueTime),
@@ -193,11 +206,16 @@ impl<'a> Activity<'a> {
                 }
             }
         }
-        let users = by_gpu.into_iter().filter_map(|(user, gpus)| {
-            let most = gpus.iter().max_by_key(|(_, windows)| windows.len()).map(|(uuid, _)| *uuid)?;
-            Some((user, (gpus.into_values().flatten().collect(), most)))
-        });
-        Self { users: users.collect(), observed: &observed - &unobserved }
+        let mut users: Vec<(User, (BTreeSet<u64>, &'a str))> = by_gpu
+            .into_iter()
+            .filter_map(|(user, gpus)| {
+                let most = gpus.iter().max_by_key(|(_, windows)| windows.len()).map(|(uuid, _)| *uuid)?;
+                Some((user, (gpus.into_values().flatten().collect(), most)))
+            })
+            .collect();
+        users.sort_by_key(|(_, (windows, _))| std::cmp::Reverse(windows.len()));
+        users.truncate(MOST_USERS);
+        Self { users: users.into_iter().collect(), observed: &observed - &unobserved }
     }
 
     /// `None` if the interval counts on neither side.

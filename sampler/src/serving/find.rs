@@ -58,12 +58,7 @@ const PROGRAMS: [KnownProgram; 4] = [
     KnownProgram { name: "vllm", runs: runs_vllm, port_flags: &["--port"], default_ports: &[8000] },
     KnownProgram { name: "sglang", runs: runs_sglang, port_flags: &["--port"], default_ports: &[30_000] },
     KnownProgram { name: "triton", runs: runs_triton, port_flags: &["--metrics-port"], default_ports: &[8002] },
-    KnownProgram {
-        name: "tgi",
-        runs: runs_tgi,
-        port_flags: &["--prometheus-port", "--port", "-p"],
-        default_ports: &[80, 3000, 9000],
-    },
+    KnownProgram { name: "tgi", runs: runs_tgi, port_flags: &["--port", "-p"], default_ports: &[80, 3000] },
 ];
 
 fn base(word: &str) -> &str {
@@ -336,7 +331,7 @@ mod tests {
         let port = |command: &str, flags: &[&str]| stated_port(&command.split(' ').collect::<Vec<_>>(), flags);
         assert_eq!(port("vllm serve x --port 8001", &["--port"]), Some(8001));
         assert_eq!(port("vllm serve x --port=8002", &["--port"]), Some(8002));
-        assert_eq!(port("a --port 80 --prometheus-port 9001", &["--prometheus-port", "--port"]), Some(9001));
+        assert_eq!(port("a --http-port 80 --metrics-port 9001", &["--metrics-port", "--port"]), Some(9001));
         assert_eq!(port("vllm serve x --portal 8001", &["--port"]), None);
         assert_eq!(port("vllm serve x --port", &["--port"]), None);
     }

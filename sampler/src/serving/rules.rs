@@ -7,8 +7,7 @@
 //! Several metrics may have one meaning, because engines rename them: the first one that a page has is read. A rule with the name of a
 //! known engine replaces what is read of it, not how it is found.
 //!
-//! Metrics were checked against the documentation and sources of vLLM 0.5 to 0.11, SGLang 0.4 and 0.5, TGI 3 and Triton 24.04 to 25.08
-//! (docs/serving-engines.md).
+//! docs/serving-engines.md says where the names were checked.
 
 use std::fmt;
 use std::str::FromStr;

@@ -36,8 +36,9 @@ use crate::privileges;
 pub const COMMAND: &str = "engine-sockets";
 /// The helper makes two system calls for a request, neither of which waits.
 const PATIENCE: Duration = Duration::from_secs(1);
-/// A reply: the step that failed, and its errno; both 0 with a socket.
-const REPLY_BYTES: usize = 5;
+/// A request: the family and its number. A reply: the step that failed and its errno, both 0 with a socket, and the number of its request.
+const REQUEST_BYTES: usize = 5;
+const REPLY_BYTES: usize = 9;
 const ENTER: u8 = 1;
 const MAKE: u8 = 2;
 const INVALID: u8 = 3;
@@ -63,9 +64,42 @@ pub enum NamespaceError {
 /// The agent's side of the helper.
 #[derive(Debug)]
 pub struct NamespaceHelper {
-    to: Mutex<OwnedFd>,
-    /// Ends when `to` is closed.
+    channel: Mutex<HelperChannel>,
+    /// Ends when the channel is closed.
     _child: Child,
+}
+
+#[derive(Debug)]
+struct HelperChannel {
+    to: OwnedFd,
+    /// Number of the last request: the reply to one that was given up must not count for the next one, which is about another namespace.
+    requests: u32,
+}
+
+impl HelperChannel {
+    fn exchange(&mut self, namespace: BorrowedFd<'_>, family: SocketFamily) -> Result<Result<OwnedFd, (u8, Errno)>, Errno> {
+        self.requests = self.requests.wrapping_add(1);
+        let [a, b, c, d] = self.requests.to_le_bytes();
+        send(self.to.as_fd(), &[family.byte(), a, b, c, d], Some(namespace))?;
+        loop {
+            let mut reply = [0; REPLY_BYTES];
+            let (bytes, socket) = receive(self.to.as_fd(), &mut reply)?;
+            // It has ended, which it does if it could not restrict itself.
+            if bytes != REPLY_BYTES {
+                return Err(Errno::PIPE);
+            }
+            let [step, e0, e1, e2, e3, number @ ..] = reply;
+            if u32::from_le_bytes(number) != self.requests {
+                continue;
+            }
+            return match (step, socket) {
+                (0, Some(socket)) => Ok(Ok(socket)),
+                // The descriptor was lost: this process has as many as it may.
+                (0, None) => Err(Errno::MFILE),
+                _ => Ok(Err((step, Errno::from_raw_os_error(i32::from_le_bytes([e0, e1, e2, e3]))))),
+            };
+        }
+    }
 }
 
 /// A socket for TCP over IPv4 or IPv6.
@@ -99,25 +133,24 @@ impl NamespaceHelper {
         let mut command = Command::new("/proc/self/exe");
         command.arg0("gpu-sampler").arg(COMMAND).arg("--seccomp").arg(seccomp.to_string()).env_clear();
         let child = command.stdin(Stdio::from(from)).stdout(Stdio::null()).spawn()?;
-        Ok(Arc::new(Self { to: Mutex::new(to), _child: child }))
+        Ok(Arc::new(Self { channel: Mutex::new(HelperChannel { to, requests: 0 }), _child: child }))
+    }
+
+    /// Whether the helper can enter namespaces at all: its own needs the same privilege as any other.
+    pub fn check(&self) -> Result<(), NamespaceError> {
+        let pid = std::process::id();
+        let own = File::open("/proc/self/ns/net").map_err(|source| NamespaceError::Open { pid, source })?;
+        self.socket(own.as_fd(), pid, SocketFamily::V4).map(drop)
     }
 
     fn socket(&self, namespace: BorrowedFd<'_>, pid: u32, family: SocketFamily) -> Result<OwnedFd, NamespaceError> {
-        // Poisoning is ignored: a request is sent and its reply received without a panic in between.
-        let to = self.to.lock().unwrap_or_else(PoisonError::into_inner);
-        let failed = |errno: Errno| NamespaceError::NoResponse(errno.into());
-        send(to.as_fd(), &[family.byte()], Some(namespace)).map_err(failed)?;
-        let mut reply = [0; REPLY_BYTES];
-        let (bytes, socket) = receive(to.as_fd(), &mut reply).map_err(failed)?;
-        let [step, errno @ ..] = reply;
-        let errno = Errno::from_raw_os_error(i32::from_le_bytes(errno));
-        match (bytes, step, socket) {
-            (REPLY_BYTES, 0, Some(socket)) => Ok(socket),
-            (REPLY_BYTES, ENTER, _) => Err(NamespaceError::Enter { pid, errno }),
-            (REPLY_BYTES, MAKE, _) => Err(NamespaceError::Make(errno.into())),
-            // It has ended, which it does if it could not restrict itself.
-            _ => Err(NamespaceError::NoResponse(io::ErrorKind::UnexpectedEof.into())),
-        }
+        // Poisoning is ignored: replies are matched with their requests by number.
+        let mut channel = self.channel.lock().unwrap_or_else(PoisonError::into_inner);
+        let exchanged = channel.exchange(namespace, family).map_err(|errno| NamespaceError::NoResponse(errno.into()))?;
+        exchanged.map_err(|(step, errno)| match step {
+            ENTER => NamespaceError::Enter { pid, errno },
+            _ => NamespaceError::Make(errno.into()),
+        })
     }
 }
 
@@ -177,7 +210,7 @@ fn is_own(namespace: &File) -> io::Result<bool> {
 pub fn help(seccomp: bool) -> anyhow::Result<()> {
     privileges::restrict_socket_helper(seccomp)?;
     let agent = io::stdin();
-    let mut request = [0; 1];
+    let mut request = [0; REQUEST_BYTES];
     loop {
         let (bytes, namespace) = match receive(agent.as_fd(), &mut request) {
             Ok(received) => received,
@@ -187,14 +220,13 @@ pub fn help(seccomp: bool) -> anyhow::Result<()> {
         if bytes == 0 {
             return Ok(());
         }
-        let (reply, socket) = match serve(namespace, request[0]) {
-            Ok(socket) => ([0; REPLY_BYTES], Some(socket)),
-            Err((step, errno)) => {
-                let [a, b, c, d] = errno.raw_os_error().to_le_bytes();
-                ([step, a, b, c, d], None)
-            }
+        let [family, a, b, c, d] = request;
+        let (step, errno, socket) = match serve(namespace, family) {
+            Ok(socket) => (0, 0, Some(socket)),
+            Err((step, errno)) => (step, errno.raw_os_error(), None),
         };
-        send(agent.as_fd(), &reply, socket.as_ref().map(|socket| socket.as_fd()))?;
+        let [e0, e1, e2, e3] = errno.to_le_bytes();
+        send(agent.as_fd(), &[step, e0, e1, e2, e3, a, b, c, d], socket.as_ref().map(OwnedFd::as_fd))?;
     }
 }
 
@@ -219,6 +251,26 @@ mod tests {
         assert!(sockets.make(pid, start, SocketFamily::V4).is_ok());
         let reused = sockets.make(pid, start.plus(1_000_000_000), SocketFamily::V4);
         assert!(matches!(reused, Err(NamespaceError::Ended(ended)) if ended == pid), "{reused:?}");
+    }
+
+    #[test]
+    fn a_reply_to_an_earlier_request_is_dropped() {
+        let (to, helper) = socketpair(AddressFamily::UNIX, SocketType::SEQPACKET, SocketFlags::CLOEXEC, None).unwrap();
+        let reply = |step: u8, number: u8, socket: Option<BorrowedFd<'_>>| {
+            send(helper.as_fd(), &[step, 1, 0, 0, 0, number, 0, 0, 0], socket).unwrap();
+        };
+        let (late, wanted) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
+        let inode = wanted.metadata().unwrap().ino();
+        reply(0, 1, Some(late.as_fd()));
+        reply(0, 2, Some(wanted.as_fd()));
+        reply(ENTER, 3, None);
+        let mut channel = HelperChannel { to, requests: 1 };
+        let socket = channel.exchange(late.as_fd(), SocketFamily::V4).unwrap().unwrap();
+        assert_eq!(File::from(socket).metadata().unwrap().ino(), inode);
+        let refused = channel.exchange(late.as_fd(), SocketFamily::V4).unwrap();
+        assert_eq!(refused.unwrap_err(), (ENTER, Errno::PERM));
+        drop(helper);
+        assert!(channel.exchange(late.as_fd(), SocketFamily::V4).is_err());
     }
 
     #[test]
