@@ -6,6 +6,7 @@ mod cli;
 mod collectors;
 mod config;
 mod core_thread;
+mod engine_rules;
 mod error;
 mod explain;
 mod export;

@@ -43,13 +43,11 @@ const MOST_ENGINES: usize = 16;
 const MOST_USERS: usize = 64;
 const S: f64 = 1e-9;
 
-type Windows = BTreeMap<u64, Window>;
-
 /// What the readings of one container are compared with.
 pub struct EngineContext<'a> {
     pub user: User,
     /// The GPUs that the container used or held, with their windows.
-    pub gpus: Vec<(&'a str, &'a Windows)>,
+    pub gpus: Vec<(&'a str, &'a BTreeMap<u64, Window>)>,
     /// Start of the report.
     pub start: BootNs,
     /// Kind and id of a user in the report.

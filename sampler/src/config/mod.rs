@@ -13,12 +13,12 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::collectors::Selection;
+use crate::engine_rules::EngineRules;
 use crate::host_name::HostName;
 use crate::objects::StoreUrl;
 use crate::privileges::CapabilitySet;
 use crate::security::error::SecurityError;
 use crate::security::{Rules, SecurityFiles};
-use crate::serving::rules::EngineRules;
 
 pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;

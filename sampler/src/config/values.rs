@@ -7,10 +7,10 @@ use sampler_labels::Source;
 
 use super::{ConfigError, DEFAULT_KERNEL_RING_BYTES, MIN_KERNEL_RING_BYTES};
 use crate::collectors::Selection;
+use crate::engine_rules::{EngineRules, MAX_RULES, RuleError};
 use crate::host_name::HostName;
 use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
-use crate::serving::rules::{EngineRules, MAX_RULES, RuleError};
 
 /// Of KAI since 0.6, and of Run:ai and earlier KAI.
 pub(super) const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];

@@ -21,8 +21,8 @@ use super::catalogue::sessions as families;
 use super::encode::Page;
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
+use crate::engine_rules::{MAX_RULES, RuleError};
 use crate::error::display_chain;
-use crate::serving::rules::{MAX_RULES, RuleError};
 use crate::serving::{DEFAULT_EVERY, EngineRequest, MAX_EVERY, MIN_EVERY};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
 

@@ -15,7 +15,7 @@ use sampler_core::identity::ContainerRecord;
 use sampler_core::units::{BootNs, ContainerKey};
 
 use super::listeners::{self, ListeningSocket};
-use super::rules::EngineRules;
+use crate::engine_rules::EngineRules;
 use crate::observe::kernel::proc::{directory, living_thread};
 
 /// Engines that are read on one node.
@@ -297,8 +297,8 @@ impl EngineFinder {
 
 #[cfg(test)]
 mod tests {
-    use super::super::rules::known;
     use super::*;
+    use crate::engine_rules::known;
 
     fn engine_of(command: &str) -> Option<String> {
         let words: Vec<&str> = command.split(' ').collect();

@@ -11,7 +11,6 @@ pub mod find;
 mod listeners;
 mod page;
 mod read;
-pub mod rules;
 pub mod sockets;
 
 use std::collections::HashMap;
@@ -31,8 +30,9 @@ use tokio::time::{Instant, sleep_until, timeout};
 use self::find::{EngineFinder, FoundEngine, MAX_ENGINES};
 use self::page::EngineValues;
 use self::read::ReadPageError;
-use self::rules::EngineRules;
+
 use self::sockets::NamespaceSockets;
+use crate::engine_rules::{self, EngineRules};
 use crate::error::display_chain;
 use crate::inbox::{Closed, CoreSender};
 use crate::observe::clock::boot_now;
@@ -101,7 +101,7 @@ pub async fn run(inputs: ServingInputs, mut requests: EngineRequests) {
         let mut readers = EngineReaders {
             finder: Arc::clone(&finder),
             sockets: Arc::clone(&sockets),
-            rules: rules::merged(request.rules.iter()).into(),
+            rules: engine_rules::merged(request.rules.iter()).into(),
             containers: HashMap::new(),
         };
         loop {

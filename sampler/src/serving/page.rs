@@ -6,7 +6,7 @@
 
 use sampler_core::observation::LatencySum;
 
-use super::rules::{EngineLatency, EngineRules, LatencyPart, MetricMeaning};
+use crate::engine_rules::{EngineLatency, EngineRules, LatencyPart, MetricMeaning};
 
 /// A longer line has labels that no engine writes.
 const MAX_LINE_BYTES: usize = 64 << 10;
@@ -106,7 +106,7 @@ fn values(rules: &EngineRules, sums: &[SeriesSums]) -> EngineValues {
 
 /// The first metric with a sum and a count, or else the first sum and the first count.
 fn latency<'a>(
-    all: impl Iterator<Item = (&'a super::rules::MetricRule, &'a SeriesSums)>,
+    all: impl Iterator<Item = (&'a crate::engine_rules::MetricRule, &'a SeriesSums)>,
     wanted: EngineLatency,
 ) -> Option<LatencySum> {
     let (mut total, mut count) = (None, None);
@@ -131,8 +131,8 @@ fn latency<'a>(
 
 #[cfg(test)]
 mod tests {
-    use super::super::rules::known;
     use super::*;
+    use crate::engine_rules::known;
 
     fn parsed(engine: &str, page: &str) -> EngineValues {
         let rules = known();
