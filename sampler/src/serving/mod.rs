@@ -80,8 +80,8 @@ pub struct ServingInputs {
 struct EngineState {
     found: FoundEngine,
     settled: Option<SocketAddr>,
-    /// Every address is tried once after each search, and otherwise the first one.
-    tries_all: bool,
+    /// Position of the address that is tried next: each once after a search, over several rounds if some hang, and then only the first.
+    next: usize,
 }
 
 struct ContainerEngines {
@@ -173,7 +173,7 @@ impl EngineState {
         let same =
             |old: &&EngineState| (old.found.pid, old.found.start, &old.found.rules) == (found.pid, found.start, &found.rules);
         let settled = before.iter().find(same).and_then(|old| old.settled).filter(|address| found.addresses.contains(address));
-        Self { found, settled, tries_all: true }
+        Self { found, settled, next: 0 }
     }
 
     async fn read(&mut self, sockets: &Arc<NamespaceSockets>) -> EngineFact {
@@ -206,23 +206,32 @@ impl EngineState {
         if let Some(problem) = &self.found.problem {
             return Err(problem.clone());
         }
-        let number = if std::mem::take(&mut self.tries_all) { self.found.addresses.len() } else { 1 };
-        let addresses: Vec<SocketAddr> = match self.settled {
-            Some(settled) => vec![settled],
-            None => self.found.addresses.iter().copied().take(number).collect(),
+        if let Some(settled) = self.settled {
+            return read_values(sockets, &self.found, settled).await.map_err(|error| failure(settled, &error));
+        }
+        let untried = self.next.min(self.found.addresses.len());
+        let addresses = match &self.found.addresses[untried..] {
+            [] => self.found.addresses.get(..1).unwrap_or_default().to_vec(),
+            untried => untried.to_vec(),
         };
         let mut first = None;
         for address in addresses {
+            // Before the attempt, which may be given up.
+            self.next += 1;
             match read_values(sockets, &self.found, address).await {
                 Ok(values) => {
                     self.settled = Some(address);
                     return Ok(values);
                 }
-                Err(error) => first = first.or(Some(format!("port {}: {}", address.port(), display_chain(&error)))),
+                Err(error) => first = first.or_else(|| Some(failure(address, &error))),
             }
         }
         Err(first.unwrap_or_else(|| "it has no address".into()))
     }
+}
+
+fn failure(address: SocketAddr, error: &ReadPageError) -> String {
+    format!("port {}: {}", address.port(), display_chain(error))
 }
 
 async fn read_values(
