@@ -42,6 +42,7 @@ mod quirks;
 mod release;
 mod sample_buffer;
 mod scorer;
+mod serving;
 mod sessions;
 mod simulator;
 mod survival;

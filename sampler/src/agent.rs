@@ -14,6 +14,7 @@ use sampler_core::aggregate::Settings;
 use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
+use tokio::sync::watch;
 
 use crate::config::Config;
 use crate::core_thread::CoreThread;
@@ -39,6 +40,9 @@ use crate::privileges;
 use crate::reload::{self, SettingsSource};
 use crate::security::Security;
 use crate::service_notify::ServiceNotifier;
+use crate::serving::find::EngineFinder;
+use crate::serving::sockets::{NamespaceHelper, NamespaceSockets};
+use crate::serving::{self, EngineRequest, ServingInputs};
 use crate::session::{Recorder, SessionInputs, Store, Uploader};
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
@@ -78,6 +82,7 @@ fn recorder(
     labels: &LabelService,
     snapshot: &Arc<ArcSwap<Snapshot>>,
     waits: WaitRequests,
+    engines: watch::Sender<Option<Arc<EngineRequest>>>,
 ) -> anyhow::Result<Recorder> {
     let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
     let labels = labels.clone();
@@ -88,6 +93,7 @@ fn recorder(
         waits,
         saturation_percent: config.gpu_saturation_percent,
         node: config.node_of_sessions(),
+        engines,
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
 }
@@ -118,6 +124,7 @@ pub fn run(source: SettingsSource) -> anyhow::Result<()> {
     let otlp = otlp::settings()?;
     // The port is bound first, so that this error is reported before anything is loaded, and with the right to a port below 1024.
     let listener = server::bind(config.listen)?;
+    let namespace_helper = namespace_helper(&config)?;
     // Before the first thread: each thread has its own.
     let restricted = privileges::restrict(config.kept_capabilities, config.seccomp);
     restricted.log();
@@ -129,7 +136,8 @@ pub fn run(source: SettingsSource) -> anyhow::Result<()> {
         .context("cannot start the IO runtime")?;
     let result = runtime.block_on(async {
         let listener = TcpListener::from_std(listener).context("cannot wait for connections")?;
-        let surroundings = Surroundings { source: Some(source), notifier: ServiceNotifier::from_environment(), otlp };
+        let surroundings =
+            Surroundings { source: Some(source), notifier: ServiceNotifier::from_environment(), otlp, namespace_helper };
         serve(Arc::new(config), surroundings, listener, signalled()).await
     });
     // A file read may hang in the kernel and must not keep the agent from ending.
@@ -144,6 +152,22 @@ pub struct Surroundings {
     pub source: Option<SettingsSource>,
     pub notifier: Option<ServiceNotifier>,
     pub otlp: Option<OtlpSettings>,
+    /// Enters the network namespaces of containers, if the settings ask for it.
+    pub namespace_helper: Option<Arc<NamespaceHelper>>,
+}
+
+/// Must be called before privileges are given up.
+pub fn namespace_helper(config: &Config) -> anyhow::Result<Option<Arc<NamespaceHelper>>> {
+    if !config.engine_access {
+        return Ok(None);
+    }
+    let helper = NamespaceHelper::start(config.seccomp)
+        .context("cannot start the helper that enters network namespaces; set engine_access = false to run without it")?;
+    if let Err(error) = helper.check() {
+        let error = display_chain(&error);
+        tracing::warn!(error, "metrics of serving engines in network namespaces of their own cannot be read");
+    }
+    Ok(Some(helper))
 }
 
 /// Runs the agent until `stop_requested`.
@@ -153,7 +177,7 @@ pub async fn serve(
     listener: TcpListener,
     stop_requested: impl Future<Output = ()>,
 ) -> anyhow::Result<()> {
-    let Surroundings { source, notifier, otlp } = surroundings;
+    let Surroundings { source, notifier, otlp, namespace_helper } = surroundings;
     let descriptors = raise_descriptor_limit();
     let started = wall_now();
     let health = Arc::new(Health::default());
@@ -190,7 +214,18 @@ pub async fn serve(
         stop: Arc::clone(&stop),
     })
     .context("cannot start the thread waits")?;
-    let recorder = recorder(&config, &labels, &snapshot, wait_requests)?;
+    let (want_engines, engine_requests) = watch::channel(None);
+    let recorder = recorder(&config, &labels, &snapshot, wait_requests, want_engines)?;
+    let serving = ServingInputs {
+        core: to_core.clone(),
+        snapshot: Arc::clone(&snapshot),
+        finder: EngineFinder {
+            procfs: config.path_procfs.clone(),
+            mounts: layout.mounts().map(|(_, mount)| mount.to_path_buf()).collect(),
+        },
+        sockets: NamespaceSockets { procfs: config.path_procfs.clone(), helper: namespace_helper },
+    };
+    tokio::spawn(serving::run(serving, engine_requests));
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };
     let core = CoreThread {

@@ -6,6 +6,7 @@ mod cli;
 mod collectors;
 mod config;
 mod core_thread;
+mod engine_rules;
 mod error;
 mod explain;
 mod export;
@@ -22,6 +23,7 @@ mod query;
 mod reload;
 mod security;
 mod service_notify;
+mod serving;
 mod session;
 mod wait_selector;
 

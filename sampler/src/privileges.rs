@@ -130,16 +130,10 @@ pub fn missing(present: CapabilitySet) -> impl Iterator<Item = &'static NeededCa
     NEEDED.iter().filter(is_required).filter(move |needed| !has(needed.capability))
 }
 
-/// Each step is tried, whatever becomes of the others.
 fn drop_capabilities(kept: CapabilitySet, problems: &mut Vec<String>) {
-    let mut report = |what: &str, result: Result<(), caps::errors::CapsError>| {
-        if let Err(error) = result {
-            problems.push(format!("{what} capabilities stay: {}", display_chain(&error)));
-        }
-    };
     let permitted = match caps::read(None, CapSet::Permitted) {
         Ok(permitted) => permitted,
-        Err(error) => return report("all", Err(error)),
+        Err(error) => return problems.push(format!("all capabilities stay: {}", display_chain(&error))),
     };
     let mut wanted = kept;
     NEEDED.iter().for_each(|needed| wanted.insert(needed.capability));
@@ -147,6 +141,16 @@ fn drop_capabilities(kept: CapabilitySet, problems: &mut Vec<String>) {
     if !permitted.contains(&Capability::CAP_BPF) || !permitted.contains(&Capability::CAP_PERFMON) {
         wanted.insert(Capability::CAP_SYS_ADMIN);
     }
+    reduce_to(wanted, &permitted, problems);
+}
+
+/// Each step is tried, whatever the result of the others.
+fn reduce_to(wanted: CapabilitySet, permitted: &CapsHashSet, problems: &mut Vec<String>) {
+    let mut report = |what: &str, result: Result<(), caps::errors::CapsError>| {
+        if let Err(error) = result {
+            problems.push(format!("{what} capabilities stay: {}", display_chain(&error)));
+        }
+    };
     let remaining: CapsHashSet = permitted.iter().copied().filter(|capability| wanted.contains(*capability)).collect();
     // Without CAP_SETPCAP the bounding set stays; a process without other privileges gains nothing from it.
     if permitted.contains(&Capability::CAP_SETPCAP) {
@@ -160,6 +164,63 @@ fn drop_capabilities(kept: CapabilitySet, problems: &mut Vec<String>) {
     report("inheritable", caps::set(None, CapSet::Inheritable, &CapsHashSet::new()));
     report("effective", caps::set(None, CapSet::Effective, &remaining));
     report("permitted", caps::set(None, CapSet::Permitted, &remaining));
+}
+
+/// The helper that makes sockets in network namespaces cannot give up what it does not need.
+#[derive(Debug, thiserror::Error)]
+#[error("the helper for network namespaces keeps privileges that it does not need: {0}")]
+pub struct HelperError(String);
+
+/// Gives up everything but entering network namespaces and making sockets, of a process with one thread. Unlike with [`restrict`], what the
+/// kernel refuses is an error.
+pub fn restrict_socket_helper(seccomp: bool) -> Result<(), HelperError> {
+    let mut problems = Vec::new();
+    let mut wanted = CapabilitySet::default();
+    wanted.insert(Capability::CAP_SYS_ADMIN);
+    match caps::read(None, CapSet::Permitted) {
+        Ok(permitted) => reduce_to(wanted, &permitted, &mut problems),
+        Err(error) => problems.push(format!("capabilities cannot be read: {}", display_chain(&error))),
+    }
+    if let Err(error) = rustix::thread::set_no_new_privs(true) {
+        problems.push(format!("no_new_privs cannot be set: {error}"));
+    }
+    if seccomp && let Err(error) = allow_system_calls_of_helper() {
+        problems.push(format!("no seccomp filter: {}; seccomp = false omits it", display_chain(&*error)));
+    }
+    if problems.is_empty() { Ok(()) } else { Err(HelperError(problems.join("; "))) }
+}
+
+/// What the helper may call: its messages, the two calls that it exists for, and what memory, messages on standard error and the end of a
+/// process need. All others fail with EPERM.
+const OF_HELPER: &[libc::c_long] = &[
+    libc::SYS_recvmsg,
+    libc::SYS_sendmsg,
+    libc::SYS_socket,
+    libc::SYS_close,
+    libc::SYS_write,
+    libc::SYS_brk,
+    libc::SYS_mmap,
+    libc::SYS_munmap,
+    libc::SYS_mremap,
+    libc::SYS_madvise,
+    libc::SYS_futex,
+    libc::SYS_sigaltstack,
+    libc::SYS_rt_sigreturn,
+    libc::SYS_rt_sigprocmask,
+    libc::SYS_restart_syscall,
+    libc::SYS_exit,
+    libc::SYS_exit_group,
+];
+
+fn allow_system_calls_of_helper() -> Result<(), Box<dyn std::error::Error>> {
+    let mut rules: BTreeMap<_, _> = OF_HELPER.iter().map(|number| (*number, Vec::new())).collect();
+    let network = u64::from(libc::CLONE_NEWNET.unsigned_abs());
+    let enters_network = SeccompCondition::new(1, SeccompCmpArgLen::Dword, SeccompCmpOp::Eq, network)?;
+    rules.insert(libc::SYS_setns, vec![SeccompRule::new(vec![enters_network])?]);
+    let (arch, refused) = (std::env::consts::ARCH.try_into()?, SeccompAction::Errno(libc::EPERM.unsigned_abs()));
+    let filter: BpfProgram = SeccompFilter::new(rules, refused, SeccompAction::Allow, arch)?.try_into()?;
+    seccompiler::apply_filter(&filter)?;
+    Ok(())
 }
 
 /// System calls that fail with EPERM: the agent starts no program, loads no module, mounts nothing, changes neither the clock nor another
@@ -287,6 +348,19 @@ mod tests {
         let others = ["sys_ptrace", "dac_read_search", "sys_resource"];
         assert_eq!(missing(&[&others[..], &["sys_admin"]].concat()), []);
         assert_eq!(missing(&[&others[..], &["bpf"]].concat()), [Capability::CAP_PERFMON]);
+    }
+
+    #[test]
+    fn the_filter_of_the_helper_allows_sockets_and_no_files() {
+        // Only this thread is restricted.
+        let tried = std::thread::spawn(|| {
+            allow_system_calls_of_helper().unwrap();
+            let flags = rustix::net::SocketFlags::CLOEXEC;
+            let socket = rustix::net::socket_with(rustix::net::AddressFamily::INET, rustix::net::SocketType::STREAM, flags, None)
+                .map(drop);
+            (socket, std::fs::File::open("/dev/null").map(drop).map_err(|error| error.kind()))
+        });
+        assert_eq!(tried.join().unwrap(), (Ok(()), Err(std::io::ErrorKind::PermissionDenied)));
     }
 
     #[test]

@@ -7,10 +7,13 @@
 //! actor zombie SECONDS               a child that lives SECONDS and is never reaped; prints its pid
 //! actor leaderless SECONDS           the first thread ends, another one runs for SECONDS
 //! actor storm LIVES EVERY CGROUP ..  forks as fast as possible; every EVERY-th child stays, in one of the cgroups; prints their pids
+//! actor netns -- CMD ..              CMD in a new network namespace, of which loopback is up; same pid
+//! actor serve FLAG PORT FILE         a web server on loopback that does what FILE says at each request; FLAG is ignored
 //! ```
 
 use std::fs::File;
-use std::io::{self, Write as _};
+use std::io::{self, BufRead as _, BufReader, Write as _};
+use std::net::{TcpListener, TcpStream};
 use std::os::fd::AsRawFd as _;
 use std::os::unix::process::CommandExt as _;
 use std::process::{Command, ExitCode};
@@ -131,12 +134,84 @@ fn storm(lives: u32, every: u32, cgroups: &[String]) -> io::Result<()> {
     wait_forever()
 }
 
+/// Brings up the loopback interface of this network namespace.
+fn raise_loopback() -> io::Result<()> {
+    // SAFETY: takes no pointers.
+    let socket = unsafe { libc::socket(libc::AF_INET, libc::SOCK_DGRAM | libc::SOCK_CLOEXEC, 0) };
+    if socket < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: all zeroes is a valid ifreq.
+    let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+    for (to, from) in request.ifr_name.iter_mut().zip(b"lo") {
+        *to = *from as libc::c_char;
+    }
+    request.ifr_ifru.ifru_flags = (libc::IFF_UP | libc::IFF_RUNNING) as libc::c_short;
+    // SAFETY: our own socket, and a request that lives until the call returns.
+    let result = unsafe { libc::ioctl(socket, libc::SIOCSIFFLAGS as _, &raw mut request) };
+    let error = io::Error::last_os_error();
+    // SAFETY: our own socket, not used afterwards.
+    unsafe { libc::close(socket) };
+    if result < 0 { Err(error) } else { Ok(()) }
+}
+
+fn in_network_namespace(command: &[String]) -> io::Result<()> {
+    // SAFETY: takes no pointers; this program has one thread.
+    if unsafe { libc::unshare(libc::CLONE_NEWNET) } < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    raise_loopback()?;
+    let (program, arguments) = command.split_first().expect("a command follows --");
+    Err(Command::new(program).args(arguments).exec())
+}
+
+fn serve(port: &str, file: &str) -> io::Result<()> {
+    let port = port.parse().map_err(io::Error::other)?;
+    let listener = TcpListener::bind(("127.0.0.1", port))?;
+    for stream in listener.incoming() {
+        let file = file.to_owned();
+        // A client may go away at any time.
+        std::thread::spawn(move || stream.and_then(|stream| respond(&stream, &file)));
+    }
+    Ok(())
+}
+
+/// The first line of the file: `page` (the other lines are its content), `error`, `redirect`, `huge`, `garbage`, `hang`.
+fn respond(mut stream: &TcpStream, file: &str) -> io::Result<()> {
+    let mut head = BufReader::new(stream).lines();
+    while head.next().transpose()?.is_some_and(|line| !line.is_empty()) {}
+    let text = std::fs::read_to_string(file)?;
+    let (behaviour, page) = text.split_once('\n').unwrap_or((&text, ""));
+    let mut start = |status: &str, bytes: usize| write!(stream, "HTTP/1.1 {status}\r\nContent-Length: {bytes}\r\n\r\n");
+    match behaviour {
+        "page" => {
+            start("200 OK", page.len())?;
+            stream.write_all(page.as_bytes())
+        }
+        "error" => start("500 Internal Server Error", 0),
+        "redirect" => write!(stream, "HTTP/1.1 302 Found\r\nLocation: http://192.0.2.1/metrics\r\nContent-Length: 0\r\n\r\n"),
+        "huge" => {
+            write!(stream, "HTTP/1.1 200 OK\r\n\r\n")?;
+            let line = "vllm:num_requests_waiting 1\n".repeat(4096);
+            (0..(4_usize << 30) / line.len()).try_for_each(|_| stream.write_all(line.as_bytes()))
+        }
+        "garbage" => {
+            start("200 OK", 12)?;
+            stream.write_all(b"\xff\xfe{}\0<html>\n")
+        }
+        // Until the client closes.
+        _ => head.next().transpose().map(|_| ()),
+    }
+}
+
 fn main() -> ExitCode {
     die_with_parent();
     let args: Vec<String> = std::env::args().skip(1).collect();
     let words: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match words[..] {
         ["in", cgroup, "--", _, ..] => inside(cgroup, &args[3..]),
+        ["netns", "--", _, ..] => in_network_namespace(&args[2..]),
+        ["serve", _, port, file] => serve(port, file),
         ["thread-exec", seconds] => thread_exec(seconds.to_owned()),
         ["vfork", seconds] => vfork(seconds),
         ["zombie", seconds] => zombie(seconds),

@@ -14,7 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
-use crate::observation::{PressureFact, ProcessKind};
+use crate::observation::{EngineFact, PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
 /// A process outside any container.
@@ -64,6 +64,8 @@ pub enum Fact {
     Pressure(PressureFact),
     Waited(WaitFact),
     WaitProbe(WaitProbeFact),
+    /// One reading of the metrics page of a serving engine in a container.
+    Engine(EngineFact),
 }
 
 /// What the wait probes of a process counted in the span `from..to`.

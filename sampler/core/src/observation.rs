@@ -271,6 +271,8 @@ pub enum Observation {
     Pressure(PressureFact),
     Waited(Box<WaitReading>),
     WaitProbe(Box<WaitProbeChange>),
+    /// A serving engine, of a session that records them.
+    Engine(EngineFact),
     /// From now on: whether the driver's pids are pids of this kernel.
     PidSpace(PidSpace),
     ClockAdvanced {
@@ -327,4 +329,32 @@ pub struct CpuQuota {
     pub periods: u64,
     pub throttled_periods: u64,
     pub throttled_ns: u64,
+}
+
+/// A latency that a serving engine sums over requests or tokens, since the engine started.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct LatencySum {
+    pub sum_seconds: f64,
+    pub count: f64,
+}
+
+/// One reading of the metrics page of a serving engine (vLLM, SGLang, Triton, ..) in a container. Values are the engine's own claims, summed
+/// over its models. `None`: the page does not have the metric.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
+pub struct EngineFact {
+    pub key: ContainerKey,
+    pub at: BootNs,
+    /// Name of the rules by which the engine was found and its page read, such as `vllm`.
+    pub engine: String,
+    pub pid: u32,
+    /// TCP port of the page; 0 if the engine does not listen.
+    pub port: u16,
+    /// Requests that wait, and that are processed, at this time.
+    pub waiting: Option<f64>,
+    pub running: Option<f64>,
+    pub time_to_first_token: Option<LatencySum>,
+    pub time_per_output_token: Option<LatencySum>,
+    pub queue_time: Option<LatencySum>,
+    /// Why the page was not read; the values are `None` then.
+    pub problem: Option<String>,
 }

@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
 use super::demand;
+use super::engines::{EngineContext, engines};
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{
@@ -185,6 +186,7 @@ impl Builder<'_> {
         };
         let mut users: BTreeMap<User, UserReport> = BTreeMap::new();
         let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
+        let mut histories: Vec<(&str, &Windows)> = Vec::new();
         for (slot, device) in self.aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
             let empty = GatheredGpu::default();
             let gpu_facts = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
@@ -193,6 +195,7 @@ impl Builder<'_> {
             }
             let none = Windows::new();
             let windows = device.coactivity.history.as_ref().unwrap_or(&none);
+            histories.extend(device.coactivity.history.as_ref().map(|history| (&*device.info.uuid.0, history)));
             report.gpus.push(self.gpu(device, gpu_facts, windows));
             report.gaps.extend(self.gaps(device, gpu_facts));
             for (user, usage) in self.usages(device, gpu_facts, windows) {
@@ -203,6 +206,7 @@ impl Builder<'_> {
         for (user, report) in &mut users {
             report.waits = self.waiting.get(user).map(|waiting| waiting.report.clone());
         }
+        self.add_engines(&mut users, &histories);
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
         let seconds = |user: &UserReport| user.gpus.iter().map(|usage| usage.gpu_seconds).sum::<f64>();
@@ -221,6 +225,21 @@ impl Builder<'_> {
         report.gaps.sort_by_key(|gap| gap.from);
         report.findings = findings(&report);
         report
+    }
+
+    fn add_engines(&self, users: &mut BTreeMap<User, UserReport>, histories: &[(&str, &Windows)]) {
+        for (key, facts) in &self.gathered.engines {
+            let user = User::Container(*key);
+            let Some(report) = users.get_mut(&user) else { continue };
+            let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
+            let gpus = histories.iter().filter(|(uuid, _)| uses(uuid)).copied().collect();
+            let describe = |other: User| {
+                let other = describe(other, &self.gathered);
+                (other.kind, other.id)
+            };
+            let context = EngineContext { user, gpus, start: self.range.0, describe: &describe };
+            report.engines = engines(facts, &context);
+        }
     }
 
     fn gpu(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu, windows: &Windows) -> GpuReport {

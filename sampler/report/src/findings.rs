@@ -1,5 +1,8 @@
-//! The findings of a report, as sentences. They never claim a slowdown, because only GPU time is measured.
+//! The findings of a report, as sentences. They never claim a slowdown, because only GPU time is measured; except where a serving engine
+//! reports its own latencies.
 
+use super::engine_model::EngineReport;
+use super::engine_words;
 use super::model::{Cause, CauseKind, Contender, Evidence, Finding, Report, Usage, UserReport, Verdict};
 
 /// Coactivity and GPU time of a contender on a saturated GPU, in seconds, from which a coactive pair is a finding.
@@ -97,6 +100,15 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             }
             if let Some(text) = own_causes(user, usage) {
                 all.push((2, usage.gpu_seconds, finding(None, None, text)));
+            }
+        }
+    }
+    for user in &report.users {
+        for (engine, latency, contrast) in user.engines.iter().flat_map(EngineReport::contrasts) {
+            if let Some(text) = engine_words::finding(user, &display_name(&contrast.id), engine, latency, contrast) {
+                let (uuid, aggressor) = (contrast.uuid.clone(), Some(contrast.id.clone()));
+                let finding = Finding { uuid, victim: user.id.clone(), aggressor, evidence: None, text };
+                all.push((0, contrast.increase_ratio(), finding));
             }
         }
     }

@@ -8,7 +8,7 @@ use sampler_core::fact::{
     AttributedProcess, ContainerFact, Fact, GpuFact, Holder, HostProcess, LabelFact, UnobservedReason, User, UtilizationSample,
     WaitFact, WaitProbeFact,
 };
-use sampler_core::observation::PressureFact;
+use sampler_core::observation::{EngineFact, PressureFact};
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
 /// The usual sample period of the driver, for spans without samples.
@@ -50,6 +50,8 @@ pub struct Gathered {
     pub pressures: HashMap<ContainerKey, Vec<PressureFact>>,
     pub waits: HashMap<User, Vec<WaitFact>>,
     pub wait_probes: BTreeMap<User, Vec<WaitProbeFact>>,
+    /// Readings of serving engines, in order.
+    pub engines: HashMap<ContainerKey, Vec<EngineFact>>,
     /// Containers that ended, with the time.
     pub ended: Vec<(ContainerKey, BootNs)>,
     /// The latest time of any fact.
@@ -116,6 +118,12 @@ impl Gathered {
             Fact::WaitProbe(probe) => {
                 let user = self.user(probe.user);
                 self.wait_probes.entry(user).or_default().push(WaitProbeFact { user, ..probe.clone() });
+            }
+            Fact::Engine(engine) => {
+                let key = self.key(engine.key);
+                if range.has(engine.at) {
+                    self.engines.entry(key).or_default().push(EngineFact { key, ..engine.clone() });
+                }
             }
         }
         fact.clone()

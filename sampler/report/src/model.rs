@@ -1,5 +1,6 @@
 //! The model behind every format. Field names are the keys of `report --format json`.
 
+use super::engine_model::EngineReport;
 use super::user_name::UserName;
 use serde::{Serialize, Serializer};
 
@@ -136,6 +137,8 @@ pub struct UserReport {
     /// `None` if no process of the user was probed.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub waits: Option<UserWaits>,
+    /// Serving engines in the container; only of sessions that recorded their metrics.
+    pub engines: Vec<EngineReport>,
 }
 
 /// Waiting in blocking calls of the driver library, of all processes of a user with wait probes.

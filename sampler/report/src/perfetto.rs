@@ -1,7 +1,7 @@
 //! Trace events (the JSON format of Chrome's tracing), which ui.perfetto.dev opens.
 //!
 //! Each GPU is a process with counters of its busy share and memory. Each of its users is a thread with a slice for each span of activity,
-//! and a counter of its share. Times are in microseconds since the start of the report; `otherData` has the wall time of the start.
+//! and a counter of its share. Each serving engine is a process with a counter of each of its metrics. Times are in microseconds since the start of the report; `otherData` has the wall time of the start.
 //!
 //! A counter keeps its value until the next event: the format has no "unknown". In unobserved time, no values are written, and the first
 //! thread of the GPU has a slice `not observed`.
@@ -9,6 +9,7 @@
 use serde_json::{Value, json};
 
 use super::bins::known_shares;
+use super::engine_model::EngineReport;
 use super::model::*;
 use super::words::Names;
 use sampler_core::units::rfc3339;
@@ -24,6 +25,10 @@ pub fn perfetto(report: &Report) -> String {
     for (nth, timeline) in report.timelines.iter().enumerate() {
         // Trace viewers treat process 0 as the idle task.
         Track { report, names: &names, timeline, pid: nth + 1 }.write(&mut events);
+    }
+    let engines = report.users.iter().flat_map(|user| user.engines.iter().map(move |engine| (user, engine)));
+    for (nth, (user, engine)) in engines.enumerate() {
+        write_engine(&names.get(&user.id), engine, report.timelines.len() + nth + 1, &mut events);
     }
     let mut out = String::from("{\"displayTimeUnit\":\"ms\",\"otherData\":");
     let about = json!({
@@ -126,6 +131,31 @@ impl Track<'_> {
         // Ends the last value at the end of the report.
         if let Some(last) = last {
             events.push(event(values.len(), last));
+        }
+    }
+}
+
+/// The metrics of a serving engine, with an event at each reading. Latencies are means since the reading before, in microseconds, because
+/// values are whole numbers.
+fn write_engine(user: &str, engine: &EngineReport, pid: usize, events: &mut Vec<Value>) {
+    let name = format!("{user} {} :{}", engine.engine, engine.port);
+    for (key, args) in [("process_name", json!({"name": name})), ("process_sort_index", json!({"sort_index": pid}))] {
+        events.push(json!({"ph": "M", "pid": pid, "tid": 0, "name": key, "args": args}));
+    }
+    for point in &engine.points {
+        let micros_of = |seconds: Option<f64>| seconds.map(|seconds| seconds * 1e6);
+        let counters = [
+            ("waiting requests", "requests", point.waiting),
+            ("running requests", "requests", point.running),
+            ("time to first token", "µs", micros_of(point.time_to_first_token)),
+            ("time per output token", "µs", micros_of(point.time_per_output_token)),
+            ("queue time", "µs", micros_of(point.queue_time)),
+        ];
+        for (name, unit, value) in counters {
+            if let Some(value) = value {
+                let ts = micros(point.second);
+                events.push(json!({"ph": "C", "pid": pid, "ts": ts, "name": name, "args": {unit: value.round() as i64}}));
+            }
         }
     }
 }

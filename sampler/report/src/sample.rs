@@ -126,6 +126,7 @@ pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f
         interval_level: None,
         why_not_confirmed: "the contender was on throughout, or never while the GPU was saturated: no change to compare"
             .to_owned(),
+        demand: None,
     }
 }
 
@@ -267,6 +268,7 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
                 user: gpu * users + user,
                 shares: (0..windows).map(|at| (noise(at, gpu * 1000 + user) / (6.0 + user as f32 / 4.0)).max(0.0)).collect(),
                 memory: (0..windows).map(|at| Some(GIB + (at as u64 / 7 + user as u64) * 3_000_000)).collect(),
+                waits: Vec::new(),
             })
             .collect();
         let timeline = Timeline {

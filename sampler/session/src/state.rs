@@ -6,7 +6,7 @@
 //! A State frame may contain `Time`; for each present GPU `Opened` and the latest `Held`, `Readings` and `Clock`; for recently named
 //! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`. All of these state a current value, so reading one twice has no
 //! effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle and unobserved time,
-//! XIDs, waiting, `Left`, `Restarted`) are never in a State frame, nor are changes of wait probes.
+//! XIDs, waiting, `Left`, `Restarted`), changes of wait probes and readings of serving engines are never in a State frame.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -80,6 +80,7 @@ fn time_of(fact: &Fact) -> Option<BootNs> {
         Fact::Pressure(pressure) => Some(pressure.at),
         Fact::Waited(wait) => Some(wait.to),
         Fact::WaitProbe(probe) => Some(probe.at),
+        Fact::Engine(engine) => Some(engine.at),
         _ => None,
     }
 }
@@ -157,6 +158,7 @@ impl State {
                 known.pressure = Some(*pressure);
                 known.written
             }
+            Fact::Engine(engine) => self.containers.get(&engine.key).is_some_and(|known| known.written),
             Fact::ContainerGone { key, at } => {
                 let known = self.container(*key);
                 known.gone = Some(*at);

@@ -30,6 +30,7 @@ use self::output::{log, print};
 use crate::agent;
 use crate::config::{REFERENCE, Settings};
 use crate::reload::SettingsSource;
+use crate::serving::sockets::{self, COMMAND};
 
 /// Attribute GPU time to containers and export it as Prometheus metrics
 #[derive(Parser)]
@@ -61,6 +62,9 @@ enum Command {
     Config(Config),
     /// Print the completion script of a shell
     Completions(packaging::Completions),
+    /// Make sockets in network namespaces for an agent, which starts this itself
+    #[command(name = COMMAND, hide = true)]
+    EngineSockets(SocketHelper),
     /// Print the manual page of this program, or write the pages of it and of all its commands
     Man(packaging::ManArgs),
 }
@@ -72,6 +76,13 @@ struct Run {
     config: Option<PathBuf>,
     #[command(flatten)]
     settings: Settings,
+}
+
+#[derive(Args)]
+struct SocketHelper {
+    /// Refuse all other system calls
+    #[arg(long, action = clap::ArgAction::Set, default_value_t = true)]
+    seccomp: bool,
 }
 
 #[derive(Args)]
@@ -108,6 +119,7 @@ impl Cli {
                 print(&format!("{}: valid\n", file.display()))?;
             }
             Command::Config(_) => print(REFERENCE)?,
+            Command::EngineSockets(helper) => sockets::help(helper.seccomp)?,
             Command::Completions(completions) => completions.run(Self::command())?,
             Command::Man(man) => man.run(Self::command())?,
         }

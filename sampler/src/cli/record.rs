@@ -5,6 +5,7 @@
 //!                    Ctrl-C: POST sessions/ID/stop --^    second Ctrl-C: exit
 //! ```
 
+use std::collections::BTreeMap;
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -15,6 +16,8 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use hyper::Method;
+use sampler_core::fact::Fact;
+use sampler_core::observation::EngineFact;
 use sampler_session::trigger::Trigger;
 
 use tokio::net::TcpListener;
@@ -29,13 +32,14 @@ use crate::cli::text::{bytes, terminal_safe};
 use crate::config::{Config, Settings};
 use crate::export::live::LiveDocument;
 use crate::export::server;
-use crate::export::sessions::{SessionBody, StartedSession, WaitProbesBody};
+use crate::export::sessions::{EngineMetricsBody, SessionBody, StartedSession, WaitProbesBody};
 use crate::session::{self, Phase, SessionStatus};
 
 const EXAMPLES: &str = "\
 Examples:
   gpu-sampler record --duration 5m -o slow-training.gpus
   gpu-sampler record --lookback 2m --duration 10s       what just happened
+  gpu-sampler record --engine-metrics --duration 10m     with the latencies that serving engines report
   gpu-sampler record --trigger 'coactive>0.5 for 5s' --lookback 30s
   gpu-sampler report slow-training.gpus";
 
@@ -44,6 +48,8 @@ const POLL_INTERVAL: Duration = Duration::from_millis(500);
 const MAX_FAILED_POLLS: u32 = 10;
 /// For one chunk of the file.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
+/// Reasons of failed readings of serving engines that are printed; a report has all.
+const MAX_ENGINE_PROBLEMS: usize = 20;
 /// For the agent of this process to be ready, and for it to find GPUs.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const GPUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -72,6 +78,12 @@ pub struct Record {
     /// Wait for a condition such as coactive>0.5, temperature>85:gpu=0 or 'busy>0.9 for 5s'
     #[arg(long, value_name = "CONDITION")]
     trigger: Option<Trigger>,
+    /// Also record the metrics of serving engines (vLLM, SGLang, Triton, TGI) in containers with GPUs; a running agent needs engine_access
+    #[arg(long)]
+    engine_metrics: bool,
+    /// How often the metrics of serving engines are read; 1s to 60s
+    #[arg(long, value_name = "TIME", default_value = "5s", value_parser = humantime::parse_duration)]
+    engine_every: Duration,
     /// Agent to query [default: the one at --listen if it runs, else sample in this process, as `run` does]
     #[arg(long, value_name = "URL")]
     agent: Option<String>,
@@ -143,6 +155,7 @@ impl Record {
             eprintln!("--lookback has no effect: there are no samples from before this command.");
         }
         let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
+        config.engine_access = self.engine_metrics;
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
         config.session_store = None;
@@ -153,7 +166,8 @@ impl Record {
         let address = listener.local_addr().context("cannot read the address of the socket")?;
         let client = Client::new(&AgentAccess::plain(format!("http://{address}")))?;
         let (stop, stopped) = tokio::sync::oneshot::channel::<()>();
-        let serving = agent::serve(Arc::new(config), Surroundings::default(), TcpListener::from_std(listener)?, async {
+        let surroundings = Surroundings { namespace_helper: agent::namespace_helper(&config)?, ..Surroundings::default() };
+        let serving = agent::serve(Arc::new(config), surroundings, TcpListener::from_std(listener)?, async {
             // The sender is dropped to stop the agent.
             let _dropped = stopped.await;
         });
@@ -185,6 +199,10 @@ impl Record {
             containers: self.container.clone(),
             namespaces: self.namespace.clone(),
             wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
+            engine_metrics: self.engine_metrics.then(|| EngineMetricsBody {
+                every_seconds: self.engine_every.as_secs_f64(),
+                rules: self.settings.engine_rules.clone().unwrap_or_default(),
+            }),
         };
         let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
         let StartedSession { id } = document(client.url(), &body)?;
@@ -214,6 +232,9 @@ impl Record {
         let recorded = session::read(&file)?;
         for damage in &recorded.damage {
             eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
+        }
+        for problem in engine_problems(&recorded.facts) {
+            eprintln!("gpu-sampler: {}", terminal_safe(&problem));
         }
         if recorded.end.is_none() && status.error.is_none() {
             eprintln!("gpu-sampler: {} is incomplete: the file ends before the session did", file.display());
@@ -407,6 +428,18 @@ fn progress_line(status: &SessionStatus) -> String {
         frames => format!(", {frames} frames dropped: the agent's disk is slow"),
     };
     format!("{} {elapsed:.0} of {duration:.0} s, {}{dropped}", status.state.name(), bytes(status.size_bytes))
+}
+
+/// Why metrics of serving engines were not read: each reason of each engine once, with the number of readings.
+fn engine_problems(facts: &[Fact]) -> Vec<String> {
+    let mut counts: BTreeMap<(&str, u32, &str), usize> = BTreeMap::new();
+    for fact in facts {
+        if let Fact::Engine(EngineFact { engine, pid, problem: Some(problem), .. }) = fact {
+            *counts.entry((engine, *pid, problem)).or_default() += 1;
+        }
+    }
+    let line = |((engine, pid, problem), n)| format!("{n} readings of the engine {engine} (process {pid}) failed: {problem}");
+    counts.into_iter().map(line).take(MAX_ENGINE_PROBLEMS).collect()
 }
 
 /// Quoted for a shell where needed.

@@ -13,6 +13,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::collectors::Selection;
+use crate::engine_rules::EngineRules;
 use crate::host_name::HostName;
 use crate::objects::StoreUrl;
 use crate::privileges::CapabilitySet;
@@ -174,6 +175,12 @@ pub struct Settings {
     /// Refuse system calls that the agent never needs, such as execve, with a seccomp filter [default: true]
     #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_SECCOMP")]
     pub seccomp: Option<bool>,
+    /// Allow sessions to read the metrics of serving engines in containers, by a helper process that keeps CAP_SYS_ADMIN [default: false]
+    #[arg(long, value_name = "BOOL", num_args = 0..=1, default_missing_value = "true", env = "GPU_SAMPLER_ENGINE_ACCESS")]
+    pub engine_access: Option<bool>,
+    /// Metrics of a serving engine, as NAME=PATH,METRIC=MEANING,..; repeatable or separated by semicolons [default: those of known ones]
+    #[arg(long = "engine-rule", value_name = "RULE", value_delimiter = ';', env = "GPU_SAMPLER_ENGINE_RULE")]
+    pub engine_rules: Option<Vec<String>>,
     /// File with the bearer tokens required from clients other than loopback, one a line; read again when it changes
     #[arg(long, value_name = "PATH", env = "GPU_SAMPLER_TOKEN_FILE")]
     pub token_file: Option<PathBuf>,
@@ -218,6 +225,9 @@ pub struct Config {
     pub session_store: Option<StoreUrl>,
     pub kept_capabilities: CapabilitySet,
     pub seccomp: bool,
+    pub engine_access: bool,
+    /// In addition to those of known engines.
+    pub engine_rules: Vec<Arc<EngineRules>>,
     pub token_file: Option<PathBuf>,
     pub web_config_file: Option<PathBuf>,
     pub open_metrics: bool,
@@ -322,6 +332,8 @@ impl Settings {
             session_store: self.session_store.or(under.session_store),
             keep_capability: self.keep_capability.or(under.keep_capability),
             seccomp: self.seccomp.or(under.seccomp),
+            engine_access: self.engine_access.or(under.engine_access),
+            engine_rules: self.engine_rules.or(under.engine_rules),
             token_file: self.token_file.or(under.token_file),
             web_config_file: self.web_config_file.or(under.web_config_file),
             open_metrics: self.open_metrics.or(under.open_metrics),
@@ -381,6 +393,8 @@ impl Settings {
             session_store: s.session_store.map(|url| values::session_store(&url)).transpose()?,
             kept_capabilities: values::kept_capabilities(s.keep_capability)?,
             seccomp: s.seccomp.unwrap_or(true),
+            engine_access: s.engine_access.unwrap_or(false),
+            engine_rules: values::engine_rules(s.engine_rules)?,
             token_file: s.token_file,
             web_config_file: s.web_config_file,
             open_metrics: s.open_metrics.unwrap_or(false),
@@ -461,6 +475,8 @@ mod tests {
             "allowed_host = ['b:443']",
             "allowed_host = \"b:443\" is invalid: every port of the host is accepted: omit the port",
         );
+        check("engine_rules = ['a=/metrics,b=waiting']", "ok");
+        check("engine_rules = ['a=/stop,b=waiting']", "engine_rules = \"a=/stop,b=waiting\" is invalid: invalid engine rule");
         check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is invalid: expected a percentage");
     }
 
@@ -495,6 +511,8 @@ mod tests {
                 && read.node_name.is_some()
                 && read.keep_capability.is_some()
                 && read.seccomp == Some(true)
+                && read.engine_access == Some(false)
+                && read.engine_rules.is_some()
                 && read.token_file.is_some()
                 && read.web_config_file.is_some()
                 && read.open_metrics.is_some()

@@ -7,6 +7,7 @@ use sampler_labels::Source;
 
 use super::{ConfigError, DEFAULT_KERNEL_RING_BYTES, MIN_KERNEL_RING_BYTES};
 use crate::collectors::Selection;
+use crate::engine_rules::{EngineRules, MAX_RULES, RuleError};
 use crate::host_name::HostName;
 use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
@@ -64,6 +65,20 @@ pub(super) fn kept_capabilities(names: Option<Vec<String>>) -> Result<Capability
         value: name,
         remedy: "expected the name of a capability, such as sys_admin, or all".into(),
     })
+}
+
+pub(super) fn engine_rules(rules: Option<Vec<String>>) -> Result<Vec<Arc<EngineRules>>, ConfigError> {
+    let key = "engine_rules";
+    let rules: Vec<String> = rules.into_iter().flatten().filter(|rule| !rule.trim().is_empty()).collect();
+    if rules.len() > MAX_RULES {
+        let remedy = format!("expected at most {MAX_RULES} rules");
+        return Err(ConfigError::Value { key, value: rules.len().to_string(), remedy });
+    }
+    let parsed = |text: String| match text.parse() {
+        Ok(rules) => Ok(Arc::new(rules)),
+        Err(error) => Err(ConfigError::Value { key, value: text, remedy: RuleError::to_string(&error) }),
+    };
+    rules.into_iter().map(parsed).collect()
 }
 
 pub(super) fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<PathBuf, ConfigError> {

@@ -176,6 +176,7 @@ mod tests {
             procfs: config.path_procfs.clone(),
             node: String::new(),
             saturation_percent: 90,
+            engines: tokio::sync::watch::channel(None).0,
         };
         let store = Store::new(config.session_dir.clone(), config.session_dir_max_bytes);
         let recorder = Recorder::spawn(store, sources, config.session_ring_bytes).unwrap();

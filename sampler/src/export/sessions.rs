@@ -2,6 +2,7 @@
 
 use std::io::Read as _;
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::{Body, Bytes};
 use axum::extract::rejection::QueryRejection;
@@ -20,10 +21,14 @@ use super::catalogue::sessions as families;
 use super::encode::Page;
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
+use crate::engine_rules::{MAX_RULES, RuleError};
 use crate::error::display_chain;
-use crate::wait_selector::{SelectorError, WaitSelector};
+use crate::serving::{DEFAULT_EVERY, EngineRequest, MAX_EVERY, MIN_EVERY};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
+use crate::wait_selector::{SelectorError, WaitSelector};
 
+const NO_ENGINE_ACCESS: &str = "engine_metrics: this agent may not read the metrics of serving engines in containers: set engine_access = true \
+                                in its configuration, give it CAP_SYS_ADMIN, and restart it (docs/serving-engines.md)";
 /// Size of the chunks of a download.
 const CHUNK_BYTES: usize = 256 << 10;
 /// Names in a list of a request, and their length.
@@ -66,6 +71,9 @@ pub struct SessionBody {
     /// `true`, or the selection of processes whose waiting is measured.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait_probes: Option<WaitProbesBody>,
+    /// Record the metrics of serving engines.
+    #[serde(default)]
+    pub engine_metrics: Option<EngineMetricsBody>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -81,6 +89,20 @@ impl WaitProbesBody {
             Self::All(all) => Ok(all.then_some(WaitSelector::All)),
             Self::Selection(text) => text.parse().map(Some).map_err(|error: SelectorError| bad(format!("wait_probes: {error}"))),
         }
+    }
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct EngineMetricsBody {
+    pub every_seconds: f64,
+    /// As NAME=PATH,METRIC=MEANING,..
+    pub rules: Vec<String>,
+}
+
+impl Default for EngineMetricsBody {
+    fn default() -> Self {
+        Self { every_seconds: DEFAULT_EVERY.as_secs_f64(), rules: Vec::new() }
     }
 }
 
@@ -104,6 +126,18 @@ fn names(field: &str, names: Vec<String>) -> Result<Vec<String>, ErrorResponse> 
     Ok(names)
 }
 
+impl EngineMetricsBody {
+    fn request(self) -> Result<EngineRequest, ErrorResponse> {
+        let (from, to) = (MIN_EVERY.as_secs_f64(), MAX_EVERY.as_secs_f64());
+        let every = Duration::from_nanos(seconds("engine_metrics.every_seconds", self.every_seconds, from, to)?);
+        if self.rules.len() > MAX_RULES {
+            return Err(bad(format!("invalid engine_metrics.rules: give at most {MAX_RULES} rules")));
+        }
+        let rule = |text: &String| text.parse().map(Arc::new).map_err(|error: RuleError| bad(error.to_string()));
+        Ok(EngineRequest { every, rules: self.rules.iter().map(rule).collect::<Result<_, _>>()? })
+    }
+}
+
 impl SessionBody {
     fn request(self) -> Result<Request, ErrorResponse> {
         let trigger = self.trigger.map(|text| text.parse::<Trigger>().map_err(|error| bad(format!("trigger: {error}"))));
@@ -119,6 +153,7 @@ impl SessionBody {
                 from_ns: None,
                 to_ns: None,
             },
+            engines: self.engine_metrics.map(EngineMetricsBody::request).transpose()?,
         })
     }
 }
@@ -173,7 +208,15 @@ pub fn router() -> Router<Arc<AppState>> {
 
 async fn start(State(state): State<Arc<AppState>>, request: HttpRequest) -> Result<impl IntoResponse, ErrorResponse> {
     let body: SessionBody = body(request, BODY_TIMEOUT).await?;
-    let id = state.recorder.start(body.request()?).await?;
+    let mut request = body.request()?;
+    if let Some(engines) = &mut request.engines {
+        let config = state.config();
+        if !config.engine_access {
+            return Err(ErrorResponse(StatusCode::CONFLICT, NO_ENGINE_ACCESS.into()));
+        }
+        engines.rules.splice(0..0, config.engine_rules.iter().cloned());
+    }
+    let id = state.recorder.start(request).await?;
     Ok((StatusCode::CREATED, Json(StartedSession { id })))
 }
 
@@ -261,8 +304,6 @@ pub fn metrics(view: &RecorderView, uploads: Option<Vec<(&'static str, f64)>>, t
 
 #[cfg(test)]
 mod tests {
-    use std::time::Duration;
-
     use super::*;
 
     fn check(body: &str, expect: &str) {
@@ -321,6 +362,12 @@ mod tests {
         check(r#"{"duration_seconds": 1, "lookback_seconds": -1}"#, "invalid lookback_seconds = -1:");
         check(r#"{"duration_seconds": 1, "trigger": "x>1"}"#, "trigger: unknown measure \"x\"");
         check(r#"{"duration_seconds": 1, "gpus": [""]}"#, "invalid gpus:");
+        check(r#"{"duration_seconds": 1, "engine_metrics": {}}"#, "engines: Some(EngineRequest { every: 5s, rules: [] })");
+        check(
+            r#"{"duration_seconds": 1, "engine_metrics": {"every_seconds": 0.1}}"#,
+            "invalid engine_metrics.every_seconds = 0.1:",
+        );
+        check(r#"{"duration_seconds": 1, "engine_metrics": {"rules": ["a=/x,b=waiting"]}}"#, "invalid engine rule");
         check(r#"{"duration_seconds": 1, "lookbak": 3}"#, "unknown field `lookbak`");
     }
 

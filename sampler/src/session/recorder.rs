@@ -64,7 +64,7 @@ pub struct Recorder(Arc<RecorderShared>);
 /// Whether a fact must be kept even if facts arrive faster than they are encoded: the state must stay correct.
 fn changes_state(fact: &Fact) -> bool {
     match fact {
-        Fact::Time { .. } | Fact::Pressure(_) | Fact::Waited(_) => false,
+        Fact::Time { .. } | Fact::Pressure(_) | Fact::Waited(_) | Fact::Engine(_) => false,
         Fact::Gpu { fact, .. } => matches!(fact, GpuFact::Opened(_) | GpuFact::Gone),
         _ => true,
     }

@@ -3,6 +3,7 @@
 use sampler_session::View;
 use sampler_session::trigger::Trigger;
 
+use crate::serving::EngineRequest;
 use crate::wait_selector::WaitSelector;
 
 pub const MAX_DURATION_S: f64 = 86_400.0;
@@ -17,4 +18,6 @@ pub struct Request {
     pub view: View,
     /// Processes whose waiting is measured while the session records.
     pub wait_probes: Option<WaitSelector>,
+    /// The metrics of serving engines are recorded.
+    pub engines: Option<EngineRequest>,
 }

@@ -20,11 +20,11 @@ const PACKAGES: [(&str, &[&[&str]]); 13] = [
     (
         "sampler/src",
         &[
-            &["allocator", "error", "collectors", "host_name", "host_root", "objects", "privileges"],
+            &["allocator", "engine_rules", "error", "collectors", "host_name", "host_root", "objects", "privileges"],
             &["config", "health", "query", "security"],
             &["inbox", "service_notify"],
             &["observe"],
-            &["labels"],
+            &["labels", "serving"],
             &["explain", "session"],
             &["core_thread"],
             &["export"],

@@ -54,7 +54,7 @@ labels:
 {{- end }}
 
 {{- define "gpu-sampler.capabilities" -}}
-[BPF, PERFMON, SYS_PTRACE, DAC_READ_SEARCH, SYS_RESOURCE]
+[BPF, PERFMON, SYS_PTRACE, DAC_READ_SEARCH, SYS_RESOURCE{{ if .Values.config.engine_access }}, SYS_ADMIN{{ end }}]
 {{- end }}
 
 {{/* One probe: over HTTP, or as a command where the server requires a client certificate. */}}

@@ -21,8 +21,8 @@ pub use device::{DeviceAccount, Duty};
 pub use divide::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 pub use engine_account::Credit;
 pub use holders::Held;
-pub use waits::{Waits, window_parts};
 pub use settings::{Range, SATURATION_RATIO, Settings, WINDOW_NS};
+pub use waits::{Waits, window_parts};
 
 use crate::fact::{AttributedProcess, Fact, GpuFact, User};
 use crate::units::{BootNs, ContainerKey, WallTime};
@@ -73,7 +73,8 @@ impl Aggregate {
             | Fact::Comm { .. }
             | Fact::Pressure(_)
             | Fact::Waited(_)
-            | Fact::WaitProbe(_) => {}
+            | Fact::WaitProbe(_)
+            | Fact::Engine(_) => {}
         }
     }
 

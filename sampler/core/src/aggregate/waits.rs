@@ -207,7 +207,11 @@ mod tests {
             let some = if shared { waited } else { 0.3 + baseline };
             waits.apply(&reading(n * S, (n + 1) * S, (some * S as f64) as u64));
             let own = (User::Container(KEY), 0.3);
-            waits.closed(0, n, &window(if shared { &[(User::Container(KEY), 0.3), (OTHER, 0.6)] } else { std::slice::from_ref(&own) }));
+            waits.closed(
+                0,
+                n,
+                &window(if shared { &[(User::Container(KEY), 0.3), (OTHER, 0.6)] } else { std::slice::from_ref(&own) }),
+            );
         }
         let now = BootNs(40 * S + SETTLE_NS);
         waits.settle(now);

@@ -92,6 +92,7 @@ impl Identity {
             | Observation::Pressure(_)
             | Observation::Waited(_)
             | Observation::WaitProbe(_)
+            | Observation::Engine(_)
             | Observation::ClockAdvanced { .. } => {}
         }
     }

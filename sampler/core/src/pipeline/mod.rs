@@ -130,6 +130,7 @@ impl Core {
             Observation::Pressure(pressure) => self.push_fact(Fact::Pressure(pressure)),
             Observation::Waited(reading) => self.waited(*reading),
             Observation::WaitProbe(change) => self.wait_probe(*change),
+            Observation::Engine(engine) => self.push_fact(Fact::Engine(engine)),
             Observation::ClockAdvanced { at, wall } => {
                 for slot in 0..self.devices.len() {
                     let mut facts = Vec::new();
@@ -174,12 +175,14 @@ impl Core {
             users.extend(gpu.holders().users());
             users.extend(gpu.containers().into_iter().map(User::Container));
         }
-        let user = |tgid: Tgid, start: BootNs, membership: &CgroupMembership| {
-            match self.identity.cgroups.container_of(membership, BootNs(u64::MAX)) {
-                Ok(Some(key)) => Some(User::Container(key)),
-                Ok(None) => Some(User::Host(HostProcess { pid: tgid.0, start })),
-                Err(_) => None,
-            }
+        let user = |tgid: Tgid, start: BootNs, membership: &CgroupMembership| match self
+            .identity
+            .cgroups
+            .container_of(membership, BootNs(u64::MAX))
+        {
+            Ok(Some(key)) => Some(User::Container(key)),
+            Ok(None) => Some(User::Host(HostProcess { pid: tgid.0, start })),
+            Err(_) => None,
         };
         let process = |(tgid, start, membership)| {
             let user = user(tgid, start, &membership).filter(|user| users.contains(user))?;

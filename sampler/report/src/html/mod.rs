@@ -7,6 +7,7 @@
 mod contention;
 mod data;
 mod digest;
+mod engines;
 mod markup;
 
 use std::collections::HashMap;
@@ -59,6 +60,7 @@ pub fn html(report: &Report) -> String {
     if report.gpus.is_empty() {
         page.add("<p class=\"card quiet\">The report has no GPU.</p>");
     }
+    page.engines();
     page.foot();
     page.out
 }

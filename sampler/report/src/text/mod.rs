@@ -1,6 +1,7 @@
 //! The report as text, for a terminal or a pipe: problems first, then the findings, then each GPU.
 
 mod contention;
+mod engines;
 mod lanes;
 
 use super::layout::{Column, Ink, Table, fit, terminal_safe};
@@ -33,6 +34,7 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     if report.gpus.is_empty() {
         page.page.heading("The report has no GPU.");
     }
+    page.engines();
     page.explanations();
     page.page.finish()
 }

@@ -4,6 +4,7 @@ use super::generate::{Node, Random, SECOND, START};
 use crate::State;
 use sampler_core::device::Reason;
 use sampler_core::fact::*;
+use sampler_core::observation::EngineFact;
 use sampler_core::units::{BootNs, ContainerKey, GpuNs};
 
 fn container(key: u64) -> Fact {
@@ -52,6 +53,17 @@ fn a_container_is_emitted_when_first_named() {
         [sample(3, C1), container(1)],
         "named before its container fact"
     );
+}
+
+#[test]
+fn a_serving_engine_is_emitted_if_its_container_is_and_is_in_no_state() {
+    let engine =
+        |key| Fact::Engine(EngineFact { key: ContainerKey(key), at: BootNs(START + 9 * SECOND), ..EngineFact::default() });
+    let mut state = State::default();
+    assert_eq!(follow(&mut state, &[container(1), engine(1), engine(2)]), []);
+    assert_eq!(follow(&mut state, &[sample(1, C1), engine(1)]), [container(1), sample(1, C1), engine(1)]);
+    assert!(!state.facts().iter().any(|fact| matches!(fact, Fact::Engine(_))));
+    assert_eq!(state.now(), BootNs(START + 9 * SECOND));
 }
 
 #[test]

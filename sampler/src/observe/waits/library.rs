@@ -211,7 +211,8 @@ mod tests {
 
     #[test]
     fn only_code_of_the_driver_library_is_found_in_maps() {
-        let line = |permissions: &str, path: &str| format!("7f00-7f10 {permissions} 00001000 fd:01 1234                       {path}");
+        let line =
+            |permissions: &str, path: &str| format!("7f00-7f10 {permissions} 00001000 fd:01 1234                       {path}");
         for (permissions, path, expect) in [
             ("r-xp", "/usr/lib/x86_64-linux-gnu/libcuda.so.580.95.05", true),
             ("r-xp", "/usr/local/cuda/compat/libcuda.so.1", true),

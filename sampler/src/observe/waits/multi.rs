@@ -86,7 +86,9 @@ pub struct MultiLink(#[expect(dead_code, reason = "closing it detaches")] OwnedF
 
 fn data(map: &Map) -> Option<&MapData> {
     match map {
-        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) | Map::PerfEventArray(data) => Some(data),
+        Map::Array(data) | Map::HashMap(data) | Map::PerCpuArray(data) | Map::RingBuf(data) | Map::PerfEventArray(data) => {
+            Some(data)
+        }
         _ => None,
     }
 }
@@ -180,4 +182,3 @@ pub fn attach(program: &MultiProgram, file: &Path, offsets: &[u64], is_return: b
 fn descriptor(fd: &OwnedFd) -> u32 {
     fd.as_raw_fd().cast_unsigned()
 }
-

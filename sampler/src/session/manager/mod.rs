@@ -25,6 +25,7 @@ use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, WallTime};
 use sampler_session::trigger::{Fired, Watch};
 use sampler_session::{End, Frame, Header, PackError, Packer, State};
+use tokio::sync::watch;
 
 use super::enrich::{self, Comms};
 use super::request::Request;
@@ -34,6 +35,7 @@ use super::writer::{self, Item};
 use crate::error::display_chain;
 use crate::labels::LabelView;
 use crate::observe::waits::{Requester, WaitRequests};
+use crate::serving::EngineRequest;
 
 const SECOND_NS: u64 = 1_000_000_000;
 /// The time span of a frame, which is the loss in a crash.
@@ -61,6 +63,8 @@ pub struct SessionInputs {
     pub node: String,
     /// The saturation threshold of contention in the agent.
     pub saturation_percent: u8,
+    /// Which metrics of serving engines the sessions that record want.
+    pub engines: watch::Sender<Option<Arc<EngineRequest>>>,
 }
 
 pub struct SessionManager {
@@ -197,6 +201,21 @@ impl SessionManager {
         self.check_triggers(now, wall);
         self.end_wait_probes(now);
         self.end_due(now);
+        self.request_engines(now);
+    }
+
+    /// Has engines read while a session that wants them counts.
+    fn request_engines(&self, now: BootNs) {
+        let counts = |session: &&RunningSession| matches!(&session.phase, LivePhase::Recording(recording) if now < recording.end);
+        let wanted =
+            EngineRequest::union(self.sessions.iter().filter(counts).filter_map(|session| session.request.engines.as_ref()));
+        self.sources.engines.send_if_modified(|present| {
+            let is_other = present.as_deref() != wanted.as_ref();
+            if is_other {
+                *present = wanted.map(Arc::new);
+            }
+            is_other
+        });
     }
 
     /// Closes a frame.
@@ -306,6 +325,7 @@ impl SessionManager {
             if request.trigger.is_some() { "session waits for its trigger" } else { "session started" }
         );
         self.sessions.push(RunningSession { id: id.clone(), request, phase });
+        self.request_engines(now);
         Ok(id)
     }
 

@@ -77,6 +77,7 @@ impl Bench {
             procfs: dir.path().to_owned(),
             node: "node".into(),
             saturation_percent: 90,
+            engines: tokio::sync::watch::channel(None).0,
         };
         let mut manager = SessionManager::new(sources, Arc::clone(&store), ring_bytes).unwrap();
         manager.facts(&[opened(), container()], boot(0));
@@ -120,6 +121,31 @@ impl Bench {
 
 fn request(duration: u64, lookback: u64) -> Request {
     Request { duration_ns: duration * SECOND_NS, lookback_ns: lookback * SECOND_NS, ..Request::default() }
+}
+
+#[test]
+fn serving_engines_are_requested_while_a_session_that_wants_them_counts() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let requests = bench.manager.sources.engines.subscribe();
+    let every = || requests.borrow().as_ref().map(|request| request.every.as_secs());
+    let wanted = |duration, every| Request {
+        engines: Some(EngineRequest { every: Duration::from_secs(every), rules: Vec::new() }),
+        ..request(duration, 0)
+    };
+    bench.until(10);
+    bench.start(&request(100, 0));
+    assert_eq!(every(), None);
+    bench.start(&wanted(30, 5));
+    assert_eq!(every(), Some(5));
+    bench.start(&wanted(10, 2));
+    assert_eq!(every(), Some(2));
+    let armed = Request { trigger: Some("busy>0.9".parse().unwrap()), ..wanted(10, 1) };
+    bench.start(&armed);
+    assert_eq!(every(), Some(2));
+    bench.until(25);
+    assert_eq!(every(), Some(5));
+    bench.until(45);
+    assert_eq!(every(), None);
 }
 
 #[test]
