@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
+use crate::experiment::ExperimentFact;
 use crate::observation::{PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
@@ -62,6 +63,8 @@ pub enum Fact {
         comm: String,
     },
     Pressure(PressureFact),
+    /// A freezing experiment; written on request, by no part of the aggregation.
+    Experiment(ExperimentFact),
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

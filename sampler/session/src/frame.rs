@@ -18,7 +18,7 @@ pub const MARKER: [u8; 8] = *b"\x89GPUS\r\n\x1a";
 /// Files of another major version cannot be read. Their frame heads have the layout described here.
 pub const MAJOR: u8 = 1;
 /// Later minor versions may add kinds of frames, kinds of facts, and fields at the end of a record.
-pub const MINOR: u8 = 2;
+pub const MINOR: u8 = 3;
 pub const HEAD_BYTES: usize = 28;
 /// Longest decompressed payload: bounds the memory of a reader, whatever length a file states.
 pub const MAX_RAW_BYTES: usize = 16 << 20;

@@ -62,7 +62,7 @@ impl Aggregate {
                     gpu.forget(|known| known == key);
                 }
             }
-            Fact::ContainerForgotten { .. } | Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) => {}
+            Fact::ContainerForgotten { .. } | Fact::Labels(_) | Fact::Comm { .. } | Fact::Pressure(_) | Fact::Experiment(_) => {}
         }
     }
 
