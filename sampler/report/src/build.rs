@@ -3,6 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
+use super::experiments;
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
@@ -179,8 +180,9 @@ impl Builder<'_> {
         };
         let mut users: BTreeMap<User, UserReport> = BTreeMap::new();
         let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
+        let mut observed: Vec<(&str, &GatheredGpu)> = Vec::new();
+        let empty = GatheredGpu::default();
         for (slot, device) in self.aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
-            let empty = GatheredGpu::default();
             let gpu_facts = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
             if !selects_gpu(view, &device.info.uuid.0, device.info.index) {
                 continue;
@@ -193,6 +195,7 @@ impl Builder<'_> {
                 users.entry(user).or_insert_with(|| describe(user, &self.gathered)).gpus.push(usage);
             }
             timelines.push(self.timeline(device, gpu_facts, windows));
+            observed.push((&device.info.uuid.0, gpu_facts));
         }
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
@@ -210,6 +213,8 @@ impl Builder<'_> {
         let index = |uuid: &str| report.gpus.iter().position(|gpu| gpu.uuid == uuid);
         report.timelines.sort_by_key(|timeline| index(&timeline.uuid));
         report.gaps.sort_by_key(|gap| gap.from);
+        report.experiments = experiments::evaluate(&self.gathered, &observed, &|at| self.wall(at));
+        experiments::attach(&mut report);
         report.findings = findings(&report);
         report
     }
@@ -345,6 +350,7 @@ impl Builder<'_> {
             interval: result.interval,
             interval_level: result.interval.map(|_| LEVEL),
             why_not_confirmed: result.why_not,
+            experiment: None,
         }
     }
 

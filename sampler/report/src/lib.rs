@@ -9,9 +9,11 @@ mod build;
 mod causes;
 mod compare;
 mod csv;
+mod experiments;
 mod findings;
 mod fleet;
 mod format;
+mod freeze;
 mod gather;
 mod html;
 mod json;
@@ -40,7 +42,7 @@ pub use layout::terminal_safe;
 pub use model::*;
 pub use page::TextOptions;
 pub use perfetto::perfetto;
-pub use text::text;
+pub use text::{experiments_text, text};
 pub use user_name::{UserName, short_id};
 
 #[cfg(test)]

@@ -125,6 +125,7 @@ pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f
         interval_level: None,
         why_not_confirmed: "the contender was on throughout, or never while the GPU was saturated: no change to compare"
             .to_owned(),
+        experiment: None,
     }
 }
 
@@ -204,6 +205,7 @@ pub fn report() -> Report {
             .to_owned(),
     }];
     Report {
+        experiments: Vec::new(),
         format: FORMAT,
         start: START,
         duration_seconds: 60.0,

@@ -1,6 +1,7 @@
 //! The report as text, for a terminal or a pipe: problems first, then the findings, then each GPU.
 
 mod contention;
+mod experiments;
 mod lanes;
 
 use super::layout::{Column, Ink, Table, fit, terminal_safe};
@@ -27,6 +28,7 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     page.summary();
     page.problems();
     page.findings();
+    page.experiments();
     for gpu in &report.gpus {
         page.gpu(gpu);
     }
@@ -34,6 +36,14 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
         page.page.heading("The report has no GPU.");
     }
     page.explanations();
+    page.page.finish()
+}
+
+/// The experiments of the report alone, as `gpu-sampler experiment` prints them.
+pub fn experiments_text(report: &Report, options: &TextOptions) -> String {
+    let mut page = TextPage { report, names: Names::new(report), page: Page::new(options) };
+    page.problems();
+    page.experiments();
     page.page.finish()
 }
 
@@ -124,7 +134,7 @@ impl TextPage<'_> {
         let has_contenders = self.report.users.iter().flat_map(|user| &user.gpus).any(|usage| !usage.contenders.is_empty());
         if has_contenders {
             self.page.line("");
-            for evidence in [Evidence::Coactive, Evidence::OnOffConfirmed] {
+            for evidence in words::explained_grades(self.report) {
                 self.page.wrap("", &format!("{}: {}", evidence.name(), words::meaning(evidence)));
             }
         }
