@@ -22,6 +22,7 @@ use crate::export::ledger::Ledger;
 use crate::export::rejections::Rejections;
 use crate::export::server;
 use crate::export::state::AppState;
+use crate::freeze::{RuntimeDir, ThawWatch};
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::inbox;
@@ -170,6 +171,13 @@ pub async fn serve(
     let pressure = pressure::start(&layout, &config.path_procfs, descriptors, pressure_context)
         .context("cannot start the thread pressure")?;
     let recorder = recorder(&config, &labels, &snapshot)?;
+    let thaw_watch = ThawWatch {
+        runtime_dir: RuntimeDir::new(&config.runtime_dir),
+        layout: layout.clone(),
+        procfs: config.path_procfs.clone(),
+        stop: Arc::clone(&stop),
+    };
+    thaw_watch.start().context("cannot start the thread thaw-watch")?;
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };
     let core = CoreThread {

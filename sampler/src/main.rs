@@ -9,6 +9,7 @@ mod core_thread;
 mod error;
 mod explain;
 mod export;
+mod freeze;
 mod health;
 mod host_name;
 mod host_root;
