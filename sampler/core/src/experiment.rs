@@ -63,6 +63,7 @@ pub struct ExperimentSchedule {
 
 /// A statement about an experiment.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum ExperimentFact {
     Schedule(ExperimentSchedule),
     /// The suspect was frozen: all of its processes were stopped from `from` to `to`.

@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Write as _};
-use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _};
+use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as _, PermissionsExt as _};
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
@@ -75,7 +75,14 @@ impl RuntimeDir {
 
     /// Creates the folder if it does not exist.
     pub fn create(&self) -> Result<(), RuntimeDirError> {
-        let created = fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0);
+        let created = (|| {
+            if self.0.is_dir() {
+                return Ok(());
+            }
+            fs::DirBuilder::new().recursive(true).mode(0o755).create(&self.0)?;
+            // Whatever the umask: an agent of another user reads it.
+            fs::set_permissions(&self.0, fs::Permissions::from_mode(0o755))
+        })();
         created.map_err(|source| RuntimeDirError::Create { path: self.0.clone(), source })?;
         let meta = fs::metadata(&self.0).map_err(|source| self.error("read", self.0.clone(), source))?;
         if is_trusted(&meta) { Ok(()) } else { Err(RuntimeDirError::Foreign { path: self.0.clone() }) }
@@ -102,6 +109,7 @@ impl RuntimeDir {
         let (path, part) = (self.state_path(), self.0.join(format!(".{STATE}.{}", std::process::id())));
         let written = (|| {
             let mut file = OpenOptions::new().write(true).create(true).truncate(true).mode(0o644).open(&part)?;
+            file.set_permissions(fs::Permissions::from_mode(0o644))?;
             file.write_all(&serde_json::to_vec(state)?)?;
             fs::rename(&part, &path)
         })();
@@ -136,8 +144,6 @@ impl RuntimeDir {
 
 #[cfg(test)]
 mod tests {
-    use std::os::unix::fs::PermissionsExt as _;
-
     use super::*;
 
     fn state() -> FrozenRecord {

@@ -101,6 +101,15 @@ pub struct ExperimentArgs {
     access: AccessArgs,
 }
 
+/// Where an experiment runs.
+struct Trial<'a> {
+    client: &'a Client,
+    /// Path of the session in the API.
+    session: &'a str,
+    procfs: &'a Path,
+    runtime_dir: &'a RuntimeDir,
+}
+
 fn time_within(text: &str, range: &std::ops::RangeInclusive<u64>, expected: &str) -> Result<Duration, String> {
     let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
     let is_within = u64::try_from(time.as_nanos()).is_ok_and(|ns| range.contains(&ns));
@@ -164,7 +173,8 @@ impl ExperimentArgs {
         suspect.check_thawed()?;
         let design = self.design();
         let session = self.start_session(&client, &design).await?;
-        let ran = self.run_bursts(&client, &session, config, &runtime_dir, &suspect, &victim, design).await;
+        let trial = Trial { client: &client, session: &session, procfs: &config.path_procfs, runtime_dir: &runtime_dir };
+        let ran = trial.run(&suspect, victim, &design).await;
         // Whatever happened, the session ends; it stays on the agent if it cannot be fetched.
         let stopped = call(&client, Method::POST, &format!("{session}/stop"), Vec::new()).await;
         match ran.with_context(|| format!("the experiment ended early; {} runs again", suspect.name))? {
@@ -191,29 +201,6 @@ impl ExperimentArgs {
         let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
         let StartedSession { id } = document(client.url(), &body)?;
         Ok(format!("/api/v1/sessions/{id}"))
-    }
-
-    #[expect(clippy::too_many_arguments, reason = "the parts of one experiment, used once")]
-    async fn run_bursts(
-        &self,
-        client: &Client,
-        session: &str,
-        config: &Config,
-        runtime_dir: &RuntimeDir,
-        suspect: &FrozenSubject,
-        victim: &str,
-        design: ExperimentDesign,
-    ) -> anyhow::Result<BurstsOutcome> {
-        let mut signals = Signals::new()?;
-        let guard = GuardHandle::start(suspect.freezer.clone(), runtime_dir, &config.path_procfs).await?;
-        let schedule = design.draw(victim.to_owned(), suspect.path.clone(), boot_now().plus(LEAD_NS));
-        let fact = ExperimentFact::Schedule(schedule.clone());
-        call(client, Method::POST, &format!("{session}/experiment"), serde_json::to_vec(&fact)?).await?;
-        eprintln!("{}", announcement(&schedule, &suspect.name));
-        let mut bursts = Bursts { client, session, schedule: &schedule, guard, signals: &mut signals };
-        let outcome = bursts.run().await;
-        bursts.guard.stop()?;
-        outcome
     }
 
     /// Waits until the stopped session ends, fetches its file and reports it.
@@ -245,6 +232,22 @@ impl ExperimentArgs {
         let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
         let options = TextOptions { width: terminal_width(), colour: use_colours(is_terminal), unicode: true };
         print(&experiments_text(report, &options))
+    }
+}
+
+impl Trial<'_> {
+    /// Writes the schedule into the session, then freezes and thaws by it.
+    async fn run(&self, suspect: &FrozenSubject, victim: String, design: &ExperimentDesign) -> anyhow::Result<BurstsOutcome> {
+        let mut signals = Signals::new()?;
+        let guard = GuardHandle::start(suspect.freezer.clone(), self.runtime_dir, self.procfs).await?;
+        let schedule = design.draw(victim, suspect.path.clone(), boot_now().plus(LEAD_NS));
+        let fact = serde_json::to_vec(&ExperimentFact::Schedule(schedule.clone()))?;
+        call(self.client, Method::POST, &format!("{}/experiment", self.session), fact).await?;
+        eprintln!("{}", announcement(&schedule, &suspect.name));
+        let mut bursts = Bursts { client: self.client, session: self.session, schedule: &schedule, guard, signals: &mut signals };
+        let outcome = bursts.run().await;
+        bursts.guard.stop()?;
+        outcome
     }
 }
 

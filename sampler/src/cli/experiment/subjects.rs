@@ -61,7 +61,13 @@ fn kind_problem(path: &str, identity: &CgroupIdentity, whole_pod: bool) -> Optio
         Kind::Unit => Some(format!("it is the systemd unit {user}; only containers and pods are frozen")),
         Kind::Login => Some(format!("it is the login session {user}; only containers and pods are frozen")),
         Kind::NotContainer if path == "/" => Some("it is the root of the hierarchy, which contains every process".into()),
-        kind => Some(format!("it is not a container but {}; only containers and pods are frozen", kind.name())),
+        Kind::NotContainer => {
+            Some("it is a slice, a scope or another cgroup that is not a container; only containers and pods are frozen".into())
+        }
+        Kind::Sandbox => Some("it is the sandbox of a pod, which uses no GPU; name a container, or use --whole-pod".into()),
+        Kind::Job | Kind::Monitor | Kind::Build => {
+            Some(format!("it is a {}; only containers and pods are frozen", identity.kind.name()))
+        }
     }
 }
 
@@ -128,7 +134,7 @@ impl Subjects<'_> {
         let path = self.path_of("victim", name).await?;
         match parse(&path).kind {
             Kind::Container | Kind::Pod | Kind::Job | Kind::Unit | Kind::Login => Ok(path),
-            kind => bail!("--victim {name}: {path} is {}, which has no GPU time", kind.name()),
+            _ => bail!("--victim {name}: {path} is not a user of GPUs; name a container, pod, job, unit or login session"),
         }
     }
 
