@@ -43,6 +43,8 @@ const CONFIRMING_P: f64 = 0.01;
 const LEAST_EFFECT: f64 = 0.02;
 /// Two-sided confidence level of the interval.
 const LEVEL: f64 = 0.95;
+/// Experiments of one session; a file must not determine how much is computed.
+const MAX_EXPERIMENTS: usize = 100;
 /// Two numbers that differ by less are equal: sums in another order differ by rounding.
 const ROUNDING: f64 = 1e-12;
 
@@ -75,7 +77,8 @@ pub fn gather(experiments: &mut Vec<GatheredExperiment>, fact: &ExperimentFact) 
     match fact {
         ExperimentFact::Schedule(schedule) => {
             // A file may have been written by any program.
-            if schedule.problem().is_none() && !experiments.iter().any(|known| known.schedule.start == schedule.start) {
+            let is_known = experiments.iter().any(|known| known.schedule.start == schedule.start);
+            if schedule.problem().is_none() && !is_known && experiments.len() < MAX_EXPERIMENTS {
                 experiments.push(GatheredExperiment { schedule: schedule.clone(), frozen: BTreeMap::new() });
             }
         }

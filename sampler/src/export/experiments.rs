@@ -39,7 +39,13 @@ async fn add(
         }
         let refused = |reason: String| ErrorResponse(StatusCode::CONFLICT, reason);
         match contains_process(&state.config().path_procfs, "self", &schedule.suspect) {
-            Ok(false) => {}
+            Ok(false) => tracing::info!(
+                session = id,
+                victim = schedule.victim,
+                suspect = schedule.suspect,
+                seed = schedule.seed,
+                "an experiment will freeze the suspect"
+            ),
             Ok(true) => return Err(refused(format!("{} contains this agent, so it is not frozen", schedule.suspect))),
             Err(error) => return Err(refused(format!("cannot read the cgroups of the agent: {error}"))),
         }

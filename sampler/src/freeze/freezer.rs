@@ -174,6 +174,13 @@ impl Freezer {
         }
     }
 
+    /// Fails if the freezer cannot be written, such as below a read-only mount. Does not change it.
+    pub fn check_writable(&self) -> Result<(), FreezerError> {
+        let path = self.file();
+        let opened = fs::OpenOptions::new().write(true).open(&path);
+        opened.map(drop).map_err(|source| FreezerError::File { action: "write", path, source })
+    }
+
     /// Freezes the cgroup, and waits until its processes are stopped: the time from which they are. If they are not in time, it is thawed.
     pub fn freeze(&self) -> Result<BootNs, FreezerError> {
         self.write(match self.version {

@@ -39,7 +39,7 @@ pub struct GuardOptions {
     #[arg(long)]
     pub path_procfs: PathBuf,
     #[arg(long)]
-    pub version: FreezerVersion,
+    pub freezer: FreezerVersion,
     /// Path within the hierarchy of the freezer
     #[arg(long)]
     pub cgroup: String,
@@ -85,7 +85,7 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     // Fails only for the leader of a process group, which a child of the command never is.
     rustix::process::setsid().context("cannot leave the session of the terminal")?;
     let (procfs, cgroup) = (&options.path_procfs, &options.cgroup);
-    let freezer = Freezer::named(&layout(procfs), procfs, options.version, cgroup);
+    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup);
     let freezer = freezer.with_context(|| format!("the cgroup {cgroup} has no freezer any more"))?;
     if contains_process(procfs, "self", cgroup).context("cannot read the cgroups of this process")? {
         bail!("the cgroup {cgroup} contains this process, which would stop with it");
@@ -93,7 +93,7 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     let pid = std::process::id();
     let started = living_thread(&procfs.join("self")).map_err(anyhow::Error::msg)?;
     let (_, guard_start) = started.context("cannot read the start time of this process")?;
-    let state = FrozenRecord { guard_pid: pid, guard_start, version: options.version, path: cgroup.clone(), until: BootNs(0) };
+    let state = FrozenRecord { guard_pid: pid, guard_start, version: options.freezer, path: cgroup.clone(), until: BootNs(0) };
     let guard = GuardProcess { freezer, runtime_dir: RuntimeDir::new(&options.runtime_dir), state, frozen: None };
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
     let result = runtime.block_on(guard.serve());

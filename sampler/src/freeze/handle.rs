@@ -40,7 +40,7 @@ impl GuardHandle {
         };
         let mut command = Command::new(program);
         command.arg(COMMAND).arg("--runtime-dir").arg(runtime_dir.path()).arg("--path-procfs").arg(procfs);
-        command.args(["--version", version, "--cgroup", &freezer.path]);
+        command.args(["--freezer", version, "--cgroup", &freezer.path]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
         let mut child = command.spawn().context("cannot start the guard")?;
         let (requests, output) = (child.stdin.take(), child.stdout.take());

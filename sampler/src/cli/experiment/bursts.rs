@@ -6,7 +6,7 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, anyhow, bail};
-use hyper::Method;
+use hyper::{Method, StatusCode};
 use sampler_core::experiment::{ExperimentFact, ExperimentSchedule, FREEZE_NS};
 use sampler_core::units::BootNs;
 
@@ -15,6 +15,7 @@ use super::super::record::{Signals, call};
 use super::warn;
 use crate::freeze::{GuardHandle, GuardReply, GuardRequest};
 use crate::observe::clock::boot_now;
+use crate::session::SessionStatus;
 
 /// How often the agent is asked for the session.
 const AGENT_INTERVAL: Duration = Duration::from_millis(250);
@@ -58,11 +59,23 @@ async fn agent_is_lost(client: &Client, session: &str) -> anyhow::Error {
     loop {
         tokio::time::sleep(AGENT_INTERVAL).await;
         match client.send_within(AGENT_TIMEOUT, Method::GET, session, Vec::new()).await {
-            Ok(Ok(reply)) if reply.status().is_success() => failed = 0,
-            Ok(Ok(reply)) => return anyhow!("the agent does not have the session any more: HTTP {}", reply.status()),
+            Ok(Ok(mut reply)) if reply.status().is_success() => {
+                let body = reply.body().await.unwrap_or_default();
+                match serde_json::from_slice::<SessionStatus>(&body) {
+                    Ok(status) if status.state.is_active() => failed = 0,
+                    Ok(status) => return anyhow!("the session is {}: {}", status.state.name(), status.error.unwrap_or_default()),
+                    Err(_) => failed += 1,
+                }
+            }
+            Ok(Ok(reply)) if reply.status() == StatusCode::NOT_FOUND => {
+                return anyhow!("the agent does not have the session any more");
+            }
             Ok(Err(error)) => return anyhow::Error::from(error).context("the agent has ended"),
-            Err(error) if failed >= MAX_FAILED_POLLS => return error.context("the agent does not respond"),
-            Err(_) => failed += 1,
+            // A response that does not arrive, or a server that refuses one more request.
+            Ok(Ok(_)) | Err(_) => failed += 1,
+        }
+        if failed > MAX_FAILED_POLLS {
+            return anyhow!("the agent at {} does not respond", client.url());
         }
     }
 }

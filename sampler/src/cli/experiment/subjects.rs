@@ -189,8 +189,9 @@ impl Subjects<'_> {
 }
 
 impl FrozenSubject {
-    /// Fails if it is frozen already: an experiment would thaw what something else has frozen.
+    /// Fails if it cannot be frozen, or is frozen already: an experiment would thaw what something else has frozen.
     pub fn check_thawed(&self) -> anyhow::Result<()> {
+        self.freezer.check_writable()?;
         if !self.freezer.is_thawed()? {
             bail!(
                 "--suspect {}: {} is frozen already, by `docker pause` or another program; thaw it first",
