@@ -162,7 +162,7 @@ impl GuardProcess {
         if self.frozen.is_some() {
             return Ok(());
         }
-        let ns = ns.clamp(*FREEZE_NS.start(), *FREEZE_NS.end());
+        let ns = ns.min(*FREEZE_NS.end());
         let until = Instant::now() + Duration::from_nanos(ns);
         self.state.until = boot_now().plus(ns);
         // The file exists before the cgroup is frozen: without it, the freeze would have the guard only.
