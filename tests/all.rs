@@ -14,6 +14,7 @@ mod driver_errors;
 mod energy;
 mod engines;
 mod estimator;
+mod experiment;
 mod explain;
 mod exposition;
 mod faults;

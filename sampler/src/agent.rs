@@ -23,6 +23,7 @@ use crate::export::ledger::Ledger;
 use crate::export::rejections::Rejections;
 use crate::export::server;
 use crate::export::state::AppState;
+use crate::freeze::{RuntimeDir, ThawWatch};
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::inbox;
@@ -226,6 +227,13 @@ pub async fn serve(
         sockets: NamespaceSockets { procfs: config.path_procfs.clone(), helper: namespace_helper },
     };
     tokio::spawn(serving::run(serving, engine_requests));
+    let thaw_watch = ThawWatch {
+        runtime_dir: RuntimeDir::new(&config.runtime_dir),
+        layout: layout.clone(),
+        procfs: config.path_procfs.clone(),
+        stop: Arc::clone(&stop),
+    };
+    thaw_watch.start().context("cannot start the thread thaw-watch")?;
     let saturation_ratio = f64::from(config.gpu_saturation_percent) / 100.0;
     let settings = Settings { saturation_ratio, ..Settings::default() };
     let core = CoreThread {

@@ -10,6 +10,7 @@ mod engine_rules;
 mod error;
 mod explain;
 mod export;
+mod freeze;
 mod health;
 mod host_name;
 mod host_root;

@@ -14,6 +14,7 @@ use std::sync::Arc;
 use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
+use crate::experiment::ExperimentFact;
 use crate::observation::{EngineFact, PressureFact, ProcessKind};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
@@ -66,6 +67,8 @@ pub enum Fact {
     WaitProbe(WaitProbeFact),
     /// One reading of the metrics page of a serving engine in a container.
     Engine(EngineFact),
+    /// A freezing experiment; written on request, by no part of the aggregation.
+    Experiment(ExperimentFact),
 }
 
 /// What the wait probes of a process counted in the span `from..to`.

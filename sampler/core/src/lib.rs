@@ -5,6 +5,7 @@ pub mod aggregate;
 pub mod attribute;
 pub mod cgroup_path;
 pub mod device;
+pub mod experiment;
 pub mod fact;
 pub mod identity;
 pub mod observation;

@@ -269,6 +269,11 @@ pub enum Observation {
         count: u64,
     },
     Pressure(PressureFact),
+    /// A process called cuInit: it uses GPUs from now on, before a driver lists it.
+    GpuClient {
+        tgid: Tgid,
+        at: BootNs,
+    },
     Waited(Box<WaitReading>),
     WaitProbe(Box<WaitProbeChange>),
     /// A serving engine, of a session that records them.

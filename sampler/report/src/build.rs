@@ -5,6 +5,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use super::causes::causes;
 use super::demand;
 use super::engines::{EngineContext, engines};
+use super::experiments;
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{
@@ -187,8 +188,9 @@ impl Builder<'_> {
         let mut users: BTreeMap<User, UserReport> = BTreeMap::new();
         let mut timelines: Vec<(Timeline, BTreeMap<User, Lane>)> = Vec::new();
         let mut histories: Vec<(&str, &Windows)> = Vec::new();
+        let mut observed: Vec<(&str, &GatheredGpu)> = Vec::new();
+        let empty = GatheredGpu::default();
         for (slot, device) in self.aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
-            let empty = GatheredGpu::default();
             let gpu_facts = u32::try_from(slot).ok().and_then(|slot| self.gathered.gpus.get(&slot)).unwrap_or(&empty);
             if !selects_gpu(view, &device.info.uuid.0, device.info.index) {
                 continue;
@@ -202,6 +204,7 @@ impl Builder<'_> {
                 users.entry(user).or_insert_with(|| describe(user, &self.gathered)).gpus.push(usage);
             }
             timelines.push(self.timeline(device, gpu_facts, windows));
+            observed.push((&device.info.uuid.0, gpu_facts));
         }
         for (user, report) in &mut users {
             report.waits = self.waiting.get(user).map(|waiting| waiting.report.clone());
@@ -223,6 +226,8 @@ impl Builder<'_> {
         let index = |uuid: &str| report.gpus.iter().position(|gpu| gpu.uuid == uuid);
         report.timelines.sort_by_key(|timeline| index(&timeline.uuid));
         report.gaps.sort_by_key(|gap| gap.from);
+        report.experiments = experiments::evaluate(&self.gathered, &observed, &|at| self.wall(at));
+        experiments::attach(&mut report);
         report.findings = findings(&report);
         report
     }
@@ -375,6 +380,7 @@ impl Builder<'_> {
             interval_level: result.interval.map(|_| LEVEL),
             why_not_confirmed: result.why_not,
             demand: None,
+            experiment: None,
         }
     }
 

@@ -38,6 +38,20 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
     ))
 }
 
+fn experiment_confirmed(victim: &UserReport, other: &str, contender: &Contender) -> Option<(f64, String)> {
+    let effect = contender.experiment.as_ref().filter(|effect| effect.confirmed)?;
+    let (frozen, running, p_value) = (effect.rate_frozen?, effect.rate_running?, effect.p_value?);
+    let interval = effect.interval.map(|[least, most]| format!("{least:.2} to {most:.2} (95 % interval), "));
+    let text = format!(
+        "{} received more GPU time whenever {other} was frozen, at times drawn at random: {frozen:.2} GPU-seconds per second while it \
+         was frozen, {running:.2} while it ran; the difference is {}p = {p_value:.4}, {} bursts.",
+        victim.display_name(),
+        interval.unwrap_or_default(),
+        effect.bursts,
+    );
+    Some((effect.effect?, text))
+}
+
 fn coactive(victim: &UserReport, other: &str, contender: &Contender) -> String {
     format!(
         "{} and {other} were active in the same windows for {:.0} s; while the GPU was saturated, {other} received {:.1} \
@@ -88,7 +102,9 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             };
             for contender in &usage.contenders {
                 let other = display_name(&contender.id);
-                if contender.evidence == Evidence::OnOffConfirmed
+                if let Some((effect, text)) = experiment_confirmed(user, &other, contender) {
+                    all.push((0, effect, finding(Some(&contender.id), Some(contender.evidence), text)));
+                } else if contender.evidence == Evidence::OnOffConfirmed
                     && let Some(text) = confirmed(user, &other, usage, contender)
                 {
                     let drop = contender.rate_before.unwrap_or_default() - contender.rate_after.unwrap_or_default();

@@ -11,6 +11,8 @@ use sampler_core::fact::{
 use sampler_core::observation::{EngineFact, PressureFact};
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
+use super::freeze::{self, GatheredExperiment, ObservedTime};
+
 /// The usual sample period of the driver, for spans without samples.
 const SAMPLE_PERIOD_NS: u64 = 167_000_000;
 /// Spans of a device are contiguous; a shorter distance between two of them may be drift of the device clock against boot time.
@@ -36,6 +38,8 @@ pub struct GatheredGpu {
     pub unobserved: Vec<(BootNs, BootNs, UnobservedReason)>,
     pub xids: Vec<(BootNs, u64, u64)>,
     pub lifetimes: HashMap<User, Vec<Lifetime>>,
+    /// Observed time in the range since the schedule of the first experiment; empty without one.
+    pub observed: Vec<ObservedTime>,
     open: HashMap<(u32, BootNs), (User, usize)>,
     /// End of the last span.
     until: Option<BootNs>,
@@ -54,6 +58,7 @@ pub struct Gathered {
     pub engines: HashMap<ContainerKey, Vec<EngineFact>>,
     /// Containers that ended, with the time.
     pub ended: Vec<(ContainerKey, BootNs)>,
+    pub experiments: Vec<GatheredExperiment>,
     /// The latest time of any fact.
     pub last: BootNs,
     clocks: Option<(BootNs, WallTime)>,
@@ -81,7 +86,11 @@ impl Gathered {
             }
             Fact::Gpu { gpu, at, fact: gpu_fact } => {
                 let gpu_fact = self.with_first_keys(gpu_fact);
-                self.gpus.entry(*gpu).or_default().take(*at, &gpu_fact, range);
+                let gathered = self.gpus.entry(*gpu).or_default();
+                gathered.take(*at, &gpu_fact, range);
+                if !self.experiments.is_empty() && range.has(*at) {
+                    gathered.observed.extend(freeze::observed_time(*at, &gpu_fact));
+                }
                 if !matches!(gpu_fact, GpuFact::Left { .. }) {
                     self.last = self.last.max(*at);
                 }
@@ -125,6 +134,7 @@ impl Gathered {
                     self.engines.entry(key).or_default().push(EngineFact { key, ..engine.clone() });
                 }
             }
+            Fact::Experiment(experiment) => freeze::gather(&mut self.experiments, experiment),
         }
         fact.clone()
     }

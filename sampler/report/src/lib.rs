@@ -13,9 +13,11 @@ mod demand;
 mod engine_model;
 mod engine_words;
 mod engines;
+mod experiments;
 mod findings;
 mod fleet;
 mod format;
+mod freeze;
 mod gather;
 mod html;
 mod json;
@@ -46,7 +48,7 @@ pub use layout::terminal_safe;
 pub use model::*;
 pub use page::TextOptions;
 pub use perfetto::perfetto;
-pub use text::text;
+pub use text::{experiments_text, text};
 pub use user_name::{UserName, short_id};
 
 #[cfg(test)]

@@ -50,6 +50,8 @@ pub struct Report {
     pub users: Vec<UserReport>,
     /// Strongest first.
     pub findings: Vec<Finding>,
+    /// In the order of their starts.
+    pub experiments: Vec<ExperimentReport>,
     #[serde(skip)]
     pub timelines: Vec<Timeline>,
 }
@@ -197,6 +199,8 @@ pub enum Evidence {
     OnOffConfirmed,
     /// Blocking calls of the victim took longer while the contender was on, over at least two changes: it had work in flight, and waited.
     DemandConfirmed,
+    /// The victim received more GPU time whenever the contender was frozen, at times that were drawn at random.
+    ExperimentConfirmed,
 }
 
 impl Evidence {
@@ -231,6 +235,8 @@ pub struct Contender {
     /// `None` if the victim had no wait probes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub demand: Option<DemandEvidence>,
+    /// The effect of freezing this contender, or the pod that it belongs to; `None` without such an experiment.
+    pub experiment: Option<FreezeEffect>,
 }
 
 /// How much longer the victim waited in blocking calls while the contender was on.
@@ -249,6 +255,68 @@ pub struct DemandEvidence {
     pub transitions: usize,
     /// Empty if it is confirmed.
     pub why_not_confirmed: String,
+}
+
+/// What an experiment compares.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum Outcome {
+    /// GPU-seconds per second of the victim.
+    #[default]
+    GpuSeconds,
+}
+
+impl Outcome {
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
+}
+
+/// The effect of freezing a suspect on one outcome of the victim. Rates are `None` without a burst that counts.
+#[derive(Clone, Debug, Default, PartialEq, Serialize)]
+pub struct FreezeEffect {
+    pub outcome: Outcome,
+    /// Mean over the frozen windows.
+    pub rate_frozen: Option<f64>,
+    /// Mean over the windows in which the suspect ran.
+    pub rate_running: Option<f64>,
+    /// Mean of `rate_frozen - rate_running`.
+    pub effect: Option<f64>,
+    /// Confidence interval of `effect`; `None` with too few bursts for one.
+    pub interval: Option<[f64; 2]>,
+    pub interval_level: Option<f64>,
+    /// One-sided p-value of the randomisation test.
+    pub p_value: Option<f64>,
+    /// Bursts that count: frozen as planned, with both windows observed.
+    pub bursts: u32,
+    pub confirmed: bool,
+    /// Why the effect is not confirmed, as text; empty if it is.
+    pub why_not: String,
+}
+
+/// A freezing experiment of the session.
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ExperimentReport {
+    /// Cgroup path of the victim, as is `suspect`.
+    pub victim: String,
+    pub suspect: String,
+    /// Reproduces the schedule.
+    pub seed: u64,
+    #[serde(serialize_with = "time")]
+    pub start: WallTime,
+    pub freeze_seconds: f64,
+    pub planned_bursts: u32,
+    /// Bursts in which the suspect was frozen.
+    pub frozen_bursts: u32,
+    /// By GPU that the victim used.
+    pub gpus: Vec<ExperimentGpu>,
+}
+
+#[derive(Clone, Debug, PartialEq, Serialize)]
+pub struct ExperimentGpu {
+    pub uuid: String,
+    pub effects: Vec<FreezeEffect>,
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, strum::IntoStaticStr)]

@@ -5,7 +5,7 @@
 use std::collections::HashMap;
 
 use super::layout::terminal_safe;
-use super::model::{CauseKind, Contender, Evidence, Report, Verdict};
+use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Report, Verdict};
 use sampler_core::units::{WallTime, rfc3339};
 
 /// Separates a number from its unit or error, so that no line breaks there. [`super::layout`] replaces it by a plain space after wrapping.
@@ -189,6 +189,9 @@ pub fn meaning(evidence: Evidence) -> &'static str {
             "the user received less GPU time while the contender was on and the GPU saturated, over repeated changes"
         }
         Evidence::DemandConfirmed => "the application itself reported that it was waiting for the GPU in that time",
+        Evidence::ExperimentConfirmed => {
+            "the user received more GPU time whenever the contender was frozen, at times that were drawn at random"
+        }
     }
 }
 
@@ -202,6 +205,26 @@ pub fn rates(contender: &Contender) -> Option<String> {
     }
     text += &format!("; {}", counted(contender.transitions as usize, "change", "changes"));
     Some(text)
+}
+
+/// The rates of a victim while the suspect of an experiment was frozen and while it ran; `None` without a burst that counts.
+pub fn freeze_rates(effect: &FreezeEffect) -> Option<String> {
+    let (frozen, running, p_value) = (effect.rate_frozen?, effect.rate_running?, effect.p_value?);
+    let mut text = format!(
+        "{frozen:.2} GPU-seconds per second while the suspect was frozen, {running:.2} while it ran; difference {:.2}",
+        frozen - running
+    );
+    if let Some([low, high]) = effect.interval {
+        let level = effect.interval_level.map(|level| format!("{} ", percent(level))).unwrap_or_default();
+        text += &format!(", {level}interval {low:.2} to {high:.2}");
+    }
+    Some(text + &format!("; {}, p = {p_value:.4}", counted(effect.bursts as usize, "burst", "bursts")))
+}
+
+/// The grades that are explained: those of every report, and that of experiments where there is one.
+pub fn explained_grades(report: &Report) -> Vec<Evidence> {
+    let experiment = (!report.experiments.is_empty()).then_some(Evidence::ExperimentConfirmed);
+    [Evidence::Coactive, Evidence::OnOffConfirmed].into_iter().chain(experiment).collect()
 }
 
 /// The names of users: unique, and without characters that control a terminal.

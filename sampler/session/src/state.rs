@@ -4,14 +4,16 @@
 //! only when a GPU fact names it for the first time, with its earlier facts before that fact.
 //!
 //! A State frame may contain `Time`; for each present GPU `Opened` and the latest `Held`, `Readings` and `Clock`; for recently named
-//! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`. All of these state a current value, so reading one twice has no
-//! effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle and unobserved time,
-//! XIDs, waiting, `Left`, `Restarted`), changes of wait probes and readings of serving engines are never in a State frame.
+//! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`; and the last experiment. All of these state a current value, so
+//! reading one twice has no effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle
+//! and unobserved time, XIDs, waiting, `Left`, `Restarted`), changes of wait probes and readings of serving engines are never in a State
+//! frame.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use sampler_core::aggregate::{NAMED_NEIGHBOURS, QUERIED_NEIGHBOURS, WAIT_NS};
 use sampler_core::device::Engine;
+use sampler_core::experiment::{ExperimentFact, ExperimentSchedule};
 use sampler_core::fact::{ContainerFact, Fact, GpuFact, HostProcess, LabelFact, User, WaitFact, WaitProbeFact};
 use sampler_core::observation::PressureFact;
 use sampler_core::units::{BootNs, ContainerKey};
@@ -33,6 +35,14 @@ pub struct State {
     gpus: BTreeMap<u32, GpuState>,
     containers: BTreeMap<ContainerKey, ContainerState>,
     hosts: BTreeMap<HostProcess, HostState>,
+    experiment: Option<ExperimentState>,
+}
+
+/// The last experiment: its schedule, and its freezes by burst.
+#[derive(Debug, Default)]
+struct ExperimentState {
+    schedule: ExperimentSchedule,
+    frozen: BTreeMap<u32, ExperimentFact>,
 }
 
 #[derive(Debug, Default)]
@@ -106,6 +116,13 @@ impl GpuState {
     }
 }
 
+impl ExperimentState {
+    fn facts(&self) -> impl Iterator<Item = Fact> {
+        let schedule = ExperimentFact::Schedule(self.schedule.clone());
+        [schedule].into_iter().chain(self.frozen.values().cloned()).map(Fact::Experiment)
+    }
+}
+
 impl ContainerState {
     /// The facts known about the container.
     fn facts(&self, key: ContainerKey) -> impl Iterator<Item = Fact> {
@@ -174,6 +191,10 @@ impl State {
                 self.record_named(*user, emit);
                 true
             }
+            Fact::Experiment(experiment) => {
+                self.experiment(experiment);
+                true
+            }
         };
         if in_file {
             emit(fact.clone());
@@ -205,6 +226,22 @@ impl State {
             }
             GpuFact::Unqueried(Engine::Compute, _) => known.remember(at, Sampled::Unqueried),
             _ => {}
+        }
+    }
+
+    fn experiment(&mut self, fact: &ExperimentFact) {
+        match fact {
+            ExperimentFact::Schedule(schedule) if self.experiment.as_ref().is_some_and(|known| known.schedule == *schedule) => {}
+            ExperimentFact::Schedule(schedule) => {
+                self.experiment = Some(ExperimentState { schedule: schedule.clone(), frozen: BTreeMap::new() });
+            }
+            ExperimentFact::Frozen { experiment, burst, .. } => {
+                // The schedule bounds the number of bursts.
+                let known = self.experiment.as_mut().filter(|known| known.schedule.start == *experiment);
+                if let Some(known) = known.filter(|known| *burst < known.schedule.len()) {
+                    known.frozen.insert(*burst, fact.clone());
+                }
+            }
         }
     }
 
@@ -257,6 +294,10 @@ impl State {
         let held: BTreeSet<User> = held_facts.flat_map(GpuFact::users).collect();
         let recent = self.now.minus(RECENTLY_NAMED_NS);
         let mut all: Vec<Fact> = self.time.clone().into_iter().collect();
+        if self.experiment.as_ref().is_some_and(|known| known.schedule.end() < recent) {
+            self.experiment = None;
+        }
+        all.extend(self.experiment.iter().flat_map(ExperimentState::facts));
         all.extend(self.gpus.values().filter_map(|gpu| gpu.opened.clone()));
         for (key, known) in &mut self.containers {
             let wanted = held.contains(&User::Container(*key)) || known.last_named.is_some_and(|last_named| last_named >= recent);

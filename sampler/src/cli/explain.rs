@@ -195,7 +195,7 @@ fn missing_text(list: &IncompleteContainers) -> String {
 }
 
 /// Percent-encodes the characters that a query must not contain.
-fn percent_encoded(path: &str) -> String {
+pub(super) fn percent_encoded(path: &str) -> String {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/-._~:".contains(&b);
     path.bytes().map(|b| if is_plain(b) { char::from(b).to_string() } else { format!("%{b:02X}") }).collect()
 }

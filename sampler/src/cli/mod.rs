@@ -4,6 +4,7 @@ mod access;
 mod agent_args;
 mod client;
 mod doctor;
+mod experiment;
 mod explain;
 mod fleet;
 mod health;
@@ -29,6 +30,7 @@ use clap::{Args, CommandFactory as _, Parser, Subcommand};
 use self::output::{log, print};
 use crate::agent;
 use crate::config::{REFERENCE, Settings};
+use crate::freeze::{GuardOptions, run_guard};
 use crate::reload::SettingsSource;
 use crate::serving::sockets::{self, COMMAND};
 
@@ -48,6 +50,11 @@ enum Command {
     Record(Box<record::Record>),
     /// Report the GPU usage and contention of a recorded session or of a fleet's sessions, or compare two sessions
     Report(report::ReportArgs),
+    /// Freeze a suspect at random times and report whether the victim received more GPU time meanwhile
+    Experiment(Box<experiment::ExperimentArgs>),
+    /// Freeze a cgroup on request and thaw it when the command ends
+    #[command(hide = true, name = "freeze-guard")]
+    FreezeGuard(GuardOptions),
     /// Show live GPU usage and contention of a running agent
     Top(top::Top),
     /// Close all handles of GPUs for a while, so that they can be reset, partitioned or unbound
@@ -106,6 +113,8 @@ impl Cli {
             }
             Command::Record(record) => return record.run(),
             Command::Report(report) => return report.run(),
+            Command::Experiment(experiment) => return experiment.run(),
+            Command::FreezeGuard(options) => run_guard(&options)?,
             Command::Top(top) => top.run()?,
             Command::Release(release) => release.run()?,
             Command::Health(health) => health.run()?,

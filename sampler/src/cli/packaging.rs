@@ -54,8 +54,9 @@ mod tests {
     fn every_command_has_a_page() {
         let folder = tempfile::tempdir().unwrap();
         ManArgs { output: Some(folder.path().to_owned()) }.run(Cli::command()).unwrap();
-        let mut expected: Vec<String> =
-            Cli::command().get_subcommands().map(|command| format!("gpu-sampler-{}.1", command.get_name())).collect();
+        let program = Cli::command();
+        let shown = program.get_subcommands().filter(|command| !command.is_hide_set());
+        let mut expected: Vec<String> = shown.map(|command| format!("gpu-sampler-{}.1", command.get_name())).collect();
         expected.push("gpu-sampler.1".to_owned());
         expected.sort();
         let mut pages: Vec<String> =

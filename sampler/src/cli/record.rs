@@ -111,7 +111,7 @@ impl Drop for TempFolder {
 
 impl Record {
     pub fn run(self) -> anyhow::Result<ExitCode> {
-        let folder = self.folder();
+        let folder = folder_of(self.output.as_deref());
         if !folder.is_dir() {
             bail!("{} is not a directory; set --output to a file in an existing one", folder.display());
         }
@@ -125,12 +125,6 @@ impl Record {
         // A file read of the agent may hang in the kernel.
         runtime.shutdown_timeout(TIMEOUT);
         result
-    }
-
-    /// The folder of the session file.
-    fn folder(&self) -> PathBuf {
-        let parent = self.output.as_deref().and_then(Path::parent).filter(|parent| !parent.as_os_str().is_empty());
-        parent.unwrap_or(Path::new(".")).to_owned()
     }
 
     async fn record(&self, config: Config) -> anyhow::Result<ExitCode> {
@@ -154,7 +148,7 @@ impl Record {
         if !self.lookback.is_zero() {
             eprintln!("--lookback has no effect: there are no samples from before this command.");
         }
-        let folder = TempFolder(self.folder().join(format!(".gpu-sampler-{}", std::process::id())));
+        let folder = TempFolder(folder_of(self.output.as_deref()).join(format!(".gpu-sampler-{}", std::process::id())));
         config.engine_access = self.engine_metrics;
         config.listen = SocketAddr::from((Ipv4Addr::LOCALHOST, 0));
         config.session_dir = std::path::absolute(&folder.0).context("cannot determine the current directory")?;
@@ -209,7 +203,7 @@ impl Record {
         let session = format!("/api/v1/sessions/{id}");
         let status = self.follow(client, &session, signals).await?;
         let fetched = tokio::select! {
-            fetched = self.fetch(client, &session) => fetched,
+            fetched = fetch(client, &session, self.output.as_deref()) => fetched,
             () = signals.next() => Err(anyhow!("interrupted; the session {id} remains on the agent")),
         };
         let file = match (fetched, &status.error) {
@@ -284,28 +278,34 @@ impl Record {
             }
         }
     }
+}
 
-    /// Fetches the file under a temporary name, then renames it.
-    async fn fetch(&self, client: &Client, session: &str) -> anyhow::Result<PathBuf> {
-        let mut reply = client.send(Method::GET, &format!("{session}/file"), Vec::new()).await??;
-        if !reply.status().is_success() {
-            reply.success().await?;
-        }
-        let part = self.folder().join(format!(".gpu-sampler-{}.part", std::process::id()));
-        let result = save(&mut reply, &part).await.with_context(|| format!("cannot fetch the session to {}", part.display()));
-        let named = result.and_then(|()| {
-            let name = match &self.output {
-                Some(file) => file.clone(),
-                None => default_name(&part)?,
-            };
-            std::fs::rename(&part, &name).with_context(|| format!("cannot write {}", name.display()))?;
-            Ok(name)
-        });
-        if named.is_err() {
-            let _removed = std::fs::remove_file(&part);
-        }
-        named
+/// The folder of a session file that is written to `output`.
+fn folder_of(output: Option<&Path>) -> PathBuf {
+    let parent = output.and_then(Path::parent).filter(|parent| !parent.as_os_str().is_empty());
+    parent.unwrap_or(Path::new(".")).to_owned()
+}
+
+/// Fetches the file of a session under a temporary name, then renames it.
+pub(super) async fn fetch(client: &Client, session: &str, output: Option<&Path>) -> anyhow::Result<PathBuf> {
+    let mut reply = client.send(Method::GET, &format!("{session}/file"), Vec::new()).await??;
+    if !reply.status().is_success() {
+        reply.success().await?;
     }
+    let part = folder_of(output).join(format!(".gpu-sampler-{}.part", std::process::id()));
+    let result = save(&mut reply, &part).await.with_context(|| format!("cannot fetch the session to {}", part.display()));
+    let named = result.and_then(|()| {
+        let name = match output {
+            Some(file) => file.to_owned(),
+            None => default_name(&part)?,
+        };
+        std::fs::rename(&part, &name).with_context(|| format!("cannot write {}", name.display()))?;
+        Ok(name)
+    });
+    if named.is_err() {
+        let _removed = std::fs::remove_file(&part);
+    }
+    named
 }
 
 async fn save(reply: &mut super::client::HttpReply, part: &Path) -> anyhow::Result<()> {
@@ -355,21 +355,21 @@ async fn wait_until_ready(client: &Client) -> anyhow::Result<()> {
     Ok(())
 }
 
-async fn call(client: &Client, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Vec<u8>> {
+pub(super) async fn call(client: &Client, method: Method, path: &str, body: Vec<u8>) -> anyhow::Result<Vec<u8>> {
     let mut reply = client.send(method, path, body).await??;
     reply.success().await.with_context(|| format!("the agent at {} rejected the request", client.url()))
 }
 
 /// SIGINT and SIGTERM.
-struct Signals(Signal, Signal);
+pub(super) struct Signals(Signal, Signal);
 
 impl Signals {
-    fn new() -> anyhow::Result<Self> {
+    pub(super) fn new() -> anyhow::Result<Self> {
         let handler = |kind| signal(kind).context("cannot install a signal handler");
         Ok(Self(handler(SignalKind::interrupt())?, handler(SignalKind::terminate())?))
     }
 
-    async fn next(&mut self) {
+    pub(super) async fn next(&mut self) {
         tokio::select! {
             _ = self.0.recv() => {}
             _ = self.1.recv() => {}
@@ -443,7 +443,7 @@ fn engine_problems(facts: &[Fact]) -> Vec<String> {
 }
 
 /// Quoted for a shell where needed.
-fn quoted(word: &str) -> String {
+pub(super) fn quoted(word: &str) -> String {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"-_./:=@%+,".contains(&b);
     if word.bytes().all(is_plain) { word.to_owned() } else { format!("'{}'", word.replace('\'', "'\\''")) }
 }

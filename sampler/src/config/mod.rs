@@ -25,6 +25,8 @@ pub const DEFAULT_LISTEN: &str = "127.0.0.1:9836";
 pub const DEFAULT_GPU_BUDGET_PERCENT: f64 = 1.0;
 pub const DEFAULT_GPU_WAIT_PERCENT: f64 = 2.0;
 pub const DEFAULT_SESSION_DIR: &str = "/var/lib/gpu-sampler/sessions";
+/// Where experiments keep their lock and the file of a guard.
+pub const DEFAULT_RUNTIME_DIR: &str = "/run/gpu-sampler";
 pub const DEFAULT_SESSION_DIR_MAX_BYTES: u64 = 1 << 30;
 /// Bytes of the ring of process events. 4 MiB hold 70,000 of them: several seconds at the highest rate observed.
 pub const DEFAULT_KERNEL_RING_BYTES: u32 = 4 << 20;
@@ -169,6 +171,9 @@ pub struct Settings {
     /// file:///DIR [default: none]
     #[arg(long, value_name = "URL", env = "GPU_SAMPLER_SESSION_STORE")]
     pub session_store: Option<String>,
+    /// Directory in which experiments note what they freeze, so that the agent thaws it if they are killed [default: /run/gpu-sampler]
+    #[arg(long, value_name = "DIR", env = "GPU_SAMPLER_RUNTIME_DIR")]
+    pub runtime_dir: Option<PathBuf>,
     /// Capability to keep in addition to those that the agent needs, such as sys_admin, or all; repeatable or comma-separated
     #[arg(long, value_name = "NAME", value_delimiter = ',', env = "GPU_SAMPLER_KEEP_CAPABILITY")]
     pub keep_capability: Option<Vec<String>>,
@@ -223,6 +228,7 @@ pub struct Config {
     pub session_dir_max_bytes: u64,
     pub session_ring_bytes: usize,
     pub session_store: Option<StoreUrl>,
+    pub runtime_dir: PathBuf,
     pub kept_capabilities: CapabilitySet,
     pub seccomp: bool,
     pub engine_access: bool,
@@ -330,6 +336,7 @@ impl Settings {
             session_ring_bytes: self.session_ring_bytes.or(under.session_ring_bytes),
             node_name: self.node_name.or(under.node_name),
             session_store: self.session_store.or(under.session_store),
+            runtime_dir: self.runtime_dir.or(under.runtime_dir),
             keep_capability: self.keep_capability.or(under.keep_capability),
             seccomp: self.seccomp.or(under.seccomp),
             engine_access: self.engine_access.or(under.engine_access),
@@ -391,6 +398,7 @@ impl Settings {
             session_ring_bytes: values::size("session_ring_bytes", s.session_ring_bytes, DEFAULT_SESSION_RING_BYTES, 64 << 10)?,
             node_name: s.node_name.map(values::node_name).transpose()?,
             session_store: s.session_store.map(|url| values::session_store(&url)).transpose()?,
+            runtime_dir: values::absolute("runtime_dir", s.runtime_dir.unwrap_or_else(|| PathBuf::from(DEFAULT_RUNTIME_DIR)))?,
             kept_capabilities: values::kept_capabilities(s.keep_capability)?,
             seccomp: s.seccomp.unwrap_or(true),
             engine_access: s.engine_access.unwrap_or(false),
@@ -508,6 +516,7 @@ mod tests {
                 && read.session_dir_max_bytes == Some(DEFAULT_SESSION_DIR_MAX_BYTES)
                 && read.session_ring_bytes == Some(DEFAULT_SESSION_RING_BYTES)
                 && read.session_store.is_some()
+                && read.runtime_dir == Some(DEFAULT_RUNTIME_DIR.into())
                 && read.node_name.is_some()
                 && read.keep_capability.is_some()
                 && read.seccomp == Some(true)

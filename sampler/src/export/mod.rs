@@ -7,6 +7,7 @@ mod connections;
 mod container_state;
 mod contenders;
 mod encode;
+pub mod experiments;
 mod explain;
 pub mod exposition;
 mod families;

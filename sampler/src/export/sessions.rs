@@ -204,6 +204,7 @@ pub fn router() -> Router<Arc<AppState>> {
         .route("/api/v1/sessions/{id}/file", get(file))
         .route("/api/v1/sessions/{id}/report", get(report))
         .route("/api/v1/sessions/{id}/stop", post(stop))
+        .merge(super::experiments::router())
 }
 
 async fn start(State(state): State<Arc<AppState>>, request: HttpRequest) -> Result<impl IntoResponse, ErrorResponse> {

@@ -10,6 +10,7 @@
 mod activation;
 mod assigned;
 mod config;
+mod consent;
 mod discover;
 mod discovered;
 mod file_reader;
@@ -38,6 +39,7 @@ use tokio::sync::oneshot;
 pub use self::activation::{ActivationGuard, Presence};
 pub use self::assigned::AssignedView;
 pub use self::config::LabelConfig;
+pub use self::consent::{Consent, MAY_FREEZE, consent};
 pub use self::discovered::Discovery;
 pub use self::message::{ContainerEvent, LabelMessage};
 pub use self::one_shot::resolve_once;

@@ -8,6 +8,7 @@ use std::sync::mpsc::{Receiver, RecvTimeoutError, Sender, channel};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
+use sampler_core::experiment::ExperimentFact;
 use sampler_core::fact::{Fact, GpuFact};
 use strum::EnumCount as _;
 use tokio::sync::oneshot;
@@ -27,6 +28,7 @@ enum RecorderMessage {
     Facts(Vec<Fact>),
     Start(Box<Request>, oneshot::Sender<Result<String, StoreError>>),
     Stop(String, oneshot::Sender<Result<(), StoreError>>),
+    Experiment(String, Box<ExperimentFact>, oneshot::Sender<Result<(), StoreError>>),
     /// Completed when the sender is dropped.
     Close(Sender<()>),
 }
@@ -121,6 +123,13 @@ impl Recorder {
         replied.await.unwrap_or_else(|_| Err(ended()))
     }
 
+    /// Writes a fact about an experiment into a session that records.
+    pub async fn experiment(&self, id: String, fact: ExperimentFact) -> Result<(), StoreError> {
+        let (reply, replied) = oneshot::channel();
+        self.send(RecorderMessage::Experiment(id, Box::new(fact), reply));
+        replied.await.unwrap_or_else(|_| Err(ended()))
+    }
+
     pub fn list(&self) -> Vec<SessionStatus> {
         self.0.store.list(boot_now())
     }
@@ -193,6 +202,7 @@ fn run(mut manager: SessionManager, from: &Receiver<RecorderMessage>, shared: &R
             // The client may no longer wait for the reply.
             Ok(RecorderMessage::Start(request, reply)) => drop(reply.send(manager.start(*request, boot_now(), wall_now()))),
             Ok(RecorderMessage::Stop(id, reply)) => drop(reply.send(manager.stop(&id, boot_now()))),
+            Ok(RecorderMessage::Experiment(id, fact, reply)) => drop(reply.send(manager.experiment(&id, *fact, boot_now()))),
             Ok(RecorderMessage::Close(_done)) => manager.close(boot_now()),
             Err(RecvTimeoutError::Timeout) => {}
             Err(RecvTimeoutError::Disconnected) => return,

@@ -9,11 +9,16 @@ use std::sync::atomic::{AtomicI32, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::Context as _;
-use nvidia_ml_sim::loads::{self, Load};
+use nvidia_ml_sim::loads::{self, Load, Ways};
 use nvidia_ml_sim::world::World;
+
+use crate::freezer::ProcessFreezer;
 
 /// A signal that arrives just before a wait is noticed after this time at most.
 pub const CHECK_EVERY: Duration = Duration::from_millis(100);
+
+/// A freeze lasts 100 ms or longer.
+const FREEZER_EVERY: Duration = Duration::from_millis(10);
 
 static SIGNAL: AtomicI32 = AtomicI32::new(0);
 
@@ -51,17 +56,26 @@ fn ended_within(process: &OwnedFd, wait: Duration) -> bool {
     unsafe { libc::poll(&raw mut poll, 1, ms) > 0 }
 }
 
-/// Records the load until the process ends, `lasts` passes or a signal arrives.
-pub fn load(dir: &Path, load: Load, lasts: Option<Duration>) -> anyhow::Result<()> {
+/// Records the load until the process ends, `lasts` passes or a signal arrives. With a freezer, it has no demand while that is frozen.
+pub fn load(dir: &Path, load: Load, lasts: Option<Duration>, freezer: Option<&ProcessFreezer>) -> anyhow::Result<()> {
     catch_signals();
     let pid = load.pid;
     let process = pidfd(pid).with_context(|| format!("--pid {pid}: cannot watch the process"))?;
-    let (id, _) = loads::begin(dir, load)?;
+    let stopped = Load { demand: 0.0, ways: Ways::default(), ..load.clone() };
+    let (mut id, _) = loads::begin(dir, load.clone())?;
+    let mut is_stopped = false;
     let from = Instant::now();
+    let check_every = if freezer.is_some() { FREEZER_EVERY } else { CHECK_EVERY };
     while !signalled() {
-        let left = lasts.map_or(CHECK_EVERY, |lasts| lasts.saturating_sub(from.elapsed()).min(CHECK_EVERY));
+        let left = lasts.map_or(check_every, |lasts| lasts.saturating_sub(from.elapsed()).min(check_every));
         if left.is_zero() || ended_within(&process, left) {
             break;
+        }
+        let is_frozen = freezer.is_some_and(ProcessFreezer::is_frozen);
+        if is_frozen != is_stopped {
+            loads::end(dir, id)?;
+            (id, _) = loads::begin(dir, if is_frozen { stopped.clone() } else { load.clone() })?;
+            is_stopped = is_frozen;
         }
     }
     loads::end(dir, id).map(|_| ())

@@ -2,6 +2,7 @@
 
 mod arguments;
 mod child;
+mod freezer;
 mod hold;
 mod lives;
 mod truth;
@@ -47,6 +48,9 @@ enum Verb {
         /// End after this long, such as 5s or 500ms
         #[arg(long = "for", value_parser = time::span)]
         lasts: Option<Duration>,
+        /// Have no demand while the process is frozen by a cgroup, as a process that submits its own work; its memory stays
+        #[arg(long)]
+        stops_while_frozen: bool,
     },
     /// Start a process with a load from its first instant
     Run {
@@ -163,9 +167,10 @@ fn main() -> ExitCode {
 fn run(verb: Verb) -> anyhow::Result<u8> {
     match verb {
         Verb::Init { dir, gpus, world } => init(&dir, gpus, world.as_deref()).map(|()| 0),
-        Verb::Load { pid, load, lasts } => {
+        Verb::Load { pid, load, lasts, stops_while_frozen } => {
             check(&load)?;
-            hold::load(&load.dir, declared(&load, pid)?, lasts).map(|()| 0)
+            let freezer = stops_while_frozen.then(|| freezer::ProcessFreezer::new(pid)).transpose()?;
+            hold::load(&load.dir, declared(&load, pid)?, lasts, freezer.as_ref()).map(|()| 0)
         }
         Verb::Run { load, command } => {
             check(&load)?;

@@ -25,7 +25,7 @@ const PACKAGES: [(&str, &[&[&str]]); 13] = [
             &["inbox", "service_notify"],
             &["observe"],
             &["labels", "serving"],
-            &["explain", "session"],
+            &["explain", "session", "freeze"],
             &["core_thread"],
             &["export"],
             &["reload", "otlp"],
@@ -38,7 +38,7 @@ const PACKAGES: [(&str, &[&[&str]]); 13] = [
         "sampler/core/src",
         &[
             &["units"],
-            &["device", "cgroup_path", "pid_space"],
+            &["device", "cgroup_path", "pid_space", "experiment"],
             &["observation"],
             &["identity", "reconstruct"],
             &["fact"],

@@ -74,7 +74,8 @@ impl Aggregate {
             | Fact::Pressure(_)
             | Fact::Waited(_)
             | Fact::WaitProbe(_)
-            | Fact::Engine(_) => {}
+            | Fact::Engine(_)
+            | Fact::Experiment(_) => {}
         }
     }
 

@@ -90,6 +90,7 @@ impl Identity {
             | Observation::Xid { .. }
             | Observation::Gpu(_)
             | Observation::Pressure(_)
+            | Observation::GpuClient { .. }
             | Observation::Waited(_)
             | Observation::WaitProbe(_)
             | Observation::Engine(_)

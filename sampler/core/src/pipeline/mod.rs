@@ -38,6 +38,7 @@
 //! assert!((snapshot.containers[0].gpus[0].seconds - busy).abs() < 1e-9);
 //! ```
 
+use std::collections::VecDeque;
 use std::sync::Arc;
 
 use foldhash::{HashMap, HashSet};
@@ -62,7 +63,11 @@ pub struct Core {
     /// Pods, jobs, units and login sessions that no GPU fact has named: a machine has many, and few of them use a GPU.
     unused: HashMap<ContainerKey, Arc<ContainerRecord>>,
     keep_facts: bool,
+    /// Processes that called cuInit, with their users; only while wait probes are attached.
+    clients: VecDeque<(Tgid, User)>,
 }
+
+const MAX_CLIENTS: usize = 1024;
 
 /// A living process of a user of a GPU.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -128,6 +133,7 @@ impl Core {
             }
             Observation::Xid { gpu, xid, count } => self.push_facts(gpu, vec![(self.aggregate.now, GpuFact::Xid { xid, count })]),
             Observation::Pressure(pressure) => self.push_fact(Fact::Pressure(pressure)),
+            Observation::GpuClient { tgid, at } => self.client(tgid, at),
             Observation::Waited(reading) => self.waited(*reading),
             Observation::WaitProbe(change) => self.wait_probe(*change),
             Observation::Engine(engine) => self.push_fact(Fact::Engine(engine)),
@@ -171,6 +177,7 @@ impl Core {
     /// The living processes of all users that hold a GPU or were credited with time on one.
     pub fn gpu_processes(&self) -> Vec<GpuProcess> {
         let mut users: HashSet<User> = HashSet::default();
+        users.extend(self.clients.iter().map(|(_, user)| *user));
         for (_, gpu) in self.aggregate.gpus() {
             users.extend(gpu.holders().users());
             users.extend(gpu.containers().into_iter().map(User::Container));
@@ -189,6 +196,18 @@ impl Core {
             Some(GpuProcess { tgid, start, user })
         };
         self.identity.processes.living().filter_map(process).collect()
+    }
+
+    /// The newest replaces the oldest.
+    fn client(&mut self, tgid: Tgid, at: BootNs) {
+        let (_, user) = self.user_of(tgid, at, (at, at));
+        if !matches!(user, User::Container(_) | User::Host(_)) {
+            return;
+        }
+        if self.clients.len() >= MAX_CLIENTS {
+            self.clients.pop_front();
+        }
+        self.clients.push_back((tgid, user));
     }
 
     fn waited(&mut self, reading: WaitReading) {

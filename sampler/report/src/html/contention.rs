@@ -36,6 +36,42 @@ impl HtmlPage<'_> {
         self.add("</section>");
     }
 
+    /// The experiments of the session; nothing without one.
+    pub(super) fn experiments(&mut self) {
+        if self.report.experiments.is_empty() {
+            return;
+        }
+        self.add("<section id=\"experiments\"><h2>Experiments</h2>");
+        for experiment in &self.report.experiments {
+            let mut markup = format!(
+                "<article class=\"card\"><p class=\"lead\">{} was frozen in {} of {} bursts, {} each; victim {}, seed {}.</p>",
+                self.user(&experiment.suspect),
+                experiment.frozen_bursts,
+                experiment.planned_bursts,
+                words::seconds(experiment.freeze_seconds),
+                self.user(&experiment.victim),
+                experiment.seed
+            );
+            for gpu in &experiment.gpus {
+                for effect in &gpu.effects {
+                    let verdict = if effect.confirmed {
+                        badge(Evidence::ExperimentConfirmed)
+                    } else {
+                        format!("not confirmed: {} ", html_escape(&effect.why_not))
+                    };
+                    markup += &format!(
+                        "<p>{}, {}: {verdict}{}</p>",
+                        words::gpu_name(self.report, &gpu.uuid),
+                        effect.outcome.name(),
+                        words::freeze_rates(effect).unwrap_or_default()
+                    );
+                }
+            }
+            self.add(&(markup + "</article>"));
+        }
+        self.add("</section>");
+    }
+
     /// The victim's rate while the contender was off and on, as two bars.
     fn rates(&self, victim: &str, contender: &Contender) -> String {
         let (Some(before), Some(after)) = (contender.rate_before, contender.rate_after) else { return String::new() };
@@ -144,6 +180,7 @@ impl HtmlPage<'_> {
         let parts = [
             words::rates(contender).map(|rates| format!("{rates}.")),
             (!reason.is_empty()).then(|| format!("Not confirmed: {}.", html_escape(reason).trim_end_matches('.'))),
+            contender.experiment.as_ref().and_then(words::freeze_rates).map(|rates| format!("Experiment: {rates}.")),
         ];
         format!(
             "<div class=\"contender\"><p>{} {}received <b>{}</b> GPU-seconds in the same windows, <b>{}</b> of them while the \

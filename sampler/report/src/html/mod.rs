@@ -53,6 +53,7 @@ pub fn html(report: &Report) -> String {
     page.head();
     page.problems();
     page.findings();
+    page.experiments();
     page.overview();
     for (nth, gpu) in report.gpus.iter().enumerate() {
         page.gpu(nth, gpu);
@@ -336,17 +337,19 @@ impl HtmlPage<'_> {
     fn foot(&mut self) {
         let report = self.report;
         let (window, saturated) = (words::seconds(report.window_seconds), words::percent(report.saturation_ratio));
+        let grade =
+            |evidence: Evidence| format!("<dt>{}</dt><dd>{}.</dd>", evidence.name(), markup::sentence(words::meaning(evidence)));
+        let grades: String = words::explained_grades(report).into_iter().map(grade).collect();
         self.add(&format!(
             "</main>\n<footer><dl>\
              <dt>GPU-seconds</dt><dd>Time for which a user kept the engines of the GPU busy. The error is one standard error, of \
              sampling only.</dd>\
              <dt>Active, coactive, contended</dt><dd>Seconds of windows of {window} in which a user had a sample (active), in which \
              another user had one as well (coactive), and in which the GPU was also saturated, that is, at least {saturated} busy (contended).</dd>\
-             <dt>coactive</dt><dd>{}.</dd><dt>on-off-confirmed</dt><dd>{}.</dd>\
+             {}\
              <dt>Not measured</dt><dd>The progress of workloads. The report covers GPU time only.</dd></dl>\
              <p>gpu-sampler {}</p></footer>",
-            markup::sentence(words::meaning(Evidence::Coactive)),
-            markup::sentence(words::meaning(Evidence::OnOffConfirmed)),
+            grades,
             html_escape(&report.agent_version)
         ));
         let data = data::embedded(report, &self.names, &self.colours);

@@ -2,6 +2,7 @@
 
 mod contention;
 mod engines;
+mod experiments;
 mod lanes;
 
 use super::layout::{Column, Ink, Table, fit, terminal_safe};
@@ -28,6 +29,7 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     page.summary();
     page.problems();
     page.findings();
+    page.experiments();
     for gpu in &report.gpus {
         page.gpu(gpu);
     }
@@ -36,6 +38,14 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     }
     page.engines();
     page.explanations();
+    page.page.finish()
+}
+
+/// The experiments of the report alone, as `gpu-sampler experiment` prints them.
+pub fn experiments_text(report: &Report, options: &TextOptions) -> String {
+    let mut page = TextPage { report, names: Names::new(report), page: Page::new(options) };
+    page.problems();
+    page.experiments();
     page.page.finish()
 }
 
@@ -126,7 +136,7 @@ impl TextPage<'_> {
         let has_contenders = self.report.users.iter().flat_map(|user| &user.gpus).any(|usage| !usage.contenders.is_empty());
         if has_contenders {
             self.page.line("");
-            for evidence in [Evidence::Coactive, Evidence::OnOffConfirmed] {
+            for evidence in words::explained_grades(self.report) {
                 self.page.wrap("", &format!("{}: {}", evidence.name(), words::meaning(evidence)));
             }
         }

@@ -3,6 +3,7 @@
 use super::generate::{Node, Random, SECOND, START};
 use crate::State;
 use sampler_core::device::Reason;
+use sampler_core::experiment::{ExperimentDesign, ExperimentFact};
 use sampler_core::fact::*;
 use sampler_core::observation::EngineFact;
 use sampler_core::units::{BootNs, ContainerKey, GpuNs};
@@ -166,4 +167,22 @@ fn a_state_replaces_all_facts_before_it() {
     let is_summed = |fact: &Fact| matches!(fact, Fact::Gpu { fact: GpuFact::Utilization(_) | GpuFact::Idle { .. }, .. });
     assert!(!facts.iter().any(is_summed));
     assert!(!facts.iter().any(|fact| matches!(fact, Fact::Gpu { gpu: 1, .. })), "it is gone");
+}
+
+#[test]
+fn the_last_experiment_is_in_the_state_until_a_minute_after_its_end() {
+    let design = ExperimentDesign { seed: 3, bursts: 6, window_ns: SECOND, pause_ns: 0 };
+    let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(START));
+    let frozen = |burst: u32, to: u64| {
+        Fact::Experiment(ExperimentFact::Frozen { experiment: BootNs(START), burst, from: BootNs(START), to: BootNs(to) })
+    };
+    let scheduled = Fact::Experiment(ExperimentFact::Schedule(schedule));
+    let mut state = State::default();
+    let all = [scheduled.clone(), frozen(0, START + 1)];
+    assert_eq!(follow(&mut state, &all), all);
+    // The same schedule again keeps the freezes; a burst that the schedule does not have is not kept.
+    follow(&mut state, &[scheduled.clone(), frozen(6, START + 2), frozen(0, START + 3)]);
+    assert_eq!(state.facts(), [scheduled, frozen(0, START + 3)]);
+    follow(&mut state, &[sample(73, User::Unattributed(Reason::NoPid))]);
+    assert_eq!(state.facts(), []);
 }

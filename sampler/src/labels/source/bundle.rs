@@ -132,6 +132,18 @@ fn read_bundle(files: &HostFiles, tasks: &Path, id: &str) -> Result<Option<Facts
     }))
 }
 
+/// The value of an annotation of the container.
+pub fn annotation(files: &HostFiles, places: &HostPaths, id: &str, key: &str) -> Result<Option<String>, String> {
+    let in_tasks = |tasks: &Path| {
+        first_found(files.list(tasks)?.paths().map(|(_, path)| {
+            let bundle = file::read::<Bundle>(&path.join(id).join("config.json"))?;
+            Ok::<_, String>(bundle.and_then(|bundle| bundle.annotations?.remove(key)))
+        }))
+    };
+    let folders = places.containerd_states.iter().flat_map(|state| TASK_FOLDERS.map(|tasks| files.path(state).join(tasks)));
+    first_found(folders.map(|tasks| in_tasks(&tasks)))
+}
+
 fn facts(annotations: &Annotations, id: &str, namespace: &str) -> Facts {
     let get = |key: &str| annotations.get(key).map(String::as_str);
     // The bundles of Docker's containers have no labels; the Docker sources have them.

@@ -10,7 +10,7 @@ use serde::Deserialize;
 
 use super::file;
 use super::host_files::HostFiles;
-use super::reply::SourceReply;
+use super::reply::{SourceReply, first_found};
 use crate::labels::discover::HostPaths;
 
 #[derive(Default, Deserialize)]
@@ -59,6 +59,15 @@ impl DockerRecord {
         facts.from_dockershim_name(name);
         facts
     }
+}
+
+/// The value of a label of the container.
+pub fn label(files: &HostFiles, places: &HostPaths, id: &str, key: &str) -> Result<Option<String>, String> {
+    first_found(places.docker_roots.iter().map(|folder| {
+        let path = files.path(&folder.join("containers")).join(id).join("config.v2.json");
+        let record = file::read::<DockerRecord>(&path)?;
+        Ok::<_, String>(record.and_then(|record| record.config?.labels?.remove(key)?))
+    }))
 }
 
 pub fn query(files: &HostFiles, places: &HostPaths, id: &str) -> SourceReply {

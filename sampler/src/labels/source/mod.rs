@@ -38,7 +38,7 @@ use self::host_files::HostFiles;
 use self::http::HttpClient;
 use self::kubelet::Kubelet;
 use self::nested::RuntimePlace;
-use self::reply::{SourceReply, TIMEOUT};
+use self::reply::{SourceReply, TIMEOUT, first_found};
 use super::activation::ActivationGuard;
 use super::discover::{HostPaths, is_single_name};
 use super::root::Root;
@@ -135,6 +135,20 @@ pub async fn execute(sources: Arc<LabelSources>, query: &Query) -> SourceReply {
     };
     let timed_out = || SourceReply::timeout(format!("no response within {} s", TIMEOUT.as_secs()));
     tokio::time::timeout(TIMEOUT, reply).await.unwrap_or_else(|_| timed_out())
+}
+
+/// The value of an annotation or label in the files of any runtime; `None` if none has it.
+pub fn marked(files: &HostFiles, places: &HostPaths, id: &str, key: &str) -> Result<Option<String>, String> {
+    // The id becomes a part of paths.
+    if !is_single_name(id) {
+        return Err(format!("{id:?} is not the id of a container"));
+    }
+    let found = [
+        bundle::annotation(files, places, id, key),
+        docker_file::label(files, places, id, key),
+        storage::annotation(files, places, id, key),
+    ];
+    first_found(found.into_iter())
 }
 
 /// Pods, jobs, units and sessions are not found by the id of a container.

@@ -35,6 +35,19 @@ fn read_bundle(folder: &Path, id: &str) -> Result<Option<Bundle>, String> {
     file::read(&folder.join(id).join("userdata/config.json"))
 }
 
+/// The value of an annotation of the container, in the bundle that CRI-O and podman keep.
+pub fn annotation(files: &HostFiles, places: &HostPaths, id: &str, key: &str) -> Result<Option<String>, String> {
+    first_found(places.storages.iter().map(|storage| {
+        let list = files.list(&files.path(storage))?;
+        let folders = list.paths().filter(|(name, _)| name.ends_with("-containers"));
+        let annotated = folders.map(|(_, folder)| {
+            let bundle = read_bundle(&folder, id)?;
+            Ok::<_, String>(bundle.and_then(|bundle| bundle.annotations?.remove(key)))
+        });
+        first_found(annotated)
+    }))
+}
+
 fn crio_facts(annotations: &Annotations) -> Facts {
     let get = |key: &str| annotations.get(key).map(String::as_str).filter(|v| !v.is_empty());
     let crio_key = |name: &str| get(&format!("io.kubernetes.cri-o.{name}"));

@@ -59,25 +59,39 @@ fn shows_all(mount: &MountInfo) -> bool {
     meta.ino() == ROOT_INODE && mount.majmin == format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
 }
 
-pub fn layout(procfs_root: &Path) -> Layout {
-    let mounts: MountInfos = match Process::new_with_root(procfs_root.join("self")).and_then(|p| p.mountinfo()) {
-        Ok(mounts) => mounts,
+/// The mount table; `None` if it cannot be read.
+fn mount_table(procfs_root: &Path) -> Option<MountInfos> {
+    match Process::new_with_root(procfs_root.join("self")).and_then(|process| process.mountinfo()) {
+        Ok(mounts) => Some(mounts),
         Err(error) => {
             tracing::warn!(%error, "cannot read the mount table; cgroups cannot be scanned");
-            return Layout::default();
+            None
         }
-    };
+    }
+}
+
+/// Hierarchy id and mount point of a v1 controller; `controllers` is the content of /proc/cgroups.
+fn v1_controller(mounts: &MountInfos, controllers: &str, name: &str) -> Option<(u32, PathBuf)> {
+    let hierarchy: u32 = controllers.lines().find_map(|line| {
+        let mut words = line.split_whitespace();
+        (words.next() == Some(name)).then(|| words.next())??.parse().ok()
+    })?;
+    let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(name) && shows_all(m);
+    let mount = mounts.0.iter().find(wanted)?;
+    (hierarchy != 0).then(|| (hierarchy, mount.mount_point.clone()))
+}
+
+/// Hierarchy id and mount point of the v1 freezer, which need not be a followed hierarchy.
+pub fn v1_freezer(procfs_root: &Path) -> Option<(u32, PathBuf)> {
+    let controllers = fs::read_to_string(procfs_root.join("cgroups")).unwrap_or_default();
+    v1_controller(&mount_table(procfs_root)?, &controllers, "freezer")
+}
+
+pub fn layout(procfs_root: &Path) -> Layout {
+    let Some(mounts) = mount_table(procfs_root) else { return Layout::default() };
     let controllers = fs::read_to_string(procfs_root.join("cgroups")).unwrap_or_default();
     let v2 = mounts.0.iter().find(|m| m.fs_type == "cgroup2" && shows_all(m)).map(|m| m.mount_point.clone());
-    let of_controller = |name: &str| {
-        let hierarchy: u32 = controllers.lines().find_map(|line| {
-            let mut words = line.split_whitespace();
-            (words.next() == Some(name)).then(|| words.next())??.parse().ok()
-        })?;
-        let wanted = |m: &&MountInfo| m.fs_type == "cgroup" && m.super_options.contains_key(name) && shows_all(m);
-        let mount = mounts.0.iter().find(wanted)?;
-        (hierarchy != 0).then(|| (hierarchy, mount.mount_point.clone()))
-    };
+    let of_controller = |name: &str| v1_controller(&mounts, &controllers, name);
     let v1 = V1_CONTROLLERS.iter().find_map(|name| of_controller(name).map(|(hierarchy, mount)| (*name, hierarchy, mount)));
     Layout { v2, v1, v1_cpu: of_controller("cpu") }
 }

@@ -156,6 +156,7 @@ impl Worker {
         if !self.is_loaded() {
             return Some(());
         }
+        self.send_clients()?;
         let wanted = self.wanted(&selectors)?;
         self.read();
         self.end_except(&wanted);
@@ -164,6 +165,13 @@ impl Worker {
         }
         self.report_problems();
         self.send()
+    }
+
+    /// Before the core is asked for the processes of users of GPUs.
+    fn send_clients(&mut self) -> Option<()> {
+        let pids = self.probes.as_mut().map(Probes::take_clients).unwrap_or_default();
+        let client = |(pid, at)| Observation::GpuClient { tgid: Tgid(pid), at: BootNs(at) };
+        self.context.to.observe_all(pids.into_iter().map(client)).ok()
     }
 
     fn send(&mut self) -> Option<()> {

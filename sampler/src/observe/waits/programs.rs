@@ -192,13 +192,13 @@ impl Probes {
         let _absent = self.waits.remove(&pid);
     }
 
-    /// Processes that called cuInit since the last call of this.
-    pub fn take_clients(&mut self) -> Vec<u32> {
-        let pids: Vec<u32> = self.clients.keys().filter_map(Result::ok).collect();
-        for pid in &pids {
+    /// Processes that called cuInit since the last call of this, with the time of CLOCK_BOOTTIME.
+    pub fn take_clients(&mut self) -> Vec<(u32, u64)> {
+        let clients: Vec<(u32, u64)> = self.clients.iter().filter_map(Result::ok).collect();
+        for (pid, _) in &clients {
             let _absent = self.clients.remove(pid);
         }
-        pids
+        clients
     }
 }
 

@@ -20,6 +20,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 
 use arc_swap::ArcSwap;
+use sampler_core::experiment::ExperimentFact;
 use sampler_core::fact::Fact;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, WallTime};
@@ -402,6 +403,21 @@ impl SessionManager {
             }
             LivePhase::Recording(recording) => recording.end = recording.end.min(now),
         }
+        Ok(())
+    }
+
+    /// Adds a fact about an experiment, and closes the frame with it: the schedule is written before the first freeze.
+    pub fn experiment(&mut self, id: &str, fact: ExperimentFact, now: BootNs) -> Result<(), StoreError> {
+        let session = self.sessions.iter().find(|session| session.id == id);
+        if !matches!(session.map(|session| &session.phase), Some(LivePhase::Recording(_))) {
+            let status = self.store.status(id, now)?;
+            return Err(StoreError::Conflict(format!(
+                "session {id} is {}, so it cannot have an experiment",
+                status.state.name()
+            )));
+        }
+        self.facts(&[Fact::Experiment(fact)], now);
+        self.frame(now);
         Ok(())
     }
 

@@ -404,3 +404,28 @@ fn a_session_of_which_the_end_cannot_be_packed_fails_with_the_reason_and_keeps_i
     let (phase, reason) = bench.phase(&id);
     assert!(phase == Phase::Failed && reason.contains("a record of 9 bytes exceeds"), "{phase:?}: {reason}");
 }
+
+#[test]
+fn facts_of_an_experiment_are_written_into_a_session_that_records() {
+    use sampler_core::experiment::ExperimentDesign;
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    bench.until(5);
+    let id = bench.start(&request(60, 0));
+    bench.until(7);
+    let design = ExperimentDesign { seed: 1, bursts: 6, window_ns: SECOND_NS, pause_ns: 0 };
+    let schedule = ExperimentFact::Schedule(design.draw("/docker/1".into(), "/docker/2".into(), boot(9)));
+    let frozen = ExperimentFact::Frozen { experiment: boot(9), burst: 0, from: boot(9), to: boot(10) };
+    for fact in [&schedule, &frozen] {
+        bench.manager.experiment(&id, fact.clone(), boot(bench.second)).unwrap();
+    }
+    bench.until(40);
+    bench.manager.stop(&id, boot(bench.second)).unwrap();
+    bench.until(70);
+    bench.wait(&id, Phase::Finished);
+    let refused = bench.manager.experiment(&id, frozen.clone(), boot(bench.second)).unwrap_err();
+    assert!(matches!(refused, StoreError::Conflict(_)), "{refused}");
+    assert!(matches!(bench.manager.experiment("none", frozen.clone(), boot(bench.second)), Err(StoreError::Unknown(_))));
+    let facts = bench.read(&id).facts;
+    let of_experiment: Vec<&Fact> = facts.iter().filter(|fact| matches!(fact, Fact::Experiment(_))).collect();
+    assert_eq!(of_experiment, [&Fact::Experiment(schedule), &Fact::Experiment(frozen)]);
+}

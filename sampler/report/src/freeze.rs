@@ -1,0 +1,420 @@
+//! The freezing experiment: the GPU-seconds per second of the victim while the suspect is frozen, compared with those while it runs.
+//!
+//! ```text
+//!  burst        1                   2                   3
+//!  suspect      [frozen ][runs   ]  [runs   ][frozen ]  [runs   ][frozen ]     drawn by coin before the first freeze
+//!  counted       .======  .======    .======  .======    .======  .======      without the time after each edge (GUARD_NS)
+//!  difference   frozen - runs       frozen - runs       frozen - runs          one number for each burst
+//! ```
+//! - A **randomisation test**: if freezing changed nothing, another result of the coins would only have exchanged the two windows of a
+//!   burst, and so the sign of its difference. `p` is the share of all results of the coins (all of them up to [`EXACT_BURSTS`] bursts,
+//!   [`DRAWS`] drawn ones above) with a mean difference of at least the observed one. No distribution is assumed.
+//! - The **interval** inverts that test: the effects that it does not reject. Inversion needs no search. With an effect `e` taken off every
+//!   difference, flipping a subset of the signs gives at least the observed mean exactly if the mean of the subset is at most `e`, so the
+//!   limits are quantiles of the means of subsets (Hartigan 1969).
+//! - A burst counts if the suspect was frozen throughout the counted part of its window, and not in the other window, and if both windows
+//!   were observed. None of this depends on the difference of the burst.
+//! - Within a window, time of samples with an unqueried process is divided in the proportions of the queried samples of that window only:
+//!   division over neighbouring windows, as in the rest of a report, would carry time from one window into the other.
+//!
+//! Only GPU time is compared here; [`Outcome`] is the list of what an experiment may compare.
+
+use std::collections::BTreeMap;
+
+use sampler_core::experiment::{BootSpan, ExperimentFact, ExperimentSchedule, SeededRandom};
+use sampler_core::fact::{GpuFact, User};
+use sampler_core::units::BootNs;
+
+use super::model::{FreezeEffect, Outcome};
+
+/// Not counted after each edge of a window: work that was queued before a freeze still runs, and after a thaw queued work is made up for.
+const GUARD_NS: u64 = 500_000_000;
+/// The end of a freeze may be this much before the end of its window.
+const EARLY_NS: u64 = 100_000_000;
+/// The fraction of the counted part of a window that must have been observed.
+const OBSERVED: f64 = 0.5;
+/// Up to this number of bursts all results of the coins are counted.
+const EXACT_BURSTS: usize = 16;
+/// Drawn results of the coins above it; the error of a p-value of 0.01 is 0.0007.
+const DRAWS: usize = 20_000;
+/// The p-value below which an effect is confirmed, divided by the number of GPUs that are tested.
+const CONFIRMING_P: f64 = 0.01;
+/// The least effect that is confirmed, in GPU-seconds per second: utilization is rounded to a percent.
+const LEAST_EFFECT: f64 = 0.02;
+/// Two-sided confidence level of the interval.
+const LEVEL: f64 = 0.95;
+/// Experiments of one session; a file must not determine how much is computed.
+const MAX_EXPERIMENTS: usize = 100;
+/// Two numbers that differ by less are equal: sums in another order differ by rounding.
+const ROUNDING: f64 = 1e-12;
+
+/// An experiment of a session.
+#[derive(Debug, Default)]
+pub struct GatheredExperiment {
+    pub schedule: ExperimentSchedule,
+    /// When the suspect was frozen, by burst.
+    pub frozen: BTreeMap<u32, BootSpan>,
+}
+
+/// The user of the time of a sample.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum SampleUser {
+    Named(User),
+    /// The process was not queried, or the driver reported none.
+    Unknown,
+}
+
+/// Observed time of a GPU.
+#[derive(Clone, Copy, Debug)]
+pub struct ObservedTime {
+    pub span: BootSpan,
+    pub busy_ratio: f64,
+    pub user: SampleUser,
+}
+
+/// Adds a fact to the experiments of a session. Reading a fact twice has no effect.
+pub fn gather(experiments: &mut Vec<GatheredExperiment>, fact: &ExperimentFact) {
+    match fact {
+        ExperimentFact::Schedule(schedule) => {
+            // A file may have been written by any program.
+            let is_known = experiments.iter().any(|known| known.schedule.start == schedule.start);
+            if schedule.problem().is_none() && !is_known && experiments.len() < MAX_EXPERIMENTS {
+                experiments.push(GatheredExperiment { schedule: schedule.clone(), frozen: BTreeMap::new() });
+            }
+        }
+        ExperimentFact::Frozen { experiment, burst, from, to } => {
+            let known = experiments.iter_mut().find(|known| known.schedule.start == *experiment);
+            if let Some(known) = known.filter(|known| *burst < known.schedule.len()) {
+                known.frozen.insert(*burst, BootSpan { from: *from, to: *to });
+            }
+        }
+    }
+}
+
+/// The time that a fact about a GPU observes; `None` if it observes none.
+pub fn observed_time(at: BootNs, fact: &GpuFact) -> Option<ObservedTime> {
+    let (ns, busy_ratio, user) = match fact {
+        GpuFact::Utilization(sample) => {
+            let named = sampler_core::aggregate::named(&sample.processes);
+            let user = named.map_or(SampleUser::Unknown, SampleUser::Named);
+            (sample.ns, f64::from(sample.busy_percent) / 100.0, user)
+        }
+        GpuFact::Unqueried(sampler_core::device::Engine::Compute, sample) => {
+            (sample.ns, f64::from(sample.busy_percent) / 100.0, SampleUser::Unknown)
+        }
+        GpuFact::Idle { ns } => (*ns, 0.0, SampleUser::Unknown),
+        GpuFact::Measured { ns, busy_ratio } => (*ns, *busy_ratio, SampleUser::Unknown),
+        _ => return None,
+    };
+    Some(ObservedTime { span: BootSpan { from: at.minus(ns), to: at }, busy_ratio, user })
+}
+
+/// The counted part of a window.
+fn counted(window: BootSpan) -> BootSpan {
+    let guard_ns = GUARD_NS.min(window.ns() / 2);
+    BootSpan { from: window.from.plus(guard_ns), to: window.to }
+}
+
+fn overlap_ns(one: BootSpan, other: BootSpan) -> u64 {
+    one.to.min(other.to).saturating_since(one.from.max(other.from))
+}
+
+/// GPU-seconds per second of the victim in a span; `None` if too little of it was observed, or no sample shows the users.
+fn rate(times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, span: BootSpan) -> Option<f64> {
+    let first = times.partition_point(|time| time.span.to <= span.from);
+    let (mut observed, mut busy, mut named, mut victim) = (0.0, 0.0, 0.0, 0.0);
+    for time in times.iter().skip(first).take_while(|time| time.span.from < span.to) {
+        let ns = overlap_ns(time.span, span) as f64;
+        observed += ns;
+        busy += ns * time.busy_ratio;
+        if let SampleUser::Named(user) = time.user {
+            named += ns * time.busy_ratio;
+            victim += if is_victim(user) { ns * time.busy_ratio } else { 0.0 };
+        }
+    }
+    if observed < OBSERVED * span.ns() as f64 || observed <= 0.0 {
+        return None;
+    }
+    if busy <= 0.0 {
+        return Some(0.0);
+    }
+    (named > 0.0).then(|| busy / observed * victim / named)
+}
+
+/// The rates of the victim in one burst.
+#[derive(Clone, Copy, Debug, PartialEq)]
+struct BurstRates {
+    frozen: f64,
+    running: f64,
+}
+
+impl GatheredExperiment {
+    /// Whether the suspect was frozen as planned in this burst.
+    fn is_as_planned(&self, burst: u32, frozen: BootSpan, running: BootSpan) -> bool {
+        let Some(real) = self.frozen.get(&burst) else { return false };
+        let wanted = counted(frozen);
+        real.from <= wanted.from && real.to >= wanted.to.minus(EARLY_NS) && overlap_ns(*real, counted(running)) == 0
+    }
+
+    /// The rates in every burst that counts.
+    fn rates(&self, times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool) -> Vec<BurstRates> {
+        let burst = |burst| {
+            let (frozen, running) = (self.schedule.frozen_window(burst)?, self.schedule.running_window(burst)?);
+            if !self.is_as_planned(burst, frozen, running) {
+                return None;
+            }
+            let rate = |window| rate(times, is_victim, counted(window));
+            Some(BurstRates { frozen: rate(frozen)?, running: rate(running)? })
+        };
+        (0..self.schedule.len()).filter_map(burst).collect()
+    }
+
+    /// The effect on the victim's GPU time on one GPU. `tested`: the number of GPUs on which this is tested.
+    pub fn evaluate(&self, times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, tested: usize) -> FreezeEffect {
+        let rates = self.rates(times, is_victim);
+        let bursts = u32::try_from(rates.len()).unwrap_or(u32::MAX);
+        let effect = FreezeEffect { outcome: Outcome::GpuSeconds, bursts, ..FreezeEffect::default() };
+        if rates.is_empty() {
+            let why_not = match self.frozen.len() {
+                0 => "the suspect was never frozen".to_owned(),
+                n => format!("in none of {n} bursts with a freeze both windows were observed"),
+            };
+            return FreezeEffect { why_not, ..effect };
+        }
+        let mean = |of: fn(&BurstRates) -> f64| rates.iter().map(of).sum::<f64>() / rates.len() as f64;
+        let differences: Vec<f64> = rates.iter().map(|rates| rates.frozen - rates.running).collect();
+        let test = RandomisationTest::new(&differences, self.schedule.seed);
+        let (p_value, interval, difference) = (test.p_value(), test.interval(), mean(|rates| rates.frozen - rates.running));
+        let level = CONFIRMING_P / tested.max(1) as f64;
+        let why_not = if difference <= LEAST_EFFECT {
+            format!("no effect above {LEAST_EFFECT} GPU-seconds per second")
+        } else if p_value >= level && test.least_p_value() >= level {
+            format!("{bursts} bursts cannot show an effect at p < {level}: use more")
+        } else if p_value >= level {
+            format!("p = {p_value:.4} is not below {level}: chance may explain the difference")
+        } else {
+            String::new()
+        };
+        FreezeEffect {
+            rate_frozen: Some(mean(|rates| rates.frozen)),
+            rate_running: Some(mean(|rates| rates.running)),
+            effect: Some(difference),
+            interval,
+            interval_level: interval.map(|_| LEVEL),
+            p_value: Some(p_value),
+            confirmed: why_not.is_empty(),
+            why_not,
+            ..effect
+        }
+    }
+}
+
+/// The means of subsets of the differences, one for each counted result of the coins other than the observed one.
+struct RandomisationTest {
+    /// Ascending.
+    subset_means: Vec<f64>,
+    bursts: usize,
+}
+
+impl RandomisationTest {
+    fn new(differences: &[f64], seed: u64) -> Self {
+        let mean_of = |is_flipped: &dyn Fn(usize) -> bool| {
+            let flipped = differences.iter().enumerate().filter(|(n, _)| is_flipped(*n));
+            let (sum, count) = flipped.fold((0.0, 0_u32), |(sum, count), (_, difference)| (sum + difference, count + 1));
+            // The observed result itself was drawn: it is at least as large as itself for any effect.
+            if count == 0 { f64::NEG_INFINITY } else { sum / f64::from(count) }
+        };
+        let mut subset_means: Vec<f64> = if differences.len() <= EXACT_BURSTS {
+            (1_u32..1 << differences.len()).map(|subset| mean_of(&|n| subset >> n & 1 == 1)).collect()
+        } else {
+            // Not the stream that drew the schedule.
+            let mut random = SeededRandom::new(!seed);
+            let mut draw = || {
+                let coins: Vec<bool> = differences.iter().map(|_| random.coin()).collect();
+                mean_of(&|n| coins.get(n).copied().unwrap_or(false))
+            };
+            (0..DRAWS).map(|_| draw()).collect()
+        };
+        subset_means.sort_by(f64::total_cmp);
+        Self { subset_means, bursts: differences.len() }
+    }
+
+    /// All counted results of the coins, with the observed one.
+    fn results(&self) -> f64 {
+        self.subset_means.len() as f64 + 1.0
+    }
+
+    /// One-sided: the share of the results with a mean difference of at least the observed one.
+    fn p_value(&self) -> f64 {
+        let at_least = self.subset_means.partition_point(|mean| *mean <= ROUNDING);
+        (at_least as f64 + 1.0) / self.results()
+    }
+
+    /// The p-value if every burst shows the effect.
+    fn least_p_value(&self) -> f64 {
+        (1.0 / self.results()).max(0.5_f64.powi(i32::try_from(self.bursts).unwrap_or(i32::MAX)))
+    }
+
+    /// The effects that a two-sided test at [`LEVEL`] does not reject; `None` if it cannot reject any.
+    fn interval(&self) -> Option<[f64; 2]> {
+        let rejected = (self.results() * (1.0 - LEVEL) / 2.0).floor() as usize;
+        let low = self.subset_means.get(rejected.checked_sub(1)?)?;
+        let high = self.subset_means.get(self.subset_means.len().checked_sub(rejected)?)?;
+        (low.is_finite() && high.is_finite()).then_some([*low, *high])
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use devkit::Random;
+    use sampler_core::experiment::ExperimentDesign;
+    use sampler_core::units::ContainerKey;
+
+    use super::*;
+
+    const SECOND: u64 = 1_000_000_000;
+    const PERIOD: u64 = 167_000_000;
+    const VICTIM: User = User::Container(ContainerKey(1));
+    const SUSPECT: User = User::Container(ContainerKey(2));
+
+    fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
+        let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND };
+        let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(100 * SECOND));
+        let frozen = (0..bursts).map(|burst| (burst, schedule.frozen_window(burst).unwrap())).collect();
+        GatheredExperiment { schedule, frozen }
+    }
+
+    /// Samples of a GPU on which the victim has these shares of the samples while the suspect runs and while it is frozen.
+    fn times(experiment: &GatheredExperiment, seed: u64, running: f64, frozen: f64) -> Vec<ObservedTime> {
+        let mut random = Random(seed.wrapping_mul(0x9e37_79b9_7f4a_7c15) + 1);
+        let samples = experiment.schedule.end().0.div_ceil(PERIOD) + 10;
+        let sample = |n: u64| {
+            let span = BootSpan { from: BootNs(n * PERIOD), to: BootNs((n + 1) * PERIOD) };
+            let is_frozen = experiment.frozen.values().any(|freeze| overlap_ns(*freeze, span) > PERIOD / 2);
+            let share = if is_frozen { frozen } else { running };
+            let user = if random.unit() < share { VICTIM } else { SUSPECT };
+            // The suspect has no samples while it is frozen: the rest of the time is idle.
+            let busy_ratio = if is_frozen && user == SUSPECT { 0.0 } else { 1.0 };
+            ObservedTime { span, busy_ratio, user: SampleUser::Named(user) }
+        };
+        (0..samples).map(sample).collect()
+    }
+
+    fn evaluate(seed: u64, bursts: u32, running: f64, frozen: f64) -> FreezeEffect {
+        let experiment = experiment(seed, bursts);
+        experiment.evaluate(&times(&experiment, seed, running, frozen), &|user| user == VICTIM, 1)
+    }
+
+    #[test]
+    fn a_planted_effect_is_confirmed_and_is_in_the_interval() {
+        let (mut confirmed, mut covered) = (0, 0);
+        for seed in 0..200 {
+            let effect = evaluate(seed, 20, 0.5, 0.9);
+            assert_eq!(effect.confirmed, effect.why_not.is_empty());
+            confirmed += u32::from(effect.confirmed);
+            let [low, high] = effect.interval.unwrap();
+            covered += u32::from((low..=high).contains(&0.4));
+        }
+        // Samples that straddle an edge carry a little of the other window, so that the effect is slightly smaller than the planted one.
+        assert!(confirmed == 200 && covered >= 170, "{confirmed} {covered}");
+    }
+
+    #[test]
+    fn no_effect_is_confirmed_in_at_most_fifteen_of_a_thousand() {
+        for bursts in [8, 20] {
+            let confirmed = (0..1000).filter(|seed| evaluate(*seed, bursts, 0.5, 0.5).confirmed).count();
+            assert!(confirmed <= 15, "{bursts} bursts: {confirmed}");
+        }
+    }
+
+    #[test]
+    fn p_values_without_an_effect_are_uniform() {
+        let p: Vec<f64> = (0..1000).map(|seed| evaluate(seed, 20, 0.4, 0.4).p_value.unwrap()).collect();
+        for limit in [0.1, 0.25, 0.5, 0.9] {
+            let below = p.iter().filter(|p| **p <= limit).count() as f64 / 1000.0;
+            // Four standard errors.
+            assert!((below - limit).abs() < 4.0 * (limit * (1.0 - limit) / 1000.0_f64).sqrt() + 0.002, "{limit}: {below}");
+        }
+    }
+
+    #[test]
+    fn a_negative_effect_is_not_confirmed() {
+        let effect = evaluate(1, 20, 0.9, 0.5);
+        assert!(!effect.confirmed && effect.p_value.unwrap() > 0.99 && effect.why_not.contains("no effect above"), "{effect:?}");
+    }
+
+    #[test]
+    fn the_test_counts_all_results_of_the_coins() {
+        let check = |differences: &[f64], p: f64, interval: Option<[f64; 2]>| {
+            let test = RandomisationTest::new(differences, 1);
+            assert!((test.p_value() - p).abs() < 1e-12, "{differences:?}: {}", test.p_value());
+            assert_eq!(test.interval(), interval, "{differences:?}");
+        };
+        check(&[1.0, 2.0], 0.25, None);
+        check(&[1.0, -1.0], 0.75, None);
+        check(&[0.0; 6], 1.0, Some([0.0, 0.0]));
+        check(&[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], 1.0 / 64.0, Some([1.0, 6.0]));
+        // By hand: of the sixteen results, the observed one and the one with the sign of 1 flipped have a mean of 1.5 or more.
+        check(&[-1.0, 2.0, 3.0, 4.0], 2.0 / 16.0, None);
+        let many: Vec<f64> = (0..30).map(|n| f64::from(n) / 30.0 + 0.1).collect();
+        let test = RandomisationTest::new(&many, 1);
+        let [low, high] = test.interval().unwrap();
+        assert!(test.p_value() <= 2.0 / 20_001.0 && low > 0.45 && high < 0.72, "{} {low} {high}", test.p_value());
+    }
+
+    #[test]
+    fn too_few_bursts_are_named() {
+        let effect = evaluate(1, 6, 0.1, 0.9);
+        assert_eq!((effect.confirmed, effect.bursts), (false, 6));
+        assert!(effect.why_not.contains("6 bursts cannot show an effect"), "{}", effect.why_not);
+        assert!(evaluate(1, 8, 0.1, 0.9).confirmed);
+    }
+
+    #[test]
+    fn only_bursts_that_were_frozen_as_planned_and_observed_count() {
+        let check = |change: &dyn Fn(&mut GatheredExperiment), expect: u32| {
+            let mut experiment = experiment(4, 10);
+            let times = times(&experiment, 4, 0.3, 0.9);
+            change(&mut experiment);
+            let effect = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+            assert_eq!(effect.bursts, expect, "{effect:?}");
+        };
+        check(&|_| {}, 10);
+        check(&|experiment| _ = experiment.frozen.remove(&3), 9);
+        check(&|experiment| experiment.frozen.get_mut(&2).unwrap().from.0 += SECOND, 9);
+        check(&|experiment| experiment.frozen.get_mut(&2).unwrap().to.0 -= SECOND, 9);
+        check(&|experiment| experiment.frozen.clear(), 0);
+        // Bursts after the end of the session were not observed.
+        check(&|experiment| experiment.schedule.start = BootNs(10_000 * SECOND), 0);
+    }
+
+    #[test]
+    fn time_without_a_user_is_divided_within_its_window() {
+        let experiment = experiment(2, 8);
+        let mut times = times(&experiment, 2, 0.5, 0.9);
+        let whole = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+        for time in times.iter_mut().step_by(3) {
+            time.user = SampleUser::Unknown;
+        }
+        let part = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+        assert_eq!(part.bursts, 8);
+        let (whole, part) = (whole.effect.unwrap(), part.effect.unwrap());
+        assert!((whole - part).abs() < 0.2, "{whole} {part}");
+    }
+
+    #[test]
+    fn facts_that_are_read_twice_count_once() {
+        let known = experiment(1, 8);
+        let start = known.schedule.start;
+        let frozen = |burst, to| ExperimentFact::Frozen { experiment: start, burst, from: start, to: BootNs(to) };
+        let mut all = Vec::new();
+        for _ in 0..2 {
+            gather(&mut all, &ExperimentFact::Schedule(known.schedule.clone()));
+            gather(&mut all, &frozen(1, 5));
+            gather(&mut all, &frozen(8, 5));
+            gather(&mut all, &ExperimentFact::Frozen { experiment: BootNs(1), burst: 1, from: start, to: start });
+        }
+        gather(&mut all, &ExperimentFact::Schedule(ExperimentSchedule::default()));
+        assert_eq!((all.len(), all[0].frozen.len()), (1, 1));
+    }
+}

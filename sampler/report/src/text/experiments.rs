@@ -1,0 +1,47 @@
+//! Freezing experiments: who was frozen, and the effect on each GPU of the victim.
+
+use super::super::layout::terminal_safe;
+use super::super::model::ExperimentReport;
+use super::super::words;
+use super::{PROBLEMS, TextPage};
+
+impl TextPage<'_> {
+    pub(super) fn experiments(&mut self) {
+        let report = self.report;
+        if report.experiments.is_empty() {
+            return;
+        }
+        self.page.heading("Experiments");
+        for experiment in report.experiments.iter().take(PROBLEMS) {
+            self.experiment(experiment);
+        }
+        self.page.more(report.experiments.len(), PROBLEMS);
+    }
+
+    fn experiment(&mut self, experiment: &ExperimentReport) {
+        let (victim, suspect) = (self.names.get(&experiment.victim), self.names.get(&experiment.suspect));
+        let text = format!(
+            "{suspect} was frozen in {} of {} bursts, {} each; victim {victim}, seed {}",
+            experiment.frozen_bursts,
+            experiment.planned_bursts,
+            words::seconds(experiment.freeze_seconds),
+            experiment.seed
+        );
+        self.page.wrap("  ", &text);
+        if experiment.gpus.is_empty() {
+            self.page.wrap("    - ", "not confirmed: the victim has no sample on a GPU of the report");
+        }
+        for gpu in &experiment.gpus {
+            for effect in &gpu.effects {
+                let name = words::gpu_name(self.report, &gpu.uuid);
+                let rates = words::freeze_rates(effect).map(|rates| format!(": {rates}")).unwrap_or_default();
+                let verdict = if effect.confirmed {
+                    "experiment-confirmed".to_owned()
+                } else {
+                    format!("not confirmed ({})", terminal_safe(&effect.why_not))
+                };
+                self.page.wrap("    - ", &format!("{name}, {}: {verdict}{rates}", effect.outcome.name()));
+            }
+        }
+    }
+}

@@ -1,0 +1,322 @@
+//! `experiment`: freezes a suspect at random times while the agent records, and prints whether the victim received more GPU time then.
+//!
+//! ```text
+//!  resolve, refuse, consent -> POST sessions -> POST the schedule -> guard: freeze, thaw, POST each freeze -> stop -> file -> judgement
+//!                                               '-- before the first freeze
+//! ```
+//! What may be frozen is decided in `subjects`, when it is frozen in `bursts`, and that it is thawed in `crate::freeze`. Whether there is
+//! an effect is decided by the report of the session, which anyone can make again from the file.
+
+mod bursts;
+mod subjects;
+
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use clap::Args;
+use hyper::Method;
+use sampler_core::experiment::{BURSTS, ExperimentDesign, ExperimentFact, ExperimentSchedule, FREEZE_NS, PAUSE_NS};
+use sampler_core::units::BootNs;
+use sampler_report::{Report, TextOptions, experiments_text};
+use sampler_session::View;
+
+use self::bursts::{Bursts, BurstsOutcome};
+use self::subjects::{FrozenSubject, Subjects};
+use super::access::AccessArgs;
+use super::client::{Client, TIMEOUT};
+use super::record::{Signals, call, fetch, quoted};
+use super::request::{document, unreachable};
+use crate::cli::output::{json, print};
+use crate::cli::text::{terminal_safe, terminal_width, use_colours};
+use crate::config::{Config, Settings};
+use crate::error::display_chain;
+use crate::export::sessions::{SessionBody, StartedSession, WaitProbesBody};
+use crate::freeze::{GuardHandle, RuntimeDir, recover};
+use crate::observe::clock::boot_now;
+use crate::observe::kernel::layout::layout;
+use crate::session::{self, SessionStatus};
+
+const EXAMPLES: &str = "\
+Examples:
+  gpu-sampler experiment --victim trainer-0 --suspect 73e1a9
+  gpu-sampler experiment --victim trainer-0 --suspect notebook-7 --i-may-freeze --bursts 12 --freeze 2s -o why.gpus
+  gpu-sampler experiment --victim 73e1a9 --suspect loader-3 --whole-pod --seed 7
+
+The suspect does nothing while it is frozen. It must have the annotation or label gpu-sampler.io/may-freeze=true, or
+--i-may-freeze is required. docs/experiments.md describes consent, safety and the test.";
+
+/// Between the schedule and the first window.
+const LEAD_NS: u64 = 2_000_000_000;
+/// The session is stopped at the end of the schedule; if this command is killed, it ends by itself after this time.
+const TAIL_S: f64 = 30.0;
+const POLL_INTERVAL: Duration = Duration::from_millis(500);
+/// For a stopped session to end.
+const ENDS_WITHIN: Duration = Duration::from_secs(60);
+
+#[derive(Args)]
+#[command(after_help = EXAMPLES)]
+pub struct ExperimentArgs {
+    /// User that may receive too little GPU time: a container by id, name or pod, or the path of a cgroup
+    #[arg(long, value_name = "CONTAINER")]
+    victim: String,
+    /// Container to freeze, by id, name, pod or the path of its cgroup
+    #[arg(long, value_name = "CONTAINER")]
+    suspect: String,
+    /// Number of freezes, 6 to 100; 7 or more can confirm an effect
+    #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(i64::from(*BURSTS.start())..=i64::from(*BURSTS.end())))]
+    bursts: u32,
+    /// Length of a freeze, and of the time without one that it is compared with; 100ms to 10s
+    #[arg(long, value_name = "TIME", default_value = "3s", value_parser = freeze_time)]
+    freeze: Duration,
+    /// Mean pause between two bursts; up to 60s
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = pause_time)]
+    pause: Duration,
+    /// Seed of the schedule [default: random]
+    #[arg(long, value_name = "N")]
+    seed: Option<u64>,
+    /// Freeze the suspect without its annotation or label
+    #[arg(long)]
+    i_may_freeze: bool,
+    /// Freeze the whole pod of the suspect, with all of its containers
+    #[arg(long)]
+    whole_pod: bool,
+    /// Session file to write [default: gpu-sampler-NODE-TIME.gpus in the current directory]
+    #[arg(short, long, value_name = "FILE")]
+    output: Option<PathBuf>,
+    /// Print the experiment of the report as JSON
+    #[arg(long)]
+    json: bool,
+    /// Agent to query, on this machine [default: the one at --listen]
+    #[arg(long, value_name = "URL")]
+    agent: Option<String>,
+    /// Configuration file (TOML) of the agent
+    #[arg(long, value_name = "FILE", env = "GPU_SAMPLER_CONFIG")]
+    config: Option<PathBuf>,
+    #[command(flatten)]
+    settings: Settings,
+    #[command(flatten)]
+    access: AccessArgs,
+}
+
+/// Where an experiment runs.
+struct Trial<'a> {
+    client: &'a Client,
+    /// Path of the session in the API.
+    session: &'a str,
+    procfs: &'a Path,
+    runtime_dir: &'a RuntimeDir,
+}
+
+fn time_within(text: &str, range: &std::ops::RangeInclusive<u64>, expected: &str) -> Result<Duration, String> {
+    let time = humantime::parse_duration(text).map_err(|error| error.to_string())?;
+    let is_within = u64::try_from(time.as_nanos()).is_ok_and(|ns| range.contains(&ns));
+    if is_within { Ok(time) } else { Err(format!("expected {expected}")) }
+}
+
+fn freeze_time(text: &str) -> Result<Duration, String> {
+    time_within(text, &FREEZE_NS, "100ms to 10s")
+}
+
+fn pause_time(text: &str) -> Result<Duration, String> {
+    time_within(text, &PAUSE_NS, "at most 60s")
+}
+
+fn nanos(time: Duration) -> u64 {
+    u64::try_from(time.as_nanos()).unwrap_or(u64::MAX)
+}
+
+impl ExperimentArgs {
+    pub fn run(self) -> anyhow::Result<ExitCode> {
+        let config = self.settings.clone().validate(self.config.as_deref())?;
+        let runtime = tokio::runtime::Builder::new_multi_thread()
+            .worker_threads(2)
+            .enable_all()
+            .build()
+            .context("cannot start the IO runtime")?;
+        let result = runtime.block_on(self.experiment(&config));
+        // A file read of the agent may hang in the kernel.
+        runtime.shutdown_timeout(TIMEOUT);
+        result
+    }
+
+    fn design(&self) -> ExperimentDesign {
+        let random = || RandomState::new().build_hasher().finish();
+        ExperimentDesign {
+            seed: self.seed.unwrap_or_else(random),
+            bursts: self.bursts,
+            window_ns: nanos(self.freeze),
+            pause_ns: nanos(self.pause),
+        }
+    }
+
+    async fn experiment(&self, config: &Config) -> anyhow::Result<ExitCode> {
+        let access = self.access.resolve(self.agent.as_deref(), config)?;
+        let client = Client::new(&access)?;
+        if let Err(error) = client.send(Method::GET, "/readyz", Vec::new()).await? {
+            return Err(anyhow::Error::from(error).context(unreachable(&access.url)));
+        }
+        let layout = layout(&config.path_procfs);
+        let subjects = Subjects { access: &access, config, layout: &layout };
+        let victim = subjects.victim(&self.victim).await?;
+        let suspect = subjects.suspect(&self.suspect, self.whole_pod, &victim).await?;
+        subjects.check_consent(&suspect, self.i_may_freeze).await?;
+        let runtime_dir = RuntimeDir::new(&config.runtime_dir);
+        runtime_dir.create()?;
+        let _lock = runtime_dir.lock()?;
+        // Before it is checked whether the suspect is frozen: an earlier experiment may have left it so.
+        if let Some(cgroup) = recover(&runtime_dir, &layout, &config.path_procfs, boot_now())? {
+            eprintln!("Thawed {cgroup}, which an earlier experiment had left frozen.");
+        }
+        suspect.check_thawed()?;
+        let design = self.design();
+        let session = self.start_session(&client, &design).await?;
+        let trial = Trial { client: &client, session: &session, procfs: &config.path_procfs, runtime_dir: &runtime_dir };
+        let ran = trial.run(&suspect, victim, &design).await;
+        // Whatever happened, the session ends; it stays on the agent if it cannot be fetched.
+        let stopped = call(&client, Method::POST, &format!("{session}/stop"), Vec::new()).await;
+        match ran.with_context(|| format!("the experiment ended early; {} runs again", suspect.name))? {
+            BurstsOutcome::Complete => {}
+            BurstsOutcome::Interrupted => bail!("interrupted; {} runs again, and the session remains on the agent", suspect.name),
+        }
+        stopped.context("cannot stop the session")?;
+        let report = self.report(&client, &session).await?;
+        self.print(&report)?;
+        Ok(ExitCode::SUCCESS)
+    }
+
+    /// The path of the session in the API.
+    async fn start_session(&self, client: &Client, design: &ExperimentDesign) -> anyhow::Result<String> {
+        let length = design.draw(String::new(), String::new(), BootNs(0)).end().0 + LEAD_NS;
+        let request = SessionBody {
+            duration_seconds: length as f64 / 1e9 + TAIL_S,
+            lookback_seconds: 0.0,
+            trigger: None,
+            gpus: Vec::new(),
+            containers: Vec::new(),
+            namespaces: Vec::new(),
+            wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
+            engine_metrics: None,
+        };
+        let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
+        let StartedSession { id } = document(client.url(), &body)?;
+        Ok(format!("/api/v1/sessions/{id}"))
+    }
+
+    /// Waits until the stopped session ends, fetches its file and reports it.
+    async fn report(&self, client: &Client, session: &str) -> anyhow::Result<Report> {
+        let ended = async {
+            loop {
+                let body = call(client, Method::GET, session, Vec::new()).await?;
+                let status: SessionStatus = document(client.url(), &body)?;
+                match status.error {
+                    Some(failure) => bail!("the session failed: {failure}"),
+                    None if !status.state.is_active() => return Ok(()),
+                    None => tokio::time::sleep(POLL_INTERVAL).await,
+                }
+            }
+        };
+        let within = || format!("the session did not end within {} s; it remains on the agent", ENDS_WITHIN.as_secs());
+        tokio::time::timeout(ENDS_WITHIN, ended).await.with_context(within)??;
+        let file = fetch(client, session, self.output.as_deref()).await?;
+        let deleted = call(client, Method::DELETE, session, Vec::new()).await;
+        deleted.context("the session was fetched, but cannot be deleted on the agent")?;
+        eprintln!("{}\nNext: gpu-sampler report {}", file.display(), quoted(&file.display().to_string()));
+        read_report(&file)
+    }
+
+    fn print(&self, report: &Report) -> anyhow::Result<()> {
+        if self.json {
+            return print(&json(&report.experiments)?);
+        }
+        let is_terminal = std::io::IsTerminal::is_terminal(&std::io::stdout());
+        let options = TextOptions { width: terminal_width(), colour: use_colours(is_terminal), unicode: true };
+        print(&experiments_text(report, &options))
+    }
+}
+
+impl Trial<'_> {
+    /// Writes the schedule into the session, then freezes and thaws by it.
+    async fn run(&self, suspect: &FrozenSubject, victim: String, design: &ExperimentDesign) -> anyhow::Result<BurstsOutcome> {
+        let mut signals = Signals::new()?;
+        let guard = GuardHandle::start(suspect.freezer.clone(), self.runtime_dir, self.procfs).await?;
+        let schedule = design.draw(victim, suspect.path.clone(), boot_now().plus(LEAD_NS));
+        let fact = serde_json::to_vec(&ExperimentFact::Schedule(schedule.clone()))?;
+        call(self.client, Method::POST, &format!("{}/experiment", self.session), fact).await?;
+        eprintln!("{}", announcement(&schedule, &suspect.name));
+        let mut bursts = Bursts { client: self.client, session: self.session, schedule: &schedule, guard, signals: &mut signals };
+        let outcome = bursts.run().await;
+        bursts.guard.stop()?;
+        outcome
+    }
+}
+
+fn read_report(file: &Path) -> anyhow::Result<Report> {
+    let session = session::read(file)?;
+    for damage in &session.damage {
+        eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
+    }
+    Ok(sampler_report::build(&session, &View::default()))
+}
+
+fn announcement(schedule: &ExperimentSchedule, suspect: &str) -> String {
+    let seconds = schedule.end().saturating_since(schedule.start).div_ceil(1_000_000_000);
+    format!(
+        "Freezing {} {} times for {:.1} s within {}, seed {}. Ctrl-C thaws it and ends the experiment.",
+        terminal_safe(suspect),
+        schedule.len(),
+        schedule.window_ns as f64 / 1e9,
+        humantime::format_duration(Duration::from_secs(seconds)),
+        schedule.seed
+    )
+}
+
+/// A line about an error that does not end the experiment.
+fn warn(error: &anyhow::Error) {
+    eprintln!("gpu-sampler: {}", terminal_safe(&display_chain(error.as_ref())));
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+
+    #[derive(Parser)]
+    struct ExperimentCommand {
+        #[command(flatten)]
+        experiment: ExperimentArgs,
+    }
+
+    #[test]
+    fn limits_of_freezes_are_checked_on_the_command_line() {
+        let parsed = |args: &str| {
+            let line = ["experiment", "--victim", "a", "--suspect", "b"].into_iter().chain(args.split_whitespace());
+            ExperimentCommand::try_parse_from(line).map(|command| command.experiment)
+        };
+        for (args, expect) in [
+            ("", true),
+            ("--bursts 6 --freeze 100ms --pause 0s", true),
+            ("--bursts 100 --freeze 10s --pause 60s", true),
+            ("--bursts 5", false),
+            ("--bursts 101", false),
+            ("--freeze 99ms", false),
+            ("--freeze 11s", false),
+            ("--pause 61s", false),
+        ] {
+            assert_eq!(parsed(args).is_ok(), expect, "{args}");
+        }
+        let design = parsed("--seed 7 --freeze 1500ms").unwrap().design();
+        let expect = ExperimentDesign { seed: 7, bursts: 20, window_ns: 1_500_000_000, pause_ns: 1_000_000_000 };
+        assert_eq!(design, expect);
+    }
+
+    #[test]
+    fn the_announcement_has_what_reproduces_the_experiment() {
+        let design = ExperimentDesign { seed: 7, bursts: 20, window_ns: 3_000_000_000, pause_ns: 0 };
+        let text = announcement(&design.draw("/a".into(), "/b".into(), BootNs(5)), "b");
+        assert_eq!(text, "Freezing b 20 times for 3.0 s within 2m, seed 7. Ctrl-C thaws it and ends the experiment.");
+    }
+}

@@ -1,0 +1,206 @@
+//! The guard: a process that freezes a cgroup on request, and thaws it whatever happens to the command that started it.
+//!
+//! ```text
+//!             Freeze{ns}                    deadline, Thaw, pipe closed, SIGTERM
+//!  [thawed] --file, freeze--> [frozen] ------------thaw, remove file------------> [thawed]
+//!     '------------ pipe closed, SIGTERM: ends ------------'
+//! ```
+//! It is in a session of its own, so that signals of a terminal do not reach it, and SIGINT and SIGHUP have no effect. Requests and replies
+//! are lines of JSON on standard input and output.
+
+use std::io::{BufRead as _, Write as _};
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context as _, bail};
+use sampler_core::experiment::FREEZE_NS;
+use sampler_core::units::BootNs;
+use serde::{Deserialize, Serialize};
+use tokio::signal::unix::{SignalKind, signal};
+use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
+use tokio::time::{Instant, sleep_until};
+
+use super::freezer::{Freezer, FreezerVersion, contains_process};
+use super::runtime_dir::{FrozenRecord, RuntimeDir};
+use crate::error::display_chain;
+use crate::observe::clock::boot_now;
+use crate::observe::kernel::layout::layout;
+use crate::observe::kernel::proc::living_thread;
+
+/// How often a failed thaw is tried again.
+const THAW_INTERVAL: Duration = Duration::from_millis(100);
+/// After this many failed attempts the guard ends, and leaves its file for the agent.
+const MAX_THAWS: u32 = 50;
+
+#[derive(clap::Args)]
+pub struct GuardOptions {
+    #[arg(long)]
+    pub runtime_dir: PathBuf,
+    #[arg(long)]
+    pub path_procfs: PathBuf,
+    #[arg(long)]
+    pub freezer: FreezerVersion,
+    /// Path within the hierarchy of the freezer
+    #[arg(long)]
+    pub cgroup: String,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardRequest {
+    /// Freezes for this long at most.
+    Freeze {
+        ns: u64,
+    },
+    Thaw,
+}
+
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum GuardReply {
+    Ready,
+    Frozen {
+        from: BootNs,
+    },
+    Thawed {
+        from: BootNs,
+        to: BootNs,
+    },
+    /// The cgroup is thawed.
+    Failed {
+        message: String,
+    },
+}
+
+struct GuardProcess {
+    freezer: Freezer,
+    runtime_dir: RuntimeDir,
+    state: FrozenRecord,
+    /// Since when it is frozen, and until when.
+    frozen: Option<(BootNs, Instant)>,
+}
+
+/// Runs until the pipe closes.
+pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
+    // Fails only for the leader of a process group, which a child of the command never is.
+    rustix::process::setsid().context("cannot leave the session of the terminal")?;
+    let (procfs, cgroup) = (&options.path_procfs, &options.cgroup);
+    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup);
+    let freezer = freezer.with_context(|| format!("the cgroup {cgroup} has no freezer any more"))?;
+    if contains_process(procfs, "self", cgroup).context("cannot read the cgroups of this process")? {
+        bail!("the cgroup {cgroup} contains this process, which would stop with it");
+    }
+    let pid = std::process::id();
+    let started = living_thread(&procfs.join("self")).map_err(anyhow::Error::msg)?;
+    let (_, guard_start) = started.context("cannot read the start time of this process")?;
+    let state = FrozenRecord { guard_pid: pid, guard_start, version: options.freezer, path: cgroup.clone(), until: BootNs(0) };
+    let guard = GuardProcess { freezer, runtime_dir: RuntimeDir::new(&options.runtime_dir), state, frozen: None };
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().context("cannot start the IO runtime")?;
+    let result = runtime.block_on(guard.serve());
+    // The thread that reads the pipe may still wait for it.
+    runtime.shutdown_background();
+    result
+}
+
+/// The requests of the pipe; the channel closes with it.
+fn requests() -> anyhow::Result<UnboundedReceiver<GuardRequest>> {
+    let (to, from) = unbounded_channel();
+    let read = move || {
+        for line in std::io::stdin().lock().lines() {
+            // A line that cannot be read is not from the command: the guard ends, thawed.
+            let request = line.ok().and_then(|line| serde_json::from_str(&line).ok());
+            if request.is_none_or(|request| to.send(request).is_err()) {
+                return;
+            }
+        }
+    };
+    std::thread::Builder::new().name("requests".into()).spawn(read).context("cannot start the thread requests")?;
+    Ok(from)
+}
+
+fn reply(reply: &GuardReply) {
+    let mut line = serde_json::to_string(reply).unwrap_or_default();
+    line.push('\n');
+    let mut out = std::io::stdout().lock();
+    // A command that has ended does not read; the closed pipe ends the guard.
+    let _written = out.write_all(line.as_bytes()).and_then(|()| out.flush());
+}
+
+impl GuardProcess {
+    async fn serve(mut self) -> anyhow::Result<()> {
+        let handler = |kind| signal(kind).context("cannot install a signal handler");
+        let (mut interrupt, mut hangup) = (handler(SignalKind::interrupt())?, handler(SignalKind::hangup())?);
+        let mut terminate = handler(SignalKind::terminate())?;
+        let mut requests = requests()?;
+        reply(&GuardReply::Ready);
+        loop {
+            let deadline = self.frozen.map(|(_, until)| until);
+            let is_over = async {
+                match deadline {
+                    Some(deadline) => sleep_until(deadline).await,
+                    None => std::future::pending().await,
+                }
+            };
+            tokio::select! {
+                biased;
+                () = is_over => self.thaw().await?,
+                _ = terminate.recv() => break,
+                request = requests.recv() => match request {
+                    Some(GuardRequest::Freeze { ns }) => self.freeze(ns).await?,
+                    Some(GuardRequest::Thaw) => self.thaw().await?,
+                    None => break,
+                },
+                // The command decides what these signals mean.
+                _ = interrupt.recv() => {}
+                _ = hangup.recv() => {}
+            }
+        }
+        self.thaw().await
+    }
+
+    async fn freeze(&mut self, ns: u64) -> anyhow::Result<()> {
+        if self.frozen.is_some() {
+            return Ok(());
+        }
+        let ns = ns.min(*FREEZE_NS.end());
+        let until = Instant::now() + Duration::from_nanos(ns);
+        self.state.until = boot_now().plus(ns);
+        // The file exists before the cgroup is frozen: without it, the freeze would have the guard only.
+        if let Err(error) = self.runtime_dir.write_state(&self.state) {
+            reply(&GuardReply::Failed { message: display_chain(&error) });
+            return Ok(());
+        }
+        match self.freezer.freeze() {
+            Ok(from) => {
+                self.frozen = Some((from, until));
+                reply(&GuardReply::Frozen { from });
+            }
+            Err(error) => {
+                self.thaw_freezer().await?;
+                reply(&GuardReply::Failed { message: display_chain(&error) });
+            }
+        }
+        Ok(())
+    }
+
+    async fn thaw(&mut self) -> anyhow::Result<()> {
+        let Some((from, _)) = self.frozen else { return Ok(()) };
+        let to = boot_now();
+        self.thaw_freezer().await?;
+        self.frozen = None;
+        reply(&GuardReply::Thawed { from, to });
+        Ok(())
+    }
+
+    /// Thaws the cgroup, again if that fails, and removes the file.
+    async fn thaw_freezer(&self) -> anyhow::Result<()> {
+        for _ in 0..MAX_THAWS {
+            match self.freezer.thaw() {
+                Ok(()) => return Ok(self.runtime_dir.remove_state()?),
+                Err(error) => eprintln!("gpu-sampler: freeze-guard: {}", display_chain(&error)),
+            }
+            tokio::time::sleep(THAW_INTERVAL).await;
+        }
+        bail!("cannot thaw the cgroup {}: thaw it by hand", self.freezer.path)
+    }
+}
