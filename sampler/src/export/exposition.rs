@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, HashMap};
 use std::sync::Arc;
 
 use sampler_core::device::GpuInfo;
-use sampler_core::snapshot::{ContainerGpu, GpuView, Other, Snapshot};
+use sampler_core::snapshot::{ContainerGpu, ContainerWaits, GpuView, Other, Snapshot};
 use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{AssignmentSource, ContainerLabels, Label};
 
@@ -62,6 +62,8 @@ pub struct Exposition {
     pub at: WallTime,
     pub gpus: Vec<ExportedGpu>,
     pub pairs: Vec<ExportedPair>,
+    /// Of the containers that had wait probes.
+    pub waits: HashMap<ContainerKey, ContainerWaits>,
     /// (state, runtime) -> containers.
     pub containers: BTreeMap<(&'static str, &'static str), u64>,
     /// Label -> live containers that lack it.

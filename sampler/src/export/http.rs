@@ -19,7 +19,7 @@ use super::ledger::Scrape;
 use super::page_body::PageBody;
 use super::scrapers::ScrapeClient;
 use super::state::AppState;
-use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, release, sessions, web};
+use super::{explain, families, gpus, html_tables, live, nvml_families, pressure, release, sessions, waits, web};
 use crate::collectors::{Collector, Selection};
 
 pub fn router(state: &Arc<AppState>) -> Router {
@@ -87,6 +87,8 @@ async fn metrics(State(state): State<Arc<AppState>>, request: Request) -> Result
         families::users(exposition, &mut page, starts);
         pressure::containers(exposition, &pressure, &mut page, starts);
         pressure::reads(&pressure, &mut page);
+        waits::containers(exposition, &mut page, starts);
+        waits::agent(health.wait_probed_processes, &mut page);
         gpus::gpus(exposition, &mut page, starts);
         families::agent(exposition, &health, &label_stats, &nvml, &mut page);
         families::http(&state.rejections, state.security.rules().tls().map(|tls| tls.expires), &mut page);

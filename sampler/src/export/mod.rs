@@ -33,6 +33,7 @@ pub mod server;
 pub mod sessions;
 pub mod state;
 mod timed_stream;
+mod waits;
 mod web;
 
 #[cfg(test)]

@@ -12,7 +12,8 @@ use sampler_core::device::{
 use sampler_core::identity::ContainerRecord;
 use sampler_core::observation::{CpuQuota, PressureFact, Rejected};
 use sampler_core::snapshot::{
-    ContainerGpu, ContainerView, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, UnattributedEnergy, WindowShares,
+    ContainerGpu, ContainerView, ContainerWaits, Contention, EngineTime, GpuTime, GpuView, Other, Snapshot, UnattributedEnergy,
+    WindowShares,
 };
 use sampler_core::units::{BootNs, ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{AssignmentSource, ContainerLabels, Facts, Label, Source, UserDetails};
@@ -22,7 +23,7 @@ use super::catalogue::{Family, Kind, reference};
 use super::encode::{Page, PageTimes, TextFormat};
 use super::ledger::{Ledger, tests::scrape_by};
 use super::rejections::Rejections;
-use super::{families, gpus, nvml_families, pressure, sessions};
+use super::{families, gpus, nvml_families, pressure, sessions, waits};
 use crate::collectors::Selection;
 use crate::config::PodLabels;
 use crate::health::nvml_calls::DeviceView;
@@ -157,7 +158,8 @@ impl RichNode {
         labels.add_all(&of_unsettled);
         let (job, of_job) = job(4);
         labels.add_all(&of_job);
-        let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus, waits: None };
+        let waits = Some(ContainerWaits { wait_seconds: 12.5 * scale, probed_seconds: 40.0 * scale, pressure_ratio: Some(0.25) });
+        let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus, waits };
         let containers = vec![
             view(first, vec![used(0, scale), used(2, scale)]),
             view(second, vec![used(0, scale)]),
@@ -253,6 +255,8 @@ impl Exporter {
         families::users(&page, &mut all, starts);
         pressure::containers(&page, &node.pressure, &mut all, starts);
         pressure::reads(&node.pressure, &mut all);
+        waits::containers(&page, &mut all, starts);
+        waits::agent(2, &mut all);
         gpus::gpus(&page, &mut all, starts);
         let health = HealthView {
             kernel_mode: "ebpf",

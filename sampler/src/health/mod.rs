@@ -95,6 +95,8 @@ pub struct HealthView {
     pub processes: Size,
     /// (cgroups, their size in bytes, cgroups evicted early for lack of room).
     pub cgroups: (usize, usize, u64),
+    /// Number of processes with wait probes.
+    pub wait_probed_processes: usize,
     /// Number of inotify watches.
     pub watches: usize,
     /// Time from the creation of a cgroup in the kernel to its entry in the tables.

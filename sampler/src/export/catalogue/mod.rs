@@ -14,6 +14,7 @@ pub mod reference;
 pub mod samples;
 pub mod sessions;
 pub mod users;
+pub mod waits;
 
 use super::encode::TextFormat;
 use crate::collectors::Collector;

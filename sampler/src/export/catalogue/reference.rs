@@ -5,16 +5,17 @@ use std::collections::BTreeSet;
 use sampler_core::snapshot::WindowShares;
 use strum::{EnumCount as _, VariantArray as _};
 
-use super::{Family, Kind, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions, users};
+use super::{Family, Kind, agent, cadvisor, containers, gpus, nvml, pressure, samples, sessions, users, waits};
 use crate::collectors::Collector;
 use crate::health::nvml_calls::Call;
 use crate::health::{CALL_BOUNDS, IDENTIFY_BOUNDS};
 use crate::labels::RESOLVE_BOUNDS;
 
-const GROUPS: [(&str, &[&Family]); 9] = [
+const GROUPS: [(&str, &[&Family]); 10] = [
     ("Replacements for cAdvisor", cadvisor::ALL),
     ("Containers", containers::ALL),
     ("Jobs, units and login sessions", users::ALL),
+    ("Waiting for GPUs", waits::ALL),
     ("Waiting for other resources", pressure::ALL),
     ("GPUs", gpus::ALL),
     ("Samples and clocks", samples::ALL),

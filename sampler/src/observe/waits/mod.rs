@@ -39,6 +39,8 @@ use crate::observe::clock::boot_now;
 use crate::wait_selector::WaitSelector;
 
 const EVERY: Duration = Duration::from_secs(1);
+/// Without a request; one ends the pause.
+const IDLE: Duration = Duration::from_secs(3600);
 /// How often loading is tried again.
 const LOAD_AGAIN: Duration = Duration::from_secs(30);
 /// How often a process without the library is examined again: often at first, since a program loads it when it starts to use the GPU.
@@ -53,29 +55,43 @@ pub enum Requester {
     Session(String),
 }
 
+#[derive(Default)]
+struct Requests {
+    selectors: BTreeMap<Requester, WaitSelector>,
+    /// Counts changes.
+    generation: u64,
+}
+
 /// Selections that are in force. Clones share them.
 #[derive(Clone, Default)]
-pub struct WaitRequests(Arc<(Mutex<BTreeMap<Requester, WaitSelector>>, Condvar)>);
+pub struct WaitRequests(Arc<(Mutex<Requests>, Condvar)>);
 
 impl WaitRequests {
-    pub fn set(&self, requester: Requester, selector: WaitSelector) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).insert(requester, selector);
+    fn change(&self, change: impl FnOnce(&mut BTreeMap<Requester, WaitSelector>)) {
+        let mut requests = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        change(&mut requests.selectors);
+        requests.generation += 1;
         self.0.1.notify_all();
+    }
+
+    pub fn set(&self, requester: Requester, selector: WaitSelector) {
+        self.change(|selectors| _ = selectors.insert(requester, selector));
     }
 
     pub fn clear(&self, requester: &Requester) {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).remove(requester);
-        self.0.1.notify_all();
+        self.change(|selectors| _ = selectors.remove(requester));
     }
 
-    fn selectors(&self) -> Vec<WaitSelector> {
-        self.0.0.lock().unwrap_or_else(PoisonError::into_inner).values().cloned().collect()
-    }
-
-    /// Waits until the selections change, `at_most` for that long.
-    fn wait(&self, at_most: Duration) {
+    /// The selections, and their generation.
+    fn selectors(&self) -> (Vec<WaitSelector>, u64) {
         let requests = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let _waited = self.0.1.wait_timeout(requests, at_most);
+        (requests.selectors.values().cloned().collect(), requests.generation)
+    }
+
+    /// Waits until the selections are others than those of `generation`, `at_most` for that long.
+    fn wait(&self, generation: u64, at_most: Duration) {
+        let requests = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let _waited = self.0.1.wait_timeout_while(requests, at_most, |requests| requests.generation == generation);
     }
 }
 
@@ -127,9 +143,11 @@ pub fn start(context: WorkerContext) -> std::io::Result<()> {
         };
         while !stop.load(Ordering::Relaxed) {
             let begun = Instant::now();
+            let (selectors, generation) = worker.context.requests.selectors();
             // The core has ended, and with it the agent.
-            let Some(()) = worker.turn() else { return };
-            worker.context.requests.wait(EVERY.saturating_sub(begun.elapsed()));
+            let Some(()) = worker.turn(&selectors) else { return };
+            let pause = if selectors.is_empty() { IDLE } else { EVERY.saturating_sub(begun.elapsed()) };
+            worker.context.requests.wait(generation, pause);
         }
     })?;
     Ok(())
@@ -147,8 +165,7 @@ fn has_seccomp(procfs: &Path, pid: u32) -> bool {
 
 impl Worker {
     /// `None` if the core has ended.
-    fn turn(&mut self) -> Option<()> {
-        let selectors = self.context.requests.selectors();
+    fn turn(&mut self, selectors: &[WaitSelector]) -> Option<()> {
         if selectors.is_empty() {
             self.end_all();
             return self.send();
@@ -157,7 +174,7 @@ impl Worker {
             return Some(());
         }
         self.send_clients()?;
-        let wanted = self.wanted(&selectors)?;
+        let wanted = self.wanted(selectors)?;
         self.read();
         self.end_except(&wanted);
         for process in wanted {
@@ -175,6 +192,8 @@ impl Worker {
     }
 
     fn send(&mut self) -> Option<()> {
+        let n = self.probed.len();
+        self.context.health.update(|view| view.wait_probed_processes = n);
         self.context.to.observe_all(std::mem::take(&mut self.observations).into_iter()).ok()
     }
 

@@ -1,0 +1,34 @@
+//! Writes the families of the waiting of containers for their GPUs.
+
+use std::collections::HashSet;
+
+use sampler_labels::Label;
+
+use super::catalogue::waits as families;
+use super::encode::{Page, label_block};
+use super::exposition::Exposition;
+use super::series_starts::{SeriesOwner, SeriesStarts};
+
+/// One series for each container, however many GPUs it has.
+pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
+    let [waited, probed] = [&families::WAIT_SECONDS, &families::WAIT_PROBED_SECONDS].map(|family| to.family(family));
+    let pressure = to.family(&families::PRESSURE_RATIO);
+    let mut exposed = HashSet::new();
+    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user() && exposed.insert(pair.key)) {
+        let Some(waits) = page.waits.get(&pair.key) else { continue };
+        let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
+        let block = label_block(&[
+            ("namespace", l.text(Label::Namespace)),
+            ("pod", l.text(Label::Pod)),
+            ("container", l.text(Label::Container)),
+            ("container_id", &pair.container_id),
+        ]);
+        to.add_from_zero(waited, (&mut series, ""), &*block, waits.wait_seconds);
+        to.add_from_zero(probed, (&mut series, ""), &*block, waits.probed_seconds);
+        to.add_known(pressure, &*block, waits.pressure_ratio);
+    }
+}
+
+pub fn agent(probed_processes: usize, to: &mut Page) {
+    to.add_one(&families::PROBED_PROCESSES, probed_processes as f64);
+}
