@@ -53,9 +53,11 @@ pub fn release(arch: Arch) -> Result<Built> {
     build(arch, Profile::Release, &[])
 }
 
-/// The simulator and the scorer alone, as a release.
+/// The simulators and the scorer alone, as a release.
 pub fn simulator(arch: Arch) -> Result<Built> {
-    let mut cargo = tools::cargo(&["build", "--locked", "--release", "--package", "nvml-sim", "--package", "gpu-accuracy"])?;
+    let packages = ["nvml-sim", "cuda-sim", "gpu-accuracy"].iter().flat_map(|package| ["--package", package]);
+    let mut cargo = tools::cargo(&["build", "--locked", "--release"])?;
+    cargo.args(packages);
     arch.select(&mut cargo);
     tools::run(&mut cargo)?;
     built(arch, Profile::Release)

@@ -22,10 +22,11 @@ const EXTRAS: [&str; 5] = ["LICENSE-APACHE", "LICENSE-MIT", "LICENSE-GPL-2.0", "
 /// The word for the simulator's tarball instead of the agent's.
 const SIMULATOR: &str = "simulator";
 /// What goes next to the simulator, by name there.
-const OF_SIMULATOR: [(&str, &str); 6] = [
+const OF_SIMULATOR: [(&str, &str); 7] = [
     ("LICENSE-APACHE", "LICENSE-APACHE"),
     ("LICENSE-MIT", "LICENSE-MIT"),
     ("tests/nvml-sim/README.md", "nvml-sim/README.md"),
+    ("tests/cuda-sim/README.md", "cuda-sim/README.md"),
     ("tests/gpu-accuracy/README.md", "gpu-accuracy/README.md"),
     ("tests/gpu-accuracy/mappings", "gpu-accuracy/mappings"),
     ("tests/gpu-accuracy/stand-ins", "gpu-accuracy/stand-ins"),
@@ -61,11 +62,11 @@ pub fn verb(args: &[String]) -> Result<()> {
     Ok(())
 }
 
-/// The simulated driver and the program that scores exporters with it.
+/// The simulated driver, with its CUDA library, and the program that scores exporters with it.
 fn simulator(arch: Arch) -> Result<()> {
     let built = build::simulator(arch)?;
     let name = format!("nvml-sim-{}-{}-linux", env!("CARGO_PKG_VERSION"), arch.name());
-    let programs = [built.sim, built.sim_library, built.accuracy].map(|path| {
+    let programs = [built.sim, built.sim_library, built.cuda_work, built.cuda_library, built.accuracy].map(|path| {
         let name = format!("bin/{}", path.file_name().unwrap_or_default().display());
         (path, name)
     });
