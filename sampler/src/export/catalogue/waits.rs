@@ -1,12 +1,13 @@
 //! Waiting of containers for their GPUs, from wait probes. Not of a single GPU, so without `uuid`.
 
 use super::{Family, families};
+use crate::collectors::Collector;
 
 const CONTAINER: &[&str] = &["namespace", "pod", "container", "container_id"];
 const WITHOUT_PROBES: &str = "if no process of the container had wait probes";
 
 families! {
-    in Pressure;
+    in Containers;
     WAIT_SECONDS: Family::counter("container_gpu_wait_seconds_total", "seconds", CONTAINER)
         .help("Time in which at least one thread of a process was inside a blocking call of the CUDA driver library, in seconds, summed over \
                the processes of the container.")
@@ -23,5 +24,6 @@ families! {
                time and beyond what it waits when no other user is active (0-1).")
         .absent("without wait probes, or until the container was alone on its GPUs for five seconds");
     PROBED_PROCESSES: Family::gauge("gpu_sampler_wait_probed_processes", "processes", &[])
-        .help("Number of processes that have wait probes.");
+        .help("Number of processes that have wait probes.")
+        .in_collector(Collector::Agent);
 }
