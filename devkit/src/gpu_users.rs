@@ -1,4 +1,4 @@
-//! Plays users of one GPU in time slices, and knows who waited for whom: the truth for evaluations of waiting. It has no processes and no
+//! Plays users of one GPU in time slices, and knows which user waited for which: the truth for evaluations of waiting. It has no processes and no
 //! clock, so hundreds of scenarios take seconds.
 //!
 //! ```text

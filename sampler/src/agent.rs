@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sampler_core::aggregate::Settings;
-use sampler_core::pipeline::Core;
+use sampler_core::pipeline::{Core, GpuProcess};
 use sampler_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -45,6 +45,7 @@ use crate::serving::find::EngineFinder;
 use crate::serving::sockets::{NamespaceHelper, NamespaceSockets};
 use crate::serving::{self, EngineRequest, ServingInputs};
 use crate::session::{Recorder, SessionInputs, Store, Uploader};
+use crate::wait_selector::WaitSelector;
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
 const MAX_DESCRIPTORS: u64 = 65_536;
@@ -97,6 +98,18 @@ fn recorder(
         engines,
     };
     Recorder::spawn(store, sources, config.session_ring_bytes)
+}
+
+/// Selects processes for wait probes by the labels of their containers.
+fn select_processes(labels: LabelService) -> Box<dyn Fn(&[WaitSelector], Vec<GpuProcess>) -> Vec<GpuProcess> + Send> {
+    Box::new(move |selectors, mut processes| {
+        let labels = labels.view();
+        processes.retain(|process| {
+            let labels = process.user.container().and_then(|key| labels.get(&key));
+            selectors.iter().any(|selector| selector.selects(process, labels.map(|labels| &**labels)))
+        });
+        processes
+    })
 }
 
 /// Raises the soft limit of open files, which is often 1,024, as far as the hard limit allows. Returns the present one. Nothing here uses
@@ -205,10 +218,10 @@ pub async fn serve(
     if let Some(selector) = config.wait_probes.clone() {
         wait_requests.set(Requester::Setting, selector);
     }
-    waits::start(waits::WorkerContext {
+    waits::start(waits::WaitContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
-        labels: labels.clone(),
+        select: select_processes(labels.clone()),
         requests: wait_requests.clone(),
         procfs: config.path_procfs.clone(),
         budget: config.wait_probe_budget,

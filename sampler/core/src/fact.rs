@@ -15,7 +15,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, Reason, ThrottleTimes};
 use crate::experiment::ExperimentFact;
-use crate::observation::{EngineFact, PressureFact, ProcessKind};
+use crate::observation::{EngineFact, PressureFact, ProcessKind, WaitProbeState};
 use crate::units::{BootNs, ContainerKey, GpuNs, WallTime};
 
 /// A process outside any container.
@@ -96,28 +96,6 @@ pub struct WaitProbeFact {
     pub state: WaitProbeState,
     /// The library, or the reason with its remedy.
     pub detail: String,
-}
-
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, strum::IntoStaticStr)]
-#[strum(serialize_all = "kebab-case")]
-pub enum WaitProbeState {
-    Attached,
-    /// The process maps no driver library.
-    NoLibrary,
-    /// The library has none of the blocking calls.
-    NoSymbols,
-    /// The kernel or the library file does not permit probes.
-    Refused,
-    /// More calls a second than the budget: the probes of the process were detached.
-    OverBudget,
-    /// The process ended, or the selection does not include it any more.
-    Ended,
-}
-
-impl WaitProbeState {
-    pub fn name(self) -> &'static str {
-        self.into()
-    }
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]

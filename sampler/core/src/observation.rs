@@ -6,7 +6,6 @@ use serde::{Deserialize, Serialize};
 use strum::EnumCount as _;
 
 use crate::device::{DeviceReadings, Engine, GpuInfo, HardwareReadings, ThrottleTimes};
-use crate::fact::WaitProbeState;
 use crate::pid_space::PidSpace;
 use crate::units::{BootNs, CgroupKey, ContainerKey, GpuNs, Tgid, WallTime};
 
@@ -220,6 +219,28 @@ pub struct WaitReading {
     pub calls: u64,
     /// Bucket and calls: bucket `n` has those of 2^n ns to twice that. Without empty buckets.
     pub durations: Vec<(u8, u64)>,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, strum::IntoStaticStr)]
+#[strum(serialize_all = "kebab-case")]
+pub enum WaitProbeState {
+    Attached,
+    /// The process maps no driver library.
+    NoLibrary,
+    /// The library has none of the blocking calls.
+    NoSymbols,
+    /// The kernel or the library file does not permit probes.
+    Refused,
+    /// More calls a second than the budget: the probes of the process were detached.
+    OverBudget,
+    /// The process ended, or the selection does not include it any more.
+    Ended,
+}
+
+impl WaitProbeState {
+    pub fn name(self) -> &'static str {
+        self.into()
+    }
 }
 
 /// A change in how a process is probed.

@@ -6,7 +6,8 @@ use super::demand::DemandWindow;
 use super::gather::Gathered;
 use super::model::{CallSeconds, UserWaits};
 use sampler_core::aggregate::{Aggregate, COACTIVITY_WINDOW_NS, Window, window_parts};
-use sampler_core::fact::{HostProcess, User, WaitProbeFact, WaitProbeState};
+use sampler_core::fact::{HostProcess, User, WaitProbeFact};
+use sampler_core::observation::WaitProbeState;
 use sampler_core::units::BootNs;
 
 /// A window counts if processes had probes for at least this part of it.

@@ -20,7 +20,17 @@ const PACKAGES: [(&str, &[&[&str]]); 13] = [
     (
         "sampler/src",
         &[
-            &["allocator", "engine_rules", "error", "collectors", "host_name", "host_root", "objects", "privileges"],
+            &[
+                "allocator",
+                "engine_rules",
+                "error",
+                "collectors",
+                "host_name",
+                "host_root",
+                "objects",
+                "privileges",
+                "wait_selector",
+            ],
             &["config", "health", "query", "security"],
             &["inbox", "service_notify"],
             &["observe"],

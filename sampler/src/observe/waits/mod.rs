@@ -1,5 +1,5 @@
-//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only while somebody requests it: a
-//! session, or the setting `wait_probes`.
+//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only on request: of a session, or of
+//! the setting `wait_probes`.
 //!
 //! ```text
 //!  requests (selections) --> thread `waits`, each second:
@@ -22,8 +22,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
-use sampler_core::fact::WaitProbeState;
-use sampler_core::observation::{Observation, WaitProbeChange};
+use sampler_core::observation::{Observation, WaitProbeChange, WaitProbeState};
 use sampler_core::pipeline::GpuProcess;
 use sampler_core::units::{BootNs, Tgid};
 
@@ -34,7 +33,6 @@ use crate::error::display_chain;
 use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::CoreSender;
-use crate::labels::LabelService;
 use crate::observe::clock::boot_now;
 use crate::wait_selector::WaitSelector;
 
@@ -96,10 +94,11 @@ impl WaitRequests {
 }
 
 /// The connections of the thread.
-pub struct WorkerContext {
+pub struct WaitContext {
     pub to: CoreSender,
     pub health: Arc<Health>,
-    pub labels: LabelService,
+    /// Those of these processes that one of the selections includes.
+    pub select: Box<dyn Fn(&[WaitSelector], Vec<GpuProcess>) -> Vec<GpuProcess> + Send>,
     pub requests: WaitRequests,
     pub procfs: PathBuf,
     pub budget: u64,
@@ -119,7 +118,7 @@ struct Unprobed {
 type ProcessId = (u32, u64);
 
 struct Worker {
-    context: WorkerContext,
+    context: WaitContext,
     probes: Option<Probes>,
     libraries: Libraries,
     probed: HashMap<ProcessId, ProbedProcess>,
@@ -129,7 +128,7 @@ struct Worker {
 }
 
 /// Starts the thread. It ends with the agent, which does not wait for it.
-pub fn start(context: WorkerContext) -> std::io::Result<()> {
+pub fn start(context: WaitContext) -> std::io::Result<()> {
     std::thread::Builder::new().name("waits".into()).spawn(move || {
         let stop = Arc::clone(&context.stop);
         let mut worker = Worker {
@@ -219,12 +218,7 @@ impl Worker {
     }
 
     fn wanted(&self, selectors: &[WaitSelector]) -> Option<Vec<GpuProcess>> {
-        let labels = self.context.labels.view();
-        let selected = |process: &GpuProcess| {
-            let labels = process.user.container().and_then(|key| labels.get(&key));
-            selectors.iter().any(|selector| selector.selects(process, labels.map(|labels| &**labels)))
-        };
-        Some(self.context.to.gpu_processes()?.into_iter().filter(selected).collect())
+        Some((self.context.select)(selectors, self.context.to.gpu_processes()?))
     }
 
     fn probe_change(&mut self, process: (Tgid, BootNs), state: WaitProbeState, detail: String) {
