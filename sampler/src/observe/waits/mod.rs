@@ -1,4 +1,4 @@
-//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only while somebody requests it: a
+//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only on request of a
 //! session, or the setting `wait_probes`.
 //!
 //! ```text
