@@ -273,6 +273,8 @@ mod tests {
             assert!(waited > 19.0, "{waited}");
             let sampled: f64 = played.seconds.iter().map(|second| second.sampled_s[user]).sum();
             assert!((sampled - 10.0).abs() < 2.5, "{sampled}");
+            let samples = played.samples.iter().filter(|sample| sample.user == user).map(|sample| sample.busy_s).sum::<f64>();
+            assert!((samples - sampled).abs() < 1e-9, "{samples}, {sampled}");
         }
     }
 

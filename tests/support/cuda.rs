@@ -157,3 +157,22 @@ pub fn run_time_s(pid: u32, thread: Option<&str>) -> Result<f64> {
     }
     Ok(sum_ns as f64 * 1e-9)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn code_of_the_library_is_found_in_maps_also_when_the_file_was_replaced() {
+        let library = CudaLibrary { path: "/w/lib/libcuda.so.1".into(), functions: Vec::new() };
+        for (line, expect) in [
+            ("7f10-7f20 r-xp 00001000 fd:01 1234                       /w/lib/libcuda.so.1", Some((0x7f10, 0x7f20, 0x1000))),
+            ("7f10-7f20 r-xp 0000f000 fd:01 1234    /w/lib/libcuda.so.1 (deleted)", Some((0x7f10, 0x7f20, 0xf000))),
+            ("7f10-7f20 r--p 00001000 fd:01 1234                       /w/lib/libcuda.so.1", None),
+            ("7f10-7f20 r-xp 00001000 fd:01 1234                       /w/other/libcuda.so.1", None),
+            ("7f10-7f20 r-xp 00000000 00:00 0 ", None),
+        ] {
+            assert_eq!(library.mapping(line), expect, "{line}");
+        }
+    }
+}
