@@ -11,7 +11,7 @@ use super::{Client, WaitScene, number, report_of, user};
 
 /// Phases of the users that come and go.
 const ON: Duration = Duration::from_secs(8);
-const RECORDED: Duration = Duration::from_secs(64);
+const RECORDED: Duration = Duration::from_secs(60);
 /// Until the first pressure: windows settle after 15 s, and five of them make a baseline.
 const FIRST_PRESSURE: Duration = Duration::from_secs(45);
 /// Alone, and at its most while the other comes and goes: it is half of the time then, of which a mean over ten windows has most.

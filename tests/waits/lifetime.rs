@@ -8,13 +8,13 @@ use gpu_sampler_tests::labels::{UID, bundle};
 use gpu_sampler_tests::{Agent, wait_for};
 use serde_json::json;
 
-use super::{ENDS, GONE_WITHIN, WaitScene, report_of, user};
+use super::{ATTACHES, GONE_WITHIN, WaitScene, report_of, user};
 
 const WORK: &str = "--kernel 2ms --every 20ms --for 200s";
 /// Several turns of the thread that attaches.
-const WATCHED: Duration = Duration::from_secs(3);
-/// More than two readings.
-const PROBED: Duration = Duration::from_millis(2_500);
+const WATCHED: Duration = Duration::from_secs(2);
+/// More than one reading.
+const PROBED: Duration = Duration::from_millis(1_500);
 
 #[test]
 fn only_selected_processes_have_probes() -> Result<()> {
@@ -52,17 +52,11 @@ fn only_selected_processes_have_probes() -> Result<()> {
         for (n, client) in clients.iter().enumerate() {
             let user = user(&report, client).with_context(|| format!("{client:?} is a user"))?;
             let probed_s = user["waits"]["probed_seconds"].as_f64();
-            assert_eq!(probed_s.is_some_and(|seconds| seconds > 1.0), n == selected, "{n} of session {session}: {user}");
+            assert_eq!(probed_s.is_some_and(|seconds| seconds > 0.5), n == selected, "{n} of session {session}: {user}");
             assert_eq!(user.get("waits").is_some(), n == selected, "{user}");
         }
     }
-    // A session that ends by its duration.
-    let session = agent.record_as(&json!({"duration_seconds": 4, "wait_probes": true}))?;
-    for client in &clients {
-        scene.wait_until_probed(client)?;
-    }
-    agent.session_is(&session, "finished", ENDS)?;
-    scene.check_gone(&clients.iter().collect::<Vec<_>>(), "the session has ended")
+    Ok(())
 }
 
 /// What the agent does when it is ended.
@@ -82,7 +76,7 @@ fn wait_until(scene: &WaitScene, agent: &Agent, pids: &[u32], moment: Moment) ->
     let from = Instant::now();
     // Faster than `wait_for`: the first read is within a second.
     while !pids.iter().map(|pid| scene.library.is_probed(*pid)).collect::<Result<Vec<_>>>()?.contains(&true) {
-        ensure!(from.elapsed() < super::ATTACHES, "no process has probes");
+        ensure!(from.elapsed() < ATTACHES, "no process has probes");
         std::thread::sleep(Duration::from_millis(2));
     }
     if moment != Moment::Attached {
@@ -146,7 +140,7 @@ fn the_setting_probes_without_a_session_and_new_processes_too() -> Result<()> {
 
     // Without a selection no process is touched.
     let agent = scene.agent(&[])?;
-    wait_for("the process is known", super::ATTACHES, || Ok(agent.explain(first.pid)?.map(|_| ())))?;
+    wait_for("the process is known", ATTACHES, || Ok(agent.explain(first.pid)?.map(|_| ())))?;
     let until = Instant::now() + WATCHED;
     while Instant::now() < until {
         assert!(scene.library.breakpoints(first.pid)?.is_empty());

@@ -136,14 +136,14 @@ fn waiting_equals_the_truth_with_an_agent_and_without_one() -> Result<()> {
         gpu_sampler_tests::wait_for("the process is known", ATTACHES, || known(client))?;
     }
     let file = scene.file("with-agent.gpus");
-    let (code, out, err) = run_cli(&["record", "--wait-probes", "--duration", "10s", "-o", &file, "--agent", &url(&agent)])?;
+    let (code, out, err) = run_cli(&["record", "--wait-probes", "--duration", "8s", "-o", &file, "--agent", &url(&agent)])?;
     ensure!(code == Some(0), "{out}{err}");
     check(&scene, &clients, Path::new(&file), "with an agent")?;
     scene.check_gone(&clients.iter().collect::<Vec<_>>(), "the session has ended")?;
     drop(agent);
 
     let file = scene.file("alone.gpus");
-    record_alone(&scene, &["--wait-probes", "--duration", "8s"], Path::new(&file))?;
+    record_alone(&scene, &["--wait-probes", "--duration", "6s"], Path::new(&file))?;
     scene.check_gone(&clients.iter().collect::<Vec<_>>(), "record has ended")?;
     check(&scene, &clients, Path::new(&file), "without an agent")
 }
