@@ -48,5 +48,6 @@ mod sessions;
 mod simulator;
 mod survival;
 mod users;
+mod waits;
 mod web;
 mod web_config;

@@ -16,6 +16,8 @@ pub const STEP_S: f64 = 0.0005;
 const SLICE_STEPS: u32 = 4;
 /// Steps between two samples of the driver.
 const SAMPLE_STEPS: u32 = 333;
+/// Time between two samples of the driver.
+pub const SAMPLE_S: f64 = SAMPLE_STEPS as f64 * STEP_S;
 
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Wait {
@@ -68,9 +70,20 @@ pub struct Second {
     pub busy_s: f64,
 }
 
+/// A sample of the driver.
+#[derive(Clone, Copy, Debug)]
+pub struct PlayedSample {
+    pub at_s: f64,
+    /// The last user on the GPU.
+    pub user: usize,
+    /// The busy part of its period, which is 0 if the GPU was idle.
+    pub busy_s: f64,
+}
+
 #[derive(Clone, Debug)]
 pub struct Played {
     pub seconds: Vec<Second>,
+    pub samples: Vec<PlayedSample>,
     /// By user and other user: time in a blocking call, or polling, with work ready, while the other was on the GPU.
     pub kept_waiting_s: Vec<Vec<f64>>,
     /// By user: true GPU time, and seconds in which its phase was on.
@@ -107,8 +120,13 @@ fn is_on(users: &[User], user: usize, at_s: f64) -> bool {
 pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
     let n = users.len();
     let mut states = vec![State::default(); n];
-    let mut played =
-        Played { seconds: Vec::new(), kept_waiting_s: vec![vec![0.0; n]; n], gpu_s: vec![0.0; n], on_s: vec![0.0; n] };
+    let mut played = Played {
+        seconds: Vec::new(),
+        samples: Vec::new(),
+        kept_waiting_s: vec![vec![0.0; n]; n],
+        gpu_s: vec![0.0; n],
+        on_s: vec![0.0; n],
+    };
     let (mut current, mut slice) = (0, 0);
     let (mut period_busy, mut last, mut next_sample) = (0, 0, SAMPLE_STEPS / 2);
     for step in 0..steps(f64::from(seconds)) {
@@ -163,7 +181,9 @@ pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
             slice = 0;
         }
         if step == next_sample {
-            second.sampled_s[last] += f64::from(period_busy) * STEP_S;
+            let busy_s = f64::from(period_busy) * STEP_S;
+            second.sampled_s[last] += busy_s;
+            played.samples.push(PlayedSample { at_s, user: last, busy_s });
             period_busy = 0;
             next_sample += SAMPLE_STEPS;
         }
@@ -253,6 +273,8 @@ mod tests {
             assert!(waited > 19.0, "{waited}");
             let sampled: f64 = played.seconds.iter().map(|second| second.sampled_s[user]).sum();
             assert!((sampled - 10.0).abs() < 2.5, "{sampled}");
+            let samples = played.samples.iter().filter(|sample| sample.user == user).map(|sample| sample.busy_s).sum::<f64>();
+            assert!((samples - sampled).abs() < 1e-9, "{samples}, {sampled}");
         }
     }
 

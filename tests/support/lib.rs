@@ -7,6 +7,7 @@ pub mod clients;
 pub mod containerd;
 pub mod cri;
 pub mod crio;
+pub mod cuda;
 mod docker;
 pub mod grpc;
 mod http;

@@ -1,13 +1,14 @@
 //! `bench`: measures speed and memory and prints them as tables, with targets. Not part of `test`, since machines are shared and noisy.
 //! `bench peers` compares with other exporters, which it downloads first; `bench latency` runs worlds with slow drivers for half an hour;
-//! `bench node` runs nodes with up to a thousand GPU processes. They run only when they are named.
+//! `bench node` runs nodes with up to a thousand GPU processes; `bench waits` measures the cost of wait probes and judges random plays. They
+//! run only when they are named.
 
 use crate::{build, build::Profile, dockerd, ebpf, janitor::Cleanup, setup, sys, test, tools};
 use anyhow::Result;
 
 /// Benches that run only when they are named, with their first word: the first takes minutes, the second half an hour, the third needs
-/// the programs of other projects.
-const NAMED: [&str; 3] = ["node", "latency", "peers"];
+/// the programs of other projects, the fourth takes two minutes and keeps a processor busy.
+const NAMED: [&str; 4] = ["node", "latency", "peers", "waits"];
 
 pub fn verb(filters: &[String]) -> Result<()> {
     test::prepare(filters)?;
@@ -40,6 +41,8 @@ pub fn verb(filters: &[String]) -> Result<()> {
         .env("GPU_ACCURACY_BIN", built.accuracy)
         .env("NVML_SIM_BIN", built.sim)
         .env("NVML_SIM_LIBRARY", built.sim_library)
+        .env("CUDA_WORK_BIN", built.cuda_work)
+        .env("CUDA_SIM_LIBRARY", built.cuda_library)
         .env("ACTOR_BIN", actor)
         .env("STORAGE_BENCH_OBJECT", storage)
         .env("DOCKER_HOST", docker);

@@ -22,7 +22,7 @@ use std::{
 /// Tests that run at once. Most wait for the simulated driver most of the time.
 const LANES: usize = 2;
 /// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
-const ALONE: [&str; 19] = [
+const ALONE: [&str; 20] = [
     "accuracy",
     "behaviours",
     "contention",
@@ -40,6 +40,7 @@ const ALONE: [&str; 19] = [
     "places",
     "pressure",
     "prometheus",
+    "waits",
     "web",
     "web_config",
 ];

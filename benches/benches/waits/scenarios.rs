@@ -1,0 +1,194 @@
+//! Random users of one GPU with a known truth, judged by reports of sessions with wait probes, and without them by the on/off experiment.
+//!
+//! Each ordered pair of users of a play is one decision: did the first wait for the second? The truth is the time in which it did, by the
+//! time in which the second was on.
+
+use std::sync::Arc;
+
+use devkit::Random;
+use devkit::gpu_users::{Played, SAMPLE_S, User as PlayedUser, Wait, play, scenario};
+use gpu_sampler_benches::quantile;
+use sampler_core::device::GpuInfo;
+use sampler_core::fact::{AttributedProcess, ContainerFact, Fact, GpuFact, HostProcess, User, UtilizationSample, WaitFact};
+use sampler_core::units::{BootNs, ContainerKey, GpuNs, GpuUuid, WallTime};
+use sampler_report::{Contender, Evidence, Report, build};
+use sampler_session::{Header, Session, View};
+
+const SEEDS: u64 = 200;
+const SECONDS: u32 = 120;
+/// Steps of the time to confirm.
+const PREFIX: u32 = 10;
+/// Truths from which a pair counts as waiting.
+const TRUTHS: [f64; 4] = [0.02, 0.05, 0.1, 0.2];
+const SECOND_NS: u64 = 1_000_000_000;
+const START: u64 = 1_000 * SECOND_NS;
+
+fn boot(seconds: f64) -> BootNs {
+    BootNs(START + (seconds * 1e9) as u64)
+}
+
+fn id(user: usize) -> String {
+    format!("/docker/{}", user + 1)
+}
+
+fn container(user: usize) -> User {
+    User::Container(ContainerKey(user as u64 + 1))
+}
+
+fn process(user: usize) -> HostProcess {
+    HostProcess { pid: 100 + user as u32, start: BootNs(START) }
+}
+
+fn opening(n_users: usize) -> Vec<Fact> {
+    let info = GpuInfo { uuid: GpuUuid("GPU-0".into()), model: "m".into(), ..GpuInfo::default() };
+    let opened = Fact::Gpu { gpu: 0, at: BootNs(START), fact: GpuFact::Opened(Arc::new(info)) };
+    let container = |user: usize| {
+        Fact::Container(ContainerFact {
+            key: ContainerKey(user as u64 + 1),
+            cgroup_path: id(user),
+            container_id: Some(format!("{:064x}", user + 1)),
+            runtime: None,
+            pod_uid: None,
+            created: BootNs(1),
+            creation_seen: true,
+        })
+    };
+    std::iter::once(opened).chain((0..n_users).map(container)).collect()
+}
+
+/// The facts that an agent would record of the play.
+fn session(played: &Played, is_probed: bool) -> Session {
+    let n_users = played.on_s.len();
+    let mut facts = opening(n_users);
+    let mut samples = played.samples.iter().peekable();
+    for (n, second) in played.seconds.iter().enumerate() {
+        let (from, to) = (boot(n as f64), boot(n as f64 + 1.0));
+        while let Some(sample) = samples.next_if(|sample| boot(sample.at_s) <= to) {
+            let at = boot(sample.at_s);
+            let busy_percent = (100.0 * sample.busy_s / SAMPLE_S).round().min(100.0) as u8;
+            let HostProcess { pid, start: since } = process(sample.user);
+            let named = AttributedProcess { pid, percent: busy_percent, user: container(sample.user), since };
+            let processes = if busy_percent > 0 { vec![named] } else { Vec::new() };
+            let sample = UtilizationSample { stamp: GpuNs(at.0), ns: (SAMPLE_S * 1e9) as u64, busy_percent, processes };
+            facts.push(Fact::Gpu { gpu: 0, at, fact: GpuFact::Utilization(sample) });
+        }
+        let waited = |user: usize| {
+            let some_ns = (second.waited_s[user] * 1e9) as u64;
+            let calls = second.calls[user] as u64;
+            let (process, user) = (process(user), container(user));
+            Fact::Waited(WaitFact { process, user, from, to, some_ns, total_ns: some_ns, calls, durations: Vec::new() })
+        };
+        if is_probed {
+            facts.extend((0..n_users).map(waited));
+        }
+        facts.push(Fact::Time { at: to, wall: WallTime(to.0) });
+    }
+    let header = Header { start: BootNs(START), start_wall: WallTime(START), ..Header::default() };
+    Session { header, facts, end: Some(boot(played.seconds.len() as f64)), damage: Vec::new() }
+}
+
+fn contender(report: &Report, victim: usize, other: usize) -> Option<&Contender> {
+    let user = report.users.iter().find(|user| user.id == id(victim))?;
+    user.gpus.first()?.contenders.iter().find(|contender| contender.id == id(other))
+}
+
+fn is_confirmed(report: &Report, (victim, other): (usize, usize), grade: Evidence) -> bool {
+    contender(report, victim, other).is_some_and(|contender| contender.evidence == grade)
+}
+
+/// One pair of one play.
+struct Judged {
+    truth: f64,
+    is_blocking: bool,
+    by_demand: bool,
+    by_onoff: bool,
+    /// The other started or stopped twice, as far as the samples show it.
+    is_comparable: bool,
+    /// The shortest prefix with which a report confirms demand, if the whole does.
+    confirmed_after_s: Option<u32>,
+}
+
+fn judge(users: &[PlayedUser], played: &Played) -> Vec<Judged> {
+    let (probed, unprobed) = (session(played, true), session(played, false));
+    let (demand, onoff) = (build(&probed, &View::default()), build(&unprobed, &View::default()));
+    let prefix = |seconds: u32| View { to_ns: Some(u64::from(seconds) * SECOND_NS), ..View::default() };
+    let prefixes: Vec<(u32, Report)> =
+        (1..=SECONDS / PREFIX).map(|n| (n * PREFIX, build(&probed, &prefix(n * PREFIX)))).collect();
+    let n = users.len();
+    let pairs = (0..n).flat_map(|victim| (0..n).filter(move |other| *other != victim).map(move |other| (victim, other)));
+    let one = |(victim, other): (usize, usize)| {
+        let pair = (victim, other);
+        let confirms = |report: &Report| is_confirmed(report, pair, Evidence::DemandConfirmed);
+        let evidence = contender(&demand, victim, other).and_then(|contender| contender.demand.as_ref());
+        let by_demand = confirms(&demand);
+        Judged {
+            truth: played.kept_waiting_s[victim][other] / played.on_s[other].max(1.0),
+            is_blocking: users[victim].wait != Wait::Poll,
+            by_demand,
+            by_onoff: is_confirmed(&onoff, pair, Evidence::OnOffConfirmed),
+            is_comparable: evidence.is_some_and(|evidence| evidence.transitions >= 2),
+            confirmed_after_s: prefixes.iter().find(|(_, report)| by_demand && confirms(report)).map(|(seconds, _)| *seconds),
+        }
+    };
+    pairs.map(one).collect()
+}
+
+fn percent(part: usize, whole: usize) -> String {
+    if whole == 0 { "-".to_owned() } else { format!("{:.1} %", 100.0 * part as f64 / whole as f64) }
+}
+
+fn count<'j>(all: impl IntoIterator<Item = &'j Judged>, is_counted: impl Fn(&Judged) -> bool) -> usize {
+    all.into_iter().filter(|judged| is_counted(judged)).count()
+}
+
+/// A row of the table: precision, recall, recall of comparable pairs, and the part of all decisions that are right.
+fn row(judged: &[&Judged], grade: &str, by: fn(&Judged) -> bool, truth: f64) {
+    let all = || judged.iter().copied();
+    let waits = |judged: &Judged| judged.truth >= truth;
+    let right = count(all(), |judged| by(judged) && waits(judged));
+    let agree = count(all(), |judged| by(judged) == waits(judged));
+    let comparable = |judged: &Judged| waits(judged) && judged.is_comparable;
+    println!(
+        "| {grade} | {truth} | {} of {} | {} | {} | {} | {} |",
+        count(all(), waits),
+        judged.len(),
+        percent(right, count(all(), by)),
+        percent(right, count(all(), waits)),
+        percent(count(all(), |judged| by(judged) && comparable(judged)), count(all(), comparable)),
+        percent(agree, judged.len()),
+    );
+}
+
+pub fn run() {
+    let judged: Vec<Judged> = (0..SEEDS)
+        .flat_map(|seed| {
+            let mut random = Random(seed);
+            let users = scenario(&mut random);
+            let played = play(&users, SECONDS, &mut random);
+            judge(&users, &played)
+        })
+        .collect();
+    println!(
+        "\n{SEEDS} random plays of two to six users, {SECONDS} s each; a pair waits if it did for this part of the time in which the"
+    );
+    println!("other was on. The on/off experiment concerns GPU time, so only users that block are counted for it.\n");
+    println!("| grade | waits from | pairs | precision | recall | recall with two changes or more | right of all |");
+    println!("|---|---|---|---|---|---|---|");
+    let all: Vec<&Judged> = judged.iter().collect();
+    let blocking: Vec<&Judged> = judged.iter().filter(|judged| judged.is_blocking).collect();
+    for truth in TRUTHS {
+        row(&all, Evidence::DemandConfirmed.name(), |judged| judged.by_demand, truth);
+    }
+    for truth in TRUTHS {
+        row(&blocking, Evidence::OnOffConfirmed.name(), |judged| judged.by_onoff, truth);
+    }
+    println!("| published: diagnosis from the host (arXiv 2510.16946) | - | - | - | - | - | 81-88 % |");
+    println!("\n| waits from | confirmed pairs | shortest span that confirms, s: p50 | p90 |");
+    println!("|---|---|---|---|");
+    for truth in TRUTHS {
+        let confirmed = judged.iter().filter(|judged| judged.truth >= truth).filter_map(|judged| judged.confirmed_after_s);
+        let mut seconds: Vec<f64> = confirmed.map(f64::from).collect();
+        seconds.sort_by(f64::total_cmp);
+        println!("| {truth} | {} | {} | {} |", seconds.len(), quantile(&seconds, 0.5), quantile(&seconds, 0.9));
+    }
+}

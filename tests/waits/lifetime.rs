@@ -1,0 +1,150 @@
+//! Which processes have breakpoints, and that none is left when a session, a selection or the agent ends.
+
+use std::time::{Duration, Instant};
+
+use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::cuda::FIRST_CALL;
+use gpu_sampler_tests::labels::{UID, bundle};
+use gpu_sampler_tests::{Agent, wait_for};
+use serde_json::json;
+
+use super::{ATTACHES, GONE_WITHIN, WaitScene, report_of, user};
+
+const WORK: &str = "--kernel 2ms --every 20ms --for 200s";
+/// Several turns of the thread that attaches.
+const WATCHED: Duration = Duration::from_secs(2);
+/// More than one reading.
+const PROBED: Duration = Duration::from_millis(1_500);
+
+#[test]
+fn only_selected_processes_have_probes() -> Result<()> {
+    let mut scene = WaitScene::new("waits-selected", "seed = 4\n[[gpus]]\n[[gpus]]\n[[gpus]]")?;
+    let mut clients = Vec::new();
+    for n in 0..3 {
+        clients.push(scene.work(n + 1, &format!("{WORK} --gpu {n}"))?);
+    }
+    let agent = scene.agent(&[])?;
+    bundle(&scene.dir.path().join("root"), &clients[0].container_id, "trainer-0", UID)?;
+    let mut sessions = Vec::new();
+    for (selection, selected) in [
+        ("namespace=prod".to_owned(), 0),
+        ("container=trainer-0".to_owned(), 0),
+        (format!("container={}", clients[1].container_id), 1),
+        (format!("pid={}", clients[2].pid), 2),
+    ] {
+        let session = agent.record_as(&json!({"duration_seconds": 60, "wait_probes": selection}))?;
+        scene.wait_until_probed(&clients[selected]).context(selection.clone())?;
+        let until = Instant::now() + WATCHED;
+        while Instant::now() < until {
+            for (n, client) in clients.iter().enumerate() {
+                if n != selected {
+                    scene.check_unprobed(client).context(selection.clone())?;
+                }
+            }
+            std::thread::sleep(Duration::from_millis(100));
+        }
+        agent.stop(&session)?;
+        scene.check_gone(&clients.iter().collect::<Vec<_>>(), &format!("the session with {selection} was stopped"))?;
+        sessions.push((session, selected));
+    }
+    for (session, selected) in sessions {
+        let report = report_of(&agent, &session)?;
+        for (n, client) in clients.iter().enumerate() {
+            let user = user(&report, client).with_context(|| format!("{client:?} is a user"))?;
+            let probed_s = user["waits"]["probed_seconds"].as_f64();
+            assert_eq!(probed_s.is_some_and(|seconds| seconds > 0.5), n == selected, "{n} of session {session}: {user}");
+            assert_eq!(user.get("waits").is_some(), n == selected, "{user}");
+        }
+    }
+    Ok(())
+}
+
+/// What the agent does when it is ended.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Moment {
+    /// Probes are attached, and were not read.
+    Attached,
+    Reading,
+    /// The session has just been stopped.
+    Ending,
+    /// The agent has just been asked to end.
+    Terminating,
+}
+
+fn wait_until(scene: &WaitScene, agent: &Agent, pids: &[u32], moment: Moment) -> Result<()> {
+    let session = agent.record_as(&json!({"duration_seconds": 60, "wait_probes": true}))?;
+    let from = Instant::now();
+    // Faster than `wait_for`: the first read is within a second.
+    while !pids.iter().map(|pid| scene.library.is_probed(*pid)).collect::<Result<Vec<_>>>()?.contains(&true) {
+        ensure!(from.elapsed() < ATTACHES, "no process has probes");
+        std::thread::sleep(Duration::from_millis(2));
+    }
+    if moment != Moment::Attached {
+        std::thread::sleep(PROBED);
+        for pid in pids {
+            ensure!(scene.library.is_probed(*pid)?, "process {pid} has no probes");
+        }
+    }
+    if moment == Moment::Ending {
+        agent.stop(&session)?;
+    }
+    Ok(())
+}
+
+#[test]
+fn no_breakpoint_is_left_when_the_agent_ends() -> Result<()> {
+    let mut scene = WaitScene::new("waits-killed", "seed = 4\n[[gpus]]")?;
+    let clients = [scene.work(1, WORK)?, scene.work(2, WORK)?];
+    let pids = clients.each_ref().map(|client| client.pid);
+    for (signal, moment) in [
+        (libc::SIGKILL, Moment::Attached),
+        (libc::SIGKILL, Moment::Reading),
+        (libc::SIGKILL, Moment::Ending),
+        (libc::SIGKILL, Moment::Terminating),
+        (libc::SIGTERM, Moment::Attached),
+        (libc::SIGTERM, Moment::Reading),
+    ] {
+        let mut agent = scene.agent(&[])?;
+        wait_until(&scene, &agent, &pids, moment)?;
+        if moment == Moment::Terminating {
+            gpu_sampler_tests::leftovers::kill(agent.process.0.id(), libc::SIGTERM);
+            std::thread::sleep(Duration::from_millis(5));
+        }
+        let from = Instant::now();
+        agent.process.ends_with(signal)?;
+        let ended = from.elapsed();
+        scene.check_gone(&clients.each_ref(), &format!("signal {signal}, {moment:?}, ended after {ended:?}"))?;
+    }
+    // The work went on all the time.
+    for client in &clients {
+        let state = std::fs::read_to_string(format!("/proc/{}/stat", client.pid))?;
+        ensure!(!state.contains(") Z "), "{state}");
+    }
+    Ok(())
+}
+
+#[test]
+fn the_setting_probes_without_a_session_and_new_processes_too() -> Result<()> {
+    let mut scene = WaitScene::new("waits-setting", "seed = 4\n[[gpus]]")?;
+    let first = scene.work(1, WORK)?;
+    let mut agent = scene.agent(&["--wait-probes=all"])?;
+    scene.wait_until_probed(&first)?;
+    let second = scene.work(2, WORK)?;
+    // The library's first call has a breakpoint in all of its processes, so the new client is known at once.
+    wait_for("the first call is probed", GONE_WITHIN, || {
+        Ok(scene.library.breakpoints(second.pid)?.contains(FIRST_CALL).then_some(()))
+    })?;
+    scene.wait_until_probed(&second)?;
+    agent.process.ends_with(libc::SIGTERM)?;
+    scene.check_gone(&[&first, &second], "SIGTERM")?;
+
+    // Without a selection no process is touched.
+    let agent = scene.agent(&[])?;
+    wait_for("the process is known", ATTACHES, || Ok(agent.explain(first.pid)?.map(|_| ())))?;
+    let until = Instant::now() + WATCHED;
+    while Instant::now() < until {
+        assert!(scene.library.breakpoints(first.pid)?.is_empty());
+        std::thread::sleep(GONE_WITHIN / 10);
+    }
+    Ok(())
+}
