@@ -92,7 +92,7 @@ pub struct Offsets {
 /// Buckets of [`WaitSums::durations`]: bucket `n` counts calls of at least 2^n ns, and less than twice that; the last one all longer calls.
 pub const WAIT_BUCKETS: usize = 36;
 
-/// Waiting of one process in blocking calls of the CUDA driver library: the value of the map `WAITS`, whose key is the process id. User
+/// Waiting of one process in blocking calls of the CUDA driver library: the value of the map `WAITS`, by process id. User
 /// space creates it with zeros; the kernel program adds to it, and ignores processes without it.
 #[repr(C)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -148,7 +148,7 @@ pub const fn elapsed_ns(inside: u64, now_ns: u64) -> u64 {
     if elapsed > WaitSums::SINCE_MASK / 2 { 0 } else { elapsed }
 }
 
-/// A call that a thread is inside; the value of the map `WAITING`, whose key is process and thread id.
+/// A call that a thread is inside; the value of the map `WAITING`, by process and thread id.
 #[repr(C)]
 #[derive(Clone, Copy, Debug)]
 pub struct WaitingCall {

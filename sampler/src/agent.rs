@@ -205,7 +205,7 @@ pub async fn serve(
     if let Some(selector) = config.wait_probes.clone() {
         wait_requests.set(Requester::Setting, selector);
     }
-    waits::start(waits::WorkerContext {
+    waits::start(waits::WaitWorkerContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
         labels: labels.clone(),

@@ -141,7 +141,7 @@ pub struct Settings {
     /// Utilization from which a GPU counts as saturated in a second, so that sharing it is contention; 50 to 100 [default: 90]
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
-    /// Processes whose waiting for the GPU is always measured, by probes on the blocking calls of the driver library: all,
+    /// Processes of which the waiting for the GPU is always measured, by probes on the blocking calls of the driver library: all,
     /// container=NAME, namespace=NAME or pid=NUMBER; of `record`, for the session [default: none]
     #[arg(
         long,

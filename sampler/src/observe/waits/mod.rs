@@ -80,7 +80,7 @@ impl WaitRequests {
 }
 
 /// The connections of the thread.
-pub struct WorkerContext {
+pub struct WaitWorkerContext {
     pub to: CoreSender,
     pub health: Arc<Health>,
     pub labels: LabelService,
@@ -103,7 +103,7 @@ struct Unprobed {
 type ProcessId = (u32, u64);
 
 struct Worker {
-    context: WorkerContext,
+    context: WaitWorkerContext,
     probes: Option<Probes>,
     libraries: Libraries,
     probed: HashMap<ProcessId, ProbedProcess>,
@@ -113,7 +113,7 @@ struct Worker {
 }
 
 /// Starts the thread. It ends with the agent, which does not wait for it.
-pub fn start(context: WorkerContext) -> std::io::Result<()> {
+pub fn start(context: WaitWorkerContext) -> std::io::Result<()> {
     std::thread::Builder::new().name("waits".into()).spawn(move || {
         let stop = Arc::clone(&context.stop);
         let mut worker = Worker {
