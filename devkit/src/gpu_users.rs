@@ -1,5 +1,5 @@
-//! Plays users of one GPU in time slices, and knows which user waited for which: the truth for evaluations of waiting. It has no processes and no
-//! clock, so hundreds of scenarios take seconds.
+//! Plays users of one GPU in time slices, and records which user waited for which: the truth for evaluations of waiting. It has no
+//! processes and no clock, so hundreds of scenarios take seconds.
 //!
 //! ```text
 //!  a user: (idle) -> submits work -> blocks, polls or goes on -> done -> thinks -> ...      while its phase is on

@@ -7,7 +7,7 @@ use gpu_sampler_tests::cuda::WaitTruth;
 use gpu_sampler_tests::{Agent, sum, wait_for};
 use serde_json::Value;
 
-use super::{Client, WaitScene, number, report_of, user};
+use super::{CudaClient, WaitScene, number, report_of, user};
 
 /// Phases of the users that come and go.
 const ON: Duration = Duration::from_secs(8);
@@ -35,33 +35,33 @@ fn on_s(begin_us: u64, (from_us, to_us): (u64, u64)) -> f64 {
     starts.map(within).sum::<u64>() as f64 * 1e-6
 }
 
-fn family(agent: &Agent, name: &str, client: &Client) -> Result<Option<f64>> {
+fn family(agent: &Agent, name: &str, client: &CudaClient) -> Result<Option<f64>> {
     Ok(sum(&agent.scrape()?, name, &[("container_id", &client.container_id)]))
 }
 
-fn pressure(agent: &Agent, client: &Client) -> Result<Option<f64>> {
+fn pressure(agent: &Agent, client: &CudaClient) -> Result<Option<f64>> {
     family(agent, "container_gpu_pressure_ratio", client)
 }
 
 /// The other user as a contender of this one; `None` if they were never active together.
-fn contender<'r>(report: &'r Value, client: &Client, other: &Client) -> Result<Option<&'r Value>> {
+fn contender<'r>(report: &'r Value, client: &CudaClient, other: &CudaClient) -> Result<Option<&'r Value>> {
     let user = user(report, client).with_context(|| format!("{client:?} is a user"))?;
     let contenders = user["gpus"][0]["contenders"].as_array().context("contenders")?;
     Ok(contenders.iter().find(|contender| contender["id"] == other.path))
 }
 
 /// Those that are on in turn, all on one clock.
-struct Played {
-    victim: Client,
-    other: Client,
+struct PlayedUsers {
+    victim: CudaClient,
+    other: CudaClient,
     /// A user that works half as much while another one is on, and does not wait for it.
-    stage: Client,
-    first_stage: Client,
+    stage: CudaClient,
+    first_stage: CudaClient,
     begin_us: u64,
 }
 
 /// Starts the users that come and go; the victim runs.
-fn play(scene: &mut WaitScene, victim: Client) -> Result<Played> {
+fn play(scene: &mut WaitScene, victim: CudaClient) -> Result<PlayedUsers> {
     let begin_us = now_us()? + 3_000_000;
     let at = |us: u64| nvidia_ml_sim::time::format(us);
     let phase = format!("--phase {0}s:{0}s --for 100s", ON.as_secs());
@@ -73,7 +73,7 @@ fn play(scene: &mut WaitScene, victim: Client) -> Result<Played> {
     // In the same container.
     scene.work(4, &format!("--kernel 4ms --every 10ms --gpu 1 {off}"))?;
     ensure!(now_us()? < begin_us, "the users start in time");
-    Ok(Played { victim, other, stage, first_stage, begin_us })
+    Ok(PlayedUsers { victim, other, stage, first_stage, begin_us })
 }
 
 #[test]
@@ -106,7 +106,7 @@ fn a_contender_that_comes_and_goes_is_confirmed_and_a_pipeline_is_not() -> Resul
 }
 
 /// A user that always waits for its own work or for that of another.
-fn check_totals(agent: &Agent, victim: &Client) -> Result<()> {
+fn check_totals(agent: &Agent, victim: &CudaClient) -> Result<()> {
     let seconds = |name: &str| family(agent, name, victim)?.with_context(|| name.to_owned());
     let (waited, probed) = (seconds("container_gpu_wait_seconds_total")?, seconds("container_gpu_wait_probed_seconds_total")?);
     println!("waited {waited:.1} of {probed:.1} s");
@@ -114,7 +114,7 @@ fn check_totals(agent: &Agent, victim: &Client) -> Result<()> {
     Ok(())
 }
 
-fn check_confirmed(scene: &WaitScene, report: &Value, played: &Played, span: (u64, u64)) -> Result<()> {
+fn check_confirmed(scene: &WaitScene, report: &Value, played: &PlayedUsers, span: (u64, u64)) -> Result<()> {
     let truth = scene.sim.wait_truth(played.victim.pid, span)?.context("the victim used CUDA")?;
     let truth = truth.during(played.other.pid) / on_s(played.begin_us, span);
     let found = contender(report, &played.victim, &played.other)?.context("the other is a contender")?;
@@ -133,7 +133,7 @@ fn check_confirmed(scene: &WaitScene, report: &Value, played: &Played, span: (u6
     Ok(())
 }
 
-fn check_pipeline(scene: &WaitScene, report: &Value, played: &Played, span: (u64, u64)) -> Result<()> {
+fn check_pipeline(scene: &WaitScene, report: &Value, played: &PlayedUsers, span: (u64, u64)) -> Result<()> {
     let truth: WaitTruth = scene.sim.wait_truth(played.stage.pid, span)?.context("the stage used CUDA")?;
     let truth = truth.during(played.first_stage.pid) / on_s(played.begin_us, span);
     let found = contender(report, &played.stage, &played.first_stage)?.context("the first stage is a contender")?;

@@ -23,8 +23,8 @@ fn only_selected_processes_have_probes() -> Result<()> {
     for n in 0..3 {
         clients.push(scene.work(n + 1, &format!("{WORK} --gpu {n}"))?);
     }
-    let agent = scene.agent(&[])?;
     bundle(&scene.dir.path().join("root"), &clients[0].container_id, "trainer-0", UID)?;
+    let agent = scene.agent(&[])?;
     let mut sessions = Vec::new();
     for (selection, selected) in [
         ("namespace=prod".to_owned(), 0),
@@ -61,7 +61,7 @@ fn only_selected_processes_have_probes() -> Result<()> {
 
 /// What the agent does when it is ended.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Moment {
+enum EndMoment {
     /// Probes are attached, and were not read.
     Attached,
     Reading,
@@ -71,7 +71,7 @@ enum Moment {
     Terminating,
 }
 
-fn wait_until(scene: &WaitScene, agent: &Agent, pids: &[u32], moment: Moment) -> Result<()> {
+fn wait_until(scene: &WaitScene, agent: &Agent, pids: &[u32], moment: EndMoment) -> Result<()> {
     let session = agent.record_as(&json!({"duration_seconds": 60, "wait_probes": true}))?;
     let from = Instant::now();
     // Faster than `wait_for`: the first read is within a second.
@@ -79,13 +79,13 @@ fn wait_until(scene: &WaitScene, agent: &Agent, pids: &[u32], moment: Moment) ->
         ensure!(from.elapsed() < ATTACHES, "no process has probes");
         std::thread::sleep(Duration::from_millis(2));
     }
-    if moment != Moment::Attached {
+    if moment != EndMoment::Attached {
         std::thread::sleep(PROBED);
         for pid in pids {
             ensure!(scene.library.is_probed(*pid)?, "process {pid} has no probes");
         }
     }
-    if moment == Moment::Ending {
+    if moment == EndMoment::Ending {
         agent.stop(&session)?;
     }
     Ok(())
@@ -97,16 +97,16 @@ fn no_breakpoint_is_left_when_the_agent_ends() -> Result<()> {
     let clients = [scene.work(1, WORK)?, scene.work(2, WORK)?];
     let pids = clients.each_ref().map(|client| client.pid);
     for (signal, moment) in [
-        (libc::SIGKILL, Moment::Attached),
-        (libc::SIGKILL, Moment::Reading),
-        (libc::SIGKILL, Moment::Ending),
-        (libc::SIGKILL, Moment::Terminating),
-        (libc::SIGTERM, Moment::Attached),
-        (libc::SIGTERM, Moment::Reading),
+        (libc::SIGKILL, EndMoment::Attached),
+        (libc::SIGKILL, EndMoment::Reading),
+        (libc::SIGKILL, EndMoment::Ending),
+        (libc::SIGKILL, EndMoment::Terminating),
+        (libc::SIGTERM, EndMoment::Attached),
+        (libc::SIGTERM, EndMoment::Reading),
     ] {
         let mut agent = scene.agent(&[])?;
         wait_until(&scene, &agent, &pids, moment)?;
-        if moment == Moment::Terminating {
+        if moment == EndMoment::Terminating {
             gpu_sampler_tests::leftovers::kill(agent.process.0.id(), libc::SIGTERM);
             std::thread::sleep(Duration::from_millis(5));
         }

@@ -26,7 +26,7 @@ const ENDS: Duration = Duration::from_secs(15);
 
 /// A process in a container.
 #[derive(Clone, Debug)]
-struct Client {
+struct CudaClient {
     pid: u32,
     /// Id of the container, and the path of its cgroup.
     container_id: String,
@@ -56,18 +56,18 @@ impl WaitScene {
     }
 
     /// Starts a program in the `n`th container.
-    fn start(&mut self, n: usize, words: &[String]) -> Result<Client> {
+    fn start(&mut self, n: usize, words: &[String]) -> Result<CudaClient> {
         let (container_id, cgroup) = self.tree.container(n)?;
         let cgroup_path = cgroup.to_string_lossy();
         let args: Vec<&str> = ["in", &cgroup_path, "--"].into_iter().chain(words.iter().map(String::as_str)).collect();
         let mut actor = Actor::start(ACTOR, &args)?;
         let pid = actor.pid()?;
         self.actors.push(actor);
-        Ok(Client { pid, container_id, path: self.tree.path_of(&cgroup) })
+        Ok(CudaClient { pid, container_id, path: self.tree.path_of(&cgroup) })
     }
 
     /// Starts `cuda-work run` with these arguments in the `n`th container. Returns once it has mapped the library.
-    fn work(&mut self, n: usize, arguments: &str) -> Result<Client> {
+    fn work(&mut self, n: usize, arguments: &str) -> Result<CudaClient> {
         let client = self.start(n, &self.sim.cuda_words(arguments)?)?;
         wait_for("the library is mapped", ATTACHES, || {
             let maps = std::fs::read_to_string(format!("/proc/{}/maps", client.pid)).context("the program ended")?;
@@ -83,14 +83,14 @@ impl WaitScene {
         Agent::start(Some(&self.sim), &[&own, args].concat())
     }
 
-    fn wait_until_probed(&self, client: &Client) -> Result<()> {
+    fn wait_until_probed(&self, client: &CudaClient) -> Result<()> {
         wait_for(&format!("process {} has probes", client.pid), ATTACHES, || {
             Ok(self.library.is_probed(client.pid)?.then_some(()))
         })
     }
 
     /// No breakpoint is left in these processes, in time.
-    fn check_gone(&self, clients: &[&Client], what: &str) -> Result<()> {
+    fn check_gone(&self, clients: &[&CudaClient], what: &str) -> Result<()> {
         let from = std::time::Instant::now();
         for client in clients {
             wait_for(&format!("{what}: no breakpoint in process {}", client.pid), GONE_WITHIN, || {
@@ -103,7 +103,7 @@ impl WaitScene {
     }
 
     /// Fails if a process has a probe on a blocking call. That of the first call is in all processes of a library.
-    fn check_unprobed(&self, client: &Client) -> Result<()> {
+    fn check_unprobed(&self, client: &CudaClient) -> Result<()> {
         let found = self.library.breakpoints(client.pid)?;
         ensure!(found.iter().all(|name| name == FIRST_CALL), "process {} has breakpoints: {found:?}", client.pid);
         Ok(())
@@ -121,7 +121,7 @@ fn report_of(agent: &Agent, session: &str) -> Result<Value> {
 }
 
 /// The user of a report that is this process's container.
-fn user<'r>(report: &'r Value, client: &Client) -> Option<&'r Value> {
+fn user<'r>(report: &'r Value, client: &CudaClient) -> Option<&'r Value> {
     report["users"].as_array()?.iter().find(|user| user["container_id"] == client.container_id)
 }
 

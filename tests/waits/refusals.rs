@@ -9,7 +9,7 @@ use gpu_sampler_tests::cuda::CudaLibrary;
 use gpu_sampler_tests::{get, sum, var, wait_for};
 use serde_json::{Value, json};
 
-use super::{ATTACHES, Client, WaitScene, report_of, user};
+use super::{ATTACHES, CudaClient, WaitScene, report_of, user};
 
 /// The bound of the product: a process over the budget loses its probes with the next reading.
 const DETACHES: Duration = Duration::from_secs(3);
@@ -29,13 +29,13 @@ fn words(text: &str) -> Vec<String> {
 }
 
 /// Why a user has no probes; empty if all of its processes have them.
-fn problems(report: &Value, client: &Client) -> Result<String> {
+fn problems(report: &Value, client: &CudaClient) -> Result<String> {
     let waits = &user(report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
     let all = waits["problems"].as_array().with_context(|| format!("{waits}"))?;
     Ok(all.iter().filter_map(Value::as_str).collect::<Vec<_>>().join("\n"))
 }
 
-fn probed_s(report: &Value, client: &Client) -> f64 {
+fn probed_s(report: &Value, client: &CudaClient) -> f64 {
     user(report, client).and_then(|user| user["waits"]["probed_seconds"].as_f64()).unwrap_or_default()
 }
 

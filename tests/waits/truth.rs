@@ -12,7 +12,7 @@ use sampler_core::units::BootNs;
 use sampler_session::Session;
 use serde_json::Value;
 
-use super::{ATTACHES, Client, WaitScene, check_rejected, number, record_alone, url, user};
+use super::{ATTACHES, CudaClient, WaitScene, check_rejected, number, record_alone, url, user};
 
 /// Largest difference, as a part of the probed time.
 const WITHIN: f64 = 0.02;
@@ -69,7 +69,7 @@ fn wall_us(session: &Session, at: BootNs) -> u64 {
     ((i128::from(header.start_wall.0) + offset_ns) / 1_000) as u64
 }
 
-fn check(scene: &WaitScene, clients: &[Client], file: &Path, what: &str) -> Result<()> {
+fn check(scene: &WaitScene, clients: &[CudaClient], file: &Path, what: &str) -> Result<()> {
     let session = sampler_session::read(&std::fs::read(file)?)?;
     ensure!(session.damage.is_empty(), "{:?}", session.damage);
     let counted = counted(&session)?;
@@ -96,7 +96,7 @@ fn check(scene: &WaitScene, clients: &[Client], file: &Path, what: &str) -> Resu
 }
 
 /// The report has the sums of the facts, by user.
-fn check_report(clients: &[Client], counted: &BTreeMap<u32, Counted>, file: &Path) -> Result<()> {
+fn check_report(clients: &[CudaClient], counted: &BTreeMap<u32, Counted>, file: &Path) -> Result<()> {
     let (code, out, err) = run_cli(&["report", &file.to_string_lossy(), "--format", "json"])?;
     ensure!(code == Some(0), "{err}");
     let report: Value = serde_json::from_str(&out)?;
@@ -131,7 +131,7 @@ fn waiting_equals_the_truth_with_an_agent_and_without_one() -> Result<()> {
         clients.push(scene.work(n + 1, &format!("{arguments} --gpu {gpu} --for 200s"))?);
     }
     let agent = scene.agent(&[])?;
-    let known = |client: &Client| Ok(agent.explain(client.pid)?.map(|_| ()));
+    let known = |client: &CudaClient| Ok(agent.explain(client.pid)?.map(|_| ()));
     for client in &clients {
         gpu_sampler_tests::wait_for("the process is known", ATTACHES, || known(client))?;
     }

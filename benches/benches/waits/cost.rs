@@ -20,7 +20,7 @@ const THREAD: &str = "waits";
 
 /// Sums over spans.
 #[derive(Clone, Copy, Debug, Default)]
-struct Spent {
+struct CallCost {
     seconds: f64,
     calls: f64,
     caller_s: f64,
@@ -28,7 +28,7 @@ struct Spent {
     thread_s: f64,
 }
 
-impl Spent {
+impl CallCost {
     fn us_a_call(&self) -> f64 {
         1e6 * self.caller_s / self.calls
     }
@@ -59,7 +59,7 @@ impl CostScene {
     }
 
     /// What one span adds.
-    fn measure(&self, to: &mut Spent) -> Result<()> {
+    fn measure(&self, to: &mut CallCost) -> Result<()> {
         let now_us = || anyhow::Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros() as u64);
         let agent = self.agent.process.0.id();
         let spent = || anyhow::Ok([run_time_s(self.pid(), None)?, run_time_s(agent, None)?, run_time_s(agent, Some(THREAD))?]);
@@ -94,7 +94,7 @@ impl CostScene {
 
 fn compare(rate: u32) -> Result<()> {
     let scene = CostScene::new(rate, &["--wait-probe-budget", "1000000"])?;
-    let (mut without, mut with) = (Spent::default(), Spent::default());
+    let (mut without, mut with) = (CallCost::default(), CallCost::default());
     for _ in 0..TIMES {
         scene.measure(&mut without)?;
         let session = scene.probe()?;
@@ -103,7 +103,7 @@ fn compare(rate: u32) -> Result<()> {
         scene.agent.stop(&session)?;
         scene.wait_until_unprobed()?;
     }
-    let percent = |of_s: f64, spent: &Spent| 100.0 * of_s / spent.seconds;
+    let percent = |of_s: f64, spent: &CallCost| 100.0 * of_s / spent.seconds;
     println!(
         "| {rate} | {:.0}, {:.0} | {:.2} us | {:.2} us | {:.2} us | {:.3} % | {:.2}, {:.2} % | {:.3} % |",
         without.calls / without.seconds,
@@ -123,7 +123,7 @@ fn compare(rate: u32) -> Result<()> {
 /// A process over the default budget loses its probes.
 fn over_budget(rate: u32) -> Result<()> {
     let scene = CostScene::new(rate, &[])?;
-    let (mut before, mut after) = (Spent::default(), Spent::default());
+    let (mut before, mut after) = (CallCost::default(), CallCost::default());
     scene.measure(&mut before)?;
     let session = scene.probe()?;
     let from = Instant::now();

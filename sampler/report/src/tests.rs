@@ -17,11 +17,11 @@ const PERIOD: u64 = 167_000_000;
 const START: u64 = 1_000 * SECOND;
 
 /// The demand of a user by time, in seconds since the start; its process exists while the demand is not `None`.
-type Demand = Box<dyn Fn(f64) -> Option<f64>>;
+type DemandOverTime = Box<dyn Fn(f64) -> Option<f64>>;
 
 pub struct SimulatedUser {
     pub user: User,
-    pub demand: Demand,
+    pub demand: DemandOverTime,
 }
 
 pub fn container(n: u64, demand: impl Fn(f64) -> Option<f64> + 'static) -> SimulatedUser {

@@ -68,7 +68,7 @@ pub struct SessionBody {
     pub containers: Vec<String>,
     #[serde(default)]
     pub namespaces: Vec<String>,
-    /// `true`, or the selection of processes of which the waiting is measured.
+    /// `true`, or the selection of the processes that have wait probes.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub wait_probes: Option<WaitProbesBody>,
     /// Record the metrics of serving engines.

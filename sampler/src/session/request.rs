@@ -16,7 +16,7 @@ pub struct Request {
     /// Recording starts when this condition holds.
     pub trigger: Option<Trigger>,
     pub view: View,
-    /// Processes of which the waiting is measured while the session records.
+    /// Processes that have wait probes while the session records.
     pub wait_probes: Option<WaitSelector>,
     /// The metrics of serving engines are recorded.
     pub engines: Option<EngineRequest>,
