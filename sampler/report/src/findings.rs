@@ -162,3 +162,41 @@ pub fn findings(report: &Report) -> Vec<Finding> {
     all.sort_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)));
     all.into_iter().map(|(_, _, finding)| finding).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::UserKind;
+    use crate::sample;
+
+    #[test]
+    fn demand_comes_before_changes_and_names_both_where_both_are_confirmed() {
+        let mut report = sample::report();
+        let on_off = Contender {
+            evidence: Evidence::OnOffConfirmed,
+            rate_before: Some(0.9),
+            rate_after: Some(0.1),
+            interval: Some([0.7, 0.9]),
+            ..sample::contender(UserKind::Container, sample::TRAINER, 13.5, 28.0, 13.4)
+        };
+        report.users[1].gpus[0].contenders = vec![on_off];
+        let found = findings(&report);
+        let grades: Vec<Option<Evidence>> = found.iter().map(|finding| finding.evidence).collect();
+        assert_eq!(grades, [Some(Evidence::DemandConfirmed), Some(Evidence::OnOffConfirmed)]);
+        assert!(found[0].text.contains("(interval 0.38 to 0.44 s, 95 %), over 4 changes"), "{}", found[0].text);
+        assert!(found[0].text.contains("would have refuted this. It also received less GPU time"), "{}", found[0].text);
+        report.users[0].gpus[0].contenders[0].on_off_confirmed = false;
+        assert!(!findings(&report)[0].text.contains("less GPU time"));
+    }
+
+    #[test]
+    fn waits_without_a_confirmed_contender_are_not_a_finding() {
+        let mut report = sample::report();
+        let contender = &mut report.users[0].gpus[0].contenders[0];
+        (contender.evidence, contender.saturated_gpu_seconds) = (Evidence::Coactive, 0.0);
+        if let Some(demand) = &mut contender.demand {
+            demand.why_not_confirmed = "the contender started or stopped only once, which may be a coincidence".to_owned();
+        }
+        assert!(findings(&report).iter().all(|finding| finding.victim != sample::TRAINER));
+    }
+}
