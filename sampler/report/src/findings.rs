@@ -182,7 +182,7 @@ mod tests {
         report.users[1].gpus[0].contenders = vec![on_off];
         let found = findings(&report);
         let grades: Vec<Option<Evidence>> = found.iter().map(|finding| finding.evidence).collect();
-        assert_eq!(grades, [Some(Evidence::DemandConfirmed), Some(Evidence::OnOffConfirmed)]);
+        assert_eq!(grades, [Some(Evidence::DemandConfirmed), Some(Evidence::OnOffConfirmed), None], "the last is about the GPU");
         assert!(found[0].text.contains("(interval 0.38 to 0.44 s, 95 %), over 4 changes"), "{}", found[0].text);
         assert!(found[0].text.contains("would have refuted this. It also received less GPU time"), "{}", found[0].text);
         report.users[0].gpus[0].contenders[0].on_off_confirmed = false;

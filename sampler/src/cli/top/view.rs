@@ -30,7 +30,7 @@ const HELP: [(&str, &str); 9] = [
         "CONTENTION",
         "GPU-seconds per second, over the last minute, that others received while it was active and the GPU was saturated",
     ),
-    ("PRESSURE", "with wait probes: part of the last seconds that it waited beyond its own GPU time and what it waits alone"),
+    ("PRESSURE", "recent time waited beyond that for its own work (with wait probes)"),
     ("shared", "part of the last 10 s in which at least two users were active"),
 ];
 
@@ -359,10 +359,8 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
     } else {
         String::new()
     };
-    let waits = u.waits.map(|waits| {
-        let (waited, probed, pressure) = (waits.wait_seconds, waits.probed_seconds, percent_or_dash(waits.pressure_ratio));
-        format!(", waited {waited:.1} s of {probed:.1} s with probes, pressure {pressure}")
-    });
+    let waited = u.waits.filter(|waits| waits.probed_seconds > 0.0).map(|waits| waits.wait_seconds / waits.probed_seconds);
+    let waits = waited.map(|ratio| format!(", waits {}", percent_or_dash(Some(ratio))));
     let usage = format!(
         "on {}: {:.2} ±{:.2} GPU-seconds from {} samples{coactive}{}",
         terminal_safe(&u.uuid),
