@@ -373,6 +373,7 @@ impl Builder<'_> {
             saturated_gpu_seconds: contender_sums.saturated_ns * S,
             coactive_seconds: contender_sums.coactive,
             evidence: if result.confirmed { Evidence::OnOffConfirmed } else { Evidence::Coactive },
+            on_off_confirmed: result.confirmed,
             rate_before: result.rate_before,
             rate_after: result.rate_after,
             transitions: result.transitions,

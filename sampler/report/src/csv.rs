@@ -1,7 +1,8 @@
 //! The timelines as one long table, for analysis by programs.
 //!
 //! One row per window, GPU and user, which is the long format of pandas. RFC 4180 with CRLF and a header. The field of an unknown value
-//! is empty, never 0. A GPU without users has rows as well, with empty user fields.
+//! is empty, never 0. A GPU without users has rows as well, with empty user fields. `wait_seconds` of a user is the same on all of its GPUs:
+//! for which of them a process waits is unknown.
 //!
 //! Spreadsheets evaluate text that begins with `= + - @` (or with a tab or line break before it) as a formula, and tenants choose the
 //! names. Such text, and text that begins with an apostrophe, is prefixed with an apostrophe; `column.str.removeprefix("'")` restores it.
@@ -13,7 +14,7 @@ use super::model::*;
 use super::words;
 use sampler_core::units::rfc3339;
 
-const HEADER: [&str; 14] = [
+const HEADER: [&str; 15] = [
     "time",
     "offset_seconds",
     "uuid",
@@ -28,6 +29,7 @@ const HEADER: [&str; 14] = [
     "share",
     "memory_bytes",
     "gpu_busy_ratio",
+    "wait_seconds",
 ];
 
 type LaneRows<'a> = ([String; 6], Vec<Option<f32>>, &'a Lane);
@@ -52,12 +54,13 @@ pub fn csv(report: &Report) -> String {
                 let share = shares.get(at).copied().flatten().map(f64::from);
                 let gpu_seconds = decimal(share.map(|share| share * timeline.window_seconds));
                 let memory = lane.memory.get(at).copied().flatten().map(|bytes| bytes.to_string()).unwrap_or_default();
-                let values = [gpu_seconds, decimal(share), memory];
-                let cells = user.iter().chain(&values).chain([&busy]).map(String::as_str);
+                let waited = lane.waits.get(at).copied().flatten().map(|waited| f64::from(waited) * timeline.window_seconds);
+                let (values, waited) = ([gpu_seconds, decimal(share), memory], decimal(waited));
+                let cells = user.iter().chain(&values).chain([&busy, &waited]).map(String::as_str);
                 write_row(&mut writer, window.into_iter().chain(cells));
             }
             if lanes.is_empty() {
-                write_row(&mut writer, window.into_iter().chain([""; 9]).chain([busy.as_str()]));
+                write_row(&mut writer, window.into_iter().chain([""; 9]).chain([busy.as_str(), ""]));
             }
         }
     }
@@ -144,7 +147,10 @@ mod tests {
     fn unknown_values_are_empty() {
         let rows = parse(&csv(&sample::report()));
         let gap = rows.iter().find(|row| row[1] == "34" && row[5] == sample::TRAINER).unwrap();
-        assert_eq!(gap[10..], ["", "", "", ""]);
+        assert_eq!(gap[10..14], ["", "", "", ""]);
+        assert!(gap[14].starts_with("0.3"), "probes measure while the driver does not respond: {}", gap[14]);
+        let unprobed = rows.iter().find(|row| row[1] == "0" && row[5] == sample::TRAINER).unwrap();
+        assert_eq!(unprobed[14], "");
         assert_eq!(gap[0], "2026-05-04T10:00:34.000Z");
         let idle = rows.iter().find(|row| row[1] == "1" && row[5] == sample::TRAINER).unwrap();
         assert_eq!(idle[10..12], ["0", "0"]);

@@ -48,6 +48,8 @@ const TOGETHER: f64 = 0.1;
 const MOST_OTHERS: usize = 12;
 pub const LEVEL: f64 = 0.95;
 
+const TOO_SHORT: &str = "the contender was on, or off, for too short a time while the waiting was measured";
+
 /// One window of the victim; the numbers are seconds per second.
 #[derive(Clone, Debug, Default)]
 pub struct DemandWindow {
@@ -190,7 +192,7 @@ fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression> {
 pub fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand {
     let n_others = windows.first().map_or(0, |window| window.others.len());
     let spans: Vec<Vec<bool>> = (0..n_others).map(|user| on_spans(windows, user)).collect();
-    let Some(on) = spans.get(other) else { return Demand::default() };
+    let Some(on) = spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
     let (n_changes, windows_on) = (changes(on), on.iter().filter(|on| **on).count());
     // A change is somewhere in its windows.
     let is_inside = |n: usize| {
@@ -205,7 +207,7 @@ pub fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand 
     let counted = Demand { windows_on, windows_with: with, windows_without: without, changes: n_changes, ..Demand::default() };
     let not = |why_not: &str| Demand { why_not: why_not.to_owned(), ..counted.clone() };
     if with < LEAST_WINDOWS || without < LEAST_WINDOWS {
-        return not("the contender was on, or off, for too short a time while the waiting was measured");
+        return not(TOO_SHORT);
     }
     let sum = |chosen: bool, value: fn(&DemandWindow) -> f64| {
         windows.iter().zip(on).filter(|(_, on)| **on == chosen).map(|(window, _)| value(window)).sum::<f64>()

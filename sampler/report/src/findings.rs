@@ -38,6 +38,34 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
     ))
 }
 
+fn demand_confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<(f64, String)> {
+    let demand = contender.demand.as_ref().filter(|demand| demand.why_not_confirmed.is_empty())?;
+    let (rate, [least, most]) = (demand.wait_rate?, demand.interval?);
+    let in_all = demand.wait_seconds.map(|seconds| format!(", {seconds:.1} s in all")).unwrap_or_default();
+    let text = format!(
+        "{} waited {rate:.2} s of every second longer in blocking calls while {other} was on (interval {least:.2} to {most:.2} s, 95 %), \
+         over {} changes{in_all}. Calls that took no longer in that time, or longer only by its own \
+         work, would have refuted this.{}{}",
+        victim.display_name(),
+        demand.transitions,
+        also_received_less(contender).unwrap_or_default(),
+        other_causes(&usage.causes),
+    );
+    Some((rate, text))
+}
+
+/// The comparison of GPU time, where it is confirmed as well.
+fn also_received_less(contender: &Contender) -> Option<String> {
+    let (before, after, [least, most]) = (contender.rate_before?, contender.rate_after?, contender.interval?);
+    contender.on_off_confirmed.then(|| {
+        format!(
+            " It also received less GPU time: {before:.2} GPU-seconds per second without it, {after:.2} with it, over {} changes; the \
+             drop is {least:.2} to {most:.2} (95 % interval), and the GPU was saturated at those times.",
+            contender.transitions
+        )
+    })
+}
+
 fn experiment_confirmed(victim: &UserReport, other: &str, contender: &Contender) -> Option<(f64, String)> {
     let effect = contender.experiment.as_ref().filter(|effect| effect.confirmed)?;
     let (frozen, running, p_value) = (effect.rate_frozen?, effect.rate_running?, effect.p_value?);
@@ -72,6 +100,7 @@ fn own_causes(victim: &UserReport, usage: &Usage) -> Option<String> {
 }
 
 pub fn findings(report: &Report) -> Vec<Finding> {
+    // Evidence of experiments first, then of demand, then of changes; the second number orders those of one rank.
     let mut all: Vec<(u8, f64, Finding)> = Vec::new();
     let display_name = |id: &str| report.user(id).map_or_else(|| id.to_owned(), UserReport::display_name);
     for gpu in &report.gpus {
@@ -88,7 +117,7 @@ pub fn findings(report: &Report) -> Vec<Finding> {
         if !limited.is_empty() {
             let text = format!("The GPU itself was limited, for all of its users: {}.", limited.join("; "));
             let (uuid, victim) = (gpu.uuid.clone(), String::new());
-            all.push((1, gpu.busy_seconds, Finding { uuid, victim, aggressor: None, evidence: None, text }));
+            all.push((3, gpu.busy_seconds, Finding { uuid, victim, aggressor: None, evidence: None, text }));
         }
     }
     for user in &report.users {
@@ -104,18 +133,20 @@ pub fn findings(report: &Report) -> Vec<Finding> {
                 let other = display_name(&contender.id);
                 if let Some((effect, text)) = experiment_confirmed(user, &other, contender) {
                     all.push((0, effect, finding(Some(&contender.id), Some(contender.evidence), text)));
+                } else if let Some((rate, text)) = demand_confirmed(user, &other, usage, contender) {
+                    all.push((1, rate, finding(Some(&contender.id), Some(contender.evidence), text)));
                 } else if contender.evidence == Evidence::OnOffConfirmed
                     && let Some(text) = confirmed(user, &other, usage, contender)
                 {
                     let drop = contender.rate_before.unwrap_or_default() - contender.rate_after.unwrap_or_default();
-                    all.push((0, drop, finding(Some(&contender.id), Some(contender.evidence), text)));
+                    all.push((2, drop, finding(Some(&contender.id), Some(contender.evidence), text)));
                 } else if contender.saturated_gpu_seconds >= LEAST_SECONDS && contender.coactive_seconds >= LEAST_SECONDS {
                     let text = coactive(user, &other, contender);
-                    all.push((3, contender.saturated_gpu_seconds, finding(Some(&contender.id), Some(contender.evidence), text)));
+                    all.push((5, contender.saturated_gpu_seconds, finding(Some(&contender.id), Some(contender.evidence), text)));
                 }
             }
             if let Some(text) = own_causes(user, usage) {
-                all.push((2, usage.gpu_seconds, finding(None, None, text)));
+                all.push((4, usage.gpu_seconds, finding(None, None, text)));
             }
         }
     }
@@ -124,10 +155,48 @@ pub fn findings(report: &Report) -> Vec<Finding> {
             if let Some(text) = engine_words::finding(user, &display_name(&contrast.id), engine, latency, contrast) {
                 let (uuid, aggressor) = (contrast.uuid.clone(), Some(contrast.id.clone()));
                 let finding = Finding { uuid, victim: user.id.clone(), aggressor, evidence: None, text };
-                all.push((0, contrast.increase_ratio(), finding));
+                all.push((2, contrast.increase_ratio(), finding));
             }
         }
     }
     all.sort_by(|a, b| a.0.cmp(&b.0).then(b.1.total_cmp(&a.1)));
     all.into_iter().map(|(_, _, finding)| finding).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::model::UserKind;
+    use crate::sample;
+
+    #[test]
+    fn demand_comes_before_changes_and_names_both_where_both_are_confirmed() {
+        let mut report = sample::report();
+        let on_off = Contender {
+            evidence: Evidence::OnOffConfirmed,
+            rate_before: Some(0.9),
+            rate_after: Some(0.1),
+            interval: Some([0.7, 0.9]),
+            ..sample::contender(UserKind::Container, sample::TRAINER, 13.5, 28.0, 13.4)
+        };
+        report.users[1].gpus[0].contenders = vec![on_off];
+        let found = findings(&report);
+        let grades: Vec<Option<Evidence>> = found.iter().map(|finding| finding.evidence).collect();
+        assert_eq!(grades, [Some(Evidence::DemandConfirmed), Some(Evidence::OnOffConfirmed), None], "the last is about the GPU");
+        assert!(found[0].text.contains("(interval 0.38 to 0.44 s, 95 %), over 4 changes"), "{}", found[0].text);
+        assert!(found[0].text.contains("would have refuted this. It also received less GPU time"), "{}", found[0].text);
+        report.users[0].gpus[0].contenders[0].on_off_confirmed = false;
+        assert!(!findings(&report)[0].text.contains("less GPU time"));
+    }
+
+    #[test]
+    fn waits_without_a_confirmed_contender_are_not_a_finding() {
+        let mut report = sample::report();
+        let contender = &mut report.users[0].gpus[0].contenders[0];
+        (contender.evidence, contender.saturated_gpu_seconds) = (Evidence::Coactive, 0.0);
+        if let Some(demand) = &mut contender.demand {
+            demand.why_not_confirmed = "the contender started or stopped only once, which may be a coincidence".to_owned();
+        }
+        assert!(findings(&report).iter().all(|finding| finding.victim != sample::TRAINER));
+    }
 }

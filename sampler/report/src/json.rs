@@ -50,12 +50,18 @@ mod tests {
         }
         for user in report["users"].as_array().unwrap() {
             check(user, "kind:s id:s namespace:s pod:s container:s name:s image:s gpus:l");
+            if let Some(waits) = user.get("waits") {
+                check(waits, "probed_seconds:n wait_seconds:n calls:n call_seconds:o? unprobed_processes:n problems:l");
+            }
             for usage in user["gpus"].as_array().unwrap() {
                 check(usage, "uuid:s gpu_seconds:n share_of_busy:n? share_stderr:n? samples:n active_seconds:n");
                 check(usage, "coactive_seconds:n memory_max_bytes:n? contenders:l causes:l");
                 for contender in usage["contenders"].as_array().unwrap() {
                     check(contender, "kind:s id:s gpu_seconds:n evidence:s rate_before:n? rate_after:n? transitions:n");
-                    check(contender, "interval:p? interval_level:n?");
+                    check(contender, "interval:p? interval_level:n? on_off_confirmed:b");
+                    if let Some(demand) = contender.get("demand") {
+                        check(demand, "wait_rate:n? interval:p? wait_seconds:n? windows_with:n windows_without:n transitions:n");
+                    }
                 }
                 for cause in usage["causes"].as_array().unwrap() {
                     check(cause, "cause:s verdict:s detail:s");
@@ -69,7 +75,7 @@ mod tests {
         let report = sample_report();
         let user = &report["users"][0];
         assert_eq!(user["kind"], "container");
-        assert_eq!(user["gpus"][0]["contenders"][0]["evidence"], "on-off-confirmed");
+        assert_eq!(user["gpus"][0]["contenders"][0]["evidence"], "demand-confirmed");
         assert_eq!(user["gpus"][0]["causes"][0]["cause"], "gpu-clocks");
         assert_eq!(user["gpus"][0]["causes"][0]["verdict"], "ruled-out");
         assert_eq!(report["start"], "2026-05-04T10:00:00.000Z");

@@ -66,7 +66,7 @@ pub fn right(text: &str, room: usize) -> String {
 /// Replaces non-breaking spaces by plain ones and, without `unicode`, the symbols of this package by ASCII.
 pub fn drawn(text: &str, unicode: bool) -> String {
     let text = text.replace('\u{a0}', " ");
-    if unicode { text } else { text.replace(" ± ", " +- ").replace('→', "->") }
+    if unicode { text } else { text.replace(" ± ", " +- ").replace('→', "->").replace('µ', "u") }
 }
 
 /// `head`, followed by the text broken between words; further lines are indented by the width of `head`.
@@ -126,6 +126,10 @@ impl Ink {
     }
     pub fn good(self, text: &str) -> String {
         self.paint("32", text)
+    }
+    /// Of waiting; no item of [`Self::nth`] has it.
+    pub fn wait(self, text: &str) -> String {
+        self.paint("31", text)
     }
     /// One of six colours for the `n`th item; red and green are not among them.
     pub fn nth(self, n: usize, text: &str) -> String {

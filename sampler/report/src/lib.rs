@@ -32,6 +32,7 @@ mod sample;
 mod selection;
 mod text;
 mod user_name;
+mod wait_words;
 mod waiting;
 mod words;
 

@@ -154,7 +154,9 @@ pub struct UserWaits {
     pub calls: u64,
     /// Duration of a call, to within a factor of two; `None` without calls.
     pub call_seconds: Option<CallSeconds>,
-    /// Processes that could not be probed, with the reason.
+    /// Processes that could not be probed.
+    pub unprobed_processes: usize,
+    /// The first of them, each with the reason.
     pub problems: Vec<String>,
 }
 
@@ -222,6 +224,8 @@ pub struct Contender {
     /// Seconds of windows in which both had a sample.
     pub coactive_seconds: f64,
     pub evidence: Evidence,
+    /// Also if `evidence` is stronger.
+    pub on_off_confirmed: bool,
     /// The victim's GPU-seconds per second while the contender was off (before) and on (after); `None` without a change to compare.
     pub rate_before: Option<f64>,
     pub rate_after: Option<f64>,

@@ -1,10 +1,13 @@
 //! Trace events (the JSON format of Chrome's tracing), which ui.perfetto.dev opens.
 //!
 //! Each GPU is a process with counters of its busy share and memory. Each of its users is a thread with a slice for each span of activity,
-//! and a counter of its share. Each serving engine is a process with a counter of each of its metrics. Times are in microseconds since the start of the report; `otherData` has the wall time of the start.
+//! and a counter of its share. Each serving engine is a process with a counter of each of its metrics. The waiting of all users is one
+//! process, with a counter of each. Times are in microseconds since the start of the report; `otherData` has the wall time of the start.
 //!
 //! A counter keeps its value until the next event: the format has no "unknown". In unobserved time, no values are written, and the first
 //! thread of the GPU has a slice `not observed`.
+
+use std::collections::BTreeSet;
 
 use serde_json::{Value, json};
 
@@ -26,6 +29,8 @@ pub fn perfetto(report: &Report) -> String {
         // Trace viewers treat process 0 as the idle task.
         Track { report, names: &names, timeline, pid: nth + 1 }.write(&mut events);
     }
+    let n_engines: usize = report.users.iter().map(|user| user.engines.len()).sum();
+    write_waits(report, &names, report.timelines.len() + n_engines + 1, &mut events);
     let engines = report.users.iter().flat_map(|user| user.engines.iter().map(move |engine| (user, engine)));
     for (nth, (user, engine)) in engines.enumerate() {
         write_engine(&names.get(&user.id), engine, report.timelines.len() + nth + 1, &mut events);
@@ -135,6 +140,23 @@ impl Track<'_> {
     }
 }
 
+/// The waiting of each user with wait probes, once: for which of its GPUs a process waits is unknown.
+fn write_waits(report: &Report, names: &Names, pid: usize, events: &mut Vec<Value>) {
+    let mut users = BTreeSet::new();
+    for timeline in &report.timelines {
+        let track = Track { report, names, timeline, pid };
+        for lane in timeline.lanes.iter().filter(|lane| !lane.waits.is_empty()) {
+            let Some(user) = report.users.get(lane.user).filter(|_| users.insert(lane.user)) else { continue };
+            if users.len() == 1 {
+                track.name(events, "process", GPU_THREAD, "Waiting in blocking calls", pid);
+            }
+            let short: String = names.get(&user.id).chars().take(COUNTER_NAME).collect();
+            let percents: Vec<Option<i64>> = lane.waits.iter().map(|part| part.map(hundredths)).collect();
+            track.counter(events, &format!("{} {short}", users.len()), "waited %", &percents);
+        }
+    }
+}
+
 /// The metrics of a serving engine, with an event at each reading. Latencies are means since the reading before, in microseconds, because
 /// values are whole numbers.
 fn write_engine(user: &str, engine: &EngineReport, pid: usize, events: &mut Vec<Value>) {
@@ -240,8 +262,24 @@ mod tests {
     }
 
     #[test]
-    fn the_largest_trace_is_below_30_mb() {
+    fn the_waiting_of_a_user_is_one_counter() {
+        let mut report = sample::report();
+        let lane = report.timelines[0].lanes[0].clone();
+        report.timelines[1].lanes.push(lane);
+        let all = events(&report);
+        let values: Vec<&Value> = all.iter().filter(|event| event["args"].get("waited %").is_some()).collect();
+        assert_eq!(
+            (&values[0]["ts"], &values[0]["name"]),
+            (&json!(2_000_000), &json!("1 ml/trainer-0/main")),
+            "probed from then"
+        );
+        assert!(values.iter().all(|event| event["pid"] == 3 && event["name"] == values[0]["name"]), "{values:?}");
+        assert!(values.iter().any(|event| event["ts"] == 34_000_000), "probes do not depend on the driver");
+    }
+
+    #[test]
+    fn the_largest_trace_is_below_40_mb() {
         let size = perfetto(&sample::big(8, 64, 600)).len();
-        assert!(size < 30_000_000, "{size}");
+        assert!(size < 40_000_000, "{size}");
     }
 }

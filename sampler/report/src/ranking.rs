@@ -1,6 +1,6 @@
 //! Order and selection of users and contenders in the formats for people (`text` and `html`).
 
-use super::model::{Contender, Evidence, Report, Usage, UserReport};
+use super::model::{Contender, DemandEvidence, Evidence, Report, Usage, UserReport};
 
 /// A user with its usage of the GPU in question.
 pub type UserUsage<'a> = (&'a UserReport, &'a Usage);
@@ -19,9 +19,26 @@ pub fn received(user: &UserUsage<'_>, other: &UserUsage<'_>) -> f64 {
     contender.map_or(0.0, |contender| contender.saturated_gpu_seconds)
 }
 
-/// The users that have a nonzero entry in the matrix of [`received`].
+/// What wait probes of `user` show about `other`; `None` without probes.
+pub fn demand<'a>(user: &UserUsage<'a>, other: &UserUsage<'_>) -> Option<&'a DemandEvidence> {
+    user.1.contenders.iter().find(|contender| contender.id == other.0.id)?.demand.as_ref()
+}
+
+/// Whether the matrix of waiting has a number there.
+fn waited(user: &UserUsage<'_>, other: &UserUsage<'_>) -> bool {
+    demand(user, other).is_some_and(|demand| demand.wait_seconds.is_some())
+}
+
+/// The rows of the matrix of waiting, with their positions among the `involved`: users with a number.
+pub fn waiters<'a>(involved: &[UserUsage<'a>]) -> Vec<(usize, UserUsage<'a>)> {
+    let has_number = |(_, row): &(usize, UserUsage<'_>)| involved.iter().any(|other| waited(row, other));
+    involved.iter().copied().enumerate().filter(has_number).collect()
+}
+
+/// The users that have a nonzero entry in the matrix of [`received`], or a number in that of waiting.
 pub fn involved<'a>(users: &[UserUsage<'a>]) -> Vec<UserUsage<'a>> {
-    let is_involved = |user: &UserUsage<'_>| users.iter().any(|other| received(user, other) > 0.0 || received(other, user) > 0.0);
+    let meets = |user: &UserUsage<'_>, other: &UserUsage<'_>| received(user, other) > 0.0 || waited(user, other);
+    let is_involved = |user: &UserUsage<'_>| users.iter().any(|other| meets(user, other) || meets(other, user));
     users.iter().copied().filter(is_involved).collect()
 }
 

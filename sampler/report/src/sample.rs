@@ -1,5 +1,6 @@
 //! Reports for tests: one of a typical node, one of the largest size, and one with hostile names.
 
+use super::findings::findings;
 use super::model::*;
 use super::words;
 use sampler_core::units::WallTime;
@@ -67,7 +68,7 @@ fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usi
             memory: (0..60)
                 .map(|at| (user < 3 && !unobserved(at)).then_some((18 + 7 * user as u64 + (at as u64 / 20)) * GIB))
                 .collect(),
-            waits: Vec::new(),
+            waits: if user == 0 { trainer_waits() } else { Vec::new() },
         })
         .collect();
     let sum = |at: usize| lanes.iter().filter_map(|lane| lane.shares.get(at)).sum::<f32>();
@@ -79,6 +80,40 @@ fn timeline(gpu: usize, lanes: &[usize], gaps: &[(f64, f64)], share: impl Fn(usi
         memory: (0..60).map(|at| (!unobserved(at)).then(|| lanes.iter().filter_map(|lane| lane.memory[at]).sum())).collect(),
         lanes,
         marks: Vec::new(),
+    }
+}
+
+/// The trainer waits for its own work, and longer while the server is on; its probes were attached after two seconds.
+fn trainer_waits() -> Vec<Option<f32>> {
+    let waited = |at: usize| match on(at as f64, &SERVER_ON) {
+        true => 0.76 + 0.05 * noise(at, 5),
+        false => 0.36 + 0.04 * noise(at, 6),
+    };
+    (0..60).map(|at| (at >= 2).then(|| waited(at))).collect()
+}
+
+fn trainer_report() -> UserWaits {
+    let known: Vec<f64> = trainer_waits().into_iter().flatten().map(f64::from).collect();
+    UserWaits {
+        probed_seconds: known.len() as f64,
+        wait_seconds: known.iter().sum(),
+        calls: 11_740,
+        call_seconds: Some(CallSeconds { p50: 0.0015, p99: 0.012 }),
+        unprobed_processes: 10,
+        problems: vec!["process 4711 (static): the program contains the driver library".to_owned()],
+    }
+}
+
+fn trainer_demand() -> DemandEvidence {
+    DemandEvidence {
+        wait_rate: Some(0.41),
+        interval: Some([0.38, 0.44]),
+        interval_level: Some(0.95),
+        wait_seconds: Some(11.5),
+        windows_with: 24,
+        windows_without: 26,
+        transitions: 4,
+        why_not_confirmed: String::new(),
     }
 }
 
@@ -119,6 +154,7 @@ pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f
         saturated_gpu_seconds: saturated,
         coactive_seconds,
         evidence: Evidence::Coactive,
+        on_off_confirmed: false,
         rate_before: None,
         rate_after: None,
         transitions: 0,
@@ -185,7 +221,9 @@ pub fn report() -> Report {
         }
     }
     let confirmed = Contender {
-        evidence: Evidence::OnOffConfirmed,
+        evidence: Evidence::DemandConfirmed,
+        on_off_confirmed: true,
+        demand: Some(trainer_demand()),
         rate_before: Some(0.92),
         rate_after: Some(0.48),
         transitions: 4,
@@ -194,19 +232,18 @@ pub fn report() -> Report {
         why_not_confirmed: String::new(),
         ..contender(UserKind::Container, SERVER, 13.2, 28.0, 13.1)
     };
-    users[0].gpus[0].contenders = vec![confirmed, contender(UserKind::Host, XORG, 0.1, 6.0, 0.06)];
+    let unsure = DemandEvidence {
+        windows_with: 5,
+        windows_without: 45,
+        why_not_confirmed: "the contender was on, or off, for too short a time while the waiting was measured".to_owned(),
+        ..DemandEvidence::default()
+    };
+    let xorg = Contender { demand: Some(unsure), ..contender(UserKind::Host, XORG, 0.1, 6.0, 0.06) };
+    users[0].gpus[0].contenders = vec![confirmed, xorg];
+    users[0].waits = Some(trainer_report());
     users[0].gpus[0].causes = causes();
     users[1].gpus[0].contenders = vec![contender(UserKind::Container, TRAINER, 13.5, 28.0, 13.4)];
-    let findings = vec![Finding {
-        uuid: GPUS[0].to_owned(),
-        victim: TRAINER.to_owned(),
-        aggressor: Some(SERVER.to_owned()),
-        evidence: Some(Evidence::OnOffConfirmed),
-        text: "ml/trainer-0/main received less GPU time while serving/llm-server-6d5f7c9b8-x2x7q/server was on: 0.48 instead of 0.92 \
-               GPU-seconds per second, over 4 changes."
-            .to_owned(),
-    }];
-    Report {
+    let report = Report {
         experiments: Vec::new(),
         format: FORMAT,
         start: START,
@@ -225,9 +262,12 @@ pub fn report() -> Report {
         }],
         gpus: timelines.iter().enumerate().map(|(index, timeline)| gpu(index as u32, timeline)).collect(),
         users,
-        findings,
+        findings: Vec::new(),
         timelines,
-    }
+    };
+    // Only the confirmed one: a page is complete without the others.
+    let findings = findings(&report).into_iter().filter(|finding| finding.evidence > Some(Evidence::Coactive)).collect();
+    Report { findings, ..report }
 }
 
 pub fn damaged() -> Report {
@@ -249,6 +289,10 @@ pub fn hostile() -> Report {
     (user.namespace, user.pod, user.container) = (hostile.to_owned(), "=cmd|' /C calc'!A0".to_owned(), "日本語".repeat(40));
     (user.name, user.image) = (hostile.to_owned(), hostile.to_owned());
     report.users[1].gpus[0].contenders[0].why_not_confirmed = hostile.to_owned();
+    report.users[0].waits = Some(UserWaits { problems: vec![hostile.to_owned()], ..trainer_report() });
+    if let Some(demand) = &mut report.users[0].gpus[0].contenders[1].demand {
+        demand.why_not_confirmed = hostile.to_owned();
+    }
     report.users[0].gpus[0].causes[0].detail = hostile.to_owned();
     report.node = hostile.to_owned();
     report.findings[0].text = hostile.to_owned();
@@ -259,7 +303,8 @@ pub fn hostile() -> Report {
     report
 }
 
-/// `gpus` GPUs with `users` containers each; all shares change in every window, and every user is a contender of every other.
+/// `gpus` GPUs with `users` containers each; all shares change in every window, and every user is a contender of every other. A third of
+/// the users has wait probes.
 pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
     let mut report = Report { duration_seconds: windows as f64, findings: Vec::new(), gaps: Vec::new(), ..self::report() };
     (report.gpus, report.users, report.timelines) = Default::default();
@@ -270,7 +315,7 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
                 user: gpu * users + user,
                 shares: (0..windows).map(|at| (noise(at, gpu * 1000 + user) / (6.0 + user as f32 / 4.0)).max(0.0)).collect(),
                 memory: (0..windows).map(|at| Some(GIB + (at as u64 / 7 + user as u64) * 3_000_000)).collect(),
-                waits: Vec::new(),
+                waits: if user % 3 == 0 { (0..windows).map(|at| Some(noise(at, user).abs())).collect() } else { Vec::new() },
             })
             .collect();
         let timeline = Timeline {
@@ -291,6 +336,10 @@ pub fn big(gpus: usize, users: usize, windows: usize) -> Report {
             let mut usage = usage(&timeline, lane);
             let others = (0..users).filter(|other| *other != user);
             usage.contenders = others.map(|other| contender(UserKind::Container, &id(other), 4.0, 90.0, 1.5)).collect();
+            if user % 3 == 0 {
+                usage.contenders.iter_mut().for_each(|contender| contender.demand = Some(trainer_demand()));
+                report_user.waits = Some(trainer_report());
+            }
             usage.causes = causes();
             report_user.gpus = vec![usage];
             report.users.push(report_user);

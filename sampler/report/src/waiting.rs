@@ -59,9 +59,12 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
         waiting.report.call_seconds = call_seconds(&durations);
     }
     for (user, facts) in &gathered.wait_probes {
-        let problems = problems(facts);
+        let mut problems = problems(facts);
         if !problems.is_empty() {
-            users.entry(*user).or_default().report.problems = problems;
+            let report = &mut users.entry(*user).or_default().report;
+            report.unprobed_processes = problems.len();
+            problems.truncate(MAX_PROBLEMS);
+            report.problems = problems;
         }
     }
     for (_, device) in aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
@@ -86,11 +89,6 @@ fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
     let mut all: Vec<String> =
         without.map(|fact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail)).collect();
     all.sort();
-    if all.len() > MAX_PROBLEMS {
-        let more = all.len() - MAX_PROBLEMS;
-        all.truncate(MAX_PROBLEMS);
-        all.push(format!("and {more} more processes"));
-    }
     all
 }
 

@@ -6,6 +6,7 @@ use std::collections::HashMap;
 
 use super::layout::terminal_safe;
 use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Report, Verdict};
+use super::wait_words;
 use sampler_core::units::{WallTime, rfc3339};
 
 /// Separates a number from its unit or error, so that no line breaks there. [`super::layout`] replaces it by a plain space after wrapping.
@@ -155,7 +156,13 @@ pub fn node(name: &str) -> String {
 }
 
 /// Shown if there are no findings.
-pub const NO_FINDINGS: &str = "No user was observed to receive less GPU time while another user was on.";
+pub fn no_findings(report: &Report) -> &'static str {
+    if wait_words::has_waits(report) {
+        "No user was observed to receive less GPU time, or to wait longer in blocking calls, while another user was on."
+    } else {
+        "No user was observed to receive less GPU time while another user was on."
+    }
+}
 
 pub fn verdict(verdict: Verdict) -> &'static str {
     match verdict {
@@ -188,11 +195,20 @@ pub fn meaning(evidence: Evidence) -> &'static str {
         Evidence::OnOffConfirmed => {
             "the user received less GPU time while the contender was on and the GPU saturated, over repeated changes"
         }
-        Evidence::DemandConfirmed => "the application itself reported that it was waiting for the GPU in that time",
+        Evidence::DemandConfirmed => {
+            "blocking calls of the user took longer while the contender was on, beyond its own work, over repeated changes: it had work \
+             in flight, and waited"
+        }
         Evidence::ExperimentConfirmed => {
             "the user received more GPU time whenever the contender was frozen, at times that were drawn at random"
         }
     }
+}
+
+/// Capitalizes the first letter.
+pub fn sentence(text: &str) -> String {
+    let mut rest = text.chars();
+    rest.next().map_or_else(String::new, |first| first.to_uppercase().chain(rest).collect())
 }
 
 /// The rates of a user with and without one contender; `None` if no change could be compared.
@@ -221,10 +237,11 @@ pub fn freeze_rates(effect: &FreezeEffect) -> Option<String> {
     Some(text + &format!("; {}, p = {p_value:.4}", counted(effect.bursts as usize, "burst", "bursts")))
 }
 
-/// The grades that are explained: those of every report, and that of experiments where there is one.
+/// The grades that are explained: those of every report, that of wait probes and that of experiments where there are some.
 pub fn explained_grades(report: &Report) -> Vec<Evidence> {
+    let demand = wait_words::has_waits(report).then_some(Evidence::DemandConfirmed);
     let experiment = (!report.experiments.is_empty()).then_some(Evidence::ExperimentConfirmed);
-    [Evidence::Coactive, Evidence::OnOffConfirmed].into_iter().chain(experiment).collect()
+    [Evidence::Coactive, Evidence::OnOffConfirmed].into_iter().chain(demand).chain(experiment).collect()
 }
 
 /// The names of users: unique, and without characters that control a terminal.

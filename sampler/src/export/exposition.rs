@@ -28,6 +28,8 @@ pub struct ExportedPair {
     pub gone: bool,
     /// Where it is known from that the GPU, or a part of it, is assigned to the container; `None` if it is not.
     pub assigned: Option<AssignmentSource>,
+    /// Of all its processes, on whichever GPU; `None` if none was ever probed.
+    pub waits: Option<ContainerWaits>,
     /// For how long it has held the GPU without using it; 0 but in a scrape.
     pub held_idle_seconds: f64,
     /// Empty but in a scrape.
@@ -159,6 +161,7 @@ pub fn exported_pair(key: ContainerKey, labels: &Arc<ContainerLabels>, gpu: &Gpu
         contenders: Vec::new(),
         gone: false,
         assigned: None,
+        waits: None,
         held_idle_seconds: 0.0,
         text: Arc::default(),
     }

@@ -56,7 +56,7 @@ pub fn json(pair: &ExportedPair) -> ContainerJson<'_> {
 /// Longer cells are truncated; the whole text is their tooltip.
 const CELL_CHARS: usize = 40;
 
-fn cells<const N: usize>(tag: &str, cells: [String; N]) -> String {
+fn cells(tag: &str, cells: &[String]) -> String {
     let cell = |text: &String| {
         let full = html_escape(text);
         match text.char_indices().nth(CELL_CHARS) {
@@ -75,6 +75,12 @@ fn device_name(info: &GpuInfo) -> String {
     }
 }
 
+fn wait_cells(pair: &ExportedPair) -> [String; 3] {
+    let Some(waits) = pair.waits else { return std::array::from_fn(|_| "–".into()) };
+    let pressure = waits.pressure_ratio.map_or("–".into(), |ratio| format!("{:.0}", ratio * 100.0));
+    [format!("{:.2}", waits.wait_seconds), format!("{:.2}", waits.probed_seconds), pressure]
+}
+
 /// For browsers without scripts, and for curl.
 pub fn tables(page: &Exposition, health: &HealthView) -> String {
     let mut body = String::new();
@@ -82,10 +88,13 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
         body += &format!("<p class=bad><b>{}</b>: {}</p>\n", html_escape(&condition.key()), html_escape(message));
     }
     body += "<h2>Users</h2>\n<table>\n";
-    body += &cells(
-        "th",
-        ["Kind", "Namespace", "Pod", "Container", "Name", "GPU", "Share %", "GPU-seconds", "Memory MiB"].map(String::from),
-    );
+    // Only where wait probes are on.
+    let has_waits = page.pairs.iter().any(|pair| pair.waits.is_some());
+    let mut heads = vec!["Kind", "Namespace", "Pod", "Container", "Name", "GPU", "Share %", "GPU-seconds", "Memory MiB"];
+    if has_waits {
+        heads.extend(["Waited s", "Probed s", "Pressure %"]);
+    }
+    body += &cells("th", &heads.into_iter().map(String::from).collect::<Vec<_>>());
     for pair in &page.pairs {
         let (l, usage) = (&pair.labels, &pair.usage);
         let [namespace, pod, container, mut name] =
@@ -99,27 +108,28 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
             _ => "–".into(),
         };
         let memory = usage.memory_used_bytes.map_or("–".into(), |b| (b >> 20).to_string());
-        body += &cells(
-            "td",
-            [
-                l.kind.user_kind().to_owned(),
-                namespace,
-                pod,
-                container,
-                name,
-                device_name(&pair.device),
-                duty,
-                format!("{:.2}", usage.seconds),
-                memory,
-            ],
-        );
+        let mut row = vec![
+            l.kind.user_kind().to_owned(),
+            namespace,
+            pod,
+            container,
+            name,
+            device_name(&pair.device),
+            duty,
+            format!("{:.2}", usage.seconds),
+            memory,
+        ];
+        if has_waits {
+            row.extend(wait_cells(pair));
+        }
+        body += &cells("td", &row);
     }
     if page.pairs.is_empty() {
         body += "<tr><td colspan=9>No container, job or unit has used a GPU since the agent started.</td></tr>\n";
     }
     body += "</table>\n<h2>GPUs</h2>\n<table>\n";
     let head = ["GPU", "UUID", "Model", "Busy s", "Idle s", "Unobserved s", "Unattributed s", "Reasons"];
-    body += &cells("th", head.map(String::from));
+    body += &cells("th", &head.map(String::from));
     for gpu in page.gpus.iter().filter(|gpu| gpu.view.info.is_leaf()) {
         let (view, i) = (&gpu.view, &gpu.view.info);
         let unattributed: f64 = view.unattributed.iter().sum();
@@ -129,7 +139,7 @@ pub fn tables(page: &Exposition, health: &HealthView) -> String {
         let reasons = Reason::VARIANTS.iter().zip(view.unattributed).filter(|(_, s)| *s >= 0.005);
         let reasons: Vec<String> = reasons.map(|(reason, s)| format!("{} {s:.2}", reason.name())).collect();
         let (name, uuid, model) = (device_name(i), i.uuid.to_string(), i.model.clone());
-        body += &cells("td", [name, uuid, model, busy, idle, unobserved, unattributed, reasons.join(", ")]);
+        body += &cells("td", &[name, uuid, model, busy, idle, unobserved, unattributed, reasons.join(", ")]);
     }
     body
 }

@@ -8,6 +8,7 @@ use std::sync::Arc;
 use axum::extract::State;
 use axum::response::Json;
 use sampler_core::device::Reason;
+use sampler_core::snapshot::ContainerWaits;
 use sampler_core::units::{WallTime, rfc3339};
 use sampler_labels::Label;
 use serde::{Deserialize, Serialize};
@@ -113,6 +114,9 @@ pub struct LiveUser {
     pub contention_seconds: f64,
     /// Longest first.
     pub contended_by: Vec<LiveOther>,
+    /// Null unless its processes have had wait probes.
+    #[serde(default)]
+    pub waits: Option<LiveWaits>,
     pub assigned: bool,
     /// Its last cgroup was removed; the entry stays for a while.
     pub gone: bool,
@@ -128,6 +132,23 @@ pub struct LiveOther {
     pub name: Option<String>,
     pub container_id: Option<String>,
     pub seconds: f64,
+}
+
+/// Waiting in blocking calls of the driver library, of all processes of a user on all GPUs.
+#[derive(Clone, Copy, Debug, Default, Serialize, Deserialize)]
+pub struct LiveWaits {
+    pub wait_seconds: f64,
+    /// Time in which processes had probes.
+    pub probed_seconds: f64,
+    /// Part of the recent probed time that it waited beyond its own GPU time and what it waits alone; null without enough time to compare.
+    pub pressure_ratio: Option<f64>,
+}
+
+impl From<ContainerWaits> for LiveWaits {
+    fn from(waits: ContainerWaits) -> Self {
+        let ContainerWaits { wait_seconds, probed_seconds, pressure_ratio } = waits;
+        Self { wait_seconds, probed_seconds, pressure_ratio }
+    }
 }
 
 impl LiveUser {
@@ -217,6 +238,7 @@ fn live_user(pair: &ExportedPair) -> LiveUser {
         coactive_seconds: usage.coactive_seconds,
         contention_seconds: contended_by.iter().fold(0.0, |sum, contender| sum + contender.seconds),
         contended_by,
+        waits: pair.waits.map(LiveWaits::from),
         assigned: pair.assigned.is_some(),
         gone: pair.gone,
     }

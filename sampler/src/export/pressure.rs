@@ -88,6 +88,7 @@ mod tests {
             contenders: Vec::new(),
             gone: false,
             assigned: None,
+            waits: None,
             held_idle_seconds: 0.0,
             text: Arc::default(),
         }

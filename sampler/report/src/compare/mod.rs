@@ -61,6 +61,9 @@ pub struct UserPair {
     pub name: String,
     pub id_a: String,
     pub id_b: String,
+    /// Part of the probed time in which processes were inside blocking calls; `None` without wait probes.
+    pub wait_ratio_a: Option<f64>,
+    pub wait_ratio_b: Option<f64>,
     pub gpus: Vec<UsagePair>,
 }
 
@@ -169,6 +172,10 @@ fn ratio(part: f64, whole: f64) -> Option<f64> {
     (whole > 0.0).then(|| part / whole)
 }
 
+fn wait_ratio(user: &UserReport) -> Option<f64> {
+    user.waits.as_ref().and_then(|waits| ratio(waits.wait_seconds, waits.probed_seconds))
+}
+
 fn gpu_pair(a: &GpuReport, b: &GpuReport, matched_by: GpuMatch) -> GpuPair {
     GpuPair {
         matched_by,
@@ -221,6 +228,8 @@ impl Both<'_> {
             name: self.names_b.get(&b.id),
             id_a: a.id.clone(),
             id_b: b.id.clone(),
+            wait_ratio_a: wait_ratio(a),
+            wait_ratio_b: wait_ratio(b),
             gpus: pairs.collect(),
         }
     }

@@ -16,6 +16,7 @@ impl Comparison {
         summary(&mut page, self);
         gpus(&mut page, self);
         users(&mut page, self);
+        waiting(&mut page, self);
         evidence(&mut page, self);
         unmatched(&mut page, "Only in A", &self.only_a);
         unmatched(&mut page, "Only in B", &self.only_b);
@@ -143,6 +144,25 @@ fn users(page: &mut Page, comparison: &Comparison) {
     };
     page.table(table);
     page.more(rows.len(), TOP);
+}
+
+/// Users with wait probes in A or B.
+fn waiting(page: &mut Page, comparison: &Comparison) {
+    let users = comparison.users.iter().filter(|user| user.wait_ratio_a.or(user.wait_ratio_b).is_some());
+    let users: Vec<&UserPair> = users.collect();
+    if users.is_empty() {
+        return;
+    }
+    page.heading("Waiting in blocking calls, in percent of the probed time");
+    let column = |head: &str, value: fn(&UserPair) -> Option<f64>| {
+        Column::new(head, 0, users.iter().take(TOP).map(|user| ratio(value(user))).collect())
+    };
+    let table = Table {
+        name: Column::new("user", 0, users.iter().take(TOP).map(|user| user.name.clone()).collect()),
+        values: vec![column("A", |user| user.wait_ratio_a), column("B", |user| user.wait_ratio_b)],
+    };
+    page.table(table);
+    page.more(users.len(), TOP);
 }
 
 fn evidence(page: &mut Page, comparison: &Comparison) {

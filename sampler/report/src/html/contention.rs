@@ -2,8 +2,8 @@
 
 use super::super::model::*;
 use super::super::ranking::{UserUsage, involved, received, sort_victims, split_contenders, strongest};
-use super::super::words;
-use super::markup::{html_escape, sentence};
+use super::super::{wait_words, words};
+use super::markup::html_escape;
 use super::{HtmlPage, SHOWN};
 
 /// Contenders that are listed for each user, in addition to those with stronger evidence than coactivity.
@@ -13,7 +13,7 @@ impl HtmlPage<'_> {
     pub(super) fn findings(&mut self) {
         self.add("<section id=\"findings\"><h2>Findings</h2>");
         if self.report.findings.is_empty() {
-            self.add(&format!("<p class=\"card quiet\">{}</p>", words::NO_FINDINGS));
+            self.add(&format!("<p class=\"card quiet\">{}</p>", words::no_findings(self.report)));
         }
         for finding in &self.report.findings {
             let usage =
@@ -28,6 +28,7 @@ impl HtmlPage<'_> {
                 words::gpu_name(self.report, &finding.uuid),
                 html_escape(&finding.text)
             );
+            markup += &contender.map(|contender| self.wait_rate(&finding.victim, contender)).unwrap_or_default();
             markup += &contender.map(|contender| self.rates(&finding.victim, contender)).unwrap_or_default();
             markup += &usage.map(|usage| causes(&usage.causes)).unwrap_or_default();
             markup += "</article>";
@@ -180,6 +181,7 @@ impl HtmlPage<'_> {
         let parts = [
             words::rates(contender).map(|rates| format!("{rates}.")),
             (!reason.is_empty()).then(|| format!("Not confirmed: {}.", html_escape(reason).trim_end_matches('.'))),
+            contender.demand.as_ref().map(|demand| format!("Waiting: {}.", html_escape(&wait_words::evidence(demand)))),
             contender.experiment.as_ref().and_then(words::freeze_rates).map(|rates| format!("Experiment: {rates}.")),
         ];
         format!(
@@ -196,7 +198,7 @@ impl HtmlPage<'_> {
 }
 
 fn badge(evidence: Evidence) -> String {
-    format!("<span class=\"tag {0}\" title=\"{1}\">{0}</span> ", evidence.name(), sentence(words::meaning(evidence)))
+    format!("<span class=\"tag {0}\" title=\"{1}\">{0}</span> ", evidence.name(), words::sentence(words::meaning(evidence)))
 }
 
 /// Other causes: possible ones first, then unknown ones.

@@ -1,4 +1,4 @@
-//! The data of the script: shares in percent and memory in MiB, each series one string of runs.
+//! The data of the script: shares and waiting in percent and memory in MiB, each series one string of runs.
 //!
 //! `-x3 0x12 49 48 .4`: three unknown windows, twelve of 0, one of 49, one of 48, and one above zero that would round to 0.
 
@@ -36,8 +36,12 @@ fn timeline_data(report: &Report, timeline: &Timeline) -> Value {
         timeline.lanes.iter().map(|lane| (lane, usage(lane).map_or(0.0, |usage| usage.gpu_seconds))).collect();
     lanes.sort_by(|(_, one), (_, other)| other.total_cmp(one));
     let lanes = lanes.iter().map(|(lane, seconds)| {
+        // Empty without probes.
+        let waits = (!lane.waits.is_empty()).then(|| shares(&bins::means(&lane.waits, n)));
+        let waited = report.users.get(lane.user).and_then(|user| user.waits.as_ref());
         json!({
             "user": lane.user, "total": words::seconds(*seconds),
+            "waits": waits, "waited": waited.map(|waits| words::seconds(waits.wait_seconds)),
             "shares": shares(&bins::means(&bins::known_shares(timeline, lane), n)),
             "memory": memory(&bins::peaks(&lane.memory, n)),
         })

@@ -31,9 +31,3 @@ pub fn bar(ratio: f64, colour: Option<usize>, label: &str) -> String {
          <rect class=\"track\" width=\"100\" height=\"8\"/><rect class=\"{class}\" width=\"{width:.1}\" height=\"8\"/></svg><span>{label}</span></span>"
     )
 }
-
-/// Capitalizes the first letter.
-pub fn sentence(text: &str) -> String {
-    let mut rest = text.chars();
-    rest.next().map_or_else(String::new, |first| first.to_uppercase().chain(rest).collect())
-}

@@ -9,11 +9,13 @@ mod data;
 mod digest;
 mod engines;
 mod markup;
+mod waits;
 
 use std::collections::HashMap;
 
 use super::model::*;
 use super::ranking::{UserUsage, users_of};
+use super::wait_words;
 use super::words::{self, Names};
 pub use markup::html_escape;
 use markup::{bar, swatch};
@@ -61,6 +63,7 @@ pub fn html(report: &Report) -> String {
     if report.gpus.is_empty() {
         page.add("<p class=\"card quiet\">The report has no GPU.</p>");
     }
+    page.waiting();
     page.engines();
     page.foot();
     page.out
@@ -237,6 +240,7 @@ impl HtmlPage<'_> {
         } else {
             self.usages(&users);
             self.matrix(gpu, &users);
+            self.waiting_matrix(&users);
             self.victims(&users);
         }
         self.add("</section>");
@@ -338,18 +342,22 @@ impl HtmlPage<'_> {
         let report = self.report;
         let (window, saturated) = (words::seconds(report.window_seconds), words::percent(report.saturation_ratio));
         let grade =
-            |evidence: Evidence| format!("<dt>{}</dt><dd>{}.</dd>", evidence.name(), markup::sentence(words::meaning(evidence)));
+            |evidence: Evidence| format!("<dt>{}</dt><dd>{}.</dd>", evidence.name(), words::sentence(words::meaning(evidence)));
         let grades: String = words::explained_grades(report).into_iter().map(grade).collect();
+        let (waited, covered) = if wait_words::has_waits(report) {
+            (format!("<dt>Waited</dt><dd>{}.</dd>", words::sentence(wait_words::LANE)), "GPU time and waiting in blocking calls")
+        } else {
+            (String::new(), "GPU time")
+        };
         self.add(&format!(
             "</main>\n<footer><dl>\
              <dt>GPU-seconds</dt><dd>Time for which a user kept the engines of the GPU busy. The error is one standard error, of \
              sampling only.</dd>\
              <dt>Active, coactive, contended</dt><dd>Seconds of windows of {window} in which a user had a sample (active), in which \
              another user had one as well (coactive), and in which the GPU was also saturated, that is, at least {saturated} busy (contended).</dd>\
-             {}\
-             <dt>Not measured</dt><dd>The progress of workloads. The report covers GPU time only.</dd></dl>\
+             {grades}{waited}\
+             <dt>Not measured</dt><dd>The progress of workloads. The report covers {covered} only.</dd></dl>\
              <p>gpu-sampler {}</p></footer>",
-            grades,
             html_escape(&report.agent_version)
         ));
         let data = data::embedded(report, &self.names, &self.colours);

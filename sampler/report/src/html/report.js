@@ -77,6 +77,7 @@
       // Collapsed lanes are decoded when they are shown.
       this.lanes = timeline.lanes.map((lane) => ({ ...lane, ...data.users[lane.user] }));
       this.rows = [];
+      this.shown = 0;
       // With many users, each share is small; one scale for all lanes keeps them comparable.
       this.full = [5, 10, 25, 50, 100].find((percent) => timeline.peak <= percent) || 100;
       root.tabIndex = 0;
@@ -96,6 +97,7 @@
     decode(lane) {
       lane.share = lane.share || series(lane.shares);
       lane.used = lane.used || series(lane.memory);
+      if (lane.waits) lane.wait = lane.wait || series(lane.waits);
       return lane;
     }
 
@@ -130,7 +132,7 @@
     }
 
     show(count) {
-      for (const lane of this.lanes.slice(this.rows.length - 1, count)) {
+      for (const lane of this.lanes.slice(this.shown, count)) {
         const label = make(null, "span", "label");
         make(label, "i", `key c${lane.colour}`);
         make(label, "bdi", "", lane.name).title = lane.name;
@@ -139,7 +141,27 @@
         const high = this.decode(lane).share.map((value) => (value === null ? null : (value / this.full) * 100));
         shape(svg, "path", { d: area(low, high, this.n), class: `c${lane.colour}` });
         this.rows.push({ row, lane });
+        if (lane.wait) this.waiting(lane);
       }
+      this.shown = Math.max(this.shown, Math.min(count, this.lanes.length));
+    }
+
+    // The lane of waiting, under that of its user; grey where the user had no probes.
+    waiting(lane) {
+      const label = make(null, "span", "label");
+      make(label, "i", "key waited");
+      make(label, "span", "", "waited");
+      const [row, svg] = this.row(this.body, "waits", label, lane.waited || "");
+      for (let from = 0; from < this.n; from++) {
+        if (lane.wait[from] !== null) continue;
+        let to = from;
+        while (to < this.n && lane.wait[to] === null) to++;
+        shape(svg, "rect", { x: from, width: to - from, height: 100, class: "unprobed" });
+        from = to;
+      }
+      const high = lane.wait.map((value) => (value === null ? null : Math.min(100, value)));
+      shape(svg, "path", { d: area(new Array(this.n).fill(0), high, this.n), class: "waited" });
+      this.rows.push({ row, lane, isWaits: true });
     }
 
     axis() {
@@ -148,7 +170,8 @@
       for (const [left, text] of this.ticks) make(axis, "span", "", text).style.left = `${left}%`;
       make(axis, "span", "utc", "UTC");
       this.foot = axis;
-      if (this.full < 100) this.hint = make(this.root, "p", "hint", `Full height of a user's lane is ${this.full} % of the GPU.`);
+      const waits = this.lanes.some((lane) => lane.waits) ? " A lane of waiting has the whole time at full height, and is grey without probes." : "";
+      if (this.full < 100 || waits) this.hint = make(this.root, "p", "hint", `Full height of a user's lane is ${this.full} % of the GPU.${waits}`);
     }
 
     overlay() {
@@ -261,15 +284,18 @@
       };
       const seconds = this.timeline.first + window * this.timeline.window;
       line(`${clock(seconds, this.timeline.window % 1 ? 23 : 19)} UTC`, `+${seconds.toFixed(this.timeline.window % 1 ? 1 : 0)} s`, "time");
+      const waited = () => lane && lane.wait && line("waited", lane.wait[window] === null ? "no probes" : percent(lane.wait[window]), "");
       if (this.busy[window] === null && !(lane && lane.share[window])) {
         make(tip, "p", "", "Not observed");
+        waited();
         return;
       }
       if (lane) {
         line(lane.name, percent(lane.share[window]), "", lane.colour);
+        waited();
         if (lane.used.length) line("user memory", memory(lane.used[window]), "time");
       } else {
-        const active = this.rows.filter(({ lane }) => lane && lane.share[window] > 0).map(({ lane }) => lane);
+        const active = this.rows.filter(({ lane, isWaits }) => lane && !isWaits && lane.share[window] > 0).map(({ lane }) => lane);
         active.sort((a, b) => b.share[window] - a.share[window]);
         for (const user of active.slice(0, 6)) line(user.name, percent(user.share[window]), "", user.colour);
         if (active.length > 6) make(tip, "p", "time", `and ${active.length - 6} more`);
@@ -288,8 +314,8 @@
 
   for (const root of document.querySelectorAll(".chart")) new Chart(root);
 
-  // Tooltips of the matrix, with the names of row and column.
-  for (const table of document.querySelectorAll(".matrix")) {
+  // Tooltips of the matrix of GPU time, with the names of row and column; that of waiting has them in the markup.
+  for (const table of document.querySelectorAll(".matrix:not(.waiting)")) {
     const names = [...table.querySelectorAll("tbody th bdi")].map((one) => one.textContent);
     for (const cell of table.querySelectorAll("td[data-row]")) {
       cell.title = `${names[cell.dataset.column]} received ${cell.textContent} GPU-seconds while ${names[cell.dataset.row]} was active and the GPU saturated`;

@@ -50,6 +50,9 @@ fn the_embedded_data_is_json_with_all_lanes() {
     let server = lanes.iter().find(|lane| lane["user"] == 1).unwrap();
     assert!(server["shares"].as_str().unwrap().starts_with("0x15 4"));
     assert!(server["shares"].as_str().unwrap().contains("-x4"), "unobserved is unknown, not 0");
+    assert!(server["waits"].is_null(), "without probes");
+    let trainer = lanes.iter().find(|lane| lane["user"] == 0).unwrap();
+    assert!(trainer["waits"].as_str().unwrap().starts_with("-x2 3"), "{trainer}");
 }
 
 #[test]
@@ -60,13 +63,33 @@ fn all_statements_are_in_the_markup() {
         "its checksum differs",
         "1 gap",
         "the driver did not respond",
-        "received less GPU time while",
+        "It also received less GPU time",
         "0.41 to 0.47",
+        "waited 0.41 s of every second longer in blocking calls while",
+        "Waiting, by contender",
+        "11,740",
+        "10 processes had no wait probes: process 4711 (static)",
+        "and 9 more",
         "ruled out",
     ] {
         assert!(page.contains(text), "{text}");
     }
     assert!(!page.contains("slowed down"));
+}
+
+#[test]
+fn without_probes_no_part_of_the_page_is_about_waiting() {
+    let mut report = sample::report();
+    report.users.iter_mut().for_each(|user| user.waits = None);
+    report.timelines.iter_mut().flat_map(|timeline| &mut timeline.lanes).for_each(|lane| lane.waits.clear());
+    report.users.iter_mut().flat_map(|user| &mut user.gpus).flat_map(|usage| &mut usage.contenders).for_each(|contender| {
+        (contender.demand, contender.evidence) = (None, Evidence::Coactive);
+    });
+    report.findings.clear();
+    let page = html(&report);
+    for text in ["id=\"waiting\"", "Waiting", "demand-confirmed</", "wait probes"] {
+        assert!(!page.contains(text), "{text}");
+    }
 }
 
 #[test]

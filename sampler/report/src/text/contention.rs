@@ -1,8 +1,9 @@
-//! Contention: the matrix of GPU time received by contenders, the evidence, and other causes.
+//! Contention: the matrices of GPU time received by contenders and of waiting, the evidence, and other causes.
 
 use super::super::layout::{Column, Ink, Table, fit, right, terminal_safe};
 use super::super::model::*;
-use super::super::ranking::{UserUsage, involved, received, sort_victims, split_contenders, strongest};
+use super::super::ranking::{UserUsage, demand, involved, received, sort_victims, split_contenders, strongest, waiters};
+use super::super::wait_words;
 use super::super::words;
 use super::{TOP, TextPage};
 
@@ -52,6 +53,27 @@ impl TextPage<'_> {
         self.page.table(table);
     }
 
+    /// Rows: users with wait probes; columns as in [`Self::matrix`].
+    pub(super) fn waiting_matrix(&mut self, users: &[UserUsage<'_>]) {
+        let involved = involved(users.get(..TOP).unwrap_or(users));
+        let rows = waiters(&involved);
+        if rows.is_empty() {
+            return;
+        }
+        self.page.line("");
+        self.page.wrap("  ", &words::sentence(wait_words::MATRIX));
+        let columns = involved.iter().enumerate().map(|(nth, other)| {
+            let cell = |(position, row): &(usize, UserUsage<'_>)| match *position == nth {
+                true => String::new(),
+                false => wait_words::matrix_cell(demand(row, other)),
+            };
+            Column::new(&letter(nth), u8::try_from(nth).unwrap_or(u8::MAX), rows.iter().map(cell).collect())
+        });
+        let name = |(nth, row): &(usize, UserUsage<'_>)| format!("{}  {}", letter(*nth), self.names.get(&row.0.id));
+        let table = Table { name: Column::new("", 0, rows.iter().map(name).collect()), values: columns.collect() };
+        self.page.table(table);
+    }
+
     pub(super) fn victims(&mut self, users: &[UserUsage<'_>]) {
         let mut victims: Vec<UserUsage<'_>> = users.to_vec();
         victims.retain(|(_, usage)| !usage.contenders.is_empty() || !usage.causes.is_empty());
@@ -94,7 +116,22 @@ impl TextPage<'_> {
         let reason = &contender.why_not_confirmed;
         let rates = words::rates(contender).map(|rates| format!(": {rates}")).unwrap_or_default();
         let reason = if reason.is_empty() { String::new() } else { format!(", not confirmed: {}", terminal_safe(reason)) };
-        self.page.wrap("      ", &format!("{}{rates}{reason}", contender.evidence.name()));
+        // The grade stands before the numbers that it rests on.
+        let demand = contender.demand.as_ref().map(|demand| terminal_safe(&wait_words::evidence(demand)));
+        match demand {
+            Some(demand) if contender.evidence == Evidence::DemandConfirmed => {
+                self.page.wrap("      ", &format!("{}: {demand}", contender.evidence.name()));
+                if !rates.is_empty() {
+                    self.page.wrap("      ", &format!("GPU time{rates}"));
+                }
+            }
+            demand => {
+                self.page.wrap("      ", &format!("{}{rates}{reason}", contender.evidence.name()));
+                if let Some(demand) = demand {
+                    self.page.wrap("      ", &format!("waiting: {demand}"));
+                }
+            }
+        }
         if let Some(rates) = contender.experiment.as_ref().and_then(words::freeze_rates) {
             self.page.wrap("      ", &format!("experiment: {rates}"));
         }

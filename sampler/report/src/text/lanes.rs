@@ -1,9 +1,10 @@
-//! The timeline of a GPU: a line of blocks for the GPU and one for each user.
+//! The timeline of a GPU: a line of blocks for the GPU and one for each user, with one of its waiting if it had wait probes.
 
 use super::super::bins;
 use super::super::layout::{Ink, columns, fit, left, right, terminal_safe};
 use super::super::model::Timeline;
 use super::super::ranking::UserUsage;
+use super::super::wait_words;
 use super::super::words;
 use super::{TOP, TextPage};
 
@@ -43,6 +44,11 @@ impl TextPage<'_> {
             let name = left(&fit(name, label, self.page.unicode), label);
             let line = format!("  {name}  {}", self.page.ink.nth(nth, bar.trim_end()));
             self.page.line(line);
+            if !lane.waits.is_empty() {
+                let bar = self.bar(&bins::means(&lane.waits, bins), columns_per_bin, 1.0);
+                let line = format!("  {}  {}", left("  waited", label), self.page.ink.wait(bar.trim_end()));
+                self.page.line(line);
+            }
         }
         if users.len() > TOP {
             let more = format!("{} {} more", self.page.dots(), words::count(users.len() - TOP));
@@ -93,5 +99,10 @@ impl TextPage<'_> {
             if full < 1.0 { format!(", with {} at full height for a user", words::percent(full.into())) } else { String::new() };
         let text = format!("height: busy fraction of each {}{scale}{note}", words::seconds(each));
         self.page.painted("  ", &text, Ink::faint);
+        if timeline.lanes.iter().any(|lane| !lane.waits.is_empty()) {
+            let unprobed = timeline.lanes.iter().flat_map(|lane| &lane.waits).any(Option::is_none);
+            let note = if unprobed { format!("; {symbol} is without probes") } else { String::new() };
+            self.page.painted("  ", &format!("waited: {}{note}", wait_words::LANE), Ink::faint);
+        }
     }
 }

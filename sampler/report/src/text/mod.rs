@@ -4,6 +4,7 @@ mod contention;
 mod engines;
 mod experiments;
 mod lanes;
+mod waits;
 
 use super::layout::{Column, Ink, Table, fit, terminal_safe};
 use super::model::*;
@@ -36,6 +37,7 @@ pub fn text(report: &Report, options: &TextOptions) -> String {
     if report.gpus.is_empty() {
         page.page.heading("The report has no GPU.");
     }
+    page.waiting();
     page.engines();
     page.explanations();
     page.page.finish()
@@ -100,7 +102,7 @@ impl TextPage<'_> {
         let report = self.report;
         self.page.heading("Findings");
         if report.findings.is_empty() {
-            self.page.wrap("  ", words::NO_FINDINGS);
+            self.page.wrap("  ", words::no_findings(report));
             return;
         }
         for (at, finding) in report.findings.iter().enumerate().take(TOP) {
@@ -128,6 +130,7 @@ impl TextPage<'_> {
         }
         self.table(&users);
         self.matrix(&users);
+        self.waiting_matrix(&users);
         self.victims(&users);
     }
 

@@ -6,16 +6,19 @@ use crate::cli::text::{DASH, bytes_or_dash, fit, left, percent_or_dash, right, t
 use crate::export::live::{LiveDocument, LiveGpu};
 use unicode_width::UnicodeWidthStr as _;
 
-const HEADS: [&str; 7] = ["USER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "CONTENTION S", "WITH"];
+const HEADS: [&str; 8] = ["USER", "GPU", "SHARE %", "GPU-SECONDS", "MEMORY", "PRESSURE", "CONTENTION S", "WITH"];
+/// Exists only where wait probes are on.
+const PRESSURE: usize = 5;
+const WITH: usize = 7;
 /// Columns of text; the others are numbers, which are aligned to the right.
-const TEXT_COLUMNS: [usize; 3] = [0, 1, 6];
+const TEXT_COLUMNS: [usize; 3] = [0, 1, WITH];
 /// The order in which columns are omitted if the terminal is too narrow.
-const DISPENSABLE: [usize; 4] = [6, 4, 3, 5];
+const DISPENSABLE: [usize; 5] = [WITH, 4, 3, PRESSURE, 6];
 const GAP: usize = 2;
 /// Least width of a name.
 const LEAST_NAME: usize = 16;
 
-fn cells(row: &TopRow) -> [String; 7] {
+fn cells(row: &TopRow) -> [String; 8] {
     // Less is displayed as 0.0.
     let is_shown = |seconds: f64| seconds >= 0.05;
     let contenders = row.contenders.iter().filter(|(_, seconds)| is_shown(*seconds));
@@ -26,6 +29,7 @@ fn cells(row: &TopRow) -> [String; 7] {
         share(&row.user),
         format!("{:.2}", row.user.gpu_seconds),
         bytes_or_dash(row.user.memory_used_bytes),
+        row.pressure(),
         format!("{:.1}", row.user.contention_seconds),
         if is_shown(row.user.contention_seconds) { contenders.join(", ") } else { DASH.into() },
     ]
@@ -53,26 +57,27 @@ fn gpu_line(gpu: &LiveGpu) -> String {
 /// `width` is that of the terminal; without one, nothing is truncated.
 pub fn table(live: &LiveDocument, sort: Sort, filter: &str, width: Option<usize>, bold: bool) -> String {
     let rows = arrange(live, live.users.iter().map(TopRow::new).collect(), sort, filter);
-    let cells: Vec<[String; 7]> = rows.iter().map(cells).collect();
+    let cells: Vec<[String; 8]> = rows.iter().map(cells).collect();
     let mut widths = HEADS.map(str::width);
     for row in &cells {
         for (width, cell) in widths.iter_mut().zip(row) {
             *width = (*width).max(cell.width());
         }
     }
-    let mut columns: Vec<usize> = (0..HEADS.len()).collect();
-    let taken = |columns: &[usize], widths: &[usize; 7]| columns.iter().map(|n| widths[*n] + GAP).sum::<usize>() - GAP;
+    let has_waits = rows.iter().any(|row| row.user.waits.is_some());
+    let mut columns: Vec<usize> = (0..HEADS.len()).filter(|n| has_waits || *n != PRESSURE).collect();
+    let taken = |columns: &[usize], widths: &[usize; 8]| columns.iter().map(|n| widths[*n] + GAP).sum::<usize>() - GAP;
     if let Some(room) = width {
         for last in DISPENSABLE {
             let mut least = widths;
             least[0] = least[0].min(LEAST_NAME);
             // The list of contenders is truncated before it is omitted.
-            least[6] = least[6].min(LEAST_NAME);
+            least[WITH] = least[WITH].min(LEAST_NAME);
             if taken(&columns, &least) > room {
                 columns.retain(|n| *n != last);
             }
         }
-        for n in [6, 0] {
+        for n in [WITH, 0] {
             let over = taken(&columns, &widths).saturating_sub(room);
             if columns.contains(&n) {
                 widths[n] = widths[n].saturating_sub(over).max(LEAST_NAME.min(widths[n]));

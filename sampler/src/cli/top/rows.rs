@@ -1,6 +1,7 @@
 //! The rows of the table: named, filtered and sorted.
 
 use super::names::{contender_name, name};
+use crate::cli::text::percent_or_dash;
 use crate::export::live::{LiveDocument, LiveUser};
 use clap::ValueEnum;
 
@@ -46,6 +47,11 @@ impl TopRow {
     pub fn gpu(&self) -> String {
         let index = self.user.index.map_or("?".into(), |index| index.to_string());
         if self.user.uuid.starts_with("MIG") { format!("{index}m") } else { index }
+    }
+
+    /// Blank without wait probes.
+    pub fn pressure(&self) -> String {
+        self.user.waits.map(|waits| percent_or_dash(waits.pressure_ratio)).unwrap_or_default()
     }
 
     fn contains(&self, words: &[String], model: &str) -> bool {

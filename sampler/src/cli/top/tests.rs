@@ -11,7 +11,7 @@ use ratatui::crossterm::event::{KeyCode, KeyModifiers};
 use super::super::model::Action;
 use super::super::once;
 use super::*;
-use crate::export::live::{Degraded, LiveDocument, LiveOther, LiveUser};
+use crate::export::live::{Degraded, LiveDocument, LiveOther, LiveUser, LiveWaits};
 
 fn check(name: &str, text: &str) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("src/cli/top/golden").join(name);
@@ -128,6 +128,21 @@ fn press(model: &mut Model, codes: &[KeyCode]) {
 fn three_users_of_a_gpu_are_drawn_wide_and_narrow() {
     check("wide.txt", &screen(&mut after_a_minute(), 120, 30));
     check("narrow.txt", &screen(&mut after_a_minute(), 60, 20));
+}
+
+#[test]
+fn pressure_is_a_column_where_wait_probes_are_on() {
+    let mut live = document(40);
+    live.users[1].waits = Some(LiveWaits { wait_seconds: 5.0, probed_seconds: 20.0, pressure_ratio: None });
+    live.users[2].waits = Some(LiveWaits { wait_seconds: 22.4, probed_seconds: 40.0, pressure_ratio: Some(0.31) });
+    let mut model = model();
+    model.update(live.clone());
+    check("waits.txt", &screen(&mut model, 120, 20));
+    check("once-waits.txt", &once::table(&live, Sort::Share, "", None, false));
+    for width in 20..130 {
+        let shown = once::table(&live, Sort::Share, "", Some(width), false);
+        assert!(shown.lines().all(|line| line.width() <= width.max(45)), "{width}\n{shown}");
+    }
 }
 
 #[test]

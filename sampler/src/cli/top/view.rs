@@ -19,7 +19,7 @@ const LEAST_SIZE: (u16, u16) = (24, 6);
 /// Least height at which the details of the selected row are shown.
 const DETAIL_HEIGHT: u16 = 18;
 const GAP: usize = 2;
-const HELP: [(&str, &str); 8] = [
+const HELP: [(&str, &str); 9] = [
     ("q, Esc", "quit"),
     ("s", "sort by the next column"),
     ("/", "filter: show only rows that contain all words; Enter applies it, Esc restores the previous one"),
@@ -30,6 +30,7 @@ const HELP: [(&str, &str); 8] = [
         "CONTENTION",
         "GPU-seconds per second, over the last minute, that others received while it was active and the GPU was saturated",
     ),
+    ("PRESSURE", "recent time waited beyond that for its own work (with wait probes)"),
     ("shared", "part of the last 10 s in which at least two users were active"),
 ];
 
@@ -212,6 +213,7 @@ enum Column {
     Minute,
     Seconds,
     Memory,
+    Pressure,
     Contention,
     With,
 }
@@ -225,26 +227,28 @@ impl Column {
             Column::Minute => ("LAST MINUTE", None),
             Column::Seconds => ("GPU-SECONDS", Some(Sort::Seconds)),
             Column::Memory => ("MEMORY", Some(Sort::Memory)),
+            Column::Pressure => ("PRESSURE", None),
             Column::Contention => ("CONTENTION", Some(Sort::Waiting)),
             Column::With => ("WITH", None),
         }
     }
 
     fn is_number(self) -> bool {
-        matches!(self, Column::Share | Column::Seconds | Column::Memory | Column::Contention)
+        matches!(self, Column::Share | Column::Seconds | Column::Memory | Column::Pressure | Column::Contention)
     }
 }
 
-/// The columns that fit into `width`, with their widths.
-fn columns(width: usize) -> Vec<(Column, usize)> {
-    use Column::{Contention, Gpu, Memory, Minute, Name, Seconds, Share, With};
+/// The columns that fit into `width`, with their widths. That of pressure exists only where wait probes are on.
+fn columns(width: usize, has_waits: bool) -> Vec<(Column, usize)> {
+    use Column::{Contention, Gpu, Memory, Minute, Name, Pressure, Seconds, Share, With};
     let fixed: &[(Column, usize)] = match width {
-        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Contention, 10)],
-        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Contention, 10)],
-        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Contention, 10)],
+        120.. => &[(Gpu, 3), (Share, 11), (Minute, 15), (Seconds, 13), (Memory, 9), (Pressure, 8), (Contention, 10)],
+        90.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Seconds, 13), (Pressure, 8), (Contention, 10)],
+        70.. => &[(Gpu, 3), (Share, 11), (Minute, 12), (Pressure, 8), (Contention, 10)],
         56.. => &[(Gpu, 3), (Share, 11), (Minute, 6), (Contention, 10)],
         _ => &[(Gpu, 3), (Share, 11)],
     };
+    let fixed: Vec<(Column, usize)> = fixed.iter().copied().filter(|(column, _)| has_waits || *column != Pressure).collect();
     let taken: usize = fixed.iter().map(|(_, width)| width + GAP).sum();
     let rest = width.saturating_sub(taken);
     let with_width = if width >= 90 { (rest - GAP) * 2 / 5 } else { 0 };
@@ -262,6 +266,7 @@ fn cell(row: &TopRow, column: Column, width: usize, model: &Model) -> String {
         Column::Minute => model.spark(row, width),
         Column::Seconds => format!("{:.1}", row.user.gpu_seconds),
         Column::Memory => bytes_or_dash(row.user.memory_used_bytes),
+        Column::Pressure => row.pressure(),
         Column::Contention => row.contention.map_or(DASH.into(), |rate| format!("{rate:.2}")),
         Column::With => match &row.contenders[..] {
             [] => String::new(),
@@ -278,7 +283,7 @@ fn table(buf: &mut Buffer, area: Rect, model: &mut Model, paint: Paint) {
     if area.height == 0 {
         return;
     }
-    let columns = columns(usize::from(area.width));
+    let columns = columns(usize::from(area.width), model.rows.iter().any(|row| row.user.waits.is_some()));
     model.set_page(usize::from(area.height - 1));
     let head = columns.iter().map(|(column, width)| {
         let (name, sort) = column.head();
@@ -354,12 +359,15 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
     } else {
         String::new()
     };
+    let waited = u.waits.filter(|waits| waits.probed_seconds > 0.0).map(|waits| waits.wait_seconds / waits.probed_seconds);
+    let waits = waited.map(|ratio| format!(", waits {}", percent_or_dash(Some(ratio))));
     let usage = format!(
-        "on {}: {:.2} ±{:.2} GPU-seconds from {} samples{coactive}",
+        "on {}: {:.2} ±{:.2} GPU-seconds from {} samples{coactive}{}",
         terminal_safe(&u.uuid),
         u.gpu_seconds,
         u.gpu_seconds_stderr,
-        u.samples
+        u.samples,
+        waits.unwrap_or_default()
     );
     let contenders: Vec<String> =
         u.contended_by.iter().map(|other| format!("{} {:.1} s", contender_name(other), other.seconds)).collect();

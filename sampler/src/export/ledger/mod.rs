@@ -159,6 +159,8 @@ impl Ledger {
             if let Some(labels) = settled.as_ref().filter(|_| !is_gone) {
                 page.add_assigned(record.key, labels, &assigned.gpus_of(labels, snapshot), snapshot);
             }
+            let pairs = page.pairs.iter_mut().rev().take_while(|pair| pair.key == record.key);
+            pairs.for_each(|pair| pair.waits = container.waits);
         }
         page.expose_pods_as_containers(&self.pods);
         page.merge_series();

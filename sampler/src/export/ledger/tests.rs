@@ -5,7 +5,7 @@ use crate::export::{families, gpus};
 use sampler_core::cgroup_path::parse;
 use sampler_core::device::ClockView;
 use sampler_core::device::{DeviceReadings, GpuInfo};
-use sampler_core::snapshot::{ContainerView, GpuTime, GpuView, WindowShares};
+use sampler_core::snapshot::{ContainerView, ContainerWaits, GpuTime, GpuView, WindowShares};
 use sampler_labels::{Assignment, Facts, Source};
 
 use crate::labels::AssignedView;
@@ -232,9 +232,11 @@ fn a_contender_waits_for_its_labels_and_its_restarts_are_merged() {
 
 #[test]
 fn contention_in_metrics_and_in_the_live_document() {
+    use crate::export::html_tables::tables;
     use crate::export::live::LiveDocument;
     use crate::health::HealthView;
-    let (all, view) = contended(1, 3.0);
+    let (mut all, view) = contended(1, 3.0);
+    all.containers[0].waits = Some(ContainerWaits { wait_seconds: 2.5, probed_seconds: 4.0, pressure_ratio: None });
     let mut ledger = Ledger::default();
     let page = scraped(&mut ledger, &all, &view);
     let text = text(&mut ledger, &page);
@@ -269,6 +271,10 @@ fn contention_in_metrics_and_in_the_live_document() {
         serde_json::json!({"kind": "host", "namespace": null, "pod": null,
         "container": null, "name": null, "container_id": null, "seconds": 3.0})
     );
+    let waits = serde_json::json!({"wait_seconds": 2.5, "probed_seconds": 4.0, "pressure_ratio": null});
+    assert_eq!((&user["waits"], &document["users"][1]["waits"]), (&waits, &serde_json::Value::Null));
+    let table = tables(&page, &HealthView::default());
+    assert!(table.contains("<th>Pressure %</th>") && table.contains("<td>2.50</td><td>4.00</td><td>–</td>"), "{table}");
     let gpu = &document["gpus"][0];
     assert_eq!((&gpu["utilization_ratio"], &gpu["unattributed_seconds"]["no_pid"]), (&serde_json::Value::Null, &1.0.into()));
     assert!(serde_json::from_value::<LiveDocument>(document).is_ok());

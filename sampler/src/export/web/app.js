@@ -8,7 +8,7 @@ const GAP_MS = 5000;
 const TOKEN = "gpu-sampler-token";
 
 const $ = (id) => document.getElementById(id);
-const ui = { live: null, paused: false, sort: "share", down: true, filter: "", shown: false };
+const ui = { live: null, paused: false, sort: "share", down: true, filter: "", shown: false, waits: false };
 
 // ---- helpers ----
 
@@ -244,6 +244,7 @@ function line() {
   part.spark = spark("share, past minute");
   part.seconds = el("td", { className: "number", "data-label": "GPU-seconds" });
   part.memory = el("td", { className: "number", "data-label": "Memory" });
+  part.pressure = el("td", { className: "number", "data-label": "Pressure" });
   part.rate = el("b");
   part.by = el("small");
   part.node = el("tr", {},
@@ -252,7 +253,7 @@ function line() {
     el("td", { className: "number share", "data-label": "Share of the past 10 s" }, part.share, part.error,
       el("div", { className: "meter" }, part.fill)),
     el("td", { className: "spark", "data-label": "Past minute" }, part.spark),
-    part.seconds, part.memory,
+    part.seconds, part.memory, part.pressure,
     el("td", { className: "by", "data-label": "Contention with" }, part.rate, part.by));
   return part;
 }
@@ -276,6 +277,7 @@ const ORDER = {
   share: (row) => Math.round((known(row.user.duty_cycle_percent) ? row.user.duty_cycle_percent : -1) * 10),
   seconds: (row) => row.user.gpu_seconds,
   memory: (row) => (known(row.user.memory_used_bytes) ? row.user.memory_used_bytes : -1),
+  pressure: (row) => (row.user.waits && known(row.user.waits.pressure_ratio) ? Math.round(row.user.waits.pressure_ratio * 100) : -1),
   waiting: (row) => Math.round((row.contention.all || 0) * 100),
 };
 
@@ -314,6 +316,10 @@ function showLine(part, row, now) {
   setText(part.seconds, seconds(user.gpu_seconds));
   part.seconds.title = `± ${user.gpu_seconds_stderr.toFixed(2)} s, from ${user.samples} samples`;
   setText(part.memory, bytes(user.memory_used_bytes));
+  const { waits } = user;
+  part.pressure.hidden = !ui.waits;
+  setText(part.pressure, percent(waits && waits.pressure_ratio));
+  part.pressure.title = waits ? `waited ${seconds(waits.wait_seconds)} of ${seconds(waits.probed_seconds)} with wait probes` : "";
   const { all, by } = row.contention;
   const isContended = known(all) && all >= 0.005;
   setText(part.rate, isContended ? `${all.toFixed(2)} s/s` : "");
@@ -332,6 +338,9 @@ function showUsers(live, now) {
     const history = remember(`user ${key}`, now, { value, total: user.contention_seconds, by });
     return { key, user, history, name: nameOf(user), contention: contention(user, history) };
   });
+  // The column exists only where wait probes are on.
+  ui.waits = live.users.some((user) => user.waits);
+  $("users").querySelector("th[data-sort=pressure]").hidden = !ui.waits;
   const rows = sorted(all.filter(matches));
   const body = $("users").tBodies[0];
   const kept = new Set(rows.map((row) => row.key));
