@@ -226,7 +226,7 @@ impl Builder<'_> {
         let index = |uuid: &str| report.gpus.iter().position(|gpu| gpu.uuid == uuid);
         report.timelines.sort_by_key(|timeline| index(&timeline.uuid));
         report.gaps.sort_by_key(|gap| gap.from);
-        report.experiments = experiments::evaluate(&self.gathered, &observed, &|at| self.wall(at));
+        report.experiments = experiments::evaluate(&self.gathered, &observed, self.range, &|at| self.wall(at));
         experiments::attach(&mut report);
         report.findings = findings(&report);
         report
@@ -380,7 +380,7 @@ impl Builder<'_> {
             interval_level: result.interval.map(|_| LEVEL),
             why_not_confirmed: result.why_not,
             demand: None,
-            experiment: None,
+            experiment: Vec::new(),
         }
     }
 

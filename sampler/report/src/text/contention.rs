@@ -95,8 +95,8 @@ impl TextPage<'_> {
         let rates = words::rates(contender).map(|rates| format!(": {rates}")).unwrap_or_default();
         let reason = if reason.is_empty() { String::new() } else { format!(", not confirmed: {}", terminal_safe(reason)) };
         self.page.wrap("      ", &format!("{}{rates}{reason}", contender.evidence.name()));
-        if let Some(rates) = contender.experiment.as_ref().and_then(words::freeze_rates) {
-            self.page.wrap("      ", &format!("experiment: {rates}"));
+        for means in contender.experiment.iter().filter_map(|effect| words::freeze_means(effect, "the contender")) {
+            self.page.wrap("      ", &format!("experiment: {means}"));
         }
     }
 
