@@ -39,6 +39,19 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
     ))
 }
 
+fn demand_confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<(f64, String)> {
+    let demand = contender.demand.as_ref().filter(|demand| demand.why_not_confirmed.is_empty())?;
+    let (rate, [least, most]) = (demand.wait_rate?, demand.interval?);
+    let text = format!(
+        "Calls of {} that block until work on the GPU is done took longer while {other} was on: {rate:.2} s of waiting per second more \
+         than without it, beyond its own work, {least:.2} to {most:.2} (95 % interval), over {} changes.{}",
+        victim.display_name(),
+        demand.transitions,
+        other_causes(&usage.causes),
+    );
+    Some((rate, text))
+}
+
 fn gained(outcome: Outcome) -> &'static str {
     match outcome {
         Outcome::GpuSeconds => "received more GPU time",
@@ -115,6 +128,8 @@ pub fn findings(report: &Report) -> Vec<Finding> {
                 let other = display_name(&contender.id);
                 if let Some((effect, text)) = experiment_confirmed(user, &other, contender) {
                     all.push((0, effect, finding(Some(&contender.id), Some(contender.evidence), text)));
+                } else if let Some((rate, text)) = demand_confirmed(user, &other, usage, contender) {
+                    all.push((0, rate, finding(Some(&contender.id), Some(contender.evidence), text)));
                 } else if contender.evidence == Evidence::OnOffConfirmed
                     && let Some(text) = confirmed(user, &other, usage, contender)
                 {

@@ -6,7 +6,7 @@ use std::collections::HashMap;
 
 use super::engine_words;
 use super::layout::terminal_safe;
-use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Outcome, Report, Verdict};
+use super::model::{CauseKind, Contender, DemandEvidence, Evidence, FreezeEffect, Outcome, Report, Verdict};
 use sampler_core::units::{WallTime, rfc3339};
 
 /// Separates a number from its unit or error, so that no line breaks there. [`super::layout`] replaces it by a plain space after wrapping.
@@ -189,7 +189,9 @@ pub fn meaning(evidence: Evidence) -> &'static str {
         Evidence::OnOffConfirmed => {
             "the user received less GPU time while the contender was on and the GPU saturated, over repeated changes"
         }
-        Evidence::DemandConfirmed => "the application itself reported that it was waiting for the GPU in that time",
+        Evidence::DemandConfirmed => {
+            "calls of the user that block until work on the GPU is done took longer while the contender was on, beyond its own work"
+        }
         Evidence::ExperimentConfirmed => {
             "the user received more GPU time, waited less or had shorter latencies whenever the contender was frozen, at random times"
         }
@@ -206,6 +208,17 @@ pub fn rates(contender: &Contender) -> Option<String> {
     }
     text += &format!("; {}", counted(contender.transitions as usize, "change", "changes"));
     Some(text)
+}
+
+/// How much longer a user waited while a contender was on; `None` without a comparison.
+pub fn demand_rate(demand: &DemandEvidence) -> Option<String> {
+    let rate = demand.wait_rate?;
+    let mut text = format!("{rate:.2} s of waiting per second more while the contender was on, beyond the user's own work");
+    if let Some([low, high]) = demand.interval {
+        let level = demand.interval_level.map(|level| format!("{} ", percent(level))).unwrap_or_default();
+        text += &format!("; {level}interval {low:.2} to {high:.2}");
+    }
+    Some(text + &format!("; {}", counted(demand.transitions, "change", "changes")))
 }
 
 /// As `0.42`, or as `8.30 ms` for an outcome that is a time.
@@ -243,10 +256,11 @@ pub fn freeze_means(effect: &FreezeEffect, suspect: &str) -> Option<String> {
     Some(text + &format!("; {}, p = {p_value:.4}", counted(effect.bursts as usize, "burst", "bursts")))
 }
 
-/// The grades that are explained: those of every report, and that of experiments where there is one.
+/// The grades that are explained: those of every report, and those for which it has the data.
 pub fn explained_grades(report: &Report) -> Vec<Evidence> {
     let experiment = (!report.experiments.is_empty()).then_some(Evidence::ExperimentConfirmed);
-    [Evidence::Coactive, Evidence::OnOffConfirmed].into_iter().chain(experiment).collect()
+    let demand = report.users.iter().any(|user| user.waits.is_some()).then_some(Evidence::DemandConfirmed);
+    [Evidence::Coactive, Evidence::OnOffConfirmed].into_iter().chain(demand).chain(experiment).collect()
 }
 
 /// The names of users: unique, and without characters that control a terminal.

@@ -170,6 +170,7 @@ impl HtmlPage<'_> {
         let experiments = contender.experiment.iter().filter_map(|effect| words::freeze_means(effect, "the contender"));
         let parts = [
             words::rates(contender).map(|rates| format!("{rates}.")),
+            contender.demand.as_ref().and_then(words::demand_rate).map(|rate| format!("Waiting: {rate}.")),
             (!reason.is_empty()).then(|| format!("Not confirmed: {}.", html_escape(reason).trim_end_matches('.'))),
         ];
         let parts = parts.into_iter().flatten().chain(experiments.map(|means| format!("Experiment: {means}.")));

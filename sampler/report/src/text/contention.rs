@@ -95,6 +95,9 @@ impl TextPage<'_> {
         let rates = words::rates(contender).map(|rates| format!(": {rates}")).unwrap_or_default();
         let reason = if reason.is_empty() { String::new() } else { format!(", not confirmed: {}", terminal_safe(reason)) };
         self.page.wrap("      ", &format!("{}{rates}{reason}", contender.evidence.name()));
+        if let Some(rate) = contender.demand.as_ref().and_then(words::demand_rate) {
+            self.page.wrap("      ", &format!("waiting: {rate}"));
+        }
         for means in contender.experiment.iter().filter_map(|effect| words::freeze_means(effect, "the contender")) {
             self.page.wrap("      ", &format!("experiment: {means}"));
         }

@@ -1,5 +1,5 @@
-//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only while somebody requests it: a
-//! session, or the setting `wait_probes`.
+//! Wait probes: how long processes of GPU users are inside blocking calls of the CUDA driver library. Only while it is requested, by a
+//! session or by the setting `wait_probes`.
 //!
 //! ```text
 //!  requests (selections) --> thread `waits`, each second:
