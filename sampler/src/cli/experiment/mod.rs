@@ -45,7 +45,7 @@ Examples:
   gpu-sampler experiment --victim trainer-0 --suspect 73e1a9
   gpu-sampler experiment --victim trainer-0 --suspect notebook-7 --i-may-freeze --bursts 12 --freeze 2s -o why.gpus
   gpu-sampler experiment --victim 73e1a9 --suspect loader-3 --whole-pod --seed 7
-  gpu-sampler experiment --victim llm-0 --suspect 73e1a9 --engine-metrics --wait-probes container=llm-0
+  gpu-sampler experiment --victim llm-0 --suspect 73e1a9 --engine-metrics --wait-probes=container=llm-0
 
 The suspect does nothing while it is frozen. It must have the annotation or label gpu-sampler.io/may-freeze=true, or
 --i-may-freeze is required. docs/experiments.md describes consent, safety and the test.";
@@ -389,7 +389,7 @@ mod tests {
             let parsed = ExperimentCommand::try_parse_from(line).unwrap();
             parsed.experiment.missing_outcomes(&Report::default()).len()
         };
-        assert_eq!((missing(""), missing("--engine-metrics"), missing("--engine-metrics --wait-probes all")), (0, 1, 2));
+        assert_eq!((missing(""), missing("--engine-metrics"), missing("--engine-metrics --wait-probes=all")), (0, 1, 2));
     }
 
     #[test]
