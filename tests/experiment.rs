@@ -230,7 +230,8 @@ fn confirmed_by_an_experiment(name: &str, freezer: Freezer) -> Result<()> {
     let victim = users.iter().find(|user| user["container_id"] == scene.ids[0]).context("the victim")?;
     let contenders = victim["gpus"][0]["contenders"].as_array().context("contenders")?;
     let suspect = contenders.iter().find(|other| other["evidence"] == "experiment-confirmed").context("the suspect")?;
-    let effect = &suspect["experiment"];
+    let effect = &suspect["experiment"][0];
+    assert_eq!((&effect["outcome"], &effect["unit"]), (&"gpu-seconds".into(), &"GPU-seconds per second".into()), "{effect}");
     println!("{effect}");
     // Two users of equal demand share the GPU equally; alone, the victim has all of it. The bounds are more than five standard errors.
     let number = |key: &str| effect[key].as_f64().with_context(|| key.to_owned());

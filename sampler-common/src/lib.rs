@@ -130,6 +130,9 @@ impl WaitSums {
     /// Position of the number of threads in `inside`.
     pub const THREADS_SHIFT: u32 = 52;
     pub const SINCE_MASK: u64 = (1 << Self::THREADS_SHIFT) - 1;
+    /// Threads of one process that are counted at a time; calls of more are lost. So one process cannot fill the table of calls, which all
+    /// share.
+    pub const MAX_THREADS: u32 = 64;
 
     /// `some_ns` as of `now_ns`, with the calls that have not returned.
     pub fn some_ns_at(&self, now_ns: u64) -> u64 {

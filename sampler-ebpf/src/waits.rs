@@ -140,6 +140,9 @@ fn enter(sums: *mut WaitSums, now: u64) -> bool {
     for _ in 0..ATTEMPTS {
         // SAFETY: as above.
         let old = unsafe { word.read_volatile() };
+        if old >> WaitSums::THREADS_SHIFT >= WaitSums::MAX_THREADS as u64 {
+            return false;
+        }
         let new = if old < ONE_THREAD { ONE_THREAD | (now & WaitSums::SINCE_MASK) } else { old.wrapping_add(ONE_THREAD) };
         // SAFETY: as above.
         if unsafe { compare_exchange(word, old, new) } == old {

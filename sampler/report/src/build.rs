@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
-use super::demand;
+use super::demand::{self, DemandWindows};
 use super::engines::{EngineContext, engines};
 use super::experiments;
 use super::findings::findings;
@@ -226,7 +226,7 @@ impl Builder<'_> {
         let index = |uuid: &str| report.gpus.iter().position(|gpu| gpu.uuid == uuid);
         report.timelines.sort_by_key(|timeline| index(&timeline.uuid));
         report.gaps.sort_by_key(|gap| gap.from);
-        report.experiments = experiments::evaluate(&self.gathered, &observed, &|at| self.wall(at));
+        report.experiments = experiments::evaluate(&self.gathered, &observed, self.range, &|at| self.wall(at));
         experiments::attach(&mut report);
         report.findings = findings(&report);
         report
@@ -381,7 +381,7 @@ impl Builder<'_> {
             interval_level: result.interval.map(|_| LEVEL),
             why_not_confirmed: result.why_not,
             demand: None,
-            experiment: None,
+            experiment: Vec::new(),
         }
     }
 
@@ -389,11 +389,11 @@ impl Builder<'_> {
     fn add_demand(&self, windows: &Windows, victim: User, sums: &UserSums, pairs: usize, contenders: &mut [Contender]) {
         let Some(waiting) = self.waiting.get(&victim) else { return };
         let others: Vec<User> = sums.contenders.keys().copied().collect();
-        let compared = waiting.compared(windows, &others);
+        let compared = DemandWindows::new(waiting.compared(windows, &others));
         for (position, other) in others.iter().enumerate() {
             let id = id(*other, &self.gathered);
             let Some(contender) = contenders.iter_mut().find(|contender| contender.id == id) else { continue };
-            let found = demand::evaluate(&compared, position, pairs);
+            let found = compared.evaluate(position, pairs);
             let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
             let seconds = found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64);
             contender.demand = Some(DemandEvidence {

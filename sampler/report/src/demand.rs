@@ -95,10 +95,10 @@ fn long_run_sum(all: &[(u64, f64)]) -> f64 {
 /// In which windows a user is on, from its shares: between its first and its last sample of each span.
 fn on_spans(windows: &[DemandWindow], user: usize) -> Vec<bool> {
     let named: Vec<usize> = (0..windows.len()).filter(|n| windows[*n].others[user] > 0.0).collect();
+    let sum: f64 = windows.iter().map(|window| window.others[user]).sum();
     let mut on: Vec<bool> = windows.iter().map(|window| window.others[user] > 0.0).collect();
     for _ in 0..ROUNDS {
         let n = on.iter().filter(|on| **on).count();
-        let sum: f64 = windows.iter().map(|window| window.others[user]).sum();
         let share = (sum / n.max(1) as f64).clamp(1e-6, 1.0 - 1e-6);
         let longest = GAP_CHANCE.ln() / (SAMPLES * (1.0 - share).ln());
         let mut joined = on.clone();
@@ -188,23 +188,53 @@ fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression> {
     Some(Regression { coefficients, errors })
 }
 
-/// Whether the victim of these windows, in ascending order, waited more while the `other`th user was on. `pairs`: how many are examined.
-pub fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand {
-    let n_others = windows.first().map_or(0, |window| window.others.len());
-    let spans: Vec<Vec<bool>> = (0..n_others).map(|user| on_spans(windows, user)).collect();
-    let Some(on) = spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
-    let (n_changes, windows_on) = (changes(on), on.iter().filter(|on| **on).count());
-    // A change is somewhere in its windows.
-    let is_inside = |n: usize| {
-        on.get(n.wrapping_sub(1)).is_none_or(|before| *before == on[n]) && on.get(n + 1).is_none_or(|after| *after == on[n])
-    };
-    let inside: Vec<usize> = (0..windows.len()).filter(|n| is_inside(*n)).collect();
-    let windows: &Vec<DemandWindow> = &inside.iter().map(|n| windows[*n].clone()).collect();
-    let spans: Vec<Vec<bool>> = spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
+/// The windows of a victim, with what is the same for each comparison of it: there may be many other users.
+pub struct DemandWindows {
+    windows: Vec<DemandWindow>,
+    /// By other user, in which windows it is on.
+    spans: Vec<Vec<bool>>,
+    /// The other users with GPU time, the one with the most first.
+    by_time: Vec<usize>,
+}
+
+impl DemandWindows {
+    /// `windows`: in ascending order.
+    pub fn new(windows: Vec<DemandWindow>) -> Self {
+        let n_others = windows.first().map_or(0, |window| window.others.len());
+        let spans = (0..n_others).map(|user| on_spans(&windows, user)).collect();
+        let total = |user: usize| windows.iter().map(|window| window.others[user]).sum::<f64>();
+        let mut totals: Vec<(usize, f64)> = (0..n_others).map(|user| (user, total(user))).collect();
+        totals.retain(|(_, total)| *total > 0.0);
+        totals.sort_by(|a, b| b.1.total_cmp(&a.1));
+        Self { windows, spans, by_time: totals.into_iter().map(|(user, _)| user).collect() }
+    }
+
+    /// Whether the victim waited more while the `other`th user was on. `pairs`: how many are examined.
+    pub fn evaluate(&self, other: usize, pairs: usize) -> Demand {
+        let Some(on) = self.spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
+        let counted = Demand { changes: changes(on), windows_on: on.iter().filter(|on| **on).count(), ..Demand::default() };
+        // A change is somewhere in its windows.
+        let is_inside = |n: &usize| {
+            let is_same = |at: usize| on.get(at).is_none_or(|then| *then == on[*n]);
+            is_same(n.wrapping_sub(1)) && is_same(n + 1)
+        };
+        let inside: Vec<usize> = (0..self.windows.len()).filter(is_inside).collect();
+        // The shares of others are in the spans.
+        let window = |n: &usize| DemandWindow { others: Vec::new(), ..self.windows[*n] };
+        let windows: Vec<DemandWindow> = inside.iter().map(window).collect();
+        let spans: Vec<Vec<bool>> = self.spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
+        let others = self.by_time.iter().copied().filter(|user| *user != other).take(MOST_OTHERS - 1);
+        compare(&windows, &spans, (other, &others.collect::<Vec<_>>()), pairs, &counted)
+    }
+}
+
+/// `users`: the other user, and those that may have to be separated from it.
+fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], users: (usize, &[usize]), pairs: usize, counted: &Demand) -> Demand {
+    let (other, candidates) = users;
     let on = &spans[other];
     let with = on.iter().filter(|on| **on).count();
     let without = on.len() - with;
-    let counted = Demand { windows_on, windows_with: with, windows_without: without, changes: n_changes, ..Demand::default() };
+    let counted = Demand { windows_with: with, windows_without: without, ..counted.clone() };
     let not = |why_not: &str| Demand { why_not: why_not.to_owned(), ..counted.clone() };
     if with < LEAST_WINDOWS || without < LEAST_WINDOWS {
         return not(TOO_SHORT);
@@ -218,10 +248,10 @@ pub fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand 
     if sum(false, |window| window.calls) < LEAST_CALLS {
         return not("the user made too few blocking calls while the contender was off, so nothing can be compared");
     }
-    let Some(users) = regressors(windows, &spans, other) else {
+    let Some(users) = regressors(windows, spans, other, candidates) else {
         return not("another user started and stopped at the same times, so the effect cannot be attributed");
     };
-    let x = rows(windows, &spans, &users);
+    let x = rows(windows, spans, &users);
     let numbers: Vec<u64> = windows.iter().map(|window| window.number).collect();
     let fit = |value: fn(&DemandWindow) -> f64| regress(&numbers, &windows.iter().map(value).collect::<Vec<f64>>(), &x);
     let (Some(waits), Some(works)) = (fit(|window| window.waited), fit(|window| window.own)) else {
@@ -271,14 +301,10 @@ fn is_solvable(rows: &[Vec<f64>]) -> bool {
     solve(matrix, vec![Vec::new(); k], LEAST_PIVOT).is_some()
 }
 
-/// The users in the regression: this one, and those with the most GPU time that are neither always on nor always off while the victim
+/// The users in the regression: this one, and those candidates that are neither always on nor always off while the victim
 /// makes calls. `None` if one of them is on when this one is, and cannot be separated. One that is on when this one is off can be left out:
 /// its effect only makes the other one seem smaller.
-fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize) -> Option<Vec<usize>> {
-    let total = |user: usize| windows.iter().map(|window| window.others[user]).sum::<f64>();
-    let mut candidates: Vec<usize> = (0..spans.len()).filter(|user| *user != other && total(*user) > 0.0).collect();
-    candidates.sort_by(|a, b| total(*b).total_cmp(&total(*a)));
-    candidates.truncate(MOST_OTHERS - 1);
+fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize, candidates: &[usize]) -> Option<Vec<usize>> {
     let mut users = vec![other];
     if !is_solvable(&rows(windows, spans, &users)) {
         return None;
@@ -286,7 +312,7 @@ fn regressors(windows: &[DemandWindow], spans: &[Vec<bool>], other: usize) -> Op
     let calls = |chosen: &dyn Fn(usize) -> bool| {
         windows.iter().enumerate().filter(|(n, _)| chosen(*n)).map(|(_, window)| window.calls).sum::<f64>()
     };
-    for user in candidates {
+    for &user in candidates {
         let all = [users.clone(), vec![user]].concat();
         if is_solvable(&rows(windows, spans, &all)) {
             users = all;

@@ -56,11 +56,12 @@ pub struct EngineContext<'a> {
 
 /// The mean of a latency between two readings.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct LatencyInterval {
-    from: BootNs,
-    to: BootNs,
-    mean: f64,
-    count: f64,
+pub struct LatencyInterval {
+    pub from: BootNs,
+    pub to: BootNs,
+    pub mean: f64,
+    /// Requests or tokens.
+    pub count: f64,
 }
 
 /// The windows of the container's GPUs.
@@ -100,12 +101,28 @@ fn intervals(read: &[&EngineFact], kind: LatencyKind) -> Vec<LatencyInterval> {
     read.windows(2).filter_map(|pair| between(pair[0], pair[1], kind)).collect()
 }
 
-/// The engines of one container, from its readings in their order.
-pub fn engines(facts: &[EngineFact], context: &EngineContext<'_>) -> Vec<EngineReport> {
+fn by_engine(facts: &[EngineFact]) -> BTreeMap<(&str, u16), Vec<&EngineFact>> {
     let mut by_engine: BTreeMap<(&str, u16), Vec<&EngineFact>> = BTreeMap::new();
     for fact in facts {
         by_engine.entry((&fact.engine, fact.port)).or_default().push(fact);
     }
+    by_engine
+}
+
+/// The readings that succeeded.
+fn successful<'a>(facts: &[&'a EngineFact]) -> Vec<&'a EngineFact> {
+    facts.iter().copied().filter(|fact| fact.problem.is_none()).collect()
+}
+
+/// A latency of all engines of one container, from its readings in their order.
+pub fn latency_intervals(facts: &[EngineFact], kind: LatencyKind) -> Vec<LatencyInterval> {
+    let engines = by_engine(facts).into_values().take(MOST_ENGINES);
+    engines.flat_map(|facts| intervals(&successful(&facts), kind)).collect()
+}
+
+/// The engines of one container, from its readings in their order.
+pub fn engines(facts: &[EngineFact], context: &EngineContext<'_>) -> Vec<EngineReport> {
+    let by_engine = by_engine(facts);
     let activity = Activity::new(context);
     // Every pair of a latency and another user of every engine is one comparison.
     let comparisons = by_engine.len().min(MOST_ENGINES) * LatencyKind::all().count() * activity.users.len();
@@ -124,7 +141,7 @@ fn report(
     activity: &Activity<'_>,
     comparisons: usize,
 ) -> EngineReport {
-    let read: Vec<&EngineFact> = facts.iter().copied().filter(|fact| fact.problem.is_none()).collect();
+    let read = successful(facts);
     let latency = |latency: LatencyKind| {
         let intervals = intervals(&read, latency);
         let count: f64 = intervals.iter().map(|interval| interval.count).sum();

@@ -1,17 +1,18 @@
 //! The freezing experiments of a session in its report: which GPUs they are tested on, and the evidence of the pairs that they are about.
 //!
 //! Victim and suspect are cgroups; the users of a report are at or below them. Several users of one victim (the containers of a pod) are
-//! one victim: their GPU time is added up before it is compared.
+//! one victim: their GPU time, waiting and requests are added up before they are compared.
 
 use std::collections::BTreeSet;
 
-use sampler_core::experiment::is_at_or_below;
+use sampler_core::experiment::{BootSpan, is_at_or_below};
 use sampler_core::fact::User;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
-use super::freeze::{GatheredExperiment, SampleUser};
+use super::freeze::{GatheredExperiment, SampleUser, gpu_rate};
 use super::gather::{Gathered, GatheredGpu};
-use super::model::{Evidence, ExperimentGpu, ExperimentReport, FreezeEffect, Report};
+use super::model::{Evidence, ExperimentGpu, ExperimentReport, FreezeEffect, Outcome, Report};
+use super::outcomes::{VictimLatency, VictimWaits};
 
 const S: f64 = 1e-9;
 
@@ -33,22 +34,22 @@ impl UsersBelow {
     }
 }
 
-/// Evaluates every experiment of the session on the GPUs that its victim used.
-pub fn evaluate(gathered: &Gathered, gpus: &[(&str, &GatheredGpu)], wall: &dyn Fn(BootNs) -> WallTime) -> Vec<ExperimentReport> {
+/// An outcome of the victim that belongs to no single GPU.
+struct VictimOutcome<'a> {
+    outcome: Outcome,
+    measure: &'a dyn Fn(BootSpan) -> Option<f64>,
+}
+
+/// Evaluates every experiment of the session on the GPUs that its victim used. `range`: that of the report.
+pub fn evaluate(
+    gathered: &Gathered,
+    gpus: &[(&str, &GatheredGpu)],
+    range: (BootNs, BootNs),
+    wall: &dyn Fn(BootNs) -> WallTime,
+) -> Vec<ExperimentReport> {
     let report = |experiment: &GatheredExperiment| {
         let schedule = &experiment.schedule;
-        let victim = UsersBelow::new(gathered, &schedule.victim);
-        let suspect = UsersBelow::new(gathered, &schedule.suspect);
-        let used = gpus.iter().filter(|(_, gpu)| victim.used(gpu));
-        let shared = used.clone().filter(|(_, gpu)| suspect.used(gpu)).count();
-        let on_gpu = |(uuid, gpu): &(&str, &GatheredGpu)| {
-            let effect = if suspect.used(gpu) {
-                experiment.evaluate(&gpu.observed, &|user| victim.has(user), shared)
-            } else {
-                FreezeEffect { why_not: "the suspect has no sample on this GPU".into(), ..FreezeEffect::default() }
-            };
-            ExperimentGpu { uuid: (*uuid).to_owned(), effects: vec![effect] }
-        };
+        let (gpus, effects) = effects(experiment, gathered, gpus, range);
         ExperimentReport {
             victim: schedule.victim.clone(),
             suspect: schedule.suspect.clone(),
@@ -57,7 +58,8 @@ pub fn evaluate(gathered: &Gathered, gpus: &[(&str, &GatheredGpu)], wall: &dyn F
             freeze_seconds: schedule.window_ns as f64 * S,
             planned_bursts: schedule.len(),
             frozen_bursts: u32::try_from(experiment.frozen.len()).unwrap_or(u32::MAX),
-            gpus: used.map(on_gpu).collect(),
+            gpus,
+            effects,
         }
     };
     let mut all: Vec<ExperimentReport> = gathered.experiments.iter().map(report).collect();
@@ -65,23 +67,64 @@ pub fn evaluate(gathered: &Gathered, gpus: &[(&str, &GatheredGpu)], wall: &dyn F
     all
 }
 
-/// Adds the effects to the contenders of the report. Of several experiments with one pair, the one with the lowest p-value counts.
+/// The effects by GPU, and those that belong to no single GPU.
+fn effects(
+    experiment: &GatheredExperiment,
+    gathered: &Gathered,
+    gpus: &[(&str, &GatheredGpu)],
+    range: (BootNs, BootNs),
+) -> (Vec<ExperimentGpu>, Vec<FreezeEffect>) {
+    let victim = UsersBelow::new(gathered, &experiment.schedule.victim);
+    let suspect = UsersBelow::new(gathered, &experiment.schedule.suspect);
+    let waits = gathered.waits.iter().filter(|(user, _)| victim.has(**user)).flat_map(|(_, facts)| facts);
+    let waits = VictimWaits::new(waits, range);
+    let engines = gathered.engines.iter().filter(|(key, _)| victim.has(User::Container(**key)));
+    let latency = VictimLatency::new(engines.map(|(_, facts)| facts.as_slice()));
+    let (per_call, to_first_token) = (|span| waits.per_call(span), |span| latency.mean(span));
+    let mut of_victim: Vec<VictimOutcome<'_>> = Vec::new();
+    if waits.is_recorded() {
+        of_victim.push(VictimOutcome { outcome: Outcome::CallWait, measure: &per_call });
+    }
+    if latency.is_recorded() {
+        of_victim.push(VictimOutcome { outcome: Outcome::TimeToFirstToken, measure: &to_first_token });
+    }
+    let used = gpus.iter().filter(|(_, gpu)| victim.used(gpu));
+    let shared = used.clone().filter(|(_, gpu)| suspect.used(gpu)).count();
+    // Bonferroni: any one of them confirms the experiment.
+    let tested = shared + of_victim.len();
+    let on_gpu = |(uuid, gpu): &(&str, &GatheredGpu)| {
+        let rate = |span| gpu_rate(&gpu.observed, &|user| victim.has(user), span);
+        let effect = if suspect.used(gpu) {
+            experiment.evaluate(Outcome::GpuSeconds, &rate, tested)
+        } else {
+            FreezeEffect::not_confirmed(Outcome::GpuSeconds, "the suspect has no sample on this GPU")
+        };
+        ExperimentGpu { uuid: (*uuid).to_owned(), effects: vec![effect] }
+    };
+    let effect = |victim: &VictimOutcome<'_>| {
+        if shared > 0 {
+            experiment.evaluate(victim.outcome, victim.measure, tested)
+        } else {
+            FreezeEffect::not_confirmed(victim.outcome, "the suspect has no sample on a GPU of the victim")
+        }
+    };
+    (used.map(on_gpu).collect(), of_victim.iter().map(effect).collect())
+}
+
+/// Adds the effects to the contenders of the report. Of several experiments with one pair, the one with the lowest p-value counts, for
+/// each outcome.
 pub fn attach(report: &mut Report) {
     let experiments = std::mem::take(&mut report.experiments);
     for experiment in &experiments {
         let victims = report.users.iter_mut().filter(|user| is_at_or_below(&user.id, &experiment.victim));
         for usage in victims.flat_map(|user| &mut user.gpus) {
             let on_gpu = experiment.gpus.iter().filter(|gpu| gpu.uuid == usage.uuid);
-            for effect in on_gpu.flat_map(|gpu| &gpu.effects) {
-                for contender in usage.contenders.iter_mut().filter(|other| is_at_or_below(&other.id, &experiment.suspect)) {
-                    let p_value = |effect: &FreezeEffect| effect.p_value.unwrap_or(f64::INFINITY);
-                    if contender.experiment.as_ref().is_none_or(|known| p_value(effect) < p_value(known)) {
-                        contender.experiment = Some(effect.clone());
-                    }
-                    if effect.confirmed {
-                        contender.evidence = Evidence::ExperimentConfirmed;
-                        contender.why_not_confirmed.clear();
-                    }
+            let effects: Vec<&FreezeEffect> = on_gpu.flat_map(|gpu| &gpu.effects).chain(&experiment.effects).collect();
+            for contender in usage.contenders.iter_mut().filter(|other| is_at_or_below(&other.id, &experiment.suspect)) {
+                effects.iter().for_each(|effect| keep_strongest(&mut contender.experiment, effect));
+                if effects.iter().any(|effect| effect.confirmed) {
+                    contender.evidence = Evidence::ExperimentConfirmed;
+                    contender.why_not_confirmed.clear();
                 }
             }
         }
@@ -89,14 +132,24 @@ pub fn attach(report: &mut Report) {
     report.experiments = experiments;
 }
 
+fn keep_strongest(known: &mut Vec<FreezeEffect>, effect: &FreezeEffect) {
+    let p_value = |effect: &FreezeEffect| effect.p_value.unwrap_or(f64::INFINITY);
+    match known.iter_mut().find(|known| known.outcome == effect.outcome) {
+        Some(known) if p_value(effect) < p_value(known) => *known = effect.clone(),
+        Some(_) => {}
+        None => known.push(effect.clone()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
-    use super::super::model::Contender;
+    use super::super::model::{Contender, DemandEvidence};
     use super::super::tests::{SimulatedUser, container, simulate};
     use super::super::*;
     use super::*;
     use sampler_core::experiment::{BootSpan, ExperimentDesign, ExperimentFact, ExperimentSchedule};
-    use sampler_core::fact::Fact;
+    use sampler_core::fact::{Fact, HostProcess, WaitFact};
+    use sampler_core::observation::{EngineFact, LatencySum};
     use sampler_session::{Session, View};
 
     const SECOND: u64 = 1_000_000_000;
@@ -141,7 +194,7 @@ mod tests {
         let report = build(&session(1.0, 1.0, true, 5), &View::default());
         let (contender, experiment) = (contender(&report), &report.experiments[0]);
         assert_eq!(contender.evidence, Evidence::ExperimentConfirmed, "{experiment:?}");
-        let effect = contender.experiment.as_ref().unwrap();
+        let effect = &contender.experiment[0];
         assert!(effect.confirmed && effect.bursts == 12 && effect.p_value.unwrap() < 0.001, "{effect:?}");
         assert!((0.3..0.6).contains(&effect.effect.unwrap()), "{effect:?}");
         assert_eq!((experiment.planned_bursts, experiment.frozen_bursts, experiment.gpus.len()), (12, 12, 1));
@@ -155,6 +208,101 @@ mod tests {
         let found = if found.is_null() { &json["users"][1]["gpus"][0]["contenders"][0] } else { found };
         assert!(json["experiments"][0]["gpus"][0]["effects"][0]["p_value"].is_number(), "{found}");
         assert_eq!(json["experiments"][0]["gpus"][0]["effects"][0]["outcome"], "gpu-seconds");
+    }
+
+    /// Adds what wait probes and an engine say of the first container: both are half as long while the second is frozen.
+    fn with_waits_and_engine(mut session: Session) -> Session {
+        let schedule = session.facts.iter().find_map(|fact| match fact {
+            Fact::Experiment(ExperimentFact::Schedule(schedule)) => Some(schedule.clone()),
+            _ => None,
+        });
+        let frozen = frozen_windows(&schedule.unwrap());
+        let key = ContainerKey(1);
+        let process = HostProcess { pid: 100, start: BootNs(1) };
+        let (mut sum_seconds, mut count) = (0.0, 0.0);
+        for n in 1_001..1_000 + LASTS {
+            let (from, to) = (BootNs(n * SECOND), BootNs((n + 1) * SECOND));
+            let is_frozen = frozen.iter().any(|window| window.from < to && window.to > from.plus(SECOND / 2));
+            let some_ns = SECOND / 2;
+            let (calls, durations) = (if is_frozen { 100 } else { 50 }, Vec::new());
+            let user = User::Container(key);
+            session.facts.push(Fact::Waited(WaitFact { process, user, from, to, some_ns, total_ns: some_ns, calls, durations }));
+            (sum_seconds, count) = (sum_seconds + if is_frozen { 1.0 } else { 2.0 }, count + 10.0);
+            let time_to_first_token = Some(LatencySum { sum_seconds, count });
+            let engine =
+                EngineFact { key, at: to, engine: "vllm".into(), pid: 100, time_to_first_token, ..EngineFact::default() };
+            session.facts.push(Fact::Engine(engine));
+        }
+        session
+    }
+
+    #[test]
+    fn waiting_and_latency_confirm_an_experiment_in_every_format() {
+        // Without contention for GPU time.
+        let report = build(&with_waits_and_engine(session(0.3, 0.3, true, 3)), &View::default());
+        let (contender, experiment) = (contender(&report), &report.experiments[0]);
+        assert_eq!(contender.evidence, Evidence::ExperimentConfirmed, "{experiment:?}");
+        let outcomes: Vec<(Outcome, bool)> =
+            contender.experiment.iter().map(|effect| (effect.outcome, effect.confirmed)).collect();
+        let expect = [(Outcome::GpuSeconds, false), (Outcome::CallWait, true), (Outcome::TimeToFirstToken, true)];
+        assert_eq!(outcomes, expect, "{experiment:?}");
+        assert_eq!(experiment.effects[..], contender.experiment[1..]);
+        let finding = report.findings.iter().find(|finding| finding.evidence == Some(Evidence::ExperimentConfirmed));
+        let text_of_finding = &finding.unwrap().text;
+        for part in ["waited less in blocking calls whenever", "ms waited per blocking call", "a shorter time to the first token"]
+        {
+            assert!(text_of_finding.contains(part), "{text_of_finding}");
+        }
+        let options = TextOptions { width: None, colour: false, unicode: true };
+        for page in [text(&report, &options), experiments_text(&report, &options), html(&report)] {
+            for part in
+                ["call-wait: ", "ms waited per blocking call while", "time-to-first-token: ", "ms to the first token while"]
+            {
+                assert!(page.contains(part), "{part}: {page}");
+            }
+        }
+        let json: serde_json::Value = serde_json::from_str(&json(&report)).unwrap();
+        let effects = &json["experiments"][0]["effects"];
+        assert_eq!((&effects[0]["outcome"], &effects[0]["unit"]), (&"call-wait".into(), &"seconds per blocking call".into()));
+        assert_eq!((&effects[1]["outcome"], &effects[1]["unit"]), (&"time-to-first-token".into(), &"seconds".into()));
+        assert!(effects[1]["effect"].as_f64().unwrap() < 0.0, "{effects}");
+    }
+
+    #[test]
+    fn a_demand_that_is_confirmed_is_a_finding_with_its_numbers() {
+        let mut report = build(&session(1.0, 1.0, false, 5), &View::default());
+        report.experiments.clear();
+        let user = report.users.iter_mut().find(|user| user.id == "/docker/1").unwrap();
+        let contender = user.gpus[0].contenders.iter_mut().find(|contender| contender.id == "/docker/2").unwrap();
+        contender.experiment.clear();
+        contender.evidence = Evidence::DemandConfirmed;
+        contender.why_not_confirmed.clear();
+        let (wait_rate, interval) = (Some(0.41), Some([0.35, 0.47]));
+        contender.demand = Some(DemandEvidence { wait_rate, interval, transitions: 4, ..DemandEvidence::default() });
+        let finding = super::super::findings::findings(&report)
+            .into_iter()
+            .find(|finding| finding.evidence == Some(Evidence::DemandConfirmed))
+            .unwrap();
+        assert!(finding.text.contains("0.41 s of waiting per second more") && !finding.text.contains("not shown"), "{finding:?}");
+        let options = TextOptions { width: None, colour: false, unicode: true };
+        for page in [text(&report, &options), html(&report)] {
+            assert!(page.contains("0.41 s of waiting per second more"), "{page}");
+        }
+    }
+
+    #[test]
+    fn each_tested_outcome_makes_confirmation_harder() {
+        let mut session = session(1.0, 1.0, true, 5);
+        for fact in &mut session.facts {
+            if let Fact::Experiment(ExperimentFact::Schedule(schedule)) = fact {
+                // 1/128 is below 0.01, and not below a third of it.
+                schedule.bursts.truncate(7);
+            }
+        }
+        assert_eq!(contender(&build(&session, &View::default())).evidence, Evidence::ExperimentConfirmed);
+        let report = build(&with_waits_and_engine(session), &View::default());
+        let effect = &contender(&report).experiment[0];
+        assert!(!effect.confirmed && effect.why_not.contains("7 bursts cannot show an effect at p < 0.0033"), "{effect:?}");
     }
 
     #[test]

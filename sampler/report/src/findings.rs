@@ -3,7 +3,8 @@
 
 use super::engine_model::EngineReport;
 use super::engine_words;
-use super::model::{Cause, CauseKind, Contender, Evidence, Finding, Report, Usage, UserReport, Verdict};
+use super::model::{Cause, CauseKind, Contender, Evidence, Finding, FreezeEffect, Outcome, Report, Usage, UserReport, Verdict};
+use super::words;
 
 /// Coactivity and GPU time of a contender on a saturated GPU, in seconds, from which a coactive pair is a finding.
 const LEAST_SECONDS: f64 = 3.0;
@@ -66,18 +67,28 @@ fn also_received_less(contender: &Contender) -> Option<String> {
     })
 }
 
+fn gained(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::GpuSeconds => "received more GPU time",
+        Outcome::CallWait => "waited less in blocking calls",
+        Outcome::TimeToFirstToken => "had a shorter time to the first token",
+    }
+}
+
+/// The largest effect, in GPU-seconds per second or as a fraction of the waiting or latency, and a sentence for each outcome.
 fn experiment_confirmed(victim: &UserReport, other: &str, contender: &Contender) -> Option<(f64, String)> {
-    let effect = contender.experiment.as_ref().filter(|effect| effect.confirmed)?;
-    let (frozen, running, p_value) = (effect.rate_frozen?, effect.rate_running?, effect.p_value?);
-    let interval = effect.interval.map(|[least, most]| format!("{least:.2} to {most:.2} (95 % interval), "));
-    let text = format!(
-        "{} received more GPU time whenever {other} was frozen, at times drawn at random: {frozen:.2} GPU-seconds per second while it \
-         was frozen, {running:.2} while it ran; the difference is {}p = {p_value:.4}, {} bursts.",
-        victim.display_name(),
-        interval.unwrap_or_default(),
-        effect.bursts,
-    );
-    Some((effect.effect?, text))
+    let confirmed = contender.experiment.iter().filter(|effect| effect.confirmed);
+    let size = |effect: &FreezeEffect| {
+        let unit = if effect.outcome.is_gain() { 1.0 } else { effect.mean_running? };
+        Some((effect.effect? / unit).abs())
+    };
+    let largest = confirmed.clone().filter_map(size).max_by(f64::total_cmp)?;
+    let sentence = |effect: &FreezeEffect| {
+        let means = words::freeze_means(effect, "it")?;
+        let (name, gained) = (victim.display_name(), gained(effect.outcome));
+        Some(format!("{name} {gained} whenever {other} was frozen, at times drawn at random: {means}."))
+    };
+    Some((largest, confirmed.filter_map(sentence).collect::<Vec<_>>().join(" ")))
 }
 
 fn coactive(victim: &UserReport, other: &str, contender: &Contender) -> String {

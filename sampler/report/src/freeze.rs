@@ -1,4 +1,4 @@
-//! The freezing experiment: the GPU-seconds per second of the victim while the suspect is frozen, compared with those while it runs.
+//! The freezing experiment: an outcome of the victim while the suspect is frozen, compared with the outcome while it runs.
 //!
 //! ```text
 //!  burst        1                   2                   3
@@ -8,16 +8,17 @@
 //! ```
 //! - A **randomisation test**: if freezing changed nothing, another result of the coins would only have exchanged the two windows of a
 //!   burst, and so the sign of its difference. `p` is the share of all results of the coins (all of them up to [`EXACT_BURSTS`] bursts,
-//!   [`DRAWS`] drawn ones above) with a mean difference of at least the observed one. No distribution is assumed.
+//!   [`DRAWS`] drawn ones above) with a mean gain of at least the observed one. No distribution is assumed.
+//!   A gain is more GPU time, or less waiting or latency.
 //! - The **interval** inverts that test: the effects that it does not reject. Inversion needs no search. With an effect `e` taken off every
 //!   difference, flipping a subset of the signs gives at least the observed mean exactly if the mean of the subset is at most `e`, so the
 //!   limits are quantiles of the means of subsets (Hartigan 1969).
-//! - A burst counts if the suspect was frozen throughout the counted part of its window, and not in the other window, and if both windows
-//!   were observed. None of this depends on the difference of the burst.
+//! - A burst counts if the suspect was frozen throughout the counted part of its window, and not in the other window, and if the outcome
+//!   was measured in both windows. None of this depends on the difference of the burst.
 //! - Within a window, time of samples with an unqueried process is divided in the proportions of the queried samples of that window only:
 //!   division over neighbouring windows, as in the rest of a report, would carry time from one window into the other.
 //!
-//! Only GPU time is compared here; [`Outcome`] is the list of what an experiment may compare.
+//! GPU time is measured here, the other outcomes in `outcomes`.
 
 use std::collections::BTreeMap;
 
@@ -28,19 +29,21 @@ use sampler_core::units::BootNs;
 use super::model::{FreezeEffect, Outcome};
 
 /// Not counted after each edge of a window: work that was queued before a freeze still runs, and after a thaw queued work is made up for.
-const GUARD_NS: u64 = 500_000_000;
+pub const GUARD_NS: u64 = 500_000_000;
 /// The end of a freeze may be this much before the end of its window.
 const EARLY_NS: u64 = 100_000_000;
 /// The fraction of the counted part of a window that must have been observed.
-const OBSERVED: f64 = 0.5;
+pub const OBSERVED: f64 = 0.5;
 /// Up to this number of bursts all results of the coins are counted.
 const EXACT_BURSTS: usize = 16;
 /// Drawn results of the coins above it; the error of a p-value of 0.01 is 0.0007.
 const DRAWS: usize = 20_000;
-/// The p-value below which an effect is confirmed, divided by the number of GPUs that are tested.
+/// The p-value below which an effect is confirmed, divided by the number of outcomes that are tested; GPU time is one for each GPU.
 const CONFIRMING_P: f64 = 0.01;
-/// The least effect that is confirmed, in GPU-seconds per second: utilization is rounded to a percent.
+/// The least effect on GPU time that is confirmed, in GPU-seconds per second: utilization is rounded to a percent.
 const LEAST_EFFECT: f64 = 0.02;
+/// The least effect on waiting and latency that is confirmed, as a fraction of the mean while the suspect runs.
+const LEAST_REDUCTION: f64 = 0.02;
 /// Two-sided confidence level of the interval.
 const LEVEL: f64 = 0.95;
 /// Experiments of one session; a file must not determine how much is computed.
@@ -115,12 +118,12 @@ fn counted(window: BootSpan) -> BootSpan {
     BootSpan { from: window.from.plus(guard_ns), to: window.to }
 }
 
-fn overlap_ns(one: BootSpan, other: BootSpan) -> u64 {
+pub fn overlap_ns(one: BootSpan, other: BootSpan) -> u64 {
     one.to.min(other.to).saturating_since(one.from.max(other.from))
 }
 
 /// GPU-seconds per second of the victim in a span; `None` if too little of it was observed, or no sample shows the users.
-fn rate(times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, span: BootSpan) -> Option<f64> {
+pub fn gpu_rate(times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, span: BootSpan) -> Option<f64> {
     let first = times.partition_point(|time| time.span.to <= span.from);
     let (mut observed, mut busy, mut named, mut victim) = (0.0, 0.0, 0.0, 0.0);
     for time in times.iter().skip(first).take_while(|time| time.span.from < span.to) {
@@ -141,9 +144,9 @@ fn rate(times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, span: BootSpan
     (named > 0.0).then(|| busy / observed * victim / named)
 }
 
-/// The rates of the victim in one burst.
+/// An outcome of the victim in one burst.
 #[derive(Clone, Copy, Debug, PartialEq)]
-struct BurstRates {
+struct BurstMeans {
     frozen: f64,
     running: f64,
 }
@@ -156,56 +159,68 @@ impl GatheredExperiment {
         real.from <= wanted.from && real.to >= wanted.to.minus(EARLY_NS) && overlap_ns(*real, counted(running)) == 0
     }
 
-    /// The rates in every burst that counts.
-    fn rates(&self, times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool) -> Vec<BurstRates> {
+    /// The outcome in every burst that counts.
+    fn means(&self, measure: &dyn Fn(BootSpan) -> Option<f64>) -> Vec<BurstMeans> {
         let burst = |burst| {
             let (frozen, running) = (self.schedule.frozen_window(burst)?, self.schedule.running_window(burst)?);
             if !self.is_as_planned(burst, frozen, running) {
                 return None;
             }
-            let rate = |window| rate(times, is_victim, counted(window));
-            Some(BurstRates { frozen: rate(frozen)?, running: rate(running)? })
+            Some(BurstMeans { frozen: measure(counted(frozen))?, running: measure(counted(running))? })
         };
         (0..self.schedule.len()).filter_map(burst).collect()
     }
 
-    /// The effect on the victim's GPU time on one GPU. `tested`: the number of GPUs on which this is tested.
-    pub fn evaluate(&self, times: &[ObservedTime], is_victim: &dyn Fn(User) -> bool, tested: usize) -> FreezeEffect {
-        let rates = self.rates(times, is_victim);
-        let bursts = u32::try_from(rates.len()).unwrap_or(u32::MAX);
-        let effect = FreezeEffect { outcome: Outcome::GpuSeconds, bursts, ..FreezeEffect::default() };
-        if rates.is_empty() {
-            let why_not = match self.frozen.len() {
-                0 => "the suspect was never frozen".to_owned(),
-                n => format!("in none of {n} bursts with a freeze both windows were observed"),
-            };
-            return FreezeEffect { why_not, ..effect };
+    /// The effect on one outcome. `measure`: the outcome in a span; `None` if the span has too little data. `tested`: the number of
+    /// outcomes that are tested in this experiment.
+    pub fn evaluate(&self, outcome: Outcome, measure: &dyn Fn(BootSpan) -> Option<f64>, tested: usize) -> FreezeEffect {
+        let all = self.means(measure);
+        if all.is_empty() {
+            return FreezeEffect::not_confirmed(outcome, self.without_means(outcome));
         }
-        let mean = |of: fn(&BurstRates) -> f64| rates.iter().map(of).sum::<f64>() / rates.len() as f64;
-        let differences: Vec<f64> = rates.iter().map(|rates| rates.frozen - rates.running).collect();
-        let test = RandomisationTest::new(&differences, self.schedule.seed);
-        let (p_value, interval, difference) = (test.p_value(), test.interval(), mean(|rates| rates.frozen - rates.running));
-        let level = CONFIRMING_P / tested.max(1) as f64;
-        let why_not = if difference <= LEAST_EFFECT {
-            format!("no effect above {LEAST_EFFECT} GPU-seconds per second")
-        } else if p_value >= level && test.least_p_value() >= level {
-            format!("{bursts} bursts cannot show an effect at p < {level}: use more")
-        } else if p_value >= level {
-            format!("p = {p_value:.4} is not below {level}: chance may explain the difference")
+        let mean = |of: fn(&BurstMeans) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
+        let (mean_frozen, mean_running) = (mean(|burst| burst.frozen), mean(|burst| burst.running));
+        let sign = if outcome.is_gain() { 1.0 } else { -1.0 };
+        let gains: Vec<f64> = all.iter().map(|burst| sign * (burst.frozen - burst.running)).collect();
+        let test = RandomisationTest::new(&gains, self.schedule.seed);
+        let least = if outcome.is_gain() { LEAST_EFFECT } else { LEAST_REDUCTION * mean_running };
+        let why_not = if sign * (mean_frozen - mean_running) > least {
+            test.why_not(CONFIRMING_P / tested.max(1) as f64)
         } else {
-            String::new()
+            no_effect(outcome)
         };
+        let effect = mean(|burst| burst.frozen - burst.running);
+        let interval = test.interval().map(|[low, high]| if outcome.is_gain() { [low, high] } else { [-high, -low] });
         FreezeEffect {
-            rate_frozen: Some(mean(|rates| rates.frozen)),
-            rate_running: Some(mean(|rates| rates.running)),
-            effect: Some(difference),
+            mean_frozen: Some(mean_frozen),
+            mean_running: Some(mean_running),
+            effect: Some(effect),
             interval,
             interval_level: interval.map(|_| LEVEL),
-            p_value: Some(p_value),
+            p_value: Some(test.p_value()),
+            bursts: u32::try_from(all.len()).unwrap_or(u32::MAX),
             confirmed: why_not.is_empty(),
-            why_not,
-            ..effect
+            ..FreezeEffect::not_confirmed(outcome, why_not)
         }
+    }
+
+    fn without_means(&self, outcome: Outcome) -> String {
+        let freezes = self.frozen.len();
+        let condition = match outcome {
+            _ if freezes == 0 => return "the suspect was never frozen".into(),
+            Outcome::GpuSeconds => "both windows were observed",
+            Outcome::CallWait => "a blocking call returned in both windows",
+            Outcome::TimeToFirstToken => "both windows had two readings of the engine and a first token between them",
+        };
+        format!("in none of {freezes} bursts with a freeze {condition}")
+    }
+}
+
+fn no_effect(outcome: Outcome) -> String {
+    if outcome.is_gain() {
+        format!("no effect above {LEAST_EFFECT} {}", outcome.unit())
+    } else {
+        format!("not lower by more than {:.0} % while the suspect was frozen", LEAST_REDUCTION * 100.0)
     }
 }
 
@@ -248,6 +263,18 @@ impl RandomisationTest {
     fn p_value(&self) -> f64 {
         let at_least = self.subset_means.partition_point(|mean| *mean <= ROUNDING);
         (at_least as f64 + 1.0) / self.results()
+    }
+
+    /// Why the effect is not shown at this level; empty if it is.
+    fn why_not(&self, level: f64) -> String {
+        let p_value = self.p_value();
+        if p_value < level {
+            String::new()
+        } else if self.least_p_value() >= level {
+            format!("{} bursts cannot show an effect at p < {level:.4}: use more", self.bursts)
+        } else {
+            format!("p = {p_value:.4} is not below {level:.4}: chance may explain the difference")
+        }
     }
 
     /// The p-value if every burst shows the effect.
@@ -300,9 +327,13 @@ mod tests {
         (0..samples).map(sample).collect()
     }
 
+    fn evaluate_times(experiment: &GatheredExperiment, times: &[ObservedTime]) -> FreezeEffect {
+        experiment.evaluate(Outcome::GpuSeconds, &|span| gpu_rate(times, &|user| user == VICTIM, span), 1)
+    }
+
     fn evaluate(seed: u64, bursts: u32, running: f64, frozen: f64) -> FreezeEffect {
         let experiment = experiment(seed, bursts);
-        experiment.evaluate(&times(&experiment, seed, running, frozen), &|user| user == VICTIM, 1)
+        evaluate_times(&experiment, &times(&experiment, seed, running, frozen))
     }
 
     #[test]
@@ -376,7 +407,7 @@ mod tests {
             let mut experiment = experiment(4, 10);
             let times = times(&experiment, 4, 0.3, 0.9);
             change(&mut experiment);
-            let effect = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+            let effect = evaluate_times(&experiment, &times);
             assert_eq!(effect.bursts, expect, "{effect:?}");
         };
         check(&|_| {}, 10);
@@ -392,11 +423,11 @@ mod tests {
     fn time_without_a_user_is_divided_within_its_window() {
         let experiment = experiment(2, 8);
         let mut times = times(&experiment, 2, 0.5, 0.9);
-        let whole = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+        let whole = evaluate_times(&experiment, &times);
         for time in times.iter_mut().step_by(3) {
             time.user = SampleUser::Unknown;
         }
-        let part = experiment.evaluate(&times, &|user| user == VICTIM, 1);
+        let part = evaluate_times(&experiment, &times);
         assert_eq!(part.bursts, 8);
         let (whole, part) = (whole.effect.unwrap(), part.effect.unwrap());
         assert!((whole - part).abs() < 0.2, "{whole} {part}");

@@ -239,8 +239,8 @@ pub struct Contender {
     /// `None` if the victim had no wait probes.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub demand: Option<DemandEvidence>,
-    /// The effect of freezing this contender, or the pod that it belongs to; `None` without such an experiment.
-    pub experiment: Option<FreezeEffect>,
+    /// The effects of freezing this contender, or the pod that it belongs to, by outcome; empty without such an experiment.
+    pub experiment: Vec<FreezeEffect>,
 }
 
 /// How much longer the victim waited in blocking calls while the contender was on.
@@ -269,30 +269,50 @@ pub enum Outcome {
     /// GPU-seconds per second of the victim.
     #[default]
     GpuSeconds,
+    /// Seconds in which processes of the victim waited, by blocking calls of the driver library.
+    CallWait,
+    /// Mean seconds to the first token, of the requests of the victim's serving engines.
+    TimeToFirstToken,
 }
 
 impl Outcome {
     pub fn name(self) -> &'static str {
         self.into()
     }
+
+    /// Unit of the means, the effect and the interval.
+    pub fn unit(self) -> &'static str {
+        match self {
+            Self::GpuSeconds => "GPU-seconds per second",
+            Self::CallWait => "seconds per blocking call",
+            Self::TimeToFirstToken => "seconds",
+        }
+    }
+
+    /// Whether a victim that gains from the freeze has more of it, not less.
+    pub fn is_gain(self) -> bool {
+        self == Self::GpuSeconds
+    }
 }
 
-/// The effect of freezing a suspect on one outcome of the victim. Rates are `None` without a burst that counts.
+/// The effect of freezing a suspect on one outcome of the victim. Means are `None` without a burst that counts.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct FreezeEffect {
     pub outcome: Outcome,
+    /// Of the means, the effect and the interval.
+    pub unit: &'static str,
     /// Mean over the frozen windows.
-    pub rate_frozen: Option<f64>,
+    pub mean_frozen: Option<f64>,
     /// Mean over the windows in which the suspect ran.
-    pub rate_running: Option<f64>,
-    /// Mean of `rate_frozen - rate_running`.
+    pub mean_running: Option<f64>,
+    /// `mean_frozen - mean_running`: above 0 for GPU time that the victim gains, below 0 for waiting and latency that it is spared.
     pub effect: Option<f64>,
     /// Confidence interval of `effect`; `None` with too few bursts for one.
     pub interval: Option<[f64; 2]>,
     pub interval_level: Option<f64>,
-    /// One-sided p-value of the randomisation test.
+    /// One-sided p-value of the randomisation test: more GPU time, or less waiting or latency, while the suspect was frozen.
     pub p_value: Option<f64>,
-    /// Bursts that count: frozen as planned, with both windows observed.
+    /// Bursts that count: frozen as planned, with the outcome measured in both windows.
     pub bursts: u32,
     pub confirmed: bool,
     /// Why the effect is not confirmed, as text; empty if it is.
@@ -315,6 +335,8 @@ pub struct ExperimentReport {
     pub frozen_bursts: u32,
     /// By GPU that the victim used.
     pub gpus: Vec<ExperimentGpu>,
+    /// Of outcomes that belong to no single GPU: waiting, and latency of serving engines. Those that the session has.
+    pub effects: Vec<FreezeEffect>,
 }
 
 #[derive(Clone, Debug, PartialEq, Serialize)]
@@ -410,6 +432,12 @@ pub struct Lane {
     pub memory: Vec<Option<u64>>,
     /// Part of the window in which it waited in a blocking call, summed over its processes; empty if it had no wait probes.
     pub waits: Vec<Option<f32>>,
+}
+
+impl FreezeEffect {
+    pub fn not_confirmed(outcome: Outcome, why_not: impl Into<String>) -> Self {
+        Self { outcome, unit: outcome.unit(), why_not: why_not.into(), ..Self::default() }
+    }
 }
 
 impl Report {

@@ -163,7 +163,7 @@ pub fn contender(kind: UserKind, id: &str, gpu_seconds: f64, coactive_seconds: f
         why_not_confirmed: "the contender was on throughout, or never while the GPU was saturated: no change to compare"
             .to_owned(),
         demand: None,
-        experiment: None,
+        experiment: Vec::new(),
     }
 }
 

@@ -4,8 +4,9 @@
 
 use std::collections::HashMap;
 
+use super::engine_words;
 use super::layout::terminal_safe;
-use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Report, Verdict};
+use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Outcome, Report, Verdict};
 use super::wait_words;
 use sampler_core::units::{WallTime, rfc3339};
 
@@ -200,7 +201,7 @@ pub fn meaning(evidence: Evidence) -> &'static str {
              in flight, and waited"
         }
         Evidence::ExperimentConfirmed => {
-            "the user received more GPU time whenever the contender was frozen, at times that were drawn at random"
+            "the user received more GPU time, waited less or had shorter latencies whenever the contender was frozen, at random times"
         }
     }
 }
@@ -223,21 +224,42 @@ pub fn rates(contender: &Contender) -> Option<String> {
     Some(text)
 }
 
-/// The rates of a victim while the suspect of an experiment was frozen and while it ran; `None` without a burst that counts.
-pub fn freeze_rates(effect: &FreezeEffect) -> Option<String> {
-    let (frozen, running, p_value) = (effect.rate_frozen?, effect.rate_running?, effect.p_value?);
+/// As `0.42`, or as `8.30 ms` for an outcome that is a time.
+pub fn outcome_value(outcome: Outcome, value: f64) -> String {
+    match outcome {
+        Outcome::GpuSeconds => format!("{value:.2}"),
+        Outcome::CallWait | Outcome::TimeToFirstToken => engine_words::duration(value),
+    }
+}
+
+/// What a value of the outcome is, to follow the value.
+fn outcome_noun(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::GpuSeconds => "GPU-seconds per second",
+        Outcome::CallWait => "waited per blocking call",
+        Outcome::TimeToFirstToken => "to the first token",
+    }
+}
+
+/// An outcome of the victim while `suspect` was frozen and while it ran; `None` without a burst that counts.
+pub fn freeze_means(effect: &FreezeEffect, suspect: &str) -> Option<String> {
+    let (frozen, running, p_value) = (effect.mean_frozen?, effect.mean_running?, effect.p_value?);
+    let value = |value| outcome_value(effect.outcome, value);
     let mut text = format!(
-        "{frozen:.2} GPU-seconds per second while the suspect was frozen, {running:.2} while it ran; difference {:.2}",
-        frozen - running
+        "{} {} while {suspect} was frozen, {} while it ran; difference {}",
+        value(frozen),
+        outcome_noun(effect.outcome),
+        value(running),
+        value(frozen - running)
     );
     if let Some([low, high]) = effect.interval {
         let level = effect.interval_level.map(|level| format!("{} ", percent(level))).unwrap_or_default();
-        text += &format!(", {level}interval {low:.2} to {high:.2}");
+        text += &format!(", {level}interval {} to {}", value(low), value(high));
     }
     Some(text + &format!("; {}, p = {p_value:.4}", counted(effect.bursts as usize, "burst", "bursts")))
 }
 
-/// The grades that are explained: those of every report, that of wait probes and that of experiments where there are some.
+/// The grades that are explained: those of every report, and those for which it has the data.
 pub fn explained_grades(report: &Report) -> Vec<Evidence> {
     let demand = wait_words::has_waits(report).then_some(Evidence::DemandConfirmed);
     let experiment = (!report.experiments.is_empty()).then_some(Evidence::ExperimentConfirmed);

@@ -431,7 +431,7 @@ fn progress_line(status: &SessionStatus) -> String {
 }
 
 /// Why metrics of serving engines were not read: each reason of each engine once, with the number of readings.
-fn engine_problems(facts: &[Fact]) -> Vec<String> {
+pub(super) fn engine_problems(facts: &[Fact]) -> Vec<String> {
     let mut counts: BTreeMap<(&str, u32, &str), usize> = BTreeMap::new();
     for fact in facts {
         if let Fact::Engine(EngineFact { engine, pid, problem: Some(problem), .. }) = fact {

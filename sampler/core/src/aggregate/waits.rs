@@ -73,7 +73,8 @@ pub fn window_parts(from: BootNs, to: BootNs) -> impl Iterator<Item = (u64, f64)
     let last = last.min(first + MAX_OPEN as u64);
     (first..=last).map(move |number| {
         let begin = from.0.max(number * COACTIVITY_WINDOW_NS);
-        let end = to.0.min((number + 1) * COACTIVITY_WINDOW_NS);
+        // A file has any times.
+        let end = to.0.min((number + 1).saturating_mul(COACTIVITY_WINDOW_NS));
         (number, end.saturating_sub(begin) as f64 / length)
     })
 }
@@ -261,5 +262,6 @@ mod tests {
         assert_eq!(all, [(0, 0.25), (1, 0.5), (2, 0.25)]);
         assert_eq!(window_parts(BootNs(S), BootNs(2 * S)).collect::<Vec<_>>(), [(1, 1.0)]);
         assert_eq!(window_parts(BootNs(0), BootNs(u64::MAX)).count(), MAX_OPEN + 1);
+        assert_eq!(window_parts(BootNs(u64::MAX - 9), BootNs(u64::MAX)).map(|(_, part)| part).sum::<f64>(), 1.0);
     }
 }

@@ -64,7 +64,7 @@ pub struct Core {
     unused: HashMap<ContainerKey, Arc<ContainerRecord>>,
     keep_facts: bool,
     /// Processes that called cuInit, with their users; only while wait probes are attached.
-    clients: VecDeque<(Tgid, User)>,
+    clients: VecDeque<User>,
 }
 
 const MAX_CLIENTS: usize = 1024;
@@ -177,7 +177,7 @@ impl Core {
     /// The living processes of all users that hold a GPU or were credited with time on one.
     pub fn gpu_processes(&self) -> Vec<GpuProcess> {
         let mut users: HashSet<User> = HashSet::default();
-        users.extend(self.clients.iter().map(|(_, user)| *user));
+        users.extend(self.clients.iter().copied());
         for (_, gpu) in self.aggregate.gpus() {
             users.extend(gpu.holders().users());
             users.extend(gpu.containers().into_iter().map(User::Container));
@@ -204,10 +204,14 @@ impl Core {
         if !matches!(user, User::Container(_) | User::Host(_)) {
             return;
         }
+        // A container counts once, whatever the number of its processes, so that it cannot replace all others.
+        if self.clients.contains(&user) {
+            return;
+        }
         if self.clients.len() >= MAX_CLIENTS {
             self.clients.pop_front();
         }
-        self.clients.push_back((tgid, user));
+        self.clients.push_back(user);
     }
 
     fn waited(&mut self, reading: WaitReading) {

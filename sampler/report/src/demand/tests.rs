@@ -3,6 +3,10 @@ use devkit::gpu_users::{Phase, Played, User, Wait, play, scenario};
 
 use super::*;
 
+fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand {
+    DemandWindows::new(windows.to_vec()).evaluate(other, pairs)
+}
+
 const BUSY: User = User { work_s: 0.01, think_s: 0.0, wait: Wait::Block, phase: Phase::Always, overhead_s: 0.0, throttled: 0.0 };
 const IN_PHASES: User = User { phase: Phase::Repeats { on: 12.0, off: 10.0, offset: 3.0 }, ..BUSY };
 

@@ -54,20 +54,10 @@ impl HtmlPage<'_> {
                 experiment.seed
             );
             for gpu in &experiment.gpus {
-                for effect in &gpu.effects {
-                    let verdict = if effect.confirmed {
-                        badge(Evidence::ExperimentConfirmed)
-                    } else {
-                        format!("not confirmed: {} ", html_escape(&effect.why_not))
-                    };
-                    markup += &format!(
-                        "<p>{}, {}: {verdict}{}</p>",
-                        words::gpu_name(self.report, &gpu.uuid),
-                        effect.outcome.name(),
-                        words::freeze_rates(effect).unwrap_or_default()
-                    );
-                }
+                let name = format!("{}, ", words::gpu_name(self.report, &gpu.uuid));
+                markup += &gpu.effects.iter().map(|effect| freeze_effect(&name, effect)).collect::<String>();
             }
+            markup += &experiment.effects.iter().map(|effect| freeze_effect("", effect)).collect::<String>();
             self.add(&(markup + "</article>"));
         }
         self.add("</section>");
@@ -178,12 +168,13 @@ impl HtmlPage<'_> {
 
     fn contender(&self, contender: &Contender) -> String {
         let reason = &contender.why_not_confirmed;
+        let experiments = contender.experiment.iter().filter_map(|effect| words::freeze_means(effect, "the contender"));
         let parts = [
             words::rates(contender).map(|rates| format!("{rates}.")),
             (!reason.is_empty()).then(|| format!("Not confirmed: {}.", html_escape(reason).trim_end_matches('.'))),
             contender.demand.as_ref().map(|demand| format!("Waiting: {}.", html_escape(&wait_words::evidence(demand)))),
-            contender.experiment.as_ref().and_then(words::freeze_rates).map(|rates| format!("Experiment: {rates}.")),
         ];
+        let parts = parts.into_iter().flatten().chain(experiments.map(|means| format!("Experiment: {means}.")));
         format!(
             "<div class=\"contender\"><p>{} {}received <b>{}</b> GPU-seconds in the same windows, <b>{}</b> of them while the \
              GPU was saturated; coactive for <b>{}</b>.</p><p class=\"note\">{}</p></div>",
@@ -192,9 +183,20 @@ impl HtmlPage<'_> {
             words::with_error(contender.gpu_seconds, contender.gpu_seconds_stderr),
             words::number(contender.saturated_gpu_seconds),
             words::seconds(contender.coactive_seconds),
-            parts.into_iter().flatten().collect::<Vec<_>>().join(" ")
+            parts.collect::<Vec<_>>().join(" ")
         )
     }
+}
+
+/// `gpu`: the name of the GPU with a comma; empty for an outcome that belongs to no single GPU.
+fn freeze_effect(gpu: &str, effect: &FreezeEffect) -> String {
+    let verdict = if effect.confirmed {
+        badge(Evidence::ExperimentConfirmed)
+    } else {
+        format!("not confirmed: {} ", html_escape(&effect.why_not))
+    };
+    let means = words::freeze_means(effect, "the suspect").unwrap_or_default();
+    format!("<p>{gpu}{}: {verdict}{means}</p>", effect.outcome.name())
 }
 
 fn badge(evidence: Evidence) -> String {

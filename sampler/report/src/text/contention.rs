@@ -132,8 +132,8 @@ impl TextPage<'_> {
                 }
             }
         }
-        if let Some(rates) = contender.experiment.as_ref().and_then(words::freeze_rates) {
-            self.page.wrap("      ", &format!("experiment: {rates}"));
+        for means in contender.experiment.iter().filter_map(|effect| words::freeze_means(effect, "the contender")) {
+            self.page.wrap("      ", &format!("experiment: {means}"));
         }
     }
 

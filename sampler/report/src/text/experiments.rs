@@ -1,7 +1,7 @@
 //! Freezing experiments: who was frozen, and the effect on each GPU of the victim.
 
 use super::super::layout::terminal_safe;
-use super::super::model::ExperimentReport;
+use super::super::model::{ExperimentReport, FreezeEffect};
 use super::super::words;
 use super::{PROBLEMS, TextPage};
 
@@ -32,16 +32,19 @@ impl TextPage<'_> {
             self.page.wrap("    - ", "not confirmed: the victim has no sample on a GPU of the report");
         }
         for gpu in &experiment.gpus {
-            for effect in &gpu.effects {
-                let name = words::gpu_name(self.report, &gpu.uuid);
-                let rates = words::freeze_rates(effect).map(|rates| format!(": {rates}")).unwrap_or_default();
-                let verdict = if effect.confirmed {
-                    "experiment-confirmed".to_owned()
-                } else {
-                    format!("not confirmed ({})", terminal_safe(&effect.why_not))
-                };
-                self.page.wrap("    - ", &format!("{name}, {}: {verdict}{rates}", effect.outcome.name()));
-            }
+            let name = words::gpu_name(self.report, &gpu.uuid);
+            gpu.effects.iter().for_each(|effect| self.effect(&format!("{name}, "), effect));
         }
+        experiment.effects.iter().for_each(|effect| self.effect("", effect));
+    }
+
+    fn effect(&mut self, gpu: &str, effect: &FreezeEffect) {
+        let means = words::freeze_means(effect, "the suspect").map(|means| format!(": {means}")).unwrap_or_default();
+        let verdict = if effect.confirmed {
+            "experiment-confirmed".to_owned()
+        } else {
+            format!("not confirmed ({})", terminal_safe(&effect.why_not))
+        };
+        self.page.wrap("    - ", &format!("{gpu}{}: {verdict}{means}", effect.outcome.name()));
     }
 }

@@ -1,4 +1,5 @@
-//! `experiment`: freezes a suspect at random times while the agent records, and prints whether the victim received more GPU time then.
+//! `experiment`: freezes a suspect at random times while the agent records, and prints whether the victim received more GPU time, or waited
+//! less, then.
 //!
 //! ```text
 //!  resolve, refuse, consent -> POST sessions -> POST the schedule -> guard: freeze, thaw, POST each freeze -> stop -> file -> judgement
@@ -20,20 +21,20 @@ use clap::Args;
 use hyper::Method;
 use sampler_core::experiment::{BURSTS, ExperimentDesign, ExperimentFact, ExperimentSchedule, FREEZE_NS, PAUSE_NS};
 use sampler_core::units::BootNs;
-use sampler_report::{Report, TextOptions, experiments_text};
+use sampler_report::{Outcome, Report, TextOptions, experiments_text};
 use sampler_session::View;
 
 use self::bursts::{Bursts, BurstsOutcome};
 use self::subjects::{FrozenSubject, Subjects};
 use super::access::AccessArgs;
 use super::client::{Client, TIMEOUT};
-use super::record::{Signals, call, fetch, quoted};
+use super::record::{Signals, call, engine_problems, fetch, quoted};
 use super::request::{document, unreachable};
 use crate::cli::output::{json, print};
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 use crate::config::{Config, Settings};
 use crate::error::display_chain;
-use crate::export::sessions::{SessionBody, StartedSession, WaitProbesBody};
+use crate::export::sessions::{EngineMetricsBody, SessionBody, StartedSession, WaitProbesBody};
 use crate::freeze::{GuardHandle, RuntimeDir, recover};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::layout;
@@ -44,6 +45,7 @@ Examples:
   gpu-sampler experiment --victim trainer-0 --suspect 73e1a9
   gpu-sampler experiment --victim trainer-0 --suspect notebook-7 --i-may-freeze --bursts 12 --freeze 2s -o why.gpus
   gpu-sampler experiment --victim 73e1a9 --suspect loader-3 --whole-pod --seed 7
+  gpu-sampler experiment --victim llm-0 --suspect 73e1a9 --engine-metrics --wait-probes=container=llm-0
 
 The suspect does nothing while it is frozen. It must have the annotation or label gpu-sampler.io/may-freeze=true, or
 --i-may-freeze is required. docs/experiments.md describes consent, safety and the test.";
@@ -52,6 +54,8 @@ The suspect does nothing while it is frozen. It must have the annotation or labe
 const LEAD_NS: u64 = 2_000_000_000;
 /// The session is stopped at the end of the schedule; if this command is killed, it ends by itself after this time.
 const TAIL_S: f64 = 30.0;
+/// Not counted after each edge of a window.
+const GUARD: Duration = Duration::from_nanos(sampler_report::GUARD_NS);
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// For a stopped session to end.
 const ENDS_WITHIN: Duration = Duration::from_secs(60);
@@ -65,7 +69,7 @@ pub struct ExperimentArgs {
     /// Container to freeze, by id, name, pod or the path of its cgroup
     #[arg(long, value_name = "CONTAINER")]
     suspect: String,
-    /// Number of freezes, 6 to 100; 7 or more can confirm an effect
+    /// Number of freezes, 6 to 100; 7 or more can confirm an effect on one GPU, 9 or more one of three outcomes
     #[arg(long, value_name = "N", default_value_t = 20, value_parser = clap::value_parser!(u32).range(i64::from(*BURSTS.start())..=i64::from(*BURSTS.end())))]
     bursts: u32,
     /// Length of a freeze, and of the time without one that it is compared with; 100ms to 10s
@@ -83,6 +87,12 @@ pub struct ExperimentArgs {
     /// Freeze the whole pod of the suspect, with all of its containers
     #[arg(long)]
     whole_pod: bool,
+    /// Also compare the time to the first token of the victim's serving engines (vLLM, SGLang, Triton, TGI); needs engine_access
+    #[arg(long)]
+    engine_metrics: bool,
+    /// How often the metrics of serving engines are read; 1s to 60s, and less than half of the freeze
+    #[arg(long, value_name = "TIME", default_value = "1s", value_parser = humantime::parse_duration)]
+    engine_every: Duration,
     /// Session file to write [default: gpu-sampler-NODE-TIME.gpus in the current directory]
     #[arg(short, long, value_name = "FILE")]
     output: Option<PathBuf>,
@@ -130,6 +140,7 @@ fn nanos(time: Duration) -> u64 {
 
 impl ExperimentArgs {
     pub fn run(self) -> anyhow::Result<ExitCode> {
+        self.check_engine_readings()?;
         let config = self.settings.clone().validate(self.config.as_deref())?;
         let runtime = tokio::runtime::Builder::new_multi_thread()
             .worker_threads(2)
@@ -140,6 +151,22 @@ impl ExperimentArgs {
         // A file read of the agent may hang in the kernel.
         runtime.shutdown_timeout(TIMEOUT);
         result
+    }
+
+    /// Any counted part of a window must have two readings of an engine in it, whenever the first is.
+    fn check_engine_readings(&self) -> anyhow::Result<()> {
+        let needed = GUARD + self.engine_every.saturating_mul(2);
+        if self.engine_metrics && self.freeze < needed {
+            let time = humantime::format_duration;
+            bail!(
+                "with --engine-every {} a freeze must last {} or longer for two readings of an engine in it: set --freeze {}{}",
+                time(self.engine_every),
+                time(needed),
+                time(needed.min(Duration::from_nanos(*FREEZE_NS.end()))),
+                if nanos(needed) > *FREEZE_NS.end() { ", which is the longest, and a shorter --engine-every" } else { "" }
+            );
+        }
+        Ok(())
     }
 
     fn design(&self) -> ExperimentDesign {
@@ -183,6 +210,9 @@ impl ExperimentArgs {
         }
         stopped.context("cannot stop the session")?;
         let report = self.report(&client, &session).await?;
+        for missing in self.missing_outcomes(&report) {
+            eprintln!("gpu-sampler: {missing}");
+        }
         self.print(&report)?;
         Ok(ExitCode::SUCCESS)
     }
@@ -198,7 +228,10 @@ impl ExperimentArgs {
             containers: Vec::new(),
             namespaces: Vec::new(),
             wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
-            engine_metrics: None,
+            engine_metrics: self.engine_metrics.then(|| EngineMetricsBody {
+                every_seconds: self.engine_every.as_secs_f64(),
+                rules: self.settings.engine_rules.clone().unwrap_or_default(),
+            }),
         };
         let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
         let StartedSession { id } = document(client.url(), &body)?;
@@ -225,6 +258,21 @@ impl ExperimentArgs {
         deleted.context("the session was fetched, but cannot be deleted on the agent")?;
         eprintln!("{}\nNext: gpu-sampler report {}", file.display(), quoted(&file.display().to_string()));
         read_report(&file)
+    }
+
+    /// Outcomes that were requested and that the session does not have.
+    fn missing_outcomes(&self, report: &Report) -> Vec<&'static str> {
+        let has = |outcome| {
+            report.experiments.iter().flat_map(|experiment| &experiment.effects).any(|effect| effect.outcome == outcome)
+        };
+        let mut missing = Vec::new();
+        if self.settings.wait_probes.is_some() && !has(Outcome::CallWait) {
+            missing.push("no process of the victim had wait probes: --wait-probes must select it, and `gpu-sampler report` has the reasons");
+        }
+        if self.engine_metrics && !has(Outcome::TimeToFirstToken) {
+            missing.push("no serving engine of the victim reported a time to the first token, so that it is not compared");
+        }
+        missing
     }
 
     fn print(&self, report: &Report) -> anyhow::Result<()> {
@@ -257,6 +305,9 @@ fn read_report(file: &Path) -> anyhow::Result<Report> {
     let session = session::read(file)?;
     for damage in &session.damage {
         eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
+    }
+    for problem in engine_problems(&session.facts) {
+        eprintln!("gpu-sampler: {}", terminal_safe(&problem));
     }
     Ok(sampler_report::build(&session, &View::default()))
 }
@@ -311,6 +362,34 @@ mod tests {
         let design = parsed("--seed 7 --freeze 1500ms").unwrap().design();
         let expect = ExperimentDesign { seed: 7, bursts: 20, window_ns: 1_500_000_000, pause_ns: 1_000_000_000 };
         assert_eq!(design, expect);
+    }
+
+    #[test]
+    fn readings_of_engines_must_fit_into_a_freeze() {
+        let check = |args: &str, problem: &str| {
+            let line = ["experiment", "--victim", "a", "--suspect", "b"].into_iter().chain(args.split_whitespace());
+            let checked =
+                ExperimentCommand::try_parse_from(line).map(|command| command.experiment.check_engine_readings()).unwrap();
+            match checked {
+                Ok(()) => assert_eq!(problem, "", "{args}"),
+                Err(error) => assert!(!problem.is_empty() && error.to_string().contains(problem), "{args}: {error}"),
+            }
+        };
+        check("--engine-metrics", "");
+        check("--engine-metrics --freeze 2500ms", "");
+        check("--freeze 1s", "");
+        check("--engine-metrics --freeze 2s", "set --freeze 2s 500ms");
+        check("--engine-metrics --engine-every 5s --freeze 10s", "set --freeze 10s, which is the longest, and a shorter");
+    }
+
+    #[test]
+    fn outcomes_that_were_requested_and_are_not_recorded_are_named() {
+        let missing = |args: &str| {
+            let line = ["experiment", "--victim", "a", "--suspect", "b"].into_iter().chain(args.split_whitespace());
+            let parsed = ExperimentCommand::try_parse_from(line).unwrap();
+            parsed.experiment.missing_outcomes(&Report::default()).len()
+        };
+        assert_eq!((missing(""), missing("--engine-metrics"), missing("--engine-metrics --wait-probes=all")), (0, 1, 2));
     }
 
     #[test]

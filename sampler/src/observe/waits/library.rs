@@ -1,18 +1,23 @@
 //! The CUDA driver library that a process maps, and where its blocking calls are in the file.
 //!
-//! A container chooses its files and can change them at any time, so: the file is opened once, is compared with what the process maps, and
-//! every later step uses that descriptor. Offsets are kept for a file as long as neither its size nor its times change.
+//! A container chooses its files and can change them at any time, so: symlinks are resolved in the root of the process and never lead out of
+//! it; the file is opened once, only if it is a regular one that the process maps (to open a device may have effects); every later step uses
+//! that descriptor; and what is read of maps and of the file is bounded. Offsets are kept for a file as long as neither its size nor its
+//! times change.
 
+use std::cell::Cell;
 use std::collections::HashMap;
 use std::fs::{File, OpenOptions};
-use std::io;
+use std::io::{self, BufRead as _, BufReader, Read as _};
+use std::ops::Range;
 use std::os::fd::AsRawFd as _;
 use std::os::unix::fs::{MetadataExt as _, OpenOptionsExt as _};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use object::read::ReadCache;
+use object::read::{ReadCache, ReadRef};
 use object::{Object as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind};
+use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use thiserror::Error;
 
 /// Beginning of the library's file name; a version follows.
@@ -42,6 +47,17 @@ const BLOCKING: &[&str] = &[
 const FIRST: &str = "cuInit";
 /// A file with more symbols is not the driver's library, which has some thousand.
 const MAX_SYMBOLS: usize = 200_000;
+/// Calls, and parts of the file that are mapped; the driver's library has a few of each.
+const MAX_OFFSETS: usize = 64;
+const MAX_SEGMENTS: usize = 64;
+/// What is read of a file; of the driver's library these are some MiB.
+const MAX_READ_BYTES: u64 = 64 << 20;
+/// A string of the file costs at least the block that is read for it.
+const STRING_BYTES: u64 = 256;
+/// What is read of the maps of a process: some hundred bytes for each mapping.
+const MAX_MAPS_BYTES: u64 = 64 << 20;
+/// A longer line has a longer path than a file can have, with every byte of it escaped.
+const MAX_LINE_BYTES: u64 = 32 << 10;
 /// Files of which the offsets are kept.
 const MAX_FILES: usize = 64;
 
@@ -106,6 +122,78 @@ fn mapped(line: &str) -> Option<(u64, &Path)> {
     (is_library && permissions.contains('x')).then_some((inode.parse().ok()?, path))
 }
 
+/// The first driver library in maps; `None` if there is none in what is read of them.
+fn mapped_library(maps: impl io::BufRead) -> io::Result<Option<(u64, PathBuf)>> {
+    let mut maps = maps.take(MAX_MAPS_BYTES);
+    let mut line = Vec::new();
+    loop {
+        line.clear();
+        let length = (&mut maps).take(MAX_LINE_BYTES).read_until(b'\n', &mut line)?;
+        if length == 0 {
+            return Ok(None);
+        }
+        // A path can be any bytes; one that is not text is not the library's.
+        let text = std::str::from_utf8(line.strip_suffix(b"\n").unwrap_or(&line)).ok();
+        if let Some((inode, path)) = text.and_then(mapped) {
+            return Ok(Some((inode, path.to_owned())));
+        }
+    }
+}
+
+/// Opens a path of a process as a reference to the file, whatever it is.
+fn open_without_effect(root: &Path, path: &Path) -> io::Result<File> {
+    let flags = OFlags::PATH | OFlags::CLOEXEC;
+    // The last component is a link of the kernel to the root of the process.
+    let root = openat(CWD, root, flags | OFlags::DIRECTORY, Mode::empty())?;
+    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
+    Ok(openat2(&root, path, flags, Mode::empty(), resolve)?.into())
+}
+
+/// Opens the very file for reading.
+fn reopen(found: &File) -> io::Result<File> {
+    OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(format!("/proc/self/fd/{}", found.as_raw_fd()))
+}
+
+/// Data of which a bounded number of bytes is read.
+#[derive(Debug)]
+struct BoundedData<'a, R> {
+    data: R,
+    left: &'a Cell<u64>,
+}
+
+impl<R: Copy> Clone for BoundedData<'_, R> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<R: Copy> Copy for BoundedData<'_, R> {}
+
+impl<R> BoundedData<'_, R> {
+    fn take(&self, bytes: u64) -> Result<(), ()> {
+        self.left.set(self.left.get().checked_sub(bytes).ok_or(())?);
+        Ok(())
+    }
+}
+
+impl<'data, R: ReadRef<'data>> ReadRef<'data> for BoundedData<'_, R> {
+    fn len(self) -> Result<u64, ()> {
+        self.data.len()
+    }
+
+    fn read_bytes_at(self, offset: u64, size: u64) -> Result<&'data [u8], ()> {
+        self.take(size)?;
+        self.data.read_bytes_at(offset, size)
+    }
+
+    fn read_bytes_at_until(self, range: Range<u64>, delimiter: u8) -> Result<&'data [u8], ()> {
+        self.take(STRING_BYTES)?;
+        let text = self.data.read_bytes_at_until(range, delimiter)?;
+        self.take(text.len() as u64)?;
+        Ok(text)
+    }
+}
+
 #[derive(Debug, Default)]
 pub struct Libraries {
     known: HashMap<FileKey, Result<Arc<CallOffsets>, String>>,
@@ -115,31 +203,30 @@ impl Libraries {
     /// The first driver library that the process maps as code.
     pub fn of_process(&mut self, procfs: &Path, pid: u32) -> Result<Library, LibraryError> {
         let folder = procfs.join(pid.to_string());
-        let maps = std::fs::read(folder.join("maps")).map_err(|source| LibraryError::Maps { pid, source })?;
-        // A path can be any bytes; one that is not text is not the library's.
-        let maps = String::from_utf8_lossy(&maps);
-        let (inode, path) = maps.lines().find_map(mapped).ok_or(LibraryError::Absent)?;
+        let maps = File::open(folder.join("maps")).and_then(|maps| mapped_library(BufReader::new(maps)));
+        let found = maps.map_err(|source| LibraryError::Maps { pid, source })?;
+        let (inode, path) = found.ok_or(LibraryError::Absent)?;
         if let Some(removed) = path.to_str().and_then(|path| path.strip_suffix(" (deleted)")) {
             return Err(LibraryError::Replaced { path: removed.into() });
         }
-        let beneath = folder.join("root").join(path.strip_prefix("/").unwrap_or(path));
-        self.open(&beneath, path, inode)
+        self.open(&folder.join("root"), &path, inode)
     }
 
-    fn open(&mut self, at: &Path, path: &Path, inode: u64) -> Result<Library, LibraryError> {
+    fn open(&mut self, root: &Path, path: &Path, inode: u64) -> Result<Library, LibraryError> {
         let path = path.to_owned();
-        // A named pipe in its place would block.
-        let opened = OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(at);
-        let (file, meta) = match opened.and_then(|file| Ok((file.metadata()?, file))) {
-            Ok((meta, file)) => (file, meta),
+        let found = match open_without_effect(root, &path) {
+            Ok(found) => found,
             Err(source) => return Err(LibraryError::Open { path, source }),
         };
-        if !meta.is_file() {
-            return Err(LibraryError::NotRegular { path });
-        }
-        if meta.ino() != inode {
-            return Err(LibraryError::Replaced { path });
-        }
+        let (file, meta) = match found.metadata() {
+            Ok(meta) if !meta.is_file() => return Err(LibraryError::NotRegular { path }),
+            Ok(meta) if meta.ino() != inode => return Err(LibraryError::Replaced { path }),
+            Ok(meta) => match reopen(&found) {
+                Ok(file) => (file, meta),
+                Err(source) => return Err(LibraryError::Open { path, source }),
+            },
+            Err(source) => return Err(LibraryError::Open { path, source }),
+        };
         let ns = |seconds: i64, ns: i64| i128::from(seconds) * 1_000_000_000 + i128::from(ns);
         let key = FileKey {
             device: meta.dev(),
@@ -171,10 +258,12 @@ fn offsets_of(bytes: &[u8]) -> Result<CallOffsets, String> {
     offsets_in(bytes)
 }
 
-fn offsets_in<'data, R: object::ReadRef<'data>>(data: R) -> Result<CallOffsets, String> {
-    let elf = object::File::parse(data).map_err(|error| error.to_string())?;
+fn offsets_in<'data, R: ReadRef<'data>>(data: R) -> Result<CallOffsets, String> {
+    let left = Cell::new(MAX_READ_BYTES);
+    let elf = object::File::parse(BoundedData { data, left: &left }).map_err(|error| error.to_string())?;
     let segments: Vec<(u64, u64, u64)> = elf
         .segments()
+        .take(MAX_SEGMENTS)
         .map(|segment| {
             let (offset, size) = segment.file_range();
             (segment.address(), size, offset)
@@ -197,6 +286,9 @@ fn offsets_in<'data, R: object::ReadRef<'data>>(data: R) -> Result<CallOffsets, 
             found.first = offset(symbol.address());
         } else if BLOCKING.contains(&name) {
             found.blocking.extend(offset(symbol.address()));
+        }
+        if found.blocking.len() > MAX_OFFSETS {
+            return Err(format!("it has more than {MAX_OFFSETS} symbols of blocking calls"));
         }
     }
     // Names of one function with several versions.
@@ -250,10 +342,67 @@ mod tests {
         std::fs::write(&path, "x").unwrap();
         let inode = std::fs::metadata(&path).unwrap().ino();
         let mut libraries = Libraries::default();
-        let mut open = |inode| libraries.open(&path, &path, inode).unwrap_err();
+        let mut open = |inode| libraries.open(folder.path(), Path::new("/libcuda.so.1"), inode).unwrap_err();
         assert!(matches!(open(inode + 1), LibraryError::Replaced { .. }));
         assert!(matches!(open(inode), LibraryError::Format { .. }));
-        let mut libraries = Libraries::default();
-        assert!(matches!(libraries.open(folder.path(), &path, 1).unwrap_err(), LibraryError::NotRegular { .. }));
+    }
+
+    #[test]
+    fn symlinks_are_those_of_the_process_and_only_regular_files_are_opened() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        std::fs::write(at("real"), "x").unwrap();
+        std::os::unix::fs::symlink("/real", at("inside")).unwrap();
+        std::os::unix::fs::symlink("../../../../../../../etc/passwd", at("outside")).unwrap();
+        std::os::unix::fs::symlink("/proc/self/exe", at("magic")).unwrap();
+        rustix::fs::mkfifoat(CWD, at("pipe"), Mode::RUSR).unwrap();
+        std::fs::create_dir(at("folder")).unwrap();
+        let inode = |name: &str| std::fs::symlink_metadata(at(name)).unwrap().ino();
+        let open = |name: &str, inode| {
+            Libraries::default().open(folder.path(), &Path::new("/").join(name), inode).map(|_| ()).unwrap_err()
+        };
+        // It was read, and is not a library.
+        assert!(matches!(open("inside", inode("real")), LibraryError::Format { .. }));
+        assert!(matches!(open("outside", 1), LibraryError::Open { .. }));
+        assert!(matches!(open("magic", 1), LibraryError::Open { .. }));
+        assert!(matches!(open("pipe", inode("pipe")), LibraryError::NotRegular { .. }));
+        assert!(matches!(open("folder", inode("folder")), LibraryError::NotRegular { .. }));
+    }
+
+    #[test]
+    fn what_is_read_of_maps_and_of_a_file_is_bounded() {
+        let library = "7f00-7f10 r-xp 00001000 fd:01 1234    /usr/lib/libcuda.so.1\n";
+        let found = |before: u64| {
+            let maps = io::BufReader::new(io::repeat(b'x').take(before)).chain(b"\n".as_slice()).chain(library.as_bytes());
+            mapped_library(maps).unwrap()
+        };
+        assert_eq!(found(5), Some((1234, "/usr/lib/libcuda.so.1".into())));
+        assert_eq!(found(3 * MAX_LINE_BYTES), Some((1234, "/usr/lib/libcuda.so.1".into())));
+        assert_eq!(found(MAX_MAPS_BYTES), None);
+
+        let left = Cell::new(10);
+        let data = BoundedData { data: b"abc\0defghijklmnopqrstuvwxyz".as_slice(), left: &left };
+        assert_eq!(data.read_bytes_at(0, 3), Ok(b"abc".as_slice()));
+        assert_eq!(data.read_bytes_at(0, 8), Err(()));
+        assert_eq!(data.read_bytes_at(0, 7).map(<[u8]>::len), Ok(7));
+        assert_eq!(data.read_bytes_at_until(0..20, 0), Err(()));
+    }
+
+    /// A file of a terabyte, of which the section of symbols is nearly all.
+    #[test]
+    fn a_sparse_file_is_not_read() {
+        let own = std::fs::read("/proc/self/exe").unwrap();
+        let number =
+            |at: usize, size: usize| own[at..at + size].iter().rev().fold(0, |sum: u64, byte| sum << 8 | u64::from(*byte));
+        let (sections, size, n) = (number(40, 8) as usize, number(58, 2) as usize, number(60, 2) as usize);
+        let dynamic = (0..n).map(|n| sections + n * size).find(|at| number(at + 4, 4) == 11).unwrap();
+        let mut changed = own.clone();
+        changed[dynamic + 32..dynamic + 40].copy_from_slice(&(1_u64 << 39).to_le_bytes());
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("libcuda.so.1");
+        std::fs::write(&path, changed).unwrap();
+        let file = OpenOptions::new().read(true).write(true).open(&path).unwrap();
+        file.set_len(1 << 40).unwrap();
+        assert!(call_offsets(&file).is_err());
     }
 }

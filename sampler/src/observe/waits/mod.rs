@@ -34,6 +34,7 @@ use crate::health::Health;
 use crate::health::condition::Condition;
 use crate::inbox::CoreSender;
 use crate::observe::clock::boot_now;
+use crate::observe::kernel::proc::living_thread;
 use crate::wait_selector::WaitSelector;
 
 const EVERY: Duration = Duration::from_secs(1);
@@ -117,13 +118,19 @@ struct Unprobed {
 /// What identifies a process: its pid, and its start to the clock tick.
 type ProcessId = (u32, u64);
 
+/// Why the programs could not be loaded, and when that is tried again.
+struct LoadFailure {
+    again: Instant,
+    problem: String,
+}
+
 struct Worker {
     context: WaitContext,
     probes: Option<Probes>,
     libraries: Libraries,
     probed: HashMap<ProcessId, ProbedProcess>,
     unprobed: HashMap<ProcessId, Unprobed>,
-    load_again: Option<Instant>,
+    load_failure: Option<LoadFailure>,
     observations: Vec<Observation>,
 }
 
@@ -137,7 +144,7 @@ pub fn start(context: WaitContext) -> std::io::Result<()> {
             libraries: Libraries::default(),
             probed: HashMap::new(),
             unprobed: HashMap::new(),
-            load_again: None,
+            load_failure: None,
             observations: Vec::new(),
         };
         while !stop.load(Ordering::Relaxed) {
@@ -156,10 +163,19 @@ fn id_of(process: &GpuProcess) -> ProcessId {
     (process.tgid.0, process.start.proc_tick())
 }
 
-/// Whether the process has a seccomp filter.
+/// Whether the PID still is that of the process, to the clock tick of its start.
+fn is_same_process(procfs: &Path, process: &GpuProcess) -> bool {
+    let folder = procfs.join(process.tgid.0.to_string());
+    let alive = living_thread(&folder);
+    alive.is_ok_and(|alive| alive.is_some_and(|(_, start)| start.proc_tick() == process.start.proc_tick()))
+}
+
+/// Whether the process has a seccomp filter. One of which this is not known may have one. Read as bytes, because a process can set any name
+/// for itself.
 fn has_seccomp(procfs: &Path, pid: u32) -> bool {
-    let status = std::fs::read_to_string(procfs.join(pid.to_string()).join("status")).unwrap_or_default();
-    status.lines().any(|line| line.strip_prefix("Seccomp:").is_some_and(|mode| mode.trim() == "2"))
+    let Ok(status) = std::fs::read(procfs.join(pid.to_string()).join("status")) else { return true };
+    let mode = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Seccomp:"));
+    mode.is_some_and(|mode| mode.trim_ascii() == b"2")
 }
 
 impl Worker {
@@ -169,8 +185,10 @@ impl Worker {
             self.end_all();
             return self.send();
         }
-        if !self.is_loaded() {
-            return Some(());
+        if let Err(problem) = self.load() {
+            let wanted = self.wanted(&selectors)?;
+            self.refuse(&wanted, &problem);
+            return self.send();
         }
         self.send_clients()?;
         let wanted = self.wanted(selectors)?;
@@ -196,23 +214,37 @@ impl Worker {
         self.context.to.observe_all(std::mem::take(&mut self.observations).into_iter()).ok()
     }
 
-    fn is_loaded(&mut self) -> bool {
+    /// Loads the programs, if they are not; returns the reason if they cannot be.
+    fn load(&mut self) -> Result<(), String> {
         if self.probes.is_some() {
-            return true;
+            return Ok(());
         }
-        if self.load_again.is_some_and(|again| Instant::now() < again) {
-            return false;
+        if let Some(failure) = self.load_failure.as_ref().filter(|failure| Instant::now() < failure.again) {
+            return Err(failure.problem.clone());
         }
         match Probes::load(self.context.budget, &self.context.procfs) {
             Ok(probes) => {
                 self.probes = Some(probes);
-                self.load_again = None;
-                true
+                self.load_failure = None;
+                Ok(())
             }
             Err(error) => {
-                self.load_again = Some(Instant::now() + LOAD_AGAIN);
-                self.context.health.report(Condition::WaitProbes, &[display_chain(&error)], |_, first| first.to_owned());
-                false
+                let problem = display_chain(&error);
+                self.load_failure = Some(LoadFailure { again: Instant::now() + LOAD_AGAIN, problem: problem.clone() });
+                self.context.health.report(Condition::WaitProbes, std::slice::from_ref(&problem), |_, first| first.to_owned());
+                Err(problem)
+            }
+        }
+    }
+
+    /// States for each process, once, why it has no probes: the programs cannot be loaded.
+    fn refuse(&mut self, wanted: &[GpuProcess], problem: &str) {
+        self.end_except(wanted);
+        for process in wanted {
+            let now = Instant::now();
+            let known = Unprobed { reported: Some(WaitProbeState::Refused), since: now, again: Some(now) };
+            if self.unprobed.insert(id_of(process), known).is_none() {
+                self.probe_change((process.tgid, process.start), WaitProbeState::Refused, problem.to_owned());
             }
         }
     }
@@ -229,19 +261,19 @@ impl Worker {
     /// Reads all processes; those over the budget lose their probes.
     fn read(&mut self) {
         let Some(probes) = &mut self.probes else { return };
-        let mut over = Vec::new();
+        let mut over = HashSet::new();
         for (id, process) in &mut self.probed {
             // Without an entry, and if it cannot be read, there is nothing to add.
             let Ok(Some(sums)) = probes.sums(id.0) else { continue };
             if sums.over_budget > 0 {
-                over.push(*id);
+                over.insert(*id);
                 continue;
             }
             self.observations.push(Observation::Waited(Box::new(process.take(&sums, boot_now()))));
         }
+        probes.forget(&over.iter().map(|(pid, _)| *pid).collect());
         for id in over {
             let Some(process) = self.probed.remove(&id) else { continue };
-            probes.forget(id.0);
             let budget = self.context.budget;
             let detail = format!("more than {budget} blocking calls a second; wait_probe_budget permits more");
             let (reported, since) = (Some(WaitProbeState::OverBudget), Instant::now());
@@ -261,22 +293,22 @@ impl Worker {
         let wanted: HashSet<ProcessId> = wanted.iter().map(id_of).collect();
         self.unprobed.retain(|id, _| wanted.contains(id));
         let ended: Vec<ProcessId> = self.probed.keys().filter(|id| !wanted.contains(*id)).copied().collect();
+        if let Some(probes) = &mut self.probes {
+            probes.forget(&ended.iter().map(|(pid, _)| *pid).collect());
+        }
         for id in ended {
             let Some(process) = self.probed.remove(&id) else { continue };
-            if let Some(probes) = &mut self.probes {
-                probes.forget(id.0);
-            }
             self.probe_change((process.tgid, process.start), WaitProbeState::Ended, String::new());
         }
     }
 
     fn end_all(&mut self) {
-        if self.probes.is_none() && self.load_again.is_none() {
+        if self.probes.is_none() && self.load_failure.is_none() {
             return;
         }
         self.read();
         self.end_except(&[]);
-        (self.probes, self.load_again) = (None, None);
+        (self.probes, self.load_failure) = (None, None);
         self.libraries = Libraries::default();
         self.context.health.report(Condition::WaitProbes, &[], |_, first| first.to_owned());
     }
@@ -323,6 +355,11 @@ impl Worker {
         })?;
         let attached = probes.attach(pid, &library, has_seccomp(&self.context.procfs, pid));
         let attached = attached.map_err(|error: ProbeError| refused(&error))?;
+        // What was read by the PID may be of a later process with the same one.
+        if !is_same_process(&self.context.procfs, process) {
+            probes.forget(&HashSet::from([pid]));
+            return Err((WaitProbeState::NoLibrary, format!("process {pid} ended")));
+        }
         let probed = ProbedProcess::new(process.tgid, process.start, boot_now(), Some(attached));
         self.probed.insert(id_of(process), probed);
         Ok(library.path.display().to_string())
@@ -336,5 +373,41 @@ impl Worker {
             self.unprobed.iter().filter(|(_, known)| is_problem(known)).map(|((pid, _), _)| format!("process {pid}")).collect();
         let message = |n, first: &str| format!("{n} processes have no wait probes, such as {first}; a session states the reason");
         self.context.health.report(Condition::WaitProbes, &problems, message);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use sampler_core::fact::{HostProcess, User};
+
+    use super::*;
+
+    #[test]
+    fn a_seccomp_filter_is_found_whatever_the_name_of_the_process_is() {
+        let procfs = tempfile::tempdir().unwrap();
+        let folder = procfs.path().join("7");
+        std::fs::create_dir(&folder).unwrap();
+        for (status, expect) in [
+            (b"Name:\tx\nSeccomp:\t0\n".as_slice(), false),
+            (b"Name:\t\xff\nSeccomp:\t2\nSeccomp_filters:\t1\n", true),
+            (b"Name:\tSeccomp:\t2\nSeccomp:\t0\n", false),
+            (b"Name:\tx\n", false),
+        ] {
+            std::fs::write(folder.join("status"), status).unwrap();
+            assert_eq!(has_seccomp(procfs.path(), 7), expect, "{}", status.escape_ascii());
+        }
+        assert!(has_seccomp(procfs.path(), 8));
+    }
+
+    #[test]
+    fn a_later_process_with_the_same_pid_is_another_one() {
+        let procfs = Path::new("/proc");
+        let pid = std::process::id();
+        let (_, start) = living_thread(&procfs.join(pid.to_string())).unwrap().unwrap();
+        let is_same = |start: BootNs| {
+            let user = User::Host(HostProcess { pid, start });
+            is_same_process(procfs, &GpuProcess { tgid: Tgid(pid), start, user })
+        };
+        assert!(is_same(start) && is_same(start.plus(1)) && !is_same(start.plus(1_000_000_000)));
     }
 }

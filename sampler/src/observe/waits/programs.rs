@@ -7,7 +7,7 @@
 //! ```
 //! Nothing is pinned: with the agent's descriptors the kernel removes all probes.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Weak};
 
@@ -15,7 +15,7 @@ use aya::maps::{HashMap as KernelMap, MapData, MapError};
 use aya::programs::UProbe;
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeScope};
 use aya::{Ebpf, EbpfLoader};
-use sampler_common::WaitSums;
+use sampler_common::{WaitSums, WaitingCall};
 use thiserror::Error;
 
 use super::library::{FileKey, Library};
@@ -25,9 +25,12 @@ use crate::observe::kernel::OBJECT;
 
 /// Processes that are probed at a time.
 pub const MAX_PROCESSES: u32 = 1024;
-/// Threads inside a call at a time, and clients that were seen.
-const MAX_CALLS: u32 = 16_384;
+/// Threads inside a call at a time: room for the threads of all processes, so that none can use up the room of another.
+const MAX_CALLS: u32 = MAX_PROCESSES * WaitSums::MAX_THREADS;
+/// Clients that were seen since the last turn.
 const MAX_CLIENTS: u32 = 4096;
+/// Libraries with a probe on the first call, which keeps the file also when it is removed.
+const MAX_FIRST: usize = 64;
 /// From here on the filter of a link is for the process.
 const FILTERS_PROCESSES: (u32, u32) = (6, 10);
 /// Kernels on which returning from a probed function uses a system call that the seccomp filters of runtimes do not know: they end the
@@ -71,11 +74,13 @@ pub struct Probes {
     ebpf: Ebpf,
     attacher: Attacher,
     waits: KernelMap<MapData, u32, WaitSums>,
+    /// By thread, the call that it is inside.
+    waiting: KernelMap<MapData, u64, WaitingCall>,
     clients: KernelMap<MapData, u32, u64>,
     /// Probes that several processes share.
     shared: HashMap<FileKey, Weak<AttachedProbes>>,
-    /// Probes on the first call, which are for all processes of a library.
-    first: HashMap<FileKey, AttachedProbes>,
+    /// Probes on the first call, which are for all processes of a library; the one that was used last at the end.
+    first: VecDeque<(FileKey, AttachedProbes)>,
     release: String,
 }
 
@@ -113,9 +118,11 @@ impl Probes {
             }
         };
         let waits = ebpf.take_map("WAITS").ok_or(ProbeError::Inconsistent("WAITS"))?;
+        let waiting = ebpf.take_map("WAITING").ok_or(ProbeError::Inconsistent("WAITING"))?;
         let clients = ebpf.take_map("CLIENTS").ok_or(ProbeError::Inconsistent("CLIENTS"))?;
-        let (waits, clients) = (KernelMap::try_from(waits)?, KernelMap::try_from(clients)?);
-        Ok(Self { ebpf, attacher, waits, clients, shared: HashMap::new(), first: HashMap::new(), release })
+        let (waits, waiting) = (KernelMap::try_from(waits)?, KernelMap::try_from(waiting)?);
+        let clients = KernelMap::try_from(clients)?;
+        Ok(Self { ebpf, attacher, waits, waiting, clients, shared: HashMap::new(), first: VecDeque::new(), release })
     }
 
     /// Starts counting for a process, and attaches to its library if that is not done.
@@ -127,7 +134,7 @@ impl Probes {
         self.waits.insert(pid, WaitSums::ZERO, 0)?;
         let attached = self.attach_blocking(pid, library);
         if attached.is_err() {
-            self.forget(pid);
+            self.forget(&HashSet::from([pid]));
         }
         attached
     }
@@ -167,7 +174,12 @@ impl Probes {
 
     /// The probe on the first call of a client: in all processes of the library, since a new one is not known yet.
     fn attach_first(&mut self, library: &Library) -> Result<(), ProbeError> {
-        let Some(offset) = library.calls.first.filter(|_| !self.first.contains_key(&library.key)) else { return Ok(()) };
+        let Some(offset) = library.calls.first else { return Ok(()) };
+        if let Some(known) = self.first.iter().position(|(key, _)| *key == library.key) {
+            let known = self.first.remove(known);
+            self.first.extend(known);
+            return Ok(());
+        }
         let links = match &self.attacher {
             Attacher::Multi { client, .. } => {
                 let link = multi::attach(client, &library.stable_path(), &[offset], false, 0);
@@ -175,7 +187,10 @@ impl Probes {
             }
             Attacher::Perf => perf(&mut self.ebpf, "client_begin", library, &[offset])?,
         };
-        self.first.insert(library.key, AttachedProbes(links));
+        if self.first.len() >= MAX_FIRST {
+            self.first.pop_front();
+        }
+        self.first.push_back((library.key, AttachedProbes(links)));
         Ok(())
     }
 
@@ -187,9 +202,22 @@ impl Probes {
         }
     }
 
-    pub fn forget(&mut self, pid: u32) {
-        // Absent if it was never inserted.
-        let _absent = self.waits.remove(&pid);
+    /// Ends counting for processes. Of the calls that their threads are inside none may stay: a thread that was ended in a call does not
+    /// remove it, and a later thread with the same number would seem to be inside it.
+    pub fn forget(&mut self, pids: &HashSet<u32>) {
+        if pids.is_empty() {
+            return;
+        }
+        for pid in pids {
+            // Absent if it was never inserted.
+            let _absent = self.waits.remove(pid);
+        }
+        let is_of = |thread: &u64| u32::try_from(thread >> 32).is_ok_and(|pid| pids.contains(&pid));
+        // Threads of living processes add and remove calls meanwhile, so that the kernel may begin again.
+        let threads: Vec<u64> = self.waiting.keys().take(2 * MAX_CALLS as usize).filter_map(Result::ok).filter(is_of).collect();
+        for thread in threads {
+            let _absent = self.waiting.remove(&thread);
+        }
     }
 
     /// Processes that called cuInit since the last call of this, with the time of CLOCK_BOOTTIME.
