@@ -36,10 +36,14 @@ pub struct Waiting {
 pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs, BootNs)) -> BTreeMap<User, Waiting> {
     let mut users: BTreeMap<User, Waiting> = BTreeMap::new();
     for (user, facts) in &gathered.waits {
+        // A reading belongs to the time at which it ends.
+        let mut facts = facts.iter().filter(|fact| fact.to > from && fact.to <= to).peekable();
+        if facts.peek().is_none() {
+            continue;
+        }
         let waiting = users.entry(*user).or_default();
         let mut durations: BTreeMap<u8, u64> = BTreeMap::new();
-        // A reading belongs to the time at which it ends.
-        for fact in facts.iter().filter(|fact| fact.to > from && fact.to <= to) {
+        for fact in facts {
             let span_ns = fact.to.saturating_since(fact.from);
             let (waited_s, probed_s) = (fact.some_ns.min(span_ns) as f64 * S, span_ns as f64 * S);
             waiting.report.wait_seconds += waited_s;

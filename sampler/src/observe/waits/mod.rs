@@ -371,7 +371,8 @@ impl Worker {
         };
         let problems: Vec<String> =
             self.unprobed.iter().filter(|(_, known)| is_problem(known)).map(|((pid, _), _)| format!("process {pid}")).collect();
-        let message = |n, first: &str| format!("{n} processes have no wait probes, such as {first}; a session states the reason");
+        let message =
+            |n, first: &str| format!("selected processes without wait probes: {n}, such as {first}; a session states the reason");
         self.context.health.report(Condition::WaitProbes, &problems, message);
     }
 }
