@@ -143,7 +143,7 @@ fn keep_strongest(known: &mut Vec<FreezeEffect>, effect: &FreezeEffect) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::model::{Contender, DemandEvidence};
+    use super::super::model::{Contender};
     use super::super::tests::{SimulatedUser, container, simulate};
     use super::super::*;
     use super::*;
@@ -266,28 +266,6 @@ mod tests {
         assert_eq!((&effects[0]["outcome"], &effects[0]["unit"]), (&"call-wait".into(), &"seconds per blocking call".into()));
         assert_eq!((&effects[1]["outcome"], &effects[1]["unit"]), (&"time-to-first-token".into(), &"seconds".into()));
         assert!(effects[1]["effect"].as_f64().unwrap() < 0.0, "{effects}");
-    }
-
-    #[test]
-    fn a_demand_that_is_confirmed_is_a_finding_with_its_numbers() {
-        let mut report = build(&session(1.0, 1.0, false, 5), &View::default());
-        report.experiments.clear();
-        let user = report.users.iter_mut().find(|user| user.id == "/docker/1").unwrap();
-        let contender = user.gpus[0].contenders.iter_mut().find(|contender| contender.id == "/docker/2").unwrap();
-        contender.experiment.clear();
-        contender.evidence = Evidence::DemandConfirmed;
-        contender.why_not_confirmed.clear();
-        let (wait_rate, interval) = (Some(0.41), Some([0.35, 0.47]));
-        contender.demand = Some(DemandEvidence { wait_rate, interval, transitions: 4, ..DemandEvidence::default() });
-        let finding = super::super::findings::findings(&report)
-            .into_iter()
-            .find(|finding| finding.evidence == Some(Evidence::DemandConfirmed))
-            .unwrap();
-        assert!(finding.text.contains("0.41 s of waiting per second more") && !finding.text.contains("not shown"), "{finding:?}");
-        let options = TextOptions { width: None, colour: false, unicode: true };
-        for page in [text(&report, &options), html(&report)] {
-            assert!(page.contains("0.41 s of waiting per second more"), "{page}");
-        }
     }
 
     #[test]

@@ -22,13 +22,12 @@ use std::{
 /// Tests that run at once. Most wait for the simulated driver most of the time.
 const LANES: usize = 2;
 /// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
-const ALONE: [&str; 20] = [
+const ALONE: [&str; 18] = [
     "accuracy",
     "behaviours",
     "contention",
     "demo",
     "doubles",
-    "experiment",
     "faults",
     "gpu_recording",
     "image",
@@ -40,7 +39,6 @@ const ALONE: [&str; 20] = [
     "places",
     "pressure",
     "prometheus",
-    "waits",
     "web",
     "web_config",
 ];
