@@ -57,7 +57,7 @@ pub fn wait_begin(ctx: ProbeContext) -> u32 {
     let thread = bpf_get_current_pid_tgid();
     let Some(sums) = probed(thread) else { return 0 };
     // SAFETY: the context has the registers of the thread.
-    let stack = unsafe { stack_pointer!(ctx.as_ptr().cast::<aya_ebpf::bindings::pt_regs>()) } as u64;
+    let stack: u64 = unsafe { stack_pointer!(ctx.as_ptr().cast::<aya_ebpf::bindings::pt_regs>()) };
     if let Some(call) = WAITING.get_ptr_mut(thread) {
         // SAFETY: an entry of the map, which only this thread changes.
         let call = unsafe { &mut *call };

@@ -11,7 +11,7 @@ use anyhow::Context as _;
 use arc_swap::ArcSwap;
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use sampler_core::aggregate::Settings;
-use sampler_core::pipeline::{Core, GpuProcess};
+use sampler_core::pipeline::Core;
 use sampler_core::snapshot::Snapshot;
 use tokio::net::TcpListener;
 use tokio::sync::watch;
@@ -35,7 +35,7 @@ use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::probe::{self, Chosen, KernelAccess};
 use crate::observe::kernel::{Mode, Tracker, pid_namespace};
 use crate::observe::pressure;
-use crate::observe::waits::{self, Requester, WaitRequests};
+use crate::observe::waits::{self, Requester, SelectProcesses, WaitRequests};
 use crate::otlp::{self, OtlpExporter, OtlpSettings};
 use crate::privileges;
 use crate::reload::{self, SettingsSource};
@@ -45,7 +45,6 @@ use crate::serving::find::EngineFinder;
 use crate::serving::sockets::{NamespaceHelper, NamespaceSockets};
 use crate::serving::{self, EngineRequest, ServingInputs};
 use crate::session::{Recorder, SessionInputs, Store, Uploader};
-use crate::wait_selector::WaitSelector;
 
 /// Maximum number of open files that is asked for: connections, kept files, rings and sockets stay below 10,000.
 const MAX_DESCRIPTORS: u64 = 65_536;
@@ -101,7 +100,7 @@ fn recorder(
 }
 
 /// Selects processes for wait probes by the labels of their containers.
-fn select_processes(labels: LabelService) -> Box<dyn Fn(&[WaitSelector], Vec<GpuProcess>) -> Vec<GpuProcess> + Send> {
+fn select_processes(labels: LabelService) -> SelectProcesses {
     Box::new(move |selectors, mut processes| {
         let labels = labels.view();
         processes.retain(|process| {

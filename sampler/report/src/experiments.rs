@@ -143,7 +143,7 @@ fn keep_strongest(known: &mut Vec<FreezeEffect>, effect: &FreezeEffect) {
 
 #[cfg(test)]
 mod tests {
-    use super::super::model::{Contender};
+    use super::super::model::Contender;
     use super::super::tests::{SimulatedUser, container, simulate};
     use super::super::*;
     use super::*;

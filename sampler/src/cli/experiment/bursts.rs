@@ -111,14 +111,12 @@ impl Bursts<'_> {
 
     /// Waits while nothing is frozen.
     async fn wait_until(&mut self, at: BootNs) -> anyhow::Result<BurstsOutcome> {
-        loop {
-            match self.event(until(at)).await {
-                BurstEvent::Due => return Ok(BurstsOutcome::Complete),
-                BurstEvent::Signal => return Ok(BurstsOutcome::Interrupted),
-                BurstEvent::Agent(error) => return Err(error),
-                BurstEvent::Guard(None) => return Err(self.without_guard()),
-                BurstEvent::Guard(Some(reply)) => bail!("the guard replied {reply:?} while nothing was frozen"),
-            }
+        match self.event(until(at)).await {
+            BurstEvent::Due => Ok(BurstsOutcome::Complete),
+            BurstEvent::Signal => Ok(BurstsOutcome::Interrupted),
+            BurstEvent::Agent(error) => Err(error),
+            BurstEvent::Guard(None) => Err(self.without_guard()),
+            BurstEvent::Guard(Some(reply)) => bail!("the guard replied {reply:?} while nothing was frozen"),
         }
     }
 

@@ -94,12 +94,14 @@ impl WaitRequests {
     }
 }
 
+/// Those of the processes that one of the selections includes.
+pub type SelectProcesses = Box<dyn Fn(&[WaitSelector], Vec<GpuProcess>) -> Vec<GpuProcess> + Send>;
+
 /// The connections of the thread.
 pub struct WaitContext {
     pub to: CoreSender,
     pub health: Arc<Health>,
-    /// Those of these processes that one of the selections includes.
-    pub select: Box<dyn Fn(&[WaitSelector], Vec<GpuProcess>) -> Vec<GpuProcess> + Send>,
+    pub select: SelectProcesses,
     pub requests: WaitRequests,
     pub procfs: PathBuf,
     pub budget: u64,
@@ -186,7 +188,7 @@ impl Worker {
             return self.send();
         }
         if let Err(problem) = self.load() {
-            let wanted = self.wanted(&selectors)?;
+            let wanted = self.wanted(selectors)?;
             self.refuse(&wanted, &problem);
             return self.send();
         }

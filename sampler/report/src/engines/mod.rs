@@ -178,7 +178,7 @@ fn problems(facts: &[&EngineFact]) -> Vec<EngineProblem> {
     }
     let mut all: Vec<EngineProblem> =
         counts.into_iter().map(|(text, readings)| EngineProblem { text: text.to_owned(), readings }).collect();
-    all.sort_by(|a, b| b.readings.cmp(&a.readings));
+    all.sort_by_key(|engine| std::cmp::Reverse(engine.readings));
     all
 }
 

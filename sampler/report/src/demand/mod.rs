@@ -138,19 +138,15 @@ fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<Vec<f64>>, least_pivot: f64) 
         }
         matrix.swap(column, pivot);
         right.swap(column, pivot);
+        let (from, from_right) = (matrix[column].clone(), right[column].clone());
         for row in (0..n).filter(|row| *row != column) {
-            let factor = matrix[row][column] / matrix[column][column];
-            for k in column..n {
-                matrix[row][k] -= factor * matrix[column][k];
-            }
-            for k in 0..right[row].len() {
-                right[row][k] -= factor * right[column][k];
-            }
+            let factor = matrix[row][column] / from[column];
+            matrix[row].iter_mut().zip(&from).skip(column).for_each(|(to, from)| *to -= factor * from);
+            right[row].iter_mut().zip(&from_right).for_each(|(to, from)| *to -= factor * from);
         }
     }
-    for row in 0..n {
-        let pivot = matrix[row][row];
-        right[row].iter_mut().for_each(|value| *value /= pivot);
+    for (n, row) in right.iter_mut().enumerate() {
+        row.iter_mut().for_each(|value| *value /= matrix[n][n]);
     }
     Some(right)
 }
@@ -293,7 +289,7 @@ fn is_solvable(rows: &[Vec<f64>]) -> bool {
     let k = rows.first().map_or(0, Vec::len);
     let norm = |column: usize| rows.iter().map(|row| row[column] * row[column]).sum::<f64>().sqrt();
     let norms: Vec<f64> = (0..k).map(norm).collect();
-    if norms.iter().any(|norm| *norm == 0.0) {
+    if norms.contains(&0.0) {
         return false;
     }
     let product = |i: usize, j: usize| rows.iter().map(|row| row[i] * row[j]).sum::<f64>() / norms[i] / norms[j];
