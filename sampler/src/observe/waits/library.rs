@@ -405,4 +405,24 @@ mod tests {
         file.set_len(1 << 40).unwrap();
         assert!(call_offsets(&file).is_err());
     }
+
+    /// Whatever the file: no offset is beyond its end, and there are no more of them than names.
+    #[test]
+    fn fuzz_cuda_library() {
+        devkit::fuzz(file!(), "cuda_library", |bytes| {
+            let Ok(found) = offsets_of(bytes) else { return };
+            assert!(found.blocking.len() <= MAX_SYMBOLS, "{} offsets", found.blocking.len());
+            assert!(found.blocking.is_sorted(), "{found:?}");
+        });
+    }
+
+    /// Whatever a process maps: only a library by its name is found.
+    #[test]
+    fn fuzz_maps() {
+        devkit::fuzz(file!(), "maps", |bytes| {
+            if let Ok(Some((_, path))) = mapped_library(bytes) {
+                assert!(path.is_absolute() && path.to_string_lossy().contains(NAME), "{}", path.display());
+            }
+        });
+    }
 }
