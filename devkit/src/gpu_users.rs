@@ -5,8 +5,8 @@
 //!  a user: (idle) -> submits work -> blocks, polls or goes on -> done -> thinks -> ...      while its phase is on
 //!  the GPU: one user at a time, in slices, round robin among those with work
 //! ```
-//! What an agent would see is made from it as the driver makes it: a sample a sixth of a second, which names the last user on the GPU and
-//! has the busy part of its period.
+//! What an agent would see is made from it: a sample a sixth of a second, which has the busy part of its period and names the user on the
+//! GPU at that instant; where it is idle then, one of the users of the period, by their time, as the agent divides such samples.
 
 use crate::Random;
 
@@ -74,7 +74,7 @@ pub struct Second {
 #[derive(Clone, Copy, Debug)]
 pub struct PlayedSample {
     pub at_s: f64,
-    /// The last user on the GPU.
+    /// The user that it names.
     pub user: usize,
     /// The busy part of its period, which is 0 if the GPU was idle.
     pub busy_s: f64,
@@ -128,7 +128,8 @@ pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
         on_s: vec![0.0; n],
     };
     let (mut current, mut slice) = (0, 0);
-    let (mut period_busy, mut last, mut next_sample) = (0, 0, SAMPLE_STEPS / 2);
+    // By user: busy steps of the period.
+    let (mut period, mut next_sample) = (vec![0; n], SAMPLE_STEPS / 2);
     for step in 0..steps(f64::from(seconds)) {
         if step % steps(1.0) == 0 {
             played.seconds.push(Second { waited_s: vec![0.0; n], calls: vec![0.0; n], sampled_s: vec![0.0; n], busy_s: 0.0 });
@@ -164,8 +165,7 @@ pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
         }
         if busy {
             slice -= 1;
-            period_busy += 1;
-            last = current;
+            period[current] += 1;
             second.busy_s += STEP_S;
             played.gpu_s[current] += STEP_S;
             let state = &mut states[current];
@@ -181,14 +181,25 @@ pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
             slice = 0;
         }
         if step == next_sample {
-            let busy_s = f64::from(period_busy) * STEP_S;
-            second.sampled_s[last] += busy_s;
-            played.samples.push(PlayedSample { at_s, user: last, busy_s });
-            period_busy = 0;
+            let user = if busy { current } else { one_of(&period, random) };
+            let busy_s = f64::from(period.iter().sum::<u32>()) * STEP_S;
+            second.sampled_s[user] += busy_s;
+            played.samples.push(PlayedSample { at_s, user, busy_s });
+            period.fill(0);
             next_sample += SAMPLE_STEPS;
         }
     }
     played
+}
+
+/// A user, with a chance by its steps.
+fn one_of(steps: &[u32], random: &mut Random) -> usize {
+    let mut rest = random.unit() * f64::from(steps.iter().sum::<u32>());
+    let drawn = steps.iter().position(|steps| {
+        rest -= f64::from(*steps);
+        rest < 0.0
+    });
+    drawn.unwrap_or(0)
 }
 
 fn submit(user: &User, state: &mut State, on: bool, step: u32, dones: &[u64], random: &mut Random) {

@@ -3,7 +3,7 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
-use super::demand::{self, DemandWindows};
+use super::demand::{self, Demand, DemandWindows};
 use super::engines::{EngineContext, engines};
 use super::experiments;
 use super::findings::findings;
@@ -209,6 +209,7 @@ impl Builder<'_> {
         for (user, report) in &mut users {
             report.waits = self.waiting.get(user).map(|waiting| waiting.report.clone());
         }
+        self.add_demand(&mut users, &histories);
         self.add_engines(&mut users, &histories);
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
@@ -327,7 +328,6 @@ impl Builder<'_> {
                 .filter(|(_, contender_sums)| contender_sums.ns > 0.0)
                 .map(|(other, contender_sums)| self.contender(device, &experiment, user, *other, contender_sums))
                 .collect();
-            self.add_demand(windows, user, sums, pairs, &mut contenders);
             contenders.sort_by(|a, b| b.gpu_seconds.total_cmp(&a.gpu_seconds).then_with(|| a.id.cmp(&b.id)));
             let needs_causes = !contenders.is_empty() || user.container().is_some();
             let causes = needs_causes
@@ -385,29 +385,33 @@ impl Builder<'_> {
         }
     }
 
-    /// The evidence from wait probes of the victim.
-    fn add_demand(&self, windows: &Windows, victim: User, sums: &UserSums, pairs: usize, contenders: &mut [Contender]) {
-        let Some(waiting) = self.waiting.get(&victim) else { return };
-        let others: Vec<User> = sums.contenders.keys().copied().collect();
-        let compared = DemandWindows::new(waiting.compared(windows, &others));
-        for (position, other) in others.iter().enumerate() {
-            let id = id(*other, &self.gathered);
-            let Some(contender) = contenders.iter_mut().find(|contender| contender.id == id) else { continue };
-            let found = compared.evaluate(position, pairs);
-            let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
-            let seconds = found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64);
-            contender.demand = Some(DemandEvidence {
-                wait_rate: found.effect,
-                interval: found.interval,
-                interval_level: found.interval.map(|_| demand::LEVEL),
-                wait_seconds: seconds,
-                windows_with: found.windows_with,
-                windows_without: found.windows_without,
-                transitions: found.changes,
-                why_not_confirmed: found.why_not,
-            });
-            if found.confirmed {
-                (contender.evidence, contender.why_not_confirmed) = (Evidence::DemandConfirmed, String::new());
+    /// The evidence from wait probes. Waiting is that of a user on all of its GPUs: it is compared once with all other users of these, and
+    /// the result stands at the GPU on which the other user received most.
+    fn add_demand(&self, users: &mut BTreeMap<User, UserReport>, histories: &[(&str, &Windows)]) {
+        let by_id: HashMap<String, User> = users.iter().map(|(user, report)| (report.id.clone(), *user)).collect();
+        let pairs = users.values().flat_map(|report| &report.gpus).map(|usage| usage.contenders.len()).sum();
+        for (victim, waiting) in &self.waiting {
+            let Some(report) = users.get_mut(victim) else { continue };
+            let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
+            let gpus: Vec<&Windows> = histories.iter().filter(|(uuid, _)| uses(uuid)).map(|(_, windows)| *windows).collect();
+            let mut most: BTreeMap<User, (f64, usize)> = BTreeMap::new();
+            for (position, usage) in report.gpus.iter().enumerate() {
+                for contender in &usage.contenders {
+                    let Some(other) = by_id.get(&contender.id) else { continue };
+                    let known = most.entry(*other).or_insert((contender.gpu_seconds, position));
+                    if contender.gpu_seconds > known.0 {
+                        *known = (contender.gpu_seconds, position);
+                    }
+                }
+            }
+            let others: Vec<User> = most.keys().copied().collect();
+            let compared = DemandWindows::new(waiting.compared(&gpus, &others));
+            for (position, (other, (_, gpu))) in most.iter().enumerate() {
+                let Some(usage) = report.gpus.get_mut(*gpu) else { continue };
+                let is_other = |contender: &&mut Contender| by_id.get(&contender.id) == Some(other);
+                if let Some(contender) = usage.contenders.iter_mut().find(is_other) {
+                    set_demand(contender, compared.evaluate(position, pairs));
+                }
             }
         }
     }
@@ -473,4 +477,21 @@ fn throttle_seconds(gpu_facts: &GatheredGpu, range: (BootNs, BootNs)) -> Option<
         (value > 0.0).then(|| Named { name: name.into(), value })
     };
     Some(THROTTLE_REASONS.into_iter().filter_map(named).collect())
+}
+
+fn set_demand(contender: &mut Contender, found: Demand) {
+    let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
+    if found.confirmed {
+        (contender.evidence, contender.why_not_confirmed) = (Evidence::DemandConfirmed, String::new());
+    }
+    contender.demand = Some(DemandEvidence {
+        wait_rate: found.effect,
+        interval: found.interval,
+        interval_level: found.interval.map(|_| demand::LEVEL),
+        wait_seconds: found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64),
+        windows_with: found.windows_with,
+        windows_without: found.windows_without,
+        transitions: found.changes,
+        why_not_confirmed: found.why_not,
+    });
 }

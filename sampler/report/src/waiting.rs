@@ -89,11 +89,16 @@ fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
     for fact in facts.iter().filter(|fact| fact.state != WaitProbeState::Ended) {
         last.insert(fact.process, fact);
     }
-    let without = last.into_values().filter(|fact| fact.state != WaitProbeState::Attached);
-    let mut all: Vec<String> =
-        without.map(|fact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail)).collect();
-    all.sort();
-    all
+    let has_probes = last.values().any(|fact| fact.state == WaitProbeState::Attached);
+    // Shells and helpers next to a probed process of the user are not a problem.
+    let is_problem = |state: WaitProbeState| match state {
+        WaitProbeState::Attached => false,
+        WaitProbeState::NoLibrary => !has_probes,
+        _ => true,
+    };
+    let mut without: Vec<&WaitProbeFact> = last.into_values().filter(|fact| is_problem(fact.state)).collect();
+    without.sort_by_key(|fact| (std::cmp::Reverse(fact.state), fact.process.pid));
+    without.iter().map(|fact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail)).collect()
 }
 
 /// The middle of the bucket that contains the quantile.
@@ -117,14 +122,13 @@ impl Waiting {
         self.windows.get(&number).filter(|window| window.probed_s >= PROBED).map(|window| window.waited_s as f32)
     }
 
-    /// The windows of a GPU in which the user had probes, with the shares of these others.
-    pub fn compared(&self, windows: &BTreeMap<u64, Window>, others: &[User]) -> Vec<DemandWindow> {
-        let window = |(number, window): (&u64, &Window)| {
-            let waited = self.windows.get(number).filter(|waited| waited.probed_s >= PROBED)?;
-            if window.observed_ns < COACTIVITY_WINDOW_NS / 2 || !window.shows_users() {
-                return None;
-            }
-            let share = |other: &User| window.users.get(other).map_or(0.0, |part| part.ns * S);
+    /// The windows in which the user had probes and these GPUs, which it uses, were observed, with the time of these others on them.
+    pub fn compared(&self, gpus: &[&BTreeMap<u64, Window>], others: &[User]) -> Vec<DemandWindow> {
+        let is_known = |window: &&Window| window.observed_ns >= COACTIVITY_WINDOW_NS / 2 && window.shows_users();
+        let window = |(number, waited): (&u64, &Waited)| {
+            let on_gpus: Option<Vec<&Window>> = gpus.iter().map(|windows| windows.get(number).filter(is_known)).collect();
+            let on_gpus = on_gpus.filter(|_| waited.probed_s >= PROBED)?;
+            let share = |other: &User| on_gpus.iter().filter_map(|window| window.users.get(other)).map(|part| part.ns * S).sum();
             Some(DemandWindow {
                 number: *number,
                 waited: waited.waited_s,
@@ -133,6 +137,6 @@ impl Waiting {
                 others: others.iter().map(share).collect(),
             })
         };
-        windows.iter().filter_map(window).collect()
+        self.windows.iter().filter_map(window).collect()
     }
 }

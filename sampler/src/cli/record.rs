@@ -5,7 +5,7 @@
 //!                    Ctrl-C: POST sessions/ID/stop --^    second Ctrl-C: exit
 //! ```
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::io::{IsTerminal as _, Write as _};
 use std::net::{Ipv4Addr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -16,8 +16,8 @@ use std::time::Duration;
 use anyhow::{Context as _, anyhow, bail};
 use clap::Args;
 use hyper::Method;
-use sampler_core::fact::Fact;
-use sampler_core::observation::EngineFact;
+use sampler_core::fact::{Fact, WaitProbeFact};
+use sampler_core::observation::{EngineFact, WaitProbeState};
 use sampler_session::trigger::Trigger;
 
 use tokio::net::TcpListener;
@@ -49,7 +49,7 @@ const MAX_FAILED_POLLS: u32 = 10;
 /// For one chunk of the file.
 const CHUNK_TIMEOUT: Duration = Duration::from_secs(30);
 /// Reasons of failed readings of serving engines that are printed; a report has all.
-const MAX_ENGINE_PROBLEMS: usize = 20;
+const MAX_PROBLEMS: usize = 20;
 /// For the agent of this process to be ready, and for it to find GPUs.
 const READY_TIMEOUT: Duration = Duration::from_secs(60);
 const GPUS_TIMEOUT: Duration = Duration::from_secs(5);
@@ -227,7 +227,8 @@ impl Record {
         for damage in &recorded.damage {
             eprintln!("gpu-sampler: {} is damaged: {}", file.display(), terminal_safe(damage));
         }
-        for problem in engine_problems(&recorded.facts) {
+        let wait_problems = self.settings.wait_probes.as_deref().map(|selection| wait_problems(&recorded.facts, selection));
+        for problem in engine_problems(&recorded.facts).into_iter().chain(wait_problems.into_iter().flatten()) {
             eprintln!("gpu-sampler: {}", terminal_safe(&problem));
         }
         if recorded.end.is_none() && status.error.is_none() {
@@ -430,6 +431,23 @@ fn progress_line(status: &SessionStatus) -> String {
     format!("{} {elapsed:.0} of {duration:.0} s, {}{dropped}", status.state.name(), bytes(status.size_bytes))
 }
 
+/// Why processes have no wait probes; or that the selection has none.
+fn wait_problems(facts: &[Fact], selection: &str) -> Vec<String> {
+    let is_selected = |fact: &Fact| matches!(fact, Fact::Waited(_) | Fact::WaitProbe(_));
+    if !facts.iter().any(is_selected) {
+        return vec![format!("--wait-probes={selection} selects no process of a user of a GPU, so the session has no waiting")];
+    }
+    let problem = |fact: &Fact| match fact {
+        Fact::WaitProbe(WaitProbeFact { process, state, detail, .. }) => {
+            let is_problem = !matches!(state, WaitProbeState::Attached | WaitProbeState::Ended | WaitProbeState::NoLibrary);
+            is_problem.then(|| format!("process {} has no wait probes: {detail}", process.pid))
+        }
+        _ => None,
+    };
+    let all: BTreeSet<String> = facts.iter().filter_map(problem).collect();
+    all.into_iter().take(MAX_PROBLEMS).collect()
+}
+
 /// Why metrics of serving engines were not read: each reason of each engine once, with the number of readings.
 pub(super) fn engine_problems(facts: &[Fact]) -> Vec<String> {
     let mut counts: BTreeMap<(&str, u32, &str), usize> = BTreeMap::new();
@@ -439,7 +457,7 @@ pub(super) fn engine_problems(facts: &[Fact]) -> Vec<String> {
         }
     }
     let line = |((engine, pid, problem), n)| format!("{n} readings of the engine {engine} (process {pid}) failed: {problem}");
-    counts.into_iter().map(line).take(MAX_ENGINE_PROBLEMS).collect()
+    counts.into_iter().map(line).take(MAX_PROBLEMS).collect()
 }
 
 /// Quoted for a shell where needed.

@@ -1,6 +1,6 @@
 //! What is exposed: GPUs, and pairs of a container and a GPU with their labels and contenders.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::sync::Arc;
 
 use sampler_core::device::GpuInfo;
@@ -64,8 +64,6 @@ pub struct Exposition {
     pub at: WallTime,
     pub gpus: Vec<ExportedGpu>,
     pub pairs: Vec<ExportedPair>,
-    /// Of the containers that had wait probes.
-    pub waits: HashMap<ContainerKey, ContainerWaits>,
     /// (state, runtime) -> containers.
     pub containers: BTreeMap<(&'static str, &'static str), u64>,
     /// Label -> live containers that lack it.
@@ -118,6 +116,18 @@ impl ExportedContender {
 }
 
 impl Exposition {
+    /// One pair of each container, of its newest run: for families that are not of a single GPU.
+    pub fn one_pair_of_each_container(&self) -> Vec<&ExportedPair> {
+        let containers = || self.pairs.iter().filter(|pair| !pair.is_host_user());
+        let mut newest: HashMap<&str, ContainerKey> = HashMap::new();
+        for pair in containers() {
+            let key = newest.entry(&*pair.labels.id).or_insert(pair.key);
+            *key = pair.key.max(*key);
+        }
+        let mut taken = HashSet::new();
+        containers().filter(|pair| newest.get(&*pair.labels.id) == Some(&pair.key) && taken.insert(pair.key)).collect()
+    }
+
     /// Marks the pairs of assigned GPUs. Adds a pair for a GPU that is assigned but was not used yet.
     pub fn add_assigned(
         &mut self,

@@ -23,7 +23,8 @@ const RESOURCES: [(&str, StalledNs); 3] =
 pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts: &mut SeriesStarts) {
     let [throttled, pressure] = [&families::CPU_THROTTLED_SECONDS, &families::PRESSURE_SECONDS].map(|family| to.family(family));
     let mut exposed = HashSet::new();
-    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user() && exposed.insert(pair.key)) {
+    for pair in page.one_pair_of_each_container() {
+        exposed.insert(pair.key);
         let Some(fact) = view.facts.get(&pair.key) else { continue };
         let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
         let block = label_block(&[

@@ -1,7 +1,5 @@
 //! Writes the families of the waiting of containers for their GPUs.
 
-use std::collections::HashSet;
-
 use sampler_labels::Label;
 
 use super::catalogue::waits as families;
@@ -13,9 +11,8 @@ use super::series_starts::{SeriesOwner, SeriesStarts};
 pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let [waited, probed] = [&families::WAIT_SECONDS, &families::WAIT_PROBED_SECONDS].map(|family| to.family(family));
     let pressure = to.family(&families::PRESSURE_RATIO);
-    let mut exposed = HashSet::new();
-    for pair in page.pairs.iter().filter(|pair| !pair.is_host_user() && exposed.insert(pair.key)) {
-        let Some(waits) = page.waits.get(&pair.key) else { continue };
+    for pair in page.one_pair_of_each_container() {
+        let Some(waits) = pair.waits else { continue };
         let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
         let block = label_block(&[
             ("namespace", l.text(Label::Namespace)),

@@ -40,6 +40,8 @@ struct WaitWindow {
     probed_ns: f64,
     own_ns: f64,
     shared: bool,
+    /// A GPU of the container was observed in it.
+    observed: bool,
 }
 
 impl WaitWindow {
@@ -129,6 +131,7 @@ impl Waits {
             }
             let Some(open) = account.open.get_mut(&number) else { continue };
             open.own_ns += own.ns;
+            open.observed |= account.gpus.contains(&gpu) && window.observed_ns >= COACTIVITY_WINDOW_NS / 2;
             // A container that waits for a whole window has no sample in it.
             open.shared |= account.gpus.contains(&gpu)
                 && window.users.iter().any(|(other, part)| *other != user && is_user(*other) && part.samples > 0);
@@ -144,7 +147,8 @@ impl Waits {
                     break;
                 }
                 let window = first.remove();
-                if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 {
+                // Without a GPU that is known to be the container's, nothing is known of its own time and of others.
+                if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 || !window.observed {
                     continue;
                 }
                 push(&mut account.recent, window, RECENT);

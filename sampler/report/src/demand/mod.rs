@@ -36,6 +36,8 @@ const LEAST_RUN: usize = 3;
 const LEAST_CHANGES: usize = 2;
 /// Calls without the other, in all.
 const LEAST_CALLS: f64 = 30.0;
+/// Own work has grown if it did by more than this many of its errors.
+const OWN_ERRORS: f64 = 2.0;
 /// The part of a longer wait that is not the user's own work has to be at least this.
 const NOT_OWN: f64 = 0.5;
 /// Waiting per second from which it matters.
@@ -254,9 +256,10 @@ fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], users: (usize, &[usize
         return not("another user started and stopped at the same times, so the effect cannot be attributed");
     };
     let calls = sum(true, |window| window.calls) / with as f64;
-    let (longer, own, stderr) = (waits.coefficients[1] * calls, works.coefficients[1] * calls, waits.errors[1] * calls);
-    // Own work that seems to have grown by the chance of its samples is not subtracted.
-    let own = if own > works.errors[1] * calls { own } else { 0.0 };
+    let (longer, own) = (waits.coefficients[1] * calls, works.coefficients[1] * calls);
+    let (error, own_error) = (waits.errors[1] * calls, works.errors[1] * calls);
+    // Own work that seems to have grown by the chance of its samples is not subtracted: waiting is measured, own work is sampled.
+    let (own, stderr) = if own > OWN_ERRORS * own_error { (own, error.hypot(own_error)) } else { (0.0, error) };
     let effect = longer - own;
     let quantile = |level: f64| Normal::standard().inverse_cdf((1.0 + level) / 2.0);
     let half = quantile(LEVEL) * stderr;

@@ -102,6 +102,29 @@ fn what_cannot_be_compared_says_so() {
     assert_eq!(evaluate(&[], 0, 1).windows_with, 0);
 }
 
+/// A busy user and one in phases, of any pace: the interval has the truth as often as it states, less what chance makes of 120 plays.
+#[test]
+fn intervals_contain_the_truth() {
+    let (mut within, mut all) = (0, 0);
+    for seed in 0..120 {
+        let mut random = Random(seed);
+        let mut between = |from: f64, to: f64| from + (to - from) * random.unit();
+        let victim = User { work_s: between(0.004, 0.03), think_s: between(0.0, 0.03), ..BUSY };
+        let (on, off) = (between(6.0, 16.0), between(6.0, 16.0));
+        let phase = Phase::Repeats { on, off, offset: between(0.0, on + off) };
+        let other = User { work_s: between(0.004, 0.03), think_s: between(0.0, 0.03), phase, ..BUSY };
+        let played = play(&[victim, other], 100, &mut random);
+        let truth = played.kept_waiting_s[0][1] / played.on_s[1];
+        let demand = DemandWindows::new(windows(&played, 0)).evaluate(0, 2);
+        let Some([least, most]) = demand.interval else { continue };
+        all += 1;
+        within += u32::from(least <= truth && truth <= most);
+        println!("{seed}: {truth:.3} in {least:.3} to {most:.3}: {}", least <= truth && truth <= most);
+    }
+    println!("{within} of {all}");
+    assert!(all > 80 && within * 100 >= all * 90, "{within} of {all}");
+}
+
 /// Precision and recall over random scenarios; `cargo xtask bench waits` prints the table for the documents.
 #[test]
 fn precision_over_random_scenarios() {

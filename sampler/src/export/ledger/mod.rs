@@ -142,9 +142,6 @@ impl Ledger {
                     *page.missing.entry(label.name()).or_default() += 1;
                 }
             }
-            if let Some(waits) = container.waits {
-                page.waits.insert(record.key, waits);
-            }
             let settled = labels_of(record, labels, snapshot.at);
             let state = self.containers.get(&record.key);
             for usage in &container.gpus {

@@ -110,8 +110,8 @@ pub struct WaitContext {
 
 /// A process that has no probes, and when it is examined again.
 struct Unprobed {
-    /// What was reported of it.
-    reported: Option<WaitProbeState>,
+    /// What was reported of it, with the reason.
+    reported: Option<(WaitProbeState, String)>,
     since: Instant,
     /// `None`: not again.
     again: Option<Instant>,
@@ -131,7 +131,10 @@ struct Worker {
     probes: Option<Probes>,
     libraries: Libraries,
     probed: HashMap<ProcessId, ProbedProcess>,
+    /// Those over the budget stay until they end.
     unprobed: HashMap<ProcessId, Unprobed>,
+    /// Of the requests that were last served.
+    generation: u64,
     load_failure: Option<LoadFailure>,
     observations: Vec<Observation>,
 }
@@ -146,6 +149,7 @@ pub fn start(context: WaitContext) -> std::io::Result<()> {
             libraries: Libraries::default(),
             probed: HashMap::new(),
             unprobed: HashMap::new(),
+            generation: 0,
             load_failure: None,
             observations: Vec::new(),
         };
@@ -153,7 +157,7 @@ pub fn start(context: WaitContext) -> std::io::Result<()> {
             let begun = Instant::now();
             let (selectors, generation) = worker.context.requests.selectors();
             // The core has ended, and with it the agent.
-            let Some(()) = worker.turn(&selectors) else { return };
+            let Some(()) = worker.turn(&selectors, generation) else { return };
             let pause = if selectors.is_empty() { IDLE } else { EVERY.saturating_sub(begun.elapsed()) };
             worker.context.requests.wait(generation, pause);
         }
@@ -167,9 +171,12 @@ fn id_of(process: &GpuProcess) -> ProcessId {
 
 /// Whether the PID still is that of the process, to the clock tick of its start.
 fn is_same_process(procfs: &Path, process: &GpuProcess) -> bool {
-    let folder = procfs.join(process.tgid.0.to_string());
-    let alive = living_thread(&folder);
-    alive.is_ok_and(|alive| alive.is_some_and(|(_, start)| start.proc_tick() == process.start.proc_tick()))
+    lives(procfs, id_of(process))
+}
+
+fn lives(procfs: &Path, (pid, start_tick): ProcessId) -> bool {
+    let alive = living_thread(&procfs.join(pid.to_string()));
+    alive.is_ok_and(|alive| alive.is_some_and(|(_, start)| start.proc_tick() == start_tick))
 }
 
 /// Whether the process has a seccomp filter. One of which this is not known may have one. Read as bytes, because a process can set any name
@@ -182,7 +189,7 @@ fn has_seccomp(procfs: &Path, pid: u32) -> bool {
 
 impl Worker {
     /// `None` if the core has ended.
-    fn turn(&mut self, selectors: &[WaitSelector]) -> Option<()> {
+    fn turn(&mut self, selectors: &[WaitSelector], generation: u64) -> Option<()> {
         if selectors.is_empty() {
             self.end_all();
             return self.send();
@@ -196,11 +203,24 @@ impl Worker {
         let wanted = self.wanted(selectors)?;
         self.read();
         self.end_except(&wanted);
+        if std::mem::replace(&mut self.generation, generation) != generation {
+            self.repeat_reasons(&wanted);
+        }
         for process in wanted {
             self.examine(&process);
         }
         self.report_problems();
         self.send()
+    }
+
+    /// A session that begins has the reasons of processes that were refused before.
+    fn repeat_reasons(&mut self, wanted: &[GpuProcess]) {
+        for process in wanted {
+            let reported = self.unprobed.get(&id_of(process)).and_then(|known| known.reported.clone());
+            if let Some((state, detail)) = reported {
+                self.probe_change((process.tgid, process.start), state, detail);
+            }
+        }
     }
 
     /// Before the core is asked for the processes of users of GPUs.
@@ -244,7 +264,8 @@ impl Worker {
         self.end_except(wanted);
         for process in wanted {
             let now = Instant::now();
-            let known = Unprobed { reported: Some(WaitProbeState::Refused), since: now, again: Some(now) };
+            let reported = Some((WaitProbeState::Refused, problem.to_owned()));
+            let known = Unprobed { reported, since: now, again: Some(now) };
             if self.unprobed.insert(id_of(process), known).is_none() {
                 self.probe_change((process.tgid, process.start), WaitProbeState::Refused, problem.to_owned());
             }
@@ -278,7 +299,7 @@ impl Worker {
             let Some(process) = self.probed.remove(&id) else { continue };
             let budget = self.context.budget;
             let detail = format!("more than {budget} blocking calls a second; wait_probe_budget permits more");
-            let (reported, since) = (Some(WaitProbeState::OverBudget), Instant::now());
+            let (reported, since) = (Some((WaitProbeState::OverBudget, detail.clone())), Instant::now());
             self.unprobed.insert(id, Unprobed { reported, since, again: None });
             let change = WaitProbeChange {
                 tgid: process.tgid,
@@ -293,7 +314,8 @@ impl Worker {
 
     fn end_except(&mut self, wanted: &[GpuProcess]) {
         let wanted: HashSet<ProcessId> = wanted.iter().map(id_of).collect();
-        self.unprobed.retain(|id, _| wanted.contains(id));
+        let procfs = &self.context.procfs;
+        self.unprobed.retain(|id, known| wanted.contains(id) || (known.again.is_none() && lives(procfs, *id)));
         let ended: Vec<ProcessId> = self.probed.keys().filter(|id| !wanted.contains(*id)).copied().collect();
         if let Some(probes) = &mut self.probes {
             probes.forget(&ended.iter().map(|(pid, _)| *pid).collect());
@@ -333,10 +355,10 @@ impl Worker {
                 known.again = Some(now + if is_young { EXAMINE_SOON } else { EXAMINE_LATER });
                 // A process that is starting has no library yet.
                 let is_starting = refusal.0 == WaitProbeState::NoLibrary && known.since == now;
-                if is_starting || known.reported == Some(refusal.0) {
+                if is_starting || known.reported.as_ref().is_some_and(|(state, _)| *state == refusal.0) {
                     return;
                 }
-                known.reported = Some(refusal.0);
+                known.reported = Some(refusal.clone());
                 refusal
             }
         };
@@ -369,7 +391,8 @@ impl Worker {
 
     fn report_problems(&self) {
         let is_problem = |known: &&Unprobed| {
-            matches!(known.reported, Some(WaitProbeState::NoSymbols | WaitProbeState::Refused | WaitProbeState::OverBudget))
+            let state = known.reported.as_ref().map(|(state, _)| *state);
+            matches!(state, Some(WaitProbeState::NoSymbols | WaitProbeState::Refused | WaitProbeState::OverBudget))
         };
         let problems: Vec<String> =
             self.unprobed.iter().filter(|(_, known)| is_problem(known)).map(|((pid, _), _)| format!("process {pid}")).collect();

@@ -467,6 +467,7 @@ impl SessionManager {
                 LivePhase::Armed { .. } => self.store.fail(&session.id, now, "the agent ended".into()),
             }
         }
+        self.end_wait_probes(now);
         self.end(now, |_, _| true, Packer::end);
     }
 
@@ -504,6 +505,7 @@ impl SessionManager {
                     let why =
                         format!("cannot record its end: {}; the part recorded until then can be read", display_chain(&error));
                     store.fail(&session.id, now, why);
+                    waits.clear(&Requester::Session(session.id.clone()));
                     return false;
                 }
             };
