@@ -19,6 +19,8 @@ use crate::maps::{CLIENTS, WAIT_BUDGET, WAITING, WAITS, add, compare_exchange};
 
 /// Attempts to change the word: each failure means that another processor has changed it.
 const ATTEMPTS: u32 = 16;
+/// Two links report the begin of one call within this time.
+const SAME_CALL_NS: u64 = 50_000;
 const ONE_THREAD: u64 = 1 << WaitSums::THREADS_SHIFT;
 const SPAN_SHIFT: u32 = 30;
 /// `BPF_ANY`, `BPF_NOEXIST`.
@@ -65,8 +67,13 @@ pub fn wait_begin(ctx: ProbeContext) -> u32 {
             call.nested += 1;
             return 0;
         }
+        let now = now_ns();
+        // A process with a link of its own is also in that of its library.
+        if stack == call.stack && now.saturating_sub(call.since_ns) < SAME_CALL_NS {
+            return 0;
+        }
         // The call before did not return: it was left by a long jump or an exception.
-        leave(sums, now_ns());
+        leave(sums, now);
     }
     let now = now_ns();
     if !is_within_budget(sums, now) {

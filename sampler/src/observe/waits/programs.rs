@@ -1,7 +1,7 @@
 //! The wait probes in the kernel: their maps, and attaching them to a library.
 //!
 //! ```text
-//!  Linux 6.10 on   a uprobe_multi link for each process
+//!  Linux 6.10 on   a uprobe_multi link for each process; for the 17th process of a library and later ones as from 6.6 on
 //!  Linux 6.6 on    a uprobe_multi link for each library: its filter is for threads there; the program ignores other processes
 //!  before          perf events for each call of each library, which need CAP_SYS_ADMIN
 //! ```
@@ -31,6 +31,9 @@ const MAX_CALLS: u32 = MAX_PROCESSES * WaitSums::MAX_THREADS;
 const MAX_CLIENTS: u32 = 4096;
 /// Libraries with a probe on the first call, which keeps the file also when it is removed.
 const MAX_FIRST: usize = 64;
+/// Processes of one library with links of their own. The kernel asks every link of a library at each call, and examines all of its processes
+/// for each new link; with more than these, trapping processes that are not selected costs less.
+const MOST_OWN_LINKS: usize = 16;
 /// From here on the filter of a link is for the process.
 const FILTERS_PROCESSES: (u32, u32) = (6, 10);
 /// Kernels on which returning from a probed function uses a system call that the seccomp filters of runtimes do not know: they end the
@@ -79,6 +82,8 @@ pub struct Probes {
     clients: KernelMap<MapData, u32, u64>,
     /// Probes that several processes share.
     shared: HashMap<FileKey, Weak<AttachedProbes>>,
+    /// Those of single processes.
+    own: HashMap<FileKey, Vec<Weak<AttachedProbes>>>,
     /// Probes on the first call, which are for all processes of a library; the one that was used last at the end.
     first: VecDeque<(FileKey, AttachedProbes)>,
     release: String,
@@ -122,7 +127,17 @@ impl Probes {
         let clients = ebpf.take_map("CLIENTS").ok_or(ProbeError::Inconsistent("CLIENTS"))?;
         let (waits, waiting) = (KernelMap::try_from(waits)?, KernelMap::try_from(waiting)?);
         let clients = KernelMap::try_from(clients)?;
-        Ok(Self { ebpf, attacher, waits, waiting, clients, shared: HashMap::new(), first: VecDeque::new(), release })
+        Ok(Self {
+            ebpf,
+            attacher,
+            waits,
+            waiting,
+            clients,
+            shared: HashMap::new(),
+            own: HashMap::new(),
+            first: VecDeque::new(),
+            release,
+        })
     }
 
     /// Starts counting for a process, and attaches to its library if that is not done.
@@ -140,15 +155,15 @@ impl Probes {
     }
 
     fn attach_blocking(&mut self, pid: u32, library: &Library) -> Result<Arc<AttachedProbes>, ProbeError> {
-        let is_shared = !matches!(self.attacher, Attacher::Multi { for_process: true, .. });
+        let is_shared = self.shares_links(library.key);
         if is_shared && let Some(attached) = self.shared.get(&library.key).and_then(Weak::upgrade) {
             return Ok(attached);
         }
         let path = library.stable_path();
         let offsets = &library.calls.blocking;
         let links = match &self.attacher {
-            Attacher::Multi { begin, end, for_process, .. } => {
-                let pid = if *for_process { pid } else { 0 };
+            Attacher::Multi { begin, end, .. } => {
+                let pid = if is_shared { 0 } else { pid };
                 let attach = |program, is_return| {
                     multi::attach(program, &path, offsets, is_return, pid)
                         .map(ProbeLink::Multi)
@@ -168,8 +183,20 @@ impl Probes {
         if is_shared {
             self.shared.retain(|_, probes| probes.strong_count() > 0);
             self.shared.insert(library.key, Arc::downgrade(&attached));
+        } else {
+            self.own.entry(library.key).or_default().push(Arc::downgrade(&attached));
         }
         Ok(attached)
+    }
+
+    /// Whether a further process of the library uses probes of all of its processes.
+    fn shares_links(&mut self, key: FileKey) -> bool {
+        self.own.retain(|_, links| {
+            links.retain(|link| link.strong_count() > 0);
+            !links.is_empty()
+        });
+        let has_own = matches!(self.attacher, Attacher::Multi { for_process: true, .. });
+        !has_own || self.own.get(&key).is_some_and(|links| links.len() >= MOST_OWN_LINKS)
     }
 
     /// The probe on the first call of a client: in all processes of the library, since a new one is not known yet.
