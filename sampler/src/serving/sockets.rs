@@ -304,5 +304,8 @@ mod tests {
         // Not a network namespace.
         let (step, _) = serve(own.as_fd(), Some(file.into()), 4).unwrap().unwrap_err();
         assert_eq!(step, ENTER);
+        // Its own, for which it needs the same privilege as for any other.
+        let served = serve(own.as_fd(), Some(own.try_clone().unwrap().into()), 4).unwrap();
+        assert!(matches!(served, Ok(_) | Err((ENTER, Errno::PERM))), "{served:?}");
     }
 }
