@@ -189,6 +189,11 @@ fn a_latency_that_rises_while_another_user_is_active_is_reported_with_both_means
     let file = scene.dir.path().join("session.gpus");
     std::fs::write(&file, agent.session_file(&id, ENDS)?)?;
     requests.end()?;
+    let agent_pid = agent.process.0.id();
+    let children = std::fs::read_to_string(format!("/proc/{agent_pid}/task/{agent_pid}/children"))?;
+    let helper = children.split_whitespace().next().context("the agent has no helper")?;
+    let namespace = |pid: &str| std::fs::read_link(format!("/proc/{pid}/ns/net"));
+    assert_eq!(namespace(helper)?, namespace(&agent_pid.to_string())?, "the helper stayed in the namespace of a container");
     let (report, text) = scene.reports(&file)?;
     let engine = engine_of(&report, &scene.engines[0].id)?;
     assert_eq!((&engine["engine"], &engine["port"], &engine["failed_readings"]), (&json!("vllm"), &json!(8000), &json!(0)));
@@ -213,7 +218,7 @@ fn an_endpoint_that_misbehaves_is_named_and_the_others_are_read() -> Result<()> 
     let mut scene = EngineScene::new("endpoints")?;
     let failing = [
         ("hang", "no complete page within"),
-        ("huge", "more than 4194304 bytes"),
+        ("huge", "more than 1048576 bytes"),
         ("error", "HTTP 500"),
         ("redirect", "not followed"),
         ("garbage", "none of the metrics of vllm"),

@@ -4,8 +4,8 @@
 //!  NAME=PATH,METRIC=MEANING,..      lmdeploy=/metrics,lmdeploy:waiting_reqs=waiting,lmdeploy:ttft_seconds=ttft
 //!  MEANING: waiting | running | ttft | tpot | queue, the last three with _sum or _count, and _ms or _us
 //! ```
-//! Several metrics may have one meaning, because engines rename them: the first one that a page has is read. A rule with the name of a
-//! known engine replaces what is read of it, not how it is found.
+//! Several metrics may have one meaning, because engines rename them: the first one that a page has is read. A rule of the
+//! agent's configuration with the name of a known engine replaces what is read of it, not how it is found; one of a session must not.
 //!
 //! docs/serving-engines.md says where the names were checked.
 
@@ -22,7 +22,8 @@ const MAX_METRIC_BYTES: usize = 256;
 const MAX_METRICS: usize = 32;
 /// Rules of the configuration, or of one request.
 pub const MAX_RULES: usize = 16;
-/// A path has one of these segments: a request for a session must not reach other functions of a server in a container.
+/// A path ends with one of these segments: a request for a session must not reach other functions of a server in a container, such as
+/// `/metrics/reset`.
 const PATH_SEGMENTS: [&str; 2] = ["metrics", "prometheus"];
 
 /// The latency of an engine that a metric belongs to.
@@ -129,7 +130,7 @@ pub fn known() -> Vec<Arc<EngineRules>> {
     tables.into_iter().map(rules).collect()
 }
 
-/// The known rules with these in addition; a later rule replaces an earlier one of its name.
+/// The known rules with these in addition; one with the name of a known one replaces it.
 pub fn merged<'a>(more: impl Iterator<Item = &'a Arc<EngineRules>>) -> Vec<Arc<EngineRules>> {
     let mut all = known();
     for rules in more {
@@ -139,6 +140,44 @@ pub fn merged<'a>(more: impl Iterator<Item = &'a Arc<EngineRules>>) -> Vec<Arc<E
         }
     }
     all
+}
+
+/// Rules of one session that contradict others.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum RuleConflict {
+    #[error("the engine rule {0} is given twice with different contents; give one of them")]
+    Twice(String),
+    #[error("the engine rule {0} differs from the one that the agent has; choose another name, or set engine_rules of the agent")]
+    OfAgent(String),
+    #[error(
+        "the engine rule {0} differs from that of another session that is active; choose another name, or stop that session first"
+    )]
+    OfSession(String),
+}
+
+/// The first of these rules of which `others` has another version.
+fn changed<'a>(rules: &'a [Arc<EngineRules>], others: &[Arc<EngineRules>]) -> Option<&'a EngineRules> {
+    let is_other = |rule: &EngineRules| others.iter().any(|other| other.name == rule.name && **other != *rule);
+    rules.iter().map(|rule| &**rule).find(|rule| is_other(rule))
+}
+
+/// Whether each name has one rule.
+pub fn check_names(rules: &[Arc<EngineRules>]) -> Result<(), RuleConflict> {
+    changed(rules, rules).map_or(Ok(()), |rule| Err(RuleConflict::Twice(rule.name.clone())))
+}
+
+/// Whether a session may have these rules: all sessions share the readings, so a rule must not change what the agent or another session
+/// reads. `configured`: those of the agent, in addition to the known ones.
+pub fn check_session(rules: &[Arc<EngineRules>], configured: &[Arc<EngineRules>]) -> Result<(), RuleConflict> {
+    if let Some(rule) = changed(rules, &merged(configured.iter())) {
+        return Err(RuleConflict::OfAgent(rule.name.clone()));
+    }
+    check_names(rules)
+}
+
+/// Whether a session may have these rules while another session has `others`.
+pub fn check_sessions(rules: &[Arc<EngineRules>], others: &[Arc<EngineRules>]) -> Result<(), RuleConflict> {
+    changed(rules, others).map_or(Ok(()), |rule| Err(RuleConflict::OfSession(rule.name.clone())))
 }
 
 /// Not a meaning.
@@ -204,12 +243,11 @@ impl fmt::Display for EngineRules {
 
 fn is_path(path: &str) -> bool {
     let is_plain = |b: u8| b.is_ascii_alphanumeric() || b"/_-.".contains(&b);
-    let mut segments = path.split('/').skip(1);
     path.starts_with('/')
         && path.len() <= MAX_PATH_BYTES
         && path.bytes().all(is_plain)
         && !path.split('/').any(|segment| segment == "..")
-        && segments.any(|segment| PATH_SEGMENTS.contains(&segment))
+        && path.rsplit('/').next().is_some_and(|last| PATH_SEGMENTS.contains(&last))
 }
 
 fn is_name(name: &str) -> bool {
@@ -234,7 +272,7 @@ impl FromStr for EngineRules {
         }
         if !is_path(path) {
             return Err(invalid(
-                "a path such as /metrics has a segment metrics or prometheus, and only letters, digits and /_-.",
+                "a path such as /metrics ends with the segment metrics or prometheus, and has only letters, digits and /_-.",
             ));
         }
         let metric = |part: &str| {
@@ -266,11 +304,14 @@ mod tests {
         let whole = "my-engine=/metrics,a:waiting=waiting,b=running,c=ttft_ms,d=tpot,e=queue_sum_us,f=queue_count";
         check(whole, whole);
         check("a=/v1/metrics, b=ttft", "a=/v1/metrics,b=ttft");
+        check("a=/actuator/prometheus,b=ttft", "a=/actuator/prometheus,b=ttft");
         check("a=/metrics", "expected NAME=PATH");
         check("a", "expected NAME=PATH");
-        check("a=/shutdown,b=waiting", "has a segment metrics or prometheus");
-        check("a=/metrics?x=1,b=waiting", "has a segment metrics or prometheus");
-        check("a=/metrics/../shutdown,b=waiting", "has a segment metrics or prometheus");
+        for path in
+            ["/shutdown", "/metrics?x=1", "/metrics/../shutdown", "/metrics/reset", "/metrics/", "/x/../metrics", "metrics"]
+        {
+            check(&format!("a={path},b=waiting"), "ends with the segment metrics or prometheus");
+        }
         check("a b=/metrics,b=waiting", "a name has");
         check("a=/metrics,b=latency", "a meaning is waiting");
         check("a=/metrics,b{x=waiting", "expected NAME=PATH");
@@ -283,6 +324,24 @@ mod tests {
         let rules = ["vllm=/metrics,x=waiting", "other=/metrics,y=running"].map(|text| Arc::new(text.parse().unwrap()));
         let all = merged(rules.iter());
         assert_eq!((all.len(), &all[0], &all[4]), (5, &rules[0], &rules[1]));
+    }
+
+    #[test]
+    fn a_session_must_not_change_the_rules_of_the_agent_or_of_another_session() {
+        let rules = |texts: &[&str]| texts.iter().map(|text| Arc::new(text.parse().unwrap())).collect::<Vec<Arc<EngineRules>>>();
+        let configured = rules(&["vllm=/metrics,own=waiting", "lmdeploy=/metrics,a=waiting"]);
+        let check = |texts: &[&str]| check_session(&rules(texts), &configured);
+        assert_eq!(check(&["vllm=/metrics,own=waiting", "mine=/metrics,a=waiting", "mine=/metrics,a=waiting"]), Ok(()));
+        for text in ["vllm=/metrics,x=waiting", "sglang=/metrics,x=waiting", "lmdeploy=/metrics,b=waiting"] {
+            let name = text.split('=').next().unwrap();
+            assert_eq!(check(&[text]), Err(RuleConflict::OfAgent(name.into())), "{text}");
+        }
+        assert_eq!(check(&["a=/metrics,x=waiting", "a=/metrics,y=waiting"]), Err(RuleConflict::Twice("a".into())));
+        let (mine, other) = (rules(&["a=/metrics,x=waiting"]), rules(&["a=/metrics,y=waiting"]));
+        assert_eq!(
+            (check_sessions(&mine, &mine), check_sessions(&mine, &other)),
+            (Ok(()), Err(RuleConflict::OfSession("a".into())))
+        );
     }
 
     /// A rule that is accepted is printed in a form that is accepted as the same rule; an error is short.

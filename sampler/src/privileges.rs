@@ -190,7 +190,7 @@ pub fn restrict_socket_helper(seccomp: bool) -> Result<(), HelperError> {
     if problems.is_empty() { Ok(()) } else { Err(HelperError(problems.join("; "))) }
 }
 
-/// What the helper may call: its messages, the two calls that it exists for, and what memory, messages on standard error and the end of a
+/// What the helper may call: its messages, the calls that it exists for, and what memory, messages on standard error and the end of a
 /// process need. All others fail with EPERM.
 const OF_HELPER: &[libc::c_long] = &[
     libc::SYS_recvmsg,

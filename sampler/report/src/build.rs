@@ -4,7 +4,7 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
 use super::demand::{self, Demand, DemandWindows};
-use super::engines::{EngineContext, engines};
+use super::engines::{EngineContext, GatheredEngines};
 use super::experiments;
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
@@ -234,17 +234,25 @@ impl Builder<'_> {
     }
 
     fn add_engines(&self, users: &mut BTreeMap<User, UserReport>, histories: &[(&str, &Windows)]) {
+        let describe = |other: User| {
+            let other = describe(other, &self.gathered);
+            (other.kind, other.id)
+        };
+        let mut all: Vec<(User, GatheredEngines<'_>)> = Vec::new();
         for (key, facts) in &self.gathered.engines {
             let user = User::Container(*key);
-            let Some(report) = users.get_mut(&user) else { continue };
+            let Some(report) = users.get(&user) else { continue };
             let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
             let gpus = histories.iter().filter(|(uuid, _)| uses(uuid)).copied().collect();
-            let describe = |other: User| {
-                let other = describe(other, &self.gathered);
-                (other.kind, other.id)
-            };
             let context = EngineContext { user, gpus, start: self.range.0, describe: &describe };
-            report.engines = engines(facts, &context);
+            all.push((user, GatheredEngines::new(facts, context)));
+        }
+        // The rate of false findings is one for the session.
+        let comparisons = all.iter().map(|(_, engines)| engines.comparisons()).sum();
+        for (user, engines) in &all {
+            if let Some(report) = users.get_mut(user) {
+                report.engines = engines.reports(comparisons);
+            }
         }
     }
 

@@ -484,6 +484,7 @@ mod tests {
             "allowed_host = \"b:443\" is invalid: every port of the host is accepted: omit the port",
         );
         check("engine_rules = ['a=/metrics,b=waiting']", "ok");
+        check("engine_rules = ['a=/metrics,b=waiting', 'a=/metrics,c=waiting']", "the engine rule a is given twice");
         check("engine_rules = ['a=/stop,b=waiting']", "engine_rules = \"a=/stop,b=waiting\" is invalid: invalid engine rule");
         check("gpu_wait_percent = 0", "gpu_wait_percent = \"0\" is invalid: expected a percentage");
     }

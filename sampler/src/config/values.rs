@@ -7,7 +7,7 @@ use sampler_labels::Source;
 
 use super::{ConfigError, DEFAULT_KERNEL_RING_BYTES, MIN_KERNEL_RING_BYTES};
 use crate::collectors::Selection;
-use crate::engine_rules::{EngineRules, MAX_RULES, RuleError};
+use crate::engine_rules::{self, EngineRules, MAX_RULES, RuleError};
 use crate::host_name::HostName;
 use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
@@ -78,7 +78,14 @@ pub(super) fn engine_rules(rules: Option<Vec<String>>) -> Result<Vec<Arc<EngineR
         Ok(rules) => Ok(Arc::new(rules)),
         Err(error) => Err(ConfigError::Value { key, value: text, remedy: RuleError::to_string(&error) }),
     };
-    rules.into_iter().map(parsed).collect()
+    let rules: Vec<Arc<EngineRules>> = rules.into_iter().map(parsed).collect::<Result<_, _>>()?;
+    match engine_rules::check_names(&rules) {
+        Ok(()) => Ok(rules),
+        Err(conflict) => {
+            let value = rules.iter().map(ToString::to_string).collect::<Vec<_>>().join(";");
+            Err(ConfigError::Value { key, value, remedy: conflict.to_string() })
+        }
+    }
 }
 
 pub(super) fn existing(key: &'static str, path: PathBuf, what: &'static str) -> Result<PathBuf, ConfigError> {

@@ -21,7 +21,7 @@ use super::catalogue::sessions as families;
 use super::encode::Page;
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
-use crate::engine_rules::{MAX_RULES, RuleError};
+use crate::engine_rules::{self, MAX_RULES, RuleError};
 use crate::error::display_chain;
 use crate::serving::{DEFAULT_EVERY, EngineRequest, MAX_EVERY, MIN_EVERY};
 use crate::session::{MAX_DURATION_S, MAX_LOOKBACK_S, RecorderView, Request, StoreError, read_from};
@@ -215,6 +215,8 @@ async fn start(State(state): State<Arc<AppState>>, request: HttpRequest) -> Resu
         if !config.engine_access {
             return Err(ErrorResponse(StatusCode::CONFLICT, NO_ENGINE_ACCESS.into()));
         }
+        engine_rules::check_session(&engines.rules, &config.engine_rules)
+            .map_err(|conflict| ErrorResponse(StatusCode::CONFLICT, format!("engine_metrics.rules: {conflict}")))?;
         engines.rules.splice(0..0, config.engine_rules.iter().cloned());
     }
     let id = state.recorder.start(request).await?;

@@ -18,13 +18,19 @@ use super::listeners::{self, ListeningSocket};
 use crate::engine_rules::EngineRules;
 use crate::observe::kernel::proc::{directory, living_thread};
 
-/// Engines that are read on one node.
-pub const MAX_ENGINES: usize = 64;
 /// Engines in one container.
 const MAX_PER_CONTAINER: usize = 4;
 /// Processes of one container, and cgroups below its own, that are examined.
 const MAX_PIDS: usize = 512;
 const MAX_FOLDERS: usize = 64;
+/// Of the list of processes of one cgroup: several times [`MAX_PIDS`].
+const MAX_LIST_BYTES: u64 = 64 << 10;
+/// Processes by one rule of which the sockets are read: a launcher, its server and one worker for each GPU have the same command line.
+const MAX_PROCESSES: usize = 16;
+/// Descriptors that are read in one search of a container, some 20 ms: an engine has hundreds.
+const MAX_LINKS: usize = 16_384;
+/// Network namespaces of a container of which the sockets are read in one search; it usually has one.
+const MAX_NAMESPACES: usize = 16;
 /// Of a command line: models and flags come first.
 const MAX_COMMAND_BYTES: u64 = 16 << 10;
 /// Ports of one engine that are tried.
@@ -194,11 +200,16 @@ impl EngineFinder {
             let refs: Vec<&str> = words.iter().map(String::as_str).collect();
             let Some(n) = rules.iter().position(|rules| matches(rules, &refs)) else { continue };
             // Read after the command line: a PID that was reused has another start.
-            if let Ok(Some((_, start))) = living_thread(&folder) {
-                by_rules.entry(n).or_default().push(EngineProcess { pid: *pid, start, words });
+            let processes = by_rules.entry(n).or_default();
+            if processes.len() < MAX_PROCESSES
+                && let Ok(Some((_, start))) = living_thread(&folder)
+            {
+                processes.push(EngineProcess { pid: *pid, start, words });
             }
         }
-        let found = by_rules.into_iter().flat_map(|(n, processes)| self.instances(record.key, &rules[n], &processes, &pids));
+        let mut reads = SearchReads::default();
+        let found =
+            by_rules.into_iter().flat_map(|(n, processes)| self.instances(record.key, &rules[n], &processes, &pids, &mut reads));
         found.take(MAX_PER_CONTAINER).collect()
     }
 
@@ -213,8 +224,7 @@ impl EngineFinder {
             self.mounts.iter().filter_map(|mount| directory(mount, cgroup_path.as_bytes())).collect();
         for _ in 0..MAX_FOLDERS {
             let Some(folder) = folders.pop_front() else { break };
-            let text = fs::read_to_string(folder.join("cgroup.procs")).unwrap_or_default();
-            pids.extend(text.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0));
+            pids.extend(listed(&folder.join("cgroup.procs")));
             let below = fs::read_dir(&folder).into_iter().flatten().flatten();
             folders.extend(
                 below.filter(|entry| entry.file_type().is_ok_and(|kind| kind.is_dir())).map(|e| e.path()).take(MAX_FOLDERS),
@@ -230,6 +240,7 @@ impl EngineFinder {
         rules: &Arc<EngineRules>,
         processes: &[EngineProcess],
         container_pids: &[u32],
+        reads: &mut SearchReads,
     ) -> Vec<FoundEngine> {
         let Some(first) = processes.first() else { return Vec::new() };
         let engine = |process: &EngineProcess, addresses: Vec<SocketAddr>, problem: Option<String>| FoundEngine {
@@ -243,7 +254,7 @@ impl EngineFinder {
         let mut claimed: BTreeSet<u64> = BTreeSet::new();
         let mut found = Vec::new();
         for process in processes {
-            match self.listening(process.pid, &[process.pid]) {
+            match self.listening(process.pid, &[process.pid], reads) {
                 Ok(mut sockets) => {
                     // Children inherit sockets.
                     sockets.retain(|socket| claimed.insert(socket.inode));
@@ -252,17 +263,19 @@ impl EngineFinder {
                         found.push(engine(process, addresses, None));
                     }
                 }
-                Err(error) => return vec![engine(process, Vec::new(), Some(error))],
+                Err(error) => {
+                    found.push(engine(process, Vec::new(), Some(error)));
+                    break;
+                }
             }
         }
         if !found.is_empty() {
             return found;
         }
-        match self.listening(first.pid, container_pids) {
+        match self.listening(first.pid, container_pids, reads) {
             Ok(sockets) => {
                 let addresses = ordered(&sockets, &first.words(), rules);
-                let silent = || format!("process {} and its container listen on no TCP port below {FIRST_EPHEMERAL}", first.pid);
-                let problem = addresses.is_empty().then(silent);
+                let problem = addresses.is_empty().then(|| reads.silence(first.pid));
                 vec![engine(first, addresses, problem)]
             }
             Err(error) => vec![engine(first, Vec::new(), Some(error))],
@@ -270,28 +283,75 @@ impl EngineFinder {
     }
 
     /// The sockets in the network namespace of `pid` on which any of `owners` listens.
-    fn listening(&self, pid: u32, owners: &[u32]) -> Result<Vec<ListeningSocket>, String> {
+    fn listening(&self, pid: u32, owners: &[u32], reads: &mut SearchReads) -> Result<Vec<ListeningSocket>, String> {
         let folder = self.folder(pid);
         let error = |error: std::io::Error| {
             format!(
                 "cannot read the sockets of process {pid}: {error}; the agent needs CAP_SYS_PTRACE for processes of other users"
             )
         };
-        let all = match listeners::of_namespace(&folder) {
-            Ok(all) => all,
-            // The process has ended.
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-            Err(other) => return Err(error(other)),
-        };
         let mut inodes = BTreeSet::new();
         for owner in owners {
-            match listeners::socket_inodes(&self.folder(*owner)) {
+            match listeners::socket_inodes(&self.folder(*owner), &mut reads.links_left) {
                 Ok(own) => inodes.extend(own),
                 Err(other) if *owner == pid => return Err(error(other)),
                 Err(_) => {}
             }
         }
-        Ok(all.into_iter().filter(|socket| inodes.contains(&socket.inode)).collect())
+        match reads.sockets(&folder) {
+            Ok(Some(all)) => Ok(all.iter().filter(|socket| inodes.contains(&socket.inode)).copied().collect()),
+            Ok(None) => Err(format!("its container has more than {MAX_NAMESPACES} network namespaces; this one is not examined")),
+            // The process has ended.
+            Err(_) if !folder.exists() => Ok(Vec::new()),
+            Err(other) => Err(error(other)),
+        }
+    }
+}
+
+/// Processes in a `cgroup.procs`. Empty if the cgroup was removed.
+fn listed(procs: &Path) -> Vec<u32> {
+    let mut text = String::new();
+    let read = fs::File::open(procs).and_then(|file| file.take(MAX_LIST_BYTES).read_to_string(&mut text));
+    // Each number ends with a line feed: the last one of a list that is cut may not be whole.
+    let whole = text.rfind('\n').map_or("", |end| &text[..end]);
+    let pids = whole.lines().filter_map(|line| line.parse::<u32>().ok()).filter(|pid| *pid != 0);
+    if read.is_ok() { pids.collect() } else { Vec::new() }
+}
+
+/// What one search of a container has read, and may still read.
+struct SearchReads {
+    links_left: usize,
+    /// By network namespace.
+    tables: BTreeMap<(u64, u64), Vec<ListeningSocket>>,
+}
+
+impl Default for SearchReads {
+    fn default() -> Self {
+        Self { links_left: MAX_LINKS, tables: BTreeMap::new() }
+    }
+}
+
+impl SearchReads {
+    /// The listening sockets of the network namespace of a process; `None` if too many namespaces were read.
+    fn sockets(&mut self, process: &Path) -> std::io::Result<Option<&[ListeningSocket]>> {
+        let namespace = listeners::network_namespace(process)?;
+        if !self.tables.contains_key(&namespace) {
+            if self.tables.len() >= MAX_NAMESPACES {
+                return Ok(None);
+            }
+            self.tables.insert(namespace, listeners::of_namespace(process)?);
+        }
+        Ok(self.tables.get(&namespace).map(Vec::as_slice))
+    }
+
+    /// Why an engine has no address.
+    fn silence(&self, pid: u32) -> String {
+        if self.links_left == 0 {
+            return format!(
+                "process {pid}: none of the first {MAX_LINKS} descriptors of its container is a listening TCP socket"
+            );
+        }
+        format!("process {pid} and its container listen on no TCP port below {FIRST_EPHEMERAL}")
     }
 }
 
@@ -355,14 +415,36 @@ mod tests {
     }
 
     #[test]
+    fn sockets_are_read_once_for_each_network_namespace_and_within_the_limits_of_a_search() {
+        let _listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
+        let finder = EngineFinder { procfs: "/proc".into(), mounts: Vec::new() };
+        let pid = std::process::id();
+        let mut reads = SearchReads::default();
+        let first = finder.listening(pid, &[pid], &mut reads).unwrap();
+        // The table of the namespace is not read again.
+        reads.tables.values_mut().for_each(Vec::clear);
+        assert!(!first.is_empty() && finder.listening(pid, &[pid], &mut reads) == Ok(Vec::new()));
+        assert!(reads.tables.len() == 1 && reads.links_left < MAX_LINKS && reads.silence(pid).contains("no TCP port below"));
+        reads.tables = (0..MAX_NAMESPACES as u64).map(|n| ((0, n), Vec::new())).collect();
+        assert!(finder.listening(pid, &[pid], &mut reads).is_err_and(|error| error.contains("more than 16 network namespaces")));
+        let mut exhausted = SearchReads { links_left: 0, ..SearchReads::default() };
+        assert_eq!(finder.listening(pid, &[pid], &mut exhausted), Ok(Vec::new()));
+        assert!(exhausted.silence(pid).contains("none of the first 16384 descriptors"));
+    }
+
+    #[test]
     fn engines_are_found_by_the_processes_of_a_cgroup() {
         let root = tempfile::tempdir().unwrap();
         let (procfs, mount) = (root.path().join("proc"), root.path().join("cgroup"));
         std::fs::create_dir_all(mount.join("docker/x/inner")).unwrap();
         std::fs::write(mount.join("docker/x/cgroup.procs"), "7\n0\n").unwrap();
         std::fs::write(mount.join("docker/x/inner/cgroup.procs"), "8\n").unwrap();
+        let long = "12345\n".repeat(MAX_LIST_BYTES as usize);
+        std::fs::create_dir_all(mount.join("docker/y")).unwrap();
+        std::fs::write(mount.join("docker/y/cgroup.procs"), long).unwrap();
         let finder = EngineFinder { procfs, mounts: vec![mount] };
         assert_eq!(finder.pids("/docker/x"), [7, 8]);
+        assert_eq!(finder.pids("/docker/y"), [12345]);
         assert_eq!(finder.pids("/docker/../x"), [] as [u32; 0]);
     }
 }

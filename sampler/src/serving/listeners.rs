@@ -4,6 +4,7 @@ use std::collections::BTreeSet;
 use std::fs;
 use std::io::{self, Read as _};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
+use std::os::unix::fs::MetadataExt as _;
 use std::path::Path;
 
 /// The kernel lists listening sockets before all others, so the beginning of a table has them.
@@ -67,14 +68,26 @@ fn address(text: &str) -> Option<SocketAddr> {
     Some(SocketAddr::new(ip, port))
 }
 
-/// Inodes of the sockets that a process has open. Empty if it has ended.
-pub fn socket_inodes(process: &Path) -> io::Result<BTreeSet<u64>> {
+/// Device and inode of the network namespace of a process, which identify it.
+pub fn network_namespace(process: &Path) -> io::Result<(u64, u64)> {
+    let namespace = fs::metadata(process.join("ns/net"))?;
+    Ok((namespace.dev(), namespace.ino()))
+}
+
+/// Inodes of the sockets that a process has open, of as many descriptors as are left to read. Empty if it has ended.
+pub fn socket_inodes(process: &Path, left: &mut usize) -> io::Result<BTreeSet<u64>> {
     let inode = |entry: io::Result<fs::DirEntry>| {
         let link = fs::read_link(entry.ok()?.path()).ok()?;
         link.to_str()?.strip_prefix("socket:[")?.strip_suffix(']')?.parse().ok()
     };
     match fs::read_dir(process.join("fd")) {
-        Ok(entries) => Ok(entries.take(MAX_DESCRIPTORS).filter_map(inode).collect()),
+        Ok(entries) => {
+            let mut read = 0;
+            let entries = entries.take(MAX_DESCRIPTORS.min(*left)).inspect(|_| read += 1);
+            let inodes = entries.filter_map(inode).collect();
+            *left -= read;
+            Ok(inodes)
+        }
         Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(BTreeSet::new()),
         Err(error) => Err(error),
     }
@@ -127,8 +140,11 @@ mod tests {
     fn the_socket_of_this_process_is_found() {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         let process = Path::new("/proc/self");
-        let inodes = socket_inodes(process).unwrap();
+        let mut left = MAX_DESCRIPTORS;
+        let inodes = socket_inodes(process, &mut left).unwrap();
         let found = of_namespace(process).unwrap().into_iter().find(|socket| socket.address == listener.local_addr().unwrap());
         assert!(found.is_some_and(|socket| inodes.contains(&socket.inode)), "{found:?}");
+        assert!(left < MAX_DESCRIPTORS);
+        assert_eq!(socket_inodes(process, &mut 0).unwrap(), BTreeSet::new());
     }
 }

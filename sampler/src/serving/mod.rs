@@ -1,12 +1,14 @@
 //! Metrics of serving engines (vLLM, SGLang, Triton, TGI) in containers with GPUs, while a session that asks for them is recorded.
 //!
 //! ```text
-//!  recorder --which sessions want them--> task --each 5 s--> find (processes, sockets) -> read (HTTP) -> parse -> fact -> core -> recorder
-//!                                                            each 15 s                    | sockets: made in the container's namespace
+//!  recorder --which sessions want them--> task of each container --each 5 s--> find (processes, sockets) -> read (HTTP) -> page
+//!                                                                              each 15 s                  | sockets: made in its namespace
+//!                                                       recorder <- core <- fact <-----------------------------------------------+
 //! ```
-//! Nothing here is on the sampling path. Values are the engine's own claims: they are recorded, never exported as metrics. A reading that
+//! A container has a task of its own, so that one that hangs delays no other. Nothing here is on the sampling path. Values are the engine's own claims: they are recorded, never exported as metrics. A reading that
 //! fails is recorded with its reason, and the other engines are read nevertheless.
 
+mod container;
 pub mod find;
 mod listeners;
 mod page;
@@ -14,37 +16,28 @@ mod read;
 pub mod sockets;
 
 use std::collections::HashMap;
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
 use arc_swap::ArcSwap;
-use futures_util::future::join_all;
 use sampler_core::identity::ContainerRecord;
-use sampler_core::observation::{EngineFact, Observation};
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::ContainerKey;
 use tokio::sync::watch;
-use tokio::time::{Instant, sleep_until, timeout};
+use tokio::task::{AbortHandle, JoinSet};
+use tokio::time::sleep;
 
-use self::find::{EngineFinder, FoundEngine, MAX_ENGINES};
-use self::page::EngineValues;
-use self::read::ReadPageError;
-
+use self::container::{ContainerReader, SharedReaders};
+use self::find::EngineFinder;
 use self::sockets::NamespaceSockets;
 use crate::engine_rules::{self, EngineRules};
-use crate::error::display_chain;
-use crate::inbox::{Closed, CoreSender};
-use crate::observe::clock::boot_now;
+use crate::inbox::CoreSender;
 
 pub const DEFAULT_EVERY: Duration = Duration::from_secs(5);
 pub const MIN_EVERY: Duration = Duration::from_secs(1);
 pub const MAX_EVERY: Duration = Duration::from_secs(60);
-/// How often engines are searched for in a container; in a new one, at once.
-const FIND_EVERY: Duration = Duration::from_secs(15);
-/// For all ports of one engine that are tried in one round, so that the others are read in time.
-const ROUND_TIMEOUT: Duration = Duration::from_secs(4);
-const MAX_PROBLEM_CHARS: usize = 200;
+/// How often containers with GPUs are compared with those that have a task.
+const FOLLOW_EVERY: Duration = Duration::from_secs(1);
 
 /// What sessions want to have recorded.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -61,8 +54,11 @@ impl EngineRequest {
     pub fn union<'a>(all: impl Iterator<Item = &'a EngineRequest>) -> Option<EngineRequest> {
         all.cloned().reduce(|mut union, other| {
             union.every = union.every.min(other.every);
-            union.rules.extend(other.rules);
-            union.rules.dedup();
+            for rule in other.rules {
+                if !union.rules.contains(&rule) {
+                    union.rules.push(rule);
+                }
+            }
             union
         })
     }
@@ -76,175 +72,70 @@ pub struct ServingInputs {
     pub sockets: NamespaceSockets,
 }
 
-/// An engine, and where its page was found.
-struct EngineState {
-    found: FoundEngine,
-    settled: Option<SocketAddr>,
-    /// Position of the address that is tried next: each once after a search, over several rounds if some hang, and then only the first.
-    next: usize,
-}
-
-struct ContainerEngines {
-    searched: Instant,
-    engines: Vec<EngineState>,
-}
-
 /// Reads engines while a session wants them. Ends with the agent.
 pub async fn run(inputs: ServingInputs, mut requests: EngineRequests) {
-    let (finder, sockets) = (Arc::new(inputs.finder), Arc::new(inputs.sockets));
+    let shared = Arc::new(SharedReaders::new(inputs.finder, inputs.sockets));
     loop {
         let request = match requests.wait_for(Option::is_some).await {
             Ok(request) => request.clone(),
             Err(_) => return,
         };
         let Some(request) = request else { continue };
-        let mut readers = EngineReaders {
-            finder: Arc::clone(&finder),
-            sockets: Arc::clone(&sockets),
+        let mut readers = ContainerTasks {
+            core: inputs.core.clone(),
+            shared: Arc::clone(&shared),
+            every: request.every,
             rules: engine_rules::merged(request.rules.iter()).into(),
+            tasks: JoinSet::new(),
             containers: HashMap::new(),
         };
         loop {
-            let next = Instant::now() + request.every;
-            let facts = readers.round(&inputs.snapshot.load_full()).await;
-            if let Err(Closed) = inputs.core.observe_all(facts.into_iter().map(Observation::Engine)) {
-                return;
-            }
+            readers.follow(&inputs.snapshot.load_full());
             tokio::select! {
-                () = sleep_until(next) => {}
+                () = sleep(FOLLOW_EVERY) => {}
                 changed = requests.changed() => match changed {
                     Ok(()) => break,
                     Err(_) => return,
                 },
             }
         }
+        // What they hold counts towards the limits of the next ones.
+        readers.tasks.shutdown().await;
     }
 }
 
-/// The engines that are read for the present request.
-struct EngineReaders {
-    finder: Arc<EngineFinder>,
-    sockets: Arc<NamespaceSockets>,
+/// The tasks for the present request, which end when it is dropped.
+struct ContainerTasks {
+    core: CoreSender,
+    shared: Arc<SharedReaders>,
+    every: Duration,
     rules: Arc<[Arc<EngineRules>]>,
-    containers: HashMap<ContainerKey, ContainerEngines>,
+    tasks: JoinSet<()>,
+    containers: HashMap<ContainerKey, AbortHandle>,
 }
 
-impl EngineReaders {
-    async fn round(&mut self, snapshot: &Snapshot) -> Vec<EngineFact> {
-        self.search(snapshot).await;
-        let mut readings = Vec::new();
-        for container in self.containers.values_mut() {
-            let left = MAX_ENGINES.saturating_sub(readings.len());
-            for engine in container.engines.iter_mut().take(left) {
-                readings.push(engine.read(&self.sockets));
-            }
-        }
-        // Together: one that hangs delays no other.
-        join_all(readings).await
-    }
-
-    /// Searches for engines where that is due.
-    async fn search(&mut self, snapshot: &Snapshot) {
+impl ContainerTasks {
+    /// One task for each container with a GPU.
+    fn follow(&mut self, snapshot: &Snapshot) {
         let with_gpu = snapshot.containers.iter().filter(|container| container.gone.is_none() && !container.gpus.is_empty());
-        let records: HashMap<ContainerKey, Arc<ContainerRecord>> =
-            with_gpu.map(|container| (container.record.key, Arc::clone(&container.record))).collect();
-        self.containers.retain(|key, _| records.contains_key(key));
-        let is_due = |key: &ContainerKey| self.containers.get(key).is_none_or(|known| known.searched.elapsed() >= FIND_EVERY);
-        let due: Vec<Arc<ContainerRecord>> = records.into_values().filter(|record| is_due(&record.key)).collect();
-        if due.is_empty() {
-            return;
-        }
-        let (finder, rules) = (Arc::clone(&self.finder), Arc::clone(&self.rules));
-        // Reads /proc and cgroupfs.
-        let search = move || due.iter().map(|record| (record.key, finder.find(record, &rules))).collect::<Vec<_>>();
-        // Fails only while the agent stops.
-        let Ok(found) = tokio::task::spawn_blocking(search).await else { return };
-        for (key, found) in found {
-            let before = self.containers.remove(&key).map_or_else(Vec::new, |container| container.engines);
-            let engines = found.into_iter().map(|found| EngineState::new(found, &before)).collect();
-            self.containers.insert(key, ContainerEngines { searched: Instant::now(), engines });
-        }
-    }
-}
-
-impl EngineState {
-    /// `before`: the engines that the container had at the last search.
-    fn new(found: FoundEngine, before: &[EngineState]) -> Self {
-        let same =
-            |old: &&EngineState| (old.found.pid, old.found.start, &old.found.rules) == (found.pid, found.start, &found.rules);
-        let settled = before.iter().find(same).and_then(|old| old.settled).filter(|address| found.addresses.contains(address));
-        Self { found, settled, next: 0 }
-    }
-
-    async fn read(&mut self, sockets: &Arc<NamespaceSockets>) -> EngineFact {
-        let values = match timeout(ROUND_TIMEOUT, self.values(sockets)).await {
-            Ok(values) => values,
-            Err(_) => Err(format!("no page within {} s", ROUND_TIMEOUT.as_secs())),
-        };
-        let (values, problem) = match values {
-            Ok(values) => (values, None),
-            Err(problem) => (EngineValues::default(), Some(problem.chars().take(MAX_PROBLEM_CHARS).collect())),
-        };
-        let address = self.settled.or(self.found.addresses.first().copied());
-        EngineFact {
-            key: self.found.key,
-            at: boot_now(),
-            engine: self.found.rules.name.clone(),
-            pid: self.found.pid,
-            port: address.map_or(0, |address| address.port()),
-            waiting: values.waiting,
-            running: values.running,
-            time_to_first_token: values.time_to_first_token,
-            time_per_output_token: values.time_per_output_token,
-            queue_time: values.queue_time,
-            problem,
-        }
-    }
-
-    /// The values at the address where they were found before, or else at the first that has any. An error is that of the most likely one.
-    async fn values(&mut self, sockets: &Arc<NamespaceSockets>) -> Result<EngineValues, String> {
-        if let Some(problem) = &self.found.problem {
-            return Err(problem.clone());
-        }
-        if let Some(settled) = self.settled {
-            return read_values(sockets, &self.found, settled).await.map_err(|error| failure(settled, &error));
-        }
-        let untried = self.next.min(self.found.addresses.len());
-        let addresses = match &self.found.addresses[untried..] {
-            [] => self.found.addresses.get(..1).unwrap_or_default().to_vec(),
-            untried => untried.to_vec(),
-        };
-        let mut first = None;
-        for address in addresses {
-            // Before the attempt, which may be given up.
-            self.next += 1;
-            match read_values(sockets, &self.found, address).await {
-                Ok(values) => {
-                    self.settled = Some(address);
-                    return Ok(values);
-                }
-                Err(error) => first = first.or_else(|| Some(failure(address, &error))),
+        let records: HashMap<ContainerKey, &Arc<ContainerRecord>> =
+            with_gpu.map(|container| (container.record.key, &container.record)).collect();
+        self.containers.retain(|key, task| {
+            let is_present = records.contains_key(key);
+            if !is_present {
+                task.abort();
+            }
+            is_present
+        });
+        for (key, record) in records {
+            if !self.containers.contains_key(&key) {
+                let reader = ContainerReader::new(Arc::clone(&self.shared), Arc::clone(record), Arc::clone(&self.rules));
+                self.containers.insert(key, self.tasks.spawn(reader.run(self.every, self.core.clone())));
             }
         }
-        Err(first.unwrap_or_else(|| "it has no address".into()))
+        // Their ends are not kept.
+        while self.tasks.try_join_next().is_some() {}
     }
-}
-
-fn failure(address: SocketAddr, error: &ReadPageError) -> String {
-    format!("port {}: {}", address.port(), display_chain(error))
-}
-
-async fn read_values(
-    sockets: &Arc<NamespaceSockets>,
-    engine: &FoundEngine,
-    address: SocketAddr,
-) -> Result<EngineValues, ReadPageError> {
-    let page = read::read(sockets, (engine.pid, engine.start), address, &engine.rules.path).await?;
-    let rules = Arc::clone(&engine.rules);
-    // A large page takes milliseconds, which would delay requests.
-    let parsed = tokio::task::spawn_blocking(move || page::parse(&page, &rules));
-    let values = parsed.await.map_err(|_| ReadPageError::Stopping)?;
-    if values.is_empty() { Err(ReadPageError::NoMetrics(engine.rules.name.clone())) } else { Ok(values) }
 }
 
 #[cfg(test)]
@@ -257,7 +148,7 @@ mod tests {
             ["a=/metrics,x=waiting", "b=/metrics,x=waiting"].map(|text| Arc::new(text.parse().unwrap())).into();
         let request =
             |seconds, rules: &[Arc<EngineRules>]| EngineRequest { every: Duration::from_secs(seconds), rules: rules.to_vec() };
-        let all = [request(5, &rules[..1]), request(2, &rules[1..]), request(9, &[])];
+        let all = [request(5, &rules[..1]), request(2, &rules[1..]), request(9, &[]), request(9, &rules[..1])];
         assert_eq!(EngineRequest::union(all.iter()), Some(request(2, &rules)));
         assert_eq!(EngineRequest::union(std::iter::empty()), None);
     }

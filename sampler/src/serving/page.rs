@@ -1,6 +1,6 @@
 //! The values of a serving engine from its metrics page, in the text format of Prometheus.
 //!
-//! A tenant controls the page. Only lines of the wanted metrics are parsed, in one pass and in memory that depends on the rules alone; a line
+//! A tenant controls the page. It is parsed while it arrives, in memory for one line; only lines of the wanted metrics are parsed. A line
 //! that cannot be parsed, and a value that is not a finite number of at least 0, counts as absent. Series of one metric (models, replicas,
 //! ranks) are summed. Buckets of histograms, exemplars and timestamps are not read.
 
@@ -44,12 +44,62 @@ fn finite(total: Option<f64>) -> Option<f64> {
     total.filter(|total| total.is_finite())
 }
 
-pub fn parse(page: &[u8], rules: &EngineRules) -> EngineValues {
-    let mut sums = vec![SeriesSums::default(); rules.metrics.len()];
-    for line in page.split(|b| *b == b'\n').filter(|line| line.len() <= MAX_LINE_BYTES) {
+/// Parses a page in the parts in which it arrives.
+pub struct PageParser<'a> {
+    rules: &'a EngineRules,
+    sums: Vec<SeriesSums>,
+    /// The beginning of a line of which the end has not arrived.
+    line: Vec<u8>,
+    /// The line is too long: the rest of it is not kept.
+    is_skipped: bool,
+}
+
+impl<'a> PageParser<'a> {
+    pub fn new(rules: &'a EngineRules) -> Self {
+        Self { rules, sums: vec![SeriesSums::default(); rules.metrics.len()], line: Vec::new(), is_skipped: false }
+    }
+
+    pub fn push(&mut self, part: &[u8]) {
+        let mut lines = part.split(|b| *b == b'\n');
+        // What follows the last line feed is the beginning of a line.
+        let rest = lines.next_back().unwrap_or_default();
+        for line in lines {
+            self.end_line(line);
+        }
+        self.begin_line(rest);
+    }
+
+    pub fn end(mut self) -> EngineValues {
+        self.end_line(&[]);
+        values(self.rules, &self.sums)
+    }
+
+    fn begin_line(&mut self, part: &[u8]) {
+        self.is_skipped |= self.line.len() + part.len() > MAX_LINE_BYTES;
+        if self.is_skipped { self.line.clear() } else { self.line.extend_from_slice(part) }
+    }
+
+    fn end_line(&mut self, part: &[u8]) {
+        // Most lines are in one part, and are not copied.
+        if self.line.is_empty() && !self.is_skipped {
+            return self.parse_line(part);
+        }
+        self.begin_line(part);
+        let mut line = std::mem::take(&mut self.line);
+        if !self.is_skipped {
+            self.parse_line(&line);
+        }
+        line.clear();
+        (self.line, self.is_skipped) = (line, false);
+    }
+
+    fn parse_line(&mut self, line: &[u8]) {
+        if line.len() > MAX_LINE_BYTES {
+            return;
+        }
         let name_bytes = line.iter().position(|b| matches!(b, b'{' | b' ' | b'\t')).unwrap_or(line.len());
         let (name, rest) = line.split_at(name_bytes);
-        for (rule, sums) in rules.metrics.iter().zip(&mut sums) {
+        for (rule, sums) in self.rules.metrics.iter().zip(&mut self.sums) {
             let Some(end) = name.strip_prefix(rule.metric.as_bytes()) else { continue };
             let total = match end {
                 b"" => &mut sums.plain,
@@ -64,7 +114,6 @@ pub fn parse(page: &[u8], rules: &EngineRules) -> EngineValues {
             }
         }
     }
-    values(rules, &sums)
 }
 
 /// The value of a line, after the name of its metric.
@@ -133,6 +182,16 @@ fn latency<'a>(
 mod tests {
     use super::*;
     use crate::engine_rules::known;
+
+    fn parse_parts<'a>(parts: impl Iterator<Item = &'a [u8]>, rules: &EngineRules) -> EngineValues {
+        let mut parser = PageParser::new(rules);
+        parts.for_each(|part| parser.push(part));
+        parser.end()
+    }
+
+    fn parse(page: &[u8], rules: &EngineRules) -> EngineValues {
+        parse_parts([page].into_iter(), rules)
+    }
 
     fn parsed(engine: &str, page: &str) -> EngineValues {
         let rules = known();
@@ -204,7 +263,23 @@ mod tests {
         assert_eq!(parsed("vllm", &"vllm:num_requests_waiting 1e308\n".repeat(3)).waiting, None, "the sum overflows");
     }
 
-    /// Whatever the page: values are finite and not negative, and comments change nothing.
+    #[test]
+    fn a_page_has_the_same_values_in_any_parts_and_memory_for_one_line() {
+        let long = format!("vllm:num_requests_waiting{{a=\"{}\"}} 3\n", "x".repeat(2 * MAX_LINE_BYTES));
+        let page = format!(
+            "{long}vllm:num_requests_waiting 3\n\nvllm:num_requests_running{{a=\"b\"}} 2\n{long}vllm:num_requests_waiting 4"
+        );
+        let rules = known();
+        let expect = EngineValues { waiting: Some(7.0), running: Some(2.0), ..EngineValues::default() };
+        for bytes in [1, 2, 7, 1000, MAX_LINE_BYTES, page.len()] {
+            assert_eq!(parse_parts(page.as_bytes().chunks(bytes), &rules[0]), expect, "in parts of {bytes} bytes");
+        }
+        let mut parser = PageParser::new(&rules[0]);
+        page.as_bytes().chunks(1000).for_each(|part| parser.push(part));
+        assert!(parser.line.capacity() <= 2 * MAX_LINE_BYTES, "{}", parser.line.capacity());
+    }
+
+    /// Whatever the page: values are finite and not negative, comments change nothing, nor do the parts in which it arrives.
     #[test]
     fn fuzz_engine_page() {
         let all = known();
@@ -218,6 +293,7 @@ mod tests {
                 // Comments and blank lines do not matter.
                 let commented = [b"# HELP x y\n\n".as_slice(), bytes, b"\n# EOF\n"].concat();
                 assert_eq!(parse(&commented, rules), values);
+                assert_eq!(parse_parts(bytes.chunks(1 + bytes.len() / 3), rules), values);
             }
         });
     }

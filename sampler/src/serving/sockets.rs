@@ -2,12 +2,12 @@
 //!
 //! ```text
 //!  agent (without CAP_SYS_ADMIN)                     helper: `gpu-sampler engine-sockets` (CAP_SYS_ADMIN and nothing else)
-//!    opens /proc/PID/ns/net  --namespace, family-->    setns, socket
+//!    opens /proc/PID/ns/net  --namespace, family-->    setns, socket, setns back
 //!    connects, sends, reads  <--unconnected socket--   never connects, never sees what a tenant sends
 //! ```
 //! A socket belongs to the namespace in which it was made, whichever process has it. Only entering a namespace needs a privilege that the
-//! agent gives up at its start, so a second process keeps that one, and does the two system calls that need it. Its seccomp filter has
-//! little else. It is started only if the settings ask for it, before the agent gives up the right to start programs, and ends with it.
+//! agent gives up at its start, so a second process keeps that one, and does the system calls that need it. Its seccomp filter has
+//! little else. Between requests it is in its own namespace. It is started only if the settings ask for it, before the agent gives up the right to start programs, and ends with it.
 
 use std::fs::File;
 use std::io::{self, IoSlice, IoSliceMut};
@@ -20,6 +20,7 @@ use std::process::{Child, Command, Stdio};
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
+use anyhow::Context as _;
 use rustix::io::Errno;
 use rustix::net::{
     AddressFamily, RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage, SendFlags,
@@ -34,7 +35,7 @@ use crate::privileges;
 
 /// The hidden command that runs [`help`].
 pub const COMMAND: &str = "engine-sockets";
-/// The helper makes two system calls for a request, neither of which waits.
+/// The helper makes three system calls for a request, none of which waits.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// A request: the family and its number. A reply: the step that failed and its errno, both 0 with a socket, and the number of its request.
 const REQUEST_BYTES: usize = 5;
@@ -208,6 +209,8 @@ fn is_own(namespace: &File) -> io::Result<bool> {
 
 /// The helper: gives up everything that it does not need, and makes sockets until the agent closes its side.
 pub fn help(seccomp: bool) -> anyhow::Result<()> {
+    // Before the filter, which allows no file.
+    let own = File::open("/proc/self/ns/net").context("the helper cannot open its own network namespace")?;
     privileges::restrict_socket_helper(seccomp)?;
     let agent = io::stdin();
     let mut request = [0; REQUEST_BYTES];
@@ -221,7 +224,7 @@ pub fn help(seccomp: bool) -> anyhow::Result<()> {
             return Ok(());
         }
         let [family, a, b, c, d] = request;
-        let (step, errno, socket) = match serve(namespace, family) {
+        let (step, errno, socket) = match serve(own.as_fd(), namespace, family)? {
             Ok(socket) => (0, 0, Some(socket)),
             Err((step, errno)) => (step, errno.raw_os_error(), None),
         };
@@ -230,12 +233,22 @@ pub fn help(seccomp: bool) -> anyhow::Result<()> {
     }
 }
 
-fn serve(namespace: Option<OwnedFd>, family: u8) -> Result<OwnedFd, (u8, Errno)> {
+/// A socket, or the step that failed. The outer error: the helper cannot return to its own namespace, and ends instead of staying in that
+/// of a container.
+fn serve(own: BorrowedFd<'_>, namespace: Option<OwnedFd>, family: u8) -> anyhow::Result<Result<OwnedFd, (u8, Errno)>> {
     let (Some(namespace), Some(family)) = (namespace, SocketFamily::from_byte(family)) else {
-        return Err((INVALID, Errno::INVAL));
+        return Ok(Err((INVALID, Errno::INVAL)));
     };
-    move_into_link_name_space(namespace.as_fd(), Some(LinkNameSpaceType::Network)).map_err(|errno| (ENTER, errno))?;
-    make_socket(family).map_err(|errno| (MAKE, errno))
+    if let Err(errno) = enter(namespace.as_fd()) {
+        return Ok(Err((ENTER, errno)));
+    }
+    let made = make_socket(family).map_err(|errno| (MAKE, errno));
+    enter(own).context("the helper cannot return to its own network namespace, and ends; restart the agent")?;
+    Ok(made)
+}
+
+fn enter(namespace: BorrowedFd<'_>) -> Result<(), Errno> {
+    move_into_link_name_space(namespace, Some(LinkNameSpaceType::Network))
 }
 
 #[cfg(test)]
@@ -286,9 +299,13 @@ mod tests {
         assert!(matches!(receive(b.as_fd(), &mut bytes), Ok((1, None))));
         drop(a);
         assert!(matches!(receive(b.as_fd(), &mut bytes), Ok((0, None))));
-        assert_eq!(serve(None, 4).unwrap_err(), (INVALID, Errno::INVAL));
+        let own = File::open("/proc/self/ns/net").unwrap();
+        assert_eq!(serve(own.as_fd(), None, 4).unwrap().unwrap_err(), (INVALID, Errno::INVAL));
         // Not a network namespace.
-        let (step, _) = serve(Some(file.into()), 4).unwrap_err();
+        let (step, _) = serve(own.as_fd(), Some(file.into()), 4).unwrap().unwrap_err();
         assert_eq!(step, ENTER);
+        // Its own, for which it needs the same privilege as for any other.
+        let served = serve(own.as_fd(), Some(own.try_clone().unwrap().into()), 4).unwrap();
+        assert!(matches!(served, Ok(_) | Err((ENTER, Errno::PERM))), "{served:?}");
     }
 }

@@ -11,7 +11,7 @@
 //! their correlation.
 //!
 //! A latency is only called longer if both sides have [`LEAST_INTERVALS`], the user was switched at least twice, and the difference
-//! exceeds what one in twenty sessions shows by chance over all of its comparisons. That the other user is the reason is not shown: load
+//! exceeds what one in twenty sessions shows by chance over all comparisons of all of its containers. That the other user is the reason is not shown: load
 //! that follows the same schedule looks the same.
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -120,17 +120,29 @@ pub fn latency_intervals(facts: &[EngineFact], kind: LatencyKind) -> Vec<Latency
     engines.flat_map(|facts| intervals(&successful(&facts), kind)).collect()
 }
 
-/// The engines of one container, from its readings in their order.
-pub fn engines(facts: &[EngineFact], context: &EngineContext<'_>) -> Vec<EngineReport> {
-    let by_engine = by_engine(facts);
-    let activity = Activity::new(context);
-    // Every pair of a latency and another user of every engine is one comparison.
-    let comparisons = by_engine.len().min(MOST_ENGINES) * LatencyKind::all().count() * activity.users.len();
-    by_engine
-        .into_iter()
-        .take(MOST_ENGINES)
-        .map(|((engine, port), facts)| report(engine, port, &facts, context, &activity, comparisons))
-        .collect()
+/// The engines of one container, with what their latencies are compared with.
+pub struct GatheredEngines<'a> {
+    by_engine: BTreeMap<(&'a str, u16), Vec<&'a EngineFact>>,
+    activity: Activity<'a>,
+    context: EngineContext<'a>,
+}
+
+impl<'a> GatheredEngines<'a> {
+    /// `facts`: the readings of the container in their order.
+    pub fn new(facts: &'a [EngineFact], context: EngineContext<'a>) -> Self {
+        Self { by_engine: by_engine(facts), activity: Activity::new(&context), context }
+    }
+
+    /// Every pair of a latency and another user of every engine is one comparison.
+    pub fn comparisons(&self) -> usize {
+        self.by_engine.len().min(MOST_ENGINES) * LatencyKind::all().count() * self.activity.users.len()
+    }
+
+    /// `comparisons`: those of the whole session.
+    pub fn reports(&self, comparisons: usize) -> Vec<EngineReport> {
+        let engines = self.by_engine.iter().take(MOST_ENGINES);
+        engines.map(|((engine, port), facts)| report(engine, *port, facts, &self.context, &self.activity, comparisons)).collect()
+    }
 }
 
 fn report(

@@ -82,6 +82,27 @@ fn a_latency_that_does_not_follow_another_user_is_not_a_finding() {
     assert!(found <= 6, "{found} of 100");
 }
 
+/// The comparisons of all containers share one rate of false findings.
+#[test]
+fn a_difference_close_to_chance_is_not_a_finding_if_other_containers_are_compared_too() {
+    let found = |step: u32, others: u16| {
+        let mut random = Random(11);
+        let seconds_at = &mut |t| Some(0.2 + 0.1 * random.unit() + if is_on(t) { 0.002 * f64::from(step) } else { 0.0 });
+        let mut session = session(300, seconds_at);
+        let engines: Vec<EngineFact> = session
+            .facts
+            .iter()
+            .filter_map(|fact| if let Fact::Engine(fact) = fact { Some(fact.clone()) } else { None })
+            .collect();
+        let of_other = |port| engines.iter().map(move |fact| EngineFact { key: ContainerKey(2), port, ..fact.clone() });
+        session.facts.extend((1..=others).flat_map(of_other).map(Fact::Engine));
+        engine(&build(&session, &View::default())).latencies[0].contrasts[0].is_longer
+    };
+    let count = |others| (0..40).filter(|step| found(*step, others)).count();
+    let (alone, with_others) = (count(0), count(MOST_ENGINES as u16));
+    assert!(with_others > 0 && with_others < alone && alone < 40, "{alone} alone, {with_others} with others");
+}
+
 #[test]
 fn few_intervals_and_a_single_change_are_not_a_claim() {
     let few = built(50, &mut |t| Some(if is_on(t) { 0.6 } else { 0.2 }));

@@ -33,6 +33,7 @@ use super::request::Request;
 use super::ring::{CONTEXT_NS, Piece, SessionRing};
 use super::store::{Entry, Phase, Store, StoreError};
 use super::writer::{self, Item};
+use crate::engine_rules::{self, RuleConflict};
 use crate::error::display_chain;
 use crate::labels::LabelView;
 use crate::observe::waits::{Requester, WaitRequests};
@@ -313,6 +314,7 @@ impl SessionManager {
         if self.sessions.len() >= MAX_ACTIVE {
             return Err(StoreError::Conflict(format!("{MAX_ACTIVE} sessions are active; stop one first")));
         }
+        self.check_rules(&request).map_err(|conflict| StoreError::Conflict(conflict.to_string()))?;
         let phase = if request.trigger.is_some() { Phase::Armed } else { Phase::Recording };
         let trigger = request.trigger.as_ref().map(ToString::to_string);
         let id = self.store.add(wall, Entry::new(phase, request.duration_ns, request.lookback_ns, trigger));
@@ -328,6 +330,13 @@ impl SessionManager {
         self.sessions.push(RunningSession { id: id.clone(), request, phase });
         self.request_engines(now);
         Ok(id)
+    }
+
+    /// Sessions share the readings of engines; one that waits for its trigger keeps its rules, too.
+    fn check_rules(&self, request: &Request) -> Result<(), RuleConflict> {
+        let Some(engines) = &request.engines else { return Ok(()) };
+        let mut others = self.sessions.iter().filter_map(|session| session.request.engines.as_ref());
+        others.try_for_each(|other| engine_rules::check_sessions(&engines.rules, &other.rules))
     }
 
     /// Begins recording, starting with the lookback.

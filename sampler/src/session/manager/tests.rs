@@ -149,6 +149,22 @@ fn serving_engines_are_requested_while_a_session_that_wants_them_counts() {
 }
 
 #[test]
+fn a_session_must_not_change_the_engine_rules_of_another() {
+    let mut bench = Bench::new(1 << 20, 1 << 20);
+    let with = |rule: &str| Request {
+        engines: Some(EngineRequest { every: Duration::from_secs(5), rules: vec![Arc::new(rule.parse().unwrap())] }),
+        ..request(10, 0)
+    };
+    bench.until(10);
+    bench.start(&Request { trigger: Some("busy>0.9".parse().unwrap()), ..with("a=/metrics,x=waiting") });
+    bench.start(&with("a=/metrics,x=waiting"));
+    bench.start(&with("b=/metrics,x=waiting"));
+    let refused = bench.manager.start(with("a=/metrics,y=waiting"), boot(10), wall(10)).unwrap_err();
+    assert!(matches!(&refused, StoreError::Conflict(text) if text.contains("the engine rule a differs")), "{refused:?}");
+    assert_eq!(bench.manager.sessions.len(), 3);
+}
+
+#[test]
 fn a_session_contains_its_lookback_its_context_and_its_tail() {
     let mut bench = Bench::new(1 << 20, 1 << 20);
     bench.until(100);
