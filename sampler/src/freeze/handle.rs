@@ -95,7 +95,7 @@ impl GuardHandle {
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.requests = None;
         let killed = self.child.kill();
-        // At once, whatever becomes of the guard; the second thaw decides.
+        // At once, whether the guard ends or not; the second thaw decides.
         let _first = self.freezer.thaw();
         let ended = self.ended_within(KILLED_TIMEOUT);
         // It may have been in the system call that freezes.
