@@ -21,9 +21,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 use tokio::time::{Instant, sleep_until};
 
 use super::freezer::{Freezer, FreezerVersion, contains_process};
-use super::report_line;
 use super::runtime_dir::{FrozenRecord, RuntimeDir};
-use crate::error::display_chain;
+use crate::error::{display_chain, report_line};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::layout;
 use crate::observe::kernel::proc::living_thread;

@@ -10,9 +10,8 @@ use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
 use super::freezer::Freezer;
 use super::guard::{GuardReply, GuardRequest};
-use super::report_line;
 use super::runtime_dir::{ExperimentLock, GuardId, RuntimeDir};
-use crate::error::display_chain;
+use crate::error::{display_chain, report_line};
 
 /// The hidden command of a guard.
 pub const COMMAND: &str = "freeze-guard";

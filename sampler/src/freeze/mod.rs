@@ -21,16 +21,8 @@ mod handle;
 mod runtime_dir;
 mod watch;
 
-use std::io::Write as _;
-
 pub use self::freezer::{Freezer, FreezerVersion, contains_process};
 pub use self::guard::{GuardOptions, GuardReply, GuardRequest, run as run_guard};
 pub use self::handle::GuardHandle;
 pub use self::runtime_dir::{ExperimentLock, RuntimeDir};
 pub use self::watch::{ThawWatch, recover};
-
-/// Writes a line to standard error. Unlike `eprintln!`, does not panic if it is closed, as after the end of a terminal: what follows may
-/// be a thaw.
-pub fn report_line(line: &str) {
-    let _closed = writeln!(std::io::stderr(), "{line}");
-}

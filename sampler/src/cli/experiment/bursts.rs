@@ -13,7 +13,8 @@ use sampler_core::units::BootNs;
 use super::super::client::Client;
 use super::super::record::{Signals, call};
 use super::warn;
-use crate::freeze::{GuardHandle, GuardReply, GuardRequest, report_line};
+use crate::error::report_line;
+use crate::freeze::{GuardHandle, GuardReply, GuardRequest};
 use crate::observe::clock::boot_now;
 use crate::session::SessionStatus;
 
