@@ -402,6 +402,10 @@ fn an_experiment_with_a_killed_command_and_guard_is_thawed_by_the_agent() -> Res
             scene.agent.take().context("the agent")?.process.ends_with(libc::SIGKILL)?;
         }
         command.ends_with(libc::SIGKILL)?;
+        if !agent_too {
+            let (code, _, err) = scene.run(&["--suspect", &scene.ids[1], "--i-may-freeze"])?;
+            assert!(code == Some(1) && err.contains("another experiment runs on this machine, or its guard does"), "{err}");
+        }
         kill(guard, libc::SIGKILL);
         if agent_too {
             std::thread::sleep(Duration::from_secs(2));
@@ -413,6 +417,19 @@ fn an_experiment_with_a_killed_command_and_guard_is_thawed_by_the_agent() -> Res
         assert!(log.contains("thawed a cgroup that an experiment had left frozen"), "{log}");
     }
     Ok(())
+}
+
+#[test]
+fn an_experiment_reports_a_freeze_that_another_program_has_ended() -> Result<()> {
+    let scene = ExperimentScene::new("experiment-thawed", "seed = 9\n[[gpus]]", Freezer::V2)?;
+    let command = scene.start()?;
+    Moment::Within.wait(&scene)?;
+    fs::write(&scene.file, scene.states[0])?;
+    let reported = || Ok(scene.errors().contains("another program has thawed it").then_some(()));
+    wait_for("the end of the freeze is reported", THAWS_WITHIN, reported)?;
+    kill(command.0.id(), libc::SIGINT);
+    scene.check_thawed("thawed by another program")?;
+    failed(command)
 }
 
 #[test]

@@ -4,13 +4,14 @@
 //!  burst     |----- window -----|----- window -----|  pause  |----- window -----|----- window -----|
 //!  suspect   |      frozen      |       runs       |         |       runs       |      frozen      |   the coin of each burst decides
 //! ```
-//! Both windows of a burst have the same length, and exactly one of them is frozen: a suspect is frozen for less than half of the time by
+//! Both windows of a burst have the same length, and exactly one of them is frozen: a suspect is frozen for at most half of the time by
 //! construction. The coins are independent and fair, so under the hypothesis that freezing changes nothing, every assignment of coins
 //! explains an outcome equally well; the test in `sampler-report` (`freeze`) needs no other assumption. Pauses vary by chance, so that no
 //! periodic load of the victim can stay in step with the windows.
 //!
 //! Does not freeze anything and does not read a clock: times are inputs or offsets.
 
+use std::collections::BTreeSet;
 use std::ops::RangeInclusive;
 
 use serde::{Deserialize, Serialize};
@@ -24,6 +25,8 @@ pub const BURSTS: RangeInclusive<u32> = 6..=100;
 pub const FREEZE_NS: RangeInclusive<u64> = SECOND_NS / 10..=10 * SECOND_NS;
 /// Mean pause between bursts.
 pub const PAUSE_NS: RangeInclusive<u64> = 0..=60 * SECOND_NS;
+/// A freeze may begin and end this much outside of its window: a guard that was late, or waited for processes to stop.
+const SLACK_NS: u64 = SECOND_NS;
 /// Length of the path of a cgroup (PATH_MAX).
 const MAX_PATH_BYTES: usize = 4096;
 
@@ -184,6 +187,39 @@ impl ExperimentSchedule {
     }
 }
 
+/// The schedule of one experiment, and the bursts whose freeze was reported: each once.
+#[derive(Clone, Debug)]
+pub struct ReportedFreezes {
+    schedule: ExperimentSchedule,
+    reported: BTreeSet<u32>,
+}
+
+impl ReportedFreezes {
+    pub fn new(schedule: ExperimentSchedule) -> Self {
+        Self { schedule, reported: BTreeSet::new() }
+    }
+
+    /// Accepts the freeze of a burst, or returns why it is not one of this experiment. `now`: a freeze is reported after its end.
+    pub fn report(&mut self, experiment: BootNs, burst: u32, real: BootSpan, now: BootNs) -> Result<(), String> {
+        if experiment != self.schedule.start {
+            return Err(format!(
+                "the experiment of the session started at {} ns, not at {} ns",
+                self.schedule.start.0, experiment.0
+            ));
+        }
+        let Some(window) = self.schedule.frozen_window(burst) else {
+            return Err(format!("there is no burst {burst}: the experiment has {}", self.schedule.len()));
+        };
+        if real.from >= real.to || real.to > now {
+            return Err(format!("the freeze of burst {burst} does not end after its start and before now"));
+        }
+        if real.from < window.from.minus(SLACK_NS) || real.to > window.to.plus(SLACK_NS) {
+            return Err(format!("the freeze of burst {burst} is not in its window"));
+        }
+        if self.reported.insert(burst) { Ok(()) } else { Err(format!("the freeze of burst {burst} was reported before")) }
+    }
+}
+
 impl BootSpan {
     pub fn ns(self) -> u64 {
         self.to.saturating_since(self.from)
@@ -266,6 +302,27 @@ mod tests {
         check(&|schedule| schedule.bursts.truncate(5), "5 bursts: give 6 to 100");
         check(&|schedule| schedule.window_ns = 11 * SECOND_NS, "0.1 s to 10 s");
         check(&|schedule| schedule.bursts[3].offset_ns = schedule.bursts[2].offset_ns, "overlap");
+    }
+
+    #[test]
+    fn a_freeze_is_reported_once_and_in_its_window() {
+        let schedule = draw(design(1));
+        let (start, window) = (schedule.start, schedule.frozen_window(2).unwrap());
+        let mut freezes = ReportedFreezes::new(schedule);
+        let mut check = |start, burst, real, now, problem: &str| match freezes.report(start, burst, real, now) {
+            Ok(()) => assert_eq!(problem, ""),
+            Err(error) => assert!(!problem.is_empty() && error.contains(problem), "{error}"),
+        };
+        let now = window.to.plus(SECOND_NS);
+        let moved = |by| BootSpan { from: window.from.plus(by), to: window.to.plus(by) };
+        check(BootNs(1), 2, window, now, "not at 1 ns");
+        check(start, 20, window, now, "no burst 20");
+        check(start, 2, BootSpan { from: window.to, to: window.from }, now, "after its start");
+        check(start, 2, window, window.to.minus(1), "before now");
+        check(start, 2, moved(2 * SECOND_NS), now.plus(9 * SECOND_NS), "not in its window");
+        check(start, 3, window, now, "not in its window");
+        check(start, 2, moved(SECOND_NS / 10), now, "");
+        check(start, 2, window, now, "reported before");
     }
 
     #[test]

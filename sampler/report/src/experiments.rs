@@ -9,7 +9,7 @@ use sampler_core::experiment::{BootSpan, is_at_or_below};
 use sampler_core::fact::User;
 use sampler_core::units::{BootNs, ContainerKey, WallTime};
 
-use super::freeze::{GatheredExperiment, SampleUser, gpu_rate};
+use super::freeze::{Confirmation, GatheredExperiment, SampleUser, gpu_rate};
 use super::gather::{Gathered, GatheredGpu};
 use super::model::{Evidence, ExperimentGpu, ExperimentReport, FreezeEffect, Outcome, Report};
 use super::outcomes::{VictimLatency, VictimWaits};
@@ -67,6 +67,15 @@ pub fn evaluate(
     all
 }
 
+/// The number of experiments of the session with the same victim and suspect, or with a pod of one of them.
+fn experiments_of_pair(gathered: &Gathered, of: &GatheredExperiment) -> usize {
+    let overlap = |one: &str, other: &str| is_at_or_below(one, other) || is_at_or_below(other, one);
+    let is_same = |other: &&GatheredExperiment| {
+        overlap(&other.schedule.victim, &of.schedule.victim) && overlap(&other.schedule.suspect, &of.schedule.suspect)
+    };
+    gathered.experiments.iter().filter(is_same).count()
+}
+
 /// The effects by GPU, and those that belong to no single GPU.
 fn effects(
     experiment: &GatheredExperiment,
@@ -90,12 +99,13 @@ fn effects(
     }
     let used = gpus.iter().filter(|(_, gpu)| victim.used(gpu));
     let shared = used.clone().filter(|(_, gpu)| suspect.used(gpu)).count();
-    // Bonferroni: any one of them confirms the experiment.
-    let tested = shared + of_victim.len();
+    // Bonferroni: any one of them confirms the pair, in this experiment or in a repetition of it.
+    let tests = (shared + of_victim.len()) * experiments_of_pair(gathered, experiment);
+    let confirmation = Confirmation { tests, end: range.1 };
     let on_gpu = |(uuid, gpu): &(&str, &GatheredGpu)| {
         let rate = |span| gpu_rate(&gpu.observed, &|user| victim.has(user), span);
         let effect = if suspect.used(gpu) {
-            experiment.evaluate(Outcome::GpuSeconds, &rate, tested)
+            experiment.evaluate(Outcome::GpuSeconds, &rate, confirmation)
         } else {
             FreezeEffect::not_confirmed(Outcome::GpuSeconds, "the suspect has no sample on this GPU")
         };
@@ -103,7 +113,7 @@ fn effects(
     };
     let effect = |victim: &VictimOutcome<'_>| {
         if shared > 0 {
-            experiment.evaluate(victim.outcome, victim.measure, tested)
+            experiment.evaluate(victim.outcome, victim.measure, confirmation)
         } else {
             FreezeEffect::not_confirmed(victim.outcome, "the suspect has no sample on a GPU of the victim")
         }
@@ -281,6 +291,32 @@ mod tests {
         let report = build(&with_waits_and_engine(session), &View::default());
         let effect = &contender(&report).experiment[0];
         assert!(!effect.confirmed && effect.why_not.contains("7 bursts cannot show an effect at p < 0.0033"), "{effect:?}");
+    }
+
+    #[test]
+    fn each_repetition_in_a_session_makes_confirmation_harder() {
+        let mut session = session(1.0, 1.0, true, 5);
+        let repeated = session.facts.iter_mut().find_map(|fact| match fact {
+            Fact::Experiment(ExperimentFact::Schedule(schedule)) => {
+                // 1/128 is below 0.01, and not below half of it.
+                schedule.bursts.truncate(7);
+                Some(ExperimentSchedule { start: schedule.start.plus(SECOND), ..schedule.clone() })
+            }
+            _ => None,
+        });
+        assert_eq!(contender(&build(&session, &View::default())).evidence, Evidence::ExperimentConfirmed);
+        session.facts.insert(4, Fact::Experiment(ExperimentFact::Schedule(repeated.unwrap())));
+        let report = build(&session, &View::default());
+        let effect = &contender(&report).experiment[0];
+        assert!(!effect.confirmed && effect.why_not.contains("7 bursts cannot show an effect at p < 0.0050"), "{effect:?}");
+    }
+
+    #[test]
+    fn a_part_of_an_experiment_confirms_nothing() {
+        let view = View { to_ns: Some(80 * SECOND), ..View::default() };
+        let report = build(&session(1.0, 1.0, true, 5), &view);
+        let effect = &report.experiments[0].gpus[0].effects[0];
+        assert!(!effect.confirmed && effect.why_not.contains("ended before the last of its 12 bursts"), "{effect:?}");
     }
 
     #[test]

@@ -3,7 +3,7 @@
 //! ```text
 //!  burst        1                   2                   3
 //!  suspect      [frozen ][runs   ]  [runs   ][frozen ]  [runs   ][frozen ]     drawn by coin before the first freeze
-//!  counted       .======  .======    .======  .======    .======  .======      without the time after each edge (GUARD_NS)
+//!  counted       .======  .======    .======  .======    .======  .======      without the first part of each (GUARD_NS)
 //!  difference   frozen - runs       frozen - runs       frozen - runs          one number for each burst
 //! ```
 //! - A **randomisation test**: if freezing changed nothing, another result of the coins would only have exchanged the two windows of a
@@ -13,8 +13,11 @@
 //! - The **interval** inverts that test: the effects that it does not reject. Inversion needs no search. With an effect `e` taken off every
 //!   difference, flipping a subset of the signs gives at least the observed mean exactly if the mean of the subset is at most `e`, so the
 //!   limits are quantiles of the means of subsets (Hartigan 1969).
-//! - A burst counts if the suspect was frozen throughout the counted part of its window, and not in the other window, and if the outcome
-//!   was measured in both windows. None of this depends on the difference of the burst.
+//! - A burst counts if the outcome was measured in both windows, **by its coin** and not by what was frozen (intention to treat): a burst
+//!   without its freeze has the difference that it has. Would it be left out, only bursts with one result of the coin would be, since only
+//!   the window that the coin has chosen can fail to be frozen, and the test would not be exact.
+//! - More than one planned burst in ten without its freeze ([`UNREALISED`]), or an experiment that ended early, confirms nothing. Both
+//!   conditions only take confirmations away, so that the error of the test stays below its level.
 //! - Within a window, time of samples with an unqueried process is divided in the proportions of the queried samples of that window only:
 //!   division over neighbouring windows, as in the rest of a report, would carry time from one window into the other.
 //!
@@ -28,7 +31,8 @@ use sampler_core::units::BootNs;
 
 use super::model::{FreezeEffect, Outcome};
 
-/// Not counted after each edge of a window: work that was queued before a freeze still runs, and after a thaw queued work is made up for.
+/// Not counted at the start of a window, or half of a window that is shorter than twice this: work that was queued before a freeze still
+/// runs, and after a thaw queued work is made up for.
 pub const GUARD_NS: u64 = 500_000_000;
 /// The end of a freeze may be this much before the end of its window.
 const EARLY_NS: u64 = 100_000_000;
@@ -38,7 +42,9 @@ pub const OBSERVED: f64 = 0.5;
 const EXACT_BURSTS: usize = 16;
 /// Drawn results of the coins above it; the error of a p-value of 0.01 is 0.0007.
 const DRAWS: usize = 20_000;
-/// The p-value below which an effect is confirmed, divided by the number of outcomes that are tested; GPU time is one for each GPU.
+/// The fraction of the planned bursts that may be without their freeze.
+const UNREALISED: f64 = 0.1;
+/// The p-value below which an effect is confirmed, divided by the number of [tests](Confirmation::tests).
 const CONFIRMING_P: f64 = 0.01;
 /// The least effect on GPU time that is confirmed, in GPU-seconds per second: utilization is rounded to a percent.
 const LEAST_EFFECT: f64 = 0.02;
@@ -57,6 +63,15 @@ pub struct GatheredExperiment {
     pub schedule: ExperimentSchedule,
     /// When the suspect was frozen, by burst.
     pub frozen: BTreeMap<u32, BootSpan>,
+}
+
+/// What a confirmation depends on apart from the differences.
+#[derive(Clone, Copy, Debug)]
+pub struct Confirmation {
+    /// Any one of these confirms: the outcomes that are tested (GPU time once for each GPU) in all experiments of the pair.
+    pub tests: usize,
+    /// End of the session, or of the range of the report.
+    pub end: BootNs,
 }
 
 /// The user of the time of a sample.
@@ -159,23 +174,40 @@ impl GatheredExperiment {
         real.from <= wanted.from && real.to >= wanted.to.minus(EARLY_NS) && overlap_ns(*real, counted(running)) == 0
     }
 
-    /// The outcome in every burst that counts.
+    /// The outcome in the windows of every burst in which it was measured, by the coin of the burst.
     fn means(&self, measure: &dyn Fn(BootSpan) -> Option<f64>) -> Vec<BurstMeans> {
         let burst = |burst| {
             let (frozen, running) = (self.schedule.frozen_window(burst)?, self.schedule.running_window(burst)?);
-            if !self.is_as_planned(burst, frozen, running) {
-                return None;
-            }
             Some(BurstMeans { frozen: measure(counted(frozen))?, running: measure(counted(running))? })
         };
         (0..self.schedule.len()).filter_map(burst).collect()
     }
 
-    /// The effect on one outcome. `measure`: the outcome in a span; `None` if the span has too little data. `tested`: the number of
-    /// outcomes that are tested in this experiment.
-    pub fn evaluate(&self, outcome: Outcome, measure: &dyn Fn(BootSpan) -> Option<f64>, tested: usize) -> FreezeEffect {
+    /// Why no outcome of this experiment is confirmed; `None` if one may be.
+    fn problem(&self, end: BootNs) -> Option<String> {
+        let planned = self.schedule.len();
+        // Who ends an experiment early may have seen its results.
+        if end < self.schedule.end().minus(self.schedule.window_ns / 2) {
+            return Some(format!("the experiment ended before the last of its {planned} bursts"));
+        }
+        let is_realised = |burst: &u32| {
+            let windows = self.schedule.frozen_window(*burst).zip(self.schedule.running_window(*burst));
+            windows.is_some_and(|(frozen, running)| self.is_as_planned(*burst, frozen, running))
+        };
+        let realised = (0..planned).filter(is_realised).count();
+        let is_short = (f64::from(planned) - realised as f64) > UNREALISED * f64::from(planned) + ROUNDING;
+        is_short.then(|| format!("the suspect was frozen as planned in {realised} of {planned} bursts only"))
+    }
+
+    /// The effect on one outcome. `measure`: the outcome in a span; `None` if the span has too little data.
+    pub fn evaluate(
+        &self,
+        outcome: Outcome,
+        measure: &dyn Fn(BootSpan) -> Option<f64>,
+        confirmation: Confirmation,
+    ) -> FreezeEffect {
         let all = self.means(measure);
-        if all.is_empty() {
+        if all.is_empty() || self.frozen.is_empty() {
             return FreezeEffect::not_confirmed(outcome, self.without_means(outcome));
         }
         let mean = |of: fn(&BurstMeans) -> f64| all.iter().map(of).sum::<f64>() / all.len() as f64;
@@ -184,8 +216,10 @@ impl GatheredExperiment {
         let gains: Vec<f64> = all.iter().map(|burst| sign * (burst.frozen - burst.running)).collect();
         let test = RandomisationTest::new(&gains, self.schedule.seed);
         let least = if outcome.is_gain() { LEAST_EFFECT } else { LEAST_REDUCTION * mean_running };
-        let why_not = if sign * (mean_frozen - mean_running) > least {
-            test.why_not(CONFIRMING_P / tested.max(1) as f64)
+        let why_not = if let Some(problem) = self.problem(confirmation.end) {
+            problem
+        } else if sign * (mean_frozen - mean_running) > least {
+            test.why_not(CONFIRMING_P / confirmation.tests.max(1) as f64)
         } else {
             no_effect(outcome)
         };
@@ -303,6 +337,7 @@ mod tests {
     const PERIOD: u64 = 167_000_000;
     const VICTIM: User = User::Container(ContainerKey(1));
     const SUSPECT: User = User::Container(ContainerKey(2));
+    const CONFIRMATION: Confirmation = Confirmation { tests: 1, end: BootNs(u64::MAX) };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
         let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND };
@@ -328,7 +363,7 @@ mod tests {
     }
 
     fn evaluate_times(experiment: &GatheredExperiment, times: &[ObservedTime]) -> FreezeEffect {
-        experiment.evaluate(Outcome::GpuSeconds, &|span| gpu_rate(times, &|user| user == VICTIM, span), 1)
+        experiment.evaluate(Outcome::GpuSeconds, &|span| gpu_rate(times, &|user| user == VICTIM, span), CONFIRMATION)
     }
 
     fn evaluate(seed: u64, bursts: u32, running: f64, frozen: f64) -> FreezeEffect {
@@ -402,21 +437,53 @@ mod tests {
     }
 
     #[test]
-    fn only_bursts_that_were_frozen_as_planned_and_observed_count() {
-        let check = |change: &dyn Fn(&mut GatheredExperiment), expect: u32| {
+    fn every_observed_burst_counts_by_its_coin_and_more_than_a_tenth_without_a_freeze_confirm_nothing() {
+        let check = |change: &dyn Fn(&mut GatheredExperiment), expect: (u32, &str)| {
             let mut experiment = experiment(4, 10);
             let times = times(&experiment, 4, 0.3, 0.9);
             change(&mut experiment);
             let effect = evaluate_times(&experiment, &times);
-            assert_eq!(effect.bursts, expect, "{effect:?}");
+            assert_eq!((effect.bursts, effect.confirmed), (expect.0, expect.1.is_empty()), "{effect:?}");
+            assert!(effect.why_not.contains(expect.1), "{effect:?}");
         };
-        check(&|_| {}, 10);
-        check(&|experiment| _ = experiment.frozen.remove(&3), 9);
-        check(&|experiment| experiment.frozen.get_mut(&2).unwrap().from.0 += SECOND, 9);
-        check(&|experiment| experiment.frozen.get_mut(&2).unwrap().to.0 -= SECOND, 9);
-        check(&|experiment| experiment.frozen.clear(), 0);
+        let later = |experiment: &mut GatheredExperiment, burst| experiment.frozen.get_mut(&burst).unwrap().from.0 += SECOND;
+        let earlier = |experiment: &mut GatheredExperiment, burst| experiment.frozen.get_mut(&burst).unwrap().to.0 -= SECOND;
+        check(&|_| {}, (10, ""));
+        check(&|experiment| _ = experiment.frozen.remove(&3), (10, ""));
+        check(&|experiment| later(experiment, 2), (10, ""));
+        check(&|experiment| earlier(experiment, 2), (10, ""));
+        let two = "frozen as planned in 8 of 10 bursts only";
+        check(&|experiment| (later(experiment, 2), earlier(experiment, 5)).0, (10, two));
+        check(&|experiment| experiment.frozen.clear(), (0, "the suspect was never frozen"));
         // Bursts after the end of the session were not observed.
-        check(&|experiment| experiment.schedule.start = BootNs(10_000 * SECOND), 0);
+        check(&|experiment| experiment.schedule.start = BootNs(10_000 * SECOND), (0, "both windows were observed"));
+    }
+
+    #[test]
+    fn bursts_without_their_freeze_confirm_nothing_by_chance() {
+        // Freezes fail more often if the coin chose the first window.
+        let confirmed = (0..1000_u64).filter(|seed| {
+            let mut experiment = experiment(*seed, 20);
+            let times = times(&experiment, *seed, 0.5, 0.5);
+            let failing: Vec<u32> =
+                (0..20_u32).filter(|burst| experiment.schedule.bursts[*burst as usize].frozen_first).collect();
+            failing.iter().take(2).for_each(|burst| _ = experiment.frozen.remove(burst));
+            evaluate_times(&experiment, &times).confirmed
+        });
+        assert!(confirmed.count() <= 15);
+    }
+
+    #[test]
+    fn an_experiment_that_ended_early_is_not_confirmed() {
+        let experiment = experiment(4, 10);
+        let times = times(&experiment, 4, 0.3, 0.9);
+        let at_end = |end| {
+            let confirmation = Confirmation { end, ..CONFIRMATION };
+            experiment.evaluate(Outcome::GpuSeconds, &|span| gpu_rate(&times, &|user| user == VICTIM, span), confirmation)
+        };
+        assert!(at_end(experiment.schedule.end()).confirmed);
+        let early = at_end(experiment.schedule.end().minus(2 * SECOND));
+        assert!(!early.confirmed && early.why_not.contains("ended before the last of its 10 bursts"), "{early:?}");
     }
 
     #[test]

@@ -312,7 +312,7 @@ pub struct FreezeEffect {
     pub interval_level: Option<f64>,
     /// One-sided p-value of the randomisation test: more GPU time, or less waiting or latency, while the suspect was frozen.
     pub p_value: Option<f64>,
-    /// Bursts that count: frozen as planned, with the outcome measured in both windows.
+    /// Bursts that count: the outcome was measured in both windows.
     pub bursts: u32,
     pub confirmed: bool,
     /// Why the effect is not confirmed, as text; empty if it is.

@@ -113,13 +113,14 @@ mod tests {
     use sampler_core::observation::LatencySum;
     use sampler_core::units::ContainerKey;
 
-    use super::super::freeze::GatheredExperiment;
+    use super::super::freeze::{Confirmation, GatheredExperiment};
     use super::super::model::{FreezeEffect, Outcome};
     use super::*;
 
     const SECOND: u64 = 1_000_000_000;
     const KEY: ContainerKey = ContainerKey(1);
     const ALL: (BootNs, BootNs) = (BootNs(0), BootNs(u64::MAX));
+    const CONFIRMATION: Confirmation = Confirmation { tests: 2, end: BootNs(u64::MAX) };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
         let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND };
@@ -151,7 +152,7 @@ mod tests {
     fn call_wait(seed: u64, bursts: u32, running: f64, frozen: f64) -> FreezeEffect {
         let experiment = experiment(seed, bursts);
         let waits = VictimWaits::new(waits(&experiment, seed, running, frozen).iter(), ALL);
-        experiment.evaluate(Outcome::CallWait, &|span| waits.per_call(span), 2)
+        experiment.evaluate(Outcome::CallWait, &|span| waits.per_call(span), CONFIRMATION)
     }
 
     fn reading(at: u64, sum_seconds: f64, count: f64) -> EngineFact {
@@ -179,7 +180,7 @@ mod tests {
             facts.push(reading(n * every, sum, 10.0 * n as f64));
         }
         let latency = VictimLatency::new([facts.as_slice()].into_iter());
-        experiment.evaluate(Outcome::TimeToFirstToken, &|span| latency.mean(span), 2)
+        experiment.evaluate(Outcome::TimeToFirstToken, &|span| latency.mean(span), CONFIRMATION)
     }
 
     #[test]

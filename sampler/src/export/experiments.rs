@@ -1,6 +1,7 @@
 //! `POST /api/v1/sessions/{id}/experiment`: facts of a freezing experiment, for the session that records it.
 //!
-//! The agent freezes nothing. It refuses a schedule that would freeze itself, since its session would stop with it.
+//! The agent freezes nothing. It refuses a schedule that would freeze itself, since its session would stop with it, and where it cannot
+//! determine that. Which freezes a session accepts is decided by `session::manager`.
 
 use std::sync::Arc;
 
@@ -9,12 +10,13 @@ use axum::extract::{Path, Request as HttpRequest, State};
 use axum::handler::Handler as _;
 use axum::http::StatusCode;
 use axum::routing::post;
-use sampler_core::experiment::ExperimentFact;
+use sampler_core::experiment::{ExperimentFact, ExperimentSchedule};
 
 use super::json_request::{BODY_TIMEOUT, ErrorResponse, MAX_BODY_BYTES, bad, body};
 use super::state::AppState;
 use crate::freeze::contains_process;
 use crate::observe::clock::boot_now;
+use crate::observe::kernel::layout::namespace_problem;
 
 /// An experiment starts within this time: boot times of another machine differ by more.
 const MAX_LEAD_NS: u64 = 60_000_000_000;
@@ -30,6 +32,7 @@ async fn add(
     request: HttpRequest,
 ) -> Result<StatusCode, ErrorResponse> {
     let fact: ExperimentFact = body(request, BODY_TIMEOUT).await?;
+    let mut begins = None;
     if let ExperimentFact::Schedule(schedule) = &fact {
         if let Some(problem) = schedule.problem() {
             return Err(bad(format!("invalid schedule: {problem}")));
@@ -38,18 +41,19 @@ async fn add(
             return Err(bad("the schedule does not start now: run the experiment on the machine of the agent"));
         }
         let refused = |reason: String| ErrorResponse(StatusCode::CONFLICT, reason);
+        if let Some(problem) = namespace_problem() {
+            let remedy = "run the agent on the host, or in a container with --cgroupns=host (in Kubernetes, a privileged one)";
+            return Err(refused(format!("the agent cannot check that it is not in the suspect: it is {problem}; {remedy}")));
+        }
         match contains_process(&state.config().path_procfs, "self", &schedule.suspect) {
-            Ok(false) => tracing::info!(
-                session = id,
-                victim = schedule.victim,
-                suspect = schedule.suspect,
-                seed = schedule.seed,
-                "an experiment will freeze the suspect"
-            ),
+            Ok(false) => begins = Some(schedule.clone()),
             Ok(true) => return Err(refused(format!("{} contains this agent, so it is not frozen", schedule.suspect))),
             Err(error) => return Err(refused(format!("cannot read the cgroups of the agent: {error}"))),
         }
     }
-    state.recorder.experiment(id, fact).await?;
+    state.recorder.experiment(id.clone(), fact).await?;
+    if let Some(ExperimentSchedule { victim, suspect, seed, .. }) = begins {
+        tracing::info!(session = id, victim, suspect, seed, "an experiment will freeze the suspect");
+    }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -37,6 +37,16 @@ pub enum FreezerVersion {
     V2,
 }
 
+impl FreezerVersion {
+    /// As on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::V1 => "v1",
+            Self::V2 => "v2",
+        }
+    }
+}
+
 #[derive(Debug, Error)]
 pub enum FreezerError {
     #[error("there is no cgroup {0}; name a running container")]
@@ -46,6 +56,14 @@ pub enum FreezerError {
          hierarchy of the freezer"
     )]
     NoFreezer(String),
+    #[error(
+        "the hierarchy of the {} freezer is not mounted here with its root, or cannot be read, so the cgroup {path} cannot be found; run \
+         this as root, where /sys/fs/cgroup is that of the host",
+        version.name()
+    )]
+    NotMounted { version: FreezerVersion, path: String },
+    #[error("{0:?} is not the path of a cgroup below the root of its hierarchy")]
+    Path(String),
     #[error("the cgroup {0} has no process")]
     Empty(String),
     #[error("cannot {action} {path}; run this as root, with cgroupfs mounted writable", path = path.display())]
@@ -89,6 +107,11 @@ fn any_process(folder: &Path) -> Option<u32> {
     None
 }
 
+/// Fails if this cannot be determined, such as without the permission.
+fn exists(path: PathBuf) -> Result<bool, FreezerError> {
+    path.try_exists().map_err(|source| FreezerError::File { action: "find", path, source })
+}
+
 impl Freezer {
     /// The freezer of the cgroup at this path of a followed hierarchy.
     pub fn find(layout: &Layout, procfs: &Path, cgroup: &str) -> Result<Self, FreezerError> {
@@ -129,13 +152,24 @@ impl Freezer {
         freezer.file().is_file().then_some(freezer)
     }
 
-    /// The freezer that a file of a guard names, where it is mounted here; `None` if it does not exist any more.
-    pub fn named(layout: &Layout, procfs: &Path, version: FreezerVersion, path: &str) -> Option<Self> {
+    /// The freezer that a file of a guard names; `None` only if its hierarchy is mounted here and the cgroup does not exist any more.
+    pub fn named(layout: &Layout, procfs: &Path, version: FreezerVersion, path: &str) -> Result<Option<Self>, FreezerError> {
         let mount = match version {
-            FreezerVersion::V2 => layout.v2.clone()?,
-            FreezerVersion::V1 => v1_freezer(procfs)?.1,
+            FreezerVersion::V2 => layout.v2.clone(),
+            FreezerVersion::V1 => v1_freezer(procfs).map(|(_, mount)| mount),
         };
-        Self::at(version, &mount, path)
+        // The root of a mounted hierarchy has this file; the folder of one that was unmounted does not.
+        let mount = mount.filter(|mount| mount.join("cgroup.procs").exists());
+        let mount = mount.ok_or_else(|| FreezerError::NotMounted { version, path: path.to_owned() })?;
+        let folder = directory(&mount, path.as_bytes()).filter(|folder| *folder != mount);
+        let freezer = Self { version, path: path.to_owned(), folder: folder.ok_or_else(|| FreezerError::Path(path.to_owned()))? };
+        if exists(freezer.file())? {
+            Ok(Some(freezer))
+        } else if exists(freezer.folder)? {
+            Err(FreezerError::NoFreezer(freezer.path))
+        } else {
+            Ok(None)
+        }
     }
 
     fn file(&self) -> PathBuf {
@@ -274,6 +308,27 @@ mod tests {
         for path in ["/", "", "/..", "/a/../..", "relative", "/no/such"] {
             assert_eq!(Freezer::at(FreezerVersion::V2, dir.path(), path), None, "{path}");
         }
+    }
+
+    #[test]
+    fn only_a_cgroup_that_is_missing_in_a_mounted_hierarchy_is_gone() {
+        let dir = tempfile::tempdir().unwrap();
+        let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
+        let named = |layout: &Layout, path| Freezer::named(layout, Path::new("/proc"), FreezerVersion::V2, path);
+        fs::create_dir_all(dir.path().join("docker/a")).unwrap();
+        assert!(matches!(named(&Layout::default(), "/docker/a"), Err(FreezerError::NotMounted { .. })));
+        assert!(matches!(named(&layout, "/docker/gone"), Err(FreezerError::NotMounted { .. })));
+        fs::write(dir.path().join("cgroup.procs"), "").unwrap();
+        assert_eq!(named(&layout, "/docker/gone").unwrap(), None);
+        assert!(matches!(named(&layout, "/docker/a"), Err(FreezerError::NoFreezer(_))));
+        fs::write(dir.path().join("docker/a/cgroup.freeze"), "0").unwrap();
+        assert!(named(&layout, "/docker/a").unwrap().is_some());
+        for path in ["/", "/../docker/a", "docker/a"] {
+            assert!(matches!(named(&layout, path), Err(FreezerError::Path(_))), "{path}");
+        }
+        // A file in place of a folder: not "does not exist".
+        fs::write(dir.path().join("file"), "").unwrap();
+        assert!(matches!(named(&layout, "/file/a"), Err(FreezerError::File { .. })));
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The guard: a process that freezes a cgroup on request, and thaws it whatever happens to the command that started it.
 //!
 //! ```text
-//!             Freeze{ns}                    deadline, Thaw, pipe closed, SIGTERM
+//!             Freeze{ns}                    deadline, Thaw, pipe closed, SIGTERM, thawed by another program
 //!  [thawed] --file, freeze--> [frozen] ------------thaw, remove file------------> [thawed]
 //!     '------------ pipe closed, SIGTERM: ends ------------'
 //! ```
@@ -22,11 +22,13 @@ use tokio::time::{Instant, sleep_until};
 
 use super::freezer::{Freezer, FreezerVersion, contains_process};
 use super::runtime_dir::{FrozenRecord, RuntimeDir};
-use crate::error::display_chain;
+use crate::error::{display_chain, report_line};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::layout;
 use crate::observe::kernel::proc::living_thread;
 
+/// How often a freeze is checked to last.
+const CHECK_INTERVAL: Duration = Duration::from_millis(100);
 /// How often a failed thaw is tried again.
 const THAW_INTERVAL: Duration = Duration::from_millis(100);
 /// After this many failed attempts the guard ends, and leaves its file for the agent.
@@ -58,7 +60,10 @@ pub enum GuardRequest {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum GuardReply {
-    Ready,
+    Ready {
+        /// When the guard started, as in its file.
+        start: BootNs,
+    },
     Frozen {
         from: BootNs,
     },
@@ -85,7 +90,7 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     // Fails only for the leader of a process group, which a child of the command never is.
     rustix::process::setsid().context("cannot leave the session of the terminal")?;
     let (procfs, cgroup) = (&options.path_procfs, &options.cgroup);
-    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup);
+    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup)?;
     let freezer = freezer.with_context(|| format!("the cgroup {cgroup} has no freezer any more"))?;
     if contains_process(procfs, "self", cgroup).context("cannot read the cgroups of this process")? {
         bail!("the cgroup {cgroup} contains this process, which would stop with it");
@@ -132,18 +137,18 @@ impl GuardProcess {
         let (mut interrupt, mut hangup) = (handler(SignalKind::interrupt())?, handler(SignalKind::hangup())?);
         let mut terminate = handler(SignalKind::terminate())?;
         let mut requests = requests()?;
-        reply(&GuardReply::Ready);
+        reply(&GuardReply::Ready { start: self.state.guard_start });
         loop {
-            let deadline = self.frozen.map(|(_, until)| until);
-            let is_over = async {
-                match deadline {
-                    Some(deadline) => sleep_until(deadline).await,
+            let checked = self.frozen.map(|(_, until)| until.min(Instant::now() + CHECK_INTERVAL));
+            let is_due = async {
+                match checked {
+                    Some(checked) => sleep_until(checked).await,
                     None => std::future::pending().await,
                 }
             };
             tokio::select! {
                 biased;
-                () = is_over => self.thaw().await?,
+                () = is_due => self.check().await?,
                 _ = terminate.recv() => break,
                 request = requests.recv() => match request {
                     Some(GuardRequest::Freeze { ns }) => self.freeze(ns).await?,
@@ -183,12 +188,30 @@ impl GuardProcess {
         Ok(())
     }
 
+    /// Thaws at the deadline, and if the cgroup is not frozen any more.
+    async fn check(&mut self) -> anyhow::Result<()> {
+        let is_over = self.frozen.is_some_and(|(_, until)| until <= Instant::now());
+        if is_over || self.lasts().is_err() { self.thaw().await } else { Ok(()) }
+    }
+
+    /// Fails with the reason if the cgroup is not frozen.
+    fn lasts(&self) -> Result<(), String> {
+        match self.freezer.is_frozen() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(format!("the cgroup {} did not stay frozen: another program has thawed it", self.freezer.path)),
+            Err(error) => Err(display_chain(&error)),
+        }
+    }
+
     async fn thaw(&mut self) -> anyhow::Result<()> {
         let Some((from, _)) = self.frozen else { return Ok(()) };
-        let to = boot_now();
+        let (lasted, to) = (self.lasts(), boot_now());
         self.thaw_freezer().await?;
         self.frozen = None;
-        reply(&GuardReply::Thawed { from, to });
+        reply(&match lasted {
+            Ok(()) => GuardReply::Thawed { from, to },
+            Err(message) => GuardReply::Failed { message },
+        });
         Ok(())
     }
 
@@ -196,11 +219,44 @@ impl GuardProcess {
     async fn thaw_freezer(&self) -> anyhow::Result<()> {
         for _ in 0..MAX_THAWS {
             match self.freezer.thaw() {
-                Ok(()) => return Ok(self.runtime_dir.remove_state()?),
-                Err(error) => eprintln!("gpu-sampler: freeze-guard: {}", display_chain(&error)),
+                Ok(()) => return Ok(self.runtime_dir.remove_state(&self.state.guard())?),
+                Err(error) => report_line(&format!("gpu-sampler: freeze-guard: {}", display_chain(&error))),
             }
             tokio::time::sleep(THAW_INTERVAL).await;
         }
         bail!("cannot thaw the cgroup {}: thaw it by hand", self.freezer.path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+    use std::path::Path;
+
+    use super::*;
+    use crate::observe::kernel::layout::Layout;
+
+    #[tokio::test]
+    async fn a_freeze_that_does_not_last_is_ended_and_has_no_span() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("a")).unwrap();
+        let write = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        [("cgroup.procs", ""), ("a/cgroup.freeze", "1"), ("a/cgroup.events", "frozen 1\n")].iter().for_each(|(f, t)| write(f, t));
+        let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
+        let freezer = Freezer::named(&layout, Path::new("/proc"), FreezerVersion::V2, "/a").unwrap().unwrap();
+        let runtime_dir = RuntimeDir::new(&dir.path().join("run"));
+        runtime_dir.create().unwrap();
+        let (version, path) = (FreezerVersion::V2, "/a".to_owned());
+        let state = FrozenRecord { guard_pid: 7, guard_start: BootNs(50), version, path, until: BootNs(90) };
+        runtime_dir.write_state(&state).unwrap();
+        let frozen = Some((BootNs(1), Instant::now() + Duration::from_secs(60)));
+        let mut guard = GuardProcess { freezer, runtime_dir, state, frozen };
+        guard.check().await.unwrap();
+        assert!(guard.frozen.is_some() && guard.lasts().is_ok());
+        write("a/cgroup.events", "frozen 0\n");
+        assert!(guard.lasts().unwrap_err().contains("another program has thawed it"));
+        guard.check().await.unwrap();
+        assert!(guard.frozen.is_none() && guard.runtime_dir.read_state().unwrap().is_none());
+        assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "0");
     }
 }

@@ -2,16 +2,16 @@
 
 use std::io::{BufRead as _, BufReader, Write as _};
 use std::path::Path;
-use std::process::{Child, ChildStdin, Command, Stdio};
+use std::process::{Child, ChildStdin, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, bail};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::freezer::{Freezer, FreezerVersion};
+use super::freezer::Freezer;
 use super::guard::{GuardReply, GuardRequest};
-use super::runtime_dir::RuntimeDir;
-use crate::error::display_chain;
+use super::runtime_dir::{ExperimentLock, GuardId, RuntimeDir};
+use crate::error::{display_chain, report_line};
 
 /// The hidden command of a guard.
 pub const COMMAND: &str = "freeze-guard";
@@ -19,11 +19,15 @@ pub const COMMAND: &str = "freeze-guard";
 const READY_TIMEOUT: Duration = Duration::from_secs(10);
 /// For the guard to thaw and end after its pipe was closed.
 const END_TIMEOUT: Duration = Duration::from_millis(700);
+/// For a killed guard to end: longer only if it is in a system call that cannot be interrupted.
+const KILLED_TIMEOUT: Duration = Duration::from_millis(700);
 const POLL_INTERVAL: Duration = Duration::from_millis(5);
 
-/// A running guard. When this is dropped, the cgroup is thawed and the guard has ended.
+/// A running guard. When this is dropped, the cgroup is thawed and the guard has ended, or its file is left for the agent.
 pub struct GuardHandle {
     child: Child,
+    /// Known when it is ready; it has frozen nothing before.
+    id: Option<GuardId>,
     requests: Option<ChildStdin>,
     replies: UnboundedReceiver<GuardReply>,
     freezer: Freezer,
@@ -32,20 +36,16 @@ pub struct GuardHandle {
 
 impl GuardHandle {
     /// Starts a guard and waits until it is ready.
-    pub async fn start(freezer: Freezer, runtime_dir: &RuntimeDir, procfs: &Path) -> anyhow::Result<Self> {
+    pub async fn start(freezer: Freezer, runtime_dir: &RuntimeDir, lock: &ExperimentLock, procfs: &Path) -> anyhow::Result<Self> {
         let program = std::env::current_exe().context("cannot determine the path of this program")?;
-        let version = match freezer.version {
-            FreezerVersion::V1 => "v1",
-            FreezerVersion::V2 => "v2",
-        };
         let mut command = Command::new(program);
         command.arg(COMMAND).arg("--runtime-dir").arg(runtime_dir.path()).arg("--path-procfs").arg(procfs);
-        command.args(["--freezer", version, "--cgroup", &freezer.path]);
+        command.args(["--freezer", freezer.version.name(), "--cgroup", &freezer.path]);
         command.stdin(Stdio::piped()).stdout(Stdio::piped());
-        let mut child = command.spawn().context("cannot start the guard")?;
+        let mut child = lock.inherited(|| command.spawn()).context("cannot start the guard")?;
         let (requests, output) = (child.stdin.take(), child.stdout.take());
         let (to, replies) = unbounded_channel();
-        let mut handle = Self { child, requests, replies, freezer, runtime_dir: runtime_dir.clone() };
+        let mut handle = Self { child, id: None, requests, replies, freezer, runtime_dir: runtime_dir.clone() };
         let output = BufReader::new(output.context("the guard has no standard output")?);
         let read = move || {
             for line in output.lines() {
@@ -57,7 +57,10 @@ impl GuardHandle {
         };
         std::thread::Builder::new().name("guard-replies".into()).spawn(read).context("cannot start the thread guard-replies")?;
         match tokio::time::timeout(READY_TIMEOUT, handle.reply()).await {
-            Ok(Some(GuardReply::Ready)) => Ok(handle),
+            Ok(Some(GuardReply::Ready { start })) => {
+                handle.id = Some(GuardId { pid: handle.child.id(), start });
+                Ok(handle)
+            }
             Ok(Some(other)) => bail!("the guard replied {other:?} instead of being ready"),
             Ok(None) => bail!("the guard ended before it was ready"),
             Err(_) => bail!("the guard was not ready within {} s", READY_TIMEOUT.as_secs()),
@@ -71,42 +74,97 @@ impl GuardHandle {
         requests.write_all(line.as_bytes()).and_then(|()| requests.flush()).context("the guard has ended")
     }
 
-    /// The next reply; `None` if the guard has ended. The cgroup may be frozen then, until [`GuardHandle::thaw`].
+    /// The next reply; `None` if the guard has ended. The cgroup may be frozen then, until [`GuardHandle::kill`].
     pub async fn reply(&mut self) -> Option<GuardReply> {
         self.replies.recv().await
     }
 
-    /// Thaws the cgroup without the guard.
-    pub fn thaw(&self) -> anyhow::Result<()> {
-        self.freezer.thaw().with_context(|| format!("the cgroup {} may still be frozen", self.freezer.path))?;
-        Ok(self.runtime_dir.remove_state()?)
+    /// Waits until the guard has ended; `None` if it has not within this time.
+    fn ended_within(&mut self, time: Duration) -> anyhow::Result<Option<ExitStatus>> {
+        let asked = Instant::now();
+        loop {
+            match self.child.try_wait().context("cannot wait for the guard")? {
+                None if asked.elapsed() < time => std::thread::sleep(POLL_INTERVAL),
+                ended => return Ok(ended),
+            }
+        }
     }
 
-    /// Closes the pipe: the guard thaws and ends. A guard that does not is killed, and the cgroup thawed here.
+    /// Kills the guard and thaws the cgroup here. The file of a guard that does not end stays for the agent.
+    pub fn kill(&mut self) -> anyhow::Result<()> {
+        self.requests = None;
+        let killed = self.child.kill();
+        // At once, whether the guard ends or not; the second thaw decides.
+        let _first = self.freezer.thaw();
+        let ended = self.ended_within(KILLED_TIMEOUT);
+        // It may have been in the system call that freezes.
+        self.freezer.thaw().with_context(|| format!("the cgroup {} may still be frozen", self.freezer.path))?;
+        killed.context("cannot kill the guard")?;
+        if ended?.is_none() {
+            bail!(
+                "the guard (process {}) does not end; {} was thawed, and is thawed again by the agent or the next experiment",
+                self.child.id(),
+                self.freezer.path
+            );
+        }
+        match &self.id {
+            Some(id) => Ok(self.runtime_dir.remove_state(id)?),
+            None => Ok(()),
+        }
+    }
+
+    /// Closes the pipe: the guard thaws and ends. A guard that does not is killed, and the cgroup thawed here. Blocks, for one and a half
+    /// seconds at most.
     pub fn stop(&mut self) -> anyhow::Result<()> {
         let Some(requests) = self.requests.take() else { return Ok(()) };
         drop(requests);
-        let asked = Instant::now();
-        while asked.elapsed() < END_TIMEOUT {
-            match self.child.try_wait().context("cannot wait for the guard")? {
-                Some(status) if status.success() => return Ok(()),
-                Some(_) => return self.thaw(),
-                None => std::thread::sleep(POLL_INTERVAL),
-            }
+        match self.ended_within(END_TIMEOUT) {
+            Ok(Some(status)) if status.success() => Ok(()),
+            _ => self.kill(),
         }
-        let killed = self.child.kill();
-        // Thawed first: a guard in a system call that hangs is not reaped.
-        self.thaw()?;
-        killed.context("cannot kill the guard")?;
-        self.child.wait().context("cannot wait for the guard")?;
-        Ok(())
     }
 }
 
 impl Drop for GuardHandle {
     fn drop(&mut self) {
         if let Err(error) = self.stop() {
-            eprintln!("gpu-sampler: {}", display_chain(error.as_ref()));
+            report_line(&format!("gpu-sampler: {}", display_chain(error.as_ref())));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use sampler_core::units::BootNs;
+
+    use super::super::freezer::FreezerVersion;
+    use super::super::runtime_dir::FrozenRecord;
+    use super::*;
+    use crate::observe::kernel::layout::Layout;
+
+    #[test]
+    fn a_guard_that_does_not_end_is_killed_and_its_file_removed_after_that() {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir(dir.path().join("a")).unwrap();
+        fs::write(dir.path().join("cgroup.procs"), "").unwrap();
+        fs::write(dir.path().join("a/cgroup.freeze"), "1").unwrap();
+        let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
+        let freezer = Freezer::named(&layout, Path::new("/proc"), FreezerVersion::V2, "/a").unwrap().unwrap();
+        let runtime_dir = RuntimeDir::new(&dir.path().join("run"));
+        runtime_dir.create().unwrap();
+        // Does not read its pipe.
+        let mut child = Command::new("sleep").arg("60").stdin(Stdio::piped()).spawn().unwrap();
+        let (requests, pid, start) = (child.stdin.take(), child.id(), BootNs(50));
+        let (version, path) = (FreezerVersion::V2, "/a".to_owned());
+        runtime_dir.write_state(&FrozenRecord { guard_pid: pid, guard_start: start, version, path, until: BootNs(90) }).unwrap();
+        let (_to, replies) = unbounded_channel();
+        let mut handle = GuardHandle { child, id: Some(GuardId { pid, start }), requests, replies, freezer, runtime_dir };
+        handle.stop().unwrap();
+        assert!(handle.child.try_wait().unwrap().is_some_and(|status| !status.success()));
+        assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "0");
+        assert!(handle.runtime_dir.read_state().unwrap().is_none());
+        handle.stop().unwrap();
     }
 }

@@ -8,6 +8,7 @@ use std::os::unix::fs::{DirBuilderExt as _, MetadataExt as _, OpenOptionsExt as 
 use std::path::{Path, PathBuf};
 
 use rustix::fs::{FlockOperation, flock};
+use rustix::io::{FdFlags, fcntl_setfd};
 use rustix::process::geteuid;
 use sampler_core::units::BootNs;
 use serde::{Deserialize, Serialize};
@@ -26,8 +27,17 @@ pub enum RuntimeDirError {
     Create { path: PathBuf, source: io::Error },
     #[error("{path} belongs to another user, or others may write to it: it must belong to root or to this user", path = path.display())]
     Foreign { path: PathBuf },
-    #[error("another experiment runs on this machine (it has locked {path}); wait until it has ended", path = path.display())]
+    #[error(
+        "another experiment runs on this machine, or its guard does (it has locked {path}); wait until it has ended",
+        path = path.display()
+    )]
     Locked { path: PathBuf },
+    #[error(
+        "the guard of another experiment (process {guard_pid}) has not ended and may have frozen {cgroup}; wait until it has removed \
+         {path}, or end the process",
+        path = path.display()
+    )]
+    Guarded { path: PathBuf, guard_pid: u32, cgroup: String },
     #[error("cannot {action} {path}", path = path.display())]
     File { action: &'static str, path: PathBuf, source: io::Error },
     #[error("{path} is not the file of a guard; remove it after `cat` shows that nothing is frozen", path = path.display())]
@@ -47,17 +57,46 @@ pub struct FrozenRecord {
     pub until: BootNs,
 }
 
+/// A guard: a process whose PID is not reused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct GuardId {
+    pub pid: u32,
+    pub start: BootNs,
+}
+
 /// The runtime folder.
 #[derive(Clone, Debug)]
 pub struct RuntimeDir(PathBuf);
 
-/// Held while an experiment runs; the kernel releases it when the process ends.
+/// Held while an experiment runs; the kernel releases it when this process and the guard have ended.
 #[derive(Debug)]
-pub struct ExperimentLock(#[expect(dead_code, reason = "the lock is held by the open file")] File);
+pub struct ExperimentLock(File);
 
 fn is_trusted(meta: &fs::Metadata) -> bool {
     let is_own = meta.uid() == 0 || meta.uid() == geteuid().as_raw();
     is_own && meta.mode() & 0o022 == 0
+}
+
+impl ExperimentLock {
+    /// Runs `spawn`. The process that it starts holds the lock, too.
+    pub fn inherited<T>(&self, spawn: impl FnOnce() -> io::Result<T>) -> io::Result<T> {
+        // Of the descriptor, not of the open file, so that only processes that are started meanwhile inherit it.
+        fcntl_setfd(&self.0, FdFlags::empty())?;
+        let spawned = spawn();
+        fcntl_setfd(&self.0, FdFlags::CLOEXEC)?;
+        spawned
+    }
+}
+
+impl FrozenRecord {
+    /// Whether both are of one guard.
+    fn is_of(&self, guard: &GuardId) -> bool {
+        self.guard_pid == guard.pid && self.guard_start == guard.start
+    }
+
+    pub fn guard(&self) -> GuardId {
+        GuardId { pid: self.guard_pid, start: self.guard_start }
+    }
 }
 
 impl RuntimeDir {
@@ -133,8 +172,21 @@ impl RuntimeDir {
         serde_json::from_str(&text).map(Some).map_err(|source| RuntimeDirError::Content { path, source })
     }
 
-    /// Removes the file of a guard, if it exists.
-    pub fn remove_state(&self) -> Result<(), RuntimeDirError> {
+    /// Fails if there is the file of a guard.
+    pub fn check_unguarded(&self) -> Result<(), RuntimeDirError> {
+        match self.read_state()? {
+            Some(state) => {
+                Err(RuntimeDirError::Guarded { path: self.state_path(), guard_pid: state.guard_pid, cgroup: state.path })
+            }
+            None => Ok(()),
+        }
+    }
+
+    /// Removes the file of this guard, if it exists; that of another guard stays.
+    pub fn remove_state(&self, guard: &GuardId) -> Result<(), RuntimeDirError> {
+        if !self.read_state()?.is_some_and(|state| state.is_of(guard)) {
+            return Ok(());
+        }
         match fs::remove_file(self.state_path()) {
             Err(source) if source.kind() != io::ErrorKind::NotFound => Err(self.error("remove", self.state_path(), source)),
             _ => Ok(()),
@@ -168,7 +220,12 @@ mod tests {
         let (_dir, runtime_dir) = runtime_dir();
         let lock = runtime_dir.lock().unwrap();
         assert!(matches!(runtime_dir.lock(), Err(RuntimeDirError::Locked { .. })));
+        // The guard holds it after the command has ended.
+        let mut guard = lock.inherited(|| std::process::Command::new("sleep").arg("60").spawn()).unwrap();
         drop(lock);
+        assert!(matches!(runtime_dir.lock(), Err(RuntimeDirError::Locked { .. })));
+        guard.kill().unwrap();
+        guard.wait().unwrap();
         runtime_dir.lock().unwrap();
     }
 
@@ -178,8 +235,12 @@ mod tests {
         assert_eq!(runtime_dir.read_state().unwrap(), None);
         runtime_dir.write_state(&state()).unwrap();
         assert_eq!(runtime_dir.read_state().unwrap(), Some(state()));
-        runtime_dir.remove_state().unwrap();
-        runtime_dir.remove_state().unwrap();
+        assert!(matches!(runtime_dir.check_unguarded(), Err(RuntimeDirError::Guarded { guard_pid: 7, .. })));
+        runtime_dir.remove_state(&GuardId { pid: 7, start: BootNs(51) }).unwrap();
+        assert_eq!(runtime_dir.read_state().unwrap(), Some(state()));
+        runtime_dir.remove_state(&state().guard()).unwrap();
+        runtime_dir.remove_state(&state().guard()).unwrap();
+        runtime_dir.check_unguarded().unwrap();
         assert_eq!(runtime_dir.read_state().unwrap(), None);
     }
 

@@ -23,22 +23,29 @@ const LATE_NS: u64 = 500_000_000;
 pub enum RecoverError {
     #[error(transparent)]
     RuntimeDir(#[from] RuntimeDirError),
-    #[error("cannot thaw the cgroup {path} that a dead guard has left frozen: write the thawed state to its freezer as root")]
+    #[error(
+        "cannot thaw the cgroup {path} that a dead or late guard has left frozen: write the thawed state to its freezer as root"
+    )]
     Thaw { path: String, source: FreezerError },
 }
 
-/// Thaws the cgroup of a guard that has ended or is late. Returns its path; `None` if there is nothing to thaw.
+/// Thaws the cgroup of a guard that has ended or is late. Returns its path; `None` if there is nothing to thaw. The file of a guard that
+/// has not ended stays, since it may freeze the cgroup once more.
 pub fn recover(runtime_dir: &RuntimeDir, layout: &Layout, procfs: &Path, now: BootNs) -> Result<Option<String>, RecoverError> {
     let Some(state) = runtime_dir.read_state()? else { return Ok(None) };
     let is_late = now > state.until.plus(LATE_NS);
-    if !is_late && is_alive(procfs, Tgid(state.guard_pid), state.guard_start) {
+    let is_alive = is_alive(procfs, Tgid(state.guard_pid), state.guard_start);
+    if !is_late && is_alive {
         return Ok(None);
     }
+    let failed = |source| RecoverError::Thaw { path: state.path.clone(), source };
     // A cgroup that was removed has nothing to thaw.
-    if let Some(freezer) = Freezer::named(layout, procfs, state.version, &state.path) {
-        freezer.thaw().map_err(|source| RecoverError::Thaw { path: state.path.clone(), source })?;
+    if let Some(freezer) = Freezer::named(layout, procfs, state.version, &state.path).map_err(failed)? {
+        freezer.thaw().map_err(failed)?;
     }
-    runtime_dir.remove_state()?;
+    if !is_alive {
+        runtime_dir.remove_state(&state.guard())?;
+    }
     Ok(Some(state.path))
 }
 
@@ -56,22 +63,23 @@ impl ThawWatch {
     }
 
     fn run(self) {
-        let mut reported: Option<String> = None;
+        // Each once, until it changes.
+        let mut reported: Option<Result<String, String>> = None;
         while !self.stop.load(Ordering::Relaxed) {
-            match recover(&self.runtime_dir, &self.layout, &self.procfs, boot_now()) {
-                Ok(Some(cgroup)) => {
-                    tracing::warn!(cgroup, "thawed a cgroup that an experiment had left frozen: its guard has ended");
-                    reported = None;
-                }
-                Ok(None) => reported = None,
-                // Once, until it changes.
-                Err(error) => {
-                    let text = display_chain(&error);
-                    if reported.as_ref() != Some(&text) {
-                        tracing::error!(error = text, "cannot check for a cgroup that an experiment has left frozen");
-                        reported = Some(text);
+            let recovered = recover(&self.runtime_dir, &self.layout, &self.procfs, boot_now());
+            let found = recovered.map_err(|error| display_chain(&error)).transpose();
+            if found != reported {
+                match &found {
+                    Some(Ok(cgroup)) => {
+                        tracing::warn!(
+                            cgroup,
+                            "thawed a cgroup that an experiment had left frozen: its guard has ended or is late"
+                        );
                     }
+                    Some(Err(error)) => tracing::error!(error, "cannot check for a cgroup that an experiment has left frozen"),
+                    None => {}
                 }
+                reported = found;
             }
             std::thread::sleep(CHECK_INTERVAL);
         }
@@ -90,6 +98,7 @@ mod tests {
         let cgroup = dir.path().join("cgroup/docker/a");
         std::fs::create_dir_all(&cgroup).unwrap();
         std::fs::write(cgroup.join("cgroup.freeze"), "1").unwrap();
+        std::fs::write(dir.path().join("cgroup/cgroup.procs"), "").unwrap();
         let layout = Layout { v2: Some(dir.path().join("cgroup")), ..Layout::default() };
         let runtime_dir = RuntimeDir::new(&dir.path().join("run"));
         runtime_dir.create().unwrap();
@@ -110,9 +119,15 @@ mod tests {
         let (alive, path) = (std::process::id(), Some("/docker/a".to_owned()));
         assert_eq!((recovered(&state(alive, own, "/docker/a"), 99), freeze()), (None, "1".into()));
         assert_eq!((recovered(&state(alive, own, "/docker/a"), 100 + 2 * LATE_NS), freeze()), (path.clone(), "0".into()));
+        // A living guard may freeze once more.
+        assert!(runtime_dir.read_state().unwrap().is_some());
         std::fs::write(cgroup.join("cgroup.freeze"), "1").unwrap();
         assert_eq!((recovered(&state(alive, BootNs(0), "/docker/a"), 99), freeze()), (path, "0".into()));
         assert_eq!(recovered(&state(alive, BootNs(0), "/docker/gone"), 99), Some("/docker/gone".into()));
         assert_eq!(recover(&runtime_dir, &layout, procfs, BootNs(0)).unwrap(), None);
+        // Where the hierarchy is not mounted, the file stays for a process that can thaw.
+        runtime_dir.write_state(&state(alive, BootNs(0), "/docker/a")).unwrap();
+        assert!(matches!(recover(&runtime_dir, &Layout::default(), procfs, BootNs(99)), Err(RecoverError::Thaw { .. })));
+        assert!(runtime_dir.read_state().unwrap().is_some());
     }
 }

@@ -1,7 +1,7 @@
 //! Whether a container may be frozen by an experiment: an annotation of its OCI bundle, or a label of Docker's record, says so.
 //!
 //! It is read when an experiment starts, from the files of the runtimes, and is not kept. Who starts a container sets its annotations and
-//! labels, and thereby consents for that container only.
+//! labels, and thereby consents for that container only. Docker's record has the labels of the image, too, and does not distinguish them.
 
 use super::config::LabelConfig;
 use super::discovered::Discovery;

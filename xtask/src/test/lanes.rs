@@ -22,12 +22,13 @@ use std::{
 /// Tests that run at once. Most wait for the simulated driver most of the time.
 const LANES: usize = 2;
 /// Modules of tests that measure time, keep the processors busy or observe all containers of the machine: nothing else runs then.
-const ALONE: [&str; 18] = [
+const ALONE: [&str; 19] = [
     "accuracy",
     "behaviours",
     "contention",
     "demo",
     "doubles",
+    "explain",
     "faults",
     "gpu_recording",
     "image",

@@ -13,6 +13,7 @@ use sampler_core::units::BootNs;
 use super::super::client::Client;
 use super::super::record::{Signals, call};
 use super::warn;
+use crate::error::report_line;
 use crate::freeze::{GuardHandle, GuardReply, GuardRequest};
 use crate::observe::clock::boot_now;
 use crate::session::SessionStatus;
@@ -23,6 +24,8 @@ const AGENT_INTERVAL: Duration = Duration::from_millis(250);
 const AGENT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Consecutive requests without a response after which the agent counts as lost. A refused connection is enough by itself.
 const MAX_FAILED_POLLS: u32 = 5;
+/// The session has this much after the last window, so that its last samples are recorded.
+const TRAIL_NS: u64 = 1_000_000_000;
 /// The guard may reply this much after a freeze has ended.
 const LATE: Duration = Duration::from_millis(700);
 
@@ -46,6 +49,8 @@ pub struct Bursts<'a> {
     pub session: &'a str,
     pub schedule: &'a ExperimentSchedule,
     pub guard: GuardHandle,
+    /// Consecutive requests to the agent without a response.
+    pub failed_polls: u32,
     pub signals: &'a mut Signals,
 }
 
@@ -53,18 +58,18 @@ fn until(at: BootNs) -> Duration {
     Duration::from_nanos(at.saturating_since(boot_now()))
 }
 
-/// Returns when the agent does not record the session any more.
-async fn agent_is_lost(client: &Client, session: &str) -> anyhow::Error {
-    let mut failed = 0;
+/// Returns when the agent does not record the session any more. `failed`: consecutive requests without a response, also of earlier calls
+/// that were cancelled.
+async fn agent_is_lost(client: &Client, session: &str, failed: &mut u32) -> anyhow::Error {
     loop {
         tokio::time::sleep(AGENT_INTERVAL).await;
         match client.send_within(AGENT_TIMEOUT, Method::GET, session, Vec::new()).await {
             Ok(Ok(mut reply)) if reply.status().is_success() => {
                 let body = reply.body().await.unwrap_or_default();
                 match serde_json::from_slice::<SessionStatus>(&body) {
-                    Ok(status) if status.state.is_active() => failed = 0,
+                    Ok(status) if status.state.is_active() => *failed = 0,
                     Ok(status) => return anyhow!("the session is {}: {}", status.state.name(), status.error.unwrap_or_default()),
-                    Err(_) => failed += 1,
+                    Err(_) => *failed += 1,
                 }
             }
             Ok(Ok(reply)) if reply.status() == StatusCode::NOT_FOUND => {
@@ -72,9 +77,9 @@ async fn agent_is_lost(client: &Client, session: &str) -> anyhow::Error {
             }
             Ok(Err(error)) => return anyhow::Error::from(error).context("the agent has ended"),
             // A response that does not arrive, or a server that refuses one more request.
-            Ok(Ok(_)) | Err(_) => failed += 1,
+            Ok(Ok(_)) | Err(_) => *failed += 1,
         }
-        if failed > MAX_FAILED_POLLS {
+        if *failed > MAX_FAILED_POLLS {
             return anyhow!("the agent at {} does not respond", client.url());
         }
     }
@@ -87,23 +92,23 @@ impl Bursts<'_> {
                 return Ok(BurstsOutcome::Interrupted);
             }
         }
-        self.wait_until(self.schedule.end()).await
+        self.wait_until(self.schedule.end().plus(TRAIL_NS)).await
     }
 
     async fn event(&mut self, wait: Duration) -> BurstEvent {
-        let Self { client, session, guard, signals, .. } = self;
+        let Self { client, session, guard, failed_polls, signals, .. } = self;
         tokio::select! {
             biased;
             reply = guard.reply() => BurstEvent::Guard(reply),
             () = signals.next() => BurstEvent::Signal,
-            error = agent_is_lost(client, session) => BurstEvent::Agent(error),
+            error = agent_is_lost(client, session, failed_polls) => BurstEvent::Agent(error),
             () = tokio::time::sleep(wait) => BurstEvent::Due,
         }
     }
 
     /// The guard has ended: the suspect is thawed at once.
-    fn without_guard(&self) -> anyhow::Error {
-        match self.guard.thaw() {
+    fn without_guard(&mut self) -> anyhow::Error {
+        match self.guard.kill() {
             Ok(()) => anyhow!("the guard has ended, so the suspect was thawed"),
             Err(error) => error.context("the guard has ended"),
         }
@@ -126,12 +131,14 @@ impl Bursts<'_> {
             return Ok(BurstsOutcome::Interrupted);
         }
         let ns = window.to.saturating_since(boot_now());
-        // The report would not count it: the counted part begins at the half of a short window.
+        // For the report it would not be frozen as planned: the counted part begins at the half of a short window.
         if ns < self.schedule.window_ns / 2 {
-            warn(&anyhow!("burst {} is left out: this process was late", burst + 1));
+            warn(&anyhow!("burst {} has no freeze: this process was late", burst + 1));
             return Ok(BurstsOutcome::Complete);
         }
-        self.guard.request(GuardRequest::Freeze { ns }).map_err(|error| error.context(self.without_guard()))?;
+        if let Err(error) = self.guard.request(GuardRequest::Freeze { ns }) {
+            return Err(error.context(self.without_guard()));
+        }
         self.follow_freeze(burst, window.to).await
     }
 
@@ -144,10 +151,10 @@ impl Bursts<'_> {
                     return Ok(BurstsOutcome::Complete);
                 }
                 BurstEvent::Guard(Some(GuardReply::Failed { message })) => {
-                    warn(&anyhow!("burst {} is left out: {message}", burst + 1));
+                    warn(&anyhow!("burst {} has no complete freeze: {message}", burst + 1));
                     return Ok(BurstsOutcome::Complete);
                 }
-                BurstEvent::Guard(Some(GuardReply::Frozen { .. } | GuardReply::Ready)) => {}
+                BurstEvent::Guard(Some(GuardReply::Frozen { .. } | GuardReply::Ready { .. })) => {}
                 BurstEvent::Guard(None) => return Err(self.without_guard()),
                 // The guard thaws when its pipe closes.
                 BurstEvent::Signal => {
@@ -171,7 +178,7 @@ impl Bursts<'_> {
         let path = format!("{}/experiment", self.session);
         call(self.client, Method::POST, &path, serde_json::to_vec(&fact)?).await?;
         let seconds = to.saturating_since(from) as f64 / 1e9;
-        eprintln!("Burst {} of {}: frozen for {seconds:.2} s", burst + 1, self.schedule.len());
+        report_line(&format!("Burst {} of {}: frozen for {seconds:.2} s", burst + 1, self.schedule.len()));
         Ok(())
     }
 }

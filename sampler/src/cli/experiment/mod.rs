@@ -33,9 +33,9 @@ use super::request::{document, unreachable};
 use crate::cli::output::{json, print};
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 use crate::config::{Config, Settings};
-use crate::error::display_chain;
+use crate::error::{display_chain, report_line};
 use crate::export::sessions::{EngineMetricsBody, SessionBody, StartedSession, WaitProbesBody};
-use crate::freeze::{GuardHandle, RuntimeDir, recover};
+use crate::freeze::{ExperimentLock, GuardHandle, RuntimeDir, recover};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::layout;
 use crate::session::{self, SessionStatus};
@@ -52,9 +52,9 @@ The suspect does nothing while it is frozen. It must have the annotation or labe
 
 /// Between the schedule and the first window.
 const LEAD_NS: u64 = 2_000_000_000;
-/// The session is stopped at the end of the schedule; if this command is killed, it ends by itself after this time.
+/// The session is stopped after the end of the schedule; if this command is killed, it ends by itself after this time.
 const TAIL_S: f64 = 30.0;
-/// Not counted after each edge of a window.
+/// Not counted at the start of each window.
 const GUARD: Duration = Duration::from_nanos(sampler_report::GUARD_NS);
 const POLL_INTERVAL: Duration = Duration::from_millis(500);
 /// For a stopped session to end.
@@ -118,6 +118,7 @@ struct Trial<'a> {
     session: &'a str,
     procfs: &'a Path,
     runtime_dir: &'a RuntimeDir,
+    lock: &'a ExperimentLock,
 }
 
 fn time_within(text: &str, range: &std::ops::RangeInclusive<u64>, expected: &str) -> Result<Duration, String> {
@@ -192,15 +193,17 @@ impl ExperimentArgs {
         subjects.check_consent(&suspect, self.i_may_freeze).await?;
         let runtime_dir = RuntimeDir::new(&config.runtime_dir);
         runtime_dir.create()?;
-        let _lock = runtime_dir.lock()?;
+        let lock = runtime_dir.lock()?;
         // Before it is checked whether the suspect is frozen: an earlier experiment may have left it so.
         if let Some(cgroup) = recover(&runtime_dir, &layout, &config.path_procfs, boot_now())? {
             eprintln!("Thawed {cgroup}, which an earlier experiment had left frozen.");
         }
+        runtime_dir.check_unguarded()?;
         suspect.check_thawed()?;
         let design = self.design();
         let session = self.start_session(&client, &design).await?;
-        let trial = Trial { client: &client, session: &session, procfs: &config.path_procfs, runtime_dir: &runtime_dir };
+        let (procfs, runtime_dir) = (config.path_procfs.as_path(), &runtime_dir);
+        let trial = Trial { client: &client, session: &session, procfs, runtime_dir, lock: &lock };
         let ran = trial.run(&suspect, victim, &design).await;
         // Whatever happened, the session ends; it stays on the agent if it cannot be fetched.
         let stopped = call(&client, Method::POST, &format!("{session}/stop"), Vec::new()).await;
@@ -289,12 +292,13 @@ impl Trial<'_> {
     /// Writes the schedule into the session, then freezes and thaws by it.
     async fn run(&self, suspect: &FrozenSubject, victim: String, design: &ExperimentDesign) -> anyhow::Result<BurstsOutcome> {
         let mut signals = Signals::new()?;
-        let guard = GuardHandle::start(suspect.freezer.clone(), self.runtime_dir, self.procfs).await?;
+        let guard = GuardHandle::start(suspect.freezer.clone(), self.runtime_dir, self.lock, self.procfs).await?;
         let schedule = design.draw(victim, suspect.path.clone(), boot_now().plus(LEAD_NS));
         let fact = serde_json::to_vec(&ExperimentFact::Schedule(schedule.clone()))?;
         call(self.client, Method::POST, &format!("{}/experiment", self.session), fact).await?;
-        eprintln!("{}", announcement(&schedule, &suspect.name));
-        let mut bursts = Bursts { client: self.client, session: self.session, schedule: &schedule, guard, signals: &mut signals };
+        report_line(&announcement(&schedule, suspect));
+        let (client, session, signals) = (self.client, self.session, &mut signals);
+        let mut bursts = Bursts { client, session, schedule: &schedule, guard, failed_polls: 0, signals };
         let outcome = bursts.run().await;
         bursts.guard.stop()?;
         outcome
@@ -312,11 +316,12 @@ fn read_report(file: &Path) -> anyhow::Result<Report> {
     Ok(sampler_report::build(&session, &View::default()))
 }
 
-fn announcement(schedule: &ExperimentSchedule, suspect: &str) -> String {
+fn announcement(schedule: &ExperimentSchedule, suspect: &FrozenSubject) -> String {
     let seconds = schedule.end().saturating_since(schedule.start).div_ceil(1_000_000_000);
     format!(
-        "Freezing {} {} times for {:.1} s within {}, seed {}. Ctrl-C thaws it and ends the experiment.",
-        terminal_safe(suspect),
+        "Suspect {}\nFreezing {} {} times for {:.1} s within {}, seed {}. Ctrl-C thaws it and ends the experiment.",
+        terminal_safe(&suspect.describe()),
+        terminal_safe(&suspect.name),
         schedule.len(),
         schedule.window_ns as f64 / 1e9,
         humantime::format_duration(Duration::from_secs(seconds)),
@@ -326,7 +331,7 @@ fn announcement(schedule: &ExperimentSchedule, suspect: &str) -> String {
 
 /// A line about an error that does not end the experiment.
 fn warn(error: &anyhow::Error) {
-    eprintln!("gpu-sampler: {}", terminal_safe(&display_chain(error.as_ref())));
+    report_line(&format!("gpu-sampler: {}", terminal_safe(&display_chain(error.as_ref()))));
 }
 
 #[cfg(test)]
@@ -393,9 +398,11 @@ mod tests {
     }
 
     #[test]
-    fn the_announcement_has_what_reproduces_the_experiment() {
+    fn the_announcement_has_what_is_frozen_and_what_reproduces_the_experiment() {
         let design = ExperimentDesign { seed: 7, bursts: 20, window_ns: 3_000_000_000, pause_ns: 0 };
-        let text = announcement(&design.draw("/a".into(), "/b".into(), BootNs(5)), "b");
-        assert_eq!(text, "Freezing b 20 times for 3.0 s within 2m, seed 7. Ctrl-C thaws it and ends the experiment.");
+        let text = announcement(&design.draw("/a".into(), "/b".into(), BootNs(5)), &subjects::tests::subject());
+        let expect = "Suspect namespace ml, pod trainer-0, 2 containers (73e1a9, c0ffee), cgroup /b\n\
+                      Freezing b 20 times for 3.0 s within 2m, seed 7. Ctrl-C thaws it and ends the experiment.";
+        assert_eq!(text, expect);
     }
 }

@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use anyhow::{Context as _, bail};
 use sampler_core::cgroup_path::{CgroupIdentity, Kind, parse};
 use sampler_core::experiment::is_at_or_below;
+use sampler_labels::Label;
 
 use super::super::access::AgentAccess;
 use super::super::explain::percent_encoded;
@@ -17,7 +18,7 @@ use crate::config::Config;
 use crate::explain::{Explanation, plain_id};
 use crate::freeze::{Freezer, contains_process};
 use crate::labels::{Consent, LabelConfig, MAY_FREEZE, consent};
-use crate::observe::kernel::layout::Layout;
+use crate::observe::kernel::layout::{Layout, namespace_problem};
 use crate::observe::kernel::proc::directory;
 
 const REMEDY: &str = "name an agent with --agent or --listen";
@@ -34,6 +35,9 @@ pub struct Subjects<'a> {
 pub struct FrozenSubject {
     /// As it was named.
     pub name: String,
+    /// Namespace and pod, each empty if it is not known.
+    namespace: String,
+    pod: String,
     /// Path of its cgroup in the followed hierarchies.
     pub path: String,
     pub freezer: Freezer,
@@ -108,8 +112,8 @@ fn folders_in(folder: &Path) -> anyhow::Result<Vec<PathBuf>> {
 }
 
 impl Subjects<'_> {
-    /// The path of the cgroup, as the agent knows it.
-    async fn path_of(&self, role: &str, name: &str) -> anyhow::Result<String> {
+    /// The cgroup as the agent knows it, and the path of its user.
+    async fn explained(&self, role: &str, name: &str) -> anyhow::Result<(String, Explanation)> {
         let query = if name.starts_with('/') {
             format!("cgroup={}", percent_encoded(name))
         } else if plain_id(name).is_empty() {
@@ -126,12 +130,12 @@ impl Subjects<'_> {
             bail!("--{role} {name}: it has ended at {ended}");
         }
         let identity = parse(&explained.cgroup);
-        Ok(root_of(&explained.cgroup, &identity).to_owned())
+        Ok((root_of(&explained.cgroup, &identity).to_owned(), explained))
     }
 
     /// The path of the victim's cgroup.
     pub async fn victim(&self, name: &str) -> anyhow::Result<String> {
-        let path = self.path_of("victim", name).await?;
+        let (path, _) = self.explained("victim", name).await?;
         match parse(&path).kind {
             Kind::Container | Kind::Pod | Kind::Job | Kind::Unit | Kind::Login => Ok(path),
             _ => bail!("--victim {name}: {path} is not a user of GPUs; name a container, pod, job, unit or login session"),
@@ -139,7 +143,13 @@ impl Subjects<'_> {
     }
 
     pub async fn suspect(&self, name: &str, whole_pod: bool, victim: &str) -> anyhow::Result<FrozenSubject> {
-        let mut path = self.path_of("suspect", name).await?;
+        if let Some(problem) = namespace_problem() {
+            bail!(
+                "an experiment cannot check here what a freeze would stop: this command is {problem}; run it on the host, or in a \
+                 container with --cgroupns=host"
+            );
+        }
+        let (mut path, explained) = self.explained("suspect", name).await?;
         if whole_pod {
             path =
                 pod_of(&path).with_context(|| format!("--suspect {name}: {path} is not in a pod; omit --whole-pod"))?.to_owned();
@@ -162,7 +172,9 @@ impl Subjects<'_> {
         if contains_process(&self.config.path_procfs, "self", &freezer.path).context("cannot read the cgroups of this process")? {
             return Err(refuse(format!("its freezer {} contains this command", freezer.path)));
         }
-        Ok(FrozenSubject { name: name.to_owned(), path, freezer, containers })
+        let label = |name| explained.labels.get(name).map(|label| label.value.clone()).unwrap_or_default();
+        let (namespace, pod) = (label(Label::Namespace.name()), label(Label::Pod.name()));
+        Ok(FrozenSubject { name: name.to_owned(), namespace, pod, path, freezer, containers })
     }
 
     /// Fails unless all containers of the suspect may be frozen.
@@ -189,6 +201,17 @@ impl Subjects<'_> {
 }
 
 impl FrozenSubject {
+    /// Everything that is frozen: who confirms or interrupts an experiment has to recognise it.
+    pub fn describe(&self) -> String {
+        let named = |what: &str, value: &str| if value.is_empty() { String::new() } else { format!("{what} {value}, ") };
+        let containers = match &self.containers[..] {
+            [] => String::new(),
+            [one] => format!("container {one}, "),
+            all => format!("{} containers ({}), ", all.len(), all.join(", ")),
+        };
+        format!("{}{}{containers}cgroup {}", named("namespace", &self.namespace), named("pod", &self.pod), self.path)
+    }
+
     /// Fails if it cannot be frozen, or is frozen already: an experiment would thaw what something else has frozen.
     pub fn check_thawed(&self) -> anyhow::Result<()> {
         self.freezer.check_writable()?;
@@ -204,8 +227,29 @@ impl FrozenSubject {
 }
 
 #[cfg(test)]
-mod tests {
+pub mod tests {
     use super::*;
+    use crate::freeze::FreezerVersion;
+
+    /// A pod with two containers.
+    pub fn subject() -> FrozenSubject {
+        let dir = tempfile::tempdir().unwrap();
+        fs::create_dir_all(dir.path().join("b")).unwrap();
+        for (file, text) in [("cgroup.procs", ""), ("b/cgroup.freeze", "0")] {
+            fs::write(dir.path().join(file), text).unwrap();
+        }
+        let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
+        let freezer = Freezer::named(&layout, Path::new("/proc"), FreezerVersion::V2, "/b").unwrap().unwrap();
+        let containers = vec!["73e1a9".into(), "c0ffee".into()];
+        FrozenSubject {
+            name: "b".into(),
+            namespace: "ml".into(),
+            pod: "trainer-0".into(),
+            path: "/b".into(),
+            freezer,
+            containers,
+        }
+    }
 
     const POD: &str =
         "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-pod8bb25662_de9a_11e9_84e7_f8f21e04010c.slice";

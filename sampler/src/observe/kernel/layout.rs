@@ -44,11 +44,16 @@ impl Layout {
         if self.v2.is_none() && self.v1.is_none() {
             return Some("no cgroup hierarchy is mounted here with its root: processes cannot be matched to containers".into());
         }
-        match fs::read_link("/proc/self/ns/cgroup") {
-            Ok(link) if link.as_os_str() == INIT_CGROUP_NAMESPACE => None,
-            Ok(_) => Some("in a private cgroup namespace: /proc shows cgroup paths relative to its root".into()),
-            Err(error) => Some(format!("cannot determine the cgroup namespace: /proc/self/ns/cgroup: {error}")),
-        }
+        namespace_problem()
+    }
+}
+
+/// Why paths in /proc/PID/cgroup are not those of the host; `None` if they are.
+pub fn namespace_problem() -> Option<String> {
+    match fs::read_link("/proc/self/ns/cgroup") {
+        Ok(link) if link.as_os_str() == INIT_CGROUP_NAMESPACE => None,
+        Ok(_) => Some("in a private cgroup namespace: /proc shows cgroup paths relative to its root".into()),
+        Err(error) => Some(format!("cannot determine the cgroup namespace: /proc/self/ns/cgroup: {error}")),
     }
 }
 

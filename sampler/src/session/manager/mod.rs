@@ -20,7 +20,7 @@ use std::sync::Arc;
 use std::sync::mpsc::{SyncSender, TrySendError};
 
 use arc_swap::ArcSwap;
-use sampler_core::experiment::ExperimentFact;
+use sampler_core::experiment::{BootSpan, ExperimentFact, ReportedFreezes};
 use sampler_core::fact::Fact;
 use sampler_core::snapshot::Snapshot;
 use sampler_core::units::{BootNs, WallTime};
@@ -105,9 +105,25 @@ struct Recording {
     dropped: u64,
     /// Frames are missing: the next frame must be a State.
     broken: bool,
+    experiment: Option<ReportedFreezes>,
 }
 
 impl Recording {
+    /// Checks a fact about an experiment: one schedule, and freezes of that schedule.
+    fn accept(&mut self, fact: &ExperimentFact, now: BootNs) -> Result<(), String> {
+        match (fact, &mut self.experiment) {
+            (ExperimentFact::Schedule(_), Some(_)) => Err("it has an experiment already; start a session for each".into()),
+            (ExperimentFact::Schedule(schedule), none) => {
+                *none = Some(ReportedFreezes::new(schedule.clone()));
+                Ok(())
+            }
+            (ExperimentFact::Frozen { .. }, None) => Err("it has no experiment".into()),
+            (ExperimentFact::Frozen { experiment, burst, from, to }, Some(known)) => {
+                known.report(*experiment, *burst, BootSpan { from: *from, to: *to }, now)
+            }
+        }
+    }
+
     /// Returns false if the queue is full.
     fn send(&mut self, frame: &Arc<Frame>, ends_after_ns: Option<u64>) -> bool {
         let item = Item { sequence: self.sequence, frame: Arc::clone(frame), ends_after_ns };
@@ -396,7 +412,7 @@ impl SessionManager {
             self.sources.waits.set(Requester::Session(id.to_owned()), selector.clone());
         }
         let end = now.plus(request.duration_ns);
-        Ok(Recording { to, header: header_frame, began: now, end, sequence, dropped, broken: false })
+        Ok(Recording { to, header: header_frame, began: now, end, sequence, dropped, broken: false, experiment: None })
     }
 
     /// Ends a session as soon as the facts of the counted span are complete. A session that waits for its trigger has no file.
@@ -417,14 +433,15 @@ impl SessionManager {
 
     /// Adds a fact about an experiment, and closes the frame with it: the schedule is written before the first freeze.
     pub fn experiment(&mut self, id: &str, fact: ExperimentFact, now: BootNs) -> Result<(), StoreError> {
-        let session = self.sessions.iter().find(|session| session.id == id);
-        if !matches!(session.map(|session| &session.phase), Some(LivePhase::Recording(_))) {
+        let session = self.sessions.iter_mut().find(|session| session.id == id);
+        let Some(LivePhase::Recording(recording)) = session.map(|session| &mut session.phase) else {
             let status = self.store.status(id, now)?;
             return Err(StoreError::Conflict(format!(
                 "session {id} is {}, so it cannot have an experiment",
                 status.state.name()
             )));
-        }
+        };
+        recording.accept(&fact, now).map_err(|problem| StoreError::Conflict(format!("session {id}: {problem}")))?;
         self.facts(&[Fact::Experiment(fact)], now);
         self.frame(now);
         Ok(())

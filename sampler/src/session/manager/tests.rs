@@ -431,8 +431,13 @@ fn facts_of_an_experiment_are_written_into_a_session_that_records() {
     let design = ExperimentDesign { seed: 1, bursts: 6, window_ns: SECOND_NS, pause_ns: 0 };
     let schedule = ExperimentFact::Schedule(design.draw("/docker/1".into(), "/docker/2".into(), boot(9)));
     let frozen = ExperimentFact::Frozen { experiment: boot(9), burst: 0, from: boot(9), to: boot(10) };
-    for fact in [&schedule, &frozen] {
-        bench.manager.experiment(&id, fact.clone(), boot(bench.second)).unwrap();
+    let post = |bench: &mut Bench, fact: &ExperimentFact| bench.manager.experiment(&id, fact.clone(), boot(bench.second));
+    assert!(matches!(post(&mut bench, &frozen), Err(StoreError::Conflict(_))), "there is no schedule");
+    post(&mut bench, &schedule).unwrap();
+    bench.until(12);
+    post(&mut bench, &frozen).unwrap();
+    for again in [&schedule, &frozen] {
+        assert!(matches!(post(&mut bench, again), Err(StoreError::Conflict(_))), "{again:?}");
     }
     bench.until(40);
     bench.manager.stop(&id, boot(bench.second)).unwrap();
