@@ -229,17 +229,16 @@ impl FrozenSubject {
 #[cfg(test)]
 pub mod tests {
     use super::*;
-    use crate::freeze::FreezerVersion;
 
     /// A pod with two containers.
     pub fn subject() -> FrozenSubject {
         let dir = tempfile::tempdir().unwrap();
         fs::create_dir_all(dir.path().join("b")).unwrap();
-        for (file, text) in [("cgroup.procs", ""), ("b/cgroup.freeze", "0")] {
+        for (file, text) in [("b/cgroup.procs", "1"), ("b/cgroup.freeze", "0")] {
             fs::write(dir.path().join(file), text).unwrap();
         }
         let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
-        let freezer = Freezer::named(&layout, Path::new("/proc"), FreezerVersion::V2, "/b").unwrap().unwrap();
+        let freezer = Freezer::find(&layout, Path::new("/proc"), "/b").unwrap();
         let containers = vec!["73e1a9".into(), "c0ffee".into()];
         FrozenSubject {
             name: "b".into(),
