@@ -36,8 +36,9 @@ cargo xtask VERB
 
   setup [--check] [--yes]          install what the kernel program's build and the tests need
   demo [--for 30s] [--sim|--real]  run containers on a GPU, the agent, and a live table of GPU use
-  test [--noise] [FILTER..]        run all tests, on real engines and the real kernel (root); --noise: next to busy processors,
-                                   pods of others that come and go, and a containerd of others
+  test [--noise[=MODULE,..]] [FILTER..]
+                                   run all tests, on real engines and the real kernel (root); --noise: all, or those of these
+                                   modules, next to busy processors, pods of others that come and go, and a containerd of others
   soak [--for 30m] [--seed N] [--faults NAME,..]
                                    run the agent with random faults, and check its results and its cost (root)
   bench [FILTER..]                 measure speed and memory against their targets (root)

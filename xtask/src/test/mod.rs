@@ -32,6 +32,37 @@ const REPEATS: usize = 2;
 /// Time between asking the test runner to end and killing it.
 const GRACE: Duration = Duration::from_secs(10);
 
+/// The modules of tests that run while there is other work on the machine.
+#[derive(Debug, PartialEq, Eq)]
+enum Noisy {
+    All,
+    Modules(Vec<String>),
+}
+
+impl Noisy {
+    /// `--noise` for all tests, `--noise=MODULE,..` for these; and the other arguments.
+    fn of_arguments(args: &[String]) -> Result<(Self, &[String])> {
+        match args.split_first() {
+            Some((word, rest)) if word == "--noise" => Ok((Self::All, rest)),
+            Some((word, rest)) => match word.strip_prefix("--noise=") {
+                Some("") => bail!("--noise= names no module of tests, such as labels,doubles"),
+                Some(modules) => Ok((Self::Modules(modules.split(',').map(str::to_owned).collect()), rest)),
+                None => Ok((Self::Modules(Vec::new()), args)),
+            },
+            None => Ok((Self::Modules(Vec::new()), args)),
+        }
+    }
+
+    /// `name`: as `module::test`.
+    fn includes(&self, name: &str) -> bool {
+        let module = name.split("::").next().unwrap_or(name);
+        match self {
+            Self::All => true,
+            Self::Modules(modules) => modules.iter().any(|noisy| noisy == module),
+        }
+    }
+}
+
 /// Checks the preconditions of tests and benches that use the kernel and engines.
 pub fn prepare(filters: &[String]) -> Result<()> {
     if let Some(option) = filters.iter().find(|word| word.starts_with('-')) {
@@ -44,10 +75,7 @@ pub fn prepare(filters: &[String]) -> Result<()> {
 }
 
 pub fn verb(args: &[String]) -> Result<()> {
-    let (with_noise, filters) = match args.split_first() {
-        Some((word, rest)) if word == "--noise" => (true, rest),
-        _ => (false, args),
-    };
+    let (noisy, filters) = Noisy::of_arguments(args)?;
     prepare(filters)?;
     let built = build::everything(Profile::Debug)?;
 
@@ -91,9 +119,21 @@ pub fn verb(args: &[String]) -> Result<()> {
         command
     };
     let privileged = build::tests(PRIVILEGED).and_then(|program| {
-        let noise = with_noise.then(|| Noise::start(&privileged)).transpose()?;
-        let done = run_and_repeat(&Lanes::new(program, &privileged, &mut cleanup)?, filters);
-        done.and(noise.map_or(Ok(()), Noise::end))
+        let lanes = Lanes::new(program, &privileged, &mut cleanup)?;
+        let names = lanes.find(filters)?;
+        progress(format_args!("{} privileged tests", names.len()));
+        if names.is_empty() && filters.is_empty() {
+            bail!("the program of the privileged tests has none");
+        }
+        let (noisy, quiet): (Vec<String>, Vec<String>) = names.into_iter().partition(|name| noisy.includes(name));
+        let done = run_and_repeat(&lanes, &quiet);
+        if noisy.is_empty() {
+            return done;
+        }
+        let noise = Noise::start(&privileged)?;
+        progress(format_args!("{} tests while it runs", noisy.len()));
+        let done = done.and(run_and_repeat(&lanes, &noisy));
+        done.and(noise.end())
     });
     drop(cleanup);
     if let Some(engine) = &mut engine {
@@ -105,13 +145,8 @@ pub fn verb(args: &[String]) -> Result<()> {
 /// The privileged tests measure time on machines that are shared. If a few of them fail, each is repeated, alone, and has
 /// to pass every time: a defect that shows in every second run passes the repeats in one of four cases. The output ends with the names of
 /// such tests.
-fn run_and_repeat(lanes: &Lanes<'_>, filters: &[String]) -> Result<()> {
-    let names = lanes.find(filters)?;
-    progress(format_args!("{} privileged tests", names.len()));
-    if names.is_empty() && filters.is_empty() {
-        bail!("the program of the privileged tests has none");
-    }
-    let outcomes = lanes.run(&names)?;
+fn run_and_repeat(lanes: &Lanes<'_>, names: &[String]) -> Result<()> {
+    let outcomes = lanes.run(names)?;
     lanes::report_slowest(&outcomes);
     let failed = report_failed(outcomes);
     if failed.is_empty() {
@@ -186,5 +221,24 @@ fn end_group(child: &mut Child) -> Result<ExitStatus> {
             sys::kill(group, libc::SIGKILL);
         }
         thread::sleep(Duration::from_millis(50));
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn noise_is_for_all_tests_or_for_modules() {
+        let of = |words: &[&str]| {
+            let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+            let (noisy, rest) = Noisy::of_arguments(&words).unwrap();
+            (noisy.includes("labels::one"), noisy.includes("web::labels"), rest.len())
+        };
+        assert_eq!(of(&["--noise", "labels"]), (true, true, 1));
+        assert_eq!(of(&["--noise=labels,doubles"]), (true, false, 0));
+        assert_eq!(of(&["labels"]), (false, false, 1));
+        assert_eq!(of(&[]), (false, false, 0));
+        assert!(Noisy::of_arguments(&["--noise=".to_owned()]).is_err());
     }
 }
