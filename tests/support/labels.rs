@@ -60,6 +60,15 @@ impl Agent {
     pub fn runtime_calls(&self) -> Result<f64> {
         Ok(sum(&self.scrape()?, "gpu_sampler_runtime_calls_total", &[]).unwrap_or_default())
     }
+
+    /// Whether the agent knows no more containers than these of the test. Others have their own queries; says so.
+    pub fn knows_only(&self, own: f64) -> Result<bool> {
+        let all = sum(&self.scrape()?, "gpu_sampler_containers", &[]).unwrap_or_default();
+        if all > own {
+            println!("{} containers of others are on this machine, so queries are not counted", all - own);
+        }
+        Ok(all <= own)
+    }
 }
 
 /// One field of every label in an explanation: `value` or `source`.
