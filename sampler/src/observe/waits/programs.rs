@@ -1,7 +1,7 @@
 //! The wait probes in the kernel: their maps, and attaching them to a library.
 //!
 //! ```text
-//!  Linux 6.10 on   a uprobe_multi link for each process; for the 17th process of a library and later ones as from 6.6 on
+//!  Linux 6.10 on   a uprobe_multi link for each process; from the fifth process of a library on as from 6.6 on
 //!  Linux 6.6 on    a uprobe_multi link for each library: its filter is for threads there; the program ignores other processes
 //!  before          perf events for each call of each library, which need CAP_SYS_ADMIN
 //! ```
@@ -31,9 +31,10 @@ const MAX_CALLS: u32 = MAX_PROCESSES * WaitSums::MAX_THREADS;
 const MAX_CLIENTS: u32 = 4096;
 /// Libraries with a probe on the first call, which keeps the file also when it is removed.
 const MAX_FIRST: usize = 64;
-/// Processes of one library with links of their own. The kernel asks every link of a library at each call, and examines all of its processes
-/// for each new link; with more than these, trapping processes that are not selected costs less.
-const MOST_OWN_LINKS: usize = 16;
+/// Processes of one library with links of their own. The kernel asks every link of a library at each call, and for each function of a link that
+/// begins or ends it stops the creation of processes and examines all that map the library: with more than these, trapping processes that
+/// are not selected costs less, and all probes are gone sooner when the agent ends.
+const MOST_OWN_LINKS: usize = 4;
 /// From here on the filter of a link is for the process.
 const FILTERS_PROCESSES: (u32, u32) = (6, 10);
 /// Kernels on which returning from a probed function uses a system call that the seccomp filters of runtimes do not know: they end the
