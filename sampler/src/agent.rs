@@ -217,7 +217,7 @@ pub async fn serve(
     if let Some(selector) = config.wait_probes.clone() {
         wait_requests.set(Requester::Setting, selector);
     }
-    waits::start(waits::WaitContext {
+    let waits = waits::start(waits::WaitContext {
         to: to_core.clone(),
         health: Arc::clone(&health),
         select: select_processes(labels.clone()),
@@ -337,6 +337,7 @@ pub async fn serve(
     }
     // A disk may hang: sessions that do not end within the limit are interrupted.
     recorder.close(SHUTDOWN_GRACE);
+    waits.end(SHUTDOWN_GRACE);
     served.map_err(Into::into)
 }
 

@@ -20,6 +20,7 @@ use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
 use sampler_core::observation::{Observation, WaitProbeChange, WaitProbeState};
@@ -139,9 +140,28 @@ struct Worker {
     observations: Vec<Observation>,
 }
 
-/// Starts the thread. It ends with the agent, which does not wait for it.
-pub fn start(context: WaitContext) -> std::io::Result<()> {
-    std::thread::Builder::new().name("waits".into()).spawn(move || {
+/// The thread of wait probes.
+pub struct WaitsThread {
+    thread: JoinHandle<()>,
+    requests: WaitRequests,
+}
+
+impl WaitsThread {
+    /// Waits until all probes are detached, `at_most` for that long. The agent has been asked to stop. A thread that the end of its process
+    /// interrupts while it detaches leaves breakpoints: the kernel gives up on memory that it has to read for a process that is being killed.
+    pub fn end(self, at_most: Duration) {
+        // Ends its pause.
+        self.requests.change(|_| {});
+        let from = Instant::now();
+        while !self.thread.is_finished() && from.elapsed() < at_most {
+            std::thread::sleep(Duration::from_millis(2));
+        }
+    }
+}
+
+pub fn start(context: WaitContext) -> std::io::Result<WaitsThread> {
+    let requests = context.requests.clone();
+    let thread = std::thread::Builder::new().name("waits".into()).spawn(move || {
         let stop = Arc::clone(&context.stop);
         let mut worker = Worker {
             context,
@@ -161,8 +181,9 @@ pub fn start(context: WaitContext) -> std::io::Result<()> {
             let pause = if selectors.is_empty() { IDLE } else { EVERY.saturating_sub(begun.elapsed()) };
             worker.context.requests.wait(generation, pause);
         }
+        worker.end_all();
     })?;
-    Ok(())
+    Ok(WaitsThread { thread, requests })
 }
 
 fn id_of(process: &GpuProcess) -> ProcessId {
