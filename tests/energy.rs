@@ -89,8 +89,8 @@ fn the_energy_of_users_reasons_and_idle_is_the_increase_of_the_counter() -> Resu
     let agent = Agent::start(Some(&sim), &["--path-rootfs", &root, "--label-sources", "bundle"])?;
     let truth = sim.truth(&[])?;
     let uuids: Vec<&str> = (0..2).map(|gpu| truth["gpus"][gpu]["uuid"].as_str().context("uuid")).collect::<Result<_>>()?;
-    // A short load of each, so that all series exist at the first quiet instant.
-    let mut loads = pids.iter().map(|pid| sim.load(*pid, 0, 0.3, &["--for", "2s"])).collect::<Result<Vec<_>>>()?;
+    // A short load of each, so that all series exist at the first quiet instant; long enough that samples name each.
+    let mut loads = pids.iter().map(|pid| sim.load(*pid, 0, 0.3, &["--for", "5s"])).collect::<Result<Vec<_>>>()?;
     loads.push(sim.load(pids[0], 1, 0.5, &["--for", "2s"])?);
     for load in &mut loads {
         ensure!(load.0.wait()?.success());
