@@ -187,7 +187,7 @@ impl ExperimentSchedule {
     }
 }
 
-/// The schedule of one experiment, and the bursts whose freeze was reported: each once.
+/// The schedule of one experiment, and the bursts of which the freeze was reported: each once.
 #[derive(Clone, Debug)]
 pub struct ReportedFreezes {
     schedule: ExperimentSchedule,

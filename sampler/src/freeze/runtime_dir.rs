@@ -57,7 +57,7 @@ pub struct FrozenRecord {
     pub until: BootNs,
 }
 
-/// A guard: a process whose PID is not reused.
+/// A guard: a process, also where its PID is reused later.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct GuardId {
     pub pid: u32,
