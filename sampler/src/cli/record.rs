@@ -193,13 +193,9 @@ impl Record {
             containers: self.container.clone(),
             namespaces: self.namespace.clone(),
             wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
-            engine_metrics: self.engine_metrics.then(|| EngineMetricsBody {
-                every_seconds: self.engine_every.as_secs_f64(),
-                rules: self.settings.engine_rules.clone().unwrap_or_default(),
-            }),
+            engine_metrics: self.engine_metrics.then(|| engine_metrics_body(self.engine_every, &self.settings)),
         };
-        let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
-        let StartedSession { id } = document(client.url(), &body)?;
+        let id = start_session(client, &request).await?;
         let session = format!("/api/v1/sessions/{id}");
         let status = self.follow(client, &session, signals).await?;
         let fetched = tokio::select! {
@@ -307,6 +303,17 @@ pub(super) async fn fetch(client: &Client, session: &str, output: Option<&Path>)
         let _removed = std::fs::remove_file(&part);
     }
     named
+}
+
+pub(super) fn engine_metrics_body(every: Duration, settings: &Settings) -> EngineMetricsBody {
+    EngineMetricsBody { every_seconds: every.as_secs_f64(), rules: settings.engine_rules.clone().unwrap_or_default() }
+}
+
+/// Starts a session on the agent; returns its id.
+pub(super) async fn start_session(client: &Client, request: &SessionBody) -> anyhow::Result<String> {
+    let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(request)?).await?;
+    let StartedSession { id } = document(client.url(), &body)?;
+    Ok(id)
 }
 
 async fn save(reply: &mut super::client::HttpReply, part: &Path) -> anyhow::Result<()> {

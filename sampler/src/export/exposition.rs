@@ -8,6 +8,7 @@ use sampler_core::snapshot::{ContainerGpu, ContainerWaits, GpuView, Other, Snaps
 use sampler_core::units::{ContainerKey, GpuUuid, WallTime};
 use sampler_labels::{AssignmentSource, ContainerLabels, Label};
 
+use super::encode::label_block;
 use super::label_text::ContainerText;
 
 /// One (container, GPU) pair as exposed; or that of another user and a GPU.
@@ -37,6 +38,16 @@ pub struct ExportedPair {
 }
 
 impl ExportedPair {
+    /// The labels of the container, for families that are not of a single GPU.
+    pub fn container_block(&self) -> String {
+        label_block(&[
+            ("namespace", self.labels.text(Label::Namespace)),
+            ("pod", self.labels.text(Label::Pod)),
+            ("container", self.labels.text(Label::Container)),
+            ("container_id", &self.container_id),
+        ])
+    }
+
     pub fn gpu(&self) -> &GpuUuid {
         &self.device.uuid
     }

@@ -4,11 +4,10 @@ use std::collections::HashSet;
 
 use sampler_core::observation::PressureFact;
 use sampler_core::units::ContainerKey;
-use sampler_labels::Label;
 use strum::VariantArray as _;
 
 use super::catalogue::pressure as families;
-use super::encode::{Labels, Page, label_block};
+use super::encode::{Labels, Page};
 use super::exposition::Exposition;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 use crate::observe::pressure::{Outcome, PressureView};
@@ -26,13 +25,7 @@ pub fn containers(page: &Exposition, view: &PressureView, to: &mut Page, starts:
     for pair in page.one_pair_of_each_container() {
         exposed.insert(pair.key);
         let Some(fact) = view.facts.get(&pair.key) else { continue };
-        let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
-        let block = label_block(&[
-            ("namespace", l.text(Label::Namespace)),
-            ("pod", l.text(Label::Pod)),
-            ("container", l.text(Label::Container)),
-            ("container_id", &pair.container_id),
-        ]);
+        let (block, mut series) = (pair.container_block(), starts.of(SeriesOwner::Container(pair.key)));
         if let Some(quota) = fact.cpu {
             to.add_from_zero(throttled, (&mut series, ""), &*block, quota.throttled_ns as f64 / 1e9);
         }

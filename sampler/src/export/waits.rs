@@ -1,9 +1,7 @@
 //! Writes the families of the waiting of containers for their GPUs.
 
-use sampler_labels::Label;
-
 use super::catalogue::waits as families;
-use super::encode::{Page, label_block};
+use super::encode::Page;
 use super::exposition::Exposition;
 use super::series_starts::{SeriesOwner, SeriesStarts};
 
@@ -13,13 +11,7 @@ pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let pressure = to.family(&families::PRESSURE_RATIO);
     for pair in page.one_pair_of_each_container() {
         let Some(waits) = pair.waits else { continue };
-        let (l, mut series) = (&pair.labels, starts.of(SeriesOwner::Container(pair.key)));
-        let block = label_block(&[
-            ("namespace", l.text(Label::Namespace)),
-            ("pod", l.text(Label::Pod)),
-            ("container", l.text(Label::Container)),
-            ("container_id", &pair.container_id),
-        ]);
+        let (block, mut series) = (pair.container_block(), starts.of(SeriesOwner::Container(pair.key)));
         to.add_from_zero(waited, (&mut series, ""), &*block, waits.wait_seconds);
         to.add_from_zero(probed, (&mut series, ""), &*block, waits.probed_seconds);
         to.add_known(pressure, &*block, waits.pressure_ratio);

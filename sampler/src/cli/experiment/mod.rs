@@ -28,13 +28,13 @@ use self::bursts::{Bursts, BurstsOutcome};
 use self::subjects::{FrozenSubject, Subjects};
 use super::access::AccessArgs;
 use super::client::{Client, TIMEOUT};
-use super::record::{Signals, call, engine_problems, fetch, quoted};
+use super::record::{Signals, call, engine_metrics_body, engine_problems, fetch, quoted, start_session};
 use super::request::{document, unreachable};
 use crate::cli::output::{json, print};
 use crate::cli::text::{terminal_safe, terminal_width, use_colours};
 use crate::config::{Config, Settings};
 use crate::error::{display_chain, report_line};
-use crate::export::sessions::{EngineMetricsBody, SessionBody, StartedSession, WaitProbesBody};
+use crate::export::sessions::{SessionBody, WaitProbesBody};
 use crate::freeze::{ExperimentLock, GuardHandle, RuntimeDir, recover};
 use crate::observe::clock::boot_now;
 use crate::observe::kernel::layout::layout;
@@ -231,14 +231,9 @@ impl ExperimentArgs {
             containers: Vec::new(),
             namespaces: Vec::new(),
             wait_probes: self.settings.wait_probes.clone().map(WaitProbesBody::Selection),
-            engine_metrics: self.engine_metrics.then(|| EngineMetricsBody {
-                every_seconds: self.engine_every.as_secs_f64(),
-                rules: self.settings.engine_rules.clone().unwrap_or_default(),
-            }),
+            engine_metrics: self.engine_metrics.then(|| engine_metrics_body(self.engine_every, &self.settings)),
         };
-        let body = call(client, Method::POST, "/api/v1/sessions", serde_json::to_vec(&request)?).await?;
-        let StartedSession { id } = document(client.url(), &body)?;
-        Ok(format!("/api/v1/sessions/{id}"))
+        Ok(format!("/api/v1/sessions/{}", start_session(client, &request).await?))
     }
 
     /// Waits until the stopped session ends, fetches its file and reports it.

@@ -322,14 +322,7 @@ impl Worker {
             let detail = format!("more than {budget} blocking calls a second; wait_probe_budget permits more");
             let (reported, since) = (Some((WaitProbeState::OverBudget, detail.clone())), Instant::now());
             self.unprobed.insert(id, Unprobed { reported, since, again: None });
-            let change = WaitProbeChange {
-                tgid: process.tgid,
-                start: process.start,
-                at: boot_now(),
-                state: WaitProbeState::OverBudget,
-                detail,
-            };
-            self.observations.push(Observation::WaitProbe(Box::new(change)));
+            self.probe_change((process.tgid, process.start), WaitProbeState::OverBudget, detail);
         }
     }
 
