@@ -107,7 +107,8 @@ fn a_killed_and_restarted_agent_attributes_again_and_credits_nothing_twice() -> 
     let dirs: Vec<&Path> = containers.iter().map(|(_, dir)| dir.as_path()).collect();
     let mut first = Agent::start(Some(&sim), &ARGS)?;
     std::thread::sleep(Duration::from_secs(1));
-    let lives = sim.lives(&dirs, &["--count", "8000", "--at-once", "12", "--lasting", "5ms..50ms"])?;
+    // On a quick machine for 27 s, so that it goes on for some seconds after the restart.
+    let lives = sim.lives(&dirs, &["--count", "12000", "--at-once", "12", "--lasting", "5ms..50ms"])?;
     // Until the last window has closed once.
     std::thread::sleep(Duration::from_secs(13));
     first.scrape()?;
