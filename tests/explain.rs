@@ -34,8 +34,8 @@ fn explain_names_the_failing_source_of_a_missing_label() -> Result<()> {
     let (id, pid) = docker.pod("prod", "trainer-0", 300)?;
     proxy.set(Fault::Status(500))?;
     let agent = Agent::start(None, &["--docker-endpoint", &endpoint, "--label-sources", "docker"])?;
-    // Containers of others are queried too, and after five errors one query a second is sent.
-    wait_for("the runtime is queried", SOON, || Ok(agent.container(&id)?.filter(|t| t["tried"][0]["outcome"] == "error")))?;
+    // Containers of others are queried too, and after five errors one query a second is sent for all of them.
+    wait_for("the runtime is queried", 3 * SOON, || Ok(agent.container(&id)?.filter(|t| t["tried"][0]["outcome"] == "error")))?;
     let reason =
         [&*format!("image, name could be provided by docker at {endpoint} (HTTP 500"), "docker-file (excluded by label_sources)"];
     let pid = pid.to_string();

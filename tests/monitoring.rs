@@ -10,7 +10,7 @@ use anyhow::{Context as _, Result, ensure};
 use devkit::promql::{Reference, labels_of_template, references};
 use gpu_sampler_tests::kernel::{CgroupTree, sleeper};
 use gpu_sampler_tests::prometheus::PrometheusServer;
-use gpu_sampler_tests::{Agent, Docker, Sample, Sim, clients, wait_for};
+use gpu_sampler_tests::{Agent, Docker, Sample, Sim, clients, sum, wait_for};
 use serde_json::{Value, json};
 
 const RULES: &str = include_str!("../deploy/prometheus/rules.yml");
@@ -298,10 +298,14 @@ fn alerts_on_blank_labels_contention_and_a_source_fire_and_clear() -> Result<()>
         |name: &str| wait_for(&format!("{name} fires"), Duration::from_secs(45), || Ok(firing(name)?.into_iter().next()));
     let await_clear =
         |name: &str| wait_for(&format!("{name} clears"), Duration::from_secs(60), || Ok(firing(name)?.is_empty().then_some(())));
-    let names = ["GpuSamplerLabelsMissing", "GpuSamplerContention", "GpuSamplerSourceDown"];
+    let mut names = vec!["GpuSamplerContention", "GpuSamplerSourceDown", "GpuSamplerLabelsMissing"];
     wait_for("the first scrape", Duration::from_secs(20), || Ok(server.query("gpu_sampler_build_info")?.pop()))?;
     std::thread::sleep(Duration::from_secs(5));
-    for name in names {
+    if sum(&agent.scrape()?, "gpu_sampler_label_missing", &[]).is_some_and(|missing| missing > 0.0) {
+        names.pop();
+        println!("containers of others without labels are on this machine, so their alert has to fire, not to clear");
+    }
+    for name in &names {
         assert_eq!(firing(name)?, Vec::<Value>::new());
     }
 
