@@ -3,14 +3,11 @@
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 
 use super::causes::causes;
-use super::demand::{self, Demand, DemandWindows};
 use super::engines::{EngineContext, GatheredEngines};
 use super::experiments;
 use super::findings::findings;
 use super::gather::{Gathered, GatheredGpu};
-use super::model::{
-    Contender, DemandEvidence, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport,
-};
+use super::model::{Contender, Evidence, Gap, GpuReport, Lane, Named, Report, Timeline, Usage, UserKind, UserReport};
 use super::onoff::{Experiment, LEVEL};
 use super::selection::{narrow, selects_gpu};
 use super::waiting::{self, Waiting};
@@ -209,7 +206,7 @@ impl Builder<'_> {
         for (user, report) in &mut users {
             report.waits = self.waiting.get(user).map(|waiting| waiting.report.clone());
         }
-        self.add_demand(&mut users, &histories);
+        waiting::add_demand(&mut users, &self.waiting, &histories);
         self.add_engines(&mut users, &histories);
         let mut order: Vec<(User, UserReport)> = users.into_iter().collect();
         narrow(view, &mut order);
@@ -393,37 +390,6 @@ impl Builder<'_> {
         }
     }
 
-    /// The evidence from wait probes. Waiting is that of a user on all of its GPUs: it is compared once with all other users of these, and
-    /// the result stands at the GPU on which the other user received most.
-    fn add_demand(&self, users: &mut BTreeMap<User, UserReport>, histories: &[(&str, &Windows)]) {
-        let by_id: HashMap<String, User> = users.iter().map(|(user, report)| (report.id.clone(), *user)).collect();
-        let pairs = users.values().flat_map(|report| &report.gpus).map(|usage| usage.contenders.len()).sum();
-        for (victim, waiting) in &self.waiting {
-            let Some(report) = users.get_mut(victim) else { continue };
-            let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
-            let gpus: Vec<&Windows> = histories.iter().filter(|(uuid, _)| uses(uuid)).map(|(_, windows)| *windows).collect();
-            let mut most: BTreeMap<User, (f64, usize)> = BTreeMap::new();
-            for (position, usage) in report.gpus.iter().enumerate() {
-                for contender in &usage.contenders {
-                    let Some(other) = by_id.get(&contender.id) else { continue };
-                    let known = most.entry(*other).or_insert((contender.gpu_seconds, position));
-                    if contender.gpu_seconds > known.0 {
-                        *known = (contender.gpu_seconds, position);
-                    }
-                }
-            }
-            let others: Vec<User> = most.keys().copied().collect();
-            let compared = DemandWindows::new(waiting.compared(&gpus, &others));
-            for (position, (other, (_, gpu))) in most.iter().enumerate() {
-                let Some(usage) = report.gpus.get_mut(*gpu) else { continue };
-                let is_other = |contender: &&mut Contender| by_id.get(&contender.id) == Some(other);
-                if let Some(contender) = usage.contenders.iter_mut().find(is_other) {
-                    set_demand(contender, compared.evaluate(position, pairs));
-                }
-            }
-        }
-    }
-
     fn timeline(&self, device: &DeviceAccount, gpu_facts: &GatheredGpu, windows: &Windows) -> (Timeline, BTreeMap<User, Lane>) {
         let (first, last) = (self.range.0.0 / COACTIVITY_WINDOW_NS, self.range.1.0.saturating_sub(1) / COACTIVITY_WINDOW_NS);
         let ends = |n: u64| BootNs((n + 1).saturating_mul(COACTIVITY_WINDOW_NS));
@@ -485,21 +451,4 @@ fn throttle_seconds(gpu_facts: &GatheredGpu, range: (BootNs, BootNs)) -> Option<
         (value > 0.0).then(|| Named { name: name.into(), value })
     };
     Some(THROTTLE_REASONS.into_iter().filter_map(named).collect())
-}
-
-fn set_demand(contender: &mut Contender, found: Demand) {
-    let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
-    if found.confirmed {
-        (contender.evidence, contender.why_not_confirmed) = (Evidence::DemandConfirmed, String::new());
-    }
-    contender.demand = Some(DemandEvidence {
-        wait_rate: found.effect,
-        interval: found.interval,
-        interval_level: found.interval.map(|_| demand::LEVEL),
-        wait_seconds: found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64),
-        windows_with: found.windows_with,
-        windows_without: found.windows_without,
-        transitions: found.changes,
-        why_not_confirmed: found.why_not,
-    });
 }

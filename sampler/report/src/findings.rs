@@ -3,7 +3,9 @@
 
 use super::engine_model::EngineReport;
 use super::engine_words;
-use super::model::{Cause, CauseKind, Contender, Evidence, Finding, FreezeEffect, Outcome, Report, Usage, UserReport, Verdict};
+use super::model::{
+    Cause, CauseKind, Contender, DemandBasis, Evidence, Finding, FreezeEffect, Outcome, Report, Usage, UserReport, Verdict,
+};
 use super::words;
 
 /// Coactivity and GPU time of a contender on a saturated GPU, in seconds, from which a coactive pair is a finding.
@@ -41,17 +43,32 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
 
 fn demand_confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<(f64, String)> {
     let demand = contender.demand.as_ref().filter(|demand| demand.why_not_confirmed.is_empty())?;
-    let (rate, [least, most]) = (demand.wait_rate?, demand.interval?);
+    let [least, most] = demand.interval?;
+    let rate = match demand.basis {
+        DemandBasis::Mutual => most,
+        _ => demand.wait_rate?,
+    };
+    let (name, changes) = (victim.display_name(), demand.transitions);
     let in_all = demand.wait_seconds.map(|seconds| format!(", {seconds:.1} s in all")).unwrap_or_default();
-    let text = format!(
-        "{} waited {rate:.2} s of every second longer in blocking calls while {other} was on (interval {least:.2} to {most:.2} s, 95 %), \
-         over {} changes{in_all}. Calls that took no longer in that time, or longer only by its own \
-         work, would have refuted this.{}{}",
-        victim.display_name(),
-        demand.transitions,
-        also_received_less(contender).unwrap_or_default(),
-        other_causes(&usage.causes),
-    );
+    let what = match demand.basis {
+        DemandBasis::Changes => format!(
+            "{name} waited {rate:.2} s of every second longer in blocking calls while {other} was on (interval {least:.2} to {most:.2} s, \
+             95 %), over {changes} changes{in_all}. Calls that took no longer in that time, or longer only by its own work, would have \
+             refuted this."
+        ),
+        DemandBasis::Quietest => format!(
+            "{name} waited at least {rate:.2} s of every second for {other} while that was on (interval {least:.2} to {most:.2} s, 95 \
+             %){in_all}: its blocking calls were longer than in its quietest windows, over {changes} changes, and {other} had this part of \
+             the GPU time of all others that were on. Calls that were always as long, or longer only by its own work, would have refuted \
+             this."
+        ),
+        DemandBasis::Mutual => format!(
+            "{name} and {other} had work in flight at the same time: {other} waited for {name}, and the GPU runs one of them at a time. \
+             {name} waited at most {most:.2} s of every second for {other} while that was on. Had {other} not waited for it, or had it \
+             waited only as long as its own work takes, this would have been refuted."
+        ),
+    };
+    let text = format!("{what}{}{}", also_received_less(contender).unwrap_or_default(), other_causes(&usage.causes));
     Some((rate, text))
 }
 
@@ -198,6 +215,21 @@ mod tests {
         assert!(found[0].text.contains("would have refuted this. It also received less GPU time"), "{}", found[0].text);
         report.users[0].gpus[0].contenders[0].on_off_confirmed = false;
         assert!(!findings(&report)[0].text.contains("less GPU time"));
+    }
+
+    #[test]
+    fn a_finding_says_what_its_evidence_rests_on() {
+        let mut report = sample::report();
+        for (basis, expect) in [
+            (DemandBasis::Quietest, "waited at least 0.41 s of every second for"),
+            (DemandBasis::Mutual, "waited at most 0.44 s of every second for"),
+        ] {
+            if let Some(demand) = &mut report.users[0].gpus[0].contenders[0].demand {
+                demand.basis = basis;
+            }
+            let found = findings(&report);
+            assert!(found[0].text.contains(expect), "{}", found[0].text);
+        }
     }
 
     #[test]

@@ -60,7 +60,10 @@ mod tests {
                     check(contender, "kind:s id:s gpu_seconds:n evidence:s rate_before:n? rate_after:n? transitions:n");
                     check(contender, "interval:p? interval_level:n? on_off_confirmed:b");
                     if let Some(demand) = contender.get("demand") {
-                        check(demand, "wait_rate:n? interval:p? wait_seconds:n? windows_with:n windows_without:n transitions:n");
+                        check(
+                            demand,
+                            "basis:s wait_rate:n? interval:p? wait_seconds:n? windows_with:n windows_without:n transitions:n",
+                        );
                     }
                 }
                 for cause in usage["causes"].as_array().unwrap() {

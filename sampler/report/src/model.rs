@@ -199,7 +199,8 @@ pub enum Evidence {
     Coactive,
     /// The victim's GPU-seconds per second dropped while the contender was on and the GPU saturated, over at least two changes.
     OnOffConfirmed,
-    /// Blocking calls of the victim took longer while the contender was on, over at least two changes: it had work in flight, and waited.
+    /// Blocking calls of the victim took longer while the contender was on, or the contender waited for the victim, over at least two
+    /// changes: both had work in flight, and the victim waited.
     DemandConfirmed,
     /// The victim received more GPU time whenever the contender was frozen, at times that were drawn at random.
     ExperimentConfirmed,
@@ -243,22 +244,46 @@ pub struct Contender {
     pub experiment: Vec<FreezeEffect>,
 }
 
+/// How waiting was compared.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, strum::IntoStaticStr)]
+#[serde(rename_all = "kebab-case")]
+#[strum(serialize_all = "kebab-case")]
+pub enum DemandBasis {
+    /// Windows with the contender and without it.
+    #[default]
+    Changes,
+    /// Windows with the contender and those in which calls were shortest; what was longer is booked to all that were on, by GPU time.
+    Quietest,
+    /// The contender is confirmed to wait for the victim, so both had work in flight at the same time.
+    Mutual,
+}
+
 /// How much longer the victim waited in blocking calls while the contender was on.
 #[derive(Clone, Debug, Default, PartialEq, Serialize)]
 pub struct DemandEvidence {
+    pub basis: DemandBasis,
     /// Seconds of waiting per second, beyond what its own work takes; `None` without a comparison.
     pub wait_rate: Option<f64>,
-    /// Confidence interval of `wait_rate`.
+    /// Confidence interval of `wait_rate`. Its end is all waiting beyond the own GPU time, unless the basis is `changes`.
     pub interval: Option<[f64; 2]>,
     pub interval_level: Option<f64>,
     /// `wait_rate` times the seconds in which the contender was on; `None` if the interval includes 0.
     pub wait_seconds: Option<f64>,
-    /// Windows that were compared, with the contender on and off.
+    /// Windows that were compared, with the contender on and off; with the basis `quietest`, those with it and the quietest.
     pub windows_with: usize,
     pub windows_without: usize,
+    /// Starts and stops of the contender, or of the quietest windows.
     pub transitions: usize,
     /// Empty if it is confirmed.
     pub why_not_confirmed: String,
+}
+
+impl DemandEvidence {
+    /// Seconds of waiting in all, at most, where only that is known.
+    pub fn most_seconds(&self) -> Option<f64> {
+        let [_, most] = self.interval.filter(|_| self.basis == DemandBasis::Mutual)?;
+        Some(most * self.windows_with as f64)
+    }
 }
 
 /// What an experiment compares.

@@ -26,7 +26,7 @@ pub fn demand<'a>(user: &UserUsage<'a>, other: &UserUsage<'_>) -> Option<&'a Dem
 
 /// Whether the matrix of waiting has a number there.
 fn waited(user: &UserUsage<'_>, other: &UserUsage<'_>) -> bool {
-    demand(user, other).is_some_and(|demand| demand.wait_seconds.is_some())
+    demand(user, other).is_some_and(|demand| demand.wait_seconds.or(demand.most_seconds()).is_some())
 }
 
 /// The rows of the matrix of waiting, with their positions among the `involved`: users with a number.

@@ -1,6 +1,6 @@
 //! The wording of what wait probes measured, which all formats share.
 
-use super::model::{CallSeconds, DemandEvidence, Report, UserReport, UserWaits};
+use super::model::{CallSeconds, DemandBasis, DemandEvidence, Report, UserReport, UserWaits};
 use super::words::{self, NB, UNKNOWN};
 
 /// What the lanes of waiting show.
@@ -9,7 +9,7 @@ pub const LANE: &str =
 
 /// The caption of the matrix of waiting.
 pub const MATRIX: &str = "seconds that the user of the row waited longer in blocking calls, beyond its own work, while the user of the \
-                          column was on; in parentheses if not confirmed";
+                          column was on; < where only the most is known; in parentheses if not confirmed";
 
 pub fn has_waits(report: &Report) -> bool {
     report.users.iter().any(|user| user.waits.is_some())
@@ -71,20 +71,26 @@ pub const HEADS: [&str; 6] = ["Waited", "Of probed time", "Probed", "Calls", "Ca
 /// How much longer the victim waited while the contender was on, as a clause; what could not be compared otherwise. Not escaped.
 pub fn evidence(demand: &DemandEvidence) -> String {
     let mut parts = Vec::new();
+    let windows = words::counted(demand.windows_with, "window", "windows");
+    if demand.basis == DemandBasis::Mutual {
+        parts.push("both had work in flight at the same time, since it waited for this user".to_owned());
+        parts.extend(demand.interval.map(|[_, most]| format!("at most {most:.2}{NB}s of every second, over {windows}")));
+        parts.extend(demand.most_seconds().map(|seconds| format!("at most {} in all", words::seconds(seconds))));
+        return parts.join("; ");
+    }
+    let (than, without) = match demand.basis {
+        DemandBasis::Quietest => (" than in its quietest windows, by the GPU time of each user that was on", "quietest"),
+        _ => ("", "without it"),
+    };
     if let Some(rate) = demand.wait_rate {
-        let mut text = format!("{rate:.2}{NB}s of every second longer in blocking calls while it was on");
+        let mut text = format!("{rate:.2}{NB}s of every second longer in blocking calls while it was on{than}");
         if let Some([low, high]) = demand.interval {
             text += &format!(", {}interval {low:.2} to {high:.2}{NB}s", level(demand));
         }
         parts.push(text);
     }
-    let compared = format!(
-        "{} with it, {} without it, {}",
-        words::counted(demand.windows_with, "window", "windows"),
-        words::count(demand.windows_without),
-        words::counted(demand.transitions, "change", "changes")
-    );
-    parts.push(compared);
+    let changes = words::counted(demand.transitions, "change", "changes");
+    parts.push(format!("{windows} with it, {} {without}, {changes}", words::count(demand.windows_without)));
     if let Some(seconds) = demand.wait_seconds {
         parts.push(format!("{} in all", words::seconds(seconds)));
     }
@@ -101,6 +107,9 @@ pub fn level(demand: &DemandEvidence) -> String {
 
 /// A cell of the matrix of waiting.
 pub fn matrix_cell(demand: Option<&DemandEvidence>) -> String {
+    if let Some(most) = demand.and_then(DemandEvidence::most_seconds) {
+        return format!("<{}", words::number(most));
+    }
     match demand.and_then(|demand| Some((demand, demand.wait_seconds?))) {
         None => UNKNOWN.to_owned(),
         Some((demand, seconds)) if demand.why_not_confirmed.is_empty() => words::number(seconds),
@@ -136,12 +145,27 @@ mod tests {
         assert_eq!(matrix_cell(Some(&confirmed)), "12.3");
         assert_eq!(matrix_cell(Some(&unsure)), "(12.3)");
         assert_eq!(matrix_cell(Some(&DemandEvidence::default())), "-");
+        let mutual = DemandEvidence {
+            basis: DemandBasis::Mutual,
+            interval: Some([0.0, 0.25]),
+            windows_with: 40,
+            ..DemandEvidence::default()
+        };
+        assert_eq!(matrix_cell(Some(&mutual)), "<10.0");
+        assert_eq!(
+            evidence(&mutual).replace(NB, " "),
+            "both had work in flight at the same time, since it waited for this user; at most 0.25 s of every second, over 40 windows; at \
+             most 10.0 s in all"
+        );
+        let quietest = DemandEvidence { basis: DemandBasis::Quietest, windows_without: 12, transitions: 6, ..confirmed.clone() };
+        assert_eq!(evidence(&quietest).replace(NB, " "), "0 windows with it, 12 quietest, 6 changes; 12.3 s in all");
         assert_eq!(matrix_cell(None), "-");
     }
 
     #[test]
     fn evidence_states_the_effect_the_windows_and_why_it_is_not_confirmed() {
         let demand = DemandEvidence {
+            basis: DemandBasis::Changes,
             wait_rate: Some(0.41),
             interval: Some([0.38, 0.44]),
             interval_level: Some(0.95),

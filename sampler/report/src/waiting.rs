@@ -1,10 +1,10 @@
 //! The waiting of each user, by windows, from the facts of its wait probes.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 
-use super::demand::DemandWindow;
+use super::demand::{self, Demand, DemandWindow, DemandWindows};
 use super::gather::Gathered;
-use super::model::{CallSeconds, UserWaits};
+use super::model::{CallSeconds, Contender, DemandEvidence, Evidence, UserReport, UserWaits};
 use sampler_core::aggregate::{Aggregate, COACTIVITY_WINDOW_NS, Window, window_parts};
 use sampler_core::fact::{HostProcess, User, WaitProbeFact};
 use sampler_core::observation::WaitProbeState;
@@ -139,4 +139,72 @@ impl Waiting {
         };
         self.windows.iter().filter_map(window).collect()
     }
+}
+
+/// The evidence from wait probes. Waiting is that of a user on all of its GPUs: it is compared once with all other users of these, and
+/// the result stands at the GPU on which the other user received most.
+pub fn add_demand(
+    users: &mut BTreeMap<User, UserReport>,
+    waits: &BTreeMap<User, Waiting>,
+    histories: &[(&str, &BTreeMap<u64, Window>)],
+) {
+    let by_id: HashMap<String, User> = users.iter().map(|(user, report)| (report.id.clone(), *user)).collect();
+    let mut found: BTreeMap<(User, User), (usize, Demand)> = BTreeMap::new();
+    let mut compared: BTreeMap<User, (Vec<User>, DemandWindows)> = BTreeMap::new();
+    for (victim, waiting) in waits {
+        let Some(report) = users.get(victim) else { continue };
+        let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
+        let gpus: Vec<&BTreeMap<u64, Window>> =
+            histories.iter().filter(|(uuid, _)| uses(uuid)).map(|(_, windows)| *windows).collect();
+        let mut most: BTreeMap<User, (f64, usize)> = BTreeMap::new();
+        for (position, usage) in report.gpus.iter().enumerate() {
+            for contender in &usage.contenders {
+                let Some(other) = by_id.get(&contender.id) else { continue };
+                let known = most.entry(*other).or_insert((contender.gpu_seconds, position));
+                if contender.gpu_seconds > known.0 {
+                    *known = (contender.gpu_seconds, position);
+                }
+            }
+        }
+        let others: Vec<User> = most.keys().copied().collect();
+        let windows = DemandWindows::new(waiting.compared(&gpus, &others));
+        for (position, (other, (_, gpu))) in most.iter().enumerate() {
+            found.insert((*victim, *other), (*gpu, windows.evaluate(position, others.len())));
+        }
+        compared.insert(*victim, (others, windows));
+    }
+    let confirmed: BTreeSet<(User, User)> =
+        found.iter().filter(|(_, (_, demand))| demand.confirmed).map(|(pair, _)| *pair).collect();
+    for ((victim, other), (gpu, mut demand)) in found {
+        let is_waited_for = confirmed.contains(&(other, victim)) && !demand.confirmed;
+        if let Some((others, windows)) = compared.get(&victim).filter(|_| is_waited_for)
+            && let Some(mutual) =
+                others.iter().position(|user| *user == other).and_then(|other| windows.mutual(other, others.len()))
+        {
+            demand = mutual;
+        }
+        let usage = users.get_mut(&victim).and_then(|report| report.gpus.get_mut(gpu));
+        let is_other = |contender: &&mut Contender| by_id.get(&contender.id) == Some(&other);
+        if let Some(contender) = usage.and_then(|usage| usage.contenders.iter_mut().find(is_other)) {
+            set_demand(contender, demand);
+        }
+    }
+}
+
+fn set_demand(contender: &mut Contender, found: Demand) {
+    let is_positive = found.interval.is_some_and(|[least, _]| least > 0.0);
+    if found.confirmed {
+        (contender.evidence, contender.why_not_confirmed) = (Evidence::DemandConfirmed, String::new());
+    }
+    contender.demand = Some(DemandEvidence {
+        basis: found.basis,
+        wait_rate: found.effect,
+        interval: found.interval,
+        interval_level: found.interval.map(|_| demand::LEVEL),
+        wait_seconds: found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64),
+        windows_with: found.windows_with,
+        windows_without: found.windows_without,
+        transitions: found.changes,
+        why_not_confirmed: found.why_not,
+    });
 }

@@ -14,18 +14,23 @@
 //! - A call waits for each other user in turn, so that the parts of several add up, which those of GPU shares do not.
 //! - The share of a window comes from six samples, and a sample of one user is missing from the other. So shares decide only when a user
 //!   is on, over spans.
-//! - Others that start and stop together cannot be separated: their equations have no solution, or a wide interval.
+//! - Others that start and stop together cannot be separated: their equations have no solution, or a wide interval. What they cause
+//!   together is divided by GPU time ([`quietest`]).
 //!
-//! Errors follow from the scatter of the windows, with their correlation up to [`LAGS`] windows apart.
+//! Errors follow from the scatter of the windows, with their correlation over neighbouring windows.
 
+mod quietest;
+mod regression;
+
+use super::model::DemandBasis;
+use quietest::Quietest;
+use regression::{is_solvable, regress, rows};
 use statrs::distribution::{ContinuousCDF as _, Normal};
 
 /// Samples of a GPU a second.
 const SAMPLES: f64 = 6.0;
 /// A gap separates two spans of a user if chance makes such a gap once in ten thousand.
 const GAP_CHANCE: f64 = 1e-4;
-/// Windows over which errors are correlated.
-const LAGS: usize = 4;
 /// Rounds in which the spans of a user are joined; each makes its share smaller, and the gaps that chance makes longer.
 const ROUNDS: usize = 8;
 /// Windows with the other user and without it that a comparison needs.
@@ -42,8 +47,8 @@ const OWN_ERRORS: f64 = 2.0;
 const NOT_OWN: f64 = 0.5;
 /// Waiting per second from which it matters.
 pub const LEAST_EFFECT: f64 = 0.02;
-/// Below this part of the largest number the equations of the users count as dependent.
-const LEAST_PIVOT: f64 = 0.01;
+/// Waiting per second beyond the own GPU time from which a user that keeps the other waiting is said to wait for it.
+const LEAST_MUTUAL: f64 = 0.03;
 /// Two users are on together if one is on for a larger part of the other's time than of the remaining time, by this.
 const TOGETHER: f64 = 0.1;
 /// Other users in one regression.
@@ -66,6 +71,7 @@ pub struct DemandWindow {
 #[derive(Clone, Debug, Default, PartialEq)]
 pub struct Demand {
     pub confirmed: bool,
+    pub basis: DemandBasis,
     /// Seconds of waiting per second beyond the own work, while the other was on.
     pub effect: Option<f64>,
     pub interval: Option<[f64; 2]>,
@@ -77,21 +83,6 @@ pub struct Demand {
     pub changes: usize,
     /// Why it is not confirmed; empty if it is.
     pub why_not: String,
-}
-
-/// The variance of the sum of these numbers, each with the number of its window (Newey and West).
-fn long_run_sum(all: &[(u64, f64)]) -> f64 {
-    let mut sum = 0.0;
-    for (n, (number, value)) in all.iter().enumerate() {
-        sum += value * value;
-        for (later, other) in all.iter().skip(n + 1).take(LAGS) {
-            let distance = later - number;
-            if distance <= LAGS as u64 {
-                sum += 2.0 * (1.0 - distance as f64 / (LAGS as f64 + 1.0)) * value * other;
-            }
-        }
-    }
-    sum
 }
 
 /// In which windows a user is on, from its shares: between its first and its last sample of each span.
@@ -129,63 +120,6 @@ fn changes(on: &[bool]) -> usize {
     runs.len().saturating_sub(1)
 }
 
-/// Solves `matrix x = right` for several right sides; `None` if the matrix is singular.
-fn solve(mut matrix: Vec<Vec<f64>>, mut right: Vec<Vec<f64>>, least_pivot: f64) -> Option<Vec<Vec<f64>>> {
-    let n = matrix.len();
-    let scale = matrix.iter().flatten().fold(0.0, |most: f64, value| most.max(value.abs()));
-    for column in 0..n {
-        let pivot = (column..n).max_by(|a, b| matrix[*a][column].abs().total_cmp(&matrix[*b][column].abs()))?;
-        if matrix[pivot][column].abs() <= scale * least_pivot {
-            return None;
-        }
-        matrix.swap(column, pivot);
-        right.swap(column, pivot);
-        let (from, from_right) = (matrix[column].clone(), right[column].clone());
-        for row in (0..n).filter(|row| *row != column) {
-            let factor = matrix[row][column] / from[column];
-            matrix[row].iter_mut().zip(&from).skip(column).for_each(|(to, from)| *to -= factor * from);
-            right[row].iter_mut().zip(&from_right).for_each(|(to, from)| *to -= factor * from);
-        }
-    }
-    for (n, row) in right.iter_mut().enumerate() {
-        row.iter_mut().for_each(|value| *value /= matrix[n][n]);
-    }
-    Some(right)
-}
-
-struct Regression {
-    coefficients: Vec<f64>,
-    /// By coefficient, its standard error.
-    errors: Vec<f64>,
-}
-
-/// Least squares of the windows with these numbers.
-fn regress(numbers: &[u64], y: &[f64], x: &[Vec<f64>]) -> Option<Regression> {
-    let k = x.first()?.len();
-    let mut product = vec![vec![0.0; k]; k];
-    for x in x {
-        for (row, left) in product.iter_mut().zip(x) {
-            row.iter_mut().zip(x).for_each(|(cell, right)| *cell += left * right);
-        }
-    }
-    let right: Vec<Vec<f64>> = (0..k).map(|row| x.iter().map(|x| x[row]).collect()).collect();
-    let weights = solve(product, right, 1e-12)?;
-    let coefficients: Vec<f64> =
-        weights.iter().map(|weights| weights.iter().zip(y).map(|(weight, y)| weight * y).sum()).collect();
-    let residual = |n: usize| y[n] - coefficients.iter().zip(&x[n]).map(|(coefficient, x)| coefficient * x).sum::<f64>();
-    let residuals: Vec<f64> = (0..y.len()).map(residual).collect();
-    let error = |weights: &Vec<f64>| {
-        let all: Vec<(u64, f64)> = numbers
-            .iter()
-            .zip(weights.iter().zip(&residuals))
-            .map(|(number, (weight, residual))| (*number, weight * residual))
-            .collect();
-        long_run_sum(&all).max(0.0).sqrt()
-    };
-    let errors = weights.iter().map(error).collect();
-    Some(Regression { coefficients, errors })
-}
-
 /// The windows of a victim, with what is the same for each comparison of it: there may be many other users.
 pub struct DemandWindows {
     windows: Vec<DemandWindow>,
@@ -193,41 +127,110 @@ pub struct DemandWindows {
     spans: Vec<Vec<bool>>,
     /// The other users with GPU time, the one with the most first.
     by_time: Vec<usize>,
+    quietest: Quietest,
 }
 
 impl DemandWindows {
     /// `windows`: in ascending order.
     pub fn new(windows: Vec<DemandWindow>) -> Self {
         let n_others = windows.first().map_or(0, |window| window.others.len());
-        let spans = (0..n_others).map(|user| on_spans(&windows, user)).collect();
+        let spans: Vec<Vec<bool>> = (0..n_others).map(|user| on_spans(&windows, user)).collect();
         let total = |user: usize| windows.iter().map(|window| window.others[user]).sum::<f64>();
         let mut totals: Vec<(usize, f64)> = (0..n_others).map(|user| (user, total(user))).collect();
         totals.retain(|(_, total)| *total > 0.0);
         totals.sort_by(|a, b| b.1.total_cmp(&a.1));
-        Self { windows, spans, by_time: totals.into_iter().map(|(user, _)| user).collect() }
+        let by_time: Vec<usize> = totals.into_iter().map(|(user, _)| user).collect();
+        let quietest = Quietest::new(&windows, &spans, &by_time);
+        Self { windows, spans, by_time, quietest }
     }
 
-    /// Whether the victim waited more while the `other`th user was on. `pairs`: how many are examined.
-    pub fn evaluate(&self, other: usize, pairs: usize) -> Demand {
-        let Some(on) = self.spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
-        let counted = Demand { changes: changes(on), windows_on: on.iter().filter(|on| **on).count(), ..Demand::default() };
-        // A change is somewhere in its windows.
-        let is_inside = |n: &usize| {
+    /// Whether the victim waited more while the `other`th user was on, or than in its quietest windows. `contenders`: how many are examined.
+    pub fn evaluate(&self, other: usize, contenders: usize) -> Demand {
+        let compared = self.compare_changes(other, contenders);
+        if compared.confirmed {
+            return compared;
+        }
+        self.beyond_quietest(other, contenders).unwrap_or(compared)
+    }
+
+    fn beyond_quietest(&self, other: usize, contenders: usize) -> Option<Demand> {
+        let booked = self.booked(other)?;
+        let (least, most) = (booked.least?, booked.most);
+        let is_sure = surely(least.value, least.error, contenders) > LEAST_EFFECT && !booked.is_own;
+        (is_sure && booked.changes >= LEAST_CHANGES && most.value > LEAST_EFFECT).then(|| Demand {
+            confirmed: true,
+            basis: DemandBasis::Quietest,
+            effect: Some(least.value),
+            interval: Some([least.value - half(least.error), least.value.max(most.value + half(most.error))]),
+            windows_with: booked.windows,
+            windows_without: booked.quiet_windows,
+            changes: booked.changes,
+            ..self.counted(other)
+        })
+    }
+
+    /// What is known if the `other`th user is confirmed to wait for the victim: both had work in flight at the same time, and a GPU that
+    /// runs one at a time makes each wait for the other.
+    pub fn mutual(&self, other: usize, contenders: usize) -> Option<Demand> {
+        let booked = self.booked(other)?;
+        let most = booked.most;
+        (surely(most.value, most.error, contenders) > LEAST_MUTUAL).then(|| Demand {
+            confirmed: true,
+            basis: DemandBasis::Mutual,
+            interval: Some([0.0, most.value + half(most.error)]),
+            windows_with: booked.windows,
+            ..self.counted(other)
+        })
+    }
+
+    /// Windows that are not next to a change, which is somewhere in its windows.
+    fn inside<'a>(&self, on: &'a [bool]) -> impl Iterator<Item = usize> + use<'a> {
+        (0..on.len()).filter(|n| {
             let is_same = |at: usize| on.get(at).is_none_or(|then| *then == on[*n]);
             is_same(n.wrapping_sub(1)) && is_same(n + 1)
-        };
-        let inside: Vec<usize> = (0..self.windows.len()).filter(is_inside).collect();
+        })
+    }
+
+    fn counted(&self, other: usize) -> Demand {
+        let windows_on = self.spans.get(other).map_or(0, |on| on.iter().filter(|on| **on).count());
+        Demand { windows_on, ..Demand::default() }
+    }
+
+    fn compare_changes(&self, other: usize, contenders: usize) -> Demand {
+        let Some(on) = self.spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
+        let counted = Demand { changes: changes(on), ..self.counted(other) };
+        let inside: Vec<usize> = self.inside(on).collect();
         // The shares of others are in the spans.
         let window = |n: &usize| DemandWindow { others: Vec::new(), ..self.windows[*n] };
         let windows: Vec<DemandWindow> = inside.iter().map(window).collect();
         let spans: Vec<Vec<bool>> = self.spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
         let others = self.by_time.iter().copied().filter(|user| *user != other).take(MOST_OTHERS - 1);
-        compare(&windows, &spans, (other, &others.collect::<Vec<_>>()), pairs, &counted)
+        compare(&windows, &spans, (other, &others.collect::<Vec<_>>()), contenders, &counted)
     }
 }
 
+fn normal_quantile(level: f64) -> f64 {
+    Normal::standard().inverse_cdf((1.0 + level) / 2.0)
+}
+
+/// Half of the interval.
+fn half(error: f64) -> f64 {
+    normal_quantile(LEVEL) * error
+}
+
+/// What the effect is at least: one-sided; the more contenders are examined, the clearer it has to be.
+fn surely(effect: f64, error: f64, contenders: usize) -> f64 {
+    effect - normal_quantile(1.0 - 2.0 * (1.0 - LEVEL) / contenders.max(1) as f64) * error
+}
+
 /// `users`: the other user, and those that may have to be separated from it.
-fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], users: (usize, &[usize]), pairs: usize, counted: &Demand) -> Demand {
+fn compare(
+    windows: &[DemandWindow],
+    spans: &[Vec<bool>],
+    users: (usize, &[usize]),
+    contenders: usize,
+    counted: &Demand,
+) -> Demand {
     let (other, candidates) = users;
     let on = &spans[other];
     let with = on.iter().filter(|on| **on).count();
@@ -261,10 +264,7 @@ fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], users: (usize, &[usize
     // Own work that seems to have grown by the chance of its samples is not subtracted: waiting is measured, own work is sampled.
     let (own, stderr) = if own > OWN_ERRORS * own_error { (own, error.hypot(own_error)) } else { (0.0, error) };
     let effect = longer - own;
-    let quantile = |level: f64| Normal::standard().inverse_cdf((1.0 + level) / 2.0);
-    let half = quantile(LEVEL) * stderr;
-    // One-sided; the more pairs are examined, the clearer it has to be.
-    let surely = effect - quantile(1.0 - 2.0 * (1.0 - LEVEL) / pairs.max(2) as f64) * stderr;
+    let surely = surely(effect, stderr, contenders);
     let why_not = if counted.changes < LEAST_CHANGES {
         "the contender started or stopped only once, which may be a coincidence"
     } else if surely > LEAST_EFFECT && effect < NOT_OWN * longer {
@@ -274,30 +274,8 @@ fn compare(windows: &[DemandWindow], spans: &[Vec<bool>], users: (usize, &[usize
     } else {
         ""
     };
-    let (effect, interval) = (Some(effect), Some([effect - half, effect + half]));
+    let (effect, interval) = (Some(effect), Some([effect - half(stderr), effect + half(stderr)]));
     Demand { confirmed: why_not.is_empty(), effect, interval, why_not: why_not.into(), ..counted }
-}
-
-/// By window: its calls, and those with each of these users.
-fn rows(windows: &[DemandWindow], spans: &[Vec<bool>], users: &[usize]) -> Vec<Vec<f64>> {
-    let row = |(n, window): (usize, &DemandWindow)| {
-        let with = |user: &usize| if spans[*user][n] { window.calls } else { 0.0 };
-        std::iter::once(window.calls).chain(users.iter().map(with)).collect()
-    };
-    windows.iter().enumerate().map(row).collect()
-}
-
-/// Whether these columns can be separated.
-fn is_solvable(rows: &[Vec<f64>]) -> bool {
-    let k = rows.first().map_or(0, Vec::len);
-    let norm = |column: usize| rows.iter().map(|row| row[column] * row[column]).sum::<f64>().sqrt();
-    let norms: Vec<f64> = (0..k).map(norm).collect();
-    if norms.contains(&0.0) {
-        return false;
-    }
-    let product = |i: usize, j: usize| rows.iter().map(|row| row[i] * row[j]).sum::<f64>() / norms[i] / norms[j];
-    let matrix = (0..k).map(|i| (0..k).map(|j| product(i, j)).collect()).collect();
-    solve(matrix, vec![Vec::new(); k], LEAST_PIVOT).is_some()
 }
 
 /// The users in the regression: this one, and those candidates that are neither always on nor always off while the victim

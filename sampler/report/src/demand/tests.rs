@@ -32,7 +32,7 @@ fn position(victim: usize, other: usize) -> usize {
 
 fn found(users: &[User], victim: usize, other: usize, seed: u64) -> Demand {
     let played = play(users, 100, &mut Random(seed));
-    evaluate(&windows(&played, victim), position(victim, other), users.len() * (users.len() - 1))
+    evaluate(&windows(&played, victim), position(victim, other), users.len() - 1)
 }
 
 /// How many of twenty seeds are confirmed.
@@ -97,8 +97,13 @@ fn what_cannot_be_compared_says_so() {
     let once = User { phase: Phase::Repeats { on: 200.0, off: 50.0, offset: 200.0 }, ..BUSY };
     reason(&[BUSY, once], "only once");
     let with_it = User { phase: Phase::WhileOn(1), ..BUSY };
-    let demand = found(&[BUSY, IN_PHASES, with_it], 0, 1, 1);
-    assert!(demand.interval.is_none_or(|[least, most]| most - least > 0.1), "{demand:?}");
+    let together = DemandWindows::new(windows(&play(&[BUSY, IN_PHASES, with_it], 100, &mut Random(1)), 0));
+    let demand = together.compare_changes(0, 2);
+    assert!(!demand.confirmed && demand.why_not.contains("at the same times"), "{demand:?}");
+    // Each has half of the GPU time of the two, so each kept it waiting for a third of the time.
+    let demand = together.evaluate(0, 2);
+    let is_third = demand.effect.is_some_and(|effect| (effect - 0.33).abs() < 0.1);
+    assert!(demand.confirmed && demand.basis == DemandBasis::Quietest && is_third, "{demand:?}");
     assert_eq!(evaluate(&[], 0, 1).windows_with, 0);
 }
 
@@ -125,6 +130,85 @@ fn intervals_contain_the_truth() {
     assert!(all > 80 && within * 100 >= all * 90, "{within} of {all}");
 }
 
+/// The judgement of each pair of a play, by victim and other user.
+fn judged(played: &Played) -> Vec<Vec<Demand>> {
+    let n = played.on_s.len();
+    let sets: Vec<DemandWindows> = (0..n).map(|victim| DemandWindows::new(windows(played, victim))).collect();
+    let one = |victim: usize, other: usize| match victim == other {
+        true => Demand::default(),
+        false => sets[victim].evaluate(position(victim, other), n - 1),
+    };
+    let first: Vec<Vec<Demand>> = (0..n).map(|victim| (0..n).map(|other| one(victim, other)).collect()).collect();
+    let with_mutual = |victim: usize, other: usize| {
+        let found = first[victim][other].clone();
+        let mutual = || sets[victim].mutual(position(victim, other), n - 1);
+        if found.confirmed || !first[other][victim].confirmed { found } else { mutual().unwrap_or(found) }
+    };
+    (0..n).map(|victim| (0..n).map(|other| with_mutual(victim, other)).collect()).collect()
+}
+
+/// One of two others takes the place of the other, so that a comparison of windows with and without it shows nothing.
+#[test]
+fn users_that_replace_each_other_are_known_from_the_quietest_windows() {
+    let [mut replaced, mut wrong] = [0, 0];
+    for seed in 0..20 {
+        // In phases too, so that the victim is alone with one of the others at times, and with both.
+        let first = User { phase: Phase::Repeats { on: 12.0, off: 10.0, offset: 3.0 }, ..BUSY };
+        let second = User { phase: Phase::WhileOff(1), work_s: 0.02, ..BUSY };
+        let victim = User { think_s: 0.01, ..BUSY };
+        let pauses = User { phase: Phase::Repeats { on: 25.0, off: 12.0, offset: 0.0 }, ..first };
+        let played = play(
+            &[victim, pauses, User { phase: Phase::Repeats { on: 30.0, off: 11.0, offset: 17.0 }, ..second }],
+            120,
+            &mut Random(seed),
+        );
+        for other in 1..3 {
+            let demand = &judged(&played)[0][other];
+            let truth = played.kept_waiting_s[0][other] / played.on_s[other];
+            assert!(truth > 0.1, "{truth}");
+            replaced += usize::from(demand.confirmed);
+            wrong += usize::from(demand.interval.is_some_and(|[_, most]| most < 0.5 * truth));
+        }
+    }
+    assert!(replaced >= 36 && wrong <= 2, "{replaced} of 40 confirmed, {wrong} much too low");
+}
+
+#[test]
+fn what_is_booked_lies_between_its_bounds() {
+    let third = User { phase: Phase::Repeats { on: 17.0, off: 9.0, offset: 5.0 }, work_s: 0.02, ..BUSY };
+    let (mut within, mut all) = (0, 0);
+    for seed in 0..20 {
+        let played = play(&[User { think_s: 0.01, ..BUSY }, IN_PHASES, third], 120, &mut Random(seed));
+        let set = DemandWindows::new(windows(&played, 0));
+        for other in 1..3 {
+            let booked = set.booked(position(0, other)).expect("it is on for long enough");
+            let truth = played.kept_waiting_s[0][other] / played.on_s[other];
+            let least = booked.least.expect("quiet windows");
+            all += 1;
+            within += u32::from(least.value - half(least.error) <= truth && truth <= booked.most.value + half(booked.most.error));
+        }
+    }
+    assert!(within * 100 >= all * 85, "{within} of {all}");
+}
+
+/// Both are always on, so nothing changes; but a third one makes the other wait for the victim.
+#[test]
+fn one_that_waits_for_the_victim_makes_it_wait() {
+    let other = User { phase: Phase::Always, think_s: 0.004, ..BUSY };
+    let mut confirmed = 0;
+    for seed in 0..20 {
+        let victim = User { work_s: 0.012, ..IN_PHASES };
+        let found = judged(&play(&[victim, other], 100, &mut Random(seed)));
+        assert!(found[1][0].confirmed && found[1][0].basis == DemandBasis::Changes, "{:?}", found[1][0]);
+        if found[0][1].confirmed {
+            assert_eq!(found[0][1].basis, DemandBasis::Mutual);
+            assert!(found[0][1].interval.is_some_and(|[least, most]| least == 0.0 && most > 0.2), "{:?}", found[0][1]);
+            confirmed += 1;
+        }
+    }
+    assert!(confirmed >= 19, "{confirmed} of 20");
+}
+
 /// Precision and recall over random scenarios; `cargo xtask bench waits` prints the table for the documents.
 #[test]
 fn precision_over_random_scenarios() {
@@ -133,18 +217,17 @@ fn precision_over_random_scenarios() {
         let mut random = Random(seed);
         let users = scenario(&mut random);
         let played = play(&users, 100, &mut random);
-        for victim in 0..users.len() {
-            let windows = windows(&played, victim);
-            for other in (0..users.len()).filter(|other| *other != victim) {
+        let found = judged(&played);
+        for (victim, found) in found.iter().enumerate() {
+            for (other, demand) in found.iter().enumerate().filter(|(other, _)| *other != victim) {
                 let truth = played.kept_waiting_s[victim][other] / played.on_s[other].max(1.0);
-                let demand = evaluate(&windows, position(victim, other), users.len() * (users.len() - 1));
                 match (demand.confirmed, truth) {
-                    (true, 0.01..) => right += 1,
+                    (true, 0.02..) => right += 1,
                     (true, _) => {
                         wrong += 1;
                         println!("wrong: seed {seed}, {victim} by {other}, truth {truth:.3}: {demand:?}\n  {users:?}");
                     }
-                    (false, 0.05..) if demand.changes >= 2 => missed += 1,
+                    (false, 0.05..) => missed += 1,
                     _ => {}
                 }
             }
@@ -152,5 +235,5 @@ fn precision_over_random_scenarios() {
     }
     println!("{right} right, {wrong} wrong, {missed} missed");
     assert!(f64::from(right) >= 0.97 * f64::from(right + wrong), "{right} right, {wrong} wrong");
-    assert!(f64::from(right) >= 1.5 * f64::from(missed), "{right} right, {missed} missed");
+    assert!(f64::from(right) >= 3.0 * f64::from(missed), "{right} right, {missed} missed");
 }

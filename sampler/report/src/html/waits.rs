@@ -46,7 +46,9 @@ impl HtmlPage<'_> {
         if rows.is_empty() {
             return;
         }
-        let seconds = |row: &UserUsage<'_>, other: &UserUsage<'_>| demand(row, other).and_then(|demand| demand.wait_seconds);
+        let seconds = |row: &UserUsage<'_>, other: &UserUsage<'_>| {
+            demand(row, other).and_then(|demand| demand.wait_seconds.or(demand.most_seconds()))
+        };
         let most = rows.iter().flat_map(|(_, row)| involved.iter().filter_map(|other| seconds(row, other))).fold(0.0, f64::max);
         let name = |user: &UserUsage<'_>| html_escape(&self.names.get(&user.0.id));
         let heads = involved.iter().enumerate();
@@ -55,12 +57,12 @@ impl HtmlPage<'_> {
         let mut out = format!(
             "<h3>Waiting, by contender</h3><p class=\"note\">{}.</p>\n<div class=\"scroll\"><table class=\"matrix waiting\"><thead>\
              <tr><td></td>{heads}</tr></thead><tbody>\n",
-            words::sentence(wait_words::MATRIX)
+            html_escape(&words::sentence(wait_words::MATRIX))
         );
         for (position, row) in &rows {
             out += &format!("<tr><th scope=\"row\"><span class=\"nth\">{}</span> {}</th>", position + 1, self.user(&row.0.id));
             for (column, other) in involved.iter().enumerate() {
-                let text = wait_words::matrix_cell(demand(row, other));
+                let text = html_escape(&wait_words::matrix_cell(demand(row, other)));
                 out += &match seconds(row, other) {
                     _ if *position == column => "<td class=\"self\"></td>".to_owned(),
                     None => format!("<td class=\"none\">{text}</td>"),
@@ -82,10 +84,11 @@ impl HtmlPage<'_> {
             return String::new();
         };
         let (Some(rate), Some([low, high])) = (demand.wait_rate, demand.interval) else { return String::new() };
+        let without = if demand.basis == DemandBasis::Quietest { "quietest" } else { "without it" };
         let mut facts = vec![
             format!("{}interval <b>{low:.2} to {high:.2}</b>", wait_words::level(demand)),
             format!("<b>{}</b>", words::counted(demand.transitions, "change", "changes")),
-            format!("<b>{}</b> windows with it, <b>{}</b> without it", demand.windows_with, demand.windows_without),
+            format!("<b>{}</b> windows with it, <b>{}</b> {without}", demand.windows_with, demand.windows_without),
         ];
         facts.extend(demand.wait_seconds.map(|seconds| format!("<b>{}</b> in all", words::seconds(seconds))));
         format!(
