@@ -112,6 +112,12 @@ impl CgroupTree {
     }
 }
 
+/// Removes a cgroup and those below it, of which all processes have been ended.
+pub fn remove_cgroups(dir: &Path) -> Result<()> {
+    wait_for("the cgroups are removed", Duration::from_secs(10), || Ok(remove(dir).ok()))
+        .with_context(|| dir.display().to_string())
+}
+
 fn remove(dir: &Path) -> std::io::Result<()> {
     for entry in std::fs::read_dir(dir)?.flatten().filter(|e| e.file_type().is_ok_and(|t| t.is_dir())) {
         remove(&entry.path())?;
@@ -123,8 +129,8 @@ impl Drop for CgroupTree {
     fn drop(&mut self) {
         // v1 has no such file; there the actors must have ended.
         let _v2_only = std::fs::write(self.root.join("cgroup.kill"), "1");
-        if let Err(error) = wait_for("the cgroups are removed", Duration::from_secs(10), || Ok(remove(&self.root).ok())) {
-            eprintln!("{}: {error:#}", self.root.display());
+        if let Err(error) = remove_cgroups(&self.root) {
+            eprintln!("{error:#}");
         }
     }
 }

@@ -14,7 +14,7 @@ use std::time::Duration;
 use anyhow::{Result, anyhow};
 use gpu_sampler_tests::Running;
 use gpu_sampler_tests::containerd::{Containerd, PodSpec};
-use gpu_sampler_tests::kernel::{CgroupTree, sleeper};
+use gpu_sampler_tests::kernel::{CgroupTree, remove_cgroups, sleeper};
 use gpu_sampler_tests::labels::bundle;
 
 /// Pods that stay.
@@ -75,7 +75,8 @@ fn churn(tree: &CgroupTree, end: &AtomicBool) -> Result<()> {
 
 /// A pod's container with a process. Every other one has a name.
 struct NoisePod {
-    _process: Running,
+    process: Option<Running>,
+    pod: PathBuf,
     bundle: Option<PathBuf>,
 }
 
@@ -84,13 +85,19 @@ impl NoisePod {
         let (uid, id) = (format!("0f0f0f0f-de9a-11e9-84e7-{n:012x}"), format!("f{:07x}{n:056x}", std::process::id()));
         // In the machine's own folder of bundles.
         let bundle = n.is_multiple_of(2).then(|| bundle(Path::new("/"), &id, &format!("foreign-{n}"), &uid)).transpose()?;
+        let pod = tree.make(&format!("kubepods/burstable/pod{uid}"))?;
         let process = sleeper(&tree.make(&format!("kubepods/burstable/pod{uid}/{id}"))?)?;
-        Ok(Self { _process: process, bundle })
+        Ok(Self { process: Some(process), pod, bundle })
     }
 }
 
 impl Drop for NoisePod {
+    /// As a kubelet does: a pod that has ended leaves no cgroup, which agents would have to explain.
     fn drop(&mut self) {
+        drop(self.process.take());
+        if let Err(error) = remove_cgroups(&self.pod) {
+            eprintln!("noise: {error:#}");
+        }
         if let Some(folder) = &self.bundle
             && let Err(error) = std::fs::remove_dir_all(folder)
         {
