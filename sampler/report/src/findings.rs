@@ -43,30 +43,39 @@ fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Conten
 
 fn demand_confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<(f64, String)> {
     let demand = contender.demand.as_ref().filter(|demand| demand.why_not_confirmed.is_empty())?;
-    let [least, most] = demand.interval?;
-    let rate = match demand.basis {
-        DemandBasis::Mutual => most,
-        _ => demand.wait_rate?,
-    };
     let (name, changes) = (victim.display_name(), demand.transitions);
     let in_all = demand.wait_seconds.map(|seconds| format!(", {seconds:.1} s in all")).unwrap_or_default();
-    let what = match demand.basis {
-        DemandBasis::Changes => format!(
-            "{name} waited {rate:.2} s of every second longer in blocking calls while {other} was on (interval {least:.2} to {most:.2} s, \
-             95 %), over {changes} changes{in_all}. Calls that took no longer in that time, or longer only by its own work, would have \
-             refuted this."
-        ),
-        DemandBasis::Quietest => format!(
-            "{name} waited at least {rate:.2} s of every second for {other} while that was on (interval {least:.2} to {most:.2} s, 95 \
-             %){in_all}: its blocking calls were longer than in its quietest windows, over {changes} changes, and {other} had this part of \
-             the GPU time of all others that were on. Calls that were always as long, or longer only by its own work, would have refuted \
-             this."
-        ),
-        DemandBasis::Mutual => format!(
-            "{name} and {other} had work in flight at the same time: {other} waited for {name}, and the GPU runs one of them at a time. \
-             {name} waited at most {most:.2} s of every second for {other} while that was on. Had {other} not waited for it, or had it \
-             waited only as long as its own work takes, this would have been refuted."
-        ),
+    let measured = || Some((demand.wait_rate?, demand.interval?));
+    let (rate, what) = match demand.basis {
+        DemandBasis::Changes => {
+            let (rate, [least, most]) = measured()?;
+            let what = format!(
+                "{name} waited {rate:.2} s of every second longer in blocking calls while {other} was on (interval {least:.2} to {most:.2} \
+                 s, 95 %), over {changes} changes{in_all}. Calls that took no longer in that time, or longer only by its own work, would \
+                 have refuted this."
+            );
+            (rate, what)
+        }
+        DemandBasis::Quietest => {
+            let (rate, [least, most]) = measured()?;
+            let what = format!(
+                "{name} waited {rate:.2} s of every second for {other} while that was on (interval {least:.2} to {most:.2} s, 95 %){in_all}: \
+                 its blocking calls took longer than in its quietest windows, when {other} was off, over {changes} changes; of what was \
+                 longer this is the part of {other}, by the GPU time of all that were on. Calls that took no longer than in the quietest \
+                 windows, or longer only by its own work, would have refuted this."
+            );
+            (rate, what)
+        }
+        // Last of its grade: only the most is known.
+        DemandBasis::Mutual => {
+            let most = demand.wait_rate_most?;
+            let what = format!(
+                "{other} waited for {name}, so both had work in flight at the same time, and the GPU runs one of them at a time: {name} \
+                 waited for {other} too, at most {most:.2} s of every second while that was on. If the blocking calls of {other} had taken \
+                 no longer while {name} was on, this would be refuted."
+            );
+            (0.0, what)
+        }
     };
     let text = format!("{what}{}{}", also_received_less(contender).unwrap_or_default(), other_causes(&usage.causes));
     Some((rate, text))
@@ -221,11 +230,11 @@ mod tests {
     fn a_finding_says_what_its_evidence_rests_on() {
         let mut report = sample::report();
         for (basis, expect) in [
-            (DemandBasis::Quietest, "waited at least 0.41 s of every second for"),
-            (DemandBasis::Mutual, "waited at most 0.44 s of every second for"),
+            (DemandBasis::Quietest, "waited 0.41 s of every second for"),
+            (DemandBasis::Mutual, "at most 0.25 s of every second"),
         ] {
             if let Some(demand) = &mut report.users[0].gpus[0].contenders[0].demand {
-                demand.basis = basis;
+                (demand.basis, demand.wait_rate_most) = (basis, Some(0.25));
             }
             let found = findings(&report);
             assert!(found[0].text.contains(expect), "{}", found[0].text);

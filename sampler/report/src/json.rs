@@ -62,7 +62,7 @@ mod tests {
                     if let Some(demand) = contender.get("demand") {
                         check(
                             demand,
-                            "basis:s wait_rate:n? interval:p? wait_seconds:n? windows_with:n windows_without:n transitions:n",
+                            "basis:s wait_rate_most:n? wait_rate:n? interval:p? wait_seconds:n? windows_with:n windows_without:n transitions:n",
                         );
                     }
                 }

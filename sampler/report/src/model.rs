@@ -264,9 +264,11 @@ pub struct DemandEvidence {
     pub basis: DemandBasis,
     /// Seconds of waiting per second, beyond what its own work takes; `None` without a comparison.
     pub wait_rate: Option<f64>,
-    /// Confidence interval of `wait_rate`. Its end is all waiting beyond the own GPU time, unless the basis is `changes`.
+    /// Confidence interval of `wait_rate`.
     pub interval: Option<[f64; 2]>,
     pub interval_level: Option<f64>,
+    /// Seconds of waiting per second at most, by the time that the contender was on the GPU; `None` if the basis is `changes`.
+    pub wait_rate_most: Option<f64>,
     /// `wait_rate` times the seconds in which the contender was on; `None` if the interval includes 0.
     pub wait_seconds: Option<f64>,
     /// Windows that were compared, with the contender on and off; with the basis `quietest`, those with it and the quietest.
@@ -281,7 +283,7 @@ pub struct DemandEvidence {
 impl DemandEvidence {
     /// Seconds of waiting in all, at most, where only that is known.
     pub fn most_seconds(&self) -> Option<f64> {
-        let [_, most] = self.interval.filter(|_| self.basis == DemandBasis::Mutual)?;
+        let most = self.wait_rate_most.filter(|_| self.basis == DemandBasis::Mutual)?;
         Some(most * self.windows_with as f64)
     }
 }

@@ -107,6 +107,7 @@ fn trainer_report() -> UserWaits {
 fn trainer_demand() -> DemandEvidence {
     DemandEvidence {
         basis: DemandBasis::Changes,
+        wait_rate_most: None,
         wait_rate: Some(0.41),
         interval: Some([0.38, 0.44]),
         interval_level: Some(0.95),

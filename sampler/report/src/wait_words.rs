@@ -74,12 +74,12 @@ pub fn evidence(demand: &DemandEvidence) -> String {
     let windows = words::counted(demand.windows_with, "window", "windows");
     if demand.basis == DemandBasis::Mutual {
         parts.push("both had work in flight at the same time, since it waited for this user".to_owned());
-        parts.extend(demand.interval.map(|[_, most]| format!("at most {most:.2}{NB}s of every second, over {windows}")));
+        parts.extend(demand.wait_rate_most.map(|most| format!("at most {most:.2}{NB}s of every second, over {windows}")));
         parts.extend(demand.most_seconds().map(|seconds| format!("at most {} in all", words::seconds(seconds))));
         return parts.join("; ");
     }
     let (than, without) = match demand.basis {
-        DemandBasis::Quietest => (" than in its quietest windows, by the GPU time of each user that was on", "quietest"),
+        DemandBasis::Quietest => (", than in its quietest windows, by its part of the GPU time of all that were on", "quietest"),
         _ => ("", "without it"),
     };
     if let Some(rate) = demand.wait_rate {
@@ -147,7 +147,7 @@ mod tests {
         assert_eq!(matrix_cell(Some(&DemandEvidence::default())), "-");
         let mutual = DemandEvidence {
             basis: DemandBasis::Mutual,
-            interval: Some([0.0, 0.25]),
+            wait_rate_most: Some(0.25),
             windows_with: 40,
             ..DemandEvidence::default()
         };
@@ -166,6 +166,7 @@ mod tests {
     fn evidence_states_the_effect_the_windows_and_why_it_is_not_confirmed() {
         let demand = DemandEvidence {
             basis: DemandBasis::Changes,
+            wait_rate_most: None,
             wait_rate: Some(0.41),
             interval: Some([0.38, 0.44]),
             interval_level: Some(0.95),

@@ -28,8 +28,9 @@ struct Waited {
 pub struct Waiting {
     pub report: UserWaits,
     windows: BTreeMap<u64, Waited>,
-    /// Its GPU time on all GPUs, by window.
+    /// Its GPU time on all GPUs, by window, and how many these are.
     own_s: BTreeMap<u64, f64>,
+    n_gpus: usize,
 }
 
 /// The users with wait probes, or with processes that could not be probed.
@@ -72,10 +73,14 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
         }
     }
     for (_, device) in aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
+        let mut on_this: BTreeSet<User> = BTreeSet::new();
         for (number, window) in device.coactivity.history.iter().flatten() {
             for (user, part) in &window.users {
                 if let Some(waiting) = users.get_mut(user) {
                     *waiting.own_s.entry(*number).or_default() += part.ns * S;
+                    if on_this.insert(*user) {
+                        waiting.n_gpus += 1;
+                    }
                 }
             }
         }
@@ -149,8 +154,7 @@ pub fn add_demand(
     histories: &[(&str, &BTreeMap<u64, Window>)],
 ) {
     let by_id: HashMap<String, User> = users.iter().map(|(user, report)| (report.id.clone(), *user)).collect();
-    let mut found: BTreeMap<(User, User), (usize, Demand)> = BTreeMap::new();
-    let mut compared: BTreeMap<User, (Vec<User>, DemandWindows)> = BTreeMap::new();
+    let mut found: BTreeMap<(User, User), DemandOnGpu> = BTreeMap::new();
     for (victim, waiting) in waits {
         let Some(report) = users.get(victim) else { continue };
         let uses = |uuid: &str| report.gpus.iter().any(|usage| usage.uuid == uuid);
@@ -167,28 +171,31 @@ pub fn add_demand(
             }
         }
         let others: Vec<User> = most.keys().copied().collect();
-        let windows = DemandWindows::new(waiting.compared(&gpus, &others));
+        let windows = DemandWindows::new(waiting.compared(&gpus, &others), waiting.n_gpus);
         for (position, (other, (_, gpu))) in most.iter().enumerate() {
-            found.insert((*victim, *other), (*gpu, windows.evaluate(position, others.len())));
+            let demand = windows.evaluate(position, others.len());
+            let if_mutual = if demand.confirmed { None } else { windows.mutual(position, others.len()) };
+            found.insert((*victim, *other), DemandOnGpu { gpu: *gpu, demand, if_mutual });
         }
-        compared.insert(*victim, (others, windows));
     }
     let confirmed: BTreeSet<(User, User)> =
-        found.iter().filter(|(_, (_, demand))| demand.confirmed).map(|(pair, _)| *pair).collect();
-    for ((victim, other), (gpu, mut demand)) in found {
-        let is_waited_for = confirmed.contains(&(other, victim)) && !demand.confirmed;
-        if let Some((others, windows)) = compared.get(&victim).filter(|_| is_waited_for)
-            && let Some(mutual) =
-                others.iter().position(|user| *user == other).and_then(|other| windows.mutual(other, others.len()))
-        {
-            demand = mutual;
-        }
+        found.iter().filter(|(_, on_gpu)| on_gpu.demand.confirmed).map(|(pair, _)| *pair).collect();
+    for ((victim, other), DemandOnGpu { gpu, demand, if_mutual }) in found {
+        let mutual = if_mutual.filter(|_| confirmed.contains(&(other, victim)));
         let usage = users.get_mut(&victim).and_then(|report| report.gpus.get_mut(gpu));
         let is_other = |contender: &&mut Contender| by_id.get(&contender.id) == Some(&other);
         if let Some(contender) = usage.and_then(|usage| usage.contenders.iter_mut().find(is_other)) {
-            set_demand(contender, demand);
+            set_demand(contender, mutual.unwrap_or(demand));
         }
     }
+}
+
+/// The evidence about one other user, at the position of the GPU where it stands.
+struct DemandOnGpu {
+    gpu: usize,
+    demand: Demand,
+    /// What holds if the other is confirmed to wait for this user.
+    if_mutual: Option<Demand>,
 }
 
 fn set_demand(contender: &mut Contender, found: Demand) {
@@ -201,6 +208,7 @@ fn set_demand(contender: &mut Contender, found: Demand) {
         wait_rate: found.effect,
         interval: found.interval,
         interval_level: found.interval.map(|_| demand::LEVEL),
+        wait_rate_most: found.most,
         wait_seconds: found.effect.filter(|_| is_positive).map(|effect| effect * found.windows_on as f64),
         windows_with: found.windows_with,
         windows_without: found.windows_without,

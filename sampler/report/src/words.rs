@@ -197,8 +197,8 @@ pub fn meaning(evidence: Evidence) -> &'static str {
             "the user received less GPU time while the contender was on and the GPU saturated, over repeated changes"
         }
         Evidence::DemandConfirmed => {
-            "blocking calls of the user took longer while the contender was on, beyond its own work, over repeated changes: it had work \
-             in flight, and waited"
+            "blocking calls of the user took longer while the contender was on, beyond its own work, over repeated changes, or the \
+             contender waited for the user: both had work in flight, and the user waited"
         }
         Evidence::ExperimentConfirmed => {
             "the user received more GPU time, waited less or had shorter latencies whenever the contender was frozen, at random times"

@@ -23,7 +23,7 @@ mod quietest;
 mod regression;
 
 use super::model::DemandBasis;
-use quietest::Quietest;
+use quietest::{Estimate, Quietest};
 use regression::{is_solvable, regress, rows};
 use statrs::distribution::{ContinuousCDF as _, Normal};
 
@@ -75,6 +75,8 @@ pub struct Demand {
     /// Seconds of waiting per second beyond the own work, while the other was on.
     pub effect: Option<f64>,
     pub interval: Option<[f64; 2]>,
+    /// What the waiting for the other is at most, by the time that it was on the GPU and that the victim waited.
+    pub most: Option<f64>,
     /// Windows in which the other was on, in all.
     pub windows_on: usize,
     /// Windows that were compared: those next to a change are not.
@@ -127,12 +129,13 @@ pub struct DemandWindows {
     spans: Vec<Vec<bool>>,
     /// The other users with GPU time, the one with the most first.
     by_time: Vec<usize>,
-    quietest: Quietest,
+    /// `None` if the victim uses several GPUs: only one runs one user at a time.
+    quietest: Option<Quietest>,
 }
 
 impl DemandWindows {
-    /// `windows`: in ascending order.
-    pub fn new(windows: Vec<DemandWindow>) -> Self {
+    /// `windows`: in ascending order, with the time on `n_gpus` GPUs, which are all that the victim uses.
+    pub fn new(windows: Vec<DemandWindow>, n_gpus: usize) -> Self {
         let n_others = windows.first().map_or(0, |window| window.others.len());
         let spans: Vec<Vec<bool>> = (0..n_others).map(|user| on_spans(&windows, user)).collect();
         let total = |user: usize| windows.iter().map(|window| window.others[user]).sum::<f64>();
@@ -140,7 +143,7 @@ impl DemandWindows {
         totals.retain(|(_, total)| *total > 0.0);
         totals.sort_by(|a, b| b.1.total_cmp(&a.1));
         let by_time: Vec<usize> = totals.into_iter().map(|(user, _)| user).collect();
-        let quietest = Quietest::new(&windows, &spans, &by_time);
+        let quietest = (n_gpus == 1).then(|| Quietest::new(&windows, &spans, &by_time));
         Self { windows, spans, by_time, quietest }
     }
 
@@ -150,18 +153,19 @@ impl DemandWindows {
         if compared.confirmed {
             return compared;
         }
-        self.beyond_quietest(other, contenders).unwrap_or(compared)
+        self.beyond_quietest(other, &compared, contenders).unwrap_or(compared)
     }
 
-    fn beyond_quietest(&self, other: usize, contenders: usize) -> Option<Demand> {
+    fn beyond_quietest(&self, other: usize, compared: &Demand, contenders: usize) -> Option<Demand> {
         let booked = self.booked(other)?;
-        let (least, most) = (booked.least?, booked.most);
-        let is_sure = surely(least.value, least.error, contenders) > LEAST_EFFECT && !booked.is_own;
-        (is_sure && booked.changes >= LEAST_CHANGES && most.value > LEAST_EFFECT).then(|| Demand {
+        let longer = booked.longer?;
+        let is_sure = surely(longer.value, longer.error, contenders) > LEAST_EFFECT && !booked.is_own;
+        (is_sure && booked.changes.min(compared.changes) >= LEAST_CHANGES).then(|| Demand {
             confirmed: true,
             basis: DemandBasis::Quietest,
-            effect: Some(least.value),
-            interval: Some([least.value - half(least.error), least.value.max(most.value + half(most.error))]),
+            effect: Some(longer.value),
+            interval: Some([longer.value - half(longer.error), longer.value + half(longer.error)]),
+            most: Some(booked.most.value + half(booked.most.error)),
             windows_with: booked.windows,
             windows_without: booked.quiet_windows,
             changes: booked.changes,
@@ -173,11 +177,11 @@ impl DemandWindows {
     /// runs one at a time makes each wait for the other.
     pub fn mutual(&self, other: usize, contenders: usize) -> Option<Demand> {
         let booked = self.booked(other)?;
-        let most = booked.most;
-        (surely(most.value, most.error, contenders) > LEAST_MUTUAL).then(|| Demand {
+        let is_sure = |estimate: Estimate| surely(estimate.value, estimate.error, contenders) > LEAST_MUTUAL;
+        (is_sure(booked.beyond_own) && is_sure(booked.most)).then(|| Demand {
             confirmed: true,
             basis: DemandBasis::Mutual,
-            interval: Some([0.0, most.value + half(most.error)]),
+            most: Some(booked.most.value + half(booked.most.error)),
             windows_with: booked.windows,
             ..self.counted(other)
         })
@@ -218,9 +222,9 @@ fn half(error: f64) -> f64 {
     normal_quantile(LEVEL) * error
 }
 
-/// What the effect is at least: one-sided; the more contenders are examined, the clearer it has to be.
+/// What the effect is at least: one-sided; the more contenders are examined, each in two ways, the clearer it has to be.
 fn surely(effect: f64, error: f64, contenders: usize) -> f64 {
-    effect - normal_quantile(1.0 - 2.0 * (1.0 - LEVEL) / contenders.max(1) as f64) * error
+    effect - normal_quantile(1.0 - 2.0 * (1.0 - LEVEL) / (2 * contenders.max(1)) as f64) * error
 }
 
 /// `users`: the other user, and those that may have to be separated from it.

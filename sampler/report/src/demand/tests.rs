@@ -4,7 +4,7 @@ use devkit::gpu_users::{Phase, Played, User, Wait, play, scenario};
 use super::*;
 
 fn evaluate(windows: &[DemandWindow], other: usize, pairs: usize) -> Demand {
-    DemandWindows::new(windows.to_vec()).evaluate(other, pairs)
+    DemandWindows::new(windows.to_vec(), 1).evaluate(other, pairs)
 }
 
 const BUSY: User = User { work_s: 0.01, think_s: 0.0, wait: Wait::Block, phase: Phase::Always, overhead_s: 0.0, throttled: 0.0 };
@@ -97,13 +97,9 @@ fn what_cannot_be_compared_says_so() {
     let once = User { phase: Phase::Repeats { on: 200.0, off: 50.0, offset: 200.0 }, ..BUSY };
     reason(&[BUSY, once], "only once");
     let with_it = User { phase: Phase::WhileOn(1), ..BUSY };
-    let together = DemandWindows::new(windows(&play(&[BUSY, IN_PHASES, with_it], 100, &mut Random(1)), 0));
+    let together = DemandWindows::new(windows(&play(&[BUSY, IN_PHASES, with_it], 100, &mut Random(1)), 0), 1);
     let demand = together.compare_changes(0, 2);
     assert!(!demand.confirmed && demand.why_not.contains("at the same times"), "{demand:?}");
-    // Each has half of the GPU time of the two, so each kept it waiting for a third of the time.
-    let demand = together.evaluate(0, 2);
-    let is_third = demand.effect.is_some_and(|effect| (effect - 0.33).abs() < 0.1);
-    assert!(demand.confirmed && demand.basis == DemandBasis::Quietest && is_third, "{demand:?}");
     assert_eq!(evaluate(&[], 0, 1).windows_with, 0);
 }
 
@@ -120,7 +116,7 @@ fn intervals_contain_the_truth() {
         let other = User { work_s: between(0.004, 0.03), think_s: between(0.0, 0.03), phase, ..BUSY };
         let played = play(&[victim, other], 100, &mut random);
         let truth = played.kept_waiting_s[0][1] / played.on_s[1];
-        let demand = DemandWindows::new(windows(&played, 0)).evaluate(0, 2);
+        let demand = DemandWindows::new(windows(&played, 0), 1).evaluate(0, 2);
         let Some([least, most]) = demand.interval else { continue };
         all += 1;
         within += u32::from(least <= truth && truth <= most);
@@ -133,7 +129,7 @@ fn intervals_contain_the_truth() {
 /// The judgement of each pair of a play, by victim and other user.
 fn judged(played: &Played) -> Vec<Vec<Demand>> {
     let n = played.on_s.len();
-    let sets: Vec<DemandWindows> = (0..n).map(|victim| DemandWindows::new(windows(played, victim))).collect();
+    let sets: Vec<DemandWindows> = (0..n).map(|victim| DemandWindows::new(windows(played, victim), 1)).collect();
     let one = |victim: usize, other: usize| match victim == other {
         true => Demand::default(),
         false => sets[victim].evaluate(position(victim, other), n - 1),
@@ -147,66 +143,104 @@ fn judged(played: &Played) -> Vec<Vec<Demand>> {
     (0..n).map(|victim| (0..n).map(|other| with_mutual(victim, other)).collect()).collect()
 }
 
-/// One of two others takes the place of the other, so that a comparison of windows with and without it shows nothing.
+/// How many of twenty seeds are confirmed, by any of the bases, and how many of these by this one.
+fn confirmed_by(users: &[User], (victim, other): (usize, usize), basis: DemandBasis) -> (usize, usize) {
+    let found = |seed| judged(&play(users, 120, &mut Random(seed)))[victim][other].clone();
+    let confirmed: Vec<Demand> = (0..20).map(found).filter(|demand| demand.confirmed).collect();
+    (confirmed.len(), confirmed.iter().filter(|demand| demand.basis == basis).count())
+}
+
+/// Where one of two others takes the place of the other, a comparison of windows with and without it shows nothing.
 #[test]
 fn users_that_replace_each_other_are_known_from_the_quietest_windows() {
-    let [mut replaced, mut wrong] = [0, 0];
-    for seed in 0..20 {
-        // In phases too, so that the victim is alone with one of the others at times, and with both.
-        let first = User { phase: Phase::Repeats { on: 12.0, off: 10.0, offset: 3.0 }, ..BUSY };
-        let second = User { phase: Phase::WhileOff(1), work_s: 0.02, ..BUSY };
-        let victim = User { think_s: 0.01, ..BUSY };
-        let pauses = User { phase: Phase::Repeats { on: 25.0, off: 12.0, offset: 0.0 }, ..first };
-        let played = play(
-            &[victim, pauses, User { phase: Phase::Repeats { on: 30.0, off: 11.0, offset: 17.0 }, ..second }],
-            120,
-            &mut Random(seed),
-        );
+    let first = User { phase: Phase::Repeats { on: 9.0, off: 8.0, offset: 3.0 }, work_s: 0.02, ..BUSY };
+    let second = User { phase: Phase::WhileOff(1), ..first };
+    // It also works while both are off, since they pause now and then.
+    let victim = User { think_s: 0.01, ..BUSY };
+    let pauses = |user: User, on: f64, off: f64| User { phase: Phase::Repeats { on, off, offset: 0.0 }, ..user };
+    for users in [[victim, first, pauses(second, 21.0, 9.0)], [victim, pauses(first, 14.0, 11.0), pauses(second, 31.0, 12.0)]] {
         for other in 1..3 {
-            let demand = &judged(&played)[0][other];
-            let truth = played.kept_waiting_s[0][other] / played.on_s[other];
-            assert!(truth > 0.1, "{truth}");
-            replaced += usize::from(demand.confirmed);
-            wrong += usize::from(demand.interval.is_some_and(|[_, most]| most < 0.5 * truth));
+            let (confirmed, _) = confirmed_by(&users, (0, other), DemandBasis::Quietest);
+            assert!(confirmed >= 18, "{other}: {confirmed} of 20");
         }
     }
-    assert!(replaced >= 36 && wrong <= 2, "{replaced} of 40 confirmed, {wrong} much too low");
+}
+
+/// Two that start and stop together cannot be separated by comparison; each had half of the GPU time of both.
+#[test]
+fn users_that_come_together_share_what_they_cause() {
+    let together = [BUSY, IN_PHASES, User { phase: Phase::WhileOn(1), ..BUSY }];
+    for other in 1..3 {
+        let (confirmed, quietest) = confirmed_by(&together, (0, other), DemandBasis::Quietest);
+        assert!(confirmed >= 18 && quietest == confirmed, "{other}: {confirmed} of 20, {quietest}");
+    }
+}
+
+/// What a third user causes is not booked to one that keeps no user waiting.
+#[test]
+fn a_pipeline_or_a_bystander_next_to_a_third_user_is_not_confirmed() {
+    let first_stage = User { work_s: 0.03, think_s: 0.06, ..BUSY };
+    let second_stage = User { work_s: 0.02, phase: Phase::After(1), ..BUSY };
+    let in_phases = User { phase: Phase::Repeats { on: 17.0, off: 11.0, offset: 5.0 }, ..first_stage };
+    let yields = User { phase: Phase::WhileOff(1), ..BUSY };
+    for (name, users) in [
+        ("a pipeline", [second_stage, first_stage, IN_PHASES]),
+        ("a pipeline in phases", [second_stage, in_phases, IN_PHASES]),
+        ("it yields", [yields, in_phases, IN_PHASES]),
+        ("it yields to a busy one", [yields, User { phase: in_phases.phase, ..BUSY }, IN_PHASES]),
+    ] {
+        let mut wrong = 0;
+        for seed in 0..20 {
+            let played = play(&users, 120, &mut Random(seed));
+            let truth = played.kept_waiting_s[0][1] / played.on_s[1];
+            wrong += usize::from(judged(&played)[0][1].confirmed && truth < LEAST_EFFECT);
+        }
+        assert!(wrong <= 1, "{name}: {wrong} of 20 are confirmed");
+    }
 }
 
 #[test]
-fn what_is_booked_lies_between_its_bounds() {
+fn what_is_booked_is_at_most_what_the_other_used() {
     let third = User { phase: Phase::Repeats { on: 17.0, off: 9.0, offset: 5.0 }, work_s: 0.02, ..BUSY };
-    let (mut within, mut all) = (0, 0);
-    for seed in 0..20 {
-        let played = play(&[User { think_s: 0.01, ..BUSY }, IN_PHASES, third], 120, &mut Random(seed));
-        let set = DemandWindows::new(windows(&played, 0));
-        for other in 1..3 {
-            let booked = set.booked(position(0, other)).expect("it is on for long enough");
-            let truth = played.kept_waiting_s[0][other] / played.on_s[other];
-            let least = booked.least.expect("quiet windows");
-            all += 1;
-            within += u32::from(least.value - half(least.error) <= truth && truth <= booked.most.value + half(booked.most.error));
+    let (mut within, mut below, mut all) = (0, 0, 0);
+    for wait in [Wait::Block, Wait::BlockLate] {
+        for seed in 0..20 {
+            let victim = User { think_s: 0.01, overhead_s: 0.004, wait, ..BUSY };
+            let played = play(&[victim, IN_PHASES, third], 120, &mut Random(seed));
+            let set = DemandWindows::new(windows(&played, 0), 1);
+            for other in 1..3 {
+                let booked = set.booked(position(0, other)).expect("it is on for long enough");
+                let truth = played.kept_waiting_s[0][other] / played.on_s[other];
+                let Some(longer) = booked.longer else { continue };
+                all += 1;
+                within += u32::from((longer.value - truth).abs() <= half(longer.error));
+                below += u32::from(truth <= booked.most.value + half(booked.most.error));
+            }
         }
     }
-    assert!(within * 100 >= all * 85, "{within} of {all}");
+    assert!(all >= 60 && within * 100 >= all * 70 && below == all, "{within} and {below} of {all}");
 }
 
-/// Both are always on, so nothing changes; but a third one makes the other wait for the victim.
+#[test]
+fn of_several_gpus_none_runs_one_user_at_a_time() {
+    let played = play(&[BUSY, IN_PHASES, User { phase: Phase::WhileOn(1), ..BUSY }], 120, &mut Random(1));
+    assert!(DemandWindows::new(windows(&played, 0), 1).booked(0).is_some());
+    let set = DemandWindows::new(windows(&played, 0), 2);
+    assert!(set.booked(0).is_none() && set.mutual(0, 2).is_none() && !set.evaluate(0, 2).confirmed);
+}
+
+/// The other never pauses, so that there is nothing to compare; but it waits for the victim, which comes and goes.
 #[test]
 fn one_that_waits_for_the_victim_makes_it_wait() {
-    let other = User { phase: Phase::Always, think_s: 0.004, ..BUSY };
-    let mut confirmed = 0;
-    for seed in 0..20 {
-        let victim = User { work_s: 0.012, ..IN_PHASES };
-        let found = judged(&play(&[victim, other], 100, &mut Random(seed)));
-        assert!(found[1][0].confirmed && found[1][0].basis == DemandBasis::Changes, "{:?}", found[1][0]);
-        if found[0][1].confirmed {
-            assert_eq!(found[0][1].basis, DemandBasis::Mutual);
-            assert!(found[0][1].interval.is_some_and(|[least, most]| least == 0.0 && most > 0.2), "{:?}", found[0][1]);
-            confirmed += 1;
-        }
-    }
-    assert!(confirmed >= 19, "{confirmed} of 20");
+    let other = User { think_s: 0.004, ..BUSY };
+    let victim = User { work_s: 0.012, ..IN_PHASES };
+    assert!(confirmed_by(&[victim, other], (1, 0), DemandBasis::Changes).1 >= 19);
+    let (confirmed, mutual) = confirmed_by(&[victim, other], (0, 1), DemandBasis::Mutual);
+    assert!(confirmed >= 19 && mutual == confirmed, "{confirmed} of 20, {mutual}");
+    // One that hardly uses the GPU cannot keep it waiting for longer, whatever it copies.
+    let light = User { work_s: 0.001, think_s: 0.1, ..BUSY };
+    let copies = User { work_s: 0.05, overhead_s: 0.02, ..IN_PHASES };
+    assert!(confirmed_by(&[copies, light], (0, 1), DemandBasis::Mutual).0 <= 1);
 }
 
 /// Precision and recall over random scenarios; `cargo xtask bench waits` prints the table for the documents.

@@ -84,7 +84,10 @@ impl HtmlPage<'_> {
             return String::new();
         };
         let (Some(rate), Some([low, high])) = (demand.wait_rate, demand.interval) else { return String::new() };
-        let without = if demand.basis == DemandBasis::Quietest { "quietest" } else { "without it" };
+        let (than, without) = match demand.basis {
+            DemandBasis::Quietest => (", than in its quietest windows", "quietest"),
+            _ => ("", "without it"),
+        };
         let mut facts = vec![
             format!("{}interval <b>{low:.2} to {high:.2}</b>", wait_words::level(demand)),
             format!("<b>{}</b>", words::counted(demand.transitions, "change", "changes")),
@@ -92,7 +95,7 @@ impl HtmlPage<'_> {
         ];
         facts.extend(demand.wait_seconds.map(|seconds| format!("<b>{}</b> in all", words::seconds(seconds))));
         format!(
-            "<table class=\"rates\"><caption>Longer in blocking calls, in seconds per second of {}</caption><tr><th scope=\"row\">while {} \
+            "<table class=\"rates\"><caption>Longer in blocking calls, in seconds per second of {}{than}</caption><tr><th scope=\"row\">while {} \
              was on</th><td><svg class=\"rate\" viewBox=\"0 0 100 10\" preserveAspectRatio=\"none\" aria-hidden=\"true\"><rect \
              class=\"track\" width=\"100\" height=\"10\"/><rect class=\"waited\" width=\"{:.1}\" height=\"10\"/></svg></td>\
              <td class=\"value\">{rate:.2}</td></tr></table><p class=\"facts\">{}</p>",
