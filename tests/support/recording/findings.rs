@@ -1,5 +1,7 @@
 //! Derives statements about the driver from raw responses, each next to the agent's assumption.
 
+use std::collections::HashSet;
+
 use serde::{Deserialize, Serialize};
 
 use super::{Fold, Raw, RecordedGpu, RecordedProcess, RecordedSample, quantile as at, truth};
@@ -105,8 +107,12 @@ fn grid(gaps: &[u64]) -> Finding {
 /// read, from before the recording, may be of processes that had ended, which a driver need not name.
 fn pid_rule(samples: &[PairedSample], all: &Raw) -> Finding {
     let before = all.polls.first().and_then(|poll| poll.2.iter().map(|s| s.0).max());
-    let partly: Vec<&PairedSample> =
-        samples.iter().filter(|t| (1..100).contains(&t.sample.1) && before.is_none_or(|before| t.sample.0 > before)).collect();
+    // Where a late poll got several samples, the driver made one process sample of each process over all of them.
+    let alone: HashSet<u64> = all.polls.iter().filter(|poll| poll.2.len() == 1).map(|poll| poll.2[0].0).collect();
+    let is_judged = |t: &&PairedSample| {
+        (1..100).contains(&t.sample.1) && alone.contains(&t.sample.0) && before.is_none_or(|before| t.sample.0 > before)
+    };
+    let partly: Vec<&PairedSample> = samples.iter().filter(is_judged).collect();
     let idle = |t: &&PairedSample| 1.0 - f64::from(t.sample.1) / 100.0;
     let expected: f64 = partly.iter().map(idle).sum();
     let sigma = partly.iter().map(idle).map(|p| p * (1.0 - p)).sum::<f64>().sqrt();
