@@ -104,6 +104,8 @@ struct Judged {
     by_demand: bool,
     by_onoff: bool,
     basis: Option<DemandBasis>,
+    /// Whether the interval contains the truth, if there is one.
+    is_within: Option<bool>,
     /// The other was off for a tenth of the time or more, and on for as long.
     is_comparable: bool,
     /// The shortest prefix with which a report confirms demand, if the whole does.
@@ -123,8 +125,11 @@ fn judge(users: &[PlayedUser], played: &Played) -> Vec<Judged> {
         let confirms = |report: &Report| is_confirmed(report, pair, Evidence::DemandConfirmed);
         let evidence = contender(&demand, victim, other).and_then(|contender| contender.demand.as_ref());
         let by_demand = confirms(&demand);
+        let truth = played.kept_waiting_s[victim][other] / played.on_s[other].max(1.0);
+        let interval = evidence.and_then(|evidence| evidence.interval);
         Judged {
-            truth: played.kept_waiting_s[victim][other] / played.on_s[other].max(1.0),
+            truth,
+            is_within: interval.map(|[least, most]| least <= truth && truth <= most),
             is_blocking: users[victim].wait != Wait::Poll,
             by_demand,
             by_onoff: is_confirmed(&onoff, pair, Evidence::OnOffConfirmed),
@@ -190,12 +195,18 @@ pub fn run() {
     for truth in TRUTHS {
         row(&blocking, Evidence::OnOffConfirmed.name(), |judged| judged.by_onoff, truth);
     }
+    let mut within = Vec::new();
     for basis in [DemandBasis::Changes, DemandBasis::Quietest, DemandBasis::Mutual] {
         let of_basis: Vec<&Judged> = all.iter().copied().filter(|judged| judged.basis == Some(basis)).collect();
         let name: &str = basis.into();
         println!("| demand-confirmed by {name} | {} | {} | {} | - | - | - |", TRUTHS[0], of_basis.len(), precision(&of_basis));
+        let with_interval = || of_basis.iter().copied().filter(|judged| judged.is_within.is_some());
+        within.push((name, percent(count(with_interval(), |judged| judged.is_within == Some(true)), with_interval().count())));
     }
     println!("| published: diagnosis from the host (arXiv 2510.16946) | - | - | - | - | - | 81-88 % |");
+    for (name, part) in within.into_iter().filter(|(_, part)| part != "-") {
+        println!("\nBy {name}: the interval contains the truth for {part} of the confirmed pairs.");
+    }
     println!("\n| waits from | confirmed pairs | shortest span that confirms, s: p50 | p90 |");
     println!("|---|---|---|---|");
     for truth in TRUTHS {
