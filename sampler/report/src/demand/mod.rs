@@ -111,6 +111,15 @@ fn on_spans(windows: &[DemandWindow], user: usize) -> Vec<bool> {
     on
 }
 
+/// Windows like both of their neighbours: a change is somewhere in the windows next to it.
+fn not_next_to_a_change<T: PartialEq>(windows: &[T]) -> Vec<usize> {
+    let is_inside = |n: &usize| {
+        let is_same = |at: usize| windows.get(at).is_none_or(|then| *then == windows[*n]);
+        is_same(n.wrapping_sub(1)) && is_same(n + 1)
+    };
+    (0..windows.len()).filter(is_inside).collect()
+}
+
 /// Starts and stops between spans of at least [`LEAST_RUN`] windows.
 fn changes(on: &[bool]) -> usize {
     let mut runs: Vec<bool> = Vec::new();
@@ -187,14 +196,6 @@ impl DemandWindows {
         })
     }
 
-    /// Windows that are not next to a change, which is somewhere in its windows.
-    fn inside<'a>(&self, on: &'a [bool]) -> impl Iterator<Item = usize> + use<'a> {
-        (0..on.len()).filter(|n| {
-            let is_same = |at: usize| on.get(at).is_none_or(|then| *then == on[*n]);
-            is_same(n.wrapping_sub(1)) && is_same(n + 1)
-        })
-    }
-
     fn counted(&self, other: usize) -> Demand {
         let windows_on = self.spans.get(other).map_or(0, |on| on.iter().filter(|on| **on).count());
         Demand { windows_on, ..Demand::default() }
@@ -203,7 +204,7 @@ impl DemandWindows {
     fn compare_changes(&self, other: usize, contenders: usize) -> Demand {
         let Some(on) = self.spans.get(other) else { return Demand { why_not: TOO_SHORT.to_owned(), ..Demand::default() } };
         let counted = Demand { changes: changes(on), ..self.counted(other) };
-        let inside: Vec<usize> = self.inside(on).collect();
+        let inside = not_next_to_a_change(on);
         // The shares of others are in the spans.
         let window = |n: &usize| DemandWindow { others: Vec::new(), ..self.windows[*n] };
         let windows: Vec<DemandWindow> = inside.iter().map(window).collect();

@@ -15,7 +15,10 @@
 use std::collections::BTreeMap;
 
 use super::regression::{is_solvable, long_run_sum, regress, rows};
-use super::{DemandWindow, DemandWindows, LEAST_CALLS, LEAST_WINDOWS, MOST_OTHERS, NOT_OWN, OWN_ERRORS, SAMPLES, changes};
+use super::{
+    DemandWindow, DemandWindows, LEAST_CALLS, LEAST_WINDOWS, MOST_OTHERS, NOT_OWN, OWN_ERRORS, SAMPLES, changes,
+    not_next_to_a_change,
+};
 
 /// Windows of a group from which their scatter is known.
 const LEAST_GROUP: usize = 4;
@@ -113,22 +116,16 @@ fn quietest(windows: &[DemandWindow], spans: &[Vec<bool>], by_time: &[usize], gr
     for (position, group) in groups.iter().enumerate() {
         group.windows.iter().for_each(|n| of_window[*n] = position);
     }
-    // A change is somewhere in its windows.
-    let is_inside = |n: &usize| {
-        let is_same = |at: usize| of_window.get(at).is_none_or(|then| *then == of_window[*n]);
-        is_same(n.wrapping_sub(1)) && is_same(n + 1)
-    };
-    let judged = |(position, group): (usize, &SameUsers)| {
-        let inside: Vec<&DemandWindow> = group.windows.iter().filter(|n| is_inside(n)).map(|n| &windows[*n]).collect();
-        Some((position, by_call(&inside)?, inside.len()))
-    };
-    let all: Vec<(usize, Baseline, usize)> = groups.iter().enumerate().filter_map(judged).collect();
+    let inside = not_next_to_a_change(&of_window);
+    let mut inside_group: Vec<Vec<&DemandWindow>> = vec![Vec::new(); groups.len()];
+    inside.iter().for_each(|n| inside_group[of_window[*n]].push(&windows[*n]));
+    let judged = inside_group.iter().enumerate().filter_map(|(position, own)| Some((position, by_call(own)?, own.len())));
+    let all: Vec<(usize, Baseline, usize)> = judged.collect();
     // Of several, one that is surely quiet; the least of many uncertain ones would be so by chance.
     let surely = |baseline: &Baseline| baseline.waited + 2.0 * baseline.error;
     let alone = all.iter().find(|(position, ..)| groups[*position].users.is_empty());
     let (quiet, baseline, n_windows) = *alone.or_else(|| all.iter().min_by(|a, b| surely(&a.1).total_cmp(&surely(&b.1))))?;
     let users = groups[quiet].users.clone();
-    let inside: Vec<usize> = (0..windows.len()).filter(is_inside).collect();
     let regressed = if users.is_empty() { None } else { without_others(windows, spans, by_time, &inside) };
     let (baseline, included) = match regressed {
         Some((less, separated)) if less.waited < baseline.waited => {
