@@ -17,7 +17,8 @@
 //! - Others that start and stop together cannot be separated: their equations have no solution, or a wide interval. What they cause
 //!   together is divided by GPU time ([`quietest`]).
 //!
-//! Errors follow from the scatter of the windows, with their correlation over neighbouring windows.
+//! Errors follow from the scatter of the windows, with their correlation over neighbouring windows, and from what a call takes besides GPU
+//! time.
 
 mod quietest;
 mod regression;
@@ -43,6 +44,9 @@ const LEAST_CHANGES: usize = 2;
 const LEAST_CALLS: f64 = 30.0;
 /// Own work has grown if it did by more than this many of its errors.
 const OWN_ERRORS: f64 = 2.0;
+/// Standard error of the waiting beyond the scatter of the windows, as a part of it: what a call takes besides GPU time, such as waking the
+/// thread, is another while the other user loads the machine.
+const OVERHEAD_ERROR: f64 = 0.01;
 /// The part of a longer wait that is not the user's own work has to be at least this.
 const NOT_OWN: f64 = 0.5;
 /// Waiting per second from which it matters.
@@ -265,7 +269,8 @@ fn compare(
     };
     let calls = sum(true, |window| window.calls) / with as f64;
     let (longer, own) = (waits.coefficients[1] * calls, works.coefficients[1] * calls);
-    let (error, own_error) = (waits.errors[1] * calls, works.errors[1] * calls);
+    let waited = sum(true, |window| window.waited) / with as f64;
+    let (error, own_error) = ((waits.errors[1] * calls).hypot(OVERHEAD_ERROR * waited), works.errors[1] * calls);
     // Own work that seems to have grown by the chance of its samples is not subtracted: waiting is measured, own work is sampled.
     let (own, stderr) = if own > OWN_ERRORS * own_error { (own, error.hypot(own_error)) } else { (0.0, error) };
     let effect = longer - own;
