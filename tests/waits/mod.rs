@@ -1,6 +1,7 @@
 //! Wait probes against the simulated CUDA driver: sums equal the truth, only selected processes have breakpoints, and none is left
 //! whatever ends.
 
+mod clients;
 mod evidence;
 mod lifetime;
 mod refusals;

@@ -130,7 +130,8 @@ pub enum GpuFact {
         xid: u64,
         count: u64,
     },
-    /// The process that samples named as `pid` ended or moved at the fact's time. `since` is that of its [`AttributedProcess`]es.
+    /// The process that samples named as `pid`, or that became a client, ended or moved at the fact's time. `since` is that of its
+    /// [`AttributedProcess`]es.
     Left {
         pid: u32,
         since: BootNs,
@@ -140,6 +141,13 @@ pub enum GpuFact {
     /// the proportions of the queried samples around it. Only compute is a part of wall time.
     Unqueried(Engine, UnqueriedSample),
     ThrottleTimes(ThrottleTimes),
+    /// A process that called cuInit at the fact's time, and may use the device from then on. `since` as in [`GpuFact::Left`], which
+    /// follows when it ends.
+    Client {
+        pid: u32,
+        user: User,
+        since: BootNs,
+    },
 }
 
 /// Utilization of an engine in a span; the process that the driver names for it is not known.
@@ -253,12 +261,13 @@ impl User {
 impl GpuFact {
     /// The users that it names.
     pub fn users(&self) -> impl Iterator<Item = User> {
-        let (processes, holders): (&[AttributedProcess], &[Holder]) = match self {
-            GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => (&sample.processes, &[]),
-            GpuFact::Held(Some(holders)) => (&[], holders),
-            _ => (&[], &[]),
+        let (processes, holders, client): (&[AttributedProcess], &[Holder], Option<User>) = match self {
+            GpuFact::Utilization(sample) | GpuFact::EngineSample(_, sample) => (&sample.processes, &[], None),
+            GpuFact::Held(Some(holders)) => (&[], holders, None),
+            GpuFact::Client { user, .. } => (&[], &[], Some(*user)),
+            _ => (&[], &[], None),
         };
-        processes.iter().map(|process| process.user).chain(holders.iter().map(|holder| holder.user))
+        processes.iter().map(|process| process.user).chain(holders.iter().map(|holder| holder.user)).chain(client)
     }
 
     /// Length of the device time that the fact covers; `None` where it does not cover time.

@@ -235,6 +235,8 @@ pub enum WaitProbeState {
     OverBudget,
     /// The process ended, or the selection does not include it any more.
     Ended,
+    /// It is probed, but not all of its calls could be counted.
+    UncountedCalls,
 }
 
 impl WaitProbeState {

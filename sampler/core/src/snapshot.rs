@@ -120,6 +120,8 @@ pub const MAX_OTHERS: usize = 8;
 pub struct Contention {
     pub other: Other,
     pub seconds: f64,
+    /// The part of the container's pressure that is attributed to it; `None` where that pressure is not known.
+    pub pressure_ratio: Option<f64>,
 }
 
 #[derive(Clone, Debug, Default)]
@@ -153,6 +155,22 @@ pub struct ContainerGpu {
     pub memory_used_bytes: Option<u64>,
     /// The driver's last list has a process of it.
     pub is_listed: bool,
+}
+
+impl ContainerGpu {
+    /// Adds the parts of the container's pressure that are attributed to its contenders on this GPU.
+    pub fn add_pressure(&mut self, shares: impl Iterator<Item = (Other, f64)>) {
+        let mut all: Vec<Contention> =
+            self.contention.iter().map(|contention| Contention { pressure_ratio: Some(0.0), ..*contention }).collect();
+        for (other, ratio) in shares {
+            let at = |wanted| all.iter().position(|contention| contention.other == wanted);
+            // `Rest` has those beyond the first few. The container was never active next to a user that is in neither.
+            if let Some(known) = at(other).or_else(|| at(Other::Rest)) {
+                *all[known].pressure_ratio.get_or_insert(0.0) += ratio;
+            }
+        }
+        self.contention = all.into();
+    }
 }
 
 /// Waiting of the processes of a container, from their wait probes.

@@ -163,6 +163,7 @@ impl Gathered {
             GpuFact::Held(Some(held)) => {
                 GpuFact::Held(Some(held.iter().map(|holder| Holder { user: self.user(holder.user), ..*holder }).collect()))
             }
+            GpuFact::Client { pid, user, since } => GpuFact::Client { pid: *pid, user: self.user(*user), since: *since },
             other => other.clone(),
         }
     }

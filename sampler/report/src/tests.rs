@@ -308,8 +308,13 @@ fn impossible_numbers_are_survived() {
                         for process in &mut sample.processes {
                             process.since = BootNs(wild(process.since.0));
                         }
-                        if wild(1) == 0 {
-                            *fact = GpuFact::Idle { ns: wild(PERIOD) };
+                        match wild(1) {
+                            0 => *fact = GpuFact::Idle { ns: wild(PERIOD) },
+                            1 => {}
+                            _ => {
+                                let (user, since) = (User::Container(ContainerKey(wild(3))), BootNs(wild(START)));
+                                *fact = GpuFact::Client { pid: wild(9) as u32, user, since };
+                            }
                         }
                     }
                     GpuFact::Left { since, .. } => *since = BootNs(wild(since.0)),

@@ -94,7 +94,8 @@ fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
     for fact in facts.iter().filter(|fact| fact.state != WaitProbeState::Ended) {
         last.insert(fact.process, fact);
     }
-    let has_probes = last.values().any(|fact| fact.state == WaitProbeState::Attached);
+    let is_probed = |state| matches!(state, WaitProbeState::Attached | WaitProbeState::UncountedCalls);
+    let has_probes = last.values().any(|fact| is_probed(fact.state));
     // Shells and helpers next to a probed process of the user are not a problem.
     let is_problem = |state: WaitProbeState| match state {
         WaitProbeState::Attached => false,
@@ -215,4 +216,110 @@ fn set_demand(contender: &mut Contender, found: Demand) {
         transitions: found.changes,
         why_not_confirmed: found.why_not,
     });
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::super::tests::{SimulatedUser, container, simulate};
+    use super::super::{DemandBasis, Report, build};
+    use super::*;
+    use sampler_core::fact::{Fact, GpuFact, WaitFact};
+    use sampler_core::units::{ContainerKey, GpuUuid};
+    use sampler_session::{Session, View};
+
+    const SECONDS: u64 = 120;
+    const SECOND: u64 = 1_000_000_000;
+
+    /// Whether the user that comes and goes is on.
+    fn is_on(second: u64) -> bool {
+        second.checked_sub(20).is_some_and(|since| since % 33 < 17)
+    }
+
+    /// A call of the user is in flight all the time in which `calls` is not 0, which is that of a second.
+    fn add_waits(session: &mut Session, n: u64, calls: impl Fn(u64) -> u64) {
+        let start = session.header.start;
+        for second in 0..SECONDS {
+            let calls = calls(second);
+            let some_ns = if calls > 0 { SECOND } else { 0 };
+            let process = HostProcess { pid: 100 + n as u32, start: BootNs(1) };
+            let (from, to) = (start.plus(second * SECOND), start.plus((second + 1) * SECOND));
+            let user = User::Container(ContainerKey(n));
+            let durations = Vec::new();
+            session.facts.push(Fact::Waited(WaitFact { process, user, from, to, some_ns, total_ns: some_ns, calls, durations }));
+        }
+    }
+
+    /// A second GPU with these users.
+    fn add_gpu(session: &mut Session, users: &[SimulatedUser]) {
+        let (second, _) = simulate(users, SECONDS, 7);
+        for fact in second.facts {
+            match fact {
+                Fact::Gpu { at, fact: GpuFact::Opened(info), .. } => {
+                    let info =
+                        Arc::new(sampler_core::device::GpuInfo { uuid: GpuUuid("GPU-1".into()), index: 1, ..(*info).clone() });
+                    session.facts.push(Fact::Gpu { gpu: 1, at, fact: GpuFact::Opened(info) });
+                }
+                Fact::Gpu { at, fact, .. } => session.facts.push(Fact::Gpu { gpu: 1, at, fact }),
+                Fact::Container(_) => session.facts.push(fact),
+                _ => {}
+            }
+        }
+    }
+
+    fn contender<'r>(report: &'r Report, victim: &str, (gpu, other): (&str, &str)) -> Option<&'r Contender> {
+        let usage = report.user(victim)?.gpus.iter().find(|usage| usage.uuid == gpu)?;
+        usage.contenders.iter().find(|contender| contender.id == other)
+    }
+
+    /// The first container is always on and has twice the time of a call while the second one is on; both have wait probes, or the first.
+    fn session(are_probed: [bool; 2]) -> Session {
+        let users = [container(1, |_| Some(1.0)), container(2, |t| is_on(t as u64).then_some(1.0))];
+        let (mut session, _) = simulate(&users, SECONDS, 3);
+        if are_probed[0] {
+            add_waits(&mut session, 1, |second| if is_on(second) { 50 } else { 100 });
+        }
+        if are_probed[1] {
+            add_waits(&mut session, 2, |second| if is_on(second) { 50 } else { 0 });
+        }
+        session
+    }
+
+    fn check_confirmed(report: &Report, victim: &str, other: (&str, &str), basis: DemandBasis) {
+        let found = contender(report, victim, other).unwrap();
+        let demand = found.demand.as_ref().unwrap();
+        assert_eq!((found.evidence, demand.basis), (Evidence::DemandConfirmed, basis), "{victim} {other:?}: {demand:?}");
+    }
+
+    #[test]
+    fn a_user_that_never_pauses_is_confirmed_by_the_wait_of_both() {
+        let report = build(&session([true, true]), &View::default());
+        check_confirmed(&report, "/docker/1", ("GPU-0", "/docker/2"), DemandBasis::Changes);
+        check_confirmed(&report, "/docker/2", ("GPU-0", "/docker/1"), DemandBasis::Mutual);
+        let rate = contender(&report, "/docker/1", ("GPU-0", "/docker/2")).and_then(|found| found.demand.as_ref()?.wait_rate);
+        assert!((rate.unwrap() - 0.5).abs() < 0.1, "{rate:?}");
+    }
+
+    #[test]
+    fn a_user_without_probes_has_no_evidence_and_confirms_none() {
+        let report = build(&session([false, true]), &View::default());
+        let of_first = contender(&report, "/docker/1", ("GPU-0", "/docker/2")).unwrap();
+        assert!(of_first.demand.is_none() && of_first.evidence != Evidence::DemandConfirmed, "{of_first:?}");
+        let of_second = contender(&report, "/docker/2", ("GPU-0", "/docker/1")).unwrap();
+        assert!(of_second.demand.is_some() && of_second.evidence != Evidence::DemandConfirmed, "{of_second:?}");
+    }
+
+    #[test]
+    fn evidence_stands_at_the_gpu_on_which_the_other_was_and_not_by_gpu_time_for_a_user_of_two() {
+        let mut session = session([true, true]);
+        add_gpu(&mut session, &[container(1, |_| Some(0.2)), container(3, |t| Some(if t % 20.0 < 10.0 { 0.9 } else { 0.0 }))]);
+        let report = build(&session, &View::default());
+        check_confirmed(&report, "/docker/1", ("GPU-0", "/docker/2"), DemandBasis::Changes);
+        check_confirmed(&report, "/docker/2", ("GPU-0", "/docker/1"), DemandBasis::Mutual);
+        let third = contender(&report, "/docker/1", ("GPU-1", "/docker/3")).unwrap();
+        let demand = third.demand.as_ref().unwrap();
+        assert!(third.evidence != Evidence::DemandConfirmed && demand.basis == DemandBasis::Changes, "{demand:?}");
+        assert!(contender(&report, "/docker/1", ("GPU-0", "/docker/3")).is_none());
+    }
 }

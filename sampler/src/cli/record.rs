@@ -445,6 +445,9 @@ fn wait_problems(facts: &[Fact], selection: &str) -> Vec<String> {
         return vec![format!("--wait-probes={selection} selects no process of a user of a GPU, so the session has no waiting")];
     }
     let problem = |fact: &Fact| match fact {
+        Fact::WaitProbe(WaitProbeFact { process, state: WaitProbeState::UncountedCalls, detail, .. }) => {
+            Some(format!("process {}: {detail}", process.pid))
+        }
         Fact::WaitProbe(WaitProbeFact { process, state, detail, .. }) => {
             let is_problem = !matches!(state, WaitProbeState::Attached | WaitProbeState::Ended | WaitProbeState::NoLibrary);
             is_problem.then(|| format!("process {} has no wait probes: {detail}", process.pid))

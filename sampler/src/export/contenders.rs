@@ -42,7 +42,8 @@ impl ContenderLabels {
                 Some(labels) => Arc::clone(&labels.container_id),
                 None => contender_kind(contention.other).into(),
             };
-            Some(ExportedContender { other: contention.other, labels, container_id, seconds: contention.seconds })
+            let Contention { other, seconds, pressure_ratio } = *contention;
+            Some(ExportedContender { other, labels, container_id, seconds, pressure_ratio })
         };
         usage.contention.iter().filter_map(contender).collect()
     }

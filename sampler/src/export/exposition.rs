@@ -93,6 +93,8 @@ pub struct ExportedContender {
     pub container_id: Arc<str>,
     /// GPU-seconds.
     pub seconds: f64,
+    /// Part of the container's pressure that is attributed to it.
+    pub pressure_ratio: Option<f64>,
 }
 
 /// `_other` stands for all users beyond the first few.
@@ -118,6 +120,16 @@ impl ExportedContender {
             (None, Label::Container) => self.kind(),
             (None, _) => "",
         }
+    }
+
+    /// The labels that distinguish its series.
+    pub fn series_labels(&self) -> [(&'static str, &str); 4] {
+        [
+            ("other_namespace", self.text(Label::Namespace)),
+            ("other_pod", self.text(Label::Pod)),
+            ("other_container", self.text(Label::Container)),
+            ("other_container_id", &self.container_id),
+        ]
     }
 
     pub fn has_series_of(&self, other: &ExportedContender) -> bool {

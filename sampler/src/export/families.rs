@@ -77,10 +77,14 @@ macro_rules! user_families {
 pub fn containers(page: &Exposition, to: &mut Page, starts: &mut SeriesStarts) {
     let families = user_families!(container_families, to);
     let assigned = to.family(&container_families::ASSIGNED);
+    let pressure = to.family(&container_families::CONTENDER_PRESSURE);
     let gpus = gpu_texts(page);
     for pair in page.pairs.iter().filter(|pair| !pair.is_host_user()) {
         let blocks = [&*gpus[pair.usage.gpu].own, &pair.text.own];
         families.add(pair, blocks, to, starts);
+        for contender in &pair.contenders {
+            to.add_known(pressure, Labels { blocks, more: &contender.series_labels() }, contender.pressure_ratio);
+        }
         if let Some(source) = pair.assigned {
             to.add(assigned, Labels { blocks, more: &[("source", source.name())] }, 1.0);
         }
@@ -122,13 +126,7 @@ impl UserFamilies {
         to.add_from_zero(self.coactive, (&mut series, ""), blocks, usage.coactive_seconds);
         to.add_from_zero(self.held_idle, (&mut series, ""), blocks, pair.held_idle_seconds);
         for contender in &pair.contenders {
-            let more = [
-                ("other_namespace", contender.text(Label::Namespace)),
-                ("other_pod", contender.text(Label::Pod)),
-                ("other_container", contender.text(Label::Container)),
-                ("other_container_id", &contender.container_id),
-            ];
-            let labels = Labels { blocks, more: &more };
+            let labels = Labels { blocks, more: &contender.series_labels() };
             to.add_from_zero(self.contention, (&mut series, &contender.container_id), labels, contender.seconds);
         }
         to.add_known(self.memory, blocks, usage.memory_used_bytes.map(|b| b as f64));

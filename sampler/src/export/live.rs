@@ -132,6 +132,9 @@ pub struct LiveOther {
     pub name: Option<String>,
     pub container_id: Option<String>,
     pub seconds: f64,
+    /// Part of the user's `waits.pressure_ratio` that is attributed to it; absent where that is not known.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pressure_ratio: Option<f64>,
 }
 
 /// Waiting in blocking calls of the driver library, of all processes of a user on all GPUs.
@@ -203,6 +206,7 @@ fn live_contender(contender: &ExportedContender) -> LiveOther {
         name: if is_container { text(Label::Name) } else { id() },
         container_id: id(),
         seconds: contender.seconds,
+        pressure_ratio: contender.pressure_ratio,
     }
 }
 

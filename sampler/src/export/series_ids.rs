@@ -79,7 +79,11 @@ fn merge_contenders(contenders: &mut Vec<ExportedContender>, paths: &HashMap<Con
             contender.container_id = Arc::clone(path);
         }
         match merged.iter_mut().find(|known| known.has_series_of(&contender)) {
-            Some(known) => known.seconds += contender.seconds,
+            Some(known) => {
+                known.seconds += contender.seconds;
+                let ratios = [known.pressure_ratio, contender.pressure_ratio];
+                known.pressure_ratio = ratios.into_iter().flatten().reduce(|sum, ratio| sum + ratio);
+            }
             None => merged.push(contender),
         }
     }

@@ -133,7 +133,7 @@ fn used(gpu: usize, scale: f64) -> ContainerGpu {
         window_shares: Some(Arc::new(WindowShares { count, sum: 0.3 * scale, buckets: [count; WindowShares::BOUNDS.len()] })),
         active_seconds: 2.0 * scale,
         coactive_seconds: 1.5 * scale,
-        contention: others.map(|other| Contention { other, seconds: 0.5 * scale }).into(),
+        contention: others.map(|other| Contention { other, seconds: 0.5 * scale, pressure_ratio: Some(0.0625) }).into(),
         mps_clients: 2,
         duty_cycle_percent: Some(33.0),
         duty_cycle_stderr: Some(1.5),

@@ -83,12 +83,15 @@ impl Sums {
         let other = if is_known || distinguished < MAX_OTHERS { other } else { Other::Rest };
         match self.others.iter().position(|known| known.other == other) {
             Some(index) => Arc::make_mut(&mut self.others)[index].seconds += seconds,
-            None => self.others = self.others.iter().copied().chain([Contention { other, seconds }]).collect(),
+            None => {
+                self.others = self.others.iter().copied().chain([Contention { other, seconds, pressure_ratio: None }]).collect()
+            }
         }
     }
 }
 
-fn other(user: User) -> Other {
+/// The user as another one's contender.
+pub fn other(user: User) -> Other {
     match user {
         User::Container(key) => Other::Container(key),
         User::Host(_) => Other::Host,

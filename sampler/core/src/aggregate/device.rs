@@ -12,6 +12,7 @@ use std::sync::Arc;
 use foldhash::{HashMap, HashSet};
 use strum::{EnumCount as _, VariantArray as _};
 
+use super::clients::Clients;
 use super::coactivity::{COACTIVITY_WINDOW_NS, Coactivity};
 use super::divide::{Presence, Sample, likeness, partly_ns, stands_for};
 use super::energy::EnergyAccount;
@@ -84,6 +85,7 @@ pub struct DeviceAccount {
     unsupported_ns: u64,
     holders: Holders,
     exits: Exits,
+    clients: Clients,
     /// Indexed as [`Engine`].
     accounts: [EngineAccount; Engine::COUNT],
     sampled: [bool; Engine::COUNT],
@@ -93,6 +95,8 @@ pub struct DeviceAccount {
     throttle: ThrottleAccount,
     xids: BTreeMap<u64, u64>,
     variance_at: BootNs,
+    /// When ended processes were last forgotten.
+    forgot_at: BootNs,
 }
 
 impl DeviceAccount {
@@ -168,6 +172,7 @@ impl DeviceAccount {
                 }
             }
             GpuFact::Left { pid, since } => self.exits.record(*pid, *since, at),
+            GpuFact::Client { pid, user, since } => self.clients.add(NamedUser { user: *user, pid: *pid, since: *since }, at),
             GpuFact::Clock(_) => {}
         }
     }
@@ -209,7 +214,7 @@ impl DeviceAccount {
         self.sampled[engine as usize] |= !compute;
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
-        let presence = Presence { exits: &self.exits, lifetimes };
+        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
         let pending = PendingSample { sample, named, otherwise };
         self.accounts[engine as usize].add_sample(pending, presence, &mut booked);
         if compute {
@@ -226,7 +231,6 @@ impl DeviceAccount {
                 let holders = self.holders.containers().filter(|_| engine == COMPUTE);
                 account.settle_variance(at, &self.exits, holders.map(User::Container));
             }
-            self.exits.forget(at);
         }
     }
 
@@ -299,6 +303,12 @@ impl DeviceAccount {
 
     /// Advances time. `living`: whether a container is not gone.
     pub fn advance(&mut self, now: BootNs, living: impl Fn(ContainerKey) -> bool) {
+        // Also of a device that is idle or gone.
+        if now.saturating_since(self.forgot_at) > VARIANCE_NS {
+            self.forgot_at = now;
+            self.exits.forget(now);
+            self.clients.forget(now);
+        }
         if self.gone.is_some() || !self.info.is_leaf() {
             return;
         }
@@ -321,7 +331,7 @@ impl DeviceAccount {
     /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self, lifetimes: &Lifetimes) {
         let (mut booked, mut of_others) = (Vec::new(), Vec::new());
-        let presence = Presence { exits: &self.exits, lifetimes };
+        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
         for (engine, account) in self.accounts.iter_mut().enumerate() {
             account.decide(BootNs(u64::MAX), presence, if engine == COMPUTE { &mut booked } else { &mut of_others });
         }
@@ -332,7 +342,8 @@ impl DeviceAccount {
 
     fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
-        self.accounts[COMPUTE].decide(now, Presence { exits: &self.exits, lifetimes }, &mut booked);
+        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
+        self.accounts[COMPUTE].decide(now, presence, &mut booked);
         self.count(&booked);
     }
 
@@ -394,6 +405,11 @@ impl DeviceAccount {
     /// Credits of the compute engine, by user.
     pub fn credits(&self) -> &HashMap<User, Credit> {
         self.accounts[COMPUTE].credits()
+    }
+
+    /// Whether the user was credited with time of the device, or holds it.
+    pub fn knows(&self, user: User) -> bool {
+        self.holders.lists(user) || self.accounts.iter().any(|account| account.credits().contains_key(&user))
     }
 
     /// Whether the container has seconds on any engine of the device.

@@ -5,7 +5,9 @@
 //!  unqueried sample  not queried: over the 8 nearest queried busy samples on each side, weighted by similarity of utilization
 //!  both              only over processes that existed in the sample's own period, by the part of it in which they existed;
 //!                    if there are none, over containers that existed in the period and were named close to it
-//!  pid-less sample   where only processes that have ended are not named (`naming`): only over those that ended soon after it
+//!  pid-less sample   where only processes that have ended are not named (`naming`): only over those that ended soon after it, named
+//!                    ones and clients (`clients`)
+//!  both              if no named sample qualifies: over the clients that ended soon after it
 //!  unqueried sample  also over containers that existed in the period and are named on both sides, or close to it by successive
 //!                    processes, regardless of which processes these were
 //! ```
@@ -22,6 +24,7 @@
 
 use std::collections::VecDeque;
 
+use super::clients::Clients;
 use super::exits::{Exits, Lifetimes, NamedUser};
 use crate::fact::User;
 use crate::units::BootNs;
@@ -111,6 +114,15 @@ pub struct Neighbours {
 pub struct Presence<'a> {
     pub exits: &'a Exits,
     pub lifetimes: &'a Lifetimes,
+    pub clients: &'a Clients,
+}
+
+/// The basis of a credit.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub enum Basis {
+    /// The named sample with this index.
+    Named(usize),
+    Client(NamedUser),
 }
 
 impl Neighbours {
@@ -147,9 +159,9 @@ impl Neighbours {
         enough || now.saturating_since(sample.at) >= WAIT_NS
     }
 
-    /// Division over the processes that ended in the sample's period or between it and its read; empty if there are none. To be used where
-    /// the driver names every process that lives when a sample is read.
-    pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
+    /// Division over the processes that ended in the sample's period or between it and its read, named ones and clients; empty if there are
+    /// none. To be used where the driver names every process that lives when a sample is read.
+    pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(Basis, f64)> {
         let (_, read) = sample.until_read();
         let mut processes: Vec<NamedUser> = Vec::new();
         let mut weights = Vec::new();
@@ -160,13 +172,15 @@ impl Neighbours {
                 continue;
             }
             processes.push(named);
-            weights.push((n, presence.exits.part(&named, sample.at, sample.span_ns)));
+            weights.push((Basis::Named(n), presence.exits.part(&named, sample.at, sample.span_ns)));
         }
+        let unnamed = presence.clients.ended(sample, presence.exits).filter(|(client, _)| !processes.contains(client));
+        weights.extend(unnamed.map(|(client, part)| (Basis::Client(client), part)));
         normalized(weights)
     }
 
-    /// Indices of named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user qualifies.
-    pub fn divide(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(usize, f64)> {
+    /// Named samples, each with its part of the sample's busy time; the parts sum to 1. Empty where no user qualifies.
+    pub fn divide(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(Basis, f64)> {
         let mut weights = if sample.queried {
             self.of_pidless(sample.at, &|n| self.part(n, sample, presence))
         } else {
@@ -175,7 +189,13 @@ impl Neighbours {
         if weights.is_empty() {
             weights = self.of_siblings(sample, presence);
         }
-        normalized(weights)
+        normalized(weights.into_iter().map(|(n, weight)| (Basis::Named(n), weight)).collect())
+    }
+
+    /// Division over the clients that ended in the sample's period or between it and its read, for where no named sample qualifies.
+    pub fn of_clients(sample: &Sample, presence: Presence<'_>) -> Vec<(Basis, f64)> {
+        let ended = presence.clients.ended(sample, presence.exits);
+        normalized(ended.map(|(client, part)| (Basis::Client(client), part)).collect())
     }
 
     fn named_at(&self, at: BootNs) -> Option<usize> {
@@ -242,7 +262,7 @@ impl Neighbours {
     }
 }
 
-fn normalized(mut weights: Vec<(usize, f64)>) -> Vec<(usize, f64)> {
+fn normalized(mut weights: Vec<(Basis, f64)>) -> Vec<(Basis, f64)> {
     weights.retain(|(_, weight)| *weight > 0.0);
     let whole: f64 = weights.iter().map(|(_, weight)| weight).sum();
     for (_, weight) in &mut weights {
@@ -284,9 +304,23 @@ mod tests {
         neighbours: Neighbours,
         exits: Exits,
         lifetimes: Lifetimes,
+        clients: Clients,
     }
 
     impl DivideWorld {
+        fn presence(&self) -> Presence<'_> {
+            Presence { exits: &self.exits, lifetimes: &self.lifetimes, clients: &self.clients }
+        }
+
+        /// Pids, with their parts in thousandths.
+        fn pids(&self, parts: Vec<(Basis, f64)>) -> Vec<(u32, u64)> {
+            let pid = |basis| match basis {
+                Basis::Named(n) => self.neighbours.named[n].named.pid,
+                Basis::Client(client) => client.pid,
+            };
+            parts.into_iter().map(|(basis, part)| (pid(basis), (part * 1000.0).round() as u64)).collect()
+        }
+
         /// Adds a queried sample that names a process of a container; the process exists in `existence`, in milliseconds.
         fn named(&mut self, at_ms: u64, container: u64, busy_ratio: f64, existence: (u64, Option<u64>)) {
             let (pid, since) = (at_ms as u32, BootNs(existence.0 * MS));
@@ -306,8 +340,8 @@ mod tests {
         /// Parts by container, in thousandths.
         fn divide(&self, sample: &Sample) -> Vec<(u64, u64)> {
             let mut parts = std::collections::BTreeMap::new();
-            let presence = Presence { exits: &self.exits, lifetimes: &self.lifetimes };
-            for (n, part) in self.neighbours.divide(sample, presence) {
+            for (basis, part) in self.neighbours.divide(sample, self.presence()) {
+                let Basis::Named(n) = basis else { panic!("no client here") };
                 let User::Container(key) = self.neighbours.named[n].named.user else { panic!("only containers here") };
                 *parts.entry(key.0).or_insert(0.0) += part;
             }
@@ -336,14 +370,30 @@ mod tests {
         world.named(1000, 1, 0.5, (100, Some(1500)));
         world.named(1167, 2, 0.5, (100, None));
         world.named(1334, 3, 0.5, (100, Some(9000)));
-        let presence = Presence { exits: &world.exits, lifetimes: &world.lifetimes };
-        let of_ended = |at_ms| {
-            let parts = world.neighbours.of_ended(&sample(at_ms, 0.5, true), presence);
-            parts.into_iter().map(|(n, part)| (world.neighbours.named[n].named.pid, part)).collect::<Vec<_>>()
-        };
-        assert_eq!(of_ended(1300), [(1000, 1.0)], "the third lives long after the read");
-        assert_eq!(of_ended(1900), [], "the first had ended before the sample's period");
-        assert_eq!(of_ended(8900), [(1334, 1.0)]);
+        let of_ended =
+            |world: &DivideWorld, at_ms| world.pids(world.neighbours.of_ended(&sample(at_ms, 0.5, true), world.presence()));
+        assert_eq!(of_ended(&world, 1300), [(1000, 1000)], "the third lives long after the read");
+        assert_eq!(of_ended(&world, 1900), [], "the first had ended before the sample's period");
+        assert_eq!(of_ended(&world, 8900), [(1334, 1000)]);
+        // A client that no sample names, and one that a sample names.
+        let client = NamedUser { user: User::Container(ContainerKey(4)), pid: 7, since: BootNs(1200 * MS) };
+        world.clients.add(client, BootNs(1400 * MS));
+        world.exits.record(7, client.since, BootNs(1450 * MS));
+        world.clients.add(world.neighbours.named[0].named, BootNs(1200 * MS));
+        assert_eq!(of_ended(&world, 1500), [(1000, 770), (7, 230)], "167 and 50 ms of the period");
+    }
+
+    #[test]
+    fn time_without_any_named_sample_is_that_of_clients_that_ended() {
+        let mut world = DivideWorld::default();
+        let client = |n: u64| NamedUser { user: User::Container(ContainerKey(n)), pid: n as u32, since: BootNs(0) };
+        for n in 1..=3 {
+            world.clients.add(client(n), BootNs(1000 * MS));
+        }
+        world.exits.record(2, BootNs(0), BootNs(1100 * MS));
+        world.exits.record(3, BootNs(0), BootNs(1100 * MS));
+        let parts = world.pids(Neighbours::of_clients(&sample(1100, 0.5, true), world.presence()));
+        assert_eq!(parts, [(2, 500), (3, 500)], "the first lives");
     }
 
     #[test]

@@ -3,7 +3,8 @@
 //! ```text
 //!  busy sample with a pid             -> credited to the user of that pid at once
 //!  busy sample, pid-less or unqueried -> waits for later neighbours, 10 s at most; then divided over its neighbours (`divide`);
-//!                                        without neighbours, credited to the only listed holder of the device, or `no_pid`
+//!                                        without neighbours and clients, credited to the only listed holder of the device, or
+//!                                        `no_pid`
 //! ```
 //! Busy time and its credits are booked together, so their sums agree at every instant. Time that waits is in no state yet.
 
@@ -12,7 +13,7 @@ use std::collections::VecDeque;
 use foldhash::HashMap;
 use strum::EnumCount as _;
 
-use super::divide::{NamedSample, Neighbours, Presence, Sample, WAIT_NS, partly_ns};
+use super::divide::{Basis, NamedSample, Neighbours, Presence, Sample, WAIT_NS, partly_ns};
 use super::exits::{Exits, NamedUser};
 use super::naming::Naming;
 use super::settings::Range;
@@ -153,23 +154,41 @@ impl EngineAccount {
         if parts.is_empty() {
             parts = self.neighbours.divide(&pending.sample, presence);
         }
+        if parts.is_empty() && queried {
+            parts = Neighbours::of_clients(&pending.sample, presence);
+        }
         if parts.is_empty() {
             // The process list may be younger than the sample.
             let existed = presence.lifetimes.may_have_existed(pending.otherwise, at, span_ns);
             let user = if existed { pending.otherwise } else { User::Unattributed(Reason::NoPid) };
             self.book(&pending.sample, user, busy_ns, 0, booked);
         }
-        for (n, part) in parts {
-            let Some(neighbour) = self.neighbours.get_mut(n) else { continue };
+        let mut of_clients: HashMap<User, f64> = HashMap::default();
+        for (basis, part) in parts {
             let ns = busy_ns * part;
-            let user = neighbour.named.user;
-            let before = neighbour.weight_ns;
-            neighbour.weight_ns += ns;
-            let squares = neighbour.weight_ns.powi(2) - before.powi(2);
-            if self.range.has(at) {
-                self.unsettled.entry(user).or_default().1 += squares;
+            match basis {
+                Basis::Named(n) => {
+                    let Some(neighbour) = self.neighbours.get_mut(n) else { continue };
+                    let user = neighbour.named.user;
+                    let before = neighbour.weight_ns;
+                    neighbour.weight_ns += ns;
+                    let squares = neighbour.weight_ns.powi(2) - before.powi(2);
+                    if self.range.has(at) {
+                        self.unsettled.entry(user).or_default().1 += squares;
+                    }
+                    self.book(&pending.sample, user, ns, 0, booked);
+                }
+                Basis::Client(client) => {
+                    self.book(&pending.sample, client.user, ns, 0, booked);
+                    *of_clients.entry(client.user).or_default() += part;
+                }
             }
-            self.book(&pending.sample, user, ns, 0, booked);
+        }
+        for (user, part) in of_clients {
+            if let Some(credit) = self.credits.get_mut(&user).filter(|_| self.range.has(at)) {
+                // One of the users had all of the sample.
+                credit.sum_of_variances += busy_ns.powi(2) * part * (1.0 - part).max(0.0);
+            }
         }
     }
 
@@ -251,6 +270,7 @@ impl EngineAccount {
 
 #[cfg(test)]
 mod tests {
+    use super::super::clients::Clients;
     use super::super::exits::Lifetimes;
     use super::*;
     use crate::units::ContainerKey;
@@ -258,8 +278,8 @@ mod tests {
     #[test]
     fn a_holder_that_no_sample_has_named_has_the_same_error_as_the_named_user() {
         let (seen, unseen) = (User::Container(ContainerKey(1)), User::Container(ContainerKey(2)));
-        let (exits, lifetimes) = (Exits::default(), Lifetimes::default());
-        let presence = Presence { exits: &exits, lifetimes: &lifetimes };
+        let (exits, lifetimes, clients) = (Exits::default(), Lifetimes::default(), Clients::default());
+        let presence = Presence { exits: &exits, lifetimes: &lifetimes, clients: &clients };
         let errors = |one_queried_in: u64| {
             let mut account = EngineAccount::default();
             for n in 0..100 {

@@ -1,5 +1,6 @@
 //! Aggregation: a pure fold of facts into sums. Facts are its only input, so a replay of a session gives the same result as live use.
 
+mod clients;
 mod coactivity;
 mod device;
 mod divide;
@@ -116,7 +117,8 @@ impl Aggregate {
         for (slot, gpu) in self.gpus.iter_mut().enumerate() {
             let Some(gpu) = gpu else { continue };
             for (number, window) in gpu.coactivity.take_closed(is_needed) {
-                self.waits.closed(slot, number, &window);
+                let is_saturated = window.saturated(self.settings.saturation_ratio);
+                self.waits.closed(slot, number, &window, is_saturated);
             }
         }
         self.waits.settle(self.now);

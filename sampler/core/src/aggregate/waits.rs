@@ -8,15 +8,16 @@
 //! ```
 //! A process that blocks until its own kernel is done waits for about its own GPU time, alone or not. What it waits beyond that while it
 //! is alone (launches, copies, other waiting) is its baseline; what it waits beyond both is pressure. A window counts once: all GPUs of
-//! the container have closed it. Pressure is not negative, since a container can be quicker than its baseline by chance only.
+//! the container have closed it. Pressure is not negative, since a container can be quicker than its baseline by chance only. What of it
+//! falls into windows in which a GPU of the container was saturated is divided over the other users there, by the GPU time they got.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 use foldhash::HashMap;
 
-use super::coactivity::{COACTIVITY_WINDOW_NS, Window, is_user};
+use super::coactivity::{COACTIVITY_WINDOW_NS, Window, is_user, other};
 use crate::fact::{User, WaitFact};
-use crate::snapshot::ContainerWaits;
+use crate::snapshot::{ContainerWaits, Other};
 use crate::units::{BootNs, ContainerKey};
 
 /// GPUs close a window up to 13 s after its end.
@@ -30,11 +31,12 @@ const LEAST_ALONE: usize = 5;
 const PROBED: f64 = 0.5;
 /// Without a reading for this time a container is not probed any more.
 const STALE_NS: u64 = 5_000_000_000;
-/// Maximum number of containers, and of windows of one.
+/// Maximum number of containers, of windows of one, and of users that are distinguished in one of these.
 const MAX_ACCOUNTS: usize = 4096;
 const MAX_OPEN: usize = 64;
+const MAX_SHARES: usize = 16;
 
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Debug, Default)]
 struct WaitWindow {
     waited_ns: f64,
     probed_ns: f64,
@@ -42,6 +44,25 @@ struct WaitWindow {
     shared: bool,
     /// A GPU of the container was observed in it.
     observed: bool,
+    /// GPU time of other users, where a GPU of the container was saturated.
+    others: Vec<PressureShare>,
+}
+
+/// A user on a GPU, with nanoseconds, or with its part of a pressure.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct PressureShare {
+    pub gpu: usize,
+    pub other: Other,
+    pub amount: f64,
+}
+
+fn add_share(shares: &mut Vec<PressureShare>, share: PressureShare) {
+    let at = |other| shares.iter().position(|known| known.gpu == share.gpu && known.other == other);
+    let other = if at(share.other).is_none() && shares.len() >= MAX_SHARES { Other::Rest } else { share.other };
+    match at(other) {
+        Some(known) => shares[known].amount += share.amount,
+        None => shares.push(PressureShare { other, ..share }),
+    }
 }
 
 impl WaitWindow {
@@ -121,8 +142,8 @@ impl Waits {
         self.accounts.values().any(|account| now.saturating_since(account.last) < SETTLE_NS + STALE_NS)
     }
 
-    /// A window of a GPU was closed.
-    pub fn closed(&mut self, gpu: usize, number: u64, window: &Window) {
+    /// A window of a GPU was closed, in which it was saturated or not.
+    pub fn closed(&mut self, gpu: usize, number: u64, window: &Window, is_saturated: bool) {
         for (key, account) in &mut self.accounts {
             let user = User::Container(*key);
             let own = window.users.get(&user).copied().unwrap_or_default();
@@ -135,6 +156,12 @@ impl Waits {
             // A container that waits for a whole window has no sample in it.
             open.shared |= account.gpus.contains(&gpu)
                 && window.users.iter().any(|(other, part)| *other != user && is_user(*other) && part.samples > 0);
+            if !is_saturated || !account.gpus.contains(&gpu) {
+                continue;
+            }
+            for (with, part) in window.users.iter().filter(|(with, part)| **with != user && is_user(**with) && part.ns > 0.0) {
+                add_share(&mut open.others, PressureShare { gpu, other: other(*with), amount: part.ns });
+            }
         }
     }
 
@@ -151,10 +178,10 @@ impl Waits {
                 if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 || !window.observed {
                     continue;
                 }
-                push(&mut account.recent, window, RECENT);
                 if !window.shared {
-                    push(&mut account.alone, window, ALONE);
+                    push(&mut account.alone, WaitWindow { others: Vec::new(), ..window }, ALONE);
                 }
+                push(&mut account.recent, window, RECENT);
             }
         }
     }
@@ -169,6 +196,25 @@ impl Waits {
             probed_seconds: account.probed_ns as f64 * 1e-9,
             pressure_ratio: is_comparable.then(pressure),
         })
+    }
+
+    /// How the pressure of the container divides over other users: the excess of recent windows in which a GPU of it was saturated, by the
+    /// GPU time that they got there. `None` where its pressure is not known.
+    pub fn pressure_shares(&self, key: ContainerKey, now: BootNs) -> Option<Vec<PressureShare>> {
+        let pressure = self.of(key, now)?.pressure_ratio?;
+        let account = self.accounts.get(&key)?;
+        let (alone, mut shares, mut excess_ns, mut probed_ns) = (excess_ratio(&account.alone), Vec::new(), 0.0, 0.0);
+        for window in &account.recent {
+            probed_ns += window.probed_ns;
+            if !window.others.is_empty() {
+                excess_ns += window.excess_ns() - alone * window.probed_ns;
+                window.others.iter().for_each(|share| add_share(&mut shares, *share));
+            }
+        }
+        let booked = (excess_ns / f64::max(probed_ns, 1.0)).clamp(0.0, pressure);
+        let all_ns: f64 = shares.iter().map(|share| share.amount).sum();
+        shares.iter_mut().for_each(|share| share.amount *= booked / f64::max(all_ns, 1.0));
+        Some(shares)
     }
 
     pub fn forget(&mut self, key: ContainerKey) {
@@ -216,6 +262,7 @@ mod tests {
                 0,
                 n,
                 &window(if shared { &[(User::Container(KEY), 0.3), (OTHER, 0.6)] } else { std::slice::from_ref(&own) }),
+                shared,
             );
         }
         let now = BootNs(40 * S + SETTLE_NS);
@@ -234,11 +281,41 @@ mod tests {
     }
 
     #[test]
+    fn pressure_is_divided_over_others_by_what_they_got_of_saturated_gpus() {
+        let third = User::Container(ContainerKey(3));
+        // Alone it waits for its own time; with the others 0.5 more, in windows of which some are saturated.
+        let shares = |is_saturated: fn(u64) -> bool| {
+            let mut waits = Waits::default();
+            for n in 0..40 {
+                let shared = n >= 20;
+                waits.apply(&reading(n * S, (n + 1) * S, if shared { S * 8 / 10 } else { S * 3 / 10 }));
+                let users = [(User::Container(KEY), 0.3), (OTHER, 0.3), (third, 0.1)];
+                waits.closed(0, n, &window(if shared { &users } else { &users[..1] }), shared && is_saturated(n));
+                waits.closed(1, n, &window(&[(OTHER, 1.0)]), true);
+            }
+            let now = BootNs(40 * S + SETTLE_NS);
+            waits.settle(now);
+            waits.apply(&reading(now.0 - S, now.0, 0));
+            let shares = waits.pressure_shares(KEY, now).unwrap();
+            shares.iter().map(|share| (share.gpu, share.other, (share.amount * 1000.0).round())).collect::<Vec<_>>()
+        };
+        let [second, third] = [2, 3].map(|key| Other::Container(ContainerKey(key)));
+        assert_eq!(shares(|_| true), [(0, second, 375.0), (0, third, 125.0)]);
+        assert_eq!(shares(|n| n % 5 == 0), [(0, second, 75.0), (0, third, 25.0)], "a fifth of the windows");
+        assert_eq!(shares(|_| false), []);
+        let mut many = Vec::new();
+        for n in 0..40 {
+            add_share(&mut many, PressureShare { gpu: 0, other: Other::Container(ContainerKey(n)), amount: 1.0 });
+        }
+        assert_eq!(many.last(), Some(&PressureShare { gpu: 0, other: Other::Rest, amount: 24.0 }));
+    }
+
+    #[test]
     fn without_time_alone_there_is_no_pressure_and_sums_are_kept() {
         let mut waits = Waits::default();
         for n in 0..40 {
             waits.apply(&reading(n * S + S / 2, (n + 1) * S + S / 2, S / 2));
-            waits.closed(0, n, &window(&[(User::Container(KEY), 0.3), (OTHER, 0.6)]));
+            waits.closed(0, n, &window(&[(User::Container(KEY), 0.3), (OTHER, 0.6)]), true);
         }
         waits.settle(BootNs(60 * S));
         let found = waits.of(KEY, BootNs(41 * S)).unwrap();
@@ -254,7 +331,7 @@ mod tests {
             waits.apply(&reading(n * S, (n + 1) * S, S));
             // Active once; later it waits for whole windows.
             let own = [(User::Container(KEY), 0.1), (OTHER, 0.9)];
-            waits.closed(0, n, &window(if n == 0 { &own } else { &own[1..] }));
+            waits.closed(0, n, &window(if n == 0 { &own } else { &own[1..] }), true);
         }
         waits.settle(BootNs(60 * S));
         assert!(waits.accounts[&KEY].alone.is_empty());

@@ -128,6 +128,21 @@ impl DeviceAttribution {
         facts.push((at, GpuFact::Held(None)));
     }
 
+    /// A process of `user`, which it has been since `since`, called cuInit at `at`. One that calls it again is known.
+    pub fn client(
+        &mut self,
+        (pid, user, since): (u32, User, BootNs),
+        at: BootNs,
+        identity: &Identity,
+        facts: &mut AttributedFacts,
+    ) {
+        if self.gone || self.released || !self.attribution.follow((pid, since), at) {
+            return;
+        }
+        facts.push((at, GpuFact::Client { pid, user, since }));
+        self.attribution.report_departure((pid, since), identity, facts);
+    }
+
     fn unobserved_until(&mut self, at: BootNs, why: UnobservedReason, facts: &mut AttributedFacts) {
         let ns = self.timeline.advance_to(at);
         if ns > 0 {

@@ -13,7 +13,7 @@ const FOLLOW_NS: u64 = 45_000_000_000;
 
 #[derive(Debug, Default)]
 pub struct ProcessAttribution {
-    /// By pid and start of the residency: when it was named last.
+    /// By pid and start of the residency: when it was named last, or called cuInit.
     named: HashMap<(u32, BootNs), BootNs>,
     /// By pid and the clock tick of the process's start. A driver names and lists some hundred pids; older entries expire.
     sightings: HashMap<(u32, u64), DeviceSighting>,
@@ -115,8 +115,22 @@ impl ProcessAttribution {
         AttributedProcess { pid, percent, user, since }
     }
 
+    /// Follows a process from `at` on, until it ends; false if it is followed already.
+    pub fn follow(&mut self, process: (u32, BootNs), at: BootNs) -> bool {
+        let is_new = !self.named.contains_key(&process);
+        if is_new {
+            self.named.insert(process, at);
+        }
+        is_new
+    }
+
     /// Returns true, and adds the end to `facts`, if the residency has ended.
-    fn report_departure(&mut self, (pid, since): (u32, BootNs), identity: &Identity, facts: &mut Vec<(BootNs, GpuFact)>) -> bool {
+    pub fn report_departure(
+        &mut self,
+        (pid, since): (u32, BootNs),
+        identity: &Identity,
+        facts: &mut Vec<(BootNs, GpuFact)>,
+    ) -> bool {
         let Some(until) = identity.residency_end(Tgid(pid), since) else { return false };
         facts.push((until, GpuFact::Left { pid, since }));
         self.named.remove(&(pid, since));

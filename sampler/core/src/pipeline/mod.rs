@@ -45,7 +45,7 @@ use foldhash::{HashMap, HashSet};
 
 use crate::aggregate::{Aggregate, Settings};
 use crate::attribute::DeviceAttribution;
-use crate::device::Reason;
+use crate::device::{GpuInfo, Reason};
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, User, WaitFact, WaitProbeFact};
 use crate::identity::{ContainerChange, ContainerRecord, Identity, Verdict};
 use crate::observation::{CgroupMembership, Observation, WaitProbeChange, WaitReading};
@@ -198,13 +198,31 @@ impl Core {
         self.identity.processes.living().filter_map(process).collect()
     }
 
-    /// The newest replaces the oldest.
+    /// Samples of these devices that name no process may be of the client: those that its user is known to use; without such a device the
+    /// only one of the machine. MIG devices have no samples.
+    fn devices_of_client(&self, user: User) -> Vec<usize> {
+        let has_samples = |info: &GpuInfo| info.is_leaf() && info.parent.is_none();
+        let devices = || self.aggregate.gpus().filter(|(_, gpu)| gpu.gone.is_none() && has_samples(&gpu.info));
+        let known: Vec<usize> = devices().filter(|(_, gpu)| gpu.knows(user)).map(|(slot, _)| slot).collect();
+        if known.is_empty() && devices().count() == 1 { devices().map(|(slot, _)| slot).collect() } else { known }
+    }
+
     fn client(&mut self, tgid: Tgid, at: BootNs) {
+        self.take_changes();
         let (_, user) = self.user_of(tgid, at, (at, at));
         if !matches!(user, User::Container(_) | User::Host(_)) {
             return;
         }
-        // A container counts once, whatever the number of its processes, so that it cannot replace all others.
+        let since = self.identity.residency(tgid, (at, at), |_| None).map_or(at, |residency| residency.since);
+        for slot in self.devices_of_client(user) {
+            let mut facts = Vec::new();
+            if let Some(Some(device)) = self.devices.get_mut(slot) {
+                device.client((tgid.0, user, since), at, &self.identity, &mut facts);
+            }
+            self.push_facts(slot, facts);
+        }
+        // A container counts once, whatever the number of its processes, so that it cannot replace all others; the newest replaces the
+        // oldest.
         if self.clients.contains(&user) {
             return;
         }
@@ -291,11 +309,14 @@ impl Core {
     pub fn snapshot(&self) -> Snapshot {
         let now = self.aggregate.now;
         let mut gpus = Vec::new();
+        // Of each of `gpus`.
+        let mut slots = Vec::new();
         let mut by_container: HashMap<ContainerKey, Vec<ContainerGpu>> = HashMap::default();
         for (slot, gpu) in self.aggregate.gpus() {
             let Some(Some(device)) = self.devices.get(slot) else { continue };
             let (duties, utilization) = gpu.duties(now);
             let index = gpus.len();
+            slots.push(slot);
             gpus.push(GpuView {
                 info: gpu.info.clone(),
                 readings: gpu.readings,
@@ -352,9 +373,16 @@ impl Core {
             .cgroups
             .containers()
             .filter_map(|c| {
-                let gpus = by_container.remove(&c.record.key).unwrap_or_default();
+                let mut gpus = by_container.remove(&c.record.key).unwrap_or_default();
                 let shown = !gpus.is_empty() || c.gone.is_none() && c.record.identity.is_container();
                 let waits = self.aggregate.waits.of(c.record.key, now);
+                if let Some(shares) = self.aggregate.waits.pressure_shares(c.record.key, now) {
+                    for usage in &mut gpus {
+                        let slot = slots.get(usage.gpu);
+                        let of_gpu = shares.iter().filter(|share| slot == Some(&share.gpu));
+                        usage.add_pressure(of_gpu.map(|share| (share.other, share.amount)));
+                    }
+                }
                 shown.then(|| ContainerView { record: c.record.clone(), gone: c.gone, gpus, waits })
             })
             .collect();

@@ -136,8 +136,8 @@ fn went_to(sample: &UtilizationSample) -> &'static str {
     match (&sample.processes[..], sample.busy_percent) {
         (_, 0) => IDLE,
         ([], _) => {
-            "the users of neighbouring samples: the driver reports no process for it, so its busy time is divided among the samples \
-             around it"
+            "the users of neighbouring samples, or with wait probes the processes that ended meanwhile: the driver reports no process \
+             for it, so its busy time is divided"
         }
         ([_], _) => "the process of the sample",
         _ => "the processes of the sample",

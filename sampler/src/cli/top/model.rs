@@ -162,8 +162,9 @@ impl Model {
         match key.code {
             KeyCode::Char('q') | KeyCode::Esc => return Some(Action::Quit),
             KeyCode::Char('s') => {
-                let mut columns = Sort::value_variants().iter().cycle().skip_while(|sort| **sort != self.sort);
-                self.sort = columns.nth(1).copied().unwrap_or_default();
+                let has_pressure = self.live.iter().flat_map(|live| &live.users).any(|user| user.waits.is_some());
+                let mut later = Sort::value_variants().iter().cycle().skip_while(|sort| **sort != self.sort).skip(1);
+                self.sort = later.find(|sort| has_pressure || **sort != Sort::Pressure).copied().unwrap_or_default();
                 self.arrange();
             }
             KeyCode::Char('/') => self.typing = Some(self.filter.clone()),

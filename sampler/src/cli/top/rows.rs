@@ -15,6 +15,8 @@ pub enum Sort {
     Seconds,
     /// GPU memory in use
     Memory,
+    /// Pressure, where wait probes are on
+    Pressure,
     /// Contention with other users
     Waiting,
     /// Namespace, pod and container
@@ -75,6 +77,7 @@ pub fn arrange(live: &LiveDocument, mut rows: Vec<TopRow>, sort: Sort, filter: &
         Sort::Share => row.user.duty_cycle_percent.map(|percent| (percent * 10.0).round()),
         Sort::Seconds => Some(row.user.gpu_seconds),
         Sort::Memory => row.user.memory_used_bytes.map(|bytes| bytes as f64),
+        Sort::Pressure => row.user.waits.and_then(|waits| waits.pressure_ratio).map(|ratio| (ratio * 100.0).round()),
         Sort::Waiting => row.contention.map(|rate| (rate * 100.0).round()),
         Sort::Name => None,
     };

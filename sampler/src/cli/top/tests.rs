@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::time::Duration;
 
+use clap::ValueEnum as _;
 use ratatui::Terminal;
 use ratatui::backend::TestBackend;
 use ratatui::crossterm::event::{KeyCode, KeyModifiers};
@@ -135,10 +136,25 @@ fn pressure_is_a_column_where_wait_probes_are_on() {
     let mut live = document(40);
     live.users[1].waits = Some(LiveWaits { wait_seconds: 5.0, probed_seconds: 20.0, pressure_ratio: None });
     live.users[2].waits = Some(LiveWaits { wait_seconds: 22.4, probed_seconds: 40.0, pressure_ratio: Some(0.31) });
+    live.users[2].contended_by[0].pressure_ratio = Some(0.26);
     let mut model = model();
     model.update(live.clone());
     check("waits.txt", &screen(&mut model, 120, 20));
     check("once-waits.txt", &once::table(&live, Sort::Share, "", None, false));
+    let sorts = |model: &mut Model| -> Vec<Sort> {
+        let mut press_s = || {
+            press(model, &[KeyCode::Char('s')]);
+            model.sort
+        };
+        (0..Sort::value_variants().len()).map(|_| press_s()).collect()
+    };
+    assert!(sorts(&mut model).contains(&Sort::Pressure));
+    model.sort = Sort::Pressure;
+    model.update(live.clone());
+    assert_eq!(model.rows[0].user.waits.and_then(|waits| waits.pressure_ratio), Some(0.31));
+    let mut without = after_a_minute();
+    without.sort = Sort::Pressure;
+    assert!(!sorts(&mut without).contains(&Sort::Pressure), "there is no such column");
     for width in 20..130 {
         let shown = once::table(&live, Sort::Share, "", Some(width), false);
         assert!(shown.lines().all(|line| line.width() <= width.max(45)), "{width}\n{shown}");

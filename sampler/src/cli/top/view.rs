@@ -12,7 +12,7 @@ use super::model::{LEAST_RATE, Model};
 use super::names::{contender_name, share, short};
 use super::rows::{Sort, TopRow};
 use crate::cli::text::{DASH, bytes_or_dash, fit, left, percent_or_dash, right, terminal_safe, wrap};
-use crate::export::live::LiveGpu;
+use crate::export::live::{LiveGpu, LiveOther};
 
 /// Least width and height; a smaller terminal has no room for a table.
 const LEAST_SIZE: (u16, u16) = (24, 6);
@@ -227,7 +227,7 @@ impl Column {
             Column::Minute => ("LAST MINUTE", None),
             Column::Seconds => ("GPU-SECONDS", Some(Sort::Seconds)),
             Column::Memory => ("MEMORY", Some(Sort::Memory)),
-            Column::Pressure => ("PRESSURE", None),
+            Column::Pressure => ("PRESSURE", Some(Sort::Pressure)),
             Column::Contention => ("CONTENTION", Some(Sort::Waiting)),
             Column::With => ("WITH", None),
         }
@@ -369,8 +369,12 @@ fn details(model: &Model, width: usize, paint: Paint) -> Vec<Line<'static>> {
         u.samples,
         waits.unwrap_or_default()
     );
-    let contenders: Vec<String> =
-        u.contended_by.iter().map(|other| format!("{} {:.1} s", contender_name(other), other.seconds)).collect();
+    let contender = |other: &LiveOther| {
+        let pressure = other.pressure_ratio.filter(|ratio| *ratio > 0.0);
+        let pressure = pressure.map(|ratio| format!(" (pressure now {})", percent_or_dash(Some(ratio))));
+        format!("{} {:.1} s{}", contender_name(other), other.seconds, pressure.unwrap_or_default())
+    };
+    let contenders: Vec<String> = u.contended_by.iter().map(contender).collect();
     let contention = match contenders.is_empty() {
         true => ("no contention so far".to_owned(), paint.dim()),
         false => (format!("contention so far with {}", contenders.join(", ")), paint.warning()),
@@ -391,6 +395,7 @@ fn foot(model: &Model, width: usize, paint: Paint) -> Line<'static> {
         Sort::Share => "share",
         Sort::Seconds => "GPU-seconds",
         Sort::Memory => "memory",
+        Sort::Pressure => "pressure",
         Sort::Waiting => "contention",
         Sort::Name => "name",
     };

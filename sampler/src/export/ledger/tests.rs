@@ -172,7 +172,7 @@ fn contended(at_s: u64, seconds: f64) -> (Snapshot, LabelView) {
     view.add_all(&labels(&other, true));
     all.containers.push(ContainerView { record: Arc::new(other), gone: None, gpus: Vec::new(), waits: None });
     let others = [Other::Container(key), Other::Host, Other::Rest];
-    let contention = others.map(|other| Contention { other, seconds });
+    let contention = others.map(|other| Contention { other, seconds, pressure_ratio: None });
     let pair = &mut all.containers[0].gpus[0];
     (pair.coactive_seconds, pair.active_seconds, pair.contention) = (4.0, 5.0, contention.into());
     (all, view)
@@ -222,7 +222,7 @@ fn a_contender_waits_for_its_labels_and_its_restarts_are_merged() {
     view.add_all(&labels(&again, true));
     all.containers.push(ContainerView { record: Arc::new(again), gone: None, gpus: Vec::new(), waits: None });
     let contention = &mut all.containers[0].gpus[0].contention;
-    let of_second_run = Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0 };
+    let of_second_run = Contention { other: Other::Container(ContainerKey(3)), seconds: 2.0, pressure_ratio: None };
     *contention = contention.iter().copied().chain([of_second_run]).collect();
     ledger.update(&all, &view);
     let mut page = ledger.view(&all, &view, &AssignedGpus::default());

@@ -320,6 +320,9 @@ function showLine(part, row, now) {
   part.pressure.hidden = !ui.waits;
   setText(part.pressure, percent(waits && waits.pressure_ratio));
   part.pressure.title = waits ? `waited ${seconds(waits.wait_seconds)} of ${seconds(waits.probed_seconds)} with wait probes` : "";
+  const pressure = user.contended_by.filter((other) => other.pressure_ratio > 0)
+    .map((other) => `${nameOf(other)} ${percent(other.pressure_ratio)}`);
+  if (waits && pressure.length) part.pressure.title += `; pressure by ${pressure.join(", ")}`;
   const { all, by } = row.contention;
   const isContended = known(all) && all >= 0.005;
   setText(part.rate, isContended ? `${all.toFixed(2)} s/s` : "");

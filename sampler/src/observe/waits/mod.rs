@@ -23,6 +23,7 @@ use std::sync::{Arc, Condvar, Mutex, PoisonError};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 
+use sampler_common::WaitSums;
 use sampler_core::observation::{Observation, WaitProbeChange, WaitProbeState};
 use sampler_core::pipeline::GpuProcess;
 use sampler_core::units::{BootNs, Tgid};
@@ -38,7 +39,11 @@ use crate::observe::clock::boot_now;
 use crate::observe::kernel::proc::living_thread;
 use crate::wait_selector::WaitSelector;
 
+/// Processes of one user that are probed at a time, so that others have room.
+const MAX_OF_USER: usize = 256;
 const EVERY: Duration = Duration::from_secs(1);
+/// How often new clients are reported: before samples of their time are divided, which wait for the fourth named sample after them.
+const CLIENTS_EVERY: Duration = Duration::from_millis(200);
 /// Without a request; one ends the pause.
 const IDLE: Duration = Duration::from_secs(3600);
 /// How often loading is tried again.
@@ -88,10 +93,11 @@ impl WaitRequests {
         (requests.selectors.values().cloned().collect(), requests.generation)
     }
 
-    /// Waits until the selections are others than those of `generation`, `at_most` for that long.
-    fn wait(&self, generation: u64, at_most: Duration) {
+    /// Waits until the selections are others than those of `generation`, `at_most` for that long. Returns whether they are.
+    fn wait(&self, generation: u64, at_most: Duration) -> bool {
         let requests = self.0.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let _waited = self.0.1.wait_timeout_while(requests, at_most, |requests| requests.generation == generation);
+        let waited = self.0.1.wait_timeout_while(requests, at_most, |requests| requests.generation == generation);
+        waited.unwrap_or_else(PoisonError::into_inner).0.generation != generation
     }
 }
 
@@ -179,7 +185,7 @@ pub fn start(context: WaitContext) -> std::io::Result<WaitsThread> {
             // The core has ended, and with it the agent.
             let Some(()) = worker.turn(&selectors, generation) else { return };
             let pause = if selectors.is_empty() { IDLE } else { EVERY.saturating_sub(begun.elapsed()) };
-            worker.context.requests.wait(generation, pause);
+            let Some(()) = worker.pause(generation, pause) else { return };
         }
         worker.end_all();
     })?;
@@ -215,11 +221,7 @@ impl Worker {
             self.end_all();
             return self.send();
         }
-        if let Err(problem) = self.load() {
-            let wanted = self.wanted(selectors)?;
-            self.refuse(&wanted, &problem);
-            return self.send();
-        }
+        let loaded = self.load();
         self.send_clients()?;
         let wanted = self.wanted(selectors)?;
         self.read();
@@ -227,11 +229,34 @@ impl Worker {
         if std::mem::replace(&mut self.generation, generation) != generation {
             self.repeat_reasons(&wanted);
         }
-        for process in wanted {
-            self.examine(&process);
+        match loaded {
+            Ok(()) => {
+                let mut sent = Instant::now();
+                for process in wanted {
+                    self.examine(&process);
+                    if sent.elapsed() > CLIENTS_EVERY {
+                        sent = Instant::now();
+                        self.send_clients()?;
+                    }
+                }
+                self.report_problems();
+            }
+            Err(problem) => self.refuse(&wanted, &problem),
         }
-        self.report_problems();
         self.send()
+    }
+
+    /// Waits for other selections, `at_most` for that long, and reports new clients meanwhile. `None` if the core has ended.
+    fn pause(&mut self, generation: u64, at_most: Duration) -> Option<()> {
+        let until = Instant::now() + at_most;
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            let slice = if self.probes.is_some() { left.min(CLIENTS_EVERY) } else { left };
+            if left.is_zero() || self.context.requests.wait(generation, slice) {
+                return Some(());
+            }
+            self.send_clients()?;
+        }
     }
 
     /// A session that begins has the reasons of processes that were refused before.
@@ -282,7 +307,6 @@ impl Worker {
 
     /// States for each process, once, why it has no probes: the programs cannot be loaded.
     fn refuse(&mut self, wanted: &[GpuProcess], problem: &str) {
-        self.end_except(wanted);
         for process in wanted {
             let now = Instant::now();
             let reported = Some((WaitProbeState::Refused, problem.to_owned()));
@@ -305,7 +329,7 @@ impl Worker {
     /// Reads all processes; those over the budget lose their probes.
     fn read(&mut self) {
         let Some(probes) = &mut self.probes else { return };
-        let mut over = HashSet::new();
+        let (mut over, mut uncounted) = (HashSet::new(), Vec::new());
         for (id, process) in &mut self.probed {
             // Without an entry, and if it cannot be read, there is nothing to add.
             let Ok(Some(sums)) = probes.sums(id.0) else { continue };
@@ -313,9 +337,17 @@ impl Worker {
                 over.insert(*id);
                 continue;
             }
+            if process.has_new_uncounted(&sums, self.generation) {
+                uncounted.push((process.tgid, process.start));
+            }
             self.observations.push(Observation::Waited(Box::new(process.take(&sums, boot_now()))));
         }
         probes.forget(&over.iter().map(|(pid, _)| *pid).collect());
+        for process in uncounted {
+            let most = WaitSums::MAX_THREADS;
+            let detail = format!("some calls are not counted, as where more than {most} threads are inside calls at once");
+            self.probe_change(process, WaitProbeState::UncountedCalls, detail);
+        }
         for id in over {
             let Some(process) = self.probed.remove(&id) else { continue };
             let budget = self.context.budget;
@@ -385,6 +417,11 @@ impl Worker {
         if self.probed.len() >= MAX_PROCESSES as usize {
             return Err((WaitProbeState::Refused, format!("{MAX_PROCESSES} processes are probed; select fewer")));
         }
+        if self.probed.values().filter(|probed| probed.user == process.user).count() >= MAX_OF_USER {
+            let problem =
+                format!("{MAX_OF_USER} processes of its user are probed, the most of one user; select single ones by pid");
+            return Err((WaitProbeState::Refused, problem));
+        }
         let pid = process.tgid.0;
         let library = self.libraries.of_process(&self.context.procfs, pid).map_err(|error| match &error {
             LibraryError::Absent | LibraryError::Maps { .. } => (WaitProbeState::NoLibrary, display_chain(&error)),
@@ -398,7 +435,7 @@ impl Worker {
             probes.forget(&HashSet::from([pid]));
             return Err((WaitProbeState::NoLibrary, format!("process {pid} ended")));
         }
-        let probed = ProbedProcess::new(process.tgid, process.start, boot_now(), Some(attached));
+        let probed = ProbedProcess::new(process, boot_now(), Some(attached));
         self.probed.insert(id_of(process), probed);
         Ok(library.path.display().to_string())
     }

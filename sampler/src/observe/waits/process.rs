@@ -3,7 +3,9 @@
 use std::sync::Arc;
 
 use sampler_common::WaitSums;
+use sampler_core::fact::User;
 use sampler_core::observation::WaitReading;
+use sampler_core::pipeline::GpuProcess;
 use sampler_core::units::{BootNs, Tgid};
 
 use super::programs::AttachedProbes;
@@ -11,15 +13,24 @@ use super::programs::AttachedProbes;
 pub struct ProbedProcess {
     pub tgid: Tgid,
     pub start: BootNs,
+    pub user: User,
     read_at: BootNs,
     before: WaitSums,
     some_ns: u64,
+    /// Generation of the requests in which uncounted calls were reported.
+    reported_uncounted: Option<u64>,
     _probes: Option<Arc<AttachedProbes>>,
 }
 
 impl ProbedProcess {
-    pub fn new(tgid: Tgid, start: BootNs, at: BootNs, probes: Option<Arc<AttachedProbes>>) -> Self {
-        Self { tgid, start, read_at: at, before: WaitSums::ZERO, some_ns: 0, _probes: probes }
+    pub fn new(process: &GpuProcess, at: BootNs, probes: Option<Arc<AttachedProbes>>) -> Self {
+        let GpuProcess { tgid, start, user } = *process;
+        Self { tgid, start, user, read_at: at, before: WaitSums::ZERO, some_ns: 0, reported_uncounted: None, _probes: probes }
+    }
+
+    /// Whether these sums have calls that were not counted, and that is not reported for this generation of requests yet. Before `take`.
+    pub fn has_new_uncounted(&mut self, sums: &WaitSums, generation: u64) -> bool {
+        sums.lost > self.before.lost && self.reported_uncounted.replace(generation) != Some(generation)
     }
 
     /// What these sums add to the last ones.
@@ -50,6 +61,12 @@ mod tests {
     use super::*;
 
     const S: u64 = 1_000_000_000;
+    const BEGIN: u64 = 100 * S;
+
+    fn process() -> ProbedProcess {
+        let user = User::Unattributed(sampler_core::device::Reason::PidUnknown);
+        ProbedProcess::new(&GpuProcess { tgid: Tgid(7), start: BootNs(1), user }, BootNs(BEGIN), None)
+    }
 
     fn sums(some_ns: u64, inside: u64, calls: u64) -> WaitSums {
         let mut sums = WaitSums { some_ns, inside, calls, total_ns: some_ns, ..WaitSums::ZERO };
@@ -58,9 +75,20 @@ mod tests {
     }
 
     #[test]
+    fn uncounted_calls_are_reported_once_to_each_generation_of_requests() {
+        let mut process = process();
+        let mut reported = Vec::new();
+        for (n, (lost, generation)) in [(0, 1), (3, 1), (5, 1), (5, 2), (6, 2)].into_iter().enumerate() {
+            let sums = WaitSums { lost, ..WaitSums::ZERO };
+            reported.push(process.has_new_uncounted(&sums, generation));
+            process.take(&sums, BootNs(BEGIN + S * (n as u64 + 1)));
+        }
+        assert_eq!(reported, [false, true, false, false, true]);
+    }
+
+    #[test]
     fn readings_add_up_to_the_sums() {
-        let begin = 100 * S;
-        let mut process = ProbedProcess::new(Tgid(7), BootNs(1), BootNs(begin), None);
+        let (begin, mut process) = (BEGIN, process());
         let one_inside = |since: u64| (1 << WaitSums::THREADS_SHIFT) | since;
         let first = process.take(&sums(S / 2, 0, 3), BootNs(begin + S));
         assert_eq!((first.some_ns, first.calls, first.durations), (S / 2, 3, vec![(20, 3)]));

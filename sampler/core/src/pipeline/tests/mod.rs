@@ -1,4 +1,5 @@
 mod ambiguity;
+mod clients;
 mod ends;
 mod energy;
 mod launches;
