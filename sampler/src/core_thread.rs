@@ -124,10 +124,19 @@ struct LossPeriod {
     last: Instant,
 }
 
+/// Whether the observation is of a time of which events may be missing.
+fn is_held(observation: &Observation, clean_since: BootNs) -> bool {
+    match observation {
+        Observation::Gpu(batch) => batch.ended > clean_since,
+        Observation::GpuClient { at, .. } => *at > clean_since,
+        _ => false,
+    }
+}
+
 impl Turn {
     /// Whether a batch waits until the losses up to its end were read.
     fn batch_waits(&self) -> bool {
-        matches!(self.waiting.front(), Some(Observation::Gpu(batch)) if batch.ended > self.clean_since)
+        self.waiting.front().is_some_and(|next| is_held(next, self.clean_since))
     }
 
     /// Time from one resync to the next while events are lost.
@@ -203,9 +212,7 @@ impl CoreThread {
         let before = boot_now();
         self.drain();
         self.resync(turn, before);
-        while let Some(observation) =
-            turn.waiting.pop_front_if(|next| !matches!(next, Observation::Gpu(b) if b.ended > turn.clean_since))
-        {
+        while let Some(observation) = turn.waiting.pop_front_if(|next| !is_held(next, turn.clean_since)) {
             if let Observation::Gpu(batch) = &observation {
                 self.read_processes_of(batch);
             }

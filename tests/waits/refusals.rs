@@ -9,7 +9,7 @@ use gpu_sampler_tests::cuda::CudaLibrary;
 use gpu_sampler_tests::{get, sum, var, wait_for};
 use serde_json::{Value, json};
 
-use super::{ATTACHES, CudaClient, WaitScene, report_of, user};
+use super::{ATTACHES, CudaClient, GONE_WITHIN, WaitScene, report_of, user};
 
 /// The bound of the product: a process over the budget loses its probes with the next reading.
 const DETACHES: Duration = Duration::from_secs(3);
@@ -85,8 +85,12 @@ fn refused_processes_have_a_reason_and_others_keep_their_probes() -> Result<()> 
     }
     assert!(scene.library.is_probed(steady.pid)?, "others keep their probes");
     agent.stop(&session)?;
+    let stopped = Instant::now();
     scene.check_gone(&[&steady, &empty], "the session was stopped")?;
-    assert!(other_library.breakpoints(with_other_copy.pid)?.is_empty());
+    // The kernel detaches one library after the other.
+    wait_for("no breakpoint in the other library", GONE_WITHIN.saturating_sub(stopped.elapsed()), || {
+        Ok(other_library.breakpoints(with_other_copy.pid)?.is_empty().then_some(()))
+    })?;
 
     let report = report_of(&agent, &session)?;
     for client in [&steady, &with_other_copy] {

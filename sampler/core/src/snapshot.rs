@@ -205,3 +205,23 @@ pub struct Snapshot {
     /// that disappeared within the retention time.
     pub containers: Vec<ContainerView>,
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn pressure_is_added_to_known_contenders() {
+        let [one, two, three] = [1, 2, 3].map(|key| Other::Container(ContainerKey(key)));
+        let contention = |other: &Other| Contention { other: *other, seconds: 1.0, pressure_ratio: None };
+        let with = |others: &[Other], shares: &[(Other, f64)]| {
+            let mut usage = ContainerGpu { contention: others.iter().map(contention).collect(), ..ContainerGpu::default() };
+            usage.add_pressure(shares.iter().copied());
+            usage.contention.iter().map(|contention| (contention.other, contention.pressure_ratio)).collect::<Vec<_>>()
+        };
+        assert_eq!(with(&[one, two], &[(one, 0.2)]), [(one, Some(0.2)), (two, Some(0.0))]);
+        assert_eq!(with(&[one, Other::Rest], &[(one, 0.2), (two, 0.1), (three, 0.2)])[1].1, Some(0.1 + 0.2));
+        // It was never active next to the other one.
+        assert_eq!(with(&[one], &[(two, 0.2)]), [(one, Some(0.0))]);
+    }
+}

@@ -27,16 +27,23 @@ pub fn probed(report: &Report) -> Vec<(&UserReport, &UserWaits)> {
     all
 }
 
-/// By user with processes without probes: how many, and the reasons. Not escaped.
+/// By user with processes without probes, or with calls that were not counted: how many, and the reasons. Not escaped.
 pub fn unprobed(report: &Report) -> Vec<(&UserReport, String)> {
     let text = |waits: &UserWaits| {
+        let (without, uncounted) = waits.problems.split_at(waits.unprobed_processes.min(waits.problems.len()));
         let processes = words::counted(waits.unprobed_processes, "process", "processes");
-        let more = waits.unprobed_processes.saturating_sub(waits.problems.len());
+        let more = waits.unprobed_processes - without.len();
         let more = if more > 0 { format!("; and {} more", words::count(more)) } else { String::new() };
-        format!("{processes} had no wait probes: {}{more}", waits.problems.join("; "))
+        let without = format!("{processes} had no wait probes: {}{more}", without.join("; "));
+        let uncounted = format!("not all calls were counted: {}", uncounted.join("; "));
+        match (waits.unprobed_processes, waits.problems.len()) {
+            (0, _) => uncounted,
+            (unprobed, problems) if problems > unprobed => format!("{without}; {uncounted}"),
+            _ => without,
+        }
     };
     let with_waits = report.users.iter().filter_map(|user| Some((user, user.waits.as_ref()?)));
-    with_waits.filter(|(_, waits)| waits.unprobed_processes > 0).map(|(user, waits)| (user, text(waits))).collect()
+    with_waits.filter(|(_, waits)| !waits.problems.is_empty()).map(|(user, waits)| (user, text(waits))).collect()
 }
 
 /// `340 µs`, `1.4 ms`, `2.1 s`: two digits, because durations of calls are known to within a factor of two.

@@ -64,12 +64,12 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
         waiting.report.call_seconds = call_seconds(&durations);
     }
     for (user, facts) in &gathered.wait_probes {
-        let mut problems = problems(facts);
+        let problems = problems(facts);
         if !problems.is_empty() {
             let report = &mut users.entry(*user).or_default().report;
-            report.unprobed_processes = problems.len();
-            problems.truncate(MAX_PROBLEMS);
-            report.problems = problems;
+            report.unprobed_processes = problems.iter().filter(|fact| fact.state != WaitProbeState::UncountedCalls).count();
+            let text = |fact: &&WaitProbeFact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail);
+            report.problems = problems.iter().take(MAX_PROBLEMS).map(text).collect();
         }
     }
     for (_, device) in aggregate.gpus().filter(|(_, device)| device.info.is_leaf()) {
@@ -88,8 +88,8 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
     users
 }
 
-/// The last state of each process, if it is one without probes.
-fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
+/// The last state of each process, if it is one without probes or with uncounted calls; these at the end.
+fn problems(facts: &[WaitProbeFact]) -> Vec<&WaitProbeFact> {
     let mut last: HashMap<HostProcess, &WaitProbeFact> = HashMap::new();
     for fact in facts.iter().filter(|fact| fact.state != WaitProbeState::Ended) {
         last.insert(fact.process, fact);
@@ -103,8 +103,9 @@ fn problems(facts: &[WaitProbeFact]) -> Vec<String> {
         _ => true,
     };
     let mut without: Vec<&WaitProbeFact> = last.into_values().filter(|fact| is_problem(fact.state)).collect();
-    without.sort_by_key(|fact| (std::cmp::Reverse(fact.state), fact.process.pid));
-    without.iter().map(|fact| format!("process {} ({}): {}", fact.process.pid, fact.state.name(), fact.detail)).collect()
+    let is_last = |fact: &WaitProbeFact| fact.state == WaitProbeState::UncountedCalls;
+    without.sort_by_key(|fact| (is_last(fact), std::cmp::Reverse(fact.state), fact.process.pid));
+    without
 }
 
 /// The middle of the bucket that contains the quantile.

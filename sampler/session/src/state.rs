@@ -6,8 +6,8 @@
 //! A State frame may contain `Time`; for each present GPU `Opened` and the latest `Held`, `Readings` and `Clock`; for recently named
 //! users `Container`, `Labels`, `Pressure`, `ContainerGone` and `Comm`; and the last experiment. All of these state a current value, so
 //! reading one twice has no effect, and each has the time at which it was first emitted. Facts that are summed (utilization samples, idle
-//! and unobserved time, XIDs, waiting, `Left`, `Restarted`), changes of wait probes and readings of serving engines are never in a State
-//! frame.
+//! and unobserved time, XIDs, waiting, `Left`, `Restarted`), `Client`, changes of wait probes and readings of serving engines are never
+//! in a State frame.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 

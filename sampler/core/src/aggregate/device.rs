@@ -214,7 +214,9 @@ impl DeviceAccount {
         self.sampled[engine as usize] |= !compute;
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
-        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
+        // A client of CUDA need not use another engine.
+        let none = Clients::default();
+        let presence = Presence { exits: &self.exits, lifetimes, clients: if compute { &self.clients } else { &none } };
         let pending = PendingSample { sample, named, otherwise };
         self.accounts[engine as usize].add_sample(pending, presence, &mut booked);
         if compute {
@@ -331,8 +333,10 @@ impl DeviceAccount {
     /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self, lifetimes: &Lifetimes) {
         let (mut booked, mut of_others) = (Vec::new(), Vec::new());
-        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
+        let none = Clients::default();
         for (engine, account) in self.accounts.iter_mut().enumerate() {
+            let clients = if engine == COMPUTE { &self.clients } else { &none };
+            let presence = Presence { exits: &self.exits, lifetimes, clients };
             account.decide(BootNs(u64::MAX), presence, if engine == COMPUTE { &mut booked } else { &mut of_others });
         }
         self.count(&booked);

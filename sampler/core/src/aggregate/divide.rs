@@ -7,7 +7,7 @@
 //!                    if there are none, over containers that existed in the period and were named close to it
 //!  pid-less sample   where only processes that have ended are not named (`naming`): only over those that ended soon after it, named
 //!                    ones and clients (`clients`)
-//!  both              if no named sample qualifies: over the clients that ended soon after it
+//!  pid-less sample   if no named sample qualifies and the device has no sole holder: over the clients that ended soon after it
 //!  unqueried sample  also over containers that existed in the period and are named on both sides, or close to it by successive
 //!                    processes, regardless of which processes these were
 //! ```
@@ -145,6 +145,11 @@ impl Neighbours {
         self.queried.clear();
     }
 
+    /// Whether a sample names a process, as far as they are kept.
+    pub fn has_named(&self) -> bool {
+        !self.named.is_empty()
+    }
+
     pub fn get_mut(&mut self, n: usize) -> Option<&mut NamedSample> {
         self.named.get_mut(n)
     }
@@ -159,9 +164,9 @@ impl Neighbours {
         enough || now.saturating_since(sample.at) >= WAIT_NS
     }
 
-    /// Division over the processes that ended in the sample's period or between it and its read, named ones and clients; empty if there are
-    /// none. To be used where the driver names every process that lives when a sample is read.
-    pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>) -> Vec<(Basis, f64)> {
+    /// Division over the processes that ended in the sample's period or between it and its read, named ones and, if `has_clients`, clients;
+    /// empty if there are none. To be used where the driver names every process that lives when a sample is read.
+    pub fn of_ended(&self, sample: &Sample, presence: Presence<'_>, has_clients: bool) -> Vec<(Basis, f64)> {
         let (_, read) = sample.until_read();
         let mut processes: Vec<NamedUser> = Vec::new();
         let mut weights = Vec::new();
@@ -174,7 +179,8 @@ impl Neighbours {
             processes.push(named);
             weights.push((Basis::Named(n), presence.exits.part(&named, sample.at, sample.span_ns)));
         }
-        let unnamed = presence.clients.ended(sample, presence.exits).filter(|(client, _)| !processes.contains(client));
+        let unnamed = presence.clients.ended(sample, presence.exits);
+        let unnamed = unnamed.filter(|(client, _)| has_clients && !processes.contains(client));
         weights.extend(unnamed.map(|(client, part)| (Basis::Client(client), part)));
         normalized(weights)
     }
@@ -371,7 +377,7 @@ mod tests {
         world.named(1167, 2, 0.5, (100, None));
         world.named(1334, 3, 0.5, (100, Some(9000)));
         let of_ended =
-            |world: &DivideWorld, at_ms| world.pids(world.neighbours.of_ended(&sample(at_ms, 0.5, true), world.presence()));
+            |world: &DivideWorld, at_ms| world.pids(world.neighbours.of_ended(&sample(at_ms, 0.5, true), world.presence(), true));
         assert_eq!(of_ended(&world, 1300), [(1000, 1000)], "the third lives long after the read");
         assert_eq!(of_ended(&world, 1900), [], "the first had ended before the sample's period");
         assert_eq!(of_ended(&world, 8900), [(1334, 1000)]);

@@ -3,8 +3,8 @@
 //! ```text
 //!  busy sample with a pid             -> credited to the user of that pid at once
 //!  busy sample, pid-less or unqueried -> waits for later neighbours, 10 s at most; then divided over its neighbours (`divide`);
-//!                                        without neighbours and clients, credited to the only listed holder of the device, or
-//!                                        `no_pid`
+//!                                        without neighbours, credited to the only listed holder of the device, or divided over
+//!                                        clients, or `no_pid`
 //! ```
 //! Busy time and its credits are booked together, so their sums agree at every instant. Time that waits is in no state yet.
 
@@ -147,14 +147,16 @@ impl EngineAccount {
         let Sample { at, span_ns, busy_ns, queried } = pending.sample;
         let busy_ratio = pending.sample.busy_ratio();
         let mut parts = if queried && self.naming.only_ended_are_unnamed(busy_ratio) {
-            self.neighbours.of_ended(&pending.sample, presence)
+            // A driver that names no process at all does not name those that live either.
+            let has_clients = self.naming.names_the_last() || self.neighbours.has_named();
+            self.neighbours.of_ended(&pending.sample, presence, has_clients)
         } else {
             Vec::new()
         };
         if parts.is_empty() {
             parts = self.neighbours.divide(&pending.sample, presence);
         }
-        if parts.is_empty() && queried {
+        if parts.is_empty() && queried && !pending.otherwise.is_known() {
             parts = Neighbours::of_clients(&pending.sample, presence);
         }
         if parts.is_empty() {

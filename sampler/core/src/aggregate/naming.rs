@@ -53,7 +53,12 @@ impl Naming {
 
     /// Whether a busy sample without a pid is one of a process that has ended since.
     pub fn only_ended_are_unnamed(&self, busy_ratio: f64) -> bool {
-        busy_ratio >= SURELY_NAMED_RATIO || self.rule() == Some(Rule::Last)
+        busy_ratio >= SURELY_NAMED_RATIO || self.names_the_last()
+    }
+
+    /// Whether the driver is known to name the last process of a period.
+    pub fn names_the_last(&self) -> bool {
+        self.rule() == Some(Rule::Last)
     }
 
     /// Standard error of the credits of a user with that share, from the unknown distribution of the work over the time. `partly_ns`: the

@@ -31,7 +31,7 @@ const LEAST_ALONE: usize = 5;
 const PROBED: f64 = 0.5;
 /// Without a reading for this time a container is not probed any more.
 const STALE_NS: u64 = 5_000_000_000;
-/// Maximum number of containers, of windows of one, and of users that are distinguished in one of these.
+/// Maximum number of containers, of windows of one, and of users of a GPU that are distinguished in one of these.
 const MAX_ACCOUNTS: usize = 4096;
 const MAX_OPEN: usize = 64;
 const MAX_SHARES: usize = 16;
@@ -58,7 +58,8 @@ pub struct PressureShare {
 
 fn add_share(shares: &mut Vec<PressureShare>, share: PressureShare) {
     let at = |other| shares.iter().position(|known| known.gpu == share.gpu && known.other == other);
-    let other = if at(share.other).is_none() && shares.len() >= MAX_SHARES { Other::Rest } else { share.other };
+    let of_gpu = || shares.iter().filter(|known| known.gpu == share.gpu).count();
+    let other = if at(share.other).is_none() && of_gpu() >= MAX_SHARES { Other::Rest } else { share.other };
     match at(other) {
         Some(known) => shares[known].amount += share.amount,
         None => shares.push(PressureShare { other, ..share }),
@@ -211,7 +212,7 @@ impl Waits {
                 window.others.iter().for_each(|share| add_share(&mut shares, *share));
             }
         }
-        let booked = (excess_ns / f64::max(probed_ns, 1.0)).clamp(0.0, pressure);
+        let booked = (excess_ns / f64::max(probed_ns, 1.0)).max(0.0).min(pressure);
         let all_ns: f64 = shares.iter().map(|share| share.amount).sum();
         shares.iter_mut().for_each(|share| share.amount *= booked / f64::max(all_ns, 1.0));
         Some(shares)

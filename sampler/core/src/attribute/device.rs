@@ -128,15 +128,14 @@ impl DeviceAttribution {
         facts.push((at, GpuFact::Held(None)));
     }
 
-    /// A process of `user`, which it has been since `since`, called cuInit at `at`. One that calls it again is known.
-    pub fn client(
-        &mut self,
-        (pid, user, since): (u32, User, BootNs),
-        at: BootNs,
-        identity: &Identity,
-        facts: &mut AttributedFacts,
-    ) {
-        if self.gone || self.released || !self.attribution.follow((pid, since), at) {
+    /// A process of `user` called cuInit at `at`. One that calls it again is known, and a user that starts very many is not followed in all
+    /// of them.
+    pub fn client(&mut self, (pid, user): (u32, User), at: BootNs, identity: &Identity, facts: &mut AttributedFacts) {
+        if self.gone || self.released {
+            return;
+        }
+        let since = self.attribution.since(pid, at, identity);
+        if !self.attribution.follow_client((pid, since), user, at) {
             return;
         }
         facts.push((at, GpuFact::Client { pid, user, since }));

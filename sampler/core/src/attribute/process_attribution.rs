@@ -10,6 +10,10 @@ use crate::units::{BootNs, Tgid};
 
 /// A process that was last named or listed this long ago is not a neighbour of any sample that is still to be divided.
 const FOLLOW_NS: u64 = 45_000_000_000;
+const SECOND_NS: u64 = 1_000_000_000;
+/// Clients in a second that are followed.
+const MAX_CLIENTS: u32 = 256;
+const MAX_CLIENTS_OF_USER: u32 = 32;
 
 #[derive(Debug, Default)]
 pub struct ProcessAttribution {
@@ -20,6 +24,8 @@ pub struct ProcessAttribution {
     /// Pids of the multi-process service and of its clients: a sample names any one of them for all.
     mps: HashSet<u32>,
     mps_users: HashSet<User>,
+    /// A second, and the clients in it by user.
+    clients_in: (u64, HashMap<User, u32>),
 }
 
 /// A process on this device.
@@ -115,13 +121,26 @@ impl ProcessAttribution {
         AttributedProcess { pid, percent, user, since }
     }
 
-    /// Follows a process from `at` on, until it ends; false if it is followed already.
-    pub fn follow(&mut self, process: (u32, BootNs), at: BootNs) -> bool {
-        let is_new = !self.named.contains_key(&process);
-        if is_new {
-            self.named.insert(process, at);
+    /// Since when the process has belonged to its user without interruption.
+    pub fn since(&self, pid: u32, at: BootNs, identity: &Identity) -> BootNs {
+        let seen = |start: BootNs| self.sightings.get(&(pid, start.proc_tick())).map(|sighting| sighting.first);
+        identity.residency(Tgid(pid), (at, at), seen).map_or(at, |residency| residency.since)
+    }
+
+    /// Follows a client from `at` on, until it ends; false if it is followed already, or its user or all users have started too many in this
+    /// second.
+    pub fn follow_client(&mut self, process: (u32, BootNs), user: User, at: BootNs) -> bool {
+        if at.0 / SECOND_NS > self.clients_in.0 {
+            self.clients_in = (at.0 / SECOND_NS, HashMap::default());
         }
-        is_new
+        let of_user = self.clients_in.1.get(&user).copied().unwrap_or_default();
+        let of_all: u32 = self.clients_in.1.values().sum();
+        if self.named.contains_key(&process) || of_user >= MAX_CLIENTS_OF_USER || of_all >= MAX_CLIENTS {
+            return false;
+        }
+        self.clients_in.1.insert(user, of_user + 1);
+        self.named.insert(process, at);
+        true
     }
 
     /// Returns true, and adds the end to `facts`, if the residency has ended.

@@ -45,7 +45,7 @@ use foldhash::{HashMap, HashSet};
 
 use crate::aggregate::{Aggregate, Settings};
 use crate::attribute::DeviceAttribution;
-use crate::device::{GpuInfo, Reason};
+use crate::device::Reason;
 use crate::fact::{ContainerFact, Fact, GpuFact, HostProcess, User, WaitFact, WaitProbeFact};
 use crate::identity::{ContainerChange, ContainerRecord, Identity, Verdict};
 use crate::observation::{CgroupMembership, Observation, WaitProbeChange, WaitReading};
@@ -201,10 +201,12 @@ impl Core {
     /// Samples of these devices that name no process may be of the client: those that its user is known to use; without such a device the
     /// only one of the machine. MIG devices have no samples.
     fn devices_of_client(&self, user: User) -> Vec<usize> {
-        let has_samples = |info: &GpuInfo| info.is_leaf() && info.parent.is_none();
-        let devices = || self.aggregate.gpus().filter(|(_, gpu)| gpu.gone.is_none() && has_samples(&gpu.info));
-        let known: Vec<usize> = devices().filter(|(_, gpu)| gpu.knows(user)).map(|(slot, _)| slot).collect();
-        if known.is_empty() && devices().count() == 1 { devices().map(|(slot, _)| slot).collect() } else { known }
+        let all = || self.aggregate.gpus().filter(|(_, gpu)| gpu.info.is_leaf());
+        let is_only = all().count() == 1;
+        let known: Vec<usize> = all().filter(|(_, gpu)| gpu.knows(user)).map(|(slot, _)| slot).collect();
+        let may_be = |slot: usize| if known.is_empty() { is_only } else { known.contains(&slot) };
+        let present = all().filter(|(slot, gpu)| may_be(*slot) && gpu.gone.is_none() && gpu.info.parent.is_none());
+        present.map(|(slot, _)| slot).collect()
     }
 
     fn client(&mut self, tgid: Tgid, at: BootNs) {
@@ -213,11 +215,10 @@ impl Core {
         if !matches!(user, User::Container(_) | User::Host(_)) {
             return;
         }
-        let since = self.identity.residency(tgid, (at, at), |_| None).map_or(at, |residency| residency.since);
         for slot in self.devices_of_client(user) {
             let mut facts = Vec::new();
             if let Some(Some(device)) = self.devices.get_mut(slot) {
-                device.client((tgid.0, user, since), at, &self.identity, &mut facts);
+                device.client((tgid.0, user), at, &self.identity, &mut facts);
             }
             self.push_facts(slot, facts);
         }

@@ -81,8 +81,9 @@ families! {
         .starts_at_zero();
     CONTENDER_PRESSURE: Family::gauge("container_gpu_contender_pressure_ratio", "ratio", WITH_CONTENDER)
         .in_collector(Collector::Contenders)
-        .help("Part of container_gpu_pressure_ratio that is attributed to another user of this GPU (0-1): the excess of waiting while the \
-               GPU was saturated, divided over the others by the GPU time they got then.")
+        .help("Part of container_gpu_pressure_ratio, of the same ten seconds, that is attributed to another user of this GPU (0-1): the \
+               excess of waiting while the GPU was saturated, divided over the others by the GPU time they got then. The sum over GPUs and \
+               others is at most the pressure. 0: no pressure by it now.")
         .absent("if container_gpu_pressure_ratio is, or until there is a contender with settled labels");
     MEMORY_USED: Family::gauge("container_gpu_memory_used_bytes", "bytes", LABELS)
         .help("GPU memory held by the processes of the container, in bytes.")
