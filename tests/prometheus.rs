@@ -132,8 +132,11 @@ fn prometheus_negotiates_openmetrics_and_gzip() -> Result<()> {
         let of_gpu = &metadata["data"][0];
         Ok((of_gpu["unit"] == "seconds" && of_gpu["type"] == "counter").then_some(()))
     })?;
-    ensure!(direct.number("up")? == 1.0 && direct.number("gpu_time_seconds_total{state=\"idle\"}")? >= 0.0);
-    Ok(())
+    // Metadata are known before the samples of the same scrape can be queried.
+    wait_for("Prometheus has samples", Duration::from_secs(30), || {
+        let idle = direct.number("gpu_time_seconds_total{state=\"idle\"}").is_ok_and(|seconds| seconds >= 0.0);
+        Ok((idle && direct.number("up").is_ok_and(|up| up == 1.0)).then_some(()))
+    })
 }
 
 #[test]
