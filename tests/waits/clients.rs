@@ -1,11 +1,11 @@
 //! Processes that have ended before a sample of theirs is read: the driver does not name them, their call of cuInit does.
 
-use std::time::{Duration, Instant, SystemTime};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::{Agent, sum};
 
-use super::{CudaClient, WaitScene};
+use super::{CudaClient, WaitScene, now_us};
 
 /// As measured on a card: a sample names the last process of its period, unless that has ended by the read.
 const WORLD: &str = "seed = 4\n[[gpus]]\npid_rule = 'last'\nexited_pids = 'blank'";
@@ -20,10 +20,6 @@ const SETTLES: Duration = Duration::from_secs(13);
 /// Of the time of the short processes. The driver names those that live when it is read, which is about every second one.
 const WITH_PROBES: f64 = 0.85;
 const GAIN: f64 = 0.1;
-
-fn now_us() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros() as u64)
-}
 
 fn seconds(agent: &Agent, client: &CudaClient) -> Result<f64> {
     // Series begin at 0 in their first scrape.

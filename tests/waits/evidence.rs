@@ -1,13 +1,13 @@
 //! The judgement of waiting: a contender that comes and goes is confirmed, a pipeline is not, and the pressure of a running agent shows it.
 
-use std::time::{Duration, SystemTime};
+use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::cuda::WaitTruth;
 use gpu_sampler_tests::{Agent, sum, wait_for};
 use serde_json::Value;
 
-use super::{CudaClient, WaitScene, number, report_of, user};
+use super::{CudaClient, WaitScene, now_us, number, report_of, user};
 
 /// The grid of samples has the jitter of a real card (199.9 ms, 196.9 to 203.5): without any it is in step with work that repeats exactly,
 /// as this one does on a quiet machine, and all samples of a phase then name the same user.
@@ -25,10 +25,6 @@ const INTERVAL_ERRORS: f64 = 1.96;
 const ACCEPTED_ERRORS: f64 = 4.0;
 /// Waiting per second from which a report confirms.
 const LEAST_EFFECT: f64 = 0.02;
-
-fn now_us() -> Result<u64> {
-    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros() as u64)
-}
 
 /// Seconds of the span in which a user is on that begins at this time, and is off for as long, in turn.
 fn on_s(begin_us: u64, (from_us, to_us): (u64, u64)) -> f64 {

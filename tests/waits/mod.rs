@@ -9,7 +9,7 @@ mod truth;
 
 use std::path::Path;
 use std::process::Command;
-use std::time::Duration;
+use std::time::{Duration, SystemTime};
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::cuda::{CudaLibrary, FIRST_CALL};
@@ -109,6 +109,11 @@ impl WaitScene {
         ensure!(found.iter().all(|name| name == FIRST_CALL), "process {} has breakpoints: {found:?}", client.pid);
         Ok(())
     }
+}
+
+/// Microseconds of the wall clock, as the truth has them.
+fn now_us() -> Result<u64> {
+    Ok(SystemTime::now().duration_since(SystemTime::UNIX_EPOCH)?.as_micros() as u64)
 }
 
 fn url(agent: &Agent) -> String {

@@ -411,7 +411,7 @@ impl Builder<'_> {
             marks: gpu_facts.xids.iter().map(|(at, xid, n)| (seconds(*at), format!("XID {xid}, {n} times"))).collect(),
         };
         for (key, at) in &self.gathered.ended {
-            if *at > self.range.0 && *at <= self.range.1 && device.credits_any(*key) {
+            if *at > self.range.0 && *at <= self.range.1 && device.credits_any(User::Container(*key)) {
                 timeline.marks.push((seconds(*at), format!("{} ended", self.display_name(User::Container(*key)))));
             }
         }

@@ -31,16 +31,17 @@ pub fn probed(report: &Report) -> Vec<(&UserReport, &UserWaits)> {
 pub fn unprobed(report: &Report) -> Vec<(&UserReport, String)> {
     let text = |waits: &UserWaits| {
         let (without, uncounted) = waits.problems.split_at(waits.unprobed_processes.min(waits.problems.len()));
-        let processes = words::counted(waits.unprobed_processes, "process", "processes");
-        let more = waits.unprobed_processes - without.len();
-        let more = if more > 0 { format!("; and {} more", words::count(more)) } else { String::new() };
-        let without = format!("{processes} had no wait probes: {}{more}", without.join("; "));
-        let uncounted = format!("not all calls were counted: {}", uncounted.join("; "));
-        match (waits.unprobed_processes, waits.problems.len()) {
-            (0, _) => uncounted,
-            (unprobed, problems) if problems > unprobed => format!("{without}; {uncounted}"),
-            _ => without,
+        let mut parts = Vec::new();
+        if waits.unprobed_processes > 0 {
+            let processes = words::counted(waits.unprobed_processes, "process", "processes");
+            let more = waits.unprobed_processes - without.len();
+            let more = if more > 0 { format!("; and {} more", words::count(more)) } else { String::new() };
+            parts.push(format!("{processes} had no wait probes: {}{more}", without.join("; ")));
         }
+        if !uncounted.is_empty() {
+            parts.push(format!("not all calls were counted: {}", uncounted.join("; ")));
+        }
+        parts.join("; ")
     };
     let with_waits = report.users.iter().filter_map(|user| Some((user, user.waits.as_ref()?)));
     with_waits.filter(|(_, waits)| !waits.problems.is_empty()).map(|(user, waits)| (user, text(waits))).collect()

@@ -70,7 +70,7 @@ impl Clients {
 
     /// Each client that existed in the sample's period and had ended when the sample was read, with the part of the period in which it
     /// existed.
-    pub fn ended(&self, sample: &Sample, exits: &Exits) -> impl Iterator<Item = (NamedUser, f64)> {
+    pub fn ended(&self, sample: Sample, exits: &Exits) -> impl Iterator<Item = (NamedUser, f64)> {
         let (begin, read) = sample.until_read();
         self.all.iter().filter_map(move |Client { process, from }| {
             let end = exits.end_of(process).filter(|end| *end <= read && sample.at.saturating_since(*from) < FRESH_NS)?;
@@ -98,11 +98,11 @@ mod tests {
             }
         }
         let sample = Sample { at: BootNs(1_100 * MS), span_ns: 100e6, busy_ns: 50e6, queried: true };
-        let ended: Vec<(u32, f64)> = clients.ended(&sample, &exits).map(|(process, part)| (process.pid, part)).collect();
+        let ended: Vec<(u32, f64)> = clients.ended(sample, &exits).map(|(process, part)| (process.pid, part)).collect();
         assert_eq!(ended, [(1, 0.5)], "the second lives, the third ended before, the fourth long after the read");
         // A second call changes nothing.
         clients.add(process(1), BootNs(1_040 * MS));
-        assert_eq!(clients.ended(&sample, &exits).map(|(_, part)| part).collect::<Vec<_>>(), [0.5]);
+        assert_eq!(clients.ended(sample, &exits).map(|(_, part)| part).collect::<Vec<_>>(), [0.5]);
         clients.forget(BootNs(950 * MS + KEEP_NS));
         assert_eq!(clients.all.len(), 3);
     }

@@ -214,9 +214,7 @@ impl DeviceAccount {
         self.sampled[engine as usize] |= !compute;
         let mut booked = Vec::new();
         let otherwise = self.holders.sole_user();
-        // A client of CUDA need not use another engine.
-        let none = Clients::default();
-        let presence = Presence { exits: &self.exits, lifetimes, clients: if compute { &self.clients } else { &none } };
+        let presence = Presence { exits: &self.exits, lifetimes, clients: compute.then_some(&self.clients) };
         let pending = PendingSample { sample, named, otherwise };
         self.accounts[engine as usize].add_sample(pending, presence, &mut booked);
         if compute {
@@ -333,9 +331,8 @@ impl DeviceAccount {
     /// Ends the input: waiting samples are divided, windows are closed.
     pub fn finish(&mut self, lifetimes: &Lifetimes) {
         let (mut booked, mut of_others) = (Vec::new(), Vec::new());
-        let none = Clients::default();
         for (engine, account) in self.accounts.iter_mut().enumerate() {
-            let clients = if engine == COMPUTE { &self.clients } else { &none };
+            let clients = (engine == COMPUTE).then_some(&self.clients);
             let presence = Presence { exits: &self.exits, lifetimes, clients };
             account.decide(BootNs(u64::MAX), presence, if engine == COMPUTE { &mut booked } else { &mut of_others });
         }
@@ -346,7 +343,7 @@ impl DeviceAccount {
 
     fn decide(&mut self, now: BootNs, lifetimes: &Lifetimes) {
         let mut booked = Vec::new();
-        let presence = Presence { exits: &self.exits, lifetimes, clients: &self.clients };
+        let presence = Presence { exits: &self.exits, lifetimes, clients: Some(&self.clients) };
         self.accounts[COMPUTE].decide(now, presence, &mut booked);
         self.count(&booked);
     }
@@ -413,12 +410,12 @@ impl DeviceAccount {
 
     /// Whether the user was credited with time of the device, or holds it.
     pub fn knows(&self, user: User) -> bool {
-        self.holders.lists(user) || self.accounts.iter().any(|account| account.credits().contains_key(&user))
+        self.holders.lists(user) || self.credits_any(user)
     }
 
-    /// Whether the container has seconds on any engine of the device.
-    pub fn credits_any(&self, key: ContainerKey) -> bool {
-        self.accounts.iter().any(|account| account.credits().contains_key(&User::Container(key)))
+    /// Whether the user has seconds on any engine of the device.
+    pub fn credits_any(&self, user: User) -> bool {
+        self.accounts.iter().any(|account| account.credits().contains_key(&user))
     }
 
     /// Containers with seconds or with processes on the device.

@@ -114,7 +114,16 @@ pub struct Neighbours {
 pub struct Presence<'a> {
     pub exits: &'a Exits,
     pub lifetimes: &'a Lifetimes,
-    pub clients: &'a Clients,
+    /// Of the compute engine alone: a client of CUDA need not use another one.
+    pub clients: Option<&'a Clients>,
+}
+
+impl<'a> Presence<'a> {
+    /// The clients that ended around the sample, with their parts of its period.
+    fn ended_clients(self, sample: &Sample) -> impl Iterator<Item = (NamedUser, f64)> + use<'a> {
+        let sample = *sample;
+        self.clients.into_iter().flat_map(move |clients| clients.ended(sample, self.exits))
+    }
 }
 
 /// The basis of a credit.
@@ -179,8 +188,7 @@ impl Neighbours {
             processes.push(named);
             weights.push((Basis::Named(n), presence.exits.part(&named, sample.at, sample.span_ns)));
         }
-        let unnamed = presence.clients.ended(sample, presence.exits);
-        let unnamed = unnamed.filter(|(client, _)| has_clients && !processes.contains(client));
+        let unnamed = presence.ended_clients(sample).filter(|(client, _)| has_clients && !processes.contains(client));
         weights.extend(unnamed.map(|(client, part)| (Basis::Client(client), part)));
         normalized(weights)
     }
@@ -200,8 +208,7 @@ impl Neighbours {
 
     /// Division over the clients that ended in the sample's period or between it and its read, for where no named sample qualifies.
     pub fn of_clients(sample: &Sample, presence: Presence<'_>) -> Vec<(Basis, f64)> {
-        let ended = presence.clients.ended(sample, presence.exits);
-        normalized(ended.map(|(client, part)| (Basis::Client(client), part)).collect())
+        normalized(presence.ended_clients(sample).map(|(client, part)| (Basis::Client(client), part)).collect())
     }
 
     fn named_at(&self, at: BootNs) -> Option<usize> {
@@ -315,7 +322,7 @@ mod tests {
 
     impl DivideWorld {
         fn presence(&self) -> Presence<'_> {
-            Presence { exits: &self.exits, lifetimes: &self.lifetimes, clients: &self.clients }
+            Presence { exits: &self.exits, lifetimes: &self.lifetimes, clients: Some(&self.clients) }
         }
 
         /// Pids, with their parts in thousandths.

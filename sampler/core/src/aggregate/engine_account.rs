@@ -281,7 +281,7 @@ mod tests {
     fn a_holder_that_no_sample_has_named_has_the_same_error_as_the_named_user() {
         let (seen, unseen) = (User::Container(ContainerKey(1)), User::Container(ContainerKey(2)));
         let (exits, lifetimes, clients) = (Exits::default(), Lifetimes::default(), Clients::default());
-        let presence = Presence { exits: &exits, lifetimes: &lifetimes, clients: &clients };
+        let presence = Presence { exits: &exits, lifetimes: &lifetimes, clients: Some(&clients) };
         let errors = |one_queried_in: u64| {
             let mut account = EngineAccount::default();
             for n in 0..100 {

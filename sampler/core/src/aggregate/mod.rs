@@ -142,6 +142,6 @@ impl Aggregate {
 
     /// Whether the container has credits on any GPU.
     pub fn credits(&self, key: ContainerKey) -> bool {
-        self.gpus.iter().flatten().any(|gpu| gpu.credits_any(key))
+        self.gpus.iter().flatten().any(|gpu| gpu.credits_any(User::Container(key)))
     }
 }

@@ -153,15 +153,17 @@ impl Waits {
             }
             let Some(open) = account.open.get_mut(&number) else { continue };
             open.own_ns += own.ns;
-            open.observed |= account.gpus.contains(&gpu) && window.observed_ns >= COACTIVITY_WINDOW_NS / 2;
-            // A container that waits for a whole window has no sample in it.
-            open.shared |= account.gpus.contains(&gpu)
-                && window.users.iter().any(|(other, part)| *other != user && is_user(*other) && part.samples > 0);
-            if !is_saturated || !account.gpus.contains(&gpu) {
+            if !account.gpus.contains(&gpu) {
                 continue;
             }
-            for (with, part) in window.users.iter().filter(|(with, part)| **with != user && is_user(**with) && part.ns > 0.0) {
-                add_share(&mut open.others, PressureShare { gpu, other: other(*with), amount: part.ns });
+            let others = || window.users.iter().filter(|(other, _)| **other != user && is_user(**other));
+            open.observed |= window.observed_ns >= COACTIVITY_WINDOW_NS / 2;
+            // A container that waits for a whole window has no sample in it.
+            open.shared |= others().any(|(_, part)| part.samples > 0);
+            if is_saturated {
+                for (with, part) in others().filter(|(_, part)| part.ns > 0.0) {
+                    add_share(&mut open.others, PressureShare { gpu, other: other(*with), amount: part.ns });
+                }
             }
         }
     }
@@ -200,10 +202,9 @@ impl Waits {
     }
 
     /// How the pressure of the container divides over other users: the excess of recent windows in which a GPU of it was saturated, by the
-    /// GPU time that they got there. `None` where its pressure is not known.
-    pub fn pressure_shares(&self, key: ContainerKey, now: BootNs) -> Option<Vec<PressureShare>> {
-        let pressure = self.of(key, now)?.pressure_ratio?;
-        let account = self.accounts.get(&key)?;
+    /// GPU time that they got there. `pressure`: that of the container.
+    pub fn pressure_shares(&self, key: ContainerKey, pressure: f64) -> Vec<PressureShare> {
+        let Some(account) = self.accounts.get(&key) else { return Vec::new() };
         let (alone, mut shares, mut excess_ns, mut probed_ns) = (excess_ratio(&account.alone), Vec::new(), 0.0, 0.0);
         for window in &account.recent {
             probed_ns += window.probed_ns;
@@ -215,7 +216,7 @@ impl Waits {
         let booked = (excess_ns / f64::max(probed_ns, 1.0)).max(0.0).min(pressure);
         let all_ns: f64 = shares.iter().map(|share| share.amount).sum();
         shares.iter_mut().for_each(|share| share.amount *= booked / f64::max(all_ns, 1.0));
-        Some(shares)
+        shares
     }
 
     pub fn forget(&mut self, key: ContainerKey) {
@@ -297,7 +298,7 @@ mod tests {
             let now = BootNs(40 * S + SETTLE_NS);
             waits.settle(now);
             waits.apply(&reading(now.0 - S, now.0, 0));
-            let shares = waits.pressure_shares(KEY, now).unwrap();
+            let shares = waits.pressure_shares(KEY, waits.of(KEY, now).unwrap().pressure_ratio.unwrap());
             shares.iter().map(|share| (share.gpu, share.other, (share.amount * 1000.0).round())).collect::<Vec<_>>()
         };
         let [second, third] = [2, 3].map(|key| Other::Container(ContainerKey(key)));

@@ -47,7 +47,7 @@ impl ProcessAttribution {
         if !identity.driver_pids.is_trusted() {
             return (User::Unattributed(Reason::PidUnknown), unknown);
         }
-        let seen = |start: BootNs| self.sightings.get(&(pid, start.proc_tick())).map(|sighting| sighting.first);
+        let seen = |start| self.first_sighting(pid, start);
         let verdict = identity.resolve(Tgid(pid), span, seen);
         let residency = identity.residency(Tgid(pid), span, seen);
         let (start, since) = residency.map_or((unknown, unknown), |residency| (residency.start, residency.since));
@@ -61,6 +61,11 @@ impl ProcessAttribution {
             Verdict::Lost => (User::Unattributed(Reason::Lost), unknown),
             Verdict::Ambiguous => (User::Unattributed(Reason::Ambiguous), unknown),
         }
+    }
+
+    /// By when the process had certainly used the device.
+    fn first_sighting(&self, pid: u32, start: BootNs) -> Option<BootNs> {
+        self.sightings.get(&(pid, start.proc_tick())).map(|sighting| sighting.first)
     }
 
     fn record_sighting(&mut self, process: (u32, u64), by: BootNs) {
@@ -123,7 +128,7 @@ impl ProcessAttribution {
 
     /// Since when the process has belonged to its user without interruption.
     pub fn since(&self, pid: u32, at: BootNs, identity: &Identity) -> BootNs {
-        let seen = |start: BootNs| self.sightings.get(&(pid, start.proc_tick())).map(|sighting| sighting.first);
+        let seen = |start| self.first_sighting(pid, start);
         identity.residency(Tgid(pid), (at, at), seen).map_or(at, |residency| residency.since)
     }
 

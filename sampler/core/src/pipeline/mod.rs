@@ -377,7 +377,8 @@ impl Core {
                 let mut gpus = by_container.remove(&c.record.key).unwrap_or_default();
                 let shown = !gpus.is_empty() || c.gone.is_none() && c.record.identity.is_container();
                 let waits = self.aggregate.waits.of(c.record.key, now);
-                if let Some(shares) = self.aggregate.waits.pressure_shares(c.record.key, now) {
+                if let Some(pressure) = waits.and_then(|waits| waits.pressure_ratio) {
+                    let shares = self.aggregate.waits.pressure_shares(c.record.key, pressure);
                     for usage in &mut gpus {
                         let slot = slots.get(usage.gpu);
                         let of_gpu = shares.iter().filter(|share| slot == Some(&share.gpu));
