@@ -197,8 +197,13 @@ fn every_query_of_dashboards_and_rules_has_data_and_every_label_exists() -> Resu
         let is_there = |s: &Sample| s.name == "gpu_info" && s.labels["index"] == "8";
         Ok((!agent.scrape()?.iter().any(is_there)).then_some(()))
     })?;
-    // The error that a loss begins with: once the GPU is lost, the library is opened again, and what it reports meanwhile is not heard.
-    sim.inject("xid", &["--gpu", "3", "--xid", "79"])?;
+    // The error that a loss begins with. After a loss the library is opened again, and what the driver reports meanwhile is not heard, so
+    // it is repeated.
+    wait_for("the XID error is heard", Duration::from_secs(20), || {
+        sim.inject("xid", &["--gpu", "3", "--xid", "79"])?;
+        let is_heard = |s: &Sample| s.name == "gpu_xid_errors_total" && s.labels["xid"] == "79";
+        Ok(agent.scrape()?.iter().any(is_heard).then_some(()))
+    })?;
     wait_for("the XID error is in Prometheus", Duration::from_secs(30), || {
         Ok(server.query("increase(gpu_xid_errors_total{xid=\"79\"}[1m]) > 0")?.pop())
     })?;
