@@ -4,14 +4,15 @@
 //! ```text
 //!  begin of a call   threads inside 0 -> 1: the span of waiting begins
 //!  its return        threads inside 1 -> 0: its length is added to `some_ns`
+//!  end of a thread   as its return, but the call is not counted
 //! ```
 //! The number of threads and the begin of the span are one word, so that they change together on every processor.
 
 use aya_ebpf::{
     EbpfContext as _,
     helpers::{bpf_get_current_pid_tgid, bpf_ktime_get_boot_ns},
-    macros::{uprobe, uretprobe},
-    programs::{ProbeContext, RetProbeContext},
+    macros::{raw_tracepoint, uprobe, uretprobe},
+    programs::{ProbeContext, RawTracePointContext, RetProbeContext},
 };
 use sampler_common::{WAIT_BUCKETS, WaitSums, WaitingCall, elapsed_ns};
 
@@ -109,6 +110,18 @@ pub fn wait_end(_ctx: RetProbeContext) -> u32 {
         add(&raw mut (*sums).total_ns, took);
         add(&raw mut (*sums).calls, 1);
         add((&raw mut (*sums).durations).cast::<u64>().add(bucket(took)), 1);
+    }
+    0
+}
+
+/// A thread that is ended inside a call does not return from it, and the others of its process go on.
+#[raw_tracepoint(tracepoint = "sched_process_exit")]
+pub fn wait_thread_exit(_ctx: RawTracePointContext) -> i32 {
+    let thread = bpf_get_current_pid_tgid();
+    if WAITING.remove(thread).is_ok()
+        && let Some(sums) = probed(thread)
+    {
+        leave(sums, now_ns());
     }
     0
 }

@@ -8,7 +8,7 @@ use gpu_sampler_tests::labels::{UID, bundle};
 use gpu_sampler_tests::{Agent, wait_for};
 use serde_json::json;
 
-use super::{ATTACHES, GONE_WITHIN, WaitScene, report_of, user};
+use super::{ATTACHES, GONE_WITHIN, WaitScene, number, report_of, user};
 
 const WORK: &str = "--kernel 2ms --every 20ms --for 200s";
 /// Several turns of the thread that attaches.
@@ -145,6 +145,77 @@ fn the_setting_probes_without_a_session_and_new_processes_too() -> Result<()> {
     while Instant::now() < until {
         assert!(scene.library.breakpoints(first.pid)?.is_empty());
         std::thread::sleep(GONE_WITHIN / 10);
+    }
+    Ok(())
+}
+
+/// A thread that is ended inside a call does not return from it. Its process waits no longer, and neither is a call counted.
+#[test]
+fn a_thread_that_ends_inside_a_call_has_left_it() -> Result<()> {
+    let mut scene = WaitScene::new("waits-ended", "seed = 4\n[[gpus]]")?;
+    let client = scene.work(1, "--mode empty --kernel 1ms --every 50ms --for 200s --end-thread-on-usr1")?;
+    let agent = scene.agent(&["--wait-probes=all"])?;
+    let threads = || Ok::<usize, anyhow::Error>(std::fs::read_dir(format!("/proc/{}/task", client.pid))?.count());
+    let mut rates = Vec::new();
+    scene.wait_until_probed(&client)?;
+    for ends in [false, true] {
+        if ends {
+            let before = threads()?;
+            gpu_sampler_tests::leftovers::kill(client.pid, libc::SIGUSR1);
+            wait_for("the thread has ended", ATTACHES, || Ok((threads()? < before).then_some(())))?;
+            // The first reading of the session begins before it.
+            std::thread::sleep(2 * PROBED);
+        }
+        let session = agent.record_as(&json!({"duration_seconds": 60, "wait_probes": true}))?;
+        std::thread::sleep(Duration::from_secs(4));
+        agent.stop(&session)?;
+        let report = report_of(&agent, &session)?;
+        let waits = &user(&report, &client).with_context(|| format!("{client:?} is a user"))?["waits"];
+        ensure!(number(waits, "probed_seconds")? > 2.0 && number(waits, "calls")? > 10.0, "{waits}");
+        rates.push(number(waits, "wait_seconds")? / number(waits, "probed_seconds")?);
+    }
+    println!("waiting: {rates:.3?} of the time");
+    assert!(rates[0] > 0.9, "while the thread waits: {rates:?}");
+    assert!(rates[1] < 0.1, "after it has ended: {rates:?}");
+    Ok(())
+}
+
+/// Each session has the waiting of its own time, of all processes that have probes then, and the probes stay for the one that still records.
+#[test]
+fn sessions_at_the_same_time_share_probes() -> Result<()> {
+    let mut scene = WaitScene::new("waits-shared", "seed = 4\n[[gpus]]")?;
+    let clients = [scene.work(1, WORK)?, scene.work(2, WORK)?];
+    let agent = scene.agent(&[])?;
+    let record = |selection: &str| agent.record_as(&json!({"duration_seconds": 60, "wait_probes": selection}));
+    let first = record("all")?;
+    for client in &clients {
+        scene.wait_until_probed(client)?;
+    }
+    std::thread::sleep(Duration::from_secs(4));
+    let second = record(&format!("container={}", clients[1].container_id))?;
+    std::thread::sleep(Duration::from_secs(4));
+    agent.stop(&first)?;
+    // Selected by the first session only. That of the first call stays, as long as any process of the library is probed.
+    wait_for("no probe in the other process", GONE_WITHIN, || Ok(scene.check_unprobed(&clients[0]).ok()))?;
+    let until = Instant::now() + Duration::from_secs(4);
+    while Instant::now() < until {
+        ensure!(scene.library.is_probed(clients[1].pid)?, "the second session has lost its probes");
+        std::thread::sleep(Duration::from_millis(100));
+    }
+    agent.stop(&second)?;
+    scene.check_gone(&clients.each_ref(), "the second session was stopped")?;
+    for (session, of_clients) in [(first, [Some(6.0..9.5), Some(6.0..9.5)]), (second, [Some(2.5..5.5), Some(6.0..9.5)])] {
+        let report = report_of(&agent, &session)?;
+        for (client, expect) in clients.iter().zip(of_clients) {
+            let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
+            let probed_s = waits["probed_seconds"].as_f64();
+            println!("probed {probed_s:?}, expected {expect:?}");
+            assert_eq!(probed_s.is_some(), expect.is_some(), "{waits}");
+            if let (Some(probed_s), Some(expect)) = (probed_s, expect) {
+                assert!(expect.contains(&probed_s), "{probed_s}: {waits}");
+                assert!(number(waits, "calls")? > 20.0 * probed_s, "{waits}");
+            }
+        }
     }
     Ok(())
 }

@@ -20,7 +20,7 @@ pub struct Built {
     pub cuda_library: PathBuf,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Profile {
     Debug,
     Release,

@@ -1,6 +1,7 @@
 //! The command of the simulated CUDA driver: installs it, runs processes that use it, prints the truth of their waiting.
 
 mod driver;
+mod ended_thread;
 mod install;
 mod pace;
 mod truth;

@@ -9,6 +9,7 @@ use nvidia_ml_sim::time;
 use serde::Serialize;
 
 use crate::driver::{self, Cuda, Object};
+use crate::ended_thread;
 use crate::install;
 use crate::pace::{Pace, Phase, Timetable, phase};
 
@@ -65,6 +66,9 @@ pub struct Options {
     /// After init, fork a child that initialises CUDA again and does the same
     #[arg(long)]
     fork_after_init: bool,
+    /// A further thread waits for kernels, and SIGUSR1 ends it inside a call. The truth of this process then has it waiting for ever
+    #[arg(long, conflicts_with = "fork_after_init")]
+    end_thread_on_usr1: bool,
     /// Begin at this time, so that several processes have the same periods; RFC 3339
     #[arg(long, value_parser = time::parse)]
     static_start: Option<u64>,
@@ -97,9 +101,15 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     if options.library.is_none() && !library.exists() {
         install::install(&options.dir, None)?;
     }
+    if options.end_thread_on_usr1 {
+        ended_thread::prepare()?;
+    }
     let cuda = Cuda::open(&library)?;
     cuda.init()?;
     let context = cuda.create_context(options.gpu)?;
+    if options.end_thread_on_usr1 {
+        ended_thread::start(library, context)?;
+    }
     if !options.fork_after_init {
         return work(options, &cuda, context);
     }

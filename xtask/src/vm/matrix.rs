@@ -11,6 +11,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use super::{VmOptions, usage};
+use crate::build::Profile;
 use crate::tools::{self, progress};
 
 const KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", "7.3"];
@@ -71,12 +72,14 @@ type Verified = Rows<3, 2>;
 struct MatrixOptions {
     kernels: Vec<String>,
     layouts: Vec<String>,
+    /// Of the programs.
+    profile: Profile,
     yes: bool,
 }
 
 impl MatrixOptions {
     fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self { kernels: Vec::new(), layouts: Vec::new(), yes: false };
+        let mut options = Self { kernels: Vec::new(), layouts: Vec::new(), profile: Profile::Release, yes: false };
         let mut words = args.iter();
         while let Some(word) = words.next() {
             match word.as_str() {
@@ -88,6 +91,7 @@ impl MatrixOptions {
                     }
                     options.layouts.push(name.clone());
                 }
+                "--debug" => options.profile = Profile::Debug,
                 "--yes" | "-y" => options.yes = true,
                 _ if word.starts_with('-') => return Err(usage(format!("'{word}' is not an option of matrix"))),
                 _ => options.kernels.push(word.clone()),
@@ -117,6 +121,7 @@ pub fn verb(args: &[String]) -> Result<()> {
                 append: (*append).to_owned(),
                 with: FILES.iter().map(|name| root.join("tests/vm").join(name)).collect(),
                 timeout: TIMEOUT,
+                profile: options.profile,
                 yes: options.yes,
                 command: vec!["sh".into(), SCRIPT.into()],
                 ..VmOptions::default()

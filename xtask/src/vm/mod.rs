@@ -35,7 +35,7 @@ use std::{
 };
 
 const USAGE: &str = "usage: cargo xtask vm KERNEL [--append ARGS] [--suite SUITE] [--with FILE].. [--memory MIB] \
-                     [--timeout 30m] [--yes] -- COMMAND ..\n\
+                     [--timeout 30m] [--debug] [--yes] -- COMMAND ..\n\
                      KERNEL is a version such as 7.3 or 6.1, or the name of a linux-image package";
 
 #[derive(Debug, PartialEq)]
@@ -47,6 +47,8 @@ struct VmOptions {
     with: Vec<PathBuf>,
     memory_mib: u32,
     timeout: Duration,
+    /// Of the programs.
+    profile: Profile,
     yes: bool,
     command: Vec<String>,
 }
@@ -60,6 +62,7 @@ impl Default for VmOptions {
             with: Vec::new(),
             memory_mib: 2560,
             timeout: Duration::from_secs(30 * 60),
+            profile: Profile::Release,
             yes: false,
             command: Vec::new(),
         }
@@ -91,6 +94,7 @@ impl VmOptions {
                     options.memory_mib = number.parse().map_err(|_| usage(format!("--memory {number} is not a number")))?;
                 }
                 "--timeout" => options.timeout = tools::duration(value()?)?,
+                "--debug" => options.profile = Profile::Debug,
                 "--yes" | "-y" => options.yes = true,
                 _ if word.starts_with('-') => return Err(usage(format!("'{word}' is not an option of vm"))),
                 _ if options.kernel.is_empty() => options.kernel.clone_from(word),
@@ -196,9 +200,16 @@ fn lock(vm: &Path) -> Result<fs::File> {
 /// Files on the PATH of the command: the agent, the simulator, the tests' helpers, and the files named on the command line.
 fn files(options: &VmOptions) -> Result<Vec<PathBuf>> {
     let helpers = ["actor", "storm-check"];
-    let built = build::with_helpers(Profile::Release, &helpers)?;
-    let helpers = helpers.map(|name| built.sampler.with_file_name(name));
-    let mut files = vec![built.sampler, built.sim, built.sim_library];
+    let built = match options.profile {
+        Profile::Release => build::with_helpers(Profile::Release, &helpers)?,
+        // After the tests nothing is left to compile.
+        Profile::Debug => build::everything(Profile::Debug)?,
+    };
+    let helpers = match options.profile {
+        Profile::Release => helpers.iter().map(|name| built.sampler.with_file_name(name)).collect(),
+        Profile::Debug => helpers.iter().map(|name| build::debug_helper(name)).collect::<Result<Vec<_>>>()?,
+    };
+    let mut files = vec![built.sampler, built.sim, built.sim_library, built.cuda_work, built.cuda_library];
     files.extend(helpers);
     files.extend(options.with.iter().cloned());
     match files.iter().find(|file| !file.is_file()) {

@@ -335,6 +335,32 @@ mod tests {
         assert_eq!(offsets_of(&own).unwrap(), CallOffsets { blocking: Vec::new(), first: None });
     }
 
+    /// Programs call the version that they were linked with, so all versions of a call are probed.
+    #[test]
+    fn all_versions_of_a_call_are_found() {
+        let folder = tempfile::tempdir().unwrap();
+        let at = |name: &str| folder.path().join(name);
+        let text = "__asm__(\".symver old_sync,cuStreamSynchronize@CUDA_1\"); __asm__(\".symver new_sync,cuStreamSynchronize@@CUDA_2\");\n\
+                    __asm__(\".symver other,cuInit@@CUDA_2\");\n\
+                    int old_sync(void *s) { return s != 0; } int new_sync(void *s) { return s == 0; } int other(int n) { return n; }\n";
+        std::fs::write(at("lib.c"), text).unwrap();
+        std::fs::write(
+            at("versions"),
+            "CUDA_1 { global: cuStreamSynchronize; local: *; };\nCUDA_2 { global: cuInit; } CUDA_1;\n",
+        )
+        .unwrap();
+        let script = format!("-Wl,--version-script={}", at("versions").display());
+        let built = std::process::Command::new("cc")
+            .args(["-shared", "-fPIC", "-nostdlib", "-Wl,-soname,libcuda.so.1", &script, "-o"])
+            .args([at("libcuda.so.1"), at("lib.c")])
+            .output()
+            .unwrap();
+        assert!(built.status.success(), "{}", String::from_utf8_lossy(&built.stderr));
+        let found = offsets_of(&std::fs::read(at("libcuda.so.1")).unwrap()).unwrap();
+        assert_eq!((found.blocking.len(), found.first.is_some()), (2, true), "{found:?}");
+        assert_ne!(found.blocking[0], found.blocking[1]);
+    }
+
     #[test]
     fn a_replaced_file_is_not_probed() {
         let folder = tempfile::tempdir().unwrap();

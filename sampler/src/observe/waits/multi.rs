@@ -32,6 +32,8 @@ pub enum MultiError {
     Missing(&'static str),
     #[error("the kernel refused to load `{name}`{log}")]
     Load { name: &'static str, log: String, source: io::Error },
+    #[error("the kernel has no uprobe_multi links")]
+    NoLinks(#[source] io::Error),
 }
 
 /// The part of the kernel's `union bpf_attr` that loading uses.
@@ -109,7 +111,21 @@ pub fn load<const N: usize>(object: &[u8], ebpf: &Ebpf, names: [&'static str; N]
         let function = parsed.functions.get(&program.function_key()).ok_or(MultiError::Missing(name))?;
         loaded.push(load_program(name, &function.instructions, &program.license)?);
     }
-    loaded.try_into().map_err(|_| MultiError::Missing("all programs"))
+    let loaded: [MultiProgram; N] = loaded.try_into().map_err(|_| MultiError::Missing("all programs"))?;
+    match loaded.first().map(has_links) {
+        Some(Err(error)) => Err(MultiError::NoLinks(error)),
+        Some(Ok(())) | None => Ok(loaded),
+    }
+}
+
+/// A kernel that loads the programs may not have such links: before 6.6 it does not check what a program is to be attached to. One that has
+/// them refuses a folder as not being a file.
+fn has_links(program: &MultiProgram) -> io::Result<()> {
+    match attach(program, Path::new("/"), &[0], false, 0) {
+        Err(error) if error.raw_os_error() == Some(libc::EBADF) => Ok(()),
+        Err(error) => Err(error),
+        Ok(_) => Err(io::Error::other("the kernel attached a probe to a folder")),
+    }
 }
 
 /// The number of a map's descriptor.

@@ -12,8 +12,9 @@ use std::path::Path;
 use std::sync::{Arc, Weak};
 
 use aya::maps::{HashMap as KernelMap, MapData, MapError};
-use aya::programs::UProbe;
+use aya::programs::raw_trace_point::RawTracePointLink;
 use aya::programs::uprobe::{UProbeAttachLocation, UProbeScope};
+use aya::programs::{ProgramError, RawTracePoint, UProbe};
 use aya::{Ebpf, EbpfLoader};
 use sampler_common::{WaitSums, WaitingCall};
 use thiserror::Error;
@@ -87,6 +88,8 @@ pub struct Probes {
     own: HashMap<FileKey, Vec<Weak<AttachedProbes>>>,
     /// Probes on the first call, which are for all processes of a library; the one that was used last at the end.
     first: VecDeque<(FileKey, AttachedProbes)>,
+    #[expect(dead_code, reason = "kept attached")]
+    thread_exit: RawTracePointLink,
     release: String,
 }
 
@@ -110,6 +113,7 @@ impl Probes {
             .load(object)
             .map_err(load)?;
         let release = std::fs::read_to_string(procfs.join("sys/kernel/osrelease")).unwrap_or_default().trim().to_owned();
+        let thread_exit = attach_thread_exit(&mut ebpf)?;
         let attacher = match multi::load(object, &ebpf, ["wait_begin", "wait_end", "client_begin"]) {
             Ok([begin, end, client]) => {
                 Attacher::Multi { begin, end, client, for_process: version(&release) >= FILTERS_PROCESSES }
@@ -137,6 +141,7 @@ impl Probes {
             shared: HashMap::new(),
             own: HashMap::new(),
             first: VecDeque::new(),
+            thread_exit,
             release,
         })
     }
@@ -230,8 +235,8 @@ impl Probes {
         }
     }
 
-    /// Ends counting for processes. Of the calls that their threads are inside none may stay: a thread that was ended in a call does not
-    /// remove it, and a later thread with the same number would seem to be inside it.
+    /// Ends counting for processes. Of the calls that their threads are inside none may stay: they are not removed when the calls return
+    /// without probes, and the threads would seem to be inside when their process is probed again.
     pub fn forget(&mut self, pids: &HashSet<u32>) {
         if pids.is_empty() {
             return;
@@ -256,6 +261,17 @@ impl Probes {
         }
         clients
     }
+}
+
+/// Until the value is dropped, threads that are ended inside a call leave it.
+fn attach_thread_exit(ebpf: &mut Ebpf) -> Result<RawTracePointLink, ProbeError> {
+    const NAME: &str = "wait_thread_exit";
+    let program = ebpf.program_mut(NAME).ok_or(ProbeError::Inconsistent(NAME))?;
+    let program: &mut RawTracePoint = program.try_into().map_err(|_| ProbeError::Inconsistent(NAME))?;
+    let load = |error: ProgramError| ProbeError::Load(Box::new(error));
+    program.load().map_err(load)?;
+    let link = program.attach("sched_process_exit").map_err(load)?;
+    program.take_link(link).map_err(load)
 }
 
 fn refused<E: std::error::Error + Send + Sync + 'static>(library: &Library, remedy: &'static str, source: E) -> ProbeError {
