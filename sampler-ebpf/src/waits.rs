@@ -4,7 +4,7 @@
 //! ```text
 //!  begin of a call   threads inside 0 -> 1: the span of waiting begins
 //!  its return        threads inside 1 -> 0: its length is added to `some_ns`
-//!  end of a thread   as its return, but the call is not counted
+//!  end of a thread   as its return; the call does not count as one that returned
 //! ```
 //! The number of threads and the begin of the span are one word, so that they change together on every processor.
 

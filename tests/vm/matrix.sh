@@ -29,7 +29,7 @@ start_agent() {
 }
 
 stop_agent() {
-    kill "$agent"
+    kill "$agent" 2>/dev/null || true
     wait "$agent" 2>/dev/null || true
 }
 
@@ -79,42 +79,50 @@ rootless() {
     runuser -u rootless -- env XDG_RUNTIME_DIR=/run/user/"$(id -u rootless)" HOME="$(getent passwd rootless | cut -d : -f 6)" sh -c 'cd && exec "$@"' sh "$@"
 }
 
+# Whether the kernel is at least MAJOR.MINOR.
+kernel_is() {
+    printf '%s\n%s\n' "$1" "$(uname -r)" | sort --version-sort --check=quiet
+}
+
 # What the wait probes of a process outside containers count, which waits for its own work.
 waits() {
-    log=$RESULTS/agent-waits.txt
-    # Before Linux 6.6 probes need that capability.
-    if ! start_agent waits env GPU_SAMPLER_KEEP_CAPABILITY=sys_admin; then
+    log=$RESULTS/agent-waits.txt expected=refused keep=
+    if kernel_is 6.6; then
+        expected=uprobe_multi
+    elif kernel_is 5.15; then
+        expected="perf events" keep=GPU_SAMPLER_KEEP_CAPABILITY=sys_admin
+    fi
+    if ! start_agent waits env $keep; then
         cell "wait probes" failed "$(tail -n 1 "$log" | cut -c 1-160)"
+        stop_agent
         return
     fi
     cuda-work run --dir "$sim" --gpu 1 --kernel 4ms --every 20ms --for 60m >/dev/null 2>"$RESULTS/cuda-work.txt" &
     worker=$!
     # Until the driver lists the process, and the agent has read that.
     sleep 10
-    gpu-sampler record --wait-probes --duration 20s --output waits.gpus >"$RESULTS/record.txt" 2>&1 || true
+    gpu-sampler record --wait-probes=pid=$worker --duration 20s --output waits.gpus >"$RESULTS/record.txt" 2>&1 || true
     gpu-sampler report --format json waits.gpus >waits.json 2>>"$RESULTS/record.txt" || true
-    kill "$worker"
+    kill "$worker" 2>>"$RESULTS/cuda-work.txt" || true
     stop_agent
-    probes="uprobe_multi"
+    probes=uprobe_multi
     ! grep -q 'wait probes use perf events' "$log" || probes="perf events"
-    python3 - "$probes" >waits.txt <<'PYTHON' || echo "failed	no report: $(tail -n 1 "$RESULTS/record.txt" | cut -c 1-160)" >waits.txt
+    python3 - "$probes" "$expected" >waits.txt 2>>"$RESULTS/record.txt" <<'PYTHON' || echo "failed	$(cat "$RESULTS/cuda-work.txt" "$RESULTS/record.txt" | tail -n 1 | cut -c 1-160)" >waits.txt
 import json, sys
-users = json.load(open("waits.json"))["users"]
-waits = [user["waits"] for user in users if user.get("waits")]
-probed = [wait for wait in waits if wait["probed_seconds"] > 5]
-if probed:
-    waited, of = probed[0]["wait_seconds"], probed[0]["probed_seconds"]
-    print("ok" if 0.05 < waited / of < 0.9 else "failed", f"{sys.argv[1]}, waited {waited:.2f} of {of:.2f} s", sep="\t")
+probes, expected = sys.argv[1:]
+waits = [user["waits"] for user in json.load(open("waits.json"))["users"] if user.get("waits")]
+problems = [problem for wait in waits for problem in wait["problems"]]
+waited, of = (sum(wait[key] for wait in waits) for key in ("wait_seconds", "probed_seconds"))
+if expected == "refused":
+    refused = [problem for problem in problems if "they require Linux 5.15" in problem]
+    print("absent" if refused and not of else "failed", (refused or problems or ["not refused"])[0][:160], sep="\t")
+elif of > 5:
+    right = probes == expected and 0.05 < waited / of < 0.9
+    print("ok" if right else "failed", f"{probes}, waited {waited:.2f} of {of:.2f} s", sep="\t")
 else:
-    problems = [problem for wait in waits for problem in wait["problems"]]
     print("failed", (problems or ["no process has probes"])[0][:160], sep="\t")
 PYTHON
-    result=$(cut -f 1 waits.txt)
-    # They need Linux 5.15, and that the kernel permits to read its memory.
-    case $result$(uname -r)$mode in
-    failed5.10.*raw_tracepoint | failed*inotify) result=absent ;;
-    esac
-    cell "wait probes" "$result" "$(cut -f 2 waits.txt)"
+    cell "wait probes" "$(cut -f 1 waits.txt)" "$(cut -f 2 waits.txt)"
 }
 
 nvml-sim init --dir "$sim" --gpus 2 >/dev/null

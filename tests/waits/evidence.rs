@@ -3,11 +3,12 @@
 use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
+use gpu_sampler_tests::browser::Browser;
 use gpu_sampler_tests::cuda::WaitTruth;
 use gpu_sampler_tests::{Agent, sum, wait_for};
 use serde_json::Value;
 
-use super::{CudaClient, WaitScene, now_us, number, report_of, user};
+use super::{CudaClient, WaitScene, now_us, number, report_of, url, user};
 
 /// The grid of samples has the jitter of a real card (199.9 ms, 196.9 to 203.5): without any it is in step with work that repeats exactly,
 /// as this one does on a quiet machine, and all samples of a phase then name the same user.
@@ -112,7 +113,23 @@ fn a_contender_that_comes_and_goes_is_confirmed_and_a_pipeline_is_not() -> Resul
     check_confirmed(&scene, &report, &played, span)?;
     check_pipeline(&scene, &report, &played, span)?;
     assert!(most > TOGETHER_AT_LEAST, "the pressure while the other came and went was at most {most}");
-    Ok(())
+    check_page(&agent, &played)
+}
+
+/// The agent's page has a column of pressure with a tooltip: the waiting, and the pressure by user. The other still comes and goes.
+fn check_page(agent: &Agent, played: &PlayedUsers) -> Result<()> {
+    let browser = Browser::start(1280, 1000)?;
+    browser.open(&url(agent))?;
+    browser.shows("#users", &["Pressure", &played.victim.container_id[..12]])?;
+    let tooltips = "return [...document.querySelectorAll('#users td[data-label=Pressure]')].map((cell) => cell.innerText + ': ' + cell.title)";
+    let by_other = format!("; pressure by {}", &played.other.container_id[..12]);
+    let shown = wait_for("the page has the pressure by the other", FIRST_PRESSURE, || {
+        let cells: Vec<String> = serde_json::from_value(browser.script(tooltips)?)?;
+        Ok(cells.into_iter().find(|cell| cell.contains(&by_other)))
+    })?;
+    println!("page: {shown}");
+    assert!(shown.contains("%: waited ") && shown.contains(" with wait probes; "), "{shown}");
+    browser.assert_no_errors()
 }
 
 /// A user that always waits for its own work or for that of another.

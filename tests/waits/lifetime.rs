@@ -149,7 +149,7 @@ fn the_setting_probes_without_a_session_and_new_processes_too() -> Result<()> {
     Ok(())
 }
 
-/// A thread that is ended inside a call does not return from it. Its process waits no longer, and neither is a call counted.
+/// A thread that ends inside a call does not return from it, and its process waits no longer.
 #[test]
 fn a_thread_that_ends_inside_a_call_has_left_it() -> Result<()> {
     let mut scene = WaitScene::new("waits-ended", "seed = 4\n[[gpus]]")?;
@@ -191,10 +191,13 @@ fn sessions_at_the_same_time_share_probes() -> Result<()> {
     for client in &clients {
         scene.wait_until_probed(client)?;
     }
+    let from_first = Instant::now();
     std::thread::sleep(Duration::from_secs(4));
+    let from_second = Instant::now();
     let second = record(&format!("container={}", clients[1].container_id))?;
     std::thread::sleep(Duration::from_secs(4));
     agent.stop(&first)?;
+    let (of_first, shared) = (from_first.elapsed(), from_second.elapsed());
     // Selected by the first session only. That of the first call stays, as long as any process of the library is probed.
     wait_for("no probe in the other process", GONE_WITHIN, || Ok(scene.check_unprobed(&clients[0]).ok()))?;
     let until = Instant::now() + Duration::from_secs(4);
@@ -203,18 +206,17 @@ fn sessions_at_the_same_time_share_probes() -> Result<()> {
         std::thread::sleep(Duration::from_millis(100));
     }
     agent.stop(&second)?;
+    let of_second = from_second.elapsed();
     scene.check_gone(&clients.each_ref(), "the second session was stopped")?;
-    for (session, of_clients) in [(first, [Some(6.0..9.5), Some(6.0..9.5)]), (second, [Some(2.5..5.5), Some(6.0..9.5)])] {
+    for (session, of_clients) in [(first, [of_first; 2]), (second, [shared, of_second])] {
         let report = report_of(&agent, &session)?;
-        for (client, expect) in clients.iter().zip(of_clients) {
+        for (client, span) in clients.iter().zip(of_clients) {
             let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
-            let probed_s = waits["probed_seconds"].as_f64();
-            println!("probed {probed_s:?}, expected {expect:?}");
-            assert_eq!(probed_s.is_some(), expect.is_some(), "{waits}");
-            if let (Some(probed_s), Some(expect)) = (probed_s, expect) {
-                assert!(expect.contains(&probed_s), "{probed_s}: {waits}");
-                assert!(number(waits, "calls")? > 20.0 * probed_s, "{waits}");
-            }
+            let (probed_s, span_s) = (number(waits, "probed_seconds")?, span.as_secs_f64());
+            println!("probed {probed_s:.2} s of {span_s:.2} s");
+            // A reading at each end, and what detaching takes.
+            assert!((span_s - 1.5..span_s + 2.5).contains(&probed_s), "{probed_s} of {span_s} s: {waits}");
+            assert!(number(waits, "calls")? > 20.0 * probed_s, "{waits}");
         }
     }
     Ok(())

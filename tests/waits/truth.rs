@@ -15,7 +15,7 @@ use serde_json::Value;
 use super::{ATTACHES, CudaClient, WaitScene, check_rejected, number, record_alone, url, user};
 
 /// Largest difference, as a part of the probed time.
-const WITHIN: f64 = 0.02;
+const WITHIN: f64 = 0.01;
 /// What is probed of the counted span, at least: without a running agent the GPUs have to be found first.
 const PROBED: f64 = 0.5;
 /// Both sums have the same terms.

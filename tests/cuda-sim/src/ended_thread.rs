@@ -1,4 +1,4 @@
-//! A thread that a signal ends inside a blocking call, while its process goes on: no thread of a sound program ends so, and nothing returns.
+//! A thread that a signal ends inside a blocking call, while its process goes on. Correct programs do not do this; the call never returns.
 
 use std::path::PathBuf;
 

@@ -66,7 +66,7 @@ pub struct Options {
     /// After init, fork a child that initialises CUDA again and does the same
     #[arg(long)]
     fork_after_init: bool,
-    /// A further thread waits for kernels, and SIGUSR1 ends it inside a call. The truth of this process then has it waiting for ever
+    /// A further thread waits for kernels, and SIGUSR1 ends it inside a call. The truth of this process has it waiting from then on
     #[arg(long, conflicts_with = "fork_after_init")]
     end_thread_on_usr1: bool,
     /// Begin at this time, so that several processes have the same periods; RFC 3339

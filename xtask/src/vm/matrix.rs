@@ -72,7 +72,7 @@ type Verified = Rows<3, 2>;
 struct MatrixOptions {
     kernels: Vec<String>,
     layouts: Vec<String>,
-    /// Of the programs.
+    /// Build profile of the programs in the machines.
     profile: Profile,
     yes: bool,
 }

@@ -47,7 +47,7 @@ struct VmOptions {
     with: Vec<PathBuf>,
     memory_mib: u32,
     timeout: Duration,
-    /// Of the programs.
+    /// Build profile of the programs in the machine.
     profile: Profile,
     yes: bool,
     command: Vec<String>,
@@ -199,15 +199,18 @@ fn lock(vm: &Path) -> Result<fs::File> {
 
 /// Files on the PATH of the command: the agent, the simulator, the tests' helpers, and the files named on the command line.
 fn files(options: &VmOptions) -> Result<Vec<PathBuf>> {
-    let helpers = ["actor", "storm-check"];
-    let built = match options.profile {
-        Profile::Release => build::with_helpers(Profile::Release, &helpers)?,
-        // After the tests nothing is left to compile.
-        Profile::Debug => build::everything(Profile::Debug)?,
-    };
-    let helpers = match options.profile {
-        Profile::Release => helpers.iter().map(|name| built.sampler.with_file_name(name)).collect(),
-        Profile::Debug => helpers.iter().map(|name| build::debug_helper(name)).collect::<Result<Vec<_>>>()?,
+    let names = ["actor", "storm-check"];
+    let (built, helpers) = match options.profile {
+        Profile::Release => {
+            let built = build::with_helpers(Profile::Release, &names)?;
+            let helpers = names.map(|name| built.sampler.with_file_name(name)).to_vec();
+            (built, helpers)
+        }
+        // Those of the tests: after a run of these nothing is left to compile.
+        Profile::Debug => {
+            let helpers = names.iter().map(|name| build::debug_helper(name)).collect::<Result<_>>()?;
+            (build::everything(Profile::Debug)?, helpers)
+        }
     };
     let mut files = vec![built.sampler, built.sim, built.sim_library, built.cuda_work, built.cuda_library];
     files.extend(helpers);
@@ -228,7 +231,9 @@ mod tests {
 
     #[test]
     fn a_command_line_is_parsed() {
-        let options = parse("7.3 --append lockdown=integrity --with=a --with b --timeout 5m -- storm-check --storms 1").unwrap();
+        let options =
+            parse("7.3 --append lockdown=integrity --with=a --with b --timeout 5m --debug -- storm-check --storms 1").unwrap();
+        assert_eq!((options.profile, VmOptions::default().profile), (Profile::Debug, Profile::Release));
         assert_eq!(options.kernel, "7.3");
         assert_eq!(options.append, "lockdown=integrity");
         assert_eq!(options.with, [PathBuf::from("a"), PathBuf::from("b")]);

@@ -32,8 +32,8 @@ pub enum MultiError {
     Missing(&'static str),
     #[error("the kernel refused to load `{name}`{log}")]
     Load { name: &'static str, log: String, source: io::Error },
-    #[error("the kernel has no uprobe_multi links")]
-    NoLinks(#[source] io::Error),
+    #[error("the kernel creates no uprobe_multi links")]
+    Links(#[source] io::Error),
 }
 
 /// The part of the kernel's `union bpf_attr` that loading uses.
@@ -113,7 +113,7 @@ pub fn load<const N: usize>(object: &[u8], ebpf: &Ebpf, names: [&'static str; N]
     }
     let loaded: [MultiProgram; N] = loaded.try_into().map_err(|_| MultiError::Missing("all programs"))?;
     match loaded.first().map(has_links) {
-        Some(Err(error)) => Err(MultiError::NoLinks(error)),
+        Some(Err(error)) => Err(MultiError::Links(error)),
         Some(Ok(())) | None => Ok(loaded),
     }
 }

@@ -5,6 +5,8 @@
 //!  Linux 6.6 on    a uprobe_multi link for each library: its filter is for threads there; the program ignores other processes
 //!  before          perf events for each call of each library, which need CAP_SYS_ADMIN
 //! ```
+//! A program at the end of threads lets those leave their calls that do not return from them.
+//!
 //! Nothing is pinned: with the agent's descriptors the kernel removes all probes.
 
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -89,7 +91,7 @@ pub struct Probes {
     /// Probes on the first call, which are for all processes of a library; the one that was used last at the end.
     first: VecDeque<(FileKey, AttachedProbes)>,
     #[expect(dead_code, reason = "kept attached")]
-    thread_exit: RawTracePointLink,
+    thread_exit: Option<RawTracePointLink>,
     release: String,
 }
 
@@ -113,7 +115,13 @@ impl Probes {
             .load(object)
             .map_err(load)?;
         let release = std::fs::read_to_string(procfs.join("sys/kernel/osrelease")).unwrap_or_default().trim().to_owned();
-        let thread_exit = attach_thread_exit(&mut ebpf)?;
+        let thread_exit = attach_thread_exit(&mut ebpf);
+        let thread_exit = thread_exit
+            .inspect_err(|error| {
+                let problem = display_chain(error);
+                tracing::warn!(problem, "a thread that ends inside a blocking call will count as waiting until its process ends");
+            })
+            .ok();
         let attacher = match multi::load(object, &ebpf, ["wait_begin", "wait_end", "client_begin"]) {
             Ok([begin, end, client]) => {
                 Attacher::Multi { begin, end, client, for_process: version(&release) >= FILTERS_PROCESSES }
@@ -284,7 +292,7 @@ fn uprobe<'a>(ebpf: &'a mut Ebpf, name: &'static str) -> Result<&'a mut UProbe, 
 }
 
 fn perf(ebpf: &mut Ebpf, name: &'static str, library: &Library, offsets: &[u64]) -> Result<Vec<ProbeLink>, ProbeError> {
-    const REMEDY: &str = "before Linux 6.6 they need CAP_SYS_ADMIN: set keep_capability = [\"sys_admin\"]";
+    const REMEDY: &str = "without uprobe_multi links (Linux 6.6) they need CAP_SYS_ADMIN: set keep_capability = [\"sys_admin\"]";
     let program = uprobe(ebpf, name)?;
     let path = library.stable_path();
     let mut links = Vec::new();
