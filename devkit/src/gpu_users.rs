@@ -118,6 +118,11 @@ fn is_on(users: &[User], user: usize, at_s: f64) -> bool {
 
 /// Plays these users for a whole number of seconds.
 pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
+    play_without(users, None, seconds, random)
+}
+
+/// As [`play`], but one of them has no work, though others still follow its phase: what would be if it were not there.
+pub fn play_without(users: &[User], absent: Option<usize>, seconds: u32, random: &mut Random) -> Played {
     let n = users.len();
     let mut states = vec![State::default(); n];
     let mut played = Played {
@@ -139,7 +144,9 @@ pub fn play(users: &[User], seconds: u32, random: &mut Random) -> Played {
         for user in 0..n {
             let on = is_on(users, user, at_s);
             played.on_s[user] += if on { STEP_S } else { 0.0 };
-            submit(&users[user], &mut states[user], on, step, &dones, random);
+            if absent != Some(user) {
+                submit(&users[user], &mut states[user], on, step, &dones, random);
+            }
         }
         // The GPU: the present user until its slice or its work ends.
         if states[current].left == 0 || slice == 0 {
@@ -296,6 +303,15 @@ mod tests {
         assert!(played.kept_waiting_s[1][0] < 0.2, "{:?}", played.kept_waiting_s);
         let played = play(&[other, User { wait: Wait::Poll, ..BUSY }], 40, &mut Random(1));
         assert_eq!(played.seconds.iter().map(|second| second.waited_s[1]).sum::<f64>(), 0.0);
+    }
+
+    #[test]
+    fn without_a_user_the_others_wait_for_each_other_alone() {
+        let other = User { phase: Phase::Repeats { on: 5.0, off: 5.0, offset: 0.0 }, ..BUSY };
+        let played = play_without(&[BUSY, other], Some(1), 20, &mut Random(1));
+        assert_eq!((played.gpu_s[1], played.kept_waiting_s[0][1]), (0.0, 0.0));
+        assert!((played.on_s[1] - 10.0).abs() < 0.1, "its phase stays");
+        assert!((played.gpu_s[0] - 20.0).abs() < 0.5, "{:?}", played.gpu_s);
     }
 
     #[test]

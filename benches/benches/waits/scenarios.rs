@@ -6,7 +6,7 @@
 use std::sync::Arc;
 
 use devkit::Random;
-use devkit::gpu_users::{Played, SAMPLE_S, User as PlayedUser, Wait, play, scenario};
+use devkit::gpu_users::{Played, SAMPLE_S, Second, User as PlayedUser, Wait, play, play_without, scenario};
 use gpu_sampler_benches::quantile;
 use sampler_core::device::GpuInfo;
 use sampler_core::fact::{AttributedProcess, ContainerFact, Fact, GpuFact, HostProcess, User, UtilizationSample, WaitFact};
@@ -103,16 +103,31 @@ struct Judged {
     is_blocking: bool,
     by_demand: bool,
     by_onoff: bool,
+    /// They are contenders without probes, of any grade.
+    by_coactive: bool,
     basis: Option<DemandBasis>,
     /// Whether the interval contains the truth, if there is one.
     is_within: Option<bool>,
+    /// Whether it contains what the other made longer, by a play without it.
+    is_within_difference: Option<bool>,
     /// The other was off for a tenth of the time or more, and on for as long.
     is_comparable: bool,
     /// The shortest prefix with which a report confirms demand, if the whole does.
     confirmed_after_s: Option<u32>,
 }
 
-fn judge(users: &[PlayedUser], played: &Played) -> Vec<Judged> {
+/// How much longer the calls of the victim took while the other was on than in a play without it, in seconds per second.
+fn difference(users: &[PlayedUser], played: &Played, (victim, other): (usize, usize), seed: u64) -> f64 {
+    let without = play_without(users, Some(other), SECONDS, &mut Random(seed));
+    // In the seconds in which the other had work done.
+    let on: Vec<usize> = (0..played.seconds.len()).filter(|n| played.seconds[*n].sampled_s[other] > 0.0).collect();
+    let sum = |played: &Played, of: fn(&Second) -> &[f64]| on.iter().map(|n| of(&played.seconds[*n])[victim]).sum::<f64>();
+    let calls = |played: &Played| sum(played, |second| &second.calls);
+    let per_call = |played: &Played| sum(played, |second| &second.waited_s) / calls(played).max(1.0);
+    (per_call(played) - per_call(&without)) * calls(played) / on.len().max(1) as f64
+}
+
+fn judge(users: &[PlayedUser], played: &Played, seed: u64) -> Vec<Judged> {
     let (probed, unprobed) = (session(played, true), session(played, false));
     let (demand, onoff) = (build(&probed, &View::default()), build(&unprobed, &View::default()));
     let prefix = |seconds: u32| View { to_ns: Some(u64::from(seconds) * SECOND_NS), ..View::default() };
@@ -130,9 +145,14 @@ fn judge(users: &[PlayedUser], played: &Played) -> Vec<Judged> {
         Judged {
             truth,
             is_within: interval.map(|[least, most]| least <= truth && truth <= most),
+            is_within_difference: interval.filter(|_| by_demand).map(|[least, most]| {
+                let difference = difference(users, played, pair, seed);
+                least <= difference && difference <= most
+            }),
             is_blocking: users[victim].wait != Wait::Poll,
             by_demand,
             by_onoff: is_confirmed(&onoff, pair, Evidence::OnOffConfirmed),
+            by_coactive: contender(&onoff, victim, other).is_some(),
             basis: evidence.filter(|_| by_demand).map(|evidence| evidence.basis),
             is_comparable: (0.1..=0.9).contains(&(played.on_s[other] / f64::from(SECONDS))),
             confirmed_after_s: prefixes.iter().find(|(_, report)| by_demand && confirms(report)).map(|(seconds, _)| *seconds),
@@ -177,7 +197,7 @@ pub fn run() {
             let mut random = Random(seed);
             let users = scenario(&mut random);
             let played = play(&users, SECONDS, &mut random);
-            judge(&users, &played)
+            judge(&users, &played, seed)
         })
         .collect();
     println!(
@@ -195,17 +215,25 @@ pub fn run() {
     for truth in TRUTHS {
         row(&blocking, Evidence::OnOffConfirmed.name(), |judged| judged.by_onoff, truth);
     }
+    for truth in TRUTHS {
+        row(&all, "coactive, or more", |judged| judged.by_coactive, truth);
+    }
     let mut within = Vec::new();
     for basis in [DemandBasis::Changes, DemandBasis::Quietest, DemandBasis::Mutual] {
         let of_basis: Vec<&Judged> = all.iter().copied().filter(|judged| judged.basis == Some(basis)).collect();
         let name: &str = basis.into();
         println!("| demand-confirmed by {name} | {} | {} | {} | - | - | - |", TRUTHS[0], of_basis.len(), precision(&of_basis));
         let with_interval = || of_basis.iter().copied().filter(|judged| judged.is_within.is_some());
-        within.push((name, percent(count(with_interval(), |judged| judged.is_within == Some(true)), with_interval().count())));
+        let part = |is_within: fn(&Judged) -> bool| percent(count(with_interval(), is_within), with_interval().count());
+        let difference = part(|judged| judged.is_within_difference == Some(true));
+        within.push((name, part(|judged| judged.is_within == Some(true)), difference));
     }
     println!("| published: diagnosis from the host (arXiv 2510.16946) | - | - | - | - | - | 81-88 % |");
-    for (name, part) in within.into_iter().filter(|(_, part)| part != "-") {
-        println!("\nBy {name}: the interval contains the truth for {part} of the confirmed pairs.");
+    for (name, part, difference) in within.into_iter().filter(|(_, part, _)| part != "-") {
+        println!(
+            "\nBy {name}: the interval contains the truth for {part} of the confirmed pairs, and how much longer the calls were than in a"
+        );
+        println!("play without the other for {difference}.");
     }
     println!("\n| waits from | confirmed pairs | shortest span that confirms, s: p50 | p90 |");
     println!("|---|---|---|---|");
