@@ -182,7 +182,7 @@ impl ExperimentScene {
             std::thread::sleep(Duration::from_millis(1));
         }
         println!("{what}: thawed after {:?}", from.elapsed());
-        wait_for("the guard has ended", Duration::from_secs(5), || Ok(self.guard()?.is_none().then_some(())))?;
+        wait_for("the guard has ended", THAWS_WITHIN, || Ok(self.guard()?.is_none().then_some(())))?;
         // Longer than the lead of a schedule: nothing freezes it again.
         let until = Instant::now() + Duration::from_secs(3);
         while Instant::now() < until {

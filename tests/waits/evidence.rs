@@ -85,6 +85,8 @@ fn a_contender_that_comes_and_goes_is_confirmed_and_a_pipeline_is_not() -> Resul
     let alone = wait_for("the pressure of a user alone", FIRST_PRESSURE, || pressure(&agent, &victim))?;
     println!("pressure alone: {alone:.3}");
     assert!((0.0..ALONE_AT_MOST).contains(&alone), "{alone}");
+    let stderr = family(&agent, "container_gpu_pressure_stderr_ratio", &victim)?.context("the error of the pressure")?;
+    assert!((0.0..ALONE_AT_MOST).contains(&stderr), "{stderr}");
 
     let played = play(&mut scene, victim)?;
     let session = agent.record(RECORDED, Duration::ZERO)?;

@@ -86,6 +86,12 @@ fn check(scene: &WaitScene, clients: &[CudaClient], file: &Path, what: &str) -> 
         );
         assert!(probed_s >= PROBED * length_s, "{what}: {pid}: {probed_s} of {length_s} s are probed");
         assert!((process.some_s - truth.wait_some_s).abs() <= WITHIN * probed_s, "{what}: {pid}: {process:?}, {truth:?}");
+        // Of the waiting itself as well, but for a call at each end.
+        let at_ends_s = 2.0 * truth.wait_some_s / truth.calls.max(1.0);
+        assert!(
+            (process.some_s - truth.wait_some_s).abs() <= WITHIN * truth.wait_some_s + at_ends_s,
+            "{what}: {pid}: {process:?}"
+        );
         assert!((process.calls - truth.calls).abs() <= CALLS_AT_ENDS, "{what}: {pid}: {process:?}, {truth:?}");
     }
     let spin = counted[&clients[SPIN].pid];

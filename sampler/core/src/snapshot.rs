@@ -183,6 +183,8 @@ pub struct ContainerWaits {
     /// Part (0-1) of the probed time of the last ten settled seconds that was waited beyond what the container waits when it is alone.
     /// `None` without such seconds, or without enough time alone to compare.
     pub pressure_ratio: Option<f64>,
+    /// Its standard error, from how much windows differ; `None` without two recent windows.
+    pub pressure_stderr: Option<f64>,
 }
 
 #[derive(Clone, Debug)]

@@ -32,9 +32,16 @@ fn other_causes(causes: &[Cause]) -> String {
 
 fn confirmed(victim: &UserReport, other: &str, usage: &Usage, contender: &Contender) -> Option<String> {
     let (before, after, [least, most]) = (contender.rate_before?, contender.rate_after?, contender.interval?);
+    // It may have wanted less.
+    let why_not = contender.demand.as_ref().map_or("", |demand| &demand.why_not_confirmed);
+    let waiting = if why_not.is_empty() {
+        String::new()
+    } else {
+        format!(" Its waiting in blocking calls does not confirm this: {why_not}.")
+    };
     Some(format!(
         "{} received less GPU time while {other} was on: {before:.2} GPU-seconds per second without it, {after:.2} with it, over \
-         {} changes; the drop is {least:.2} to {most:.2} (95 % interval), and the GPU was saturated at those times.{}",
+         {} changes; the drop is {least:.2} to {most:.2} (95 % interval), and the GPU was saturated at those times.{waiting}{}",
         victim.display_name(),
         contender.transitions,
         other_causes(&usage.causes),

@@ -64,7 +64,8 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
         waiting.report.call_seconds = call_seconds(&durations);
     }
     for (user, facts) in &gathered.wait_probes {
-        let problems = problems(facts);
+        let is_probed = users.get(user).is_some_and(|waiting| waiting.report.probed_seconds > 0.0);
+        let problems = problems(facts, is_probed);
         if !problems.is_empty() {
             let report = &mut users.entry(*user).or_default().report;
             report.unprobed_processes = problems.iter().filter(|fact| fact.state != WaitProbeState::UncountedCalls).count();
@@ -88,14 +89,15 @@ pub fn of_users(gathered: &Gathered, aggregate: &Aggregate, (from, to): (BootNs,
     users
 }
 
-/// The last state of each process, if it is one without probes or with uncounted calls; these at the end.
-fn problems(facts: &[WaitProbeFact]) -> Vec<&WaitProbeFact> {
+/// The last state of each process, if it is one without probes or with uncounted calls; these at the end. `is_probed`: processes of the user
+/// have readings, though their probes may be from before the session.
+fn problems(facts: &[WaitProbeFact], is_probed: bool) -> Vec<&WaitProbeFact> {
     let mut last: HashMap<HostProcess, &WaitProbeFact> = HashMap::new();
     for fact in facts.iter().filter(|fact| fact.state != WaitProbeState::Ended) {
         last.insert(fact.process, fact);
     }
-    let is_probed = |state| matches!(state, WaitProbeState::Attached | WaitProbeState::UncountedCalls);
-    let has_probes = last.values().any(|fact| is_probed(fact.state));
+    let has = |state| matches!(state, WaitProbeState::Attached | WaitProbeState::UncountedCalls);
+    let has_probes = is_probed || last.values().any(|fact| has(fact.state));
     // Shells and helpers next to a probed process of the user are not a problem.
     let is_problem = |state: WaitProbeState| match state {
         WaitProbeState::Attached => false,
@@ -124,9 +126,10 @@ fn call_seconds(durations: &BTreeMap<u8, u64>) -> Option<CallSeconds> {
 }
 
 impl Waiting {
-    /// Part of the window in which it waited; `None` without probes.
+    /// Part of the probed time of the window in which it waited, over its processes; `None` without probes.
     pub fn waited(&self, number: u64) -> Option<f32> {
-        self.windows.get(&number).filter(|window| window.probed_s >= PROBED).map(|window| window.waited_s as f32)
+        let window = self.windows.get(&number).filter(|window| window.probed_s >= PROBED)?;
+        Some((window.waited_s / window.probed_s) as f32)
     }
 
     /// The windows in which the user had probes and these GPUs, which it uses, were observed, with the time of these others on them.
@@ -238,18 +241,23 @@ mod tests {
         second.checked_sub(20).is_some_and(|since| since % 33 < 17)
     }
 
-    /// A call of the user is in flight all the time in which `calls` is not 0, which is that of a second.
-    fn add_waits(session: &mut Session, n: u64, calls: impl Fn(u64) -> u64) {
+    /// Calls in each second, and the part of it in which one is in flight.
+    fn add_calls(session: &mut Session, n: u64, calls: impl Fn(u64) -> (u64, f64)) {
         let start = session.header.start;
         for second in 0..SECONDS {
-            let calls = calls(second);
-            let some_ns = if calls > 0 { SECOND } else { 0 };
+            let (calls, part) = calls(second);
+            let some_ns = (part * SECOND as f64) as u64;
             let process = HostProcess { pid: 100 + n as u32, start: BootNs(1) };
             let (from, to) = (start.plus(second * SECOND), start.plus((second + 1) * SECOND));
             let user = User::Container(ContainerKey(n));
             let durations = Vec::new();
             session.facts.push(Fact::Waited(WaitFact { process, user, from, to, some_ns, total_ns: some_ns, calls, durations }));
         }
+    }
+
+    /// A call of the user is in flight all the time in which `calls` is not 0, which is that of a second.
+    fn add_waits(session: &mut Session, n: u64, calls: impl Fn(u64) -> u64) {
+        add_calls(session, n, |second| (calls(second), if calls(second) > 0 { 1.0 } else { 0.0 }));
     }
 
     /// A second GPU with these users.
@@ -291,6 +299,42 @@ mod tests {
         let found = contender(report, victim, other).unwrap();
         let demand = found.demand.as_ref().unwrap();
         assert_eq!((found.evidence, demand.basis), (Evidence::DemandConfirmed, basis), "{victim} {other:?}: {demand:?}");
+    }
+
+    /// The second stage of a pipeline has little work while the first one runs, so it gets less GPU time then. Its calls take no longer.
+    #[test]
+    fn a_pipeline_that_on_off_confirms_is_not_confirmed_by_its_waiting() {
+        let demand = |second: u64| if is_on(second) { 0.1 } else { 0.9 };
+        let users = [container(1, move |t| Some(demand(t as u64))), container(2, |t| is_on(t as u64).then_some(0.9))];
+        let (mut session, _) = simulate(&users, SECONDS, 3);
+        add_calls(&mut session, 1, |second| ((100.0 * demand(second)) as u64, demand(second)));
+        add_calls(&mut session, 2, |second| if is_on(second) { (90, 0.9) } else { (0, 0.0) });
+        let report = build(&session, &View::default());
+        let found = contender(&report, "/docker/1", ("GPU-0", "/docker/2")).unwrap();
+        assert!(found.on_off_confirmed, "the scenario is a decoy: {found:?}");
+        let demand = found.demand.as_ref().unwrap();
+        assert!(found.evidence != Evidence::DemandConfirmed && !demand.why_not_confirmed.is_empty(), "{found:?}");
+        let finding = report.findings.iter().find(|finding| finding.victim == "/docker/1").unwrap();
+        let says = format!(" Its waiting in blocking calls does not confirm this: {}.", demand.why_not_confirmed);
+        assert!(finding.text.contains(&says), "{}", finding.text);
+    }
+
+    #[test]
+    fn a_process_without_the_library_is_a_problem_only_where_no_other_is_probed() {
+        let fact = |pid: u32, state| WaitProbeFact {
+            at: BootNs(pid.into()),
+            process: HostProcess { pid, start: BootNs(1) },
+            user: User::Container(ContainerKey(1)),
+            state,
+            detail: String::new(),
+        };
+        let [shell, server] = [fact(1, WaitProbeState::NoLibrary), fact(2, WaitProbeState::Attached)];
+        let n_problems = |facts: &[WaitProbeFact], is_probed| problems(facts, is_probed).len();
+        assert_eq!(n_problems(std::slice::from_ref(&shell), false), 1);
+        // Attached before the session.
+        assert_eq!(n_problems(std::slice::from_ref(&shell), true), 0);
+        assert_eq!(n_problems(&[shell.clone(), server], false), 0);
+        assert_eq!(n_problems(&[shell, fact(3, WaitProbeState::Refused)], true), 1);
     }
 
     #[test]

@@ -32,7 +32,10 @@ async fn add(
     request: HttpRequest,
 ) -> Result<StatusCode, ErrorResponse> {
     let fact: ExperimentFact = body(request, BODY_TIMEOUT).await?;
-    let mut begins = None;
+    let (mut begins, mut frozen) = (None, None);
+    if let ExperimentFact::Frozen { burst, from, to, .. } = &fact {
+        frozen = Some((*burst, to.saturating_since(*from) / 1_000_000));
+    }
     if let ExperimentFact::Schedule(schedule) = &fact {
         if let Some(problem) = schedule.problem() {
             return Err(bad(format!("invalid schedule: {problem}")));
@@ -54,6 +57,9 @@ async fn add(
     state.recorder.experiment(id.clone(), fact).await?;
     if let Some(ExperimentSchedule { victim, suspect, seed, .. }) = begins {
         tracing::info!(session = id, victim, suspect, seed, "an experiment will freeze the suspect");
+    }
+    if let Some((burst, milliseconds)) = frozen {
+        tracing::info!(session = id, burst, milliseconds, "the suspect was frozen, and is thawed");
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -145,12 +145,14 @@ pub struct LiveWaits {
     pub probed_seconds: f64,
     /// Part of the recent probed time that it waited beyond its own GPU time and what it waits alone; null without enough time to compare.
     pub pressure_ratio: Option<f64>,
+    /// Standard error of it.
+    pub pressure_stderr_ratio: Option<f64>,
 }
 
 impl From<ContainerWaits> for LiveWaits {
     fn from(waits: ContainerWaits) -> Self {
-        let ContainerWaits { wait_seconds, probed_seconds, pressure_ratio } = waits;
-        Self { wait_seconds, probed_seconds, pressure_ratio }
+        let ContainerWaits { wait_seconds, probed_seconds, pressure_ratio, pressure_stderr } = waits;
+        Self { wait_seconds, probed_seconds, pressure_ratio, pressure_stderr_ratio: pressure_stderr }
     }
 }
 

@@ -158,7 +158,12 @@ impl RichNode {
         labels.add_all(&of_unsettled);
         let (job, of_job) = job(4);
         labels.add_all(&of_job);
-        let waits = Some(ContainerWaits { wait_seconds: 12.5 * scale, probed_seconds: 40.0 * scale, pressure_ratio: Some(0.25) });
+        let waits = Some(ContainerWaits {
+            wait_seconds: 12.5 * scale,
+            probed_seconds: 40.0 * scale,
+            pressure_ratio: Some(0.25),
+            pressure_stderr: Some(0.03125),
+        });
         let view = |record, gpus| ContainerView { record: Arc::new(record), gone: None, gpus, waits };
         let containers = vec![
             view(first, vec![used(0, scale), used(2, scale)]),

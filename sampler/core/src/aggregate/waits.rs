@@ -7,9 +7,12 @@
 //!                                                                  all:    recent          (the last ten seconds)
 //! ```
 //! A process that blocks until its own kernel is done waits for about its own GPU time, alone or not. What it waits beyond that while it
-//! is alone (launches, copies, other waiting) is its baseline; what it waits beyond both is pressure. A window counts once: all GPUs of
-//! the container have closed it. Pressure is not negative, since a container can be quicker than its baseline by chance only. What of it
-//! falls into windows in which a GPU of the container was saturated is divided over the other users there, by the GPU time they got.
+//! is alone (launches, copies, other waiting) is its baseline; what it waits beyond both is pressure. A window counts once all GPUs of the
+//! container have closed it. Pressure is not negative, since a container can be quicker than its baseline by chance only. What of it falls
+//! into windows in which a GPU of the container was saturated is divided over the other users there, by the GPU time they got.
+//!
+//! A window has five or six samples of a GPU, so a user with a tenth of it has none in every second window. A window is alone if no other
+//! user had a sample within five windows of it, which happens next to such a user once in a thousand windows.
 
 use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
@@ -27,6 +30,10 @@ const RECENT: usize = 10;
 /// Settled windows alone behind the baseline, and how many there must be.
 const ALONE: usize = 300;
 const LEAST_ALONE: usize = 5;
+/// A window alone has this many on each side without another user.
+const NEAR: u64 = 5;
+/// A GPU without a closed window for so many windows is gone: the container's windows do not wait for it.
+const GONE: u64 = 60;
 /// A window counts if its processes were probed for at least this part of it.
 const PROBED: f64 = 0.5;
 /// Without a reading for this time a container is not probed any more.
@@ -42,8 +49,8 @@ struct WaitWindow {
     probed_ns: f64,
     own_ns: f64,
     shared: bool,
-    /// A GPU of the container was observed in it.
-    observed: bool,
+    /// The container's GPUs that were observed in it, with their users.
+    observed: BTreeSet<usize>,
     /// GPU time of other users, where a GPU of the container was saturated.
     others: Vec<PressureShare>,
 }
@@ -78,10 +85,39 @@ struct WaitAccount {
     probed_ns: u64,
     last: BootNs,
     open: BTreeMap<u64, WaitWindow>,
-    /// GPUs on which it was ever active.
-    gpus: BTreeSet<usize>,
+    /// GPUs on which it was ever active, with the last window that each has closed.
+    gpus: BTreeMap<usize, u64>,
+    last_shared: Option<u64>,
+    /// Windows that are alone unless another user follows soon.
+    undecided: VecDeque<(u64, WaitWindow)>,
     alone: VecDeque<WaitWindow>,
     recent: VecDeque<WaitWindow>,
+}
+
+impl WaitAccount {
+    /// Whether all of its GPUs were observed in a window.
+    fn is_observed(&self, number: u64, window: &WaitWindow) -> bool {
+        let mut present = self.gpus.iter().filter(|(_, last)| last.saturating_add(GONE) >= number).peekable();
+        // Without a GPU that is known to be the container's, nothing is known of its own time and of others.
+        present.peek().is_some() && present.all(|(gpu, _)| window.observed.contains(gpu))
+    }
+
+    fn settle(&mut self, number: u64, window: WaitWindow) {
+        if window.shared {
+            self.last_shared = Some(number);
+            self.undecided.retain(|(of, _)| of.saturating_add(NEAR) < number);
+        }
+        while let Some((_, alone)) = self.undecided.pop_front_if(|(of, _)| of.saturating_add(NEAR) <= number) {
+            push(&mut self.alone, alone, ALONE);
+        }
+        if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 || !self.is_observed(number, &window) {
+            return;
+        }
+        if self.last_shared.is_none_or(|last| last.saturating_add(NEAR) < number) {
+            self.undecided.push_back((number, WaitWindow { others: Vec::new(), ..window.clone() }));
+        }
+        push(&mut self.recent, window, RECENT);
+    }
 }
 
 #[derive(Debug, Default)]
@@ -110,6 +146,14 @@ fn push(to: &mut VecDeque<WaitWindow>, window: WaitWindow, at_most: usize) {
     to.push_back(window);
 }
 
+/// Variance of the mean excess of windows, by how much they differ; `None` with fewer than two.
+fn excess_variance(windows: &VecDeque<WaitWindow>) -> Option<f64> {
+    let (n, mean) = (windows.len() as f64, excess_ratio(windows));
+    let distance = |window: &WaitWindow| window.excess_ns() / f64::max(window.probed_ns, 1.0) - mean;
+    let squares: f64 = windows.iter().map(|window| distance(window).powi(2)).sum();
+    (windows.len() >= 2).then(|| squares / (n - 1.0) / n)
+}
+
 /// Excess by probed time.
 fn excess_ratio(windows: &VecDeque<WaitWindow>) -> f64 {
     let (excess, probed) =
@@ -125,6 +169,12 @@ impl Waits {
         }
         let account = self.accounts.entry(key).or_default();
         let probed_ns = wait.to.saturating_since(wait.from);
+        if wait.from.saturating_since(account.last) > STALE_NS {
+            // Probes are back after a pause. The baseline of the container stays.
+            account.open.clear();
+            account.undecided.clear();
+            account.recent.clear();
+        }
         account.waited_ns = account.waited_ns.saturating_add(wait.some_ns.min(probed_ns));
         account.probed_ns = account.probed_ns.saturating_add(probed_ns);
         account.last = account.last.max(wait.to);
@@ -149,15 +199,19 @@ impl Waits {
             let user = User::Container(*key);
             let own = window.users.get(&user).copied().unwrap_or_default();
             if own.samples > 0 {
-                account.gpus.insert(gpu);
+                account.gpus.entry(gpu).or_default();
             }
+            let used = account.gpus.get_mut(&gpu);
+            let is_used = used.map(|last| *last = number.max(*last)).is_some();
             let Some(open) = account.open.get_mut(&number) else { continue };
             open.own_ns += own.ns;
-            if !account.gpus.contains(&gpu) {
+            if !is_used {
                 continue;
             }
             let others = || window.users.iter().filter(|(other, _)| **other != user && is_user(**other));
-            open.observed |= window.observed_ns >= COACTIVITY_WINDOW_NS / 2;
+            if window.observed_ns >= COACTIVITY_WINDOW_NS / 2 && window.shows_users() {
+                open.observed.insert(gpu);
+            }
             // A container that waits for a whole window has no sample in it.
             open.shared |= others().any(|(_, part)| part.samples > 0);
             if is_saturated {
@@ -172,19 +226,13 @@ impl Waits {
     pub fn settle(&mut self, now: BootNs) {
         for account in self.accounts.values_mut() {
             while let Some(first) = account.open.first_entry() {
-                let ends = (first.key() + 1).saturating_mul(COACTIVITY_WINDOW_NS);
+                let number = *first.key();
+                let ends = number.saturating_add(1).saturating_mul(COACTIVITY_WINDOW_NS);
                 if now.0 < ends.saturating_add(SETTLE_NS) {
                     break;
                 }
                 let window = first.remove();
-                // Without a GPU that is known to be the container's, nothing is known of its own time and of others.
-                if window.probed_ns < PROBED * COACTIVITY_WINDOW_NS as f64 || !window.observed {
-                    continue;
-                }
-                if !window.shared {
-                    push(&mut account.alone, WaitWindow { others: Vec::new(), ..window }, ALONE);
-                }
-                push(&mut account.recent, window, RECENT);
+                account.settle(number, window);
             }
         }
     }
@@ -194,10 +242,12 @@ impl Waits {
         let is_probed = now.saturating_since(account.last) < STALE_NS;
         let is_comparable = is_probed && !account.recent.is_empty() && account.alone.len() >= LEAST_ALONE;
         let pressure = || (excess_ratio(&account.recent) - excess_ratio(&account.alone)).clamp(0.0, 1.0);
+        let variance = || Some(excess_variance(&account.recent)? + excess_variance(&account.alone)?);
         Some(ContainerWaits {
             wait_seconds: account.waited_ns as f64 * 1e-9,
             probed_seconds: account.probed_ns as f64 * 1e-9,
             pressure_ratio: is_comparable.then(pressure),
+            pressure_stderr: is_comparable.then(variance).flatten().map(f64::sqrt),
         })
     }
 
@@ -270,7 +320,7 @@ mod tests {
         let now = BootNs(40 * S + SETTLE_NS);
         waits.settle(now);
         // The probe is still attached.
-        waits.apply(&reading(now.0 - S, now.0, 0));
+        waits.apply(&reading(40 * S, now.0, 0));
         waits.of(KEY, now)?.pressure_ratio
     }
 
@@ -297,7 +347,7 @@ mod tests {
             }
             let now = BootNs(40 * S + SETTLE_NS);
             waits.settle(now);
-            waits.apply(&reading(now.0 - S, now.0, 0));
+            waits.apply(&reading(40 * S, now.0, 0));
             let shares = waits.pressure_shares(KEY, waits.of(KEY, now).unwrap().pressure_ratio.unwrap());
             shares.iter().map(|share| (share.gpu, share.other, (share.amount * 1000.0).round())).collect::<Vec<_>>()
         };
@@ -324,6 +374,68 @@ mod tests {
         assert_eq!((found.wait_seconds, found.probed_seconds, found.pressure_ratio), (20.0, 40.0, None));
         waits.forget(KEY);
         assert_eq!(waits.of(KEY, BootNs(41 * S)), None);
+    }
+
+    #[test]
+    fn the_error_of_pressure_is_how_far_windows_are_apart() {
+        let windows = |excess: &[f64]| -> VecDeque<WaitWindow> {
+            let window = |excess: &f64| WaitWindow { waited_ns: excess * S as f64, probed_ns: S as f64, ..WaitWindow::default() };
+            excess.iter().map(window).collect()
+        };
+        assert_eq!(excess_variance(&windows(&[0.5])), None);
+        assert_eq!(excess_variance(&windows(&[0.5, 0.5, 0.5])), Some(0.0));
+        // The variance of 0.2, 0.4 and 0.6 is 0.04, that of their mean a third of it.
+        let found = excess_variance(&windows(&[0.2, 0.4, 0.6])).unwrap();
+        assert!((found - 0.04 / 3.0).abs() < 1e-9, "{found}");
+    }
+
+    #[test]
+    fn next_to_a_user_with_few_samples_no_window_is_alone() {
+        let mut waits = Waits::default();
+        for n in 0..100 {
+            waits.apply(&reading(n * S, (n + 1) * S, S / 2));
+            // Named in every fourth window.
+            let users = [(User::Container(KEY), 0.3), (OTHER, 0.1)];
+            waits.closed(0, n, &window(if n % 4 == 0 { &users } else { &users[..1] }), true);
+        }
+        waits.settle(BootNs(120 * S));
+        let account = &waits.accounts[&KEY];
+        assert_eq!((account.alone.len(), account.undecided.len(), account.recent.len()), (0, 0, RECENT));
+    }
+
+    #[test]
+    fn a_window_counts_when_all_present_gpus_have_closed_it() {
+        let own = [(User::Container(KEY), 0.5)];
+        let mut waits = Waits::default();
+        for n in 0..200 {
+            waits.apply(&reading(n * S, (n + 1) * S, S));
+            waits.closed(0, n, &window(&own), false);
+            // Hangs for 10 s, and is gone after 100.
+            if n < 100 && !(40..50).contains(&n) {
+                waits.closed(1, n, &window(&own), false);
+            }
+            waits.settle(BootNs((n + 1) * S));
+        }
+        waits.settle(BootNs(220 * S));
+        let account = &waits.accounts[&KEY];
+        // Those before it is taken as gone are missing, and those in which it hung.
+        let counted: Vec<f64> = account.alone.iter().map(|window| window.own_ns / S as f64).collect();
+        assert_eq!(counted.iter().filter(|own| **own == 1.0).count(), 90);
+        assert_eq!(counted.iter().filter(|own| **own == 0.5).count() as u64, 200 - (99 + GONE + 1) - NEAR);
+    }
+
+    #[test]
+    fn probes_that_return_start_with_new_windows() {
+        let mut waits = Waits::default();
+        for n in 0..40 {
+            waits.apply(&reading(n * S, (n + 1) * S, if n < 20 { S * 3 / 10 } else { S }));
+            let users = [(User::Container(KEY), 0.3), (OTHER, 0.7)];
+            waits.closed(0, n, &window(if n < 20 { &users[..1] } else { &users }), true);
+        }
+        let later = BootNs(4_000 * S);
+        waits.settle(later);
+        waits.apply(&reading(later.0 - S, later.0, S * 3 / 10));
+        assert_eq!(waits.of(KEY, later).unwrap().pressure_ratio, None, "not that of an hour before");
     }
 
     #[test]

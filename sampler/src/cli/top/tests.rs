@@ -134,8 +134,13 @@ fn three_users_of_a_gpu_are_drawn_wide_and_narrow() {
 #[test]
 fn pressure_is_a_column_where_wait_probes_are_on() {
     let mut live = document(40);
-    live.users[1].waits = Some(LiveWaits { wait_seconds: 5.0, probed_seconds: 20.0, pressure_ratio: None });
-    live.users[2].waits = Some(LiveWaits { wait_seconds: 22.4, probed_seconds: 40.0, pressure_ratio: Some(0.31) });
+    live.users[1].waits = Some(LiveWaits { wait_seconds: 5.0, probed_seconds: 20.0, ..LiveWaits::default() });
+    live.users[2].waits = Some(LiveWaits {
+        wait_seconds: 22.4,
+        probed_seconds: 40.0,
+        pressure_ratio: Some(0.31),
+        pressure_stderr_ratio: Some(0.04),
+    });
     live.users[2].contended_by[0].pressure_ratio = Some(0.26);
     let mut model = model();
     model.update(live.clone());

@@ -23,6 +23,9 @@ families! {
         .help("Part of the probed time of ten seconds, which ended 15 s ago, that the container waited in blocking calls beyond its own GPU \
                time and beyond what it waits when no other user is active (0-1).")
         .absent("without wait probes, or until the container was alone on its GPUs for five seconds");
+    PRESSURE_STDERR: Family::gauge("container_gpu_pressure_stderr_ratio", "ratio", CONTAINER)
+        .help("Standard error of container_gpu_pressure_ratio, from how much its windows of a second and those alone differ.")
+        .absent("if container_gpu_pressure_ratio is, or for its first window");
     PROBED_PROCESSES: Family::gauge("gpu_sampler_wait_probed_processes", "processes", &[])
         .help("Number of processes that have wait probes.")
         .in_collector(Collector::Agent);

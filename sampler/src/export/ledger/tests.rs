@@ -236,7 +236,7 @@ fn contention_in_metrics_and_in_the_live_document() {
     use crate::export::live::LiveDocument;
     use crate::health::HealthView;
     let (mut all, view) = contended(1, 3.0);
-    all.containers[0].waits = Some(ContainerWaits { wait_seconds: 2.5, probed_seconds: 4.0, pressure_ratio: None });
+    all.containers[0].waits = Some(ContainerWaits { wait_seconds: 2.5, probed_seconds: 4.0, ..ContainerWaits::default() });
     let mut ledger = Ledger::default();
     let page = scraped(&mut ledger, &all, &view);
     let text = text(&mut ledger, &page);
@@ -271,7 +271,8 @@ fn contention_in_metrics_and_in_the_live_document() {
         serde_json::json!({"kind": "host", "namespace": null, "pod": null,
         "container": null, "name": null, "container_id": null, "seconds": 3.0})
     );
-    let waits = serde_json::json!({"wait_seconds": 2.5, "probed_seconds": 4.0, "pressure_ratio": null});
+    let waits =
+        serde_json::json!({"wait_seconds": 2.5, "probed_seconds": 4.0, "pressure_ratio": null, "pressure_stderr_ratio": null});
     assert_eq!((&user["waits"], &document["users"][1]["waits"]), (&waits, &serde_json::Value::Null));
     let table = tables(&page, &HealthView::default());
     assert!(table.contains("<th>Pressure %</th>") && table.contains("<td>2.50</td><td>4.00</td><td>–</td>"), "{table}");

@@ -322,6 +322,7 @@ function showLine(part, row, now) {
   part.pressure.title = waits ? `waited ${seconds(waits.wait_seconds)} of ${seconds(waits.probed_seconds)} with wait probes` : "";
   const pressure = user.contended_by.filter((other) => other.pressure_ratio > 0)
     .map((other) => `${nameOf(other)} ${percent(other.pressure_ratio)}`);
+  if (waits && known(waits.pressure_stderr_ratio)) part.pressure.title += `; ± ${percent(waits.pressure_stderr_ratio)} (standard error)`;
   if (waits && pressure.length) part.pressure.title += `; pressure by ${pressure.join(", ")}`;
   const { all, by } = row.contention;
   const isContended = known(all) && all >= 0.005;

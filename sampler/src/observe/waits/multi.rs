@@ -4,7 +4,7 @@
 //! Unlike probes by perf events they need no CAP_SYS_ADMIN, and a link for a process leaves other processes of the library alone.
 
 use std::io;
-use std::os::fd::{AsRawFd as _, FromRawFd as _, OwnedFd, RawFd};
+use std::os::fd::{AsFd, AsRawFd as _, BorrowedFd, FromRawFd as _, OwnedFd, RawFd};
 use std::os::unix::ffi::OsStrExt as _;
 use std::path::Path;
 
@@ -83,6 +83,12 @@ fn bpf<T>(command: libc::c_long, attributes: &T) -> io::Result<OwnedFd> {
 /// A program that uprobe_multi links accept.
 pub struct MultiProgram(OwnedFd);
 
+impl AsFd for MultiProgram {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
 /// Detaches when it is dropped.
 pub struct MultiLink(#[expect(dead_code, reason = "closing it detaches")] OwnedFd);
 
@@ -135,7 +141,6 @@ trait DescriptorNumber {
 
 impl DescriptorNumber for aya::maps::MapFd {
     fn as_fd_number(&self) -> RawFd {
-        use std::os::fd::AsFd as _;
         self.as_fd().as_raw_fd()
     }
 }
