@@ -137,11 +137,20 @@ fn a_killed_and_restarted_agent_attributes_again_and_credits_nothing_twice() -> 
     for reason in ["pid_unknown", "ambiguous", "lost", "host"] {
         // Less than two samples: one kernel event may be lost on a busy machine.
         let grown = unattributed(&page, reason) - unattributed(&early, reason);
-        assert!(grown < 0.2, "{reason} has grown by {grown} s since the start");
+        assert!(grown < 0.2, "{reason} has grown by {grown} s since the start: {}", shown(&early, &page, reason));
     }
     let known: Vec<String> = dirs.iter().map(|d| id_of(&d.to_string_lossy())).collect();
     assert!(after.keys().all(|(id, _)| known.contains(id)));
     Ok(())
+}
+
+/// What a failure is judged by: the growth of each GPU, and lost kernel events.
+fn shown(early: &[Sample], page: &[Sample], reason: &str) -> String {
+    let of = |page: &[Sample], uuid: &str| sum(page, "gpu_unattributed_seconds_total", &[("reason", reason), ("uuid", uuid)]);
+    let gpus = page.iter().filter(|s| s.name == "gpu_info").map(|s| &*s.labels["uuid"]);
+    let grown: Vec<f64> = gpus.map(|uuid| of(page, uuid).unwrap_or_default() - of(early, uuid).unwrap_or_default()).collect();
+    let [lost, lost_early] = [page, early].map(|page| sum(page, "gpu_sampler_kernel_events_lost_total", &[]));
+    format!("by GPU {grown:.2?}; {lost:?} kernel events were lost, {lost_early:?} before")
 }
 
 fn now_us() -> u64 {

@@ -221,3 +221,40 @@ fn sessions_at_the_same_time_share_probes() -> Result<()> {
     }
     Ok(())
 }
+
+/// As in an image: the path of the library leads to another file for a container with an overlay of its own.
+#[test]
+fn a_library_is_found_in_the_mounts_of_its_process() -> Result<()> {
+    let mut scene = WaitScene::new("waits-overlay", "seed = 4\n[[gpus]]")?;
+    let first = scene.work(1, WORK)?;
+    let (library, layer) = (scene.sim.dir.path().join("lib/libcuda.so.1"), scene.dir.path().join("layer"));
+    std::fs::create_dir(&layer)?;
+    std::fs::copy(&library, layer.join("libcuda.so.1"))?;
+    let below = library.parent().context("a folder")?.display().to_string();
+    let mount = format!("mount -t overlay overlay -o lowerdir={}:{below} {below} && exec \"$@\"", layer.display());
+    let in_overlay = ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned);
+    let words = [in_overlay.to_vec(), scene.sim.cuda_words(WORK)?].concat();
+    let second = scene.start(2, &words)?;
+    let inode = |pid: u32| -> Result<Option<String>> {
+        let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
+        let line = maps.lines().find(|line| line.ends_with("/libcuda.so.1"));
+        Ok(line.and_then(|line| line.split_whitespace().nth(4)).map(str::to_owned))
+    };
+    let in_overlay = wait_for("the library of the overlay is mapped", ATTACHES, || inode(second.pid))?;
+    ensure!(Some(&in_overlay) != inode(first.pid)?.as_ref(), "both map the same file");
+
+    let agent = scene.agent(&[])?;
+    let session = agent.record_as(&json!({"duration_seconds": 60, "wait_probes": true}))?;
+    for client in [&first, &second] {
+        scene.wait_until_probed(client)?;
+    }
+    std::thread::sleep(Duration::from_secs(3));
+    agent.stop(&session)?;
+    scene.check_gone(&[&first, &second], "the session was stopped")?;
+    let report = report_of(&agent, &session)?;
+    for client in [&first, &second] {
+        let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
+        ensure!(number(waits, "calls")? > 20.0 && waits["problems"].as_array().is_some_and(Vec::is_empty), "{waits}");
+    }
+    Ok(())
+}

@@ -440,7 +440,9 @@ pub mod tests {
             // Ids of shares are not kept.
             let joined = sampler_labels::join(all.clone(), all.clone());
             assert!(ids(&joined).is_subset(&ids(&all)), "{joined:?}");
-            assert_eq!(ids(&sampler_labels::join(joined.clone(), Vec::new())), ids(&joined));
+            // Without its shares, a resource of another vendor may not look like a GPU any more.
+            let again: Vec<Assignment> = joined.into_iter().filter(Assignment::is_gpu).collect();
+            assert_eq!(ids(&sampler_labels::join(again.clone(), Vec::new())), ids(&again));
         });
     }
 
