@@ -52,12 +52,12 @@ impl Holders {
         }
     }
 
-    /// As [`Holders::only_user`], for samples without any named neighbour: several holders count as none.
+    /// As [`Holders::only_user`], for samples without any named neighbour: several holders count as none, and so does an unknown process
+    /// that is in one of the lists only. It had ended before its user was looked for, and time after that is not its own.
     pub fn sole_user(&self) -> User {
-        match self.only_user() {
-            User::Unattributed(Reason::Ambiguous) => User::Unattributed(Reason::NoPid),
-            user => user,
-        }
+        let user = self.only_user();
+        let is_in_both = self.users.iter().all(|users| users.contains(&user));
+        if user.is_known() || is_in_both { user } else { User::Unattributed(Reason::NoPid) }
     }
 
     /// What a user holds. Once a list was read, a user that is not listed holds nothing.
@@ -99,5 +99,32 @@ impl Holders {
         for users in &mut self.users {
             users.retain(|user| !gone(user));
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const UNKNOWN: User = User::Unattributed(Reason::PidUnknown);
+    const NONE: User = User::Unattributed(Reason::NoPid);
+
+    fn holder(user: User) -> Holder {
+        Holder { pid: 1, user, memory_bytes: None, kind: ProcessKind::Compute }
+    }
+
+    #[test]
+    fn an_unknown_process_of_one_list_does_not_hold_the_device() {
+        let mut holders = Holders::default();
+        let mut sole = |users: &[User]| {
+            holders.listed(&users.iter().copied().map(holder).collect::<Vec<_>>());
+            (holders.only_user(), holders.sole_user())
+        };
+        assert_eq!(sole(&[UNKNOWN]), (UNKNOWN, NONE));
+        assert_eq!(sole(&[UNKNOWN]), (UNKNOWN, UNKNOWN), "still listed, as a process of another machine is");
+        assert_eq!(sole(&[]), (UNKNOWN, NONE));
+        assert_eq!(sole(&[]), (NONE, NONE));
+        let known = User::Container(ContainerKey(1));
+        assert_eq!(sole(&[known]), (known, known));
     }
 }
