@@ -3,7 +3,8 @@
 //! ```text
 //!  pid-less sample   queried, the driver named no process: over the 4 nearest named samples on each side, by `1 - busy` of each
 //!  unqueried sample  not queried: over the 8 nearest queried busy samples on each side, weighted by similarity of utilization
-//!  both              only over processes that existed in the sample's own period, by the part of it in which they existed;
+//!  both              only over processes that existed in the sample's own period, by the part of it in which they existed, unknown
+//!                    ones between two samples that name them, and for a second before and after;
 //!                    if there are none, over containers that existed in the period and were named close to it
 //!  pid-less sample   where only processes that have ended are not named (`naming`): only over those that ended soon after it, named
 //!                    ones and clients (`clients`)
@@ -217,7 +218,16 @@ impl Neighbours {
 
     /// The part of the sample's period in which the named sample's process existed.
     fn part(&self, n: usize, sample: &Sample, presence: Presence<'_>) -> f64 {
-        self.named.get(n).map_or(0.0, |n| presence.exits.part(&n.named, sample.at, sample.span_ns))
+        let counts = |n: &&NamedSample| n.named.user.is_known() || self.is_present(n, sample.at);
+        self.named.get(n).filter(counts).map_or(0.0, |n| presence.exits.part(&n.named, sample.at, sample.span_ns))
+    }
+
+    /// Whether an unknown process exists at that time. When it ends is not known, and after all others it would seem to be the only one
+    /// that has not ended: it counts close to its own samples, and between two of them.
+    fn is_present(&self, named: &NamedSample, at: BootNs) -> bool {
+        let is_same = |n: &NamedSample| n.named.pid == named.named.pid && is_near(n.at, at);
+        let is_across = |n: &NamedSample| (n.at <= at) != (named.at <= at);
+        named.at.0.abs_diff(at.0) <= SIBLING_NS || self.named.iter().any(|n| is_across(n) && is_same(n))
     }
 
     /// The nearest named samples on each side with a positive `part`, weighted by what they stand for.
@@ -375,6 +385,33 @@ mod tests {
         assert_eq!(world.divide(&sample(1167, 0.5, true)), [(1, 702), (2, 298)]);
         // The first does not exist a period later.
         assert_eq!(world.divide(&sample(1300, 0.5, true)), [(2, 1000)]);
+    }
+
+    #[test]
+    fn an_unknown_process_counts_close_to_its_samples_and_between_them() {
+        let mut world = DivideWorld::default();
+        let mut name = |at_ms: u64, pid| {
+            let at = BootNs(at_ms * MS);
+            let named = NamedUser { user: User::Unattributed(crate::device::Reason::PidUnknown), pid, since: BootNs(0) };
+            world.neighbours.add_queried(&sample(at_ms, 0.5, true));
+            world.neighbours.add_named(NamedSample::new(at, named, 0.5, 1.0));
+        };
+        name(1_000, 1);
+        name(1_100, 2);
+        name(9_000, 2);
+        let pids = |at_ms, queried| -> Vec<u32> {
+            let parts = world.neighbours.divide(&sample(at_ms, 0.5, queried), world.presence());
+            let pid = |(basis, _): (Basis, f64)| match basis {
+                Basis::Named(n) => world.neighbours.named[n].named.pid,
+                Basis::Client(client) => client.pid,
+            };
+            parts.into_iter().map(pid).collect()
+        };
+        for queried in [true, false] {
+            assert_eq!(pids(1_500, queried).iter().filter(|pid| **pid == 1).count(), 1, "{queried}");
+            assert!(!pids(5_000, queried).contains(&1) && pids(5_000, queried).contains(&2), "{queried}");
+            assert_eq!(pids(15_000, queried), [], "{queried}");
+        }
     }
 
     #[test]
