@@ -8,7 +8,7 @@ use gpu_sampler_tests::labels::{UID, bundle};
 use gpu_sampler_tests::{Agent, wait_for};
 use serde_json::json;
 
-use super::{ATTACHES, GONE_WITHIN, WaitScene, number, report_of, user};
+use super::{ATTACHES, GONE_WITHIN, WaitScene, number, report_of, user, waits_of};
 
 const WORK: &str = "--kernel 2ms --every 20ms --for 200s";
 /// Several turns of the thread that attaches.
@@ -170,7 +170,7 @@ fn a_thread_that_ends_inside_a_call_has_left_it() -> Result<()> {
         std::thread::sleep(Duration::from_secs(4));
         agent.stop(&session)?;
         let report = report_of(&agent, &session)?;
-        let waits = &user(&report, &client).with_context(|| format!("{client:?} is a user"))?["waits"];
+        let waits = waits_of(&report, &client)?;
         ensure!(number(waits, "probed_seconds")? > 2.0 && number(waits, "calls")? > 10.0, "{waits}");
         rates.push(number(waits, "wait_seconds")? / number(waits, "probed_seconds")?);
     }
@@ -211,7 +211,7 @@ fn sessions_at_the_same_time_share_probes() -> Result<()> {
     for (session, of_clients) in [(first, [of_first; 2]), (second, [shared, of_second])] {
         let report = report_of(&agent, &session)?;
         for (client, span) in clients.iter().zip(of_clients) {
-            let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
+            let waits = waits_of(&report, client)?;
             let (probed_s, span_s) = (number(waits, "probed_seconds")?, span.as_secs_f64());
             println!("probed {probed_s:.2} s of {span_s:.2} s");
             // A reading at each end, and what detaching takes.
@@ -232,8 +232,8 @@ fn a_library_is_found_in_the_mounts_of_its_process() -> Result<()> {
     std::fs::copy(&library, layer.join("libcuda.so.1"))?;
     let below = library.parent().context("a folder")?.display().to_string();
     let mount = format!("mount -t overlay overlay -o lowerdir={}:{below} {below} && exec \"$@\"", layer.display());
-    let in_overlay = ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned);
-    let words = [in_overlay.to_vec(), scene.sim.cuda_words(WORK)?].concat();
+    let mounted = ["unshare", "--mount", "sh", "-c", &mount, "sh"].map(str::to_owned);
+    let words = [mounted.to_vec(), scene.sim.cuda_words(WORK)?].concat();
     let second = scene.start(2, &words)?;
     let inode = |pid: u32| -> Result<Option<String>> {
         let maps = std::fs::read_to_string(format!("/proc/{pid}/maps"))?;
@@ -253,7 +253,7 @@ fn a_library_is_found_in_the_mounts_of_its_process() -> Result<()> {
     scene.check_gone(&[&first, &second], "the session was stopped")?;
     let report = report_of(&agent, &session)?;
     for client in [&first, &second] {
-        let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
+        let waits = waits_of(&report, client)?;
         ensure!(number(waits, "calls")? > 20.0 && waits["problems"].as_array().is_some_and(Vec::is_empty), "{waits}");
     }
     Ok(())

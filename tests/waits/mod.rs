@@ -131,6 +131,11 @@ fn user<'r>(report: &'r Value, client: &CudaClient) -> Option<&'r Value> {
     report["users"].as_array()?.iter().find(|user| user["container_id"] == client.container_id)
 }
 
+/// The waiting of this process's container in a report.
+fn waits_of<'r>(report: &'r Value, client: &CudaClient) -> Result<&'r Value> {
+    Ok(&user(report, client).with_context(|| format!("{client:?} is a user"))?["waits"])
+}
+
 fn number(value: &Value, key: &str) -> Result<f64> {
     value[key].as_f64().with_context(|| format!("{key} of {value}"))
 }

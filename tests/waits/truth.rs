@@ -12,7 +12,7 @@ use sampler_core::units::BootNs;
 use sampler_session::Session;
 use serde_json::Value;
 
-use super::{ATTACHES, CudaClient, WaitScene, check_rejected, number, record_alone, url, user};
+use super::{ATTACHES, CudaClient, WaitScene, check_rejected, number, record_alone, url, waits_of};
 
 /// Largest difference, as a part of the probed time.
 const WITHIN: f64 = 0.01;
@@ -107,7 +107,7 @@ fn check_report(clients: &[CudaClient], counted: &BTreeMap<u32, Counted>, file: 
     ensure!(code == Some(0), "{err}");
     let report: Value = serde_json::from_str(&out)?;
     for (n, client) in clients.iter().enumerate() {
-        let waits = &user(&report, client).with_context(|| format!("{client:?} is a user"))?["waits"];
+        let waits = waits_of(&report, client)?;
         // The forked child has another PID.
         if WORK[n].2 == 1 {
             let counted = counted[&client.pid];

@@ -32,10 +32,6 @@ async fn add(
     request: HttpRequest,
 ) -> Result<StatusCode, ErrorResponse> {
     let fact: ExperimentFact = body(request, BODY_TIMEOUT).await?;
-    let (mut begins, mut frozen) = (None, None);
-    if let ExperimentFact::Frozen { burst, from, to, .. } = &fact {
-        frozen = Some((*burst, to.saturating_since(*from) / 1_000_000));
-    }
     if let ExperimentFact::Schedule(schedule) = &fact {
         if let Some(problem) = schedule.problem() {
             return Err(bad(format!("invalid schedule: {problem}")));
@@ -49,17 +45,20 @@ async fn add(
             return Err(refused(format!("the agent cannot check that it is not in the suspect: it is {problem}; {remedy}")));
         }
         match contains_process(&state.config().path_procfs, "self", &schedule.suspect) {
-            Ok(false) => begins = Some(schedule.clone()),
+            Ok(false) => {}
             Ok(true) => return Err(refused(format!("{} contains this agent, so it is not frozen", schedule.suspect))),
             Err(error) => return Err(refused(format!("cannot read the cgroups of the agent: {error}"))),
         }
     }
-    state.recorder.experiment(id.clone(), fact).await?;
-    if let Some(ExperimentSchedule { victim, suspect, seed, .. }) = begins {
-        tracing::info!(session = id, victim, suspect, seed, "an experiment will freeze the suspect");
-    }
-    if let Some((burst, milliseconds)) = frozen {
-        tracing::info!(session = id, burst, milliseconds, "the suspect was frozen, and is thawed");
+    state.recorder.experiment(id.clone(), fact.clone()).await?;
+    match fact {
+        ExperimentFact::Schedule(ExperimentSchedule { victim, suspect, seed, .. }) => {
+            tracing::info!(session = id, victim, suspect, seed, "an experiment will freeze the suspect");
+        }
+        ExperimentFact::Frozen { burst, from, to, .. } => {
+            let milliseconds = to.saturating_since(from) / 1_000_000;
+            tracing::info!(session = id, burst, milliseconds, "the suspect was frozen, and is thawed");
+        }
     }
     Ok(StatusCode::NO_CONTENT)
 }

@@ -146,9 +146,9 @@ fn push(to: &mut VecDeque<WaitWindow>, window: WaitWindow, at_most: usize) {
     to.push_back(window);
 }
 
-/// Variance of the mean excess of windows, by how much they differ; `None` with fewer than two.
-fn excess_variance(windows: &VecDeque<WaitWindow>) -> Option<f64> {
-    let (n, mean) = (windows.len() as f64, excess_ratio(windows));
+/// Variance of this mean excess of windows, by how much they differ; `None` with fewer than two.
+fn excess_variance(windows: &VecDeque<WaitWindow>, mean: f64) -> Option<f64> {
+    let n = windows.len() as f64;
     let distance = |window: &WaitWindow| window.excess_ns() / f64::max(window.probed_ns, 1.0) - mean;
     let squares: f64 = windows.iter().map(|window| distance(window).powi(2)).sum();
     (windows.len() >= 2).then(|| squares / (n - 1.0) / n)
@@ -241,13 +241,14 @@ impl Waits {
         let account = self.accounts.get(&key)?;
         let is_probed = now.saturating_since(account.last) < STALE_NS;
         let is_comparable = is_probed && !account.recent.is_empty() && account.alone.len() >= LEAST_ALONE;
-        let pressure = || (excess_ratio(&account.recent) - excess_ratio(&account.alone)).clamp(0.0, 1.0);
-        let variance = || Some(excess_variance(&account.recent)? + excess_variance(&account.alone)?);
+        let means = is_comparable.then(|| (excess_ratio(&account.recent), excess_ratio(&account.alone)));
+        let variance =
+            |(recent, alone)| Some(excess_variance(&account.recent, recent)? + excess_variance(&account.alone, alone)?);
         Some(ContainerWaits {
             wait_seconds: account.waited_ns as f64 * 1e-9,
             probed_seconds: account.probed_ns as f64 * 1e-9,
-            pressure_ratio: is_comparable.then(pressure),
-            pressure_stderr: is_comparable.then(variance).flatten().map(f64::sqrt),
+            pressure_ratio: means.map(|(recent, alone)| (recent - alone).clamp(0.0, 1.0)),
+            pressure_stderr: means.and_then(variance).map(f64::sqrt),
         })
     }
 
@@ -378,14 +379,15 @@ mod tests {
 
     #[test]
     fn the_error_of_pressure_is_how_far_windows_are_apart() {
-        let windows = |excess: &[f64]| -> VecDeque<WaitWindow> {
+        let variance = |excess: &[f64]| {
             let window = |excess: &f64| WaitWindow { waited_ns: excess * S as f64, probed_ns: S as f64, ..WaitWindow::default() };
-            excess.iter().map(window).collect()
+            let windows = excess.iter().map(window).collect();
+            excess_variance(&windows, excess_ratio(&windows))
         };
-        assert_eq!(excess_variance(&windows(&[0.5])), None);
-        assert_eq!(excess_variance(&windows(&[0.5, 0.5, 0.5])), Some(0.0));
+        assert_eq!(variance(&[0.5]), None);
+        assert_eq!(variance(&[0.5, 0.5, 0.5]), Some(0.0));
         // The variance of 0.2, 0.4 and 0.6 is 0.04, that of their mean a third of it.
-        let found = excess_variance(&windows(&[0.2, 0.4, 0.6])).unwrap();
+        let found = variance(&[0.2, 0.4, 0.6]).unwrap();
         assert!((found - 0.04 / 3.0).abs() < 1e-9, "{found}");
     }
 
