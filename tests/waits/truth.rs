@@ -156,7 +156,7 @@ fn waiting_equals_the_truth_with_an_agent_and_without_one() -> Result<()> {
 
 #[test]
 fn invalid_selections_name_the_remedy() -> Result<()> {
-    let remedy = "expected all, container=NAME, namespace=NAME or pid=NUMBER";
+    let remedy = "expected all, container=NAME, namespace=NAME, job=ID or pid=NUMBER";
     for text in ["image=x", "pid=0", "pid=x", "container=", "ALL"] {
         let option = format!("--wait-probes={text}");
         for verb in ["run", "record"] {

@@ -142,7 +142,7 @@ pub struct Settings {
     #[arg(long, value_name = "PERCENT", env = "GPU_SAMPLER_GPU_SATURATION_PERCENT")]
     pub gpu_saturation_percent: Option<u8>,
     /// Processes of which the waiting for the GPU is always measured, by probes on the blocking calls of the driver library: all,
-    /// container=NAME, namespace=NAME or pid=NUMBER; of `record`, for the session [default: none]
+    /// container=NAME, namespace=NAME, job=ID or pid=NUMBER; of `record`, for the session [default: none]
     #[arg(
         long,
         value_name = "SELECTION",

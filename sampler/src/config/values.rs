@@ -11,7 +11,7 @@ use crate::engine_rules::{self, EngineRules, MAX_RULES, RuleError};
 use crate::host_name::HostName;
 use crate::objects::{ObjectError, StoreUrl};
 use crate::privileges::{self, CapabilitySet};
-use crate::wait_selector::WaitSelector;
+use crate::wait_selector::{SELECTIONS, WaitSelector};
 
 /// Of KAI since 0.6, and of Run:ai and earlier KAI.
 pub(super) const RESERVATION_NAMESPACES: [&str; 2] = ["kai-resource-reservation", "runai-reservation"];
@@ -191,7 +191,7 @@ pub(super) fn saturation(configured: Option<u8>) -> Result<u8, ConfigError> {
 
 pub(super) fn wait_probes(text: &str) -> Result<WaitSelector, ConfigError> {
     let invalid = |_| {
-        let remedy = "expected all, container=NAME, namespace=NAME or pid=NUMBER".into();
+        let remedy = format!("expected {SELECTIONS}");
         ConfigError::Value { key: "wait_probes", value: text.to_owned(), remedy }
     };
     text.parse().map_err(invalid)
