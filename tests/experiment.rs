@@ -34,7 +34,7 @@ struct ExperimentScene {
     // Dropped in this order: an actor is inside the trees.
     agent: Option<Agent>,
     _actors: Vec<Running>,
-    _outer: Vec<Actor>,
+    outer: Vec<Actor>,
     pids: [u32; 2],
     ids: [String; 2],
     sim: Sim,
@@ -81,7 +81,7 @@ impl ExperimentScene {
         let mut scene = Self {
             agent: None,
             _actors: actors,
-            _outer: outer,
+            outer: outer,
             pids,
             ids,
             sim,
@@ -127,7 +127,12 @@ impl ExperimentScene {
 
     /// Starts the command, which would freeze the second container for a long time.
     fn start(&self) -> Result<Running> {
-        let args = self.args(&["--suspect", &self.ids[1], "--i-may-freeze", "--bursts", "6", "--freeze", LONG_FREEZE])?;
+        self.start_with(&[])
+    }
+
+    fn start_with(&self, more: &[&str]) -> Result<Running> {
+        let own = ["--suspect", &self.ids[1], "--i-may-freeze", "--bursts", "6", "--freeze", LONG_FREEZE];
+        let args = self.args(&[&own, more].concat())?;
         let mut command = Command::new(var("GPU_SAMPLER_BIN")?);
         let errors = fs::File::create(self.path("stderr"))?;
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
@@ -299,6 +304,44 @@ fn an_experiment_refuses_what_must_not_be_frozen() -> Result<()> {
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && err.contains("it contains this command"), "{err}");
     assert!(scene.agent()?.sessions()?.is_empty(), "a refused experiment starts no session");
+    Ok(())
+}
+
+#[test]
+fn an_experiment_freezes_all_containers_of_a_pod_when_asked_and_thaws_them_all() -> Result<()> {
+    let mut scene = ExperimentScene::new("experiment-pod", "seed = 8\n[[gpus]]", Freezer::V2)?;
+    let pod = scene.tree.make("kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c")?;
+    let mut containers = Vec::new();
+    for n in [3, 4] {
+        let id = format!("{:08x}{n:056x}", std::process::id());
+        let cgroup = pod.join(&id);
+        fs::create_dir(&cgroup)?;
+        let mut actor = Actor::start(ACTOR, &["in", &cgroup.to_string_lossy(), "--", "sleep", "600"])?;
+        actor.pid()?;
+        scene.outer.push(actor);
+        containers.push((id, cgroup));
+    }
+    let known = |id: &String| Ok(get(scene.agent()?.port, &format!("/api/v1/explain?container={id}")).ok().map(|_| ()));
+    for (id, _) in &containers {
+        wait_for("the container is known", SEEN, || known(id))?;
+    }
+    let path = scene.tree.path_of(&pod);
+    let (code, out, err) = scene.run(&["--suspect", &path, "--i-may-freeze"])?;
+    assert!(code == Some(1) && err.contains("it is a pod: --whole-pod freezes all of its containers"), "{code:?}: {out}{err}");
+
+    scene.file = pod.join("cgroup.freeze");
+    scene.ids[1].clone_from(&containers[0].0);
+    let mut command = scene.start_with(&["--whole-pod"])?;
+    scene.wait_until_frozen()?;
+    for (id, cgroup) in &containers {
+        let is_frozen = || Ok(fs::read_to_string(cgroup.join("cgroup.events"))?.contains("frozen 1").then_some(()));
+        wait_for(&format!("{id} is frozen"), THAWS_WITHIN, is_frozen)?;
+    }
+    command.ends_with(libc::SIGKILL)?;
+    scene.check_thawed("kill -9 of the command that froze a pod")?;
+    for (id, cgroup) in &containers {
+        ensure!(fs::read_to_string(cgroup.join("cgroup.events"))?.contains("frozen 0"), "{id} is still frozen");
+    }
     Ok(())
 }
 

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
-use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, var};
+use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, sum, var, wait_for};
 use serde_json::{Value, json};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -76,7 +76,12 @@ impl EngineScene {
 
     fn agent(&self, access: bool) -> Result<Agent> {
         let access = access.to_string();
-        Agent::start(Some(&self.sim), &["--engine-access", &access, "--label-sources", "bundle"])
+        let runtime = self.runtime_dir();
+        Agent::start(Some(&self.sim), &["--engine-access", &access, "--label-sources", "bundle", "--runtime-dir", &runtime])
+    }
+
+    fn runtime_dir(&self) -> String {
+        self.dir.path().join("run").to_string_lossy().into_owned()
     }
 
     /// The report of a file, and as text.
@@ -210,6 +215,65 @@ fn a_latency_that_rises_while_another_user_is_active_is_reported_with_both_means
     let finding = findings.iter().find(|finding| sentence(finding)).context("no finding")?;
     assert_eq!((&finding["victim"], &finding["aggressor"]), (&json!(scene.engines[0].id), &json!(other_id)));
     assert!(text.contains("time to first token") && text.contains("Serving engines"), "{text}");
+    Ok(())
+}
+
+#[test]
+fn an_experiment_shows_that_first_tokens_come_sooner_while_the_suspect_is_frozen() -> Result<()> {
+    let mut scene = EngineScene::new("serving-experiment")?;
+    scene.start("vllm", "--port", 8000, &vllm_page(0.0, 0), 0.4)?;
+    let (_, cgroup) = scene.tree.container(9)?;
+    let mut suspect = Actor::start(ACTOR, &["in", &cgroup.to_string_lossy(), "--", "sleep", "300"])?;
+    let (suspect_pid, suspect_id) = (suspect.pid()?, scene.tree.path_of(&cgroup));
+    let _load = scene.sim.load(suspect_pid, 0, 0.5, &["--for", "300s", "--stops-while-frozen"])?;
+    let agent = scene.agent(true)?;
+    wait_for("both containers are credited", ENDS, || {
+        let page = agent.scrape()?;
+        let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("id", id)]).unwrap_or_default();
+        Ok((seconds(&scene.engines[0].id) > 0.2 && seconds(&suspect_id) > 0.2).then_some(()))
+    })?;
+
+    let requests = Requests::start(scene.engines[0].file.clone());
+    let (file, url) = (scene.dir.path().join("experiment.gpus"), format!("http://127.0.0.1:{}", agent.port));
+    let (ended, freezer) = (AtomicBool::new(false), cgroup.join("cgroup.freeze"));
+    let run = || {
+        let (runtime, file) = (scene.runtime_dir(), file.to_string_lossy());
+        let subjects = ["--victim", &scene.engines[0].id, "--suspect", &suspect_id, "--i-may-freeze", "--engine-metrics"];
+        let design = ["--bursts", "8", "--pause", "500ms", "--seed", "11"];
+        let access = ["--agent", &url, "--runtime-dir", &runtime, "-o", &file, "--json"];
+        let result = run_cli(&[&["experiment"], &subjects[..], &design, &access].concat());
+        ended.store(true, Ordering::Relaxed);
+        result
+    };
+    // The engine is slower while the suspect runs.
+    let follow = || {
+        while !ended.load(Ordering::Relaxed) {
+            let is_frozen = std::fs::read_to_string(&freezer)?.trim() == "1";
+            requests.set(if is_frozen { ALONE } else { SHARED });
+            std::thread::sleep(Duration::from_millis(20));
+        }
+        anyhow::Ok(())
+    };
+    let (result, followed) = std::thread::scope(|scope| {
+        let follower = scope.spawn(follow);
+        (run(), follower.join())
+    });
+    followed.map_err(|_| anyhow::anyhow!("the thread panicked"))??;
+    requests.end()?;
+    let (code, out, err) = result?;
+    ensure!(code == Some(0), "{code:?}: {out}{err}");
+    let experiments: Value = serde_json::from_str(&out)?;
+    let effects = experiments[0]["effects"].as_array().context("effects")?;
+    let effect = effects.iter().find(|effect| effect["outcome"] == "time-to-first-token").with_context(|| out.clone())?;
+    println!("{effect}");
+    let number = |key: &str| effect[key].as_f64().with_context(|| key.to_owned());
+    assert!(effect["confirmed"] == true && effect["unit"] == "seconds", "{effect}");
+    assert!(
+        (number("mean_frozen")? - ALONE).abs() < TOLERANCE && (number("mean_running")? - SHARED).abs() < TOLERANCE,
+        "{effect}"
+    );
+    let (code, text, err) = run_cli(&["report", &file.to_string_lossy()])?;
+    ensure!(code == Some(0) && text.contains("experiment-confirmed"), "{text}{err}");
     Ok(())
 }
 

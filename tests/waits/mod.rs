@@ -3,6 +3,7 @@
 
 mod clients;
 mod evidence;
+mod experiment;
 mod lifetime;
 mod refusals;
 mod truth;
