@@ -53,3 +53,30 @@ PYTHON
 import_image() {
     tar --create --directory / bin/busybox | "$@" import - busybox:1 >/dev/null 2>&1
 }
+
+# Whether the kernel is at least MAJOR.MINOR.
+kernel_is() {
+    printf '%s\n%s\n' "$1" "$(uname -r)" | sort --version-sort --check=quiet
+}
+
+# waits_of SESSION: seconds waited, seconds with probes, and the first problem, of all users together, in fields.
+waits_of() {
+    gpu-sampler report --format json "$1" >waits.json || return 1
+    python3 - <<'PYTHON'
+import json
+waits = [user["waits"] for user in json.load(open("waits.json"))["users"] if user.get("waits")]
+problems = [problem for wait in waits for problem in wait["problems"]]
+waited, probed = (sum(wait[key] for wait in waits) for key in ("wait_seconds", "probed_seconds"))
+problem = problems[0] if problems else "" if waits else "no process has probes"
+print(f"{waited:.2f}", f"{probed:.2f}", problem, sep="\t")
+PYTHON
+}
+
+# Whether these fields are those of a process that waits for its own work, a part of the time.
+counts_waiting() {
+    awk -F '\t' '{ exit !($2 > 5 && $1 > 0.05 * $2 && $1 < 0.9 * $2) }' "$1"
+}
+
+waiting_in_words() {
+    awk -F '\t' '{ printf "waited %s of %s s", $1, $2 }' "$1"
+}

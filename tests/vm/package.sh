@@ -99,6 +99,24 @@ gpu-sampler doctor >doctor.txt 2>&1 || { cat doctor.txt >&2; fail "doctor finds 
 cp doctor.txt metrics.txt "$RESULTS"
 grep -v " ok " doctor.txt | head -n 20 || true
 
+# Wait probes with what the unit may: its user, capabilities, system calls and mounts. Perf events need CAP_SYS_ADMIN, which it does not have.
+cuda-work run --dir "$sim" --gpu 1 --kernel 4ms --every 20ms --for 10m >/dev/null 2>"$RESULTS/cuda-work-of-package.txt" &
+worker=$!
+sleep 10
+gpu-sampler record --wait-probes=pid=$worker --duration 15s --output waits.gpus >record.txt 2>&1 || { cat record.txt >&2; fail "record"; }
+waits_of waits.gpus >waits.txt || fail "the session has no report"
+kill $worker
+problem=$(cut -f 3 waits.txt)
+if kernel_is 6.6; then
+    [ -z "$problem" ] && counts_waiting waits.txt || fail "wait probes: $(waiting_in_words waits.txt): $problem"
+    passed "wait probes: $(waiting_in_words waits.txt)"
+else
+    case $problem in
+    *keep_capability* | *"they require Linux 5.15"*) passed "wait probes are refused: $problem" ;;
+    *) fail "wait probes: $(waiting_in_words waits.txt): $problem" ;;
+    esac
+fi
+
 # The journal: one time, one priority a line.
 journalctl --unit "$unit" --output cat --no-pager >log.txt
 ! grep -E "^(<[0-9]>)?[0-9]{4}-[0-9]{2}-[0-9]{2}T|^<[0-9]>|$(printf '\033')" log.txt || fail "log lines have times or colours of their own"

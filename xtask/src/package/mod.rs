@@ -10,7 +10,8 @@ mod checks;
 
 use crate::{
     arch::Arch,
-    build, dist,
+    build::{self, Profile},
+    dist,
     pinned::Program,
     setup,
     tools::{self, run},
@@ -34,25 +35,46 @@ pub fn verb(args: &[String]) -> Result<()> {
     let built = build::release(arch)?;
     let pages = generate(arch, &built.sampler)?;
     let out = dist::folder()?;
-    let deb = package(&out, "deb", |to| {
-        let mut command = cargo_tool(CARGO_DEB)?;
-        // The release profile strips.
-        command.args(["--no-build", "--no-strip", "--locked", "--package", "gpu-sampler", "--output"]).arg(to);
-        arch.select(&mut command);
-        Ok(command)
-    })?;
-    checks::deb(arch, &deb, &built.sampler, &pages)?;
-    let rpm = package(&out, "rpm", |to| {
+    let deb = move_to(&out, &make_deb(arch, Profile::Release, &built.sampler, &pages)?)?;
+    let rpm = make("rpm", |to| {
         let mut command = cargo_tool(CARGO_RPM)?;
         // That of rpm, which reads the files of every architecture; the builtin one runs the loader of this machine.
         command.args(["--package", "sampler", "--auto-req", "find-requires", "--output"]).arg(to);
         arch.select(&mut command);
         Ok(command)
     })?;
+    let rpm = move_to(&out, &rpm)?;
     checks::rpm(arch, &rpm, &pages)?;
     dist::write_sums(&out)?;
     println!("{}\n{}", deb.display(), rpm.display());
     Ok(())
+}
+
+/// The .deb with a program that is built already, for this machine's architecture; it stays in `target/package`.
+pub fn deb(profile: Profile, sampler: &Path) -> Result<PathBuf> {
+    setup::ensure(setup::Scope::Packages, false)?;
+    let arch = Arch::host()?;
+    let pages = generate(arch, sampler)?;
+    make_deb(arch, profile, sampler, &pages)
+}
+
+fn make_deb(arch: Arch, profile: Profile, sampler: &Path, pages: &[String]) -> Result<PathBuf> {
+    let deb = make("deb", |to| {
+        let mut command = cargo_tool(CARGO_DEB)?;
+        // The release profile strips.
+        command.args(["--no-build", "--no-strip", "--locked", "--package", "gpu-sampler", "--output"]).arg(to);
+        if profile == Profile::Debug {
+            // It refuses that profile, and takes any program that is in the folder of releases.
+            let folder = tools::root().join("target/package/debug");
+            empty(&folder.join("release"))?;
+            fs::copy(sampler, folder.join("release/gpu-sampler")).with_context(|| sampler.display().to_string())?;
+            command.env("CARGO_TARGET_DIR", &folder).arg("--fast");
+        }
+        arch.select(&mut command);
+        Ok(command)
+    })?;
+    checks::deb(arch, &deb, sampler, pages)?;
+    Ok(deb)
 }
 
 fn cargo_tool(program: Program) -> Result<Command> {
@@ -61,16 +83,19 @@ fn cargo_tool(program: Program) -> Result<Command> {
     Ok(command)
 }
 
-/// Builds a package in an empty folder, where it is the only file, and moves it to `out`.
-fn package(out: &Path, end: &str, command: impl FnOnce(&Path) -> Result<Command>) -> Result<PathBuf> {
+/// Builds a package in an empty folder, where it is the only file.
+fn make(end: &str, command: impl FnOnce(&Path) -> Result<Command>) -> Result<PathBuf> {
     let folder = tools::root().join("target/package").join(end);
     empty(&folder)?;
     // A path that ends with a slash is a folder to both.
     run(&mut command(&folder.join(""))?)?;
     let mut files: Vec<PathBuf> = fs::read_dir(&folder)?.flatten().map(|entry| entry.path()).collect();
-    let file = files.pop().filter(|_| files.is_empty()).with_context(|| format!("{} has no single file", folder.display()))?;
+    files.pop().filter(|_| files.is_empty()).with_context(|| format!("{} has no single file", folder.display()))
+}
+
+fn move_to(out: &Path, file: &Path) -> Result<PathBuf> {
     let to = out.join(file.file_name().context("a package has a name")?);
-    fs::rename(&file, &to).with_context(|| to.display().to_string())?;
+    fs::rename(file, &to).with_context(|| to.display().to_string())?;
     Ok(to)
 }
 

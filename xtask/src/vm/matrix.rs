@@ -5,13 +5,14 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::fmt::Write as _;
 use std::fs;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
 
 use super::{VmOptions, usage};
 use crate::build::Profile;
+use crate::package;
 use crate::tools::{self, progress};
 
 const KERNELS: [&str; 4] = ["5.10", "6.1", "6.12", "7.3"];
@@ -28,6 +29,10 @@ const CGROUP_LAYOUTS: usize = 3;
 const SCRIPT: &str = "matrix.sh";
 /// Next to the script.
 const FILES: [&str; 3] = ["lib.sh", SCRIPT, "refuse-raw-tracepoints.py"];
+/// What the script runs where it is there, next to a .deb.
+const PACKAGE_SCRIPT: &str = "package.sh";
+/// The check of that script.
+const PACKAGE_CHECK: &str = "package";
 const CELLS: &str = "tests/vm/matrix.tsv";
 const VERIFIER: &str = "tests/vm/verifier.tsv";
 const DOCUMENT: &str = "docs/support.md";
@@ -74,6 +79,8 @@ struct MatrixOptions {
     layouts: Vec<String>,
     /// Build profile of the programs in the machines.
     profile: Profile,
+    /// With the checks of the .deb.
+    package: bool,
     /// Compares, and writes nothing.
     check: bool,
     yes: bool,
@@ -81,7 +88,14 @@ struct MatrixOptions {
 
 impl MatrixOptions {
     fn parse(args: &[String]) -> Result<Self> {
-        let mut options = Self { kernels: Vec::new(), layouts: Vec::new(), profile: Profile::Release, check: false, yes: false };
+        let mut options = Self {
+            kernels: Vec::new(),
+            layouts: Vec::new(),
+            profile: Profile::Release,
+            package: false,
+            check: false,
+            yes: false,
+        };
         let mut words = args.iter();
         while let Some(word) = words.next() {
             match word.as_str() {
@@ -94,6 +108,7 @@ impl MatrixOptions {
                     options.layouts.push(name.clone());
                 }
                 "--debug" => options.profile = Profile::Debug,
+                "--package" => options.package = true,
                 "--check" => options.check = true,
                 "--yes" | "-y" => options.yes = true,
                 _ if word.starts_with('-') => return Err(usage(format!("'{word}' is not an option of matrix"))),
@@ -115,6 +130,12 @@ pub fn verb(args: &[String]) -> Result<()> {
     let root = tools::root();
     let vm_dir = tools::target_dir()?.join("vm");
     fs::create_dir_all(&vm_dir).with_context(|| vm_dir.display().to_string())?;
+    let mut with: Vec<PathBuf> = FILES.iter().map(|name| root.join("tests/vm").join(name)).collect();
+    if options.package {
+        let (built, _) = super::programs(options.profile)?;
+        with.push(package::deb(options.profile, &built.sampler)?);
+        with.push(root.join("tests/vm").join(PACKAGE_SCRIPT));
+    }
     let mut problems = Vec::new();
     for kernel in &options.kernels {
         for (layout, append) in LAYOUTS.iter().filter(|(name, _)| options.layouts.iter().any(|wanted| wanted == name)) {
@@ -122,7 +143,7 @@ pub fn verb(args: &[String]) -> Result<()> {
             let vm = VmOptions {
                 kernel: kernel.clone(),
                 append: (*append).to_owned(),
-                with: FILES.iter().map(|name| root.join("tests/vm").join(name)).collect(),
+                with: with.clone(),
                 timeout: TIMEOUT,
                 profile: options.profile,
                 yes: options.yes,
@@ -184,8 +205,7 @@ fn keep(
     if !problems.is_empty() {
         problems.push(format!("to accept this, remove the lines of {release}, {layout} from {VERIFIER} and repeat"));
     }
-    cells.retain(|[known, of, _], _| known != release || of != layout);
-    cells.extend(new.into_iter().map(|([check], row)| ([release.to_owned(), layout.to_owned(), check], row)));
+    replace(&mut cells, (release, layout), new);
     write_rows(&cells_file, "kernel, layout, check, result, detail: written by cargo xtask matrix", &cells)?;
     if let Some(new) = sizes.filter(|_| problems.is_empty()) {
         verified.retain(|[known, of, _], _| known != release || of != layout);
@@ -194,6 +214,13 @@ fn keep(
     }
     write_document(&root.join(DOCUMENT), &cells, &verified)?;
     Ok(problems)
+}
+
+/// Replaces the cells of one machine. That of the package stays where it was not asked for.
+fn replace(cells: &mut Cells, (release, layout): (&str, &str), new: Rows<1, 2>) {
+    let stays = |check: &str| check == PACKAGE_CHECK && !new.contains_key(&[PACKAGE_CHECK.to_owned()]);
+    cells.retain(|[known, of, check], _| known != release || of != layout || stays(check));
+    cells.extend(new.into_iter().map(|([check], row)| ([release.to_owned(), layout.to_owned(), check], row)));
 }
 
 fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
@@ -303,6 +330,17 @@ mod tests {
     }
 
     #[test]
+    fn the_check_of_the_package_stays_until_it_is_repeated() {
+        let before = "6.1.0\tv2\tpackage\tok\t18 steps\n6.1.0\tv2\tgone\tok\t\n6.1.0\tv1\tpodman\tok\t4.3";
+        let (docker, kept) = ("6.1.0\tv2\tdocker\tok\t20.10", "6.1.0\tv2\tpackage\tok\t18 steps");
+        let mut cells = rows(before);
+        replace(&mut cells, ("6.1.0", "v2"), rows("docker\tok\t20.10"));
+        assert_eq!(cells, rows(&format!("{docker}\n{kept}\n6.1.0\tv1\tpodman\tok\t4.3")));
+        replace(&mut cells, ("6.1.0", "v2"), rows("package\tfailed\tnot active"));
+        assert_eq!(cells, rows("6.1.0\tv2\tpackage\tfailed\tnot active\n6.1.0\tv1\tpodman\tok\t4.3"));
+    }
+
+    #[test]
     fn a_failure_is_a_problem() {
         let cells = rows("docker\tok\t26.1\npodman\tfailed\tno labels");
         assert_eq!(failures("6.1.0", "v2", &cells), ["6.1.0, v2, podman: no labels"]);
@@ -335,8 +373,8 @@ mod tests {
     #[test]
     fn kernels_and_layouts_are_selected() {
         let parse = |line: &str| MatrixOptions::parse(&line.split_whitespace().map(str::to_owned).collect::<Vec<_>>());
-        let options = parse("6.1 --layout v1 --layout v2 --debug --check").unwrap();
-        assert_eq!((options.profile, options.check), (Profile::Debug, true));
+        let options = parse("6.1 --layout v1 --layout v2 --debug --package --check").unwrap();
+        assert_eq!((options.profile, options.package, options.check), (Profile::Debug, true, true));
         assert_eq!((options.kernels, options.layouts), (vec!["6.1".to_owned()], vec!["v1".to_owned(), "v2".to_owned()]));
         assert_eq!(parse("").unwrap().kernels, KERNELS);
         for line in ["--layout", "--layout v3", "--no"] {

@@ -20,7 +20,7 @@ mod kernel;
 pub mod matrix;
 
 use crate::{
-    build::{self, Profile},
+    build::{self, Built, Profile},
     janitor::{Cleanup, Leftover},
     setup, sys,
     tools::{self, Usage, progress},
@@ -197,27 +197,32 @@ fn lock(vm: &Path) -> Result<fs::File> {
     }
 }
 
-/// Files on the PATH of the command: the agent, the simulator, the tests' helpers, and the files named on the command line.
+/// Files on the PATH of the command: the programs and the files named on the command line.
 fn files(options: &VmOptions) -> Result<Vec<PathBuf>> {
-    let names = ["actor", "storm-check"];
-    let (built, helpers) = match options.profile {
-        Profile::Release => {
-            let built = build::with_helpers(Profile::Release, &names)?;
-            let helpers = names.map(|name| built.sampler.with_file_name(name)).to_vec();
-            (built, helpers)
-        }
-        // Those of the tests: after a run of these nothing is left to compile.
-        Profile::Debug => {
-            let helpers = names.iter().map(|name| build::debug_helper(name)).collect::<Result<_>>()?;
-            (build::everything(Profile::Debug)?, helpers)
-        }
-    };
+    let (built, helpers) = programs(options.profile)?;
     let mut files = vec![built.sampler, built.sim, built.sim_library, built.cuda_work, built.cuda_library];
     files.extend(helpers);
     files.extend(options.with.iter().cloned());
     match files.iter().find(|file| !file.is_file()) {
         Some(file) => bail!("{} is not a file", file.display()),
         None => Ok(files),
+    }
+}
+
+/// Builds the agent, the simulator and the tests' helpers.
+fn programs(profile: Profile) -> Result<(Built, Vec<PathBuf>)> {
+    let names = ["actor", "storm-check"];
+    match profile {
+        Profile::Release => {
+            let built = build::with_helpers(Profile::Release, &names)?;
+            let helpers = names.map(|name| built.sampler.with_file_name(name)).to_vec();
+            Ok((built, helpers))
+        }
+        // Those of the tests: after a run of these nothing is left to compile.
+        Profile::Debug => {
+            let helpers = names.iter().map(|name| build::debug_helper(name)).collect::<Result<_>>()?;
+            Ok((build::everything(Profile::Debug)?, helpers))
+        }
     }
 }
 
