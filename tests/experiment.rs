@@ -78,20 +78,8 @@ impl ExperimentScene {
         }
         let ids: [String; 2] = ids.try_into().ok().context("two containers")?;
         let states = if freezer == Freezer::V2 { ["0", "1"] } else { ["THAWED", "FROZEN"] };
-        let mut scene = Self {
-            agent: None,
-            _actors: actors,
-            outer: outer,
-            pids,
-            ids,
-            sim,
-            dir,
-            file,
-            states,
-            freezer,
-            tree,
-            _freezers: freezers,
-        };
+        let mut scene =
+            Self { agent: None, _actors: actors, outer, pids, ids, sim, dir, file, states, freezer, tree, _freezers: freezers };
         scene.start_agent()?;
         Ok(scene)
     }

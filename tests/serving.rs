@@ -229,7 +229,10 @@ fn an_experiment_shows_that_first_tokens_come_sooner_while_the_suspect_is_frozen
     let agent = scene.agent(true)?;
     wait_for("both containers are credited", ENDS, || {
         let page = agent.scrape()?;
-        let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("id", id)]).unwrap_or_default();
+        let seconds = |path: &str| {
+            let id = path.rsplit('/').next().unwrap_or_default();
+            sum(&page, "container_gpu_seconds_total", &[("container_id", id)]).unwrap_or_default()
+        };
         Ok((seconds(&scene.engines[0].id) > 0.2 && seconds(&suspect_id) > 0.2).then_some(()))
     })?;
 

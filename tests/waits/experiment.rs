@@ -1,4 +1,4 @@
-//! A freezing experiment with wait probes: what the suspect keeps the victim waiting for, against the truth of the simulated driver.
+//! A freezing experiment with wait probes: calls take their kernel's time while the suspect is frozen, and longer while it runs.
 
 use std::fs;
 
