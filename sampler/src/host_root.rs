@@ -8,7 +8,7 @@ use std::fs;
 use std::path::{Component, Path, PathBuf};
 
 /// The kernel's limit.
-const MAX_LINKS: usize = 40;
+pub const MAX_LINKS: usize = 40;
 
 #[derive(Clone, Debug)]
 pub struct Root(PathBuf);
@@ -51,7 +51,7 @@ impl Root {
 }
 
 /// The components of a path, last first; `..` is kept.
-fn names(path: &Path) -> Vec<OsString> {
+pub fn names(path: &Path) -> Vec<OsString> {
     let is_name = |c: &Component<'_>| matches!(c, Component::Normal(_) | Component::ParentDir);
     path.components().rev().filter(is_name).map(|c| c.as_os_str().to_owned()).collect()
 }

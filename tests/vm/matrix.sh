@@ -224,6 +224,7 @@ if [ -e package.sh ] && [ $layout = v2 ] && [ $mode = raw_tracepoint ]; then
     else
         cat "$RESULTS/package.txt"
         cell package failed "$(grep '^package: ' "$RESULTS/package.txt" | tail -n 1 | cut -c 1-160)"
+        systemctl stop gpu-sampler.service || true
     fi
     mv gpu-sampler.kept "$program"
 fi

@@ -51,8 +51,8 @@ pub fn verb(args: &[String]) -> Result<()> {
 }
 
 /// The .deb with a program that is built already, for this machine's architecture; it stays in `target/package`.
-pub fn deb(profile: Profile, sampler: &Path) -> Result<PathBuf> {
-    setup::ensure(setup::Scope::Packages, false)?;
+pub fn deb(profile: Profile, sampler: &Path, yes: bool) -> Result<PathBuf> {
+    setup::ensure(setup::Scope::Packages, yes)?;
     let arch = Arch::host()?;
     let pages = generate(arch, sampler)?;
     make_deb(arch, profile, sampler, &pages)

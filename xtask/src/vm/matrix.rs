@@ -133,7 +133,7 @@ pub fn verb(args: &[String]) -> Result<()> {
     let mut with: Vec<PathBuf> = FILES.iter().map(|name| root.join("tests/vm").join(name)).collect();
     if options.package {
         let (built, _) = super::programs(options.profile)?;
-        with.push(package::deb(options.profile, &built.sampler)?);
+        with.push(package::deb(options.profile, &built.sampler, options.yes)?);
         with.push(root.join("tests/vm").join(PACKAGE_SCRIPT));
     }
     let mut problems = Vec::new();

@@ -17,8 +17,9 @@ use std::sync::Arc;
 
 use object::read::{ReadCache, ReadRef};
 use object::{Object as _, ObjectSegment as _, ObjectSymbol as _, SymbolKind};
-use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, openat, openat2};
 use thiserror::Error;
+
+use super::root_path::open_in_root;
 
 /// Beginning of the library's file name; a version follows.
 const NAME: &str = "libcuda.so";
@@ -146,15 +147,6 @@ fn mapped_library(maps: impl io::BufRead) -> io::Result<Option<(u64, PathBuf)>> 
     }
 }
 
-/// Opens a path of a process as a reference to the file, whatever it is.
-fn open_without_effect(root: &Path, path: &Path) -> io::Result<File> {
-    let flags = OFlags::PATH | OFlags::CLOEXEC;
-    // The last component is a link of the kernel to the root of the process.
-    let root = openat(CWD, root, flags | OFlags::DIRECTORY, Mode::empty())?;
-    let resolve = ResolveFlags::IN_ROOT | ResolveFlags::NO_MAGICLINKS;
-    Ok(openat2(&root, path, flags, Mode::empty(), resolve)?.into())
-}
-
 /// Opens the very file for reading.
 fn reopen(found: &File) -> io::Result<File> {
     OpenOptions::new().read(true).custom_flags(libc::O_NONBLOCK).open(format!("/proc/self/fd/{}", found.as_raw_fd()))
@@ -220,7 +212,7 @@ impl Libraries {
 
     fn open(&mut self, root: &Path, path: &Path, inode: u64) -> Result<Library, LibraryError> {
         let path = path.to_owned();
-        let found = match open_without_effect(root, &path) {
+        let found = match open_in_root(root, &path) {
             Ok(found) => found,
             Err(source) => return Err(LibraryError::Open { path, source }),
         };
@@ -387,7 +379,7 @@ mod tests {
         std::os::unix::fs::symlink("/real", at("inside")).unwrap();
         std::os::unix::fs::symlink("../../../../../../../etc/passwd", at("outside")).unwrap();
         std::os::unix::fs::symlink("/proc/self/exe", at("magic")).unwrap();
-        rustix::fs::mkfifoat(CWD, at("pipe"), Mode::RUSR).unwrap();
+        rustix::fs::mkfifoat(rustix::fs::CWD, at("pipe"), rustix::fs::Mode::RUSR).unwrap();
         std::fs::create_dir(at("folder")).unwrap();
         let inode = |name: &str| std::fs::symlink_metadata(at(name)).unwrap().ino();
         let open = |name: &str, inode| {

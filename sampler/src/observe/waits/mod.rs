@@ -15,6 +15,7 @@ mod library;
 mod multi;
 mod process;
 mod programs;
+mod root_path;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::path::{Path, PathBuf};
