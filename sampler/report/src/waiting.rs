@@ -138,13 +138,14 @@ impl Waiting {
         let window = |(number, waited): (&u64, &Waited)| {
             let on_gpus: Option<Vec<&Window>> = gpus.iter().map(|windows| windows.get(number).filter(is_known)).collect();
             let on_gpus = on_gpus.filter(|_| waited.probed_s >= PROBED)?;
-            let share = |other: &User| on_gpus.iter().filter_map(|window| window.users.get(other)).map(|part| part.ns * S).sum();
+            let parts = |other| on_gpus.iter().filter_map(move |window| window.users.get(other));
             Some(DemandWindow {
                 number: *number,
                 waited: waited.waited_s,
                 calls: waited.calls,
                 own: self.own_s.get(number).copied().unwrap_or_default(),
-                others: others.iter().map(share).collect(),
+                others: others.iter().map(|other| parts(other).map(|part| part.ns * S).sum()).collect(),
+                named: others.iter().map(|other| parts(other).map(|part| part.samples).sum()).collect(),
             })
         };
         self.windows.iter().filter_map(window).collect()

@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  waited W, calls C (both exact), own GPU time G (sampled), by windows of one second
-//!  on      spans of each other user's samples; a gap separates two only if it is too long for chance
+//!  on      spans of samples that named the other user; a gap separates two only if it is too long for chance
 //!  W = C (d + sum of e on)   over all other users at once, so that each answers for its own time only
 //!          d: what a call waits when no other is on; e: what it waits longer while the other is on
 //!  G = C (g + sum of h on)   h: how much longer the own work of a call is meanwhile
@@ -70,6 +70,8 @@ pub struct DemandWindow {
     pub own: f64,
     /// By other user, in one order for all windows.
     pub others: Vec<f64>,
+    /// By other user, samples that named it. Time without a PID is divided among those that are present, also where no sample named them.
+    pub named: Vec<u32>,
 }
 
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -91,14 +93,14 @@ pub struct Demand {
     pub why_not: String,
 }
 
-/// In which windows a user is on, from its shares: between its first and its last sample of each span.
+/// In which windows a user is on: between its first and its last sample of each span.
 fn on_spans(windows: &[DemandWindow], user: usize) -> Vec<bool> {
-    let named: Vec<usize> = (0..windows.len()).filter(|n| windows[*n].others[user] > 0.0).collect();
-    let sum: f64 = windows.iter().map(|window| window.others[user]).sum();
-    let mut on: Vec<bool> = windows.iter().map(|window| window.others[user] > 0.0).collect();
+    let mut on: Vec<bool> = windows.iter().map(|window| window.named[user] > 0).collect();
+    let named: Vec<usize> = (0..windows.len()).filter(|n| on[*n]).collect();
+    let samples: f64 = windows.iter().map(|window| f64::from(window.named[user])).sum();
     for _ in 0..ROUNDS {
         let n = on.iter().filter(|on| **on).count();
-        let share = (sum / n.max(1) as f64).clamp(1e-6, 1.0 - 1e-6);
+        let share = (samples / (SAMPLES * n.max(1) as f64)).clamp(1e-6, 1.0 - 1e-6);
         let longest = GAP_CHANCE.ln() / (SAMPLES * (1.0 - share).ln());
         let mut joined = on.clone();
         for pair in named.windows(2) {
@@ -210,7 +212,7 @@ impl DemandWindows {
         let counted = Demand { changes: changes(on), ..self.counted(other) };
         let inside = not_next_to_a_change(on);
         // The shares of others are in the spans.
-        let window = |n: &usize| DemandWindow { others: Vec::new(), ..self.windows[*n] };
+        let window = |n: &usize| DemandWindow { others: Vec::new(), named: Vec::new(), ..self.windows[*n] };
         let windows: Vec<DemandWindow> = inside.iter().map(window).collect();
         let spans: Vec<Vec<bool>> = self.spans.iter().map(|on| inside.iter().map(|n| on[*n]).collect()).collect();
         let others = self.by_time.iter().copied().filter(|user| *user != other).take(MOST_OTHERS - 1);

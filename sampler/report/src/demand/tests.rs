@@ -1,5 +1,5 @@
 use devkit::Random;
-use devkit::gpu_users::{Phase, Played, User, Wait, play, scenario};
+use devkit::gpu_users::{Phase, Played, PlayedSample, User, Wait, play, scenario};
 
 use super::*;
 
@@ -13,13 +13,18 @@ const IN_PHASES: User = User { phase: Phase::Repeats { on: 12.0, off: 10.0, offs
 /// The windows of one user; the others keep their order.
 fn windows(played: &Played, victim: usize) -> Vec<DemandWindow> {
     let window = |(number, second): (usize, &devkit::gpu_users::Second)| {
-        let others = (0..second.sampled_s.len()).filter(|user| *user != victim).map(|user| second.sampled_s[user]);
+        let others = || (0..second.sampled_s.len()).filter(|user| *user != victim);
+        let samples = |user: usize| {
+            let is_in = |sample: &&PlayedSample| sample.user == user && sample.at_s as usize == number && sample.busy_s > 0.0;
+            played.samples.iter().filter(is_in).count() as u32
+        };
         DemandWindow {
             number: number as u64,
             waited: second.waited_s[victim],
             calls: second.calls[victim],
             own: second.sampled_s[victim],
-            others: others.collect(),
+            others: others().map(|user| second.sampled_s[user]).collect(),
+            named: others().map(samples).collect(),
         }
     };
     played.seconds.iter().enumerate().map(window).collect()
@@ -54,6 +59,18 @@ fn a_user_that_comes_and_goes_keeps_a_busy_one_waiting() {
     }
     let demand = found(&[BUSY, IN_PHASES], 0, 1, 7);
     assert!((demand.effect.unwrap() - 0.5).abs() < 0.03, "half of each second: {demand:?}");
+}
+
+/// Time of samples without a PID is divided among all that are present.
+#[test]
+fn a_user_that_receives_time_without_being_named_is_off() {
+    let played = play(&[User { think_s: 0.01, ..BUSY }, IN_PHASES], 100, &mut Random(3));
+    let mut windows = windows(&played, 0);
+    let expect = evaluate(&windows, 0, 1);
+    windows.iter_mut().filter(|window| window.named[0] == 0).for_each(|window| window.others[0] = 0.004);
+    let found = evaluate(&windows, 0, 1);
+    assert!(found.confirmed && found.windows_without > 20, "{found:?}");
+    assert_eq!((found.windows_with, found.changes), (expect.windows_with, expect.changes));
 }
 
 #[test]
