@@ -67,7 +67,7 @@ import json
 waits = [user["waits"] for user in json.load(open("waits.json"))["users"] if user.get("waits")]
 problems = [problem for wait in waits for problem in wait["problems"]]
 waited, probed = (sum(wait[key] for wait in waits) for key in ("wait_seconds", "probed_seconds"))
-problem = problems[0] if problems else "" if waits else "no process has probes"
+problem = " ".join(problems[0].split()) if problems else "" if waits else "no process has probes"
 print(f"{waited:.2f}", f"{probed:.2f}", problem, sep="\t")
 PYTHON
 }
