@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, attach};
 use gpu_sampler_tests::leftovers::kill;
-use gpu_sampler_tests::{Agent, Running, Sim, get, run_cli, sum, var, wait_for};
+use gpu_sampler_tests::{Agent, Running, Sim, get, run_cli, var, wait_for};
 use serde_json::Value;
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -187,12 +187,7 @@ impl ExperimentScene {
     }
 
     fn wait_until_credited(&self) -> Result<()> {
-        let agent = self.agent()?;
-        wait_for("both containers are credited", SEEN, || {
-            let page = agent.scrape()?;
-            let seconds = |id: &String| sum(&page, "container_gpu_seconds_total", &[("container_id", id)]).unwrap_or_default();
-            Ok(self.ids.iter().all(|id| seconds(id) > 0.2).then_some(()))
-        })
+        self.agent()?.wait_until_credited(&self.ids.each_ref().map(String::as_str), SEEN)
     }
 
     /// Runs an experiment of eight freezes with a load of this demand on each container's GPU. Returns the report of its session.
@@ -298,12 +293,11 @@ fn an_experiment_refuses_what_must_not_be_frozen() -> Result<()> {
 #[test]
 fn an_experiment_freezes_all_containers_of_a_pod_when_asked_and_thaws_them_all() -> Result<()> {
     let mut scene = ExperimentScene::new("experiment-pod", "seed = 8\n[[gpus]]", Freezer::V2)?;
-    let pod = scene.tree.make("kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c")?;
+    let path = "kubepods/burstable/pod8bb25662-de9a-11e9-84e7-f8f21e04010c";
+    let pod = scene.tree.make(path)?;
     let mut containers = Vec::new();
     for n in [3, 4] {
-        let id = format!("{:08x}{n:056x}", std::process::id());
-        let cgroup = pod.join(&id);
-        fs::create_dir(&cgroup)?;
+        let (id, cgroup) = scene.tree.container_in(path, n)?;
         let mut actor = Actor::start(ACTOR, &["in", &cgroup.to_string_lossy(), "--", "sleep", "600"])?;
         actor.pid()?;
         scene.outer.push(actor);

@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
-use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, sum, var, wait_for};
+use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, var};
 use serde_json::{Value, json};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -227,14 +227,8 @@ fn an_experiment_shows_that_first_tokens_come_sooner_while_the_suspect_is_frozen
     let (suspect_pid, suspect_id) = (suspect.pid()?, scene.tree.path_of(&cgroup));
     let _load = scene.sim.load(suspect_pid, 0, 0.5, &["--for", "300s", "--stops-while-frozen"])?;
     let agent = scene.agent(true)?;
-    wait_for("both containers are credited", ENDS, || {
-        let page = agent.scrape()?;
-        let seconds = |path: &str| {
-            let id = path.rsplit('/').next().unwrap_or_default();
-            sum(&page, "container_gpu_seconds_total", &[("container_id", id)]).unwrap_or_default()
-        };
-        Ok((seconds(&scene.engines[0].id) > 0.2 && seconds(&suspect_id) > 0.2).then_some(()))
-    })?;
+    let ids = [&*scene.engines[0].id, &suspect_id].map(|path| path.rsplit('/').next().unwrap_or_default());
+    agent.wait_until_credited(&ids, ENDS)?;
 
     let requests = Requests::start(scene.engines[0].file.clone());
     let (file, url) = (scene.dir.path().join("experiment.gpus"), format!("http://127.0.0.1:{}", agent.port));

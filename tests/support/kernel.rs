@@ -97,8 +97,13 @@ impl CgroupTree {
 
     /// Creates a cgroup named as runtimes name a container's root. Returns the container's id and the directory.
     pub fn container(&self, n: usize) -> Result<(String, PathBuf)> {
+        self.container_in("", n)
+    }
+
+    /// As [`Self::container`], in a cgroup below the root of the tree, such as that of a pod.
+    pub fn container_in(&self, path: &str, n: usize) -> Result<(String, PathBuf)> {
         let id = format!("{:08x}{n:056x}", std::process::id());
-        Ok((id.clone(), self.make(&id)?))
+        Ok((id.clone(), self.make(&Path::new(path).join(&id).to_string_lossy())?))
     }
 
     /// What stands before the paths of its cgroups.

@@ -265,6 +265,15 @@ impl Agent {
     pub fn scrape(&self) -> Result<Vec<Sample>> {
         Ok(parse(&self.page_with_all_families()?))
     }
+
+    /// Waits until each of these containers has received GPU time.
+    pub fn wait_until_credited(&self, container_ids: &[&str], within: Duration) -> Result<()> {
+        wait_for("all containers are credited", within, || {
+            let page = self.scrape()?;
+            let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id)]).unwrap_or_default();
+            Ok(container_ids.iter().all(|id| seconds(id) > 0.2).then_some(()))
+        })
+    }
 }
 
 impl Drop for Agent {

@@ -218,11 +218,12 @@ variant "capabilities of the unit" $mode prlimit --memlock=67108864 setpriv --re
 if [ -e package.sh ] && [ $layout = v2 ] && [ $mode = raw_tracepoint ]; then
     program=$(command -v gpu-sampler)
     cp "$program" gpu-sampler.kept
-    if sh package.sh >"$RESULTS/package.txt" 2>&1; then
-        cat "$RESULTS/package.txt"
+    result=ok
+    sh package.sh >"$RESULTS/package.txt" 2>&1 || result=failed
+    cat "$RESULTS/package.txt"
+    if [ $result = ok ]; then
         cell package ok "$(grep -c '^package: ' "$RESULTS/package.txt") steps"
     else
-        cat "$RESULTS/package.txt"
         cell package failed "$(grep '^package: ' "$RESULTS/package.txt" | tail -n 1 | cut -c 1-160)"
         systemctl stop gpu-sampler.service || true
     fi

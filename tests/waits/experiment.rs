@@ -3,7 +3,7 @@
 use std::fs;
 
 use anyhow::{Context as _, Result, ensure};
-use gpu_sampler_tests::{run_cli, sum, wait_for};
+use gpu_sampler_tests::run_cli;
 use serde_json::Value;
 
 use super::{ATTACHES, WaitScene, number, url};
@@ -21,11 +21,7 @@ fn an_experiment_shows_that_calls_return_sooner_while_the_suspect_is_frozen() ->
     let suspect = scene.work(2, "--kernel 5ms --back-to-back --for 170s")?;
     let runtime = scene.file("run");
     let agent = scene.agent(&["--runtime-dir", &runtime])?;
-    wait_for("both containers are credited", ATTACHES, || {
-        let page = agent.scrape()?;
-        let seconds = |id: &str| sum(&page, "container_gpu_seconds_total", &[("container_id", id)]).unwrap_or_default();
-        Ok((seconds(&victim.container_id) > 0.2 && seconds(&suspect.container_id) > 0.2).then_some(()))
-    })?;
+    agent.wait_until_credited(&[&victim.container_id, &suspect.container_id], ATTACHES)?;
 
     let (file, selection) = (scene.file("experiment.gpus"), format!("--wait-probes=container={}", victim.container_id));
     let subjects = ["--victim", &victim.container_id, "--suspect", &suspect.container_id, "--i-may-freeze"];
