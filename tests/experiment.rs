@@ -214,6 +214,7 @@ fn confirmed_by_an_experiment(name: &str, freezer: Freezer) -> Result<()> {
     assert!(out.contains("experiment-confirmed"), "{out}");
     let experiment = &report["experiments"][0];
     assert_eq!((&experiment["planned_bursts"], &experiment["seed"]), (&8.into(), &11.into()), "{experiment}");
+    assert!(experiment["consent"] == "operator" && out.contains("consent by --i-may-freeze"), "{experiment}: {out}");
     let users = report["users"].as_array().context("users")?;
     let victim = users.iter().find(|user| user["container_id"] == scene.ids[0]).context("the victim")?;
     let contenders = victim["gpus"][0]["contenders"].as_array().context("contenders")?;

@@ -30,6 +30,17 @@ const SLACK_NS: u64 = SECOND_NS;
 /// Length of the path of a cgroup (PATH_MAX).
 const MAX_PATH_BYTES: usize = 4096;
 
+/// Why a suspect may be frozen.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum FreezeConsent {
+    /// Each of its containers has the annotation or label for it.
+    #[default]
+    Annotation,
+    /// The operator gave `--i-may-freeze`.
+    Operator,
+}
+
 /// What is chosen before a schedule is drawn.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct ExperimentDesign {
@@ -39,6 +50,7 @@ pub struct ExperimentDesign {
     pub window_ns: u64,
     /// Mean pause between two bursts; each pause is between half of it and one and a half.
     pub pause_ns: u64,
+    pub consent: FreezeConsent,
 }
 
 /// Two windows of equal length without a gap between them.
@@ -62,6 +74,7 @@ pub struct ExperimentSchedule {
     pub start: BootNs,
     pub window_ns: u64,
     pub bursts: Vec<PlannedBurst>,
+    pub consent: FreezeConsent,
 }
 
 /// A statement about an experiment.
@@ -115,6 +128,16 @@ impl SeededRandom {
     }
 }
 
+impl FreezeConsent {
+    /// How it is written in logs and reports.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Annotation => "annotation",
+            Self::Operator => "operator",
+        }
+    }
+}
+
 impl ExperimentDesign {
     /// Draws the schedule of an experiment that starts at `start`.
     pub fn draw(&self, victim: String, suspect: String, start: BootNs) -> ExperimentSchedule {
@@ -126,7 +149,7 @@ impl ExperimentDesign {
             bursts.push(PlannedBurst { offset_ns, frozen_first: random.coin() });
             offset_ns = offset_ns.saturating_add(self.window_ns.saturating_mul(2));
         }
-        ExperimentSchedule { victim, suspect, seed: self.seed, start, window_ns: self.window_ns, bursts }
+        ExperimentSchedule { victim, suspect, seed: self.seed, start, window_ns: self.window_ns, bursts, consent: self.consent }
     }
 }
 
@@ -239,7 +262,7 @@ mod tests {
     use super::*;
 
     fn design(seed: u64) -> ExperimentDesign {
-        ExperimentDesign { seed, bursts: 20, window_ns: 3 * SECOND_NS, pause_ns: SECOND_NS }
+        ExperimentDesign { seed, bursts: 20, window_ns: 3 * SECOND_NS, pause_ns: SECOND_NS, consent: FreezeConsent::Operator }
     }
 
     fn draw(design: ExperimentDesign) -> ExperimentSchedule {
@@ -262,7 +285,7 @@ mod tests {
             for (bursts, window_ns, pause_ns) in
                 [(6, SECOND_NS / 10, 0), (20, 3 * SECOND_NS, SECOND_NS), (100, 10 * SECOND_NS, 60 * SECOND_NS)]
             {
-                let schedule = draw(ExperimentDesign { seed, bursts, window_ns, pause_ns });
+                let schedule = draw(ExperimentDesign { seed, bursts, window_ns, pause_ns, consent: FreezeConsent::Operator });
                 assert_eq!(schedule.problem(), None);
                 let mut until = schedule.start;
                 let mut frozen_ns = 0;

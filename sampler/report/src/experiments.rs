@@ -53,6 +53,7 @@ pub fn evaluate(
         ExperimentReport {
             victim: schedule.victim.clone(),
             suspect: schedule.suspect.clone(),
+            consent: schedule.consent,
             seed: schedule.seed,
             start: wall(schedule.start),
             freeze_seconds: schedule.window_ns as f64 * S,
@@ -157,7 +158,7 @@ mod tests {
     use super::super::tests::{SimulatedUser, container, simulate};
     use super::super::*;
     use super::*;
-    use sampler_core::experiment::{BootSpan, ExperimentDesign, ExperimentFact, ExperimentSchedule};
+    use sampler_core::experiment::{BootSpan, ExperimentDesign, ExperimentFact, ExperimentSchedule, FreezeConsent};
     use sampler_core::fact::{Fact, HostProcess, WaitFact};
     use sampler_core::observation::{EngineFact, LatencySum};
     use sampler_session::{Session, View};
@@ -171,7 +172,8 @@ mod tests {
 
     /// A session in which the second container is frozen as scheduled; with `stops`, its GPU time stops meanwhile.
     fn session(victim: f64, suspect: f64, stops: bool, seed: u64) -> Session {
-        let design = ExperimentDesign { seed, bursts: 12, window_ns: 3 * SECOND, pause_ns: SECOND };
+        let design =
+            ExperimentDesign { seed, bursts: 12, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };
         let start = 1_005 * SECOND;
         let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(start));
         let frozen = frozen_windows(&schedule);

@@ -328,7 +328,7 @@ impl RandomisationTest {
 #[cfg(test)]
 mod tests {
     use devkit::Random;
-    use sampler_core::experiment::ExperimentDesign;
+    use sampler_core::experiment::{ExperimentDesign, FreezeConsent};
     use sampler_core::units::ContainerKey;
 
     use super::*;
@@ -340,7 +340,7 @@ mod tests {
     const CONFIRMATION: Confirmation = Confirmation { tests: 1, end: BootNs(u64::MAX) };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
-        let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND };
+        let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };
         let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(100 * SECOND));
         let frozen = (0..bursts).map(|burst| (burst, schedule.frozen_window(burst).unwrap())).collect();
         GatheredExperiment { schedule, frozen }

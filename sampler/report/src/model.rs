@@ -5,6 +5,7 @@ use super::user_name::UserName;
 use serde::{Serialize, Serializer};
 
 use sampler_core::cgroup_path::Kind;
+use sampler_core::experiment::FreezeConsent;
 use sampler_core::units::{WallTime, rfc3339};
 
 /// The version of the `json` format.
@@ -352,6 +353,8 @@ pub struct ExperimentReport {
     /// Cgroup path of the victim, as is `suspect`.
     pub victim: String,
     pub suspect: String,
+    /// `annotation` or `operator`: why the suspect might be frozen.
+    pub consent: FreezeConsent,
     /// Reproduces the schedule.
     pub seed: u64,
     #[serde(serialize_with = "time")]

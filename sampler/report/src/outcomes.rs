@@ -108,7 +108,7 @@ impl VictimLatency {
 #[cfg(test)]
 mod tests {
     use devkit::Random;
-    use sampler_core::experiment::ExperimentDesign;
+    use sampler_core::experiment::{ExperimentDesign, FreezeConsent};
     use sampler_core::fact::{HostProcess, User};
     use sampler_core::observation::LatencySum;
     use sampler_core::units::ContainerKey;
@@ -123,7 +123,7 @@ mod tests {
     const CONFIRMATION: Confirmation = Confirmation { tests: 2, end: BootNs(u64::MAX) };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
-        let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND };
+        let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };
         let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(100 * SECOND + 123_456_789));
         let frozen = (0..bursts).map(|burst| (burst, schedule.frozen_window(burst).unwrap())).collect();
         GatheredExperiment { schedule, frozen }

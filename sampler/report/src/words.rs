@@ -8,6 +8,7 @@ use super::engine_words;
 use super::layout::terminal_safe;
 use super::model::{CauseKind, Contender, Evidence, FreezeEffect, Outcome, Report, Verdict};
 use super::wait_words;
+use sampler_core::experiment::FreezeConsent;
 use sampler_core::units::{WallTime, rfc3339};
 
 /// Separates a number from its unit or error, so that no line breaks there. [`super::layout`] replaces it by a plain space after wrapping.
@@ -238,6 +239,14 @@ fn outcome_noun(outcome: Outcome) -> &'static str {
         Outcome::GpuSeconds => "GPU-seconds per second",
         Outcome::CallWait => "waited per blocking call",
         Outcome::TimeToFirstToken => "to the first token",
+    }
+}
+
+/// Why the suspect of an experiment might be frozen.
+pub fn consent(consent: FreezeConsent) -> &'static str {
+    match consent {
+        FreezeConsent::Annotation => "consent by annotation",
+        FreezeConsent::Operator => "consent by --i-may-freeze",
     }
 }
 

@@ -52,8 +52,9 @@ async fn add(
     }
     state.recorder.experiment(id.clone(), fact.clone()).await?;
     match fact {
-        ExperimentFact::Schedule(ExperimentSchedule { victim, suspect, seed, .. }) => {
-            tracing::info!(session = id, victim, suspect, seed, "an experiment will freeze the suspect");
+        ExperimentFact::Schedule(ExperimentSchedule { victim, suspect, seed, consent, .. }) => {
+            let consent = consent.name();
+            tracing::info!(session = id, victim, suspect, consent, seed, "an experiment will freeze the suspect");
         }
         ExperimentFact::Frozen { burst, from, to, .. } => {
             let milliseconds = to.saturating_since(from) / 1_000_000;

@@ -98,7 +98,8 @@ fn judge(run: &SoakRun<'_>, begun_us: u64) -> Result<(Vec<SteadyVerdict>, OwnerV
     }
     let ran = |at_us: u64| lives.iter().any(|life| (life.from_us + EDGE_US..life.to_us - EDGE_US).contains(&at_us));
     let samples = run.world.sim.samples()?;
-    let (verdict, mut problems) = verdict::owners(&lock(run.lives), &samples, &state.accounts, &run.world.uuids, &ran);
+    let ids = run.world.steady.iter().map(|user| user.id.clone()).collect();
+    let (verdict, mut problems) = verdict::owners(&lock(run.lives), &samples, &state.accounts, &run.world.uuids, &ids, &ran);
     let steady = verdict::steady(run.world, &lives, &run.spans, second)?;
     let demands = run.world.steady.iter().filter(|user| user.id != world::HOST).map(|user| user.demand);
     problems.extend(steady.iter().zip(demands).flat_map(|(user, demand)| user.problems(demand)));

@@ -90,7 +90,6 @@ pub fn print(run: &SoakRun<'_>, steady: &[SteadyVerdict], owners: &OwnerVerdict)
     );
     faults(run);
     unknown_time(run, &state);
-    let mut churn = (owners.recorded, owners.credited);
     println!(
         "  {:<14} GPU  credited      used     error    stated   unknown | quiet: credited, used, stated | samples: credited, recorded",
         "steady user"
@@ -99,7 +98,6 @@ pub fn print(run: &SoakRun<'_>, steady: &[SteadyVerdict], owners: &OwnerVerdict)
         let of_user = run.world.steady.iter().find(|known| known.name == user.name);
         let pair = of_user.map(|known| (known.id.clone(), run.world.uuids[user.gpu].clone()));
         let (recorded, credited) = pair.and_then(|pair| owners.pairs.get(&pair).copied()).unwrap_or_default();
-        churn = (churn.0 - recorded, churn.1 - credited);
         println!(
             "  {:<14} {:>3} {:>9.2} {:>9.2} {:>9.2} {:>9.2} {:>9.2} | {:.2} {:.2} {:.2} | {credited} {recorded}",
             user.name,
@@ -114,7 +112,7 @@ pub fn print(run: &SoakRun<'_>, steady: &[SteadyVerdict], owners: &OwnerVerdict)
             user.quiet_stated
         );
     }
-    println!("  all others: {} samples credited of {} recorded", churn.1, churn.0);
+    println!("  all others: {} samples credited of {} recorded while an agent ran", owners.short.1, owners.short.0);
     violations(&state, run)
 }
 

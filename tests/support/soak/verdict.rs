@@ -1,6 +1,6 @@
 //! The credits of all lives against the simulator's record: who ran where, and for how long.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::{Duration, UNIX_EPOCH};
 
 use anyhow::{Context as _, Result};
@@ -19,6 +19,10 @@ const EDGE_SECONDS: f64 = 0.5;
 const START_SECONDS: f64 = 1.0;
 /// The driver cuts to whole percents; half a percent is added to each.
 const ROUNDING_RATIO: f64 = 0.005;
+/// Of the samples of short lives that were recorded while an agent ran, at least this part is credited; fewer than `JUDGED_FROM` are not
+/// judged. The rest is of times in which a fault kept the agent from observing.
+const CREDITED_LEAST: f64 = 0.8;
+const JUDGED_FROM: u64 = 1000;
 /// The longer of the two grids.
 const PERIOD_US: u64 = 167_139;
 const PERIOD_SECONDS: f64 = 0.167_139;
@@ -158,10 +162,22 @@ pub struct OwnerVerdict {
     /// Of these, the ones of times in which an agent ran, without its first and last second.
     pub in_lives: u64,
     pub credited: u64,
+    /// Those of users that are not steady: recorded while an agent ran, and credited.
+    pub short: (u64, u64),
     /// Samples of processes outside of containers.
     pub host: u64,
     /// Recorded and credited samples of each.
     pub pairs: BTreeMap<CreditKey, (u64, u64)>,
+}
+
+impl OwnerVerdict {
+    /// What is wrong with the credit of short lives.
+    fn short_problem(&self) -> Option<Problem> {
+        let (recorded, credited) = self.short;
+        let least = recorded as f64 * CREDITED_LEAST;
+        let text = || format!("{credited} of {recorded} samples are credited, {least:.0} at least are expected");
+        (recorded >= JUDGED_FROM && (credited as f64) < least).then(|| Problem::new("credit of short lives", text()))
+    }
 }
 
 /// Samples that the lives credited, by container and GPU, may not be more than the simulator recorded for it.
@@ -170,6 +186,7 @@ pub fn owners(
     samples: &[NamedSample],
     accounts: &[LifeAccount],
     uuids: &[String],
+    steady: &BTreeSet<String>,
     ran: &dyn Fn(u64) -> bool,
 ) -> (OwnerVerdict, Vec<Problem>) {
     let mut by_process: BTreeMap<(u32, usize), Vec<RecordedLife>> = BTreeMap::new();
@@ -183,8 +200,10 @@ pub fn owners(
             Some(life) if life.cgroup == HOST => verdict.host += 1,
             Some(life) => {
                 verdict.recorded += 1;
-                verdict.in_lives += u64::from(ran(sample.at_us));
-                *recorded.entry((id_of(&life.cgroup), sample.uuid.clone())).or_default() += 1;
+                let (id, is_observed) = (id_of(&life.cgroup), u64::from(ran(sample.at_us)));
+                verdict.in_lives += is_observed;
+                verdict.short.0 += if steady.contains(&id) { 0 } else { is_observed };
+                *recorded.entry((id, sample.uuid.clone())).or_default() += 1;
             }
             None => problems.push(Problem::new("record", format!("no recorded process for {sample:?}"))),
         }
@@ -195,6 +214,7 @@ pub fn owners(
     }
     for (pair, n) in &credited {
         verdict.credited += n;
+        verdict.short.1 += if steady.contains(&pair.0) { 0 } else { *n };
         let most = recorded.get(pair).copied().unwrap_or_default();
         if *n > most {
             let gpu = uuids.iter().position(|uuid| *uuid == pair.1).unwrap_or(GPUS);
@@ -205,6 +225,7 @@ pub fn owners(
     for (pair, n) in recorded {
         verdict.pairs.insert(pair.clone(), (n, credited.get(&pair).copied().unwrap_or_default()));
     }
+    problems.extend(verdict.short_problem());
     (verdict, problems)
 }
 
@@ -232,7 +253,7 @@ mod tests {
         let (lives, uuids) = ([life("/x/a", 1_000_000), life("/x/b", 5_000_000)], ["G".to_owned()]);
         let samples = [sample(1_200_000), sample(1_400_000), sample(5_200_000)];
         let judge = |accounts: &[LifeAccount]| {
-            let (verdict, problems) = owners(&lives, &samples, accounts, &uuids, &|_| true);
+            let (verdict, problems) = owners(&lives, &samples, accounts, &uuids, &BTreeSet::new(), &|_| true);
             (verdict.recorded, verdict.credited, problems.len())
         };
         assert_eq!(judge(&[account("a", 2.0), account("b", 1.0)]), (3, 3, 0));
@@ -242,8 +263,20 @@ mod tests {
     }
 
     #[test]
+    fn short_lives_without_credit_are_found() {
+        let verdict = |short| OwnerVerdict { short, ..OwnerVerdict::default() };
+        assert_eq!(verdict((2000, 1700)).short_problem(), None);
+        assert_eq!(verdict((10, 0)).short_problem(), None, "too few");
+        assert_eq!(verdict((2000, 1500)).short_problem().unwrap().key, "credit of short lives");
+        let (lives, samples) = ([life("/x/a", 1_000_000), life("/x/b", 5_000_000)], [sample(1_200_000), sample(5_200_000)]);
+        let credits = [account("a", 1.0), account("b", 1.0)];
+        let (verdict, _) = owners(&lives, &samples, &credits, &["G".into()], &BTreeSet::from(["a".to_owned()]), &|_| true);
+        assert_eq!(verdict.short, (1, 1), "a is steady");
+    }
+
+    #[test]
     fn a_sample_without_a_process_is_a_defect_of_the_record() {
-        let (_, problems) = owners(&[], &[sample(1)], &[], &[], &|_| true);
+        let (_, problems) = owners(&[], &[sample(1)], &[], &[], &BTreeSet::new(), &|_| true);
         assert_eq!(problems[0].key, "record");
     }
 

@@ -106,7 +106,7 @@ pub fn verb(args: &[String]) -> Result<()> {
         if let Some(signal) = sys::interrupted() {
             bail!("interrupted by signal {signal}");
         }
-        if !outcome.found.is_empty() || outcome.failed {
+        if !outcome.found.is_empty() || outcome.failed || !outcome.has_run() {
             report(target, &outcome);
             failed.push(target.name.as_str());
         }
@@ -119,6 +119,9 @@ pub fn verb(args: &[String]) -> Result<()> {
 
 fn report(target: &Target, outcome: &FuzzOutcome) {
     let shown = |path: &Path| path.strip_prefix(tools::root()).unwrap_or(path).display().to_string();
+    if !outcome.has_run() {
+        eprintln!("{}: libFuzzer ran no input, or reached no code", target.name);
+    }
     for file in &outcome.found {
         eprintln!("{}: {}", target.name, shown(file));
     }

@@ -44,6 +44,11 @@ impl FuzzOutcome {
         }
     }
 
+    /// Whether the code was fuzzed: without its instrumentation, libFuzzer runs and covers nothing.
+    pub fn has_run(&self) -> bool {
+        self.executions > 0 && self.covered > 0
+    }
+
     pub fn line(&self, name: &str) -> String {
         let Self { executions, per_second, covered, inputs, found, .. } = self;
         format!("{name:<18} {executions:>12} {per_second:>9} {covered:>9} {inputs:>7} {:>9}", found.len())
@@ -73,5 +78,6 @@ mod tests {
         assert_eq!(outcome.line("btf"), "btf                    14081549    670549        27       3         1");
         let nothing = FuzzOutcome::of(b"\xff", "log".into(), Vec::new(), false);
         assert_eq!((nothing.executions, nothing.covered, nothing.inputs), (0, 0, 0));
+        assert!(outcome.has_run() && !nothing.has_run());
     }
 }

@@ -53,6 +53,13 @@ impl Noisy {
         }
     }
 
+    /// The modules that none of these tests is in.
+    fn unknown<'a>(&'a self, names: &[String]) -> Vec<&'a str> {
+        let Self::Modules(modules) = self else { return Vec::new() };
+        let is_known = |module: &str| names.iter().any(|name| name.split("::").next() == Some(module));
+        modules.iter().map(String::as_str).filter(|module| !is_known(module)).collect()
+    }
+
     /// `name`: as `module::test`.
     fn includes(&self, name: &str) -> bool {
         let module = name.split("::").next().unwrap_or(name);
@@ -124,6 +131,10 @@ pub fn verb(args: &[String]) -> Result<()> {
         progress(format_args!("{} privileged tests", names.len()));
         if names.is_empty() && filters.is_empty() {
             bail!("the program of the privileged tests has none");
+        }
+        let unknown = noisy.unknown(&names);
+        if !unknown.is_empty() {
+            bail!("--noise: no test to run is in the module {}", unknown.join(", "));
         }
         let (noisy, quiet): (Vec<String>, Vec<String>) = names.into_iter().partition(|name| noisy.includes(name));
         let done = run_and_repeat(&lanes, &quiet);
@@ -240,5 +251,7 @@ mod tests {
         assert_eq!(of(&["labels"]), (false, false, 1));
         assert_eq!(of(&[]), (false, false, 0));
         assert!(Noisy::of_arguments(&["--noise=".to_owned()]).is_err());
+        let (noisy, names) = (Noisy::Modules(vec!["labels".into(), "label".into()]), ["labels::one".to_owned()]);
+        assert_eq!((noisy.unknown(&names), Noisy::All.unknown(&[])), (vec!["label"], Vec::new()));
     }
 }

@@ -186,8 +186,8 @@ pub fn verb(args: &[String]) -> Result<()> {
     bail!("{}", problems.join("\n"));
 }
 
-/// Writes the results of one machine over the ones from before, and the document, unless they are only compared. Returns the programs of
-/// which the verifier inspected far more or far fewer instructions than before; their lines stay.
+/// Writes the results of one machine over the ones from before, and the document. Returns the programs of which the verifier inspected far
+/// more or far fewer instructions than before; their lines stay. With `check`, nothing is written, and what was `ok` has to be so.
 fn keep(
     root: &Path,
     release: &str,
@@ -198,8 +198,20 @@ fn keep(
 ) -> Result<Vec<String>> {
     let (cells_file, verifier_file) = (root.join(CELLS), root.join(VERIFIER));
     let (mut cells, mut verified): (Cells, Verified) = (read_rows(&cells_file)?, read_rows(&verifier_file)?);
-    let mut problems = sizes.as_ref().map_or_else(Vec::new, |new| changes((release, layout), &verified, new));
+    let machine = Machine { release, layout };
+    let known = machine.like(verified.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
+    let now = sizes.clone().unwrap_or_default();
+    let mut problems = known.map_or_else(Vec::new, |known| changes(machine, known, &verified, &now));
     if check {
+        match known {
+            Some(known) => problems.extend(without_line(machine, known, &verified, &now)),
+            None => problems.push(format!("{VERIFIER} has no machine like {release}, {layout} to compare with")),
+        }
+        let known = machine.like(cells.keys().map(|[known, of, _]| (known.as_str(), of.as_str())));
+        match known {
+            Some(known) => problems.extend(no_longer_ok(machine, known, &cells, &new)),
+            None => problems.push(format!("{CELLS} has no machine like {release}, {layout} to compare with")),
+        }
         return Ok(problems);
     }
     if !problems.is_empty() {
@@ -223,6 +235,46 @@ fn replace(cells: &mut Cells, (release, layout): (&str, &str), new: Rows<1, 2>) 
     cells.extend(new.into_iter().map(|([check], row)| ([release.to_owned(), layout.to_owned(), check], row)));
 }
 
+/// A kernel and a layout that were run.
+#[derive(Clone, Copy)]
+struct Machine<'a> {
+    release: &'a str,
+    layout: &'a str,
+}
+
+impl Machine<'_> {
+    /// The release among the known ones that this one is compared with: itself, or else the newest of the same series, since a machine that
+    /// is new has a newer build of the kernel.
+    fn like<'k>(self, known: impl Iterator<Item = (&'k str, &'k str)>) -> Option<&'k str> {
+        let series = |release: &str| version(release).into_iter().take(2).collect::<Vec<_>>();
+        let is_like = |(release, layout): &(&str, &str)| *layout == self.layout && series(release) == series(self.release);
+        known.filter(is_like).map(|(release, _)| release).max_by_key(|release| (*release == self.release, version(release)))
+    }
+}
+
+/// Checks that were `ok` on a machine like this one, and are not.
+fn no_longer_ok(machine: Machine<'_>, like: &str, before: &Cells, now: &Rows<1, 2>) -> Vec<String> {
+    let was_ok = before.iter().filter(|([release, layout, check], [result, _])| {
+        release == like && layout == machine.layout && result == "ok" && check != PACKAGE_CHECK
+    });
+    let problem = |([.., check], _): (&[String; 3], &[String; 2])| {
+        let (result, detail) = match now.get(std::slice::from_ref(check)) {
+            Some([result, _]) if result == "ok" => return None,
+            Some([result, detail]) => (result.as_str(), detail.as_str()),
+            None => ("missing", ""),
+        };
+        Some(format!("{}, {}, {check}: {result} now, ok before: {detail}", machine.release, machine.layout))
+    };
+    was_ok.filter_map(problem).collect()
+}
+
+/// Programs that a machine like this one did not load.
+fn without_line(machine: Machine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
+    let is_new = |program: &str| !before.contains_key(&[like.to_owned(), machine.layout.to_owned(), program.to_owned()]);
+    let problem = |[program]: &[String; 1]| format!("{VERIFIER} has no line of {program} on {like}, {}", machine.layout);
+    now.keys().filter(|[program]| is_new(program)).map(problem).collect()
+}
+
 fn failures(release: &str, layout: &str, cells: &Rows<1, 2>) -> Vec<String> {
     let failed = cells.iter().filter(|(_, [result, _])| result == "failed");
     failed.map(|([check], [_, detail])| format!("{release}, {layout}, {check}: {detail}")).collect()
@@ -239,16 +291,19 @@ fn sizes(log: &str) -> Option<Rows<1, 2>> {
     (!sizes.is_empty()).then_some(sizes)
 }
 
-/// Programs of which this kernel inspected far more or far fewer instructions than before, or that are missing now.
-fn changes((release, layout): (&str, &str), before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
-    let number = |row: &[String; 2]| row[0].parse::<f64>().ok();
-    let of_machine = before.iter().filter(|([known, of, _], _)| known == release && of == layout);
+/// Programs of which this kernel inspected far more or far fewer instructions than before, or that are missing now. Kernels that do not
+/// count instructions are compared by the size of the translated program.
+fn changes(machine: Machine<'_>, like: &str, before: &Verified, now: &Rows<1, 2>) -> Vec<String> {
+    let Machine { release, layout } = machine;
+    let of_machine = before.iter().filter(|([known, of, _], _)| known == like && of == layout);
     let change = |([.., program], row): (&[String; 3], &[String; 2])| {
-        let known = number(row)?;
-        let now = now.get(std::slice::from_ref(program)).and_then(number);
+        let known = row.iter().map(|field| field.parse::<f64>().ok());
+        let (at, what, known) =
+            known.zip(["instructions", "bytes"]).enumerate().find_map(|(at, (n, what))| Some((at, what, n?)))?;
+        let now = now.get(std::slice::from_ref(program)).and_then(|row| row[at].parse::<f64>().ok());
         let is_near = |now: f64| now <= MOST_CHANGE * known && known <= MOST_CHANGE * now;
         let shown = now.map_or("no".to_owned(), |now| now.to_string());
-        let problem = || format!("{release}, {layout}: the verifier inspected {shown} instructions of {program}, {known} before");
+        let problem = || format!("{release}, {layout}: {shown} {what} of {program}, {known} before");
         (!now.is_some_and(is_near)).then(problem)
     };
     of_machine.filter_map(change).collect()
@@ -350,16 +405,43 @@ mod tests {
     fn a_change_of_more_than_a_fifth_is_a_problem() {
         let before = rows(
             "6.1.0\tv1\tfork\t100\t800\n6.1.0\tv1\texec\t100\t800\n6.1.0\tv1\tattach\t121\t800\n6.1.0\tv1\tgone\t9\t8\n\
-             6.1.0\tv2\tnew\t1\t800\n5.10\tv1\texit\tunknown\t800",
+             6.1.0\tv2\tnew\t1\t800\n6.1.0\tv1\texit\tunknown\t800\n6.1.0\tv1\twait\tunknown\tunknown",
         );
-        let now = rows("fork\t120\t800\nexec\t121\t800\nattach\t100\t700\nexit\tunknown\t900\nnew\t9\t80");
-        let problem = |now: &str, program: &str, before: u32| {
-            format!("6.1.0, v1: the verifier inspected {now} instructions of {program}, {before} before")
-        };
+        let now = rows("fork\t120\t800\nexec\t121\t800\nattach\t100\t700\nexit\tunknown\t970\nnew\t9\t80");
+        let machine = Machine { release: "6.1.9", layout: "v1" };
+        let problem = |now: &str, program: &str, before: u32| format!("6.1.9, v1: {now} of {program}, {before} before");
         assert_eq!(
-            changes(("6.1.0", "v1"), &before, &now),
-            [problem("100", "attach", 121), problem("121", "exec", 100), problem("no", "gone", 9)]
+            changes(machine, "6.1.0", &before, &now),
+            [
+                problem("100 instructions", "attach", 121),
+                problem("121 instructions", "exec", 100),
+                problem("970 bytes", "exit", 800),
+                problem("no instructions", "gone", 9)
+            ]
         );
+        assert_eq!(without_line(machine, "6.1.0", &before, &now), ["tests/vm/verifier.tsv has no line of new on 6.1.0, v1"]);
+        assert_eq!(changes(machine, "6.1.0", &before, &Rows::new()).len(), 5, "an agent that logs none");
+    }
+
+    #[test]
+    fn a_machine_is_compared_with_the_newest_of_its_series() {
+        let known = [("6.1.0-50-cloud", "v2"), ("6.1.0-9-cloud", "v2"), ("6.12.1", "v2"), ("6.1.0-60-cloud", "v1")];
+        let like = |release, layout| Machine { release, layout }.like(known.into_iter());
+        assert_eq!(like("6.1.0-55-cloud", "v2"), Some("6.1.0-50-cloud"));
+        assert_eq!(like("6.1.0-9-cloud", "v2"), Some("6.1.0-9-cloud"));
+        assert_eq!(like("6.12.9", "v1"), None);
+    }
+
+    #[test]
+    fn a_check_that_was_ok_has_to_be_so() {
+        let before =
+            rows("6.1.0\tv2\tdocker\tok\t20.10\n6.1.0\tv2\tpodman\tabsent\t\n6.1.0\tv2\tpackage\tok\t\n6.1.0\tv2\tstorms\tok\t");
+        let machine = Machine { release: "6.1.9", layout: "v2" };
+        assert_eq!(
+            no_longer_ok(machine, "6.1.0", &before, &rows("docker\tabsent\tno engine\npodman\tabsent\t")),
+            ["6.1.9, v2, docker: absent now, ok before: no engine", "6.1.9, v2, storms: missing now, ok before: "]
+        );
+        assert_eq!(no_longer_ok(machine, "6.1.0", &before, &rows("docker\tok\t\nstorms\tok\t")), [""; 0]);
     }
 
     #[test]

@@ -45,12 +45,13 @@ impl HtmlPage<'_> {
         self.add("<section id=\"experiments\"><h2>Experiments</h2>");
         for experiment in &self.report.experiments {
             let mut markup = format!(
-                "<article class=\"card\"><p class=\"lead\">{} was frozen in {} of {} bursts, {} each; victim {}, seed {}.</p>",
+                "<article class=\"card\"><p class=\"lead\">{} was frozen in {} of {} bursts, {} each; victim {}, {}, seed {}.</p>",
                 self.user(&experiment.suspect),
                 experiment.frozen_bursts,
                 experiment.planned_bursts,
                 words::seconds(experiment.freeze_seconds),
                 self.user(&experiment.victim),
+                words::consent(experiment.consent),
                 experiment.seed
             );
             for gpu in &experiment.gpus {

@@ -21,10 +21,11 @@ impl TextPage<'_> {
     fn experiment(&mut self, experiment: &ExperimentReport) {
         let (victim, suspect) = (self.names.get(&experiment.victim), self.names.get(&experiment.suspect));
         let text = format!(
-            "{suspect} was frozen in {} of {} bursts, {} each; victim {victim}, seed {}",
+            "{suspect} was frozen in {} of {} bursts, {} each; victim {victim}, {}, seed {}",
             experiment.frozen_bursts,
             experiment.planned_bursts,
             words::seconds(experiment.freeze_seconds),
+            words::consent(experiment.consent),
             experiment.seed
         );
         self.page.wrap("  ", &text);

@@ -3,7 +3,7 @@
 use super::generate::{Node, Random, SECOND, START};
 use crate::State;
 use sampler_core::device::Reason;
-use sampler_core::experiment::{ExperimentDesign, ExperimentFact};
+use sampler_core::experiment::{ExperimentDesign, ExperimentFact, FreezeConsent};
 use sampler_core::fact::*;
 use sampler_core::observation::EngineFact;
 use sampler_core::units::{BootNs, ContainerKey, GpuNs};
@@ -171,7 +171,7 @@ fn a_state_replaces_all_facts_before_it() {
 
 #[test]
 fn the_last_experiment_is_in_the_state_until_a_minute_after_its_end() {
-    let design = ExperimentDesign { seed: 3, bursts: 6, window_ns: SECOND, pause_ns: 0 };
+    let design = ExperimentDesign { seed: 3, bursts: 6, window_ns: SECOND, pause_ns: 0, consent: FreezeConsent::Operator };
     let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(START));
     let frozen = |burst: u32, to: u64| {
         Fact::Experiment(ExperimentFact::Frozen { experiment: BootNs(START), burst, from: BootNs(START), to: BootNs(to) })

@@ -19,7 +19,9 @@ use std::time::Duration;
 use anyhow::{Context as _, bail};
 use clap::Args;
 use hyper::Method;
-use sampler_core::experiment::{BURSTS, ExperimentDesign, ExperimentFact, ExperimentSchedule, FREEZE_NS, PAUSE_NS};
+use sampler_core::experiment::{
+    BURSTS, ExperimentDesign, ExperimentFact, ExperimentSchedule, FREEZE_NS, FreezeConsent, PAUSE_NS,
+};
 use sampler_core::units::BootNs;
 use sampler_report::{Outcome, Report, TextOptions, experiments_text};
 use sampler_session::View;
@@ -170,13 +172,14 @@ impl ExperimentArgs {
         Ok(())
     }
 
-    fn design(&self) -> ExperimentDesign {
+    fn design(&self, consent: FreezeConsent) -> ExperimentDesign {
         let random = || RandomState::new().build_hasher().finish();
         ExperimentDesign {
             seed: self.seed.unwrap_or_else(random),
             bursts: self.bursts,
             window_ns: nanos(self.freeze),
             pause_ns: nanos(self.pause),
+            consent,
         }
     }
 
@@ -190,7 +193,7 @@ impl ExperimentArgs {
         let subjects = Subjects { access: &access, config, layout: &layout };
         let victim = subjects.victim(&self.victim).await?;
         let suspect = subjects.suspect(&self.suspect, self.whole_pod, &victim).await?;
-        subjects.check_consent(&suspect, self.i_may_freeze).await?;
+        let consent = subjects.check_consent(&suspect, self.i_may_freeze).await?;
         let runtime_dir = RuntimeDir::new(&config.runtime_dir);
         runtime_dir.create()?;
         let lock = runtime_dir.lock()?;
@@ -200,7 +203,7 @@ impl ExperimentArgs {
         }
         runtime_dir.check_unguarded()?;
         suspect.check_thawed()?;
-        let design = self.design();
+        let design = self.design(consent);
         let session = self.start_session(&client, &design).await?;
         let (procfs, runtime_dir) = (config.path_procfs.as_path(), &runtime_dir);
         let trial = Trial { client: &client, session: &session, procfs, runtime_dir, lock: &lock };
@@ -359,8 +362,14 @@ mod tests {
         ] {
             assert_eq!(parsed(args).is_ok(), expect, "{args}");
         }
-        let design = parsed("--seed 7 --freeze 1500ms").unwrap().design();
-        let expect = ExperimentDesign { seed: 7, bursts: 20, window_ns: 1_500_000_000, pause_ns: 1_000_000_000 };
+        let design = parsed("--seed 7 --freeze 1500ms").unwrap().design(FreezeConsent::Operator);
+        let expect = ExperimentDesign {
+            seed: 7,
+            bursts: 20,
+            window_ns: 1_500_000_000,
+            pause_ns: 1_000_000_000,
+            consent: FreezeConsent::Operator,
+        };
         assert_eq!(design, expect);
     }
 
@@ -394,7 +403,8 @@ mod tests {
 
     #[test]
     fn the_announcement_has_what_is_frozen_and_what_reproduces_the_experiment() {
-        let design = ExperimentDesign { seed: 7, bursts: 20, window_ns: 3_000_000_000, pause_ns: 0 };
+        let design =
+            ExperimentDesign { seed: 7, bursts: 20, window_ns: 3_000_000_000, pause_ns: 0, consent: FreezeConsent::Operator };
         let text = announcement(&design.draw("/a".into(), "/b".into(), BootNs(5)), &subjects::tests::subject());
         let expect = "Suspect namespace ml, pod trainer-0, 2 containers (73e1a9, c0ffee), cgroup /b\n\
                       Freezing b 20 times for 3.0 s within 2m, seed 7. Ctrl-C thaws it and ends the experiment.";

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use anyhow::{Context as _, bail};
 use sampler_core::cgroup_path::{CgroupIdentity, Kind, parse};
-use sampler_core::experiment::is_at_or_below;
+use sampler_core::experiment::{FreezeConsent, is_at_or_below};
 use sampler_labels::Label;
 
 use super::super::access::AgentAccess;
@@ -177,10 +177,10 @@ impl Subjects<'_> {
         Ok(FrozenSubject { name: name.to_owned(), namespace, pod, path, freezer, containers })
     }
 
-    /// Fails unless all containers of the suspect may be frozen.
-    pub async fn check_consent(&self, suspect: &FrozenSubject, i_may_freeze: bool) -> anyhow::Result<()> {
+    /// Why the suspect may be frozen. Fails unless all of its containers may be.
+    pub async fn check_consent(&self, suspect: &FrozenSubject, i_may_freeze: bool) -> anyhow::Result<FreezeConsent> {
         if i_may_freeze {
-            return Ok(());
+            return Ok(FreezeConsent::Operator);
         }
         let (config, containers) = (LabelConfig::new(self.config, self.layout), suspect.containers.clone());
         let read = move || containers.iter().map(|id| (id.clone(), consent(&config, id))).collect::<Vec<_>>();
@@ -196,7 +196,7 @@ impl Subjects<'_> {
             };
             bail!("--suspect {}: {reason}; add it, or repeat the command with --i-may-freeze", suspect.name);
         }
-        Ok(())
+        Ok(FreezeConsent::Annotation)
     }
 }
 

@@ -423,12 +423,12 @@ fn a_session_of_which_the_end_cannot_be_packed_fails_with_the_reason_and_keeps_i
 
 #[test]
 fn facts_of_an_experiment_are_written_into_a_session_that_records() {
-    use sampler_core::experiment::ExperimentDesign;
+    use sampler_core::experiment::{ExperimentDesign, FreezeConsent};
     let mut bench = Bench::new(1 << 20, 1 << 20);
     bench.until(5);
     let id = bench.start(&request(60, 0));
     bench.until(7);
-    let design = ExperimentDesign { seed: 1, bursts: 6, window_ns: SECOND_NS, pause_ns: 0 };
+    let design = ExperimentDesign { seed: 1, bursts: 6, window_ns: SECOND_NS, pause_ns: 0, consent: FreezeConsent::Operator };
     let schedule = ExperimentFact::Schedule(design.draw("/docker/1".into(), "/docker/2".into(), boot(9)));
     let frozen = ExperimentFact::Frozen { experiment: boot(9), burst: 0, from: boot(9), to: boot(10) };
     let post = |bench: &mut Bench, fact: &ExperimentFact| bench.manager.experiment(&id, fact.clone(), boot(bench.second));
