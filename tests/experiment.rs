@@ -6,6 +6,7 @@ use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context as _, Result, ensure};
+use devkit::Random;
 use gpu_sampler_tests::kernel::{Actor, CgroupTree, attach};
 use gpu_sampler_tests::leftovers::kill;
 use gpu_sampler_tests::{Agent, Running, Sim, get, run_cli, var, wait_for};
@@ -115,13 +116,17 @@ impl ExperimentScene {
 
     /// Starts the command, which would freeze the second container for a long time.
     fn start(&self) -> Result<Running> {
-        self.start_with(&[])
+        self.start_with(&["--freeze", LONG_FREEZE])
     }
 
     fn start_with(&self, more: &[&str]) -> Result<Running> {
-        let own = ["--suspect", &self.ids[1], "--i-may-freeze", "--bursts", "6", "--freeze", LONG_FREEZE];
+        self.start_as(Command::new(var("GPU_SAMPLER_BIN")?), more)
+    }
+
+    /// `command`: what runs the program.
+    fn start_as(&self, mut command: Command, more: &[&str]) -> Result<Running> {
+        let own = ["--suspect", &self.ids[1], "--i-may-freeze", "--bursts", "6"];
         let args = self.args(&[&own, more].concat())?;
-        let mut command = Command::new(var("GPU_SAMPLER_BIN")?);
         let errors = fs::File::create(self.path("stderr"))?;
         command.args(args).stdin(Stdio::null()).stdout(Stdio::null()).stderr(errors);
         Ok(Running(command.spawn()?))
@@ -175,7 +180,8 @@ impl ExperimentScene {
             std::thread::sleep(Duration::from_millis(1));
         }
         println!("{what}: thawed after {:?}", from.elapsed());
-        wait_for("the guard has ended", THAWS_WITHIN, || Ok(self.guard()?.is_none().then_some(())))?;
+        let left = THAWS_WITHIN.saturating_sub(from.elapsed());
+        wait_for("the guard has ended", left, || Ok(self.guard()?.is_none().then_some(())))?;
         // Longer than the lead of a schedule: nothing freezes it again.
         let until = Instant::now() + Duration::from_secs(3);
         while Instant::now() < until {
@@ -206,6 +212,14 @@ impl ExperimentScene {
         ensure!(code == Some(0), "{err}");
         Ok((serde_json::from_str(&report)?, out))
     }
+}
+
+/// The program in this cgroup.
+fn program_in(cgroup: &Path) -> Result<Command> {
+    let line = format!("echo $$ > {} && exec \"$@\"", cgroup.join("cgroup.procs").display());
+    let mut command = Command::new("sh");
+    command.args(["-c", &line, "sh", &var("GPU_SAMPLER_BIN")?]);
+    Ok(command)
 }
 
 fn confirmed_by_an_experiment(name: &str, freezer: Freezer) -> Result<()> {
@@ -281,10 +295,8 @@ fn an_experiment_refuses_what_must_not_be_frozen() -> Result<()> {
     fs::write(&scene.file, "0")?;
 
     // The command itself is inside.
-    let procs = scene.file.with_file_name("cgroup.procs");
-    let line = format!("echo $$ > {} && exec \"$@\"", procs.display());
     let args = scene.args(&["--suspect", suspect, "--i-may-freeze"])?;
-    let output = Command::new("sh").args(["-c", &line, "sh", &var("GPU_SAMPLER_BIN")?]).args(args).output()?;
+    let output = program_in(scene.file.parent().context("the cgroup")?)?.args(args).output()?;
     let err = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.code() == Some(1) && err.contains("it contains this command"), "{err}");
     assert!(scene.agent()?.sessions()?.is_empty(), "a refused experiment starts no session");
@@ -314,7 +326,7 @@ fn an_experiment_freezes_all_containers_of_a_pod_when_asked_and_thaws_them_all()
 
     scene.file = pod.join("cgroup.freeze");
     scene.ids[1].clone_from(&containers[0].0);
-    let mut command = scene.start_with(&["--whole-pod"])?;
+    let mut command = scene.start_with(&["--freeze", LONG_FREEZE, "--whole-pod"])?;
     scene.wait_until_frozen()?;
     for (id, cgroup) in &containers {
         let is_frozen = || Ok(fs::read_to_string(cgroup.join("cgroup.events"))?.contains("frozen 1").then_some(()));
@@ -443,6 +455,81 @@ fn an_experiment_with_a_killed_command_and_guard_is_thawed_by_the_agent() -> Res
         assert!(log.contains("thawed a cgroup that an experiment had left frozen"), "{log}");
     }
     Ok(())
+}
+
+/// Kills the command, its guard or the agent at random moments of short experiments.
+fn killed_at_any_moment(name: &str, freezer: Freezer, experiments: usize, seed: u64) -> Result<()> {
+    let (mut scene, mut random) = (ExperimentScene::new(name, "seed = 9\n[[gpus]]", freezer)?, Random(seed));
+    for n in 0..experiments {
+        let mut command = scene.start_with(&["--freeze", "300ms", "--pause", "300ms"])?;
+        let guard = scene.wait_for_guard()?;
+        // The first window begins two seconds after the start, and the last one ends some six seconds later.
+        let after = Duration::from_millis(1_500 + random.below(6_500));
+        std::thread::sleep(after);
+        let what = match n % 3 {
+            0 => {
+                command.ends_with(libc::SIGKILL)?;
+                "the command"
+            }
+            1 => {
+                kill(guard, libc::SIGKILL);
+                "the guard"
+            }
+            _ => {
+                scene.agent.take().context("the agent")?.process.ends_with(libc::SIGKILL)?;
+                "the agent"
+            }
+        };
+        scene.check_thawed(&format!("kill -9 of {what} after {after:?}"))?;
+        drop(command);
+        if scene.agent.is_none() {
+            scene.start_agent()?;
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn an_experiment_that_is_killed_at_any_moment_ends_thawed() -> Result<()> {
+    killed_at_any_moment("experiment-moments", Freezer::V2, 6, 21)
+}
+
+#[test]
+fn an_experiment_with_version_1_that_is_killed_at_any_moment_ends_thawed() -> Result<()> {
+    killed_at_any_moment("experiment-moments-v1", Freezer::V1, 3, 22)
+}
+
+/// As an out-of-memory daemon does, or the end of a login session.
+#[test]
+fn an_experiment_whose_cgroup_is_killed_ends_thawed() -> Result<()> {
+    let scene = ExperimentScene::new("experiment-cgroup", "seed = 9\n[[gpus]]", Freezer::V2)?;
+    let cgroup = scene.tree.make("terminal")?;
+    let command = scene.start_as(program_in(&cgroup)?, &["--freeze", LONG_FREEZE])?;
+    Moment::Within.wait(&scene)?;
+    fs::write(cgroup.join("cgroup.kill"), "1")?;
+    scene.check_thawed("the cgroup of the command was killed")?;
+    drop(command);
+    Ok(())
+}
+
+#[test]
+fn an_experiment_leaves_frozen_what_another_program_has_frozen() -> Result<()> {
+    let scene = ExperimentScene::new("experiment-paused", "seed = 9\n[[gpus]]", Freezer::V2)?;
+    let [thawed, frozen] = scene.states;
+    let stays = |what: &str| {
+        ensure!(scene.state()? == frozen, "{what}: another program's freeze was ended: {}", scene.errors());
+        fs::write(&scene.file, thawed)?;
+        anyhow::Ok(())
+    };
+    let mut command = scene.start_with(&["--freeze", "1s", "--pause", "2s"])?;
+    let guard = scene.wait_for_guard()?;
+    fs::write(&scene.file, frozen)?;
+    let reported = || Ok(scene.errors().contains("another program has frozen").then_some(()));
+    wait_for("the burst without a freeze is reported", FREEZES_WITHIN, reported)?;
+    kill(guard, libc::SIGKILL);
+    let ended = || Ok(command.0.try_wait()?);
+    wait_for("the command has ended", FREEZES_WITHIN, ended)?;
+    stays("the guard was killed")
 }
 
 #[test]

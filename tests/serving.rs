@@ -13,7 +13,7 @@ use std::time::Duration;
 
 use anyhow::{Context as _, Result, ensure};
 use gpu_sampler_tests::kernel::{Actor, CgroupTree};
-use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, var};
+use gpu_sampler_tests::{Agent, Running, Sim, free_port, run_cli, var, wait_for};
 use serde_json::{Value, json};
 
 const ACTOR: &str = env!("CARGO_BIN_EXE_actor");
@@ -177,7 +177,7 @@ fn a_latency_that_rises_while_another_user_is_active_is_reported_with_both_means
     let (_, cgroup) = scene.tree.container(9)?;
     let mut other = Actor::start(ACTOR, &["in", &cgroup.to_string_lossy(), "--", "sleep", "300"])?;
     let (other_pid, other_id) = (other.pid()?, scene.tree.path_of(&cgroup));
-    let agent = scene.agent(true)?;
+    let mut agent = scene.agent(true)?;
     ensure!(effective(agent.process.0.id())? & SYS_ADMIN == 0, "the agent itself keeps CAP_SYS_ADMIN");
     let requests = Requests::start(scene.engines[0].file.clone());
     let id = agent.record_as(&json!({"duration_seconds": 300, "engine_metrics": {"every_seconds": 1}}))?;
@@ -215,7 +215,12 @@ fn a_latency_that_rises_while_another_user_is_active_is_reported_with_both_means
     let finding = findings.iter().find(|finding| sentence(finding)).context("no finding")?;
     assert_eq!((&finding["victim"], &finding["aggressor"]), (&json!(scene.engines[0].id), &json!(other_id)));
     assert!(text.contains("time to first token") && text.contains("Serving engines"), "{text}");
-    Ok(())
+    agent.process.ends_with(libc::SIGKILL)?;
+    let has_ended = || {
+        let stat = std::fs::read_to_string(format!("/proc/{helper}/stat")).unwrap_or_default();
+        Ok((stat.is_empty() || stat.contains(") Z ")).then_some(()))
+    };
+    wait_for("the helper has ended with the agent", Duration::from_secs(1), has_ended)
 }
 
 #[test]

@@ -123,6 +123,24 @@ fn no_breakpoint_is_left_when_the_agent_ends() -> Result<()> {
     Ok(())
 }
 
+/// With more processes of a library than have links of their own.
+#[test]
+fn no_breakpoint_of_a_shared_link_is_left_when_the_agent_is_killed() -> Result<()> {
+    let mut scene = WaitScene::new("waits-shared", "seed = 4\n[[gpus]]")?;
+    let mut clients = Vec::new();
+    for n in 1..=6 {
+        clients.push(scene.work(n, WORK)?);
+    }
+    let pids: Vec<u32> = clients.iter().map(|client| client.pid).collect();
+    for moment in [EndMoment::Reading, EndMoment::Ending] {
+        let mut agent = scene.agent(&[])?;
+        wait_until(&scene, &agent, &pids, moment)?;
+        agent.process.ends_with(libc::SIGKILL)?;
+        scene.check_gone(&clients.iter().collect::<Vec<_>>(), &format!("SIGKILL, {moment:?}"))?;
+    }
+    Ok(())
+}
+
 #[test]
 fn the_setting_probes_without_a_session_and_new_processes_too() -> Result<()> {
     let mut scene = WaitScene::new("waits-setting", "seed = 4\n[[gpus]]")?;

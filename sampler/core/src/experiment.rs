@@ -203,6 +203,15 @@ impl ExperimentSchedule {
             return Some(format!("a window of {} ns: give 0.1 s to 10 s", self.window_ns));
         }
         let overlaps = |pair: &[PlannedBurst]| pair[1].offset_ns.saturating_sub(pair[0].offset_ns) < 2 * self.window_ns;
+        // A pause draws one number before the coin.
+        let mut random = SeededRandom::new(self.seed);
+        let mut is_drawn = |burst: &PlannedBurst| {
+            let _pause = random.draw();
+            random.coin() == burst.frozen_first
+        };
+        if !self.bursts.iter().all(&mut is_drawn) {
+            return Some(format!("the coins are not those of the seed {}", self.seed));
+        }
         if self.bursts.windows(2).any(overlaps) {
             return Some("two bursts of the schedule overlap".into());
         }
@@ -324,6 +333,7 @@ mod tests {
         check(&|schedule| schedule.suspect = schedule.victim.clone(), "the same cgroup");
         check(&|schedule| schedule.bursts.truncate(5), "5 bursts: give 6 to 100");
         check(&|schedule| schedule.window_ns = 11 * SECOND_NS, "0.1 s to 10 s");
+        check(&|schedule| schedule.bursts[4].frozen_first ^= true, "the coins are not those of the seed 1");
         check(&|schedule| schedule.bursts[3].offset_ns = schedule.bursts[2].offset_ns, "overlap");
     }
 

@@ -102,7 +102,12 @@ fn effects(
     let shared = used.clone().filter(|(_, gpu)| suspect.used(gpu)).count();
     // Bonferroni: any one of them confirms the pair, in this experiment or in a repetition of it.
     let tests = (shared + of_victim.len()) * experiments_of_pair(gathered, experiment);
-    let confirmation = Confirmation { tests, end: range.1 };
+    let rate_of_suspect = |span| {
+        let rates = gpus.iter().filter(|(_, gpu)| suspect.used(gpu));
+        rates.map(|(_, gpu)| gpu_rate(&gpu.observed, &|user| suspect.has(user), span)).sum::<Option<f64>>()
+    };
+    let still_ran = experiment.still_ran(&rate_of_suspect);
+    let confirmation = Confirmation { tests, end: range.1, still_ran: still_ran.as_deref() };
     let on_gpu = |(uuid, gpu): &(&str, &GatheredGpu)| {
         let rate = |span| gpu_rate(&gpu.observed, &|user| victim.has(user), span);
         let effect = if suspect.used(gpu) {
@@ -170,7 +175,8 @@ mod tests {
         (0..schedule.len()).filter_map(|burst| schedule.frozen_window(burst)).collect()
     }
 
-    /// A session in which the second container is frozen as scheduled; with `stops`, its GPU time stops meanwhile.
+    /// A session in which the second container is frozen as scheduled: with `stops`. Without, it only is said to be, and the first one wants
+    /// more meanwhile.
     fn session(victim: f64, suspect: f64, stops: bool, seed: u64) -> Session {
         let design =
             ExperimentDesign { seed, bursts: 12, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };
@@ -178,12 +184,14 @@ mod tests {
         let schedule = design.draw("/docker/1".into(), "/docker/2".into(), BootNs(start));
         let frozen = frozen_windows(&schedule);
         let windows = frozen.clone();
-        let demand = move |t: f64| {
+        let is_frozen = move |t: f64| {
             let at = BootNs((t * 1e9) as u64 + 1_000 * SECOND);
-            let is_frozen = stops && windows.iter().any(|window| (window.from..window.to).contains(&at));
-            Some(if is_frozen { 0.0 } else { suspect })
+            windows.iter().any(|window| (window.from..window.to).contains(&at))
         };
-        let users: Vec<SimulatedUser> = vec![container(1, move |_| Some(victim)), container(2, demand)];
+        let is_within = is_frozen.clone();
+        let of_victim = move |t: f64| Some(if stops || is_within(t) { victim } else { victim / 5.0 });
+        let of_suspect = move |t: f64| Some(if stops && is_frozen(t) { 0.0 } else { suspect });
+        let users: Vec<SimulatedUser> = vec![container(1, of_victim), container(2, of_suspect)];
         let (mut session, _) = simulate(&users, LASTS, seed);
         let freezes = (0_u32..).zip(&frozen).map(|(burst, window)| ExperimentFact::Frozen {
             experiment: BootNs(start),
@@ -278,6 +286,15 @@ mod tests {
         assert_eq!((&effects[0]["outcome"], &effects[0]["unit"]), (&"call-wait".into(), &"seconds per blocking call".into()));
         assert_eq!((&effects[1]["outcome"], &effects[1]["unit"]), (&"time-to-first-token".into(), &"seconds".into()));
         assert!(effects[1]["effect"].as_f64().unwrap() < 0.0, "{effects}");
+    }
+
+    #[test]
+    fn a_suspect_that_goes_on_while_it_is_said_to_be_frozen_confirms_nothing() {
+        let report = build(&session(1.0, 0.8, false, 5), &View::default());
+        let effect = &contender(&report).experiment[0];
+        assert!(effect.p_value.unwrap() < 0.001, "{effect:?}");
+        assert!(!effect.confirmed && effect.why_not.contains("while it was frozen"), "{effect:?}");
+        assert_ne!(contender(&report).evidence, Evidence::ExperimentConfirmed);
     }
 
     #[test]

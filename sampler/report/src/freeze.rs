@@ -50,6 +50,8 @@ const CONFIRMING_P: f64 = 0.01;
 const LEAST_EFFECT: f64 = 0.02;
 /// The least effect on waiting and latency that is confirmed, as a fraction of the mean while the suspect runs.
 const LEAST_REDUCTION: f64 = 0.02;
+/// A suspect that is frozen has at most this part of the GPU time that it has while it runs; the rest is work that was queued.
+const MOST_WHILE_FROZEN: f64 = 0.5;
 /// Two-sided confidence level of the interval.
 const LEVEL: f64 = 0.95;
 /// Experiments of one session; a file must not determine how much is computed.
@@ -67,11 +69,13 @@ pub struct GatheredExperiment {
 
 /// What a confirmation depends on apart from the differences.
 #[derive(Clone, Copy, Debug)]
-pub struct Confirmation {
+pub struct Confirmation<'a> {
     /// Any one of these confirms: the outcomes that are tested (GPU time once for each GPU) in all experiments of the pair.
     pub tests: usize,
     /// End of the session, or of the range of the report.
     pub end: BootNs,
+    /// Why nothing is, if so: from [`GatheredExperiment::still_ran`].
+    pub still_ran: Option<&'a str>,
 }
 
 /// The user of the time of a sample.
@@ -199,12 +203,26 @@ impl GatheredExperiment {
         is_short.then(|| format!("the suspect was frozen as planned in {realised} of {planned} bursts only"))
     }
 
+    /// Says so if the suspect used the GPUs while it was frozen: work of processes outside of its cgroup, or no freeze, whatever was
+    /// reported. `rate`: its GPU time in a span.
+    pub fn still_ran(&self, rate: &dyn Fn(BootSpan) -> Option<f64>) -> Option<String> {
+        let all = self.means(rate);
+        let mean = |of: fn(&BurstMeans) -> f64| all.iter().map(of).sum::<f64>() / all.len().max(1) as f64;
+        let (frozen, running) = (mean(|burst| burst.frozen), mean(|burst| burst.running));
+        (frozen > LEAST_EFFECT && frozen > MOST_WHILE_FROZEN * running).then(|| {
+            format!(
+                "the suspect had {frozen:.2} GPU-seconds per second while it was frozen, and {running:.2} while it ran: its work is not \
+                 in the frozen cgroup, such as with an MPS server"
+            )
+        })
+    }
+
     /// The effect on one outcome. `measure`: the outcome in a span; `None` if the span has too little data.
     pub fn evaluate(
         &self,
         outcome: Outcome,
         measure: &dyn Fn(BootSpan) -> Option<f64>,
-        confirmation: Confirmation,
+        confirmation: Confirmation<'_>,
     ) -> FreezeEffect {
         let all = self.means(measure);
         if all.is_empty() || self.frozen.is_empty() {
@@ -216,7 +234,8 @@ impl GatheredExperiment {
         let gains: Vec<f64> = all.iter().map(|burst| sign * (burst.frozen - burst.running)).collect();
         let test = RandomisationTest::new(&gains, self.schedule.seed);
         let least = if outcome.is_gain() { LEAST_EFFECT } else { LEAST_REDUCTION * mean_running };
-        let why_not = if let Some(problem) = self.problem(confirmation.end) {
+        let still_ran = || confirmation.still_ran.map(str::to_owned);
+        let why_not = if let Some(problem) = self.problem(confirmation.end).or_else(still_ran) {
             problem
         } else if sign * (mean_frozen - mean_running) > least {
             test.why_not(CONFIRMING_P / confirmation.tests.max(1) as f64)
@@ -337,7 +356,7 @@ mod tests {
     const PERIOD: u64 = 167_000_000;
     const VICTIM: User = User::Container(ContainerKey(1));
     const SUSPECT: User = User::Container(ContainerKey(2));
-    const CONFIRMATION: Confirmation = Confirmation { tests: 1, end: BootNs(u64::MAX) };
+    const CONFIRMATION: Confirmation<'_> = Confirmation { tests: 1, end: BootNs(u64::MAX), still_ran: None };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
         let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };

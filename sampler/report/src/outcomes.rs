@@ -120,7 +120,7 @@ mod tests {
     const SECOND: u64 = 1_000_000_000;
     const KEY: ContainerKey = ContainerKey(1);
     const ALL: (BootNs, BootNs) = (BootNs(0), BootNs(u64::MAX));
-    const CONFIRMATION: Confirmation = Confirmation { tests: 2, end: BootNs(u64::MAX) };
+    const CONFIRMATION: Confirmation<'_> = Confirmation { tests: 2, end: BootNs(u64::MAX), still_ran: None };
 
     fn experiment(seed: u64, bursts: u32) -> GatheredExperiment {
         let design = ExperimentDesign { seed, bursts, window_ns: 3 * SECOND, pause_ns: SECOND, consent: FreezeConsent::Operator };

@@ -5,11 +5,13 @@
 //!  [thawed] --file, freeze--> [frozen] ------------thaw, remove file------------> [thawed]
 //!     '------------ pipe closed, SIGTERM: ends ------------'
 //! ```
-//! It is in a session of its own, so that signals of a terminal do not reach it, and SIGINT and SIGHUP have no effect. Requests and replies
-//! are lines of JSON on standard input and output.
+//! It is in a session of its own, so that signals of a terminal do not reach it, and SIGINT and SIGHUP have no effect; and in the root
+//! cgroup, so that it does not end with the command's, which a session manager or an out-of-memory daemon may kill. Requests and replies are
+//! lines of JSON on standard input and output.
 
+use std::fs;
 use std::io::{BufRead as _, Write as _};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use anyhow::{Context as _, bail};
@@ -24,7 +26,7 @@ use super::freezer::{Freezer, FreezerVersion, contains_process};
 use super::runtime_dir::{FrozenRecord, RuntimeDir};
 use crate::error::{display_chain, report_line};
 use crate::observe::clock::boot_now;
-use crate::observe::kernel::layout::layout;
+use crate::observe::kernel::layout::{Layout, layout};
 use crate::observe::kernel::proc::living_thread;
 
 /// How often a freeze is checked to last.
@@ -71,7 +73,7 @@ pub enum GuardReply {
         from: BootNs,
         to: BootNs,
     },
-    /// The cgroup is thawed.
+    /// The cgroup is not frozen by this guard.
     Failed {
         message: String,
     },
@@ -90,7 +92,11 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     // Fails only for the leader of a process group, which a child of the command never is.
     rustix::process::setsid().context("cannot leave the session of the terminal")?;
     let (procfs, cgroup) = (&options.path_procfs, &options.cgroup);
-    let freezer = Freezer::named(&layout(procfs), procfs, options.freezer, cgroup)?;
+    let layout = layout(procfs);
+    if let Err(error) = leave_cgroup(&layout) {
+        report_line(&format!("gpu-sampler: freeze-guard: {}", display_chain(error.as_ref())));
+    }
+    let freezer = Freezer::named(&layout, procfs, options.freezer, cgroup)?;
     let freezer = freezer.with_context(|| format!("the cgroup {cgroup} has no freezer any more"))?;
     if contains_process(procfs, "self", cgroup).context("cannot read the cgroups of this process")? {
         bail!("the cgroup {cgroup} contains this process, which would stop with it");
@@ -105,6 +111,14 @@ pub fn run(options: &GuardOptions) -> anyhow::Result<()> {
     // The thread that reads the pipe may still wait for it.
     runtime.shutdown_background();
     result
+}
+
+/// Moves this process to the root of each hierarchy, and asks the kernel to spare it when memory is short.
+fn leave_cgroup(layout: &Layout) -> anyhow::Result<()> {
+    let ends_with = "the guard stays where the command is, and ends with it if that cgroup is killed: cannot write";
+    let write = |path: &Path, text: &str| fs::write(path, text).with_context(|| format!("{ends_with} {}", path.display()));
+    layout.mounts().try_for_each(|(_, mount)| write(&mount.join("cgroup.procs"), "0"))?;
+    write(Path::new("/proc/self/oom_score_adj"), "-1000")
 }
 
 /// The requests of the pipe; the channel closes with it.
@@ -167,6 +181,10 @@ impl GuardProcess {
         if self.frozen.is_some() {
             return Ok(());
         }
+        if let Err(message) = self.is_free() {
+            reply(&GuardReply::Failed { message });
+            return Ok(());
+        }
         let ns = ns.min(*FREEZE_NS.end());
         let until = Instant::now() + Duration::from_nanos(ns);
         self.state.until = boot_now().plus(ns);
@@ -192,6 +210,15 @@ impl GuardProcess {
     async fn check(&mut self) -> anyhow::Result<()> {
         let is_over = self.frozen.is_some_and(|(_, until)| until <= Instant::now());
         if is_over || self.lasts().is_err() { self.thaw().await } else { Ok(()) }
+    }
+
+    /// Fails with the reason if another program has frozen the cgroup: the thaw of this guard would end that, too.
+    fn is_free(&self) -> Result<(), String> {
+        match self.freezer.is_thawed() {
+            Ok(true) => Ok(()),
+            Ok(false) => Err(format!("another program has frozen the cgroup {}, which stays as it is", self.freezer.path)),
+            Err(error) => Err(display_chain(&error)),
+        }
     }
 
     /// Fails with the reason if the cgroup is not frozen.
@@ -230,27 +257,42 @@ impl GuardProcess {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
-    use std::path::Path;
-
     use super::*;
-    use crate::observe::kernel::layout::Layout;
 
-    #[tokio::test]
-    async fn a_freeze_that_does_not_last_is_ended_and_has_no_span() {
-        let dir = tempfile::tempdir().unwrap();
-        fs::create_dir(dir.path().join("a")).unwrap();
-        let write = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+    /// A guard of the cgroup `a`, which is frozen, and the file of the guard.
+    fn guard(dir: &Path) -> GuardProcess {
+        fs::create_dir(dir.join("a")).unwrap();
+        let write = |file: &str, text: &str| fs::write(dir.join(file), text).unwrap();
         [("cgroup.procs", ""), ("a/cgroup.freeze", "1"), ("a/cgroup.events", "frozen 1\n")].iter().for_each(|(f, t)| write(f, t));
-        let layout = Layout { v2: Some(dir.path().to_owned()), ..Layout::default() };
+        let layout = Layout { v2: Some(dir.to_owned()), ..Layout::default() };
         let freezer = Freezer::named(&layout, Path::new("/proc"), FreezerVersion::V2, "/a").unwrap().unwrap();
-        let runtime_dir = RuntimeDir::new(&dir.path().join("run"));
+        let runtime_dir = RuntimeDir::new(&dir.join("run"));
         runtime_dir.create().unwrap();
         let (version, path) = (FreezerVersion::V2, "/a".to_owned());
         let state = FrozenRecord { guard_pid: 7, guard_start: BootNs(50), version, path, until: BootNs(90) };
         runtime_dir.write_state(&state).unwrap();
         let frozen = Some((BootNs(1), Instant::now() + Duration::from_secs(60)));
-        let mut guard = GuardProcess { freezer, runtime_dir, state, frozen };
+        GuardProcess { freezer, runtime_dir, state, frozen }
+    }
+
+    #[tokio::test]
+    async fn what_another_program_has_frozen_stays_so() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut guard = guard(dir.path());
+        guard.runtime_dir.remove_state(&guard.state.guard()).unwrap();
+        guard.frozen = None;
+        assert!(guard.is_free().unwrap_err().contains("another program has frozen the cgroup /a"));
+        guard.freeze(1_000_000_000).await.unwrap();
+        guard.thaw().await.unwrap();
+        assert!(guard.frozen.is_none() && guard.runtime_dir.read_state().unwrap().is_none());
+        assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "1");
+    }
+
+    #[tokio::test]
+    async fn a_freeze_that_does_not_last_is_ended_and_has_no_span() {
+        let dir = tempfile::tempdir().unwrap();
+        let write = |file: &str, text: &str| fs::write(dir.path().join(file), text).unwrap();
+        let mut guard = guard(dir.path());
         guard.check().await.unwrap();
         assert!(guard.frozen.is_some() && guard.lasts().is_ok());
         write("a/cgroup.events", "frozen 0\n");

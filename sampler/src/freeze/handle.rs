@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context as _, bail};
 use tokio::sync::mpsc::{UnboundedReceiver, unbounded_channel};
 
-use super::freezer::Freezer;
+use super::freezer::{Freezer, FreezerError};
 use super::guard::{GuardReply, GuardRequest};
 use super::runtime_dir::{ExperimentLock, GuardId, RuntimeDir};
 use crate::error::{display_chain, report_line};
@@ -90,15 +90,16 @@ impl GuardHandle {
         }
     }
 
-    /// Kills the guard and thaws the cgroup here. The file of a guard that does not end stays for the agent.
+    /// Kills the guard and thaws the cgroup here, unless the guard has not frozen it: another program may have. The file of a guard that does
+    /// not end stays for the agent.
     pub fn kill(&mut self) -> anyhow::Result<()> {
         self.requests = None;
         let killed = self.child.kill();
         // At once, whether the guard ends or not; the second thaw decides.
-        let _first = self.freezer.thaw();
+        let _first = self.thaw();
         let ended = self.ended_within(KILLED_TIMEOUT);
         // It may have been in the system call that freezes.
-        self.freezer.thaw().with_context(|| format!("the cgroup {} may still be frozen", self.freezer.path))?;
+        self.thaw().with_context(|| format!("the cgroup {} may still be frozen", self.freezer.path))?;
         killed.context("cannot kill the guard")?;
         if ended?.is_none() {
             bail!(
@@ -111,6 +112,11 @@ impl GuardHandle {
             Some(id) => Ok(self.runtime_dir.remove_state(id)?),
             None => Ok(()),
         }
+    }
+
+    fn thaw(&self) -> Result<(), FreezerError> {
+        let may_be_frozen = self.id.is_some_and(|id| self.runtime_dir.may_have_frozen(&id));
+        if may_be_frozen { self.freezer.thaw() } else { Ok(()) }
     }
 
     /// Closes the pipe: the guard thaws and ends. A guard that does not is killed, and the cgroup thawed here. Blocks, for one and a half
@@ -166,5 +172,9 @@ mod tests {
         assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "0");
         assert!(handle.runtime_dir.read_state().unwrap().is_none());
         handle.stop().unwrap();
+        // Without the guard's file it was frozen by another program.
+        fs::write(dir.path().join("a/cgroup.freeze"), "1").unwrap();
+        handle.kill().unwrap();
+        assert_eq!(fs::read_to_string(dir.path().join("a/cgroup.freeze")).unwrap(), "1");
     }
 }

@@ -172,6 +172,11 @@ impl RuntimeDir {
         serde_json::from_str(&text).map(Some).map_err(|source| RuntimeDirError::Content { path, source })
     }
 
+    /// Whether this guard may have frozen its cgroup: it writes its file before. A file that cannot be read may be its own.
+    pub fn may_have_frozen(&self, guard: &GuardId) -> bool {
+        self.read_state().map_or(true, |state| state.is_some_and(|state| state.is_of(guard)))
+    }
+
     /// Fails if there is the file of a guard.
     pub fn check_unguarded(&self) -> Result<(), RuntimeDirError> {
         match self.read_state()? {

@@ -207,12 +207,19 @@ fn lives(procfs: &Path, (pid, start_tick): ProcessId) -> bool {
     alive.is_ok_and(|alive| alive.is_some_and(|(_, start)| start.proc_tick() == start_tick))
 }
 
-/// Whether the process has a seccomp filter. One of which this is not known may have one. Read as bytes, because a process can set any name
-/// for itself.
+/// Whether a thread of the process has a seccomp filter. One of which this is not known may have one. Read as bytes, because a process can
+/// set any name for itself.
 fn has_seccomp(procfs: &Path, pid: u32) -> bool {
-    let Ok(status) = std::fs::read(procfs.join(pid.to_string()).join("status")) else { return true };
-    let mode = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Seccomp:"));
-    mode.is_some_and(|mode| mode.trim_ascii() == b"2")
+    let has_filter = |thread: std::io::Result<std::fs::DirEntry>| {
+        let status = match thread.and_then(|thread| std::fs::read(thread.path().join("status"))) {
+            Ok(status) => status,
+            // The thread has ended.
+            Err(error) => return error.kind() != std::io::ErrorKind::NotFound,
+        };
+        let mode = status.split(|byte| *byte == b'\n').find_map(|line| line.strip_prefix(b"Seccomp:"));
+        mode.is_some_and(|mode| mode.trim_ascii() == b"2")
+    };
+    std::fs::read_dir(procfs.join(pid.to_string()).join("task")).map_or(true, |mut threads| threads.any(has_filter))
 }
 
 impl Worker {
@@ -463,8 +470,9 @@ mod tests {
     #[test]
     fn a_seccomp_filter_is_found_whatever_the_name_of_the_process_is() {
         let procfs = tempfile::tempdir().unwrap();
-        let folder = procfs.path().join("7");
-        std::fs::create_dir(&folder).unwrap();
+        let threads = procfs.path().join("7/task");
+        let (folder, other) = (threads.join("7"), threads.join("8"));
+        [&folder, &other].into_iter().for_each(|folder| std::fs::create_dir_all(folder).unwrap());
         for (status, expect) in [
             (b"Name:\tx\nSeccomp:\t0\n".as_slice(), false),
             (b"Name:\t\xff\nSeccomp:\t2\nSeccomp_filters:\t1\n", true),
@@ -474,6 +482,9 @@ mod tests {
             std::fs::write(folder.join("status"), status).unwrap();
             assert_eq!(has_seccomp(procfs.path(), 7), expect, "{}", status.escape_ascii());
         }
+        // Another thread has one.
+        std::fs::write(other.join("status"), "Seccomp:\t2\n").unwrap();
+        assert!(has_seccomp(procfs.path(), 7));
         assert!(has_seccomp(procfs.path(), 8));
     }
 

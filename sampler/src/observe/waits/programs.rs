@@ -62,6 +62,11 @@ pub enum ProbeError {
          6.14 or newer"
     )]
     Seccomp { pid: u32, release: String },
+    #[error(
+        "probes for process {pid} would be in all processes of its library, of which this kernel ({release}) would end those with a \
+         seccomp filter; use Linux 6.14 or newer, or select at most {MOST_OWN_LINKS} processes of a library"
+    )]
+    Shared { pid: u32, release: String },
 }
 
 /// Probes of one library or process; dropping them detaches.
@@ -94,6 +99,11 @@ pub struct Probes {
     #[expect(dead_code, reason = "kept attached")]
     thread_exit: Option<RawTracePointLink>,
     release: String,
+}
+
+/// Whether returning from a probed function may end the process on this kernel.
+fn returns_end_confined(release: &str) -> bool {
+    UNKNOWN_CALL.contains(&version(release))
 }
 
 fn version(release: &str) -> (u32, u32) {
@@ -158,7 +168,7 @@ impl Probes {
 
     /// Starts counting for a process, and attaches to its library if that is not done.
     pub fn attach(&mut self, pid: u32, library: &Library, has_seccomp: bool) -> Result<Arc<AttachedProbes>, ProbeError> {
-        if has_seccomp && UNKNOWN_CALL.contains(&version(&self.release)) {
+        if has_seccomp && returns_end_confined(&self.release) {
             return Err(ProbeError::Seccomp { pid, release: self.release.clone() });
         }
         self.attach_first(library)?;
@@ -174,6 +184,9 @@ impl Probes {
         let is_shared = self.shares_links(library.key);
         if is_shared && let Some(attached) = self.shared.get(&library.key).and_then(Weak::upgrade) {
             return Ok(attached);
+        }
+        if is_shared && returns_end_confined(&self.release) {
+            return Err(ProbeError::Shared { pid, release: self.release.clone() });
         }
         let path = library.stable_path();
         let offsets = &library.calls.blocking;
@@ -339,6 +352,6 @@ mod tests {
         {
             assert_eq!(version(release), expect, "{release:?}");
         }
-        assert!(UNKNOWN_CALL.contains(&version("6.12.57+deb13-amd64")) && !UNKNOWN_CALL.contains(&version("6.14.0")));
+        assert!(returns_end_confined("6.12.57+deb13-amd64") && !returns_end_confined("6.14.0"));
     }
 }
